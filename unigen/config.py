@@ -1,0 +1,368 @@
+"""Configurations as plain dataclasses: to and from JSON, strict `key=value` overrides, atomic JSON files, reports of a run.
+
+It refuses to know what is configured: no torch, no models, no recipes. Importing it costs milliseconds.
+
+    cfg = apply_overrides(RunConfig(), ["optim.lr=1e-5", "steps=100"])
+    save_json("run/config.json", to_dict(cfg))
+"""
+
+import dataclasses
+import datetime
+import difflib
+import json
+import math
+import os
+import platform
+import sys
+import tempfile
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+
+
+# ---------------------------------------------------------------- what every run can be told
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its schedule. `warmup` is in steps; `min_ratio` is the share of `lr` left at the end; `clip` 0 is off."""
+
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.05
+    warmup: int = 100
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    min_ratio: float = 0.1
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "optim.lr must be above 0")
+        _require(all(0 <= b < 1 for b in self.betas), "optim.betas must lie in [0, 1)")
+        _require(self.warmup >= 0, "optim.warmup must be 0 or more")
+        _require(0 <= self.min_ratio <= 1, "optim.min_ratio must lie in [0, 1]")
+        _require(self.clip >= 0, "optim.clip must be 0 (off) or more")
+        _require(self.weight_decay >= 0, "optim.weight_decay must be 0 or more")
+
+
+@dataclass
+class RunConfig:
+    """What the Trainer reads. A recipe subclasses it to add its own plain fields.
+
+    `batch_size` is rows per micro-batch and process: one step reads batch_size * accumulate * processes rows.
+    With `time_limit` (seconds of training, over all sessions of the run) the run ends at `steps` or at the limit, whichever
+    is first, and the schedule follows the same clock. `ema` 0 and `save_every` / `sample_every` 0 are off (the end of a run
+    is always saved). `keep` is how many checkpoints stay on disk.
+    """
+
+    steps: int = 1000
+    batch_size: int = 32
+    accumulate: int = 1
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    ema: float = 0.999
+    seed: int = 0
+    workers: int = 2
+    shuffle: bool = True
+    log_every: int = 20
+    save_every: int = 500
+    sample_every: int = 500
+    keep: int = 2
+    run_dir: str = "runs/default"
+    init_from: str | None = None
+    time_limit: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "log_every", "keep"):
+            _require(getattr(self, name) >= 1, f"{name} must be 1 or more")
+        for name in ("workers", "save_every", "sample_every", "seed"):
+            _require(getattr(self, name) >= 0, f"{name} must be 0 or more")
+        _require(0 <= self.ema < 1, "ema must lie in [0, 1); 0 is off")
+        _require(self.time_limit is None or self.time_limit > 0, "time_limit must be above 0 seconds")
+        _require(bool(self.run_dir), "run_dir must name a folder")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+# ---------------------------------------------------------------- dataclass <-> dict, overrides
+
+
+def to_dict(cfg: Any) -> dict[str, Any]:
+    """A dataclass as nested plain dicts; tuples become lists, paths text, as JSON has it."""
+    assert dataclasses.is_dataclass(cfg) and not isinstance(cfg, type)
+    return {f.name: _plain(getattr(cfg, f.name)) for f in dataclasses.fields(cfg)}
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
+    """The dataclass `cls` from nested dicts. Missing keys take the default; ValueError for an unknown key or a wrong type."""
+    return _build(cls, values, "")
+
+
+def apply_overrides(cfg: T, overrides: Iterable[str]) -> T:
+    """A copy of `cfg` with `dotted.key=value` texts applied in order.
+
+    Texts are read by the field's type: int, float, bool (true/false), str, none where the type allows it, tuples as `1,2` or
+    `(1,2)`, one of the choices. ValueError names the unknown key and the nearest valid ones, or the type that was expected.
+    """
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        _require(bool(equals) and bool(key.strip()), f"override {item!r} is not of the form key=value")
+        cfg = _override(cfg, key.strip().split("."), text.strip(), key.strip())
+    return cfg
+
+
+def _override(cfg: Any, path: list[str], text: str, full_key: str) -> Any:
+    hints = typing.get_type_hints(type(cfg))
+    names = [f.name for f in dataclasses.fields(cfg)]
+    head, rest = path[0], path[1:]
+    if head not in names:
+        raise ValueError(_unknown(full_key, full_key[: len(full_key) - len(".".join(path))], head, names))
+    current = getattr(cfg, head)
+    if dataclasses.is_dataclass(current):
+        _require(bool(rest), f"{full_key} is a group: set one of {_listed(full_key + '.', _field_names(current))}")
+        return dataclasses.replace(cfg, **{head: _override(current, rest, text, full_key)})
+    _require(not rest, f"unknown key {full_key!r}: {head!r} has no parts")
+    return dataclasses.replace(cfg, **{head: _parse(hints[head], text, full_key)})
+
+
+def _field_names(cfg: Any) -> list[str]:
+    return [f.name for f in dataclasses.fields(cfg)]
+
+
+def _listed(prefix: str, names: Iterable[str]) -> str:
+    return ", ".join(prefix + name for name in names)
+
+
+def _unknown(full_key: str, prefix: str, name: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    hint = f"did you mean {_listed(prefix, near)}?" if near else f"valid keys: {_listed(prefix, names)}"
+    return f"unknown key {full_key!r}; {hint}"
+
+
+def _type_name(hint: Any) -> str:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_type_name(a) for a in args)
+    if origin is Literal:
+        return "one of " + ", ".join(str(a) for a in args)
+    if hint is type(None):
+        return "none"
+    return getattr(hint, "__name__", str(hint)) if not args else str(hint)
+
+
+def _parse(hint: Any, text: str, key: str) -> Any:
+    """`text` as a value of the type `hint`; ValueError naming `key` and the type."""
+    wrong = ValueError(f"{key} expects {_type_name(hint)}, not {text!r}")
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if type(None) in args and text.lower() in ("none", "null"):
+            return None
+        for option in sorted((a for a in args if a is not type(None)), key=lambda a: a is str):  # text fits a str last
+            try:
+                return _parse(option, text, key)
+            except ValueError:
+                continue
+        raise wrong
+    if origin is Literal:
+        for choice in args:
+            if text == str(choice):
+                return choice
+        raise wrong
+    if origin in (tuple, list) or hint in (tuple, list):
+        inner = text[1:-1] if text[:1] + text[-1:] in ("()", "[]") else text
+        parts = [p.strip() for p in inner.split(",") if p.strip()]
+        hints = _item_hints(origin or hint, args, len(parts))
+        if hints is None:
+            raise wrong
+        return (origin or hint)(_parse(h, p, key) for h, p in zip(hints, parts, strict=True))
+    if hint is bool:
+        if text.lower() not in ("true", "false"):
+            raise wrong
+        return text.lower() == "true"
+    if hint in (int, float):
+        try:
+            number = hint(text)
+        except ValueError:
+            raise wrong from None
+        if not math.isfinite(number):
+            raise wrong
+        return number
+    if hint is str:
+        return text
+    if hint is Path:
+        return Path(text)
+    raise ValueError(f"{key} cannot be set by text (its type is {_type_name(hint)})")
+
+
+def _item_hints(origin: Any, args: tuple[Any, ...], count: int) -> list[Any] | None:
+    """The type of each of `count` items of tuple[...] or list[...]; None where the number does not fit."""
+    if not args:
+        return [str] * count
+    if origin is list or (len(args) == 2 and args[1] is Ellipsis):
+        return [args[0]] * count
+    return list(args) if len(args) == count else None
+
+
+def _build(cls: Any, values: Any, prefix: str) -> Any:
+    _require(isinstance(values, Mapping), f"{prefix.rstrip('.') or 'the configuration'} must be a table of keys")
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    for name in values:
+        if name not in names:
+            raise ValueError(_unknown(prefix + name, prefix, name, names))
+    given = {name: _coerce(hints[name], value, prefix + name) for name, value in values.items()}
+    missing = [
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.name not in given and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    _require(not missing, f"missing keys: {_listed(prefix, missing)}")
+    return cls(**given)
+
+
+def _coerce(hint: Any, value: Any, key: str) -> Any:
+    """`value` as JSON has it, as a value of the type `hint`."""
+    wrong = ValueError(f"{key} expects {_type_name(hint)}, not {value!r}")
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if dataclasses.is_dataclass(hint):
+        return value if isinstance(value, typing.cast(type, hint)) else _build(hint, value, key + ".")
+    if origin in (typing.Union, types.UnionType):
+        for option in args:
+            try:
+                return _coerce(option, value, key)
+            except ValueError:
+                continue
+        raise wrong
+    if origin is Literal:
+        if value not in args:
+            raise wrong
+        return value
+    if origin in (tuple, list) or hint in (tuple, list):
+        hints = _item_hints(origin or hint, args, len(value)) if isinstance(value, (list, tuple)) else None
+        if hints is None:
+            raise wrong
+        return (origin or hint)(_coerce(h if args else Any, v, key) for h, v in zip(hints, value, strict=True))
+    if origin is dict or hint is dict:
+        if not isinstance(value, Mapping):
+            raise wrong
+        return {k: _coerce(args[1] if args else Any, v, f"{key}.{k}") for k, v in value.items()}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise wrong
+    return value
+
+
+# ---------------------------------------------------------------- JSON on disk
+
+
+def _plain(value: Any) -> Any:
+    """`value` in JSON's own types: NaN and infinities become null, arrays and scalars of numpy or torch plain numbers."""
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(v) for v in (sorted(value) if isinstance(value, (set, frozenset)) else value)]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return to_dict(value)
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    raise ValueError(f"cannot write a {type(value).__name__} as JSON")
+
+
+def save_json(path: str | os.PathLike[str], obj: Any) -> None:
+    """Write `obj` as strict JSON (NaN -> null), complete or not at all; makes the folder. ValueError where it cannot be written."""
+    path = Path(path)
+    text = json.dumps(_plain(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
+        ) as file:
+            temporary = file.name
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        raise ValueError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def load_json(path: str | os.PathLike[str]) -> Any:
+    """Read JSON; ValueError with one clear line where the file is missing or damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error})") from error
+
+
+# ---------------------------------------------------------------- reports
+
+
+def hardware() -> str:
+    """The machine in words: the GPU's name where torch is loaded and sees one, else the CPU's model and usable cores."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+    name = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.lower().startswith(("model name", "hardware")):
+                name = line.partition(":")[2].strip() or name
+                break
+    except OSError:
+        pass
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return f"{name}, {cores} cores"
+
+
+def write_report(
+    path: str | os.PathLike[str],
+    *,
+    command: str,
+    model: str,
+    overall: float | None = None,
+    tasks: Mapping[str, float] | None = None,
+    rows: Iterable[Mapping[str, Any]] = (),
+    seconds: float | None = None,
+    **extra: Any,
+) -> dict[str, Any]:
+    """Write what one eval, bench or probe command found as ONE JSON object, and return it.
+
+    `command` is the full line that repeats it. Each row holds name, value, unit, baseline, ratio, batch (absent ones become
+    null). Hardware and date (UTC, ISO) are filled in; `extra` fields are written as they are.
+    """
+    keys = ("name", "value", "unit", "baseline", "ratio", "batch")
+    report = {
+        "command": command,
+        "model": model,
+        "hardware": hardware(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "seconds": seconds,
+        "overall": overall,
+        "tasks": dict(tasks or {}),
+        "rows": [dict.fromkeys(keys) | dict(row) for row in rows],
+    } | extra
+    save_json(path, report)
+    return report
