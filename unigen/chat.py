@@ -1,0 +1,167 @@
+"""A conversation in text and pictures in the terminal: `unigen chat`.
+
+Reads lines, asks the engine's stream for the next turn, prints its words as they come, saves its pictures and shows
+their path, and the picture itself where the terminal can (kitty's or iTerm2's protocol). Knows nothing of models: the
+engine is anything with `stream(document, output=..., **options)` that yields strings and PIL images.
+
+    /image PATH   attach a picture to what you say next        /seed N       draw differently from here on
+    /save FILE    write the conversation as JSON               /new          begin again        /quit
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from PIL.Image import Image, Resampling
+
+from unigen.output import check_output, png_bytes, save_picture, write_text
+from unigen.sequence import Document, Segment, read_image
+
+HELP = "/image PATH   /seed N   /save FILE.json   /new   /quit   (anything else is said to the model)"
+
+
+def inline_protocol(environment: Mapping[str, str]) -> str | None:
+    """'kitty', 'iterm2' or None: what the terminal says of itself."""
+    program, term = environment.get("TERM_PROGRAM", ""), environment.get("TERM", "")
+    if environment.get("TMUX") or term.startswith(("screen", "tmux")):
+        return None
+    if environment.get("KITTY_WINDOW_ID") or "kitty" in term or program == "ghostty":
+        return "kitty"
+    if program in ("iTerm.app", "WezTerm"):
+        return "iterm2"
+    return None
+
+
+def inline(image: Image, protocol: str, width: int = 256) -> str:
+    """The escape sequence that shows the picture, `width` pixels wide.
+
+    kitty: https://sw.kovidgoyal.net/kitty/graphics-protocol (chunks of 4096); iTerm2: https://iterm2.com/documentation-images.html
+    """
+    image = image.resize((width, max(1, width * image.height // image.width)), Resampling.BICUBIC)
+    data = base64.b64encode(png_bytes(image)).decode()
+    if protocol == "iterm2":
+        return f"\033]1337;File=inline=1;width={width}px:{data}\a\n"
+    chunks = [data[i : i + 4096] for i in range(0, len(data), 4096)]
+    parts = []
+    for i, chunk in enumerate(chunks):
+        control = "a=T,f=100," if i == 0 else ""
+        parts.append(f"\033_G{control}m={int(i + 1 < len(chunks))};{chunk}\033\\")
+    return "".join(parts) + "\n"
+
+
+class Chat:
+    """The state of one conversation. options go to engine.stream; turn i is seeded by seed + i."""
+
+    def __init__(self, folder: str | Path, seed: int = 0, **options: Any):
+        self.folder = Path(folder)
+        self.seed = seed
+        self.options = options
+        self.begin()
+
+    def begin(self) -> None:
+        self.document = Document([])
+        self.attached: list[Image] = []
+        self.turn = 0
+
+    def run(self, engine: Any, lines: TextIO, out: TextIO) -> None:
+        """Until /quit or the end of the input. Bad input is answered in one line and the conversation goes on."""
+        asks = lines.isatty() and out.isatty()
+        protocol = inline_protocol(os.environ) if out.isatty() else None
+        if asks:
+            print(HELP, file=out)
+        for line in self.read(lines, out, asks):
+            try:
+                if line.startswith("/"):
+                    if not self.command(line, out):
+                        return
+                elif line:
+                    self.say(engine, line, out, protocol)
+            except ValueError as error:
+                print(f"unigen: {error}", file=out)
+            except KeyboardInterrupt:
+                if not asks:
+                    raise
+                print("\n(stopped; nothing of this turn is kept)", file=out)
+
+    @staticmethod
+    def read(lines: TextIO, out: TextIO, asks: bool) -> Iterator[str]:
+        if asks:
+            try:
+                import readline  # noqa: F401  (arrow keys and history in input())
+            except ImportError:
+                pass
+        while True:
+            try:
+                line = input("> ") if asks else lines.readline()
+            except EOFError:
+                return
+            if not asks and not line:
+                return
+            yield line.strip()
+
+    def command(self, line: str, out: TextIO) -> bool:
+        """Obeys a slash command; False to end."""
+        name, _, rest = line.partition(" ")
+        rest = rest.strip()
+        if name == "/quit":
+            return False
+        if name == "/image":
+            self.attached.append(read_image(os.path.expanduser(rest)))
+            print(f"attached {rest}", file=out)
+        elif name == "/seed":
+            if not rest.isdecimal():
+                raise ValueError("say /seed and a whole number, such as /seed 7")
+            self.seed, self.turn = int(rest), 0
+        elif name == "/save":
+            path = check_output(os.path.expanduser(rest), {".json": "JSON"})
+            write_text(path, json.dumps(self.document.to_json(), indent=1) + "\n")
+            print(f"saved {path}", file=out)
+        elif name == "/new":
+            self.begin()
+        else:
+            print(HELP, file=out)
+        return True
+
+    def say(self, engine: Any, line: str, out: TextIO, protocol: str | None) -> None:
+        """One turn: the user's pictures and words, then the engine's; kept only if the engine finishes its turn."""
+        asked = [*(Segment(image=image) for image in self.attached), Segment(text=line)]
+        request = Document([*self.document.segments, *asked])
+        answer: list[Segment] = []
+        stream = engine.stream(request, output="interleaved", seed=self.seed + self.turn, **self.options)
+        for part in stream:
+            if isinstance(part, str):
+                print(part, end="", file=out, flush=True)
+                if answer and answer[-1].text is not None:
+                    answer[-1].text += part
+                else:
+                    answer.append(Segment(text=part, role="assistant"))
+                continue
+            if answer and answer[-1].text is not None:
+                print(file=out)
+            path = self.save(part)
+            print(f"[{path}]", file=out)
+            if protocol is not None:
+                print(inline(part, protocol), end="", file=out, flush=True)
+            answer.append(Segment(image=part, role="assistant"))
+        if answer and answer[-1].text is not None:
+            print(file=out)
+        self.document = Document([*request.segments, *answer])
+        self.attached = []
+        self.turn += 1
+
+    def save(self, image: Image) -> Path:
+        """The picture under the first free number in the folder, which is made when it is needed."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"cannot make the folder {str(self.folder)!r}: {error.strerror}") from error
+        taken = {path.stem for path in self.folder.glob("picture-*.png")}
+        number = next(i for i in range(1, len(taken) + 2) if f"picture-{i:03d}" not in taken)
+        path = check_output(self.folder / f"picture-{number:03d}.png", {".png": "PNG"})
+        save_picture(path, image)
+        return path

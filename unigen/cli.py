@@ -1,0 +1,362 @@
+"""The command line: a lazy table of commands over `unigen.load` and its engine.
+
+    unigen generate "two apples on a blue background" -o out.png
+    unigen describe out.png -q "how many apples?"
+    unigen --help                                     (no torch is imported for this)
+
+Knows arguments, files and exit codes; refuses to know how anything is generated, trained or scored. Exit codes: 0;
+2 for bad input (any ValueError: one line on stderr, no traceback); 1 for a fault of ours (traceback).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+DEFAULT_MODEL = "unigen-tiny"
+
+
+class Command(NamedTuple):
+    """A row of the table. arguments=None: the command reads its own arguments (it is given the rest of the line)."""
+
+    help: str
+    run: Callable[[Any], int]
+    arguments: Callable[[argparse.ArgumentParser], None] | None
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are a ValueError: one line, exit code 2, like every other bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see {self.prog} --help")
+
+
+# --- values ---------------------------------------------------------------------------------------------------------
+
+
+def number(low: float, high: float = math.inf, *, open_low: bool = False) -> Callable[[str], float]:
+    """A finite float in [low, high], or in (low, high]."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or not low <= value <= high or (open_low and value == low):
+            least = f"above {low:g}" if open_low else f"of at least {low:g}"
+            most = "" if high == math.inf else f" and at most {high:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a finite number {least}{most}")
+        return value
+
+    return parse
+
+
+def whole(low: int) -> Callable[[str], int]:
+    """A whole number of at least `low`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if value < low:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {low}")
+        return value
+
+    return parse
+
+
+def text(value: str) -> str:
+    """Anything but nothing."""
+    if not value.strip():
+        raise argparse.ArgumentTypeError("it is empty; say in words what you want")
+    return value.strip()
+
+
+# --- arguments ------------------------------------------------------------------------------------------------------
+
+
+def model_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default=DEFAULT_MODEL, help="a name or a folder (default: %(default)s)")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: a GPU where there is one)")
+    group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the engine's choice")
+
+
+def sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is not given is left to the engine's defaults."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--seed", type=whole(0), default=0, help="same seed, same result (default: %(default)s)")
+    group.add_argument("--guidance", type=number(0), help="how strongly pictures follow the words; 1 is off")
+    group.add_argument("--temperature", type=number(0), help="1 samples as trained, 0 takes the likeliest")
+    group.add_argument("--top-k", type=whole(0), help="sample among the k likeliest tokens; 0 is all")
+    group.add_argument("--top-p", type=number(0, 1, open_low=True), help="sample among the likeliest of this mass")
+    group.add_argument("--generator", help="how pictures are written (default: the model's own)")
+
+
+def generate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", type=text, help="what to draw, in words")
+    parser.add_argument("-o", "--output", default="out.png", help="the picture (default: %(default)s)")
+    parser.add_argument("-n", type=whole(1), default=1, help="how many: out-0.png, out-1.png, ... (default: 1)")
+    parser.add_argument("--grid", action="store_true", help="all of them in one picture")
+    sampling_arguments(parser)
+    model_arguments(parser)
+
+
+def describe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("image", help="a picture")
+    parser.add_argument("-q", "--question", type=text, help="answer this instead of describing the picture")
+    model_arguments(parser)
+
+
+def edit_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("image", help="the picture to change")
+    parser.add_argument("instruction", type=text, help='such as "replace the sunflower with a rose"')
+    parser.add_argument("-o", "--output", default="out.png", help="the new picture (default: %(default)s)")
+    sampling_arguments(parser)
+    model_arguments(parser)
+
+
+def story_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", type=text, help='such as "a witch and her raven"')
+    parser.add_argument("--reference", action="append", default=[], help="a picture of a character; may be repeated")
+    parser.add_argument(
+        "-o", "--output", default="story.html", help="one .html page, or .md and its pictures (default: %(default)s)"
+    )
+    sampling_arguments(parser)
+    model_arguments(parser)
+
+
+def chat_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--folder", default="chat", help="where pictures are saved (default: %(default)s)")
+    sampling_arguments(parser)
+    model_arguments(parser)
+
+
+def train_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="a recipe file, such as recipes/tiny.py")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as steps=1000 optim.lr=1e-4")
+
+
+def info_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", metavar="FILE", help="write it as one JSON object too")
+    model_arguments(parser)
+
+
+# --- commands -------------------------------------------------------------------------------------------------------
+
+
+def load(args: argparse.Namespace) -> Any:
+    import unigen
+
+    return unigen.load(args.model, device=args.device, dtype=args.dtype)
+
+
+def sampling(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("seed", "guidance", "temperature", "top_k", "top_p", "generator")
+    return {name: value for name in names if (value := getattr(args, name)) is not None}
+
+
+def report(paths: list[Path], seconds: float) -> int:
+    for path in paths:
+        print(path)
+    print(f"{seconds:.1f} s", file=sys.stderr)
+    return 0
+
+
+def generate(args: argparse.Namespace) -> int:
+    from unigen.output import PICTURES, check_output, grid, numbered, save_picture
+
+    path = check_output(args.output, PICTURES)
+    paths = [path] if args.grid else numbered(path, args.n)
+    engine = load(args)
+    start = time.perf_counter()
+    made = engine.generate(args.prompt, output="image", n=args.n, **sampling(args))
+    images = made if isinstance(made, list) else [made]
+    for target, image in zip(paths, [grid(images)] if args.grid else images, strict=True):
+        save_picture(target, image)
+    return report(paths, time.perf_counter() - start)
+
+
+def describe(args: argparse.Namespace) -> int:
+    from unigen.sequence import read_image
+
+    image = read_image(args.image)
+    print(load(args).describe(image, args.question))
+    return 0
+
+
+def edit(args: argparse.Namespace) -> int:
+    from unigen.output import PICTURES, check_output, save_picture
+    from unigen.sequence import read_image
+
+    path = check_output(args.output, PICTURES)
+    image = read_image(args.image)
+    engine = load(args)
+    start = time.perf_counter()
+    save_picture(path, engine.edit(image, args.instruction, **sampling(args)))
+    return report([path], time.perf_counter() - start)
+
+
+def story(args: argparse.Namespace) -> int:
+    from unigen.output import PAGES, check_output, write_story
+    from unigen.sequence import read_image
+
+    path = check_output(args.output, PAGES)
+    references = [read_image(name) for name in args.reference]
+    engine = load(args)
+    start = time.perf_counter()
+    parts = engine.generate(
+        [*references, story_prompt(args.prompt, len(references))], output="interleaved", **sampling(args)
+    )
+    written = write_story(path, args.prompt, parts, made=args.line)
+    return report(written, time.perf_counter() - start)
+
+
+def story_prompt(prompt: str, references: int) -> str:
+    """The words that ask for a story: as the recipes ask for one."""
+    asked = prompt if "story" in prompt.lower().split() else f"a story about {prompt}"
+    if not references:
+        return asked
+    return f"{asked}, follow the identity of {'this image' if references == 1 else f'these {references} images'}"
+
+
+def chat(args: argparse.Namespace) -> int:
+    from unigen.chat import Chat
+
+    conversation = Chat(args.folder, **sampling(args))
+    conversation.run(load(args), sys.stdin, sys.stdout)
+    return 0
+
+
+def train(args: argparse.Namespace) -> int:
+    from unigen.training import run_recipe
+
+    run_recipe(args.recipe, args.overrides)
+    return 0
+
+
+def evaluate(arguments: list[str]) -> int:
+    from unigen.evaluation.runner import main as run
+
+    return run(arguments) or 0
+
+
+def info(args: argparse.Namespace) -> int:
+    from unigen.output import check_output, write_text
+
+    path = check_output(args.json, {".json": "JSON"}) if args.json else None
+    facts = load(args).info()
+    for key, value in facts.items():
+        print(f"{key:<20} {value}")
+    if path is not None:
+        write_text(path, json.dumps(facts, indent=2, default=str) + "\n")
+    return 0
+
+
+COMMANDS = {
+    "generate": Command("draw pictures from a sentence", generate, generate_arguments),
+    "describe": Command("say what a picture shows, or answer a question about it", describe, describe_arguments),
+    "edit": Command("change a picture as told", edit, edit_arguments),
+    "story": Command("write an illustrated story", story, story_arguments),
+    "chat": Command("talk in text and pictures, in the terminal", chat, chat_arguments),
+    "train": Command("run a recipe", train, train_arguments),
+    "eval": Command("score a model", evaluate, None),
+    "info": Command("what a model is made of", info, info_arguments),
+}
+
+
+# --- the way in -----------------------------------------------------------------------------------------------------
+
+
+def overview() -> str:
+    rows = [f"  {name:<10} {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: unigen COMMAND ...",
+            "",
+            "One model that reads and writes text and pictures.",
+            "",
+            "commands:",
+            *rows,
+            "",
+            "unigen COMMAND --help says more; unigen --version prints the version.",
+        ]
+    )
+
+
+def parser_of(name: str) -> Parser:
+    """The parser of one command of the table that has arguments of its own here."""
+    command = COMMANDS[name]
+    assert command.arguments is not None, name
+    parser = Parser(prog=f"unigen {name}", description=f"{command.help[0].upper()}{command.help[1:]}.")
+    command.arguments(parser)
+    return parser
+
+
+def missing_extra(error: ModuleNotFoundError) -> str | None:
+    """The line for the user if one of our optional dependencies brings the module, else None."""
+    from importlib.metadata import PackageNotFoundError, requires
+
+    root = (error.name or "").split(".")[0]
+    wanted = {"sklearn": "scikit-learn"}.get(root, root).replace("_", "-")
+    try:
+        lines = requires("unigen") or []
+    except PackageNotFoundError:
+        return None
+    for line in lines:
+        requirement, _, marker = line.partition(";")
+        bare = requirement.split("[")[0].rstrip("0123456789.,<>=!~ ")
+        if bare == wanted and "extra ==" in marker and "dev" not in marker:
+            extra = marker.split("extra ==")[1].strip(" \"'")
+            return f"{root} is not installed; run: pip install 'unigen[{extra}]'"
+    return None
+
+
+def dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if argv[0] in ("-V", "--version"):
+        from importlib.metadata import version
+
+        print(f"unigen {version('unigen')}")
+        return 0
+    name, rest = argv[0], argv[1:]
+    if name not in COMMANDS:
+        raise ValueError(f"no command {name!r}; there are: {', '.join(COMMANDS)}")
+    command = COMMANDS[name]
+    if command.arguments is None:
+        return command.run(rest)
+    args = parser_of(name).parse_args(rest)
+    args.line = shlex.join(["unigen", *argv])
+    return command.run(args)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command line and returns its exit code."""
+    try:
+        return dispatch(sys.argv[1:] if argv is None else argv)
+    except ValueError as error:
+        message = " ".join(str(error).split())
+    except ModuleNotFoundError as error:
+        line = missing_extra(error)
+        if line is None:
+            raise
+        message = line
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    print(f"unigen: error: {message}", file=sys.stderr)
+    return 2

@@ -1,0 +1,173 @@
+"""Writing results for people: pictures, grids and self-contained pages.
+
+Everything is written under a temporary name in the same folder and then renamed, so that a full disk or an interrupt
+never leaves half a file where a good one was. Refuses to know models: PIL images and strings in, files out.
+
+    from unigen.output import check_output, save_picture
+    path = check_output("out.png", PICTURES)        # before the work: a ValueError if nothing can be written there
+    save_picture(path, image)
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import math
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, IO
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+PAGES = {".html": "HTML", ".htm": "HTML", ".md": "Markdown"}
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1d2129; --soft: #667085; --paper: #faf9f7; --card: #fff;
+        --line: #e6e3dd; --accent: #b4552d }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #eceae6; --soft: #a09c94; --paper: #16171a; --card: #1f2125; --line: #33353b; --accent: #e58a5f } }
+* { box-sizing: border-box }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 17px/1.6 system-ui, sans-serif }
+main { max-width: 62rem; margin: 0 auto; padding: 3rem 1.25rem 5rem }
+h1 { font-size: 2.1rem; line-height: 1.2; margin: 0 0 .4rem; letter-spacing: -.02em }
+h2 { font-size: 1.25rem; margin: 3rem 0 .2rem }
+p { margin: .4rem 0 }
+.lead, figcaption, .note { color: var(--soft) }
+.row { display: grid; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); gap: 1.1rem; margin: 1.1rem 0 }
+figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 12px; overflow: hidden }
+figure img { display: block; width: 100%; aspect-ratio: 1; object-fit: cover }
+figcaption { padding: .7rem .9rem .8rem; font-size: .86rem; line-height: 1.45 }
+figcaption b { display: block; color: var(--ink); font-weight: 600; font-size: .95rem }
+.story { max-width: 30rem; margin: 2rem auto }
+.story p { font-size: 1.15rem; margin: 1.2rem .2rem }
+code { font: .82rem/1.5 ui-monospace, SFMono-Regular, Menlo, monospace; overflow-wrap: anywhere }
+pre { background: var(--card); border: 1px solid var(--line); border-left: 3px solid var(--accent); border-radius: 8px;
+      padding: .6rem .8rem; margin: .6rem 0; overflow-x: auto; white-space: pre-wrap }
+footer { margin-top: 3.5rem; padding-top: 1rem; border-top: 1px solid var(--line);
+         color: var(--soft); font-size: .86rem }
+""".strip()
+
+
+def check_output(path: str | Path, kinds: dict[str, str]) -> Path:
+    """The path, if a file of one of `kinds` (suffix -> format) can be written there now; else a ValueError."""
+    path = Path(path)
+    if path.suffix.lower() not in kinds:
+        raise ValueError(f"cannot write {str(path)!r}: the name must end in one of {', '.join(kinds)}")
+    if path.is_dir():
+        raise ValueError(f"cannot write {str(path)!r}: it is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise ValueError(f"cannot write {str(path)!r}: no folder {str(path.parent)!r}; make it first")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write {str(path)!r}: {error.strerror}; choose another folder") from error
+    return path
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Calls write(file) on a temporary file beside `path` and renames it; a ValueError if the disk refuses."""
+    name = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            name = file.name
+            write(file)
+            os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except OSError as error:
+        raise ValueError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
+    finally:
+        if name is not None and os.path.exists(name):
+            os.unlink(name)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def save_picture(path: Path, image: Image) -> None:
+    write_atomically(path, lambda file: image.save(file, format=PICTURES[path.suffix.lower()]))
+
+
+def numbered(path: Path, n: int) -> list[Path]:
+    """out.png for one picture; out-0.png, out-1.png, ... for several."""
+    return [path] if n == 1 else [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(n)]
+
+
+def grid(images: Sequence[Image], gap: int = 2) -> Image:
+    """The pictures in one, row by row in a square as far as it goes, `gap` pixels of white between them."""
+    from PIL import Image as PILImage
+
+    columns = math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    width, height = max(im.width for im in images), max(im.height for im in images)
+    sheet = PILImage.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    for i, image in enumerate(images):
+        sheet.paste(image, ((i % columns) * (width + gap), (i // columns) * (height + gap)))
+    return sheet
+
+
+def png_bytes(image: Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def data_uri(image: Image) -> str:
+    return "data:image/png;base64," + base64.b64encode(png_bytes(image)).decode()
+
+
+def page(title: str, body: str) -> str:
+    """A whole HTML page without scripts or links to elsewhere; `body` is HTML, `title` is text."""
+    return (
+        '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{html.escape(title)}</title>\n<style>\n{STYLE}\n</style>\n<main>\n{body}\n</main>\n</html>\n"
+    )
+
+
+def figure(image: Image, caption: str = "", alt: str = "") -> str:
+    """A picture in a card; `caption` is HTML, `alt` is text."""
+    below = f"<figcaption>{caption}</figcaption>" if caption else ""
+    return f'<figure><img src="{data_uri(image)}" alt="{html.escape(alt)}">{below}</figure>'
+
+
+def story_body(parts: Sequence[str | Image]) -> str:
+    """Text and pictures in order, as HTML."""
+    rows = [f"<p>{html.escape(part.strip())}</p>" if isinstance(part, str) else figure(part) for part in parts]
+    return '<div class="story">\n' + "\n".join(rows) + "\n</div>"
+
+
+def write_story(path: Path, title: str, parts: Sequence[str | Image], made: str) -> list[Path]:
+    """One self-contained HTML page, or a Markdown file with its pictures beside it; returns what was written.
+
+    made: one line of text on how the story was made (command, model, seed).
+    """
+    if PAGES[path.suffix.lower()] == "HTML":
+        head = f"<h1>{html.escape(title)}</h1>"
+        foot = f"<footer>Made by <code>{html.escape(made)}</code></footer>"
+        write_text(path, page(title, "\n".join([head, story_body(parts), foot])))
+        return [path]
+    lines: list[str] = [f"# {title}"]
+    written: list[Path] = []
+    for part in parts:
+        if isinstance(part, str):
+            lines.append(part.strip())
+            continue
+        picture = path.with_name(f"{path.stem}-{len(written)}.png")
+        save_picture(picture, part)
+        written.append(picture)
+        lines.append(f"![]({picture.name})")
+    write_text(path, "\n\n".join([*lines, f"Made by `{made}`"]) + "\n")
+    return [path, *written]
