@@ -1,0 +1,1 @@
+"""Data: the rendered world, its language and its stories, and reading documents from shards."""
