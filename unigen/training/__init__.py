@@ -1,0 +1,22 @@
+"""Training: `run_recipe` loads a recipe file and trains it; `Trainer(cfg, job).run()` is what it calls.
+
+It refuses to know losses (an Objective does) and models (a recipe does). Nothing heavy is imported until a name is used.
+
+    unigen train recipes/tiny.py steps=100 optim.lr=1e-4
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from unigen.config import OptimConfig, RunConfig
+
+if TYPE_CHECKING:
+    from unigen.training.trainer import Job, Objective, Trainer, run_recipe
+
+__all__ = ["Job", "Objective", "OptimConfig", "RunConfig", "Trainer", "run_recipe"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(importlib.import_module("unigen.training.trainer"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
