@@ -11,7 +11,8 @@ pure function of its random generator:
 from __future__ import annotations
 
 import hashlib
-from functools import lru_cache
+from dataclasses import replace
+from functools import cache
 
 import numpy as np
 
@@ -34,6 +35,7 @@ from unigen.data.world import Picture, World, find_font, ground_depth
 
 __all__ = ["ASPECTS", "BACKGROUNDS", "COLORS", "HORIZON", "MAX_COUNT", "NUMBERS", "OBJECTS", "PLURALS", "RELATIONS", "OPPOSITE"]
 __all__ += ["Item", "Scene", "Picture", "World", "Group", "find_font", "ground_depth", "plural", "singular", "tints"]
+__all__ += ["insert_item", "swap_items", "relation_of_boxes"]
 __all__ += ["sample_scene", "sample_groups", "place", "relation", "clear_relation", "is_heldout", "heldout_groups", "groups_of"]
 
 Group = tuple[str, str | None, int]  # name, colour or None (natural), count
@@ -80,10 +82,10 @@ def clear_relation(a: Item, b: Item) -> str | None:
     return None
 
 
-# --- the held-out split -----------------------------------------------------------------------------------------------------------
+# --- the held-out split ---------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=None)
+@cache
 def _held(key: str) -> bool:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=4).digest(), "big") % 10 == 0
 
@@ -110,7 +112,7 @@ def is_heldout(scene: Scene) -> bool:
     return bool(heldout_groups(groups_of(scene)))
 
 
-# --- sampling ---------------------------------------------------------------------------------------------------------------------
+# --- sampling -------------------------------------------------------------------------------------
 
 
 def sample_groups(rng: np.random.Generator, heldout: bool | None = False) -> tuple[tuple[Group, ...], bool]:
@@ -173,6 +175,35 @@ def place(
     if ground:
         return place(rng, groups, background, wanted, ground=False, size=size)
     raise AssertionError(f"no place found for {groups} {wanted}")
+
+
+def swap_items(scene: Scene, chosen: set[int], name: str, color: str | None) -> Scene | None:
+    """The scene with other objects in the place of the chosen ones: same centre and size (on the ground: same base), moved only as far
+    as the picture's edge asks; None where they would hide too much."""
+    items = list(scene.items)
+    for k in chosen:
+        old = items[k]
+        new = replace(old, name=name, color=color)
+        w, h = new.extent()
+        y = old.box()[3] - h / 2 if scene.ground else old.y
+        if max(w, h) > scene.size:
+            return None
+        items[k] = replace(new, x=min(max(old.x, w / 2), scene.size - w / 2), y=min(max(y, h / 2), scene.size - h / 2))
+    return replace(scene, items=tuple(items)) if all(_covered(items, k) <= _OVERLAP for k in range(len(items))) else None
+
+
+def insert_item(scene: Scene, rng: np.random.Generator, name: str, color: str | None) -> Scene | None:
+    """The scene with one more object that hides none and is hidden by none beyond the bound, all others unmoved; None without room."""
+    n = len(scene.items) + 1
+    draw = _on_ground if scene.ground else _anywhere
+    for attempt in range(60):
+        item = draw(rng, name, color, n, 1 - attempt / 60, None, 0, scene.size)
+        stack = [*scene.items, item]
+        if scene.ground:
+            stack.sort(key=lambda one: one.box()[3])
+        if all(_covered(stack, k) <= _OVERLAP for k in range(n)):
+            return replace(scene, items=tuple(stack))
+    return None
 
 
 def _covered(stack: list[Item], k: int) -> float:

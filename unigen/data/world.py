@@ -173,12 +173,10 @@ def _tint(glyph: Image.Image, color: tuple[int, int, int]) -> Image.Image:
     alpha = pixels[..., 3]
     grey = pixels[..., :3] @ np.array([0.299, 0.587, 0.114], dtype=np.float32) / 255
     low, middle, high = np.percentile(grey[alpha > 127], [2, 50, 98])
-    below = 0.5 * (grey - low) / max(middle - low, 0.15)
-    above = 1 - 0.5 * (high - grey) / max(high - middle, 0.15)
-    tone = np.where(grey < middle, below + 0.5 - 0.5 * (middle - low) / max(middle - low, 0.15), above)
-    tone = np.where(grey < middle, tone, above - 0.5 + 0.5 * (high - middle) / max(high - middle, 0.15)).clip(0, 1)
+    spread = np.where(grey < middle, max(middle - low, 0.15), max(high - middle, 0.15))
+    tone = (0.5 + 0.5 * (grey - middle) / spread).clip(0, 1)[..., None]
     mid = np.array(color, dtype=np.float32)
     dark, light = 0.32 * mid, mid + 0.55 * (255 - mid)
-    ramp = np.where(tone[..., None] < 0.5, dark + 2 * tone[..., None] * (mid - dark), mid + (2 * tone[..., None] - 1) * (light - mid))
+    ramp = np.where(tone < 0.5, dark + 2 * tone * (mid - dark), mid + (2 * tone - 1) * (light - mid))
     out = np.concatenate([ramp, alpha[..., None]], axis=-1)
     return Image.fromarray(np.rint(out).astype(np.uint8), "RGBA")
