@@ -31,3 +31,43 @@ def emoji_font() -> Path:
         return find_font()
     except ValueError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole model folder of family "tiny" with random weights: 16x16 pictures of 2x2 codes, two thin layers."""
+    import torch
+    from transformers import LlamaConfig
+
+    from unigen.models import tiny
+    from unigen.tokenizers import text
+    from unigen.tokenizers.vq import VQConfig, VQTokenizer
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tiny")
+    words = "a the blue red horse dog apple apples two three on background how many story about witch and raven".split()
+    lines = [" " + " ".join(words[i:] + words[:i]) for i in range(len(words))] * 4
+    text.train(lines, folder / "text", 304, tiny.SPECIALS)
+    image_tokenizer = VQTokenizer(
+        VQConfig(
+            image_size=16,
+            codes=32,
+            channels=16,
+            decoder_channels=16,
+            wide=16,
+            encoder_blocks=(1, 1),
+            decoder_blocks=(1, 1),
+        )
+    )
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+    )
+    model = tiny.create(config, text.load(folder / "text"), image_tokenizer)
+    model.save(folder / "model")
+    return folder / "model"

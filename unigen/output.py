@@ -43,6 +43,7 @@ figure { margin: 0; background: var(--card); border: 1px solid var(--line); bord
 figure img { display: block; width: 100%; aspect-ratio: 1; object-fit: cover }
 figcaption { padding: .7rem .9rem .8rem; font-size: .86rem; line-height: 1.45 }
 figcaption b { display: block; color: var(--ink); font-weight: 600; font-size: .95rem }
+.wide { grid-column: span 2 }
 .story { max-width: 30rem; margin: 2rem auto }
 .story p { font-size: 1.15rem; margin: 1.2rem .2rem }
 code { font: .82rem/1.5 ui-monospace, SFMono-Regular, Menlo, monospace; overflow-wrap: anywhere }

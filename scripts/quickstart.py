@@ -1,0 +1,170 @@
+"""The main job on one model, as a page: pictures from sentences, questions, an edit, stories; for quickstart.sh.
+
+    python scripts/quickstart.py [--model unigen-tiny] [--folder quickstart] [--seed 0]
+
+Uses only `unigen.load` and the engine, as a user would; every result stands beside the command that makes it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import html
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any, TypeVar
+
+import unigen
+from unigen.cli import story_prompt
+from unigen.config import hardware
+from unigen.output import check_output, figure, page, save_picture, story_body, write_text
+
+T = TypeVar("T")
+
+PROMPTS = {
+    "horse": "a blue horse and a red dog",
+    "apples": "two apples on a blue background",
+    "sunflower": "a sunflower on a white background",
+    "witch": "a witch",
+    "raven": "a raven",
+    "penguins": "three penguins",
+    "rocket": "a rocket left of a moon",
+    "house": "a house and a purple tree",
+}
+QUESTIONS = ["how many apples are there?", "is there a horse?", "what color is the background?"]
+EDIT = "replace the sunflower with a rose"
+STORY = "a witch and her raven"
+GUIDANCE = 3.0
+REFERENCES = ("witch", "raven")
+
+
+class Maker:
+    """Makes results one by one, timed, and collects the page's sections."""
+
+    def __init__(self, engine: Any, folder: Path, model: str, seed: int) -> None:
+        self.engine, self.folder, self.model, self.seed = engine, folder, model, seed
+        self.options = {"seed": seed, "guidance": GUIDANCE}
+        self.sections: list[str] = []
+        self.pictures: dict[str, Any] = {}
+
+    def timed(self, what: str, make: Callable[[], T]) -> tuple[T, float]:
+        start = time.perf_counter()
+        result = make()
+        seconds = time.perf_counter() - start
+        print(f"{seconds:6.1f} s  {what}", flush=True)
+        return result, seconds
+
+    def command(self, *words: str, seeded: bool = True) -> str:
+        """The command line that makes the same again, as HTML."""
+        if seeded:
+            words += ("--seed", str(self.seed), "--guidance", f"{GUIDANCE:g}")
+        if self.model != "unigen-tiny":
+            words += ("--model", self.model)
+        return f"<code>{html.escape(shlex.join(['unigen', *words]))}</code>"
+
+    def place(self, name: str) -> str:
+        return str(self.folder / f"{name}.png")
+
+    def keep(self, name: str, image: Any) -> None:
+        self.pictures[name] = image
+        save_picture(Path(self.place(name)), image)
+
+    def section(self, title: str, note: str, body: str) -> None:
+        note = f'<p class="note">{html.escape(note)}</p>\n' if note else ""
+        self.sections.append(f"<h2>{html.escape(title)}</h2>\n{note}{body}")
+
+    def draw(self) -> None:
+        cards = []
+        for name, prompt in PROMPTS.items():
+            make = functools.partial(self.engine.generate, prompt, output="image", **self.options)
+            image, seconds = self.timed(prompt, make)
+            self.keep(name, image)
+            again = self.command("generate", prompt, "-o", self.place(name))
+            cards.append(
+                figure(image, f"<b>{html.escape(prompt)}</b>seed {self.seed}, {seconds:.1f} s<br>{again}", prompt)
+            )
+        self.section("Drawn from a sentence", "", f'<div class="row">{"".join(cards)}</div>')
+
+    def ask(self) -> None:
+        image = self.pictures["apples"]
+        said, seconds = self.timed("what does the picture show?", functools.partial(self.engine.describe, image))
+        again = self.command("describe", self.place("apples"), seeded=False)
+        rows = [f"<p><b>Describe it.</b> {html.escape(said)}<br><span class=note>{seconds:.1f} s</span> {again}</p>"]
+        for question in QUESTIONS:
+            said, seconds = self.timed(question, functools.partial(self.engine.describe, image, question))
+            again = self.command("describe", self.place("apples"), "-q", question, seeded=False)
+            rows.append(
+                f"<p><b>{html.escape(question)}</b> {html.escape(said)}<br>"
+                f"<span class=note>{seconds:.1f} s</span> {again}</p>"
+            )
+        body = f'<div class="row">{figure(image, alt=PROMPTS["apples"])}<div class="wide">{"".join(rows)}</div></div>'
+        self.section("Asked about a picture", "The model reads its own drawing again, from the pixels.", body)
+
+    def edit(self) -> None:
+        before = self.pictures["sunflower"]
+        after, seconds = self.timed(EDIT, functools.partial(self.engine.edit, before, EDIT, **self.options))
+        self.keep("edited", after)
+        again = self.command("edit", self.place("sunflower"), EDIT, "-o", self.place("edited"))
+        cards = [
+            figure(before, f"<b>before</b>{html.escape(PROMPTS['sunflower'])}", "before"),
+            figure(after, f"<b>after</b>seed {self.seed}, {seconds:.1f} s<br>{again}", "after"),
+        ]
+        self.section("Edited", f"“{EDIT}”", f'<div class="row">{"".join(cards)}</div>')
+
+    def story(self, references: tuple[str, ...]) -> None:
+        pictures = [self.pictures[name] for name in references]
+        prompt = [*pictures, story_prompt(STORY, len(pictures))]
+        make = functools.partial(self.engine.generate, prompt, output="interleaved", **self.options)
+        parts, seconds = self.timed(f"a story: {STORY}" + " from references" * bool(references), make)
+        flags = [word for name in references for word in ("--reference", self.place(name))]
+        again = self.command("story", STORY, *flags, "-o", str(self.folder / "story.html"))
+        title = "A story about these two" if references else "A story"
+        shown = "".join(figure(self.pictures[name], f"<b>reference</b>{name}", name) for name in references)
+        shown = f'<div class="row">{shown}</div>' if shown else ""
+        body = f"{shown}{story_body(parts)}<p class=note>seed {self.seed}, {seconds:.1f} s {again}</p>"
+        self.section(title, f"“{STORY}”", body)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="unigen-tiny")
+    parser.add_argument("--folder", type=Path, default=Path("quickstart"))
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+
+    start = time.perf_counter()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    target = check_output(args.folder / "index.html", {".html": "HTML"})
+    maker = Maker(unigen.load(args.model), args.folder, args.model, args.seed)
+    print(f"{time.perf_counter() - start:6.1f} s  load {args.model}")
+    maker.draw()
+    maker.ask()
+    maker.edit()
+    maker.story(())
+    maker.story(REFERENCES)
+    seconds = time.perf_counter() - start
+
+    head = (
+        "<h1>One model that draws, looks and tells</h1>\n"
+        f'<p class="lead">Everything below was made by <b>{html.escape(args.model)}</b> on this machine in '
+        f"{seconds:.0f} seconds. Each result stands beside the command that makes it again "
+        "(after <code>source .venv/bin/activate</code>).</p>"
+    )
+    facts = ", ".join(
+        f"{key} {value}" for key, value in maker.engine.info().items() if not isinstance(value, (dict, list))
+    )
+    foot = f"<footer>{html.escape(facts)}<br>{html.escape(hardware())}, {date.today()}</footer>"
+    write_text(target, page("unigen quickstart", "\n".join([head, *maker.sections, foot])))
+    print(f"\nLook at {target.resolve()}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        print(f"quickstart: error: {error}", file=sys.stderr)
+        sys.exit(2)
