@@ -1,4 +1,4 @@
-"""Configurations as plain dataclasses: to and from JSON, strict `key=value` overrides, atomic JSON files, reports of a run.
+"""Configurations as plain dataclasses: to and from JSON, strict overrides, atomic JSON files, reports of a run.
 
 It refuses to know what is configured: no torch, no models, no recipes. Importing it costs milliseconds.
 
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 @dataclass
 class OptimConfig:
-    """AdamW and its schedule. `warmup` is in steps; `min_ratio` is the share of `lr` left at the end; `clip` 0 is off."""
+    """AdamW and its schedule. `warmup` is in steps, `min_ratio` the share of `lr` left at the end; `clip` 0 is off."""
 
     lr: float = 3e-4
     betas: tuple[float, float] = (0.9, 0.95)
@@ -55,10 +55,9 @@ class RunConfig:
     """What the Trainer reads. A recipe subclasses it to add its own plain fields.
 
     `batch_size` is rows per micro-batch and process: one step reads batch_size * accumulate * processes rows.
-    With `time_limit` (seconds of training, over all sessions of the run) the run ends at `steps` or at the limit, whichever
-    is first, and the schedule follows the same clock. `ema` 0 and `save_every` / `sample_every` 0 are off (the end of a run
-    is always saved). `keep` is how many checkpoints stay on disk.
-    """
+    With `time_limit` (seconds of training, over all sessions of the run) the run ends at `steps` or at the limit,
+    whichever is first, and the schedule follows the same clock. `ema` 0 and `save_every` / `sample_every` 0 are off
+    (the end of a run is always saved). `keep` is how many checkpoints stay on disk."""
 
     steps: int = 1000
     batch_size: int = 32
@@ -102,16 +101,17 @@ def to_dict(cfg: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
-    """The dataclass `cls` from nested dicts. Missing keys take the default; ValueError for an unknown key or a wrong type."""
+    """The dataclass `cls` from nested dicts. Missing keys take the default; ValueError for an unknown key or a wrong
+    type."""
     return _build(cls, values, "")
 
 
 def apply_overrides(cfg: T, overrides: Iterable[str]) -> T:
     """A copy of `cfg` with `dotted.key=value` texts applied in order.
 
-    Texts are read by the field's type: int, float, bool (true/false), str, none where the type allows it, tuples as `1,2` or
-    `(1,2)`, one of the choices. ValueError names the unknown key and the nearest valid ones, or the type that was expected.
-    """
+    Texts are read by the field's type: int, float, bool (true/false), str, none where the type allows it, tuples as
+    `1,2` or `(1,2)`, one of the choices. ValueError names the unknown key and the nearest valid ones, or the type that
+    was expected."""
     for item in overrides:
         key, equals, text = item.partition("=")
         _require(bool(equals) and bool(key.strip()), f"override {item!r} is not of the form key=value")
@@ -269,7 +269,8 @@ def _coerce(hint: Any, value: Any, key: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """`value` in JSON's own types: NaN and infinities become null, arrays and scalars of numpy or torch plain numbers."""
+    """`value` in JSON's own types: NaN and infinities become null, arrays and scalars of numpy or torch plain
+    numbers."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
@@ -288,7 +289,8 @@ def _plain(value: Any) -> Any:
 
 
 def save_json(path: str | os.PathLike[str], obj: Any) -> None:
-    """Write `obj` as strict JSON (NaN -> null), complete or not at all; makes the folder. ValueError where it cannot be written."""
+    """Write `obj` as strict JSON (NaN -> null), complete or not at all; makes the folder. ValueError where it cannot
+    be written."""
     path = Path(path)
     text = json.dumps(_plain(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     temporary = None
@@ -321,7 +323,8 @@ def load_json(path: str | os.PathLike[str]) -> Any:
 
 
 def hardware() -> str:
-    """The machine in words: the GPU's name where torch is loaded and sees one, else the CPU's model and usable cores."""
+    """The machine in words: the GPU's name where torch is loaded and sees one, else the CPU's model and usable
+    cores."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
@@ -350,9 +353,8 @@ def write_report(
 ) -> dict[str, Any]:
     """Write what one eval, bench or probe command found as ONE JSON object, and return it.
 
-    `command` is the full line that repeats it. Each row holds name, value, unit, baseline, ratio, batch (absent ones become
-    null). Hardware and date (UTC, ISO) are filled in; `extra` fields are written as they are.
-    """
+    `command` is the full line that repeats it. Each row holds name, value, unit, baseline, ratio, batch (absent ones
+    become null). Hardware and date (UTC, ISO) are filled in; `extra` fields are written as they are."""
     keys = ("name", "value", "unit", "baseline", "ratio", "batch")
     report = {
         "command": command,

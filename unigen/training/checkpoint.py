@@ -1,11 +1,12 @@
-"""What a run leaves on disk: checkpoints to resume from, the average of the weights (EMA), and the finished model's folder.
+"""What a run leaves on disk: checkpoints, the averaged weights (EMA), the folder of the finished model.
 
-It refuses to know what is trained. Every file appears under a temporary name and is renamed when complete, so that a full
-disk or a kill leaves the last good one.
+It refuses to know what is trained. Every file appears under a temporary name and is renamed when complete, so that a
+full disk or a kill leaves the last good one.
 
     save_checkpoint(run_dir, state, keep=2);  state = load_checkpoint(run_dir)   # None: a fresh run
 """
 
+import errno
 import hashlib
 import os
 import shutil
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """Exponential moving average of the trained weights, in fp32: w <- d w + (1 - d) p, d = min(decay, (1 + n) / (10 + n)).
+    """Exponential moving average of the trained weights, in fp32: w <- d w + (1 - d) p, d = min(decay, (1 + n) / (10 +
+    n)).
 
     n counts the updates, so that a short run is not an average with its random start (as in TensorFlow's
     ExponentialMovingAverage with num_updates). Frozen weights and buffers are not averaged.
@@ -78,34 +80,31 @@ def save_checkpoint(run_dir: Path, state: dict[str, Any], keep: int) -> Path:
 
     ValueError where the disk is full or cannot be written; the checkpoints already there are then untouched.
     """
-    folder = _folder(run_dir)
-    path = folder / f"step-{state['step']:08d}.pt"
+    path = _folder(run_dir) / f"step-{state['step']:08d}.pt"
     temporary = path.with_suffix(".tmp")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            hashing = _HashingWriter(file)
-            torch.save(state, hashing)
-            file.write(hashing.digest())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a failed write into a RuntimeError
-        temporary.unlink(missing_ok=True)
-        good = checkpoints(run_dir)
-        last = f"the last good checkpoint is {good[-1]}" if good else "no checkpoint was saved before"
-        cause = error if isinstance(error, OSError) else error.__context__ or error
-        reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
-        raise ValueError(
-            f"cannot save the checkpoint {path}: {reason}; {last}. Free some space and run the same command again"
-        ) from error
+    good = checkpoints(run_dir)
+    last = f"the last good checkpoint is {good[-1]}" if good else "no checkpoint was saved before"
+    with disk_errors(f"the checkpoint {path}", f"{last}; free some space and run the same command again"):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                hashing = _HashingWriter(file)
+                torch.save(state, hashing)
+                file.write(hashing.digest())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except Exception:
+            temporary.unlink(missing_ok=True)
+            raise
     for old in checkpoints(run_dir)[:-keep]:
         old.unlink()
     return path
 
 
 def load_checkpoint(run_dir: Path) -> dict[str, Any] | None:
-    """The newest checkpoint on the CPU, or None where the run has none. ValueError with one line where it is damaged."""
+    """The newest checkpoint on the CPU, or None where the run has none. ValueError with one line where it is
+    damaged."""
     found = checkpoints(run_dir)
     if not found:
         return None
@@ -154,16 +153,38 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
     temporary, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
     for leftover in (temporary, old) if folder.exists() else (temporary,):
         shutil.rmtree(leftover, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        write(temporary)
-        if folder.exists():
-            os.rename(folder, old)
-        os.rename(temporary, folder)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise ValueError(f"cannot write {folder}: {error.strerror or error}; the one saved before is untouched") from error
+    with disk_errors(str(folder), "what was saved before is untouched; free some space and run the same command again"):
+        try:
+            temporary.mkdir(parents=True)
+            write(temporary)
+            if folder.exists():
+                os.rename(folder, old)
+            os.rename(temporary, folder)
+        except Exception:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+
+
+@contextmanager
+def disk_errors(what: str, advice: str) -> Iterator[None]:
+    """A disk that is full or may not be written becomes one ValueError; every other exception passes unchanged."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:
+        chain: BaseException | None = error
+        while chain is not None:  # torch and safetensors raise their own kinds about a failed write
+            if isinstance(chain, OSError) and chain.errno in _DISK:
+                raise ValueError(f"cannot write {what}: {chain.strerror}; {advice}") from error
+            if "(os error 28)" in str(chain):
+                raise ValueError(f"cannot write {what}: {os.strerror(errno.ENOSPC)}; {advice}") from error
+            chain = chain.__cause__ or chain.__context__
+        raise
 
 
 def cpu_tree(tree: Any) -> Any:

@@ -1,0 +1,123 @@
+"""What a training run says while it runs: a progress bar (plain lines without a terminal), metrics.jsonl, tensorboard.
+
+It refuses to know where numbers come from. `Totals` adds sums and counts; `Logs` writes means.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Totals:
+    """Sums and counts since the last log line, kept on the device until they are asked for."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, Tensor] = {}
+        self._weights: dict[str, float] = {}
+        self._since = time.monotonic()
+
+    def add(self, name: str, total: Tensor, count: Tensor | int, weight: float = 1.0) -> None:
+        total = torch.as_tensor(total).detach().double()
+        count = torch.as_tensor(count, device=total.device).detach().double()
+        self._sums[name] = self._sums[name] + total if name in self._sums else total
+        self._counts[name] = self._counts[name] + count if name in self._counts else count
+        self._weights[name] = weight
+
+    def mean(self, world: int) -> dict[str, float]:
+        """{"loss", each name, "tokens/s" where "metric/tokens" is a name}: over all processes since the last call."""
+        names = sorted(self._sums)
+        both = torch.stack([torch.stack([self._sums[name], self._counts[name]]) for name in names])
+        if world > 1:
+            torch.distributed.all_reduce(both)
+        rows = dict(zip(names, both.tolist(), strict=True))
+        means = {name.removeprefix("metric/"): total / max(count, 1e-12) for name, (total, count) in rows.items()}
+        loss = sum(self._weights[name] * means[name] for name in names if not name.startswith("metric/"))
+        if "metric/tokens" in rows:
+            means["tokens/s"] = rows["metric/tokens"][0] / max(time.monotonic() - self._since, 1e-9)
+        self.__init__()  # type: ignore[misc]
+        return {"loss": loss} | means
+
+
+class Logs:
+    """Writes one line of metrics at a time; a context, so that files and the bar are closed. Lines after `step` are
+    forgotten."""
+
+    def __init__(self, run_dir: Path, steps: int, step: int, progress: float, seconds: float) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.steps, self.start = steps, (progress, seconds)
+        path = run_dir / "metrics.jsonl"
+        _drop_after(path, step)
+        self.file = open(path, "a", encoding="utf-8")
+        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+        self.bar: Any = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            form = "{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{postfix}"
+            self.bar = tqdm(total=steps, initial=step, dynamic_ncols=True, bar_format=form)
+
+    def tick(self) -> None:
+        if self.bar is not None:
+            self.bar.update(1)
+
+    def write(self, step: int, metrics: dict[str, float], progress: float) -> None:
+        """`progress` is the share of the run that is done; metrics hold "loss", "lr", "seconds", "rows/s" and whatever
+        else."""
+        done, since = progress - self.start[0], metrics["seconds"] - self.start[1]
+        left = clock(since * (1 - progress) / max(done, 1e-9))
+        self.file.write(
+            json.dumps({"step": step} | {k: v if math.isfinite(v) else None for k, v in metrics.items()}) + "\n"
+        )
+        self.file.flush()
+        for name, value in metrics.items():
+            self.board.add_scalar(name, value, step)
+        self.board.flush()
+        speed = f"{metrics['tokens/s']:.0f} tokens/s" if "tokens/s" in metrics else f"{metrics['rows/s']:.1f} rows/s"
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {speed}, {left} left")
+            return
+        usual = {"loss", "lr", "seconds", "tokens", "tokens/s", "rows/s", "grad_norm"}
+        others = [name for name in metrics if name not in usual]
+        detail = "  " + " ".join(f"{name} {metrics[name]:.4g}" for name in others) if len(others) > 1 else ""
+        head = f"step {step}/{self.steps}  loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}"
+        print(f"{head}  {speed}  {left} left{detail}", flush=True)
+
+    def __enter__(self) -> "Logs":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        self.file.close()
+        self.board.close()
+
+
+def clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Forget the lines of steps that are about to be done again, and one cut short by a kill."""
+    if path.exists():
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf

@@ -1,0 +1,153 @@
+"""The dataset as an endless stream of rows: which row stands at which position, and a loader that starts anywhere.
+
+It refuses to know what an item is. Row p of the stream is always the same item with the same random seeds, whichever
+process or worker makes it and whenever: resuming is starting at p.
+
+    batches = load(dataset, collate, first=0, size=32, rank=0, world=1, seed=0, shuffle=True, workers=2, pin=False)
+    batch = next(batches)
+"""
+
+import itertools
+import pickle
+import random
+import signal
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.utils.data
+
+
+def mix(*keys: int) -> int:
+    """63 well-mixed bits from integers (splitmix64's finalizer, folded over the keys)."""
+    state = 0
+    for key in keys:
+        state = (state + key + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state >> 1
+
+
+def permuted(index: int, length: int, seed: int) -> int:
+    """Where `index` goes in a seeded permutation of range(length): six Feistel rounds, walked until inside; no
+    memory."""
+    half = max((length - 1).bit_length() + 1, 2) // 2
+    mask = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & mask
+        for turn in range(6):
+            left, right = right, left ^ (mix(seed, turn, right) & mask)
+        index = left << half | right
+        if index < length:
+            return index
+
+
+def seed_all(seed: int) -> None:
+    """Seed python, numpy and torch (every device), so that what follows is a function of `seed`."""
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.manual_seed(seed)
+
+
+@dataclass
+class Failed:
+    """An exception on its way out of a worker: a ValueError is the user's to mend (one line), another our fault
+    (traceback)."""
+
+    error: Exception
+    where: str
+    text: str
+
+    def throw(self) -> None:
+        if isinstance(self.error, ValueError):
+            raise ValueError(f"{self.error} ({self.where})")
+        raise RuntimeError(f"{self.where} failed:\n{self.text}")
+
+
+class _Stream(torch.utils.data.Dataset[Any]):
+    """position -> item, in order or shuffled anew each epoch."""
+
+    def __init__(self, dataset: Any, seed: int, shuffle: bool) -> None:
+        self.dataset, self.seed = dataset, seed
+        self.length = len(dataset) if hasattr(dataset, "__len__") else None
+        self.shuffle = shuffle and self.length is not None
+        if self.length == 0:
+            raise ValueError("the dataset is empty")
+
+    def __getitem__(self, position: int) -> Any:
+        index = position
+        if self.length is not None:
+            epoch, index = divmod(position, self.length)
+            if self.shuffle:
+                index = permuted(index, self.length, mix(self.seed, epoch))
+        seed_all(mix(self.seed, position, 1))  # for datasets that draw from the global generators
+        try:
+            return self.dataset[index]
+        except Exception as error:
+            return Failed(error, f"item {index} of the dataset", traceback.format_exc())
+
+
+@dataclass
+class _Collate:
+    """The job's collate; a failed item, or its own failure, takes the batch's place."""
+
+    collate: Callable[[list[Any]], Any]
+
+    def __call__(self, items: list[Any]) -> Any:
+        failed = next((item for item in items if isinstance(item, Failed)), None)
+        if failed is None:
+            try:
+                return self.collate(items)
+            except Exception as error:
+                failed = Failed(error, "putting a batch together", traceback.format_exc())
+        try:
+            pickle.loads(pickle.dumps(failed.error))
+        except Exception:  # an exception that cannot travel would hang the worker; its text can
+            kind = ValueError if isinstance(failed.error, ValueError) else RuntimeError
+            failed = Failed(kind(str(failed.error)), failed.where, failed.text)
+        return failed
+
+
+def _worker_signals(_: int) -> None:
+    """Ctrl-C reaches every process of a terminal: the trainer decides, its workers go on until they are told."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def load(
+    dataset: Any,
+    collate: Callable[[list[Any]], Any] | None,
+    *,
+    first: int,
+    size: int,
+    rank: int,
+    world: int,
+    seed: int,
+    shuffle: bool,
+    workers: int,
+    pin: bool,
+) -> Iterator[Any]:
+    """Endless batches of `size` rows for process `rank`, the first at row first + rank * size, then every world * size
+    rows.
+
+    A batch is what `collate` makes of the items, or a `Failed`. `pin` is for copies to a GPU.
+    """
+
+    def positions() -> Iterator[range]:
+        for start in itertools.count(first + rank * size, world * size):
+            yield range(start, start + size)
+
+    loader = torch.utils.data.DataLoader(
+        _Stream(dataset, seed, shuffle),
+        batch_sampler=positions(),  # type: ignore[arg-type]
+        collate_fn=_Collate(collate or torch.utils.data.default_collate),
+        num_workers=workers,
+        worker_init_fn=_worker_signals,
+        pin_memory=pin,
+        prefetch_factor=4 if workers else None,
+    )
+    return iter(loader)
