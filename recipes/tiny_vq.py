@@ -1,0 +1,168 @@
+"""The image tokenizer of unigen-tiny: 64x64 pictures of the rendered world <-> 8x8 codes of 1,024.
+
+    COMMAND   unigen train recipes/tiny_vq.py run_dir=runs/vq                 (needs the font fonts-noto-color-emoji)
+              python recipes/tiny_vq.py --evaluate runs/vq/model [--count 1000] [--json FILE]
+    HARDWARE  2 CPU cores, AVX-512 bf16
+    TIME      25 minutes
+    EXPECTED  PSNR inside object masks at least 20 dB, at least 60% of the codebook in use, on pictures never trained on
+
+It knows where pictures come from and which losses are on; the losses are unigen/training/vq_objective.py, the network
+unigen/tokenizers/vq.py. Options: `loss.gan=0.5`, `loss.feature=1 features=FOLDER` (a detector's folder, or `features=shipped`),
+`loss.lpips=1 lpips=FILE`, `model.quantizer=fsq`, `model.image_size=96`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from unigen.config import OptimConfig, RunConfig, write_report
+from unigen.data.scenes import World, sample_scene
+from unigen.nn.conv import to_uint8
+from unigen.nn.perceptual import LPIPS
+from unigen.tokenizers import load_tokenizer, save_tokenizer
+from unigen.tokenizers.vq import VQConfig, VQTokenizer
+from unigen.training.trainer import Job
+from unigen.training.vq_objective import VQLossConfig, VQObjective, VQTraining, evaluate_tokenizer
+
+HELD_OUT_SEED = 1_000_000  # training seeds are below; item i of seed s draws from default_rng([s, i])
+
+
+@dataclass
+class VQRunConfig(RunConfig):
+    model: VQConfig = field(default_factory=VQConfig)
+    loss: VQLossConfig = field(default_factory=VQLossConfig)
+    features: str | None = None  # folder of a frozen scene detector for loss.feature; "shipped" is the package's own
+    lpips: str | None = None  # file with LPIPS (VGG-16) weights for loss.lpips
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.seed >= HELD_OUT_SEED:
+            raise ValueError(f"seed must be below {HELD_OUT_SEED}: seeds from there on are held out for evaluation")
+
+
+def config() -> VQRunConfig:
+    return VQRunConfig(
+        steps=1_000_000,
+        time_limit=1500.0,
+        batch_size=64,
+        optim=OptimConfig(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0, warmup=100, min_ratio=0.02),
+        precision="bf16",
+        workers=1,
+        log_every=50,
+        save_every=500,
+        sample_every=500,
+        run_dir="runs/vq",
+    )
+
+
+class Pictures:
+    """Endless pictures of the rendered world: item i is (pixels (3, S, S) uint8, objects (1, S, S) bool), a function of (seed, i)."""
+
+    def __init__(self, seed: int, size: int = 64) -> None:
+        self.seed, self.size = seed, size
+        self.world: World | None = None  # made where it is used: one a worker
+        World(size)  # a missing font is said at once
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        self.world = self.world or World(self.size)
+        picture = self.world.render(sample_scene(np.random.default_rng([self.seed, i]), size=self.size))
+        return torch.from_numpy(picture.image).permute(2, 0, 1), torch.from_numpy(picture.masks.any(0))[None]
+
+
+def collate(items: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    pixels_BCHW = torch.stack([pixels for pixels, _ in items]).float() / 127.5 - 1
+    masks_B1HW = torch.stack([mask for _, mask in items]).float()
+    return {"pixels": pixels_BCHW.contiguous(memory_format=torch.channels_last), "masks": masks_B1HW}
+
+
+def feature_network(folder: str | None) -> Callable[[Tensor], list[Tensor]] | None:
+    if folder is None:
+        return None
+    from unigen.evaluation.detector import load_detector
+
+    return load_detector(None if folder == "shipped" else folder).features
+
+
+def build(cfg: VQRunConfig) -> Job:
+    torch.manual_seed(cfg.seed)
+    tokenizer = load_tokenizer(cfg.init_from) if cfg.init_from else VQTokenizer(cfg.model)
+    if cfg.init_from and tokenizer.settings != cfg.model:
+        raise ValueError(f"init_from={cfg.init_from} has another network than model=...: {tokenizer.config()}")
+    lpips = LPIPS.from_file(cfg.lpips) if cfg.lpips else None
+    shown = collate([Pictures(HELD_OUT_SEED, cfg.model.image_size)[i] for i in range(24)])["pixels"]
+
+    def sample(model: nn.Module, step: int, folder: Path) -> None:
+        device = next(model.parameters()).device
+        save_grid(model.tokenizer, shown.to(device), folder / f"{step:06d}.png")
+
+    return Job(
+        model=VQTraining(tokenizer, gan=cfg.loss.gan > 0).to(memory_format=torch.channels_last),
+        dataset=Pictures(cfg.seed, cfg.model.image_size),
+        collate=collate,
+        objective=VQObjective(cfg.loss, feature_network(cfg.features), lpips),
+        sample=sample,
+        save=lambda model, folder: save_tokenizer(model.tokenizer, folder) and None,
+    )
+
+
+def save_grid(tokenizer: Any, x_BCHW: Tensor, path: Path, columns: int = 8, scale: int = 2) -> None:
+    """PNG of rows of pictures, each above a row of their reconstructions."""
+    both = torch.cat([to_uint8(x_BCHW), to_uint8(tokenizer.decode(tokenizer.encode(x_BCHW)))], dim=1).cpu().numpy()
+    rows = [np.concatenate(list(both[i : i + columns]), axis=1) for i in range(0, len(both), columns)]
+    rows = [np.pad(row, ((0, 0), (0, rows[0].shape[1] - row.shape[1]), (0, 0))) for row in rows]
+    grid = Image.fromarray(np.concatenate(rows))
+    grid.resize((grid.width * scale, grid.height * scale), Image.Resampling.NEAREST).save(path)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description="Measure an image tokenizer on held-out pictures of the rendered world."
+    )
+    parser.add_argument("--evaluate", required=True, metavar="FOLDER")
+    parser.add_argument("--count", type=int, default=1000, help="pictures (1000)")
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--grid", metavar="PNG", help="also write pictures above their reconstructions")
+    options = parser.parse_args()
+    try:
+        if options.count < 1:
+            raise ValueError("--count must be at least 1")
+        started = time.monotonic()
+        tokenizer = load_tokenizer(options.evaluate)
+        pictures = Pictures(HELD_OUT_SEED + 1, tokenizer.image_size)
+        batch = collate([pictures[i] for i in range(options.count)])
+        figures = evaluate_tokenizer(tokenizer, batch["pixels"], batch["masks"])
+        units = {"psnr": "dB", "psnr_objects": "dB", "usage": "share", "perplexity": "codes", "dead": "codes"}
+        for name, value in figures.items():
+            print(f"{name:14} {value:9.3f} {units.get(name, '')}")
+        if options.grid:
+            save_grid(tokenizer, batch["pixels"][:32], Path(options.grid))
+        if options.json:
+            rows = [{"name": name, "value": value, "unit": units.get(name, "")} for name, value in figures.items()]
+            seconds = time.monotonic() - started
+            write_report(
+                options.json,
+                command="eval tokenizer",
+                model=options.evaluate,
+                seconds=seconds,
+                tasks=figures,
+                rows=rows,
+            )
+    except ValueError as error:
+        print(f"unigen: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

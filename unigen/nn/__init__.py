@@ -1,0 +1,1 @@
+"""Pure modules: no IO, no printing, no optimizers, no distribution."""

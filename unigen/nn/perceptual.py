@@ -1,0 +1,95 @@
+"""LPIPS on VGG-16 (Zhang et al. 2018, "The unreasonable effectiveness of deep features"), weights from a local file.
+
+Needs neither torchvision nor the network; refuses pickled code (safetensors, or a torch file read with weights_only).
+The file holds VGG-16's convolutions as torchvision names them (`features.0.weight`, ...; a `net.` prefix is fine) and the five
+linear weights as the lpips package names them (`lin0.model.1.weight` or `lin0.weight`, shape (1, C, 1, 1)).
+
+    distance_B = LPIPS.from_file("lpips_vgg.safetensors")(x_BCHW, y_BCHW)      # pixels in [-1, 1]
+
+Shapes: B batch, C channels, H W pixels.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# torchvision's index of every convolution in vgg16.features, by stage; a stage ends at its last ReLU
+_STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
+_WIDTHS = (64, 128, 256, 512, 512)
+
+
+class LPIPS(nn.Module):
+    """Weighted squared distance of unit-normalised VGG features, averaged over positions, summed over five stages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.ModuleDict()
+        width = 3
+        for stage, indices in enumerate(_STAGES):
+            for index in indices:
+                self.features[str(index)] = nn.Conv2d(width, _WIDTHS[stage], 3, padding=1)
+                width = _WIDTHS[stage]
+        self.lins = nn.ParameterList([nn.Parameter(torch.full((1, c, 1, 1), 1.0 / c)) for c in _WIDTHS])
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1), persistent=False)
+        self.shift: Tensor
+        self.scale: Tensor
+        self.requires_grad_(False).eval()
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> LPIPS:
+        """ValueError when the file is missing, unreadable, or lacks a weight."""
+        path = Path(path)
+        try:
+            if path.suffix == ".safetensors":
+                from safetensors.torch import load_file
+
+                tensors = load_file(path)
+            else:
+                tensors = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # every reader has its own errors; all mean the same to the user
+            raise ValueError(f"LPIPS weights cannot be read from {path}: {error}") from error
+        named = {}
+        for name, tensor in tensors.items():
+            if found := re.search(r"(?:^|\.)features\.(\d+\.(?:weight|bias))$", name):
+                named[f"features.{found[1]}"] = tensor
+            elif found := re.search(r"(?:^|\.)lins?\.?(\d)(?:\.model\.1)?(?:\.weight)?$", name):
+                named[f"lins.{found[1]}"] = tensor
+        lpips = cls()
+        missing = sorted(lpips.state_dict().keys() - named.keys())
+        if missing:
+            raise ValueError(
+                f"LPIPS weights in {path} lack {missing[:3]}: both VGG-16 and the five linear weights are needed"
+            )
+        lpips.load_state_dict({name: named[name].float() for name in lpips.state_dict()})
+        return lpips
+
+    def stages(self, x_BCHW: Tensor) -> list[Tensor]:
+        """The five feature maps of pixels in [-1, 1]."""
+        hidden, maps = (x_BCHW - self.shift) / self.scale, []
+        for stage, indices in enumerate(_STAGES):
+            if stage:
+                hidden = F.max_pool2d(hidden, 2)
+            for index in indices:
+                hidden = F.relu(self.features[str(index)](hidden))
+            maps.append(hidden)
+        return maps
+
+    def forward(self, x_BCHW: Tensor, y_BCHW: Tensor) -> Tensor:
+        """Distance of each pair (B,)."""
+        total = torch.zeros(len(x_BCHW), device=x_BCHW.device)
+        for lin, a, b in zip(self.lins, self.stages(x_BCHW), self.stages(y_BCHW), strict=True):
+            gap = (unit(a) - unit(b)).square()
+            total = total + (gap * lin).sum(1).mean((1, 2))
+        return total
+
+
+def unit(map_BCHW: Tensor) -> Tensor:
+    """Each position's feature vector scaled to length 1."""
+    map_BCHW = map_BCHW.float()
+    return map_BCHW / (map_BCHW.square().sum(1, keepdim=True).sqrt() + 1e-10)

@@ -1,0 +1,247 @@
+"""From a feature map to codes and back: VQ with an l2-normalised codebook, FSQ and LFQ, behind one interface.
+
+A quantizer takes features of `dim` channels and picks one of `size` codes a position. It knows nothing of pictures, networks,
+optimizers or files. `forward` gives the straight-through vectors, the codes, and its own losses as `{name: (sum, count)}`.
+
+  VectorQuantizer   nearest unit vector in a learned table (van den Oord et al. 2017; l2-normalised as in ViT-VQGAN, Yu et al.
+                    2022, and LlamaGen, Sun et al. 2024), with dead codes revived from the batch
+  FiniteScalar      a rounded tanh per channel (Mentzer et al. 2023, "FSQ: VQ-VAE made simple")
+  LookupFree        the sign per channel with an entropy loss (Yu et al. 2023, "Language model beats diffusion", section 3)
+
+Shapes: B batch, D code dimension, h w grid, N = B h w positions, K codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Quantized(NamedTuple):
+    vectors_BDhw: Tensor  # value: the code's vector; gradient: passed to the features unchanged
+    codes_Bhw: Tensor  # int64 in [0, size)
+    losses: dict[str, tuple[Tensor, int]]  # name -> (sum over positions, number of positions)
+
+
+class Quantizer(nn.Module):
+    """What the tokenizer needs: `size`, `dim`, `codes(features)`, `vectors(codes)`, and the training forward."""
+
+    size: int
+    dim: int
+
+    def codes(self, z_BDhw: Tensor) -> Tensor:
+        """Features (B, D, h, w) as `prepare` gives them -> codes (B, h, w), int64."""
+        raise TypeError("a quantizer defines codes()")
+
+    def vectors(self, codes_Bhw: Tensor) -> Tensor:
+        """Codes (B, h, w) -> vectors (B, D, h, w), fp32. Out of range: ValueError."""
+        raise TypeError("a quantizer defines vectors()")
+
+    def losses(self, z_BDhw: Tensor, q_BDhw: Tensor) -> dict[str, tuple[Tensor, int]]:
+        return {}
+
+    def prepare(self, z_BDhw: Tensor) -> Tensor:
+        """Features as they are compared with codes (fp32)."""
+        return z_BDhw.float()
+
+    def observe(self, z_BDhw: Tensor, rng: torch.Generator | None) -> None:
+        """Called once a training step, before the codes are picked."""
+
+    def count(self, codes_Bhw: Tensor) -> None:
+        """Called once a training step with the codes picked."""
+
+    def forward(self, z_BDhw: Tensor, rng: torch.Generator | None = None) -> Quantized:
+        """`rng` picks replacements for dead codes; without it (or in eval mode) nothing is revived."""
+        with torch.autocast(z_BDhw.device.type, enabled=False):
+            z_BDhw = self.prepare(z_BDhw)
+            learning = self.training and torch.is_grad_enabled()
+            if learning:
+                self.observe(z_BDhw.detach(), rng)
+            codes_Bhw = self.codes(z_BDhw.detach())
+            q_BDhw = self.vectors(codes_Bhw)
+            losses = self.losses(z_BDhw, q_BDhw)
+            if learning:
+                self.count(codes_Bhw)
+            return Quantized(straight_through(z_BDhw, q_BDhw), codes_Bhw, losses)
+
+    def check(self, codes_Bhw: Tensor) -> None:
+        if codes_Bhw.numel() and (int(codes_Bhw.min()) < 0 or int(codes_Bhw.max()) >= self.size):
+            raise ValueError(
+                f"image codes must be in 0..{self.size - 1}, got {int(codes_Bhw.min())}..{int(codes_Bhw.max())}; "
+                "were they made by another tokenizer?"
+            )
+
+
+def straight_through(z: Tensor, q: Tensor) -> Tensor:
+    """Value of q, gradient of z (Bengio et al. 2013)."""
+    return z + (q - z).detach()
+
+
+def entropy_gap(logits_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean entropy of each row's softmax, entropy of the mean softmax), in nats; the loss is their difference (LFQ, eq. 5)."""
+    log_p_NK = logits_NK.log_softmax(-1)
+    p_NK = log_p_NK.exp()
+    mean_K = p_NK.mean(0)
+    return -(p_NK * log_p_NK).sum(-1).mean(), -(mean_K * mean_K.clamp_min(1e-9).log()).sum()
+
+
+def channels_last(z_BDhw: Tensor) -> Tensor:
+    return z_BDhw.permute(0, 2, 3, 1)
+
+
+def channels_first(z_BhwD: Tensor) -> Tensor:
+    return z_BhwD.permute(0, 3, 1, 2)
+
+
+class VectorQuantizer(Quantizer):
+    """argmin_k |z/|z| - e_k/|e_k||; loss |sg(z) - e|^2 + beta |z - sg(e)|^2 (van den Oord et al. 2017, eq. 3).
+
+    Dead codes: `usage_K` is a running share of picks per code (1/K each when uniform). Every `revive_every` training steps the
+    codes whose usage is under `dead_below` / K take the place of features of the batch, drawn with probability proportional
+    to their squared distance from the codebook (the seeding of k-means++, Arthur & Vassilvitskii 2007), so that what
+    is represented worst gets a code first. A revived code starts with usage 1/K. `revive_every=0` switches it off.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        dim: int,
+        beta: float = 0.25,
+        entropy: float = 0.0,
+        revive_every: int = 10,
+        dead_below: float = 0.05,
+        momentum: float = 0.99,
+    ) -> None:
+        super().__init__()
+        self.size, self.dim, self.beta, self.entropy = size, dim, beta, entropy
+        self.revive_every, self.dead_below, self.momentum = revive_every, dead_below, momentum
+        self.codebook = nn.Parameter(F.normalize(torch.randn(size, dim), dim=-1))
+        self.register_buffer("usage_K", torch.full((size,), 1.0 / size))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self.usage_K: Tensor
+        self.steps: Tensor
+
+    def prepare(self, z_BDhw: Tensor) -> Tensor:
+        return F.normalize(z_BDhw.float(), dim=1)
+
+    def table(self) -> Tensor:
+        """The codebook (K, D) with unit rows, fp32."""
+        return F.normalize(self.codebook.float(), dim=-1)
+
+    def codes(self, z_BDhw: Tensor) -> Tensor:
+        # all unit vectors: the largest dot product is the smallest distance
+        return (channels_last(z_BDhw) @ self.table().detach().T).argmax(-1)
+
+    def vectors(self, codes_Bhw: Tensor) -> Tensor:
+        self.check(codes_Bhw)
+        return channels_first(F.embedding(codes_Bhw, self.table()))
+
+    def losses(self, z_BDhw: Tensor, q_BDhw: Tensor) -> dict[str, tuple[Tensor, int]]:
+        n = z_BDhw.numel() // self.dim
+        codebook = (z_BDhw.detach() - q_BDhw).square().sum()
+        commit = (z_BDhw - q_BDhw.detach()).square().sum()
+        losses = {"codebook": (codebook, n), "commit": (self.beta * commit, n)}
+        if self.entropy:
+            each, mean = entropy_gap(channels_last(z_BDhw).reshape(n, self.dim) @ self.table().T / 0.05)
+            losses["entropy"] = (self.entropy * (each - mean) * n, n)
+        return losses
+
+    @torch.no_grad()
+    def observe(self, z_BDhw: Tensor, rng: torch.Generator | None) -> None:
+        self.steps += 1
+        if self.revive_every and rng is not None and int(self.steps) % self.revive_every == 0:
+            self.revive(channels_last(z_BDhw).reshape(-1, self.dim), rng)
+
+    @torch.no_grad()
+    def revive(self, z_ND: Tensor, rng: torch.Generator) -> int:
+        """Give the dead codes new places among the features (N, D); returns how many were dead."""
+        dead_K = self.usage_K < self.dead_below / self.size
+        count = min(int(dead_K.sum()), len(z_ND))
+        if count == 0:
+            return 0
+        error_N = (2 - 2 * (z_ND @ self.table().T).amax(-1)).clamp_min(0) + 1e-6
+        picks = torch.multinomial(error_N.cpu(), count, generator=rng).to(z_ND.device)
+        rows_nD = z_ND[picks].to(self.codebook.dtype)
+        if dist.is_available() and dist.is_initialized():
+            dist.broadcast(rows_nD, 0)
+        places = dead_K.nonzero()[:count, 0]
+        self.codebook[places] = rows_nD
+        self.usage_K[places] = 1.0 / self.size
+        return count
+
+    @torch.no_grad()
+    def count(self, codes_Bhw: Tensor) -> None:
+        share_K = torch.bincount(codes_Bhw.reshape(-1), minlength=self.size).to(self.usage_K)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(share_K)
+        self.usage_K.lerp_(share_K / share_K.sum(), 1 - self.momentum)
+
+
+class FiniteScalar(Quantizer):
+    """Each channel is squashed to (-L/2, L/2) and rounded to one of L levels; a code is the mixed-radix number of the levels."""
+
+    def __init__(self, levels: Sequence[int]) -> None:
+        super().__init__()
+        self.levels, self.dim = tuple(levels), len(levels)
+        basis, size = [], 1
+        for level in self.levels:
+            basis.append(size)
+            size *= level
+        self.size = size
+        self.register_buffer("levels_D", torch.tensor(self.levels), persistent=False)
+        self.register_buffer("basis_D", torch.tensor(basis), persistent=False)
+        self.levels_D: Tensor
+        self.basis_D: Tensor
+
+    def prepare(self, z_BDhw: Tensor) -> Tensor:
+        """tanh(z + shift) * half - offset, which rounds to exactly L values for odd and even L (Mentzer et al. 2023, listing 1)."""
+        half = (self.levels_D - 1) * (1 + 1e-3) / 2
+        offset = torch.where(self.levels_D % 2 == 0, 0.5, 0.0)
+        shift = torch.atanh(offset / half)
+        bounded = torch.tanh(channels_last(z_BDhw.float()) + shift) * half - offset
+        return channels_first(bounded / (self.levels_D // 2))
+
+    def codes(self, z_BDhw: Tensor) -> Tensor:
+        width = self.levels_D // 2
+        digits = (channels_last(z_BDhw) * width).round().long() + width
+        return (digits * self.basis_D).sum(-1)
+
+    def vectors(self, codes_Bhw: Tensor) -> Tensor:
+        self.check(codes_Bhw)
+        width = self.levels_D // 2
+        digits = codes_Bhw[..., None] // self.basis_D % self.levels_D
+        return channels_first((digits - width) / width)
+
+
+class LookupFree(Quantizer):
+    """The sign of each of `bits` channels; code = the bits as a number. Loss: commitment + entropy (Yu et al. 2023, eq. 5)."""
+
+    def __init__(self, bits: int, beta: float = 0.25, entropy: float = 0.1) -> None:
+        super().__init__()
+        self.dim, self.size, self.beta, self.entropy = bits, 2**bits, beta, entropy
+        self.register_buffer("basis_D", 2 ** torch.arange(bits), persistent=False)
+        self.basis_D: Tensor
+
+    def codes(self, z_BDhw: Tensor) -> Tensor:
+        return ((channels_last(z_BDhw) > 0).long() * self.basis_D).sum(-1)
+
+    def vectors(self, codes_Bhw: Tensor) -> Tensor:
+        self.check(codes_Bhw)
+        return channels_first((codes_Bhw[..., None] // self.basis_D % 2).float() * 2 - 1)
+
+    def losses(self, z_BDhw: Tensor, q_BDhw: Tensor) -> dict[str, tuple[Tensor, int]]:
+        n = z_BDhw.numel() // self.dim
+        commit = (z_BDhw - q_BDhw.detach()).square().mean(1).sum()
+        losses = {"commit": (self.beta * commit, n)}
+        if self.entropy:
+            # logits -|z - c|^2 over all codes c in {-1, 1}^D, up to a constant: 2 z.c
+            all_codes = torch.arange(self.size, device=z_BDhw.device)[None, None]
+            table_KD = channels_last(self.vectors(all_codes)).reshape(self.size, self.dim)
+            each, mean = entropy_gap(2 * channels_last(z_BDhw).reshape(n, self.dim) @ table_KD.T)
+            losses["entropy"] = (self.entropy * (each - mean) * n, n)
+        return losses

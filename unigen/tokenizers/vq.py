@@ -1,0 +1,132 @@
+"""The VQ image tokenizer: a small convolutional autoencoder around a quantizer (VQ, FSQ or LFQ).
+
+Pictures (B, 3, H, W) in [-1, 1] <-> codes (B, H/8, W/8). Fully convolutional: sides need only divide by 8; `image_size` says what
+it was trained on. Knows no losses but the quantizer's, no data, no files (see `unigen.tokenizers.save_tokenizer`).
+Trained by recipes/tiny_vq.py.
+
+Shapes: B batch, C=3 channels, H W pixels, D code dimension, h w grid of codes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from unigen.config import from_dict, to_dict
+from unigen.nn.conv import STRIDE, Decoder, Encoder
+from unigen.tokenizers.quantize import FiniteScalar, LookupFree, Quantizer, VectorQuantizer
+
+
+@dataclass(frozen=True)
+class VQConfig:
+    """Everything that defines the network. ValueError for values that cannot work."""
+
+    image_size: int = 64  # pixels along a side
+    quantizer: str = "vq"  # "vq" | "fsq" | "lfq"
+    codes: int = 1024  # size of the codebook (vq, lfq: a power of two)
+    code_dim: int = 8  # channels of a code (vq)
+    levels: tuple[int, ...] = (8, 5, 5, 5)  # fsq: the number of codes is the product
+    beta: float = 0.25  # commitment
+    entropy: float = 0.0  # weight of the entropy term (vq, lfq)
+    revive_every: int = 10  # training steps between revivals of dead codes (vq); 0 = never
+    dead_below: float = 0.05  # a code is dead below this share of the uniform usage
+    channels: int = 64  # encoder width at 1/4 resolution
+    decoder_channels: int = 128
+    wide: int = 128  # width at 1/8 resolution
+    encoder_blocks: tuple[int, int] = (2, 2)  # residual blocks at 1/4 and 1/8
+    decoder_blocks: tuple[int, int] = (3, 3)
+    attention: bool = True  # one attention over the 1/8 map on each side
+
+    def __post_init__(self) -> None:
+        for name in ("levels", "encoder_blocks", "decoder_blocks"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON gives lists
+        if self.image_size <= 0 or self.image_size % STRIDE:
+            raise ValueError(f"image_size must be a positive multiple of {STRIDE}, got {self.image_size}")
+        if self.quantizer not in ("vq", "fsq", "lfq"):
+            raise ValueError(f"quantizer must be vq, fsq or lfq, got {self.quantizer!r}")
+        if self.codes < 2 or self.code_dim < 1:
+            raise ValueError(f"codes must be at least 2 and code_dim at least 1, got {self.codes} and {self.code_dim}")
+        if self.quantizer == "lfq" and self.codes & (self.codes - 1):
+            raise ValueError(f"codes must be a power of two for lfq, got {self.codes}")
+        if self.quantizer == "fsq" and (not self.levels or min(self.levels) < 2):
+            raise ValueError(f"levels must be integers of at least 2, got {self.levels}")
+        for name in ("channels", "decoder_channels", "wide"):
+            if getattr(self, name) <= 0 or getattr(self, name) % 16:
+                raise ValueError(f"{name} must be a positive multiple of 16, got {getattr(self, name)}")
+        for name in ("encoder_blocks", "decoder_blocks"):
+            if len(getattr(self, name)) != 2 or min(getattr(self, name)) < 0:
+                raise ValueError(f"{name} must be two counts (at 1/4 and at 1/8), got {getattr(self, name)}")
+        for name in ("beta", "entropy", "dead_below", "revive_every"):
+            if not math.isfinite(getattr(self, name)) or getattr(self, name) < 0:
+                raise ValueError(f"{name} must be a finite number that is not negative, got {getattr(self, name)}")
+
+    def build_quantizer(self) -> Quantizer:
+        if self.quantizer == "fsq":
+            return FiniteScalar(self.levels)
+        if self.quantizer == "lfq":
+            return LookupFree(self.codes.bit_length() - 1, self.beta, self.entropy)
+        return VectorQuantizer(self.codes, self.code_dim, self.beta, self.entropy, self.revive_every, self.dead_below)
+
+
+class VQOutput(NamedTuple):
+    pixels_BCHW: Tensor  # reconstruction, fp32, not clamped
+    codes_Bhw: Tensor
+    losses: dict[str, tuple[Tensor, int]]  # of the quantizer: name -> (sum, count)
+
+
+class VQTokenizer(nn.Module):
+    """encode / decode without gradient for use; forward with gradient for training."""
+
+    def __init__(self, config: VQConfig | None = None) -> None:
+        super().__init__()
+        self.settings = c = config or VQConfig()
+        self.quantizer = c.build_quantizer()
+        self.encoder = Encoder(c.channels, c.wide, c.encoder_blocks, self.quantizer.dim, c.attention)
+        self.decoder = Decoder(c.decoder_channels, c.wide, c.decoder_blocks, self.quantizer.dim, c.attention)
+
+    @property
+    def image_size(self) -> int:
+        return self.settings.image_size
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        side = self.settings.image_size // STRIDE
+        return side, side
+
+    @property
+    def codebook_size(self) -> int:
+        return self.quantizer.size
+
+    def config(self) -> dict[str, Any]:
+        return {"kind": "vq", **to_dict(self.settings)}
+
+    def forward(self, x_BCHW: Tensor, rng: torch.Generator | None = None) -> VQOutput:
+        """Reconstruction with a straight-through gradient; `rng` lets dead codes be revived in training mode."""
+        quantized = self.quantizer(self.encoder(x_BCHW), rng)
+        pixels_BCHW = self.decoder(quantized.vectors_BDhw)
+        return VQOutput(pixels_BCHW.float(), quantized.codes_Bhw, quantized.losses)
+
+    @torch.no_grad()
+    def encode(self, x_BCHW: Tensor) -> Tensor:
+        """Pixels in [-1, 1] (B, 3, H, W) -> codes (B, H/8, W/8). ValueError for sides that do not divide by 8."""
+        if x_BCHW.ndim != 4 or x_BCHW.shape[1] != 3 or x_BCHW.shape[2] % STRIDE or x_BCHW.shape[3] % STRIDE:
+            raise ValueError(
+                f"pictures must be (B, 3, H, W) with H and W multiples of {STRIDE}, got {tuple(x_BCHW.shape)}"
+            )
+        z_BDhw = self.encoder(x_BCHW.to(self.encoder.head.weight.dtype))
+        return self.quantizer.codes(self.quantizer.prepare(z_BDhw))
+
+    @torch.no_grad()
+    def decode(self, codes_Bhw: Tensor) -> Tensor:
+        """Codes (B, h, w) -> pixels in [-1, 1] (B, 3, 8h, 8w), fp32. ValueError for codes out of range."""
+        q_BDhw = self.quantizer.vectors(codes_Bhw)
+        return self.decoder(q_BDhw.to(self.decoder.last.weight.dtype)).float().clamp(-1, 1)
+
+
+def from_config(config: dict[str, Any]) -> VQTokenizer:
+    """The tokenizer described by `VQTokenizer.config()` (kind left out), with random weights. ValueError for unknown keys."""
+    return VQTokenizer(from_dict(VQConfig, config))
