@@ -2,19 +2,22 @@
 
     COMMAND   unigen train recipes/tiny_vq.py run_dir=runs/vq                 (needs the font fonts-noto-color-emoji)
               python recipes/tiny_vq.py --evaluate runs/vq/model [--count 1000] [--json FILE]
+              python recipes/tiny_vq.py --ablate 2000 [--json FILE] [key=value ...]
     HARDWARE  2 CPU cores, AVX-512 bf16
     TIME      25 minutes
     EXPECTED  PSNR inside object masks at least 20 dB, at least 60% of the codebook in use, on pictures never trained on
 
 It knows where pictures come from and which losses are on; the losses are unigen/training/vq_objective.py, the network
-unigen/tokenizers/vq.py. Options: `loss.gan=0.5`, `loss.feature=1 features=FOLDER` (a detector's folder, or `features=shipped`),
-`loss.lpips=1 lpips=FILE`, `model.quantizer=fsq`, `model.image_size=96`.
+unigen/tokenizers/vq.py. Options: `loss.gan=0.5`, `loss.feature=1 features=FOLDER` (of a detector, or
+`features=shipped`), `loss.lpips=1 lpips=FILE`, `model.quantizer=fsq`, `model.image_size=96`.
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,13 +29,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from unigen.config import OptimConfig, RunConfig, write_report
+from unigen.config import OptimConfig, RunConfig, apply_overrides, write_report
 from unigen.data.scenes import World, sample_scene
 from unigen.nn.conv import to_uint8
 from unigen.nn.perceptual import LPIPS
 from unigen.tokenizers import load_tokenizer, save_tokenizer
 from unigen.tokenizers.vq import VQConfig, VQTokenizer
-from unigen.training.trainer import Job
+from unigen.training.trainer import Job, Trainer
 from unigen.training.vq_objective import VQLossConfig, VQObjective, VQTraining, evaluate_tokenizer
 
 HELD_OUT_SEED = 1_000_000  # training seeds are below; item i of seed s draws from default_rng([s, i])
@@ -67,7 +70,7 @@ def config() -> VQRunConfig:
 
 
 class Pictures:
-    """Endless pictures of the rendered world: item i is (pixels (3, S, S) uint8, objects (1, S, S) bool), a function of (seed, i)."""
+    """Endless pictures; item i, a function of (seed, i), is pixels (3, S, S) uint8 and objects (1, S, S) bool."""
 
     def __init__(self, seed: int, size: int = 64) -> None:
         self.seed, self.size = seed, size
@@ -125,37 +128,76 @@ def save_grid(tokenizer: Any, x_BCHW: Tensor, path: Path, columns: int = 8, scal
     grid.resize((grid.width * scale, grid.height * scale), Image.Resampling.NEAREST).save(path)
 
 
+UNITS = {"psnr": "dB", "psnr_objects": "dB", "usage": "share", "perplexity": "codes", "dead": "codes"}
+
+
+def evaluate(folder: str | Path, count: int, grid: str | None = None) -> dict[str, float]:
+    """The figures of the tokenizer saved in `folder` on `count` held-out pictures."""
+    tokenizer = load_tokenizer(folder)
+    pictures = Pictures(HELD_OUT_SEED + 1, tokenizer.image_size)
+    batch = collate([pictures[i] for i in range(count)])
+    if grid:
+        save_grid(tokenizer, batch["pixels"][:32], Path(grid))
+    return evaluate_tokenizer(tokenizer, batch["pixels"], batch["masks"])
+
+
+def ablate(steps: int, count: int, overrides: list[str]) -> list[dict[str, Any]]:
+    """Trains the recipe `steps` steps in each variant; one row a figure, `baseline` being the plain recipe's."""
+    variants = {
+        "vq": [],
+        "fsq": ["model.quantizer=fsq"],
+        "lfq": ["model.quantizer=lfq", "model.entropy=0.1"],
+        "vq + gan": ["loss.gan=0.5", f"loss.gan_start={steps // 3}"],
+        "vq + feature loss": ["loss.feature=1", "features=shipped"],
+        "vq without revival": ["model.revive_every=0"],
+    }
+    shared = [f"steps={steps}", "time_limit=none", "save_every=0", "sample_every=0", f"log_every={max(steps // 4, 1)}"]
+    rows: list[dict[str, Any]] = []
+    baseline: dict[str, float] = {}
+    for name, changes in variants.items():
+        with tempfile.TemporaryDirectory() as folder:
+            cfg = apply_overrides(config(), [*shared, *overrides, *changes, f"run_dir={folder}/run"])
+            Trainer(cfg, build(cfg)).run()
+            figures = evaluate(Path(folder) / "run" / "model", count)
+        baseline = baseline or figures
+        print(f"{name:20}" + "".join(f"  {key} {figures[key]:.3f}" for key in UNITS), flush=True)
+        for key, unit in UNITS.items():
+            rows.append({"name": f"{name}: {key}", "value": figures[key], "unit": unit, "baseline": baseline[key]})
+    return rows
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description="Measure an image tokenizer on held-out pictures of the rendered world."
-    )
-    parser.add_argument("--evaluate", required=True, metavar="FOLDER")
+    parser = argparse.ArgumentParser(description="Measure image tokenizers on held-out pictures of the rendered world.")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--evaluate", metavar="FOLDER", help="a saved tokenizer")
+    what.add_argument("--ablate", type=int, metavar="STEPS", help="train every variant that long and compare")
     parser.add_argument("--count", type=int, default=1000, help="pictures (1000)")
+    parser.add_argument(
+        "--grid", metavar="PNG", help="with --evaluate: also write pictures above their reconstructions"
+    )
     parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--grid", metavar="PNG", help="also write pictures above their reconstructions")
+    parser.add_argument(
+        "override", nargs="*", metavar="key=value", help="with --ablate: of the recipe, for all variants"
+    )
     options = parser.parse_args()
+    started = time.monotonic()
     try:
-        if options.count < 1:
-            raise ValueError("--count must be at least 1")
-        started = time.monotonic()
-        tokenizer = load_tokenizer(options.evaluate)
-        pictures = Pictures(HELD_OUT_SEED + 1, tokenizer.image_size)
-        batch = collate([pictures[i] for i in range(options.count)])
-        figures = evaluate_tokenizer(tokenizer, batch["pixels"], batch["masks"])
-        units = {"psnr": "dB", "psnr_objects": "dB", "usage": "share", "perplexity": "codes", "dead": "codes"}
-        for name, value in figures.items():
-            print(f"{name:14} {value:9.3f} {units.get(name, '')}")
-        if options.grid:
-            save_grid(tokenizer, batch["pixels"][:32], Path(options.grid))
+        if options.count < 1 or (options.ablate is not None and options.ablate < 1):
+            raise ValueError("--count and --ablate must be at least 1")
+        if options.evaluate:
+            figures = evaluate(options.evaluate, options.count, options.grid)
+            rows = [{"name": name, "value": value, "unit": UNITS.get(name, "")} for name, value in figures.items()]
+            for row in rows:
+                print(f"{row['name']:14} {row['value']:9.3f} {row['unit']}")
+        else:
+            rows = ablate(options.ablate, options.count, options.override)
         if options.json:
-            rows = [{"name": name, "value": value, "unit": units.get(name, "")} for name, value in figures.items()]
-            seconds = time.monotonic() - started
             write_report(
                 options.json,
-                command="eval tokenizer",
-                model=options.evaluate,
-                seconds=seconds,
-                tasks=figures,
+                command=shlex.join(["python", *sys.argv]),
+                model=options.evaluate or "recipes/tiny_vq.py",
+                seconds=time.monotonic() - started,
+                tasks={row["name"]: row["value"] for row in rows},
                 rows=rows,
             )
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""The image tokenizer: quantizers against their definitions, revival, saving, shapes, losses, and learning a few pictures."""
+"""The image tokenizer: quantizers against their definitions, revival, saving, shapes, losses, and learning."""
 
 from __future__ import annotations
 
@@ -331,7 +331,7 @@ def test_feature_loss_and_missing_networks() -> None:
 
 
 def test_lpips_from_a_local_file(tmp_path: object) -> None:
-    """Random VGG weights under torchvision's and the lpips package's names; zero for equal pictures; missing weights are named."""
+    """Random VGG weights under torchvision's and lpips' names; zero for equal pictures; missing weights are named."""
     torch.manual_seed(0)
     named = {}
     for name, tensor in LPIPS().state_dict().items():

@@ -1,6 +1,6 @@
-"""Convolutional parts shared by the image tokenizers: residual block, single-head attention over a map, encoder, decoder.
+"""Convolutional parts of the image tokenizers: residual block, attention over a map, encoder, decoder, discriminator.
 
-Knows nothing of codes, losses, files or data. Everything is fully convolutional: any picture whose sides divide by 8 works.
+Knows nothing of codes, losses, files or data. All is fully convolutional: any picture whose sides divide by 8 works.
 Full-resolution convolutions are what makes a tokenizer slow on a CPU, so the stem folds 4x4 pixels into channels
 (space-to-depth) and the head unfolds them again (Shi et al. 2016, "sub-pixel convolution").
 
@@ -23,7 +23,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 class ResBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), the second convolution starting at zero, so that a new block is the identity."""
+    """x + conv(silu(norm(conv(silu(norm(x)))))); the second convolution starts at zero: a new block is the identity."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class ResBlock(nn.Module):
 
 
 class MapAttention(nn.Module):
-    """Self-attention among the positions of a map (no position code: the convolutions around it carry position), residual."""
+    """Residual self-attention among the positions of a map; no position code, as the convolutions carry position."""
 
     def __init__(self, channels: int, heads: int = 4) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class Decoder(nn.Module):
 
 
 class PatchDiscriminator(nn.Module):
-    """PatchGAN (Isola et al. 2017): one real-or-fake logit per overlapping patch. Pixels (B, 3, H, W) -> (B, 1, H/8, W/8)."""
+    """PatchGAN (Isola et al. 2017): a real-or-fake logit per overlapping patch, (B, 3, H, W) -> (B, 1, H/8, W/8)."""
 
     def __init__(self, channels: int = 64) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
 """LPIPS on VGG-16 (Zhang et al. 2018, "The unreasonable effectiveness of deep features"), weights from a local file.
 
 Needs neither torchvision nor the network; refuses pickled code (safetensors, or a torch file read with weights_only).
-The file holds VGG-16's convolutions as torchvision names them (`features.0.weight`, ...; a `net.` prefix is fine) and the five
-linear weights as the lpips package names them (`lin0.model.1.weight` or `lin0.weight`, shape (1, C, 1, 1)).
+The file holds VGG-16's convolutions as torchvision names them (`features.0.weight`, ...; a `net.` prefix is fine) and
+the five linear weights as the lpips package names them (`lin0.model.1.weight` or `lin0.weight`, shape (1, C, 1, 1)).
 
     distance_B = LPIPS.from_file("lpips_vgg.safetensors")(x_BCHW, y_BCHW)      # pixels in [-1, 1]
 
@@ -64,7 +64,7 @@ class LPIPS(nn.Module):
         missing = sorted(lpips.state_dict().keys() - named.keys())
         if missing:
             raise ValueError(
-                f"LPIPS weights in {path} lack {missing[:3]}: both VGG-16 and the five linear weights are needed"
+                f"LPIPS weights in {path} lack {missing[:3]}: VGG-16 and the five linear weights are needed"
             )
         lpips.load_state_dict({name: named[name].float() for name in lpips.state_dict()})
         return lpips

@@ -51,7 +51,7 @@ class ImageTokenizer(Protocol):
 
 
 def save_tokenizer(tokenizer: ImageTokenizer, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
-    """Writes model.safetensors and config.json; floats are cast to `dtype` (None: kept). Each file is replaced whole."""
+    """Writes model.safetensors and config.json; floats are cast to `dtype` (None: kept). Files are replaced whole."""
     from safetensors.torch import save_file
 
     folder = Path(folder)
@@ -81,9 +81,7 @@ def load_tokenizer(folder: str | Path) -> Any:
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{folder} holds no image tokenizer: {CONFIG} is missing or unreadable ({error})") from error
     if not str(kind).isidentifier() or importlib.util.find_spec(f"{__name__}.{kind}") is None:
-        raise ValueError(
-            f"{folder / CONFIG}: unknown image tokenizer kind {kind!r}; is this version of unigen too old?"
-        )
+        raise ValueError(f"{folder / CONFIG}: unknown image tokenizer kind {kind!r}; is this unigen too old?")
     tokenizer = importlib.import_module(f"{__name__}.{kind}").from_config(config)
     try:
         tensors = load_file(folder / WEIGHTS)

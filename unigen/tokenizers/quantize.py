@@ -1,12 +1,13 @@
 """From a feature map to codes and back: VQ with an l2-normalised codebook, FSQ and LFQ, behind one interface.
 
-A quantizer takes features of `dim` channels and picks one of `size` codes a position. It knows nothing of pictures, networks,
-optimizers or files. `forward` gives the straight-through vectors, the codes, and its own losses as `{name: (sum, count)}`.
+A quantizer takes features of `dim` channels and picks one of `size` codes a position. It knows nothing of pictures,
+networks, optimizers or files. `forward` gives the straight-through vectors, the codes, and its own losses as
+`{name: (sum, count)}`.
 
-  VectorQuantizer   nearest unit vector in a learned table (van den Oord et al. 2017; l2-normalised as in ViT-VQGAN, Yu et al.
-                    2022, and LlamaGen, Sun et al. 2024), with dead codes revived from the batch
+  VectorQuantizer   nearest unit vector in a learned table (van den Oord et al. 2017; l2-normalised as in ViT-VQGAN,
+                    Yu et al. 2022, and LlamaGen, Sun et al. 2024), with dead codes revived from the batch
   FiniteScalar      a rounded tanh per channel (Mentzer et al. 2023, "FSQ: VQ-VAE made simple")
-  LookupFree        the sign per channel with an entropy loss (Yu et al. 2023, "Language model beats diffusion", section 3)
+  LookupFree        the sign per channel with an entropy loss (Yu et al. 2023, "Language model beats diffusion")
 
 Shapes: B batch, D code dimension, h w grid, N = B h w positions, K codes.
 """
@@ -83,7 +84,7 @@ def straight_through(z: Tensor, q: Tensor) -> Tensor:
 
 
 def entropy_gap(logits_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean entropy of each row's softmax, entropy of the mean softmax), in nats; the loss is their difference (LFQ, eq. 5)."""
+    """(mean entropy of each row's softmax, entropy of the mean softmax) in nats; LFQ's eq. 5 takes the difference."""
     log_p_NK = logits_NK.log_softmax(-1)
     p_NK = log_p_NK.exp()
     mean_K = p_NK.mean(0)
@@ -101,10 +102,11 @@ def channels_first(z_BhwD: Tensor) -> Tensor:
 class VectorQuantizer(Quantizer):
     """argmin_k |z/|z| - e_k/|e_k||; loss |sg(z) - e|^2 + beta |z - sg(e)|^2 (van den Oord et al. 2017, eq. 3).
 
-    Dead codes: `usage_K` is a running share of picks per code (1/K each when uniform). Every `revive_every` training steps the
-    codes whose usage is under `dead_below` / K take the place of features of the batch, drawn with probability proportional
-    to their squared distance from the codebook (the seeding of k-means++, Arthur & Vassilvitskii 2007), so that what
-    is represented worst gets a code first. A revived code starts with usage 1/K. `revive_every=0` switches it off.
+    Dead codes: `usage_K` is a running share of picks per code (1/K each when uniform). Every `revive_every` training
+    steps the codes whose usage is under `dead_below` / K take the place of features of the batch, drawn with
+    probability proportional to their squared distance from the codebook (the seeding of k-means++, Arthur &
+    Vassilvitskii 2007), so that what is represented worst gets a code first. A revived code starts with usage 1/K.
+    `revive_every=0` is off.
     """
 
     def __init__(
@@ -183,7 +185,7 @@ class VectorQuantizer(Quantizer):
 
 
 class FiniteScalar(Quantizer):
-    """Each channel is squashed to (-L/2, L/2) and rounded to one of L levels; a code is the mixed-radix number of the levels."""
+    """Each channel is squashed to (-L/2, L/2) and rounded to one of L levels; a code is their mixed-radix number."""
 
     def __init__(self, levels: Sequence[int]) -> None:
         super().__init__()
@@ -199,7 +201,7 @@ class FiniteScalar(Quantizer):
         self.basis_D: Tensor
 
     def prepare(self, z_BDhw: Tensor) -> Tensor:
-        """tanh(z + shift) * half - offset, which rounds to exactly L values for odd and even L (Mentzer et al. 2023, listing 1)."""
+        """tanh(z + shift) * half - offset: rounds to exactly L values, odd or even (Mentzer et al. 2023)."""
         half = (self.levels_D - 1) * (1 + 1e-3) / 2
         offset = torch.where(self.levels_D % 2 == 0, 0.5, 0.0)
         shift = torch.atanh(offset / half)
@@ -219,7 +221,7 @@ class FiniteScalar(Quantizer):
 
 
 class LookupFree(Quantizer):
-    """The sign of each of `bits` channels; code = the bits as a number. Loss: commitment + entropy (Yu et al. 2023, eq. 5)."""
+    """The sign of each channel; code = the bits as a number. Loss: commitment + entropy (Yu et al. 2023, eq. 5)."""
 
     def __init__(self, bits: int, beta: float = 0.25, entropy: float = 0.1) -> None:
         super().__init__()

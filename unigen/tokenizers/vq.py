@@ -1,8 +1,8 @@
 """The VQ image tokenizer: a small convolutional autoencoder around a quantizer (VQ, FSQ or LFQ).
 
-Pictures (B, 3, H, W) in [-1, 1] <-> codes (B, H/8, W/8). Fully convolutional: sides need only divide by 8; `image_size` says what
-it was trained on. Knows no losses but the quantizer's, no data, no files (see `unigen.tokenizers.save_tokenizer`).
-Trained by recipes/tiny_vq.py.
+Pictures (B, 3, H, W) in [-1, 1] <-> codes (B, H/8, W/8). Fully convolutional: sides need only divide by 8;
+`image_size` says what it was trained on. Knows no losses but the quantizer's, no data and no files
+(`unigen.tokenizers.save_tokenizer`). Trained by recipes/tiny_vq.py.
 
 Shapes: B batch, C=3 channels, H W pixels, D code dimension, h w grid of codes.
 """
@@ -128,5 +128,5 @@ class VQTokenizer(nn.Module):
 
 
 def from_config(config: dict[str, Any]) -> VQTokenizer:
-    """The tokenizer described by `VQTokenizer.config()` (kind left out), with random weights. ValueError for unknown keys."""
+    """The tokenizer described by `VQTokenizer.config()` (kind left out), untrained. ValueError for unknown keys."""
     return VQTokenizer(from_dict(VQConfig, config))

@@ -1,10 +1,10 @@
 """What an image tokenizer is trained for, and how it is measured.
 
-The objective: L1 + L2 on pixels (more inside object masks), the quantizer's own losses, and at will a feature loss, LPIPS and
-a hinge PatchGAN with adaptive weight. It knows the tokenizer's forward, not its parts; no data, no optimizer, no files.
+The objective: L1 + L2 on pixels (more inside object masks), the quantizer's own losses, and at will a feature loss,
+LPIPS and a hinge PatchGAN with adaptive weight. It knows the tokenizer's forward; no data, no optimizer, no files.
 
-One backward serves generator and discriminator: the generator's term reads the discriminator with its parameters detached, the
-discriminator's term reads the reconstruction detached, so neither gradient leaks into the other.
+One backward serves generator and discriminator: the generator's term reads the discriminator with its parameters
+detached, the discriminator's term reads the reconstruction detached, so neither gradient leaks into the other.
 
 Shapes: B batch, C=3 channels, H W pixels in [-1, 1], masks (B, 1, H, W) with 1 inside objects, h w grid, K codes.
 """
@@ -140,7 +140,7 @@ def hinge(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def adaptive_weight(reconstruction: Tensor, generator: Tensor, last: Tensor, limit: float = 1e4) -> Tensor:
-    """|grad_last reconstruction| / (|grad_last generator| + 1e-4), without gradient (Esser et al. 2021, VQGAN, eq. 7)."""
+    """|grad_last reconstruction| / (|grad_last generator| + 1e-4), detached (Esser et al. 2021, VQGAN, eq. 7)."""
     a = torch.autograd.grad(reconstruction, last, retain_graph=True)[0].norm()
     b = torch.autograd.grad(generator, last, retain_graph=True)[0].norm()
     return (a / (b + 1e-4)).clamp(0, limit).detach()
@@ -162,7 +162,7 @@ def evaluate_tokenizer(
 ) -> dict[str, float]:
     """Encode, decode and compare pictures in [-1, 1], `batch` at a time.
 
-    psnr over all pixels and psnr_objects inside the masks (errors pooled over pictures, reconstruction rounded to 8 bits),
+    psnr over all pixels and psnr_objects inside the masks (errors pooled over pictures, reconstruction in 8 bits),
     usage = share of the codes that occur, dead = codes that do not, perplexity of the codes.
     """
     total = inside = 0.0
