@@ -1,0 +1,517 @@
+"""The Trainer: exact resume, sums over counts whatever the split, checkpoints that survive, clear failures.
+
+Run: pytest tests/training/test_trainer.py [-m slow for two processes]
+"""
+
+import errno
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from unigen.config import OptimConfig, RunConfig, apply_overrides, load_json
+from unigen.training import checkpoint
+from unigen.training.checkpoint import Ema, checkpoints, load_checkpoint
+from unigen.training.stream import permuted
+from unigen.training.trainer import Job, Trainer, adamw, lr_scale, run_recipe
+
+
+class Noisy:
+    """40 rows that draw from every global generator, as augmentations do."""
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, i: int) -> Tensor:
+        return torch.randn(6) * 0.3 + i / 40 + random.random() * 0.1 + float(np.random.rand()) * 0.1
+
+
+class Denoise:
+    """A masked regression with the objective's own noise; the number of masked values differs from row to row."""
+
+    def __init__(self, fail_at: int = -1, failure: Any = None, noise: float = 0.1) -> None:
+        self.step, self.fail_at, self.failure, self.noise = 0, fail_at, failure, noise
+
+    def __call__(self, model: nn.Module, x_BD: Tensor, rng: torch.Generator) -> dict[str, tuple[Tensor, Tensor | int]]:
+        if self.step == self.fail_at:
+            self.failure()
+        noise_BD = torch.randn(x_BD.shape, generator=rng)
+        keep_BD = (x_BD > x_BD.mean(1, keepdim=True)) & (x_BD[:, :1] > 0.4)
+        gap_BD = model(x_BD + self.noise * noise_BD) - x_BD
+        tokens = torch.tensor(x_BD.numel())
+        return {
+            "masked": (gap_BD[keep_BD].square().sum(), keep_BD.sum()),
+            "all": (gap_BD.abs().sum(), x_BD.numel()),
+            "metric/tokens": (tokens, 1),
+        }
+
+
+def network(dropout: float = 0.2) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 32), nn.BatchNorm1d(32), nn.GELU(), nn.Dropout(dropout), nn.Linear(32, 6))
+
+
+def plain() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 32), nn.GELU(), nn.Linear(32, 6))
+
+
+def settings(folder: Path, *overrides: str) -> RunConfig:
+    base = RunConfig(steps=12, batch_size=8, log_every=1, save_every=6, sample_every=0, precision="bf16", ema=0.99)
+    base.optim = OptimConfig(lr=1e-2, warmup=3)
+    return apply_overrides(base, [f"run_dir={folder}", *overrides])
+
+
+def train(folder: Path, *overrides: str, **job: Any) -> dict[str, Any]:
+    given = {"model": network(), "dataset": Noisy(), "objective": Denoise()} | job
+    return Trainer(settings(folder, *overrides), Job(**given)).run()
+
+
+def losses(folder: Path) -> list[tuple[Any, ...]]:
+    names = ("step", "loss", "masked", "all", "grad_norm", "lr")
+    return [tuple(json.loads(line)[n] for n in names) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def flat(tree: Any) -> list[Any]:
+    if isinstance(tree, dict):
+        return [leaf for key in tree for leaf in flat(tree[key])]
+    return [leaf for value in tree for leaf in flat(value)] if isinstance(tree, (list, tuple)) else [tree]
+
+
+def same(a: Path, b: Path) -> bool:
+    """Losses, weights, buffers, optimizer, EMA of two runs, bit for bit."""
+    left, right = load_checkpoint(a), load_checkpoint(b)
+    assert left is not None and right is not None
+    del left["elapsed"], right["elapsed"]
+    pairs = zip(flat(left), flat(right), strict=True)
+    equal = all(torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in pairs)
+    return equal and losses(a) == losses(b)
+
+
+def crash() -> None:
+    raise RuntimeError("the power went out")
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 steps in one go: dropout, shuffling, 2 loader workers, bf16 autocast, EMA; 40 rows, so 3 epochs."""
+    folder = tmp_path_factory.mktemp("straight")
+    train(folder)
+    return folder
+
+
+def interrupted(folder: Path) -> None:
+    """Saved at step 6, lost at step 8."""
+    with pytest.raises(RuntimeError, match="the power went out"):
+        train(folder, objective=Denoise(8, crash))
+    assert [line[0] for line in losses(folder)] == list(range(1, 9))
+
+
+def test_resume_is_exact(straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    interrupted(tmp_path)
+    capsys.readouterr()
+    result = train(tmp_path)
+    assert "resuming at step 6" in capsys.readouterr().out
+    assert same(straight, tmp_path)
+    assert result["step"] == 12 and result["rows"] == 96 and result["finished"]
+
+
+@pytest.mark.parametrize("lost", ["rows", "dropout", "optimizers", "ema", "buffers"])
+def test_resume_would_differ_without(
+    lost: str, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if lost == "dropout":  # dropout's generator runs on instead of being a function of the step
+        monkeypatch.setattr(Trainer, "_seed", lambda self, *_: torch.Generator().manual_seed(self.step))
+        straight = tmp_path / "straight"
+        train(straight)
+    interrupted(tmp_path)
+    whole = load_checkpoint
+
+    def forgetful(run_dir: Path) -> dict[str, Any] | None:
+        state = whole(run_dir)
+        assert state is not None
+        if lost == "rows":
+            state["rows"] = 0
+        elif lost == "optimizers":
+            state["optimizers"][0]["state"] = {}
+        elif lost == "ema":
+            state["ema"] = None
+        elif lost == "buffers":
+            state["model"]["1.running_mean"].zero_()
+        return state
+
+    monkeypatch.setattr("unigen.training.trainer.load_checkpoint", forgetful)
+    train(tmp_path)
+    assert losses(straight)[:6] == losses(tmp_path)[:6] and not same(straight, tmp_path)
+
+
+def test_the_number_of_workers_changes_nothing(straight: Path, tmp_path: Path) -> None:
+    train(tmp_path, "workers=0")
+    assert same(straight, tmp_path)
+
+
+def test_another_seed_changes_the_run(straight: Path, tmp_path: Path) -> None:
+    train(tmp_path, "seed=1")
+    assert not same(straight, tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_stops(number: int, straight: Path, tmp_path: Path) -> None:
+    before = signal.getsignal(number)
+    result = train(tmp_path, objective=Denoise(4, lambda: os.kill(os.getpid(), number)))
+    assert result["finished"] is False and result["step"] == 5
+    assert signal.getsignal(number) is before, "handlers are put back"
+    assert train(tmp_path)["finished"] is True
+    assert same(straight, tmp_path)
+
+
+# ---------------------------------------------------------------- sums over counts
+
+
+def weights_after(folder: Path, *overrides: str, **job: Any) -> Tensor:
+    model = job.pop("model", None) or plain()
+    options = ["precision=fp32", "steps=4", "ema=0", "save_every=0", "shuffle=false", *overrides]
+    train(folder, *options, model=model, **job)
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
+class Counted(Denoise):
+    """Denoise that knows its counts without running the model."""
+
+    asked = 0
+
+    def counts(self, x_BD: Tensor, rng: torch.Generator) -> dict[str, Tensor | int]:
+        self.asked += 1
+        keep_BD = (x_BD > x_BD.mean(1, keepdim=True)) & (x_BD[:, :1] > 0.4)
+        return {"masked": keep_BD.sum(), "all": x_BD.numel()}
+
+
+class MeanOfMeans(Denoise):
+    def __call__(self, *args: Any) -> dict[str, tuple[Tensor, Tensor | int]]:
+        parts = super().__call__(*args).items()
+        return {name: (total / max(int(count), 1), 1) for name, (total, count) in parts}
+
+
+def test_accumulation_gives_the_same_number(tmp_path: Path) -> None:
+    whole = weights_after(tmp_path / "a", "batch_size=8", objective=Denoise(noise=0))
+    split = weights_after(tmp_path / "b", "batch_size=2", "accumulate=4", objective=Denoise(noise=0))
+    counted = Counted(noise=0)
+    known = weights_after(tmp_path / "c", "batch_size=2", "accumulate=4", objective=counted)
+    wrong = weights_after(tmp_path / "d", "batch_size=2", "accumulate=4", objective=MeanOfMeans(noise=0))
+    torch.testing.assert_close(split, whole, rtol=1e-5, atol=1e-6)
+    assert torch.equal(split, known) and counted.asked == 16
+    assert (wrong - whole).abs().max() > 1e-3, "the mean of means is another number"
+    for a, b in zip(losses(tmp_path / "a"), losses(tmp_path / "b"), strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+
+
+def test_counting_leaves_no_trace_in_buffers(tmp_path: Path) -> None:
+    model, known = network(), network()
+    weights_after(tmp_path / "a", "batch_size=4", "accumulate=2", model=model, objective=Denoise())
+    weights_after(tmp_path / "b", "batch_size=4", "accumulate=2", model=known, objective=Counted())
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), known.buffers(), strict=True))
+    assert model[1].num_batches_tracked == 8
+
+
+def test_weights_scale_a_loss(tmp_path: Path) -> None:
+    objective: Any = Denoise()
+    objective.weights = {"masked": 0.0}
+    result = train(tmp_path, "steps=1", objective=objective)
+    assert result["loss"] == result["all"] and result["masked"] > 0
+
+
+WORKER = """
+import sys
+sys.path[:0] = [{root!r}, {here!r}]
+import test_trainer as t, torch
+from pathlib import Path
+from unigen.training.trainer import Trainer
+w = t.weights_after(Path({folder!r}), "batch_size=4", "workers=1", model=t.dropping())
+torch.save(w, {folder!r} + f"/weights-{{torch.distributed.get_rank()}}.pt")
+"""
+
+
+def dropping() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 32), nn.GELU(), nn.Dropout(0.2), nn.Linear(32, 6))
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_with_accumulation(tmp_path: Path, root: Path) -> None:
+    one = weights_after(tmp_path / "one", "batch_size=4", "accumulate=2", model=dropping())
+    wrong = weights_after(tmp_path / "wrong", "batch_size=4", model=dropping())
+    folder = tmp_path / "two"
+    folder.mkdir()
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER.format(root=str(root), here=str(Path(__file__).parent), folder=str(folder)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = [torch.load(folder / f"weights-{rank}.pt") for rank in range(2)]
+    assert torch.equal(*two)
+    torch.testing.assert_close(two[0], one, rtol=1e-5, atol=1e-6)
+    assert (two[0] - wrong).abs().max() > 1e-3, "one process alone sees half the rows"
+    for a, b in zip(losses(tmp_path / "one"), losses(folder), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+
+
+# ---------------------------------------------------------------- several objectives
+
+
+def test_each_objective_changes_its_own_parameters(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"maker": nn.Linear(6, 6), "critic": nn.Linear(6, 1)})
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def fool(model: Any, x_BD: Tensor, rng: torch.Generator) -> dict[str, tuple[Tensor, int]]:
+        return {"fool": (-model["critic"](model["maker"](x_BD)).sum(), len(x_BD))}
+
+    def idle(model: Any, x_BD: Tensor, rng: torch.Generator) -> dict[str, tuple[Tensor, int]]:
+        assert not model["maker"].weight.requires_grad
+        return {"idle": (0 * model["critic"](x_BD).sum(), len(x_BD))}
+
+    pairs = [(fool, model["maker"].parameters()), (idle, model["critic"].parameters())]
+    train(tmp_path, "optim.weight_decay=0", model=model, objectives=pairs)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) is name.startswith("critic")
+        assert p.requires_grad
+
+
+# ---------------------------------------------------------------- the clock, logs, artefacts
+
+
+def test_time_limit_ends_the_run_and_anneals(tmp_path: Path) -> None:
+    result = train(tmp_path, "steps=1000000", "time_limit=0.6", "save_every=0", "optim.min_ratio=0", "workers=0")
+    assert result["finished"] and 0.6 <= result["seconds"] < 5 and 3 < result["step"] < 1000000
+    assert result["lr"] < 1e-3, "the schedule follows the clock"
+    again = train(tmp_path, "steps=1000000", "time_limit=0.6", "save_every=0", "workers=0")
+    assert again["step"] == result["step"], "the time of earlier sessions counts"
+
+
+def test_schedule() -> None:
+    optim = OptimConfig(warmup=4, min_ratio=0.1)
+    assert [lr_scale(optim, s, 0.0) for s in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert lr_scale(optim, 99, 1.0) == pytest.approx(0.1) and lr_scale(optim, 99, 0.5) == pytest.approx(0.55)
+    optim.schedule = "constant"
+    assert lr_scale(optim, 99, 1.0) == 1.0
+
+
+def test_what_a_run_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    seen: list[Tensor] = []
+
+    def sample(model: Any, step: int, folder: Path) -> None:
+        assert not model.training and not torch.is_grad_enabled()
+        seen.append(model[0].weight.clone())
+        torch.randn(3)  # must not disturb the run
+        (folder / f"{step:08d}.png").write_bytes(b"")
+
+    def save(model: Any, folder: Path) -> None:
+        torch.save(model.state_dict(), folder / "weights.pt")
+
+    model = network()
+    train(tmp_path, "sample_every=5", "save_every=4", "keep=1", model=model, sample=sample, save=save)
+    assert [p.name for p in sorted((tmp_path / "samples").iterdir())] == [f"{s:08d}.png" for s in (5, 10, 12)]
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-00000012.pt"]
+    state = load_checkpoint(tmp_path)
+    assert state is not None and torch.equal(seen[-1], state["ema"]["average"]["0.weight"])
+    assert torch.equal(model[0].weight, state["model"]["0.weight"]) and not torch.equal(seen[-1], model[0].weight)
+    assert torch.equal(torch.load(tmp_path / "model" / "weights.pt")["0.weight"], seen[-1])
+    assert load_json(tmp_path / "config.json")["optim"]["lr"] == 1e-2
+    assert list((tmp_path / "tensorboard").iterdir())
+    names = {"config.json", "metrics.jsonl", "tensorboard", "samples", "model", "checkpoints"}
+    assert {p.name for p in tmp_path.iterdir()} == names
+    bar = capsys.readouterr().err
+    assert "12/12" in bar and "tokens/s" in bar and "left" in bar and "loss" in bar
+
+
+def test_lines_without_a_terminal(straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tmp_path, "steps=2")
+    out = capsys.readouterr().out
+    assert "a fresh run" in out and "step 2/2  loss" in out and "tokens/s" in out and "left" in out
+    train(tmp_path, "steps=3", "optim.lr=0.5")
+    out = capsys.readouterr().out
+    assert "changed since the run began: optim.lr: 0.01 -> 0.5" in out
+    assert losses(tmp_path)[-1][-1] == pytest.approx(0.5 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 2 / 3))))
+
+
+def test_ema_closed_form() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    ema, expected = Ema(model, 0.3), 0.0
+    for n in range(8):
+        nn.init.constant_(model.weight, n + 1.0)
+        ema.update()
+        decay = min(0.3, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * (n + 1.0)
+    with ema.applied():
+        assert model.weight.item() == pytest.approx(expected)
+    assert model.weight.item() == 8.0
+
+
+def test_weight_decay_spares_vectors_norms_and_tied_embeddings() -> None:
+    model = nn.Module()
+    model.table, model.norm, model.linear = nn.Embedding(5, 4), nn.LayerNorm((2, 4)), nn.Linear(4, 4)
+    model.head = nn.Linear(4, 5, bias=False)
+    model.head.weight = model.table.weight
+    decay, none = adamw(model, OptimConfig()).param_groups
+    assert [id(p) for p in decay["params"]] == [id(model.linear.weight)] and decay["weight_decay"] > 0
+    assert len(none["params"]) == 4 and none["weight_decay"] == 0
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 17, 64, 1000])
+def test_permuted_is_a_permutation(length: int) -> None:
+    orders = [[permuted(i, length, seed) for i in range(length)] for seed in range(2)]
+    assert all(sorted(order) == list(range(length)) for order in orders)
+    if length > 16:
+        assert orders[0] != orders[1] != list(range(length))
+
+
+# ---------------------------------------------------------------- what goes wrong
+
+
+def one_line(error: pytest.ExceptionInfo[ValueError]) -> str:
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(tmp_path, "steps=6")
+    with monkeypatch.context() as patch:
+
+        def full(*_: Any) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        patch.setattr(checkpoint._HashingWriter, "write", full)
+        with pytest.raises(ValueError) as error:
+            train(tmp_path)
+    assert "No space left on device; the last good checkpoint is" in one_line(error)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000006.pt"]
+    assert train(tmp_path)["step"] == 12
+
+
+def test_a_full_disk_keeps_the_last_model(tmp_path: Path) -> None:
+    def save(model: nn.Module, folder: Path) -> None:
+        (folder / "weights").write_text("whole")
+
+    def full(model: nn.Module, folder: Path) -> None:
+        (folder / "weights").write_text("ha")
+        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    train(tmp_path, "steps=2", save=save)
+    with pytest.raises(ValueError) as error:
+        train(tmp_path, "steps=3", save=full)
+    assert "No space left on device" in one_line(error)
+    assert (tmp_path / "model" / "weights").read_text() == "whole" and not (tmp_path / "model.tmp").exists()
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "text"])
+def test_a_damaged_checkpoint_is_one_clear_line(damage: str, tmp_path: Path) -> None:
+    train(tmp_path, "steps=4", "save_every=2")
+    newest = checkpoints(tmp_path)[-1]
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes({"flipped": bytes(data), "cut": bytes(data[:-100]), "empty": b"", "text": b"hello" * 20}[damage])
+    with pytest.raises(ValueError) as error:
+        train(tmp_path, "steps=4")
+    assert "damaged" in one_line(error) and newest.name in str(error.value) and "step-00000002" in str(error.value)
+    newest.unlink()
+    assert train(tmp_path, "steps=4")["step"] == 4
+
+
+def test_a_run_of_another_model_is_not_overwritten(tmp_path: Path) -> None:
+    train(tmp_path, "steps=1")
+    with pytest.raises(ValueError, match="holds a run of another model") as error:
+        train(tmp_path, "steps=2", model=plain())
+    one_line(error)
+
+
+def test_a_loss_that_is_not_finite_does_not_reach_a_checkpoint(tmp_path: Path) -> None:
+    class Broken(Denoise):
+        def __call__(self, *args: Any) -> dict[str, tuple[Tensor, Tensor | int]]:
+            result = super().__call__(*args)
+            return result | {"all": (result["all"][0] * math.inf, 1)} if self.step >= 4 else result
+
+    with pytest.raises(ValueError, match="not finite at step 6") as error:
+        train(tmp_path, "save_every=3", "log_every=100", objective=Broken())
+    one_line(error)
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-00000003.pt"]
+
+
+class Failing:
+    def __init__(self, error: type[Exception]) -> None:
+        self.error = error
+
+    def __getitem__(self, i: int) -> Tensor:
+        if i == 13:
+            raise self.error("no emoji font is installed")
+        return torch.zeros(6)
+
+
+class Unpicklable(Exception):
+    def __init__(self, message: str, code: int = 0) -> None:
+        super().__init__(message, lambda: code)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_failure_in_a_worker_is_told(workers: int, tmp_path: Path) -> None:
+    with pytest.raises(ValueError) as error:
+        train(tmp_path, f"workers={workers}", dataset=Failing(ValueError))
+    assert one_line(error) == "no emoji font is installed (item 13 of the dataset)"
+    for kind in (KeyError, Unpicklable):
+        with pytest.raises(RuntimeError, match="item 13 of the dataset failed") as fault:
+            train(tmp_path, f"workers={workers}", dataset=Failing(kind))
+        assert "in __getitem__" in str(fault.value), "our own faults come with their traceback"
+
+
+RECIPE = """
+from dataclasses import dataclass
+from torch import nn
+import torch
+from unigen.training import Job, RunConfig
+
+@dataclass
+class Config(RunConfig):
+    width: int = 4
+
+def config():
+    return Config(steps=2, batch_size=2, workers=0)
+
+def objective(model, batch, rng):
+    return {"loss": (model(batch).square().sum(), batch.numel())}
+
+def build(cfg):
+    return Job(nn.Linear(cfg.width, 1), torch.ones(8, cfg.width), None, objective)
+"""
+
+
+def test_run_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "tiny.py"
+    recipe.write_text(RECIPE)
+    first = run_recipe(str(recipe), ["width=3", f"run_dir={tmp_path / 'a'}"])
+    second = run_recipe(str(recipe), ["width=3", f"run_dir={tmp_path / 'b'}"])
+    assert first["step"] == 2 and first["loss"] == second["loss"], "first weights follow the seed"
+    assert load_json(tmp_path / "a" / "config.json")["width"] == 3
+    assert "a fresh run" in capsys.readouterr().out
+    for path, overrides, message in [
+        (tmp_path / "none.py", [], "no recipe at"),
+        (recipe, ["widht=3"], "did you mean width"),
+        (recipe, ["width=x"], "width expects int"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            run_recipe(str(path), overrides)
+    recipe.write_text("def config(): ...")
+    with pytest.raises(ValueError, match="no function build"):
+        run_recipe(str(recipe))
+    recipe.write_text("def config(:")
+    with pytest.raises(ValueError, match="not valid Python"):
+        run_recipe(str(recipe))
