@@ -109,13 +109,16 @@ def build(cfg: VQRunConfig) -> Job:
         device = next(model.parameters()).device
         save_grid(model.tokenizer, shown.to(device), folder / f"{step:06d}.png")
 
+    def save(model: nn.Module, folder: Path) -> None:
+        save_tokenizer(model.tokenizer, folder)
+
     return Job(
         model=VQTraining(tokenizer, gan=cfg.loss.gan > 0).to(memory_format=torch.channels_last),
         dataset=Pictures(cfg.seed, cfg.model.image_size),
         collate=collate,
         objective=VQObjective(cfg.loss, feature_network(cfg.features), lpips),
         sample=sample,
-        save=lambda model, folder: save_tokenizer(model.tokenizer, folder) and None,
+        save=save,
     )
 
 
@@ -186,7 +189,9 @@ def main() -> int:
             raise ValueError("--count and --ablate must be at least 1")
         if options.evaluate:
             figures = evaluate(options.evaluate, options.count, options.grid)
-            rows = [{"name": name, "value": value, "unit": UNITS.get(name, "")} for name, value in figures.items()]
+            rows: list[dict[str, Any]] = [
+                {"name": name, "value": value, "unit": UNITS.get(name, "")} for name, value in figures.items()
+            ]
             for row in rows:
                 print(f"{row['name']:14} {row['value']:9.3f} {row['unit']}")
         else:

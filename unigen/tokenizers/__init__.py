@@ -17,6 +17,7 @@ import importlib
 import importlib.util
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -47,7 +48,14 @@ class ImageTokenizer(Protocol):
 
     def config(self) -> dict[str, Any]: ...  # {"kind": ..., ...}: all that load_tokenizer needs beside the weights
 
+    # and of torch.nn.Module
     def state_dict(self) -> dict[str, Any]: ...
+
+    def parameters(self) -> Iterator[Any]: ...
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any: ...
+
+    def eval(self) -> Any: ...
 
 
 def save_tokenizer(tokenizer: ImageTokenizer, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
