@@ -222,11 +222,12 @@ def story(args: argparse.Namespace) -> int:
 
 
 def story_prompt(prompt: str, references: int) -> str:
-    """The words that ask for a story: as the recipes ask for one."""
+    """The words that ask for a story, as the recipes ask for one."""
     asked = prompt if "story" in prompt.lower().split() else f"a story about {prompt}"
     if not references:
         return asked
-    return f"{asked}, follow the identity of {'this image' if references == 1 else f'these {references} images'}"
+    these = "this image" if references == 1 else f"these {references if references > 2 else 'two'} images"
+    return f"follow the identity of {these}: {asked}"
 
 
 def chat(args: argparse.Namespace) -> int:
