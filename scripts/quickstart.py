@@ -32,7 +32,7 @@ PROMPTS = {
     "witch": "a witch",
     "raven": "a raven",
     "penguins": "three penguins",
-    "rocket": "a rocket left of a moon",
+    "rocket": "a rocket to the left of a moon",
     "house": "a house and a purple tree",
 }
 QUESTIONS = ["how many apples are there?", "is there a horse?", "what color is the background?"]
@@ -101,7 +101,9 @@ class Maker:
                 f"<p><b>{html.escape(question)}</b> {html.escape(said)}<br>"
                 f"<span class=note>{seconds:.1f} s</span> {again}</p>"
             )
-        body = f'<div class="row">{figure(image, alt=PROMPTS["apples"])}<div class="wide">{"".join(rows)}</div></div>'
+        body = (
+            f'<div class="row top">{figure(image, alt=PROMPTS["apples"])}<div class="wide">{"".join(rows)}</div></div>'
+        )
         self.section("Asked about a picture", "The model reads its own drawing again, from the pixels.", body)
 
     def edit(self) -> None:
@@ -121,7 +123,8 @@ class Maker:
         make = functools.partial(self.engine.generate, prompt, output="interleaved", **self.options)
         parts, seconds = self.timed(f"a story: {STORY}" + " from references" * bool(references), make)
         flags = [word for name in references for word in ("--reference", self.place(name))]
-        again = self.command("story", STORY, *flags, "-o", str(self.folder / "story.html"))
+        name = "story-of-these.html" if references else "story.html"
+        again = self.command("story", STORY, *flags, "-o", str(self.folder / name))
         title = "A story about these two" if references else "A story"
         shown = "".join(figure(self.pictures[name], f"<b>reference</b>{name}", name) for name in references)
         shown = f'<div class="row">{shown}</div>' if shown else ""

@@ -133,8 +133,8 @@ def test_story_page(engine: FakeEngine, picture: str) -> None:
     assert [isinstance(part, Image.Image) for part in prompt] == [True, True, False]
     assert "a witch & her raven" in prompt[2] and options["output"] == "interleaved" and options["seed"] == 2
     page = Path("story.html").read_text()
-    assert page.index("Once &lt;upon&gt; a time.") < page.index("data:image/png") < page.index("The end.")
-    assert page.count("data:image/png") == 2
+    captions = re.findall(r'src="data:image/png[^"]*" alt="([^"]*)"><figcaption>([^<]*)</figcaption>', page)
+    assert captions == [("Once &lt;upon&gt; a time.",) * 2, ("The end.",) * 2], "each picture carries its text"
     assert not re.search(r"(src|href)=\"(?!data:)", page), "the page is self-contained"
     assert "--seed 2" in page
 

@@ -32,7 +32,8 @@ STYLE = """
 @media (prefers-color-scheme: dark) {
   :root { --ink: #eceae6; --soft: #a09c94; --paper: #16171a; --card: #1f2125; --line: #33353b; --accent: #e58a5f } }
 * { box-sizing: border-box }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 17px/1.6 system-ui, sans-serif }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 17px/1.6 system-ui, sans-serif;
+       overflow-wrap: anywhere }
 main { max-width: 62rem; margin: 0 auto; padding: 3rem 1.25rem 5rem }
 h1 { font-size: 2.1rem; line-height: 1.2; margin: 0 0 .4rem; letter-spacing: -.02em }
 h2 { font-size: 1.25rem; margin: 3rem 0 .2rem }
@@ -44,8 +45,10 @@ figure img { display: block; width: 100%; aspect-ratio: 1; object-fit: cover }
 figcaption { padding: .7rem .9rem .8rem; font-size: .86rem; line-height: 1.45 }
 figcaption b { display: block; color: var(--ink); font-weight: 600; font-size: .95rem }
 .wide { grid-column: span 2 }
-.story { max-width: 30rem; margin: 2rem auto }
-.story p { font-size: 1.15rem; margin: 1.2rem .2rem }
+.top { align-items: start }
+.story { grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr)) }
+.story figure { max-width: 24rem }
+.story figcaption, .end { color: var(--ink); font-size: 1.02rem }
 code { font: .82rem/1.5 ui-monospace, SFMono-Regular, Menlo, monospace; overflow-wrap: anywhere }
 pre { background: var(--card); border: 1px solid var(--line); border-left: 3px solid var(--accent); border-radius: 8px;
       padding: .6rem .8rem; margin: .6rem 0; overflow-x: auto; white-space: pre-wrap }
@@ -145,9 +148,16 @@ def figure(image: Image, caption: str = "", alt: str = "") -> str:
 
 
 def story_body(parts: Sequence[str | Image]) -> str:
-    """Text and pictures in order, as HTML."""
-    rows = [f"<p>{html.escape(part.strip())}</p>" if isinstance(part, str) else figure(part) for part in parts]
-    return '<div class="story">\n' + "\n".join(rows) + "\n</div>"
+    """Text and pictures in order, as HTML: a picture carries the text before it, as in a picture book."""
+    rows, text = [], ""
+    for part in parts:
+        if isinstance(part, str):
+            text = f"{text} {part.strip()}".strip()
+        else:
+            rows.append(figure(part, html.escape(text), text))
+            text = ""
+    end = f'\n<p class="end">{html.escape(text)}</p>' if text else ""
+    return '<div class="row story">\n' + "\n".join(rows) + f"\n</div>{end}"
 
 
 def write_story(path: Path, title: str, parts: Sequence[str | Image], made: str) -> list[Path]:
