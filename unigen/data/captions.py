@@ -1,7 +1,9 @@
-"""What a caption says: `Facts` of a scene, captions of several registers, their parser, and scenes made to match a prompt.
+"""What a caption says: `Facts` of a scene, captions of several registers, their parser, and scenes made to match a
+prompt.
 
-Refuses to know: fonts, pixels, models. `parse_caption` is the inverse of `caption` and `descriptive_caption` and tolerant of the rest,
-so that a caption written by a model is scored by comparing facts, and a prompt becomes an oracle scene:
+Refuses to know: fonts, pixels, models. `parse_caption` is the inverse of `caption` and `descriptive_caption` and
+tolerant of the rest, so that a caption written by a model is scored by comparing facts, and a prompt becomes an oracle
+scene:
 
     said = parse_caption("a photo of two pink cats and a car on a green background")
     scene = scene_from_facts(said, np.random.default_rng(0))
@@ -34,8 +36,9 @@ from unigen.data.scenes import (
 
 @dataclass(frozen=True)
 class Facts:
-    """What a caption states: groups (name, colour or None, count), background or None when unsaid, the relation of the first group to
-    the second or None, and whether the picture has a ground plane."""
+    """What a caption states: groups (name, colour or None, count), background or None when unsaid, the relation of
+    the first group to the second or None, and whether the picture has a ground plane.
+    """
 
     groups: tuple[Group, ...]
     background: str | None = None
@@ -43,7 +46,9 @@ class Facts:
     ground: bool = False
 
     def normal(self) -> Facts:
-        """The same facts in alphabetical order, for comparison; two related groups stay in front, their relation turned with them."""
+        """The same facts in alphabetical order, for comparison; two related groups stay in front, their relation
+        turned with them.
+        """
         split = 0 if self.relation is None else 2
         first, rest = sorted(self.groups[:split], key=_order), sorted(self.groups[split:], key=_order)
         turned = self.relation is not None and first != list(self.groups[:2])
@@ -58,7 +63,9 @@ def _order(group: Group) -> tuple[str, str, int]:
 def facts(scene: Scene) -> Facts:
     """The facts of a scene; groups from left to right (top to bottom where the relation is vertical).
 
-    A relation is stated only between two single objects, and only if it is unambiguous by GenEval's rule (`clear_relation`)."""
+    A relation is stated only between two single objects, and only if it is unambiguous by GenEval's rule
+    (`clear_relation`).
+    """
     groups = groups_of(scene)
 
     def left(group: Group) -> float:
@@ -79,13 +86,15 @@ def _item(scene: Scene, group: Group) -> Item:
 
 
 def compare(said: Facts, true: Facts) -> dict[str, bool]:
-    """Which attributes of `said` are right: objects, counts, colors, background, relation. What is unsaid but true counts as wrong, and
-    so does what is said but not among the true facts."""
+    """Which attributes of `said` are right: objects, counts, colors, background, relation. What is unsaid but true
+    counts as wrong, and so does what is said but not among the true facts.
+    """
     a, b = said.normal(), true.normal()
     return {
         "objects": sorted(name for name, _, _ in a.groups) == sorted(name for name, _, _ in b.groups),
         "counts": sorted((name, n) for name, _, n in a.groups) == sorted((name, n) for name, _, n in b.groups),
-        "colors": sorted((name, c or "") for name, c, _ in a.groups) == sorted((name, c or "") for name, c, _ in b.groups),
+        "colors": sorted((name, c or "") for name, c, _ in a.groups)
+        == sorted((name, c or "") for name, c, _ in b.groups),
         "background": a.background == b.background,
         "relation": a.relation == b.relation,
     }
@@ -100,24 +109,24 @@ def noun(name: str, count: int = 1) -> str:
 
 
 def with_article(words: str) -> str:
-    """ "a horse", "an apple"."""
+    """As in "a horse", "an apple"."""
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
 def phrase(group: Group) -> str:
-    """ "a blue horse", "three apples", "an owl"."""
+    """As in "a blue horse", "three apples", "an owl"."""
     name, color, count = group
     words = (color + " " if color else "") + noun(name, count)
     return with_article(words) if count == 1 else f"{NUMBERS[count]} {words}"
 
 
 def definite(group: Group, color: bool = True) -> str:
-    """ "the blue horse", "the apples"."""
+    """As in "the blue horse", "the apples"."""
     return "the " + (group[1] + " " if color and group[1] else "") + noun(group[0], group[2])
 
 
 def listing(parts: list[str]) -> str:
-    """ "a", "a and b", "a, b and c"."""
+    """As in "a", "a and b", "a, b and c"."""
     return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
 
 
@@ -131,7 +140,9 @@ _LOOSE = {
 
 
 def caption(said: Facts) -> str:
-    """The canonical caption: "a blue horse to the left of a red dog on a green background" ("on a green ground" with a ground plane)."""
+    """The canonical caption: "a blue horse to the left of a red dog on a green background" ("on a green ground" with
+    a ground plane).
+    """
     parts = [phrase(group) for group in said.groups]
     if said.relation is not None:
         parts[:2] = [f"{parts[0]} {_BETWEEN[said.relation]} {parts[1]}"]
@@ -157,7 +168,9 @@ def shuffled(said: Facts, rng: np.random.Generator) -> Facts:
 
 
 def short_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A prompt as people write it: with or without "a photo of", the relation, the background; in any order; all of it true."""
+    """A prompt as people write it: with or without "a photo of", the relation, the background; in any order; all of
+    it true.
+    """
     said = shuffled(facts(scene), rng)
     parts = [phrase(group) for group in said.groups]
     if said.relation is not None and rng.random() < 0.8:
@@ -181,8 +194,9 @@ def _spot(item: Item, size: int) -> str:
 
 
 def descriptive_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """Several sentences: what there is, how it stands, where single objects are and how large, and the background. `parse_caption`
-    reads all facts back."""
+    """Several sentences: what there is, how it stands, where single objects are and how large, and the background.
+    `parse_caption` reads all facts back.
+    """
     said = shuffled(facts(scene), rng)
     parts = [phrase(group) for group in said.groups]
     several = said.groups[0][2] > 1
@@ -201,7 +215,9 @@ def descriptive_caption(scene: Scene, rng: np.random.Generator) -> str:
     if scene.ground:
         sentences.append(_pick(rng, ("the ground and the background are {}", "the background is {} with a ground")))
     else:
-        sentences.append(_pick(rng, ("the background is {}", "all on a {} background", "behind is a plain {} background")))
+        sentences.append(
+            _pick(rng, ("the background is {}", "all on a {} background", "behind is a plain {} background"))
+        )
     return ". ".join(sentences).format(scene.background) + "."
 
 
@@ -209,7 +225,9 @@ _FILLER = ("stock photo", "free clip art", "image", "icon", "wallpaper", "cute",
 
 
 def noisy_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """Like alt text from the web: words dropped, generic words added, sometimes nothing of use (Betker et al. 2023, section 2)."""
+    """Like alt text from the web: words dropped, generic words added, sometimes nothing of use (Betker et al. 2023,
+    section 2).
+    """
     u = rng.random()
     if u < 0.12:
         return " ".join(_pick(rng, _FILLER) for _ in range(1 + int(rng.integers(2)))) + f" {int(rng.integers(1000))}"
@@ -224,7 +242,12 @@ def noisy_caption(scene: Scene, rng: np.random.Generator) -> str:
 
 _NOUNS = {singular(name): (name, False) for name in OBJECTS}
 _NOUNS |= {plural(name): (name, True) for name in OBJECTS if plural(name) != singular(name)}
-_NOUNS |= {"fishes": ("fish", True), "bicycle": ("bike", False), "bicycles": ("bike", True), "doughnut": ("donut", False)}
+_NOUNS |= {
+    "fishes": ("fish", True),
+    "bicycle": ("bike", False),
+    "bicycles": ("bike", True),
+    "doughnut": ("donut", False),
+}
 _NOUNS |= {"doughnuts": ("donut", True), "cacti": ("cactus", True)}
 _COUNTS = {"a": 1, "an": 1, **{word: k for k, word in enumerate(NUMBERS)}, **{str(k): k for k in range(MAX_COUNT + 1)}}
 _SKIPPED = {"large", "small", "big", "little", "single", "natural"}
@@ -233,12 +256,15 @@ _SIDES |= {"under": "below", "beneath": "below", "underneath": "below"}
 _RELATION = re.compile(r"\b(left of|right of|above|over|below|underneath|under|beneath)\b")
 _SHADES = "|".join(BACKGROUNDS).replace("grey", "grey|gray")
 _BEHIND = re.compile(rf"\b({_SHADES}) (background|ground)\b")
-_BEHIND_IS = re.compile(rf"\b(background|ground)(?: and the background)? (?:is|are) ({_SHADES})\b(?P<with> with a ground)?")
+_BEHIND_IS = re.compile(
+    rf"\b(background|ground)(?: and the background)? (?:is|are) ({_SHADES})\b(?P<with> with a ground)?"
+)
 
 
 def parse_caption(text: str) -> Facts:
-    """The facts that a caption states; never fails, but what it does not know is missing. "the horse" repeats a group named before;
-    a plural without a number counts as two."""
+    """The facts that a caption states; never fails, but what it does not know is missing. "the horse" repeats a group
+    named before; a plural without a number counts as two.
+    """
     plain = " ".join(re.sub(r"[^a-z0-9 ]+", " ", text.lower()).split())
     background, ground = None, False
     if match := _BEHIND.search(plain):

@@ -1,6 +1,7 @@
 """The language of the rendered world beyond captions: questions, edits, verdicts, expansions of short prompts.
 
-Refuses to know: fonts, pixels, models. Every function is pure in its random generator. Captions are re-exported from `captions.py`.
+Refuses to know: fonts, pixels, models. Every function is pure in its random generator. Captions are re-exported from
+`captions.py`.
 
     rng = np.random.default_rng(0)
     scene = sample_scene(rng)
@@ -47,9 +48,31 @@ from unigen.data.scenes import (
     tints,
 )
 
-__all__ = ["Edit", "QA", "Verdict", "EDITS", "edits", "expansion", "questions", "verdict"]
-__all__ += ["Facts", "caption", "compare", "definite", "descriptive_caption", "facts", "listing", "noisy_caption", "noun"]
-__all__ += ["parse_caption", "phrase", "scene_from_facts", "short_caption", "shuffled", "with_article"]
+__all__ = [
+    "EDITS",
+    "Edit",
+    "Facts",
+    "QA",
+    "Verdict",
+    "caption",
+    "compare",
+    "definite",
+    "descriptive_caption",
+    "edits",
+    "expansion",
+    "facts",
+    "listing",
+    "noisy_caption",
+    "noun",
+    "parse_caption",
+    "phrase",
+    "questions",
+    "scene_from_facts",
+    "short_caption",
+    "shuffled",
+    "verdict",
+    "with_article",
+]
 
 EDITS = ("replace", "add", "remove", "recolour", "background")
 
@@ -97,7 +120,9 @@ def _absent(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def questions(scene: Scene, rng: np.random.Generator) -> list[QA]:
-    """Some questions of every kind that the scene allows, in random order; "yes" and "no" balanced, "one" and "natural" thinned out."""
+    """Some questions of every kind that the scene allows, in random order; "yes" and "no" balanced, "one" and
+    "natural" thinned out.
+    """
     said = facts(scene)
     found = [*_presence(scene, said, rng), *_counts(scene, said, rng), *_colours(said, rng), *_relations(said, rng)]
     return [found[k] for k in rng.permutation(len(found))]
@@ -165,8 +190,9 @@ def _relations(said: Facts, rng: np.random.Generator) -> list[QA]:
 
 
 def edits(scene: Scene, rng: np.random.Generator, kind: str | None = None, heldout: bool | None = False) -> Edit:
-    """One edit of the scene; all other objects stay where they are. `kind` is by lot when None, and replaced by another where the scene
-    does not allow it. With heldout=False an edit of a training scene yields a training scene."""
+    """One edit of the scene; all other objects stay where they are. `kind` is by lot when None, and replaced by
+    another where the scene does not allow it. With heldout=False an edit of a training scene yields a training scene.
+    """
     if kind is not None and kind not in EDITS:
         raise ValueError(f"unknown kind of edit {kind!r}: choose from {', '.join(EDITS)}")
     keep = heldout is not None and not heldout_groups(groups_of(scene))
@@ -230,7 +256,9 @@ def _remove(scene: Scene, rng: np.random.Generator) -> Edit | None:
     group, called = _target(scene, rng)
     gone = set(_members(scene, group))
     items = tuple(item for k, item in enumerate(scene.items) if k not in gone)
-    return Edit(_pick(rng, ("remove {}", "take {} away", "delete {}")).format(called), replace(scene, items=items), "remove")
+    return Edit(
+        _pick(rng, ("remove {}", "take {} away", "delete {}")).format(called), replace(scene, items=items), "remove"
+    )
 
 
 def _recolour(scene: Scene, rng: np.random.Generator) -> Edit | None:
@@ -256,7 +284,7 @@ _EDITORS = {"replace": _replace, "add": _add, "remove": _remove, "recolour": _re
 
 
 def verdict(scene: Scene, rng: np.random.Generator) -> Verdict:
-    """A prompt that the scene satisfies (half of the time) or misses in one attribute, with the reason in one clause."""
+    """A prompt that the scene satisfies (half of the time) or misses in one attribute, and why in one clause."""
     true = shuffled(facts(scene), rng)
     if rng.random() < 0.3:
         true = replace(true, background=None, ground=False)
@@ -307,5 +335,7 @@ def _spoil(true: Facts, rng: np.random.Generator) -> tuple[Facts, str]:
 def expansion(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     """A short prompt and a descriptive one for the same picture (prompt expansion)."""
     said = shuffled(facts(scene), rng)
-    short = Facts(said.groups, said.background if rng.random() < 0.3 else None, said.relation if rng.random() < 0.7 else None)
+    short = Facts(
+        said.groups, said.background if rng.random() < 0.3 else None, said.relation if rng.random() < 0.7 else None
+    )
     return caption(short), descriptive_caption(scene, rng)

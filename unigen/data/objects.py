@@ -1,7 +1,8 @@
 """The vocabulary of the rendered world: objects, tints, backgrounds, and the two records `Item` and `Scene`.
 
-Knows names, glyphs and geometry. Refuses to know: fonts and pixels (`world.py`), how scenes are drawn by lot (`scenes.py`), sentences
-(`language.py`). Needs nothing but the standard library, so that prompts and scenes are made on machines without the font.
+Knows names, glyphs and geometry. Refuses to know: fonts and pixels (`world.py`), how scenes are drawn by lot
+(`scenes.py`), sentences (`language.py`). Needs nothing but the standard library, so that prompts and scenes are made on
+machines without the font.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-# name: (emoji, width / height of the glyph's box in Noto Color Emoji 2.042, tints too close to its natural colour to be told apart)
+# name: (emoji, width / height of the glyph's box in Noto Color Emoji 2.042,
+#        tints too close to its natural colour to be told apart from it)
 _TABLE: dict[str, tuple[str, float, tuple[str, ...]]] = {
     "horse": ("🐎", 1.11, ()),
     "cat": ("🐱", 1.12, ("yellow",)),
@@ -90,12 +92,20 @@ NUMBERS = ("zero", "one", "two", "three", "four")
 MAX_COUNT = 4
 HORIZON = 0.45  # of the picture's height, from the top; the ground is below it
 
-_PLURALS = {"fish": "fish", "fireworks": "fireworks", "snowman": "snowmen", "witch": "witches", "butterfly": "butterflies"}
+_PLURALS = {
+    "fish": "fish",
+    "fireworks": "fireworks",
+    "snowman": "snowmen",
+    "witch": "witches",
+    "butterfly": "butterflies",
+}
 _PLURALS |= {"cactus": "cactuses", "bus": "buses"}
 
 
 def tints(name: str) -> tuple[str, ...]:
-    """The colours in which this object may be painted: all but those close to its natural colour (a red apple is an apple)."""
+    """The colours in which this object may be painted: all but those close to its natural colour (a red apple is an
+    apple).
+    """
     return tuple(color for color in COLORS if color not in _TABLE[name][2])
 
 
@@ -114,8 +124,9 @@ PLURALS: dict[str, str] = {name: plural(name) for name in OBJECTS}
 
 @dataclass(frozen=True)
 class Item:
-    """One object: centre (x, y) and longest side `size` of its upright box in pixels, `angle` in degrees counter-clockwise;
-    `color` None is natural."""
+    """One object: centre (x, y) and longest side `size` of its upright box in pixels, `angle` in degrees
+    counter-clockwise; `color` None is natural.
+    """
 
     name: str
     color: str | None
@@ -139,7 +150,9 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
-    """Items from back to front on a named background; a square picture of `size` pixels a side; `ground` adds a ground plane."""
+    """Items from back to front on a named background; a square picture of `size` pixels a side; `ground` adds a
+    ground plane.
+    """
 
     items: tuple[Item, ...]
     background: str

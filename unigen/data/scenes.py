@@ -1,7 +1,8 @@
-"""The rendered world: scenes drawn by lot, the rule of relations, and the held-out split. Also re-exports `World` and the names.
+"""The rendered world: scenes drawn by lot, the rule of relations, and the held-out split. Also re-exports `World` and
+the names.
 
-Needs numpy and PIL only, and no font until a `World` is made. Refuses to know: language (`language.py`), models, torch. A scene is a
-pure function of its random generator:
+Needs numpy and PIL only, and no font until a `World` is made. Refuses to know: language (`language.py`), models, torch.
+A scene is a pure function of its random generator:
 
     rng = np.random.default_rng(0)
     scene = sample_scene(rng)
@@ -33,10 +34,39 @@ from unigen.data.objects import (
 )
 from unigen.data.world import Picture, World, find_font, ground_depth
 
-__all__ = ["ASPECTS", "BACKGROUNDS", "COLORS", "HORIZON", "MAX_COUNT", "NUMBERS", "OBJECTS", "PLURALS", "RELATIONS", "OPPOSITE"]
-__all__ += ["Item", "Scene", "Picture", "World", "Group", "find_font", "ground_depth", "plural", "singular", "tints"]
-__all__ += ["insert_item", "swap_items", "relation_of_boxes"]
-__all__ += ["sample_scene", "sample_groups", "place", "relation", "clear_relation", "is_heldout", "heldout_groups", "groups_of"]
+__all__ = [
+    "ASPECTS",
+    "BACKGROUNDS",
+    "COLORS",
+    "Group",
+    "HORIZON",
+    "Item",
+    "MAX_COUNT",
+    "NUMBERS",
+    "OBJECTS",
+    "OPPOSITE",
+    "PLURALS",
+    "Picture",
+    "RELATIONS",
+    "Scene",
+    "World",
+    "clear_relation",
+    "find_font",
+    "ground_depth",
+    "groups_of",
+    "heldout_groups",
+    "insert_item",
+    "is_heldout",
+    "place",
+    "plural",
+    "relation",
+    "relation_of_boxes",
+    "sample_groups",
+    "sample_scene",
+    "singular",
+    "swap_items",
+    "tints",
+]
 
 Group = tuple[str, str | None, int]  # name, colour or None (natural), count
 
@@ -49,13 +79,16 @@ _NAMES = tuple(OBJECTS)
 
 
 def relation(a: Item, b: Item) -> tuple[str, ...]:
-    """Where `a` is as seen from `b`, by GenEval's rule (Ghosh et al. 2023): the offset of centres, less 0.1 x (sum of the sides),
-    over the length of the offset, is beyond 0.5. Zero, one or two of RELATIONS."""
+    """Where `a` is as seen from `b`, by GenEval's rule (Ghosh et al. 2023): the offset of centres, less 0.1 x (sum of
+    the sides), over the length of the offset, is beyond 0.5. Zero, one or two of RELATIONS.
+    """
     (aw, ah), (bw, bh) = a.extent(), b.extent()
     return relation_of_boxes((a.x, a.y, aw, ah), (b.x, b.y, bw, bh))
 
 
-def relation_of_boxes(a: tuple[float, float, float, float], b: tuple[float, float, float, float], limit: float = 0.5) -> tuple[str, ...]:
+def relation_of_boxes(
+    a: tuple[float, float, float, float], b: tuple[float, float, float, float], limit: float = 0.5
+) -> tuple[str, ...]:
     """`relation` of two boxes given as (centre x, centre y, width, height) in pixels."""
     dx, dy = _offset(a, b)
     found = (("left of", dx < -limit), ("right of", dx > limit), ("above", dy < -limit), ("below", dy > limit))
@@ -72,7 +105,9 @@ def _offset(a: tuple[float, float, float, float], b: tuple[float, float, float, 
 
 
 def clear_relation(a: Item, b: Item) -> str | None:
-    """The relation that a caption may state: beyond 0.6 on one axis and within 0.4 on the other; None when it is not that clear."""
+    """The relation that a caption may state: beyond 0.6 on one axis and within 0.4 on the other; None when it is not
+    that clear.
+    """
     (aw, ah), (bw, bh) = a.extent(), b.extent()
     dx, dy = _offset((a.x, a.y, aw, ah), (b.x, b.y, bw, bh))
     if abs(dx) > 0.6 and abs(dy) < 0.4:
@@ -91,7 +126,9 @@ def _held(key: str) -> bool:
 
 
 def heldout_groups(groups: tuple[Group, ...] | list[Group]) -> tuple[str, ...]:
-    """The held-out combinations among these groups, as keys like "pair:cat|dog", "color:cat|blue", "count:cat|3"; empty in training."""
+    """The held-out combinations among these groups, as keys like "pair:cat|dog", "color:cat|blue", "count:cat|3";
+    empty in training.
+    """
     keys = [f"color:{name}|{color}" for name, color, _ in groups if color is not None]
     keys += [f"count:{name}|{count}" for name, _, count in groups if count >= 2]
     names = sorted({name for name, _, _ in groups})
@@ -108,7 +145,9 @@ def groups_of(scene: Scene) -> tuple[Group, ...]:
 
 
 def is_heldout(scene: Scene) -> bool:
-    """Does the scene hold a combination that never occurs in training (10% of pairs, of (object, colour), of (object, count >= 2))?"""
+    """Does the scene hold a combination that never occurs in training (10% of pairs, of (object, colour), of (object,
+    count >= 2))?
+    """
     return bool(heldout_groups(groups_of(scene)))
 
 
@@ -178,8 +217,9 @@ def place(
 
 
 def swap_items(scene: Scene, chosen: set[int], name: str, color: str | None) -> Scene | None:
-    """The scene with other objects in the place of the chosen ones: same centre and size (on the ground: same base), moved only as far
-    as the picture's edge asks; None where they would hide too much."""
+    """The scene with other objects in the place of the chosen ones: same centre and size (on the ground: same base),
+    moved only as far as the picture's edge asks; None where they would hide too much.
+    """
     items = list(scene.items)
     for k in chosen:
         old = items[k]
@@ -189,11 +229,15 @@ def swap_items(scene: Scene, chosen: set[int], name: str, color: str | None) -> 
         if max(w, h) > scene.size:
             return None
         items[k] = replace(new, x=min(max(old.x, w / 2), scene.size - w / 2), y=min(max(y, h / 2), scene.size - h / 2))
-    return replace(scene, items=tuple(items)) if all(_covered(items, k) <= _OVERLAP for k in range(len(items))) else None
+    return (
+        replace(scene, items=tuple(items)) if all(_covered(items, k) <= _OVERLAP for k in range(len(items))) else None
+    )
 
 
 def insert_item(scene: Scene, rng: np.random.Generator, name: str, color: str | None) -> Scene | None:
-    """The scene with one more object that hides none and is hidden by none beyond the bound, all others unmoved; None without room."""
+    """The scene with one more object that hides none and is hidden by none beyond the bound, all others unmoved; None
+    without room.
+    """
     n = len(scene.items) + 1
     draw = _on_ground if scene.ground else _anywhere
     for attempt in range(60):
@@ -217,7 +261,9 @@ def _covered(stack: list[Item], k: int) -> float:
 
 
 def _inside(rng: np.random.Generator, extent: float, size: int, part: int) -> float:
-    """A centre such that the object is inside; part 0 anywhere, -1 in the half near zero, +1 in the other half, as far as it fits."""
+    """A centre such that the object is inside; part 0 anywhere, -1 in the half near zero, +1 in the other half, as
+    far as it fits.
+    """
     low, high = extent / 2, size - extent / 2
     middle = (low + high) / 2
     if part < 0:
@@ -236,7 +282,14 @@ def _halves(wanted: str | None, index: int) -> tuple[int, int]:
 
 
 def _anywhere(
-    rng: np.random.Generator, name: str, color: str | None, n: int, shrink: float, wanted: str | None, index: int, size: int
+    rng: np.random.Generator,
+    name: str,
+    color: str | None,
+    n: int,
+    shrink: float,
+    wanted: str | None,
+    index: int,
+    size: int,
 ) -> Item:
     low, high = _SIZES[n]
     side = (low + (high - low) * shrink * rng.random()) * size / 64
@@ -248,9 +301,18 @@ def _anywhere(
 
 
 def _on_ground(
-    rng: np.random.Generator, name: str, color: str | None, n: int, shrink: float, wanted: str | None, index: int, size: int
+    rng: np.random.Generator,
+    name: str,
+    color: str | None,
+    n: int,
+    shrink: float,
+    wanted: str | None,
+    index: int,
+    size: int,
 ) -> Item:
-    """The base stands on the ground plane: it gives the depth, and the size falls with it (linear perspective, +-6% of natural spread)."""
+    """The base stands on the ground plane: it gives the depth, and the size falls with it (linear perspective, +-6%
+    of natural spread).
+    """
     x_half, y_half = _halves(wanted, index)
     horizon = HORIZON * size
     base = _inside(rng, 0.0, size, 0) * (1 - HORIZON) + horizon

@@ -1,7 +1,7 @@
 """Illustrated stories of 3-5 frames with recurring characters, and the text corpus of the whole world.
 
-Each frame's text names just what its picture shows: the characters with their colours, a prop, and a place that tells the background;
-`frame_facts` reads it back. Refuses to know: fonts, pixels, models.
+Each frame's text names just what its picture shows: the characters with their colours, a prop, and a place that tells
+the background; `frame_facts` reads it back. Refuses to know: fonts, pixels, models.
 
     tale = story(np.random.default_rng(0), references=2)
     tale.request, tale.references, tale.frames
@@ -32,13 +32,16 @@ from unigen.data.scenes import BACKGROUNDS, Group, Scene, heldout_groups, place,
 
 Character = tuple[str, str | None]  # name, colour or None (natural)
 
-CHARACTERS = ("witch", "robot", "horse", "cat", "dog", "bird", "raven", "elephant", "penguin", "snowman", "butterfly", "turtle")
-CHARACTERS += ("frog", "crab", "bee", "rabbit", "ghost", "cow", "dragon", "owl", "fish", "whale")
+CHARACTERS = tuple(
+    "witch robot horse cat dog bird raven elephant penguin snowman butterfly turtle frog crab bee rabbit ghost cow "
+    "dragon owl fish whale".split()
+)
 _FLIERS = {"witch", "bird", "raven", "butterfly", "bee", "ghost", "dragon", "owl"}
-_PROPS = ("moon", "star", "tree", "house", "sunflower", "rose", "apple", "pizza", "mushroom", "cactus", "cake", "donut", "boat")
-_PROPS += ("balloon", "key", "crown", "umbrella", "guitar", "fireworks", "castle", "hat", "heart", "rocket", "car", "bike", "plane")
-_PROPS += ("bus", "pumpkin", "clock", "banana")
-_ROOFS = ("moon", "star", "tree", "umbrella", "castle", "balloon", "plane", "rocket", "mushroom", "fireworks", "sunflower", "house")
+_PROPS = tuple(
+    "moon star tree house sunflower rose apple pizza mushroom cactus cake donut boat balloon key crown umbrella guitar "
+    "fireworks castle hat heart rocket car bike plane bus pumpkin clock banana".split()
+)
+_ROOFS = tuple("moon star tree umbrella castle balloon plane rocket mushroom fireworks sunflower house".split())
 _NUMBERS = {3: "three", 4: "four", 5: "five"}
 
 # background: (how a text names it, has it a ground plane); the first word group names one background only
@@ -57,8 +60,9 @@ assert set(PLACES) == set(BACKGROUNDS)
 
 @dataclass(frozen=True)
 class Beat:
-    """What happens in one frame: texts, who is seen (indices of characters), from which props one is drawn, and where the first
-    character is as seen from the prop."""
+    """What happens in one frame: texts, who is seen (indices of characters), from which props one is drawn, and where
+    the first character is as seen from the prop.
+    """
 
     texts: tuple[str, ...]
     cast: tuple[int, ...]
@@ -68,22 +72,47 @@ class Beat:
 
 _A, _B, _AB = (0,), (1,), (0, 1)
 _BEATS = {
-    "open": Beat(("once upon a time {a} lived {place}.", "one day {a} woke up {place}.", "this is the story of {a} {place}."), _A),
+    "open": Beat(
+        ("once upon a time {a} lived {place}.", "one day {a} woke up {place}.", "this is the story of {a} {place}."), _A
+    ),
     "home": Beat(("once there was {a} with {prop} {place}.", "{a} lived near {prop} {place}."), _A, _PROPS),
     "friends": Beat(("{a} and {b} were good friends {place}.", "once upon a time {a} and {b} lived {place}."), _AB),
     "meet": Beat(("then {a} met {b} {place}.", "soon {a} saw {b} {place} and said hello."), _AB),
-    "find": Beat(("{a} and {b} found {prop} {place}.", "{a} gave {prop} to {b} {place}.", "{a} showed {b} {prop} {place}."), _AB, _PROPS),
-    "play": Beat(("{a} and {b} played with {prop} all day {place}.", "{a} and {b} danced around {prop} {place}."), _AB, _PROPS),
+    "find": Beat(
+        ("{a} and {b} found {prop} {place}.", "{a} gave {prop} to {b} {place}.", "{a} showed {b} {prop} {place}."),
+        _AB,
+        _PROPS,
+    ),
+    "play": Beat(
+        ("{a} and {b} played with {prop} all day {place}.", "{a} and {b} danced around {prop} {place}."), _AB, _PROPS
+    ),
     "lose": Beat(("but then {a} was lost and alone {place}.", "{a} was sad and alone {place}."), _A),
     "alone": Beat(("{b} waited alone {place}.", "{b} was lost {place} and cried."), _B),
-    "search": Beat(("{a} looked everywhere and came to {prop} {place}.", "{a} asked for help at {prop} {place}."), _A, _PROPS),
+    "search": Beat(
+        ("{a} looked everywhere and came to {prop} {place}.", "{a} asked for help at {prop} {place}."), _A, _PROPS
+    ),
     "again": Beat(("at last {a} found {b} again {place}.", "{a} saw {b} {place} and was happy again."), _AB),
     "over": Beat(("{a} {flew} over {prop} {place}.", "look, {a} {flew} over {prop} {place}!"), _A, _PROPS, "above"),
-    "discover": Beat(("{a} found {prop} {place}.", "{a} wanted {prop} and got it {place}.", "{a} dreamed of {prop} {place}."), _A, _PROPS),
+    "discover": Beat(
+        ("{a} found {prop} {place}.", "{a} wanted {prop} and got it {place}.", "{a} dreamed of {prop} {place}."),
+        _A,
+        _PROPS,
+    ),
     "rest": Beat(("{a} rested under {prop} {place}.", "{a} sat under {prop} {place} and sang."), _A, _ROOFS, "below"),
-    "end": Beat(("in the end {a} and {b} went to sleep {place}.", "{a} and {b} went home happy {place}. the end."), _AB),
-    "party": Beat(("{a} and {b} had a party with {prop} {place}. the end.",), _AB, ("cake", "fireworks", "guitar", "pizza", "balloon")),
-    "sleep": Beat(("in the end {a} fell asleep under {prop} {place}.", "at night {a} slept under {prop} {place}."), _A, _ROOFS, "below"),
+    "end": Beat(
+        ("in the end {a} and {b} went to sleep {place}.", "{a} and {b} went home happy {place}. the end."), _AB
+    ),
+    "party": Beat(
+        ("{a} and {b} had a party with {prop} {place}. the end.",),
+        _AB,
+        ("cake", "fireworks", "guitar", "pizza", "balloon"),
+    ),
+    "sleep": Beat(
+        ("in the end {a} fell asleep under {prop} {place}.", "at night {a} slept under {prop} {place}."),
+        _A,
+        _ROOFS,
+        "below",
+    ),
     "home again": Beat(("{a} went home happy {place}. the end.", "and {a} smiled {place}. the end."), _A),
 }
 _PLOTS = {
@@ -112,7 +141,9 @@ _PLOTS = {
 
 @dataclass(frozen=True)
 class Story:
-    """A request, its one or two characters, pictures of them where the request refers to such, and frames of (text, scene)."""
+    """A request, its one or two characters, pictures of them where the request refers to such, and frames of (text,
+    scene).
+    """
 
     request: str
     characters: tuple[Character, ...]
@@ -125,8 +156,10 @@ def _pick(rng: np.random.Generator, choices: tuple) -> str:
 
 
 def story(rng: np.random.Generator, references: int = 0, heldout: bool | None = False, size: int = 64) -> Story:
-    """A story with one or two characters (as many as references, 0-2, where there are any). heldout: False holds no held-out combination
-    in any picture, True has characters that are one, None as they come. ValueError for other numbers of references."""
+    """A story with one or two characters (as many as references, 0-2, where there are any). heldout: False holds no
+    held-out combination in any picture, True has characters that are one, None as they come. ValueError for other
+    numbers of references.
+    """
     if references not in (0, 1, 2):
         raise ValueError(f"a story takes 0, 1 or 2 reference pictures, not {references}")
     number = references or (2 if rng.random() < 0.75 else 1)
@@ -169,7 +202,9 @@ def _frame(
 
 
 def _name(character: Character, known: bool) -> str:
-    """ "a blue witch", "the blue witch" once known: always with the colour, so that each frame can be drawn from its own text."""
+    """As in "a blue witch", "the blue witch" once known: always with the colour, so that each frame can be drawn from
+    its own text.
+    """
     indefinite = phrase((*character, 1))
     return "the " + indefinite.split(" ", 1)[1] if known else indefinite
 
@@ -187,9 +222,13 @@ def _request(cast: tuple[Character, ...], references: int, length: int, rng: np.
         many = references == 2
         these = "these two images" if many else "this image"
         them = who if rng.random() < 0.3 else ("them" if many else "it")
-        text = _pick(rng, (f"follow the identity of {these}: a story about {them}", f"{these}: tell me a story about {them}"))
+        text = _pick(
+            rng, (f"follow the identity of {these}: a story about {them}", f"{these}: tell me a story about {them}")
+        )
     else:
-        text = _pick(rng, ("a story about {}", "a story about {}", "tell me a story about {}", "write a story about {}", "{}"))
+        text = _pick(
+            rng, ("a story about {}", "a story about {}", "tell me a story about {}", "write a story about {}", "{}")
+        )
         text = text.format(who)
     return text + (f" in {_NUMBERS[length]} pictures" if rng.random() < 0.2 else "")
 
@@ -220,8 +259,9 @@ _INSTRUCTIONS = (
 
 
 def text_corpus(n: int, seed: int = 0) -> Iterator[str]:
-    """n lines of every kind of text in the world's language, for training a text tokenizer; needs no font. Line i depends on (seed, i)
-    only."""
+    """n lines of every kind of text in the world's language, for training a text tokenizer; needs no font. Line i
+    depends on (seed, i) only.
+    """
     for i in range(n):
         rng = np.random.default_rng((seed, i))
         yield _LINES[int(rng.integers(len(_LINES)))](rng)

@@ -1,8 +1,9 @@
-"""Rendering: a `Scene` becomes a `Picture` (pixels, visible masks, boxes, depth) drawn with the system's Noto Color Emoji.
+"""Rendering: a `Scene` becomes a `Picture` (pixels, visible masks, boxes, depth) drawn with the system's Noto Color
+Emoji.
 
-Refuses to know: how scenes are sampled, language, torch. The font is never part of this project: it is found by fontconfig, or named
-by the environment variable UNIGEN_EMOJI_FONT. A `World` caches every glyph in a pyramid of sizes and every tint it has met; one
-affine transform per object turns, scales and places it.
+Refuses to know: how scenes are sampled, language, torch. The font is never part of this project: it is found by
+fontconfig, or named by the environment variable UNIGEN_EMOJI_FONT. A `World` caches every glyph in a pyramid of sizes
+and every tint it has met; one affine transform per object turns, scales and places it.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ _HELP = "install it (apt-get install fonts-noto-color-emoji) or name its file (U
 class Picture:
     """A rendered scene with n items and H = W = scene.size.
 
-    image uint8 (H, W, 3); masks bool (n, H, W), the visible pixels of each item; boxes float32 (n, 4), x0 y0 x1 y1 in pixels around
-    the visible pixels (exclusive end); depth float32 (H, W) in [0, 1], 1 = far.
+    image uint8 (H, W, 3); masks bool (n, H, W), the visible pixels of each item; boxes float32 (n, 4), x0 y0 x1 y1 in
+    pixels around the visible pixels (exclusive end); depth float32 (H, W) in [0, 1], 1 = far.
     """
 
     image: NDArray[np.uint8]
@@ -49,7 +50,9 @@ class Picture:
 
 
 def find_font(font: str | None = None) -> Path:
-    """The file of Noto Color Emoji: `font`, else $UNIGEN_EMOJI_FONT, else fontconfig, else known places. ValueError when missing."""
+    """The file of Noto Color Emoji: `font`, else $UNIGEN_EMOJI_FONT, else fontconfig, else known places. ValueError
+    when missing.
+    """
     named = font or os.environ.get("UNIGEN_EMOJI_FONT")
     if named:
         if not Path(named).is_file():
@@ -108,7 +111,8 @@ class World:
     def render(self, scene: Scene) -> Picture:
         """Picture of the scene: antialiased, deterministic."""
         size, n = scene.size, len(scene.items)
-        canvas, depth = (array.copy() for array in _backdrop(scene.background, size, scene.ground))
+        backdrop, far = _backdrop(scene.background, size, scene.ground)
+        canvas, depth = backdrop.copy(), far.copy()
         masks = np.zeros((n, size, size), dtype=bool)
         boxes = np.zeros((n, 4), dtype=np.float32)
         for i, item in enumerate(scene.items):
@@ -168,7 +172,9 @@ def _backdrop(background: str, size: int, ground: bool) -> tuple[NDArray[np.uint
 
 
 def _tint(glyph: Image.Image, color: tuple[int, int, int]) -> Image.Image:
-    """The glyph in one colour: its stretched luminance (median at the middle) runs along dark -> colour -> light; alpha is kept."""
+    """The glyph in one colour: its stretched luminance (median at the middle) runs along dark -> colour -> light;
+    alpha is kept.
+    """
     pixels = np.asarray(glyph).astype(np.float32)
     alpha = pixels[..., 3]
     grey = pixels[..., :3] @ np.array([0.299, 0.587, 0.114], dtype=np.float32) / 255
