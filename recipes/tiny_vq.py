@@ -8,8 +8,9 @@
     EXPECTED  PSNR inside object masks at least 20 dB, at least 60% of the codebook in use, on pictures never trained on
 
 It knows where pictures come from and which losses are on; the losses are unigen/training/vq_objective.py, the network
-unigen/tokenizers/vq.py. Options: `loss.gan=0.5`, `loss.feature=1 features=FOLDER` (of a detector, or
-`features=shipped`), `loss.lpips=1 lpips=FILE`, `model.quantizer=fsq`, `model.image_size=96`.
+unigen/tokenizers/vq.py. Options: `loss.gan=0.5`, `loss.feature=1 features=FOLDER` (a scene detector, but not the
+one that evaluates: a judge that one trains against is no judge), `loss.lpips=1 lpips=FILE`, `model.quantizer=fsq`,
+`model.image_size=96`.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ HELD_OUT_SEED = 1_000_000  # training seeds are below; item i of seed s draws fr
 class VQRunConfig(RunConfig):
     model: VQConfig = field(default_factory=VQConfig)
     loss: VQLossConfig = field(default_factory=VQLossConfig)
-    features: str | None = None  # folder of a frozen scene detector for loss.feature; "shipped" is the package's own
+    features: str | None = None  # folder of a frozen scene detector for loss.feature
     lpips: str | None = None  # file with LPIPS (VGG-16) weights for loss.lpips
 
     def __post_init__(self) -> None:
@@ -58,13 +59,13 @@ def config() -> VQRunConfig:
     return VQRunConfig(
         steps=1_000_000,
         time_limit=1500.0,
-        batch_size=64,
-        optim=OptimConfig(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0, warmup=100, min_ratio=0.02),
+        batch_size=32,
+        optim=OptimConfig(lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0, warmup=100, min_ratio=0.02),
         precision="bf16",
         workers=1,
-        log_every=50,
-        save_every=500,
-        sample_every=500,
+        log_every=100,
+        save_every=1000,
+        sample_every=1000,
         run_dir="runs/vq",
     )
 
@@ -94,7 +95,7 @@ def feature_network(folder: str | None) -> Callable[[Tensor], list[Tensor]] | No
         return None
     from unigen.evaluation.detector import load_detector
 
-    return load_detector(None if folder == "shipped" else folder).features
+    return load_detector(folder).features
 
 
 def build(cfg: VQRunConfig) -> Job:
@@ -151,9 +152,12 @@ def ablate(steps: int, count: int, overrides: list[str]) -> list[dict[str, Any]]
         "fsq": ["model.quantizer=fsq"],
         "lfq": ["model.quantizer=lfq", "model.entropy=0.1"],
         "vq + gan": ["loss.gan=0.5", f"loss.gan_start={steps // 3}"],
-        "vq + feature loss": ["loss.feature=1", "features=shipped"],
         "vq without revival": ["model.revive_every=0"],
     }
+    if any(override.startswith("features=") for override in overrides):
+        variants["vq + feature loss"] = ["loss.feature=1"]
+    else:
+        print("the feature loss is left out: name a scene detector by features=FOLDER to compare it too")
     shared = [f"steps={steps}", "time_limit=none", "save_every=0", "sample_every=0", f"log_every={max(steps // 4, 1)}"]
     rows: list[dict[str, Any]] = []
     baseline: dict[str, float] = {}
