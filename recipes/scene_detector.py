@@ -1,0 +1,243 @@
+"""The scene detector that reads generated pictures back (`unigen/evaluation/detector.py`), trained on rendered scenes
+only.
+
+    unigen train recipes/scene_detector.py run_dir=runs/detector time_limit=720
+
+Hardware, time: one thread of a 2-core CPU, 12 minutes (about 230k pictures). Then `python recipes/scene_detector.py
+runs/detector/model FOLDER` calibrates the thresholds on rendered scenes (never on a model's pictures) and writes
+FOLDER. Expected: true pictures of GenEval's prompts at least 0.98 overall, no object found in noise.
+
+A picture is degraded at random, so that a blurred tokenizer reconstruction is read as a clean picture is; and some
+pictures hold nothing to be found: empty backgrounds, noise, shuffled patches, even blends of two scenes.
+Shapes: B batch, N objects a picture (padded with class -1), H W pixels.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unigen.config import OptimConfig, RunConfig
+from unigen.data import scenes
+from unigen.evaluation.detector import Detector, DetectorConfig, Targets, load_detector, loss_terms, save_detector
+from unigen.training.trainer import Job
+
+OBJECTS = tuple(scenes.OBJECTS)
+COLORS = ("natural", *scenes.COLORS)
+BACKGROUNDS = tuple(scenes.BACKGROUNDS)
+MAX_OBJECTS = 6
+
+
+@dataclass
+class DetectorRun(RunConfig):
+    """`image_size` in pixels; the schedule follows `time_limit` where that is shorter than `steps`."""
+
+    steps: int = 4000
+    batch_size: int = 64
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(lr=2e-3, warmup=200, min_ratio=0.01, weight_decay=0.02)
+    )
+    precision: str = "bf16"  # type: ignore[assignment]
+    workers: int = 1
+    save_every: int = 1000
+    sample_every: int = 0
+    run_dir: str = "runs/detector"
+    image_size: int = 64
+
+
+def crowded(rng: np.random.Generator, size: int) -> scenes.Scene:
+    """0-6 objects anywhere, covering each other as they fall: what a model may draw and the world never does."""
+    names = list(OBJECTS)
+    few = list(rng.choice(len(names), size=2))
+    items = []
+    for _ in range(int(rng.integers(0, MAX_OBJECTS + 1))):
+        name = names[few[int(rng.integers(2))]] if rng.random() < 0.5 else names[int(rng.integers(len(names)))]
+        tints = scenes.tints(name)
+        color = tints[int(rng.integers(len(tints)))] if rng.random() < 0.5 else None
+        side, margin = rng.uniform(16, 40) * size / 64, 8 * size / 64
+        x, y = rng.uniform(margin, size - margin, 2)
+        item = scenes.Item(name, color, float(x), float(y), float(side), float(rng.uniform(-14, 14)))
+        if all(max(abs(item.x - o.x), abs(item.y - o.y)) > 0.45 * max(side, o.size) for o in items):
+            items.append(item)
+    background = BACKGROUNDS[int(rng.integers(len(BACKGROUNDS)))]
+    return scenes.Scene(tuple(items), background, size, bool(rng.random() < 0.3))
+
+
+class ScenePictures:
+    """Endless; item i of a seed is always the same picture with its objects; 20% of the scenes are crowded or
+    empty."""
+
+    def __init__(self, seed: int, size: int) -> None:
+        self.seed, self.size = seed, size
+        self.world: scenes.World | None = None
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if self.world is None:
+            self.world = scenes.World(self.size)
+        rng = np.random.default_rng((self.seed, index))
+        scene = crowded(rng, self.size) if rng.random() < 0.2 else scenes.sample_scene(rng, self.size, heldout=None)
+        picture = self.world.render(scene)
+        area = (picture.boxes[:, 2:] - picture.boxes[:, :2]).prod(1) if len(scene.items) else np.zeros(0)
+        classes, colors = np.full(MAX_OBJECTS, -1), np.zeros(MAX_OBJECTS, int)
+        boxes = np.zeros((MAX_OBJECTS, 4), np.float32)
+        for i, thing in enumerate(scene.items):
+            if area[i] and picture.masks[i].sum() > 0.2 * area[i]:
+                classes[i], colors[i] = OBJECTS.index(thing.name), COLORS.index(thing.color or "natural")
+                boxes[i] = picture.boxes[i]
+        background = BACKGROUNDS.index(scene.background)
+        return {"image": picture.image, "classes": classes, "colors": colors, "boxes": boxes, "background": background}
+
+
+def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """-> pixels_BCHW float in [-1, 1], classes and colors (B, N), boxes (B, N, 4), background (B,)."""
+    pixels = torch.from_numpy(np.stack([r["image"] for r in rows])).permute(0, 3, 1, 2).float() / 127.5 - 1
+    batch = {k: torch.from_numpy(np.stack([r[k] for r in rows])) for k in ("classes", "colors", "boxes")}
+    return {"pixels": pixels, **batch, "background": torch.tensor([r["background"] for r in rows])}
+
+
+# ---------------------------------------------------------------- degradations and negatives
+
+
+def _dct8() -> Tensor:
+    n = torch.arange(8)
+    basis = torch.cos(math.pi / 8 * (n[None] + 0.5) * n[:, None]) * math.sqrt(2 / 8)
+    basis[0] /= math.sqrt(2)
+    return basis
+
+
+def coarse_dct(x_BCHW: Tensor, strength: Tensor) -> Tensor:
+    """8x8 cosine coefficients rounded to multiples of strength (B, 1, ...), coarser at high frequencies, as JPEG
+    does."""
+    b, c, h, w = x_BCHW.shape
+    basis = _dct8().to(x_BCHW)
+    blocks = x_BCHW.view(b, c, h // 8, 8, w // 8, 8).permute(0, 1, 2, 4, 3, 5)
+    frequency = torch.arange(8, device=x_BCHW.device)
+    step = strength.view(b, 1, 1, 1, 1, 1) * (1 + (frequency[:, None] + frequency) / 2)
+    rounded = ((basis @ blocks @ basis.T) / step).round() * step
+    return (basis.T @ rounded @ basis).permute(0, 1, 2, 4, 3, 5).reshape(b, c, h, w)
+
+
+def degrade(x_BCHW: Tensor, rng: torch.Generator) -> Tensor:
+    """Each picture independently: brightness and colour a little, maybe blur, halving of the resolution, JPEG,
+    noise."""
+    b = x_BCHW.shape[0]
+
+    def draw(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=rng).to(x_BCHW)
+
+    def some(share: float, y_BCHW: Tensor) -> Tensor:
+        return torch.where(draw(b, 1, 1, 1) < share, y_BCHW, x_BCHW)
+
+    x_BCHW = x_BCHW * (0.92 + 0.16 * draw(b, 3, 1, 1)) + 0.12 * (draw(b, 3, 1, 1) - 0.5)
+    edge = F.pad(x_BCHW, (1, 1, 1, 1), mode="replicate")
+    blurred = F.avg_pool2d(edge, 3, 1)
+    x_BCHW = some(0.35, x_BCHW + (0.4 + 0.8 * draw(b, 1, 1, 1)) * (blurred - x_BCHW))
+    size = x_BCHW.shape[-1]
+    side = int(size * (0.45 + 0.4 * float(draw(1))))
+    small = F.interpolate(x_BCHW, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
+    x_BCHW = some(0.25, F.interpolate(small, size=(size, size), mode="bicubic", align_corners=False))
+    x_BCHW = some(0.3, coarse_dct(x_BCHW, 0.05 + 0.35 * draw(b)))
+    noise = torch.randn(x_BCHW.shape, generator=rng).to(x_BCHW)
+    return some(0.4, x_BCHW + 0.12 * draw(b, 1, 1, 1) * noise).clamp(-1, 1)
+
+
+def shuffle_patches(x_BCHW: Tensor, rng: torch.Generator, patch: int = 8) -> Tensor:
+    """The patches of each picture in a random order."""
+    b, c, h, w = x_BCHW.shape
+    parts = F.unfold(x_BCHW, patch, stride=patch)
+    order = torch.rand(b, 1, parts.shape[2], generator=rng).argsort(-1).to(x_BCHW.device)
+    return F.fold(parts.gather(2, order.expand_as(parts)), (h, w), patch, stride=patch)
+
+
+def random_noise(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+    """Uniform noise, each picture at its own coarseness between one pixel and an eighth of the side; (B, 3, H, W)."""
+    rows = []
+    for _ in range(shape[0]):
+        side = max(shape[-1] >> int(torch.randint(0, 4, (1,), generator=rng)), 8)
+        grid = torch.rand(1, 3, side, side, generator=rng) * 2 - 1
+        rows.append(F.interpolate(grid, size=shape[-2:], mode="bilinear", align_corners=False))
+    return torch.cat(rows)
+
+
+class DetectorLoss:
+    """Degrades the batch, turns 3 of 16 into pictures in which nothing is to be found, and returns the sums."""
+
+    weights = {"heat": 1.0, "shape": 0.4, "color": 0.5, "background": 0.3}
+
+    def __call__(
+        self, model: nn.Module, batch: dict[str, Tensor], rng: torch.Generator
+    ) -> dict[str, tuple[Tensor, Any]]:
+        x, classes, background = batch["pixels"].clone(), batch["classes"].clone(), batch["background"].clone()
+        few = max(1, len(x) // 32)
+        many = 4 * few
+        mix = 0.35 + 0.3 * torch.rand(many, 1, 1, 1, generator=rng).to(x)
+        x[:many] = mix * x[:many] + (1 - mix) * x[many : 2 * many]
+        x[many : many + few] = shuffle_patches(x[many : many + few], rng)
+        x[many + few : many + 2 * few] = random_noise((few, *x.shape[1:]), rng).to(x)
+        nothing = many + 2 * few
+        classes[:nothing], background[:nothing] = -1, -1
+        out = model(degrade(x, rng))
+        return dict(loss_terms(out, Targets(classes, batch["colors"], batch["boxes"], background)))
+
+
+def config() -> DetectorRun:
+    return DetectorRun()
+
+
+def build(cfg: DetectorRun) -> Job:
+    torch.manual_seed(cfg.seed)
+    if cfg.init_from is not None:
+        model = copy.deepcopy(load_detector(cfg.init_from)).requires_grad_(True).train()
+    else:
+        model = Detector(DetectorConfig(OBJECTS, COLORS, BACKGROUNDS, image_size=cfg.image_size))
+    data = ScenePictures(cfg.seed, cfg.image_size)
+    return Job(model=model, dataset=data, collate=collate, objective=DetectorLoss(), save=save_detector)
+
+
+# ---------------------------------------------------------------- calibration
+
+
+@torch.no_grad()
+def calibrate(model: Detector, seed: int = 1, pictures: int = 2000) -> None:
+    """Set the two thresholds: of those in 0.1 .. 0.8 the one that reads most pictures exactly (the middle of the best
+    ones), among degraded scenes and pictures of nothing; for counting, among scenes with several objects of a
+    kind."""
+    data, rng = ScenePictures(seed, model.config.image_size), torch.Generator().manual_seed(seed)
+    grid = torch.arange(0.1, 0.81, 0.02)
+    right, crowd = torch.zeros(len(grid)), torch.zeros(len(grid))
+    for start in range(0, pictures, 100):
+        batch = collate([data[i] for i in range(start, start + 100)])
+        x, classes = degrade(batch["pixels"], rng), batch["classes"]
+        nothing = torch.cat(
+            [0.5 * x[:10] + 0.5 * x[10:20], shuffle_patches(x[20:25], rng), random_noise((5, *x.shape[1:]), rng)]
+        )
+        x, classes = torch.cat([x, nothing]), torch.cat([classes, torch.full((20, MAX_OBJECTS), -1)])
+        for reading, row in zip(model.detect(x, float(grid[0])), classes, strict=True):
+            truth = sorted(OBJECTS[int(k)] for k in row if k >= 0)
+            several = len(set(truth)) < len(truth)
+            for j, threshold in enumerate(grid):
+                exact = sorted(o.name for o in reading.objects if o.score > threshold) == truth
+                right[j] += exact
+                crowd[j] += exact and several
+
+    def middle(score: Tensor) -> float:
+        return round(float(grid[score >= score.max() - 0.002 * pictures].mean()), 2)
+
+    model.config.threshold, model.config.count_threshold = middle(right), max(middle(right), middle(crowd))
+
+
+if __name__ == "__main__":
+    detector = load_detector(sys.argv[1])
+    calibrate(detector)
+    save_detector(detector, sys.argv[2])
+    print(
+        f"thresholds {detector.config.threshold}, counting {detector.config.count_threshold}: written to {sys.argv[2]}"
+    )

@@ -1,0 +1,110 @@
+"""The understanding task: captions and answers of engines that know, guess or stay silent."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from unigen.data.captions import Facts, caption
+from unigen.data.scenes import Item as Thing
+from unigen.data.scenes import Scene, World
+from unigen.evaluation.tasks import understanding
+from unigen.evaluation.tasks.understanding import UnderstandingTask, score_caption, summarise, true_relations
+
+TRUE = Facts((("horse", "blue", 1), ("dog", None, 1)), "green", "left of")
+BESIDE = {"horse|dog": ["left of", "above"], "dog|horse": ["right of", "below"]}
+
+
+@pytest.mark.parametrize(
+    "text, wrong",
+    [
+        ("a blue horse to the left of a dog on a green background", ()),
+        ("a dog to the right of a blue horse on a green background", ()),  # the same, told from the other side
+        ("a blue horse above a dog on a green background", ()),  # also true of this picture
+        ("a dog and a blue horse on a green background", ()),  # a relation need not be stated
+        ("a blue horse to the right of a dog on a green background", ("relation",)),
+        ("a blue horse to the left of a dog on a red background", ("background",)),
+        ("a blue horse and a dog", ("background",)),  # captions state it
+        ("a red horse to the left of a dog on a green background", ("colors",)),
+        ("two blue horses and a dog on a green background", ("counts",)),
+        ("a blue horse on a green background", ("objects", "counts", "colors")),
+        ("a blue horse, a dog and a cat on a green background", ("objects", "counts", "colors")),
+        ("", ("objects", "counts", "colors", "background")),
+    ],
+)
+def test_score_of_a_caption(text: str, wrong: tuple[str, ...]) -> None:
+    scores = score_caption(text, TRUE, BESIDE)
+    assert scores["correct"] == float(not wrong)
+    assert {name for name, value in scores.items() if not value} - {"correct"} == set(wrong)
+
+
+def test_true_relations_of_a_diagonal() -> None:
+    scene = Scene((Thing("horse", None, 15, 15, 20, 0), Thing("dog", None, 48, 48, 20, 0)), "green")
+    assert true_relations(scene) == {"horse|dog": ["left of", "above"], "dog|horse": ["right of", "below"]}
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    try:
+        return World(64)
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
+class Knows:
+    """Answers from the items themselves; or always the same, or nothing."""
+
+    def __init__(self, task: UnderstandingTask, always: str | None = None) -> None:
+        self.answers = {}
+        for item in task.items():
+            meta, key = item.meta, (item.prompt[0].tobytes(), item.prompt[1])
+            said = Facts(meta["groups"], meta["background"], meta["relation"]) if item.tag == "caption" else None
+            self.answers[key] = (
+                (caption(said) if said else f" {meta['answer'].upper()}. ") if always is None else always
+            )
+
+    def generate_batch(self, prompts: list, seeds: list, output: str, **options: Any) -> list[str]:
+        assert output == "text"
+        return [self.answers[p[0].tobytes(), p[1]] for p in prompts]
+
+
+def test_items_are_the_same_for_a_seed_and_half_held_out(world: World) -> None:
+    items = UnderstandingTask(world, 20).items()
+    again = UnderstandingTask(world, 20).items()
+    assert [i.prompt[1] for i in items] == [i.prompt[1] for i in again]
+    captions = [i for i in items if i.tag == "caption"]
+    assert len(captions) == 20 and sum(i.meta["heldout"] for i in captions) == 10
+    assert {"presence", "count", "colour"} <= {i.tag for i in items}
+    assert all(i.meta["heldout"] for i in UnderstandingTask(world, 6, heldout_only=True).items())
+
+
+def test_scores_of_engines_that_know_and_guess(world: World) -> None:
+    task = UnderstandingTask(world, 20)
+    items = task.items()
+
+    def figures(always: str | None) -> dict[str, float]:
+        answers = Knows(task, always).generate_batch([i.prompt for i in items], [0] * len(items), "text")
+        marks = task.score_batch(items, answers)
+        return {name: mean for name, (mean, _, _) in summarise(items, marks).items()}
+
+    knows, says_yes = figures(None), figures("yes")
+    assert knows["captions"] == knows["questions"] == knows["captions heldout"] == 1
+    assert says_yes["captions"] == 0 and 0 < says_yes["questions"] < 0.6
+    assert says_yes["questions: count"] == 0
+    assert task.reward(items[0], "nothing") < task.reward(items[0], "a cat on a white background") + 0.6
+
+
+def test_command(world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    engine = Knows(UnderstandingTask(world, 6))
+    engine.model = type("M", (), {"image_tokenizer": type("T", (), {"image_size": 64})})  # type: ignore[attr-defined]
+    monkeypatch.setattr(understanding, "load_engine", lambda args: engine)
+    report = tmp_path / "r.json"
+    assert understanding.main(["--count", "6", "--json", str(report), "--out", str(tmp_path / "o")]) == 0
+    found = json.loads(report.read_text())
+    assert found["overall"] == 1 and found["tasks"]["captions heldout"] == 1
+    assert (tmp_path / "o" / "outputs.jsonl").exists()
+    with pytest.raises(ValueError, match="--count"):
+        understanding.main(["--count", "0"])

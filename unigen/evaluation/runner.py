@@ -1,0 +1,147 @@
+"""The runner: asks an engine a task's items in batches, shows progress, and writes what came out.
+
+    unigen eval scenes --model unigen-tiny            # a task is a module of unigen/evaluation/tasks, found by its
+    name
+
+It refuses to know any task's scoring and how an engine generates: it needs `generate_batch(prompts, seeds,
+output=...)`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import pkgutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from unigen.evaluation.task import Item, Task
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are a ValueError in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see {self.prog} --help")
+
+
+def common_arguments(task: str, description: str) -> Parser:
+    """What every task understands."""
+    parser = Parser(prog=f"unigen eval {task}", description=description)
+    parser.add_argument("--model", default="unigen-tiny", help="a name or a folder (default: %(default)s)")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the engine's choice")
+    parser.add_argument("--generator", help="how pictures are written (default: the engine's)")
+    parser.add_argument("--guidance", type=float, help="scale of guidance, 1 is off (default: the engine's)")
+    parser.add_argument("--temperature", type=float, help="default: the engine's")
+    parser.add_argument("--top-k", type=int, help="default: the engine's")
+    parser.add_argument("--top-p", type=float, help="default: the engine's")
+    parser.add_argument("--seed", type=int, default=0, help="of prompts and pictures (default: 0)")
+    parser.add_argument("--batch", type=int, default=32, help="pictures drawn at a time (default: 32)")
+    parser.add_argument("--json", metavar="FILE", help="write the figures as one JSON object")
+    parser.add_argument("--out", metavar="FOLDER", help="write a contact sheet a group and outputs.jsonl")
+    return parser
+
+
+def options_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The engine's options that were given."""
+    names = ("generator", "guidance", "temperature", "top_k", "top_p")
+    return {name: value for name in names if (value := getattr(args, name)) is not None}
+
+
+def load_engine(args: argparse.Namespace) -> Any:
+    import unigen
+
+    return unigen.load(args.model, device=args.device, dtype=args.dtype)
+
+
+def draw(
+    engine: Any, task: Task, items: Sequence[Item], n: int, batch: int, seed: int, **options: Any
+) -> list[list[Any]]:
+    """n outputs for each item, in order. Output j of item i has the seed `seed * 1,000,000 + i * n + j` whatever the
+    batch is."""
+    from tqdm import tqdm
+
+    if n < 1 or batch < 1:
+        raise ValueError("outputs a prompt and the batch size must be at least 1")
+    flat = [(i, seed * 1_000_000 + i * n + j) for i in range(len(items)) for j in range(n)]
+    outputs: list[list[Any]] = [[] for _ in items]
+    with tqdm(total=len(flat), unit=task.output, mininterval=2, leave=False) as bar:
+        for start in range(0, len(flat), batch):
+            part = flat[start : start + batch]
+            prompts = [items[i].prompt for i, _ in part]
+            made = engine.generate_batch(prompts, [s for _, s in part], output=task.output, **options)
+            for (i, _), output in zip(part, made, strict=True):
+                outputs[i].append(output)
+            bar.update(len(part))
+    return outputs
+
+
+def write_outputs(
+    folder: str | Path,
+    items: Sequence[Item],
+    outputs: Sequence[Sequence[Any]],
+    scores: Sequence[Sequence[dict[str, float]]],
+) -> None:
+    """outputs.jsonl (prompt, tag, scores, text outputs) and, for pictures, a contact sheet for each tag. ValueError
+    where the folder cannot be written."""
+    from PIL import Image
+
+    from unigen.output import save_picture, write_text
+
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write into {folder}: {error}") from error
+    lines = []
+    for item, row, marks in zip(items, outputs, scores, strict=True):
+        shown = [output for output in row if isinstance(output, str)]
+        asked = item.prompt if isinstance(item.prompt, str) else [p for p in item.prompt if isinstance(p, str)]
+        lines.append(json.dumps({"prompt": asked, "tag": item.tag, "scores": list(marks), "texts": shown} | item.meta))
+    write_text(folder / "outputs.jsonl", "\n".join(lines) + "\n")
+    for tag in dict.fromkeys(item.tag for item in items):
+        group = [(i, o, s) for i, o, s in zip(items, outputs, scores, strict=True) if i.tag == tag]
+        if all(isinstance(picture, Image.Image) for _, row, _ in group for picture in row):
+            save_picture(folder / f"{tag}.png", contact_sheet(group))
+
+
+def contact_sheet(rows: Sequence[tuple[Item, Sequence[Any], Sequence[dict[str, float]]]], columns: int = 3) -> Any:
+    """Each prompt above its pictures; a green frame where the picture is correct, else a red one."""
+    from PIL import Image, ImageDraw
+
+    side, line, frame = max(p.width for _, row, _ in rows for p in row), 14, 2
+    cell = side + 2 * frame
+    width, height = max(len(row) for _, row, _ in rows) * cell + 8, cell + line
+    sheet = Image.new("RGB", (columns * width, -(-len(rows) // columns) * height), "white")
+    pen = ImageDraw.Draw(sheet)
+    for k, (item, row, marks) in enumerate(rows):
+        left, top = k % columns * width, k // columns * height
+        for j, (picture, mark) in enumerate(zip(row, marks, strict=True)):
+            x, color = left + j * cell, "#2a9d4e" if mark["correct"] else "#d43a2f"
+            pen.rectangle((x, top + line, x + cell - 1, top + line + cell - 1), fill=color)
+            sheet.paste(picture, (x + frame, top + line + frame))
+        label = str(item.prompt)
+        while label and pen.textlength(label) > width - 8:
+            label = label[:-1]
+        pen.text((left + 2, top + 1), label, fill="black")
+    return sheet
+
+
+def tasks() -> list[str]:
+    """The names of the tasks: the modules in `unigen/evaluation/tasks`."""
+    import unigen.evaluation.tasks as package
+
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+
+
+def main(args: list[str]) -> int:
+    """`unigen eval TASK ...`. ValueError for bad input."""
+    names = tasks()
+    if not args or args[0] in ("-h", "--help"):
+        print(f"usage: unigen eval TASK ...\n\ntasks: {', '.join(names)}; `unigen eval TASK --help` says more")
+        return 0
+    if args[0] not in names:
+        raise ValueError(f"unknown task {args[0]!r}: one of {', '.join(names)}")
+    return importlib.import_module(f"unigen.evaluation.tasks.{args[0]}").main(args[1:])

@@ -1,0 +1,305 @@
+"""Task `scenes`: does a picture show what its prompt says? GenEval's six tasks on the rendered world, read by the
+detector.
+
+    unigen eval scenes --model unigen-tiny --generator next-token [--quick] [--json FILE] [--out FOLDER]
+    unigen eval scenes --oracle                       # only this rung of the ladder; no model is needed
+
+Prompts are in the words of the captions, drawn from the world by seed, with 30% held-out combinations (of objects, of
+object and colour, of object and count) and a background in 25% of the prompts (50% of single objects). Beside the
+model's score stands the ladder: true pictures of the same prompts, their reconstructions by the model's tokenizer,
+the training pictures with the nearest captions, the model's pictures under other prompts, and what is found in noise
+and blends. Only the true pictures need the emoji font. The file refuses to know engines beyond `generate_batch`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from unigen.config import write_report
+from unigen.data.captions import Facts, caption
+from unigen.data.scenes import BACKGROUNDS, MAX_COUNT, OBJECTS, RELATIONS, Group, World, heldout_groups, tints
+from unigen.evaluation import geneval, ladder
+from unigen.evaluation.detector import Detector, Reading, load_detector
+from unigen.evaluation.ladder import Pictures
+from unigen.evaluation.runner import common_arguments, draw, load_engine, options_of, write_outputs
+from unigen.evaluation.task import Item, Mean, mean_and_interval
+from unigen.sequence import to_pixels
+
+# ---------------------------------------------------------------- prompts
+
+
+def specification(tag: str, said: Facts) -> dict[str, Any]:
+    """GenEval's clauses for these facts. In `position` the reference (the second group) is clause 0."""
+    include: list[dict[str, Any]] = [{"class": name, "count": count} for name, _, count in said.groups]
+    for clause, (_, color, _) in zip(include, said.groups, strict=True):
+        if color is not None:
+            clause["color"] = color
+    exclude = [{"class": name, "count": count + 1} for name, _, count in said.groups if tag == "counting"]
+    if said.relation is not None:
+        include = [include[1], include[0] | {"position": [said.relation, 0]}]
+    return {"tag": tag, "include": include, "exclude": exclude}
+
+
+def _draw(tag: str, rng: np.random.Generator, index: int) -> tuple[tuple[Group, ...], str | None]:
+    """What one prompt asks for: its groups, and the relation of the first to the second."""
+    names = list(OBJECTS)
+    a, b = (names[int(k)] for k in rng.choice(len(names), 2, replace=False))
+
+    def tint(name: str, *but: str | None) -> str:
+        left = [color for color in tints(name) if color not in but]
+        return left[int(rng.integers(len(left)))]
+
+    if tag == "single_object":
+        return ((names[index % len(names)], None, 1),), None
+    if tag == "counting":
+        return ((a, None, int(rng.integers(2, MAX_COUNT + 1))),), None
+    if tag == "colors":
+        return ((a, tint(a), 1),), None
+    if tag == "color_attr":
+        first = tint(a)
+        return ((a, first, 1), (b, tint(b, first), 1)), None
+    relation = RELATIONS[int(rng.integers(4))] if tag == "position" else None
+    return ((a, None, 1), (b, None, 1)), relation
+
+
+def prompts(tag: str, count: int, seed: int) -> list[Item]:
+    """`count` different prompts of one of GenEval's tasks, always the same for a seed; 3 of 10 are held out where the
+    task has combinations. ValueError when there are not that many."""
+    rng = np.random.default_rng((seed, geneval.TAGS.index(tag)))
+    shuffle = rng.permutation(len(OBJECTS))
+    items: dict[str, Item] = {}
+    for k in range(100 * count):
+        i = len(items)
+        if i == count:
+            break
+        want = tag != "single_object" and i % 10 in (2, 5, 8)
+        groups, relation = _draw(tag, rng, int(shuffle[i // 2 % len(shuffle)]) if tag == "single_object" else i)
+        if bool(heldout_groups(groups)) != want:
+            continue
+        behind = i % 2 == 1 if tag == "single_object" else i % 4 == 3
+        crowded = k > 20 * count  # all without a background are used up
+        background = list(BACKGROUNDS)[int(rng.integers(len(BACKGROUNDS)))] if behind or crowded else None
+        said = Facts(groups, background, relation)
+        meta = {"spec": specification(tag, said), "background": background, "heldout": want, "groups": groups}
+        items.setdefault(caption(said), Item(caption(said), tag, meta | {"relation": relation}))
+    if len(items) < count:
+        raise ValueError(f"there are only {len(items)} different prompts for {tag}: ask for fewer than {count}")
+    return list(items.values())
+
+
+# ---------------------------------------------------------------- the task
+
+
+@dataclass
+class ScenesTask:
+    """GenEval on the rendered world: `count` prompts for each of the six tags."""
+
+    count: int = 100
+    seed: int = 0
+    detector: Detector = field(default_factory=load_detector)
+    output: Literal["image", "text"] = "image"
+
+    def items(self) -> list[Item]:
+        return [item for tag in geneval.TAGS for item in prompts(tag, self.count, self.seed)]
+
+    def read(self, pictures: Sequence[Image.Image], batch: int = 128) -> list[Reading]:
+        """What the detector finds in each picture, resized to the size that it was trained on."""
+        found: list[Reading] = []
+        for i in range(0, len(pictures), batch):
+            x_BCHW = to_pixels(pictures[i : i + batch], self.detector.config.image_size)
+            found += self.detector.detect(
+                x_BCHW, min(self.detector.config.threshold, self.detector.config.count_threshold)
+            )
+        return found
+
+    def judge(self, item: Item, reading: Reading) -> dict[str, float]:
+        """correct: GenEval's verdict; strict: and no surplus object; share of the clauses that hold; background,
+        where the prompt names one."""
+        config, spec = self.detector.config, item.meta["spec"]
+        threshold = config.count_threshold if spec["tag"] == "counting" else config.threshold
+        found = geneval.by_class(reading.objects, threshold)
+        verdict = geneval.evaluate(spec, found)
+        strict = verdict.correct and not geneval.surplus(spec, found)
+        scores = {"correct": float(verdict.correct), "strict": float(strict), "share": verdict.share}
+        if item.meta["background"] is not None:
+            scores["background"] = float(reading.background == item.meta["background"])
+        return scores
+
+    def score_batch(self, items: Sequence[Item], outputs: Sequence[Image.Image]) -> list[dict[str, float]]:
+        return [self.judge(item, reading) for item, reading in zip(items, self.read(outputs), strict=True)]
+
+    def score(self, item: Item, output: Image.Image) -> dict[str, float]:
+        return self.score_batch([item], [output])[0]
+
+    def reward(self, item: Item, output: Image.Image) -> float:
+        """In [0, 1]: the mean of strict correctness, the share of clauses that hold and, where asked, the
+        background."""
+        scores = self.score(item, output)
+        return float(np.mean([scores[name] for name in ("strict", "share", "background") if name in scores]))
+
+
+@dataclass(frozen=True)
+class Result:
+    """Scores of one set of pictures. `heldout` and `seen` split `overall` by what training could show."""
+
+    overall: Mean
+    strict: Mean
+    seen: Mean | None
+    heldout: Mean | None
+    background: float | None
+    any_correct: float
+
+
+def summarise(items: Sequence[Item], scores: Sequence[Sequence[dict[str, float]]], seed: int = 0) -> Result:
+    """`scores[i]` are those of the pictures of item i. Overall = unweighted mean of the tags, as GenEval's."""
+
+    def mean(name: str, heldout: bool | None = None) -> Mean | None:
+        rows = [
+            (item.tag, [s[name] for s in row])
+            for item, row in zip(items, scores, strict=True)
+            if heldout is None or item.meta["heldout"] == heldout
+        ]
+        if not rows:
+            return None
+        return mean_and_interval([tag for tag, _ in rows], [v for _, v in rows], np.random.default_rng(seed))
+
+    overall, strict = mean("correct"), mean("strict")
+    assert overall is not None and strict is not None
+    behind = [s["background"] for row in scores for s in row if "background" in s]
+    best = float(np.mean([max(s["correct"] for s in row) for row in scores]))
+    return Result(
+        overall, strict, mean("correct", False), mean("correct", True), float(np.mean(behind)) if behind else None, best
+    )
+
+
+def score_pictures(task: ScenesTask, items: Sequence[Item], pictures: Pictures) -> list[list[dict[str, float]]]:
+    """Scores grouped as the pictures are."""
+    flat = [(item, picture) for item, row in zip(items, pictures, strict=True) for picture in row]
+    scores = iter(task.score_batch([item for item, _ in flat], [picture for _, picture in flat]))
+    return [[next(scores) for _ in row] for row in pictures]
+
+
+def false_positives(task: ScenesTask, pictures: Sequence[Image.Image]) -> float:
+    """The share of pictures in which any object is found, although there is none."""
+    threshold = task.detector.config.threshold
+    return float(np.mean([any(o.score > threshold for o in reading.objects) for reading in task.read(pictures)]))
+
+
+# ---------------------------------------------------------------- the command
+
+PROMPTS = {True: 20, False: 100}  # a task: --quick or not
+RUNGS = ("oracle", "reconstructions", "nearest", "shuffled")
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = common_arguments("scenes", "GenEval's six tasks on the rendered world")
+    parser.add_argument("--quick", action="store_true", help="20 prompts a task instead of 100")
+    parser.add_argument("--images", type=int, default=4, metavar="N", help="pictures a prompt (default: 4)")
+    group = parser.add_argument_group("the ladder (without any of these flags: the model and the whole ladder)")
+    group.add_argument("--oracle", action="store_true", help="only true pictures of the prompts; needs no model")
+    group.add_argument("--reconstructions", action="store_true", help="only true pictures through the tokenizer")
+    group.add_argument("--nearest", action="store_true", help="only training pictures with the nearest captions")
+    group.add_argument("--shuffled", action="store_true", help="the model, and its pictures under other prompts")
+    return parser
+
+
+def line(name: str, result: Result) -> str:
+    tags = " ".join(f"{result.overall.tags[tag]:.3f}".rjust(len(tag)) for tag in geneval.TAGS)
+    return f"{name:<16} {result.overall.overall:.3f} [{result.overall.low:.3f}, {result.overall.high:.3f}]  {tags}"
+
+
+def rows_of(name: str, result: Result, batch: int | None = None) -> list[dict[str, Any]]:
+    """The report's rows for one set of pictures."""
+    values = {
+        "": result.overall.overall,
+        "low": result.overall.low,
+        "high": result.overall.high,
+        "strict": result.strict.overall,
+        "seen": result.seen and result.seen.overall,
+        "heldout": result.heldout and result.heldout.overall,
+        "background": result.background,
+        "any of a prompt": result.any_correct,
+        **result.overall.tags,
+    }
+    unit = {"unit": "share", "batch": batch}
+    return [{"name": f"{name} {key}".strip(), "value": v} | unit for key, v in values.items() if v is not None]
+
+
+def main(args: list[str], command: str = "") -> int:
+    """`unigen eval scenes ...`: print the table, write the report. ValueError for bad input."""
+    a = arguments().parse_args(args)
+    if a.images < 1:
+        raise ValueError("--images must be at least 1")
+    start = time.perf_counter()
+    chosen = [rung for rung in RUNGS if getattr(a, rung)]
+    rungs = chosen or list(RUNGS)
+    with_model = not chosen or "shuffled" in chosen
+    task = ScenesTask(PROMPTS[a.quick], a.seed)
+    items = task.items()
+    world: World | None = None
+    if set(rungs) & {"oracle", "reconstructions", "nearest"}:
+        try:
+            world = World(task.detector.config.image_size)
+        except ValueError as error:
+            if chosen:
+                raise
+            print(f"left out: oracle, reconstructions and nearest training pictures ({error})", file=sys.stderr)
+    engine = load_engine(a) if with_model or "reconstructions" in rungs else None
+
+    results: dict[str, Result] = {}
+    print(f"{'':<16} {'overall, 95% interval':<21}  {' '.join(geneval.TAGS)}", flush=True)
+
+    def report(name: str, pictures: Pictures) -> list[list[dict[str, float]]]:
+        scores = score_pictures(task, items, pictures)
+        results[name] = summarise(items, scores, a.seed)
+        print(line(name, results[name]), flush=True)
+        return scores
+
+    drawn: Pictures = []
+    if with_model:
+        drawn = draw(engine, task, items, a.images, a.batch, a.seed, **options_of(a))
+        scores = report("model", drawn)
+        if a.out:
+            write_outputs(a.out, items, drawn, scores)
+    true = ladder.oracle(items, a.images, a.seed, world) if world else []
+    if "oracle" in rungs and world:
+        report("oracle", true)
+    if "reconstructions" in rungs and world and engine is not None:
+        report("reconstructions", ladder.reconstructions(engine.model.image_tokenizer, true))
+    if "nearest" in rungs and world:
+        report("nearest", ladder.nearest(items, a.images, a.seed, world))
+    if "shuffled" in rungs and drawn:
+        report("shuffled", ladder.shuffled(items, drawn, a.seed))
+
+    sample = [row[0] for row in (true or drawn)]
+    noise = ladder.noise_pictures(200, task.detector.config.image_size, np.random.default_rng(a.seed))
+    nothing = {"noise": false_positives(task, noise), "blends": false_positives(task, ladder.blends(sample))}
+    first = next(iter(results))
+    rows = [row for name, result in results.items() for row in rows_of(name, result, a.batch)]
+    rows += [{"name": f"objects found in {name}", "value": v, "unit": "share"} for name, v in nothing.items()]
+    for row in rows_of(first, results[first]):
+        if row["name"].split()[-1] in ("strict", "seen", "heldout", "background", "prompt"):
+            print(f"{row['name']}: {row['value']:.3f}")
+    print(", ".join(f"objects found in {name}: {v:.3f} of the pictures" for name, v in nothing.items()))
+    if a.json:
+        overall = results[first].overall
+        write_report(
+            a.json,
+            command=command or "unigen eval scenes " + " ".join(args),
+            model=str(a.model) if with_model else first,
+            overall=overall.overall,
+            tasks=overall.tags,
+            rows=rows,
+            seconds=time.perf_counter() - start,
+            interval=[overall.low, overall.high],
+            prompts=overall.prompts,
+            images=a.images,
+        )
+    return 0
