@@ -175,6 +175,23 @@ def test_a_signal_saves_and_stops(number: int, straight: Path, tmp_path: Path) -
     assert same(straight, tmp_path)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.slow
+def test_a_signal_to_the_whole_group_stops_cleanly(number: int, tmp_path: Path, root: Path) -> None:
+    code = f"import sys; sys.path[:0] = [{str(root)!r}, {str(Path(__file__).parent)!r}]; import test_trainer as t\n"
+    code += f"from pathlib import Path; print(t.train(Path({str(tmp_path)!r}), 'steps=1000000', 'save_every=0'))"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        for line in process.stdout:
+            if line.startswith("step 3/"):
+                break
+        os.killpg(process.pid, number)
+        assert "stopped by a signal" in process.stdout.read(), process.stderr.read()
+    assert process.returncode == 0 and len(checkpoints(tmp_path)) == 1
+
+
 # ---------------------------------------------------------------- sums over counts
 
 
@@ -290,10 +307,10 @@ def test_each_objective_changes_its_own_parameters(tmp_path: Path) -> None:
 
 
 def test_time_limit_ends_the_run_and_anneals(tmp_path: Path) -> None:
-    result = train(tmp_path, "steps=1000000", "time_limit=0.6", "save_every=0", "optim.min_ratio=0", "workers=0")
-    assert result["finished"] and 0.6 <= result["seconds"] < 5 and 3 < result["step"] < 1000000
-    assert result["lr"] < 1e-3, "the schedule follows the clock"
-    again = train(tmp_path, "steps=1000000", "time_limit=0.6", "save_every=0", "workers=0")
+    result = train(tmp_path, "steps=1000000", "time_limit=1.5", "save_every=0", "optim.min_ratio=0", "workers=0")
+    assert result["finished"] and 1.5 <= result["seconds"] < 9 and 3 < result["step"] < 1000000
+    assert result["lr"] < 3e-3, "the schedule follows the clock"
+    again = train(tmp_path, "steps=1000000", "time_limit=1.5", "save_every=0", "workers=0")
     assert again["step"] == result["step"], "the time of earlier sessions counts"
 
 

@@ -18,15 +18,16 @@ from torch import Tensor
 class Totals:
     """Sums and counts since the last log line, kept on the device until they are asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}
         self._weights: dict[str, float] = {}
         self._since = time.monotonic()
 
     def add(self, name: str, total: Tensor, count: Tensor | int, weight: float = 1.0) -> None:
-        total = torch.as_tensor(total).detach().double()
-        count = torch.as_tensor(count, device=total.device).detach().double()
+        total = torch.as_tensor(total, device=self.device).detach().double()
+        count = torch.as_tensor(count, device=self.device).detach().double()
         self._sums[name] = self._sums[name] + total if name in self._sums else total
         self._counts[name] = self._counts[name] + count if name in self._counts else count
         self._weights[name] = weight
@@ -42,7 +43,7 @@ class Totals:
         loss = sum(self._weights[name] * means[name] for name in names if not name.startswith("metric/"))
         if "metric/tokens" in rows:
             means["tokens/s"] = rows["metric/tokens"][0] / max(time.monotonic() - self._since, 1e-9)
-        self.__init__()  # type: ignore[misc]
+        self.__init__(self.device)  # type: ignore[misc]
         return {"loss": loss} | means
 
 

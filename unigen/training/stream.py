@@ -8,6 +8,7 @@ process or worker makes it and whenever: resuming is starting at p.
 """
 
 import itertools
+import os
 import pickle
 import random
 import signal
@@ -113,9 +114,10 @@ class _Collate:
 
 
 def _worker_signals(_: int) -> None:
-    """Ctrl-C reaches every process of a terminal: the trainer decides, its workers go on until they are told."""
+    """Ctrl-C and many a scheduler's SIGTERM reach every process of a group: the trainer decides when to stop, so its
+    workers go on until they are told; one that is stuck dies two minutes after a SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(120))
 
 
 def load(
@@ -147,6 +149,7 @@ def load(
         collate_fn=_Collate(collate or torch.utils.data.default_collate),
         num_workers=workers,
         worker_init_fn=_worker_signals,
+        multiprocessing_context="fork" if workers and hasattr(os, "fork") else None,  # recipes need not be importable
         pin_memory=pin,
         prefetch_factor=4 if workers else None,
     )

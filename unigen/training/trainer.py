@@ -169,6 +169,10 @@ class Trainer:
             cpu=not torch.cuda.is_available(),
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
+        if self.accelerator.distributed_type.value not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+            raise ValueError(
+                f"the Trainer runs in one process or data parallel (torchrun), not {self.accelerator.distributed_type}"
+            )
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
         self.device = self.accelerator.device
@@ -219,7 +223,7 @@ class Trainer:
         began, before, first = time.monotonic(), self.elapsed, self.step
         logged = first, before  # step and seconds of the last log line
         last: dict[str, Any] = {}
-        totals = Totals()
+        totals = Totals(self.device)
         batches: Iterator[Any] | None = None
         start = self._progress()
         logs = Logs(self.run_dir, self.cfg.steps, first, start, before) if self.main else None
