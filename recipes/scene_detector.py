@@ -57,7 +57,7 @@ def crowded(rng: np.random.Generator, size: int) -> scenes.Scene:
     """0-6 objects anywhere, covering each other as they fall: what a model may draw and the world never does."""
     names = list(OBJECTS)
     few = list(rng.choice(len(names), size=2))
-    items = []
+    items: list[scenes.Item] = []
     for _ in range(int(rng.integers(0, MAX_OBJECTS + 1))):
         name = names[few[int(rng.integers(2))]] if rng.random() < 0.5 else names[int(rng.integers(len(names)))]
         tints = scenes.tints(name)

@@ -72,7 +72,7 @@ class UnderstandingTask:
             scene = sample_scene(rng, self.world.size, heldout=heldout)
             picture = Image.fromarray(self.world.render(scene).image)
             true = facts(scene)
-            meta = {"groups": true.groups, "background": true.background, "relation": true.relation}
+            meta: dict[str, Any] = {"groups": true.groups, "background": true.background, "relation": true.relation}
             meta |= {"heldout": heldout, "relations": true_relations(scene)}
             made.append(Item([picture, ASK], "caption", meta))
             for qa in questions(scene, rng)[: self.asked]:
