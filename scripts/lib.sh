@@ -16,6 +16,9 @@ find_python() {
   return 1
 }
 
+# has MODULE: the environment has it (looked up, not imported: that would take seconds).
+has() { .venv/bin/python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[1]) is None)' "$1"; }
+
 # install EXTRAS ("" or "[dev]"): .venv with the project in it; does nothing when nothing changed since the last time.
 install() {
   local extras=$1 stamp=".venv/.installed${1//[^a-z]/-}" wanted python
@@ -27,14 +30,14 @@ install() {
   wanted=$(cat pyproject.toml constraints.txt | .venv/bin/python -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
   # The location is part of it: an environment that was copied elsewhere points at its old place.
   wanted="$wanted $PWD"
-  if [ "$(cat "$stamp" 2>/dev/null || true)" = "$wanted" ] && .venv/bin/python -c 'import torch, unigen' 2>/dev/null; then
+  if [ "$(cat "$stamp" 2>/dev/null || true)" = "$wanted" ] && has torch && has unigen; then
     return
   fi
   say "installing unigen$extras (a few minutes the first time)"
   local options=(--quiet --constraint constraints.txt)
   # Without an NVIDIA driver the CPU build of torch is enough (and ten times smaller). PyTorch's own index has it; where that
   # cannot be reached, pip takes what its other sources have.
-  if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
+  if ! has torch; then
     if ! nvidia-smi >/dev/null 2>&1 && [ "$(uname -s)" = Linux ] && cpu_index_answers; then
       .venv/bin/pip install "${options[@]}" --index-url "$CPU_INDEX" torch || true
     fi
