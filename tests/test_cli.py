@@ -111,6 +111,13 @@ def test_generate_many_and_grid(engine: FakeEngine, tmp_path: Path) -> None:
     assert files(tmp_path) == {"a-0.png", "a-1.png", "a-2.png", "g.jpg"}
 
 
+def test_generate_more_than_a_batch(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unigen.cli.BATCH", 2)
+    assert main(["generate", "x", "-n", "5", "--seed", "10", "-o", "a.png"]) == 0
+    assert [Image.open(f"a-{i}.png").getpixel((0, 0))[0] for i in range(5)] == [10, 11, 12, 13, 14]  # type: ignore[index]
+    assert [options["n"] for _, options in engine.asked] == [2, 2, 1]
+
+
 def test_grid_places_pictures_in_order() -> None:
     sheet = grid([FakeEngine.draw(i) for i in (10, 20, 30)], gap=1)
     assert [sheet.getpixel(at)[0] for at in ((0, 0), (17, 0), (0, 17), (17, 17))] == [10, 20, 30, 255]  # type: ignore[index]
@@ -258,7 +265,58 @@ def test_a_missing_extra_is_named(
     assert "pip install 'unigen[eval]'" in bad(capsys, "info")
 
 
+RECIPE = """
+from unigen.config import RunConfig
+
+def config():
+    return RunConfig(steps=3, batch_size=1, run_dir="run")
+
+def build(cfg):
+    raise RuntimeError("built")
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nonesuch.py"], "nonesuch.py"),
+        (["recipe.py", "stepz=1"], "steps"),
+        (["recipe.py", "steps=many"], "steps"),
+        (["recipe.py", "optim.lr=fast"], "optim.lr"),
+        (["recipe.py", "steps"], "key=value"),
+        (["broken.py"], "broken.py"),
+        (["empty.py"], "config"),
+        ([], "required"),
+    ],
+)
+def test_bad_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, words: list[str], said: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.py").write_text(RECIPE)
+    Path("broken.py").write_text("def config(:")
+    Path("empty.py").write_text("")
+    assert said in bad(capsys, "train", *words)
+    assert not Path("run").exists()
+    with pytest.raises(RuntimeError, match="built"):
+        main(["train", "recipe.py", "steps=4"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["nonesuch"], "scenes"), (["scenes", "--images", "many"], "--images"), (["scenes", "--oracle"], "font")],
+)
+def test_bad_evaluations(monkeypatch: pytest.MonkeyPatch, capsys: Any, words: list[str], said: str) -> None:
+    monkeypatch.setenv("UNIGEN_EMOJI_FONT", "nonesuch.ttf")
+    assert said in bad(capsys, "eval", *words)
+
+
 # --- the program ----------------------------------------------------------------------------------------------------
+
+
+def test_bench_is_a_lazy_table(root: Path) -> None:
+    done = subprocess.run([sys.executable, "scripts/bench.py", "--help"], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("usage: ")
+    done = subprocess.run([sys.executable, "scripts/bench.py", "nonesuch"], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("bench: error: ") and done.stderr.count("\n") == 1
 
 
 def program(*line: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -312,9 +370,11 @@ def test_chat_keeps_the_conversation(engine: FakeEngine, picture: str, tmp_path:
 
 def test_chat_survives_bad_input(engine: FakeEngine, tmp_path: Path) -> None:
     shown = talk(engine, "too long\n/image none.png\n/seed x\n/save x.txt\n/what\n/seed 9\nhello")
-    assert shown.count("unigen: ") == 4 and "/image PATH" in shown
+    assert shown.count("unigen: ") == 4 and "/new begins" not in shown and "/image PATH" in shown
     assert engine.asked[-1][1]["seed"] == 9
     assert len(engine.asked[-1][0].segments) == 1, "a turn that failed is not kept"
+    shown = talk(engine, "hello\ntoo long\n/new\nhello\n")
+    assert "too long (/new begins again)" in shown and len(engine.asked[-1][0].segments) == 1
 
 
 def test_chat_by_the_command(engine: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,7 +82,8 @@ class Chat:
                 elif line:
                     self.say(engine, line, out, protocol)
             except ValueError as error:
-                print(f"unigen: {error}", file=out)
+                hint = " (/new begins again)" if self.document.segments and not line.startswith("/") else ""
+                print(f"unigen: {error}{hint}", file=out)
             except KeyboardInterrupt:
                 if not asks:
                     raise

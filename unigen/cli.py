@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 DEFAULT_MODEL = "unigen-tiny"
+BATCH = 16  # pictures made at a time
 
 
 class Command(NamedTuple):
@@ -179,8 +180,13 @@ def generate(args: argparse.Namespace) -> int:
     paths = [path] if args.grid else numbered(path, args.n)
     engine = load(args)
     start = time.perf_counter()
-    made = engine.generate(args.prompt, output="image", n=args.n, **sampling(args))
-    images = made if isinstance(made, list) else [made]
+    options = sampling(args)
+    seed = options.pop("seed")
+    images: list[Any] = []
+    while len(images) < args.n:
+        n = min(BATCH, args.n - len(images))
+        made = engine.generate(args.prompt, output="image", n=n, seed=seed + len(images), **options)
+        images += made if n > 1 else [made]
     for target, image in zip(paths, [grid(images)] if args.grid else images, strict=True):
         save_picture(target, image)
     return report(paths, time.perf_counter() - start)
