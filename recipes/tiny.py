@@ -1,0 +1,147 @@
+"""unigen-tiny: one small model that draws, describes, answers, edits and tells stories of the rendered world.
+
+    COMMAND   unigen train recipes/tiny_vq.py run_dir=runs/vq
+              unigen train recipes/tiny.py image_tokenizer=runs/vq/model run_dir=runs/tiny
+    HARDWARE  2 CPU cores
+    TIME      75 minutes
+    EXPECTED  see the model card in unigen/assets/unigen-tiny
+
+An 8M Llama with random weights reads and writes text and the codes of the image tokenizer (Liquid's layout), on a mixture of
+chats that are rendered while it trains and never repeat. In a tenth of them the text is dropped, for guidance. Training goes
+on from a model by `init_from=FOLDER`, which brings its tokenizers along.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from unigen.config import OptimConfig, RunConfig
+from unigen.data.chats import Chats
+from unigen.data.packing import Collate, PackedRows
+from unigen.data.stories import text_corpus
+from unigen.data.world import World
+from unigen.engine import Engine
+from unigen.model import Template, UnifiedModel
+from unigen.models import load, tiny
+from unigen.sequence import Tokens
+from unigen.tokenizers import load_tokenizer, text
+from unigen.training.muon import MuonAdamW
+from unigen.training.objectives import Mixture
+from unigen.training.trainer import Job
+
+PROMPTS = (
+    "a horse",
+    "a blue horse and a red dog",
+    "two apples on a blue background",
+    "three pink rabbits",
+    "a witch to the left of a raven",
+    "a star above a house",
+    "four fish on a white background",
+    "a green car",
+)
+
+
+@dataclass
+class Backbone:
+    hidden: int = 320
+    layers: int = 6
+    heads: int = 5
+    feed_forward: int = 864
+    context: int = 1024
+
+
+@dataclass
+class TinyConfig(RunConfig):
+    backbone: Backbone = field(default_factory=Backbone)
+    image_tokenizer: str = "runs/vq/model"
+    text_pieces: int = 1024
+    length: int = 1024  # positions of a packed row; the longest story fits
+    muon: bool = True  # false: AdamW for all weights
+    blind: float = 0.1  # share of documents whose text is dropped
+    text_weight: float = 0.3
+
+
+def config() -> TinyConfig:
+    return TinyConfig(
+        steps=1_000_000,
+        time_limit=4500.0,
+        batch_size=5,
+        optim=OptimConfig(lr=1.5e-3, warmup=200, weight_decay=0.05, min_ratio=0.02),
+        precision="bf16",
+        workers=1,
+        log_every=20,
+        save_every=200,
+        sample_every=400,
+        run_dir="runs/tiny",
+    )
+
+
+class Documents:
+    """Draws a document and lays it out as ids; made anew in each worker, since a font cannot travel."""
+
+    def __init__(self, template: Template, size: int, blind: float) -> None:
+        World(size)  # a missing font is said at once
+        self.template, self.size, self.blind = template, size, blind
+        self.chats: Chats | None = None
+
+    def __call__(self, rng: np.random.Generator) -> Tokens:
+        self.chats = self.chats or Chats(World(self.size))
+        document, _ = self.chats(rng)
+        draws = any(s.image is not None and s.role == "assistant" for s in document.segments)
+        return self.template.encode(document, blind=draws and rng.random() < self.blind)
+
+
+def new_model(cfg: TinyConfig) -> UnifiedModel:
+    from transformers import LlamaConfig
+
+    folder = Path(cfg.run_dir) / "text_tokenizer"
+    if not (folder / "tokenizer.json").exists():
+        lines = (" " + " ".join(line.lower().split()) for line in text_corpus(20_000, cfg.seed))
+        text.train(lines, folder, cfg.text_pieces, tiny.SPECIALS)
+    shape = LlamaConfig(
+        hidden_size=cfg.backbone.hidden,
+        num_hidden_layers=cfg.backbone.layers,
+        num_attention_heads=cfg.backbone.heads,
+        intermediate_size=cfg.backbone.feed_forward,
+        max_position_embeddings=cfg.backbone.context,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(cfg.seed)
+    return tiny.create(shape, text.load(folder), load_tokenizer(cfg.image_tokenizer))
+
+
+def build(cfg: TinyConfig) -> Job:
+    model = load(cfg.init_from) if cfg.init_from else new_model(cfg)
+    size = model.image_tokenizer.image_size
+    return Job(
+        model=model,
+        dataset=PackedRows(Documents(model.template, size, cfg.blind), cfg.length, cfg.seed),
+        collate=Collate(cfg.length, size),
+        objective=Mixture(text_weight=cfg.text_weight),
+        optimizer=(lambda model, cfg: MuonAdamW(model, cfg.optim)) if cfg.muon else None,
+        sample=sample,
+        save=lambda model, folder: model.save(folder),  # type: ignore[attr-defined]
+    )
+
+
+def sample(model: nn.Module, step: int, folder: Path) -> None:
+    """Two rows of pictures, guided, one column a prompt; and what the model says of the upper row."""
+    assert isinstance(model, UnifiedModel)
+    engine = Engine(model)
+    count = len(PROMPTS)
+    pictures = engine.generate_batch(PROMPTS * 2, [0] * count + [1] * count)
+    side = pictures[0].width
+    grid = Image.new("RGB", (count * side, 2 * side))
+    for i, picture in enumerate(pictures):
+        grid.paste(picture, (i % count * side, i // count * side))
+    grid.resize((grid.width * 2, grid.height * 2), Image.Resampling.NEAREST).save(folder / f"{step:06d}.png")
+    asked = [[picture, "describe this picture"] for picture in pictures[:count]]
+    said = engine.generate_batch(asked, [0] * count, output="text", max_tokens=60)
+    lines = [f"{prompt} -> {answer}" for prompt, answer in zip(PROMPTS, said, strict=True)]
+    (folder / f"{step:06d}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

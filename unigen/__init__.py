@@ -1,0 +1,58 @@
+"""unigen: one small unified model framework that reads and writes text and images.
+
+    import unigen
+    engine = unigen.load("unigen-tiny")
+    image = engine.generate("two apples on a blue background", seed=0)
+
+Importing the package imports nothing heavy; torch comes with the first attribute that needs it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["Document", "Engine", "Guidance", "Segment", "load"]
+
+if TYPE_CHECKING:
+    from unigen.engine import Engine
+    from unigen.samplers.guidance import Guidance
+    from unigen.sequence import Document, Segment
+
+_HOMES = {
+    "Engine": "unigen.engine",
+    "Guidance": "unigen.samplers.guidance",
+    "Document": "unigen.sequence",
+    "Segment": "unigen.sequence",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'unigen' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def load(name: str = "unigen-tiny", device: str | None = None, dtype: str | None = None) -> Engine:
+    """An engine for a shipped model or a folder.
+
+    device: "cpu", "cuda", ...; None is a GPU where there is one. dtype: "float32", "bfloat16" or "float16"; None is
+    float32. Raises ValueError in one line for an unknown model, a damaged folder, or a device that is not there.
+    """
+    import torch
+
+    from unigen.engine import Engine
+    from unigen.models import load as load_model
+
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype is not None and dtype not in kinds:
+        raise ValueError(f"unknown dtype {dtype!r}: one of {', '.join(kinds)}")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} is not available here: {str(error).splitlines()[0]}") from error
+    return Engine(load_model(name, device, kinds[dtype or "float32"]))

@@ -1,0 +1,118 @@
+"""Scenes as chats: the mixture of documents from which one model learns to draw, describe, answer, edit, tell and judge.
+
+    chats = Chats(World(64), mixture={"draw": 0.5, "describe": 0.5})
+    document, kind = chats(np.random.default_rng(0))
+
+Knows what is asked and answered. Refuses to know: ids, templates, models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from unigen.data.language import (
+    caption,
+    descriptive_caption,
+    edits,
+    expansion,
+    facts,
+    noisy_caption,
+    questions,
+    short_caption,
+    verdict,
+)
+from unigen.data.scenes import Scene, sample_scene
+from unigen.data.stories import story
+from unigen.data.world import World
+from unigen.sequence import Document, Segment
+
+DESCRIBE, DETAIL = "describe this picture", "describe this picture in detail"
+EXPAND, JUDGE = "say more: {}", "does this picture show {}?"
+MIXTURE = {"draw": 0.42, "describe": 0.14, "ask": 0.16, "edit": 0.12, "story": 0.08, "expand": 0.03, "judge": 0.05}
+
+
+class Chats:
+    """Draws documents: `chats(rng)` -> (document, kind). Training scenes only, unless heldout says otherwise.
+
+    world: renders the pictures. mixture: the share of each kind among documents; the kinds are those of `MIXTURE`, and each
+    is a method of this class. Raises ValueError for an unknown kind.
+    """
+
+    def __init__(self, world: World, mixture: Mapping[str, float] | None = None, heldout: bool | None = False) -> None:
+        mixture = MIXTURE if mixture is None else mixture
+        unknown = sorted(set(mixture) - set(MIXTURE))
+        if unknown or not sum(mixture.values()) > 0:
+            raise ValueError(
+                f"a mixture gives shares to some of {', '.join(MIXTURE)}; not {', '.join(unknown) or 'none'}"
+            )
+        self.world, self.heldout = world, heldout
+        self.kinds = list(mixture)
+        self.shares = np.array([mixture[kind] for kind in self.kinds]) / sum(mixture.values())
+
+    def __call__(self, rng: np.random.Generator) -> tuple[Document, str]:
+        kind = self.kinds[int(rng.choice(len(self.kinds), p=self.shares))]
+        return Document(getattr(self, kind)(rng)), kind
+
+    # ---------------------------------------------------------------- the kinds
+
+    def draw(self, rng: np.random.Generator) -> list[Segment]:
+        scene = self._scene(rng)
+        prompt = rng.choice(4, p=(0.5, 0.25, 0.15, 0.1))
+        text = (short_caption, _plain, descriptive_caption, noisy_caption)[prompt](scene, rng)
+        return [Segment(text=text), self._picture(scene, "assistant")]
+
+    def describe(self, rng: np.random.Generator) -> list[Segment]:
+        scene = self._scene(rng)
+        detail = rng.random() < 0.25
+        answer = descriptive_caption(scene, rng) if detail else caption(facts(scene))
+        turns = [self._picture(scene), *_turn(DETAIL if detail else DESCRIBE, answer)]
+        return turns + self._questions(scene, rng, int(rng.integers(0, 3)))
+
+    def ask(self, rng: np.random.Generator) -> list[Segment]:
+        scene = self._scene(rng)
+        return [self._picture(scene), *self._questions(scene, rng, 6)]
+
+    def edit(self, rng: np.random.Generator) -> list[Segment]:
+        scene = self._scene(rng)
+        edit = edits(scene, rng, heldout=self.heldout)
+        return [self._picture(scene), Segment(text=edit.instruction), self._picture(edit.after, "assistant")]
+
+    def story(self, rng: np.random.Generator) -> list[Segment]:
+        references = int(rng.choice(3, p=(0.6, 0.2, 0.2)))
+        told = story(rng, references=references, heldout=self.heldout)
+        segments = [*(self._picture(scene) for scene in told.references), Segment(text=told.request)]
+        for text, scene in told.frames:
+            segments += [Segment(text=text, role="assistant"), self._picture(scene, "assistant")]
+        return segments
+
+    def expand(self, rng: np.random.Generator) -> list[Segment]:
+        short, full = expansion(self._scene(rng), rng)
+        return _turn(EXPAND.format(short), full)
+
+    def judge(self, rng: np.random.Generator) -> list[Segment]:
+        scene = self._scene(rng)
+        prompt, ok, reason = verdict(scene, rng)
+        answer = f"{'yes' if ok else 'no'}, {reason}"
+        return [self._picture(scene), *_turn(JUDGE.format(prompt), answer), *self._questions(scene, rng, 2)]
+
+    # ---------------------------------------------------------------- parts
+
+    def _scene(self, rng: np.random.Generator) -> Scene:
+        return sample_scene(rng, size=self.world.size, heldout=self.heldout)
+
+    def _picture(self, scene: Scene, role: Any = "user") -> Segment:
+        return Segment(image=self.world.render(scene).image, role=role)
+
+    def _questions(self, scene: Scene, rng: np.random.Generator, count: int) -> list[Segment]:
+        return [segment for qa in questions(scene, rng)[:count] for segment in _turn(qa.question, qa.answer)]
+
+
+def _turn(question: str, answer: str) -> list[Segment]:
+    return [Segment(text=question), Segment(text=answer, role="assistant")]
+
+
+def _plain(scene: Scene, rng: np.random.Generator) -> str:
+    return caption(facts(scene))

@@ -1,0 +1,337 @@
+"""The engine: caches, and the only loop that calls the backbone to generate. Documents in; text pieces and pictures out.
+
+    engine = unigen.load("unigen-tiny")
+    image = engine.generate("two apples on a blue background", seed=0)
+    for part in engine.stream("a story about a witch and her raven", output="interleaved"): ...
+
+Each request is a row of the batch with one cache slot for every branch of guidance. In a step every active row reads
+what its generator asks for, whatever it is writing, and the backbone runs once. Rows end on their own, and a row's
+randomness is its own, so that a picture does not depend on the batch it was made in.
+The file refuses to know: files, HTTP, templates, how any generator works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from unigen.generators.base import Generator, Span, State
+from unigen.model import UnifiedModel
+from unigen.nn.backbone import SlotCache
+from unigen.samplers.guidance import Guidance
+from unigen.samplers.logits import Sampling
+from unigen.sequence import Document, Segment
+
+Output = Literal["image", "text", "interleaved"]
+OUTPUTS: tuple[Output, ...] = ("image", "text", "interleaved")
+
+
+@dataclass
+class Request:
+    """What one row is asked for. `image` and `text` say how ids of either kind are drawn."""
+
+    document: Document
+    output: Output
+    generator: str
+    guidance: Guidance
+    image: Sampling
+    text: Sampling
+    seed: int
+    max_tokens: int
+    max_images: int
+
+
+@dataclass
+class _Row:
+    """One answer on its way. `unread[b]`: ids that branch b reads before what the generator asks for."""
+
+    request: Request
+    document: Document
+    slots: list[int]
+    unread: list[list[int]] = field(default_factory=list)
+    state: State | None = None
+    generator: Generator | None = None
+    spans: int = 0
+    images: int = 0
+    written: int = 0
+    shown: str = ""
+
+    @property
+    def branches(self) -> int:
+        return len(self.unread)
+
+
+class Engine:
+    """Generates with one model. Not safe to share between threads."""
+
+    def __init__(self, model: UnifiedModel) -> None:
+        self.model = model
+
+    # ---------------------------------------------------------------- what users call
+
+    def generate(self, prompt: Any, output: Output = "image", *, n: int = 1, seed: int = 0, **options: Any) -> Any:
+        """Answer a prompt: a PIL image, a string, or for "interleaved" a list of strings and images.
+
+        prompt: text, an image, a list of both, or a Document. n > 1 gives a list of n answers with seeds seed, seed+1..
+        Options: see `request`. Raises ValueError in one line for bad input.
+        """
+        if not isinstance(n, int) or n < 1:
+            raise ValueError(f"n must be a whole number of at least 1, not {n}")
+        answers = self.generate_batch([prompt] * n, [seed + i for i in range(n)], output=output, **options)
+        return answers[0] if n == 1 else answers
+
+    def generate_batch(
+        self, prompts: Sequence[Any], seeds: Sequence[int] | None = None, output: Output = "image", **options: Any
+    ) -> list[Any]:
+        """One answer a prompt, all in one batch; each is what `generate` gives for that prompt and seed alone."""
+        seeds = range(len(prompts)) if seeds is None else seeds
+        requests = [self.request(p, output, seed=s, **options) for p, s in zip(prompts, seeds, strict=True)]
+        parts: list[list[Any]] = [[] for _ in requests]
+        for row, part in self.run(requests):
+            if isinstance(part, str) and parts[row] and isinstance(parts[row][-1], str):
+                parts[row][-1] += part
+            else:
+                parts[row].append(part)
+        for answer in parts:
+            answer[:] = [p.strip() if isinstance(p, str) else p for p in answer]
+        if output == "interleaved":
+            return parts
+        return [answer[0] if answer else "" for answer in parts]
+
+    def stream(self, prompt: Any, output: Output = "interleaved", **options: Any) -> Iterator[Any]:
+        """The parts of one answer as they are made: pieces of text (str) and finished pictures (PIL), in order."""
+        request = self.request(prompt, output, **options)
+        return (part for _, part in self.run([request]))
+
+    def describe(self, image: Any, question: str | None = None, **options: Any) -> str:
+        """A caption of the picture, or the answer to a question about it."""
+        text = self.generate([image, question or "describe this picture"], "text", **options)
+        return str(text)
+
+    def edit(self, image: Any, instruction: str, **options: Any) -> Any:
+        """The picture changed as the instruction says."""
+        if not instruction.strip():
+            raise ValueError("the instruction is empty: say what to change")
+        return self.generate([image, instruction], "image", **options)
+
+    def info(self) -> dict[str, Any]:
+        """What this model is and can do."""
+        model = self.model
+        count = sum(p.numel() for p in model.backbone.parameters())
+        return {
+            "family": model.family,
+            "backbone": f"{model.backbone.lm.config.model_type}, {count / 1e6:.1f}M parameters",
+            "context": model.context,
+            "image_size": model.image_tokenizer.image_size,
+            "tokens_per_image": model.image_tokenizer.grid[0] * model.image_tokenizer.grid[1],
+            "vocabulary": {"text": model.vocabulary.text_size, "image": model.vocabulary.image_size},
+            "generators": [name for name in model.generators if name != "text"],
+            "outputs": list(OUTPUTS),
+            "device": str(model.device),
+        }
+
+    def request(
+        self,
+        prompt: Any,
+        output: Output,
+        *,
+        seed: int = 0,
+        generator: str = "next-token",
+        guidance: float | Sequence[float] | Guidance = 3.0,
+        temperature: float | None = None,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        max_tokens: int = 256,
+        max_images: int = 8,
+    ) -> Request:
+        """A checked request.
+
+        guidance: scale of classifier-free guidance for pictures, 1 is off. temperature, top_k, top_p: how ids are drawn;
+        temperature None is 1 for pictures, greedy for a text answer and 0.8 for the text of an interleaved one.
+        max_tokens, max_images: limits of the answer's text and of an interleaved answer's pictures.
+        """
+        if output not in OUTPUTS:
+            raise ValueError(f"unknown output {output!r}: one of {', '.join(OUTPUTS)}")
+        if generator not in self.model.generators or generator == "text":
+            able = ", ".join(name for name in self.model.generators if name != "text")
+            raise ValueError(f"this model has no generator {generator!r}: it has {able}")
+        if max_tokens < 1 or max_images < 1:
+            raise ValueError("max_tokens and max_images must be at least 1")
+        guidance = Guidance.of(guidance)
+        if len(guidance.scales) != 1:
+            raise ValueError("this model has two branches of guidance: give one scale")
+        texts = {"image": 0.0, "text": 0.0, "interleaved": 0.8}[output]
+        return Request(
+            document=Document.of(prompt),
+            output=output,
+            generator=generator,
+            guidance=guidance,
+            image=Sampling(1.0 if temperature is None else temperature, top_k, top_p),
+            text=Sampling(texts if temperature is None else temperature, 0, top_p),
+            seed=int(seed),
+            max_tokens=max_tokens,
+            max_images=max_images,
+        )
+
+    # ---------------------------------------------------------------- the loop
+
+    @torch.inference_mode()
+    def run(self, requests: Sequence[Request]) -> Iterator[tuple[int, Any]]:
+        """Answer all requests together; yields (number of the request, piece of text or picture) as they are made."""
+        rows = self._rows(requests)
+        slots = sum(len(row.slots) for row in rows)
+        layers = self.model.backbone.lm.config.get_text_config().num_hidden_layers
+        cache = SlotCache(layers, slots, self.model.device)
+        number = {id(row): i for i, row in enumerate(rows)}
+        while rows:
+            self._step(rows, cache)
+            ended = [row for row in rows if row.state and row.state.done]
+            for row, part in self._finish(ended, rows):
+                yield number[id(row)], part
+            rows = [row for row in rows if row.state and not row.state.done]
+
+    def _rows(self, requests: Sequence[Request]) -> list[_Row]:
+        """A row for each request, its first span begun. Raises ValueError for what cannot fit the context."""
+        rows, slot = [], 0
+        for request in requests:
+            branches = 1 if request.output == "text" else request.guidance.branches
+            row = _Row(request, request.document, list(range(slot, slot + branches)))
+            slot += branches
+            ids = self.model.ids(self.model.template.prompt(row.document))
+            need = len(ids) + (1 if request.output == "text" else self._image_length)
+            if need > self.model.context:
+                raise ValueError(
+                    f"the prompt needs {need} positions, but the model has {self.model.context}: shorten it"
+                )
+            row.unread = [ids]
+            if request.output == "image":
+                self._begin_image(row)
+            else:
+                self._begin_text(row, row.unread[0].pop())
+            rows.append(row)
+        return rows
+
+    def _step(self, rows: list[_Row], cache: SlotCache) -> None:
+        """One pass of the backbone for all rows, and one step of each row's generator."""
+        for row in rows:
+            for slot, ids in zip(row.slots[1:], row.unread[1:], strict=False):
+                if ids:  # a blind branch with something to read begins anew with its span
+                    cache.free(slot)
+        asked = [row.generator.ask(row.state) for row in rows if row.generator and row.state]
+        inputs = [ids + ask for row, ask in zip(rows, asked, strict=True) for ids in row.unread]
+        slots = [slot for row in rows for slot in row.slots[: row.branches]]
+        longest = max(len(ids) for ids in inputs)
+        ids_BL = torch.tensor([ids + [0] * (longest - len(ids)) for ids in inputs], device=self.model.device)
+        positions_BL, mask = cache.begin(slots, longest)
+        hidden_BLD = self.model.step(ids_BL, positions_BL, mask, cache)
+
+        groups: dict[int, list[int]] = {}
+        hidden: list[list[torch.Tensor]] = []
+        at = 0
+        for i, row in enumerate(rows):
+            ends = [len(inputs[at + b]) for b in range(row.branches)]
+            hidden.append([hidden_BLD[at + b, end - len(asked[i]) : end] for b, end in enumerate(ends)])
+            at += row.branches
+            groups.setdefault(id(row.generator), []).append(i)
+        kept = [0] * len(rows)
+        for members in groups.values():
+            generator = rows[members[0]].generator
+            assert generator is not None
+            states = [rows[i].state for i in members]
+            counts = generator.advance(self.model, states, [hidden[i] for i in members])  # type: ignore[arg-type]
+            for i, count in zip(members, counts, strict=True):
+                kept[i] = count
+        for row, count in zip(rows, kept, strict=True):
+            cache.keep(row.slots[: row.branches], [len(ids) + count for ids in row.unread])
+            row.unread = [[] for _ in row.unread]
+
+    def _finish(self, ended: list[_Row], rows: list[_Row]) -> Iterator[tuple[_Row, Any]]:
+        """Parts of the answer that this step made: text as it comes, and the pictures of the spans that ended."""
+        text = self.model.generators["text"]
+        for row in rows:
+            if row.generator is text and row.state is not None:
+                piece = self._new_text(row)
+                if piece:
+                    yield row, piece
+        drawn = [row for row in ended if row.generator is not text]
+        pictures: list[Any] = []
+        if drawn:
+            ids = torch.tensor([row.state.ids for row in drawn if row.state], device=self.model.device)
+            codes_Nhw = self.model.vocabulary.codes(ids).unflatten(1, self.model.image_tokenizer.grid)
+            pictures = self.model.pictures(codes_Nhw)
+            for row, codes in zip(drawn, codes_Nhw, strict=True):
+                row.document.segments.append(Segment(image=codes, role="assistant"))
+        for row, picture in zip(drawn, pictures, strict=True):
+            yield row, picture
+        for row in ended:
+            self._go_on(row, drew=row.generator is not text)
+
+    def _go_on(self, row: _Row, drew: bool) -> None:
+        """Begin the next span of a row whose span has ended, or leave the row done."""
+        state, request = row.state, row.request
+        assert state is not None
+        if drew:
+            row.images += 1
+            if request.output == "interleaved":
+                row.unread = [list(state.pending)]
+                self._begin_text(row, self.model.template.image_end)
+        else:
+            if state.ids:
+                said = self.model.template.decode(state.ids)
+                row.document.segments.append(Segment(text=said, role="assistant"))
+                row.written += len(state.ids)
+            if state.pending == [self.model.template.begins[request.generator]]:
+                row.unread = [[]]
+                self._begin_image(row)
+
+    # ---------------------------------------------------------------- spans
+
+    @property
+    def _image_length(self) -> int:
+        height, width = self.model.image_tokenizer.grid
+        return height * width + 2
+
+    def _rng(self, row: _Row) -> torch.Generator:
+        """Each span draws from a generator of its own, made of the request's seed and the span's number."""
+        row.spans += 1
+        return torch.Generator().manual_seed((row.request.seed * 1_000_003 + row.spans) % (1 << 63))
+
+    def _begin_image(self, row: _Row) -> None:
+        """The main branch goes on in its slot; the blind one is read anew, with the pictures made so far."""
+        request = row.request
+        if request.guidance.branches > 1:
+            blind = self.model.ids(self.model.template.prompt(row.document, blind=True))
+            row.unread = [row.unread[0], *([list(blind)] * (request.guidance.branches - 1))]
+        row.generator = self.model.generators[request.generator]
+        begin = self.model.template.begins[request.generator]
+        grid = self.model.image_tokenizer.grid
+        row.state = row.generator.start(Span(begin, request.image, request.guidance, self._rng(row), grid=grid))
+
+    def _begin_text(self, row: _Row, begin: int) -> None:
+        """Text may end in a picture while the answer may have more of them and the context has room for one."""
+        request = row.request
+        template = self.model.template
+        row.shown = ""
+        used = len(self.model.template.prompt(row.document)) + 1
+        room = self.model.context - used - 1
+        stops = [template.turn_end]
+        if request.output == "interleaved" and row.images < request.max_images and room > self._image_length + 1:
+            stops.append(template.begins[request.generator])
+            room -= self._image_length + 1
+        limit = max(1, min(request.max_tokens - row.written, room))
+        row.generator = self.model.generators["text"]
+        span = Span(begin, request.text, Guidance((1.0,)), self._rng(row), stops=tuple(stops), max_tokens=limit)
+        row.state = row.generator.start(span)
+
+    def _new_text(self, row: _Row) -> str:
+        """What the row's text has gained since it was last shown; an unfinished character waits for its last byte."""
+        assert row.state is not None
+        text = self.model.template.decode(row.state.ids)
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and not row.state.done:
+            return ""
+        new = text[len(row.shown) :]
+        row.shown = text
+        return new

@@ -1,0 +1,108 @@
+"""Next-token prediction: text, and images in raster order over discrete codes (LlamaGen, Liquid, Chameleon).
+
+    p(x) = prod_i p(x_i | x_<i, context),   loss = - sum_i log p(x_i | x_<i, context)   over the joint vocabulary
+
+`Text` writes text and ends at one of the span's stops; `NextToken` writes exactly h x w codes. That is the grammar of an
+image: complete or not there, and no image id in a text. The file refuses to know: templates, tokenizers, caches.
+Shapes: B rows, L positions, D width, T targets, V ids.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unigen.generators.base import Model, Span, State
+from unigen.samplers.logits import draw
+from unigen.sequence import Batch
+
+
+def cross_entropy(model: Model, batch: Batch, hidden_BLD: Tensor, target_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of -log p (nats) over the ids marked in `target_BL`, each from the hidden state before it; and their count."""
+    rows, at = target_BL.nonzero(as_tuple=True)
+    logits_TV = model.logits(hidden_BLD[rows, at - 1]).float()
+    total = torch.nn.functional.cross_entropy(logits_TV, batch.ids_BL[rows, at], reduction="sum")
+    return total, target_BL.sum()
+
+
+class Text:
+    """Text pieces until one of the span's stops."""
+
+    name = "text"
+
+    def __init__(self, forbidden: list[int]) -> None:
+        self.forbidden = forbidden
+        """Specials of the text table that are never written, except a span's stops."""
+
+    def loss(self, model: Model, batch: Batch, hidden_BLD: Tensor) -> tuple[Tensor, Tensor]:
+        text_BL = batch.loss_BL & ~model.vocabulary.is_image(batch.ids_BL)
+        return cross_entropy(model, batch, hidden_BLD, text_BL)
+
+    def start(self, span: Span) -> State:
+        return State(span, pending=[span.begin])
+
+    def ask(self, state: State) -> list[int]:
+        return state.pending
+
+    def advance(self, model: Model, states: list[State], hidden: list[list[Tensor]]) -> list[int]:
+        last_BD = torch.stack([branches[0][-1] for branches in hidden])
+        logits_BV = model.logits(last_BD, 0, model.vocabulary.text_size)
+        for row, state in enumerate(states):
+            illegal = [i for i in self.forbidden if i not in state.span.stops]
+            logits_BV[row, illegal] = -torch.inf
+        for rows, ids in sample_alike(logits_BV, states):
+            for row, id in zip(rows, ids, strict=True):
+                state = states[row]
+                state.pending = [id]
+                if id in state.span.stops:
+                    state.done = True
+                else:
+                    state.ids.append(id)
+                    state.done = len(state.ids) >= state.span.max_tokens
+        return [len(branches[0]) for branches in hidden]
+
+
+class NextToken:
+    """The codes of one image, in raster order; guidance mixes the logits of its branches."""
+
+    name = "next-token"
+
+    def loss(self, model: Model, batch: Batch, hidden_BLD: Tensor) -> tuple[Tensor, Tensor]:
+        image_BL = batch.loss_BL & model.vocabulary.is_image(batch.ids_BL)
+        return cross_entropy(model, batch, hidden_BLD, image_BL)
+
+    def start(self, span: Span) -> State:
+        assert span.grid is not None
+        return State(span, pending=[span.begin])
+
+    def ask(self, state: State) -> list[int]:
+        return state.pending
+
+    def advance(self, model: Model, states: list[State], hidden: list[list[Tensor]]) -> list[int]:
+        offset = model.vocabulary.text_size
+        flat = torch.stack([branch[-1] for branches in hidden for branch in branches])
+        split = model.logits(flat, offset, model.vocabulary.size).split([len(branches) for branches in hidden])
+        mixed_BV = torch.stack([s.span.guidance.combine(list(p)) for s, p in zip(states, split, strict=True)])
+        for rows, ids in sample_alike(mixed_BV, states):
+            for row, code in zip(rows, ids, strict=True):
+                state = states[row]
+                assert state.span.grid is not None
+                height, width = state.span.grid
+                state.ids.append(offset + code)
+                state.pending = [offset + code]
+                state.done = len(state.ids) == height * width
+        return [len(branches[0]) for branches in hidden]
+
+
+def sample_alike(logits_BV: Tensor, states: list[State]) -> list[tuple[list[int], list[Any]]]:
+    """Draw an id for each row; rows with the same sampling options are drawn together."""
+    groups: dict[Any, list[int]] = {}
+    for row, state in enumerate(states):
+        groups.setdefault(state.span.sampling, []).append(row)
+    result = []
+    for sampling, rows in groups.items():
+        ids_B = draw(logits_BV[rows], sampling, [states[row].span.rng for row in rows])
+        result.append((rows, ids_B.tolist()))
+    return result

@@ -1,0 +1,144 @@
+"""The parts of a unified model, and what they do together: ids and pictures in, hidden states and logits out. No loops.
+
+A model folder is a plain `transformers` causal language model (`AutoModelForCausalLM.from_pretrained(folder)` loads it,
+the image codes being further rows of its vocabulary), with `image_tokenizer/` and `unigen.json` beside it.
+The file refuses to know: how a segment is written (generators), how a chat is laid out (the family's template).
+
+Shapes: B rows, L positions, D width, N images, h x w codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from unigen import hub
+from unigen.generators.base import Generator
+from unigen.nn.backbone import Backbone, SlotCache
+from unigen.sequence import Batch, Document, Tokens, Vocabulary, stack_images, to_images
+from unigen.tokenizers import ImageTokenizer, save_tokenizer
+
+
+class Template(Protocol):
+    """How a family lays a document out as ids."""
+
+    turn_end: int
+    image_end: int
+    begins: dict[str, int]
+
+    def encode(self, document: Document, *, blind: bool = False) -> Tokens: ...
+
+    def prompt(self, document: Document, *, blind: bool = False) -> Tokens: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+class UnifiedModel(nn.Module):
+    """A backbone over one vocabulary of text and image codes, the two tokenizers, and the generators by name."""
+
+    def __init__(
+        self,
+        family: str,
+        backbone: Backbone,
+        vocabulary: Vocabulary,
+        text_tokenizer: Any,
+        image_tokenizer: ImageTokenizer,
+        template: Template,
+        generators: dict[str, Generator],
+    ) -> None:
+        super().__init__()
+        self.family = family
+        self.backbone = backbone
+        self.vocabulary = vocabulary
+        self.text_tokenizer = text_tokenizer
+        self.image_tokenizer = image_tokenizer
+        self.template = template
+        self.generators = generators
+        image_tokenizer.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> UnifiedModel:
+        """The image tokenizer is frozen, whatever the mode."""
+        super().train(mode)
+        self.image_tokenizer.eval()
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.backbone.parameters()).device
+
+    @property
+    def context(self) -> int:
+        """The most positions a sequence may have."""
+        return int(self.backbone.lm.config.get_text_config().max_position_embeddings)
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Hidden states (B, L, D) of packed rows whose ids are all known (see `fill`)."""
+        embeds_BLD = self.backbone.embed(batch.ids_BL)
+        return self.backbone.packed(embeds_BLD, batch.positions_BL, batch.segments_BL)
+
+    def step(self, ids_BL: Tensor, positions_BL: Tensor, mask: Tensor, cache: SlotCache) -> Tensor:
+        """Hidden states (B, L, D) of what each cached row reads now."""
+        return self.backbone.hidden(self.backbone.embed(ids_BL), positions_BL, mask, cache)
+
+    def logits(self, hidden: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        return self.backbone.logits(hidden, start, stop)
+
+    @torch.no_grad()
+    def codes(self, images: Tensor) -> Tensor:
+        """Codes (N, h, w) of pixels (N, 3, H, W); codes are returned as they are."""
+        if not images.is_floating_point():
+            return images.to(self.device)
+        weight = next(self.image_tokenizer.parameters())
+        return self.image_tokenizer.encode(images.to(weight.device, weight.dtype))
+
+    def fill(self, batch: Batch) -> Batch:
+        """The batch with the ids of its images put where they belong."""
+        if batch.images is None:
+            return batch
+        ids_NP = self.vocabulary.image_ids(self.codes(batch.images)).flatten(1)
+        ids_BL = batch.ids_BL.clone()
+        rows_N1, starts_N1 = batch.spans_N3[:, :1], batch.spans_N3[:, 1:2]
+        ids_BL[rows_N1, starts_N1 + torch.arange(ids_NP.shape[1], device=ids_BL.device)] = ids_NP
+        return Batch(ids_BL, batch.positions_BL, batch.segments_BL, batch.loss_BL, batch.spans_N3, batch.images)
+
+    def ids(self, tokens: Tokens) -> list[int]:
+        """The ids of one document, its images encoded."""
+        ids = list(tokens.ids)
+        if tokens.images:
+            images = stack_images(tokens.images, self.image_tokenizer.image_size)
+            for (start, stop), row in zip(tokens.spans, self.vocabulary.image_ids(self.codes(images)), strict=True):
+                ids[start:stop] = row.flatten().tolist()
+        return ids
+
+    @torch.no_grad()
+    def pictures(self, codes_Nhw: Tensor) -> list[Any]:
+        """PIL images of codes (N, h, w)."""
+        return to_images(self.image_tokenizer.decode(codes_Nhw.to(self.device)))
+
+    def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write the model folder; the old one, if any, is replaced only when the new one is whole."""
+        import copy
+
+        from unigen.config import save_json
+
+        with hub.replacing_folder(folder) as scratch:
+            lm = self.backbone.lm
+            if dtype is not None:
+                lm = copy.deepcopy(lm).to(dtype)
+            lm.save_pretrained(scratch)
+            self.text_tokenizer.save_pretrained(scratch)
+            save_tokenizer(self.image_tokenizer, scratch / "image_tokenizer", dtype=dtype)
+            save_json(
+                scratch / hub.MANIFEST,
+                {
+                    "format": 1,
+                    "family": self.family,
+                    "text_size": self.vocabulary.text_size,
+                    "image_size": self.vocabulary.image_size,
+                    "generators": sorted(self.generators),
+                },
+            )

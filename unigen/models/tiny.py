@@ -1,0 +1,153 @@
+"""The family of models trained by our own recipes: any decoder-only language model, its vocabulary grown by image codes.
+
+    <s><user> two apples on a blue background<assistant><boi> 64 codes <eoi></s>
+    <s><user><boi> 64 codes <eoi> how many apples?<assistant> two</s>
+
+A document is a chat. What the assistant says is learnt. In the blind rendering, the second branch of guidance, every run
+of text is the one token <uncond> while the images stay: it is what the model saw where captions were dropped in training.
+Text is lower case and each run opens with a space, so that a word has one spelling wherever it stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from unigen import hub
+from unigen.generators.base import Generator
+from unigen.generators.next_token import NextToken, Text
+from unigen.model import UnifiedModel
+from unigen.nn.backbone import Backbone
+from unigen.sequence import Document, Tokens, Vocabulary
+from unigen.tokenizers import ImageTokenizer, load_tokenizer
+from unigen.tokenizers import text as text_tokenizers
+
+USER, ASSISTANT, BOI, EOI, IMAGE, UNCOND = "<user>", "<assistant>", "<boi>", "<eoi>", "<image>", "<uncond>"
+BEGINS = {"next-token": BOI, "next-scale": "<boi:scale>", "masked": "<boi:masked>", "flow": "<boi:flow>"}
+"""Each generator has a begin token of its own, so that one backbone knows which way of writing it is in."""
+SPECIALS = (USER, ASSISTANT, EOI, IMAGE, UNCOND, "<mask>", *BEGINS.values(), "<spare:0>", "<spare:1>")
+
+CHAT_TEMPLATE = (
+    "{{ '<s>' }}{% for message in messages %}{{ '<user>' if message['role'] == 'user' else '<assistant>' }}"
+    "{% if message['content'] is string %}{{ ' ' + message['content'] | trim | lower }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<boi><image><eoi>' }}{% else %}{{ ' ' + part['text'] | trim | lower }}{% endif %}"
+    "{% endfor %}{% endif %}"
+    "{% if message['role'] == 'assistant' %}{{ '</s>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+
+
+class ChatTemplate:
+    """Documents as ids and back. `tokens_per_image` ids stand for each picture."""
+
+    def __init__(self, tokenizer: Any, tokens_per_image: int) -> None:
+        self.tokenizer = tokenizer
+        self.tokens_per_image = tokens_per_image
+        self.special = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIALS}
+        self.start: int = tokenizer.bos_token_id
+        self.turn_end: int = tokenizer.eos_token_id
+        self.image_end: int = self.special[EOI]
+        self.begins: dict[str, int] = {name: self.special[begin] for name, begin in BEGINS.items()}
+
+    def encode(self, document: Document, *, blind: bool = False) -> Tokens:
+        """A whole chat, its last turn ended where the assistant speaks last."""
+        tokens = self._turns(document, blind)
+        if document.segments[-1].role == "assistant":
+            tokens.add([self.turn_end], loss=not blind)
+        return tokens
+
+    def prompt(self, document: Document, *, blind: bool = False) -> Tokens:
+        """A chat up to where the assistant goes on, whether it has begun its answer or not."""
+        tokens = self._turns(document, blind)
+        if document.segments[-1].role == "user":
+            tokens.add([self.special[ASSISTANT]])
+        return tokens
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, as the user reads it."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+
+    def _turns(self, document: Document, blind: bool) -> Tokens:
+        tokens = Tokens()
+        tokens.add([self.start])
+        role = None
+        for segment in document.segments:
+            if segment.role != role:
+                if role == "assistant":
+                    tokens.add([self.turn_end], loss=not blind)
+                role = segment.role
+                tokens.add([self.special[USER if role == "user" else ASSISTANT]])
+            learnt = role == "assistant"
+            if segment.image is not None:
+                tokens.add([self.special[BOI]], loss=learnt and not blind)
+                tokens.add_image(segment.image, self.tokens_per_image, loss=learnt)
+                tokens.add([self.image_end])
+            elif blind:
+                tokens.add([self.special[UNCOND]])
+            else:
+                tokens.add(self.text_ids(segment.text or ""), loss=learnt)
+        return tokens
+
+    def text_ids(self, text: str) -> list[int]:
+        """Ids of one run of text; a special token's name typed by a user is text, never the token."""
+        text = " " + " ".join(text.lower().split())
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def assemble(lm: Any, tokenizer: Any, image_tokenizer: ImageTokenizer, text_size: int) -> UnifiedModel:
+    """A model of its parts. The language model's table must hold text_size rows and then one for each image code."""
+    height, width = image_tokenizer.grid
+    vocabulary = Vocabulary(text_size, image_tokenizer.codebook_size)
+    rows = lm.get_input_embeddings().weight.shape[0]
+    if rows != vocabulary.size:
+        raise ValueError(
+            f"the language model has {rows} rows, but text ({text_size}) and image codes "
+            f"({image_tokenizer.codebook_size}) need {vocabulary.size}"
+        )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    template = ChatTemplate(tokenizer, height * width)
+    forbidden = sorted({*tokenizer.all_special_ids, *template.special.values()})
+    generators: dict[str, Generator] = {"text": Text(forbidden), "next-token": NextToken()}
+    return UnifiedModel("tiny", Backbone(lm), vocabulary, tokenizer, image_tokenizer, template, generators)
+
+
+def create(lm_config: Any, tokenizer: Any, image_tokenizer: ImageTokenizer) -> UnifiedModel:
+    """A new model with random weights (seed torch first): `lm_config` is any decoder-only `transformers` config."""
+    from transformers import AutoModelForCausalLM
+
+    lm_config.vocab_size = len(tokenizer) + image_tokenizer.codebook_size
+    lm_config.pad_token_id, lm_config.bos_token_id = tokenizer.pad_token_id, tokenizer.bos_token_id
+    lm_config.eos_token_id = tokenizer.eos_token_id
+    lm = AutoModelForCausalLM.from_config(lm_config, attn_implementation="sdpa")
+    return assemble(lm, tokenizer, image_tokenizer, len(tokenizer))
+
+
+def extend(lm: Any, tokenizer: Any, image_tokenizer: ImageTokenizer) -> UnifiedModel:
+    """A pretrained language model and its tokenizer, grown by our specials and the image codes (Liquid's layout).
+
+    New rows start as draws around the mean of the old ones (`mean_resizing`).
+    """
+    missing = {"bos_token": text_tokenizers.BOS, "eos_token": text_tokenizers.EOS, "pad_token": text_tokenizers.PAD}
+    tokenizer.add_special_tokens({k: v for k, v in missing.items() if getattr(tokenizer, k) is None})
+    tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIALS)}, replace_extra_special_tokens=False)
+    lm.resize_token_embeddings(len(tokenizer) + image_tokenizer.codebook_size, mean_resizing=True)
+    return assemble(lm, tokenizer, image_tokenizer, len(tokenizer))
+
+
+def load(folder: Path) -> UnifiedModel:
+    """The model saved in `folder`, strictly: no tensor missing, none left over."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    manifest = hub.read_json(folder / hub.MANIFEST)
+    tokenizer = text_tokenizers.load(folder)
+    image_tokenizer = load_tokenizer(folder / "image_tokenizer")
+    hub.read_json(folder / "config.json")
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    lm = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    state = hub.read_tensors(folder / "model.safetensors")
+    if config.tie_word_embeddings:
+        state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
+    hub.load_strict(lm, state, folder / "model.safetensors")
+    return assemble(lm.float(), tokenizer, image_tokenizer, int(manifest["text_size"]))

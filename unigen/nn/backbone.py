@@ -1,0 +1,155 @@
+"""The backbone: any decoder-only `transformers` model, driven as (embeddings, positions, mask, cache) -> hidden states.
+
+We own masks, positions and what is cached; the model owns its blocks. The file refuses to know: vocabularies, images,
+losses, sampling.
+
+Shapes: B rows, L positions of a step, D width, K positions of the cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from unigen.nn.attention import Packing, cached_mask, packed_causal_mask, register
+
+
+class Backbone(nn.Module):
+    """`lm` is a `...ForCausalLM`; its input embeddings and its output head are reached by the names all models share."""
+
+    def __init__(self, lm: Any) -> None:
+        super().__init__()
+        self.lm = lm
+        lm.set_attn_implementation(register())
+
+    @property
+    def width(self) -> int:
+        return int(self.lm.config.get_text_config().hidden_size)
+
+    def embed(self, ids_BL: Tensor) -> Tensor:
+        return self.lm.get_input_embeddings()(ids_BL)
+
+    def hidden(self, embeds_BLD: Tensor, positions_BL: Tensor, mask: Tensor, cache: SlotCache | None = None) -> Tensor:
+        """Hidden states (B, L, D) after the last norm. mask: bool (B, 1, L, K), True where a key may be seen."""
+        output = self.lm.get_decoder()(
+            inputs_embeds=embeds_BLD,
+            position_ids=positions_BL,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        return output.last_hidden_state
+
+    def packed(self, embeds_BLD: Tensor, positions_BL: Tensor, segments_BL: Tensor) -> Tensor:
+        """Hidden states (B, L, D) of packed rows: causal inside each document, nothing across documents."""
+        output = self.lm.get_decoder()(
+            inputs_embeds=embeds_BLD,
+            position_ids=positions_BL,
+            attention_mask=packed_causal_mask(segments_BL[:, :1]),  # not read: `packing` says it all
+            use_cache=False,
+            packing=Packing(segments_BL),
+        )
+        return output.last_hidden_state
+
+    def logits(self, hidden: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """Scores of the head's rows start..stop only: a span of image codes never pays for the text's rows."""
+        head = self.lm.get_output_embeddings()
+        bias = None if head.bias is None else head.bias[start:stop]
+        return nn.functional.linear(hidden, head.weight[start:stop], bias)
+
+
+class _SlotLayer(CacheLayerMixin):
+    """Keys and values of one layer, (slots, heads, capacity, head_dim), written where `SlotCache` says."""
+
+    is_sliding = False
+
+    def __init__(self, owner: SlotCache) -> None:
+        super().__init__()
+        self.owner = owner
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        _, heads, _, dim = key_states.shape
+        self.keys = key_states.new_zeros(self.owner.slots, heads, 0, dim)
+        self.values = value_states.new_zeros(self.owner.slots, heads, 0, value_states.shape[-1])
+        self.is_initialized = True
+
+    def reserve(self, capacity: int) -> None:
+        more = capacity - self.keys.shape[2]
+        if more > 0:
+            self.keys = nn.functional.pad(self.keys, (0, 0, 0, more))
+            self.values = nn.functional.pad(self.values, (0, 0, 0, more))
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.reserve(self.owner.capacity)
+        step = self.owner.step
+        if step.aligned:
+            rows, at = slice(step.first, step.first + len(step.rows)), slice(step.at, step.at + key_states.shape[2])
+            self.keys[rows, :, at] = key_states
+            self.values[rows, :, at] = value_states
+        else:
+            self.keys[step.rows_B1, :, step.at_BL] = key_states.transpose(1, 2)
+            self.values[step.rows_B1, :, step.at_BL] = value_states.transpose(1, 2)
+        if step.contiguous:
+            rows = slice(step.first, step.first + len(step.rows))
+            return self.keys[rows, :, : step.keys], self.values[rows, :, : step.keys]
+        return self.keys[step.rows_B, :, : step.keys], self.values[step.rows_B, :, : step.keys]
+
+    def get_seq_length(self) -> int:
+        return int(self.owner.lengths.max())
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.owner.step.keys, 0
+
+    def get_max_length(self) -> int:
+        return self.owner.capacity
+
+
+class _Step:
+    """Where one forward pass writes and reads; worked out once and used by every layer."""
+
+    def __init__(self, rows: list[int], lengths: Tensor, queries: int, device: torch.device) -> None:
+        self.rows = rows
+        self.first = rows[0]
+        self.contiguous = rows == list(range(rows[0], rows[0] + len(rows)))
+        self.at = int(lengths[0])
+        self.aligned = self.contiguous and bool((lengths == lengths[0]).all())
+        self.keys = int(lengths.max()) + queries
+        self.rows_B = torch.tensor(rows, device=device)
+        self.rows_B1 = self.rows_B[:, None]
+        self.at_BL = (lengths[:, None] + torch.arange(queries)).to(device)
+
+
+class SlotCache(Cache):
+    """A cache of numbered slots, each with a length of its own: rows join, leave and roll back without moving others.
+
+    A step writes its keys after each slot's length. What of them stays is said afterwards by `keep`: one position for
+    next-token prediction, none for masked prediction, the accepted ones for speculative decoding.
+    """
+
+    def __init__(self, layers: int, slots: int, device: torch.device) -> None:
+        self.slots, self.capacity, self.device = slots, 0, device
+        self.lengths = torch.zeros(slots, dtype=torch.int64)
+        self.step: _Step
+        super().__init__(layers=[_SlotLayer(self) for _ in range(layers)])
+
+    def begin(self, rows: list[int], queries: int) -> tuple[Tensor, Tensor]:
+        """Prepare a step of `queries` positions for these slots: their positions (B, L) and the mask."""
+        lengths = self.lengths[rows]
+        needed = int(lengths.max()) + queries
+        if needed > self.capacity:
+            self.capacity = max(needed, 2 * self.capacity, 128)
+        self.step = _Step(rows, lengths, queries, self.device)
+        return self.step.at_BL, cached_mask(lengths, queries, self.step.keys).to(self.device)
+
+    def keep(self, rows: list[int], counts: list[int]) -> None:
+        for row, count in zip(rows, counts, strict=True):
+            self.lengths[row] += count
+
+    def free(self, row: int) -> None:
+        self.lengths[row] = 0

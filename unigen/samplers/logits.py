@@ -1,0 +1,56 @@
+"""From logits to ids: guidance comes before this file, then temperature, top-k, top-p, and one draw a row. Pure functions.
+
+Order, the same for every model: guidance on raw logits, then the legality of ids, temperature, top-k, top-p, draw.
+Shapes: B rows, V ids.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature 0 is greedy; top_k 0 and top_p 1 are off. Raises ValueError outside these ranges."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"temperature must be a number of at least 0 (0 is greedy), not {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be at least 0 (0 is off), not {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1] (1 is off), not {self.top_p}")
+
+
+def warp(logits_BV: Tensor, sampling: Sampling) -> Tensor:
+    """Log-weights after temperature, top-k and top-p; what is cut is -inf. Needs temperature > 0."""
+    logits_BV = logits_BV.float() / sampling.temperature
+    if 0 < sampling.top_k < logits_BV.shape[-1]:
+        least_B1 = logits_BV.topk(sampling.top_k, dim=-1).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < least_B1, -math.inf)
+    if sampling.top_p < 1:
+        sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True)
+        probabilities_BV = sorted_BV.softmax(dim=-1)
+        cut_BV = probabilities_BV.cumsum(dim=-1) - probabilities_BV >= sampling.top_p
+        logits_BV = logits_BV.masked_fill(cut_BV.scatter(-1, order_BV, cut_BV), -math.inf)
+    return logits_BV
+
+
+def draw(logits_BV: Tensor, sampling: Sampling, rngs: list[torch.Generator]) -> Tensor:
+    """One id a row, int64 (B,). Row b draws only from its own `rngs[b]`, so a row does not depend on its batch.
+
+    The exponential race: argmax_v p_v / E_v with E_v ~ Exp(1) is a sample of p.
+    """
+    if sampling.temperature == 0:
+        return logits_BV.argmax(dim=-1)
+    weights_BV = warp(logits_BV, sampling).softmax(dim=-1)
+    race_BV = torch.stack([torch.empty(weights_BV.shape[-1]).exponential_(generator=rng) for rng in rngs])
+    return (weights_BV / race_BV.to(weights_BV.device)).argmax(dim=-1)

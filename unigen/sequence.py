@@ -1,0 +1,269 @@
+"""The sequence format: what a user writes, and the packed rows of ids that a model reads.
+
+A `Document` is a list of `Segment`s, each a run of text or one image, spoken by a role. A `Vocabulary` says which row of
+the embedding table a text piece or an image code has; nothing else knows offsets. `pack` lays several documents, already
+turned into `Tokens` by a family's template, into rows of one length.
+
+This file refuses to know: tokenizers, templates, models, losses.
+
+Shapes: B rows, L positions of a row, N images, h x w codes of an image.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+Role = Literal["user", "assistant"]
+ROLES: tuple[Role, ...] = ("user", "assistant")
+MAX_PIXELS = 32_000_000
+
+
+def read_image(source: str | Path | Image.Image) -> Image.Image:
+    """An RGB picture from a file or a PIL image; transparency is laid on white.
+
+    Raises ValueError in one line for a file that is missing, unreadable, cut off or larger than `MAX_PIXELS` (checked
+    before the pixels are decoded, so a decompression bomb costs nothing).
+    """
+    try:
+        if not isinstance(source, Image.Image):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                source = Image.open(source)
+        width, height = source.size
+        if width * height > MAX_PIXELS:
+            raise ValueError(f"image of {width}x{height} pixels is too large: at most {MAX_PIXELS:,} pixels")
+        if source.mode in ("RGBA", "LA", "PA") or "transparency" in source.info:
+            rgba = source.convert("RGBA")
+            paper = Image.new("RGBA", rgba.size, "white")
+            return Image.alpha_composite(paper, rgba).convert("RGB")
+        return source.convert("RGB")
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"image {source} is too large: at most {MAX_PIXELS:,} pixels") from error
+    except FileNotFoundError as error:
+        raise ValueError(f"image {source} does not exist") from error
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"image {source} cannot be read: is it a PNG or JPEG file? ({error})") from error
+
+
+def square(image: Image.Image, size: int) -> np.ndarray:
+    """The picture's centre square, resized: uint8 (size, size, 3)."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+    return np.asarray(image)
+
+
+def to_pixels(images: Sequence[Image.Image | np.ndarray], size: int) -> Tensor:
+    """Pictures as float32 (N, 3, size, size) in [-1, 1]."""
+    pictures = (Image.fromarray(i) if isinstance(i, np.ndarray) and i.shape[:2] != (size, size) else i for i in images)
+    arrays = [image if isinstance(image, np.ndarray) else square(image, size) for image in pictures]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_images(pixels_BCHW: Tensor) -> list[Image.Image]:
+    """Pictures from float pixels in [-1, 1]."""
+    array = ((pixels_BCHW.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(a) for a in array]
+
+
+@dataclass(eq=False)
+class Segment:
+    """A run of text, or one image: a PIL image, an RGB array uint8 (H, W, 3), a path, or codes int64 (h, w)."""
+
+    text: str | None = None
+    image: Image.Image | np.ndarray | str | Path | Tensor | None = None
+    role: Role = "user"
+
+    def __post_init__(self) -> None:
+        if (self.text is None) == (self.image is None):
+            raise ValueError("a segment holds either text or an image, and exactly one of them")
+        if self.role not in ROLES:
+            raise ValueError(f"unknown role {self.role!r}: one of {', '.join(ROLES)}")
+
+    def to_json(self) -> dict[str, Any]:
+        if self.text is not None:
+            return {"role": self.role, "text": self.text}
+        if isinstance(self.image, Tensor):
+            return {"role": self.role, "image": {"codes": self.image.tolist()}}
+        if isinstance(self.image, (str, Path)):
+            return {"role": self.role, "image": {"path": str(self.image)}}
+        picture = Image.fromarray(self.image) if isinstance(self.image, np.ndarray) else self.image
+        buffer = io.BytesIO()
+        assert picture is not None
+        picture.save(buffer, format="PNG")
+        return {"role": self.role, "image": {"png": base64.b64encode(buffer.getvalue()).decode()}}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Segment:
+        image = data.get("image")
+        if image is None:
+            return cls(text=data.get("text"), role=data.get("role", "user"))
+        match image:
+            case {"codes": codes}:
+                value: Any = torch.tensor(codes, dtype=torch.int64)
+            case {"path": path}:
+                value = path
+            case {"png": png}:
+                value = read_image(Image.open(io.BytesIO(base64.b64decode(png))))
+            case _:
+                raise ValueError("an image in JSON is one of {'path': ...}, {'png': base64} or {'codes': [[...]]}")
+        return cls(image=value, role=data.get("role", "user"))
+
+
+@dataclass(eq=False)
+class Document:
+    """Interleaved text and images with chat roles. In training, what the assistant says is learnt."""
+
+    segments: list[Segment] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, prompt: Any) -> Document:
+        """A document from what users pass: a string, an image, a list of both, or a document (which is copied)."""
+        if isinstance(prompt, Document):
+            return cls(list(prompt.segments))
+        if isinstance(prompt, (str, Image.Image, np.ndarray, Path, Segment)):
+            prompt = [prompt]
+        if not isinstance(prompt, (list, tuple)):
+            raise ValueError(f"a prompt is text, an image or a list of both, not {type(prompt).__name__}")
+        segments = []
+        for part in prompt:
+            if isinstance(part, Segment):
+                segments.append(part)
+            elif isinstance(part, str):
+                segments.append(Segment(text=part))
+            else:
+                segments.append(Segment(image=part))
+        if not any(s.image is not None or (s.text or "").strip() for s in segments):
+            raise ValueError("the prompt is empty: say what to draw or ask")
+        return cls(segments)
+
+    def images(self) -> list[Any]:
+        return [s.image for s in self.segments if s.image is not None]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"segments": [segment.to_json() for segment in self.segments]}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Document:
+        return cls([Segment.from_json(segment) for segment in data["segments"]])
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Liquid's layout: ids 0..text_size-1 are text pieces and specials, then the codes of the image tokenizer.
+
+    id(code) = text_size + code.  (Liquid, arXiv 2412.04332, section 3)
+    """
+
+    text_size: int
+    image_size: int
+
+    @property
+    def size(self) -> int:
+        return self.text_size + self.image_size
+
+    def image_ids(self, codes: Tensor) -> Tensor:
+        return codes + self.text_size
+
+    def codes(self, ids: Tensor) -> Tensor:
+        return ids - self.text_size
+
+    def is_image(self, ids: Tensor) -> Tensor:
+        return ids >= self.text_size
+
+
+@dataclass
+class Tokens:
+    """One document as ids. `loss[i]`: id i is a target. `images[k]` fills the ids of `spans[k] = (start, stop)`."""
+
+    ids: list[int] = field(default_factory=list)
+    loss: list[bool] = field(default_factory=list)
+    spans: list[tuple[int, int]] = field(default_factory=list)
+    images: list[Any] = field(default_factory=list)
+
+    def add(self, ids: Sequence[int], loss: bool = False) -> None:
+        self.ids.extend(ids)
+        self.loss.extend([loss] * len(ids))
+
+    def add_image(self, image: Any, length: int, loss: bool = False) -> None:
+        self.spans.append((len(self.ids), len(self.ids) + length))
+        self.images.append(image)
+        self.add([0] * length, loss)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass
+class Batch:
+    """Packed rows. Segment id 0 is padding; positions restart with each document; the first id of none is a target.
+
+    ids_BL int64; positions_BL int64; segments_BL int64; loss_BL bool (id i is predicted from position i-1);
+    spans_N3 int64: row, start and stop of image n; images: the N pictures, as pixels or codes, in the same order.
+    """
+
+    ids_BL: Tensor
+    positions_BL: Tensor
+    segments_BL: Tensor
+    loss_BL: Tensor
+    spans_N3: Tensor
+    images: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids_BL)
+
+    def to(self, device: torch.device | str) -> Batch:
+        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.__dict__.items()}
+        return Batch(**moved)
+
+    def pin_memory(self) -> Batch:
+        return Batch(**{k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in self.__dict__.items()})
+
+
+def pack(rows: Sequence[Sequence[Tokens]], length: int, image_size: int) -> Batch:
+    """Lay documents end to end, each list of them in a row of `length` positions.
+
+    image_size: side in pixels to which pictures are brought; images given as codes (h, w) stay codes. All images of a
+    batch are of one kind. Raises ValueError where a row's documents do not fit.
+    """
+    ids = torch.zeros(len(rows), length, dtype=torch.int64)
+    positions, segments = torch.zeros_like(ids), torch.zeros_like(ids)
+    loss = torch.zeros(len(rows), length, dtype=torch.bool)
+    spans: list[tuple[int, int, int]] = []
+    images: list[Any] = []
+    for b, documents in enumerate(rows):
+        at = 0
+        for number, tokens in enumerate(documents, start=1):
+            stop = at + len(tokens)
+            if stop > length:
+                raise ValueError(f"documents of {stop} ids do not fit a row of {length}: raise `length` or drop one")
+            ids[b, at:stop] = torch.tensor(tokens.ids, dtype=torch.int64)
+            loss[b, at + 1 : stop] = torch.tensor(tokens.loss[1:], dtype=torch.bool)
+            positions[b, at:stop] = torch.arange(len(tokens))
+            segments[b, at:stop] = number
+            spans += [(b, at + first, at + last) for first, last in tokens.spans]
+            images += tokens.images
+            at = stop
+    spans_N3 = torch.tensor(spans, dtype=torch.int64).reshape(-1, 3)
+    return Batch(ids, positions, segments, loss, spans_N3, stack_images(images, image_size) if images else None)
+
+
+def stack_images(images: Sequence[Any], size: int) -> Tensor:
+    """Codes int64 (N, h, w) where the images are codes, else pixels float32 (N, 3, size, size) in [-1, 1]."""
+    if all(isinstance(image, Tensor) for image in images):
+        return torch.stack(list(images))
+    if any(isinstance(image, Tensor) for image in images):
+        raise ValueError("a batch mixes images given as codes with images given as pixels: encode all or none")
+    return to_pixels([i if isinstance(i, np.ndarray) else read_image(i) for i in images], size)
