@@ -35,9 +35,10 @@ from unigen.data.scenes import World, sample_scene
 from unigen.nn.conv import to_uint8
 from unigen.nn.perceptual import LPIPS
 from unigen.tokenizers import load_tokenizer, save_tokenizer
+from unigen.tokenizers.measure import evaluate_tokenizer
 from unigen.tokenizers.vq import VQConfig, VQTokenizer
 from unigen.training.trainer import Job, Trainer
-from unigen.training.vq_objective import VQLossConfig, VQObjective, VQTraining, evaluate_tokenizer
+from unigen.training.vq_objective import VQLossConfig, VQObjective, VQTraining
 
 HELD_OUT_SEED = 1_000_000  # training seeds are below; item i of seed s draws from default_rng([s, i])
 

@@ -11,18 +11,10 @@ from torch import nn
 
 from unigen.nn.perceptual import LPIPS
 from unigen.tokenizers import load_tokenizer, save_tokenizer
+from unigen.tokenizers.measure import evaluate_tokenizer, perplexity, psnr
 from unigen.tokenizers.quantize import FiniteScalar, LookupFree, Quantizer, VectorQuantizer, channels_last
 from unigen.tokenizers.vq import VQConfig, VQTokenizer, from_config
-from unigen.training.vq_objective import (
-    VQLossConfig,
-    VQObjective,
-    VQTraining,
-    adaptive_weight,
-    evaluate_tokenizer,
-    perplexity,
-    pixel_loss,
-    psnr,
-)
+from unigen.training.vq_objective import VQLossConfig, VQObjective, VQTraining, adaptive_weight, pixel_loss
 
 TINY = {
     "codes": 64,

@@ -144,12 +144,16 @@ def decode(out: dict[str, Tensor], config: DetectorConfig, threshold: float, lim
     side only the stronger one stays, whatever their classes: one thing is one object. At most `limit` objects a
     picture."""
     heat = out["heat"].sigmoid()
-    peak = (F.max_pool2d(heat, 3, 1, 1) == heat) & (heat > threshold)
+    # an object's score: the chance that it is in at least one cell of the best 2x2 window at the peak (a centre near a
+    # cell's edge splits its confidence between the cells)
+    miss = F.avg_pool2d(F.pad(torch.log1p(-heat.clamp(max=0.9999)), (1, 1, 1, 1)), 2, 1) * 4
+    score_BKhw = 1 - torch.exp(-F.max_pool2d(-miss, 2, 1))
+    peak = (F.max_pool2d(heat, 3, 1, 1) == heat) & (score_BKhw > threshold)
     background = out["background"].softmax(-1)
     readings = []
     for i in range(heat.shape[0]):
         k, r, c = peak[i].nonzero(as_tuple=True)
-        score = heat[i, k, r, c]
+        score = score_BKhw[i, k, r, c]
         order = score.argsort(descending=True)[: 4 * limit]
         k, r, c, score = k[order], r[order], c[order], score[order]
         log_w, log_h, dx, dy = out["shape"][i, :, r, c]

@@ -12,7 +12,7 @@ import argparse
 import importlib
 import json
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,22 +26,55 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; see {self.prog} --help")
 
 
-def common_arguments(task: str, description: str) -> Parser:
-    """What every task understands."""
+def whole(low: int) -> Callable[[str], int]:
+    """An argument's type: a whole number of at least `low`."""
+
+    def parse(text: str) -> int:
+        if not text.lstrip("-").isdigit() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {low}")
+        return int(text)
+
+    return parse
+
+
+def common_arguments(task: str, description: str, sampled: bool = True) -> Parser:
+    """What every task understands; `sampled`: the engine draws pictures or texts for it."""
     parser = Parser(prog=f"unigen eval {task}", description=description)
     parser.add_argument("--model", default="unigen-tiny", help="a name or a folder (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the engine's choice")
-    parser.add_argument("--generator", help="how pictures are written (default: the engine's)")
-    parser.add_argument("--guidance", type=float, help="scale of guidance, 1 is off (default: the engine's)")
-    parser.add_argument("--temperature", type=float, help="default: the engine's")
-    parser.add_argument("--top-k", type=int, help="default: the engine's")
-    parser.add_argument("--top-p", type=float, help="default: the engine's")
-    parser.add_argument("--seed", type=int, default=0, help="of prompts and pictures (default: 0)")
-    parser.add_argument("--batch", type=int, default=32, help="pictures drawn at a time (default: 32)")
+    parser.add_argument("--seed", type=whole(0), default=0, help="of prompts and pictures (default: 0)")
+    parser.add_argument("--batch", type=whole(1), default=32, help="how many at a time (default: 32)")
     parser.add_argument("--json", metavar="FILE", help="write the figures as one JSON object")
-    parser.add_argument("--out", metavar="FOLDER", help="write a contact sheet a group and outputs.jsonl")
+    if sampled:
+        parser.add_argument("--generator", help="how pictures are written (default: the engine's)")
+        parser.add_argument("--guidance", type=float, help="scale of guidance, 1 is off (default: the engine's)")
+        parser.add_argument("--temperature", type=float, help="default: the engine's")
+        parser.add_argument("--top-k", type=int, help="default: the engine's")
+        parser.add_argument("--top-p", type=float, help="default: the engine's")
+        parser.add_argument("--out", metavar="FOLDER", help="write a contact sheet a group and outputs.jsonl")
     return parser
+
+
+def parse(parser: Parser, args: list[str]) -> argparse.Namespace:
+    """The arguments; ValueError before any work where what is asked for cannot be written."""
+    from unigen.output import check_output
+
+    found = parser.parse_args(args)
+    if found.json:
+        check_output(found.json, {".json": "JSON"})
+    if getattr(found, "out", None):
+        make_folder(found.out)
+    return found
+
+
+def make_folder(folder: str | Path) -> Path:
+    """The folder, made where it is not there yet; ValueError where that cannot be."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write into {folder}: {error}") from error
+    return Path(folder)
 
 
 def options_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -90,11 +123,7 @@ def write_outputs(
 
     from unigen.output import save_picture, write_text
 
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"cannot write into {folder}: {error}") from error
+    folder = make_folder(folder)
     lines = []
     for item, row, marks in zip(items, outputs, scores, strict=True):
         shown = [output for output in row if isinstance(output, str)]

@@ -1,4 +1,4 @@
-"""What an image tokenizer is trained for, and how it is measured.
+"""What an image tokenizer is trained for.
 
 The objective: L1 + L2 on pixels (more inside object masks), the quantizer's own losses, and at will a feature loss,
 LPIPS and a hinge PatchGAN with adaptive weight. It knows the tokenizer's forward; no data, no optimizer, no files.
@@ -23,7 +23,7 @@ from torch.func import functional_call
 
 from unigen.nn.conv import PatchDiscriminator
 from unigen.nn.perceptual import unit
-from unigen.tokenizers import ImageTokenizer
+from unigen.tokenizers.measure import perplexity
 from unigen.tokenizers.vq import VQOutput, VQTokenizer
 
 Losses = dict[str, tuple[Tensor, Tensor | int]]
@@ -144,42 +144,3 @@ def adaptive_weight(reconstruction: Tensor, generator: Tensor, last: Tensor, lim
     a = torch.autograd.grad(reconstruction, last, retain_graph=True)[0].norm()
     b = torch.autograd.grad(generator, last, retain_graph=True)[0].norm()
     return (a / (b + 1e-4)).clamp(0, limit).detach()
-
-
-def perplexity(share_K: Tensor) -> Tensor:
-    """exp(entropy) of the shares of the codes: the number of codes that would be used if all were used alike."""
-    return torch.special.entr(share_K).sum().exp()
-
-
-def psnr(mse: float) -> float:
-    """Decibels for a mean squared error of pixels in [0, 1]."""
-    return -10 * math.log10(max(mse, 1e-12))
-
-
-@torch.no_grad()
-def evaluate_tokenizer(
-    tokenizer: ImageTokenizer, x_BCHW: Tensor, masks_B1HW: Tensor, batch: int = 100
-) -> dict[str, float]:
-    """Encode, decode and compare pictures in [-1, 1], `batch` at a time.
-
-    psnr over all pixels and psnr_objects inside the masks (errors pooled over pictures, reconstruction in 8 bits),
-    usage = share of the codes that occur, dead = codes that do not, perplexity of the codes.
-    """
-    total = inside = 0.0
-    count_K = torch.zeros(tokenizer.codebook_size)
-    for x, mask in zip(x_BCHW.split(batch), masks_B1HW.split(batch), strict=True):
-        codes = tokenizer.encode(x)
-        y = ((tokenizer.decode(codes) + 1) * 127.5).round() / 127.5 - 1
-        squared = (y - x).square() / 4
-        total += float(squared.sum())
-        inside += float((squared * mask).sum())
-        count_K += torch.bincount(codes.reshape(-1), minlength=len(count_K)).cpu()
-    used = int((count_K > 0).sum())
-    return {
-        "psnr": psnr(total / x_BCHW.numel()),
-        "psnr_objects": psnr(inside / max(3 * float(masks_B1HW.sum()), 1.0)),
-        "usage": used / len(count_K),
-        "dead": float(len(count_K) - used),
-        "perplexity": float(perplexity(count_K / count_K.sum())),
-        "pictures": float(len(x_BCHW)),
-    }

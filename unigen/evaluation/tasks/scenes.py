@@ -12,7 +12,6 @@ and blends. Only the true pictures need the emoji font. The file refuses to know
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -28,7 +27,16 @@ from unigen.data.scenes import BACKGROUNDS, MAX_COUNT, OBJECTS, RELATIONS, Group
 from unigen.evaluation import geneval, ladder
 from unigen.evaluation.detector import Detector, Reading, load_detector
 from unigen.evaluation.ladder import Pictures
-from unigen.evaluation.runner import common_arguments, draw, load_engine, options_of, write_outputs
+from unigen.evaluation.runner import (
+    Parser,
+    common_arguments,
+    draw,
+    load_engine,
+    options_of,
+    parse,
+    whole,
+    write_outputs,
+)
 from unigen.evaluation.task import Item, Mean, mean_and_interval
 from unigen.sequence import to_pixels
 
@@ -198,10 +206,10 @@ PROMPTS = {True: 20, False: 100}  # a task: --quick or not
 RUNGS = ("oracle", "reconstructions", "nearest", "shuffled")
 
 
-def arguments() -> argparse.ArgumentParser:
+def arguments() -> Parser:
     parser = common_arguments("scenes", "GenEval's six tasks on the rendered world")
     parser.add_argument("--quick", action="store_true", help="20 prompts a task instead of 100")
-    parser.add_argument("--images", type=int, default=4, metavar="N", help="pictures a prompt (default: 4)")
+    parser.add_argument("--images", type=whole(1), default=4, metavar="N", help="pictures a prompt (default: 4)")
     group = parser.add_argument_group("the ladder (without any of these flags: the model and the whole ladder)")
     group.add_argument("--oracle", action="store_true", help="only true pictures of the prompts; needs no model")
     group.add_argument("--reconstructions", action="store_true", help="only true pictures through the tokenizer")
@@ -234,9 +242,7 @@ def rows_of(name: str, result: Result, batch: int | None = None) -> list[dict[st
 
 def main(args: list[str], command: str = "") -> int:
     """`unigen eval scenes ...`: print the table, write the report. ValueError for bad input."""
-    a = arguments().parse_args(args)
-    if a.images < 1:
-        raise ValueError("--images must be at least 1")
+    a = parse(arguments(), args)
     start = time.perf_counter()
     chosen = [rung for rung in RUNGS if getattr(a, rung)]
     rungs = chosen or list(RUNGS)

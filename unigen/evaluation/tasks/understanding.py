@@ -9,7 +9,6 @@ without the final stop. Needs the emoji font. The file refuses to know engines b
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +21,16 @@ from unigen.config import write_report
 from unigen.data.captions import Facts, compare, facts, parse_caption
 from unigen.data.language import questions
 from unigen.data.scenes import Scene, World, relation, sample_scene
-from unigen.evaluation.runner import common_arguments, draw, load_engine, options_of, write_outputs
+from unigen.evaluation.runner import (
+    Parser,
+    common_arguments,
+    draw,
+    load_engine,
+    options_of,
+    parse,
+    whole,
+    write_outputs,
+)
 from unigen.evaluation.task import Item, mean_and_interval
 
 ASK = "describe this picture"
@@ -116,18 +124,16 @@ def summarise(
     return figures
 
 
-def arguments() -> argparse.ArgumentParser:
+def arguments() -> Parser:
     parser = common_arguments("understanding", "captions and questions on true scenes")
-    parser.add_argument("--count", type=int, default=500, help="scenes (default: 500)")
+    parser.add_argument("--count", type=whole(1), default=500, help="scenes (default: 500)")
     parser.add_argument("--heldout", action="store_true", help="only scenes with a held-out combination")
     return parser
 
 
 def main(args: list[str]) -> int:
     """`unigen eval understanding ...`. ValueError for bad input."""
-    a = arguments().parse_args(args)
-    if a.count < 1:
-        raise ValueError("--count must be at least 1")
+    a = parse(arguments(), args)
     start = time.perf_counter()
     engine = load_engine(a)
     task = UnderstandingTask(World(engine.model.image_tokenizer.image_size), a.count, a.seed, a.heldout)

@@ -1,0 +1,43 @@
+"""The tokenizer task on tokenizers whose figures are known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from unigen.data.scenes import World
+from unigen.evaluation.tasks import tokenizer as task
+
+
+class Grey:
+    """Sixteen codes: the mean brightness of the picture in 16 steps, which is all that is left of it."""
+
+    image_size, codebook_size = 64, 16
+
+    def encode(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        return ((x_BCHW.mean((1, 2, 3)) + 1) * 7.99).long()[:, None, None].expand(-1, 2, 2)
+
+    def decode(self, codes_Bhw: torch.Tensor) -> torch.Tensor:
+        return (codes_Bhw[:, :1, :1, None] / 7.99 - 1).permute(0, 3, 1, 2).expand(-1, 3, 64, 64)
+
+
+def test_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    try:
+        World(64)
+    except ValueError as error:
+        pytest.skip(str(error))
+    engine = SimpleNamespace(model=SimpleNamespace(image_tokenizer=Grey(), device="cpu"))
+    monkeypatch.setattr(task, "load_engine", lambda args: engine)
+    report = tmp_path / "r.json"
+    assert task.main(["--count", "60", "--json", str(report)]) == 0
+    found = json.loads(report.read_text())
+    assert 5 < found["tasks"]["psnr_objects"] < found["tasks"]["psnr"] < 25
+    assert 3 <= found["tasks"]["perplexity"] <= 16 and found["tasks"]["usage"] * 16 == 16 - found["tasks"]["dead"]
+    assert "psnr_objects" in capsys.readouterr().out
+    for bad in (["--count", "0"], ["--batch", "x"], ["--json", str(tmp_path / "no" / "r.json")], ["--nonsense"]):
+        with pytest.raises(ValueError, match="--|r.json"):
+            task.main(bad)
