@@ -3,9 +3,11 @@ only.
 
     unigen train recipes/scene_detector.py run_dir=runs/detector time_limit=720
 
-Hardware, time: one thread of a 2-core CPU, 12 minutes (about 230k pictures). Then `python recipes/scene_detector.py
-runs/detector/model FOLDER` calibrates the thresholds on rendered scenes (never on a model's pictures) and writes
-FOLDER. Expected: true pictures of GenEval's prompts at least 0.98 overall, no object found in noise.
+Then `python recipes/scene_detector.py runs/detector/model FOLDER` calibrates the thresholds on rendered scenes, never on
+a model's pictures, and writes FOLDER. Hardware, time: one thread of a 2-core CPU, 12 minutes for about 150k pictures.
+The shipped weights saw 131k in two runs, the second with init_from the first and more blends. They read (`unigen eval
+scenes --oracle`, 100 prompts a task x 4 true pictures): 0.999 overall [0.997, 1.000], counting 0.998, colors 0.998, color
+attribution 0.998, the other tasks 1.000; objects are found in 0.0% of noise pictures and 14% of even blends.
 
 A picture is degraded at random, so that a blurred tokenizer reconstruction is read as a clean picture is; and some
 pictures hold nothing to be found: empty backgrounds, noise, shuffled patches, even blends of two scenes.
@@ -18,7 +20,7 @@ import copy
 import math
 import sys
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -45,7 +47,7 @@ class DetectorRun(RunConfig):
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(lr=2e-3, warmup=200, min_ratio=0.01, weight_decay=0.02)
     )
-    precision: str = "bf16"  # type: ignore[assignment]
+    precision: Literal["fp32", "bf16"] = "bf16"
     workers: int = 1
     save_every: int = 1000
     sample_every: int = 0
