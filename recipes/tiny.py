@@ -6,9 +6,9 @@
     TIME      75 minutes
     EXPECTED  see the model card in unigen/assets/unigen-tiny
 
-An 8M Llama with random weights reads and writes text and the codes of the image tokenizer (Liquid's layout), on a mixture of
-chats that are rendered while it trains and never repeat. In a tenth of them the text is dropped, for guidance. Training goes
-on from a model by `init_from=FOLDER`, which brings its tokenizers along.
+An 8M Llama with random weights reads and writes text and the codes of the image tokenizer (Liquid's layout), on a
+mixture of chats that are rendered while it trains and never repeat. In a tenth of them the text is dropped, for
+guidance. Training goes on from a model by `init_from=FOLDER`, which brings its tokenizers along.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The engine: caches, and the only loop that calls the backbone to generate. Documents in; text pieces and pictures out.
+"""The engine: caches, and the only loop that calls the backbone to generate. Documents in; text and pictures out.
 
     engine = unigen.load("unigen-tiny")
     image = engine.generate("two apples on a blue background", seed=0)
@@ -149,8 +149,8 @@ class Engine:
     ) -> Request:
         """A checked request.
 
-        guidance: scale of classifier-free guidance for pictures, 1 is off. temperature, top_k, top_p: how ids are drawn;
-        temperature None is 1 for pictures, greedy for a text answer and 0.8 for the text of an interleaved one.
+        guidance: scale of classifier-free guidance for pictures, 1 is off. temperature, top_k, top_p: how ids are
+        drawn; temperature None is 1 for pictures, greedy for a text answer and 0.8 for the text of an interleaved one.
         max_tokens, max_images: limits of the answer's text and of an interleaved answer's pictures.
         """
         if output not in OUTPUTS:
@@ -203,9 +203,7 @@ class Engine:
             ids = self.model.ids(self.model.template.prompt(row.document))
             need = len(ids) + (1 if request.output == "text" else self._image_length)
             if need > self.model.context:
-                raise ValueError(
-                    f"the prompt needs {need} positions, but the model has {self.model.context}: shorten it"
-                )
+                raise ValueError(f"the prompt needs {need} positions, the model has {self.model.context}: shorten it")
             row.unread = [ids]
             if request.output == "image":
                 self._begin_image(row)

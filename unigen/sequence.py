@@ -1,8 +1,8 @@
 """The sequence format: what a user writes, and the packed rows of ids that a model reads.
 
-A `Document` is a list of `Segment`s, each a run of text or one image, spoken by a role. A `Vocabulary` says which row of
-the embedding table a text piece or an image code has; nothing else knows offsets. `pack` lays several documents, already
-turned into `Tokens` by a family's template, into rows of one length.
+A `Document` is a list of `Segment`s, each a run of text or one image, spoken by a role. A `Vocabulary` says which row
+of the embedding table a text piece or an image code has; nothing else knows offsets. `pack` lays several documents,
+already turned into `Tokens` by a family's template, into rows of one length.
 
 This file refuses to know: tokenizers, templates, models, losses.
 

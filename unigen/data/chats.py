@@ -1,4 +1,4 @@
-"""Scenes as chats: the mixture of documents from which one model learns to draw, describe, answer, edit, tell and judge.
+"""Scenes as chats: the documents from which one model learns to draw, describe, answer, edit, tell and judge.
 
     chats = Chats(World(64), mixture={"draw": 0.5, "describe": 0.5})
     document, kind = chats(np.random.default_rng(0))
@@ -37,17 +37,15 @@ MIXTURE = {"draw": 0.42, "describe": 0.14, "ask": 0.16, "edit": 0.12, "story": 0
 class Chats:
     """Draws documents: `chats(rng)` -> (document, kind). Training scenes only, unless heldout says otherwise.
 
-    world: renders the pictures. mixture: the share of each kind among documents; the kinds are those of `MIXTURE`, and each
-    is a method of this class. Raises ValueError for an unknown kind.
+    world: renders the pictures. mixture: the share of each kind among documents; the kinds are those of `MIXTURE`, and
+    each is a method of this class. Raises ValueError for an unknown kind.
     """
 
     def __init__(self, world: World, mixture: Mapping[str, float] | None = None, heldout: bool | None = False) -> None:
         mixture = MIXTURE if mixture is None else mixture
         unknown = sorted(set(mixture) - set(MIXTURE))
         if unknown or not sum(mixture.values()) > 0:
-            raise ValueError(
-                f"a mixture gives shares to some of {', '.join(MIXTURE)}; not {', '.join(unknown) or 'none'}"
-            )
+            raise ValueError(f"a mixture shares out {', '.join(MIXTURE)}; not {', '.join(unknown) or 'nothing'}")
         self.world, self.heldout = world, heldout
         self.kinds = list(mixture)
         self.shares = np.array([mixture[kind] for kind in self.kinds]) / sum(mixture.values())

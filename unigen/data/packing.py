@@ -1,5 +1,5 @@
-"""Endless packed rows of documents, each a pure function of (seed, index): any worker makes the same row, and a run resumes
-by its index alone. The file refuses to know what the documents are about and how they become ids.
+"""Endless packed rows of documents, each a pure function of (seed, index): any worker makes the same row, and a run
+resumes by its index alone. The file refuses to know what the documents are about and how they become ids.
 """
 
 from __future__ import annotations
@@ -29,9 +29,7 @@ class PackedRows:
         while misses < self.patience:
             tokens = self.make(rng)
             if len(tokens) > self.length:
-                raise ValueError(
-                    f"a document of {len(tokens)} ids is longer than a row of {self.length}: raise `length`"
-                )
+                raise ValueError(f"a document of {len(tokens)} ids exceeds a row of {self.length}: raise `length`")
             if len(tokens) <= room:
                 row.append(tokens)
                 room -= len(tokens)

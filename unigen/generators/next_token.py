@@ -2,8 +2,8 @@
 
     p(x) = prod_i p(x_i | x_<i, context),   loss = - sum_i log p(x_i | x_<i, context)   over the joint vocabulary
 
-`Text` writes text and ends at one of the span's stops; `NextToken` writes exactly h x w codes. That is the grammar of an
-image: complete or not there, and no image id in a text. The file refuses to know: templates, tokenizers, caches.
+`Text` writes text and ends at one of the span's stops; `NextToken` writes exactly h x w codes. That is the grammar of
+an image: complete or not there, and no image id in a text. The file refuses to know: templates, tokenizers, caches.
 Shapes: B rows, L positions, D width, T targets, V ids.
 """
 
@@ -20,7 +20,7 @@ from unigen.sequence import Batch
 
 
 def cross_entropy(model: Model, batch: Batch, hidden_BLD: Tensor, target_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of -log p (nats) over the ids marked in `target_BL`, each from the hidden state before it; and their count."""
+    """Sum of -log p (nats) over the ids marked in `target_BL`, each from the state before it; and their count."""
     rows, at = target_BL.nonzero(as_tuple=True)
     logits_TV = model.logits(hidden_BLD[rows, at - 1]).float()
     total = torch.nn.functional.cross_entropy(logits_TV, batch.ids_BL[rows, at], reduction="sum")

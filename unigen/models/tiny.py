@@ -1,10 +1,10 @@
-"""The family of models trained by our own recipes: any decoder-only language model, its vocabulary grown by image codes.
+"""The family of models trained by our own recipes: any decoder-only language model, its vocabulary grown by codes.
 
     <s><user> two apples on a blue background<assistant><boi> 64 codes <eoi></s>
     <s><user><boi> 64 codes <eoi> how many apples?<assistant> two</s>
 
-A document is a chat. What the assistant says is learnt. In the blind rendering, the second branch of guidance, every run
-of text is the one token <uncond> while the images stay: it is what the model saw where captions were dropped in training.
+A document is a chat. What the assistant says is learnt. In the blind rendering, the second branch of guidance, every
+run of text is the one token <uncond> while the images stay: what the model saw where captions were dropped in training.
 Text is lower case and each run opens with a space, so that a word has one spelling wherever it stands.
 """
 
@@ -32,7 +32,8 @@ CHAT_TEMPLATE = (
     "{{ '<s>' }}{% for message in messages %}{{ '<user>' if message['role'] == 'user' else '<assistant>' }}"
     "{% if message['content'] is string %}{{ ' ' + message['content'] | trim | lower }}"
     "{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}{{ '<boi><image><eoi>' }}{% else %}{{ ' ' + part['text'] | trim | lower }}{% endif %}"
+    "{% if part['type'] == 'image' %}{{ '<boi><image><eoi>' }}"
+    "{% else %}{{ ' ' + part['text'] | trim | lower }}{% endif %}"
     "{% endfor %}{% endif %}"
     "{% if message['role'] == 'assistant' %}{{ '</s>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
@@ -141,9 +142,10 @@ def load(folder: Path) -> UnifiedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     manifest = hub.read_json(folder / hub.MANIFEST)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        hub.read_json(folder / name)  # transformers would answer a damaged one with a traceback
     tokenizer = text_tokenizers.load(folder)
     image_tokenizer = load_tokenizer(folder / "image_tokenizer")
-    hub.read_json(folder / "config.json")
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     lm = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     state = hub.read_tensors(folder / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Who may look at whom, from what positions are, never from what a model is: masks, and attention over packed documents.
+"""Who may look at whom, from what positions are, never from what a model is: masks, and packed attention.
 
 Shapes: B rows, Q queries, L positions, H heads, E head width, N documents. A mask is bool (B, 1, Q, L), True where
 query q may look at key l.
@@ -35,8 +35,8 @@ def cached_mask(lengths_B: Tensor, queries: int, keys: int) -> Tensor:
 class Packing:
     """The documents of packed rows in groups of like length, so that attention costs the sum of their squares.
 
-    A mask over whole rows computes B L^2 scores and throws most away: with documents of 90 positions in rows of 640 that
-    is seven times the work. groups: (places (N, length) into the flattened rows, which of them are real).
+    A mask over whole rows computes B L^2 scores and throws most away: with documents of 90 positions in rows of 640
+    that is seven times the work. groups: (places (N, length) into the flattened rows, which of them are real).
     """
 
     def __init__(self, segments_BL: Tensor, waste: float = 0.15) -> None:

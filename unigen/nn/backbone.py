@@ -19,7 +19,7 @@ from unigen.nn.attention import Packing, cached_mask, packed_causal_mask, regist
 
 
 class Backbone(nn.Module):
-    """`lm` is a `...ForCausalLM`; its input embeddings and its output head are reached by the names all models share."""
+    """`lm` is a `...ForCausalLM`; its embeddings and its head are reached by the names all models share."""
 
     def __init__(self, lm: Any) -> None:
         super().__init__()

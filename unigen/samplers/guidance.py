@@ -1,6 +1,6 @@
 """Guidance: one prediction from several branches of the same context. Pure functions.
 
-A family renders the branches, strongest condition first; each generator combines its own predictions (logits, velocity).
+A family renders the branches, strongest condition first; each generator combines its own predictions.
 """
 
 from __future__ import annotations

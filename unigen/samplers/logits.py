@@ -1,4 +1,4 @@
-"""From logits to ids: guidance comes before this file, then temperature, top-k, top-p, and one draw a row. Pure functions.
+"""From logits to ids: temperature, top-k, top-p, and one draw a row. Pure functions.
 
 Order, the same for every model: guidance on raw logits, then the legality of ids, temperature, top-k, top-p, draw.
 Shapes: B rows, V ids.

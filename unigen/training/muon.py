@@ -1,7 +1,7 @@
 """Muon for the matrices inside a network and AdamW for the rest, as one optimizer.
 
 Muon (Jordan et al. 2024) orthogonalises the momentum of each hidden matrix; `torch.optim.Muon` does the work, with the
-learning rate scaled to AdamW's update size (Liu et al. 2025, arXiv 2502.16982, section 2.2), so that one rate serves both.
+learning rate scaled to AdamW's update size (Liu et al. 2025, arXiv 2502.16982, section 2.2): one rate serves both.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ class MuonAdamW(torch.optim.Optimizer):
     """Steps two optimizers as one; its groups and state are theirs."""
 
     def __init__(self, model: nn.Module, optim: OptimConfig) -> None:
-        matrices, others = [], []
+        matrices: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
         for module in model.modules():
             for p in module.parameters(recurse=False):
                 if p.requires_grad:

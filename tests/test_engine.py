@@ -1,0 +1,202 @@
+"""The engine on random weights: the grammar of spans, seeds, batches, streams; and on a model that has learnt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import unigen
+from unigen.engine import Engine
+from unigen.models import load
+from unigen.sequence import Document, Segment, Vocabulary, pack
+from unigen.training.objectives import Mixture
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_folder: Path) -> Engine:
+    """Random weights spread so that what is drawn depends on what was read."""
+    engine = unigen.load(str(tiny_folder), device="cpu")
+    rng = torch.Generator().manual_seed(1)
+    for p in engine.model.backbone.parameters():
+        if p.ndim > 1:
+            p.data.normal_(0, 0.3, generator=rng)
+    return engine
+
+
+def same(a: Image.Image, b: Image.Image) -> bool:
+    return np.array_equal(np.asarray(a), np.asarray(b))
+
+
+PROMPTS = ["a blue horse", "a", "two apples on a blue background and a red dog", "the dog", "witch and raven"]
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_picture_does_not_depend_on_its_batch(engine: Engine, guidance: float) -> None:
+    together = engine.generate_batch(PROMPTS, seeds=[7, 8, 9, 7, 7], guidance=guidance)
+    alone = [engine.generate(p, seed=s, guidance=guidance) for p, s in zip(PROMPTS, [7, 8, 9, 7, 7], strict=True)]
+    assert all(same(a, b) for a, b in zip(together, alone, strict=True))
+    assert not same(engine.generate(PROMPTS[0], seed=8, guidance=guidance), alone[0])
+
+
+def test_texts_do_not_depend_on_their_batch(engine: Engine) -> None:
+    options: dict[str, Any] = {"output": "text", "temperature": 1.0, "max_tokens": 12}
+    together = engine.generate_batch(PROMPTS, seeds=[1, 2, 3, 4, 5], **options)
+    assert together == [engine.generate(p, seed=i + 1, **options) for i, p in enumerate(PROMPTS)]
+
+
+def test_n_pictures_have_seeds_in_a_row(engine: Engine) -> None:
+    three = engine.generate("a dog", n=3, seed=4)
+    assert same(three[1], engine.generate("a dog", seed=5)) and not same(three[0], three[1])
+
+
+def run(engine: Engine, prompt: str, **options: Any) -> tuple[list[Any], Document]:
+    """The parts of one answer, and the document as the engine left it."""
+    request = engine.request(prompt, "interleaved", **options)
+    parts = [part for _, part in engine.run([request])]
+    return parts, request.document
+
+
+def test_interleaved_output_keeps_the_grammar(engine: Engine) -> None:
+    seen = 0
+    for seed in range(12):
+        parts, document = run(engine, "a story", seed=seed, temperature=1.5, max_tokens=60, max_images=3)
+        pictures = [p for p in parts if isinstance(p, Image.Image)]
+        said = [s for s in document.segments if s.role == "assistant"]
+        assert len(pictures) == sum(s.image is not None for s in said) <= 3
+        for segment in said:
+            if segment.image is not None:  # complete, and made of image codes only
+                assert segment.image.shape == (2, 2) and 0 <= segment.image.min() and segment.image.max() < 32
+        text = "".join(p for p in parts if isinstance(p, str))
+        assert not any(name in text for name in engine.model.template.special)
+        seen += len(pictures)
+    assert seen > 0
+
+
+def test_max_images_and_max_tokens_hold(engine: Engine) -> None:
+    most = 0
+    for seed in range(6):
+        request = engine.request("a story", "interleaved", seed=seed, temperature=1.5, max_tokens=10, max_images=1)
+        [row] = engine._rows([request])
+        parts = [part for _, part in engine.run([request])]
+        assert sum(isinstance(p, Image.Image) for p in parts) <= 1
+        assert row.state is not None and row.state.span.max_tokens == 10
+        words = "".join(p for p in parts if isinstance(p, str))
+        most = max(most, len(words.encode("utf-8", "replace")))
+    longest = max(len(piece) for piece in engine.model.text_tokenizer.get_vocab())
+    assert 0 < most <= 10 * longest
+
+
+def test_a_stream_is_the_answer_in_pieces(engine: Engine) -> None:
+    options: dict[str, Any] = {"seed": 3, "temperature": 1.0, "max_tokens": 30}
+    pieces = list(engine.stream("a story", "text", **options))
+    assert len(pieces) > 1
+    assert "".join(pieces).strip() == engine.generate("a story", "text", **options)
+
+
+def test_guidance_of_zero_ignores_the_prompt(engine: Engine) -> None:
+    blind = engine.generate_batch(["a horse", "two apples"], seeds=[3, 3], guidance=0.0)
+    assert same(*blind)
+    assert not same(*engine.generate_batch(["a horse", "two apples"], seeds=[3, 3], guidance=1.0))
+
+
+def test_a_picture_in_the_prompt_is_read(engine: Engine) -> None:
+    light, dark = (Image.new("RGB", (16, 16), shade) for shade in ("white", "black"))
+    options: dict[str, Any] = {"temperature": 1.0, "max_tokens": 16, "seed": 0}
+    codes = engine.model.codes(torch.stack([torch.ones(3, 16, 16), -torch.ones(3, 16, 16)]))
+    if not torch.equal(codes[0], codes[1]):
+        assert engine.describe(light, **options) != engine.describe(dark, **options)
+    assert engine.edit(light, "a dog", seed=1).size == (16, 16)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda e: e.generate(""), "empty"),
+        (lambda e: e.generate("a", "video"), "unknown output"),
+        (lambda e: e.generate("a", generator="flow"), "no generator 'flow': it has next-token"),
+        (lambda e: e.generate("a", generator="text"), "no generator"),
+        (lambda e: e.generate("a", guidance=float("nan")), "guidance must be"),
+        (lambda e: e.generate("a", guidance=[1.0, 2.0]), "one scale"),
+        (lambda e: e.generate("a", n=0), "n must be"),
+        (lambda e: e.generate("a", max_tokens=0), "at least 1"),
+        (lambda e: e.generate("a dog " * 400), "shorten"),
+        (lambda e: e.edit(Image.new("RGB", (4, 4)), " "), "instruction is empty"),
+        (lambda _: unigen.load("no-such-model"), "unknown model"),
+        (lambda _: unigen.load("unigen-tiny", dtype="int3"), "unknown dtype"),
+        (lambda _: unigen.load("unigen-tiny", device="abacus"), "not available"),
+    ],
+)
+def test_bad_requests_get_one_clear_line(engine: Engine, call: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        call(engine)
+    assert "\n" not in str(caught.value)
+
+
+def test_cached_decoding_equals_the_full_forward(engine: Engine) -> None:
+    """Greedy codes from the cache are the argmax of one packed forward over the finished document."""
+    model = engine.model
+    request = engine.request("a blue horse", "image", temperature=0.0, guidance=1.0)
+    list(engine.run([request]))
+    with torch.inference_mode():
+        batch = model.fill(pack([[model.template.encode(request.document)]], 64, 16))
+        row, start, stop = batch.spans_N3[0].tolist()
+        hidden_BLD = model.hidden(batch)
+        logits = model.logits(hidden_BLD[row, start - 1 : stop - 1], model.vocabulary.text_size)
+    assert logits.argmax(-1).tolist() == model.vocabulary.codes(batch.ids_BL[row, start:stop]).tolist()
+
+
+def test_a_model_that_has_learnt_one_batch_gives_it_back(tiny_folder: Path) -> None:
+    """Loss and sampler mirror each other: overfit three chats, then draw, tell and answer them."""
+    model = load(tiny_folder).train()
+    codes = torch.tensor([[[1, 2], [3, 4]], [[31, 7], [7, 0]], [[5, 5], [6, 6]]])
+    documents = [
+        Document([Segment(text="a red dog"), Segment(image=codes[0], role="assistant")]),
+        Document([Segment(image=codes[1]), Segment(text="how many"), Segment(text="two apples", role="assistant")]),
+        Document(
+            [
+                Segment(text="story"),
+                Segment(text="a witch", role="assistant"),
+                Segment(image=codes[2], role="assistant"),
+                Segment(text="and raven", role="assistant"),
+                Segment(image=codes[0], role="assistant"),
+            ]
+        ),
+    ]
+    batch = pack(
+        [[model.template.encode(d) for d in documents], [model.template.encode(documents[0], blind=True)]], 96, 16
+    )
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    objective = Mixture()
+    for _ in range(150):
+        losses = objective(model, batch, torch.Generator())
+        loss = sum(losses[k][0] / losses[k][1] for k in ("text", "next-token"))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert float(loss.detach()) < 0.05
+    engine = Engine(model.eval())
+
+    def drawn(request: Any) -> list[Any]:
+        list(engine.run([request]))
+        return [
+            s.image.tolist() if s.image is not None else s.text
+            for s in request.document.segments
+            if s.role == "assistant"
+        ]
+
+    assert drawn(engine.request("a red dog", "image", temperature=0)) == [codes[0].tolist()]
+    assert drawn(engine.request(documents[1].segments[:2], "text")) == ["two apples"]
+    told = ["a witch", codes[2].tolist(), "and raven", codes[0].tolist()]
+    assert drawn(engine.request("story", "interleaved", temperature=0)) == told
+
+
+def test_codes_that_are_not_codes_are_noticed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control of the grammar: ids taken for codes are refused by the tokenizer, not clamped."""
+    monkeypatch.setattr(Vocabulary, "codes", lambda self, ids: ids)
+    with pytest.raises(ValueError, match="another tokenizer"):
+        engine.generate("a dog")
