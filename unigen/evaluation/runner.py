@@ -142,7 +142,7 @@ def contact_sheet(rows: Sequence[tuple[Item, Sequence[Any], Sequence[dict[str, f
 
     side, line, frame = max(p.width for _, row, _ in rows for p in row), 14, 2
     cell = side + 2 * frame
-    width, height = max(len(row) for _, row, _ in rows) * cell + 8, cell + line
+    width, height = max(200, max(len(row) for _, row, _ in rows) * cell + 8), cell + line
     sheet = Image.new("RGB", (columns * width, -(-len(rows) // columns) * height), "white")
     pen = ImageDraw.Draw(sheet)
     for k, (item, row, marks) in enumerate(rows):
