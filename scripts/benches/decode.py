@@ -1,0 +1,218 @@
+"""Tokens a second of our engine against transformers' generate() and a compiled static-cache loop.
+
+    python scripts/bench.py decode [--models tiny,100M] [--batch 1,8] [--repeat 3] [--dtype float32] [--json FILE]
+
+Same weights, same dtype, same prompt, one image span of sampled tokens, all in one process; the best of several runs,
+the contenders taking turns, since machines are noisy. Guided rows use scale 3: `generate()` runs two forwards a step
+(`guidance_scale`), the static loop and our engine one forward of twice the rows. "limit" is what reading the weights
+once a step allows, by the speed of this machine's own matrix product on matrices too large for its caches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unigen.config import write_report
+from unigen.engine import Engine
+from unigen.models import load, tiny
+from unigen.sequence import Document
+
+PROMPT = "two apples on a blue background"
+
+
+def models(name: str, dtype: torch.dtype) -> Any:
+    """The shipped model, or one with random weights around it: 116M Llama, 256 tokens an image."""
+    base = load("unigen-tiny")
+    if name == "tiny":
+        return base.to(dtype)
+    from transformers import LlamaConfig
+
+    from unigen.tokenizers.vq import VQConfig, VQTokenizer
+
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+    )
+    model = tiny.create(shape, base.text_tokenizer, VQTokenizer(VQConfig(image_size=128)))
+    return model.to(dtype).eval()
+
+
+def ours(model: Any, batch: int, guided: bool) -> Callable[[], int]:
+    """The engine itself, without the tokenizer's decoder, which the others do not run either."""
+    engine = Engine(model)
+    height, width = model.image_tokenizer.grid
+    model.pictures = lambda codes: [None] * len(codes)
+
+    def run() -> int:
+        guidance = 3.0 if guided else 1.0
+        list(engine.run([engine.request(PROMPT, "image", seed=i, guidance=guidance) for i in range(batch)]))
+        return batch * height * width
+
+    return run
+
+
+def prompts(model: Any, batch: int) -> tuple[Tensor, Tensor]:
+    """The ids of the conditional and the blind branch, each ending in the begin token: (batch, L)."""
+    template, document = model.template, Document.of(PROMPT)
+    begin = template.begins["next-token"]
+    rows = [[*model.ids(template.prompt(document, blind=blind)), begin] for blind in (False, True)]
+    return torch.tensor([rows[0]] * batch), torch.tensor([rows[1]] * batch)
+
+
+def transformers_generate(model: Any, batch: int, guided: bool) -> Callable[[], int]:
+    height, width = model.image_tokenizer.grid
+    count = height * width
+    full, blind = prompts(model, batch)
+    options: dict[str, Any] = {"guidance_scale": 3.0, "negative_prompt_ids": blind} if guided else {}
+
+    def run() -> int:
+        model.backbone.lm.generate(
+            full,
+            attention_mask=torch.ones_like(full),
+            do_sample=True,
+            top_k=0,
+            min_new_tokens=count,
+            max_new_tokens=count,
+            pad_token_id=0,
+            **options,
+        )
+        return batch * count
+
+    return run
+
+
+def static_loop(model: Any, batch: int, guided: bool) -> Callable[[], int]:
+    """A compiled decode step over a static cache, both branches in one forward: what a careful user would write."""
+    from transformers import StaticCache
+
+    lm = model.backbone.lm
+    height, width = model.image_tokenizer.grid
+    count = height * width
+    full, blind = prompts(model, batch)
+    pad = full.shape[1] - blind.shape[1]
+    rows = torch.cat([full, torch.nn.functional.pad(blind, (pad, 0))]) if guided else full
+    seen = torch.ones(len(rows), rows.shape[1] + count, dtype=torch.bool)
+    if guided:
+        seen[batch:, :pad] = False
+    positions = seen.long().cumsum(-1) - 1
+    total = rows.shape[1] + count
+    causal = torch.ones(total, total, dtype=torch.bool).tril()
+    mask = causal & seen[:, None, None, :]
+
+    def forward(ids: Tensor, at: Tensor, mask: Tensor, cache: Any) -> Tensor:
+        embeds = model.backbone.embed(ids)
+        hidden = lm.model(inputs_embeds=embeds, position_ids=at, attention_mask=mask, past_key_values=cache)
+        return lm.lm_head(hidden.last_hidden_state[:, -1])
+
+    step = torch.compile(forward, dynamic=False)
+
+    @torch.inference_mode()
+    def run() -> int:
+        cache = StaticCache(config=lm.config, max_cache_len=total)
+        length = rows.shape[1]
+        logits = forward(rows, positions[:, :length], mask[:, :, :length], cache)
+        for i in range(count):
+            if guided:
+                c, u = logits.float().chunk(2)
+                logits = u + 3.0 * (c - u)
+            ids = torch.multinomial(logits.float().softmax(-1), 1)
+            ids = torch.cat([ids, ids]) if guided else ids
+            if i + 1 < count:
+                at = length + i
+                logits = step(ids, positions[:, at : at + 1], mask[:, :, at : at + 1], cache)
+        return batch * count
+
+    return run
+
+
+def bandwidth(rows: int, dtype: torch.dtype, seconds: float = 1.0) -> float:
+    """Bytes a second of weights in `linear` for this many rows, over 512 MB of 2048 x 2048 matrices."""
+    size = 2048 * 2048 * dtype.itemsize
+    weights = [torch.zeros(2048, 2048, dtype=dtype) for _ in range(max(1, (512 << 20) // size))]
+    x = torch.zeros(rows, 2048, dtype=dtype)
+    best, started = 0.0, time.perf_counter()
+    with torch.inference_mode():
+        while time.perf_counter() - started < seconds:
+            begin = time.perf_counter()
+            for weight in weights:
+                torch.nn.functional.linear(x, weight)
+            best = max(best, len(weights) * size / (time.perf_counter() - begin))
+    return best
+
+
+def main(args: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="bench.py decode", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--models", default="tiny,100M", help="some of tiny,100M")
+    parser.add_argument("--batch", default="1,8")
+    parser.add_argument("--repeat", type=int, default=3, help="runs of each contender; the best counts")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--no-compile", action="store_true", help="leave the compiled loop out")
+    parser.add_argument("--json", metavar="FILE")
+    options = parser.parse_args(args)
+    names = options.models.split(",")
+    if set(names) - {"tiny", "100M"} or options.repeat < 1 or not options.batch.replace(",", "").isdigit():
+        raise ValueError("--models takes some of tiny,100M; --batch whole numbers; --repeat at least 1")
+    dtype = getattr(torch, options.dtype)
+    started = time.monotonic()
+    rows = []
+    print("row            batch    engine  generate  ratio    static  ratio     limit share")
+    for name in names:
+        model = models(name, dtype)
+        size = sum(p.numel() for p in model.backbone.parameters()) * dtype.itemsize
+        for guided in (True, False):
+            for batch in map(int, options.batch.split(",")):
+                rivals = {"engine": ours(model, batch, guided), "generate": transformers_generate(model, batch, guided)}
+                if not options.no_compile:
+                    rivals["static"] = static_loop(model, batch, guided)
+                best = measure(rivals, options.repeat)
+                limit = bandwidth(batch * (2 if guided else 1), dtype) / size * batch
+                label = f"{name} {'guided' if guided else 'unguided'}"
+                for rival in ("generate", "static"):
+                    if rival in best:
+                        rows.append(
+                            {
+                                "name": label if rival == "generate" else f"{label} static",
+                                "value": best["engine"],
+                                "unit": "tokens/s",
+                                "baseline": best[rival],
+                                "ratio": best["engine"] / best[rival],
+                                "batch": batch,
+                                "limit": limit,
+                                "limit_share": best["engine"] / limit,
+                            }
+                        )
+                static = best.get("static", float("nan"))
+                print(
+                    f"{label:<14} {batch:>5} {best['engine']:>9.1f} {best['generate']:>9.1f} "
+                    f"{best['engine'] / best['generate']:>6.2f} {static:>9.1f} {best['engine'] / static:>6.2f} "
+                    f"{limit:>9.1f} {best['engine'] / limit:.0%}",
+                    flush=True,
+                )
+    if options.json:
+        seconds = time.monotonic() - started
+        command = f"python scripts/bench.py decode {' '.join(args)}"
+        write_report(options.json, command=command, model=options.models, rows=rows, seconds=seconds)
+    return 0
+
+
+def measure(rivals: dict[str, Callable[[], int]], repeat: int) -> dict[str, float]:
+    """The best tokens/s of each contender; they take turns, after a warm-up of each."""
+    best = dict.fromkeys(rivals, 0.0)
+    for turn in range(repeat + 1):
+        for name, run in rivals.items():
+            begin = time.perf_counter()
+            tokens = run()
+            if turn:
+                best[name] = max(best[name], tokens / (time.perf_counter() - begin))
+    return best

@@ -1,0 +1,72 @@
+"""docs/results.md from the runs stored in docs/runs, so that no figure is written by hand.
+
+python scripts/results.py            # every docs/runs/*.json is what a command's --json FILE wrote
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from unigen.config import load_json
+from unigen.output import write_text
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS, PAGE = ROOT / "docs" / "runs", ROOT / "docs" / "results.md"
+
+
+def cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"
+    if isinstance(value, (list, tuple)):
+        return " to ".join(cell(v) for v in value)
+    return str(value)
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """A Markdown table of the columns that any row fills."""
+    columns = [k for k in dict.fromkeys(k for row in rows for k in row) if any(row.get(k) is not None for row in rows)]
+    lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
+    lines += [" | ".join(cell(row.get(column)) for column in columns) for row in rows]
+    return [f"| {line} |" for line in lines]
+
+
+def section(title: str, run: dict[str, Any]) -> list[str]:
+    """One run: its command, where and when it ran, and its figures."""
+    seconds = run.get("seconds")
+    took = f", {seconds:.0f} s" if seconds else ""
+    lines = [
+        f"## {title}",
+        "",
+        f"`{run['command']}`",
+        "",
+        f"{run['model']}; {run['hardware']}; {run['date']}{took}",
+        "",
+    ]
+    if run.get("overall") is not None:
+        lines += [f"Overall **{cell(run['overall'])}**", ""]
+    if run.get("tasks"):
+        lines += [*table([run["tasks"]]), ""]
+    if run.get("rows"):
+        lines += [*table(run["rows"]), ""]
+    return lines
+
+
+def main() -> int:
+    files = sorted(RUNS.glob("*.json"))
+    if not files:
+        print(f"results: error: {RUNS} holds no runs; store what --json FILE writes there", file=sys.stderr)
+        return 2
+    lines = ["# Results", "", "Written by `python scripts/results.py` from the runs in `docs/runs`.", ""]
+    for file in files:
+        lines += section(file.stem.replace("-", " "), load_json(file))
+    write_text(PAGE, "\n".join(lines).rstrip() + "\n")
+    print(PAGE.relative_to(ROOT))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
