@@ -72,7 +72,7 @@ def config() -> TinyConfig:
         steps=1_000_000,
         time_limit=4500.0,
         batch_size=5,
-        optim=OptimConfig(lr=1.5e-3, warmup=200, weight_decay=0.05, min_ratio=0.02),
+        optim=OptimConfig(lr=2e-3, warmup=100, weight_decay=0.05, min_ratio=0.02),
         precision="bf16",
         workers=1,
         log_every=20,

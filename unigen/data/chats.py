@@ -31,7 +31,7 @@ from unigen.sequence import Document, Segment
 
 DESCRIBE, DETAIL = "describe this picture", "describe this picture in detail"
 EXPAND, JUDGE = "say more: {}", "does this picture show {}?"
-MIXTURE = {"draw": 0.42, "describe": 0.14, "ask": 0.16, "edit": 0.12, "story": 0.08, "expand": 0.03, "judge": 0.05}
+MIXTURE = {"draw": 0.5, "describe": 0.14, "ask": 0.14, "edit": 0.1, "story": 0.05, "expand": 0.03, "judge": 0.04}
 
 
 class Chats:
