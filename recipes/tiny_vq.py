@@ -10,7 +10,7 @@
 It knows where pictures come from and which losses are on; the losses are unigen/training/vq_objective.py, the network
 unigen/tokenizers/vq.py. Options: `loss.gan=0.5`, `loss.feature=1 features=FOLDER` (a scene detector, but not the
 one that evaluates: a judge that one trains against is no judge), `loss.lpips=1 lpips=FILE`, `model.quantizer=fsq`,
-`model.image_size=96`.
+`model.image_size=96`; `init_from=FOLDER freeze_codes=true` betters the decoder alone: models trained on the codes stay valid.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class VQRunConfig(RunConfig):
     model: VQConfig = field(default_factory=VQConfig)
     loss: VQLossConfig = field(default_factory=VQLossConfig)
     features: str | None = None  # folder of a frozen scene detector for loss.feature
+    freeze_codes: bool = False  # with init_from: train the decoder alone (it may be another); the codes stay valid
     lpips: str | None = None  # file with LPIPS (VGG-16) weights for loss.lpips
 
     def __post_init__(self) -> None:
@@ -99,11 +100,29 @@ def feature_network(folder: str | None) -> Callable[[Tensor], list[Tensor]] | No
     return load_detector(folder).features
 
 
+def start(cfg: VQRunConfig) -> VQTokenizer:
+    """A new tokenizer, or the one of init_from to go on from."""
+    if cfg.freeze_codes and not cfg.init_from:
+        raise ValueError("freeze_codes needs init_from=FOLDER, the tokenizer whose codes are kept")
+    if not cfg.init_from:
+        return VQTokenizer(cfg.model)
+    tokenizer = load_tokenizer(cfg.init_from)
+    if tokenizer.settings != cfg.model:
+        known, tokenizer = tokenizer, VQTokenizer(cfg.model)
+        try:
+            tokenizer.quantizer.load_state_dict(known.quantizer.state_dict() if cfg.freeze_codes else {})
+            tokenizer.encoder.load_state_dict(known.encoder.state_dict())
+        except RuntimeError as error:
+            hint = "only model.decoder_* may differ, and only with freeze_codes=true"
+            raise ValueError(f"init_from={cfg.init_from} is another network than model.*; {hint}") from error
+    if cfg.freeze_codes:
+        tokenizer.freeze_codes()
+    return tokenizer
+
+
 def build(cfg: VQRunConfig) -> Job:
     torch.manual_seed(cfg.seed)
-    tokenizer = load_tokenizer(cfg.init_from) if cfg.init_from else VQTokenizer(cfg.model)
-    if cfg.init_from and tokenizer.settings != cfg.model:
-        raise ValueError(f"init_from={cfg.init_from} has another network than model=...: {tokenizer.config()}")
+    tokenizer = start(cfg)
     lpips = LPIPS.from_file(cfg.lpips) if cfg.lpips else None
     shown = collate([Pictures(HELD_OUT_SEED, cfg.model.image_size)[i] for i in range(24)])["pixels"]
 

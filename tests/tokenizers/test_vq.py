@@ -224,6 +224,21 @@ def test_save_and_load_bit_for_bit(kind: str, tmp_path: object) -> None:
     assert next(half.parameters()).dtype == torch.float32
 
 
+def test_frozen_codes_train_the_decoder_alone() -> None:
+    tokenizer, batch = tiny(), pictures(4)
+    codes, before = tokenizer.encode(batch["pixels"]), tokenizer.decode(tokenizer.encode(batch["pixels"]))
+    tokenizer.freeze_codes()
+    model = VQTraining(tokenizer)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = VQObjective()(model, batch, rng())
+    assert "commit" not in losses
+    total(losses).backward()
+    optimizer.step()
+    assert torch.equal(tokenizer.encode(batch["pixels"]), codes)
+    assert not torch.equal(tokenizer.decode(codes), before)
+    assert all(p.grad is None for p in [*tokenizer.encoder.parameters(), *tokenizer.quantizer.parameters()])
+
+
 def test_broken_folders_are_said_plainly(tmp_path: object) -> None:
     folder = save_tokenizer(tiny(), f"{tmp_path}/tok")
     config = json.loads((folder / "config.json").read_text())

@@ -87,6 +87,7 @@ class VQTokenizer(nn.Module):
         self.quantizer = c.build_quantizer()
         self.encoder = Encoder(c.channels, c.wide, c.encoder_blocks, self.quantizer.dim, c.attention)
         self.decoder = Decoder(c.decoder_channels, c.wide, c.decoder_blocks, self.quantizer.dim, c.attention)
+        self.codes_frozen = False
 
     @property
     def image_size(self) -> int:
@@ -106,9 +107,19 @@ class VQTokenizer(nn.Module):
 
     def forward(self, x_BCHW: Tensor, rng: torch.Generator | None = None) -> VQOutput:
         """Reconstruction with a straight-through gradient; `rng` lets dead codes be revived in training mode."""
+        if self.codes_frozen:
+            with torch.autocast(x_BCHW.device.type, enabled=False):
+                codes_Bhw = self.encode(x_BCHW)
+            return VQOutput(self.decoder(self.quantizer.vectors(codes_Bhw)).float(), codes_Bhw, {})
         quantized = self.quantizer(self.encoder(x_BCHW), rng)
         pixels_BCHW = self.decoder(quantized.vectors_BDhw)
         return VQOutput(pixels_BCHW.float(), quantized.codes_Bhw, quantized.losses)
+
+    def freeze_codes(self) -> None:
+        """From now on only the decoder learns: pictures keep their codes, and models trained on them stay valid."""
+        self.codes_frozen = True
+        self.encoder.requires_grad_(False)
+        self.quantizer.requires_grad_(False)
 
     @torch.no_grad()
     def encode(self, x_BCHW: Tensor) -> Tensor:
