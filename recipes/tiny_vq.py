@@ -10,7 +10,8 @@
 It knows where pictures come from and which losses are on; the losses are unigen/training/vq_objective.py, the network
 unigen/tokenizers/vq.py. Options: `loss.gan=0.5`, `loss.feature=1 features=FOLDER` (a scene detector, but not the
 one that evaluates: a judge that one trains against is no judge), `loss.lpips=1 lpips=FILE`, `model.quantizer=fsq`,
-`model.image_size=96`; `init_from=FOLDER freeze_codes=true` betters the decoder alone: models trained on the codes stay valid.
+`model.image_size=96`; `init_from=FOLDER freeze_codes=true` betters the decoder alone: models trained on the codes stay
+valid.
 """
 
 from __future__ import annotations
