@@ -21,6 +21,7 @@ import torch
 from unigen.generators.base import Generator, Span, State
 from unigen.model import UnifiedModel
 from unigen.nn.backbone import SlotCache
+from unigen.nn.few_rows import use_few_rows
 from unigen.samplers.guidance import Guidance
 from unigen.samplers.logits import Sampling
 from unigen.sequence import Document, Segment
@@ -69,6 +70,7 @@ class Engine:
 
     def __init__(self, model: UnifiedModel) -> None:
         self.model = model
+        use_few_rows(model.backbone)
 
     # ---------------------------------------------------------------- what users call
 

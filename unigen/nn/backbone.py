@@ -16,6 +16,7 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from unigen.nn.attention import Packing, cached_mask, packed_causal_mask, register
+from unigen.nn.few_rows import few_rows_linear
 
 
 class Backbone(nn.Module):
@@ -59,7 +60,7 @@ class Backbone(nn.Module):
         """Scores of the head's rows start..stop only: a span of image codes never pays for the text's rows."""
         head = self.lm.get_output_embeddings()
         bias = None if head.bias is None else head.bias[start:stop]
-        return nn.functional.linear(hidden, head.weight[start:stop], bias)
+        return few_rows_linear(hidden, head.weight[start:stop], bias)
 
 
 class _SlotLayer(CacheLayerMixin):
