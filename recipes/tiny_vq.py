@@ -3,9 +3,11 @@
     COMMAND   unigen train recipes/tiny_vq.py run_dir=runs/vq                 (needs the font fonts-noto-color-emoji)
               python recipes/tiny_vq.py --evaluate runs/vq/model [--count 1000] [--json FILE]
               python recipes/tiny_vq.py --ablate 2000 [--json FILE] [key=value ...]
-    HARDWARE  2 CPU cores, AVX-512 bf16
+    HARDWARE  2 CPU cores, AVX-512 bf16: 250 pictures a second when the machine is quiet
     TIME      25 minutes
     EXPECTED  PSNR inside object masks at least 20 dB, at least 60% of the codebook in use, on pictures never trained on
+    MEASURED  37 minutes on a busy machine, 231k pictures, loss.feature=0.5 from step 2147 and 1.0 from step 4212:
+              19.65 dB inside masks, 25.19 dB overall, 100% of the codebook in use, perplexity 744 (1,000 held-out)
 
 It knows where pictures come from and which losses are on; the losses are unigen/training/vq_objective.py, the network
 unigen/tokenizers/vq.py. Options: `loss.gan=0.5`, `loss.feature=1 features=FOLDER` (a scene detector, but not the
