@@ -22,9 +22,9 @@ LAYERS = [
     {"training", "evaluation", "probes"},
     {"engine", "models", "data"},
     {"model"},
-    {"generators", "tokenizers", "hub"},
+    {"generators", "tokenizers"},
     {"nn", "samplers"},
-    {"sequence", "config", "output"},
+    {"sequence", "config", "output", "hub"},
 ]
 HEIGHT = {name: len(LAYERS) - i for i, names in enumerate(LAYERS) for name in names}
 ABOVE = {"recipes", "scripts", "data_tools", "tests"}

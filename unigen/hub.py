@@ -99,7 +99,9 @@ def replacing_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def write_tensors(path: Path, state: dict[str, Tensor], dtype: torch.dtype | None = None) -> None:
+    """Write tensors as safetensors, floats cast to `dtype` (None: kept)."""
     from safetensors.torch import save_file
 
     ready = {k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous() for k, v in state.items()}
     save_file(ready, path)
+    path.chmod(0o644)  # safetensors makes files that only their owner can read

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from unigen import hub
 from unigen.config import save_json
 
 if TYPE_CHECKING:
@@ -59,19 +59,11 @@ class ImageTokenizer(Protocol):
 
 
 def save_tokenizer(tokenizer: ImageTokenizer, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
-    """Writes model.safetensors and config.json; floats are cast to `dtype` (None: kept). Files are replaced whole."""
-    from safetensors.torch import save_file
-
+    """Writes model.safetensors and config.json; floats are cast to `dtype` (None: kept). Each file is replaced whole."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for name, tensor in tokenizer.state_dict().items():
-        tensor = tensor.detach().cpu()
-        if dtype is not None and tensor.is_floating_point():
-            tensor = tensor.to(dtype)
-        tensors[name] = tensor.contiguous().clone()
     partial = folder / (WEIGHTS + ".part")
-    save_file(tensors, partial)
+    hub.write_tensors(partial, tokenizer.state_dict(), dtype)
     os.replace(partial, folder / WEIGHTS)
     save_json(folder / CONFIG, tokenizer.config())
     return folder
@@ -79,29 +71,11 @@ def save_tokenizer(tokenizer: ImageTokenizer, folder: str | Path, dtype: torch.d
 
 def load_tokenizer(folder: str | Path) -> Any:
     """The tokenizer saved in `folder`, in eval mode, fp32, on the CPU. ValueError when the folder does not hold one."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     folder = Path(folder)
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-        kind = config.pop("kind")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{folder} holds no image tokenizer: {CONFIG} is missing or unreadable ({error})") from error
-    if not str(kind).isidentifier() or importlib.util.find_spec(f"{__name__}.{kind}") is None:
-        raise ValueError(f"{folder / CONFIG}: unknown image tokenizer kind {kind!r}; is this unigen too old?")
+    config = hub.read_json(folder / CONFIG)
+    kind = str(config.pop("kind", None))
+    if not kind.isidentifier() or importlib.util.find_spec(f"{__name__}.{kind}") is None:
+        raise ValueError(f"{folder / CONFIG}: no image tokenizer of kind {kind!r}; is this version of unigen too old?")
     tokenizer = importlib.import_module(f"{__name__}.{kind}").from_config(config)
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{folder / WEIGHTS} is missing or corrupt ({error}); save or download it again") from error
-    wanted = tokenizer.state_dict()
-    missing, surplus = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
-    misfit = [name for name in wanted.keys() & tensors.keys() if wanted[name].shape != tensors[name].shape]
-    if missing or surplus or misfit:
-        raise ValueError(
-            f"{folder / WEIGHTS} does not fit {CONFIG}: missing {missing[:3]}, surplus {surplus[:3]}, "
-            f"other shapes {sorted(misfit)[:3]}"
-        )
-    tokenizer.load_state_dict(tensors)
+    hub.load_strict(tokenizer, hub.read_tensors(folder / WEIGHTS), folder / WEIGHTS)
     return tokenizer.eval()
