@@ -1,0 +1,50 @@
+"""Put a trained model into the package as bfloat16, beside its model card.
+
+    python scripts/ship.py runs/tiny/model unigen-tiny
+
+The folder unigen/assets/NAME is replaced only when the new one is whole; its README.md, the model card, is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+
+from unigen import hub
+from unigen.models import load
+
+LIMIT = 40_000_000
+"""Bytes that all shipped weights together may have."""
+
+
+def weight(folder: str) -> int:
+    return sum(file.stat().st_size for file in (hub.ASSETS / folder).rglob("*.safetensors"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("folder", help="what a training run wrote, such as runs/tiny/model")
+    parser.add_argument("name", help="the name it is loaded by, such as unigen-tiny")
+    args = parser.parse_args()
+    target = hub.ASSETS / args.name
+    try:
+        model = load(args.folder)
+        others = sum(weight(folder.name) for folder in hub.ASSETS.iterdir() if folder.is_dir() and folder != target)
+        total = others + 2 * sum(p.numel() for p in model.parameters())
+        if total > LIMIT:
+            raise ValueError(f"the shipped weights would have {total / 1e6:.1f} MB, more than {LIMIT / 1e6:.0f}")
+        card = (target / "README.md").read_text() if (target / "README.md").exists() else None
+        model.save(target, dtype=torch.bfloat16)
+        if card is not None:
+            (target / "README.md").write_text(card)
+    except ValueError as error:
+        print(f"ship: error: {error}", file=sys.stderr)
+        return 2
+    print(f"{target}: {weight(args.name) / 1e6:.1f} MB of weights, {total / 1e6:.1f} MB with all that is shipped")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
