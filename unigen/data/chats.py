@@ -31,7 +31,16 @@ from unigen.sequence import Document, Segment
 
 DESCRIBE, DETAIL = "describe this picture", "describe this picture in detail"
 EXPAND, JUDGE = "say more: {}", "does this picture show {}?"
-MIXTURE = {"draw": 0.5, "describe": 0.14, "ask": 0.14, "edit": 0.1, "story": 0.05, "expand": 0.03, "judge": 0.04}
+MIXTURE = {
+    "draw": 0.47,
+    "describe": 0.13,
+    "ask": 0.13,
+    "edit": 0.08,
+    "story": 0.05,
+    "chat": 0.08,
+    "expand": 0.03,
+    "judge": 0.03,
+}
 
 
 class Chats:
@@ -57,10 +66,7 @@ class Chats:
     # ---------------------------------------------------------------- the kinds
 
     def draw(self, rng: np.random.Generator) -> list[Segment]:
-        scene = self._scene(rng)
-        prompt = rng.choice(4, p=(0.5, 0.25, 0.15, 0.1))
-        text = (short_caption, _plain, descriptive_caption, noisy_caption)[prompt](scene, rng)
-        return [Segment(text=text), self._picture(scene, "assistant")]
+        return self._drawn(self._scene(rng), rng)
 
     def describe(self, rng: np.random.Generator) -> list[Segment]:
         scene = self._scene(rng)
@@ -86,6 +92,16 @@ class Chats:
             segments += [Segment(text=text, role="assistant"), self._picture(scene, "assistant")]
         return segments
 
+    def chat(self, rng: np.random.Generator) -> list[Segment]:
+        """Drawn as asked, asked about, changed as told, asked about again."""
+        scene = self._scene(rng)
+        segments = [*self._drawn(scene, rng), *self._questions(scene, rng, int(rng.integers(1, 3)))]
+        if rng.random() < 0.6:
+            edit = edits(scene, rng, heldout=self.heldout)
+            segments += [Segment(text=edit.instruction), self._picture(edit.after, "assistant")]
+            segments += self._questions(edit.after, rng, 1)
+        return segments
+
     def expand(self, rng: np.random.Generator) -> list[Segment]:
         short, full = expansion(self._scene(rng), rng)
         return _turn(EXPAND.format(short), full)
@@ -103,6 +119,11 @@ class Chats:
 
     def _picture(self, scene: Scene, role: Any = "user") -> Segment:
         return Segment(image=self.world.render(scene).image, role=role)
+
+    def _drawn(self, scene: Scene, rng: np.random.Generator) -> list[Segment]:
+        prompt = rng.choice(4, p=(0.5, 0.25, 0.15, 0.1))
+        text = (short_caption, _plain, descriptive_caption, noisy_caption)[prompt](scene, rng)
+        return [Segment(text=text), self._picture(scene, "assistant")]
 
     def _questions(self, scene: Scene, rng: np.random.Generator, count: int) -> list[Segment]:
         return [segment for qa in questions(scene, rng)[:count] for segment in _turn(qa.question, qa.answer)]
