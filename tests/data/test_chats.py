@@ -1,0 +1,78 @@
+"""Documents of every kind, rows that any worker makes the same, and a recipe that trains on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from unigen.data.chats import MIXTURE, Chats
+from unigen.data.packing import Collate, PackedRows
+from unigen.data.world import World
+from unigen.models import load
+from unigen.sequence import Document, Tokens
+
+
+@pytest.fixture(scope="module")
+def world(emoji_font: Path) -> World:
+    return World(64)
+
+
+@pytest.mark.parametrize("kind", MIXTURE)
+def test_each_kind_asks_before_it_answers(world: World, kind: str) -> None:
+    chats = Chats(world, {kind: 1.0})
+    for seed in range(20):
+        document, name = chats(np.random.default_rng(seed))
+        roles = [s.role for s in document.segments]
+        assert name == kind and roles[0] == "user" and roles[-1] == "assistant"
+        assert all(s.text is None or s.text.strip() for s in document.segments)
+        drawn = [s for s in document.segments if s.role == "assistant" and s.image is not None]
+        assert bool(drawn) == (kind in ("draw", "edit", "story", "chat"))
+
+
+def test_a_document_is_a_function_of_its_seed(world: World) -> None:
+    a, b = (Chats(world)(np.random.default_rng(5))[0] for _ in range(2))
+    assert a.to_json() == b.to_json()
+    assert a.to_json() != Chats(world)(np.random.default_rng(6))[0].to_json()
+
+
+def test_a_mixture_of_unknown_kinds_is_refused(world: World) -> None:
+    with pytest.raises(ValueError, match="not paint"):
+        Chats(world, {"paint": 1.0})
+    with pytest.raises(ValueError, match="shares out"):
+        Chats(world, {"draw": 0.0})
+
+
+def lengths(rng: np.random.Generator) -> Tokens:
+    count = int(rng.integers(3, 40))
+    return Tokens(ids=[count] * count, loss=[False] * count)
+
+
+def test_rows_are_a_function_of_seed_and_index() -> None:
+    rows = PackedRows(lengths, 100, seed=1)
+    again = PackedRows(lengths, 100, seed=1)
+    spelt = [[t.ids[0] for t in rows[i]] for i in range(20)]
+    assert spelt == [[t.ids[0] for t in again[i]] for i in reversed(range(20))][::-1]
+    assert spelt != [[t.ids[0] for t in PackedRows(lengths, 100, seed=2)[i]] for i in range(20)]
+    assert all(sum(row) <= 100 for row in spelt) and np.mean([sum(row) for row in spelt]) > 85
+    assert len({tuple(row) for row in spelt}) == 20
+
+
+def test_a_document_longer_than_a_row_is_refused() -> None:
+    with pytest.raises(ValueError, match="exceeds a row of 8"):
+        PackedRows(lambda rng: Tokens(ids=[1] * 9, loss=[False] * 9), 8, seed=0)[0]
+
+
+def test_collated_chats_are_what_the_model_reads(world: World, tiny_folder: Path) -> None:
+    template = load(tiny_folder).template
+    chats = Chats(world, {"draw": 1.0, "ask": 1.0})
+
+    def make(rng: np.random.Generator) -> Tokens:
+        document: Document = chats(rng)[0]
+        return template.encode(document)
+
+    batch = Collate(512, 16)([PackedRows(make, 512, seed=0)[i] for i in range(2)])
+    assert batch.ids_BL.shape == (2, 512) and batch.images is not None
+    assert batch.images.shape[1:] == (3, 16, 16) and len(batch.images) == len(batch.spans_N3)
+    assert not (batch.loss_BL & (batch.positions_BL == 0)).any()
