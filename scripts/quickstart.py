@@ -38,7 +38,7 @@ PROMPTS = {
 QUESTIONS = ["how many apples are there?", "is there a horse?", "what color is the background?"]
 EDIT = "replace the sunflower with a rose"
 STORY = "a witch and her raven"
-GUIDANCE = 3.0
+GUIDANCE = 4.0
 REFERENCES = ("witch", "raven")
 
 

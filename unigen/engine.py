@@ -142,7 +142,7 @@ class Engine:
         *,
         seed: int = 0,
         generator: str = "next-token",
-        guidance: float | Sequence[float] | Guidance = 3.0,
+        guidance: float | Sequence[float] | Guidance = 4.0,
         temperature: float | None = None,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -152,7 +152,7 @@ class Engine:
         """A checked request.
 
         guidance: scale of classifier-free guidance for pictures, 1 is off. temperature, top_k, top_p: how ids are
-        drawn; temperature None is 1 for pictures, greedy for a text answer and 0.8 for the text of an interleaved one.
+        drawn; temperature None is greedy for a text answer, else 0.8.
         max_tokens, max_images: limits of the answer's text and of an interleaved answer's pictures.
         """
         if output not in OUTPUTS:
@@ -171,7 +171,7 @@ class Engine:
             output=output,
             generator=generator,
             guidance=guidance,
-            image=Sampling(1.0 if temperature is None else temperature, top_k, top_p),
+            image=Sampling(0.8 if temperature is None else temperature, top_k, top_p),
             text=Sampling(texts if temperature is None else temperature, 0, top_p),
             seed=int(seed),
             max_tokens=max_tokens,
