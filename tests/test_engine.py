@@ -37,10 +37,11 @@ PROMPTS = ["a blue horse", "a", "two apples on a blue background and a red dog",
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_a_picture_does_not_depend_on_its_batch(engine: Engine, guidance: float) -> None:
-    together = engine.generate_batch(PROMPTS, seeds=[7, 8, 9, 7, 7], guidance=guidance)
-    alone = [engine.generate(p, seed=s, guidance=guidance) for p, s in zip(PROMPTS, [7, 8, 9, 7, 7], strict=True)]
+    options: dict[str, Any] = {"guidance": guidance, "temperature": 2.0}
+    together = engine.generate_batch(PROMPTS, seeds=[7, 8, 9, 7, 7], **options)
+    alone = [engine.generate(p, seed=s, **options) for p, s in zip(PROMPTS, [7, 8, 9, 7, 7], strict=True)]
     assert all(same(a, b) for a, b in zip(together, alone, strict=True))
-    assert not same(engine.generate(PROMPTS[0], seed=8, guidance=guidance), alone[0])
+    assert not same(engine.generate(PROMPTS[0], seed=8, **options), alone[0])
 
 
 def test_texts_do_not_depend_on_their_batch(engine: Engine) -> None:
@@ -111,6 +112,14 @@ def test_a_picture_in_the_prompt_is_read(engine: Engine) -> None:
     if not torch.equal(codes[0], codes[1]):
         assert engine.describe(light, **options) != engine.describe(dark, **options)
     assert engine.edit(light, "a dog", seed=1).size == (16, 16)
+
+
+def test_pictures_given_and_made_stand_in_one_chat(engine: Engine) -> None:
+    """References come as pixels, the model's own pictures as codes; both branches read both."""
+    made = Segment(image=torch.tensor([[1, 2], [3, 4]]), role="assistant")
+    chat = Document([Segment(image=Image.new("RGB", (16, 16), "red")), Segment(text="a dog"), made, Segment(text="a")])
+    assert engine.generate(chat, "image", guidance=3.0).size == (16, 16)
+    assert [type(s.image) for s in chat.segments] == [Image.Image, type(None), torch.Tensor, type(None)]
 
 
 @pytest.mark.parametrize(

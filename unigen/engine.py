@@ -200,6 +200,7 @@ class Engine:
         rows, slot = [], 0
         for request in requests:
             branches = 1 if request.output == "text" else request.guidance.branches
+            request.document = self.model.read(request.document)
             row = _Row(request, request.document, list(range(slot, slot + branches)))
             slot += branches
             ids = self.model.ids(self.model.template.prompt(row.document))

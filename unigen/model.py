@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from unigen import hub
 from unigen.generators.base import Generator
 from unigen.nn.backbone import Backbone, SlotCache
-from unigen.sequence import Batch, Document, Tokens, Vocabulary, stack_images, to_images
+from unigen.sequence import Batch, Document, Segment, Tokens, Vocabulary, stack_images, to_images
 from unigen.tokenizers import ImageTokenizer, save_tokenizer
 
 
@@ -105,13 +105,24 @@ class UnifiedModel(nn.Module):
         ids_BL[rows_N1, starts_N1 + torch.arange(ids_NP.shape[1], device=ids_BL.device)] = ids_NP
         return Batch(ids_BL, batch.positions_BL, batch.segments_BL, batch.loss_BL, batch.spans_N3, batch.images)
 
+    def read(self, document: Document) -> Document:
+        """The document with its pictures as codes, all of them encoded at once."""
+        pixels = [s.image for s in document.segments if s.image is not None and not isinstance(s.image, Tensor)]
+        if not pixels:
+            return document
+        codes = iter(self.codes(stack_images(pixels, self.image_tokenizer.image_size)))
+        return Document(
+            [
+                s if s.image is None or isinstance(s.image, Tensor) else Segment(image=next(codes), role=s.role)
+                for s in document.segments
+            ]
+        )
+
     def ids(self, tokens: Tokens) -> list[int]:
-        """The ids of one document, its images encoded."""
+        """The ids of one document whose pictures are codes."""
         ids = list(tokens.ids)
-        if tokens.images:
-            images = stack_images(tokens.images, self.image_tokenizer.image_size)
-            for (start, stop), row in zip(tokens.spans, self.vocabulary.image_ids(self.codes(images)), strict=True):
-                ids[start:stop] = row.flatten().tolist()
+        for (start, stop), codes_hw in zip(tokens.spans, tokens.images, strict=True):
+            ids[start:stop] = self.vocabulary.image_ids(codes_hw).flatten().tolist()
         return ids
 
     @torch.no_grad()

@@ -59,7 +59,7 @@ class ImageTokenizer(Protocol):
 
 
 def save_tokenizer(tokenizer: ImageTokenizer, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
-    """Writes model.safetensors and config.json; floats are cast to `dtype` (None: kept). Each file is replaced whole."""
+    """Writes model.safetensors and config.json; floats cast to `dtype` (None: kept). Each file is replaced whole."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / (WEIGHTS + ".part")
