@@ -36,10 +36,11 @@ class Backbone(nn.Module):
 
     def hidden(self, embeds_BLD: Tensor, positions_BL: Tensor, mask: Tensor, cache: SlotCache | None = None) -> Tensor:
         """Hidden states (B, L, D) after the last norm. mask: bool (B, 1, L, K), True where a key may be seen."""
+        seen = embeds_BLD.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)  # once, not in every layer
         output = self.lm.get_decoder()(
             inputs_embeds=embeds_BLD,
             position_ids=positions_BL,
-            attention_mask=mask,
+            attention_mask=seen,
             past_key_values=cache,
             use_cache=cache is not None,
         )
@@ -89,10 +90,15 @@ class _SlotLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         self.reserve(self.owner.capacity)
         step = self.owner.step
-        if step.aligned:
-            rows, at = slice(step.first, step.first + len(step.rows)), slice(step.at, step.at + key_states.shape[2])
-            self.keys[rows, :, at] = key_states
-            self.values[rows, :, at] = value_states
+        if step.aligned:  # slices are cheap; indexed writes cost more than the products of a small model's step
+            rows, places = slice(step.first, step.first + len(step.rows)), slice(step.at, step.at + key_states.shape[2])
+            self.keys[rows, :, places] = key_states
+            self.values[rows, :, places] = value_states
+        elif len(step.rows) <= 4:
+            count = key_states.shape[2]
+            for i, (row, at) in enumerate(zip(step.rows, step.lengths, strict=True)):
+                self.keys[row, :, at : at + count] = key_states[i]
+                self.values[row, :, at : at + count] = value_states[i]
         else:
             self.keys[step.rows_B1, :, step.at_BL] = key_states.transpose(1, 2)
             self.values[step.rows_B1, :, step.at_BL] = value_states.transpose(1, 2)
@@ -118,7 +124,8 @@ class _Step:
         self.rows = rows
         self.first = rows[0]
         self.contiguous = rows == list(range(rows[0], rows[0] + len(rows)))
-        self.at = int(lengths[0])
+        self.lengths = lengths.tolist()
+        self.at = self.lengths[0]
         self.aligned = self.contiguous and bool((lengths == lengths[0]).all())
         self.keys = int(lengths.max()) + queries
         self.rows_B = torch.tensor(rows, device=device)
