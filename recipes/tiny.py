@@ -4,7 +4,8 @@
               unigen train recipes/tiny.py image_tokenizer=runs/vq/model run_dir=runs/tiny
     HARDWARE  2 CPU cores
     TIME      75 minutes
-    EXPECTED  see the model card in unigen/assets/unigen-tiny
+    MEASURED  time_limit=4700 on a busy machine (3,358 steps): unigen eval scenes 0.442, captions 0.163, questions
+              0.632; 3.08 nats a code and 0.15 a text piece, still falling. The model card has all figures
 
 An 8M Llama with random weights reads and writes text and the codes of the image tokenizer (Liquid's layout), on a
 mixture of chats that are rendered while it trains and never repeat. In a tenth of them the text is dropped, for
