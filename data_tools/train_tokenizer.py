@@ -11,7 +11,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 
-from unigen.models.tiny import SPECIALS
+from unigen.models.tiny import SPECIALS, spelt
 from unigen.tokenizers import text
 
 
@@ -26,7 +26,7 @@ def sentences(path: str | None, count: int, seed: int) -> Iterator[str]:
             lines = iter(open(path, encoding="utf-8"))  # noqa: SIM115  (read once, to its end)
         except OSError as error:
             raise ValueError(f"cannot read {path}: {error.strerror}") from error
-    return (" " + " ".join(line.lower().split()) for line in lines)
+    return map(spelt, lines)
 
 
 def main() -> int:

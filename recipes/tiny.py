@@ -103,7 +103,7 @@ def new_model(cfg: TinyConfig) -> UnifiedModel:
 
     folder = Path(cfg.run_dir) / "text_tokenizer"
     if not (folder / "tokenizer.json").exists():
-        lines = (" " + " ".join(line.lower().split()) for line in text_corpus(20_000, cfg.seed))
+        lines = map(tiny.spelt, text_corpus(20_000, cfg.seed))
         text.train(lines, folder, cfg.text_pieces, tiny.SPECIALS)
     shape = LlamaConfig(
         hidden_size=cfg.backbone.hidden,

@@ -40,6 +40,11 @@ CHAT_TEMPLATE = (
 )
 
 
+def spelt(text: str) -> str:
+    """Text as the model reads it: lower case, single spaces, opening with one."""
+    return " " + " ".join(text.lower().split())
+
+
 class ChatTemplate:
     """Documents as ids and back. `tokens_per_image` ids stand for each picture."""
 
@@ -93,8 +98,7 @@ class ChatTemplate:
 
     def text_ids(self, text: str) -> list[int]:
         """Ids of one run of text; a special token's name typed by a user is text, never the token."""
-        text = " " + " ".join(text.lower().split())
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return self.tokenizer(spelt(text), add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
 def assemble(lm: Any, tokenizer: Any, image_tokenizer: ImageTokenizer, text_size: int) -> UnifiedModel:
