@@ -65,15 +65,16 @@ class TinyConfig(RunConfig):
     length: int = 1024  # positions of a packed row; the longest story fits
     muon: bool = True  # false: AdamW for all weights
     blind: float = 0.1  # share of documents whose text is dropped
-    text_weight: float = 0.3
+    learn_shown: bool = True  # also the pictures that the user shows: a caption says little of what is in their codes
+    text_weight: float = 1.0
 
 
 def config() -> TinyConfig:
     return TinyConfig(
         steps=1_000_000,
         time_limit=4500.0,
-        batch_size=5,
-        optim=OptimConfig(lr=2e-3, warmup=100, weight_decay=0.05, min_ratio=0.02),
+        batch_size=8,
+        optim=OptimConfig(lr=2.5e-3, warmup=100, weight_decay=0.05, min_ratio=0.02, schedule="linear"),
         precision="bf16",
         workers=1,
         log_every=20,
@@ -86,16 +87,19 @@ def config() -> TinyConfig:
 class Documents:
     """Draws a document and lays it out as ids; made anew in each worker, since a font cannot travel."""
 
-    def __init__(self, template: Template, size: int, blind: float) -> None:
+    def __init__(self, template: Template, size: int, blind: float, learn_shown: bool) -> None:
         World(size)  # a missing font is said at once
-        self.template, self.size, self.blind = template, size, blind
+        self.template, self.size, self.blind, self.learn_shown = template, size, blind, learn_shown
         self.chats: Chats | None = None
 
     def __call__(self, rng: np.random.Generator) -> Tokens:
         self.chats = self.chats or Chats(World(self.size))
         document, _ = self.chats(rng)
         draws = any(s.image is not None and s.role == "assistant" for s in document.segments)
-        return self.template.encode(document, blind=draws and rng.random() < self.blind)
+        tokens = self.template.encode(document, blind=draws and rng.random() < self.blind)
+        for start, stop in tokens.spans if self.learn_shown else ():
+            tokens.loss[start:stop] = [True] * (stop - start)
+        return tokens
 
 
 def new_model(cfg: TinyConfig) -> UnifiedModel:
@@ -122,7 +126,7 @@ def build(cfg: TinyConfig) -> Job:
     size = model.image_tokenizer.image_size
     return Job(
         model=model,
-        dataset=PackedRows(Documents(model.template, size, cfg.blind), cfg.length, cfg.seed),
+        dataset=PackedRows(Documents(model.template, size, cfg.blind, cfg.learn_shown), cfg.length, cfg.seed),
         collate=Collate(cfg.length, size),
         objective=Mixture(text_weight=cfg.text_weight),
         optimizer=(lambda model, cfg: MuonAdamW(model, cfg.optim)) if cfg.muon else None,

@@ -33,13 +33,13 @@ DESCRIBE, DETAIL = "describe this picture", "describe this picture in detail"
 EXPAND, JUDGE = "say more: {}", "does this picture show {}?"
 MIXTURE = {
     "draw": 0.47,
-    "describe": 0.13,
+    "describe": 0.16,
     "ask": 0.13,
-    "edit": 0.08,
-    "story": 0.05,
-    "chat": 0.08,
-    "expand": 0.03,
-    "judge": 0.03,
+    "edit": 0.06,
+    "story": 0.04,
+    "chat": 0.07,
+    "expand": 0.02,
+    "judge": 0.05,
 }
 
 
@@ -72,8 +72,8 @@ class Chats:
         scene = self._scene(rng)
         detail = rng.random() < 0.25
         answer = descriptive_caption(scene, rng) if detail else caption(facts(scene))
-        turns = [self._picture(scene), *_turn(DETAIL if detail else DESCRIBE, answer)]
-        return turns + self._questions(scene, rng, int(rng.integers(0, 3)))
+        asked = self._questions(scene, rng, int(rng.integers(0, 3)))  # before the caption, which would give them away
+        return [self._picture(scene), *asked, *_turn(DETAIL if detail else DESCRIBE, answer)]
 
     def ask(self, rng: np.random.Generator) -> list[Segment]:
         scene = self._scene(rng)

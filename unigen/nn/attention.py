@@ -68,11 +68,15 @@ def packed_attention(
     packing: Packing | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """A `transformers` attention function: causal inside each document of `packing`, else scaled dot-product attention.
+    """A `transformers` attention function: causal inside each document of `packing`, else as `attention_mask` says.
 
     Padding attends to nothing and gives zeros. A group's shorter documents are filled up at their end, where causality
     hides the filling from every real query.
     """
+    one = query_BHLE.is_cpu and query_BHLE.shape[2] == 1 and query_BHLE.shape[1] == key_BHLE.shape[1]
+    if packing is None and one and (attention_mask is None or attention_mask.is_floating_point()):
+        scale = query_BHLE.shape[-1] ** -0.5 if scaling is None else scaling
+        return _one_query(query_BHLE, key_BHLE, value_BHLE, attention_mask, scale), None
     if packing is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -93,6 +97,15 @@ def packed_attention(
             )
         output = output.index_copy(0, places_NL[real_NL], mixed.transpose(1, 2)[real_NL])
     return output.unflatten(0, (batch, length)), None
+
+
+def _one_query(q_BH1E: Tensor, k_BHLE: Tensor, v_BHLE: Tensor, mask_B11L: Tensor | None, scale: float) -> Tensor:
+    """softmax(q k^T scale + mask) v, as (B, 1, H, E): on a CPU a step of one query is bound by the number of
+    operations, and torch's own attention takes a dozen small ones, among them a product over all keys."""
+    scores_BH1L = (q_BH1E * scale) @ k_BHLE.transpose(-1, -2)
+    if mask_B11L is not None:
+        scores_BH1L += mask_B11L
+    return (scores_BH1L.softmax(-1) @ v_BHLE).transpose(1, 2)
 
 
 def _causal_attention(q_NHLE: Tensor, k_NHLE: Tensor, v_NHLE: Tensor, scale: float, dropout: float) -> Tensor:

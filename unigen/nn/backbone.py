@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from unigen.nn import llama
 from unigen.nn.attention import Packing, cached_mask, packed_causal_mask, register
 from unigen.nn.few_rows import few_rows_linear
 
@@ -37,7 +38,10 @@ class Backbone(nn.Module):
     def hidden(self, embeds_BLD: Tensor, positions_BL: Tensor, mask: Tensor, cache: SlotCache | None = None) -> Tensor:
         """Hidden states (B, L, D) after the last norm. mask: bool (B, 1, L, K), True where a key may be seen."""
         seen = embeds_BLD.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)  # once, not in every layer
-        output = self.lm.get_decoder()(
+        decoder = self.lm.get_decoder()
+        if cache is not None and llama.fits(decoder):
+            return llama.llama_hidden(decoder, embeds_BLD, positions_BL, seen, cache)
+        output = decoder(
             inputs_embeds=embeds_BLD,
             position_ids=positions_BL,
             attention_mask=seen,
