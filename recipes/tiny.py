@@ -128,7 +128,7 @@ def build(cfg: TinyConfig) -> Job:
         model=model,
         dataset=PackedRows(Documents(model.template, size, cfg.blind, cfg.learn_shown), cfg.length, cfg.seed),
         collate=Collate(cfg.length, size),
-        objective=Mixture(text_weight=cfg.text_weight),
+        objective=Mixture(model.generators, {"next-token": 1.0, "text": cfg.text_weight}),
         optimizer=(lambda model, cfg: MuonAdamW(model, cfg.optim)) if cfg.muon else None,
         sample=sample,
         save=lambda model, folder: model.save(folder),  # type: ignore[attr-defined]

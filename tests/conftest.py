@@ -68,6 +68,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_position_embeddings=256,
         tie_word_embeddings=True,
     )
-    model = tiny.create(config, text.load(folder / "text"), image_tokenizer)
+    writers = ("next-token", "masked")
+    model = tiny.create(config, text.load(folder / "text"), image_tokenizer, writers)
     model.save(folder / "model")
     return folder / "model"

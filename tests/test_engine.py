@@ -127,12 +127,13 @@ def test_pictures_given_and_made_stand_in_one_chat(engine: Engine) -> None:
     [
         (lambda e: e.generate(""), "empty"),
         (lambda e: e.generate("a", "video"), "unknown output"),
-        (lambda e: e.generate("a", generator="flow"), "no generator 'flow': it has next-token"),
+        (lambda e: e.generate("a", generator="flow"), "no generator 'flow': it has masked, next-token"),
         (lambda e: e.generate("a", generator="text"), "no generator"),
         (lambda e: e.generate("a", guidance=float("nan")), "guidance must be"),
         (lambda e: e.generate("a", guidance=[1.0, 2.0]), "one scale"),
         (lambda e: e.generate("a", n=0), "n must be"),
         (lambda e: e.generate("a", max_tokens=0), "at least 1"),
+        (lambda e: e.generate("a", generator="masked", steps=0), "steps must be"),
         (lambda e: e.generate("a dog " * 400), "shorten"),
         (lambda e: e.edit(Image.new("RGB", (4, 4)), " "), "instruction is empty"),
         (lambda _: unigen.load("no-such-model"), "unknown model"),
@@ -180,7 +181,7 @@ def test_a_model_that_has_learnt_one_batch_gives_it_back(tiny_folder: Path) -> N
         [[model.template.encode(d) for d in documents], [model.template.encode(documents[0], blind=True)]], 96, 16
     )
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    objective = Mixture()
+    objective = Mixture(model.generators)
     for _ in range(150):
         losses = objective(model, batch, torch.Generator())
         loss = sum(losses[k][0] / losses[k][1] for k in ("text", "next-token"))

@@ -104,7 +104,7 @@ def documents() -> list[Document]:
 
 def losses(folder: Path, rows: list[list[Tokens]], length: int = 160) -> dict[str, float]:
     model = load(folder)
-    result = Mixture()(model, pack(rows, length, model.image_tokenizer.image_size), torch.Generator())
+    result = Mixture(model.generators)(model, pack(rows, length, model.image_tokenizer.image_size), torch.Generator())
     return {name: float(total) for name, (total, _) in result.items()}
 
 
@@ -124,13 +124,14 @@ def test_packed_loss_is_the_sum_of_the_unpacked(tiny_folder: Path) -> None:
             joined.loss += t.loss
             joined.spans += [(at + a, at + b) for a, b in t.spans]
             joined.images += t.images
+            joined.writers += t.writers
         assert losses(tiny_folder, [[joined]])[name] != pytest.approx(losses(tiny_folder, [tokens])[name], rel=1e-5)
 
 
 def test_counts_are_known_before_the_images(tiny_folder: Path) -> None:
     model = load(tiny_folder)
     batch = pack([[model.template.encode(d) for d in documents()]], 160, 16)
-    objective = Mixture()
+    objective = Mixture(model.generators)
     counted = objective.counts(batch, torch.Generator())
     found = objective(model, batch, torch.Generator())
     assert {name: int(count) for name, (_, count) in found.items()} == {k: int(v) for k, v in counted.items()}

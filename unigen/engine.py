@@ -43,6 +43,8 @@ class Request:
     seed: int
     max_tokens: int
     max_images: int
+    steps: int | None = None
+    fixed: torch.Tensor | None = None
 
 
 @dataclass
@@ -148,12 +150,15 @@ class Engine:
         top_p: float = 1.0,
         max_tokens: int = 256,
         max_images: int = 8,
+        steps: int | None = None,
+        fixed: torch.Tensor | None = None,
     ) -> Request:
         """A checked request.
 
         guidance: scale of classifier-free guidance for pictures, 1 is off. temperature, top_k, top_p: how ids are
         drawn; temperature None is greedy for a text answer, else 0.8.
         max_tokens, max_images: limits of the answer's text and of an interleaved answer's pictures.
+        steps: how many a generator takes that chooses its own number. fixed: codes (h, w) that stay, -1 elsewhere.
         """
         if output not in OUTPUTS:
             raise ValueError(f"unknown output {output!r}: one of {', '.join(OUTPUTS)}")
@@ -162,6 +167,8 @@ class Engine:
             raise ValueError(f"this model has no generator {generator!r}: it has {able}")
         if max_tokens < 1 or max_images < 1:
             raise ValueError("max_tokens and max_images must be at least 1")
+        if steps is not None and steps < 1:
+            raise ValueError(f"steps must be at least 1, not {steps}")
         guidance = Guidance.of(guidance)
         if len(guidance.scales) != 1:
             raise ValueError("this model has two branches of guidance: give one scale")
@@ -176,6 +183,8 @@ class Engine:
             seed=int(seed),
             max_tokens=max_tokens,
             max_images=max_images,
+            steps=steps,
+            fixed=fixed,
         )
 
     # ---------------------------------------------------------------- the loop
@@ -222,19 +231,30 @@ class Engine:
                 if ids:  # a blind branch with something to read begins anew with its span
                     cache.free(slot)
         asked = [row.generator.ask(row.state) for row in rows if row.generator and row.state]
-        inputs = [ids + ask for row, ask in zip(rows, asked, strict=True) for ids in row.unread]
+        inputs = [ids + read.ids for row, read in zip(rows, asked, strict=True) for ids in row.unread]
         slots = [slot for row in rows for slot in row.slots[: row.branches]]
         longest = max(len(ids) for ids in inputs)
         ids_BL = torch.tensor([ids + [0] * (longest - len(ids)) for ids in inputs], device=self.model.device)
-        positions_BL, mask = cache.begin(slots, longest)
-        hidden_BLD = self.model.step(ids_BL, positions_BL, mask, cache)
+        embeds_BLD = self.model.embed(ids_BL)
+        reach = [list(range(longest)) for _ in inputs] if any(read.reach for read in asked) else None
+        at = 0
+        for row, read in zip(rows, asked, strict=True):
+            for b, ids in enumerate(row.unread):
+                begin, end = len(ids), len(ids) + len(read.ids)
+                if read.embeds is not None:
+                    embeds_BLD[at + b, begin:end] = read.embeds
+                if reach and read.reach:
+                    reach[at + b][begin:end] = [begin + last for last in read.reach]
+            at += row.branches
+        positions_BL, mask = cache.begin(slots, longest, torch.tensor(reach) if reach else None)
+        hidden_BLD = self.model.step(embeds_BLD, positions_BL, mask, cache)
 
         groups: dict[int, list[int]] = {}
         hidden: list[list[torch.Tensor]] = []
         at = 0
         for i, row in enumerate(rows):
             ends = [len(inputs[at + b]) for b in range(row.branches)]
-            hidden.append([hidden_BLD[at + b, end - len(asked[i]) : end] for b, end in enumerate(ends)])
+            hidden.append([hidden_BLD[at + b, end - len(asked[i].ids) : end] for b, end in enumerate(ends)])
             at += row.branches
             groups.setdefault(id(row.generator), []).append(i)
         kept = [0] * len(rows)
@@ -277,14 +297,16 @@ class Engine:
         if drew:
             row.images += 1
             if request.output == "interleaved":
-                row.unread = [list(state.pending)]
-                self._begin_text(row, self.model.template.image_end)
+                template = self.model.template
+                clean = row.generator is not None and row.generator.clean
+                row.unread = [list(state.pending) if clean else [template.begins[template.reader], *state.ids]]
+                self._begin_text(row, template.image_end)
         else:
             if state.ids:
                 said = self.model.template.decode(state.ids)
                 row.document.segments.append(Segment(text=said, role="assistant"))
                 row.written += len(state.ids)
-            if state.pending == [self.model.template.begins[request.generator]]:
+            if state.pending and state.pending[0] in self._image_begins:
                 row.unread = [[]]
                 self._begin_image(row)
 
@@ -294,6 +316,11 @@ class Engine:
     def _image_length(self) -> int:
         height, width = self.model.image_tokenizer.grid
         return height * width + 2
+
+    @property
+    def _image_begins(self) -> list[int]:
+        """Whichever way of writing the text announces, the picture is written as the request says."""
+        return [id for name, id in self.model.template.begins.items() if name in self.model.generators]
 
     def _rng(self, row: _Row) -> torch.Generator:
         """Each span draws from a generator of its own, made of the request's seed and the span's number."""
@@ -309,7 +336,11 @@ class Engine:
         row.generator = self.model.generators[request.generator]
         begin = self.model.template.begins[request.generator]
         grid = self.model.image_tokenizer.grid
-        row.state = row.generator.start(Span(begin, request.image, request.guidance, self._rng(row), grid=grid))
+        fixed = request.fixed
+        if fixed is not None:
+            fixed = torch.where(fixed < 0, fixed, self.model.vocabulary.image_ids(fixed))
+        span = Span(begin, request.image, request.guidance, self._rng(row), grid, steps=request.steps, fixed=fixed)
+        row.state = row.generator.start(span)
 
     def _begin_text(self, row: _Row, begin: int) -> None:
         """Text may end in a picture while the answer may have more of them and the context has room for one."""
@@ -320,7 +351,7 @@ class Engine:
         room = self.model.context - used - 1
         stops = [template.turn_end]
         if request.output == "interleaved" and row.images < request.max_images and room > self._image_length + 1:
-            stops.append(template.begins[request.generator])
+            stops += self._image_begins
             room -= self._image_length + 1
         limit = max(1, min(request.max_tokens - row.written, room))
         row.generator = self.model.generators["text"]

@@ -10,6 +10,7 @@ Shapes: B rows, L positions, D width, N images, h x w codes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,13 +25,14 @@ from unigen.tokenizers import ImageTokenizer, save_tokenizer
 
 
 class Template(Protocol):
-    """How a family lays a document out as ids."""
+    """How a family lays a document out as ids. reader: the generator as which finished pictures stand in it."""
 
+    reader: str
     turn_end: int
     image_end: int
     begins: dict[str, int]
 
-    def encode(self, document: Document, *, blind: bool = False) -> Tokens: ...
+    def encode(self, document: Document, *, blind: bool = False, writer: str = "next-token") -> Tokens: ...
 
     def prompt(self, document: Document, *, blind: bool = False) -> Tokens: ...
 
@@ -75,14 +77,31 @@ class UnifiedModel(nn.Module):
         """The most positions a sequence may have."""
         return int(self.backbone.lm.config.get_text_config().max_position_embeddings)
 
-    def hidden(self, batch: Batch) -> Tensor:
-        """Hidden states (B, L, D) of packed rows whose ids are all known (see `fill`)."""
-        embeds_BLD = self.backbone.embed(batch.ids_BL)
-        return self.backbone.packed(embeds_BLD, batch.positions_BL, batch.segments_BL)
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.backbone.embed(ids)
 
-    def step(self, ids_BL: Tensor, positions_BL: Tensor, mask: Tensor, cache: SlotCache) -> Tensor:
+    def hidden(self, batch: Batch, embeds_BLD: Tensor | None = None) -> Tensor:
+        """Hidden states (B, L, D) of packed rows whose ids are all known (see `fill`). embeds_BLD: what is read, where
+        it is not the ids themselves."""
+        embeds_BLD = self.embed(batch.ids_BL) if embeds_BLD is None else embeds_BLD
+        return self.backbone.packed(embeds_BLD, batch.positions_BL, batch.segments_BL, self.reach(batch))
+
+    def reach(self, batch: Batch) -> Tensor | None:
+        """The last position of its row that each position sees (B, L); None where all are causal."""
+        reach_BL = None
+        for name in sorted(set(batch.writers)):
+            offsets = self.generators[name].reach()
+            if offsets is None:
+                continue
+            if reach_BL is None:
+                reach_BL = torch.arange(batch.ids_BL.shape[1], device=batch.ids_BL.device).repeat(len(batch), 1)
+            rows_M1, at_MP = batch.places(batch.written_by(name))
+            reach_BL[rows_M1, at_MP] = at_MP[:, :1] + torch.tensor(offsets, device=at_MP.device)
+        return reach_BL
+
+    def step(self, embeds_BLD: Tensor, positions_BL: Tensor, mask: Tensor, cache: SlotCache) -> Tensor:
         """Hidden states (B, L, D) of what each cached row reads now."""
-        return self.backbone.hidden(self.backbone.embed(ids_BL), positions_BL, mask, cache)
+        return self.backbone.hidden(embeds_BLD, positions_BL, mask, cache)
 
     def logits(self, hidden: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         return self.backbone.logits(hidden, start, stop)
@@ -101,9 +120,8 @@ class UnifiedModel(nn.Module):
             return batch
         ids_NP = self.vocabulary.image_ids(self.codes(batch.images)).flatten(1)
         ids_BL = batch.ids_BL.clone()
-        rows_N1, starts_N1 = batch.spans_N3[:, :1], batch.spans_N3[:, 1:2]
-        ids_BL[rows_N1, starts_N1 + torch.arange(ids_NP.shape[1], device=ids_BL.device)] = ids_NP
-        return Batch(ids_BL, batch.positions_BL, batch.segments_BL, batch.loss_BL, batch.spans_N3, batch.images)
+        ids_BL[batch.places(torch.arange(len(ids_NP)))] = ids_NP
+        return replace(batch, ids_BL=ids_BL)
 
     def read(self, document: Document) -> Document:
         """The document with its pictures as codes, all of them encoded at once."""

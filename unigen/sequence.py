@@ -186,20 +186,23 @@ class Vocabulary:
 
 @dataclass
 class Tokens:
-    """One document as ids. `loss[i]`: id i is a target. `images[k]` fills the ids of `spans[k] = (start, stop)`."""
+    """One document as ids. `loss[i]`: id i is a target. `images[k]` fills the ids of `spans[k] = (start, stop)`, laid out
+    as the generator `writers[k]` writes it."""
 
     ids: list[int] = field(default_factory=list)
     loss: list[bool] = field(default_factory=list)
     spans: list[tuple[int, int]] = field(default_factory=list)
     images: list[Any] = field(default_factory=list)
+    writers: list[str] = field(default_factory=list)
 
     def add(self, ids: Sequence[int], loss: bool = False) -> None:
         self.ids.extend(ids)
         self.loss.extend([loss] * len(ids))
 
-    def add_image(self, image: Any, length: int, loss: bool = False) -> None:
+    def add_image(self, image: Any, length: int, loss: bool = False, writer: str = "next-token") -> None:
         self.spans.append((len(self.ids), len(self.ids) + length))
         self.images.append(image)
+        self.writers.append(writer)
         self.add([0] * length, loss)
 
     def __len__(self) -> int:
@@ -211,7 +214,8 @@ class Batch:
     """Packed rows. Segment id 0 is padding; positions restart with each document; the first id of none is a target.
 
     ids_BL int64; positions_BL int64; segments_BL int64; loss_BL bool (id i is predicted from position i-1);
-    spans_N3 int64: row, start and stop of image n; images: the N pictures, as pixels or codes, in the same order.
+    spans_N3 int64: row, start and stop of image n; images: the N pictures, as pixels or codes, in the same order;
+    writers: the N generators that they are laid out for.
     """
 
     ids_BL: Tensor
@@ -220,9 +224,28 @@ class Batch:
     loss_BL: Tensor
     spans_N3: Tensor
     images: Tensor | None = None
+    writers: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids_BL)
+
+    def written_by(self, name: str) -> Tensor:
+        """Numbers (M,) of the images laid out for this generator."""
+        return torch.tensor([n for n, writer in enumerate(self.writers) if writer == name], dtype=torch.int64)
+
+    def places(self, images_M: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows (M, 1) and positions (M, P) of images whose spans have one length."""
+        spans_M3 = self.spans_N3[images_M.to(self.spans_N3.device)]
+        length = int(spans_M3[0, 2] - spans_M3[0, 1]) if len(spans_M3) else 0
+        return spans_M3[:, :1], spans_M3[:, 1:2] + torch.arange(length, device=spans_M3.device)
+
+    def inside(self, name: str | None = None) -> Tensor:
+        """Which positions (B, L) lie in images: in all of them, or in those of one generator."""
+        inside_BL = torch.zeros_like(self.loss_BL)
+        for (row, start, stop), writer in zip(self.spans_N3.tolist(), self.writers, strict=True):
+            if name in (None, writer):
+                inside_BL[row, start:stop] = True
+        return inside_BL
 
     def to(self, device: torch.device | str) -> Batch:
         moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.__dict__.items()}
@@ -243,6 +266,7 @@ def pack(rows: Sequence[Sequence[Tokens]], length: int, image_size: int) -> Batc
     loss = torch.zeros(len(rows), length, dtype=torch.bool)
     spans: list[tuple[int, int, int]] = []
     images: list[Any] = []
+    writers: list[str] = []
     for b, documents in enumerate(rows):
         at = 0
         for number, tokens in enumerate(documents, start=1):
@@ -255,9 +279,11 @@ def pack(rows: Sequence[Sequence[Tokens]], length: int, image_size: int) -> Batc
             segments[b, at:stop] = number
             spans += [(b, at + first, at + last) for first, last in tokens.spans]
             images += tokens.images
+            writers += tokens.writers
             at = stop
     spans_N3 = torch.tensor(spans, dtype=torch.int64).reshape(-1, 3)
-    return Batch(ids, positions, segments, loss, spans_N3, stack_images(images, image_size) if images else None)
+    stacked = stack_images(images, image_size) if images else None
+    return Batch(ids, positions, segments, loss, spans_N3, stacked, tuple(writers))
 
 
 def stack_images(images: Sequence[Any], size: int) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GemmaConfig, GPT2Config, LlamaConfig, PhiConfig, Qwen3Config
 
-from unigen.nn.attention import Packing, packed_causal_mask
+from unigen.nn.attention import Packing, packed_mask
 from unigen.nn.backbone import Backbone, SlotCache
 
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
@@ -30,7 +30,7 @@ def backbone(name: str) -> Backbone:
 
 def causal(backbone: Backbone, ids_BL: torch.Tensor) -> torch.Tensor:
     positions_BL = torch.arange(ids_BL.shape[1]).expand_as(ids_BL)
-    mask = packed_causal_mask(torch.ones_like(ids_BL))
+    mask = packed_mask(torch.ones_like(ids_BL))
     return backbone.hidden(backbone.embed(ids_BL), positions_BL, mask)
 
 
@@ -81,7 +81,7 @@ def test_packed_attention_equals_the_mask(name: str) -> None:
         if kind == "packed":
             hidden = model.packed(embeds, positions_BL, marks)
         else:
-            hidden = model.hidden(embeds, positions_BL, packed_causal_mask(marks))
+            hidden = model.hidden(embeds, positions_BL, packed_mask(marks))
         hidden[real].square().sum().backward()
         weight = next(p for n, p in model.named_parameters() if n.endswith(("q_proj.weight", "c_attn.weight")))
         return hidden[real], weight.grad.clone()
@@ -94,7 +94,7 @@ def test_packed_attention_equals_the_mask(name: str) -> None:
 
 
 def test_groups_hold_each_real_position_once() -> None:
-    places = torch.cat([p[real] for p, real in Packing(segments()).groups])
+    places = torch.cat([p[real] for p, real, _ in Packing(segments()).groups])
     assert sorted(places.tolist()) == (segments().flatten() > 0).nonzero().flatten().tolist()
 
 

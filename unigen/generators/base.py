@@ -1,13 +1,16 @@
 """What a generator is: one way of writing a segment. The engine drives it, the trainer asks it for its loss.
 
 A span is one segment being written, by one or more branches (for guidance) of the same context. In each step the engine
-asks what every branch reads now, runs the backbone once for all rows, and lets the generator advance.
+asks what every branch reads now, runs the backbone once for all rows, and lets the generator advance. Training mirrors
+it: `prepare` lays out what the backbone reads where the generator writes, `loss` compares what it then says.
+
+Shapes: B rows, L positions, P positions of a picture, D width.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,7 +25,9 @@ class Span:
     """One segment to be written.
 
     begin: the id that opens it, read first by every branch. grid: rows and columns of an image. stops: ids that end a
-    text (an end of turn, or the begin of an image). rng: the span's own randomness.
+    text (an end of turn, or the begin of an image). rng: the span's own randomness. steps: how many the generator may
+    take, None for its default. fixed: ids (h, w) of codes that are given and stay, -1 where the generator
+    writes.
     """
 
     begin: int
@@ -32,6 +37,8 @@ class Span:
     grid: tuple[int, int] | None = None
     stops: tuple[int, ...] = ()
     max_tokens: int = 256
+    steps: int | None = None
+    fixed: Tensor | None = None
 
 
 @dataclass
@@ -44,25 +51,60 @@ class State:
     done: bool = False
 
 
+@dataclass
+class Read:
+    """What every branch of a span reads in one step: ids, or embeddings (L, D) where there are no ids for them.
+
+    reach: the last of these positions that each of them sees; None is causal.
+    """
+
+    ids: list[int]
+    embeds: Tensor | None = None
+    reach: list[int] | None = None
+
+
 class Model(Protocol):
     """What a generator may use of the model."""
 
     vocabulary: Vocabulary
 
+    def embed(self, ids: Tensor) -> Tensor: ...
+
     def logits(self, hidden: Tensor, start: int = 0, stop: int | None = None) -> Tensor: ...
 
 
 class Generator(Protocol):
-    """`name` as users write it. The engine keeps as many of the read positions as `advance` says for each state."""
+    """`name` as users write it."""
 
     name: str
+    clean: bool
+    """Does the cache hold a finished picture as later segments read it? Else the engine reads it again."""
 
-    def loss(self, model: Model, batch: Batch, hidden_BLD: Tensor) -> tuple[Tensor, Tensor]: ...
+    def positions(self) -> int:
+        """How many positions a picture takes after its begin token, in training."""
+        ...
+
+    def reach(self) -> list[int] | None:
+        """The last of a picture's positions that each of them sees; None is causal."""
+        ...
+
+    def prepare(self, model: Model, batch: Batch, embeds_BLD: Tensor, rng: torch.Generator) -> tuple[Tensor, Any]:
+        """The embeddings with what is read where this generator writes, and the targets for `loss`."""
+        ...
+
+    def loss(self, model: Model, batch: Batch, hidden_BLD: Tensor, targets: Any) -> tuple[Tensor, Tensor | int]:
+        """The sum over targets (nats) and their count."""
+        ...
+
+    def count(self, batch: Batch) -> Tensor | int:
+        """The count that `loss` will return, known before the pictures are encoded."""
+        ...
 
     def start(self, span: Span) -> State: ...
 
-    def ask(self, state: State) -> list[int]: ...
+    def ask(self, state: State) -> Read: ...
 
     def advance(self, model: Model, states: list[State], hidden: list[list[Tensor]]) -> list[int]:
-        """hidden[i][b]: (L, D), what branch b of state i has for the ids it asked to read. Returns the kept counts."""
+        """hidden[i][b]: (L, D), what branch b of state i has for what it asked to read. Returns how many of the read
+        positions stay in the cache, for each state."""
         ...

@@ -9,12 +9,13 @@ Shapes: B rows, L positions, D width, T targets, V ids.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from unigen.generators.base import Model, Span, State
+from unigen.generators.base import Model, Read, Span, State
 from unigen.samplers.logits import draw
 from unigen.sequence import Batch
 
@@ -27,7 +28,32 @@ def cross_entropy(model: Model, batch: Batch, hidden_BLD: Tensor, target_BL: Ten
     return total, target_BL.sum()
 
 
-class Text:
+class _Causal(ABC):
+    """What text and codes in raster order share: the ids are read as they are, and each is predicted by the one before."""
+
+    clean = True
+
+    def reach(self) -> list[int] | None:
+        return None
+
+    def prepare(self, model: Model, batch: Batch, embeds_BLD: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        return embeds_BLD, self.targets(batch)
+
+    @abstractmethod
+    def targets(self, batch: Batch) -> Tensor:
+        """The ids (B, L) to be predicted."""
+
+    def loss(self, model: Model, batch: Batch, hidden_BLD: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return cross_entropy(model, batch, hidden_BLD, targets)
+
+    def count(self, batch: Batch) -> Tensor:
+        return self.targets(batch).sum()
+
+    def ask(self, state: State) -> Read:
+        return Read(state.pending)
+
+
+class Text(_Causal):
     """Text pieces until one of the span's stops."""
 
     name = "text"
@@ -36,15 +62,14 @@ class Text:
         self.forbidden = forbidden
         """Specials of the text table that are never written, except a span's stops."""
 
-    def loss(self, model: Model, batch: Batch, hidden_BLD: Tensor) -> tuple[Tensor, Tensor]:
-        text_BL = batch.loss_BL & ~model.vocabulary.is_image(batch.ids_BL)
-        return cross_entropy(model, batch, hidden_BLD, text_BL)
+    def positions(self) -> int:
+        return 0
+
+    def targets(self, batch: Batch) -> Tensor:
+        return batch.loss_BL & ~batch.inside()
 
     def start(self, span: Span) -> State:
         return State(span, pending=[span.begin])
-
-    def ask(self, state: State) -> list[int]:
-        return state.pending
 
     def advance(self, model: Model, states: list[State], hidden: list[list[Tensor]]) -> list[int]:
         last_BD = torch.stack([branches[0][-1] for branches in hidden])
@@ -64,21 +89,23 @@ class Text:
         return [len(branches[0]) for branches in hidden]
 
 
-class NextToken:
+class NextToken(_Causal):
     """The codes of one image, in raster order; guidance mixes the logits of its branches."""
 
     name = "next-token"
 
-    def loss(self, model: Model, batch: Batch, hidden_BLD: Tensor) -> tuple[Tensor, Tensor]:
-        image_BL = batch.loss_BL & model.vocabulary.is_image(batch.ids_BL)
-        return cross_entropy(model, batch, hidden_BLD, image_BL)
+    def __init__(self, grid: tuple[int, int]) -> None:
+        self.grid = grid
+
+    def positions(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    def targets(self, batch: Batch) -> Tensor:
+        return batch.loss_BL & batch.inside(self.name)
 
     def start(self, span: Span) -> State:
         assert span.grid is not None
         return State(span, pending=[span.begin])
-
-    def ask(self, state: State) -> list[int]:
-        return state.pending
 
     def advance(self, model: Model, states: list[State], hidden: list[list[Tensor]]) -> list[int]:
         offset = model.vocabulary.text_size

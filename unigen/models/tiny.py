@@ -10,12 +10,13 @@ Text is lower case and each run opens with a space, so that a word has one spell
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from unigen import hub
 from unigen.generators.base import Generator
+from unigen.generators.masked import Masked
 from unigen.generators.next_token import NextToken, Text
 from unigen.model import UnifiedModel
 from unigen.nn.backbone import Backbone
@@ -23,10 +24,13 @@ from unigen.sequence import Document, Tokens, Vocabulary
 from unigen.tokenizers import ImageTokenizer, load_tokenizer
 from unigen.tokenizers import text as text_tokenizers
 
-USER, ASSISTANT, BOI, EOI, IMAGE, UNCOND = "<user>", "<assistant>", "<boi>", "<eoi>", "<image>", "<uncond>"
+USER, ASSISTANT, BOI, EOI = "<user>", "<assistant>", "<boi>", "<eoi>"
+IMAGE, UNCOND, MASK = "<image>", "<uncond>", "<mask>"
 BEGINS = {"next-token": BOI, "next-scale": "<boi:scale>", "masked": "<boi:masked>", "flow": "<boi:flow>"}
 """Each generator has a begin token of its own, so that one backbone knows which way of writing it is in."""
-SPECIALS = (USER, ASSISTANT, EOI, IMAGE, UNCOND, "<mask>", *BEGINS.values(), "<spare:0>", "<spare:1>")
+READER = "next-token"
+"""The generator as which finished pictures stand in a chat: as codes in raster order."""
+SPECIALS = (USER, ASSISTANT, EOI, IMAGE, UNCOND, MASK, *BEGINS.values(), "<spare:0>", "<spare:1>")
 
 CHAT_TEMPLATE = (
     "{{ '<s>' }}{% for message in messages %}{{ '<user>' if message['role'] == 'user' else '<assistant>' }}"
@@ -46,19 +50,29 @@ def spelt(text: str) -> str:
 
 
 class ChatTemplate:
-    """Documents as ids and back. `tokens_per_image` ids stand for each picture."""
+    """Documents as ids and back. positions: how many stand for a picture, by the generator that writes it."""
 
-    def __init__(self, tokenizer: Any, tokens_per_image: int) -> None:
+    reader = READER
+
+    def __init__(self, tokenizer: Any, positions: Mapping[str, int]) -> None:
         self.tokenizer = tokenizer
-        self.tokens_per_image = tokens_per_image
+        self.positions = dict(positions)
         self.special = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIALS}
         self.start: int = tokenizer.bos_token_id
         self.turn_end: int = tokenizer.eos_token_id
         self.image_end: int = self.special[EOI]
         self.begins: dict[str, int] = {name: self.special[begin] for name, begin in BEGINS.items()}
 
-    def encode(self, document: Document, *, blind: bool = False) -> Tokens:
-        """A whole chat, its last turn ended where the assistant speaks last."""
+    def encode(self, document: Document, *, blind: bool = False, writer: str = READER) -> Tokens:
+        """A whole chat, its last turn ended where the assistant speaks last.
+
+        writer: the generator that writes the assistant's last picture. Where it is not the one that pictures are read
+        back by, the chat ends with that picture, since nothing later would see it as it was written.
+        """
+        if writer != READER:
+            said = [i for i, s in enumerate(document.segments) if s.image is not None and s.role == "assistant"]
+            assert said, "no picture is written in this chat"
+            return self._turns(Document(document.segments[: said[-1] + 1]), blind, writer)
         tokens = self._turns(document, blind)
         if document.segments[-1].role == "assistant":
             tokens.add([self.turn_end], loss=not blind)
@@ -75,11 +89,11 @@ class ChatTemplate:
         """The text of ids, as the user reads it."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
-    def _turns(self, document: Document, blind: bool) -> Tokens:
+    def _turns(self, document: Document, blind: bool, writer: str = READER) -> Tokens:
         tokens = Tokens()
         tokens.add([self.start])
         role = None
-        for segment in document.segments:
+        for number, segment in enumerate(document.segments, start=1):
             if segment.role != role:
                 if role == "assistant":
                     tokens.add([self.turn_end], loss=not blind)
@@ -87,9 +101,12 @@ class ChatTemplate:
                 tokens.add([self.special[USER if role == "user" else ASSISTANT]])
             learnt = role == "assistant"
             if segment.image is not None:
-                tokens.add([self.special[BOI]], loss=learnt and not blind)
-                tokens.add_image(segment.image, self.tokens_per_image, loss=learnt)
-                tokens.add([self.image_end])
+                last = number == len(document.segments)
+                name = writer if last else READER
+                tokens.add([self.begins[name]], loss=learnt and not blind)
+                tokens.add_image(segment.image, self.positions[name], loss=learnt, writer=name)
+                if name == READER:
+                    tokens.add([self.image_end])
             elif blind:
                 tokens.add([self.special[UNCOND]])
             else:
@@ -101,9 +118,13 @@ class ChatTemplate:
         return self.tokenizer(spelt(text), add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
-def assemble(lm: Any, tokenizer: Any, image_tokenizer: ImageTokenizer, text_size: int) -> UnifiedModel:
-    """A model of its parts. The language model's table must hold text_size rows and then one for each image code."""
-    height, width = image_tokenizer.grid
+def assemble(
+    lm: Any, tokenizer: Any, image_tokenizer: ImageTokenizer, text_size: int, writers: Sequence[str] = (READER,)
+) -> UnifiedModel:
+    """A model of its parts. The language model's table must hold text_size rows and then one for each image code.
+
+    writers: the generators of pictures that the model has learnt, or shall learn.
+    """
     vocabulary = Vocabulary(text_size, image_tokenizer.codebook_size)
     rows = lm.get_input_embeddings().weight.shape[0]
     if rows != vocabulary.size:
@@ -112,13 +133,23 @@ def assemble(lm: Any, tokenizer: Any, image_tokenizer: ImageTokenizer, text_size
             f"({image_tokenizer.codebook_size}) need {vocabulary.size}"
         )
     tokenizer.chat_template = CHAT_TEMPLATE
-    template = ChatTemplate(tokenizer, height * width)
-    forbidden = sorted({*tokenizer.all_special_ids, *template.special.values()})
-    generators: dict[str, Generator] = {"text": Text(forbidden), "next-token": NextToken()}
+    grid = image_tokenizer.grid
+    able: dict[str, Generator] = {
+        READER: NextToken(grid),
+        "masked": Masked(grid, tokenizer.convert_tokens_to_ids(MASK)),
+    }
+    unknown = sorted(set(writers) - set(able))
+    if unknown or READER not in writers:
+        raise ValueError(f"a model of this family writes {READER}, and may write masked; not {', '.join(unknown)}")
+    template = ChatTemplate(tokenizer, {name: able[name].positions() for name in writers})
+    text = Text(sorted({*tokenizer.all_special_ids, *template.special.values()}))
+    generators: dict[str, Generator] = {"text": text} | {name: able[name] for name in writers}
     return UnifiedModel("tiny", Backbone(lm), vocabulary, tokenizer, image_tokenizer, template, generators)
 
 
-def create(lm_config: Any, tokenizer: Any, image_tokenizer: ImageTokenizer) -> UnifiedModel:
+def create(
+    lm_config: Any, tokenizer: Any, image_tokenizer: ImageTokenizer, writers: Sequence[str] = (READER,)
+) -> UnifiedModel:
     """A new model with random weights (seed torch first): `lm_config` is any decoder-only `transformers` config."""
     from transformers import AutoModelForCausalLM
 
@@ -126,7 +157,13 @@ def create(lm_config: Any, tokenizer: Any, image_tokenizer: ImageTokenizer) -> U
     lm_config.pad_token_id, lm_config.bos_token_id = tokenizer.pad_token_id, tokenizer.bos_token_id
     lm_config.eos_token_id = tokenizer.eos_token_id
     lm = AutoModelForCausalLM.from_config(lm_config, attn_implementation="sdpa")
-    return assemble(lm, tokenizer, image_tokenizer, len(tokenizer))
+    return assemble(lm, tokenizer, image_tokenizer, len(tokenizer), writers)
+
+
+def teach(model: UnifiedModel, writers: Sequence[str]) -> UnifiedModel:
+    """The same parts as a model that writes pictures in these ways too; training has to follow."""
+    text_size = model.vocabulary.text_size
+    return assemble(model.backbone.lm, model.text_tokenizer, model.image_tokenizer, text_size, writers)
 
 
 def extend(lm: Any, tokenizer: Any, image_tokenizer: ImageTokenizer) -> UnifiedModel:
@@ -156,4 +193,5 @@ def load(folder: Path) -> UnifiedModel:
     if config.tie_word_embeddings:
         state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
     hub.load_strict(lm, state, folder / "model.safetensors")
-    return assemble(lm.float(), tokenizer, image_tokenizer, int(manifest["text_size"]))
+    writers = [name for name in manifest["generators"] if name != "text"]
+    return assemble(lm.float(), tokenizer, image_tokenizer, int(manifest["text_size"]), writers)

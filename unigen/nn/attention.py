@@ -1,5 +1,9 @@
 """Who may look at whom, from what positions are, never from what a model is: masks, and packed attention.
 
+A query sees every earlier position, and those after it up to its reach: itself in text (causal), the last position of
+the image where all of an image is written at once, the last of its scale in next-scale prediction. One number a
+position says all three.
+
 Shapes: B rows, Q queries, L positions, H heads, E head width, N documents. A mask is bool (B, 1, Q, L), True where
 query q may look at key l.
 """
@@ -13,40 +17,44 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 
-def packed_causal_mask(segments_BL: Tensor) -> Tensor:
-    """Causal inside each packed document, nothing across documents; padding (segment 0) looks only at itself."""
-    length = segments_BL.shape[1]
+def packed_mask(segments_BL: Tensor, reach_BL: Tensor | None = None) -> Tensor:
+    """Inside each packed document up to the reach (in positions of the row; None is causal), nothing across documents;
+    padding (segment 0) looks only at itself."""
+    at_L = torch.arange(segments_BL.shape[1], device=segments_BL.device)
+    reach_BL = at_L.expand_as(segments_BL) if reach_BL is None else reach_BL
     same_BLL = segments_BL[:, :, None] == segments_BL[:, None, :]
-    causal_LL = torch.ones(length, length, dtype=torch.bool, device=segments_BL.device).tril()
     padding_BL1 = (segments_BL == 0)[:, :, None]
-    itself_LL = torch.eye(length, dtype=torch.bool, device=segments_BL.device)
-    return torch.where(padding_BL1, itself_LL, same_BLL & causal_LL)[:, None]
+    itself_LL = at_L[:, None] == at_L
+    return torch.where(padding_BL1, itself_LL, same_BLL & (at_L <= reach_BL[:, :, None]))[:, None]
 
 
-def cached_mask(lengths_B: Tensor, queries: int, keys: int) -> Tensor:
-    """Query q of row b stands at lengths[b] + q and sees every key up to itself.
+def cached_mask(lengths_B: Tensor, queries: int, keys: int, reach_BQ: Tensor | None = None) -> Tensor:
+    """Query q of row b stands at lengths[b] + q and sees every key up to lengths[b] + reach[b, q] (None: up to itself).
 
     lengths_B: int64 on the CPU, cached positions of each row before this step. keys: the length of the cache as read.
     """
-    at_BQ = lengths_B[:, None] + torch.arange(queries)
-    return (torch.arange(keys) <= at_BQ[:, :, None])[:, None]
+    last_BQ = lengths_B[:, None] + (torch.arange(queries) if reach_BQ is None else reach_BQ)
+    return (torch.arange(keys) <= last_BQ[:, :, None])[:, None]
 
 
 class Packing:
     """The documents of packed rows in groups of like length, so that attention costs the sum of their squares.
 
     A mask over whole rows computes B L^2 scores and throws most away: with documents of 90 positions in rows of 640
-    that is seven times the work. groups: (places (N, length) into the flattened rows, which of them are real).
+    that is seven times the work. groups: (places (N, length) into the flattened rows, which of them are real, what is
+    hidden (N, 1, length, length), or None where all are causal).
     """
 
-    def __init__(self, segments_BL: Tensor, waste: float = 0.15) -> None:
+    def __init__(self, segments_BL: Tensor, reach_BL: Tensor | None = None, waste: float = 0.15) -> None:
         rows, length = segments_BL.shape
         flat = (segments_BL + torch.arange(rows, device=segments_BL.device)[:, None] * (length + 1)).flatten().cpu()
         _, counts = torch.unique_consecutive(flat, return_counts=True)
         starts = counts.cumsum(0) - counts
         real = segments_BL.flatten().cpu()[starts] > 0
         documents = sorted(zip(counts[real].tolist(), starts[real].tolist(), strict=True), reverse=True)
-        self.groups: list[tuple[Tensor, Tensor]] = []
+        self.groups: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        offset_B1 = torch.arange(rows)[:, None] * length
+        reach = None if reach_BL is None else (reach_BL.cpu() + offset_B1).flatten()
         while documents:
             longest = documents[0][0]
             alike = [d for d in documents if d[0] >= (1 - waste) * longest]
@@ -54,7 +62,12 @@ class Packing:
             sizes, begins = (torch.tensor(column)[:, None] for column in zip(*alike, strict=True))
             within = torch.arange(longest)
             places = begins + torch.minimum(within, sizes - 1)
-            self.groups.append((places.to(segments_BL.device), (within < sizes).to(segments_BL.device)))
+            hidden = None
+            if reach is not None:
+                reach_NL = reach[places] - begins
+                if not torch.equal(reach_NL, torch.minimum(within, sizes - 1)):
+                    hidden = (within > reach_NL[:, :, None])[:, None].to(segments_BL.device)
+            self.groups.append((places.to(segments_BL.device), (within < sizes).to(segments_BL.device), hidden))
 
 
 def packed_attention(
@@ -68,10 +81,10 @@ def packed_attention(
     packing: Packing | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """A `transformers` attention function: causal inside each document of `packing`, else as `attention_mask` says.
+    """A `transformers` attention function: inside each document of `packing`, else as `attention_mask` says.
 
-    Padding attends to nothing and gives zeros. A group's shorter documents are filled up at their end, where causality
-    hides the filling from every real query.
+    Padding attends to nothing and gives zeros. A group's shorter documents are filled up at their end, beyond the reach
+    of every real query.
     """
     one = query_BHLE.is_cpu and query_BHLE.shape[2] == 1 and query_BHLE.shape[1] == key_BHLE.shape[1]
     if packing is None and one and (attention_mask is None or attention_mask.is_floating_point()):
@@ -87,14 +100,13 @@ def packed_attention(
     grouped = key_BHLE.shape[1] != heads
     flat = [x.transpose(1, 2).flatten(0, 1) for x in (query_BHLE, key_BHLE, value_BHLE)]
     output = flat[0].new_zeros(batch * length, heads, width)
-    for places_NL, real_NL in packing.groups:
+    for places_NL, real_NL, hidden_N1LL in packing.groups:
         q, k, v = (x.index_select(0, places_NL.flatten()).unflatten(0, places_NL.shape).transpose(1, 2) for x in flat)
         if query_BHLE.device.type == "cpu" and not grouped:
-            mixed = _causal_attention(q, k, v, scaling or width**-0.5, dropout)
+            mixed = _written_out(q, k, v, hidden_N1LL, scaling or width**-0.5, dropout)
         else:
-            mixed = scaled_dot_product_attention(
-                q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
-            )
+            seen = {"is_causal": True} if hidden_N1LL is None else {"attn_mask": ~hidden_N1LL}
+            mixed = scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling, enable_gqa=grouped, **seen)
         output = output.index_copy(0, places_NL[real_NL], mixed.transpose(1, 2)[real_NL])
     return output.unflatten(0, (batch, length)), None
 
@@ -108,12 +120,15 @@ def _one_query(q_BH1E: Tensor, k_BHLE: Tensor, v_BHLE: Tensor, mask_B11L: Tensor
     return (scores_BH1L.softmax(-1) @ v_BHLE).transpose(1, 2)
 
 
-def _causal_attention(q_NHLE: Tensor, k_NHLE: Tensor, v_NHLE: Tensor, scale: float, dropout: float) -> Tensor:
-    """softmax(q k^T scale) v, written out: on a CPU faster, forward and backward in bf16, than the fused
-    kernel for documents of 90 to 350 positions."""
-    length = q_NHLE.shape[2]
-    future_LL = torch.ones(length, length, dtype=torch.bool, device=q_NHLE.device).triu(1)
-    scores_NHLL = (q_NHLE @ k_NHLE.transpose(-1, -2) * scale).masked_fill(future_LL, -torch.inf)
+def _written_out(
+    q_NHLE: Tensor, k_NHLE: Tensor, v_NHLE: Tensor, hidden: Tensor | None, scale: float, dropout: float
+) -> Tensor:
+    """softmax(q k^T scale) v, causal where nothing else is said: on a CPU faster, forward and backward in bf16, than
+    the fused kernel for documents of 90 to 350 positions."""
+    if hidden is None:
+        length = q_NHLE.shape[2]
+        hidden = torch.ones(length, length, dtype=torch.bool, device=q_NHLE.device).triu(1)
+    scores_NHLL = (q_NHLE @ k_NHLE.transpose(-1, -2) * scale).masked_fill(hidden, -torch.inf)
     weights_NHLL = torch.nn.functional.dropout(scores_NHLL.softmax(-1), dropout)
     return weights_NHLL.to(v_NHLE.dtype) @ v_NHLE
 

@@ -16,7 +16,7 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from unigen.nn import llama
-from unigen.nn.attention import Packing, cached_mask, packed_causal_mask, register
+from unigen.nn.attention import Packing, cached_mask, packed_mask, register
 from unigen.nn.few_rows import few_rows_linear
 
 
@@ -50,14 +50,17 @@ class Backbone(nn.Module):
         )
         return output.last_hidden_state
 
-    def packed(self, embeds_BLD: Tensor, positions_BL: Tensor, segments_BL: Tensor) -> Tensor:
-        """Hidden states (B, L, D) of packed rows: causal inside each document, nothing across documents."""
+    def packed(
+        self, embeds_BLD: Tensor, positions_BL: Tensor, segments_BL: Tensor, reach_BL: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states (B, L, D) of packed rows: up to the reach inside each document (None is causal), nothing across
+        documents."""
         output = self.lm.get_decoder()(
             inputs_embeds=embeds_BLD,
             position_ids=positions_BL,
-            attention_mask=packed_causal_mask(segments_BL[:, :1]),  # not read: `packing` says it all
+            attention_mask=packed_mask(segments_BL[:, :1]),  # not read: `packing` says it all
             use_cache=False,
-            packing=Packing(segments_BL),
+            packing=Packing(segments_BL, reach_BL),
         )
         return output.last_hidden_state
 
@@ -150,14 +153,17 @@ class SlotCache(Cache):
         self.step: _Step
         super().__init__(layers=[_SlotLayer(self) for _ in range(layers)])
 
-    def begin(self, rows: list[int], queries: int) -> tuple[Tensor, Tensor]:
-        """Prepare a step of `queries` positions for these slots: their positions (B, L) and the mask."""
+    def begin(self, rows: list[int], queries: int, reach_BQ: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Prepare a step of `queries` positions for these slots: their positions (B, L) and the mask.
+
+        reach_BQ: the last of the step's positions that each of them sees; None is causal.
+        """
         lengths = self.lengths[rows]
         needed = int(lengths.max()) + queries
         if needed > self.capacity:
             self.capacity = max(needed, 2 * self.capacity, 128)
         self.step = _Step(rows, lengths, queries, self.device)
-        return self.step.at_BL, cached_mask(lengths, queries, self.step.keys).to(self.device)
+        return self.step.at_BL, cached_mask(lengths, queries, self.step.keys, reach_BQ).to(self.device)
 
     def keep(self, rows: list[int], counts: list[int]) -> None:
         for row, count in zip(rows, counts, strict=True):

@@ -45,12 +45,13 @@ def warp(logits_BV: Tensor, sampling: Sampling) -> Tensor:
 
 
 def draw(logits_BV: Tensor, sampling: Sampling, rngs: list[torch.Generator]) -> Tensor:
-    """One id a row, int64 (B,). Row b draws only from its own `rngs[b]`, so a row does not depend on its batch.
-
-    The exponential race: argmax_v p_v / E_v with E_v ~ Exp(1) is a sample of p.
-    """
+    """One id a row, int64 (B,). Row b draws only from its own `rngs[b]`, so a row does not depend on its batch."""
     if sampling.temperature == 0:
         return logits_BV.argmax(dim=-1)
-    weights_BV = warp(logits_BV, sampling).softmax(dim=-1)
-    race_BV = torch.stack([torch.empty(weights_BV.shape[-1]).exponential_(generator=rng) for rng in rngs])
+    race_BV = torch.stack([torch.empty(logits_BV.shape[-1]).exponential_(generator=rng) for rng in rngs])
+    return race(warp(logits_BV, sampling).softmax(dim=-1), race_BV)
+
+
+def race(weights_BV: Tensor, race_BV: Tensor) -> Tensor:
+    """The exponential race: argmax_v p_v / E_v with E_v ~ Exp(1) is a sample of p. int64 (B,)."""
     return (weights_BV / race_BV.to(weights_BV.device)).argmax(dim=-1)

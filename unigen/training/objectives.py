@@ -5,11 +5,13 @@ Shapes: B rows, L positions, D width.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from unigen.generators.base import Generator
 from unigen.model import UnifiedModel
 from unigen.sequence import Batch
 
@@ -18,28 +20,28 @@ class Mixture:
     """The losses of a model's generators on packed documents, each a sum over its own targets (nats) with their count.
 
     loss = sum_g weights[g] * sum_g / count_g, so that a mixture's few text targets are not drowned by its many codes.
+    A generator that writes nothing in a batch has no loss there.
     """
 
-    def __init__(self, generators: tuple[str, ...] = ("next-token", "text"), text_weight: float = 1.0) -> None:
-        self.generators = generators
-        self.weights = {"text": text_weight}
+    def __init__(self, generators: Mapping[str, Generator], weights: Mapping[str, float] | None = None) -> None:
+        """generators: those of the model. weights: of the ones that learn, by name; None: all of them alike."""
+        self.weights = dict.fromkeys(generators, 1.0) if weights is None else dict(weights)
+        self.generators = {name: generators[name] for name in self.weights}
 
     def __call__(self, model: Any, batch: Batch, rng: torch.Generator) -> dict[str, tuple[Tensor, Tensor | int]]:
         assert isinstance(model, UnifiedModel)
         batch = model.fill(batch)
-        hidden_BLD = model.hidden(batch)
+        embeds_BLD = model.embed(batch.ids_BL)
+        targets = {}
+        for name, generator in self.generators.items():
+            embeds_BLD, targets[name] = generator.prepare(model, batch, embeds_BLD, rng)
+        hidden_BLD = model.hidden(batch, embeds_BLD)
         losses: dict[str, tuple[Tensor, Tensor | int]] = {
-            name: model.generators[name].loss(model, batch, hidden_BLD) for name in self.generators
+            name: generator.loss(model, batch, hidden_BLD, targets[name]) for name, generator in self.generators.items()
         }
         losses["metric/tokens"] = ((batch.segments_BL > 0).sum(), 1)
         return losses
 
     def counts(self, batch: Batch, rng: torch.Generator) -> dict[str, Tensor | int]:
         """How many targets each loss has: known from the packed batch, before its images are encoded."""
-        image_BL = torch.zeros_like(batch.loss_BL)
-        for row, start, stop in batch.spans_N3.tolist():
-            image_BL[row, start:stop] = True
-        found: dict[str, Tensor | int] = {"metric/tokens": 1}
-        for name in self.generators:
-            found[name] = (batch.loss_BL & (~image_BL if name == "text" else image_BL)).sum()
-        return found
+        return {"metric/tokens": 1} | {name: g.count(batch) for name, g in self.generators.items()}

@@ -1,0 +1,99 @@
+"""Masked prediction: its schedule against diffusers, its attention, codes that are given."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import unigen
+from unigen.engine import Engine
+from unigen.generators.masked import still_masked
+from unigen.nn.attention import packed_mask
+from unigen.sequence import Document, Segment, pack
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_folder: Path) -> Engine:
+    return unigen.load(str(tiny_folder), device="cpu")
+
+
+@pytest.mark.parametrize("steps", [1, 4, 11, 40])  # not 12: 64 cos(pi/3) is 32, and 31 in diffusers' fp32
+def test_the_schedule_is_diffusers(steps: int) -> None:
+    """As many codes masked after each step as diffusers' aMUSEd scheduler leaves, from a map that is all masked."""
+    from diffusers.schedulers import AmusedScheduler
+
+    codes, mask = 64, 99
+    scheduler = AmusedScheduler(mask_token_id=mask, masking_schedule="cosine")
+    scheduler.set_timesteps(steps, temperature=0)
+    sample, rng = torch.full((1, codes), mask), torch.Generator().manual_seed(0)
+    left = codes
+    for step, t in enumerate(scheduler.timesteps):
+        sample = scheduler.step(torch.randn(1, codes, 32, generator=rng), t, sample, generator=rng).prev_sample
+        left = still_masked(codes, left, step, steps)
+        assert left == int((sample == mask).sum())
+    assert left == 0
+    if steps > 4:  # the control: a linear schedule is another one
+        assert still_masked(codes, codes, 1, steps) != math.floor(codes * (1 - 2 / steps))
+
+
+def test_every_step_writes_something_and_the_last_writes_all() -> None:
+    for unknown in (1, 2, 7, 64):
+        for steps in (1, 3, 100):
+            left = [unknown]
+            while left[-1]:
+                left.append(still_masked(unknown, left[-1], len(left) - 1, steps))
+            assert all(a > b for a, b in zip(left, left[1:], strict=False)) and len(left) - 1 <= max(steps, 1)
+
+
+@torch.inference_mode()
+def test_inside_the_picture_all_see_all(engine: Engine) -> None:
+    """Packed training equals one full mask, and what is read last changes what is said first."""
+    model = engine.model
+    chat = Document([Segment(text="a dog"), Segment(image=torch.tensor([[1, 2], [3, 4]]), role="assistant")])
+    batch = model.fill(pack([[model.template.encode(chat, writer="masked"), model.template.encode(chat)]], 40, 16))
+    hidden_BLD = model.hidden(batch)
+    embeds_BLD = model.embed(batch.ids_BL)
+    mask = packed_mask(batch.segments_BL, model.reach(batch))
+    real = batch.segments_BL > 0
+    full_BLD = model.backbone.hidden(embeds_BLD, batch.positions_BL, mask)
+    torch.testing.assert_close(hidden_BLD[real], full_BLD[real], atol=1e-5, rtol=1e-4)
+    for writer, sees in (("masked", True), ("next-token", False)):
+        [row], at = (x[0] for x in batch.places(batch.written_by(writer)))
+        other = embeds_BLD.clone()
+        other[row, at[-1]] += 1.0
+        moved = model.hidden(batch, other) - hidden_BLD
+        assert bool(moved[row, at[0]].abs().max() > 1e-4) == sees
+        assert moved[row, at[0] - 1].abs().max() < 1e-6  # the begin token never sees the picture
+
+
+def test_given_codes_stay(engine: Engine) -> None:
+    fixed = torch.tensor([[9, -1], [-1, 3]])
+    for seed in range(4):
+        request = engine.request("a dog", "image", generator="masked", fixed=fixed, seed=seed, temperature=2.0)
+        list(engine.run([request]))
+        codes = request.document.segments[-1].image
+        assert codes[0, 0] == 9 and codes[1, 1] == 3 and codes.min() >= 0
+    request = engine.request("a dog", "image", generator="masked", fixed=codes)
+    list(engine.run([request]))
+    assert torch.equal(request.document.segments[-1].image, codes)
+
+
+def test_more_steps_than_codes_are_as_many_as_codes(engine: Engine) -> None:
+    calls = 0
+
+    def counted(*args: object) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return step(*args)
+
+    step, engine.model.step = engine.model.step, counted  # type: ignore[method-assign]
+    try:
+        engine.generate("a dog", generator="masked", steps=50)
+        assert calls == 4
+        engine.generate("a dog", generator="masked", steps=1)
+        assert calls == 5
+    finally:
+        engine.model.step = step  # type: ignore[method-assign]
