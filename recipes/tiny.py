@@ -14,7 +14,7 @@ guidance. Training goes on from a model by `init_from=FOLDER`, which brings its 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -58,12 +58,27 @@ class Backbone:
 
 
 @dataclass
+class Writers:
+    """How pictures are written: the shares among the documents that draw one. A model learns those above 0."""
+
+    next_token: float = 1.0
+    masked: float = 0.0
+
+    def shares(self) -> dict[str, float]:
+        found = {f.name.replace("_", "-"): getattr(self, f.name) for f in fields(self)}
+        if min(found.values()) < 0 or found["next-token"] <= 0:
+            raise ValueError("writers are shares of at least 0, and that of next_token, as which all are read, above 0")
+        return {name: share / sum(found.values()) for name, share in found.items() if share > 0}
+
+
+@dataclass
 class TinyConfig(RunConfig):
     backbone: Backbone = field(default_factory=Backbone)
     image_tokenizer: str = "runs/vq/model"
     text_pieces: int = 1024
     length: int = 1024  # positions of a packed row; the longest story fits
     muon: bool = True  # false: AdamW for all weights
+    writers: Writers = field(default_factory=Writers)
     blind: float = 0.1  # share of documents whose text is dropped
     learn_shown: bool = True  # also the pictures that the user shows: a caption says little of what is in their codes
     text_weight: float = 1.0
@@ -87,16 +102,18 @@ def config() -> TinyConfig:
 class Documents:
     """Draws a document and lays it out as ids; made anew in each worker, since a font cannot travel."""
 
-    def __init__(self, template: Template, size: int, blind: float, learn_shown: bool) -> None:
+    def __init__(self, template: Template, size: int, cfg: TinyConfig) -> None:
         World(size)  # a missing font is said at once
-        self.template, self.size, self.blind, self.learn_shown = template, size, blind, learn_shown
+        self.template, self.size, self.blind, self.learn_shown = template, size, cfg.blind, cfg.learn_shown
+        self.writers, self.shares = zip(*cfg.writers.shares().items(), strict=True)
         self.chats: Chats | None = None
 
     def __call__(self, rng: np.random.Generator) -> Tokens:
         self.chats = self.chats or Chats(World(self.size))
         document, _ = self.chats(rng)
         draws = any(s.image is not None and s.role == "assistant" for s in document.segments)
-        tokens = self.template.encode(document, blind=draws and rng.random() < self.blind)
+        writer = self.writers[int(rng.choice(len(self.shares), p=self.shares))] if draws else self.template.reader
+        tokens = self.template.encode(document, blind=draws and rng.random() < self.blind, writer=writer)
         for start, stop in tokens.spans if self.learn_shown else ():
             tokens.loss[start:stop] = [True] * (stop - start)
         return tokens
@@ -122,13 +139,14 @@ def new_model(cfg: TinyConfig) -> UnifiedModel:
 
 
 def build(cfg: TinyConfig) -> Job:
-    model = load(cfg.init_from) if cfg.init_from else new_model(cfg)
+    shares = cfg.writers.shares()
+    model = tiny.teach(load(cfg.init_from) if cfg.init_from else new_model(cfg), tuple(shares))
     size = model.image_tokenizer.image_size
     return Job(
         model=model,
-        dataset=PackedRows(Documents(model.template, size, cfg.blind, cfg.learn_shown), cfg.length, cfg.seed),
+        dataset=PackedRows(Documents(model.template, size, cfg), cfg.length, cfg.seed),
         collate=Collate(cfg.length, size),
-        objective=Mixture(model.generators, {"next-token": 1.0, "text": cfg.text_weight}),
+        objective=Mixture(model.generators, shares | {"text": cfg.text_weight * shares["next-token"]}),
         optimizer=(lambda model, cfg: MuonAdamW(model, cfg.optim)) if cfg.muon else None,
         sample=sample,
         save=lambda model, folder: model.save(folder),  # type: ignore[attr-defined]

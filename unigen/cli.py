@@ -100,7 +100,8 @@ def sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--temperature", type=number(0), help="1 samples as trained, 0 takes the likeliest")
     group.add_argument("--top-k", type=whole(0), help="sample among the k likeliest tokens; 0 is all")
     group.add_argument("--top-p", type=number(0, 1, open_low=True), help="sample among the likeliest of this mass")
-    group.add_argument("--generator", help="how pictures are written (default: the model's own)")
+    group.add_argument("--generator", help="how pictures are written (default: next-token; see unigen info)")
+    group.add_argument("--steps", type=whole(1), help="in how many steps, where the generator can choose")
 
 
 def generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -162,7 +163,7 @@ def load(args: argparse.Namespace) -> Any:
 
 
 def sampling(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("seed", "guidance", "temperature", "top_k", "top_p", "generator")
+    names = ("seed", "guidance", "temperature", "top_k", "top_p", "generator", "steps")
     return {name: value for name in names if (value := getattr(args, name)) is not None}
 
 

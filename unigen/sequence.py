@@ -186,8 +186,8 @@ class Vocabulary:
 
 @dataclass
 class Tokens:
-    """One document as ids. `loss[i]`: id i is a target. `images[k]` fills the ids of `spans[k] = (start, stop)`, laid out
-    as the generator `writers[k]` writes it."""
+    """One document as ids. `loss[i]`: id i is a target. `images[k]` fills the ids of `spans[k] = (start, stop)`, laid
+    out as the generator `writers[k]` writes it."""
 
     ids: list[int] = field(default_factory=list)
     loss: list[bool] = field(default_factory=list)

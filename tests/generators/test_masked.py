@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,13 @@ from unigen.sequence import Document, Segment, pack
 
 @pytest.fixture(scope="module")
 def engine(tiny_folder: Path) -> Engine:
-    return unigen.load(str(tiny_folder), device="cpu")
+    """Random weights spread so that what is drawn depends on what was read."""
+    engine = unigen.load(str(tiny_folder), device="cpu")
+    rng = torch.Generator().manual_seed(1)
+    for p in engine.model.backbone.parameters():
+        if p.ndim > 1:
+            p.data.normal_(0, 0.3, generator=rng)
+    return engine
 
 
 @pytest.mark.parametrize("steps", [1, 4, 11, 40])  # not 12: 64 cos(pi/3) is 32, and 31 in diffusers' fp32
@@ -67,6 +74,22 @@ def test_inside_the_picture_all_see_all(engine: Engine) -> None:
         moved = model.hidden(batch, other) - hidden_BLD
         assert bool(moved[row, at[0]].abs().max() > 1e-4) == sees
         assert moved[row, at[0] - 1].abs().max() < 1e-6  # the begin token never sees the picture
+
+
+@torch.inference_mode()
+def test_sampling_sees_what_training_sees(engine: Engine) -> None:
+    """One greedy step over the cached prompt is the argmax of one packed forward, later codes being given."""
+    model = engine.model
+    options: dict[str, Any] = {"generator": "masked", "steps": 1, "temperature": 0.0, "guidance": 1.0}
+    for given in ((9, 3), (4, 4), (20, 0), (1, 30)):
+        fixed = torch.tensor([[-1, -1], given])
+        request = engine.request("a blue horse", "image", fixed=fixed, **options)
+        list(engine.run([request]))
+        batch = model.fill(pack([[model.template.encode(request.document, writer="masked")]], 40, 16))
+        [row], at = (x[0] for x in batch.places(batch.written_by("masked")))
+        batch.ids_BL[row, at[:2]] = model.generators["masked"].mask
+        logits = model.logits(model.hidden(batch)[row, at[:2]], model.vocabulary.text_size, model.vocabulary.size)
+        assert logits.argmax(-1).tolist() == request.document.segments[-1].image[0].tolist()
 
 
 def test_given_codes_stay(engine: Engine) -> None:

@@ -29,7 +29,7 @@ def cross_entropy(model: Model, batch: Batch, hidden_BLD: Tensor, target_BL: Ten
 
 
 class _Causal(ABC):
-    """What text and codes in raster order share: the ids are read as they are, and each is predicted by the one before."""
+    """What text and codes in raster order share: ids are read as they are, and each is predicted by the one before."""
 
     clean = True
 
