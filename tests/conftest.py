@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,6 +40,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from transformers import LlamaConfig
 
+    from unigen.generators.next_scale import NextScale
     from unigen.models import tiny
     from unigen.tokenizers import text
     from unigen.tokenizers.vq import VQConfig, VQTokenizer
@@ -48,17 +50,10 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = "a the blue red horse dog apple apples two three on background how many story about witch and raven".split()
     lines = [" " + " ".join(words[i:] + words[:i]) for i in range(len(words))] * 4
     text.train(lines, folder / "text", 304, tiny.SPECIALS)
-    image_tokenizer = VQTokenizer(
-        VQConfig(
-            image_size=16,
-            codes=32,
-            channels=16,
-            decoder_channels=16,
-            wide=16,
-            encoder_blocks=(1, 1),
-            decoder_blocks=(1, 1),
-        )
-    )
+    small: dict[str, Any] = {"image_size": 16, "codes": 32, "channels": 16, "decoder_channels": 16, "wide": 16}
+    small |= {"encoder_blocks": (1, 1), "decoder_blocks": (1, 1)}
+    image_tokenizer = VQTokenizer(VQConfig(**small))
+    scales = VQTokenizer(VQConfig(**small, quantizer="multiscale", scales=(1, 2), code_dim=4))
     config = LlamaConfig(
         hidden_size=32,
         intermediate_size=64,
@@ -68,7 +63,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_position_embeddings=256,
         tie_word_embeddings=True,
     )
-    writers = ("next-token", "masked")
-    model = tiny.create(config, text.load(folder / "text"), image_tokenizer, writers)
+    heads = [NextScale(scales, config.hidden_size)]
+    model = tiny.create(config, text.load(folder / "text"), image_tokenizer, ("next-token", "masked"), heads)
     model.save(folder / "model")
     return folder / "model"

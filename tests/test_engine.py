@@ -127,7 +127,7 @@ def test_pictures_given_and_made_stand_in_one_chat(engine: Engine) -> None:
     [
         (lambda e: e.generate(""), "empty"),
         (lambda e: e.generate("a", "video"), "unknown output"),
-        (lambda e: e.generate("a", generator="flow"), "no generator 'flow': it has masked, next-token"),
+        (lambda e: e.generate("a", generator="flow"), "no generator 'flow': it has masked, next-scale, next-token"),
         (lambda e: e.generate("a", generator="text"), "no generator"),
         (lambda e: e.generate("a", guidance=float("nan")), "guidance must be"),
         (lambda e: e.generate("a", guidance=[1.0, 2.0]), "one scale"),

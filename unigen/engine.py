@@ -24,7 +24,7 @@ from unigen.nn.backbone import SlotCache
 from unigen.nn.few_rows import use_few_rows
 from unigen.samplers.guidance import Guidance
 from unigen.samplers.logits import Sampling
-from unigen.sequence import Document, Segment
+from unigen.sequence import Document, Segment, to_images
 
 Output = Literal["image", "text", "interleaved"]
 OUTPUTS: tuple[Output, ...] = ("image", "text", "interleaved")
@@ -49,7 +49,8 @@ class Request:
 
 @dataclass
 class _Row:
-    """One answer on its way. `unread[b]`: ids that branch b reads before what the generator asks for."""
+    """One answer on its way. `unread[b]`: ids that branch b reads before what the generator asks for. `kept`: how many
+    positions of the span the cache holds."""
 
     request: Request
     document: Document
@@ -60,6 +61,7 @@ class _Row:
     spans: int = 0
     images: int = 0
     written: int = 0
+    kept: int = 0
     shown: str = ""
 
     @property
@@ -200,7 +202,7 @@ class Engine:
         while rows:
             self._step(rows, cache)
             ended = [row for row in rows if row.state and row.state.done]
-            for row, part in self._finish(ended, rows):
+            for row, part in self._finish(ended, rows, cache):
                 yield number[id(row)], part
             rows = [row for row in rows if row.state and not row.state.done]
 
@@ -213,7 +215,7 @@ class Engine:
             row = _Row(request, request.document, list(range(slot, slot + branches)))
             slot += branches
             ids = self.model.ids(self.model.template.prompt(row.document))
-            need = len(ids) + (1 if request.output == "text" else self._image_length)
+            need = len(ids) + (1 if request.output == "text" else self._image_length(request))
             if need > self.model.context:
                 raise ValueError(f"the prompt needs {need} positions, the model has {self.model.context}: shorten it")
             row.unread = [ids]
@@ -268,8 +270,9 @@ class Engine:
         for row, count in zip(rows, kept, strict=True):
             cache.keep(row.slots[: row.branches], [len(ids) + count for ids in row.unread])
             row.unread = [[] for _ in row.unread]
+            row.kept += count
 
-    def _finish(self, ended: list[_Row], rows: list[_Row]) -> Iterator[tuple[_Row, Any]]:
+    def _finish(self, ended: list[_Row], rows: list[_Row], cache: SlotCache) -> Iterator[tuple[_Row, Any]]:
         """Parts of the answer that this step made: text as it comes, and the pictures of the spans that ended."""
         text = self.model.generators["text"]
         for row in rows:
@@ -277,29 +280,34 @@ class Engine:
                 piece = self._new_text(row)
                 if piece:
                     yield row, piece
-        drawn = [row for row in ended if row.generator is not text]
-        pictures: list[Any] = []
-        if drawn:
-            ids = torch.tensor([row.state.ids for row in drawn if row.state], device=self.model.device)
-            codes_Nhw = self.model.vocabulary.codes(ids).unflatten(1, self.model.image_tokenizer.grid)
-            pictures = self.model.pictures(codes_Nhw)
-            for row, codes in zip(drawn, codes_Nhw, strict=True):
-                row.document.segments.append(Segment(image=codes, role="assistant"))
-        for row, picture in zip(drawn, pictures, strict=True):
-            yield row, picture
+        for generator in {id(row.generator): row.generator for row in ended if row.generator is not text}.values():
+            drawn = [row for row in ended if row.generator is generator]
+            assert generator is not None
+            pictures, codes_Nhw = self._pictures(generator, [row.state for row in drawn if row.state])
+            for row, picture, codes_hw in zip(drawn, pictures, codes_Nhw, strict=True):
+                row.document.segments.append(Segment(image=codes_hw, role="assistant"))
+                yield row, picture
         for row in ended:
-            self._go_on(row, drew=row.generator is not text)
+            self._go_on(row, cache, drew=row.generator is not text)
 
-    def _go_on(self, row: _Row, drew: bool) -> None:
-        """Begin the next span of a row whose span has ended, or leave the row done."""
+    def _go_on(self, row: _Row, cache: SlotCache, drew: bool) -> None:
+        """Begin the next span of a row whose span has ended, or leave the row done.
+
+        A picture that the cache does not hold as later segments read it is taken back and read again.
+        """
         state, request = row.state, row.request
         assert state is not None
         if drew:
             row.images += 1
             if request.output == "interleaved":
                 template = self.model.template
-                clean = row.generator is not None and row.generator.clean
-                row.unread = [list(state.pending) if clean else [template.begins[template.reader], *state.ids]]
+                if row.generator is not None and row.generator.clean:
+                    row.unread = [list(state.pending)]
+                else:
+                    cache.keep(row.slots[:1], [-row.kept])
+                    codes_hw = row.document.segments[-1].image
+                    ids = self.model.vocabulary.image_ids(codes_hw).flatten().tolist()
+                    row.unread = [[template.begins[template.reader], *ids]]
                 self._begin_text(row, template.image_end)
         else:
             if state.ids:
@@ -310,12 +318,19 @@ class Engine:
                 row.unread = [[]]
                 self._begin_image(row)
 
+    def _pictures(self, generator: Generator, states: list[State]) -> tuple[list[Any], torch.Tensor]:
+        """Finished pictures, and the codes as which they are read back."""
+        made = generator.pictures(self.model, states)
+        if made.is_floating_point():
+            return to_images(made), self.model.codes(made)
+        return self.model.pictures(made), made.to(self.model.device)
+
     # ---------------------------------------------------------------- spans
 
-    @property
-    def _image_length(self) -> int:
+    def _image_length(self, request: Request) -> int:
+        """Positions that a picture needs, written and read back."""
         height, width = self.model.image_tokenizer.grid
-        return height * width + 2
+        return max(height * width, self.model.generators[request.generator].positions()) + 2
 
     @property
     def _image_begins(self) -> list[int]:
@@ -340,7 +355,7 @@ class Engine:
         if fixed is not None:
             fixed = torch.where(fixed < 0, fixed, self.model.vocabulary.image_ids(fixed))
         span = Span(begin, request.image, request.guidance, self._rng(row), grid, steps=request.steps, fixed=fixed)
-        row.state = row.generator.start(span)
+        row.state, row.kept = row.generator.start(span), 0
 
     def _begin_text(self, row: _Row, begin: int) -> None:
         """Text may end in a picture while the answer may have more of them and the context has room for one."""
@@ -350,9 +365,10 @@ class Engine:
         used = len(self.model.template.prompt(row.document)) + 1
         room = self.model.context - used - 1
         stops = [template.turn_end]
-        if request.output == "interleaved" and row.images < request.max_images and room > self._image_length + 1:
+        picture = self._image_length(request) + 1
+        if request.output == "interleaved" and row.images < request.max_images and room > picture:
             stops += self._image_begins
-            room -= self._image_length + 1
+            room -= picture
         limit = max(1, min(request.max_tokens - row.written, room))
         row.generator = self.model.generators["text"]
         span = Span(begin, request.text, Guidance((1.0,)), self._rng(row), stops=tuple(stops), max_tokens=limit)

@@ -1,7 +1,8 @@
 """The parts of a unified model, and what they do together: ids and pictures in, hidden states and logits out. No loops.
 
 A model folder is a plain `transformers` causal language model (`AutoModelForCausalLM.from_pretrained(folder)` loads it,
-the image codes being further rows of its vocabulary), with `image_tokenizer/` and `unigen.json` beside it.
+the image codes being further rows of its vocabulary), with `image_tokenizer/`, a folder for each generator that has
+weights of its own, and `unigen.json` beside it.
 The file refuses to know: how a segment is written (generators), how a chat is laid out (the family's template).
 
 Shapes: B rows, L positions, D width, N images, h x w codes.
@@ -60,6 +61,7 @@ class UnifiedModel(nn.Module):
         self.image_tokenizer = image_tokenizer
         self.template = template
         self.generators = generators
+        self.heads = nn.ModuleDict({name: g for name, g in generators.items() if isinstance(g, nn.Module)})
         image_tokenizer.requires_grad_(False)
 
     def train(self, mode: bool = True) -> UnifiedModel:
@@ -161,6 +163,10 @@ class UnifiedModel(nn.Module):
             lm.save_pretrained(scratch)
             self.text_tokenizer.save_pretrained(scratch)
             save_tokenizer(self.image_tokenizer, scratch / "image_tokenizer", dtype=dtype)
+            for name, head in self.heads.items():
+                save_tokenizer(head.tokenizer, scratch / name / "tokenizer", dtype=dtype)
+                own = {k: v for k, v in head.state_dict().items() if not k.startswith("tokenizer.")}
+                hub.write_tensors(scratch / name / "model.safetensors", own, dtype)
             save_json(
                 scratch / hub.MANIFEST,
                 {

@@ -81,7 +81,7 @@ class Generator(Protocol):
     """Does the cache hold a finished picture as later segments read it? Else the engine reads it again."""
 
     def positions(self) -> int:
-        """How many positions a picture takes after its begin token, in training."""
+        """How many positions a picture takes after its begin token."""
         ...
 
     def reach(self) -> list[int] | None:
@@ -107,4 +107,8 @@ class Generator(Protocol):
     def advance(self, model: Model, states: list[State], hidden: list[list[Tensor]]) -> list[int]:
         """hidden[i][b]: (L, D), what branch b of state i has for what it asked to read. Returns how many of the read
         positions stay in the cache, for each state."""
+        ...
+
+    def pictures(self, model: Model, states: list[State]) -> Tensor:
+        """Of finished images: codes int64 (N, h, w) of the model's image tokenizer, or pixels float (N, 3, H, W)."""
         ...

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from unigen.generators.base import Model, Read, Span, State
+from unigen.generators.next_token import pictures_of_ids
 from unigen.samplers.logits import race, warp
 from unigen.sequence import Batch
 
@@ -132,3 +133,6 @@ class Masked:
         state.step += 1
         state.done = left == 0
         state.ids = state.ids_P.tolist() if state.done else []
+
+    def pictures(self, model: Model, states: list[State]) -> Tensor:
+        return pictures_of_ids(model, states)

@@ -28,6 +28,13 @@ def cross_entropy(model: Model, batch: Batch, hidden_BLD: Tensor, target_BL: Ten
     return total, target_BL.sum()
 
 
+def pictures_of_ids(model: Model, states: list[State]) -> Tensor:
+    """Codes (N, h, w) of spans whose ids are codes of the model's image tokenizer in raster order."""
+    grid = states[0].span.grid
+    assert grid is not None
+    return model.vocabulary.codes(torch.tensor([state.ids for state in states])).unflatten(1, grid)
+
+
 class _Causal(ABC):
     """What text and codes in raster order share: ids are read as they are, and each is predicted by the one before."""
 
@@ -51,6 +58,9 @@ class _Causal(ABC):
 
     def ask(self, state: State) -> Read:
         return Read(state.pending)
+
+    def pictures(self, model: Model, states: list[State]) -> Tensor:
+        return pictures_of_ids(model, states)
 
 
 class Text(_Causal):

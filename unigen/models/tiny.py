@@ -17,6 +17,7 @@ from typing import Any
 from unigen import hub
 from unigen.generators.base import Generator
 from unigen.generators.masked import Masked
+from unigen.generators.next_scale import NextScale
 from unigen.generators.next_token import NextToken, Text
 from unigen.model import UnifiedModel
 from unigen.nn.backbone import Backbone
@@ -119,11 +120,17 @@ class ChatTemplate:
 
 
 def assemble(
-    lm: Any, tokenizer: Any, image_tokenizer: ImageTokenizer, text_size: int, writers: Sequence[str] = (READER,)
+    lm: Any,
+    tokenizer: Any,
+    image_tokenizer: ImageTokenizer,
+    text_size: int,
+    writers: Sequence[str] = (READER,),
+    heads: Sequence[Any] = (),
 ) -> UnifiedModel:
     """A model of its parts. The language model's table must hold text_size rows and then one for each image code.
 
-    writers: the generators of pictures that the model has learnt, or shall learn.
+    writers: the generators of pictures that the model has learnt, or shall learn, and that need no weights of their
+    own; heads: those that do.
     """
     vocabulary = Vocabulary(text_size, image_tokenizer.codebook_size)
     rows = lm.get_input_embeddings().weight.shape[0]
@@ -137,18 +144,24 @@ def assemble(
     able: dict[str, Generator] = {
         READER: NextToken(grid),
         "masked": Masked(grid, tokenizer.convert_tokens_to_ids(MASK)),
+        **{head.name: head for head in heads},
     }
-    unknown = sorted(set(writers) - set(able))
-    if unknown or READER not in writers:
+    names = [*writers, *(head.name for head in heads if head.name not in writers)]
+    unknown = sorted(set(names) - set(able))
+    if unknown or READER not in names:
         raise ValueError(f"a model of this family writes {READER}, and may write masked; not {', '.join(unknown)}")
-    template = ChatTemplate(tokenizer, {name: able[name].positions() for name in writers})
+    template = ChatTemplate(tokenizer, {name: able[name].positions() for name in names})
     text = Text(sorted({*tokenizer.all_special_ids, *template.special.values()}))
-    generators: dict[str, Generator] = {"text": text} | {name: able[name] for name in writers}
+    generators: dict[str, Generator] = {"text": text} | {name: able[name] for name in names}
     return UnifiedModel("tiny", Backbone(lm), vocabulary, tokenizer, image_tokenizer, template, generators)
 
 
 def create(
-    lm_config: Any, tokenizer: Any, image_tokenizer: ImageTokenizer, writers: Sequence[str] = (READER,)
+    lm_config: Any,
+    tokenizer: Any,
+    image_tokenizer: ImageTokenizer,
+    writers: Sequence[str] = (READER,),
+    heads: Sequence[Any] = (),
 ) -> UnifiedModel:
     """A new model with random weights (seed torch first): `lm_config` is any decoder-only `transformers` config."""
     from transformers import AutoModelForCausalLM
@@ -157,13 +170,13 @@ def create(
     lm_config.pad_token_id, lm_config.bos_token_id = tokenizer.pad_token_id, tokenizer.bos_token_id
     lm_config.eos_token_id = tokenizer.eos_token_id
     lm = AutoModelForCausalLM.from_config(lm_config, attn_implementation="sdpa")
-    return assemble(lm, tokenizer, image_tokenizer, len(tokenizer), writers)
+    return assemble(lm, tokenizer, image_tokenizer, len(tokenizer), writers, heads)
 
 
-def teach(model: UnifiedModel, writers: Sequence[str]) -> UnifiedModel:
+def teach(model: UnifiedModel, writers: Sequence[str], heads: Sequence[Any] = ()) -> UnifiedModel:
     """The same parts as a model that writes pictures in these ways too; training has to follow."""
     text_size = model.vocabulary.text_size
-    return assemble(model.backbone.lm, model.text_tokenizer, model.image_tokenizer, text_size, writers)
+    return assemble(model.backbone.lm, model.text_tokenizer, model.image_tokenizer, text_size, writers, heads)
 
 
 def extend(lm: Any, tokenizer: Any, image_tokenizer: ImageTokenizer) -> UnifiedModel:
@@ -193,5 +206,20 @@ def load(folder: Path) -> UnifiedModel:
     if config.tie_word_embeddings:
         state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
     hub.load_strict(lm, state, folder / "model.safetensors")
+    heads = [
+        load_head(folder / name, config.hidden_size) for name in manifest["generators"] if (folder / name).is_dir()
+    ]
     writers = [name for name in manifest["generators"] if name != "text"]
-    return assemble(lm.float(), tokenizer, image_tokenizer, int(manifest["text_size"]), writers)
+    return assemble(lm.float(), tokenizer, image_tokenizer, int(manifest["text_size"]), writers, heads)
+
+
+def load_head(folder: Path, width: int) -> NextScale:
+    """A generator with weights of its own, saved by `UnifiedModel.save`."""
+    head = NextScale(load_tokenizer(folder / "tokenizer"), width)
+    own = hub.read_tensors(folder / "model.safetensors")
+    hub.load_strict(head, own | head_tokenizer(head), folder / "model.safetensors")
+    return head
+
+
+def head_tokenizer(head: NextScale) -> dict[str, Any]:
+    return {f"tokenizer.{name}": value for name, value in head.tokenizer.state_dict().items()}

@@ -38,11 +38,12 @@ class Guidance:
         """How many branches have to be computed: one where guidance is off."""
         return 1 if all(scale == 1 for scale in self.scales) else len(self.scales) + 1
 
-    def combine(self, predictions: Sequence[Tensor]) -> Tensor:
-        """predictions: one tensor a branch, all of one shape, strongest condition first."""
+    def combine(self, predictions: Sequence[Tensor], strength: float = 1.0) -> Tensor:
+        """predictions: one tensor a branch, all of one shape, strongest condition first. strength: the share of the
+        guidance that counts, from 0 (scales of 1) to 1, for generators that raise it on the way."""
         assert len(predictions) == self.branches
         result = predictions[-1]
         if len(predictions) > 1:
             for scale, strong, weak in zip(self.scales, predictions, predictions[1:], strict=False):
-                result = result + scale * (strong - weak)
+                result = result + (1 + (scale - 1) * strength) * (strong - weak)
         return result

@@ -159,6 +159,10 @@ class VectorQuantizer(Quantizer):
         if self.revive_every and rng is not None and int(self.steps) % self.revive_every == 0:
             self.revive(channels_last(z_BDhw).reshape(-1, self.dim), rng)
 
+    def errors(self, z_ND: Tensor) -> Tensor:
+        """Squared distance of features (N, D) from the codebook."""
+        return 2 - 2 * (z_ND @ self.table().T).amax(-1)
+
     @torch.no_grad()
     def revive(self, z_ND: Tensor, rng: torch.Generator) -> int:
         """Give the dead codes new places among the features (N, D); returns how many were dead."""
@@ -166,7 +170,7 @@ class VectorQuantizer(Quantizer):
         count = min(int(dead_K.sum()), len(z_ND))
         if count == 0:
             return 0
-        error_N = (2 - 2 * (z_ND @ self.table().T).amax(-1)).clamp_min(0) + 1e-6
+        error_N = self.errors(z_ND).clamp_min(0) + 1e-6
         picks = torch.multinomial(error_N.cpu(), count, generator=rng).to(z_ND.device)
         rows_nD = z_ND[picks].to(self.codebook.dtype)
         if dist.is_available() and dist.is_initialized():

@@ -1,8 +1,8 @@
-"""The VQ image tokenizer: a small convolutional autoencoder around a quantizer (VQ, FSQ or LFQ).
+"""The VQ image tokenizer: a small convolutional autoencoder around a quantizer (VQ, FSQ, LFQ or multi-scale VQ).
 
-Pictures (B, 3, H, W) in [-1, 1] <-> codes (B, H/8, W/8). Fully convolutional: sides need only divide by 8;
-`image_size` says what it was trained on. Knows no losses but the quantizer's, no data and no files
-(`unigen.tokenizers.save_tokenizer`). Trained by recipes/tiny_vq.py.
+Pictures (B, 3, H, W) in [-1, 1] <-> codes (B, H/8, W/8), or (B, P), all scales in a row. Fully convolutional: sides
+need only divide by 8 (multi-scale: be those it was trained on); `image_size` says what it was trained on. Knows no
+losses but the quantizer's, no data and no files (`unigen.tokenizers.save_tokenizer`). Trained by recipes/tiny_vq.py.
 
 Shapes: B batch, C=3 channels, H W pixels, D code dimension, h w grid of codes.
 """
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from unigen.config import from_dict, to_dict
 from unigen.nn.conv import STRIDE, Decoder, Encoder
+from unigen.tokenizers.multiscale_vq import MultiscaleQuantizer
 from unigen.tokenizers.quantize import FiniteScalar, LookupFree, Quantizer, VectorQuantizer
 
 
@@ -26,10 +27,11 @@ class VQConfig:
     """Everything that defines the network. ValueError for values that cannot work."""
 
     image_size: int = 64  # pixels along a side
-    quantizer: str = "vq"  # "vq" | "fsq" | "lfq"
+    quantizer: str = "vq"  # "vq" | "fsq" | "lfq" | "multiscale"
     codes: int = 1024  # size of the codebook (vq, lfq: a power of two)
     code_dim: int = 8  # channels of a code (vq)
     levels: tuple[int, ...] = (8, 5, 5, 5)  # fsq: the number of codes is the product
+    scales: tuple[int, ...] = (1, 2, 3, 4, 6, 8)  # multiscale: sides of the token maps, the last that of the grid
     beta: float = 0.25  # commitment
     entropy: float = 0.0  # weight of the entropy term (vq, lfq)
     revive_every: int = 10  # training steps between revivals of dead codes (vq); 0 = never
@@ -42,12 +44,14 @@ class VQConfig:
     attention: bool = True  # one attention over the 1/8 map on each side
 
     def __post_init__(self) -> None:
-        for name in ("levels", "encoder_blocks", "decoder_blocks"):
+        for name in ("levels", "scales", "encoder_blocks", "decoder_blocks"):
             object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON gives lists
         if self.image_size <= 0 or self.image_size % STRIDE:
             raise ValueError(f"image_size must be a positive multiple of {STRIDE}, got {self.image_size}")
-        if self.quantizer not in ("vq", "fsq", "lfq"):
-            raise ValueError(f"quantizer must be vq, fsq or lfq, got {self.quantizer!r}")
+        if self.quantizer not in ("vq", "fsq", "lfq", "multiscale"):
+            raise ValueError(f"quantizer must be vq, fsq, lfq or multiscale, got {self.quantizer!r}")
+        if self.quantizer == "multiscale" and (not self.scales or self.scales[-1] != self.image_size // STRIDE):
+            raise ValueError(f"scales must end at the grid's side {self.image_size // STRIDE}, got {self.scales}")
         if self.codes < 2 or self.code_dim < 1:
             raise ValueError(f"codes must be at least 2 and code_dim at least 1, got {self.codes} and {self.code_dim}")
         if self.quantizer == "lfq" and self.codes & (self.codes - 1):
@@ -69,6 +73,9 @@ class VQConfig:
             return FiniteScalar(self.levels)
         if self.quantizer == "lfq":
             return LookupFree(self.codes.bit_length() - 1, self.beta, self.entropy)
+        if self.quantizer == "multiscale":
+            options = (self.beta, self.revive_every, self.dead_below)
+            return MultiscaleQuantizer(self.codes, self.code_dim, self.scales, *options)
         return VectorQuantizer(self.codes, self.code_dim, self.beta, self.entropy, self.revive_every, self.dead_below)
 
 

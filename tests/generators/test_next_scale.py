@@ -1,0 +1,112 @@
+"""Next-scale prediction: the cache of scales against teacher forcing, the reach of a scale, guidance that grows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from unigen.engine import Engine
+from unigen.generators.next_scale import NextScale
+from unigen.models import load, tiny
+from unigen.nn.attention import packed_mask
+from unigen.samplers.guidance import Guidance
+from unigen.sequence import Document, Segment, pack
+from unigen.tokenizers.vq import VQConfig, VQTokenizer
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_folder: Path) -> Engine:
+    """Three scales of 1, 4 and 16 codes; random weights spread so that what is drawn depends on what was read."""
+    torch.manual_seed(0)
+    small: dict[str, Any] = {"channels": 16, "decoder_channels": 16, "wide": 16}
+    small |= {"encoder_blocks": (1, 1), "decoder_blocks": (1, 1)}
+    scales = VQTokenizer(
+        VQConfig(image_size=32, codes=32, code_dim=4, quantizer="multiscale", scales=(1, 2, 4), **small)
+    )
+    known = load(tiny_folder)
+    model = tiny.teach(known, ("next-token",), [NextScale(scales.eval(), known.backbone.width)]).eval()
+    for module in (model.backbone, model.heads["next-scale"].into, model.heads["next-scale"].out):
+        for p in module.parameters():
+            if p.ndim > 1:
+                torch.nn.init.normal_(p, 0.0, 0.3)
+    return Engine(model)
+
+
+def chat() -> Document:
+    pixels = np.random.default_rng(1).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    return Document([Segment(text="a blue horse"), Segment(image=pixels, role="assistant")])
+
+
+@torch.inference_mode()
+def test_the_cache_of_scales_equals_teacher_forcing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = engine.model
+    head = model.heads["next-scale"]
+    written: list[Tensor] = []
+
+    def pictures(model: Any, states: list[Any]) -> Tensor:
+        written.extend(torch.cat(state.codes) for state in states)
+        return torch.zeros(len(states), 3, 32, 32)
+
+    monkeypatch.setattr(head, "pictures", pictures)
+    list(engine.run([engine.request("a blue horse", "image", generator="next-scale", temperature=0.0, guidance=1.0)]))
+    assert len(written[0]) == 1 + 4 + 16 and written[0].unique().numel() > 4
+    monkeypatch.setattr(head.tokenizer, "encode", lambda pixels: written[0][None])
+    batch = pack([[model.template.encode(chat(), writer="next-scale")]], 64, 32)
+    logits: list[Tensor] = []
+    hook = head.out.register_forward_hook(lambda module, inputs, output: logits.append(output))
+    embeds_BLD, targets = head.prepare(model, batch, model.embed(batch.ids_BL), torch.Generator())
+    head.loss(model, batch, model.hidden(batch, embeds_BLD), targets)
+    hook.remove()
+    assert torch.equal(logits[0].argmax(-1), written[0])
+
+
+@torch.inference_mode()
+def test_a_scale_sees_itself_and_those_before(engine: Engine) -> None:
+    model = engine.model
+    batch = pack([[model.template.encode(chat(), writer="next-scale")]], 64, 32)
+    rng = torch.Generator()
+    embeds_BLD, _ = model.heads["next-scale"].prepare(model, batch, model.embed(batch.ids_BL), rng)
+    hidden_BLD = model.hidden(batch, embeds_BLD)
+    full_BLD = model.backbone.hidden(embeds_BLD, batch.positions_BL, packed_mask(batch.segments_BL, model.reach(batch)))
+    real = batch.segments_BL > 0
+    torch.testing.assert_close(hidden_BLD[real], full_BLD[real], atol=1e-5, rtol=1e-4)
+    [row], at = (x[0] for x in batch.places(batch.written_by("next-scale")))
+    second, third = at[:4], at[4:]
+    for moved, same, other in ((second[-1], at[:1] - 1, at), (third[-1], second, third)):
+        changed = embeds_BLD.clone()
+        changed[row, moved] += 1.0
+        difference = (model.hidden(batch, changed) - hidden_BLD)[row].abs().amax(-1)
+        assert difference[same].max() < 1e-6 and difference[other].min() > 1e-6
+
+
+def test_guidance_grows_with_the_scales(engine: Engine) -> None:
+    """VAR: logits = (1 + t) c - t u with t = cfg k / (K - 1), cfg being our scale less 1."""
+    c, u = torch.randn(2, 5).unbind()
+    for k, t in ((0, 0.0), (1, 1.5), (2, 3.0)):
+        torch.testing.assert_close(Guidance((4.0,)).combine([c, u], k / 2), (1 + t) * c - t * u)
+    seen: list[float] = []
+
+    class Watching(Guidance):
+        def combine(self, predictions: Any, strength: float = 1.0) -> Tensor:
+            seen.append(strength)
+            return super().combine(predictions, strength)
+
+    request = engine.request("a dog", "image", generator="next-scale")
+    request.guidance = Watching((3.0,))
+    list(engine.run([request]))
+    assert seen == [0.0, 0.5, 1.0]
+
+
+def test_it_needs_pixels_and_a_first_scale_of_one(engine: Engine) -> None:
+    model = engine.model
+    codes = Document([Segment(text="a dog"), Segment(image=torch.zeros(4, 4, dtype=torch.int64), role="assistant")])
+    batch = pack([[model.template.encode(codes, writer="next-scale")]], 64, 32)
+    with pytest.raises(ValueError, match="learns from pixels"):
+        model.heads["next-scale"].prepare(model, batch, model.embed(batch.ids_BL), torch.Generator())
+    with pytest.raises(ValueError, match="first scale is 1"):
+        NextScale(VQTokenizer(VQConfig(image_size=32, quantizer="multiscale", scales=(2, 4))), 8)

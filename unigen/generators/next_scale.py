@@ -1,0 +1,146 @@
+"""Next-scale prediction: an image as token maps of growing side, all codes of a scale at once (VAR).
+
+    p(r_1 .. r_K) = prod_k p(r_k | r_<k, context),   loss = - mean over all codes of log p
+
+Tian et al. 2024 (arXiv 2404.02905), section 3.2, inside a language model: the begin token predicts the one code of the
+first scale; the positions of scale k read the picture that scales 1..k-1 make, at the side of scale k, and predict its
+codes (no shift), each seeing its whole scale and all before it. Guidance grows with the scales, from none to its full
+strength. The multi-scale tokenizer is part of the generator, as are the maps into and out of the backbone.
+The file refuses to know: templates, caches, how a tokenizer is trained.
+
+Shapes: M images, K scales, n_k codes of scale k, P = n_2 + .. + n_K positions, B rows, L positions of a row, C code
+dimension, D width, V codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unigen.generators.base import Model, Read, Span, State
+from unigen.samplers.logits import draw
+from unigen.sequence import Batch
+
+Targets = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass
+class ScaleState(State):
+    """seen_1Chw: the picture so far, f_hat; codes: those written (n_k,), scale by scale; read: what comes next."""
+
+    seen_1Chw: Tensor = field(default_factory=lambda: torch.empty(0))
+    codes: list[Tensor] = field(default_factory=list)
+    read_LD: Tensor | None = None
+
+
+class NextScale(nn.Module):
+    """The codes of one image, scale by scale."""
+
+    name = "next-scale"
+    clean = False
+
+    def __init__(self, tokenizer: Any, width: int) -> None:
+        """tokenizer: a `VQTokenizer` with the multi-scale quantizer, whose first scale is one code."""
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.tokenizer.requires_grad_(False)
+        quantizer = tokenizer.quantizer
+        if quantizer.scales[0] != 1:
+            raise ValueError(f"next-scale needs a tokenizer whose first scale is 1, not {quantizer.scales[0]}")
+        self.lengths: list[int] = quantizer.lengths
+        self.into = nn.Linear(quantizer.dim, width)
+        self.scale = nn.Embedding(len(self.lengths), width)
+        self.place = nn.Embedding(sum(self.lengths), width)
+        self.out = nn.Linear(width, quantizer.size)
+        for embedding in (self.scale, self.place):
+            nn.init.normal_(embedding.weight, std=0.02)
+        numbers = torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))
+        self.register_buffer("numbers", numbers, persistent=False)
+        self.numbers: Tensor
+
+    def train(self, mode: bool = True) -> NextScale:
+        """The tokenizer is frozen, whatever the mode."""
+        super().train(mode)
+        self.tokenizer.eval()
+        return self
+
+    def positions(self) -> int:
+        return sum(self.lengths[1:])
+
+    def reach(self) -> list[int] | None:
+        last, ends = -1, []
+        for length in self.lengths[1:]:
+            last += length
+            ends += [last] * length
+        return ends
+
+    def embed(self, maps_MPC: Tensor, first: int) -> Tensor:
+        """What the backbone reads for maps of positions first.. of all scales: their vectors, scale and place."""
+        at = slice(first, first + maps_MPC.shape[1])
+        return self.into(maps_MPC) + self.scale(self.numbers[at]) + self.place.weight[at]
+
+    # ---------------------------------------------------------------- training
+
+    def prepare(self, model: Model, batch: Batch, embeds_BLD: Tensor, rng: torch.Generator) -> tuple[Tensor, Targets]:
+        images_M = batch.written_by(self.name)
+        rows_M1, at_MP = batch.places(images_M)
+        if not len(images_M):
+            return embeds_BLD, (rows_M1, at_MP, at_MP)
+        assert batch.images is not None
+        pixels = batch.images[images_M.to(batch.images.device)]
+        if not pixels.is_floating_point():
+            raise ValueError("next-scale learns from pixels, and this batch holds codes of another tokenizer")
+        codes_MP = self.tokenizer.encode(pixels.to(self.place.weight.device))
+        with torch.no_grad(), torch.autocast(embeds_BLD.device.type, enabled=False):
+            maps_MPC = self.tokenizer.quantizer.inputs(codes_MP)
+        read_MPD = self.embed(maps_MPC, self.lengths[0]).to(embeds_BLD.dtype)
+        return embeds_BLD.index_put((rows_M1, at_MP), read_MPD), (rows_M1, at_MP, codes_MP)
+
+    def loss(self, model: Model, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> tuple[Tensor, int]:
+        rows_M1, at_MP, codes_MP = targets
+        at_MP = torch.cat([at_MP[:, :1] - 1, at_MP], 1) if len(at_MP) else at_MP
+        logits = self.out(hidden_BLD[rows_M1, at_MP].flatten(0, 1)).float()
+        total = nn.functional.cross_entropy(logits, codes_MP.flatten(), reduction="sum")
+        return total, self.count(batch)
+
+    def count(self, batch: Batch) -> int:
+        return len(batch.written_by(self.name)) * sum(self.lengths)
+
+    # ---------------------------------------------------------------- sampling
+
+    def start(self, span: Span) -> State:
+        return ScaleState(span, [], seen_1Chw=self.tokenizer.quantizer.empty(1))
+
+    def ask(self, state: State) -> Read:
+        assert isinstance(state, ScaleState)
+        if state.read_LD is None:
+            return Read([state.span.begin])
+        length = len(state.read_LD)
+        return Read([0] * length, embeds=state.read_LD, reach=[length - 1] * length)
+
+    def advance(self, model: Model, states: list[State], hidden: list[list[Tensor]]) -> list[int]:
+        """All that was read stays in the cache: a scale sees the scales before it."""
+        counts = []
+        for state, branches in zip(states, hidden, strict=True):
+            assert isinstance(state, ScaleState)
+            k = len(state.codes)
+            split = self.out(torch.stack(branches)).float()
+            # VAR: logits = (1 + t) c - t u with t = (s - 1) k / (K - 1)
+            logits_NV = state.span.guidance.combine(list(split), k / max(len(self.lengths) - 1, 1))
+            codes_N = draw(logits_NV, state.span.sampling, [state.span.rng] * len(logits_NV))
+            state.codes.append(codes_N)
+            quantizer = self.tokenizer.quantizer
+            state.seen_1Chw = quantizer.grow(state.seen_1Chw.to(codes_N.device), codes_N[None], k)
+            state.done = k + 1 == len(self.lengths)
+            if not state.done:
+                maps_1NC = quantizer.shrink(state.seen_1Chw, k + 1).flatten(2).transpose(1, 2)
+                state.read_LD = self.embed(maps_1NC, sum(self.lengths[: k + 1]))[0]
+            counts.append(len(branches[0]))
+        return counts
+
+    def pictures(self, model: Model, states: list[State]) -> Tensor:
+        codes_MP = torch.stack([torch.cat(state.codes) for state in states if isinstance(state, ScaleState)])
+        return self.tokenizer.decode(codes_MP)

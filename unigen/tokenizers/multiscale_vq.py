@@ -1,0 +1,169 @@
+"""The multi-scale residual quantizer of next-scale prediction: a picture as token maps of growing side.
+
+    for scale k of side n_k:   z_k = nearest code of area_down(f - f_hat, n_k)
+                               f_hat += phi_k(bicubic_up(e[z_k], h))         phi(x) = (x + conv3x3(x)) / 2
+    loss = mean over k of |sg(f_hat_k) - f|^2 beta + |f_hat_k - sg(f)|^2
+
+Tian et al. 2024 (VAR, arXiv 2404.02905), algorithms 1 and 2, with one codebook shared by all scales and a few phi
+shared by neighbouring scales; dead codes are revived as in `VectorQuantizer`, which VAR leaves out. What scale k+1
+reads is the whole picture so far, area_down(f_hat_k, n_(k+1)), never the last map alone.
+It knows nothing of pictures, networks, optimizers or files; it stands in `VQTokenizer` like the other quantizers.
+
+Shapes: B batch, D code dimension, h w grid, K scales, n_k side of scale k, P = sum of n_k^2 positions, V codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unigen.tokenizers.quantize import Quantized, VectorQuantizer, channels_last, straight_through
+
+
+class Phi(nn.Conv2d):
+    """(1 - share) x + share conv3x3(x): what bicubic enlarging cannot say (VAR, section 3.2)."""
+
+    def __init__(self, dim: int, share: float = 0.5) -> None:
+        super().__init__(dim, dim, 3, padding=1)
+        self.share = share
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input * (1 - self.share) + super().forward(input) * self.share
+
+
+class MultiscaleQuantizer(VectorQuantizer):
+    """codes (B, P), the scales one after the other. scales: growing sides, the last the side of the grid.
+
+    ValueError for scales that do not grow. phis: how many different phi the scales share.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        dim: int,
+        scales: Sequence[int],
+        beta: float = 0.25,
+        revive_every: int = 10,
+        dead_below: float = 0.05,
+        momentum: float = 0.99,
+        phis: int = 4,
+    ) -> None:
+        if not scales or min(scales) < 1 or any(a >= b for a, b in zip(scales, scales[1:], strict=False)):
+            raise ValueError(f"scales must be growing sides of at least 1, got {tuple(scales)}")
+        super().__init__(size, dim, beta, 0.0, revive_every, dead_below, momentum)
+        self.scales = tuple(scales)
+        self.lengths = [side * side for side in self.scales]
+        self.phis = nn.ModuleList(Phi(dim) for _ in range(phis))
+
+    # ---------------------------------------------------------------- one scale
+
+    def phi(self, k: int) -> nn.Module:
+        """The phi whose tick is nearest to the scale's share of the way, the first of two equally near.
+
+        VAR's ticks for n phi: linspace(a, 1 - a, n) with a = 1/(3n) for its own n of 4, else 1/(2n).
+        """
+        count = len(self.phis)
+        margin = 1 / (3 * count) if count == 4 else 1 / (2 * count)
+        ticks = torch.linspace(margin, 1 - margin, count, dtype=torch.float64)
+        return self.phis[int((ticks - k / max(len(self.scales) - 1, 1)).abs().argmin())]
+
+    def grow(self, seen_BDhw: Tensor, codes_Bn: Tensor, k: int) -> Tensor:
+        """f_hat after scale k: what was seen before and the scale's codes (B, n_k^2)."""
+        side = self.scales[k]
+        map_BDnn = F.embedding(codes_Bn, self.table()).transpose(1, 2).unflatten(2, (side, side))
+        if side != seen_BDhw.shape[-1]:
+            map_BDnn = F.interpolate(map_BDnn, size=seen_BDhw.shape[-2:], mode="bicubic")
+        return seen_BDhw + self.phi(k)(map_BDnn)
+
+    def shrink(self, f_BDhw: Tensor, k: int) -> Tensor:
+        """A map at the side of scale k."""
+        side = self.scales[k]
+        return f_BDhw if side == f_BDhw.shape[-1] else F.interpolate(f_BDhw, size=(side, side), mode="area")
+
+    def empty(self, batch: int) -> Tensor:
+        """f_hat before the first scale."""
+        side = self.scales[-1]
+        return self.codebook.new_zeros(batch, self.dim, side, side, dtype=torch.float32)
+
+    # ---------------------------------------------------------------- the interface
+
+    def prepare(self, z_BDhw: Tensor) -> Tensor:
+        return z_BDhw.float()
+
+    def table(self) -> Tensor:
+        """The codebook (V, D): vectors of any length, since residuals shrink."""
+        return self.codebook.float()
+
+    def nearest(self, z_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """(squared distance to the nearest code, its number) of each vector."""
+        table_VD = self.table().detach()
+        best = (table_VD.square().sum(-1) - 2 * z_ND @ table_VD.T).min(-1)
+        return z_ND.square().sum(-1) + best.values, best.indices
+
+    def errors(self, z_ND: Tensor) -> Tensor:
+        return self.nearest(z_ND)[0]
+
+    def walk(self, f_BDhw: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Scale by scale: the codes (B, n_k^2), what they stand for (B n_k^2, D), and f_hat after them."""
+        seen_BDhw = torch.zeros_like(f_BDhw)
+        codes, wanted, seen = [], [], []
+        for k in range(len(self.scales)):
+            z_ND = channels_last(self.shrink(f_BDhw - seen_BDhw.detach(), k)).reshape(-1, self.dim)
+            codes_Bn = self.nearest(z_ND)[1].unflatten(0, (len(f_BDhw), -1))
+            seen_BDhw = self.grow(seen_BDhw, codes_Bn, k)
+            codes.append(codes_Bn)
+            wanted.append(z_ND)
+            seen.append(seen_BDhw)
+        return codes, wanted, seen
+
+    def codes(self, z_BDhw: Tensor) -> Tensor:
+        """Features (B, D, h, w) -> codes (B, P), int64."""
+        return torch.cat(self.walk(z_BDhw)[0], 1)
+
+    def vectors(self, codes_BP: Tensor) -> Tensor:
+        """Codes of all scales, or of the first few, (B, P) -> f_hat (B, D, h, w), fp32."""
+        self.check(codes_BP)
+        seen_BDhw = self.empty(len(codes_BP))
+        for k, codes_Bn in enumerate(self.split(codes_BP)):
+            seen_BDhw = self.grow(seen_BDhw, codes_Bn, k)
+        return seen_BDhw
+
+    def split(self, codes_BP: Tensor) -> list[Tensor]:
+        """The codes of each scale there is; ValueError where a scale is cut."""
+        total, lengths = 0, []
+        for length in self.lengths:
+            if total == codes_BP.shape[1]:
+                break
+            lengths.append(length)
+            total += length
+        if total != codes_BP.shape[1]:
+            raise ValueError(f"{codes_BP.shape[1]} codes do not make whole scales of {self.lengths}")
+        return list(codes_BP.split(lengths, 1))
+
+    def inputs(self, codes_BP: Tensor) -> Tensor:
+        """What scales 2..K read in training, (B, P - n_1^2, D): the picture so far at the side of each scale."""
+        seen_BDhw = self.empty(len(codes_BP))
+        maps = []
+        for k, codes_Bn in enumerate(self.split(codes_BP)[:-1]):
+            seen_BDhw = self.grow(seen_BDhw, codes_Bn, k)
+            maps.append(self.shrink(seen_BDhw, k + 1).flatten(2).transpose(1, 2))
+        return torch.cat(maps, 1) if maps else seen_BDhw.new_zeros(len(codes_BP), 0, self.dim)
+
+    def forward(self, z_BDhw: Tensor, rng: torch.Generator | None = None) -> Quantized:
+        with torch.autocast(z_BDhw.device.type, enabled=False):
+            f_BDhw = self.prepare(z_BDhw)
+            codes, wanted, seen = self.walk(f_BDhw.detach())
+            learning = self.training and torch.is_grad_enabled()
+            n = f_BDhw.numel() // self.dim
+            share = 1 / len(self.scales)
+            codebook = sum(((s - f_BDhw.detach()).square().sum() for s in seen), start=f_BDhw.new_zeros(())) * share
+            commit = sum(((s.detach() - f_BDhw).square().sum() for s in seen), start=f_BDhw.new_zeros(())) * share
+            codes_BP = torch.cat(codes, 1)
+            if learning:
+                self.observe(torch.cat(wanted)[:, :, None, None], rng)
+                self.count(codes_BP)
+            losses = {"codebook": (codebook, n), "commit": (self.beta * commit, n)}
+            return Quantized(straight_through(f_BDhw, seen[-1]), codes_BP, losses)
