@@ -28,6 +28,7 @@ from unigen.data.packing import Collate, PackedRows
 from unigen.data.stories import text_corpus
 from unigen.data.world import World
 from unigen.engine import Engine
+from unigen.generators.next_scale import NextScale
 from unigen.model import Template, UnifiedModel
 from unigen.models import load, tiny
 from unigen.sequence import Tokens
@@ -63,6 +64,7 @@ class Writers:
 
     next_token: float = 1.0
     masked: float = 0.0
+    next_scale: float = 0.0  # needs scale_tokenizer, unless init_from has one
 
     def shares(self) -> dict[str, float]:
         found = {f.name.replace("_", "-"): getattr(self, f.name) for f in fields(self)}
@@ -75,6 +77,7 @@ class Writers:
 class TinyConfig(RunConfig):
     backbone: Backbone = field(default_factory=Backbone)
     image_tokenizer: str = "runs/vq/model"
+    scale_tokenizer: str | None = None  # folder of a multi-scale tokenizer
     text_pieces: int = 1024
     length: int = 1024  # positions of a packed row; the longest story fits
     muon: bool = True  # false: AdamW for all weights
@@ -140,7 +143,10 @@ def new_model(cfg: TinyConfig) -> UnifiedModel:
 
 def build(cfg: TinyConfig) -> Job:
     shares = cfg.writers.shares()
-    model = tiny.teach(load(cfg.init_from) if cfg.init_from else new_model(cfg), tuple(shares))
+    model = load(cfg.init_from) if cfg.init_from else new_model(cfg)
+    torch.manual_seed(cfg.seed)
+    heads = [NextScale(load_tokenizer(cfg.scale_tokenizer), model.backbone.width)] if cfg.scale_tokenizer else []
+    model = tiny.teach(model, tuple(shares), heads)
     size = model.image_tokenizer.image_size
     return Job(
         model=model,
@@ -154,13 +160,17 @@ def build(cfg: TinyConfig) -> Job:
 
 
 def sample(model: nn.Module, step: int, folder: Path) -> None:
-    """Two rows of pictures, guided, one column a prompt; and what the model says of the upper row."""
+    """Guided pictures, one column a prompt, two rows a way of writing; and what the model says of the uppermost row."""
     assert isinstance(model, UnifiedModel)
     engine = Engine(model)
-    count = len(PROMPTS)
-    pictures = engine.generate_batch(PROMPTS * 2, [0] * count + [1] * count)
-    side = pictures[0].width
-    grid = Image.new("RGB", (count * side, 2 * side))
+    rows = [(name, seed) for name in engine.info()["generators"] for seed in (0, 1)]
+    pictures = [
+        picture
+        for name, seed in rows
+        for picture in engine.generate_batch(PROMPTS, [seed] * len(PROMPTS), generator=name)
+    ]
+    count, side = len(PROMPTS), pictures[0].width
+    grid = Image.new("RGB", (count * side, len(rows) * side))
     for i, picture in enumerate(pictures):
         grid.paste(picture, (i % count * side, i // count * side))
     grid.resize((grid.width * 2, grid.height * 2), Image.Resampling.NEAREST).save(folder / f"{step:06d}.png")

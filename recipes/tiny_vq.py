@@ -12,8 +12,9 @@
 It knows where pictures come from and which losses are on; the losses are unigen/training/vq_objective.py, the network
 unigen/tokenizers/vq.py. Options: `loss.gan=0.5`, `loss.feature=1 features=FOLDER` (a scene detector, but not the
 one that evaluates: a judge that one trains against is no judge), `loss.lpips=1 lpips=FILE`, `model.quantizer=fsq`,
-`model.image_size=96`; `init_from=FOLDER freeze_codes=true` betters the decoder alone: models trained on the codes stay
-valid.
+`model.image_size=96`. `model.quantizer=multiscale model.code_dim=16` trains the tokenizer of next-scale prediction, and
+--evaluate adds its health scale by scale. `init_from=FOLDER freeze_codes=true` betters the decoder alone: models
+trained on the codes stay valid.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ from unigen.data.scenes import World, sample_scene
 from unigen.nn.conv import to_uint8
 from unigen.nn.perceptual import LPIPS
 from unigen.tokenizers import load_tokenizer, save_tokenizer
-from unigen.tokenizers.measure import evaluate_tokenizer
+from unigen.tokenizers.measure import evaluate_scales, evaluate_tokenizer
+from unigen.tokenizers.multiscale_vq import MultiscaleQuantizer
 from unigen.tokenizers.vq import VQConfig, VQTokenizer
 from unigen.training.trainer import Job, Trainer
 from unigen.training.vq_objective import VQLossConfig, VQObjective, VQTraining
@@ -165,7 +167,12 @@ def evaluate(folder: str | Path, count: int, grid: str | None = None) -> dict[st
     batch = collate([pictures[i] for i in range(count)])
     if grid:
         save_grid(tokenizer, batch["pixels"][:32], Path(grid))
-    return evaluate_tokenizer(tokenizer, batch["pixels"], batch["masks"])
+    figures = evaluate_tokenizer(tokenizer, batch["pixels"], batch["masks"])
+    if isinstance(tokenizer.quantizer, MultiscaleQuantizer):
+        for scale in evaluate_scales(tokenizer, batch["pixels"]):
+            side = int(scale.pop("side"))
+            figures |= {f"{side}x{side} {name}": value for name, value in scale.items()}
+    return figures
 
 
 def ablate(steps: int, count: int, overrides: list[str]) -> list[dict[str, Any]]:
@@ -176,6 +183,7 @@ def ablate(steps: int, count: int, overrides: list[str]) -> list[dict[str, Any]]
         "lfq": ["model.quantizer=lfq", "model.entropy=0.1"],
         "vq + gan": ["loss.gan=0.5", f"loss.gan_start={steps // 3}"],
         "vq without revival": ["model.revive_every=0"],
+        "multi-scale": ["model.quantizer=multiscale", "model.code_dim=16"],
     }
     if any(override.startswith("features=") for override in overrides):
         variants["vq + feature loss"] = ["loss.feature=1"]
@@ -217,10 +225,11 @@ def main() -> int:
         if options.evaluate:
             figures = evaluate(options.evaluate, options.count, options.grid)
             rows: list[dict[str, Any]] = [
-                {"name": name, "value": value, "unit": UNITS.get(name, "")} for name, value in figures.items()
+                {"name": name, "value": value, "unit": UNITS.get(name.split()[-1], "")}
+                for name, value in figures.items()
             ]
             for row in rows:
-                print(f"{row['name']:14} {row['value']:9.3f} {row['unit']}")
+                print(f"{row['name']:16} {row['value']:9.3f} {row['unit']}")
         else:
             rows = ablate(options.ablate, options.count, options.override)
         if options.json:

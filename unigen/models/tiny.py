@@ -147,9 +147,8 @@ def assemble(
         **{head.name: head for head in heads},
     }
     names = [*writers, *(head.name for head in heads if head.name not in writers)]
-    unknown = sorted(set(names) - set(able))
-    if unknown or READER not in names:
-        raise ValueError(f"a model of this family writes {READER}, and may write masked; not {', '.join(unknown)}")
+    if unknown := sorted(set(names) - set(able)):
+        raise ValueError(f"{', '.join(unknown)}: no way of writing, or one that needs weights of its own (its head)")
     template = ChatTemplate(tokenizer, {name: able[name].positions() for name in names})
     text = Text(sorted({*tokenizer.all_special_ids, *template.special.values()}))
     generators: dict[str, Generator] = {"text": text} | {name: able[name] for name in names}
@@ -175,8 +174,9 @@ def create(
 
 def teach(model: UnifiedModel, writers: Sequence[str], heads: Sequence[Any] = ()) -> UnifiedModel:
     """The same parts as a model that writes pictures in these ways too; training has to follow."""
-    text_size = model.vocabulary.text_size
-    return assemble(model.backbone.lm, model.text_tokenizer, model.image_tokenizer, text_size, writers, heads)
+    parts = model.backbone.lm, model.text_tokenizer, model.image_tokenizer, model.vocabulary.text_size
+    names = [name for name in dict.fromkeys([*model.generators, *writers]) if name != "text"]
+    return assemble(*parts, names, list((dict(model.heads) | {head.name: head for head in heads}).values()))
 
 
 def extend(lm: Any, tokenizer: Any, image_tokenizer: ImageTokenizer) -> UnifiedModel:

@@ -8,6 +8,7 @@ Shapes: B batch, C=3 channels, H W pixels in [-1, 1], masks (B, 1, H, W) with 1 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,3 +53,28 @@ def evaluate_tokenizer(
         "perplexity": float(perplexity(count_K / count_K.sum())),
         "pictures": float(len(x_BCHW)),
     }
+
+
+@torch.no_grad()
+def evaluate_scales(tokenizer: Any, x_BCHW: Tensor, batch: int = 100) -> list[dict[str, float]]:
+    """The health of a multi-scale tokenizer, scale by scale: side of the token map, usage, dead codes and perplexity of
+    the codes of this scale, and psnr of pictures decoded from the scales up to it. VAR's issues ask for these."""
+    quantizer = tokenizer.quantizer
+    count_KV = torch.zeros(len(quantizer.scales), quantizer.size)
+    error_K = torch.zeros(len(quantizer.scales), dtype=torch.float64)
+    for x in x_BCHW.split(batch):
+        parts = quantizer.split(tokenizer.encode(x))
+        for k, codes in enumerate(parts):
+            count_KV[k] += torch.bincount(codes.reshape(-1), minlength=quantizer.size).cpu()
+            y = tokenizer.decode(torch.cat(parts[: k + 1], 1))
+            error_K[k] += float((y - x).square().sum()) / 4
+    return [
+        {
+            "side": float(side),
+            "usage": float((count_V > 0).float().mean()),
+            "dead": float((count_V == 0).sum()),
+            "perplexity": float(perplexity(count_V / count_V.sum())),
+            "psnr": psnr(float(error) / x_BCHW.numel()),
+        }
+        for side, count_V, error in zip(quantizer.scales, count_KV, error_K, strict=True)
+    ]
