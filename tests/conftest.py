@@ -40,9 +40,11 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from transformers import LlamaConfig
 
+    from unigen.generators.flow import Flow, FlowConfig
     from unigen.generators.next_scale import NextScale
     from unigen.models import tiny
     from unigen.tokenizers import text
+    from unigen.tokenizers.kl import KLConfig, KLTokenizer
     from unigen.tokenizers.vq import VQConfig, VQTokenizer
 
     torch.manual_seed(0)
@@ -63,7 +65,9 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_position_embeddings=256,
         tie_word_embeddings=True,
     )
-    heads = [NextScale(scales, config.hidden_size)]
+    latents = KLTokenizer(KLConfig(image_size=16, channels=(16, 16), latents=4))
+    flow = Flow(latents, config.hidden_size, FlowConfig(layers=2, heads=2, head_dim=16, context=16))
+    heads = [NextScale(scales, config.hidden_size), flow]
     model = tiny.create(config, text.load(folder / "text"), image_tokenizer, ("next-token", "masked"), heads)
     model.save(folder / "model")
     return folder / "model"

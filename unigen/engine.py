@@ -24,6 +24,7 @@ from unigen.nn.backbone import SlotCache
 from unigen.nn.few_rows import use_few_rows
 from unigen.samplers.guidance import Guidance
 from unigen.samplers.logits import Sampling
+from unigen.samplers.ode import SAMPLERS
 from unigen.sequence import Document, Segment, to_images
 
 Output = Literal["image", "text", "interleaved"]
@@ -44,13 +45,15 @@ class Request:
     max_tokens: int
     max_images: int
     steps: int | None = None
+    sampler: str | None = None
     fixed: torch.Tensor | None = None
 
 
 @dataclass
 class _Row:
     """One answer on its way. `unread[b]`: ids that branch b reads before what the generator asks for. `kept`: how many
-    positions of the span the cache holds."""
+    positions of the span the cache holds. `seen`: by slot, the states of all that was read, where a generator wants
+    them."""
 
     request: Request
     document: Document
@@ -63,6 +66,7 @@ class _Row:
     written: int = 0
     kept: int = 0
     shown: str = ""
+    seen: dict[int, list[torch.Tensor]] = field(default_factory=dict)
 
     @property
     def branches(self) -> int:
@@ -153,6 +157,7 @@ class Engine:
         max_tokens: int = 256,
         max_images: int = 8,
         steps: int | None = None,
+        sampler: str | None = None,
         fixed: torch.Tensor | None = None,
     ) -> Request:
         """A checked request.
@@ -160,7 +165,8 @@ class Engine:
         guidance: scale of classifier-free guidance for pictures, 1 is off. temperature, top_k, top_p: how ids are
         drawn; temperature None is greedy for a text answer, else 0.8.
         max_tokens, max_images: limits of the answer's text and of an interleaved answer's pictures.
-        steps: how many a generator takes that chooses its own number. fixed: codes (h, w) that stay, -1 elsewhere.
+        steps: how many a generator takes that chooses its own number; sampler: of a flow.
+        fixed: codes (h, w) that stay, -1 elsewhere.
         """
         if output not in OUTPUTS:
             raise ValueError(f"unknown output {output!r}: one of {', '.join(OUTPUTS)}")
@@ -169,6 +175,8 @@ class Engine:
             raise ValueError(f"this model has no generator {generator!r}: it has {able}")
         if max_tokens < 1 or max_images < 1:
             raise ValueError("max_tokens and max_images must be at least 1")
+        if sampler is not None and sampler not in SAMPLERS:
+            raise ValueError(f"unknown sampler {sampler!r}: one of {', '.join(SAMPLERS)}")
         if steps is not None and steps < 1:
             raise ValueError(f"steps must be at least 1, not {steps}")
         guidance = Guidance.of(guidance)
@@ -186,6 +194,7 @@ class Engine:
             max_tokens=max_tokens,
             max_images=max_images,
             steps=steps,
+            sampler=sampler,
             fixed=fixed,
         )
 
@@ -232,6 +241,7 @@ class Engine:
             for slot, ids in zip(row.slots[1:], row.unread[1:], strict=False):
                 if ids:  # a blind branch with something to read begins anew with its span
                     cache.free(slot)
+                    row.seen.pop(slot, None)
         asked = [row.generator.ask(row.state) for row in rows if row.generator and row.state]
         inputs = [ids + read.ids for row, read in zip(rows, asked, strict=True) for ids in row.unread]
         slots = [slot for row in rows for slot in row.slots[: row.branches]]
@@ -255,8 +265,8 @@ class Engine:
         hidden: list[list[torch.Tensor]] = []
         at = 0
         for i, row in enumerate(rows):
-            ends = [len(inputs[at + b]) for b in range(row.branches)]
-            hidden.append([hidden_BLD[at + b, end - len(asked[i].ids) : end] for b, end in enumerate(ends)])
+            states = [hidden_BLD[at + b, : len(inputs[at + b])] for b in range(row.branches)]
+            hidden.append(self._shown(row, states, len(asked[i].ids)))
             at += row.branches
             groups.setdefault(id(row.generator), []).append(i)
         kept = [0] * len(rows)
@@ -271,6 +281,16 @@ class Engine:
             cache.keep(row.slots[: row.branches], [len(ids) + count for ids in row.unread])
             row.unread = [[] for _ in row.unread]
             row.kept += count
+
+    def _shown(self, row: _Row, states: list[torch.Tensor], asked: int) -> list[torch.Tensor]:
+        """What the row's generator gets of each branch: the states of what it asked for, or of all that was read."""
+        assert row.generator is not None
+        if self.model.generators[row.request.generator].context:
+            for slot, states_LD in zip(row.slots, states, strict=False):
+                row.seen.setdefault(slot, []).append(states_LD)
+        if row.generator.context:
+            return [torch.cat(row.seen[slot]) for slot, _ in zip(row.slots, states, strict=False)]
+        return [states_LD[len(states_LD) - asked :] for states_LD in states]
 
     def _finish(self, ended: list[_Row], rows: list[_Row], cache: SlotCache) -> Iterator[tuple[_Row, Any]]:
         """Parts of the answer that this step made: text as it comes, and the pictures of the spans that ended."""
@@ -305,6 +325,8 @@ class Engine:
                     row.unread = [list(state.pending)]
                 else:
                     cache.keep(row.slots[:1], [-row.kept])
+                    if row.generator is not None and row.generator.context:
+                        row.seen[row.slots[0]][-1] = row.seen[row.slots[0]][-1][: -row.kept]
                     codes_hw = row.document.segments[-1].image
                     ids = self.model.vocabulary.image_ids(codes_hw).flatten().tolist()
                     row.unread = [[template.begins[template.reader], *ids]]
@@ -354,7 +376,8 @@ class Engine:
         fixed = request.fixed
         if fixed is not None:
             fixed = torch.where(fixed < 0, fixed, self.model.vocabulary.image_ids(fixed))
-        span = Span(begin, request.image, request.guidance, self._rng(row), grid, steps=request.steps, fixed=fixed)
+        span = Span(begin, request.image, request.guidance, self._rng(row), grid, fixed=fixed)
+        span.steps, span.sampler = request.steps, request.sampler
         row.state, row.kept = row.generator.start(span), 0
 
     def _begin_text(self, row: _Row, begin: int) -> None:

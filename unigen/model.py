@@ -117,12 +117,13 @@ class UnifiedModel(nn.Module):
         return self.image_tokenizer.encode(images.to(weight.device, weight.dtype))
 
     def fill(self, batch: Batch) -> Batch:
-        """The batch with the ids of its images put where they belong."""
-        if batch.images is None:
+        """The batch with the ids of its images put where they belong, except where a head writes them its own way."""
+        images_M = torch.tensor([n for n, writer in enumerate(batch.writers) if writer not in self.heads])
+        if batch.images is None or not len(images_M):
             return batch
-        ids_NP = self.vocabulary.image_ids(self.codes(batch.images)).flatten(1)
+        ids_MP = self.vocabulary.image_ids(self.codes(batch.images[images_M.to(batch.images.device)])).flatten(1)
         ids_BL = batch.ids_BL.clone()
-        ids_BL[batch.places(torch.arange(len(ids_NP)))] = ids_NP
+        ids_BL[batch.places(images_M)] = ids_MP
         return replace(batch, ids_BL=ids_BL)
 
     def read(self, document: Document) -> Document:
@@ -167,6 +168,7 @@ class UnifiedModel(nn.Module):
                 save_tokenizer(head.tokenizer, scratch / name / "tokenizer", dtype=dtype)
                 own = {k: v for k, v in head.state_dict().items() if not k.startswith("tokenizer.")}
                 hub.write_tensors(scratch / name / "model.safetensors", own, dtype)
+                save_json(scratch / name / "config.json", head.config())
             save_json(
                 scratch / hub.MANIFEST,
                 {

@@ -39,6 +39,7 @@ class Span:
     max_tokens: int = 256
     steps: int | None = None
     fixed: Tensor | None = None
+    sampler: str | None = None
 
 
 @dataclass
@@ -79,6 +80,8 @@ class Generator(Protocol):
     name: str
     clean: bool
     """Does the cache hold a finished picture as later segments read it? Else the engine reads it again."""
+    context: bool
+    """Does `advance` want the states of all that was read before, not only of what was asked?"""
 
     def positions(self) -> int:
         """How many positions a picture takes after its begin token."""
@@ -105,8 +108,8 @@ class Generator(Protocol):
     def ask(self, state: State) -> Read: ...
 
     def advance(self, model: Model, states: list[State], hidden: list[list[Tensor]]) -> list[int]:
-        """hidden[i][b]: (L, D), what branch b of state i has for what it asked to read. Returns how many of the read
-        positions stay in the cache, for each state."""
+        """hidden[i][b]: (L, D), what branch b of state i has for what it asked to read, or with `context` for all that
+        it has read. Returns how many of the positions asked for stay in the cache, for each state."""
         ...
 
     def pictures(self, model: Model, states: list[State]) -> Tensor:

@@ -54,7 +54,7 @@ class Masked:
     """The codes of one image by masked prediction."""
 
     name = "masked"
-    clean = False
+    clean, context = False, False
 
     def __init__(self, grid: tuple[int, int], mask: int, steps: int = STEPS, choice: float = CHOICE) -> None:
         """mask: the id that stands for a masked code."""

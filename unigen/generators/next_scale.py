@@ -40,7 +40,7 @@ class NextScale(nn.Module):
     """The codes of one image, scale by scale."""
 
     name = "next-scale"
-    clean = False
+    clean, context = False, False
 
     def __init__(self, tokenizer: Any, width: int) -> None:
         """tokenizer: a `VQTokenizer` with the multi-scale quantizer, whose first scale is one code."""
@@ -66,6 +66,9 @@ class NextScale(nn.Module):
         super().train(mode)
         self.tokenizer.eval()
         return self
+
+    def config(self) -> dict[str, Any]:
+        return {}
 
     def positions(self) -> int:
         return sum(self.lengths[1:])

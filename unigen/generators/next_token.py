@@ -38,7 +38,7 @@ def pictures_of_ids(model: Model, states: list[State]) -> Tensor:
 class _Causal(ABC):
     """What text and codes in raster order share: ids are read as they are, and each is predicted by the one before."""
 
-    clean = True
+    clean, context = True, False
 
     def reach(self) -> list[int] | None:
         return None

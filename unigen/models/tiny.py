@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from unigen import hub
+from unigen.config import from_dict
 from unigen.generators.base import Generator
+from unigen.generators.flow import Flow, FlowConfig
 from unigen.generators.masked import Masked
 from unigen.generators.next_scale import NextScale
 from unigen.generators.next_token import NextToken, Text
@@ -213,13 +215,15 @@ def load(folder: Path) -> UnifiedModel:
     return assemble(lm.float(), tokenizer, image_tokenizer, int(manifest["text_size"]), writers, heads)
 
 
-def load_head(folder: Path, width: int) -> NextScale:
-    """A generator with weights of its own, saved by `UnifiedModel.save`."""
-    head = NextScale(load_tokenizer(folder / "tokenizer"), width)
-    own = hub.read_tensors(folder / "model.safetensors")
-    hub.load_strict(head, own | head_tokenizer(head), folder / "model.safetensors")
+def load_head(folder: Path, width: int) -> Any:
+    """A generator with weights of its own, saved by `UnifiedModel.save`; the folder has its name."""
+    tokenizer, config = load_tokenizer(folder / "tokenizer"), hub.read_json(folder / "config.json")
+    if folder.name == Flow.name:
+        head: Any = Flow(tokenizer, width, from_dict(FlowConfig, config))
+    elif folder.name == NextScale.name:
+        head = NextScale(tokenizer, width)
+    else:
+        raise ValueError(f"{folder}: this version has no way of writing named {folder.name}")
+    whole = {f"tokenizer.{name}": value for name, value in tokenizer.state_dict().items()}
+    hub.load_strict(head, whole | hub.read_tensors(folder / "model.safetensors"), folder / "model.safetensors")
     return head
-
-
-def head_tokenizer(head: NextScale) -> dict[str, Any]:
-    return {f"tokenizer.{name}": value for name, value in head.tokenizer.state_dict().items()}

@@ -8,8 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
+
+KINDS = ("cfg", "rescale", "apg", "cfg-zero")
+"""How branches of a flow are combined: see `guided_velocity`."""
+RESCALE = 0.7  # the share of the rescaled prediction (Lin et al. 2024)
+MOMENTUM = -0.5  # of APG's running difference (Sadat et al. 2024)
 
 
 @dataclass(frozen=True)
@@ -17,12 +24,19 @@ class Guidance:
     """Classifier-free guidance: u + s (c - u), off at s = 1 (Ho and Salimans 2022, eq. 6, written with s = 1 + w).
 
     With more branches p_1 .. p_n: p_n + sum_i s_i (p_i - p_(i+1)), InstructPix2Pix's and Chameleon's chain.
-    scales: one for each branch but the last. Raises ValueError for a scale that is negative or not finite.
+    scales: one for each branch but the last. kind, interval: of a flow only; outside the interval of times guidance is
+    off (Kynkaanniemi et al. 2024). Raises ValueError for a scale that is negative or not finite, or an unknown kind.
     """
 
     scales: tuple[float, ...] = (3.0,)
+    kind: str = "cfg"
+    interval: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"unknown kind of guidance {self.kind!r}: one of {', '.join(KINDS)}")
+        if self.kind != "cfg" and len(self.scales) != 1:
+            raise ValueError(f"guidance of kind {self.kind} has two branches: give one scale")
         for scale in self.scales:
             if not math.isfinite(scale) or scale < 0:
                 raise ValueError(f"guidance must be a number of at least 0 (1 is off), not {scale}")
@@ -47,3 +61,39 @@ class Guidance:
             for scale, strong, weak in zip(self.scales, predictions, predictions[1:], strict=False):
                 result = result + (1 + (scale - 1) * strength) * (strong - weak)
         return result
+
+
+def guided_velocity(guidance: Guidance, parts: Sequence[Tensor], x: Tensor, t: float, memory: dict[str, Any]) -> Tensor:
+    """One velocity (B, ...) of a flow from those of its branches, at x and time t (1 noise, 0 data).
+
+    cfg       u + s (c - u)
+    rescale   cfg, its standard deviation drawn towards that of c                  (Lin et al. 2024, eq. 15 and 16)
+    apg       of the clean prediction x - t v: what is parallel to c is left out of c - u, with negative momentum
+              (Sadat et al. 2024, arXiv 2410.02416, algorithm 1, eta 0)
+    cfg-zero  u scaled by its best fit to c, and no movement in the first step     (Fan et al. 2025, CFG-Zero*)
+    memory: empty at the start of a trajectory, and the same in all of its steps.
+    """
+    first = not memory
+    memory.setdefault("begun", True)
+    if len(parts) == 1 or not guidance.interval[0] <= t <= guidance.interval[1]:
+        return parts[0]
+    if guidance.kind == "cfg":
+        return guidance.combine(parts)
+    c, u = parts
+    [scale] = guidance.scales
+    over = tuple(range(1, c.ndim))
+    if guidance.kind == "rescale":
+        mixed = guidance.combine(parts)
+        ratio = c.std(over, keepdim=True) / mixed.std(over, keepdim=True)
+        return mixed * (RESCALE * ratio + 1 - RESCALE)
+    if guidance.kind == "cfg-zero":
+        if first:
+            return torch.zeros_like(c)
+        fit = (c * u).sum(over, keepdim=True) / (u.square().sum(over, keepdim=True) + 1e-8)
+        return fit * u + scale * (c - fit * u)
+    clean_c, clean_u = x - t * c, x - t * u
+    difference = clean_c - clean_u + MOMENTUM * memory.get("difference", 0.0)
+    memory["difference"] = difference
+    direction = clean_c / clean_c.square().sum(over, keepdim=True).sqrt().clamp(min=1e-12)
+    across = difference - (difference * direction).sum(over, keepdim=True) * direction
+    return (x - (clean_c + (scale - 1) * across)) / t

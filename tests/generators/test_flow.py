@@ -1,0 +1,144 @@
+"""Rectified flow: what is learnt, what the head sees, guidance against diffusers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import unigen
+from unigen.engine import Engine
+from unigen.models import load
+from unigen.samplers.guidance import KINDS, RESCALE, Guidance, guided_velocity
+from unigen.sequence import Document, Segment, pack, to_pixels
+from unigen.training.objectives import Mixture
+
+PICTURES = np.random.default_rng(0).integers(0, 256, (2, 2, 2, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
+
+
+def chat(words: str, picture: Any) -> Document:
+    return Document([Segment(text=words), Segment(image=picture, role="assistant")])
+
+
+def test_what_is_learnt_is_drawn(tiny_folder: Path) -> None:
+    """Overfit two pictures; each prompt's samples, from any seed, are nearest to its own picture's latents."""
+    model = load(tiny_folder).train()
+    torch.manual_seed(0)
+    flow = model.heads["flow"]
+    words = ("a red dog", "two apples on a blue background")
+    rows = [[model.template.encode(chat(w, p), writer="flow") for w, p in zip(words, PICTURES, strict=True)] * 4]
+    batch = pack(rows, 200, 16)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    objective, rng = Mixture(model.generators, {"flow": 1.0}), torch.Generator().manual_seed(0)
+    losses = []
+    for _ in range(250):
+        total, count = objective(model, batch, rng)["flow"]
+        losses.append(float(total.detach()) / int(count))
+        optimizer.zero_grad()
+        (total / count).backward()
+        optimizer.step()
+    assert sum(losses[-20:]) < 0.25 * sum(losses[:20])
+    latents: list[Tensor] = []
+    decode = flow.tokenizer.decode
+    flow.tokenizer.decode = lambda z: latents.append(z) or decode(z)  # type: ignore[method-assign]
+    Engine(model.eval()).generate_batch([*words, *words], [0, 1, 2, 3], generator="flow", guidance=1.0)
+    true = flow.tokenizer.encode(to_pixels(list(PICTURES), 16))
+    gaps = (torch.cat(latents)[:, None] - true[None]).square().mean((2, 3, 4))
+    assert gaps.argmin(1).tolist() == [0, 1, 0, 1]
+    assert gaps.min(1).values.max() < 0.3 * (true[0] - true[1]).square().mean()
+
+
+@torch.inference_mode()
+def test_sampling_sees_what_training_sees(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The context of a cached prompt, in a chat with a picture before it, is that of the packed forward."""
+    engine = unigen.load(str(tiny_folder), device="cpu")
+    model, flow = engine.model, engine.model.heads["flow"]
+    seen: list[Tensor] = []
+    velocity = flow.velocity
+
+    def watched(x: Tensor, t: Tensor, contexts: Tensor) -> Tensor:
+        seen.append(contexts)
+        return velocity(x, t, contexts)
+
+    monkeypatch.setattr(flow, "velocity", watched)
+    before = [Segment(image=PICTURES[0]), Segment(text="a")]
+    for words in ("a", "two apples on a blue background and a red dog " * 2):
+        document = Document([*before, Segment(text=words)])
+        engine.generate(document, generator="flow", guidance=1.0, steps=1)
+        whole = Document([*document.segments, Segment(image=PICTURES[1], role="assistant")])
+        batch = model.fill(pack([[model.template.encode(whole), model.template.encode(whole, writer="flow")]], 256, 16))
+        expected = flow.contexts(batch, model.hidden(batch))
+        torch.testing.assert_close(seen[-1], expected, atol=1e-5, rtol=1e-4)
+    begin = model.hidden(batch)[0, int(batch.spans_N3[batch.written_by("flow")][0, 1]) - 1]
+    torch.testing.assert_close(expected[0, -1], begin)  # the pooled condition is the begin token's state
+
+
+def test_the_target_is_noise_less_data(tiny_folder: Path) -> None:
+    model = load(tiny_folder)
+    flow = model.heads["flow"]
+    batch = pack([[model.template.encode(chat("a dog", PICTURES[0]), writer="flow")]], 32, 16)
+    embeds_BLD = model.embed(batch.ids_BL)
+    same, (mixed, t, target) = flow.prepare(model, batch, embeds_BLD, torch.Generator().manual_seed(3))
+    assert same is embeds_BLD and 0 < float(t) < 1
+    data = flow.tokenizer.encode(batch.images)
+    torch.testing.assert_close(mixed - t * target, data)  # x_t - t (noise - data) = data
+    torch.testing.assert_close(mixed + (1 - t) * target, target + data)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_guidance_at_one_is_off(kind: str) -> None:
+    c, u, x = torch.randn(3, 2, 4, 8, 8).unbind()
+    guidance = Guidance((1.0,), kind)
+    assert guidance.branches == 1
+    assert torch.equal(guided_velocity(guidance, [c], x, 0.5, {}), c)
+    far = Guidance((5.0,), kind, interval=(0.2, 0.6))
+    assert torch.equal(guided_velocity(far, [c, u], x, 0.7, {}), c)
+    assert not torch.equal(guided_velocity(far, [c, u], x, 0.5, {}), c)
+
+
+def test_apg_rescale_and_cfg_zero_equal_diffusers() -> None:
+    from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
+    from diffusers.guiders.classifier_free_zero_star_guidance import cfg_zero_star_scale
+    from diffusers.guiders.guider_utils import rescale_noise_cfg
+
+    memory: dict[str, Any] = {}
+    buffer = MomentumBuffer(-0.5)
+    for t in (0.9, 0.6, 0.3):  # the running difference is part of it
+        c, u, x = torch.randn(3, 2, 4, 8, 8, dtype=torch.float64).unbind()
+        ours = guided_velocity(Guidance((4.0,), "apg"), [c, u], x, t, memory)
+        clean = normalized_guidance(x - t * c, x - t * u, 3.0, buffer, eta=0.0, use_original_formulation=True)
+        torch.testing.assert_close(ours, (x - clean) / t)
+        # the control: the same update made of velocities is another one
+        wrong = normalized_guidance(c, u, 3.0, None, eta=0.0, use_original_formulation=True)
+        assert (ours - wrong).abs().max() > 1e-2
+    ours = guided_velocity(Guidance((4.0,), "rescale"), [c, u], x, 0.5, {})
+    torch.testing.assert_close(ours, rescale_noise_cfg(u + 4.0 * (c - u), c, RESCALE))
+    memory = {}
+    assert not guided_velocity(Guidance((4.0,), "cfg-zero"), [c, u], x, 1.0, memory).any()  # the first step rests
+    ours = guided_velocity(Guidance((4.0,), "cfg-zero"), [c, u], x, 0.9, memory)
+    fit = cfg_zero_star_scale(c.flatten(1), u.flatten(1)).reshape(-1, 1, 1, 1)
+    torch.testing.assert_close(ours, fit * u + 4.0 * (c - fit * u), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpm++"])
+def test_steps_and_samplers_are_heard(tiny_folder: Path, sampler: str) -> None:
+    engine = unigen.load(str(tiny_folder), device="cpu")
+    calls = 0
+    flow = engine.model.heads["flow"]
+    velocity = flow.velocity
+
+    def counted(*args: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return velocity(*args)
+
+    flow.velocity = counted  # type: ignore[method-assign]
+    picture = engine.generate("a dog", generator="flow", steps=5, sampler=sampler)
+    assert isinstance(picture, Image.Image) and calls == (9 if sampler == "heun" else 5)
+    with pytest.raises(ValueError, match="unknown sampler 'rk9'"):
+        engine.generate("a dog", generator="flow", sampler="rk9")

@@ -1,0 +1,188 @@
+"""Rectified flow: a diffusion head draws a picture's latents, conditioned on the backbone's hidden states.
+
+    x_t = (1 - t) x + t noise,    loss = E |v(x_t, t, hidden) - (noise - x)|^2,    t = sigmoid(normal), then shifted
+
+Esser et al. 2024 (SD3, arXiv 2403.03206), section 2 and eq. 19: joint attention of image and context (MM-DiT), here
+diffusers' `SD3Transformer2DModel` at small size. The backbone reads the chat up to the begin token once; the head
+takes its last hidden states as context, a fixed number filled up with zeros as in SD3, so that a picture does not
+depend on its batch; the state of the begin token is the pooled condition. The KL tokenizer is part of the generator.
+The file refuses to know: templates, caches, how a tokenizer is trained.
+
+Shapes: M images, Z latent channels, h w grid of latents, N context states, D width, B rows, L positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unigen.config import to_dict
+from unigen.generators.base import Model, Read, Span, State
+from unigen.samplers.guidance import Guidance, guided_velocity
+from unigen.samplers.ode import solve
+from unigen.sequence import Batch
+
+STEPS = 20
+
+Targets = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """The head. shift: of the times towards noise, in training and sampling alike (SD3, eq. 23); 1 is none."""
+
+    layers: int = 4
+    heads: int = 4
+    head_dim: int = 48
+    patch: int = 1
+    context: int = 64  # hidden states that the head sees
+    shift: float = 1.0
+
+
+@dataclass
+class FlowState(State):
+    latents_Zhw: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+class Flow(nn.Module):
+    """The latents of one image, by a flow from noise."""
+
+    name = "flow"
+    clean, context = False, True
+
+    def __init__(self, tokenizer: Any, width: int, config: FlowConfig | None = None) -> None:
+        super().__init__()
+        from diffusers import SD3Transformer2DModel
+
+        self.settings = c = config or FlowConfig()
+        self.tokenizer = tokenizer
+        self.tokenizer.requires_grad_(False)
+        side = tokenizer.grid[0]
+        if side % c.patch:
+            raise ValueError(f"patch must divide the grid of latents {side}, got {c.patch}")
+        self.head = SD3Transformer2DModel(
+            sample_size=side,
+            patch_size=c.patch,
+            in_channels=tokenizer.latents,
+            out_channels=tokenizer.latents,
+            num_layers=c.layers,
+            attention_head_dim=c.head_dim,
+            num_attention_heads=c.heads,
+            joint_attention_dim=width,
+            caption_projection_dim=c.heads * c.head_dim,
+            pooled_projection_dim=width,
+            pos_embed_max_size=side // c.patch,
+            qk_norm="rms_norm",
+        )
+        self.norm = nn.LayerNorm(width)
+
+    def train(self, mode: bool = True) -> Flow:
+        """The tokenizer is frozen, whatever the mode."""
+        super().train(mode)
+        self.tokenizer.eval()
+        return self
+
+    def config(self) -> dict[str, Any]:
+        return to_dict(self.settings)
+
+    def positions(self) -> int:
+        return 0
+
+    def reach(self) -> list[int] | None:
+        return None
+
+    def velocity(self, x_MZhw: Tensor, t_M: Tensor, context_MND: Tensor) -> Tensor:
+        """noise - data as the head sees it; the last context state is the begin token's."""
+        context_MND = self.norm(context_MND) * (context_MND != 0).any(-1, keepdim=True)
+        return self.head(
+            hidden_states=x_MZhw,
+            timestep=t_M * 1000,
+            encoder_hidden_states=context_MND,
+            pooled_projections=context_MND[:, -1],
+            return_dict=False,
+        )[0]
+
+    # ---------------------------------------------------------------- training
+
+    def prepare(self, model: Model, batch: Batch, embeds_BLD: Tensor, rng: torch.Generator) -> tuple[Tensor, Targets]:
+        """x_t, t and the velocity to be learnt."""
+        images_M = batch.written_by(self.name)
+        empty = embeds_BLD.new_zeros(0)
+        if not len(images_M):
+            return embeds_BLD, (empty, empty, empty)
+        assert batch.images is not None
+        pixels = batch.images[images_M.to(batch.images.device)]
+        if not pixels.is_floating_point():
+            raise ValueError("flow learns from pixels, and this batch holds codes of another tokenizer")
+        x_MZhw = self.tokenizer.encode(pixels.to(embeds_BLD.device))
+        t_M = torch.sigmoid(torch.randn(len(images_M), generator=rng))
+        t_M = self.settings.shift * t_M / (1 + (self.settings.shift - 1) * t_M)
+        noise_MZhw = torch.randn(x_MZhw.shape, generator=rng).to(x_MZhw)
+        t_M = t_M.to(x_MZhw)
+        mixed = torch.lerp(x_MZhw, noise_MZhw, t_M[:, None, None, None])
+        return embeds_BLD, (mixed, t_M, noise_MZhw - x_MZhw)
+
+    def loss(self, model: Model, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> tuple[Tensor, int]:
+        """The mean squared error of each image's velocity, summed over images, and their number."""
+        mixed_MZhw, t_M, velocity_MZhw = targets
+        count = self.count(batch)
+        if not count:
+            return hidden_BLD.sum() * 0, 0
+        gap = self.velocity(mixed_MZhw, t_M, self.contexts(batch, hidden_BLD)).float() - velocity_MZhw
+        return gap.square().mean((1, 2, 3)).sum(), count
+
+    def contexts(self, batch: Batch, hidden_BLD: Tensor) -> Tensor:
+        """The last states up to each image's begin token, (M, N, D), zeros before the document's first."""
+        spans_M3 = batch.spans_N3[batch.written_by(self.name).to(batch.spans_N3.device)]
+        rows_M1, begin_M1 = spans_M3[:, :1], spans_M3[:, 1:2] - 1
+        back_N = torch.arange(self.settings.context - 1, -1, -1, device=begin_M1.device)
+        there_MN = back_N <= batch.positions_BL[rows_M1, begin_M1]
+        states_MND = hidden_BLD[rows_M1, (begin_M1 - back_N).clamp(min=0)]
+        return states_MND * there_MN[:, :, None]
+
+    def count(self, batch: Batch) -> int:
+        return len(batch.written_by(self.name))
+
+    # ---------------------------------------------------------------- sampling
+
+    def start(self, span: Span) -> State:
+        return FlowState(span, [])
+
+    def ask(self, state: State) -> Read:
+        return Read([state.span.begin])
+
+    def advance(self, model: Model, states: list[State], hidden: list[list[Tensor]]) -> list[int]:
+        """All steps of the flow at once, for states alike in steps, sampler and guidance together."""
+        alike: dict[Any, list[int]] = {}
+        for i, state in enumerate(states):
+            alike.setdefault((state.span.steps, state.span.sampler, state.span.guidance), []).append(i)
+        for (steps, sampler, guidance), members in alike.items():
+            branches = range(guidance.branches)
+            contexts = torch.stack([self._filled(hidden[i][b]) for b in branches for i in members])
+            shape = (self.tokenizer.latents, *self.tokenizer.grid)
+            noise = torch.stack([torch.randn(shape, generator=states[i].span.rng) for i in members])
+
+            velocity = partial(self._guided, guidance, contexts, {})
+            latents = solve(velocity, noise.to(contexts), steps or STEPS, sampler or "euler", self.settings.shift)
+            for i, latents_Zhw in zip(members, latents, strict=True):
+                state = states[i]
+                assert isinstance(state, FlowState)
+                state.latents_Zhw, state.done = latents_Zhw, True
+        return [1] * len(states)
+
+    def _guided(self, guidance: Guidance, contexts: Tensor, memory: dict[str, Any], x: Tensor, t: float) -> Tensor:
+        """The velocity of all branches, one after the other in `contexts`, as one."""
+        times = torch.full((len(contexts),), t, dtype=x.dtype, device=x.device)
+        parts = self.velocity(x.repeat(guidance.branches, 1, 1, 1), times, contexts).chunk(guidance.branches)
+        return guided_velocity(guidance, parts, x, t, memory)
+
+    def _filled(self, states_LD: Tensor) -> Tensor:
+        last = states_LD[-self.settings.context :]
+        return nn.functional.pad(last, (0, 0, self.settings.context - len(last), 0))
+
+    def pictures(self, model: Model, states: list[State]) -> Tensor:
+        return self.tokenizer.decode(torch.stack([s.latents_Zhw for s in states if isinstance(s, FlowState)]))

@@ -1,0 +1,135 @@
+"""The KL image tokenizer: pictures <-> continuous latents, by diffusers' `AutoencoderKL` on folded pixels.
+
+    L = reconstruction + beta KL(q(z|x) || N(0, I)),    latents = (z - shift) / scale       (Rombach et al. 2022, LDM)
+
+4x4 pixels are folded into channels first, since full-resolution convolutions are what makes a tokenizer slow on a CPU;
+the autoencoder then halves the map once for each block of channels but the first. shift and scale are the running mean
+and standard deviation of each latent channel in training, so that latents are near N(0, 1) whatever the data.
+Knows no losses but its own, no data and no files. Trained by recipes/tiny_kl.py.
+
+Shapes: B batch, C=3 channels, H W pixels, Z latent channels, h w grid of latents.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+
+from unigen.config import from_dict, to_dict
+
+
+@dataclass(frozen=True)
+class KLConfig:
+    """Everything that defines the network. ValueError for values that cannot work."""
+
+    image_size: int = 64  # pixels along a side
+    fold: int = 4  # pixels along a side that become channels
+    channels: tuple[int, ...] = (64, 128)
+    blocks: int = 1  # residual blocks a resolution
+    latents: int = 8  # channels of a latent
+    beta: float = 1e-4  # weight of the KL term
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "channels", tuple(self.channels))  # JSON gives lists
+        if min(self.fold, self.blocks, self.latents, len(self.channels)) < 1:
+            raise ValueError("fold, blocks, latents and the number of channels must be at least 1")
+        if self.image_size <= 0 or self.image_size % self.stride:
+            raise ValueError(f"image_size must be a positive multiple of {self.stride}, got {self.image_size}")
+        if any(width <= 0 or width % 16 for width in self.channels):
+            raise ValueError(f"channels must be positive multiples of 16, got {self.channels}")
+        if not math.isfinite(self.beta) or self.beta < 0:
+            raise ValueError(f"beta must be a finite number that is not negative, got {self.beta}")
+
+    @property
+    def stride(self) -> int:
+        """Pixels a latent along each side."""
+        return self.fold * 2 ** (len(self.channels) - 1)
+
+
+class KLOutput(NamedTuple):
+    pixels_BCHW: Tensor  # reconstruction, fp32, not clamped
+    losses: dict[str, tuple[Tensor, int]]  # name -> (sum, count)
+
+
+class KLTokenizer(nn.Module):
+    """encode / decode without gradient for use; forward with gradient for training."""
+
+    def __init__(self, config: KLConfig | None = None) -> None:
+        super().__init__()
+        from diffusers import AutoencoderKL
+
+        self.settings = c = config or KLConfig()
+        pixels = 3 * c.fold**2
+        self.vae = AutoencoderKL(
+            in_channels=pixels,
+            out_channels=pixels,
+            down_block_types=("DownEncoderBlock2D",) * len(c.channels),
+            up_block_types=("UpDecoderBlock2D",) * len(c.channels),
+            block_out_channels=c.channels,
+            layers_per_block=c.blocks,
+            latent_channels=c.latents,
+            norm_num_groups=16,
+        )
+        self.register_buffer("shift_Z", torch.zeros(c.latents))
+        self.register_buffer("scale_Z", torch.ones(c.latents))
+        self.shift_Z: Tensor
+        self.scale_Z: Tensor
+
+    @property
+    def image_size(self) -> int:
+        return self.settings.image_size
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        side = self.settings.image_size // self.settings.stride
+        return side, side
+
+    @property
+    def latents(self) -> int:
+        return self.settings.latents
+
+    def config(self) -> dict[str, Any]:
+        return {"kind": "kl", **to_dict(self.settings)}
+
+    def forward(self, x_BCHW: Tensor, rng: torch.Generator | None = None) -> KLOutput:
+        """Reconstruction from a sample of the posterior, drawn from `rng` (on the CPU)."""
+        posterior = self.vae.encode(pixel_unshuffle(x_BCHW, self.settings.fold)).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=rng).to(posterior.mean)
+        if self.training:
+            self._observe(posterior.mean.detach().float())
+        y_BCHW = pixel_shuffle(self.vae.decode(posterior.mean + posterior.std * noise).sample, self.settings.fold)
+        n = posterior.mean[:, 0].numel()
+        return KLOutput(y_BCHW.float(), {"kl": (self.settings.beta * posterior.kl().float().sum(), n)})
+
+    @torch.no_grad()
+    def _observe(self, z_BZhw: Tensor, momentum: float = 0.99) -> None:
+        self.shift_Z.lerp_(z_BZhw.mean((0, 2, 3)), 1 - momentum)
+        self.scale_Z.lerp_(z_BZhw.std((0, 2, 3)), 1 - momentum)
+
+    @torch.no_grad()
+    def encode(self, x_BCHW: Tensor) -> Tensor:
+        """Pixels in [-1, 1] (B, 3, H, W) -> latents (B, Z, h, w), fp32, the posterior's mean, near N(0, 1)."""
+        stride = self.settings.stride
+        if x_BCHW.ndim != 4 or x_BCHW.shape[1] != 3 or x_BCHW.shape[2] % stride or x_BCHW.shape[3] % stride:
+            raise ValueError(
+                f"pictures must be (B, 3, H, W) with H and W multiples of {stride}, got {tuple(x_BCHW.shape)}"
+            )
+        z_BZhw = self.vae.encode(pixel_unshuffle(x_BCHW, self.settings.fold).to(self.vae.dtype)).latent_dist.mode()
+        return (z_BZhw.float() - self.shift_Z[:, None, None]) / self.scale_Z[:, None, None]
+
+    @torch.no_grad()
+    def decode(self, latents_BZhw: Tensor) -> Tensor:
+        """Latents (B, Z, h, w) -> pixels in [-1, 1] (B, 3, H, W), fp32."""
+        z_BZhw = latents_BZhw * self.scale_Z[:, None, None] + self.shift_Z[:, None, None]
+        pixels = self.vae.decode(z_BZhw.to(self.vae.dtype)).sample
+        return pixel_shuffle(pixels, self.settings.fold).float().clamp(-1, 1)
+
+
+def from_config(config: dict[str, Any]) -> KLTokenizer:
+    """The tokenizer described by `KLTokenizer.config()` (kind left out), untrained. ValueError for unknown keys."""
+    return KLTokenizer(from_dict(KLConfig, config))
