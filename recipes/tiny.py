@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from unigen.data.packing import Collate, PackedRows
 from unigen.data.stories import text_corpus
 from unigen.data.world import World
 from unigen.engine import Engine
+from unigen.generators.flow import Flow, FlowConfig
 from unigen.generators.next_scale import NextScale
 from unigen.model import Template, UnifiedModel
 from unigen.models import load, tiny
@@ -65,6 +67,7 @@ class Writers:
     next_token: float = 1.0
     masked: float = 0.0
     next_scale: float = 0.0  # needs scale_tokenizer, unless init_from has one
+    flow: float = 0.0  # needs kl_tokenizer, unless init_from has one
 
     def shares(self) -> dict[str, float]:
         found = {f.name.replace("_", "-"): getattr(self, f.name) for f in fields(self)}
@@ -78,6 +81,8 @@ class TinyConfig(RunConfig):
     backbone: Backbone = field(default_factory=Backbone)
     image_tokenizer: str = "runs/vq/model"
     scale_tokenizer: str | None = None  # folder of a multi-scale tokenizer
+    kl_tokenizer: str | None = None  # folder of a KL tokenizer
+    flow: FlowConfig = field(default_factory=FlowConfig)
     text_pieces: int = 1024
     length: int = 1024  # positions of a packed row; the longest story fits
     muon: bool = True  # false: AdamW for all weights
@@ -145,7 +150,12 @@ def build(cfg: TinyConfig) -> Job:
     shares = cfg.writers.shares()
     model = load(cfg.init_from) if cfg.init_from else new_model(cfg)
     torch.manual_seed(cfg.seed)
-    heads = [NextScale(load_tokenizer(cfg.scale_tokenizer), model.backbone.width)] if cfg.scale_tokenizer else []
+    width = model.backbone.width
+    heads: list[Any] = []
+    if cfg.scale_tokenizer:
+        heads.append(NextScale(load_tokenizer(cfg.scale_tokenizer), width))
+    if cfg.kl_tokenizer:
+        heads.append(Flow(load_tokenizer(cfg.kl_tokenizer), width, cfg.flow))
     model = tiny.teach(model, tuple(shares), heads)
     size = model.image_tokenizer.image_size
     return Job(

@@ -12,9 +12,9 @@
 It knows where pictures come from and which losses are on; the losses are unigen/training/vq_objective.py, the network
 unigen/tokenizers/vq.py. Options: `loss.gan=0.5`, `loss.feature=1 features=FOLDER` (a scene detector, but not the
 one that evaluates: a judge that one trains against is no judge), `loss.lpips=1 lpips=FILE`, `model.quantizer=fsq`,
-`model.image_size=96`. `model.quantizer=multiscale model.code_dim=16` trains the tokenizer of next-scale prediction, and
---evaluate adds its health scale by scale. `init_from=FOLDER freeze_codes=true` betters the decoder alone: models
-trained on the codes stay valid.
+`model.image_size=96`. `model.quantizer=multiscale model.code_dim=16` trains the tokenizer of next-scale prediction,
+and --evaluate adds its health scale by scale; `kind=kl` trains that of the flow. `init_from=FOLDER freeze_codes=true`
+betters the decoder alone: models trained on the codes stay valid.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ from unigen.data.scenes import World, sample_scene
 from unigen.nn.conv import to_uint8
 from unigen.nn.perceptual import LPIPS
 from unigen.tokenizers import load_tokenizer, save_tokenizer
+from unigen.tokenizers.kl import KLConfig, KLTokenizer
 from unigen.tokenizers.measure import evaluate_scales, evaluate_tokenizer
 from unigen.tokenizers.multiscale_vq import MultiscaleQuantizer
 from unigen.tokenizers.vq import VQConfig, VQTokenizer
@@ -50,6 +51,8 @@ HELD_OUT_SEED = 1_000_000  # training seeds are below; item i of seed s draws fr
 
 @dataclass
 class VQRunConfig(RunConfig):
+    kind: Literal["vq", "kl"] = "vq"
+    kl: KLConfig = field(default_factory=KLConfig)
     model: VQConfig = field(default_factory=VQConfig)
     loss: VQLossConfig = field(default_factory=VQLossConfig)
     features: str | None = None  # folder of a frozen scene detector for loss.feature
@@ -105,8 +108,12 @@ def feature_network(folder: str | None) -> Callable[[Tensor], list[Tensor]] | No
     return load_detector(folder).features
 
 
-def start(cfg: VQRunConfig) -> VQTokenizer:
+def start(cfg: VQRunConfig) -> VQTokenizer | KLTokenizer:
     """A new tokenizer, or the one of init_from to go on from."""
+    if cfg.kind == "kl":
+        if cfg.freeze_codes:
+            raise ValueError("a kl tokenizer has no codes to freeze")
+        return load_tokenizer(cfg.init_from) if cfg.init_from else KLTokenizer(cfg.kl)
     if cfg.freeze_codes and not cfg.init_from:
         raise ValueError("freeze_codes needs init_from=FOLDER, the tokenizer whose codes are kept")
     if not cfg.init_from:
@@ -129,7 +136,8 @@ def build(cfg: VQRunConfig) -> Job:
     torch.manual_seed(cfg.seed)
     tokenizer = start(cfg)
     lpips = LPIPS.from_file(cfg.lpips) if cfg.lpips else None
-    shown = collate([Pictures(HELD_OUT_SEED, cfg.model.image_size)[i] for i in range(24)])["pixels"]
+    size = tokenizer.image_size
+    shown = collate([Pictures(HELD_OUT_SEED, size)[i] for i in range(24)])["pixels"]
 
     def sample(model: nn.Module, step: int, folder: Path) -> None:
         device = next(model.parameters()).device
@@ -140,7 +148,7 @@ def build(cfg: VQRunConfig) -> Job:
 
     return Job(
         model=VQTraining(tokenizer, gan=cfg.loss.gan > 0).to(memory_format=torch.channels_last),
-        dataset=Pictures(cfg.seed, cfg.model.image_size),
+        dataset=Pictures(cfg.seed, size),
         collate=collate,
         objective=VQObjective(cfg.loss, feature_network(cfg.features), lpips),
         sample=sample,
@@ -168,7 +176,7 @@ def evaluate(folder: str | Path, count: int, grid: str | None = None) -> dict[st
     if grid:
         save_grid(tokenizer, batch["pixels"][:32], Path(grid))
     figures = evaluate_tokenizer(tokenizer, batch["pixels"], batch["masks"])
-    if isinstance(tokenizer.quantizer, MultiscaleQuantizer):
+    if isinstance(getattr(tokenizer, "quantizer", None), MultiscaleQuantizer):
         for scale in evaluate_scales(tokenizer, batch["pixels"]):
             side = int(scale.pop("side"))
             figures |= {f"{side}x{side} {name}": value for name, value in scale.items()}

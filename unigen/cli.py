@@ -102,6 +102,8 @@ def sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--top-p", type=number(0, 1, open_low=True), help="sample among the likeliest of this mass")
     group.add_argument("--generator", help="how pictures are written (default: next-token; see unigen info)")
     group.add_argument("--steps", type=whole(1), help="in how many steps, where the generator can choose")
+    group.add_argument("--sampler", help="of a flow: euler, heun, dpm++, unipc or deis")
+    group.add_argument("--guidance-kind", help="of a flow: cfg, rescale, apg or cfg-zero")
 
 
 def generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -163,7 +165,7 @@ def load(args: argparse.Namespace) -> Any:
 
 
 def sampling(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("seed", "guidance", "temperature", "top_k", "top_p", "generator", "steps")
+    names = ("seed", "guidance", "temperature", "top_k", "top_p", "generator", "steps", "sampler", "guidance_kind")
     return {name: value for name in names if (value := getattr(args, name)) is not None}
 
 

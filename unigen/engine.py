@@ -13,7 +13,7 @@ The file refuses to know: files, HTTP, templates, how any generator works.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -158,6 +158,7 @@ class Engine:
         max_images: int = 8,
         steps: int | None = None,
         sampler: str | None = None,
+        guidance_kind: str | None = None,
         fixed: torch.Tensor | None = None,
     ) -> Request:
         """A checked request.
@@ -165,7 +166,7 @@ class Engine:
         guidance: scale of classifier-free guidance for pictures, 1 is off. temperature, top_k, top_p: how ids are
         drawn; temperature None is greedy for a text answer, else 0.8.
         max_tokens, max_images: limits of the answer's text and of an interleaved answer's pictures.
-        steps: how many a generator takes that chooses its own number; sampler: of a flow.
+        steps: how many a generator takes that chooses its own number; sampler, guidance_kind: of a flow.
         fixed: codes (h, w) that stay, -1 elsewhere.
         """
         if output not in OUTPUTS:
@@ -180,6 +181,12 @@ class Engine:
         if steps is not None and steps < 1:
             raise ValueError(f"steps must be at least 1, not {steps}")
         guidance = Guidance.of(guidance)
+        chosen = {"steps": steps, "sampler": sampler, "guidance_kind": guidance_kind, "fixed": fixed}
+        takes = self.model.generators[generator].takes
+        if unheard := [name for name, value in chosen.items() if value is not None and name not in takes]:
+            raise ValueError(f"{generator} does not take {', '.join(unheard)}")
+        if guidance_kind is not None:
+            guidance = replace(guidance, kind=guidance_kind)
         if len(guidance.scales) != 1:
             raise ValueError("this model has two branches of guidance: give one scale")
         texts = {"image": 0.0, "text": 0.0, "interleaved": 0.8}[output]

@@ -80,6 +80,8 @@ class Generator(Protocol):
     name: str
     clean: bool
     """Does the cache hold a finished picture as later segments read it? Else the engine reads it again."""
+    takes: tuple[str, ...]
+    """Options of a request beside guidance and sampling that it heeds: steps, sampler, guidance_kind, fixed."""
     context: bool
     """Does `advance` want the states of all that was read before, not only of what was asked?"""
 

@@ -55,6 +55,7 @@ class Masked:
 
     name = "masked"
     clean, context = False, False
+    takes = ("steps", "fixed")
 
     def __init__(self, grid: tuple[int, int], mask: int, steps: int = STEPS, choice: float = CHOICE) -> None:
         """mask: the id that stands for a masked code."""

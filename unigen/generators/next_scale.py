@@ -41,6 +41,7 @@ class NextScale(nn.Module):
 
     name = "next-scale"
     clean, context = False, False
+    takes: tuple[str, ...] = ()
 
     def __init__(self, tokenizer: Any, width: int) -> None:
         """tokenizer: a `VQTokenizer` with the multi-scale quantizer, whose first scale is one code."""

@@ -39,6 +39,7 @@ class _Causal(ABC):
     """What text and codes in raster order share: ids are read as they are, and each is predicted by the one before."""
 
     clean, context = True, False
+    takes: tuple[str, ...] = ()
 
     def reach(self) -> list[int] | None:
         return None

@@ -5,7 +5,7 @@
 4x4 pixels are folded into channels first, since full-resolution convolutions are what makes a tokenizer slow on a CPU;
 the autoencoder then halves the map once for each block of channels but the first. shift and scale are the running mean
 and standard deviation of each latent channel in training, so that latents are near N(0, 1) whatever the data.
-Knows no losses but its own, no data and no files. Trained by recipes/tiny_kl.py.
+Knows no losses but its own, no data and no files. Trained by recipes/tiny_vq.py (kind=kl).
 
 Shapes: B batch, C=3 channels, H W pixels, Z latent channels, h w grid of latents.
 """
@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from unigen.config import from_dict, to_dict
+from unigen.tokenizers.vq import VQOutput
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,6 @@ class KLConfig:
     def stride(self) -> int:
         """Pixels a latent along each side."""
         return self.fold * 2 ** (len(self.channels) - 1)
-
-
-class KLOutput(NamedTuple):
-    pixels_BCHW: Tensor  # reconstruction, fp32, not clamped
-    losses: dict[str, tuple[Tensor, int]]  # name -> (sum, count)
 
 
 class KLTokenizer(nn.Module):
@@ -93,10 +89,15 @@ class KLTokenizer(nn.Module):
     def latents(self) -> int:
         return self.settings.latents
 
+    @property
+    def last(self) -> Tensor:
+        """The weight nearest to the pixels, at which an adaptive loss weighs gradients."""
+        return self.vae.decoder.conv_out.weight
+
     def config(self) -> dict[str, Any]:
         return {"kind": "kl", **to_dict(self.settings)}
 
-    def forward(self, x_BCHW: Tensor, rng: torch.Generator | None = None) -> KLOutput:
+    def forward(self, x_BCHW: Tensor, rng: torch.Generator | None = None) -> VQOutput:
         """Reconstruction from a sample of the posterior, drawn from `rng` (on the CPU)."""
         posterior = self.vae.encode(pixel_unshuffle(x_BCHW, self.settings.fold)).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=rng).to(posterior.mean)
@@ -104,7 +105,7 @@ class KLTokenizer(nn.Module):
             self._observe(posterior.mean.detach().float())
         y_BCHW = pixel_shuffle(self.vae.decode(posterior.mean + posterior.std * noise).sample, self.settings.fold)
         n = posterior.mean[:, 0].numel()
-        return KLOutput(y_BCHW.float(), {"kl": (self.settings.beta * posterior.kl().float().sum(), n)})
+        return VQOutput(y_BCHW.float(), None, {"kl": (self.settings.beta * posterior.kl().float().sum(), n)})
 
     @torch.no_grad()
     def _observe(self, z_BZhw: Tensor, momentum: float = 0.99) -> None:

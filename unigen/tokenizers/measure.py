@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unigen.tokenizers import ImageTokenizer
-
 
 def perplexity(share_K: Tensor) -> Tensor:
     """exp(entropy) of the shares of the codes: the number of codes that would be used if all were used alike."""
@@ -27,32 +25,35 @@ def psnr(mse: float) -> float:
 
 
 @torch.no_grad()
-def evaluate_tokenizer(
-    tokenizer: ImageTokenizer, x_BCHW: Tensor, masks_B1HW: Tensor, batch: int = 100
-) -> dict[str, float]:
+def evaluate_tokenizer(tokenizer: Any, x_BCHW: Tensor, masks_B1HW: Tensor, batch: int = 100) -> dict[str, float]:
     """Encode, decode and compare pictures in [-1, 1], `batch` at a time.
 
-    psnr over all pixels and psnr_objects inside the masks (errors pooled over pictures, reconstruction in 8 bits),
-    usage = share of the codes that occur, dead = codes that do not, perplexity of the codes.
+    psnr over all pixels and psnr_objects inside the masks (errors pooled over pictures, reconstruction in 8 bits);
+    where there are codes, usage = share of them that occur, dead = codes that do not, and their perplexity.
     """
     total = inside = 0.0
-    count_K = torch.zeros(tokenizer.codebook_size)
+    count_K = torch.zeros(getattr(tokenizer, "codebook_size", 0))
     for x, mask in zip(x_BCHW.split(batch), masks_B1HW.split(batch), strict=True):
         codes = tokenizer.encode(x)
         y = ((tokenizer.decode(codes) + 1) * 127.5).round() / 127.5 - 1
         squared = (y - x).square() / 4
         total += float(squared.sum())
         inside += float((squared * mask).sum())
-        count_K += torch.bincount(codes.reshape(-1), minlength=len(count_K)).cpu()
-    used = int((count_K > 0).sum())
-    return {
+        if len(count_K):
+            count_K += torch.bincount(codes.reshape(-1), minlength=len(count_K)).cpu()
+    figures = {
         "psnr": psnr(total / x_BCHW.numel()),
         "psnr_objects": psnr(inside / max(3 * float(masks_B1HW.sum()), 1.0)),
-        "usage": used / len(count_K),
-        "dead": float(len(count_K) - used),
-        "perplexity": float(perplexity(count_K / count_K.sum())),
         "pictures": float(len(x_BCHW)),
     }
+    if len(count_K):
+        used = int((count_K > 0).sum())
+        figures |= {
+            "usage": used / len(count_K),
+            "dead": float(len(count_K) - used),
+            "perplexity": float(perplexity(count_K / count_K.sum())),
+        }
+    return figures
 
 
 @torch.no_grad()

@@ -81,7 +81,7 @@ class VQConfig:
 
 class VQOutput(NamedTuple):
     pixels_BCHW: Tensor  # reconstruction, fp32, not clamped
-    codes_Bhw: Tensor
+    codes_Bhw: Tensor | None  # None where there are no codes (KL)
     losses: dict[str, tuple[Tensor, int]]  # of the quantizer: name -> (sum, count)
 
 
@@ -108,6 +108,11 @@ class VQTokenizer(nn.Module):
     @property
     def codebook_size(self) -> int:
         return self.quantizer.size
+
+    @property
+    def last(self) -> Tensor:
+        """The weight nearest to the pixels, at which an adaptive loss weighs gradients."""
+        return self.decoder.last.weight
 
     def config(self) -> dict[str, Any]:
         return {"kind": "vq", **to_dict(self.settings)}

@@ -23,6 +23,7 @@ from torch.func import functional_call
 
 from unigen.nn.conv import PatchDiscriminator
 from unigen.nn.perceptual import unit
+from unigen.tokenizers.kl import KLTokenizer
 from unigen.tokenizers.measure import perplexity
 from unigen.tokenizers.vq import VQOutput, VQTokenizer
 
@@ -50,7 +51,7 @@ class VQLossConfig:
 class VQTraining(nn.Module):
     """The tokenizer, beside the discriminator when there is one: what the Trainer optimises and checkpoints."""
 
-    def __init__(self, tokenizer: VQTokenizer, gan: bool = False) -> None:
+    def __init__(self, tokenizer: VQTokenizer | KLTokenizer, gan: bool = False) -> None:
         super().__init__()
         self.tokenizer = tokenizer
         self.discriminator = PatchDiscriminator() if gan else None
@@ -97,9 +98,10 @@ class VQObjective:
             squared = (y_BCHW.clamp(-1, 1) - x_BCHW).square() / 4  # pixels in [0, 1], as PSNR counts
             losses["metric/mse"] = (squared.sum(), squared.numel())
             losses["metric/mse_objects"] = ((squared * masks_B1HW).sum(), 3 * masks_B1HW.sum().clamp_min(1))
-            k = model.tokenizer.codebook_size
-            share_K = torch.bincount(out.codes_Bhw.reshape(-1), minlength=k).float() / out.codes_Bhw.numel()
-            losses["metric/batch_perplexity"] = (perplexity(share_K), 1)
+            if out.codes_Bhw is not None:
+                k = model.tokenizer.codebook_size
+                share_K = torch.bincount(out.codes_Bhw.reshape(-1), minlength=k).float() / out.codes_Bhw.numel()
+                losses["metric/batch_perplexity"] = (perplexity(share_K), 1)
         return losses
 
     def _gan(self, model: Any, x_BCHW: Tensor, y_BCHW: Tensor, reconstruction: Any) -> Losses:
@@ -110,7 +112,7 @@ class VQObjective:
         if self.step >= self.config.gan_start and torch.is_grad_enabled():
             frozen = {name: tensor.detach() for name, tensor in judge.named_parameters()}
             generator = -functional_call(judge, frozen, (y_BCHW,)).float().mean()
-            weight = adaptive_weight(reconstruction, generator, model.tokenizer.decoder.last.weight)
+            weight = adaptive_weight(reconstruction, generator, model.tokenizer.last)
             losses["gan"] = (self.config.gan * weight * generator * n, n)
             losses["metric/gan_weight"] = (weight, 1)
         real, fake = judge(x_BCHW).float(), judge(y_BCHW.detach()).float()
