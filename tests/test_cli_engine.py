@@ -51,6 +51,38 @@ def test_describe_edit_story(tiny_folder: Path, capsys: pytest.CaptureFixture[st
     assert "<h1>a witch</h1>" in Path("s.html").read_text()
 
 
+@pytest.mark.parametrize(
+    "where", [["--box", "0,0,20,30"], ["--around", "0,0,20,30"], ["--vary", "1"], ["--mask", "m.png"]]
+)
+def test_inpaint(tiny_folder: Path, where: list[str]) -> None:
+    Image.new("RGB", (40, 40), "teal").save("in.png")
+    Image.new("L", (20, 20), 255).save("m.png")
+    line = ["inpaint", "in.png", "a red dog", "-o", "out.png", "--model", str(tiny_folder), "--steps", "2"]
+    assert main([*line, *where]) == 0
+    assert Image.open("out.png").size == (16, 16)
+
+
+def test_inpaint_says_what_is_wrong(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (40, 40), "teal").save("in.png")
+    line = ["inpaint", "in.png", "a red dog", "--model", str(tiny_folder)]
+    for where, said in (
+        ([], "--mask"),
+        (["--box", "5,5,2,9"], "not a box"),
+        (["--mask", "none.png"], "does not exist"),
+    ):
+        assert main([*line, *where]) == 2
+        assert said in capsys.readouterr().err
+    assert main([*line, "--box", "0,0,9,9", "--generator", "flow"]) == 2
+    assert "flow cannot keep" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("generator", ["masked", "next-scale", "flow"])
+def test_generate_in_other_ways(tiny_folder: Path, generator: str) -> None:
+    line = ["generate", "a dog", "--model", str(tiny_folder), "--generator", generator]
+    assert main([*line, "-o", "a.png", "--seed", "3"]) == main([*line, "-o", "b.png", "--seed", "3"]) == 0
+    assert same("a.png", "b.png")
+
+
 def test_chat_with_piped_input(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("a blue horse\nanother\n/save talk.json\n/quit\n"))
     assert main(["chat", "--model", str(tiny_folder)]) == 0

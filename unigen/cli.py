@@ -75,6 +75,17 @@ def whole(low: int) -> Callable[[str], int]:
     return parse
 
 
+def box(value: str) -> tuple[int, int, int, int]:
+    """Four whole numbers: left, top, right, bottom, the right beyond the left and the bottom below the top."""
+    try:
+        left, top, right, bottom = (int(part) for part in value.split(","))
+    except ValueError:
+        left = right = top = bottom = 0
+    if not (0 <= left < right and 0 <= top < bottom):
+        raise argparse.ArgumentTypeError(f"{value!r} is not a box like 0,0,32,32: left, top, right, bottom in pixels")
+    return left, top, right, bottom
+
+
 def text(value: str) -> str:
     """Anything but nothing."""
     if not value.strip():
@@ -124,6 +135,19 @@ def describe_arguments(parser: argparse.ArgumentParser) -> None:
 def edit_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", help="the picture to change")
     parser.add_argument("instruction", type=text, help='such as "replace the sunflower with a rose"')
+    parser.add_argument("-o", "--output", default="out.png", help="the new picture (default: %(default)s)")
+    sampling_arguments(parser)
+    model_arguments(parser)
+
+
+def inpaint_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("image", help="the picture to paint in")
+    parser.add_argument("prompt", type=text, help="what the whole picture is to show")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--mask", metavar="FILE", help="a picture, white where to paint")
+    where.add_argument("--box", type=box, metavar="L,T,R,B", help="paint inside this box, in pixels of the picture")
+    where.add_argument("--around", type=box, metavar="L,T,R,B", help="paint outside this box (outpainting)")
+    where.add_argument("--vary", type=number(0, 1, open_low=True), help="paint this share of it, drawn by lot")
     parser.add_argument("-o", "--output", default="out.png", help="the new picture (default: %(default)s)")
     sampling_arguments(parser)
     model_arguments(parser)
@@ -215,6 +239,30 @@ def edit(args: argparse.Namespace) -> int:
     return report([path], time.perf_counter() - start)
 
 
+def inpaint(args: argparse.Namespace) -> int:
+    import numpy as np
+
+    from unigen.output import PICTURES, check_output, save_picture
+    from unigen.sequence import read_image
+
+    path = check_output(args.output, PICTURES)
+    image = read_image(args.image)
+    if args.mask:
+        mask = np.asarray(read_image(args.mask).resize(image.size))
+    elif args.vary:
+        rng = np.random.default_rng(args.seed)
+        mask = np.where(rng.random((8, 8, 1)) < args.vary, 255, 0).astype(np.uint8).repeat(3, 2)
+    else:
+        left, top, right, bottom = args.box or args.around
+        inside = np.zeros((image.height, image.width, 3), dtype=np.uint8)
+        inside[top:bottom, left:right] = 255
+        mask = inside if args.box else 255 - inside
+    engine = load(args)
+    start = time.perf_counter()
+    save_picture(path, engine.inpaint(image, args.prompt, mask, **sampling(args)))
+    return report([path], time.perf_counter() - start)
+
+
 def story(args: argparse.Namespace) -> int:
     from unigen.output import PAGES, check_output, write_story
     from unigen.sequence import read_image
@@ -276,6 +324,7 @@ COMMANDS = {
     "generate": Command("draw pictures from a sentence", generate, generate_arguments),
     "describe": Command("say what a picture shows, or answer a question about it", describe, describe_arguments),
     "edit": Command("change a picture as told", edit, edit_arguments),
+    "inpaint": Command("paint a part of a picture anew, or all around it", inpaint, inpaint_arguments),
     "story": Command("write an illustrated story", story, story_arguments),
     "chat": Command("talk in text and pictures, in the terminal", chat, chat_arguments),
     "train": Command("run a recipe", train, train_arguments),

@@ -16,7 +16,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from PIL import Image
 
 from unigen.generators.base import Generator, Span, State
 from unigen.model import UnifiedModel
@@ -25,7 +27,7 @@ from unigen.nn.few_rows import use_few_rows
 from unigen.samplers.guidance import Guidance
 from unigen.samplers.logits import Sampling
 from unigen.samplers.ode import SAMPLERS
-from unigen.sequence import Document, Segment, to_images
+from unigen.sequence import Document, Segment, read_image, square, stack_images, to_images
 
 Output = Literal["image", "text", "interleaved"]
 OUTPUTS: tuple[Output, ...] = ("image", "text", "interleaved")
@@ -126,6 +128,30 @@ class Engine:
         if not instruction.strip():
             raise ValueError("the instruction is empty: say what to change")
         return self.generate([image, instruction], "image", **options)
+
+    def inpaint(self, image: Any, prompt: str, mask: Any, *, generator: str = "masked", **options: Any) -> Any:
+        """The picture with what the mask marks painted anew as the prompt says; all else stays as it is.
+
+        mask: a picture or array of the image's shape, at least half white where to paint; every code that it touches is
+        written anew. Raises ValueError where it marks nothing, and for a generator that cannot keep codes.
+        """
+        model, size = self.model, self.model.image_tokenizer.image_size
+        if generator in model.generators and "fixed" not in model.generators[generator].takes:
+            raise ValueError(f"{generator} cannot keep a part of a picture; masked can")
+        height, width = model.image_tokenizer.grid
+        marked = square(_picture(mask), size, Image.Resampling.NEAREST)[..., 0] >= 128
+        cells_hw = marked.reshape(height, size // height, width, size // width).any((1, 3))
+        if not cells_hw.any():
+            raise ValueError("the mask marks nothing: paint white what is to be made anew")
+        given = _picture(image)
+        codes_hw = model.codes(stack_images([given], size))[0].cpu()
+        fixed = torch.where(torch.from_numpy(cells_hw), -1, codes_hw)
+        painted = self.generate(prompt, "image", generator=generator, fixed=fixed, **options)
+        anew = cells_hw.repeat(size // height, 0).repeat(size // width, 1)[..., None]
+        pictures = painted if isinstance(painted, list) else [painted]
+        kept = square(given, size)
+        mixed = [Image.fromarray(np.where(anew, np.asarray(picture), kept)) for picture in pictures]
+        return mixed if isinstance(painted, list) else mixed[0]
 
     def info(self) -> dict[str, Any]:
         """What this model is and can do."""
@@ -413,3 +439,7 @@ class Engine:
         new = text[len(row.shown) :]
         row.shown = text
         return new
+
+
+def _picture(source: Any) -> Image.Image:
+    return read_image(Image.fromarray(source) if isinstance(source, np.ndarray) else source)

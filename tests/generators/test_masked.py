@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -102,6 +103,21 @@ def test_given_codes_stay(engine: Engine) -> None:
     request = engine.request("a dog", "image", generator="masked", fixed=codes)
     list(engine.run([request]))
     assert torch.equal(request.document.segments[-1].image, codes)
+
+
+def test_inpainting_keeps_what_is_not_marked(engine: Engine) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    mask = np.zeros_like(image)
+    mask[2:5, 9:11] = 255  # inside the upper right code
+    options: dict[str, Any] = {"seed": 1, "temperature": 1.5}
+    painted = np.asarray(engine.inpaint(image, "a dog", mask, **options))
+    changed = (painted != image).any(-1)
+    assert changed[:8, 8:].any() and not changed[8:].any() and not changed[:, :8].any()
+    assert len(engine.inpaint(image, "a dog", mask, n=2, **options)) == 2
+    with pytest.raises(ValueError, match="marks nothing"):
+        engine.inpaint(image, "a dog", mask * 0)
+    with pytest.raises(ValueError, match="next-token cannot keep"):
+        engine.inpaint(image, "a dog", mask, generator="next-token")
 
 
 def test_more_steps_than_codes_are_as_many_as_codes(engine: Engine) -> None:
