@@ -138,6 +138,7 @@ def test_pictures_given_and_made_stand_in_one_chat(engine: Engine) -> None:
         (lambda e: e.generate("a", max_tokens=0), "at least 1"),
         (lambda e: e.generate("a", generator="masked", steps=0), "steps must be"),
         (lambda e: e.generate("a", steps=4), "next-token does not take steps"),
+        (lambda e: e.generate("a", generator="flow", temperature=0.5), "flow does not take temperature"),
         (lambda e: e.generate("a", generator="flow", guidance_kind="none"), "unknown kind of guidance"),
         (lambda e: e.generate("a dog " * 400), "shorten"),
         (lambda e: e.edit(Image.new("RGB", (4, 4)), " "), "instruction is empty"),

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from unigen.generators.base import Generator, Span, State
+from unigen.generators.base import Generator, Read, Span, State
 from unigen.model import UnifiedModel
 from unigen.nn.backbone import SlotCache
 from unigen.nn.few_rows import use_few_rows
@@ -208,6 +208,8 @@ class Engine:
             raise ValueError(f"steps must be at least 1, not {steps}")
         guidance = Guidance.of(guidance)
         chosen = {"steps": steps, "sampler": sampler, "guidance_kind": guidance_kind, "fixed": fixed}
+        if output == "image":  # else they are of its text as well
+            chosen |= {"temperature": temperature, "top_k": top_k or None, "top_p": top_p if top_p != 1 else None}
         takes = self.model.generators[generator].takes
         if unheard := [name for name, value in chosen.items() if value is not None and name not in takes]:
             raise ValueError(f"{generator} does not take {', '.join(unheard)}")
@@ -276,29 +278,17 @@ class Engine:
                     cache.free(slot)
                     row.seen.pop(slot, None)
         asked = [row.generator.ask(row.state) for row in rows if row.generator and row.state]
-        inputs = [ids + read.ids for row, read in zip(rows, asked, strict=True) for ids in row.unread]
+        lengths = [len(ids) + len(read.ids) for row, read in zip(rows, asked, strict=True) for ids in row.unread]
         slots = [slot for row in rows for slot in row.slots[: row.branches]]
-        longest = max(len(ids) for ids in inputs)
-        ids_BL = torch.tensor([ids + [0] * (longest - len(ids)) for ids in inputs], device=self.model.device)
-        embeds_BLD = self.model.embed(ids_BL)
-        reach = [list(range(longest)) for _ in inputs] if any(read.reach for read in asked) else None
-        at = 0
-        for row, read in zip(rows, asked, strict=True):
-            for b, ids in enumerate(row.unread):
-                begin, end = len(ids), len(ids) + len(read.ids)
-                if read.embeds is not None:
-                    embeds_BLD[at + b, begin:end] = read.embeds
-                if reach and read.reach:
-                    reach[at + b][begin:end] = [begin + last for last in read.reach]
-            at += row.branches
-        positions_BL, mask = cache.begin(slots, longest, torch.tensor(reach) if reach else None)
+        embeds_BLD, reach_BL = self._inputs(rows, asked, max(lengths))
+        positions_BL, mask = cache.begin(slots, max(lengths), reach_BL)
         hidden_BLD = self.model.step(embeds_BLD, positions_BL, mask, cache)
 
         groups: dict[int, list[int]] = {}
         hidden: list[list[torch.Tensor]] = []
         at = 0
         for i, row in enumerate(rows):
-            states = [hidden_BLD[at + b, : len(inputs[at + b])] for b in range(row.branches)]
+            states = [hidden_BLD[at + b, : lengths[at + b]] for b in range(row.branches)]
             hidden.append(self._shown(row, states, len(asked[i].ids)))
             at += row.branches
             groups.setdefault(id(row.generator), []).append(i)
@@ -314,6 +304,22 @@ class Engine:
             cache.keep(row.slots[: row.branches], [len(ids) + count for ids in row.unread])
             row.unread = [[] for _ in row.unread]
             row.kept += count
+
+    def _inputs(self, rows: list[_Row], asked: list[Read], length: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What all branches read, (B, length, D), and how far each position sees, None where all are causal."""
+        branches = [(ids, read) for row, read in zip(rows, asked, strict=True) for ids in row.unread]
+        padded = [ids + read.ids + [0] * (length - len(ids) - len(read.ids)) for ids, read in branches]
+        embeds_BLD = self.model.embed(torch.tensor(padded, device=self.model.device))
+        reach_BL = None
+        if any(read.reach for read in asked):
+            reach_BL = torch.arange(length).repeat(len(branches), 1)
+        for b, (ids, read) in enumerate(branches):
+            span = slice(len(ids), len(ids) + len(read.ids))
+            if read.embeds is not None:
+                embeds_BLD[b, span] = read.embeds
+            if reach_BL is not None and read.reach:
+                reach_BL[b, span] = torch.tensor(read.reach) + len(ids)
+        return embeds_BLD, reach_BL
 
     def _shown(self, row: _Row, states: list[torch.Tensor], asked: int) -> list[torch.Tensor]:
         """What the row's generator gets of each branch: the states of what it asked for, or of all that was read."""

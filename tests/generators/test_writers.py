@@ -34,6 +34,10 @@ def engine(tiny_folder: Path) -> Engine:
     return engine
 
 
+def sampling(writer: str) -> dict[str, Any]:
+    return {"generator": writer} | ({"temperature": 1.5} if writer in CODES else {"steps": 3})
+
+
 def drawn(engine: Engine, prompts: list[Any], seeds: list[int], **options: Any) -> list[list[list[int]]]:
     """The codes of one picture for each prompt, all in one batch."""
     requests = [engine.request(p, "image", seed=s, **options) for p, s in zip(prompts, seeds, strict=True)]
@@ -52,7 +56,7 @@ def codes_as_written(engine: Engine, writer: str) -> list[Any]:
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_picture_does_not_depend_on_its_batch(engine: Engine, writer: str, guidance: float) -> None:
-    options: dict[str, Any] = {"generator": writer, "guidance": guidance, "temperature": 1.5}
+    options: dict[str, Any] = {"guidance": guidance} | sampling(writer)
     together = drawn(engine, PROMPTS, [7, 8, 9, 7], **options)
     alone = [drawn(engine, [p], [s], **options)[0] for p, s in zip(PROMPTS, [7, 8, 9, 7], strict=True)]
     assert together == alone
@@ -60,10 +64,10 @@ def test_a_picture_does_not_depend_on_its_batch(engine: Engine, writer: str, gui
 
 
 def test_writers_share_a_batch(engine: Engine) -> None:
-    requests = [engine.request(PROMPTS[0], "image", seed=3, generator=w, temperature=1.5) for w in WRITERS]
+    requests = [engine.request(PROMPTS[0], "image", seed=3, **sampling(w)) for w in WRITERS]
     list(engine.run(requests))
     together = [request.document.segments[-1].image.tolist() for request in requests]
-    assert together == [drawn(engine, PROMPTS[:1], [3], generator=w, temperature=1.5)[0] for w in WRITERS]
+    assert together == [drawn(engine, PROMPTS[:1], [3], **sampling(w))[0] for w in WRITERS]
 
 
 @pytest.mark.parametrize("writer", CODES)  # a flow's pictures are near, not equal: test_flow.py

@@ -19,6 +19,9 @@ from unigen.samplers.guidance import Guidance
 from unigen.samplers.logits import Sampling
 from unigen.sequence import Batch, Vocabulary
 
+CODES = ("temperature", "top_k", "top_p")
+"""The options of generators that draw codes."""
+
 
 @dataclass
 class Span:
@@ -81,7 +84,7 @@ class Generator(Protocol):
     clean: bool
     """Does the cache hold a finished picture as later segments read it? Else the engine reads it again."""
     takes: tuple[str, ...]
-    """Options of a request beside guidance and sampling that it heeds: steps, sampler, guidance_kind, fixed."""
+    """The options of a request that it heeds, beside guidance: of `CODES`, steps, sampler, guidance_kind, fixed."""
     context: bool
     """Does `advance` want the states of all that was read before, not only of what was asked?"""
 

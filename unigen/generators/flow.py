@@ -53,7 +53,7 @@ class Flow(nn.Module):
 
     name = "flow"
     clean, context = False, True
-    takes = ("steps", "sampler", "guidance_kind")
+    takes: tuple[str, ...] = ("steps", "sampler", "guidance_kind")
 
     def __init__(self, tokenizer: Any, width: int, config: FlowConfig | None = None) -> None:
         super().__init__()

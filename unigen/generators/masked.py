@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from unigen.generators.base import Model, Read, Span, State
+from unigen.generators.base import CODES, Model, Read, Span, State
 from unigen.generators.next_token import pictures_of_ids
 from unigen.samplers.logits import race, warp
 from unigen.sequence import Batch
@@ -55,7 +55,7 @@ class Masked:
 
     name = "masked"
     clean, context = False, False
-    takes = ("steps", "fixed")
+    takes: tuple[str, ...] = (*CODES, "steps", "fixed")
 
     def __init__(self, grid: tuple[int, int], mask: int, steps: int = STEPS, choice: float = CHOICE) -> None:
         """mask: the id that stands for a masked code."""

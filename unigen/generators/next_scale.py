@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unigen.generators.base import Model, Read, Span, State
+from unigen.generators.base import CODES, Model, Read, Span, State
 from unigen.samplers.logits import draw
 from unigen.sequence import Batch
 
@@ -41,7 +41,7 @@ class NextScale(nn.Module):
 
     name = "next-scale"
     clean, context = False, False
-    takes: tuple[str, ...] = ()
+    takes: tuple[str, ...] = CODES
 
     def __init__(self, tokenizer: Any, width: int) -> None:
         """tokenizer: a `VQTokenizer` with the multi-scale quantizer, whose first scale is one code."""

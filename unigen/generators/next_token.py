@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unigen.generators.base import Model, Read, Span, State
+from unigen.generators.base import CODES, Model, Read, Span, State
 from unigen.samplers.logits import draw
 from unigen.sequence import Batch
 
@@ -39,7 +39,7 @@ class _Causal(ABC):
     """What text and codes in raster order share: ids are read as they are, and each is predicted by the one before."""
 
     clean, context = True, False
-    takes: tuple[str, ...] = ()
+    takes: tuple[str, ...] = CODES
 
     def reach(self) -> list[int] | None:
         return None
