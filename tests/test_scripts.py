@@ -13,11 +13,11 @@ from unigen.config import write_report
 
 
 def test_the_table_of_benches(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert {"batch", "decode"} <= set(bench.benches()) and all(bench.benches().values())
+    assert {"batch", "decode", "generate"} <= set(bench.benches()) and all(bench.benches().values())
     assert bench.main(["--help"]) == 0 and "decode" in capsys.readouterr().out
     assert bench.main(["nothing"]) == 2
     assert capsys.readouterr().err.strip().splitlines() == [
-        "bench: error: no bench 'nothing'; there are: batch, decode"
+        "bench: error: no bench 'nothing'; there are: batch, decode, generate"
     ]
     assert bench.main(["decode", "--models", "huge"]) == 2
 
