@@ -120,8 +120,7 @@ class VQTokenizer(nn.Module):
     def forward(self, x_BCHW: Tensor, rng: torch.Generator | None = None) -> VQOutput:
         """Reconstruction with a straight-through gradient; `rng` lets dead codes be revived in training mode."""
         if self.codes_frozen:
-            with torch.autocast(x_BCHW.device.type, enabled=False):
-                codes_Bhw = self.encode(x_BCHW)
+            codes_Bhw = self.encode(x_BCHW)
             return VQOutput(self.decoder(self.quantizer.vectors(codes_Bhw)).float(), codes_Bhw, {})
         quantized = self.quantizer(self.encoder(x_BCHW), rng)
         pixels_BCHW = self.decoder(quantized.vectors_BDhw)
@@ -135,13 +134,15 @@ class VQTokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, x_BCHW: Tensor) -> Tensor:
-        """Pixels in [-1, 1] (B, 3, H, W) -> codes (B, H/8, W/8). ValueError for sides that do not divide by 8."""
+        """Pixels in [-1, 1] (B, 3, H, W) -> codes (B, H/8, W/8), the same under autocast. ValueError for sides that do
+        not divide by 8."""
         if x_BCHW.ndim != 4 or x_BCHW.shape[1] != 3 or x_BCHW.shape[2] % STRIDE or x_BCHW.shape[3] % STRIDE:
             raise ValueError(
                 f"pictures must be (B, 3, H, W) with H and W multiples of {STRIDE}, got {tuple(x_BCHW.shape)}"
             )
-        z_BDhw = self.encoder(x_BCHW.to(self.encoder.head.weight.dtype))
-        return self.quantizer.codes(self.quantizer.prepare(z_BDhw))
+        with torch.autocast(x_BCHW.device.type, enabled=False):
+            z_BDhw = self.encoder(x_BCHW.to(self.encoder.head.weight.dtype))
+            return self.quantizer.codes(self.quantizer.prepare(z_BDhw))
 
     @torch.no_grad()
     def decode(self, codes_Bhw: Tensor) -> Tensor:
