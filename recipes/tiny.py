@@ -152,6 +152,12 @@ def build(cfg: TinyConfig) -> Job:
     torch.manual_seed(cfg.seed)
     width = model.backbone.width
     heads: list[Any] = []
+    for name, folder in (("next-scale", cfg.scale_tokenizer), ("flow", cfg.kl_tokenizer)):
+        if folder and (name not in shares or name in model.heads):
+            why = "init_from has one already" if name in model.heads else f"writers.{name.replace('-', '_')} is 0"
+            raise ValueError(f"a tokenizer for {name} is given, but {why}")
+    if "flow" in model.heads and cfg.flow not in (FlowConfig(), model.heads["flow"].settings):
+        raise ValueError("the flow of init_from has another shape than flow.*: leave flow.* out")
     if cfg.scale_tokenizer:
         heads.append(NextScale(load_tokenizer(cfg.scale_tokenizer), width))
     if cfg.kl_tokenizer:

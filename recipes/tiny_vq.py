@@ -113,12 +113,19 @@ def start(cfg: VQRunConfig) -> VQTokenizer | KLTokenizer:
     if cfg.kind == "kl":
         if cfg.freeze_codes:
             raise ValueError("a kl tokenizer has no codes to freeze")
-        return load_tokenizer(cfg.init_from) if cfg.init_from else KLTokenizer(cfg.kl)
+        if not cfg.init_from:
+            return KLTokenizer(cfg.kl)
+        known = load_tokenizer(cfg.init_from)
+        if not isinstance(known, KLTokenizer) or known.settings != cfg.kl:
+            raise ValueError(f"init_from={cfg.init_from} is another network than kl.*")
+        return known
     if cfg.freeze_codes and not cfg.init_from:
         raise ValueError("freeze_codes needs init_from=FOLDER, the tokenizer whose codes are kept")
     if not cfg.init_from:
         return VQTokenizer(cfg.model)
     tokenizer = load_tokenizer(cfg.init_from)
+    if not isinstance(tokenizer, VQTokenizer):
+        raise ValueError(f"init_from={cfg.init_from} is no vq tokenizer: kind=kl?")
     if tokenizer.settings != cfg.model:
         known, tokenizer = tokenizer, VQTokenizer(cfg.model)
         try:

@@ -56,7 +56,7 @@ def test_describe_edit_story(tiny_folder: Path, capsys: pytest.CaptureFixture[st
 )
 def test_inpaint(tiny_folder: Path, where: list[str]) -> None:
     Image.new("RGB", (40, 40), "teal").save("in.png")
-    Image.new("L", (20, 20), 255).save("m.png")
+    Image.new("L", (40, 40), 255).save("m.png")
     line = ["inpaint", "in.png", "a red dog", "-o", "out.png", "--model", str(tiny_folder), "--steps", "2"]
     assert main([*line, *where]) == 0
     assert Image.open("out.png").size == (16, 16)

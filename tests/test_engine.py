@@ -13,6 +13,7 @@ from PIL import Image
 import unigen
 from unigen.engine import Engine
 from unigen.models import load
+from unigen.samplers.guidance import Guidance
 from unigen.sequence import Document, Segment, Vocabulary, pack
 from unigen.training.objectives import Mixture
 
@@ -139,6 +140,10 @@ def test_pictures_given_and_made_stand_in_one_chat(engine: Engine) -> None:
         (lambda e: e.generate("a", generator="masked", steps=0), "steps must be"),
         (lambda e: e.generate("a", steps=4), "next-token does not take steps"),
         (lambda e: e.generate("a", generator="flow", temperature=0.5), "flow does not take temperature"),
+        (lambda e: e.generate("a", guidance=Guidance((3.0,), "apg")), "next-token does not take a kind"),
+        (lambda e: e.generate("a", generator="masked", fixed=torch.zeros(3, 3).long()), "fixed must be codes"),
+        (lambda e: e.generate("a", generator="masked", fixed=torch.full((2, 2), 32)), "fixed must be codes"),
+        (lambda e: e.generate("a", generator="flow", guidance_kind="cfg-zero", steps=1), "at least 2 steps"),
         (lambda e: e.generate("a", generator="flow", guidance_kind="none"), "unknown kind of guidance"),
         (lambda e: e.generate("a dog " * 400), "shorten"),
         (lambda e: e.edit(Image.new("RGB", (4, 4)), " "), "instruction is empty"),

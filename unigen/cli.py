@@ -243,21 +243,25 @@ def inpaint(args: argparse.Namespace) -> int:
     import numpy as np
 
     from unigen.output import PICTURES, check_output, save_picture
-    from unigen.sequence import read_image
+    from unigen.sequence import read_image, square
 
     path = check_output(args.output, PICTURES)
-    image = read_image(args.image)
+    image: Any = read_image(args.image)
+    engine = None
     if args.mask:
-        mask = np.asarray(read_image(args.mask).resize(image.size))
+        mask: Any = read_image(args.mask)
     elif args.vary:
-        rng = np.random.default_rng(args.seed)
-        mask = np.where(rng.random((8, 8, 1)) < args.vary, 255, 0).astype(np.uint8).repeat(3, 2)
+        engine = load(args)
+        (height, width), size = engine.model.image_tokenizer.grid, engine.model.image_tokenizer.image_size
+        image = square(image, size)
+        cells = np.random.default_rng(args.seed).random((height, width, 1)) < args.vary
+        mask = np.where(cells, 255, 0).astype(np.uint8).repeat(size // height, 0).repeat(size // width, 1).repeat(3, 2)
     else:
         left, top, right, bottom = args.box or args.around
         inside = np.zeros((image.height, image.width, 3), dtype=np.uint8)
         inside[top:bottom, left:right] = 255
         mask = inside if args.box else 255 - inside
-    engine = load(args)
+    engine = engine or load(args)
     start = time.perf_counter()
     save_picture(path, engine.inpaint(image, args.prompt, mask, **sampling(args)))
     return report([path], time.perf_counter() - start)

@@ -132,18 +132,21 @@ class Engine:
     def inpaint(self, image: Any, prompt: str, mask: Any, *, generator: str = "masked", **options: Any) -> Any:
         """The picture with what the mask marks painted anew as the prompt says; all else stays as it is.
 
-        mask: a picture or array of the image's shape, at least half white where to paint; every code that it touches is
+        mask: a picture or array of the image's shape, white where to paint; every code that it touches is
         written anew. Raises ValueError where it marks nothing, and for a generator that cannot keep codes.
         """
         model, size = self.model, self.model.image_tokenizer.image_size
         if generator in model.generators and "fixed" not in model.generators[generator].takes:
             raise ValueError(f"{generator} cannot keep a part of a picture; masked can")
         height, width = model.image_tokenizer.grid
-        marked = square(_picture(mask), size, Image.Resampling.NEAREST)[..., 0] >= 128
-        cells_hw = marked.reshape(height, size // height, width, size // width).any((1, 3))
+        given, marks = _picture(image), _picture(mask)
+        if given.size != marks.size:
+            raise ValueError(f"the mask is of {marks.size} pixels, the picture of {given.size}: make them alike")
+        marked = square(marks, min(marks.size))[..., 0] >= 128  # the centre square, as pictures are read
+        rows, columns = (np.arange(n) * len(marked) // n for n in (height, width))
+        cells_hw = np.logical_or.reduceat(np.logical_or.reduceat(marked, rows, 0), columns, 1)
         if not cells_hw.any():
             raise ValueError("the mask marks nothing: paint white what is to be made anew")
-        given = _picture(image)
         codes_hw = model.codes(stack_images([given], size))[0].cpu()
         fixed = torch.where(torch.from_numpy(cells_hw), -1, codes_hw)
         painted = self.generate(prompt, "image", generator=generator, fixed=fixed, **options)
@@ -215,6 +218,12 @@ class Engine:
             raise ValueError(f"{generator} does not take {', '.join(unheard)}")
         if guidance_kind is not None:
             guidance = replace(guidance, kind=guidance_kind)
+        if "guidance_kind" not in takes and guidance != Guidance(guidance.scales):
+            raise ValueError(f"{generator} does not take a kind or an interval of guidance")
+        if fixed is not None and (
+            fixed.shape != self.model.image_tokenizer.grid or fixed.max() >= self.model.vocabulary.image_size
+        ):
+            raise ValueError(f"fixed must be codes of the shape {self.model.image_tokenizer.grid}, -1 where to write")
         if len(guidance.scales) != 1:
             raise ValueError("this model has two branches of guidance: give one scale")
         texts = {"image": 0.0, "text": 0.0, "interleaved": 0.8}[output]
@@ -302,6 +311,9 @@ class Engine:
                 kept[i] = count
         for row, count in zip(rows, kept, strict=True):
             cache.keep(row.slots[: row.branches], [len(ids) + count for ids in row.unread])
+            for slot, ids in zip(row.slots, row.unread, strict=False):
+                if slot in row.seen:
+                    row.seen[slot][-1] = row.seen[slot][-1][: len(ids) + count]
             row.unread = [[] for _ in row.unread]
             row.kept += count
 
@@ -342,9 +354,12 @@ class Engine:
         for generator in {id(row.generator): row.generator for row in ended if row.generator is not text}.values():
             drawn = [row for row in ended if row.generator is generator]
             assert generator is not None
-            pictures, codes_Nhw = self._pictures(generator, [row.state for row in drawn if row.state])
-            for row, picture, codes_hw in zip(drawn, pictures, codes_Nhw, strict=True):
-                row.document.segments.append(Segment(image=codes_hw, role="assistant"))
+            made = generator.pictures(self.model, [row.state for row in drawn if row.state])
+            pictures = to_images(made) if made.is_floating_point() else self.model.pictures(made)
+            for row, picture, image in zip(
+                drawn, pictures, pictures if made.is_floating_point() else made, strict=True
+            ):
+                row.document.segments.append(Segment(image=image, role="assistant"))
                 yield row, picture
         for row in ended:
             self._go_on(row, cache, drew=row.generator is not text)
@@ -364,10 +379,11 @@ class Engine:
                     row.unread = [list(state.pending)]
                 else:
                     cache.keep(row.slots[:1], [-row.kept])
-                    if row.generator is not None and row.generator.context:
-                        row.seen[row.slots[0]][-1] = row.seen[row.slots[0]][-1][: -row.kept]
-                    codes_hw = row.document.segments[-1].image
-                    ids = self.model.vocabulary.image_ids(codes_hw).flatten().tolist()
+                    if seen := row.seen.get(row.slots[0]):
+                        states_LD = torch.cat(seen)
+                        row.seen[row.slots[0]] = [states_LD[: len(states_LD) - row.kept]]
+                    request.document = row.document = self.model.read(row.document)
+                    ids = self.model.vocabulary.image_ids(row.document.segments[-1].image).flatten().tolist()
                     row.unread = [[template.begins[template.reader], *ids]]
                 self._begin_text(row, template.image_end)
         else:
@@ -378,13 +394,6 @@ class Engine:
             if state.pending and state.pending[0] in self._image_begins:
                 row.unread = [[]]
                 self._begin_image(row)
-
-    def _pictures(self, generator: Generator, states: list[State]) -> tuple[list[Any], torch.Tensor]:
-        """Finished pictures, and the codes as which they are read back."""
-        made = generator.pictures(self.model, states)
-        if made.is_floating_point():
-            return to_images(made), self.model.codes(made)
-        return self.model.pictures(made), made.to(self.model.device)
 
     # ---------------------------------------------------------------- spans
 

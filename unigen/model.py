@@ -117,8 +117,8 @@ class UnifiedModel(nn.Module):
         return self.image_tokenizer.encode(images.to(weight.device, weight.dtype))
 
     def fill(self, batch: Batch) -> Batch:
-        """The batch with the ids of its images put where they belong, except where a head writes them its own way."""
-        images_M = torch.tensor([n for n, writer in enumerate(batch.writers) if writer not in self.heads])
+        """The batch with the codes of its images put where they belong, for those that are written as codes."""
+        images_M = torch.tensor([n for n, writer in enumerate(batch.writers) if self.generators[writer].codes])
         if batch.images is None or not len(images_M):
             return batch
         ids_MP = self.vocabulary.image_ids(self.codes(batch.images[images_M.to(batch.images.device)])).flatten(1)
@@ -143,6 +143,7 @@ class UnifiedModel(nn.Module):
         """The ids of one document whose pictures are codes."""
         ids = list(tokens.ids)
         for (start, stop), codes_hw in zip(tokens.spans, tokens.images, strict=True):
+            assert codes_hw.numel() == stop - start, "a picture of another size than its place"
             ids[start:stop] = self.vocabulary.image_ids(codes_hw).flatten().tolist()
         return ids
 

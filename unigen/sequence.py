@@ -56,12 +56,12 @@ def read_image(source: str | Path | Image.Image) -> Image.Image:
         raise ValueError(f"image {source} cannot be read: is it a PNG or JPEG file? ({error})") from error
 
 
-def square(image: Image.Image, size: int, resample: Image.Resampling = Image.Resampling.LANCZOS) -> np.ndarray:
+def square(image: Image.Image, size: int) -> np.ndarray:
     """The picture's centre square, resized: uint8 (size, size, 3)."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     if image.size != (size, size):
-        image = image.resize((size, size), resample, box=(left, top, left + side, top + side))
+        image = image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
     return np.asarray(image)
 
 

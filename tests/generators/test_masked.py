@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import unigen
 from unigen.engine import Engine
 from unigen.generators.masked import still_masked
 from unigen.nn.attention import packed_mask
-from unigen.sequence import Document, Segment, pack
+from unigen.sequence import Document, Segment, pack, square
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +115,14 @@ def test_inpainting_keeps_what_is_not_marked(engine: Engine) -> None:
     changed = (painted != image).any(-1)
     assert changed[:8, 8:].any() and not changed[8:].any() and not changed[:, :8].any()
     assert len(engine.inpaint(image, "a dog", mask, n=2, **options)) == 2
+    with pytest.raises(ValueError, match="make them alike"):
+        engine.inpaint(image, "a dog", mask[:8])
+    large = np.zeros((160, 160, 3), dtype=np.uint8)
+    large[70:72, 150:152] = 255  # a speck touches the upper right code
+    wide = image.repeat(10, 0).repeat(10, 1)
+    painted = np.asarray(engine.inpaint(wide, "a dog", large, **options))
+    changed = (painted != square(Image.fromarray(wide), 16)).any(-1)
+    assert changed[:8, 8:].any() and not changed[8:].any() and not changed[:, :8].any()
     with pytest.raises(ValueError, match="marks nothing"):
         engine.inpaint(image, "a dog", mask * 0)
     with pytest.raises(ValueError, match="next-token cannot keep"):

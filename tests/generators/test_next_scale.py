@@ -29,7 +29,12 @@ def engine(tiny_folder: Path) -> Engine:
         VQConfig(image_size=32, codes=32, code_dim=4, quantizer="multiscale", scales=(1, 2, 4), **small)
     )
     known = load(tiny_folder)
-    model = tiny.teach(known, ("next-token",), [NextScale(scales.eval(), known.backbone.width)]).eval()
+    reader = VQTokenizer(VQConfig(image_size=32, codes=32, **small)).eval()
+    head = NextScale(scales.eval(), known.backbone.width)
+    parts = known.backbone.lm, known.text_tokenizer, reader, known.vocabulary.text_size
+    model = tiny.assemble(*parts, heads=[head]).eval()
+    with pytest.raises(ValueError, match="is for pictures of 32 pixels, the model's 16"):
+        tiny.teach(known, (), [head])
     for module in (model.backbone, model.heads["next-scale"].into, model.heads["next-scale"].out):
         for p in module.parameters():
             if p.ndim > 1:
@@ -108,5 +113,7 @@ def test_it_needs_pixels_and_a_first_scale_of_one(engine: Engine) -> None:
     batch = pack([[model.template.encode(codes, writer="next-scale")]], 64, 32)
     with pytest.raises(ValueError, match="learns from pixels"):
         model.heads["next-scale"].prepare(model, batch, model.embed(batch.ids_BL), torch.Generator())
+    with pytest.raises(ValueError, match="needs a multi-scale tokenizer"):
+        NextScale(VQTokenizer(VQConfig(image_size=32)), 8)
     with pytest.raises(ValueError, match="first scale is 1"):
         NextScale(VQTokenizer(VQConfig(image_size=32, quantizer="multiscale", scales=(2, 4))), 8)

@@ -14,7 +14,7 @@ import torch
 import unigen
 from unigen.engine import Engine
 from unigen.models import load
-from unigen.sequence import Document, Segment, pack, to_pixels
+from unigen.sequence import Document, Segment, pack, to_images, to_pixels
 from unigen.training.objectives import Mixture
 
 CODES = ("next-token", "masked", "next-scale")
@@ -34,23 +34,34 @@ def engine(tiny_folder: Path) -> Engine:
     return engine
 
 
+def as_lists(image: Any) -> Any:
+    return image.tolist() if isinstance(image, torch.Tensor) else np.asarray(image).tolist()
+
+
+def apart(some: list[Any], others: list[Any]) -> int:
+    """The greatest difference of pictures, in codes or in 255ths."""
+    pairs = zip(some, others, strict=True)
+    return max(int(np.abs(np.array(a, dtype=np.int64) - np.array(b, dtype=np.int64)).max()) for a, b in pairs)
+
+
 def sampling(writer: str) -> dict[str, Any]:
     return {"generator": writer} | ({"temperature": 1.5} if writer in CODES else {"steps": 3})
 
 
 def drawn(engine: Engine, prompts: list[Any], seeds: list[int], **options: Any) -> list[list[list[int]]]:
-    """The codes of one picture for each prompt, all in one batch."""
+    """One picture for each prompt, all in one batch: codes, or pixels where there are none."""
     requests = [engine.request(p, "image", seed=s, **options) for p, s in zip(prompts, seeds, strict=True)]
     list(engine.run(requests))
-    return [request.document.segments[-1].image.tolist() for request in requests]
+    return [as_lists(request.document.segments[-1].image) for request in requests]
 
 
 def codes_as_written(engine: Engine, writer: str) -> list[Any]:
     """The codes of `PICTURES` as they are read back after this generator has written them."""
     generator, pixels = engine.model.generators[writer], to_pixels(list(PICTURES), 16)
-    if writer in engine.model.heads:
-        pixels = generator.tokenizer.decode(generator.tokenizer.encode(pixels))
-    return engine.model.codes(pixels).tolist()
+    if writer not in engine.model.heads:
+        return engine.model.codes(pixels).tolist()
+    pixels = generator.tokenizer.decode(generator.tokenizer.encode(pixels))
+    return [as_lists(picture) for picture in to_images(pixels)]
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
@@ -59,15 +70,17 @@ def test_a_picture_does_not_depend_on_its_batch(engine: Engine, writer: str, gui
     options: dict[str, Any] = {"guidance": guidance} | sampling(writer)
     together = drawn(engine, PROMPTS, [7, 8, 9, 7], **options)
     alone = [drawn(engine, [p], [s], **options)[0] for p, s in zip(PROMPTS, [7, 8, 9, 7], strict=True)]
-    assert together == alone
-    assert drawn(engine, PROMPTS[:1], [8], **options)[0] != alone[0]
+    tolerance = 1 if writer in engine.model.heads else 0  # of 255: another batch rounds differently in decoding
+    assert apart(together, alone) <= tolerance
+    assert apart(drawn(engine, PROMPTS[:1], [8], **options), alone[:1]) > 2
 
 
 def test_writers_share_a_batch(engine: Engine) -> None:
     requests = [engine.request(PROMPTS[0], "image", seed=3, **sampling(w)) for w in WRITERS]
     list(engine.run(requests))
-    together = [request.document.segments[-1].image.tolist() for request in requests]
-    assert together == [drawn(engine, PROMPTS[:1], [3], **sampling(w))[0] for w in WRITERS]
+    together = [as_lists(request.document.segments[-1].image) for request in requests]
+    alone = [drawn(engine, PROMPTS[:1], [3], **sampling(w))[0] for w in WRITERS]
+    assert apart(together, alone) <= 1
 
 
 @pytest.mark.parametrize("writer", CODES)  # a flow's pictures are near, not equal: test_flow.py
@@ -106,7 +119,10 @@ def test_loss_and_sampler_mirror_each_other(tiny_folder: Path, writer: str) -> N
     assert drawn(engine, [chat.segments[:-1] for chat in chats[:2]], [0, 0], **options) == [first_codes, third_codes]
     request = engine.request("story", "interleaved", **options)
     list(engine.run([request]))
-    said = [s.text or s.image.tolist() for s in request.document.segments[1:]]
+    said = [s.text or as_lists(s.image) for s in request.document.segments[1:]]
+    if writer in engine.model.heads:  # in a story each picture is read again, as codes
+        pixels = to_pixels([np.array(picture, dtype=np.uint8) for picture in (first_codes, third_codes)], 16)
+        first_codes, third_codes = engine.model.codes(pixels).tolist()
     assert said == ["a witch", third_codes, "and raven", first_codes]
 
 
@@ -129,5 +145,13 @@ def test_an_image_is_complete_or_not_there(engine: Engine, writer: str) -> None:
         request = engine.request("a story", "interleaved", generator=writer, **options)
         list(engine.run([request]))
         for segment in request.document.segments[1:]:
-            if segment.image is not None:
+            if isinstance(segment.image, torch.Tensor):
                 assert segment.image.shape == (2, 2) and 0 <= segment.image.min() and segment.image.max() < 32
+            elif segment.image is not None:
+                assert segment.image.size == (16, 16)
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_in_bfloat16_too(tiny_folder: Path, writer: str) -> None:
+    engine = unigen.load(str(tiny_folder), device="cpu", dtype="bfloat16")
+    assert engine.generate("a dog", generator=writer).size == (16, 16)

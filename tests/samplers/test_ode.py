@@ -33,7 +33,7 @@ def test_they_converge_to_the_closed_form(sampler: str) -> None:
 def test_the_order_of_euler_is_one_and_others_beat_it() -> None:
     halved = error("euler", 64) / error("euler", 32)
     assert 0.45 < halved < 0.6
-    for sampler in ("heun", "dpm++", "unipc"):  # deis, as diffusers has it, is of first order here
+    for sampler in ("heun", "dpm++", "unipc", "deis"):
         assert error(sampler, 16) < 0.6 * error("euler", 16)
 
 
@@ -42,6 +42,20 @@ def test_the_shift_is_applied_once() -> None:
     times: list[float] = []
     solve(lambda x, t: times.append(t) or velocity(x, t), torch.zeros(1, 1, 2, 2), 4, "euler", shift=3.0)
     assert times == pytest.approx([3 * t / (1 + 2 * t) for t in (1, 0.75, 0.5, 0.25)], abs=1e-6)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_they_go_all_the_way(sampler: str, shift: float) -> None:
+    """Along a constant velocity any number of steps is exact."""
+    for steps in (1, 2, 20):
+        end = solve(lambda x, t: torch.ones_like(x), torch.zeros(1, 1, 2, 2), steps, sampler, shift)
+        torch.testing.assert_close(end, -torch.ones(1, 1, 2, 2), atol=2e-3, rtol=0)  # some begin at 0.999
+
+
+def test_too_many_steps_are_refused() -> None:
+    with pytest.raises(ValueError, match="steps must be from 1 to 250"):
+        solve(velocity, torch.zeros(1, 1, 2, 2), 1200, "unipc")
 
 
 def test_an_unknown_sampler_is_named() -> None:

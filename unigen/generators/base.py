@@ -85,6 +85,8 @@ class Generator(Protocol):
     """Does the cache hold a finished picture as later segments read it? Else the engine reads it again."""
     takes: tuple[str, ...]
     """The options of a request that it heeds, beside guidance: of `CODES`, steps, sampler, guidance_kind, fixed."""
+    codes: bool
+    """Are the ids of a picture in training codes of the model's image tokenizer? Else it is laid out from pixels."""
     context: bool
     """Does `advance` want the states of all that was read before, not only of what was asked?"""
 

@@ -52,7 +52,7 @@ class Flow(nn.Module):
     """The latents of one image, by a flow from noise."""
 
     name = "flow"
-    clean, context = False, True
+    clean, codes, context = False, False, True
     takes: tuple[str, ...] = ("steps", "sampler", "guidance_kind")
 
     def __init__(self, tokenizer: Any, width: int, config: FlowConfig | None = None) -> None:
@@ -60,6 +60,8 @@ class Flow(nn.Module):
         from diffusers import SD3Transformer2DModel
 
         self.settings = c = config or FlowConfig()
+        if not hasattr(tokenizer, "latents"):
+            raise ValueError("flow needs a tokenizer of continuous latents (kind=kl)")
         self.tokenizer = tokenizer
         self.tokenizer.requires_grad_(False)
         side = tokenizer.grid[0]
@@ -87,6 +89,11 @@ class Flow(nn.Module):
         self.tokenizer.eval()
         return self
 
+    @property
+    def edges(self) -> tuple[nn.Module, ...]:
+        """Layers that are no hidden matrices, for optimizers that tell."""
+        return self.head.context_embedder, self.head.time_text_embed, self.head.norm_out, self.head.proj_out
+
     def config(self) -> dict[str, Any]:
         return to_dict(self.settings)
 
@@ -97,15 +104,16 @@ class Flow(nn.Module):
         return None
 
     def velocity(self, x_MZhw: Tensor, t_M: Tensor, context_MND: Tensor) -> Tensor:
-        """noise - data as the head sees it; the last context state is the begin token's."""
+        """noise - data as the head sees it, in x's dtype (fp32 whatever the model is); the last context state is the
+        begin token's."""
         context_MND = self.norm(context_MND) * (context_MND != 0).any(-1, keepdim=True)
         return self.head(
-            hidden_states=x_MZhw,
+            hidden_states=x_MZhw.to(context_MND.dtype),
             timestep=t_M * 1000,
             encoder_hidden_states=context_MND,
             pooled_projections=context_MND[:, -1],
             return_dict=False,
-        )[0]
+        )[0].to(x_MZhw.dtype)
 
     # ---------------------------------------------------------------- training
 
@@ -151,6 +159,8 @@ class Flow(nn.Module):
     # ---------------------------------------------------------------- sampling
 
     def start(self, span: Span) -> State:
+        if span.guidance.kind == "cfg-zero" and span.steps == 1:
+            raise ValueError("cfg-zero rests in its first step: take at least 2 steps")
         return FlowState(span, [])
 
     def ask(self, state: State) -> Read:
@@ -168,7 +178,9 @@ class Flow(nn.Module):
             noise = torch.stack([torch.randn(shape, generator=states[i].span.rng) for i in members])
 
             velocity = partial(self._guided, guidance, contexts, {})
-            latents = solve(velocity, noise.to(contexts), steps or STEPS, sampler or "euler", self.settings.shift)
+            latents = solve(
+                velocity, noise.to(contexts.device), steps or STEPS, sampler or "euler", self.settings.shift
+            )
             for i, latents_Zhw in zip(members, latents, strict=True):
                 state = states[i]
                 assert isinstance(state, FlowState)

@@ -26,7 +26,7 @@ from unigen.sequence import Batch
 
 STEPS = 12
 CHOICE = 2.0
-"""Temperature of the Gumbel noise on the confidences in the first step; it falls to 0 in the last."""
+"""Choice temperature: of the Gumbel noise on the confidences, times 1 - (step + 1) / steps, 0 in the last step."""
 
 Targets = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -54,7 +54,7 @@ class Masked:
     """The codes of one image by masked prediction."""
 
     name = "masked"
-    clean, context = False, False
+    clean, codes, context = False, True, False
     takes: tuple[str, ...] = (*CODES, "steps", "fixed")
 
     def __init__(self, grid: tuple[int, int], mask: int, steps: int = STEPS, choice: float = CHOICE) -> None:

@@ -40,7 +40,7 @@ class NextScale(nn.Module):
     """The codes of one image, scale by scale."""
 
     name = "next-scale"
-    clean, context = False, False
+    clean, codes, context = False, False, False
     takes: tuple[str, ...] = CODES
 
     def __init__(self, tokenizer: Any, width: int) -> None:
@@ -48,9 +48,10 @@ class NextScale(nn.Module):
         super().__init__()
         self.tokenizer = tokenizer
         self.tokenizer.requires_grad_(False)
-        quantizer = tokenizer.quantizer
-        if quantizer.scales[0] != 1:
-            raise ValueError(f"next-scale needs a tokenizer whose first scale is 1, not {quantizer.scales[0]}")
+        quantizer: Any = getattr(tokenizer, "quantizer", None)
+        scales = getattr(quantizer, "scales", None)
+        if scales is None or scales[0] != 1:
+            raise ValueError(f"next-scale needs a multi-scale tokenizer whose first scale is 1, not one of {scales}")
         self.lengths: list[int] = quantizer.lengths
         self.into = nn.Linear(quantizer.dim, width)
         self.scale = nn.Embedding(len(self.lengths), width)
@@ -68,6 +69,11 @@ class NextScale(nn.Module):
         self.tokenizer.eval()
         return self
 
+    @property
+    def edges(self) -> tuple[nn.Module, ...]:
+        """Layers that are no hidden matrices, for optimizers that tell."""
+        return self.into, self.out
+
     def config(self) -> dict[str, Any]:
         return {}
 
@@ -84,7 +90,7 @@ class NextScale(nn.Module):
     def embed(self, maps_MPC: Tensor, first: int) -> Tensor:
         """What the backbone reads for maps of positions first.. of all scales: their vectors, scale and place."""
         at = slice(first, first + maps_MPC.shape[1])
-        return self.into(maps_MPC) + self.scale(self.numbers[at]) + self.place.weight[at]
+        return self.into(maps_MPC.to(self.into.weight.dtype)) + self.scale(self.numbers[at]) + self.place.weight[at]
 
     # ---------------------------------------------------------------- training
 

@@ -61,6 +61,8 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.positions = dict(positions)
         self.special = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIALS}
+        if missing := [name for name, id in self.special.items() if id in (None, tokenizer.unk_token_id)]:
+            raise ValueError(f"the text tokenizer has no {', '.join(missing)}: it belongs to an older model")
         self.start: int = tokenizer.bos_token_id
         self.turn_end: int = tokenizer.eos_token_id
         self.image_end: int = self.special[EOI]
@@ -149,6 +151,10 @@ def assemble(
         **{head.name: head for head in heads},
     }
     names = [*writers, *(head.name for head in heads if head.name not in writers)]
+    for head in heads:
+        if head.tokenizer.image_size != image_tokenizer.image_size:
+            sizes = f"{head.tokenizer.image_size} pixels, the model's {image_tokenizer.image_size}"
+            raise ValueError(f"the tokenizer of {head.name} is for pictures of {sizes}: train one for that size")
     if unknown := sorted(set(names) - set(able)):
         raise ValueError(f"{', '.join(unknown)}: no way of writing, or one that needs weights of its own (its head)")
     template = ChatTemplate(tokenizer, {name: able[name].positions() for name in names})

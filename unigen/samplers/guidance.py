@@ -69,8 +69,8 @@ def guided_velocity(guidance: Guidance, parts: Sequence[Tensor], x: Tensor, t: f
     cfg       u + s (c - u)
     rescale   cfg, its standard deviation drawn towards that of c                  (Lin et al. 2024, eq. 15 and 16)
     apg       of the clean prediction x - t v: what is parallel to c is left out of c - u, with negative momentum
-              (Sadat et al. 2024, arXiv 2410.02416, algorithm 1, eta 0)
-    cfg-zero  u scaled by its best fit to c, and no movement in the first step     (Fan et al. 2025, CFG-Zero*)
+              (Sadat et al. 2024, arXiv 2410.02416, algorithm 1 with eta 0 and no threshold on the norm)
+    cfg-zero  u scaled by its best fit to c, and no velocity at the first evaluation    (Fan et al. 2025, CFG-Zero*)
     memory: empty at the start of a trajectory, and the same in all of its steps.
     """
     first = not memory

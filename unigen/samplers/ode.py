@@ -14,12 +14,16 @@ import numpy as np
 from torch import Tensor
 
 SAMPLERS = ("euler", "heun", "dpm++", "unipc", "deis")
+MOST = 250
+"""Steps; with more, the whole-numbered times of some samplers meet."""
 
 
 def scheduler(sampler: str, steps: int, shift: float = 1.0) -> Any:
-    """A diffusers scheduler with its times set. ValueError for an unknown sampler."""
+    """A diffusers scheduler with its times set. ValueError for an unknown sampler or number of steps."""
     import diffusers
 
+    if not 1 <= steps <= MOST:
+        raise ValueError(f"steps must be from 1 to {MOST}, not {steps}")
     if sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler {sampler!r}: one of {', '.join(SAMPLERS)}")
     if sampler == "euler":
@@ -46,6 +50,9 @@ def solve(
     """Data from noise (B, C, h, w). velocity(x, t): noise - data at time t in [0, 1], of x's shape. heun calls it
     2 steps - 1 times, the others as often as there are steps."""
     made, x = scheduler(sampler, steps, shift), noise
-    for time in made.timesteps:
-        x = made.step(velocity(x, float(time) / 1000), time, x, return_dict=False)[0]
+    for i, time in enumerate(made.timesteps):
+        v = velocity(x, float(time) / 1000)
+        if i + 1 == len(made.timesteps) and made.sigmas[-1] > 0:  # deis would rest here, short of the data
+            return x - float(made.sigmas[-1]) * v
+        x = made.step(v, time, x, return_dict=False)[0]
     return x

@@ -120,7 +120,9 @@ class KLTokenizer(nn.Module):
             raise ValueError(
                 f"pictures must be (B, 3, H, W) with H and W multiples of {stride}, got {tuple(x_BCHW.shape)}"
             )
-        z_BZhw = self.vae.encode(pixel_unshuffle(x_BCHW, self.settings.fold).to(self.vae.dtype)).latent_dist.mode()
+        with torch.autocast(x_BCHW.device.type, enabled=False):  # the same latents in training and in use
+            pixels = pixel_unshuffle(x_BCHW, self.settings.fold).to(self.vae.dtype)
+            z_BZhw = self.vae.encode(pixels).latent_dist.mode()
         return (z_BZhw.float() - self.shift_Z[:, None, None]) / self.scale_Z[:, None, None]
 
     @torch.no_grad()

@@ -31,7 +31,8 @@ class Phi(nn.Conv2d):
         self.share = share
 
     def forward(self, input: Tensor) -> Tensor:
-        return input * (1 - self.share) + super().forward(input) * self.share
+        bias = None if self.bias is None else self.bias.to(input.dtype)  # maps are fp32 whatever the model is
+        return input * (1 - self.share) + self._conv_forward(input, self.weight.to(input.dtype), bias) * self.share
 
 
 class MultiscaleQuantizer(VectorQuantizer):

@@ -51,7 +51,7 @@ class Quantizer(nn.Module):
         return z_BDhw.float()
 
     def observe(self, z_BDhw: Tensor, rng: torch.Generator | None) -> None:
-        """Called once a training step, before the codes are picked."""
+        """Called once a training step with what the codes stand for."""
 
     def count(self, codes_Bhw: Tensor) -> None:
         """Called once a training step with the codes picked."""

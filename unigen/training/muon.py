@@ -15,15 +15,25 @@ from unigen.config import OptimConfig
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Steps two optimizers as one; its groups and state are theirs."""
+    """Steps two optimizers as one; its groups and state are theirs.
+
+    A module's `edges`, where it has them, are its layers next to what goes in and comes out: AdamW steps those.
+    """
 
     def __init__(self, model: nn.Module, optim: OptimConfig) -> None:
+        edges = {
+            id(part) for module in model.modules() for edge in getattr(module, "edges", ()) for part in edge.modules()
+        }
         matrices: list[nn.Parameter] = []
         others: list[nn.Parameter] = []
         for module in model.modules():
             for p in module.parameters(recurse=False):
                 if p.requires_grad:
-                    (matrices if isinstance(module, nn.Linear) and p.ndim == 2 else others).append(p)
+                    (
+                        matrices
+                        if isinstance(module, nn.Linear) and p.ndim == 2 and id(module) not in edges
+                        else others
+                    ).append(p)
         shared = {id(p) for p in others}  # a head tied to the embeddings is an embedding
         matrices = [p for p in matrices if id(p) not in shared]
         others = list({id(p): p for p in others}.values())

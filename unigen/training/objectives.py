@@ -17,7 +17,8 @@ from unigen.sequence import Batch
 
 
 class Mixture:
-    """The losses of a model's generators on packed documents, each a sum over its own targets (nats) with their count.
+    """The losses of a model's generators on packed documents, each a sum over its own targets with their count: nats,
+    and for a flow squared errors.
 
     loss = sum_g weights[g] * sum_g / count_g, so that a mixture's few text targets are not drowned by its many codes.
     A generator that writes nothing in a batch has no loss there.
