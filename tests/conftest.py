@@ -65,8 +65,8 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_position_embeddings=256,
         tie_word_embeddings=True,
     )
-    latents = KLTokenizer(KLConfig(image_size=16, channels=(16, 16), latents=4))
-    flow = Flow(latents, config.hidden_size, FlowConfig(layers=2, heads=2, head_dim=16, context=16))
+    latents = KLTokenizer(KLConfig(image_size=16, channels=(16, 16), latent_channels=4))
+    flow = Flow(latents, config.hidden_size, FlowConfig(layers=2, heads=2, head_dim=16, context_length=16))
     heads = [NextScale(scales, config.hidden_size), flow]
     model = tiny.create(config, text.load(folder / "text"), image_tokenizer, ("next-token", "masked"), heads)
     model.save(folder / "model")

@@ -336,10 +336,10 @@ class Engine:
     def _shown(self, row: _Row, states: list[torch.Tensor], asked: int) -> list[torch.Tensor]:
         """What the row's generator gets of each branch: the states of what it asked for, or of all that was read."""
         assert row.generator is not None
-        if self.model.generators[row.request.generator].context:
+        if self.model.generators[row.request.generator].wants_context:
             for slot, states_LD in zip(row.slots, states, strict=False):
                 row.seen.setdefault(slot, []).append(states_LD)
-        if row.generator.context:
+        if row.generator.wants_context:
             return [torch.cat(row.seen[slot]) for slot, _ in zip(row.slots, states, strict=False)]
         return [states_LD[len(states_LD) - asked :] for states_LD in states]
 

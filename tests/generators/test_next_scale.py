@@ -35,7 +35,7 @@ def engine(tiny_folder: Path) -> Engine:
     model = tiny.assemble(*parts, heads=[head]).eval()
     with pytest.raises(ValueError, match="is for pictures of 32 pixels, the model's 16"):
         tiny.teach(known, (), [head])
-    for module in (model.backbone, model.heads["next-scale"].into, model.heads["next-scale"].out):
+    for module in (model.backbone, model.heads["next-scale"].project, model.heads["next-scale"].head):
         for p in module.parameters():
             if p.ndim > 1:
                 torch.nn.init.normal_(p, 0.0, 0.3)
@@ -63,7 +63,7 @@ def test_the_cache_of_scales_equals_teacher_forcing(engine: Engine, monkeypatch:
     monkeypatch.setattr(head.tokenizer, "encode", lambda pixels: written[0][None])
     batch = pack([[model.template.encode(chat(), writer="next-scale")]], 64, 32)
     logits: list[Tensor] = []
-    hook = head.out.register_forward_hook(lambda module, inputs, output: logits.append(output))
+    hook = head.head.register_forward_hook(lambda module, inputs, output: logits.append(output))
     embeds_BLD, targets = head.prepare(model, batch, model.embed(batch.ids_BL), torch.Generator())
     head.loss(model, batch, model.hidden(batch, embeds_BLD), targets)
     hook.remove()

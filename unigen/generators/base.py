@@ -87,7 +87,7 @@ class Generator(Protocol):
     """The options of a request that it heeds, beside guidance: of `CODES`, steps, sampler, guidance_kind, fixed."""
     codes: bool
     """Are the ids of a picture in training codes of the model's image tokenizer? Else it is laid out from pixels."""
-    context: bool
+    wants_context: bool
     """Does `advance` want the states of all that was read before, not only of what was asked?"""
 
     def positions(self) -> int:
@@ -115,8 +115,8 @@ class Generator(Protocol):
     def ask(self, state: State) -> Read: ...
 
     def advance(self, model: Model, states: list[State], hidden: list[list[Tensor]]) -> list[int]:
-        """hidden[i][b]: (L, D), what branch b of state i has for what it asked to read, or with `context` for all that
-        it has read. Returns how many of the positions asked for stay in the cache, for each state."""
+        """hidden[i][b]: (L, D), what branch b of state i has for what it asked to read, or with `wants_context` for all
+        that it has read. Returns how many of the positions asked for stay in the cache, for each state."""
         ...
 
     def pictures(self, model: Model, states: list[State]) -> Tensor:

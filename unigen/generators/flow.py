@@ -39,7 +39,7 @@ class FlowConfig:
     heads: int = 4
     head_dim: int = 48
     patch: int = 1
-    context: int = 64  # hidden states that the head sees
+    context_length: int = 64  # hidden states that the head sees
     shift: float = 1.0
 
 
@@ -52,7 +52,7 @@ class Flow(nn.Module):
     """The latents of one image, by a flow from noise."""
 
     name = "flow"
-    clean, codes, context = False, False, True
+    clean, codes, wants_context = False, False, True
     takes: tuple[str, ...] = ("steps", "sampler", "guidance_kind")
 
     def __init__(self, tokenizer: Any, width: int, config: FlowConfig | None = None) -> None:
@@ -60,7 +60,7 @@ class Flow(nn.Module):
         from diffusers import SD3Transformer2DModel
 
         self.settings = c = config or FlowConfig()
-        if not hasattr(tokenizer, "latents"):
+        if not hasattr(tokenizer, "latent_channels"):
             raise ValueError("flow needs a tokenizer of continuous latents (kind=kl)")
         self.tokenizer = tokenizer
         self.tokenizer.requires_grad_(False)
@@ -70,8 +70,8 @@ class Flow(nn.Module):
         self.head = SD3Transformer2DModel(
             sample_size=side,
             patch_size=c.patch,
-            in_channels=tokenizer.latents,
-            out_channels=tokenizer.latents,
+            in_channels=tokenizer.latent_channels,
+            out_channels=tokenizer.latent_channels,
             num_layers=c.layers,
             attention_head_dim=c.head_dim,
             num_attention_heads=c.heads,
@@ -148,7 +148,7 @@ class Flow(nn.Module):
         """The last states up to each image's begin token, (M, N, D), zeros before the document's first."""
         spans_M3 = batch.spans_N3[batch.written_by(self.name).to(batch.spans_N3.device)]
         rows_M1, begin_M1 = spans_M3[:, :1], spans_M3[:, 1:2] - 1
-        back_N = torch.arange(self.settings.context - 1, -1, -1, device=begin_M1.device)
+        back_N = torch.arange(self.settings.context_length - 1, -1, -1, device=begin_M1.device)
         there_MN = back_N <= batch.positions_BL[rows_M1, begin_M1]
         states_MND = hidden_BLD[rows_M1, (begin_M1 - back_N).clamp(min=0)]
         return states_MND * there_MN[:, :, None]
@@ -174,7 +174,7 @@ class Flow(nn.Module):
         for (steps, sampler, guidance), members in alike.items():
             branches = range(guidance.branches)
             contexts = torch.stack([self._filled(hidden[i][b]) for b in branches for i in members])
-            shape = (self.tokenizer.latents, *self.tokenizer.grid)
+            shape = (self.tokenizer.latent_channels, *self.tokenizer.grid)
             noise = torch.stack([torch.randn(shape, generator=states[i].span.rng) for i in members])
 
             velocity = partial(self._guided, guidance, contexts, {})
@@ -194,8 +194,8 @@ class Flow(nn.Module):
         return guided_velocity(guidance, parts, x, t, memory)
 
     def _filled(self, states_LD: Tensor) -> Tensor:
-        last = states_LD[-self.settings.context :]
-        return nn.functional.pad(last, (0, 0, self.settings.context - len(last), 0))
+        last = states_LD[-self.settings.context_length :]
+        return nn.functional.pad(last, (0, 0, self.settings.context_length - len(last), 0))
 
     def pictures(self, model: Model, states: list[State]) -> Tensor:
         return self.tokenizer.decode(torch.stack([s.latents_Zhw for s in states if isinstance(s, FlowState)]))

@@ -54,12 +54,15 @@ class Masked:
     """The codes of one image by masked prediction."""
 
     name = "masked"
-    clean, codes, context = False, True, False
+    clean, codes, wants_context = False, True, False
     takes: tuple[str, ...] = (*CODES, "steps", "fixed")
 
-    def __init__(self, grid: tuple[int, int], mask: int, steps: int = STEPS, choice: float = CHOICE) -> None:
+    def __init__(
+        self, grid: tuple[int, int], mask: int, steps: int = STEPS, choice_temperature: float = CHOICE
+    ) -> None:
         """mask: the id that stands for a masked code."""
-        self.grid, self.mask, self.steps, self.choice = grid, mask, steps, choice
+        self.grid, self.mask, self.steps = grid, mask, steps
+        self.choice_temperature = choice_temperature
 
     def positions(self) -> int:
         return self.grid[0] * self.grid[1]
@@ -122,7 +125,7 @@ class Masked:
         else:
             weights_PV = warp(logits_PV, span.sampling).softmax(-1)
             drawn_P = race(weights_PV, torch.empty(logits_PV.shape).exponential_(generator=span.rng)).cpu()
-            noise = self.choice * (1 - (state.step + 1) / steps)
+            noise = self.choice_temperature * (1 - (state.step + 1) / steps)
         # confidence = log p(drawn) + noise * Gumbel
         gumbel_P = -torch.empty(len(drawn_P)).exponential_(generator=span.rng).log()
         sure_P = weights_PV.cpu().gather(-1, drawn_P[:, None])[:, 0].log() + noise * gumbel_P

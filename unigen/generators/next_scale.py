@@ -40,7 +40,7 @@ class NextScale(nn.Module):
     """The codes of one image, scale by scale."""
 
     name = "next-scale"
-    clean, codes, context = False, False, False
+    clean, codes, wants_context = False, False, False
     takes: tuple[str, ...] = CODES
 
     def __init__(self, tokenizer: Any, width: int) -> None:
@@ -53,11 +53,11 @@ class NextScale(nn.Module):
         if scales is None or scales[0] != 1:
             raise ValueError(f"next-scale needs a multi-scale tokenizer whose first scale is 1, not one of {scales}")
         self.lengths: list[int] = quantizer.lengths
-        self.into = nn.Linear(quantizer.dim, width)
-        self.scale = nn.Embedding(len(self.lengths), width)
-        self.place = nn.Embedding(sum(self.lengths), width)
-        self.out = nn.Linear(width, quantizer.size)
-        for embedding in (self.scale, self.place):
+        self.project = nn.Linear(quantizer.dim, width)
+        self.scale_embedding = nn.Embedding(len(self.lengths), width)
+        self.position_embedding = nn.Embedding(sum(self.lengths), width)
+        self.head = nn.Linear(width, quantizer.size)
+        for embedding in (self.scale_embedding, self.position_embedding):
             nn.init.normal_(embedding.weight, std=0.02)
         numbers = torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))
         self.register_buffer("numbers", numbers, persistent=False)
@@ -72,7 +72,7 @@ class NextScale(nn.Module):
     @property
     def edges(self) -> tuple[nn.Module, ...]:
         """Layers that are no hidden matrices, for optimizers that tell."""
-        return self.into, self.out
+        return self.project, self.head
 
     def config(self) -> dict[str, Any]:
         return {}
@@ -90,7 +90,11 @@ class NextScale(nn.Module):
     def embed(self, maps_MPC: Tensor, first: int) -> Tensor:
         """What the backbone reads for maps of positions first.. of all scales: their vectors, scale and place."""
         at = slice(first, first + maps_MPC.shape[1])
-        return self.into(maps_MPC.to(self.into.weight.dtype)) + self.scale(self.numbers[at]) + self.place.weight[at]
+        return (
+            self.project(maps_MPC.to(self.project.weight.dtype))
+            + self.scale_embedding(self.numbers[at])
+            + self.position_embedding.weight[at]
+        )
 
     # ---------------------------------------------------------------- training
 
@@ -103,7 +107,7 @@ class NextScale(nn.Module):
         pixels = batch.images[images_M.to(batch.images.device)]
         if not pixels.is_floating_point():
             raise ValueError("next-scale learns from pixels, and this batch holds codes of another tokenizer")
-        codes_MP = self.tokenizer.encode(pixels.to(self.place.weight.device))
+        codes_MP = self.tokenizer.encode(pixels.to(self.position_embedding.weight.device))
         with torch.no_grad(), torch.autocast(embeds_BLD.device.type, enabled=False):
             maps_MPC = self.tokenizer.quantizer.inputs(codes_MP)
         read_MPD = self.embed(maps_MPC, self.lengths[0]).to(embeds_BLD.dtype)
@@ -112,7 +116,7 @@ class NextScale(nn.Module):
     def loss(self, model: Model, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> tuple[Tensor, int]:
         rows_M1, at_MP, codes_MP = targets
         at_MP = torch.cat([at_MP[:, :1] - 1, at_MP], 1) if len(at_MP) else at_MP
-        logits = self.out(hidden_BLD[rows_M1, at_MP].flatten(0, 1)).float()
+        logits = self.head(hidden_BLD[rows_M1, at_MP].flatten(0, 1)).float()
         total = nn.functional.cross_entropy(logits, codes_MP.flatten(), reduction="sum")
         return total, self.count(batch)
 
@@ -137,7 +141,7 @@ class NextScale(nn.Module):
         for state, branches in zip(states, hidden, strict=True):
             assert isinstance(state, ScaleState)
             k = len(state.codes)
-            split = self.out(torch.stack(branches)).float()
+            split = self.head(torch.stack(branches)).float()
             # VAR: logits = (1 + t) c - t u with t = (s - 1) k / (K - 1)
             logits_NV = state.span.guidance.combine(list(split), k / max(len(self.lengths) - 1, 1))
             codes_N = draw(logits_NV, state.span.sampling, [state.span.rng] * len(logits_NV))

@@ -38,7 +38,7 @@ def pictures_of_ids(model: Model, states: list[State]) -> Tensor:
 class _Causal(ABC):
     """What text and codes in raster order share: ids are read as they are, and each is predicted by the one before."""
 
-    clean, codes, context = True, True, False
+    clean, codes, wants_context = True, True, False
     takes: tuple[str, ...] = CODES
 
     def reach(self) -> list[int] | None:

@@ -32,13 +32,13 @@ class KLConfig:
     fold: int = 4  # pixels along a side that become channels
     channels: tuple[int, ...] = (64, 128)
     blocks: int = 1  # residual blocks a resolution
-    latents: int = 8  # channels of a latent
+    latent_channels: int = 8
     beta: float = 1e-4  # weight of the KL term
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "channels", tuple(self.channels))  # JSON gives lists
-        if min(self.fold, self.blocks, self.latents, len(self.channels)) < 1:
-            raise ValueError("fold, blocks, latents and the number of channels must be at least 1")
+        if min(self.fold, self.blocks, self.latent_channels, len(self.channels)) < 1:
+            raise ValueError("fold, blocks, latent_channels and the number of channels must be at least 1")
         if self.image_size <= 0 or self.image_size % self.stride:
             raise ValueError(f"image_size must be a positive multiple of {self.stride}, got {self.image_size}")
         if any(width <= 0 or width % 16 for width in self.channels):
@@ -68,11 +68,11 @@ class KLTokenizer(nn.Module):
             up_block_types=("UpDecoderBlock2D",) * len(c.channels),
             block_out_channels=c.channels,
             layers_per_block=c.blocks,
-            latent_channels=c.latents,
+            latent_channels=c.latent_channels,
             norm_num_groups=16,
         )
-        self.register_buffer("shift_Z", torch.zeros(c.latents))
-        self.register_buffer("scale_Z", torch.ones(c.latents))
+        self.register_buffer("shift_Z", torch.zeros(c.latent_channels))
+        self.register_buffer("scale_Z", torch.ones(c.latent_channels))
         self.shift_Z: Tensor
         self.scale_Z: Tensor
 
@@ -86,8 +86,8 @@ class KLTokenizer(nn.Module):
         return side, side
 
     @property
-    def latents(self) -> int:
-        return self.settings.latents
+    def latent_channels(self) -> int:
+        return self.settings.latent_channels
 
     @property
     def last(self) -> Tensor:
