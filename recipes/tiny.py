@@ -4,8 +4,9 @@
               unigen train recipes/tiny.py image_tokenizer=runs/vq/model run_dir=runs/tiny
     HARDWARE  2 CPU cores
     TIME      75 minutes
-    MEASURED  time_limit=4700 on a busy machine (3,358 steps): unigen eval scenes 0.442, captions 0.163, questions
-              0.632; 3.08 nats a code and 0.15 a text piece, still falling. The model card has all figures
+    MEASURED  an earlier mixture, time_limit=4700 (3,358 steps of 5,120 positions): unigen eval scenes 0.442, captions
+              0.163, questions 0.632; from there init_from=unigen-tiny time_limit=7380 seed=1 on a busy machine (3,515
+              steps): 0.640, 0.630, 0.829; 2.78 nats a code, 0.08 a text piece. The model card has all figures
 
 An 8M Llama with random weights reads and writes text and the codes of the image tokenizer (Liquid's layout), on a
 mixture of chats that are rendered while it trains and never repeat. In a tenth of them the text is dropped, for
