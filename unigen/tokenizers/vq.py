@@ -31,7 +31,7 @@ class VQConfig:
     codes: int = 1024  # size of the codebook (vq, lfq: a power of two)
     code_dim: int = 8  # channels of a code (vq)
     levels: tuple[int, ...] = (8, 5, 5, 5)  # fsq: the number of codes is the product
-    scales: tuple[int, ...] = (1, 2, 3, 4, 6, 8)  # multiscale: sides of the token maps, the last that of the grid
+    scales: tuple[int, ...] = (1, 2, 4, 8)  # multiscale: sides of the token maps, the last that of the grid
     beta: float = 0.25  # commitment
     entropy: float = 0.0  # weight of the entropy term (vq, lfq)
     revive_every: int = 10  # training steps between revivals of dead codes (vq); 0 = never
