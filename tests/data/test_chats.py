@@ -37,6 +37,16 @@ def test_a_document_is_a_function_of_its_seed(world: World) -> None:
     assert a.to_json() != Chats(world)(np.random.default_rng(6))[0].to_json()
 
 
+def test_relations_are_asked_about_in_many_chats(world: World) -> None:
+    asked = {"ask": 0, "judge": 0}
+    for kind in asked:
+        for seed in range(60):
+            document, _ = Chats(world, {kind: 1.0})(np.random.default_rng(seed))
+            words = " ".join(s.text or "" for s in document.segments if s.role == "user")
+            asked[kind] += "as seen from" in words
+    assert asked["ask"] >= 20 > asked["judge"]  # the control: scenes as they come
+
+
 def test_a_mixture_of_unknown_kinds_is_refused(world: World) -> None:
     with pytest.raises(ValueError, match="not paint"):
         Chats(world, {"paint": 1.0})
