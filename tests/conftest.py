@@ -71,3 +71,18 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = tiny.create(config, text.load(folder / "text"), image_tokenizer, ("next-token", "masked"), heads)
     model.save(folder / "model")
     return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_folder: Path) -> Any:
+    """An engine on random weights, spread so that what is drawn depends on what was read."""
+    import torch
+
+    import unigen
+
+    engine = unigen.load(str(tiny_folder), device="cpu")
+    rng = torch.Generator().manual_seed(1)
+    for p in engine.model.backbone.parameters():
+        if p.ndim > 1:
+            p.data.normal_(0, 0.3, generator=rng)
+    return engine

@@ -23,17 +23,6 @@ PROMPTS = ["a blue horse", "a", "two apples on a blue background and a red dog",
 PICTURES = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
 
 
-@pytest.fixture(scope="module")
-def engine(tiny_folder: Path) -> Engine:
-    """Random weights spread so that what is drawn depends on what was read."""
-    engine = unigen.load(str(tiny_folder), device="cpu")
-    rng = torch.Generator().manual_seed(1)
-    for p in engine.model.backbone.parameters():
-        if p.ndim > 1:
-            p.data.normal_(0, 0.3, generator=rng)
-    return engine
-
-
 def as_lists(image: Any) -> Any:
     return image.tolist() if isinstance(image, torch.Tensor) else np.asarray(image).tolist()
 
@@ -140,15 +129,18 @@ def test_counts_are_known_before_the_pictures(engine: Engine, writer: str) -> No
 
 @pytest.mark.parametrize("writer", WRITERS)
 def test_an_image_is_complete_or_not_there(engine: Engine, writer: str) -> None:
+    seen = 0
     for seed in range(6):
         options: dict[str, Any] = {"seed": seed, "temperature": 1.5, "max_tokens": 40, "max_images": 2}
         request = engine.request("a story", "interleaved", generator=writer, **options)
         list(engine.run([request]))
         for segment in request.document.segments[1:]:
+            seen += segment.image is not None
             if isinstance(segment.image, torch.Tensor):
                 assert segment.image.shape == (2, 2) and 0 <= segment.image.min() and segment.image.max() < 32
             elif segment.image is not None:
                 assert segment.image.size == (16, 16)
+    assert seen > 0
 
 
 @pytest.mark.parametrize("writer", WRITERS)
