@@ -71,7 +71,7 @@ def guided_velocity(guidance: Guidance, parts: Sequence[Tensor], x: Tensor, t: f
     apg       of the clean prediction x - t v: what is parallel to c is left out of c - u, with negative momentum
               (Sadat et al. 2024, arXiv 2410.02416, algorithm 1 with eta 0 and no threshold on the norm)
     cfg-zero  u scaled by its best fit to c, and no velocity at the first evaluation    (Fan et al. 2025, CFG-Zero*)
-    memory: empty at the start of a trajectory, and the same in all of its steps.
+    All but cfg are diffusers' own. memory: empty at the start of a trajectory, and the same in all of its steps.
     """
     first = not memory
     memory.setdefault("begun", True)
@@ -80,20 +80,21 @@ def guided_velocity(guidance: Guidance, parts: Sequence[Tensor], x: Tensor, t: f
     if guidance.kind == "cfg":
         return guidance.combine(parts)
     c, u = parts
-    [scale] = guidance.scales
-    over = tuple(range(1, c.ndim))
     if guidance.kind == "rescale":
-        mixed = guidance.combine(parts)
-        ratio = c.std(over, keepdim=True) / mixed.std(over, keepdim=True)
-        return mixed * (RESCALE * ratio + 1 - RESCALE)
+        from diffusers.guiders.guider_utils import rescale_noise_cfg
+
+        return rescale_noise_cfg(guidance.combine(parts), c, RESCALE)
     if guidance.kind == "cfg-zero":
+        from diffusers.guiders.classifier_free_zero_star_guidance import cfg_zero_star_scale
+
         if first:
             return torch.zeros_like(c)
-        fit = (c * u).sum(over, keepdim=True) / (u.square().sum(over, keepdim=True) + 1e-8)
-        return fit * u + scale * (c - fit * u)
-    clean_c, clean_u = x - t * c, x - t * u
-    difference = clean_c - clean_u + MOMENTUM * memory.get("difference", 0.0)
-    memory["difference"] = difference
-    direction = clean_c / clean_c.square().sum(over, keepdim=True).sqrt().clamp(min=1e-12)
-    across = difference - (difference * direction).sum(over, keepdim=True) * direction
-    return (x - (clean_c + (scale - 1) * across)) / t
+        u = u * cfg_zero_star_scale(c.flatten(1), u.flatten(1)).reshape(-1, *[1] * (c.ndim - 1))
+        return guidance.combine((c, u))
+    from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
+
+    momentum = memory.setdefault("momentum", MomentumBuffer(MOMENTUM))
+    clean = normalized_guidance(
+        x - t * c, x - t * u, guidance.scales[0] - 1, momentum, eta=0.0, use_original_formulation=True
+    )
+    return (x - clean) / t
