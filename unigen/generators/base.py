@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unigen.samplers.guidance import Guidance
 from unigen.samplers.logits import Sampling
@@ -122,3 +122,35 @@ class Generator(Protocol):
     def pictures(self, model: Model, states: list[State]) -> Tensor:
         """Of finished images: codes int64 (N, h, w) of the model's image tokenizer, or pixels float (N, 3, H, W)."""
         ...
+
+
+class Head(nn.Module):
+    """What generators with weights of their own share: an image tokenizer, frozen whatever the mode, and learning from
+    pixels. `edges` are their layers that are no hidden matrices, for optimizers that tell."""
+
+    name: str
+    clean, codes = False, False
+    edges: tuple[nn.Module, ...] = ()
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.tokenizer.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+        self.tokenizer.eval()
+        return self
+
+    def config(self) -> dict[str, Any]:
+        """What `models` needs beside the tokenizer and the weights to build it again."""
+        return {}
+
+    def encoded(self, batch: Batch, device: torch.device) -> Tensor:
+        """The batch's pictures that this generator writes, by its own tokenizer."""
+        pixels = batch.images[batch.written_by(self.name)] if batch.images is not None else None
+        if pixels is None or not pixels.is_floating_point():
+            raise ValueError(
+                f"{self.name} learns from pixels: give the pictures of its documents as pictures, not codes"
+            )
+        return self.tokenizer.encode(pixels.to(device))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from unigen.config import to_dict
-from unigen.generators.base import Model, Read, Span, State
+from unigen.generators.base import Head, Model, Read, Span, State
 from unigen.samplers.guidance import Guidance, guided_velocity
 from unigen.samplers.ode import solve
 from unigen.sequence import Batch
@@ -48,22 +48,20 @@ class FlowState(State):
     latents_Zhw: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
-class Flow(nn.Module):
+class Flow(Head):
     """The latents of one image, by a flow from noise."""
 
     name = "flow"
-    clean, codes, wants_context = False, False, True
+    wants_context = True
     takes: tuple[str, ...] = ("steps", "sampler", "guidance_kind")
 
     def __init__(self, tokenizer: Any, width: int, config: FlowConfig | None = None) -> None:
-        super().__init__()
+        super().__init__(tokenizer)
         from diffusers import SD3Transformer2DModel
 
         self.settings = c = config or FlowConfig()
         if not hasattr(tokenizer, "latent_channels"):
             raise ValueError("flow needs a tokenizer of continuous latents (kind=kl)")
-        self.tokenizer = tokenizer
-        self.tokenizer.requires_grad_(False)
         side = tokenizer.grid[0]
         if side % c.patch:
             raise ValueError(f"patch must divide the grid of latents {side}, got {c.patch}")
@@ -83,15 +81,8 @@ class Flow(nn.Module):
         )
         self.norm = nn.LayerNorm(width)
 
-    def train(self, mode: bool = True) -> Flow:
-        """The tokenizer is frozen, whatever the mode."""
-        super().train(mode)
-        self.tokenizer.eval()
-        return self
-
     @property
-    def edges(self) -> tuple[nn.Module, ...]:
-        """Layers that are no hidden matrices, for optimizers that tell."""
+    def edges(self) -> tuple[nn.Module, ...]:  # type: ignore[override]
         return self.head.context_embedder, self.head.time_text_embed, self.head.norm_out, self.head.proj_out
 
     def config(self) -> dict[str, Any]:
@@ -119,16 +110,11 @@ class Flow(nn.Module):
 
     def prepare(self, model: Model, batch: Batch, embeds_BLD: Tensor, rng: torch.Generator) -> tuple[Tensor, Targets]:
         """x_t, t and the velocity to be learnt."""
-        images_M = batch.written_by(self.name)
-        empty = embeds_BLD.new_zeros(0)
-        if not len(images_M):
+        count, empty = self.count(batch), embeds_BLD.new_zeros(0)
+        if not count:
             return embeds_BLD, (empty, empty, empty)
-        assert batch.images is not None
-        pixels = batch.images[images_M.to(batch.images.device)]
-        if not pixels.is_floating_point():
-            raise ValueError("flow learns from pixels, and this batch holds codes of another tokenizer")
-        x_MZhw = self.tokenizer.encode(pixels.to(embeds_BLD.device))
-        t_M = torch.sigmoid(torch.randn(len(images_M), generator=rng))
+        x_MZhw = self.encoded(batch, embeds_BLD.device)
+        t_M = torch.sigmoid(torch.randn(count, generator=rng))
         t_M = self.settings.shift * t_M / (1 + (self.settings.shift - 1) * t_M)
         noise_MZhw = torch.randn(x_MZhw.shape, generator=rng).to(x_MZhw)
         t_M = t_M.to(x_MZhw)

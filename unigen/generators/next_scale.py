@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unigen.generators.base import CODES, Model, Read, Span, State
+from unigen.generators.base import CODES, Head, Model, Read, Span, State
 from unigen.samplers.logits import draw
 from unigen.sequence import Batch
 
@@ -36,18 +36,16 @@ class ScaleState(State):
     read_LD: Tensor | None = None
 
 
-class NextScale(nn.Module):
+class NextScale(Head):
     """The codes of one image, scale by scale."""
 
     name = "next-scale"
-    clean, codes, wants_context = False, False, False
+    wants_context = False
     takes: tuple[str, ...] = CODES
 
     def __init__(self, tokenizer: Any, width: int) -> None:
         """tokenizer: a `VQTokenizer` with the multi-scale quantizer, whose first scale is one code."""
-        super().__init__()
-        self.tokenizer = tokenizer
-        self.tokenizer.requires_grad_(False)
+        super().__init__(tokenizer)
         quantizer: Any = getattr(tokenizer, "quantizer", None)
         scales = getattr(quantizer, "scales", None)
         if scales is None or scales[0] != 1:
@@ -63,19 +61,9 @@ class NextScale(nn.Module):
         self.register_buffer("numbers", numbers, persistent=False)
         self.numbers: Tensor
 
-    def train(self, mode: bool = True) -> NextScale:
-        """The tokenizer is frozen, whatever the mode."""
-        super().train(mode)
-        self.tokenizer.eval()
-        return self
-
     @property
-    def edges(self) -> tuple[nn.Module, ...]:
-        """Layers that are no hidden matrices, for optimizers that tell."""
+    def edges(self) -> tuple[nn.Module, ...]:  # type: ignore[override]
         return self.project, self.head
-
-    def config(self) -> dict[str, Any]:
-        return {}
 
     def positions(self) -> int:
         return sum(self.lengths[1:])
@@ -99,15 +87,10 @@ class NextScale(nn.Module):
     # ---------------------------------------------------------------- training
 
     def prepare(self, model: Model, batch: Batch, embeds_BLD: Tensor, rng: torch.Generator) -> tuple[Tensor, Targets]:
-        images_M = batch.written_by(self.name)
-        rows_M1, at_MP = batch.places(images_M)
-        if not len(images_M):
+        rows_M1, at_MP = batch.places(batch.written_by(self.name))
+        if not len(at_MP):
             return embeds_BLD, (rows_M1, at_MP, at_MP)
-        assert batch.images is not None
-        pixels = batch.images[images_M.to(batch.images.device)]
-        if not pixels.is_floating_point():
-            raise ValueError("next-scale learns from pixels, and this batch holds codes of another tokenizer")
-        codes_MP = self.tokenizer.encode(pixels.to(self.position_embedding.weight.device))
+        codes_MP = self.encoded(batch, embeds_BLD.device)
         with torch.no_grad(), torch.autocast(embeds_BLD.device.type, enabled=False):
             maps_MPC = self.tokenizer.quantizer.inputs(codes_MP)
         read_MPD = self.embed(maps_MPC, self.lengths[0]).to(embeds_BLD.dtype)
