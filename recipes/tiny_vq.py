@@ -119,7 +119,9 @@ def start(cfg: VQRunConfig) -> VQTokenizer | KLTokenizer:
             return KLTokenizer(cfg.kl)
         known = load_tokenizer(cfg.init_from)
         if not isinstance(known, KLTokenizer) or known.settings != cfg.kl:
-            raise ValueError(f"init_from={cfg.init_from} is another network than kl.*")
+            raise ValueError(
+                f"init_from={cfg.init_from} is another network than kl.*: give its kl.*, or leave init_from out"
+            )
         return known
     if cfg.freeze_codes and not cfg.init_from:
         raise ValueError("freeze_codes needs init_from=FOLDER, the tokenizer whose codes are kept")
@@ -127,7 +129,7 @@ def start(cfg: VQRunConfig) -> VQTokenizer | KLTokenizer:
         return VQTokenizer(cfg.model)
     tokenizer = load_tokenizer(cfg.init_from)
     if not isinstance(tokenizer, VQTokenizer):
-        raise ValueError(f"init_from={cfg.init_from} is no vq tokenizer: kind=kl?")
+        raise ValueError(f"init_from={cfg.init_from} is no vq tokenizer: add kind=kl")
     if tokenizer.settings != cfg.model:
         known, tokenizer = tokenizer, VQTokenizer(cfg.model)
         try:

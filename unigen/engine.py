@@ -136,6 +136,8 @@ class Engine:
         written anew. Raises ValueError where it marks nothing, and for a generator that cannot keep codes.
         """
         model, size = self.model, self.model.image_tokenizer.image_size
+        if "masked" not in model.generators:
+            raise ValueError("this model has not learnt masked, which inpainting needs: train it with writers.masked=1")
         if generator in model.generators and "fixed" not in model.generators[generator].takes:
             raise ValueError(f"{generator} cannot keep a part of a picture; masked can")
         height, width = model.image_tokenizer.grid
@@ -215,11 +217,11 @@ class Engine:
             chosen |= {"temperature": temperature, "top_k": top_k or None, "top_p": top_p if top_p != 1 else None}
         takes = self.model.generators[generator].takes
         if unheard := [name for name, value in chosen.items() if value is not None and name not in takes]:
-            raise ValueError(f"{generator} does not take {', '.join(unheard)}")
+            raise ValueError(f"{generator} does not take {', '.join(unheard)}: leave out, it takes {', '.join(takes)}")
         if guidance_kind is not None:
             guidance = replace(guidance, kind=guidance_kind)
         if "guidance_kind" not in takes and guidance != Guidance(guidance.scales):
-            raise ValueError(f"{generator} does not take a kind or an interval of guidance")
+            raise ValueError(f"{generator} does not take a kind or an interval of guidance: give a scale")
         if fixed is not None and (
             fixed.shape != self.model.image_tokenizer.grid or fixed.max() >= self.model.vocabulary.image_size
         ):

@@ -62,7 +62,9 @@ class ChatTemplate:
         self.positions = dict(positions)
         self.special = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIALS}
         if missing := [name for name, id in self.special.items() if id in (None, tokenizer.unk_token_id)]:
-            raise ValueError(f"the text tokenizer has no {', '.join(missing)}: it belongs to an older model")
+            raise ValueError(
+                f"the text tokenizer has no {', '.join(missing)}: train a new one (data_tools/train_tokenizer.py)"
+            )
         self.start: int = tokenizer.bos_token_id
         self.turn_end: int = tokenizer.eos_token_id
         self.image_end: int = self.special[EOI]
@@ -156,7 +158,10 @@ def assemble(
             sizes = f"{head.tokenizer.image_size} pixels, the model's {image_tokenizer.image_size}"
             raise ValueError(f"the tokenizer of {head.name} is for pictures of {sizes}: train one for that size")
     if unknown := sorted(set(names) - set(able)):
-        raise ValueError(f"{', '.join(unknown)}: no way of writing, or one that needs weights of its own (its head)")
+        raise ValueError(
+            f"cannot write by {', '.join(unknown)}: next-scale and flow need a tokenizer of their own "
+            f"(scale_tokenizer=FOLDER, kl_tokenizer=FOLDER in recipes/tiny.py), and other names are not known"
+        )
     template = ChatTemplate(tokenizer, {name: able[name].positions() for name in names})
     text = Text(sorted({*tokenizer.all_special_ids, *template.special.values()}))
     generators: dict[str, Generator] = {"text": text} | {name: able[name] for name in names}
