@@ -87,6 +87,7 @@ class TinyConfig(RunConfig):
     text_pieces: int = 1024
     length: int = 1024  # positions of a packed row; the longest story fits
     muon: bool = True  # false: AdamW for all weights
+    compile: bool = False  # a third faster by torch.compile; on a CPU it needs a C++ compiler
     writers: Writers = field(default_factory=Writers)
     blind: float = 0.1  # share of documents whose text is dropped
     learn_shown: bool = True  # also the pictures that the user shows: a caption says little of what is in their codes
@@ -164,6 +165,8 @@ def build(cfg: TinyConfig) -> Job:
     if cfg.kl_tokenizer:
         heads.append(Flow(load_tokenizer(cfg.kl_tokenizer), width, cfg.flow))
     model = tiny.teach(model, tuple(shares), heads)
+    if cfg.compile:
+        model.backbone.compile_packed()
     size = model.image_tokenizer.image_size
     return Job(
         model=model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import pytest
@@ -93,9 +94,29 @@ def test_packed_attention_equals_the_mask(name: str) -> None:
     assert not torch.allclose(leaking[0], packed[0], atol=1e-3)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="no C++ compiler")
+def test_compiled_training_is_the_same_training() -> None:
+    def run(compiled: bool, marks: torch.Tensor) -> list[torch.Tensor]:
+        model = backbone("llama").train()
+        if compiled:
+            model.compile_packed()
+        positions_BL = torch.arange(16).expand(2, 16)
+        for shift in (3, 0):  # documents of other lengths meet the same graphs
+            model.zero_grad()
+            hidden = model.packed(model.embed(positions_BL), positions_BL, marks.roll(shift, 1))
+            hidden[marks.roll(shift, 1) > 0].square().sum().backward()
+        return [hidden.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    plain, compiled = run(False, segments()), run(True, segments())
+    torch.testing.assert_close(compiled, plain, atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(run(True, segments().clamp(max=1))[0], plain[0], atol=1e-3)
+
+
 def test_groups_hold_each_real_position_once() -> None:
-    places = torch.cat([p[real] for p, real, _ in Packing(segments()).groups])
-    assert sorted(places.tolist()) == (segments().flatten() > 0).nonzero().flatten().tolist()
+    packing, real = Packing(segments()), segments().flatten() > 0
+    assert packing.places[packing.back[real]].tolist() == real.nonzero().flatten().tolist()
+    assert set(packing.back[~real].tolist()) == {len(packing.places)}
 
 
 @torch.no_grad()

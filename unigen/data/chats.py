@@ -24,7 +24,7 @@ from unigen.data.language import (
     short_caption,
     verdict,
 )
-from unigen.data.scenes import Scene, sample_scene
+from unigen.data.scenes import Scene, groups_of, sample_scene
 from unigen.data.stories import story
 from unigen.data.world import World
 from unigen.sequence import Document, Segment
@@ -32,14 +32,14 @@ from unigen.sequence import Document, Segment
 DESCRIBE, DETAIL = "describe this picture", "describe this picture in detail"
 EXPAND, JUDGE = "say more: {}", "does this picture show {}?"
 MIXTURE = {
-    "draw": 0.47,
-    "describe": 0.16,
-    "ask": 0.13,
-    "edit": 0.06,
-    "story": 0.04,
+    "draw": 0.48,
+    "describe": 0.17,
+    "ask": 0.15,
+    "edit": 0.05,
+    "story": 0.03,
     "chat": 0.07,
     "expand": 0.02,
-    "judge": 0.05,
+    "judge": 0.03,
 }
 
 
@@ -66,7 +66,9 @@ class Chats:
     # ---------------------------------------------------------------- the kinds
 
     def draw(self, rng: np.random.Generator) -> list[Segment]:
-        return self._drawn(self._scene(rng), rng)
+        """A picture as asked; in a third of these chats the scene of two of which there is more to say."""
+        scenes = [self._scene(rng) for _ in range(2 if rng.random() < 1 / 3 else 1)]
+        return self._drawn(max(scenes, key=_wealth), rng)
 
     def describe(self, rng: np.random.Generator) -> list[Segment]:
         scene = self._scene(rng)
@@ -135,6 +137,11 @@ class Chats:
 
 def _turn(question: str, answer: str) -> list[Segment]:
     return [Segment(text=question), Segment(text=answer, role="assistant")]
+
+
+def _wealth(scene: Scene) -> int:
+    """Objects and colours: what a picture can be wrong about."""
+    return len(scene.items) + sum(color is not None for _, color, _ in groups_of(scene))
 
 
 def _plain(scene: Scene, rng: np.random.Generator) -> str:

@@ -41,33 +41,42 @@ class Packing:
     """The documents of packed rows in groups of like length, so that attention costs the sum of their squares.
 
     A mask over whole rows computes B L^2 scores and throws most away: with documents of 90 positions in rows of 640
-    that is seven times the work. groups: (places (N, length) into the flattened rows, which of them are real, what is
-    hidden (N, 1, length, length), or None where all are causal).
+    that is seven times the work. places (P,): where in the flattened rows each position of the groups is, group after
+    group; a group's shorter documents are filled up with their last position. back (B L,): where each position of the
+    rows is among those, P (one beyond) for padding. groups: (documents, length, what is hidden (N, 1, length, length),
+    or None where all are causal).
     """
 
     def __init__(self, segments_BL: Tensor, reach_BL: Tensor | None = None, waste: float = 0.15) -> None:
         rows, length = segments_BL.shape
-        flat = (segments_BL + torch.arange(rows, device=segments_BL.device)[:, None] * (length + 1)).flatten().cpu()
+        device = segments_BL.device
+        flat = (segments_BL + torch.arange(rows, device=device)[:, None] * (length + 1)).flatten().cpu()
         _, counts = torch.unique_consecutive(flat, return_counts=True)
         starts = counts.cumsum(0) - counts
         real = segments_BL.flatten().cpu()[starts] > 0
         documents = sorted(zip(counts[real].tolist(), starts[real].tolist(), strict=True), reverse=True)
-        self.groups: list[tuple[Tensor, Tensor, Tensor | None]] = []
-        offset_B1 = torch.arange(rows)[:, None] * length
-        reach = None if reach_BL is None else (reach_BL.cpu() + offset_B1).flatten()
+        reach = None if reach_BL is None else (reach_BL.cpu() + torch.arange(rows)[:, None] * length).flatten()
+        self.groups: list[tuple[int, int, Tensor | None]] = []
+        places, back, at = [], torch.full((rows * length,), -1), 0
         while documents:
             longest = documents[0][0]
             alike = [d for d in documents if d[0] >= (1 - waste) * longest]
             documents = documents[len(alike) :]
             sizes, begins = (torch.tensor(column)[:, None] for column in zip(*alike, strict=True))
             within = torch.arange(longest)
-            places = begins + torch.minimum(within, sizes - 1)
+            places_NL = begins + torch.minimum(within, sizes - 1)
             hidden = None
             if reach is not None:
-                reach_NL = reach[places] - begins
+                reach_NL = reach[places_NL] - begins
                 if not torch.equal(reach_NL, torch.minimum(within, sizes - 1)):
-                    hidden = (within > reach_NL[:, :, None])[:, None].to(segments_BL.device)
-            self.groups.append((places.to(segments_BL.device), (within < sizes).to(segments_BL.device), hidden))
+                    hidden = (within > reach_NL[:, :, None])[:, None].to(device)
+            filled = (within < sizes).flatten()
+            places.append(places_NL.flatten())
+            back[places[-1][filled]] = at + filled.nonzero()[:, 0]
+            at += len(filled)
+            self.groups.append((len(alike), longest, hidden))
+        self.places = torch.cat(places or [back[:0]]).to(device)
+        self.back = torch.where(back < 0, at, back).to(device)
 
 
 def packed_attention(
@@ -98,17 +107,23 @@ def packed_attention(
         )
     batch, heads, length, width = query_BHLE.shape
     grouped = key_BHLE.shape[1] != heads
-    flat = [x.transpose(1, 2).flatten(0, 1) for x in (query_BHLE, key_BHLE, value_BHLE)]
-    output = flat[0].new_zeros(batch * length, heads, width)
-    for places_NL, real_NL, hidden_N1LL in packing.groups:
-        q, k, v = (x.index_select(0, places_NL.flatten()).unflatten(0, places_NL.shape).transpose(1, 2) for x in flat)
+    sizes = [count * longest for count, longest, _ in packing.groups]
+    parts = [
+        x.transpose(1, 2).flatten(0, 1).index_select(0, packing.places).split(sizes)
+        for x in (query_BHLE, key_BHLE, value_BHLE)
+    ]
+    mixed = [query_BHLE.new_zeros(1, heads, width)]  # read by padding
+    for (count, longest, hidden_N1LL), *qkv in zip(packing.groups, *parts, strict=True):
+        q, k, v = (x.unflatten(0, (count, longest)).transpose(1, 2) for x in qkv)
         if query_BHLE.device.type == "cpu" and not grouped:
-            mixed = _written_out(q, k, v, hidden_N1LL, scaling or width**-0.5, dropout)
+            mixed_NHLE = _written_out(q, k, v, hidden_N1LL, scaling or width**-0.5, dropout)
         else:
             seen = {"is_causal": True} if hidden_N1LL is None else {"attn_mask": ~hidden_N1LL}
-            mixed = scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling, enable_gqa=grouped, **seen)
-        output = output.index_copy(0, places_NL[real_NL], mixed.transpose(1, 2)[real_NL])
-    return output.unflatten(0, (batch, length)), None
+            mixed_NHLE = scaled_dot_product_attention(
+                q, k, v, dropout_p=dropout, scale=scaling, enable_gqa=grouped, **seen
+            )
+        mixed.insert(-1, mixed_NHLE.transpose(1, 2).flatten(0, 1))
+    return torch.cat(mixed).index_select(0, packing.back).unflatten(0, (batch, length)), None
 
 
 def _one_query(q_BH1E: Tensor, k_BHLE: Tensor, v_BHLE: Tensor, mask_B11L: Tensor | None, scale: float) -> Tensor:
@@ -133,9 +148,11 @@ def _written_out(
     return weights_NHLL.to(v_NHLE.dtype) @ v_NHLE
 
 
-def register() -> str:
-    """Make `packed_attention` known to transformers; returns the name to give as `attn_implementation`."""
+def register(compiled: bool = False) -> str:
+    """Make `packed_attention` known to transformers; returns the name to give as `attn_implementation`. compiled: as a
+    hole in graphs of torch.compile, since its shapes change from batch to batch."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register("unigen_packed", packed_attention)
-    return "unigen_packed"
+    name = "unigen_packed_hole" if compiled else "unigen_packed"
+    AttentionInterface.register(name, torch.compiler.disable(packed_attention) if compiled else packed_attention)
+    return name

@@ -64,6 +64,12 @@ class Backbone(nn.Module):
         )
         return output.last_hidden_state
 
+    def compile_packed(self) -> None:
+        """Have torch.compile fuse what stands between the products of packed rows, for training with rows of one shape.
+        On a CPU it needs a C++ compiler."""
+        self.lm.set_attn_implementation(register(compiled=True))
+        self.lm.get_decoder().compile(dynamic=False)
+
     def logits(self, hidden: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """Scores of the head's rows start..stop only: a span of image codes never pays for the text's rows."""
         head = self.lm.get_output_embeddings()
