@@ -15,7 +15,7 @@ guidance. Training goes on from a model by `init_from=FOLDER`, which brings its 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,16 @@ import torch
 from PIL import Image
 from torch import nn
 
-from unigen.config import OptimConfig, RunConfig
+from unigen import generators
+from unigen.config import OptimConfig, RunConfig, to_dict
 from unigen.data.chats import Chats
 from unigen.data.packing import Collate, PackedRows
 from unigen.data.stories import text_corpus
 from unigen.data.world import World
 from unigen.engine import Engine
-from unigen.generators.flow import Flow, FlowConfig
-from unigen.generators.next_scale import NextScale
+from unigen.generators.flow import FlowConfig
+from unigen.generators.token_flow import TokenFlowConfig
+from unigen.generators.transfusion import TransfusionConfig
 from unigen.model import Template, UnifiedModel
 from unigen.models import load, tiny
 from unigen.sequence import Tokens
@@ -62,33 +64,21 @@ class Backbone:
 
 
 @dataclass
-class Writers:
-    """How pictures are written: the shares among the documents that draw one. A model learns those above 0."""
-
-    next_token: float = 1.0
-    masked: float = 0.0
-    next_scale: float = 0.0  # needs scale_tokenizer, unless init_from has one
-    flow: float = 0.0  # needs kl_tokenizer, unless init_from has one
-
-    def shares(self) -> dict[str, float]:
-        found = {f.name.replace("_", "-"): getattr(self, f.name) for f in fields(self)}
-        if min(found.values()) < 0 or found["next-token"] <= 0:
-            raise ValueError("writers are shares of at least 0, and that of next_token, as which all are read, above 0")
-        return {name: share / sum(found.values()) for name, share in found.items() if share > 0}
-
-
-@dataclass
 class TinyConfig(RunConfig):
     backbone: Backbone = field(default_factory=Backbone)
     image_tokenizer: str = "runs/vq/model"
-    scale_tokenizer: str | None = None  # folder of a multi-scale tokenizer
-    kl_tokenizer: str | None = None  # folder of a KL tokenizer
+    scale_tokenizer: str | None = None  # folder of a multi-scale tokenizer, for next-scale
+    kl_tokenizer: str | None = None  # folder of a KL tokenizer, for flow, transfusion and token-flow
     flow: FlowConfig = field(default_factory=FlowConfig)
+    transfusion: TransfusionConfig = field(default_factory=TransfusionConfig)
+    token_flow: TokenFlowConfig = field(default_factory=TokenFlowConfig)
     text_pieces: int = 1024
     length: int = 1024  # positions of a packed row; the longest story fits
     muon: bool = True  # false: AdamW for all weights
     compile: bool = False  # a third faster by torch.compile; on a CPU it needs a C++ compiler
-    writers: Writers = field(default_factory=Writers)
+    writers: dict[str, float] = field(default_factory=lambda: {"next-token": 1.0})
+    """How pictures are written: the shares of generators among the documents that draw one. A model learns those above
+    0, also ones that it could not write by before."""
     blind: float = 0.1  # share of documents whose text is dropped
     learn_shown: bool = True  # also the pictures that the user shows: a caption says little of what is in their codes
     text_weight: float = 1.0
@@ -115,7 +105,7 @@ class Documents:
     def __init__(self, template: Template, size: int, cfg: TinyConfig) -> None:
         World(size)  # a missing font is said at once
         self.template, self.size, self.blind, self.learn_shown = template, size, cfg.blind, cfg.learn_shown
-        self.writers, self.shares = zip(*cfg.writers.shares().items(), strict=True)
+        self.writers, self.shares = zip(*shares_of(cfg).items(), strict=True)
         self.chats: Chats | None = None
 
     def __call__(self, rng: np.random.Generator) -> Tokens:
@@ -148,23 +138,43 @@ def new_model(cfg: TinyConfig) -> UnifiedModel:
     return tiny.create(shape, text.load(folder), load_tokenizer(cfg.image_tokenizer))
 
 
+def shares_of(cfg: TinyConfig) -> dict[str, float]:
+    """The share of each generator that is learnt, in all 1."""
+    for name in cfg.writers:
+        generators.find(name)
+    if min(cfg.writers.values()) < 0 or cfg.writers.get("next-token", 0) <= 0:
+        raise ValueError("writers are shares of at least 0, and that of next-token, as which all are read, above 0")
+    return {name: share / sum(cfg.writers.values()) for name, share in cfg.writers.items() if share > 0}
+
+
+def new_heads(cfg: TinyConfig, model: UnifiedModel) -> list[Any]:
+    """The generators to be learnt that have a tokenizer of their own and are not in the model yet."""
+    given = {"multiscale": cfg.scale_tokenizer, "kl": cfg.kl_tokenizer}
+    frame = tiny.frame_of(model.backbone.lm, model.text_tokenizer, model.image_tokenizer)
+    heads: list[Any] = []
+    for name in shares_of(cfg):
+        kind, settings = generators.find(name).own, getattr(cfg, name.replace("-", "_"), None)
+        if name in model.heads:
+            if settings is not None and settings not in (type(settings)(), model.heads[name].settings):
+                raise ValueError(
+                    f"the {name} of init_from has another shape than {name.replace('-', '_')}.*: leave it out"
+                )
+        elif kind is not None:
+            folder = given[kind]
+            own = load_tokenizer(folder) if folder else None
+            made = replace(frame, tokenizer=own, settings={} if settings is None else to_dict(settings))
+            heads.append(tiny.new_generator(name, made))
+    used = {head.own for head in heads}
+    if unused := [kind for kind, folder in given.items() if folder and kind not in used]:
+        raise ValueError(f"no new generator takes a tokenizer of kind {', '.join(unused)}: leave out its folder")
+    return heads
+
+
 def build(cfg: TinyConfig) -> Job:
-    shares = cfg.writers.shares()
+    shares = shares_of(cfg)
     model = load(cfg.init_from) if cfg.init_from else new_model(cfg)
     torch.manual_seed(cfg.seed)
-    width = model.backbone.width
-    heads: list[Any] = []
-    for name, folder in (("next-scale", cfg.scale_tokenizer), ("flow", cfg.kl_tokenizer)):
-        if folder and (name not in shares or name in model.heads):
-            why = "init_from has one already" if name in model.heads else f"writers.{name.replace('-', '_')} is 0"
-            raise ValueError(f"a tokenizer for {name} is given, but {why}")
-    if "flow" in model.heads and cfg.flow not in (FlowConfig(), model.heads["flow"].settings):
-        raise ValueError("the flow of init_from has another shape than flow.*: leave flow.* out")
-    if cfg.scale_tokenizer:
-        heads.append(NextScale(load_tokenizer(cfg.scale_tokenizer), width))
-    if cfg.kl_tokenizer:
-        heads.append(Flow(load_tokenizer(cfg.kl_tokenizer), width, cfg.flow))
-    model = tiny.teach(model, tuple(shares), heads)
+    model = tiny.teach(model, tuple(shares), new_heads(cfg, model))
     if cfg.compile:
         model.backbone.compile_packed()
     size = model.image_tokenizer.image_size

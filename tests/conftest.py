@@ -36,12 +36,13 @@ def emoji_font() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole model folder of family "tiny" with random weights: 16x16 pictures of 2x2 codes, two thin layers."""
+    """A whole model folder of family "tiny" with random weights that writes in every way there is: 16x16 pictures of
+    2x2 codes, two thin layers."""
     import torch
     from transformers import LlamaConfig
 
-    from unigen.generators.flow import Flow, FlowConfig
-    from unigen.generators.next_scale import NextScale
+    from unigen import generators
+    from unigen.generators.base import Frame
     from unigen.models import tiny
     from unigen.tokenizers import text
     from unigen.tokenizers.kl import KLConfig, KLTokenizer
@@ -66,9 +67,18 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tie_word_embeddings=True,
     )
     latents = KLTokenizer(KLConfig(image_size=16, channels=(16, 16), latent_channels=4))
-    flow = Flow(latents, config.hidden_size, FlowConfig(layers=2, heads=2, head_dim=16, context_length=16))
-    heads = [NextScale(scales, config.hidden_size), flow]
-    model = tiny.create(config, text.load(folder / "text"), image_tokenizer, ("next-token", "masked"), heads)
+    own: dict[str, Any] = {"multiscale": scales, "kl": latents}
+    settings: dict[str, Any] = {
+        "flow": {"layers": 2, "heads": 2, "head_dim": 16, "context_length": 16},
+        "token-flow": {"width": 32},
+    }
+    heads = [
+        tiny.new_generator(name, Frame((2, 2), 0, config.hidden_size, own[kind], settings.get(name, {})))
+        for name in generators.names()
+        if (kind := generators.find(name).own)
+    ]
+    writers = ("next-token", *generators.names())
+    model = tiny.create(config, text.load(folder / "text"), image_tokenizer, writers, heads)
     model.save(folder / "model")
     return folder / "model"
 

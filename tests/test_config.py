@@ -34,6 +34,7 @@ class Inner:
 @dataclass
 class Outer(RunConfig):
     inner: Inner = field(default_factory=Inner)
+    shares: dict[str, float] = field(default_factory=lambda: {"a": 1.0})
     flag: bool = False
     folder: Path = Path("x")
     either: int | str | None = None
@@ -42,9 +43,11 @@ class Outer(RunConfig):
 def test_overrides_are_read_by_type() -> None:
     before = Outer()
     texts = ["optim.lr=1e-5", "optim.betas=(0.8,0.9)", "steps=1_000", "flag=true", "inner.sizes=3,4,5", "inner.kind=b"]
+    texts += ["shares.b-c=0.5"]
     cfg = apply_overrides(before, [*texts, "time_limit=90", "init_from=None", "folder=a/b", "either=7", "run_dir=a=b"])
     assert (cfg.optim.lr, cfg.optim.betas, cfg.steps, cfg.flag) == (1e-5, (0.8, 0.9), 1000, True)
     assert (cfg.inner.sizes, cfg.inner.kind, cfg.time_limit) == ((3, 4, 5), "b", 90.0)
+    assert cfg.shares == {"a": 1.0, "b-c": 0.5}
     assert (cfg.init_from, cfg.folder, cfg.either, cfg.run_dir) == (None, Path("a/b"), 7, "a=b")
     assert apply_overrides(cfg, ["either=seven"]).either == "seven"
     assert before == Outer(), "the original is not changed"
@@ -63,6 +66,8 @@ def test_overrides_are_read_by_type() -> None:
         ("optim.lr=nan", "optim.lr expects float, not 'nan'"),
         ("optim.betas=1,2,3", "optim.betas expects"),
         ("precision=fp8", "precision expects one of fp32, bf16, not 'fp8'"),
+        ("shares=1", "shares is a table: set an entry, as shares.NAME=value"),
+        ("shares.b=x", "shares.b expects float"),
         ("optim=1", "optim is a group: set one of optim.lr"),
         ("steps", "not of the form key=value"),
         ("steps=0", "steps must be 1 or more"),

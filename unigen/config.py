@@ -110,8 +110,8 @@ def apply_overrides(cfg: T, overrides: Iterable[str]) -> T:
     """A copy of `cfg` with `dotted.key=value` texts applied in order.
 
     Texts are read by the field's type: int, float, bool (true/false), str, none where the type allows it, tuples as
-    `1,2` or `(1,2)`, one of the choices. ValueError names the unknown key and the nearest valid ones, or the type that
-    was expected."""
+    `1,2` or `(1,2)`, one of the choices; of a table one entry, as `name.entry=value`. ValueError names the unknown key
+    and the nearest valid ones, or the type that was expected."""
     for item in overrides:
         key, equals, text = item.partition("=")
         _require(bool(equals) and bool(key.strip()), f"override {item!r} is not of the form key=value")
@@ -129,6 +129,11 @@ def _override(cfg: Any, path: list[str], text: str, full_key: str) -> Any:
     if dataclasses.is_dataclass(current):
         _require(bool(rest), f"{full_key} is a group: set one of {_listed(full_key + '.', _field_names(current))}")
         return dataclasses.replace(cfg, **{head: _override(current, rest, text, full_key)})
+    if isinstance(current, dict):
+        _require(len(rest) == 1, f"{full_key} is a table: set an entry, as {head}.NAME=value")
+        return dataclasses.replace(
+            cfg, **{head: current | {rest[0]: _parse(typing.get_args(hints[head])[1], text, full_key)}}
+        )
     _require(not rest, f"unknown key {full_key!r}: {head!r} has no parts")
     return dataclasses.replace(cfg, **{head: _parse(hints[head], text, full_key)})
 

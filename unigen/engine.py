@@ -330,7 +330,7 @@ class Engine:
         for b, (ids, read) in enumerate(branches):
             span = slice(len(ids), len(ids) + len(read.ids))
             if read.embeds is not None:
-                embeds_BLD[b, span] = read.embeds
+                embeds_BLD[b, span.stop - len(read.embeds) : span.stop] = read.embeds
             if reach_BL is not None and read.reach:
                 reach_BL[b, span] = torch.tensor(read.reach) + len(ids)
         return embeds_BLD, reach_BL

@@ -152,6 +152,10 @@ class UnifiedModel(nn.Module):
         """PIL images of codes (N, h, w)."""
         return to_images(self.image_tokenizer.decode(codes_Nhw.to(self.device)))
 
+    def begin_tokens(self) -> dict[str, str]:
+        """The begin token of each way of writing pictures."""
+        return {name: self.text_tokenizer.convert_ids_to_tokens(id) for name, id in self.template.begins.items()}
+
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write the model folder; the old one, if any, is replaced only when the new one is whole."""
         import copy
@@ -166,7 +170,9 @@ class UnifiedModel(nn.Module):
             self.text_tokenizer.save_pretrained(scratch)
             save_tokenizer(self.image_tokenizer, scratch / "image_tokenizer", dtype=dtype)
             for name, head in self.heads.items():
-                save_tokenizer(head.tokenizer, scratch / name / "tokenizer", dtype=dtype)
+                (scratch / name).mkdir()
+                if head.tokenizer is not None:
+                    save_tokenizer(head.tokenizer, scratch / name / "tokenizer", dtype=dtype)
                 own = {k: v for k, v in head.state_dict().items() if not k.startswith("tokenizer.")}
                 hub.write_tensors(scratch / name / "model.safetensors", own, dtype)
                 save_json(scratch / name / "config.json", head.config())
@@ -178,5 +184,6 @@ class UnifiedModel(nn.Module):
                     "text_size": self.vocabulary.text_size,
                     "image_size": self.vocabulary.image_size,
                     "generators": sorted(self.generators),
+                    "begins": self.begin_tokens(),
                 },
             )

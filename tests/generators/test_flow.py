@@ -1,4 +1,4 @@
-"""Rectified flow: what is learnt, what the head sees, guidance against diffusers."""
+"""Rectified flow, in a head and in the backbone: what is learnt, what the head sees, guidance."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 import unigen
+from unigen import generators
 from unigen.engine import Engine
 from unigen.models import load
 from unigen.samplers.guidance import KINDS, RESCALE, Guidance, guided_velocity
@@ -25,19 +26,20 @@ def chat(words: str, picture: Any) -> Document:
     return Document([Segment(text=words), Segment(image=picture, role="assistant")])
 
 
-def test_what_is_learnt_is_drawn(tiny_folder: Path) -> None:
+@pytest.mark.parametrize("writer", [name for name in generators.names() if generators.find(name).own == "kl"])
+def test_what_is_learnt_is_drawn(tiny_folder: Path, writer: str) -> None:
     """Overfit two pictures; each prompt's samples, from any seed, are nearest to its own picture's latents."""
     model = load(tiny_folder).train()
     torch.manual_seed(0)
-    flow = model.heads["flow"]
+    flow = model.heads[writer]
     words = ("a red dog", "two apples on a blue background")
-    rows = [[model.template.encode(chat(w, p), writer="flow") for w, p in zip(words, PICTURES, strict=True)] * 4]
-    batch = pack(rows, 200, 16)
+    rows = [[model.template.encode(chat(w, p), writer=writer) for w, p in zip(words, PICTURES, strict=True)] * 4]
+    batch = pack(rows, 256, 16)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
-    objective, rng = Mixture(model.generators, {"flow": 1.0}), torch.Generator().manual_seed(0)
+    objective, rng = Mixture(model.generators, {writer: 1.0}), torch.Generator().manual_seed(0)
     losses = []
     for _ in range(250):
-        total, count = objective(model, batch, rng)["flow"]
+        total, count = objective(model, batch, rng)[writer]
         losses.append(float(total.detach()) / int(count))
         optimizer.zero_grad()
         (total / count).backward()
@@ -46,7 +48,7 @@ def test_what_is_learnt_is_drawn(tiny_folder: Path) -> None:
     latents: list[Tensor] = []
     decode = flow.tokenizer.decode
     flow.tokenizer.decode = lambda z: latents.append(z) or decode(z)  # type: ignore[method-assign]
-    Engine(model.eval()).generate_batch([*words, *words], [0, 1, 2, 3], generator="flow", guidance=1.0)
+    Engine(model.eval()).generate_batch([*words, *words], [0, 1, 2, 3], generator=writer, guidance=1.0)
     true = flow.tokenizer.encode(to_pixels(list(PICTURES), 16))
     gaps = (torch.cat(latents)[:, None] - true[None]).square().mean((2, 3, 4))
     assert gaps.argmin(1).tolist() == [0, 1, 0, 1]
@@ -76,6 +78,36 @@ def test_sampling_sees_what_training_sees(tiny_folder: Path, monkeypatch: pytest
         torch.testing.assert_close(seen[-1], expected, atol=1e-5, rtol=1e-4)
     begin = model.hidden(batch)[0, int(batch.spans_N3[batch.written_by("flow")][0, 1]) - 1]
     torch.testing.assert_close(expected[0, -1], begin)  # the pooled condition is the begin token's state
+
+
+@torch.inference_mode()
+def test_a_step_in_the_backbone_is_that_of_training(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a chat with a picture before it, cached sampling says the velocity that the packed forward says; and each
+    patch's depends on all others'."""
+    engine = unigen.load(str(tiny_folder), device="cpu")
+    model, head = engine.model, engine.model.heads["transfusion"]
+    said: list[Tensor] = []
+    velocity, embed, read = head.velocity, head.embed, []
+    monkeypatch.setattr(head, "velocity", lambda states: said.append(velocity(states)) or said[-1])
+    monkeypatch.setattr(head, "embed", lambda x, t: read.append((x, t)) or embed(x, t))
+    before = [Segment(image=PICTURES[0]), Segment(text="a red dog")]
+    engine.generate(Document(before), generator="transfusion", guidance=1.0, steps=3)
+    whole = Document([*before, Segment(image=PICTURES[1], role="assistant")])
+    batch = pack([[model.template.encode(whole), model.template.encode(whole, writer="transfusion")]], 256, 16)
+
+    def packed(x: Tensor, t: Tensor) -> Tensor:
+        monkeypatch.setattr(head, "noised", lambda *args: (x, t, x))
+        embeds_BLD, targets = head.prepare(model, model.fill(batch), model.embed(model.fill(batch).ids_BL), None)
+        head.loss(model, batch, model.hidden(model.fill(batch), embeds_BLD), targets)
+        return said[-1]
+
+    for (x, t), expected in list(zip(read, said, strict=True)):
+        torch.testing.assert_close(packed(x, t), expected, atol=1e-5, rtol=1e-4)
+    x, t = read[0]
+    assert not torch.allclose(packed(x, t * 0.5), said[0], atol=1e-4)
+    x = x.clone()
+    x[..., -1, -1] += 1
+    assert (packed(x, t)[..., 0, 0] - said[0][..., 0, 0]).abs().max() > 1e-4
 
 
 def test_the_target_is_noise_less_data(tiny_folder: Path) -> None:
@@ -130,10 +162,11 @@ def test_guidance_is_that_of_the_papers() -> None:
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpm++"])
-def test_steps_and_samplers_are_heard(tiny_folder: Path, sampler: str) -> None:
+@pytest.mark.parametrize("writer", ["flow", "transfusion"])
+def test_steps_and_samplers_are_heard(tiny_folder: Path, writer: str, sampler: str) -> None:
     engine = unigen.load(str(tiny_folder), device="cpu")
     calls = 0
-    flow = engine.model.heads["flow"]
+    flow = engine.model.heads[writer]
     velocity = flow.velocity
 
     def counted(*args: Any) -> Tensor:
@@ -142,7 +175,7 @@ def test_steps_and_samplers_are_heard(tiny_folder: Path, sampler: str) -> None:
         return velocity(*args)
 
     flow.velocity = counted  # type: ignore[method-assign]
-    picture = engine.generate("a dog", generator="flow", steps=5, sampler=sampler)
+    picture = engine.generate("a dog", generator=writer, steps=5, sampler=sampler)
     assert isinstance(picture, Image.Image) and calls == (9 if sampler == "heun" else 5)
     with pytest.raises(ValueError, match="unknown sampler 'rk9'"):
-        engine.generate("a dog", generator="flow", sampler="rk9")
+        engine.generate("a dog", generator=writer, sampler="rk9")

@@ -9,6 +9,7 @@ Shapes: B rows, L positions, P positions of a picture, D width.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -57,7 +58,7 @@ class State:
 
 @dataclass
 class Read:
-    """What every branch of a span reads in one step: ids, or embeddings (L, D) where there are no ids for them.
+    """What every branch of a span reads in one step: ids, the last of them as embeddings (L, D) where given.
 
     reach: the last of these positions that each of them sees; None is causal.
     """
@@ -65,6 +66,19 @@ class Read:
     ids: list[int]
     embeds: Tensor | None = None
     reach: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What a generator is made for. grid: rows and columns of the codes by which a model reads pictures; mask: the id
+    that stands for a code to be written; width: of the backbone. tokenizer: the generator's own image tokenizer, where
+    it has one; settings: its own, as its `config` gave them."""
+
+    grid: tuple[int, int]
+    mask: int
+    width: int
+    tokenizer: Any = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Model(Protocol):
@@ -78,9 +92,11 @@ class Model(Protocol):
 
 
 class Generator(Protocol):
-    """`name` as users write it."""
+    """`name` as users write it, and its file. own: the kind of the image tokenizer that is part of it ("multiscale",
+    "kl"), None where it writes the codes by which the model reads."""
 
     name: str
+    own: str | None
     clean: bool
     """Does the cache hold a finished picture as later segments read it? Else the engine reads it again."""
     takes: tuple[str, ...]
@@ -125,25 +141,28 @@ class Generator(Protocol):
 
 
 class Head(nn.Module):
-    """What generators with weights of their own share: an image tokenizer, frozen whatever the mode, and learning from
-    pixels. `edges` are their layers that are no hidden matrices, for optimizers that tell."""
+    """What generators with weights share: an image tokenizer of their own where they have one, frozen whatever the
+    mode, and learning from pixels. `edges` are their layers that are no hidden matrices, for optimizers that tell."""
 
     name: str
+    own: str | None
     clean, codes = False, False
     edges: tuple[nn.Module, ...] = ()
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any = None) -> None:
         super().__init__()
         self.tokenizer = tokenizer
-        self.tokenizer.requires_grad_(False)
+        if tokenizer is not None:
+            tokenizer.requires_grad_(False)
 
     def train(self, mode: bool = True) -> Any:
         super().train(mode)
-        self.tokenizer.eval()
+        if self.tokenizer is not None:
+            self.tokenizer.eval()
         return self
 
     def config(self) -> dict[str, Any]:
-        """What `models` needs beside the tokenizer and the weights to build it again."""
+        """The `Frame.settings` that build it again."""
         return {}
 
     def encoded(self, batch: Batch, device: torch.device) -> Tensor:

@@ -1,6 +1,6 @@
 """Rectified flow: a diffusion head draws a picture's latents, conditioned on the backbone's hidden states.
 
-    x_t = (1 - t) x + t noise,    loss = E |v(x_t, t, hidden) - (noise - x)|^2,    t = sigmoid(normal), then shifted
+    loss = E |v(x_t, t, hidden) - (noise - x)|^2,    x_t = (1 - t) x + t noise
 
 Esser et al. 2024 (SD3, arXiv 2403.03206), section 2 and eq. 19: joint attention of image and context (MM-DiT), here
 diffusers' `SD3Transformer2DModel` at small size. The backbone reads the chat up to the begin token once; the head
@@ -20,13 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unigen.config import to_dict
-from unigen.generators.base import Head, Model, Read, Span, State
+from unigen.config import from_dict, to_dict
+from unigen.generators.base import Frame, Model, Read, Span, State
+from unigen.generators.latents import STEPS, LatentHead
 from unigen.samplers.guidance import Guidance, guided_velocity
 from unigen.samplers.ode import solve
 from unigen.sequence import Batch
-
-STEPS = 20
 
 Targets = tuple[Tensor, Tensor, Tensor]
 
@@ -48,20 +47,17 @@ class FlowState(State):
     latents_Zhw: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
-class Flow(Head):
+class Flow(LatentHead):
     """The latents of one image, by a flow from noise."""
 
     name = "flow"
     wants_context = True
-    takes: tuple[str, ...] = ("steps", "sampler", "guidance_kind")
 
     def __init__(self, tokenizer: Any, width: int, config: FlowConfig | None = None) -> None:
         super().__init__(tokenizer)
         from diffusers import SD3Transformer2DModel
 
         self.settings = c = config or FlowConfig()
-        if not hasattr(tokenizer, "latent_channels"):
-            raise ValueError("flow needs a tokenizer of continuous latents (kind=kl)")
         side = tokenizer.grid[0]
         if side % c.patch:
             raise ValueError(f"patch must divide the grid of latents {side}, got {c.patch}")
@@ -80,6 +76,10 @@ class Flow(Head):
             qk_norm="rms_norm",
         )
         self.norm = nn.LayerNorm(width)
+
+    @classmethod
+    def of(cls, frame: Frame) -> Flow:
+        return cls(frame.tokenizer, frame.width, from_dict(FlowConfig, frame.settings))
 
     @property
     def edges(self) -> tuple[nn.Module, ...]:  # type: ignore[override]
@@ -110,16 +110,7 @@ class Flow(Head):
 
     def prepare(self, model: Model, batch: Batch, embeds_BLD: Tensor, rng: torch.Generator) -> tuple[Tensor, Targets]:
         """x_t, t and the velocity to be learnt."""
-        count, empty = self.count(batch), embeds_BLD.new_zeros(0)
-        if not count:
-            return embeds_BLD, (empty, empty, empty)
-        x_MZhw = self.encoded(batch, embeds_BLD.device)
-        t_M = torch.sigmoid(torch.randn(count, generator=rng))
-        t_M = self.settings.shift * t_M / (1 + (self.settings.shift - 1) * t_M)
-        noise_MZhw = torch.randn(x_MZhw.shape, generator=rng).to(x_MZhw)
-        t_M = t_M.to(x_MZhw)
-        mixed = torch.lerp(x_MZhw, noise_MZhw, t_M[:, None, None, None])
-        return embeds_BLD, (mixed, t_M, noise_MZhw - x_MZhw)
+        return embeds_BLD, self.noised(batch, embeds_BLD.device, rng, self.settings.shift)
 
     def loss(self, model: Model, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> tuple[Tensor, int]:
         """The mean squared error of each image's velocity, summed over images, and their number."""
@@ -139,14 +130,10 @@ class Flow(Head):
         states_MND = hidden_BLD[rows_M1, (begin_M1 - back_N).clamp(min=0)]
         return states_MND * there_MN[:, :, None]
 
-    def count(self, batch: Batch) -> int:
-        return len(batch.written_by(self.name))
-
     # ---------------------------------------------------------------- sampling
 
     def start(self, span: Span) -> State:
-        if span.guidance.kind == "cfg-zero" and span.steps == 1:
-            raise ValueError("cfg-zero rests in its first step: take at least 2 steps")
+        self.check(span)
         return FlowState(span, [])
 
     def ask(self, state: State) -> Read:
@@ -160,9 +147,7 @@ class Flow(Head):
         for (steps, sampler, guidance), members in alike.items():
             branches = range(guidance.branches)
             contexts = torch.stack([self._filled(hidden[i][b]) for b in branches for i in members])
-            shape = (self.tokenizer.latent_channels, *self.tokenizer.grid)
-            noise = torch.stack([torch.randn(shape, generator=states[i].span.rng) for i in members])
-
+            noise = torch.stack([self.noise(states[i].span) for i in members])
             velocity = partial(self._guided, guidance, contexts, {})
             latents = solve(
                 velocity, noise.to(contexts.device), steps or STEPS, sampler or "euler", self.settings.shift
@@ -183,5 +168,5 @@ class Flow(Head):
         last = states_LD[-self.settings.context_length :]
         return nn.functional.pad(last, (0, 0, self.settings.context_length - len(last), 0))
 
-    def pictures(self, model: Model, states: list[State]) -> Tensor:
-        return self.tokenizer.decode(torch.stack([s.latents_Zhw for s in states if isinstance(s, FlowState)]))
+
+GENERATOR = Flow

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from unigen.generators.base import CODES, Model, Read, Span, State
+from unigen.generators.base import CODES, Frame, Model, Read, Span, State
 from unigen.generators.next_token import pictures_of_ids
 from unigen.samplers.logits import race, warp
 from unigen.sequence import Batch
@@ -54,6 +54,7 @@ class Masked:
     """The codes of one image by masked prediction."""
 
     name = "masked"
+    own: str | None = None
     clean, codes, wants_context = False, True, False
     takes: tuple[str, ...] = (*CODES, "steps", "fixed")
 
@@ -63,6 +64,10 @@ class Masked:
         """mask: the id that stands for a masked code."""
         self.grid, self.mask, self.steps = grid, mask, steps
         self.choice_temperature = choice_temperature
+
+    @classmethod
+    def of(cls, frame: Frame) -> Masked:
+        return cls(frame.grid, frame.mask)
 
     def positions(self) -> int:
         return self.grid[0] * self.grid[1]
@@ -140,3 +145,6 @@ class Masked:
 
     def pictures(self, model: Model, states: list[State]) -> Tensor:
         return pictures_of_ids(model, states)
+
+
+GENERATOR = Masked

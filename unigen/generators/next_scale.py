@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unigen.generators.base import CODES, Head, Model, Read, Span, State
+from unigen.generators.base import CODES, Frame, Head, Model, Read, Span, State
 from unigen.samplers.logits import draw
 from unigen.sequence import Batch
 
@@ -40,6 +40,7 @@ class NextScale(Head):
     """The codes of one image, scale by scale."""
 
     name = "next-scale"
+    own = "multiscale"
     wants_context = False
     takes: tuple[str, ...] = CODES
 
@@ -60,6 +61,10 @@ class NextScale(Head):
         numbers = torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))
         self.register_buffer("numbers", numbers, persistent=False)
         self.numbers: Tensor
+
+    @classmethod
+    def of(cls, frame: Frame) -> NextScale:
+        return cls(frame.tokenizer, frame.width)
 
     @property
     def edges(self) -> tuple[nn.Module, ...]:  # type: ignore[override]
@@ -141,3 +146,6 @@ class NextScale(Head):
     def pictures(self, model: Model, states: list[State]) -> Tensor:
         codes_MP = torch.stack([torch.cat(state.codes) for state in states if isinstance(state, ScaleState)])
         return self.tokenizer.decode(codes_MP)
+
+
+GENERATOR = NextScale

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unigen.generators.base import CODES, Model, Read, Span, State
+from unigen.generators.base import CODES, Frame, Model, Read, Span, State
 from unigen.samplers.logits import draw
 from unigen.sequence import Batch
 
@@ -39,6 +39,7 @@ class _Causal(ABC):
     """What text and codes in raster order share: ids are read as they are, and each is predicted by the one before."""
 
     clean, codes, wants_context = True, True, False
+    own: str | None = None
     takes: tuple[str, ...] = CODES
 
     def reach(self) -> list[int] | None:
@@ -108,6 +109,10 @@ class NextToken(_Causal):
     def __init__(self, grid: tuple[int, int]) -> None:
         self.grid = grid
 
+    @classmethod
+    def of(cls, frame: Frame) -> NextToken:
+        return cls(frame.grid)
+
     def positions(self) -> int:
         return self.grid[0] * self.grid[1]
 
@@ -144,3 +149,6 @@ def sample_alike(logits_BV: Tensor, states: list[State]) -> list[tuple[list[int]
         ids_B = draw(logits_BV[rows], sampling, [states[row].span.rng for row in rows])
         result.append((rows, ids_B.tolist()))
     return result
+
+
+GENERATOR = NextToken

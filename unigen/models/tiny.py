@@ -11,16 +11,13 @@ Text is lower case and each run opens with a space, so that a word has one spell
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from unigen import hub
-from unigen.config import from_dict
-from unigen.generators.base import Generator
-from unigen.generators.flow import Flow, FlowConfig
-from unigen.generators.masked import Masked
-from unigen.generators.next_scale import NextScale
-from unigen.generators.next_token import NextToken, Text
+from unigen import generators, hub
+from unigen.generators.base import Frame, Generator
+from unigen.generators.next_token import Text
 from unigen.model import UnifiedModel
 from unigen.nn.backbone import Backbone
 from unigen.sequence import Document, Tokens, Vocabulary
@@ -30,10 +27,13 @@ from unigen.tokenizers import text as text_tokenizers
 USER, ASSISTANT, BOI, EOI = "<user>", "<assistant>", "<boi>", "<eoi>"
 IMAGE, UNCOND, MASK = "<image>", "<uncond>", "<mask>"
 BEGINS = {"next-token": BOI, "next-scale": "<boi:scale>", "masked": "<boi:masked>", "flow": "<boi:flow>"}
-"""Each generator has a begin token of its own, so that one backbone knows which way of writing it is in."""
+"""Each generator has a begin token of its own, so that one backbone knows which way of writing it is in. Others than
+these take a spare one."""
 READER = "next-token"
 """The generator as which finished pictures stand in a chat: as codes in raster order."""
-SPECIALS = (USER, ASSISTANT, EOI, IMAGE, UNCOND, MASK, *BEGINS.values(), "<spare:0>", "<spare:1>")
+SPARES = ("<spare:0>", "<spare:1>", "<spare:2>", "<spare:3>")
+NEEDED = (USER, ASSISTANT, EOI, IMAGE, UNCOND, MASK, *BEGINS.values())
+SPECIALS = (*NEEDED, *SPARES)
 
 CHAT_TEMPLATE = (
     "{{ '<s>' }}{% for message in messages %}{{ '<user>' if message['role'] == 'user' else '<assistant>' }}"
@@ -53,22 +53,29 @@ def spelt(text: str) -> str:
 
 
 class ChatTemplate:
-    """Documents as ids and back. positions: how many stand for a picture, by the generator that writes it."""
+    """Documents as ids and back. positions: how many stand for a picture, by the generator that writes it; begins: the
+    begin tokens of generators that are known already."""
 
     reader = READER
 
-    def __init__(self, tokenizer: Any, positions: Mapping[str, int]) -> None:
+    def __init__(self, tokenizer: Any, positions: Mapping[str, int], begins: Mapping[str, str] | None = None) -> None:
         self.tokenizer = tokenizer
         self.positions = dict(positions)
-        self.special = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIALS}
-        if missing := [name for name, id in self.special.items() if id in (None, tokenizer.unk_token_id)]:
+        known = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIALS}
+        self.special = {name: id for name, id in known.items() if id not in (None, tokenizer.unk_token_id)}
+        if missing := [name for name in NEEDED if name not in self.special]:
             raise ValueError(
                 f"the text tokenizer has no {', '.join(missing)}: train a new one (data_tools/train_tokenizer.py)"
             )
         self.start: int = tokenizer.bos_token_id
         self.turn_end: int = tokenizer.eos_token_id
         self.image_end: int = self.special[EOI]
-        self.begins: dict[str, int] = {name: self.special[begin] for name, begin in BEGINS.items()}
+        begins = BEGINS | dict(begins or {})
+        spare = [name for name in SPARES if name in self.special and name not in begins.values()]
+        if len(unknown := [name for name in positions if name not in begins]) > len(spare):
+            raise ValueError(f"no begin token is left for {', '.join(unknown)}: {len(spare)} spare ones")
+        begins |= dict(zip(unknown, spare, strict=False))
+        self.begins: dict[str, int] = {name: self.special[begins[name]] for name in positions}
 
     def encode(self, document: Document, *, blind: bool = False, writer: str = READER) -> Tokens:
         """A whole chat, its last turn ended where the assistant speaks last.
@@ -132,11 +139,12 @@ def assemble(
     text_size: int,
     writers: Sequence[str] = (READER,),
     heads: Sequence[Any] = (),
+    begins: Mapping[str, str] | None = None,
 ) -> UnifiedModel:
     """A model of its parts. The language model's table must hold text_size rows and then one for each image code.
 
-    writers: the generators of pictures that the model has learnt, or shall learn, and that need no weights of their
-    own; heads: those that do.
+    writers: the generators of pictures that the model has learnt, or shall learn; heads: those of them that are made
+    already, because they have weights or a tokenizer of their own; begins: the begin tokens that were given to them.
     """
     vocabulary = Vocabulary(text_size, image_tokenizer.codebook_size)
     rows = lm.get_input_embeddings().weight.shape[0]
@@ -146,26 +154,35 @@ def assemble(
             f"({image_tokenizer.codebook_size}) need {vocabulary.size}"
         )
     tokenizer.chat_template = CHAT_TEMPLATE
-    grid = image_tokenizer.grid
-    able: dict[str, Generator] = {
-        READER: NextToken(grid),
-        "masked": Masked(grid, tokenizer.convert_tokens_to_ids(MASK)),
-        **{head.name: head for head in heads},
-    }
-    names = [*writers, *(head.name for head in heads if head.name not in writers)]
+    frame, ready = frame_of(lm, tokenizer, image_tokenizer), {head.name: head for head in heads}
     for head in heads:
-        if head.tokenizer.image_size != image_tokenizer.image_size:
+        if head.tokenizer is not None and head.tokenizer.image_size != image_tokenizer.image_size:
             sizes = f"{head.tokenizer.image_size} pixels, the model's {image_tokenizer.image_size}"
             raise ValueError(f"the tokenizer of {head.name} is for pictures of {sizes}: train one for that size")
-    if unknown := sorted(set(names) - set(able)):
-        raise ValueError(
-            f"cannot write by {', '.join(unknown)}: next-scale and flow need a tokenizer of their own "
-            f"(scale_tokenizer=FOLDER, kl_tokenizer=FOLDER in recipes/tiny.py), and other names are not known"
-        )
-    template = ChatTemplate(tokenizer, {name: able[name].positions() for name in names})
-    text = Text(sorted({*tokenizer.all_special_ids, *template.special.values()}))
-    generators: dict[str, Generator] = {"text": text} | {name: able[name] for name in names}
-    return UnifiedModel("tiny", Backbone(lm), vocabulary, tokenizer, image_tokenizer, template, generators)
+    made: dict[str, Generator] = {
+        name: ready[name] if name in ready else new_generator(name, frame) for name in dict.fromkeys([*writers, *ready])
+    }
+    template = ChatTemplate(tokenizer, {name: generator.positions() for name, generator in made.items()}, begins)
+    text: Generator = Text(sorted({*tokenizer.all_special_ids, *template.special.values()}))
+    return UnifiedModel(
+        "tiny", Backbone(lm), vocabulary, tokenizer, image_tokenizer, template, {text.name: text} | made
+    )
+
+
+def frame_of(lm: Any, tokenizer: Any, image_tokenizer: ImageTokenizer) -> Frame:
+    """What generators of a model of these parts are made for."""
+    width = int(lm.config.get_text_config().hidden_size)
+    return Frame(image_tokenizer.grid, tokenizer.convert_tokens_to_ids(MASK), width)
+
+
+def new_generator(name: str, frame: Frame) -> Generator:
+    """An untrained generator. Raises ValueError for an unknown name, or where it needs a tokenizer and has none."""
+    kind = generators.find(name)
+    if kind.own is not None and frame.tokenizer is None:
+        how = "kind=kl" if kind.own == "kl" else f"model.quantizer={kind.own}"
+        raise ValueError(f"{name} needs an image tokenizer of its own: unigen train recipes/tiny_vq.py {how} makes one")
+    generator: Generator = kind.of(frame)
+    return generator
 
 
 def create(
@@ -189,7 +206,8 @@ def teach(model: UnifiedModel, writers: Sequence[str], heads: Sequence[Any] = ()
     """The same parts as a model that writes pictures in these ways too; training has to follow."""
     parts = model.backbone.lm, model.text_tokenizer, model.image_tokenizer, model.vocabulary.text_size
     names = [name for name in dict.fromkeys([*model.generators, *writers]) if name != "text"]
-    return assemble(*parts, names, list((dict(model.heads) | {head.name: head for head in heads}).values()))
+    made = dict(model.heads) | {head.name: head for head in heads}
+    return assemble(*parts, names, list(made.values()), model.begin_tokens())
 
 
 def extend(lm: Any, tokenizer: Any, image_tokenizer: ImageTokenizer) -> UnifiedModel:
@@ -219,22 +237,18 @@ def load(folder: Path) -> UnifiedModel:
     if config.tie_word_embeddings:
         state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
     hub.load_strict(lm, state, folder / "model.safetensors")
-    heads = [
-        load_head(folder / name, config.hidden_size) for name in manifest["generators"] if (folder / name).is_dir()
-    ]
     writers = [name for name in manifest["generators"] if name != "text"]
-    return assemble(lm.float(), tokenizer, image_tokenizer, int(manifest["text_size"]), writers, heads)
+    frame = frame_of(lm, tokenizer, image_tokenizer)
+    heads = [load_head(folder / name, frame) for name in writers if (folder / name).is_dir()]
+    text_size = int(manifest["text_size"])
+    return assemble(lm.float(), tokenizer, image_tokenizer, text_size, writers, heads, manifest.get("begins"))
 
 
-def load_head(folder: Path, width: int) -> Any:
-    """A generator with weights of its own, saved by `UnifiedModel.save`; the folder has its name."""
-    tokenizer, config = load_tokenizer(folder / "tokenizer"), hub.read_json(folder / "config.json")
-    if folder.name == Flow.name:
-        head: Any = Flow(tokenizer, width, from_dict(FlowConfig, config))
-    elif folder.name == NextScale.name:
-        head = NextScale(tokenizer, width)
-    else:
-        raise ValueError(f"{folder}: this version has no way of writing named {folder.name}")
-    whole = {f"tokenizer.{name}": value for name, value in tokenizer.state_dict().items()}
-    hub.load_strict(head, whole | hub.read_tensors(folder / "model.safetensors"), folder / "model.safetensors")
+def load_head(folder: Path, frame: Frame) -> Any:
+    """A generator with weights, saved by `UnifiedModel.save`; the folder has its name."""
+    own = load_tokenizer(folder / "tokenizer") if (folder / "tokenizer").is_dir() else None
+    settings = hub.read_json(folder / "config.json")
+    head: Any = new_generator(folder.name, replace(frame, tokenizer=own, settings=settings))
+    frozen = {} if own is None else {f"tokenizer.{name}": value for name, value in own.state_dict().items()}
+    hub.load_strict(head, frozen | hub.read_tensors(folder / "model.safetensors"), folder / "model.safetensors")
     return head

@@ -1,4 +1,5 @@
-"""From noise to data along a learnt velocity: diffusers' samplers behind one function. Pure: (velocity, x, ..) -> x.
+"""From noise to data along a learnt velocity: diffusers' samplers, in one call (`solve`) or velocity by velocity
+(`Trajectory`).
 
     x_t = (1 - t) data + t noise,    velocity = noise - data,    t from 1 (noise) to 0 (data)
 
@@ -44,15 +45,35 @@ def scheduler(sampler: str, steps: int, shift: float = 1.0) -> Any:
     return made
 
 
+class Trajectory:
+    """A way from noise to data that waits for each velocity. x: where it is; t: the time there, in [0, 1], or None at
+    the end. heun asks 2 steps - 1 times for a velocity, the others as often as there are steps."""
+
+    def __init__(self, noise: Tensor, steps: int, sampler: str = "euler", shift: float = 1.0) -> None:
+        self.x = noise
+        self._scheduler = scheduler(sampler, steps, shift)
+        self._at = 0
+
+    @property
+    def t(self) -> float | None:
+        times = self._scheduler.timesteps
+        return float(times[self._at]) / 1000 if self._at < len(times) else None
+
+    def go(self, velocity: Tensor) -> None:
+        """On, by the velocity (noise - data) at x and t."""
+        made, time = self._scheduler, self._scheduler.timesteps[self._at]
+        self._at += 1
+        if self.t is None and made.sigmas[-1] > 0:  # deis would rest here, short of the data
+            self.x = self.x - float(made.sigmas[-1]) * velocity
+        else:
+            self.x = made.step(velocity, time, self.x, return_dict=False)[0]
+
+
 def solve(
     velocity: Callable[[Tensor, float], Tensor], noise: Tensor, steps: int, sampler: str = "euler", shift: float = 1.0
 ) -> Tensor:
-    """Data from noise (B, C, h, w). velocity(x, t): noise - data at time t in [0, 1], of x's shape. heun calls it
-    2 steps - 1 times, the others as often as there are steps."""
-    made, x = scheduler(sampler, steps, shift), noise
-    for i, time in enumerate(made.timesteps):
-        v = velocity(x, float(time) / 1000)
-        if i + 1 == len(made.timesteps) and made.sigmas[-1] > 0:  # deis would rest here, short of the data
-            return x - float(made.sigmas[-1]) * v
-        x = made.step(v, time, x, return_dict=False)[0]
-    return x
+    """Data from noise (B, ...). velocity(x, t): noise - data at time t in [0, 1], of x's shape."""
+    way = Trajectory(noise, steps, sampler, shift)
+    while way.t is not None:
+        way.go(velocity(way.x, way.t))
+    return way.x

@@ -1,0 +1,66 @@
+"""What generators of continuous latents share: the KL tokenizer as a part of them, noise in training, options.
+
+    x_t = (1 - t) x + t noise,    v = noise - x,    t = sigmoid(normal), then shifted towards noise
+
+Rectified flow as in Esser et al. 2024 (SD3, arXiv 2403.03206), eq. 19 and 23. The file refuses to know: how a velocity
+is predicted.
+
+Shapes: M images, Z latent channels, h w grid of latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unigen.generators.base import Head, Span, State
+from unigen.sequence import Batch
+
+STEPS = 20
+
+
+class LatentHead(Head):
+    """The latents of one image. `pictures` takes them from a state's `latents_Zhw`."""
+
+    own = "kl"
+    takes: tuple[str, ...] = ("steps", "sampler", "guidance_kind")
+
+    def __init__(self, tokenizer: Any) -> None:
+        if not hasattr(tokenizer, "latent_channels"):
+            raise ValueError(f"{self.name} needs a tokenizer of continuous latents (kind=kl)")
+        super().__init__(tokenizer)
+
+    def times(self, shape: Sequence[int], rng: torch.Generator, shift: float = 1.0) -> Tensor:
+        """Times in (0, 1) as training draws them."""
+        t = torch.sigmoid(torch.randn(tuple(shape), generator=rng))
+        return shift * t / (1 + (shift - 1) * t)
+
+    def noised(
+        self, batch: Batch, device: torch.device, rng: torch.Generator, shift: float = 1.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x_t (M, Z, h, w), t (M,) and noise - x of the batch's pictures that this generator writes."""
+        count, empty = len(batch.written_by(self.name)), torch.zeros(0, device=device)
+        if not count:
+            return empty, empty, empty
+        x_MZhw = self.encoded(batch, device)
+        t_M = self.times((count,), rng, shift).to(x_MZhw)
+        noise_MZhw = torch.randn(x_MZhw.shape, generator=rng).to(x_MZhw)
+        return torch.lerp(x_MZhw, noise_MZhw, t_M[:, None, None, None]), t_M, noise_MZhw - x_MZhw
+
+    def count(self, batch: Batch) -> int:
+        return len(batch.written_by(self.name))
+
+    def check(self, span: Span) -> None:
+        """ValueError for options that cannot go together."""
+        if span.guidance.kind == "cfg-zero" and span.steps == 1:
+            raise ValueError("cfg-zero rests in its first step: take at least 2 steps")
+
+    def noise(self, span: Span) -> Tensor:
+        """Where a picture begins, (Z, h, w), from the span's own randomness."""
+        return torch.randn((self.tokenizer.latent_channels, *self.tokenizer.grid), generator=span.rng)
+
+    def pictures(self, model: Any, states: list[State]) -> Tensor:
+        return self.tokenizer.decode(torch.stack([state.latents_Zhw for state in states]))  # type: ignore[attr-defined]

@@ -1,0 +1,176 @@
+"""A flow for each token: continuous latents in raster order, each drawn by a small MLP from the state before it.
+
+    loss = mean over i, t of |v(x_t, t, z_i) - (noise - x_i)|^2,    x_t = (1 - t) x_i + t noise,    z_i = state before i
+
+Li et al. 2024 (MAR, arXiv 2406.11838), eq. 3 and its MLP with adaLN, on causal states as in Orthus (Kou et al. 2024,
+arXiv 2412.00127), with flow instead of DDPM. Each token is noised several times, since the MLP costs little. Guidance
+mixes the velocities of the branches' MLPs, not the states.
+The file refuses to know: templates, caches, how a tokenizer is trained.
+
+Shapes: M images, P tokens of Z latent channels, T tokens, R noisings of each, D width, B rows, L positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unigen.config import from_dict, to_dict
+from unigen.generators.base import Frame, Model, Read, Span, State
+from unigen.generators.latents import STEPS, LatentHead
+from unigen.samplers.guidance import Guidance, guided_velocity
+from unigen.samplers.ode import solve
+from unigen.sequence import Batch
+
+Targets = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class TokenFlowConfig:
+    """The MLP: its width and residual blocks. repeats: noisings of a token in training."""
+
+    width: int = 256
+    blocks: int = 3
+    repeats: int = 4
+
+
+@dataclass
+class TokenFlowState(State):
+    """written: tokens (Z,) so far."""
+
+    written: list[Tensor] = field(default_factory=list)
+    latents_Zhw: Tensor = field(default_factory=lambda: torch.empty(0))
+    read_1D: Tensor | None = None
+
+
+class Block(nn.Module):
+    """h + gate * mlp(scale * norm(h) + shift), all three of the condition; the gate begins at zero (adaLN-Zero)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.modulation = nn.Linear(width, 3 * width)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, h: Tensor, condition: Tensor) -> Tensor:
+        shift, scale, gate = self.modulation(nn.functional.silu(condition)).chunk(3, -1)
+        return h + gate * self.mlp(self.norm(h) * (1 + scale) + shift)
+
+
+class TokenFlow(LatentHead):
+    """The latents of one image, one token after the other."""
+
+    name = "token-flow"
+    wants_context = False
+
+    def __init__(self, tokenizer: Any, width: int, config: TokenFlowConfig | None = None) -> None:
+        super().__init__(tokenizer)
+        from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+
+        self.settings = c = config or TokenFlowConfig()
+        channels = tokenizer.latent_channels
+        self.grid: tuple[int, int] = tokenizer.grid
+        self.read = nn.Linear(channels, width)
+        self.condition = nn.Linear(width, c.width)
+        self.waves = Timesteps(128, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time = TimestepEmbedding(128, c.width)
+        self.enter = nn.Linear(channels, c.width)
+        self.blocks = nn.ModuleList(Block(c.width) for _ in range(c.blocks))
+        self.norm = nn.LayerNorm(c.width)
+        self.leave = nn.Linear(c.width, channels)
+
+    @classmethod
+    def of(cls, frame: Frame) -> TokenFlow:
+        return cls(frame.tokenizer, frame.width, from_dict(TokenFlowConfig, frame.settings))
+
+    @property
+    def edges(self) -> tuple[nn.Module, ...]:  # type: ignore[override]
+        return self.read, self.time, self.enter, self.leave
+
+    def config(self) -> dict[str, Any]:
+        return to_dict(self.settings)
+
+    def positions(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    def reach(self) -> list[int] | None:
+        return None
+
+    def velocity(self, x_TZ: Tensor, t_T: Tensor, states_TD: Tensor) -> Tensor:
+        """noise - data of tokens at their times, fp32."""
+        kind = self.enter.weight.dtype
+        condition = self.condition(states_TD.to(kind)) + self.time(self.waves(t_T * 1000).to(kind))
+        h = self.enter(x_TZ.to(kind))
+        for block in self.blocks:
+            h = block(h, condition)
+        return self.leave(self.norm(h)).float()
+
+    # ---------------------------------------------------------------- training
+
+    def prepare(self, model: Model, batch: Batch, embeds_BLD: Tensor, rng: torch.Generator) -> tuple[Tensor, Targets]:
+        """The clean tokens are read; they, repeated, are what is noised in the loss."""
+        if not self.count(batch):
+            return embeds_BLD, (embeds_BLD.new_zeros(0), embeds_BLD.new_zeros(0))
+        tokens_MPZ = self.encoded(batch, embeds_BLD.device).flatten(2).transpose(1, 2)
+        read_MPD = self.read(tokens_MPZ.to(self.read.weight.dtype)).to(embeds_BLD.dtype)
+        x_TRZ = tokens_MPZ.flatten(0, 1)[:, None].expand(-1, self.settings.repeats, -1)
+        noise_TRZ = torch.randn(x_TRZ.shape, generator=rng).to(x_TRZ)
+        embeds_BLD = embeds_BLD.index_put(batch.places(batch.written_by(self.name)), read_MPD)
+        return embeds_BLD, (torch.stack((x_TRZ, noise_TRZ)), self.times(x_TRZ.shape[:2], rng).to(x_TRZ))
+
+    def loss(self, model: Model, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> tuple[Tensor, int]:
+        """The mean squared error of each token's velocity, summed over tokens, and their number."""
+        count = self.count(batch)
+        if not count:
+            return hidden_BLD.sum() * 0, 0
+        (x_TRZ, noise_TRZ), t_TR = targets
+        rows_M1, at_MP = batch.places(batch.written_by(self.name))
+        states_TD = hidden_BLD[rows_M1, at_MP - 1].flatten(0, 1)
+        mixed_TRZ = torch.lerp(x_TRZ, noise_TRZ, t_TR[..., None])
+        states_TRD = states_TD[:, None].expand(-1, self.settings.repeats, -1)
+        said = self.velocity(mixed_TRZ.flatten(0, 1), t_TR.flatten(), states_TRD.flatten(0, 1))
+        gap = said - (noise_TRZ - x_TRZ).flatten(0, 1)
+        return gap.square().mean(-1).sum() / self.settings.repeats, count
+
+    def count(self, batch: Batch) -> int:
+        return len(batch.written_by(self.name)) * self.positions()
+
+    # ---------------------------------------------------------------- sampling
+
+    def start(self, span: Span) -> State:
+        self.check(span)
+        return TokenFlowState(span, [])
+
+    def ask(self, state: State) -> Read:
+        assert isinstance(state, TokenFlowState)
+        return Read([state.span.begin]) if state.read_1D is None else Read([0], embeds=state.read_1D)
+
+    def advance(self, model: Model, states: list[State], hidden: list[list[Tensor]]) -> list[int]:
+        """The next token of each picture: a whole flow of its MLP."""
+        for state, branches in zip(states, hidden, strict=True):
+            assert isinstance(state, TokenFlowState)
+            span, last_ND = state.span, torch.stack([branch[-1] for branch in branches])
+            noise_1Z = torch.randn(1, self.tokenizer.latent_channels, generator=span.rng).to(last_ND.device)
+            velocity = partial(self._guided, span.guidance, last_ND, {})
+            token_1Z = solve(velocity, noise_1Z, span.steps or STEPS, span.sampler or "euler")
+            state.written.append(token_1Z[0])
+            state.read_1D = self.read(token_1Z.to(self.read.weight.dtype))
+            state.done = len(state.written) == self.positions()
+            if state.done:
+                state.latents_Zhw = torch.stack(state.written, 1).unflatten(1, self.grid)
+        return [len(branches[0]) for branches in hidden]
+
+    def _guided(self, guidance: Guidance, states_ND: Tensor, memory: dict[str, Any], x_1Z: Tensor, t: float) -> Tensor:
+        """One velocity of the states of all branches."""
+        times_N = torch.full((len(states_ND),), t, device=x_1Z.device)
+        parts = self.velocity(x_1Z.expand(len(states_ND), -1), times_N, states_ND).split(1)
+        return guided_velocity(guidance, parts, x_1Z, t, memory)
+
+
+GENERATOR = TokenFlow

@@ -1,0 +1,158 @@
+"""Transfusion: rectified flow inside the backbone, which reads noised patches and says their velocity.
+
+    loss = E |v(x_t, t, context) - (noise - x)|^2,    x_t = (1 - t) x + t noise
+
+Zhou et al. 2024 (arXiv 2408.11039), section 3, with flow instead of DDPM: a patch is read as a linear map of its
+latents with its place and the image's time added; inside the image every position sees every other; a linear map of the
+last states gives the velocity. Later segments never see noise: the finished picture is read again as codes.
+The file refuses to know: templates, caches, how a tokenizer is trained.
+
+Shapes: M images, P patches of F values, Z latent channels, h w grid of latents, D width, B rows, L positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unigen.config import from_dict, to_dict
+from unigen.generators.base import Frame, Model, Read, Span, State
+from unigen.generators.latents import STEPS, LatentHead
+from unigen.samplers.guidance import guided_velocity
+from unigen.samplers.ode import Trajectory
+from unigen.sequence import Batch
+
+Targets = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class TransfusionConfig:
+    """patch: side in latents. shift: of the times towards noise, in training and sampling alike; 1 is none."""
+
+    patch: int = 1
+    shift: float = 1.0
+
+
+@dataclass
+class TransfusionState(State):
+    """begun: the cache holds the begin token. memory: of the guidance."""
+
+    way: Trajectory | None = None
+    begun: bool = False
+    memory: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def latents_Zhw(self) -> Tensor:
+        assert self.way is not None
+        return self.way.x[0]
+
+
+class Transfusion(LatentHead):
+    """The latents of one image, by a flow in the backbone."""
+
+    name = "transfusion"
+    wants_context = False
+
+    def __init__(self, tokenizer: Any, width: int, config: TransfusionConfig | None = None) -> None:
+        super().__init__(tokenizer)
+        from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+
+        self.settings = c = config or TransfusionConfig()
+        height, columns = tokenizer.grid
+        if c.patch < 1 or height % c.patch or columns % c.patch:
+            raise ValueError(f"patch must divide the grid of latents {height} x {columns}, got {c.patch}")
+        self.sides = height // c.patch, columns // c.patch
+        values = tokenizer.latent_channels * c.patch**2
+        self.read = nn.Linear(values, width)
+        self.waves = Timesteps(128, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time = TimestepEmbedding(128, width)
+        self.place = nn.Embedding(self.sides[0] * self.sides[1], width)
+        self.say = nn.Linear(width, values)
+        nn.init.normal_(self.place.weight, std=0.02)
+
+    @classmethod
+    def of(cls, frame: Frame) -> Transfusion:
+        return cls(frame.tokenizer, frame.width, from_dict(TransfusionConfig, frame.settings))
+
+    @property
+    def edges(self) -> tuple[nn.Module, ...]:  # type: ignore[override]
+        return self.read, self.time, self.say
+
+    def config(self) -> dict[str, Any]:
+        return to_dict(self.settings)
+
+    def positions(self) -> int:
+        return self.sides[0] * self.sides[1]
+
+    def reach(self) -> list[int] | None:
+        return [self.positions() - 1] * self.positions()
+
+    def patches(self, x_MZhw: Tensor) -> Tensor:
+        """(M, P, F)."""
+        return nn.functional.unfold(x_MZhw, self.settings.patch, stride=self.settings.patch).transpose(1, 2)
+
+    def latents(self, patches_MPF: Tensor) -> Tensor:
+        """(M, Z, h, w), the inverse of `patches`."""
+        patch = self.settings.patch
+        return nn.functional.fold(patches_MPF.transpose(1, 2), self.tokenizer.grid, patch, stride=patch)
+
+    def embed(self, x_MZhw: Tensor, t_M: Tensor) -> Tensor:
+        """What the backbone reads, (M, P, D)."""
+        kind = self.read.weight.dtype
+        time_MD = self.time(self.waves(t_M * 1000).to(kind))
+        return self.read(self.patches(x_MZhw).to(kind)) + self.place.weight + time_MD[:, None]
+
+    def velocity(self, states_MPD: Tensor) -> Tensor:
+        """noise - data (M, Z, h, w), fp32, of the last states at the patches."""
+        return self.latents(self.say(states_MPD).float())
+
+    # ---------------------------------------------------------------- training
+
+    def prepare(self, model: Model, batch: Batch, embeds_BLD: Tensor, rng: torch.Generator) -> tuple[Tensor, Targets]:
+        mixed_MZhw, t_M, velocity_MZhw = self.noised(batch, embeds_BLD.device, rng, self.settings.shift)
+        if not len(t_M):
+            return embeds_BLD, (t_M, t_M)
+        places = batch.places(batch.written_by(self.name))
+        read_MPD = self.embed(mixed_MZhw, t_M).to(embeds_BLD.dtype)
+        return embeds_BLD.index_put(places, read_MPD), (torch.stack(torch.broadcast_tensors(*places)), velocity_MZhw)
+
+    def loss(self, model: Model, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> tuple[Tensor, int]:
+        """The mean squared error of each image's velocity, summed over images, and their number."""
+        places_2MP, velocity_MZhw = targets
+        if not self.count(batch):
+            return hidden_BLD.sum() * 0, 0
+        gap = self.velocity(hidden_BLD[places_2MP[0], places_2MP[1]]) - velocity_MZhw
+        return gap.square().mean((1, 2, 3)).sum(), len(gap)
+
+    # ---------------------------------------------------------------- sampling
+
+    def start(self, span: Span) -> State:
+        self.check(span)
+        noise = self.noise(span)[None].to(self.say.weight.device)
+        way = Trajectory(noise, span.steps or STEPS, span.sampler or "euler", self.settings.shift)
+        return TransfusionState(span, [], way=way)
+
+    def ask(self, state: State) -> Read:
+        assert isinstance(state, TransfusionState) and state.way is not None and state.way.t is not None
+        count = self.positions()
+        read_PD = self.embed(state.way.x, torch.tensor([state.way.t], device=state.way.x.device))[0]
+        if state.begun:
+            return Read([0] * count, embeds=read_PD, reach=[count - 1] * count)
+        return Read([state.span.begin] + [0] * count, embeds=read_PD, reach=[0] + [count] * count)
+
+    def advance(self, model: Model, states: list[State], hidden: list[list[Tensor]]) -> list[int]:
+        """One evaluation of the velocity; only the begin token stays in the cache."""
+        kept = []
+        for state, branches in zip(states, hidden, strict=True):
+            assert isinstance(state, TransfusionState) and state.way is not None and state.way.t is not None
+            parts = self.velocity(torch.stack([branch[-self.positions() :] for branch in branches])).split(1)
+            state.way.go(guided_velocity(state.span.guidance, parts, state.way.x, state.way.t, state.memory))
+            kept.append(0 if state.begun else 1)
+            state.begun, state.done = True, state.way.t is None
+        return kept
+
+
+GENERATOR = Transfusion
