@@ -1,11 +1,11 @@
 """Pictures a second of every way of writing, and how time grows with the number of image tokens.
 
-    python scripts/bench.py generate [--tokens 64,256,1024] [--batch 1,16] [--repeat 3] [--json FILE]
+    python scripts/bench.py generate [--tokens 64,256,1024] [--batch 1,16] [--writers a,b] [--repeat 3] [--json FILE]
 
 A model of the shipped one's shape with random weights (time does not depend on what was learnt) for pictures of 8x8,
 16x16 and 32x32 tokens, guidance 4, default steps. All contenders take turns in one process; the best of several runs.
 The image tokenizer's decoder is timed apart. ratio: against next-token at the same tokens and batch. calls: of the
-backbone, and of the flow's head, for one picture.
+backbone, and of a flow's velocity, for one picture.
 """
 
 from __future__ import annotations
@@ -13,58 +13,48 @@ from __future__ import annotations
 import argparse
 import copy
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from unigen import generators
 from unigen.config import write_report
 from unigen.engine import Engine
-from unigen.generators.flow import Flow
-from unigen.generators.next_scale import NextScale
+from unigen.evaluation.watch import Watch
 from unigen.models import load, tiny
 from unigen.tokenizers.kl import KLConfig, KLTokenizer
 from unigen.tokenizers.vq import VQConfig, VQTokenizer
 
-WRITERS = ("next-token", "masked", "next-scale", "flow")
+WRITERS = ("next-token", "masked", "next-scale", "flow", "transfusion", "token-flow")
 SCALES = {8: (1, 2, 4, 8), 16: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 32: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)}
 """Sides of the token maps by that of the grid; 16 and 32 are VAR's for 256 and 512 pixels."""
 
 
-def model(side: int) -> Any:
+def model(side: int, writers: list[str]) -> Any:
     """Random weights in the shipped model's shape, for pictures of side x side tokens."""
     base = load("unigen-tiny")
     torch.manual_seed(0)
     pixels = 8 * side
     shape = copy.deepcopy(base.backbone.lm.config)
     shape.max_position_embeddings = 4096
-    width = shape.hidden_size
-    heads = [
-        NextScale(VQTokenizer(VQConfig(image_size=pixels, quantizer="multiscale", scales=SCALES[side])), width),
-        Flow(KLTokenizer(KLConfig(image_size=pixels)), width),
-    ]
     image_tokenizer = VQTokenizer(VQConfig(image_size=pixels))
-    made = tiny.create(shape, base.text_tokenizer, image_tokenizer, ("next-token", "masked"), heads)
+    own: dict[str, Any] = {
+        "multiscale": VQTokenizer(VQConfig(image_size=pixels, quantizer="multiscale", scales=SCALES[side])),
+        "kl": KLTokenizer(KLConfig(image_size=pixels)),
+    }
+    frame = tiny.frame_of(base.backbone.lm, base.text_tokenizer, image_tokenizer)
+    kinds = {name: generators.find(name).own for name in writers}
+    heads = [tiny.new_generator(name, replace(frame, tokenizer=own[kind])) for name, kind in kinds.items() if kind]
+    made = tiny.create(shape, base.text_tokenizer, image_tokenizer, writers, heads)
     return made.float().eval()
-
-
-class Watch:
-    """Counts calls of a function, or the time spent in it."""
-
-    def __init__(self, owner: Any, name: str) -> None:
-        self.function, self.calls, self.seconds = getattr(owner, name), 0, 0.0
-        setattr(owner, name, self)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        began = time.perf_counter()
-        result = self.function(*args, **kwargs)
-        self.calls, self.seconds = self.calls + 1, self.seconds + time.perf_counter() - began
-        return result
 
 
 def main(args: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="bench.py generate", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--tokens", default="64,256,1024", help="some of 64,256,1024")
     parser.add_argument("--batch", default="1,16")
+    parser.add_argument("--writers", default=",".join(WRITERS), help="default: %(default)s")
     parser.add_argument("--repeat", type=int, default=3, help="runs of each contender; the best counts")
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args(args)
@@ -74,31 +64,31 @@ def main(args: list[str]) -> int:
         raise ValueError(f"--tokens takes some of {','.join(map(str, known))}; --repeat at least 1")
     if not all(batch.isdigit() and int(batch) for batch in batches):
         raise ValueError("--batch takes whole numbers of at least 1")
+    writers = list(dict.fromkeys(["next-token", *options.writers.split(",")]))
     started = time.monotonic()
     rows: list[dict[str, Any]] = []
     print("writer      tokens  batch  pictures/s  ratio   decode/s  backbone  head")
     for tokens in map(int, options.tokens.split(",")):
-        engine = Engine(model(known[tokens]))
-        step, head = Watch(engine.model, "step"), Watch(engine.model.heads["flow"], "velocity")
-        decoders = [
-            Watch(engine.model, "pictures"),
-            Watch(engine.model.heads["next-scale"].tokenizer, "decode"),
-            Watch(engine.model.heads["flow"].tokenizer, "decode"),
-        ]
+        engine = Engine(model(known[tokens], writers))
+        step, heads = Watch(engine.model, "step"), engine.model.heads.values()
+        velocities = [Watch(head, "velocity") for head in heads if hasattr(head, "velocity")]
+        decoders = [Watch(engine.model, "pictures")]
+        decoders += [Watch(t, "decode") for t in {id(head.tokenizer): head.tokenizer for head in heads}.values()]
         for batch in map(int, batches):
             best: dict[str, tuple[float, float, int, int]] = {}
             for turn in range(options.repeat + 1):
-                for writer in WRITERS:
-                    step.calls = head.calls = 0
+                for writer in writers:
+                    for watch in (step, *velocities):
+                        watch.calls = 0
                     before = sum(d.seconds for d in decoders)
                     began = time.perf_counter()
                     engine.generate_batch(["two apples on a blue background"] * batch, generator=writer)
                     seconds = time.perf_counter() - began
                     decoding = sum(d.seconds for d in decoders) - before
                     if turn and (writer not in best or seconds - decoding < best[writer][0]):
-                        best[writer] = (seconds - decoding, decoding, step.calls, head.calls)
-            for writer in WRITERS:
-                seconds, decoding, steps, heads = best[writer]
+                        best[writer] = (seconds - decoding, decoding, step.calls, sum(v.calls for v in velocities))
+            for writer in writers:
+                seconds, decoding, steps, evaluations = best[writer]
                 baseline = batch / best["next-token"][0]
                 rows.append(
                     {
@@ -110,12 +100,12 @@ def main(args: list[str]) -> int:
                         "batch": batch,
                         "decode": batch / decoding,
                         "backbone_calls": steps,
-                        "head_calls": heads,
+                        "head_calls": evaluations,
                     }
                 )
                 print(
                     f"{writer:<11} {tokens:>6} {batch:>6} {batch / seconds:>11.2f} {batch / seconds / baseline:>6.2f} "
-                    f"{batch / decoding:>10.1f} {steps:>9} {heads:>5}",
+                    f"{batch / decoding:>10.1f} {steps:>9} {evaluations:>5}",
                     flush=True,
                 )
     if options.json:
