@@ -15,17 +15,15 @@ guidance. Training goes on from a model by `init_from=FOLDER`, which brings its 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 
-from unigen import generators
-from unigen.config import OptimConfig, RunConfig, to_dict
+from unigen.config import OptimConfig, RunConfig
 from unigen.data.chats import Chats
 from unigen.data.packing import Collate, PackedRows
 from unigen.data.stories import text_corpus
@@ -41,6 +39,7 @@ from unigen.tokenizers import load_tokenizer, text
 from unigen.training.muon import MuonAdamW
 from unigen.training.objectives import Mixture
 from unigen.training.trainer import Job
+from unigen.training.writers import new_heads, shares_of
 
 PROMPTS = (
     "a horse",
@@ -105,7 +104,7 @@ class Documents:
     def __init__(self, template: Template, size: int, cfg: TinyConfig) -> None:
         World(size)  # a missing font is said at once
         self.template, self.size, self.blind, self.learn_shown = template, size, cfg.blind, cfg.learn_shown
-        self.writers, self.shares = zip(*shares_of(cfg).items(), strict=True)
+        self.writers, self.shares = zip(*shares_of(cfg.writers).items(), strict=True)
         self.chats: Chats | None = None
 
     def __call__(self, rng: np.random.Generator) -> Tokens:
@@ -138,43 +137,13 @@ def new_model(cfg: TinyConfig) -> UnifiedModel:
     return tiny.create(shape, text.load(folder), load_tokenizer(cfg.image_tokenizer))
 
 
-def shares_of(cfg: TinyConfig) -> dict[str, float]:
-    """The share of each generator that is learnt, in all 1."""
-    for name in cfg.writers:
-        generators.find(name)
-    if min(cfg.writers.values()) < 0 or cfg.writers.get("next-token", 0) <= 0:
-        raise ValueError("writers are shares of at least 0, and that of next-token, as which all are read, above 0")
-    return {name: share / sum(cfg.writers.values()) for name, share in cfg.writers.items() if share > 0}
-
-
-def new_heads(cfg: TinyConfig, model: UnifiedModel) -> list[Any]:
-    """The generators to be learnt that have a tokenizer of their own and are not in the model yet."""
-    given = {"multiscale": cfg.scale_tokenizer, "kl": cfg.kl_tokenizer}
-    frame = tiny.frame_of(model.backbone.lm, model.text_tokenizer, model.image_tokenizer)
-    heads: list[Any] = []
-    for name in shares_of(cfg):
-        kind, settings = generators.find(name).own, getattr(cfg, name.replace("-", "_"), None)
-        if name in model.heads:
-            if settings is not None and settings not in (type(settings)(), model.heads[name].settings):
-                raise ValueError(
-                    f"the {name} of init_from has another shape than {name.replace('-', '_')}.*: leave it out"
-                )
-        elif kind is not None:
-            folder = given[kind]
-            own = load_tokenizer(folder) if folder else None
-            made = replace(frame, tokenizer=own, settings={} if settings is None else to_dict(settings))
-            heads.append(tiny.new_generator(name, made))
-    used = {head.own for head in heads}
-    if unused := [kind for kind, folder in given.items() if folder and kind not in used]:
-        raise ValueError(f"no new generator takes a tokenizer of kind {', '.join(unused)}: leave out its folder")
-    return heads
-
-
 def build(cfg: TinyConfig) -> Job:
-    shares = shares_of(cfg)
+    shares = shares_of(cfg.writers)
     model = load(cfg.init_from) if cfg.init_from else new_model(cfg)
     torch.manual_seed(cfg.seed)
-    model = tiny.teach(model, tuple(shares), new_heads(cfg, model))
+    folders = {"multiscale": cfg.scale_tokenizer, "kl": cfg.kl_tokenizer}
+    settings = {"flow": cfg.flow, "transfusion": cfg.transfusion, "token-flow": cfg.token_flow}
+    model = tiny.teach(model, tuple(shares), new_heads(model, shares, folders, settings))
     if cfg.compile:
         model.backbone.compile_packed()
     size = model.image_tokenizer.image_size

@@ -1,7 +1,7 @@
 """The image tokenizer of unigen-tiny: 64x64 pictures of the rendered world <-> 8x8 codes of 1,024.
 
     COMMAND   unigen train recipes/tiny_vq.py run_dir=runs/vq                 (needs the font fonts-noto-color-emoji)
-              python recipes/tiny_vq.py --evaluate runs/vq/model [--count 1000] [--json FILE]
+              python recipes/tiny_vq.py --evaluate runs/vq/model [--pictures digits] [--count 1000] [--json FILE]
               python recipes/tiny_vq.py --ablate 2000 [--json FILE] [key=value ...]
     HARDWARE  2 CPU cores, AVX-512 bf16: 250 pictures a second when the machine is quiet
     TIME      25 minutes
@@ -16,7 +16,7 @@ unigen/tokenizers/vq.py. Options: `loss.gan=0.5`, `loss.feature=1 features=FOLDE
 one that evaluates: a judge that one trains against is no judge), `loss.lpips=1 lpips=FILE`, `model.quantizer=fsq`,
 `model.image_size=96`. `model.quantizer=multiscale model.code_dim=16` trains the tokenizer of next-scale prediction,
 and --evaluate adds its health scale by scale; `kind=kl` trains that of the flow. `init_from=FOLDER freeze_codes=true`
-betters the decoder alone: models trained on the codes stay valid.
+betters the decoder alone: models trained on the codes stay valid. `pictures=digits` is for recipes/digits.py.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from unigen.config import OptimConfig, RunConfig, apply_overrides, write_report
+from unigen.data import digits
 from unigen.data.scenes import World, sample_scene
 from unigen.nn.conv import to_uint8
 from unigen.nn.perceptual import LPIPS
@@ -54,6 +55,7 @@ HELD_OUT_SEED = 1_000_000  # training seeds are below; item i of seed s draws fr
 @dataclass
 class VQRunConfig(RunConfig):
     kind: Literal["vq", "kl"] = "vq"
+    pictures: Literal["scenes", "digits"] = "scenes"
     kl: KLConfig = field(default_factory=KLConfig)
     model: VQConfig = field(default_factory=VQConfig)
     loss: VQLossConfig = field(default_factory=VQLossConfig)
@@ -94,6 +96,26 @@ class Pictures:
         self.world = self.world or World(self.size)
         picture = self.world.render(sample_scene(np.random.default_rng([self.seed, i]), size=self.size))
         return torch.from_numpy(picture.image).permute(2, 0, 1), torch.from_numpy(picture.masks.any(0))[None]
+
+
+class DigitPictures:
+    """Endless handwritten digits of the training part; item i, a function of (seed, i), is as in `Pictures`."""
+
+    def __init__(self, seed: int, size: int = 32, held_out: bool = False) -> None:
+        self.seed, self.size = seed, size
+        self.images = digits.load(held_out)[0]
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        digit = self.images[np.random.default_rng([self.seed, i]).integers(len(self.images))]
+        image = torch.from_numpy(digits.picture(digit, self.size)).permute(2, 0, 1)
+        return image, image[:1] > 64
+
+
+def pictures_of(kind: str, seed: int, size: int, held_out: bool = False) -> Any:
+    """Endless pictures of a kind; of the rendered world the seed alone says what is held out."""
+    if kind == "digits":
+        return DigitPictures(seed, size, held_out)
+    return Pictures(seed + HELD_OUT_SEED * held_out, size)
 
 
 def collate(items: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
@@ -148,7 +170,8 @@ def build(cfg: VQRunConfig) -> Job:
     tokenizer = start(cfg)
     lpips = LPIPS.from_file(cfg.lpips) if cfg.lpips else None
     size = tokenizer.image_size
-    shown = collate([Pictures(HELD_OUT_SEED, size)[i] for i in range(24)])["pixels"]
+    held_out = pictures_of(cfg.pictures, 0, size, held_out=True)
+    shown = collate([held_out[i] for i in range(24)])["pixels"]
 
     def sample(model: nn.Module, step: int, folder: Path) -> None:
         device = next(model.parameters()).device
@@ -159,7 +182,7 @@ def build(cfg: VQRunConfig) -> Job:
 
     return Job(
         model=VQTraining(tokenizer, gan=cfg.loss.gan > 0).to(memory_format=torch.channels_last),
-        dataset=Pictures(cfg.seed, size),
+        dataset=pictures_of(cfg.pictures, cfg.seed, size),
         collate=collate,
         objective=VQObjective(cfg.loss, feature_network(cfg.features), lpips),
         sample=sample,
@@ -179,10 +202,10 @@ def save_grid(tokenizer: Any, x_BCHW: Tensor, path: Path, columns: int = 8, scal
 UNITS = {"psnr": "dB", "psnr_objects": "dB", "usage": "share", "perplexity": "codes", "dead": "codes"}
 
 
-def evaluate(folder: str | Path, count: int, grid: str | None = None) -> dict[str, float]:
+def evaluate(folder: str | Path, count: int, grid: str | None = None, kind: str = "scenes") -> dict[str, float]:
     """The figures of the tokenizer saved in `folder` on `count` held-out pictures."""
     tokenizer = load_tokenizer(folder)
-    pictures = Pictures(HELD_OUT_SEED + 1, tokenizer.image_size)
+    pictures = pictures_of(kind, 1, tokenizer.image_size, held_out=True)
     batch = collate([pictures[i] for i in range(count)])
     if grid:
         save_grid(tokenizer, batch["pixels"][:32], Path(grid))
@@ -229,6 +252,7 @@ def main() -> int:
     what.add_argument("--evaluate", metavar="FOLDER", help="a saved tokenizer")
     what.add_argument("--ablate", type=int, metavar="STEPS", help="train every variant that long and compare")
     parser.add_argument("--count", type=int, default=1000, help="pictures (1000)")
+    parser.add_argument("--pictures", choices=["scenes", "digits"], default="scenes", help="with --evaluate")
     parser.add_argument(
         "--grid", metavar="PNG", help="with --evaluate: also write pictures above their reconstructions"
     )
@@ -242,7 +266,7 @@ def main() -> int:
         if options.count < 1 or (options.ablate is not None and options.ablate < 1):
             raise ValueError("--count and --ablate must be at least 1")
         if options.evaluate:
-            figures = evaluate(options.evaluate, options.count, options.grid)
+            figures = evaluate(options.evaluate, options.count, options.grid, options.pictures)
             rows: list[dict[str, Any]] = [
                 {"name": name, "value": value, "unit": UNITS.get(name.split()[-1], "")}
                 for name, value in figures.items()

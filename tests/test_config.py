@@ -29,6 +29,12 @@ from unigen.config import (
 class Inner:
     sizes: tuple[int, ...] = (1, 2)
     kind: Literal["a", "b"] = "a"
+    low: int = 1
+    high: int = 2
+
+    def __post_init__(self) -> None:
+        if self.low > self.high:
+            raise ValueError("low is above high")
 
 
 @dataclass
@@ -51,6 +57,9 @@ def test_overrides_are_read_by_type() -> None:
     assert (cfg.init_from, cfg.folder, cfg.either, cfg.run_dir) == (None, Path("a/b"), 7, "a=b")
     assert apply_overrides(cfg, ["either=seven"]).either == "seven"
     assert before == Outer(), "the original is not changed"
+    assert apply_overrides(before, ["inner.low=5", "inner.high=3", "inner.high=6"]).inner.low == 5, "valid as a whole"
+    with pytest.raises(ValueError, match="low is above high"):
+        apply_overrides(before, ["inner.low=5"])
 
 
 @pytest.mark.parametrize(

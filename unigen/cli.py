@@ -118,7 +118,8 @@ def sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def generate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompt", type=text, help="what to draw, in words")
+    parser.add_argument("prompt", nargs="?", type=text, help="what to draw, in words")
+    parser.add_argument("--class", dest="label", type=text, help="of a model that draws classes: a number or a name")
     parser.add_argument("-o", "--output", default="out.png", help="the picture (default: %(default)s)")
     parser.add_argument("-n", type=whole(1), default=1, help="how many: out-0.png, out-1.png, ... (default: 1)")
     parser.add_argument("--grid", action="store_true", help="all of them in one picture")
@@ -202,7 +203,11 @@ def report(paths: list[Path], seconds: float) -> int:
 
 def generate(args: argparse.Namespace) -> int:
     from unigen.output import PICTURES, check_output, grid, numbered, save_picture
+    from unigen.sequence import Segment
 
+    if (args.prompt is None) == (args.label is None):
+        raise ValueError("say what to draw: in words, or by --class for a model that draws classes")
+    asked = args.prompt if args.label is None else Segment(label=args.label)
     path = check_output(args.output, PICTURES)
     paths = [path] if args.grid else numbered(path, args.n)
     engine = load(args)
@@ -212,7 +217,7 @@ def generate(args: argparse.Namespace) -> int:
     images: list[Any] = []
     while len(images) < args.n:
         n = min(BATCH, args.n - len(images))
-        made = engine.generate(args.prompt, output="image", n=n, seed=seed + len(images), **options)
+        made = engine.generate(asked, output="image", n=n, seed=seed + len(images), **options)
         images += made if n > 1 else [made]
     for target, image in zip(paths, [grid(images)] if args.grid else images, strict=True):
         save_picture(target, image)

@@ -107,19 +107,21 @@ def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
 
 
 def apply_overrides(cfg: T, overrides: Iterable[str]) -> T:
-    """A copy of `cfg` with `dotted.key=value` texts applied in order.
+    """A copy of `cfg` with `dotted.key=value` texts applied, of two for one key the later.
 
     Texts are read by the field's type: int, float, bool (true/false), str, none where the type allows it, tuples as
     `1,2` or `(1,2)`, one of the choices; of a table one entry, as `name.entry=value`. ValueError names the unknown key
     and the nearest valid ones, or the type that was expected."""
+    changes: dict[str, Any] = {}
     for item in overrides:
         key, equals, text = item.partition("=")
         _require(bool(equals) and bool(key.strip()), f"override {item!r} is not of the form key=value")
-        cfg = _override(cfg, key.strip().split("."), text.strip(), key.strip())
-    return cfg
+        _collect(changes, cfg, key.strip().split("."), text.strip(), key.strip())
+    return _changed(cfg, changes)
 
 
-def _override(cfg: Any, path: list[str], text: str, full_key: str) -> Any:
+def _collect(changes: dict[str, Any], cfg: Any, path: list[str], text: str, full_key: str) -> None:
+    """Note one override of `cfg` in `changes`, field -> value, nested where the field is a dataclass."""
     hints = typing.get_type_hints(type(cfg))
     names = [f.name for f in dataclasses.fields(cfg)]
     head, rest = path[0], path[1:]
@@ -128,14 +130,23 @@ def _override(cfg: Any, path: list[str], text: str, full_key: str) -> Any:
     current = getattr(cfg, head)
     if dataclasses.is_dataclass(current):
         _require(bool(rest), f"{full_key} is a group: set one of {_listed(full_key + '.', _field_names(current))}")
-        return dataclasses.replace(cfg, **{head: _override(current, rest, text, full_key)})
-    if isinstance(current, dict):
+        _collect(changes.setdefault(head, {}), current, rest, text, full_key)
+    elif isinstance(current, dict):
         _require(len(rest) == 1, f"{full_key} is a table: set an entry, as {head}.NAME=value")
-        return dataclasses.replace(
-            cfg, **{head: current | {rest[0]: _parse(typing.get_args(hints[head])[1], text, full_key)}}
-        )
-    _require(not rest, f"unknown key {full_key!r}: {head!r} has no parts")
-    return dataclasses.replace(cfg, **{head: _parse(hints[head], text, full_key)})
+        value = _parse(typing.get_args(hints[head])[1], text, full_key)
+        changes[head] = changes.get(head, current) | {rest[0]: value}
+    else:
+        _require(not rest, f"unknown key {full_key!r}: {head!r} has no parts")
+        changes[head] = _parse(hints[head], text, full_key)
+
+
+def _changed(cfg: Any, changes: dict[str, Any]) -> Any:
+    """A copy with all changes made at once, so that only the whole has to be valid."""
+    values = {
+        name: _changed(getattr(cfg, name), value) if dataclasses.is_dataclass(getattr(cfg, name)) else value
+        for name, value in changes.items()
+    }
+    return dataclasses.replace(cfg, **values)
 
 
 def _field_names(cfg: Any) -> list[str]:

@@ -87,7 +87,8 @@ class Engine:
     def generate(self, prompt: Any, output: Output = "image", *, n: int = 1, seed: int = 0, **options: Any) -> Any:
         """Answer a prompt: a PIL image, a string, or for "interleaved" a list of strings and images.
 
-        prompt: text, an image, a list of both, or a Document. n > 1 gives a list of n answers with seeds seed, seed+1..
+        prompt: text, an image, a list of both, the number of a class, or a Document. n > 1 gives a list of n answers
+        with seeds seed, seed+1..
         Options: see `request`. Raises ValueError in one line for bad input.
         """
         if not isinstance(n, int) or n < 1:
@@ -158,6 +159,11 @@ class Engine:
         mixed = [Image.fromarray(np.where(anew, np.asarray(picture), kept)) for picture in pictures]
         return mixed if isinstance(painted, list) else mixed[0]
 
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        """What this model can answer with: a model that draws classes has no words."""
+        return ("image",) if self.model.template.classes else OUTPUTS
+
     def info(self) -> dict[str, Any]:
         """What this model is and can do."""
         model = self.model
@@ -170,7 +176,8 @@ class Engine:
             "tokens_per_image": model.image_tokenizer.grid[0] * model.image_tokenizer.grid[1],
             "vocabulary": {"text": model.vocabulary.text_size, "image": model.vocabulary.image_size},
             "generators": [name for name in model.generators if name != "text"],
-            "outputs": list(OUTPUTS),
+            "outputs": list(self.outputs),
+            **({"classes": list(model.template.classes)} if model.template.classes else {}),
             "device": str(model.device),
         }
 
@@ -202,6 +209,8 @@ class Engine:
         """
         if output not in OUTPUTS:
             raise ValueError(f"unknown output {output!r}: one of {', '.join(OUTPUTS)}")
+        if output not in self.outputs:
+            raise ValueError(f"this model draws classes and nothing else: it cannot answer with {output}")
         if generator not in self.model.generators or generator == "text":
             able = ", ".join(name for name in self.model.generators if name != "text")
             raise ValueError(f"this model has no generator {generator!r}: it has {able}")

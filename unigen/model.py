@@ -26,9 +26,11 @@ from unigen.tokenizers import ImageTokenizer, save_tokenizer
 
 
 class Template(Protocol):
-    """How a family lays a document out as ids. reader: the generator as which finished pictures stand in it."""
+    """How a family lays a document out as ids. reader: the generator as which finished pictures stand in it; classes:
+    the names of what a model draws that draws classes and not words, else none."""
 
     reader: str
+    classes: tuple[str, ...]
     turn_end: int
     image_end: int
     begins: dict[str, int]
@@ -185,5 +187,6 @@ class UnifiedModel(nn.Module):
                     "image_size": self.vocabulary.image_size,
                     "generators": sorted(self.generators),
                     "begins": self.begin_tokens(),
+                    "classes": list(self.template.classes),
                 },
             )

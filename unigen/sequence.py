@@ -1,8 +1,8 @@
 """The sequence format: what a user writes, and the packed rows of ids that a model reads.
 
-A `Document` is a list of `Segment`s, each a run of text or one image, spoken by a role. A `Vocabulary` says which row
-of the embedding table a text piece or an image code has; nothing else knows offsets. `pack` lays several documents,
-already turned into `Tokens` by a family's template, into rows of one length.
+A `Document` is a list of `Segment`s, each a run of text, one image or a class, spoken by a role. A `Vocabulary` says
+which row of the embedding table a text piece or an image code has; nothing else knows offsets. `pack` lays several
+documents, already turned into `Tokens` by a family's template, into rows of one length.
 
 This file refuses to know: tokenizers, templates, models, losses.
 
@@ -80,21 +80,25 @@ def to_images(pixels_BCHW: Tensor) -> list[Image.Image]:
 
 @dataclass(eq=False)
 class Segment:
-    """A run of text, or one image: a PIL image, an RGB array uint8 (H, W, 3), a path, or codes int64 (h, w)."""
+    """A run of text; or one image: a PIL image, an RGB array uint8 (H, W, 3), a path, or codes int64 (h, w); or, for
+    models that draw classes, a class by its number or name."""
 
     text: str | None = None
     image: Image.Image | np.ndarray | str | Path | Tensor | None = None
     role: Role = "user"
+    label: int | str | None = None
 
     def __post_init__(self) -> None:
-        if (self.text is None) == (self.image is None):
-            raise ValueError("a segment holds either text or an image, and exactly one of them")
+        if sum(part is not None for part in (self.text, self.image, self.label)) != 1:
+            raise ValueError("a segment holds text, an image or a label, and exactly one of them")
         if self.role not in ROLES:
             raise ValueError(f"unknown role {self.role!r}: one of {', '.join(ROLES)}")
 
     def to_json(self) -> dict[str, Any]:
         if self.text is not None:
             return {"role": self.role, "text": self.text}
+        if self.label is not None:
+            return {"role": self.role, "label": self.label}
         if isinstance(self.image, Tensor):
             return {"role": self.role, "image": {"codes": self.image.tolist()}}
         if isinstance(self.image, (str, Path)):
@@ -109,7 +113,7 @@ class Segment:
     def from_json(cls, data: dict[str, Any]) -> Segment:
         image = data.get("image")
         if image is None:
-            return cls(text=data.get("text"), role=data.get("role", "user"))
+            return cls(text=data.get("text"), role=data.get("role", "user"), label=data.get("label"))
         match image:
             case {"codes": codes}:
                 value: Any = torch.tensor(codes, dtype=torch.int64)
@@ -130,9 +134,12 @@ class Document:
 
     @classmethod
     def of(cls, prompt: Any) -> Document:
-        """A document from what users pass: a string, an image, a list of both, or a document (which is copied)."""
+        """A document from what users pass: a string, an image, a list of both, the number of a class, or a document
+        (which is copied)."""
         if isinstance(prompt, Document):
             return cls(list(prompt.segments))
+        if isinstance(prompt, int) and not isinstance(prompt, bool):
+            prompt = Segment(label=prompt)
         if isinstance(prompt, (str, Image.Image, np.ndarray, Path, Segment)):
             prompt = [prompt]
         if not isinstance(prompt, (list, tuple)):
@@ -145,7 +152,7 @@ class Document:
                 segments.append(Segment(text=part))
             else:
                 segments.append(Segment(image=part))
-        if not any(s.image is not None or (s.text or "").strip() for s in segments):
+        if not any(s.image is not None or s.label is not None or (s.text or "").strip() for s in segments):
             raise ValueError("the prompt is empty: say what to draw or ask")
         return cls(segments)
 

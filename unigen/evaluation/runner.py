@@ -127,7 +127,7 @@ def write_outputs(
     lines = []
     for item, row, marks in zip(items, outputs, scores, strict=True):
         shown = [output for output in row if isinstance(output, str)]
-        asked = item.prompt if isinstance(item.prompt, str) else [p for p in item.prompt if isinstance(p, str)]
+        asked = [p for p in item.prompt if isinstance(p, str)] if isinstance(item.prompt, list) else item.prompt
         lines.append(json.dumps({"prompt": asked, "tag": item.tag, "scores": list(marks), "texts": shown} | item.meta))
     write_text(folder / "outputs.jsonl", "\n".join(lines) + "\n")
     for tag in dict.fromkeys(item.tag for item in items):

@@ -20,10 +20,10 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Item:
-    """One thing to ask. `prompt` is what `engine.generate` takes (a text, or a list of texts and images); `tag` is
-    the group that it is averaged in; `meta` (JSON-able) holds what the score needs to know."""
+    """One thing to ask. `prompt` is what `engine.generate` takes (a text, a class, a list of texts and images);
+    `tag` is the group that it is averaged in; `meta` (JSON-able) holds what the score needs to know."""
 
-    prompt: str | list[Any]
+    prompt: str | int | list[Any]
     tag: str
     meta: dict[str, Any] = field(default_factory=dict)
 

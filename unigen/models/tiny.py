@@ -5,6 +5,7 @@
 
 A document is a chat. What the assistant says is learnt. In the blind rendering, the second branch of guidance, every
 run of text is the one token <uncond> while the images stay: what the model saw where captions were dropped in training.
+A model may draw classes instead of words: <s><user><class:7><assistant><boi> 64 codes <eoi></s>.
 Text is lower case and each run opens with a space, so that a word has one spelling wherever it stands.
 """
 
@@ -47,6 +48,11 @@ CHAT_TEMPLATE = (
 )
 
 
+def class_token(number: int) -> str:
+    """The special token of a class; the text tokenizer of a model that draws classes is trained with them."""
+    return f"<class:{number}>"
+
+
 def spelt(text: str) -> str:
     """Text as the model reads it: lower case, single spaces, opening with one."""
     return " " + " ".join(text.lower().split())
@@ -54,13 +60,20 @@ def spelt(text: str) -> str:
 
 class ChatTemplate:
     """Documents as ids and back. positions: how many stand for a picture, by the generator that writes it; begins: the
-    begin tokens of generators that are known already."""
+    begin tokens of generators that are known already; classes: the names of those that the model draws, if it does."""
 
     reader = READER
 
-    def __init__(self, tokenizer: Any, positions: Mapping[str, int], begins: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        positions: Mapping[str, int],
+        begins: Mapping[str, str] | None = None,
+        classes: Sequence[str] = (),
+    ) -> None:
         self.tokenizer = tokenizer
         self.positions = dict(positions)
+        self.classes = tuple(classes)
         known = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIALS}
         self.special = {name: id for name, id in known.items() if id not in (None, tokenizer.unk_token_id)}
         if missing := [name for name in NEEDED if name not in self.special]:
@@ -123,9 +136,28 @@ class ChatTemplate:
                     tokens.add([self.image_end])
             elif blind:
                 tokens.add([self.special[UNCOND]])
+            elif segment.label is not None:
+                tokens.add([self.tokenizer.convert_tokens_to_ids(class_token(self.number(segment.label)))])
+            elif self.classes:
+                raise ValueError(f"this model draws classes, not words: give {self.known_classes()}")
             else:
                 tokens.add(self.text_ids(segment.text or ""), loss=learnt)
         return tokens
+
+    def number(self, label: int | str) -> int:
+        """Of a class, by its number or name. Raises ValueError naming the classes there are."""
+        if not self.classes:
+            raise ValueError("this model draws words, not classes: say what to draw in words")
+        number = self.classes.index(label) if label in self.classes else label
+        if isinstance(number, str) and number.isdecimal():
+            number = int(number)
+        if not isinstance(number, int) or not 0 <= number < len(self.classes):
+            raise ValueError(f"unknown class {label!r}: give {self.known_classes()}")
+        return number
+
+    def known_classes(self) -> str:
+        names = ", ".join(self.classes[:10]) + (", ..." if len(self.classes) > 10 else "")
+        return f"a class from 0 to {len(self.classes) - 1}, or its name ({names})"
 
     def text_ids(self, text: str) -> list[int]:
         """Ids of one run of text; a special token's name typed by a user is text, never the token."""
@@ -140,11 +172,13 @@ def assemble(
     writers: Sequence[str] = (READER,),
     heads: Sequence[Any] = (),
     begins: Mapping[str, str] | None = None,
+    classes: Sequence[str] = (),
 ) -> UnifiedModel:
     """A model of its parts. The language model's table must hold text_size rows and then one for each image code.
 
     writers: the generators of pictures that the model has learnt, or shall learn; heads: those of them that are made
-    already, because they have weights or a tokenizer of their own; begins: the begin tokens that were given to them.
+    already, because they have weights or a tokenizer of their own; begins: the begin tokens that were given to them;
+    classes: names of what the model draws, where it draws classes and not words.
     """
     vocabulary = Vocabulary(text_size, image_tokenizer.codebook_size)
     rows = lm.get_input_embeddings().weight.shape[0]
@@ -162,7 +196,8 @@ def assemble(
     made: dict[str, Generator] = {
         name: ready[name] if name in ready else new_generator(name, frame) for name in dict.fromkeys([*writers, *ready])
     }
-    template = ChatTemplate(tokenizer, {name: generator.positions() for name, generator in made.items()}, begins)
+    positions = {name: generator.positions() for name, generator in made.items()}
+    template = ChatTemplate(tokenizer, positions, begins, classes)
     text: Generator = Text(sorted({*tokenizer.all_special_ids, *template.special.values()}))
     return UnifiedModel(
         "tiny", Backbone(lm), vocabulary, tokenizer, image_tokenizer, template, {text.name: text} | made
@@ -191,6 +226,7 @@ def create(
     image_tokenizer: ImageTokenizer,
     writers: Sequence[str] = (READER,),
     heads: Sequence[Any] = (),
+    classes: Sequence[str] = (),
 ) -> UnifiedModel:
     """A new model with random weights (seed torch first): `lm_config` is any decoder-only `transformers` config."""
     from transformers import AutoModelForCausalLM
@@ -199,7 +235,7 @@ def create(
     lm_config.pad_token_id, lm_config.bos_token_id = tokenizer.pad_token_id, tokenizer.bos_token_id
     lm_config.eos_token_id = tokenizer.eos_token_id
     lm = AutoModelForCausalLM.from_config(lm_config, attn_implementation="sdpa")
-    return assemble(lm, tokenizer, image_tokenizer, len(tokenizer), writers, heads)
+    return assemble(lm, tokenizer, image_tokenizer, len(tokenizer), writers, heads, classes=classes)
 
 
 def teach(model: UnifiedModel, writers: Sequence[str], heads: Sequence[Any] = ()) -> UnifiedModel:
@@ -207,7 +243,7 @@ def teach(model: UnifiedModel, writers: Sequence[str], heads: Sequence[Any] = ()
     parts = model.backbone.lm, model.text_tokenizer, model.image_tokenizer, model.vocabulary.text_size
     names = [name for name in dict.fromkeys([*model.generators, *writers]) if name != "text"]
     made = dict(model.heads) | {head.name: head for head in heads}
-    return assemble(*parts, names, list(made.values()), model.begin_tokens())
+    return assemble(*parts, names, list(made.values()), model.begin_tokens(), model.template.classes)
 
 
 def extend(lm: Any, tokenizer: Any, image_tokenizer: ImageTokenizer) -> UnifiedModel:
@@ -240,8 +276,9 @@ def load(folder: Path) -> UnifiedModel:
     writers = [name for name in manifest["generators"] if name != "text"]
     frame = frame_of(lm, tokenizer, image_tokenizer)
     heads = [load_head(folder / name, frame) for name in writers if (folder / name).is_dir()]
+    begins, classes = manifest.get("begins"), manifest.get("classes", ())
     text_size = int(manifest["text_size"])
-    return assemble(lm.float(), tokenizer, image_tokenizer, text_size, writers, heads, manifest.get("begins"))
+    return assemble(lm.float(), tokenizer, image_tokenizer, text_size, writers, heads, begins, classes)
 
 
 def load_head(folder: Path, frame: Frame) -> Any:

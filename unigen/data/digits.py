@@ -1,0 +1,47 @@
+"""Handwritten digits that need no download: scikit-learn's `load_digits`, 1,797 pictures of 8x8 grey levels.
+
+    images, labels = digits.load(held_out=False)            # uint8 (N, 8, 8) of 0..16, int64 (N,)
+    picture = digits.picture(images[0], 32)                 # uint8 (32, 32, 3)
+
+A real-data anchor for models that draw classes (Alpaydin and Kaynak 1998, Optical Recognition of Handwritten Digits).
+It refuses to know models and training."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+LEVELS = 16  # the brightest
+HELD_OUT = 360
+
+
+@cache
+def _all() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    order = np.random.default_rng(0).permutation(len(found.target))
+    return found.images[order].astype(np.uint8), found.target[order].astype(np.int64)
+
+
+def load(held_out: bool) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """The training part, or the 360 digits that it never shows: pictures (N, 8, 8) and what they are (N,)."""
+    images, labels = _all()
+    part = slice(None, HELD_OUT) if held_out else slice(HELD_OUT, None)
+    return images[part], labels[part]
+
+
+def picture(digit: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """A digit as an RGB picture (size, size, 3), white on black."""
+    grey = Image.fromarray((digit.astype(np.float32) * (255 / LEVELS)).round().astype(np.uint8))
+    return np.array(grey.resize((size, size), Image.Resampling.BICUBIC).convert("RGB"))
+
+
+def digit(picture: Image.Image) -> NDArray[np.float32]:
+    """A picture as a digit again: grey levels (8, 8) of 0..16."""
+    grey = picture.convert("L").resize((8, 8), Image.Resampling.BOX)
+    return np.asarray(grey).astype(np.float32) * (LEVELS / 255)

@@ -1,0 +1,111 @@
+"""Task `digits`: does a model that draws handwritten digits draw those that it is asked for?
+
+    unigen eval digits --model runs/digits/model [--generator flow] [--images 40] [--json FILE] [--out FOLDER]
+
+A k-nearest-neighbours classifier, fitted on the true digits of the training part as 8x8 grey levels, reads what was
+drawn: the share that it takes for the class asked for. Beside it: what it makes of true digits that neither saw, and of
+the drawn ones under the next class; and how near the drawn ones are to the true ones that were held out, against how
+near training digits are (1 is as near; far below 1 would be copies). It refuses to know how a digit is drawn."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from unigen.config import write_report
+from unigen.data import digits
+from unigen.evaluation.runner import (
+    Parser,
+    common_arguments,
+    draw,
+    load_engine,
+    options_of,
+    parse,
+    whole,
+    write_outputs,
+)
+from unigen.evaluation.task import Item
+
+NEIGHBOURS = 3
+
+
+class DigitsTask:
+    """Ten prompts, the classes. Needs scikit-learn."""
+
+    output: Literal["image", "text"] = "image"
+
+    def __init__(self) -> None:
+        from sklearn.neighbors import KNeighborsClassifier
+
+        images, labels = digits.load(held_out=False)
+        self.known = images.reshape(len(images), -1).astype(np.float32)
+        self.reader = KNeighborsClassifier(NEIGHBOURS).fit(self.known, labels)
+
+    def items(self) -> list[Item]:
+        return [Item(i, name, {"label": i}) for i, name in enumerate(digits.NAMES)]
+
+    def score_batch(self, items: Any, outputs: Any) -> list[dict[str, float]]:
+        read = self.reader.predict(np.stack([digits.digit(picture).ravel() for picture in outputs]))
+        return [{"correct": float(r == item.meta["label"])} for item, r in zip(items, read, strict=True)]
+
+    def score(self, item: Item, output: Image.Image) -> dict[str, float]:
+        return self.score_batch([item], [output])[0]
+
+    def reward(self, item: Item, output: Image.Image) -> float:
+        return self.score(item, output)["correct"]
+
+    def nearness(self, vectors: np.ndarray) -> float:
+        """The mean distance to the nearest held-out digit, over that of as many training digits."""
+        from sklearn.neighbors import NearestNeighbors
+
+        images, _ = digits.load(held_out=True)
+        held = NearestNeighbors(n_neighbors=1).fit(images.reshape(len(images), -1).astype(np.float32))
+        known = self.known[: len(vectors)]
+        return float(held.kneighbors(vectors)[0].mean() / held.kneighbors(known)[0].mean())
+
+
+def arguments() -> Parser:
+    parser = common_arguments("digits", "digits drawn by class, read by nearest neighbours")
+    parser.add_argument("--images", type=whole(1), default=40, metavar="N", help="pictures a class (default: 40)")
+    parser.add_argument("--steps", type=whole(1), help="of the generators that choose how many")
+    return parser
+
+
+def main(args: list[str]) -> int:
+    """`unigen eval digits ...`. ValueError for bad input."""
+    a = parse(arguments(), args)
+    start = time.perf_counter()
+    task, engine = DigitsTask(), load_engine(a)
+    items = task.items()
+    options = options_of(a) | ({"steps": a.steps} if a.steps else {})
+    drawn = draw(engine, task, items, a.images, a.batch, a.seed, **options)
+    scores = [task.score_batch([item] * a.images, row) for item, row in zip(items, drawn, strict=True)]
+    by_class = {item.tag: float(np.mean([s["correct"] for s in row])) for item, row in zip(items, scores, strict=True)}
+    under_next = [task.score_batch([items[(i + 1) % len(items)]] * a.images, row) for i, row in enumerate(drawn)]
+    true, labels = digits.load(held_out=True)
+    figures = {
+        "drawn": float(np.mean(list(by_class.values()))),
+        "true, held out": float(task.reader.score(true.reshape(len(true), -1), labels)),
+        "drawn, under the next class": float(np.mean([s["correct"] for row in under_next for s in row])),
+        "distance to held-out digits": task.nearness(np.stack([digits.digit(p).ravel() for row in drawn for p in row])),
+    }
+    for name, value in figures.items():
+        print(f"{name:<30} {value:.3f}")
+    print("by class: " + " ".join(f"{name} {value:.2f}" for name, value in by_class.items()))
+    if a.out:
+        write_outputs(a.out, items, drawn, scores)
+    if a.json:
+        write_report(
+            a.json,
+            command="unigen eval digits " + " ".join(args),
+            model=a.model,
+            overall=figures["drawn"],
+            tasks=by_class,
+            rows=[{"name": name, "value": value, "unit": "", "batch": a.batch} for name, value in figures.items()],
+            seconds=time.perf_counter() - start,
+            images=a.images,
+        )
+    return 0
