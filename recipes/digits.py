@@ -13,7 +13,8 @@
     MEASURED  not run yet
 
 A small Llama reads one token, the class, and writes a picture of 4x4 codes, three scales, or 4x4 latents. In a tenth of
-the documents the class is dropped, for guidance. The model has no words: `unigen generate --class seven`.
+the documents the class is dropped, for guidance. The model has no words: `unigen generate --class seven --model
+runs/digits/model`.
 """
 
 from __future__ import annotations
@@ -27,13 +28,15 @@ from PIL import Image
 from torch import nn
 from transformers import LlamaConfig
 
+from unigen import generators
 from unigen.config import OptimConfig, RunConfig
 from unigen.data import digits
 from unigen.data.packing import Collate, PackedRows
 from unigen.engine import Engine
 from unigen.generators.flow import FlowConfig
 from unigen.model import Template, UnifiedModel
-from unigen.models import tiny
+from unigen.models import load, tiny
+from unigen.output import grid
 from unigen.sequence import Document, Segment, Tokens
 from unigen.tokenizers import load_tokenizer, text
 from unigen.training.muon import MuonAdamW
@@ -84,12 +87,11 @@ class Documents:
         return self.template.encode(document, blind=bool(rng.random() < self.blind), writer=writer)
 
 
-def build(cfg: DigitsConfig) -> Job:
-    shares = shares_of(cfg.writers)
-    image_tokenizer = load_tokenizer(cfg.image_tokenizer)
+def new_model(cfg: DigitsConfig) -> UnifiedModel:
     folder = Path(cfg.run_dir) / "text_tokenizer"
     classes = tuple(tiny.class_token(i) for i in range(len(digits.NAMES)))
-    text.train([tiny.spelt(name) for name in digits.NAMES] * 20, folder, 320, (*tiny.SPECIALS, *classes))
+    if not (folder / "tokenizer.json").exists():
+        text.train([tiny.spelt(name) for name in digits.NAMES] * 20, folder, 320, (*tiny.SPECIALS, *classes))
     shape = LlamaConfig(
         hidden_size=cfg.width,
         num_hidden_layers=cfg.layers,
@@ -99,10 +101,18 @@ def build(cfg: DigitsConfig) -> Job:
         tie_word_embeddings=True,
     )
     torch.manual_seed(cfg.seed)
-    model = tiny.create(shape, text.load(folder), image_tokenizer, classes=digits.NAMES)
+    return tiny.create(shape, text.load(folder), load_tokenizer(cfg.image_tokenizer), classes=digits.NAMES)
+
+
+def build(cfg: DigitsConfig) -> Job:
+    shares = shares_of(cfg.writers)
+    model = load(cfg.init_from) if cfg.init_from else new_model(cfg)
+    torch.manual_seed(cfg.seed)
+    needed = {generators.find(name).own for name in shares if name not in model.heads}
     folders = {"multiscale": cfg.scale_tokenizer, "kl": cfg.kl_tokenizer}
+    folders = {kind: folder for kind, folder in folders.items() if kind in needed}
     model = tiny.teach(model, tuple(shares), new_heads(model, shares, folders, {"flow": cfg.flow}))
-    size = image_tokenizer.image_size
+    size = model.image_tokenizer.image_size
     return Job(
         model=model,
         dataset=PackedRows(Documents(model.template, size, cfg), 256, cfg.seed),
@@ -118,9 +128,9 @@ def sample(model: nn.Module, step: int, folder: Path) -> None:
     """All digits, a row for each way of writing."""
     assert isinstance(model, UnifiedModel)
     engine, count = Engine(model), len(digits.NAMES)
-    names, side = engine.info()["generators"], model.image_tokenizer.image_size
-    grid = Image.new("RGB", (count * side, len(names) * side))
-    for y, name in enumerate(names):
-        for x, picture in enumerate(engine.generate_batch(range(count), [0] * count, generator=name, guidance=2.0)):
-            grid.paste(picture, (x * side, y * side))
-    grid.resize((grid.width * 2, grid.height * 2), Image.Resampling.NEAREST).save(folder / f"{step:06d}.png")
+    rows = [
+        engine.generate_batch(range(count), [0] * count, generator=name, guidance=2.0)
+        for name in engine.info()["generators"]
+    ]
+    sheet = grid([picture for row in rows for picture in row], 0, count)
+    sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.NEAREST).save(folder / f"{step:06d}.png")

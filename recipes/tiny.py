@@ -34,6 +34,7 @@ from unigen.generators.token_flow import TokenFlowConfig
 from unigen.generators.transfusion import TransfusionConfig
 from unigen.model import Template, UnifiedModel
 from unigen.models import load, tiny
+from unigen.output import grid
 from unigen.sequence import Tokens
 from unigen.tokenizers import load_tokenizer, text
 from unigen.training.muon import MuonAdamW
@@ -168,11 +169,8 @@ def sample(model: nn.Module, step: int, folder: Path) -> None:
         for name, seed in rows
         for picture in engine.generate_batch(PROMPTS, [seed] * len(PROMPTS), generator=name)
     ]
-    count, side = len(PROMPTS), pictures[0].width
-    grid = Image.new("RGB", (count * side, len(rows) * side))
-    for i, picture in enumerate(pictures):
-        grid.paste(picture, (i % count * side, i // count * side))
-    grid.resize((grid.width * 2, grid.height * 2), Image.Resampling.NEAREST).save(folder / f"{step:06d}.png")
+    count, sheet = len(PROMPTS), grid(pictures, 0, len(PROMPTS))
+    sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.NEAREST).save(folder / f"{step:06d}.png")
     asked = [[picture, "describe this picture"] for picture in pictures[:count]]
     said = engine.generate_batch(asked, [0] * count, output="text", max_tokens=60)
     lines = [f"{prompt} -> {answer}" for prompt, answer in zip(PROMPTS, said, strict=True)]

@@ -92,7 +92,7 @@ def engine(tiny_folder: Path) -> Any:
 
     engine = unigen.load(str(tiny_folder), device="cpu")
     rng = torch.Generator().manual_seed(1)
-    for p in engine.model.backbone.parameters():
-        if p.ndim > 1:
+    for p in engine.model.parameters():
+        if p.ndim > 1 and p.requires_grad:  # the heads' too, of which some begin with zeros; tokenizers are frozen
             p.data.normal_(0, 0.3, generator=rng)
     return engine

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from transformers import LlamaConfig
 import unigen
 from unigen.cli import main
 from unigen.data import digits
+from unigen.evaluation.tasks.digits import DigitsTask
 from unigen.models import load, tiny
 from unigen.sequence import Document, Segment
 from unigen.tokenizers import load_tokenizer, text
@@ -43,6 +43,7 @@ def test_a_label_is_part_of_a_document() -> None:
     again = Document.from_json(document.to_json())
     assert [s.label for s in again.segments] == [2, "bee"]
     assert Document.of(0).segments[0].label == 0
+    assert Document.of([np.int64(3), "a"]).segments[0].label == 3
     with pytest.raises(ValueError, match="exactly one"):
         Segment(text="a", label=1)
 
@@ -55,6 +56,15 @@ def test_the_layout_and_the_folder(class_folder: Path) -> None:
     blind = model.text_tokenizer.convert_ids_to_tokens(model.template.encode(drawn, blind=True).ids)
     assert blind[2] == "<uncond>"
     assert tiny.teach(model, ("next-token",)).template.classes == NAMES
+
+
+def test_a_text_tokenizer_without_the_classes_is_named(tiny_folder: Path) -> None:
+    model = load(tiny_folder)
+    parts = model.backbone.lm, model.text_tokenizer, model.image_tokenizer, model.vocabulary.text_size
+    with pytest.raises(ValueError, match=r"the text tokenizer has no <class:0>, <class:1>"):
+        tiny.assemble(*parts, classes=("a", "b"))
+    with pytest.raises(ValueError, match="of kind vq, of one scale"):
+        tiny.assemble(*parts[:2], model.heads["next-scale"].tokenizer, parts[3])
 
 
 def test_a_class_is_drawn_and_words_are_refused(class_folder: Path) -> None:
@@ -127,6 +137,18 @@ def test_the_recipe_and_its_score(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert main(["eval", "digits", "--model", model, "--generator", generator, "--images", "2"]) == 0
         said = capsys.readouterr().out
         assert "true, held out                 0.9" in said and "by class: zero" in said
+    more = [f"init_from={model}", "steps=1", "workers=0", "scale_tokenizer=none", "kl_tokenizer=none"]
+    assert main(["train", "recipes/digits.py", *more, f"run_dir={tmp_path / 'more'}"]) == 0
+    assert (
+        main(["train", "recipes/digits.py", *folders, "writers.flow=0", "steps=1", f"run_dir={tmp_path / 'two'}"]) == 0
+    )
+    capsys.readouterr()
     assert main(["eval", "digits", "--model", "unigen-tiny", "--images", "1"]) == 2
     assert "draws words, not classes" in capsys.readouterr().err
-    shutil.rmtree(tmp_path / "run")
+
+
+def test_copies_are_seen() -> None:
+    task = DigitsTask()
+    assert task.nearness(task.known[:50]) == 0
+    held = digits.load(held_out=True)[0].reshape(digits.HELD_OUT, -1).astype(np.float32)
+    assert 0.7 < task.nearness(held[:100]) < 1.3

@@ -26,7 +26,7 @@ from unigen.nn.backbone import SlotCache
 from unigen.nn.few_rows import use_few_rows
 from unigen.samplers.guidance import Guidance
 from unigen.samplers.logits import Sampling
-from unigen.samplers.ode import SAMPLERS
+from unigen.samplers.ode import MOST, SAMPLERS
 from unigen.sequence import Document, Segment, read_image, square, stack_images, to_images
 
 Output = Literal["image", "text", "interleaved"]
@@ -229,6 +229,11 @@ class Engine:
             raise ValueError(f"{generator} does not take {', '.join(unheard)}: leave out, it takes {', '.join(takes)}")
         if guidance_kind is not None:
             guidance = replace(guidance, kind=guidance_kind)
+        if "sampler" in takes and steps is not None:
+            if steps > MOST:
+                raise ValueError(f"steps must be from 1 to {MOST}, not {steps}")
+            if guidance.kind == "cfg-zero" and steps == 1:
+                raise ValueError("cfg-zero rests in its first step: take at least 2 steps")
         if "guidance_kind" not in takes and guidance != Guidance(guidance.scales):
             raise ValueError(f"{generator} does not take a kind or an interval of guidance: give a scale")
         if fixed is not None and (

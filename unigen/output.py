@@ -109,11 +109,11 @@ def numbered(path: Path, n: int) -> list[Path]:
     return [path] if n == 1 else [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(n)]
 
 
-def grid(images: Sequence[Image], gap: int = 2) -> Image:
-    """The pictures in one, row by row in a square as far as it goes, `gap` pixels of white between them."""
+def grid(images: Sequence[Image], gap: int = 2, columns: int | None = None) -> Image:
+    """The pictures in one, row by row, `gap` pixels of white between them. columns: None is as square as it goes."""
     from PIL import Image as PILImage
 
-    columns = math.ceil(math.sqrt(len(images)))
+    columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     width, height = max(im.width for im in images), max(im.height for im in images)
     sheet = PILImage.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")

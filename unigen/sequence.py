@@ -16,6 +16,7 @@ import io
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -138,9 +139,7 @@ class Document:
         (which is copied)."""
         if isinstance(prompt, Document):
             return cls(list(prompt.segments))
-        if isinstance(prompt, int) and not isinstance(prompt, bool):
-            prompt = Segment(label=prompt)
-        if isinstance(prompt, (str, Image.Image, np.ndarray, Path, Segment)):
+        if isinstance(prompt, (str, Image.Image, np.ndarray, Path, Segment, Integral)):
             prompt = [prompt]
         if not isinstance(prompt, (list, tuple)):
             raise ValueError(f"a prompt is text, an image or a list of both, not {type(prompt).__name__}")
@@ -150,6 +149,8 @@ class Document:
                 segments.append(part)
             elif isinstance(part, str):
                 segments.append(Segment(text=part))
+            elif isinstance(part, Integral):
+                segments.append(Segment(label=int(part)))
             else:
                 segments.append(Segment(image=part))
         if not any(s.image is not None or s.label is not None or (s.text or "").strip() for s in segments):

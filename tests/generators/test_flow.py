@@ -14,6 +14,9 @@ from torch import Tensor
 import unigen
 from unigen import generators
 from unigen.engine import Engine
+from unigen.generators.flow import FlowConfig
+from unigen.generators.token_flow import TokenFlowConfig
+from unigen.generators.transfusion import Transfusion, TransfusionConfig
 from unigen.models import load
 from unigen.samplers.guidance import KINDS, RESCALE, Guidance, guided_velocity
 from unigen.sequence import Document, Segment, pack, to_pixels
@@ -108,6 +111,49 @@ def test_a_step_in_the_backbone_is_that_of_training(tiny_folder: Path, monkeypat
     x = x.clone()
     x[..., -1, -1] += 1
     assert (packed(x, t)[..., 0, 0] - said[0][..., 0, 0]).abs().max() > 1e-4
+
+
+@torch.inference_mode()
+def test_a_token_is_drawn_from_the_state_of_training(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The states that condition the MLP, cached token by token in sampling, are those of the packed forward."""
+    engine = unigen.load(str(tiny_folder), device="cpu")
+    model, head = engine.model, engine.model.heads["token-flow"]
+    seen: list[Tensor] = []
+    velocity = head.velocity
+    monkeypatch.setattr(head, "velocity", lambda x, t, states: seen.append(states) or velocity(x, t, states))
+    latents: list[Tensor] = []
+    decode = head.tokenizer.decode
+    monkeypatch.setattr(head.tokenizer, "decode", lambda z: latents.append(z) or decode(z))
+    before = [Segment(image=PICTURES[0]), Segment(text="a red dog")]
+    engine.generate(Document(before), generator="token-flow", guidance=1.0, steps=1)
+    sampled = torch.cat(seen)
+    whole = Document([*before, Segment(image=PICTURES[1], role="assistant")])
+    batch = model.fill(
+        pack([[model.template.encode(whole), model.template.encode(whole, writer="token-flow")]], 256, 16)
+    )
+    monkeypatch.setattr(head, "encoded", lambda *args: latents[0])
+    embeds_BLD, targets = head.prepare(model, batch, model.embed(batch.ids_BL), torch.Generator())
+    head.loss(model, batch, model.hidden(batch, embeds_BLD), targets)
+    packed = seen[-1].unflatten(0, (4, -1))[:, 0]
+    torch.testing.assert_close(packed, sampled, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(packed.roll(1, 0), sampled, atol=1e-3)
+
+
+def test_patches_and_back(tiny_folder: Path) -> None:
+    head = Transfusion(load(tiny_folder).heads["transfusion"].tokenizer, 32, TransfusionConfig(patch=2))
+    x = torch.randn(3, 4, 2, 2)
+    assert head.patches(x).shape == (3, 1, 16)
+    torch.testing.assert_close(head.latents(head.patches(x)), x)
+
+
+@pytest.mark.parametrize(
+    ("settings", "values"),
+    [(FlowConfig, {"patch": 0}), (FlowConfig, {"shift": 0.0}), (TransfusionConfig, {"patch": 0})]
+    + [(TokenFlowConfig, {"repeats": -1}), (TokenFlowConfig, {"width": 0})],
+)
+def test_settings_that_cannot_work_are_refused(settings: Any, values: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        settings(**values)
 
 
 def test_the_target_is_noise_less_data(tiny_folder: Path) -> None:

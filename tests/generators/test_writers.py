@@ -63,6 +63,23 @@ def test_a_picture_does_not_depend_on_its_batch(engine: Engine, writer: str, gui
     tolerance = 1 if writer in engine.model.heads else 0  # of 255: another batch rounds differently in decoding
     assert apart(together, alone) <= tolerance
     assert apart(drawn(engine, PROMPTS[:1], [8], **options), alone[:1]) > 2
+    assert apart(drawn(engine, PROMPTS[1:2], [7], **options), alone[:1]) > 2
+
+
+@pytest.mark.parametrize("writer", [name for name in WRITERS if name not in CODES])
+def test_guidance_of_zero_ignores_the_prompt(engine: Engine, writer: str) -> None:
+    """Which branch is which: at scale 0 only the blind one counts."""
+    pictures = drawn(engine, PROMPTS[:2], [7, 7], guidance=0.0, **sampling(writer))
+    assert apart(pictures[:1], pictures[1:]) <= 1
+    pictures = drawn(engine, PROMPTS[:2], [7, 7], guidance=1.0, **sampling(writer))
+    assert apart(pictures[:1], pictures[1:]) > 2
+
+
+def test_a_generator_goes_by_one_name() -> None:
+    assert [generators.find(name).name for name in WRITERS] == WRITERS
+    for wrong in ("next_token", "token_flow", "base", "no/such"):
+        with pytest.raises(ValueError, match=f"unknown generator '{wrong}': one of flow, masked"):
+            generators.find(wrong)
 
 
 def test_writers_share_a_batch(engine: Engine) -> None:

@@ -185,7 +185,8 @@ def short_caption(scene: Scene, rng: np.random.Generator) -> str:
     return text
 
 
-def _spot(item: Item, size: int) -> str:
+def spot(item: Item, size: int) -> str:
+    """Where in the picture an object is, as in "at the top left"."""
     column = "left" if item.x < 0.38 * size else "right" if item.x > 0.62 * size else ""
     row = "top" if item.y < 0.38 * size else "bottom" if item.y > 0.62 * size else ""
     if not row and not column:
@@ -210,8 +211,8 @@ def descriptive_caption(scene: Scene, rng: np.random.Generator) -> str:
         if group[2] == 1 and rng.random() < 0.7:
             item = _item(scene, group)
             large = "large" if item.size > scene.size * 0.52 else "small" if item.size < scene.size * 0.35 else ""
-            spot = _spot(item, scene.size)
-            sentences.append(f"{definite(group, color=False)} is " + (f"{large} and {spot}" if large else spot))
+            place = spot(item, scene.size)
+            sentences.append(f"{definite(group, color=False)} is " + (f"{large} and {place}" if large else place))
     if scene.ground:
         sentences.append(_pick(rng, ("the ground and the background are {}", "the background is {} with a ground")))
     else:

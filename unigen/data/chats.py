@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 
 from unigen.data.language import (
+    QA,
     caption,
     descriptive_caption,
     edits,
     expansion,
     facts,
     noisy_caption,
+    places,
     questions,
     short_caption,
     verdict,
@@ -32,13 +34,13 @@ from unigen.sequence import Document, Segment
 DESCRIBE, DETAIL = "describe this picture", "describe this picture in detail"
 EXPAND, JUDGE = "say more: {}", "does this picture show {}?"
 MIXTURE = {
-    "draw": 0.48,
-    "describe": 0.17,
-    "ask": 0.15,
+    "draw": 0.46,
+    "describe": 0.16,
+    "ask": 0.20,
     "edit": 0.05,
     "story": 0.03,
-    "chat": 0.07,
-    "expand": 0.02,
+    "chat": 0.06,
+    "expand": 0.01,
     "judge": 0.03,
 }
 
@@ -78,12 +80,19 @@ class Chats:
         return [self._picture(scene), *asked, *_turn(DETAIL if detail else DESCRIBE, answer)]
 
     def ask(self, rng: np.random.Generator) -> list[Segment]:
-        """Questions; in two of five of these chats about two things in a clear relation, which few scenes have."""
+        """Questions; in half of these chats where two things are that stand in a clear relation, which few scenes have.
+
+        Which of the two is asked about has to be bound to its place: that is learnt from many such questions or not at
+        all.
+        """
         scene = self._scene(rng)
-        wanted = rng.random() < 0.4
-        while wanted and facts(scene).relation is None:
+        if rng.random() < 0.5:
+            return [self._picture(scene), *self._questions(scene, rng, 6)]
+        while facts(scene).relation is None:
             scene = self._scene(rng)
-        return [self._picture(scene), *self._questions(scene, rng, 6)]
+        drawn = [qa for _ in range(3) for qa in questions(scene, rng) if qa.kind == "relation"] + places(scene, rng)
+        found = list({qa.question: qa for qa in drawn}.values())
+        return [self._picture(scene), *(s for k in rng.permutation(len(found)) for s in _answered(found[k]))]
 
     def edit(self, rng: np.random.Generator) -> list[Segment]:
         scene = self._scene(rng)
@@ -132,7 +141,14 @@ class Chats:
         return [Segment(text=text), self._picture(scene, "assistant")]
 
     def _questions(self, scene: Scene, rng: np.random.Generator, count: int) -> list[Segment]:
-        return [segment for qa in questions(scene, rng)[:count] for segment in _turn(qa.question, qa.answer)]
+        found = questions(scene, rng)[:count]
+        if found and rng.random() < 0.3:
+            found[int(rng.integers(len(found)))] = (places(scene, rng) or found)[0]
+        return [segment for qa in found for segment in _answered(qa)]
+
+
+def _answered(qa: QA) -> list[Segment]:
+    return _turn(qa.question, qa.answer)
 
 
 def _turn(question: str, answer: str) -> list[Segment]:

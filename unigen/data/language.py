@@ -29,6 +29,7 @@ from unigen.data.captions import (
     scene_from_facts,
     short_caption,
     shuffled,
+    spot,
     with_article,
 )
 from unigen.data.scenes import (
@@ -66,6 +67,7 @@ __all__ = [
     "noun",
     "parse_caption",
     "phrase",
+    "places",
     "questions",
     "scene_from_facts",
     "short_caption",
@@ -79,7 +81,7 @@ EDITS = ("replace", "add", "remove", "recolour", "background")
 
 @dataclass(frozen=True)
 class QA:
-    """A question about a picture with its short answer; kind: presence, count, colour, background, relation."""
+    """A question about a picture with its short answer; kind: presence, count, colour, background, relation, place."""
 
     question: str
     answer: str
@@ -184,6 +186,15 @@ def _relations(said: Facts, rng: np.random.Generator) -> list[QA]:
     if rng.random() < 0.5:
         found.append(QA(f"what is {to.get(side, side)} the {b}?", a, "relation"))
     return found
+
+
+def places(scene: Scene, rng: np.random.Generator) -> list[QA]:
+    """Where each object is that is the only one of its name, in random order; kind "place"."""
+    names = [item.name for item in scene.items]
+    single = [item for item in scene.items if names.count(item.name) == 1]
+    form = _pick(rng, ("where is the {}?", "where do you see the {}?"))
+    found = [QA(form.format(noun(item.name)), spot(item, scene.size), "place") for item in single]
+    return [found[k] for k in rng.permutation(len(found))]
 
 
 # --- edits ----------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ def find(name: str) -> Any:
     file = name.replace("-", "_")
     known = file.isidentifier() and importlib.util.find_spec(f"{__name__}.{file}") is not None
     generator = getattr(_module(file), "GENERATOR", None) if known else None
-    if generator is None:
+    if generator is None or generator.name != name:
         raise ValueError(f"unknown generator {name!r}: one of {', '.join(names())}")
     return generator
 

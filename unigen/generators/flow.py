@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from unigen.config import from_dict, to_dict
 from unigen.generators.base import Frame, Model, Read, Span, State
-from unigen.generators.latents import STEPS, LatentHead
+from unigen.generators.latents import LatentHead
 from unigen.samplers.guidance import Guidance, guided_velocity
 from unigen.samplers.ode import solve
 from unigen.sequence import Batch
@@ -40,6 +40,10 @@ class FlowConfig:
     patch: int = 1
     context_length: int = 64  # hidden states that the head sees
     shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        if min(self.layers, self.heads, self.head_dim, self.patch, self.context_length) < 1 or not self.shift > 0:
+            raise ValueError("flow: layers, heads, head_dim, patch, context_length are at least 1, shift is above 0")
 
 
 @dataclass
@@ -133,7 +137,6 @@ class Flow(LatentHead):
     # ---------------------------------------------------------------- sampling
 
     def start(self, span: Span) -> State:
-        self.check(span)
         return FlowState(span, [])
 
     def ask(self, state: State) -> Read:
@@ -141,17 +144,12 @@ class Flow(LatentHead):
 
     def advance(self, model: Model, states: list[State], hidden: list[list[Tensor]]) -> list[int]:
         """All steps of the flow at once, for states alike in steps, sampler and guidance together."""
-        alike: dict[Any, list[int]] = {}
-        for i, state in enumerate(states):
-            alike.setdefault((state.span.steps, state.span.sampler, state.span.guidance), []).append(i)
-        for (steps, sampler, guidance), members in alike.items():
+        for (steps, sampler, guidance), members in self.alike(states).items():
             branches = range(guidance.branches)
             contexts = torch.stack([self._filled(hidden[i][b]) for b in branches for i in members])
             noise = torch.stack([self.noise(states[i].span) for i in members])
             velocity = partial(self._guided, guidance, contexts, {})
-            latents = solve(
-                velocity, noise.to(contexts.device), steps or STEPS, sampler or "euler", self.settings.shift
-            )
+            latents = solve(velocity, noise.to(contexts.device), steps, sampler, self.settings.shift)
             for i, latents_Zhw in zip(members, latents, strict=True):
                 state = states[i]
                 assert isinstance(state, FlowState)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from unigen.generators.base import Head, Span, State
+from unigen.samplers.guidance import Guidance
 from unigen.sequence import Batch
 
 STEPS = 20
@@ -53,10 +54,13 @@ class LatentHead(Head):
     def count(self, batch: Batch) -> int:
         return len(batch.written_by(self.name))
 
-    def check(self, span: Span) -> None:
-        """ValueError for options that cannot go together."""
-        if span.guidance.kind == "cfg-zero" and span.steps == 1:
-            raise ValueError("cfg-zero rests in its first step: take at least 2 steps")
+    def alike(self, states: list[State]) -> dict[tuple[int, str, Guidance], list[int]]:
+        """Numbers of the states that can be solved together, by their steps, sampler and guidance."""
+        groups: dict[tuple[int, str, Guidance], list[int]] = {}
+        for i, state in enumerate(states):
+            span = state.span
+            groups.setdefault((span.steps or STEPS, span.sampler or "euler", span.guidance), []).append(i)
+        return groups
 
     def noise(self, span: Span) -> Tensor:
         """Where a picture begins, (Z, h, w), from the span's own randomness."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from unigen.config import from_dict, to_dict
 from unigen.generators.base import Frame, Model, Read, Span, State
-from unigen.generators.latents import STEPS, LatentHead
+from unigen.generators.latents import LatentHead
 from unigen.samplers.guidance import Guidance, guided_velocity
 from unigen.samplers.ode import solve
 from unigen.sequence import Batch
@@ -36,6 +36,10 @@ class TokenFlowConfig:
     width: int = 256
     blocks: int = 3
     repeats: int = 4
+
+    def __post_init__(self) -> None:
+        if min(self.width, self.repeats) < 1 or self.blocks < 0:
+            raise ValueError("token_flow: width and repeats are at least 1, blocks at least 0")
 
 
 @dataclass
@@ -144,7 +148,6 @@ class TokenFlow(LatentHead):
     # ---------------------------------------------------------------- sampling
 
     def start(self, span: Span) -> State:
-        self.check(span)
         return TokenFlowState(span, [])
 
     def ask(self, state: State) -> Read:
@@ -152,25 +155,28 @@ class TokenFlow(LatentHead):
         return Read([state.span.begin]) if state.read_1D is None else Read([0], embeds=state.read_1D)
 
     def advance(self, model: Model, states: list[State], hidden: list[list[Tensor]]) -> list[int]:
-        """The next token of each picture: a whole flow of its MLP."""
-        for state, branches in zip(states, hidden, strict=True):
-            assert isinstance(state, TokenFlowState)
-            span, last_ND = state.span, torch.stack([branch[-1] for branch in branches])
-            noise_1Z = torch.randn(1, self.tokenizer.latent_channels, generator=span.rng).to(last_ND.device)
-            velocity = partial(self._guided, span.guidance, last_ND, {})
-            token_1Z = solve(velocity, noise_1Z, span.steps or STEPS, span.sampler or "euler")
-            state.written.append(token_1Z[0])
-            state.read_1D = self.read(token_1Z.to(self.read.weight.dtype))
-            state.done = len(state.written) == self.positions()
-            if state.done:
-                state.latents_Zhw = torch.stack(state.written, 1).unflatten(1, self.grid)
+        """The next token of each picture: a whole flow of the MLP, together for states alike in their options."""
+        for (steps, sampler, guidance), members in self.alike(states).items():
+            states_ND = torch.stack([hidden[i][b][-1] for b in range(guidance.branches) for i in members])
+            shape = self.tokenizer.latent_channels
+            noise_MZ = torch.stack([torch.randn(shape, generator=states[i].span.rng) for i in members])
+            velocity = partial(self._guided, guidance, states_ND, {})
+            tokens_MZ = solve(velocity, noise_MZ.to(states_ND.device), steps, sampler)
+            for i, token_Z in zip(members, tokens_MZ, strict=True):
+                state = states[i]
+                assert isinstance(state, TokenFlowState)
+                state.written.append(token_Z)
+                state.read_1D = self.read(token_Z[None].to(self.read.weight.dtype))
+                state.done = len(state.written) == self.positions()
+                if state.done:
+                    state.latents_Zhw = torch.stack(state.written, 1).unflatten(1, self.grid)
         return [len(branches[0]) for branches in hidden]
 
-    def _guided(self, guidance: Guidance, states_ND: Tensor, memory: dict[str, Any], x_1Z: Tensor, t: float) -> Tensor:
-        """One velocity of the states of all branches."""
-        times_N = torch.full((len(states_ND),), t, device=x_1Z.device)
-        parts = self.velocity(x_1Z.expand(len(states_ND), -1), times_N, states_ND).split(1)
-        return guided_velocity(guidance, parts, x_1Z, t, memory)
+    def _guided(self, guidance: Guidance, states_ND: Tensor, memory: dict[str, Any], x_MZ: Tensor, t: float) -> Tensor:
+        """One velocity of all branches, which stand one after the other in `states_ND`."""
+        times_N = torch.full((len(states_ND),), t, device=x_MZ.device)
+        parts = self.velocity(x_MZ.repeat(guidance.branches, 1), times_N, states_ND).chunk(guidance.branches)
+        return guided_velocity(guidance, parts, x_MZ, t, memory)
 
 
 GENERATOR = TokenFlow

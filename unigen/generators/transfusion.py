@@ -25,8 +25,6 @@ from unigen.samplers.guidance import guided_velocity
 from unigen.samplers.ode import Trajectory
 from unigen.sequence import Batch
 
-Targets = tuple[Tensor, Tensor]
-
 
 @dataclass(frozen=True)
 class TransfusionConfig:
@@ -35,18 +33,21 @@ class TransfusionConfig:
     patch: int = 1
     shift: float = 1.0
 
+    def __post_init__(self) -> None:
+        if self.patch < 1 or not self.shift > 0:
+            raise ValueError("transfusion: patch is at least 1, shift is above 0")
+
 
 @dataclass
 class TransfusionState(State):
     """begun: the cache holds the begin token. memory: of the guidance."""
 
-    way: Trajectory | None = None
+    way: Trajectory = field(kw_only=True)
     begun: bool = False
     memory: dict[str, Any] = field(default_factory=dict)
 
     @property
     def latents_Zhw(self) -> Tensor:
-        assert self.way is not None
         return self.way.x[0]
 
 
@@ -62,7 +63,7 @@ class Transfusion(LatentHead):
 
         self.settings = c = config or TransfusionConfig()
         height, columns = tokenizer.grid
-        if c.patch < 1 or height % c.patch or columns % c.patch:
+        if height % c.patch or columns % c.patch:
             raise ValueError(f"patch must divide the grid of latents {height} x {columns}, got {c.patch}")
         self.sides = height // c.patch, columns // c.patch
         values = tokenizer.latent_channels * c.patch**2
@@ -111,32 +112,30 @@ class Transfusion(LatentHead):
 
     # ---------------------------------------------------------------- training
 
-    def prepare(self, model: Model, batch: Batch, embeds_BLD: Tensor, rng: torch.Generator) -> tuple[Tensor, Targets]:
+    def prepare(self, model: Model, batch: Batch, embeds_BLD: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The velocities to be learnt, and x_t where the backbone reads."""
         mixed_MZhw, t_M, velocity_MZhw = self.noised(batch, embeds_BLD.device, rng, self.settings.shift)
         if not len(t_M):
-            return embeds_BLD, (t_M, t_M)
-        places = batch.places(batch.written_by(self.name))
+            return embeds_BLD, t_M
         read_MPD = self.embed(mixed_MZhw, t_M).to(embeds_BLD.dtype)
-        return embeds_BLD.index_put(places, read_MPD), (torch.stack(torch.broadcast_tensors(*places)), velocity_MZhw)
+        return embeds_BLD.index_put(batch.places(batch.written_by(self.name)), read_MPD), velocity_MZhw
 
-    def loss(self, model: Model, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> tuple[Tensor, int]:
+    def loss(self, model: Model, batch: Batch, hidden_BLD: Tensor, velocity_MZhw: Tensor) -> tuple[Tensor, int]:
         """The mean squared error of each image's velocity, summed over images, and their number."""
-        places_2MP, velocity_MZhw = targets
         if not self.count(batch):
             return hidden_BLD.sum() * 0, 0
-        gap = self.velocity(hidden_BLD[places_2MP[0], places_2MP[1]]) - velocity_MZhw
+        gap = self.velocity(hidden_BLD[batch.places(batch.written_by(self.name))]) - velocity_MZhw
         return gap.square().mean((1, 2, 3)).sum(), len(gap)
 
     # ---------------------------------------------------------------- sampling
 
     def start(self, span: Span) -> State:
-        self.check(span)
         noise = self.noise(span)[None].to(self.say.weight.device)
         way = Trajectory(noise, span.steps or STEPS, span.sampler or "euler", self.settings.shift)
         return TransfusionState(span, [], way=way)
 
     def ask(self, state: State) -> Read:
-        assert isinstance(state, TransfusionState) and state.way is not None and state.way.t is not None
+        assert isinstance(state, TransfusionState) and state.way.t is not None
         count = self.positions()
         read_PD = self.embed(state.way.x, torch.tensor([state.way.t], device=state.way.x.device))[0]
         if state.begun:
@@ -147,7 +146,7 @@ class Transfusion(LatentHead):
         """One evaluation of the velocity; only the begin token stays in the cache."""
         kept = []
         for state, branches in zip(states, hidden, strict=True):
-            assert isinstance(state, TransfusionState) and state.way is not None and state.way.t is not None
+            assert isinstance(state, TransfusionState) and state.way.t is not None
             parts = self.velocity(torch.stack([branch[-self.positions() :] for branch in branches])).split(1)
             state.way.go(guided_velocity(state.span.guidance, parts, state.way.x, state.way.t, state.memory))
             kept.append(0 if state.begun else 1)

@@ -16,6 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from unigen import generators, hub
 from unigen.generators.base import Frame, Generator
 from unigen.generators.next_token import Text
@@ -74,19 +76,23 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.positions = dict(positions)
         self.classes = tuple(classes)
-        known = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIALS}
+        begins = BEGINS | dict(begins or {})
+        needed = [*NEEDED, *begins.values(), *map(class_token, range(len(self.classes)))]
+        known = {name: tokenizer.convert_tokens_to_ids(name) for name in (*SPECIALS, *needed)}
         self.special = {name: id for name, id in known.items() if id not in (None, tokenizer.unk_token_id)}
-        if missing := [name for name in NEEDED if name not in self.special]:
+        if missing := [name for name in needed if name not in self.special]:
             raise ValueError(
                 f"the text tokenizer has no {', '.join(missing)}: train a new one (data_tools/train_tokenizer.py)"
             )
         self.start: int = tokenizer.bos_token_id
         self.turn_end: int = tokenizer.eos_token_id
         self.image_end: int = self.special[EOI]
-        begins = BEGINS | dict(begins or {})
         spare = [name for name in SPARES if name in self.special and name not in begins.values()]
         if len(unknown := [name for name in positions if name not in begins]) > len(spare):
-            raise ValueError(f"no begin token is left for {', '.join(unknown)}: {len(spare)} spare ones")
+            raise ValueError(
+                f"no begin token is left for {', '.join(unknown)}: the text tokenizer has {len(spare)} spare ones; "
+                f"teach fewer ways of writing, or begin with a new text tokenizer (leave init_from out)"
+            )
         begins |= dict(zip(unknown, spare, strict=False))
         self.begins: dict[str, int] = {name: self.special[begins[name]] for name in positions}
 
@@ -137,7 +143,7 @@ class ChatTemplate:
             elif blind:
                 tokens.add([self.special[UNCOND]])
             elif segment.label is not None:
-                tokens.add([self.tokenizer.convert_tokens_to_ids(class_token(self.number(segment.label)))])
+                tokens.add([self.special[class_token(self.number(segment.label))]])
             elif self.classes:
                 raise ValueError(f"this model draws classes, not words: give {self.known_classes()}")
             else:
@@ -148,10 +154,10 @@ class ChatTemplate:
         """Of a class, by its number or name. Raises ValueError naming the classes there are."""
         if not self.classes:
             raise ValueError("this model draws words, not classes: say what to draw in words")
-        number = self.classes.index(label) if label in self.classes else label
-        if isinstance(number, str) and number.isdecimal():
-            number = int(number)
-        if not isinstance(number, int) or not 0 <= number < len(self.classes):
+        if label in self.classes:
+            return self.classes.index(str(label))
+        number = int(label) if str(label).isdecimal() else -1
+        if not 0 <= number < len(self.classes):
             raise ValueError(f"unknown class {label!r}: give {self.known_classes()}")
         return number
 
@@ -180,7 +186,7 @@ def assemble(
     already, because they have weights or a tokenizer of their own; begins: the begin tokens that were given to them;
     classes: names of what the model draws, where it draws classes and not words.
     """
-    vocabulary = Vocabulary(text_size, image_tokenizer.codebook_size)
+    vocabulary = Vocabulary(text_size, codebook_size(image_tokenizer))
     rows = lm.get_input_embeddings().weight.shape[0]
     if rows != vocabulary.size:
         raise ValueError(
@@ -202,6 +208,13 @@ def assemble(
     return UnifiedModel(
         "tiny", Backbone(lm), vocabulary, tokenizer, image_tokenizer, template, {text.name: text} | made
     )
+
+
+def codebook_size(image_tokenizer: Any) -> int:
+    """Of the tokenizer by which a model reads pictures. Raises ValueError where it has not one code a place."""
+    if not hasattr(image_tokenizer, "codebook_size") or hasattr(getattr(image_tokenizer, "quantizer", None), "scales"):
+        raise ValueError("pictures are read by one code a place: image_tokenizer must be of kind vq, of one scale")
+    return int(image_tokenizer.codebook_size)
 
 
 def frame_of(lm: Any, tokenizer: Any, image_tokenizer: ImageTokenizer) -> Frame:
@@ -231,7 +244,7 @@ def create(
     """A new model with random weights (seed torch first): `lm_config` is any decoder-only `transformers` config."""
     from transformers import AutoModelForCausalLM
 
-    lm_config.vocab_size = len(tokenizer) + image_tokenizer.codebook_size
+    lm_config.vocab_size = len(tokenizer) + codebook_size(image_tokenizer)
     lm_config.pad_token_id, lm_config.bos_token_id = tokenizer.pad_token_id, tokenizer.bos_token_id
     lm_config.eos_token_id = tokenizer.eos_token_id
     lm = AutoModelForCausalLM.from_config(lm_config, attn_implementation="sdpa")
@@ -275,7 +288,7 @@ def load(folder: Path) -> UnifiedModel:
     hub.load_strict(lm, state, folder / "model.safetensors")
     writers = [name for name in manifest["generators"] if name != "text"]
     frame = frame_of(lm, tokenizer, image_tokenizer)
-    heads = [load_head(folder / name, frame) for name in writers if (folder / name).is_dir()]
+    heads = [load_head(folder / name, frame) for name in writers if issubclass(generators.find(name), nn.Module)]
     begins, classes = manifest.get("begins"), manifest.get("classes", ())
     text_size = int(manifest["text_size"])
     return assemble(lm.float(), tokenizer, image_tokenizer, text_size, writers, heads, begins, classes)
@@ -283,8 +296,8 @@ def load(folder: Path) -> UnifiedModel:
 
 def load_head(folder: Path, frame: Frame) -> Any:
     """A generator with weights, saved by `UnifiedModel.save`; the folder has its name."""
-    own = load_tokenizer(folder / "tokenizer") if (folder / "tokenizer").is_dir() else None
     settings = hub.read_json(folder / "config.json")
+    own = load_tokenizer(folder / "tokenizer") if generators.find(folder.name).own else None
     head: Any = new_generator(folder.name, replace(frame, tokenizer=own, settings=settings))
     frozen = {} if own is None else {f"tokenizer.{name}": value for name, value in own.state_dict().items()}
     hub.load_strict(head, frozen | hub.read_tensors(folder / "model.safetensors"), folder / "model.safetensors")

@@ -8,6 +8,7 @@ Shapes: B rows, L positions of a step, D width, K positions of the cache.
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import torch
@@ -66,7 +67,11 @@ class Backbone(nn.Module):
 
     def compile_packed(self) -> None:
         """Have torch.compile fuse what stands between the products of packed rows, for training with rows of one shape.
-        On a CPU it needs a C++ compiler."""
+        Raises ValueError on a CPU without a C++ compiler, and for a decoder whose cached steps it would compile too."""
+        if not torch.cuda.is_available() and not (shutil.which("c++") or shutil.which("g++")):
+            raise ValueError("compile=true needs a C++ compiler on a CPU: install g++, or leave it out")
+        if not llama.fits(self.lm.get_decoder()):
+            raise ValueError(f"compile=true is for Llama backbones, not {self.lm.config.model_type}: leave it out")
         self.lm.set_attn_implementation(register(compiled=True))
         self.lm.get_decoder().compile(dynamic=False)
 

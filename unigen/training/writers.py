@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from torch import nn
+
 from unigen import generators
 from unigen.config import to_dict
 from unigen.model import UnifiedModel
@@ -25,29 +27,31 @@ def shares_of(writers: Mapping[str, float]) -> dict[str, float]:
         generators.find(name)
     if min(writers.values(), default=0) < 0 or writers.get("next-token", 0) <= 0:
         raise ValueError("writers are shares of at least 0, and that of next-token, as which all are read, above 0")
-    return {name: share / sum(writers.values()) for name, share in writers.items() if share > 0}
+    ordered = sorted(writers.items(), key=lambda item: (item[0] != "next-token", item[0]))  # however they were given
+    return {name: share / sum(writers.values()) for name, share in ordered if share > 0}
 
 
 def new_heads(
     model: UnifiedModel, shares: Mapping[str, float], folders: Mapping[str, str | None], settings: Mapping[str, Any]
 ) -> list[Any]:
-    """The generators to be learnt that have a tokenizer of their own and are not in the model yet, untrained.
+    """The generators to be learnt that have weights of their own and are not in the model yet, untrained.
 
-    folders: of image tokenizers, by kind; settings: configurations (dataclasses) by generator. ValueError for a
-    folder that is missing or not used, and for settings other than those of a generator that is there already.
+    folders: of image tokenizers, by kind; settings: configurations (dataclasses) by generator. ValueError for a folder
+    that is missing or not used, and for settings other than those of a generator that is there already.
     """
     frame = tiny.frame_of(model.backbone.lm, model.text_tokenizer, model.image_tokenizer)
     heads: list[Any] = []
     for name in shares:
-        kind, wanted = generators.find(name).own, settings.get(name)
+        generator, wanted = generators.find(name), settings.get(name)
         if name in model.heads:
             if wanted is not None and wanted not in (type(wanted)(), model.heads[name].settings):
                 raise ValueError(f"the {name} of this model has another shape: leave its settings out")
-        elif kind is not None:
-            own = load_tokenizer(str(folders[kind])) if folders.get(kind) else None
+        elif issubclass(generator, nn.Module):
+            folder = folders.get(generator.own)
+            own = load_tokenizer(folder) if folder else None
             made = replace(frame, tokenizer=own, settings={} if wanted is None else to_dict(wanted))
             heads.append(tiny.new_generator(name, made))
     used = {head.own for head in heads}
     if unused := [kind for kind, folder in folders.items() if folder and kind not in used]:
-        raise ValueError(f"no generator to be made takes a tokenizer of kind {', '.join(unused)}: leave out its folder")
+        raise ValueError(f"no new generator takes a tokenizer of kind {', '.join(unused)}: set its folder to none")
     return heads

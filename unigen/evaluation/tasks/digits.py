@@ -4,8 +4,9 @@
 
 A k-nearest-neighbours classifier, fitted on the true digits of the training part as 8x8 grey levels, reads what was
 drawn: the share that it takes for the class asked for. Beside it: what it makes of true digits that neither saw, and of
-the drawn ones under the next class; and how near the drawn ones are to the true ones that were held out, against how
-near training digits are (1 is as near; far below 1 would be copies). It refuses to know how a digit is drawn."""
+the drawn ones under the next class; and how far the drawn ones are from the nearest training digit, over how far true
+digits are that were held out (near 1 is as it should be, far below 1 means copies). It refuses to know how a digit is
+drawn."""
 
 from __future__ import annotations
 
@@ -58,13 +59,10 @@ class DigitsTask:
         return self.score(item, output)["correct"]
 
     def nearness(self, vectors: np.ndarray) -> float:
-        """The mean distance to the nearest held-out digit, over that of as many training digits."""
-        from sklearn.neighbors import NearestNeighbors
-
-        images, _ = digits.load(held_out=True)
-        held = NearestNeighbors(n_neighbors=1).fit(images.reshape(len(images), -1).astype(np.float32))
-        known = self.known[: len(vectors)]
-        return float(held.kneighbors(vectors)[0].mean() / held.kneighbors(known)[0].mean())
+        """The mean distance to the nearest training digit, over that of the held-out digits; 0 for copies."""
+        held, _ = digits.load(held_out=True)
+        true = self.reader.kneighbors(held.reshape(len(held), -1).astype(np.float32), 1)[0]
+        return float(self.reader.kneighbors(vectors, 1)[0].mean() / true.mean())
 
 
 def arguments() -> Parser:
@@ -90,7 +88,7 @@ def main(args: list[str]) -> int:
         "drawn": float(np.mean(list(by_class.values()))),
         "true, held out": float(task.reader.score(true.reshape(len(true), -1), labels)),
         "drawn, under the next class": float(np.mean([s["correct"] for row in under_next for s in row])),
-        "distance to held-out digits": task.nearness(np.stack([digits.digit(p).ravel() for row in drawn for p in row])),
+        "distance to training digits": task.nearness(np.stack([digits.digit(p).ravel() for row in drawn for p in row])),
     }
     for name, value in figures.items():
         print(f"{name:<30} {value:.3f}")

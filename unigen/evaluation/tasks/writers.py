@@ -13,7 +13,6 @@ from __future__ import annotations
 import time
 import warnings
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ from unigen.evaluation.ladder import Pictures
 from unigen.evaluation.runner import Parser, common_arguments, draw, load_engine, make_folder, options_of, parse, whole
 from unigen.evaluation.tasks.scenes import PROMPTS, ScenesTask, score_pictures, summarise
 from unigen.evaluation.watch import Watch
-from unigen.output import save_picture
+from unigen.output import grid, save_picture
 from unigen.sequence import to_pixels
 
 BATCH = 16  # of the second timing
@@ -102,16 +101,6 @@ def costs(engine: Any, writer: str, prompts: list[str], **options: Any) -> dict[
     return found
 
 
-def grid(rows: list[list[Image.Image]]) -> Image.Image:
-    """One row of pictures for each way of writing."""
-    side = rows[0][0].width
-    sheet = Image.new("RGB", (len(rows[0]) * side, len(rows) * side))
-    for y, row in enumerate(rows):
-        for x, picture in enumerate(row):
-            sheet.paste(picture, (x * side, y * side))
-    return sheet
-
-
 def arguments() -> Parser:
     parser = common_arguments("writers", "all ways of writing pictures on the same prompts")
     parser.add_argument("--quick", action="store_true", help="20 prompts a task instead of 100")
@@ -146,20 +135,20 @@ def main(args: list[str]) -> int:
     again = ladder.oracle(items, a.images, a.seed + 1, world)
     report("true pictures", again, {})
     report("through the codes", ladder.reconstructions(engine.model.image_tokenizer, again), {})
-    wanted = options_of(a)
+    wanted = options_of(a) | ({"steps": a.steps} if a.steps else {})
     names = [wanted.pop("generator")] if "generator" in wanted else engine.info()["generators"]
     scores, shown = {}, []
     for name in names:
-        able = engine.model.generators[name].takes if name in engine.model.generators else ()
-        options = {k: v for k, v in wanted.items() if k == "guidance" or k in able}
-        if a.steps and "steps" in able:
-            options["steps"] = a.steps
+        options = dict(wanted)
+        if len(names) > 1:  # each takes what it can
+            options = {k: v for k, v in wanted.items() if k == "guidance" or k in engine.model.generators[name].takes}
         pictures = draw(engine, task, items, a.images, a.batch, a.seed, generator=name, **options)
         cost = costs(engine, name, [str(item.prompt) for item in items], **options)
         scores[name] = report(name, pictures, cost)
         shown.append([pictures[i][0] for i in range(0, len(items), max(1, len(items) // 18))])
     if a.out:
-        save_picture(make_folder(a.out) / "writers.png", grid(shown))
+        sheet = grid([picture for row in shown for picture in row], 0, len(shown[0]))
+        save_picture(make_folder(a.out) / "writers.png", sheet)
     if a.json:
         write_report(
             a.json,
@@ -171,6 +160,6 @@ def main(args: list[str]) -> int:
             seconds=time.perf_counter() - start,
             prompts=len(items),
             images=a.images,
-            features=f"{Path(a.model).name}: scene-detector, means at stride 16",
+            features="scene-detector, means at stride 16",
         )
     return 0
