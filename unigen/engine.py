@@ -137,10 +137,10 @@ class Engine:
         written anew. Raises ValueError where it marks nothing, and for a generator that cannot keep codes.
         """
         model, size = self.model, self.model.image_tokenizer.image_size
-        if "masked" not in model.generators:
+        if generator == "masked" and "masked" not in model.generators:
             raise ValueError("this model has not learnt masked, which inpainting needs: train it with writers.masked=1")
         if generator in model.generators and "fixed" not in model.generators[generator].takes:
-            raise ValueError(f"{generator} cannot keep a part of a picture; masked can")
+            raise ValueError(f"{generator} cannot keep a part of a picture; masked and random-order can")
         height, width = model.image_tokenizer.grid
         given, marks = _picture(image), _picture(mask)
         if given.size != marks.size:

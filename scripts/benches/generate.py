@@ -73,7 +73,8 @@ def main(args: list[str]) -> int:
         step, heads = Watch(engine.model, "step"), engine.model.heads.values()
         velocities = [Watch(head, "velocity") for head in heads if hasattr(head, "velocity")]
         decoders = [Watch(engine.model, "pictures")]
-        decoders += [Watch(t, "decode") for t in {id(head.tokenizer): head.tokenizer for head in heads}.values()]
+        own = {id(head.tokenizer): head.tokenizer for head in heads if head.tokenizer is not None}
+        decoders += [Watch(tokenizer, "decode") for tokenizer in own.values()]
         for batch in map(int, batches):
             best: dict[str, tuple[float, float, int, int]] = {}
             for turn in range(options.repeat + 1):
