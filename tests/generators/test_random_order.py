@@ -1,0 +1,59 @@
+"""Random order: every order is learnt, what is given stays and is read first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import unigen
+from unigen.models import load
+from unigen.sequence import Document, Segment, pack
+
+
+def chat(codes_hw: torch.Tensor) -> Document:
+    return Document([Segment(text="a dog"), Segment(image=codes_hw, role="assistant")])
+
+
+@torch.inference_mode()
+def test_the_loss_is_that_of_its_order(tiny_folder: Path) -> None:
+    """Against the sum written out, code by code, for the order that was drawn; other orders give other sums."""
+    model = load(tiny_folder)
+    head: Any = model.heads["random-order"]
+    codes_hw = torch.tensor([[3, 7], [11, 2]])
+    tokens = model.template.encode(chat(codes_hw), writer="random-order")
+    batch = model.fill(pack([[tokens]], len(tokens), 16))
+    totals = set()
+    for seed in range(4):
+        embeds_BLD, targets = head.prepare(model, batch, model.embed(batch.ids_BL), torch.Generator().manual_seed(seed))
+        total, count = head.loss(model, batch, model.hidden(batch, embeds_BLD), targets)
+        order = torch.rand(1, 4, generator=torch.Generator().manual_seed(seed)).argsort(-1)[0].tolist()
+        ids = [model.vocabulary.text_size + int(codes_hw.flatten()[place]) for place in order]
+        begin = model.embed(batch.ids_BL[0, : tokens.spans[0][0]])
+        read, expected = [head.next.weight[order[0]]], 0.0
+        for i in range(4):
+            whole = torch.cat((begin, torch.stack(read)))[None]
+            ones = torch.ones(whole.shape[:2], dtype=torch.int64)
+            states = model.backbone.packed(whole, torch.arange(whole.shape[1])[None], ones)
+            scores = model.logits(states[0, -1], model.vocabulary.text_size, model.vocabulary.size)
+            expected -= float(scores.float().log_softmax(-1)[ids[i] - model.vocabulary.text_size])
+            if i < 3:
+                known = model.embed(torch.tensor(ids[i])) + head.place.weight[order[i]]
+                read.append(known + head.next.weight[order[i + 1]])
+        assert count == 4 and abs(float(total) - expected) < 1e-3
+        totals.add(round(expected, 4))
+    assert len(totals) > 1
+
+
+def test_what_is_given_stays(tiny_folder: Path) -> None:
+    engine = unigen.load(str(tiny_folder), device="cpu")
+    fixed = torch.tensor([[5, -1], [-1, 9]])
+    seen = set()
+    for seed in range(6):
+        request = engine.request("a dog", "image", generator="random-order", fixed=fixed, temperature=2.0, seed=seed)
+        list(engine.run([request]))
+        codes_hw = request.document.segments[-1].image
+        assert codes_hw[0, 0] == 5 and codes_hw[1, 1] == 9
+        seen.add((int(codes_hw[0, 1]), int(codes_hw[1, 0])))
+    assert len(seen) > 1

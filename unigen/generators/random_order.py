@@ -1,0 +1,134 @@
+"""Next-token prediction in a random order: each picture's codes are learnt, and drawn, in an order of their own.
+
+    p(x) = prod_i p(x_o(i) | x_o(<i), o(1..i), context),   loss = - sum_i log p(..)      o drawn anew for every picture
+
+Pannatier et al. 2024 (sigma-GPT, arXiv 2404.09562), section 3: what is read at step i is the code of the last step with
+its place, and the place that comes next; its state predicts the code there (no shift). Codes that are given come first
+in the order, so that any part of a picture can be painted anew.
+The file refuses to know: templates, tokenizers, caches.
+
+Shapes: M images, P codes of an image, B rows, L positions, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from unigen.generators.base import CODES, Frame, Head, Model, Read, Span, State
+from unigen.generators.next_token import pictures_of_ids, sample_alike
+from unigen.sequence import Batch
+
+Targets = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass
+class OrderState(State):
+    """order_P: places in the order of writing; written: ids in that order, the given ones first; read_LD: what comes
+    next."""
+
+    order_P: Tensor = field(kw_only=True)
+    written: list[int] = field(kw_only=True)
+    read_LD: Tensor | None = None
+
+
+class RandomOrder(Head):
+    """The codes of one image in a random order."""
+
+    name = "random-order"
+    own = None
+    codes, wants_context = True, False
+    takes: tuple[str, ...] = (*CODES, "fixed")
+
+    def __init__(self, grid: tuple[int, int], width: int) -> None:
+        super().__init__()
+        self.grid = grid
+        self.place = nn.Embedding(self.positions(), width)
+        self.next = nn.Embedding(self.positions(), width)
+        for embedding in (self.place, self.next):
+            nn.init.normal_(embedding.weight, std=0.02)
+
+    @classmethod
+    def of(cls, frame: Frame) -> RandomOrder:
+        return cls(frame.grid, frame.width)
+
+    def positions(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    def reach(self) -> list[int] | None:
+        return None
+
+    def embed(self, model: Model, ids_MP: Tensor, order_MP: Tensor) -> Tensor:
+        """What the backbone reads at every step but the last of ids in their order, (M, P, D): P - 1 ids, P places."""
+        read_MPD = self.next(order_MP)
+        known_MPD = model.embed(ids_MP) + self.place(order_MP[:, :-1])
+        return torch.cat((read_MPD[:, :1], read_MPD[:, 1:] + known_MPD), 1)
+
+    # ---------------------------------------------------------------- training
+
+    def prepare(self, model: Model, batch: Batch, embeds_BLD: Tensor, rng: torch.Generator) -> tuple[Tensor, Targets]:
+        rows_M1, at_MP = batch.places(batch.written_by(self.name))
+        order_MP = torch.rand(at_MP.shape, generator=rng).argsort(-1).to(at_MP.device)
+        ids_MP = batch.ids_BL[rows_M1, at_MP].gather(-1, order_MP)
+        if not len(ids_MP):
+            return embeds_BLD, (rows_M1, at_MP, ids_MP)
+        read_MPD = self.embed(model, ids_MP[:, :-1], order_MP).to(embeds_BLD.dtype)
+        return embeds_BLD.index_put((rows_M1, at_MP), read_MPD), (rows_M1, at_MP, ids_MP)
+
+    def loss(self, model: Model, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> tuple[Tensor, int]:
+        rows_M1, at_MP, ids_MP = targets
+        first, stop = model.vocabulary.text_size, model.vocabulary.size
+        logits = model.logits(hidden_BLD[rows_M1, at_MP].flatten(0, 1), first, stop).float()
+        return nn.functional.cross_entropy(logits, ids_MP.flatten() - first, reduction="sum"), self.count(batch)
+
+    def count(self, batch: Batch) -> int:
+        return len(batch.written_by(self.name)) * self.positions()
+
+    # ---------------------------------------------------------------- sampling
+
+    def start(self, span: Span) -> State:
+        known_P = torch.full((self.positions(),), -1) if span.fixed is None else span.fixed.flatten().cpu()
+        chance_P = torch.rand(self.positions(), generator=span.rng)
+        order_P = (chance_P + (known_P < 0)).argsort()  # what is given comes first
+        written = [int(id) for id in known_P[order_P] if id >= 0]
+        return OrderState(span, [], order_P=order_P, written=written)
+
+    def ask(self, state: State) -> Read:
+        assert isinstance(state, OrderState)
+        if state.read_LD is None:
+            return Read([state.span.begin])
+        return Read([0] * len(state.read_LD), embeds=state.read_LD)
+
+    def advance(self, model: Model, states: list[State], hidden: list[list[Tensor]]) -> list[int]:
+        """One code of each picture that has read more than its begin token; all that was read stays in the cache."""
+        orders = [state for state in states if isinstance(state, OrderState)]
+        last = {id(state): [branch[-1] for branch in h] for state, h in zip(orders, hidden, strict=True)}
+        if drawing := [state for state in orders if state.read_LD is not None]:
+            self._draw(model, drawing, [last[id(state)] for state in drawing])
+        for state in orders:
+            count, seen = len(state.written), 0 if state.read_LD is None else len(state.written)
+            state.done = count == self.positions()
+            if state.done:
+                state.ids = torch.tensor(state.written)[state.order_P.argsort()].tolist()
+            else:
+                device = self.place.weight.device
+                ids_1P = torch.tensor([state.written], dtype=torch.int64, device=device)
+                state.read_LD = self.embed(model, ids_1P, state.order_P[None, : count + 1].to(device))[0, seen:]
+        return [len(branches[0]) for branches in hidden]
+
+    def _draw(self, model: Model, states: list[OrderState], last: list[list[Tensor]]) -> None:
+        first = model.vocabulary.text_size
+        logits = model.logits(torch.stack([s for branches in last for s in branches]), first, model.vocabulary.size)
+        split = logits.split([len(branches) for branches in last])
+        mixed_BV = torch.stack([s.span.guidance.combine(list(p)) for s, p in zip(states, split, strict=True)])
+        for rows, codes in sample_alike(mixed_BV, list(states)):
+            for row, code in zip(rows, codes, strict=True):
+                states[row].written.append(first + code)
+
+    def pictures(self, model: Model, states: list[State]) -> Tensor:
+        return pictures_of_ids(model, states)
+
+
+GENERATOR = RandomOrder
