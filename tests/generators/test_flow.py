@@ -14,10 +14,11 @@ from torch import Tensor
 import unigen
 from unigen import generators
 from unigen.engine import Engine
-from unigen.generators.flow import FlowConfig
+from unigen.generators.flow import Flow, FlowConfig
 from unigen.generators.token_flow import TokenFlowConfig
 from unigen.generators.transfusion import Transfusion, TransfusionConfig
-from unigen.models import load
+from unigen.models import load, tiny
+from unigen.nn.painters import KINDS as KINDS_OF_NETWORK
 from unigen.samplers.guidance import KINDS, RESCALE, Guidance, guided_velocity
 from unigen.sequence import Document, Segment, pack, to_pixels
 from unigen.training.objectives import Mixture
@@ -137,6 +138,26 @@ def test_a_token_is_drawn_from_the_state_of_training(tiny_folder: Path, monkeypa
     packed = seen[-1].unflatten(0, (4, -1))[:, 0]
     torch.testing.assert_close(packed, sampled, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(packed.roll(1, 0), sampled, atol=1e-3)
+
+
+@pytest.mark.parametrize("network", KINDS_OF_NETWORK)
+def test_every_network_learns_and_draws(tiny_folder: Path, network: Any) -> None:
+    model = load(tiny_folder)
+    torch.manual_seed(0)
+    config = FlowConfig(network=network, layers=2, heads=2, head_dim=16, context_length=16)
+    model = tiny.teach(model, ["next-token"], [Flow(model.heads["flow"].tokenizer, 32, config)]).train()
+    batch = pack([[model.template.encode(chat("a dog", PICTURES[0]), writer="flow")] * 4], 100, 16)
+    optimizer = torch.optim.AdamW([p for p in model.heads["flow"].parameters() if p.requires_grad], lr=3e-3)
+    objective, rng, losses = Mixture(model.generators, {"flow": 1.0}), torch.Generator().manual_seed(0), []
+    for _ in range(40):
+        total, count = objective(model, batch, rng)["flow"]
+        losses.append(float(total.detach()) / int(count))
+        optimizer.zero_grad()
+        (total / count).backward()
+        optimizer.step()
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+    pictures = Engine(model.eval()).generate_batch(["a dog", "a"], generator="flow", steps=3)
+    assert [picture.size for picture in pictures] == [(16, 16)] * 2
 
 
 def test_patches_and_back(tiny_folder: Path) -> None:

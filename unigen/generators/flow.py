@@ -2,10 +2,10 @@
 
     loss = E |v(x_t, t, hidden) - (noise - x)|^2,    x_t = (1 - t) x + t noise
 
-Esser et al. 2024 (SD3, arXiv 2403.03206), section 2 and eq. 19: joint attention of image and context (MM-DiT), here
-diffusers' `SD3Transformer2DModel` at small size. The backbone reads the chat up to the begin token once; the head
-takes its last hidden states as context, a fixed number filled up with zeros as in SD3, so that a picture does not
-depend on its batch; the state of the begin token is the pooled condition. The KL tokenizer is part of the generator.
+Esser et al. 2024 (SD3, arXiv 2403.03206), section 2 and eq. 19. The velocity's network is one of `nn/painters.py`. The
+backbone reads the chat up to the begin token once; the head takes its last hidden states as context, a fixed number
+filled up with zeros as in SD3, so that a picture does not depend on its batch; the state of the begin token comes last.
+The KL tokenizer is part of the generator.
 The file refuses to know: templates, caches, how a tokenizer is trained.
 
 Shapes: M images, Z latent channels, h w grid of latents, N context states, D width, B rows, L positions.
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from unigen.config import from_dict, to_dict
 from unigen.generators.base import Frame, Model, Read, Span, State
 from unigen.generators.latents import LatentHead
+from unigen.nn.painters import Kind, painter
 from unigen.samplers.guidance import Guidance, guided_velocity
 from unigen.samplers.ode import solve
 from unigen.sequence import Batch
@@ -32,8 +33,10 @@ Targets = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """The head. shift: of the times towards noise, in training and sampling alike (SD3, eq. 23); 1 is none."""
+    """The head. network: one of `painters.KINDS`; a U-Net takes no patch. shift: of the times towards noise, in
+    training and sampling alike (SD3, eq. 23); 1 is none."""
 
+    network: Kind = "mm-dit"
     layers: int = 4
     heads: int = 4
     head_dim: int = 48
@@ -59,25 +62,16 @@ class Flow(LatentHead):
 
     def __init__(self, tokenizer: Any, width: int, config: FlowConfig | None = None) -> None:
         super().__init__(tokenizer)
-        from diffusers import SD3Transformer2DModel
-
         self.settings = c = config or FlowConfig()
-        side = tokenizer.grid[0]
-        if side % c.patch:
-            raise ValueError(f"patch must divide the grid of latents {side}, got {c.patch}")
-        self.head = SD3Transformer2DModel(
-            sample_size=side,
-            patch_size=c.patch,
-            in_channels=tokenizer.latent_channels,
-            out_channels=tokenizer.latent_channels,
-            num_layers=c.layers,
-            attention_head_dim=c.head_dim,
-            num_attention_heads=c.heads,
-            joint_attention_dim=width,
-            caption_projection_dim=c.heads * c.head_dim,
-            pooled_projection_dim=width,
-            pos_embed_max_size=side // c.patch,
-            qk_norm="rms_norm",
+        self.head = painter(
+            c.network,
+            channels=tokenizer.latent_channels,
+            side=tokenizer.grid[0],
+            context=width,
+            layers=c.layers,
+            heads=c.heads,
+            head_dim=c.head_dim,
+            patch=c.patch,
         )
         self.norm = nn.LayerNorm(width)
 
@@ -87,7 +81,7 @@ class Flow(LatentHead):
 
     @property
     def edges(self) -> tuple[nn.Module, ...]:  # type: ignore[override]
-        return self.head.context_embedder, self.head.time_text_embed, self.head.norm_out, self.head.proj_out
+        return self.head.edges  # type: ignore[return-value]
 
     def config(self) -> dict[str, Any]:
         return to_dict(self.settings)
@@ -102,13 +96,7 @@ class Flow(LatentHead):
         """noise - data as the head sees it, in x's dtype (fp32 whatever the model is); the last context state is the
         begin token's."""
         context_MND = self.norm(context_MND) * (context_MND != 0).any(-1, keepdim=True)
-        return self.head(
-            hidden_states=x_MZhw.to(context_MND.dtype),
-            timestep=t_M * 1000,
-            encoder_hidden_states=context_MND,
-            pooled_projections=context_MND[:, -1],
-            return_dict=False,
-        )[0].to(x_MZhw.dtype)
+        return self.head(x_MZhw.to(context_MND.dtype), t_M, context_MND).to(x_MZhw.dtype)
 
     # ---------------------------------------------------------------- training
 

@@ -1,0 +1,88 @@
+"""Networks for a velocity: what each depends on, what it does not look at, where it begins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from unigen.nn.painters import KINDS, Kind, painter
+
+SHAPE: dict[str, Any] = {"channels": 4, "side": 4, "context": 24, "layers": 2, "heads": 2, "head_dim": 16}
+
+
+def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    x, context = torch.randn(2, 4, 4, 4, generator=rng), torch.randn(2, 5, 24, generator=rng)
+    context[0, :3] = 0  # padding
+    return x, torch.tensor([0.2, 0.7]), context
+
+
+def network(kind: Kind, spread: float = 0.2, **changes: Any) -> Any:
+    torch.manual_seed(0)
+    made = painter(kind, **(SHAPE | changes)).eval()
+    for p in made.parameters():
+        if spread:
+            torch.nn.init.normal_(p, 0, spread)
+    return made
+
+
+def gap(a: torch.Tensor, b: torch.Tensor) -> list[float]:
+    return (a - b).abs().amax((1, 2, 3)).tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_what_it_depends_on(kind: Kind) -> None:
+    model = network(kind)
+    x, t, context = inputs()
+    v = model(x, t, context)
+    assert v.shape == x.shape
+    torch.testing.assert_close(model(x[1:], t[1:], context[1:]), v[1:], atol=1e-4, rtol=1e-4)  # alone as in a batch
+    assert min(gap(model(x, t + 0.1, context), v)) > 1e-3
+    assert min(gap(model(x + 0.1, t, context), v)) > 1e-3
+    last, middle = context.clone(), context.clone()
+    last[:, -1] += 1
+    middle[:, 3] += 1
+    assert min(gap(model(x, t, last), v)) > 1e-3
+    looks = max(gap(model(x, t, middle), v)) > 1e-3
+    assert looks == (kind != "dit-adaln")  # which has one vector only
+    longer = torch.cat((torch.zeros(2, 3, 24), context), 1)
+    assert (max(gap(model(x, t, longer), v)) < 1e-4) == (kind != "mm-dit")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_weight_learns(kind: Kind) -> None:
+    model = network(kind)
+    x, t, context = inputs()
+    model(x, t, context).square().sum().backward()
+    still = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    # keys' biases do not change a softmax; mm-dit's last block throws away what its context asks for
+    excused = ("key.bias", "to_k.bias", "add_k_proj.bias", "blocks.1.attn.add_q_proj", "blocks.1.attn.norm_added_q")
+    assert [name for name in still if not any(part in name for part in excused)] == []
+    assert all(any(edge is module for module in model.modules()) for edge in model.edges)
+
+
+@pytest.mark.parametrize("kind", ["dit-adaln", "dit-cross", "dit-context"])
+@torch.no_grad()
+def test_a_dit_begins_at_zero(kind: Kind) -> None:
+    assert not network(kind, spread=0)(*inputs()).any()
+
+
+@torch.no_grad()
+def test_blocks_begin_as_nothing_with_adaln_zero() -> None:
+    block = network("dit-adaln", spread=0).blocks[0]
+    h, c = torch.randn(2, 16, 32), torch.randn(2, 32)
+    assert torch.equal(block(h, c, None, None), h)
+    torch.nn.init.normal_(block.modulation.weight)
+    assert not torch.allclose(block(h, c, None, None), h, atol=1e-2)
+
+
+@torch.no_grad()
+def test_patches_of_two() -> None:
+    for kind in ("mm-dit", "dit-cross"):
+        x, t, context = inputs()
+        assert network(kind, patch=2)(x, t, context).shape == x.shape
+        with pytest.raises(ValueError, match="patch must divide"):
+            network(kind, patch=3)

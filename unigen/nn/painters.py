@@ -1,0 +1,201 @@
+"""Networks that a flow may have for its velocity: they read noised latents, a time and the states of a chat.
+
+    network = painter("dit-adaln", channels=8, side=8, context=320, layers=4, heads=4, head_dim=48)
+    velocity_MZhw = network(x_MZhw, t_M, context_MND)             # t in [0, 1]; the last context state sums it up
+
+    mm-dit       joint attention of patches and context (SD3, Esser et al. 2024, section 4): diffusers'
+    dit-adaln    DiT blocks, modulated by time + the last context state, gates from zero: adaLN-Zero
+    dit-cross    DiT blocks that look at time and context by cross-attention
+    dit-context  DiT blocks over patches, time and context in one sequence
+    unet         a U-Net with cross-attention to the context (LDM, Rombach et al. 2022, section 3.3): diffusers'
+
+The three DiT are those of Peebles and Xie 2023 (arXiv 2212.09748), section 3.2 and figure 3. Context states that are
+all zeros are padding, at which all but mm-dit do not look. It refuses to know: losses, samplers, tokenizers.
+
+Shapes: M images, Z latent channels, h w grid of latents, P patches, N context states, D their width, E width inside.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+Kind = Literal["mm-dit", "dit-adaln", "dit-cross", "dit-context", "unet"]
+KINDS: tuple[Kind, ...] = ("mm-dit", "dit-adaln", "dit-cross", "dit-context", "unet")
+
+
+def painter(
+    kind: Kind, *, channels: int, side: int, context: int, layers: int, heads: int, head_dim: int, patch: int = 1
+) -> nn.Module:
+    """An untrained network of `kind` for latents (channels, side, side) and context states of width `context`.
+
+    layers, heads, head_dim: of the transformers; a U-Net has heads * head_dim channels on its first of two levels and
+    `layers` residual blocks in all on the way down. ValueError where patch does not divide the side.
+    """
+    if side % patch:
+        raise ValueError(f"patch must divide the grid of latents {side}, got {patch}")
+    if kind == "mm-dit":
+        return MMDiT(channels, side, context, layers, heads, head_dim, patch)
+    if kind == "unet":
+        return UNet(channels, side, context, layers, heads, head_dim)
+    return DiT(kind, channels, side, context, layers, heads, head_dim, patch)
+
+
+class MMDiT(nn.Module):
+    """diffusers' `SD3Transformer2DModel`; the last context state is its pooled condition."""
+
+    def __init__(
+        self, channels: int, side: int, context: int, layers: int, heads: int, head_dim: int, patch: int
+    ) -> None:
+        super().__init__()
+        from diffusers import SD3Transformer2DModel
+
+        self.model = SD3Transformer2DModel(
+            sample_size=side,
+            patch_size=patch,
+            in_channels=channels,
+            out_channels=channels,
+            num_layers=layers,
+            attention_head_dim=head_dim,
+            num_attention_heads=heads,
+            joint_attention_dim=context,
+            caption_projection_dim=heads * head_dim,
+            pooled_projection_dim=context,
+            pos_embed_max_size=side // patch,
+            qk_norm="rms_norm",
+        )
+        m = self.model
+        self.edges: tuple[Any, ...] = (m.context_embedder, m.time_text_embed, m.norm_out, m.proj_out)
+
+    def forward(self, x_MZhw: Tensor, t_M: Tensor, context_MND: Tensor) -> Tensor:
+        pooled_MD = context_MND[:, -1]
+        return self.model(x_MZhw, context_MND, pooled_MD, timestep=t_M * 1000, return_dict=False)[0]
+
+
+class UNet(nn.Module):
+    """diffusers' `UNet2DConditionModel` of two levels, the first of which looks at the context."""
+
+    def __init__(self, channels: int, side: int, context: int, layers: int, heads: int, head_dim: int) -> None:
+        super().__init__()
+        from diffusers import UNet2DConditionModel
+
+        width = heads * head_dim
+        self.model = UNet2DConditionModel(
+            sample_size=side,
+            in_channels=channels,
+            out_channels=channels,
+            block_out_channels=(width, 2 * width),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            layers_per_block=max(1, layers // 2),
+            cross_attention_dim=context,
+            attention_head_dim=heads,  # diffusers' name for the number of heads
+            norm_num_groups=16,
+        )
+        m = self.model
+        self.edges: tuple[Any, ...] = (m.time_embedding,)
+
+    def forward(self, x_MZhw: Tensor, t_M: Tensor, context_MND: Tensor) -> Tensor:
+        mask_MN = (context_MND != 0).any(-1)
+        return self.model(x_MZhw, t_M * 1000, context_MND, encoder_attention_mask=mask_MN, return_dict=False)[0]
+
+
+class Attention(nn.Module):
+    """Heads of softmax(q k^T / sqrt(width of a head)) v; keys and values from `seen`, where given."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x_MPE: Tensor, seen_MNE: Tensor | None = None, mask_MN: Tensor | None = None) -> Tensor:
+        seen_MNE = x_MPE if seen_MNE is None else seen_MNE
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for part in (self.query(x_MPE), self.key(seen_MNE), self.value(seen_MNE))
+        )
+        mask = None if mask_MN is None else mask_MN[:, None, None]
+        return self.out(scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """x + attention, + cross-attention, + mlp, each of the normed x; modulated and gated where kind is dit-adaln."""
+
+    def __init__(self, kind: Kind, width: int, heads: int) -> None:
+        super().__init__()
+        plain = kind != "dit-adaln"
+        self.norms = nn.ModuleList(
+            nn.LayerNorm(width, eps=1e-6, elementwise_affine=plain) for _ in range(3 if kind == "dit-cross" else 2)
+        )
+        self.attention = Attention(width, heads)
+        self.cross = Attention(width, heads) if kind == "dit-cross" else None
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
+        self.modulation = None if plain else nn.Linear(width, 6 * width)
+        if self.modulation is not None:
+            nn.init.zeros_(self.modulation.weight)
+            nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, x_MPE: Tensor, condition_ME: Tensor, context_MNE: Tensor, mask_MN: Tensor | None) -> Tensor:
+        """mask_MN: of the context with dit-cross, of the whole sequence with dit-context."""
+        if self.modulation is not None:
+            parts = self.modulation(nn.functional.silu(condition_ME))[:, None].chunk(6, -1)
+            shift, scale, gate = parts[:3]
+            x_MPE = x_MPE + gate * self.attention(self.norms[0](x_MPE) * (1 + scale) + shift)
+            shift, scale, gate = parts[3:]
+            return x_MPE + gate * self.mlp(self.norms[1](x_MPE) * (1 + scale) + shift)
+        if self.cross is not None:
+            x_MPE = x_MPE + self.attention(self.norms[0](x_MPE))
+            x_MPE = x_MPE + self.cross(self.norms[2](x_MPE), context_MNE, mask_MN)
+        else:
+            x_MPE = x_MPE + self.attention(self.norms[0](x_MPE), None, mask_MN)
+        return x_MPE + self.mlp(self.norms[1](x_MPE))
+
+
+class DiT(nn.Module):
+    """Patches of latents through blocks of one of three ways of conditioning."""
+
+    def __init__(
+        self, kind: Kind, channels: int, side: int, context: int, layers: int, heads: int, head_dim: int, patch: int
+    ) -> None:
+        super().__init__()
+        from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sincos_pos_embed
+
+        self.kind, self.patch, width = kind, patch, heads * head_dim
+        self.enter = nn.Linear(channels * patch**2, width)
+        self.waves = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time = TimestepEmbedding(256, width)
+        self.context = nn.Linear(context, width)
+        self.blocks = nn.ModuleList(Block(kind, width, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=kind != "dit-adaln")
+        self.modulation = nn.Linear(width, 2 * width) if kind == "dit-adaln" else None
+        self.leave = nn.Linear(width, channels * patch**2)
+        places = get_2d_sincos_pos_embed(width, side // patch, output_type="pt")
+        self.register_buffer("places_PE", places.float(), persistent=False)
+        self.places_PE: Tensor
+        zeros = [self.leave] if self.modulation is None else [self.leave, self.modulation]
+        for layer in zeros:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        self.edges: tuple[Any, ...] = (self.enter, self.time, self.context, self.leave)
+
+    def forward(self, x_MZhw: Tensor, t_M: Tensor, context_MND: Tensor) -> Tensor:
+        patches = nn.functional.unfold(x_MZhw, self.patch, stride=self.patch).transpose(1, 2)
+        h_MPE = self.enter(patches) + self.places_PE.to(patches.dtype)
+        time_ME = self.time(self.waves(t_M * 1000).to(patches.dtype))
+        seen_MNE = torch.cat((time_ME[:, None], self.context(context_MND)), 1)
+        there_MN = nn.functional.pad((context_MND != 0).any(-1), (1, 0), value=True)
+        condition_ME, count, mask = time_ME + seen_MNE[:, -1], h_MPE.shape[1], there_MN
+        if self.kind == "dit-context":
+            h_MPE = torch.cat((h_MPE, seen_MNE), 1)
+            mask = nn.functional.pad(there_MN, (count, 0), value=True)
+        for block in self.blocks:
+            h_MPE = block(h_MPE, condition_ME, seen_MNE, mask)
+        h_MPE = self.norm(h_MPE[:, :count])
+        if self.modulation is not None:
+            shift, scale = self.modulation(nn.functional.silu(condition_ME))[:, None].chunk(2, -1)
+            h_MPE = h_MPE * (1 + scale) + shift
+        out = self.leave(h_MPE).transpose(1, 2)
+        return nn.functional.fold(out, x_MZhw.shape[-2:], self.patch, stride=self.patch)
