@@ -144,10 +144,11 @@ class Transfusion(LatentHead):
 
     def advance(self, model: Model, states: list[State], hidden: list[list[Tensor]]) -> list[int]:
         """One evaluation of the velocity; only the begin token stays in the cache."""
-        kept = []
+        patches = torch.stack([branch[-self.positions() :] for branches in hidden for branch in branches])
+        said, kept = iter(self.velocity(patches).split(1)), []
         for state, branches in zip(states, hidden, strict=True):
             assert isinstance(state, TransfusionState) and state.way.t is not None
-            parts = self.velocity(torch.stack([branch[-self.positions() :] for branch in branches])).split(1)
+            parts = [next(said) for _ in branches]
             state.way.go(guided_velocity(state.span.guidance, parts, state.way.x, state.way.t, state.memory))
             kept.append(0 if state.begun else 1)
             state.begun, state.done = True, state.way.t is None
