@@ -206,7 +206,7 @@ def bad(capsys: pytest.CaptureFixture[str], *line: str) -> str:
         (["generate", "x", "-o", "nowhere/a.png"], "no folder"),
         (["generate", "x", "-o", "a.tiff"], ".png"),
         (["generate", "x", "-o", "folder.png"], "is a folder"),
-        (["generate"], "required"),
+        (["generate"], "say what to draw: in words, or by --class"),
         (["generate", "x", "--colour"], "unrecognized"),
         (["describe", "nonesuch.png"], "nonesuch.png"),
         (["describe", "text.png"], "text.png"),
