@@ -112,7 +112,7 @@ def packed_attention(
         x.transpose(1, 2).flatten(0, 1).index_select(0, packing.places).split(sizes)
         for x in (query_BHLE, key_BHLE, value_BHLE)
     ]
-    mixed = [query_BHLE.new_zeros(1, heads, width)]  # read by padding
+    mixed = []
     for (count, longest, hidden_N1LL), *qkv in zip(packing.groups, *parts, strict=True):
         q, k, v = (x.unflatten(0, (count, longest)).transpose(1, 2) for x in qkv)
         if query_BHLE.device.type == "cpu" and not grouped:
@@ -122,7 +122,8 @@ def packed_attention(
             mixed_NHLE = scaled_dot_product_attention(
                 q, k, v, dropout_p=dropout, scale=scaling, enable_gqa=grouped, **seen
             )
-        mixed.insert(-1, mixed_NHLE.transpose(1, 2).flatten(0, 1))
+        mixed.append(mixed_NHLE.transpose(1, 2).flatten(0, 1))
+    mixed.append(query_BHLE.new_zeros(1, heads, width))  # what padding reads
     return torch.cat(mixed).index_select(0, packing.back).unflatten(0, (batch, length)), None
 
 
