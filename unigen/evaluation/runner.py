@@ -52,6 +52,9 @@ def common_arguments(task: str, description: str, sampled: bool = True) -> Parse
         parser.add_argument("--temperature", type=float, help="default: the engine's")
         parser.add_argument("--top-k", type=int, help="default: the engine's")
         parser.add_argument("--top-p", type=float, help="default: the engine's")
+        parser.add_argument("--steps", type=whole(1), help="of a generator that can choose how many")
+        parser.add_argument("--sampler", help="of a flow")
+        parser.add_argument("--guidance-kind", help="of a flow")
         parser.add_argument("--out", metavar="FOLDER", help="write a contact sheet a group and outputs.jsonl")
     return parser
 
@@ -79,7 +82,7 @@ def make_folder(folder: str | Path) -> Path:
 
 def options_of(args: argparse.Namespace) -> dict[str, Any]:
     """The engine's options that were given."""
-    names = ("generator", "guidance", "temperature", "top_k", "top_p")
+    names = ("generator", "guidance", "temperature", "top_k", "top_p", "steps", "sampler", "guidance_kind")
     return {name: value for name in names if (value := getattr(args, name)) is not None}
 
 

@@ -68,7 +68,6 @@ class DigitsTask:
 def arguments() -> Parser:
     parser = common_arguments("digits", "digits drawn by class, read by nearest neighbours")
     parser.add_argument("--images", type=whole(1), default=40, metavar="N", help="pictures a class (default: 40)")
-    parser.add_argument("--steps", type=whole(1), help="of the generators that choose how many")
     return parser
 
 
@@ -78,8 +77,7 @@ def main(args: list[str]) -> int:
     start = time.perf_counter()
     task, engine = DigitsTask(), load_engine(a)
     items = task.items()
-    options = options_of(a) | ({"steps": a.steps} if a.steps else {})
-    drawn = draw(engine, task, items, a.images, a.batch, a.seed, **options)
+    drawn = draw(engine, task, items, a.images, a.batch, a.seed, **options_of(a))
     scores = [task.score_batch([item] * a.images, row) for item, row in zip(items, drawn, strict=True)]
     by_class = {item.tag: float(np.mean([s["correct"] for s in row])) for item, row in zip(items, scores, strict=True)}
     under_next = [task.score_batch([items[(i + 1) % len(items)]] * a.images, row) for i, row in enumerate(drawn)]

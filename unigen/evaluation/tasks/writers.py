@@ -105,7 +105,6 @@ def arguments() -> Parser:
     parser = common_arguments("writers", "all ways of writing pictures on the same prompts")
     parser.add_argument("--quick", action="store_true", help="20 prompts a task instead of 100")
     parser.add_argument("--images", type=whole(1), default=4, metavar="N", help="pictures a prompt (default: 4)")
-    parser.add_argument("--steps", type=whole(1), help="of the generators that choose how many")
     return parser
 
 
@@ -135,7 +134,7 @@ def main(args: list[str]) -> int:
     again = ladder.oracle(items, a.images, a.seed + 1, world)
     report("true pictures", again, {})
     report("through the codes", ladder.reconstructions(engine.model.image_tokenizer, again), {})
-    wanted = options_of(a) | ({"steps": a.steps} if a.steps else {})
+    wanted = options_of(a)
     names = [wanted.pop("generator")] if "generator" in wanted else engine.info()["generators"]
     scores, shown = {}, []
     for name in names:
