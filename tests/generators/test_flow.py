@@ -160,11 +160,11 @@ def test_every_network_learns_and_draws(tiny_folder: Path, network: Any) -> None
     assert [picture.size for picture in pictures] == [(16, 16)] * 2
 
 
-def test_patches_and_back(tiny_folder: Path) -> None:
+def test_transfusion_of_larger_patches(tiny_folder: Path) -> None:
     head = Transfusion(load(tiny_folder).heads["transfusion"].tokenizer, 32, TransfusionConfig(patch=2))
-    x = torch.randn(3, 4, 2, 2)
-    assert head.patches(x).shape == (3, 1, 16)
-    torch.testing.assert_close(head.latents(head.patches(x)), x)
+    x, t = torch.randn(3, 4, 2, 2), torch.rand(3)
+    assert head.positions() == 1 and head.embed(x, t).shape == (3, 1, 32)
+    assert head.velocity(head.embed(x, t)).shape == x.shape
 
 
 @pytest.mark.parametrize(

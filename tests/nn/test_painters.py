@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from unigen.nn.painters import KINDS, Kind, painter
+from unigen.nn.painters import KINDS, Kind, from_patches, painter, to_patches
 
 SHAPE: dict[str, Any] = {"channels": 4, "side": 4, "context": 24, "layers": 2, "heads": 2, "head_dim": 16}
 
@@ -59,7 +59,7 @@ def test_every_weight_learns(kind: Kind) -> None:
     model(x, t, context).square().sum().backward()
     still = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     # keys' biases do not change a softmax; mm-dit's last block throws away what its context asks for
-    excused = ("key.bias", "to_k.bias", "add_k_proj.bias", "blocks.1.attn.add_q_proj", "blocks.1.attn.norm_added_q")
+    excused = ("to_k.bias", "add_k_proj.bias", "blocks.1.attn.add_q_proj", "blocks.1.attn.norm_added_q")
     assert [name for name in still if not any(part in name for part in excused)] == []
     assert all(any(edge is module for module in model.modules()) for edge in model.edges)
 
@@ -81,6 +81,10 @@ def test_blocks_begin_as_nothing_with_adaln_zero() -> None:
 
 @torch.no_grad()
 def test_patches_of_two() -> None:
+    x = inputs()[0]
+    assert to_patches(x, 2).shape == (2, 4, 16)
+    assert torch.equal(to_patches(x, 2)[:, 1], x[:, :, :2, 2:].flatten(1))  # row by row
+    torch.testing.assert_close(from_patches(to_patches(x, 2), (4, 4), 2), x)
     for kind in ("mm-dit", "dit-cross"):
         x, t, context = inputs()
         assert network(kind, patch=2)(x, t, context).shape == x.shape

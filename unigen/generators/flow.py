@@ -14,7 +14,6 @@ Shapes: M images, Z latent channels, h w grid of latents, N context states, D wi
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,8 +23,6 @@ from unigen.config import from_dict, to_dict
 from unigen.generators.base import Frame, Model, Read, Span, State
 from unigen.generators.latents import LatentHead
 from unigen.nn.painters import Kind, painter
-from unigen.samplers.guidance import Guidance, guided_velocity
-from unigen.samplers.ode import solve
 from unigen.sequence import Batch
 
 Targets = tuple[Tensor, Tensor, Tensor]
@@ -131,24 +128,13 @@ class Flow(LatentHead):
         return Read([state.span.begin])
 
     def advance(self, model: Model, states: list[State], hidden: list[list[Tensor]]) -> list[int]:
-        """All steps of the flow at once, for states alike in steps, sampler and guidance together."""
-        for (steps, sampler, guidance), members in self.alike(states).items():
-            branches = range(guidance.branches)
-            contexts = torch.stack([self._filled(hidden[i][b]) for b in branches for i in members])
-            noise = torch.stack([self.noise(states[i].span) for i in members])
-            velocity = partial(self._guided, guidance, contexts, {})
-            latents = solve(velocity, noise.to(contexts.device), steps, sampler, self.settings.shift)
-            for i, latents_Zhw in zip(members, latents, strict=True):
-                state = states[i]
-                assert isinstance(state, FlowState)
-                state.latents_Zhw, state.done = latents_Zhw, True
+        """All steps of the flow at once."""
+        seen = [[self._filled(branch) for branch in branches] for branches in hidden]
+        shape = (self.tokenizer.latent_channels, *self.tokenizer.grid)
+        for state, latents_Zhw in zip(states, self.solved(states, seen, shape, self.settings.shift), strict=True):
+            assert isinstance(state, FlowState)
+            state.latents_Zhw, state.done = latents_Zhw, True
         return [1] * len(states)
-
-    def _guided(self, guidance: Guidance, contexts: Tensor, memory: dict[str, Any], x: Tensor, t: float) -> Tensor:
-        """The velocity of all branches, one after the other in `contexts`, as one."""
-        times = torch.full((len(contexts),), t, dtype=x.dtype, device=x.device)
-        parts = self.velocity(x.repeat(guidance.branches, 1, 1, 1), times, contexts).chunk(guidance.branches)
-        return guided_velocity(guidance, parts, x, t, memory)
 
     def _filled(self, states_LD: Tensor) -> Tensor:
         last = states_LD[-self.settings.context_length :]

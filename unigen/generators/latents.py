@@ -11,13 +11,15 @@ Shapes: M images, Z latent channels, h w grid of latents.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from unigen.generators.base import Head, Span, State
-from unigen.samplers.guidance import Guidance
+from unigen.generators.base import Head, State
+from unigen.samplers.guidance import Guidance, guided_velocity
+from unigen.samplers.ode import solve
 from unigen.sequence import Batch
 
 STEPS = 20
@@ -54,17 +56,28 @@ class LatentHead(Head):
     def count(self, batch: Batch) -> int:
         return len(batch.written_by(self.name))
 
-    def alike(self, states: list[State]) -> dict[tuple[int, str, Guidance], list[int]]:
-        """Numbers of the states that can be solved together, by their steps, sampler and guidance."""
+    def solved(
+        self, states: list[State], seen: list[list[Tensor]], shape: tuple[int, ...], shift: float = 1.0
+    ) -> list[Tensor]:
+        """Data of this shape for each state, by the flow of `velocity(x, t, seen)` from the span's own noise; states
+        alike in steps, sampler and guidance go together. seen[i][b]: what branch b of state i is conditioned on."""
         groups: dict[tuple[int, str, Guidance], list[int]] = {}
         for i, state in enumerate(states):
             span = state.span
             groups.setdefault((span.steps or STEPS, span.sampler or "euler", span.guidance), []).append(i)
-        return groups
+        found: dict[int, Tensor] = {}
+        for (steps, sampler, guidance), members in groups.items():
+            condition = torch.stack([seen[i][b] for b in range(guidance.branches) for i in members])
+            noise = torch.stack([torch.randn(shape, generator=states[i].span.rng) for i in members])
+            velocity = partial(self._guided, guidance, condition, {})
+            found |= zip(members, solve(velocity, noise.to(condition.device), steps, sampler, shift), strict=True)
+        return [found[i] for i in range(len(states))]
 
-    def noise(self, span: Span) -> Tensor:
-        """Where a picture begins, (Z, h, w), from the span's own randomness."""
-        return torch.randn((self.tokenizer.latent_channels, *self.tokenizer.grid), generator=span.rng)
+    def _guided(self, guidance: Guidance, condition: Tensor, memory: dict[str, Any], x: Tensor, t: float) -> Tensor:
+        """The velocity of all branches, one after the other in `condition`, as one."""
+        times = torch.full((len(condition),), t, dtype=x.dtype, device=x.device)
+        parts = self.velocity(torch.cat([x] * guidance.branches), times, condition).chunk(guidance.branches)
+        return guided_velocity(guidance, parts, x, t, memory)
 
     def pictures(self, model: Any, states: list[State]) -> Tensor:
         return self.tokenizer.decode(torch.stack([state.latents_Zhw for state in states]))  # type: ignore[attr-defined]

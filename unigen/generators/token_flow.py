@@ -13,7 +13,6 @@ Shapes: M images, P tokens of Z latent channels, T tokens, R noisings of each, D
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,8 +21,7 @@ from torch import Tensor, nn
 from unigen.config import from_dict, to_dict
 from unigen.generators.base import Frame, Model, Read, Span, State
 from unigen.generators.latents import LatentHead
-from unigen.samplers.guidance import Guidance, guided_velocity
-from unigen.samplers.ode import solve
+from unigen.nn.painters import Time
 from unigen.sequence import Batch
 
 Targets = tuple[Tensor, Tensor]
@@ -75,15 +73,12 @@ class TokenFlow(LatentHead):
 
     def __init__(self, tokenizer: Any, width: int, config: TokenFlowConfig | None = None) -> None:
         super().__init__(tokenizer)
-        from diffusers.models.embeddings import TimestepEmbedding, Timesteps
-
         self.settings = c = config or TokenFlowConfig()
         channels = tokenizer.latent_channels
         self.grid: tuple[int, int] = tokenizer.grid
         self.read = nn.Linear(channels, width)
         self.condition = nn.Linear(width, c.width)
-        self.waves = Timesteps(128, flip_sin_to_cos=True, downscale_freq_shift=0)
-        self.time = TimestepEmbedding(128, c.width)
+        self.time = Time(c.width)
         self.enter = nn.Linear(channels, c.width)
         self.blocks = nn.ModuleList(Block(c.width) for _ in range(c.blocks))
         self.norm = nn.LayerNorm(c.width)
@@ -109,7 +104,7 @@ class TokenFlow(LatentHead):
     def velocity(self, x_TZ: Tensor, t_T: Tensor, states_TD: Tensor) -> Tensor:
         """noise - data of tokens at their times, fp32."""
         kind = self.enter.weight.dtype
-        condition = self.condition(states_TD.to(kind)) + self.time(self.waves(t_T * 1000).to(kind))
+        condition = self.condition(states_TD.to(kind)) + self.time(t_T)
         h = self.enter(x_TZ.to(kind))
         for block in self.blocks:
             h = block(h, condition)
@@ -155,28 +150,17 @@ class TokenFlow(LatentHead):
         return Read([state.span.begin]) if state.read_1D is None else Read([0], embeds=state.read_1D)
 
     def advance(self, model: Model, states: list[State], hidden: list[list[Tensor]]) -> list[int]:
-        """The next token of each picture: a whole flow of the MLP, together for states alike in their options."""
-        for (steps, sampler, guidance), members in self.alike(states).items():
-            states_ND = torch.stack([hidden[i][b][-1] for b in range(guidance.branches) for i in members])
-            shape = self.tokenizer.latent_channels
-            noise_MZ = torch.stack([torch.randn(shape, generator=states[i].span.rng) for i in members])
-            velocity = partial(self._guided, guidance, states_ND, {})
-            tokens_MZ = solve(velocity, noise_MZ.to(states_ND.device), steps, sampler)
-            for i, token_Z in zip(members, tokens_MZ, strict=True):
-                state = states[i]
-                assert isinstance(state, TokenFlowState)
-                state.written.append(token_Z)
-                state.read_1D = self.read(token_Z[None].to(self.read.weight.dtype))
-                state.done = len(state.written) == self.positions()
-                if state.done:
-                    state.latents_Zhw = torch.stack(state.written, 1).unflatten(1, self.grid)
+        """The next token of each picture: a whole flow of the MLP."""
+        last = [[branch[-1] for branch in branches] for branches in hidden]
+        tokens = self.solved(states, last, (self.tokenizer.latent_channels,))
+        for state, token_Z in zip(states, tokens, strict=True):
+            assert isinstance(state, TokenFlowState)
+            state.written.append(token_Z)
+            state.read_1D = self.read(token_Z[None].to(self.read.weight.dtype))
+            state.done = len(state.written) == self.positions()
+            if state.done:
+                state.latents_Zhw = torch.stack(state.written, 1).unflatten(1, self.grid)
         return [len(branches[0]) for branches in hidden]
-
-    def _guided(self, guidance: Guidance, states_ND: Tensor, memory: dict[str, Any], x_MZ: Tensor, t: float) -> Tensor:
-        """One velocity of all branches, which stand one after the other in `states_ND`."""
-        times_N = torch.full((len(states_ND),), t, device=x_MZ.device)
-        parts = self.velocity(x_MZ.repeat(guidance.branches, 1), times_N, states_ND).chunk(guidance.branches)
-        return guided_velocity(guidance, parts, x_MZ, t, memory)
 
 
 GENERATOR = TokenFlow

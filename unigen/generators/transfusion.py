@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from unigen.config import from_dict, to_dict
 from unigen.generators.base import Frame, Model, Read, Span, State
 from unigen.generators.latents import STEPS, LatentHead
+from unigen.nn.painters import Time, from_patches, to_patches
 from unigen.samplers.guidance import guided_velocity
 from unigen.samplers.ode import Trajectory
 from unigen.sequence import Batch
@@ -59,8 +60,6 @@ class Transfusion(LatentHead):
 
     def __init__(self, tokenizer: Any, width: int, config: TransfusionConfig | None = None) -> None:
         super().__init__(tokenizer)
-        from diffusers.models.embeddings import TimestepEmbedding, Timesteps
-
         self.settings = c = config or TransfusionConfig()
         height, columns = tokenizer.grid
         if height % c.patch or columns % c.patch:
@@ -68,8 +67,7 @@ class Transfusion(LatentHead):
         self.sides = height // c.patch, columns // c.patch
         values = tokenizer.latent_channels * c.patch**2
         self.read = nn.Linear(values, width)
-        self.waves = Timesteps(128, flip_sin_to_cos=True, downscale_freq_shift=0)
-        self.time = TimestepEmbedding(128, width)
+        self.time = Time(width)
         self.place = nn.Embedding(self.sides[0] * self.sides[1], width)
         self.say = nn.Linear(width, values)
         nn.init.normal_(self.place.weight, std=0.02)
@@ -91,24 +89,14 @@ class Transfusion(LatentHead):
     def reach(self) -> list[int] | None:
         return [self.positions() - 1] * self.positions()
 
-    def patches(self, x_MZhw: Tensor) -> Tensor:
-        """(M, P, F)."""
-        return nn.functional.unfold(x_MZhw, self.settings.patch, stride=self.settings.patch).transpose(1, 2)
-
-    def latents(self, patches_MPF: Tensor) -> Tensor:
-        """(M, Z, h, w), the inverse of `patches`."""
-        patch = self.settings.patch
-        return nn.functional.fold(patches_MPF.transpose(1, 2), self.tokenizer.grid, patch, stride=patch)
-
     def embed(self, x_MZhw: Tensor, t_M: Tensor) -> Tensor:
         """What the backbone reads, (M, P, D)."""
-        kind = self.read.weight.dtype
-        time_MD = self.time(self.waves(t_M * 1000).to(kind))
-        return self.read(self.patches(x_MZhw).to(kind)) + self.place.weight + time_MD[:, None]
+        patches_MPF = to_patches(x_MZhw, self.settings.patch).to(self.read.weight.dtype)
+        return self.read(patches_MPF) + self.place.weight + self.time(t_M)[:, None]
 
     def velocity(self, states_MPD: Tensor) -> Tensor:
         """noise - data (M, Z, h, w), fp32, of the last states at the patches."""
-        return self.latents(self.say(states_MPD).float())
+        return from_patches(self.say(states_MPD).float(), self.tokenizer.grid, self.settings.patch)
 
     # ---------------------------------------------------------------- training
 
@@ -130,7 +118,8 @@ class Transfusion(LatentHead):
     # ---------------------------------------------------------------- sampling
 
     def start(self, span: Span) -> State:
-        noise = self.noise(span)[None].to(self.say.weight.device)
+        noise = torch.randn((1, self.tokenizer.latent_channels, *self.tokenizer.grid), generator=span.rng)
+        noise = noise.to(self.say.weight.device)
         way = Trajectory(noise, span.steps or STEPS, span.sampler or "euler", self.settings.shift)
         return TransfusionState(span, [], way=way)
 

@@ -21,7 +21,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
 Kind = Literal["mm-dit", "dit-adaln", "dit-cross", "dit-context", "unet"]
 KINDS: tuple[Kind, ...] = ("mm-dit", "dit-adaln", "dit-cross", "dit-context", "unet")
@@ -103,43 +102,54 @@ class UNet(nn.Module):
         return self.model(x_MZhw, t_M * 1000, context_MND, encoder_attention_mask=mask_MN, return_dict=False)[0]
 
 
-class Attention(nn.Module):
-    """Heads of softmax(q k^T / sqrt(width of a head)) v; keys and values from `seen`, where given."""
+def to_patches(x_MZhw: Tensor, patch: int) -> Tensor:
+    """Latents as patches, row by row: (M, P, Z patch^2)."""
+    return nn.functional.unfold(x_MZhw, patch, stride=patch).transpose(1, 2)
 
-    def __init__(self, width: int, heads: int) -> None:
+
+def from_patches(patches_MPF: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
+    """Latents (M, Z, h, w) of patches, the inverse of `to_patches`."""
+    return nn.functional.fold(patches_MPF.transpose(1, 2), grid, patch, stride=patch)
+
+
+class Time(nn.Module):
+    """Times (M,) in [0, 1] as vectors (M, width): diffusers' waves and MLP, on a thousand times the time."""
+
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.heads = heads
-        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+        from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 
-    def forward(self, x_MPE: Tensor, seen_MNE: Tensor | None = None, mask_MN: Tensor | None = None) -> Tensor:
-        seen_MNE = x_MPE if seen_MNE is None else seen_MNE
-        q, k, v = (
-            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for part in (self.query(x_MPE), self.key(seen_MNE), self.value(seen_MNE))
-        )
-        mask = None if mask_MN is None else mask_MN[:, None, None]
-        return self.out(scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+        self.waves = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.mlp = TimestepEmbedding(256, width)
+
+    def forward(self, t_M: Tensor) -> Tensor:
+        return self.mlp(self.waves(t_M * 1000).to(self.mlp.linear_1.weight.dtype))
 
 
 class Block(nn.Module):
-    """x + attention, + cross-attention, + mlp, each of the normed x; modulated and gated where kind is dit-adaln."""
+    """x + attention, + cross-attention, + mlp, each of the normed x; modulated and gated where kind is dit-adaln.
+    Attention and mlp are diffusers'."""
 
     def __init__(self, kind: Kind, width: int, heads: int) -> None:
         super().__init__()
-        plain = kind != "dit-adaln"
+        from diffusers.models.attention import FeedForward
+        from diffusers.models.attention_processor import Attention
+
+        plain, crossed = kind != "dit-adaln", kind == "dit-cross"
         self.norms = nn.ModuleList(
-            nn.LayerNorm(width, eps=1e-6, elementwise_affine=plain) for _ in range(3 if kind == "dit-cross" else 2)
+            nn.LayerNorm(width, eps=1e-6, elementwise_affine=plain) for _ in range(3 if crossed else 2)
         )
-        self.attention = Attention(width, heads)
-        self.cross = Attention(width, heads) if kind == "dit-cross" else None
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
+        shape: dict[str, Any] = {"heads": heads, "dim_head": width // heads, "bias": True}
+        self.attention = Attention(width, **shape)
+        self.cross = Attention(width, cross_attention_dim=width, **shape) if crossed else None
+        self.mlp = FeedForward(width, activation_fn="gelu-approximate")
         self.modulation = None if plain else nn.Linear(width, 6 * width)
         if self.modulation is not None:
             nn.init.zeros_(self.modulation.weight)
             nn.init.zeros_(self.modulation.bias)
 
-    def forward(self, x_MPE: Tensor, condition_ME: Tensor, context_MNE: Tensor, mask_MN: Tensor | None) -> Tensor:
-        """mask_MN: of the context with dit-cross, of the whole sequence with dit-context."""
+    def forward(self, x_MPE: Tensor, condition_ME: Tensor, context_MNE: Tensor, mask_M1N: Tensor | None) -> Tensor:
+        """mask_M1N: of the context with dit-cross, of the whole sequence with dit-context."""
         if self.modulation is not None:
             parts = self.modulation(nn.functional.silu(condition_ME))[:, None].chunk(6, -1)
             shift, scale, gate = parts[:3]
@@ -148,9 +158,9 @@ class Block(nn.Module):
             return x_MPE + gate * self.mlp(self.norms[1](x_MPE) * (1 + scale) + shift)
         if self.cross is not None:
             x_MPE = x_MPE + self.attention(self.norms[0](x_MPE))
-            x_MPE = x_MPE + self.cross(self.norms[2](x_MPE), context_MNE, mask_MN)
+            x_MPE = x_MPE + self.cross(self.norms[2](x_MPE), context_MNE, attention_mask=mask_M1N)
         else:
-            x_MPE = x_MPE + self.attention(self.norms[0](x_MPE), None, mask_MN)
+            x_MPE = x_MPE + self.attention(self.norms[0](x_MPE), attention_mask=mask_M1N)
         return x_MPE + self.mlp(self.norms[1](x_MPE))
 
 
@@ -161,12 +171,11 @@ class DiT(nn.Module):
         self, kind: Kind, channels: int, side: int, context: int, layers: int, heads: int, head_dim: int, patch: int
     ) -> None:
         super().__init__()
-        from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sincos_pos_embed
+        from diffusers.models.embeddings import get_2d_sincos_pos_embed
 
         self.kind, self.patch, width = kind, patch, heads * head_dim
         self.enter = nn.Linear(channels * patch**2, width)
-        self.waves = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
-        self.time = TimestepEmbedding(256, width)
+        self.time = Time(width)
         self.context = nn.Linear(context, width)
         self.blocks = nn.ModuleList(Block(kind, width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=kind != "dit-adaln")
@@ -182,9 +191,8 @@ class DiT(nn.Module):
         self.edges: tuple[Any, ...] = (self.enter, self.time, self.context, self.leave)
 
     def forward(self, x_MZhw: Tensor, t_M: Tensor, context_MND: Tensor) -> Tensor:
-        patches = nn.functional.unfold(x_MZhw, self.patch, stride=self.patch).transpose(1, 2)
-        h_MPE = self.enter(patches) + self.places_PE.to(patches.dtype)
-        time_ME = self.time(self.waves(t_M * 1000).to(patches.dtype))
+        h_MPE = self.enter(to_patches(x_MZhw, self.patch))
+        h_MPE, time_ME = h_MPE + self.places_PE.to(h_MPE.dtype), self.time(t_M)
         seen_MNE = torch.cat((time_ME[:, None], self.context(context_MND)), 1)
         there_MN = nn.functional.pad((context_MND != 0).any(-1), (1, 0), value=True)
         condition_ME, count, mask = time_ME + seen_MNE[:, -1], h_MPE.shape[1], there_MN
@@ -192,10 +200,10 @@ class DiT(nn.Module):
             h_MPE = torch.cat((h_MPE, seen_MNE), 1)
             mask = nn.functional.pad(there_MN, (count, 0), value=True)
         for block in self.blocks:
-            h_MPE = block(h_MPE, condition_ME, seen_MNE, mask)
+            h_MPE = block(h_MPE, condition_ME, seen_MNE, mask[:, None])
         h_MPE = self.norm(h_MPE[:, :count])
         if self.modulation is not None:
             shift, scale = self.modulation(nn.functional.silu(condition_ME))[:, None].chunk(2, -1)
             h_MPE = h_MPE * (1 + scale) + shift
-        out = self.leave(h_MPE).transpose(1, 2)
-        return nn.functional.fold(out, x_MZhw.shape[-2:], self.patch, stride=self.patch)
+        height, columns = x_MZhw.shape[-2:]
+        return from_patches(self.leave(h_MPE), (height, columns), self.patch)
