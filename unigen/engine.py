@@ -137,10 +137,11 @@ class Engine:
         written anew. Raises ValueError where it marks nothing, and for a generator that cannot keep codes.
         """
         model, size = self.model, self.model.image_tokenizer.image_size
-        if generator == "masked" and "masked" not in model.generators:
-            raise ValueError("this model has not learnt masked, which inpainting needs: train it with writers.masked=1")
-        if generator in model.generators and "fixed" not in model.generators[generator].takes:
-            raise ValueError(f"{generator} cannot keep a part of a picture; masked and random-order can")
+        able = [name for name, generator in model.generators.items() if "fixed" in generator.takes]
+        if not able:
+            raise ValueError("this model cannot keep a part of a picture: train it with writers.masked=1")
+        if generator in model.generators and generator not in able:
+            raise ValueError(f"{generator} cannot keep a part of a picture: choose {' or '.join(able)}")
         height, width = model.image_tokenizer.grid
         given, marks = _picture(image), _picture(mask)
         if given.size != marks.size:
@@ -226,7 +227,7 @@ class Engine:
             chosen |= {"temperature": temperature, "top_k": top_k or None, "top_p": top_p if top_p != 1 else None}
         takes = self.model.generators[generator].takes
         if unheard := [name for name, value in chosen.items() if value is not None and name not in takes]:
-            raise ValueError(f"{generator} does not take {', '.join(unheard)}: leave out, it takes {', '.join(takes)}")
+            raise ValueError(f"{generator} does not take {', '.join(unheard)}: it takes {', '.join(takes)}")
         if guidance_kind is not None:
             guidance = replace(guidance, kind=guidance_kind)
         if "sampler" in takes and steps is not None:

@@ -47,6 +47,17 @@ def test_relations_are_asked_about_in_many_chats(world: World) -> None:
     assert asked["ask"] >= 20 > asked["judge"]  # the control: scenes as they come
 
 
+def test_where_mostly_comes_first(world: World) -> None:
+    """Later it is given away by the answers before it."""
+    first = other = 0
+    for seed in range(120):
+        document, _ = Chats(world, {"ask": 1.0})(np.random.default_rng(seed))
+        asked = [s.text or "" for s in document.segments if s.role == "user" and s.image is None]
+        seen = [at for at, question in enumerate(asked) if question.startswith("where") and "as seen from" in question]
+        first, other = first + (seen[:1] == [0]), other + bool(seen and seen[0] > 0)
+    assert first > other > 0
+
+
 def test_a_mixture_of_unknown_kinds_is_refused(world: World) -> None:
     with pytest.raises(ValueError, match="not paint"):
         Chats(world, {"paint": 1.0})

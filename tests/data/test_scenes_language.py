@@ -17,7 +17,9 @@ from unigen.data.language import (
     expansion,
     facts,
     noisy_caption,
+    noun,
     parse_caption,
+    places,
     questions,
     scene_from_facts,
     short_caption,
@@ -155,6 +157,22 @@ def test_answers_are_true_and_balanced():
     assert set(kinds) == {"presence", "count", "colour", "background", "relation"} and min(kinds.values()) > 200
     assert answers["presence", "yes"] == answers["presence", "no"]
     assert answers["count", "one"] < 0.6 * kinds["count"] and answers["colour", "natural"] < 0.3 * kinds["colour"]
+
+
+def test_places_are_those_of_single_objects():
+    said = Counter()
+    for scene, rng in pairs(300):
+        found = places(scene, rng)
+        single = [item for item in scene.items if sum(item.name == other.name for other in scene.items) == 1]
+        assert len(found) == len(single)
+        for item in single:
+            (qa,) = [qa for qa in found if qa.question.rstrip("?").endswith(f" the {noun(item.name)}")]
+            words = qa.answer.split()
+            assert qa.kind == "place" and qa.question.startswith("where ")
+            assert ("left" in words, "right" in words) == (item.x < 0.38 * scene.size, item.x > 0.62 * scene.size)
+            assert ("top" in words, "bottom" in words) == (item.y < 0.38 * scene.size, item.y > 0.62 * scene.size)
+            said[qa.answer] += 1
+    assert len(said) == 9 and "in the middle" in said
 
 
 def test_edits_change_only_what_they_say():

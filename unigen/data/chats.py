@@ -83,8 +83,8 @@ class Chats:
         """Questions; in three of five of these chats where two things are that stand in a clear relation, which few
         scenes have.
 
-        Which of the two is asked about has to be bound to its place. That is learnt only from first questions, since
-        every answer gives the next away; so "where", the hardest, mostly comes first.
+        Which of the two is asked about has to be bound to its place. That is learnt where the question comes first,
+        since every answer gives the next away; so "where", the hardest, mostly does.
         """
         scene = self._scene(rng)
         if rng.random() < 0.4:
