@@ -24,6 +24,7 @@ from unigen.data.language import (
     scene_from_facts,
     short_caption,
     shuffled,
+    totals,
     verdict,
 )
 from unigen.data.scenes import (
@@ -157,6 +158,14 @@ def test_answers_are_true_and_balanced():
     assert set(kinds) == {"presence", "count", "colour", "background", "relation"} and min(kinds.values()) > 200
     assert answers["presence", "yes"] == answers["presence", "no"]
     assert answers["count", "one"] < 0.6 * kinds["count"] and answers["colour", "natural"] < 0.3 * kinds["colour"]
+
+
+def test_totals_count_whatever_there_is():
+    for scene, rng in pairs(200):
+        for qa in totals(scene, rng):
+            color = next((word for word in qa.question.split() if word in {item.color for item in scene.items}), None)
+            among = [item for item in scene.items if color in (None, item.color)]
+            assert qa.kind == "count" and qa.answer == NUMBERS[len(among)]
 
 
 def test_places_are_those_of_single_objects():

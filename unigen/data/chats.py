@@ -24,6 +24,7 @@ from unigen.data.language import (
     places,
     questions,
     short_caption,
+    totals,
     verdict,
 )
 from unigen.data.scenes import Scene, groups_of, sample_scene
@@ -81,21 +82,23 @@ class Chats:
 
     def ask(self, rng: np.random.Generator) -> list[Segment]:
         """Questions; in three of five of these chats where two things are that stand in a clear relation, which few
-        scenes have.
+        scenes have. In one of five how many things there are comes first, whatever they are: counting is not to hang on
+        what is counted.
 
         Which of the two is asked about has to be bound to its place. That is learnt where the question comes first,
         since every answer gives the next away; so "where", the hardest, mostly does.
         """
         scene = self._scene(rng)
         if rng.random() < 0.4:
-            return [self._picture(scene), *self._questions(scene, rng, 6)]
+            whole = totals(scene, rng) if rng.random() < 0.5 else []
+            return [self._picture(scene), *_answered(whole), *self._questions(scene, rng, 6 - len(whole))]
         while facts(scene).relation is None:
             scene = self._scene(rng)
         drawn = [qa for _ in range(2) for qa in questions(scene, rng) if qa.kind == "relation"] + places(scene, rng)
         found = list({drawn[k].question: drawn[k] for k in rng.permutation(len(drawn))}.values())
         if rng.random() < 0.7:
             found.sort(key=lambda qa: not (qa.kind == "relation" and qa.question.startswith("where")))
-        return [self._picture(scene), *(segment for qa in found[:6] for segment in _answered(qa))]
+        return [self._picture(scene), *_answered(found[:6])]
 
     def edit(self, rng: np.random.Generator) -> list[Segment]:
         scene = self._scene(rng)
@@ -147,11 +150,11 @@ class Chats:
         found = questions(scene, rng)[:count]
         if found and rng.random() < 0.3:
             found[int(rng.integers(len(found)))] = (places(scene, rng) or found)[0]
-        return [segment for qa in found for segment in _answered(qa)]
+        return _answered(found)
 
 
-def _answered(qa: QA) -> list[Segment]:
-    return _turn(qa.question, qa.answer)
+def _answered(found: list[QA]) -> list[Segment]:
+    return [segment for qa in found for segment in _turn(qa.question, qa.answer)]
 
 
 def _turn(question: str, answer: str) -> list[Segment]:

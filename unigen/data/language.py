@@ -72,6 +72,7 @@ __all__ = [
     "scene_from_facts",
     "short_caption",
     "shuffled",
+    "totals",
     "verdict",
     "with_article",
 ]
@@ -186,6 +187,15 @@ def _relations(said: Facts, rng: np.random.Generator) -> list[QA]:
     if rng.random() < 0.5:
         found.append(QA(f"what is {to.get(side, side)} the {b}?", a, "relation"))
     return found
+
+
+def totals(scene: Scene, rng: np.random.Generator) -> list[QA]:
+    """How many objects there are, and how many of each colour, whatever they are; in random order, kind "count"."""
+    form = _pick(rng, ("how many {} are there?", "how many {}?", "how many {} do you see?"))
+    colors = [item.color for item in scene.items if item.color is not None]
+    counts = {"objects": len(scene.items)} | {f"{color} objects": colors.count(color) for color in colors}
+    found = [QA(form.format(what), NUMBERS[count], "count") for what, count in counts.items()]
+    return [found[k] for k in rng.permutation(len(found))]
 
 
 def places(scene: Scene, rng: np.random.Generator) -> list[QA]:
