@@ -173,7 +173,7 @@ def short_caption(scene: Scene, rng: np.random.Generator) -> str:
     """
     said = shuffled(facts(scene), rng)
     parts = [phrase(group) for group in said.groups]
-    if said.relation is not None and rng.random() < 0.65:
+    if said.relation is not None and rng.random() < 0.5:
         parts = [f"{parts[0]} {_pick(rng, _LOOSE[said.relation])} {parts[1]}"]
     text = listing(parts)
     if rng.random() < 0.35:

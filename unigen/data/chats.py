@@ -35,9 +35,9 @@ from unigen.sequence import Document, Segment
 DESCRIBE, DETAIL = "describe this picture", "describe this picture in detail"
 EXPAND, JUDGE = "say more: {}", "does this picture show {}?"
 MIXTURE = {
-    "draw": 0.43,
-    "describe": 0.15,
-    "ask": 0.24,
+    "draw": 0.48,
+    "describe": 0.16,
+    "ask": 0.18,
     "edit": 0.05,
     "story": 0.03,
     "chat": 0.06,
