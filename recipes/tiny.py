@@ -11,13 +11,19 @@
 
 An 8M Llama with random weights reads and writes text and the codes of the image tokenizer (Liquid's layout), on a
 mixture of chats that are rendered while it trains and never repeat. In a tenth of them the text is dropped, for
-guidance. Training goes on from a model by `init_from=FOLDER`, which brings its tokenizers along.
+guidance. Training goes on from a model by `init_from=FOLDER`, which brings its tokenizers along, and beside the mixture
+from comparisons of its own pictures:
+
+              python data_tools/judge_pictures.py runs/tiny/model runs/judged.jsonl --detector runs/other-detector
+              unigen train recipes/tiny.py init_from=runs/tiny/model preferences.judged=runs/judged.jsonl
+                  batch_size=4 time_limit=300 optim.lr=3e-4 run_dir=runs/preferred
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,6 +46,7 @@ from unigen.sequence import Tokens
 from unigen.tokenizers import load_tokenizer, text
 from unigen.training.muon import MuonAdamW
 from unigen.training.objectives import Mixture
+from unigen.training.preferences import CollateCompared, ComparedRows, PreferenceConfig, Preferences, read_pairs
 from unigen.training.trainer import Job
 from unigen.training.writers import new_heads, shares_of
 
@@ -83,6 +90,7 @@ class TinyConfig(RunConfig):
     blind: float = 0.1  # share of documents whose text is dropped
     learn_shown: bool = True  # also the pictures that the user shows: a caption says little of what is in their codes
     text_weight: float = 1.0
+    preferences: PreferenceConfig = field(default_factory=PreferenceConfig)
     text_noise: float = 0.0  # share of an answer's pieces that are read as others, so that pictures outweigh habits
 
 
@@ -142,6 +150,8 @@ def new_model(cfg: TinyConfig) -> UnifiedModel:
 
 def build(cfg: TinyConfig) -> Job:
     shares = shares_of(cfg.writers)
+    if cfg.preferences.judged and not cfg.init_from:
+        raise ValueError("preferences are of a model's own pictures: say whose by init_from=FOLDER")
     model = load(cfg.init_from) if cfg.init_from else new_model(cfg)
     torch.manual_seed(cfg.seed)
     folders = {"multiscale": cfg.scale_tokenizer, "kl": cfg.kl_tokenizer}
@@ -151,11 +161,24 @@ def build(cfg: TinyConfig) -> Job:
     if cfg.compile:
         model.backbone.compile_packed()
     size = model.image_tokenizer.image_size
+    dataset: Any = PackedRows(Documents(model.template, size, cfg), cfg.length, cfg.seed)
+    collate: Any = Collate(cfg.length, size)
+    objective: Any = Mixture(model.generators, shares | {"text": cfg.text_weight * shares["next-token"]})
+    if cfg.preferences.judged:
+        pairs = read_pairs(cfg.preferences.judged, cfg.seed)
+        dataset = ComparedRows(dataset, pairs, model.template.encode, cfg.length, cfg.preferences.rows)
+        collate = CollateCompared(collate, cfg.length, size)
+        reference = load(cfg.init_from)
+        if cfg.compile:
+            reference.backbone.compile_packed()
+        objective = Preferences(objective, reference, cfg.preferences)
+        once = len(pairs) / (cfg.batch_size * cfg.preferences.rows * dataset.fit)
+        print(f"{len(pairs)} pairs of pictures: all are seen once in {once:.0f} steps", flush=True)
     return Job(
         model=model,
-        dataset=PackedRows(Documents(model.template, size, cfg), cfg.length, cfg.seed),
-        collate=Collate(cfg.length, size),
-        objective=Mixture(model.generators, shares | {"text": cfg.text_weight * shares["next-token"]}),
+        dataset=dataset,
+        collate=collate,
+        objective=objective,
         optimizer=(lambda model, cfg: MuonAdamW(model, cfg.optim)) if cfg.muon else None,
         sample=sample,
         save=lambda model, folder: model.save(folder),  # type: ignore[attr-defined]

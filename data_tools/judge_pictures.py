@@ -1,0 +1,91 @@
+"""Have a model draw several pictures for each of many prompts, and a detector say which are right: what `preferences`
+of recipes/tiny.py learns from.
+
+    python data_tools/judge_pictures.py MODEL OUT.jsonl --detector FOLDER [--minutes 10] [--images 4] [--guidance 4]
+                                        [--prompts 7000] [--seed 1] [--batch 128] [--dtype bfloat16]
+
+The prompts are of the kinds of `unigen eval scenes`, those with several things more often, and none holds a held-out
+combination. A picture is right where all that its prompt says holds, the background too, and nothing else is in it.
+Give another detector than the shipped one, which judges the evaluation, and another seed than 0, which draws its
+prompts: `unigen train recipes/scene_detector.py seed=1` trains one. Exit 2 with one line for bad input. Refuses to know
+how anything is learnt from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+
+import numpy as np
+
+import unigen
+from unigen.evaluation.detector import load_detector
+from unigen.evaluation.task import Item
+from unigen.evaluation.tasks.scenes import ScenesTask, prompts
+from unigen.output import check_output, write_atomically
+
+SHARES = {"two_object": 0.22, "counting": 0.07, "colors": 0.07, "position": 0.22, "color_attr": 0.42}
+
+
+def drawn_prompts(count: int, seed: int) -> list[Item]:
+    """At most `count` different prompts without held-out combinations, in random order."""
+    items = []
+    for tag, share in SHARES.items():
+        found = [item for item in prompts(tag, round(count * share / 0.7) + 1, seed) if not item.meta["heldout"]]
+        items += found[: round(count * share)]
+    return [items[k] for k in np.random.default_rng(seed).permutation(len(items))]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Draw several pictures a prompt and judge them.")
+    parser.add_argument("model")
+    parser.add_argument("out", help="a .jsonl file: a prompt, its pictures as codes, which are right")
+    parser.add_argument("--detector", required=True, metavar="FOLDER")
+    parser.add_argument("--minutes", type=float, default=10.0, help="stop after so long (default: 10)")
+    parser.add_argument("--prompts", type=int, default=5000)
+    parser.add_argument("--images", type=int, default=4, help="pictures a prompt (default: 4)")
+    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=128, help="pictures drawn at once (default: 128)")
+    parser.add_argument("--dtype", default="bfloat16")
+    args = parser.parse_args()
+    try:
+        if min(args.prompts, args.images - 1, args.batch // max(args.images, 1)) < 1 or not args.minutes > 0:
+            raise ValueError("give at least 1 prompt, 2 pictures of each, a batch that holds them, and some minutes")
+        out = check_output(args.out, {".jsonl": "JSON lines"})
+        task = ScenesTask(seed=args.seed, detector=load_detector(args.detector))
+        engine = unigen.load(args.model, dtype=args.dtype)
+        items = drawn_prompts(args.prompts, args.seed)
+        end, each = time.monotonic() + 60 * args.minutes, args.batch // args.images
+        lines, right = [], 0
+        for start in range(0, len(items), each):
+            if time.monotonic() > end:
+                break
+            asked = [item for item in items[start : start + each] for _ in range(args.images)]
+            first = args.seed * 1_000_000 + start * args.images
+            requests = [
+                engine.request(item.prompt, "image", seed=first + k, guidance=args.guidance)
+                for k, item in enumerate(asked)
+            ]
+            pictures = dict(engine.run(requests))
+            scores = task.score_batch(asked, [pictures[k] for k in range(len(asked))])
+            good = [s["strict"] == 1 and s.get("background", 1) == 1 for s in scores]
+            codes = [request.document.segments[-1].image.tolist() for request in requests]
+            for k in range(0, len(asked), args.images):
+                group = {"prompt": asked[k].prompt, "codes": codes[k : k + args.images]}
+                lines.append(json.dumps(group | {"right": good[k : k + args.images]}) + "\n")
+            right += sum(good)
+            print(f"\r{len(lines)} prompts, {right / len(lines) / args.images:.3f} right", end="", flush=True)
+        print()
+        write_atomically(out, lambda file: file.write("".join(lines).encode()))
+    except ValueError as error:
+        print(f"judge_pictures: error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {out}: {len(lines)} prompts with {args.images} pictures each")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
