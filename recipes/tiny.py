@@ -91,7 +91,6 @@ class TinyConfig(RunConfig):
     learn_shown: bool = True  # also the pictures that the user shows: a caption says little of what is in their codes
     text_weight: float = 1.0
     preferences: PreferenceConfig = field(default_factory=PreferenceConfig)
-    text_noise: float = 0.0  # share of an answer's pieces that are read as others, so that pictures outweigh habits
 
 
 def config() -> TinyConfig:
@@ -157,7 +156,6 @@ def build(cfg: TinyConfig) -> Job:
     folders = {"multiscale": cfg.scale_tokenizer, "kl": cfg.kl_tokenizer}
     settings = {"flow": cfg.flow, "transfusion": cfg.transfusion, "token-flow": cfg.token_flow}
     model = tiny.teach(model, tuple(shares), new_heads(model, shares, folders, settings))
-    model.generators["text"].noise = cfg.text_noise  # type: ignore[attr-defined]
     if cfg.compile:
         model.backbone.compile_packed()
     size = model.image_tokenizer.image_size

@@ -73,26 +73,12 @@ class Text(_Causal):
     def __init__(self, forbidden: list[int]) -> None:
         self.forbidden = forbidden
         """Specials of the text table that are never written, except a span's stops."""
-        self.noise = 0.0
-        """The share of the learnt pieces that later ones read as another piece of the batch, in training: so that what
-        was never said together can be said where a picture shows it."""
 
     def positions(self) -> int:
         return 0
 
     def targets(self, batch: Batch) -> Tensor:
         return batch.loss_BL & ~batch.inside()
-
-    def prepare(self, model: Model, batch: Batch, embeds_BLD: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        target_BL = self.targets(batch)
-        if self.noise:
-            special = torch.tensor(self.forbidden, device=batch.ids_BL.device)
-            rows_N, at_N = (target_BL & ~torch.isin(batch.ids_BL, special)).nonzero(as_tuple=True)
-            other_N = batch.ids_BL[rows_N, at_N][torch.randperm(len(at_N), generator=rng).to(at_N.device)]
-            hit_N = (torch.rand(len(at_N), generator=rng) < self.noise).to(at_N.device)
-            read_MD = model.embed(other_N[hit_N]).to(embeds_BLD.dtype)
-            embeds_BLD = embeds_BLD.index_put((rows_N[hit_N], at_N[hit_N]), read_MD)
-        return embeds_BLD, target_BL
 
     def start(self, span: Span) -> State:
         return State(span, pending=[span.begin])
