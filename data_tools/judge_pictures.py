@@ -7,7 +7,7 @@ of recipes/tiny.py learns from.
 The prompts are of the kinds of `unigen eval scenes`, those with several things more often, and none holds a held-out
 combination. A picture is right where all that its prompt says holds, the background too, and nothing else is in it.
 Give another detector than the shipped one, which judges the evaluation, and another seed than 0, which draws its
-prompts: `unigen train recipes/scene_detector.py seed=1` trains one. Exit 2 with one line for bad input. Refuses to know
+prompts: `unigen train recipes/scene_detector.py seed=2` trains one. Exit 2 with one line for bad input. Refuses to know
 how anything is learnt from it.
 """
 

@@ -14,7 +14,7 @@ mixture of chats that are rendered while it trains and never repeat. In a tenth 
 guidance. Training goes on from a model by `init_from=FOLDER`, which brings its tokenizers along, and beside the mixture
 from comparisons of its own pictures:
 
-              python data_tools/judge_pictures.py runs/tiny/model runs/judged.jsonl --detector runs/other-detector
+              python data_tools/judge_pictures.py runs/tiny/model runs/judged.jsonl --detector runs/judge
               unigen train recipes/tiny.py init_from=runs/tiny/model preferences.judged=runs/judged.jsonl
                   batch_size=4 time_limit=300 optim.lr=3e-4 run_dir=runs/preferred
 """
