@@ -26,14 +26,18 @@ from unigen.evaluation.task import Item
 from unigen.evaluation.tasks.scenes import ScenesTask, prompts
 from unigen.output import check_output, write_atomically
 
-SHARES = {"two_object": 0.22, "counting": 0.07, "colors": 0.07, "position": 0.22, "color_attr": 0.42}
+SHARES = {"two_object": 0.25, "counting": 0.2, "colors": 0.1, "position": 0.1, "color_attr": 0.35}
 
 
 def drawn_prompts(count: int, seed: int) -> list[Item]:
-    """At most `count` different prompts without held-out combinations, in random order."""
-    items = []
+    """About `count` prompts without held-out combinations, in random order. Some come twice: there are not so many of
+    all kinds."""
+    items: list[Item] = []
     for tag, share in SHARES.items():
-        found = [item for item in prompts(tag, round(count * share / 0.7) + 1, seed) if not item.meta["heldout"]]
+        found: list[Item] = []
+        while len(found) < count * share:
+            more = prompts(tag, 100, seed + len(found))  # few at once, since 3 in 10 are to be held out
+            found += [item for item in more if not item.meta["heldout"]]
         items += found[: round(count * share)]
     return [items[k] for k in np.random.default_rng(seed).permutation(len(items))]
 
@@ -72,7 +76,7 @@ def main() -> int:
             pictures = dict(engine.run(requests))
             scores = task.score_batch(asked, [pictures[k] for k in range(len(asked))])
             good = [s["strict"] == 1 and s.get("background", 1) == 1 for s in scores]
-            codes = [request.document.segments[-1].image.tolist() for request in requests]
+            codes = [np.asarray(request.document.segments[-1].image).tolist() for request in requests]
             for k in range(0, len(asked), args.images):
                 group = {"prompt": asked[k].prompt, "codes": codes[k : k + args.images]}
                 lines.append(json.dumps(group | {"right": good[k : k + args.images]}) + "\n")

@@ -21,6 +21,7 @@ from comparisons of its own pictures:
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -166,10 +167,7 @@ def build(cfg: TinyConfig) -> Job:
         pairs = read_pairs(cfg.preferences.judged, cfg.seed)
         dataset = ComparedRows(dataset, pairs, model.template.encode, cfg.length, cfg.preferences.rows)
         collate = CollateCompared(collate, cfg.length, size)
-        reference = load(cfg.init_from)
-        if cfg.compile:
-            reference.backbone.compile_packed()
-        objective = Preferences(objective, reference, cfg.preferences)
+        objective = Preferences(objective, copy.deepcopy(model), cfg.preferences)
         once = len(pairs) / (cfg.batch_size * cfg.preferences.rows * dataset.fit)
         print(f"{len(pairs)} pairs of pictures: all are seen once in {once:.0f} steps", flush=True)
     return Job(
