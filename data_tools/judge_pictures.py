@@ -2,12 +2,12 @@
 of recipes/tiny.py learns from.
 
     python data_tools/judge_pictures.py MODEL OUT.jsonl --detector FOLDER [--minutes 10] [--images 4] [--guidance 4]
-                                        [--prompts 7000] [--seed 1] [--batch 128] [--dtype bfloat16]
+                                        [--prompts 5000] [--seed 1] [--batch 128] [--dtype bfloat16]
 
 The prompts are of the kinds of `unigen eval scenes`, those with several things more often, and none holds a held-out
 combination. A picture is right where all that its prompt says holds, the background too, and nothing else is in it.
 Give another detector than the shipped one, which judges the evaluation, and another seed than 0, which draws its
-prompts: `unigen train recipes/scene_detector.py seed=2` trains one. Exit 2 with one line for bad input. Refuses to know
+prompts; docs/guide.md has the commands that make one. Exit 2 with one line for bad input. Refuses to know
 how anything is learnt from it.
 """
 
@@ -17,6 +17,8 @@ import argparse
 import json
 import sys
 import time
+from contextlib import suppress
+from typing import Any
 
 import numpy as np
 
@@ -42,6 +44,18 @@ def drawn_prompts(count: int, seed: int) -> list[Item]:
     return [items[k] for k in np.random.default_rng(seed).permutation(len(items))]
 
 
+def judged(engine: Any, task: ScenesTask, items: list[Item], images: int, seed: int, guidance: float) -> list[Any]:
+    """For each prompt its pictures as codes and which are right; picture k of them all is drawn with `seed` + k."""
+    asked = [item for item in items for _ in range(images)]
+    requests = [engine.request(item.prompt, "image", seed=seed + k, guidance=guidance) for k, item in enumerate(asked)]
+    pictures = dict(engine.run(requests))
+    scores = task.score_batch(asked, [pictures[k] for k in range(len(asked))])
+    right = [s["strict"] == 1 and s.get("background", 1) == 1 for s in scores]
+    codes = [request.document.segments[-1].image.tolist() for request in requests]
+    cuts = [slice(k, k + images) for k in range(0, len(asked), images)]
+    return [{"prompt": asked[cut.start].prompt, "codes": codes[cut], "right": right[cut]} for cut in cuts]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Draw several pictures a prompt and judge them.")
     parser.add_argument("model")
@@ -63,31 +77,24 @@ def main() -> int:
         engine = unigen.load(args.model, dtype=args.dtype)
         items = drawn_prompts(args.prompts, args.seed)
         end, each = time.monotonic() + 60 * args.minutes, args.batch // args.images
-        lines, right = [], 0
-        for start in range(0, len(items), each):
-            if time.monotonic() > end:
-                break
-            asked = [item for item in items[start : start + each] for _ in range(args.images)]
-            first = args.seed * 1_000_000 + start * args.images
-            requests = [
-                engine.request(item.prompt, "image", seed=first + k, guidance=args.guidance)
-                for k, item in enumerate(asked)
-            ]
-            pictures = dict(engine.run(requests))
-            scores = task.score_batch(asked, [pictures[k] for k in range(len(asked))])
-            good = [s["strict"] == 1 and s.get("background", 1) == 1 for s in scores]
-            codes = [np.asarray(request.document.segments[-1].image).tolist() for request in requests]
-            for k in range(0, len(asked), args.images):
-                group = {"prompt": asked[k].prompt, "codes": codes[k : k + args.images]}
-                lines.append(json.dumps(group | {"right": good[k : k + args.images]}) + "\n")
-            right += sum(good)
-            print(f"\r{len(lines)} prompts, {right / len(lines) / args.images:.3f} right", end="", flush=True)
+        groups: list[Any] = []
+        with suppress(KeyboardInterrupt):  # what has been drawn is kept
+            for start in range(0, len(items), each):
+                if time.monotonic() > end:
+                    break
+                seed = args.seed * 1_000_000 + start * args.images
+                groups += judged(engine, task, items[start : start + each], args.images, seed, args.guidance)
+                right = np.mean([group["right"] for group in groups])
+                print(f"\r{len(groups)} prompts, {right:.3f} of the pictures right", end="", flush=True)
         print()
-        write_atomically(out, lambda file: file.write("".join(lines).encode()))
+        if not groups:
+            raise ValueError("nothing was drawn: give more prompts or minutes")
+        lines = "".join(json.dumps(group) + "\n" for group in groups)
+        write_atomically(out, lambda file: file.write(lines.encode()))
     except ValueError as error:
         print(f"judge_pictures: error: {error}", file=sys.stderr)
         return 2
-    print(f"wrote {out}: {len(lines)} prompts with {args.images} pictures each")
+    print(f"wrote {out}: {len(groups)} prompts with {args.images} pictures each")
     return 0
 
 

@@ -14,9 +14,9 @@ mixture of chats that are rendered while it trains and never repeat. In a tenth 
 guidance. Training goes on from a model by `init_from=FOLDER`, which brings its tokenizers along, and beside the mixture
 from comparisons of its own pictures:
 
-              python data_tools/judge_pictures.py runs/tiny/model runs/judged.jsonl --detector runs/judge
+              python data_tools/judge_pictures.py runs/tiny/model runs/judged.jsonl --detector runs/judge/calibrated
               unigen train recipes/tiny.py init_from=runs/tiny/model preferences.judged=runs/judged.jsonl
-                  batch_size=4 time_limit=300 optim.lr=3e-4 run_dir=runs/preferred
+                  batch_size=4 time_limit=400 optim.lr=3e-4 optim.warmup=10 run_dir=runs/preferred
 """
 
 from __future__ import annotations
@@ -164,12 +164,16 @@ def build(cfg: TinyConfig) -> Job:
     collate: Any = Collate(cfg.length, size)
     objective: Any = Mixture(model.generators, shares | {"text": cfg.text_weight * shares["next-token"]})
     if cfg.preferences.judged:
-        pairs = read_pairs(cfg.preferences.judged, cfg.seed)
+        tokenizer: Any = model.image_tokenizer
+        pairs = read_pairs(cfg.preferences.judged, cfg.seed, tokenizer.grid, tokenizer.codebook_size)
         dataset = ComparedRows(dataset, pairs, model.template.encode, cfg.length, cfg.preferences.rows)
         collate = CollateCompared(collate, cfg.length, size)
-        objective = Preferences(objective, copy.deepcopy(model), cfg.preferences)
-        once = len(pairs) / (cfg.batch_size * cfg.preferences.rows * dataset.fit)
-        print(f"{len(pairs)} pairs of pictures: all are seen once in {once:.0f} steps", flush=True)
+        reference = copy.deepcopy(model)  # which is not compiled, even where the model is
+        if cfg.compile:
+            reference.backbone.compile_packed()
+        objective = Preferences(objective, reference, cfg.preferences)
+        once = len(pairs) / (cfg.preferences.rows * dataset.fit)
+        print(f"{len(pairs)} pairs of pictures: all are seen once in {once:.0f} rows", flush=True)
     return Job(
         model=model,
         dataset=dataset,

@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from scripts import bench, results
+from scripts import average, bench, results
 from unigen.config import write_report
+from unigen.models import load
 
 
 def test_the_table_of_benches(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -44,3 +46,23 @@ def test_ship_refuses_what_is_no_model(root: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(root / "scripts" / "ship.py"), str(tmp_path / "none"), "unigen-x"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
     assert done.returncode == 2 and done.stderr.startswith("ship: error: unknown model")
+
+
+def test_average_is_the_mean_of_weights(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = load(tiny_folder)
+    first = {name: p.clone() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 1.0
+    model.save(tmp_path / "other")
+    monkeypatch.setattr(sys, "argv", ["average", str(tmp_path / "out"), str(tiny_folder), str(tmp_path / "other")])
+    assert average.main() == 0
+    for name, p in load(tmp_path / "out").named_parameters():
+        frozen = "tokenizer." in name  # those are the first one's
+        torch.testing.assert_close(p, first[name] if frozen else first[name] + 0.5, msg=name)
+    for wrong, message in (([str(tiny_folder)], "at least two"), ([str(tiny_folder), "unigen-tiny"], "other weights")):
+        monkeypatch.setattr(sys, "argv", ["average", str(tmp_path / "no"), *wrong])
+        assert average.main() == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()

@@ -130,16 +130,17 @@ class Engine:
             raise ValueError("the instruction is empty: say what to change")
         return self.generate([image, instruction], "image", **options)
 
-    def inpaint(self, image: Any, prompt: str, mask: Any, *, generator: str = "masked", **options: Any) -> Any:
+    def inpaint(self, image: Any, prompt: str, mask: Any, *, generator: str | None = None, **options: Any) -> Any:
         """The picture with what the mask marks painted anew as the prompt says; all else stays as it is.
 
         mask: a picture or array of the image's shape, white where to paint; every code that it touches is
         written anew. Raises ValueError where it marks nothing, and for a generator that cannot keep codes.
         """
         model, size = self.model, self.model.image_tokenizer.image_size
-        able = [name for name, generator in model.generators.items() if "fixed" in generator.takes]
+        able = [name for name, one in model.generators.items() if "fixed" in one.takes]
         if not able:
             raise ValueError("this model cannot keep a part of a picture: train it with writers.masked=1")
+        generator = generator or able[0]
         if generator in model.generators and generator not in able:
             raise ValueError(f"{generator} cannot keep a part of a picture: choose {' or '.join(able)}")
         height, width = model.image_tokenizer.grid

@@ -34,6 +34,7 @@ from unigen.data.captions import (
 )
 from unigen.data.scenes import (
     BACKGROUNDS,
+    COLORS,
     MAX_COUNT,
     NUMBERS,
     OBJECTS,
@@ -190,9 +191,11 @@ def _relations(said: Facts, rng: np.random.Generator) -> list[QA]:
 
 
 def totals(scene: Scene, rng: np.random.Generator) -> list[QA]:
-    """How many objects there are, and how many of each colour, whatever they are; in random order, kind "count"."""
+    """How many objects there are, and how many of each colour, whatever they are; in random order, kind "count". Not of
+    a colour that something there has by nature."""
     form = _pick(rng, ("how many {} are there?", "how many {}?", "how many {} do you see?"))
-    colors = [item.color for item in scene.items if item.color is not None]
+    natural = [color for item in scene.items if item.color is None for color in COLORS if color not in tints(item.name)]
+    colors = [item.color for item in scene.items if item.color is not None and item.color not in natural]
     counts = {"objects": len(scene.items)} | {f"{color} objects": colors.count(color) for color in colors}
     found = [QA(form.format(what), NUMBERS[count], "count") for what, count in counts.items()]
     return [found[k] for k in rng.permutation(len(found))]

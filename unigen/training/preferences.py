@@ -3,8 +3,9 @@
     L = - E log sigmoid(beta [ log p(w|c) - log p_ref(w|c)  -  log p(l|c) + log p_ref(l|c) ])
 
 is DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7) with w chosen, l rejected, c the prompt and p_ref the model as
-training began. log p is the sum over a picture's codes in raster order, without guidance. Beside it stand the losses
-of a mixture, and a weight on the likelihood of what is chosen, lest both become unlikely together.
+training began. log p is the sum over a picture's codes in raster order, p being over image codes alone as they are
+drawn, without guidance and at temperature 1. Beside it stand the losses of a mixture and - log p(w|c), by the code,
+lest both become unlikely together (as in RPO, Pang et al. 2024, arXiv 2404.19733, eq. 2).
 
     {"prompt": "two apples", "codes": [[[5, 7, ..], ..], ..], "right": [true, false, ..]}   # a line of the judged file
 
@@ -35,16 +36,21 @@ class PreferenceConfig:
     judged: str | None = None
     beta: float = 0.1
     weight: float = 1.0
-    likelihood: float = 0.3
-    """Weight of the nats a code of what is chosen."""
+    nll: float = 0.3
+    """Weight of - log p of the chosen pictures, in nats a code."""
     rows: int = 2
     """Rows of pairs beside each row of the mixture."""
 
+    def __post_init__(self) -> None:
+        if not (self.beta > 0 and self.weight > 0 and self.nll >= 0 and self.rows >= 1):
+            raise ValueError("preferences need beta and weight above 0, nll of at least 0 and at least 1 row of pairs")
 
-def read_pairs(file: str | Path, seed: int) -> list[tuple[str, Tensor, Tensor]]:
+
+def read_pairs(file: str | Path, seed: int, grid: tuple[int, int], codes: int) -> list[tuple[str, Tensor, Tensor]]:
     """(prompt, codes (h, w) of a right picture, those of a wrong one) in random order; each picture at most once.
 
-    Raises ValueError for a file that cannot be read, or without a prompt that has both."""
+    grid, codes: rows and columns of a picture, and how many codes there are. Raises ValueError for a file that cannot
+    be read, whose pictures are of another tokenizer, or without a prompt that has both."""
     rng = np.random.default_rng(seed)
     pairs: list[tuple[str, Tensor, Tensor]] = []
     read = 0
@@ -53,14 +59,20 @@ def read_pairs(file: str | Path, seed: int) -> list[tuple[str, Tensor, Tensor]]:
             for line in lines:
                 read += 1
                 group = json.loads(line)
-                codes_Khw, right_K = torch.tensor(group["codes"]), np.array(group["right"], dtype=bool)
+                codes_Khw, right_K = torch.tensor(group["codes"]), np.array(group["right"])
+                if codes_Khw.shape != (len(right_K), *grid) or codes_Khw.is_floating_point():
+                    raise ValueError(f"pictures of {tuple(codes_Khw.shape[1:])} codes, not {grid}, or of other numbers")
+                if codes_Khw.min() < 0 or codes_Khw.max() >= codes:
+                    raise ValueError(f"codes beyond the {codes} there are")
+                if right_K.dtype != bool or not isinstance(group["prompt"], str):
+                    raise ValueError("a prompt is text, and each picture right or not")
                 right, wrong = rng.permutation(right_K.nonzero()[0]), rng.permutation((~right_K).nonzero()[0])
                 for chosen, rejected in zip(right, wrong, strict=False):
                     pairs.append((group["prompt"], codes_Khw[chosen], codes_Khw[rejected]))
     except OSError as error:
         raise ValueError(f"cannot read {file}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"line {read} of {file} does not hold judged pictures: {error!r}") from error
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"line {read} of {file} does not hold judged pictures: {error}") from error
     if not pairs:
         raise ValueError(f"{file} has no prompt with a right and a wrong picture: judge more pictures")
     return [pairs[k] for k in rng.permutation(len(pairs))]
@@ -92,8 +104,8 @@ class ComparedRows:
         return self.mixture[index], rows
 
     def _row(self, number: int) -> list[Tokens]:
-        chosen = [self.pairs[(number * self.fit + k) % len(self.pairs)] for k in range(self.fit)]
-        return [self.encode(_drawn(prompt, codes_hw)) for prompt, *codes in chosen for codes_hw in codes]
+        pairs = [self.pairs[(number * self.fit + k) % len(self.pairs)] for k in range(self.fit)]
+        return [self.encode(_drawn(prompt, codes_hw)) for prompt, *both in pairs for codes_hw in both]
 
 
 def _drawn(prompt: str, codes_hw: Tensor) -> Document:
@@ -124,26 +136,27 @@ class CollateCompared:
 
 
 class Preferences(nn.Module):
-    """The losses of a mixture, and those of pairs: "preference", and "chosen", the nats a code of what is chosen.
-    metric/ranked: the share of pairs whose chosen picture has gained on the rejected one."""
+    """The losses of a mixture, and those of pairs: "preference", and "chosen", - log p of the chosen pictures in nats a
+    code. metric/accuracy: the share of pairs whose chosen picture has gained on the rejected one."""
 
     def __init__(self, mixture: Mixture, reference: UnifiedModel, config: PreferenceConfig) -> None:
         super().__init__()
         self.mixture, self.beta = mixture, config.beta
         self.reference = reference.requires_grad_(False).eval()
-        self.weights = mixture.weights | {"preference": config.weight, "chosen": config.likelihood}
+        self.weights = mixture.weights | {"preference": config.weight, "chosen": config.nll}
 
     def forward(self, model: Any, batch: Compared, rng: torch.Generator) -> dict[str, tuple[Tensor, Tensor | int]]:
         losses = self.mixture(model, batch.mixture, rng)
         pairs = model.fill(batch.pairs)
-        now_P2 = log_likelihood(model, pairs)
+        policy_P2 = log_likelihood(model, pairs)
         with torch.no_grad():
-            then_P2 = log_likelihood(self.reference, pairs)
-        margin_P = ((now_P2 - then_P2) * now_P2.new_tensor([1, -1])).sum(-1)
+            reference_P2 = log_likelihood(self.reference, pairs)
+        gain_P2 = policy_P2 - reference_P2
+        margin_P = gain_P2[:, 0] - gain_P2[:, 1]
         count = len(margin_P)
         losses["preference"] = -nn.functional.logsigmoid(self.beta * margin_P).sum(), count
-        losses["chosen"] = -now_P2[:, 0].sum(), count * (pairs.spans_N3[0, 2] - pairs.spans_N3[0, 1])
-        losses["metric/ranked"] = (margin_P > 0).sum(), count
+        losses["chosen"] = -policy_P2[:, 0].sum(), count * (pairs.spans_N3[0, 2] - pairs.spans_N3[0, 1])
+        losses["metric/accuracy"] = (margin_P > 0).sum(), count
         losses["metric/tokens"] = losses["metric/tokens"][0] + (pairs.segments_BL > 0).sum(), 1
         return losses
 
@@ -151,11 +164,16 @@ class Preferences(nn.Module):
         spans_N3 = batch.pairs.spans_N3
         count = len(spans_N3) // 2
         codes = count * (spans_N3[0, 2] - spans_N3[0, 1])
-        return self.mixture.counts(batch.mixture, rng) | {"preference": count, "chosen": codes, "metric/ranked": count}
+        return self.mixture.counts(batch.mixture, rng) | {
+            "preference": count,
+            "chosen": codes,
+            "metric/accuracy": count,
+        }
 
 
 def log_likelihood(model: UnifiedModel, batch: Batch) -> Tensor:
-    """log p (nats) of the codes of each picture given what stands before it, as (P, 2)."""
+    """log p (nats) of the codes of each picture among image codes, given what stands before it, as (P, 2). batch:
+    filled, one picture a document, each chosen before its rejected."""
     hidden_BLD = model.hidden(batch)
     rows_N1, at_NM = batch.places(torch.arange(len(batch.spans_N3)))
     first, stop = model.vocabulary.text_size, model.vocabulary.size
