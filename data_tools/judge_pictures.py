@@ -1,7 +1,7 @@
 """Have a model draw several pictures for each of many prompts, and a detector say which are right: what `preferences`
 of recipes/tiny.py learns from.
 
-    python data_tools/judge_pictures.py MODEL OUT.jsonl --detector FOLDER [--minutes 10] [--images 4] [--guidance 4]
+    python data_tools/judge_pictures.py MODEL OUT.jsonl --detector FOLDER [--minutes 10] [--images 4] [--guidance 3]
                                         [--prompts 5000] [--seed 1] [--batch 128] [--dtype bfloat16]
 
 The prompts are of the kinds of `unigen eval scenes`, those with several things more often, and none holds a held-out
@@ -64,7 +64,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0, help="stop after so long (default: 10)")
     parser.add_argument("--prompts", type=int, default=5000)
     parser.add_argument("--images", type=int, default=4, help="pictures a prompt (default: 4)")
-    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--batch", type=int, default=128, help="pictures drawn at once (default: 128)")
     parser.add_argument("--dtype", default="bfloat16")

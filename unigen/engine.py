@@ -190,7 +190,7 @@ class Engine:
         *,
         seed: int = 0,
         generator: str = "next-token",
-        guidance: float | Sequence[float] | Guidance = 4.0,
+        guidance: float | Sequence[float] | Guidance = 3.0,
         temperature: float | None = None,
         top_k: int = 0,
         top_p: float = 1.0,
