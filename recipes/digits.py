@@ -10,7 +10,9 @@
     HARDWARE  2 CPU cores
     TIME      15 minutes in all
     EXPECTED  a k-NN trained on true digits reads most of what is drawn as the class that was asked for
-    MEASURED  not run yet
+    MEASURED  2026-11-20, time_limit=50 for each tokenizer, then 180 (1,001 steps). Read as asked, of 40 a class:
+              next-token 0.753, next-scale 1.000, flow 1.000; true held-out digits 0.989. Distance to the
+              nearest training digit, over that of true ones: 1.294, 0.978, 1.028
 
 A small Llama reads one token, the class, and writes a picture of 4x4 codes, three scales, or 4x4 latents. In a tenth of
 the documents the class is dropped, for guidance. The model has no words: `unigen generate --class seven --model
