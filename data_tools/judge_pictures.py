@@ -26,7 +26,7 @@ import unigen
 from unigen.evaluation.detector import load_detector
 from unigen.evaluation.task import Item
 from unigen.evaluation.tasks.scenes import ScenesTask, prompts
-from unigen.output import check_output, write_atomically
+from unigen.output import check_output, one_line_errors, write_atomically
 
 SHARES = {"two_object": 0.25, "counting": 0.2, "colors": 0.1, "position": 0.1, "color_attr": 0.35}
 
@@ -56,6 +56,7 @@ def judged(engine: Any, task: ScenesTask, items: list[Item], images: int, seed: 
     return [{"prompt": asked[cut.start].prompt, "codes": codes[cut], "right": right[cut]} for cut in cuts]
 
 
+@one_line_errors
 def main() -> int:
     parser = argparse.ArgumentParser(description="Draw several pictures a prompt and judge them.")
     parser.add_argument("model")
@@ -69,31 +70,27 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=128, help="pictures drawn at once (default: 128)")
     parser.add_argument("--dtype", default="bfloat16")
     args = parser.parse_args()
-    try:
-        if min(args.prompts, args.images - 1, args.batch // max(args.images, 1)) < 1 or not args.minutes > 0:
-            raise ValueError("give at least 1 prompt, 2 pictures of each, a batch that holds them, and some minutes")
-        out = check_output(args.out, {".jsonl": "JSON lines"})
-        task = ScenesTask(seed=args.seed, detector=load_detector(args.detector))
-        engine = unigen.load(args.model, dtype=args.dtype)
-        items = drawn_prompts(args.prompts, args.seed)
-        end, each = time.monotonic() + 60 * args.minutes, args.batch // args.images
-        groups: list[Any] = []
-        with suppress(KeyboardInterrupt):  # what has been drawn is kept
-            for start in range(0, len(items), each):
-                if time.monotonic() > end:
-                    break
-                seed = args.seed * 1_000_000 + start * args.images
-                groups += judged(engine, task, items[start : start + each], args.images, seed, args.guidance)
-                right = np.mean([group["right"] for group in groups])
-                print(f"\r{len(groups)} prompts, {right:.3f} of the pictures right", end="", flush=True)
-        print()
-        if not groups:
-            raise ValueError("nothing was drawn: give more prompts or minutes")
-        lines = "".join(json.dumps(group) + "\n" for group in groups)
-        write_atomically(out, lambda file: file.write(lines.encode()))
-    except ValueError as error:
-        print(f"judge_pictures: error: {error}", file=sys.stderr)
-        return 2
+    if min(args.prompts, args.images - 1, args.batch // max(args.images, 1)) < 1 or not args.minutes > 0:
+        raise ValueError("give at least 1 prompt, 2 pictures of each, a batch that holds them, and some minutes")
+    out = check_output(args.out, {".jsonl": "JSON lines"})
+    task = ScenesTask(seed=args.seed, detector=load_detector(args.detector))
+    engine = unigen.load(args.model, dtype=args.dtype)
+    items = drawn_prompts(args.prompts, args.seed)
+    end, each = time.monotonic() + 60 * args.minutes, args.batch // args.images
+    groups: list[Any] = []
+    with suppress(KeyboardInterrupt):  # what has been drawn is kept
+        for start in range(0, len(items), each):
+            if time.monotonic() > end:
+                break
+            seed = args.seed * 1_000_000 + start * args.images
+            groups += judged(engine, task, items[start : start + each], args.images, seed, args.guidance)
+            right = np.mean([group["right"] for group in groups])
+            print(f"\r{len(groups)} prompts, {right:.3f} of the pictures right", end="", flush=True)
+    print()
+    if not groups:
+        raise ValueError("nothing was drawn: give more prompts or minutes")
+    lines = "".join(json.dumps(group) + "\n" for group in groups)
+    write_atomically(out, lambda file: file.write(lines.encode()))
     print(f"wrote {out}: {len(groups)} prompts with {args.images} pictures each")
     return 0
 

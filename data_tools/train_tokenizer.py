@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 
 from unigen.models.tiny import SPECIALS, spelt
+from unigen.output import one_line_errors
 from unigen.tokenizers import text
 
 
@@ -29,6 +30,7 @@ def sentences(path: str | None, count: int, seed: int) -> Iterator[str]:
     return map(spelt, lines)
 
 
+@one_line_errors
 def main() -> int:
     parser = argparse.ArgumentParser(description="Train a SentencePiece tokenizer and write it as a Hugging Face one.")
     parser.add_argument("folder")
@@ -37,11 +39,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--text", metavar="FILE", help="one sentence a line, instead of the rendered world's")
     args = parser.parse_args()
-    try:
-        text.train(sentences(args.text, args.sentences, args.seed), args.folder, args.vocab_size, SPECIALS)
-    except ValueError as error:
-        print(f"train_tokenizer: error: {error}", file=sys.stderr)
-        return 2
+    text.train(sentences(args.text, args.sentences, args.seed), args.folder, args.vocab_size, SPECIALS)
     print(f"wrote {args.folder}")
     return 0
 

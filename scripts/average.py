@@ -15,6 +15,7 @@ import sys
 import torch
 
 from unigen.models import load
+from unigen.output import one_line_errors
 
 
 def average(out: str, names: list[str]) -> None:
@@ -32,18 +33,15 @@ def average(out: str, names: list[str]) -> None:
     models[0].save(out)
 
 
+@one_line_errors
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("out", help="the folder to write")
     parser.add_argument("models", nargs="+", metavar="MODEL", help="folders or names of models")
     args = parser.parse_args()
-    try:
-        if len(args.models) < 2:
-            raise ValueError("give at least two models")
-        average(args.out, args.models)
-    except ValueError as error:
-        print(f"average: error: {error}", file=sys.stderr)
-        return 2
+    if len(args.models) < 2:
+        raise ValueError("give at least two models")
+    average(args.out, args.models)
     print(f"wrote {args.out}: the mean of {len(args.models)} models")
     return 0
 

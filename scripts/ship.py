@@ -14,6 +14,7 @@ import torch
 
 from unigen import hub
 from unigen.models import load
+from unigen.output import one_line_errors
 
 LIMIT = 40_000_000
 """Bytes that all shipped weights together may have."""
@@ -23,25 +24,22 @@ def weight(folder: str) -> int:
     return sum(file.stat().st_size for file in (hub.ASSETS / folder).rglob("*.safetensors"))
 
 
+@one_line_errors
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", help="what a training run wrote, such as runs/tiny/model")
     parser.add_argument("name", help="the name it is loaded by, such as unigen-tiny")
     args = parser.parse_args()
     target = hub.ASSETS / args.name
-    try:
-        model = load(args.folder)
-        others = sum(weight(folder.name) for folder in hub.ASSETS.iterdir() if folder.is_dir() and folder != target)
-        total = others + 2 * sum(p.numel() for p in model.parameters())
-        if total > LIMIT:
-            raise ValueError(f"the shipped weights would have {total / 1e6:.1f} MB, more than {LIMIT / 1e6:.0f}")
-        card = (target / "README.md").read_text() if (target / "README.md").exists() else None
-        model.save(target, dtype=torch.bfloat16)
-        if card is not None:
-            (target / "README.md").write_text(card)
-    except ValueError as error:
-        print(f"ship: error: {error}", file=sys.stderr)
-        return 2
+    model = load(args.folder)
+    others = sum(weight(folder.name) for folder in hub.ASSETS.iterdir() if folder.is_dir() and folder != target)
+    total = others + 2 * sum(p.numel() for p in model.parameters())
+    if total > LIMIT:
+        raise ValueError(f"the shipped weights would have {total / 1e6:.1f} MB, more than {LIMIT / 1e6:.0f}")
+    card = (target / "README.md").read_text() if (target / "README.md").exists() else None
+    model.save(target, dtype=torch.bfloat16)
+    if card is not None:
+        (target / "README.md").write_text(card)
     print(f"{target}: {weight(args.name) / 1e6:.1f} MB of weights, {total / 1e6:.1f} MB with all that is shipped")
     return 0
 

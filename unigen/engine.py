@@ -228,7 +228,8 @@ class Engine:
             chosen |= {"temperature": temperature, "top_k": top_k or None, "top_p": top_p if top_p != 1 else None}
         takes = self.model.generators[generator].takes
         if unheard := [name for name, value in chosen.items() if value is not None and name not in takes]:
-            raise ValueError(f"{generator} does not take {', '.join(unheard)}: it takes {', '.join(takes)}")
+            heard = f" (it takes {', '.join(takes)})" if takes else ""
+            raise ValueError(f"{generator} does not take {', '.join(unheard)}: leave that out{heard}")
         if guidance_kind is not None:
             guidance = replace(guidance, kind=guidance_kind)
         if "sampler" in takes and steps is not None:

@@ -11,10 +11,12 @@ never leaves half a file where a good one was. Refuses to know models: PIL image
 from __future__ import annotations
 
 import base64
+import functools
 import html
 import io
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -182,3 +184,17 @@ def write_story(path: Path, title: str, parts: Sequence[str | Image], made: str)
         lines.append(f"![]({picture.name})")
     write_text(path, "\n\n".join([*lines, f"Made by `{made}`"]) + "\n")
     return [path, *written]
+
+
+def one_line_errors(main: Callable[[], int]) -> Callable[[], int]:
+    """A program's main function that says bad input, a ValueError, in one line under the file's name and returns 2."""
+
+    @functools.wraps(main)
+    def run() -> int:
+        try:
+            return main()
+        except ValueError as error:
+            print(f"{Path(main.__code__.co_filename).stem}: error: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
+
+    return run

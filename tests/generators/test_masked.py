@@ -93,7 +93,7 @@ def test_given_codes_stay(engine: Engine) -> None:
     assert torch.equal(request.document.segments[-1].image, codes)
 
 
-def test_inpainting_keeps_what_is_not_marked(engine: Engine) -> None:
+def test_inpainting_keeps_what_is_not_marked(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     mask = np.zeros_like(image)
     mask[2:5, 9:11] = 255  # inside the upper right code
@@ -114,6 +114,14 @@ def test_inpainting_keeps_what_is_not_marked(engine: Engine) -> None:
         engine.inpaint(image, "a dog", mask * 0)
     with pytest.raises(ValueError, match="next-token cannot keep"):
         engine.inpaint(image, "a dog", mask, generator="next-token")
+    generators = engine.model.generators
+    for names, said in (({"next-token"}, "train it with writers.masked=1"), ({"next-token", "random-order"}, None)):
+        monkeypatch.setattr(engine.model, "generators", {k: g for k, g in generators.items() if k in names | {"text"}})
+        if said:
+            with pytest.raises(ValueError, match=said):
+                engine.inpaint(image, "a dog", mask)
+        else:  # whichever can is taken
+            assert np.asarray(engine.inpaint(image, "a dog", mask, **options)).shape == (16, 16, 3)
 
 
 def test_more_steps_than_codes_are_as_many_as_codes(engine: Engine) -> None:
