@@ -166,15 +166,16 @@ def build(cfg: TinyConfig) -> Job:
     objective: Any = Mixture(model.generators, shares | {"text": cfg.text_weight * shares["next-token"]})
     if cfg.preferences.judged:
         tokenizer: Any = model.image_tokenizer
-        pairs = read_pairs(cfg.preferences.judged, cfg.seed, tokenizer.grid, tokenizer.codebook_size)
+        files = cfg.preferences.judged.split(",")
+        pairs = read_pairs(files, cfg.seed, tokenizer.grid, tokenizer.codebook_size)
         dataset = ComparedRows(dataset, pairs, model.template.encode, cfg.length, cfg.preferences.rows)
         collate = CollateCompared(collate, cfg.length, size)
         reference = copy.deepcopy(model)  # which is not compiled, even where the model is
         if cfg.compile:
             reference.backbone.compile_packed()
         objective = Preferences(objective, reference, cfg.preferences)
-        once = len(pairs) / (cfg.preferences.rows * dataset.fit)
-        print(f"{len(pairs)} pairs of pictures: all are seen once in {once:.0f} rows", flush=True)
+        once = len(dataset.pairs) / cfg.preferences.rows
+        print(f"{len(pairs)} pairs of answers: all are seen once in {once:.0f} rows of the mixture", flush=True)
     return Job(
         model=model,
         dataset=dataset,

@@ -78,7 +78,8 @@ def test_items_are_the_same_for_a_seed_and_half_held_out(world: World) -> None:
     captions = [i for i in items if i.tag == "caption"]
     assert len(captions) == 20 and sum(i.meta["heldout"] for i in captions) == 10
     assert {"presence", "count", "colour"} <= {i.tag for i in items}
-    assert all(i.meta["heldout"] for i in UnderstandingTask(world, 6, heldout_only=True).items())
+    for heldout in (True, False):
+        assert all(i.meta["heldout"] == heldout for i in UnderstandingTask(world, 6, heldout=heldout).items())
 
 
 def test_scores_of_engines_that_know_and_guess(world: World) -> None:

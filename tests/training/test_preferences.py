@@ -1,4 +1,4 @@
-"""Preferences among pictures: the pairs of a judged file, DPO's loss by hand, and a recipe that learns them."""
+"""Preferences among answers: the pairs of a judged file, DPO's loss by hand, and a recipe that learns them."""
 
 from __future__ import annotations
 
@@ -34,79 +34,108 @@ GROUPS = (
     ("two red apples", [True, True, True, False]),
     ("a horse", [True, True, True, True]),
 )
+SHOWN = ("describe this picture", ["a dog", "a fish"], [True, False])
+CODES = (((1, 2), (3, 4)), ((5, 6), (7, 8)))
 
 
-def line(prompt: Any, codes: Any = (((1, 2), (3, 4)), ((5, 6), (7, 8))), right: Any = (True, False)) -> str:
-    return json.dumps({"prompt": prompt, "codes": codes, "right": right}) + "\n"
+def line(prompt: Any, answers: Any, right: Any = (True, False), role: str = "assistant") -> str:
+    """Answers are texts, or codes of pictures."""
+    said = [{"role": role} | ({"text": a} if isinstance(a, str) else {"image": {"codes": a}}) for a in answers]
+    return json.dumps({"prompt": {"segments": prompt}, "answers": said, "right": right}) + "\n"
+
+
+def asked(text: str, codes: Any = None) -> list[dict[str, Any]]:
+    shown = [] if codes is None else [{"role": "user", "image": {"codes": codes}}]
+    return [*shown, {"role": "user", "text": text}]
 
 
 @pytest.fixture
 def judged(tmp_path: Path) -> Path:
-    """Four pictures of 2x2 codes for each prompt; the first code says which."""
+    """Four pictures of 2x2 codes for each prompt, the first code says which; and a picture with two captions."""
     lines = [
-        line(prompt, [[[4 * n + k, 1], [2, 3]] for k in range(4)], right) for n, (prompt, right) in enumerate(GROUPS)
+        line(asked(prompt), [[[4 * n + k, 1], [2, 3]] for k in range(4)], right)
+        for n, (prompt, right) in enumerate(GROUPS)
     ]
+    question, texts, right = SHOWN
+    lines.append(line(asked(question, CODES[0]), texts, right))
     (tmp_path / "judged.jsonl").write_text("".join(lines))
     return tmp_path / "judged.jsonl"
 
 
-def test_pairs_hold_a_right_and_a_wrong_picture_of_one_prompt(judged: Path) -> None:
-    pairs = read_pairs(judged, 0, (2, 2), 32)
-    assert sorted(prompt for prompt, _, _ in pairs) == ["a dog", "a dog", "two red apples"]
-    used = [int(codes[0, 0]) for _, *both in pairs for codes in both]
-    assert len(set(used)) == len(used) == 6
-    for prompt, chosen, rejected in pairs:
-        right = dict(GROUPS)[prompt]
-        assert right[int(chosen[0, 0]) % 4] and not right[int(rejected[0, 0]) % 4]
+def is_right(document: Document) -> bool:
+    answer = document.segments[-1]
+    if answer.text is not None:
+        return SHOWN[2][SHOWN[1].index(answer.text)]
+    assert isinstance(answer.image, torch.Tensor)
+    group, which = divmod(int(answer.image[0, 0]), 4)
+    return GROUPS[group][1][which]
+
+
+def test_pairs_hold_a_right_and_a_wrong_answer_to_one_prompt(judged: Path) -> None:
+    pairs = read_pairs([judged], 0, (2, 2), 32)
+    prompts = [[chat.to_json()["segments"][:-1] for chat in pair] for pair in pairs]
+    assert all(a == b for a, b in prompts)
+    texts = sorted(a[-1]["text"] for a, _ in prompts)
+    assert texts == ["a dog", "a dog", "describe this picture", "two red apples"]
+    assert all(is_right(chosen) and not is_right(rejected) for chosen, rejected in pairs)
+    answers = [str(chat.to_json()["segments"][-1]) for pair in pairs for chat in pair]
+    assert len(set(answers)) == len(answers) == 8
+    assert len(read_pairs([judged, judged], 0, (2, 2), 32)) == 8
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         (None, "cannot read"),
-        ('{"prompt": "a dog"}\n', "line 1 of .* does not hold judged pictures"),
-        ("nothing\n", "line 1 of .* does not hold judged pictures"),
-        (line("a", right=[True, True]), "no prompt with a right and a wrong"),
-        (line("a", codes=[[[1]], [[2]]]), r"of \(1, 1\) codes, not \(2, 2\)"),
-        (line("a", codes=[[[1, 2], [3, 32]], [[1, 2], [3, 4]]]), "beyond the 32 there are"),
-        (line("a", codes=[[[1, 2], [3, -1]], [[1, 2], [3, 4]]]), "beyond the 32 there are"),
-        (line("a", codes=[[[0.5, 2], [3, 1]], [[1, 2], [3, 4]]]), "of other numbers"),
-        (line("a", right=[0.2, 0.9]), "each picture right or not"),
-        (line("a", right=[True]), "does not hold judged pictures"),
-        (line(7), "a prompt is text"),
+        ('{"prompt": "a dog"}\n', "line 1 of .* does not hold judged answers"),
+        ('{"prompt": {"segments": []}}\n', "line 1 of .* does not hold judged answers"),
+        ("[]\n", "line 1 of .* does not hold judged answers"),
+        ("nothing\n", "line 1 of .* does not hold judged answers"),
+        (line(asked("a"), CODES, [True, True]), "no prompt with a right and a wrong"),
+        (line(asked("a"), [[[1]], [[2]]]), "not 2 x 2 codes"),
+        (line(asked("a", [[1]]), ["b", "c"]), "not 2 x 2 codes"),
+        (line(asked("a"), [[[1, 2], [3, 32]], [[1, 2], [3, 4]]]), "beyond the 32 there are"),
+        (line(asked("a"), [[[1, 2], [3, -1]], [[1, 2], [3, 4]]]), "beyond the 32 there are"),
+        (line(asked("a"), CODES, [0.2, 0.9]), "each answer is right or not"),
+        (line(asked("a"), CODES, [True]), "each answer is right or not"),
+        (line(asked("a"), CODES, role="user"), "the assistant answers"),
     ],
 )
 def test_files_that_cannot_be_learnt_from_are_refused(tmp_path: Path, text: str | None, message: str) -> None:
     if text is not None:
         (tmp_path / "f").write_text(text)
     with pytest.raises(ValueError, match=message):
-        read_pairs(tmp_path / "f", 0, (2, 2), 32)
+        read_pairs([tmp_path / "f"], 0, (2, 2), 32)
 
 
 def compared(engine: Engine, judged: Path) -> Compared:
     template = engine.model.template
     replay = [template.encode(Document([Segment(text="a dog"), Segment(text="a horse", role="assistant")]))]
-    rows = ComparedRows([replay] * 9, read_pairs(judged, 0, (2, 2), 32), template.encode, 128, rows=2)
-    assert [len(row) for row in rows[0][1]] == [2 * rows.fit] * 2
-    for row in rows[0][1]:
-        for k, tokens in enumerate(row):  # chosen, rejected, chosen, ..
-            group, which = divmod(int(tokens.images[0][0, 0]), 4)
-            assert GROUPS[group][1][which] == (k % 2 == 0)
-    assert [t.ids for t in rows[0][1][0]] != [t.ids for t in rows[0][1][1]]
-    return CollateCompared(Collate(128, 16), 128, 16)([rows[0], rows[1]])
+    pairs = read_pairs([judged], 0, (2, 2), 32)
+    longest = max(sum(len(template.encode(chat)) for chat in pair) for pair in pairs)
+    rows = ComparedRows([replay] * 9, pairs, template.encode, 2 * longest, rows=1)
+    assert len(rows.pairs) == 2 and sum(map(len, rows.pairs)) == 8
+    laid = [tokens.ids for row in rows.pairs for tokens in row]
+    assert laid == [template.encode(chat).ids for pair in pairs for chat in pair]
+    assert rows[0][1] == rows[2][1] == rows.pairs[:1] and rows[1][1] == rows.pairs[1:]
+    with pytest.raises(ValueError, match="exceeds a row of"):
+        ComparedRows([replay], pairs, template.encode, longest - 1, rows=1)
+    return CollateCompared(Collate(128, 16), 2 * longest, 16)([rows[0], rows[1]])
 
 
-def test_the_likelihood_of_a_picture_is_that_of_its_document_alone(engine: Engine, judged: Path) -> None:
+def test_the_likelihood_of_an_answer_is_that_of_its_document_alone(engine: Engine, judged: Path) -> None:
     model, batch = engine.model, compared(engine, judged)
     together_P2 = log_likelihood(model, model.fill(batch.pairs))
-    rows = ComparedRows([[]] * 9, read_pairs(judged, 0, (2, 2), 32), model.template.encode, 128, rows=2)
     alone = []
-    for tokens in (tokens for i in (0, 1) for row in rows[i][1] for tokens in row):
-        batch = model.fill(pack([[tokens]], len(tokens), 16))
-        start, stop = tokens.spans[0]
-        logits_MV = model.logits(model.hidden(batch)[0, start - 1 : stop - 1], model.vocabulary.text_size)
-        codes_M = model.vocabulary.codes(batch.ids_BL[0, start:stop])
-        alone.append(logits_MV.log_softmax(-1)[range(4), codes_M].sum())
+    for pair in read_pairs([judged], 0, (2, 2), 32):
+        for chat in pair:
+            tokens = model.template.encode(chat)
+            ids = torch.tensor([model.ids(tokens)])
+            batch = model.fill(pack([[tokens]], len(tokens), 16))
+            logp_LV = model.logits(model.hidden(batch)[0]).log_softmax(-1)
+            learnt = [k for k, loss in enumerate(tokens.loss) if loss]
+            assert model.template.turn_end in ids[0, learnt]
+            alone.append(logp_LV[[k - 1 for k in learnt], ids[0, learnt]].sum())
     torch.testing.assert_close(together_P2.flatten(), torch.stack(alone), rtol=1e-4, atol=1e-4)
 
 
@@ -140,7 +169,7 @@ def test_the_loss_is_dpo(engine: Engine, judged: Path) -> None:
 def test_a_model_draws_is_judged_and_learns(
     tiny_folder: Path, judged: Path, emoji_font: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
-    from data_tools import judge_pictures
+    from data_tools import judge_answers
     from unigen.evaluation.detector import ASSET
     from unigen.evaluation.tasks.scenes import ScenesTask
 
@@ -151,22 +180,34 @@ def test_a_model_draws_is_judged_and_learns(
     level = np.mean([np.asarray(picture).mean() for picture in model.pictures(torch.arange(32).reshape(8, 2, 2))])
     monkeypatch.setattr(ScenesTask, "score_batch", by_brightness)
     drawn = judged.with_name("drawn.jsonl")
-    command = ["judge_pictures", str(tiny_folder), str(drawn), "--detector", str(ASSET), "--prompts", "10"]
-    monkeypatch.setattr(sys, "argv", [*command, "--images", "2", "--batch", "4", "--dtype", "float32"])
-    assert judge_pictures.main() == 0
+    command = ["judge_answers", "pictures", str(tiny_folder), str(drawn), "--detector", str(ASSET), "--prompts", "10"]
+    monkeypatch.setattr(sys, "argv", [*command, "--answers", "2", "--batch", "4", "--dtype", "float32"])
+    assert judge_answers.main() == 0
     groups = [json.loads(text) for text in drawn.read_text().splitlines()]
     assert 8 <= len(groups) <= 12 and any(any(g["right"]) for g in groups) and not all(all(g["right"]) for g in groups)
     for group in groups:
-        bright = [np.asarray(picture).mean() > level for picture in model.pictures(torch.tensor(group["codes"]))]
+        codes = torch.tensor([answer["image"]["codes"] for answer in group["answers"]])
+        bright = [np.asarray(picture).mean() > level for picture in model.pictures(codes)]
         assert group["right"] == bright and len(bright) == 2
-    monkeypatch.setattr(sys, "argv", [*command, "--images", "1"])
-    assert judge_pictures.main() == 2
+    monkeypatch.setattr(sys, "argv", [*command, "--answers", "1"])
+    assert judge_answers.main() == 2
+
+    said = judged.with_name("said.jsonl")
+    command = ["judge_answers", "captions", str(tiny_folder), str(said), "--prompts", "3", "--batch", "4"]
+    monkeypatch.setattr(sys, "argv", [*command, "--answers", "2", "--dtype", "float32"])
+    assert judge_answers.main() == 0
+    groups = [json.loads(text) for text in said.read_text().splitlines()]
+    assert [group["right"] for group in groups] == [[True, False, False]] * 3  # the model has learnt no words
+    assert len({group["answers"][0]["text"] for group in groups}) == 3
+    for refused in (["--seed", "0"], ["--detector", str(ASSET)]):
+        monkeypatch.setattr(sys, "argv", [*command, *refused])
+        assert judge_answers.main() == 2
 
     shared = ["train", "recipes/tiny.py", "batch_size=1", "length=512", "workers=0", "precision=fp32", "steps=2"]
     shared += ["time_limit=none", "sample_every=0", "log_every=1", f"run_dir={judged.parent / 'run'}"]
-    shared += [f"preferences.judged={judged}"]
+    shared += [f"preferences.judged={judged},{said}"]
     assert main([*shared, f"init_from={tiny_folder}"]) == 0
     printed = capsys.readouterr().out
-    assert "3 pairs of pictures" in printed and "preference 0." in printed and "accuracy" in printed
+    assert "7 pairs of answers" in printed and "preference 0." in printed and "accuracy" in printed
     assert main([*shared, "init_from=none"]) == 2
     assert "say whose by init_from" in capsys.readouterr().err

@@ -1,15 +1,18 @@
-"""Preferences among pictures: of two that were drawn for one prompt, the right one is to become likelier.
+"""Preferences among answers: of two that were given to one prompt, the right one is to become likelier.
 
     L = - E log sigmoid(beta [ log p(w|c) - log p_ref(w|c)  -  log p(l|c) + log p_ref(l|c) ])
 
 is DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7) with w chosen, l rejected, c the prompt and p_ref the model as
-training began. log p is the sum over a picture's codes in raster order, p being over image codes alone as they are
-drawn, without guidance and at temperature 1. Beside it stand the losses of a mixture and - log p(w|c), by the code,
-lest both become unlikely together (as in RPO, Pang et al. 2024, arXiv 2404.19733, eq. 2).
+training began. An answer is a picture or a text, and log p the sum over its ids as next-token prediction learns them:
+without guidance, at temperature 1. Beside it stand the losses of a mixture and - log p(w|c), by the id, lest both
+become unlikely together (as in RPO, Pang et al. 2024, arXiv 2404.19733, eq. 2).
 
-    {"prompt": "two apples", "codes": [[[5, 7, ..], ..], ..], "right": [true, false, ..]}   # a line of the judged file
+A line of the judged file is a prompt (`Document.to_json`), its answers (`Segment.to_json`), and which are right:
 
-The file refuses to know who drew the pictures and who judged them. Shapes: P pairs, M codes of a picture.
+    {"prompt": {"segments": [{"role": "user", "text": "two apples"}]},
+     "answers": [{"role": "assistant", "image": {"codes": [[5, 7, ..], ..]}}, ..], "right": [true, ..]}
+
+The file refuses to know who gave the answers and who judged them. Shapes: B rows, L positions, P pairs.
 """
 
 from __future__ import annotations
@@ -31,13 +34,14 @@ from unigen.training.objectives import Mixture
 
 @dataclass
 class PreferenceConfig:
-    """judged: the file of pictures to compare (`data_tools/judge_pictures.py`); none: nothing is compared."""
+    """judged: the files of answers to compare (`data_tools/judge_answers.py`), apart by commas; none: nothing is
+    compared."""
 
     judged: str | None = None
     beta: float = 0.1
     weight: float = 1.0
     nll: float = 0.3
-    """Weight of - log p of the chosen pictures, in nats a code."""
+    """Weight of - log p of the chosen answers, in nats an id."""
     rows: int = 2
     """Rows of pairs beside each row of the mixture."""
 
@@ -46,75 +50,89 @@ class PreferenceConfig:
             raise ValueError("preferences need beta and weight above 0, nll of at least 0 and at least 1 row of pairs")
 
 
-def read_pairs(file: str | Path, seed: int, grid: tuple[int, int], codes: int) -> list[tuple[str, Tensor, Tensor]]:
-    """(prompt, codes (h, w) of a right picture, those of a wrong one) in random order; each picture at most once.
+def read_pairs(
+    files: Sequence[str | Path], seed: int, grid: tuple[int, int], codes: int
+) -> list[tuple[Document, Document]]:
+    """Pairs of chats that differ in their last segment, a right and a wrong answer, in random order; each answer is
+    used at most once.
 
     grid, codes: rows and columns of a picture, and how many codes there are. Raises ValueError for a file that cannot
     be read, whose pictures are of another tokenizer, or without a prompt that has both."""
     rng = np.random.default_rng(seed)
-    pairs: list[tuple[str, Tensor, Tensor]] = []
-    read = 0
-    try:
-        with open(file, encoding="utf-8") as lines:
-            for line in lines:
-                read += 1
-                group = json.loads(line)
-                codes_Khw, right_K = torch.tensor(group["codes"]), np.array(group["right"])
-                if codes_Khw.shape != (len(right_K), *grid) or codes_Khw.is_floating_point():
-                    raise ValueError(f"pictures of {tuple(codes_Khw.shape[1:])} codes, not {grid}, or of other numbers")
-                if codes_Khw.min() < 0 or codes_Khw.max() >= codes:
-                    raise ValueError(f"codes beyond the {codes} there are")
-                if right_K.dtype != bool or not isinstance(group["prompt"], str):
-                    raise ValueError("a prompt is text, and each picture right or not")
-                right, wrong = rng.permutation(right_K.nonzero()[0]), rng.permutation((~right_K).nonzero()[0])
-                for chosen, rejected in zip(right, wrong, strict=False):
-                    pairs.append((group["prompt"], codes_Khw[chosen], codes_Khw[rejected]))
-    except OSError as error:
-        raise ValueError(f"cannot read {file}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"line {read} of {file} does not hold judged pictures: {error}") from error
-    if not pairs:
-        raise ValueError(f"{file} has no prompt with a right and a wrong picture: judge more pictures")
+    pairs: list[tuple[Document, Document]] = []
+    for file in files:
+        before, read = len(pairs), 0
+        try:
+            with open(file, encoding="utf-8") as lines:
+                for line in lines:
+                    read += 1
+                    right, wrong = (
+                        [chats[k] for k in rng.permutation(len(chats))] for chats in _judged(line, grid, codes)
+                    )
+                    pairs += zip(right, wrong, strict=False)
+        except OSError as error:
+            raise ValueError(f"cannot read {file}: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"line {read} of {file} does not hold judged answers: {error}") from error
+        if len(pairs) == before:
+            raise ValueError(f"{file} has no prompt with a right and a wrong answer: judge more of them")
     return [pairs[k] for k in rng.permutation(len(pairs))]
+
+
+def _judged(line: str, grid: tuple[int, int], codes: int) -> tuple[list[Document], list[Document]]:
+    """The chats of a line whose answers are right, and those whose are wrong."""
+    group = json.loads(line)
+    prompt = Document.from_json(group["prompt"]).segments
+    answers, marks = [Segment.from_json(answer) for answer in group["answers"]], group["right"]
+    if len(answers) != len(marks) or not all(isinstance(mark, bool) for mark in marks):
+        raise ValueError("each answer is right or not")
+    if any(answer.role != "assistant" for answer in answers):
+        raise ValueError("the assistant answers")
+    for picture in (s.image for s in [*prompt, *answers] if s.image is not None):
+        if not isinstance(picture, Tensor) or picture.shape != grid:
+            raise ValueError(f"a picture is not {grid[0]} x {grid[1]} codes")
+        if picture.min() < 0 or picture.max() >= codes:
+            raise ValueError(f"codes beyond the {codes} there are")
+    chats = [(Document([*prompt, answer]), mark) for answer, mark in zip(answers, marks, strict=True)]
+    return [chat for chat, mark in chats if mark], [chat for chat, mark in chats if not mark]
 
 
 class ComparedRows:
     """Item i: row i of a mixture, and rows of pairs; a pair comes again only when all have come.
 
-    encode: a document as ids. length: positions of a row. rows: of pairs, in an item.
+    encode: a document as ids. length: positions of a row. rows: of pairs, in an item. `pairs`: rows of pairs in all.
     """
 
     def __init__(
         self,
         mixture: Any,
-        pairs: Sequence[tuple[str, Tensor, Tensor]],
+        pairs: Sequence[tuple[Document, Document]],
         encode: Callable[[Document], Tokens],
         length: int,
         rows: int,
     ) -> None:
-        self.mixture, self.pairs, self.encode, self.rows = mixture, pairs, encode, rows
-        longest = max(len(encode(_drawn(prompt, codes_hw))) for prompt, codes_hw, _ in pairs)
-        self.fit = length // (2 * longest)
-        """Pairs of a row."""
-        if not self.fit:
-            raise ValueError(f"a pair of {2 * longest} ids exceeds a row of {length}: raise `length`")
+        self.mixture, self.rows = mixture, rows
+        self.pairs: list[list[Tokens]] = []
+        room = 0
+        for pair in pairs:
+            both = [encode(document) for document in pair]
+            size = sum(map(len, both))
+            if size > length:
+                raise ValueError(f"a pair of {size} ids exceeds a row of {length}: raise `length`")
+            if size > room:
+                self.pairs.append([])
+                room = length
+            self.pairs[-1] += both
+            room -= size
 
     def __getitem__(self, index: int) -> tuple[Any, list[list[Tokens]]]:
-        rows = [self._row(index * self.rows + k) for k in range(self.rows)]
+        rows = [self.pairs[(index * self.rows + k) % len(self.pairs)] for k in range(self.rows)]
         return self.mixture[index], rows
-
-    def _row(self, number: int) -> list[Tokens]:
-        pairs = [self.pairs[(number * self.fit + k) % len(self.pairs)] for k in range(self.fit)]
-        return [self.encode(_drawn(prompt, codes_hw)) for prompt, *both in pairs for codes_hw in both]
-
-
-def _drawn(prompt: str, codes_hw: Tensor) -> Document:
-    return Document([Segment(text=prompt), Segment(image=codes_hw, role="assistant")])
 
 
 @dataclass
 class Compared:
-    """mixture: packed documents; pairs: packed pictures under their prompts, each chosen before its rejected one."""
+    """mixture: packed documents; pairs: packed answers under their prompts, each chosen before its rejected one."""
 
     mixture: Batch
     pairs: Batch
@@ -136,8 +154,8 @@ class CollateCompared:
 
 
 class Preferences(nn.Module):
-    """The losses of a mixture, and those of pairs: "preference", and "chosen", - log p of the chosen pictures in nats a
-    code. metric/accuracy: the share of pairs whose chosen picture has gained on the rejected one."""
+    """The losses of a mixture, and those of pairs: "preference", and "chosen", - log p of the chosen answers in nats an
+    id. metric/accuracy: the share of pairs whose chosen answer has gained on the rejected one."""
 
     def __init__(self, mixture: Mixture, reference: UnifiedModel, config: PreferenceConfig) -> None:
         super().__init__()
@@ -153,32 +171,31 @@ class Preferences(nn.Module):
             reference_P2 = log_likelihood(self.reference, pairs)
         gain_P2 = policy_P2 - reference_P2
         margin_P = gain_P2[:, 0] - gain_P2[:, 1]
-        count = len(margin_P)
-        losses["preference"] = -nn.functional.logsigmoid(self.beta * margin_P).sum(), count
-        losses["chosen"] = -policy_P2[:, 0].sum(), count * (pairs.spans_N3[0, 2] - pairs.spans_N3[0, 1])
-        losses["metric/accuracy"] = (margin_P > 0).sum(), count
+        counts = self._counts(pairs)
+        losses["preference"] = -nn.functional.logsigmoid(self.beta * margin_P).sum(), counts["preference"]
+        losses["chosen"] = -policy_P2[:, 0].sum(), counts["chosen"]
+        losses["metric/accuracy"] = (margin_P > 0).sum(), counts["metric/accuracy"]
         losses["metric/tokens"] = losses["metric/tokens"][0] + (pairs.segments_BL > 0).sum(), 1
         return losses
 
     def counts(self, batch: Compared, rng: torch.Generator) -> dict[str, Tensor | int]:
-        spans_N3 = batch.pairs.spans_N3
-        count = len(spans_N3) // 2
-        codes = count * (spans_N3[0, 2] - spans_N3[0, 1])
-        return self.mixture.counts(batch.mixture, rng) | {
-            "preference": count,
-            "chosen": codes,
-            "metric/accuracy": count,
-        }
+        return self.mixture.counts(batch.mixture, rng) | self._counts(batch.pairs)
+
+    def _counts(self, pairs: Batch) -> dict[str, Tensor | int]:
+        count = int(pairs.segments_BL.amax(1).sum()) // 2
+        ids = (pairs.loss_BL & (pairs.segments_BL % 2 == 1)).sum()  # a row's documents are 1, 2, ..: odd are chosen
+        return {"preference": count, "chosen": ids, "metric/accuracy": count}
 
 
 def log_likelihood(model: UnifiedModel, batch: Batch) -> Tensor:
-    """log p (nats) of the codes of each picture among image codes, given what stands before it, as (P, 2). batch:
-    filled, one picture a document, each chosen before its rejected."""
+    """log p (nats) of what is learnt in each document of packed rows, as (P, 2). batch: filled, each chosen document
+    before its rejected one."""
     hidden_BLD = model.hidden(batch)
-    rows_N1, at_NM = batch.places(torch.arange(len(batch.spans_N3)))
-    first, stop = model.vocabulary.text_size, model.vocabulary.size
-    logits = model.logits(hidden_BLD[rows_N1, at_NM - 1], first, stop).float()
-    nats_NM = nn.functional.cross_entropy(
-        logits.flatten(0, 1), (batch.ids_BL[rows_N1, at_NM] - first).flatten(), reduction="none"
-    ).view(at_NM.shape)
-    return -nats_NM.sum(-1).unflatten(0, (-1, 2))
+    rows, at = batch.loss_BL.nonzero(as_tuple=True)
+    logits = model.logits(hidden_BLD[rows, at - 1]).float()
+    nats = nn.functional.cross_entropy(logits, batch.ids_BL[rows, at], reduction="none")
+    documents_B = batch.segments_BL.amax(1)
+    first_B = documents_B.cumsum(0) - documents_B
+    total = nats.new_zeros(int(documents_B.sum()))
+    total = total.index_add(0, first_B[rows] + batch.segments_BL[rows, at] - 1, nats)
+    return -total.unflatten(0, (-1, 2))

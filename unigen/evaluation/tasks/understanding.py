@@ -63,12 +63,13 @@ def plain(text: str) -> str:
 
 @dataclass
 class UnderstandingTask:
-    """`count` scenes, one caption and up to `asked` questions each; kinds of scene: "plain" and "heldout"."""
+    """`count` scenes, one caption and up to `asked` questions each. heldout: do they hold a held-out combination? None:
+    every second one."""
 
     world: World
     count: int = 500
     seed: int = 0
-    heldout_only: bool = False
+    heldout: bool | None = None
     asked: int = 3
     output: Literal["image", "text"] = "text"
 
@@ -76,7 +77,7 @@ class UnderstandingTask:
         made: list[Item] = []
         for i in range(self.count):
             rng = np.random.default_rng((self.seed, _STREAM, i))
-            heldout = self.heldout_only or i % 2 == 1
+            heldout = i % 2 == 1 if self.heldout is None else self.heldout
             scene = sample_scene(rng, self.world.size, heldout=heldout)
             picture = Image.fromarray(self.world.render(scene).image)
             true = facts(scene)
@@ -136,7 +137,7 @@ def main(args: list[str]) -> int:
     a = parse(arguments(), args)
     start = time.perf_counter()
     engine = load_engine(a)
-    task = UnderstandingTask(World(engine.model.image_tokenizer.image_size), a.count, a.seed, a.heldout)
+    task = UnderstandingTask(World(engine.model.image_tokenizer.image_size), a.count, a.seed, a.heldout or None)
     items = task.items()
     options: dict[str, Any] = {"max_tokens": 96} | options_of(a)
     outputs = draw(engine, task, items, 1, a.batch, a.seed, **options)

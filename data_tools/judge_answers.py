@@ -1,0 +1,139 @@
+"""Have a model answer each of many prompts several times, and say which answers are right: what `preferences` of
+recipes/tiny.py learns from.
+
+    python data_tools/judge_answers.py pictures MODEL OUT.jsonl --detector FOLDER [--minutes 10] [--answers 4]
+                                       [--guidance 3] [--prompts 5000] [--seed 1] [--batch 128] [--dtype bfloat16]
+    python data_tools/judge_answers.py captions MODEL OUT.jsonl [the same, without detector and guidance]
+
+pictures: the prompts are of the kinds of `unigen eval scenes`, those with several things more often. A picture is right
+where all that its prompt says holds, the background too, and nothing else is in it. Give another detector than the
+shipped one, which judges the evaluation; docs/guide.md has the commands that make one.
+captions: of rendered scenes, at temperature 1; right by the rules of `unigen eval understanding`. The true caption
+is one more answer.
+No prompt or scene holds a held-out combination, and those of seed 0 are refused, which the evaluations use.
+Exit 2 with one line for bad input. Refuses to know how anything is learnt from the answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+
+import unigen
+from unigen.data.captions import Facts, caption
+from unigen.data.world import World
+from unigen.evaluation.detector import load_detector
+from unigen.evaluation.task import Item
+from unigen.evaluation.tasks.scenes import ScenesTask, prompts
+from unigen.evaluation.tasks.understanding import UnderstandingTask
+from unigen.output import check_output, one_line_errors, write_atomically
+from unigen.sequence import Document, Segment
+
+SHARES = {"two_object": 0.25, "counting": 0.2, "colors": 0.1, "position": 0.1, "color_attr": 0.35}
+
+
+def drawn_prompts(count: int, seed: int) -> list[Item]:
+    """About `count` prompts without held-out combinations, in random order. Some come twice: there are not so many of
+    all kinds."""
+    items: list[Item] = []
+    for tag, share in SHARES.items():
+        found: list[Item] = []
+        while len(found) < count * share:
+            more = prompts(tag, 100, seed + len(found))  # few at once, since 3 in 10 are to be held out
+            found += [item for item in more if not item.meta["heldout"]]
+        items += found[: round(count * share)]
+    return [items[k] for k in np.random.default_rng(seed).permutation(len(items))]
+
+
+def pictures(engine: Any, task: ScenesTask, items: list[Item], answers: int, seed: int, guidance: float) -> list[Any]:
+    """A line of the judged file for each prompt; picture k of them all is drawn with `seed` + k."""
+    asked = [item for item in items for _ in range(answers)]
+    requests = [engine.request(item.prompt, "image", seed=seed + k, guidance=guidance) for k, item in enumerate(asked)]
+    drawn = dict(engine.run(requests))
+    scores = task.score_batch(asked, [drawn[k] for k in range(len(asked))])
+    right = [s["strict"] == 1 and s.get("background", 1) == 1 for s in scores]
+    made = [request.document.segments for request in requests]
+    cuts = [slice(k, k + answers) for k in range(0, len(asked), answers)]
+    return [line(made[cut.start][:-1], [segments[-1] for segments in made[cut]], right[cut]) for cut in cuts]
+
+
+def captions(engine: Any, task: UnderstandingTask, answers: int, seed: int) -> list[Any]:
+    """A line of the judged file for each scene of the task: the true caption, and those that the model gives it."""
+    items = task.items()
+    asked = [item for item in items for _ in range(answers)]
+    seeds = [seed + k for k in range(len(asked))]
+    said = engine.generate_batch([item.prompt for item in asked], seeds, "text", temperature=1.0, max_tokens=96)
+    scores = task.score_batch(asked, said)
+    lines = []
+    for i, item in enumerate(items):
+        cut = slice(i * answers, (i + 1) * answers)
+        groups = tuple(tuple(group) for group in item.meta["groups"])
+        true = caption(Facts(groups, item.meta["background"], item.meta["relation"]))
+        given = [Segment(text=text, role="assistant") for text in (true, *said[cut])]
+        right = [True, *(score["correct"] == 1 for score in scores[cut])]
+        lines.append(line(engine.model.read(Document.of(item.prompt)).segments, given, right))
+    return lines
+
+
+def line(prompt: list[Segment], answers: list[Segment], right: list[bool]) -> dict[str, Any]:
+    return {"prompt": Document(prompt).to_json(), "answers": [a.to_json() for a in answers], "right": right}
+
+
+@one_line_errors
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Answer each prompt several times and judge the answers.")
+    parser.add_argument("what", choices=["pictures", "captions"])
+    parser.add_argument("model")
+    parser.add_argument("out", help="a .jsonl file: a prompt, its answers, which are right")
+    parser.add_argument("--detector", metavar="FOLDER", help="the judge of pictures")
+    parser.add_argument("--minutes", type=float, default=10.0, help="stop after so long (default: 10)")
+    parser.add_argument("--prompts", type=int, default=5000)
+    parser.add_argument("--answers", type=int, default=4, help="to each prompt (default: 4)")
+    parser.add_argument("--guidance", type=float, default=3.0, help="of pictures (default: 3)")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=128, help="answers given at once (default: 128)")
+    parser.add_argument("--dtype", default="bfloat16")
+    args = parser.parse_args()
+    if min(args.prompts, args.answers - 1, args.batch // max(args.answers, 1)) < 1 or not args.minutes > 0:
+        raise ValueError("give at least 1 prompt, 2 answers to each, a batch that holds them, and some minutes")
+    if args.seed < 1:
+        raise ValueError("seed 0 is that of the evaluations: give a seed of at least 1")
+    if (args.what == "pictures") != bool(args.detector):
+        raise ValueError("a detector judges pictures and nothing else: give --detector FOLDER for them alone")
+    out = check_output(args.out, {".jsonl": "JSON lines"})
+    detector = load_detector(args.detector) if args.detector else None
+    engine = unigen.load(args.model, dtype=args.dtype)
+    world = World(engine.model.image_tokenizer.image_size)
+    items = drawn_prompts(args.prompts, args.seed) if detector else []
+    scenes = ScenesTask(seed=args.seed, detector=detector) if detector else None
+    end, each = time.monotonic() + 60 * args.minutes, args.batch // args.answers
+    lines: list[Any] = []
+    with suppress(KeyboardInterrupt):  # what has been answered is kept
+        for start in range(0, args.prompts, each):
+            if time.monotonic() > end:
+                break
+            seed = args.seed * 1_000_000 + start * args.answers
+            if scenes:
+                lines += pictures(engine, scenes, items[start : start + each], args.answers, seed, args.guidance)
+            else:
+                task = UnderstandingTask(world, min(each, args.prompts - start), seed, heldout=False, asked=0)
+                lines += captions(engine, task, args.answers, seed)
+            right = np.mean([mark for each_line in lines for mark in each_line["right"][-args.answers :]])
+            print(f"\r{len(lines)} prompts, {right:.3f} of the answers right", end="", flush=True)
+    print()
+    if not lines:
+        raise ValueError("nothing was answered: give more prompts or minutes")
+    text = "".join(json.dumps(each_line) + "\n" for each_line in lines)
+    write_atomically(out, lambda file: file.write(text.encode()))
+    print(f"wrote {out}: {len(lines)} prompts with {args.answers} answers each")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
