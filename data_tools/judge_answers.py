@@ -2,8 +2,9 @@
 recipes/tiny.py learns from.
 
     python data_tools/judge_answers.py pictures MODEL OUT.jsonl --detector FOLDER [--minutes 10] [--answers 4]
-                                       [--guidance 3] [--prompts 5000] [--seed 1] [--batch 128] [--dtype bfloat16]
-    python data_tools/judge_answers.py captions MODEL OUT.jsonl [the same, without detector and guidance]
+                                       [--guidance 3] [--temperature 0.8] [--prompts 5000] [--seed 1]
+                                       [--batch 128] [--dtype bfloat16]
+    python data_tools/judge_answers.py captions MODEL OUT.jsonl [the same, without detector, guidance and temperature]
 
 pictures: the prompts are of the kinds of `unigen eval scenes`, those with several things more often. A picture is right
 where all that its prompt says holds, the background too, and nothing else is in it. Give another detector than the
@@ -51,10 +52,10 @@ def drawn_prompts(count: int, seed: int) -> list[Item]:
     return [items[k] for k in np.random.default_rng(seed).permutation(len(items))]
 
 
-def pictures(engine: Any, task: ScenesTask, items: list[Item], answers: int, seed: int, guidance: float) -> list[Any]:
+def pictures(engine: Any, task: ScenesTask, items: list[Item], answers: int, seed: int, **options: float) -> list[Any]:
     """A line of the judged file for each prompt; picture k of them all is drawn with `seed` + k."""
     asked = [item for item in items for _ in range(answers)]
-    requests = [engine.request(item.prompt, "image", seed=seed + k, guidance=guidance) for k, item in enumerate(asked)]
+    requests = [engine.request(item.prompt, "image", seed=seed + k, **options) for k, item in enumerate(asked)]
     drawn = dict(engine.run(requests))
     scores = task.score_batch(asked, [drawn[k] for k in range(len(asked))])
     right = [s["strict"] == 1 and s.get("background", 1) == 1 for s in scores]
@@ -96,6 +97,7 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, default=5000)
     parser.add_argument("--answers", type=int, default=4, help="to each prompt (default: 4)")
     parser.add_argument("--guidance", type=float, default=3.0, help="of pictures (default: 3)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="of pictures (default: 0.8)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--batch", type=int, default=128, help="answers given at once (default: 128)")
     parser.add_argument("--dtype", default="bfloat16")
@@ -112,6 +114,7 @@ def main() -> int:
     world = World(engine.model.image_tokenizer.image_size)
     items = drawn_prompts(args.prompts, args.seed) if detector else []
     scenes = ScenesTask(seed=args.seed, detector=detector) if detector else None
+    options = {"guidance": args.guidance, "temperature": args.temperature, "top_p": 1.0}
     end, each = time.monotonic() + 60 * args.minutes, args.batch // args.answers
     lines: list[Any] = []
     with suppress(KeyboardInterrupt):  # what has been answered is kept
@@ -120,7 +123,7 @@ def main() -> int:
                 break
             seed = args.seed * 1_000_000 + start * args.answers
             if scenes:
-                lines += pictures(engine, scenes, items[start : start + each], args.answers, seed, args.guidance)
+                lines += pictures(engine, scenes, items[start : start + each], args.answers, seed, **options)
             else:
                 task = UnderstandingTask(world, min(each, args.prompts - start), seed, heldout=False, asked=0)
                 lines += captions(engine, task, args.answers, seed)

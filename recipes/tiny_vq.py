@@ -237,7 +237,8 @@ def ablate(steps: int, count: int, overrides: list[str]) -> list[dict[str, Any]]
     for name, changes in variants.items():
         with tempfile.TemporaryDirectory() as folder:
             cfg = apply_overrides(config(), [*shared, *overrides, *changes, f"run_dir={folder}/run"])
-            Trainer(cfg, build(cfg)).run()
+            if not Trainer(cfg, build(cfg)).run()["finished"]:
+                raise ValueError("stopped by a signal: trainings that are cut short do not make a table")
             figures = evaluate(Path(folder) / "run" / "model", count)
         baseline = baseline or figures
         print(f"{name:20}" + "".join(f"  {key} {figures[key]:.3f}" for key in UNITS), flush=True)

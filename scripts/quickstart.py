@@ -38,7 +38,6 @@ PROMPTS = {
 QUESTIONS = ["how many apples are there?", "is there a horse?", "what color is the background?"]
 EDIT = "replace the sunflower with a rose"
 STORY = "a witch and her raven"
-GUIDANCE = 4.0
 REFERENCES = ("witch", "raven")
 
 
@@ -47,7 +46,7 @@ class Maker:
 
     def __init__(self, engine: Any, folder: Path, model: str, seed: int) -> None:
         self.engine, self.folder, self.model, self.seed = engine, folder, model, seed
-        self.options = {"seed": seed, "guidance": GUIDANCE}
+        self.options = {"seed": seed}
         self.sections: list[str] = []
         self.pictures: dict[str, Any] = {}
 
@@ -61,7 +60,7 @@ class Maker:
     def command(self, *words: str, seeded: bool = True) -> str:
         """The command line that makes the same again, as HTML."""
         if seeded:
-            words += ("--seed", str(self.seed), "--guidance", f"{GUIDANCE:g}")
+            words += ("--seed", str(self.seed))
         if self.model != "unigen-tiny":
             words += ("--model", self.model)
         return f"<code>{html.escape(shlex.join(['unigen', *words]))}</code>"

@@ -44,8 +44,8 @@ class FakeEngine:
         images = [self.draw(seed + i) for i in range(n)]
         return images if n > 1 else images[0]
 
-    def describe(self, image: Image.Image, question: str | None = None) -> str:
-        return f"{image.size} {question}"
+    def describe(self, image: Image.Image, question: str | None = None, **options: Any) -> str:
+        return " ".join(map(str, [image.size, question, *options.items()]))
 
     def edit(self, image: Image.Image, instruction: str, seed: int = 0, **options: Any) -> Image.Image:
         self.asked.append((instruction, options))
@@ -126,7 +126,9 @@ def test_grid_places_pictures_in_order() -> None:
 def test_describe(engine: FakeEngine, picture: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["describe", picture]) == 0
     assert main(["describe", picture, "-q", "how many?"]) == 0
-    assert capsys.readouterr().out == "(8, 6) None\n(8, 6) how many?\n"
+    assert main(["describe", picture, "--candidates", "3"]) == 0
+    assert capsys.readouterr().out == "(8, 6) None\n(8, 6) how many?\n(8, 6) None ('candidates', 3)\n"
+    assert "--candidates is for captions" in bad(capsys, "describe", picture, "-q", "how many?", "--candidates", "3")
 
 
 def test_edit(engine: FakeEngine, picture: str) -> None:

@@ -21,6 +21,7 @@ LAYERS = [
     {"reasoning"},
     {"training", "evaluation", "probes"},
     {"engine", "models", "data"},
+    {"likelihood"},
     {"model"},
     {"generators", "tokenizers"},
     {"nn", "samplers"},

@@ -130,6 +130,7 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
 def describe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", help="a picture")
     parser.add_argument("-q", "--question", type=text, help="answer this instead of describing the picture")
+    parser.add_argument("--candidates", type=whole(1), help="captions of which to give the best; 1 is fastest")
     model_arguments(parser)
 
 
@@ -228,7 +229,10 @@ def describe(args: argparse.Namespace) -> int:
     from unigen.sequence import read_image
 
     image = read_image(args.image)
-    print(load(args).describe(image, args.question))
+    options = {} if args.candidates is None else {"candidates": args.candidates}
+    if options and args.question:
+        raise ValueError("--candidates is for captions: leave it out, or the question")
+    print(load(args).describe(image, args.question, **options))
     return 0
 
 
@@ -323,10 +327,19 @@ def info(args: argparse.Namespace) -> int:
     path = check_output(args.json, {".json": "JSON"}) if args.json else None
     facts = load(args).info()
     for key, value in facts.items():
-        print(f"{key:<20} {value}")
+        print(f"{key:<20} {_shown(value)}")
     if path is not None:
         write_text(path, json.dumps(facts, indent=2, default=str) + "\n")
     return 0
+
+
+def _shown(value: Any) -> str:
+    """A fact as people read it: 'text 1024, image 1024', 'next-token (guidance 2.5, top_p 0.5)'."""
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    if not isinstance(value, dict):
+        return str(value)
+    return ", ".join(f"{k} ({_shown(v)})" if isinstance(v, dict) else f"{k} {v}" for k, v in value.items())
 
 
 COMMANDS = {

@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 from unigen.generators.base import Generator, Read, Span, State
+from unigen.likelihood import CANDIDATES, closest
 from unigen.model import UnifiedModel
 from unigen.nn.backbone import SlotCache
 from unigen.nn.few_rows import use_few_rows
@@ -31,6 +32,8 @@ from unigen.sequence import Document, Segment, read_image, square, stack_images,
 
 Output = Literal["image", "text", "interleaved"]
 OUTPUTS: tuple[Output, ...] = ("image", "text", "interleaved")
+SAMPLING: dict[str, Any] = {"guidance": 3.0, "temperature": 0.8, "top_k": 0, "top_p": 1.0}
+"""How pictures are drawn by a model that does not say."""
 
 
 @dataclass
@@ -97,10 +100,20 @@ class Engine:
         return answers[0] if n == 1 else answers
 
     def generate_batch(
-        self, prompts: Sequence[Any], seeds: Sequence[int] | None = None, output: Output = "image", **options: Any
+        self,
+        prompts: Sequence[Any],
+        seeds: Sequence[int] | None = None,
+        output: Output = "image",
+        candidates: int = 1,
+        **options: Any,
     ) -> list[Any]:
-        """One answer a prompt, all in one batch; each is what `generate` gives for that prompt and seed alone."""
+        """One answer a prompt, all in one batch; each is what `generate` gives for that prompt and seed alone.
+
+        candidates: of pictures that are described, one each, so many captions, and the one by which the model would
+        likeliest draw the picture (`unigen.likelihood`)."""
         seeds = range(len(prompts)) if seeds is None else seeds
+        if candidates != 1:
+            return self._described(prompts, seeds, output, candidates, options)
         requests = [self.request(p, output, seed=s, **options) for p, s in zip(prompts, seeds, strict=True)]
         parts: list[list[Any]] = [[] for _ in requests]
         for row, part in self.run(requests):
@@ -120,9 +133,9 @@ class Engine:
         return (part for _, part in self.run([request]))
 
     def describe(self, image: Any, question: str | None = None, **options: Any) -> str:
-        """A caption of the picture, or the answer to a question about it."""
-        text = self.generate([image, question or "describe this picture"], "text", **options)
-        return str(text)
+        """A caption of the picture, the best of `CANDIDATES`, or the answer to a question about it."""
+        asked = {"candidates": CANDIDATES if question is None else 1} | options
+        return str(self.generate([image, question or "describe this picture"], "text", **asked))
 
     def edit(self, image: Any, instruction: str, **options: Any) -> Any:
         """The picture changed as the instruction says."""
@@ -178,6 +191,7 @@ class Engine:
             "tokens_per_image": model.image_tokenizer.grid[0] * model.image_tokenizer.grid[1],
             "vocabulary": {"text": model.vocabulary.text_size, "image": model.vocabulary.image_size},
             "generators": [name for name in model.generators if name != "text"],
+            "sampling": {name: self._sampling(name) for name in model.generators if name != "text"},
             "outputs": list(self.outputs),
             **({"classes": list(model.template.classes)} if model.template.classes else {}),
             "device": str(model.device),
@@ -190,10 +204,10 @@ class Engine:
         *,
         seed: int = 0,
         generator: str = "next-token",
-        guidance: float | Sequence[float] | Guidance = 3.0,
+        guidance: float | Sequence[float] | Guidance | None = None,
         temperature: float | None = None,
-        top_k: int = 0,
-        top_p: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
         max_tokens: int = 256,
         max_images: int = 8,
         steps: int | None = None,
@@ -204,7 +218,8 @@ class Engine:
         """A checked request.
 
         guidance: scale of classifier-free guidance for pictures, 1 is off. temperature, top_k, top_p: how ids are
-        drawn; temperature None is greedy for a text answer, else 0.8.
+        drawn, top_k of codes alone. None is what the model's `sampling` says for its pictures, else `SAMPLING`; text is
+        greedy where it is the whole answer, else of temperature 0.8, and top_p 1.
         max_tokens, max_images: limits of the answer's text and of an interleaved answer's pictures.
         steps: how many a generator takes that chooses its own number; sampler, guidance_kind: of a flow.
         fixed: codes (h, w) that stay, -1 elsewhere.
@@ -222,7 +237,8 @@ class Engine:
             raise ValueError(f"unknown sampler {sampler!r}: one of {', '.join(SAMPLERS)}")
         if steps is not None and steps < 1:
             raise ValueError(f"steps must be at least 1, not {steps}")
-        guidance = Guidance.of(guidance)
+        default = SAMPLING | self.model.sampling.get(generator, {})
+        guidance = Guidance.of(default["guidance"] if guidance is None else guidance)
         chosen = {"steps": steps, "sampler": sampler, "guidance_kind": guidance_kind, "fixed": fixed}
         if output == "image":  # else they are of its text as well
             chosen |= {"temperature": temperature, "top_k": top_k or None, "top_p": top_p if top_p != 1 else None}
@@ -245,14 +261,16 @@ class Engine:
             raise ValueError(f"fixed must be codes of the shape {self.model.image_tokenizer.grid}, -1 where to write")
         if len(guidance.scales) != 1:
             raise ValueError("this model has two branches of guidance: give one scale")
+        drawn = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        codes: dict[str, Any] = {k: default[k] if value is None else value for k, value in drawn.items()}
         texts = {"image": 0.0, "text": 0.0, "interleaved": 0.8}[output]
         return Request(
             document=Document.of(prompt),
             output=output,
             generator=generator,
             guidance=guidance,
-            image=Sampling(0.8 if temperature is None else temperature, top_k, top_p),
-            text=Sampling(texts if temperature is None else temperature, 0, top_p),
+            image=Sampling(**codes),
+            text=Sampling(texts if temperature is None else temperature, 0, 1.0 if top_p is None else top_p),
             seed=int(seed),
             max_tokens=max_tokens,
             max_images=max_images,
@@ -260,6 +278,34 @@ class Engine:
             sampler=sampler,
             fixed=fixed,
         )
+
+    def _described(
+        self, prompts: Sequence[Any], seeds: Sequence[int], output: Output, candidates: int, options: dict[str, Any]
+    ) -> list[str]:
+        """The answer that `candidates` = 1 would give and others at temperature 1, and the closest of them."""
+        asked = [self.model.read(Document.of(prompt)) for prompt in prompts]
+        if not isinstance(candidates, int) or candidates < 1:
+            raise ValueError(f"candidates must be a whole number of at least 1, not {candidates}")
+        if output != "text" or any(len(document.images()) != 1 for document in asked):
+            raise ValueError("candidates are captions: ask for the text to one picture")
+        if self.model.template.reader not in self.model.generators:
+            raise ValueError("this model does not draw the codes by which it reads: leave candidates out")
+        first = self.generate_batch(asked, seeds, output, **options)
+        others = [document for document in asked for _ in range(candidates - 1)]
+        more = [seed * 1_000_003 + k for seed in seeds for k in range(1, candidates)]
+        drawn = self.generate_batch(others, more, output, **options | {"temperature": 1.0})
+        captions = [
+            list(dict.fromkeys([text, *drawn[k * (candidates - 1) : (k + 1) * (candidates - 1)]]))
+            for k, text in enumerate(first)
+        ]
+        return closest(self.model, asked, captions)
+
+    def _sampling(self, generator: str) -> dict[str, Any]:
+        """How pictures are drawn where nothing else is asked for: guidance, and what else the generator takes."""
+        default = SAMPLING | self.model.sampling.get(generator, {})
+        return {
+            name: default[name] for name in default if name in ("guidance", *self.model.generators[generator].takes)
+        }
 
     # ---------------------------------------------------------------- the loop
 

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from unigen import hub
-from unigen.generators.base import Generator
+from unigen.generators.base import CODES, Generator
 from unigen.nn.backbone import Backbone, SlotCache
+from unigen.samplers.guidance import Guidance
+from unigen.samplers.logits import Sampling
 from unigen.sequence import Batch, Document, Segment, Tokens, Vocabulary, stack_images, to_images
 from unigen.tokenizers import ImageTokenizer, save_tokenizer
 
@@ -63,6 +65,7 @@ class UnifiedModel(nn.Module):
         self.image_tokenizer = image_tokenizer
         self.template = template
         self.generators = generators
+        self.sampling: dict[str, dict[str, float]] = {}
         self.heads = nn.ModuleDict({name: g for name, g in generators.items() if isinstance(g, nn.Module)})
         image_tokenizer.requires_grad_(False)
 
@@ -80,6 +83,18 @@ class UnifiedModel(nn.Module):
     def context(self) -> int:
         """The most positions a sequence may have."""
         return int(self.backbone.lm.config.get_text_config().max_position_embeddings)
+
+    def sample_by(self, generator: str, **options: float) -> None:
+        """Say how this generator's pictures are drawn where nothing else is asked for: guidance, temperature, top_k,
+        top_p. `save` writes it to unigen.json, where it may be changed. Raises ValueError for what it does not take."""
+        if generator not in self.generators or generator == "text":
+            raise ValueError(f"the model has no generator {generator!r}")
+        takes = ("guidance", *(name for name in CODES if name in self.generators[generator].takes))
+        if unknown := [name for name in options if name not in takes]:
+            raise ValueError(f"{generator} does not take {', '.join(unknown)}: it takes {', '.join(takes)}")
+        Guidance.of(options.get("guidance", 1.0))
+        Sampling(**{name: value for name, value in options.items() if name != "guidance"})  # type: ignore[arg-type]
+        self.sampling[generator] = dict(options)
 
     def embed(self, ids: Tensor) -> Tensor:
         return self.backbone.embed(ids)
@@ -188,5 +203,6 @@ class UnifiedModel(nn.Module):
                     "generators": sorted(self.generators),
                     "begins": self.begin_tokens(),
                     "classes": list(self.template.classes),
+                    "sampling": self.sampling,
                 },
             )

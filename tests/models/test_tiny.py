@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
+from unigen.engine import Engine
 from unigen.models import load, tiny
+from unigen.samplers.logits import Sampling
 from unigen.sequence import Document, Segment
 from unigen.tokenizers import load_tokenizer, text
 
@@ -97,6 +100,45 @@ def test_save_and_load_are_exact(tiny_folder: Path, tmp_path: Path) -> None:
     model.save(tmp_path / "copy", dtype=torch.bfloat16)
     assert load(tmp_path / "copy").backbone.lm.dtype == torch.float32
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_a_model_says_how_it_is_drawn_from(tiny_folder: Path, tmp_path: Path) -> None:
+    model = load(tiny_folder)
+    model.sample_by("next-token", guidance=2.5, top_p=0.6)
+    model.save(tmp_path / "model")
+    again = load(tmp_path / "model")
+    assert (
+        again.sampling == tiny.teach(again, ("next-token",)).sampling == {"next-token": {"guidance": 2.5, "top_p": 0.6}}
+    )
+    engine = Engine(again)
+    asked, told = engine.request("a", "image"), engine.request("a", "image", guidance=4.0, top_p=1.0, temperature=0.5)
+    assert (asked.guidance.scales, asked.image, asked.text.top_p) == ((2.5,), Sampling(0.8, 0, 0.6), 1.0)
+    assert (told.guidance.scales, told.image) == ((4.0,), Sampling(0.5, 0, 1.0))
+    assert engine.request("a", "image", generator="masked").image == Sampling(0.8, 0, 1.0)
+    assert engine.info()["sampling"]["next-token"] == {"guidance": 2.5, "temperature": 0.8, "top_k": 0, "top_p": 0.6}
+    assert engine.info()["sampling"]["flow"] == {"guidance": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        ({"brush": {}}, "no generator 'brush'"),
+        ({"flow": {"top_p": 0.5}}, "flow does not take top_p: it takes guidance$"),
+        ({"next-token": {"steps": 4}}, "next-token does not take steps"),
+        ({"next-token": {"top_p": 0}}, "top_p must lie"),
+        ({"next-token": {"guidance": -1}}, "guidance must be"),
+        ({"next-token": {"temperature": "warm"}}, "sampling in "),
+        ({"next-token": 3}, "sampling in "),
+        ([], "sampling in "),
+    ],
+)
+def test_sampling_that_cannot_be_is_refused(tiny_folder: Path, tmp_path: Path, sampling: Any, message: str) -> None:
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    manifest = json.loads((tmp_path / "model" / "unigen.json").read_text())
+    (tmp_path / "model" / "unigen.json").write_text(json.dumps(manifest | {"sampling": sampling}))
+    with pytest.raises(ValueError, match=message) as caught:
+        load(tmp_path / "model")
+    assert "unigen.json" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_failed_save_leaves_the_old_folder(

@@ -16,8 +16,10 @@ import torch
 from unigen.cli import main
 from unigen.data.packing import Collate
 from unigen.engine import Engine
+from unigen.likelihood import log_likelihood
 from unigen.models import load
-from unigen.sequence import Document, Segment, pack
+from unigen.samplers.guidance import Guidance
+from unigen.sequence import Document, Segment, Tokens, pack
 from unigen.training.objectives import Mixture
 from unigen.training.preferences import (
     CollateCompared,
@@ -25,7 +27,6 @@ from unigen.training.preferences import (
     ComparedRows,
     PreferenceConfig,
     Preferences,
-    log_likelihood,
     read_pairs,
 )
 
@@ -115,7 +116,7 @@ def compared(engine: Engine, judged: Path) -> Compared:
     longest = max(sum(len(template.encode(chat)) for chat in pair) for pair in pairs)
     rows = ComparedRows([replay] * 9, pairs, template.encode, 2 * longest, rows=1)
     assert len(rows.pairs) == 2 and sum(map(len, rows.pairs)) == 8
-    laid = [tokens.ids for row in rows.pairs for tokens in row]
+    laid = [seen.ids for row in rows.pairs for seen, _ in row]
     assert laid == [template.encode(chat).ids for pair in pairs for chat in pair]
     assert rows[0][1] == rows[2][1] == rows.pairs[:1] and rows[1][1] == rows.pairs[1:]
     with pytest.raises(ValueError, match="exceeds a row of"):
@@ -123,20 +124,41 @@ def compared(engine: Engine, judged: Path) -> Compared:
     return CollateCompared(Collate(128, 16), 2 * longest, 16)([rows[0], rows[1]])
 
 
-def test_the_likelihood_of_an_answer_is_that_of_its_document_alone(engine: Engine, judged: Path) -> None:
+@pytest.mark.parametrize(("scale", "temperature"), [(3.0, 0.8), (1.0, 1.0)])
+def test_the_likelihood_of_an_answer_is_that_by_which_the_engine_draws_it(
+    engine: Engine, judged: Path, scale: float, temperature: float
+) -> None:
+    """A picture's codes one by one from its own prompt and the blind one; a text's ids, its end among them."""
     model, batch = engine.model, compared(engine, judged)
-    together_P2 = log_likelihood(model, model.fill(batch.pairs))
-    alone = []
+    template, first = model.template, model.vocabulary.text_size
+    pairs, blind = model.fill(batch.pairs), model.fill(batch.blind)
+    together_D = log_likelihood(model, pairs, blind, Guidance.of(scale), temperature)
+
+    def logits_after(ids: list[int]) -> torch.Tensor:
+        alone = pack([[Tokens(ids, [False] * len(ids))]], len(ids), 16)
+        return model.logits(model.hidden(alone)[0, -1])
+
+    expected = []
     for pair in read_pairs([judged], 0, (2, 2), 32):
         for chat in pair:
-            tokens = model.template.encode(chat)
-            ids = torch.tensor([model.ids(tokens)])
-            batch = model.fill(pack([[tokens]], len(tokens), 16))
-            logp_LV = model.logits(model.hidden(batch)[0]).log_softmax(-1)
-            learnt = [k for k, loss in enumerate(tokens.loss) if loss]
-            assert model.template.turn_end in ids[0, learnt]
-            alone.append(logp_LV[[k - 1 for k in learnt], ids[0, learnt]].sum())
-    torch.testing.assert_close(together_P2.flatten(), torch.stack(alone), rtol=1e-4, atol=1e-4)
+            before, answer = Document(chat.segments[:-1]), chat.segments[-1]
+            prompt = model.ids(template.prompt(before))
+            if answer.text is not None:
+                said = model.ids(template.encode(chat))[len(prompt) :]
+                assert said[-1] == template.turn_end
+                steps = [logits_after(prompt + said[:k]).log_softmax(-1)[id] for k, id in enumerate(said)]
+            else:
+                unseen, begin = model.ids(template.prompt(before, blind=True)), template.begins["next-token"]
+                codes = model.vocabulary.image_ids(answer.image).flatten().tolist()
+                steps = [logits_after(prompt).log_softmax(-1)[begin]]
+                for k, code in enumerate(codes):
+                    c, u = (logits_after([*ids, begin, *codes[:k]])[first:] for ids in (prompt, unseen))
+                    steps.append(((u + scale * (c - u)) / temperature).log_softmax(-1)[code - first])
+                whole = model.ids(template.encode(chat))
+                assert whole[-2:] == [template.image_end, template.turn_end]  # the end of a picture is no choice
+                steps.append(logits_after(whole[:-1]).log_softmax(-1)[template.turn_end])
+            expected.append(torch.stack(steps).sum())
+    torch.testing.assert_close(together_D, torch.stack(expected), rtol=1e-4, atol=1e-3)
 
 
 def test_the_loss_is_dpo(engine: Engine, judged: Path) -> None:
@@ -150,14 +172,18 @@ def test_the_loss_is_dpo(engine: Engine, judged: Path) -> None:
     counts: dict[str, Any] = objective.counts(batch, torch.Generator())
     assert {k: int(n) for k, (_, n) in losses.items()} == {k: int(n) for k, n in counts.items()}
 
-    before_P2 = log_likelihood(model, model.fill(batch.pairs)).detach()
+    def likelihoods() -> torch.Tensor:
+        pairs, blind = model.fill(batch.pairs), model.fill(batch.blind)
+        return log_likelihood(model, pairs, blind, Guidance((3.0,)), 0.8).detach().unflatten(0, (-1, 2))
+
+    before_P2 = likelihoods()
     torch.testing.assert_close(losses["chosen"][0].detach(), -before_P2[:, 0].sum())
     (total / count).backward()
     with torch.no_grad():
         for p in model.parameters():
             if p.grad is not None:
                 p -= 0.05 * p.grad
-    after_P2 = log_likelihood(model, model.fill(batch.pairs)).detach()
+    after_P2 = likelihoods()
     gain_P = ((after_P2 - before_P2) * torch.tensor([1.0, -1.0])).sum(-1)
     assert gain_P.mean() > 0
     losses = objective(model, batch, torch.Generator())

@@ -256,7 +256,9 @@ def teach(model: UnifiedModel, writers: Sequence[str], heads: Sequence[Any] = ()
     parts = model.backbone.lm, model.text_tokenizer, model.image_tokenizer, model.vocabulary.text_size
     names = [name for name in dict.fromkeys([*model.generators, *writers]) if name != "text"]
     made = dict(model.heads) | {head.name: head for head in heads}
-    return assemble(*parts, names, list(made.values()), model.begin_tokens(), model.template.classes)
+    taught = assemble(*parts, names, list(made.values()), model.begin_tokens(), model.template.classes)
+    taught.sampling = dict(model.sampling)
+    return taught
 
 
 def extend(lm: Any, tokenizer: Any, image_tokenizer: ImageTokenizer) -> UnifiedModel:

@@ -3,8 +3,10 @@
     L = - E log sigmoid(beta [ log p(w|c) - log p_ref(w|c)  -  log p(l|c) + log p_ref(l|c) ])
 
 is DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7) with w chosen, l rejected, c the prompt and p_ref the model as
-training began. An answer is a picture or a text, and log p the sum over its ids as next-token prediction learns them:
-without guidance, at temperature 1. Beside it stand the losses of a mixture and - log p(w|c), by the id, lest both
+training began. An answer is a picture or a text, and log p the sum over its ids. p is what answers are drawn from: of
+text the prediction itself, of codes what guidance and temperature make of it, softmax((u + s (c - u)) / T) with the
+blind branch u. Compared without guidance, both branches move, and what is drawn with it need not get better. Beside it
+stand the losses of a mixture, which draw the model back towards true pictures, and - log p(w|c), by the id, lest both
 become unlikely together (as in RPO, Pang et al. 2024, arXiv 2404.19733, eq. 2).
 
 A line of the judged file is a prompt (`Document.to_json`), its answers (`Segment.to_json`), and which are right:
@@ -12,7 +14,7 @@ A line of the judged file is a prompt (`Document.to_json`), its answers (`Segmen
     {"prompt": {"segments": [{"role": "user", "text": "two apples"}]},
      "answers": [{"role": "assistant", "image": {"codes": [[5, 7, ..], ..]}}, ..], "right": [true, ..]}
 
-The file refuses to know who gave the answers and who judged them. Shapes: B rows, L positions, P pairs.
+The file refuses to know who gave the answers and who judged them. Shapes: P pairs.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from unigen.likelihood import log_likelihood
 from unigen.model import UnifiedModel
+from unigen.samplers.guidance import Guidance
 from unigen.sequence import Batch, Document, Segment, Tokens, pack
 from unigen.training.objectives import Mixture
 
@@ -44,8 +48,14 @@ class PreferenceConfig:
     """Weight of - log p of the chosen answers, in nats an id."""
     rows: int = 2
     """Rows of pairs beside each row of the mixture."""
+    guidance: float = 3.0
+    temperature: float = 0.8
+    """As the pictures were drawn."""
 
     def __post_init__(self) -> None:
+        Guidance.of(self.guidance)
+        if not self.temperature > 0:
+            raise ValueError(f"preferences need a temperature above 0, not {self.temperature}")
         if not (self.beta > 0 and self.weight > 0 and self.nll >= 0 and self.rows >= 1):
             raise ValueError("preferences need beta and weight above 0, nll of at least 0 and at least 1 row of pairs")
 
@@ -97,60 +107,71 @@ def _judged(line: str, grid: tuple[int, int], codes: int) -> tuple[list[Document
     return [chat for chat, mark in chats if mark], [chat for chat, mark in chats if not mark]
 
 
+Row = list[tuple[Tokens, Tokens]]
+"""Documents, each with its blind rendering; chosen, rejected, chosen, .."""
+
+
 class ComparedRows:
     """Item i: row i of a mixture, and rows of pairs; a pair comes again only when all have come.
 
-    encode: a document as ids. length: positions of a row. rows: of pairs, in an item. `pairs`: rows of pairs in all.
+    encode: a document as ids, also blind. length: positions of a row. rows: of pairs, in an item. `pairs`: rows of
+    pairs in all.
     """
 
     def __init__(
         self,
         mixture: Any,
         pairs: Sequence[tuple[Document, Document]],
-        encode: Callable[[Document], Tokens],
+        encode: Callable[..., Tokens],
         length: int,
         rows: int,
     ) -> None:
         self.mixture, self.rows = mixture, rows
-        self.pairs: list[list[Tokens]] = []
+        self.pairs: list[Row] = []
         room = 0
         for pair in pairs:
-            both = [encode(document) for document in pair]
-            size = sum(map(len, both))
+            size = sum(len(encode(document)) for document in pair)
             if size > length:
                 raise ValueError(f"a pair of {size} ids exceeds a row of {length}: raise `length`")
             if size > room:
                 self.pairs.append([])
                 room = length
-            self.pairs[-1] += both
+            self.pairs[-1] += [(encode(document), encode(document, blind=_draws(document))) for document in pair]
             room -= size
 
-    def __getitem__(self, index: int) -> tuple[Any, list[list[Tokens]]]:
-        rows = [self.pairs[(index * self.rows + k) % len(self.pairs)] for k in range(self.rows)]
-        return self.mixture[index], rows
+    def __getitem__(self, index: int) -> tuple[Any, list[Row]]:
+        return self.mixture[index], [self.pairs[(index * self.rows + k) % len(self.pairs)] for k in range(self.rows)]
+
+
+def _draws(document: Document) -> bool:
+    return document.segments[-1].image is not None
 
 
 @dataclass
 class Compared:
-    """mixture: packed documents; pairs: packed answers under their prompts, each chosen before its rejected one."""
+    """mixture: packed documents; pairs: packed answers under their prompts, each chosen before its rejected one; blind:
+    the same for the second branch of guidance, which for texts is the first."""
 
     mixture: Batch
     pairs: Batch
+    blind: Batch
 
     def to(self, device: torch.device | str) -> Compared:
-        return Compared(self.mixture.to(device), self.pairs.to(device))
+        return Compared(self.mixture.to(device), self.pairs.to(device), self.blind.to(device))
 
     def pin_memory(self) -> Compared:
-        return Compared(self.mixture.pin_memory(), self.pairs.pin_memory())
+        return Compared(self.mixture.pin_memory(), self.pairs.pin_memory(), self.blind.pin_memory())
 
 
 class CollateCompared:
     def __init__(self, collate: Callable[[list[Any]], Batch], length: int, image_size: int) -> None:
         self.collate, self.length, self.image_size = collate, length, image_size
 
-    def __call__(self, items: list[tuple[Any, list[list[Tokens]]]]) -> Compared:
+    def __call__(self, items: list[tuple[Any, list[Row]]]) -> Compared:
         rows = [row for _, rows in items for row in rows]
-        return Compared(self.collate([row for row, _ in items]), pack(rows, self.length, self.image_size))
+        seen, blind = ([[both[k] for both in row] for row in rows] for k in (0, 1))
+        mixture = self.collate([row for row, _ in items])
+        return Compared(mixture, pack(seen, self.length, self.image_size), pack(blind, self.length, self.image_size))
 
 
 class Preferences(nn.Module):
@@ -160,15 +181,17 @@ class Preferences(nn.Module):
     def __init__(self, mixture: Mixture, reference: UnifiedModel, config: PreferenceConfig) -> None:
         super().__init__()
         self.mixture, self.beta = mixture, config.beta
+        self.guidance, self.temperature = Guidance.of(config.guidance), config.temperature
         self.reference = reference.requires_grad_(False).eval()
         self.weights = mixture.weights | {"preference": config.weight, "chosen": config.nll}
 
     def forward(self, model: Any, batch: Compared, rng: torch.Generator) -> dict[str, tuple[Tensor, Tensor | int]]:
         losses = self.mixture(model, batch.mixture, rng)
-        pairs = model.fill(batch.pairs)
-        policy_P2 = log_likelihood(model, pairs)
+        pairs, blind = model.fill(batch.pairs), model.fill(batch.blind)
+        drawn = pairs, blind, self.guidance, self.temperature
+        policy_P2 = log_likelihood(model, *drawn).unflatten(0, (-1, 2))
         with torch.no_grad():
-            reference_P2 = log_likelihood(self.reference, pairs)
+            reference_P2 = log_likelihood(self.reference, *drawn).unflatten(0, (-1, 2))
         gain_P2 = policy_P2 - reference_P2
         margin_P = gain_P2[:, 0] - gain_P2[:, 1]
         counts = self._counts(pairs)
@@ -185,17 +208,3 @@ class Preferences(nn.Module):
         count = int(pairs.segments_BL.amax(1).sum()) // 2
         ids = (pairs.loss_BL & (pairs.segments_BL % 2 == 1)).sum()  # a row's documents are 1, 2, ..: odd are chosen
         return {"preference": count, "chosen": ids, "metric/accuracy": count}
-
-
-def log_likelihood(model: UnifiedModel, batch: Batch) -> Tensor:
-    """log p (nats) of what is learnt in each document of packed rows, as (P, 2). batch: filled, each chosen document
-    before its rejected one."""
-    hidden_BLD = model.hidden(batch)
-    rows, at = batch.loss_BL.nonzero(as_tuple=True)
-    logits = model.logits(hidden_BLD[rows, at - 1]).float()
-    nats = nn.functional.cross_entropy(logits, batch.ids_BL[rows, at], reduction="none")
-    documents_B = batch.segments_BL.amax(1)
-    first_B = documents_B.cumsum(0) - documents_B
-    total = nats.new_zeros(int(documents_B.sum()))
-    total = total.index_add(0, first_B[rows] + batch.segments_BL[rows, at] - 1, nats)
-    return -total.unflatten(0, (-1, 2))

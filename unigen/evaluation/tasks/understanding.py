@@ -1,7 +1,7 @@
 """Task `understanding`: captions with every attribute right, and questions, on true rendered scenes that training
 never saw.
 
-    unigen eval understanding --model unigen-tiny [--count 500] [--heldout] [--json FILE]
+    unigen eval understanding --model unigen-tiny [--count 500] [--candidates 8] [--heldout] [--json FILE]
 
 Half of the scenes are plain (combinations of training, seeds of their own), half hold a held-out combination; the two
 are reported apart. Captions are read by the parser of the captions; answers must match exactly, after lower case and
@@ -32,6 +32,7 @@ from unigen.evaluation.runner import (
     write_outputs,
 )
 from unigen.evaluation.task import Item, mean_and_interval
+from unigen.likelihood import CANDIDATES
 
 ASK = "describe this picture"
 _STREAM = 7_700_000  # keeps these scenes apart from those of any training seed
@@ -128,6 +129,7 @@ def summarise(
 def arguments() -> Parser:
     parser = common_arguments("understanding", "captions and questions on true scenes")
     parser.add_argument("--count", type=whole(1), default=500, help="scenes (default: 500)")
+    parser.add_argument("--candidates", type=whole(1), help="captions to choose from (default: as `unigen describe`)")
     parser.add_argument("--heldout", action="store_true", help="only scenes with a held-out combination")
     return parser
 
@@ -140,7 +142,13 @@ def main(args: list[str]) -> int:
     task = UnderstandingTask(World(engine.model.image_tokenizer.image_size), a.count, a.seed, a.heldout or None)
     items = task.items()
     options: dict[str, Any] = {"max_tokens": 96} | options_of(a)
-    outputs = draw(engine, task, items, 1, a.batch, a.seed, **options)
+    captions = {"candidates": CANDIDATES if a.candidates is None else a.candidates}
+    outputs: list[list[Any]] = [[] for _ in items]
+    for asked, more in ((True, captions), (False, {})):
+        numbers = [k for k, item in enumerate(items) if (item.tag == "caption") == asked]
+        drawn = draw(engine, task, [items[k] for k in numbers], 1, a.batch, a.seed, **options, **more)
+        for k, output in zip(numbers, drawn, strict=True):
+            outputs[k] = output
     scores = task.score_batch(items, [row[0] for row in outputs])
     figures = summarise(items, scores, a.seed)
     for name, (mean, low, high) in figures.items():

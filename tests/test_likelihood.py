@@ -1,0 +1,85 @@
+"""Captions chosen by the pictures that they would draw."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from unigen import likelihood
+from unigen.engine import Engine
+from unigen.likelihood import closest, log_likelihood
+from unigen.sequence import Document, Segment, pack
+
+CODES = torch.tensor([[1, 2], [3, 4]])
+ASKED = Document([Segment(image=CODES), Segment(text="describe this picture")])
+
+
+def alone(engine: Engine, document: Document) -> float:
+    model = engine.model
+    tokens = model.template.encode(document)
+    return log_likelihood(model, model.fill(pack([[tokens]], len(tokens), 16))).item()
+
+
+def test_the_caption_is_that_of_the_greatest_sum(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand, each document alone; with another weight of the channel another caption may win."""
+    captions = ["a red dog", "a horse", "two apples on a blue background", "a", "a witch above a star"]
+    told = [alone(engine, Document([*ASKED.segments, Segment(text=c, role="assistant")])) for c in captions]
+    drawn = [alone(engine, Document([Segment(text=c), Segment(image=CODES, role="assistant")])) for c in captions]
+    for weight in (0.0, 0.3, 1000.0):
+        monkeypatch.setattr(likelihood, "CHANNEL", weight)
+        sums = [a + weight * b for a, b in zip(told, drawn, strict=True)]
+        best = captions[sums.index(max(sums))]
+        assert closest(engine.model, [ASKED, ASKED], [captions, captions[::-1]]) == [best, best]
+    assert max(range(5), key=told.__getitem__) != max(range(5), key=drawn.__getitem__), "the weights would not matter"
+
+
+def test_a_model_that_draws_by_a_caption_gives_it(engine: Engine) -> None:
+    """The channel mends a reader that is wrong: taught to draw the picture for one caption alone, it says that one."""
+    model = copy.deepcopy(engine.model)
+    tokens = model.template.encode(Document([Segment(text="a horse"), Segment(image=CODES, role="assistant")]))
+    batch = model.fill(pack([[tokens]], len(tokens), 16))
+    optimizer = torch.optim.AdamW(model.backbone.parameters(), lr=3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        (-log_likelihood(model, batch).sum()).backward()
+        optimizer.step()
+    captions = ["two apples", "a horse", "a red dog"]
+    assert closest(model, [ASKED], [captions]) == ["a horse"]
+
+
+def test_describe_chooses_among_what_the_engine_says(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture, options = Image.new("RGB", (16, 16), "red"), {"max_tokens": 8}
+    seen: list[Any] = []
+
+    def longest(model: Any, asked: Any, captions: Any) -> list[str]:
+        seen.extend(captions)
+        return [max(texts, key=len) for texts in captions]
+
+    monkeypatch.setattr("unigen.engine.closest", longest)
+    said = engine.describe(picture, **options)
+    assert len(seen) == 1 and 2 <= len(seen[0]) <= 8 and said == max(seen[0], key=len)
+    assert seen[0][0] == engine.describe(picture, candidates=1, **options)
+    assert engine.describe(picture, seed=0, **options) == said
+    prompts = [[picture, "describe this picture"]] * 2
+    assert engine.generate_batch(prompts, [5, 0], "text", candidates=8, **options)[1] == said
+    before = len(seen)
+    engine.describe(picture, "how many?", **options)
+    assert len(seen) == before, "an answer to a question is no caption"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda e, p: e.describe(p, candidates=0), "candidates must be a whole number of at least 1"),
+        (lambda e, p: e.generate("a dog", candidates=2), "candidates are captions"),
+        (lambda e, p: e.generate(["a dog"], "text", candidates=2), "candidates are captions"),
+        (lambda e, p: e.generate([p, p, "which?"], "text", candidates=2), "candidates are captions"),
+    ],
+)
+def test_candidates_that_make_no_sense_are_refused(engine: Engine, call: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(engine, Image.new("RGB", (16, 16)))

@@ -1,0 +1,89 @@
+"""How likely a model finds documents: what comparisons learn from, and what a caption is chosen by.
+
+    log_p = log_likelihood(model, pack([[tokens], ..], length, size))     # what the assistant says, in nats
+
+Of captions that a model gives a picture, `closest` takes the one that maximises
+
+    log p(caption | picture) + CHANNEL * log p(picture | caption)
+
+as in MMI-bidi (Li et al. 2016, arXiv 1510.03055) and other noisy channels: the model that reads pictures also draws
+them, and where it draws, a combination of words that it never saw is nothing unlikely.
+Refuses to know how answers are drawn. Shapes: B rows, L positions, D documents, N pictures of M codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from unigen.model import UnifiedModel
+from unigen.samplers.guidance import Guidance
+from unigen.sequence import Batch, Document, Segment, pack
+
+CHANNEL = 0.3
+CANDIDATES = 8
+"""How many captions are drawn of which one is given."""
+
+
+def log_likelihood(
+    model: UnifiedModel,
+    batch: Batch,
+    blind: Batch | None = None,
+    guidance: Guidance | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """log p (nats) of what is learnt in each document (D,) of packed rows: of codes among codes, as guidance and
+    temperature have them drawn, and of text as it is. batch: filled; blind: the same, blind, for guidance."""
+    documents_B = batch.segments_BL.amax(1)
+    first_B = documents_B.cumsum(0) - documents_B
+    number_BL = first_B[:, None] + batch.segments_BL - 1
+    hidden_BLD = model.hidden(batch)
+    rows, at = (batch.loss_BL & ~batch.inside()).nonzero(as_tuple=True)
+    text = _log_p(model.logits(hidden_BLD[rows, at - 1]), batch.ids_BL[rows, at])
+    total_D = text.new_zeros(int(documents_B.sum())).index_add(0, number_BL[rows, at], text)
+
+    drawn = batch.loss_BL[batch.spans_N3[:, 0], batch.spans_N3[:, 1]].nonzero()[:, 0]
+    if len(drawn):
+        first, stop = model.vocabulary.text_size, model.vocabulary.size
+        rows_N1, at_NM = batch.places(drawn)
+        logits = model.logits(hidden_BLD[rows_N1, at_NM - 1], first, stop).float()
+        if guidance is not None and guidance.branches > 1:
+            assert blind is not None, "guidance needs the blind branch"
+            blind_N1, unseen_NM = blind.places(drawn)
+            unseen = model.logits(model.hidden(blind)[blind_N1, unseen_NM - 1], first, stop).float()
+            logits = guidance.combine([logits, unseen])
+        codes_NM = model.vocabulary.codes(batch.ids_BL[rows_N1, at_NM])
+        total_D = total_D.index_add(0, number_BL[rows_N1, at_NM][:, 0], _log_p(logits / temperature, codes_NM).sum(-1))
+    return total_D
+
+
+def _log_p(logits: Tensor, ids: Tensor) -> Tensor:
+    return -nn.functional.cross_entropy(logits.float().flatten(0, -2), ids.flatten(), reduction="none").view(ids.shape)
+
+
+@torch.inference_mode()
+def closest(model: UnifiedModel, asked: Sequence[Document], captions: Sequence[Sequence[str]]) -> list[str]:
+    """Of the captions of each document's one picture, given as codes, the likeliest by the channel; the first of
+    equals."""
+    told: list[Document] = []
+    drawn: list[Document] = []
+    for document, texts in zip(asked, captions, strict=True):
+        picture = next(segment.image for segment in document.segments if segment.image is not None)
+        for text in texts:
+            told.append(Document([*document.segments, Segment(text=text, role="assistant")]))
+            drawn.append(Document([Segment(text=text), Segment(image=picture, role="assistant")]))
+    scores = (_alone(model, told) + CHANNEL * _alone(model, drawn)).split([len(texts) for texts in captions])
+    return [texts[int(score.argmax())] for texts, score in zip(captions, scores, strict=True)]
+
+
+def _alone(model: UnifiedModel, documents: Sequence[Document], batch: int = 64) -> Tensor:
+    """log p (D,) of what the assistant says in documents whose pictures are codes, a row each."""
+    tokens = [model.template.encode(document) for document in documents]
+    parts = []
+    for start in range(0, len(tokens), batch):
+        rows = tokens[start : start + batch]
+        packed = pack([[row] for row in rows], max(map(len, rows)), model.image_tokenizer.image_size)
+        parts.append(log_likelihood(model, model.fill(packed.to(model.device))))
+    return torch.cat(parts)
