@@ -48,10 +48,17 @@ def section(title: str, run: dict[str, Any]) -> list[str]:
     ]
     if run.get("overall") is not None:
         lines += [f"Overall **{cell(run['overall'])}**", ""]
+    rows = run.get("rows") or []
+    if rows and all(": " in row["name"] for row in rows):  # each figure of each variant: a line a variant
+        variants: dict[str, dict[str, Any]] = {}
+        for row in rows:
+            name, _, figure = row["name"].partition(": ")
+            variants.setdefault(name, {"name": name})[figure] = row["value"]
+        return [*lines, *table(list(variants.values())), ""]
     if run.get("tasks"):
         lines += [*table([run["tasks"]]), ""]
-    if run.get("rows"):
-        lines += [*table(run["rows"]), ""]
+    if rows:
+        lines += [*table(rows), ""]
     return lines
 
 
