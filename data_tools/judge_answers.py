@@ -67,18 +67,19 @@ def pictures(engine: Any, task: ScenesTask, items: list[Item], answers: int, see
 def captions(engine: Any, task: UnderstandingTask, answers: int, seed: int) -> list[Any]:
     """A line of the judged file for each scene of the task: the true caption, and those that the model gives it."""
     items = task.items()
-    asked = [item for item in items for _ in range(answers)]
+    documents = [engine.model.read(Document.of(item.prompt)) for item in items]  # each picture is encoded once
+    asked = [document for document in documents for _ in range(answers)]
     seeds = [seed + k for k in range(len(asked))]
-    said = engine.generate_batch([item.prompt for item in asked], seeds, "text", temperature=1.0, max_tokens=96)
-    scores = task.score_batch(asked, said)
+    said = engine.generate_batch(asked, seeds, "text", temperature=1.0, max_tokens=96)
+    scores = task.score_batch([item for item in items for _ in range(answers)], said)
     lines = []
-    for i, item in enumerate(items):
+    for i, (item, document) in enumerate(zip(items, documents, strict=True)):
         cut = slice(i * answers, (i + 1) * answers)
         groups = tuple(tuple(group) for group in item.meta["groups"])
         true = caption(Facts(groups, item.meta["background"], item.meta["relation"]))
         given = [Segment(text=text, role="assistant") for text in (true, *said[cut])]
         right = [True, *(score["correct"] == 1 for score in scores[cut])]
-        lines.append(line(engine.model.read(Document.of(item.prompt)).segments, given, right))
+        lines.append(line(document.segments, given, right))
     return lines
 
 
@@ -118,7 +119,7 @@ def main() -> int:
     end, each = time.monotonic() + 60 * args.minutes, args.batch // args.answers
     lines: list[Any] = []
     with suppress(KeyboardInterrupt):  # what has been answered is kept
-        for start in range(0, args.prompts, each):
+        for start in range(0, len(items) if scenes else args.prompts, each):
             if time.monotonic() > end:
                 break
             seed = args.seed * 1_000_000 + start * args.answers

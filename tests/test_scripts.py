@@ -24,6 +24,22 @@ def test_the_table_of_benches(root: Path, capsys: pytest.CaptureFixture[str]) ->
     assert bench.main(["decode", "--models", "huge"]) == 2
 
 
+def test_figures_of_variants_stand_in_a_line_each() -> None:
+    rows = [
+        {"name": f"{v}: {k}", "value": x}
+        for v, k, x in (("vq", "psnr", 1.0), ("vq", "usage", 0.5), ("fsq", "psnr", 2.0))
+    ]
+    run = {"command": "c", "model": "m", "hardware": "h", "date": "d", "tasks": {"vq: psnr": 1.0}, "rows": rows}
+    lines = results.section("t", run)
+    assert lines[-5:-1] == [
+        "| name | psnr | usage |",
+        "| --- | --- | --- |",
+        "| vq | 1.000 | 0.500 |",
+        "| fsq | 2.000 |  |",
+    ]
+    assert "vq: psnr" not in "".join(lines)
+
+
 def test_results_are_written_from_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "ROOT", tmp_path)
     monkeypatch.setattr(results, "RUNS", tmp_path / "runs")

@@ -288,8 +288,6 @@ class Engine:
             raise ValueError(f"candidates must be a whole number of at least 1, not {candidates}")
         if output != "text" or any(len(document.images()) != 1 for document in asked):
             raise ValueError("candidates are captions: ask for the text to one picture")
-        if self.model.template.reader not in self.model.generators:
-            raise ValueError("this model does not draw the codes by which it reads: leave candidates out")
         first = self.generate_batch(asked, seeds, output, **options)
         others = [document for document in asked for _ in range(candidates - 1)]
         more = [seed * 1_000_003 + k for seed in seeds for k in range(1, candidates)]
