@@ -52,7 +52,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     words = "a the blue red horse dog apple apples two three on background how many story about witch and raven".split()
     lines = [" " + " ".join(words[i:] + words[:i]) for i in range(len(words))] * 4
-    text.train(lines, folder / "text", 304, tiny.SPECIALS)
+    text.train(lines, folder / "text", 312, tiny.SPECIALS)
     small: dict[str, Any] = {"image_size": 16, "codes": 32, "channels": 16, "decoder_channels": 16, "wide": 16}
     small |= {"encoder_blocks": (1, 1), "decoder_blocks": (1, 1)}
     image_tokenizer = VQTokenizer(VQConfig(**small))

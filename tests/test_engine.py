@@ -119,7 +119,7 @@ def test_pictures_given_and_made_stand_in_one_chat(engine: Engine) -> None:
         (lambda e: e.generate("a", "video"), "unknown output"),
         (
             lambda e: e.generate("a", generator="brush"),
-            "no generator 'brush': it has flow, masked, next-scale, next-token",
+            "no generator 'brush': it has flow, joint, masked, next-scale, next-token",
         ),
         (lambda e: e.generate("a", generator="text"), "no generator"),
         (lambda e: e.generate("a", guidance=float("nan")), "guidance must be"),

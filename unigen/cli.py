@@ -155,6 +155,14 @@ def inpaint_arguments(parser: argparse.ArgumentParser) -> None:
     model_arguments(parser)
 
 
+def pair_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("text", nargs="?", type=text, help="what the picture shows; left out, it is written too")
+    parser.add_argument("--image", metavar="FILE", help="a picture to which the text is written")
+    parser.add_argument("-o", "--output", help="the picture (default: out.png)")
+    sampling_arguments(parser)
+    model_arguments(parser)
+
+
 def story_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", type=text, help='such as "a witch and her raven"')
     parser.add_argument("--reference", action="append", default=[], help="a picture of a character; may be repeated")
@@ -276,6 +284,24 @@ def inpaint(args: argparse.Namespace) -> int:
     return report([path], time.perf_counter() - start)
 
 
+def pair(args: argparse.Namespace) -> int:
+    from unigen.output import PICTURES, check_output, save_picture
+    from unigen.sequence import read_image
+
+    image = read_image(args.image) if args.image else None
+    if image is not None and (args.text or args.output):
+        raise ValueError("the picture is there: leave out its text, which is to be written, and --output")
+    path = check_output(args.output or "out.png", PICTURES)
+    engine = load(args)
+    start = time.perf_counter()
+    said, picture = engine.pair(args.text, image, **sampling(args))
+    print(said)
+    if image is not None:
+        return 0
+    save_picture(path, picture)
+    return report([path], time.perf_counter() - start)
+
+
 def story(args: argparse.Namespace) -> int:
     from unigen.output import PAGES, check_output, write_story
     from unigen.sequence import read_image
@@ -346,6 +372,7 @@ COMMANDS = {
     "generate": Command("draw pictures from a sentence", generate, generate_arguments),
     "describe": Command("say what a picture shows, or answer a question about it", describe, describe_arguments),
     "edit": Command("change a picture as told", edit, edit_arguments),
+    "pair": Command("a picture and its text, written at once", pair, pair_arguments),
     "inpaint": Command("paint a part of a picture anew, or all around it", inpaint, inpaint_arguments),
     "story": Command("write an illustrated story", story, story_arguments),
     "chat": Command("talk in text and pictures, in the terminal", chat, chat_arguments),

@@ -30,8 +30,8 @@ from unigen.samplers.logits import Sampling
 from unigen.samplers.ode import MOST, SAMPLERS
 from unigen.sequence import Document, Segment, read_image, square, stack_images, to_images
 
-Output = Literal["image", "text", "interleaved"]
-OUTPUTS: tuple[Output, ...] = ("image", "text", "interleaved")
+Output = Literal["image", "text", "interleaved", "pair"]
+OUTPUTS: tuple[Output, ...] = ("image", "text", "interleaved", "pair")
 SAMPLING: dict[str, Any] = {"guidance": 3.0, "temperature": 0.8, "top_k": 0, "top_p": 1.0}
 """How pictures are drawn by a model that does not say."""
 
@@ -88,7 +88,8 @@ class Engine:
     # ---------------------------------------------------------------- what users call
 
     def generate(self, prompt: Any, output: Output = "image", *, n: int = 1, seed: int = 0, **options: Any) -> Any:
-        """Answer a prompt: a PIL image, a string, or for "interleaved" a list of strings and images.
+        """Answer a prompt: a PIL image, a string, for "interleaved" a list of strings and images, for "pair" (see
+        `pair`) a list of one of each.
 
         prompt: text, an image, a list of both, the number of a class, or a Document. n > 1 gives a list of n answers
         with seeds seed, seed+1..
@@ -123,7 +124,7 @@ class Engine:
                 parts[row].append(part)
         for answer in parts:
             answer[:] = [p.strip() if isinstance(p, str) else p for p in answer]
-        if output == "interleaved":
+        if output in ("interleaved", "pair"):
             return parts
         return [answer[0] if answer else "" for answer in parts]
 
@@ -143,6 +144,23 @@ class Engine:
             raise ValueError("the instruction is empty: say what to change")
         return self.generate([image, instruction], "image", **options)
 
+    def pair(self, text: str | None = None, image: Any = None, **options: Any) -> Any:
+        """A text and a picture (str, PIL) that belong together, written at once by a generator that writes both; with
+        n > 1 a list of such pairs. What is given stays, as the model reads it: a text in lower case and of limited
+        length, a picture as its codes. Where nothing is given, both are new. Raises ValueError where the model has no
+        such generator."""
+        if text is not None and not text.strip():
+            raise ValueError("the text is empty: say what the picture shows, or leave it out")
+        document = Document([Segment(text=text or "")])
+        if image is not None:
+            if "fixed" in options:
+                raise ValueError("give the picture or its codes, not both")
+            pixels = stack_images([_picture(image)], self.model.image_tokenizer.image_size)
+            chosen = {"temperature": 0.0, "guidance": 1.0} | options  # no code is left to be guided
+            options = chosen | {"fixed": self.model.codes(pixels)[0].cpu()}
+        made = self.generate(document, "pair", **{"generator": "joint"} | options)
+        return tuple(made) if options.get("n", 1) == 1 else [tuple(pair) for pair in made]
+
     def inpaint(self, image: Any, prompt: str, mask: Any, *, generator: str | None = None, **options: Any) -> Any:
         """The picture with what the mask marks painted anew as the prompt says; all else stays as it is.
 
@@ -153,7 +171,7 @@ class Engine:
         able = [name for name, one in model.generators.items() if "fixed" in one.takes]
         if not able:
             raise ValueError("this model cannot keep a part of a picture: train it with writers.masked=1")
-        generator = generator or able[0]
+        generator = generator or ("masked" if "masked" in able else able[0])
         if generator in model.generators and generator not in able:
             raise ValueError(f"{generator} cannot keep a part of a picture: choose {' or '.join(able)}")
         height, width = model.image_tokenizer.grid
@@ -177,7 +195,9 @@ class Engine:
     @property
     def outputs(self) -> tuple[Output, ...]:
         """What this model can answer with: a model that draws classes has no words."""
-        return ("image",) if self.model.template.classes else OUTPUTS
+        if self.model.template.classes:
+            return ("image",)
+        return OUTPUTS if self.model.template.words else OUTPUTS[:-1]
 
     def info(self) -> dict[str, Any]:
         """What this model is and can do."""
@@ -226,6 +246,9 @@ class Engine:
         """
         if output not in OUTPUTS:
             raise ValueError(f"unknown output {output!r}: one of {', '.join(OUTPUTS)}")
+        if output == "pair" and generator not in self.model.template.words:
+            able = " or ".join(self.model.template.words) or "none here does: train with writers.joint=1"
+            raise ValueError(f"a text and a picture at once need a generator that writes both ({able})")
         if output not in self.outputs:
             raise ValueError(f"this model draws classes and nothing else: it cannot answer with {output}")
         if generator not in self.model.generators or generator == "text":
@@ -240,7 +263,7 @@ class Engine:
         default = SAMPLING | self.model.sampling.get(generator, {})
         guidance = Guidance.of(default["guidance"] if guidance is None else guidance)
         chosen = {"steps": steps, "sampler": sampler, "guidance_kind": guidance_kind, "fixed": fixed}
-        if output == "image":  # else they are of its text as well
+        if output in ("image", "pair"):  # else they are of its text as well
             chosen |= {"temperature": temperature, "top_k": top_k or None, "top_p": top_p if top_p != 1 else None}
         takes = self.model.generators[generator].takes
         if unheard := [name for name, value in chosen.items() if value is not None and name not in takes]:
@@ -263,7 +286,7 @@ class Engine:
             raise ValueError("this model has two branches of guidance: give one scale")
         drawn = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         codes: dict[str, Any] = {k: default[k] if value is None else value for k, value in drawn.items()}
-        texts = {"image": 0.0, "text": 0.0, "interleaved": 0.8}[output]
+        texts = 0.8 if output == "interleaved" else 0.0
         return Request(
             document=Document.of(prompt),
             output=output,
@@ -330,12 +353,13 @@ class Engine:
             request.document = self.model.read(request.document)
             row = _Row(request, request.document, list(range(slot, slot + branches)))
             slot += branches
-            ids = self.model.ids(self.model.template.prompt(row.document))
+            wordless = request.output == "pair" and not self._words(row)
+            ids = self.model.ids(self.model.template.prompt(row.document, blind=wordless))
             need = len(ids) + (1 if request.output == "text" else self._image_length(request))
             if need > self.model.context:
                 raise ValueError(f"the prompt needs {need} positions, the model has {self.model.context}: shorten it")
             row.unread = [ids]
-            if request.output == "image":
+            if request.output in ("image", "pair"):
                 self._begin_image(row)
             else:
                 self._begin_text(row, row.unread[0].pop())
@@ -382,13 +406,17 @@ class Engine:
 
     def _inputs(self, rows: list[_Row], asked: list[Read], length: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What all branches read, (B, length, D), and how far each position sees, None where all are causal."""
-        branches = [(ids, read) for row, read in zip(rows, asked, strict=True) for ids in row.unread]
-        padded = [ids + read.ids + [0] * (length - len(ids) - len(read.ids)) for ids, read in branches]
+        branches = [
+            (ids, read, read.blind if b and read.blind else read.ids)
+            for row, read in zip(rows, asked, strict=True)
+            for b, ids in enumerate(row.unread)
+        ]
+        padded = [ids + own + [0] * (length - len(ids) - len(own)) for ids, _, own in branches]
         embeds_BLD = self.model.embed(torch.tensor(padded, device=self.model.device))
         reach_BL = None
         if any(read.reach for read in asked):
             reach_BL = torch.arange(length).repeat(len(branches), 1)
-        for b, (ids, read) in enumerate(branches):
+        for b, (ids, read, _) in enumerate(branches):
             span = slice(len(ids), len(ids) + len(read.ids))
             if read.embeds is not None:
                 embeds_BLD[b, span.stop - len(read.embeds) : span.stop] = read.embeds
@@ -422,6 +450,8 @@ class Engine:
             for row, picture, image in zip(
                 drawn, pictures, pictures if made.is_floating_point() else made, strict=True
             ):
+                if row.request.output == "pair":
+                    yield row, self._text_of(row)
                 row.document.segments.append(Segment(image=image, role="assistant"))
                 yield row, picture
         for row in ended:
@@ -488,8 +518,21 @@ class Engine:
         if fixed is not None:
             fixed = torch.where(fixed < 0, fixed, self.model.vocabulary.image_ids(fixed))
         span = Span(begin, request.image, request.guidance, self._rng(row), grid, fixed=fixed)
-        span.steps, span.sampler = request.steps, request.sampler
+        span.steps, span.sampler, span.words = request.steps, request.sampler, self._words(row)
         row.state, row.kept = row.generator.start(span), 0
+
+    def _words(self, row: _Row) -> list[int] | None:
+        """The ids of the text that a picture's span opens with; None where it has none, or is to write it."""
+        template, generator = self.model.template, row.request.generator
+        if generator not in template.words or not any((s.text or "").strip() for s in row.document.segments):
+            return None
+        return template.words_of(row.document, generator)
+
+    def _text_of(self, row: _Row) -> str:
+        """What stands in the text of a finished span, up to its end."""
+        ids: list[int] = row.generator.written(row.state)  # type: ignore[union-attr]
+        end = self.model.template.turn_end
+        return self.model.template.decode(ids[: ids.index(end)] if end in ids else ids)
 
     def _begin_text(self, row: _Row, begin: int) -> None:
         """Text may end in a picture while the answer may have more of them and the context has room for one."""

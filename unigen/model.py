@@ -29,9 +29,11 @@ from unigen.tokenizers import ImageTokenizer, save_tokenizer
 
 class Template(Protocol):
     """How a family lays a document out as ids. reader: the generator as which finished pictures stand in it; classes:
-    the names of what a model draws that draws classes and not words, else none."""
+    the names of what a model draws that draws classes and not words, else none; words: how many positions of text the
+    span of a picture opens with, of generators whose spans do."""
 
     reader: str
+    words: dict[str, int]
     classes: tuple[str, ...]
     turn_end: int
     image_end: int
@@ -40,6 +42,8 @@ class Template(Protocol):
     def encode(self, document: Document, *, blind: bool = False, writer: str = "next-token") -> Tokens: ...
 
     def prompt(self, document: Document, *, blind: bool = False) -> Tokens: ...
+
+    def words_of(self, document: Document, writer: str) -> list[int]: ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
@@ -105,6 +109,10 @@ class UnifiedModel(nn.Module):
         embeds_BLD = self.embed(batch.ids_BL) if embeds_BLD is None else embeds_BLD
         return self.backbone.packed(embeds_BLD, batch.positions_BL, batch.segments_BL, self.reach(batch))
 
+    def causal(self, batch: Batch) -> Tensor:
+        """Hidden states (B, L, D) of packed ids, each position seeing what is before it, whoever wrote the pictures."""
+        return self.backbone.packed(self.embed(batch.ids_BL), batch.positions_BL, batch.segments_BL)
+
     def reach(self, batch: Batch) -> Tensor | None:
         """The last position of its row that each position sees (B, L); None where all are causal."""
         reach_BL = None
@@ -139,8 +147,10 @@ class UnifiedModel(nn.Module):
         if batch.images is None or not len(images_M):
             return batch
         ids_MP = self.vocabulary.image_ids(self.codes(batch.images[images_M.to(batch.images.device)])).flatten(1)
+        spans_M3 = batch.spans_N3[images_M.to(batch.spans_N3.device)]
+        back_P = torch.arange(ids_MP.shape[1], 0, -1, device=spans_M3.device)
         ids_BL = batch.ids_BL.clone()
-        ids_BL[batch.places(images_M)] = ids_MP
+        ids_BL[spans_M3[:, :1], spans_M3[:, 2:] - back_P] = ids_MP  # a span may hold text before its codes
         return replace(batch, ids_BL=ids_BL)
 
     def read(self, document: Document) -> Document:

@@ -80,7 +80,7 @@ def test_guidance_of_zero_ignores_the_prompt(engine: Engine, writer: str) -> Non
 def test_a_generator_goes_by_one_name() -> None:
     assert [generators.find(name).name for name in WRITERS] == WRITERS
     for wrong in ("next_token", "token_flow", "base", "no/such"):
-        with pytest.raises(ValueError, match=f"unknown generator '{wrong}': one of flow, masked"):
+        with pytest.raises(ValueError, match=f"unknown generator '{wrong}': one of flow, joint, masked"):
             generators.find(wrong)
 
 
@@ -112,7 +112,7 @@ def test_loss_and_sampler_mirror_each_other(tiny_folder: Path, writer: str) -> N
     first = Document(chats[2].segments[:3])  # what is written is the last picture, so the first is learnt here
     rows = [[model.template.encode(chat, writer=writer) for chat in (*chats, first)]]
     rows.append([model.template.encode(chats[0], writer=writer, blind=True), model.template.encode(chats[2])])
-    batch = pack(rows, 112, 16)
+    batch = pack(rows, 256, 16)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     objective, rng = Mixture(model.generators), torch.Generator().manual_seed(0)
     for step in range(200):

@@ -56,7 +56,7 @@ class Chats:
     def __init__(self, world: World, mixture: Mapping[str, float] | None = None, heldout: bool | None = False) -> None:
         mixture = MIXTURE if mixture is None else mixture
         unknown = sorted(set(mixture) - set(MIXTURE))
-        if unknown or not sum(mixture.values()) > 0:
+        if unknown or min(mixture.values(), default=0) < 0 or not sum(mixture.values()) > 0:
             raise ValueError(f"a mixture shares out {', '.join(MIXTURE)}; not {', '.join(unknown) or 'nothing'}")
         self.world, self.heldout = world, heldout
         self.kinds = list(mixture)

@@ -31,7 +31,8 @@ class Span:
     begin: the id that opens it, read first by every branch. grid: rows and columns of an image. stops: ids that end a
     text (an end of turn, or the begin of an image). rng: the span's own randomness. steps: how many the generator may
     take, None for its default. fixed: ids (h, w) of codes that are given and stay, -1 where the generator
-    writes.
+    writes. words: ids that stand in the span's own positions of text, where it has some; None where the generator
+    writes those too.
     """
 
     begin: int
@@ -44,6 +45,7 @@ class Span:
     steps: int | None = None
     fixed: Tensor | None = None
     sampler: str | None = None
+    words: list[int] | None = None
 
 
 @dataclass
@@ -60,25 +62,28 @@ class State:
 class Read:
     """What every branch of a span reads in one step: ids, the last of them as embeddings (L, D) where given.
 
-    reach: the last of these positions that each of them sees; None is causal.
+    reach: the last of these positions that each of them sees; None is causal. blind: as many ids, which all branches
+    but the first read instead.
     """
 
     ids: list[int]
     embeds: Tensor | None = None
     reach: list[int] | None = None
+    blind: list[int] | None = None
 
 
 @dataclass(frozen=True)
 class Frame:
     """What a generator is made for. grid: rows and columns of the codes by which a model reads pictures; mask: the id
-    that stands for a code to be written; width: of the backbone. tokenizer: the generator's own image tokenizer, where
-    it has one; settings: its own, as its `config` gave them."""
+    that stands for a code to be written; specials: ids that no text holds; width: of the backbone. tokenizer: the
+    generator's own image tokenizer, where it has one; settings: its own, as its `config` gave them."""
 
     grid: tuple[int, int]
     mask: int
     width: int
     tokenizer: Any = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    specials: tuple[int, ...] = ()
 
 
 class Model(Protocol):

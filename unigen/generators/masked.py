@@ -8,7 +8,8 @@ drawn, those of highest confidence stay, and the share still masked falls along 
 the start stay as they are, so any part of a picture can be painted anew.
 The file refuses to know: templates, tokenizers, caches.
 
-Shapes: M images, P codes of an image, B rows, L positions, D width, V codes of the table.
+Shapes: M images, P positions of an image, K parts of it, N positions of a part, T masked ones in all images, B rows, L
+positions, D width, V rows of the table.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 from unigen.generators.base import CODES, Frame, Model, Read, Span, State
 from unigen.generators.next_token import pictures_of_ids
 from unigen.samplers.logits import race, warp
-from unigen.sequence import Batch
+from unigen.sequence import Batch, Vocabulary
 
 STEPS = 12
 CHOICE = 2.0
@@ -33,10 +34,10 @@ Targets = tuple[Tensor, Tensor, Tensor, Tensor]
 
 @dataclass
 class MaskedState(State):
-    """ids_P: -1 where a code is still to be written. unknown: how many those were at the start."""
+    """ids_P: -1 where an id is still to be written. unknown: how many those were at the start, part by part."""
 
     ids_P: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    unknown: int = 0
+    unknown: list[int] = field(default_factory=list)
     step: int = 0
 
 
@@ -56,6 +57,8 @@ class Masked:
     name = "masked"
     own: str | None = None
     clean, codes, wants_context = False, True, False
+    words = 0
+    """Positions of text that a span opens with."""
     takes: tuple[str, ...] = (*CODES, "steps", "fixed")
 
     def __init__(
@@ -70,31 +73,51 @@ class Masked:
         return cls(frame.grid, frame.mask)
 
     def positions(self) -> int:
-        return self.grid[0] * self.grid[1]
+        return self.words + self.grid[0] * self.grid[1]
 
     def reach(self) -> list[int] | None:
         return [self.positions() - 1] * self.positions()
 
+    def parts(self) -> list[slice]:
+        """Positions of the span that are masked and written by a share of their own."""
+        return [slice(0, self.positions())]
+
+    def table(self, part: int, vocabulary: Vocabulary) -> slice:
+        """The rows of the table that this part's ids are of: the codes are its last part."""
+        return slice(vocabulary.text_size, vocabulary.size)
+
     # ---------------------------------------------------------------- training
+
+    def ratios(self, count: int, rng: torch.Generator) -> Tensor:
+        """The share of each of K parts (M, K) that is masked in training."""
+        return torch.cos(math.pi / 2 * torch.rand(count, 1, generator=rng))
 
     def prepare(self, model: Model, batch: Batch, embeds_BLD: Tensor, rng: torch.Generator) -> tuple[Tensor, Targets]:
         rows_M1, at_MP = batch.places(batch.written_by(self.name))
         ids_MP = batch.ids_BL[rows_M1, at_MP]
-        count, codes = at_MP.shape
-        ratio_M1 = torch.cos(math.pi / 2 * torch.rand(count, 1, generator=rng))
-        order_MP = torch.rand(count, codes, generator=rng).argsort(-1).argsort(-1)
-        masked_MP = (order_MP < (codes * ratio_M1).ceil().clamp(min=1)).to(ids_MP.device)
+        masked_MP = torch.zeros(ids_MP.shape, dtype=torch.bool)
+        ratios_MK = self.ratios(len(ids_MP), rng)
+        for part, ratio_M1 in zip(self.parts() if len(ids_MP) else (), ratios_MK.split(1, -1), strict=False):
+            length = part.stop - part.start
+            order_MN = torch.rand(len(ids_MP), length, generator=rng).argsort(-1).argsort(-1)
+            masked_MP[:, part] = order_MN < (length * ratio_M1).ceil()
+        masked_MP = masked_MP.to(ids_MP.device)
         read_MPD = model.embed(ids_MP.masked_fill(masked_MP, self.mask)).to(embeds_BLD.dtype)
         return embeds_BLD.index_put((rows_M1, at_MP), read_MPD), (rows_M1, at_MP, ids_MP, masked_MP)
 
     def loss(self, model: Model, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> tuple[Tensor, int]:
-        """The mean over each image's masked codes, summed over images, and the number of images."""
+        """The mean over each image's masked codes, summed over images (and parts), and the number of images."""
         rows_M1, at_MP, ids_MP, masked_MP = targets
-        first, stop = model.vocabulary.text_size, model.vocabulary.size
-        logits = model.logits(hidden_BLD[rows_M1, at_MP][masked_MP], first, stop).float()
-        nats = torch.nn.functional.cross_entropy(logits, ids_MP[masked_MP] - first, reduction="none")
-        share_MP = (1 / masked_MP.sum(-1, keepdim=True)).expand(masked_MP.shape)
-        return (nats * share_MP[masked_MP]).sum(), len(masked_MP)
+        total = hidden_BLD.sum() * 0
+        for number, part in enumerate(self.parts() if len(ids_MP) else ()):
+            masked_MN, table = masked_MP[:, part], self.table(number, model.vocabulary)
+            states_TD = hidden_BLD[rows_M1, at_MP[:, part]][masked_MN]
+            logits_TV = model.logits(states_TD, table.start, table.stop).float()
+            wanted_T = ids_MP[:, part][masked_MN] - table.start
+            nats_T = torch.nn.functional.cross_entropy(logits_TV, wanted_T, reduction="none")
+            share_MN = (1 / masked_MN.sum(-1, keepdim=True).clamp(min=1)).expand(masked_MN.shape)
+            total = total + (nats_T * share_MN[masked_MN]).sum()
+        return total, len(masked_MP)
 
     def count(self, batch: Batch) -> int:
         return len(batch.written_by(self.name))
@@ -102,46 +125,65 @@ class Masked:
     # ---------------------------------------------------------------- sampling
 
     def start(self, span: Span) -> State:
-        ids_P = torch.full((self.positions(),), -1) if span.fixed is None else span.fixed.flatten().cpu().clone()
-        return MaskedState(span, [], ids_P=ids_P, unknown=int((ids_P < 0).sum()))
+        codes = self.grid[0] * self.grid[1]
+        text_T = torch.full((self.words,), -1) if span.words is None else torch.tensor(span.words, dtype=torch.int64)
+        codes_P = torch.full((codes,), -1) if span.fixed is None else span.fixed.flatten().cpu()
+        ids_P = torch.cat([text_T, codes_P])
+        return MaskedState(span, [], ids_P=ids_P, unknown=[int((ids_P[part] < 0).sum()) for part in self.parts()])
 
     def ask(self, state: State) -> Read:
         assert isinstance(state, MaskedState)
-        codes = self.positions()
+        length = self.positions()
         read_P = torch.where(state.ids_P < 0, self.mask, state.ids_P)
-        return Read([state.span.begin, *read_P.tolist()], reach=[0] + [codes] * codes)
+        blind_P = read_P.clone()
+        blind_P[: self.words] = self.mask
+        ids, blind = ([state.span.begin, *read.tolist()] for read in (read_P, blind_P))
+        return Read(ids, reach=[0] + [length] * length, blind=blind if self.words else None)
 
     def advance(self, model: Model, states: list[State], hidden: list[list[Tensor]]) -> list[int]:
-        first = model.vocabulary.text_size
-        flat = torch.cat([branch[1:] for branches in hidden for branch in branches])
-        logits = model.logits(flat, first, model.vocabulary.size).unflatten(0, (-1, self.positions()))
-        parts = iter(logits)
-        for state, branches in zip(states, hidden, strict=True):
+        for number, part in enumerate(self.parts()):
+            codes, table = number == len(self.parts()) - 1, self.table(number, model.vocabulary)
+            left = [i for i, state in enumerate(states) if bool((state.ids_P[part] < 0).any())]  # type: ignore[attr-defined]
+            if not left:
+                continue
+            seen = [hidden[i] if codes else hidden[i][:1] for i in left]  # guidance is of the codes
+            flat = torch.stack([branch[1:][part] for branches in seen for branch in branches])
+            logits = model.logits(flat.flatten(0, 1), table.start, table.stop).unflatten(0, flat.shape[:2])
+            for i, split in zip(left, logits.split([len(branches) for branches in seen]), strict=True):
+                mixed_NV = states[i].span.guidance.combine(list(split)) if codes else self.legal(split[0])
+                self._write(states[i], number, mixed_NV, table.start)  # type: ignore[arg-type]
+        for state in states:
             assert isinstance(state, MaskedState)
-            self._write(state, state.span.guidance.combine([next(parts) for _ in branches]), first)
+            state.step += 1
+            state.done = not bool((state.ids_P < 0).any())
+            state.ids = state.ids_P[self.words :].tolist() if state.done else []
         return [0] * len(states)
 
-    def _write(self, state: MaskedState, logits_PV: Tensor, first: int) -> None:
-        """Draw all masked codes; keep the surest of them."""
-        span, steps = state.span, state.span.steps or self.steps
+    def legal(self, logits_NV: Tensor) -> Tensor:
+        """The scores of text, without what no text holds."""
+        return logits_NV
+
+    def _write(self, state: MaskedState, number: int, logits_NV: Tensor, first: int) -> None:
+        """Draw all masked ids of a part; keep the surest of them."""
+        span, steps, part = state.span, state.span.steps or self.steps, self.parts()[number]
+        ids_N = state.ids_P[part]
         if span.sampling.temperature == 0:
-            weights_PV, noise = logits_PV.float().softmax(-1), 0.0
-            drawn_P = logits_PV.argmax(-1).cpu()
+            weights_NV, noise = logits_NV.float().softmax(-1), 0.0
+            drawn_N = logits_NV.argmax(-1).cpu()
         else:
-            weights_PV = warp(logits_PV, span.sampling).softmax(-1)
-            drawn_P = race(weights_PV, torch.empty(logits_PV.shape).exponential_(generator=span.rng)).cpu()
-            noise = self.choice_temperature * (1 - (state.step + 1) / steps)
+            weights_NV = warp(logits_NV, span.sampling).softmax(-1)
+            drawn_N = race(weights_NV, torch.empty(logits_NV.shape).exponential_(generator=span.rng)).cpu()
+            codes = number == len(self.parts()) - 1  # what comes first in a text is what is surest, as in LLaDA
+            noise = self.choice_temperature * (1 - (state.step + 1) / steps) if codes else 0.0
         # confidence = log p(drawn) + noise * Gumbel
-        gumbel_P = -torch.empty(len(drawn_P)).exponential_(generator=span.rng).log()
-        sure_P = weights_PV.cpu().gather(-1, drawn_P[:, None])[:, 0].log() + noise * gumbel_P
-        masked_P = state.ids_P < 0
-        left = still_masked(state.unknown, int(masked_P.sum()), state.step, steps)
-        again = sure_P.masked_fill(~masked_P, math.inf).argsort()[:left]
-        state.ids_P = torch.where(masked_P, drawn_P + first, state.ids_P)
-        state.ids_P[again] = -1
-        state.step += 1
-        state.done = left == 0
-        state.ids = state.ids_P.tolist() if state.done else []
+        gumbel_N = -torch.empty(len(drawn_N)).exponential_(generator=span.rng).log()
+        sure_N = weights_NV.cpu().gather(-1, drawn_N[:, None])[:, 0].log() + noise * gumbel_N
+        masked_N = ids_N < 0
+        left = still_masked(state.unknown[number], int(masked_N.sum()), state.step, steps)
+        again = sure_N.masked_fill(~masked_N, math.inf).argsort()[:left]
+        ids_N = torch.where(masked_N, drawn_N + first, ids_N)
+        ids_N[again] = -1
+        state.ids_P[part] = ids_N
 
     def pictures(self, model: Model, states: list[State]) -> Tensor:
         return pictures_of_ids(model, states)

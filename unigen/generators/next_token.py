@@ -35,7 +35,7 @@ def pictures_of_ids(model: Model, states: list[State]) -> Tensor:
     return model.vocabulary.codes(torch.tensor([state.ids for state in states])).unflatten(1, grid)
 
 
-class _Causal(ABC):
+class Causal(ABC):
     """What text and codes in raster order share: ids are read as they are, and each is predicted by the one before."""
 
     clean, codes, wants_context = True, True, False
@@ -65,7 +65,7 @@ class _Causal(ABC):
         return pictures_of_ids(model, states)
 
 
-class Text(_Causal):
+class Text(Causal):
     """Text pieces until one of the span's stops."""
 
     name = "text"
@@ -101,7 +101,7 @@ class Text(_Causal):
         return [len(branches[0]) for branches in hidden]
 
 
-class NextToken(_Causal):
+class NextToken(Causal):
     """The codes of one image, in raster order; guidance mixes the logits of its branches."""
 
     name = "next-token"

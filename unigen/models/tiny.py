@@ -34,7 +34,7 @@ BEGINS = {"next-token": BOI, "next-scale": "<boi:scale>", "masked": "<boi:masked
 these take a spare one."""
 READER = "next-token"
 """The generator as which finished pictures stand in a chat: as codes in raster order."""
-SPARES = ("<spare:0>", "<spare:1>", "<spare:2>", "<spare:3>")
+SPARES = tuple(f"<spare:{i}>" for i in range(8))
 NEEDED = (USER, ASSISTANT, EOI, IMAGE, UNCOND, MASK, *BEGINS.values())
 SPECIALS = (*NEEDED, *SPARES)
 
@@ -61,8 +61,9 @@ def spelt(text: str) -> str:
 
 
 class ChatTemplate:
-    """Documents as ids and back. positions: how many stand for a picture, by the generator that writes it; begins: the
-    begin tokens of generators that are known already; classes: the names of those that the model draws, if it does."""
+    """Documents as ids and back. positions: how many stand for a picture, by the generator that writes it, and words:
+    how many of them, the first, for the text before it; begins: the begin tokens of generators that are known
+    already; classes: the names of those that the model draws, if it does."""
 
     reader = READER
 
@@ -72,9 +73,10 @@ class ChatTemplate:
         positions: Mapping[str, int],
         begins: Mapping[str, str] | None = None,
         classes: Sequence[str] = (),
+        words: Mapping[str, int] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self.positions = dict(positions)
+        self.positions, self.words = dict(positions), dict(words or {})
         self.classes = tuple(classes)
         begins = BEGINS | dict(begins or {})
         needed = [*NEEDED, *begins.values(), *map(class_token, range(len(self.classes)))]
@@ -138,6 +140,9 @@ class ChatTemplate:
                 name = writer if last else READER
                 tokens.add([self.begins[name]], loss=learnt and not blind)
                 tokens.add_image(segment.image, self.positions[name], loss=learnt, writer=name)
+                if name in self.words:
+                    start = tokens.spans[-1][0]
+                    tokens.ids[start : start + self.words[name]] = self.words_of(document, name)
                 if name == READER:
                     tokens.add([self.image_end])
             elif blind:
@@ -149,6 +154,12 @@ class ChatTemplate:
             else:
                 tokens.add(self.text_ids(segment.text or ""), loss=learnt)
         return tokens
+
+    def words_of(self, document: Document, writer: str) -> list[int]:
+        """The ids of the last text, cut or filled up with ends of turn to the positions that this generator has."""
+        said = [self.text_ids(segment.text) for segment in document.segments if segment.text]
+        ids = said[-1][: self.words[writer]] if said else []
+        return ids + [self.turn_end] * (self.words[writer] - len(ids))
 
     def number(self, label: int | str) -> int:
         """Of a class, by its number or name. Raises ValueError naming the classes there are."""
@@ -203,7 +214,8 @@ def assemble(
         name: ready[name] if name in ready else new_generator(name, frame) for name in dict.fromkeys([*writers, *ready])
     }
     positions = {name: generator.positions() for name, generator in made.items()}
-    template = ChatTemplate(tokenizer, positions, begins, classes)
+    words = {name: number for name, generator in made.items() if (number := getattr(generator, "words", 0))}
+    template = ChatTemplate(tokenizer, positions, begins, classes, words)
     text: Generator = Text(sorted({*tokenizer.all_special_ids, *template.special.values()}))
     return UnifiedModel(
         "tiny", Backbone(lm), vocabulary, tokenizer, image_tokenizer, template, {text.name: text} | made
@@ -220,7 +232,9 @@ def codebook_size(image_tokenizer: Any) -> int:
 def frame_of(lm: Any, tokenizer: Any, image_tokenizer: ImageTokenizer) -> Frame:
     """What generators of a model of these parts are made for."""
     width = int(lm.config.get_text_config().hidden_size)
-    return Frame(image_tokenizer.grid, tokenizer.convert_tokens_to_ids(MASK), width)
+    known = tokenizer.convert_tokens_to_ids([name for name in SPECIALS if name in tokenizer.get_vocab()])
+    specials = tuple(sorted({*tokenizer.all_special_ids, *known} - {tokenizer.eos_token_id}))
+    return Frame(image_tokenizer.grid, tokenizer.convert_tokens_to_ids(MASK), width, specials=specials)
 
 
 def new_generator(name: str, frame: Frame) -> Generator:

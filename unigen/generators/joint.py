@@ -1,0 +1,71 @@
+"""Joint masked prediction: a text and an image at once (UniD3, MMaDA), by the sampler of masked.py.
+
+    begin, 32 positions of text, then the codes, all of these seeing each other; ends of turn fill up the text
+    loss = - E mean over the masked text of log p  -  E mean over the masked codes of log p
+
+Hu et al. 2023 (UniD3, arXiv 2211.14842) and Yang et al. 2025 (MMaDA, arXiv 2505.15809) mask both kinds of ids at one
+rate; here each has a rate of its own, and one or the other is often given or wholly masked, as UniDiffuser has it of
+noise (Bao et al. 2023, arXiv 2303.06555): so one model writes an image to a text, a text to an image, and both from
+nothing. The blind branch of guidance reads the text masked; it counts for the codes alone.
+The file refuses to know: templates, tokenizers, caches.
+
+Shapes: M images, N positions of a part, V rows of the table.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from unigen.generators.base import Frame, State
+from unigen.generators.masked import Masked, MaskedState
+from unigen.sequence import Vocabulary
+
+WORDS = 32
+WHOLE = 0.25
+"""In training, how often a part is given, and how often it is masked as a whole."""
+
+
+class Joint(Masked):
+    """The text of a picture and its codes."""
+
+    name = "joint"
+    words = WORDS
+
+    def __init__(self, grid: tuple[int, int], mask: int, specials: tuple[int, ...] = ()) -> None:
+        """specials: the ids that no text holds; the end of a turn, which fills it up, is none of them."""
+        super().__init__(grid, mask)
+        self.specials = specials
+
+    @classmethod
+    def of(cls, frame: Frame) -> Joint:
+        return cls(frame.grid, frame.mask, frame.specials)
+
+    def parts(self) -> list[slice]:
+        return [slice(0, self.words), slice(self.words, self.positions())]
+
+    def table(self, part: int, vocabulary: Vocabulary) -> slice:
+        return super().table(part, vocabulary) if part else slice(0, vocabulary.text_size)
+
+    def legal(self, logits_NV: Tensor) -> Tensor:
+        logits_NV = logits_NV.clone()
+        logits_NV[:, list(self.specials)] = -math.inf
+        return logits_NV
+
+    def ratios(self, count: int, rng: torch.Generator) -> Tensor:
+        """(M, 2), of text and codes; where both would be given, the codes are masked."""
+        drawn_M2 = torch.cos(math.pi / 2 * torch.rand(count, 2, generator=rng))
+        kind_M2 = torch.rand(count, 2, generator=rng)
+        ratios_M2 = torch.where(kind_M2 < WHOLE, 0.0, torch.where(kind_M2 > 1 - WHOLE, 1.0, drawn_M2))
+        ratios_M2[:, 1] = torch.where(ratios_M2.amax(1) > 0, ratios_M2[:, 1], drawn_M2[:, 1])
+        return ratios_M2
+
+    def written(self, state: State) -> list[int]:
+        """The ids of a finished span's text, and what fills it up."""
+        assert isinstance(state, MaskedState)
+        return state.ids_P[: self.words].tolist()
+
+
+GENERATOR = Joint
