@@ -14,7 +14,7 @@ from torch import Tensor
 import unigen
 from unigen import generators
 from unigen.engine import Engine
-from unigen.generators.flow import Flow, FlowConfig
+from unigen.generators.flow import COPIES, Flow, FlowConfig
 from unigen.generators.token_flow import TokenFlowConfig
 from unigen.generators.transfusion import Transfusion, TransfusionConfig
 from unigen.models import load, tiny
@@ -42,7 +42,8 @@ def test_what_is_learnt_is_drawn(tiny_folder: Path, writer: str) -> None:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     objective, rng = Mixture(model.generators, {writer: 1.0}), torch.Generator().manual_seed(0)
     losses = []
-    for _ in range(250):
+    for step in range(300):
+        optimizer.param_groups[0]["lr"] = 3e-3 if step < 220 else 5e-4
         total, count = objective(model, batch, rng)[writer]
         losses.append(float(total.detach()) / int(count))
         optimizer.zero_grad()
@@ -183,10 +184,11 @@ def test_the_target_is_noise_less_data(tiny_folder: Path) -> None:
     batch = pack([[model.template.encode(chat("a dog", PICTURES[0]), writer="flow")]], 32, 16)
     embeds_BLD = model.embed(batch.ids_BL)
     same, (mixed, t, target) = flow.prepare(model, batch, embeds_BLD, torch.Generator().manual_seed(3))
-    assert same is embeds_BLD and 0 < float(t) < 1
-    data = flow.tokenizer.encode(batch.images)
+    assert same is embeds_BLD and len(t) == COPIES == len(t.unique()) and 0 < t.min() and t.max() < 1
+    data, t = flow.tokenizer.encode(batch.images).expand_as(mixed), t[:, None, None, None]
     torch.testing.assert_close(mixed - t * target, data)  # x_t - t (noise - data) = data
     torch.testing.assert_close(mixed + (1 - t) * target, target + data)
+    assert not torch.equal(*(mixed + (1 - t) * target)[:2])  # each copy has noise of its own
 
 
 @pytest.mark.parametrize("kind", KINDS)

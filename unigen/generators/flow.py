@@ -26,6 +26,9 @@ from unigen.nn.painters import Kind, painter
 from unigen.sequence import Batch
 
 Targets = tuple[Tensor, Tensor, Tensor]
+COPIES = 4
+"""Noised copies of a picture that are learnt from at once, since the chat is read but once for all of them (as in MAR,
+Li et al. 2024, arXiv 2406.11838)."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ class Flow(LatentHead):
 
     def prepare(self, model: Model, batch: Batch, embeds_BLD: Tensor, rng: torch.Generator) -> tuple[Tensor, Targets]:
         """x_t, t and the velocity to be learnt."""
-        return embeds_BLD, self.noised(batch, embeds_BLD.device, rng, self.settings.shift)
+        return embeds_BLD, self.noised(batch, embeds_BLD.device, rng, self.settings.shift, COPIES)
 
     def loss(self, model: Model, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> tuple[Tensor, int]:
         """The mean squared error of each image's velocity, summed over images, and their number."""
@@ -107,8 +110,9 @@ class Flow(LatentHead):
         count = self.count(batch)
         if not count:
             return hidden_BLD.sum() * 0, 0
-        gap = self.velocity(mixed_MZhw, t_M, self.contexts(batch, hidden_BLD)).float() - velocity_MZhw
-        return gap.square().mean((1, 2, 3)).sum(), count
+        contexts_MND = self.contexts(batch, hidden_BLD).repeat_interleave(COPIES, 0)
+        gap = self.velocity(mixed_MZhw, t_M, contexts_MND).float() - velocity_MZhw
+        return gap.square().mean((1, 2, 3)).sum() / COPIES, count
 
     def contexts(self, batch: Batch, hidden_BLD: Tensor) -> Tensor:
         """The last states up to each image's begin token, (M, N, D), zeros before the document's first."""

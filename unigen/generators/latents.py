@@ -42,14 +42,15 @@ class LatentHead(Head):
         return shift * t / (1 + (shift - 1) * t)
 
     def noised(
-        self, batch: Batch, device: torch.device, rng: torch.Generator, shift: float = 1.0
+        self, batch: Batch, device: torch.device, rng: torch.Generator, shift: float = 1.0, copies: int = 1
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x_t (M, Z, h, w), t (M,) and noise - x of the batch's pictures that this generator writes."""
+        """x_t (M, Z, h, w), t (M,) and noise - x of the batch's pictures that this generator writes, M being how many
+        they are times `copies`: those of one picture follow each other, with noise and time of their own."""
         count, empty = len(batch.written_by(self.name)), torch.zeros(0, device=device)
         if not count:
             return empty, empty, empty
-        x_MZhw = self.encoded(batch, device)
-        t_M = self.times((count,), rng, shift).to(x_MZhw)
+        x_MZhw = self.encoded(batch, device).repeat_interleave(copies, 0)
+        t_M = self.times((count * copies,), rng, shift).to(x_MZhw)
         noise_MZhw = torch.randn(x_MZhw.shape, generator=rng).to(x_MZhw)
         return torch.lerp(x_MZhw, noise_MZhw, t_M[:, None, None, None]), t_M, noise_MZhw - x_MZhw
 

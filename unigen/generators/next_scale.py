@@ -14,6 +14,7 @@ dimension, D width, V codes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from unigen.generators.base import CODES, Frame, Head, Model, Read, Span, State
-from unigen.samplers.logits import draw
+from unigen.samplers.logits import draw_together
 from unigen.sequence import Batch
 
 Targets = tuple[Tensor, Tensor, Tensor]
@@ -125,23 +126,32 @@ class NextScale(Head):
 
     def advance(self, model: Model, states: list[State], hidden: list[list[Tensor]]) -> list[int]:
         """All that was read stays in the cache: a scale sees the scales before it."""
-        counts = []
-        for state, branches in zip(states, hidden, strict=True):
+        groups: dict[int, list[int]] = {}
+        for i, state in enumerate(states):
             assert isinstance(state, ScaleState)
-            k = len(state.codes)
-            split = self.head(torch.stack(branches)).float()
-            # VAR: logits = (1 + t) c - t u with t = (s - 1) k / (K - 1)
-            logits_NV = state.span.guidance.combine(list(split), k / max(len(self.lengths) - 1, 1))
-            codes_N = draw(logits_NV, state.span.sampling, [state.span.rng] * len(logits_NV))
-            state.codes.append(codes_N)
-            quantizer = self.tokenizer.quantizer
-            state.seen_1Chw = quantizer.grow(state.seen_1Chw.to(codes_N.device), codes_N[None], k)
-            state.done = k + 1 == len(self.lengths)
-            if not state.done:
-                maps_1NC = quantizer.shrink(state.seen_1Chw, k + 1).flatten(2).transpose(1, 2)
-                state.read_LD = self.embed(maps_1NC, sum(self.lengths[: k + 1]))[0]
-            counts.append(len(branches[0]))
-        return counts
+            groups.setdefault(len(state.codes), []).append(i)
+        for k, members in groups.items():
+            flat = torch.stack([branch for i in members for branch in hidden[i]])
+            split = self.head(flat).float().split([len(hidden[i]) for i in members])
+            self._write([states[i] for i in members], split, k)  # type: ignore[misc]
+        return [len(branches[0]) for branches in hidden]
+
+    def _write(self, states: list[ScaleState], logits: Sequence[Tensor], k: int) -> None:
+        """Scale k of each, from the logits of its branches; and what the next scale reads."""
+        share = k / max(len(self.lengths) - 1, 1)  # VAR: logits = (1 + t) c - t u with t = (s - 1) k / (K - 1)
+        for state, split in zip(states, logits, strict=True):
+            mixed_NV = state.span.guidance.combine(list(split), share)
+            state.codes.append(draw_together(mixed_NV, state.span.sampling, state.span.rng))
+        quantizer, codes_MN = self.tokenizer.quantizer, torch.stack([state.codes[k] for state in states])
+        seen_MChw = torch.cat([state.seen_1Chw for state in states]).to(codes_MN.device)
+        seen_MChw = quantizer.grow(seen_MChw, codes_MN, k)
+        last = k + 1 == len(self.lengths)
+        if not last:
+            maps_MNC = quantizer.shrink(seen_MChw, k + 1).flatten(2).transpose(1, 2)
+            read_MND = self.embed(maps_MNC, sum(self.lengths[: k + 1]))
+        for i, state in enumerate(states):
+            state.seen_1Chw, state.done = seen_MChw[i : i + 1], last
+            state.read_LD = None if last else read_MND[i]
 
     def pictures(self, model: Model, states: list[State]) -> Tensor:
         codes_MP = torch.stack([torch.cat(state.codes) for state in states if isinstance(state, ScaleState)])

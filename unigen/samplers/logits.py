@@ -52,6 +52,13 @@ def draw(logits_BV: Tensor, sampling: Sampling, rngs: list[torch.Generator]) -> 
     return race(warp(logits_BV, sampling).softmax(dim=-1), race_BV)
 
 
+def draw_together(logits_NV: Tensor, sampling: Sampling, rng: torch.Generator) -> Tensor:
+    """One id a row, int64 (N,), all of them from one source of randomness."""
+    if sampling.temperature == 0:
+        return logits_NV.argmax(dim=-1)
+    return race(warp(logits_NV, sampling).softmax(dim=-1), torch.empty(logits_NV.shape).exponential_(generator=rng))
+
+
 def race(weights_BV: Tensor, race_BV: Tensor) -> Tensor:
     """The exponential race: argmax_v p_v / E_v with E_v ~ Exp(1) is a sample of p. int64 (B,)."""
     return (weights_BV / race_BV.to(weights_BV.device)).argmax(dim=-1)
