@@ -20,11 +20,26 @@ from comparisons of its own answers:
               unigen train recipes/tiny.py init_from=runs/tiny/model preferences.judged=runs/judged.jsonl
                   preferences.weight=10 preferences.nll=3 text_weight=10 batch_size=4 steps=130 time_limit=none
                   optim.lr=1e-4 optim.warmup=10 run_dir=runs/preferred
+
+New ways of writing are learnt beside next-token, which stays as it was by `retain`, from true pictures and from
+right ones of the model's own; the mean with the model that it began from gives back a part of what is lost yet:
+
+              unigen train recipes/tiny_vq.py init_from=unigen/assets/unigen-tiny/image_tokenizer
+                  model.quantizer=multiscale model.code_dim=16 loss.feature=0.5 features=runs/judge/calibrated
+                  optim.lr=8e-4 time_limit=1080 run_dir=runs/scales
+              unigen train recipes/tiny_vq.py kind=kl kl.channels=48,96 loss.feature=0.5 features=runs/judge/calibrated
+                  optim.lr=1.5e-3 time_limit=780 run_dir=runs/kl
+              unigen train recipes/tiny.py init_from=unigen-tiny retain=unigen-tiny scale_tokenizer=runs/scales/model
+                  kl_tokenizer=runs/kl/model flow.layers=5 flow.head_dim=32 writers.next-token=0.28 writers.masked=0.25
+                  writers.next-scale=0.25 writers.flow=0.22 mixture.draw=1.5 answers=runs/drawn.jsonl text_weight=3
+                  optim.lr=1.4e-3 time_limit=5400 run_dir=runs/four
+              python scripts/average.py runs/mean runs/four/model unigen-tiny --weights 0.8,0.2
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +50,7 @@ from PIL import Image
 from torch import nn
 
 from unigen.config import OptimConfig, RunConfig
-from unigen.data.chats import Chats
+from unigen.data.chats import MIXTURE, Chats
 from unigen.data.packing import Collate, PackedRows
 from unigen.data.stories import text_corpus
 from unigen.data.world import World
@@ -46,11 +61,18 @@ from unigen.generators.transfusion import TransfusionConfig
 from unigen.model import Template, UnifiedModel
 from unigen.models import load, tiny
 from unigen.output import grid
-from unigen.sequence import Tokens
+from unigen.sequence import Document, Segment, Tokens, to_images
 from unigen.tokenizers import load_tokenizer, text
 from unigen.training.muon import MuonAdamW
 from unigen.training.objectives import Mixture
-from unigen.training.preferences import CollateCompared, ComparedRows, PreferenceConfig, Preferences, read_pairs
+from unigen.training.preferences import (
+    CollateCompared,
+    ComparedRows,
+    PreferenceConfig,
+    Preferences,
+    read_judged,
+    read_pairs,
+)
 from unigen.training.trainer import Job
 from unigen.training.writers import new_heads, shares_of
 
@@ -91,10 +113,22 @@ class TinyConfig(RunConfig):
     writers: dict[str, float] = field(default_factory=lambda: {"next-token": 1.0})
     """How pictures are written: the shares of generators among the documents that draw one. A model learns those above
     0, also ones that it could not write by before."""
+    mixture: dict[str, float] = field(default_factory=lambda: dict(MIXTURE))  # shares of kinds of chats
     blind: float = 0.1  # share of documents whose text is dropped
     learn_shown: bool = True  # also the pictures that the user shows: a caption says little of what is in their codes
     text_weight: float = 1.0
+    freeze: bool = False  # the backbone stays as it is, and only heads beside it learn: far quicker for those of flow
+    retain: str | None = None  # a model: text and next-token are learnt from what it says, not from the data
+    answers: str | None = None  # judged files, apart by commas, of whose right pictures is learnt as well
+    answered: float = 0.5  # their share among the chats in which one picture is drawn
     preferences: PreferenceConfig = field(default_factory=PreferenceConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (0 <= self.blind <= 1 and 0 <= self.answered <= 1):
+            raise ValueError("blind and answered are shares from 0 to 1")
+        if self.preferences.judged and not self.init_from:
+            raise ValueError("preferences are of a model's own pictures: say whose by init_from=FOLDER")
 
 
 def config() -> TinyConfig:
@@ -115,21 +149,54 @@ def config() -> TinyConfig:
 class Documents:
     """Draws a document and lays it out as ids; made anew in each worker, since a font cannot travel."""
 
-    def __init__(self, template: Template, size: int, cfg: TinyConfig) -> None:
-        World(size)  # a missing font is said at once
+    def __init__(self, template: Template, tokenizer: Any, cfg: TinyConfig) -> None:
+        size = tokenizer.image_size
+        Chats(World(size), cfg.mixture)  # a missing font or a wrong mixture is said at once
+        self.answers = Answers(cfg.answers.split(","), tokenizer) if cfg.answers else None
+        self.answered = cfg.answered
         self.template, self.size, self.blind, self.learn_shown = template, size, cfg.blind, cfg.learn_shown
+        self.mixture = cfg.mixture
         self.writers, self.shares = zip(*shares_of(cfg.writers).items(), strict=True)
         self.chats: Chats | None = None
 
     def __call__(self, rng: np.random.Generator) -> Tokens:
-        self.chats = self.chats or Chats(World(self.size))
-        document, _ = self.chats(rng)
+        self.chats = self.chats or Chats(World(self.size), self.mixture)
+        document, kind = self.chats(rng)
         draws = any(s.image is not None and s.role == "assistant" for s in document.segments)
         writer = self.writers[int(rng.choice(len(self.shares), p=self.shares))] if draws else self.template.reader
-        tokens = self.template.encode(document, blind=draws and rng.random() < self.blind, writer=writer)
+        if kind == "draw" and self.answers and rng.random() < self.answered:
+            document = self.answers(rng)
+        blind = 0.5 if writer in self.template.words else self.blind  # which has the words in the picture's span too
+        tokens = self.template.encode(document, blind=draws and rng.random() < blind, writer=writer)
         for start, stop in tokens.spans if self.learn_shown else ():
             tokens.loss[start:stop] = [True] * (stop - start)
         return tokens
+
+
+class Answers:
+    """Prompts in words, with pictures that next-token drew and a judge found right: what a teacher draws has fewer ways
+    to go than the world has, and is easier to learn for those that write many codes at once (sequence-level
+    distillation, Kim and Rush 2016, arXiv 1606.07947; Gu et al. 2018, arXiv 1711.02281). Learnt are the pictures, not
+    the codes drawn: read again, some are others."""
+
+    def __init__(self, files: Sequence[str], tokenizer: Any) -> None:
+        self.tokenizer = copy.deepcopy(tokenizer)  # which stays on the CPU, where the model may not
+        right = [
+            chat.segments
+            for file in files
+            for chats, _ in read_judged(file, tokenizer.grid, tokenizer.codebook_size)
+            for chat in chats
+        ]
+        drawn = [segments for segments in right if [s.image is not None for s in segments] == [False, True]]
+        if not drawn:
+            raise ValueError("answers hold no right picture: judge pictures (data_tools/judge_answers.py)")
+        self.prompts = [segments[:-1] for segments in drawn]
+        self.codes = np.stack([np.asarray(segments[-1].image, dtype=np.int32) for segments in drawn])
+
+    def __call__(self, rng: np.random.Generator) -> Document:
+        k = int(rng.integers(len(self.prompts)))
+        (picture,) = to_images(self.tokenizer.decode(torch.from_numpy(self.codes[k : k + 1]).long()))
+        return Document([*self.prompts[k], Segment(image=picture, role="assistant")])
 
 
 def new_model(cfg: TinyConfig) -> UnifiedModel:
@@ -153,28 +220,35 @@ def new_model(cfg: TinyConfig) -> UnifiedModel:
 
 def build(cfg: TinyConfig) -> Job:
     shares = shares_of(cfg.writers)
-    if cfg.preferences.judged and not cfg.init_from:
-        raise ValueError("preferences are of a model's own pictures: say whose by init_from=FOLDER")
     model = load(cfg.init_from) if cfg.init_from else new_model(cfg)
     torch.manual_seed(cfg.seed)
     folders = {"multiscale": cfg.scale_tokenizer, "kl": cfg.kl_tokenizer}
     settings = {"flow": cfg.flow, "transfusion": cfg.transfusion, "token-flow": cfg.token_flow}
     model = tiny.teach(model, tuple(shares), new_heads(model, shares, folders, settings))
+    model.backbone.requires_grad_(not cfg.freeze)
+    if cfg.freeze and not any(p.requires_grad for head in model.heads.values() for p in head.parameters()):
+        raise ValueError("freeze=true leaves nothing to learn: this model has no heads beside its backbone")
+    reference = copy.deepcopy(model) if cfg.preferences.judged else None  # which is not compiled
+    before = load(cfg.retain) if cfg.retain else None
+    if before is not None and before.vocabulary != model.vocabulary:
+        raise ValueError(
+            f"retain={cfg.retain} has another vocabulary than the model that learns: name one it came from"
+        )
     if cfg.compile:
-        model.backbone.compile_packed()
+        for one in filter(None, (model, reference, before)):
+            one.backbone.compile_packed()
     size = model.image_tokenizer.image_size
-    dataset: Any = PackedRows(Documents(model.template, size, cfg), cfg.length, cfg.seed)
+    dataset: Any = PackedRows(Documents(model.template, model.image_tokenizer, cfg), cfg.length, cfg.seed)
     collate: Any = Collate(cfg.length, size)
-    objective: Any = Mixture(model.generators, shares | {"text": cfg.text_weight * shares["next-token"]})
+    weights = shares | {"text": cfg.text_weight * shares["next-token"]}
+    objective: Any = Mixture(model.generators, weights, before)
     if cfg.preferences.judged:
+        assert reference is not None
         tokenizer: Any = model.image_tokenizer
         files = cfg.preferences.judged.split(",")
         pairs = read_pairs(files, cfg.seed, tokenizer.grid, tokenizer.codebook_size)
         dataset = ComparedRows(dataset, pairs, model.template.encode, cfg.length, cfg.preferences.rows)
         collate = CollateCompared(collate, cfg.length, size)
-        reference = copy.deepcopy(model)  # which is not compiled, even where the model is
-        if cfg.compile:
-            reference.backbone.compile_packed()
         objective = Preferences(objective, reference, cfg.preferences)
         once = len(dataset.pairs) / cfg.preferences.rows
         print(f"{len(pairs)} pairs of answers: all are seen once in {once:.0f} rows of the mixture", flush=True)

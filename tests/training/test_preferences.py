@@ -237,3 +237,16 @@ def test_a_model_draws_is_judged_and_learns(
     assert "7 pairs of answers" in printed and "preference 0." in printed and "accuracy" in printed
     assert main([*shared, "init_from=none"]) == 2
     assert "say whose by init_from" in capsys.readouterr().err
+
+    kept = ["train", "recipes/tiny.py", "batch_size=2", "length=512", "workers=0", "precision=fp32", "steps=2"]
+    kept += ["time_limit=none", "sample_every=0", "log_every=1", f"init_from={tiny_folder}", f"retain={tiny_folder}"]
+    kept += ["writers.masked=3", "mixture.draw=9", f"answers={drawn}", f"run_dir={judged.parent / 'kept'}"]
+    assert main([*kept, "answered=1"]) == 0
+    assert "masked 3." in capsys.readouterr().out  # nats of one of 32 codes; text and next-token have lost nothing
+    for wrong, message in (
+        (f"answers={said}", "answers hold no right picture"),
+        ("answered=2", "shares from 0 to 1"),
+        ("mixture.draw=-1", "a mixture shares out"),
+    ):
+        assert main([*kept, wrong, f"run_dir={judged.parent / 'no'}"]) == 2
+        assert message in capsys.readouterr().err

@@ -1,6 +1,6 @@
 """Objectives of unified models: what the trainer calls to get sums and counts. They know losses, not how to train.
 
-Shapes: B rows, L positions, D width.
+Shapes: B rows, L positions, D width, T targets, V ids.
 """
 
 from __future__ import annotations
@@ -9,27 +9,39 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unigen.generators.base import Generator
+from unigen.generators.next_token import Causal
 from unigen.model import UnifiedModel
 from unigen.sequence import Batch
 
 
-class Mixture:
+class Mixture(nn.Module):
     """The losses of a model's generators on packed documents, each a sum over its own targets with their count: nats,
     and for a flow squared errors.
 
     loss = sum_g weights[g] * sum_g / count_g, so that a mixture's few text targets are not drowned by its many codes.
     A generator that writes nothing in a batch has no loss there.
+
+    With `before`, a model that text and next-token are not to move from, their losses are no longer - log p of the data
+    but sum_v p_before(v) log (p_before(v) / p(v)), as in Learning without Forgetting (Li and Hoiem 2016, arXiv
+    1606.09282): a model learns new ways of writing and keeps what comparisons or sharper data had made of the old.
     """
 
-    def __init__(self, generators: Mapping[str, Generator], weights: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        generators: Mapping[str, Generator],
+        weights: Mapping[str, float] | None = None,
+        before: UnifiedModel | None = None,
+    ) -> None:
         """generators: those of the model. weights: of the ones that learn, by name; None: all of them alike."""
+        super().__init__()
         self.weights = dict.fromkeys(generators, 1.0) if weights is None else dict(weights)
         self.generators = {name: generators[name] for name in self.weights}
+        self.before = before if before is None else before.requires_grad_(False).eval()
 
-    def __call__(self, model: Any, batch: Batch, rng: torch.Generator) -> dict[str, tuple[Tensor, Tensor | int]]:
+    def forward(self, model: Any, batch: Batch, rng: torch.Generator) -> dict[str, tuple[Tensor, Tensor | int]]:
         assert isinstance(model, UnifiedModel)
         batch = model.fill(batch)
         embeds_BLD = model.embed(batch.ids_BL)
@@ -37,12 +49,31 @@ class Mixture:
         for name, generator in self.generators.items():
             embeds_BLD, targets[name] = generator.prepare(model, batch, embeds_BLD, rng)
         hidden_BLD = model.hidden(batch, embeds_BLD)
-        losses: dict[str, tuple[Tensor, Tensor | int]] = {
-            name: generator.loss(model, batch, hidden_BLD, targets[name]) for name, generator in self.generators.items()
-        }
+        losses: dict[str, tuple[Tensor, Tensor | int]] = {}
+        with torch.no_grad():
+            known_BLD = None if self.before is None else self.before.causal(batch)
+        for name, generator in self.generators.items():
+            if known_BLD is not None and self.before is not None and isinstance(generator, Causal):
+                target_BL = generator.targets(batch)
+                moved = divergence(self.before, known_BLD, model, hidden_BLD, target_BL)
+                losses[name] = moved, target_BL.sum()
+            else:
+                losses[name] = generator.loss(model, batch, hidden_BLD, targets[name])
         losses["metric/tokens"] = ((batch.segments_BL > 0).sum(), 1)
         return losses
 
     def counts(self, batch: Batch, rng: torch.Generator) -> dict[str, Tensor | int]:
         """How many targets each loss has: known from the packed batch, before its images are encoded."""
         return {"metric/tokens": 1} | {name: g.count(batch) for name, g in self.generators.items()}
+
+
+def divergence(
+    before: UnifiedModel, known_BLD: Tensor, model: UnifiedModel, hidden_BLD: Tensor, target_BL: Tensor
+) -> Tensor:
+    """Sum of sum_v q(v) (log q(v) - log p(v)) in nats over the ids marked in `target_BL`, q being what the model
+    before says of each from its states `known_BLD`, p what the model says."""
+    rows, at = target_BL.nonzero(as_tuple=True)
+    with torch.no_grad():
+        log_q_TV = before.logits(known_BLD[rows, at - 1]).float().log_softmax(-1)
+    log_p_TV = model.logits(hidden_BLD[rows, at - 1]).float().log_softmax(-1)
+    return nn.functional.kl_div(log_p_TV, log_q_TV, reduction="sum", log_target=True)

@@ -20,7 +20,7 @@ The file refuses to know who gave the answers and who judged them. Shapes: P pai
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,22 +71,27 @@ def read_pairs(
     rng = np.random.default_rng(seed)
     pairs: list[tuple[Document, Document]] = []
     for file in files:
-        before, read = len(pairs), 0
-        try:
-            with open(file, encoding="utf-8") as lines:
-                for line in lines:
-                    read += 1
-                    right, wrong = (
-                        [chats[k] for k in rng.permutation(len(chats))] for chats in _judged(line, grid, codes)
-                    )
-                    pairs += zip(right, wrong, strict=False)
-        except OSError as error:
-            raise ValueError(f"cannot read {file}: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise ValueError(f"line {read} of {file} does not hold judged answers: {error}") from error
+        before = len(pairs)
+        for judged in read_judged(file, grid, codes):
+            right, wrong = ([chats[k] for k in rng.permutation(len(chats))] for chats in judged)
+            pairs += zip(right, wrong, strict=False)
         if len(pairs) == before:
             raise ValueError(f"{file} has no prompt with a right and a wrong answer: judge more of them")
     return [pairs[k] for k in rng.permutation(len(pairs))]
+
+
+def read_judged(file: str | Path, grid: tuple[int, int], codes: int) -> Iterator[tuple[list[Document], list[Document]]]:
+    """The chats of each line whose answers are right, and those whose are wrong. ValueError as in `read_pairs`."""
+    read = 0
+    try:
+        with open(file, encoding="utf-8") as lines:
+            for line in lines:
+                read += 1
+                yield _judged(line, grid, codes)
+    except OSError as error:
+        raise ValueError(f"cannot read {file}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"line {read} of {file} does not hold judged answers: {error}") from error
 
 
 def _judged(line: str, grid: tuple[int, int], codes: int) -> tuple[list[Document], list[Document]]:
