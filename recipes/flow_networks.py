@@ -1,0 +1,393 @@
+"""Networks of a flow at equal FLOPs, and what tells them the words: the architecture table of diffusion decoders.
+
+    COMMAND   unigen train recipes/tiny_vq.py kind=kl run_dir=runs/kl                                (latents, once)
+              python recipes/flow_networks.py [--json FILE] [--out FOLDER] [key=value ...]
+    HARDWARE  2 CPU cores
+
+A U-Net, three DiT that take the condition by adaLN-Zero, by cross-attention or in context, and MM-DiT
+(`unigen/nn/painters.py`), each of the width at which one evaluation costs `gflops`, on the last states of a frozen
+backbone; and two of them on a frozen text encoder of the backbone's size instead, a T5 (Raffel et al. 2020, arXiv
+1910.10683), which learns the world's language here by span corruption. All see the same pictures, noise and times.
+The file knows how a network is sized, trained and scored; loss and sampler are those of `generators/flow.py`.
+
+Shapes: B rows of one document, L positions, M pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from unigen import hub
+from unigen.config import OptimConfig, RunConfig, apply_overrides, write_report
+from unigen.data.chats import Chats
+from unigen.data.packing import Collate
+from unigen.data.stories import text_corpus
+from unigen.data.world import World
+from unigen.evaluation.runner import make_folder
+from unigen.evaluation.tasks.scenes import ScenesTask, score_pictures, summarise
+from unigen.generators.base import Span
+from unigen.generators.flow import Flow, FlowConfig, FlowState
+from unigen.model import UnifiedModel
+from unigen.models import load, tiny
+from unigen.nn.painters import Kind, painter
+from unigen.output import check_output, grid, save_picture
+from unigen.samplers.guidance import Guidance
+from unigen.samplers.logits import Sampling
+from unigen.sequence import Batch, Document, Segment, Tokens, pack, to_images
+from unigen.tokenizers import load_tokenizer
+from unigen.training.trainer import Job, Trainer
+
+LENGTH = 64  # positions of a document: a prompt up to the begin token
+SENTINELS = 16  # ids after the text's, one for each span that is cut out
+HELD_OUT_SEED = 1_000_000
+ROWS = (
+    ("unet", "backbone"),
+    ("dit-adaln", "backbone"),
+    ("dit-cross", "backbone"),
+    ("dit-context", "backbone"),
+    ("mm-dit", "backbone"),
+    ("dit-cross", "encoder"),
+    ("mm-dit", "encoder"),
+)
+
+
+@dataclass
+class NetworksConfig(RunConfig):
+    model: str = "unigen-tiny"  # whose backbone and text tokenizer
+    kl_tokenizer: str = "runs/kl/model"
+    network: Kind = "mm-dit"
+    condition: Literal["backbone", "encoder"] = "backbone"
+    gflops: float = 0.17  # of one evaluation for one picture
+    layers: int = 4
+    encoder: str = "runs/text-encoder"  # trained there if it is not there yet
+    encoder_steps: int = 1500
+    blind: float = 0.1  # share of documents whose text is dropped
+    guidance: float = 3.0  # with which the table's pictures are drawn
+    prompts: int = 20  # of each of the six kinds in the table
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.gflops < 1000 or min(self.layers, self.encoder_steps, self.prompts) < 1:
+            raise ValueError("gflops must be above 0 and below 1000, layers, encoder_steps and prompts at least 1")
+        if not 0 <= self.blind <= 1:
+            raise ValueError(f"blind is a share from 0 to 1, not {self.blind}")
+        if self.seed >= HELD_OUT_SEED:
+            raise ValueError(f"seed must be below {HELD_OUT_SEED}: seeds from there on are held out for evaluation")
+        Guidance.of(self.guidance)
+
+
+def config() -> NetworksConfig:
+    return NetworksConfig(
+        steps=1200,
+        batch_size=64,
+        optim=OptimConfig(lr=2e-3, warmup=50, weight_decay=0.01, min_ratio=0.02, schedule="linear"),
+        precision="bf16",
+        workers=1,
+        ema=0.0,
+        log_every=100,
+        save_every=0,
+        sample_every=0,
+        run_dir="runs/flow-network",
+    )
+
+
+# ---------------------------------------------------------------- equal FLOPs
+
+
+def flops(network: nn.Module, channels: int, side: int, context: int) -> float:
+    """GFLOP of one evaluation for one picture: products, convolutions and attention."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x, t, states = torch.zeros(1, channels, side, side), torch.zeros(1), torch.ones(1, LENGTH, context)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        network(x, t, states)
+    return counter.get_total_flops() / 1e9
+
+
+def sized(kind: Kind, gflops: float, layers: int, channels: int, side: int, context: int) -> FlowConfig:
+    """The network of this kind and depth whose evaluation costs nearest to `gflops`."""
+
+    def cost(head_dim: int) -> float:
+        shape = {"layers": layers, "heads": 4, "head_dim": head_dim}
+        return flops(painter(kind, channels=channels, side=side, context=context, **shape), channels, side, context)
+
+    step = 4 if kind == "unet" else 2  # its norms want widths that 16 divides
+    low, high = 1, 2
+    while cost(step * high) < gflops:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if cost(step * middle) < gflops else (low, middle)
+    best = min((low, high), key=lambda steps: abs(cost(step * steps) - gflops))
+    return FlowConfig(network=kind, layers=layers, heads=4, head_dim=step * best, context_length=LENGTH)
+
+
+# ---------------------------------------------------------------- what tells the words
+
+
+class Condition(nn.Module):
+    """The last states (B, L, D) of rows that hold one document each, of a frozen backbone or text encoder."""
+
+    def __init__(self, cfg: NetworksConfig) -> None:
+        super().__init__()
+        self.model = load(cfg.model)
+        self.encoder = text_encoder(cfg, self.model) if cfg.condition == "encoder" else None
+        self.requires_grad_(False).eval()
+
+    @property
+    def width(self) -> int:
+        return self.model.backbone.width
+
+    @torch.no_grad()
+    def forward(self, batch: Batch) -> Tensor:
+        there_BL = batch.segments_BL > 0
+        if self.encoder is None:
+            return self.model.causal(batch) * there_BL[:, :, None]
+        return self.encoder(input_ids=batch.ids_BL, attention_mask=there_BL).last_hidden_state
+
+
+def template_of(model: UnifiedModel) -> Any:
+    """Chats whose pictures are written by a flow after a begin token that the backbone knows."""
+    return tiny.ChatTemplate(model.text_tokenizer, {"flow": 0}, {"flow": tiny.BOI})
+
+
+def corrupted(ids: Sequence[int], first: int, end: int, rng: np.random.Generator) -> tuple[list[int], list[int]]:
+    """T5's task: runs of about three ids, 15% of all, become sentinels first, first + 1, ..; and what they were."""
+    read: list[int] = []
+    wanted: list[int] = []
+    at = used = 0
+    while at < len(ids):
+        if used < SENTINELS and rng.random() < 0.05:
+            length = int(rng.integers(1, 6))
+            read.append(first + used)
+            wanted += [first + used, *ids[at : at + length]]
+            at, used = at + length, used + 1
+        else:
+            read.append(ids[at])
+            at += 1
+    return read, [*wanted, end]
+
+
+def text_encoder(cfg: NetworksConfig, model: UnifiedModel) -> nn.Module:
+    """The encoder of a T5 as wide and deep as the model's backbone, from its folder or trained into it on prompts as
+    the template has them. ValueError where the folder holds one of another size."""
+    from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
+
+    folder, tokenizer, like = Path(cfg.encoder), model.text_tokenizer, model.backbone.lm.config
+    if not (folder / "config.json").exists():
+        torch.manual_seed(cfg.seed)
+        first, rng = len(tokenizer), np.random.default_rng(cfg.seed)
+        template = template_of(model)
+        t5 = T5ForConditionalGeneration(
+            T5Config(
+                vocab_size=first + SENTINELS,
+                d_model=like.hidden_size,
+                d_kv=like.hidden_size // like.num_attention_heads,
+                d_ff=like.intermediate_size,
+                num_layers=like.num_hidden_layers,
+                num_decoder_layers=2,
+                num_heads=like.num_attention_heads,
+                feed_forward_proj="gated-gelu",
+                dropout_rate=0.0,
+                pad_token_id=tokenizer.pad_token_id,
+                decoder_start_token_id=tokenizer.pad_token_id,
+            )
+        )
+        optimizer = torch.optim.AdamW(t5.parameters(), lr=1e-3)
+        lines = text_corpus(32 * cfg.encoder_steps, cfg.seed)
+        for step in range(cfg.encoder_steps):
+            optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, (step + 1) / 100) * (1 - step / cfg.encoder_steps)
+            chats = [template.prompt(Document([Segment(text=next(lines))])).ids[:LENGTH] for _ in range(32)]
+            pairs = [corrupted([*chat, template.begins["flow"]], first, tokenizer.eos_token_id, rng) for chat in chats]
+            read, wanted = (
+                nn.utils.rnn.pad_sequence([torch.tensor(pair[k]) for pair in pairs], True, fill)
+                for k, fill in enumerate((tokenizer.pad_token_id, -100))
+            )
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = t5(input_ids=read, attention_mask=read != tokenizer.pad_token_id, labels=wanted).loss
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(t5.parameters(), 1.0)
+            optimizer.step()
+            if (step + 1) % 250 == 0:
+                print(f"text encoder: step {step + 1}/{cfg.encoder_steps}  loss {float(loss.detach()):.3f}", flush=True)
+        with hub.replacing_folder(folder) as scratch:
+            t5.save_pretrained(scratch)
+    encoder: Any = T5EncoderModel.from_pretrained(folder, local_files_only=True)
+    if (encoder.config.d_model, encoder.config.vocab_size) != (like.hidden_size, len(tokenizer) + SENTINELS):
+        raise ValueError(f"{folder} holds a text encoder for another model: name another folder by encoder=FOLDER")
+    return encoder
+
+
+# ---------------------------------------------------------------- training
+
+
+class Prompts:
+    """Endless documents, a prompt and its picture; item i is a function of (seed, i)."""
+
+    def __init__(self, template: Any, size: int, blind: float, seed: int) -> None:
+        World(size)  # a missing font is said at once
+        self.template, self.size, self.blind, self.seed = template, size, blind, seed
+        self.chats: Chats | None = None
+
+    def __getitem__(self, index: int) -> list[Tokens]:
+        self.chats = self.chats or Chats(World(self.size))
+        rng = np.random.default_rng([self.seed, index])
+        while True:
+            document, blind = Document(self.chats.draw(rng)), bool(rng.random() < self.blind)
+            tokens = self.template.encode(document, blind=blind, writer="flow")
+            if len(tokens) <= LENGTH:
+                return [tokens]
+
+
+class Conditioned(nn.Module):
+    """The flow's loss under a frozen condition."""
+
+    def __init__(self, condition: Condition) -> None:
+        super().__init__()
+        self.condition = condition
+
+    def forward(self, flow: Flow, batch: Batch, rng: torch.Generator) -> dict[str, tuple[Tensor, int]]:
+        states_BLD = self.condition(batch)
+        _, targets = flow.prepare(None, batch, states_BLD, rng)  # type: ignore[arg-type]
+        return {"flow": flow.loss(None, batch, states_BLD, targets)}  # type: ignore[arg-type]
+
+
+def untrained(cfg: NetworksConfig, condition: Condition) -> Flow:
+    tokenizer: Any = load_tokenizer(cfg.kl_tokenizer)
+    shape = tokenizer.latent_channels, tokenizer.grid[0], condition.width
+    settings = sized(cfg.network, cfg.gflops, cfg.layers, *shape)
+    torch.manual_seed(cfg.seed)
+    return Flow(tokenizer, condition.width, settings)
+
+
+def build(cfg: NetworksConfig) -> Job:
+    condition = Condition(cfg)
+    flow = untrained(cfg, condition)
+    size = flow.tokenizer.image_size
+    return Job(
+        model=flow,
+        dataset=Prompts(template_of(condition.model), size, cfg.blind, cfg.seed),
+        collate=Collate(LENGTH, size),
+        objective=Conditioned(condition),
+    )
+
+
+# ---------------------------------------------------------------- the table
+
+
+@torch.inference_mode()
+def draw(flow: Flow, condition: Condition, prompts: Sequence[str], seeds: Sequence[int], scale: float) -> list[Any]:
+    """A picture for each prompt, by the sampler of the flow."""
+    template, size, guidance = template_of(condition.model), flow.tokenizer.image_size, Guidance.of(scale)
+    blank = np.zeros((size, size, 3), dtype=np.uint8)
+    chats = [Document([Segment(text=p), Segment(image=blank, role="assistant")]) for p in prompts]
+    seen = []
+    for blind in (False, True)[: guidance.branches]:
+        batch = pack([[template.encode(chat, writer="flow", blind=blind)] for chat in chats], LENGTH, size)
+        seen.append(flow.contexts(batch, condition(batch)))
+    states: list[Any] = [
+        FlowState(Span(0, Sampling(), guidance, torch.Generator().manual_seed(seed)), []) for seed in seeds
+    ]
+    shape = (flow.tokenizer.latent_channels, *flow.tokenizer.grid)
+    branches = [list(pair) for pair in zip(*seen, strict=True)]
+    latents = flow.solved(states, branches, shape, flow.settings.shift)
+    return to_images(flow.tokenizer.decode(torch.stack(latents)))
+
+
+@torch.inference_mode()
+def held_out_loss(flow: Flow, condition: Condition, cfg: NetworksConfig, batches: int = 8) -> float:
+    """The flow's loss on new pictures, with the same noise and times for every network."""
+    prompts = Prompts(template_of(condition.model), flow.tokenizer.image_size, 0.0, HELD_OUT_SEED)
+    collate, objective = Collate(LENGTH, flow.tokenizer.image_size), Conditioned(condition)
+    total, count = 0.0, 0
+    for number in range(batches):
+        rows = [prompts[number * 64 + k] for k in range(64)]
+        loss, images = objective(flow, collate(rows), torch.Generator().manual_seed(number))["flow"]
+        total, count = total + float(loss), count + images
+    return total / count
+
+
+def table(overrides: Sequence[str], out: str | None) -> list[dict[str, Any]]:
+    """Trains and scores every row; the first is the baseline of all."""
+    rows: list[dict[str, Any]] = []
+    first: dict[str, float] = {}
+    units = {"gflops": "GFLOP", "parameters": "M", "loss": "", "scenes": "share", "seconds": "s a step"}
+    shared = apply_overrides(config(), overrides)
+    text_encoder(shared, load(shared.model))  # what is wrong with it is said before the first row
+    for network, told in ROWS:
+        with tempfile.TemporaryDirectory() as folder:
+            own = [f"network={network}", f"condition={told}", f"run_dir={folder}/run"]
+            cfg = apply_overrides(config(), [*overrides, *own])
+            job = build(cfg)
+            ended = Trainer(cfg, job).run()
+            if not ended["finished"]:
+                raise ValueError("stopped by a signal: trainings that are cut short do not make a table")
+        flow, condition = job.model.cpu().eval(), job.objective.condition.cpu()  # type: ignore[union-attr]
+        assert isinstance(flow, Flow)
+        figures = {"seconds": ended["seconds"] / ended["step"]}
+        figures["gflops"] = flops(flow.head, flow.tokenizer.latent_channels, flow.tokenizer.grid[0], condition.width)
+        figures["parameters"] = sum(p.numel() for p in flow.head.parameters()) / 1e6
+        figures["loss"] = held_out_loss(flow, condition, cfg)
+        task = ScenesTask(cfg.prompts, cfg.seed)
+        items = task.items()
+        pictures: list[Any] = []
+        for k in range(0, len(items), 30):
+            asked = [str(item.prompt) for item in items[k : k + 30]]
+            pictures += draw(flow, condition, asked, range(k, k + len(asked)), cfg.guidance)
+        scores = score_pictures(task, items, [[picture] for picture in pictures])
+        figures["scenes"] = summarise(items, scores, cfg.seed).overall.overall
+        first = first or figures
+        name = f"{network}, {told}"
+        print(f"{name:22}" + "".join(f"  {key} {figures[key]:.4g}" for key in units), flush=True)
+        rows += [{"name": f"{name}: {k}", "value": figures[k], "unit": units[k], "baseline": first[k]} for k in units]
+        if out:
+            save_picture(Path(out) / f"{network}-{told}.png", grid(pictures[::5], 0, 8))
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Networks of a flow at equal FLOPs, trained alike and compared.")
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--out", metavar="FOLDER", help="also write pictures of each")
+    parser.add_argument("override", nargs="*", metavar="key=value", help="of the recipe, for all rows")
+    options = parser.parse_args()
+    start = time.monotonic()
+    try:
+        if options.json:
+            check_output(options.json, {".json": "JSON"})
+        if options.out:
+            make_folder(options.out)
+        if own := [given for given in options.override if given.startswith(("network=", "condition=", "run_dir="))]:
+            raise ValueError(f"leave out {', '.join(own)}: every row has its own")
+        rows = table(options.override, options.out)
+        if options.json:
+            write_report(
+                options.json,
+                command=shlex.join(["python", *sys.argv]),
+                model="recipes/flow_networks.py",
+                seconds=time.monotonic() - start,
+                tasks={row["name"]: row["value"] for row in rows},
+                rows=rows,
+            )
+    except ValueError as error:
+        print(f"unigen: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
