@@ -1,10 +1,11 @@
 """The mean of several models' weights as one model, such as those of rounds of one training.
 
-    python scripts/average.py OUT MODEL MODEL...
+    python scripts/average.py OUT MODEL MODEL... [--weights 0.8,0.2]
 
 Model soups (Wortsman et al. 2022, arXiv 2203.05482, section 2, the uniform soup): models that were trained on from one
-another lie in one basin, and their mean is often better than each. They must have the same parts; the first one's
-tokenizers are kept, and generators with weights of their own are averaged too. Exit 2 with one line for bad input.
+another lie in one basin, and their mean is often better than each; a little of the model that a training began from
+gives back what it had lost (WiSE-FT, Wortsman et al. 2022, arXiv 2109.01903). The first one's tokenizers are kept, as
+are generators with weights of their own which the others lack. Exit 2 with one line for bad input.
 """
 
 from __future__ import annotations
@@ -18,18 +19,20 @@ from unigen.models import load
 from unigen.output import one_line_errors
 
 
-def average(out: str, names: list[str]) -> None:
-    """Write the mean of these models to the folder `out`. ValueError where their parts differ."""
+def average(out: str, names: list[str], shares: list[float]) -> None:
+    """Write the mean of these models, weighted by shares, to the folder `out`. ValueError where their parts differ."""
     models = [load(name) for name in names]
     weights = [dict(model.named_parameters()) for model in models]
     shapes = [{name: w.shape for name, w in each.items()} for each in weights]
-    for name, other in zip(names[1:], shapes[1:], strict=True):
-        if other != shapes[0]:
+    for name, model, other in zip(names[1:], models[1:], shapes[1:], strict=True):
+        shared = {k: v for k, v in shapes[0].items() if not k.startswith("heads.") or k.split(".")[1] in model.heads}
+        if other != shared:
             raise ValueError(f"{name} has other weights than {names[0]}: average models of one training")
     with torch.no_grad():
         for name, weight in weights[0].items():
-            if weight.requires_grad:  # image tokenizers are frozen, and the first one's
-                weight.copy_(torch.stack([each[name] for each in weights]).mean(0))
+            if weight.requires_grad and all(name in each for each in weights):  # tokenizers are frozen
+                parts = [share * each[name] for share, each in zip(shares, weights, strict=True)]
+                weight.copy_(torch.stack(parts).sum(0) / sum(shares))
     models[0].save(out)
 
 
@@ -38,10 +41,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("out", help="the folder to write")
     parser.add_argument("models", nargs="+", metavar="MODEL", help="folders or names of models")
+    parser.add_argument("--weights", help="of each model, apart by commas (default: all alike)")
     args = parser.parse_args()
     if len(args.models) < 2:
         raise ValueError("give at least two models")
-    average(args.out, args.models)
+    given = args.weights.split(",") if args.weights else ["1"] * len(args.models)
+    shares = [float(text) if text.replace(".", "", 1).isdecimal() else 0.0 for text in given]
+    if len(shares) != len(args.models) or min(shares) <= 0:
+        raise ValueError(f"--weights are {len(args.models)} numbers above 0, apart by commas, not {args.weights}")
+    average(args.out, args.models, shares)
     print(f"wrote {args.out}: the mean of {len(args.models)} models")
     return 0
 

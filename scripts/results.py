@@ -1,6 +1,6 @@
 """docs/results.md from the runs stored in docs/runs, so that no figure is written by hand.
 
-python scripts/results.py            # every docs/runs/*.json is what a command's --json FILE wrote
+python scripts/results.py            # every docs/runs/*.json is what a command's --json FILE wrote, its .png beside it
 """
 
 from __future__ import annotations
@@ -70,6 +70,8 @@ def main() -> int:
     lines = ["# Results", "", "Written by `python scripts/results.py` from the runs in `docs/runs`.", ""]
     for file in files:
         lines += section(file.stem.replace("-", " "), load_json(file))
+        if (picture := file.with_suffix(".png")).exists():
+            lines += [f"![{file.stem}]({picture.relative_to(PAGE.parent)})", ""]
     write_text(PAGE, "\n".join(lines).rstrip() + "\n")
     print(PAGE.relative_to(ROOT))
     return 0

@@ -11,7 +11,7 @@ import torch
 
 from scripts import average, bench, results
 from unigen.config import write_report
-from unigen.models import load
+from unigen.models import load, tiny
 
 
 def test_the_table_of_benches(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,8 +52,10 @@ def test_results_are_written_from_runs(tmp_path: Path, monkeypatch: pytest.Monke
     write_report(
         tmp_path / "runs" / "decode.json", command="bench", model="m", overall=0.5, tasks={"a": 0.25}, rows=rows
     )
+    (tmp_path / "runs" / "decode.png").touch()
     assert results.main() == 0
     page = (tmp_path / "results.md").read_text()
+    assert page.endswith("![decode](runs/decode.png)\n")
     assert "Overall **0.500**" in page and "| 0.250 |" in page
     assert "| tiny guided | 301.2 | tokens/s | 100.0 | 3.013 | 1 |" in page
 
@@ -78,7 +80,25 @@ def test_average_is_the_mean_of_weights(
     for name, p in load(tmp_path / "out").named_parameters():
         frozen = "tokenizer." in name  # those are the first one's
         torch.testing.assert_close(p, first[name] if frozen else first[name] + 0.5, msg=name)
-    for wrong, message in (([str(tiny_folder)], "at least two"), ([str(tiny_folder), "unigen-tiny"], "other weights")):
+    both = [str(tiny_folder), str(tmp_path / "other")]
+    monkeypatch.setattr(sys, "argv", ["average", str(tmp_path / "out"), *both, "--weights", "3,1"])
+    assert average.main() == 0
+    lm = "backbone.lm.model.norm.weight"
+    torch.testing.assert_close(dict(load(tmp_path / "out").named_parameters())[lm], first[lm] + 0.25)
+    fewer = tiny.assemble(model.backbone.lm, model.text_tokenizer, model.image_tokenizer, model.vocabulary.text_size)
+    fewer.save(tmp_path / "fewer")
+    monkeypatch.setattr(sys, "argv", ["average", str(tmp_path / "out"), str(tiny_folder), str(tmp_path / "fewer")])
+    assert average.main() == 0
+    mean = dict(load(tmp_path / "out").named_parameters())
+    torch.testing.assert_close(mean[lm], first[lm] + 0.5)
+    kept = "heads.flow.norm.weight"  # which the other does not have
+    torch.testing.assert_close(mean[kept], first[kept])
+    for wrong, message in (
+        ([str(tiny_folder)], "at least two"),
+        ([str(tiny_folder), "unigen-tiny"], "other weights"),
+        ([str(tmp_path / "fewer"), str(tiny_folder)], "other weights"),
+        ([*both, "--weights", "1,x"], "2 numbers above 0"),
+    ):
         monkeypatch.setattr(sys, "argv", ["average", str(tmp_path / "no"), *wrong])
         assert average.main() == 2 and message in capsys.readouterr().err
     assert not (tmp_path / "no").exists()

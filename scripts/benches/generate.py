@@ -27,8 +27,8 @@ from unigen.tokenizers.kl import KLConfig, KLTokenizer
 from unigen.tokenizers.vq import VQConfig, VQTokenizer
 
 WRITERS = ("next-token", "masked", "next-scale", "flow", "transfusion", "token-flow")
-SCALES = {8: (1, 2, 4, 8), 16: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 32: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)}
-"""Sides of the token maps by that of the grid; 16 and 32 are VAR's for 256 and 512 pixels."""
+SCALES = {8: (1, 2, 4, 8), 16: (1, 2, 4, 8, 16), 32: (1, 2, 4, 8, 16, 32)}
+"""Sides of the token maps by that of the grid, doubling as in the shipped tokenizer."""
 
 
 def model(side: int, writers: list[str]) -> Any:

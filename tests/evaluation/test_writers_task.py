@@ -53,7 +53,7 @@ def test_command(
     found = json.loads((tmp_path / "r.json").read_text())
     assert sorted(found["tasks"]) == generators.names() and found["overall"] == max(found["tasks"].values())
     names = {row["name"] for row in found["rows"]}
-    assert {"flow fid", "masked kid", "true pictures scenes", "next-scale backbone"} <= names
+    assert {"flow: fid", "masked: kid", "true pictures: scenes", "next-scale: backbone"} <= names
     assert Image.open(tmp_path / "writers.png").size == (12 * 16, len(generators.names()) * 16)
     assert "through the codes" in capsys.readouterr().out
     with pytest.raises(ValueError, match="this model has no generator 'x'"):

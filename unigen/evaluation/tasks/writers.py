@@ -128,7 +128,7 @@ def main(args: list[str]) -> int:
         print(
             f"{name:<24}" + "".join(f"{figures[c]:>16.4g}" if c in figures else " " * 16 for c in columns), flush=True
         )
-        rows.extend({"name": f"{name} {c}", "value": v, "unit": units[c]} for c, v in figures.items())
+        rows.extend({"name": f"{name}: {c}", "value": v, "unit": units[c]} for c, v in figures.items())
         return overall
 
     again = ladder.oracle(items, a.images, a.seed + 1, world)
