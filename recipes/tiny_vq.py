@@ -15,8 +15,10 @@ It knows where pictures come from and which losses are on; the losses are unigen
 unigen/tokenizers/vq.py. Options: `loss.gan=0.5`, `loss.feature=1 features=FOLDER` (a scene detector, but not the
 one that evaluates: a judge that one trains against is no judge), `loss.lpips=1 lpips=FILE`, `model.quantizer=fsq`,
 `model.image_size=96`. `model.quantizer=multiscale model.code_dim=16` trains the tokenizer of next-scale prediction,
-and --evaluate adds its health scale by scale; `kind=kl` trains that of the flow. `init_from=FOLDER freeze_codes=true`
-betters the decoder alone: models trained on the codes stay valid. `pictures=digits` is for recipes/digits.py.
+which may begin with encoder and decoder of a vq one (`init_from=FOLDER`); `model.coarse=0.5` has its first scales say
+more, which a model that draws needs; and --evaluate adds its health by scale;
+`kind=kl` trains that of the flow. `init_from=FOLDER freeze_codes=true` betters the decoder alone: models trained on the
+codes stay valid. `pictures=digits` is for recipes/digits.py.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -154,15 +156,32 @@ def start(cfg: VQRunConfig) -> VQTokenizer | KLTokenizer:
         raise ValueError(f"init_from={cfg.init_from} is no vq tokenizer: add kind=kl")
     if tokenizer.settings != cfg.model:
         known, tokenizer = tokenizer, VQTokenizer(cfg.model)
-        try:
-            tokenizer.quantizer.load_state_dict(known.quantizer.state_dict() if cfg.freeze_codes else {})
-            tokenizer.encoder.load_state_dict(known.encoder.state_dict())
-        except RuntimeError as error:
-            hint = "only model.decoder_* may differ, and only with freeze_codes=true"
-            raise ValueError(f"init_from={cfg.init_from} is another network than model.*; {hint}") from error
+        if not take_over(known, tokenizer, cfg.freeze_codes):
+            may = "only model.decoder_* may differ" if cfg.freeze_codes else "only the quantizer may be another"
+            raise ValueError(f"init_from={cfg.init_from} is another network than model.*; {may}")
     if cfg.freeze_codes:
         tokenizer.freeze_codes()
     return tokenizer
+
+
+def take_over(known: VQTokenizer, tokenizer: VQTokenizer, freeze_codes: bool) -> bool:
+    """Give the tokenizer the weights of a known one; False where they do not fit. With frozen codes those are all but
+    the decoder's; where the quantizer is another one, all but its own and those of the two layers beside it."""
+    old, new = known.settings, tokenizer.settings
+    if freeze_codes and old != replace(new, decoder_channels=old.decoder_channels, decoder_blocks=old.decoder_blocks):
+        return False  # as many weights, and yet other codes
+    another = old.quantizer != new.quantizer
+    left_out = "decoder." if freeze_codes else "quantizer." if another else ()
+    mine, theirs = (
+        {name: tensor for name, tensor in one.state_dict().items() if not name.startswith(left_out)}
+        for one in (tokenizer, known)
+    )
+    fits = {name: tensor for name, tensor in theirs.items() if name in mine and mine[name].shape == tensor.shape}
+    beside = {"encoder.head.weight", "encoder.head.bias", "decoder.stem.weight"} if left_out == "quantizer." else set()
+    if mine.keys() != theirs.keys() or not mine.keys() - fits.keys() <= beside:
+        return False
+    tokenizer.load_state_dict(fits, strict=False)
+    return True
 
 
 def build(cfg: VQRunConfig) -> Job:

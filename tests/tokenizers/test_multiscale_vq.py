@@ -118,3 +118,26 @@ def test_it_learns_and_its_dead_codes_are_revived() -> None:
         assert errors[-1] < 0.5 * errors[0]
         used[revive] = tokenizer.eval().encode(pictures).unique().numel()
     assert used[2] > used[0]
+
+
+def test_coarse_pictures_are_of_the_first_scales_alone(quantizer: MultiscaleQuantizer, golden: dict[str, Tensor]) -> None:
+    f_BDhw = golden["features"].repeat(20, 1, 1, 1).requires_grad_()
+    codes_BP = quantizer.codes(f_BDhw)
+    ends = torch.tensor(quantizer.lengths).cumsum(0).tolist()
+    cut = torch.stack([quantizer.vectors(codes_BP[:, :end]) for end in ends])  # (K, B, D, h, w)
+
+    def scales_of(coarse: float) -> list[int]:
+        quantizer.coarse = coarse
+        got = quantizer(f_BDhw, torch.Generator().manual_seed(0)).vectors_BDhw
+        (got * torch.arange(64.0).view(8, 8)).sum().backward()
+        near = (cut - got).abs().flatten(2).amax(-1)
+        assert near.amin(0).max() < 1e-4
+        return near.argmin(0).tolist()
+
+    quantizer.train()
+    quantizer.revive_every = 0
+    assert set(scales_of(0)) == {5} and set(scales_of(1)) == set(range(5))
+    assert 10 <= sum(k < 5 for k in scales_of(0.5)) <= 30
+    assert f_BDhw.grad is not None and f_BDhw.grad.flatten(1).abs().amin() > 0
+    quantizer.eval()
+    assert set(scales_of(1)) == {5}

@@ -7,6 +7,10 @@
 Tian et al. 2024 (VAR, arXiv 2404.02905), algorithms 1 and 2, with one codebook shared by all scales and a few phi
 shared by neighbouring scales; dead codes are revived as in `VectorQuantizer`, which VAR leaves out. What scale k+1
 reads is the whole picture so far, area_down(f_hat_k, n_(k+1)), never the last map alone.
+
+In training a share `coarse` of the pictures is decoded from their first k < K scales, as SoundStream drops quantizers
+(Zeghidour et al. 2021, arXiv 2107.03312, section III-C): else the last scale holds nearly all that there is to see, and
+its codes, drawn all at once, do not agree with each other.
 It knows nothing of pictures, networks, optimizers or files; it stands in `VQTokenizer` like the other quantizers.
 
 Shapes: B batch, D code dimension, h w grid, K scales, n_k side of scale k, P = sum of n_k^2 positions, V codes.
@@ -38,7 +42,8 @@ class Phi(nn.Conv2d):
 class MultiscaleQuantizer(VectorQuantizer):
     """codes (B, P), the scales one after the other. scales: growing sides, the last the side of the grid.
 
-    ValueError for scales that do not grow. phis: how many different phi the scales share.
+    ValueError for scales that do not grow. phis: how many different phi the scales share. coarse: the share of
+    pictures of which training decodes the first scales only.
     """
 
     def __init__(
@@ -51,12 +56,14 @@ class MultiscaleQuantizer(VectorQuantizer):
         dead_below: float = 0.05,
         momentum: float = 0.99,
         phis: int = 4,
+        coarse: float = 0.0,
     ) -> None:
         if not scales or min(scales) < 1 or any(a >= b for a, b in zip(scales, scales[1:], strict=False)):
             raise ValueError(f"scales must be growing sides of at least 1, got {tuple(scales)}")
         super().__init__(size, dim, beta, 0.0, revive_every, dead_below, momentum)
         self.scales = tuple(scales)
         self.lengths = [side * side for side in self.scales]
+        self.coarse = coarse
         self.phis = nn.ModuleList(Phi(dim) for _ in range(phis))
 
     # ---------------------------------------------------------------- one scale
@@ -167,4 +174,20 @@ class MultiscaleQuantizer(VectorQuantizer):
                 self.observe(torch.cat(wanted)[:, :, None, None], rng)
                 self.count(codes_BP)
             losses = {"codebook": (codebook, n), "commit": (self.beta * commit, n)}
+            if learning and self.coarse and rng is not None:
+                return Quantized(self.cut(f_BDhw, seen, rng), codes_BP, losses)
             return Quantized(straight_through(f_BDhw, seen[-1]), codes_BP, losses)
+
+    def cut(self, f_BDhw: Tensor, seen: list[Tensor], rng: torch.Generator) -> Tensor:
+        """f_hat of all scales, and for a share `coarse` of the pictures that of the first k alone, any k < K alike. The
+        gradient passes straight through to as much of f as scale k can show."""
+        last, count = len(seen) - 1, len(f_BDhw)
+        few_B = torch.rand(count, generator=rng) < self.coarse
+        k_B = torch.where(few_B, torch.randint(max(last, 1), (count,), generator=rng), last)
+        cut_BDhw = straight_through(f_BDhw, seen[-1])
+        for k in range(last):
+            at = (k_B == k).nonzero()[:, 0].to(f_BDhw.device)
+            if len(at):
+                low = F.interpolate(self.shrink(f_BDhw[at], k), size=f_BDhw.shape[-2:], mode="bicubic")
+                cut_BDhw = cut_BDhw.index_copy(0, at, straight_through(low, seen[k][at]))
+        return cut_BDhw

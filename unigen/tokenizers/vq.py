@@ -32,6 +32,7 @@ class VQConfig:
     code_dim: int = 8  # channels of a code (vq)
     levels: tuple[int, ...] = (8, 5, 5, 5)  # fsq: the number of codes is the product
     scales: tuple[int, ...] = (1, 2, 4, 8)  # multiscale: sides of the token maps, the last that of the grid
+    coarse: float = 0.0  # multiscale: share of pictures of which training decodes the first scales only
     beta: float = 0.25  # commitment
     entropy: float = 0.0  # weight of the entropy term (vq, lfq)
     revive_every: int = 10  # training steps between revivals of dead codes (vq); 0 = never
@@ -64,6 +65,8 @@ class VQConfig:
         for name in ("encoder_blocks", "decoder_blocks"):
             if len(getattr(self, name)) != 2 or min(getattr(self, name)) < 0:
                 raise ValueError(f"{name} must be two counts (at 1/4 and at 1/8), got {getattr(self, name)}")
+        if not 0 <= self.coarse <= 1:
+            raise ValueError(f"coarse is a share from 0 to 1, got {self.coarse}")
         for name in ("beta", "entropy", "dead_below", "revive_every"):
             if not math.isfinite(getattr(self, name)) or getattr(self, name) < 0:
                 raise ValueError(f"{name} must be a finite number that is not negative, got {getattr(self, name)}")
@@ -75,7 +78,7 @@ class VQConfig:
             return LookupFree(self.codes.bit_length() - 1, self.beta, self.entropy)
         if self.quantizer == "multiscale":
             options = (self.beta, self.revive_every, self.dead_below)
-            return MultiscaleQuantizer(self.codes, self.code_dim, self.scales, *options)
+            return MultiscaleQuantizer(self.codes, self.code_dim, self.scales, *options, coarse=self.coarse)
         return VectorQuantizer(self.codes, self.code_dim, self.beta, self.entropy, self.revive_every, self.dead_below)
 
 
