@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from unigen.config import from_dict, to_dict
 from unigen.generators.base import Frame, Model, Read, Span, State
 from unigen.generators.latents import LatentHead
+from unigen.nn.attention import unfused
 from unigen.nn.painters import Kind, painter
 from unigen.sequence import Batch
 
@@ -111,7 +112,8 @@ class Flow(LatentHead):
         if not count:
             return hidden_BLD.sum() * 0, 0
         contexts_MND = self.contexts(batch, hidden_BLD).repeat_interleave(COPIES, 0)
-        gap = self.velocity(mixed_MZhw, t_M, contexts_MND).float() - velocity_MZhw
+        with unfused(hidden_BLD.device):
+            gap = self.velocity(mixed_MZhw, t_M, contexts_MND).float() - velocity_MZhw
         return gap.square().mean((1, 2, 3)).sum() / COPIES, count
 
     def contexts(self, batch: Batch, hidden_BLD: Tensor) -> Tensor:
