@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from unigen.cli import main
+from unigen.models import load
 from unigen.nn.painters import painter
 from unigen.tokenizers import load_tokenizer
 
@@ -93,3 +94,16 @@ def test_the_table(
     assert (tmp_path / "sheets" / "mm-dit-encoder.png").exists()
     monkeypatch.setattr(sys, "argv", ["flow_networks.py", "gflops=0"])
     assert networks.main() == 2
+
+
+def test_heads_alone_learn_beside_a_frozen_backbone(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = ["train", "recipes/tiny.py", "batch_size=1", "length=512", "workers=0", "steps=2", "time_limit=none"]
+    train += [f"init_from={tiny_folder}", "freeze=true", "sample_every=0", "optim.warmup=0", "writers.next-token=0.01"]
+    assert main([*train, "writers.flow=1", f"run_dir={tmp_path}"]) == 0
+    old, new = ({k: v for k, v in load(folder).state_dict().items()} for folder in (tiny_folder, tmp_path / "model"))
+    moved = {name.split(".")[1] for name in old if not torch.equal(old[name], new[name].to(old[name]))}
+    assert moved == {"flow"}
+    assert main([*train, f"run_dir={tmp_path / 'no'}"]) == 2
+    assert "nothing to learn" in capsys.readouterr().err
