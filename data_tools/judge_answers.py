@@ -2,13 +2,14 @@
 recipes/tiny.py learns from.
 
     python data_tools/judge_answers.py pictures MODEL OUT.jsonl --detector FOLDER [--minutes 10] [--answers 4]
-                                       [--guidance 3] [--temperature 0.8] [--prompts 5000] [--seed 1]
-                                       [--batch 128] [--dtype bfloat16]
-    python data_tools/judge_answers.py captions MODEL OUT.jsonl [the same, without detector, guidance and temperature]
+                                       [--generator next-token] [--guidance 3] [--temperature 0.8]
+                                       [--prompts 5000] [--seed 1] [--batch 128] [--dtype bfloat16]
+    python data_tools/judge_answers.py captions MODEL OUT.jsonl [the same, without what is of pictures]
 
 pictures: the prompts are of the kinds of `unigen eval scenes`, those with several things more often. A picture is right
 where all that its prompt says holds, the background too, and nothing else is in it. Give another detector than the
-shipped one, which judges the evaluation; docs/guide.md has the commands that make one.
+shipped one, which judges the evaluation; docs/guide.md has the commands that make one. Those of a generator with
+its own tokenizer are kept as they look, since their codes are not the model's.
 captions: of rendered scenes, at temperature 1; right by the rules of `unigen eval understanding`. The true caption
 is one more answer.
 No prompt or scene holds a held-out combination, and those of seed 0 are refused, which the evaluations use.
@@ -52,7 +53,7 @@ def drawn_prompts(count: int, seed: int) -> list[Item]:
     return [items[k] for k in np.random.default_rng(seed).permutation(len(items))]
 
 
-def pictures(engine: Any, task: ScenesTask, items: list[Item], answers: int, seed: int, **options: float) -> list[Any]:
+def pictures(engine: Any, task: ScenesTask, items: list[Item], answers: int, seed: int, **options: Any) -> list[Any]:
     """A line of the judged file for each prompt; picture k of them all is drawn with `seed` + k."""
     asked = [item for item in items for _ in range(answers)]
     requests = [engine.request(item.prompt, "image", seed=seed + k, **options) for k, item in enumerate(asked)]
@@ -60,8 +61,11 @@ def pictures(engine: Any, task: ScenesTask, items: list[Item], answers: int, see
     scores = task.score_batch(asked, [drawn[k] for k in range(len(asked))])
     right = [s["strict"] == 1 and s.get("background", 1) == 1 for s in scores]
     made = [request.document.segments for request in requests]
+    given = [segments[-1] for segments in made]
+    if not engine.model.generators[options["generator"]].codes:
+        given = [Segment(image=drawn[k], role="assistant") for k in range(len(asked))]
     cuts = [slice(k, k + answers) for k in range(0, len(asked), answers)]
-    return [line(made[cut.start][:-1], [segments[-1] for segments in made[cut]], right[cut]) for cut in cuts]
+    return [line(made[cut.start][:-1], given[cut], right[cut]) for cut in cuts]
 
 
 def captions(engine: Any, task: UnderstandingTask, answers: int, seed: int) -> list[Any]:
@@ -97,6 +101,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0, help="stop after so long (default: 10)")
     parser.add_argument("--prompts", type=int, default=5000)
     parser.add_argument("--answers", type=int, default=4, help="to each prompt (default: 4)")
+    parser.add_argument("--generator", default="next-token", help="that draws the pictures (default: next-token)")
     parser.add_argument("--guidance", type=float, default=3.0, help="of pictures (default: 3)")
     parser.add_argument("--temperature", type=float, default=0.8, help="of pictures (default: 0.8)")
     parser.add_argument("--seed", type=int, default=1)
@@ -115,7 +120,11 @@ def main() -> int:
     world = World(engine.model.image_tokenizer.image_size)
     items = drawn_prompts(args.prompts, args.seed) if detector else []
     scenes = ScenesTask(seed=args.seed, detector=detector) if detector else None
-    options = {"guidance": args.guidance, "temperature": args.temperature, "top_p": 1.0}
+    writer = engine.model.generators.get(args.generator)
+    if writer is None:
+        raise ValueError(f"{args.model} does not draw by {args.generator}, but by {', '.join(engine.model.generators)}")
+    options = {"generator": args.generator, "guidance": args.guidance}
+    options |= {k: v for k, v in (("temperature", args.temperature), ("top_p", 1.0)) if k in writer.takes}
     end, each = time.monotonic() + 60 * args.minutes, args.batch // args.answers
     lines: list[Any] = []
     with suppress(KeyboardInterrupt):  # what has been answered is kept

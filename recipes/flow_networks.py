@@ -263,7 +263,8 @@ class Conditioned(nn.Module):
     def forward(self, flow: Flow, batch: Batch, rng: torch.Generator) -> dict[str, tuple[Tensor, int]]:
         states_BLD = self.condition(batch)
         _, targets = flow.prepare(None, batch, states_BLD, rng)  # type: ignore[arg-type]
-        return {"flow": flow.loss(None, batch, states_BLD, targets)}  # type: ignore[arg-type]
+        costs_M = flow.loss(None, batch, states_BLD, targets)  # type: ignore[arg-type]
+        return {"flow": (costs_M.sum(), len(costs_M))}
 
 
 def untrained(cfg: NetworksConfig, condition: Condition) -> Flow:

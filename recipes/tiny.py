@@ -25,8 +25,8 @@ New ways of writing are learnt beside next-token, which stays as it was by `reta
 right ones of the model's own; the mean with the model that it began from gives back a part of what is lost yet:
 
               unigen train recipes/tiny_vq.py init_from=unigen/assets/unigen-tiny/image_tokenizer
-                  model.quantizer=multiscale model.code_dim=16 model.coarse=0.5 loss.feature=0.5
-                  features=runs/judge/calibrated optim.lr=1e-3 time_limit=1980 run_dir=runs/scales
+                  model.quantizer=multiscale model.code_dim=16 model.scales=1,2,4,6,8 model.coarse=0.5
+                  loss.feature=0.5 features=runs/judge/calibrated optim.lr=1e-3 time_limit=3300 run_dir=runs/scales
               unigen train recipes/tiny_vq.py kind=kl kl.channels=48,96 loss.feature=0.5 features=runs/judge/calibrated
                   optim.lr=1.5e-3 time_limit=780 run_dir=runs/kl
               unigen train recipes/tiny.py init_from=unigen-tiny retain=unigen-tiny scale_tokenizer=runs/scales/model
@@ -197,11 +197,13 @@ class Answers:
         if not drawn:
             raise ValueError("answers hold no right picture: judge pictures (data_tools/judge_answers.py)")
         self.prompts = [segments[:-1] for segments in drawn]
-        self.codes = np.stack([np.asarray(segments[-1].image, dtype=np.int32) for segments in drawn])
+        self.pictures: list[Any] = [segments[-1].image for segments in drawn]
 
     def __call__(self, rng: np.random.Generator) -> Document:
         k = int(rng.integers(len(self.prompts)))
-        (picture,) = to_images(self.tokenizer.decode(torch.from_numpy(self.codes[k : k + 1]).long()))
+        picture = self.pictures[k]
+        if isinstance(picture, torch.Tensor):
+            (picture,) = to_images(self.tokenizer.decode(picture[None]))
         return Document([*self.prompts[k], Segment(image=picture, role="assistant")])
 
 
@@ -250,10 +252,13 @@ def build(cfg: TinyConfig) -> Job:
     objective: Any = Mixture(model.generators, weights, before)
     if cfg.preferences.judged:
         assert reference is not None
+        if cfg.preferences.writer not in model.generators:
+            raise ValueError(f"preferences.writer={cfg.preferences.writer}: no way in which this model writes pictures")
         tokenizer: Any = model.image_tokenizer
         files = cfg.preferences.judged.split(",")
         pairs = read_pairs(files, cfg.seed, tokenizer.grid, tokenizer.codebook_size)
-        dataset = ComparedRows(dataset, pairs, model.template.encode, cfg.length, cfg.preferences.rows)
+        encode, chosen = model.template.encode, cfg.preferences
+        dataset = ComparedRows(dataset, pairs, encode, cfg.length, chosen.rows, chosen.writer)
         collate = CollateCompared(collate, cfg.length, size)
         objective = Preferences(objective, reference, cfg.preferences)
         once = len(dataset.pairs) / cfg.preferences.rows

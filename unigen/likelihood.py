@@ -34,18 +34,38 @@ def log_likelihood(
     blind: Batch | None = None,
     guidance: Guidance | None = None,
     temperature: float = 1.0,
+    rng: torch.Generator | None = None,
 ) -> Tensor:
-    """log p (nats) of what is learnt in each document (D,) of packed rows: of codes among codes, as guidance and
-    temperature have them drawn, and of text as it is. batch: filled; blind: the same, blind, for guidance."""
+    """log p (nats) of what is learnt in each document (D,) of packed rows: of codes in raster order among codes, as
+    guidance and temperature have them drawn, and of text as it is.
+
+    Of a picture that another generator writes it is what this one says without guidance, - positions x its mean loss:
+    for next-scale log p itself, for masked prediction a bound of it for the mask that `rng` draws, for a flow the
+    squared error in its place, as in Diffusion-DPO (Wallace et al. 2023, arXiv 2311.12908). batch: filled; blind: the
+    same, blind, for guidance.
+    """
     documents_B = batch.segments_BL.amax(1)
     first_B = documents_B.cumsum(0) - documents_B
     number_BL = first_B[:, None] + batch.segments_BL - 1
-    hidden_BLD = model.hidden(batch)
+    embeds_BLD, targets = model.embed(batch.ids_BL), {}
+    others = {name: model.generators[name] for name in sorted({*batch.writers} - {model.template.reader})}
+    for name, generator in others.items():
+        assert rng is not None, f"what {name} learns from is drawn"
+        embeds_BLD, targets[name] = generator.prepare(model, batch, embeds_BLD, rng)
+    hidden_BLD = model.hidden(batch, embeds_BLD)
     rows, at = (batch.loss_BL & ~batch.inside()).nonzero(as_tuple=True)
     text = _log_p(model.logits(hidden_BLD[rows, at - 1]), batch.ids_BL[rows, at])
     total_D = text.new_zeros(int(documents_B.sum())).index_add(0, number_BL[rows, at], text)
 
-    drawn = batch.loss_BL[batch.spans_N3[:, 0], batch.spans_N3[:, 1]].nonzero()[:, 0]
+    for name, generator in others.items():
+        row_M, start_M, _ = batch.spans_N3[batch.written_by(name).to(batch.spans_N3.device)].unbind(1)
+        costs_MT = generator.loss(model, batch, hidden_BLD, targets[name]).unflatten(0, (len(row_M), -1))
+        nats_M = costs_MT.mean(1) * max(costs_MT.shape[1], generator.positions())
+        total_D = total_D.index_add(0, number_BL[row_M, start_M - 1], -nats_M)
+
+    written_N = torch.tensor([writer == model.template.reader for writer in batch.writers], dtype=torch.bool)
+    learnt_N = batch.loss_BL[batch.spans_N3[:, 0], batch.spans_N3[:, 1]]
+    drawn = (learnt_N & written_N.to(learnt_N.device)).nonzero()[:, 0]
     if len(drawn):
         first, stop = model.vocabulary.text_size, model.vocabulary.size
         rows_N1, at_NM = batch.places(drawn)

@@ -1,6 +1,7 @@
 """Pictures a second of every way of writing, and how time grows with the number of image tokens.
 
-    python scripts/bench.py generate [--tokens 64,256,1024] [--batch 1,16] [--writers a,b] [--repeat 3] [--json FILE]
+    python scripts/bench.py generate [--tokens 64,256,1024] [--batch 1,16] [--writers a,b] [--repeat 3]
+        [--dtype float32] [--json FILE]
 
 A model of the shipped one's shape with random weights (time does not depend on what was learnt) for pictures of 8x8,
 16x16 and 32x32 tokens, guidance 4, default steps. All contenders take turns in one process; the best of several runs.
@@ -27,11 +28,11 @@ from unigen.tokenizers.kl import KLConfig, KLTokenizer
 from unigen.tokenizers.vq import VQConfig, VQTokenizer
 
 WRITERS = ("next-token", "masked", "next-scale", "flow", "transfusion", "token-flow")
-SCALES = {8: (1, 2, 4, 8), 16: (1, 2, 4, 8, 16), 32: (1, 2, 4, 8, 16, 32)}
-"""Sides of the token maps by that of the grid, doubling as in the shipped tokenizer."""
+SCALES = {8: (1, 2, 4, 6, 8), 16: (1, 2, 4, 6, 8, 12, 16), 32: (1, 2, 4, 6, 8, 12, 16, 24, 32)}
+"""Sides of the token maps by that of the grid, those of 8 being the shipped tokenizer's."""
 
 
-def model(side: int, writers: list[str]) -> Any:
+def model(side: int, writers: list[str], dtype: torch.dtype) -> Any:
     """Random weights in the shipped model's shape, for pictures of side x side tokens."""
     base = load("unigen-tiny")
     torch.manual_seed(0)
@@ -47,7 +48,7 @@ def model(side: int, writers: list[str]) -> Any:
     kinds = {name: generators.find(name).own for name in writers}
     heads = [tiny.new_generator(name, replace(frame, tokenizer=own[kind])) for name, kind in kinds.items() if kind]
     made = tiny.create(shape, base.text_tokenizer, image_tokenizer, writers, heads)
-    return made.float().eval()
+    return made.to(dtype).eval()
 
 
 def main(args: list[str]) -> int:
@@ -56,6 +57,7 @@ def main(args: list[str]) -> int:
     parser.add_argument("--batch", default="1,16")
     parser.add_argument("--writers", default=",".join(WRITERS), help="default: %(default)s")
     parser.add_argument("--repeat", type=int, default=3, help="runs of each contender; the best counts")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args(args)
     known = {side * side: side for side in SCALES}
@@ -69,7 +71,7 @@ def main(args: list[str]) -> int:
     rows: list[dict[str, Any]] = []
     print("writer      tokens  batch  pictures/s  ratio   decode/s  backbone  head")
     for tokens in map(int, options.tokens.split(",")):
-        engine = Engine(model(known[tokens], writers))
+        engine = Engine(model(known[tokens], writers, getattr(torch, options.dtype)))
         step, heads = Watch(engine.model, "step"), engine.model.heads.values()
         velocities = [Watch(head, "velocity") for head in heads if hasattr(head, "velocity")]
         decoders = [Watch(engine.model, "pictures")]
@@ -112,5 +114,6 @@ def main(args: list[str]) -> int:
     if options.json:
         command = f"python scripts/bench.py generate {' '.join(args)}".strip()
         took = time.monotonic() - started
-        write_report(options.json, command=command, model="unigen-tiny shape", rows=rows, seconds=took)
+        shape = f"unigen-tiny shape, {options.dtype}"
+        write_report(options.json, command=command, model=shape, rows=rows, seconds=took)
     return 0

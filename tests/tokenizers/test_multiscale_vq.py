@@ -120,7 +120,9 @@ def test_it_learns_and_its_dead_codes_are_revived() -> None:
     assert used[2] > used[0]
 
 
-def test_coarse_pictures_are_of_the_first_scales_alone(quantizer: MultiscaleQuantizer, golden: dict[str, Tensor]) -> None:
+def test_coarse_pictures_are_of_the_first_scales_alone(
+    quantizer: MultiscaleQuantizer, golden: dict[str, Tensor]
+) -> None:
     f_BDhw = golden["features"].repeat(20, 1, 1, 1).requires_grad_()
     codes_BP = quantizer.codes(f_BDhw)
     ends = torch.tensor(quantizer.lengths).cumsum(0).tolist()

@@ -16,6 +16,7 @@ import torch
 from unigen.cli import main
 from unigen.data.packing import Collate
 from unigen.engine import Engine
+from unigen.generators import names
 from unigen.likelihood import log_likelihood
 from unigen.models import load
 from unigen.samplers.guidance import Guidance
@@ -190,6 +191,61 @@ def test_the_loss_is_dpo(engine: Engine, judged: Path) -> None:
     expected = [math.log1p(math.exp(-0.5 * float(gain))) for gain in gain_P]
     assert math.isclose(float(losses["preference"][0].detach()), sum(expected), rel_tol=1e-3)
     assert int(losses["metric/accuracy"][0]) == int((gain_P > 0).sum())
+
+
+@pytest.mark.parametrize("writer", [name for name in names() if name != "next-token"])
+def test_pictures_of_any_generator_are_compared(engine: Engine, writer: str) -> None:
+    """By its own loss, under one draw of masks, noise and times: log 2 where nothing has been learnt, and a step makes
+    the chosen likelier and the rejected less so."""
+    model = copy.deepcopy(engine.model)
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
+    right, wrong = (Document([Segment(text="a dog"), Segment(image=p, role="assistant")]) for p in pictures)
+    told = [Document([Segment(text="a dog"), Segment(text=t, role="assistant")]) for t in ("a horse", "a story")]
+    encode = model.template.encode
+    rows = ComparedRows([[encode(right)]], [(right, wrong), (told[0], told[1])], encode, 1024, 1, writer)
+    assert [seen.writers for seen, _ in rows.pairs[0]] == [[writer], [writer], [], []]
+    batch = CollateCompared(Collate(1024, 16), 1024, 16)([rows[0]])
+    objective = Preferences(Mixture(model.generators), copy.deepcopy(model), PreferenceConfig(writer=writer))
+    total, count = objective(model, batch, torch.Generator().manual_seed(0))["preference"]
+    assert count == 2 and math.isclose(float(total.detach()) / 2, math.log(2), rel_tol=1e-5)
+
+    def likelihoods() -> torch.Tensor:
+        rng = torch.Generator().manual_seed(1)
+        return log_likelihood(model, model.fill(batch.pairs), model.fill(batch.blind), Guidance((3.0,)), 0.8, rng)[:2]
+
+    for _ in range(3):
+        with torch.no_grad():
+            before_2 = likelihoods()
+        (gap := likelihoods()).backward(torch.tensor([1.0, -1.0]))
+        torch.testing.assert_close(gap.detach(), before_2)
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.grad is not None:
+                    p += 1e-3 * p.grad / (1e-8 + p.grad.norm())
+                    p.grad = None
+    first, last = before_2, likelihoods().detach()
+    assert last[0] - first[0] > last[1] - first[1]
+    objective_after = objective(model, batch, torch.Generator().manual_seed(0))
+    assert float(objective_after["preference"][0].detach()) < 2 * math.log(2)
+
+
+def test_next_scale_is_as_likely_as_its_codes(engine: Engine) -> None:
+    """- log p is the sum over all scales' codes; what stands beside the picture in the row does not matter."""
+    model, encode = engine.model, engine.model.template.encode
+    pictures = np.random.default_rng(1).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
+    chats = [Document([Segment(text="a dog"), Segment(image=p, role="assistant")]) for p in pictures]
+    together = pack([[encode(chat, writer="next-scale") for chat in chats]], 64, 16)
+    found_2 = log_likelihood(model, together, rng=torch.Generator())
+    head: Any = model.heads["next-scale"]
+    for chat, found in zip(chats, found_2, strict=True):
+        alone = pack([[encode(chat, writer="next-scale")]], 32, 16)
+        embeds_BLD, targets = head.prepare(model, alone, model.embed(alone.ids_BL), torch.Generator())
+        states_LD = model.hidden(alone, embeds_BLD)[0]
+        begin = int(alone.spans_N3[0, 1]) - 1
+        scores = head.head(states_LD[begin : begin + 5]).log_softmax(-1)
+        opened = model.logits(states_LD[begin - 1]).log_softmax(-1)[alone.ids_BL[0, begin]]
+        expected = opened + scores.gather(-1, targets[2][0][:, None]).sum()
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
 
 
 def test_a_model_draws_is_judged_and_learns(

@@ -123,12 +123,13 @@ class Generator(Protocol):
         """The embeddings with what is read where this generator writes, and the targets for `loss`."""
         ...
 
-    def loss(self, model: Model, batch: Batch, hidden_BLD: Tensor, targets: Any) -> tuple[Tensor, Tensor | int]:
-        """The sum over targets (nats) and their count."""
+    def loss(self, model: Model, batch: Batch, hidden_BLD: Tensor, targets: Any) -> Tensor:
+        """What each target costs, (T,), as many for one picture as for another, picture after picture: nats, for a flow
+        squared errors."""
         ...
 
     def count(self, batch: Batch) -> Tensor | int:
-        """The count that `loss` will return, known before the pictures are encoded."""
+        """How many targets `loss` will have, known before the pictures are encoded."""
         ...
 
     def start(self, span: Span) -> State: ...

@@ -105,16 +105,15 @@ class Flow(LatentHead):
         """x_t, t and the velocity to be learnt."""
         return embeds_BLD, self.noised(batch, embeds_BLD.device, rng, self.settings.shift, COPIES)
 
-    def loss(self, model: Model, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> tuple[Tensor, int]:
-        """The mean squared error of each image's velocity, summed over images, and their number."""
+    def loss(self, model: Model, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> Tensor:
+        """The mean squared error of each image's velocity, (M,)."""
         mixed_MZhw, t_M, velocity_MZhw = targets
-        count = self.count(batch)
-        if not count:
-            return hidden_BLD.sum() * 0, 0
+        if not self.count(batch):
+            return hidden_BLD[:0].flatten()
         contexts_MND = self.contexts(batch, hidden_BLD).repeat_interleave(COPIES, 0)
         with unfused(hidden_BLD.device):
             gap = self.velocity(mixed_MZhw, t_M, contexts_MND).float() - velocity_MZhw
-        return gap.square().mean((1, 2, 3)).sum() / COPIES, count
+        return gap.square().mean((1, 2, 3)).unflatten(0, (-1, COPIES)).mean(1)
 
     def contexts(self, batch: Batch, hidden_BLD: Tensor) -> Tensor:
         """The last states up to each image's begin token, (M, N, D), zeros before the document's first."""

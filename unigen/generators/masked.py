@@ -105,10 +105,10 @@ class Masked:
         read_MPD = model.embed(ids_MP.masked_fill(masked_MP, self.mask)).to(embeds_BLD.dtype)
         return embeds_BLD.index_put((rows_M1, at_MP), read_MPD), (rows_M1, at_MP, ids_MP, masked_MP)
 
-    def loss(self, model: Model, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> tuple[Tensor, int]:
-        """The mean over each image's masked codes, summed over images (and parts), and the number of images."""
+    def loss(self, model: Model, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> Tensor:
+        """The mean over each image's masked codes, (M,), summed over its parts."""
         rows_M1, at_MP, ids_MP, masked_MP = targets
-        total = hidden_BLD.sum() * 0
+        total_M = hidden_BLD.new_zeros(len(ids_MP), dtype=torch.float32) + hidden_BLD.sum() * 0
         for number, part in enumerate(self.parts() if len(ids_MP) else ()):
             masked_MN, table = masked_MP[:, part], self.table(number, model.vocabulary)
             states_TD = hidden_BLD[rows_M1, at_MP[:, part]][masked_MN]
@@ -116,8 +116,8 @@ class Masked:
             wanted_T = ids_MP[:, part][masked_MN] - table.start
             nats_T = torch.nn.functional.cross_entropy(logits_TV, wanted_T, reduction="none")
             share_MN = (1 / masked_MN.sum(-1, keepdim=True).clamp(min=1)).expand(masked_MN.shape)
-            total = total + (nats_T * share_MN[masked_MN]).sum()
-        return total, len(masked_MP)
+            total_M = total_M.index_add(0, masked_MN.nonzero()[:, 0], nats_T * share_MN[masked_MN])
+        return total_M
 
     def count(self, batch: Batch) -> int:
         return len(batch.written_by(self.name))

@@ -102,12 +102,11 @@ class NextScale(Head):
         read_MPD = self.embed(maps_MPC, self.lengths[0]).to(embeds_BLD.dtype)
         return embeds_BLD.index_put((rows_M1, at_MP), read_MPD), (rows_M1, at_MP, codes_MP)
 
-    def loss(self, model: Model, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> tuple[Tensor, int]:
+    def loss(self, model: Model, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> Tensor:
         rows_M1, at_MP, codes_MP = targets
         at_MP = torch.cat([at_MP[:, :1] - 1, at_MP], 1) if len(at_MP) else at_MP
         logits = self.head(hidden_BLD[rows_M1, at_MP].flatten(0, 1)).float()
-        total = nn.functional.cross_entropy(logits, codes_MP.flatten(), reduction="sum")
-        return total, self.count(batch)
+        return nn.functional.cross_entropy(logits, codes_MP.flatten(), reduction="none")
 
     def count(self, batch: Batch) -> int:
         return len(batch.written_by(self.name)) * sum(self.lengths)

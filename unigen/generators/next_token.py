@@ -20,14 +20,6 @@ from unigen.samplers.logits import draw
 from unigen.sequence import Batch
 
 
-def cross_entropy(model: Model, batch: Batch, hidden_BLD: Tensor, target_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of -log p (nats) over the ids marked in `target_BL`, each from the state before it; and their count."""
-    rows, at = target_BL.nonzero(as_tuple=True)
-    logits_TV = model.logits(hidden_BLD[rows, at - 1]).float()
-    total = torch.nn.functional.cross_entropy(logits_TV, batch.ids_BL[rows, at], reduction="sum")
-    return total, target_BL.sum()
-
-
 def pictures_of_ids(model: Model, states: list[State]) -> Tensor:
     """Codes (N, h, w) of spans whose ids are codes of the model's image tokenizer in raster order."""
     grid = states[0].span.grid
@@ -52,8 +44,11 @@ class Causal(ABC):
     def targets(self, batch: Batch) -> Tensor:
         """The ids (B, L) to be predicted."""
 
-    def loss(self, model: Model, batch: Batch, hidden_BLD: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        return cross_entropy(model, batch, hidden_BLD, targets)
+    def loss(self, model: Model, batch: Batch, hidden_BLD: Tensor, targets: Tensor) -> Tensor:
+        """-log p of each id to be predicted, from the state before it."""
+        rows, at = targets.nonzero(as_tuple=True)
+        logits_TV = model.logits(hidden_BLD[rows, at - 1]).float()
+        return torch.nn.functional.cross_entropy(logits_TV, batch.ids_BL[rows, at], reduction="none")
 
     def count(self, batch: Batch) -> Tensor:
         return self.targets(batch).sum()

@@ -77,11 +77,11 @@ class RandomOrder(Head):
         read_MPD = self.embed(model, ids_MP[:, :-1], order_MP).to(embeds_BLD.dtype)
         return embeds_BLD.index_put((rows_M1, at_MP), read_MPD), (rows_M1, at_MP, ids_MP)
 
-    def loss(self, model: Model, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> tuple[Tensor, int]:
+    def loss(self, model: Model, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> Tensor:
         rows_M1, at_MP, ids_MP = targets
         first, stop = model.vocabulary.text_size, model.vocabulary.size
         logits = model.logits(hidden_BLD[rows_M1, at_MP].flatten(0, 1), first, stop).float()
-        return nn.functional.cross_entropy(logits, ids_MP.flatten() - first, reduction="sum"), self.count(batch)
+        return nn.functional.cross_entropy(logits, ids_MP.flatten() - first, reduction="none")
 
     def count(self, batch: Batch) -> int:
         return len(batch.written_by(self.name)) * self.positions()

@@ -123,11 +123,10 @@ class TokenFlow(LatentHead):
         embeds_BLD = embeds_BLD.index_put(batch.places(batch.written_by(self.name)), read_MPD)
         return embeds_BLD, (torch.stack((x_TRZ, noise_TRZ)), self.times(x_TRZ.shape[:2], rng).to(x_TRZ))
 
-    def loss(self, model: Model, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> tuple[Tensor, int]:
-        """The mean squared error of each token's velocity, summed over tokens, and their number."""
-        count = self.count(batch)
-        if not count:
-            return hidden_BLD.sum() * 0, 0
+    def loss(self, model: Model, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> Tensor:
+        """The mean squared error of each token's velocity, (T,)."""
+        if not self.count(batch):
+            return hidden_BLD[:0].flatten()
         (x_TRZ, noise_TRZ), t_TR = targets
         rows_M1, at_MP = batch.places(batch.written_by(self.name))
         states_TD = hidden_BLD[rows_M1, at_MP - 1].flatten(0, 1)
@@ -135,7 +134,7 @@ class TokenFlow(LatentHead):
         states_TRD = states_TD[:, None].expand(-1, self.settings.repeats, -1)
         said = self.velocity(mixed_TRZ.flatten(0, 1), t_TR.flatten(), states_TRD.flatten(0, 1))
         gap = said - (noise_TRZ - x_TRZ).flatten(0, 1)
-        return gap.square().mean(-1).sum() / self.settings.repeats, count
+        return gap.square().mean(-1).unflatten(0, (-1, self.settings.repeats)).mean(1)
 
     def count(self, batch: Batch) -> int:
         return len(batch.written_by(self.name)) * self.positions()

@@ -108,12 +108,12 @@ class Transfusion(LatentHead):
         read_MPD = self.embed(mixed_MZhw, t_M).to(embeds_BLD.dtype)
         return embeds_BLD.index_put(batch.places(batch.written_by(self.name)), read_MPD), velocity_MZhw
 
-    def loss(self, model: Model, batch: Batch, hidden_BLD: Tensor, velocity_MZhw: Tensor) -> tuple[Tensor, int]:
-        """The mean squared error of each image's velocity, summed over images, and their number."""
+    def loss(self, model: Model, batch: Batch, hidden_BLD: Tensor, velocity_MZhw: Tensor) -> Tensor:
+        """The mean squared error of each image's velocity, (M,)."""
         if not self.count(batch):
-            return hidden_BLD.sum() * 0, 0
+            return hidden_BLD[:0].flatten()
         gap = self.velocity(hidden_BLD[batch.places(batch.written_by(self.name))]) - velocity_MZhw
-        return gap.square().mean((1, 2, 3)).sum(), len(gap)
+        return gap.square().mean((1, 2, 3))
 
     # ---------------------------------------------------------------- sampling
 

@@ -58,7 +58,8 @@ class Mixture(nn.Module):
                 moved = divergence(self.before, known_BLD, model, hidden_BLD, target_BL)
                 losses[name] = moved, target_BL.sum()
             else:
-                losses[name] = generator.loss(model, batch, hidden_BLD, targets[name])
+                costs_T = generator.loss(model, batch, hidden_BLD, targets[name])
+                losses[name] = costs_T.sum(), len(costs_T)
         losses["metric/tokens"] = ((batch.segments_BL > 0).sum(), 1)
         return losses
 

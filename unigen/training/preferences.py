@@ -5,7 +5,8 @@
 is DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7) with w chosen, l rejected, c the prompt and p_ref the model as
 training began. An answer is a picture or a text, and log p the sum over its ids. p is what answers are drawn from: of
 text the prediction itself, of codes what guidance and temperature make of it, softmax((u + s (c - u)) / T) with the
-blind branch u. Compared without guidance, both branches move, and what is drawn with it need not get better. Beside it
+blind branch u. Compared without guidance, both branches move, and what is drawn with it need not get better; yet so
+are pictures compared that another generator writes than next-token, by its own loss (`likelihood.py`). Beside it
 stand the losses of a mixture, which draw the model back towards true pictures, and - log p(w|c), by the id, lest both
 become unlikely together (as in RPO, Pang et al. 2024, arXiv 2404.19733, eq. 2).
 
@@ -48,9 +49,11 @@ class PreferenceConfig:
     """Weight of - log p of the chosen answers, in nats an id."""
     rows: int = 2
     """Rows of pairs beside each row of the mixture."""
+    writer: str = "next-token"
+    """The generator that drew the pictures."""
     guidance: float = 3.0
     temperature: float = 0.8
-    """As the pictures were drawn."""
+    """As next-token drew them."""
 
     def __post_init__(self) -> None:
         Guidance.of(self.guidance)
@@ -103,8 +106,8 @@ def _judged(line: str, grid: tuple[int, int], codes: int) -> tuple[list[Document
         raise ValueError("each answer is right or not")
     if any(answer.role != "assistant" for answer in answers):
         raise ValueError("the assistant answers")
-    for picture in (s.image for s in [*prompt, *answers] if s.image is not None):
-        if not isinstance(picture, Tensor) or picture.shape != grid:
+    for picture in (s.image for s in [*prompt, *answers] if isinstance(s.image, Tensor)):
+        if picture.shape != grid:
             raise ValueError(f"a picture is not {grid[0]} x {grid[1]} codes")
         if picture.min() < 0 or picture.max() >= codes:
             raise ValueError(f"codes beyond the {codes} there are")
@@ -119,8 +122,8 @@ Row = list[tuple[Tokens, Tokens]]
 class ComparedRows:
     """Item i: row i of a mixture, and rows of pairs; a pair comes again only when all have come.
 
-    encode: a document as ids, also blind. length: positions of a row. rows: of pairs, in an item. `pairs`: rows of
-    pairs in all.
+    encode: a document as ids, also blind. length: positions of a row. rows: of pairs, in an item. writer: the generator
+    as whose the drawn pictures are laid out. `pairs`: rows of pairs in all.
     """
 
     def __init__(
@@ -130,18 +133,22 @@ class ComparedRows:
         encode: Callable[..., Tokens],
         length: int,
         rows: int,
+        writer: str = "next-token",
     ) -> None:
         self.mixture, self.rows = mixture, rows
         self.pairs: list[Row] = []
         room = 0
         for pair in pairs:
-            size = sum(len(encode(document)) for document in pair)
+            options = {"writer": writer} if _draws(pair[0]) else {}
+            laid = [encode(document, **options) for document in pair]
+            size = sum(map(len, laid))
             if size > length:
                 raise ValueError(f"a pair of {size} ids exceeds a row of {length}: raise `length`")
             if size > room:
                 self.pairs.append([])
                 room = length
-            self.pairs[-1] += [(encode(document), encode(document, blind=_draws(document))) for document in pair]
+            blind = [encode(document, blind=_draws(document), **options) for document in pair]
+            self.pairs[-1] += zip(laid, blind, strict=True)
             room -= size
 
     def __getitem__(self, index: int) -> tuple[Any, list[Row]]:
@@ -193,8 +200,10 @@ class Preferences(nn.Module):
     def forward(self, model: Any, batch: Compared, rng: torch.Generator) -> dict[str, tuple[Tensor, Tensor | int]]:
         losses = self.mixture(model, batch.mixture, rng)
         pairs, blind = model.fill(batch.pairs), model.fill(batch.blind)
-        drawn = pairs, blind, self.guidance, self.temperature
+        drawn = pairs, blind, self.guidance, self.temperature, rng
+        state = rng.get_state()
         policy_P2 = log_likelihood(model, *drawn).unflatten(0, (-1, 2))
+        rng.set_state(state)  # both are asked the same: with one mask, one noise
         with torch.no_grad():
             reference_P2 = log_likelihood(self.reference, *drawn).unflatten(0, (-1, 2))
         gain_P2 = policy_P2 - reference_P2
