@@ -101,9 +101,9 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0, help="stop after so long (default: 10)")
     parser.add_argument("--prompts", type=int, default=5000)
     parser.add_argument("--answers", type=int, default=4, help="to each prompt (default: 4)")
-    parser.add_argument("--generator", default="next-token", help="that draws the pictures (default: next-token)")
-    parser.add_argument("--guidance", type=float, default=3.0, help="of pictures (default: 3)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="of pictures (default: 0.8)")
+    parser.add_argument("--generator", help="that draws the pictures (default: next-token)")
+    parser.add_argument("--guidance", type=float, help="of pictures (default: 3)")
+    parser.add_argument("--temperature", type=float, help="of pictures that are codes (default: 0.8)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--batch", type=int, default=128, help="answers given at once (default: 128)")
     parser.add_argument("--dtype", default="bfloat16")
@@ -114,17 +114,22 @@ def main() -> int:
         raise ValueError("seed 0 is that of the evaluations: give a seed of at least 1")
     if (args.what == "pictures") != bool(args.detector):
         raise ValueError("a detector judges pictures and nothing else: give --detector FOLDER for them alone")
+    given = {"guidance": args.guidance, "temperature": args.temperature, "generator": args.generator}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given and args.what == "captions":
+        raise ValueError(f"{', '.join(given)} is of pictures: leave it out for captions")
     out = check_output(args.out, {".jsonl": "JSON lines"})
     detector = load_detector(args.detector) if args.detector else None
     engine = unigen.load(args.model, dtype=args.dtype)
     world = World(engine.model.image_tokenizer.image_size)
     items = drawn_prompts(args.prompts, args.seed) if detector else []
     scenes = ScenesTask(seed=args.seed, detector=detector) if detector else None
-    writer = engine.model.generators.get(args.generator)
-    if writer is None:
-        raise ValueError(f"{args.model} does not draw by {args.generator}, but by {', '.join(engine.model.generators)}")
-    options = {"generator": args.generator, "guidance": args.guidance}
-    options |= {k: v for k, v in (("temperature", args.temperature), ("top_p", 1.0)) if k in writer.takes}
+    options: dict[str, Any] = {"generator": "next-token", "guidance": 3.0} | given
+    if options["generator"] not in engine.model.template.begins:
+        able = ", ".join(engine.model.template.begins)
+        raise ValueError(f"{args.model} does not draw by {options['generator']}: give one of {able}")
+    if "temperature" in engine.model.generators[options["generator"]].takes:
+        options = {"temperature": 0.8, "top_p": 1.0} | options
     end, each = time.monotonic() + 60 * args.minutes, args.batch // args.answers
     lines: list[Any] = []
     with suppress(KeyboardInterrupt):  # what has been answered is kept

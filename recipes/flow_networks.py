@@ -85,6 +85,8 @@ class NetworksConfig(RunConfig):
             raise ValueError(f"blind is a share from 0 to 1, not {self.blind}")
         if self.seed >= HELD_OUT_SEED:
             raise ValueError(f"seed must be below {HELD_OUT_SEED}: seeds from there on are held out for evaluation")
+        if self.ema or self.init_from:
+            raise ValueError("networks are compared as they were trained, from nothing: leave ema and init_from out")
         Guidance.of(self.guidance)
 
 
@@ -187,25 +189,25 @@ def text_encoder(cfg: NetworksConfig, model: UnifiedModel) -> nn.Module:
     from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
 
     folder, tokenizer, like = Path(cfg.encoder), model.text_tokenizer, model.backbone.lm.config
+    first = len(tokenizer)
+    shape = T5Config(
+        vocab_size=first + SENTINELS,
+        d_model=like.hidden_size,
+        d_kv=like.hidden_size // like.num_attention_heads,
+        d_ff=like.intermediate_size,
+        num_layers=like.num_hidden_layers,
+        num_decoder_layers=2,
+        num_heads=like.num_attention_heads,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+        pad_token_id=tokenizer.pad_token_id,
+        decoder_start_token_id=tokenizer.pad_token_id,
+    )
     if not (folder / "config.json").exists():
         torch.manual_seed(cfg.seed)
-        first, rng = len(tokenizer), np.random.default_rng(cfg.seed)
+        rng = np.random.default_rng(cfg.seed)
         template = template_of(model)
-        t5 = T5ForConditionalGeneration(
-            T5Config(
-                vocab_size=first + SENTINELS,
-                d_model=like.hidden_size,
-                d_kv=like.hidden_size // like.num_attention_heads,
-                d_ff=like.intermediate_size,
-                num_layers=like.num_hidden_layers,
-                num_decoder_layers=2,
-                num_heads=like.num_attention_heads,
-                feed_forward_proj="gated-gelu",
-                dropout_rate=0.0,
-                pad_token_id=tokenizer.pad_token_id,
-                decoder_start_token_id=tokenizer.pad_token_id,
-            )
-        )
+        t5 = T5ForConditionalGeneration(shape)
         optimizer = torch.optim.AdamW(t5.parameters(), lr=1e-3)
         lines = text_corpus(32 * cfg.encoder_steps, cfg.seed)
         for step in range(cfg.encoder_steps):
@@ -227,7 +229,8 @@ def text_encoder(cfg: NetworksConfig, model: UnifiedModel) -> nn.Module:
         with hub.replacing_folder(folder) as scratch:
             t5.save_pretrained(scratch)
     encoder: Any = T5EncoderModel.from_pretrained(folder, local_files_only=True)
-    if (encoder.config.d_model, encoder.config.vocab_size) != (like.hidden_size, len(tokenizer) + SENTINELS):
+    names = ("d_model", "vocab_size", "num_layers", "d_ff", "num_heads")
+    if any(getattr(encoder.config, name) != getattr(shape, name) for name in names):
         raise ValueError(f"{folder} holds a text encoder for another model: name another folder by encoder=FOLDER")
     return encoder
 

@@ -4,8 +4,9 @@
 
 Model soups (Wortsman et al. 2022, arXiv 2203.05482, section 2, the uniform soup): models that were trained on from one
 another lie in one basin, and their mean is often better than each; a little of the model that a training began from
-gives back what it had lost (WiSE-FT, Wortsman et al. 2022, arXiv 2109.01903). The first one's tokenizers are kept, as
-are generators with weights of their own which the others lack. Exit 2 with one line for bad input.
+gives back what it had lost (WiSE-FT, Wortsman et al. 2022, arXiv 2109.01903). The first one's tokenizers are kept, and
+each of its generators with weights of their own is the mean of the models that have it. Exit 2 with one line for bad
+input.
 """
 
 from __future__ import annotations
@@ -24,15 +25,21 @@ def average(out: str, names: list[str], shares: list[float]) -> None:
     models = [load(name) for name in names]
     weights = [dict(model.named_parameters()) for model in models]
     shapes = [{name: w.shape for name, w in each.items()} for each in weights]
-    for name, model, other in zip(names[1:], models[1:], shapes[1:], strict=True):
+    for name, model, other, theirs in zip(names[1:], models[1:], shapes[1:], weights[1:], strict=True):
         shared = {k: v for k, v in shapes[0].items() if not k.startswith("heads.") or k.split(".")[1] in model.heads}
         if other != shared:
             raise ValueError(f"{name} has other weights than {names[0]}: average models of one training")
+        own = [k for k, w in theirs.items() if k.startswith("heads.") and not w.requires_grad]  # heads' tokenizers
+        if not all(torch.equal(theirs[k], weights[0][k]) for k in own):
+            raise ValueError(
+                f"a generator of {name} has another tokenizer than in {names[0]}: average what speaks alike"
+            )
     with torch.no_grad():
         for name, weight in weights[0].items():
-            if weight.requires_grad and all(name in each for each in weights):  # tokenizers are frozen
-                parts = [share * each[name] for share, each in zip(shares, weights, strict=True)]
-                weight.copy_(torch.stack(parts).sum(0) / sum(shares))
+            if weight.requires_grad:  # tokenizers are frozen
+                having = [(share, each[name]) for share, each in zip(shares, weights, strict=True) if name in each]
+                total = torch.stack([share * each for share, each in having]).sum(0)
+                weight.copy_(total / sum(share for share, _ in having))
     models[0].save(out)
 
 

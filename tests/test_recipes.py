@@ -105,5 +105,8 @@ def test_heads_alone_learn_beside_a_frozen_backbone(
     old, new = ({k: v for k, v in load(folder).state_dict().items()} for folder in (tiny_folder, tmp_path / "model"))
     moved = {name.split(".")[1] for name in old if not torch.equal(old[name], new[name].to(old[name]))}
     assert moved == {"flow"}
-    assert main([*train, f"run_dir={tmp_path / 'no'}"]) == 2
-    assert "nothing to learn" in capsys.readouterr().err
+    rare = ["writers.random-order=1", "writers.next-token=1000", f"run_dir={tmp_path / 'rare'}"]
+    assert main([*train, *rare]) == 0  # no picture of its, and no hidden matrix
+    for wrong in ([], ["writers.flow=1", "writers.masked=1"], ["writers.flow=1", f"retain={tiny_folder}"]):
+        assert main([*train, *wrong, f"run_dir={tmp_path / 'no'}"]) == 2
+        assert "freeze=true" in capsys.readouterr().err

@@ -72,8 +72,9 @@ def test_average_is_the_mean_of_weights(
     model = load(tiny_folder)
     first = {name: p.clone() for name, p in model.named_parameters()}
     with torch.no_grad():
-        for p in model.parameters():
-            p += 1.0
+        for name, p in model.named_parameters():
+            if not (name.startswith("heads.") and "tokenizer." in name):
+                p += 1.0
     model.save(tmp_path / "other")
     monkeypatch.setattr(sys, "argv", ["average", str(tmp_path / "out"), str(tiny_folder), str(tmp_path / "other")])
     assert average.main() == 0
@@ -93,10 +94,17 @@ def test_average_is_the_mean_of_weights(
     torch.testing.assert_close(mean[lm], first[lm] + 0.5)
     kept = "heads.flow.norm.weight"  # which the other does not have
     torch.testing.assert_close(mean[kept], first[kept])
+    monkeypatch.setattr(sys, "argv", ["average", str(tmp_path / "out"), *both, str(tmp_path / "fewer")])
+    assert average.main() == 0
+    torch.testing.assert_close(dict(load(tmp_path / "out").named_parameters())[kept], first[kept] + 0.5)
+    with torch.no_grad():
+        next(model.heads["flow"].tokenizer.parameters()).add_(1.0)
+    model.save(tmp_path / "foreign")
     for wrong, message in (
         ([str(tiny_folder)], "at least two"),
         ([str(tiny_folder), "unigen-tiny"], "other weights"),
         ([str(tmp_path / "fewer"), str(tiny_folder)], "other weights"),
+        ([str(tiny_folder), str(tmp_path / "foreign")], "another tokenizer"),
         ([*both, "--weights", "1,x"], "2 numbers above 0"),
     ):
         monkeypatch.setattr(sys, "argv", ["average", str(tmp_path / "no"), *wrong])

@@ -197,7 +197,7 @@ class Engine:
         """What this model can answer with: a model that draws classes has no words."""
         if self.model.template.classes:
             return ("image",)
-        return OUTPUTS if self.model.template.words else OUTPUTS[:-1]
+        return tuple(name for name in OUTPUTS if name != "pair" or self.model.template.text_lengths)
 
     def info(self) -> dict[str, Any]:
         """What this model is and can do."""
@@ -246,8 +246,8 @@ class Engine:
         """
         if output not in OUTPUTS:
             raise ValueError(f"unknown output {output!r}: one of {', '.join(OUTPUTS)}")
-        if output == "pair" and generator not in self.model.template.words:
-            able = " or ".join(self.model.template.words) or "none here does: train with writers.joint=1"
+        if output == "pair" and generator not in self.model.template.text_lengths:
+            able = " or ".join(self.model.template.text_lengths) or "none here does: train with writers.joint=1"
             raise ValueError(f"a text and a picture at once need a generator that writes both ({able})")
         if output not in self.outputs:
             raise ValueError(f"this model draws classes and nothing else: it cannot answer with {output}")
@@ -353,7 +353,7 @@ class Engine:
             request.document = self.model.read(request.document)
             row = _Row(request, request.document, list(range(slot, slot + branches)))
             slot += branches
-            wordless = request.output == "pair" and not self._words(row)
+            wordless = request.output == "pair" and not self._opening(row)
             ids = self.model.ids(self.model.template.prompt(row.document, blind=wordless))
             need = len(ids) + (1 if request.output == "text" else self._image_length(request))
             if need > self.model.context:
@@ -518,19 +518,20 @@ class Engine:
         if fixed is not None:
             fixed = torch.where(fixed < 0, fixed, self.model.vocabulary.image_ids(fixed))
         span = Span(begin, request.image, request.guidance, self._rng(row), grid, fixed=fixed)
-        span.steps, span.sampler, span.words = request.steps, request.sampler, self._words(row)
+        span.steps, span.sampler, span.text_ids = request.steps, request.sampler, self._opening(row)
         row.state, row.kept = row.generator.start(span), 0
 
-    def _words(self, row: _Row) -> list[int] | None:
+    def _opening(self, row: _Row) -> list[int] | None:
         """The ids of the text that a picture's span opens with; None where it has none, or is to write it."""
         template, generator = self.model.template, row.request.generator
-        if generator not in template.words or not any((s.text or "").strip() for s in row.document.segments):
+        if generator not in template.text_lengths or not any((s.text or "").strip() for s in row.document.segments):
             return None
-        return template.words_of(row.document, generator)
+        return template.opening_text(row.document, generator)
 
     def _text_of(self, row: _Row) -> str:
         """What stands in the text of a finished span, up to its end."""
-        ids: list[int] = row.generator.written(row.state)  # type: ignore[union-attr]
+        assert row.state is not None
+        ids = row.state.text
         end = self.model.template.turn_end
         return self.model.template.decode(ids[: ids.index(end)] if end in ids else ids)
 

@@ -8,11 +8,13 @@ Of captions that a model gives a picture, `closest` takes the one that maximises
 
 as in MMI-bidi (Li et al. 2016, arXiv 1510.03055) and other noisy channels: the model that reads pictures also draws
 them, and where it draws, a combination of words that it never saw is nothing unlikely.
-Refuses to know how answers are drawn. Shapes: B rows, L positions, D documents, N pictures of M codes.
+Refuses to know how answers are drawn. Shapes: B rows, L positions, D documents, N pictures of M codes in raster order,
+P others of T costs.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -39,10 +41,10 @@ def log_likelihood(
     """log p (nats) of what is learnt in each document (D,) of packed rows: of codes in raster order among codes, as
     guidance and temperature have them drawn, and of text as it is.
 
-    Of a picture that another generator writes it is what this one says without guidance, - positions x its mean loss:
-    for next-scale log p itself, for masked prediction a bound of it for the mask that `rng` draws, for a flow the
-    squared error in its place, as in Diffusion-DPO (Wallace et al. 2023, arXiv 2311.12908). batch: filled; blind: the
-    same, blind, for guidance.
+    Of a picture that another generator writes it is what this one says without guidance: - the sum of its costs, for
+    next-scale and random order log p itself; where it has one cost for a whole picture, - codes x this mean: for
+    masked prediction an estimate of a bound, under the masks that `rng` draws, for a flow the squared error in its
+    place, as in Diffusion-DPO (Wallace et al. 2023, arXiv 2311.12908). batch: filled; blind: the same, for guidance.
     """
     documents_B = batch.segments_BL.amax(1)
     first_B = documents_B.cumsum(0) - documents_B
@@ -58,14 +60,13 @@ def log_likelihood(
     total_D = text.new_zeros(int(documents_B.sum())).index_add(0, number_BL[rows, at], text)
 
     for name, generator in others.items():
-        row_M, start_M, _ = batch.spans_N3[batch.written_by(name).to(batch.spans_N3.device)].unbind(1)
-        costs_MT = generator.loss(model, batch, hidden_BLD, targets[name]).unflatten(0, (len(row_M), -1))
-        nats_M = costs_MT.mean(1) * max(costs_MT.shape[1], generator.positions())
-        total_D = total_D.index_add(0, number_BL[row_M, start_M - 1], -nats_M)
+        row_P, start_P, _ = batch.spans_N3[batch.written_by(name).to(batch.spans_N3.device)].unbind(1)
+        costs_PT = generator.loss(model, batch, hidden_BLD, targets[name]).unflatten(0, (len(row_P), -1))
+        codes = math.prod(model.image_tokenizer.grid) if costs_PT.shape[1] == 1 else 1
+        total_D = total_D.index_add(0, number_BL[row_P, start_P - 1], -codes * costs_PT.sum(1))
 
-    written_N = torch.tensor([writer == model.template.reader for writer in batch.writers], dtype=torch.bool)
-    learnt_N = batch.loss_BL[batch.spans_N3[:, 0], batch.spans_N3[:, 1]]
-    drawn = (learnt_N & written_N.to(learnt_N.device)).nonzero()[:, 0]
+    drawn = batch.written_by(model.template.reader).to(batch.spans_N3.device)
+    drawn = drawn[batch.loss_BL[batch.spans_N3[drawn, 0], batch.spans_N3[drawn, 1]]]
     if len(drawn):
         first, stop = model.vocabulary.text_size, model.vocabulary.size
         rows_N1, at_NM = batch.places(drawn)

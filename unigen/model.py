@@ -29,11 +29,11 @@ from unigen.tokenizers import ImageTokenizer, save_tokenizer
 
 class Template(Protocol):
     """How a family lays a document out as ids. reader: the generator as which finished pictures stand in it; classes:
-    the names of what a model draws that draws classes and not words, else none; words: how many positions of text the
-    span of a picture opens with, of generators whose spans do."""
+    the names of what a model draws that draws classes and not words, else none; text_lengths: how many positions of
+    text the span of a picture opens with, of generators whose spans do."""
 
     reader: str
-    words: dict[str, int]
+    text_lengths: dict[str, int]
     classes: tuple[str, ...]
     turn_end: int
     image_end: int
@@ -43,7 +43,7 @@ class Template(Protocol):
 
     def prompt(self, document: Document, *, blind: bool = False) -> Tokens: ...
 
-    def words_of(self, document: Document, writer: str) -> list[int]: ...
+    def opening_text(self, document: Document, writer: str) -> list[int]: ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
 

@@ -59,7 +59,7 @@ def test_where_mostly_comes_first(world: World) -> None:
 
 
 def test_a_mixture_of_unknown_kinds_is_refused(world: World) -> None:
-    with pytest.raises(ValueError, match="not paint"):
+    with pytest.raises(ValueError, match="there is no paint"):
         Chats(world, {"paint": 1.0})
     with pytest.raises(ValueError, match="shares out"):
         Chats(world, {"draw": 0.0})

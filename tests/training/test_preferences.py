@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -208,11 +209,15 @@ def test_pictures_of_any_generator_are_compared(engine: Engine, writer: str) -> 
     objective = Preferences(Mixture(model.generators), copy.deepcopy(model), PreferenceConfig(writer=writer))
     total, count = objective(model, batch, torch.Generator().manual_seed(0))["preference"]
     assert count == 2 and math.isclose(float(total.detach()) / 2, math.log(2), rel_tol=1e-5)
+    full = [seen for seen, _ in rows.pairs[0][:2]]
+    ends = pack([full], sum(map(len, full)), 16)  # a picture of no positions ends a row
+    found_2 = log_likelihood(model, model.fill(ends), rng=torch.Generator().manual_seed(1)).detach()
 
     def likelihoods() -> torch.Tensor:
         rng = torch.Generator().manual_seed(1)
         return log_likelihood(model, model.fill(batch.pairs), model.fill(batch.blind), Guidance((3.0,)), 0.8, rng)[:2]
 
+    torch.testing.assert_close(likelihoods().detach(), found_2, rtol=1e-4, atol=1e-3)
     for _ in range(3):
         with torch.no_grad():
             before_2 = likelihoods()
@@ -298,7 +303,33 @@ def test_a_model_draws_is_judged_and_learns(
     kept += ["time_limit=none", "sample_every=0", "log_every=1", f"init_from={tiny_folder}", f"retain={tiny_folder}"]
     kept += ["writers.masked=3", "mixture.draw=9", f"answers={drawn}", f"run_dir={judged.parent / 'kept'}"]
     assert main([*kept, "answered=1"]) == 0
-    assert "masked 3." in capsys.readouterr().out  # nats of one of 32 codes; text and next-token have lost nothing
+    printed = capsys.readouterr().out
+    assert "masked 3." in printed  # nats of one of 32 codes
+    assert all(float(nats) < 0.1 for nats in re.findall(r"(?:text|next-token) (\S+)", printed))  # nothing has moved
+
+    def by_lot(self: ScenesTask, items: Any, pictures: Any) -> list[dict[str, float]]:
+        return [{"strict": float(k % 2)} for k in range(len(pictures))]
+
+    monkeypatch.setattr(ScenesTask, "score_batch", by_lot)
+    looked = judged.with_name("looked.jsonl")
+    command = ["judge_answers", "pictures", str(tiny_folder), str(looked), "--detector", str(ASSET), "--prompts", "10"]
+    command += ["--answers", "4", "--batch", "8", "--dtype", "float32", "--generator"]
+    monkeypatch.setattr(sys, "argv", [*command, "flow"])
+    assert judge_answers.main() == 0
+    assert {"png"} == {k for text in looked.open() for answer in json.loads(text)["answers"] for k in answer["image"]}
+    seen = [part for part in shared if not part.startswith(("preferences", "run_dir"))]
+    seen += [f"init_from={tiny_folder}", f"run_dir={judged.parent / 'seen'}", f"preferences.judged={looked}"]
+    assert main([*seen, "preferences.writer=flow"]) == 0
+    assert "preference 0." in capsys.readouterr().out
+    for wrong, message in (
+        ("text", "does not draw by text"),
+        ("flow --temperature 1", "flow does not take temperature"),
+    ):
+        monkeypatch.setattr(sys, "argv", [*command, *wrong.split()])
+        assert judge_answers.main() == 2 and message in capsys.readouterr().err
+    assert main([*seen, "preferences.writer=text"]) == 2
+    assert main([*seen, f"preferences.judged={looked},{said}"]) == 2
+    assert "some judged pictures are codes and others pixels" in capsys.readouterr().err
     for wrong, message in (
         (f"answers={said}", "answers hold no right picture"),
         ("answered=2", "shares from 0 to 1"),

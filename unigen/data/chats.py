@@ -57,7 +57,8 @@ class Chats:
         mixture = MIXTURE if mixture is None else mixture
         unknown = sorted(set(mixture) - set(MIXTURE))
         if unknown or min(mixture.values(), default=0) < 0 or not sum(mixture.values()) > 0:
-            raise ValueError(f"a mixture shares out {', '.join(MIXTURE)}; not {', '.join(unknown) or 'nothing'}")
+            wrong = f"there is no {', '.join(unknown)}" if unknown else "each at least 0, not all of them 0"
+            raise ValueError(f"a mixture shares out {', '.join(MIXTURE)}: {wrong}")
         self.world, self.heldout = world, heldout
         self.kinds = list(mixture)
         self.shares = np.array([mixture[kind] for kind in self.kinds]) / sum(mixture.values())

@@ -31,7 +31,7 @@ class Span:
     begin: the id that opens it, read first by every branch. grid: rows and columns of an image. stops: ids that end a
     text (an end of turn, or the begin of an image). rng: the span's own randomness. steps: how many the generator may
     take, None for its default. fixed: ids (h, w) of codes that are given and stay, -1 where the generator
-    writes. words: ids that stand in the span's own positions of text, where it has some; None where the generator
+    writes. text_ids: what stands in the span's own positions of text, where it has some; None where the generator
     writes those too.
     """
 
@@ -45,16 +45,18 @@ class Span:
     steps: int | None = None
     fixed: Tensor | None = None
     sampler: str | None = None
-    words: list[int] | None = None
+    text_ids: list[int] | None = None
 
 
 @dataclass
 class State:
-    """A span on its way. ids: what has been written; pending: what every branch reads in the next step."""
+    """A span on its way. ids: what has been written; text: of it, what a finished span opens with; pending: what every
+    branch reads in the next step."""
 
     span: Span
     pending: list[int]
     ids: list[int] = field(default_factory=list)
+    text: list[int] = field(default_factory=list)
     done: bool = False
 
 
@@ -108,6 +110,8 @@ class Generator(Protocol):
     """The options of a request that it heeds, beside guidance: of `CODES`, steps, sampler, guidance_kind, fixed."""
     codes: bool
     """Are the ids of a picture in training codes of the model's image tokenizer? Else it is laid out from pixels."""
+    text_length: int
+    """How many positions of text a picture's span opens with."""
     wants_context: bool
     """Does `advance` want the states of all that was read before, not only of what was asked?"""
 
@@ -153,6 +157,7 @@ class Head(nn.Module):
     name: str
     own: str | None
     clean, codes = False, False
+    text_length = 0
     edges: tuple[nn.Module, ...] = ()
 
     def __init__(self, tokenizer: Any = None) -> None:
@@ -170,6 +175,11 @@ class Head(nn.Module):
     def config(self) -> dict[str, Any]:
         """The `Frame.settings` that build it again."""
         return {}
+
+    def nothing(self, hidden_BLD: Tensor) -> Tensor:
+        """The costs (0,) of no picture, of which all weights have gradients of zero: a batch may hold none."""
+        learnt = [p.flatten()[:0] for p in self.parameters() if p.requires_grad]
+        return torch.cat([hidden_BLD[:0].flatten().float(), *learnt])
 
     def encoded(self, batch: Batch, device: torch.device) -> Tensor:
         """The batch's pictures that this generator writes, by its own tokenizer."""

@@ -109,7 +109,7 @@ class Flow(LatentHead):
         """The mean squared error of each image's velocity, (M,)."""
         mixed_MZhw, t_M, velocity_MZhw = targets
         if not self.count(batch):
-            return hidden_BLD[:0].flatten()
+            return self.nothing(hidden_BLD)
         contexts_MND = self.contexts(batch, hidden_BLD).repeat_interleave(COPIES, 0)
         with unfused(hidden_BLD.device):
             gap = self.velocity(mixed_MZhw, t_M, contexts_MND).float() - velocity_MZhw

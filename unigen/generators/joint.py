@@ -19,11 +19,11 @@ import math
 import torch
 from torch import Tensor
 
-from unigen.generators.base import Frame, State
-from unigen.generators.masked import Masked, MaskedState
+from unigen.generators.base import Frame
+from unigen.generators.masked import Masked
 from unigen.sequence import Vocabulary
 
-WORDS = 32
+TEXT_LENGTH = 32
 WHOLE = 0.25
 """In training, how often a part is given, and how often it is masked as a whole."""
 
@@ -32,7 +32,7 @@ class Joint(Masked):
     """The text of a picture and its codes."""
 
     name = "joint"
-    words = WORDS
+    text_length = TEXT_LENGTH
 
     def __init__(self, grid: tuple[int, int], mask: int, specials: tuple[int, ...] = ()) -> None:
         """specials: the ids that no text holds; the end of a turn, which fills it up, is none of them."""
@@ -44,7 +44,7 @@ class Joint(Masked):
         return cls(frame.grid, frame.mask, frame.specials)
 
     def parts(self) -> list[slice]:
-        return [slice(0, self.words), slice(self.words, self.positions())]
+        return [slice(0, self.text_length), slice(self.text_length, self.positions())]
 
     def table(self, part: int, vocabulary: Vocabulary) -> slice:
         return super().table(part, vocabulary) if part else slice(0, vocabulary.text_size)
@@ -61,11 +61,6 @@ class Joint(Masked):
         ratios_M2 = torch.where(kind_M2 < WHOLE, 0.0, torch.where(kind_M2 > 1 - WHOLE, 1.0, drawn_M2))
         ratios_M2[:, 1] = torch.where(ratios_M2.amax(1) > 0, ratios_M2[:, 1], drawn_M2[:, 1])
         return ratios_M2
-
-    def written(self, state: State) -> list[int]:
-        """The ids of a finished span's text, and what fills it up."""
-        assert isinstance(state, MaskedState)
-        return state.ids_P[: self.words].tolist()
 
 
 GENERATOR = Joint

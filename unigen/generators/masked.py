@@ -57,8 +57,7 @@ class Masked:
     name = "masked"
     own: str | None = None
     clean, codes, wants_context = False, True, False
-    words = 0
-    """Positions of text that a span opens with."""
+    text_length = 0
     takes: tuple[str, ...] = (*CODES, "steps", "fixed")
 
     def __init__(
@@ -73,7 +72,7 @@ class Masked:
         return cls(frame.grid, frame.mask)
 
     def positions(self) -> int:
-        return self.words + self.grid[0] * self.grid[1]
+        return self.text_length + self.grid[0] * self.grid[1]
 
     def reach(self) -> list[int] | None:
         return [self.positions() - 1] * self.positions()
@@ -108,8 +107,10 @@ class Masked:
     def loss(self, model: Model, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> Tensor:
         """The mean over each image's masked codes, (M,), summed over its parts."""
         rows_M1, at_MP, ids_MP, masked_MP = targets
-        total_M = hidden_BLD.new_zeros(len(ids_MP), dtype=torch.float32) + hidden_BLD.sum() * 0
-        for number, part in enumerate(self.parts() if len(ids_MP) else ()):
+        if not len(ids_MP):
+            return hidden_BLD[:0].flatten()
+        total_M = hidden_BLD.new_zeros(len(ids_MP), dtype=torch.float32)
+        for number, part in enumerate(self.parts()):
             masked_MN, table = masked_MP[:, part], self.table(number, model.vocabulary)
             states_TD = hidden_BLD[rows_M1, at_MP[:, part]][masked_MN]
             logits_TV = model.logits(states_TD, table.start, table.stop).float()
@@ -126,7 +127,11 @@ class Masked:
 
     def start(self, span: Span) -> State:
         codes = self.grid[0] * self.grid[1]
-        text_T = torch.full((self.words,), -1) if span.words is None else torch.tensor(span.words, dtype=torch.int64)
+        text_T = (
+            torch.full((self.text_length,), -1)
+            if span.text_ids is None
+            else torch.tensor(span.text_ids, dtype=torch.int64)
+        )
         codes_P = torch.full((codes,), -1) if span.fixed is None else span.fixed.flatten().cpu()
         ids_P = torch.cat([text_T, codes_P])
         return MaskedState(span, [], ids_P=ids_P, unknown=[int((ids_P[part] < 0).sum()) for part in self.parts()])
@@ -136,9 +141,9 @@ class Masked:
         length = self.positions()
         read_P = torch.where(state.ids_P < 0, self.mask, state.ids_P)
         blind_P = read_P.clone()
-        blind_P[: self.words] = self.mask
+        blind_P[: self.text_length] = self.mask
         ids, blind = ([state.span.begin, *read.tolist()] for read in (read_P, blind_P))
-        return Read(ids, reach=[0] + [length] * length, blind=blind if self.words else None)
+        return Read(ids, reach=[0] + [length] * length, blind=blind if self.text_length else None)
 
     def advance(self, model: Model, states: list[State], hidden: list[list[Tensor]]) -> list[int]:
         for number, part in enumerate(self.parts()):
@@ -156,7 +161,9 @@ class Masked:
             assert isinstance(state, MaskedState)
             state.step += 1
             state.done = not bool((state.ids_P < 0).any())
-            state.ids = state.ids_P[self.words :].tolist() if state.done else []
+            if state.done:
+                state.text = state.ids_P[: self.text_length].tolist()
+                state.ids = state.ids_P[self.text_length :].tolist()
         return [0] * len(states)
 
     def legal(self, logits_NV: Tensor) -> Tensor:

@@ -104,7 +104,9 @@ class NextScale(Head):
 
     def loss(self, model: Model, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> Tensor:
         rows_M1, at_MP, codes_MP = targets
-        at_MP = torch.cat([at_MP[:, :1] - 1, at_MP], 1) if len(at_MP) else at_MP
+        if not len(at_MP):
+            return self.nothing(hidden_BLD)
+        at_MP = torch.cat([at_MP[:, :1] - 1, at_MP], 1)
         logits = self.head(hidden_BLD[rows_M1, at_MP].flatten(0, 1)).float()
         return nn.functional.cross_entropy(logits, codes_MP.flatten(), reduction="none")
 

@@ -31,6 +31,7 @@ class Causal(ABC):
     """What text and codes in raster order share: ids are read as they are, and each is predicted by the one before."""
 
     clean, codes, wants_context = True, True, False
+    text_length = 0
     own: str | None = None
     takes: tuple[str, ...] = CODES
 

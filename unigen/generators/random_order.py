@@ -79,6 +79,8 @@ class RandomOrder(Head):
 
     def loss(self, model: Model, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> Tensor:
         rows_M1, at_MP, ids_MP = targets
+        if not len(ids_MP):
+            return self.nothing(hidden_BLD)
         first, stop = model.vocabulary.text_size, model.vocabulary.size
         logits = model.logits(hidden_BLD[rows_M1, at_MP].flatten(0, 1), first, stop).float()
         return nn.functional.cross_entropy(logits, ids_MP.flatten() - first, reduction="none")

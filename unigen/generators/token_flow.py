@@ -126,7 +126,7 @@ class TokenFlow(LatentHead):
     def loss(self, model: Model, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> Tensor:
         """The mean squared error of each token's velocity, (T,)."""
         if not self.count(batch):
-            return hidden_BLD[:0].flatten()
+            return self.nothing(hidden_BLD)
         (x_TRZ, noise_TRZ), t_TR = targets
         rows_M1, at_MP = batch.places(batch.written_by(self.name))
         states_TD = hidden_BLD[rows_M1, at_MP - 1].flatten(0, 1)

@@ -111,7 +111,7 @@ class Transfusion(LatentHead):
     def loss(self, model: Model, batch: Batch, hidden_BLD: Tensor, velocity_MZhw: Tensor) -> Tensor:
         """The mean squared error of each image's velocity, (M,)."""
         if not self.count(batch):
-            return hidden_BLD[:0].flatten()
+            return self.nothing(hidden_BLD)
         gap = self.velocity(hidden_BLD[batch.places(batch.written_by(self.name))]) - velocity_MZhw
         return gap.square().mean((1, 2, 3))
 

@@ -73,10 +73,10 @@ class ChatTemplate:
         positions: Mapping[str, int],
         begins: Mapping[str, str] | None = None,
         classes: Sequence[str] = (),
-        words: Mapping[str, int] | None = None,
+        text_lengths: Mapping[str, int] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self.positions, self.words = dict(positions), dict(words or {})
+        self.positions, self.text_lengths = dict(positions), dict(text_lengths or {})
         self.classes = tuple(classes)
         begins = BEGINS | dict(begins or {})
         needed = [*NEEDED, *begins.values(), *map(class_token, range(len(self.classes)))]
@@ -140,9 +140,9 @@ class ChatTemplate:
                 name = writer if last else READER
                 tokens.add([self.begins[name]], loss=learnt and not blind)
                 tokens.add_image(segment.image, self.positions[name], loss=learnt, writer=name)
-                if name in self.words:
+                if name in self.text_lengths:
                     start = tokens.spans[-1][0]
-                    tokens.ids[start : start + self.words[name]] = self.words_of(document, name)
+                    tokens.ids[start : start + self.text_lengths[name]] = self.opening_text(document, name)
                 if name == READER:
                     tokens.add([self.image_end])
             elif blind:
@@ -155,11 +155,11 @@ class ChatTemplate:
                 tokens.add(self.text_ids(segment.text or ""), loss=learnt)
         return tokens
 
-    def words_of(self, document: Document, writer: str) -> list[int]:
+    def opening_text(self, document: Document, writer: str) -> list[int]:
         """The ids of the last text, cut or filled up with ends of turn to the positions that this generator has."""
         said = [self.text_ids(segment.text) for segment in document.segments if segment.text]
-        ids = said[-1][: self.words[writer]] if said else []
-        return ids + [self.turn_end] * (self.words[writer] - len(ids))
+        ids = said[-1][: self.text_lengths[writer]] if said else []
+        return ids + [self.turn_end] * (self.text_lengths[writer] - len(ids))
 
     def number(self, label: int | str) -> int:
         """Of a class, by its number or name. Raises ValueError naming the classes there are."""
@@ -214,8 +214,8 @@ def assemble(
         name: ready[name] if name in ready else new_generator(name, frame) for name in dict.fromkeys([*writers, *ready])
     }
     positions = {name: generator.positions() for name, generator in made.items()}
-    words = {name: number for name, generator in made.items() if (number := getattr(generator, "words", 0))}
-    template = ChatTemplate(tokenizer, positions, begins, classes, words)
+    text_lengths = {name: generator.text_length for name, generator in made.items() if generator.text_length}
+    template = ChatTemplate(tokenizer, positions, begins, classes, text_lengths)
     text: Generator = Text(sorted({*tokenizer.all_special_ids, *template.special.values()}))
     return UnifiedModel(
         "tiny", Backbone(lm), vocabulary, tokenizer, image_tokenizer, template, {text.name: text} | made

@@ -67,6 +67,8 @@ class VQConfig:
                 raise ValueError(f"{name} must be two counts (at 1/4 and at 1/8), got {getattr(self, name)}")
         if not 0 <= self.coarse <= 1:
             raise ValueError(f"coarse is a share from 0 to 1, got {self.coarse}")
+        if self.coarse and self.quantizer != "multiscale":
+            raise ValueError(f"coarse is for quantizer=multiscale, which has scales, not for {self.quantizer}")
         for name in ("beta", "entropy", "dead_below", "revive_every"):
             if not math.isfinite(getattr(self, name)) or getattr(self, name) < 0:
                 raise ValueError(f"{name} must be a finite number that is not negative, got {getattr(self, name)}")

@@ -37,11 +37,14 @@ class MuonAdamW(torch.optim.Optimizer):
         shared = {id(p) for p in others}  # a head tied to the embeddings is an embedding
         matrices = [p for p in matrices if id(p) not in shared]
         others = list({id(p): p for p in others}.values())
-        self.parts: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(matrices, lr=optim.lr, weight_decay=optim.weight_decay, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=0.0, fused=True),
-        ]
-        super().__init__([{"params": matrices}, {"params": others}], {"lr": optim.lr})
+        self.parts: list[torch.optim.Optimizer] = []
+        if matrices:
+            muon = {"lr": optim.lr, "weight_decay": optim.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+            self.parts.append(torch.optim.Muon(matrices, **muon))
+        if others:
+            adamw = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps, "weight_decay": 0.0, "fused": True}
+            self.parts.append(torch.optim.AdamW(others, **adamw))
+        super().__init__([{"params": part} for part in (matrices, others) if part], {"lr": optim.lr})
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]

@@ -73,13 +73,17 @@ def read_pairs(
     be read, whose pictures are of another tokenizer, or without a prompt that has both."""
     rng = np.random.default_rng(seed)
     pairs: list[tuple[Document, Document]] = []
+    kinds: set[bool] = set()
     for file in files:
         before = len(pairs)
         for judged in read_judged(file, grid, codes):
             right, wrong = ([chats[k] for k in rng.permutation(len(chats))] for chats in judged)
             pairs += zip(right, wrong, strict=False)
+            kinds |= {isinstance(picture, Tensor) for chat in (*right, *wrong) for picture in chat.images()}
         if len(pairs) == before:
             raise ValueError(f"{file} has no prompt with a right and a wrong answer: judge more of them")
+    if len(kinds) > 1:
+        raise ValueError("some judged pictures are codes and others pixels: compare them in runs of their own")
     return [pairs[k] for k in rng.permutation(len(pairs))]
 
 
@@ -193,13 +197,14 @@ class Preferences(nn.Module):
     def __init__(self, mixture: Mixture, reference: UnifiedModel, config: PreferenceConfig) -> None:
         super().__init__()
         self.mixture, self.beta = mixture, config.beta
-        self.guidance, self.temperature = Guidance.of(config.guidance), config.temperature
+        self.guidance, self.temperature, self.writer = Guidance.of(config.guidance), config.temperature, config.writer
         self.reference = reference.requires_grad_(False).eval()
         self.weights = mixture.weights | {"preference": config.weight, "chosen": config.nll}
 
     def forward(self, model: Any, batch: Compared, rng: torch.Generator) -> dict[str, tuple[Tensor, Tensor | int]]:
         losses = self.mixture(model, batch.mixture, rng)
-        pairs, blind = model.fill(batch.pairs), model.fill(batch.blind)
+        pairs = model.fill(batch.pairs)
+        blind = model.fill(batch.blind) if self.writer == model.template.reader else None
         drawn = pairs, blind, self.guidance, self.temperature, rng
         state = rng.get_state()
         policy_P2 = log_likelihood(model, *drawn).unflatten(0, (-1, 2))
