@@ -134,6 +134,8 @@ class TinyConfig(RunConfig):
         super().__post_init__()
         if not (0 <= self.blind <= 1 and 0 <= self.answered <= 1):
             raise ValueError("blind and answered are shares from 0 to 1")
+        if self.answers and not (self.answered and self.mixture.get("draw")):
+            raise ValueError("answers take the place of chats that draw: give answered and mixture.draw above 0")
         if self.preferences.judged and not self.init_from:
             raise ValueError("preferences are of a model's own pictures: say whose by init_from=FOLDER")
 

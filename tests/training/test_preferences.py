@@ -333,6 +333,7 @@ def test_a_model_draws_is_judged_and_learns(
     for wrong, message in (
         (f"answers={said}", "answers hold no right picture"),
         ("answered=2", "shares from 0 to 1"),
+        ("answered=0", "above 0"),
         ("mixture.draw=-1", "a mixture shares out"),
     ):
         assert main([*kept, wrong, f"run_dir={judged.parent / 'no'}"]) == 2
