@@ -129,7 +129,7 @@ def main() -> int:
         able = ", ".join(engine.model.template.begins)
         raise ValueError(f"{args.model} does not draw by {options['generator']}: give one of {able}")
     if "temperature" in engine.model.generators[options["generator"]].takes:
-        options = {"temperature": 0.8, "top_p": 1.0} | options
+        options = {"temperature": 0.8, "top_k": 0, "top_p": 1.0} | options
     end, each = time.monotonic() + 60 * args.minutes, args.batch // args.answers
     lines: list[Any] = []
     with suppress(KeyboardInterrupt):  # what has been answered is kept
