@@ -62,10 +62,9 @@ def pictures(engine: Any, task: ScenesTask, items: list[Item], answers: int, see
     right = [s["strict"] == 1 and s.get("background", 1) == 1 for s in scores]
     made = [request.document.segments for request in requests]
     given = [segments[-1] for segments in made]
-    if not engine.model.generators[options["generator"]].codes:
-        given = [Segment(image=drawn[k], role="assistant") for k in range(len(asked))]
     cuts = [slice(k, k + answers) for k in range(0, len(asked), answers)]
-    return [line(made[cut.start][:-1], given[cut], right[cut]) for cut in cuts]
+    writer = {"writer": options["generator"]}
+    return [line(made[cut.start][:-1], given[cut], right[cut]) | writer for cut in cuts]
 
 
 def captions(engine: Any, task: UnderstandingTask, answers: int, seed: int) -> list[Any]:

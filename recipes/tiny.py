@@ -9,7 +9,7 @@
               steps): 0.640, 0.630, 0.829; from there time_limit=8300 seed=2 compile=true optim.lr=1.4e-3 text_weight=3
               (5,242 steps, not all of them so): 0.720, 0.757, 0.924; from there 55 minutes more and rounds of
               comparisons, averaged: 0.876, 0.787 (0.850 as the best of 8), 0.936; four hours of new ways
-             beside it: 0.851, 0.787 as the best of 8, 0.923. The model card has all figures
+              beside it: 0.851, 0.787 as the best of 8, 0.923. The model card has all figures
 
 An 8M Llama with random weights reads and writes text and the codes of the image tokenizer (Liquid's layout), on a
 mixture of chats that are rendered while it trains and never repeat. In a tenth of them the text is dropped, for
@@ -46,7 +46,7 @@ The flow's head then learns on alone, from many more pictures in an hour than be
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,9 +117,10 @@ class TinyConfig(RunConfig):
     length: int = 1024  # positions of a packed row; the longest story fits
     muon: bool = True  # false: AdamW for all weights
     compile: bool = False  # faster by torch.compile; on a CPU it needs a C++ compiler
-    writers: dict[str, float] = field(default_factory=lambda: {"next-token": 1.0})
-    """How pictures are written: the shares of generators among the documents that draw one. A model learns those above
-    0, also ones that it could not write by before."""
+    writers: dict[str, float] = field(default_factory=dict)
+    """How pictures are written: the shares of generators among the documents that draw one, next-token's 1 where it is
+    not given. A model learns those above 0, also ones that it could not write by before; where none is given, all that
+    it writes by, alike."""
     mixture: dict[str, float] = field(default_factory=lambda: dict(MIXTURE))  # shares of kinds of chats
     blind: float = 0.1  # share of documents whose text is dropped
     learn_shown: bool = True  # also the pictures that the user shows: a caption says little of what is in their codes
@@ -158,14 +159,14 @@ def config() -> TinyConfig:
 class Documents:
     """Draws a document and lays it out as ids; made anew in each worker, since a font cannot travel."""
 
-    def __init__(self, template: Template, tokenizer: Any, cfg: TinyConfig) -> None:
+    def __init__(self, template: Template, tokenizer: Any, cfg: TinyConfig, shares: Mapping[str, float]) -> None:
         size = tokenizer.image_size
         Chats(World(size), cfg.mixture)  # a missing font or a wrong mixture is said at once
         self.answers = Answers(cfg.answers.split(","), tokenizer) if cfg.answers else None
         self.answered = cfg.answered
         self.template, self.size, self.blind, self.learn_shown = template, size, cfg.blind, cfg.learn_shown
         self.mixture = cfg.mixture
-        self.writers, self.shares = zip(*shares_of(cfg.writers).items(), strict=True)
+        self.writers, self.shares = zip(*shares.items(), strict=True)
         self.chats: Chats | None = None
 
     def __call__(self, rng: np.random.Generator) -> Tokens:
@@ -193,8 +194,8 @@ class Answers:
         right = [
             chat.segments
             for file in files
-            for chats, _ in read_judged(file, tokenizer.grid, tokenizer.codebook_size)
-            for chat in chats
+            for judged in read_judged(file, tokenizer.grid, tokenizer.codebook_size)
+            for chat in judged.right
         ]
         drawn = [segments for segments in right if [s.image is not None for s in segments] == [False, True]]
         if not drawn:
@@ -230,8 +231,8 @@ def new_model(cfg: TinyConfig) -> UnifiedModel:
 
 
 def build(cfg: TinyConfig) -> Job:
-    shares = shares_of(cfg.writers)
     model = load(cfg.init_from) if cfg.init_from else new_model(cfg)
+    shares = shares_of({"next-token": 1.0} | (cfg.writers or dict.fromkeys(model.template.begins, 1.0)))
     torch.manual_seed(cfg.seed)
     folders = {"multiscale": cfg.scale_tokenizer, "kl": cfg.kl_tokenizer}
     settings = {"flow": cfg.flow, "transfusion": cfg.transfusion, "token-flow": cfg.token_flow}
@@ -245,31 +246,35 @@ def build(cfg: TinyConfig) -> Job:
         raise ValueError("freeze=true is for writers with a head (writers.flow=1), and without retain: all else stays")
     reference = copy.deepcopy(model) if cfg.preferences.judged else None  # copied before it is compiled
     before = load(cfg.retain) if cfg.retain else None
-    if before is not None and before.vocabulary != model.vocabulary:
+    if before is not None and not before.speaks_as(model):
         raise ValueError(
-            f"retain={cfg.retain} has another vocabulary than the model that learns: name one it came from"
+            f"retain={cfg.retain} has another text or image tokenizer than the model that learns: name one it came from"
         )
     if cfg.compile:
         for one in filter(None, (model, reference, before)):
             one.backbone.compile_packed()
     size = model.image_tokenizer.image_size
-    dataset: Any = PackedRows(Documents(model.template, model.image_tokenizer, cfg), cfg.length, cfg.seed)
+    dataset: Any = PackedRows(Documents(model.template, model.image_tokenizer, cfg, shares), cfg.length, cfg.seed)
     collate: Any = Collate(cfg.length, size)
-    weights = shares | {"text": cfg.text_weight * shares["next-token"]}
+    weights = shares | {"text": cfg.text_weight}
+    if cfg.freeze:
+        weights = {name: weight for name, weight in weights.items() if name in model.heads}
     objective: Any = Mixture(model.generators, weights, before)
     if cfg.preferences.judged:
         assert reference is not None
-        if cfg.preferences.writer not in model.template.begins:
-            raise ValueError(f"preferences.writer={cfg.preferences.writer}: no way in which this model writes pictures")
         tokenizer: Any = model.image_tokenizer
         files = cfg.preferences.judged.split(",")
         pairs = read_pairs(files, cfg.seed, tokenizer.grid, tokenizer.codebook_size)
-        encode, chosen = model.template.encode, cfg.preferences
-        dataset = ComparedRows(dataset, pairs, encode, cfg.length, chosen.rows, chosen.writer)
+        able = model.template.begins.keys() - model.template.text_lengths.keys()  # whose costs are of texts, too
+        if unable := {pair.writer for pair in pairs} - able:
+            raise ValueError(
+                f"pictures by {', '.join(sorted(unable))} are not compared: judge those by {', '.join(sorted(able))}"
+            )
+        dataset = ComparedRows(dataset, pairs, model.template.encode, cfg.length, cfg.preferences.rows)
         collate = CollateCompared(collate, cfg.length, size)
         objective = Preferences(objective, reference, cfg.preferences)
-        once = len(dataset.pairs) / cfg.preferences.rows
-        print(f"{len(pairs)} pairs of answers: all are seen once in {once:.0f} rows of the mixture", flush=True)
+        once = " or ".join(f"{len(rows) / cfg.preferences.rows:.0f}" for rows in dataset.pairs)
+        print(f"{len(pairs)} pairs of answers: each is seen once in {once} rows of the mixture", flush=True)
     return Job(
         model=model,
         dataset=dataset,

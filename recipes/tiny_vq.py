@@ -168,7 +168,8 @@ def take_over(known: VQTokenizer, tokenizer: VQTokenizer, freeze_codes: bool) ->
     """Give the tokenizer the weights of a known one; False where they do not fit. With frozen codes those are all but
     the decoder's; where the quantizer is another one, all but its own and those of the two layers beside it."""
     old, new = known.settings, tokenizer.settings
-    if freeze_codes and old != replace(new, decoder_channels=old.decoder_channels, decoder_blocks=old.decoder_blocks):
+    no_code = ("decoder_channels", "decoder_blocks", "beta", "entropy", "coarse", "revive_every", "dead_below")
+    if freeze_codes and old != replace(new, **{name: getattr(old, name) for name in no_code}):
         return False  # as many weights, and yet other codes
     another = old.quantizer != new.quantizer
     left_out = "decoder." if freeze_codes else "quantizer." if another else ()

@@ -28,11 +28,16 @@ def average(out: str, names: list[str], shares: list[float]) -> None:
     for name, model, other, theirs in zip(names[1:], models[1:], shapes[1:], weights[1:], strict=True):
         shared = {k: v for k, v in shapes[0].items() if not k.startswith("heads.") or k.split(".")[1] in model.heads}
         if other != shared:
-            raise ValueError(f"{name} has other weights than {names[0]}: average models of one training")
+            raise ValueError(
+                f"{name} has other weights than {names[0]}: average models of one training, that of most writers first"
+            )
+        if not model.speaks_as(models[0]):
+            raise ValueError(f"{name} has another text or image tokenizer than {names[0]}: train both with one")
         own = [k for k, w in theirs.items() if k.startswith("heads.") and not w.requires_grad]  # heads' tokenizers
         if not all(torch.equal(theirs[k], weights[0][k]) for k in own):
             raise ValueError(
-                f"a generator of {name} has another tokenizer than in {names[0]}: average what speaks alike"
+                f"a generator of {name} has another tokenizer than in {names[0]}: train both with one "
+                "scale_tokenizer and one kl_tokenizer"
             )
     with torch.no_grad():
         for name, weight in weights[0].items():

@@ -1,8 +1,9 @@
 """Put a trained model into the package as bfloat16, beside its model card.
 
-    python scripts/ship.py runs/tiny/model unigen-tiny
+    python scripts/ship.py runs/tiny/model unigen-tiny [--without flow]
 
-The folder unigen/assets/NAME is replaced only when the new one is whole; its README.md, the model card, is kept.
+Left out may be generators with weights of their own that are not good enough yet. The folder unigen/assets/NAME is
+replaced only when the new one is whole; its README.md, the model card, is kept.
 """
 
 from __future__ import annotations
@@ -29,9 +30,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", help="what a training run wrote, such as runs/tiny/model")
     parser.add_argument("name", help="the name it is loaded by, such as unigen-tiny")
+    parser.add_argument("--without", metavar="NAME", action="append", default=[], help="a generator to leave out")
     args = parser.parse_args()
     target = hub.ASSETS / args.name
     model = load(args.folder)
+    for name in args.without:
+        if name not in model.heads:
+            able = ", ".join(model.heads) or "none"
+            raise ValueError(f"--without {name}: {args.folder} has no such generator with weights; it has {able}")
+        del model.heads[name], model.generators[name], model.template.begins[name]
+        model.sampling.pop(name, None)
     others = sum(weight(folder.name) for folder in hub.ASSETS.iterdir() if folder.is_dir() and folder != target)
     total = others + 2 * sum(p.numel() for p in model.parameters())
     if total > LIMIT:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts import average, bench, results
+from scripts import average, bench, results, ship
+from unigen import hub
 from unigen.config import write_report
 from unigen.models import load, tiny
 
@@ -66,6 +67,20 @@ def test_ship_refuses_what_is_no_model(root: Path, tmp_path: Path) -> None:
     assert done.returncode == 2 and done.stderr.startswith("ship: error: unknown model")
 
 
+def test_ship_leaves_out_what_is_not_good_enough(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(hub, "ASSETS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["ship", str(tiny_folder), "some", "--without", "flow", "--without", "next-scale"])
+    assert ship.main() == 0
+    shipped, whole = load(tmp_path / "some"), load(tiny_folder)
+    assert whole.generators.keys() - shipped.generators.keys() == {"flow", "next-scale"}
+    assert not (tmp_path / "some" / "flow").exists() and "flow" not in shipped.template.begins
+    monkeypatch.setattr(sys, "argv", ["ship", str(tmp_path / "some"), "other", "--without", "flow"])
+    assert ship.main() == 2
+    assert "--without flow" in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
 def test_average_is_the_mean_of_weights(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -73,7 +88,7 @@ def test_average_is_the_mean_of_weights(
     first = {name: p.clone() for name, p in model.named_parameters()}
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if not (name.startswith("heads.") and "tokenizer." in name):
+            if "tokenizer." not in name:
                 p += 1.0
     model.save(tmp_path / "other")
     monkeypatch.setattr(sys, "argv", ["average", str(tmp_path / "out"), str(tiny_folder), str(tmp_path / "other")])
@@ -100,11 +115,15 @@ def test_average_is_the_mean_of_weights(
     with torch.no_grad():
         next(model.heads["flow"].tokenizer.parameters()).add_(1.0)
     model.save(tmp_path / "foreign")
+    with torch.no_grad():
+        next(model.image_tokenizer.encoder.parameters()).add_(1.0)  # type: ignore[attr-defined]
+    model.save(tmp_path / "reader")
     for wrong, message in (
         ([str(tiny_folder)], "at least two"),
         ([str(tiny_folder), "unigen-tiny"], "other weights"),
         ([str(tmp_path / "fewer"), str(tiny_folder)], "other weights"),
         ([str(tiny_folder), str(tmp_path / "foreign")], "another tokenizer"),
+        ([str(tiny_folder), str(tmp_path / "reader")], "another text or image tokenizer"),
         ([*both, "--weights", "1,x"], "2 numbers above 0"),
     ):
         monkeypatch.setattr(sys, "argv", ["average", str(tmp_path / "no"), *wrong])

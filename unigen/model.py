@@ -88,6 +88,19 @@ class UnifiedModel(nn.Module):
         """The most positions a sequence may have."""
         return int(self.backbone.lm.config.get_text_config().max_position_embeddings)
 
+    def speaks_as(self, other: UnifiedModel) -> bool:
+        """Do ids mean the same to both, pieces of text and codes of pictures? How codes look may differ."""
+        mine, theirs = (
+            {name: tensor for name, tensor in model.image_tokenizer.state_dict().items() if "decoder." not in name}
+            for model in (self, other)
+        )
+        return (
+            self.vocabulary == other.vocabulary
+            and self.text_tokenizer.get_vocab() == other.text_tokenizer.get_vocab()
+            and mine.keys() == theirs.keys()
+            and all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
+        )
+
     def sample_by(self, generator: str, **options: float) -> None:
         """Say how this generator's pictures are drawn where nothing else is asked for: guidance, temperature, top_k,
         top_p. `save` writes it to unigen.json, where it may be changed. Raises ValueError for what it does not take."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 
+from unigen.nn.attention import unfused
 from unigen.nn.painters import KINDS, Kind, from_patches, painter, to_patches
 
 SHAPE: dict[str, Any] = {"channels": 4, "side": 4, "context": 24, "layers": 2, "heads": 2, "head_dim": 16}
@@ -90,3 +92,27 @@ def test_patches_of_two() -> None:
         assert network(kind, patch=2)(x, t, context).shape == x.shape
         with pytest.raises(ValueError, match="patch must divide"):
             network(kind, patch=3)
+
+
+def test_unfused_attention_changes_nothing_but_the_kernel() -> None:
+    """Outputs and gradients are the same, products stand in the fused kernel's place, and all is as before in the end,
+    after an error too."""
+    model, cpu = network("mm-dit"), torch.device("cpu")
+    allowed = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed
+    seen = []
+    for context in (nullcontext(), unfused(cpu)):
+        model.zero_grad()
+        with torch.profiler.profile() as profile, context:
+            out = model(*inputs())
+            out.square().sum().backward()
+        kernels = {event.key for event in profile.key_averages()}
+        seen.append((out.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None], kernels))
+    (plain, plain_grads, fused), (ours, our_grads, written_out) = seen
+    torch.testing.assert_close(ours, plain)
+    torch.testing.assert_close(our_grads, plain_grads, rtol=1e-4, atol=1e-4)
+    assert any("flash_attention" in name for name in fused) and not any("flash_attention" in n for n in written_out)
+    before = allowed()
+    with pytest.raises(RuntimeError, match="stopped"), unfused(cpu):
+        assert allowed()
+        raise RuntimeError("stopped")
+    assert allowed() == before

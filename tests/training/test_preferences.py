@@ -27,6 +27,7 @@ from unigen.training.preferences import (
     CollateCompared,
     Compared,
     ComparedRows,
+    Pair,
     PreferenceConfig,
     Preferences,
     read_pairs,
@@ -76,12 +77,12 @@ def is_right(document: Document) -> bool:
 
 def test_pairs_hold_a_right_and_a_wrong_answer_to_one_prompt(judged: Path) -> None:
     pairs = read_pairs([judged], 0, (2, 2), 32)
-    prompts = [[chat.to_json()["segments"][:-1] for chat in pair] for pair in pairs]
+    prompts = [[chat.to_json()["segments"][:-1] for chat in pair[:2]] for pair in pairs]
     assert all(a == b for a, b in prompts)
     texts = sorted(a[-1]["text"] for a, _ in prompts)
     assert texts == ["a dog", "a dog", "describe this picture", "two red apples"]
-    assert all(is_right(chosen) and not is_right(rejected) for chosen, rejected in pairs)
-    answers = [str(chat.to_json()["segments"][-1]) for pair in pairs for chat in pair]
+    assert all(is_right(chosen) and not is_right(rejected) for chosen, rejected, _ in pairs)
+    answers = [str(chat.to_json()["segments"][-1]) for pair in pairs for chat in pair[:2]]
     assert len(set(answers)) == len(answers) == 8
     assert len(read_pairs([judged, judged], 0, (2, 2), 32)) == 8
 
@@ -115,15 +116,28 @@ def compared(engine: Engine, judged: Path) -> Compared:
     template = engine.model.template
     replay = [template.encode(Document([Segment(text="a dog"), Segment(text="a horse", role="assistant")]))]
     pairs = read_pairs([judged], 0, (2, 2), 32)
-    longest = max(sum(len(template.encode(chat)) for chat in pair) for pair in pairs)
+    longest = max(len(template.encode(chat)) for pair in pairs for chat in pair[:2])
     rows = ComparedRows([replay] * 9, pairs, template.encode, 2 * longest, rows=1)
-    assert len(rows.pairs) == 2 and sum(map(len, rows.pairs)) == 8
-    laid = [seen.ids for row in rows.pairs for seen, _ in row]
-    assert laid == [template.encode(chat).ids for pair in pairs for chat in pair]
-    assert rows[0][1] == rows[2][1] == rows.pairs[:1] and rows[1][1] == rows.pairs[1:]
+    (of_codes,) = rows.pairs
+    assert len(of_codes) == 2 and sum(map(len, of_codes)) == 4
+    laid = [side.ids for row in of_codes for sides in row for side in sides[:2]]
+    assert laid == [template.encode(chat).ids for pair in pairs for chat in pair[:2]]
+    assert rows[0][1] == rows[2][1] == [of_codes[:1]] and rows[1][1] == [of_codes[1:]]
     with pytest.raises(ValueError, match="exceeds a row of"):
         ComparedRows([replay], pairs, template.encode, longest - 1, rows=1)
     return CollateCompared(Collate(128, 16), 2 * longest, 16)([rows[0], rows[1]])
+
+
+def likelihoods(
+    model: Any, batch: Compared, guidance: Guidance | None = None, temperature: float = 0.8, kind: int = 0
+) -> torch.Tensor:
+    """log p of chosen and rejected answers (P, 2), as Preferences asks for them."""
+    pairs, found = batch.kinds[kind], []
+    for side, blind in ((pairs.chosen, pairs.blind_chosen), (pairs.rejected, pairs.blind_rejected)):
+        rng = torch.Generator().manual_seed(1)
+        drawn = model.fill(side), model.fill(blind), guidance or Guidance((3.0,)), temperature, rng
+        found.append(log_likelihood(model, *drawn))
+    return torch.stack(found, -1)
 
 
 @pytest.mark.parametrize(("scale", "temperature"), [(3.0, 0.8), (1.0, 1.0)])
@@ -133,8 +147,7 @@ def test_the_likelihood_of_an_answer_is_that_by_which_the_engine_draws_it(
     """A picture's codes one by one from its own prompt and the blind one; a text's ids, its end among them."""
     model, batch = engine.model, compared(engine, judged)
     template, first = model.template, model.vocabulary.text_size
-    pairs, blind = model.fill(batch.pairs), model.fill(batch.blind)
-    together_D = log_likelihood(model, pairs, blind, Guidance.of(scale), temperature)
+    together_D = likelihoods(model, batch, Guidance.of(scale), temperature).detach().flatten()
 
     def logits_after(ids: list[int]) -> torch.Tensor:
         alone = pack([[Tokens(ids, [False] * len(ids))]], len(ids), 16)
@@ -142,7 +155,7 @@ def test_the_likelihood_of_an_answer_is_that_by_which_the_engine_draws_it(
 
     expected = []
     for pair in read_pairs([judged], 0, (2, 2), 32):
-        for chat in pair:
+        for chat in pair[:2]:
             before, answer = Document(chat.segments[:-1]), chat.segments[-1]
             prompt = model.ids(template.prompt(before))
             if answer.text is not None:
@@ -174,18 +187,14 @@ def test_the_loss_is_dpo(engine: Engine, judged: Path) -> None:
     counts: dict[str, Any] = objective.counts(batch, torch.Generator())
     assert {k: int(n) for k, (_, n) in losses.items()} == {k: int(n) for k, n in counts.items()}
 
-    def likelihoods() -> torch.Tensor:
-        pairs, blind = model.fill(batch.pairs), model.fill(batch.blind)
-        return log_likelihood(model, pairs, blind, Guidance((3.0,)), 0.8).detach().unflatten(0, (-1, 2))
-
-    before_P2 = likelihoods()
-    torch.testing.assert_close(losses["chosen"][0].detach(), -before_P2[:, 0].sum())
+    before_P2 = likelihoods(model, batch).detach()
+    torch.testing.assert_close(losses["chosen"][0], -before_P2[:, 0].sum())
     (total / count).backward()
     with torch.no_grad():
         for p in model.parameters():
             if p.grad is not None:
                 p -= 0.05 * p.grad
-    after_P2 = likelihoods()
+    after_P2 = likelihoods(model, batch).detach()
     gain_P = ((after_P2 - before_P2) * torch.tensor([1.0, -1.0])).sum(-1)
     assert gain_P.mean() > 0
     losses = objective(model, batch, torch.Generator())
@@ -203,35 +212,57 @@ def test_pictures_of_any_generator_are_compared(engine: Engine, writer: str) -> 
     right, wrong = (Document([Segment(text="a dog"), Segment(image=p, role="assistant")]) for p in pictures)
     told = [Document([Segment(text="a dog"), Segment(text=t, role="assistant")]) for t in ("a horse", "a story")]
     encode = model.template.encode
-    rows = ComparedRows([[encode(right)]], [(right, wrong), (told[0], told[1])], encode, 1024, 1, writer)
-    assert [seen.writers for seen, _ in rows.pairs[0]] == [[writer], [writer], [], []]
+    rows = ComparedRows([[encode(right)]], [Pair(right, wrong, writer), Pair(told[0], told[1])], encode, 1024, 1)
+    (texts,), (drawn,) = rows.pairs
+    assert [side.writers for sides in (*texts, *drawn) for side in sides[:2]] == [[], [], [writer], [writer]]
     batch = CollateCompared(Collate(1024, 16), 1024, 16)([rows[0]])
-    objective = Preferences(Mixture(model.generators), copy.deepcopy(model), PreferenceConfig(writer=writer))
+    objective = Preferences(Mixture(model.generators), copy.deepcopy(model), PreferenceConfig())
     total, count = objective(model, batch, torch.Generator().manual_seed(0))["preference"]
     assert count == 2 and math.isclose(float(total.detach()) / 2, math.log(2), rel_tol=1e-5)
-    full = [seen for seen, _ in rows.pairs[0][:2]]
-    ends = pack([full], sum(map(len, full)), 16)  # a picture of no positions ends a row
-    found_2 = log_likelihood(model, model.fill(ends), rng=torch.Generator().manual_seed(1)).detach()
+    (sides,) = drawn
+    ends = pack([[sides.chosen]], len(sides.chosen), 16)  # a picture of no positions ends a row
+    found = log_likelihood(model, model.fill(ends), rng=torch.Generator().manual_seed(1)).detach()
 
-    def likelihoods() -> torch.Tensor:
-        rng = torch.Generator().manual_seed(1)
-        return log_likelihood(model, model.fill(batch.pairs), model.fill(batch.blind), Guidance((3.0,)), 0.8, rng)[:2]
+    def pictures() -> torch.Tensor:
+        return likelihoods(model, batch, kind=1)[0]
 
-    torch.testing.assert_close(likelihoods().detach(), found_2, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(pictures().detach()[:1], found, rtol=1e-4, atol=1e-3)
     for _ in range(3):
         with torch.no_grad():
-            before_2 = likelihoods()
-        (gap := likelihoods()).backward(torch.tensor([1.0, -1.0]))
+            before_2 = pictures()
+        (gap := pictures()).backward(torch.tensor([1.0, -1.0]))
         torch.testing.assert_close(gap.detach(), before_2)
         with torch.no_grad():
             for p in model.parameters():
                 if p.grad is not None:
                     p += 1e-3 * p.grad / (1e-8 + p.grad.norm())
                     p.grad = None
-    first, last = before_2, likelihoods().detach()
+    first, last = before_2, pictures().detach()
     assert last[0] - first[0] > last[1] - first[1]
-    objective_after = objective(model, batch, torch.Generator().manual_seed(0))
+    objective_after = objective(model, batch, torch.Generator().manual_seed(1))
     assert float(objective_after["preference"][0].detach()) < 2 * math.log(2)
+
+
+@pytest.mark.parametrize("writer", [name for name in names() if name != "next-token"])
+def test_both_answers_of_a_pair_are_asked_the_same(engine: Engine, writer: str) -> None:
+    """One and the same picture, right and wrong, has one likelihood: masks, noise and times are the pair's."""
+    picture = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    chat = Document([Segment(text="a dog"), Segment(image=picture, role="assistant")])
+    rows = ComparedRows([[]], [Pair(chat, chat, writer)] * 3, engine.model.template.encode, 1024, 1)
+    batch = CollateCompared(lambda _: pack([[]], 1024, 16), 1024, 16)([rows[0]])
+    found_P2 = likelihoods(engine.model, batch).detach()
+    torch.testing.assert_close(found_P2[:, 0], found_P2[:, 1])
+    if engine.model.generators[writer].name in ("masked", "flow"):
+        assert len(set(found_P2[:, 0].tolist())) > 1  # while pairs have their own
+    objective = Preferences(Mixture(engine.model.generators), copy.deepcopy(engine.model), PreferenceConfig())
+    other = copy.deepcopy(engine.model)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(0.01)
+    _, margin_P = objective._likelihoods(other, batch.kinds[0], torch.Generator().manual_seed(0))
+    torch.testing.assert_close(margin_P.detach(), torch.zeros(3))
+    ids = objective._counts(batch)["chosen"]
+    assert int(ids) >= 3 * 4  # of 2x2 codes, whatever the picture's positions are
 
 
 def test_next_scale_is_as_likely_as_its_codes(engine: Engine) -> None:
@@ -319,7 +350,8 @@ def test_a_model_draws_is_judged_and_learns(
     assert {"png"} == {k for text in looked.open() for answer in json.loads(text)["answers"] for k in answer["image"]}
     seen = [part for part in shared if not part.startswith(("preferences", "run_dir"))]
     seen += [f"init_from={tiny_folder}", f"run_dir={judged.parent / 'seen'}", f"preferences.judged={looked}"]
-    assert main([*seen, "preferences.writer=flow"]) == 0
+    assert {json.loads(text)["writer"] for text in looked.open()} == {"flow"}
+    assert main([*seen, f"preferences.judged={looked},{said}"]) == 0
     assert "preference 0." in capsys.readouterr().out
     for wrong, message in (
         ("text", "does not draw by text"),
@@ -327,9 +359,10 @@ def test_a_model_draws_is_judged_and_learns(
     ):
         monkeypatch.setattr(sys, "argv", [*command, *wrong.split()])
         assert judge_answers.main() == 2 and message in capsys.readouterr().err
-    assert main([*seen, "preferences.writer=text"]) == 2
-    assert main([*seen, f"preferences.judged={looked},{said}"]) == 2
-    assert "some judged pictures are codes and others pixels" in capsys.readouterr().err
+    other = looked.with_name("other.jsonl")
+    other.write_text(looked.read_text().replace('"writer": "flow"', '"writer": "text"'))
+    assert main([*seen, f"preferences.judged={other}"]) == 2
+    assert "unknown generator 'text'" in capsys.readouterr().err
     for wrong, message in (
         (f"answers={said}", "answers hold no right picture"),
         ("answered=2", "shares from 0 to 1"),

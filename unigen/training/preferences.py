@@ -10,9 +10,10 @@ are pictures compared that another generator writes than next-token, by its own 
 stand the losses of a mixture, which draw the model back towards true pictures, and - log p(w|c), by the id, lest both
 become unlikely together (as in RPO, Pang et al. 2024, arXiv 2404.19733, eq. 2).
 
-A line of the judged file is a prompt (`Document.to_json`), its answers (`Segment.to_json`), and which are right:
+A line of the judged file is a prompt (`Document.to_json`), its answers (`Segment.to_json`), which are right, and of
+pictures the generator that they are learnt as, next-token if none is named:
 
-    {"prompt": {"segments": [{"role": "user", "text": "two apples"}]},
+    {"prompt": {"segments": [{"role": "user", "text": "two apples"}]}, "writer": "masked",
      "answers": [{"role": "assistant", "image": {"codes": [[5, 7, ..], ..]}}, ..], "right": [true, ..]}
 
 The file refuses to know who gave the answers and who judged them. Shapes: P pairs.
@@ -21,15 +22,17 @@ The file refuses to know who gave the answers and who judged them. Shapes: P pai
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from unigen import generators
 from unigen.likelihood import log_likelihood
 from unigen.model import UnifiedModel
 from unigen.samplers.guidance import Guidance
@@ -47,10 +50,9 @@ class PreferenceConfig:
     weight: float = 1.0
     nll: float = 0.3
     """Weight of - log p of the chosen answers, in nats an id."""
-    rows: int = 2
-    """Rows of pairs beside each row of the mixture."""
-    writer: str = "next-token"
-    """The generator that drew the pictures."""
+    rows: int = 1
+    """Rows of pairs beside each row of the mixture: so many of pictures in codes and of texts, and so many of
+    pixels."""
     guidance: float = 3.0
     temperature: float = 0.8
     """As next-token drew them."""
@@ -63,32 +65,42 @@ class PreferenceConfig:
             raise ValueError("preferences need beta and weight above 0, nll of at least 0 and at least 1 row of pairs")
 
 
-def read_pairs(
-    files: Sequence[str | Path], seed: int, grid: tuple[int, int], codes: int
-) -> list[tuple[Document, Document]]:
-    """Pairs of chats that differ in their last segment, a right and a wrong answer, in random order; each answer is
-    used at most once.
+class Judged(NamedTuple):
+    """The chats of one prompt whose answers are right, those whose are wrong, and the generator of answers that are
+    pictures."""
+
+    right: list[Document]
+    wrong: list[Document]
+    writer: str
+
+
+class Pair(NamedTuple):
+    """Two chats that differ in their last segment, of which the first is right."""
+
+    chosen: Document
+    rejected: Document
+    writer: str = "next-token"
+
+
+def read_pairs(files: Sequence[str | Path], seed: int, grid: tuple[int, int], codes: int) -> list[Pair]:
+    """Pairs of a right and a wrong answer to one prompt, in random order; each answer is used at most once.
 
     grid, codes: rows and columns of a picture, and how many codes there are. Raises ValueError for a file that cannot
     be read, whose pictures are of another tokenizer, or without a prompt that has both."""
     rng = np.random.default_rng(seed)
-    pairs: list[tuple[Document, Document]] = []
-    kinds: set[bool] = set()
+    pairs: list[Pair] = []
     for file in files:
         before = len(pairs)
         for judged in read_judged(file, grid, codes):
-            right, wrong = ([chats[k] for k in rng.permutation(len(chats))] for chats in judged)
-            pairs += zip(right, wrong, strict=False)
-            kinds |= {isinstance(picture, Tensor) for chat in (*right, *wrong) for picture in chat.images()}
+            right, wrong = ([chats[k] for k in rng.permutation(len(chats))] for chats in judged[:2])
+            pairs += [Pair(*both, judged.writer) for both in zip(right, wrong, strict=False)]
         if len(pairs) == before:
             raise ValueError(f"{file} has no prompt with a right and a wrong answer: judge more of them")
-    if len(kinds) > 1:
-        raise ValueError("some judged pictures are codes and others pixels: compare them in runs of their own")
     return [pairs[k] for k in rng.permutation(len(pairs))]
 
 
-def read_judged(file: str | Path, grid: tuple[int, int], codes: int) -> Iterator[tuple[list[Document], list[Document]]]:
-    """The chats of each line whose answers are right, and those whose are wrong. ValueError as in `read_pairs`."""
+def read_judged(file: str | Path, grid: tuple[int, int], codes: int) -> Iterator[Judged]:
+    """What each line of a judged file holds. ValueError as in `read_pairs`."""
     read = 0
     try:
         with open(file, encoding="utf-8") as lines:
@@ -101,8 +113,7 @@ def read_judged(file: str | Path, grid: tuple[int, int], codes: int) -> Iterator
         raise ValueError(f"line {read} of {file} does not hold judged answers: {error}") from error
 
 
-def _judged(line: str, grid: tuple[int, int], codes: int) -> tuple[list[Document], list[Document]]:
-    """The chats of a line whose answers are right, and those whose are wrong."""
+def _judged(line: str, grid: tuple[int, int], codes: int) -> Judged:
     group = json.loads(line)
     prompt = Document.from_json(group["prompt"]).segments
     answers, marks = [Segment.from_json(answer) for answer in group["answers"]], group["right"]
@@ -116,78 +127,87 @@ def _judged(line: str, grid: tuple[int, int], codes: int) -> tuple[list[Document
         if picture.min() < 0 or picture.max() >= codes:
             raise ValueError(f"codes beyond the {codes} there are")
     chats = [(Document([*prompt, answer]), mark) for answer, mark in zip(answers, marks, strict=True)]
-    return [chat for chat, mark in chats if mark], [chat for chat, mark in chats if not mark]
+    writer = generators.find(group.get("writer", "next-token")).name
+    return Judged([chat for chat, mark in chats if mark], [chat for chat, mark in chats if not mark], writer)
 
 
-Row = list[tuple[Tokens, Tokens]]
-"""Documents, each with its blind rendering; chosen, rejected, chosen, .."""
+class Sides(NamedTuple):
+    """A pair's two chats as ids, or those of many pairs packed alike; and both for the second branch of guidance, which
+    for texts is the first."""
+
+    chosen: Any
+    rejected: Any
+    blind_chosen: Any
+    blind_rejected: Any
 
 
 class ComparedRows:
-    """Item i: row i of a mixture, and rows of pairs; a pair comes again only when all have come.
+    """Item i: row i of a mixture, and beside it rows of pairs of each kind, pictures in codes and texts the one, pixels
+    the other; a pair comes again only when all of its kind have come.
 
-    encode: a document as ids, also blind. length: positions of a row. rows: of pairs, in an item. writer: the generator
-    as whose the drawn pictures are laid out. `pairs`: rows of pairs in all.
+    encode: a document as ids, also blind. length: positions of a row, which holds either side of its pairs. rows: of
+    pairs, of each kind, in an item. `pairs`: rows of pairs in all, by kind.
     """
 
     def __init__(
-        self,
-        mixture: Any,
-        pairs: Sequence[tuple[Document, Document]],
-        encode: Callable[..., Tokens],
-        length: int,
-        rows: int,
-        writer: str = "next-token",
+        self, mixture: Any, pairs: Sequence[Pair], encode: Callable[..., Tokens], length: int, rows: int
     ) -> None:
         self.mixture, self.rows = mixture, rows
-        self.pairs: list[Row] = []
-        room = 0
-        for pair in pairs:
-            options = {"writer": writer} if _draws(pair[0]) else {}
-            laid = [encode(document, **options) for document in pair]
-            size = sum(map(len, laid))
-            if size > length:
-                raise ValueError(f"a pair of {size} ids exceeds a row of {length}: raise `length`")
-            if size > room:
-                self.pairs.append([])
-                room = length
-            blind = [encode(document, blind=_draws(document), **options) for document in pair]
-            self.pairs[-1] += zip(laid, blind, strict=True)
-            room -= size
+        kinds = [[pair for pair in pairs if _in_pixels(pair) == pixels] for pixels in (False, True)]
+        self.pairs = [_rows(kind, encode, length) for kind in kinds if kind]
 
-    def __getitem__(self, index: int) -> tuple[Any, list[Row]]:
-        return self.mixture[index], [self.pairs[(index * self.rows + k) % len(self.pairs)] for k in range(self.rows)]
+    def __getitem__(self, index: int) -> tuple[Any, list[list[list[Sides]]]]:
+        at = range(index * self.rows, (index + 1) * self.rows)
+        return self.mixture[index], [[rows[k % len(rows)] for k in at] for rows in self.pairs]
 
 
-def _draws(document: Document) -> bool:
-    return document.segments[-1].image is not None
+def _rows(pairs: Sequence[Pair], encode: Callable[..., Tokens], length: int) -> list[list[Sides]]:
+    made: list[list[Sides]] = []
+    room = 0
+    for pair in pairs:
+        draws = pair.chosen.segments[-1].image is not None
+        options = {"writer": pair.writer} if draws else {}
+        sides = [encode(chat, blind=blind, **options) for blind in (False, draws) for chat in pair[:2]]
+        size = max(map(len, sides))
+        if size > length:
+            raise ValueError(f"an answer of {size} ids exceeds a row of {length}: raise `length`")
+        if size > room:
+            made.append([])
+            room = length
+        made[-1].append(Sides(*sides))
+        room -= size
+    return made
+
+
+def _in_pixels(pair: Pair) -> bool:
+    return any(not isinstance(picture, Tensor) for chat in pair[:2] for picture in chat.images())
 
 
 @dataclass
 class Compared:
-    """mixture: packed documents; pairs: packed answers under their prompts, each chosen before its rejected one; blind:
-    the same for the second branch of guidance, which for texts is the first."""
+    """mixture: packed documents; kinds: the packed pairs of each kind, of whose sides pair k is document k of all."""
 
     mixture: Batch
-    pairs: Batch
-    blind: Batch
+    kinds: list[Sides]
 
     def to(self, device: torch.device | str) -> Compared:
-        return Compared(self.mixture.to(device), self.pairs.to(device), self.blind.to(device))
+        return Compared(self.mixture.to(device), [Sides(*(side.to(device) for side in kind)) for kind in self.kinds])
 
     def pin_memory(self) -> Compared:
-        return Compared(self.mixture.pin_memory(), self.pairs.pin_memory(), self.blind.pin_memory())
+        return Compared(self.mixture.pin_memory(), [Sides(*(s.pin_memory() for s in kind)) for kind in self.kinds])
 
 
 class CollateCompared:
     def __init__(self, collate: Callable[[list[Any]], Batch], length: int, image_size: int) -> None:
         self.collate, self.length, self.image_size = collate, length, image_size
 
-    def __call__(self, items: list[tuple[Any, list[Row]]]) -> Compared:
-        rows = [row for _, rows in items for row in rows]
-        seen, blind = ([[both[k] for both in row] for row in rows] for k in (0, 1))
-        mixture = self.collate([row for row, _ in items])
-        return Compared(mixture, pack(seen, self.length, self.image_size), pack(blind, self.length, self.image_size))
+    def __call__(self, items: list[tuple[Any, list[list[list[Sides]]]]]) -> Compared:
+        kinds = [[row for rows in kind for row in rows] for kind in zip(*(kinds for _, kinds in items), strict=True)]
+        return Compared(self.collate([row for row, _ in items]), [self._packed(rows) for rows in kinds])
+
+    def _packed(self, rows: list[list[Sides]]) -> Sides:
+        sides = ([[pair[k] for pair in row] for row in rows] for k in range(len(Sides._fields)))
+        return Sides(*(pack(side, self.length, self.image_size) for side in sides))
 
 
 class Preferences(nn.Module):
@@ -197,33 +217,45 @@ class Preferences(nn.Module):
     def __init__(self, mixture: Mixture, reference: UnifiedModel, config: PreferenceConfig) -> None:
         super().__init__()
         self.mixture, self.beta = mixture, config.beta
-        self.guidance, self.temperature, self.writer = Guidance.of(config.guidance), config.temperature, config.writer
+        self.guidance, self.temperature = Guidance.of(config.guidance), config.temperature
         self.reference = reference.requires_grad_(False).eval()
         self.weights = mixture.weights | {"preference": config.weight, "chosen": config.nll}
 
     def forward(self, model: Any, batch: Compared, rng: torch.Generator) -> dict[str, tuple[Tensor, Tensor | int]]:
         losses = self.mixture(model, batch.mixture, rng)
-        pairs = model.fill(batch.pairs)
-        blind = model.fill(batch.blind) if self.writer == model.template.reader else None
-        drawn = pairs, blind, self.guidance, self.temperature, rng
-        state = rng.get_state()
-        policy_P2 = log_likelihood(model, *drawn).unflatten(0, (-1, 2))
-        rng.set_state(state)  # both are asked the same: with one mask, one noise
-        with torch.no_grad():
-            reference_P2 = log_likelihood(self.reference, *drawn).unflatten(0, (-1, 2))
-        gain_P2 = policy_P2 - reference_P2
-        margin_P = gain_P2[:, 0] - gain_P2[:, 1]
-        counts = self._counts(pairs)
+        found = [self._likelihoods(model, kind, rng) for kind in batch.kinds]
+        chosen_P, margin_P = (torch.cat(parts) for parts in zip(*found, strict=True))
+        counts = self._counts(batch)
         losses["preference"] = -nn.functional.logsigmoid(self.beta * margin_P).sum(), counts["preference"]
-        losses["chosen"] = -policy_P2[:, 0].sum(), counts["chosen"]
+        losses["chosen"] = -chosen_P.sum(), counts["chosen"]
         losses["metric/accuracy"] = (margin_P > 0).sum(), counts["metric/accuracy"]
-        losses["metric/tokens"] = losses["metric/tokens"][0] + (pairs.segments_BL > 0).sum(), 1
+        seen = sum((side.segments_BL > 0).sum() for kind in batch.kinds for side in kind[:2])
+        losses["metric/tokens"] = losses["metric/tokens"][0] + seen, 1
         return losses
 
     def counts(self, batch: Compared, rng: torch.Generator) -> dict[str, Tensor | int]:
-        return self.mixture.counts(batch.mixture, rng) | self._counts(batch.pairs)
+        return self.mixture.counts(batch.mixture, rng) | self._counts(batch)
 
-    def _counts(self, pairs: Batch) -> dict[str, Tensor | int]:
-        count = int(pairs.segments_BL.amax(1).sum()) // 2
-        ids = (pairs.loss_BL & (pairs.segments_BL % 2 == 1)).sum()  # a row's documents are 1, 2, ..: odd are chosen
-        return {"preference": count, "chosen": ids, "metric/accuracy": count}
+    def _likelihoods(self, model: Any, pairs: Sides, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """log p of each pair's chosen answer (P,), and what this has gained on the reference more than the rejected."""
+        state = rng.get_state()
+
+        def log_p(one: Any, side: Batch, blind: Batch) -> Tensor:
+            rng.set_state(state)  # all are asked the same, under one mask, one noise, one time
+            guided = one.template.reader in side.writers
+            seen = one.fill(blind) if guided else None
+            return log_likelihood(one, one.fill(side), seen, self.guidance, self.temperature, rng)
+
+        both = (pairs.chosen, pairs.blind_chosen), (pairs.rejected, pairs.blind_rejected)
+        chosen_P, rejected_P = (log_p(model, *side) for side in both)
+        with torch.no_grad():
+            chosen_before_P, rejected_before_P = (log_p(self.reference, *side) for side in both)
+        return chosen_P, (chosen_P - chosen_before_P) - (rejected_P - rejected_before_P)
+
+    def _counts(self, batch: Compared) -> dict[str, Tensor | int]:
+        chosen = [kind.chosen for kind in batch.kinds]
+        count = sum(int(side.segments_BL.amax(1).sum()) for side in chosen)
+        empty = torch.stack([(side.spans_N3[:, 1] == side.spans_N3[:, 2]).sum() for side in chosen]).sum()
+        ids = torch.stack([side.loss_BL.sum() for side in chosen]).sum()
+        codes = math.prod(self.reference.image_tokenizer.grid)  # as which a picture without positions counts
+        return {"preference": count, "chosen": ids + codes * empty, "metric/accuracy": count}
