@@ -9,7 +9,7 @@
               steps): 0.640, 0.630, 0.829; from there time_limit=8300 seed=2 compile=true optim.lr=1.4e-3 text_weight=3
               (5,242 steps, not all of them so): 0.720, 0.757, 0.924; from there 55 minutes more and rounds of
               comparisons, averaged: 0.876, 0.787 (0.850 as the best of 8), 0.936; four hours of new ways
-              beside it: 0.851, 0.787 as the best of 8, 0.923. The model card has all figures
+              beside it (stages in the model card): 0.851, 0.787 as the best of 8, 0.923
 
 An 8M Llama with random weights reads and writes text and the codes of the image tokenizer (Liquid's layout), on a
 mixture of chats that are rendered while it trains and never repeat. In a tenth of them the text is dropped, for
@@ -33,13 +33,13 @@ right ones of the model's own; the mean with the model that it began from gives 
               unigen train recipes/tiny.py init_from=runs/tiny/model retain=runs/tiny/model
                   scale_tokenizer=runs/scales/model kl_tokenizer=runs/kl/model flow.layers=5 flow.head_dim=32
                   writers.next-token=0.28 writers.masked=0.25 writers.next-scale=0.25 writers.flow=0.22 mixture.draw=1.5
-                  answers=runs/drawn.jsonl text_weight=3 optim.lr=1.4e-3 time_limit=5400 run_dir=runs/four
+                  answers=runs/judged.jsonl text_weight=3 optim.lr=1.4e-3 time_limit=5400 run_dir=runs/four
               python scripts/average.py runs/mean runs/four/model runs/tiny/model --weights 0.8,0.2
 
 The flow's head then learns on alone, from many more pictures in an hour than beside the others:
 
               unigen train recipes/tiny.py init_from=runs/mean freeze=true writers.flow=1 writers.next-token=0.01
-                  answers=runs/drawn.jsonl mixture.draw=8 mixture.describe=0 mixture.ask=0 mixture.chat=0
+                  answers=runs/judged.jsonl mixture.draw=8 mixture.describe=0 mixture.ask=0 mixture.chat=0
                   mixture.judge=0 batch_size=1 ema=0.998 optim.lr=2e-3 time_limit=2040 run_dir=runs/flow
 """
 

@@ -155,7 +155,7 @@ def _written_out(
 @contextmanager
 def unfused(device: torch.device) -> Iterator[None]:
     """Inside, torch's own attention on a CPU is products and a softmax, as in `_written_out`, for networks that are not
-    ours: with the backward pass twice as fast as the fused kernel for 96 positions in bf16. A GPU is left alone."""
+    ours: the fused kernel's backward pass is slow for as few positions. A GPU is left alone."""
     if device.type != "cpu":
         yield
         return
