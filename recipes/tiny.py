@@ -33,7 +33,7 @@ right ones of the model's own; the mean with the model that it began from gives 
               unigen train recipes/tiny.py init_from=runs/tiny/model retain=runs/tiny/model
                   scale_tokenizer=runs/scales/model kl_tokenizer=runs/kl/model flow.layers=5 flow.head_dim=32
                   writers.next-token=0.28 writers.masked=0.25 writers.next-scale=0.25 writers.flow=0.22 mixture.draw=1.5
-                  answers=runs/judged.jsonl text_weight=3 optim.lr=1.4e-3 time_limit=5400 run_dir=runs/four
+                  answers=runs/judged.jsonl mistakes=0.3 optim.lr=1.2e-3 time_limit=5400 run_dir=runs/four
               python scripts/average.py runs/mean runs/four/model runs/tiny/model --weights 0.8,0.2
 
 The flow's head then learns on alone, from many more pictures in an hour than beside the others:
@@ -125,6 +125,7 @@ class TinyConfig(RunConfig):
     blind: float = 0.1  # share of documents whose text is dropped
     learn_shown: bool = True  # also the pictures that the user shows: a caption says little of what is in their codes
     text_weight: float = 1.0
+    mistakes: float = 0.0  # the most that next-scale reads wrong of a picture's codes in training, to learn to mend it
     freeze: bool = False  # the backbone stays as it is, and only heads beside it learn: far quicker for those of flow
     retain: str | None = None  # a model: text and next-token are learnt from what it says, not from the data
     answers: str | None = None  # judged files, apart by commas, of whose right pictures is learnt as well
@@ -133,8 +134,8 @@ class TinyConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (0 <= self.blind <= 1 and 0 <= self.answered <= 1):
-            raise ValueError("blind and answered are shares from 0 to 1")
+        if not all(0 <= share <= 1 for share in (self.blind, self.answered, self.mistakes)):
+            raise ValueError("blind, answered and mistakes are shares from 0 to 1")
         if self.answers and not (self.answered and self.mixture.get("draw")):
             raise ValueError("answers take the place of chats that draw: give answered and mixture.draw above 0")
         if self.preferences.judged and not self.init_from:
@@ -238,6 +239,10 @@ def build(cfg: TinyConfig) -> Job:
     settings = {"flow": cfg.flow, "transfusion": cfg.transfusion, "token-flow": cfg.token_flow}
     model = tiny.teach(model, tuple(shares), new_heads(model, shares, folders, settings))
     model.backbone.requires_grad_(not cfg.freeze)
+    if cfg.mistakes and "next-scale" not in shares:
+        raise ValueError("mistakes are for next-scale to mend: add writers.next-scale=1, or leave them out")
+    if "next-scale" in model.heads:
+        model.heads["next-scale"].mistakes = cfg.mistakes
     if cfg.freeze and (unheaded := shares.keys() - model.heads.keys() - {"next-token"}):
         raise ValueError(
             f"freeze=true lets heads alone learn, and {', '.join(sorted(unheaded))} has none: leave it out"

@@ -71,6 +71,25 @@ def test_the_cache_of_scales_equals_teacher_forcing(engine: Engine, monkeypatch:
 
 
 @torch.inference_mode()
+def test_mistakes_are_read_and_mended(engine: Engine) -> None:
+    """With mistakes later scales read another picture and have other targets; the first scale's are the true ones."""
+    model, head = engine.model, engine.model.heads["next-scale"]
+    batch = pack([[model.template.encode(chat(), writer="next-scale")] for _ in range(20)], 64, 32)
+    embeds_BLD = model.embed(batch.ids_BL)
+    plain_BLD, (rows_M1, at_MP, plain_MP) = head.prepare(model, batch, embeds_BLD, torch.Generator().manual_seed(0))
+    try:
+        head.mistakes = 0.9
+        read_BLD, (_, _, codes_MP) = head.prepare(model, batch, embeds_BLD, torch.Generator().manual_seed(0))
+    finally:
+        head.mistakes = 0.0
+    assert torch.equal(codes_MP[:, :1], plain_MP[:, :1]) and (codes_MP != plain_MP).any(1).float().mean() > 0.5
+    changed_M = (read_BLD - plain_BLD)[rows_M1, at_MP].abs().amax((1, 2)) > 1e-4
+    assert changed_M.float().mean() > 0.5
+    plain_BLD[rows_M1, at_MP] = read_BLD[rows_M1, at_MP]
+    assert torch.equal(plain_BLD, read_BLD)  # nothing else is touched
+
+
+@torch.inference_mode()
 def test_a_scale_sees_itself_and_those_before(engine: Engine) -> None:
     model = engine.model
     batch = pack([[model.template.encode(chat(), writer="next-scale")]], 64, 32)

@@ -120,6 +120,33 @@ def test_it_learns_and_its_dead_codes_are_revived() -> None:
     assert used[2] > used[0]
 
 
+def test_later_scales_mend_mistakes(quantizer: MultiscaleQuantizer, golden: dict[str, Tensor]) -> None:
+    """Without mistakes codes are as ever; with them the targets of later scales are what is then missing, so that the
+    picture comes nearer to the true one than by the codes of a picture without mistakes."""
+    f_BDhw = golden["features"].repeat(40, 1, 1, 1)
+    rng = torch.Generator().manual_seed(0)
+    plain_BP = quantizer.codes(f_BDhw)
+    for codes_BP in quantizer.corrected(f_BDhw, 0.0, rng):
+        assert torch.equal(codes_BP, plain_BP)
+    wanted_BP, read_BP = quantizer.corrected(f_BDhw, 0.6, rng)
+    wrong_BP = wanted_BP != read_BP
+    assert 0.2 < wrong_BP.float().mean() < 0.4
+    assert wrong_BP.float().mean(1).std() > 0.1  # of some pictures more than of others
+    first = quantizer.lengths[0]
+    assert torch.equal(wanted_BP[:, :first], plain_BP[:, :first])  # nothing has been read before it
+    assert (wanted_BP[:, first:] != plain_BP[:, first:]).float().mean() > 0.1
+    last = quantizer.lengths[-1]
+    early_BP = read_BP[:, :-last]
+
+    def gap(last_BP: Tensor) -> float:
+        seen_BDhw = quantizer.vectors(torch.cat([early_BP, last_BP], 1))
+        return float((seen_BDhw - f_BDhw).square().mean().detach())
+
+    assert gap(wanted_BP[:, -last:]) < gap(plain_BP[:, -last:])
+    again = quantizer.corrected(f_BDhw, 0.6, torch.Generator().manual_seed(1))
+    assert all(map(torch.equal, again, quantizer.corrected(f_BDhw, 0.6, torch.Generator().manual_seed(1))))
+
+
 def test_coarse_pictures_are_of_the_first_scales_alone(
     quantizer: MultiscaleQuantizer, golden: dict[str, Tensor]
 ) -> None:

@@ -181,11 +181,15 @@ class Head(nn.Module):
         learnt = [p.flatten()[:0] for p in self.parameters() if p.requires_grad]
         return torch.cat([hidden_BLD[:0].flatten().float(), *learnt])
 
-    def encoded(self, batch: Batch, device: torch.device) -> Tensor:
-        """The batch's pictures that this generator writes, by its own tokenizer."""
+    def pixels(self, batch: Batch, device: torch.device) -> Tensor:
+        """The batch's pictures that this generator writes. ValueError where they are codes of another tokenizer."""
         pixels = batch.images[batch.written_by(self.name)] if batch.images is not None else None
         if pixels is None or not pixels.is_floating_point():
             raise ValueError(
                 f"{self.name} learns from pixels: give the pictures of its documents as pictures, not codes"
             )
-        return self.tokenizer.encode(pixels.to(device))
+        return pixels.to(device)
+
+    def encoded(self, batch: Batch, device: torch.device) -> Tensor:
+        """The same, by the generator's own tokenizer."""
+        return self.tokenizer.encode(self.pixels(batch, device))

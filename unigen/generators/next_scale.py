@@ -5,7 +5,9 @@
 Tian et al. 2024 (arXiv 2404.02905), section 3.2, inside a language model: the begin token predicts the one code of the
 first scale; the positions of scale k read the picture that scales 1..k-1 make, at the side of scale k, and predict its
 codes (no shift), each seeing its whole scale and all before it. Guidance grows with the scales, from none to its full
-strength. The multi-scale tokenizer is part of the generator, as are the maps into and out of the backbone.
+strength. With `mistakes` above 0 a share of the codes that training reads is wrong, and the later scales learn to mend
+it, as they have to where a scale was drawn badly (Infinity, Han et al. 2024, arXiv 2412.04431, section 3.4).
+The multi-scale tokenizer is part of the generator, as are the maps into and out of the backbone.
 The file refuses to know: templates, caches, how a tokenizer is trained.
 
 Shapes: M images, K scales, n_k codes of scale k, P = n_2 + .. + n_K positions, B rows, L positions of a row, C code
@@ -48,6 +50,7 @@ class NextScale(Head):
     def __init__(self, tokenizer: Any, width: int) -> None:
         """tokenizer: a `VQTokenizer` with the multi-scale quantizer, whose first scale is one code."""
         super().__init__(tokenizer)
+        self.mistakes = 0.0
         quantizer: Any = getattr(tokenizer, "quantizer", None)
         scales = getattr(quantizer, "scales", None)
         if scales is None or scales[0] != 1:
@@ -96,9 +99,14 @@ class NextScale(Head):
         rows_M1, at_MP = batch.places(batch.written_by(self.name))
         if not len(at_MP):
             return embeds_BLD, (rows_M1, at_MP, at_MP)
-        codes_MP = self.encoded(batch, embeds_BLD.device)
+        quantizer = self.tokenizer.quantizer
         with torch.no_grad(), torch.autocast(embeds_BLD.device.type, enabled=False):
-            maps_MPC = self.tokenizer.quantizer.inputs(codes_MP)
+            if self.mistakes:
+                f_MChw = self.tokenizer.features(self.pixels(batch, embeds_BLD.device))
+                codes_MP, read_MP = quantizer.corrected(f_MChw, self.mistakes, rng)
+            else:
+                codes_MP = read_MP = self.encoded(batch, embeds_BLD.device)
+            maps_MPC = quantizer.inputs(read_MP)
         read_MPD = self.embed(maps_MPC, self.lengths[0]).to(embeds_BLD.dtype)
         return embeds_BLD.index_put((rows_M1, at_MP), read_MPD), (rows_M1, at_MP, codes_MP)
 

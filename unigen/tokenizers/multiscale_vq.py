@@ -10,7 +10,8 @@ reads is the whole picture so far, area_down(f_hat_k, n_(k+1)), never the last m
 
 In training a share `coarse` of the pictures is decoded from their first k < K scales, as SoundStream drops quantizers
 (Zeghidour et al. 2021, arXiv 2107.03312, section III-C): else the last scale holds nearly all that there is to see, and
-its codes, drawn all at once, do not agree with each other.
+its codes, drawn all at once, do not agree with each other. `corrected` is for models that learn from the codes: later
+scales are then what mends mistakes made in earlier ones (Infinity, Han et al. 2024, arXiv 2412.04431, section 3.4).
 It knows nothing of pictures, networks, optimizers or files; it stands in `VQTokenizer` like the other quantizers.
 
 Shapes: B batch, D code dimension, h w grid, K scales, n_k side of scale k, P = sum of n_k^2 positions, V codes.
@@ -18,13 +19,16 @@ Shapes: B batch, D code dimension, h w grid, K scales, n_k side of scale k, P = 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unigen.tokenizers.quantize import Quantized, VectorQuantizer, channels_last, straight_through
+
+NEAR = 16
+"""Of how many codes beside the nearest one a mistake is."""
 
 
 class Phi(nn.Conv2d):
@@ -114,14 +118,17 @@ class MultiscaleQuantizer(VectorQuantizer):
     def errors(self, z_ND: Tensor) -> Tensor:
         return self.nearest(z_ND)[0]
 
-    def walk(self, f_BDhw: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Scale by scale: the codes (B, n_k^2), what they stand for (B n_k^2, D), and f_hat after them."""
+    def walk(
+        self, f_BDhw: Tensor, taken: Callable[[Tensor, Tensor], Tensor] | None = None
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Scale by scale: the codes (B, n_k^2), what they stand for (B n_k^2, D), and f_hat after them; taken: of the
+        last two, the codes that f_hat grows by, where it is not by themselves."""
         seen_BDhw = torch.zeros_like(f_BDhw)
         codes, wanted, seen = [], [], []
         for k in range(len(self.scales)):
             z_ND = channels_last(self.shrink(f_BDhw - seen_BDhw.detach(), k)).reshape(-1, self.dim)
             codes_Bn = self.nearest(z_ND)[1].unflatten(0, (len(f_BDhw), -1))
-            seen_BDhw = self.grow(seen_BDhw, codes_Bn, k)
+            seen_BDhw = self.grow(seen_BDhw, taken(z_ND, codes_Bn) if taken else codes_Bn, k)
             codes.append(codes_Bn)
             wanted.append(z_ND)
             seen.append(seen_BDhw)
@@ -130,6 +137,22 @@ class MultiscaleQuantizer(VectorQuantizer):
     def codes(self, z_BDhw: Tensor) -> Tensor:
         """Features (B, D, h, w) -> codes (B, P), int64."""
         return torch.cat(self.walk(z_BDhw)[0], 1)
+
+    def corrected(self, f_BDhw: Tensor, share: float, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Codes (B, P) of features to be predicted, and those that are read: of each picture a share of at most
+        `share`, drawn anew, are one of the `NEAR` next nearest codes, and later scales are of what is then missing."""
+        odds_B1 = torch.rand(len(f_BDhw), 1, generator=rng) * share
+        table_VD = self.table().detach()
+        read: list[Tensor] = []
+
+        def mistaken(z_ND: Tensor, codes_Bn: Tensor) -> Tensor:
+            near = (table_VD.square().sum(-1) - 2 * z_ND @ table_VD.T).topk(min(NEAR + 1, self.size), largest=False)
+            pick_N1 = torch.randint(1, near.indices.shape[1], (len(z_ND), 1), generator=rng).to(z_ND.device)
+            wrong_Bn = (torch.rand(codes_Bn.shape, generator=rng) < odds_B1).to(z_ND.device)
+            read.append(torch.where(wrong_Bn, near.indices.gather(1, pick_N1).view_as(codes_Bn), codes_Bn))
+            return read[-1]
+
+        return torch.cat(self.walk(f_BDhw, mistaken)[0], 1), torch.cat(read, 1)
 
     def vectors(self, codes_BP: Tensor) -> Tensor:
         """Codes of all scales, or of the first few, (B, P) -> f_hat (B, D, h, w), fp32."""

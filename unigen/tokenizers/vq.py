@@ -141,13 +141,18 @@ class VQTokenizer(nn.Module):
     def encode(self, x_BCHW: Tensor) -> Tensor:
         """Pixels in [-1, 1] (B, 3, H, W) -> codes (B, H/8, W/8), the same under autocast. ValueError for sides that do
         not divide by 8."""
+        with torch.autocast(x_BCHW.device.type, enabled=False):
+            return self.quantizer.codes(self.features(x_BCHW))
+
+    @torch.no_grad()
+    def features(self, x_BCHW: Tensor) -> Tensor:
+        """What `encode` quantizes, (B, D, H/8, W/8), fp32."""
         if x_BCHW.ndim != 4 or x_BCHW.shape[1] != 3 or x_BCHW.shape[2] % STRIDE or x_BCHW.shape[3] % STRIDE:
             raise ValueError(
                 f"pictures must be (B, 3, H, W) with H and W multiples of {STRIDE}, got {tuple(x_BCHW.shape)}"
             )
         with torch.autocast(x_BCHW.device.type, enabled=False):
-            z_BDhw = self.encoder(x_BCHW.to(self.encoder.head.weight.dtype))
-            return self.quantizer.codes(self.quantizer.prepare(z_BDhw))
+            return self.quantizer.prepare(self.encoder(x_BCHW.to(self.encoder.head.weight.dtype)))
 
     @torch.no_grad()
     def decode(self, codes_Bhw: Tensor) -> Tensor:
