@@ -138,6 +138,8 @@ class TinyConfig(RunConfig):
             raise ValueError("blind, answered and mistakes are shares from 0 to 1")
         if self.answers and not (self.answered and self.mixture.get("draw")):
             raise ValueError("answers take the place of chats that draw: give answered and mixture.draw above 0")
+        if self.mistakes and self.preferences.judged:
+            raise ValueError("answers are compared as they were drawn: leave mistakes out, or preferences.judged")
         if self.preferences.judged and not self.init_from:
             raise ValueError("preferences are of a model's own pictures: say whose by init_from=FOLDER")
 

@@ -366,8 +366,11 @@ def test_a_model_draws_is_judged_and_learns(
     for wrong, message in (
         (f"answers={said}", "answers hold no right picture"),
         ("answered=2", "shares from 0 to 1"),
+        ("mistakes=2", "shares from 0 to 1"),
+        ("mistakes=0.2", "mistakes are for next-scale to mend"),
+        (f"preferences.judged={judged} mistakes=0.2", "answers are compared as they were drawn"),
         ("answered=0", "above 0"),
         ("mixture.draw=-1", "a mixture shares out"),
     ):
-        assert main([*kept, wrong, f"run_dir={judged.parent / 'no'}"]) == 2
+        assert main([*kept, *wrong.split(), f"run_dir={judged.parent / 'no'}"]) == 2
         assert message in capsys.readouterr().err
