@@ -33,7 +33,7 @@ right ones of the model's own; the mean with the model that it began from gives 
               unigen train recipes/tiny.py init_from=runs/tiny/model retain=runs/tiny/model
                   scale_tokenizer=runs/scales/model kl_tokenizer=runs/kl/model flow.layers=5 flow.head_dim=32
                   writers.next-token=0.28 writers.masked=0.25 writers.next-scale=0.25 writers.flow=0.22 mixture.draw=1.5
-                  answers=runs/judged.jsonl mistakes=0.3 optim.lr=1.2e-3 time_limit=5400 run_dir=runs/four
+                  answers=runs/judged.jsonl optim.lr=1.4e-3 time_limit=5400 run_dir=runs/four
               python scripts/average.py runs/mean runs/four/model runs/tiny/model --weights 0.8,0.2
 
 The flow's head then learns on alone, from many more pictures in an hour than beside the others:
