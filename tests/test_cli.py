@@ -30,6 +30,8 @@ from unigen.sequence import Document
 class FakeEngine:
     """Remembers what it was asked; a picture's red is its seed."""
 
+    outputs = ("image", "text", "interleaved")
+
     def __init__(self) -> None:
         self.asked: list[tuple[Any, dict[str, Any]]] = []
 

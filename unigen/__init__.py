@@ -36,10 +36,11 @@ def __getattr__(name: str) -> Any:
 
 
 def load(name: str = "unigen-tiny", device: str | None = None, dtype: str | None = None) -> Engine:
-    """An engine for a shipped model or a folder.
+    """An engine for a shipped model, a folder, or `owner/name[@revision]` on the Hugging Face hub.
 
     device: "cpu", "cuda", ...; None is a GPU where there is one. dtype: "float32", "bfloat16" or "float16"; None is
-    float32. Raises ValueError in one line for an unknown model, a damaged folder, or a device that is not there.
+    float32 for our own models, and as stored for public ones. Raises ValueError in one line for an unknown model, a
+    damaged folder, or a device that is not there.
     """
     import torch
 
@@ -55,4 +56,4 @@ def load(name: str = "unigen-tiny", device: str | None = None, dtype: str | None
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} is not available here: {str(error).splitlines()[0]}") from error
-    return Engine(load_model(name, device, kinds[dtype or "float32"]))
+    return Engine(load_model(name, device, kinds[dtype] if dtype else None))

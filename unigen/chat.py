@@ -55,9 +55,11 @@ def inline(image: Image, protocol: str, width: int = 256) -> str:
 
 
 class Chat:
-    """The state of one conversation. options go to engine.stream; turn i is seeded by seed + i."""
+    """The state of one conversation. output: what is asked for in each turn; options go to engine.stream; turn i is
+    seeded by seed + i."""
 
-    def __init__(self, folder: str | Path, seed: int = 0, **options: Any):
+    def __init__(self, folder: str | Path, seed: int = 0, output: str = "interleaved", **options: Any):
+        self.output = output
         self.folder = Path(folder)
         self.seed = seed
         self.options = options
@@ -133,7 +135,7 @@ class Chat:
         asked = [*(Segment(image=image) for image in self.attached), Segment(text=line)]
         request = Document([*self.document.segments, *asked])
         answer: list[Segment] = []
-        stream = engine.stream(request, output="interleaved", seed=self.seed + self.turn, **self.options)
+        stream = engine.stream(request, output=self.output, seed=self.seed + self.turn, **self.options)
         for part in stream:
             if isinstance(part, str):
                 print(part, end="", file=out, flush=True)

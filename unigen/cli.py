@@ -98,7 +98,9 @@ def text(value: str) -> str:
 
 def model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--model", default=DEFAULT_MODEL, help="a name or a folder (default: %(default)s)")
+    group.add_argument(
+        "--model", default=DEFAULT_MODEL, help="a name, a folder, or owner/name on the hub (default: %(default)s)"
+    )
     group.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: a GPU where there is one)")
     group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the engine's choice")
 
@@ -182,6 +184,12 @@ def chat_arguments(parser: argparse.ArgumentParser) -> None:
 def train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="a recipe file, such as recipes/tiny.py")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as steps=1000 optim.lr=1e-4")
+
+
+def convert_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="MODEL", help="a name, a folder, or owner/name on the hub")
+    parser.add_argument("-o", "--output", required=True, metavar="FOLDER", help="what it holds is replaced")
+    parser.add_argument("--to", choices=["unigen", "public"], default="unigen", help="layout (default: %(default)s)")
 
 
 def info_arguments(parser: argparse.ArgumentParser) -> None:
@@ -329,8 +337,17 @@ def story_prompt(prompt: str, references: int) -> str:
 def chat(args: argparse.Namespace) -> int:
     from unigen.chat import Chat
 
-    conversation = Chat(args.folder, **sampling(args))
-    conversation.run(load(args), sys.stdin, sys.stdout)
+    engine = load(args)
+    output = "interleaved" if "interleaved" in engine.outputs else "text"
+    Chat(args.folder, output=output, **sampling(args)).run(engine, sys.stdin, sys.stdout)
+    return 0
+
+
+def convert(args: argparse.Namespace) -> int:
+    from unigen.models import convert as convert_model
+
+    convert_model(args.source, args.output, args.to)
+    print(args.output)
     return 0
 
 
@@ -378,6 +395,7 @@ COMMANDS = {
     "chat": Command("talk in text and pictures, in the terminal", chat, chat_arguments),
     "train": Command("run a recipe", train, train_arguments),
     "eval": Command("score a model", evaluate, None),
+    "convert": Command("a public checkpoint in our layout, or back", convert, convert_arguments),
     "info": Command("what a model is made of", info, info_arguments),
 }
 

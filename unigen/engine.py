@@ -14,15 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 from unigen.generators.base import Generator, Read, Span, State
-from unigen.likelihood import CANDIDATES, closest
-from unigen.model import UnifiedModel
+from unigen.likelihood import closest
+from unigen.model import OUTPUTS, Output, UnifiedModel
 from unigen.nn.backbone import SlotCache
 from unigen.nn.few_rows import use_few_rows
 from unigen.samplers.guidance import Guidance
@@ -30,8 +30,6 @@ from unigen.samplers.logits import Sampling
 from unigen.samplers.ode import MOST, SAMPLERS
 from unigen.sequence import Document, Segment, read_image, square, stack_images, to_images
 
-Output = Literal["image", "text", "interleaved", "pair"]
-OUTPUTS: tuple[Output, ...] = ("image", "text", "interleaved", "pair")
 SAMPLING: dict[str, Any] = {"guidance": 3.0, "temperature": 0.8, "top_k": 0, "top_p": 1.0}
 """How pictures are drawn by a model that does not say."""
 
@@ -134,8 +132,8 @@ class Engine:
         return (part for _, part in self.run([request]))
 
     def describe(self, image: Any, question: str | None = None, **options: Any) -> str:
-        """A caption of the picture, the best of `CANDIDATES`, or the answer to a question about it."""
-        asked = {"candidates": CANDIDATES if question is None else 1} | options
+        """A caption of the picture, the best of as many `candidates` as suit the model, or the answer to a question."""
+        asked = {"candidates": self.model.template.candidates if question is None else 1} | options
         return str(self.generate([image, question or "describe this picture"], "text", **asked))
 
     def edit(self, image: Any, instruction: str, **options: Any) -> Any:
@@ -155,7 +153,7 @@ class Engine:
         if image is not None:
             if "fixed" in options:
                 raise ValueError("give the picture or its codes, not both")
-            pixels = stack_images([_picture(image)], self.model.image_tokenizer.image_size)
+            pixels = self.model.pixels([_picture(image)])
             chosen = {"temperature": 0.0, "guidance": 1.0} | options  # no code is left to be guided
             options = chosen | {"fixed": self.model.codes(pixels)[0].cpu()}
         made = self.generate(document, "pair", **{"generator": "joint"} | options)
@@ -194,10 +192,8 @@ class Engine:
 
     @property
     def outputs(self) -> tuple[Output, ...]:
-        """What this model can answer with: a model that draws classes has no words."""
-        if self.model.template.classes:
-            return ("image",)
-        return tuple(name for name in OUTPUTS if name != "pair" or self.model.template.text_lengths)
+        """What this model can answer with."""
+        return self.model.template.outputs
 
     def info(self) -> dict[str, Any]:
         """What this model is and can do."""
@@ -250,7 +246,7 @@ class Engine:
             able = " or ".join(self.model.template.text_lengths) or "none here does: train with writers.joint=1"
             raise ValueError(f"a text and a picture at once need a generator that writes both ({able})")
         if output not in self.outputs:
-            raise ValueError(f"this model draws classes and nothing else: it cannot answer with {output}")
+            raise ValueError(f"this model cannot answer with {output}: it can with {' or '.join(self.outputs)}")
         if generator not in self.model.generators or generator == "text":
             able = ", ".join(name for name in self.model.generators if name != "text")
             raise ValueError(f"this model has no generator {generator!r}: it has {able}")
@@ -354,7 +350,7 @@ class Engine:
             row = _Row(request, request.document, list(range(slot, slot + branches)))
             slot += branches
             wordless = request.output == "pair" and not self._opening(row)
-            ids = self.model.ids(self.model.template.prompt(row.document, blind=wordless))
+            ids = self.model.ids(self.model.template.prompt(row.document, output=request.output, blind=wordless))
             need = len(ids) + (1 if request.output == "text" else self._image_length(request))
             if need > self.model.context:
                 raise ValueError(f"the prompt needs {need} positions, the model has {self.model.context}: shorten it")
@@ -509,7 +505,7 @@ class Engine:
         """The main branch goes on in its slot; the blind one is read anew, with the pictures made so far."""
         request = row.request
         if request.guidance.branches > 1:
-            blind = self.model.ids(self.model.template.prompt(row.document, blind=True))
+            blind = self.model.ids(self.model.template.prompt(row.document, output=request.output, blind=True))
             row.unread = [row.unread[0], *([list(blind)] * (request.guidance.branches - 1))]
         row.generator = self.model.generators[request.generator]
         begin = self.model.template.begins[request.generator]
@@ -532,17 +528,17 @@ class Engine:
         """What stands in the text of a finished span, up to its end."""
         assert row.state is not None
         ids = row.state.text
-        end = self.model.template.turn_end
-        return self.model.template.decode(ids[: ids.index(end)] if end in ids else ids)
+        ends = [n for n, id in enumerate(ids) if id in self.model.template.turn_ends]
+        return self.model.template.decode(ids[: ends[0]] if ends else ids)
 
     def _begin_text(self, row: _Row, begin: int) -> None:
         """Text may end in a picture while the answer may have more of them and the context has room for one."""
         request = row.request
         template = self.model.template
         row.shown = ""
-        used = len(self.model.template.prompt(row.document)) + 1
+        used = len(template.prompt(row.document, output=request.output)) + 1
         room = self.model.context - used - 1
-        stops = [template.turn_end]
+        stops = list(template.turn_ends)
         picture = self._image_length(request) + 1
         if request.output == "interleaved" and row.images < request.max_images and room > picture:
             stops += self._image_begins

@@ -1,15 +1,17 @@
-"""Finding and reading model folders: a shipped model by name, or a folder. Safetensors only, strict, readable errors.
+"""Finding and reading model folders: a shipped one, a folder, or a name on the Hugging Face hub. Readable errors.
 
-The file refuses to know what is in a model; `unigen.json` in its folder names the family that does.
+Tensors are read from safetensors, and from pickles by torch's reader that runs no code (`weights_only`). The file
+refuses to know what is in a model; its family does.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,10 @@ import torch
 from torch import Tensor, nn
 
 ASSETS = Path(__file__).parent / "assets"
-MANIFEST = "unigen.json"
+MANIFEST, CONFIG = "unigen.json", "config.json"
+HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.yaml")
+SAFE, PICKLED = ("*.safetensors",), ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def shipped() -> list[str]:
@@ -27,14 +32,60 @@ def shipped() -> list[str]:
 
 
 def resolve(name: str | Path) -> Path:
-    """The folder of a model, by the name of a shipped one or by its path. Raises ValueError naming what there is."""
+    """The folder of a model: by the name of a shipped one, by its path, or by `owner/name[@revision]` on the Hugging
+    Face hub, from whose cache it is taken where it is there. Raises ValueError naming what there is."""
     for folder in (Path(name), ASSETS / str(name)):
-        if (folder / MANIFEST).is_file():
+        if (folder / MANIFEST).is_file() or (folder / CONFIG).is_file():
             return folder
     if Path(name).is_dir():
-        raise ValueError(f"folder {name} holds no {MANIFEST}, so it is not a unigen model")
+        raise ValueError(f"folder {name} holds neither {MANIFEST} nor {CONFIG}, so it is no model")
+    if named := HUB_NAME.fullmatch(str(name)):
+        return snapshot(named["repo"], named["revision"])
     known = ", ".join(shipped()) or "none"
-    raise ValueError(f"unknown model {str(name)!r}: neither a folder nor a shipped model ({known})")
+    raise ValueError(
+        f"unknown model {str(name)!r}: neither a folder, nor a shipped model ({known}), nor owner/name on the hub"
+    )
+
+
+def snapshot(repo: str, revision: str | None = None) -> Path:
+    """The folder of a repository of the hub, its weights as safetensors where it has them, else as pickles."""
+    folder = _from_hub(repo, revision, (*SMALL, *SAFE))
+    if not any(path for kind in SAFE for path in folder.rglob(kind)):
+        folder = _from_hub(repo, revision, (*SMALL, *PICKLED))
+    return folder
+
+
+def fetch(repo: str, file: str) -> Path:
+    """One file of a repository of the hub, with the settings that stand beside it."""
+    path = _from_hub(repo, None, [file, str(Path(file).with_suffix(".yaml"))]) / file
+    if not path.is_file():
+        raise ValueError(f"{repo} on the Hugging Face hub has no {file}")
+    return path
+
+
+def _from_hub(repo: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    """The cached folder with the files of these patterns. ValueError in one line for what the hub answers."""
+    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    name = repo if revision is None else f"{repo}@{revision}"
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
+    except errors.GatedRepoError as error:
+        raise ValueError(f"{name} is gated: accept its licence on huggingface.co, then run `hf auth login`") from error
+    except errors.RevisionNotFoundError as error:
+        raise ValueError(f"{repo} on the Hugging Face hub has no revision {revision!r}") from error
+    except errors.RepositoryNotFoundError as error:
+        raise ValueError(
+            f"{name}: no such folder, and no such model on the Hugging Face hub (or it is private)"
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        how = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else "the Hugging Face hub cannot be reached"
+        raise ValueError(f"{name}: no such folder, it is not in the hub's cache, and {how}") from error
+    except (OSError, errors.HFValidationError) as error:
+        raise ValueError(
+            f"{name} cannot be had from the Hugging Face hub: {str(error).strip().splitlines()[0]}"
+        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -50,14 +101,76 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises ValueError in one line where it is missing, cut off or damaged."""
+    """The tensors of a safetensors file, or of a pickle of torch's. Raises ValueError in one line where it is missing,
+    cut off or damaged, or where the pickle holds more than tensors and plain values."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        return load_file(path)
-    except (FileNotFoundError, SafetensorError, OSError) as error:
+        return load_file(path) if path.suffix == ".safetensors" else _unpickled(path)
+    except (FileNotFoundError, SafetensorError, OSError, RuntimeError, EOFError) as error:
         raise ValueError(f"checkpoint {path} cannot be read (missing, cut off or damaged): {error}") from error
+
+
+def _unpickled(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, wherever in it they are: it may hold them under state_dict or model."""
+    from pickle import UnpicklingError
+
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise ValueError(f"checkpoint {path} is damaged, or holds objects that might run code") from error
+    for name in ("state_dict", "model"):
+        data = data.get(name, data) if isinstance(data, dict) else {}
+    return {name: value for name, value in data.items() if isinstance(value, Tensor)}
+
+
+def pretrained(kind: Any, folder: Path, dtype: torch.dtype | None, **options: Any) -> Any:
+    """`kind.from_pretrained` of a folder (whole or sharded), strictly; dtype: None is as it is stored. Raises
+    ValueError in one line where tensors are missing, left over or of another shape, and where a file is damaged."""
+    from safetensors import SafetensorError
+
+    try:
+        with quiet():
+            model, report = kind.from_pretrained(
+                folder, dtype=dtype or "auto", local_files_only=True, output_loading_info=True, **options
+            )
+    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
+        raise ValueError(f"model folder {folder} cannot be loaded: {first_line(error)}") from error
+    kinds = (("missing", "missing_keys"), ("unknown", "unexpected_keys"), ("of another shape", "mismatched_keys"))
+    _complain(folder, [(kind, sorted(map(str, report[name]))) for kind, name in kinds])
+    return model
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers without its bars and its table of what a checkpoint lacks: we say that ourselves, in one line."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _complain(source: str | Path, differences: Sequence[tuple[str, Sequence[str]]]) -> None:
+    """Raise ValueError in one line where there is a difference."""
+    problems = [
+        f"{len(names)} {kind}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+        for kind, names in differences
+        if names
+    ]
+    if problems:
+        raise ValueError(f"checkpoint {source} does not fit the model: {'; '.join(problems)}")
 
 
 def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
@@ -70,13 +183,7 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path)
         for k, v in wanted.items()
         if k in state and state[k].shape != v.shape
     ]
-    problems = [
-        f"{len(names)} {kind}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
-        for kind, names in (("missing", missing), ("unknown", unknown), ("of another shape", shapes))
-        if names
-    ]
-    if problems:
-        raise ValueError(f"checkpoint {source} does not fit the model: {'; '.join(problems)}")
+    _complain(source, (("missing", missing), ("unknown", unknown), ("of another shape", shapes)))
     module.load_state_dict(state, strict=True)
 
 

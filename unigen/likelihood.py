@@ -26,8 +26,6 @@ from unigen.sequence import Batch, Document, Segment, pack
 
 CHANNEL = 0.3
 """Weight of log p(picture | caption), which is of many more ids."""
-CANDIDATES = 8
-"""How many captions are drawn of which one is given."""
 
 
 def log_likelihood(

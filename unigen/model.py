@@ -13,9 +13,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from unigen import hub
@@ -26,22 +28,31 @@ from unigen.samplers.logits import Sampling
 from unigen.sequence import Batch, Document, Segment, Tokens, Vocabulary, stack_images, to_images
 from unigen.tokenizers import ImageTokenizer, save_tokenizer
 
+Output = Literal["image", "text", "interleaved", "pair"]
+OUTPUTS: tuple[Output, ...] = ("image", "text", "interleaved", "pair")
+
 
 class Template(Protocol):
-    """How a family lays a document out as ids. reader: the generator as which finished pictures stand in it; classes:
-    the names of what a model draws that draws classes and not words, else none; text_lengths: how many positions of
-    text the span of a picture opens with, of generators whose spans do."""
+    """How a family lays a document out as ids. outputs: what it can be asked for; reader: the generator as which
+    finished pictures stand in it; classes: the names of what a model draws that draws classes and not words, else none;
+    text_lengths: how many positions of text the span of a picture opens with, of generators whose spans do; turn_ends:
+    ids that end an answer; candidates: among how many captions a picture's is chosen, if nothing else is asked for;
+    frame: how pictures are brought to the square that the model reads."""
 
+    outputs: tuple[Output, ...]
     reader: str
     text_lengths: dict[str, int]
     classes: tuple[str, ...]
-    turn_end: int
+    turn_ends: tuple[int, ...]
     image_end: int
     begins: dict[str, int]
+    candidates: int
+
+    def frame(self, image: Image.Image, size: int) -> np.ndarray: ...
 
     def encode(self, document: Document, *, blind: bool = False, writer: str = "next-token") -> Tokens: ...
 
-    def prompt(self, document: Document, *, blind: bool = False) -> Tokens: ...
+    def prompt(self, document: Document, *, output: Output, blind: bool = False) -> Tokens: ...
 
     def opening_text(self, document: Document, writer: str) -> list[int]: ...
 
@@ -171,13 +182,17 @@ class UnifiedModel(nn.Module):
         pixels = [s.image for s in document.segments if s.image is not None and not isinstance(s.image, Tensor)]
         if not pixels:
             return document
-        codes = iter(self.codes(stack_images(pixels, self.image_tokenizer.image_size)))
+        codes = iter(self.codes(self.pixels(pixels)))
         return Document(
             [
                 s if s.image is None or isinstance(s.image, Tensor) else Segment(image=next(codes), role=s.role)
                 for s in document.segments
             ]
         )
+
+    def pixels(self, images: Sequence[Any]) -> Tensor:
+        """Pictures as the model reads them, float32 (N, 3, H, W) in [-1, 1]."""
+        return stack_images(images, self.image_tokenizer.image_size, self.template.frame)
 
     def ids(self, tokens: Tokens) -> list[int]:
         """The ids of one document whose pictures are codes."""
@@ -206,7 +221,8 @@ class UnifiedModel(nn.Module):
             lm = self.backbone.lm
             if dtype is not None:
                 lm = copy.deepcopy(lm).to(dtype)
-            lm.save_pretrained(scratch)
+            with hub.quiet():
+                lm.save_pretrained(scratch)
             self.text_tokenizer.save_pretrained(scratch)
             save_tokenizer(self.image_tokenizer, scratch / "image_tokenizer", dtype=dtype)
             for name, head in self.heads.items():

@@ -14,7 +14,7 @@ from __future__ import annotations
 import base64
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
@@ -66,10 +66,14 @@ def square(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(image)
 
 
-def to_pixels(images: Sequence[Image.Image | np.ndarray], size: int) -> Tensor:
+Framing = Callable[[Image.Image, int], np.ndarray]
+"""How a picture is brought to a square of so many pixels, uint8 (size, size, 3): `square`, or a family's own way."""
+
+
+def to_pixels(images: Sequence[Image.Image | np.ndarray], size: int, frame: Framing = square) -> Tensor:
     """Pictures as float32 (N, 3, size, size) in [-1, 1]."""
     pictures = (Image.fromarray(i) if isinstance(i, np.ndarray) and i.shape[:2] != (size, size) else i for i in images)
-    arrays = [image if isinstance(image, np.ndarray) else square(image, size) for image in pictures]
+    arrays = [image if isinstance(image, np.ndarray) else frame(image, size) for image in pictures]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -294,10 +298,10 @@ def pack(rows: Sequence[Sequence[Tokens]], length: int, image_size: int) -> Batc
     return Batch(ids, positions, segments, loss, spans_N3, stacked, tuple(writers))
 
 
-def stack_images(images: Sequence[Any], size: int) -> Tensor:
+def stack_images(images: Sequence[Any], size: int, frame: Framing = square) -> Tensor:
     """Codes int64 (N, h, w) where the images are codes, else pixels float32 (N, 3, size, size) in [-1, 1]."""
     if all(isinstance(image, Tensor) for image in images):
         return torch.stack(list(images))
     if any(isinstance(image, Tensor) for image in images):
         raise ValueError("a batch mixes images given as codes with images given as pixels: encode all or none")
-    return to_pixels([i if isinstance(i, np.ndarray) else read_image(i) for i in images], size)
+    return to_pixels([i if isinstance(i, np.ndarray) else read_image(i) for i in images], size, frame)

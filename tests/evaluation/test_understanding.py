@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -100,7 +101,8 @@ def test_scores_of_engines_that_know_and_guess(world: World) -> None:
 
 def test_command(world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     engine = Knows(UnderstandingTask(world, 6))
-    engine.model = type("M", (), {"image_tokenizer": type("T", (), {"image_size": 64})})  # type: ignore[attr-defined]
+    parts = {"image_tokenizer": SimpleNamespace(image_size=64), "template": SimpleNamespace(candidates=8)}
+    engine.model = SimpleNamespace(**parts)  # type: ignore[attr-defined]
     monkeypatch.setattr(understanding, "load_engine", lambda args: engine)
     report = tmp_path / "r.json"
     assert understanding.main(["--count", "6", "--json", str(report), "--out", str(tmp_path / "o")]) == 0

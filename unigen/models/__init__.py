@@ -1,10 +1,13 @@
-"""One file per family of models; a folder's `unigen.json` names its file, so there is no registry to edit."""
+"""One file per family of models. A folder's `unigen.json` names its file; a public folder belongs to the family that
+says so of its config.json (`owns`). There is no registry to edit."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import pkgutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,18 +15,49 @@ from unigen import hub
 from unigen.model import UnifiedModel
 
 
-def load(name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> UnifiedModel:
-    """The model of a shipped name or a folder, in evaluation mode. Raises ValueError in one line for bad input."""
+def load(name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> UnifiedModel:
+    """The model of a shipped name, a folder or a name on the Hugging Face hub, in evaluation mode. dtype: None
+    is float32, or as stored in a public checkpoint. Raises ValueError in one line for bad input."""
     folder = hub.resolve(name)
-    manifest = hub.read_json(folder / hub.MANIFEST)
-    family = str(manifest.get("family"))
-    if not family.isidentifier() or importlib.util.find_spec(f"{__name__}.{family}") is None:
-        raise ValueError(f"{folder / hub.MANIFEST} names the family {family!r}, which this version does not have")
-    module = importlib.import_module(f"{__name__}.{family}")
-    model: UnifiedModel = module.load(folder)
+    manifest = hub.read_json(folder / hub.MANIFEST) if (folder / hub.MANIFEST).is_file() else {}
+    model: UnifiedModel = family_of(folder, manifest).load(folder, dtype)
     try:
         for generator, options in manifest.get("sampling", {}).items():
             model.sample_by(generator, **options)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"sampling in {folder / hub.MANIFEST}: {error}") from error
-    return model.to(device, dtype).eval()
+    return model.to(device).eval()
+
+
+def convert(name: str | Path, folder: str | Path, layout: str = "unigen") -> None:
+    """Write the model into `folder` in our layout ("unigen"), or in that of its family's public checkpoints ("public");
+    a model that is there is replaced when the new one is whole. Raises ValueError."""
+    folder = Path(folder)
+    if folder.exists() and not (folder / hub.CONFIG).is_file():
+        raise ValueError(f"{folder} is there and holds no model: choose another folder")
+    model = load(name)
+    if layout == "unigen":
+        model.save(folder)
+        return
+    module = importlib.import_module(f"{__name__}.{model.family}")
+    if not hasattr(module, "save_public"):
+        raise ValueError(f"{model.family} has no public layout: its models are in ours")
+    with hub.replacing_folder(folder) as scratch:
+        module.save_public(model, scratch)
+
+
+def family_of(folder: Path, manifest: dict[str, Any]) -> Any:
+    """The module of the folder's family."""
+    if manifest:
+        family = str(manifest.get("family"))
+        if not family.isidentifier() or importlib.util.find_spec(f"{__name__}.{family}") is None:
+            raise ValueError(f"{folder / hub.MANIFEST} names the family {family!r}, which this version does not have")
+        return importlib.import_module(f"{__name__}.{family}")
+    config = hub.read_json(folder / hub.CONFIG)
+    names = [found.name for found in pkgutil.iter_modules(__path__)]
+    for name in names:
+        module = importlib.import_module(f"{__name__}.{name}")
+        if module.owns(folder, config):
+            return module
+    kind = config.get("model_type") or config.get("_class_name") or "unknown"
+    raise ValueError(f"{folder} is a model of type {kind!r}, which is of no family known here ({', '.join(names)})")

@@ -16,14 +16,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from PIL import Image
 from torch import nn
 
 from unigen import generators, hub
 from unigen.generators.base import Frame, Generator
 from unigen.generators.next_token import Text
-from unigen.model import UnifiedModel
+from unigen.model import OUTPUTS, Output, UnifiedModel
 from unigen.nn.backbone import Backbone
-from unigen.sequence import Document, Tokens, Vocabulary
+from unigen.sequence import Document, Tokens, Vocabulary, square
 from unigen.tokenizers import ImageTokenizer, load_tokenizer
 from unigen.tokenizers import text as text_tokenizers
 
@@ -66,6 +69,7 @@ class ChatTemplate:
     already; classes: the names of those that the model draws, if it does."""
 
     reader = READER
+    candidates = 8
 
     def __init__(
         self,
@@ -78,6 +82,8 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.positions, self.text_lengths = dict(positions), dict(text_lengths or {})
         self.classes = tuple(classes)
+        words: tuple[Output, ...] = tuple(name for name in OUTPUTS if name != "pair" or self.text_lengths)
+        self.outputs = ("image",) if classes else words
         begins = BEGINS | dict(begins or {})
         needed = [*NEEDED, *begins.values(), *map(class_token, range(len(self.classes)))]
         known = {name: tokenizer.convert_tokens_to_ids(name) for name in (*SPECIALS, *needed)}
@@ -88,6 +94,7 @@ class ChatTemplate:
             )
         self.start: int = tokenizer.bos_token_id
         self.turn_end: int = tokenizer.eos_token_id
+        self.turn_ends: tuple[int, ...] = (self.turn_end,)
         self.image_end: int = self.special[EOI]
         spare = [name for name in SPARES if name in self.special and name not in begins.values()]
         if len(unknown := [name for name in positions if name not in begins]) > len(spare):
@@ -113,8 +120,11 @@ class ChatTemplate:
             tokens.add([self.turn_end], loss=not blind)
         return tokens
 
-    def prompt(self, document: Document, *, blind: bool = False) -> Tokens:
-        """A chat up to where the assistant goes on, whether it has begun its answer or not."""
+    def frame(self, image: Image.Image, size: int) -> np.ndarray:
+        return square(image, size)
+
+    def prompt(self, document: Document, *, output: Output = "image", blind: bool = False) -> Tokens:
+        """A chat up to where the assistant goes on, whether it has begun its answer or not, whatever is asked for."""
         tokens = self._turns(document, blind)
         if document.segments[-1].role == "user":
             tokens.add([self.special[ASSISTANT]])
@@ -287,8 +297,13 @@ def extend(lm: Any, tokenizer: Any, image_tokenizer: ImageTokenizer) -> UnifiedM
     return assemble(lm, tokenizer, image_tokenizer, len(tokenizer))
 
 
-def load(folder: Path) -> UnifiedModel:
-    """The model saved in `folder`, strictly: no tensor missing, none left over."""
+def owns(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Its folders say so in their unigen.json."""
+    return False
+
+
+def load(folder: Path, dtype: torch.dtype | None = None) -> UnifiedModel:
+    """The model saved in `folder`, strictly: no tensor missing, none left over. dtype: None is float32."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     manifest = hub.read_json(folder / hub.MANIFEST)
@@ -307,7 +322,9 @@ def load(folder: Path) -> UnifiedModel:
     heads = [load_head(folder / name, frame) for name in writers if issubclass(generators.find(name), nn.Module)]
     begins, classes = manifest.get("begins"), manifest.get("classes", ())
     text_size = int(manifest["text_size"])
-    return assemble(lm.float(), tokenizer, image_tokenizer, text_size, writers, heads, begins, classes)
+    return assemble(lm.float(), tokenizer, image_tokenizer, text_size, writers, heads, begins, classes).to(
+        dtype or torch.float32
+    )
 
 
 def load_head(folder: Path, frame: Frame) -> Any:

@@ -1,20 +1,24 @@
-"""The text tokenizer: SentencePiece trained on the recipe's own text, used everywhere as a Hugging Face tokenizer.
+"""Text tokenizers: SentencePiece trained on the recipe's own text, used everywhere as a Hugging Face tokenizer; and
+prompts of public ones, in which a template speaks and a user does.
 
     python data_tools/train_tokenizer.py folder --vocab-size 1024
 
 Ids are exactly SentencePiece's and decoding gives the text back, because the model is trained without normalisation and
 without a dummy prefix, and bytes stand for what the pieces lack (sentencepiece, Kudo and Richardson 2018).
-This file refuses to know: images, templates, models.
+This file refuses to know: what a template says, models.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import re
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from unigen.sequence import Tokens
 
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 
@@ -66,3 +70,53 @@ def load(folder: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+class Prompt:
+    """Ids of a prompt in the making. In a template's own text the names of special tokens are these tokens; in what a
+    user says they are text. Text between two special tokens is cut into pieces as a whole, whoever says it."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self._tokens = Tokens()
+        self._text, self._learnt = "", False
+        names = sorted((name for name in tokenizer.get_added_vocab() if name.strip()), key=len, reverse=True)
+        self._special = re.compile(f"({'|'.join(map(re.escape, names))})" if names else "(?!)")
+
+    def own(self, text: str, loss: bool = False) -> Prompt:
+        """The template's words."""
+        for number, piece in enumerate(self._special.split(text)):
+            if number % 2:
+                self.ids([self.tokenizer.convert_tokens_to_ids(piece)], loss)
+            else:
+                self.said(piece, loss)
+        return self
+
+    def said(self, text: str, loss: bool = False) -> Prompt:
+        """A user's words."""
+        if text:
+            if self._text and self._learnt != loss:
+                self._flush()
+            self._text, self._learnt = self._text + text, loss
+        return self
+
+    def ids(self, ids: list[int], loss: bool = False) -> Prompt:
+        self._flush()
+        self._tokens.add(ids, loss)
+        return self
+
+    def image(self, image: Any, length: int, loss: bool = False, writer: str = "next-token") -> Prompt:
+        """A picture's place of so many ids."""
+        self._flush()
+        self._tokens.add_image(image, length, loss, writer)
+        return self
+
+    def tokens(self) -> Tokens:
+        self._flush()
+        return self._tokens
+
+    def _flush(self) -> None:
+        if self._text:
+            made = self.tokenizer(self._text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            self._tokens.add(made, self._learnt)
+        self._text = ""

@@ -32,7 +32,6 @@ from unigen.evaluation.runner import (
     write_outputs,
 )
 from unigen.evaluation.task import Item, mean_and_interval
-from unigen.likelihood import CANDIDATES
 
 ASK = "describe this picture"
 _STREAM = 7_700_000  # keeps these scenes apart from those of any training seed
@@ -142,7 +141,7 @@ def main(args: list[str]) -> int:
     task = UnderstandingTask(World(engine.model.image_tokenizer.image_size), a.count, a.seed, a.heldout or None)
     items = task.items()
     options: dict[str, Any] = {"max_tokens": 96} | options_of(a)
-    captions = {"candidates": CANDIDATES if a.candidates is None else a.candidates}
+    captions = {"candidates": engine.model.template.candidates if a.candidates is None else a.candidates}
     outputs: list[list[Any]] = [[] for _ in items]
     for asked, more in ((True, captions), (False, {})):
         numbers = [k for k, item in enumerate(items) if (item.tag == "caption") == asked]

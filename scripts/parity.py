@@ -1,0 +1,64 @@
+#!/usr/bin/env python3
+"""Public families against their references, on small checkpoints made here in the public layout.
+
+    python scripts/parity.py [FAMILY ...] [--json FILE]
+    python scripts/parity.py FAMILY --goldens          made anew by the official code (see tests/parity/FAMILY.py)
+
+Exit code 1 where a row that was run is wrong, or its control does not show. The cases are in tests/parity.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def families() -> list[str]:
+    """Those that have a case."""
+    return sorted(
+        path.stem for path in (ROOT / "tests" / "parity").glob("*.py") if path.stem not in ("common", "test_parity")
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"of {', '.join(families())}; none is all")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, too")
+    parser.add_argument("--goldens", action="store_true", help="run the official code and store what it gives")
+    args = parser.parse_args()
+    if unknown := set(args.families) - set(families()):
+        parser.error(f"no case for {', '.join(sorted(unknown))}: there are {', '.join(families())}")
+    from tests.parity import common
+
+    found = []
+    print(f"{'row':28} {'error':>9} {'control':>9}  {'':4}  against; control")
+    for name in args.families or families():
+        case = importlib.import_module(f"tests.parity.{name}")
+        if args.goldens:
+            folder = common.official(name)
+            if folder is None:
+                parser.error(f"set UNIGEN_REFERENCE_{name.upper()} to the folder of the official code")
+            case.make_goldens(folder)
+            continue
+        with tempfile.TemporaryDirectory() as scratch:
+            case.checkpoint(Path(scratch))
+            for row in case.rows(Path(scratch)):
+                found.append(row)
+                verdict = "-" if row.absent else "ok" if row.passed else "BAD"
+                why = row.absent or f"{row.against}; {row.trap}"
+                print(f"{row.name:28} {row.error:9.1e} {row.control:9.1e}  {verdict:4}  {why}", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps([asdict(row) | {"passed": row.passed} for row in found], indent=1) + "\n")
+    return int(any(not row.passed for row in found if not row.absent))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

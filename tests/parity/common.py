@@ -1,0 +1,99 @@
+"""What the parity cases share: rows of the table, random weights, and what the engine computes on its way.
+
+A row compares what our code makes of a checkpoint in the public layout with what the reference makes of it, never the
+same module on both sides, and does so once more with a known mistake put in, which must show.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+GOLDENS = Path(__file__).parent / "goldens"
+NEAR, FAR = 1e-4, 1e-2
+
+
+@dataclass(frozen=True)
+class Row:
+    """error: the largest difference, in standard deviations of the reference; of ids, the share that differs. control:
+    the same with the mistake `trap` put in. against: what the reference is. absent: why the row could not be run."""
+
+    name: str
+    error: float
+    control: float
+    trap: str
+    against: str
+    absent: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return not self.absent and self.error <= NEAR and self.control > FAR
+
+
+def error(ours: Tensor, reference: Tensor) -> float:
+    """The largest difference in units of the reference's standard deviation."""
+    if ours.shape != reference.shape:
+        return float("inf")
+    return float((ours.double() - reference.double()).abs().max() / reference.double().std())
+
+
+def differing(ours: Sequence[int], reference: Sequence[int]) -> float:
+    """The share of ids that are not the same."""
+    if len(ours) != len(reference):
+        return 1.0
+    return sum(a != b for a, b in zip(ours, reference, strict=True)) / len(reference)
+
+
+def randomise(state: Mapping[str, Tensor], seed: int, scale: float = 1.0) -> dict[str, Tensor]:
+    """Random values for every tensor: weights of standard deviation scale / sqrt(fan in), norms around 1, biases of
+    0.1. The same whatever the order in which a module makes its tensors."""
+    rng = torch.Generator().manual_seed(seed)
+    made = {}
+    for name in sorted(state):
+        like = state[name]
+        noise = torch.randn(like.shape, generator=rng)
+        if like.ndim > 1:
+            made[name] = noise * scale / max(1, like[0].numel()) ** 0.5
+        else:
+            made[name] = 0.1 * noise + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
+    return made
+
+
+@contextmanager
+def seen_logits(module: Any) -> Iterator[list[Tensor]]:
+    """What a generator's module hands to the sampler, after guidance and legality, step after step, (B, V) each."""
+    steps: list[Tensor] = []
+    sample = module.sample_alike
+
+    def watched(logits_BV: Tensor, states: Any) -> Any:
+        steps.append(logits_BV.clone())
+        return sample(logits_BV, states)
+
+    module.sample_alike = watched
+    try:
+        yield steps
+    finally:
+        module.sample_alike = sample
+
+
+def official(name: str) -> Path | None:
+    """The folder of a family's official repository, where an environment variable names it."""
+    folder = os.environ.get(f"UNIGEN_REFERENCE_{name.upper()}")
+    return Path(folder) if folder else None
+
+
+@contextmanager
+def importable(folder: Path) -> Iterator[None]:
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))

@@ -1,0 +1,186 @@
+"""Liquid: a plain language model whose vocabulary goes on with the codes of a VQGAN (Wu et al. 2024, arXiv 2412.04332).
+
+    <bos>{words} Generate an image based on this description.<boi> 1024 codes <eoi><eos>      a picture
+    <bos><unconditional><boi> ...                                                             guidance's other branch
+    <bos><start_of_turn>user\n<boi> codes <eoi>\n{question}<end_of_turn>\n<start_of_turn>model\n    an answer
+
+    engine = unigen.load("Junfeng5/Liquid_V1_7B")     # Gemma-7B; any decoder-only model of this layout works alike
+
+The image tokenizer is Chameleon's, which is not in Liquid's repository: it is looked for in the model's folder
+(image_tokenizer/, or vqgan.ckpt), else fetched from `VQGAN_REPOSITORY`. Public weights: not run here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from unigen import hub
+from unigen.generators.base import Generator
+from unigen.generators.next_token import NextToken, Text
+from unigen.model import Output, UnifiedModel
+from unigen.nn.backbone import Backbone
+from unigen.sequence import Document, Segment, Tokens, Vocabulary, square
+from unigen.tokenizers import load_tokenizer, text, vqgan
+
+BOI, EOI, UNCOND = "<boi>", "<eoi>", "<unconditional>"
+INSTRUCTION = " Generate an image based on this description."
+PAPER = (122, 116, 104)
+"""What a picture to be read is laid on to make it square."""
+VQGAN_REPOSITORY, VQGAN_FILE = "GAIR/Anole-7b-v0.1", "vqgan.ckpt"
+IMAGE_SIZE = 512
+SAMPLING = {"guidance": 7.0, "temperature": 0.99, "top_k": 4096, "top_p": 0.96}
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else 'user') + '\n' + message['content'] }}"
+    "{{ '<end_of_turn>\n' + ('<eos>' if message['role'] == 'assistant' else '') }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+"""Gemma's turns as Liquid was tuned on them, for tokenizers that bring no chat template."""
+_SLOT = re.compile("\ue000(\\d+)\ue001")
+"""Stands for a segment while a chat is rendered: private characters, that no template holds."""
+
+
+class LiquidTemplate:
+    """Pictures are drawn from words alone; answers are given to a chat of words and pictures."""
+
+    outputs: tuple[Output, ...] = ("image", "text")
+    reader = "next-token"
+    candidates = 1
+    classes: tuple[str, ...] = ()
+
+    def __init__(self, tokenizer: Any, positions: int) -> None:
+        self.tokenizer, self.positions = tokenizer, positions
+        self.text_lengths: dict[str, int] = {}
+        known = tokenizer.get_vocab()
+        ends = [name for name in ("<end_of_turn>", "<|im_end|>", "<|eot_id|>", tokenizer.eos_token) if name in known]
+        self.turn_ends = tuple(known[name] for name in dict.fromkeys(ends))
+        self.image_end: int = known[EOI]
+        self.begins = {self.reader: known[BOI]}
+        if tokenizer.chat_template is None and "<start_of_turn>" in known:
+            tokenizer.chat_template = CHAT_TEMPLATE
+        if tokenizer.chat_template is None:
+            self.outputs = ("image",)
+
+    def frame(self, image: Image.Image, size: int) -> np.ndarray:
+        """The whole picture on a square of `PAPER`, resized."""
+        side = max(image.size)
+        paper = Image.new("RGB", (side, side), PAPER)
+        paper.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        return square(paper, size)
+
+    def prompt(self, document: Document, *, output: Output, blind: bool = False) -> Tokens:
+        if output == "image":
+            return self._drawing(document.segments, blind).tokens()
+        return self._chat(document.segments).tokens()
+
+    def encode(self, document: Document, *, blind: bool = False, writer: str = "next-token") -> Tokens:
+        """A whole document to learn from: one that ends in a picture of the assistant's, with the words that it is
+        drawn from; else a chat, of which the assistant's answers are learnt."""
+        last = document.segments[-1]
+        if last.image is None or last.role != "assistant":
+            return self._chat(document.segments).tokens()
+        prompt = self._drawing(document.segments[:-1], blind).own(BOI).image(last.image, self.positions, loss=True)
+        return prompt.ids([self.image_end, self.tokenizer.eos_token_id], loss=True).tokens()
+
+    def _drawing(self, segments: Sequence[Segment], blind: bool) -> text.Prompt:
+        if any(segment.image is not None for segment in segments):
+            raise ValueError("liquid draws from words alone: leave the picture out, or ask for text about it")
+        if any(segment.label is not None for segment in segments):
+            raise ValueError("liquid draws words, not classes: say what to draw in words")
+        prompt = text.Prompt(self.tokenizer).ids([self.tokenizer.bos_token_id])
+        if blind:
+            return prompt.own(UNCOND)
+        return prompt.said(" ".join((segment.text or "").strip() for segment in segments)).own(INSTRUCTION)
+
+    def _chat(self, segments: Sequence[Segment]) -> text.Prompt:
+        """Turns as the tokenizer's chat template lays them out, answered where the assistant speaks last."""
+        messages: list[dict[str, str]] = []
+        for number, segment in enumerate(segments):
+            slot = f"\ue000{number}\ue001"
+            if messages and messages[-1]["role"] == segment.role:
+                messages[-1]["content"] += "\n" + slot
+            else:
+                messages.append({"role": segment.role, "content": slot})
+        rendered = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=messages[-1]["role"] == "user"
+        )
+        prompt = text.Prompt(self.tokenizer)
+        learnt = False
+        for number, piece in enumerate(_SLOT.split(rendered)):
+            if number % 2 == 0:
+                ends = learnt and re.match(r"<[^>]+>", piece)
+                prompt.own(piece[: ends.end()] if ends else "", loss=True).own(piece[ends.end() if ends else 0 :])
+                continue
+            segment = segments[int(piece)]
+            learnt = segment.role == "assistant"
+            if segment.image is not None:
+                prompt.own(BOI).image(segment.image, self.positions).own(EOI)
+            elif segment.label is not None:
+                raise ValueError("liquid draws words, not classes: say it in words")
+            else:
+                prompt.said((segment.text or "").strip(), loss=learnt)
+        return prompt
+
+    def opening_text(self, document: Document, writer: str) -> list[int]:
+        return []
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+
+def owns(folder: Path, config: dict[str, Any]) -> bool:
+    """Is this a causal language model whose tokenizer has Liquid's three tokens?"""
+    if not str(next(iter(config.get("architectures") or []), "")).endswith("ForCausalLM"):
+        return False
+    path = folder / "tokenizer.json"
+    return path.is_file() and all(f'"{name}"' in path.read_text(encoding="utf-8") for name in (BOI, EOI, UNCOND))
+
+
+def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
+    """The model in `folder`, in the public layout or in ours, strictly. dtype: None is as it is stored."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    image_tokenizer = _image_tokenizer(folder)
+    lm = hub.pretrained(AutoModelForCausalLM, folder, dtype)
+    # id(code) = len(tokenizer) + code, even where a table was padded before it was grown
+    vocabulary = Vocabulary(len(tokenizer), image_tokenizer.codebook_size)
+    if lm.config.vocab_size < vocabulary.size:
+        sizes = f"{len(tokenizer)} pieces of text and {image_tokenizer.codebook_size} image codes"
+        raise ValueError(f"{folder}: a table of {lm.config.vocab_size} rows does not hold {sizes}")
+    height, width = image_tokenizer.grid
+    template = LiquidTemplate(tokenizer, height * width)
+    writers: dict[str, Generator] = {
+        "text": Text(sorted(set(tokenizer.all_special_ids) | {*template.begins.values(), template.image_end})),
+        "next-token": NextToken(image_tokenizer.grid),
+    }
+    model = UnifiedModel("liquid", Backbone(lm), vocabulary, tokenizer, image_tokenizer, template, writers)
+    model.sample_by("next-token", **SAMPLING)
+    return model
+
+
+def save_public(model: UnifiedModel, folder: Path) -> None:
+    """Write the files of the public layout, the image tokenizer's beside them."""
+    with hub.quiet():
+        model.backbone.lm.save_pretrained(folder)
+    model.text_tokenizer.save_pretrained(folder)
+    assert isinstance(model.image_tokenizer, vqgan.VQGAN)
+    vqgan.save_public(model.image_tokenizer, folder / "tokenizer")
+
+
+def _image_tokenizer(folder: Path) -> Any:
+    if (folder / "image_tokenizer").is_dir():
+        return load_tokenizer(folder / "image_tokenizer")
+    here = sorted(folder.rglob(VQGAN_FILE))
+    try:
+        path = here[0] if here else hub.fetch(VQGAN_REPOSITORY, f"tokenizer/{VQGAN_FILE}")
+    except ValueError as error:
+        raise ValueError(f"{folder} has no {VQGAN_FILE} (Chameleon's image tokenizer), and {error}") from error
+    return vqgan.load_public(path, IMAGE_SIZE)
