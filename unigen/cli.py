@@ -86,6 +86,14 @@ def box(value: str) -> tuple[int, int, int, int]:
     return left, top, right, bottom
 
 
+def size(value: str) -> tuple[int, int]:
+    """Width and height: two whole numbers with an x between them."""
+    width, _, height = value.partition("x")
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise argparse.ArgumentTypeError(f"{value!r} is not a size like 512x768: width and height in pixels")
+    return int(width), int(height)
+
+
 def text(value: str) -> str:
     """Anything but nothing."""
     if not value.strip():
@@ -113,6 +121,7 @@ def sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--temperature", type=number(0), help="1 samples as trained, 0 takes the likeliest")
     group.add_argument("--top-k", type=whole(0), help="sample among the k likeliest tokens; 0 is all")
     group.add_argument("--top-p", type=number(0, 1, open_low=True), help="sample among the likeliest of this mass")
+    group.add_argument("--size", type=size, metavar="WxH", help="of pictures in pixels, where the model draws any")
     group.add_argument("--generator", help="how pictures are written (default: next-token; see unigen info)")
     group.add_argument("--steps", type=whole(1), help="in how many steps, where the generator can choose")
     group.add_argument("--sampler", help="of a flow: euler, heun, dpm++, unipc or deis")
@@ -207,7 +216,18 @@ def load(args: argparse.Namespace) -> Any:
 
 
 def sampling(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("seed", "guidance", "temperature", "top_k", "top_p", "generator", "steps", "sampler", "guidance_kind")
+    names = (
+        "seed",
+        "size",
+        "guidance",
+        "temperature",
+        "top_k",
+        "top_p",
+        "generator",
+        "steps",
+        "sampler",
+        "guidance_kind",
+    )
     return {name: value for name in names if (value := getattr(args, name)) is not None}
 
 

@@ -47,6 +47,7 @@ class Request:
     seed: int
     max_tokens: int
     max_images: int
+    grid: tuple[int, int]
     steps: int | None = None
     sampler: str | None = None
     fixed: torch.Tensor | None = None
@@ -204,6 +205,7 @@ class Engine:
             "backbone": f"{model.backbone.lm.config.model_type}, {count / 1e6:.1f}M parameters",
             "context": model.context,
             "image_size": model.image_tokenizer.image_size,
+            "sizes": "any" if model.template.free_size else "this one",
             "tokens_per_image": model.image_tokenizer.grid[0] * model.image_tokenizer.grid[1],
             "vocabulary": {"text": model.vocabulary.text_size, "image": model.vocabulary.image_size},
             "generators": [name for name in model.generators if name != "text"],
@@ -230,6 +232,7 @@ class Engine:
         sampler: str | None = None,
         guidance_kind: str | None = None,
         fixed: torch.Tensor | None = None,
+        size: tuple[int, int] | None = None,
     ) -> Request:
         """A checked request.
 
@@ -238,7 +241,7 @@ class Engine:
         greedy where it is the whole answer, else of temperature 0.8, and top_p 1.
         max_tokens, max_images: limits of the answer's text and of an interleaved answer's pictures.
         steps: how many a generator takes that chooses its own number; sampler, guidance_kind: of a flow.
-        fixed: codes (h, w) that stay, -1 elsewhere.
+        fixed: codes (h, w) that stay, -1 elsewhere. size: width and height in pixels, for models that draw any.
         """
         if output not in OUTPUTS:
             raise ValueError(f"unknown output {output!r}: one of {', '.join(OUTPUTS)}")
@@ -293,6 +296,7 @@ class Engine:
             seed=int(seed),
             max_tokens=max_tokens,
             max_images=max_images,
+            grid=self._grid(size),
             steps=steps,
             sampler=sampler,
             fixed=fixed,
@@ -316,6 +320,18 @@ class Engine:
             for k, text in enumerate(first)
         ]
         return closest(self.model, asked, captions)
+
+    def _grid(self, size: tuple[int, int] | None) -> tuple[int, int]:
+        """Rows and columns of codes of pictures of this size, width and height in pixels."""
+        tokenizer = self.model.image_tokenizer
+        side, stride = tokenizer.image_size, tokenizer.image_size // tokenizer.grid[0]
+        if size is None or tuple(size) == (side, side):
+            return tokenizer.grid
+        if not self.model.template.free_size:
+            raise ValueError(f"this model draws pictures of {side}x{side} pixels alone: leave the size out")
+        if len(size) != 2 or min(size) < stride or any(length % stride for length in size):
+            raise ValueError(f"a size is width and height in pixels, multiples of {stride}, not {size}")
+        return size[1] // stride, size[0] // stride
 
     def _sampling(self, generator: str) -> dict[str, Any]:
         """How pictures are drawn where nothing else is asked for: guidance, and what else the generator takes."""
@@ -438,14 +454,17 @@ class Engine:
                 piece = self._new_text(row)
                 if piece:
                     yield row, piece
-        for generator in {id(row.generator): row.generator for row in ended if row.generator is not text}.values():
-            drawn = [row for row in ended if row.generator is generator]
+        alike: dict[Any, list[_Row]] = {}
+        for row in ended:
+            if row.generator is not text:
+                alike.setdefault((id(row.generator), row.request.grid), []).append(row)
+        for drawn in alike.values():
+            generator = drawn[0].generator
             assert generator is not None
             made = generator.pictures(self.model, [row.state for row in drawn if row.state])
             pictures = to_images(made) if made.is_floating_point() else self.model.pictures(made)
-            for row, picture, image in zip(
-                drawn, pictures, pictures if made.is_floating_point() else made, strict=True
-            ):
+            images = pictures if made.is_floating_point() else made
+            for row, picture, image in zip(drawn, pictures, images, strict=True):
                 if row.request.output == "pair":
                     yield row, self._text_of(row)
                 row.document.segments.append(Segment(image=image, role="assistant"))
@@ -464,6 +483,7 @@ class Engine:
             row.images += 1
             if request.output == "interleaved":
                 template = self.model.template
+                layout = template.layout(request.grid)
                 if row.generator is not None and row.generator.clean:
                     row.unread = [list(state.pending)]
                 else:
@@ -472,9 +492,10 @@ class Engine:
                         states_LD = torch.cat(seen)
                         row.seen[row.slots[0]] = [states_LD[: len(states_LD) - row.kept]]
                     request.document = row.document = self.model.read(row.document)
-                    ids = self.model.vocabulary.image_ids(row.document.segments[-1].image).flatten().tolist()
-                    row.unread = [[template.begins[template.reader], *ids]]
-                self._begin_text(row, template.image_end)
+                    ids_hw = self.model.vocabulary.image_ids(row.document.segments[-1].image)
+                    row.unread = [[template.begins[template.reader], *layout.opening, *layout.lay(ids_hw)]]
+                row.unread[0] += layout.closing
+                self._begin_text(row, row.unread[0].pop())
         else:
             if state.ids:
                 said = self.model.template.decode(state.ids)
@@ -488,8 +509,9 @@ class Engine:
 
     def _image_length(self, request: Request) -> int:
         """Positions that a picture needs, written and read back."""
-        height, width = self.model.image_tokenizer.grid
-        return max(height * width, self.model.generators[request.generator].positions()) + 2
+        layout = self.model.template.layout(request.grid)
+        own = self.model.generators[request.generator].positions() if request.generator != "next-token" else 0
+        return max(len(layout), own + 2)
 
     @property
     def _image_begins(self) -> list[int]:
@@ -509,11 +531,12 @@ class Engine:
             row.unread = [row.unread[0], *([list(blind)] * (request.guidance.branches - 1))]
         row.generator = self.model.generators[request.generator]
         begin = self.model.template.begins[request.generator]
-        grid = self.model.image_tokenizer.grid
+        layout = self.model.template.layout(request.grid)
         fixed = request.fixed
         if fixed is not None:
             fixed = torch.where(fixed < 0, fixed, self.model.vocabulary.image_ids(fixed))
-        span = Span(begin, request.image, request.guidance, self._rng(row), grid, fixed=fixed)
+        span = Span(begin, request.image, request.guidance, self._rng(row), request.grid, fixed=fixed)
+        span.opening, span.row_end = layout.opening, layout.row_end
         span.steps, span.sampler, span.text_ids = request.steps, request.sampler, self._opening(row)
         row.state, row.kept = row.generator.start(span), 0
 

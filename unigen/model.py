@@ -25,7 +25,7 @@ from unigen.generators.base import CODES, Generator
 from unigen.nn.backbone import Backbone, SlotCache
 from unigen.samplers.guidance import Guidance
 from unigen.samplers.logits import Sampling
-from unigen.sequence import Batch, Document, Segment, Tokens, Vocabulary, stack_images, to_images
+from unigen.sequence import Batch, Document, Layout, Segment, Tokens, Vocabulary, stack_images, to_images
 from unigen.tokenizers import ImageTokenizer, save_tokenizer
 
 Output = Literal["image", "text", "interleaved", "pair"]
@@ -36,19 +36,21 @@ class Template(Protocol):
     """How a family lays a document out as ids. outputs: what it can be asked for; reader: the generator as which
     finished pictures stand in it; classes: the names of what a model draws that draws classes and not words, else none;
     text_lengths: how many positions of text the span of a picture opens with, of generators whose spans do; turn_ends:
-    ids that end an answer; candidates: among how many captions a picture's is chosen, if nothing else is asked for;
-    frame: how pictures are brought to the square that the model reads."""
+    ids that end an answer; free_size: may pictures be of any size? candidates: among how many captions a picture's is
+    chosen, if nothing else is asked for; frame: how pictures are brought to the pixels that the model reads."""
 
     outputs: tuple[Output, ...]
     reader: str
     text_lengths: dict[str, int]
     classes: tuple[str, ...]
     turn_ends: tuple[int, ...]
-    image_end: int
+    free_size: bool
     begins: dict[str, int]
     candidates: int
 
     def frame(self, image: Image.Image, size: int) -> np.ndarray: ...
+
+    def layout(self, grid: tuple[int, int]) -> Layout: ...
 
     def encode(self, document: Document, *, blind: bool = False, writer: str = "next-token") -> Tokens: ...
 
@@ -178,11 +180,14 @@ class UnifiedModel(nn.Module):
         return replace(batch, ids_BL=ids_BL)
 
     def read(self, document: Document) -> Document:
-        """The document with its pictures as codes, all of them encoded at once."""
-        pixels = [s.image for s in document.segments if s.image is not None and not isinstance(s.image, Tensor)]
-        if not pixels:
+        """The document with its pictures as codes, all of them encoded at once where they are of one size."""
+        images = [s.image for s in document.segments if s.image is not None and not isinstance(s.image, Tensor)]
+        if not images:
             return document
-        codes = iter(self.codes(self.pixels(pixels)))
+        if self.template.free_size:
+            codes = iter([self.codes(self.pixels([image]))[0] for image in images])
+        else:
+            codes = iter(self.codes(self.pixels(images)))
         return Document(
             [
                 s if s.image is None or isinstance(s.image, Tensor) else Segment(image=next(codes), role=s.role)
@@ -198,8 +203,10 @@ class UnifiedModel(nn.Module):
         """The ids of one document whose pictures are codes."""
         ids = list(tokens.ids)
         for (start, stop), codes_hw in zip(tokens.spans, tokens.images, strict=True):
-            assert codes_hw.numel() == stop - start, "a picture of another size than its place"
-            ids[start:stop] = self.vocabulary.image_ids(codes_hw).flatten().tolist()
+            height, width = codes_hw.shape
+            rows = self.template.layout((height, width)).lay(self.vocabulary.image_ids(codes_hw))
+            assert len(rows) == stop - start, "a picture of another size than its place"
+            ids[start:stop] = rows
         return ids
 
     @torch.no_grad()

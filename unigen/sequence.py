@@ -196,6 +196,30 @@ class Vocabulary:
         return ids >= self.text_size
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How a picture of h x w codes stands among ids: a begin token, `opening`, its rows, each with `row_end` after it,
+    then `closing`."""
+
+    grid: tuple[int, int]
+    opening: tuple[int, ...] = ()
+    row_end: tuple[int, ...] = ()
+    closing: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """How many ids the rows are."""
+        return self.grid[0] * (self.grid[1] + len(self.row_end))
+
+    def lay(self, ids_hw: Tensor) -> list[int]:
+        """The ids of the rows."""
+        return [id for row in ids_hw.tolist() for id in (*row, *self.row_end)]
+
+    def __len__(self) -> int:
+        """Of all ids, the begin token among them."""
+        return 1 + len(self.opening) + self.rows + len(self.closing)
+
+
 @dataclass
 class Tokens:
     """One document as ids. `loss[i]`: id i is a target. `images[k]` fills the ids of `spans[k] = (start, stop)`, laid

@@ -28,7 +28,8 @@ CODES = ("temperature", "top_k", "top_p")
 class Span:
     """One segment to be written.
 
-    begin: the id that opens it, read first by every branch. grid: rows and columns of an image. stops: ids that end a
+    begin: the id that opens it, read first by every branch, and opening those that follow it. grid: rows and columns of
+    an image; row_end: ids that stand after each row, whatever is drawn. stops: ids that end a
     text (an end of turn, or the begin of an image). rng: the span's own randomness. steps: how many the generator may
     take, None for its default. fixed: ids (h, w) of codes that are given and stay, -1 where the generator
     writes. text_ids: what stands in the span's own positions of text, where it has some; None where the generator
@@ -40,6 +41,8 @@ class Span:
     guidance: Guidance
     rng: torch.Generator
     grid: tuple[int, int] | None = None
+    opening: tuple[int, ...] = ()
+    row_end: tuple[int, ...] = ()
     stops: tuple[int, ...] = ()
     max_tokens: int = 256
     steps: int | None = None

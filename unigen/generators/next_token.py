@@ -2,8 +2,9 @@
 
     p(x) = prod_i p(x_i | x_<i, context),   loss = - sum_i log p(x_i | x_<i, context)   over the joint vocabulary
 
-`Text` writes text and ends at one of the span's stops; `NextToken` writes exactly h x w codes. That is the grammar of
-an image: complete or not there, and no image id in a text. The file refuses to know: templates, tokenizers, caches.
+`Text` writes text and ends at one of the span's stops; `NextToken` writes exactly h x w codes, and what stands between
+the rows is read along with them and never drawn. That is the grammar of an image: complete or not there, and no image
+id in a text. The file refuses to know: templates, tokenizers, caches.
 Shapes: B rows, L positions, D width, T targets, V ids.
 """
 
@@ -102,22 +103,23 @@ class NextToken(Causal):
 
     name = "next-token"
 
-    def __init__(self, grid: tuple[int, int]) -> None:
-        self.grid = grid
+    def __init__(self, grid: tuple[int, int], row_end: int = 0) -> None:
+        self.grid, self.row_end = grid, row_end
+        """row_end: how many ids stand after each row."""
 
     @classmethod
     def of(cls, frame: Frame) -> NextToken:
         return cls(frame.grid)
 
     def positions(self) -> int:
-        return self.grid[0] * self.grid[1]
+        return self.grid[0] * (self.grid[1] + self.row_end)
 
     def targets(self, batch: Batch) -> Tensor:
         return batch.loss_BL & batch.inside(self.name)
 
     def start(self, span: Span) -> State:
         assert span.grid is not None
-        return State(span, pending=[span.begin])
+        return State(span, pending=[span.begin, *span.opening])
 
     def advance(self, model: Model, states: list[State], hidden: list[list[Tensor]]) -> list[int]:
         offset = model.vocabulary.text_size
@@ -130,7 +132,8 @@ class NextToken(Causal):
                 assert state.span.grid is not None
                 height, width = state.span.grid
                 state.ids.append(offset + code)
-                state.pending = [offset + code]
+                ended = len(state.ids) % width == 0
+                state.pending = [offset + code, *(state.span.row_end if ended else ())]
                 state.done = len(state.ids) == height * width
         return [len(branches[0]) for branches in hidden]
 

@@ -26,7 +26,7 @@ from unigen.generators.base import Generator
 from unigen.generators.next_token import NextToken, Text
 from unigen.model import Output, UnifiedModel
 from unigen.nn.backbone import Backbone
-from unigen.sequence import Document, Segment, Tokens, Vocabulary, square
+from unigen.sequence import Document, Layout, Segment, Tokens, Vocabulary, square
 from unigen.tokenizers import load_tokenizer, text, vqgan
 
 BOI, EOI, UNCOND = "<boi>", "<eoi>", "<unconditional>"
@@ -53,6 +53,7 @@ class LiquidTemplate:
     outputs: tuple[Output, ...] = ("image", "text")
     reader = "next-token"
     candidates = 1
+    free_size = False
     classes: tuple[str, ...] = ()
 
     def __init__(self, tokenizer: Any, positions: int) -> None:
@@ -67,6 +68,9 @@ class LiquidTemplate:
             tokenizer.chat_template = CHAT_TEMPLATE
         if tokenizer.chat_template is None:
             self.outputs = ("image",)
+
+    def layout(self, grid: tuple[int, int]) -> Layout:
+        return Layout(grid, closing=(self.image_end,))
 
     def frame(self, image: Image.Image, size: int) -> np.ndarray:
         """The whole picture on a square of `PAPER`, resized."""

@@ -26,7 +26,7 @@ from unigen.generators.base import Frame, Generator
 from unigen.generators.next_token import Text
 from unigen.model import OUTPUTS, Output, UnifiedModel
 from unigen.nn.backbone import Backbone
-from unigen.sequence import Document, Tokens, Vocabulary, square
+from unigen.sequence import Document, Layout, Tokens, Vocabulary, square
 from unigen.tokenizers import ImageTokenizer, load_tokenizer
 from unigen.tokenizers import text as text_tokenizers
 
@@ -70,6 +70,7 @@ class ChatTemplate:
 
     reader = READER
     candidates = 8
+    free_size = False
 
     def __init__(
         self,
@@ -119,6 +120,9 @@ class ChatTemplate:
         if document.segments[-1].role == "assistant":
             tokens.add([self.turn_end], loss=not blind)
         return tokens
+
+    def layout(self, grid: tuple[int, int]) -> Layout:
+        return Layout(grid, closing=(self.image_end,))
 
     def frame(self, image: Image.Image, size: int) -> np.ndarray:
         return square(image, size)
