@@ -37,7 +37,8 @@ class Template(Protocol):
     finished pictures stand in it; classes: the names of what a model draws that draws classes and not words, else none;
     text_lengths: how many positions of text the span of a picture opens with, of generators whose spans do; turn_ends:
     ids that end an answer; free_size: may pictures be of any size? candidates: among how many captions a picture's is
-    chosen, if nothing else is asked for; frame: how pictures are brought to the pixels that the model reads."""
+    chosen, if nothing else is asked for; frame: how pictures are brought to the pixels that the model reads; settings:
+    what a saved model has to say of it."""
 
     outputs: tuple[Output, ...]
     reader: str
@@ -45,6 +46,7 @@ class Template(Protocol):
     classes: tuple[str, ...]
     turn_ends: tuple[int, ...]
     free_size: bool
+    settings: dict[str, Any]
     begins: dict[str, int]
     candidates: int
 
@@ -250,5 +252,6 @@ class UnifiedModel(nn.Module):
                     "begins": self.begin_tokens(),
                     "classes": list(self.template.classes),
                     "sampling": self.sampling,
+                    **({"template": self.template.settings} if self.template.settings else {}),
                 },
             )

@@ -25,6 +25,9 @@ from unigen.sequence import Document, Segment
 from unigen.tokenizers import vqgan
 
 SIDE, CODES = 32, 512
+SIZE, PROMPT = (SIDE, SIDE), "a red apple"
+ASKED = [PROMPT]
+"""SIZE, PROMPT, ASKED: what tests of all families draw, in Python and by the command."""
 PROMPTS = ("a red apple on a blue table", "What is in the picture")
 DDCONFIG: dict[str, Any] = {
     "double_z": False, "z_channels": 16, "resolution": SIDE, "in_channels": 3, "out_ch": 3, "ch": 32,

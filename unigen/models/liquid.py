@@ -59,6 +59,7 @@ class LiquidTemplate:
     def __init__(self, tokenizer: Any, positions: int) -> None:
         self.tokenizer, self.positions = tokenizer, positions
         self.text_lengths: dict[str, int] = {}
+        self.settings: dict[str, Any] = {}
         known = tokenizer.get_vocab()
         ends = [name for name in ("<end_of_turn>", "<|im_end|>", "<|eot_id|>", tokenizer.eos_token) if name in known]
         self.turn_ends = tuple(known[name] for name in dict.fromkeys(ends))

@@ -83,6 +83,7 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.positions, self.text_lengths = dict(positions), dict(text_lengths or {})
         self.classes = tuple(classes)
+        self.settings: dict[str, Any] = {}
         words: tuple[Output, ...] = tuple(name for name in OUTPUTS if name != "pair" or self.text_lengths)
         self.outputs = ("image",) if classes else words
         begins = BEGINS | dict(begins or {})

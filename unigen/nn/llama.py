@@ -21,7 +21,7 @@ from unigen.nn.attention import packed_attention
 
 def fits(decoder: Any) -> bool:
     """Is this a plain Llama, as `llama_hidden` computes it?"""
-    return type(decoder).__name__ == "LlamaModel" and decoder.config.hidden_act == "silu"
+    return type(decoder).__name__ in ("LlamaModel", "Emu3TextModel") and decoder.config.hidden_act == "silu"
 
 
 def llama_hidden(decoder: Any, embeds_BLD: Tensor, positions_BL: Tensor, mask: Tensor, cache: Any) -> Tensor:

@@ -74,13 +74,15 @@ def load(folder: str | Path) -> Any:
 
 class Prompt:
     """Ids of a prompt in the making. In a template's own text the names of special tokens are these tokens; in what a
-    user says they are text. Text between two special tokens is cut into pieces as a whole, whoever says it."""
+    user says they are text. Text between two special tokens is cut into pieces as a whole, whoever says it. names: the
+    special tokens that the template names; None is all that the tokenizer has."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, names: Iterable[str] | None = None) -> None:
         self.tokenizer = tokenizer
         self._tokens = Tokens()
         self._text, self._learnt = "", False
-        names = sorted((name for name in tokenizer.get_added_vocab() if name.strip()), key=len, reverse=True)
+        names = tokenizer.get_added_vocab() if names is None else names
+        names = sorted((name for name in names if name.strip()), key=len, reverse=True)
         self._special = re.compile(f"({'|'.join(map(re.escape, names))})" if names else "(?!)")
 
     def own(self, text: str, loss: bool = False) -> Prompt:

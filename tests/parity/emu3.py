@@ -1,0 +1,254 @@
+"""Emu3 against transformers: its processor, its `generate` with the official script's logits processors, its VQ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+import unigen
+from tests.parity import common
+from tests.parity.common import Row, differing, error
+from unigen import hub
+from unigen.config import save_json
+from unigen.generators import next_token
+from unigen.models import emu3
+from unigen.samplers.logits import Sampling, race
+from unigen.sequence import Document, Layout, Segment
+
+CODES, STRIDE = 256, 4
+WIDTH, HEIGHT = 40, 32  # pixels of what is drawn
+SIZE, PROMPT = (WIDTH, HEIGHT), "a red apple"
+ASKED = [PROMPT]
+PROMPTS = ("a shiba inu", "a red apple")
+TEXT: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 1024, "attention_dropout": 0.0,
+}  # fmt: skip
+VQ: dict[str, Any] = {
+    "codebook_size": CODES, "base_channels": 32, "channel_multiplier": [1, 2, 2], "num_res_blocks": 1,
+    "attn_resolutions": [2], "hidden_size": 64,
+}  # fmt: skip
+PREPROCESSOR: dict[str, Any] = {
+    "image_processor_type": "Emu3ImageProcessor", "min_pixels": 24 * 24, "max_pixels": 40 * 40,
+    "spatial_factor": STRIDE, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+}  # fmt: skip
+
+
+def checkpoint(folder: Path) -> None:
+    """A model folder in transformers' layout with random weights."""
+    from transformers import Emu3Config, Emu3ForConditionalGeneration, Qwen2Tokenizer
+
+    lines = [f"a shiba inu red apple 0123456789* {emu3.SYSTEM}USER: What is it. ASSISTANT:{emu3.PRAISE}{emu3.NEGATIVE}"]
+    names = ["<|extra_203|>", "<image>", emu3.BOI, emu3.IMG, emu3.EOI, emu3.EOL, emu3.EOF]
+    names += [emu3.visual_token(code) for code in range(CODES)]
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(lines * 4, 400, new_special_tokens=names)
+    # special tokens made in training come first: the codes have to be the last ids
+    vocab = tokenizer.get_vocab()
+    tokenizer = Qwen2Tokenizer(vocab={k: i for i, k in enumerate(sorted(set(vocab) - set(names), key=vocab.get))}, merges=merges_of(tokenizer))  # fmt: skip  # noqa: E501
+    special = {"image_token": "<image>", "boi_token": emu3.BOI, "eoi_token": emu3.EOI}
+    special |= {"image_wrapper_token": emu3.IMG, "eof_token": emu3.EOF}
+    tokenizer.add_special_tokens({"bos_token": names[0]})
+    tokenizer.add_special_tokens({"additional_special_tokens": names[1:]})
+    tokenizer.save_pretrained(folder)
+    settings = folder / "tokenizer_config.json"
+    save_json(settings, hub.read_json(settings) | {"extra_special_tokens": special})
+    vocab = tokenizer.get_vocab()
+    ids = {"pad_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    text_config = TEXT | ids | {"bos_token_id": tokenizer.bos_token_id, "vocab_size": len(tokenizer)}
+    config = Emu3Config(text_config=text_config, vq_config=VQ, vocabulary_map=vocab)
+    model = Emu3ForConditionalGeneration(config)
+    # the norms of its VQ have running means and variances, which stay as they are
+    state = {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
+    made = common.randomise(state, seed=4, scale=1.8)
+    kept = {name: value for name, value in model.state_dict().items() if "running" in name or name not in made}
+    model.load_state_dict(made | kept, strict=True)
+    model.save_pretrained(folder)
+    save_json(folder / "preprocessor_config.json", PREPROCESSOR)
+
+
+def merges_of(tokenizer: Any) -> list[tuple[str, str]]:
+    import json
+
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    return [tuple(pair) for pair in merges]
+
+
+def picture() -> Image.Image:
+    pixels = torch.rand(20, 44, 3, generator=torch.Generator().manual_seed(3))
+    return Image.fromarray((pixels * 255).byte().numpy())
+
+
+class Reference:
+    """transformers' model and processor as the official scripts use them."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoTokenizer, Emu3ForConditionalGeneration, Emu3ImageProcessor, Emu3Processor
+
+        self.model = Emu3ForConditionalGeneration.from_pretrained(folder, attn_implementation="eager").eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.images = Emu3ImageProcessor.from_pretrained(folder)
+        self.processor = Emu3Processor(self.images, self.tokenizer)
+        self.processor.downsample_ratio = STRIDE
+        self.first = self.tokenizer.convert_tokens_to_ids(emu3.visual_token(0))
+
+    def prompts(self, words: str) -> tuple[list[int], list[int]]:
+        area = {"ratio": f"{WIDTH}:{HEIGHT}", "image_area": WIDTH * HEIGHT}
+        both = [words + " masterpiece, film grained, best quality.", emu3.NEGATIVE]
+        made = self.processor(text=both, return_for_image_generation=True, images_kwargs=area)
+        return tuple(made["input_ids"])  # type: ignore[return-value]
+
+    def question(self, words: str) -> list[int]:
+        text = f"You are a helpful assistant. USER: <image>{words}. ASSISTANT:"
+        inputs = self.processor(images=[picture()], text=text, return_tensors="pt")
+        ids = inputs["input_ids"][0]
+        codes = self.model.model.get_image_tokens(inputs["pixel_values"], inputs["image_sizes"])
+        ids[ids == self.tokenizer.convert_tokens_to_ids("<image>")] = codes.long()
+        return ids.tolist()  # type: ignore[no-any-return]
+
+    def allowed(self, start: int) -> Any:
+        """The grammar: where the image token stands at `start`, which ids may come next."""
+        height, width = HEIGHT // STRIDE, WIDTH // STRIDE
+        names = (emu3.EOL, emu3.EOF, emu3.EOI)
+        eol, eof, eoi = (self.tokenizer.convert_tokens_to_ids(name) for name in names)
+        visual = list(range(self.first, self.first + CODES))
+
+        def ids(_: int, written: Tensor) -> list[int]:
+            offset = len(written) - start
+            after = offset - (width + 1) * height
+            if after > 0:
+                return [eof if after == 1 else eoi if after == 2 else self.tokenizer.eos_token_id]
+            return [eol] if offset % (width + 1) == 0 else visual
+
+        return ids
+
+    def greedy(self, words: str) -> tuple[list[int], Tensor]:
+        """Codes, and for each the logits (V) of the visual ids, by `generate`."""
+        from transformers import LogitsProcessorList, PrefixConstrainedLogitsProcessor
+        from transformers import UnbatchedClassifierFreeGuidanceLogitsProcessor as Guided
+
+        ids, negative = (torch.tensor([ids]) for ids in self.prompts(words))
+        chain = [Guided(3.0, self.model, negative), PrefixConstrainedLogitsProcessor(self.allowed(ids.shape[1] - 1), 1)]
+        made = self.model.generate(
+            ids, logits_processor=LogitsProcessorList(chain), do_sample=False, output_scores=True,
+            return_dict_in_generate=True, max_new_tokens=(WIDTH // STRIDE + 1) * (HEIGHT // STRIDE) + 3,
+        )  # fmt: skip
+        written = made.sequences[0, ids.shape[1] :]
+        visual = (written >= self.first).nonzero()[:, 0].tolist()
+        codes = [int(written[at]) - self.first for at in visual]
+        return codes, torch.stack([made.scores[at][0, self.first :] for at in visual])
+
+    @torch.no_grad()
+    def sampled(self, words: str, sampling: Sampling, seed: int) -> list[int]:
+        """Codes by a loop without a cache: guidance, grammar, temperature, top-k, a draw."""
+        rng = torch.Generator().manual_seed(seed * 1_000_003 + 1)
+        rows, codes = [list(ids) for ids in self.prompts(words)], []
+        allowed = self.allowed(len(rows[0]) - 1)
+        while True:
+            legal = allowed(0, torch.tensor(rows[0]))
+            if len(legal) == 1:
+                if legal[0] != self.tokenizer.convert_tokens_to_ids(emu3.EOL):
+                    return codes
+                drawn = legal[0]
+            else:
+                full, negative = (self.model(input_ids=torch.tensor([row])).logits[0, -1].log_softmax(-1) for row in rows)  # fmt: skip  # noqa: E501
+                logits_K = (negative + 3.0 * (full - negative))[self.first :] / sampling.temperature
+                logits_K[logits_K < logits_K.topk(sampling.top_k).values[-1]] = -torch.inf
+                noise_K = torch.empty(CODES).exponential_(generator=rng)
+                drawn = self.first + int(race(logits_K.softmax(-1)[None], noise_K[None]))
+                codes.append(drawn - self.first)
+            for row in rows:
+                row.append(drawn)
+
+
+def rows(folder: Path) -> Iterator[Row]:
+    engine = unigen.load(str(folder), device="cpu")
+    model, reference = engine.model, Reference(folder)
+    template, grid = model.template, (HEIGHT // STRIDE, WIDTH // STRIDE)
+    size, against = (WIDTH, HEIGHT), "transformers' generate with guidance and grammar"
+
+    def ours(words: str, grid: tuple[int, int]) -> list[int]:
+        opening = [template.begins["next-token"], *template.layout(grid).opening]
+        made = [template.prompt(Document.of(words), output="image", blind=blind).ids for blind in (False, True)]
+        return [id for ids in made for id in (*ids, *opening)]
+
+    theirs = [id for words in PROMPTS for ids in reference.prompts(words) for id in ids]
+    here = [id for words in PROMPTS for id in ours(words, grid)]
+    turned = [id for words in PROMPTS for id in ours(words, (grid[1], grid[0]))]
+    yield Row("emu3 prompt ids", differing(here, theirs), differing(turned, theirs), "width*height", "Emu3Processor")
+
+    asked = model.read(Document([Segment(image=picture()), Segment(text="What is it")]))
+    ids = model.ids(template.prompt(asked, output="text"))
+    with rows_end_by(template, ()):
+        bare = model.ids(template.prompt(asked, output="text"))
+    official = reference.question("What is it")
+    trap = "no ends of rows"
+    yield Row(
+        "emu3 question ids", differing(ids, official), differing(bare, official), trap, "Emu3Processor, Emu3VQVAE"
+    )
+
+    codes, scores = reference.greedy(PROMPTS[0])
+    places = [0, 1, grid[1] - 1, len(codes) - 1]
+    found = []
+    for row_end in (template.layout(grid).row_end, ()):
+        with rows_end_by(template, row_end), common.seen_logits(next_token) as steps:
+            request = engine.request(PROMPTS[0], "image", temperature=0.0, size=size)
+            list(engine.run([request]))
+        found.append((torch.stack([steps[at][0] for at in places]), request.document.segments[-1].image))
+    there = centred(scores[places])
+    yield Row("emu3 logits", error(centred(found[0][0]), there), error(centred(found[1][0]), there), trap, against)
+
+    right, greedy, control = list(codes), found[0][1].flatten().tolist(), found[1][1].flatten().tolist()
+    assert len(set(right)) >= 32, f"too few different codes: {len(set(right))}"
+    yield Row("emu3 greedy ids", differing(greedy, right), differing(control, right), trap, against)
+
+    sampling = Sampling(1.0, 100)
+    drawn, right, control = [], [], []
+    for words in PROMPTS:
+        right += reference.sampled(words, sampling, seed=5)
+        for row_end, written in ((template.layout(grid).row_end, drawn), ((), control)):
+            with rows_end_by(template, row_end):
+                request = engine.request(words, "image", seed=5, temperature=1.0, top_k=100, size=size)
+                list(engine.run([request]))
+            written += request.document.segments[-1].image.flatten().tolist()
+    yield Row("emu3 sampled ids", differing(drawn, right), differing(control, right), trap, "transformers' forward")
+
+    made_Bhw = torch.tensor(right).unflatten(0, (2, *grid))
+    with torch.no_grad():
+        pixels = [reference.model.decode_image_tokens(image_tokens=as_written(reference, codes), height=grid[0], width=grid[1]) for codes in made_Bhw]  # fmt: skip  # noqa: E501
+    there = torch.cat(pixels).clamp(-1, 1)
+    here = model.image_tokenizer.decode(made_Bhw)
+    turned = model.image_tokenizer.decode(made_Bhw.transpose(1, 2)).transpose(2, 3)
+    yield Row(
+        "emu3 codes to pixels", error(here, there), error(turned, there), "columns for rows", "decode_image_tokens"
+    )
+
+
+def as_written(reference: Reference, codes_hw: Tensor) -> Tensor:
+    """A picture as `generate` leaves it: ids with ends of rows, then three more."""
+    eol = reference.tokenizer.convert_tokens_to_ids(emu3.EOL)
+    rows = torch.cat((codes_hw + reference.first, torch.full((len(codes_hw), 1), eol)), 1)
+    return torch.cat((rows.flatten(), torch.zeros(3, dtype=torch.int64)))[None]
+
+
+def centred(logits: Tensor) -> Tensor:
+    """Logits up to a constant: the reference's have been through a log-softmax."""
+    return logits - logits.mean(-1, keepdim=True)
+
+
+class rows_end_by:  # noqa: N801
+    """The trap of the sheet: a picture whose rows do not end by <eol>."""
+
+    def __init__(self, template: Any, row_end: tuple[int, ...]) -> None:
+        self.template, self.row_end = template, row_end
+
+    def __enter__(self) -> None:
+        layout = self.template.layout
+        self.template.layout = lambda grid: Layout(grid, layout(grid).opening, self.row_end, layout(grid).closing)
+
+    def __exit__(self, *_: Any) -> None:
+        del self.template.layout

@@ -1,0 +1,202 @@
+"""Emu3: one Llama over text and image codes, which writes pictures of any size (Wang et al. 2024, arXiv 2409.18869).
+
+    <bos>{words} masterpiece, film grained, best quality.<boi>{h}*{w}<img> (w codes <eol>) x h <eof><eoi>     a picture
+    <bos>{what pictures shall not be}<boi>{h}*{w}<img> ...                                guidance's other branch
+    <bos>You are a helpful assistant. USER: <boi>...<eoi>{question}. ASSISTANT:           an answer
+
+    engine = unigen.load("Emu3-community/Emu3-Gen-hf")       # draws;  Emu3-Chat-hf answers
+    engine.generate("a shiba inu", size=(960, 544))
+
+The size stands in the prompt as text, rows first. Public weights: not run here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from unigen import hub
+from unigen.config import save_json
+from unigen.generators.base import Generator
+from unigen.generators.next_token import NextToken, Text
+from unigen.model import Output, UnifiedModel
+from unigen.nn.backbone import Backbone
+from unigen.sequence import Document, Layout, Segment, Tokens, Vocabulary
+from unigen.tokenizers import load_tokenizer, text
+from unigen.tokenizers.emu3_vq import Emu3VQ
+
+BOI, IMG, EOI = "<|image start|>", "<|image token|>", "<|image end|>"
+EOL, EOF = "<|extra_200|>", "<|extra_201|>"
+PRAISE = " masterpiece, film grained, best quality."
+NEGATIVE = (
+    "lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, cropped, worst quality, "
+    "low quality, normal quality, jpeg artifacts, signature, watermark, username, blurry."
+)
+SYSTEM = "You are a helpful assistant. "
+IMAGE_SIZE = 720
+LEAST, MOST = 512 * 512, 1024 * 1024
+"""Pixels of a picture to be read, where the folder's preprocessor_config.json does not say."""
+SAMPLING = {"guidance": 3.0, "temperature": 1.0, "top_k": 2048}
+
+
+class Emu3Template:
+    """limits: the least and the most pixels of a picture to be read; stride: pixels a code along each side."""
+
+    outputs: tuple[Output, ...] = ("image", "text")
+    reader = "next-token"
+    candidates = 1
+    free_size = True
+    classes: tuple[str, ...] = ()
+
+    def __init__(self, tokenizer: Any, stride: int, limits: tuple[int, int] = (LEAST, MOST)) -> None:
+        self.tokenizer, self.stride, self.limits = tokenizer, stride, limits
+        self.text_lengths: dict[str, int] = {}
+        self.names = (BOI, IMG, EOI, EOL, EOF)
+        known = {name: tokenizer.convert_tokens_to_ids(name) for name in self.names}
+        if missing := [name for name, id in known.items() if id in (None, tokenizer.unk_token_id)]:
+            raise ValueError(f"the text tokenizer has no {', '.join(missing)}: it is not Emu3's")
+        self.special = known
+        self.turn_ends: tuple[int, ...] = (tokenizer.eos_token_id,)
+        self.settings = {"min_pixels": limits[0], "max_pixels": limits[1]}
+        self.begins = {self.reader: known[BOI]}
+
+    def layout(self, grid: tuple[int, int]) -> Layout:
+        size = self.tokenizer(f"{grid[0]}*{grid[1]}", add_special_tokens=False)["input_ids"]
+        closing = (self.special[EOF], self.special[EOI])
+        return Layout(grid, (*size, self.special[IMG]), (self.special[EOL],), closing)
+
+    def frame(self, image: Image.Image, size: int) -> np.ndarray:
+        """The picture in its own shape, as near its size as limits and stride allow."""
+        least, most = self.limits
+        sides = [max(1, round(side / self.stride)) * self.stride for side in image.size]
+        if math.prod(sides) > most:
+            shrink = math.sqrt(math.prod(image.size) / most)
+            sides = [max(1, math.floor(side / shrink / self.stride)) * self.stride for side in image.size]
+        elif math.prod(sides) < least:
+            grow = math.sqrt(least / math.prod(image.size))
+            sides = [math.ceil(side * grow / self.stride) * self.stride for side in image.size]
+        return np.asarray(image.resize((sides[0], sides[1]), Image.Resampling.BICUBIC))
+
+    def prompt(self, document: Document, *, output: Output, blind: bool = False) -> Tokens:
+        if output == "image":
+            return self._drawing(document.segments, blind).tokens()
+        prompt = self._chat(document.segments)
+        return (prompt.own(" ASSISTANT:") if document.segments[-1].role == "user" else prompt).tokens()
+
+    def encode(self, document: Document, *, blind: bool = False, writer: str = "next-token") -> Tokens:
+        """A whole document to learn from: one that ends in a picture of the assistant's, with the words that it is
+        drawn from; else a chat, of which the assistant's answers are learnt."""
+        last = document.segments[-1]
+        if last.image is None or last.role != "assistant":
+            return self._chat(document.segments).ids([self.tokenizer.eos_token_id], loss=True).tokens()
+        prompt = self._drawing(document.segments[:-1], blind)
+        return self._picture(prompt, last, learnt=True).ids([self.tokenizer.eos_token_id]).tokens()
+
+    def _drawing(self, segments: Sequence[Segment], blind: bool) -> text.Prompt:
+        if any(segment.text is None for segment in segments):
+            raise ValueError("emu3 draws from words alone: leave pictures and classes out, or ask for text")
+        prompt = text.Prompt(self.tokenizer, self.names).ids([self.tokenizer.bos_token_id])
+        words = " ".join((segment.text or "").strip() for segment in segments)
+        return prompt.own(NEGATIVE) if blind else prompt.said(words).own(PRAISE)
+
+    def _chat(self, segments: Sequence[Segment]) -> text.Prompt:
+        prompt = text.Prompt(self.tokenizer, self.names).ids([self.tokenizer.bos_token_id]).own(SYSTEM)
+        role = None
+        for number, segment in enumerate(segments):
+            if segment.label is not None:
+                raise ValueError("emu3 reads words, not classes: say it in words")
+            if segment.role != role:
+                prompt.own("USER: " if segment.role == "user" else " ASSISTANT: " if role else "ASSISTANT: ")
+                role = segment.role
+            if segment.image is not None:
+                self._picture(prompt, segment)
+                continue
+            prompt.said((segment.text or "").strip(), loss=role == "assistant")
+            if role == "user" and (number + 1 == len(segments) or segments[number + 1].role != "user"):
+                prompt.own(".")
+        return prompt
+
+    def _picture(self, prompt: text.Prompt, segment: Segment, learnt: bool = False) -> text.Prompt:
+        if not isinstance(segment.image, torch.Tensor):
+            raise ValueError("pictures stand in Emu3's prompts by their own size: give them as codes (model.read)")
+        height, width = segment.image.shape
+        layout = self.layout((height, width))
+        prompt.ids([self.special[BOI], *layout.opening]).image(segment.image, layout.rows, loss=learnt)
+        return prompt.ids(list(layout.closing), loss=learnt)
+
+    def opening_text(self, document: Document, writer: str) -> list[int]:
+        return []
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+
+def owns(folder: Path, config: dict[str, Any]) -> bool:
+    return config.get("model_type") == "emu3"
+
+
+def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
+    """The model in `folder`, in transformers' layout or in ours, strictly. dtype: None is as it is stored."""
+    from transformers import AutoTokenizer, Emu3ForCausalLM, Emu3ForConditionalGeneration
+
+    hub.read_json(folder / "tokenizer_config.json")
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    image_tokenizer: Emu3VQ
+    if (folder / hub.MANIFEST).is_file():
+        lm = hub.pretrained(Emu3ForCausalLM, folder, dtype)
+        image_tokenizer = load_tokenizer(folder / "image_tokenizer")
+        limits = hub.read_json(folder / hub.MANIFEST).get("template", {})
+    else:
+        whole = hub.pretrained(Emu3ForConditionalGeneration, folder, dtype)
+        with torch.device("meta"):
+            lm = Emu3ForCausalLM(whole.config.text_config)
+        lm.model, lm.lm_head, lm.generation_config = whole.model.text_model, whole.lm_head, whole.generation_config
+        image_tokenizer = Emu3VQ(whole.model.vqmodel, IMAGE_SIZE)
+        limits = hub.read_json(folder / "preprocessor_config.json")
+        if any(value != 0.5 for name in ("image_mean", "image_std") for value in limits.get(name, (0.5,))):
+            raise ValueError(f"{folder}/preprocessor_config.json: pictures are read in [-1, 1], of mean and std 0.5")
+    stride = image_tokenizer.image_size // image_tokenizer.grid[0]
+    template = Emu3Template(tokenizer, stride, (limits.get("min_pixels", LEAST), limits.get("max_pixels", MOST)))
+    codes = image_tokenizer.codebook_size
+    first = tokenizer.convert_tokens_to_ids(visual_token(0))
+    if tokenizer.convert_tokens_to_ids(visual_token(codes - 1)) != first + codes - 1:
+        raise ValueError(f"{folder}: the text tokenizer does not name the {codes} image codes in a row")
+    if first + codes != lm.config.vocab_size:
+        raise ValueError(f"{folder}: the image codes are not the last of the {lm.config.vocab_size} rows")
+    forbidden = {*tokenizer.all_special_ids, *template.special.values()}
+    writers: dict[str, Generator] = {
+        "text": Text(sorted(id for id in forbidden if id < first)),
+        "next-token": NextToken(image_tokenizer.grid, row_end=1),
+    }
+    model = UnifiedModel("emu3", Backbone(lm), Vocabulary(first, codes), tokenizer, image_tokenizer, template, writers)
+    model.sample_by("next-token", **SAMPLING)
+    return model
+
+
+def visual_token(code: int) -> str:
+    return f"<|visual token {code:06d}|>"
+
+
+def save_public(model: UnifiedModel, folder: Path) -> None:
+    """Write the files of transformers' layout."""
+    from transformers import Emu3Config, Emu3ForConditionalGeneration
+
+    lm, image_tokenizer, template = model.backbone.lm, model.image_tokenizer, model.template
+    assert isinstance(image_tokenizer, Emu3VQ) and isinstance(template, Emu3Template)
+    config = Emu3Config(
+        text_config=lm.config, vq_config=image_tokenizer.net.config, vocabulary_map=model.text_tokenizer.get_vocab()
+    )
+    with torch.device("meta"):
+        whole = Emu3ForConditionalGeneration(config)
+    whole.model.text_model, whole.lm_head, whole.model.vqmodel = lm.model, lm.lm_head, image_tokenizer.net
+    with hub.quiet():
+        whole.save_pretrained(folder)
+    model.text_tokenizer.save_pretrained(folder)
+    settings = template.settings | {"spatial_factor": template.stride, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    save_json(folder / "preprocessor_config.json", {"image_processor_type": "Emu3ImageProcessor"} | settings)
