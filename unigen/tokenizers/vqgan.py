@@ -1,11 +1,12 @@
-"""The VQGAN image tokenizer of public models: diffusers' `VQModel`, with the tensors of taming-transformers' layout.
+"""The VQGAN image tokenizers of public models: diffusers' `VQModel`, with the tensors of the public layouts.
 
     z = quant_conv(encoder(x)),   code = argmin_k |z - e_k|^2,   x' = decoder(post_quant_conv(e_code))
                                                                    (Esser et al. 2021, arXiv 2012.09841, section 3.1)
 
-Liquid, Chameleon and Lumina-mGPT read and write pictures by one of these (16 pixels a code, 8,192 codes of dimension
-256); its size is read off the tensors. `rename` gives each tensor's name in the other layout, in both directions.
-The file refuses to know: families, training. Codes are found in fp32 always, since rounding changes them.
+"taming"    Liquid, Chameleon, Lumina-mGPT: 8,192 codes of dimension 256
+"llamagen"  LlamaGen, Janus: 16,384 codes of dimension 8, z and e of unit length, attention at the lowest resolution
+Sizes are read off the tensors. `rename` gives each tensor's name in the other layout, in both directions. The file
+refuses to know: families, training. Codes are found in fp32 always, since rounding changes them.
 
 Shapes: B batch, C=3 channels, H W pixels, D code dimension, h w grid of codes.
 """
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from unigen import hub
 from unigen.config import from_dict, to_dict
@@ -36,6 +38,8 @@ class VQGANConfig:
     code_dim: int = 256
     codes: int = 8192
     norm_groups: int = 32
+    attention: bool = False  # after each residual block of the lowest resolution
+    unit: bool = False  # features and codes are compared, and codes decoded, at unit length
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "channels", tuple(self.channels))  # JSON gives lists
@@ -56,9 +60,10 @@ class VQGAN(nn.Module):
         from diffusers import VQModel
 
         self.settings = c = config or VQGANConfig()
+        higher, kind = len(c.channels) - 1, "Attn" if c.attention else ""
         self.net = VQModel(
-            down_block_types=("DownEncoderBlock2D",) * len(c.channels),
-            up_block_types=("UpDecoderBlock2D",) * len(c.channels),
+            down_block_types=("DownEncoderBlock2D",) * higher + (f"{kind}DownEncoderBlock2D",),
+            up_block_types=(f"{kind}UpDecoderBlock2D",) + ("UpDecoderBlock2D",) * higher,
             block_out_channels=c.channels,
             layers_per_block=c.blocks,
             latent_channels=c.latent_channels,
@@ -90,6 +95,8 @@ class VQGAN(nn.Module):
             z_BDhw = self.net.encode(x_BCHW.to(self.net.quant_conv.weight.dtype)).latents.float()
             z_BND = z_BDhw.flatten(2).transpose(1, 2)
             e_KD = self.net.quantize.embedding.weight.float()
+            if self.settings.unit:
+                z_BND, e_KD = normalize(z_BND, dim=-1), normalize(e_KD, dim=-1)
             distance_BNK = z_BND.square().sum(-1, keepdim=True) + e_KD.square().sum(-1) - 2 * z_BND @ e_KD.T
             return distance_BNK.argmin(-1).unflatten(1, z_BDhw.shape[2:])
 
@@ -100,7 +107,8 @@ class VQGAN(nn.Module):
             raise ValueError(
                 f"image codes must be in 0..{self.codebook_size - 1}: were they made by another tokenizer?"
             )
-        e_BDhw = self.net.quantize.embedding(codes_Bhw).permute(0, 3, 1, 2)
+        e_BhwD = self.net.quantize.embedding(codes_Bhw)
+        e_BDhw = (normalize(e_BhwD, dim=-1) if self.settings.unit else e_BhwD).permute(0, 3, 1, 2)
         return self.net.decode(e_BDhw, force_not_quantize=True).sample.float().clamp(-1, 1)
 
 
@@ -109,57 +117,76 @@ def from_config(config: dict[str, Any]) -> VQGAN:
     return VQGAN(from_dict(VQGANConfig, config))
 
 
-# a tensor's name in taming's layout, and diffusers' for it; up.{i} is counted from the other end
-_NAMES = (
-    ("encoder.down.{i}.block.{j}.", "encoder.down_blocks.{i}.resnets.{j}."),
-    ("encoder.down.{i}.downsample.", "encoder.down_blocks.{i}.downsamplers.0."),
-    ("decoder.up.{i}.block.{j}.", "decoder.up_blocks.{i}.resnets.{j}."),
-    ("decoder.up.{i}.upsample.", "decoder.up_blocks.{i}.upsamplers.0."),
-    (".mid.block_1.", ".mid_block.resnets.0."),
-    (".mid.block_2.", ".mid_block.resnets.1."),
-    (".mid.attn_1.norm.", ".mid_block.attentions.0.group_norm."),
-    (".mid.attn_1.q.", ".mid_block.attentions.0.to_q."),
-    (".mid.attn_1.k.", ".mid_block.attentions.0.to_k."),
-    (".mid.attn_1.v.", ".mid_block.attentions.0.to_v."),
-    (".mid.attn_1.proj_out.", ".mid_block.attentions.0.to_out.0."),
-    (".nin_shortcut.", ".conv_shortcut."),
-    (".norm_out.", ".conv_norm_out."),
-)
+_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+_NAMES = {
+    "taming": (
+        ("encoder.down.{i}.block.{j}.", "encoder.down_blocks.{i}.resnets.{j}."),
+        ("encoder.down.{i}.downsample.", "encoder.down_blocks.{i}.downsamplers.0."),
+        ("decoder.up.{i}.block.{j}.", "decoder.up_blocks.{i}.resnets.{j}."),
+        ("decoder.up.{i}.upsample.", "decoder.up_blocks.{i}.upsamplers.0."),
+        (".mid.block_1.", ".mid_block.resnets.0."),
+        (".mid.block_2.", ".mid_block.resnets.1."),
+        *((f".mid.attn_1.{k}.", f".mid_block.attentions.0.{v}.") for k, v in _ATTENTION.items()),
+        (".nin_shortcut.", ".conv_shortcut."),
+        (".norm_out.", ".conv_norm_out."),
+    ),
+    "llamagen": (
+        ("encoder.conv_blocks.{i}.res.{j}.", "encoder.down_blocks.{i}.resnets.{j}."),
+        ("encoder.conv_blocks.{i}.downsample.", "encoder.down_blocks.{i}.downsamplers.0."),
+        ("decoder.conv_blocks.{i}.res.{j}.", "decoder.up_blocks.{i}.resnets.{j}."),
+        ("decoder.conv_blocks.{i}.upsample.", "decoder.up_blocks.{i}.upsamplers.0."),
+        *(
+            (f"{coder}.conv_blocks.{{i}}.attn.{{j}}.{k}.", f"{coder}.{blocks}.{{i}}.attentions.{{j}}.{v}.")
+            for coder, blocks in (("encoder", "down_blocks"), ("decoder", "up_blocks"))
+            for k, v in _ATTENTION.items()
+        ),
+        (".mid.0.", ".mid_block.resnets.0."),
+        (".mid.2.", ".mid_block.resnets.1."),
+        *((f".mid.1.{k}.", f".mid_block.attentions.0.{v}.") for k, v in _ATTENTION.items()),
+        (".nin_shortcut.", ".conv_shortcut."),
+        (".norm_out.", ".conv_norm_out."),
+    ),
+}
+"""Of each layout: what a tensor is called there, and by diffusers."""
 
 
-def rename(name: str, resolutions: int, public: bool = False) -> str:
-    """What diffusers calls a tensor of taming's layout; with public=True what taming calls one of diffusers'.
-    resolutions: how many the network has."""
-    for taming, diffusers in _NAMES:
-        here, there = (diffusers, taming) if public else (taming, diffusers)
+def rename(name: str, layout: str, resolutions: int, public: bool = False) -> str:
+    """What diffusers calls a tensor of a public layout; with public=True what that calls one of diffusers'.
+    resolutions: how many the network has; taming counts the decoder's from the other end."""
+    for theirs, diffusers in _NAMES[layout]:
+        here, there = (diffusers, theirs) if public else (theirs, diffusers)
         pattern = re.escape(here).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{j\}", r"(?P<j>\d+)")
         if found := re.search(pattern, name):
             numbers = {key: int(value) for key, value in found.groupdict().items()}
-            if here.startswith("decoder.up"):
+            if theirs.startswith("decoder.up"):
                 numbers["i"] = resolutions - 1 - numbers["i"]
             name = name.replace(found[0], there.format(**numbers))
     return name
 
 
-def from_public(state: Mapping[str, Tensor], image_size: int) -> VQGAN:
-    """The tokenizer whose tensors are in taming's layout, in eval mode. Its size is read off them; what belongs to its
+def from_public(state: Mapping[str, Tensor], image_size: int, layout: str = "taming") -> VQGAN:
+    """The tokenizer whose tensors are in a public layout, in eval mode. Its size is read off them; what belongs to its
     training is left. Raises ValueError listing the difference where they are not those of such a network."""
-    state = {name: tensor for name, tensor in state.items() if not name.startswith("loss.")}
+    left = ("loss.", "quantize.codebook_used")
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(left)}
+    first = {"taming": "encoder.down.{i}.block.", "llamagen": "encoder.conv_blocks.{i}.res."}[layout]
     try:
-        levels = len({name.split(".")[2] for name in state if name.startswith("encoder.down.")})
+        levels = len({name.split(".")[2] for name in state if name.startswith(first.split("{")[0])})
         config = VQGANConfig(
             image_size=image_size,
-            channels=tuple(state[f"encoder.down.{i}.block.0.conv2.weight"].shape[0] for i in range(levels)),
-            blocks=len({name.split(".")[4] for name in state if name.startswith("encoder.down.0.block.")}),
+            channels=tuple(state[f"{first.format(i=i)}0.conv2.weight"].shape[0] for i in range(levels)),
+            blocks=len({name.split(".")[4] for name in state if name.startswith(first.format(i=0))}),
             latent_channels=state["encoder.conv_out.weight"].shape[0],
             code_dim=state["quantize.embedding.weight"].shape[1],
             codes=state["quantize.embedding.weight"].shape[0],
+            attention=layout == "llamagen",
+            unit=layout == "llamagen",
         )
     except (KeyError, IndexError) as error:
         raise ValueError(f"these are not the tensors of a VQGAN: {error} is not among them") from error
     tokenizer = VQGAN(config)
     shapes = {name: tensor.shape for name, tensor in tokenizer.net.state_dict().items()}
-    renamed = {rename(name, levels): tensor for name, tensor in state.items()}
+    renamed = {rename(name, layout, levels): tensor for name, tensor in state.items()}
     # attention is a linear map here and a convolution of 1x1 there
     flat = {k: v.flatten(1) if k in shapes and v.ndim == 4 and len(shapes[k]) == 2 else v for k, v in renamed.items()}
     hub.load_strict(tokenizer.net, flat, "of the image tokenizer")
@@ -199,8 +226,10 @@ def save_public(tokenizer: VQGAN, folder: Path) -> None:
     (folder / "vqgan.yaml").write_text("\n".join(lines) + "\n")
 
 
-def to_public(tokenizer: VQGAN) -> dict[str, Tensor]:
-    """The tensors in taming's layout, as `from_public` takes them."""
+def to_public(tokenizer: VQGAN, layout: str = "taming") -> dict[str, Tensor]:
+    """The tensors in a public layout, as `from_public` takes them."""
     levels, state = len(tokenizer.settings.channels), tokenizer.net.state_dict()
-    public = {rename(name, levels, public=True): tensor for name, tensor in state.items()}
-    return {k: v[:, :, None, None] if ".attn_1." in k and v.ndim == 2 else v for k, v in public.items()}
+    return {
+        rename(k, layout, levels, public=True): v[:, :, None, None] if ".attentions." in k and v.ndim == 2 else v
+        for k, v in state.items()
+    }
