@@ -56,8 +56,8 @@ class Request:
 @dataclass
 class _Row:
     """One answer on its way. `unread[b]`: ids that branch b reads before what the generator asks for. `kept`: how many
-    positions of the span the cache holds. `seen`: by slot, the states of all that was read, where a generator wants
-    them."""
+    positions of the span the cache holds. `features`: of pictures in the prompt that are not read as codes. `seen`: by
+    slot, the states of all that was read, where a generator wants them."""
 
     request: Request
     document: Document
@@ -70,6 +70,7 @@ class _Row:
     written: int = 0
     kept: int = 0
     shown: str = ""
+    features: torch.Tensor | None = None
     seen: dict[int, list[torch.Tensor]] = field(default_factory=dict)
 
     @property
@@ -364,6 +365,7 @@ class Engine:
             branches = 1 if request.output == "text" else request.guidance.branches
             request.document = self.model.read(request.document)
             row = _Row(request, request.document, list(range(slot, slot + branches)))
+            row.features = self.model.features(row.document)
             slot += branches
             wordless = request.output == "pair" and not self._opening(row)
             ids = self.model.ids(self.model.template.prompt(row.document, output=request.output, blind=wordless))
@@ -424,7 +426,17 @@ class Engine:
             for b, ids in enumerate(row.unread)
         ]
         padded = [ids + own + [0] * (length - len(ids) - len(own)) for ids, _, own in branches]
-        embeds_BLD = self.model.embed(torch.tensor(padded, device=self.model.device))
+        ids_BL = torch.tensor(padded, device=self.model.device)
+        owners = [row for row in rows for _ in row.unread]
+        if any(row.features is not None for row in rows):
+            beyond_BL = ids_BL - self.model.vocabulary.size
+            embeds_BLD = self.model.embed(ids_BL.clamp(max=self.model.vocabulary.size - 1))
+            for b, row in enumerate(owners):
+                if row.features is not None:
+                    seen_L = beyond_BL[b] >= 0
+                    embeds_BLD[b, seen_L] = row.features[beyond_BL[b, seen_L]].to(embeds_BLD)
+        else:
+            embeds_BLD = self.model.embed(ids_BL)
         reach_BL = None
         if any(read.reach for read in asked):
             reach_BL = torch.arange(length).repeat(len(branches), 1)

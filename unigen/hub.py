@@ -125,6 +125,18 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
     return {name: value for name, value in data.items() if isinstance(value, Tensor)}
 
 
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a model folder: of model.safetensors or pytorch_model.bin, whole or in shards."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            files = sorted(set(read_json(index)["weight_map"].values()))
+            return {key: tensor for file in files for key, tensor in read_tensors(folder / file).items()}
+        if (folder / name).is_file():
+            return read_tensors(folder / name)
+    raise ValueError(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin")
+
+
 def pretrained(kind: Any, folder: Path, dtype: torch.dtype | None, **options: Any) -> Any:
     """`kind.from_pretrained` of a folder (whole or sharded), strictly; dtype: None is as it is stored. Raises
     ValueError in one line where tensors are missing, left over or of another shape, and where a file is damaged."""

@@ -63,8 +63,24 @@ class Template(Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
 
 
+class Sight(nn.Module):
+    """Pictures as vectors that the backbone reads in place of embeddings, where it does not read their codes."""
+
+    positions: int
+    """How many stand for a picture."""
+
+    def features(self, x_BCHW: Tensor) -> Tensor:
+        """Pixels in [-1, 1] (B, 3, H, W) -> (B, positions, D)."""
+        raise TypeError("a sight defines features()")
+
+    def config(self) -> dict[str, Any]:
+        """What builds it again."""
+        return {}
+
+
 class UnifiedModel(nn.Module):
-    """A backbone over one vocabulary of text and image codes, the two tokenizers, and the generators by name."""
+    """A backbone over one vocabulary of text and image codes, the two tokenizers, and the generators by name. sight: by
+    what pictures are read, where that is not their codes."""
 
     def __init__(
         self,
@@ -75,6 +91,7 @@ class UnifiedModel(nn.Module):
         image_tokenizer: ImageTokenizer,
         template: Template,
         generators: dict[str, Generator],
+        sight: Sight | None = None,
     ) -> None:
         super().__init__()
         self.family = family
@@ -86,6 +103,7 @@ class UnifiedModel(nn.Module):
         self.generators = generators
         self.sampling: dict[str, dict[str, float]] = {}
         self.heads = nn.ModuleDict({name: g for name, g in generators.items() if isinstance(g, nn.Module)})
+        self.sight = sight
         image_tokenizer.requires_grad_(False)
 
     def train(self, mode: bool = True) -> UnifiedModel:
@@ -182,11 +200,14 @@ class UnifiedModel(nn.Module):
         return replace(batch, ids_BL=ids_BL)
 
     def read(self, document: Document) -> Document:
-        """The document with its pictures as codes, all of them encoded at once where they are of one size."""
+        """The document with its pictures as codes, or as features where they are read as such; all of them at once
+        where they are of one size."""
         images = [s.image for s in document.segments if s.image is not None and not isinstance(s.image, Tensor)]
         if not images:
             return document
-        if self.template.free_size:
+        if self.sight is not None:
+            codes = iter(self.sight.features(self.pixels(images)))
+        elif self.template.free_size:
             codes = iter([self.codes(self.pixels([image]))[0] for image in images])
         else:
             codes = iter(self.codes(self.pixels(images)))
@@ -202,14 +223,24 @@ class UnifiedModel(nn.Module):
         return stack_images(images, self.image_tokenizer.image_size, self.template.frame)
 
     def ids(self, tokens: Tokens) -> list[int]:
-        """The ids of one document whose pictures are codes."""
-        ids = list(tokens.ids)
+        """The ids of one document that has been read. A feature of a picture has an id beyond the vocabulary: its
+        number among the document's `features`."""
+        ids, seen = list(tokens.ids), self.vocabulary.size
         for (start, stop), codes_hw in zip(tokens.spans, tokens.images, strict=True):
+            if codes_hw.is_floating_point():
+                ids[start:stop] = range(seen, seen := seen + len(codes_hw))
+                continue
             height, width = codes_hw.shape
             rows = self.template.layout((height, width)).lay(self.vocabulary.image_ids(codes_hw))
             assert len(rows) == stop - start, "a picture of another size than its place"
             ids[start:stop] = rows
         return ids
+
+    @staticmethod
+    def features(document: Document) -> Tensor | None:
+        """The features (P, D) of all pictures of a document that are read as such, in its order."""
+        images = [s.image for s in document.segments if isinstance(s.image, Tensor) and s.image.is_floating_point()]
+        return torch.cat(images) if images else None
 
     @torch.no_grad()
     def pictures(self, codes_Nhw: Tensor) -> list[Any]:
@@ -234,6 +265,14 @@ class UnifiedModel(nn.Module):
                 lm.save_pretrained(scratch)
             self.text_tokenizer.save_pretrained(scratch)
             save_tokenizer(self.image_tokenizer, scratch / "image_tokenizer", dtype=dtype)
+            beside = {k: v for k, v in self.backbone.state_dict().items() if not k.startswith("lm.")}
+            if beside:
+                (scratch / "backbone").mkdir()
+                hub.write_tensors(scratch / "backbone" / "model.safetensors", beside, dtype)
+            if self.sight is not None:
+                (scratch / "sight").mkdir()
+                hub.write_tensors(scratch / "sight" / "model.safetensors", self.sight.state_dict(), dtype)
+                save_json(scratch / "sight" / "config.json", self.sight.config())
             for name, head in self.heads.items():
                 (scratch / name).mkdir()
                 if head.tokenizer is not None:

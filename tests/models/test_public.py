@@ -103,7 +103,7 @@ def poison(path: Path) -> None:
         (cut, "cannot be loaded|cannot be read", "cannot be read|damaged"),
         (forget, "missing", "missing"),
         (poison, "", "might run code"),
-        (Path.unlink, "cannot be|holds neither|missing", "has no|missing"),
+        (Path.unlink, "cannot be|holds neither|missing|has no weights", "has no|missing"),
     ],
 )
 def test_a_damaged_folder_is_one_clear_line(

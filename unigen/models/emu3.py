@@ -143,10 +143,10 @@ def owns(folder: Path, config: dict[str, Any]) -> bool:
 
 def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
     """The model in `folder`, in transformers' layout or in ours, strictly. dtype: None is as it is stored."""
-    from transformers import AutoTokenizer, Emu3ForCausalLM, Emu3ForConditionalGeneration
+    from transformers import Emu3ForCausalLM, Emu3ForConditionalGeneration
 
     hub.read_json(folder / "tokenizer_config.json")
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = text.load(folder)
     image_tokenizer: Emu3VQ
     if (folder / hub.MANIFEST).is_file():
         lm = hub.pretrained(Emu3ForCausalLM, folder, dtype)

@@ -150,9 +150,9 @@ def owns(folder: Path, config: dict[str, Any]) -> bool:
 
 def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
     """The model in `folder`, in the public layout or in ours, strictly. dtype: None is as it is stored."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = text.load(folder)
     image_tokenizer = _image_tokenizer(folder)
     lm = hub.pretrained(AutoModelForCausalLM, folder, dtype)
     # id(code) = len(tokenizer) + code, even where a table was padded before it was grown

@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from unigen import hub
 from unigen.sequence import Tokens
 
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
@@ -69,7 +70,8 @@ def load(folder: str | Path) -> Any:
     """The Hugging Face tokenizer in `folder`."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    with hub.quiet():  # it warns of config.json's types that it does not know
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 class Prompt:

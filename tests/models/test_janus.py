@@ -1,0 +1,79 @@
+"""What is Janus's own: folders of pickles and shards, what it refuses. How its folder behaves is in test_public."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import unigen
+from tests.parity import janus as case
+from unigen import hub
+from unigen.sequence import Document, Segment
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("janus")
+    case.checkpoint(made)
+    return made
+
+
+def pickled(folder: Path, to: Path, shards: int) -> Path:
+    """The folder with its weights as Janus-Pro's are published: pickles, in shards where there are several."""
+    shutil.copytree(folder, to)
+    state = hub.read_tensors(to / "model.safetensors")
+    (to / "model.safetensors").unlink()
+    names = sorted(state)
+    if shards == 1:
+        torch.save(state, to / "pytorch_model.bin")
+        return to
+    where = {name: f"pytorch_model-{k % shards}.bin" for k, name in enumerate(names)}
+    for file in set(where.values()):
+        torch.save({name: state[name] for name in names if where[name] == file}, to / file)
+    (to / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
+    return to
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_pickles_and_shards(folder: Path, tmp_path: Path, shards: int) -> None:
+    first, second = (unigen.load(str(f), "cpu") for f in (folder, pickled(folder, tmp_path / "pickled", shards)))
+    assert second.generate(case.PROMPT).tobytes() == first.generate(case.PROMPT).tobytes()
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return print, ("this must not run",)
+
+
+def test_a_pickle_that_runs_code_is_not_read(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    poisoned = pickled(folder, tmp_path / "poisoned", 1)
+    torch.save({"gen_embed.weight": Evil()}, poisoned / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="might run code"):
+        unigen.load(str(poisoned), "cpu")
+    assert "must not run" not in capsys.readouterr().out
+
+
+def test_pictures_are_read_alone_as_in_a_batch(folder: Path) -> None:
+    """Features of a picture stand with the row that asked for them."""
+    engine = unigen.load(str(folder), "cpu")
+    pictures = [Image.new("RGB", (32, 20), color) for color in ("red", "blue")]
+    asked = [[pictures[0], "What is it"], "two dogs", [pictures[1], pictures[0], "What is it"]]
+    together = engine.generate_batch(asked, [0, 0, 0], output="text", max_tokens=8)
+    assert together == [engine.generate(one, "text", max_tokens=8) for one in asked]
+    assert len(set(together)) == 3
+
+
+def test_what_it_refuses(folder: Path) -> None:
+    engine = unigen.load(str(folder), "cpu")
+    with pytest.raises(ValueError, match="draws from words alone"):
+        engine.edit(Image.new("RGB", (8, 8)), "make it red")
+    with pytest.raises(ValueError, match="learns to draw here"):
+        engine.model.template.encode(Document([Segment(text="a"), Segment(text="b", role="assistant")]))
+    with pytest.raises(ValueError, match="32x32 pixels alone"):
+        engine.generate(case.PROMPT, size=(64, 64))

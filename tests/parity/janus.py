@@ -1,0 +1,278 @@
+"""Janus against its official code: the loop of its script over the tensors of the public folder, SigLIP written out,
+and the official VQ-16.
+
+The goldens of the VQ are made from `checkpoint` by the official class:
+    UNIGEN_REFERENCE_JANUS=<Janus>/janus/models python scripts/parity.py janus --goldens
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.functional import conv2d, embedding, gelu, layer_norm, linear, scaled_dot_product_attention
+
+import unigen
+from tests.parity import common
+from tests.parity.common import Row, differing, error
+from unigen import hub
+from unigen.config import save_json
+from unigen.generators import next_token
+from unigen.models import janus
+from unigen.samplers.logits import Sampling, race
+from unigen.sequence import Document, Segment
+from unigen.tokenizers import vqgan
+
+SIDE, CODES, PATCH, HIDDEN = 32, 256, 8, 128
+SIZE, PROMPT = (SIDE, SIDE), "a red apple"
+ASKED = [PROMPT]
+PROMPTS = ("a red apple on a blue table", "two dogs")
+LANGUAGE: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "max_position_embeddings": 512,
+}  # fmt: skip
+GOLDEN = common.GOLDENS / "janus_vq.safetensors"
+
+
+def image_tokenizer_tensors() -> dict[str, Tensor]:
+    """A small VQ-16 with random weights in the public layout."""
+    config = vqgan.VQGANConfig(SIDE, (32, 32, 64), 2, 16, 8, CODES, attention=True, unit=True)
+    return common.randomise(vqgan.to_public(vqgan.VQGAN(config), "llamagen"), seed=1, scale=1.4)
+
+
+def vision_tensors() -> dict[str, Tensor]:
+    """SigLIP's, as timm names them, with the pooling that Janus does not use."""
+    places = (SIDE // PATCH) ** 2
+    shapes: dict[str, tuple[int, ...]] = {
+        "pos_embed": (1, places, HIDDEN),
+        "patch_embed.proj.weight": (HIDDEN, 3, PATCH, PATCH),
+        "patch_embed.proj.bias": (HIDDEN,),
+        "norm.weight": (HIDDEN,),
+        "norm.bias": (HIDDEN,),
+        "attn_pool.latent": (1, 1, HIDDEN),
+    }
+    for block in ("blocks.0", "blocks.1"):
+        for name, rows, columns in (("attn.qkv", 3, 1), ("attn.proj", 1, 1), ("mlp.fc1", 4, 1), ("mlp.fc2", 1, 4)):
+            shapes[f"{block}.{name}.weight"] = (rows * HIDDEN, columns * HIDDEN)
+            shapes[f"{block}.{name}.bias"] = (rows * HIDDEN,)
+        for name in ("norm1", "norm2"):
+            shapes |= {f"{block}.{name}.weight": (HIDDEN,), f"{block}.{name}.bias": (HIDDEN,)}
+    return {f"vision_model.vision_tower.{name}": torch.empty(shape) for name, shape in shapes.items()}
+
+
+def checkpoint(folder: Path) -> None:
+    """A model folder in the public layout with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Tokenizer
+
+    lines = [f"a red apple on a blue table two dogs What is it {janus.SYSTEM} User: Assistant:\n\n"]
+    names = ["<bos>", janus.USER, janus.ASSISTANT, janus.BOI, janus.EOI, janus.PAD]
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(lines * 4, 400, new_special_tokens=names)
+    tokenizer.add_special_tokens({"bos_token": "<bos>", "pad_token": janus.PAD})
+    tokenizer.save_pretrained(folder)
+    width, head = LANGUAGE["hidden_size"], 48
+    language = LANGUAGE | {"vocab_size": len(tokenizer)}
+    state = {f"language_model.{k}": v for k, v in LlamaForCausalLM(LlamaConfig(**language)).state_dict().items()}
+    state |= vision_tensors() | {"gen_embed.weight": torch.empty(CODES, 8)}
+    for name, rows, columns in (
+        ("aligner.layers.0", width, HIDDEN), ("aligner.layers.2", width, width), ("gen_aligner.layers.0", width, 8),
+        ("gen_aligner.layers.2", width, width), ("gen_head.output_mlp_projector", head, width),
+        ("gen_head.vision_head", CODES, head),
+    ):  # fmt: skip
+        state |= {f"{name}.weight": torch.empty(rows, columns), f"{name}.bias": torch.empty(rows)}
+    state = common.randomise(state, seed=2, scale=2.0)
+    state |= {f"gen_vision_model.{name}": tensor for name, tensor in image_tokenizer_tensors().items()}
+    hub.write_tensors(folder / "model.safetensors", state)
+    save_json(folder / "config.json", {"model_type": "multi_modality", "language_config": language})
+    save_json(folder / "preprocessor_config.json", {"image_size": SIDE})
+
+
+def pixels() -> Tensor:
+    return torch.rand(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(3)) * 2 - 1
+
+
+def picture() -> Image.Image:
+    array = ((pixels()[0, :, :16] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    return Image.fromarray(array)  # 32 wide, 16 high
+
+
+def make_goldens(folder: Path) -> None:
+    """Codes and pixels of the official class."""
+    with common.importable(folder):
+        import vq_model as official  # type: ignore[import-not-found]
+    model = official.VQModel(official.ModelArgs(z_channels=16, codebook_size=CODES, codebook_embed_dim=8))
+    model.encoder = official.Encoder(ch=32, ch_mult=(1, 1, 2), z_channels=16)
+    model.decoder = official.Decoder(ch=32, ch_mult=(1, 1, 2), z_channels=16)
+    model.load_state_dict(image_tokenizer_tensors() | {"quantize.codebook_used": model.quantize.codebook_used})
+    model.eval()
+    with torch.no_grad():
+        ids_N = model.encode(pixels())[2][2]
+        made_BCHW = model.decode_code(ids_N, [2, 8, 8, 8])
+    save_file({"codes": ids_N.reshape(2, 8, 8), "pixels": made_BCHW}, GOLDEN)
+
+
+class Reference:
+    """The official script, over the tensors as they stand in the folder."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+        self.state = load_file(folder / "model.safetensors")
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        config = LlamaConfig(**hub.read_json(folder / "config.json")["language_config"], attn_implementation="eager")
+        self.lm = LlamaForCausalLM(config).eval()
+        language = {k.removeprefix("language_model."): v for k, v in self.state.items() if k.startswith("language_")}
+        self.lm.load_state_dict(language)
+
+    def layer(self, name: str, x: Tensor) -> Tensor:
+        return linear(x, self.state[f"{name}.weight"], self.state[f"{name}.bias"])
+
+    def ids(self, text: str) -> list[int]:
+        return [self.tokenizer.bos_token_id, *self.tokenizer(text)["input_ids"]]
+
+    def prompts(self, words: str) -> tuple[list[int], list[int]]:
+        ids = self.ids(f"<|User|>: {words}\n\n<|Assistant|>:<begin_of_image>")
+        pad = self.tokenizer.convert_tokens_to_ids(janus.PAD)
+        return ids, [ids[0]] + [pad] * (len(ids) - 2) + [ids[-1]]
+
+    @torch.no_grad()
+    def guided(self, words: str, codes: list[int], scale: float) -> Tensor:
+        """Logits (K,) of the next code."""
+        read_BLD = self.lm.get_input_embeddings()(torch.tensor(self.prompts(words)))
+        if codes:
+            drawn_PE = embedding(torch.tensor(codes), self.state["gen_embed.weight"])
+            drawn_PD = self.layer("gen_aligner.layers.2", gelu(self.layer("gen_aligner.layers.0", drawn_PE)))
+            read_BLD = torch.cat((read_BLD, drawn_PD.expand(2, -1, -1)), 1)
+        last_BD = self.lm.model(inputs_embeds=read_BLD, use_cache=False).last_hidden_state[:, -1]
+        projected = gelu(self.layer("gen_head.output_mlp_projector", last_BD))
+        full, blind = self.layer("gen_head.vision_head", projected)
+        return blind + scale * (full - blind)
+
+    def codes(self, words: str, length: int, sampling: Sampling, scale: float, seed: int) -> list[int]:
+        rng = torch.Generator().manual_seed(seed * 1_000_003 + 1)
+        codes: list[int] = []
+        for _ in range(length):
+            logits_K = self.guided(words, codes, scale)
+            if sampling.temperature == 0:
+                codes.append(int(logits_K.argmax()))
+                continue
+            noise_K = torch.empty(CODES).exponential_(generator=rng)
+            codes.append(int(race((logits_K / sampling.temperature).softmax(-1)[None], noise_K[None])))
+        return codes
+
+    @torch.no_grad()
+    def features(self, x_BCHW: Tensor) -> Tensor:
+        """SigLIP (a plain vision transformer, pre-norm, gelu) and the aligner."""
+        name = "vision_model.vision_tower."
+        at = lambda key: self.state[name + key]  # noqa: E731
+        x = conv2d(x_BCHW, at("patch_embed.proj.weight"), at("patch_embed.proj.bias"), stride=PATCH)
+        x = x.flatten(2).transpose(1, 2) + at("pos_embed")
+        norm = lambda x, key: layer_norm(x, (HIDDEN,), at(f"{key}.weight"), at(f"{key}.bias"), 1e-6)  # noqa: E731
+        for block in ("blocks.0", "blocks.1"):
+            qkv = self.layer(f"{name}{block}.attn.qkv", norm(x, f"{block}.norm1"))
+            q, k, v = qkv.unflatten(-1, (3, HIDDEN // janus.HEAD_WIDTH, -1)).permute(2, 0, 3, 1, 4)
+            mixed = scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            x = x + self.layer(f"{name}{block}.attn.proj", mixed)
+            x = x + self.layer(f"{name}{block}.mlp.fc2", gelu(self.layer(f"{name}{block}.mlp.fc1", norm(x, f"{block}.norm2"))))  # fmt: skip  # noqa: E501
+        return self.layer("aligner.layers.2", gelu(self.layer("aligner.layers.0", norm(x, "norm"))))
+
+    @torch.no_grad()
+    def answer(self, words: str, pixels_CHW: Tensor) -> Tensor:
+        """Logits (V,) of the first id of an answer."""
+        before = self.ids(f"{janus.SYSTEM}\n\n<|User|>: <begin_of_image>")
+        after = self.ids(f"<end_of_image>\n{words}\n\n<|Assistant|>:")[1:]
+        table = self.lm.get_input_embeddings()
+        read_LD = torch.cat((table(torch.tensor(before)), self.features(pixels_CHW[None])[0], table(torch.tensor(after))))  # fmt: skip  # noqa: E501
+        return self.lm(inputs_embeds=read_LD[None], use_cache=False).logits[0, -1]  # type: ignore[no-any-return]
+
+
+def rows(folder: Path) -> Iterator[Row]:
+    engine = unigen.load(str(folder), device="cpu")
+    model, reference = engine.model, Reference(folder)
+    template, begin = model.template, model.template.begins["next-token"]
+    script = "the official loop over the public tensors"
+
+    documents = [Document.of(words) for words in PROMPTS]
+    made = [[*template.prompt(document, output="image", blind=blind).ids, begin] for document in documents for blind in (False, True)]  # fmt: skip  # noqa: E501
+    ours = [id for ids in made for id in ids]
+    theirs = [id for words in PROMPTS for ids in reference.prompts(words) for id in ids]
+    seen = [id for words in PROMPTS for ids in (reference.prompts(words)[0],) * 2 for id in ids]
+    yield Row(
+        "janus prompt ids", differing(ours, theirs), differing(seen, theirs), "no padding", "the official strings"
+    )
+
+    asked = Document([Segment(image=picture()), Segment(text="What is it")])
+    padded = Image.new("RGB", (SIDE, SIDE), (127, 127, 127))
+    padded.paste(picture(), (0, 8))
+    pixels_CHW = torch.tensor(list(padded.tobytes())).reshape(SIDE, SIDE, 3).permute(2, 0, 1) / 127.5 - 1
+    there = reference.answer("What is it", pixels_CHW)
+    found = []
+    for given in (asked, Document([Segment(image=picture().resize((SIDE, SIDE))), *asked.segments[1:]])):
+        with common.seen_logits(next_token) as steps:
+            engine.generate(given, "text", max_tokens=1)
+        found.append(steps[0][0])
+    legal = found[0].isfinite()
+    yield Row(
+        "janus answer logits", error(found[0][legal], there[legal]), error(found[1][legal], there[legal]),
+        "a picture stretched", "SigLIP written out, transformers' Llama",
+    )  # fmt: skip
+
+    height, width = model.image_tokenizer.grid
+    places = (0, 1, width - 1, height * width - 1)
+    greedy = reference.codes(PROMPTS[0], height * width, Sampling(0.0), 5.0, 0)
+    there = torch.stack([reference.guided(PROMPTS[0], greedy[:at], 5.0) for at in places])
+    found = []
+    for trap in (False, True):
+        with as_text(model, trap), common.seen_logits(next_token) as steps:
+            engine.generate(PROMPTS[0], temperature=0.0)
+        found.append(torch.stack([steps[at][0] for at in places]))
+    trap_said = "codes through the text's table"
+    yield Row("janus logits", error(found[0], there), error(found[1], there), trap_said, script)
+
+    for name, sampling, seed in (("greedy", Sampling(0.0), 0), ("sampled", Sampling(1.0), 5)):
+        written, right, control = [], [], []
+        for words in PROMPTS:
+            options = {"seed": seed, "temperature": sampling.temperature}
+            right += reference.codes(words, height * width, sampling, 5.0, seed)
+            for trap, drawn in ((False, written), (True, control)):
+                request = engine.request(words, "image", **options)
+                with as_text(model, trap):
+                    list(engine.run([request]))
+                drawn += request.document.segments[-1].image.flatten().tolist()
+        assert len(set(right)) >= 32, f"too few different codes: {len(set(right))}"
+        yield Row(f"janus {name} ids", differing(written, right), differing(control, right), trap_said, script)
+
+    golden, tokenizer = load_file(GOLDEN), model.image_tokenizer
+    share = float((tokenizer.encode(pixels()) != golden["codes"]).float().mean())
+    long = vqgan.VQGAN(vqgan.VQGANConfig(**without_unit(tokenizer)))
+    long.load_state_dict(tokenizer.state_dict())
+    wrong = float((long.encode(pixels()) != golden["codes"]).float().mean())
+    against, trap_said = "the official VQ-16 (goldens)", "not of unit length"
+    yield Row("janus pixels to codes", share, wrong, trap_said, against)
+    there = golden["pixels"].clamp(-1, 1)
+    made_BCHW, wrong_BCHW = tokenizer.decode(golden["codes"]), long.eval().decode(golden["codes"])
+    yield Row("janus codes to pixels", error(made_BCHW, there), error(wrong_BCHW, there), trap_said, against)
+
+
+def without_unit(tokenizer: Any) -> dict[str, Any]:
+    return {k: v for k, v in tokenizer.config().items() if k != "kind"} | {"unit": False}
+
+
+class as_text:  # noqa: N801
+    """The trap of the sheet: codes read through the text's table, where `on`."""
+
+    def __init__(self, model: Any, on: bool) -> None:
+        self.backbone, self.on = model.backbone, on
+
+    def __enter__(self) -> None:
+        if self.on:
+            table = self.backbone.lm.get_input_embeddings()
+            self.backbone.embed = lambda ids: table(ids % table.num_embeddings)
+
+    def __exit__(self, *_: Any) -> None:
+        if self.on:
+            del self.backbone.embed

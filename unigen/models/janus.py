@@ -1,0 +1,319 @@
+"""Janus and Janus-Pro: pictures are read as features of a vision encoder, and written as codes with a table and a head
+of their own (Wu et al. 2024, arXiv 2410.13848; Chen et al. 2025, arXiv 2501.17811).
+
+    <bos><|User|>: {words}\n\n<|Assistant|>:<begin_of_image> 576 codes                  a picture
+    <bos><pad> ... <pad><begin_of_image> ...                                            guidance's other branch
+    <bos>{system}\n\n<|User|>: <begin_of_image> 576 features <end_of_image>\n{question}\n\n<|Assistant|>:   an answer
+
+    engine = unigen.load("deepseek-ai/Janus-Pro-1B")
+
+The padding of the other branch is read like any id. Codes stand in our vocabulary after the text, though no table holds
+both: id = text + code. Public weights: not run here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.functional import gelu
+
+from unigen import hub
+from unigen.config import save_json
+from unigen.generators.base import Generator
+from unigen.generators.next_token import NextToken, Text
+from unigen.model import Output, Sight, UnifiedModel
+from unigen.nn.backbone import Backbone
+from unigen.sequence import Document, Layout, Segment, Tokens, Vocabulary
+from unigen.tokenizers import load_tokenizer, text, vqgan
+
+USER, ASSISTANT = "<|User|>", "<|Assistant|>"
+BOI, EOI, PAD = "<begin_of_image>", "<end_of_image>", "<｜▁pad▁｜>"
+SYSTEM = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, and assist the user with a variety of tasks using natural language."
+)
+PAPER = (127, 127, 127)
+"""What a picture to be read is laid on to make it square."""
+HEAD_WIDTH = 64
+"""Of the vision encoder's attention, SigLIP's."""
+SAMPLING = {"guidance": 5.0, "temperature": 1.0}
+
+
+class JanusTemplate:
+    outputs: tuple[Output, ...] = ("image", "text")
+    reader = "next-token"
+    candidates = 1
+    free_size = False
+    classes: tuple[str, ...] = ()
+
+    def __init__(self, tokenizer: Any, features: int, codes: int) -> None:
+        self.tokenizer, self.features, self.codes = tokenizer, features, codes
+        self.text_lengths: dict[str, int] = {}
+        self.settings: dict[str, Any] = {}
+        known = tokenizer.get_vocab()
+        self.names = [name for name in (USER, ASSISTANT, BOI, EOI, PAD) if name in known]
+        self.special: dict[str, int] = {name: known[name] for name in self.names}
+        if missing := [name for name in (BOI, EOI, PAD) if name not in known]:
+            raise ValueError(f"the text tokenizer has no {', '.join(missing)}: it is not Janus's")
+        self.turn_ends: tuple[int, ...] = (tokenizer.eos_token_id,)
+        self.begins = {self.reader: self.special[BOI]}
+
+    def layout(self, grid: tuple[int, int]) -> Layout:
+        return Layout(grid, closing=(self.special[EOI],))
+
+    def frame(self, image: Image.Image, size: int) -> np.ndarray:
+        """The whole picture, resized, in the middle of a square of `PAPER`."""
+        longest = max(image.size)
+        width, height = (max(14, int(side / longest * size)) for side in image.size)
+        paper = Image.new("RGB", (size, size), PAPER)
+        resized = image.resize((width, height), Image.Resampling.BICUBIC)
+        paper.paste(resized, ((size - width) // 2, (size - height) // 2))
+        return np.asarray(paper)
+
+    def prompt(self, document: Document, *, output: Output, blind: bool = False) -> Tokens:
+        drawing = output == "image"
+        prompt = self._turns(document.segments, system="" if drawing else SYSTEM, seen=not drawing)
+        if document.segments[-1].role == "user":
+            prompt.own(f"{ASSISTANT}:")
+        tokens = prompt.tokens()
+        return Tokens([tokens.ids[0]] + [self.special[PAD]] * (len(tokens) - 1)) if blind else tokens
+
+    def encode(self, document: Document, *, blind: bool = False, writer: str = "next-token") -> Tokens:
+        """A whole document to learn from, which ends in a picture of the assistant's. What the vision encoder reads is
+        not learnt here."""
+        last = document.segments[-1]
+        if last.image is None or last.role != "assistant":
+            raise ValueError("janus learns to draw here: give documents that end in a picture of the assistant's")
+        tokens = self.prompt(Document(document.segments[:-1]), output="image", blind=blind)
+        tokens.add([self.special[BOI]])
+        tokens.add_image(last.image, self.codes, loss=True)
+        return tokens
+
+    def _turns(self, segments: Sequence[Segment], system: str, seen: bool) -> text.Prompt:
+        prompt = text.Prompt(self.tokenizer, self.names).ids([self.tokenizer.bos_token_id])
+        prompt.own(f"{system}\n\n" if system else "")
+        for number, segment in enumerate(segments):
+            user, begins = segment.role == "user", number == 0 or segments[number - 1].role != segment.role
+            ends = number + 1 == len(segments) or segments[number + 1].role != segment.role
+            prompt.own(f"{USER if user else ASSISTANT}: " if begins else "\n")
+            if segment.image is not None:
+                if not seen:
+                    raise ValueError("janus draws from words alone: leave the picture out, or ask for text about it")
+                prompt.own(BOI).image(segment.image, self.features).own(EOI)
+            elif segment.label is not None:
+                raise ValueError("janus reads words, not classes: say it in words")
+            else:
+                prompt.said((segment.text or "").strip())
+            if ends and user:
+                prompt.own("\n\n")
+            elif ends and number + 1 < len(segments):
+                prompt.ids([self.tokenizer.eos_token_id])
+        return prompt
+
+    def opening_text(self, document: Document, writer: str) -> list[int]:
+        return []
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+
+class JanusBackbone(Backbone):
+    """A language model whose image codes have a table, an aligner and a head of their own."""
+
+    def __init__(self, lm: Any, codes: int, code_dim: int, head_width: int) -> None:
+        super().__init__(lm)
+        self.text_size = int(lm.config.vocab_size)
+        self.table = nn.Embedding(codes, code_dim)
+        self.aligner = nn.Sequential(nn.Linear(code_dim, self.width), nn.GELU(), nn.Linear(self.width, self.width))
+        self.head = nn.Sequential(nn.Linear(self.width, head_width), nn.GELU(), nn.Linear(head_width, codes))
+
+    def embed(self, ids_BL: Tensor) -> Tensor:
+        codes_BL = ids_BL - self.text_size
+        drawn_BL1 = (codes_BL >= 0)[..., None]
+        if not drawn_BL1.any():
+            return super().embed(ids_BL)
+        embeds_BLD = self.aligner(self.table(codes_BL.clamp(min=0)))
+        return torch.where(drawn_BL1, embeds_BLD, super().embed(ids_BL.clamp(max=self.text_size - 1)))
+
+    def logits(self, hidden: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        if start < self.text_size:
+            return super().logits(hidden, start, min(stop or self.text_size, self.text_size))
+        scores: Tensor = self.head(hidden)
+        return scores[..., start - self.text_size : None if stop is None else stop - self.text_size]
+
+
+class JanusSight(Sight):
+    """SigLIP's encoder, transformers' `JanusVisionModel`, and two layers that take its features to the backbone."""
+
+    def __init__(self, settings: Mapping[str, Any], width: int) -> None:
+        from transformers import JanusVisionConfig
+        from transformers.models.janus.modeling_janus import JanusVisionModel
+
+        super().__init__()
+        self.settings = dict(settings)
+        self.encoder = JanusVisionModel(JanusVisionConfig(**self.settings))
+        self.aligner = nn.ModuleList([nn.Linear(self.settings["hidden_size"], width), nn.Linear(width, width)])
+        self.positions = (self.settings["image_size"] // self.settings["patch_size"]) ** 2
+
+    def config(self) -> dict[str, Any]:
+        return self.settings
+
+    @torch.no_grad()
+    def features(self, x_BCHW: Tensor) -> Tensor:
+        weight = self.aligner[0].weight
+        seen_BPD = self.encoder(x_BCHW.to(weight.device, weight.dtype)).last_hidden_state
+        return self.aligner[1](gelu(self.aligner[0](seen_BPD)))  # type: ignore[no-any-return]
+
+
+# what a tensor is called in a public folder, and here
+_NAMES = (
+    ("gen_embed.", "backbone.table."),
+    ("gen_aligner.layers.", "backbone.aligner."),
+    ("gen_head.output_mlp_projector.", "backbone.head.0."),
+    ("gen_head.vision_head.", "backbone.head.2."),
+    ("aligner.layers.0.", "sight.aligner.0."),
+    ("aligner.layers.2.", "sight.aligner.1."),
+    ("gen_vision_model.", "image_tokenizer."),
+    ("language_model.", "backbone.lm."),
+    ("vision_model.vision_tower.pos_embed", "sight.encoder.embeddings.position_embedding.weight"),
+    ("vision_model.vision_tower.patch_embed.proj.", "sight.encoder.embeddings.patch_embedding."),
+    ("vision_model.vision_tower.blocks.", "sight.encoder.encoder.layers."),
+    ("vision_model.vision_tower.norm.", "sight.encoder.post_layernorm."),
+)
+_BLOCK = (
+    (".norm1.", ".layer_norm1."),
+    (".norm2.", ".layer_norm2."),
+    (".attn.", ".self_attn."),
+    (".self_attn.proj.", ".self_attn.projection_layer."),
+)
+
+
+def from_public(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a public folder by their names here. What reads no picture here (SigLIP's pooling) is left."""
+    ours: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if name.startswith("vision_model.vision_tower.attn_pool.") or name.endswith("rotary_emb.inv_freq"):
+            continue
+        theirs, here = next((pair for pair in _NAMES if name.startswith(pair[0])), ("", ""))
+        name = here + name[len(theirs) :]
+        if ".encoder.layers." in name:
+            for old, new in _BLOCK:
+                name = name.replace(old, new)
+        if ".qkv." in name:
+            for part, third in zip("qkv", tensor.chunk(3), strict=True):
+                ours[name.replace(".qkv.", f".{part}_proj.")] = third
+        else:
+            ours[name] = tensor[0] if name.endswith("position_embedding.weight") else tensor
+    return ours
+
+
+def to_public(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors by their public names."""
+    theirs: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if re.search(r"\.[kv]_proj\.", name) and name.startswith("sight."):
+            continue  # goes with the queries
+        if name.startswith("sight.") and ".q_proj." in name:
+            tensor = torch.cat([state[name.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"])
+            name = name.replace(".q_proj.", ".qkv.")
+        if ".encoder.layers." in name:
+            for old, new in reversed(_BLOCK):
+                name = name.replace(new, old)
+        public, here = next(pair for pair in _NAMES if name.startswith(pair[1]))
+        theirs[public + name[len(here) :]] = tensor[None] if public.endswith("pos_embed") else tensor
+    return theirs
+
+
+def owns(folder: Path, config: dict[str, Any]) -> bool:
+    return config.get("model_type") == "multi_modality"
+
+
+def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
+    """The model in `folder`, in the public layout or in ours, strictly. dtype: None is as it is stored."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.initialization import no_init_weights
+
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        hub.read_json(folder / name)
+    tokenizer = text.load(folder)
+    config = hub.read_json(folder / hub.CONFIG)
+    if (folder / hub.MANIFEST).is_file():
+        image_tokenizer = load_tokenizer(folder / "image_tokenizer")
+        state = {f"backbone.lm.{name}": tensor for name, tensor in hub.read_weights(folder).items()}
+        for part in ("backbone", "sight"):
+            tensors = hub.read_tensors(folder / part / "model.safetensors")
+            state |= {f"{part}.{name}": tensor for name, tensor in tensors.items()}
+        vision = hub.read_json(folder / "sight" / hub.CONFIG)
+    else:
+        state = from_public(hub.read_weights(folder))
+        size = int(hub.read_json(folder / "preprocessor_config.json").get("image_size", 384))
+        coded = {k.removeprefix("image_tokenizer."): v for k, v in state.items() if k.startswith("image_tokenizer.")}
+        image_tokenizer = vqgan.from_public(coded, size, "llamagen")
+        config = config["language_config"]
+        vision = vision_settings(state, size)
+    own = {name: tensor for name, tensor in state.items() if not name.startswith("image_tokenizer.")}
+    try:
+        codes, code_dim = own["backbone.table.weight"].shape
+        head_width = own["backbone.head.0.weight"].shape[0]
+    except KeyError as error:
+        raise ValueError(f"checkpoint {folder} has no {error.args[0]}: it is not whole") from error
+    lm_config = LlamaConfig(**config)
+    lm_config.bos_token_id, lm_config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    parts = nn.Module()
+    with no_init_weights():
+        lm = LlamaForCausalLM._from_config(lm_config, attn_implementation="sdpa")
+        parts.backbone = JanusBackbone(lm, codes, code_dim, head_width)
+        parts.sight = JanusSight(vision, parts.backbone.width)
+    hub.load_strict(parts.to(dtype or own["backbone.table.weight"].dtype), own, folder)
+    template = JanusTemplate(tokenizer, parts.sight.positions, image_tokenizer.grid[0] * image_tokenizer.grid[1])
+    writers: dict[str, Generator] = {
+        "text": Text(sorted({*tokenizer.all_special_ids, *template.special.values()})),
+        "next-token": NextToken(image_tokenizer.grid),
+    }
+    vocabulary = Vocabulary(parts.backbone.text_size, codes)
+    model = UnifiedModel(
+        "janus", parts.backbone, vocabulary, tokenizer, image_tokenizer, template, writers, parts.sight
+    )
+    model.sample_by("next-token", **SAMPLING)
+    return model
+
+
+def vision_settings(state: Mapping[str, Tensor], size: int) -> dict[str, Any]:
+    """Of the vision encoder, read off its tensors: a public folder names it and does not describe it."""
+    try:
+        patch = state["sight.encoder.embeddings.patch_embedding.weight"]
+        hidden = patch.shape[0]
+        wide = state["sight.encoder.encoder.layers.0.mlp.fc1.weight"].shape[0]
+    except KeyError as error:
+        raise ValueError(f"these are not the tensors of Janus: {error.args[0]} is not among them") from error
+    layers = {name.split(".")[4] for name in state if name.startswith("sight.encoder.encoder.layers.")}
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": len(layers),
+        "num_attention_heads": max(1, hidden // HEAD_WIDTH),
+        "mlp_ratio": wide / hidden,
+        "image_size": size,
+        "patch_size": patch.shape[-1],
+    }
+
+
+def save_public(model: UnifiedModel, folder: Path) -> None:
+    """Write the files of the public layout."""
+    tokenizer, size = model.image_tokenizer, model.image_tokenizer.image_size
+    assert isinstance(tokenizer, vqgan.VQGAN) and isinstance(model.backbone, JanusBackbone)
+    state = {k: v for k, v in model.state_dict().items() if k.startswith(("backbone.", "sight."))}
+    state |= {f"image_tokenizer.{k}": v for k, v in vqgan.to_public(tokenizer, "llamagen").items()}
+    hub.write_tensors(folder / "model.safetensors", to_public(state))
+    model.text_tokenizer.save_pretrained(folder)
+    language = model.backbone.lm.config.to_diff_dict()
+    save_json(folder / hub.CONFIG, {"model_type": "multi_modality", "language_config": language})
+    save_json(
+        folder / "preprocessor_config.json", {"image_size": size, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    )
