@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ import unigen
 from scripts.parity import families
 from unigen import cli, hub
 from unigen.models import convert
+from unigen.sequence import Document
 
 FOLDERS: dict[str, Path] = {}
 
@@ -139,3 +141,27 @@ def test_a_folder_of_no_family(tmp_path: Path, capsys: pytest.CaptureFixture[str
     (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
     assert cli.main(["info", "--model", str(tmp_path), "--device", "cpu"]) == 2
     assert "'bert', which is of no family known here" in capsys.readouterr().err
+
+
+def test_the_table_in_the_docs(family: str, public: Path, root: Path) -> None:
+    """What docs/models.md says that a family can do is what it can do."""
+    lines = (root / "docs" / "models.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    titles, said = rows[0], [row for row in rows if row[0] == family]
+    assert len(said) == 1, f"give {family} one row in docs/models.md"
+    told = dict(zip(titles, said[0], strict=True))
+    engine = unigen.load(str(public), "cpu")
+    picture = Image.new("RGB", (32, 32))
+    able = {
+        "draws": "image" in engine.outputs,
+        "answers": "text" in engine.outputs,
+        "interleaves": "interleaved" in engine.outputs,
+        "edits": True,
+    }
+    try:
+        engine.model.template.prompt(engine.model.read(Document.of([picture, "make it red"])), output="image")
+    except ValueError:
+        able["edits"] = False
+    assert {name: told[name] for name in able} == {name: "yes" if can else "no" for name, can in able.items()}
+    assert told["sizes"] == ("any" if engine.model.template.free_size else "one")
+    assert re.search(r"`[\w.-]+/[\w.-]+`", told["first command's `--model`"])
