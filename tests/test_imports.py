@@ -23,7 +23,7 @@ LAYERS = [
     {"engine", "models", "data"},
     {"likelihood"},
     {"model"},
-    {"generators", "tokenizers"},
+    {"generators", "tokenizers", "templates"},
     {"nn", "samplers"},
     {"sequence", "config", "output", "hub"},
 ]

@@ -22,13 +22,14 @@ from PIL import Image
 
 from unigen.generators.base import Generator, Read, Span, State
 from unigen.likelihood import closest
-from unigen.model import OUTPUTS, Output, UnifiedModel
+from unigen.model import UnifiedModel
 from unigen.nn.backbone import SlotCache
 from unigen.nn.few_rows import use_few_rows
 from unigen.samplers.guidance import Guidance
 from unigen.samplers.logits import Sampling
 from unigen.samplers.ode import MOST, SAMPLERS
 from unigen.sequence import Document, Segment, read_image, square, stack_images, to_images
+from unigen.templates import OUTPUTS, Output
 
 SAMPLING: dict[str, Any] = {"guidance": 3.0, "temperature": 0.8, "top_k": 0, "top_p": 1.0}
 """How pictures are drawn by a model that does not say."""
@@ -456,11 +457,11 @@ class Engine:
                 row.seen.setdefault(slot, []).append(states_LD)
         if row.generator.wants_context:
             return [torch.cat(row.seen[slot]) for slot, _ in zip(row.slots, states, strict=False)]
-        return [states_LD[len(states_LD) - asked :] for states_LD in states]
+        return [states_LD[len(states_LD) - max(asked, 1) :] for states_LD in states]  # the prompt's last, if none
 
     def _finish(self, ended: list[_Row], rows: list[_Row], cache: SlotCache) -> Iterator[tuple[_Row, Any]]:
         """Parts of the answer that this step made: text as it comes, and the pictures of the spans that ended."""
-        text = self.model.generators["text"]
+        text = self.model.generators.get("text")
         for row in rows:
             if row.generator is text and row.state is not None:
                 piece = self._new_text(row)
@@ -522,8 +523,9 @@ class Engine:
     def _image_length(self, request: Request) -> int:
         """Positions that a picture needs, written and read back."""
         layout = self.model.template.layout(request.grid)
-        own = self.model.generators[request.generator].positions() if request.generator != "next-token" else 0
-        return max(len(layout), own + 2)
+        own = 0 if request.generator == "next-token" else self.model.generators[request.generator].positions() + 2
+        opened = request.generator in self.model.template.begins
+        return max(len(layout) - (not opened), own)
 
     @property
     def _image_begins(self) -> list[int]:
@@ -542,13 +544,13 @@ class Engine:
             blind = self.model.ids(self.model.template.prompt(row.document, output=request.output, blind=True))
             row.unread = [row.unread[0], *([list(blind)] * (request.guidance.branches - 1))]
         row.generator = self.model.generators[request.generator]
-        begin = self.model.template.begins[request.generator]
+        begin = self.model.template.begins.get(request.generator)  # None where the prompt opens the picture
         layout = self.model.template.layout(request.grid)
         fixed = request.fixed
         if fixed is not None:
             fixed = torch.where(fixed < 0, fixed, self.model.vocabulary.image_ids(fixed))
-        span = Span(begin, request.image, request.guidance, self._rng(row), request.grid, fixed=fixed)
-        span.opening, span.row_end = layout.opening, layout.row_end
+        span = Span(begin or 0, request.image, request.guidance, self._rng(row), request.grid, fixed=fixed)
+        span.opening, span.row_end = () if begin is None else (begin, *layout.opening), layout.row_end
         span.steps, span.sampler, span.text_ids = request.steps, request.sampler, self._opening(row)
         row.state, row.kept = row.generator.start(span), 0
 

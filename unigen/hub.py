@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,16 +31,26 @@ def shipped() -> list[str]:
     return sorted(p.parent.name for p in ASSETS.glob(f"*/{MANIFEST}"))
 
 
-def resolve(name: str | Path) -> Path:
-    """The folder of a model: by the name of a shipped one, by its path, or by `owner/name[@revision]` on the Hugging
-    Face hub, from whose cache it is taken where it is there. Raises ValueError naming what there is."""
-    for folder in (Path(name), ASSETS / str(name)):
-        if (folder / MANIFEST).is_file() or (folder / CONFIG).is_file():
-            return folder
-    if Path(name).is_dir():
-        raise ValueError(f"folder {name} holds neither {MANIFEST} nor {CONFIG}, so it is no model")
-    if named := HUB_NAME.fullmatch(str(name)):
-        return snapshot(named["repo"], named["revision"])
+def resolve(
+    name: str | Path, holdings: Mapping[str, Mapping[str, Sequence[str]]] | None = None
+) -> tuple[Path, str | None]:
+    """The folder of a model, and which of several it is: by the name of a shipped one, by its path, or by
+    `owner/name[@revision]` on the Hugging Face hub, from whose cache it is taken where it is there. After a colon may
+    follow the name of one of several models that are there. holdings: the files of each, by repository, for those of
+    the hub that hold several. Raises ValueError naming what there is."""
+    place, _, variant = str(name).partition(":")
+    for folder, which in ((Path(name), None), (ASSETS / str(name), None), (Path(place), variant or None)):
+        if folder.is_dir() and folder != ASSETS:
+            return folder, which
+    if named := HUB_NAME.fullmatch(place):
+        held = (holdings or {}).get(named["repo"])
+        if held is None:
+            return snapshot(named["repo"], named["revision"]), variant or None
+        if variant not in held:
+            raise ValueError(
+                f"{place} holds several models: name one, as in {place}:{next(iter(held))} ({', '.join(held)})"
+            )
+        return _from_hub(named["repo"], named["revision"], held[variant]), variant
     known = ", ".join(shipped()) or "none"
     raise ValueError(
         f"unknown model {str(name)!r}: neither a folder, nor a shipped model ({known}), nor owner/name on the hub"
@@ -123,6 +133,16 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
     for name in ("state_dict", "model"):
         data = data.get(name, data) if isinstance(data, dict) else {}
     return {name: value for name, value in data.items() if isinstance(value, Tensor)}
+
+
+def one_of(folder: Path, pattern: str, name: str | None) -> Path:
+    """The file of this pattern, the one of this name where there are several."""
+    found = {path.stem: path for path in sorted(folder.glob(pattern))}
+    if name is None and len(found) == 1:
+        return next(iter(found.values()))
+    if name not in found:
+        raise ValueError(f"{folder} holds {', '.join(found) or 'no model'}: name one after a colon")
+    return found[name]
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

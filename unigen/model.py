@@ -13,11 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from unigen import hub
@@ -25,42 +23,9 @@ from unigen.generators.base import CODES, Generator
 from unigen.nn.backbone import Backbone, SlotCache
 from unigen.samplers.guidance import Guidance
 from unigen.samplers.logits import Sampling
-from unigen.sequence import Batch, Document, Layout, Segment, Tokens, Vocabulary, stack_images, to_images
+from unigen.sequence import Batch, Document, Segment, Tokens, Vocabulary, stack_images, to_images
+from unigen.templates import Template
 from unigen.tokenizers import ImageTokenizer, save_tokenizer
-
-Output = Literal["image", "text", "interleaved", "pair"]
-OUTPUTS: tuple[Output, ...] = ("image", "text", "interleaved", "pair")
-
-
-class Template(Protocol):
-    """How a family lays a document out as ids. outputs: what it can be asked for; reader: the generator as which
-    finished pictures stand in it; classes: the names of what a model draws that draws classes and not words, else none;
-    text_lengths: how many positions of text the span of a picture opens with, of generators whose spans do; turn_ends:
-    ids that end an answer; free_size: may pictures be of any size? candidates: among how many captions a picture's is
-    chosen, if nothing else is asked for; frame: how pictures are brought to the pixels that the model reads; settings:
-    what a saved model has to say of it."""
-
-    outputs: tuple[Output, ...]
-    reader: str
-    text_lengths: dict[str, int]
-    classes: tuple[str, ...]
-    turn_ends: tuple[int, ...]
-    free_size: bool
-    settings: dict[str, Any]
-    begins: dict[str, int]
-    candidates: int
-
-    def frame(self, image: Image.Image, size: int) -> np.ndarray: ...
-
-    def layout(self, grid: tuple[int, int]) -> Layout: ...
-
-    def encode(self, document: Document, *, blind: bool = False, writer: str = "next-token") -> Tokens: ...
-
-    def prompt(self, document: Document, *, output: Output, blind: bool = False) -> Tokens: ...
-
-    def opening_text(self, document: Document, writer: str) -> list[int]: ...
-
-    def decode(self, ids: Sequence[int]) -> str: ...
 
 
 class Sight(nn.Module):
@@ -263,7 +228,8 @@ class UnifiedModel(nn.Module):
                 lm = copy.deepcopy(lm).to(dtype)
             with hub.quiet():
                 lm.save_pretrained(scratch)
-            self.text_tokenizer.save_pretrained(scratch)
+            if self.text_tokenizer is not None:
+                self.text_tokenizer.save_pretrained(scratch)
             save_tokenizer(self.image_tokenizer, scratch / "image_tokenizer", dtype=dtype)
             beside = {k: v for k, v in self.backbone.state_dict().items() if not k.startswith("lm.")}
             if beside:

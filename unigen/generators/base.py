@@ -28,12 +28,12 @@ CODES = ("temperature", "top_k", "top_p")
 class Span:
     """One segment to be written.
 
-    begin: the id that opens it, read first by every branch, and opening those that follow it. grid: rows and columns of
-    an image; row_end: ids that stand after each row, whatever is drawn. stops: ids that end a
-    text (an end of turn, or the begin of an image). rng: the span's own randomness. steps: how many the generator may
-    take, None for its default. fixed: ids (h, w) of codes that are given and stay, -1 where the generator
-    writes. text_ids: what stands in the span's own positions of text, where it has some; None where the generator
-    writes those too.
+    begin: the id that opens it, read first by every branch; opening: all ids that are, where they are not this one
+    alone. grid: rows and columns of an image; row_end: ids that stand after each row, whatever is drawn. stops: ids
+    that end a text (an end of turn, or the begin of an image). rng: the span's own randomness. steps: how many the
+    generator may take, None for its default. fixed: ids (h, w) of codes that are given and stay, -1 where the
+    generator writes. text_ids: what stands in the span's own positions of text, where it has some; None where the
+    generator writes those too.
     """
 
     begin: int
@@ -41,7 +41,7 @@ class Span:
     guidance: Guidance
     rng: torch.Generator
     grid: tuple[int, int] | None = None
-    opening: tuple[int, ...] = ()
+    opening: tuple[int, ...] | None = None
     row_end: tuple[int, ...] = ()
     stops: tuple[int, ...] = ()
     max_tokens: int = 256
@@ -144,8 +144,9 @@ class Generator(Protocol):
     def ask(self, state: State) -> Read: ...
 
     def advance(self, model: Model, states: list[State], hidden: list[list[Tensor]]) -> list[int]:
-        """hidden[i][b]: (L, D), what branch b of state i has for what it asked to read, or with `wants_context` for all
-        that it has read. Returns how many of the positions asked for stay in the cache, for each state."""
+        """hidden[i][b]: (L, D), what branch b of state i has for what it asked to read (for the prompt's last id where
+        it asked for nothing), or with `wants_context` for all that it has read. Returns how many of the positions asked
+        for stay in the cache, for each state."""
         ...
 
     def pictures(self, model: Model, states: list[State]) -> Tensor:

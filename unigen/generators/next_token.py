@@ -119,9 +119,10 @@ class NextToken(Causal):
 
     def start(self, span: Span) -> State:
         assert span.grid is not None
-        return State(span, pending=[span.begin, *span.opening])
+        return State(span, pending=[span.begin] if span.opening is None else list(span.opening))
 
     def advance(self, model: Model, states: list[State], hidden: list[list[Tensor]]) -> list[int]:
+        read = [len(state.pending) for state in states]
         offset = model.vocabulary.text_size
         flat = torch.stack([branch[-1] for branches in hidden for branch in branches])
         split = model.logits(flat, offset, model.vocabulary.size).split([len(branches) for branches in hidden])
@@ -135,7 +136,7 @@ class NextToken(Causal):
                 ended = len(state.ids) % width == 0
                 state.pending = [offset + code, *(state.span.row_end if ended else ())]
                 state.done = len(state.ids) == height * width
-        return [len(branches[0]) for branches in hidden]
+        return read
 
 
 def sample_alike(logits_BV: Tensor, states: list[State]) -> list[tuple[list[int], list[Any]]]:

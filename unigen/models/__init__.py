@@ -18,9 +18,13 @@ from unigen.model import UnifiedModel
 def load(name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> UnifiedModel:
     """The model of a shipped name, a folder or a name on the Hugging Face hub, in evaluation mode. dtype: None
     is float32, or as stored in a public checkpoint. Raises ValueError in one line for bad input."""
-    folder = hub.resolve(name)
+    folder, variant = hub.resolve(name, holdings())
     manifest = hub.read_json(folder / hub.MANIFEST) if (folder / hub.MANIFEST).is_file() else {}
-    model: UnifiedModel = family_of(folder, manifest).load(folder, dtype)
+    family = family_of(folder, manifest)
+    if variant is not None and not hasattr(family, "REPOSITORIES"):
+        raise ValueError(f"{folder} holds one model: leave out {variant!r}")
+    options = {} if variant is None else {"variant": variant}
+    model: UnifiedModel = family.load(folder, dtype, **options)
     try:
         for generator, options in manifest.get("sampling", {}).items():
             model.sample_by(generator, **options)
@@ -53,11 +57,22 @@ def family_of(folder: Path, manifest: dict[str, Any]) -> Any:
         if not family.isidentifier() or importlib.util.find_spec(f"{__name__}.{family}") is None:
             raise ValueError(f"{folder / hub.MANIFEST} names the family {family!r}, which this version does not have")
         return importlib.import_module(f"{__name__}.{family}")
-    config = hub.read_json(folder / hub.CONFIG)
-    names = [found.name for found in pkgutil.iter_modules(__path__)]
-    for name in names:
-        module = importlib.import_module(f"{__name__}.{name}")
+    config = hub.read_json(folder / hub.CONFIG) if (folder / hub.CONFIG).is_file() else {}
+    for module in families():
         if module.owns(folder, config):
             return module
+    if not config:
+        raise ValueError(f"folder {folder} holds neither {hub.MANIFEST} nor {hub.CONFIG}, so it is no model")
     kind = config.get("model_type") or config.get("_class_name") or "unknown"
-    raise ValueError(f"{folder} is a model of type {kind!r}, which is of no family known here ({', '.join(names)})")
+    names = ", ".join(module.__name__.rpartition(".")[2] for module in families())
+    raise ValueError(f"{folder} is a model of type {kind!r}, which is of no family known here ({names})")
+
+
+def families() -> list[Any]:
+    """The modules of all families."""
+    return [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
+
+
+def holdings() -> dict[str, Any]:
+    """Repositories of the hub that hold several models: the files of each."""
+    return {repo: held for module in families() for repo, held in getattr(module, "REPOSITORIES", {}).items()}

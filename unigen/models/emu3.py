@@ -25,9 +25,10 @@ from unigen import hub
 from unigen.config import save_json
 from unigen.generators.base import Generator
 from unigen.generators.next_token import NextToken, Text
-from unigen.model import Output, UnifiedModel
+from unigen.model import UnifiedModel
 from unigen.nn.backbone import Backbone
 from unigen.sequence import Document, Layout, Segment, Tokens, Vocabulary
+from unigen.templates import Output, PublicTemplate
 from unigen.tokenizers import load_tokenizer, text
 from unigen.tokenizers.emu3_vq import Emu3VQ
 
@@ -45,18 +46,14 @@ LEAST, MOST = 512 * 512, 1024 * 1024
 SAMPLING = {"guidance": 3.0, "temperature": 1.0, "top_k": 2048}
 
 
-class Emu3Template:
+class Emu3Template(PublicTemplate):
     """limits: the least and the most pixels of a picture to be read; stride: pixels a code along each side."""
 
-    outputs: tuple[Output, ...] = ("image", "text")
-    reader = "next-token"
-    candidates = 1
     free_size = True
-    classes: tuple[str, ...] = ()
 
     def __init__(self, tokenizer: Any, stride: int, limits: tuple[int, int] = (LEAST, MOST)) -> None:
-        self.tokenizer, self.stride, self.limits = tokenizer, stride, limits
-        self.text_lengths: dict[str, int] = {}
+        super().__init__(tokenizer)
+        self.stride, self.limits = stride, limits
         self.names = (BOI, IMG, EOI, EOL, EOF)
         known = {name: tokenizer.convert_tokens_to_ids(name) for name in self.names}
         if missing := [name for name, id in known.items() if id in (None, tokenizer.unk_token_id)]:
@@ -129,12 +126,6 @@ class Emu3Template:
         layout = self.layout((height, width))
         prompt.ids([self.special[BOI], *layout.opening]).image(segment.image, layout.rows, loss=learnt)
         return prompt.ids(list(layout.closing), loss=learnt)
-
-    def opening_text(self, document: Document, writer: str) -> list[int]:
-        return []
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
 
 def owns(folder: Path, config: dict[str, Any]) -> bool:

@@ -28,9 +28,10 @@ from unigen import hub
 from unigen.config import save_json
 from unigen.generators.base import Generator
 from unigen.generators.next_token import NextToken, Text
-from unigen.model import Output, Sight, UnifiedModel
+from unigen.model import Sight, UnifiedModel
 from unigen.nn.backbone import Backbone
 from unigen.sequence import Document, Layout, Segment, Tokens, Vocabulary
+from unigen.templates import Output, PublicTemplate
 from unigen.tokenizers import load_tokenizer, text, vqgan
 
 USER, ASSISTANT = "<|User|>", "<|Assistant|>"
@@ -46,17 +47,10 @@ HEAD_WIDTH = 64
 SAMPLING = {"guidance": 5.0, "temperature": 1.0}
 
 
-class JanusTemplate:
-    outputs: tuple[Output, ...] = ("image", "text")
-    reader = "next-token"
-    candidates = 1
-    free_size = False
-    classes: tuple[str, ...] = ()
-
+class JanusTemplate(PublicTemplate):
     def __init__(self, tokenizer: Any, features: int, codes: int) -> None:
-        self.tokenizer, self.features, self.codes = tokenizer, features, codes
-        self.text_lengths: dict[str, int] = {}
-        self.settings: dict[str, Any] = {}
+        super().__init__(tokenizer)
+        self.features, self.codes = features, codes
         known = tokenizer.get_vocab()
         self.names = [name for name in (USER, ASSISTANT, BOI, EOI, PAD) if name in known]
         self.special: dict[str, int] = {name: known[name] for name in self.names}
@@ -116,12 +110,6 @@ class JanusTemplate:
             elif ends and number + 1 < len(segments):
                 prompt.ids([self.tokenizer.eos_token_id])
         return prompt
-
-    def opening_text(self, document: Document, writer: str) -> list[int]:
-        return []
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
 
 class JanusBackbone(Backbone):

@@ -24,9 +24,10 @@ from PIL import Image
 from unigen import hub
 from unigen.generators.base import Generator
 from unigen.generators.next_token import NextToken, Text
-from unigen.model import Output, UnifiedModel
+from unigen.model import UnifiedModel
 from unigen.nn.backbone import Backbone
 from unigen.sequence import Document, Layout, Segment, Tokens, Vocabulary, square
+from unigen.templates import Output, PublicTemplate
 from unigen.tokenizers import load_tokenizer, text, vqgan
 
 BOI, EOI, UNCOND = "<boi>", "<eoi>", "<unconditional>"
@@ -47,19 +48,12 @@ _SLOT = re.compile("\ue000(\\d+)\ue001")
 """Stands for a segment while a chat is rendered: private characters, that no template holds."""
 
 
-class LiquidTemplate:
+class LiquidTemplate(PublicTemplate):
     """Pictures are drawn from words alone; answers are given to a chat of words and pictures."""
 
-    outputs: tuple[Output, ...] = ("image", "text")
-    reader = "next-token"
-    candidates = 1
-    free_size = False
-    classes: tuple[str, ...] = ()
-
     def __init__(self, tokenizer: Any, positions: int) -> None:
-        self.tokenizer, self.positions = tokenizer, positions
-        self.text_lengths: dict[str, int] = {}
-        self.settings: dict[str, Any] = {}
+        super().__init__(tokenizer)
+        self.positions = positions
         known = tokenizer.get_vocab()
         ends = [name for name in ("<end_of_turn>", "<|im_end|>", "<|eot_id|>", tokenizer.eos_token) if name in known]
         self.turn_ends = tuple(known[name] for name in dict.fromkeys(ends))
@@ -132,12 +126,6 @@ class LiquidTemplate:
             else:
                 prompt.said((segment.text or "").strip(), loss=learnt)
         return prompt
-
-    def opening_text(self, document: Document, writer: str) -> list[int]:
-        return []
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
 
 def owns(folder: Path, config: dict[str, Any]) -> bool:

@@ -24,9 +24,10 @@ from torch import nn
 from unigen import generators, hub
 from unigen.generators.base import Frame, Generator
 from unigen.generators.next_token import Text
-from unigen.model import OUTPUTS, Output, UnifiedModel
+from unigen.model import UnifiedModel
 from unigen.nn.backbone import Backbone
 from unigen.sequence import Document, Layout, Tokens, Vocabulary, square
+from unigen.templates import OUTPUTS, Output
 from unigen.tokenizers import ImageTokenizer, load_tokenizer
 from unigen.tokenizers import text as text_tokenizers
 

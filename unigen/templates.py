@@ -1,0 +1,113 @@
+"""How a family lays documents out as ids: the protocol, and what templates of public models share.
+
+The file refuses to know: weights, how anything is generated. Families own their strings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from PIL import Image
+
+from unigen.sequence import Document, Layout, Tokens, square
+
+Output = Literal["image", "text", "interleaved", "pair"]
+OUTPUTS: tuple[Output, ...] = ("image", "text", "interleaved", "pair")
+
+
+class Template(Protocol):
+    """How a family lays a document out as ids. outputs: what it can be asked for; reader: the generator as which
+    finished pictures stand in it; classes: the names of what a model draws that draws classes and not words, else none;
+    text_lengths: how many positions of text the span of a picture opens with, of generators whose spans do; turn_ends:
+    ids that end an answer; begins: the token that opens a picture, by generator, unless the prompt itself does;
+    free_size: may pictures be of any size? candidates: among how many captions a picture's is
+    chosen, if nothing else is asked for; frame: how pictures are brought to the pixels that the model reads; settings:
+    what a saved model has to say of it."""
+
+    outputs: tuple[Output, ...]
+    reader: str
+    text_lengths: dict[str, int]
+    classes: tuple[str, ...]
+    turn_ends: tuple[int, ...]
+    free_size: bool
+    settings: dict[str, Any]
+    begins: dict[str, int]
+    candidates: int
+
+    def frame(self, image: Image.Image, size: int) -> np.ndarray: ...
+
+    def layout(self, grid: tuple[int, int]) -> Layout: ...
+
+    def encode(self, document: Document, *, blind: bool = False, writer: str = "next-token") -> Tokens: ...
+
+    def prompt(self, document: Document, *, output: Output, blind: bool = False) -> Tokens: ...
+
+    def opening_text(self, document: Document, writer: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+class PublicTemplate:
+    """What templates of public models share: next-token, no text in a picture's span, special tokens by name."""
+
+    outputs: tuple[Output, ...] = ("image", "text")
+    reader = "next-token"
+    candidates = 1
+    free_size = False
+    classes: tuple[str, ...] = ()
+    turn_ends: tuple[int, ...]
+    begins: dict[str, int]
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.text_lengths: dict[str, int] = {}
+        self.settings: dict[str, Any] = {}
+
+    def frame(self, image: Image.Image, size: int) -> np.ndarray:
+        return square(image, size)
+
+    def opening_text(self, document: Document, writer: str) -> list[int]:
+        return []
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+
+class ClassTemplate(PublicTemplate):
+    """Of models that draw classes: a prompt is the class's id, guidance's other branch the id after the last of them,
+    and no token stands between it and the picture."""
+
+    outputs: tuple[Output, ...] = ("image",)
+
+    def __init__(self, count: int, codes: int) -> None:
+        super().__init__(None)
+        self.classes = tuple(map(str, range(count)))
+        self.codes = codes
+        self.turn_ends = ()
+        self.begins = {}
+
+    def layout(self, grid: tuple[int, int]) -> Layout:
+        return Layout(grid)
+
+    def prompt(self, document: Document, *, output: Output, blind: bool = False) -> Tokens:
+        count = len(self.classes)
+        labels = [segment.label for segment in document.segments]
+        if len(labels) != 1 or labels[0] is None:
+            raise ValueError(f"this model draws classes, not words: give one class from 0 to {count - 1}")
+        if str(labels[0]) not in self.classes:
+            raise ValueError(f"unknown class {labels[0]!r}: give a number from 0 to {count - 1}")
+        tokens = Tokens()
+        tokens.add([count if blind else int(labels[0])])
+        return tokens
+
+    def encode(self, document: Document, *, blind: bool = False, writer: str = "next-token") -> Tokens:
+        """A class and the picture of it."""
+        *asked, last = document.segments
+        tokens = self.prompt(Document(asked), output="image", blind=blind)
+        tokens.add_image(last.image, self.codes, loss=True)
+        return tokens
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return ""
