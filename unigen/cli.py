@@ -125,6 +125,7 @@ def sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--generator", help="how pictures are written (default: next-token; see unigen info)")
     group.add_argument("--steps", type=whole(1), help="in how many steps, where the generator can choose")
     group.add_argument("--sampler", help="of a flow: euler, heun, dpm++, unipc or deis")
+    group.add_argument("--accelerate", help="of next-token, several codes a step: sjd, or jacobi for the same picture")
     group.add_argument("--guidance-kind", help="of a flow: cfg, rescale, apg or cfg-zero")
 
 
@@ -219,6 +220,7 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
     names = (
         "seed",
         "size",
+        "accelerate",
         "guidance",
         "temperature",
         "top_k",

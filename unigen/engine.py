@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 from unigen.generators.base import Generator, Read, Span, State
+from unigen.generators.jacobi import KINDS
 from unigen.likelihood import closest
 from unigen.model import UnifiedModel
 from unigen.nn.backbone import SlotCache
@@ -51,6 +52,7 @@ class Request:
     grid: tuple[int, int]
     steps: int | None = None
     sampler: str | None = None
+    accelerate: str | None = None
     fixed: torch.Tensor | None = None
 
 
@@ -233,6 +235,7 @@ class Engine:
         steps: int | None = None,
         sampler: str | None = None,
         guidance_kind: str | None = None,
+        accelerate: str | None = None,
         fixed: torch.Tensor | None = None,
         size: tuple[int, int] | None = None,
     ) -> Request:
@@ -243,7 +246,8 @@ class Engine:
         greedy where it is the whole answer, else of temperature 0.8, and top_p 1.
         max_tokens, max_images: limits of the answer's text and of an interleaved answer's pictures.
         steps: how many a generator takes that chooses its own number; sampler, guidance_kind: of a flow.
-        fixed: codes (h, w) that stay, -1 elsewhere. size: width and height in pixels, for models that draw any.
+        accelerate: "sjd" or "jacobi", how next-token writes several codes a step (`generators.jacobi`). fixed: codes
+        (h, w) that stay, -1 elsewhere. size: width and height in pixels, for models that draw any.
         """
         if output not in OUTPUTS:
             raise ValueError(f"unknown output {output!r}: one of {', '.join(OUTPUTS)}")
@@ -264,6 +268,9 @@ class Engine:
         default = SAMPLING | self.model.sampling.get(generator, {})
         guidance = Guidance.of(default["guidance"] if guidance is None else guidance)
         chosen = {"steps": steps, "sampler": sampler, "guidance_kind": guidance_kind, "fixed": fixed}
+        chosen["accelerate"] = accelerate
+        if accelerate is not None and accelerate not in KINDS:
+            raise ValueError(f"unknown acceleration {accelerate!r}: one of {', '.join(KINDS)}")
         if output in ("image", "pair"):  # else they are of its text as well
             chosen |= {"temperature": temperature, "top_k": top_k or None, "top_p": top_p if top_p != 1 else None}
         takes = self.model.generators[generator].takes
@@ -301,6 +308,7 @@ class Engine:
             grid=self._grid(size),
             steps=steps,
             sampler=sampler,
+            accelerate=accelerate,
             fixed=fixed,
         )
 
@@ -551,7 +559,8 @@ class Engine:
             fixed = torch.where(fixed < 0, fixed, self.model.vocabulary.image_ids(fixed))
         span = Span(begin or 0, request.image, request.guidance, self._rng(row), request.grid, fixed=fixed)
         span.opening, span.row_end = () if begin is None else (begin, *layout.opening), layout.row_end
-        span.steps, span.sampler, span.text_ids = request.steps, request.sampler, self._opening(row)
+        span.steps, span.sampler, span.accelerate = request.steps, request.sampler, request.accelerate
+        span.text_ids = self._opening(row)
         row.state, row.kept = row.generator.start(span), 0
 
     def _opening(self, row: _Row) -> list[int] | None:

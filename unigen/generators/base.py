@@ -31,8 +31,8 @@ class Span:
     begin: the id that opens it, read first by every branch; opening: all ids that are, where they are not this one
     alone. grid: rows and columns of an image; row_end: ids that stand after each row, whatever is drawn. stops: ids
     that end a text (an end of turn, or the begin of an image). rng: the span's own randomness. steps: how many the
-    generator may take, None for its default. fixed: ids (h, w) of codes that are given and stay, -1 where the
-    generator writes. text_ids: what stands in the span's own positions of text, where it has some; None where the
+    generator may take, None for its default; accelerate: how several codes are written a step, None is one. fixed: ids
+    (h, w) of codes that are given and stay, -1 where the generator writes. text_ids: what stands in the span's own positions of text, where it has some; None where the
     generator writes those too.
     """
 
@@ -48,6 +48,7 @@ class Span:
     steps: int | None = None
     fixed: Tensor | None = None
     sampler: str | None = None
+    accelerate: str | None = None
     text_ids: list[int] | None = None
 
 

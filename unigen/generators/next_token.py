@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unigen.generators import jacobi
 from unigen.generators.base import CODES, Frame, Model, Read, Span, State
 from unigen.samplers.logits import draw
 from unigen.sequence import Batch
@@ -102,6 +103,7 @@ class NextToken(Causal):
     """The codes of one image, in raster order; guidance mixes the logits of its branches."""
 
     name = "next-token"
+    takes: tuple[str, ...] = (*CODES, "accelerate")
 
     def __init__(self, grid: tuple[int, int], row_end: int = 0) -> None:
         self.grid, self.row_end = grid, row_end
@@ -119,10 +121,23 @@ class NextToken(Causal):
 
     def start(self, span: Span) -> State:
         assert span.grid is not None
-        return State(span, pending=[span.begin] if span.opening is None else list(span.opening))
+        pending = [span.begin] if span.opening is None else list(span.opening)
+        return jacobi.start(span, pending, span.accelerate) if span.accelerate else State(span, pending)
+
+    def ask(self, state: State) -> Read:
+        if isinstance(state, jacobi.Window):
+            return jacobi.ask(state)
+        return Read(state.pending)
 
     def advance(self, model: Model, states: list[State], hidden: list[list[Tensor]]) -> list[int]:
+        plain = [row for row, state in enumerate(states) if not isinstance(state, jacobi.Window)]
         read = [len(state.pending) for state in states]
+        for row, state in enumerate(states):
+            if isinstance(state, jacobi.Window):
+                read[row] = jacobi.advance(model, state, hidden[row])
+        if not plain:
+            return read
+        states, hidden = [states[row] for row in plain], [hidden[row] for row in plain]
         offset = model.vocabulary.text_size
         flat = torch.stack([branch[-1] for branches in hidden for branch in branches])
         split = model.logits(flat, offset, model.vocabulary.size).split([len(branches) for branches in hidden])

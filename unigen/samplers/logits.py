@@ -44,6 +44,13 @@ def warp(logits_BV: Tensor, sampling: Sampling) -> Tensor:
     return logits_BV
 
 
+def probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
+    """What ids are drawn from (B, V): after temperature, top-k and top-p; a point where temperature is 0."""
+    if sampling.temperature == 0:
+        return torch.nn.functional.one_hot(logits_BV.argmax(dim=-1), logits_BV.shape[-1]).float()
+    return warp(logits_BV, sampling).softmax(dim=-1)
+
+
 def draw(logits_BV: Tensor, sampling: Sampling, rngs: list[torch.Generator]) -> Tensor:
     """One id a row, int64 (B,). Row b draws only from its own `rngs[b]`, so a row does not depend on its batch."""
     if sampling.temperature == 0:

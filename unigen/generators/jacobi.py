@@ -1,0 +1,137 @@
+"""Next-token decoding several codes a step, exactly: speculative Jacobi decoding, for `NextToken`.
+
+    x_j accepted with probability min(1, p(x_j) / q_j(x_j)), else drawn from max(0, p - q_j) normalised
+                                                          (Teng et al. 2024, arXiv 2410.01699; Leviathan et al. 2023)
+
+A window of drafts is read along with the last code, so that one pass tells the distribution p after each of them.
+Drafts are accepted from the left until the first that is not; those after it are drawn anew from what this pass said of
+their places, which is the q_j that they are tested against next time. A draft nobody has an opinion of repeats the code
+above it, and its q_j is a point. p and q_j are what is really drawn from: after guidance, temperature, top-k and top-p.
+
+"sjd"      as above: the distribution of a picture is that of ordinary decoding
+"jacobi"   one race of exponential variables for each place (`samplers.logits.race`), drawn in the order in which
+           ordinary decoding draws them; a draft is accepted where the race gives the same code: so is the picture
+
+Each row goes on at its own pace, and what stands between rows of a picture is read in its place. The file refuses to
+know: caches, templates. Shapes: L positions asked for, W drafts, K codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from unigen.generators.base import Model, Read, Span, State
+from unigen.samplers.logits import probabilities, race
+
+KINDS = ("sjd", "jacobi")
+WINDOW = 16
+
+
+@dataclass
+class Window(State):
+    """A picture on its way. drafts: codes for the next places; proposals: of each the distribution (K,) it was drawn
+    from, None for a point; races: exponential variables (K,) of the next places, where these are kept; offset: the id
+    of code 0."""
+
+    kind: str = "sjd"
+    offset: int = 0
+    drafts: list[int] = field(default_factory=list)
+    proposals: list[Tensor | None] = field(default_factory=list)
+    races: list[Tensor] = field(default_factory=list)
+
+
+def start(span: Span, pending: list[int], kind: str) -> Window:
+    return Window(span, pending, kind=kind)
+
+
+def ask(state: Window) -> Read:
+    """What is pending, then the drafts, with what stands between rows."""
+    return Read([*state.pending, *(id for ids in _drafted(state) for id in ids)])
+
+
+def advance(model: Model, state: Window, hidden: list[Tensor]) -> int:
+    """Accept, draw, draft anew. Returns how many of the positions asked for stay in the cache."""
+    span, vocabulary = state.span, model.vocabulary
+    state.offset = vocabulary.text_size
+    read = _drafted(state)
+    before = [len(state.pending)]  # how many ids stand before each place
+    for ids in read:
+        before.append(before[-1] + len(ids))
+    last = torch.tensor(before, device=hidden[0].device) - before[-1] - 1  # from the end: a prompt may open the picture
+    parts = [model.logits(states_LD[last], vocabulary.text_size, vocabulary.size) for states_LD in hidden]
+    told_WK = probabilities(span.guidance.combine(parts), span.sampling).cpu()
+    if state.kind == "jacobi":
+        accepted, code, drafts = _raced(state, told_WK)
+        proposals: list[Tensor | None] = [None] * len(drafts)
+    else:
+        accepted, code, drafts = _tested(state, told_WK)
+        proposals = list(told_WK[accepted + 1 : accepted + 1 + len(drafts)])
+    _write(state, [*state.drafts[:accepted], code])
+    state.drafts, state.proposals = drafts, proposals
+    _fill(state)
+    return before[accepted]
+
+
+def _tested(state: Window, told_WK: Tensor) -> tuple[int, int, list[int]]:
+    """How many drafts are accepted, the code after them, and new drafts for the places after that one."""
+    rng = state.span.rng
+    for j, (code, proposal_K) in enumerate(zip(state.drafts, state.proposals, strict=True)):
+        if proposal_K is None:
+            proposal_K = torch.zeros_like(told_WK[j])
+            proposal_K[code] = 1.0
+        if torch.rand((), generator=rng) * proposal_K[code] < told_WK[j, code]:
+            continue
+        rest_K = (told_WK[j] - proposal_K).clamp(min=0)
+        if not rest_K.any():  # equal but for rounding
+            rest_K = told_WK[j]
+        return j, _drawn(rest_K, rng), [_drawn(told_K, rng) for told_K in told_WK[j + 1 : len(state.drafts)]]
+    return len(state.drafts), _drawn(told_WK[-1], rng), []
+
+
+def _raced(state: Window, told_WK: Tensor) -> tuple[int, int, list[int]]:
+    """The same by races that stay with their places."""
+    for told_K in told_WK[len(state.races) :]:
+        state.races.append(torch.empty(len(told_K)).exponential_(generator=state.span.rng))
+    codes = race(told_WK, torch.stack(state.races[: len(told_WK)])).tolist()
+    accepted = next((j for j, code in enumerate(state.drafts) if codes[j] != code), len(state.drafts))
+    del state.races[: accepted + 1]
+    return accepted, codes[accepted], codes[accepted + 1 : len(state.drafts)]
+
+
+def _drawn(weights_K: Tensor, rng: torch.Generator) -> int:
+    return int(race(weights_K, torch.empty(len(weights_K)).exponential_(generator=rng)))
+
+
+def _write(state: Window, codes: list[int]) -> None:
+    """The codes are final."""
+    assert state.span.grid is not None
+    height, width = state.span.grid
+    state.ids += [state.offset + code for code in codes]
+    ended = len(state.ids) % width == 0
+    state.pending = [state.ids[-1], *(state.span.row_end if ended else ())]
+    state.done = len(state.ids) == height * width
+
+
+def _fill(state: Window) -> None:
+    """Draft up to the window, or to the last place but one, by the codes above (in the first row, those before)."""
+    assert state.span.grid is not None
+    height, width = state.span.grid
+    room = min(WINDOW, height * width - len(state.ids) - 1)
+    del state.drafts[max(0, room) :], state.proposals[max(0, room) :]
+    while len(state.drafts) < room:
+        codes = [id - state.offset for id in state.ids[-width:]] + state.drafts
+        state.drafts.append(codes[-width] if len(codes) >= width else codes[-1])
+        state.proposals.append(None)
+
+
+def _drafted(state: Window) -> list[list[int]]:
+    """The ids of each draft, with those that stand after it at the end of a row."""
+    assert state.span.grid is not None
+    width = state.span.grid[1]
+    return [
+        [state.offset + code, *(state.span.row_end if (len(state.ids) + j) % width == 0 else ())]
+        for j, code in enumerate(state.drafts, start=1)
+    ]
