@@ -32,8 +32,8 @@ class Span:
     alone. grid: rows and columns of an image; row_end: ids that stand after each row, whatever is drawn. stops: ids
     that end a text (an end of turn, or the begin of an image). rng: the span's own randomness. steps: how many the
     generator may take, None for its default; accelerate: how several codes are written a step, None is one. fixed: ids
-    (h, w) of codes that are given and stay, -1 where the generator writes. text_ids: what stands in the span's own positions of text, where it has some; None where the
-    generator writes those too.
+    (h, w) of codes that are given and stay, -1 where the generator writes. text_ids: what stands in the span's own
+    positions of text, where it has some; None where the generator writes those too.
     """
 
     begin: int
