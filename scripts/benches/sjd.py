@@ -1,0 +1,72 @@
+"""Steps and seconds a picture of decoding several codes a step, against one a step, in the same run.
+
+    python scripts/bench.py sjd [--models tiny,llamagen-b] [--count 8] [--repeat 3] [--json FILE]
+
+Pictures one at a time, guided, as each model draws by default; both ways of `--accelerate` on the same prompts and
+seeds, the contenders taking turns, the best of several runs. A step is one pass of the backbone. "tiny" is the shipped
+model; "llamagen-b" has random weights in the shape of LlamaGen-B, whose codes no draft foretells: it shows what a
+window costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+from scripts.benches.batch import prompts
+from scripts.benches.families import llamagen_b
+from unigen.config import write_report
+from unigen.engine import Engine
+from unigen.generators.jacobi import KINDS
+from unigen.models import load
+
+
+class Counted(Engine):
+    """Counts passes of the backbone, and leaves out the image tokenizer's decoder."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.steps = 0
+        model.pictures = lambda codes: [None] * len(codes)
+
+    def _step(self, *args: Any) -> None:
+        self.steps += 1
+        super()._step(*args)
+
+
+def main(args: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="bench.py sjd", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--models", default="tiny,llamagen-b", help="some of tiny,llamagen-b")
+    parser.add_argument("--count", type=int, default=8, help="pictures of the shipped model; one of the other")
+    parser.add_argument("--repeat", type=int, default=3, help="runs of each contender; the best counts")
+    parser.add_argument("--json", metavar="FILE")
+    options = parser.parse_args(args)
+    names = options.models.split(",")
+    if set(names) - {"tiny", "llamagen-b"} or min(options.repeat, options.count) < 1:
+        raise ValueError("--models takes some of tiny,llamagen-b; --count and --repeat at least 1")
+    started, rows = time.monotonic(), []
+    print("row                     one a step    several  ratio")
+    for name in names:
+        engine = Counted(load("unigen-tiny") if name == "tiny" else llamagen_b("float32"))
+        asked: list[Any] = prompts(options.count) if name == "tiny" else [207]
+        steps, seconds = {}, dict.fromkeys((None, *KINDS), float("inf"))
+        for _ in range(options.repeat):
+            for kind in seconds:
+                engine.steps, begin = 0, time.perf_counter()
+                for seed, prompt in enumerate(asked):
+                    list(engine.run([engine.request(prompt, "image", seed=seed, accelerate=kind)]))
+                seconds[kind] = min(seconds[kind], (time.perf_counter() - begin) / len(asked))
+                steps[kind] = engine.steps / len(asked)
+        for kind in KINDS:
+            for what, unit, found in (("steps", "steps", steps), ("seconds", "s", seconds)):
+                label = f"{name} {what}" + (" jacobi" if kind == "jacobi" else "")
+                ratio = found[None] / found[kind]
+                print(f"{label:<23} {found[None]:>10.3f} {found[kind]:>10.3f} {ratio:>6.2f}", flush=True)
+                row = {"name": label, "value": found[kind], "unit": unit, "baseline": found[None], "ratio": ratio}
+                rows.append(row)
+    if options.json:
+        seconds_all = time.monotonic() - started
+        command = f"python scripts/bench.py sjd {' '.join(args)}".strip()
+        write_report(options.json, command=command, model=options.models, rows=rows, seconds=seconds_all)
+    return 0
