@@ -266,7 +266,11 @@ class Engine:
         if steps is not None and steps < 1:
             raise ValueError(f"steps must be at least 1, not {steps}")
         default = SAMPLING | self.model.sampling.get(generator, {})
-        guidance = Guidance.of(default["guidance"] if guidance is None else guidance)
+        usual, scales = Guidance.of(default["guidance"]), self.model.template.scales
+        guidance = usual if guidance is None else Guidance.of(guidance)
+        if scales > 1 and len(guidance.scales) == 1:  # of the words alone; the others are as usual, or all are off
+            off = guidance.scales[0] == 1
+            guidance = replace(guidance, scales=guidance.scales + ((1.0,) * (scales - 1) if off else usual.scales[1:]))
         chosen = {"steps": steps, "sampler": sampler, "guidance_kind": guidance_kind, "fixed": fixed}
         chosen["accelerate"] = accelerate
         if accelerate is not None and accelerate not in KINDS:
@@ -290,8 +294,9 @@ class Engine:
             fixed.shape != self.model.image_tokenizer.grid or fixed.max() >= self.model.vocabulary.image_size
         ):
             raise ValueError(f"fixed must be codes of the shape {self.model.image_tokenizer.grid}, -1 where to write")
-        if len(guidance.scales) != 1:
-            raise ValueError("this model has two branches of guidance: give one scale")
+        if len(guidance.scales) != scales:
+            count = "one scale" if scales == 1 else f"{scales} scales, or that of the words"
+            raise ValueError(f"this model has {scales + 1} branches of guidance: give {count}")
         drawn = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         codes: dict[str, Any] = {k: default[k] if value is None else value for k, value in drawn.items()}
         texts = 0.8 if output == "interleaved" else 0.0
@@ -549,8 +554,10 @@ class Engine:
         """The main branch goes on in its slot; the blind one is read anew, with the pictures made so far."""
         request = row.request
         if request.guidance.branches > 1:
-            blind = self.model.ids(self.model.template.prompt(row.document, output=request.output, blind=True))
-            row.unread = [row.unread[0], *([list(blind)] * (request.guidance.branches - 1))]
+            prompt = self.model.template.prompt
+            row.unread = [row.unread[0]]
+            for branch in range(1, request.guidance.branches):
+                row.unread.append(self.model.ids(prompt(row.document, output=request.output, blind=branch)))
         row.generator = self.model.generators[request.generator]
         begin = self.model.template.begins.get(request.generator)  # None where the prompt opens the picture
         layout = self.model.template.layout(request.grid)

@@ -66,7 +66,7 @@ def log_likelihood(
     drawn = batch.written_by(model.template.reader).to(batch.spans_N3.device)
     drawn = drawn[batch.loss_BL[batch.spans_N3[drawn, 0], batch.spans_N3[drawn, 1]]]
     if len(drawn):
-        first, stop = model.vocabulary.text_size, model.vocabulary.size
+        first, stop = model.vocabulary.first, model.vocabulary.stop
         rows_N1, at_NM = batch.places(drawn)
         logits = model.logits(hidden_BLD[rows_N1, at_NM - 1], first, stop).float()
         if guidance is not None and guidance.branches > 1:

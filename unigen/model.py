@@ -66,7 +66,7 @@ class UnifiedModel(nn.Module):
         self.image_tokenizer = image_tokenizer
         self.template = template
         self.generators = generators
-        self.sampling: dict[str, dict[str, float]] = {}
+        self.sampling: dict[str, dict[str, Any]] = {}
         self.heads = nn.ModuleDict({name: g for name, g in generators.items() if isinstance(g, nn.Module)})
         self.sight = sight
         image_tokenizer.requires_grad_(False)
@@ -99,7 +99,7 @@ class UnifiedModel(nn.Module):
             and all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
         )
 
-    def sample_by(self, generator: str, **options: float) -> None:
+    def sample_by(self, generator: str, **options: Any) -> None:
         """Say how this generator's pictures are drawn where nothing else is asked for: guidance, temperature, top_k,
         top_p. `save` writes it to unigen.json, where it may be changed. Raises ValueError for what it does not take."""
         if generator not in self.generators or generator == "text":

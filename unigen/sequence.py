@@ -174,26 +174,43 @@ class Document:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Liquid's layout: ids 0..text_size-1 are text pieces and specials, then the codes of the image tokenizer.
+    """Which id an image code has: text_size pieces of text and specials, among them or after them the image codes, in a
+    row but in any order.
 
-    id(code) = text_size + code.  (Liquid, arXiv 2412.04332, section 3)
+    after the text, in order: id(code) = text_size + code        (Liquid, arXiv 2412.04332, section 3)
+    else `first` is the first of them, and `order` names their codes    (Chameleon)
     """
 
     text_size: int
     image_size: int
+    start: int | None = None
+    order: tuple[int, ...] | None = None
 
     @property
     def size(self) -> int:
-        return self.text_size + self.image_size
+        return max(self.text_size, self.stop)
+
+    @property
+    def first(self) -> int:
+        """The first id of an image code."""
+        return self.text_size if self.start is None else self.start
+
+    @property
+    def stop(self) -> int:
+        """The id after the last image code."""
+        return self.first + self.image_size
 
     def image_ids(self, codes: Tensor) -> Tensor:
-        return codes + self.text_size
+        if self.order is not None:
+            codes = torch.tensor(self.order, device=codes.device).argsort()[codes]
+        return codes + self.first
 
     def codes(self, ids: Tensor) -> Tensor:
-        return ids - self.text_size
+        codes = ids - self.first
+        return codes if self.order is None else torch.tensor(self.order, device=ids.device)[codes]
 
     def is_image(self, ids: Tensor) -> Tensor:
-        return ids >= self.text_size
+        return (ids >= self.first) & (ids < self.stop)
 
 
 @dataclass(frozen=True)

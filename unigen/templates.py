@@ -23,7 +23,8 @@ class Template(Protocol):
     text_lengths: how many positions of text the span of a picture opens with, of generators whose spans do; turn_ends:
     ids that end an answer; begins: the token that opens a picture, by generator, unless the prompt itself does;
     free_size: may pictures be of any size? candidates: among how many captions a picture's is
-    chosen, if nothing else is asked for; frame: how pictures are brought to the pixels that the model reads; settings:
+    chosen, if nothing else is asked for; scales: of guidance, one less than the branches it has (`blind` is a branch's
+    number, 0 the one that sees all); frame: how pictures are brought to the pixels that the model reads; settings:
     what a saved model has to say of it."""
 
     outputs: tuple[Output, ...]
@@ -32,6 +33,7 @@ class Template(Protocol):
     classes: tuple[str, ...]
     turn_ends: tuple[int, ...]
     free_size: bool
+    scales: int
     settings: dict[str, Any]
     begins: dict[str, int]
     candidates: int
@@ -42,7 +44,7 @@ class Template(Protocol):
 
     def encode(self, document: Document, *, blind: bool = False, writer: str = "next-token") -> Tokens: ...
 
-    def prompt(self, document: Document, *, output: Output, blind: bool = False) -> Tokens: ...
+    def prompt(self, document: Document, *, output: Output, blind: int = 0) -> Tokens: ...
 
     def opening_text(self, document: Document, writer: str) -> list[int]: ...
 
@@ -56,6 +58,7 @@ class PublicTemplate:
     reader = "next-token"
     candidates = 1
     free_size = False
+    scales = 1
     classes: tuple[str, ...] = ()
     turn_ends: tuple[int, ...]
     begins: dict[str, int]
@@ -91,7 +94,7 @@ class ClassTemplate(PublicTemplate):
     def layout(self, grid: tuple[int, int]) -> Layout:
         return Layout(grid)
 
-    def prompt(self, document: Document, *, output: Output, blind: bool = False) -> Tokens:
+    def prompt(self, document: Document, *, output: Output, blind: int = 0) -> Tokens:
         count = len(self.classes)
         labels = [segment.label for segment in document.segments]
         if len(labels) != 1 or labels[0] is None:

@@ -55,13 +55,13 @@ def ask(state: Window) -> Read:
 def advance(model: Model, state: Window, hidden: list[Tensor]) -> int:
     """Accept, draw, draft anew. Returns how many of the positions asked for stay in the cache."""
     span, vocabulary = state.span, model.vocabulary
-    state.offset = vocabulary.text_size
+    state.offset = vocabulary.first
     read = _drafted(state)
     before = [len(state.pending)]  # how many ids stand before each place
     for ids in read:
         before.append(before[-1] + len(ids))
     last = torch.tensor(before, device=hidden[0].device) - before[-1] - 1  # from the end: a prompt may open the picture
-    parts = [model.logits(states_LD[last], vocabulary.text_size, vocabulary.size) for states_LD in hidden]
+    parts = [model.logits(states_LD[last], vocabulary.first, vocabulary.stop) for states_LD in hidden]
     told_WK = probabilities(span.guidance.combine(parts), span.sampling).cpu()
     if state.kind == "jacobi":
         accepted, code, drafts = _raced(state, told_WK)

@@ -83,7 +83,7 @@ class Masked:
 
     def table(self, part: int, vocabulary: Vocabulary) -> slice:
         """The rows of the table that this part's ids are of: the codes are its last part."""
-        return slice(vocabulary.text_size, vocabulary.size)
+        return slice(vocabulary.first, vocabulary.stop)
 
     # ---------------------------------------------------------------- training
 

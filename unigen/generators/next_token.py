@@ -83,7 +83,9 @@ class Text(Causal):
 
     def advance(self, model: Model, states: list[State], hidden: list[list[Tensor]]) -> list[int]:
         last_BD = torch.stack([branches[0][-1] for branches in hidden])
-        logits_BV = model.logits(last_BD, 0, model.vocabulary.text_size)
+        vocabulary = model.vocabulary
+        logits_BV = model.logits(last_BD, 0, vocabulary.text_size)
+        logits_BV[:, vocabulary.first : vocabulary.stop] = -torch.inf  # where codes stand among the text
         for row, state in enumerate(states):
             illegal = [i for i in self.forbidden if i not in state.span.stops]
             logits_BV[row, illegal] = -torch.inf
@@ -138,9 +140,9 @@ class NextToken(Causal):
         if not plain:
             return read
         states, hidden = [states[row] for row in plain], [hidden[row] for row in plain]
-        offset = model.vocabulary.text_size
+        offset = model.vocabulary.first
         flat = torch.stack([branch[-1] for branches in hidden for branch in branches])
-        split = model.logits(flat, offset, model.vocabulary.size).split([len(branches) for branches in hidden])
+        split = model.logits(flat, offset, model.vocabulary.stop).split([len(branches) for branches in hidden])
         mixed_BV = torch.stack([s.span.guidance.combine(list(p)) for s, p in zip(states, split, strict=True)])
         for rows, ids in sample_alike(mixed_BV, states):
             for row, code in zip(rows, ids, strict=True):

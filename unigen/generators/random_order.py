@@ -81,7 +81,7 @@ class RandomOrder(Head):
         rows_M1, at_MP, ids_MP = targets
         if not len(ids_MP):
             return self.nothing(hidden_BLD)
-        first, stop = model.vocabulary.text_size, model.vocabulary.size
+        first, stop = model.vocabulary.first, model.vocabulary.stop
         logits = model.logits(hidden_BLD[rows_M1, at_MP].flatten(0, 1), first, stop).float()
         return nn.functional.cross_entropy(logits, ids_MP.flatten() - first, reduction="none")
 
@@ -121,8 +121,8 @@ class RandomOrder(Head):
         return [len(branches[0]) for branches in hidden]
 
     def _draw(self, model: Model, states: list[OrderState], last: list[list[Tensor]]) -> None:
-        first = model.vocabulary.text_size
-        logits = model.logits(torch.stack([s for branches in last for s in branches]), first, model.vocabulary.size)
+        first = model.vocabulary.first
+        logits = model.logits(torch.stack([s for branches in last for s in branches]), first, model.vocabulary.stop)
         split = logits.split([len(branches) for branches in last])
         mixed_BV = torch.stack([s.span.guidance.combine(list(p)) for s, p in zip(states, split, strict=True)])
         for rows, codes in sample_alike(mixed_BV, list(states)):

@@ -80,9 +80,9 @@ class Emu3Template(PublicTemplate):
             sides = [math.ceil(side * grow / self.stride) * self.stride for side in image.size]
         return np.asarray(image.resize((sides[0], sides[1]), Image.Resampling.BICUBIC))
 
-    def prompt(self, document: Document, *, output: Output, blind: bool = False) -> Tokens:
+    def prompt(self, document: Document, *, output: Output, blind: int = 0) -> Tokens:
         if output == "image":
-            return self._drawing(document.segments, blind).tokens()
+            return self._drawing(document.segments, bool(blind)).tokens()
         prompt = self._chat(document.segments)
         return (prompt.own(" ASSISTANT:") if document.segments[-1].role == "user" else prompt).tokens()
 

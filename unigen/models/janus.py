@@ -71,7 +71,7 @@ class JanusTemplate(PublicTemplate):
         paper.paste(resized, ((size - width) // 2, (size - height) // 2))
         return np.asarray(paper)
 
-    def prompt(self, document: Document, *, output: Output, blind: bool = False) -> Tokens:
+    def prompt(self, document: Document, *, output: Output, blind: int = 0) -> Tokens:
         drawing = output == "image"
         prompt = self._turns(document.segments, system="" if drawing else SYSTEM, seen=not drawing)
         if document.segments[-1].role == "user":

@@ -7,7 +7,7 @@
     engine = unigen.load("Junfeng5/Liquid_V1_7B")     # Gemma-7B; any decoder-only model of this layout works alike
 
 The image tokenizer is Chameleon's, which is not in Liquid's repository: it is looked for in the model's folder
-(image_tokenizer/, or vqgan.ckpt), else fetched from `VQGAN_REPOSITORY`. Public weights: not run here.
+(image_tokenizer/, or vqgan.ckpt), else fetched from the hub. Public weights: not run here.
 """
 
 from __future__ import annotations
@@ -28,13 +28,12 @@ from unigen.model import UnifiedModel
 from unigen.nn.backbone import Backbone
 from unigen.sequence import Document, Layout, Segment, Tokens, Vocabulary, square
 from unigen.templates import Output, PublicTemplate
-from unigen.tokenizers import load_tokenizer, text, vqgan
+from unigen.tokenizers import text, vqgan
 
 BOI, EOI, UNCOND = "<boi>", "<eoi>", "<unconditional>"
 INSTRUCTION = " Generate an image based on this description."
 PAPER = (122, 116, 104)
 """What a picture to be read is laid on to make it square."""
-VQGAN_REPOSITORY, VQGAN_FILE = "GAIR/Anole-7b-v0.1", "vqgan.ckpt"
 IMAGE_SIZE = 512
 SAMPLING = {"guidance": 7.0, "temperature": 0.99, "top_k": 4096, "top_p": 0.96}
 CHAT_TEMPLATE = (
@@ -74,9 +73,9 @@ class LiquidTemplate(PublicTemplate):
         paper.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         return square(paper, size)
 
-    def prompt(self, document: Document, *, output: Output, blind: bool = False) -> Tokens:
+    def prompt(self, document: Document, *, output: Output, blind: int = 0) -> Tokens:
         if output == "image":
-            return self._drawing(document.segments, blind).tokens()
+            return self._drawing(document.segments, bool(blind)).tokens()
         return self._chat(document.segments).tokens()
 
     def encode(self, document: Document, *, blind: bool = False, writer: str = "next-token") -> Tokens:
@@ -141,7 +140,7 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
     from transformers import AutoModelForCausalLM
 
     tokenizer = text.load(folder)
-    image_tokenizer = _image_tokenizer(folder)
+    image_tokenizer = vqgan.of_chameleon(folder, IMAGE_SIZE)
     lm = hub.pretrained(AutoModelForCausalLM, folder, dtype)
     # id(code) = len(tokenizer) + code, even where a table was padded before it was grown
     vocabulary = Vocabulary(len(tokenizer), image_tokenizer.codebook_size)
@@ -166,14 +165,3 @@ def save_public(model: UnifiedModel, folder: Path) -> None:
     model.text_tokenizer.save_pretrained(folder)
     assert isinstance(model.image_tokenizer, vqgan.VQGAN)
     vqgan.save_public(model.image_tokenizer, folder / "tokenizer")
-
-
-def _image_tokenizer(folder: Path) -> Any:
-    if (folder / "image_tokenizer").is_dir():
-        return load_tokenizer(folder / "image_tokenizer")
-    here = sorted(folder.rglob(VQGAN_FILE))
-    try:
-        path = here[0] if here else hub.fetch(VQGAN_REPOSITORY, f"tokenizer/{VQGAN_FILE}")
-    except ValueError as error:
-        raise ValueError(f"{folder} has no {VQGAN_FILE} (Chameleon's image tokenizer), and {error}") from error
-    return vqgan.load_public(path, IMAGE_SIZE)

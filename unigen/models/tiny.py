@@ -72,6 +72,7 @@ class ChatTemplate:
     reader = READER
     candidates = 8
     free_size = False
+    scales = 1
 
     def __init__(
         self,
@@ -129,9 +130,9 @@ class ChatTemplate:
     def frame(self, image: Image.Image, size: int) -> np.ndarray:
         return square(image, size)
 
-    def prompt(self, document: Document, *, output: Output = "image", blind: bool = False) -> Tokens:
+    def prompt(self, document: Document, *, output: Output = "image", blind: int = 0) -> Tokens:
         """A chat up to where the assistant goes on, whether it has begun its answer or not, whatever is asked for."""
-        tokens = self._turns(document, blind)
+        tokens = self._turns(document, bool(blind))
         if document.segments[-1].role == "user":
             tokens.add([self.special[ASSISTANT]])
         return tokens

@@ -26,6 +26,9 @@ from torch.nn.functional import normalize
 from unigen import hub
 from unigen.config import from_dict, to_dict
 
+CHAMELEON, CHAMELEON_FILE = "GAIR/Anole-7b-v0.1", "vqgan.ckpt"
+"""Where the hub has Chameleon's tokenizer, which models that write by it do not bring along."""
+
 
 @dataclass(frozen=True)
 class VQGANConfig:
@@ -191,6 +194,21 @@ def from_public(state: Mapping[str, Tensor], image_size: int, layout: str = "tam
     flat = {k: v.flatten(1) if k in shapes and v.ndim == 4 and len(shapes[k]) == 2 else v for k, v in renamed.items()}
     hub.load_strict(tokenizer.net, flat, "of the image tokenizer")
     return tokenizer.eval()
+
+
+def of_chameleon(folder: Path, image_size: int) -> Any:
+    """Chameleon's tokenizer for the model in `folder`: in our layout there, in its file there, or else of the hub.
+    image_size: of its pictures, where nothing says so."""
+    from unigen.tokenizers import load_tokenizer
+
+    if (folder / "image_tokenizer").is_dir():
+        return load_tokenizer(folder / "image_tokenizer")
+    here = sorted(folder.rglob(CHAMELEON_FILE))
+    try:
+        path = here[0] if here else hub.fetch(CHAMELEON, f"tokenizer/{CHAMELEON_FILE}")
+    except ValueError as error:
+        raise ValueError(f"{folder} has no {CHAMELEON_FILE} (Chameleon's image tokenizer), and {error}") from error
+    return load_public(path, image_size)
 
 
 def load_public(path: Path, image_size: int) -> VQGAN:

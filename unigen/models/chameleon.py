@@ -1,0 +1,140 @@
+"""Chameleon and Anole: text and image codes in one table, written in any order (Chameleon team 2024, arXiv 2405.09818).
+
+    <s>{words}<reserved08706><racm3:break> 1024 codes <eoss>        a picture, or an answer of text and pictures
+    <s><racm3:break> codes <eoss><reserved08706>...                 guidance's branch that sees pictures alone
+    <s>...                                                          and the one that sees nothing
+
+    engine = unigen.load("leloy/Anole-7b-v0.1-hf")        # Chameleon's own public weights do not draw
+    for part in engine.stream("how to make a paper plane, step by step", output="interleaved"): ...
+
+    l = l_none + s_T (l_full - l_image) + s_I (l_image - l_none)
+
+Codes stand among the text and spell themselves: IMGIMGBACZ is 102. transformers' class forbids all image codes and has
+no decoder of pictures; here its layers are used and its mask is not, and pictures are decoded by Chameleon's VQGAN,
+looked for as in Liquid. Text is drawn without the official repetition penalty. Public weights: not run here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from unigen import hub
+from unigen.generators.base import Generator
+from unigen.generators.next_token import NextToken, Text
+from unigen.model import UnifiedModel
+from unigen.nn.backbone import Backbone
+from unigen.sequence import Document, Layout, Segment, Tokens, Vocabulary
+from unigen.templates import Output, PublicTemplate
+from unigen.tokenizers import text, vqgan
+
+BOI, EOI, EOT = "<racm3:break>", "<eoss>", "<reserved08706>"
+CODE = "IMGIMG{}Z"
+IMAGE_SIZE = 512
+SAMPLING: dict[str, Any] = {"guidance": [3.0, 1.2], "temperature": 0.7, "top_p": 0.9}
+
+
+def spelt(code: int) -> str:
+    """A code's name in the text tokenizer: its digits as letters from A."""
+    return CODE.format("".join(chr(ord("A") + int(digit)) for digit in str(code)))
+
+
+class ChameleonTemplate(PublicTemplate):
+    outputs: tuple[Output, ...] = ("image", "text", "interleaved")
+    scales = 2
+
+    def __init__(self, tokenizer: Any, positions: int) -> None:
+        super().__init__(tokenizer)
+        known = tokenizer.get_vocab()
+        if missing := [name for name in (BOI, EOI, EOT) if name not in known]:
+            raise ValueError(f"the text tokenizer has no {', '.join(missing)}: it is not Chameleon's")
+        self.positions, self.special = positions, {name: known[name] for name in (BOI, EOI, EOT)}
+        self.turn_ends = (self.special[EOT], tokenizer.eos_token_id)
+        self.begins = {self.reader: self.special[BOI]}
+
+    def layout(self, grid: tuple[int, int]) -> Layout:
+        return Layout(grid, closing=(self.special[EOI],))
+
+    def frame(self, image: Image.Image, size: int) -> np.ndarray:
+        """The centre of the picture, resized before it is cut."""
+        scale = size / min(image.size)
+        width, height = (round(scale * side) for side in image.size)
+        left, top = (width - size) // 2, (height - size) // 2
+        resized = image.resize((width, height), Image.Resampling.LANCZOS)
+        return np.asarray(resized.crop((left, top, left + size, top + size)))
+
+    def prompt(self, document: Document, *, output: Output, blind: int = 0) -> Tokens:
+        """blind: 1 sees pictures alone, 2 nothing."""
+        if blind:
+            seen = [s for s in document.segments if s.image is not None and blind == 1]
+            return self._said(seen, turns=False).tokens()
+        prompt = self._said(document.segments, turns=True)
+        return (prompt.own(EOT) if document.segments[-1].role == "user" else prompt).tokens()
+
+    def encode(self, document: Document, *, blind: bool = False, writer: str = "next-token") -> Tokens:
+        """A whole document to learn from: what the assistant says and draws."""
+        segments = [s for s in document.segments if s.image is not None or not blind]
+        prompt = self._said(segments, turns=not blind)
+        return (prompt.own(EOT, loss=True) if document.segments[-1].role == "assistant" else prompt).tokens()
+
+    def _said(self, segments: Sequence[Segment], turns: bool) -> text.Prompt:
+        prompt = text.Prompt(self.tokenizer, self.special).ids([self.tokenizer.bos_token_id])
+        for number, segment in enumerate(segments):
+            learnt = segment.role == "assistant"
+            if turns and number and segments[number - 1].role != segment.role:
+                prompt.own(EOT, loss=not learnt)
+            if segment.image is not None:
+                prompt.own(BOI, loss=learnt).image(segment.image, self.positions, loss=learnt).own(EOI)
+            elif segment.label is not None:
+                raise ValueError("chameleon reads words, not classes: say it in words")
+            else:
+                prompt.said((segment.text or "").strip(), loss=learnt)
+        return prompt
+
+
+def owns(folder: Path, config: dict[str, Any]) -> bool:
+    return config.get("model_type") == "chameleon"
+
+
+def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
+    """The model in `folder`, in transformers' layout or in ours, strictly. dtype: None is as it is stored."""
+    from transformers import ChameleonForConditionalGeneration
+
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        hub.read_json(folder / name)
+    tokenizer = text.load(folder)
+    image_tokenizer = vqgan.of_chameleon(folder, IMAGE_SIZE)
+    lm = hub.pretrained(ChameleonForConditionalGeneration, folder, dtype)
+    names, known = [spelt(code) for code in range(image_tokenizer.codebook_size)], tokenizer.get_vocab()
+    if missing := [name for name in names if name not in known]:
+        raise ValueError(f"{folder}: the text tokenizer lacks {len(missing)} image codes, {missing[0]} among them")
+    ids = [known[name] for name in names]
+    first = min(ids)
+    if max(ids) - first + 1 != len(ids):
+        raise ValueError(f"{folder}: the ids of the image codes are not in a row")
+    order = tuple(torch.tensor(ids).argsort().tolist())
+    vocabulary = Vocabulary(lm.config.vocab_size, len(ids), first, order)
+    height, width = image_tokenizer.grid
+    template = ChameleonTemplate(tokenizer, height * width)
+    forbidden = {*tokenizer.all_special_ids, *template.special.values()} - set(ids)
+    writers: dict[str, Generator] = {
+        "text": Text(sorted(forbidden)),
+        "next-token": NextToken(image_tokenizer.grid),
+    }
+    model = UnifiedModel("chameleon", Backbone(lm), vocabulary, tokenizer, image_tokenizer, template, writers)
+    model.sample_by("next-token", **SAMPLING)
+    return model
+
+
+def save_public(model: UnifiedModel, folder: Path) -> None:
+    """Write the files of transformers' layout, and Chameleon's image tokenizer beside them."""
+    assert isinstance(model.image_tokenizer, vqgan.VQGAN)
+    with hub.quiet():
+        model.backbone.lm.save_pretrained(folder)
+    model.text_tokenizer.save_pretrained(folder)
+    vqgan.save_public(model.image_tokenizer, folder / "tokenizer")
