@@ -225,7 +225,7 @@ class Engine:
         output: Output,
         *,
         seed: int = 0,
-        generator: str = "next-token",
+        generator: str | None = None,
         guidance: float | Sequence[float] | Guidance | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
@@ -249,6 +249,7 @@ class Engine:
         accelerate: "sjd" or "jacobi", how next-token writes several codes a step (`generators.jacobi`). fixed: codes
         (h, w) that stay, -1 elsewhere. size: width and height in pixels, for models that draw any.
         """
+        generator = generator or self._usual
         if output not in OUTPUTS:
             raise ValueError(f"unknown output {output!r}: one of {', '.join(OUTPUTS)}")
         if output == "pair" and generator not in self.model.template.text_lengths:
@@ -335,6 +336,12 @@ class Engine:
             for k, text in enumerate(first)
         ]
         return closest(self.model, asked, captions)
+
+    @property
+    def _usual(self) -> str:
+        """The generator of pictures where none is asked for."""
+        names = [name for name in self.model.generators if name != "text"]
+        return "next-token" if "next-token" in names else names[0]
 
     def _grid(self, size: tuple[int, int] | None) -> tuple[int, int]:
         """Rows and columns of codes of pictures of this size, width and height in pixels."""
@@ -535,9 +542,9 @@ class Engine:
 
     def _image_length(self, request: Request) -> int:
         """Positions that a picture needs, written and read back."""
-        layout = self.model.template.layout(request.grid)
-        own = 0 if request.generator == "next-token" else self.model.generators[request.generator].positions() + 2
-        opened = request.generator in self.model.template.begins
+        layout, name = self.model.template.layout(request.grid), request.generator
+        opened = name in self.model.template.begins
+        own = 0 if name == "next-token" else self.model.generators[name].positions() + 2 * opened
         return max(len(layout) - (not opened), own)
 
     @property

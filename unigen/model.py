@@ -241,7 +241,7 @@ class UnifiedModel(nn.Module):
                 save_json(scratch / "sight" / "config.json", self.sight.config())
             for name, head in self.heads.items():
                 (scratch / name).mkdir()
-                if head.tokenizer is not None:
+                if head.tokenizer is not None and head.tokenizer is not self.image_tokenizer:
                     save_tokenizer(head.tokenizer, scratch / name / "tokenizer", dtype=dtype)
                 own = {k: v for k, v in head.state_dict().items() if not k.startswith("tokenizer.")}
                 hub.write_tensors(scratch / name / "model.safetensors", own, dtype)

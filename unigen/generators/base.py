@@ -51,6 +51,11 @@ class Span:
     accelerate: str | None = None
     text_ids: list[int] | None = None
 
+    @property
+    def head(self) -> list[int]:
+        """The ids that are read first."""
+        return [self.begin] if self.opening is None else list(self.opening)
+
 
 @dataclass
 class State:

@@ -129,7 +129,7 @@ class NextScale(Head):
     def ask(self, state: State) -> Read:
         assert isinstance(state, ScaleState)
         if state.read_LD is None:
-            return Read([state.span.begin])
+            return Read(state.span.head)
         length = len(state.read_LD)
         return Read([0] * length, embeds=state.read_LD, reach=[length - 1] * length)
 
@@ -139,11 +139,12 @@ class NextScale(Head):
         for i, state in enumerate(states):
             assert isinstance(state, ScaleState)
             groups.setdefault(len(state.codes), []).append(i)
+        read = [len(s.span.head if s.read_LD is None else s.read_LD) for s in states]  # type: ignore[attr-defined]
         for k, members in groups.items():
             flat = torch.stack([branch for i in members for branch in hidden[i]])
             split = self.head(flat).float().split([len(hidden[i]) for i in members])
             self._write([states[i] for i in members], split, k)  # type: ignore[misc]
-        return [len(branches[0]) for branches in hidden]
+        return read
 
     def _write(self, states: list[ScaleState], logits: Sequence[Tensor], k: int) -> None:
         """Scale k of each, from the logits of its branches; and what the next scale reads."""

@@ -123,8 +123,7 @@ class NextToken(Causal):
 
     def start(self, span: Span) -> State:
         assert span.grid is not None
-        pending = [span.begin] if span.opening is None else list(span.opening)
-        return jacobi.start(span, pending, span.accelerate) if span.accelerate else State(span, pending)
+        return jacobi.start(span, span.head, span.accelerate) if span.accelerate else State(span, span.head)
 
     def ask(self, state: State) -> Read:
         if isinstance(state, jacobi.Window):

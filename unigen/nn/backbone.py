@@ -161,6 +161,8 @@ class SlotCache(Cache):
     def __init__(self, layers: int, slots: int, device: torch.device) -> None:
         self.slots, self.capacity, self.device = slots, 0, device
         self.lengths = torch.zeros(slots, dtype=torch.int64)
+        self.notes: dict[int, Tensor] = {}
+        """What a backbone keeps of a slot beside keys and values, from the slot's first position on."""
         self.step: _Step
         super().__init__(layers=[_SlotLayer(self) for _ in range(layers)])
 

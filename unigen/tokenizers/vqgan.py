@@ -127,6 +127,11 @@ _NAMES = {
         ("encoder.down.{i}.downsample.", "encoder.down_blocks.{i}.downsamplers.0."),
         ("decoder.up.{i}.block.{j}.", "decoder.up_blocks.{i}.resnets.{j}."),
         ("decoder.up.{i}.upsample.", "decoder.up_blocks.{i}.upsamplers.0."),
+        *(
+            (f"{here}.{{i}}.attn.{{j}}.{k}.", f"{there}.{{i}}.attentions.{{j}}.{v}.")
+            for here, there in (("encoder.down", "encoder.down_blocks"), ("decoder.up", "decoder.up_blocks"))
+            for k, v in _ATTENTION.items()
+        ),
         (".mid.block_1.", ".mid_block.resnets.0."),
         (".mid.block_2.", ".mid_block.resnets.1."),
         *((f".mid.attn_1.{k}.", f".mid_block.attentions.0.{v}.") for k, v in _ATTENTION.items()),

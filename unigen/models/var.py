@@ -1,0 +1,275 @@
+"""VAR: classes drawn scale by scale (Tian et al. 2024, arXiv 2404.02905), every depth, 256 and 512 pixels.
+
+    {class} 4 9 16 ... 256 codes        a picture;        {1000} ...        guidance's other branch
+
+    engine = unigen.load("FoundationVision/var:var_d16")       # and var_d20, d24, d30 (256 pixels), d36 (512)
+    engine.generate(207)
+
+The transformer is its own: attention over queries and keys of unit length with a learnt temperature, layer norms whose
+scales, shifts and gates come from the class (adaLN), no rotary positions. What writes is our `NextScale`. Guidance
+grows with the scales: what VAR calls cfg is one less than ours (its demo's 4 is 5 here). Public weights: not run here.
+
+Shapes: B rows, L positions, D width, H heads, E head width, K scales.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, layer_norm, normalize, scaled_dot_product_attention, silu
+
+from unigen import hub
+from unigen.config import save_json
+from unigen.generators.base import Generator
+from unigen.generators.next_scale import NextScale
+from unigen.model import UnifiedModel
+from unigen.nn.backbone import Backbone, SlotCache
+from unigen.sequence import Vocabulary
+from unigen.templates import ClassTemplate
+from unigen.tokenizers import load_tokenizer, var_vq
+
+SCALES = {680: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 2240: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)}
+"""By how many codes a picture has."""
+HEAD_WIDTH = 64
+EPSILON = 1e-6
+COLDEST = math.log(100)
+TOKENIZER = "vae_ch160v4096z32.pth"
+SAMPLING = {"guidance": 5.0, "temperature": 1.0, "top_k": 900, "top_p": 0.96}
+REPOSITORIES = {
+    "FoundationVision/var": {f"var_d{depth}": (f"var_d{depth}.pth", TOKENIZER) for depth in (16, 20, 24, 30, 36)}
+}
+"""Repositories of the hub that hold several models: the files of each."""
+
+
+class Block(nn.Module):
+    """x += gate_1 attention(scale_1 norm(x) + shift_1), x += gate_2 mlp(scale_2 norm(x) + shift_2)."""
+
+    def __init__(self, width: int, shared: bool) -> None:
+        super().__init__()
+        self.width, self.heads = width, width // HEAD_WIDTH
+        self.query_key_value = nn.Linear(width, 3 * width, bias=False)
+        self.query_bias, self.value_bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
+        self.temperature = nn.Parameter(torch.full((self.heads,), math.log(4)))
+        self.out = nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.own = nn.Parameter(torch.zeros(6, width)) if shared else None
+        self.condition = None if shared else nn.Linear(width, 6 * width)
+
+    def forward(self, x_BLD: Tensor, given_BD: Tensor, mask: Tensor, cache: SlotCache, number: int) -> Tensor:
+        """given_BD: silu of the class's vector; of shared norms what all blocks make of it, (B, 6 D)."""
+        if self.condition is not None:
+            six = self.condition(given_BD).unflatten(-1, (6, self.width))
+        else:
+            six = given_BD.unflatten(-1, (6, self.width)) + self.own
+        gate1, gate2, scale1, scale2, shift1, shift2 = six[:, None].unbind(2)
+        x_BLD = x_BLD + gate1 * self.attention(normed(x_BLD) * (1 + scale1) + shift1, mask, cache, number)
+        inner = gelu(self.up(normed(x_BLD) * (1 + scale2) + shift2), approximate="tanh")
+        return x_BLD + gate2 * self.down(inner)
+
+    def attention(self, x_BLD: Tensor, mask: Tensor, cache: SlotCache, number: int) -> Tensor:
+        parts = self.query_key_value(x_BLD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        query, key, value = parts.unbind(0)  # (B, H, L, E)
+        query = query + self.query_bias.unflatten(0, (self.heads, 1, -1))
+        value = value + self.value_bias.unflatten(0, (self.heads, 1, -1))
+        query = normalize(query, dim=-1) * self.temperature.clamp(max=COLDEST).exp()[:, None, None]
+        keys, values = cache.update(normalize(key, dim=-1), value, number)
+        mixed = scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=1.0)
+        return self.out(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+def normed(x_BLD: Tensor) -> Tensor:
+    return layer_norm(x_BLD, x_BLD.shape[-1:], eps=EPSILON)
+
+
+class Transformer(nn.Module):
+    """VAR's blocks, with the little of a transformers model that a `Backbone` asks for."""
+
+    def __init__(self, classes: int, width: int, layers: int, positions: int, shared: bool) -> None:
+        from transformers import PretrainedConfig
+
+        super().__init__()
+        self.settings = {"classes": classes, "width": width, "layers": layers, "positions": positions, "shared": shared}
+        self.config = PretrainedConfig(
+            hidden_size=width, num_hidden_layers=layers, max_position_embeddings=positions, vocab_size=classes
+        )
+        self.config.model_type = "var"
+        self.classes = nn.Embedding(classes, width)
+        self.start = nn.Parameter(torch.zeros(width))
+        self.first = nn.Parameter(torch.zeros(width))
+        """The vectors of the first scale and of its place, which are the generator's, too."""
+        self.shared = nn.Linear(width, 6 * width) if shared else None
+        self.blocks = nn.ModuleList(Block(width, shared) for _ in range(layers))
+        self.last = nn.Linear(width, 2 * width)
+
+    def set_attn_implementation(self, name: str) -> None:
+        """Attention is its own."""
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.classes
+
+    def save_pretrained(self, folder: Path) -> None:
+        hub.write_tensors(Path(folder) / "model.safetensors", self.state_dict())
+        save_json(Path(folder) / hub.CONFIG, {"model_type": "var", **self.settings})
+
+
+class VARBackbone(Backbone):
+    """The class is read as the first position, and stays with its slot: every norm is told it."""
+
+    def hidden(self, embeds_BLD: Tensor, positions_BL: Tensor, mask: Tensor, cache: SlotCache | None = None) -> Tensor:
+        assert cache is not None, "VAR's transformer is for inference"
+        lm, rows = self.lm, cache.step.rows
+        begins_B = positions_BL[:, 0] == 0
+        for row, begins, vector_D in zip(rows, begins_B.tolist(), embeds_BLD[:, 0], strict=True):
+            if begins:
+                cache.notes[row] = vector_D
+        given_BD = torch.stack([cache.notes[row] for row in rows])
+        x_BLD = embeds_BLD.clone()
+        x_BLD[begins_B, 0] = x_BLD[begins_B, 0] + lm.start + lm.first
+        seen = x_BLD.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
+        active_BD = silu(given_BD)
+        block_BD = active_BD if lm.shared is None else lm.shared(active_BD)
+        for number, block in enumerate(lm.blocks):
+            x_BLD = block(x_BLD, block_BD, seen, cache, number)
+        scale, shift = lm.last(active_BD).unflatten(-1, (2, -1))[:, None].unbind(2)
+        return normed(x_BLD) * (1 + scale) + shift
+
+
+# what a tensor is called in a public file, and here
+_NAMES = (
+    ("class_emb.", "lm.classes."),
+    ("shared_ada_lin.1.", "lm.shared."),
+    ("head_nm.ada_lin.1.", "lm.last."),
+    ("blocks.", "lm.blocks."),
+    ("word_embed.", "head.project."),
+    ("lvl_embed.", "head.scale_embedding."),
+    ("head.", "head.head."),
+)
+_BLOCK = (
+    (".attn.mat_qkv.", ".query_key_value."),
+    (".attn.q_bias", ".query_bias"),
+    (".attn.v_bias", ".value_bias"),
+    (".attn.scale_mul_1H11", ".temperature"),
+    (".attn.proj.", ".out."),
+    (".ffn.fc1.", ".up."),
+    (".ffn.fc2.", ".down."),
+    (".ada_lin.1.", ".condition."),
+    (".ada_gss", ".own"),
+)
+_DERIVED = ("lvl_1L", "attn_bias_for_masking")
+
+
+def from_public(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a public file by their names here."""
+    ours: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if name in _DERIVED or name.endswith(".zero_k_bias"):
+            continue
+        if name == "pos_start":
+            ours["lm.start"] = tensor[0, 0]
+        elif name == "pos_1LC":
+            ours["head.position_embedding.weight"] = tensor[0]
+        else:
+            theirs, here = next((pair for pair in _NAMES if name.startswith(pair[0])), ("", ""))
+            name = here + name[len(theirs) :]
+            for old, new in _BLOCK if name.startswith("lm.blocks.") else ():
+                name = name.replace(old, new)
+            flat = tensor.flatten() if name.endswith(".temperature") else tensor
+            ours[name] = flat[0, 0] if name.endswith(".own") else flat
+    if "head.scale_embedding.weight" in ours and "head.position_embedding.weight" in ours:
+        ours["lm.first"] = ours["head.scale_embedding.weight"][0] + ours["head.position_embedding.weight"][0]
+    return ours
+
+
+def to_public(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors by their public names, without what follows from others."""
+    theirs: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if name == "lm.start":
+            theirs["pos_start"] = tensor[None, None]
+        elif name == "head.position_embedding.weight":
+            theirs["pos_1LC"] = tensor[None]
+        elif name != "lm.first":
+            public, here = next(pair for pair in _NAMES if name.startswith(pair[1]))
+            if name.endswith(".temperature"):
+                tensor = tensor[None, :, None, None]
+            if name.endswith(".own"):
+                tensor = tensor[None, None]
+            name = public + name[len(here) :]
+            for old, new in _BLOCK if public == "blocks." else ():
+                name = name.replace(new, old)
+            theirs[name] = tensor
+    return theirs
+
+
+def owns(folder: Path, config: dict[str, Any]) -> bool:
+    """A folder with a file of a model and the file of its image tokenizer."""
+    return bool(list(folder.glob("var_d*.pth"))) and (folder / TOKENIZER).is_file()
+
+
+def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) -> UnifiedModel:
+    """The model in `folder`, in the public layout or in ours, strictly. dtype: None is as it is stored. variant: the
+    name of the file, where there are several."""
+    if (folder / hub.MANIFEST).is_file():
+        settings = {k: v for k, v in hub.read_json(folder / hub.CONFIG).items() if k != "model_type"}
+        tokenizer = load_tokenizer(folder / "image_tokenizer")
+        state = {f"lm.{name}": tensor for name, tensor in hub.read_weights(folder).items()}
+        written = hub.read_tensors(folder / "next-scale" / "model.safetensors")
+        state |= {f"head.{name}": tensor for name, tensor in written.items()}
+    else:
+        path = hub.one_of(folder, "var_d*.pth", variant)
+        state = from_public(hub.read_tensors(path))
+        try:
+            classes, width = state["lm.classes.weight"].shape
+            codes = len(state["head.position_embedding.weight"])
+            state["lm.blocks.0.temperature"]
+        except KeyError as error:
+            raise ValueError(
+                f"checkpoint {path} has no {error.args[0]}: it is no VAR of unit queries and keys"
+            ) from error
+        layers = len({name.split(".")[2] for name in state if name.startswith("lm.blocks.")})
+        shared = "lm.shared.weight" in state
+        settings = {"classes": classes, "width": width, "layers": layers, "positions": codes, "shared": shared}
+        scales = SCALES.get(codes) or small_scales(codes)
+        tokenizer = var_vq.from_public(hub.read_tensors(folder / TOKENIZER), scales)
+    parts = nn.Module()
+    parts.lm, parts.head = Transformer(**settings), NextScale(tokenizer, settings["width"])
+    frozen = {f"head.tokenizer.{name}": value for name, value in tokenizer.state_dict().items()}
+    stored = dtype or state["lm.classes.weight"].dtype
+    hub.load_strict(parts, frozen | state, folder)
+    parts.lm.to(stored)
+    for layer in (parts.head.project, parts.head.scale_embedding, parts.head.position_embedding, parts.head.head):
+        layer.to(stored)
+    template = ClassTemplate(settings["classes"] - 1, parts.head.positions())
+    writers: dict[str, Generator] = {"next-scale": parts.head}
+    vocabulary = Vocabulary(settings["classes"], tokenizer.codebook_size)
+    backbone = VARBackbone(parts.lm)
+    model = UnifiedModel("var", backbone, vocabulary, None, tokenizer, template, writers)
+    model.sample_by("next-scale", **SAMPLING)
+    return model
+
+
+def small_scales(codes: int) -> tuple[int, ...]:
+    """1, 2, 4, ... of a model that is none of the published."""
+    scales, side = [1], 1
+    while sum(n * n for n in scales) < codes:
+        side *= 2
+        scales.append(side)
+    if sum(n * n for n in scales) != codes:
+        raise ValueError(f"{codes} positions are of no scales known here ({', '.join(map(str, SCALES))})")
+    return tuple(scales)
+
+
+def save_public(model: UnifiedModel, folder: Path) -> None:
+    """Write the two files of the public layout."""
+    tokenizer, head = model.image_tokenizer, model.generators["next-scale"]
+    assert isinstance(tokenizer, var_vq.VARVQ) and isinstance(head, NextScale)
+    state = {f"lm.{name}": tensor for name, tensor in model.backbone.lm.state_dict().items()}
+    state |= {f"head.{k}": v for k, v in head.state_dict().items() if not k.startswith("tokenizer.")}
+    torch.save(to_public(state), folder / f"var_d{model.backbone.lm.settings['layers']}.pth")
+    torch.save(var_vq.to_public(tokenizer), folder / TOKENIZER)
+    save_json(folder / hub.CONFIG, {"model_type": "var"})
