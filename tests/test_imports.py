@@ -20,7 +20,7 @@ LAYERS = [
     {"serving"},
     {"reasoning"},
     {"training", "evaluation", "probes"},
-    {"engine", "models", "data"},
+    {"engine", "models", "data", "pipelines", "pairs"},
     {"likelihood"},
     {"model"},
     {"generators", "tokenizers", "templates"},

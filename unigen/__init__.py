@@ -35,16 +35,26 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 
-def load(name: str = "unigen-tiny", device: str | None = None, dtype: str | None = None) -> Engine:
-    """An engine for a shipped model, a folder, or `owner/name[@revision]` on the Hugging Face hub.
+def load(
+    name: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    *,
+    lmm: str | None = None,
+    generator: str | None = None,
+) -> Any:
+    """An engine for a shipped model (unigen-tiny where no name is given), a folder, or `owner/name[@revision]` on the
+    Hugging Face hub: an `Engine`, for a diffusers pipeline one with the same methods. lmm, generator: instead of a
+    name, one model that reads and one that draws, joined by prompts (`unigen.pairs`).
 
     device: "cpu", "cuda", ...; None is a GPU where there is one. dtype: "float32", "bfloat16" or "float16"; None is
-    float32 for our own models, and as stored for public ones. Raises ValueError in one line for an unknown model, a
-    damaged folder, or a device that is not there.
+    float32 for our own models and pipelines, and as stored for other public ones. Raises ValueError in one line for an
+    unknown model, a damaged folder, or a device that is not there.
     """
     import torch
 
     from unigen.engine import Engine
+    from unigen.models import Unknown, find
     from unigen.models import load as load_model
 
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -56,4 +66,27 @@ def load(name: str = "unigen-tiny", device: str | None = None, dtype: str | None
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} is not available here: {str(error).splitlines()[0]}") from error
-    return Engine(load_model(name, device, kinds[dtype] if dtype else None))
+    kind = kinds[dtype] if dtype else None
+
+    def one(name: str, reads: bool = False) -> Any:
+        from unigen import pipelines
+
+        folder, _ = find(name)
+        if pipelines.is_pipeline(folder):
+            return pipelines.load(folder, device, kind)
+        try:
+            return Engine(load_model(name, device, kind))
+        except Unknown:
+            if not reads:
+                raise
+            from unigen.pairs import load_reader
+
+            return load_reader(folder, device, kind)
+
+    if lmm is None and generator is None:
+        return one(name or "unigen-tiny")
+    if lmm is None or generator is None or name is not None:
+        raise ValueError("give one name, or both an lmm that reads and a generator that draws")
+    from unigen.pairs import PairedEngine
+
+    return PairedEngine(one(lmm, reads=True), one(generator))

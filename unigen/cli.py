@@ -109,6 +109,7 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model", default=DEFAULT_MODEL, help="a name, a folder, or owner/name on the hub (default: %(default)s)"
     )
+    group.add_argument("--lmm", help="a model that reads and writes for the one that draws (--model)")
     group.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: a GPU where there is one)")
     group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the engine's choice")
 
@@ -213,6 +214,8 @@ def info_arguments(parser: argparse.ArgumentParser) -> None:
 def load(args: argparse.Namespace) -> Any:
     import unigen
 
+    if args.lmm:
+        return unigen.load(device=args.device, dtype=args.dtype, lmm=args.lmm, generator=args.model)
     return unigen.load(args.model, device=args.device, dtype=args.dtype)
 
 

@@ -23,6 +23,8 @@ ASSETS = Path(__file__).parent / "assets"
 MANIFEST, CONFIG = "unigen.json", "config.json"
 HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.yaml")
+TWICE = ("*.fp16.safetensors", "*.non_ema.safetensors", "*flax*")
+"""The same weights once more."""
 SAFE, PICKLED = ("*.safetensors",), ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -59,6 +61,9 @@ def resolve(
 
 def snapshot(repo: str, revision: str | None = None) -> Path:
     """The folder of a repository of the hub, its weights as safetensors where it has them, else as pickles."""
+    folder = _from_hub(repo, revision, SMALL)
+    if (folder / "model_index.json").is_file():  # a pipeline: its parts' folders, and not what stands beside them
+        return _from_hub(repo, revision, (*SMALL, *(f"*/{kind}" for kind in SAFE)), TWICE)
     folder = _from_hub(repo, revision, (*SMALL, *SAFE))
     if not any(path for kind in SAFE for path in folder.rglob(kind)):
         folder = _from_hub(repo, revision, (*SMALL, *PICKLED))
@@ -73,14 +78,15 @@ def fetch(repo: str, file: str) -> Path:
     return path
 
 
-def _from_hub(repo: str, revision: str | None, patterns: Sequence[str]) -> Path:
+def _from_hub(repo: str, revision: str | None, patterns: Sequence[str], left: Sequence[str] = ()) -> Path:
     """The cached folder with the files of these patterns. ValueError in one line for what the hub answers."""
     from huggingface_hub import errors, snapshot_download
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
     name = repo if revision is None else f"{repo}@{revision}"
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
+        found = snapshot_download(repo, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(left))
+        return Path(found)
     except errors.GatedRepoError as error:
         raise ValueError(f"{name} is gated: accept its licence on huggingface.co, then run `hf auth login`") from error
     except errors.RevisionNotFoundError as error:

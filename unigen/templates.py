@@ -17,6 +17,10 @@ Output = Literal["image", "text", "interleaved", "pair"]
 OUTPUTS: tuple[Output, ...] = ("image", "text", "interleaved", "pair")
 
 
+class Unable(ValueError):
+    """A model cannot do what is asked, whatever it is given."""
+
+
 class Template(Protocol):
     """How a family lays a document out as ids. outputs: what it can be asked for; reader: the generator as which
     finished pictures stand in it; classes: the names of what a model draws that draws classes and not words, else none;

@@ -34,7 +34,7 @@ ASKED = [PROMPT]
 PROMPTS = ("a red apple on a blue table", "two dogs")
 LANGUAGE: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 4, "max_position_embeddings": 512,
+    "num_key_value_heads": 4, "max_position_embeddings": 4096,
 }  # fmt: skip
 GOLDEN = common.GOLDENS / "janus_vq.safetensors"
 

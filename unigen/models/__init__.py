@@ -18,7 +18,7 @@ from unigen.model import UnifiedModel
 def load(name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> UnifiedModel:
     """The model of a shipped name, a folder or a name on the Hugging Face hub, in evaluation mode. dtype: None
     is float32, or as stored in a public checkpoint. Raises ValueError in one line for bad input."""
-    folder, variant = hub.resolve(name, holdings())
+    folder, variant = find(name)
     manifest = hub.read_json(folder / hub.MANIFEST) if (folder / hub.MANIFEST).is_file() else {}
     family = family_of(folder, manifest)
     if variant is not None and not hasattr(family, "REPOSITORIES"):
@@ -31,6 +31,15 @@ def load(name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"sampling in {folder / hub.MANIFEST}: {error}") from error
     return model.to(device).eval()
+
+
+class Unknown(ValueError):
+    """A folder that is of no family here."""
+
+
+def find(name: str | Path) -> tuple[Path, str | None]:
+    """The folder of a name, and which of several models there is meant."""
+    return hub.resolve(name, holdings())
 
 
 def convert(name: str | Path, folder: str | Path, layout: str = "unigen") -> None:
@@ -65,7 +74,7 @@ def family_of(folder: Path, manifest: dict[str, Any]) -> Any:
         raise ValueError(f"folder {folder} holds neither {hub.MANIFEST} nor {hub.CONFIG}, so it is no model")
     kind = config.get("model_type") or config.get("_class_name") or "unknown"
     names = ", ".join(module.__name__.rpartition(".")[2] for module in families())
-    raise ValueError(f"{folder} is a model of type {kind!r}, which is of no family known here ({names})")
+    raise Unknown(f"{folder} is a model of type {kind!r}, which is of no family known here ({names})")
 
 
 def families() -> list[Any]:

@@ -28,7 +28,7 @@ from unigen.generators.next_token import NextToken, Text
 from unigen.model import UnifiedModel
 from unigen.nn.backbone import Backbone
 from unigen.sequence import Document, Layout, Segment, Tokens, Vocabulary
-from unigen.templates import Output, PublicTemplate
+from unigen.templates import Output, PublicTemplate, Unable
 from unigen.tokenizers import load_tokenizer, text
 from unigen.tokenizers.emu3_vq import Emu3VQ
 
@@ -97,7 +97,7 @@ class Emu3Template(PublicTemplate):
 
     def _drawing(self, segments: Sequence[Segment], blind: bool) -> text.Prompt:
         if any(segment.text is None for segment in segments):
-            raise ValueError("emu3 draws from words alone: leave pictures and classes out, or ask for text")
+            raise Unable("emu3 draws from words alone: leave pictures and classes out, or ask for text")
         prompt = text.Prompt(self.tokenizer, self.names).ids([self.tokenizer.bos_token_id])
         words = " ".join((segment.text or "").strip() for segment in segments)
         return prompt.own(NEGATIVE) if blind else prompt.said(words).own(PRAISE)

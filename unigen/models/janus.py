@@ -31,7 +31,7 @@ from unigen.generators.next_token import NextToken, Text
 from unigen.model import Sight, UnifiedModel
 from unigen.nn.backbone import Backbone
 from unigen.sequence import Document, Layout, Segment, Tokens, Vocabulary
-from unigen.templates import Output, PublicTemplate
+from unigen.templates import Output, PublicTemplate, Unable
 from unigen.tokenizers import load_tokenizer, text, vqgan
 
 USER, ASSISTANT = "<|User|>", "<|Assistant|>"
@@ -99,7 +99,7 @@ class JanusTemplate(PublicTemplate):
             prompt.own(f"{USER if user else ASSISTANT}: " if begins else "\n")
             if segment.image is not None:
                 if not seen:
-                    raise ValueError("janus draws from words alone: leave the picture out, or ask for text about it")
+                    raise Unable("janus draws from words alone: leave the picture out, or ask for text about it")
                 prompt.own(BOI).image(segment.image, self.features).own(EOI)
             elif segment.label is not None:
                 raise ValueError("janus reads words, not classes: say it in words")

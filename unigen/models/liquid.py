@@ -27,7 +27,7 @@ from unigen.generators.next_token import NextToken, Text
 from unigen.model import UnifiedModel
 from unigen.nn.backbone import Backbone
 from unigen.sequence import Document, Layout, Segment, Tokens, Vocabulary, square
-from unigen.templates import Output, PublicTemplate
+from unigen.templates import Output, PublicTemplate, Unable
 from unigen.tokenizers import text, vqgan
 
 BOI, EOI, UNCOND = "<boi>", "<eoi>", "<unconditional>"
@@ -89,7 +89,7 @@ class LiquidTemplate(PublicTemplate):
 
     def _drawing(self, segments: Sequence[Segment], blind: bool) -> text.Prompt:
         if any(segment.image is not None for segment in segments):
-            raise ValueError("liquid draws from words alone: leave the picture out, or ask for text about it")
+            raise Unable("liquid draws from words alone: leave the picture out, or ask for text about it")
         if any(segment.label is not None for segment in segments):
             raise ValueError("liquid draws words, not classes: say what to draw in words")
         prompt = text.Prompt(self.tokenizer).ids([self.tokenizer.bos_token_id])

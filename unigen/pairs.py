@@ -1,0 +1,203 @@
+"""A model that reads and reasons with one that draws, behind the interface of `Engine`, joined by prompts.
+
+    engine = unigen.load(lmm="Qwen/Qwen3-VL-2B-Instruct", generator="stable-diffusion-v1-5/stable-diffusion-v1-5")
+    engine.describe(image)                                  # the one that reads
+    engine.generate("a shiba inu")                          # the one that draws
+    engine.edit(image, "put it in the snow")                # the first says what the second shall draw of the picture
+    engine.generate("a story about a witch", "interleaved") # a passage, what its picture shows, the picture; and so on
+
+Either may be a model of this package's families; the one that reads may also be any model of transformers with a chat
+template, the one that draws any diffusers pipeline. The file refuses to know: how either does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unigen import hub
+from unigen.sequence import Document, Segment, read_image
+from unigen.templates import Output, Unable
+
+PROMPT = "Say in one sentence what the picture that is asked for shows, as a prompt for a painter. Only the sentence."
+PASSAGE = "Write only the next short passage of it, in one to three sentences. Leave pictures out."
+SHOWN = "Say in one sentence what a picture of the last passage shows, as a prompt for a painter. Only the sentence."
+MOST = 120
+"""Tokens of a passage, and of a prompt for the painter, where `max_tokens` does not say less."""
+READS = ("seed", "max_tokens", "temperature", "top_p")
+"""Options of the model that reads; all others are of the one that draws. Both have the seed."""
+
+
+class PairedEngine:
+    """lmm: answers a document with text; painter: draws words, and edits pictures where it can."""
+
+    outputs: tuple[Output, ...] = ("image", "text", "interleaved")
+
+    def __init__(self, lmm: Any, painter: Any) -> None:
+        if "text" not in lmm.outputs:
+            raise ValueError("the model given as lmm does not answer with text: give one that reads and writes")
+        if "image" not in painter.outputs:
+            raise ValueError("the model given as generator does not draw: give one that does")
+        self.lmm, self.painter = lmm, painter
+
+    def generate(self, prompt: Any, output: Output = "image", *, n: int = 1, seed: int = 0, **options: Any) -> Any:
+        """A PIL image, a string, or for "interleaved" a list of both; n > 1 gives a list of answers."""
+        if not isinstance(n, int) or n < 1:
+            raise ValueError(f"n must be a whole number of at least 1, not {n}")
+        answers = [self._answer(prompt, output, seed + i, options) for i in range(n)]
+        return answers[0] if n == 1 else answers
+
+    def generate_batch(
+        self, prompts: Sequence[Any], seeds: Sequence[int] | None = None, output: Output = "image", **options: Any
+    ) -> list[Any]:
+        """One answer a prompt."""
+        seeds = range(len(prompts)) if seeds is None else seeds
+        return [self._answer(p, output, s, options) for p, s in zip(prompts, seeds, strict=True)]
+
+    def stream(self, prompt: Any, output: Output = "interleaved", *, seed: int = 0, **options: Any) -> Iterator[Any]:
+        """The parts of one answer as they are made."""
+        if output != "interleaved":
+            yield self._answer(prompt, output, seed, options)
+            return
+        yield from self._told(Document.of(prompt), seed, options)
+
+    def describe(self, image: Any, question: str | None = None, **options: Any) -> str:
+        asked = [read_image(image), question or "Describe this picture."]
+        return self._said(asked, options.get("seed", 0), options)
+
+    def edit(self, image: Any, instruction: str, *, seed: int = 0, **options: Any) -> Any:
+        """The picture changed as the instruction says: what it shall show is said by the one that reads."""
+        if not instruction.strip():
+            raise ValueError("the instruction is empty: say what to change")
+        brief = options | {"max_tokens": min(MOST, options.get("max_tokens", MOST))}
+        said = self._said([read_image(image), instruction, PROMPT], seed, brief)
+        try:
+            return self.painter.edit(read_image(image), said, seed=seed, **self._drawing(options))
+        except Unable:  # it draws the new picture whole
+            return self._drawn(said, seed, options)
+
+    def inpaint(self, image: Any, prompt: str, mask: Any, **options: Any) -> Any:
+        return self.painter.inpaint(image, prompt, mask, **options)
+
+    def info(self) -> dict[str, Any]:
+        return {"outputs": list(self.outputs), "reads": self.lmm.info(), "draws": self.painter.info()}
+
+    # ---------------------------------------------------------------- how it is done
+
+    def _answer(self, prompt: Any, output: Output, seed: int, options: dict[str, Any]) -> Any:
+        if output not in self.outputs:
+            raise ValueError(f"this pair cannot answer with {output}: it can with {' or '.join(self.outputs)}")
+        document = Document.of(prompt)
+        if output == "text":
+            return self._said(document, seed, options)
+        if output == "interleaved":
+            return list(self._told(document, seed, options))
+        plain = all(segment.image is None for segment in document.segments)
+        asked = document if plain else self._said(Document([*document.segments, Segment(text=PROMPT)]), seed, options)
+        return self._drawn(asked, seed, options)
+
+    def _told(self, document: Document, seed: int, options: dict[str, Any]) -> Iterator[Any]:
+        """Passages and their pictures, until a passage is empty or there are as many as asked for."""
+        count = options.get("max_images", 4)
+        if count < 1:
+            raise ValueError("max_images must be at least 1")
+        told = list(document.segments)
+        options = options | {"max_tokens": min(MOST, options.get("max_tokens", MOST))}
+        for number in range(count):
+            at = seed * 1_000 + number
+            passage = self._said(Document([*told, Segment(text=PASSAGE)]), at, options)
+            if not passage:
+                return
+            yield passage
+            told.append(Segment(text=passage, role="assistant"))
+            shown = self._said(Document([*told, Segment(text=SHOWN)]), at, options)
+            yield self._drawn(shown or passage, at, options)
+
+    def _said(self, document: Any, seed: int, options: dict[str, Any]) -> str:
+        mine = {name: value for name, value in options.items() if name in READS and name != "seed"}
+        return str(self.lmm.generate(Document.of(document), "text", seed=seed, **mine)).strip()
+
+    def _drawn(self, asked: Any, seed: int, options: dict[str, Any]) -> Any:
+        return self.painter.generate(asked, "image", seed=seed, **self._drawing(options))
+
+    @staticmethod
+    def _drawing(options: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in options.items() if name not in (*READS, "max_images")}
+
+
+class TransformersReader:
+    """Any model of transformers with a chat template, as one that answers with text."""
+
+    outputs: tuple[Output, ...] = ("text",)
+
+    def __init__(self, model: Any, processor: Any, sees: bool) -> None:
+        self.model, self.processor, self.sees = model.eval(), processor, sees
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompt: Any,
+        output: Output = "text",
+        *,
+        seed: int = 0,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+    ) -> str:
+        """What the model answers; greedy where temperature is 0. Raises ValueError where it cannot see a picture."""
+        if output != "text":
+            raise ValueError(f"this model cannot answer with {output}: it can with text")
+        inputs = self._inputs(Document.of(prompt)).to(self.model.device)
+        drawn: dict[str, Any] = {"do_sample": False}
+        if temperature > 0:
+            drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+        devices = [self.model.device] if self.model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            ids = self.model.generate(**inputs, max_new_tokens=max_tokens, **drawn)
+        return str(self.processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+
+    def _inputs(self, document: Document) -> Any:
+        messages: list[dict[str, Any]] = []
+        for segment in document.segments:
+            if segment.label is not None:
+                raise ValueError("this model reads words, not classes: say it in words")
+            if segment.image is not None and not self.sees:
+                raise ValueError("this model cannot see pictures: pair with one that can, or leave the picture out")
+            if not messages or messages[-1]["role"] != segment.role:
+                messages.append({"role": segment.role, "content": []})
+            if segment.image is not None:
+                messages[-1]["content"].append({"type": "image", "image": read_image(segment.image)})  # type: ignore[arg-type]
+            else:
+                messages[-1]["content"].append({"type": "text", "text": segment.text})
+        if not self.sees:
+            for message in messages:
+                message["content"] = "\n".join(part["text"] for part in message["content"])
+        return self.processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+
+    def info(self) -> dict[str, Any]:
+        count = sum(p.numel() for p in self.model.parameters())
+        kind = self.model.config.model_type
+        return {"family": "transformers", "model": f"{kind}, {count / 1e6:.1f}M parameters", "sees": self.sees}
+
+
+def load_reader(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> TransformersReader:
+    """The model of transformers in `folder`, strictly; no code of the folder is run. Raises ValueError in one line."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as SEEING
+
+    sees = str(hub.read_json(folder / hub.CONFIG).get("model_type")) in SEEING
+    kind, reading = (AutoModelForImageTextToText, AutoProcessor) if sees else (AutoModelForCausalLM, AutoTokenizer)
+    try:
+        with hub.quiet():
+            processor = reading.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ValueError(f"model folder {folder} cannot be loaded: {hub.first_line(error)}") from error
+    if getattr(processor, "chat_template", None) is None:
+        raise ValueError(f"{folder} has no chat template: give a model that was tuned to chat")
+    return TransformersReader(hub.pretrained(kind, folder, dtype).to(device), processor, sees)

@@ -1,0 +1,213 @@
+"""Any diffusers pipeline that draws, behind the interface of `Engine`: words or classes in, pictures out.
+
+    engine = unigen.load("stable-diffusion-v1-5/stable-diffusion-v1-5")
+    image = engine.generate("a shiba inu", seed=0, steps=20, guidance=7.5, sampler="dpm++")
+    edited = engine.edit(image, "a shiba inu in the snow", strength=0.6)
+    painted = engine.inpaint(image, "a red ball", mask)
+
+The pipeline's own `__call__` says what it takes; what it does not take is refused by name. Editing and inpainting are
+the pipeline's own parts in diffusers' image-to-image and inpainting forms, where it has them. A picture's randomness is
+its own, so it does not depend on the batch. The file refuses to know: schedules, networks, prompts' encoders.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from unigen import hub
+from unigen.sequence import Document, read_image
+from unigen.templates import Output, Unable
+
+INDEX = "model_index.json"
+SAMPLERS = {
+    "euler": "EulerDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "deis": "DEISMultistepScheduler",
+}
+"""Of pipelines that are no flow; a flow keeps its own schedule, or takes the solvers that know flows."""
+FLOW_SAMPLERS = {
+    "euler": "FlowMatchEulerDiscreteScheduler",
+    "heun": "FlowMatchHeunDiscreteScheduler",
+}
+
+
+class PipelineEngine:
+    """Draws with one pipeline. Not safe to share between threads."""
+
+    outputs: tuple[Output, ...] = ("image",)
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+        self.usual = pipe.scheduler
+        self.takes = set(inspect.signature(pipe.__call__).parameters)
+        pipe.set_progress_bar_config(disable=True)
+
+    # ---------------------------------------------------------------- what users call
+
+    def generate(self, prompt: Any, output: Output = "image", *, n: int = 1, seed: int = 0, **options: Any) -> Any:
+        """A PIL image of words, or of a class by its number; n > 1 gives a list, with seeds seed, seed + 1 ..
+
+        options: steps, guidance, sampler, size (width, height) and negative (what it shall not be), as far as the
+        pipeline takes them. Raises ValueError in one line for bad input.
+        """
+        if not isinstance(n, int) or n < 1:
+            raise ValueError(f"n must be a whole number of at least 1, not {n}")
+        drawn = self.generate_batch([prompt] * n, [seed + i for i in range(n)], output, **options)
+        return drawn[0] if n == 1 else drawn
+
+    def generate_batch(
+        self, prompts: Sequence[Any], seeds: Sequence[int] | None = None, output: Output = "image", **options: Any
+    ) -> list[Any]:
+        """One picture a prompt; each is what `generate` gives for that prompt and seed alone."""
+        if output != "image":
+            raise ValueError(f"this model cannot answer with {output}: it can with image")
+        documents = [Document.of(prompt) for prompt in prompts]
+        if any(document.images() for document in documents):
+            raise ValueError("a pipeline draws from words: give a picture to `edit` or `inpaint`")
+        given = self._conditions(documents)
+        return self._draw(self.pipe, given, range(len(prompts)) if seeds is None else seeds, options)
+
+    def stream(self, prompt: Any, output: Output = "image", **options: Any) -> Iterator[Any]:
+        """The picture, when it is finished."""
+        yield self.generate(prompt, output, **options)
+
+    def edit(
+        self, image: Any, instruction: str, *, strength: float | None = None, seed: int = 0, **options: Any
+    ) -> Any:
+        """The picture drawn anew from where noise has covered a share of it (`strength`, from 0 to 1)."""
+        if not instruction.strip():
+            raise ValueError("the instruction is empty: say what to change")
+        if strength is not None and not 0 < strength <= 1:
+            raise ValueError(f"strength lies in (0, 1], not {strength}")
+        given = {"prompt": [instruction], "image": [read_image(image)]}
+        options |= {} if strength is None else {"strength": strength}
+        return self._draw(self._form("AutoPipelineForImage2Image", "image"), given, [seed], options)[0]
+
+    def inpaint(self, image: Any, prompt: str, mask: Any, *, seed: int = 0, **options: Any) -> Any:
+        """The picture with what is white in the mask painted anew."""
+        pictures = [read_image(Image.fromarray(x) if hasattr(x, "dtype") else x) for x in (image, mask)]
+        if pictures[0].size != pictures[1].size:
+            sizes = f"{pictures[1].size} pixels, the picture of {pictures[0].size}"
+            raise ValueError(f"the mask is of {sizes}: make them alike")
+        given = {"prompt": [prompt], "image": pictures[:1], "mask_image": [pictures[1].convert("L")]}
+        return self._draw(self._form("AutoPipelineForInpainting", "mask_image"), given, [seed], options)[0]
+
+    def describe(self, image: Any, question: str | None = None, **options: Any) -> str:
+        raise ValueError("this model cannot answer with text: pair it with one that reads (--lmm)")
+
+    def info(self) -> dict[str, Any]:
+        """What this pipeline is and takes."""
+        parts = {name: part for name, part in self.pipe.components.items() if isinstance(part, torch.nn.Module)}
+        counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+        return {
+            "family": "diffusion pipeline",
+            "pipeline": type(self.pipe).__name__,
+            "parts": {name: f"{count / 1e6:.1f}M parameters" for name, count in counts.items()},
+            "scheduler": type(self.usual).__name__,
+            "takes": sorted(self.takes & {"prompt", "class_labels", "guidance_scale", "num_inference_steps", "height"}),
+            "outputs": list(self.outputs),
+            "device": str(self.pipe.device),
+        }
+
+    # ---------------------------------------------------------------- how it is done
+
+    def _conditions(self, documents: Sequence[Document]) -> dict[str, list[Any]]:
+        """The pipeline's own arguments for words or classes."""
+        words = [" ".join((s.text or "").strip() for s in d.segments if s.text) for d in documents]
+        labels = [[s.label for s in d.segments if s.label is not None] for d in documents]
+        if "class_labels" in self.takes:
+            if any(words) or any(len(label) != 1 for label in labels):
+                raise ValueError("this pipeline draws classes, not words: give one class by its number or name")
+            return {"class_labels": [self._class(label[0]) for label in labels]}
+        if any(labels):
+            raise ValueError("this pipeline draws words, not classes: say what to draw in words")
+        return {"prompt": words} if "prompt" in self.takes else {}
+
+    def _class(self, label: Any) -> int:
+        names = getattr(self.pipe, "labels", {}) or {}
+        if label in names:
+            return int(names[label])
+        count = max(names.values(), default=999) + 1
+        if not str(label).isdecimal() or int(label) >= count:
+            raise ValueError(f"unknown class {label!r}: give a number from 0 to {count - 1}, or its name")
+        return int(label)
+
+    def _form(self, kind: str, needs: str) -> Any:
+        """The pipeline's parts in another form."""
+        import diffusers
+
+        if needs in self.takes:
+            return self.pipe
+        try:
+            form = getattr(diffusers, kind).from_pipe(self.pipe)
+        except ValueError as error:
+            raise Unable(f"{type(self.pipe).__name__} has no form that takes a picture") from error
+        form.set_progress_bar_config(disable=True)
+        return form
+
+    @torch.inference_mode()
+    def _draw(self, pipe: Any, given: dict[str, Any], seeds: Sequence[int], options: dict[str, Any]) -> list[Any]:
+        takes = set(inspect.signature(pipe.__call__).parameters)
+        names = {"steps": "num_inference_steps", "guidance": "guidance_scale", "negative": "negative_prompt"}
+        asked = {name: value for name, value in options.items() if value is not None}
+        sampler, size = asked.pop("sampler", None), asked.pop("size", None)
+        if size is not None:
+            asked |= {"width": size[0], "height": size[1]}
+        known = {name: names.get(name, name) for name in asked}
+        if unheard := [name for name, own in known.items() if own not in takes]:
+            heard = ", ".join(sorted(short for short, own in names.items() if own in takes))
+            kind = type(pipe).__name__
+            raise ValueError(f"{kind} does not take {', '.join(unheard)}: leave that out (it takes {heard})")
+        if asked.get("steps", 1) < 1:
+            raise ValueError(f"steps must be at least 1, not {asked['steps']}")
+        pipe.scheduler = self._scheduler(sampler)
+        rngs = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        made = []
+        for n, rng in enumerate(rngs):  # one at a time: a picture does not depend on the batch
+            one = {name: value[n : n + 1] for name, value in given.items()}
+            try:
+                result = pipe(**one, **{known[name]: value for name, value in asked.items()}, generator=[rng])
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{type(pipe).__name__}: {hub.first_line(error)}") from error
+            made.append(result.images[0])
+        return made
+
+    def _scheduler(self, sampler: str | None) -> Any:
+        import diffusers
+
+        if sampler is None:
+            return self.usual
+        kinds = FLOW_SAMPLERS if type(self.usual).__name__.startswith("FlowMatch") else SAMPLERS
+        if sampler not in kinds:
+            raise ValueError(f"unknown sampler {sampler!r} for this pipeline: one of {', '.join(kinds)}")
+        return getattr(diffusers, kinds[sampler]).from_config(self.usual.config)
+
+
+def is_pipeline(folder: Path) -> bool:
+    """Does the folder hold a diffusers pipeline?"""
+    return (folder / INDEX).is_file()
+
+
+def load(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> PipelineEngine:
+    """The pipeline in `folder`, from safetensors alone; no code of the folder is run. Raises ValueError in one line."""
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
+
+    hub.read_json(folder / INDEX)
+    try:
+        with hub.quiet():
+            logging.disable_progress_bar()
+            pipe = DiffusionPipeline.from_pretrained(
+                folder, dtype=dtype or torch.float32, local_files_only=True, use_safetensors=True
+            )
+    except Exception as error:  # whatever a damaged part makes its own library raise
+        raise ValueError(f"pipeline {folder} cannot be loaded: {hub.first_line(error)}") from error
+    return PipelineEngine(pipe.to(device))
