@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import sys
 import tempfile
-from dataclasses import asdict
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,8 +36,9 @@ def main() -> int:
     if unknown := set(args.families) - set(families()):
         parser.error(f"no case for {', '.join(sorted(unknown))}: there are {', '.join(families())}")
     from tests.parity import common
+    from unigen.config import write_report
 
-    found = []
+    found, started = [], time.monotonic()
     print(f"{'row':28} {'error':>9} {'control':>9}  {'':4}  against; control")
     for name in args.families or families():
         case = importlib.import_module(f"tests.parity.{name}")
@@ -56,7 +56,13 @@ def main() -> int:
                 why = row.absent or f"{row.against}; {row.trap}"
                 print(f"{row.name:28} {row.error:9.1e} {row.control:9.1e}  {verdict:4}  {why}", flush=True)
     if args.json:
-        args.json.write_text(json.dumps([asdict(row) | {"passed": row.passed} for row in found], indent=1) + "\n")
+        rows = [
+            {"name": row.name, "value": None if row.absent else row.error, "unit": "std", "control": row.control}
+            | {"passed": row.passed, "against": row.absent or row.against, "mistake": row.trap}
+            for row in found
+        ]
+        command = f"python scripts/parity.py {' '.join(sys.argv[1:])}"
+        write_report(args.json, command=command, model="made here", rows=rows, seconds=time.monotonic() - started)
     return int(any(not row.passed for row in found if not row.absent))
 
 

@@ -325,6 +325,8 @@ class Engine:
         asked = [self.model.read(Document.of(prompt)) for prompt in prompts]
         if not isinstance(candidates, int) or candidates < 1:
             raise ValueError(f"candidates must be a whole number of at least 1, not {candidates}")
+        if self.model.sight is not None:
+            raise ValueError("candidates are for models that read pictures as codes: leave them out")
         if output != "text" or any(len(document.images()) != 1 for document in asked):
             raise ValueError("candidates are captions: ask for the text to one picture")
         first = self.generate_batch(asked, seeds, output, **options)
@@ -347,11 +349,15 @@ class Engine:
         """Rows and columns of codes of pictures of this size, width and height in pixels."""
         tokenizer = self.model.image_tokenizer
         side, stride = tokenizer.image_size, tokenizer.image_size // tokenizer.grid[0]
-        if size is None or tuple(size) == (side, side):
+        if size is None:
+            return tokenizer.grid
+        if not isinstance(size, (tuple, list)) or len(size) != 2 or not all(isinstance(n, int) for n in size):
+            raise ValueError(f"a size is two whole numbers, width and height in pixels, not {size!r}")
+        if tuple(size) == (side, side):
             return tokenizer.grid
         if not self.model.template.free_size:
             raise ValueError(f"this model draws pictures of {side}x{side} pixels alone: leave the size out")
-        if len(size) != 2 or min(size) < stride or any(length % stride for length in size):
+        if min(size) < stride or any(length % stride for length in size):
             raise ValueError(f"a size is width and height in pixels, multiples of {stride}, not {size}")
         return size[1] // stride, size[0] // stride
 
@@ -390,13 +396,14 @@ class Engine:
             slot += branches
             wordless = request.output == "pair" and not self._opening(row)
             ids = self.model.ids(self.model.template.prompt(row.document, output=request.output, blind=wordless))
-            need = len(ids) + (1 if request.output == "text" else self._image_length(request))
-            if need > self.model.context:
-                raise ValueError(f"the prompt needs {need} positions, the model has {self.model.context}: shorten it")
+            need = 1 if request.output == "text" else self._image_length(request)
             row.unread = [ids]
             if request.output in ("image", "pair"):
                 self._begin_image(row)
-            else:
+            need += max(len(branch) for branch in row.unread)
+            if need > self.model.context:
+                raise ValueError(f"the prompt needs {need} positions, the model has {self.model.context}: shorten it")
+            if request.output not in ("image", "pair"):
                 self._begin_text(row, row.unread[0].pop())
             rows.append(row)
         return rows

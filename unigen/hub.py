@@ -22,6 +22,7 @@ from torch import Tensor, nn
 ASSETS = Path(__file__).parent / "assets"
 MANIFEST, CONFIG = "unigen.json", "config.json"
 HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+LONGEST = 1000
 SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.yaml")
 TWICE = ("*.fp16.safetensors", "*.non_ema.safetensors", "*flax*")
 """The same weights once more."""
@@ -41,13 +42,17 @@ def resolve(
     follow the name of one of several models that are there. holdings: the files of each, by repository, for those of
     the hub that hold several. Raises ValueError naming what there is."""
     place, _, variant = str(name).partition(":")
+    if len(str(name)) > LONGEST:
+        raise ValueError(f"a model's name of {len(str(name))} letters is too long")
     for folder, which in ((Path(name), None), (ASSETS / str(name), None), (Path(place), variant or None)):
         if folder.is_dir() and folder != ASSETS:
             return folder, which
     if named := HUB_NAME.fullmatch(place):
         held = (holdings or {}).get(named["repo"])
+        if held is None and variant:
+            raise ValueError(f"{place} holds one model: leave out {variant!r}")
         if held is None:
-            return snapshot(named["repo"], named["revision"]), variant or None
+            return snapshot(named["repo"], named["revision"]), None
         if variant not in held:
             raise ValueError(
                 f"{place} holds several models: name one, as in {place}:{next(iter(held))} ({', '.join(held)})"
@@ -168,6 +173,8 @@ def pretrained(kind: Any, folder: Path, dtype: torch.dtype | None, **options: An
     ValueError in one line where tensors are missing, left over or of another shape, and where a file is damaged."""
     from safetensors import SafetensorError
 
+    if not read_json(folder / CONFIG).get("model_type"):  # a class's defaults are a model of billions
+        raise ValueError(f"{folder / CONFIG} names no type of model: it is damaged")
     try:
         with quiet():
             model, report = kind.from_pretrained(
@@ -228,9 +235,12 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path)
 @contextmanager
 def replacing_folder(folder: str | Path) -> Iterator[Path]:
     """A temporary folder that takes the place of `folder` when the block ends well; else nothing is changed."""
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    folder = Path(folder).absolute()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise ValueError(f"cannot write the folder {folder}: {error.strerror}") from error
     try:
         yield scratch
         scratch.chmod(0o755)

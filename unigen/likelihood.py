@@ -68,14 +68,17 @@ def log_likelihood(
     if len(drawn):
         first, stop = model.vocabulary.first, model.vocabulary.stop
         rows_N1, at_NM = batch.places(drawn)
+        coded_M = model.vocabulary.is_image(batch.ids_BL[rows_N1, at_NM])[0]  # and not what ends a row
+        at_NM = at_NM[:, coded_M]
         logits = model.logits(hidden_BLD[rows_N1, at_NM - 1], first, stop).float()
         if guidance is not None and guidance.branches > 1:
             assert blind is not None, "guidance needs the blind branch"
             blind_N1, unseen_NM = blind.places(drawn)
+            unseen_NM = unseen_NM[:, coded_M]
             unseen = model.logits(model.hidden(blind)[blind_N1, unseen_NM - 1], first, stop).float()
             logits = guidance.combine([logits, unseen])
-        codes_NM = model.vocabulary.codes(batch.ids_BL[rows_N1, at_NM])
-        total_D = total_D.index_add(0, number_BL[rows_N1, at_NM][:, 0], _log_p(logits / temperature, codes_NM).sum(-1))
+        ids_NM = batch.ids_BL[rows_N1, at_NM] - first
+        total_D = total_D.index_add(0, number_BL[rows_N1, at_NM][:, 0], _log_p(logits / temperature, ids_NM).sum(-1))
     return total_D
 
 

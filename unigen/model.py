@@ -107,7 +107,9 @@ class UnifiedModel(nn.Module):
         takes = ("guidance", *(name for name in CODES if name in self.generators[generator].takes))
         if unknown := [name for name in options if name not in takes]:
             raise ValueError(f"{generator} does not take {', '.join(unknown)}: it takes {', '.join(takes)}")
-        Guidance.of(options.get("guidance", 1.0))
+        scales = Guidance.of(options.get("guidance", [1.0] * self.template.scales)).scales
+        if len(scales) != self.template.scales:
+            raise ValueError(f"{generator} takes {self.template.scales} scales of guidance, not {len(scales)}")
         Sampling(**{name: value for name, value in options.items() if name != "guidance"})  # type: ignore[arg-type]
         self.sampling[generator] = dict(options)
 
@@ -157,7 +159,10 @@ class UnifiedModel(nn.Module):
         images_M = torch.tensor([n for n, writer in enumerate(batch.writers) if self.generators[writer].codes])
         if batch.images is None or not len(images_M):
             return batch
-        ids_MP = self.vocabulary.image_ids(self.codes(batch.images[images_M.to(batch.images.device)])).flatten(1)
+        ids_Mhw = self.vocabulary.image_ids(self.codes(batch.images[images_M.to(batch.images.device)]))
+        row_end = torch.tensor(self.template.layout((ids_Mhw.shape[1], ids_Mhw.shape[2])).row_end, dtype=ids_Mhw.dtype)
+        ends = row_end.to(ids_Mhw.device).expand(*ids_Mhw.shape[:2], -1)
+        ids_MP = torch.cat((ids_Mhw, ends), 2).flatten(1)
         spans_M3 = batch.spans_N3[images_M.to(batch.spans_N3.device)]
         back_P = torch.arange(ids_MP.shape[1], 0, -1, device=spans_M3.device)
         ids_BL = batch.ids_BL.clone()
@@ -195,10 +200,12 @@ class UnifiedModel(nn.Module):
             if codes_hw.is_floating_point():
                 ids[start:stop] = range(seen, seen := seen + len(codes_hw))
                 continue
-            height, width = codes_hw.shape
-            rows = self.template.layout((height, width)).lay(self.vocabulary.image_ids(codes_hw))
-            assert len(rows) == stop - start, "a picture of another size than its place"
-            ids[start:stop] = rows
+            layout, most = self.template.layout((codes_hw.shape[0], codes_hw.shape[1])), self.vocabulary.image_size
+            if layout.rows != stop - start:
+                raise ValueError(f"a picture of {tuple(codes_hw.shape)} codes is of another size than this model reads")
+            if not 0 <= int(codes_hw.min()) <= int(codes_hw.max()) < most:
+                raise ValueError(f"image codes must be in 0..{most - 1}: were they made by another tokenizer?")
+            ids[start:stop] = layout.lay(self.vocabulary.image_ids(codes_hw))
         return ids
 
     @staticmethod

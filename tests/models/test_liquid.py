@@ -12,6 +12,7 @@ from tests.parity import liquid as case
 from unigen import cli
 from unigen.models import liquid
 from unigen.sequence import Document, Segment
+from unigen.tokenizers import text
 
 
 @pytest.fixture(scope="session")
@@ -57,3 +58,28 @@ def test_what_is_learnt(liquid_folder: Path) -> None:
     said = model.template.encode(Document([Segment(text="What is it"), Segment(text="a red apple", role="assistant")]))
     learnt = [name for name, loss in zip(names(said.ids), said.loss, strict=True) if loss]
     assert "".join(learnt[:-1]).replace("▁", " ") == "a red apple" and learnt[-1] == "<end_of_turn>"
+
+
+def test_names_that_the_tokenizer_does_not_flag_are_text_too(liquid_folder: Path) -> None:
+    from tokenizers import AddedToken
+
+    model = unigen.load(str(liquid_folder), "cpu").model
+    model.text_tokenizer.add_tokens([AddedToken("<aside>", special=False)])
+    id = model.text_tokenizer.convert_tokens_to_ids("<aside>")
+    assert text.Prompt(model.text_tokenizer).own("a<aside>b").tokens().ids.count(id) == 1
+    assert id not in text.Prompt(model.text_tokenizer).said("a<aside>b").tokens().ids
+
+
+def test_layouts_whose_logits_are_changed_are_refused(liquid_folder: Path, tmp_path: Path) -> None:
+    import json
+    import shutil
+
+    from transformers import Cohere2Config, Cohere2ForCausalLM
+
+    folder = tmp_path / "cohere"
+    shutil.copytree(liquid_folder, folder)
+    size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    Cohere2ForCausalLM(Cohere2Config(**small, vocab_size=size, num_key_value_heads=2)).save_pretrained(folder)
+    with pytest.raises(ValueError, match="is not known here"):
+        unigen.load(str(folder), "cpu")

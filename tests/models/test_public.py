@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -17,7 +18,7 @@ import unigen
 from scripts.parity import families
 from unigen import cli, hub
 from unigen.models import convert
-from unigen.sequence import Document
+from unigen.sequence import Document, Segment, pack, to_pixels
 
 FOLDERS: dict[str, Path] = {}
 
@@ -85,7 +86,7 @@ def cut(path: Path) -> None:
 
 def forget(path: Path) -> None:
     state = hub.read_tensors(path)
-    name = sorted(state)[3]
+    name = sorted(state)[min(3, len(state) - 1)]
     del state[name]
     hub.write_tensors(path, state) if path.suffix == ".safetensors" else torch.save({"state_dict": state}, path)
 
@@ -116,9 +117,10 @@ def test_a_damaged_folder_is_one_clear_line(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    files = [path.relative_to(public) for path in public.rglob("*") if path.suffix in (".safetensors", ".ckpt", ".pt")]
+    kinds = (".safetensors", ".ckpt", ".pt", ".pth")
+    files = [path.relative_to(public) for path in public.rglob("*") if path.suffix in kinds]
     for file in [*files, *([Path("config.json")] if (public / "config.json").is_file() else [])]:
-        reason = pickled if file.suffix in (".ckpt", ".pt") else safe
+        reason = safe if file.suffix in (".safetensors", ".json") else pickled
         if not reason or (file.suffix == ".json" and harm is forget):
             continue
         folder = tmp_path / file.name
@@ -165,3 +167,59 @@ def test_the_table_in_the_docs(family: str, public: Path, root: Path) -> None:
     assert {name: told[name] for name in able} == {name: "yes" if can else "no" for name, can in able.items()}
     assert told["sizes"] == ("any" if engine.model.template.free_size else "one")
     assert re.search(r"`[\w.-]+/[\w.:-]+`", told["first command's `--model`"])
+
+
+@pytest.mark.parametrize("harm", [forget, "{}"], ids=["forget", "{}"])
+def test_our_layout_damaged(harm: Any, public: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every file of a converted folder, one at a time: one clear line, or it was not needed."""
+    convert(public, tmp_path / "ours")
+    for file in sorted(p.relative_to(tmp_path / "ours") for p in (tmp_path / "ours").rglob("*") if p.is_file()):
+        weights = file.suffix == ".safetensors"
+        if weights == isinstance(harm, str) or (file.suffix != ".json" and not weights):
+            continue
+        if harm is forget and not weights:
+            continue
+        folder = tmp_path / "damaged"
+        shutil.copytree(tmp_path / "ours", folder)
+        harm(folder / file) if callable(harm) else (folder / file).write_text(harm)
+        code = cli.main(["info", "--model", str(folder), "--device", "cpu"])
+        told = capsys.readouterr().err
+        assert code in (0, 2) and (code == 0) == (told == ""), (file, told)
+        spare = ("generation_config.json", "tokenizer_config.json", "next-scale/config.json")
+        assert code == 2 or str(file) in spare
+        assert len(told.strip().splitlines()) == code // 2, (file, told)
+        shutil.rmtree(folder)
+
+
+def test_what_is_learnt_is_what_is_read(case: Any, public: Path) -> None:
+    """A batch to learn from, filled with codes, holds the ids that a prompt of the same document does."""
+    model = unigen.load(str(public), "cpu").model
+    if "next-token" not in model.generators:
+        return
+    width, height = case.SIZE
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    asked = Segment(label=case.PROMPT) if isinstance(case.PROMPT, int) else Segment(text=case.PROMPT)
+    codes = model.codes(to_pixels([pixels], width) if width == height else model.pixels([pixels]))[0]
+    document = Document([asked, Segment(image=codes, role="assistant")])
+    tokens = model.template.encode(document)
+    batch = model.fill(pack([[tokens]], len(tokens), width))
+    assert batch.ids_BL[0].tolist() == model.ids(tokens)
+    assert bool(model.vocabulary.is_image(batch.ids_BL[batch.loss_BL]).any())
+
+
+def test_captions_are_chosen_by_the_picture(public: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    engine = unigen.load(str(public), "cpu")
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "in.png")
+    where = ["--model", str(public), "--device", "cpu"]
+    able = "text" in engine.outputs and engine.model.sight is None
+    assert cli.main(["describe", str(tmp_path / "in.png"), "--candidates", "2", *where]) == (0 if able else 2)
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(case: Any, public: Path, dtype: str) -> None:
+    """It draws, alone as in a batch, and the image tokenizer stays in float32."""
+    engine = unigen.load(str(public), "cpu", dtype)
+    assert {p.dtype for p in engine.model.image_tokenizer.parameters()} == {torch.float32}
+    together = engine.generate_batch([case.PROMPT] * 2, [1, 2], size=case.SIZE)
+    assert together[0].size == case.SIZE and together[0].tobytes() != together[1].tobytes()

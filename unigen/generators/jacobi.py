@@ -10,7 +10,8 @@ above it, and its q_j is a point. p and q_j are what is really drawn from: after
 
 "sjd"      as above: the distribution of a picture is that of ordinary decoding
 "jacobi"   one race of exponential variables for each place (`samplers.logits.race`), drawn in the order in which
-           ordinary decoding draws them; a draft is accepted where the race gives the same code: so is the picture
+           ordinary decoding draws them; a draft is accepted where the race gives the same code: so is the picture, up
+           to rounding (a window's sums are of another order: in float32 it is, in half precision often another one)
 
 Each row goes on at its own pace, and what stands between rows of a picture is read in its place. The file refuses to
 know: caches, templates. Shapes: L positions asked for, W drafts, K codes.
@@ -61,7 +62,7 @@ def advance(model: Model, state: Window, hidden: list[Tensor]) -> int:
     for ids in read:
         before.append(before[-1] + len(ids))
     last = torch.tensor(before, device=hidden[0].device) - before[-1] - 1  # from the end: a prompt may open the picture
-    parts = [model.logits(states_LD[last], vocabulary.first, vocabulary.stop) for states_LD in hidden]
+    parts = [model.logits(states_LD[last], vocabulary.first, vocabulary.stop).float() for states_LD in hidden]
     told_WK = probabilities(span.guidance.combine(parts), span.sampling).cpu()
     if state.kind == "jacobi":
         accepted, code, drafts = _raced(state, told_WK)
@@ -87,7 +88,7 @@ def _tested(state: Window, told_WK: Tensor) -> tuple[int, int, list[int]]:
         rest_K = (told_WK[j] - proposal_K).clamp(min=0)
         if not rest_K.any():  # equal but for rounding
             rest_K = told_WK[j]
-        return j, _drawn(rest_K, rng), [_drawn(told_K, rng) for told_K in told_WK[j + 1 : len(state.drafts)]]
+        return j, _drawn(rest_K, rng), [_drawn(told_K, rng) for told_K in told_WK[j + 1 :]]
     return len(state.drafts), _drawn(told_WK[-1], rng), []
 
 
@@ -98,7 +99,7 @@ def _raced(state: Window, told_WK: Tensor) -> tuple[int, int, list[int]]:
     codes = race(told_WK, torch.stack(state.races[: len(told_WK)])).tolist()
     accepted = next((j for j, code in enumerate(state.drafts) if codes[j] != code), len(state.drafts))
     del state.races[: accepted + 1]
-    return accepted, codes[accepted], codes[accepted + 1 : len(state.drafts)]
+    return accepted, codes[accepted], codes[accepted + 1 :]
 
 
 def _drawn(weights_K: Tensor, rng: torch.Generator) -> int:

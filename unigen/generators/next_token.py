@@ -141,7 +141,7 @@ class NextToken(Causal):
         states, hidden = [states[row] for row in plain], [hidden[row] for row in plain]
         offset = model.vocabulary.first
         flat = torch.stack([branch[-1] for branches in hidden for branch in branches])
-        split = model.logits(flat, offset, model.vocabulary.stop).split([len(branches) for branches in hidden])
+        split = model.logits(flat, offset, model.vocabulary.stop).float().split([len(branches) for branches in hidden])
         mixed_BV = torch.stack([s.span.guidance.combine(list(p)) for s, p in zip(states, split, strict=True)])
         for rows, ids in sample_alike(mixed_BV, states):
             for row, code in zip(rows, ids, strict=True):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from unigen import hub
 from unigen.model import UnifiedModel
@@ -19,18 +20,29 @@ def load(name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
     """The model of a shipped name, a folder or a name on the Hugging Face hub, in evaluation mode. dtype: None
     is float32, or as stored in a public checkpoint. Raises ValueError in one line for bad input."""
     folder, variant = find(name)
-    manifest = hub.read_json(folder / hub.MANIFEST) if (folder / hub.MANIFEST).is_file() else {}
+    manifest = hub.read_json(folder / hub.MANIFEST) if (folder / hub.MANIFEST).is_file() else None
     family = family_of(folder, manifest)
-    if variant is not None and not hasattr(family, "REPOSITORIES"):
+    if variant is not None and (manifest is not None or not hasattr(family, "REPOSITORIES")):
         raise ValueError(f"{folder} holds one model: leave out {variant!r}")
     options = {} if variant is None else {"variant": variant}
-    model: UnifiedModel = family.load(folder, dtype, **options)
     try:
-        for generator, options in manifest.get("sampling", {}).items():
+        model: UnifiedModel = family.load(folder, dtype, **options)
+    except DAMAGE as error:
+        what = f"{type(error).__name__}: {hub.first_line(error)}"
+        raise ValueError(f"model folder {folder} is damaged, or not as its family's are ({what})") from error
+    try:
+        for generator, options in (manifest or {}).get("sampling", {}).items():
             model.sample_by(generator, **options)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"sampling in {folder / hub.MANIFEST}: {error}") from error
     return model.to(device).eval()
+
+
+DAMAGE = (
+    *(KeyError, IndexError, TypeError, AttributeError, ArithmeticError, OSError, RuntimeError),
+    StrictDataclassError,
+)
+"""What files with the wrong things in them make libraries raise, each its own way."""
 
 
 class Unknown(ValueError):
@@ -45,8 +57,9 @@ def find(name: str | Path) -> tuple[Path, str | None]:
 def convert(name: str | Path, folder: str | Path, layout: str = "unigen") -> None:
     """Write the model into `folder` in our layout ("unigen"), or in that of its family's public checkpoints ("public");
     a model that is there is replaced when the new one is whole. Raises ValueError."""
-    folder = Path(folder)
-    if folder.exists() and not (folder / hub.CONFIG).is_file():
+    folder = Path(folder).absolute()
+    weights = any(path.suffix in (".safetensors", ".pt", ".pth") for path in folder.glob("*"))
+    if folder.exists() and any(folder.iterdir()) and not (weights and (folder / hub.CONFIG).is_file()):
         raise ValueError(f"{folder} is there and holds no model: choose another folder")
     model = load(name)
     if layout == "unigen":
@@ -59,11 +72,12 @@ def convert(name: str | Path, folder: str | Path, layout: str = "unigen") -> Non
         module.save_public(model, scratch)
 
 
-def family_of(folder: Path, manifest: dict[str, Any]) -> Any:
+def family_of(folder: Path, manifest: dict[str, Any] | None) -> Any:
     """The module of the folder's family."""
-    if manifest:
+    if manifest is not None:
         family = str(manifest.get("family"))
-        if not family.isidentifier() or importlib.util.find_spec(f"{__name__}.{family}") is None:
+        named = family.isidentifier() and not family.startswith("_")
+        if not named or importlib.util.find_spec(f"{__name__}.{family}") is None:
             raise ValueError(f"{folder / hub.MANIFEST} names the family {family!r}, which this version does not have")
         return importlib.import_module(f"{__name__}.{family}")
     config = hub.read_json(folder / hub.CONFIG) if (folder / hub.CONFIG).is_file() else {}

@@ -1,7 +1,7 @@
 """Chameleon and Anole: text and image codes in one table, written in any order (Chameleon team 2024, arXiv 2405.09818).
 
     <s>{words}<reserved08706><racm3:break> 1024 codes <eoss>        a picture, or an answer of text and pictures
-    <s><racm3:break> codes <eoss><reserved08706>...                 guidance's branch that sees pictures alone
+    <s><racm3:break> codes <eoss>...                                guidance's branch that sees pictures alone
     <s>...                                                          and the one that sees nothing
 
     engine = unigen.load("leloy/Anole-7b-v0.1-hf")        # Chameleon's own public weights do not draw
@@ -93,7 +93,8 @@ class ChameleonTemplate(PublicTemplate):
             elif segment.label is not None:
                 raise ValueError("chameleon reads words, not classes: say it in words")
             else:
-                prompt.said((segment.text or "").strip(), loss=learnt)
+                follows = number and segments[number - 1].text and segments[number - 1].role == segment.role
+                prompt.said(" " * bool(follows) + (segment.text or "").strip(), loss=learnt)
         return prompt
 
 

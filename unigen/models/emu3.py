@@ -114,7 +114,8 @@ class Emu3Template(PublicTemplate):
             if segment.image is not None:
                 self._picture(prompt, segment)
                 continue
-            prompt.said((segment.text or "").strip(), loss=role == "assistant")
+            follows = number and segments[number - 1].text and segments[number - 1].role == role
+            prompt.said(" " * bool(follows) + (segment.text or "").strip(), loss=role == "assistant")
             if role == "user" and (number + 1 == len(segments) or segments[number + 1].role != "user"):
                 prompt.own(".")
         return prompt
@@ -148,7 +149,7 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
         with torch.device("meta"):
             lm = Emu3ForCausalLM(whole.config.text_config)
         lm.model, lm.lm_head, lm.generation_config = whole.model.text_model, whole.lm_head, whole.generation_config
-        image_tokenizer = Emu3VQ(whole.model.vqmodel, IMAGE_SIZE)
+        image_tokenizer = Emu3VQ(whole.model.vqmodel.float(), IMAGE_SIZE)
         limits = hub.read_json(folder / "preprocessor_config.json")
         if any(value != 0.5 for name in ("image_mean", "image_std") for value in limits.get(name, (0.5,))):
             raise ValueError(f"{folder}/preprocessor_config.json: pictures are read in [-1, 1], of mean and std 0.5")

@@ -146,9 +146,9 @@ class JanusSight(Sight):
 
         super().__init__()
         self.settings = dict(settings)
-        self.encoder = JanusVisionModel(JanusVisionConfig(**self.settings))
-        self.aligner = nn.ModuleList([nn.Linear(self.settings["hidden_size"], width), nn.Linear(width, width)])
         self.positions = (self.settings["image_size"] // self.settings["patch_size"]) ** 2
+        self.aligner = nn.ModuleList([nn.Linear(self.settings["hidden_size"], width), nn.Linear(width, width)])
+        self.encoder = JanusVisionModel(JanusVisionConfig(**self.settings))
 
     def config(self) -> dict[str, Any]:
         return self.settings
@@ -252,6 +252,8 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
         head_width = own["backbone.head.0.weight"].shape[0]
     except KeyError as error:
         raise ValueError(f"checkpoint {folder} has no {error.args[0]}: it is not whole") from error
+    if "hidden_size" not in config:  # a class's defaults are a model of billions
+        raise ValueError(f"{folder / hub.CONFIG} has no hidden_size of its language model: it is damaged")
     lm_config = LlamaConfig(**config)
     lm_config.bos_token_id, lm_config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     parts = nn.Module()

@@ -4,7 +4,7 @@
     <bos><unconditional><boi> ...                                                             guidance's other branch
     <bos><start_of_turn>user\n<boi> codes <eoi>\n{question}<end_of_turn>\n<start_of_turn>model\n    an answer
 
-    engine = unigen.load("Junfeng5/Liquid_V1_7B")     # Gemma-7B; any decoder-only model of this layout works alike
+    engine = unigen.load("Junfeng5/Liquid_V1_7B")     # Gemma-7B; Llama and Qwen in this layout work alike
 
 The image tokenizer is Chameleon's, which is not in Liquid's repository: it is looked for in the model's folder
 (image_tokenizer/, or vqgan.ckpt), else fetched from the hub. Public weights: not run here.
@@ -142,6 +142,12 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
     tokenizer = text.load(folder)
     image_tokenizer = vqgan.of_chameleon(folder, IMAGE_SIZE)
     lm = hub.pretrained(AutoModelForCausalLM, folder, dtype)
+    config = lm.config.get_text_config()
+    windowed = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    scaled = getattr(config, "final_logit_softcapping", None) or getattr(config, "logit_scale", None) not in (None, 1.0)
+    if windowed or scaled:
+        how = "attends in windows" if windowed else "caps or scales its logits"
+        raise ValueError(f"{folder}: a {config.model_type} that {how} is not known here")
     # id(code) = len(tokenizer) + code, even where a table was padded before it was grown
     vocabulary = Vocabulary(len(tokenizer), image_tokenizer.codebook_size)
     if lm.config.vocab_size < vocabulary.size:

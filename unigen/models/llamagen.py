@@ -167,6 +167,8 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
     if (folder / hub.MANIFEST).is_file():
         image_tokenizer = load_tokenizer(folder / "image_tokenizer")
         config = LlamaConfig(**hub.read_json(folder / hub.CONFIG))
+        if "hidden_size" not in hub.read_json(folder / hub.CONFIG):  # a class's defaults are a model of billions
+            raise ValueError(f"{folder / hub.CONFIG} has no hidden_size: it is damaged")
         state = {f"lm.{name}": tensor for name, tensor in hub.read_weights(folder).items()}
         state |= hub.read_tensors(folder / "backbone" / "model.safetensors")
         classes = state["classes.weight"].shape[0]

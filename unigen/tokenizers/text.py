@@ -85,6 +85,7 @@ class Prompt:
         self._text, self._learnt = "", False
         names = tokenizer.get_added_vocab() if names is None else names
         names = sorted((name for name in names if name.strip()), key=len, reverse=True)
+        self._names = set(names)
         self._special = re.compile(f"({'|'.join(map(re.escape, names))})" if names else "(?!)")
 
     def own(self, text: str, loss: bool = False) -> Prompt:
@@ -120,7 +121,10 @@ class Prompt:
         return self._tokens
 
     def _flush(self) -> None:
-        if self._text:
-            made = self.tokenizer(self._text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-            self._tokens.add(made, self._learnt)
+        # a special token's name that is left in the text is a user's: broken after its first letter it is text, even
+        # where the tokenizer would not split it
+        for piece in self._special.sub(lambda found: f"{found[0][0]}\0{found[0][1:]}", self._text).split("\0"):
+            if piece:
+                made = self.tokenizer(piece, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+                self._tokens.add(made, self._learnt)
         self._text = ""
