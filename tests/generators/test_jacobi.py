@@ -204,13 +204,13 @@ SPANS = 2000
 @pytest.mark.timeout(3600)
 def test_the_shipped_model_place_by_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Codes of 2,000 pictures by ordinary decoding and by sjd, with guidance and top-k: at each of the 64 places the
-    two are draws of one distribution (chi-square, p above 1e-3 / 64), and are not where drafts are tested against the
-    square of what they were drawn from."""
+    two are draws of one distribution (chi-square, p above 1e-3 / 64); and 500 show that they are not where drafts are
+    tested against what is told of their places now, and not against what they were drawn from."""
     engine = unigen.load("unigen-tiny", "cpu")
 
-    def pictures(kind: str | None, seed: int) -> np.ndarray:
+    def pictures(kind: str | None, seed: int, count: int = SPANS) -> np.ndarray:
         made = []
-        for first in range(0, SPANS, 50):
+        for first in range(0, count, 50):
             options = {"temperature": 1.0, "top_k": 100, "guidance": 3.0, "accelerate": kind}
             words = "two apples on a blue background"
             asked = [engine.request(words, "image", seed=seed + first + n, **options) for n in range(50)]
@@ -233,8 +233,8 @@ def test_the_shipped_model_place_by_place(monkeypatch: pytest.MonkeyPatch) -> No
     tested = jacobi._tested
 
     def wrong(state: Any, told_WK: Tensor) -> Any:
-        state.proposals = [None if q is None else q.sqrt() / q.sqrt().sum() for q in state.proposals]
+        state.proposals = [None if q is None else told_WK[j] for j, q in enumerate(state.proposals)]
         return tested(state, told_WK)
 
     monkeypatch.setattr(jacobi, "_tested", wrong)
-    assert least(ordinary, pictures("sjd", 2_000_000)) < 1e-3 / ordinary.shape[1]
+    assert least(ordinary[:500], pictures("sjd", 2_000_000, 500)) < 1e-3 / ordinary.shape[1]

@@ -28,7 +28,7 @@ from unigen.generators.base import Model, Read, Span, State
 from unigen.samplers.logits import probabilities, race
 
 KINDS = ("sjd", "jacobi")
-WINDOW = 16
+WINDOW = 8
 
 
 @dataclass
