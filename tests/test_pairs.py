@@ -48,8 +48,8 @@ def words_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     pipe = StableDiffusionPipeline(
         vae=autoencoder(), text_encoder=CLIPTextModel(CLIPTextConfig(**size, **ids, vocab_size=62)), unet=unet,
-        tokenizer=tokenizer, scheduler=DDIMScheduler(clip_sample=False, steps_offset=1), safety_checker=None, feature_extractor=None,
-        requires_safety_checker=False,
+        tokenizer=tokenizer, scheduler=DDIMScheduler(clip_sample=False, steps_offset=1), safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("words")
     pipe.save_pretrained(folder)
