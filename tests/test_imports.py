@@ -21,7 +21,7 @@ LAYERS = [
     {"reasoning"},
     {"training", "evaluation", "probes"},
     {"engine", "models", "data", "pipelines", "pairs"},
-    {"likelihood"},
+    {"likelihood", "request"},
     {"model"},
     {"generators", "tokenizers", "templates"},
     {"nn", "samplers"},

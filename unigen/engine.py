@@ -13,7 +13,7 @@ The file refuses to know: files, HTTP, templates, how any generator works.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,39 +21,14 @@ import torch
 from PIL import Image
 
 from unigen.generators.base import Generator, Read, Span, State
-from unigen.generators.jacobi import KINDS
 from unigen.likelihood import closest
 from unigen.model import UnifiedModel
 from unigen.nn.backbone import SlotCache
 from unigen.nn.few_rows import use_few_rows
+from unigen.request import Request, checked, sampling_of
 from unigen.samplers.guidance import Guidance
-from unigen.samplers.logits import Sampling
-from unigen.samplers.ode import MOST, SAMPLERS
 from unigen.sequence import Document, Segment, read_image, square, stack_images, to_images
-from unigen.templates import OUTPUTS, Output
-
-SAMPLING: dict[str, Any] = {"guidance": 3.0, "temperature": 0.8, "top_k": 0, "top_p": 1.0}
-"""How pictures are drawn by a model that does not say."""
-
-
-@dataclass
-class Request:
-    """What one row is asked for. `image` and `text` say how ids of either kind are drawn."""
-
-    document: Document
-    output: Output
-    generator: str
-    guidance: Guidance
-    image: Sampling
-    text: Sampling
-    seed: int
-    max_tokens: int
-    max_images: int
-    grid: tuple[int, int]
-    steps: int | None = None
-    sampler: str | None = None
-    accelerate: str | None = None
-    fixed: torch.Tensor | None = None
+from unigen.templates import Output
 
 
 @dataclass
@@ -96,7 +71,7 @@ class Engine:
 
         prompt: text, an image, a list of both, the number of a class, or a Document. n > 1 gives a list of n answers
         with seeds seed, seed+1..
-        Options: see `request`. Raises ValueError in one line for bad input.
+        Options: see `unigen.request.checked`. Raises ValueError in one line for bad input.
         """
         if not isinstance(n, int) or n < 1:
             raise ValueError(f"n must be a whole number of at least 1, not {n}")
@@ -213,110 +188,15 @@ class Engine:
             "tokens_per_image": model.image_tokenizer.grid[0] * model.image_tokenizer.grid[1],
             "vocabulary": {"text": model.vocabulary.text_size, "image": model.vocabulary.image_size},
             "generators": [name for name in model.generators if name != "text"],
-            "sampling": {name: self._sampling(name) for name in model.generators if name != "text"},
+            "sampling": {name: sampling_of(model, name) for name in model.generators if name != "text"},
             "outputs": list(self.outputs),
             **({"classes": list(model.template.classes)} if model.template.classes else {}),
             "device": str(model.device),
         }
 
-    def request(
-        self,
-        prompt: Any,
-        output: Output,
-        *,
-        seed: int = 0,
-        generator: str | None = None,
-        guidance: float | Sequence[float] | Guidance | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        max_tokens: int = 256,
-        max_images: int = 8,
-        steps: int | None = None,
-        sampler: str | None = None,
-        guidance_kind: str | None = None,
-        accelerate: str | None = None,
-        fixed: torch.Tensor | None = None,
-        size: tuple[int, int] | None = None,
-    ) -> Request:
-        """A checked request.
-
-        guidance: scale of classifier-free guidance for pictures, 1 is off. temperature, top_k, top_p: how ids are
-        drawn, top_k of codes alone. None is what the model's `sampling` says for its pictures, else `SAMPLING`; text is
-        greedy where it is the whole answer, else of temperature 0.8, and top_p 1.
-        max_tokens, max_images: limits of the answer's text and of an interleaved answer's pictures.
-        steps: how many a generator takes that chooses its own number; sampler, guidance_kind: of a flow.
-        accelerate: "sjd" or "jacobi", how next-token writes several codes a step (`generators.jacobi`). fixed: codes
-        (h, w) that stay, -1 elsewhere. size: width and height in pixels, for models that draw any.
-        """
-        generator = generator or self._usual
-        if output not in OUTPUTS:
-            raise ValueError(f"unknown output {output!r}: one of {', '.join(OUTPUTS)}")
-        if output == "pair" and generator not in self.model.template.text_lengths:
-            able = " or ".join(self.model.template.text_lengths) or "none here does: train with writers.joint=1"
-            raise ValueError(f"a text and a picture at once need a generator that writes both ({able})")
-        if output not in self.outputs:
-            raise ValueError(f"this model cannot answer with {output}: it can with {' or '.join(self.outputs)}")
-        if generator not in self.model.generators or generator == "text":
-            able = ", ".join(name for name in self.model.generators if name != "text")
-            raise ValueError(f"this model has no generator {generator!r}: it has {able}")
-        if max_tokens < 1 or max_images < 1:
-            raise ValueError("max_tokens and max_images must be at least 1")
-        if sampler is not None and sampler not in SAMPLERS:
-            raise ValueError(f"unknown sampler {sampler!r}: one of {', '.join(SAMPLERS)}")
-        if steps is not None and steps < 1:
-            raise ValueError(f"steps must be at least 1, not {steps}")
-        default = SAMPLING | self.model.sampling.get(generator, {})
-        usual, scales = Guidance.of(default["guidance"]), self.model.template.scales
-        guidance = usual if guidance is None else Guidance.of(guidance)
-        if scales > 1 and len(guidance.scales) == 1:  # of the words alone; the others are as usual, or all are off
-            off = guidance.scales[0] == 1
-            guidance = replace(guidance, scales=guidance.scales + ((1.0,) * (scales - 1) if off else usual.scales[1:]))
-        chosen = {"steps": steps, "sampler": sampler, "guidance_kind": guidance_kind, "fixed": fixed}
-        chosen["accelerate"] = accelerate
-        if accelerate is not None and accelerate not in KINDS:
-            raise ValueError(f"unknown acceleration {accelerate!r}: one of {', '.join(KINDS)}")
-        if output in ("image", "pair"):  # else they are of its text as well
-            chosen |= {"temperature": temperature, "top_k": top_k or None, "top_p": top_p if top_p != 1 else None}
-        takes = self.model.generators[generator].takes
-        if unheard := [name for name, value in chosen.items() if value is not None and name not in takes]:
-            heard = f" (it takes {', '.join(takes)})" if takes else ""
-            raise ValueError(f"{generator} does not take {', '.join(unheard)}: leave that out{heard}")
-        if guidance_kind is not None:
-            guidance = replace(guidance, kind=guidance_kind)
-        if "sampler" in takes and steps is not None:
-            if steps > MOST:
-                raise ValueError(f"steps must be from 1 to {MOST}, not {steps}")
-            if guidance.kind == "cfg-zero" and steps == 1:
-                raise ValueError("cfg-zero rests in its first step: take at least 2 steps")
-        if "guidance_kind" not in takes and guidance != Guidance(guidance.scales):
-            raise ValueError(f"{generator} does not take a kind or an interval of guidance: give a scale")
-        if fixed is not None and (
-            fixed.shape != self.model.image_tokenizer.grid or fixed.max() >= self.model.vocabulary.image_size
-        ):
-            raise ValueError(f"fixed must be codes of the shape {self.model.image_tokenizer.grid}, -1 where to write")
-        if len(guidance.scales) != scales:
-            count = "one scale" if scales == 1 else f"{scales} scales, or that of the words"
-            raise ValueError(f"this model has {scales + 1} branches of guidance: give {count}")
-        drawn = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        codes: dict[str, Any] = {k: default[k] if value is None else value for k, value in drawn.items()}
-        texts = 0.8 if output == "interleaved" else 0.0
-        return Request(
-            document=Document.of(prompt),
-            output=output,
-            generator=generator,
-            guidance=guidance,
-            image=Sampling(**codes),
-            text=Sampling(texts if temperature is None else temperature, 0, 1.0 if top_p is None else top_p),
-            seed=int(seed),
-            max_tokens=max_tokens,
-            max_images=max_images,
-            grid=self._grid(size),
-            steps=steps,
-            sampler=sampler,
-            accelerate=accelerate,
-            fixed=fixed,
-        )
+    def request(self, prompt: Any, output: Output, **options: Any) -> Request:
+        """A checked request (`unigen.request`, which lists the options)."""
+        return checked(self.model, prompt, output, **options)
 
     def _described(
         self, prompts: Sequence[Any], seeds: Sequence[int], output: Output, candidates: int, options: dict[str, Any]
@@ -338,35 +218,6 @@ class Engine:
             for k, text in enumerate(first)
         ]
         return closest(self.model, asked, captions)
-
-    @property
-    def _usual(self) -> str:
-        """The generator of pictures where none is asked for."""
-        names = [name for name in self.model.generators if name != "text"]
-        return "next-token" if "next-token" in names else names[0]
-
-    def _grid(self, size: tuple[int, int] | None) -> tuple[int, int]:
-        """Rows and columns of codes of pictures of this size, width and height in pixels."""
-        tokenizer = self.model.image_tokenizer
-        side, stride = tokenizer.image_size, tokenizer.image_size // tokenizer.grid[0]
-        if size is None:
-            return tokenizer.grid
-        if not isinstance(size, (tuple, list)) or len(size) != 2 or not all(isinstance(n, int) for n in size):
-            raise ValueError(f"a size is two whole numbers, width and height in pixels, not {size!r}")
-        if tuple(size) == (side, side):
-            return tokenizer.grid
-        if not self.model.template.free_size:
-            raise ValueError(f"this model draws pictures of {side}x{side} pixels alone: leave the size out")
-        if min(size) < stride or any(length % stride for length in size):
-            raise ValueError(f"a size is width and height in pixels, multiples of {stride}, not {size}")
-        return size[1] // stride, size[0] // stride
-
-    def _sampling(self, generator: str) -> dict[str, Any]:
-        """How pictures are drawn where nothing else is asked for: guidance, and what else the generator takes."""
-        default = SAMPLING | self.model.sampling.get(generator, {})
-        return {
-            name: default[name] for name in default if name in ("guidance", *self.model.generators[generator].takes)
-        }
 
     # ---------------------------------------------------------------- the loop
 
