@@ -54,8 +54,7 @@ def load(
     import torch
 
     from unigen.engine import Engine
-    from unigen.models import Unknown, find
-    from unigen.models import load as load_model
+    from unigen.models import Unknown, find, load_found
 
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype is not None and dtype not in kinds:
@@ -71,11 +70,11 @@ def load(
     def one(name: str, reads: bool = False) -> Any:
         from unigen import pipelines
 
-        folder, _ = find(name)
+        folder, variant = find(name)
         if pipelines.is_pipeline(folder):
             return pipelines.load(folder, device, kind)
         try:
-            return Engine(load_model(name, device, kind))
+            return Engine(load_found(folder, variant, device, kind))
         except Unknown:
             if not reads:
                 raise

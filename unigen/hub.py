@@ -218,6 +218,20 @@ def _complain(source: str | Path, differences: Sequence[tuple[str, Sequence[str]
         raise ValueError(f"checkpoint {source} does not fit the model: {'; '.join(problems)}")
 
 
+Names = Sequence[tuple[str, str]]
+"""What tensors are called in a public file, and here."""
+
+
+def renamed(name: str, prefixes: Names, inside: Names = (), back: bool = False) -> str:
+    """A tensor's name here, of its public one: the first prefix that fits is exchanged, and of `inside` each in turn;
+    with back=True the public one. A name that no prefix fits stays."""
+    pairs = [(b, a) if back else (a, b) for a, b in prefixes]
+    old, new = next((pair for pair in pairs if name.startswith(pair[0])), ("", ""))
+    for theirs, ours in reversed(inside) if back else inside:
+        name = name.replace(ours, theirs) if back else name.replace(theirs, ours)
+    return new + name[len(old) :]
+
+
 def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
     """Load every tensor of `state` into `module`, none missing, none left. Raises ValueError listing the difference."""
     wanted = module.state_dict()

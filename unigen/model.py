@@ -26,6 +26,7 @@ from unigen.samplers.logits import Sampling
 from unigen.sequence import Batch, Document, Segment, Tokens, Vocabulary, stack_images, to_images
 from unigen.templates import Template
 from unigen.tokenizers import ImageTokenizer, save_tokenizer
+from unigen.tokenizers.quantize import check_codes
 
 
 class Sight(nn.Module):
@@ -200,11 +201,10 @@ class UnifiedModel(nn.Module):
             if codes_hw.is_floating_point():
                 ids[start:stop] = range(seen, seen := seen + len(codes_hw))
                 continue
-            layout, most = self.template.layout((codes_hw.shape[0], codes_hw.shape[1])), self.vocabulary.image_size
+            layout = self.template.layout((codes_hw.shape[0], codes_hw.shape[1]))
             if layout.rows != stop - start:
                 raise ValueError(f"a picture of {tuple(codes_hw.shape)} codes is of another size than this model reads")
-            if not 0 <= int(codes_hw.min()) <= int(codes_hw.max()) < most:
-                raise ValueError(f"image codes must be in 0..{most - 1}: were they made by another tokenizer?")
+            check_codes(codes_hw, self.vocabulary.image_size)
             ids[start:stop] = layout.lay(self.vocabulary.image_ids(codes_hw))
         return ids
 

@@ -19,7 +19,13 @@ from unigen.model import UnifiedModel
 def load(name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> UnifiedModel:
     """The model of a shipped name, a folder or a name on the Hugging Face hub, in evaluation mode. dtype: None
     is float32, or as stored in a public checkpoint. Raises ValueError in one line for bad input."""
-    folder, variant = find(name)
+    return load_found(*find(name), device, dtype)
+
+
+def load_found(
+    folder: Path, variant: str | None, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> UnifiedModel:
+    """The same of what `find` gave."""
     manifest = hub.read_json(folder / hub.MANIFEST) if (folder / hub.MANIFEST).is_file() else None
     family = family_of(folder, manifest)
     if variant is not None and (manifest is not None or not hasattr(family, "REPOSITORIES")):
@@ -59,6 +65,8 @@ def convert(name: str | Path, folder: str | Path, layout: str = "unigen") -> Non
     a model that is there is replaced when the new one is whole. Raises ValueError."""
     folder = Path(folder).absolute()
     weights = any(path.suffix in (".safetensors", ".pt", ".pth") for path in folder.glob("*"))
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file: give a folder")
     if folder.exists() and any(folder.iterdir()) and not (weights and (folder / hub.CONFIG).is_file()):
         raise ValueError(f"{folder} is there and holds no model: choose another folder")
     model = load(name)
@@ -84,6 +92,8 @@ def family_of(folder: Path, manifest: dict[str, Any] | None) -> Any:
     for module in families():
         if module.owns(folder, config):
             return module
+    if (folder / "model_index.json").is_file():
+        raise Unknown(f"{folder} is a diffusers pipeline: it is loaded by unigen.load, and has no other layout")
     if not config:
         raise ValueError(f"folder {folder} holds neither {hub.MANIFEST} nor {hub.CONFIG}, so it is no model")
     kind = config.get("model_type") or config.get("_class_name") or "unknown"

@@ -189,11 +189,7 @@ def from_public(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in state.items():
         if name.startswith("vision_model.vision_tower.attn_pool.") or name.endswith("rotary_emb.inv_freq"):
             continue
-        theirs, here = next((pair for pair in _NAMES if name.startswith(pair[0])), ("", ""))
-        name = here + name[len(theirs) :]
-        if ".encoder.layers." in name:
-            for old, new in _BLOCK:
-                name = name.replace(old, new)
+        name = hub.renamed(name, _NAMES, _BLOCK if ".blocks." in name else ())
         if ".qkv." in name:
             for part, third in zip("qkv", tensor.chunk(3), strict=True):
                 ours[name.replace(".qkv.", f".{part}_proj.")] = third
@@ -211,11 +207,8 @@ def to_public(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name.startswith("sight.") and ".q_proj." in name:
             tensor = torch.cat([state[name.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"])
             name = name.replace(".q_proj.", ".qkv.")
-        if ".encoder.layers." in name:
-            for old, new in reversed(_BLOCK):
-                name = name.replace(new, old)
-        public, here = next(pair for pair in _NAMES if name.startswith(pair[1]))
-        theirs[public + name[len(here) :]] = tensor[None] if public.endswith("pos_embed") else tensor
+        public = hub.renamed(name, _NAMES, _BLOCK if ".encoder.layers." in name else (), back=True)
+        theirs[public] = tensor[None] if public.endswith("pos_embed") else tensor
     return theirs
 
 

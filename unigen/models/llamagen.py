@@ -123,10 +123,7 @@ def from_public(state: Mapping[str, Tensor], head_dim: int) -> dict[str, Tensor]
     for name, tensor in state.items():
         if name == "freqs_cis":
             continue
-        theirs, here = next((pair for pair in _NAMES if name.startswith(pair[0])), ("", ""))
-        name = here + name[len(theirs) :]
-        for old, new in _LAYER:
-            name = name.replace(old, new)
+        name = hub.renamed(name, _NAMES, _LAYER)
         if ".qkv_proj." in name:
             query, key, value = tensor.chunk(3)
             parts = {"q": halves(query, head_dim), "k": halves(key, head_dim), "v": value}
@@ -146,10 +143,7 @@ def to_public(state: Mapping[str, Tensor], head_dim: int) -> dict[str, Tensor]:
             key, value = (state[name.replace("q_proj", f"{part}_proj")] for part in "kv")
             tensor = torch.cat((halves(tensor, head_dim, back=True), halves(key, head_dim, back=True), value))
             name = name.replace("q_proj", "qkv_proj")
-        for old, new in _LAYER:
-            name = name.replace(new, old)
-        public, here = next(pair for pair in _NAMES if name.startswith(pair[1]))
-        theirs[public + name[len(here) :]] = tensor
+        theirs[hub.renamed(name, _NAMES, _LAYER, back=True)] = tensor
     return theirs
 
 

@@ -174,10 +174,7 @@ def from_public(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif name == "pos_1LC":
             ours["head.position_embedding.weight"] = tensor[0]
         else:
-            theirs, here = next((pair for pair in _NAMES if name.startswith(pair[0])), ("", ""))
-            name = here + name[len(theirs) :]
-            for old, new in _BLOCK if name.startswith("lm.blocks.") else ():
-                name = name.replace(old, new)
+            name = hub.renamed(name, _NAMES, _BLOCK if name.startswith("blocks.") else ())
             flat = tensor.flatten() if name.endswith(".temperature") else tensor
             ours[name] = flat[0, 0] if name.endswith(".own") else flat
     if "head.scale_embedding.weight" in ours and "head.position_embedding.weight" in ours:
@@ -194,15 +191,11 @@ def to_public(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif name == "head.position_embedding.weight":
             theirs["pos_1LC"] = tensor[None]
         elif name != "lm.first":
-            public, here = next(pair for pair in _NAMES if name.startswith(pair[1]))
             if name.endswith(".temperature"):
                 tensor = tensor[None, :, None, None]
             if name.endswith(".own"):
                 tensor = tensor[None, None]
-            name = public + name[len(here) :]
-            for old, new in _BLOCK if public == "blocks." else ():
-                name = name.replace(new, old)
-            theirs[name] = tensor
+            theirs[hub.renamed(name, _NAMES, _BLOCK if name.startswith("lm.blocks.") else (), back=True)] = tensor
     return theirs
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unigen.tokenizers.quantize import check_codes
+
 
 class Emu3VQ(nn.Module):
     """encode / decode without gradient, for pictures of any size that divides by the stride."""
@@ -44,10 +46,7 @@ class Emu3VQ(nn.Module):
     @torch.no_grad()
     def decode(self, codes_Bhw: Tensor) -> Tensor:
         """Codes (B, h, w) -> pixels in [-1, 1] (B, 3, H, W), fp32. ValueError for codes out of range."""
-        if codes_Bhw.numel() and not 0 <= int(codes_Bhw.min()) <= int(codes_Bhw.max()) < self.codebook_size:
-            raise ValueError(
-                f"image codes must be in 0..{self.codebook_size - 1}: were they made by another tokenizer?"
-            )
+        check_codes(codes_Bhw, self.codebook_size)
         return self.net.decode(codes_Bhw).float().clamp(-1, 1)  # type: ignore[no-any-return]
 
 

@@ -71,11 +71,14 @@ class Quantizer(nn.Module):
             return Quantized(straight_through(z_BDhw, q_BDhw), codes_Bhw, losses)
 
     def check(self, codes_Bhw: Tensor) -> None:
-        if codes_Bhw.numel() and (int(codes_Bhw.min()) < 0 or int(codes_Bhw.max()) >= self.size):
-            raise ValueError(
-                f"image codes must be in 0..{self.size - 1}, got {int(codes_Bhw.min())}..{int(codes_Bhw.max())}; "
-                "were they made by another tokenizer?"
-            )
+        check_codes(codes_Bhw, self.size)
+
+
+def check_codes(codes_Bhw: Tensor, size: int) -> None:
+    """ValueError for codes that are not in 0..size - 1."""
+    if codes_Bhw.numel() and (int(codes_Bhw.min()) < 0 or int(codes_Bhw.max()) >= size):
+        found = f"{int(codes_Bhw.min())}..{int(codes_Bhw.max())}"
+        raise ValueError(f"image codes must be in 0..{size - 1}, got {found}; were they made by another tokenizer?")
 
 
 def straight_through(z: Tensor, q: Tensor) -> Tensor:

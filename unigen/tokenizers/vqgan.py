@@ -25,6 +25,7 @@ from torch.nn.functional import normalize
 
 from unigen import hub
 from unigen.config import from_dict, to_dict
+from unigen.tokenizers.quantize import check_codes
 
 CHAMELEON, CHAMELEON_FILE = "GAIR/Anole-7b-v0.1", "vqgan.ckpt"
 """Where the hub has Chameleon's tokenizer, which models that write by it do not bring along."""
@@ -106,10 +107,7 @@ class VQGAN(nn.Module):
     @torch.no_grad()
     def decode(self, codes_Bhw: Tensor) -> Tensor:
         """Codes (B, h, w) -> pixels in [-1, 1] (B, 3, H, W), fp32. ValueError for codes out of range."""
-        if codes_Bhw.numel() and not 0 <= int(codes_Bhw.min()) <= int(codes_Bhw.max()) < self.codebook_size:
-            raise ValueError(
-                f"image codes must be in 0..{self.codebook_size - 1}: were they made by another tokenizer?"
-            )
+        check_codes(codes_Bhw, self.codebook_size)
         e_BhwD = self.net.quantize.embedding(codes_Bhw)
         e_BDhw = (normalize(e_BhwD, dim=-1) if self.settings.unit else e_BhwD).permute(0, 3, 1, 2)
         return self.net.decode(e_BDhw, force_not_quantize=True).sample.float().clamp(-1, 1)
