@@ -106,8 +106,9 @@ def test_the_check_can_fail(line: str) -> None:
 def check_python(source: str) -> None:
     """Names of unigen and methods of the engine exist, and take the keywords that are given."""
     from unigen.engine import Engine
+    from unigen.request import checked
 
-    allowed = {word for method in (Engine.request, Engine.generate, Engine.generate_batch, Engine.stream)
+    allowed = {word for method in (checked, Engine.generate, Engine.generate_batch, Engine.stream)
                for word in inspect.signature(method).parameters}  # fmt: skip
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Attribute) or not isinstance(node.value, ast.Name):

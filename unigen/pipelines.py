@@ -32,11 +32,21 @@ SAMPLERS = {
     "unipc": "UniPCMultistepScheduler",
     "deis": "DEISMultistepScheduler",
 }
-"""Of pipelines that are no flow; a flow keeps its own schedule, or takes the solvers that know flows."""
+"""Of pipelines that are no flow."""
 FLOW_SAMPLERS = {
     "euler": "FlowMatchEulerDiscreteScheduler",
     "heun": "FlowMatchHeunDiscreteScheduler",
 }
+
+
+OPTIONS = {
+    "steps": "num_inference_steps",
+    "guidance": "guidance_scale",
+    "negative": "negative_prompt",
+    "size": "height",
+    "strength": "strength",
+}
+"""What options are called here, and by pipelines; a size is their height and width."""
 
 
 class PipelineEngine:
@@ -112,7 +122,8 @@ class PipelineEngine:
             "pipeline": type(self.pipe).__name__,
             "parts": {name: f"{count / 1e6:.1f}M parameters" for name, count in counts.items()},
             "scheduler": type(self.usual).__name__,
-            "takes": sorted(self.takes & {"prompt", "class_labels", "guidance_scale", "num_inference_steps", "height"}),
+            "draws": "classes" if "class_labels" in self.takes else "words",
+            "takes": [name for name, own in OPTIONS.items() if own in self.takes],
             "outputs": list(self.outputs),
             "device": str(self.pipe.device),
         }
@@ -156,14 +167,13 @@ class PipelineEngine:
     @torch.inference_mode()
     def _draw(self, pipe: Any, given: dict[str, Any], seeds: Sequence[int], options: dict[str, Any]) -> list[Any]:
         takes = set(inspect.signature(pipe.__call__).parameters)
-        names = {"steps": "num_inference_steps", "guidance": "guidance_scale", "negative": "negative_prompt"}
         asked = {name: value for name, value in options.items() if value is not None}
         sampler, size = asked.pop("sampler", None), asked.pop("size", None)
         if size is not None:
             asked |= {"width": size[0], "height": size[1]}
-        known = {name: names.get(name, name) for name in asked}
+        known = {name: OPTIONS.get(name, name) for name in asked}
         if unheard := [name for name, own in known.items() if own not in takes]:
-            heard = ", ".join(sorted(short for short, own in names.items() if own in takes))
+            heard = ", ".join(short for short, own in OPTIONS.items() if own in takes)
             kind = type(pipe).__name__
             raise ValueError(f"{kind} does not take {', '.join(unheard)}: leave that out (it takes {heard})")
         if asked.get("steps", 1) < 1:

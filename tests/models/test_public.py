@@ -132,7 +132,7 @@ def test_a_damaged_folder_is_one_clear_line(
         assert len(told.err.strip().splitlines()) == 1 and "must not run" not in told.out
 
 
-def test_names_on_the_hub(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_names_on_the_hub(capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("someone/something", "someone/something@v1.0"):
         assert cli.main(["info", "--model", name, "--device", "cpu"]) == 2
         told = capsys.readouterr().err

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from unigen.generators.base import Model, Read, Span, State
+from unigen.generators.base import Model, Read, State
 from unigen.samplers.logits import probabilities, race
 
 KINDS = ("sjd", "jacobi")
@@ -42,10 +42,6 @@ class Window(State):
     drafts: list[int] = field(default_factory=list)
     proposals: list[Tensor | None] = field(default_factory=list)
     races: list[Tensor] = field(default_factory=list)
-
-
-def start(span: Span, pending: list[int], kind: str) -> Window:
-    return Window(span, pending, kind=kind)
 
 
 def ask(state: Window) -> Read:

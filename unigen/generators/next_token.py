@@ -123,7 +123,7 @@ class NextToken(Causal):
 
     def start(self, span: Span) -> State:
         assert span.grid is not None
-        return jacobi.start(span, span.head, span.accelerate) if span.accelerate else State(span, span.head)
+        return jacobi.Window(span, span.head, kind=span.accelerate) if span.accelerate else State(span, span.head)
 
     def ask(self, state: State) -> Read:
         if isinstance(state, jacobi.Window):

@@ -12,7 +12,6 @@ The size stands in the prompt as text, rows first. Public weights: not run here.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -70,15 +69,10 @@ class Emu3Template(PublicTemplate):
 
     def frame(self, image: Image.Image, size: int) -> np.ndarray:
         """The picture in its own shape, as near its size as limits and stride allow."""
-        least, most = self.limits
-        sides = [max(1, round(side / self.stride)) * self.stride for side in image.size]
-        if math.prod(sides) > most:
-            shrink = math.sqrt(math.prod(image.size) / most)
-            sides = [max(1, math.floor(side / shrink / self.stride)) * self.stride for side in image.size]
-        elif math.prod(sides) < least:
-            grow = math.sqrt(least / math.prod(image.size))
-            sides = [math.ceil(side * grow / self.stride) * self.stride for side in image.size]
-        return np.asarray(image.resize((sides[0], sides[1]), Image.Resampling.BICUBIC))
+        from transformers.models.emu3.image_processing_emu3 import smart_resize
+
+        height, width = smart_resize(image.height, image.width, self.stride, *self.limits)
+        return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
 
     def prompt(self, document: Document, *, output: Output, blind: int = 0) -> Tokens:
         if output == "image":
