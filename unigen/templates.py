@@ -82,21 +82,38 @@ class PublicTemplate:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
 
-class ClassTemplate(PublicTemplate):
-    """Of models that draw classes: a prompt is the class's id, guidance's other branch the id after the last of them,
-    and no token stands between it and the picture."""
+class DrawingTemplate(PublicTemplate):
+    """Of models that draw and do nothing else: no token stands between a prompt and its picture of so many codes."""
 
     outputs: tuple[Output, ...] = ("image",)
 
-    def __init__(self, count: int, codes: int) -> None:
-        super().__init__(None)
-        self.classes = tuple(map(str, range(count)))
+    def __init__(self, tokenizer: Any, codes: int) -> None:
+        super().__init__(tokenizer)
         self.codes = codes
         self.turn_ends = ()
         self.begins = {}
 
     def layout(self, grid: tuple[int, int]) -> Layout:
         return Layout(grid)
+
+    def prompt(self, document: Document, *, output: Output, blind: int = 0) -> Tokens:
+        raise TypeError("a template of a model that draws defines prompt()")
+
+    def encode(self, document: Document, *, blind: bool = False, writer: str = "next-token") -> Tokens:
+        """What is asked for, and the picture of it."""
+        *asked, last = document.segments
+        tokens = self.prompt(Document(asked), output="image", blind=blind)
+        tokens.add_image(last.image, self.codes, loss=True)
+        return tokens
+
+
+class ClassTemplate(DrawingTemplate):
+    """Of models that draw classes: a prompt is the class's id, guidance's other branch the id after the last of
+    them."""
+
+    def __init__(self, count: int, codes: int) -> None:
+        super().__init__(None, codes)
+        self.classes = tuple(map(str, range(count)))
 
     def prompt(self, document: Document, *, output: Output, blind: int = 0) -> Tokens:
         count = len(self.classes)
@@ -107,13 +124,6 @@ class ClassTemplate(PublicTemplate):
             raise ValueError(f"unknown class {labels[0]!r}: give a number from 0 to {count - 1}")
         tokens = Tokens()
         tokens.add([count if blind else int(labels[0])])
-        return tokens
-
-    def encode(self, document: Document, *, blind: bool = False, writer: str = "next-token") -> Tokens:
-        """A class and the picture of it."""
-        *asked, last = document.segments
-        tokens = self.prompt(Document(asked), output="image", blind=blind)
-        tokens.add_image(last.image, self.codes, loss=True)
         return tokens
 
     def decode(self, ids: Sequence[int]) -> str:

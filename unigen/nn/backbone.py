@@ -184,3 +184,4 @@ class SlotCache(Cache):
 
     def free(self, row: int) -> None:
         self.lengths[row] = 0
+        self.notes.pop(row, None)
