@@ -60,11 +60,11 @@ def llamagen_b(dtype: str) -> UnifiedModel:
         initializer_range=0.05,
     )
     lm = LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
-    backbone = llamagen.LlamaGenBackbone(lm, CLASSES, SIDE).to(getattr(torch, dtype))
+    backbone = llamagen.ClassBackbone(lm, CLASSES, SIDE).to(getattr(torch, dtype))
     template, no_pictures = ClassTemplate(CLASSES - 1, SIDE * SIDE), NoPictures()
     writers: dict[str, Any] = {"next-token": NextToken((SIDE, SIDE))}
     model = UnifiedModel("llamagen", backbone, Vocabulary(CLASSES, CODES), None, no_pictures, template, writers)  # type: ignore[arg-type]
-    model.sample_by("next-token", **llamagen.SAMPLING)
+    model.sample_by("next-token", **llamagen.SAMPLING["c2i"])
     model.pictures = lambda codes: [None] * len(codes)  # type: ignore[method-assign]
     return model.eval()
 

@@ -36,11 +36,14 @@ def image_tokenizer_tensors() -> dict[str, Tensor]:
     return common.randomise(vqgan.to_public(vqgan.VQGAN(config), "llamagen"), seed=1, scale=1.4)
 
 
-def tensors() -> dict[str, Tensor]:
-    """Of the official Transformer, random."""
+Shapes = dict[str, tuple[int, ...]]
+
+
+def tensors(condition: Shapes | None = None) -> dict[str, Tensor]:
+    """Of the official Transformer, random. condition: what it is told by, if not by classes."""
     wide = 512  # 2/3 of 4 widths, up to a multiple of 256
-    shapes: dict[str, tuple[int, ...]] = {
-        "cls_embedding.embedding_table.weight": (CLASSES + 1, WIDTH),
+    shapes: Shapes = {
+        **(condition or {"cls_embedding.embedding_table.weight": (CLASSES + 1, WIDTH)}),
         "tok_embeddings.weight": (CODES, WIDTH),
         "norm.weight": (WIDTH,),
         "output.weight": (CODES, WIDTH),
@@ -61,7 +64,7 @@ def tensors() -> dict[str, Tensor]:
 def checkpoint(folder: Path) -> None:
     """The two files of the public layout, with random weights."""
     torch.save({"model": tensors()}, folder / f"c2i_T_{SIDE}.pt")
-    torch.save({"model": image_tokenizer_tensors()}, folder / llamagen.TOKENIZER)
+    torch.save({"model": image_tokenizer_tensors()}, folder / llamagen.TOKENIZERS["c2i"])
 
 
 def make_goldens(folder: Path) -> None:
@@ -69,7 +72,6 @@ def make_goldens(folder: Path) -> None:
     with common.importable(folder):
         from autoregressive.models import generate as sampler  # type: ignore[import-not-found]
         from autoregressive.models import gpt
-        from tokenizer.tokenizer_image.vq_model import Decoder, Encoder, ModelArgs, VQModel  # type: ignore
     grid = SIDE // 4
     args = gpt.ModelArgs(
         dim=WIDTH, n_layer=LAYERS, n_head=WIDTH // 64, num_classes=CLASSES, vocab_size=CODES, block_size=grid * grid
@@ -91,11 +93,19 @@ def make_goldens(folder: Path) -> None:
         labels = torch.tensor([LABELS[0], CLASSES])
         full, blind = model(codes, labels, torch.arange(grid * grid))[0]
         made["logits"] = blind + SCALE * (full - blind)
-        vq = VQModel(ModelArgs(z_channels=16, codebook_size=CODES, codebook_embed_dim=8))
-        vq.encoder, vq.decoder = (kind(ch=32, ch_mult=(1, 1, 2), z_channels=16) for kind in (Encoder, Decoder))
-        vq.load_state_dict(image_tokenizer_tensors() | {"quantize.codebook_used": vq.quantize.codebook_used})
-        made["pixels"] = vq.eval().decode_code(made[f"sampled.{LABELS[0]}"][None], [1, 8, grid, grid])
+    made["pixels"] = official_pixels(folder, made[f"sampled.{LABELS[0]}"])
     save_file(made, GOLDEN)
+
+
+@torch.no_grad()
+def official_pixels(folder: Path, codes: Tensor) -> Tensor:
+    """Of codes (h w,), by the official VQ."""
+    with common.importable(folder):
+        from tokenizer.tokenizer_image.vq_model import Decoder, Encoder, ModelArgs, VQModel  # type: ignore
+    vq = VQModel(ModelArgs(z_channels=16, codebook_size=CODES, codebook_embed_dim=8))
+    vq.encoder, vq.decoder = (kind(ch=32, ch_mult=(1, 1, 2), z_channels=16) for kind in (Encoder, Decoder))
+    vq.load_state_dict(image_tokenizer_tensors() | {"quantize.codebook_used": vq.quantize.codebook_used})
+    return vq.eval().decode_code(codes[None], [1, 8, SIDE // 4, SIDE // 4])  # type: ignore[no-any-return]
 
 
 def rows(folder: Path) -> Iterator[Row]:

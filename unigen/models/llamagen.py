@@ -1,21 +1,27 @@
-"""LlamaGen: a Llama that draws classes, code after code (Sun et al. 2024, arXiv 2406.06525).
+"""LlamaGen: a Llama that draws classes or words, code after code (Sun et al. 2024, arXiv 2406.06525).
 
-    {class} 256 codes        a picture;        {1000} 256 codes        guidance's other branch
+    {class} 256 codes            a picture;        {1000} 256 codes                guidance's other branch
+    {words}</s> 1024 codes       a picture;        the last of 120 vectors, as many as the pieces, 1024 codes
 
     engine = unigen.load("FoundationVision/LlamaGen:c2i_B_256")       # and every other c2i_* there
     engine.generate(207)
+    engine = unigen.load("peizesun/llamagen_t2i:t2i_XL_stage2_512")   # and t2i_XL_stage1_256
+    engine.generate("a blue car in front of a yellow wall")
 
 Rotary positions are of two dimensions: the first half of a head turns with the row of a code, the second with its
 column; the condition has none, its queries and keys are multiplied by zero. Classes stand before the codes in our
-vocabulary. The models that draw text (t2i_*) are not here yet. Public weights: not run here.
+vocabulary, or T5's pieces and then the vectors of no words. Words are read by the encoder of flan-t5-xl, which is not
+in LlamaGen's repository: it is looked for in the model's folder (flan-t5-xl/), else fetched from the hub. LlamaGen pads
+its features to 120 on the left and hides the padding; as the condition has no positions, here it is left out. Public
+weights: not run here.
 
-Shapes: B rows, L positions, D width, E head width.
+Shapes: B rows, L positions, D width, E head width, F width of the text encoder.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +33,31 @@ from unigen.config import save_json
 from unigen.generators.base import Generator
 from unigen.generators.next_token import NextToken
 from unigen.model import UnifiedModel
-from unigen.nn.backbone import Backbone
-from unigen.sequence import Vocabulary
-from unigen.templates import ClassTemplate
-from unigen.tokenizers import load_tokenizer, vqgan
+from unigen.nn.backbone import Backbone, SlotCache
+from unigen.sequence import Document, Tokens, Vocabulary
+from unigen.templates import ClassTemplate, DrawingTemplate, Output, Unable
+from unigen.tokenizers import load_tokenizer, text, vqgan
 
 BASE = 10_000.0
 HEAD_WIDTHS = {3200: 100}
 """Of models of some width; of all others 64."""
-TOKENIZER = "vq_ds16_c2i.pt"
+TOKENIZERS = {"c2i": "vq_ds16_c2i.pt", "t2i": "vq_ds16_t2i.pt"}
+"""Of models that draw classes, and words."""
 STRIDE = 16
-SAMPLING = {"guidance": 4.0, "temperature": 1.0, "top_k": 2000}
+TEXT_ENCODER, TEXT_FOLDER = "google/flan-t5-xl", "flan-t5-xl"
+"""Where the hub has what reads words, and where a model's folder may have it."""
+SAMPLING = {
+    "c2i": {"guidance": 4.0, "temperature": 1.0, "top_k": 2000},
+    "t2i": {"guidance": 7.5, "temperature": 1.0, "top_k": 1000},
+}
 REPOSITORIES = {
     "FoundationVision/LlamaGen": {
-        name: (f"{name}.pt", TOKENIZER)
+        name: (f"{name}.pt", TOKENIZERS["c2i"])
         for name in ("c2i_B_256", "c2i_B_384", "c2i_L_256", "c2i_L_384", "c2i_XL_384", "c2i_XXL_384", "c2i_3B_384")
-    }
+    },
+    "peizesun/llamagen_t2i": {
+        name: (f"{name}.pt", TOKENIZERS["t2i"]) for name in ("t2i_XL_stage1_256", "t2i_XL_stage2_512")
+    },
 }
 """Repositories of the hub that hold several models: the files of each."""
 
@@ -72,29 +87,151 @@ class Rotary2D(nn.Module):
 
 
 class LlamaGenBackbone(Backbone):
-    """A Llama whose table and head are of codes alone, and a table of classes before it."""
+    """A Llama whose table and head are of codes alone. before: how many ids, of what pictures are drawn from, stand
+    before them."""
 
-    def __init__(self, lm: Any, classes: int, side: int) -> None:
+    def __init__(self, lm: Any, before: int, side: int) -> None:
         super().__init__(lm)
-        self.classes = nn.Embedding(classes, self.width)
+        self.before = before
         lm.model.rotary_emb = Rotary2D(side, lm.config.head_dim)
 
+    def condition(self, ids_BL: Tensor) -> Tensor:
+        """Embeddings (B, L, D) of the ids before the codes; of codes anything."""
+        raise TypeError("a backbone of LlamaGen's defines condition()")
+
     def embed(self, ids_BL: Tensor) -> Tensor:
-        codes_BL = ids_BL - self.classes.num_embeddings
+        codes_BL = ids_BL - self.before
         table = self.lm.get_input_embeddings()
         if bool((codes_BL >= 0).all()):
             return table(codes_BL)  # type: ignore[no-any-return]
-        classes_BLD = self.classes(ids_BL.clamp(max=self.classes.num_embeddings - 1))
-        return torch.where((codes_BL >= 0)[..., None], table(codes_BL.clamp(min=0)), classes_BLD)
+        return torch.where((codes_BL >= 0)[..., None], table(codes_BL.clamp(min=0)), self.condition(ids_BL))
 
     def logits(self, hidden: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        before = self.classes.num_embeddings
-        return super().logits(hidden, max(0, start - before), None if stop is None else stop - before)
+        return super().logits(hidden, max(0, start - self.before), None if stop is None else stop - self.before)
+
+
+class ClassBackbone(LlamaGenBackbone):
+    """Before the codes stand classes."""
+
+    def __init__(self, lm: Any, classes: int, side: int) -> None:
+        super().__init__(lm, classes, side)
+        self.classes = nn.Embedding(classes, self.width)
+
+    def condition(self, ids_BL: Tensor) -> Tensor:
+        return self.classes(ids_BL.clamp(max=self.before - 1))  # type: ignore[no-any-return]
+
+
+class TextBackbone(LlamaGenBackbone):
+    """Before the codes stand the pieces of T5, whose encoder reads each prompt up to its end, and `most` vectors that
+    are read where there are no words; two layers take what T5 makes of them to the Llama. T5 is frozen."""
+
+    def __init__(self, lm: Any, settings: Mapping[str, Any], most: int, side: int) -> None:
+        from transformers import T5Config, T5EncoderModel
+
+        config = T5Config(**{**settings, "dropout_rate": 0.0})
+        self.pieces, self.most, self.end, self.codes = config.vocab_size, most, config.eos_token_id, side * side
+        super().__init__(lm, self.pieces + most, side)
+        self.encoder = T5EncoderModel(config).encoder.requires_grad_(False)
+        self.wordless = nn.Embedding(most, config.d_model).requires_grad_(False)
+        self.project = nn.Sequential(
+            nn.Linear(config.d_model, self.width, bias=False),
+            nn.GELU("tanh"),
+            nn.Linear(self.width, self.width, bias=False),
+        )
+
+    def condition(self, ids_BL: Tensor) -> Tensor:
+        f_BLF = self.wordless((ids_BL - self.pieces).clamp(0, self.most - 1))
+        for row, start, stop in self.prompts(ids_BL):
+            read_1LF = self.encoder(input_ids=ids_BL[row : row + 1, start:stop]).last_hidden_state
+            f_BLF[row, start:stop] = read_1LF[0].to(f_BLF.dtype)
+        return self.project(f_BLF)  # type: ignore[no-any-return]
+
+    def prompts(self, ids_BL: Tensor) -> Iterator[tuple[int, int, int]]:
+        """Row, start and stop of every run of pieces that has an end; what has none is padding."""
+        for row, ids in enumerate(ids_BL.tolist()):
+            start = 0
+            for at, id in enumerate(ids):
+                if id == self.end:
+                    yield row, start, at + 1
+                if id == self.end or id >= self.pieces:
+                    start = at + 1
+
+    def hidden(self, embeds_BLD: Tensor, positions_BL: Tensor, mask: Tensor, cache: SlotCache | None = None) -> Tensor:
+        """Codes are counted from the end of the prompt. That is what a slot held when it was first read again."""
+        assert cache is not None
+        for row, length in zip(cache.step.rows, cache.step.lengths, strict=True):
+            if length:
+                cache.notes.setdefault(row, torch.tensor(length))
+        now = torch.tensor(positions_BL.shape[1])  # a prompt that is being read ends with the step
+        prompts_B = torch.stack([cache.notes.get(row, now) for row in cache.step.rows]).to(positions_BL.device)
+        places_BL = (positions_BL - prompts_B[:, None] + 1).clamp(min=0)
+        return super().hidden(embeds_BLD, places_BL, mask, cache)
+
+    def packed(
+        self, embeds_BLD: Tensor, positions_BL: Tensor, segments_BL: Tensor, reach_BL: Tensor | None = None
+    ) -> Tensor:
+        """The same of documents that end in a whole picture."""
+        lengths_BL = (segments_BL[:, :, None] == segments_BL[:, None]).sum(-1)
+        places_BL = (positions_BL - lengths_BL + self.codes + 1).clamp(min=0)
+        return super().packed(embeds_BLD, places_BL, segments_BL, reach_BL)
+
+
+_PLAIN = (
+    (r"[-\u2010-\u2015]+", "-"),
+    (r"[`´«»“”¨]", '"'),
+    (r"[‘’]", "'"),
+    (r"[#®•©™&@·º½¾¿¡§~(){}|\\/*\[\]]+", " "),
+    (r"[\"']{2,}", '"'),
+    (r"\.{2,}", " "),
+    (r"(\D[,.])\b", r"\1 "),
+    (r"\s+", " "),
+    (r"\b :", ":"),
+    (r"^[\"'](.+)[\"']$", r"\1"),
+    (r"^['_,:;-]|['_,:+-]$", ""),
+)
+"""What captions were rid of in training, as far as prompts have it. Hyphens too, where there are more than three."""
+
+
+def plain(words: str) -> str:
+    """The words as captions were in training: lower case, typographic marks made plain, others left out. What else
+    captions of the web were rid of (addresses, tags, sizes, names as r2d2) is read as it is written."""
+    words = words.lower().strip()
+    if len(re.findall(r"[-_]", words)) > 3:
+        words = re.sub(r"[-_]", " ", words)
+    for pattern, instead in _PLAIN:
+        words = re.sub(pattern, instead, words)
+    return words.strip()
+
+
+class TextTemplate(DrawingTemplate):
+    """Of models that draw words: a prompt is T5's pieces and its end, at most `most`; guidance's other branch as many
+    of the vectors that stand after the pieces, the last ones."""
+
+    def __init__(self, tokenizer: Any, end: int, pieces: int, most: int, codes: int) -> None:
+        super().__init__(tokenizer, codes)
+        self.end, self.pieces, self.most = end, pieces, most
+
+    def prompt(self, document: Document, *, output: Output, blind: int = 0) -> Tokens:
+        if any(segment.image is not None for segment in document.segments):
+            raise Unable("llamagen draws from words alone: leave the picture out")
+        if any(segment.label is not None for segment in document.segments):
+            raise ValueError("this model draws words, not classes: say what to draw in words")
+        words = plain(" ".join((segment.text or "").strip() for segment in document.segments))
+        tokens = text.Prompt(self.tokenizer).said(words).ids([self.end]).tokens()
+        if len(tokens) > self.most:
+            raise ValueError(f"the prompt has {len(tokens)} pieces, the model reads {self.most}: shorten it")
+        if blind:
+            last = self.pieces + self.most
+            tokens.ids = list(range(last - len(tokens), last))
+        return tokens
 
 
 # what a tensor is called in a public file, and here
 _NAMES = (
     ("cls_embedding.embedding_table.", "classes."),
+    ("cls_embedding.uncond_embedding", "wordless.weight"),
+    ("cls_embedding.cap_proj.fc1.", "project.0."),
+    ("cls_embedding.cap_proj.fc2.", "project.2."),
     ("tok_embeddings.", "lm.model.embed_tokens."),
     ("output.", "lm.lm_head."),
     ("norm.", "lm.model.norm."),
@@ -109,6 +246,8 @@ _LAYER = (
     (".feed_forward.w3.", ".mlp.up_proj."),
     (".feed_forward.w2.", ".mlp.down_proj."),
 )
+_WORDS = (("shared.", "encoder.embed_tokens."),)
+"""Of T5, in its own folder and here."""
 
 
 def halves(weight: Tensor, head_dim: int, back: bool = False) -> Tensor:
@@ -137,8 +276,8 @@ def to_public(state: Mapping[str, Tensor], head_dim: int) -> dict[str, Tensor]:
     """The same tensors by their public names."""
     theirs: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        if re.search(r"\.[kv]_proj\.", name):
-            continue  # goes with the queries
+        if name.startswith("encoder.") or re.search(r"\.[kv]_proj\.", name):
+            continue  # has a folder of its own, or goes with the queries
         if ".q_proj." in name:
             key, value = (state[name.replace("q_proj", f"{part}_proj")] for part in "kv")
             tensor = torch.cat((halves(tensor, head_dim, back=True), halves(key, head_dim, back=True), value))
@@ -149,7 +288,7 @@ def to_public(state: Mapping[str, Tensor], head_dim: int) -> dict[str, Tensor]:
 
 def owns(folder: Path, config: dict[str, Any]) -> bool:
     """A folder with a file of a model and the file of its image tokenizer."""
-    return bool(list(folder.glob("c2i_*.pt"))) and (folder / TOKENIZER).is_file()
+    return any(list(folder.glob(f"{kind}_*.pt")) and (folder / file).is_file() for kind, file in TOKENIZERS.items())
 
 
 def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) -> UnifiedModel:
@@ -158,6 +297,7 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.initialization import no_init_weights
 
+    words, tokenizer = folder, None
     if (folder / hub.MANIFEST).is_file():
         image_tokenizer = load_tokenizer(folder / "image_tokenizer")
         config = LlamaConfig(**hub.read_json(folder / hub.CONFIG))
@@ -165,22 +305,22 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
             raise ValueError(f"{folder / hub.CONFIG} has no hidden_size: it is damaged")
         state = {f"lm.{name}": tensor for name, tensor in hub.read_weights(folder).items()}
         state |= hub.read_tensors(folder / "backbone" / "model.safetensors")
-        classes = state["classes.weight"].shape[0]
+        kind = "c2i" if "classes.weight" in state else "t2i"
     else:
-        path = hub.one_of(folder, "c2i_*.pt", variant)
+        path = hub.one_of(folder, "[ct]2i_*.pt", variant)
+        kind = path.stem[:3]
         state = hub.read_tensors(path)
         try:
             width = state["tok_embeddings.weight"].shape[1]
-            classes = state["cls_embedding.embedding_table.weight"].shape[0]
             wide = state["layers.0.feed_forward.w1.weight"].shape[0]
+            table = "embedding_table.weight" if kind == "c2i" else "uncond_embedding"
+            before = 1 if kind == "c2i" else len(state[f"cls_embedding.{table}"])
         except KeyError as error:
-            raise ValueError(
-                f"checkpoint {path} has no {error.args[0]}: it is no class-conditional LlamaGen"
-            ) from error
+            raise ValueError(f"checkpoint {path} has no {error.args[0]}: it is no LlamaGen ({kind})") from error
         size = re.search(r"_(\d+)$", path.stem)
         if not size or int(size[1]) % STRIDE:
             raise ValueError(f"{path.name}: the size of its pictures has to end the name, as in c2i_B_256.pt")
-        image_tokenizer = vqgan.from_public(hub.read_tensors(folder / TOKENIZER), int(size[1]), "llamagen")
+        image_tokenizer = vqgan.from_public(hub.read_tensors(folder / TOKENIZERS[kind]), int(size[1]), "llamagen")
         head_dim = HEAD_WIDTHS.get(width, 64)
         layers = len({name.split(".")[1] for name in state if name.startswith("layers.")})
         config = LlamaConfig(
@@ -191,28 +331,70 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
             num_attention_heads=width // head_dim,
             head_dim=head_dim,
             rms_norm_eps=1e-5,
-            max_position_embeddings=1 + image_tokenizer.grid[0] ** 2,
+            max_position_embeddings=before + image_tokenizer.grid[0] ** 2,
             tie_word_embeddings=False,
         )
         state = from_public(state, head_dim)
+        if kind == "t2i":
+            words = text_encoder(folder)
+            config.t5 = hub.read_json(words / hub.CONFIG)
+            if "d_model" not in config.t5:
+                raise ValueError(f"{words / hub.CONFIG} has no d_model: it is no T5's, or damaged")
+            state |= text_tensors(words)
+    side = image_tokenizer.grid[0]
+    stored = state["lm.lm_head.weight"].dtype
+    template: ClassTemplate | TextTemplate
     with no_init_weights():
         lm = LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
-        backbone = LlamaGenBackbone(lm, classes, image_tokenizer.grid[0])
-    hub.load_strict(backbone.to(dtype or state["classes.weight"].dtype), state, folder)
-    codes = image_tokenizer.grid[0] * image_tokenizer.grid[1]
-    template = ClassTemplate(classes - 1, codes)
+        if kind == "c2i":
+            backbone: LlamaGenBackbone = ClassBackbone(lm, len(state["classes.weight"]), side)
+            template = ClassTemplate(backbone.before - 1, side * side)
+        else:
+            hub.read_json(words / "tokenizer.json")  # without it a tokenizer of no words would be made
+            tokenizer = text.load(words)
+            most = len(state["wordless.weight"])
+            backbone = TextBackbone(lm, config.t5, most, side)
+            template = TextTemplate(tokenizer, backbone.end, backbone.pieces, most, side * side)
+    backbone.to(dtype or stored)
+    if kind == "t2i" and (dtype or stored) == torch.float16:
+        backbone.encoder.float()  # whose sums are too large for float16
+    hub.load_strict(backbone, state, folder)
     writers: dict[str, Generator] = {"next-token": NextToken(image_tokenizer.grid)}
-    vocabulary = Vocabulary(classes, image_tokenizer.codebook_size)
-    model = UnifiedModel("llamagen", backbone, vocabulary, None, image_tokenizer, template, writers)
-    model.sample_by("next-token", **SAMPLING)
+    vocabulary = Vocabulary(backbone.before, image_tokenizer.codebook_size)
+    model = UnifiedModel("llamagen", backbone, vocabulary, tokenizer, image_tokenizer, template, writers)
+    model.sample_by("next-token", **SAMPLING[kind])
     return model
 
 
+def text_encoder(folder: Path) -> Path:
+    """The folder of what reads words for the model in `folder`: there, or else of the hub."""
+    if (folder / TEXT_FOLDER).is_dir():
+        return folder / TEXT_FOLDER
+    try:
+        return hub.snapshot(TEXT_ENCODER)
+    except ValueError as error:
+        raise ValueError(f"{folder} has no {TEXT_FOLDER}/ (the text encoder), and {error}") from error
+
+
+def text_tensors(folder: Path) -> dict[str, Tensor]:
+    """The encoder's tensors of a folder with T5 by their names here; its decoder's are left."""
+    left = ("decoder.", "lm_head.", "encoder.embed_tokens.")  # the last are the shared ones once more
+    state = hub.read_weights(folder)
+    return {hub.renamed(name, _WORDS): tensor for name, tensor in state.items() if not name.startswith(left)}
+
+
 def save_public(model: UnifiedModel, folder: Path) -> None:
-    """Write the two files of the public layout."""
-    tokenizer = model.image_tokenizer
+    """Write the two files of the public layout, and the folder of what reads words beside them."""
+    tokenizer, backbone = model.image_tokenizer, model.backbone
     assert isinstance(tokenizer, vqgan.VQGAN)
-    state = to_public(model.backbone.state_dict(), model.backbone.lm.config.head_dim)
-    torch.save({"model": state}, folder / f"c2i_model_{tokenizer.image_size}.pt")
-    torch.save({"model": vqgan.to_public(tokenizer, "llamagen")}, folder / TOKENIZER)
+    kind = "t2i" if isinstance(backbone, TextBackbone) else "c2i"
+    state = to_public(backbone.state_dict(), backbone.lm.config.head_dim)
+    torch.save({"model": state}, folder / f"{kind}_model_{tokenizer.image_size}.pt")
+    torch.save({"model": vqgan.to_public(tokenizer, "llamagen")}, folder / TOKENIZERS[kind])
     save_json(folder / hub.CONFIG, {"model_type": "llamagen"})
+    if isinstance(backbone, TextBackbone):
+        words = folder / TEXT_FOLDER
+        model.text_tokenizer.save_pretrained(words)
+        save_json(words / hub.CONFIG, backbone.lm.config.t5)
+        read = {f"encoder.{name}": tensor for name, tensor in backbone.encoder.state_dict().items()}
+        hub.write_tensors(words / "model.safetensors", {hub.renamed(k, _WORDS, back=True): v for k, v in read.items()})
