@@ -205,8 +205,8 @@ class Engine:
         asked = [self.model.read(Document.of(prompt)) for prompt in prompts]
         if not isinstance(candidates, int) or candidates < 1:
             raise ValueError(f"candidates must be a whole number of at least 1, not {candidates}")
-        if self.model.sight is not None:
-            raise ValueError("candidates are for models that read pictures as codes: leave them out")
+        if self.model.sight is not None or "next-token" not in self.model.generators:
+            raise ValueError("candidates are for models that read and draw pictures code by code: leave them out")
         if output != "text" or any(len(document.images()) != 1 for document in asked):
             raise ValueError("candidates are captions: ask for the text to one picture")
         first = self.generate_batch(asked, seeds, output, **options)
@@ -317,12 +317,15 @@ class Engine:
         else:
             embeds_BLD = self.model.embed(ids_BL)
         reach_BL = None
-        if any(read.reach for read in asked):
+        prefixes = [self.model.template.prefix(ids) for ids, _, _ in branches]
+        if any(prefixes) or any(read.reach for read in asked):
             reach_BL = torch.arange(length).repeat(len(branches), 1)
         for b, (ids, read, _) in enumerate(branches):
             span = slice(len(ids), len(ids) + len(read.ids))
             if read.embeds is not None:
                 embeds_BLD[b, span.stop - len(read.embeds) : span.stop] = read.embeds
+            if reach_BL is not None:
+                reach_BL[b, : prefixes[b]] = prefixes[b] - 1
             if reach_BL is not None and read.reach:
                 reach_BL[b, span] = torch.tensor(read.reach) + len(ids)
         return embeds_BLD, reach_BL

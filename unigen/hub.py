@@ -75,6 +75,11 @@ def snapshot(repo: str, revision: str | None = None) -> Path:
     return folder
 
 
+def settings(repo: str) -> Path:
+    """The folder of a repository of the hub, without its weights."""
+    return _from_hub(repo, None, SMALL)
+
+
 def fetch(repo: str, file: str) -> Path:
     """One file of a repository of the hub, with the settings that stand beside it."""
     path = _from_hub(repo, None, [file, str(Path(file).with_suffix(".yaml"))]) / file
@@ -158,7 +163,7 @@ def one_of(folder: Path, pattern: str, name: str | None) -> Path:
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of a model folder: of model.safetensors or pytorch_model.bin, whole or in shards."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    for name in ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
         if index.is_file():
             files = sorted(set(read_json(index)["weight_map"].values()))

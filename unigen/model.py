@@ -137,7 +137,9 @@ class UnifiedModel(nn.Module):
             if reach_BL is None:
                 reach_BL = torch.arange(batch.ids_BL.shape[1], device=batch.ids_BL.device).repeat(len(batch), 1)
             rows_M1, at_MP = batch.places(batch.written_by(name))
-            reach_BL[rows_M1, at_MP] = at_MP[:, :1] + torch.tensor(offsets, device=at_MP.device)
+            around = (len(offsets) - at_MP.shape[1]) // 2
+            at_ML = at_MP[:, :1] + torch.arange(-around, at_MP.shape[1] + around, device=at_MP.device)
+            reach_BL[rows_M1, at_ML] = at_MP[:, :1] + torch.tensor(offsets, device=at_MP.device)
         return reach_BL
 
     def step(self, embeds_BLD: Tensor, positions_BL: Tensor, mask: Tensor, cache: SlotCache) -> Tensor:

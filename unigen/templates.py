@@ -50,6 +50,10 @@ class Template(Protocol):
 
     def prompt(self, document: Document, *, output: Output, blind: int = 0) -> Tokens: ...
 
+    def prefix(self, ids: Sequence[int]) -> int:
+        """How many of a prompt's ids, the first, see each other, as in a prefix language model; 0 is causal."""
+        ...
+
     def opening_text(self, document: Document, writer: str) -> list[int]: ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
@@ -74,6 +78,9 @@ class PublicTemplate:
 
     def frame(self, image: Image.Image, size: int) -> np.ndarray:
         return square(image, size)
+
+    def prefix(self, ids: Sequence[int]) -> int:
+        return 0
 
     def opening_text(self, document: Document, writer: str) -> list[int]:
         return []

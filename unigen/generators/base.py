@@ -129,7 +129,8 @@ class Generator(Protocol):
         ...
 
     def reach(self) -> list[int] | None:
-        """The last of a picture's positions that each of them sees; None is causal."""
+        """The last of a picture's positions that each of them sees, the first being 0; None is causal. Of more numbers
+        than it has positions, as many are of what stands before it as of what stands after."""
         ...
 
     def prepare(self, model: Model, batch: Batch, embeds_BLD: Tensor, rng: torch.Generator) -> tuple[Tensor, Any]:

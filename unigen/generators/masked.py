@@ -145,6 +145,18 @@ class Masked:
         ids, blind = ([state.span.begin, *read.tolist()] for read in (read_P, blind_P))
         return Read(ids, reach=[0] + [length] * length, blind=blind if self.text_length else None)
 
+    def left(self, state: MaskedState, number: int, steps: int) -> int:
+        """How many ids of a part stay masked after this step."""
+        masked = int((state.ids_P[self.parts()[number]] < 0).sum())
+        return still_masked(state.unknown[number], masked, state.step, steps)
+
+    def heat(self, step: int, steps: int) -> float:
+        """Of the noise on the confidences in this step."""
+        return self.choice_temperature * (1 - (step + 1) / steps)
+
+    def gumbel(self, count: int, rng: torch.Generator) -> Tensor:
+        return -torch.empty(count).exponential_(generator=rng).log()
+
     def advance(self, model: Model, states: list[State], hidden: list[list[Tensor]]) -> list[int]:
         for number, part in enumerate(self.parts()):
             codes, table = number == len(self.parts()) - 1, self.table(number, model.vocabulary)
@@ -181,13 +193,12 @@ class Masked:
             weights_NV = warp(logits_NV, span.sampling).softmax(-1)
             drawn_N = race(weights_NV, torch.empty(logits_NV.shape).exponential_(generator=span.rng)).cpu()
             codes = number == len(self.parts()) - 1  # what comes first in a text is what is surest, as in LLaDA
-            noise = self.choice_temperature * (1 - (state.step + 1) / steps) if codes else 0.0
+            noise = self.heat(state.step, steps) if codes else 0.0
         # confidence = log p(drawn) + noise * Gumbel
-        gumbel_N = -torch.empty(len(drawn_N)).exponential_(generator=span.rng).log()
+        gumbel_N = self.gumbel(len(drawn_N), span.rng)
         sure_N = weights_NV.cpu().gather(-1, drawn_N[:, None])[:, 0].log() + noise * gumbel_N
         masked_N = ids_N < 0
-        left = still_masked(state.unknown[number], int(masked_N.sum()), state.step, steps)
-        again = sure_N.masked_fill(~masked_N, math.inf).argsort()[:left]
+        again = sure_N.masked_fill(~masked_N, math.inf).argsort()[: self.left(state, number, steps)]
         ids_N = torch.where(masked_N, drawn_N + first, ids_N)
         ids_N[again] = -1
         state.ids_P[part] = ids_N

@@ -130,6 +130,9 @@ class ChatTemplate:
     def frame(self, image: Image.Image, size: int) -> np.ndarray:
         return square(image, size)
 
+    def prefix(self, ids: Sequence[int]) -> int:
+        return 0
+
     def prompt(self, document: Document, *, output: Output = "image", blind: int = 0) -> Tokens:
         """A chat up to where the assistant goes on, whether it has begun its answer or not, whatever is asked for."""
         tokens = self._turns(document, bool(blind))

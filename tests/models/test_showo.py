@@ -1,0 +1,146 @@
+"""What is Show-o's own: where its parts are, what sees what, inpainting, what it refuses. How its folder behaves is in
+test_public."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import unigen
+from tests.parity import showo as case
+from unigen import cli, hub
+from unigen.config import save_json
+from unigen.sequence import Document, Segment, pack
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("showo")
+    case.checkpoint(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> Any:
+    return unigen.load(str(folder), "cpu")
+
+
+def test_pickles(engine: Any, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "pickled")
+    for path in sorted((tmp_path / "pickled").rglob("*.safetensors")):
+        torch.save(hub.read_tensors(path), path.with_name("pytorch_model.bin"))
+        path.unlink()
+    second = unigen.load(str(tmp_path / "pickled"), "cpu")
+    assert second.generate(case.PROMPT, steps=2).tobytes() == engine.generate(case.PROMPT, steps=2).tobytes()
+
+
+def test_what_is_learnt_sees_what_is_drawn(engine: Any) -> None:
+    """The logits of a picture of masked codes are those of the first step that draws it."""
+    model, seen = engine.model, []
+    generator = model.generators["masked"]
+
+    def watched(state: Any, number: int, logits_NV: Tensor, first: int) -> None:
+        seen.append(logits_NV.clone())
+        type(generator)._write(generator, state, number, logits_NV, first)
+
+    with patch.object(generator, "_write", watched):
+        engine.generate(case.PROMPT, guidance=1.0, steps=1)
+    codes = torch.zeros(case.GRID, case.GRID, dtype=torch.int64)
+    tokens = model.template.encode(Document([Segment(text=case.PROMPT), Segment(image=codes, role="assistant")]))
+    batch = model.fill(pack([[tokens, tokens]], 2 * len(tokens), case.SIDE))
+    rows_M1, at_MP = batch.places(batch.written_by("masked"))
+    batch.ids_BL[rows_M1, at_MP] = generator.mask
+    with torch.no_grad():
+        states_MPD = model.hidden(batch)[rows_M1, at_MP]
+        logits_MPV = model.logits(states_MPD, model.vocabulary.first, model.vocabulary.stop)
+    for logits_PV in logits_MPV:
+        torch.testing.assert_close(logits_PV, seen[0], atol=1e-4, rtol=1e-4)
+
+
+def test_a_part_of_a_picture_is_painted_anew(engine: Any) -> None:
+    rng = np.random.default_rng(0)
+    given = rng.integers(0, 256, (case.SIDE, case.SIDE, 3), dtype=np.uint8)
+    mask = np.zeros_like(given)
+    mask[:, case.SIDE // 2 :] = 255
+    painted = np.asarray(engine.inpaint(given, case.PROMPT, mask, steps=4))
+    assert (painted[mask == 0] == given[mask == 0]).all() and (painted[mask > 0] != given[mask > 0]).any()
+
+
+def test_pictures_are_read_alone_as_in_a_batch(engine: Any) -> None:
+    """What is read in full attention stands beside what is read causally, and beside what is drawn."""
+    pictures = [Image.new("RGB", (40, 20), color) for color in ("red", "blue")]
+    asked = [[pictures[0], "What is it"], [pictures[1], "What is it on a blue table"]]
+    together = engine.generate_batch(asked, [0, 0], output="text", max_tokens=8)
+    assert together == [engine.generate(one, "text", max_tokens=8) for one in asked]
+    requests = [engine.request(asked[0], "text", max_tokens=8), engine.request(case.PROMPT, "image", steps=3)]
+    parts: dict[int, list[Any]] = {0: [], 1: []}
+    for number, part in engine.run(requests):
+        parts[number].append(part)
+    assert "".join(parts[0]).strip() == together[0]
+    assert parts[1][0].tobytes() == engine.generate(case.PROMPT, steps=3).tobytes()
+
+
+def test_what_it_refuses(engine: Any) -> None:
+    red = Image.new("RGB", (8, 8), "red")
+    with pytest.raises(ValueError, match="draws from words alone"):
+        engine.edit(red, "make it red")
+    for asked in ("What is it", [red, red, "What is it"]):
+        with pytest.raises(ValueError, match="one question about one picture"):
+            engine.generate(asked, "text")
+    with pytest.raises(ValueError, match="code by code"):
+        engine.describe(red, candidates=2)
+    with pytest.raises(ValueError, match="learns to draw here"):
+        engine.model.template.encode(Document([Segment(text="a"), Segment(text="b", role="assistant")]))
+
+
+def clip(folder: Path) -> None:
+    save_json(folder / "config.json", hub.read_json(folder / "config.json") | {"w_clip_vit": True})
+
+
+def more_codes(folder: Path) -> None:
+    path = folder / "magvitv2" / "pytorch_model.safetensors"
+    state = hub.read_tensors(path)
+    hub.write_tensors(path, state | {"quantize.embedding": -state["quantize.embedding"]})
+
+
+def no_images(folder: Path) -> None:
+    shutil.rmtree(folder / "magvitv2")
+
+
+def no_language(folder: Path) -> None:
+    shutil.rmtree(folder / "phi-1_5")
+
+
+def other_words(folder: Path) -> None:
+    shutil.copytree(folder / "phi-1_5", folder / "kept")
+    tokenizer = hub.read_json(folder / "kept" / "tokenizer.json")
+    tokenizer["added_tokens"] = tokenizer["added_tokens"][:-1]
+    save_json(folder / "phi-1_5" / "tokenizer.json", tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (clip, "reads pictures by CLIP"),
+        (more_codes, "is not that of 8 bits"),
+        (no_images, "has no magvitv2/"),
+        (no_language, "has no phi-1_5/"),
+        (other_words, "is not that of"),
+    ],
+)
+def test_other_folders(
+    harm: Any, reason: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folder, tmp_path / "other")
+    harm(tmp_path / "other")
+    assert cli.main(["info", "--model", str(tmp_path / "other"), "--device", "cpu"]) == 2
+    told = capsys.readouterr().err
+    assert reason in told and len(told.strip().splitlines()) == 1

@@ -1,0 +1,230 @@
+"""Show-o: one Phi that writes text a token at a time and pictures by masked prediction (Xie et al. 2024,
+arXiv 2408.12528).
+
+    <|t2i|><bos>{words}<eos> <|soi|> codes <|eoi|>                                        a picture
+    <|t2i|><bos><eos> <|soi|> codes <|eoi|>                                               guidance's other branch
+    <|mmu|><|soi|> codes <|eoi|><bos>USER: \\n{question} ASSISTANT:                        an answer
+
+    engine = unigen.load("showlab/show-o-512x512")     # 1,024 codes; 256 of show-o
+    engine.generate("a red apple", steps=18)
+
+Attention is causal in text; from <|soi|> to <|eoi|> all see each other and what is before them, and in a question the
+same goes for all up to <|eoi|> (section 3.2). The padding of the official prompts is seen by nobody, and so left out.
+The language model's settings and text tokenizer are those of Phi-1.5, the image tokenizer is showlab/magvitv2: both
+are looked for in the model's folder (phi-1_5/, magvitv2/), else fetched from the hub. The checkpoints that read
+pictures by CLIP are not known here. Public weights: not run here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from unigen import hub
+from unigen.config import save_json
+from unigen.generators.base import Generator, Read, State
+from unigen.generators.masked import Masked, MaskedState
+from unigen.generators.next_token import Text
+from unigen.model import UnifiedModel
+from unigen.nn.backbone import Backbone
+from unigen.sequence import Document, Layout, Segment, Tokens, Vocabulary
+from unigen.templates import Output, PublicTemplate, Unable
+from unigen.tokenizers import load_tokenizer, magvit2, text
+
+LANGUAGE, IMAGES = "microsoft/phi-1_5", "showlab/magvitv2"
+"""Where the hub has what Show-o's repositories do not bring along."""
+PAD, SOI, EOI, T2I, MMU = "[PAD]", "<|soi|>", "<|eoi|>", "<|t2i|>", "<|mmu|>"
+ADDED = (PAD, SOI, EOI, "<|sov|>", "<|eov|>", T2I, MMU, "<|t2v|>", "<|v2v|>", "<|lvg|>")
+"""The ids after Phi's, in order."""
+LONGEST = 129
+"""Ids of what a picture is drawn from; longer words are cut off, as in training."""
+STEPS, CHOICE = 50, 1.0
+SAMPLING = {"guidance": 6.0, "temperature": 1.0}
+PREFIX = "showo."
+
+
+class OmniMasked(Masked):
+    """Masked prediction by Show-o's own sampler. Before and after the codes stand <|soi|> and <|eoi|>, which see them
+    and are seen; step s (from 1) of S leaves floor(cos(pi s / 2S)) of all codes masked, given ones too; the noise's
+    temperature is multiplied by 1 - s / S each time, so that it falls as their product."""
+
+    def __init__(self, grid: tuple[int, int], mask: int, end: int) -> None:
+        """end: the id after the codes."""
+        super().__init__(grid, mask, STEPS, CHOICE)
+        self.end = end
+
+    def reach(self) -> list[int] | None:
+        return [self.positions()] * (self.positions() + 2)
+
+    def ask(self, state: State) -> Read:
+        ids = [*super().ask(state).ids, self.end]
+        return Read(ids, reach=[len(ids) - 1] * len(ids))
+
+    def left(self, state: MaskedState, number: int, steps: int) -> int:
+        """At least one, which is drawn anew, until the last step writes all."""
+        if state.step + 1 >= steps:
+            return 0
+        share = torch.cos(torch.tensor((state.step + 1) / steps) * math.pi * 0.5)  # in fp32, as rounding counts
+        return max(1, min(int((state.ids_P < 0).sum()) - 1, int(self.positions() * share)))
+
+    def heat(self, step: int, steps: int) -> float:
+        return self.choice_temperature * math.prod(1 - (s + 1) / steps for s in range(step + 1))
+
+    def gumbel(self, count: int, rng: torch.Generator) -> Tensor:
+        drawn = torch.empty(count).uniform_(generator=rng).clamp(min=1e-20)
+        return -(-drawn.log()).clamp(min=1e-20).log()
+
+
+class ShowoTemplate(PublicTemplate):
+    """codes: how many a picture has."""
+
+    def __init__(self, tokenizer: Any, codes: int) -> None:
+        super().__init__(tokenizer)
+        self.codes = codes
+        known = tokenizer.get_vocab()
+        if missing := [name for name in ADDED if name not in known]:
+            raise ValueError(f"the text tokenizer has no {', '.join(missing)}: it is not Show-o's")
+        self.special: dict[str, int] = {name: known[name] for name in ADDED}
+        self.turn_ends: tuple[int, ...] = (tokenizer.eos_token_id,)
+        self.begins = {"masked": self.special[SOI]}
+
+    def layout(self, grid: tuple[int, int]) -> Layout:
+        return Layout(grid, closing=(self.special[EOI],))
+
+    def frame(self, image: Image.Image, size: int) -> np.ndarray:
+        """Resized by its shorter side, then its centre."""
+        width, height = (size * side // min(image.size) for side in image.size)
+        left, top = round((width - size) / 2), round((height - size) / 2)
+        resized = image.resize((width, height), Image.Resampling.BICUBIC)
+        return np.asarray(resized.crop((left, top, left + size, top + size)))
+
+    def prefix(self, ids: Sequence[int]) -> int:
+        return ids.index(self.special[EOI]) + 1 if self.special[EOI] in ids else 0
+
+    def prompt(self, document: Document, *, output: Output, blind: int = 0) -> Tokens:
+        if output == "image":
+            return self._drawing(document.segments, bool(blind))
+        return self._question(document.segments)
+
+    def encode(self, document: Document, *, blind: bool = False, writer: str = "masked") -> Tokens:
+        """A whole document to learn from, which ends in a picture of the assistant's."""
+        last = document.segments[-1]
+        if last.image is None or last.role != "assistant":
+            raise ValueError("showo learns to draw here: give documents that end in a picture of the assistant's")
+        tokens = self._drawing(document.segments[:-1], blind)
+        tokens.add([self.special[SOI]])
+        tokens.add_image(last.image, self.codes, loss=True, writer=writer)
+        tokens.add([self.special[EOI]])
+        return tokens
+
+    def _drawing(self, segments: Sequence[Segment], blind: bool) -> Tokens:
+        if any(segment.text is None for segment in segments):
+            raise Unable("showo draws from words alone: leave pictures and classes out, or ask for text")
+        words = "" if blind else " ".join((segment.text or "").strip() for segment in segments)
+        prompt = text.Prompt(self.tokenizer, self.special).ids([self.special[T2I], self.tokenizer.bos_token_id])
+        tokens = Tokens()
+        tokens.add([*prompt.said(words).tokens().ids[: LONGEST - 1], self.tokenizer.eos_token_id])
+        return tokens
+
+    def _question(self, segments: Sequence[Segment]) -> Tokens:
+        pictures = [segment.image for segment in segments if segment.image is not None]
+        if len(pictures) != 1 or any(segment.label is not None or segment.role != "user" for segment in segments):
+            raise Unable("showo answers one question about one picture: give a picture and words")
+        prompt = text.Prompt(self.tokenizer, self.special).ids([self.special[MMU], self.special[SOI]])
+        prompt.image(pictures[0], self.codes).ids([self.special[EOI], self.tokenizer.bos_token_id])
+        words = " ".join((segment.text or "").strip() for segment in segments if segment.image is None)
+        return prompt.own("USER: \n").said(words).own(" ASSISTANT:").tokens()
+
+
+def owns(folder: Path, config: dict[str, Any]) -> bool:
+    return config.get("_class_name") == "Showo"
+
+
+def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
+    """The model in `folder`, in the public layout or in ours, strictly. dtype: None is as it is stored."""
+    from transformers import PhiForCausalLM
+
+    if (folder / hub.MANIFEST).is_file():
+        tokenizer = text_tokenizer(folder)
+        image_tokenizer = load_tokenizer(folder / "image_tokenizer")
+        lm = hub.pretrained(PhiForCausalLM, folder, dtype)
+    else:
+        config = hub.read_json(folder / hub.CONFIG)
+        if config.get("w_clip_vit"):
+            raise ValueError(f"{folder}: a Show-o that reads pictures by CLIP is not known here")
+        language = part(folder, LANGUAGE, hub.settings)
+        tokenizer = text_tokenizer(language)
+        tokenizer.add_special_tokens({"pad_token": PAD, "additional_special_tokens": list(ADDED[1:])})
+        images = hub.read_weights(part(folder, IMAGES, hub.snapshot))
+        image_tokenizer = magvit2.from_public(images, math.isqrt(config["num_vq_tokens"]))
+        lm = phi(hub.read_weights(folder), hub.read_json(language / hub.CONFIG), folder, dtype)
+    vocabulary = Vocabulary(len(tokenizer), image_tokenizer.codebook_size)
+    if lm.config.vocab_size != vocabulary.stop + 1:
+        sizes = f"{len(tokenizer)} pieces of text, {image_tokenizer.codebook_size} image codes and the mask"
+        raise ValueError(f"{folder}: a table of {lm.config.vocab_size} rows is not that of {sizes}")
+    lm.config.bos_token_id, lm.config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    grid = image_tokenizer.grid
+    template = ShowoTemplate(tokenizer, grid[0] * grid[1])
+    writers: dict[str, Generator] = {
+        "text": Text(sorted({*tokenizer.all_special_ids, *template.special.values()})),
+        "masked": OmniMasked(grid, vocabulary.stop, template.special[EOI]),
+    }
+    model = UnifiedModel("showo", Backbone(lm), vocabulary, tokenizer, image_tokenizer, template, writers)
+    model.sample_by("masked", **SAMPLING)
+    return model
+
+
+def part(folder: Path, repo: str, fetch: Any) -> Path:
+    """The folder of a part that other repositories bring, by its name in the model's, else fetched from the hub."""
+    here = folder / repo.partition("/")[2]
+    try:
+        return here if here.is_dir() else Path(fetch(repo))
+    except ValueError as error:
+        raise ValueError(f"{folder} has no {here.name}/ (a part of Show-o), and {error}") from error
+
+
+def text_tokenizer(folder: Path) -> Any:
+    for name in (hub.CONFIG, "tokenizer.json", "tokenizer_config.json"):
+        hub.read_json(folder / name)
+    return text.load(folder)
+
+
+def phi(state: dict[str, Tensor], settings: dict[str, Any], folder: Path, dtype: torch.dtype | None) -> Any:
+    """Phi with normed queries and keys, its table grown; settings: of the Phi that it was made of."""
+    from transformers import PhiConfig, PhiForCausalLM
+    from transformers.initialization import no_init_weights
+
+    ours = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
+    table = ours.get("model.embed_tokens.weight")
+    if table is None or "hidden_size" not in settings:  # a class's defaults are a model of billions
+        raise ValueError(f"checkpoint {folder} is not Show-o's: its table or the settings of its Phi are missing")
+    config = PhiConfig(**settings | {"vocab_size": len(table), "qk_layernorm": True})
+    with no_init_weights():
+        lm = PhiForCausalLM._from_config(config, attn_implementation="sdpa")
+    hub.load_strict(lm.to(dtype or table.dtype), ours, folder)
+    return lm
+
+
+def save_public(model: UnifiedModel, folder: Path) -> None:
+    """Write the files of the public layout, those of the other repositories beside them."""
+    lm, tokenizer, vocabulary = model.backbone.lm, model.image_tokenizer, model.vocabulary
+    assert isinstance(tokenizer, magvit2.MAGVIT2)
+    weights = "pytorch_model.safetensors"
+    hub.write_tensors(folder / weights, {PREFIX + name: tensor for name, tensor in lm.state_dict().items()})
+    config = {"codebook_size": vocabulary.image_size, "llm_model_path": LANGUAGE, "load_from_showo": True}
+    config |= {"llm_vocab_size": vocabulary.text_size - len(ADDED), "num_vq_tokens": math.prod(tokenizer.grid)}
+    config |= {"mask_token_id": vocabulary.stop, "vocab_size": vocabulary.stop + 1, "w_clip_vit": False}
+    save_json(folder / hub.CONFIG, {"_class_name": "Showo"} | config)
+    language, images = (folder / repo.partition("/")[2] for repo in (LANGUAGE, IMAGES))
+    images.mkdir()
+    hub.write_tensors(images / weights, magvit2.to_public(tokenizer))
+    save_json(images / hub.CONFIG, {"_class_name": "MAGVITv2"})
+    lm.config.save_pretrained(language)
+    model.text_tokenizer.save_pretrained(language)

@@ -1,0 +1,166 @@
+"""Show-o's image tokenizer, MAGVIT-v2 for pictures: diffusers' blocks around a quantizer without a table.
+
+    code = sum_d [z_d > 0] 2^(D - 1 - d),   x' = decoder(2 [z_d > 0] - 1)   (Yu et al. 2023, arXiv 2310.05737, eq. 2-3)
+
+16 pixels a code along each side, 13 bits, so 8,192 codes; the first channel is the highest bit. The encoder and the
+decoder have channels and depths of their own at each resolution. Sizes are read off the tensors. The file refuses to
+know: families, training.
+
+Shapes: B batch, C=3 channels, H W pixels, D bits, h w grid of codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unigen import hub
+from unigen.config import from_dict, to_dict
+from unigen.tokenizers.quantize import LookupFree
+from unigen.tokenizers.vqgan import rename
+
+
+@dataclass(frozen=True)
+class MAGVIT2Config:
+    """Everything that defines the network. Channels and residual blocks are one number a resolution, the highest
+    first; each but the first halves the map."""
+
+    image_size: int = 256
+    bits: int = 13
+    encoder_channels: tuple[int, ...] = (128, 256, 256, 512, 512)
+    encoder_blocks: tuple[int, ...] = (4, 3, 4, 3, 4)
+    decoder_channels: tuple[int, ...] = (128, 128, 256, 256, 512)
+    decoder_blocks: tuple[int, ...] = (4, 4, 3, 4, 3)
+
+    def __post_init__(self) -> None:
+        for name in ("encoder_channels", "encoder_blocks", "decoder_channels", "decoder_blocks"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON gives lists
+        if self.image_size <= 0 or self.image_size % self.stride:
+            raise ValueError(f"image_size must be a positive multiple of {self.stride}, got {self.image_size}")
+
+    @property
+    def stride(self) -> int:
+        """Pixels a code along each side."""
+        return int(2 ** (len(self.encoder_channels) - 1))
+
+
+class MAGVIT2(nn.Module):
+    """encode / decode without gradient: it is used as it was published."""
+
+    def __init__(self, config: MAGVIT2Config | None = None) -> None:
+        super().__init__()
+        from diffusers.models.autoencoders.vae import Decoder, Encoder
+
+        self.settings = c = config or MAGVIT2Config()
+        levels = len(c.encoder_channels)
+        down, up = ("DownEncoderBlock2D",) * levels, ("UpDecoderBlock2D",) * levels
+        self.encoder = Encoder(3, c.bits, down, c.encoder_channels, 1, double_z=False)
+        self.decoder = Decoder(c.bits, 3, up, c.decoder_channels, 0)
+        deepen(self.encoder.down_blocks, c.encoder_blocks)
+        deepen(self.decoder.up_blocks, c.decoder_blocks[::-1])
+        self.quant_conv = nn.Conv2d(c.bits, c.bits, 1)
+        self.post_quant_conv = nn.Conv2d(c.bits, c.bits, 1)
+        self.quantizer = LookupFree(c.bits)
+
+    @property
+    def image_size(self) -> int:
+        return self.settings.image_size
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        side = self.settings.image_size // self.settings.stride
+        return side, side
+
+    @property
+    def codebook_size(self) -> int:
+        return self.quantizer.size
+
+    def config(self) -> dict[str, Any]:
+        return {"kind": "magvit2", **to_dict(self.settings)}
+
+    @torch.no_grad()
+    def encode(self, x_BCHW: Tensor) -> Tensor:
+        """Pixels in [-1, 1] (B, 3, H, W) -> codes (B, h, w), the same under autocast."""
+        with torch.autocast(x_BCHW.device.type, enabled=False):
+            z_BDhw = self.quant_conv(self.encoder(x_BCHW.to(self.quant_conv.weight.dtype)))
+            return self.quantizer.codes(z_BDhw.float().flip(1))
+
+    @torch.no_grad()
+    def decode(self, codes_Bhw: Tensor) -> Tensor:
+        """Codes (B, h, w) -> pixels in [-1, 1] (B, 3, H, W), fp32. ValueError for codes out of range."""
+        q_BDhw = self.quantizer.vectors(codes_Bhw).flip(1).to(self.post_quant_conv.weight.dtype)
+        return self.decoder(self.post_quant_conv(q_BDhw)).float().clamp(-1, 1)  # type: ignore[no-any-return]
+
+
+def deepen(levels: nn.ModuleList, depths: tuple[int, ...]) -> None:
+    """Give each resolution, which has one residual block, so many."""
+    from diffusers.models.resnet import ResnetBlock2D
+
+    for level, depth in zip(levels, depths, strict=True):
+        width = level.resnets[-1].out_channels
+        more = (ResnetBlock2D(in_channels=width, temb_channels=None, eps=1e-6) for _ in range(depth - 1))
+        level.resnets.extend(more)
+
+
+def from_config(config: dict[str, Any]) -> MAGVIT2:
+    """The tokenizer described by `MAGVIT2.config()` (kind left out), untrained. ValueError for unknown keys."""
+    return MAGVIT2(from_dict(MAGVIT2Config, config))
+
+
+TABLE = ("quantize.embedding", "quantize.power_vals")
+"""What a public file has of the quantizer: the signs of each code's bits, and what each bit counts."""
+
+
+def from_public(state: Mapping[str, Tensor], side: int) -> MAGVIT2:
+    """The tokenizer of a public file, in eval mode. side: codes along each side of its pictures, which no file says.
+    Raises ValueError listing the difference where its tensors are not those of such a network."""
+    state = dict(state)
+    sizes: dict[str, Any] = {}
+    try:
+        for coder, path in (("encoder", "encoder.down"), ("decoder", "decoder.up")):
+            levels = range(len({name.split(".")[2] for name in state if name.startswith(f"{path}.")}))
+            blocks = [{name.split(".")[4] for name in state if name.startswith(f"{path}.{i}.block.")} for i in levels]
+            sizes[f"{coder}_blocks"] = [len(found) for found in blocks]
+            sizes[f"{coder}_channels"] = [state[f"{path}.{i}.block.0.conv2.weight"].shape[0] for i in levels]
+        bits = state["encoder.conv_out.weight"].shape[0]
+        table = [state.pop(name) for name in TABLE]
+    except (KeyError, IndexError) as error:
+        raise ValueError(f"these are not the tensors of MAGVIT-v2: {error} is missing") from error
+    size = side * 2 ** (len(sizes["encoder_blocks"]) - 1)
+    tokenizer = MAGVIT2(MAGVIT2Config(size, bits, **sizes))
+    if any(not torch.equal(theirs, ours.to(theirs)) for theirs, ours in zip(table, table_of(bits), strict=True)):
+        raise ValueError(f"{' or '.join(TABLE)} of the image tokenizer is not that of {bits} bits")
+    shapes = {name: tensor.shape for name, tensor in tokenizer.state_dict().items()}
+    renamed = {_renamed(name, tokenizer): tensor for name, tensor in state.items()}
+    # attention is a linear map here and a convolution of 1x1 there
+    flat = {k: v.flatten(1) if k in shapes and v.ndim == 4 and len(shapes[k]) == 2 else v for k, v in renamed.items()}
+    hub.load_strict(tokenizer, flat, "of the image tokenizer")
+    return tokenizer.eval()
+
+
+def to_public(tokenizer: MAGVIT2) -> dict[str, Tensor]:
+    """The tensors of the public file."""
+    theirs = {
+        _renamed(k, tokenizer, public=True): v[:, :, None, None] if ".attentions." in k and v.ndim == 2 else v
+        for k, v in tokenizer.state_dict().items()
+    }
+    return theirs | dict(zip(TABLE, table_of(tokenizer.settings.bits), strict=True))
+
+
+def table_of(bits: int) -> tuple[Tensor, Tensor]:
+    """The signs (K, D) of each code's bits, and what each of them counts (D,)."""
+    signs_KD = LookupFree(bits).vectors(torch.arange(2**bits)[None, None])[0, :, 0].flip(0).T
+    return signs_KD, 2 ** torch.arange(bits - 1, -1, -1)
+
+
+_OUTER = (("encoder.quant_conv.", "quant_conv."), ("decoder.post_quant_conv.", "post_quant_conv."))
+
+
+def _renamed(name: str, tokenizer: MAGVIT2, public: bool = False) -> str:
+    """A tensor's name here, of its public one; with public=True the other way."""
+    levels = len(tokenizer.settings.encoder_channels)
+    return rename(hub.renamed(name, _OUTER, back=public), "taming", levels, public)
