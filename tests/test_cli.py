@@ -71,7 +71,9 @@ class FakeEngine:
 def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeEngine:
     fake = FakeEngine()
 
-    def load(name: str, device: str | None = None, dtype: str | None = None) -> FakeEngine:
+    def load(
+        name: str, device: str | None = None, dtype: str | None = None, quantization: str | None = None
+    ) -> FakeEngine:
         if name != "unigen-tiny":
             raise ValueError(f"unknown model {name!r}:\n  neither a folder nor a name")
         return fake

@@ -25,7 +25,7 @@ LAYERS = [
     {"model"},
     {"generators", "tokenizers", "templates"},
     {"nn", "samplers"},
-    {"sequence", "config", "output", "hub"},
+    {"sequence", "config", "output", "hub", "precision"},
 ]
 HEIGHT = {name: len(LAYERS) - i for i, names in enumerate(LAYERS) for name in names}
 ABOVE = {"recipes", "scripts", "data_tools", "tests"}

@@ -9,7 +9,10 @@ Importing the package imports nothing heavy; torch comes with the first attribut
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else it warns of its speed, at import and at every product
 
 __version__ = "0.1.0"
 __all__ = ["Document", "Engine", "Guidance", "Segment", "load"]
@@ -40,6 +43,7 @@ def load(
     device: str | None = None,
     dtype: str | None = None,
     *,
+    quantization: str | None = None,
     lmm: str | None = None,
     generator: str | None = None,
 ) -> Any:
@@ -48,39 +52,47 @@ def load(
     name, one model that reads and one that draws, joined by prompts (`unigen.pairs`).
 
     device: "cpu", "cuda", ...; None is a GPU where there is one. dtype: "float32", "bfloat16" or "float16"; None is
-    float32 for our own models and pipelines, and as stored for other public ones. Raises ValueError in one line for an
-    unknown model, a damaged folder, or a device that is not there.
+    float32 for our own models and pipelines, and as stored for other public ones. quantization: "8bit" or "4bit", the
+    weights of the language model (of a pair, of each of its language models); all else is as dtype says. Raises
+    ValueError in one line for an unknown model, a damaged folder, or a device or package that is not there.
     """
     import torch
 
     from unigen.engine import Engine
     from unigen.models import Unknown, find, load_found
+    from unigen.nn import quantized
+    from unigen.precision import DTYPES
 
-    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype is not None and dtype not in kinds:
-        raise ValueError(f"unknown dtype {dtype!r}: one of {', '.join(kinds)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}: one of {', '.join(DTYPES)}")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} is not available here: {str(error).splitlines()[0]}") from error
-    kind = kinds[dtype] if dtype else None
+    kind = getattr(torch, dtype) if dtype else None
+    if quantization is not None:
+        quantized.check(quantization, device)
 
     def one(name: str, reads: bool = False) -> Any:
         from unigen import pipelines
 
         folder, variant = find(name)
         if pipelines.is_pipeline(folder):
+            if quantization is not None and lmm is None:
+                raise ValueError(
+                    f"{name} is a diffusers pipeline, which has no language model to quantise: leave it out"
+                )
             return pipelines.load(folder, device, kind)
         try:
-            return Engine(load_found(folder, variant, device, kind))
+            return Engine(load_found(folder, variant, device, kind, quantization))
         except Unknown:
             if not reads:
                 raise
             from unigen.pairs import load_reader
 
-            return load_reader(folder, device, kind)
+            return load_reader(folder, device, kind, quantization)
 
     if lmm is None and generator is None:
         return one(name or "unigen-tiny")

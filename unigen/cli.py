@@ -21,6 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from unigen import precision
+
 DEFAULT_MODEL = "unigen-tiny"
 BATCH = 16  # pictures made at a time
 
@@ -110,8 +112,7 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", default=DEFAULT_MODEL, help="a name, a folder, or owner/name on the hub (default: %(default)s)"
     )
     group.add_argument("--lmm", help="a model that reads and writes for the one that draws (--model)")
-    group.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: a GPU where there is one)")
-    group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the engine's choice")
+    precision.add_arguments(group)
 
 
 def sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -215,8 +216,8 @@ def load(args: argparse.Namespace) -> Any:
     import unigen
 
     if args.lmm:
-        return unigen.load(device=args.device, dtype=args.dtype, lmm=args.lmm, generator=args.model)
-    return unigen.load(args.model, device=args.device, dtype=args.dtype)
+        return unigen.load(lmm=args.lmm, generator=args.model, **precision.options_of(args))
+    return unigen.load(args.model, **precision.options_of(args))
 
 
 def sampling(args: argparse.Namespace) -> dict[str, Any]:

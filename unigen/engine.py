@@ -25,6 +25,7 @@ from unigen.likelihood import closest
 from unigen.model import UnifiedModel
 from unigen.nn.backbone import SlotCache
 from unigen.nn.few_rows import use_few_rows
+from unigen.nn.quantized import held, measure
 from unigen.request import Request, checked, sampling_of
 from unigen.samplers.guidance import Guidance
 from unigen.sequence import Document, Segment, read_image, square, stack_images, to_images
@@ -178,7 +179,7 @@ class Engine:
     def info(self) -> dict[str, Any]:
         """What this model is and can do."""
         model = self.model
-        count = sum(p.numel() for p in model.backbone.parameters())
+        count, _ = measure(model.backbone)
         return {
             "family": model.family,
             "backbone": f"{model.backbone.lm.config.model_type}, {count / 1e6:.1f}M parameters",
@@ -191,6 +192,8 @@ class Engine:
             "sampling": {name: sampling_of(model, name) for name in model.generators if name != "text"},
             "outputs": list(self.outputs),
             **({"classes": list(model.template.classes)} if model.template.classes else {}),
+            "precision": held(model.backbone.lm, model.quantization),
+            "weights_mb": round(measure(model)[1] / 1e6, 1),
             "device": str(model.device),
         }
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from unigen import hub
 from unigen.generators.base import CODES, Generator
+from unigen.nn import quantized
 from unigen.nn.backbone import Backbone, SlotCache
 from unigen.samplers.guidance import Guidance
 from unigen.samplers.logits import Sampling
@@ -68,6 +69,7 @@ class UnifiedModel(nn.Module):
         self.template = template
         self.generators = generators
         self.sampling: dict[str, dict[str, Any]] = {}
+        self.quantization: str | None = None
         self.heads = nn.ModuleDict({name: g for name, g in generators.items() if isinstance(g, nn.Module)})
         self.sight = sight
         image_tokenizer.requires_grad_(False)
@@ -113,6 +115,12 @@ class UnifiedModel(nn.Module):
             raise ValueError(f"{generator} takes {self.template.scales} scales of guidance, not {len(scales)}")
         Sampling(**{name: value for name, value in options.items() if name != "guidance"})  # type: ignore[arg-type]
         self.sampling[generator] = dict(options)
+
+    def quantize(self, kind: str, device: str | torch.device) -> None:
+        """Keep the weights of the language model's blocks in "8bit" or "4bit", on the device (`unigen.nn.quantized`).
+        Tables, heads, generators and tokenizers stay as they are. For inference; such a model is not saved."""
+        quantized.quantize(self.backbone.lm.get_decoder(), kind, device)
+        self.quantization = kind
 
     def embed(self, ids: Tensor) -> Tensor:
         return self.backbone.embed(ids)
@@ -227,6 +235,8 @@ class UnifiedModel(nn.Module):
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write the model folder; the old one, if any, is replaced only when the new one is whole."""
+        if self.quantization is not None:
+            raise ValueError(f"{self.quantization} weights are not saved: load the model without quantization")
         import copy
 
         from unigen.config import save_json

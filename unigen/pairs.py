@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from unigen import hub
+from unigen.nn.quantized import held, measure, quantize
 from unigen.sequence import Document, Segment, read_image
 from unigen.templates import Output, Unable
 
@@ -133,8 +134,8 @@ class TransformersReader:
 
     outputs: tuple[Output, ...] = ("text",)
 
-    def __init__(self, model: Any, processor: Any, sees: bool) -> None:
-        self.model, self.processor, self.sees = model.eval(), processor, sees
+    def __init__(self, model: Any, processor: Any, sees: bool, quantization: str | None = None) -> None:
+        self.model, self.processor, self.sees, self.quantization = model.eval(), processor, sees, quantization
 
     @torch.inference_mode()
     def generate(
@@ -181,12 +182,19 @@ class TransformersReader:
         )
 
     def info(self) -> dict[str, Any]:
-        count = sum(p.numel() for p in self.model.parameters())
-        kind = self.model.config.model_type
-        return {"family": "transformers", "model": f"{kind}, {count / 1e6:.1f}M parameters", "sees": self.sees}
+        (count, size), kind = measure(self.model), self.model.config.model_type
+        return {
+            "family": "transformers",
+            "model": f"{kind}, {count / 1e6:.1f}M parameters",
+            "sees": self.sees,
+            "precision": held(self.model, self.quantization),
+            "weights_mb": round(size / 1e6, 1),
+        }
 
 
-def load_reader(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> TransformersReader:
+def load_reader(
+    folder: Path, device: str = "cpu", dtype: torch.dtype | None = None, quantization: str | None = None
+) -> TransformersReader:
     """The model of transformers in `folder`, strictly; no code of the folder is run. Raises ValueError in one line."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as SEEING
@@ -200,4 +208,7 @@ def load_reader(folder: Path, device: str = "cpu", dtype: torch.dtype | None = N
         raise ValueError(f"model folder {folder} cannot be loaded: {hub.first_line(error)}") from error
     if getattr(processor, "chat_template", None) is None:
         raise ValueError(f"{folder} has no chat template: give a model that was tuned to chat")
-    return TransformersReader(hub.pretrained(kind, folder, dtype).to(device), processor, sees)
+    model = hub.pretrained(kind, folder, dtype)
+    if quantization is not None:
+        quantize(model.get_decoder(), quantization, device)
+    return TransformersReader(model.to(device), processor, sees, quantization)

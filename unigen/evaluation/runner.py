@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from unigen import precision
 from unigen.evaluation.task import Item, Task
 
 
@@ -41,8 +42,7 @@ def common_arguments(task: str, description: str, sampled: bool = True) -> Parse
     """What every task understands; `sampled`: the engine draws pictures or texts for it."""
     parser = Parser(prog=f"unigen eval {task}", description=description)
     parser.add_argument("--model", default="unigen-tiny", help="a name or a folder (default: %(default)s)")
-    parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the engine's choice")
+    precision.add_arguments(parser)
     parser.add_argument("--seed", type=whole(0), default=0, help="of prompts and pictures (default: 0)")
     parser.add_argument("--batch", type=whole(1), default=32, help="how many at a time (default: 32)")
     parser.add_argument("--json", metavar="FILE", help="write the figures as one JSON object")
@@ -89,7 +89,7 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
 def load_engine(args: argparse.Namespace) -> Any:
     import unigen
 
-    return unigen.load(args.model, device=args.device, dtype=args.dtype)
+    return unigen.load(args.model, **precision.options_of(args))
 
 
 def draw(

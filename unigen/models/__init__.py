@@ -23,9 +23,13 @@ def load(name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
 
 
 def load_found(
-    folder: Path, variant: str | None, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    folder: Path,
+    variant: str | None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    quantization: str | None = None,
 ) -> UnifiedModel:
-    """The same of what `find` gave."""
+    """The same of what `find` gave. quantization: see `UnifiedModel.quantize`."""
     manifest = hub.read_json(folder / hub.MANIFEST) if (folder / hub.MANIFEST).is_file() else None
     family = family_of(folder, manifest)
     if variant is not None and (manifest is not None or not hasattr(family, "REPOSITORIES")):
@@ -41,6 +45,8 @@ def load_found(
             model.sample_by(generator, **options)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"sampling in {folder / hub.MANIFEST}: {error}") from error
+    if quantization is not None:
+        model.quantize(quantization, device)
     return model.to(device).eval()
 
 

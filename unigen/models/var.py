@@ -109,6 +109,9 @@ class Transformer(nn.Module):
     def set_attn_implementation(self, name: str) -> None:
         """Attention is its own."""
 
+    def get_decoder(self) -> Transformer:
+        return self
+
     def get_input_embeddings(self) -> nn.Embedding:
         return self.classes
 

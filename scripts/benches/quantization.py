@@ -1,0 +1,95 @@
+"""What weights in 8 and 4 bits save in memory, and how far they move what a model draws.
+
+    python scripts/bench.py quantization [--model unigen-tiny] [--device cpu] [--dtype float32]
+        [--count 32] [--json FILE]
+
+The model as it is draws pictures of different prompts greedily. Every contender reads these, the same codes for all,
+and says each next code: "moved" is the root mean square by which logits of codes differ, in standard deviations of the
+model's own, "same" the share of codes that stay the likeliest. "drawn" is the share of codes that are equal where the
+contender draws by itself, so that one other code changes all that follow. MB are of the weights with their scales.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import unigen
+from scripts.benches.batch import prompts
+from unigen import precision
+from unigen.config import write_report
+from unigen.model import UnifiedModel
+from unigen.nn.quantized import measure
+from unigen.sequence import Document, Segment, pack
+
+BATCH = 16
+
+
+def draw(engine: unigen.Engine, asked: list[Segment]) -> list[Tensor]:
+    """The codes (h, w) of greedy pictures."""
+    made: list[Any] = []
+    for start in range(0, len(asked), BATCH):
+        some = [Document([segment]) for segment in asked[start : start + BATCH]]
+        requests = [engine.request(d, "image", generator="next-token", temperature=0.0) for d in some]
+        list(engine.run(requests))
+        made += [request.document.segments[-1].image for request in requests]
+    return made
+
+
+@torch.inference_mode()
+def said(model: UnifiedModel, asked: Segment, codes_hw: Tensor) -> Tensor:
+    """Logits (h w, codes) of a picture's codes, each after those before it, without guidance."""
+    tokens = model.template.encode(Document([asked, Segment(image=codes_hw, role="assistant")]))
+    batch = model.fill(pack([[tokens]], len(tokens), model.image_tokenizer.image_size).to(model.device))
+    row, at_1P = batch.places(torch.tensor([0]))
+    at_P = at_1P[0, model.vocabulary.is_image(batch.ids_BL[0, at_1P[0]])]  # and not what ends a row
+    hidden_PD = model.hidden(batch)[0, at_P - 1]
+    return model.logits(hidden_PD, model.vocabulary.first, model.vocabulary.stop).float()
+
+
+def main(args: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="bench.py quantization", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", default="unigen-tiny")
+    parser.add_argument("--device")
+    parser.add_argument("--dtype", choices=precision.DTYPES, default="float32", help="of the model as it is")
+    parser.add_argument("--count", type=int, default=32, help="pictures")
+    parser.add_argument("--json", metavar="FILE")
+    options = parser.parse_args(args)
+    if options.count < 1:
+        raise ValueError("--count must be at least 1")
+    started, rows = time.monotonic(), []
+    reference = unigen.load(options.model, options.device, options.dtype)
+    if "next-token" not in getattr(getattr(reference, "model", None), "generators", ()):
+        raise ValueError(f"{options.model} does not draw by next-token")
+    if reference.model.text_tokenizer is None:
+        asked = [Segment(label=str(n)) for n in range(options.count)]
+    else:
+        asked = [Segment(text=text) for text in prompts(options.count)]
+    drawn = draw(reference, asked)
+    true = torch.cat([said(reference.model, *pair) for pair in zip(asked, drawn, strict=True)])
+    print(f"{'weights':<16} blocks MB  model MB    moved   same  drawn")
+    for dtype, kind in (
+        (options.dtype, None),
+        ("bfloat16", None),
+        *((options.dtype, kind) for kind in precision.QUANTIZATIONS),
+    ):
+        engine = unigen.load(options.model, options.device, dtype, quantization=kind)
+        parts = engine.model.backbone.lm.get_decoder(), engine.model
+        blocks, whole = (measure(part)[1] / 1e6 for part in parts)
+        logits = torch.cat([said(engine.model, *pair) for pair in zip(asked, drawn, strict=True)])
+        moved = float((logits - true).square().mean().sqrt() / true.std())
+        same = float((logits.argmax(-1) == true.argmax(-1)).float().mean())
+        alone = float((torch.cat(draw(engine, asked)) == torch.cat(drawn)).float().mean())
+        name = f"{dtype} {kind}" if kind else dtype
+        print(f"{name:<16} {blocks:>9.1f} {whole:>9.1f} {moved:>8.4f} {same:>6.3f} {alone:>6.3f}", flush=True)
+        row = {"name": name, "value": moved, "unit": "std", "same": same, "drawn": alone}
+        rows.append(row | {"blocks MB": round(blocks, 1), "model MB": round(whole, 1)})
+    if options.json:
+        command = f"python scripts/bench.py quantization {' '.join(args)}".strip()
+        seconds = time.monotonic() - started
+        write_report(options.json, command=command, model=options.model, rows=rows, seconds=seconds)
+    return 0

@@ -1,0 +1,97 @@
+"""Linear maps whose weights are kept in 8 or 4 bits, by bitsandbytes, as transformers' `quantization_config` has it.
+
+    quantize(decoder, "4bit", "cuda")
+
+8bit is LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339): rows of weights and of inputs in int8, but columns in which
+any input is beyond 6 in half precision, so that what stands in the batch beside a row may move it a little. 4bit is NF4
+(Dettmers et al. 2023, arXiv 2305.14314): blocks of 64 weights with a scale each, inputs as they are. For inference;
+nothing is calibrated. The file refuses to know: what the maps are part of, files.
+
+Shapes: O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from unigen.precision import QUANTIZATIONS
+
+WHOLE = {"8bit": (1, 1), "4bit": (32, 64)}
+"""Outputs and inputs of maps that are quantised are whole multiples of these. Others stay as they are: in 4 bits
+bitsandbytes' product on a CPU stops at them, or gives blocks that go on in the next row another block's scale."""
+
+
+def check(kind: str, device: str | torch.device) -> None:
+    """Try it on one small map. Raises ValueError in one line where weights cannot be kept so here."""
+    if kind not in QUANTIZATIONS:
+        raise ValueError(f"unknown quantization {kind!r}: one of {', '.join(QUANTIZATIONS)}")
+    try:
+        import bitsandbytes  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{kind} weights need bitsandbytes: pip install 'unigen[quantization]'") from error
+    small = nn.Sequential(nn.utils.skip_init(nn.Linear, 64, 32))
+    nn.init.ones_(small[0].weight)
+    try:
+        _replace(small, kind, device)
+        small.to(device).eval()(torch.ones(1, 1, 64, device=device))
+    except (RuntimeError, OSError, AttributeError, ImportError) as error:
+        raise ValueError(f"bitsandbytes has no {kind} weights on {device} here: {error}") from error
+
+
+def quantize(module: nn.Module, kind: str, device: str | torch.device) -> None:
+    """Replace every `nn.Linear` inside of a size in `WHOLE` by one that keeps its weights so, on the device. All else
+    stays as it is. Raises ValueError where that cannot be, and where no map is of such a size."""
+    check(kind, device)
+    if not _replace(module, kind, device):
+        outputs, inputs = WHOLE[kind]
+        raise ValueError(f"no {kind} weights: of no linear map are outputs and inputs multiples of {outputs}, {inputs}")
+
+
+def _replace(module: nn.Module, kind: str, device: str | torch.device) -> int:
+    """How many were replaced."""
+    from transformers import BitsAndBytesConfig
+    from transformers.integrations import replace_with_bnb_linear
+    from transformers.pytorch_utils import Conv1D
+
+    how: dict[str, Any] = {"load_in_8bit": True}
+    if kind == "4bit":
+        dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())
+        how = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+    before = dict(module.named_modules())
+    maps = {name: part for name, part in before.items() if isinstance(part, nn.Linear | Conv1D)}
+    left = [name for name, part in maps.items() if type(part) is not nn.Linear or not _fits(part, kind)]
+    if len(left) == len(maps):
+        return 0
+    replace_with_bnb_linear(module, left, BitsAndBytesConfig(**how))
+    count = 0
+    for name, new in module.named_modules():
+        old: Any = before.pop(name)  # so that no two of them are held at once
+        if new is not old:
+            kept_OI = type(new.weight)(old.weight.detach(), requires_grad=False, **vars(new.weight))
+            new.weight, new.bias = kept_OI.to(device), old.bias
+            count += 1
+    return count
+
+
+def _fits(linear: nn.Linear, kind: str) -> bool:
+    return not any(size % whole for size, whole in zip(linear.weight.shape, WHOLE[kind], strict=True))
+
+
+def held(lm: Any, kind: str | None) -> str:
+    """The precision of a language model's weights, as people read it."""
+    dtype = str(lm.get_input_embeddings().weight.dtype).removeprefix("torch.")
+    return dtype if kind is None else f"{kind}, tables and head {dtype}"
+
+
+def measure(module: nn.Module) -> tuple[int, int]:
+    """How many weights a module has, and bytes that they take, with the scales of those that are quantised."""
+    count = size = 0
+    for p in module.parameters():
+        packed = getattr(p, "quant_state", None)
+        count += p.numel() if packed is None else packed.shape.numel()
+        size += p.nbytes + (0 if packed is None else packed.absmax.nbytes)
+        size += 4 * len(p) if p.dtype == torch.int8 else 0
+    return count, size
