@@ -36,7 +36,7 @@ from unigen.templates import Output
 class _Row:
     """One answer on its way. `unread[b]`: ids that branch b reads before what the generator asks for. `kept`: how many
     positions of the span the cache holds. `features`: of pictures in the prompt that are not read as codes. `seen`: by
-    slot, the states of all that was read, where a generator wants them."""
+    slot, the states of all that was read, where a generator wants them. `anew`: its blind branches begin a picture."""
 
     request: Request
     document: Document
@@ -48,6 +48,7 @@ class _Row:
     images: int = 0
     written: int = 0
     kept: int = 0
+    anew: bool = False
     shown: str = ""
     features: torch.Tensor | None = None
     seen: dict[int, list[torch.Tensor]] = field(default_factory=dict)
@@ -265,10 +266,10 @@ class Engine:
     def _step(self, rows: list[_Row], cache: SlotCache) -> None:
         """One pass of the backbone for all rows, and one step of each row's generator."""
         for row in rows:
-            for slot, ids in zip(row.slots[1:], row.unread[1:], strict=False):
-                if ids:  # a blind branch with something to read begins anew with its span
-                    cache.free(slot)
-                    row.seen.pop(slot, None)
+            for slot in row.slots[1:] if row.anew else ():
+                cache.free(slot)
+                row.seen.pop(slot, None)
+            row.anew = False
         asked = [row.generator.ask(row.state) for row in rows if row.generator and row.state]
         lengths = [len(ids) + len(read.ids) for row, read in zip(rows, asked, strict=True) for ids in row.unread]
         slots = [slot for row in rows for slot in row.slots[: row.branches]]
@@ -439,7 +440,7 @@ class Engine:
         span.opening, span.row_end = () if begin is None else (begin, *layout.opening), layout.row_end
         span.steps, span.sampler, span.accelerate = request.steps, request.sampler, request.accelerate
         span.text_ids = self._opening(row)
-        row.state, row.kept = row.generator.start(span), 0
+        row.state, row.kept, row.anew = row.generator.start(span), 0, True
 
     def _opening(self, row: _Row) -> list[int] | None:
         """The ids of the text that a picture's span opens with; None where it has none, or is to write it."""

@@ -173,17 +173,25 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     raise ValueError(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin")
 
 
-def pretrained(kind: Any, folder: Path, dtype: torch.dtype | None, **options: Any) -> Any:
-    """`kind.from_pretrained` of a folder (whole or sharded), strictly; dtype: None is as it is stored. Raises
-    ValueError in one line where tensors are missing, left over or of another shape, and where a file is damaged."""
+def pretrained(kind: Any, folder: Path, dtype: torch.dtype | None, state: dict[str, Tensor] | None = None) -> Any:
+    """`kind.from_pretrained` of a folder (whole or sharded), strictly; dtype: None is as it is stored; state: the
+    tensors, where they are not as they stand there. Raises ValueError in one line where tensors are missing, left over
+    or of another shape, and where a file is damaged."""
     from safetensors import SafetensorError
 
     if not read_json(folder / CONFIG).get("model_type"):  # a class's defaults are a model of billions
         raise ValueError(f"{folder / CONFIG} names no type of model: it is damaged")
     try:
         with quiet():
+            given: dict[str, Any] = {}
+            if state is not None:
+                given = {"state_dict": state, "config": kind.config_class.from_pretrained(folder)}
             model, report = kind.from_pretrained(
-                folder, dtype=dtype or "auto", local_files_only=True, output_loading_info=True, **options
+                None if given else folder,
+                dtype=dtype or "auto",
+                local_files_only=True,
+                output_loading_info=True,
+                **given,
             )
     except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
         raise ValueError(f"model folder {folder} cannot be loaded: {first_line(error)}") from error

@@ -196,7 +196,8 @@ class UnifiedModel(nn.Module):
             [
                 s if s.image is None or isinstance(s.image, Tensor) else Segment(image=next(codes), role=s.role)
                 for s in document.segments
-            ]
+            ],
+            document.size,
         )
 
     def pixels(self, images: Sequence[Any]) -> Tensor:

@@ -124,8 +124,12 @@ def checked(
     drawn = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     codes: dict[str, Any] = {k: default[k] if value is None else value for k, value in drawn.items()}
     texts = 0.8 if output == "interleaved" else 0.0
+    document, grid = Document.of(prompt), grid_of(model, size)
+    if model.template.free_size:
+        stride = model.image_tokenizer.image_size // model.image_tokenizer.grid[0]
+        document.size = (grid[1] * stride, grid[0] * stride)
     return Request(
-        document=Document.of(prompt),
+        document=document,
         output=output,
         generator=generator,
         guidance=guidance,
@@ -134,7 +138,7 @@ def checked(
         seed=int(seed),
         max_tokens=max_tokens,
         max_images=max_images,
-        grid=grid_of(model, size),
+        grid=grid,
         steps=steps,
         sampler=sampler,
         accelerate=accelerate,

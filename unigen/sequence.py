@@ -133,16 +133,18 @@ class Segment:
 
 @dataclass(eq=False)
 class Document:
-    """Interleaved text and images with chat roles. In training, what the assistant says is learnt."""
+    """Interleaved text and images with chat roles. In training, what the assistant says is learnt. size: width and
+    height in pixels of the pictures that it asks for, of models that draw any."""
 
     segments: list[Segment] = field(default_factory=list)
+    size: tuple[int, int] | None = None
 
     @classmethod
     def of(cls, prompt: Any) -> Document:
         """A document from what users pass: a string, an image, a list of both, the number of a class, or a document
         (which is copied)."""
         if isinstance(prompt, Document):
-            return cls(list(prompt.segments))
+            return cls(list(prompt.segments), prompt.size)
         if isinstance(prompt, (str, Image.Image, np.ndarray, Path, Segment, Integral)):
             prompt = [prompt]
         if not isinstance(prompt, (list, tuple)):

@@ -14,6 +14,7 @@ from PIL import Image
 import unigen
 from tests.parity import janus as case
 from unigen import hub
+from unigen.models import convert
 from unigen.sequence import Document, Segment
 
 
@@ -67,6 +68,42 @@ def test_pictures_are_read_alone_as_in_a_batch(folder: Path) -> None:
     together = engine.generate_batch(asked, [0, 0, 0], output="text", max_tokens=8)
     assert together == [engine.generate(one, "text", max_tokens=8) for one in asked]
     assert len(set(together)) == 3
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_layout_of_transformers(tmp_path: Path, tied: bool) -> None:
+    """Read with a head of its own or with the embeddings as its head, and written in the authors' layout."""
+    case.transformers_checkpoint(tmp_path / "theirs", tied, heads=2)
+    stored = hub.read_tensors(tmp_path / "theirs" / "model.safetensors")
+    assert ("lm_head.weight" in stored) == (not tied)
+    first = unigen.load(str(tmp_path / "theirs"), "cpu")
+    head, table = (first.model.state_dict()[f"backbone.lm.{name}.weight"] for name in ("lm_head", "model.embed_tokens"))
+    assert torch.equal(head, table) == tied
+    convert(tmp_path / "theirs", tmp_path / "public", "public")
+    second = unigen.load(str(tmp_path / "public"), "cpu")
+    asked = [Image.new("RGB", (32, 20), "red"), "What is it"]
+    assert first.generate(asked, "text", max_tokens=8) == second.generate(asked, "text", max_tokens=8)
+
+
+def test_the_layout_of_transformers_damaged(tmp_path: Path) -> None:
+    case.transformers_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match="heads of width 32"):
+        convert(tmp_path, tmp_path / "public", "public")
+    config = json.loads((tmp_path / "config.json").read_text())
+    for harm, reason in (
+        ({"text_config": {}}, "says 32000 pieces of width 4096"),
+        ({"text_config": None}, "damaged"),
+        ({"vision_config": config["vision_config"] | {"image_size": 64}}, "of another shape"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | harm))
+        with pytest.raises(ValueError, match=reason):
+            unigen.load(str(tmp_path), "cpu")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    state = hub.read_tensors(tmp_path / "model.safetensors")
+    for name in ("model.generation_embeddings.weight", "model.aligner.fc1.weight", "model.vqmodel.quant_conv.bias"):
+        hub.write_tensors(tmp_path / "model.safetensors", {k: v for k, v in state.items() if k != name})
+        with pytest.raises(ValueError, match="missing|not whole|not among them"):
+            unigen.load(str(tmp_path), "cpu")
 
 
 def test_what_it_refuses(folder: Path) -> None:

@@ -1,5 +1,5 @@
 """Janus against its official code: the loop of its script over the tensors of the public folder, SigLIP written out,
-and the official VQ-16.
+and the official VQ-16. In transformers' layout, against transformers' `generate`.
 
 The goldens of the VQ are made from `checkpoint` by the official class:
     UNIGEN_REFERENCE_JANUS=<Janus>/janus/models python scripts/parity.py janus --goldens
@@ -7,6 +7,8 @@ The goldens of the VQ are made from `checkpoint` by the official class:
 
 from __future__ import annotations
 
+import copy
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -89,6 +91,41 @@ def checkpoint(folder: Path) -> None:
     hub.write_tensors(folder / "model.safetensors", state)
     save_json(folder / "config.json", {"model_type": "multi_modality", "language_config": language})
     save_json(folder / "preprocessor_config.json", {"image_size": SIDE})
+
+
+def transformers_checkpoint(folder: Path, tied: bool = False, heads: int = 4) -> None:
+    """A model folder in transformers' layout with random weights, as its conversion script writes one. tied: is the
+    head the embeddings? heads: of the vision encoder."""
+    from transformers import JanusConfig, JanusForConditionalGeneration, LlamaConfig, Qwen2Tokenizer
+
+    lines = [f"a red apple on a blue table two dogs What is it {janus.SYSTEM} User: Assistant:\n\n"]
+    names = ["<bos>", janus.USER, janus.ASSISTANT, janus.BOI, janus.EOI, janus.PAD, "<image_placeholder>"]
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(lines * 4, 400, new_special_tokens=names)
+    tokenizer.add_special_tokens({"bos_token": "<bos>", "pad_token": janus.PAD})
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    width, known = LANGUAGE["hidden_size"], tokenizer.get_vocab()
+    config = JanusConfig(
+        text_config=LlamaConfig(**LANGUAGE, **ids, vocab_size=len(tokenizer), pad_token_id=known[janus.PAD]),
+        vision_config={
+            "hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": heads, "image_size": SIDE,
+            "patch_size": PATCH // 2, "projection_dim": width, "num_image_tokens": (SIDE // PATCH * 2) ** 2,
+        },
+        vq_config={
+            "embed_dim": 8, "num_embeddings": CODES, "latent_channels": 16, "base_channels": 32,
+            "channel_multiplier": [1, 1, 2], "projection_dim": width, "image_token_embed_dim": width,
+        },
+        image_token_id=known["<image_placeholder>"], tie_word_embeddings=tied,
+    )  # fmt: skip
+    model = JanusForConditionalGeneration(config)
+    model.load_state_dict(common.randomise(model.state_dict(), seed=2, scale=2.0))
+    model.tie_weights()
+    chosen = model.generation_config
+    chosen.guidance_scale, chosen.pad_token_id, chosen.boi_token_id = 5, known[janus.PAD], known[janus.BOI]
+    model.save_pretrained(folder)
+    said = {"image_token": "<image_placeholder>", "boi_token": janus.BOI, "eoi_token": janus.EOI}
+    tokenizer.save_pretrained(folder)
+    settings = folder / "tokenizer_config.json"
+    save_json(settings, hub.read_json(settings) | {"extra_special_tokens": said})
 
 
 def pixels() -> Tensor:
@@ -256,6 +293,137 @@ def rows(folder: Path) -> Iterator[Row]:
     there = golden["pixels"].clamp(-1, 1)
     made_BCHW, wrong_BCHW = tokenizer.decode(golden["codes"]), long.eval().decode(golden["codes"])
     yield Row("janus codes to pixels", error(made_BCHW, there), error(wrong_BCHW, there), trap_said, against)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        transformers_checkpoint(Path(scratch))
+        yield from transformers_rows(Path(scratch))
+
+
+class Transformers:
+    """transformers' own processor and `generate`."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoTokenizer, GenerationConfig, JanusForConditionalGeneration, JanusProcessor
+        from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
+
+        self.model = JanusForConditionalGeneration.from_pretrained(folder, attn_implementation="eager").eval()
+        images = JanusImageProcessorPil(image_mean=[0.5] * 3, image_std=[0.5] * 3, size={"height": SIDE, "width": SIDE})
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        count = self.model.config.vision_config.num_image_tokens
+        self.processor = JanusProcessor(images, tokenizer, num_image_tokens=count)
+        self.config = GenerationConfig.from_pretrained(folder)
+        self.config.generation_kwargs = {"boi_token_id": tokenizer.convert_tokens_to_ids(janus.BOI)}
+
+    def chosen(self, **options: Any) -> Any:
+        config = copy.deepcopy(self.config)
+        config.update(**options)
+        return config
+
+    def asked(self, words: str, image: Image.Image | None = None) -> Any:
+        """What is read to draw, or to answer where there is a picture."""
+        from transformers.models.janus.processing_janus import DEFAULT_SYSTEM_PROMPT
+
+        if image is None:
+            text = f"<bos><|User|>: {words}\n\n<|Assistant|>:"
+            return self.processor(text=[text], generation_mode="image")
+        text = f"<bos>{DEFAULT_SYSTEM_PROMPT}<|User|>: <image_placeholder>\n{words}\n\n<|Assistant|>:"
+        return self.processor(text=[text], images=[image])
+
+    def draw(self, words: str, **options: Any) -> tuple[list[int], Tensor]:
+        """Codes, and the logits (N, K) of each after guidance."""
+        steps: list[Tensor] = []
+
+        def watched(_: Tensor, scores_BK: Tensor) -> Tensor:
+            full, blind = scores_BK.double()
+            steps.append(blind + 5.0 * (full - blind))
+            return scores_BK
+
+        made = self.model.generate(
+            **self.asked(words), generation_mode="image", generation_config=self.chosen(**options),
+            logits_processor=[watched],
+        )  # fmt: skip
+        return made[0].tolist(), torch.stack(steps)
+
+    def answer(self, words: str, image: Image.Image, forbidden: list[int], length: int) -> tuple[list[int], Tensor]:
+        """Ids of a greedy answer, and the logits (V,) of the first."""
+        asked = self.asked(words, image)
+        chosen = self.chosen(
+            max_new_tokens=length, max_length=None, suppress_tokens=forbidden, do_sample=False, output_logits=True,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+        made = self.model.generate(**asked, generation_config=chosen)
+        return made.sequences[0, asked["input_ids"].shape[1] :].tolist(), made.logits[0][0]
+
+
+def transformers_rows(folder: Path) -> Iterator[Row]:
+    engine = unigen.load(str(folder), device="cpu")
+    model, reference = engine.model, Transformers(folder)
+    template, begin, against = model.template, model.template.begins["next-token"], "transformers' generate"
+
+    ours = [id for words in PROMPTS for id in (*template.prompt(Document.of(words), output="image").ids, begin)]
+    blind = [
+        id for words in PROMPTS for id in (*template.prompt(Document.of(words), output="image", blind=1).ids, begin)
+    ]
+    theirs = [id for words in PROMPTS for id in reference.asked(words)["input_ids"][0].tolist()]
+    yield Row("janus-hf prompt ids", differing(ours, theirs), differing(blind, theirs), "padding", "JanusProcessor")
+
+    asked = Document([Segment(image=picture()), Segment(text="What is it")])
+    turned = Document([Segment(image=picture().resize((SIDE, SIDE))), *asked.segments[1:]])
+    forbidden = [id for id in model.generators["text"].forbidden if id not in template.turn_ends]
+    ids, there = reference.answer("What is it", picture(), forbidden, 16)
+    found = []
+    for given in (asked, turned):
+        with common.seen_logits(next_token) as steps:
+            request = engine.request(given, "text", max_tokens=16)
+            list(engine.run([request]))
+        said = template.tokenizer(request.document.segments[-1].text, add_special_tokens=False)["input_ids"]
+        found.append((steps[0][0], said))
+    legal, trap = found[0][0].isfinite(), "a picture stretched"
+    yield Row(
+        "janus-hf answer logits", error(found[0][0][legal], there[legal]), error(found[1][0][legal], there[legal]),
+        trap, against,
+    )  # fmt: skip
+    assert len(ids) == 16
+    told = template.tokenizer(template.decode(ids), add_special_tokens=False)["input_ids"]
+    yield Row("janus-hf answer ids", differing(found[0][1], told), differing(found[1][1], told), trap, against)
+
+    codes, steps_NK = reference.draw(PROMPTS[0], do_sample=False)
+    places, trap = [0, 1, model.image_tokenizer.grid[1] - 1, len(codes) - 1], "codes through the text's table"
+    found = []
+    for trapped in (False, True):
+        with as_text(model, trapped), common.seen_logits(next_token) as steps:
+            request = engine.request(PROMPTS[0], "image", temperature=0.0)
+            list(engine.run([request]))
+        found.append((torch.stack([steps[at][0] for at in places]), drawn_of(request)))
+    there = steps_NK[places]
+    yield Row("janus-hf logits", error(found[0][0], there), error(found[1][0], there), trap, against)
+    assert len(set(codes)) >= 32, f"too few different codes: {len(set(codes))}"
+    yield Row("janus-hf greedy ids", differing(found[0][1], codes), differing(found[1][1], codes), trap, against)
+
+    drawn: dict[bool, list[int]] = {False: [], True: []}
+    right = []
+    for words in PROMPTS:
+        torch.manual_seed(5 * 1_000_003 + 1)
+        right += reference.draw(words, do_sample=True, top_k=0)[0]
+        for trapped, written in drawn.items():
+            request = engine.request(words, "image", seed=5)
+            with as_text(model, trapped):
+                list(engine.run([request]))
+            written += drawn_of(request)
+    yield Row("janus-hf sampled ids", differing(drawn[False], right), differing(drawn[True], right), trap, against)
+
+    made_Bhw = torch.tensor(right).unflatten(0, (2, *model.image_tokenizer.grid))
+    with torch.no_grad():
+        there = reference.model.decode_image_tokens(made_Bhw.flatten(1)).permute(0, 3, 1, 2).clamp(-1, 1)
+    here, turned_BCHW = (model.image_tokenizer.decode(codes_Bhw) for codes_Bhw in (made_Bhw, made_Bhw.mT))
+    yield Row(
+        "janus-hf codes to pixels", error(here, there), error(turned_BCHW.mT, there), "columns for rows",
+        "decode_image_tokens",
+    )  # fmt: skip
+
+
+def drawn_of(request: Any) -> list[int]:
+    return request.document.segments[-1].image.flatten().tolist()  # type: ignore[no-any-return]
 
 
 def without_unit(tokenizer: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ looked for as in Liquid. Text is drawn without the official repetition penalty. 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ from unigen.tokenizers import text, vqgan
 
 BOI, EOI, EOT = "<racm3:break>", "<eoss>", "<reserved08706>"
 CODE = "IMGIMG{}Z"
+MASKED = "mask_image_logits"
+"""What the configs of Lumina-mGPT say more than those of transformers."""
 IMAGE_SIZE = 512
 SAMPLING: dict[str, Any] = {"guidance": [3.0, 1.2], "temperature": 0.7, "top_p": 0.9}
 
@@ -47,13 +49,16 @@ def spelt(code: int) -> str:
 class ChameleonTemplate(PublicTemplate):
     outputs: tuple[Output, ...] = ("image", "text", "interleaved")
     scales = 2
+    names: tuple[str, ...] = (BOI, EOI, EOT)
+    apart = False
+    """Is there a space between a picture and the words beside it?"""
 
     def __init__(self, tokenizer: Any, positions: int) -> None:
         super().__init__(tokenizer)
         known = tokenizer.get_vocab()
-        if missing := [name for name in (BOI, EOI, EOT) if name not in known]:
-            raise ValueError(f"the text tokenizer has no {', '.join(missing)}: it is not Chameleon's")
-        self.positions, self.special = positions, {name: known[name] for name in (BOI, EOI, EOT)}
+        if missing := [name for name in self.names if name not in known]:
+            raise ValueError(f"the text tokenizer has no {', '.join(missing)}: it is not this family's")
+        self.positions, self.special = positions, {name: known[name] for name in self.names}
         self.turn_ends = (self.special[EOT], tokenizer.eos_token_id)
         self.begins = {self.reader: self.special[BOI]}
 
@@ -82,60 +87,79 @@ class ChameleonTemplate(PublicTemplate):
         prompt = self._said(segments, turns=not blind)
         return (prompt.own(EOT, loss=True) if document.segments[-1].role == "assistant" else prompt).tokens()
 
-    def _said(self, segments: Sequence[Segment], turns: bool) -> text.Prompt:
-        prompt = text.Prompt(self.tokenizer, self.special).ids([self.tokenizer.bos_token_id])
-        for number, segment in enumerate(segments):
+    def _said(self, segments: Sequence[Segment], turns: bool, begins: bool = True) -> text.Prompt:
+        prompt = text.Prompt(self.tokenizer, self.special).ids([self.tokenizer.bos_token_id] if begins else [])
+        before = None
+        for segment in segments:
             learnt = segment.role == "assistant"
-            if turns and number and segments[number - 1].role != segment.role:
+            if before is not None and before.role == segment.role:
+                prompt.said(" " if self.apart or (before.text and segment.text) else "", loss=learnt)
+            elif before is not None and turns:
                 prompt.own(EOT, loss=not learnt)
             if segment.image is not None:
-                prompt.own(BOI, loss=learnt).image(segment.image, self.positions, loss=learnt).own(EOI)
+                self._picture(prompt, segment.image, learnt)
             elif segment.label is not None:
-                raise ValueError("chameleon reads words, not classes: say it in words")
+                raise ValueError("this model reads words, not classes: say it in words")
             else:
-                follows = number and segments[number - 1].text and segments[number - 1].role == segment.role
-                prompt.said(" " * bool(follows) + (segment.text or "").strip(), loss=learnt)
+                prompt.said((segment.text or "").strip(), loss=learnt)
+            before = segment
         return prompt
+
+    def _picture(self, prompt: text.Prompt, image: Any, learnt: bool) -> text.Prompt:
+        return prompt.own(BOI, loss=learnt).image(image, self.positions, loss=learnt).own(EOI)
 
 
 def owns(folder: Path, config: dict[str, Any]) -> bool:
-    return config.get("model_type") == "chameleon"
+    return config.get("model_type") == "chameleon" and MASKED not in config
 
 
 def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
     """The model in `folder`, in transformers' layout or in ours, strictly. dtype: None is as it is stored."""
     from transformers import ChameleonForConditionalGeneration
 
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        hub.read_json(folder / name)
-    tokenizer = text.load(folder)
-    image_tokenizer = vqgan.of_chameleon(folder, IMAGE_SIZE)
+    tokenizer, image_tokenizer = tokenizers(folder)
     lm = hub.pretrained(ChameleonForConditionalGeneration, folder, dtype)
-    names, known = [spelt(code) for code in range(image_tokenizer.codebook_size)], tokenizer.get_vocab()
-    if missing := [name for name in names if name not in known]:
-        raise ValueError(f"{folder}: the text tokenizer lacks {len(missing)} image codes, {missing[0]} among them")
-    ids = [known[name] for name in names]
-    first = min(ids)
-    if max(ids) - first + 1 != len(ids):
-        raise ValueError(f"{folder}: the ids of the image codes are not in a row")
-    order = tuple(torch.tensor(ids).argsort().tolist())
-    vocabulary = Vocabulary(lm.config.vocab_size, len(ids), first, order)
     height, width = image_tokenizer.grid
     template = ChameleonTemplate(tokenizer, height * width)
-    forbidden = {*tokenizer.all_special_ids, *template.special.values()} - set(ids)
-    writers: dict[str, Generator] = {
-        "text": Text(sorted(forbidden)),
-        "next-token": NextToken(image_tokenizer.grid),
-    }
-    model = UnifiedModel("chameleon", Backbone(lm), vocabulary, tokenizer, image_tokenizer, template, writers)
+    model = joined("chameleon", lm, image_tokenizer, template, template.special.values())
     model.sample_by("next-token", **SAMPLING)
     return model
 
 
-def save_public(model: UnifiedModel, folder: Path) -> None:
-    """Write the files of transformers' layout, and Chameleon's image tokenizer beside them."""
+def tokenizers(folder: Path) -> tuple[Any, Any]:
+    """Of text and of pictures."""
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        hub.read_json(folder / name)
+    return text.load(folder), vqgan.of_chameleon(folder, IMAGE_SIZE)
+
+
+def joined(
+    family: str, lm: Any, image_tokenizer: Any, template: ChameleonTemplate, specials: Iterable[int], row_end: int = 0
+) -> UnifiedModel:
+    """The parts as one model. specials: ids that no text holds, beside the tokenizer's own; row_end: ids after a row of
+    codes. ValueError where the codes' names or ids are not Chameleon's."""
+    tokenizer = template.tokenizer
+    names, known = [spelt(code) for code in range(image_tokenizer.codebook_size)], tokenizer.get_vocab()
+    if missing := [name for name in names if name not in known]:
+        raise ValueError(f"the text tokenizer lacks {len(missing)} image codes, {missing[0]} among them")
+    ids = [known[name] for name in names]
+    first = min(ids)
+    if max(ids) - first + 1 != len(ids):
+        raise ValueError("the ids of the image codes are not in a row")
+    order = tuple(torch.tensor(ids).argsort().tolist())
+    vocabulary = Vocabulary(lm.config.vocab_size, len(ids), first, order)
+    writers: dict[str, Generator] = {
+        "text": Text(sorted({*tokenizer.all_special_ids, *specials} - set(ids))),
+        "next-token": NextToken(image_tokenizer.grid, row_end),
+    }
+    return UnifiedModel(family, Backbone(lm), vocabulary, tokenizer, image_tokenizer, template, writers)
+
+
+def save_public(model: UnifiedModel, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
+    """Write the files of transformers' layout, and Chameleon's image tokenizer beside them. state: the tensors, where
+    they are not transformers'."""
     assert isinstance(model.image_tokenizer, vqgan.VQGAN)
     with hub.quiet():
-        model.backbone.lm.save_pretrained(folder)
+        model.backbone.lm.save_pretrained(folder, state_dict=state)
     model.text_tokenizer.save_pretrained(folder)
     vqgan.save_public(model.image_tokenizer, folder / "tokenizer")

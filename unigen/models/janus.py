@@ -5,7 +5,7 @@ of their own (Wu et al. 2024, arXiv 2410.13848; Chen et al. 2025, arXiv 2501.178
     <bos><pad> ... <pad><begin_of_image> ...                                            guidance's other branch
     <bos>{system}\n\n<|User|>: <begin_of_image> 576 features <end_of_image>\n{question}\n\n<|Assistant|>:   an answer
 
-    engine = unigen.load("deepseek-ai/Janus-Pro-1B")
+    engine = unigen.load("deepseek-ai/Janus-Pro-1B")         # or transformers' layout: deepseek-community/Janus-Pro-1B
 
 The padding of the other branch is read like any id. Codes stand in our vocabulary after the text, though no table holds
 both: id = text + code. Public weights: not run here.
@@ -42,7 +42,9 @@ SYSTEM = (
 )
 PAPER = (127, 127, 127)
 """What a picture to be read is laid on to make it square."""
-HEAD_WIDTH = 64
+EMBEDDINGS = "backbone.lm.model.embed_tokens.weight"
+IMAGE_SIZE = 384
+HEADS, HEAD_WIDTH = 16, 64
 """Of the vision encoder's attention, SigLIP's."""
 SAMPLING = {"guidance": 5.0, "temperature": 1.0}
 
@@ -160,7 +162,7 @@ class JanusSight(Sight):
         return self.aligner[1](gelu(self.aligner[0](seen_BPD)))  # type: ignore[no-any-return]
 
 
-# what a tensor is called in a public folder, and here
+# what a tensor is called in a public folder, and here: in the authors' layout, then in transformers'
 _NAMES = (
     ("gen_embed.", "backbone.table."),
     ("gen_aligner.layers.", "backbone.aligner."),
@@ -181,6 +183,28 @@ _BLOCK = (
     (".attn.", ".self_attn."),
     (".self_attn.proj.", ".self_attn.projection_layer."),
 )
+_TRANSFORMERS = (
+    ("lm_head.", "backbone.lm.lm_head."),
+    ("model.language_model.", "backbone.lm.model."),
+    ("model.generation_embeddings.", "backbone.table."),
+    ("model.generation_aligner.fc1.", "backbone.aligner.0."),
+    ("model.generation_aligner.hidden_layers.0.", "backbone.aligner.2."),
+    ("model.generation_head.proj_out.", "backbone.head.0."),
+    ("model.generation_head.vision_head.", "backbone.head.2."),
+    ("model.aligner.fc1.", "sight.aligner.0."),
+    ("model.aligner.hidden_layers.0.", "sight.aligner.1."),
+    ("model.vision_model.", "sight.encoder."),
+    ("model.vqmodel.", "image_tokenizer."),
+)
+_VQ = (
+    (".down.", ".conv_blocks."),
+    (".up.", ".conv_blocks."),
+    (".block.", ".res."),
+    (".mid.block_1.", ".mid.0."),
+    (".mid.attn_1.", ".mid.1."),
+    (".mid.block_2.", ".mid.2."),
+)
+"""Of the image tokenizer in transformers' layout, and in the authors'."""
 
 
 def from_public(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -195,6 +219,15 @@ def from_public(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 ours[name.replace(".qkv.", f".{part}_proj.")] = third
         else:
             ours[name] = tensor[0] if name.endswith("position_embedding.weight") else tensor
+    return ours
+
+
+def from_transformers(state: Mapping[str, Tensor], tied: bool) -> dict[str, Tensor]:
+    """The tensors of a folder in transformers' layout by their names here. tied: is the head, where there is none, the
+    embeddings?"""
+    ours = {hub.renamed(k, _TRANSFORMERS, _VQ if k.startswith("model.vqmodel.") else ()): v for k, v in state.items()}
+    if tied and EMBEDDINGS in ours:
+        ours.setdefault("backbone.lm.lm_head.weight", ours[EMBEDDINGS])
     return ours
 
 
@@ -213,11 +246,11 @@ def to_public(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def owns(folder: Path, config: dict[str, Any]) -> bool:
-    return config.get("model_type") == "multi_modality"
+    return config.get("model_type") in ("multi_modality", "janus")
 
 
 def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
-    """The model in `folder`, in the public layout or in ours, strictly. dtype: None is as it is stored."""
+    """The model in `folder`, in the authors' layout, transformers' or ours, strictly. dtype: None is as stored."""
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.initialization import no_init_weights
 
@@ -233,21 +266,28 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
             state |= {f"{part}.{name}": tensor for name, tensor in tensors.items()}
         vision = hub.read_json(folder / "sight" / hub.CONFIG)
     else:
-        state = from_public(hub.read_weights(folder))
-        size = int(hub.read_json(folder / "preprocessor_config.json").get("image_size", 384))
+        if config["model_type"] == "janus":
+            state = from_transformers(hub.read_weights(folder), config.get("tie_word_embeddings", True))
+            said, config = config["vision_config"], config["text_config"]
+            size, heads = int(said.get("image_size", IMAGE_SIZE)), said.get("num_attention_heads", HEADS)
+        else:
+            state = from_public(hub.read_weights(folder))
+            size, heads = int(hub.read_json(folder / "preprocessor_config.json").get("image_size", IMAGE_SIZE)), None
+            config = config["language_config"]
         coded = {k.removeprefix("image_tokenizer."): v for k, v in state.items() if k.startswith("image_tokenizer.")}
         image_tokenizer = vqgan.from_public(coded, size, "llamagen")
-        config = config["language_config"]
-        vision = vision_settings(state, size)
+        vision = vision_settings(state, size, heads)
     own = {name: tensor for name, tensor in state.items() if not name.startswith("image_tokenizer.")}
     try:
         codes, code_dim = own["backbone.table.weight"].shape
         head_width = own["backbone.head.0.weight"].shape[0]
+        table = tuple(own[EMBEDDINGS].shape)
     except KeyError as error:
         raise ValueError(f"checkpoint {folder} has no {error.args[0]}: it is not whole") from error
-    if "hidden_size" not in config:  # a class's defaults are a model of billions
-        raise ValueError(f"{folder / hub.CONFIG} has no hidden_size of its language model: it is damaged")
     lm_config = LlamaConfig(**config)
+    if table != (lm_config.vocab_size, lm_config.hidden_size):  # a class's defaults are a model of billions
+        said = f"{lm_config.vocab_size} pieces of width {lm_config.hidden_size}"
+        raise ValueError(f"{folder / hub.CONFIG} says {said}, the tensors {table[0]} of {table[1]}: it is damaged")
     lm_config.bos_token_id, lm_config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     parts = nn.Module()
     with no_init_weights():
@@ -268,8 +308,8 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
     return model
 
 
-def vision_settings(state: Mapping[str, Tensor], size: int) -> dict[str, Any]:
-    """Of the vision encoder, read off its tensors: a public folder names it and does not describe it."""
+def vision_settings(state: Mapping[str, Tensor], size: int, heads: int | None = None) -> dict[str, Any]:
+    """Of the vision encoder, read off its tensors: the authors' folders name it and do not describe it."""
     try:
         patch = state["sight.encoder.embeddings.patch_embedding.weight"]
         hidden = patch.shape[0]
@@ -280,15 +320,24 @@ def vision_settings(state: Mapping[str, Tensor], size: int) -> dict[str, Any]:
     return {
         "hidden_size": hidden,
         "num_hidden_layers": len(layers),
-        "num_attention_heads": max(1, hidden // HEAD_WIDTH),
+        "num_attention_heads": heads or heads_of(hidden),
         "mlp_ratio": wide / hidden,
         "image_size": size,
         "patch_size": patch.shape[-1],
     }
 
 
+def heads_of(width: int) -> int:
+    """Of a vision encoder that nothing else is said of."""
+    return max(1, width // HEAD_WIDTH)
+
+
 def save_public(model: UnifiedModel, folder: Path) -> None:
-    """Write the files of the public layout."""
+    """Write the files of the authors' layout. ValueError for a vision encoder that it cannot describe."""
+    assert isinstance(model.sight, JanusSight)
+    width, heads = (model.sight.settings[name] for name in ("hidden_size", "num_attention_heads"))
+    if heads != heads_of(width):
+        raise ValueError(f"the authors' layout has no word for a vision encoder with heads of width {width // heads}")
     tokenizer, size = model.image_tokenizer, model.image_tokenizer.image_size
     assert isinstance(tokenizer, vqgan.VQGAN) and isinstance(model.backbone, JanusBackbone)
     state = {k: v for k, v in model.state_dict().items() if k.startswith(("backbone.", "sight."))}

@@ -1,0 +1,215 @@
+"""Lumina-mGPT: Chameleon tuned to pictures of any size, which open with their size and have ends of rows (Liu et al.
+2024, arXiv 2408.02657).
+
+    <s>Generate an image of {W}x{H} according to the following prompt:\\n{words}<reserved08706>
+        <racm3:break> h-token w-token (2w codes <reserved08799>) x 2h <eoss>                        a picture
+    <racm3:break> h-token w-token ...                                       guidance's other branch: the picture alone
+    <s>{question} <racm3:break> ... <eoss><reserved08706>                   an answer, or what an edit begins with
+
+    engine = unigen.load("Alpha-VLLM/Lumina-mGPT-7B-768")          # -Omni edits
+    engine.generate("a waterfall", size=(1024, 512))
+
+h and w count squares of 32 pixels, two codes a side: <reserved08800 + n>. The layers are Chameleon's; public folders
+lack the encoder of pictures, and their norms of queries and keys have r rows, which heads share:
+
+    norm of head i = row floor(i r / heads)
+
+Pictures are read and drawn by Chameleon's VQGAN, looked for as in Liquid. The official code draws text by its 10
+likeliest pieces, here as in all families. Public weights: not run here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from unigen import hub
+from unigen.config import save_json
+from unigen.model import UnifiedModel
+from unigen.models import chameleon
+from unigen.models.chameleon import BOI, EOI, EOT, MASKED, ChameleonTemplate
+from unigen.sequence import Document, Layout, Segment, Tokens
+from unigen.templates import Output
+from unigen.tokenizers import text, vqgan
+
+EOL = "<reserved08799>"
+SQUARE = 2
+"""Codes along a side of the squares that sizes are counted in."""
+MOST = 64
+"""Squares along a side."""
+RATIO = 4
+"""The longest pictures that are read: so many times as long as wide."""
+ASKED = "Generate an image of {}x{} according to the following prompt:\n"
+NAMED = re.compile(r"mGPT-\d+B-(\d+)")
+"""What a folder says of the size that it was tuned to: its name."""
+CLASS = "ChameleonXLLMXForConditionalGeneration"
+SAMPLING: dict[str, Any] = {"guidance": 4.0, "temperature": 1.0, "top_k": 2000}
+
+
+class LuminaTemplate(ChameleonTemplate):
+    """stride: pixels a code along each side; size: along each side of a picture, where nothing says so."""
+
+    names = (BOI, EOI, EOT, EOL)
+    free_size, scales, apart = True, 1, True
+
+    def __init__(self, tokenizer: Any, stride: int, size: int) -> None:
+        super().__init__(tokenizer, (size // stride) ** 2)
+        self.stride, self.size = stride, size
+        known = tokenizer.get_vocab()
+        self.sides = [known[name] for n in range(1, MOST + 1) if (name := f"<reserved{8800 + n:05d}>") in known]
+
+    def layout(self, grid: tuple[int, int]) -> Layout:
+        if any(codes % SQUARE or codes // SQUARE > len(self.sides) for codes in grid):
+            side, (height, width) = SQUARE * self.stride, (codes * self.stride for codes in grid)
+            most = f"up to {len(self.sides) * side}"
+            raise ValueError(f"a size is width and height in pixels, multiples of {side} {most}, not {width}x{height}")
+        opening = tuple(self.sides[codes // SQUARE - 1] for codes in grid)
+        return Layout(grid, opening, (self.special[EOL],), (self.special[EOI],))
+
+    def frame(self, image: Image.Image, size: int) -> np.ndarray:
+        """The middle of the picture, in that shape of at most `size` squared pixels which leaves most of it."""
+        width, height = max(shapes(size, SQUARE * self.stride), key=lambda shape: (kept(image.size, shape), shape))
+        while image.width >= 2 * width and image.height >= 2 * height:
+            image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+        scale = max(width / image.width, height / image.height)
+        image = image.resize((round(scale * image.width), round(scale * image.height)), Image.Resampling.BICUBIC)
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        return np.asarray(image.crop((left, top, left + width, top + height)))
+
+    def prompt(self, document: Document, *, output: Output, blind: int = 0) -> Tokens:
+        segments = document.segments
+        if blind:
+            return Tokens()
+        if output == "image" and wordy(segments):
+            return self._drawing(segments, document.size or (self.size, self.size)).tokens()
+        return super().prompt(document, output=output)
+
+    def encode(self, document: Document, *, blind: bool = False, writer: str = "next-token") -> Tokens:
+        """A whole document to learn from: one that ends in a picture of the assistant's, with the words that it is
+        drawn from; else a chat, of which the assistant's answers are learnt."""
+        *asked, last = document.segments
+        if blind:
+            prompt = self._said([last], turns=False, begins=False)
+        elif isinstance(last.image, Tensor) and last.role == "assistant" and wordy(asked):
+            height, width = last.image.shape
+            prompt = self._drawing(asked, (width * self.stride, height * self.stride))
+            prompt = self._picture(prompt, last.image, learnt=True)
+        else:
+            prompt = self._said(document.segments, turns=True)
+        return (prompt.own(EOT, loss=True) if last.role == "assistant" else prompt).tokens()
+
+    def _drawing(self, segments: Sequence[Segment], size: tuple[int, int]) -> text.Prompt:
+        words = " ".join((segment.text or "").strip() for segment in segments)
+        prompt = text.Prompt(self.tokenizer, self.special).ids([self.tokenizer.bos_token_id])
+        return prompt.own(ASKED.format(*size)).said(words).own(EOT)
+
+    def _said(self, segments: Sequence[Segment], turns: bool, begins: bool = True) -> text.Prompt:
+        """Words before pictures where a user's turn begins with all of its pictures: so the model was tuned."""
+        ordered: list[Segment] = []
+        for role, turn in groupby(segments, key=lambda segment: segment.role):
+            said = list(turn)
+            first = next((n for n, segment in enumerate(said) if segment.image is None), len(said))
+            alone = role == "user" and all(segment.image is None for segment in said[first:])
+            ordered += said[first:] + said[:first] if alone else said
+        return super()._said(ordered, turns, begins)
+
+    def _picture(self, prompt: text.Prompt, image: Any, learnt: bool) -> text.Prompt:
+        if not isinstance(image, Tensor):
+            raise ValueError(
+                "pictures stand in this model's prompts by their own size: give them as codes (model.read)"
+            )
+        layout = self.layout((image.shape[0], image.shape[1]))
+        prompt.own(BOI, loss=learnt).ids(list(layout.opening)).image(image, layout.rows, loss=learnt)
+        return prompt.ids(list(layout.closing))
+
+
+def wordy(segments: Sequence[Segment]) -> bool:
+    """Is it a user's words alone?"""
+    return all(segment.text is not None and segment.role == "user" for segment in segments)
+
+
+def shapes(size: int, side: int) -> list[tuple[int, int]]:
+    """Widths and heights in pixels of pictures to be read: multiples of `side`, of no more pixels than `size` squared,
+    for each width the greatest heights, at most `RATIO` times as long as wide."""
+    most = (size // side) ** 2
+    found = {(w, h) for w in range(1, most + 1) for h in range(most // (w + 1), most // w + 1) if h}
+    return [(w * side, h * side) for w, h in found if max(w, h) <= RATIO * min(w, h)]
+
+
+def kept(size: tuple[int, int], shape: tuple[int, int]) -> float:
+    """The share of a picture that is left when it is cut to a shape."""
+    across, down = (there / here for there, here in zip(shape, size, strict=True))
+    return min(across, down) / max(across, down)
+
+
+def owns(folder: Path, config: dict[str, Any]) -> bool:
+    """Is this Chameleon by Lumina's own class? transformers' configs do not say whether codes are forbidden."""
+    return config.get("model_type") == "chameleon" and MASKED in config
+
+
+def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
+    """The model in `folder`, in the public layout or in ours, strictly. dtype: None is as it is stored."""
+    from transformers import ChameleonForConditionalGeneration
+
+    tokenizer, image_tokenizer = chameleon.tokenizers(folder)
+    if (folder / hub.MANIFEST).is_file():
+        lm = hub.pretrained(ChameleonForConditionalGeneration, folder, dtype)
+    else:
+        if named := NAMED.search(str(folder.absolute())):
+            image_tokenizer.settings = replace(image_tokenizer.settings, image_size=int(named[1]))
+        state = from_public(hub.read_weights(folder), hub.read_json(folder / hub.CONFIG))
+        # transformers' class has an encoder of pictures, which is that of the image tokenizer
+        for name, tensor in vqgan.to_public(image_tokenizer).items():
+            if not name.startswith("decoder."):
+                state.setdefault(f"{VISION}{name}", tensor)
+        lm = hub.pretrained(ChameleonForConditionalGeneration, folder, dtype, state)
+    size = image_tokenizer.image_size
+    template = LuminaTemplate(tokenizer, size // image_tokenizer.grid[0], size)
+    specials = (*template.special.values(), *template.sides)
+    model = chameleon.joined("lumina", lm, image_tokenizer, template, specials, row_end=1)
+    model.sample_by("next-token", **SAMPLING)
+    return model
+
+
+VISION = "model.vqmodel."
+_NORM = re.compile(r"\.self_attn\.([qk])_norm\.(weight|bias)$")
+
+
+def from_public(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a public folder as transformers has them: a norm for each head."""
+    queries = config["num_attention_heads"]
+    heads = {"q": queries, "k": config.get("num_key_value_heads") or queries}
+    return {
+        name: tensor.repeat_interleave(heads[norm[1]] // len(tensor), 0) if (norm := _NORM.search(name)) else tensor
+        for name, tensor in state.items()
+    }
+
+
+def to_public(state: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
+    """The same tensors in the public layout. ValueError where heads that share a norm no longer have the same."""
+    theirs = {}
+    for name, tensor in state.items():
+        if _NORM.search(name):
+            tensor, shared = tensor.unflatten(0, (rows, -1))[:, 0], tensor
+            if not torch.equal(tensor.repeat_interleave(len(shared) // rows, 0), shared):
+                raise ValueError(f"{name}: its heads have norms of their own, which the public layout cannot hold")
+        if not name.startswith(VISION):
+            theirs[name] = tensor
+    return theirs
+
+
+def save_public(model: UnifiedModel, folder: Path) -> None:
+    """Write the files of the public layout, and Chameleon's image tokenizer beside them."""
+    lm = model.backbone.lm
+    chameleon.save_public(model, folder, to_public(lm.state_dict(), lm.config.model_parallel_size))
+    config = hub.read_json(folder / hub.CONFIG)
+    save_json(folder / hub.CONFIG, config | {"architectures": [CLASS], MASKED: False})
