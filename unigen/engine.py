@@ -230,8 +230,7 @@ class Engine:
         """Answer all requests together; yields (number of the request, piece of text or picture) as they are made."""
         rows = self._rows(requests)
         slots = sum(len(row.slots) for row in rows)
-        layers = self.model.backbone.lm.config.get_text_config().num_hidden_layers
-        cache = SlotCache(layers, slots, self.model.device)
+        cache = self.model.backbone.new_cache(slots, self.model.device)
         number = {id(row): i for i, row in enumerate(rows)}
         while rows:
             self._step(rows, cache)

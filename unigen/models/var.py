@@ -123,6 +123,10 @@ class Transformer(nn.Module):
 class VARBackbone(Backbone):
     """The class is read as the first position, and stays with its slot: every norm is told it."""
 
+    def new_cache(self, slots: int, device: torch.device) -> SlotCache:
+        """In the precision of the weights: queries come many at once."""
+        return SlotCache(len(self.lm.blocks), slots, device)
+
     def hidden(self, embeds_BLD: Tensor, positions_BL: Tensor, mask: Tensor, cache: SlotCache | None = None) -> Tensor:
         assert cache is not None, "VAR's transformer is for inference"
         lm, rows = self.lm, cache.step.rows

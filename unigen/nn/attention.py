@@ -96,8 +96,16 @@ def packed_attention(
     """A `transformers` attention function: inside each document of `packing`, else as `attention_mask` says.
 
     Padding attends to nothing and gives zeros. A group's shorter documents are filled up at their end, beyond the reach
-    of every real query.
+    of every real query. Keys of a cache in another precision than the query's are met in theirs.
     """
+    if query_BHLE.dtype != key_BHLE.dtype:
+        if attention_mask is not None and attention_mask.is_floating_point():
+            attention_mask = attention_mask.to(key_BHLE.dtype)
+        query = query_BHLE.to(key_BHLE.dtype)
+        mixed_BLHE, _ = packed_attention(
+            module, query, key_BHLE, value_BHLE, attention_mask, scaling, dropout, packing, **kwargs
+        )
+        return mixed_BLHE.to(query_BHLE.dtype), None
     one = query_BHLE.is_cpu and query_BHLE.shape[2] == 1 and query_BHLE.shape[1] == key_BHLE.shape[1]
     if packing is None and one and (attention_mask is None or attention_mask.is_floating_point()):
         scale = query_BHLE.shape[-1] ** -0.5 if scaling is None else scaling

@@ -36,6 +36,12 @@ class Backbone(nn.Module):
     def embed(self, ids_BL: Tensor) -> Tensor:
         return self.lm.get_input_embeddings()(ids_BL)
 
+    def new_cache(self, slots: int, device: torch.device) -> SlotCache:
+        """An empty cache for so many slots. On a CPU it is in float32, whatever the weights are in: products of one
+        query with the keys of half precision are several times slower there."""
+        layers = self.lm.config.get_text_config().num_hidden_layers
+        return SlotCache(layers, slots, device, torch.float32 if device.type == "cpu" else None)
+
     def hidden(self, embeds_BLD: Tensor, positions_BL: Tensor, mask: Tensor, cache: SlotCache | None = None) -> Tensor:
         """Hidden states (B, L, D) after the last norm. mask: bool (B, 1, L, K), True where a key may be seen."""
         seen = embeds_BLD.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)  # once, not in every layer
@@ -93,8 +99,9 @@ class _SlotLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         _, heads, _, dim = key_states.shape
-        self.keys = key_states.new_zeros(self.owner.slots, heads, 0, dim)
-        self.values = value_states.new_zeros(self.owner.slots, heads, 0, value_states.shape[-1])
+        dtype = self.owner.dtype or key_states.dtype
+        self.keys = key_states.new_zeros(self.owner.slots, heads, 0, dim, dtype=dtype)
+        self.values = value_states.new_zeros(self.owner.slots, heads, 0, value_states.shape[-1], dtype=dtype)
         self.is_initialized = True
 
     def reserve(self, capacity: int) -> None:
@@ -118,8 +125,8 @@ class _SlotLayer(CacheLayerMixin):
                 self.keys[row, :, at : at + count] = key_states[i]
                 self.values[row, :, at : at + count] = value_states[i]
         else:
-            self.keys[step.rows_B1, :, step.at_BL] = key_states.transpose(1, 2)
-            self.values[step.rows_B1, :, step.at_BL] = value_states.transpose(1, 2)
+            self.keys[step.rows_B1, :, step.at_BL] = key_states.transpose(1, 2).to(self.keys.dtype)
+            self.values[step.rows_B1, :, step.at_BL] = value_states.transpose(1, 2).to(self.values.dtype)
         if step.contiguous:
             rows = slice(step.first, step.first + len(step.rows))
             return self.keys[rows, :, : step.keys], self.values[rows, :, : step.keys]
@@ -155,11 +162,12 @@ class SlotCache(Cache):
     """A cache of numbered slots, each with a length of its own: rows join, leave and roll back without moving others.
 
     A step writes its keys after each slot's length. What of them stays is said afterwards by `keep`: one position for
-    next-token prediction, none for masked prediction, the accepted ones for speculative decoding.
+    next-token prediction, none for masked prediction, the accepted ones for speculative decoding. dtype: in which keys
+    and values are kept; None is as they come.
     """
 
-    def __init__(self, layers: int, slots: int, device: torch.device) -> None:
-        self.slots, self.capacity, self.device = slots, 0, device
+    def __init__(self, layers: int, slots: int, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        self.slots, self.capacity, self.device, self.dtype = slots, 0, device, dtype
         self.lengths = torch.zeros(slots, dtype=torch.int64)
         self.notes: dict[int, Tensor] = {}
         """What a backbone keeps of a slot beside keys and values, from the slot's first position on."""

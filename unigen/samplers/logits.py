@@ -34,7 +34,7 @@ def warp(logits_BV: Tensor, sampling: Sampling) -> Tensor:
     """Log-weights after temperature, top-k and top-p; what is cut is -inf. Needs temperature > 0."""
     logits_BV = logits_BV.float() / sampling.temperature
     if 0 < sampling.top_k < logits_BV.shape[-1]:
-        least_B1 = logits_BV.topk(sampling.top_k, dim=-1).values[:, -1:]
+        least_B1 = logits_BV.kthvalue(logits_BV.shape[-1] - sampling.top_k + 1, dim=-1, keepdim=True).values
         logits_BV = logits_BV.masked_fill(logits_BV < least_B1, -math.inf)
     if sampling.top_p < 1:
         sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True)
