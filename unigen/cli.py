@@ -110,6 +110,7 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", default=DEFAULT_MODEL, help="a name, a folder, or owner/name on the hub (default: %(default)s)"
     )
     group.add_argument("--lmm", help="a model that reads and writes for the one that draws (--model)")
+    group.add_argument("--adapter", help="a folder: what the --lmm reads is told to a pipeline (--model) by its states")
     group.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: a GPU where there is one)")
     group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the engine's choice")
 
@@ -214,8 +215,11 @@ def info_arguments(parser: argparse.ArgumentParser) -> None:
 def load(args: argparse.Namespace) -> Any:
     import unigen
 
+    if args.adapter and not args.lmm:
+        raise ValueError("an adapter joins two models: give the one that reads too, by --lmm")
     if args.lmm:
-        return unigen.load(device=args.device, dtype=args.dtype, lmm=args.lmm, generator=args.model)
+        pair = {"lmm": args.lmm, "generator": args.model, "adapter": args.adapter}
+        return unigen.load(device=args.device, dtype=args.dtype, **pair)
     return unigen.load(args.model, device=args.device, dtype=args.dtype)
 
 
