@@ -34,6 +34,7 @@ def test_a_pipeline_draws_what_diffusers_does(words_folder: Path) -> None:
     assert together[1].tobytes() == drawn.tobytes() != together[0].tobytes()
     assert engine.generate("a red dog", seed=7, guidance=4.0, sampler="dpm++", **SMALL).tobytes() != drawn.tobytes()
     assert engine.generate("a red dog", seed=7, guidance=4.0, **SMALL).tobytes() == drawn.tobytes()  # back as it was
+    assert engine.generate("a red dog", seed=7, guidance=4.0, negative="a hill", **SMALL).tobytes() != drawn.tobytes()
 
 
 def test_a_pipeline_edits_and_inpaints(words_folder: Path) -> None:

@@ -35,8 +35,9 @@ from unigen.sequence import Document
 MASKS = ("prompt_attention_mask", "prompt_embeds_mask")
 """What pipelines call the mask of prompts of any length."""
 POOLED = "pooled_prompt_embeds"
-ENCODED = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False, "prompt_2": None, "prompt_3": None}
-"""Of a pipeline's `encode_prompt`, as far as it takes them: one prompt, for all of its encoders, without guidance."""
+ENCODED = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False, "clean_caption": False}
+"""Of a pipeline's `encode_prompt`: one prompt as it is, without guidance. What else it takes is as its `__call__` has
+it."""
 
 
 class Embeds(NamedTuple):
@@ -175,21 +176,21 @@ class AdaptedPipeline(PipelineEngine):
 @torch.no_grad()
 def embed(pipe: Any, words: str) -> Embeds:
     """Words as a pipeline's own text encoder tells it them. Raises ValueError for a pipeline that is told otherwise."""
-    takes = set(inspect.signature(pipe.__call__).parameters)
+    usual = {name: taken.default for name, taken in inspect.signature(pipe.__call__).parameters.items()}
     kind = type(pipe).__name__
-    others = [name for name in takes if name.startswith("prompt_embeds_") and name not in MASKS]
-    if "prompt_embeds" not in takes or others or not hasattr(pipe, "encode_prompt"):
+    others = [name for name in usual if name.startswith("prompt_embeds_") and name not in MASKS]
+    if "prompt_embeds" not in usual or others or not hasattr(pipe, "encode_prompt"):
         raise ValueError(f"{kind} is not told by prompt embeddings alone: an adapter cannot tell it what to draw")
-    given = {"prompt": [words], "device": pipe.device} | ENCODED
+    given = usual | ENCODED | {"prompt": [words], "device": pipe.device}
     heard = inspect.signature(pipe.encode_prompt).parameters
     made = pipe.encode_prompt(**{name: value for name, value in given.items() if name in heard})
-    made = made if isinstance(made, tuple) else (made,)
-    if not isinstance(made[0], Tensor) or made[0].ndim != 3:
+    embeds, *rest = made if isinstance(made, tuple) else (made,)
+    if not isinstance(embeds, Tensor) or embeds.ndim != 3:
         raise ValueError(f"{kind} has prompt embeddings of a kind of its own: an adapter cannot tell it what to draw")
-    vectors = [part for part in made if isinstance(part, Tensor) and part.ndim == 2]
-    pooled = next((part[0] for part in vectors if part.is_floating_point()), None) if POOLED in takes else None
-    masks = [part[0].bool() for part in vectors if not part.is_floating_point() and not takes.isdisjoint(MASKS)]
-    return Embeds(made[0][0, masks[0]] if masks else made[0][0], pooled)
+    flat = [part for part in rest if isinstance(part, Tensor) and part.ndim == 2]
+    pooled = [part[0] for part in flat if POOLED in usual]
+    masks = [part[0].bool() for part in flat if part.shape == embeds.shape[:2] and not usual.keys().isdisjoint(MASKS)]
+    return Embeds(embeds[0, masks[0]] if masks else embeds[0], pooled[0] if pooled else None)
 
 
 def join(painter: Any, lmm: Any, folder: str | Path) -> AdaptedPipeline:

@@ -143,7 +143,7 @@ class PipelineEngine:
             return {"class_labels": [self._class(labels[0])]}
         if labels:
             raise ValueError("this pipeline draws words, not classes: say what to draw in words")
-        return {"prompt": [words]} if "prompt" in self.takes else {}
+        return {"prompt": words} if "prompt" in self.takes else {}
 
     def _class(self, label: Any) -> int:
         names = getattr(self.pipe, "labels", {}) or {}
