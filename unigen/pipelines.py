@@ -38,6 +38,8 @@ FLOW_SAMPLERS = {
     "heun": "FlowMatchHeunDiscreteScheduler",
 }
 
+GLM_SIZE, GLM_STRIDE = (1024, 1024), 32
+"""Of GLM-Image's pictures where no size is asked for, and what sizes are multiples of; in pixels."""
 
 OPTIONS = {
     "steps": "num_inference_steps",
@@ -205,6 +207,41 @@ class PipelineEngine:
         return getattr(diffusers, kinds[sampler]).from_config(self.usual.config)
 
 
+class GlmImageEngine(PipelineEngine):
+    """GLM-Image: a language model writes a picture's tokens, a DiT draws them. Its pipeline has to be told every size,
+    and a picture to edit has to be as large as its processor would make it."""
+
+    def __init__(self, pipe: Any) -> None:
+        super().__init__(pipe)
+        reader = pipe.vision_language_encoder
+        tokens = type(reader).get_image_tokens
+
+        def get_image_tokens(features: Any, grids: Any = None) -> Any:
+            """transformers wants a list of pictures (C, h, w), of which diffusers gives the one without its list."""
+            alone = isinstance(features, torch.Tensor) and features.ndim == 3
+            return tokens(reader, [features] if alone else features, grids)
+
+        reader.get_image_tokens = get_image_tokens
+
+    def _draw(
+        self, pipe: Any, given: Sequence[dict[str, Any]], seeds: Sequence[int], options: dict[str, Any]
+    ) -> list[Any]:
+        given = [one | {name: [self._fitted(x) for x in one[name]] for name in one if name == "image"} for one in given]
+        usual = given[0]["image"][0].size if given and "image" in given[0] else GLM_SIZE
+        devices = [pipe.device] if pipe.device.type == "cuda" else []
+        with hub.quiet(), torch.random.fork_rng(devices):  # tokens are drawn by the global state, which it seeds
+            return super()._draw(pipe, given, seeds, options | {"size": options.get("size") or usual})
+
+    def _fitted(self, picture: Image.Image) -> Image.Image:
+        if max(picture.size) > 4 * min(picture.size):
+            raise ValueError(f"GLM-Image reads pictures up to four times as long as wide, not {picture.size}: crop it")
+        bounds = self.pipe.processor.image_processor.size
+        least, most = bounds["shortest_edge"] ** 0.5, bounds["longest_edge"] ** 0.5
+        scale = min(max(1.0, least / min(picture.size)), most / max(picture.size))
+        width, height = (max(GLM_STRIDE, round(side * scale / GLM_STRIDE) * GLM_STRIDE) for side in picture.size)
+        return picture.resize((width, height), Image.Resampling.BICUBIC)
+
+
 def is_pipeline(folder: Path) -> bool:
     """Does the folder hold a diffusers pipeline?"""
     return (folder / INDEX).is_file()
@@ -224,4 +261,5 @@ def load(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | 
             )
     except Exception as error:  # whatever a damaged part makes its own library raise
         raise ValueError(f"pipeline {folder} cannot be loaded: {hub.first_line(error)}") from error
-    return PipelineEngine(pipe.to(device))
+    kind = GlmImageEngine if type(pipe).__name__ == "GlmImagePipeline" else PipelineEngine
+    return kind(pipe.to(device))
