@@ -195,15 +195,15 @@ def test_alone_as_in_a_batch_and_seeded(pair: Any) -> None:
     assert pair.generate(ASKED[0][0], seed=6, **SMALL).tobytes() != together[0].tobytes()
 
 
-@pytest.mark.parametrize("kind", ["pooled_folder", "free_folder"])
+@pytest.mark.parametrize(("kind", "reads"), [("pooled_folder", "janus_folder"), ("free_folder", "chat_folder")])
 def test_pooled_embeddings_and_prompts_of_any_length(
-    kind: str, chat_folder: Path, tmp_path: Path, train: Any, request: Any
+    kind: str, reads: str, tmp_path: Path, train: Any, request: Any
 ) -> None:
     """Two text encoders and a pooled embedding; a mask, and as many embeddings as the words have pieces."""
-    folder = request.getfixturevalue(kind)
-    metrics = train(chat_folder, folder, tmp_path, "steps=250", "length=24", asked=WORDS)
+    lmm, folder = request.getfixturevalue(reads), request.getfixturevalue(kind)
+    metrics = train(lmm, folder, tmp_path, "steps=250", "length=24", asked=WORDS)
     assert ("pooled" in metrics) == (kind == "pooled_folder") and ("counts" in metrics) == (kind == "free_folder")
-    made = unigen.load(device="cpu", lmm=str(chat_folder), generator=str(folder), adapter=str(tmp_path / "model"))
+    made = unigen.load(device="cpu", lmm=str(lmm), generator=str(folder), adapter=str(tmp_path / "model"))
     own, other = PipelineEngine(made.painter.pipe), untrained(made)
     size = SMALL | ({"use_resolution_binning": False} if kind == "free_folder" else {})
     for asked, words in WORDS:
@@ -252,6 +252,9 @@ def test_the_command(
     out, where = tmp_path / "out.png", ["--lmm", str(seeing_folder), "--model", str(words_folder), "--device", "cpu"]
     small = ["--steps", "2", "--size", "32x32", "-o", str(out)]
     assert cli.main(["generate", "a red dog", *small, *where, "--adapter", str(joined)]) == 0 and out.exists()
+    assert (
+        cli.main(["edit", str(out), "a hill", *small[4:], *where, "--dtype", "bfloat16", "--adapter", str(joined)]) == 0
+    )
     assert cli.main(["info", *where, "--adapter", str(joined)]) == 0
     assert "77 embeddings of 32" in capsys.readouterr().out
     assert cli.main(["generate", "a", *small, "--model", str(words_folder), "--adapter", str(joined)]) == 2

@@ -178,7 +178,7 @@ def embed(pipe: Any, words: str) -> Embeds:
     """Words as a pipeline's own text encoder tells it them. Raises ValueError for a pipeline that is told otherwise."""
     usual = {name: taken.default for name, taken in inspect.signature(pipe.__call__).parameters.items()}
     kind = type(pipe).__name__
-    others = [name for name in usual if name.startswith("prompt_embeds_") and name not in MASKS]
+    others = [name for name in usual if name.startswith(("prompt_embeds_", "prior_token")) and name not in MASKS]
     if "prompt_embeds" not in usual or others or not hasattr(pipe, "encode_prompt"):
         raise ValueError(f"{kind} is not told by prompt embeddings alone: an adapter cannot tell it what to draw")
     given = usual | ENCODED | {"prompt": [words], "device": pipe.device}
