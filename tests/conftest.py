@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -96,3 +97,86 @@ def engine(tiny_folder: Path) -> Any:
         if p.ndim > 1 and p.requires_grad:  # the heads' too, of which some begin with zeros; tokenizers are frozen
             p.data.normal_(0, 0.3, generator=rng)
     return engine
+
+
+def autoencoder() -> Any:
+    from diffusers import AutoencoderKL
+
+    halves = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    return AutoencoderKL(block_out_channels=(32, 64), latent_channels=4, sample_size=32, **halves)
+
+
+@pytest.fixture(scope="session")
+def words_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion of random weights."""
+    import torch
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(0)
+    letters = "abcdefghijklmnopqrstuvwxyz,."
+    vocab = {f"{c}</w>": i for i, c in enumerate(letters)} | {c: 30 + i for i, c in enumerate(letters)}
+    vocab |= {"<|startoftext|>": 60, "<|endoftext|>": 61}
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77)
+    size = {"hidden_size": 32, "intermediate_size": 37, "num_attention_heads": 4, "num_hidden_layers": 2}
+    ids = {"bos_token_id": 60, "eos_token_id": 61, "pad_token_id": 61}
+    unet = UNet2DConditionModel(
+        block_out_channels=(32, 64), layers_per_block=1, sample_size=16, in_channels=4, out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+    )  # fmt: skip
+    pipe = StableDiffusionPipeline(
+        vae=autoencoder(), text_encoder=CLIPTextModel(CLIPTextConfig(**size, **ids, vocab_size=62)), unet=unet,
+        tokenizer=tokenizer, scheduler=DDIMScheduler(clip_sample=False, steps_offset=1), safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("words")
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def classes_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A DiT of random weights."""
+    import torch
+    from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=1, sample_size=8,
+        patch_size=2, num_embeds_ada_norm=1000, norm_type="ada_norm_zero", norm_elementwise_affine=False,
+    )  # fmt: skip
+    names = {str(n): f"thing {n}" for n in range(10)}
+    folder = tmp_path_factory.mktemp("classes")
+    DiTPipeline(transformer, autoencoder(), DDIMScheduler()).save_pretrained(folder)
+    index = folder / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"id2label": names}))  # as the public one has them
+    return folder
+
+
+@pytest.fixture(scope="session")
+def janus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.parity import janus as janus_case
+
+    folder = tmp_path_factory.mktemp("janus")
+    janus_case.checkpoint(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A language model of transformers with a chat template, which sees nothing."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Tokenizer
+
+    torch.manual_seed(0)
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(["a red dog on a blue hill, user assistant"] * 4, 300)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant{% endif %}"
+    )
+    folder = tmp_path_factory.mktemp("chat")
+    tokenizer.save_pretrained(folder)
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**size, vocab_size=len(tokenizer))).save_pretrained(folder)
+    return folder

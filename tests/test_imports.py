@@ -20,6 +20,7 @@ LAYERS = [
     {"serving"},
     {"reasoning"},
     {"training", "evaluation", "probes"},
+    {"adapters"},
     {"engine", "models", "data", "pipelines", "pairs"},
     {"likelihood", "request"},
     {"model"},

@@ -3,7 +3,6 @@ made here, by Python and by the command."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,93 +12,78 @@ import torch
 from PIL import Image
 
 import unigen
-from tests.parity import janus as janus_case
 from tests.parity import llamagen as llamagen_case
 from unigen import cli
+from unigen.adapters import embed
 from unigen.pairs import PairedEngine
 from unigen.pipelines import PipelineEngine
 from unigen.sequence import Document, Segment
 
-
-def autoencoder() -> Any:
-    from diffusers import AutoencoderKL
-
-    halves = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    return AutoencoderKL(block_out_channels=(32, 64), latent_channels=4, sample_size=32, **halves)
-
-
-@pytest.fixture(scope="session")
-def words_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Stable Diffusion of random weights."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    torch.manual_seed(0)
-    letters = "abcdefghijklmnopqrstuvwxyz,."
-    vocab = {f"{c}</w>": i for i, c in enumerate(letters)} | {c: 30 + i for i, c in enumerate(letters)}
-    vocab |= {"<|startoftext|>": 60, "<|endoftext|>": 61}
-    tokenizer = CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77)
-    size = {"hidden_size": 32, "intermediate_size": 37, "num_attention_heads": 4, "num_hidden_layers": 2}
-    ids = {"bos_token_id": 60, "eos_token_id": 61, "pad_token_id": 61}
-    unet = UNet2DConditionModel(
-        block_out_channels=(32, 64), layers_per_block=1, sample_size=16, in_channels=4, out_channels=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=32,
-    )  # fmt: skip
-    pipe = StableDiffusionPipeline(
-        vae=autoencoder(), text_encoder=CLIPTextModel(CLIPTextConfig(**size, **ids, vocab_size=62)), unet=unet,
-        tokenizer=tokenizer, scheduler=DDIMScheduler(clip_sample=False, steps_offset=1), safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("words")
-    pipe.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def classes_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A DiT of random weights."""
-    from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
-
-    torch.manual_seed(0)
-    transformer = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=1, sample_size=8,
-        patch_size=2, num_embeds_ada_norm=1000, norm_type="ada_norm_zero", norm_elementwise_affine=False,
-    )  # fmt: skip
-    names = {str(n): f"thing {n}" for n in range(10)}
-    folder = tmp_path_factory.mktemp("classes")
-    DiTPipeline(transformer, autoencoder(), DDIMScheduler()).save_pretrained(folder)
-    index = folder / "model_index.json"
-    index.write_text(json.dumps(json.loads(index.read_text()) | {"id2label": names}))  # as the public one has them
-    return folder
-
-
-@pytest.fixture(scope="session")
-def janus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("janus")
-    janus_case.checkpoint(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A language model of transformers with a chat template, which sees nothing."""
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Tokenizer
-
-    torch.manual_seed(0)
-    tokenizer = Qwen2Tokenizer().train_new_from_iterator(["a red dog on a blue hill, user assistant"] * 4, 300)
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}"
-        "{% if add_generation_prompt %}assistant{% endif %}"
-    )
-    folder = tmp_path_factory.mktemp("chat")
-    tokenizer.save_pretrained(folder)
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(**size, vocab_size=len(tokenizer))).save_pretrained(folder)
-    return folder
-
-
 SMALL = {"steps": 3, "size": (32, 32)}
+
+
+@pytest.fixture(scope="module")
+def glm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GLM-Image of random weights, of 32 codes. It writes no end of picture, so that all tokens are codes."""
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, GlmImagePipeline, GlmImageTransformer2DModel
+    from tokenizers import Tokenizer, models
+    from transformers import (
+        ByT5Tokenizer,
+        GlmImageConfig,
+        GlmImageForConditionalGeneration,
+        GlmImageProcessor,
+        PreTrainedTokenizerFast,
+        T5Config,
+        T5EncoderModel,
+    )
+    from transformers.models.glm_image.image_processing_pil_glm_image import GlmImageImageProcessorPil
+
+    torch.manual_seed(0)
+    special = ["<start>", "<end>", "<|image|>", "<sop>", "<eop>", "<pad>", "<unk>"]
+    names = [*(f"<code {n}>" for n in range(32)), *special, *"abcdefghijklmnopqrstuvwxyz0123456789 "]
+    vocab = {name: id for id, name in enumerate(names)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>")), bos_token="<start>",
+        pad_token="<pad>", unk_token="<unk>", additional_special_tokens=["<end>"],
+        extra_special_tokens={"image_token": "<|image|>", "grid_bos_token": "<sop>", "grid_eos_token": "<eop>"},
+    )  # fmt: skip
+    template = (
+        "{% for m in messages %}{% for part in m['content'] %}"
+        "{{ '<start><|image|><end>' if part['type'] == 'image' else part['text'] }}{% endfor %}{% endfor %}"
+    )
+    pictures = GlmImageImageProcessorPil(
+        patch_size=16, merge_size=1, temporal_patch_size=1, min_pixels=64**2, max_pixels=128**2
+    )
+    wide = {"hidden_size": 32, "intermediate_size": 32}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    reader = GlmImageForConditionalGeneration(
+        GlmImageConfig(
+            text_config=wide | {
+                "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": len(names),
+                "vision_vocab_size": 32, "eos_token_id": 33, "pad_token_id": vocab["<pad>"], "rope_parameters": rope,
+                "max_position_embeddings": 1024,
+            },
+            vision_config=wide | {"depth": 1, "num_heads": 2, "patch_size": 16, "image_size": 64},
+            vq_config={"embed_dim": 8, "num_embeddings": 32, "latent_channels": 32},
+            image_token_id=vocab["<|image|>"], image_start_token_id=32, image_end_token_id=33,
+        )
+    )  # fmt: skip
+    torch.nn.init.normal_(reader.lm_head.weight, std=0.5)  # what is written depends on what is read
+    transformer = GlmImageTransformer2DModel(
+        in_channels=4, out_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=2, text_embed_dim=32,
+        time_embed_dim=16, condition_dim=8, prior_vq_quantizer_codebook_size=32,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(16,) * 4, latent_channels=4, norm_num_groups=8, latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4, down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    )  # fmt: skip
+    glyphs = T5EncoderModel(T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, vocab_size=384))
+    processor = GlmImageProcessor(pictures, tokenizer, chat_template=template)
+    folder = tmp_path_factory.mktemp("glm")
+    GlmImagePipeline(
+        ByT5Tokenizer(), processor, glyphs, reader, vae, transformer, FlowMatchEulerDiscreteScheduler()
+    ).save_pretrained(folder)
+    return folder
 
 
 def test_a_pipeline_draws_what_diffusers_does(words_folder: Path) -> None:
@@ -115,6 +99,7 @@ def test_a_pipeline_draws_what_diffusers_does(words_folder: Path) -> None:
     assert together[1].tobytes() == drawn.tobytes() != together[0].tobytes()
     assert engine.generate("a red dog", seed=7, guidance=4.0, sampler="dpm++", **SMALL).tobytes() != drawn.tobytes()
     assert engine.generate("a red dog", seed=7, guidance=4.0, **SMALL).tobytes() == drawn.tobytes()  # back as it was
+    assert engine.generate("a red dog", seed=7, guidance=4.0, negative="a hill", **SMALL).tobytes() != drawn.tobytes()
 
 
 def test_a_pipeline_edits_and_inpaints(words_folder: Path) -> None:
@@ -156,6 +141,59 @@ def test_classes(classes_folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
 )
 def test_what_a_pipeline_refuses(call: Any, reason: str, words_folder: Path) -> None:
     engine = unigen.load(str(words_folder), "cpu")
+    with pytest.raises(ValueError, match=reason) as caught:
+        call(engine)
+    assert "\n" not in str(caught.value)
+
+
+def test_glm_image_draws_what_diffusers_does(glm_folder: Path, chat_folder: Path) -> None:
+    from diffusers import DiffusionPipeline
+
+    engine = unigen.load(str(glm_folder), "cpu")
+    small: dict[str, Any] = {"steps": 2, "size": (96, 64), "guidance": 2.0}
+    before = torch.get_rng_state()
+    drawn = engine.generate('a dog and "hi"', seed=7, **small)
+    assert torch.equal(torch.get_rng_state(), before) and drawn.size == (96, 64)
+    pipe, rng = DiffusionPipeline.from_pretrained(glm_folder), torch.Generator().manual_seed(7)
+    own = {"num_inference_steps": 2, "guidance_scale": 2.0, "width": 96, "height": 64}
+    assert pipe('a dog and "hi"', generator=rng, **own).images[0].tobytes() == drawn.tobytes()
+    together = engine.generate_batch(["a hill", 'a dog and "hi"'], [1, 7], **small)
+    assert together[1].tobytes() == drawn.tobytes() != together[0].tobytes()
+    others = [("a dog", 7, {}), ('a dog and "hi"', 8, {}), ('a dog and "hi"', 7, {"guidance": 4.0})]
+    for words, seed, more in others:
+        assert engine.generate(words, seed=seed, **small | more).tobytes() != drawn.tobytes()
+    assert engine.generate("a dog", steps=1).size == (1024, 1024)  # it has to be told a size
+    pair = unigen.load(device="cpu", lmm=str(chat_folder), generator=str(glm_folder))
+    assert pair.generate("a dog", **small).size == (96, 64)
+
+
+@pytest.mark.parametrize(("size", "drawn"), [((64, 64), (64, 64)), ((70, 130), (64, 128)), ((20, 30), (64, 96))])
+def test_glm_image_edits(size: tuple[int, int], drawn: tuple[int, int], glm_folder: Path) -> None:
+    """Pictures of any size, brought to what its two readers of them agree on."""
+    engine = unigen.load(str(glm_folder), "cpu")
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    edited, again, other = (
+        engine.edit(picture, "a hill", steps=2, seed=3)
+        for picture in (Image.fromarray(noise), Image.fromarray(noise), Image.new("RGB", size, "red"))
+    )
+    assert edited.size == drawn and edited.tobytes() == again.tobytes() != other.tobytes()
+    assert engine.edit(Image.fromarray(noise), "a hill", steps=2, size=(96, 64)).size == (96, 64)
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (lambda e: e.generate("a", negative="b"), "does not take negative"),
+        (lambda e: e.generate("a", size=(65, 64), steps=1), "divisible by 32"),
+        (lambda e: e.edit(Image.new("RGB", (64, 64)), "a", strength=0.5), "does not take strength"),
+        (lambda e: e.edit(Image.new("RGB", (64, 600)), "a", steps=1), "up to four times as long as wide"),
+        (lambda e: e.generate("a", size=(64, 64), steps=2, sampler="heun"), "does not support custom"),
+        (lambda e: e.inpaint(Image.new("RGB", (8, 8)), "a", Image.new("L", (8, 8))), "no form that takes a picture"),
+        (lambda e: embed(e.pipe, "a"), "not told by prompt embeddings alone"),
+    ],
+)
+def test_what_glm_image_refuses(call: Any, reason: str, glm_folder: Path) -> None:
+    engine = unigen.load(str(glm_folder), "cpu")
     with pytest.raises(ValueError, match=reason) as caught:
         call(engine)
     assert "\n" not in str(caught.value)

@@ -46,10 +46,12 @@ def load(
     quantization: str | None = None,
     lmm: str | None = None,
     generator: str | None = None,
+    adapter: str | None = None,
 ) -> Any:
     """An engine for a shipped model (unigen-tiny where no name is given), a folder, or `owner/name[@revision]` on the
     Hugging Face hub: an `Engine`, for a diffusers pipeline one with the same methods. lmm, generator: instead of a
-    name, one model that reads and one that draws, joined by prompts (`unigen.pairs`).
+    name, one model that reads and one that draws, joined by prompts (`unigen.pairs`), or, where the one that draws is
+    a pipeline and adapter a folder, by hidden states (`unigen.adapters`).
 
     device: "cpu", "cuda", ...; None is a GPU where there is one. dtype: "float32", "bfloat16" or "float16"; None is
     float32 for our own models and pipelines, and as stored for other public ones. quantization: "8bit" or "4bit", the
@@ -94,10 +96,15 @@ def load(
 
             return load_reader(folder, device, kind, quantization)
 
-    if lmm is None and generator is None:
+    if lmm is None and generator is None and adapter is None:
         return one(name or "unigen-tiny")
     if lmm is None or generator is None or name is not None:
         raise ValueError("give one name, or both an lmm that reads and a generator that draws")
     from unigen.pairs import PairedEngine
 
-    return PairedEngine(one(lmm, reads=True), one(generator))
+    pair = PairedEngine(one(lmm, reads=True), one(generator))
+    if adapter is None:
+        return pair
+    from unigen import adapters, hub
+
+    return PairedEngine(pair.lmm, adapters.join(pair.painter, pair.lmm, hub.resolve(adapter)[0]))

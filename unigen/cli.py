@@ -112,6 +112,7 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", default=DEFAULT_MODEL, help="a name, a folder, or owner/name on the hub (default: %(default)s)"
     )
     group.add_argument("--lmm", help="a model that reads and writes for the one that draws (--model)")
+    group.add_argument("--adapter", help="a folder: what the --lmm reads is told to a pipeline (--model) by its states")
     precision.add_arguments(group)
 
 
@@ -215,8 +216,11 @@ def info_arguments(parser: argparse.ArgumentParser) -> None:
 def load(args: argparse.Namespace) -> Any:
     import unigen
 
+    if args.adapter and not args.lmm:
+        raise ValueError("an adapter joins two models: give the one that reads too, by --lmm")
     if args.lmm:
-        return unigen.load(lmm=args.lmm, generator=args.model, **precision.options_of(args))
+        pair = {"lmm": args.lmm, "generator": args.model, "adapter": args.adapter}
+        return unigen.load(**pair, **precision.options_of(args))
     return unigen.load(args.model, **precision.options_of(args))
 
 

@@ -198,6 +198,17 @@ class Engine:
             "device": str(model.device),
         }
 
+    @torch.no_grad()
+    def states(self, prompt: Any) -> torch.Tensor:
+        """What the model reads of a document before it would answer in text, as states (S, D) after its last norm."""
+        rows = self._rows([self.request(prompt, "text")])
+        asked = [row.generator.ask(row.state) for row in rows if row.generator and row.state]
+        length = len(rows[0].unread[0]) + len(asked[0].ids)
+        cache = SlotCache(self.model.backbone.lm.config.get_text_config().num_hidden_layers, 1, self.model.device)
+        embeds_1SD, reach_1S = self._inputs(rows, asked, length)
+        positions_1S, mask = cache.begin([0], length, reach_1S)
+        return self.model.step(embeds_1SD, positions_1S, mask, cache)[0]
+
     def request(self, prompt: Any, output: Output, **options: Any) -> Request:
         """A checked request (`unigen.request`, which lists the options)."""
         return checked(self.model, prompt, output, **options)

@@ -1,4 +1,5 @@
-"""A model that reads and reasons with one that draws, behind the interface of `Engine`, joined by prompts.
+"""A model that reads and reasons with one that draws, behind the interface of `Engine`, joined by prompts, or
+by hidden states where an adapter is given (`unigen.adapters`).
 
     engine = unigen.load(lmm="Qwen/Qwen3-VL-2B-Instruct", generator="stable-diffusion-v1-5/stable-diffusion-v1-5")
     engine.describe(image)                                  # the one that reads
@@ -33,7 +34,8 @@ READS = ("seed", "max_tokens", "temperature", "top_p")
 
 
 class PairedEngine:
-    """lmm: answers a document with text; painter: draws words, and edits pictures where it can."""
+    """lmm: answers a document with text; painter: draws words, and edits pictures where it can. joined: is the painter
+    told what the lmm reads by hidden states (`unigen.adapters`), so that pictures need not be put into words?"""
 
     outputs: tuple[Output, ...] = ("image", "text", "interleaved")
 
@@ -43,6 +45,7 @@ class PairedEngine:
         if "image" not in painter.outputs:
             raise ValueError("the model given as generator does not draw: give one that does")
         self.lmm, self.painter = lmm, painter
+        self.joined = bool(getattr(painter, "sees", False))
 
     def generate(self, prompt: Any, output: Output = "image", *, n: int = 1, seed: int = 0, **options: Any) -> Any:
         """A PIL image, a string, or for "interleaved" a list of both; n > 1 gives a list of answers."""
@@ -73,12 +76,13 @@ class PairedEngine:
         """The picture changed as the instruction says: what it shall show is said by the one that reads."""
         if not instruction.strip():
             raise ValueError("the instruction is empty: say what to change")
+        picture = read_image(image)
         brief = options | {"max_tokens": min(MOST, options.get("max_tokens", MOST))}
-        said = self._said([read_image(image), instruction, PROMPT], seed, brief)
+        said = instruction if self.joined else self._said([picture, instruction, PROMPT], seed, brief)
         try:
-            return self.painter.edit(read_image(image), said, seed=seed, **self._drawing(options))
+            return self.painter.edit(picture, said, seed=seed, **self._drawing(options))
         except Unable:  # it draws the new picture whole
-            return self._drawn(said, seed, options)
+            return self._drawn([picture, said] if self.joined else said, seed, options)
 
     def inpaint(self, image: Any, prompt: str, mask: Any, **options: Any) -> Any:
         return self.painter.inpaint(image, prompt, mask, **options)
@@ -96,7 +100,7 @@ class PairedEngine:
             return self._said(document, seed, options)
         if output == "interleaved":
             return list(self._told(document, seed, options))
-        plain = all(segment.image is None for segment in document.segments)
+        plain = self.joined or not document.images()
         asked = document if plain else self._said(Document([*document.segments, Segment(text=PROMPT)]), seed, options)
         return self._drawn(asked, seed, options)
 
@@ -160,6 +164,13 @@ class TransformersReader:
             torch.manual_seed(seed)
             ids = self.model.generate(**inputs, max_new_tokens=max_tokens, **drawn)
         return str(self.processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+
+    @torch.no_grad()
+    def states(self, prompt: Any) -> torch.Tensor:
+        """What the model reads of a document before it would answer, as states (S, D) after its last norm."""
+        inputs = self._inputs(Document.of(prompt)).to(self.model.device)
+        states_SD: torch.Tensor = self.model.base_model(**inputs, use_cache=False).last_hidden_state[0]
+        return states_SD
 
     def _inputs(self, document: Document) -> Any:
         messages: list[dict[str, Any]] = []

@@ -38,6 +38,8 @@ FLOW_SAMPLERS = {
     "heun": "FlowMatchHeunDiscreteScheduler",
 }
 
+GLM_SIZE, GLM_STRIDE = (1024, 1024), 32
+"""Of GLM-Image's pictures where no size is asked for, and what sizes are multiples of; in pixels."""
 
 OPTIONS = {
     "steps": "num_inference_steps",
@@ -53,6 +55,8 @@ class PipelineEngine:
     """Draws with one pipeline. Not safe to share between threads."""
 
     outputs: tuple[Output, ...] = ("image",)
+    sees = False
+    """May a picture be part of what is asked?"""
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
@@ -79,10 +83,7 @@ class PipelineEngine:
         """One picture a prompt; each is what `generate` gives for that prompt and seed alone."""
         if output != "image":
             raise ValueError(f"this model cannot answer with {output}: it can with image")
-        documents = [Document.of(prompt) for prompt in prompts]
-        if any(document.images() for document in documents):
-            raise ValueError("a pipeline draws from words: give a picture to `edit` or `inpaint`")
-        given = self._conditions(documents)
+        given = [self._conditions(Document.of(prompt)) for prompt in prompts]
         return self._draw(self.pipe, given, range(len(prompts)) if seeds is None else seeds, options)
 
     def stream(self, prompt: Any, output: Output = "image", **options: Any) -> Iterator[Any]:
@@ -97,9 +98,10 @@ class PipelineEngine:
             raise ValueError("the instruction is empty: say what to change")
         if strength is not None and not 0 < strength <= 1:
             raise ValueError(f"strength lies in (0, 1], not {strength}")
-        given = {"prompt": [instruction], "image": [read_image(image)]}
+        picture, form = read_image(image), self._form("AutoPipelineForImage2Image", "image")
+        asked = Document.of([picture, instruction] if self.sees else instruction)
         options |= {} if strength is None else {"strength": strength}
-        return self._draw(self._form("AutoPipelineForImage2Image", "image"), given, [seed], options)[0]
+        return self._draw(form, [self._conditions(asked) | {"image": [picture]}], [seed], options)[0]
 
     def inpaint(self, image: Any, prompt: str, mask: Any, *, seed: int = 0, **options: Any) -> Any:
         """The picture with what is white in the mask painted anew."""
@@ -107,8 +109,9 @@ class PipelineEngine:
         if pictures[0].size != pictures[1].size:
             sizes = f"{pictures[1].size} pixels, the picture of {pictures[0].size}"
             raise ValueError(f"the mask is of {sizes}: make them alike")
-        given = {"prompt": [prompt], "image": pictures[:1], "mask_image": [pictures[1].convert("L")]}
-        return self._draw(self._form("AutoPipelineForInpainting", "mask_image"), given, [seed], options)[0]
+        form = self._form("AutoPipelineForInpainting", "mask_image")
+        given = {"image": pictures[:1], "mask_image": [pictures[1].convert("L")]}
+        return self._draw(form, [self._conditions(Document.of(prompt)) | given], [seed], options)[0]
 
     def describe(self, image: Any, question: str | None = None, **options: Any) -> str:
         raise ValueError("this model cannot answer with text: pair it with one that reads (--lmm)")
@@ -130,15 +133,17 @@ class PipelineEngine:
 
     # ---------------------------------------------------------------- how it is done
 
-    def _conditions(self, documents: Sequence[Document]) -> dict[str, list[Any]]:
-        """The pipeline's own arguments for words or classes."""
-        words = [" ".join((s.text or "").strip() for s in d.segments if s.text) for d in documents]
-        labels = [[s.label for s in d.segments if s.label is not None] for d in documents]
+    def _conditions(self, document: Document) -> dict[str, Any]:
+        """The pipeline's own arguments for words or a class."""
+        if document.images():
+            raise ValueError("a pipeline draws from words: give a picture to `edit` or `inpaint`")
+        words = " ".join((s.text or "").strip() for s in document.segments if s.text)
+        labels = [s.label for s in document.segments if s.label is not None]
         if "class_labels" in self.takes:
-            if any(words) or any(len(label) != 1 for label in labels):
+            if words or len(labels) != 1:
                 raise ValueError("this pipeline draws classes, not words: give one class by its number or name")
-            return {"class_labels": [self._class(label[0]) for label in labels]}
-        if any(labels):
+            return {"class_labels": [self._class(labels[0])]}
+        if labels:
             raise ValueError("this pipeline draws words, not classes: say what to draw in words")
         return {"prompt": words} if "prompt" in self.takes else {}
 
@@ -165,7 +170,9 @@ class PipelineEngine:
         return form
 
     @torch.inference_mode()
-    def _draw(self, pipe: Any, given: dict[str, Any], seeds: Sequence[int], options: dict[str, Any]) -> list[Any]:
+    def _draw(
+        self, pipe: Any, given: Sequence[dict[str, Any]], seeds: Sequence[int], options: dict[str, Any]
+    ) -> list[Any]:
         takes = set(inspect.signature(pipe.__call__).parameters)
         asked = {name: value for name, value in options.items() if value is not None}
         sampler, size = asked.pop("sampler", None), asked.pop("size", None)
@@ -179,12 +186,11 @@ class PipelineEngine:
         if asked.get("steps", 1) < 1:
             raise ValueError(f"steps must be at least 1, not {asked['steps']}")
         pipe.scheduler = self._scheduler(sampler)
-        rngs = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        named = {known[name]: value for name, value in asked.items()}
         made = []
-        for n, rng in enumerate(rngs):  # one at a time: a picture does not depend on the batch
-            one = {name: value[n : n + 1] for name, value in given.items()}
+        for one, seed in zip(given, seeds, strict=True):  # one at a time: a picture does not depend on the batch
             try:
-                result = pipe(**one, **{known[name]: value for name, value in asked.items()}, generator=[rng])
+                result = pipe(**one, **named, generator=[torch.Generator().manual_seed(int(seed))])
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{type(pipe).__name__}: {hub.first_line(error)}") from error
             made.append(result.images[0])
@@ -199,6 +205,41 @@ class PipelineEngine:
         if sampler not in kinds:
             raise ValueError(f"unknown sampler {sampler!r} for this pipeline: one of {', '.join(kinds)}")
         return getattr(diffusers, kinds[sampler]).from_config(self.usual.config)
+
+
+class GlmImageEngine(PipelineEngine):
+    """GLM-Image: a language model writes a picture's tokens, a DiT draws them. Its pipeline has to be told every size,
+    and a picture to edit has to be as large as its processor would make it."""
+
+    def __init__(self, pipe: Any) -> None:
+        super().__init__(pipe)
+        reader = pipe.vision_language_encoder
+        tokens = type(reader).get_image_tokens
+
+        def get_image_tokens(features: Any, grids: Any = None) -> Any:
+            """transformers wants a list of pictures (C, h, w), of which diffusers gives the one without its list."""
+            alone = isinstance(features, torch.Tensor) and features.ndim == 3
+            return tokens(reader, [features] if alone else features, grids)
+
+        reader.get_image_tokens = get_image_tokens
+
+    def _draw(
+        self, pipe: Any, given: Sequence[dict[str, Any]], seeds: Sequence[int], options: dict[str, Any]
+    ) -> list[Any]:
+        given = [one | {name: [self._fitted(x) for x in one[name]] for name in one if name == "image"} for one in given]
+        usual = given[0]["image"][0].size if given and "image" in given[0] else GLM_SIZE
+        devices = [pipe.device] if pipe.device.type == "cuda" else []
+        with hub.quiet(), torch.random.fork_rng(devices):  # tokens are drawn by the global state, which it seeds
+            return super()._draw(pipe, given, seeds, options | {"size": options.get("size") or usual})
+
+    def _fitted(self, picture: Image.Image) -> Image.Image:
+        if max(picture.size) > 4 * min(picture.size):
+            raise ValueError(f"GLM-Image reads pictures up to four times as long as wide, not {picture.size}: crop it")
+        bounds = self.pipe.processor.image_processor.size
+        least, most = bounds["shortest_edge"] ** 0.5, bounds["longest_edge"] ** 0.5
+        scale = min(max(1.0, least / min(picture.size)), most / max(picture.size))
+        width, height = (max(GLM_STRIDE, round(side * scale / GLM_STRIDE) * GLM_STRIDE) for side in picture.size)
+        return picture.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def is_pipeline(folder: Path) -> bool:
@@ -220,4 +261,5 @@ def load(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | 
             )
     except Exception as error:  # whatever a damaged part makes its own library raise
         raise ValueError(f"pipeline {folder} cannot be loaded: {hub.first_line(error)}") from error
-    return PipelineEngine(pipe.to(device))
+    kind = GlmImageEngine if type(pipe).__name__ == "GlmImagePipeline" else PipelineEngine
+    return kind(pipe.to(device))

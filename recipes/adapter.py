@@ -1,0 +1,176 @@
+"""A small network that joins a model that reads to a diffusers pipeline by hidden states; both are frozen.
+
+    COMMAND   unigen train recipes/adapter.py lmm=Qwen/Qwen3-VL-2B-Instruct
+                  generator=stable-diffusion-v1-5/stable-diffusion-v1-5 run_dir=runs/adapter
+              unigen generate "two apples" --lmm Qwen/Qwen3-VL-2B-Instruct
+                  --model stable-diffusion-v1-5/stable-diffusion-v1-5 --adapter runs/adapter/model
+    HARDWARE  one GPU that holds the language model and the pipeline's text encoders
+    EXPECTED  the losses fall towards 0, where the pipeline draws what it would by its own text encoder
+    MEASURED  on small models with random weights only (tests/test_adapters.py), nothing larger has been trained
+
+The loss is GILL's (Koh et al. 2023, arXiv 2305.17216): what the adapter makes of a caption of the rendered world, as
+the language model reads it, is to be what the pipeline's own text encoder makes of the caption. Each loss is a relative
+squared error, sum (y - y*)^2 / sum y*^2, so that encoders of any scale learn alike. No picture is drawn and no
+gradient goes through either model, so it is cheap. With `pictures` above 0 a share of the captions is read as the
+pictures that they describe.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+
+import unigen
+from unigen.adapters import MASKS, AdaptedPipeline, Adapter, AdapterConfig, embed, load_adapter
+from unigen.config import OptimConfig, RunConfig
+from unigen.data import captions, scenes
+from unigen.output import grid
+from unigen.pipelines import PipelineEngine
+from unigen.sequence import Document
+from unigen.training.trainer import Job
+
+SIZE = 256
+"""Of the rendered pictures in pixels."""
+
+
+@dataclass
+class AdapterRun(RunConfig):
+    """lmm, generator: names or folders. pictures: share of the captions that are read as pictures. length: of a prompt
+    at most, for pipelines that take any. width, layers, heads: of the adapter."""
+
+    lmm: str = ""
+    generator: str = ""
+    pictures: float = 0.0
+    length: int = 128
+    width: int = 512
+    layers: int = 4
+    heads: int = 8
+
+
+def config() -> AdapterRun:
+    return AdapterRun(
+        steps=20_000,
+        batch_size=16,
+        optim=OptimConfig(lr=3e-4, warmup=200, min_ratio=0.05),
+        precision="fp32",
+        workers=1,
+        save_every=1000,
+        sample_every=1000,
+        run_dir="runs/adapter",
+    )
+
+
+class Captions:
+    """What is read, and in which words it is told; endless, a function of the seed and the index."""
+
+    def __init__(self, seed: int, pictures: float) -> None:
+        self.seed, self.pictures = seed, pictures
+        self.world: scenes.World | None = None
+
+    def __getitem__(self, index: int) -> tuple[Document, str]:
+        rng = np.random.default_rng((self.seed, index))
+        scene = scenes.sample_scene(rng, SIZE)
+        write = captions.short_caption if rng.random() < 0.5 else captions.descriptive_caption
+        words = write(scene, rng)
+        if rng.random() >= self.pictures:
+            return Document.of(words), words
+        self.world = self.world or scenes.World(SIZE)
+        return Document.of(Image.fromarray(self.world.render(scene).image)), words
+
+
+class Distillation(nn.Module):
+    """Relative squared error of the adapter's embeddings, and of the pooled ones, where the pipeline's own count, and
+    the cross entropy (nats) of which count, where that is not all of them."""
+
+    def __init__(self, lmm: Any, pipe: Any) -> None:
+        super().__init__()
+        self.lmm, self.pipe = lmm, pipe
+        parts = [lmm.model, *pipe.components.values()]
+        self.frozen = nn.ModuleList(part for part in parts if isinstance(part, nn.Module)).requires_grad_(False).eval()
+
+    def forward(
+        self, adapter: Any, batch: list[tuple[Document, str]], rng: torch.Generator
+    ) -> dict[str, tuple[Tensor, Tensor | int]]:
+        free, length = adapter.config.free, adapter.config.length
+        states = [self.lmm.states(document).float() for document, _ in batch]
+        told = [embed(self.pipe, words) for _, words in batch]
+        if not free and any(len(one.embeds_LW) != length for one in told):
+            raise ValueError(f"this pipeline's prompts are not all of {length} embeddings: an adapter cannot tell them")
+        embeds = [one.embeds_LW[:length] for one in told]
+        mask_BL = filled(embeds, length)
+        made_BLW, pooled_BP, counts_BL = adapter(pad_sequence(states, batch_first=True), filled(states))
+        losses: dict[str, tuple[Tensor, Tensor | int]] = {"embeds": relative(made_BLW[mask_BL], torch.cat(embeds))}
+        if pooled_BP is not None:
+            losses["pooled"] = relative(pooled_BP, torch.stack([one.pooled_P for one in told]))  # type: ignore[misc]
+        if counts_BL is not None:
+            losses["counts"] = cross_entropy(counts_BL, mask_BL.float(), reduction="sum"), counts_BL.numel()
+        return losses
+
+
+def filled(parts: list[Tensor], length: int | None = None) -> Tensor:
+    """Where parts of several lengths (B, length) are not padding; length: None is the longest."""
+    counts_B1 = torch.tensor([[len(part)] for part in parts], device=parts[0].device)
+    return torch.arange(length or int(counts_B1.max()), device=parts[0].device) < counts_B1
+
+
+def relative(made: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    return (made.float() - wanted.float()).square().sum(), wanted.float().square().sum()
+
+
+def start(cfg: AdapterRun, lmm: Any, pipe: Any) -> Adapter:
+    """The adapter that `init_from` names, or a new one of the models' widths."""
+    if cfg.init_from:
+        return load_adapter(cfg.init_from)
+    told = embed(pipe, "a")
+    free = not PipelineEngine(pipe).takes.isdisjoint(MASKS)
+    return Adapter(
+        AdapterConfig(
+            states=lmm.states("a").shape[1],
+            embeds=told.embeds_LW.shape[1],
+            length=cfg.length if free else len(told.embeds_LW),
+            pooled=0 if told.pooled_P is None else len(told.pooled_P),
+            free=free,
+            width=cfg.width,
+            layers=cfg.layers,
+            heads=cfg.heads,
+        )
+    )
+
+
+def build(cfg: AdapterRun) -> Job:
+    if not cfg.lmm or not cfg.generator:
+        raise ValueError("name both models: lmm=, one that reads, and generator=, a diffusers pipeline")
+    if not 0 <= cfg.pictures <= 1:
+        raise ValueError(f"pictures is a share from 0 to 1, not {cfg.pictures}")
+    pair = unigen.load(device="cpu", lmm=cfg.lmm, generator=cfg.generator)  # the trainer takes them to its device
+    if not isinstance(pair.painter, PipelineEngine):
+        raise ValueError("an adapter tells a diffusers pipeline what to draw: give one as generator")
+    pipe, lmm = pair.painter.pipe, pair.lmm
+    torch.manual_seed(cfg.seed)
+    adapter = start(cfg, lmm, pipe)
+    AdaptedPipeline(pipe, lmm, adapter)  # does it fit?
+
+    def sample(model: nn.Module, step: int, folder: Path) -> None:
+        """Held-out captions: above by the pipeline's own text encoder, below by the adapter."""
+        assert isinstance(model, Adapter)
+        words = [Captions(cfg.seed + 1, 0.0)[i][1] for i in range(4)]
+        painters = PipelineEngine(pipe), AdaptedPipeline(pipe, lmm, model)
+        drawn = [painter.generate(one, steps=20, seed=0) for painter in painters for one in words]
+        grid(drawn, 0, len(words)).save(folder / f"{step:06d}.png")
+
+    return Job(
+        model=adapter,
+        dataset=Captions(cfg.seed, cfg.pictures),
+        collate=list,
+        objective=Distillation(lmm, pipe),
+        sample=sample,
+        save=lambda model, folder: model.save(folder),  # type: ignore[operator]
+    )

@@ -1,0 +1,324 @@
+"""A model that reads joined to a pipeline by hidden states: trained on small parts made here, an adapter draws what the
+pipeline's own text encoder does; what does not fit is one clear line."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import unigen
+from tests.conftest import autoencoder
+from tests.parity import llamagen_t2i as t5_case
+from unigen import cli
+from unigen.adapters import AdaptedPipeline, Adapter, AdapterConfig, embed, load_adapter
+from unigen.config import apply_overrides
+from unigen.pipelines import PipelineEngine
+from unigen.sequence import Document
+from unigen.training.trainer import Trainer
+
+RED, BLUE = (Image.new("RGB", (32, 32), color) for color in ("red", "blue"))
+WORDS = [("a red dog", "a red dog"), ("a blue hill", "a blue hill on a hill")]
+ASKED: list[tuple[Any, str]] = [
+    *WORDS,
+    ([RED, "a dog"], "a red dog on a hill"),
+    ([BLUE, "a dog"], "a blue dog on a hill"),
+]
+"""What is read, and the words of which the pipeline's own embeddings are to come out."""
+SMALL: dict[str, Any] = {"steps": 3, "size": (32, 32), "guidance": 4.0}
+BRIEF = ["width=64", "layers=2", "heads=4", "optim.lr=3e-3", "optim.warmup=10", "optim.weight_decay=0", "ema=0"]
+BRIEF += ["sample_every=0", "save_every=0", "workers=0", "batch_size=4", "log_every=100"]
+
+
+@pytest.fixture(scope="module")
+def seeing_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaVA of random weights."""
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+        Qwen2Tokenizer,
+    )
+
+    torch.manual_seed(0)
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(["a red dog on a blue hill, user assistant"] * 4, 300)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"], "pad_token": "<|endoftext|>"})
+    template = (
+        "{% for m in messages %}{{ m['role'] }}{% for part in m['content'] %}"
+        "{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}{% endfor %}"
+        "{% if add_generation_prompt %}assistant{% endif %}"
+    )
+    folder = tmp_path_factory.mktemp("seeing")
+    LlavaProcessor(
+        CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}), tokenizer, patch_size=8,
+        vision_feature_select_strategy="default", chat_template=template, num_additional_image_tokens=1,
+    ).save_pretrained(folder)  # fmt: skip
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    eyes, voice = CLIPVisionConfig(**size, image_size=16, patch_size=8), LlamaConfig(**size, vocab_size=len(tokenizer))
+    picture = {"image_token_id": tokenizer.convert_tokens_to_ids("<image>"), "vision_feature_layer": -1}
+    config = LlavaConfig(vision_config=eyes, text_config=voice, **picture)
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pooled_folder(words_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion XL of random weights: two text encoders, and a pooled embedding beside the others."""
+    from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(words_folder / "tokenizer")
+    texts = CLIPTextConfig.from_pretrained(words_folder / "text_encoder", projection_dim=32)
+    unet = UNet2DConditionModel(
+        block_out_channels=(32, 64), layers_per_block=1, sample_size=16, in_channels=4, out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=64, addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 32,
+    )  # fmt: skip
+    pipe = StableDiffusionXLPipeline(
+        vae=autoencoder(), text_encoder=CLIPTextModel(texts), tokenizer=tokenizer, unet=unet, tokenizer_2=tokenizer,
+        text_encoder_2=CLIPTextModelWithProjection(texts), scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
+        add_watermarker=False,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("pooled")
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def free_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A PixArt of random weights: as many embeddings as the prompt has pieces, and a mask."""
+    from diffusers import DDIMScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
+    from transformers import T5EncoderModel, T5Tokenizer
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("free")
+    (folder / "parts").mkdir()
+    t5_case.checkpoint(folder / "parts")
+    texts = T5EncoderModel.from_pretrained(folder / "parts" / "flan-t5-xl")
+    transformer = PixArtTransformer2DModel(
+        sample_size=16, num_layers=1, patch_size=2, attention_head_dim=8, num_attention_heads=2, in_channels=4,
+        caption_channels=texts.config.d_model, cross_attention_dim=16, out_channels=8, norm_type="ada_norm_single",
+        norm_elementwise_affine=False, norm_eps=1e-6,
+    )  # fmt: skip
+    PixArtSigmaPipeline(
+        T5Tokenizer.from_pretrained(folder / "parts" / "flan-t5-xl"), texts, autoencoder(), transformer,
+        DDIMScheduler(clip_sample=False),
+    ).save_pretrained(folder / "whole")  # fmt: skip
+    return folder / "whole"
+
+
+@pytest.fixture(scope="module")
+def recipe() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("adapter_recipe", "recipes/adapter.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def train(recipe: ModuleType) -> Callable[..., dict[str, Any]]:
+    """The recipe on a few documents; gives the last metrics."""
+
+    def run(lmm: Path, generator: Path, run_dir: Path, *more: str, asked: Any = ASKED) -> dict[str, Any]:
+        given = [*BRIEF, f"lmm={lmm}", f"generator={generator}", f"run_dir={run_dir}", *more]
+        cfg = apply_overrides(recipe.config(), given)
+        rows = [(Document.of(read), words) for read, words in asked]
+        return Trainer(cfg, replace(recipe.build(cfg), dataset=rows, sample=None)).run()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def joined(seeing_folder: Path, words_folder: Path, tmp_path_factory: Any, train: Any) -> Path:
+    """An adapter of LLaVA and Stable Diffusion that knows what is asked here."""
+    folder = tmp_path_factory.mktemp("joined")
+    assert train(seeing_folder, words_folder, folder, "steps=250")["embeds"] < 0.01
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def pair(seeing_folder: Path, words_folder: Path, joined: Path) -> Any:
+    return unigen.load(device="cpu", lmm=str(seeing_folder), generator=str(words_folder), adapter=str(joined))
+
+
+def untrained(pair: Any) -> AdaptedPipeline:
+    torch.manual_seed(1)
+    return AdaptedPipeline(pair.painter.pipe, pair.lmm, Adapter(pair.painter.adapter.config).eval())
+
+
+def apart(one: Image.Image, other: Image.Image) -> float:
+    """The mean difference of two pictures, of 255."""
+    return float(np.abs(np.asarray(one, dtype=float) - np.asarray(other, dtype=float)).mean())
+
+
+def test_an_adapter_draws_what_the_text_encoder_does(pair: Any) -> None:
+    """Of words and of pictures; an untrained one does not."""
+    own, other = PipelineEngine(pair.painter.pipe), untrained(pair)
+    for more in ({}, {"negative": "a blue dog"}):  # guidance's other branch is the pipeline's own
+        for asked, words in ASKED:
+            true = own.generate(words, seed=3, **SMALL, **more)
+            assert apart(pair.generate(asked, seed=3, **SMALL, **more), true) < 0.1
+            assert apart(other.generate(asked, seed=3, **SMALL, **more), true) > 2
+
+
+def test_a_picture_is_part_of_what_is_asked(pair: Any) -> None:
+    red, blue = (pair.generate([picture, "a dog"], seed=3, **SMALL) for picture in (RED, BLUE))
+    assert apart(red, blue) > 10 * apart(red, PipelineEngine(pair.painter.pipe).generate(ASKED[2][1], seed=3, **SMALL))
+    drawn = [pair.edit(picture, "a dog", strength=0.8, steps=4, seed=1) for picture in (RED, BLUE, RED)]
+    assert drawn[0].tobytes() == drawn[2].tobytes() != drawn[1].tobytes()
+    whole = Image.new("RGB", (32, 32), "white")
+    assert pair.inpaint(RED, "a blue hill", whole, steps=3).size == (32, 32)
+
+
+def test_alone_as_in_a_batch_and_seeded(pair: Any) -> None:
+    together = pair.generate_batch([asked for asked, _ in ASKED], [5, 6, 7, 8], **SMALL)
+    for (asked, _), seed, drawn in zip(ASKED, (5, 6, 7, 8), together, strict=True):
+        assert pair.generate(asked, seed=seed, **SMALL).tobytes() == drawn.tobytes()
+    assert pair.generate(ASKED[0][0], seed=6, **SMALL).tobytes() != together[0].tobytes()
+
+
+@pytest.mark.parametrize(("kind", "reads"), [("pooled_folder", "janus_folder"), ("free_folder", "chat_folder")])
+def test_pooled_embeddings_and_prompts_of_any_length(
+    kind: str, reads: str, tmp_path: Path, train: Any, request: Any
+) -> None:
+    """Two text encoders and a pooled embedding; a mask, and as many embeddings as the words have pieces."""
+    lmm, folder = request.getfixturevalue(reads), request.getfixturevalue(kind)
+    metrics = train(lmm, folder, tmp_path, "steps=250", "length=24", asked=WORDS)
+    assert ("pooled" in metrics) == (kind == "pooled_folder") and ("counts" in metrics) == (kind == "free_folder")
+    made = unigen.load(device="cpu", lmm=str(lmm), generator=str(folder), adapter=str(tmp_path / "model"))
+    own, other = PipelineEngine(made.painter.pipe), untrained(made)
+    size = SMALL | ({"use_resolution_binning": False} if kind == "free_folder" else {})
+    for asked, words in WORDS:
+        told = made.painter.adapter.adapt(made.lmm.states(asked))
+        assert len(told.embeds_LW) == len(embed(own.pipe, words).embeds_LW)
+        true = own.generate(words, seed=3, **size)
+        near, far = (apart(one.generate(asked, seed=3, **size), true) for one in (made, other))
+        assert near < 0.1 and far > 10 * near, (near, far)
+
+
+def test_the_states_are_those_that_an_answer_begins_with(janus_folder: Path, seeing_folder: Path, pair: Any) -> None:
+    """Of a model of ours and of one of transformers: the last of them says the first token."""
+    engine = unigen.load(str(janus_folder), "cpu")
+    asked = [RED, "what is it"]
+    first = engine.model.logits(engine.states(asked)[-1:], 0, engine.model.vocabulary.text_size).argmax()
+    assert engine.model.template.decode([int(first)]) == engine.generate(asked, "text", max_tokens=1)
+    first = pair.lmm.model.lm_head(pair.lmm.states(asked)[-1]).argmax()
+    assert pair.lmm.processor.decode([int(first)]).strip() == pair.lmm.generate(asked, max_tokens=1)
+
+
+def test_a_run_goes_on_where_it_stopped(
+    recipe: ModuleType, seeing_folder: Path, words_folder: Path, tmp_path: Path
+) -> None:
+    """On the rendered world's captions, bit for bit; a new run begins from the adapter."""
+    models = [f"lmm={seeing_folder}", f"generator={words_folder}", *BRIEF, "optim.schedule=constant"]
+    for name, steps in (("halves", 2), ("halves", 4), ("whole", 4)):
+        cfg = apply_overrides(recipe.config(), [*models, f"run_dir={tmp_path / name}", f"steps={steps}"])
+        assert Trainer(cfg, recipe.build(cfg)).run()["step"] == steps
+    halves, whole = (load_adapter(tmp_path / name / "model").state_dict() for name in ("halves", "whole"))
+    assert all(torch.equal(halves[name], whole[name]) for name in whole)
+    cfg = apply_overrides(recipe.config(), [*models, f"init_from={tmp_path / 'whole' / 'model'}"])
+    job = recipe.build(cfg)
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in job.model.state_dict().items())
+    job.sample(job.model, 7, tmp_path)
+    assert (tmp_path / "000007.png").exists()
+
+
+def test_pictures_are_read_for_their_captions(recipe: ModuleType, emoji_font: Path) -> None:
+    read = [recipe.Captions(0, 0.5)[i] for i in range(8)]
+    assert {bool(document.images()) for document, _ in read} == {True, False} and all(words for _, words in read)
+
+
+def test_the_command(
+    seeing_folder: Path, words_folder: Path, joined: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, where = tmp_path / "out.png", ["--lmm", str(seeing_folder), "--model", str(words_folder), "--device", "cpu"]
+    small = ["--steps", "2", "--size", "32x32", "-o", str(out)]
+    assert cli.main(["generate", "a red dog", *small, *where, "--adapter", str(joined)]) == 0 and out.exists()
+    assert (
+        cli.main(["edit", str(out), "a hill", *small[4:], *where, "--dtype", "bfloat16", "--adapter", str(joined)]) == 0
+    )
+    assert cli.main(["info", *where, "--adapter", str(joined)]) == 0
+    assert "77 embeddings of 32" in capsys.readouterr().out
+    assert cli.main(["generate", "a", *small, "--model", str(words_folder), "--adapter", str(joined)]) == 2
+    assert "--lmm" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"states": 48}, "reads states of width 48, the lmm has 32"),
+        ({"embeds": 24}, "embeddings of width 24, the pipeline takes 32"),
+        ({"length": 10}, "so many of them: 10, the pipeline takes 77"),
+        ({"pooled": 8}, "pooled one of width 8, the pipeline takes 0"),
+        ({"free": True}, "how many count: True, for the pipeline it is False"),
+    ],
+)
+def test_an_adapter_of_another_pair(
+    changed: dict[str, Any], reason: str, seeing_folder: Path, words_folder: Path, tmp_path: Path
+) -> None:
+    settings = {"states": 32, "embeds": 32, "length": 77, "width": 16, "heads": 2, "layers": 1}
+    Adapter(AdapterConfig(**settings | changed)).save(tmp_path / "a")
+    with pytest.raises(ValueError, match=f"does not fit these models: .*{reason}") as caught:
+        unigen.load(device="cpu", lmm=str(seeing_folder), generator=str(words_folder), adapter=str(tmp_path / "a"))
+    assert "\n" not in str(caught.value)
+
+
+def damaged(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (damaged, "cannot be read"),
+        (lambda f: (f / "model.safetensors").unlink(), "cannot be read"),
+        (lambda f: (f / "config.json").unlink(), "is missing"),
+        (lambda f: (f / "config.json").write_text('{"model_type": "llama"}'), "is not an adapter's"),
+        (lambda f: (f / "config.json").write_text("{"), "cannot be read"),
+        (lambda f: rewritten(f, layers=1), "does not fit the model: .* unknown: layers.1"),
+        (lambda f: rewritten(f, heads=3), "multiple of its heads"),
+    ],
+)
+def test_a_damaged_adapter(damage: Any, reason: str, joined: Path, tmp_path: Path) -> None:
+    shutil.copytree(joined, tmp_path / "a")
+    damage(tmp_path / "a")
+    with pytest.raises(ValueError, match=reason) as caught:
+        load_adapter(tmp_path / "a")
+    assert "\n" not in str(caught.value)
+
+
+def rewritten(folder: Path, **changed: Any) -> None:
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changed))
+
+
+def test_what_cannot_be_joined(
+    recipe: ModuleType, chat_folder: Path, classes_folder: Path, janus_folder: Path, joined: Path
+) -> None:
+    for generator, reason in ((classes_folder, "not told by prompt embeddings"), (janus_folder, "diffusers pipeline")):
+        with pytest.raises(ValueError, match=reason):
+            unigen.load(device="cpu", lmm=str(chat_folder), generator=str(generator), adapter=str(joined))
+    with pytest.raises(ValueError, match="both an lmm that reads and a generator that draws"):
+        unigen.load(device="cpu", adapter=str(joined))
+    for wrong, reason in (([], "name both models"), ([f"generator={janus_folder}"], "diffusers pipeline")):
+        with pytest.raises(ValueError, match=reason):
+            recipe.build(apply_overrides(recipe.config(), [*wrong, *([f"lmm={chat_folder}"] if wrong else [])]))
