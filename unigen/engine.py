@@ -369,8 +369,9 @@ class Engine:
         for drawn in alike.values():
             generator = drawn[0].generator
             assert generator is not None
-            made = generator.pictures(self.model, [row.state for row in drawn if row.state])
-            pictures = to_images(made) if made.is_floating_point() else self.model.pictures(made)
+            with self.model.decoding():
+                made = generator.pictures(self.model, [row.state for row in drawn if row.state])
+                pictures = to_images(made.float()) if made.is_floating_point() else self.model.pictures(made)
             images = pictures if made.is_floating_point() else made
             for row, picture, image in zip(drawn, pictures, images, strict=True):
                 if row.request.output == "pair":

@@ -84,6 +84,12 @@ class UnifiedModel(nn.Module):
     def device(self) -> torch.device:
         return next(self.backbone.parameters()).device
 
+    def decoding(self) -> torch.autocast:
+        """Pictures are decoded in bfloat16 inside, where the language model's tables are; codes are read in float32.
+        float16 is too small for what some decoders add up."""
+        half = next(self.backbone.parameters()).dtype == torch.bfloat16
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=half)
+
     @property
     def context(self) -> int:
         """The most positions a sequence may have."""

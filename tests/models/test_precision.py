@@ -20,7 +20,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import unigen
 from scripts import bench
 from scripts.parity import families
-from tests.test_pairs import chat_folder as chat_folder
 from unigen import cli
 from unigen.evaluation.runner import common_arguments
 from unigen.nn.quantized import measure, quantize

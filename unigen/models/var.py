@@ -60,7 +60,7 @@ class Block(nn.Module):
         self.own = nn.Parameter(torch.zeros(6, width)) if shared else None
         self.condition = None if shared else nn.Linear(width, 6 * width)
 
-    def forward(self, x_BLD: Tensor, given_BD: Tensor, mask: Tensor, cache: SlotCache, number: int) -> Tensor:
+    def forward(self, x_BLD: Tensor, given_BD: Tensor, mask: Tensor | None, cache: SlotCache, number: int) -> Tensor:
         """given_BD: silu of the class's vector; of shared norms what all blocks make of it, (B, 6 D)."""
         if self.condition is not None:
             six = self.condition(given_BD).unflatten(-1, (6, self.width))
@@ -71,7 +71,7 @@ class Block(nn.Module):
         inner = gelu(self.up(normed(x_BLD) * (1 + scale2) + shift2), approximate="tanh")
         return x_BLD + gate2 * self.down(inner)
 
-    def attention(self, x_BLD: Tensor, mask: Tensor, cache: SlotCache, number: int) -> Tensor:
+    def attention(self, x_BLD: Tensor, mask: Tensor | None, cache: SlotCache, number: int) -> Tensor:
         parts = self.query_key_value(x_BLD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         query, key, value = parts.unbind(0)  # (B, H, L, E)
         query = query + self.query_bias.unflatten(0, (self.heads, 1, -1))
@@ -137,7 +137,7 @@ class VARBackbone(Backbone):
         given_BD = torch.stack([cache.notes[row] for row in rows])
         x_BLD = embeds_BLD.clone()
         x_BLD[begins_B, 0] = x_BLD[begins_B, 0] + lm.start + lm.first
-        seen = x_BLD.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
+        seen = None if bool(mask.all()) else x_BLD.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
         active_BD = silu(given_BD)
         block_BD = active_BD if lm.shared is None else lm.shared(active_BD)
         for number, block in enumerate(lm.blocks):
