@@ -219,7 +219,7 @@ def test_captions_are_chosen_by_the_picture(public: Path, tmp_path: Path, capsys
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision(case: Any, public: Path, dtype: str) -> None:
-    """It draws, alone as in a batch; the image tokenizer stays in float32, and decodes in bfloat16 where the rest is."""
+    """It draws, alone as in a batch; image tokenizers stay in float32, and decode in bfloat16 where all else is."""
     engine = unigen.load(str(public), "cpu", dtype)
     assert {p.dtype for p in engine.model.image_tokenizer.parameters()} == {torch.float32}
     together = engine.generate_batch([case.PROMPT] * 2, [1, 2], size=case.SIZE)
