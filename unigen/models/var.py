@@ -28,7 +28,6 @@ from unigen.config import save_json
 from unigen.generators.base import Generator
 from unigen.generators.next_scale import NextScale
 from unigen.model import UnifiedModel
-from unigen.nn.attention import plain_attention
 from unigen.nn.backbone import Backbone, SlotCache
 from unigen.sequence import Vocabulary
 from unigen.templates import ClassTemplate
@@ -79,11 +78,8 @@ class Block(nn.Module):
         value = value + self.value_bias.unflatten(0, (self.heads, 1, -1))
         query = normalize(query, dim=-1) * self.temperature.clamp(max=COLDEST).exp()[:, None, None]
         keys, values = cache.update(normalize(key, dim=-1), value, number)
-        if query.is_cpu and query.dtype == torch.bfloat16:
-            mixed_BLHE = plain_attention(query, keys, values, mask, scale=1.0)
-        else:
-            mixed_BLHE = scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=1.0).transpose(1, 2)
-        return self.out(mixed_BLHE.flatten(2))  # type: ignore[no-any-return]
+        mixed = scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=1.0)
+        return self.out(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
 def normed(x_BLD: Tensor) -> Tensor:

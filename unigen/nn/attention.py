@@ -109,7 +109,7 @@ def packed_attention(
     one = query_BHLE.is_cpu and query_BHLE.shape[2] == 1 and query_BHLE.shape[1] == key_BHLE.shape[1]
     if packing is None and one and (attention_mask is None or attention_mask.is_floating_point()):
         scale = query_BHLE.shape[-1] ** -0.5 if scaling is None else scaling
-        return plain_attention(query_BHLE, key_BHLE, value_BHLE, attention_mask, scale), None
+        return _one_query(query_BHLE, key_BHLE, value_BHLE, attention_mask, scale), None
     if packing is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -138,14 +138,13 @@ def packed_attention(
     return torch.cat(mixed).index_select(0, packing.back).unflatten(0, (batch, length)), None
 
 
-def plain_attention(q_BHQE: Tensor, k_BHLE: Tensor, v_BHLE: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """softmax(q k^T scale + mask) v, as (B, Q, H, E); mask: (B, 1, Q, L). On a CPU a step of one query is bound by the
-    number of operations, and torch's own attention takes a dozen small ones, among them a product over all keys; in
-    bfloat16 this is the faster for many queries, too."""
-    scores_BHQL = (q_BHQE * scale) @ k_BHLE.transpose(-1, -2)
-    if mask is not None:
-        scores_BHQL += mask
-    return (scores_BHQL.softmax(-1) @ v_BHLE).transpose(1, 2)
+def _one_query(q_BH1E: Tensor, k_BHLE: Tensor, v_BHLE: Tensor, mask_B11L: Tensor | None, scale: float) -> Tensor:
+    """softmax(q k^T scale + mask) v, as (B, 1, H, E): on a CPU a step of one query is bound by the number of
+    operations, and torch's own attention takes a dozen small ones, among them a product over all keys."""
+    scores_BH1L = (q_BH1E * scale) @ k_BHLE.transpose(-1, -2)
+    if mask_B11L is not None:
+        scores_BH1L += mask_B11L
+    return (scores_BH1L.softmax(-1) @ v_BHLE).transpose(1, 2)
 
 
 def _written_out(
