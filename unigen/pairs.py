@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from unigen import hub
+from unigen.adapters import AdaptedPipeline, Adapter, pipe_of
 from unigen.nn.quantized import held, measure, quantize
 from unigen.sequence import Document, Segment, read_image
 from unigen.templates import Output, Unable
@@ -34,18 +35,20 @@ READS = ("max_tokens", "temperature", "top_p")
 
 
 class PairedEngine:
-    """lmm: answers a document with text; painter: draws words, and edits pictures where it can. joined: is the painter
-    told what the lmm reads by hidden states (`unigen.adapters`), so that pictures need not be put into words?"""
+    """lmm: answers a document with text; painter: draws words, and edits pictures where it can; adapter: tells it what
+    the lmm reads by hidden states (`unigen.adapters`). joined: is it told so, and no picture has to be put into words?
+    """
 
     outputs: tuple[Output, ...] = ("image", "text", "interleaved")
 
-    def __init__(self, lmm: Any, painter: Any) -> None:
+    def __init__(self, lmm: Any, painter: Any, adapter: Adapter | None = None) -> None:
         if "text" not in lmm.outputs:
             raise ValueError("the model given as lmm does not answer with text: give one that reads and writes")
         if "image" not in painter.outputs:
             raise ValueError("the model given as generator does not draw: give one that does")
-        self.lmm, self.painter = lmm, painter
-        self.joined = bool(getattr(painter, "sees", False))
+        self.lmm = lmm
+        self.painter = painter if adapter is None else AdaptedPipeline(pipe_of(painter), lmm, adapter)
+        self.joined = bool(getattr(self.painter, "sees", False))
 
     def generate(self, prompt: Any, output: Output = "image", *, n: int = 1, seed: int = 0, **options: Any) -> Any:
         """A PIL image, a string, or for "interleaved" a list of both; n > 1 gives a list of answers."""
