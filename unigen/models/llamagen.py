@@ -176,6 +176,8 @@ class TextBackbone(LlamaGenBackbone):
         return super().packed(embeds_BLD, places_BL, segments_BL, reach_BL)
 
 
+_ENDING = r"(?:[\w-]+\.)*(?:com|co|ru|net|org|edu|gov|it|png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4)"
+"""What follows a dot in an address, and in the name of a file."""
 _PLAIN = (
     (r"[-\u2010-\u2015]+", "-"),
     (r"[`´«»“”¨]", '"'),
@@ -183,7 +185,8 @@ _PLAIN = (
     (r"[#®•©™&@·º½¾¿¡§~(){}|\\/*\[\]]+", " "),
     (r"[\"']{2,}", '"'),
     (r"\.{2,}", " "),
-    (r"(\D[,.])\b", r"\1 "),
+    (r"\s+\.\s+", " "),
+    (rf"(\D(?:,|\.(?!{_ENDING}\b)))\b", r"\1 "),
     (r"\s+", " "),
     (r"\b :", ":"),
     (r"^[\"'](.+)[\"']$", r"\1"),
@@ -193,8 +196,10 @@ _PLAIN = (
 
 
 def plain(words: str) -> str:
-    """The words as captions were in training: lower case, typographic marks made plain, others left out. What else
-    captions of the web were rid of (addresses, tags, sizes, names as r2d2) is read as it is written."""
+    """The words as captions were in training: lower case, typographic marks made plain, others left out. Differently,
+    what else captions of the web were rid of is read here: addresses and names of files and people (x.com, a.png, @me),
+    numbers of articles and pages, sizes (3x4), names as r2d2, words of shops (free shipping), Chinese characters; marks
+    in them are made plain like all others. Entities (&amp;) and damaged letters are not repaired."""
     words = words.lower().strip()
     if len(re.findall(r"[-_]", words)) > 3:
         words = re.sub(r"[-_]", " ", words)
