@@ -341,7 +341,7 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
         )
         state = from_public(state, head_dim)
         if kind == "t2i":
-            words = text_encoder(folder)
+            words = hub.part(folder, f"{TEXT_FOLDER}/", "the text encoder", lambda: hub.snapshot(TEXT_ENCODER))
             config.t5 = hub.read_json(words / hub.CONFIG)
             if "d_model" not in config.t5:
                 raise ValueError(f"{words / hub.CONFIG} has no d_model: it is no T5's, or damaged")
@@ -369,16 +369,6 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
     model = UnifiedModel("llamagen", backbone, vocabulary, tokenizer, image_tokenizer, template, writers)
     model.sample_by("next-token", **SAMPLING[kind])
     return model
-
-
-def text_encoder(folder: Path) -> Path:
-    """The folder of what reads words for the model in `folder`: there, or else of the hub."""
-    if (folder / TEXT_FOLDER).is_dir():
-        return folder / TEXT_FOLDER
-    try:
-        return hub.snapshot(TEXT_ENCODER)
-    except ValueError as error:
-        raise ValueError(f"{folder} has no {TEXT_FOLDER}/ (the text encoder), and {error}") from error
 
 
 def text_tensors(folder: Path) -> dict[str, Tensor]:

@@ -182,12 +182,8 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
 
 
 def part(folder: Path, repo: str, fetch: Any) -> Path:
-    """The folder of a part that other repositories bring, by its name in the model's, else fetched from the hub."""
-    here = folder / repo.partition("/")[2]
-    try:
-        return here if here.is_dir() else Path(fetch(repo))
-    except ValueError as error:
-        raise ValueError(f"{folder} has no {here.name}/ (a part of Show-o), and {error}") from error
+    """The folder of a part that another repository brings."""
+    return hub.part(folder, f"{repo.partition('/')[2]}/", "a part of Show-o", lambda: fetch(repo))
 
 
 def text_tokenizer(folder: Path) -> Any:
