@@ -4,7 +4,7 @@
                   generator=stable-diffusion-v1-5/stable-diffusion-v1-5 run_dir=runs/adapter
               unigen generate "two apples" --lmm Qwen/Qwen3-VL-2B-Instruct
                   --model stable-diffusion-v1-5/stable-diffusion-v1-5 --adapter runs/adapter/model
-    HARDWARE  one GPU that holds the language model and the pipeline's text encoders
+    HARDWARE  one GPU that holds the language model and the whole pipeline, which draws the samples
     EXPECTED  the losses fall towards 0, where the pipeline draws what it would by its own text encoder
     MEASURED  on small models with random weights only (tests/test_adapters.py), nothing larger has been trained
 
@@ -17,7 +17,7 @@ pictures that they describe.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits as cross_entrop
 from torch.nn.utils.rnn import pad_sequence
 
 import unigen
-from unigen.adapters import MASKS, AdaptedPipeline, Adapter, AdapterConfig, embed, load_adapter
+from unigen.adapters import AdaptedPipeline, Adapter, between, embed, load_adapter, pipe_of
 from unigen.config import OptimConfig, RunConfig
 from unigen.data import captions, scenes
 from unigen.output import grid
@@ -44,7 +44,8 @@ SIZE = 256
 @dataclass
 class AdapterRun(RunConfig):
     """lmm, generator: names or folders. pictures: share of the captions that are read as pictures. length: of a prompt
-    at most, for pipelines that take any. width, layers, heads: of the adapter."""
+    at most, for pipelines that take any. width, layers, heads: of the adapter, which with `init_from` has to have them.
+    """
 
     lmm: str = ""
     generator: str = ""
@@ -127,22 +128,14 @@ def relative(made: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
 
 def start(cfg: AdapterRun, lmm: Any, pipe: Any) -> Adapter:
     """The adapter that `init_from` names, or a new one of the models' widths."""
-    if cfg.init_from:
-        return load_adapter(cfg.init_from)
-    told = embed(pipe, "a")
-    free = not PipelineEngine(pipe).takes.isdisjoint(MASKS)
-    return Adapter(
-        AdapterConfig(
-            states=lmm.states("a").shape[1],
-            embeds=told.embeds_LW.shape[1],
-            length=cfg.length if free else len(told.embeds_LW),
-            pooled=0 if told.pooled_P is None else len(told.pooled_P),
-            free=free,
-            width=cfg.width,
-            layers=cfg.layers,
-            heads=cfg.heads,
-        )
-    )
+    if not cfg.init_from:
+        return Adapter(replace(between(lmm, pipe, cfg.length), width=cfg.width, layers=cfg.layers, heads=cfg.heads))
+    adapter = load_adapter(cfg.init_from)
+    has = adapter.config
+    names = ("width", "layers", "heads", *(["length"] if has.free else []))
+    if others := [f"{name}={getattr(has, name)}" for name in names if getattr(has, name) != getattr(cfg, name)]:
+        raise ValueError(f"the adapter {cfg.init_from} is of another size: give {' '.join(others)}")
+    return adapter
 
 
 def build(cfg: AdapterRun) -> Job:
@@ -151,9 +144,7 @@ def build(cfg: AdapterRun) -> Job:
     if not 0 <= cfg.pictures <= 1:
         raise ValueError(f"pictures is a share from 0 to 1, not {cfg.pictures}")
     pair = unigen.load(device="cpu", lmm=cfg.lmm, generator=cfg.generator)  # the trainer takes them to its device
-    if not isinstance(pair.painter, PipelineEngine):
-        raise ValueError("an adapter tells a diffusers pipeline what to draw: give one as generator")
-    pipe, lmm = pair.painter.pipe, pair.lmm
+    pipe, lmm = pipe_of(pair.painter), pair.lmm
     torch.manual_seed(cfg.seed)
     adapter = start(cfg, lmm, pipe)
     AdaptedPipeline(pipe, lmm, adapter)  # does it fit?

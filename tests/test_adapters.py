@@ -21,6 +21,7 @@ from PIL import Image
 import unigen
 from tests.conftest import autoencoder
 from tests.parity import llamagen_t2i as t5_case
+from tests.parity import showo as showo_case
 from unigen import cli
 from unigen.adapters import AdaptedPipeline, Adapter, AdapterConfig, embed, load_adapter
 from unigen.config import apply_overrides
@@ -241,6 +242,16 @@ def test_a_run_goes_on_where_it_stopped(
     assert (tmp_path / "000007.png").exists()
 
 
+def test_a_run_that_begins_from_an_adapter_of_another_size(
+    recipe: ModuleType, seeing_folder: Path, words_folder: Path, tmp_path: Path
+) -> None:
+    Adapter(AdapterConfig(states=32, embeds=32, length=77, width=16, heads=2, layers=1)).save(tmp_path / "a")
+    models = [f"lmm={seeing_folder}", f"generator={words_folder}", f"init_from={tmp_path / 'a'}", "heads=2"]
+    with pytest.raises(ValueError, match="of another size: give width=16 layers=1$"):
+        recipe.build(apply_overrides(recipe.config(), models))
+    recipe.build(apply_overrides(recipe.config(), [*models, "width=16", "layers=1"]))  # length: the pipeline says
+
+
 def test_pictures_are_read_for_their_captions(recipe: ModuleType, emoji_font: Path) -> None:
     read = [recipe.Captions(0, 0.5)[i] for i in range(8)]
     assert {bool(document.images()) for document, _ in read} == {True, False} and all(words for _, words in read)
@@ -312,13 +323,28 @@ def rewritten(folder: Path, **changed: Any) -> None:
 
 
 def test_what_cannot_be_joined(
-    recipe: ModuleType, chat_folder: Path, classes_folder: Path, janus_folder: Path, joined: Path
+    recipe: ModuleType,
+    chat_folder: Path,
+    words_folder: Path,
+    classes_folder: Path,
+    janus_folder: Path,
+    joined: Path,
+    tmp_path: Path,
 ) -> None:
     for generator, reason in ((classes_folder, "not told by prompt embeddings"), (janus_folder, "diffusers pipeline")):
         with pytest.raises(ValueError, match=reason):
             unigen.load(device="cpu", lmm=str(chat_folder), generator=str(generator), adapter=str(joined))
     with pytest.raises(ValueError, match="both an lmm that reads and a generator that draws"):
         unigen.load(device="cpu", adapter=str(joined))
+    with pytest.raises(ValueError, match="is missing"):  # before models that may be large are looked for
+        unigen.load(device="cpu", lmm="no such", generator="no such", adapter=str(chat_folder / ".."))
+    with pytest.raises(ValueError, match="does not answer with text"):
+        unigen.load(device="cpu", lmm=str(words_folder), generator=str(words_folder), adapter=str(joined))
+    showo_case.checkpoint(tmp_path)
+    with pytest.raises(ValueError, match="cannot be the lmm of an adapter: it reads no words without a picture"):
+        unigen.load(device="cpu", lmm=str(tmp_path), generator=str(words_folder), adapter=str(joined))
+    with pytest.raises(ValueError, match="cannot be the lmm of an adapter"):
+        recipe.build(apply_overrides(recipe.config(), [f"lmm={tmp_path}", f"generator={words_folder}"]))
     for wrong, reason in (([], "name both models"), ([f"generator={janus_folder}"], "diffusers pipeline")):
         with pytest.raises(ValueError, match=reason):
             recipe.build(apply_overrides(recipe.config(), [*wrong, *([f"lmm={chat_folder}"] if wrong else [])]))

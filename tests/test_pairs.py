@@ -15,7 +15,7 @@ import unigen
 from tests.parity import llamagen as llamagen_case
 from unigen import cli
 from unigen.adapters import embed
-from unigen.pairs import PairedEngine
+from unigen.pairs import MOST, PairedEngine
 from unigen.pipelines import PipelineEngine
 from unigen.sequence import Document, Segment
 
@@ -251,10 +251,11 @@ class Says:
     outputs = ("text",)
 
     def __init__(self, *answers: str) -> None:
-        self.answers, self.asked = list(answers), []  # type: ignore[var-annotated]
+        self.answers, self.asked, self.options = list(answers), [], []  # type: ignore[var-annotated]
 
     def generate(self, document: Document, output: str, **options: Any) -> str:
         self.asked.append([s.text for s in document.segments if s.text])
+        self.options.append(options)
         return self.answers.pop(0)
 
 
@@ -286,6 +287,35 @@ def test_an_edit_by_one_that_draws_from_words_alone() -> None:
     asked = Document.of([Image.new("RGB", (4, 4)), "the same with a tree"])
     assert pair.generate(asked).width == len("a hill with a tree")
     assert pair.generate("a cat").width == len("a cat")  # words alone go as they are
+
+
+def test_no_option_is_swallowed(words_folder: Path) -> None:
+    """What the one that reads does not get, the one that draws does, and refuses by name."""
+    reader, picture = Says("a hill", "a dog"), Image.new("RGB", (32, 32))
+    pair = PairedEngine(reader, unigen.load(str(words_folder), "cpu"))
+    for call, reason in (
+        (lambda: pair.generate("two apples", temperature=0.1, top_p=0.5, max_images=3, **SMALL), "temperature, top_p"),
+        (lambda: pair.generate([picture, "with a tree"], max_images=3, **SMALL), "does not take max_images"),
+        (lambda: pair.describe(picture, candidates=4, nonsense=3), "does not take candidates, nonsense"),
+        (lambda: pair.generate("a hill", "text", steps=3), "does not take steps"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            call()
+    assert pair.describe(picture, temperature=0.5, seed=3) == "a dog"
+    assert reader.options[1] == {"temperature": 0.5, "seed": 3}
+
+
+@pytest.mark.parametrize(("asked", "most"), [({}, MOST), ({"max_tokens": 500}, MOST), ({"max_tokens": 7}, 7)])
+def test_prompts_for_the_painter_are_short(asked: dict[str, int], most: int) -> None:
+    """In a picture of a picture, an edit and a story alike; an answer is as long as is asked for."""
+    reader = Says(*"abcde", "")
+    pair = PairedEngine(reader, Draws())
+    pair.generate([Image.new("RGB", (4, 4)), "with a tree"], **asked)
+    pair.edit(Image.new("RGB", (4, 4)), "with a tree", **asked)
+    pair.generate("a story", "interleaved", max_images=1, **asked)
+    assert [options["max_tokens"] for options in reader.options] == [most] * 4
+    pair.generate("why", "text", **asked)
+    assert reader.options[4].get("max_tokens") == asked.get("max_tokens")
 
 
 def test_two_of_our_families_pair(janus_folder: Path, tmp_path: Path) -> None:

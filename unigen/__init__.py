@@ -100,11 +100,9 @@ def load(
         return one(name or "unigen-tiny")
     if lmm is None or generator is None or name is not None:
         raise ValueError("give one name, or both an lmm that reads and a generator that draws")
+    from unigen import hub
+    from unigen.adapters import load_adapter
     from unigen.pairs import PairedEngine
 
-    pair = PairedEngine(one(lmm, reads=True), one(generator))
-    if adapter is None:
-        return pair
-    from unigen import adapters, hub
-
-    return PairedEngine(pair.lmm, adapters.join(pair.painter, pair.lmm, hub.resolve(adapter)[0]))
+    joins = None if adapter is None else load_adapter(hub.resolve(adapter)[0])  # the smallest of them before the others
+    return PairedEngine(one(lmm, reads=True), one(generator), joins)

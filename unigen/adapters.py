@@ -31,6 +31,7 @@ from unigen import hub
 from unigen.config import from_dict, save_json
 from unigen.pipelines import PipelineEngine
 from unigen.sequence import Document
+from unigen.templates import Unable
 
 MASKS = ("prompt_attention_mask", "prompt_embeds_mask")
 """What pipelines call the mask of prompts of any length."""
@@ -136,27 +137,17 @@ class AdaptedPipeline(PipelineEngine):
     def __init__(self, pipe: Any, lmm: Any, adapter: Adapter) -> None:
         super().__init__(pipe)
         self.lmm, self.adapter = lmm, adapter.to(pipe.device)
-        read, told, c = lmm.states("a"), self.embed("a"), adapter.config
-        pooled = 0 if told.pooled_P is None else len(told.pooled_P)
-        length = c.length if c.free and self.free else len(told.embeds_LW)
+        mine = adapter.config
+        theirs = between(lmm, pipe, mine.length)
         figures = [
-            ("reads states of width", c.states, read.shape[1], "the lmm has"),
-            ("makes embeddings of width", c.embeds, told.embeds_LW.shape[1], "the pipeline takes"),
-            ("makes so many of them:", c.length, length, "the pipeline takes"),
-            ("makes a pooled one of width", c.pooled, pooled, "the pipeline takes"),
-            ("says how many count:", c.free, self.free, "for the pipeline it is"),
+            ("reads states of width", mine.states, theirs.states, "the lmm has"),
+            ("makes embeddings of width", mine.embeds, theirs.embeds, "the pipeline takes"),
+            ("makes so many of them:", mine.length, theirs.length, "the pipeline takes"),
+            ("makes a pooled one of width", mine.pooled, theirs.pooled, "the pipeline takes"),
+            ("says how many count:", mine.free, theirs.free, "for the pipeline it is"),
         ]
-        if wrong := [f"it {does} {mine}, {whose} {theirs}" for does, mine, theirs, whose in figures if mine != theirs]:
+        if wrong := [f"it {does} {own}, {whose} {other}" for does, own, other, whose in figures if own != other]:
             raise ValueError(f"the adapter does not fit these models: {'; '.join(wrong)}")
-
-    @property
-    def free(self) -> bool:
-        """Has a prompt as many embeddings as it needs?"""
-        return not self.takes.isdisjoint(MASKS)
-
-    def embed(self, words: str) -> Embeds:
-        """Words as the pipeline's own text encoder tells it them."""
-        return embed(self.pipe, words)
 
     @torch.inference_mode()
     def _conditions(self, document: Document) -> dict[str, Any]:
@@ -193,8 +184,26 @@ def embed(pipe: Any, words: str) -> Embeds:
     return Embeds(embeds[0, masks[0]] if masks else embeds[0], pooled[0] if pooled else None)
 
 
-def join(painter: Any, lmm: Any, folder: str | Path) -> AdaptedPipeline:
-    """The pipeline, told what the lmm reads by the adapter in the folder."""
+def between(lmm: Any, pipe: Any, length: int) -> AdapterConfig:
+    """An adapter's figures that the two models set. length: of a prompt at most, where the pipeline takes any. Raises
+    ValueError for models that none can join."""
+    told = embed(pipe, "a")
+    try:
+        states = lmm.states("a").shape[1]
+    except Unable as error:
+        raise ValueError("this model cannot be the lmm of an adapter: it reads no words without a picture") from error
+    free = not PipelineEngine(pipe).takes.isdisjoint(MASKS)
+    return AdapterConfig(
+        states=states,
+        embeds=told.embeds_LW.shape[1],
+        length=length if free else len(told.embeds_LW),
+        pooled=0 if told.pooled_P is None else len(told.pooled_P),
+        free=free,
+    )
+
+
+def pipe_of(painter: Any) -> Any:
+    """The pipeline that an adapter tells what to draw. Raises ValueError for a painter that is none."""
     if not isinstance(painter, PipelineEngine):
         raise ValueError("an adapter tells a diffusers pipeline what to draw: give one as generator, or no adapter")
-    return AdaptedPipeline(painter.pipe, lmm, load_adapter(folder))
+    return painter.pipe

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,16 @@ def fetch(repo: str, file: str) -> Path:
     if not path.is_file():
         raise ValueError(f"{repo} on the Hugging Face hub has no {file}")
     return path
+
+
+def part(folder: Path, name: str, what: str, fetch: Callable[[], Path]) -> Path:
+    """What a model's repository does not bring along: the file or folder (name/) of this name in the model's folder,
+    else what is fetched. what: it is, as people read it. Raises ValueError in one line where there is neither."""
+    here = sorted(folder.rglob(name.rstrip("/")))
+    try:
+        return here[0] if here else fetch()
+    except ValueError as error:
+        raise ValueError(f"{folder} has no {name} ({what}), and {error}") from error
 
 
 def _from_hub(repo: str, revision: str | None, patterns: Sequence[str], left: Sequence[str] = ()) -> Path:

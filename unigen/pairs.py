@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from unigen import hub
+from unigen.adapters import AdaptedPipeline, Adapter, pipe_of
 from unigen.nn.quantized import held, measure, quantize
 from unigen.sequence import Document, Segment, read_image
 from unigen.templates import Output, Unable
@@ -29,23 +30,25 @@ PASSAGE = "Write only the next short passage of it, in one to three sentences. L
 SHOWN = "Say in one sentence what a picture of the last passage shows, as a prompt for a painter. Only the sentence."
 MOST = 120
 """Tokens of a passage, and of a prompt for the painter, where `max_tokens` does not say less."""
-READS = ("seed", "max_tokens", "temperature", "top_p")
-"""Options of the model that reads; all others are of the one that draws. Both have the seed."""
+READS = ("max_tokens", "temperature", "top_p")
+"""Options of the model that reads, wherever it says something; all others are of the one that draws."""
 
 
 class PairedEngine:
-    """lmm: answers a document with text; painter: draws words, and edits pictures where it can. joined: is the painter
-    told what the lmm reads by hidden states (`unigen.adapters`), so that pictures need not be put into words?"""
+    """lmm: answers a document with text; painter: draws words, and edits pictures where it can; adapter: tells it what
+    the lmm reads by hidden states (`unigen.adapters`). joined: is it told so, and no picture has to be put into words?
+    """
 
     outputs: tuple[Output, ...] = ("image", "text", "interleaved")
 
-    def __init__(self, lmm: Any, painter: Any) -> None:
+    def __init__(self, lmm: Any, painter: Any, adapter: Adapter | None = None) -> None:
         if "text" not in lmm.outputs:
             raise ValueError("the model given as lmm does not answer with text: give one that reads and writes")
         if "image" not in painter.outputs:
             raise ValueError("the model given as generator does not draw: give one that does")
-        self.lmm, self.painter = lmm, painter
-        self.joined = bool(getattr(painter, "sees", False))
+        self.lmm = lmm
+        self.painter = painter if adapter is None else AdaptedPipeline(pipe_of(painter), lmm, adapter)
+        self.joined = bool(getattr(self.painter, "sees", False))
 
     def generate(self, prompt: Any, output: Output = "image", *, n: int = 1, seed: int = 0, **options: Any) -> Any:
         """A PIL image, a string, or for "interleaved" a list of both; n > 1 gives a list of answers."""
@@ -68,21 +71,21 @@ class PairedEngine:
             return
         yield from self._told(Document.of(prompt), seed, options)
 
-    def describe(self, image: Any, question: str | None = None, **options: Any) -> str:
-        asked = [read_image(image), question or "Describe this picture."]
-        return self._said(asked, options.get("seed", 0), options)
+    def describe(self, image: Any, question: str | None = None, *, seed: int = 0, **options: Any) -> str:
+        return str(self._answer([read_image(image), question or "Describe this picture."], "text", seed, options))
 
     def edit(self, image: Any, instruction: str, *, seed: int = 0, **options: Any) -> Any:
         """The picture changed as the instruction says: what it shall show is said by the one that reads."""
         if not instruction.strip():
             raise ValueError("the instruction is empty: say what to change")
         picture = read_image(image)
-        brief = options | {"max_tokens": min(MOST, options.get("max_tokens", MOST))}
-        said = instruction if self.joined else self._said([picture, instruction, PROMPT], seed, brief)
+        said, own = instruction, options
+        if not self.joined:
+            said, own = self._said([picture, instruction, PROMPT], seed, options, MOST), self._drawing(options)
         try:
-            return self.painter.edit(picture, said, seed=seed, **self._drawing(options))
+            return self.painter.edit(picture, said, seed=seed, **own)
         except Unable:  # it draws the new picture whole
-            return self._drawn([picture, said] if self.joined else said, seed, options)
+            return self.painter.generate([picture, said] if self.joined else said, "image", seed=seed, **own)
 
     def inpaint(self, image: Any, prompt: str, mask: Any, **options: Any) -> Any:
         return self.painter.inpaint(image, prompt, mask, **options)
@@ -97,40 +100,44 @@ class PairedEngine:
             raise ValueError(f"this pair cannot answer with {output}: it can with {' or '.join(self.outputs)}")
         document = Document.of(prompt)
         if output == "text":
+            if unheard := [name for name in options if name not in READS]:
+                heard = f"it takes {', '.join(READS)}"
+                raise ValueError(f"the model that reads does not take {', '.join(unheard)}: leave that out ({heard})")
             return self._said(document, seed, options)
         if output == "interleaved":
             return list(self._told(document, seed, options))
-        plain = self.joined or not document.images()
-        asked = document if plain else self._said(Document([*document.segments, Segment(text=PROMPT)]), seed, options)
-        return self._drawn(asked, seed, options)
+        if self.joined or not document.images():  # the one that reads says nothing
+            return self.painter.generate(document, "image", seed=seed, **options)
+        said = self._said(Document([*document.segments, Segment(text=PROMPT)]), seed, options, MOST)
+        return self.painter.generate(said, "image", seed=seed, **self._drawing(options))
 
     def _told(self, document: Document, seed: int, options: dict[str, Any]) -> Iterator[Any]:
         """Passages and their pictures, until a passage is empty or there are as many as asked for."""
-        count = options.get("max_images", 4)
+        count, own = options.get("max_images", 4), self._drawing(options)
+        own.pop("max_images", None)
         if count < 1:
             raise ValueError("max_images must be at least 1")
         told = list(document.segments)
-        options = options | {"max_tokens": min(MOST, options.get("max_tokens", MOST))}
         for number in range(count):
             at = seed * 1_000 + number
-            passage = self._said(Document([*told, Segment(text=PASSAGE)]), at, options)
+            passage = self._said(Document([*told, Segment(text=PASSAGE)]), at, options, MOST)
             if not passage:
                 return
             yield passage
             told.append(Segment(text=passage, role="assistant"))
-            shown = self._said(Document([*told, Segment(text=SHOWN)]), at, options)
-            yield self._drawn(shown or passage, at, options)
+            shown = self._said(Document([*told, Segment(text=SHOWN)]), at, options, MOST)
+            yield self.painter.generate(shown or passage, "image", seed=at, **own)
 
-    def _said(self, document: Any, seed: int, options: dict[str, Any]) -> str:
-        mine = {name: value for name, value in options.items() if name in READS and name != "seed"}
+    def _said(self, document: Any, seed: int, options: dict[str, Any], most: int | None = None) -> str:
+        """most: tokens, where `max_tokens` does not say less."""
+        mine = {name: value for name, value in options.items() if name in READS}
+        if most is not None:
+            mine["max_tokens"] = min(most, mine.get("max_tokens", most))
         return str(self.lmm.generate(Document.of(document), "text", seed=seed, **mine)).strip()
-
-    def _drawn(self, asked: Any, seed: int, options: dict[str, Any]) -> Any:
-        return self.painter.generate(asked, "image", seed=seed, **self._drawing(options))
 
     @staticmethod
     def _drawing(options: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in options.items() if name not in (*READS, "max_images")}
+        return {name: value for name, value in options.items() if name not in READS}
 
 
 class TransformersReader:

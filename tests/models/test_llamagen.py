@@ -84,6 +84,8 @@ def test_words_are_made_plain() -> None:
         "“An owl” – it’s 3.5 m (tall)": '"an owl" - it\'s 3.5 m tall',
         "'a shop with bread & milk'": "a shop with bread milk",
         "a dog,": "a dog",
+        "a dog . a cat": "a dog a cat",
+        "see www.x.com,a.png is.code": "see www.x.com, a.png is. code",
         "what...a man : a plan": "what a man: a plan",
         "a state-of-the-art well-made boat": "a state of the art well made boat",
     }.items():

@@ -44,8 +44,9 @@ def test_the_public_layout_is_written_as_it_was_read(folder: Path, tmp_path: Pat
 
 
 def test_the_size_that_a_name_says(folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(folder, tmp_path / "Lumina-mGPT-7B-64")
-    for place, side in ((folder, 32), (tmp_path / "Lumina-mGPT-7B-64", 64)):
+    named = tmp_path / "mGPT-7B-128" / "Lumina-mGPT-7B-64"  # the last name says it
+    shutil.copytree(folder, named)
+    for place, side in ((folder, 32), (named, 64)):
         assert unigen.load(str(place), "cpu").generate("a red apple").size == (side, side)
 
 

@@ -173,6 +173,20 @@ def test_a_map_of_no_size_for_4_bits() -> None:
         quantize(nn.Sequential(nn.Linear(48, 32)), "4bit", "cpu")
 
 
+@needs
+@every
+def test_a_model_that_an_engine_holds(kind: str, tiny_folder: Path) -> None:
+    """Draws as one that was quantised before, and is quantised once."""
+    engine, before = unigen.load(str(tiny_folder), "cpu"), unigen.load(str(tiny_folder), "cpu", quantization=kind)
+    engine.model.quantize(kind, "cpu")
+    assert measure(engine.model) == measure(before.model)
+    drawn = (one.generate("two red apples", seed=1).tobytes() for one in (engine, before))
+    assert next(drawn) == next(drawn)
+    for again in QUANTIZATIONS:
+        with pytest.raises(ValueError, match="quantised already"):
+            engine.model.quantize(again, "cpu")
+
+
 @every
 def test_without_the_package(kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)

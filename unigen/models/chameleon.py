@@ -128,9 +128,7 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
 
 def tokenizers(folder: Path) -> tuple[Any, Any]:
     """Of text and of pictures."""
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        hub.read_json(folder / name)
-    return text.load(folder), vqgan.of_chameleon(folder, IMAGE_SIZE)
+    return text.of_model(folder), vqgan.of_chameleon(folder, IMAGE_SIZE)
 
 
 def joined(

@@ -254,9 +254,7 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.initialization import no_init_weights
 
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        hub.read_json(folder / name)
-    tokenizer = text.load(folder)
+    tokenizer = text.of_model(folder)
     config = hub.read_json(folder / hub.CONFIG)
     if (folder / hub.MANIFEST).is_file():
         image_tokenizer = load_tokenizer(folder / "image_tokenizer")

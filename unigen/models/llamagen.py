@@ -176,6 +176,8 @@ class TextBackbone(LlamaGenBackbone):
         return super().packed(embeds_BLD, places_BL, segments_BL, reach_BL)
 
 
+_ENDING = r"(?:[\w-]+\.)*(?:com|co|ru|net|org|edu|gov|it|png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4)"
+"""What follows a dot in an address, and in the name of a file."""
 _PLAIN = (
     (r"[-\u2010-\u2015]+", "-"),
     (r"[`´«»“”¨]", '"'),
@@ -183,7 +185,8 @@ _PLAIN = (
     (r"[#®•©™&@·º½¾¿¡§~(){}|\\/*\[\]]+", " "),
     (r"[\"']{2,}", '"'),
     (r"\.{2,}", " "),
-    (r"(\D[,.])\b", r"\1 "),
+    (r"\s+\.\s+", " "),
+    (rf"(\D(?:,|\.(?!{_ENDING}\b)))\b", r"\1 "),
     (r"\s+", " "),
     (r"\b :", ":"),
     (r"^[\"'](.+)[\"']$", r"\1"),
@@ -193,8 +196,10 @@ _PLAIN = (
 
 
 def plain(words: str) -> str:
-    """The words as captions were in training: lower case, typographic marks made plain, others left out. What else
-    captions of the web were rid of (addresses, tags, sizes, names as r2d2) is read as it is written."""
+    """The words as captions were in training: lower case, typographic marks made plain, others left out. Differently,
+    what else captions of the web were rid of is read here: addresses and names of files and people (x.com, a.png, @me),
+    numbers of articles and pages, sizes (3x4), names as r2d2, words of shops (free shipping), Chinese characters; marks
+    in them are made plain like all others. Entities (&amp;) and damaged letters are not repaired."""
     words = words.lower().strip()
     if len(re.findall(r"[-_]", words)) > 3:
         words = re.sub(r"[-_]", " ", words)
@@ -336,7 +341,7 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
         )
         state = from_public(state, head_dim)
         if kind == "t2i":
-            words = text_encoder(folder)
+            words = hub.part(folder, f"{TEXT_FOLDER}/", "the text encoder", lambda: hub.snapshot(TEXT_ENCODER))
             config.t5 = hub.read_json(words / hub.CONFIG)
             if "d_model" not in config.t5:
                 raise ValueError(f"{words / hub.CONFIG} has no d_model: it is no T5's, or damaged")
@@ -364,16 +369,6 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
     model = UnifiedModel("llamagen", backbone, vocabulary, tokenizer, image_tokenizer, template, writers)
     model.sample_by("next-token", **SAMPLING[kind])
     return model
-
-
-def text_encoder(folder: Path) -> Path:
-    """The folder of what reads words for the model in `folder`: there, or else of the hub."""
-    if (folder / TEXT_FOLDER).is_dir():
-        return folder / TEXT_FOLDER
-    try:
-        return hub.snapshot(TEXT_ENCODER)
-    except ValueError as error:
-        raise ValueError(f"{folder} has no {TEXT_FOLDER}/ (the text encoder), and {error}") from error
 
 
 def text_tensors(folder: Path) -> dict[str, Tensor]:

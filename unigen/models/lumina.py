@@ -50,7 +50,7 @@ RATIO = 4
 """The longest pictures that are read: so many times as long as wide."""
 ASKED = "Generate an image of {}x{} according to the following prompt:\n"
 NAMED = re.compile(r"mGPT-\d+B-(\d+)")
-"""What a folder says of the size that it was tuned to: its name."""
+"""What a folder says of the size that it was tuned to: its name, or the last of those above it that says one."""
 CLASS = "ChameleonXLLMXForConditionalGeneration"
 SAMPLING: dict[str, Any] = {"guidance": 4.0, "temperature": 1.0, "top_k": 2000}
 
@@ -164,8 +164,8 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
     if (folder / hub.MANIFEST).is_file():
         lm = hub.pretrained(ChameleonForConditionalGeneration, folder, dtype)
     else:
-        if named := NAMED.search(str(folder.absolute())):
-            image_tokenizer.settings = replace(image_tokenizer.settings, image_size=int(named[1]))
+        if sizes := NAMED.findall(str(folder.absolute())):
+            image_tokenizer.settings = replace(image_tokenizer.settings, image_size=int(sizes[-1]))
         state = from_public(hub.read_weights(folder), hub.read_json(folder / hub.CONFIG))
         # transformers' class has an encoder of pictures, which is that of the image tokenizer
         for name, tensor in vqgan.to_public(image_tokenizer).items():

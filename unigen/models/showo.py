@@ -152,7 +152,7 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
     from transformers import PhiForCausalLM
 
     if (folder / hub.MANIFEST).is_file():
-        tokenizer = text_tokenizer(folder)
+        tokenizer = text.of_model(folder)
         image_tokenizer = load_tokenizer(folder / "image_tokenizer")
         lm = hub.pretrained(PhiForCausalLM, folder, dtype)
     else:
@@ -160,7 +160,7 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
         if config.get("w_clip_vit"):
             raise ValueError(f"{folder}: a Show-o that reads pictures by CLIP is not known here")
         language = part(folder, LANGUAGE, hub.settings)
-        tokenizer = text_tokenizer(language)
+        tokenizer = text.of_model(language)
         tokenizer.add_special_tokens({"pad_token": PAD, "additional_special_tokens": list(ADDED[1:])})
         images = hub.read_weights(part(folder, IMAGES, hub.snapshot))
         image_tokenizer = magvit2.from_public(images, math.isqrt(config["num_vq_tokens"]))
@@ -182,18 +182,8 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
 
 
 def part(folder: Path, repo: str, fetch: Any) -> Path:
-    """The folder of a part that other repositories bring, by its name in the model's, else fetched from the hub."""
-    here = folder / repo.partition("/")[2]
-    try:
-        return here if here.is_dir() else Path(fetch(repo))
-    except ValueError as error:
-        raise ValueError(f"{folder} has no {here.name}/ (a part of Show-o), and {error}") from error
-
-
-def text_tokenizer(folder: Path) -> Any:
-    for name in (hub.CONFIG, "tokenizer.json", "tokenizer_config.json"):
-        hub.read_json(folder / name)
-    return text.load(folder)
+    """The folder of a part that another repository brings."""
+    return hub.part(folder, f"{repo.partition('/')[2]}/", "a part of Show-o", lambda: fetch(repo))
 
 
 def phi(state: dict[str, Tensor], settings: dict[str, Any], folder: Path, dtype: torch.dtype | None) -> Any:

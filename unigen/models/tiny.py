@@ -317,9 +317,7 @@ def load(folder: Path, dtype: torch.dtype | None = None) -> UnifiedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     manifest = hub.read_json(folder / hub.MANIFEST)
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        hub.read_json(folder / name)  # transformers would answer a damaged one with a traceback
-    tokenizer = text_tokenizers.load(folder)
+    tokenizer = text_tokenizers.of_model(folder)
     image_tokenizer = load_tokenizer(folder / "image_tokenizer")
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     lm = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")

@@ -17,11 +17,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from unigen.nn.few_rows import FewRowsLinear
 from unigen.precision import QUANTIZATIONS
 
 WHOLE = {"8bit": (1, 1), "4bit": (32, 64)}
 """Outputs and inputs of maps that are quantised are whole multiples of these. Others stay as they are: in 4 bits
 bitsandbytes' product on a CPU stops at them, or gives blocks that go on in the next row another block's scale."""
+
+PLAIN = (nn.Linear, FewRowsLinear)
+"""Maps that are quantised; others may be more than their weights."""
 
 
 def check(kind: str, device: str | torch.device) -> None:
@@ -43,8 +47,13 @@ def check(kind: str, device: str | torch.device) -> None:
 
 def quantize(module: nn.Module, kind: str, device: str | torch.device) -> None:
     """Replace every `nn.Linear` inside of a size in `WHOLE` by one that keeps its weights so, on the device. All else
-    stays as it is. Raises ValueError where that cannot be, and where no map is of such a size."""
+    stays as it is. Raises ValueError where that cannot be, where it is done already, and where no map is of such a
+    size."""
     check(kind, device)
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    if any(isinstance(part, Linear4bit | Linear8bitLt) for part in module.modules()):
+        raise ValueError(f"no {kind} weights: these are quantised already, load the model anew")
     if not _replace(module, kind, device):
         outputs, inputs = WHOLE[kind]
         raise ValueError(f"no {kind} weights: of no linear map are outputs and inputs multiples of {outputs}, {inputs}")
@@ -62,9 +71,11 @@ def _replace(module: nn.Module, kind: str, device: str | torch.device) -> int:
         how = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
     before = dict(module.named_modules())
     maps = {name: part for name, part in before.items() if isinstance(part, nn.Linear | Conv1D)}
-    left = [name for name, part in maps.items() if type(part) is not nn.Linear or not _fits(part, kind)]
+    left = [name for name, part in maps.items() if type(part) not in PLAIN or not _fits(part, kind)]
     if len(left) == len(maps):
         return 0
+    for name in maps.keys() - set(left):
+        maps[name].__class__ = nn.Linear
     replace_with_bnb_linear(module, left, BitsAndBytesConfig(**how))
     count = 0
     for name, new in module.named_modules():

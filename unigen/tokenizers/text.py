@@ -74,6 +74,14 @@ def load(folder: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
+def of_model(folder: Path) -> Any:
+    """The same of a model's folder, whose settings have to be there: transformers would answer damaged ones with a
+    traceback, or make a tokenizer of no words. Raises ValueError in one line."""
+    for name in (hub.CONFIG, "tokenizer.json", "tokenizer_config.json"):
+        hub.read_json(folder / name)
+    return load(folder)
+
+
 class Prompt:
     """Ids of a prompt in the making. In a template's own text the names of special tokens are these tokens; in what a
     user says they are text. Text between two special tokens is cut into pieces as a whole, whoever says it. names: the

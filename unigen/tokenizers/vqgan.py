@@ -206,11 +206,8 @@ def of_chameleon(folder: Path, image_size: int) -> Any:
 
     if (folder / "image_tokenizer").is_dir():
         return load_tokenizer(folder / "image_tokenizer")
-    here = sorted(folder.rglob(CHAMELEON_FILE))
-    try:
-        path = here[0] if here else hub.fetch(CHAMELEON, f"tokenizer/{CHAMELEON_FILE}")
-    except ValueError as error:
-        raise ValueError(f"{folder} has no {CHAMELEON_FILE} (Chameleon's image tokenizer), and {error}") from error
+    where = f"tokenizer/{CHAMELEON_FILE}"
+    path = hub.part(folder, CHAMELEON_FILE, "Chameleon's image tokenizer", lambda: hub.fetch(CHAMELEON, where))
     return load_public(path, image_size)
 
 
