@@ -181,12 +181,14 @@ class Vocabulary:
 
     after the text, in order: id(code) = text_size + code        (Liquid, arXiv 2412.04332, section 3)
     else `first` is the first of them, and `order` names their codes    (Chameleon)
+    own_head: are codes scored by a head of their own, never beside text?
     """
 
     text_size: int
     image_size: int
     start: int | None = None
     order: tuple[int, ...] | None = None
+    own_head: bool = False
 
     @property
     def size(self) -> int:
