@@ -71,7 +71,8 @@ def checked(
     max_tokens, max_images: limits of the answer's text and of an interleaved answer's pictures.
     steps: how many a generator takes that chooses its own number; sampler, guidance_kind: of a flow.
     accelerate: "sjd" or "jacobi", how next-token writes several codes a step (`generators.jacobi`). fixed: codes
-    (h, w) that stay, -1 elsewhere. size: width and height in pixels, for models that draw any.
+    (h, w) that stay, -1 elsewhere. size: width and height in pixels, for models that draw any; None is what the
+    document says.
     """
     generator = generator or usual_generator(model)
     outputs = model.template.outputs
@@ -124,7 +125,8 @@ def checked(
     drawn = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     codes: dict[str, Any] = {k: default[k] if value is None else value for k, value in drawn.items()}
     texts = 0.8 if output == "interleaved" else 0.0
-    document, grid = Document.of(prompt), grid_of(model, size)
+    document = Document.of(prompt)
+    grid = grid_of(model, document.size if size is None else size)
     if model.template.free_size:
         stride = model.image_tokenizer.image_size // model.image_tokenizer.grid[0]
         document.size = (grid[1] * stride, grid[0] * stride)

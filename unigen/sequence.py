@@ -167,11 +167,13 @@ class Document:
         return [s.image for s in self.segments if s.image is not None]
 
     def to_json(self) -> dict[str, Any]:
-        return {"segments": [segment.to_json() for segment in self.segments]}
+        size = {} if self.size is None else {"size": list(self.size)}
+        return {"segments": [segment.to_json() for segment in self.segments]} | size
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Document:
-        return cls([Segment.from_json(segment) for segment in data["segments"]])
+        size = data.get("size")
+        return cls([Segment.from_json(segment) for segment in data["segments"]], size and tuple(size))
 
 
 @dataclass(frozen=True)
