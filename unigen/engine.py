@@ -204,7 +204,7 @@ class Engine:
         rows = self._rows([self.request(prompt, "text")])
         asked = [row.generator.ask(row.state) for row in rows if row.generator and row.state]
         length = len(rows[0].unread[0]) + len(asked[0].ids)
-        cache = SlotCache(self.model.backbone.lm.config.get_text_config().num_hidden_layers, 1, self.model.device)
+        cache = self.model.backbone.new_cache(1, self.model.device)
         embeds_1SD, reach_1S = self._inputs(rows, asked, length)
         positions_1S, mask = cache.begin([0], length, reach_1S)
         return self.model.step(embeds_1SD, positions_1S, mask, cache)[0]
