@@ -28,7 +28,7 @@ from unigen.nn.few_rows import use_few_rows
 from unigen.nn.quantized import held, measure
 from unigen.request import Request, checked, sampling_of
 from unigen.samplers.guidance import Guidance
-from unigen.sequence import Document, Segment, read_image, square, stack_images, to_images
+from unigen.sequence import Document, Segment, read_image, square, to_images
 from unigen.templates import Output
 
 
@@ -147,7 +147,7 @@ class Engine:
         mask: a picture or array of the image's shape, white where to paint; every code that it touches is
         written anew. Raises ValueError where it marks nothing, and for a generator that cannot keep codes.
         """
-        model, size = self.model, self.model.image_tokenizer.image_size
+        model = self.model
         able = [name for name, one in model.generators.items() if "fixed" in one.takes]
         if not able:
             raise ValueError("this model cannot keep a part of a picture: train it with writers.masked=1")
@@ -158,17 +158,18 @@ class Engine:
         given, marks = _picture(image), _picture(mask)
         if given.size != marks.size:
             raise ValueError(f"the mask is of {marks.size} pixels, the picture of {given.size}: make them alike")
-        marked = square(marks, min(marks.size))[..., 0] >= 128  # the centre square, as pictures are read
+        marked = square(marks, min(marks.size))[..., 0] >= 128  # all templates that can cut out the centre square
         rows, columns = (np.arange(n) * len(marked) // n for n in (height, width))
         cells_hw = np.logical_or.reduceat(np.logical_or.reduceat(marked, rows, 0), columns, 1)
         if not cells_hw.any():
             raise ValueError("the mask marks nothing: paint white what is to be made anew")
-        codes_hw = model.codes(stack_images([given], size))[0].cpu()
+        pixels = model.pixels([given])
+        codes_hw = model.codes(pixels)[0].cpu()
         fixed = torch.where(torch.from_numpy(cells_hw), -1, codes_hw)
         painted = self.generate(prompt, "image", generator=generator, fixed=fixed, **options)
-        anew = cells_hw.repeat(size // height, 0).repeat(size // width, 1)[..., None]
+        kept = np.asarray(to_images(pixels)[0])
+        anew = cells_hw.repeat(len(kept) // height, 0).repeat(len(kept) // width, 1)[..., None]
         pictures = painted if isinstance(painted, list) else [painted]
-        kept = square(given, size)
         mixed = [Image.fromarray(np.where(anew, np.asarray(picture), kept)) for picture in pictures]
         return mixed if isinstance(painted, list) else mixed[0]
 
