@@ -282,3 +282,13 @@ def test_the_loss_is_of_what_is_drawn(case: Any, public: Path) -> None:
         gaps_T = (q.softmax(-1) * (q.log_softmax(-1) - p.log_softmax(-1))).sum(-1)
         torch.testing.assert_close(found["next-token"][0], gaps_T.sum(), rtol=1e-4, atol=1e-4)
         assert float(gaps_T.sum()) > 0.01
+
+
+def test_pictures_that_are_far_too_long(public: Path, tmp_path: Path) -> None:
+    """Before it is resized: a small file must not become pixels without end."""
+    model = unigen.load(str(public), "cpu").model
+    Image.new("RGB", (20_000, 2)).save(tmp_path / "long.png")
+    for picture in (tmp_path / "long.png", np.zeros((20_000, 2, 3), np.uint8)):
+        with pytest.raises(ValueError, match="pixels is too long: at most 50 to 1"):
+            model.pixels([picture])
+    assert model.pixels([Image.new("RGB", (50, 1))]).ndim == 4
