@@ -28,6 +28,7 @@ from unigen.nn.few_rows import use_few_rows
 from unigen.nn.quantized import held, measure
 from unigen.request import Request, checked, sampling_of
 from unigen.samplers.guidance import Guidance
+from unigen.samplers.logits import whole
 from unigen.sequence import Document, Segment, read_image, square, to_images
 from unigen.templates import Output
 
@@ -75,8 +76,7 @@ class Engine:
         with seeds seed, seed+1..
         Options: see `unigen.request.checked`. Raises ValueError in one line for bad input.
         """
-        if not isinstance(n, int) or n < 1:
-            raise ValueError(f"n must be a whole number of at least 1, not {n}")
+        n, seed = whole("n", n, 1), whole("seed", seed)
         answers = self.generate_batch([prompt] * n, [seed + i for i in range(n)], output=output, **options)
         return answers[0] if n == 1 else answers
 
@@ -219,8 +219,7 @@ class Engine:
     ) -> list[str]:
         """The answer that `candidates` = 1 would give and others at temperature 1, and the closest of them."""
         asked = [self.model.read(Document.of(prompt)) for prompt in prompts]
-        if not isinstance(candidates, int) or candidates < 1:
-            raise ValueError(f"candidates must be a whole number of at least 1, not {candidates}")
+        whole("candidates", candidates, 1)
         if self.model.sight is not None or "next-token" not in self.model.generators:
             raise ValueError("candidates are for models that read and draw pictures code by code: leave them out")
         if output != "text" or any(len(document.images()) != 1 for document in asked):
