@@ -215,12 +215,18 @@ def test_pooled_embeddings_and_prompts_of_any_length(
         assert near < 0.1 and far > 10 * near, (near, far)
 
 
-def test_the_states_are_those_that_an_answer_begins_with(janus_folder: Path, seeing_folder: Path, pair: Any) -> None:
+def test_the_states_are_those_that_an_answer_begins_with(
+    janus_folder: Path, seeing_folder: Path, pair: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of a model of ours and of one of transformers: the last of them says the first token."""
     engine = unigen.load(str(janus_folder), "cpu")
     asked = [RED, "what is it"]
     first = engine.model.logits(engine.states(asked)[-1:], 0, engine.model.vocabulary.text_size).argmax()
     assert engine.model.template.decode([int(first)]) == engine.generate(asked, "text", max_tokens=1)
+    made, new = [], engine.model.backbone.new_cache
+    monkeypatch.setattr(engine.model.backbone, "new_cache", lambda *a: made.append(new(*a)) or made[-1])
+    engine.states(asked)
+    assert len(made) == 1 and made[0].capacity > 0, "of the precision that all caches have"
     first = pair.lmm.model.lm_head(pair.lmm.states(asked)[-1]).argmax()
     assert pair.lmm.processor.decode([int(first)]).strip() == pair.lmm.generate(asked, max_tokens=1)
 

@@ -134,6 +134,7 @@ def test_classes(classes_folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
         (lambda e: e.generate("a", steps=0), "steps must be at least 1"),
         (lambda e: e.generate("a", sampler="magic"), "unknown sampler"),
         (lambda e: e.generate("a", size=(33, 32), steps=2), "divisible by"),
+        (lambda e: e.generate("a", size=512), "a size is two whole numbers"),
         (lambda e: e.generate(["a", Image.new("RGB", (8, 8))]), "give a picture to `edit`"),
         (lambda e: e.edit(Image.new("RGB", (8, 8)), "a", strength=2.0), "strength lies in"),
         (lambda e: e.inpaint(Image.new("RGB", (8, 8)), "a", Image.new("RGB", (9, 8))), "make them alike"),

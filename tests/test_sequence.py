@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +27,11 @@ def test_documents_survive_json(tmp_path: Path) -> None:
             Segment(image=tmp_path / "a.png"),
             Segment(image=picture(), role="assistant"),
             Segment(image=torch.arange(4).reshape(2, 2), role="assistant"),
-        ]
+        ],
+        (32, 16),
     )
-    again = Document.from_json(document.to_json())
+    again = Document.from_json(json.loads(json.dumps(document.to_json())))
+    assert again.size == (32, 16) and Document.from_json({"segments": []}).size is None
     assert [s.role for s in again.segments] == ["user", "user", "assistant", "assistant"]
     assert again.segments[0].text == "two apples" and str(again.segments[1].image) == str(tmp_path / "a.png")
     assert np.array_equal(np.asarray(again.segments[2].image), np.asarray(picture()))

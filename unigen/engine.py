@@ -28,7 +28,8 @@ from unigen.nn.few_rows import use_few_rows
 from unigen.nn.quantized import held, measure
 from unigen.request import Request, checked, sampling_of
 from unigen.samplers.guidance import Guidance
-from unigen.sequence import Document, Segment, read_image, square, stack_images, to_images
+from unigen.samplers.logits import whole
+from unigen.sequence import Document, Segment, read_image, square, to_images
 from unigen.templates import Output
 
 
@@ -75,8 +76,7 @@ class Engine:
         with seeds seed, seed+1..
         Options: see `unigen.request.checked`. Raises ValueError in one line for bad input.
         """
-        if not isinstance(n, int) or n < 1:
-            raise ValueError(f"n must be a whole number of at least 1, not {n}")
+        n, seed = whole("n", n, 1), whole("seed", seed)
         answers = self.generate_batch([prompt] * n, [seed + i for i in range(n)], output=output, **options)
         return answers[0] if n == 1 else answers
 
@@ -147,7 +147,7 @@ class Engine:
         mask: a picture or array of the image's shape, white where to paint; every code that it touches is
         written anew. Raises ValueError where it marks nothing, and for a generator that cannot keep codes.
         """
-        model, size = self.model, self.model.image_tokenizer.image_size
+        model = self.model
         able = [name for name, one in model.generators.items() if "fixed" in one.takes]
         if not able:
             raise ValueError("this model cannot keep a part of a picture: train it with writers.masked=1")
@@ -158,17 +158,18 @@ class Engine:
         given, marks = _picture(image), _picture(mask)
         if given.size != marks.size:
             raise ValueError(f"the mask is of {marks.size} pixels, the picture of {given.size}: make them alike")
-        marked = square(marks, min(marks.size))[..., 0] >= 128  # the centre square, as pictures are read
+        marked = square(marks, min(marks.size))[..., 0] >= 128  # all templates that can cut out the centre square
         rows, columns = (np.arange(n) * len(marked) // n for n in (height, width))
         cells_hw = np.logical_or.reduceat(np.logical_or.reduceat(marked, rows, 0), columns, 1)
         if not cells_hw.any():
             raise ValueError("the mask marks nothing: paint white what is to be made anew")
-        codes_hw = model.codes(stack_images([given], size))[0].cpu()
+        pixels = model.pixels([given])
+        codes_hw = model.codes(pixels)[0].cpu()
         fixed = torch.where(torch.from_numpy(cells_hw), -1, codes_hw)
         painted = self.generate(prompt, "image", generator=generator, fixed=fixed, **options)
-        anew = cells_hw.repeat(size // height, 0).repeat(size // width, 1)[..., None]
+        kept = np.asarray(to_images(pixels)[0])
+        anew = cells_hw.repeat(len(kept) // height, 0).repeat(len(kept) // width, 1)[..., None]
         pictures = painted if isinstance(painted, list) else [painted]
-        kept = square(given, size)
         mixed = [Image.fromarray(np.where(anew, np.asarray(picture), kept)) for picture in pictures]
         return mixed if isinstance(painted, list) else mixed[0]
 
@@ -204,7 +205,7 @@ class Engine:
         rows = self._rows([self.request(prompt, "text")])
         asked = [row.generator.ask(row.state) for row in rows if row.generator and row.state]
         length = len(rows[0].unread[0]) + len(asked[0].ids)
-        cache = SlotCache(self.model.backbone.lm.config.get_text_config().num_hidden_layers, 1, self.model.device)
+        cache = self.model.backbone.new_cache(1, self.model.device)
         embeds_1SD, reach_1S = self._inputs(rows, asked, length)
         positions_1S, mask = cache.begin([0], length, reach_1S)
         return self.model.step(embeds_1SD, positions_1S, mask, cache)[0]
@@ -218,8 +219,7 @@ class Engine:
     ) -> list[str]:
         """The answer that `candidates` = 1 would give and others at temperature 1, and the closest of them."""
         asked = [self.model.read(Document.of(prompt)) for prompt in prompts]
-        if not isinstance(candidates, int) or candidates < 1:
-            raise ValueError(f"candidates must be a whole number of at least 1, not {candidates}")
+        whole("candidates", candidates, 1)
         if self.model.sight is not None or "next-token" not in self.model.generators:
             raise ValueError("candidates are for models that read and draw pictures code by code: leave them out")
         if output != "text" or any(len(document.images()) != 1 for document in asked):

@@ -102,11 +102,17 @@ def closest(model: UnifiedModel, asked: Sequence[Document], captions: Sequence[S
 
 
 def _alone(model: UnifiedModel, documents: Sequence[Document], batch: int = 64) -> Tensor:
-    """log p (D,) of what the assistant says in documents whose pictures are codes, a row each."""
+    """log p (D,) of what the assistant says in documents whose pictures are codes, a row each; together are those of
+    pictures of one shape."""
     tokens = [model.template.encode(document) for document in documents]
-    parts = []
-    for start in range(0, len(tokens), batch):
-        rows = tokens[start : start + batch]
-        packed = pack([[row] for row in rows], max(map(len, rows)), model.image_tokenizer.image_size)
-        parts.append(log_likelihood(model, model.fill(packed.to(model.device))))
-    return torch.cat(parts)
+    alike: dict[tuple[torch.Size, ...], list[int]] = {}
+    for number, row in enumerate(tokens):
+        alike.setdefault(tuple(codes.shape for codes in row.images), []).append(number)
+    parts, order = [], []
+    for numbers in alike.values():
+        for start in range(0, len(numbers), batch):
+            rows = [tokens[number] for number in numbers[start : start + batch]]
+            packed = pack([[row] for row in rows], max(map(len, rows)), model.image_tokenizer.image_size)
+            parts.append(log_likelihood(model, model.fill(packed.to(model.device))))
+        order += numbers
+    return torch.cat(parts)[torch.tensor(order).argsort().to(model.device)]

@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 from unigen import hub
+from unigen.request import check_size
 from unigen.sequence import Document, read_image
 from unigen.templates import Output, Unable
 
@@ -177,6 +178,7 @@ class PipelineEngine:
         asked = {name: value for name, value in options.items() if value is not None}
         sampler, size = asked.pop("sampler", None), asked.pop("size", None)
         if size is not None:
+            check_size(size)
             asked |= {"width": size[0], "height": size[1]}
         known = {name: OPTIONS.get(name, name) for name in asked}
         if unheard := [name for name, own in known.items() if own not in takes]:

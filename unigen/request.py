@@ -14,7 +14,7 @@ import torch
 from unigen.generators.jacobi import KINDS
 from unigen.model import UnifiedModel
 from unigen.samplers.guidance import Guidance
-from unigen.samplers.logits import Sampling
+from unigen.samplers.logits import Sampling, whole
 from unigen.samplers.ode import MOST, SAMPLERS
 from unigen.sequence import Document
 from unigen.templates import OUTPUTS, Output
@@ -71,7 +71,8 @@ def checked(
     max_tokens, max_images: limits of the answer's text and of an interleaved answer's pictures.
     steps: how many a generator takes that chooses its own number; sampler, guidance_kind: of a flow.
     accelerate: "sjd" or "jacobi", how next-token writes several codes a step (`generators.jacobi`). fixed: codes
-    (h, w) that stay, -1 elsewhere. size: width and height in pixels, for models that draw any.
+    (h, w) that stay, -1 elsewhere. size: width and height in pixels, for models that draw any; None is what the
+    document says.
     """
     generator = generator or usual_generator(model)
     outputs = model.template.outputs
@@ -85,12 +86,12 @@ def checked(
     if generator not in model.generators or generator == "text":
         able = ", ".join(name for name in model.generators if name != "text")
         raise ValueError(f"this model has no generator {generator!r}: it has {able}")
-    if max_tokens < 1 or max_images < 1:
-        raise ValueError("max_tokens and max_images must be at least 1")
+    whole("max_tokens", max_tokens, 1)
+    whole("max_images", max_images, 1)
     if sampler is not None and sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler {sampler!r}: one of {', '.join(SAMPLERS)}")
-    if steps is not None and steps < 1:
-        raise ValueError(f"steps must be at least 1, not {steps}")
+    if steps is not None:
+        whole("steps", steps, 1)
     default = SAMPLING | model.sampling.get(generator, {})
     usual, scales = Guidance.of(default["guidance"]), model.template.scales
     guidance = usual if guidance is None else Guidance.of(guidance)
@@ -124,7 +125,8 @@ def checked(
     drawn = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     codes: dict[str, Any] = {k: default[k] if value is None else value for k, value in drawn.items()}
     texts = 0.8 if output == "interleaved" else 0.0
-    document, grid = Document.of(prompt), grid_of(model, size)
+    document = Document.of(prompt)
+    grid = grid_of(model, document.size if size is None else size)
     if model.template.free_size:
         stride = model.image_tokenizer.image_size // model.image_tokenizer.grid[0]
         document.size = (grid[1] * stride, grid[0] * stride)
@@ -135,7 +137,7 @@ def checked(
         guidance=guidance,
         image=Sampling(**codes),
         text=Sampling(texts if temperature is None else temperature, 0, 1.0 if top_p is None else top_p),
-        seed=int(seed),
+        seed=whole("seed", seed),
         max_tokens=max_tokens,
         max_images=max_images,
         grid=grid,
@@ -152,14 +154,19 @@ def usual_generator(model: UnifiedModel) -> str:
     return "next-token" if "next-token" in names else names[0]
 
 
+def check_size(size: Any) -> None:
+    """Raises ValueError for what is no width and height."""
+    if not isinstance(size, (tuple, list)) or len(size) != 2 or not all(isinstance(n, int) for n in size):
+        raise ValueError(f"a size is two whole numbers, width and height in pixels, not {size!r}")
+
+
 def grid_of(model: UnifiedModel, size: tuple[int, int] | None) -> tuple[int, int]:
     """Rows and columns of codes of pictures of this size, width and height in pixels."""
     tokenizer = model.image_tokenizer
     side, stride = tokenizer.image_size, tokenizer.image_size // tokenizer.grid[0]
     if size is None:
         return tokenizer.grid
-    if not isinstance(size, (tuple, list)) or len(size) != 2 or not all(isinstance(n, int) for n in size):
-        raise ValueError(f"a size is two whole numbers, width and height in pixels, not {size!r}")
+    check_size(size)
     if tuple(size) == (side, side):
         return tokenizer.grid
     if not model.template.free_size:

@@ -28,6 +28,8 @@ from torch import Tensor
 Role = Literal["user", "assistant"]
 ROLES: tuple[Role, ...] = ("user", "assistant")
 MAX_PIXELS = 32_000_000
+LONGEST = 50
+"""How many times as long as wide a picture may be that a model reads."""
 
 
 def read_image(source: str | Path | Image.Image) -> Image.Image:
@@ -71,8 +73,13 @@ Framing = Callable[[Image.Image, int], np.ndarray]
 
 
 def to_pixels(images: Sequence[Image.Image | np.ndarray], size: int, frame: Framing = square) -> Tensor:
-    """Pictures as float32 (N, 3, size, size) in [-1, 1]."""
-    pictures = (Image.fromarray(i) if isinstance(i, np.ndarray) and i.shape[:2] != (size, size) else i for i in images)
+    """Pictures as float32 (N, 3, size, size) in [-1, 1]. Raises ValueError for one that is far too long: a frame may
+    resize the whole of it before it cuts."""
+    pictures = [Image.fromarray(i) if isinstance(i, np.ndarray) and i.shape[:2] != (size, size) else i for i in images]
+    for picture in pictures:
+        if isinstance(picture, Image.Image) and max(picture.size) > LONGEST * min(picture.size):
+            width, height = picture.size
+            raise ValueError(f"image of {width}x{height} pixels is too long: at most {LONGEST} to 1, so cut it")
     arrays = [image if isinstance(image, np.ndarray) else frame(image, size) for image in pictures]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
@@ -167,11 +174,13 @@ class Document:
         return [s.image for s in self.segments if s.image is not None]
 
     def to_json(self) -> dict[str, Any]:
-        return {"segments": [segment.to_json() for segment in self.segments]}
+        size = {} if self.size is None else {"size": list(self.size)}
+        return {"segments": [segment.to_json() for segment in self.segments]} | size
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Document:
-        return cls([Segment.from_json(segment) for segment in data["segments"]])
+        size = data.get("size")
+        return cls([Segment.from_json(segment) for segment in data["segments"]], size and tuple(size))
 
 
 @dataclass(frozen=True)
@@ -181,12 +190,14 @@ class Vocabulary:
 
     after the text, in order: id(code) = text_size + code        (Liquid, arXiv 2412.04332, section 3)
     else `first` is the first of them, and `order` names their codes    (Chameleon)
+    own_head: are codes scored by a head of their own, never beside text?
     """
 
     text_size: int
     image_size: int
     start: int | None = None
     order: tuple[int, ...] | None = None
+    own_head: bool = False
 
     @property
     def size(self) -> int:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 import unigen
 from tests.parity import emu3 as case
 from unigen import cli
+from unigen.likelihood import _alone
 from unigen.sequence import Document, Segment
 
 
@@ -28,6 +31,28 @@ def test_pictures_of_several_sizes_in_one_batch(folder: Path) -> None:
     assert [drawn[n].size for n in range(3)] == sizes
     for n, size in enumerate(sizes):
         assert engine.generate("a red apple", seed=n, size=size).tobytes() == drawn[n].tobytes()
+
+
+def test_a_document_says_the_size_it_asks_for(folder: Path) -> None:
+    engine = unigen.load(str(folder), "cpu")
+    asked = Document([Segment(text="a red apple")], (16, 8))
+    assert engine.generate(asked).tobytes() == engine.generate("a red apple", size=(16, 8)).tobytes()
+    assert engine.generate(asked, size=(8, 16)).size == (8, 16) and asked.size == (16, 8)
+    with pytest.raises(ValueError, match="multiples of 4"):
+        engine.request(Document([Segment(text="a red apple")], (30, 32)), "image")
+
+
+def test_captions_of_pictures_of_several_shapes(folder: Path) -> None:
+    engine = unigen.load(str(folder), "cpu")
+    asked = [[Image.new("RGB", size, "red"), "what is it"] for size in ((16, 8), (8, 16), (16, 8))]
+    options: dict[str, Any] = {"candidates": 3, "max_tokens": 4}
+    told = engine.generate_batch(asked, [1, 2, 3], "text", **options)
+    assert told == [engine.generate_batch([one], [n + 1], "text", **options)[0] for n, one in enumerate(asked)]
+    documents = [Document([*Document.of(one).segments, Segment(text="a", role="assistant")]) for one in asked]
+    read = [engine.model.read(document) for document in documents]
+    with torch.inference_mode():
+        alone = torch.cat([_alone(engine.model, [document]) for document in read])
+        torch.testing.assert_close(_alone(engine.model, read), alone, rtol=1e-4, atol=1e-4)
 
 
 def test_a_picture_is_read_in_its_own_shape(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import re
 import shutil
@@ -17,9 +18,13 @@ from PIL import Image
 
 import unigen
 from scripts.parity import families
+from tests.parity.common import seen_logits
 from unigen import cli, hub
+from unigen.generators import next_token
 from unigen.models import convert
+from unigen.nn.backbone import Backbone
 from unigen.sequence import Document, Segment, pack, to_pixels
+from unigen.training.objectives import Mixture
 
 FOLDERS: dict[str, Path] = {}
 
@@ -231,3 +236,62 @@ def test_half_precision(case: Any, public: Path, dtype: str) -> None:
     exact = engine.generate_batch([case.PROMPT] * 2, [1, 2], size=case.SIZE)
     levels = [np.abs(np.asarray(a, float) - np.asarray(b)) for a, b in zip(together, exact, strict=True)]
     assert np.mean(levels) < 5 and (np.max(levels) > 0) == (dtype == "bfloat16")
+
+
+def test_the_loss_is_of_what_is_drawn(case: Any, public: Path) -> None:
+    """A picture's nats are those of the scores by which the engine drew it; where the head scores text beside codes,
+    of those scores among all others."""
+    engine = unigen.load(str(public), "cpu")
+    model, options = engine.model, {"guidance": 1.0, "top_k": 0, "top_p": 1.0, "size": case.SIZE}
+    if "next-token" not in model.generators:
+        return
+    drawn: list[list[int]] = []
+    generator = model.generators["next-token"]
+    paint = generator.pictures
+
+    def watched(model: Any, states: Any) -> torch.Tensor:
+        drawn.extend(state.ids for state in states)
+        return paint(model, states)
+
+    generator.pictures = watched  # type: ignore[method-assign]
+    with seen_logits(next_token) as steps:
+        engine.generate(case.PROMPT, seed=3, **options)
+    ids_T, logits_TV = torch.tensor(drawn[0]), torch.cat(steps)
+    first, (width, height) = model.vocabulary.first, case.SIZE
+    stride = model.image_tokenizer.image_size // model.image_tokenizer.grid[0]
+    codes = model.vocabulary.codes(ids_T).unflatten(0, (height // stride, width // stride))
+    asked = Segment(label=case.PROMPT) if isinstance(case.PROMPT, int) else Segment(text=case.PROMPT)
+    tokens = model.template.encode(Document([asked, Segment(image=codes, role="assistant")]))
+    batch = model.fill(pack([[tokens]], len(tokens), width))
+    with torch.no_grad():
+        hidden_BLD = model.hidden(batch)
+        targets = generator.prepare(model, batch, model.embed(batch.ids_BL), torch.Generator())[1]
+        nats = generator.loss(model, batch, hidden_BLD, targets)
+    rows, at = targets.nonzero(as_tuple=True)
+    coded = model.vocabulary.is_image(batch.ids_BL[rows, at])
+    assert batch.ids_BL[rows, at][coded].tolist() == ids_T.tolist()
+    expected = torch.nn.functional.cross_entropy(logits_TV, ids_T - first, reduction="none")
+    if type(model.backbone) is Backbone:  # one head for text and codes
+        scores = model.backbone.lm.get_output_embeddings()(hidden_BLD[rows, at - 1][coded])
+        expected += scores.logsumexp(-1) - logits_TV.logsumexp(-1)
+    torch.testing.assert_close(nats[coded], expected, rtol=1e-4, atol=1e-4)
+    if model.vocabulary.own_head:  # what is kept of a model before is of the same scores
+        before = copy.deepcopy(model)
+        with torch.no_grad():
+            for p in before.backbone.lm.parameters():
+                p.mul_(1.2)
+            p, q = (m.logits(m.causal(batch)[rows, at - 1], first, first + len(logits_TV[0])) for m in (model, before))
+            found = Mixture({"next-token": generator}, before=before)(model, batch, torch.Generator())
+        gaps_T = (q.softmax(-1) * (q.log_softmax(-1) - p.log_softmax(-1))).sum(-1)
+        torch.testing.assert_close(found["next-token"][0], gaps_T.sum(), rtol=1e-4, atol=1e-4)
+        assert float(gaps_T.sum()) > 0.01
+
+
+def test_pictures_that_are_far_too_long(public: Path, tmp_path: Path) -> None:
+    """Before it is resized: a small file must not become pixels without end."""
+    model = unigen.load(str(public), "cpu").model
+    Image.new("RGB", (20_000, 2)).save(tmp_path / "long.png")
+    for picture in (tmp_path / "long.png", np.zeros((20_000, 2, 3), np.uint8)):
+        with pytest.raises(ValueError, match="pixels is too long: at most 50 to 1"):
+            model.pixels([picture])
+    assert model.pixels([Image.new("RGB", (50, 1))]).ndim == 4

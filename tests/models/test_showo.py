@@ -74,6 +74,21 @@ def test_a_part_of_a_picture_is_painted_anew(engine: Any) -> None:
     assert (painted[mask == 0] == given[mask == 0]).all() and (painted[mask > 0] != given[mask > 0]).any()
 
 
+def test_what_is_kept_is_read_as_all_pictures_are(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes and pixels that stay are of the template's own cut of the picture."""
+    given = Image.fromarray(np.random.default_rng(0).integers(0, 256, (3 * case.SIDE, 5 * case.SIDE, 3), np.uint8))
+    mask = np.zeros((3 * case.SIDE, 5 * case.SIDE, 3), np.uint8)
+    mask[:2, case.SIDE : case.SIDE + 2] = 255  # inside the upper left code
+    seen: list[torch.Tensor] = []
+    generate = engine.generate
+    monkeypatch.setattr(engine, "generate", lambda *a, fixed, **o: seen.append(fixed) or generate(*a, fixed=fixed, **o))
+    painted = np.asarray(engine.inpaint(given, case.PROMPT, mask, steps=4))
+    read = engine.model.codes(engine.model.pixels([given]))[0]
+    assert seen[0].flatten()[0] == -1 and torch.equal(seen[0].flatten()[1:], read.flatten()[1:])
+    cell, own = case.SIDE // len(read), engine.model.template.frame(given, case.SIDE)
+    assert (painted[cell:] == own[cell:]).all() and (painted[:, cell:] == own[:, cell:]).all()
+
+
 def test_pictures_are_read_alone_as_in_a_batch(engine: Any) -> None:
     """What is read in full attention stands beside what is read causally, and beside what is drawn."""
     pictures = [Image.new("RGB", (40, 20), color) for color in ("red", "blue")]

@@ -132,3 +132,22 @@ def test_models_with_learnt_absolute_positions_take_ours() -> None:
     with torch.no_grad():
         hidden = causal(model, torch.arange(1, 9)[None])
     assert hidden.shape == (1, 8, 32)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_the_mask_is_made_once_in_the_precision_of_the_keys(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = backbone(name).to(torch.bfloat16)
+    cache, ids_BL = model.new_cache(1, torch.device("cpu")), torch.arange(1, 6)[None]
+    positions_BL, mask = cache.begin([0], 5)
+    cast: list[torch.dtype] = []
+    into = torch.Tensor.to
+
+    def watched(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        made = into(x, *args, **kwargs)
+        cast.extend([x.dtype] if x.shape == mask.shape and made.dtype != x.dtype else [])
+        return made
+
+    monkeypatch.setattr(torch.Tensor, "to", watched)
+    model.hidden(model.embed(ids_BL), positions_BL, mask, cache)
+    assert cache.layers[0].keys.dtype == torch.float32 and cast == []

@@ -19,7 +19,7 @@ from torch import Tensor
 from unigen.generators import jacobi
 from unigen.generators.base import CODES, Frame, Model, Read, Span, State
 from unigen.samplers.logits import draw
-from unigen.sequence import Batch
+from unigen.sequence import Batch, Vocabulary
 
 
 def pictures_of_ids(model: Model, states: list[State]) -> Tensor:
@@ -47,11 +47,16 @@ class Causal(ABC):
     def targets(self, batch: Batch) -> Tensor:
         """The ids (B, L) to be predicted."""
 
+    def table(self, vocabulary: Vocabulary) -> slice:
+        """The ids among which a target is learnt: all that the head scores beside it."""
+        return slice(0, None)
+
     def loss(self, model: Model, batch: Batch, hidden_BLD: Tensor, targets: Tensor) -> Tensor:
         """-log p of each id to be predicted, from the state before it."""
         rows, at = targets.nonzero(as_tuple=True)
-        logits_TV = model.logits(hidden_BLD[rows, at - 1]).float()
-        return torch.nn.functional.cross_entropy(logits_TV, batch.ids_BL[rows, at], reduction="none")
+        table = self.table(model.vocabulary)
+        logits_TV = model.logits(hidden_BLD[rows, at - 1], table.start, table.stop).float()
+        return torch.nn.functional.cross_entropy(logits_TV, batch.ids_BL[rows, at] - table.start, reduction="none")
 
     def count(self, batch: Batch) -> Tensor:
         return self.targets(batch).sum()
@@ -120,6 +125,9 @@ class NextToken(Causal):
 
     def targets(self, batch: Batch) -> Tensor:
         return batch.loss_BL & batch.inside(self.name)
+
+    def table(self, vocabulary: Vocabulary) -> slice:
+        return slice(vocabulary.first, vocabulary.stop) if vocabulary.own_head else super().table(vocabulary)
 
     def start(self, span: Span) -> State:
         assert span.grid is not None

@@ -298,7 +298,7 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
         "text": Text(sorted({*tokenizer.all_special_ids, *template.special.values()})),
         "next-token": NextToken(image_tokenizer.grid),
     }
-    vocabulary = Vocabulary(parts.backbone.text_size, codes)
+    vocabulary = Vocabulary(parts.backbone.text_size, codes, own_head=True)
     model = UnifiedModel(
         "janus", parts.backbone, vocabulary, tokenizer, image_tokenizer, template, writers, parts.sight
     )

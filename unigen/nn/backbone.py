@@ -44,7 +44,8 @@ class Backbone(nn.Module):
 
     def hidden(self, embeds_BLD: Tensor, positions_BL: Tensor, mask: Tensor, cache: SlotCache | None = None) -> Tensor:
         """Hidden states (B, L, D) after the last norm. mask: bool (B, 1, L, K), True where a key may be seen."""
-        seen = embeds_BLD.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)  # once, not in every layer
+        dtype = embeds_BLD.dtype if cache is None or cache.dtype is None else cache.dtype  # of the keys
+        seen = embeds_BLD.new_zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)  # once, not in every layer
         decoder = self.lm.get_decoder()
         if cache is not None and llama.fits(decoder):
             return llama.llama_hidden(decoder, embeds_BLD, positions_BL, seen, cache)

@@ -5,13 +5,14 @@ A family renders the branches, strongest condition first; each generator combine
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from unigen.samplers.logits import finite
 
 KINDS = ("cfg", "rescale", "apg", "cfg-zero")
 """How branches of a flow are combined: see `guided_velocity`."""
@@ -38,14 +39,14 @@ class Guidance:
         if self.kind != "cfg" and len(self.scales) != 1:
             raise ValueError(f"guidance of kind {self.kind} has two branches: give one scale")
         for scale in self.scales:
-            if not math.isfinite(scale) or scale < 0:
-                raise ValueError(f"guidance must be a number of at least 0 (1 is off), not {scale}")
+            if not (finite(scale) and scale >= 0):
+                raise ValueError(f"guidance must be a number of at least 0 (1 is off), not {scale!r}")
 
     @classmethod
     def of(cls, value: float | Sequence[float] | Guidance) -> Guidance:
         if isinstance(value, Guidance):
             return value
-        return cls(tuple(value)) if isinstance(value, (list, tuple)) else cls((float(value),))  # type: ignore[arg-type]
+        return cls(tuple(value) if isinstance(value, (list, tuple)) else (value,))  # type: ignore[arg-type]
 
     @property
     def branches(self) -> int:

@@ -8,9 +8,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def whole(name: str, value: Any, least: int | None = None) -> int:
+    """The value as an int. Raises ValueError for what is no whole number, or less than the least."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or (least is not None and value < least):
+        bound = "" if least is None else f" of at least {least}"
+        raise ValueError(f"{name} must be a whole number{bound}, not {value!r}")
+    return int(value)
+
+
+def finite(value: Any) -> bool:
+    """Is it a number, neither infinite nor nan?"""
+    return isinstance(value, Real) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -22,12 +37,11 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature must be a number of at least 0 (0 is greedy), not {self.temperature}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be at least 0 (0 is off), not {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1] (1 is off), not {self.top_p}")
+        if not (finite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"temperature must be a number of at least 0 (0 is greedy), not {self.temperature!r}")
+        whole("top_k", self.top_k, 0)
+        if not (finite(self.top_p) and 0 < self.top_p <= 1):
+            raise ValueError(f"top_p must lie in (0, 1] (1 is off), not {self.top_p!r}")
 
 
 def warp(logits_BV: Tensor, sampling: Sampling) -> Tensor:

@@ -55,7 +55,8 @@ class Mixture(nn.Module):
         for name, generator in self.generators.items():
             if known_BLD is not None and self.before is not None and isinstance(generator, Causal):
                 target_BL = generator.targets(batch)
-                moved = divergence(self.before, known_BLD, model, hidden_BLD, target_BL)
+                table = generator.table(model.vocabulary)
+                moved = divergence(self.before, known_BLD, model, hidden_BLD, target_BL, table)
                 losses[name] = moved, target_BL.sum()
             else:
                 costs_T = generator.loss(model, batch, hidden_BLD, targets[name])
@@ -69,12 +70,12 @@ class Mixture(nn.Module):
 
 
 def divergence(
-    before: UnifiedModel, known_BLD: Tensor, model: UnifiedModel, hidden_BLD: Tensor, target_BL: Tensor
+    before: UnifiedModel, known_BLD: Tensor, model: UnifiedModel, hidden_BLD: Tensor, target_BL: Tensor, table: slice
 ) -> Tensor:
     """Sum of sum_v q(v) (log q(v) - log p(v)) in nats over the ids marked in `target_BL`, q being what the model
-    before says of each from its states `known_BLD`, p what the model says."""
+    before says of each from its states `known_BLD`, p what the model says, v the ids of `table`."""
     rows, at = target_BL.nonzero(as_tuple=True)
     with torch.no_grad():
-        log_q_TV = before.logits(known_BLD[rows, at - 1]).float().log_softmax(-1)
-    log_p_TV = model.logits(hidden_BLD[rows, at - 1]).float().log_softmax(-1)
+        log_q_TV = before.logits(known_BLD[rows, at - 1], table.start, table.stop).float().log_softmax(-1)
+    log_p_TV = model.logits(hidden_BLD[rows, at - 1], table.start, table.stop).float().log_softmax(-1)
     return nn.functional.kl_div(log_p_TV, log_q_TV, reduction="sum", log_target=True)
