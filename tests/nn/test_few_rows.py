@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from unigen.nn import few_rows
 from unigen.nn.few_rows import FewRowsLinear, few_rows_linear, use_few_rows
 
 
@@ -28,3 +29,30 @@ def test_modules_are_changed_in_place() -> None:
     use_few_rows(model)
     assert sum(isinstance(m, FewRowsLinear) for m in model.modules()) == 2 and list(model.state_dict()) == names
     torch.testing.assert_close(model(x), before)
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 here")
+@pytest.mark.parametrize("rows", [1, 2, 40])
+def test_bfloat16_is_linear_bit_for_bit(rows: int) -> None:
+    """Also of some rows of the weight, and after it has changed; what is kept goes with it."""
+    rng = torch.Generator().manual_seed(0)
+    weight, bias = (torch.randn(shape, generator=rng).bfloat16() for shape in ((96, 64), (96,)))
+    x = torch.randn(rows, 1, 64, generator=rng).bfloat16()
+    with torch.inference_mode():
+        for start, stop in ((0, None), (0, 32), (32, 96)):
+            for _ in range(2):
+                part = nn.functional.linear(x, weight[start:stop], bias[start:stop])
+                assert torch.equal(few_rows_linear(x, weight, bias, start, stop), part)
+                weight.mul_(2)
+        assert len(few_rows._packed[weight]) == 3
+        count = len(few_rows._packed)
+        del weight
+        assert len(few_rows._packed) == count - 1
+
+
+def test_no_more_is_kept_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(few_rows, "MOST_BYTES", 0)
+    weight, x = torch.randn(32, 64).bfloat16(), torch.randn(2, 64).bfloat16()
+    with torch.inference_mode():
+        assert torch.equal(few_rows_linear(x, weight), nn.functional.linear(x, weight))
+    assert all(packed is None for _, packed in few_rows._packed.get(weight, {}).values())

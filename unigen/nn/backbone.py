@@ -85,8 +85,7 @@ class Backbone(nn.Module):
     def logits(self, hidden: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """Scores of the head's rows start..stop only: a span of image codes never pays for the text's rows."""
         head = self.lm.get_output_embeddings()
-        bias = None if head.bias is None else head.bias[start:stop]
-        return few_rows_linear(hidden, head.weight[start:stop], bias)
+        return few_rows_linear(hidden, head.weight, head.bias, start, stop)
 
 
 class _SlotLayer(CacheLayerMixin):

@@ -1,21 +1,40 @@
-"""Matrix products of a decoding step, in which one to four rows meet every weight once. CPU, fp32.
+"""Matrix products of a decoding step, in which a few rows meet every weight once. CPU.
 
-Such a step is bound by reading the weights, and which way round the product is asked for decides how fast they are
-read: `W x^T` reads them several times as fast as `x W^T` (`python scripts/bench.py decode` prints both). Nothing is
-copied or laid anew; the result differs from `nn.Linear` by rounding.
+Such a step is bound by reading the weights, and how they lie and which way round the product is asked for decides how
+fast they are read (`python scripts/bench.py decode` and `families` print it).
+
+float32: up to four rows, `W x^T` reads them several times as fast as `x W^T`; the result differs from `nn.Linear` by
+rounding. Nothing is copied.
+bfloat16: oneDNN's own layout is read 1.2 to 1.7 times as fast, and the result is `nn.Linear`'s bit for bit. It is a
+second copy of the weights, so only the first `MOST_BYTES` of a process have it.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 MOST = 4
-"""Rows up to which `W x^T` is the faster way round."""
+"""Rows up to which `W x^T` is the faster way round in float32."""
+MOST_BYTES = 4 << 30
+"""Of bfloat16 weights that are kept in oneDNN's layout beside their own."""
+
+_packed = WeakIdKeyDictionary()
+"""By weight, then by (start, stop): the version that was packed, and the packed rows (None: beyond `MOST_BYTES`)."""
 
 
-def few_rows_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """`linear(x, weight, bias)`; x is (..., I) with any number of rows."""
+def few_rows_linear(
+    x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, start: int = 0, stop: int | None = None
+) -> Tensor:
+    """`linear(x, weight[start:stop], bias[start:stop])`; x is (..., I) with any number of rows."""
+    if x.is_cpu and x.dtype == weight_OI.dtype == torch.bfloat16 and torch.is_inference_mode_enabled():
+        packed = _pack(weight_OI, start, stop)
+        if packed is not None:
+            bias_O = None if bias_O is None else bias_O[start:stop]
+            y_RO = torch.ops.mkldnn._linear_pointwise(x.reshape(-1, x.shape[-1]), packed, bias_O, "none", [], "")
+            return y_RO.unflatten(0, x.shape[:-1])  # type: ignore[no-any-return]
+    weight_OI, bias_O = weight_OI[start:stop], None if bias_O is None else bias_O[start:stop]
     outputs, inputs = weight_OI.shape
     rows = x.numel() // inputs
     if rows > MOST or x.dtype != torch.float32 or not x.is_cpu:
@@ -25,6 +44,21 @@ def few_rows_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) 
         x_RI = x_RI.repeat(2, 1)
     y_RO = (weight_OI @ x_RI.t()).t()[:rows].reshape(*x.shape[:-1], outputs)
     return y_RO if bias_O is None else y_RO + bias_O
+
+
+def _pack(weight_OI: Tensor, start: int, stop: int | None) -> Tensor | None:
+    """These rows in oneDNN's layout, made once for each version of the weight; None where there is none."""
+    if weight_OI.is_inference() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return None
+    kept = _packed.setdefault(weight_OI, {})
+    version, packed = kept.get((start, stop), (None, None))
+    if version != weight_OI._version:
+        rows_OI = weight_OI.detach()[start:stop].contiguous()
+        others = sum(held.numel() for parts in _packed.values() for _, held in parts.values() if held is not None)
+        room = (others + rows_OI.numel()) * rows_OI.itemsize <= MOST_BYTES
+        packed = torch.ops.mkldnn._reorder_linear_weight(rows_OI, 2) if room else None
+        kept[start, stop] = weight_OI._version, packed
+    return packed  # type: ignore[no-any-return]
 
 
 class FewRowsLinear(nn.Linear):
