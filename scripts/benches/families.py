@@ -181,7 +181,7 @@ def var_d16(dtype: str) -> UnifiedModel:
     head = NextScale(tokenizer, 1024)
     torch.nn.init.normal_(head.head.weight, std=0.1)  # so that some codes are likelier than others
     lm.first.data = head.scale_embedding.weight[0] + head.position_embedding.weight[0]
-    for part in (lm, head.project, head.scale_embedding, head.position_embedding, head.head):
+    for part in (lm, head.project, head.scale_embedding, head.position_embedding):
         part.to(getattr(torch, dtype))
     template = ClassTemplate(CLASSES - 1, head.positions())
     writers: dict[str, Any] = {"next-scale": head}

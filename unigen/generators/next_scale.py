@@ -142,7 +142,7 @@ class NextScale(Head):
         read = [len(s.span.head if s.read_LD is None else s.read_LD) for s in states]  # type: ignore[attr-defined]
         for k, members in groups.items():
             flat = torch.stack([branch for i in members for branch in hidden[i]])
-            split = self.head(flat).float().split([len(hidden[i]) for i in members])
+            split = self.head(flat.to(self.head.weight.dtype)).float().split([len(hidden[i]) for i in members])
             self._write([states[i] for i in members], split, k)  # type: ignore[misc]
         return read
 

@@ -67,9 +67,10 @@ class Block(nn.Module):
         else:
             six = given_BD.unflatten(-1, (6, self.width)) + self.own
         gate1, gate2, scale1, scale2, shift1, shift2 = six[:, None].unbind(2)
-        x_BLD = x_BLD + gate1 * self.attention(normed(x_BLD) * (1 + scale1) + shift1, mask, cache, number)
-        inner = gelu(self.up(normed(x_BLD) * (1 + scale2) + shift2), approximate="tanh")
-        return x_BLD + gate2 * self.down(inner)
+        inner_BLD = (normed(x_BLD) * (1 + scale1) + shift1).to(given_BD.dtype)
+        x_BLD = x_BLD + gate1 * self.attention(inner_BLD, mask, cache, number)
+        inner_BLD = (normed(x_BLD) * (1 + scale2) + shift2).to(given_BD.dtype)
+        return x_BLD + gate2 * self.down(gelu(self.up(inner_BLD), approximate="tanh"))
 
     def attention(self, x_BLD: Tensor, mask: Tensor | None, cache: SlotCache, number: int) -> Tensor:
         parts = self.query_key_value(x_BLD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -121,7 +122,8 @@ class Transformer(nn.Module):
 
 
 class VARBackbone(Backbone):
-    """The class is read as the first position, and stays with its slot: every norm is told it."""
+    """The class is read as the first position, and stays with its slot: every norm is told it. What blocks add to is in
+    float32, whatever the weights are in, as under autocast."""
 
     def new_cache(self, slots: int, device: torch.device) -> SlotCache:
         """In the precision of the weights: queries come many at once."""
@@ -135,7 +137,7 @@ class VARBackbone(Backbone):
             if begins:
                 cache.notes[row] = vector_D
         given_BD = torch.stack([cache.notes[row] for row in rows])
-        x_BLD = embeds_BLD.clone()
+        x_BLD = embeds_BLD.float().clone()
         x_BLD[begins_B, 0] = x_BLD[begins_B, 0] + lm.start + lm.first
         seen = None if bool(mask.all()) else x_BLD.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
         active_BD = silu(given_BD)
@@ -242,7 +244,7 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
     stored = dtype or state["lm.classes.weight"].dtype
     hub.load_strict(parts, frozen | state, folder)
     parts.lm.to(stored)
-    for layer in (parts.head.project, parts.head.scale_embedding, parts.head.position_embedding, parts.head.head):
+    for layer in (parts.head.project, parts.head.scale_embedding, parts.head.position_embedding):  # scores: float32
         layer.to(stored)
     template = ClassTemplate(settings["classes"] - 1, parts.head.positions())
     writers: dict[str, Generator] = {"next-scale": parts.head}
