@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import unigen
-from unigen.engine import Engine
+from unigen.engine import Engine, Running
 from unigen.models import load
 from unigen.samplers.guidance import Guidance
 from unigen.sequence import Document, Segment, Vocabulary, pack
@@ -72,7 +72,7 @@ def test_max_images_and_max_tokens_hold(engine: Engine) -> None:
     most = 0
     for seed in range(6):
         request = engine.request("a story", "interleaved", seed=seed, temperature=1.5, max_tokens=10, max_images=1)
-        [row] = engine._rows([request])
+        row = engine._row(request, [0, 1])
         parts = [part for _, part in engine.run([request])]
         assert sum(isinstance(p, Image.Image) for p in parts) <= 1
         assert row.state is not None and row.state.span.max_tokens == 10
@@ -221,3 +221,45 @@ def test_codes_that_are_not_codes_are_noticed(engine: Engine, monkeypatch: pytes
     monkeypatch.setattr(Vocabulary, "codes", lambda self, ids: ids)
     with pytest.raises(ValueError, match="another tokenizer"):
         engine.generate("a dog")
+
+
+def test_requests_join_and_leave(engine: Engine) -> None:
+    """Whenever a request joins, and whoever leaves meanwhile, its answer is the one that it gets alone."""
+    asked: list[tuple[str, Any]] = [("image", 3.0), ("text", 1.0), ("interleaved", 2.0), ("image", 1.0)] * 3
+    outputs = [
+        dict(prompt=PROMPTS[k % 5], output=output, seed=k, **({} if output == "text" else {"guidance": guidance}))
+        for k, (output, guidance) in enumerate(asked)
+    ]
+    options = [one | ({} if one["output"] == "image" else {"max_tokens": 12}) for one in outputs]
+    alone = [[part for _, part in engine.run([engine.request(**one)])] for one in options]
+    running, rng, waiting = Running(engine), np.random.default_rng(0), list(range(len(asked)))
+    parts: dict[int, list[Any]] = {k: [] for k in waiting}
+    number: dict[int, int] = {}
+    dropped: set[int] = set()
+    while waiting or running:
+        if waiting and (not running or rng.random() < 0.3):
+            k = waiting.pop(0)
+            number[running.add(engine.request(**options[k]))] = k
+        elif len(dropped) < 3 and len(running) > 2 and rng.random() < 0.1:
+            (left,) = rng.choice([n for n in number if n in running], 1)
+            running.drop(int(left))
+            dropped.add(number[int(left)])
+        for n, part in running.step():
+            parts[number[n]].append(part)
+    assert dropped and running.cache.slots < 2 * len(asked) and not running.cache.lengths.any()
+    for k in set(parts) - dropped:
+        texts = ["".join(p for p in said if isinstance(p, str)) for said in (parts[k], alone[k])]
+        pictures = [[p for p in said if not isinstance(p, str)] for said in (parts[k], alone[k])]
+        assert texts[0] == texts[1] and len(pictures[0]) == len(pictures[1]), asked[k]
+        assert all(same(a, b) for a, b in zip(*pictures, strict=True)), asked[k]
+
+
+def test_what_does_not_fit_does_not_join(engine: Engine) -> None:
+    running = Running(engine)
+    with pytest.raises(ValueError, match="shorten it"):
+        running.add(engine.request("a blue horse " * 500, "image"))
+    assert not running
+    number = running.add(engine.request("a blue horse", "image"))
+    while running:
+        parts = running.step()
+    assert [n for n, _ in parts] == [number] and same(parts[0][1], engine.generate("a blue horse"))

@@ -202,7 +202,7 @@ class Engine:
     @torch.no_grad()
     def states(self, prompt: Any) -> torch.Tensor:
         """What the model reads of a document before it would answer in text, as states (S, D) after its last norm."""
-        rows = self._rows([self.request(prompt, "text")])
+        rows = [self._row(self.request(prompt, "text"), [0])]
         asked = [row.generator.ask(row.state) for row in rows if row.generator and row.state]
         length = len(rows[0].unread[0]) + len(asked[0].ids)
         cache = self.model.backbone.new_cache(1, self.model.device)
@@ -236,42 +236,31 @@ class Engine:
 
     # ---------------------------------------------------------------- the loop
 
-    @torch.inference_mode()
     def run(self, requests: Sequence[Request]) -> Iterator[tuple[int, Any]]:
         """Answer all requests together; yields (number of the request, piece of text or picture) as they are made."""
-        rows = self._rows(requests)
-        slots = sum(len(row.slots) for row in rows)
-        cache = self.model.backbone.new_cache(slots, self.model.device)
-        number = {id(row): i for i, row in enumerate(rows)}
-        while rows:
-            self._step(rows, cache)
-            ended = [row for row in rows if row.state and row.state.done]
-            for row, part in self._finish(ended, rows, cache):
-                yield number[id(row)], part
-            rows = [row for row in rows if row.state and not row.state.done]
-
-    def _rows(self, requests: Sequence[Request]) -> list[_Row]:
-        """A row for each request, its first span begun. Raises ValueError for what cannot fit the context."""
-        rows, slot = [], 0
+        running = Running(self)
         for request in requests:
-            branches = 1 if request.output == "text" else request.guidance.branches
-            request.document = self.model.read(request.document)
-            row = _Row(request, request.document, list(range(slot, slot + branches)))
-            row.features = self.model.features(row.document)
-            slot += branches
-            wordless = request.output == "pair" and not self._opening(row)
-            ids = self.model.ids(self.model.template.prompt(row.document, output=request.output, blind=wordless))
-            need = 1 if request.output == "text" else self._image_length(request)
-            row.unread = [ids]
-            if request.output in ("image", "pair"):
-                self._begin_image(row)
-            need += max(len(branch) for branch in row.unread)
-            if need > self.model.context:
-                raise ValueError(f"the prompt needs {need} positions, the model has {self.model.context}: shorten it")
-            if request.output not in ("image", "pair"):
-                self._begin_text(row, row.unread[0].pop())
-            rows.append(row)
-        return rows
+            running.add(request)
+        while running:
+            yield from running.step()
+
+    def _row(self, request: Request, slots: list[int]) -> _Row:
+        """A row for a request, its first span begun. Raises ValueError for what cannot fit the context."""
+        request.document = self.model.read(request.document)
+        row = _Row(request, request.document, slots)
+        row.features = self.model.features(row.document)
+        wordless = request.output == "pair" and not self._opening(row)
+        ids = self.model.ids(self.model.template.prompt(row.document, output=request.output, blind=wordless))
+        need = 1 if request.output == "text" else self._image_length(request)
+        row.unread = [ids]
+        if request.output in ("image", "pair"):
+            self._begin_image(row)
+        need += max(len(branch) for branch in row.unread)
+        if need > self.model.context:
+            raise ValueError(f"the prompt needs {need} positions, the model has {self.model.context}: shorten it")
+        if request.output not in ("image", "pair"):
+            self._begin_text(row, row.unread[0].pop())
+        return row
 
     def _step(self, rows: list[_Row], cache: SlotCache) -> None:
         """One pass of the backbone for all rows, and one step of each row's generator."""
@@ -493,6 +482,64 @@ class Engine:
         new = text[len(row.shown) :]
         row.shown = text
         return new
+
+
+class Running:
+    """Requests on their way with one engine: they join between steps, and leave when they are done or dropped.
+
+    running = Running(engine)
+    running.add(engine.request("two apples", "image"))
+    while running:
+        for number, part in running.step(): ...
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.cache = engine.model.backbone.new_cache(0, engine.model.device)
+        self._rows: dict[int, _Row] = {}
+        self._free: list[int] = []  # slots, the lowest last
+        self._count = 0
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._rows
+
+    @torch.inference_mode()
+    def add(self, request: Request) -> int:
+        """The request's number, from 0 on. Raises ValueError for what cannot fit the context; nothing is added then."""
+        branches = 1 if request.output == "text" else request.guidance.branches
+        if branches > len(self._free):
+            more = self.cache.grow(branches - len(self._free))
+            self._free = sorted([*self._free, *more], reverse=True)
+        row = self.engine._row(request, self._free[: -branches - 1 : -1])
+        del self._free[-branches:]
+        self._rows[self._count] = row
+        self._count += 1
+        return self._count - 1
+
+    @torch.inference_mode()
+    def drop(self, number: int) -> None:
+        """Leave a request unfinished; its slots are free at once. KeyError where it is not running."""
+        row = self._rows.pop(number)
+        for slot in row.slots:
+            self.cache.free(slot)
+        self._free = sorted([*self._free, *row.slots], reverse=True)
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[int, Any]]:
+        """One pass of the backbone for all: (number, piece of text or picture) of what it made. Those that are done
+        are gone afterwards."""
+        rows = sorted(self._rows.values(), key=lambda row: row.slots[0])
+        self.engine._step(rows, self.cache)
+        number = {id(row): i for i, row in self._rows.items()}
+        ended = [row for row in rows if row.state and row.state.done]
+        parts = [(number[id(row)], part) for row, part in self.engine._finish(ended, rows, self.cache)]
+        for row in ended:
+            if row.state and row.state.done:
+                self.drop(number[id(row)])
+        return parts
 
 
 def _picture(source: Any) -> Image.Image:

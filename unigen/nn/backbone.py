@@ -105,10 +105,10 @@ class _SlotLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def reserve(self, capacity: int) -> None:
-        more = capacity - self.keys.shape[2]
-        if more > 0:
-            self.keys = nn.functional.pad(self.keys, (0, 0, 0, more))
-            self.values = nn.functional.pad(self.values, (0, 0, 0, more))
+        more, slots = capacity - self.keys.shape[2], self.owner.slots - len(self.keys)
+        if more > 0 or slots > 0:
+            self.keys = nn.functional.pad(self.keys, (0, 0, 0, more, 0, 0, 0, slots))
+            self.values = nn.functional.pad(self.values, (0, 0, 0, more, 0, 0, 0, slots))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
@@ -173,6 +173,12 @@ class SlotCache(Cache):
         """What a backbone keeps of a slot beside keys and values, from the slot's first position on."""
         self.step: _Step
         super().__init__(layers=[_SlotLayer(self) for _ in range(layers)])
+
+    def grow(self, count: int) -> list[int]:
+        """So many slots more: their numbers."""
+        self.lengths = nn.functional.pad(self.lengths, (0, count))
+        self.slots += count
+        return list(range(self.slots - count, self.slots))
 
     def begin(self, rows: list[int], queries: int, reach_BQ: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Prepare a step of `queries` positions for these slots: their positions (B, L) and the mask.
