@@ -40,7 +40,7 @@ from unigen.model import UnifiedModel
 from unigen.models import janus, llamagen, var
 from unigen.nn.few_rows import few_rows_linear
 from unigen.sequence import Document, Segment, Tokens, Vocabulary
-from unigen.templates import ClassTemplate, PublicTemplate
+from unigen.templates import ClassTemplate, DrawingTemplate
 from unigen.tokenizers import var_vq
 
 Draws = Callable[[], Any]
@@ -279,18 +279,13 @@ def likeliest(model: UnifiedModel, net: Any) -> float:
 # ---------------------------------------------------------------- Janus-1B, 576 codes
 
 
-class Asked(PublicTemplate):
+class Asked(DrawingTemplate):
     """A prompt of 16 ids without words, and padding for guidance's other branch, as Janus has it."""
 
-    PAD, LENGTH = 2, 16
-    turn_ends = (1,)
-    begins = {"next-token": 102}
-
-    def __init__(self) -> None:
-        super().__init__(None)
+    PAD, BEGIN, LENGTH = 2, 102, 16
 
     def prompt(self, document: Document, *, output: Any, blind: int = 0) -> Tokens:
-        return Tokens([0] + [self.PAD if blind else 5] * (self.LENGTH - 1))
+        return Tokens([0] + [self.PAD if blind else 5] * (self.LENGTH - 2) + [self.BEGIN])
 
 
 def janus_1b(dtype: str) -> tuple[UnifiedModel, Any]:
@@ -329,7 +324,7 @@ def janus_1b(dtype: str) -> tuple[UnifiedModel, Any]:
     }
     state = {f"{ours}.{name}": w for ours, part in renamed.items() for name, w in part.state_dict().items()}
     backbone.load_state_dict(state, assign=True)
-    template = Asked()
+    template = Asked(None, side * side)
     writers: dict[str, Any] = {"next-token": NextToken((side, side))}
     vocabulary = Vocabulary(text["vocab_size"], codes)  # type: ignore[arg-type]
     model = UnifiedModel("janus", backbone, vocabulary, None, NoPictures(side, codes), template, writers)  # type: ignore[arg-type]
@@ -340,7 +335,7 @@ def janus_1b(dtype: str) -> tuple[UnifiedModel, Any]:
 def contest_janus(dtype: str, compiled: bool) -> Contest:
     model, theirs = janus_1b(dtype)
     prompt, codes = "a shiba inu", 576
-    ids = [*model.ids(model.template.prompt(Document.of(prompt), output="image")), model.template.begins["next-token"]]
+    ids = model.ids(model.template.prompt(Document.of(prompt), output="image"))
     backbone: Any = model.backbone
     run, greedy = (drawing(model, prompt, **options) for options in ({}, {"temperature": 0.0}))
     read = [*backbone.lm.get_decoder().layers.parameters(), *backbone.head.parameters(), *backbone.aligner.parameters()]
