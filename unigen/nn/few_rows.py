@@ -5,8 +5,8 @@ fast they are read (`python scripts/bench.py decode` and `families` print it).
 
 float32: up to four rows, `W x^T` reads them several times as fast as `x W^T`; the result differs from `nn.Linear` by
 rounding. Nothing is copied.
-bfloat16: oneDNN's own layout is read 1.2 to 1.7 times as fast, and the result is `nn.Linear`'s bit for bit. It is a
-second copy of the weights, so only the first `MOST_BYTES` of a process have it.
+bfloat16: oneDNN's own layout is read faster, and the result is `nn.Linear`'s bit for bit. It is a second copy of the
+weights, so only the first `MOST_BYTES` of a process have it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ MOST_BYTES = 4 << 30
 """Of bfloat16 weights that are kept in oneDNN's layout beside their own."""
 
 _packed = WeakIdKeyDictionary()
-"""By weight, then by (start, stop): the version that was packed, and the packed rows (None: beyond `MOST_BYTES`). Each
-weight has its own part as an attribute, too, which is found faster."""
+"""By weight, then by (start, stop): what was packed (its version and place in memory), and the packed rows (None:
+beyond `MOST_BYTES`). Each weight has its own part as an attribute, too, which is found faster."""
 
 
 def few_rows_linear(
@@ -49,19 +49,23 @@ def few_rows_linear(
 
 
 def _pack(weight_OI: Tensor, start: int, stop: int | None) -> Tensor | None:
-    """These rows in oneDNN's layout, made once for each version of the weight; None where there is none."""
+    """These rows in oneDNN's layout, made anew when the weight has changed; None where there is none."""
     kept: Any = getattr(weight_OI, "_packed", None)
     if kept is None:
         if weight_OI.is_inference() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return None
         kept = _packed[weight_OI] = weight_OI._packed = {}  # type: ignore[attr-defined]
-    version, packed = kept.get((start, stop), (None, None))
-    if version != weight_OI._version:
+    was, packed = kept.get((start, stop), (None, None))
+    now = (
+        weight_OI._version,
+        weight_OI.data_ptr(),
+    )  # a tensor that is put in a parameter's place has versions of its own
+    if was != now:
         rows_OI = weight_OI.detach()[start:stop].contiguous()
         others = sum(held.numel() for parts in _packed.values() for _, held in parts.values() if held is not None)
         room = (others + rows_OI.numel()) * rows_OI.itemsize <= MOST_BYTES
         packed = torch.ops.mkldnn._reorder_linear_weight(rows_OI, 2) if room else None
-        kept[start, stop] = weight_OI._version, packed
+        kept[start, stop] = now, packed
     return packed  # type: ignore[no-any-return]
 
 
