@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unigen.sequence import Layout
+
 GOLDENS = Path(__file__).parent / "goldens"
 NEAR, FAR = 1e-4, 1e-2
 
@@ -97,3 +99,17 @@ def importable(folder: Path) -> Iterator[None]:
         yield
     finally:
         sys.path.remove(str(folder))
+
+
+class rows_end_by:  # noqa: N801
+    """The trap of the sheet: a picture whose rows do not end by their token."""
+
+    def __init__(self, template: Any, row_end: tuple[int, ...]) -> None:
+        self.template, self.row_end = template, row_end
+
+    def __enter__(self) -> None:
+        layout = self.template.layout
+        self.template.layout = lambda grid: Layout(grid, layout(grid).opening, self.row_end, layout(grid).closing)
+
+    def __exit__(self, *_: Any) -> None:
+        del self.template.layout

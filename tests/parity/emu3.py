@@ -18,7 +18,7 @@ from unigen.config import save_json
 from unigen.generators import next_token
 from unigen.models import emu3
 from unigen.samplers.logits import Sampling, race
-from unigen.sequence import Document, Layout, Segment
+from unigen.sequence import Document, Segment
 
 CODES, STRIDE = 256, 4
 WIDTH, HEIGHT = 40, 32  # pixels of what is drawn
@@ -183,7 +183,7 @@ def rows(folder: Path) -> Iterator[Row]:
 
     asked = model.read(Document([Segment(image=picture()), Segment(text="What is it")]))
     ids = model.ids(template.prompt(asked, output="text"))
-    with rows_end_by(template, ()):
+    with common.rows_end_by(template, ()):
         bare = model.ids(template.prompt(asked, output="text"))
     official = reference.question("What is it")
     trap = "no ends of rows"
@@ -195,7 +195,7 @@ def rows(folder: Path) -> Iterator[Row]:
     places = [0, 1, grid[1] - 1, len(codes) - 1]
     found = []
     for row_end in (template.layout(grid).row_end, ()):
-        with rows_end_by(template, row_end), common.seen_logits(next_token) as steps:
+        with common.rows_end_by(template, row_end), common.seen_logits(next_token) as steps:
             request = engine.request(PROMPTS[0], "image", temperature=0.0, size=size)
             list(engine.run([request]))
         found.append((torch.stack([steps[at][0] for at in places]), request.document.segments[-1].image))
@@ -211,7 +211,7 @@ def rows(folder: Path) -> Iterator[Row]:
     for words in PROMPTS:
         right += reference.sampled(words, sampling, seed=5)
         for row_end, written in ((template.layout(grid).row_end, drawn), ((), control)):
-            with rows_end_by(template, row_end):
+            with common.rows_end_by(template, row_end):
                 request = engine.request(words, "image", seed=5, temperature=1.0, top_k=100, size=size)
                 list(engine.run([request]))
             written += request.document.segments[-1].image.flatten().tolist()
@@ -238,17 +238,3 @@ def as_written(reference: Reference, codes_hw: Tensor) -> Tensor:
 def centred(logits: Tensor) -> Tensor:
     """Logits up to a constant: the reference's have been through a log-softmax."""
     return logits - logits.mean(-1, keepdim=True)
-
-
-class rows_end_by:  # noqa: N801
-    """The trap of the sheet: a picture whose rows do not end by <eol>."""
-
-    def __init__(self, template: Any, row_end: tuple[int, ...]) -> None:
-        self.template, self.row_end = template, row_end
-
-    def __enter__(self) -> None:
-        layout = self.template.layout
-        self.template.layout = lambda grid: Layout(grid, layout(grid).opening, self.row_end, layout(grid).closing)
-
-    def __exit__(self, *_: Any) -> None:
-        del self.template.layout

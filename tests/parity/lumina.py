@@ -29,7 +29,7 @@ from unigen.config import save_json
 from unigen.generators import next_token
 from unigen.models import chameleon, lumina
 from unigen.samplers.logits import Sampling, race
-from unigen.sequence import Document, Layout, Segment
+from unigen.sequence import Document, Segment
 
 CODES, STRIDE = vq_case.CODES, 4
 WIDTH, HEIGHT = 40, 32  # pixels of what is drawn
@@ -265,7 +265,7 @@ def rows(folder: Path) -> Iterator[Row]:
 
     asked = model.read(Document([Segment(image=picture()), Segment(text="What is it")]))
     ids = model.ids(template.prompt(asked, output="text"))
-    with rows_end_by(template, ()):
+    with common.rows_end_by(template, ()):
         bare = model.ids(template.prompt(asked, output="text"))
     there, trap = reference.question("What is it", cuts[(44, 20)]), "no ends of rows"
     yield Row("lumina question ids", differing(ids, there), differing(bare, there), trap, "transformers' VQ encoder")
@@ -275,7 +275,7 @@ def rows(folder: Path) -> Iterator[Row]:
         logits, codes = [], []
         for words in PROMPTS:
             row_end = () if trapped else template.layout(GRID).row_end
-            with rows_end_by(template, row_end), common.seen_logits(next_token) as steps:
+            with common.rows_end_by(template, row_end), common.seen_logits(next_token) as steps:
                 request = engine.request(words, "image", temperature=0.0, size=SIZE)
                 list(engine.run([request]))
             logits.append(torch.stack([steps[at][0] for at in PLACES]))
@@ -293,7 +293,7 @@ def rows(folder: Path) -> Iterator[Row]:
     for words in PROMPTS:
         right += reference.sampled(words, sampling, seed=5)
         for row_end, written in ((template.layout(GRID).row_end, drawn), ((), control)):
-            with rows_end_by(template, row_end):
+            with common.rows_end_by(template, row_end):
                 request = engine.request(words, "image", seed=5, temperature=1.0, top_k=100, size=SIZE)
                 list(engine.run([request]))
             written += drawn_of(request)
@@ -306,17 +306,3 @@ def rows(folder: Path) -> Iterator[Row]:
 
 def drawn_of(request: Any) -> list[int]:
     return request.document.segments[-1].image.flatten().tolist()  # type: ignore[no-any-return]
-
-
-class rows_end_by:  # noqa: N801
-    """The trap of the sheet: a picture whose rows do not end by their token."""
-
-    def __init__(self, template: Any, row_end: tuple[int, ...]) -> None:
-        self.template, self.row_end = template, row_end
-
-    def __enter__(self) -> None:
-        layout = self.template.layout
-        self.template.layout = lambda grid: Layout(grid, layout(grid).opening, self.row_end, layout(grid).closing)
-
-    def __exit__(self, *_: Any) -> None:
-        del self.template.layout

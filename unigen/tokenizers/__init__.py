@@ -58,6 +58,21 @@ class ImageTokenizer(Protocol):
     def eval(self) -> Any: ...
 
 
+class Square:
+    """The sizes of a tokenizer whose `settings` have an image_size and a stride (pixels a code along each side)."""
+
+    settings: Any
+
+    @property
+    def image_size(self) -> int:
+        return int(self.settings.image_size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        side = self.image_size // int(self.settings.stride)
+        return side, side
+
+
 def save_tokenizer(tokenizer: ImageTokenizer, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
     """Writes model.safetensors and config.json; floats cast to `dtype` (None: kept). Each file is replaced whole."""
     folder = Path(folder)

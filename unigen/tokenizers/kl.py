@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from unigen.config import from_dict, to_dict
+from unigen.tokenizers import Square
 from unigen.tokenizers.vq import VQOutput
 
 
@@ -52,7 +53,7 @@ class KLConfig:
         return self.fold * 2 ** (len(self.channels) - 1)
 
 
-class KLTokenizer(nn.Module):
+class KLTokenizer(Square, nn.Module):
     """encode / decode without gradient for use; forward with gradient for training."""
 
     def __init__(self, config: KLConfig | None = None) -> None:
@@ -75,15 +76,6 @@ class KLTokenizer(nn.Module):
         self.register_buffer("scale_Z", torch.ones(c.latent_channels))
         self.shift_Z: Tensor
         self.scale_Z: Tensor
-
-    @property
-    def image_size(self) -> int:
-        return self.settings.image_size
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        side = self.settings.image_size // self.settings.stride
-        return side, side
 
     @property
     def latent_channels(self) -> int:

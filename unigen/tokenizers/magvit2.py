@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from unigen import hub
 from unigen.config import from_dict, to_dict
+from unigen.tokenizers import Square
 from unigen.tokenizers.quantize import LookupFree
 from unigen.tokenizers.vqgan import rename
 
@@ -48,7 +49,7 @@ class MAGVIT2Config:
         return int(2 ** (len(self.encoder_channels) - 1))
 
 
-class MAGVIT2(nn.Module):
+class MAGVIT2(Square, nn.Module):
     """encode / decode without gradient: it is used as it was published."""
 
     def __init__(self, config: MAGVIT2Config | None = None) -> None:
@@ -65,15 +66,6 @@ class MAGVIT2(nn.Module):
         self.quant_conv = nn.Conv2d(c.bits, c.bits, 1)
         self.post_quant_conv = nn.Conv2d(c.bits, c.bits, 1)
         self.quantizer = LookupFree(c.bits)
-
-    @property
-    def image_size(self) -> int:
-        return self.settings.image_size
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        side = self.settings.image_size // self.settings.stride
-        return side, side
 
     @property
     def codebook_size(self) -> int:

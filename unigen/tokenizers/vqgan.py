@@ -25,6 +25,7 @@ from torch.nn.functional import normalize
 
 from unigen import hub
 from unigen.config import from_dict, to_dict
+from unigen.tokenizers import Square
 from unigen.tokenizers.quantize import check_codes
 
 CHAMELEON, CHAMELEON_FILE = "GAIR/Anole-7b-v0.1", "vqgan.ckpt"
@@ -56,7 +57,7 @@ class VQGANConfig:
         return int(2 ** (len(self.channels) - 1))
 
 
-class VQGAN(nn.Module):
+class VQGAN(Square, nn.Module):
     """encode / decode without gradient: it is used as it was published."""
 
     def __init__(self, config: VQGANConfig | None = None) -> None:
@@ -75,15 +76,6 @@ class VQGAN(nn.Module):
             num_vq_embeddings=c.codes,
             norm_num_groups=c.norm_groups,
         )
-
-    @property
-    def image_size(self) -> int:
-        return self.settings.image_size
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        side = self.settings.image_size // self.settings.stride
-        return side, side
 
     @property
     def codebook_size(self) -> int:
