@@ -41,7 +41,7 @@ def check(kind: str, device: str | torch.device) -> None:
     try:
         _replace(small, kind, device)
         small.to(device).eval()(torch.ones(1, 1, 64, device=device))
-    except (RuntimeError, OSError, AttributeError, ImportError) as error:
+    except (RuntimeError, OSError, AttributeError, ImportError, AssertionError) as error:
         raise ValueError(f"bitsandbytes has no {kind} weights on {device} here: {error}") from error
 
 
