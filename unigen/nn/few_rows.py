@@ -56,10 +56,7 @@ def _pack(weight_OI: Tensor, start: int, stop: int | None) -> Tensor | None:
             return None
         kept = _packed[weight_OI] = weight_OI._packed = {}  # type: ignore[attr-defined]
     was, packed = kept.get((start, stop), (None, None))
-    now = (
-        weight_OI._version,
-        weight_OI.data_ptr(),
-    )  # a tensor that is put in a parameter's place has versions of its own
+    now = weight_OI._version, weight_OI.data_ptr()  # `weight.data = other` leaves the version as it is
     if was != now:
         rows_OI = weight_OI.detach()[start:stop].contiguous()
         others = sum(held.numel() for parts in _packed.values() for _, held in parts.values() if held is not None)
