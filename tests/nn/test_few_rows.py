@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from unigen.nn import few_rows
-from unigen.nn.few_rows import FewRowsLinear, few_rows_linear, use_few_rows
+from unigen.nn.few_rows import FewRowsLinear, few_rows_linear, side_by_side, use_few_rows
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5])
@@ -56,7 +56,7 @@ def test_no_more_is_kept_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch)
     with torch.inference_mode():
         assert torch.equal(few_rows_linear(x, weight), nn.functional.linear(x, weight))
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        assert [packed for _, packed in few_rows._packed[weight].values()] == [None]
+        assert [packed for *_, packed in few_rows._packed[weight].values()] == [None]
 
 
 def test_another_tensor_in_a_parameters_place() -> None:
@@ -65,3 +65,28 @@ def test_another_tensor_in_a_parameters_place() -> None:
         with torch.inference_mode():
             assert torch.equal(few_rows_linear(x, module.weight), nn.functional.linear(x, module.weight))
         module.weight.data = torch.randn(32, 64).bfloat16()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_side_by_side_is_each_by_itself(rows: int, dtype: torch.dtype) -> None:
+    """Also after a weight has changed, or another layer has come to stand in one's place."""
+    layers = nn.ModuleList(nn.Linear(64, width, bias=False) for width in (96, 32, 32)).to(dtype)
+    use_few_rows(layers)
+    x = torch.randn(rows, 1, 64).to(dtype)
+
+    def check() -> None:
+        with torch.inference_mode():
+            for one, layer in zip(side_by_side(x, *layers), layers, strict=True):
+                assert torch.equal(one, layer(x))
+
+    check()
+    with torch.no_grad():
+        layers[1].weight.mul_(2)
+    check()
+    layers[2].weight.data = torch.randn(32, 64).to(dtype)
+    check()
+    layers[2] = nn.Linear(64, 32, bias=False).to(dtype)
+    check()  # not every layer is read fast
+    use_few_rows(layers)
+    check()

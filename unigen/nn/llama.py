@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import rms_norm, silu
 
 from unigen.nn.attention import packed_attention
+from unigen.nn.few_rows import side_by_side
 
 
 def fits(decoder: Any) -> bool:
@@ -39,7 +40,7 @@ def llama_hidden(decoder: Any, embeds_BLD: Tensor, positions_BL: Tensor, mask: T
     for number, layer in enumerate(decoder.layers):
         part = layer.self_attn
         normed_BLD = rms_norm(x_BLD, width, layer.input_layernorm.weight, eps)
-        query, key, value = part.q_proj(normed_BLD), part.k_proj(normed_BLD), part.v_proj(normed_BLD)
+        query, key, value = side_by_side(normed_BLD, part.q_proj, part.k_proj, part.v_proj)
         both_BLHE = torch.cat((query, key), -1).unflatten(-1, (-1, part.head_dim))
         # rotary positions (Su et al. 2021, arXiv 2104.09864, eq. 34), its pairs half a head apart
         both_BLHE = torch.addcmul(both_BLHE * cos_BL1E, both_BLHE.roll(half, -1), sin_BL1E)
@@ -51,5 +52,6 @@ def llama_hidden(decoder: Any, embeds_BLD: Tensor, positions_BL: Tensor, mask: T
         x_BLD = x_BLD + part.o_proj(mixed.flatten(2))
         part = layer.mlp
         normed_BLD = rms_norm(x_BLD, width, layer.post_attention_layernorm.weight, eps)
-        x_BLD = x_BLD + part.down_proj(silu(part.gate_proj(normed_BLD)) * part.up_proj(normed_BLD))
+        gate, up = side_by_side(normed_BLD, part.gate_proj, part.up_proj)
+        x_BLD = x_BLD + part.down_proj(silu(gate) * up)
     return rms_norm(x_BLD, width, decoder.norm.weight, eps)
