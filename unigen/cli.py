@@ -194,6 +194,29 @@ def chat_arguments(parser: argparse.ArgumentParser) -> None:
     model_arguments(parser)
 
 
+def serve_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 is everyone (default: %(default)s)")
+    parser.add_argument("--port", type=whole(1), default=8000, help="(default: %(default)s)")
+    parser.add_argument("--name", help="of the model in requests (default: as --model)")
+    group = parser.add_argument_group("limits")
+    group.add_argument(
+        "--slots", type=whole(1), default=32, help="sequences generated at a time (default: %(default)s)"
+    )
+    group.add_argument("--queue", type=whole(1), default=128, help="answers that run and wait (default: %(default)s)")
+    group.add_argument("--timeout", type=number(0, open_low=True), default=300.0, help="seconds (default: %(default)g)")
+    group.add_argument(
+        "--max-body", type=whole(1), default=32, metavar="MB", help="of a request (default: %(default)s)"
+    )
+    group.add_argument("--rate", type=whole(0), default=0, help="requests a minute of each client; 0 is any")
+    group = parser.add_argument_group("access")
+    group.add_argument("--api-key", action="append", default=[], help="may be repeated; also from UNIGEN_API_KEY")
+    group.add_argument("--allow-origin", action="append", default=[], help="of pages in a browser; may be repeated")
+    group.add_argument("--allow-fetch", action="store_true", help="read pictures from public http(s) addresses")
+    group.add_argument("--images-folder", metavar="FOLDER", help="keep pictures that are asked for by url")
+    group.add_argument("--log-prompts", action="store_true", help="what is asked stands in the log")
+    model_arguments(parser)
+
+
 def train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="a recipe file, such as recipes/tiny.py")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as steps=1000 optim.lr=1e-4")
@@ -213,15 +236,18 @@ def info_arguments(parser: argparse.ArgumentParser) -> None:
 # --- commands -------------------------------------------------------------------------------------------------------
 
 
+def source(args: argparse.Namespace) -> dict[str, Any]:
+    """What `unigen.load` is given."""
+    if args.adapter and not args.lmm:
+        raise ValueError("an adapter joins two models: give the one that reads too, by --lmm")
+    pair = {"lmm": args.lmm, "generator": args.model, "adapter": args.adapter}
+    return (pair if args.lmm else {"name": args.model}) | precision.options_of(args)
+
+
 def load(args: argparse.Namespace) -> Any:
     import unigen
 
-    if args.adapter and not args.lmm:
-        raise ValueError("an adapter joins two models: give the one that reads too, by --lmm")
-    if args.lmm:
-        pair = {"lmm": args.lmm, "generator": args.model, "adapter": args.adapter}
-        return unigen.load(**pair, **precision.options_of(args))
-    return unigen.load(args.model, **precision.options_of(args))
+    return unigen.load(**source(args))
 
 
 def sampling(args: argparse.Namespace) -> dict[str, Any]:
@@ -298,7 +324,7 @@ def inpaint(args: argparse.Namespace) -> int:
     import numpy as np
 
     from unigen.output import PICTURES, check_output, save_picture
-    from unigen.sequence import read_image, square
+    from unigen.sequence import read_image
 
     path = check_output(args.output, PICTURES)
     image: Any = read_image(args.image)
@@ -307,10 +333,9 @@ def inpaint(args: argparse.Namespace) -> int:
         mask: Any = read_image(args.mask)
     elif args.vary:
         engine = load(args)
-        (height, width), size = engine.model.image_tokenizer.grid, engine.model.image_tokenizer.image_size
-        image = square(image, size)
-        cells = np.random.default_rng(args.seed).random((height, width, 1)) < args.vary
-        mask = np.where(cells, 255, 0).astype(np.uint8).repeat(size // height, 0).repeat(size // width, 1).repeat(3, 2)
+        if not hasattr(engine, "lot"):
+            raise ValueError("--vary is for models that write codes: give this one a --mask")
+        image, mask = engine.lot(image, args.vary, args.seed)
     else:
         left, top, right, bottom = args.box or args.around
         inside = np.zeros((image.height, image.width, 3), dtype=np.uint8)
@@ -373,6 +398,25 @@ def chat(args: argparse.Namespace) -> int:
     return 0
 
 
+def serve(args: argparse.Namespace) -> int:
+    from unigen.serving.guard import Limits
+    from unigen.serving.server import Settings, run
+
+    given = source(args)
+    keys = (*args.api_key, *filter(None, [os.environ.get("UNIGEN_API_KEY")]))
+    settings = Settings(
+        model=args.name or args.model,
+        limits=Limits(keys=keys, body=args.max_body << 20, rate=args.rate),
+        seconds=args.timeout,
+        folder=Path(args.images_folder) if args.images_folder else None,
+        fetch=args.allow_fetch,
+        prompts=args.log_prompts,
+        origins=tuple(args.allow_origin),
+    )
+    run(given, settings, args.host, args.port, args.slots, args.queue)
+    return 0
+
+
 def convert(args: argparse.Namespace) -> int:
     from unigen.models import convert as convert_model
 
@@ -423,6 +467,7 @@ COMMANDS = {
     "inpaint": Command("paint a part of a picture anew, or all around it", inpaint, inpaint_arguments),
     "story": Command("write an illustrated story", story, story_arguments),
     "chat": Command("talk in text and pictures, in the terminal", chat, chat_arguments),
+    "serve": Command("text and pictures behind the OpenAI API", serve, serve_arguments),
     "train": Command("run a recipe", train, train_arguments),
     "eval": Command("score a model", evaluate, None),
     "convert": Command("a public checkpoint in our layout, or back", convert, convert_arguments),

@@ -12,7 +12,7 @@ The file refuses to know: files, HTTP, templates, how any generator works.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 from unigen.generators.base import Generator, Read, Span, State
+from unigen.generators.next_token import Text
 from unigen.likelihood import closest
 from unigen.model import UnifiedModel
 from unigen.nn.backbone import SlotCache
@@ -37,7 +38,8 @@ from unigen.templates import Output
 class _Row:
     """One answer on its way. `unread[b]`: ids that branch b reads before what the generator asks for. `kept`: how many
     positions of the span the cache holds. `features`: of pictures in the prompt that are not read as codes. `seen`: by
-    slot, the states of all that was read, where a generator wants them. `anew`: its blind branches begin a picture."""
+    slot, the states of all that was read, where a generator wants them. `anew`: its blind branches begin a picture.
+    `asked`: ids of the prompt; `cut`: did the last text end at its limit?"""
 
     request: Request
     document: Document
@@ -51,12 +53,25 @@ class _Row:
     kept: int = 0
     anew: bool = False
     shown: str = ""
+    asked: int = 0
+    cut: bool = False
     features: torch.Tensor | None = None
     seen: dict[int, list[torch.Tensor]] = field(default_factory=dict)
 
     @property
     def branches(self) -> int:
         return len(self.unread)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a request took: ids read as its prompt, ids of text and codes of pictures written. cut: its text ended at
+    the limit of the request or of the model's context, and not by itself."""
+
+    read: int
+    text: int
+    image: int
+    cut: bool
 
 
 class Engine:
@@ -147,6 +162,14 @@ class Engine:
         mask: a picture or array of the image's shape, white where to paint; every code that it touches is
         written anew. Raises ValueError where it marks nothing, and for a generator that cannot keep codes.
         """
+        options, mixed = self.keeping(image, mask, generator, options)
+        painted = self.generate(prompt, "image", **options)
+        return [mixed(one) for one in painted] if isinstance(painted, list) else mixed(painted)
+
+    def keeping(
+        self, image: Any, mask: Any, generator: str | None, options: dict[str, Any]
+    ) -> tuple[dict[str, Any], Callable[[Image.Image], Image.Image]]:
+        """The options of a request that paints what the mask marks, and what lays the picture so made into this one."""
         model = self.model
         able = [name for name, one in model.generators.items() if "fixed" in one.takes]
         if not able:
@@ -166,12 +189,21 @@ class Engine:
         pixels = model.pixels([given])
         codes_hw = model.codes(pixels)[0].cpu()
         fixed = torch.where(torch.from_numpy(cells_hw), -1, codes_hw)
-        painted = self.generate(prompt, "image", generator=generator, fixed=fixed, **options)
         kept = np.asarray(to_images(pixels)[0])
         anew = cells_hw.repeat(len(kept) // height, 0).repeat(len(kept) // width, 1)[..., None]
-        pictures = painted if isinstance(painted, list) else [painted]
-        mixed = [Image.fromarray(np.where(anew, np.asarray(picture), kept)) for picture in pictures]
-        return mixed if isinstance(painted, list) else mixed[0]
+
+        def mixed(picture: Image.Image) -> Image.Image:
+            return Image.fromarray(np.where(anew, np.asarray(picture), kept))
+
+        return options | {"generator": generator, "fixed": fixed}, mixed
+
+    def lot(self, image: Any, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """The picture as the model frames it, and a mask of so large a share of its cells, drawn by lot."""
+        tokenizer = self.model.image_tokenizer
+        (height, width), size = tokenizer.grid, tokenizer.image_size
+        cells = np.random.default_rng(seed).random((height, width, 1)) < share
+        mask = np.where(cells, 255, 0).astype(np.uint8).repeat(size // height, 0).repeat(size // width, 1)
+        return square(_picture(image), size), mask.repeat(3, 2)
 
     @property
     def outputs(self) -> tuple[Output, ...]:
@@ -252,7 +284,7 @@ class Engine:
         wordless = request.output == "pair" and not self._opening(row)
         ids = self.model.ids(self.model.template.prompt(row.document, output=request.output, blind=wordless))
         need = 1 if request.output == "text" else self._image_length(request)
-        row.unread = [ids]
+        row.unread, row.asked = [ids], len(ids)
         if request.output in ("image", "pair"):
             self._begin_image(row)
         need += max(len(branch) for branch in row.unread)
@@ -399,6 +431,7 @@ class Engine:
                 said = self.model.template.decode(state.ids)
                 row.document.segments.append(Segment(text=said, role="assistant"))
                 row.written += len(state.ids)
+            row.cut = not state.pending or state.pending[0] not in state.span.stops
             if state.pending and state.pending[0] in self._image_begins:
                 row.unread = [[]]
                 self._begin_image(row)
@@ -491,6 +524,7 @@ class Running:
     running.add(engine.request("two apples", "image"))
     while running:
         for number, part in running.step(): ...
+        running.ended                               # number -> Usage, of those that ended in this step
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -499,6 +533,7 @@ class Running:
         self._rows: dict[int, _Row] = {}
         self._free: list[int] = []  # slots, the lowest last
         self._count = 0
+        self.ended: dict[int, Usage] = {}
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -527,6 +562,13 @@ class Running:
             self.cache.free(slot)
         self._free = sorted([*self._free, *row.slots], reverse=True)
 
+    def usage(self, number: int) -> Usage:
+        """What a request that is running has taken so far. KeyError where it is not running."""
+        row = self._rows[number]
+        text = row.state.ids if row.state and isinstance(row.generator, Text) and not row.state.done else []
+        codes = row.images * row.request.grid[0] * row.request.grid[1]
+        return Usage(row.asked, row.written + len(text), codes, row.cut)
+
     @torch.inference_mode()
     def step(self) -> list[tuple[int, Any]]:
         """One pass of the backbone for all: (number, piece of text or picture) of what it made. Those that are done
@@ -536,8 +578,10 @@ class Running:
         number = {id(row): i for i, row in self._rows.items()}
         ended = [row for row in rows if row.state and row.state.done]
         parts = [(number[id(row)], part) for row, part in self.engine._finish(ended, rows, self.cache)]
+        self.ended = {}
         for row in ended:
             if row.state and row.state.done:
+                self.ended[number[id(row)]] = self.usage(number[id(row)])
                 self.drop(number[id(row)])
         return parts
 

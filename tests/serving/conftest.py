@@ -1,0 +1,101 @@
+"""A server with unigen-tiny behind it, as a user starts it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+for module in ("fastapi", "openai", "httpx", "prometheus_client"):
+    pytest.importorskip(module)
+
+Start = Callable[..., "Served"]
+
+
+class Served:
+    """A running `unigen serve`. url: where; process: what was started."""
+
+    def __init__(self, arguments: list[str], log: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url, self.log = f"http://127.0.0.1:{self.port}", log
+        command = [sys.executable, "-m", "unigen", "serve", "--port", str(self.port), *arguments]
+        with open(log, "wb") as out:
+            self.process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ})
+
+    def wait(self, seconds: float = 120) -> None:
+        """Until the model is there."""
+        for _ in range(int(seconds / 0.1)):
+            if self.process.poll() is not None:
+                raise AssertionError(self.log.read_text())
+            if self.get("/ready")[0] == 200:
+                return
+            time.sleep(0.1)
+        raise AssertionError("not ready:\n" + self.log.read_text())
+
+    def get(self, path: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, Any]:
+        """Status and answer, as JSON where it is; a body is posted as JSON."""
+        data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+        given = {"content-type": "application/json", **(headers or {})}
+        try:
+            request = urllib.request.Request(self.url + path, data, given)
+            with urllib.request.urlopen(request, timeout=120) as answer:
+                status, text = answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            status, text = error.code, error.read().decode()
+        except urllib.error.URLError:
+            return 0, None
+        try:
+            return status, json.loads(text)
+        except ValueError:
+            return status, text
+
+    def metric(self, name: str) -> float:
+        lines = [line for line in self.get("/metrics")[1].splitlines() if line.startswith(name)]
+        return sum(float(line.rpartition(" ")[2]) for line in lines)
+
+    def client(self, **options: Any) -> Any:
+        import openai
+
+        given: dict[str, Any] = {"base_url": self.url + "/v1", "api_key": "none", "max_retries": 0, "timeout": 120}
+        return openai.OpenAI(**given | options)
+
+    def stop(self) -> int:
+        if self.process.poll() is None:
+            self.process.terminate()
+        try:
+            return self.process.wait(30)
+        finally:
+            self.process.kill()
+
+
+@pytest.fixture(scope="session")
+def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """Starts servers; they end with the tests."""
+    started: list[Served] = []
+
+    def start(*arguments: str) -> Served:
+        started.append(Served(list(arguments), tmp_path_factory.mktemp("serve") / "log"))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.stop()
+
+
+@pytest.fixture(scope="session")
+def tiny_server(serve: Start, tmp_path_factory: pytest.TempPathFactory) -> Served:
+    served = serve("--images-folder", str(tmp_path_factory.mktemp("pictures")), "--slots", "16", "--queue", "24")
+    served.wait()
+    return served

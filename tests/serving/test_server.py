@@ -1,0 +1,276 @@
+"""The server as its users see it: the official openai client, and whoever sends something else."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import openai
+import pytest
+from PIL import Image
+
+import unigen
+from unigen.output import data_uri
+from unigen.serving.pictures import of_data
+
+MODEL = "unigen-tiny"
+APPLES = "two apples on a blue background"
+
+
+@pytest.fixture(scope="module")
+def engine() -> Any:
+    return unigen.load(MODEL)
+
+
+@pytest.fixture(scope="module")
+def apples(engine: Any) -> Image.Image:
+    return engine.generate(APPLES, seed=3)
+
+
+def said(text: str, *images: Image.Image) -> list[dict[str, Any]]:
+    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": data_uri(image)}} for image in images]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+def pixels(image: Any) -> bytes:
+    return image.tobytes()
+
+
+def opened(file: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(file)))
+
+
+def until(true: Callable[[], bool], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_picture_is_the_engines_own_alone_and_under_load(tiny_server: Any, apples: Image.Image) -> None:
+    client = tiny_server.client()
+
+    def draw(seed: int) -> Any:
+        return client.images.generate(model=MODEL, prompt=APPLES, extra_body={"seed": seed})
+
+    alone = draw(3)
+    assert pixels(opened(alone.data[0].b64_json)) == pixels(apples)
+    assert alone.usage.output_tokens == 64 and alone.size == "64x64" and alone.model == MODEL
+    used = {"seed": 3, "generator": "next-token", "guidance": 2.5, "temperature": 0.8, "top_k": 0, "top_p": 0.5}
+    assert alone.data[0].settings == used
+    with ThreadPoolExecutor(12) as pool:
+        loaded = list(pool.map(draw, range(12)))
+    assert loaded[3].data[0].b64_json == alone.data[0].b64_json
+    assert len({answer.data[0].b64_json for answer in loaded}) == 12
+
+
+def test_a_conversation_in_text_and_pictures(tiny_server: Any, engine: Any, apples: Image.Image) -> None:
+    client = tiny_server.client()
+    chat = client.chat.completions.create
+    answer = chat(model=MODEL, messages=said("describe this picture", apples), modalities=["text"], seed=0)
+    assert answer.choices[0].message.content == engine.describe(apples, candidates=1)
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage.prompt_tokens > 64 and answer.usage.completion_tokens_details.image_tokens == 0
+    drawn = chat(model=MODEL, messages=said(APPLES), modalities=["image"], seed=3)
+    part = drawn.choices[0].message.content[0]
+    assert pixels(of_data(part["image_url"]["url"])) == pixels(apples)
+    turns = [*said(APPLES), {"role": "assistant", "content": [part]}, *said("how many apples?")]
+    asked = unigen.Document(
+        [
+            unigen.Segment(text=APPLES),
+            unigen.Segment(image=apples, role="assistant"),
+            unigen.Segment(text="how many apples?"),
+        ]
+    )
+    answer = chat(model=MODEL, messages=turns, modalities=["text"])
+    assert answer.choices[0].message.content == engine.generate(asked, "text")
+
+
+def test_a_story_is_streamed_part_by_part(tiny_server: Any, engine: Any) -> None:
+    prompt = "a story about a witch and her raven"
+    stream = tiny_server.client().chat.completions.create(
+        model=MODEL, messages=said(prompt), seed=1, stream=True, stream_options={"include_usage": True}
+    )
+    parts: list[Any] = []
+    for chunk in stream:
+        if not chunk.choices:
+            usage = chunk.usage
+            continue
+        delta = chunk.choices[0].delta
+        if delta.content:
+            if parts and isinstance(parts[-1], str):
+                parts[-1] += delta.content
+            else:
+                parts.append(delta.content)
+        for image in getattr(delta, "images", None) or []:
+            assert image["index"] == sum(not isinstance(part, str) for part in parts)
+            parts.append(of_data(image["image_url"]["url"]))
+        reason = chunk.choices[0].finish_reason
+    story = engine.generate(prompt, "interleaved", seed=1)
+    assert [p if isinstance(p, str) else pixels(p) for p in parts] == [
+        p if isinstance(p, str) else pixels(p) for p in story
+    ]
+    assert sum(not isinstance(part, str) for part in parts) >= 3 and reason == "stop"
+    assert usage.completion_tokens_details.image_tokens == 64 * sum(not isinstance(p, str) for p in story)
+
+
+def test_answers_end_where_they_are_told_to(tiny_server: Any, engine: Any, apples: Image.Image) -> None:
+    chat = tiny_server.client().chat.completions.create
+    whole = engine.describe(apples, candidates=1)
+    messages = said("describe this picture", apples)
+    cut = chat(model=MODEL, messages=messages, modalities=["text"], stop=[" background", whole[4:9]])
+    assert cut.choices[0].message.content == whole[:4].rstrip() and cut.choices[0].finish_reason == "stop"
+    short = chat(model=MODEL, messages=messages, modalities=["text"], max_tokens=2)
+    assert short.choices[0].finish_reason == "length" and short.usage.completion_tokens == 2
+    many = chat(model=MODEL, messages=messages, modalities=["text"], n=3, temperature=1.5, seed=5)
+    assert [choice.settings["seed"] for choice in many.choices] == [5, 6, 7]
+
+
+def test_edits_inpainting_and_variations(tiny_server: Any, engine: Any, apples: Image.Image) -> None:
+    client, file = tiny_server.client(), io.BytesIO()
+    apples.save(file, "PNG")
+    image = ("apples.png", file.getvalue())
+    edited = client.images.edit(image=image, prompt="make the background red", model=MODEL, extra_body={"seed": "1"})
+    asked = engine.edit(apples, "make the background red", seed=1)
+    assert pixels(opened(edited.data[0].b64_json)) == pixels(asked)
+    marks = Image.new("RGBA", apples.size, (0, 0, 0, 255))
+    marks.paste((0, 0, 0, 0), (0, 0, 32, 64))  # OpenAI: painted where it is transparent
+    white = Image.new("RGB", apples.size)
+    white.paste("white", (0, 0, 32, 64))
+    file = io.BytesIO()
+    marks.save(file, "PNG")
+    painted = client.images.edit(
+        image=image, mask=("mask.png", file.getvalue()), prompt="an apple", model=MODEL, extra_body={"seed": "2"}
+    )
+    assert pixels(opened(painted.data[0].b64_json)) == pixels(engine.inpaint(apples, "an apple", white, seed=2))
+    varied = client.images.create_variation(image=image, n=2, model=MODEL, extra_body={"seed": "4", "vary": "0.3"})
+    assert len(varied.data) == 2 and varied.data[0].b64_json != varied.data[1].b64_json
+    assert varied.data[0].settings["generator"] == "masked"
+
+
+def test_pictures_by_url(tiny_server: Any) -> None:
+    made = tiny_server.client().images.generate(model=MODEL, prompt="a rose", response_format="url")
+    path = made.data[0].url.removeprefix(tiny_server.url)
+    import urllib.request
+
+    with urllib.request.urlopen(tiny_server.url + path) as answer:
+        assert Image.open(io.BytesIO(answer.read())).size == (64, 64)
+    for other in ("/images/..%2f..%2fetc%2fpasswd", "/images/" + "0" * 32 + ".png", "/images/log"):
+        assert tiny_server.get(other)[0] == 404
+
+
+WRONG: list[tuple[str, Any, str, int]] = [
+    ("/v1/images/generations", {"prompt": "a", "banana": 1}, "banana", 400),
+    ("/v1/images/generations", {"prompt": ""}, "prompt", 400),
+    ("/v1/images/generations", {"prompt": "a", "n": 0}, "n", 400),
+    ("/v1/images/generations", {"prompt": "a", "n": True}, "n", 400),
+    ("/v1/images/generations", {"prompt": "a", "seed": -1}, "seed", 400),
+    ("/v1/images/generations", {"prompt": "a", "model": "other"}, "unigen-tiny", 404),
+    ("/v1/images/generations", {"prompt": "a", "generator": "none"}, "next-token", 400),
+    ("/v1/images/generations", {"prompt": "a", "size": "512x512"}, "64x64", 400),
+    ("/v1/images/generations", {"prompt": "a", "steps": 4}, "steps", 400),
+    ("/v1/images/generations", {"label": 7}, "class", 400),
+    ("/v1/images/generations", b"{", "JSON", 400),
+    ("/v1/images/generations", [], "", 400),
+    ("/v1/images/edits", {"prompt": "a"}, "multipart", 400),
+    ("/v1/chat/completions", {"model": MODEL, "messages": []}, "messages", 400),
+    ("/v1/chat/completions", {"model": MODEL, "messages": [{"role": "system", "content": "a"}]}, "role", 400),
+    ("/v1/chat/completions", {"model": MODEL, "messages": said("a"), "tools": []}, "tools", 400),
+    ("/v1/chat/completions", {"model": MODEL, "messages": said("a"), "stream_options": {}}, "stream", 400),
+    ("/v1/chat/completions", {"model": MODEL, "messages": said(" ")}, "empty", 400),
+    ("/v1/chat/completions", {"model": MODEL, "messages": said("a " * 5000), "stream": True}, "positions", 400),
+    ("/v1/nothing", {}, "", 404),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "names", "status"), WRONG)
+def test_what_is_wrong_is_said_in_one_line(tiny_server: Any, path: str, body: Any, names: str, status: int) -> None:
+    got, answer = tiny_server.get(path, body)
+    assert got == status and set(answer) == {"error"} and names in answer["error"]["message"], answer
+    assert "\n" not in answer["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["data:image/png;base64,@@", "data:image/png;base64,AAAA", "/etc/passwd", "file:///etc/passwd", "http://a/b.png"],
+)
+def test_no_picture_is_one_line(tiny_server: Any, url: str) -> None:
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "what is it?"}]
+    with pytest.raises(openai.BadRequestError) as error:
+        tiny_server.client().chat.completions.create(model=MODEL, messages=[{"role": "user", "content": content}])
+    assert error.value.param == "messages.0.content.0.image_url.url"
+
+
+def test_a_client_that_leaves_frees_its_slot(tiny_server: Any) -> None:
+    before = tiny_server.metric("unigen_images_total")
+    stream = tiny_server.client().chat.completions.create(
+        model=MODEL, messages=said("a story about a witch and her raven"), stream=True, n=8, temperature=1.0
+    )
+    next(iter(stream))
+    until(lambda: tiny_server.metric("unigen_jobs_running") == 8)
+    stream.close()
+    until(lambda: tiny_server.metric("unigen_jobs_running") == 0)
+    with pytest.raises(openai.APITimeoutError):
+        tiny_server.client(timeout=0.2).images.generate(model=MODEL, prompt="a rose", n=16)
+    until(lambda: tiny_server.metric("unigen_jobs_running") + tiny_server.metric("unigen_jobs_waiting") == 0)
+    assert tiny_server.metric("unigen_images_total") < before + 16
+    assert tiny_server.metric("unigen_cache_positions") == 0
+
+
+def test_more_than_may_wait_are_told_so(tiny_server: Any) -> None:
+    def draw(_: int) -> Any:
+        return tiny_server.get("/v1/images/generations", {"prompt": "a rose", "n": 16})
+
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(draw, range(4)))
+    statuses = sorted(status for status, _ in answers)
+    assert statuses[0] == 200 and statuses[-1] == 429, statuses
+    assert next(answer for status, answer in answers if status == 429)["error"]["code"] == "busy"
+
+
+def test_a_model_that_dies_is_started_again(tiny_server: Any) -> None:
+    children = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(tiny_server.process.pid)], capture_output=True)
+    (child,) = [line.split()[0] for line in children.stdout.decode().splitlines() if "spawn_main" in line]
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(tiny_server.get, "/v1/images/generations", {"prompt": "a rose", "n": 16})
+        until(lambda: tiny_server.metric("unigen_jobs_running") > 0)
+        os.kill(int(child), signal.SIGKILL)
+        status, answer = running.result()
+    assert status == 503 and answer["error"]["code"] == "try_again"
+    assert tiny_server.get("/ready")[0] == 503 and tiny_server.get("/health")[0] == 200
+    assert tiny_server.get("/v1/images/generations", {"prompt": "a rose"})[0] == 503
+    tiny_server.wait()
+    assert tiny_server.get("/v1/images/generations", {"prompt": "a rose"})[0] == 200
+
+
+def test_what_runs_is_finished_before_the_server_ends(serve: Any, tiny_folder: Any) -> None:
+    served = serve("--model", str(tiny_folder), "--name", "small", "--api-key", "one", "--api-key", "two")
+    served.wait()
+    body = {"model": "small", "prompt": "a", "n": 8}
+    assert served.get("/v1/images/generations", body)[0] == 401
+    key = {"authorization": "Bearer two"}
+    assert served.get("/v1/images/generations", body | {"model": "tiny"}, key)[0] == 404
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(served.get, "/v1/images/generations", body, key)
+        time.sleep(0.1)
+        assert served.stop() == 0
+        assert running.result()[0] == 200
+    assert "two" not in served.log.read_text()
+
+
+def test_what_cannot_be_served_is_one_line(serve: Any, tiny_server: Any) -> None:
+    for arguments, says in (
+        (["--model", "/nowhere"], "/nowhere"),
+        (["--port", str(tiny_server.port)], "--port"),
+    ):
+        served = serve(*arguments)
+        assert served.process.wait(60) == 2
+        lines = [line for line in served.log.read_text().splitlines() if not line.startswith("{")]
+        assert len(lines) == 1 and says in lines[0], lines

@@ -1,0 +1,171 @@
+"""The model's process seen from the server: jobs in, their events out, one life after another.
+
+    async with EngineProcess({"name": "unigen-tiny"}) as engine:
+        await engine.ready.wait()
+        async for event in engine.answer(job): ...
+
+Leaving the loop drops the job within a step. A process that dies fails the jobs that it had, and is started again.
+Knows pipes and processes; refuses to know HTTP, and what a job asks for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import multiprocessing
+import queue
+import threading
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from unigen.serving.work import Begun, Ended, Event, Failed, Job, Load, Ready, Refused, work
+
+log = logging.getLogger("unigen.serving")
+
+LONGEST_PAUSE = 30.0
+"""Seconds at most before a process that died is started again; the first pause is one second, each next twice as long
+until a job has been answered."""
+
+
+class Busy(Exception):
+    """All that may wait are waiting. seconds: after which to ask again."""
+
+    def __init__(self, seconds: int) -> None:
+        super().__init__("the server is busy: ask again later")
+        self.seconds = seconds
+
+
+class Down(Exception):
+    """The model is being started (again)."""
+
+
+class EngineProcess:
+    """source: of `unigen.load`. slots: sequences that are generated at a time; most: jobs that may run and wait."""
+
+    def __init__(self, source: dict[str, Any], slots: int = 32, most: int = 128) -> None:
+        self.source, self.slots, self.most = source, slots, most
+        self.info: dict[str, Any] = {}
+        self.ready, self.tried = asyncio.Event(), asyncio.Event()
+        self.refused: str | None = None
+        """Why the model cannot be loaded, where it cannot; it is not tried again."""
+        self.load = Load(0, 0, 0, 0, 0, 0.0)
+        self.starts = 0
+        self._numbers = itertools.count()
+        self._jobs: dict[int, asyncio.Queue[Event]] = {}
+        self._pause, self._mean = 1.0, 1.0
+        self._closing = False
+        self._process: Any = None
+        self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._again: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> EngineProcess:
+        self._loop = asyncio.get_running_loop()
+        self._start()
+        return self
+
+    async def __aexit__(self, *_: Any) -> None:
+        self._closing = True
+        if self._again:
+            self._again.cancel()
+        process = self._process
+        self._outbox.put(None)
+        await asyncio.to_thread(process.join, 5)
+        if process.is_alive():
+            process.kill()
+            await asyncio.to_thread(process.join)
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    async def answer(self, job: Job) -> AsyncGenerator[Event, None]:
+        """The job's events, the last one `Ended`, `Refused` or `Failed`. Raises `Busy` and `Down`."""
+        if not self.ready.is_set():
+            raise Down(self.refused or "the model is being loaded: ask again soon")
+        if len(self._jobs) >= self.most:
+            raise Busy(max(1, round(self._mean * len(self._jobs) / self.slots)))
+        number, events = next(self._numbers), asyncio.Queue[Event]()
+        self._jobs[number] = events
+        began, over = self._loop.time(), False
+        self._outbox.put((number, job))
+        try:
+            while not over:
+                event = await events.get()
+                over = isinstance(event, (Ended, Refused, Failed))
+                yield event
+            if isinstance(event, Ended):
+                self._mean += 0.1 * (self._loop.time() - began - self._mean)
+        finally:
+            if self._jobs.pop(number, None) and not over:
+                self._outbox.put((number, None))
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        (jobs, asks), (events, tells) = context.Pipe(duplex=False), context.Pipe(duplex=False)
+        self._process = context.Process(target=work, args=(jobs, tells, self.source, self.slots), daemon=True)
+        self._process.start()
+        self.starts += 1
+        jobs.close()
+        tells.close()
+        self._outbox = queue.SimpleQueue()
+        threading.Thread(target=self._write, args=(asks, self._outbox), daemon=True).start()
+        threading.Thread(target=self._read, args=(events,), daemon=True).start()
+
+    @staticmethod
+    def _write(asks: Any, outbox: queue.SimpleQueue[Any]) -> None:
+        """In a thread of its own, since a pipe that is full makes one wait: jobs, until None or the process is gone."""
+        with asks:
+            try:
+                while (said := outbox.get()) is not None:
+                    asks.send(said)
+            except OSError:
+                pass
+
+    def _read(self, events: Any) -> None:
+        """In a thread of its own: what the process says, until it is gone."""
+        with events:
+            while True:
+                try:
+                    number, event = events.recv()
+                except (EOFError, OSError):
+                    break
+                self._tell(self._heard, number, event)
+        self._tell(self._gone)
+
+    def _tell(self, what: Any, *arguments: Any) -> None:
+        try:
+            self._loop.call_soon_threadsafe(what, *arguments)
+        except RuntimeError:  # the loop is closed
+            pass
+
+    def _heard(self, number: int | None, event: Event) -> None:
+        if isinstance(event, Ready):
+            self.info = event.info
+            self.ready.set()
+            self.tried.set()
+        elif isinstance(event, Load):
+            self.load = event
+        elif number is None:
+            assert isinstance(event, Refused)
+            self.refused = event.message
+            self.tried.set()
+        elif number in self._jobs:
+            self._jobs[number].put_nowait(event)
+            if isinstance(event, Begun):
+                self._pause = 1.0
+
+    def _gone(self) -> None:
+        self.ready.clear()
+        self._outbox.put(None)
+        for events in self._jobs.values():
+            events.put_nowait(Failed("the model's process ended while it answered: ask again"))
+        if self._closing or self.refused:
+            return
+        log.error("the model's process ended (code %s); started again in %.0f s", self._process.exitcode, self._pause)
+        self._again = self._loop.create_task(self._restart())
+
+    async def _restart(self) -> None:
+        await asyncio.sleep(self._pause)
+        self._pause = min(2 * self._pause, LONGEST_PAUSE)
+        if not self._closing:
+            self._start()

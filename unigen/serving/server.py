@@ -1,0 +1,585 @@
+"""`unigen serve`: text and pictures behind the OpenAI API.
+
+    unigen serve --model unigen-tiny --port 8000
+    curl localhost:8000/v1/images/generations -H 'content-type: application/json' -d '{"prompt": "two apples"}'
+
+Turns requests into jobs and their events into answers. Knows HTTP and OpenAI's schema; refuses to know how anything is
+generated: that is behind anything with `answer(job)`, `info` and `ready`, such as `process.EngineProcess`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import logging
+import re
+import secrets
+import socket
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from PIL import Image
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+from unigen.sequence import Document, Segment
+from unigen.serving import pictures, protocol
+from unigen.serving.guard import Guard, Limits, error
+from unigen.serving.metrics import Metrics
+from unigen.serving.process import Busy, Down, EngineProcess
+from unigen.serving.work import Begun, Ended, Event, Failed, Job, Part, Refused
+
+log = logging.getLogger("unigen.serving")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the server behaves. model: the name under which it is asked for. seconds: that an answer may take. folder:
+    where pictures asked for by url are kept; None refuses them. fetch: may pictures come from addresses? prompts: are
+    they logged? origins: of pages that may ask from a browser."""
+
+    model: str
+    limits: Limits = field(default_factory=Limits)
+    seconds: float = 300.0
+    folder: Path | None = None
+    fetch: bool = False
+    prompts: bool = False
+    origins: tuple[str, ...] = ()
+
+
+class Wrong(Exception):
+    """What is answered instead: a status, and a message in one line."""
+
+    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None, wait: int = 0):
+        super().__init__(message)
+        kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+        kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
+        self.status, self.body = status, error(message, kind=kind, param=param, code=code)
+        self.headers = {"retry-after": str(wait)} if wait else {}
+
+
+@dataclass
+class Answer:
+    """What became of a job: texts and pictures in order, and how they were made."""
+
+    parts: list[str | Image.Image] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    ended: Ended = field(default_factory=lambda: Ended("stop"))
+
+    def take(self, event: Event) -> None:
+        if isinstance(event, Begun):
+            self.settings = event.settings
+        elif isinstance(event, Ended):
+            self.ended = event
+        elif isinstance(event, Part):
+            if isinstance(event.part, str) and self.parts and isinstance(self.parts[-1], str):
+                self.parts[-1] += event.part
+            else:
+                self.parts.append(event.part)
+
+    @property
+    def pictures(self) -> list[Image.Image]:
+        return [part for part in self.parts if not isinstance(part, str)]
+
+
+class Server:
+    """The routes of one app."""
+
+    def __init__(self, engine: Any, settings: Settings) -> None:
+        self.engine, self.settings = engine, settings
+        self.metrics = Metrics(engine)
+
+    # ---------------------------------------------------------------- state
+
+    async def health(self) -> Any:
+        """Is the server alive?"""
+        return {"status": "ok"}
+
+    async def ready(self) -> Response:
+        """Is the model there?"""
+        if self.engine.ready.is_set():
+            return JSONResponse({"status": "ready", "starts": self.engine.starts})
+        reason = self.engine.refused or "the model is being loaded"
+        return JSONResponse({"status": "not ready", "reason": reason, "starts": self.engine.starts}, 503)
+
+    async def models(self) -> Any:
+        """The one model that is served, and what it can do."""
+        one = {"id": self.settings.model, "object": "model", "created": 0, "owned_by": "unigen"}
+        return {"object": "list", "data": [one | {"unigen": self.engine.info}]}
+
+    async def model(self, name: str) -> Any:
+        self._named(name)
+        return (await self.models())["data"][0]
+
+    async def metric(self) -> Response:
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    # ---------------------------------------------------------------- chat
+
+    async def chat(self, request: Request, asked: protocol.ChatRequest) -> Any:
+        """Text and pictures in, text and pictures out; see docs/serving.md for the form of the answer."""
+        self._named(asked.model)
+        document = await self._document(asked)
+        self._log(request, document)
+        jobs = [
+            Job(document, self._output(asked.modalities), {**asked.options(), "seed": seed}, asked.stops())
+            for seed in self._seeds(asked)
+        ]
+        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.settings.model}
+        if asked.stream:
+            usage = asked.stream_options is not None and asked.stream_options.include_usage
+            return await self._streamed(self._chunks(jobs, head, usage))
+        answers = await self._unless_gone(request, self._all(jobs))
+        choices = [
+            {
+                "index": i,
+                "message": {"role": "assistant", "content": await content(answer.parts), "refusal": None},
+                "finish_reason": answer.ended.reason,
+                "logprobs": None,
+                "settings": answer.settings,
+            }
+            for i, answer in enumerate(answers)
+        ]
+        return {**head, "object": "chat.completion", "choices": choices, "usage": usage_of(answers)}
+
+    async def _chunks(self, jobs: list[Job], head: dict[str, Any], usage: bool) -> AsyncGenerator[dict[str, Any], None]:
+        """The events of a streamed chat: texts as delta.content, finished pictures as delta.images."""
+        answers = [Answer() for _ in jobs]
+        head = head | {"object": "chat.completion.chunk"}
+
+        def chunk(i: int, delta: dict[str, Any], reason: str | None = None, **more: Any) -> dict[str, Any]:
+            return {**head, "choices": [{"index": i, "delta": delta, "finish_reason": reason, **more}]}
+
+        async with aclosing(self._together(jobs)) as events:
+            async for i, event in events:
+                answer = answers[i]
+                answer.take(event)
+                if isinstance(event, Begun):
+                    yield chunk(i, {"role": "assistant", "content": ""}, settings=event.settings)
+                elif isinstance(event, Part):
+                    if isinstance(event.part, str):
+                        yield chunk(i, {"content": event.part})
+                    else:
+                        part = {"index": len(answer.pictures) - 1, **await picture_part(event.part)}
+                        yield chunk(i, {"images": [part]})
+                elif isinstance(event, Ended):
+                    yield chunk(i, {}, event.reason)
+        if usage:
+            yield {**head, "choices": [], "usage": usage_of(answers)}
+
+    async def _document(self, asked: protocol.ChatRequest) -> Document:
+        """The conversation as the model reads it."""
+        segments = []
+        for m, message in enumerate(asked.messages):
+            parts: Any = message.content
+            for p, part in enumerate([protocol.TextPart(type="text", text=parts)] if isinstance(parts, str) else parts):
+                if isinstance(part, protocol.TextPart):
+                    segments.append(Segment(text=part.text, role=message.role))
+                    continue
+                try:
+                    picture = await self._picture(part.image_url.url)
+                except ValueError as wrong:
+                    raise Wrong(400, str(wrong), param=f"messages.{m}.content.{p}.image_url.url") from None
+                segments.append(Segment(image=picture, role=message.role))
+        document = Document(segments)
+        last = [s for s in segments if s.role == "user"]
+        if not any(s.image is not None or (s.text or "").strip() for s in last):
+            raise Wrong(400, "the messages are empty: say what to draw or ask", param="messages")
+        return document
+
+    async def _picture(self, url: str) -> Image.Image:
+        if url.lower().startswith(("http://", "https://")):
+            if not self.settings.fetch:
+                raise ValueError("this server fetches no pictures (--allow-fetch): send data:image/png;base64,...")
+            return await pictures.fetched(url, self.settings.limits.body)
+        return await asyncio.to_thread(pictures.of_data, url)
+
+    def _output(self, modalities: list[Any] | None) -> str:
+        able = self.engine.info.get("outputs", [])
+        if modalities is None:
+            return next(output for output in ("interleaved", "text", "image") if output in able)
+        output = "interleaved" if len(set(modalities)) == 2 else modalities[0]
+        if output not in able:
+            raise Wrong(
+                400, f"this model cannot answer with {output}: it can with {' or '.join(able)}", param="modalities"
+            )
+        return str(output)
+
+    # ---------------------------------------------------------------- pictures
+
+    async def generations(self, request: Request, asked: protocol.GenerationRequest) -> Any:
+        """Pictures of words, or of a class."""
+        document = Document.of([Segment(label=asked.label)] if asked.prompt is None else [asked.prompt])
+        return await self._images(request, asked, document)
+
+    async def edits(self, request: Request) -> Any:
+        """The picture changed as the prompt says; or, with a mask, painted anew where it marks."""
+        asked, image, mask = await self._form(request, protocol.EditRequest)
+        if mask is None:
+            return await self._images(request, asked, Document.of([image, asked.prompt]))
+        return await self._images(request, asked, Document.of([asked.prompt]), around=image, mask=mask)
+
+    async def variations(self, request: Request) -> Any:
+        """The picture with a share of it drawn anew, by lot, as the model itself describes it."""
+        asked, image, mask = await self._form(request, protocol.VariationRequest)
+        if mask is not None:
+            raise Wrong(400, "a variation takes no mask: see /v1/images/edits", param="mask")
+        self._named(asked.model)
+        question = Job(Document.of([image, "describe this picture"]), "text")
+        caption = (await self._unless_gone(request, self._all([question])))[0].parts
+        document = Document.of([str(caption[0]) if caption else "a picture"])
+        return await self._images(request, asked, document, around=image, vary=asked.vary)
+
+    async def _images(self, request: Request, asked: protocol.ImagesRequest, document: Document, **job: Any) -> Any:
+        self._named(asked.model)
+        if asked.response_format == "url" and self.settings.folder is None:
+            raise Wrong(
+                400, "this server keeps no pictures (--images-folder): ask for b64_json", param="response_format"
+            )
+        self._log(request, document)
+        jobs = [Job(document, "image", {**asked.options(), "seed": seed}, **job) for seed in self._seeds(asked)]
+        answers = await self._unless_gone(request, self._all(jobs))
+        data = []
+        for answer in answers:
+            file = await asyncio.to_thread(pictures.encoded, answer.pictures[0], asked.output_format)
+            if asked.response_format == "url":
+                name = await asyncio.to_thread(self._kept, file, asked.output_format)
+                data.append({"url": str(request.url_for("picture", name=name)), "settings": answer.settings})
+            else:
+                data.append({"b64_json": base64.b64encode(file).decode(), "settings": answer.settings})
+        usage, size = usage_of(answers), "{}x{}".format(*answers[0].pictures[0].size)
+        renamed = {
+            "input_tokens": "prompt_tokens",
+            "output_tokens": "completion_tokens",
+            "total_tokens": "total_tokens",
+        }
+        return {
+            "created": int(time.time()),
+            "model": self.settings.model,
+            "data": data,
+            "size": size,
+            "output_format": asked.output_format,
+            "usage": usage and {ours: usage[theirs] for ours, theirs in renamed.items()},
+        }
+
+    async def _form(self, request: Request, kind: type[T]) -> tuple[T, Image.Image, Image.Image | None]:
+        """A form's fields, its picture and its mask."""
+        kinds: Any = kind
+        if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+            raise Wrong(400, "send multipart/form-data with a file named image")
+        try:
+            form = await request.form(max_files=2, max_fields=40)
+        except (HTTPException, ValueError, KeyError) as bad:
+            raise Wrong(400, f"the form cannot be read: {getattr(bad, 'detail', bad)}") from None
+        files, fields = {}, {}
+        for name, value in form.multi_items():
+            if name in files or name in fields:
+                raise Wrong(400, f"the form has {name} more than once: give one", param=name)
+            if isinstance(value, str):
+                fields[name] = value
+            else:
+                files[name] = await value.read()
+        for name in files:
+            if name not in ("image", "mask"):
+                raise Wrong(400, f"unknown file {name!r}: there are image and mask", param=name)
+        if "image" not in files:
+            raise Wrong(400, "the form has no file named image", param="image")
+        try:
+            asked = kinds.model_validate(protocol.of_form(fields))
+        except ValidationError as wrong:
+            raise RequestValidationError([{**e, "loc": ("body", *e["loc"])} for e in wrong.errors()]) from None
+        try:
+            image = await asyncio.to_thread(pictures.decoded, files["image"])
+        except ValueError as bad:
+            raise Wrong(400, str(bad), param="image") from None
+        try:
+            mask = await asyncio.to_thread(pictures.decoded_mask, files["mask"]) if "mask" in files else None
+        except ValueError as bad:
+            raise Wrong(400, str(bad), param="mask") from None
+        return asked, image, mask
+
+    def _kept(self, file: bytes, format: str) -> str:
+        from unigen.output import write_atomically
+
+        assert self.settings.folder is not None
+        name = f"{uuid.uuid4().hex}.{format}"
+        self.settings.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.settings.folder / name, lambda out: out.write(file))
+        return name
+
+    async def picture(self, name: str) -> Response:
+        """A picture that was asked for by url."""
+        folder = self.settings.folder
+        if folder is None or not re.fullmatch(r"[0-9a-f]{32}\.(png|jpeg|webp)", name) or not (folder / name).is_file():
+            raise Wrong(404, "no such picture")
+        return FileResponse(folder / name)
+
+    # ---------------------------------------------------------------- jobs
+
+    async def _together(self, jobs: list[Job]) -> AsyncGenerator[tuple[int, Event], None]:
+        """The events of all jobs as they come, with the job's place. Raises `Wrong`; leaving drops what still runs."""
+        merged: asyncio.Queue[tuple[int, Event | Exception | None]] = asyncio.Queue()
+
+        async def one(i: int, job: Job) -> None:
+            try:
+                async with aclosing(self.engine.answer(job)) as events:
+                    async for event in events:
+                        merged.put_nowait((i, event))
+                merged.put_nowait((i, None))
+            except Exception as wrong:
+                merged.put_nowait((i, wrong))
+
+        tasks = [asyncio.create_task(one(i, job)) for i, job in enumerate(jobs)]
+        left, start, first = len(jobs), time.perf_counter(), True
+        try:
+            async with asyncio.timeout(self.settings.seconds):
+                while left:
+                    i, event = await merged.get()
+                    if event is None:
+                        left -= 1
+                    elif isinstance(event, Exception):
+                        raise event
+                    elif isinstance(event, Refused):
+                        raise Wrong(400, event.message)
+                    elif isinstance(event, Failed):
+                        raise Wrong(503, event.message, code="try_again", wait=1)
+                    else:
+                        if isinstance(event, Part) and first:
+                            self.metrics.first.observe(time.perf_counter() - start)
+                            first = False
+                        self.metrics.count(event)
+                        yield i, event
+        except TimeoutError:
+            raise Wrong(504, f"the answer took longer than {self.settings.seconds:g} s", code="timeout") from None
+        except Busy as busy:
+            raise Wrong(429, str(busy), code="busy", wait=busy.seconds) from None
+        except Down as down:
+            raise Wrong(503, str(down), code="not_ready", wait=1) from None
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _all(self, jobs: list[Job]) -> list[Answer]:
+        answers = [Answer() for _ in jobs]
+        async with aclosing(self._together(jobs)) as events:
+            async for i, event in events:
+                answers[i].take(event)
+        return answers
+
+    async def _unless_gone(self, request: Request, work: Awaitable[T]) -> T:
+        """What the work gives; it is cancelled when the client leaves."""
+        task = asyncio.ensure_future(work)
+        gone = asyncio.create_task(_left(request))
+        try:
+            await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            raise Wrong(499, "the client left")
+        finally:
+            for one in (task, gone):
+                one.cancel()
+            await asyncio.gather(task, gone, return_exceptions=True)
+
+    async def _streamed(self, chunks: AsyncGenerator[dict[str, Any], None]) -> Response:
+        """Server-sent events. The first is awaited, so that what is refused has its status; what goes wrong later is an
+        event with an error, and no [DONE] follows."""
+        first = await anext(chunks)
+
+        async def events() -> AsyncIterator[str]:
+            async with aclosing(chunks):
+                try:
+                    yield _event(first)
+                    async for chunk in chunks:
+                        yield _event(chunk)
+                    yield "data: [DONE]\n\n"
+                except Wrong as wrong:
+                    yield _event(wrong.body)
+
+        return StreamingResponse(events(), media_type="text/event-stream", headers={"cache-control": "no-cache"})
+
+    # ---------------------------------------------------------------- small things
+
+    def _named(self, name: str | None) -> None:
+        if name is not None and name != self.settings.model:
+            raise Wrong(
+                404, f"no model {name!r}: {self.settings.model!r} is served", param="model", code="model_not_found"
+            )
+
+    def _seeds(self, asked: Any) -> list[int]:
+        seed = secrets.randbelow(1 << 31) if asked.seed is None else asked.seed
+        return [seed + i for i in range(asked.n)]
+
+    def _log(self, request: Request, document: Document) -> None:
+        if self.settings.prompts:
+            texts = [
+                {"role": s.role, "text": s.text} if s.text is not None else {"role": s.role, "image": True}
+                for s in document.segments
+            ]
+            request.scope["state"]["log"] = {"prompt": texts}
+
+
+def _said(wrong: Any) -> tuple[str, str | None]:
+    """One line for what pydantic found, and where."""
+    places = [str(place) for place in wrong["loc"] if place != "body"]
+    param = ".".join(places) or None
+    if wrong["type"] == "extra_forbidden":
+        return f"unknown field {places[-1]!r}: leave it out", param
+    if wrong["type"] == "json_invalid":
+        return f"the body is no JSON: {wrong.get('ctx', {}).get('error', wrong['msg'])}", None
+    message = wrong["msg"].removeprefix("Value error, ")
+    return (f"{param}: {message}" if param else message), param
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _event(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+
+
+async def picture_part(picture: Image.Image) -> dict[str, Any]:
+    file = await asyncio.to_thread(pictures.encoded, picture)
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(file).decode()}"}}
+
+
+async def content(parts: list[str | Image.Image]) -> Any:
+    """A text as a string, all else as parts in order."""
+    if all(isinstance(part, str) for part in parts):
+        return "".join(str(part) for part in parts)
+    return [{"type": "text", "text": p} if isinstance(p, str) else await picture_part(p) for p in parts]
+
+
+def usage_of(answers: list[Answer]) -> dict[str, Any] | None:
+    """Tokens read and written, the codes of pictures among the latter; None where the model does not count."""
+    ended = [answer.ended for answer in answers]
+    if any(one.prompt is None for one in ended):
+        return None
+    text, image = (sum(getattr(one, name) for one in ended) for name in ("text", "image"))
+    prompt = sum(one.prompt or 0 for one in ended[:1])
+    details = {"text_tokens": text, "image_tokens": image}
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": text + image,
+        "total_tokens": prompt + text + image,
+        "completion_tokens_details": details,
+    }
+
+
+def create_app(engine: Any, settings: Settings) -> Any:
+    """An ASGI app; engine: an async context manager, such as `EngineProcess`."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with engine:
+            yield
+
+    server = Server(engine, settings)
+    app = FastAPI(title="unigen", summary="Text and pictures behind the OpenAI API", lifespan=lifespan, docs_url=None)
+    routes: list[tuple[str, str, Callable[..., Any]]] = [
+        ("GET", "/health", server.health),
+        ("GET", "/ready", server.ready),
+        ("GET", "/metrics", server.metric),
+        ("GET", "/v1/models", server.models),
+        ("GET", "/v1/models/{name:path}", server.model),
+        ("POST", "/v1/chat/completions", server.chat),
+        ("POST", "/v1/images/generations", server.generations),
+        ("POST", "/v1/images/edits", server.edits),
+        ("POST", "/v1/images/variations", server.variations),
+        ("GET", "/images/{name}", server.picture),
+    ]
+    for method, path, route in routes:
+        app.add_api_route(path, route, methods=[method], name=route.__name__, response_model=None)
+
+    @app.exception_handler(Wrong)
+    async def wrong(_: Request, bad: Wrong) -> Response:
+        return JSONResponse(bad.body, bad.status, bad.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, bad: RequestValidationError) -> Response:
+        message, param = _said(bad.errors()[0])
+        return JSONResponse(error(message, param=param), 400)
+
+    @app.exception_handler(HTTPException)
+    async def http(_: Request, bad: HTTPException) -> Response:
+        return JSONResponse(
+            error(str(bad.detail), kind="not_found_error" if bad.status_code == 404 else "invalid_request_error"),
+            bad.status_code,
+            bad.headers,
+        )
+
+    @app.exception_handler(Exception)
+    async def fault(_: Request, bad: Exception) -> Response:
+        return JSONResponse(error("a fault of the server", kind="server_error"), 500)
+
+    if settings.origins:
+        from starlette.middleware.cors import CORSMiddleware
+
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(settings.origins), allow_methods=["*"], allow_headers=["*"]
+        )
+    app.add_middleware(Guard, limits=settings.limits, metrics=server.metrics)
+    return app
+
+
+def run(source: dict[str, Any], settings: Settings, host: str, port: int, slots: int, most: int) -> None:
+    """Serve until SIGINT or SIGTERM; what is being answered then is finished first. Raises ValueError for a model that
+    cannot be loaded and an address that cannot be had."""
+    import uvicorn
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    engine = EngineProcess(source, slots, most)
+    config = uvicorn.Config(
+        create_app(engine, settings),
+        host=host,
+        port=port,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=int(settings.seconds),
+        server_header=False,
+    )
+    server = uvicorn.Server(config)
+
+    async def watch() -> None:
+        await engine.tried.wait()
+        if engine.refused:
+            server.should_exit = True
+        else:
+            log.info(json.dumps({"ready": settings.model, "address": f"http://{host}:{port}"}))
+
+    async def serve(at: socket.socket) -> None:
+        watching = asyncio.create_task(watch())
+        try:
+            await server.serve([at])
+        finally:
+            watching.cancel()
+
+    with listening(host, port) as at:
+        asyncio.run(serve(at))
+    if engine.refused:
+        raise ValueError(engine.refused)
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket on that address. Raises ValueError."""
+    kind = socket.AF_INET6 if ":" in host else socket.AF_INET
+    made = socket.socket(kind, socket.SOCK_STREAM)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        made.bind((host, port))
+    except (OSError, OverflowError) as wrong:
+        made.close()
+        raise ValueError(f"cannot listen on {host}:{port}: {wrong}; choose another --host or --port") from None
+    return made

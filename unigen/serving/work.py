@@ -1,0 +1,371 @@
+"""The process that holds a model and answers jobs: they join while others run, and leave when they end or are dropped.
+
+    receiver, sender: the ends of a pipe (`unigen.serving.process` holds the others)
+    work(receiver, sender, {"name": "unigen-tiny"}, slots=32)
+
+Knows engines, jobs and pipes; refuses to know HTTP. What a job says wrong is a `Refused` in one line; what goes wrong
+while jobs run together is a `Failed` for each of them, and the next ones are answered.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+
+from unigen.sequence import Document
+
+
+@dataclass
+class Job:
+    """One answer to be made. output, options: as of `Engine.request`. stop: texts before which the answer ends.
+    around: a picture that is painted in where the mask is white; vary: instead of a mask, the share of it that is drawn
+    anew, by lot."""
+
+    prompt: Document
+    output: Any
+    options: dict[str, Any] = field(default_factory=dict)
+    stop: tuple[str, ...] = ()
+    around: Image.Image | None = None
+    mask: Image.Image | None = None
+    vary: float | None = None
+
+
+@dataclass
+class Ready:
+    """The model is there. info: as of `Engine.info`."""
+
+    info: dict[str, Any]
+
+
+@dataclass
+class Begun:
+    """The job runs. settings: how its pictures and texts are made, every default filled in."""
+
+    settings: dict[str, Any]
+
+
+@dataclass
+class Part:
+    """A piece of text or a finished picture."""
+
+    part: str | Image.Image
+
+
+@dataclass
+class Ended:
+    """reason: "stop" or "length". prompt, text, image: ids read, ids of text and codes of pictures written; None where
+    the model does not count."""
+
+    reason: str
+    prompt: int | None = None
+    text: int | None = None
+    image: int | None = None
+
+
+@dataclass
+class Refused:
+    """The job asks for what cannot be; nothing was made."""
+
+    message: str
+
+
+@dataclass
+class Failed:
+    """A fault that is not the job's own."""
+
+    message: str
+
+
+@dataclass
+class Load:
+    """What the process is doing: jobs that run and that wait, sequences in the batch, positions that the cache holds;
+    since it began: steps, and seconds in them."""
+
+    running: int
+    waiting: int
+    rows: int
+    positions: int
+    steps: int
+    seconds: float
+
+
+Event = Ready | Begun | Part | Ended | Refused | Failed | Load
+
+
+class Words:
+    """A text as it is shown: without blanks at its ends, and without what follows a stop.
+
+    What may yet turn out to be the begin of a stop, or blanks at the end, is held back until more is known."""
+
+    def __init__(self, stops: tuple[str, ...] = ()) -> None:
+        self.stops = stops
+        self.begin()
+
+    def begin(self) -> None:
+        self.held, self.shown, self.stopped = "", False, False
+
+    def feed(self, piece: str) -> str:
+        self.held = self.held + piece if self.shown else (self.held + piece).lstrip()
+        found = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
+        if found:
+            self.held, self.stopped = self.held[: min(found)], True
+            return self.end()
+        begun = [n for stop in self.stops for n in range(1, len(stop)) if self.held.endswith(stop[:n])]
+        said = self.held[: len(self.held) - max(begun, default=0)].rstrip()
+        self.held = self.held[len(said) :]
+        self.shown |= bool(said)
+        return said
+
+    def end(self) -> str:
+        """What is left when the text ends."""
+        said, self.held, self.shown = self.held.rstrip(), "", False
+        return said
+
+
+@dataclass
+class _Answer:
+    """A job on its way, and what lays its picture into another one."""
+
+    job: Job
+    words: Words
+    lay: Callable[[Image.Image], Image.Image]
+
+    def events(self, part: Any) -> Iterator[Event]:
+        if isinstance(part, str):
+            if said := self.words.feed(part):
+                yield Part(said)
+            return
+        yield from self.rest()
+        yield Part(self.lay(part))
+
+    def rest(self) -> Iterator[Event]:
+        if said := self.words.end():
+            yield Part(said)
+
+
+class Together:
+    """Answers with an `Engine`: all jobs that there are slots for, in one batch. slots: sequences in the cache, of
+    which a job with guidance takes one a branch."""
+
+    def __init__(self, engine: Any, slots: int) -> None:
+        from unigen.engine import Running
+
+        self.engine, self.slots = engine, slots
+        self.running = Running(engine)
+        self.waiting: deque[tuple[int, Job]] = deque()
+        self.next: tuple[int, Any, _Answer] | None = None  # checked, and waits for slots
+        self.answers: dict[int, tuple[int, int, _Answer]] = {}  # by number in the batch: number of the job, slots
+        self.steps, self.seconds = 0, 0.0
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.answers or self.waiting or self.next)
+
+    def ask(self, number: int, job: Job) -> None:
+        self.waiting.append((number, job))
+
+    def drop(self, number: int) -> None:
+        self.waiting = deque(one for one in self.waiting if one[0] != number)
+        if self.next and self.next[0] == number:
+            self.next = None
+        for row in [row for row, (job, *_) in self.answers.items() if job == number]:
+            self.running.drop(row)
+            del self.answers[row]
+
+    def step(self) -> Iterator[tuple[int, Event]]:
+        yield from self._admit()
+        if not self.answers:
+            return
+        start = time.perf_counter()
+        try:
+            parts = self.running.step()
+        except Exception as error:
+            traceback.print_exc()
+            failed = [number for number, *_ in self.answers.values()]
+            self.answers, self.running = {}, type(self.running)(self.engine)
+            yield from ((number, Failed(f"{type(error).__name__} while it was answered")) for number in failed)
+            return
+        self.steps, self.seconds = self.steps + 1, self.seconds + time.perf_counter() - start
+        for row, part in parts:
+            number, _, answer = self.answers.get(row, (None, 0, None))
+            if number is None or answer is None:
+                continue
+            for event in answer.events(part):
+                yield number, event
+            if answer.words.stopped:
+                usage = self.running.ended.get(row) or self.running.usage(row)
+                yield number, Ended("stop", usage.read, usage.text, usage.image)
+                del self.answers[row]
+                if row in self.running:
+                    self.running.drop(row)
+        for row, usage in self.running.ended.items():
+            if row in self.answers:
+                number, _, answer = self.answers.pop(row)
+                for event in answer.rest():
+                    yield number, event
+                yield number, Ended("length" if usage.cut else "stop", usage.read, usage.text, usage.image)
+
+    def load(self) -> Load:
+        rows = sum(slots for _, slots, _ in self.answers.values())
+        waiting = len(self.waiting) + (self.next is not None)
+        return Load(len(self.answers), waiting, rows, int(self.running.cache.lengths.sum()), self.steps, self.seconds)
+
+    def _admit(self) -> Iterator[tuple[int, Event]]:
+        """Jobs in the order in which they came, as long as there are slots."""
+        while self.next or self.waiting:
+            if not self.next:
+                number, job = self.waiting.popleft()
+                try:
+                    self.next = (number, *self._checked(job))
+                except ValueError as error:
+                    yield number, Refused(" ".join(str(error).split()))
+                    continue
+                except Exception as error:
+                    traceback.print_exc()
+                    yield number, Failed(f"{type(error).__name__} before it was answered")
+                    continue
+            number, request, answer = self.next
+            need = 1 if request.output == "text" else request.guidance.branches
+            if self.answers and need + sum(slots for _, slots, _ in self.answers.values()) > self.slots:
+                return
+            self.next = None
+            try:
+                row = self.running.add(request)
+            except ValueError as error:
+                yield number, Refused(" ".join(str(error).split()))
+                continue
+            self.answers[row] = number, need, answer
+            yield number, Begun(self._settings(request))
+
+    def _checked(self, job: Job) -> tuple[Any, _Answer]:
+        options, lay = job.options, lambda picture: picture
+        if job.around is not None:
+            around: Any = job.around
+            mask: Any = job.mask
+            if job.vary is not None:
+                around, mask = self.engine.lot(around, job.vary, options.get("seed", 0))
+            rest = {name: value for name, value in options.items() if name != "generator"}
+            options, lay = self.engine.keeping(around, mask, options.get("generator"), rest)
+        return self.engine.request(job.prompt, job.output, **options), _Answer(job, Words(job.stop), lay)
+
+    def _settings(self, request: Any) -> dict[str, Any]:
+        """As users name them; of what makes pictures only where there may be some."""
+        said: dict[str, Any] = {"seed": request.seed}
+        if request.output != "image":
+            said["text"] = {"temperature": request.text.temperature, "top_p": request.text.top_p}
+            said["max_tokens"] = request.max_tokens
+        if request.output != "text":
+            generator = self.engine.model.generators[request.generator]
+            scales = request.guidance.scales
+            said |= {"generator": request.generator, "guidance": scales[0] if len(scales) == 1 else list(scales)}
+            known = {"temperature": request.image.temperature, "top_k": request.image.top_k}
+            known |= {"top_p": request.image.top_p, "steps": request.steps or getattr(generator, "steps", None)}
+            known |= {"sampler": request.sampler or "euler", "guidance_kind": request.guidance.kind}
+            known |= {"accelerate": request.accelerate}
+            said |= {name: value for name, value in known.items() if name in generator.takes and value is not None}
+        return said
+
+
+class OneByOne:
+    """Answers with what is no `Engine`, a pipeline or a pair: one job after the other, each by its stream."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.waiting: deque[tuple[int, Job]] = deque()
+        self.now: tuple[int, Iterator[Any], _Answer] | None = None
+        self.steps, self.seconds = 0, 0.0
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.now or self.waiting)
+
+    def ask(self, number: int, job: Job) -> None:
+        self.waiting.append((number, job))
+
+    def drop(self, number: int) -> None:
+        self.waiting = deque(one for one in self.waiting if one[0] != number)
+        if self.now and self.now[0] == number:
+            self.now = None
+
+    def step(self) -> Iterator[tuple[int, Event]]:
+        if not self.now:
+            number, job = self.waiting.popleft()
+            self.now = number, self._parts(job), _Answer(job, Words(job.stop), lambda picture: picture)
+            yield number, Begun(dict(job.options))
+        number, parts, answer = self.now
+        start = time.perf_counter()
+        try:
+            part = next(parts, None)
+        except ValueError as error:
+            self.now = None
+            yield number, Refused(" ".join(str(error).split()))
+            return
+        except Exception as error:
+            traceback.print_exc()
+            self.now = None
+            yield number, Failed(f"{type(error).__name__} while it was answered")
+            return
+        self.steps, self.seconds = self.steps + 1, self.seconds + time.perf_counter() - start
+        for event in answer.rest() if part is None else answer.events(part):
+            yield number, event
+        if part is None or answer.words.stopped:
+            self.now = None
+            yield number, Ended("stop")
+
+    def load(self) -> Load:
+        return Load(int(bool(self.now)), len(self.waiting), int(bool(self.now)), 0, self.steps, self.seconds)
+
+    def _parts(self, job: Job) -> Iterator[Any]:
+        if job.around is None:
+            return iter(self.engine.stream(job.prompt, output=job.output, **job.options))
+        if job.mask is None:
+            raise ValueError("this model does not vary pictures: say what to draw")
+        return iter([self.engine.inpaint(job.around, said(job.prompt), job.mask, **job.options)])
+
+
+def said(document: Document) -> str:
+    """The words of a document."""
+    return " ".join(segment.text for segment in document.segments if segment.text)
+
+
+def work(receiver: Any, sender: Any, source: dict[str, Any], slots: int) -> None:
+    """Load a model and answer until the other end is closed. source: of `unigen.load`. A model that cannot be loaded is
+    a `Refused` for no job."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which closes the pipe
+    try:
+        import unigen
+
+        engine = unigen.load(**source)
+        worker: Any = Together(engine, slots) if isinstance(engine, unigen.Engine) else OneByOne(engine)
+        sender.send((None, Ready(engine.info() | {"outputs": list(engine.outputs)})))
+    except ValueError as error:
+        sender.send((None, Refused(" ".join(str(error).split()))))
+        return
+    told = time.monotonic()
+    try:
+        while True:
+            while receiver.poll(0 if worker.busy else None):
+                number, job = receiver.recv()
+                if job is None:
+                    worker.drop(number)
+                else:
+                    worker.ask(number, job)
+            for number, event in worker.step():
+                sender.send((number, event))
+            if not worker.busy or time.monotonic() - told > 0.25:
+                sender.send((None, worker.load()))
+                told = time.monotonic()
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return
+    finally:
+        sys.stderr.flush()
+        os.close(receiver.fileno())
