@@ -14,6 +14,8 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
+from starlette.exceptions import HTTPException
+
 log = logging.getLogger("unigen.serving")
 
 OPEN = ("/health", "/ready", "/", "/favicon.ico")
@@ -65,7 +67,11 @@ class Guard:
             if refusal:
                 await _answer(noted, *refusal)
             else:
-                await self._bounded(scope, receive, noted)
+                await self.app(scope, self._bounded(receive), noted)
+        except Exception:
+            log.exception("a fault while a request was answered")
+            if not status:
+                await _answer(noted, 500, {}, error("a fault of the server", kind="server_error"))
         finally:
             seconds = time.perf_counter() - start
             route = getattr(scope.get("route"), "path", "other")
@@ -96,11 +102,11 @@ class Guard:
             headers.get("content-length", "0").isdecimal()
             and int(headers.get("content-length", "0")) > self.limits.body
         ):
-            return 413, {"connection": "close"}, self._too_long()
+            return 413, {"connection": "close"}, error(self._too_long(), code="request_too_large")
         return None
 
-    def _too_long(self) -> Any:
-        return error(f"the request is longer than {self.limits.body} bytes", code="request_too_large")
+    def _too_long(self) -> str:
+        return f"the request is longer than {self.limits.body} bytes"
 
     def _wait(self, who: str) -> int:
         """Seconds until this one may ask again: a bucket of `rate` requests that fills up within a minute."""
@@ -116,33 +122,19 @@ class Guard:
             self._buckets.popitem(last=False)
         return 0 if allowed else max(1, round((1 - left) * 60 / rate))
 
-    async def _bounded(self, scope: Any, receive: Any, send: Any) -> None:
-        """The application, with no more of a body than is allowed, whatever its length was said to be."""
-        read, begun = 0, False
+    def _bounded(self, receive: Any) -> Any:
+        """No more of a body than is allowed, whatever its length was said to be."""
+        read = 0
 
         async def limited() -> Any:
             nonlocal read
             message = await receive()
-            if message["type"] == "http.request":
-                read += len(message.get("body", b""))
-                if read > self.limits.body:
-                    raise TooLong
+            read += len(message.get("body", b""))
+            if read > self.limits.body:
+                raise HTTPException(413, self._too_long())
             return message
 
-        async def sending(message: Any) -> None:
-            nonlocal begun
-            begun = True
-            await send(message)
-
-        try:
-            await self.app(scope, limited, sending)
-        except TooLong:
-            if not begun:
-                await _answer(send, 413, {"connection": "close"}, self._too_long())
-
-
-class TooLong(Exception):
-    """More of a body came than is allowed."""
+        return limited
 
 
 async def _answer(send: Any, status: int, headers: dict[str, str], body: Any) -> None:

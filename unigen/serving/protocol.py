@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 MOST_ANSWERS = 16
 LONGEST = 100_000
@@ -67,12 +67,15 @@ class ImagePart(Strict):
 
 
 class Message(Strict):
-    """content: a text, or parts in order. Of an answer that is given back, as it came."""
+    """content: parts in order, or a text, which is one part. Of an answer that is given back, as it came."""
 
     role: Literal["user", "assistant"]
-    content: (
-        Annotated[str, Field(max_length=LONGEST)] | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
-    )
+    content: list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _parts(cls, content: Any) -> Any:
+        return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 class StreamOptions(Strict):
@@ -88,7 +91,7 @@ class ChatRequest(Drawing):
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: int = Field(1, ge=1, le=MOST_ANSWERS)
-    stop: Words | Annotated[list[Words], Field(min_length=1, max_length=4)] | None = None
+    stop: list[Words] | None = Field(None, max_length=4)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     max_images: int | None = Field(None, ge=1, le=64)
@@ -97,6 +100,11 @@ class ChatRequest(Drawing):
     presence_penalty: float | None = Field(None, ge=0, le=0)
     logprobs: Literal[False] | None = None
     response_format: dict[Literal["type"], Literal["text"]] | None = None
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _stops(cls, stop: Any) -> Any:
+        return [stop] if isinstance(stop, str) else stop
 
     @model_validator(mode="after")
     def _once(self) -> ChatRequest:
@@ -112,9 +120,6 @@ class ChatRequest(Drawing):
         most = self.max_tokens or self.max_completion_tokens
         given = {"max_tokens": most, "max_images": self.max_images}
         return super().options() | {name: value for name, value in given.items() if value is not None}
-
-    def stops(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
 # ---------------------------------------------------------------- /v1/images/...

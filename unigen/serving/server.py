@@ -132,13 +132,13 @@ class Server:
         document = await self._document(asked)
         self._log(request, document)
         jobs = [
-            Job(document, self._output(asked.modalities), {**asked.options(), "seed": seed}, asked.stops())
+            Job(document, self._output(asked.modalities), {**asked.options(), "seed": seed}, tuple(asked.stop or ()))
             for seed in self._seeds(asked)
         ]
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.settings.model}
         if asked.stream:
             usage = asked.stream_options is not None and asked.stream_options.include_usage
-            return await self._streamed(self._chunks(jobs, head, usage))
+            return await self._streamed(request, self._chunks(jobs, head, usage))
         answers = await self._unless_gone(request, self._all(jobs))
         choices = [
             {
@@ -181,8 +181,7 @@ class Server:
         """The conversation as the model reads it."""
         segments = []
         for m, message in enumerate(asked.messages):
-            parts: Any = message.content
-            for p, part in enumerate([protocol.TextPart(type="text", text=parts)] if isinstance(parts, str) else parts):
+            for p, part in enumerate(message.content):
                 if isinstance(part, protocol.TextPart):
                     segments.append(Segment(text=part.text, role=message.role))
                     continue
@@ -279,8 +278,8 @@ class Server:
             raise Wrong(400, "send multipart/form-data with a file named image")
         try:
             form = await request.form(max_files=2, max_fields=40)
-        except (HTTPException, ValueError, KeyError) as bad:
-            raise Wrong(400, f"the form cannot be read: {getattr(bad, 'detail', bad)}") from None
+        except HTTPException as bad:
+            raise Wrong(bad.status_code, f"the form cannot be read: {bad.detail}") from None
         files, fields = {}, {}
         for name, value in form.multi_items():
             if name in files or name in fields:
@@ -342,23 +341,23 @@ class Server:
         tasks = [asyncio.create_task(one(i, job)) for i, job in enumerate(jobs)]
         left, start, first = len(jobs), time.perf_counter(), True
         try:
-            async with asyncio.timeout(self.settings.seconds):
-                while left:
-                    i, event = await merged.get()
-                    if event is None:
-                        left -= 1
-                    elif isinstance(event, Exception):
-                        raise event
-                    elif isinstance(event, Refused):
-                        raise Wrong(400, event.message)
-                    elif isinstance(event, Failed):
-                        raise Wrong(503, event.message, code="try_again", wait=1)
-                    else:
-                        if isinstance(event, Part) and first:
-                            self.metrics.first.observe(time.perf_counter() - start)
-                            first = False
-                        self.metrics.count(event)
-                        yield i, event
+            while left:
+                rest = start + self.settings.seconds - time.perf_counter()
+                i, event = await asyncio.wait_for(merged.get(), rest)
+                if event is None:
+                    left -= 1
+                elif isinstance(event, Exception):
+                    raise event
+                elif isinstance(event, Refused):
+                    raise Wrong(400, event.message)
+                elif isinstance(event, Failed):
+                    raise Wrong(503, event.message, code="try_again", wait=1)
+                else:
+                    if isinstance(event, Part) and first:
+                        self.metrics.first.observe(time.perf_counter() - start)
+                        first = False
+                    self.metrics.count(event)
+                    yield i, event
         except TimeoutError:
             raise Wrong(504, f"the answer took longer than {self.settings.seconds:g} s", code="timeout") from None
         except Busy as busy:
@@ -391,10 +390,10 @@ class Server:
                 one.cancel()
             await asyncio.gather(task, gone, return_exceptions=True)
 
-    async def _streamed(self, chunks: AsyncGenerator[dict[str, Any], None]) -> Response:
+    async def _streamed(self, request: Request, chunks: AsyncGenerator[dict[str, Any], None]) -> Response:
         """Server-sent events. The first is awaited, so that what is refused has its status; what goes wrong later is an
         event with an error, and no [DONE] follows."""
-        first = await anext(chunks)
+        first = await self._unless_gone(request, anext(chunks))
 
         async def events() -> AsyncIterator[str]:
             async with aclosing(chunks):
@@ -520,17 +519,13 @@ def create_app(engine: Any, settings: Settings) -> Any:
             bad.headers,
         )
 
-    @app.exception_handler(Exception)
-    async def fault(_: Request, bad: Exception) -> Response:
-        return JSONResponse(error("a fault of the server", kind="server_error"), 500)
-
+    app.add_middleware(Guard, limits=settings.limits, metrics=server.metrics)
     if settings.origins:
         from starlette.middleware.cors import CORSMiddleware
 
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.origins), allow_methods=["*"], allow_headers=["*"]
         )
-    app.add_middleware(Guard, limits=settings.limits, metrics=server.metrics)
     return app
 
 

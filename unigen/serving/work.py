@@ -108,12 +108,12 @@ class Words:
 
     def __init__(self, stops: tuple[str, ...] = ()) -> None:
         self.stops = stops
-        self.begin()
-
-    def begin(self) -> None:
         self.held, self.shown, self.stopped = "", False, False
 
     def feed(self, piece: str) -> str:
+        """What of the text is sure to be shown now; nothing more after a stop."""
+        if self.stopped:
+            return ""
         self.held = self.held + piece if self.shown else (self.held + piece).lstrip()
         found = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
         if found:

@@ -1,0 +1,149 @@
+"""Answers of `unigen serve` under load: time to the first part, tokens and pictures a second, against transformers.
+
+    python scripts/bench.py serve [--model 100M] [--dtype float32] [--concurrency 1,8,32] [--repeat 2] [--json FILE]
+
+A server is started as a user starts it, and so many clients ask at once, of the same weights in every row: text (64
+tokens, streamed), pictures with guidance, and without. "transformers": `generate()` on the same prompts as one batch,
+in this process and without HTTP, the best that its own server could do if all requests came at once; for pictures with
+guidance it is its `guidance_scale`. "first": seconds to the first text or picture, in the mean of the clients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from scripts.benches.decode import PROMPT, models, transformers_generate
+from unigen.config import write_report
+
+TEXT = 64
+KINDS = ("text", "picture", "unguided picture")
+
+
+@contextmanager
+def served(model: str, dtype: str, slots: int, log: str) -> Iterator[str]:
+    """The address of a server with this model, ready to answer."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "unigen", "serve", "--model", model, "--name", "bench", "--port", str(port)]
+    command += ["--slots", str(slots), "--queue", str(slots), "--timeout", "3600", "--dtype", dtype]
+    with open(log, "wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=dict(os.environ))
+    import httpx
+
+    url = f"http://127.0.0.1:{port}"
+    try:
+        while process.poll() is None:
+            try:
+                if httpx.get(url + "/ready").status_code == 200:
+                    break
+            except httpx.HTTPError:
+                pass
+            time.sleep(0.2)
+        else:
+            raise ValueError(f"the server did not start:\n{open(log).read()}")
+        yield url
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+async def ask(client: Any, kind: str, seed: int) -> tuple[float, int]:
+    """One request: seconds to its first part, and how many tokens or pictures it gave."""
+    start = time.perf_counter()
+    if kind != "text":
+        body = {"prompt": PROMPT, "seed": seed, "guidance": 3.0 if kind == "picture" else 1.0, "temperature": 1.0}
+        answer = await client.post("/v1/images/generations", json=body)
+        answer.raise_for_status()
+        return time.perf_counter() - start, 1
+    messages = [{"role": "user", "content": "describe a picture"}]
+    asked = {"model": "bench", "messages": messages, "modalities": ["text"], "max_tokens": TEXT, "temperature": 1.0}
+    asked |= {"stream": True, "stream_options": {"include_usage": True}, "seed": seed}
+    first, tokens = None, 0
+    async with client.stream("POST", "/v1/chat/completions", json=asked) as answer:
+        answer.raise_for_status()
+        async for line in answer.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            event = json.loads(line[6:])
+            if first is None and event["choices"] and event["choices"][0]["delta"].get("content"):
+                first = time.perf_counter() - start
+            tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
+    return first or time.perf_counter() - start, tokens
+
+
+async def wave(url: str, kind: str, clients: int) -> tuple[float, float]:
+    """So many at once: tokens or pictures a second, and seconds to the first part in the mean."""
+    import httpx
+
+    async with httpx.AsyncClient(base_url=url, timeout=None, limits=httpx.Limits(max_connections=clients)) as client:
+        start = time.perf_counter()
+        answers = await asyncio.gather(*[ask(client, kind, seed) for seed in range(clients)])
+        seconds = time.perf_counter() - start
+    return sum(count for _, count in answers) / seconds, sum(first for first, _ in answers) / clients
+
+
+def baseline(model: Any, kind: str, clients: int) -> float:
+    """Tokens or pictures a second of one batch of `generate()`."""
+    height, width = model.image_tokenizer.grid
+    run = transformers_generate(model, clients, kind == "picture")
+    start = time.perf_counter()
+    tokens = run()
+    rate = tokens / (time.perf_counter() - start)
+    return rate if kind == "text" else rate / (height * width)
+
+
+def main(args: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="bench.py serve", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", default="100M", help="100M (random weights) or tiny (the shipped one)")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--concurrency", default="1,8,32")
+    parser.add_argument("--kinds", default=",".join(KINDS), help="(default: %(default)s)")
+    parser.add_argument("--repeat", type=int, default=2, help="the best counts")
+    parser.add_argument("--json", metavar="FILE")
+    options = parser.parse_args(args)
+    levels = [int(level) for level in options.concurrency.split(",") if level.isdecimal()]
+    kinds = options.kinds.split(",")
+    if not levels or min(levels) < 1 or options.repeat < 1 or set(kinds) - set(KINDS):
+        raise ValueError(f"--concurrency takes whole numbers, --repeat at least 1, --kinds some of {', '.join(KINDS)}")
+    if options.model not in ("100M", "tiny"):
+        raise ValueError(f"unknown model {options.model!r}: 100M or tiny")
+    model = models(options.model, getattr(torch, options.dtype))
+    rows: list[dict[str, Any]] = []
+    started = time.monotonic()
+    print("kind              clients  unit        ours  first s  transformers  ratio")
+    with tempfile.TemporaryDirectory() as folder:
+        model.save(folder)
+        with served(folder, options.dtype, 2 * max(levels), f"{folder}.log") as url:
+            asyncio.run(wave(url, "unguided picture", 1))
+            for kind in kinds:
+                for clients in levels:
+                    waves = [asyncio.run(wave(url, kind, clients)) for _ in range(options.repeat)]
+                    rate, first = max(rate for rate, _ in waves), min(first for _, first in waves)
+                    plain = max(baseline(model, kind, clients) for _ in range(options.repeat))
+                    unit = "tokens/s" if kind == "text" else "pictures/s"
+                    print(
+                        f"{kind:<17} {clients:>7}  {unit:<10} {rate:>6.2f} {first:>8.2f} {plain:>13.2f} "
+                        f"{rate / plain:>6.2f}",
+                        flush=True,
+                    )
+                    row = {"name": f"{kind}, {clients}", "value": rate, "unit": unit, "first": first}
+                    rows.append(row | {"baseline": plain, "ratio": rate / plain})
+        os.remove(f"{folder}.log")
+    if options.json:
+        command = f"python scripts/bench.py serve {' '.join(args)}".strip()
+        write_report(options.json, command=command, model=options.model, rows=rows, seconds=time.monotonic() - started)
+    return 0

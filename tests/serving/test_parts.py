@@ -1,0 +1,166 @@
+"""What the server is made of, each part alone: words, pictures of strangers, the door."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from unigen.serving import pictures
+from unigen.serving.work import Words
+
+pytest.importorskip("fastapi")
+
+from unigen.serving.guard import Guard, Limits
+
+
+def fed(pieces: list[str], *stops: str) -> tuple[list[str], bool]:
+    words = Words(stops)
+    said = [part for piece in pieces if (part := words.feed(piece))]
+    if not words.stopped:
+        said += [words.end()] if words.held else []
+    return [part for part in said if part], words.stopped
+
+
+def test_words_are_shown_as_soon_as_they_are_sure() -> None:
+    assert fed([" a", " b", " "]) == (["a", " b"], False)
+    assert fed(["  ", " a ", "b", "\n"]) == (["a", " b"], False)
+    assert fed(["a b", " ST", "AY", " c"], " STOP") == (["a b", " STAY", " c"], False)
+    assert fed(["a b", " ST", "OP c"], " STOP") == (["a b"], True)
+    assert fed(["a ST"], "STOP") == (["a", " ST"], False)
+    assert fed(["x one two"], "two", "one") == (["x"], True)
+
+
+def test_words_are_the_same_however_they_come() -> None:
+    text = "  the red house, the red horse; the red h"
+    for stop in ("the red horse", "house,", "no", "h"):
+        whole = "".join(fed([text], stop)[0])
+        assert whole == text.split(stop)[0].strip()
+        for size in (1, 2, 3, 7):
+            assert "".join(fed([text[i : i + size] for i in range(0, len(text), size)], stop)[0]) == whole
+
+
+def test_pictures_of_strangers() -> None:
+    def file(format: str, mode: str = "RGB", size: tuple[int, int] = (8, 8)) -> bytes:
+        buffer = io.BytesIO()
+        Image.new(mode, size).save(buffer, format)
+        return buffer.getvalue()
+
+    for format in ("PNG", "JPEG", "WEBP", "GIF"):
+        assert pictures.decoded(file(format)).size == (8, 8)
+    for bad in (b"", b"x" * 100, file("BMP"), file("TIFF"), file("PNG")[:40]):
+        with pytest.raises(ValueError) as error:
+            pictures.decoded(bad)
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="too large|too many"):
+        pictures.decoded(file("PNG", "1", (8000, 8000)))
+    good = "data:image/png;base64," + base64.b64encode(file("PNG")).decode()
+    assert pictures.of_data(good).size == (8, 8)
+    assert pictures.decoded(pictures.encoded(Image.new("RGB", (4, 4)), "webp")).size == (4, 4)
+
+
+def test_a_mask_marks_by_transparency_or_by_white() -> None:
+    def marks(mode: str, ground: Any, mark: Any) -> Image.Image:
+        picture, buffer = Image.new(mode, (4, 4), ground), io.BytesIO()
+        picture.paste(mark, (0, 0, 2, 4))
+        picture.save(buffer, "PNG")
+        return pictures.decoded_mask(buffer.getvalue())
+
+    for mask in (marks("RGBA", (0, 0, 0, 255), (0, 0, 0, 0)), marks("L", 0, 255)):
+        assert [mask.getpixel((x, 0)) for x in (0, 3)] == [(255, 255, 255), (0, 0, 0)]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1/a.png",
+        "http://localhost:1/a.png",
+        "http://[::1]/a.png",
+        "http://10.0.0.1/",
+        "http://169.254.169.254/latest",
+        "http://[::ffff:127.0.0.1]/",
+        "http://0/",
+        "http://2130706433/",
+        "ftp://example.com/a.png",
+        "http://user@example.com/",
+        "http://",
+    ],
+)
+def test_private_addresses_are_not_asked(url: str) -> None:
+    pytest.importorskip("httpx")
+    with pytest.raises(ValueError) as error:
+        asyncio.run(pictures.fetched(url, 1000))
+    assert str(error.value).startswith("the picture's address") or "http or https" in str(error.value)
+
+
+class Counted:
+    """Stands where the metrics are."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self
+
+    def labels(self, *_: Any) -> Any:
+        return self
+
+    def inc(self, *_: Any) -> None: ...
+
+    dec = observe = inc
+
+
+def asked(guard: Guard, path: str = "/v1/models", body: tuple[bytes, ...] = (b"",), **headers: str) -> tuple[int, Any]:
+    """Status and headers of what the door answers."""
+    scope = {"type": "http", "path": path, "method": "POST", "client": ("1.2.3.4", 1)}
+    scope["headers"] = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+    parts = [{"type": "http.request", "body": part, "more_body": True} for part in body]
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return parts.pop(0)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(guard(scope, receive, send))
+    return sent[0]["status"], {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+
+
+def door(limits: Limits) -> Guard:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        from starlette.exceptions import HTTPException
+
+        status = 200
+        try:
+            for _ in range(2):
+                await receive()
+        except IndexError:
+            pass
+        except HTTPException as error:
+            status = error.status_code
+        await send({"type": "http.response.start", "status": status, "headers": []})
+
+    return Guard(app, limits, Counted())
+
+
+def test_the_door_asks_for_a_key() -> None:
+    guard = door(Limits(keys=("one", "two")))
+    assert asked(guard)[0] == 401 and asked(guard, authorization="Bearer three")[0] == 401
+    assert asked(guard, authorization="Basic one")[0] == 401 and asked(guard, authorization="Bearer")[0] == 401
+    assert asked(guard, authorization="Bearer two")[0] == 200 and asked(guard, "/health")[0] == 200
+
+
+def test_the_door_counts_bytes_whatever_is_said() -> None:
+    guard = door(Limits(body=10))
+    assert asked(guard, content_length="11")[0] == 413
+    assert asked(guard, body=(b"x" * 6, b"x" * 6), content_length="6")[0] == 413
+    assert asked(guard, body=(b"x" * 5, b"x" * 5))[0] == 200
+
+
+def test_the_door_lets_in_so_many_a_minute() -> None:
+    guard = door(Limits(rate=3))
+    assert [asked(guard)[0] for _ in range(5)] == [200, 200, 200, 429, 429]
+    assert 1 <= int(asked(guard)[1]["retry-after"]) <= 20
+    assert asked(guard, "/ready")[0] == 200
