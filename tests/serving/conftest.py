@@ -65,6 +65,10 @@ class Served:
         lines = [line for line in self.get("/metrics")[1].splitlines() if line.startswith(name)]
         return sum(float(line.rpartition(" ")[2]) for line in lines)
 
+    @property
+    def jobs(self) -> float:
+        return self.metric("unigen_jobs_running") + self.metric("unigen_jobs_waiting")
+
     def client(self, **options: Any) -> Any:
         import openai
 

@@ -541,6 +541,7 @@ def run(source: dict[str, Any], settings: Settings, host: str, port: int, slots:
         host=host,
         port=port,
         log_config=None,
+        log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=int(settings.seconds),
         server_header=False,

@@ -353,7 +353,8 @@ def work(receiver: Any, sender: Any, source: dict[str, Any], slots: int) -> None
     told = time.monotonic()
     try:
         while True:
-            while receiver.poll(0 if worker.busy else None):
+            receiver.poll(0 if worker.busy else None)  # wait where there is nothing to do
+            while receiver.poll():
                 number, job = receiver.recv()
                 if job is None:
                     worker.drop(number)
