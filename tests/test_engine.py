@@ -72,7 +72,7 @@ def test_max_images_and_max_tokens_hold(engine: Engine) -> None:
     most = 0
     for seed in range(6):
         request = engine.request("a story", "interleaved", seed=seed, temperature=1.5, max_tokens=10, max_images=1)
-        row = engine._row(request, [0, 1])
+        row = engine._row(request)
         parts = [part for _, part in engine.run([request])]
         assert sum(isinstance(p, Image.Image) for p in parts) <= 1
         assert row.state is not None and row.state.span.max_tokens == 10

@@ -5,8 +5,9 @@
     for part in engine.stream("a story about a witch and her raven", output="interleaved"): ...
 
 Each request is a row of the batch with one cache slot for every branch of guidance. In a step every active row reads
-what its generator asks for, whatever it is writing, and the backbone runs once. Rows end on their own, and a row's
-randomness is its own, so that a picture does not depend on the batch it was made in.
+what its generator asks for, whatever it is writing, and the backbone runs once for all that read about as much: a
+prompt that joins does not make the others wait for padding. Rows end on their own, and a row's randomness is its own,
+so that a picture does not depend on the batch it was made in.
 The file refuses to know: files, HTTP, templates, how any generator works.
 """
 
@@ -33,17 +34,20 @@ from unigen.samplers.logits import whole
 from unigen.sequence import Document, Segment, read_image, square, to_images
 from unigen.templates import Output
 
+WASTE = 64
+"""Positions of padding that cost about as much as another pass of the backbone."""
+
 
 @dataclass
 class _Row:
     """One answer on its way. `unread[b]`: ids that branch b reads before what the generator asks for. `kept`: how many
     positions of the span the cache holds. `features`: of pictures in the prompt that are not read as codes. `seen`: by
-    slot, the states of all that was read, where a generator wants them. `anew`: its blind branches begin a picture.
+    branch, the states of all that was read, where a generator wants them.
     `asked`: ids of the prompt; `cut`: did the last text end at its limit?"""
 
     request: Request
     document: Document
-    slots: list[int]
+    slots: list[int] = field(default_factory=list)
     unread: list[list[int]] = field(default_factory=list)
     state: State | None = None
     generator: Generator | None = None
@@ -51,7 +55,6 @@ class _Row:
     images: int = 0
     written: int = 0
     kept: int = 0
-    anew: bool = False
     shown: str = ""
     asked: int = 0
     cut: bool = False
@@ -234,7 +237,7 @@ class Engine:
     @torch.no_grad()
     def states(self, prompt: Any) -> torch.Tensor:
         """What the model reads of a document before it would answer in text, as states (S, D) after its last norm."""
-        rows = [self._row(self.request(prompt, "text"), [0])]
+        rows = [self._row(self.request(prompt, "text"))]
         asked = [row.generator.ask(row.state) for row in rows if row.generator and row.state]
         length = len(rows[0].unread[0]) + len(asked[0].ids)
         cache = self.model.backbone.new_cache(1, self.model.device)
@@ -276,10 +279,10 @@ class Engine:
         while running:
             yield from running.step()
 
-    def _row(self, request: Request, slots: list[int]) -> _Row:
+    def _row(self, request: Request) -> _Row:
         """A row for a request, its first span begun. Raises ValueError for what cannot fit the context."""
         request.document = self.model.read(request.document)
-        row = _Row(request, request.document, slots)
+        row = _Row(request, request.document)
         row.features = self.model.features(row.document)
         wordless = request.output == "pair" and not self._opening(row)
         ids = self.model.ids(self.model.template.prompt(row.document, output=request.output, blind=wordless))
@@ -295,26 +298,28 @@ class Engine:
         return row
 
     def _step(self, rows: list[_Row], cache: SlotCache) -> None:
-        """One pass of the backbone for all rows, and one step of each row's generator."""
-        for row in rows:
-            for slot in row.slots[1:] if row.anew else ():
-                cache.free(slot)
-                row.seen.pop(slot, None)
-            row.anew = False
+        """One step of each row's generator."""
         asked = [row.generator.ask(row.state) for row in rows if row.generator and row.state]
+        lengths = [max(map(len, row.unread)) + len(read.ids) for row, read in zip(rows, asked, strict=True)]
+        for together in _alike(lengths, [row.branches for row in rows]):
+            self._pass([rows[i] for i in together], [asked[i] for i in together], cache)
+
+    def _pass(self, rows: list[_Row], asked: list[Read], cache: SlotCache) -> None:
+        """One pass of the backbone for these rows, in the order of their slots, which are read as they lie."""
         lengths = [len(ids) + len(read.ids) for row, read in zip(rows, asked, strict=True) for ids in row.unread]
-        slots = [slot for row in rows for slot in row.slots[: row.branches]]
+        slots = [slot for row in rows for slot in row.slots]
+        order = sorted(range(len(slots)), key=slots.__getitem__)
         embeds_BLD, reach_BL = self._inputs(rows, asked, max(lengths))
-        positions_BL, mask = cache.begin(slots, max(lengths), reach_BL)
-        hidden_BLD = self.model.step(embeds_BLD, positions_BL, mask, cache)
+        if order != list(range(len(order))):
+            embeds_BLD, reach_BL = embeds_BLD[order], None if reach_BL is None else reach_BL[order]
+        positions_BL, mask = cache.begin([slots[i] for i in order], max(lengths), reach_BL)
+        found_BLD = self.model.step(embeds_BLD, positions_BL, mask, cache)
+        hidden_of = {slots[i]: found_BLD[at, : lengths[i]] for at, i in enumerate(order)}
 
         groups: dict[int, list[int]] = {}
         hidden: list[list[torch.Tensor]] = []
-        at = 0
         for i, row in enumerate(rows):
-            states = [hidden_BLD[at + b, : lengths[at + b]] for b in range(row.branches)]
-            hidden.append(self._shown(row, states, len(asked[i].ids)))
-            at += row.branches
+            hidden.append(self._shown(row, [hidden_of[slot] for slot in row.slots], len(asked[i].ids)))
             groups.setdefault(id(row.generator), []).append(i)
         kept = [0] * len(rows)
         for members in groups.values():
@@ -325,10 +330,10 @@ class Engine:
             for i, count in zip(members, counts, strict=True):
                 kept[i] = count
         for row, count in zip(rows, kept, strict=True):
-            cache.keep(row.slots[: row.branches], [len(ids) + count for ids in row.unread])
-            for slot, ids in zip(row.slots, row.unread, strict=False):
-                if slot in row.seen:
-                    row.seen[slot][-1] = row.seen[slot][-1][: len(ids) + count]
+            cache.keep(row.slots, [len(ids) + count for ids in row.unread])
+            for branch, ids in enumerate(row.unread):
+                if branch in row.seen:
+                    row.seen[branch][-1] = row.seen[branch][-1][: len(ids) + count]
             row.unread = [[] for _ in row.unread]
             row.kept += count
 
@@ -369,10 +374,10 @@ class Engine:
         """What the row's generator gets of each branch: the states of what it asked for, or of all that was read."""
         assert row.generator is not None
         if self.model.generators[row.request.generator].wants_context:
-            for slot, states_LD in zip(row.slots, states, strict=False):
-                row.seen.setdefault(slot, []).append(states_LD)
+            for branch, states_LD in enumerate(states):
+                row.seen.setdefault(branch, []).append(states_LD)
         if row.generator.wants_context:
-            return [torch.cat(row.seen[slot]) for slot, _ in zip(row.slots, states, strict=False)]
+            return [torch.cat(row.seen[branch]) for branch, _ in enumerate(states)]
         return [states_LD[len(states_LD) - max(asked, 1) :] for states_LD in states]  # the prompt's last, if none
 
     def _finish(self, ended: list[_Row], rows: list[_Row], cache: SlotCache) -> Iterator[tuple[_Row, Any]]:
@@ -418,9 +423,9 @@ class Engine:
                     row.unread = [list(state.pending)]
                 else:
                     cache.keep(row.slots[:1], [-row.kept])
-                    if seen := row.seen.get(row.slots[0]):
+                    if seen := row.seen.get(0):
                         states_LD = torch.cat(seen)
-                        row.seen[row.slots[0]] = [states_LD[: len(states_LD) - row.kept]]
+                        row.seen[0] = [states_LD[: len(states_LD) - row.kept]]
                     request.document = row.document = self.model.read(row.document)
                     ids_hw = self.model.vocabulary.image_ids(row.document.segments[-1].image)
                     row.unread = [[template.begins[template.reader], *layout.opening, *layout.lay(ids_hw)]]
@@ -473,7 +478,7 @@ class Engine:
         span.opening, span.row_end = () if begin is None else (begin, *layout.opening), layout.row_end
         span.steps, span.sampler, span.accelerate = request.steps, request.sampler, request.accelerate
         span.text_ids = self._opening(row)
-        row.state, row.kept, row.anew = row.generator.start(span), 0, True
+        row.state, row.kept = row.generator.start(span), 0
 
     def _opening(self, row: _Row) -> list[int] | None:
         """The ids of the text that a picture's span opens with; None where it has none, or is to write it."""
@@ -531,7 +536,6 @@ class Running:
         self.engine = engine
         self.cache = engine.model.backbone.new_cache(0, engine.model.device)
         self._rows: dict[int, _Row] = {}
-        self._free: list[int] = []  # slots, the lowest last
         self._count = 0
         self.ended: dict[int, Usage] = {}
 
@@ -544,23 +548,26 @@ class Running:
     @torch.inference_mode()
     def add(self, request: Request) -> int:
         """The request's number, from 0 on. Raises ValueError for what cannot fit the context; nothing is added then."""
-        branches = 1 if request.output == "text" else request.guidance.branches
-        if branches > len(self._free):
-            more = self.cache.grow(branches - len(self._free))
-            self._free = sorted([*self._free, *more], reverse=True)
-        row = self.engine._row(request, self._free[: -branches - 1 : -1])
-        del self._free[-branches:]
-        self._rows[self._count] = row
+        self._rows[self._count] = self.engine._row(request)
         self._count += 1
         return self._count - 1
 
     @torch.inference_mode()
     def drop(self, number: int) -> None:
         """Leave a request unfinished; its slots are free at once. KeyError where it is not running."""
-        row = self._rows.pop(number)
-        for slot in row.slots:
-            self.cache.free(slot)
-        self._free = sorted([*self._free, *row.slots], reverse=True)
+        self._fit(self._rows[number], 0)
+        del self._rows[number]
+
+    def _fit(self, row: _Row, branches: int) -> None:
+        """Give a row as many slots as it has branches: those of guidance while it writes a picture."""
+        while len(row.slots) > branches:
+            slot = row.slots.pop()
+            row.seen.pop(len(row.slots), None)
+            last = self.cache.leave(slot)
+            for other in self._rows.values():
+                other.slots = [slot if one == last else one for one in other.slots]
+        while len(row.slots) < branches:
+            row.slots.append(self.cache.take())
 
     def usage(self, number: int) -> Usage:
         """What a request that is running has taken so far. KeyError where it is not running."""
@@ -571,9 +578,11 @@ class Running:
 
     @torch.inference_mode()
     def step(self) -> list[tuple[int, Any]]:
-        """One pass of the backbone for all: (number, piece of text or picture) of what it made. Those that are done
-        are gone afterwards."""
-        rows = sorted(self._rows.values(), key=lambda row: row.slots[0])
+        """One step of all: (number, piece of text or picture) of what it made. Those that are done are gone
+        afterwards."""
+        rows = list(self._rows.values())
+        for row in rows:
+            self._fit(row, row.branches)
         self.engine._step(rows, self.cache)
         number = {id(row): i for i, row in self._rows.items()}
         ended = [row for row in rows if row.state and row.state.done]
@@ -584,6 +593,19 @@ class Running:
                 self.ended[number[id(row)]] = self.usage(number[id(row)])
                 self.drop(number[id(row)])
         return parts
+
+
+def _alike(lengths: list[int], branches: list[int]) -> list[list[int]]:
+    """Rows that one pass reads together: others where padding would cost more than `WASTE` positions."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    passes, begin = [], 0
+    for at in range(1, len(order)):
+        rest = sum(branches[i] for i in order[at:])
+        spared = lengths[order[begin]] - lengths[order[at]]
+        if spared * rest > WASTE and 2 * spared > lengths[order[begin]]:
+            passes.append(order[begin:at])
+            begin = at
+    return [sorted(rows) for rows in [*passes, order[begin:]]]
 
 
 def _picture(source: Any) -> Image.Image:

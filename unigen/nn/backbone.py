@@ -159,26 +159,46 @@ class _Step:
 
 
 class SlotCache(Cache):
-    """A cache of numbered slots, each with a length of its own: rows join, leave and roll back without moving others.
+    """A cache of numbered slots, each with a length of its own: rows join, leave and roll back without each other.
 
     A step writes its keys after each slot's length. What of them stays is said afterwards by `keep`: one position for
-    next-token prediction, none for masked prediction, the accepted ones for speculative decoding. dtype: in which keys
-    and values are kept; None is as they come.
+    next-token prediction, none for masked prediction, the accepted ones for speculative decoding. slots: in use at first.
+    dtype: in which keys and values are kept; None is as they come.
     """
 
     def __init__(self, layers: int, slots: int, device: torch.device, dtype: torch.dtype | None = None) -> None:
-        self.slots, self.capacity, self.device, self.dtype = slots, 0, device, dtype
+        self.used, self.slots, self.capacity, self.device, self.dtype = slots, slots, 0, device, dtype
         self.lengths = torch.zeros(slots, dtype=torch.int64)
         self.notes: dict[int, Tensor] = {}
         """What a backbone keeps of a slot beside keys and values, from the slot's first position on."""
         self.step: _Step
         super().__init__(layers=[_SlotLayer(self) for _ in range(layers)])
 
-    def grow(self, count: int) -> list[int]:
-        """So many slots more: their numbers."""
-        self.lengths = nn.functional.pad(self.lengths, (0, count))
-        self.slots += count
-        return list(range(self.slots - count, self.slots))
+    def take(self) -> int:
+        """One slot more, an empty one: its number, after all that are in use."""
+        self.used += 1
+        if self.used > self.slots:
+            more = max(self.used, self.slots + self.slots // 2) - self.slots
+            self.lengths = nn.functional.pad(self.lengths, (0, more))
+            self.slots += more
+        return self.used - 1
+
+    def leave(self, slot: int) -> int:
+        """The slot is given back, and the last one moves to its place, so that those in use stay in a row: the number
+        that the last one had."""
+        self.used -= 1
+        last, length = self.used, int(self.lengths[self.used])
+        if slot != last:
+            for layer in self.layers if length else ():
+                for tensor in (layer.keys, layer.values):
+                    tensor[slot, :, :length] = tensor[last, :, :length]
+            self.lengths[slot] = length
+            self.notes.pop(slot, None)
+            if last in self.notes:
+                self.notes[slot] = self.notes[last]
+        self.lengths[last] = 0
+        self.notes.pop(last, None)
+        return last
 
     def begin(self, rows: list[int], queries: int, reach_BQ: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Prepare a step of `queries` positions for these slots: their positions (B, L) and the mask.
@@ -195,7 +215,3 @@ class SlotCache(Cache):
     def keep(self, rows: list[int], counts: list[int]) -> None:
         for row, count in zip(rows, counts, strict=True):
             self.lengths[row] += count
-
-    def free(self, row: int) -> None:
-        self.lengths[row] = 0
-        self.notes.pop(row, None)
