@@ -162,8 +162,8 @@ class SlotCache(Cache):
     """A cache of numbered slots, each with a length of its own: rows join, leave and roll back without each other.
 
     A step writes its keys after each slot's length. What of them stays is said afterwards by `keep`: one position for
-    next-token prediction, none for masked prediction, the accepted ones for speculative decoding. slots: in use at first.
-    dtype: in which keys and values are kept; None is as they come.
+    next-token prediction, none for masked prediction, the accepted ones for speculative decoding. slots: in use from
+    the start. dtype: in which keys and values are kept; None is as they come.
     """
 
     def __init__(self, layers: int, slots: int, device: torch.device, dtype: torch.dtype | None = None) -> None:

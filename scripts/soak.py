@@ -1,0 +1,199 @@
+"""Many requests at once against `unigen serve`, some of them cut off or wrong: every answer must be the right one.
+
+    unigen serve --port 8000 --queue 256 &
+    python scripts/soak.py --port 8000 [--requests 2000] [--clients 32] [--minutes 30] [--json FILE]
+
+First each kind of request is asked alone. Then clients ask at random; what they get must equal what came alone, what is
+malformed must be a 4xx, and some leave before they have an answer. Ends with exit code 1 where an answer was wrong, the
+memory of the server and its model grew by more than 5% over the second half, or the server is not healthy at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from unigen.config import write_report  # noqa: E402
+from unigen.output import one_line_errors  # noqa: E402
+
+THINGS = ("two apples on a blue background", "a red car", "three penguins", "a rose left of a house")
+LEAVING, WRONG = 0.1, 0.05
+GROWTH = 0.05
+
+
+def kinds(model: str, picture: str) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Name -> (path, body) of what is asked; all of it is seeded."""
+    asked: dict[str, tuple[str, dict[str, Any]]] = {}
+    for i, thing in enumerate(THINGS):
+        for generator in ("next-token", "masked", "next-scale"):
+            body = {"model": model, "prompt": thing, "seed": i, "generator": generator, "n": 1 + i % 2}
+            asked[f"{generator} {thing}"] = ("/v1/images/generations", body)
+    seen = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}}
+    for i, question in enumerate(("describe this picture", "how many apples?", "what color is the background?")):
+        messages = [{"role": "user", "content": [seen, {"type": "text", "text": question}]}]
+        body = {"model": model, "messages": messages, "seed": i, "modalities": ["text"]}
+        asked[question] = ("/v1/chat/completions", body | {"stream": i % 2 == 1})
+    messages = [{"role": "user", "content": "a story about a witch and her raven"}]
+    for stream in (False, True):
+        body = {"model": model, "messages": messages, "seed": 1, "max_images": 2, "stream": stream}
+        asked[f"story {stream}"] = ("/v1/chat/completions", body)
+    return asked
+
+
+def malformed(rng: random.Random, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    """The body with one thing wrong."""
+    wrong: list[dict[str, Any]] = [{"n": 0}, {"seed": "x"}, {"banana": 1}, {"model": "nobody"}, {"temperature": -1}]
+    wrong += [{"guidance": "much"}, {"steps": 0}, {"size": "huge"}, {"generator": "crayon"}, {"top_p": 7}]
+    bad = {**body, **rng.choice(wrong)}
+    if rng.random() < 0.2:
+        del bad["messages" if "messages" in bad else "prompt"]
+    return bad
+
+
+def told(text: str, stream: bool) -> Any:
+    """What an answer says, without what is new each time: its id and the time."""
+    if not stream:
+        data = json.loads(text)
+        return data.get("data") or [(c["message"]["content"], c["finish_reason"]) for c in data["choices"]]
+    events = [line[6:] for line in text.splitlines() if line.startswith("data: ")]
+    if events[-1] != "[DONE]":
+        raise ValueError("the stream broke off")
+    text_of, pictures = "", []
+    for event in map(json.loads, events[:-1]):
+        delta = event["choices"][0]["delta"]
+        text_of += delta.get("content") or ""
+        pictures += [(len(text_of), image["image_url"]["url"]) for image in delta.get("images", [])]
+    return text_of, pictures
+
+
+def memory(port: int) -> int:
+    """Bytes that the process that listens there and its children hold; 0 where this cannot be known."""
+    try:
+        listed = subprocess.run(["ps", "-ww", "-eo", "pid=,ppid=,rss=,args="], capture_output=True, text=True).stdout
+    except OSError:
+        return 0
+    rows = [line.split(None, 3) for line in listed.splitlines()]
+    first = [row[0] for row in rows if len(row) == 4 and "serve" in row[3] and f"--port {port}" in row[3]]
+    return sum(1024 * int(row[2]) for row in rows if row[0] in first or row[1] in first)
+
+
+async def soak(options: argparse.Namespace) -> dict[str, Any]:
+    import httpx
+
+    url = f"http://{options.host}:{options.port}"
+    rng, counts, wrong, sizes = random.Random(options.seed), Counter[str](), [], [(0.0, 0)]
+    limits = httpx.Limits(max_connections=options.clients)
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
+        try:
+            model = (await client.get("/v1/models")).json()["data"][0]["id"]
+        except (httpx.HTTPError, KeyError, ValueError):
+            raise ValueError(f"no unigen serve answers at {url}: start one") from None
+        first = await client.post("/v1/images/generations", json={"prompt": THINGS[0], "seed": 3})
+        asked = kinds(model, first.json()["data"][0]["b64_json"])
+        alone = {}
+        for name, (path, body) in asked.items():
+            answer = await client.post(path, json=body)
+            answer.raise_for_status()
+            alone[name] = told(answer.text, body.get("stream", False))
+        start, end = time.monotonic(), time.monotonic() + 60 * options.minutes
+        left = options.requests
+
+        async def one() -> None:
+            nonlocal left
+            while left > 0 and time.monotonic() < end:
+                left -= 1
+                name, (path, body) = rng.choice(list(asked.items()))
+                lot = rng.random()
+                try:
+                    if lot < WRONG:
+                        status = (await client.post(path, json=malformed(rng, path, body))).status_code
+                        counts["malformed"] += 1
+                        if not 400 <= status < 500:
+                            wrong.append(f"malformed {name}: {status}")
+                        continue
+                    if lot < WRONG + LEAVING:
+                        counts["left"] += 1
+                        await client.post(path, json=body, timeout=rng.random())
+                        continue
+                    answer = await client.post(path, json=body)
+                except httpx.TimeoutException:
+                    continue
+                except httpx.HTTPError as error:
+                    wrong.append(f"{name}: {error!r}")
+                    continue
+                counts[str(answer.status_code)] += 1
+                if answer.status_code == 429:
+                    await asyncio.sleep(float(answer.headers["retry-after"]))
+                elif answer.status_code != 200:
+                    wrong.append(f"{name}: {answer.status_code} {answer.text[:200]}")
+                elif told(answer.text, body.get("stream", False)) != alone[name]:
+                    wrong.append(f"{name}: another answer than alone")
+
+        async def watch() -> None:
+            while True:
+                await asyncio.sleep(2)
+                sizes.append((time.monotonic() - start, await asyncio.to_thread(memory, options.port)))
+
+        watching = asyncio.create_task(watch())
+        await asyncio.gather(*[one() for _ in range(options.clients)])
+        seconds = time.monotonic() - start
+        watching.cancel()
+        await asyncio.sleep(2)
+        ready = (await client.get("/ready")).json()
+        metrics = (await client.get("/metrics")).text
+    held = [line for line in metrics.splitlines() if line.startswith(("unigen_jobs", "unigen_cache_positions"))]
+    if ready.get("starts") != 1 or any(not line.endswith(" 0.0") for line in held):
+        wrong.append(f"not at rest at the end: {ready}, {held}")
+    late = [size for at, size in sizes if at > seconds / 2] or [0]
+    growth = max(late) / max(1, late[0]) - 1
+    if growth > GROWTH:
+        wrong.append(f"memory grew by {growth:.1%} over the second half")
+    done = options.requests - left
+    return {
+        "requests": done,
+        "seconds": seconds,
+        "counts": counts,
+        "growth": growth,
+        "mb": max(late) / 1e6,
+        "wrong": wrong,
+    }
+
+
+@one_line_errors
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", metavar="FILE")
+    options = parser.parse_args()
+    found = asyncio.run(soak(options))
+    counts = ", ".join(f"{count} {name}" for name, count in sorted(found["counts"].items()))
+    print(f"{found['requests']} requests of {options.clients} clients in {found['seconds']:.0f} s: {counts}")
+    print(f"memory {found['mb']:.0f} MB, {found['growth']:+.1%} over the second half; wrong: {len(found['wrong'])}")
+    for line in found["wrong"][:20]:
+        print(line)
+    if options.json:
+        row = {"name": "soak", "value": len(found["wrong"]), "unit": "wrong"}
+        row |= {name: found[name] for name in ("requests", "growth", "mb")} | {"counts": dict(found["counts"])}
+        command = f"python scripts/soak.py {' '.join(sys.argv[1:])}".strip()
+        write_report(options.json, command=command, model="served", rows=[row], seconds=found["seconds"])
+    return 1 if found["wrong"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
