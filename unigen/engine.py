@@ -388,22 +388,18 @@ class Engine:
                 piece = self._new_text(row)
                 if piece:
                     yield row, piece
-        alike: dict[Any, list[_Row]] = {}
         for row in ended:
-            if row.generator is not text:
-                alike.setdefault((id(row.generator), row.request.grid), []).append(row)
-        for drawn in alike.values():
-            generator = drawn[0].generator
-            assert generator is not None
-            with self.model.decoding():
-                made = generator.pictures(self.model, [row.state for row in drawn if row.state])
+            generator, state = row.generator, row.state
+            if generator is None or generator is text or state is None:
+                continue
+            with self.model.decoding():  # one by one: how a convolution rounds depends on how many there are
+                made = generator.pictures(self.model, [state])
                 pictures = to_images(made.float()) if made.is_floating_point() else self.model.pictures(made)
-            images = pictures if made.is_floating_point() else made
-            for row, picture, image in zip(drawn, pictures, images, strict=True):
-                if row.request.output == "pair":
-                    yield row, self._text_of(row)
-                row.document.segments.append(Segment(image=image, role="assistant"))
-                yield row, picture
+            image = pictures[0] if made.is_floating_point() else made[0]
+            if row.request.output == "pair":
+                yield row, self._text_of(row)
+            row.document.segments.append(Segment(image=image, role="assistant"))
+            yield row, pictures[0]
         for row in ended:
             self._go_on(row, cache, drew=row.generator is not text)
 

@@ -16,9 +16,6 @@ from typing import Any
 
 import pytest
 
-for module in ("fastapi", "openai", "httpx", "prometheus_client"):
-    pytest.importorskip(module)
-
 Start = Callable[..., "Served"]
 
 

@@ -11,11 +11,8 @@ import pytest
 from PIL import Image
 
 from unigen.serving import pictures
-from unigen.serving.work import Words
-
-pytest.importorskip("fastapi")
-
 from unigen.serving.guard import Guard, Limits
+from unigen.serving.work import Words
 
 
 def fed(pieces: list[str], *stops: str) -> tuple[list[str], bool]:
@@ -91,7 +88,6 @@ def test_a_mask_marks_by_transparency_or_by_white() -> None:
     ],
 )
 def test_private_addresses_are_not_asked(url: str) -> None:
-    pytest.importorskip("httpx")
     with pytest.raises(ValueError) as error:
         asyncio.run(pictures.fetched(url, 1000))
     assert str(error.value).startswith("the picture's address") or "http or https" in str(error.value)
