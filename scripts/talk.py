@@ -1,0 +1,80 @@
+"""A conversation with `unigen serve` by the official openai client: text, a picture, a question about it, a story.
+
+    unigen serve --port 8000 &
+    python scripts/talk.py [--port 8000] [--folder talk]
+
+Pictures are saved in the folder, and what was said is printed as it came.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from unigen.output import one_line_errors, write_atomically  # noqa: E402
+
+
+@one_line_errors
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--folder", default="talk", help="where pictures are saved (default: %(default)s)")
+    options = parser.parse_args()
+    import openai
+
+    client = openai.OpenAI(base_url=f"http://{options.host}:{options.port}/v1", api_key="none")
+    folder = Path(options.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def keep(name: str, url: str) -> str:
+        data = base64.b64decode(url.rpartition(",")[2])
+        write_atomically(folder / name, lambda out: out.write(data))
+        return f"[{folder / name}]"
+
+    try:
+        model = client.models.list().data[0].id
+    except openai.APIConnectionError:
+        raise ValueError(f"no unigen serve answers at {options.host}:{options.port}: start one") from None
+    messages: list[Any] = []
+
+    def ask(text: str, **how: Any) -> Any:
+        print(f"> {text}")
+        messages.append({"role": "user", "content": text})
+        answer = client.chat.completions.create(model=model, messages=messages, seed=0, **how)
+        said = answer.choices[0].message.content
+        messages.append({"role": "assistant", "content": said})
+        return said
+
+    print(ask("what can you draw?", modalities=["text"]))
+    messages.clear()
+    drawn: Any = ask("two apples on a blue background", modalities=["image"])
+    print(keep("apples.png", drawn[0]["image_url"]["url"]))
+    print(ask("how many apples are there?", modalities=["text"]))
+
+    print("> a story about a witch and her raven")
+    told: Any = [{"role": "user", "content": "a story about a witch and her raven"}]
+    stream = client.chat.completions.create(
+        model=model, messages=told, seed=1, stream=True, stream_options={"include_usage": True}
+    )
+    for chunk in stream:
+        if not chunk.choices:
+            print(
+                f"\n({chunk.usage.completion_tokens_details.image_tokens} of {chunk.usage.completion_tokens} tokens are codes of pictures)"
+            )  # type: ignore[union-attr]
+            continue
+        delta: Any = chunk.choices[0].delta
+        print(delta.content or "", end="", flush=True)
+        for image in getattr(delta, "images", None) or []:
+            print("\n" + keep(f"story-{image['index'] + 1}.png", image["image_url"]["url"]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
