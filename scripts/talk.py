@@ -65,9 +65,8 @@ def main() -> int:
     )
     for chunk in stream:
         if not chunk.choices:
-            print(
-                f"\n({chunk.usage.completion_tokens_details.image_tokens} of {chunk.usage.completion_tokens} tokens are codes of pictures)"
-            )  # type: ignore[union-attr]
+            used: Any = chunk.usage
+            print(f"\n{used.completion_tokens_details.image_tokens} of {used.completion_tokens} tokens are of pictures")
             continue
         delta: Any = chunk.choices[0].delta
         print(delta.content or "", end="", flush=True)
