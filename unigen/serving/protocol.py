@@ -165,6 +165,27 @@ class VariationRequest(ImagesRequest):
     vary: float = Field(0.5, gt=0, le=1)
 
 
+class Fault(BaseModel):
+    """OpenAI's form of an error; param: the field that is wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class FaultAnswer(BaseModel):
+    error: Fault
+
+
+def form_schema(kind: type[BaseModel], *files: str) -> dict[str, Any]:
+    """What OpenAPI says of a form with these fields and files, the first of which is required."""
+    schema = kind.model_json_schema()
+    schema["properties"] |= {name: {"type": "string", "format": "binary"} for name in files}
+    schema["required"] = [*schema.get("required", []), files[0]]
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
+
+
 NUMBERS = {"n", "seed", "steps", "top_k", "guidance", "top_p", "temperature", "vary"}
 
 

@@ -499,8 +499,16 @@ def create_app(engine: Any, settings: Settings) -> Any:
         ("POST", "/v1/images/variations", server.variations),
         ("GET", "/images/{name}", server.picture),
     ]
+    forms = {
+        server.edits: protocol.form_schema(protocol.EditRequest, "image", "mask"),
+        server.variations: protocol.form_schema(protocol.VariationRequest, "image"),
+    }
+    wrongs: dict[int | str, Any] = {
+        status: {"model": protocol.FaultAnswer, "description": "What is wrong"} for status in ("4XX", "5XX")
+    }
     for method, path, route in routes:
-        app.add_api_route(path, route, methods=[method], name=route.__name__, response_model=None)
+        more: Any = {"responses": wrongs, "openapi_extra": forms.get(route)}
+        app.add_api_route(path, route, methods=[method], name=route.__name__, response_model=None, **more)
 
     @app.exception_handler(Wrong)
     async def wrong(_: Request, bad: Wrong) -> Response:
