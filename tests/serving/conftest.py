@@ -19,6 +19,23 @@ import pytest
 Start = Callable[..., "Served"]
 
 
+def ask(url: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, Any]:
+    """Status and answer, as JSON where it is; a body is posted, bytes as they are. Status 0: nobody is there."""
+    data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+    given = {"content-type": "application/json", **(headers or {})}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, data, given), timeout=120) as answer:
+            status, text = answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        status, text = error.code, error.read().decode()
+    except urllib.error.URLError:
+        return 0, None
+    try:
+        return status, json.loads(text)
+    except ValueError:
+        return status, text
+
+
 class Served:
     """A running `unigen serve`. url: where; process: what was started."""
 
@@ -42,21 +59,9 @@ class Served:
         raise AssertionError("not ready:\n" + self.log.read_text())
 
     def get(self, path: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, Any]:
-        """Status and answer, as JSON where it is; a body is posted as JSON."""
-        data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
-        given = {"content-type": "application/json", **(headers or {})}
-        try:
-            request = urllib.request.Request(self.url + path, data, given)
-            with urllib.request.urlopen(request, timeout=120) as answer:
-                status, text = answer.status, answer.read().decode()
-        except urllib.error.HTTPError as error:
-            status, text = error.code, error.read().decode()
-        except urllib.error.URLError:
-            return 0, None
-        try:
-            return status, json.loads(text)
-        except ValueError:
-            return status, text
+        return ask(self.url + path, body, headers)
+
+    ask = staticmethod(ask)
 
     def metric(self, name: str) -> float:
         lines = [line for line in self.get("/metrics")[1].splitlines() if line.startswith(name)]

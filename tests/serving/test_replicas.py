@@ -1,0 +1,70 @@
+"""Two replicas behind nginx, as docs/deploy/nginx.conf has them, one of them killed under load."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not shutil.which("nginx"), reason="there is no nginx here")]
+
+
+@pytest.fixture
+def router(serve: Any, tiny_folder: Path, root: Path, tmp_path: Path) -> Iterator[Any]:
+    """The replicas, and the router's address."""
+    replicas = [serve("--model", str(tiny_folder), "--name", "small") for _ in range(2)]
+    for replica in replicas:
+        replica.wait()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    text = (root / "docs" / "deploy" / "nginx.conf").read_text().replace("/tmp/unigen-nginx", f"{tmp_path}/nginx")
+    for old, new in ((8000, port), (8001, replicas[0].port), (8002, replicas[1].port)):
+        assert f"127.0.0.1:{old}" in text
+        text = text.replace(f"127.0.0.1:{old}", f"127.0.0.1:{new}")
+    (tmp_path / "nginx.conf").write_text(text)
+    process = subprocess.Popen(["nginx", "-c", str(tmp_path / "nginx.conf")], stderr=subprocess.DEVNULL)
+
+    for _ in range(100):
+        with socket.socket() as there:
+            if there.connect_ex(("127.0.0.1", port)) == 0:
+                break
+        time.sleep(0.1)
+    yield replicas, f"http://127.0.0.1:{port}"
+    process.terminate()
+    process.wait(10)
+
+
+def test_no_request_is_lost_but_what_ran_where_one_died(router: Any) -> None:
+    (first, second), url = router
+    ask, url = first.ask, url + "/v1/images/generations"
+    body = {"model": "small", "prompt": "a", "n": 16}
+    with ThreadPoolExecutor(8) as pool:
+        running = [pool.submit(ask, url, body | {"seed": seed}) for seed in range(60)]
+        while sum(one.done() for one in running) < 10:
+            time.sleep(0.02)
+        os.kill(first.process.pid, signal.SIGKILL)
+        answers = [one.result() for one in running]
+    broken = [answer for status, answer in answers if status != 200]
+    assert all(status in (200, 503) for status, _ in answers)
+    assert all(answer["error"]["code"] == "try_again" for answer in broken)
+    assert 0 < len(broken) <= 8  # what can run at a time
+    assert all(ask(url, body | {"n": 1})[0] == 200 for _ in range(10))
+    assert second.metric("unigen_images_total") > 16 * 10
+
+
+def test_a_conversation_stays_with_one_replica(router: Any) -> None:
+    replicas, url = router
+    for _ in range(6):
+        assert replicas[0].ask(url + "/v1/models", headers={"x-conversation": "seven"})[0] == 200
+    counts = [replica.metric('unigen_requests_total{route="/v1/models"') for replica in replicas]
+    assert sorted(counts) == [0, 6]
