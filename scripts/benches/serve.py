@@ -1,8 +1,10 @@
 """Answers of `unigen serve` under load: time to the first part, tokens and pictures a second, against transformers.
 
-    python scripts/bench.py serve [--model 100M] [--dtype float32] [--concurrency 1,8,32] [--repeat 2] [--json FILE]
+    python scripts/bench.py serve [--model 100M] [--dtype float32] [--concurrency 1,8,32] [--engines local,vllm]
+        [--kinds text,picture] [--repeat 2] [--json FILE]
 
-A server is started as a user starts it, and so many clients ask at once, of the same weights in every row: text (64
+A server is started as a user starts it, one for each engine (vLLM's is that of .venv-serve, by
+scripts/install_serve.sh), and so many clients ask at once, of the same weights in every row: text (64
 tokens, streamed), pictures with guidance, and without. "transformers": `generate()` on the same prompts as one batch,
 in this process and without HTTP, the best that its own server could do if all requests came at once; for pictures with
 guidance it is its `guidance_scale`. "first": seconds to the first text or picture, in the mean of the clients.
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import socket
@@ -21,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,16 +33,31 @@ from scripts.benches.decode import PROMPT, models, transformers_generate
 from unigen.config import write_report
 
 TEXT = 64
+VLLM = Path(__file__).resolve().parents[2] / ".venv-serve" / "bin" / "python"
 KINDS = ("text", "picture", "unguided picture")
 
 
 @contextmanager
-def served(model: str, dtype: str, slots: int, log: str) -> Iterator[str]:
+def served(engine: str, model: str, dtype: str, slots: int, log: str) -> Iterator[str]:
     """The address of a server with this model, ready to answer."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "unigen", "serve", "--model", model, "--name", "bench", "--port", str(port)]
+    python = sys.executable if engine == "local" else str(VLLM)
+    command = [
+        python,
+        "-m",
+        "unigen",
+        "serve",
+        "--engine",
+        engine,
+        "--model",
+        model,
+        "--name",
+        "bench",
+        "--port",
+        str(port),
+    ]
     command += ["--slots", str(slots), "--queue", str(slots), "--timeout", "3600", "--dtype", dtype]
     with open(log, "wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env=dict(os.environ))
@@ -111,12 +130,17 @@ def main(args: list[str]) -> int:
     parser.add_argument("--model", default="100M", help="100M (random weights) or tiny (the shipped one)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--concurrency", default="1,8,32")
+    parser.add_argument("--engines", default="local", help="local, vllm or both (default: %(default)s)")
     parser.add_argument("--kinds", default=",".join(KINDS), help="(default: %(default)s)")
     parser.add_argument("--repeat", type=int, default=2, help="the best counts")
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args(args)
     levels = [int(level) for level in options.concurrency.split(",") if level.isdecimal()]
-    kinds = options.kinds.split(",")
+    kinds, engines = options.kinds.split(","), options.engines.split(",")
+    if set(engines) - {"local", "vllm"}:
+        raise ValueError(f"unknown engine {options.engines!r}: local, vllm, or both with a comma")
+    if "vllm" in engines and not VLLM.exists():
+        raise ValueError("vLLM is not installed: run scripts/install_serve.sh")
     if not levels or min(levels) < 1 or options.repeat < 1 or set(kinds) - set(KINDS):
         raise ValueError(f"--concurrency takes whole numbers, --repeat at least 1, --kinds some of {', '.join(KINDS)}")
     if options.model not in ("100M", "tiny"):
@@ -124,25 +148,28 @@ def main(args: list[str]) -> int:
     model = models(options.model, getattr(torch, options.dtype))
     rows: list[dict[str, Any]] = []
     started = time.monotonic()
-    print("kind              clients  unit        ours  first s  transformers  ratio")
+    print("engine  kind              clients  unit        rate  first s  transformers  ratio")
+    plain: dict[tuple[str, int], float] = {}
     with tempfile.TemporaryDirectory() as folder:
         model.save(folder)
-        with served(folder, options.dtype, 2 * max(levels), f"{folder}.log") as url:
-            asyncio.run(wave(url, "unguided picture", 1))
-            for kind in kinds:
-                for clients in levels:
+        for engine in engines:
+            with served(engine, folder, options.dtype, 2 * max(levels), f"{folder}.log") as url:
+                asyncio.run(wave(url, "unguided picture", 1))
+                for kind, clients in itertools.product(kinds, levels):
                     waves = [asyncio.run(wave(url, kind, clients)) for _ in range(options.repeat)]
                     rate, first = max(rate for rate, _ in waves), min(first for _, first in waves)
-                    plain = max(baseline(model, kind, clients) for _ in range(options.repeat))
+                    if (kind, clients) not in plain:
+                        plain[kind, clients] = max(baseline(model, kind, clients) for _ in range(options.repeat))
+                    theirs = plain[kind, clients]
                     unit = "tokens/s" if kind == "text" else "pictures/s"
                     print(
-                        f"{kind:<17} {clients:>7}  {unit:<10} {rate:>6.2f} {first:>8.2f} {plain:>13.2f} "
-                        f"{rate / plain:>6.2f}",
+                        f"{engine:<7} {kind:<17} {clients:>7}  {unit:<10} {rate:>6.2f} {first:>8.2f} {theirs:>13.2f} "
+                        f"{rate / theirs:>6.2f}",
                         flush=True,
                     )
-                    row = {"name": f"{kind}, {clients}", "value": rate, "unit": unit, "first": first}
-                    rows.append(row | {"baseline": plain, "ratio": rate / plain})
-        os.remove(f"{folder}.log")
+                    row = {"name": f"{engine}, {kind}, {clients}", "value": rate, "unit": unit, "first": first}
+                    rows.append(row | {"baseline": theirs, "ratio": rate / theirs})
+            os.remove(f"{folder}.log")
     if options.json:
         command = f"python scripts/bench.py serve {' '.join(args)}".strip()
         write_report(options.json, command=command, model=options.model, rows=rows, seconds=time.monotonic() - started)
