@@ -225,7 +225,8 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
 def convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="MODEL", help="a name, a folder, or owner/name on the hub")
     parser.add_argument("-o", "--output", required=True, metavar="FOLDER", help="what it holds is replaced")
-    parser.add_argument("--to", choices=["unigen", "public"], default="unigen", help="layout (default: %(default)s)")
+    layouts = ["unigen", "public", "vllm"]
+    parser.add_argument("--to", choices=layouts, default="unigen", help="layout (default: %(default)s)")
 
 
 def info_arguments(parser: argparse.ArgumentParser) -> None:
@@ -443,6 +444,11 @@ def info(args: argparse.Namespace) -> int:
 
     path = check_output(args.json, {".json": "JSON"}) if args.json else None
     facts = load(args).info()
+    if "family" in facts:
+        from unigen.models import unserved
+
+        why = unserved(facts["family"])
+        facts["vllm"] = f"no, {why}" if why else "yes, its next-token and text"
     for key, value in facts.items():
         print(f"{key:<20} {_shown(value)}")
     if path is not None:
@@ -470,7 +476,7 @@ COMMANDS = {
     "serve": Command("text and pictures behind the OpenAI API", serve, serve_arguments),
     "train": Command("run a recipe", train, train_arguments),
     "eval": Command("score a model", evaluate, None),
-    "convert": Command("a public checkpoint in our layout, or back", convert, convert_arguments),
+    "convert": Command("a public checkpoint in our layout, back, or for vLLM", convert, convert_arguments),
     "info": Command("what a model is made of", info, info_arguments),
 }
 

@@ -67,8 +67,9 @@ def find(name: str | Path) -> tuple[Path, str | None]:
 
 
 def convert(name: str | Path, folder: str | Path, layout: str = "unigen") -> None:
-    """Write the model into `folder` in our layout ("unigen"), or in that of its family's public checkpoints ("public");
-    a model that is there is replaced when the new one is whole. Raises ValueError."""
+    """Write the model into `folder` in our layout ("unigen"), in that of its family's public checkpoints ("public"), or
+    in ours with a language model that vLLM serves as it is ("vllm"); a model that is there is replaced when the new one
+    is whole. Raises ValueError."""
     folder = Path(folder).absolute()
     weights = any(path.suffix in (".safetensors", ".pt", ".pth") for path in folder.glob("*"))
     if folder.is_file():
@@ -76,7 +77,9 @@ def convert(name: str | Path, folder: str | Path, layout: str = "unigen") -> Non
     if folder.exists() and any(folder.iterdir()) and not (weights and (folder / hub.CONFIG).is_file()):
         raise ValueError(f"{folder} is there and holds no model: choose another folder")
     model = load(name)
-    if layout == "unigen":
+    if layout == "vllm":
+        model.backbone.lm = causal_lm(model)
+    if layout != "public":
         model.save(folder)
         return
     module = importlib.import_module(f"{__name__}.{model.family}")
@@ -84,6 +87,20 @@ def convert(name: str | Path, folder: str | Path, layout: str = "unigen") -> Non
         raise ValueError(f"{model.family} has no public layout: its models are in ours")
     with hub.replacing_folder(folder) as scratch:
         module.save_public(model, scratch)
+
+
+def causal_lm(model: UnifiedModel) -> Any:
+    """The language model as a class of transformers with one table and one head for text and codes, which vLLM serves
+    without a line of ours. Raises ValueError saying why a family has none."""
+    if why := unserved(model.family):
+        raise ValueError(f"vLLM cannot serve {model.family}: {why}")
+    return importlib.import_module(f"{__name__}.{model.family}").causal_lm(model)
+
+
+def unserved(family: str) -> str | None:
+    """Why vLLM cannot serve a family, None where it can: a family's file defines `causal_lm`, or says `UNSERVED`."""
+    module = importlib.import_module(f"{__name__}.{family}")
+    return None if hasattr(module, "causal_lm") else str(module.UNSERVED)
 
 
 def family_of(folder: Path, manifest: dict[str, Any] | None) -> Any:

@@ -39,6 +39,7 @@ MASKED = "mask_image_logits"
 """What the configs of Lumina-mGPT say more than those of transformers."""
 IMAGE_SIZE = 512
 SAMPLING: dict[str, Any] = {"guidance": [3.0, 1.2], "temperature": 0.7, "top_p": 0.9}
+UNSERVED = "its class, in vLLM as in transformers, hides the scores of image codes"
 
 
 def spelt(code: int) -> str:

@@ -129,13 +129,14 @@ def owns(folder: Path, config: dict[str, Any]) -> bool:
 
 def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
     """The model in `folder`, in transformers' layout or in ours, strictly. dtype: None is as it is stored."""
-    from transformers import Emu3ForCausalLM, Emu3ForConditionalGeneration
+    from transformers import Emu3ForCausalLM, Emu3ForConditionalGeneration, LlamaForCausalLM
 
     hub.read_json(folder / "tokenizer_config.json")
     tokenizer = text.load(folder)
     image_tokenizer: Emu3VQ
     if (folder / hub.MANIFEST).is_file():
-        lm = hub.pretrained(Emu3ForCausalLM, folder, dtype)
+        llama = hub.read_json(folder / hub.CONFIG).get("model_type") == "llama"  # written by `causal_lm`
+        lm = hub.pretrained(LlamaForCausalLM if llama else Emu3ForCausalLM, folder, dtype)
         image_tokenizer = load_tokenizer(folder / "image_tokenizer")
         limits = hub.read_json(folder / hub.MANIFEST).get("template", {})
     else:
@@ -167,6 +168,22 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
 
 def visual_token(code: int) -> str:
     return f"<|visual token {code:06d}|>"
+
+
+def causal_lm(model: UnifiedModel) -> Any:
+    """Emu3's text model is a Llama under other names; this one shares its tensors, and is for writing."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    lm = model.backbone.lm
+    if isinstance(lm, LlamaForCausalLM):
+        return lm
+    known = lm.config.to_dict()
+    names = [name for name in LlamaConfig().to_dict() if name in known and name not in ("architectures", "model_type")]
+    with torch.device("meta"):
+        llama = LlamaForCausalLM(LlamaConfig(**{name: known[name] for name in names}))
+    llama.load_state_dict(lm.state_dict(), strict=True, assign=True)
+    llama.generation_config = lm.generation_config
+    return llama
 
 
 def save_public(model: UnifiedModel, folder: Path) -> None:

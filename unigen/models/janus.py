@@ -47,6 +47,7 @@ IMAGE_SIZE = 384
 HEADS, HEAD_WIDTH = 16, 64
 """Of the vision encoder's attention, SigLIP's."""
 SAMPLING = {"guidance": 5.0, "temperature": 1.0}
+UNSERVED = "its image codes have a table and a head of their own"
 
 
 class JanusTemplate(PublicTemplate):

@@ -164,6 +164,11 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
     return model
 
 
+def causal_lm(model: UnifiedModel) -> Any:
+    """It is one: codes are further rows of its table."""
+    return model.backbone.lm
+
+
 def save_public(model: UnifiedModel, folder: Path) -> None:
     """Write the files of the public layout, the image tokenizer's beside them."""
     with hub.quiet():

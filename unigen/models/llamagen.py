@@ -50,6 +50,7 @@ SAMPLING = {
     "c2i": {"guidance": 4.0, "temperature": 1.0, "top_k": 2000},
     "t2i": {"guidance": 7.5, "temperature": 1.0, "top_k": 1000},
 }
+UNSERVED = "its rotary positions have two axes, which no class of vLLM has"
 REPOSITORIES = {
     "FoundationVision/LlamaGen": {
         name: (f"{name}.pt", TOKENIZERS["c2i"])

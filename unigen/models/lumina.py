@@ -53,6 +53,7 @@ NAMED = re.compile(r"mGPT-\d+B-(\d+)")
 """What a folder says of the size that it was tuned to: its name, or the last of those above it that says one."""
 CLASS = "ChameleonXLLMXForConditionalGeneration"
 SAMPLING: dict[str, Any] = {"guidance": 4.0, "temperature": 1.0, "top_k": 2000}
+UNSERVED = "it is a Chameleon, whose class, in vLLM as in transformers, hides the scores of image codes"
 
 
 class LuminaTemplate(ChameleonTemplate):

@@ -47,6 +47,7 @@ LONGEST = 129
 """Ids of what a picture is drawn from; longer words are cut off, as in training."""
 STEPS, CHOICE = 50, 1.0
 SAMPLING = {"guidance": 6.0, "temperature": 1.0}
+UNSERVED = "it writes pictures by masked prediction, not one code after another"
 PREFIX = "showo."
 
 

@@ -285,6 +285,11 @@ def create(
     return assemble(lm, tokenizer, image_tokenizer, len(tokenizer), writers, heads, classes=classes)
 
 
+def causal_lm(model: UnifiedModel) -> Any:
+    """It is one: codes are further rows of its table."""
+    return model.backbone.lm
+
+
 def teach(model: UnifiedModel, writers: Sequence[str], heads: Sequence[Any] = ()) -> UnifiedModel:
     """The same parts as a model that writes pictures in these ways too; training has to follow."""
     parts = model.backbone.lm, model.text_tokenizer, model.image_tokenizer, model.vocabulary.text_size

@@ -40,6 +40,7 @@ EPSILON = 1e-6
 COLDEST = math.log(100)
 TOKENIZER = "vae_ch160v4096z32.pth"
 SAMPLING = {"guidance": 5.0, "temperature": 1.0, "top_k": 900, "top_p": 0.96}
+UNSERVED = "it writes pictures scale by scale, not one code after another"
 REPOSITORIES = {
     "FoundationVision/var": {f"var_d{depth}": (f"var_d{depth}.pth", TOKENIZER) for depth in (16, 20, 24, 30, 36)}
 }
