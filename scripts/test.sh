@@ -2,10 +2,16 @@
 # The test suite from a fresh clone: makes .venv, installs what the tests need, runs them.
 #   scripts/test.sh                   the fast tests
 #   scripts/test.sh --slow            the slow ones too
+#   scripts/test.sh --serve           those that need vLLM, in .venv-serve (scripts/install_serve.sh), and nothing else
 #   scripts/test.sh tests/test_cli.py -k chat       anything else goes to pytest
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/lib.sh
+
+if [ "${1:-}" = --serve ]; then
+  scripts/install_serve.sh
+  exec .venv-serve/bin/python -m pytest -q -m serve "${@:2}"
+fi
 
 install "[dev]"
 
@@ -23,7 +29,7 @@ fi
 
 options=()
 for argument in "$@"; do
-  if [ "$argument" = --slow ]; then options+=(-m "slow or not slow"); else options+=("$argument"); fi
+  if [ "$argument" = --slow ]; then options+=(-m "not serve"); else options+=("$argument"); fi
 done
 # One process a core, and one thread a process: faster than many threads on small tensors.
 cores=$(.venv/bin/python -c 'import os; print(min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))')

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else it warns of its speed, at import and at every product
 
 __version__ = "0.1.0"
+ENGINES = ("local", "vllm")
 __all__ = ["Document", "Engine", "Guidance", "Segment", "load"]
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def load(
     lmm: str | None = None,
     generator: str | None = None,
     adapter: str | None = None,
+    engine: str = "local",
 ) -> Any:
     """An engine for a shipped model (unigen-tiny where no name is given), a folder, or `owner/name[@revision]` on the
     Hugging Face hub: an `Engine`, for a diffusers pipeline one with the same methods. lmm, generator: instead of a
@@ -55,7 +57,8 @@ def load(
 
     device: "cpu", "cuda", ...; None is a GPU where there is one. dtype: "float32", "bfloat16" or "float16"; None is
     float32 for our own models and pipelines, and as stored for other public ones. quantization: "8bit" or "4bit", the
-    weights of the language model (of a pair, of each of its language models); all else is as dtype says. Raises
+    weights of the language model (of a pair, of each of its language models); all else is as dtype says. engine:
+    "local", or "vllm", where vLLM runs the language model of one model (`unigen.serving.vllm_engine`). Raises
     ValueError in one line for an unknown model, a damaged folder, or a device or package that is not there.
     """
     import torch
@@ -74,6 +77,14 @@ def load(
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} is not available here: {str(error).splitlines()[0]}") from error
     kind = getattr(torch, dtype) if dtype else None
+    if engine not in ENGINES:
+        raise ValueError(f"unknown engine {engine!r}: one of {', '.join(ENGINES)}")
+    if engine == "vllm":
+        if lmm or generator or adapter or quantization:
+            raise ValueError("vLLM serves one model as it is: leave lmm, generator, adapter and quantization out")
+        from unigen.serving import vllm_engine
+
+        return vllm_engine.load(name or "unigen-tiny", device, kind)
     if quantization is not None:
         quantized.check(quantization, device)
 

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from unigen import precision
+from unigen import ENGINES, precision
 
 DEFAULT_MODEL = "unigen-tiny"
 BATCH = 16  # pictures made at a time
@@ -112,6 +112,9 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", default=DEFAULT_MODEL, help="a name, a folder, or owner/name on the hub (default: %(default)s)"
     )
     group.add_argument("--lmm", help="a model that reads and writes for the one that draws (--model)")
+    group.add_argument(
+        "--engine", choices=ENGINES, default="local", help="what runs the language model (default: %(default)s)"
+    )
     group.add_argument("--adapter", help="a folder: what the --lmm reads is told to a pipeline (--model) by its states")
     precision.add_arguments(group)
 
@@ -242,7 +245,8 @@ def source(args: argparse.Namespace) -> dict[str, Any]:
     if args.adapter and not args.lmm:
         raise ValueError("an adapter joins two models: give the one that reads too, by --lmm")
     pair = {"lmm": args.lmm, "generator": args.model, "adapter": args.adapter}
-    return (pair if args.lmm else {"name": args.model}) | precision.options_of(args)
+    given = (pair if args.lmm else {"name": args.model}) | precision.options_of(args)
+    return given | ({} if args.engine == "local" else {"engine": args.engine})
 
 
 def load(args: argparse.Namespace) -> Any:

@@ -273,11 +273,18 @@ class Engine:
 
     def run(self, requests: Sequence[Request]) -> Iterator[tuple[int, Any]]:
         """Answer all requests together; yields (number of the request, piece of text or picture) as they are made."""
-        running = Running(self)
-        for request in requests:
-            running.add(request)
-        while running:
-            yield from running.step()
+        running = self.running()
+        try:
+            for request in requests:
+                running.add(request)
+            while running:
+                yield from running.step()
+        finally:
+            running.clear()
+
+    def running(self) -> Running:
+        """Requests on their way with this engine: none yet."""
+        return Running(self)
 
     def _row(self, request: Request) -> _Row:
         """A row for a request, its first span begun. Raises ValueError for what cannot fit the context."""
@@ -547,6 +554,16 @@ class Running:
         self._rows[self._count] = self.engine._row(request)
         self._count += 1
         return self._count - 1
+
+    def clear(self) -> None:
+        """Drop all that are running."""
+        for number in list(self._rows):
+            self.drop(number)
+
+    @property
+    def positions(self) -> int:
+        """How many the cache holds."""
+        return int(self.cache.lengths.sum())
 
     @torch.inference_mode()
     def drop(self, number: int) -> None:

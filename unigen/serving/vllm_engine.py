@@ -1,0 +1,292 @@
+"""The engine on vLLM: `Engine` with its prompts, spans, text and pictures, whose backbone runs in vLLM.
+
+    engine = unigen.load("unigen-tiny", engine="vllm")
+    image = engine.generate("two apples on a blue background", seed=0)
+
+Every span is one request of vLLM's for each branch of guidance, and the next span of an answer another, which finds
+what was read before in vLLM's prefix cache. Ids are drawn in vLLM by `unigen.serving.vllm_guidance`, as the local
+engine draws them: the same seed gives the same answer, whatever else runs. vLLM runs in this process, unless
+VLLM_ENABLE_V1_MULTIPROCESSING=1 says otherwise; scripts/install_serve.sh makes an environment with it.
+The file refuses to know: how ids are drawn, HTTP, how a chat is laid out.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unigen import hub
+from unigen.engine import Engine, Running, _Row
+from unigen.generators.next_token import Text
+from unigen.model import UnifiedModel
+from unigen.request import Request
+from unigen.templates import Output
+
+HOW: dict[str, Any] = {"logits_processors": ["unigen.serving.vllm_guidance:GuidedSampler"]}
+HOW |= {"scheduler_cls": "unigen.serving.vllm_guidance.GuidedScheduler"}
+
+
+def load(name: str, device: str, dtype: torch.dtype | None = None, **options: Any) -> VllmEngine:
+    """The engine on vLLM for a model's name or folder. device: of the image tokenizer; vLLM chooses its own. options:
+    of vLLM's EngineArgs. Raises ValueError in one line where vLLM is missing, or cannot serve the model."""
+    if importlib.util.find_spec("vllm") is None:
+        raise ValueError("vLLM is not installed here: run scripts/install_serve.sh, which makes .venv-serve with it")
+    from unigen import pipelines
+    from unigen.models import causal_lm, find, load_found
+
+    folder, variant = find(name)
+    if pipelines.is_pipeline(folder):
+        raise ValueError(f"vLLM cannot serve {name}: it is a diffusers pipeline")
+    model = load_found(folder, variant, device, dtype)
+    kind = causal_lm(model).config.model_type
+    if hub.read_json(folder / hub.CONFIG).get("model_type") != kind:
+        raise ValueError(f"{name} is not laid out for vLLM: give what unigen convert {name} --to vllm -o FOLDER writes")
+    return VllmEngine(model, folder, **options)
+
+
+def start(folder: Path, dtype: torch.dtype, context: int, options: dict[str, Any]) -> Any:
+    """vLLM's engine for a folder. Raises ValueError in one line."""
+    affinity = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    for variable, value in {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_USE_V2_MODEL_RUNNER": "0",  # the other runner takes no logits processor of this kind
+        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; else vLLM asks for nearly all memory
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, affinity)) or "auto",  # "auto" leaves one core out
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+    }.items():
+        os.environ.setdefault(variable, value)
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    usual: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "max_model_len": context, **HOW}
+    usual |= {"skip_tokenizer_init": True, "async_scheduling": False, "enable_prefix_caching": True}
+    usual["use_tqdm_on_load"] = False
+    if current_platform.is_cpu():
+        usual["block_size"] = 32  # of 128 otherwise, and only whole blocks are found again
+    try:
+        return LLMEngine.from_engine_args(EngineArgs(model=str(folder), **usual | options))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"vLLM cannot serve {folder}: {hub.first_line(error)}") from error
+
+
+@dataclass
+class _Sent:
+    """A row's span at vLLM. names: of its requests, one a branch; prompts: what they read; ids: what came of it."""
+
+    names: list[str]
+    prompts: list[list[int]]
+    ids: list[int] = field(default_factory=list)
+
+
+class VllmEngine(Engine):
+    """Not safe to share between threads. folder: the model's, laid out as a plain causal language model; options: of
+    vLLM's EngineArgs."""
+
+    def __init__(self, model: UnifiedModel, folder: Path, **options: Any) -> None:
+        super().__init__(model)
+        self._info = super().info()
+        dtype = next(model.backbone.parameters()).dtype
+        for weight in model.backbone.parameters():  # vLLM has its own
+            weight.data = weight.new_empty(0)
+        self.llm = start(folder, dtype, model.context, options)
+        vllm = self.llm.vllm_config
+        model.backbone.lm.config.get_text_config().max_position_embeddings = vllm.model_config.max_model_len
+        self.block: int = vllm.cache_config.block_size
+        self.blocks: int = vllm.cache_config.num_gpu_blocks - 1  # one is vLLM's own
+        self.most: int = vllm.scheduler_config.max_num_seqs
+        self._names = itertools.count()
+        self._heard: dict[str, list[Any]] = {}
+
+    def close(self) -> None:
+        """Give vLLM's memory back."""
+        self.llm.engine_core.shutdown()
+
+    def info(self) -> dict[str, Any]:
+        from vllm import __version__
+
+        generators, sampling = ["next-token"], {"next-token": self._info["sampling"]["next-token"]}
+        able = {"generators": generators, "sampling": sampling, "outputs": list(self.outputs)}
+        return self._info | able | {"context": self.model.context, "engine": f"vllm {__version__}"}
+
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        return tuple(output for output in super().outputs if output != "pair")
+
+    def running(self) -> VllmRunning:
+        return VllmRunning(self)
+
+    def request(self, prompt: Any, output: Output, **options: Any) -> Request:
+        """A checked request that vLLM can answer."""
+        request = super().request(prompt, output, **options)
+        if output != "text" and request.generator != "next-token":
+            raise ValueError(f"vLLM writes pictures by next-token, not by {request.generator}: use --engine local")
+        if request.accelerate:
+            raise ValueError("vLLM writes one code a step: leave accelerate out, or use --engine local")
+        return request
+
+    def describe(self, image: Any, question: str | None = None, **options: Any) -> str:
+        """A caption of the picture, the one that it gives without others to choose among, or an answer."""
+        return super().describe(image, question, **{"candidates": 1} | options)
+
+    def _described(self, *_: Any) -> list[str]:
+        raise ValueError("candidates are compared by the local engine: leave them out, or use --engine local")
+
+    def states(self, prompt: Any) -> torch.Tensor:
+        raise ValueError("vLLM does not tell its hidden states: use --engine local")
+
+    def _row(self, request: Request, slots: list[int]) -> _Row:
+        """Refuses, too, what vLLM's batch or cache cannot hold."""
+        row = super()._row(request, slots)
+        branches = 1 if request.output == "text" else request.guidance.branches
+        if branches > self.most:
+            raise ValueError(f"guidance takes {branches} sequences, vLLM runs {self.most}: raise max_num_seqs")
+        if request.output == "interleaved":
+            lengths = [self.model.context] * branches
+        else:
+            lengths = [len(prompt) + longest(row) for prompt in prompts(row, [])]
+        if max(lengths) > self.model.context:
+            raise ValueError(f"the answer needs {max(lengths)} positions, vLLM has {self.model.context}: shorten it")
+        if (need := sum(-(-length // self.block) for length in lengths)) > self.blocks:
+            have = f"vLLM's cache has {self.blocks * self.block}: give it more (VLLM_CPU_KVCACHE_SPACE in GiB)"
+            raise ValueError(f"the answer's {branches} branches take {need * self.block} positions, {have}")
+        return row
+
+    def send(self, row: _Row, before: list[int]) -> _Sent:
+        """The row's span as requests of vLLM's. before: what the main branch has read."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        from unigen.serving.vllm_guidance import KEY, spoken
+
+        assert row.state is not None
+        span, vocabulary, group = row.state.span, self.model.vocabulary, f"span{next(self._names)}"
+        text = self.model.generators["text"]
+        forbidden = text.forbidden if isinstance(text, Text) else []
+        whole = span.grid is not None  # a picture comes when it is finished, text as it is written
+        sent = _Sent([], prompts(row, before))
+        for branch, prompt in enumerate(sent.prompts):
+            params = SamplingParams(
+                temperature=0.0,
+                max_tokens=longest(row),
+                stop_token_ids=list(span.stops),
+                ignore_eos=True,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY if whole else RequestOutputKind.DELTA,
+                extra_args={KEY: spoken(span, vocabulary, forbidden, group, branch)},
+            )
+            sent.names.append(f"{group}-{branch}")
+            self.llm.add_request(sent.names[-1], {"prompt_token_ids": prompt}, params)
+            self._heard[sent.names[-1]] = []
+        return sent
+
+    def stop(self, sent: _Sent) -> None:
+        """Leave a span unfinished."""
+        self.llm.abort_request(sent.names)
+        for name in sent.names:
+            self._heard.pop(name, None)
+
+    def listen(self, names: list[str]) -> Iterator[tuple[str, Any]]:
+        """What vLLM has for these requests, after one step of it where it has nothing yet."""
+        if not any(self._heard[name] for name in names):
+            for output in self.llm.step():
+                if output.request_id in self._heard:
+                    self._heard[output.request_id].append(output)
+        for name in names:
+            while self._heard[name]:
+                yield name, self._heard[name].pop(0)
+
+
+class VllmRunning(Running):
+    """Requests on their way with vLLM, which joins and batches their spans itself."""
+
+    engine: VllmEngine
+
+    def __init__(self, engine: VllmEngine) -> None:
+        super().__init__(engine)
+        self._sent: dict[int, _Sent] = {}
+
+    @property
+    def positions(self) -> int:
+        """How many the spans on their way hold, those that they share counted for each."""
+        return sum(len(prompt) + len(sent.ids) for sent in self._sent.values() for prompt in sent.prompts)
+
+    def add(self, request: Request) -> int:
+        row = self.engine._row(request, [])
+        number, self._count = self._count, self._count + 1
+        self._rows[number] = row
+        self._sent[number] = self.engine.send(row, [])
+        return number
+
+    def drop(self, number: int) -> None:
+        del self._rows[number]
+        self.engine.stop(self._sent.pop(number))
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[int, Any]]:
+        """One step of vLLM for all: (number, piece of text or picture) of what it made."""
+        number_of = {sent.names[0]: number for number, sent in self._sent.items()}  # the other branches say the same
+        moved: dict[int, _Row] = {}
+        for name, output in self.engine.listen(list(number_of)):
+            number = number_of[name]
+            moved[number], sent = self._rows[number], self._sent[number]
+            sent.ids += output.outputs[0].token_ids
+            take(moved[number], sent.ids)
+        ended = {number: row for number, row in moved.items() if row.state and row.state.done}
+        # a span has read all but its last id, with which the next one begins, or which has ended it
+        read = {number: self._sent[number].prompts[0] + self._sent[number].ids[:-1] for number in ended}
+        number_of_row = {id(row): number for number, row in moved.items()}
+        rows = list(moved.values())
+        parts = [
+            (number_of_row[id(row)], part) for row, part in self.engine._finish(list(ended.values()), rows, self.cache)
+        ]
+        self.ended = {}
+        for number, row in ended.items():
+            if row.state and row.state.done:
+                self.ended[number] = self.usage(number)
+                self.drop(number)
+            else:
+                self.engine.stop(self._sent[number])
+                self._sent[number] = self.engine.send(row, read[number])
+        return parts
+
+
+def prompts(row: _Row, before: list[int]) -> list[list[int]]:
+    """What each branch of the row's span reads before it writes. before: what the main one has read already."""
+    assert row.state is not None
+    main, *others = [unread + row.state.pending for unread in row.unread]
+    return [before + main, *others]
+
+
+def longest(row: _Row) -> int:
+    """How many ids the row's span may write: all of a picture's, but for the end of its last row."""
+    assert row.state is not None
+    span = row.state.span
+    if span.grid is None:
+        return span.max_tokens
+    return span.grid[0] * (span.grid[1] + len(span.row_end)) - len(span.row_end)
+
+
+def take(row: _Row, ids: list[int]) -> None:
+    """Put what vLLM has written of a span into its state. A picture comes whole."""
+    state = row.state
+    assert state is not None
+    span = state.span
+    if span.grid is None:
+        stopped = bool(ids) and ids[-1] in span.stops
+        state.ids, state.pending = ids[: len(ids) - stopped], ids[-1:]
+        state.done = stopped or len(ids) >= span.max_tokens
+        return
+    if len(ids) != longest(row):
+        raise RuntimeError(f"vLLM ended a picture after {len(ids)} of {longest(row)} ids")
+    width = span.grid[1]
+    state.ids = [id for at, id in enumerate(ids) if at % (width + len(span.row_end)) < width]
+    state.pending, state.done = [ids[-1], *span.row_end], True
