@@ -70,15 +70,15 @@ class Scores:
 
 class Branch:
     """One row of the batch: a branch of a span. said: what `spoken` gave. ids: of the span so far, which vLLM goes on
-    writing. Raises ValueError, KeyError or TypeError for what is no such thing."""
+    writing. Raises ValueError, LookupError, TypeError or AttributeError for what is no such thing."""
 
     def __init__(self, said: dict[str, Any], ids: list[int]) -> None:
         self.ids = ids
         self.group, self.branch = str(said["group"]), int(said["branch"])
         guidance = Guidance(tuple(said["scales"]))
         self.branches = guidance.branches
-        if not 0 <= self.branch < self.branches:
-            raise ValueError(f"branch {self.branch} of {self.branches}")
+        if not guidance.scales or not 0 <= self.branch < self.branches:
+            raise ValueError(f"branch {self.branch} of {self.branches}, scales {guidance.scales}")
         text_size, first, image_size = (int(n) for n in said["vocabulary"])
         self.vocabulary = Vocabulary(text_size, image_size, first)
         self.forbidden = [int(id) for id in said["forbidden"]]
@@ -135,7 +135,7 @@ class GuidedSampler(LogitsProcessor):
             return
         try:
             Branch(said, [])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"extra_args[{KEY!r}] is no span: {type(error).__name__}: {error}") from error
         plain = params.temperature == 0 and params.repetition_penalty == 1 and not params.allowed_token_ids
         if not plain or params.presence_penalty or params.frequency_penalty:

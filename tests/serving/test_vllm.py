@@ -1,0 +1,322 @@
+"""The engine on vLLM gives the local engine's answers, id for id, whatever vLLM does meanwhile. On a CPU, in float32.
+
+Run: scripts/test.sh --serve
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import itertools
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import unigen
+from unigen import cli
+from unigen.models import convert
+from unigen.sequence import Vocabulary
+
+pytestmark = pytest.mark.serve
+pytest.importorskip("vllm")
+
+WORDS = "a the blue red horse dog apple apples two three on background how many story about witch and raven".split()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of random weights, spread so that what is drawn depends on what was read: 8x8 codes out of 512."""
+    from transformers import LlamaConfig
+
+    from unigen.models import tiny
+    from unigen.tokenizers import text
+    from unigen.tokenizers.vq import VQConfig, VQTokenizer
+
+    torch.manual_seed(0)
+    scratch = tmp_path_factory.mktemp("wide")
+    lines = [" " + " ".join(WORDS[i:] + WORDS[:i]) for i in range(len(WORDS))] * 4
+    text.train(lines, scratch / "text", 312, tiny.SPECIALS)
+    small: dict[str, Any] = {"image_size": 64, "codes": 512, "channels": 16, "decoder_channels": 16, "wide": 16}
+    image_tokenizer = VQTokenizer(VQConfig(**small, encoder_blocks=(1, 1), decoder_blocks=(1, 1)))
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        max_position_embeddings=512, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = tiny.create(config, text.load(scratch / "text"), image_tokenizer)
+    for p in model.backbone.parameters():
+        if p.ndim > 1:
+            p.data.normal_(0, 0.3)
+    model.save(scratch / "model")
+    return scratch / "model"
+
+
+@pytest.fixture(scope="module")
+def local(folder: Path) -> Any:
+    return unigen.load(str(folder), "cpu")
+
+
+@contextmanager
+def on_vllm(folder: Path, **options: Any) -> Iterator[Any]:
+    from unigen.serving import vllm_engine
+
+    engine = vllm_engine.load(str(folder), "cpu", enforce_eager=True, **options)
+    try:
+        yield engine
+    finally:
+        engine.close()
+        del engine
+        gc.collect()
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> Iterator[Any]:
+    with on_vllm(folder) as engine:
+        yield engine
+
+
+def scheduler(engine: Any) -> Any:
+    return engine.llm.engine_core.engine_core.scheduler
+
+
+def asked(count: int, longest: int) -> list[dict[str, Any]]:
+    """Pictures with and without guidance, greedy and drawn, prompts that share a beginning, text between them."""
+    rng, made = random.Random(0), list[dict[str, Any]]()
+    for i in range(count):
+        words = " ".join(rng.choices(WORDS, k=rng.randint(3, longest)))
+        if i % 3 == 2:
+            words = made[-1]["prompt"] + " dog"
+        drawn: dict[str, Any] = {"temperature": 0.0} if i % 2 else {"temperature": 1.0, "top_k": 100}
+        made.append({"prompt": words, "output": "image", "guidance": (1.0, 3.0, 7.5)[i % 3], "seed": 100 + i, **drawn})
+        if i % 2:
+            made.append({"prompt": words, "output": "text", "temperature": i % 4 / 3, "max_tokens": 30, "seed": i})
+    told = {"prompt": "a story about a witch", "output": "interleaved", "max_images": 2, "max_tokens": 40, "seed": 7}
+    return [*made, told]
+
+
+def answers(engine: Any, options: list[dict[str, Any]]) -> list[list[Any]]:
+    """What each is answered with: texts, and pictures as codes."""
+    requests = [engine.request(**one) for one in options]
+    list(engine.run(requests))
+    return [
+        [s.text if s.image is None else s.image.tolist() for s in request.document.segments if s.role == "assistant"]
+        for request in requests
+    ]
+
+
+class Late:
+    """vLLM's engine whose requests arrive one a step, in any order: branches come steps apart."""
+
+    def __init__(self, llm: Any) -> None:
+        self.llm, self.rng = llm, random.Random(1)
+        self.held: list[tuple[Any, ...]] = []
+
+    def add_request(self, *request: Any) -> None:
+        self.held.append(request)
+
+    def step(self) -> Any:
+        if self.held:
+            self.llm.add_request(*self.held.pop(self.rng.randrange(len(self.held))))
+        return self.llm.step()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.llm, name)
+
+
+CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "basic": (4, 12, {}),
+    "many": (16, 12, {"max_num_seqs": 32}),
+    "odd": (12, 12, {"max_num_seqs": 7}),
+    "chunked": (12, 60, {"max_num_batched_tokens": 64, "max_num_seqs": 16}),
+    "preempted": (12, 60, {"num_gpu_blocks_override": 40, "max_num_seqs": 24}),
+    "late": (12, 60, {"max_num_batched_tokens": 128, "max_num_seqs": 12, "num_gpu_blocks_override": 60}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_answers_are_the_local_engines(case: str, folder: Path, local: Any) -> None:
+    count, longest, options = CASES[case]
+    wanted = answers(local, asked(count, longest))
+    with on_vllm(folder, **options) as engine:
+        if case == "late":
+            engine.llm = Late(engine.llm)
+        given = answers(engine, asked(count, longest))
+        repaired = scheduler(engine).dropped + scheduler(engine).preempted_along
+        assert not engine.llm.has_unfinished_requests()
+    assert [one == other for one, other in zip(given, wanted, strict=True)] == [True] * len(wanted)
+    pictures = [part for parts in wanted for part in parts if isinstance(part, list)]
+    assert min(len({code for row in codes for code in row}) for codes in pictures) >= 32
+    assert case not in ("chunked", "preempted", "late") or repaired > 0
+
+
+def test_the_control_of_the_scheduler(folder: Path, local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's own scheduler lets branches come apart: what one writes alone is not even a code."""
+    options = [one for one in asked(12, 60) if one["output"] == "image" and one["guidance"] != 1]
+    wanted = answers(local, options)
+    monkeypatch.setattr(Vocabulary, "codes", lambda self, ids: (ids - self.first).clamp(0, self.image_size - 1))
+    with on_vllm(folder, scheduler_cls=None, **CASES["late"][2]) as engine:
+        engine.llm = Late(engine.llm)
+        given = answers(engine, options)
+    assert sum(one == other for one, other in zip(given, wanted, strict=True)) < len(wanted) / 2
+
+
+@pytest.mark.parametrize("family", ["liquid", "emu3"])
+def test_public_families(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exported, a Gemma's tied table and a Llama whose pictures have ends of rows."""
+    case = importlib.import_module(f"tests.parity.{family}")
+    (tmp_path / "public").mkdir()
+    size = case.GEMMA if family == "liquid" else case.TEXT
+    monkeypatch.setitem(size, "head_dim", 32)  # vLLM's attention on a CPU has no heads of 16
+    monkeypatch.setitem(size, "num_attention_heads", 2)
+    case.checkpoint(tmp_path / "public")
+    convert(tmp_path / "public", tmp_path / "vllm", "vllm")
+    drawn: list[dict[str, Any]] = [{"temperature": 0.0}, {"seed": 1}, {"seed": 2, "guidance": 1.0}]
+    options = [{"prompt": case.PROMPT, "output": "image", "size": case.SIZE, **one} for one in drawn]
+    said = {"prompt": [Image.new("RGB", case.SIZE, "teal"), "What is it"], "output": "text", "max_tokens": 12}
+    wanted = answers(unigen.load(str(tmp_path / "public"), "cpu", "float32"), [*options, said])
+    with on_vllm(tmp_path / "vllm") as engine:
+        assert answers(engine, [*options, said]) == wanted
+        assert engine.info()["family"] == family
+    if family == "emu3":
+        with pytest.raises(ValueError, match="not laid out for vLLM"), on_vllm(tmp_path / "public"):
+            pass
+
+
+def test_it_is_an_engine(engine: Any, local: Any) -> None:
+    """The methods of `Engine`, and the answers that they give."""
+    picture = local.generate("a red dog", seed=5)
+    assert engine.generate("a red dog", seed=5).tobytes() == picture.tobytes()
+    assert [p.tobytes() for p in engine.generate("a dog", n=2)] == [p.tobytes() for p in local.generate("a dog", n=2)]
+    assert engine.describe(picture, max_tokens=20) == local.describe(picture, max_tokens=20, candidates=1)
+    assert engine.edit(picture, "a blue dog").tobytes() == local.edit(picture, "a blue dog").tobytes()
+    told: dict[str, Any] = {"max_tokens": 30, "seed": 2}
+    pieces, wanted = list(engine.stream("a story", **told)), list(local.stream("a story", **told))
+    assert [p for p in pieces if isinstance(p, str)] == [p for p in wanted if isinstance(p, str)]
+    info = engine.info()
+    assert info["generators"] == ["next-token"] and "pair" not in info["outputs"]
+    assert info["backbone"] == local.info()["backbone"]
+
+
+def test_a_stream_that_is_left_leaves_nothing(engine: Any) -> None:
+    stream = engine.stream("a story", max_tokens=200, seed=1)
+    next(stream)
+    assert engine.llm.has_unfinished_requests()
+    stream.close()
+    assert not engine.llm.has_unfinished_requests() and not scheduler(engine).groups and not engine._heard
+
+
+def test_streams_side_by_side(engine: Any, local: Any) -> None:
+    told: dict[str, Any] = {"max_tokens": 20, "max_images": 1}
+    alone = [list(local.stream("a story", seed=seed, **told)) for seed in (1, 2)]
+    streams = [engine.stream("a story", seed=seed, **told) for seed in (1, 2)]
+    together: list[list[Any]] = [[], []]
+    for parts in itertools.zip_longest(*streams):
+        for got, part in zip(together, parts, strict=True):
+            got += [] if part is None else [part]
+    for got, wanted in zip(together, alone, strict=True):
+        assert "".join(p for p in got if isinstance(p, str)) == "".join(p for p in wanted if isinstance(p, str))
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"output": "image", "prompt": "a dog " * 200}, "positions, the model has 512: shorten it"),
+        ({"output": "image", "accelerate": "sjd"}, "leave accelerate out"),
+        ({"output": "image", "guidance": -1}, "guidance must be"),
+        ({"output": "text", "max_tokens": 0}, "max_tokens must be"),
+    ],
+)
+def test_what_cannot_be_is_refused(options: dict[str, Any], line: str, engine: Any) -> None:
+    given = {"prompt": "a dog", **options}
+    with pytest.raises(ValueError, match=line):
+        list(engine.run([engine.request("a dog", "image"), engine.request(**given)]))
+    assert not engine.llm.has_unfinished_requests()
+
+
+def test_other_generators_are_the_local_engines(tiny_folder: Path) -> None:
+    with on_vllm(tiny_folder) as engine:
+        paper = Image.new("RGB", (16, 16))
+        for call in (
+            lambda: engine.generate("a dog", generator="masked"),
+            lambda: engine.inpaint(paper, "a dog", Image.new("L", (16, 16), 255)),
+            lambda: engine.pair("a dog"),
+            lambda: engine.describe(paper, candidates=2),
+            lambda: engine.states("a dog"),
+        ):
+            with pytest.raises(ValueError, match="use --engine local"):
+                call()
+
+
+def test_what_vllm_cannot_hold_is_refused_at_the_door(folder: Path, local: Any) -> None:
+    picture = {"prompt": "a dog", "output": "image", "guidance": 2.0, "temperature": 0.0}
+    with on_vllm(folder, num_gpu_blocks_override=7, max_model_len=160) as engine:  # 192 positions for requests
+        assert answers(engine, [picture]) == answers(local, [picture])
+        with pytest.raises(ValueError, match="give it more"):
+            engine.generate("a blue horse " * 5, guidance=2.0)
+        with pytest.raises(ValueError, match="the model has 160"):
+            engine.generate("a blue horse " * 12, guidance=1.0)
+        with pytest.raises(ValueError, match="give it more"):
+            engine.generate("a story", "interleaved", guidance=2.0)
+        long = {"prompt": "a blue horse " * 6, "output": "text", "max_tokens": 256, "temperature": 1.0}
+        (said,), (whole,) = answers(engine, [long]), answers(local, [long])
+        assert whole[0].startswith(said[0]) and len(whole[0]) > len(said[0])  # up to its end of the context
+        assert not engine.llm.has_unfinished_requests()
+    with pytest.raises(ValueError, match="vLLM cannot serve"), on_vllm(folder, max_model_len=100_000):
+        pass
+
+
+def test_draws_are_the_same_however_often_they_are_made(engine: Any) -> None:
+    """What is dropped is drawn again; the control is a draw that goes on."""
+    from unigen.samplers.logits import draw
+    from unigen.serving.vllm_guidance import Branch, spoken
+
+    row = engine._row(engine.request("a dog", "image", temperature=1.0, guidance=2.0), [])
+    ids: list[int] = []
+    branch = Branch(spoken(row.state.span, engine.model.vocabulary, [], "span", 0), ids)
+    scores = torch.zeros(1, engine.model.vocabulary.image_size)
+
+    def drawn(count: int) -> int:
+        ids[:] = [0] * count
+        return int(draw(scores, branch.span.sampling, [branch.state().span.rng]))
+
+    first = [drawn(count) for count in range(5)]
+    assert len(set(first)) > 1
+    assert [drawn(count) for count in (4, 4, 0, 2, 3)] == [first[count] for count in (4, 4, 0, 2, 3)]
+    assert int(draw(scores, branch.span.sampling, [branch.span.rng])) != first[3]
+
+
+@pytest.mark.parametrize(
+    "harm", [{"branch": 2}, {"scales": []}, {"seed": None}, {"sampling": {"temperature": -1}}, {"grid": [1]}]
+)
+def test_a_request_that_is_no_span_is_refused(engine: Any, harm: dict[str, Any]) -> None:
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+
+    from unigen.serving.vllm_guidance import KEY, spoken
+
+    row = engine._row(engine.request("a dog", "image", guidance=2.0), [])
+    said = spoken(row.state.span, engine.model.vocabulary, [], "span", 0)
+    with pytest.raises(VLLMValidationError, match="no span"):
+        engine.llm.add_request(
+            "x", {"prompt_token_ids": [1, 2]}, SamplingParams(temperature=0, extra_args={KEY: said | harm})
+        )
+    with pytest.raises(VLLMValidationError, match="its own sampling"):
+        engine.llm.add_request("x", {"prompt_token_ids": [1, 2]}, SamplingParams(temperature=1, extra_args={KEY: said}))
+    assert not engine.llm.has_unfinished_requests()
+
+
+def test_the_commands(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    from unigen.serving import vllm_engine
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(vllm_engine, "load", partial(vllm_engine.load, enforce_eager=True))
+    line = ["--model", str(folder), "--device", "cpu"]
+    for name in ("local", "vllm"):
+        assert cli.main(["generate", "a red dog", "--seed", "3", "-o", f"{name}.png", "--engine", name, *line]) == 0
+    assert Image.open("vllm.png").tobytes() == Image.open("local.png").tobytes()
