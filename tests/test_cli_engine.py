@@ -124,3 +124,27 @@ def test_bad_options(options: list[str], said: str, tiny_folder: Path, capsys: p
 def test_too_long_a_prompt(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "horse " * 300, "--model", str(tiny_folder)]) == 2
     assert "shorten" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        (["--engine", "vllm"], "vLLM is not installed here: run scripts/install_serve.sh"),
+        (["--engine", "other"], "invalid choice: 'other'"),
+        (["--engine", "vllm", "--quantization", "4bit"], "leave lmm, generator, adapter and quantization out"),
+        (["--engine", "vllm", "--lmm", "a"], "leave lmm, generator, adapter and quantization out"),
+        (["--vllm", "max_model_len=512"], "are for engine vllm"),
+        (["--engine", "vllm", "--vllm", "fast"], "'fast' is not a setting like max_model_len=4096"),
+    ],
+)
+def test_engines_that_cannot_be(
+    given: list[str], line: str, tiny_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from importlib import util
+
+    found = util.find_spec
+    monkeypatch.setattr(util, "find_spec", lambda name, *rest: None if name == "vllm" else found(name, *rest))
+    monkeypatch.setattr("unigen.nn.quantized.check", lambda *_: None)
+    assert main(["generate", "a dog", "--model", str(tiny_folder), *given]) == 2
+    said = capsys.readouterr().err
+    assert line in said and len(said.splitlines()) == 1 and not list(Path().iterdir())

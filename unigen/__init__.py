@@ -49,6 +49,7 @@ def load(
     generator: str | None = None,
     adapter: str | None = None,
     engine: str = "local",
+    vllm: dict[str, Any] | None = None,
 ) -> Any:
     """An engine for a shipped model (unigen-tiny where no name is given), a folder, or `owner/name[@revision]` on the
     Hugging Face hub: an `Engine`, for a diffusers pipeline one with the same methods. lmm, generator: instead of a
@@ -58,8 +59,9 @@ def load(
     device: "cpu", "cuda", ...; None is a GPU where there is one. dtype: "float32", "bfloat16" or "float16"; None is
     float32 for our own models and pipelines, and as stored for other public ones. quantization: "8bit" or "4bit", the
     weights of the language model (of a pair, of each of its language models); all else is as dtype says. engine:
-    "local", or "vllm", where vLLM runs the language model of one model (`unigen.serving.vllm_engine`). Raises
-    ValueError in one line for an unknown model, a damaged folder, or a device or package that is not there.
+    "local", or "vllm", where vLLM runs the language model of one model (`unigen.serving.vllm_engine`); vllm: arguments
+    of vLLM's engine, such as {"max_model_len": 4096}. Raises ValueError in one line for an unknown model, a damaged
+    folder, or a device or package that is not there.
     """
     import torch
 
@@ -84,7 +86,9 @@ def load(
             raise ValueError("vLLM serves one model as it is: leave lmm, generator, adapter and quantization out")
         from unigen.serving import vllm_engine
 
-        return vllm_engine.load(name or "unigen-tiny", device, kind)
+        return vllm_engine.load(name or "unigen-tiny", device, kind, **(vllm or {}))
+    if vllm:
+        raise ValueError("arguments of vLLM's engine are for engine vllm: leave them out")
     if quantization is not None:
         quantized.check(quantization, device)
 

@@ -96,6 +96,17 @@ def size(value: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
+def setting(value: str) -> tuple[str, Any]:
+    """A name and what it is to be, a number, true, false or text, with = between them."""
+    name, _, given = value.partition("=")
+    if not name.isidentifier() or not given:
+        raise argparse.ArgumentTypeError(f"{value!r} is not a setting like max_model_len=4096")
+    try:
+        return name, json.loads(given)
+    except ValueError:
+        return name, given
+
+
 def text(value: str) -> str:
     """Anything but nothing."""
     if not value.strip():
@@ -114,6 +125,9 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--lmm", help="a model that reads and writes for the one that draws (--model)")
     group.add_argument(
         "--engine", choices=ENGINES, default="local", help="what runs the language model (default: %(default)s)"
+    )
+    group.add_argument(
+        "--vllm", type=setting, action="append", metavar="NAME=VALUE", help="of vLLM's engine; may be repeated"
     )
     group.add_argument("--adapter", help="a folder: what the --lmm reads is told to a pipeline (--model) by its states")
     precision.add_arguments(group)
@@ -246,7 +260,9 @@ def source(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("an adapter joins two models: give the one that reads too, by --lmm")
     pair = {"lmm": args.lmm, "generator": args.model, "adapter": args.adapter}
     given = (pair if args.lmm else {"name": args.model}) | precision.options_of(args)
-    return given | ({} if args.engine == "local" else {"engine": args.engine})
+    if args.vllm or args.engine != "local":
+        given |= {"engine": args.engine, "vllm": dict(args.vllm or [])}
+    return given
 
 
 def load(args: argparse.Namespace) -> Any:

@@ -5,13 +5,15 @@ Run: scripts/test.sh --serve
 
 from __future__ import annotations
 
+import base64
 import gc
 import importlib
+import io
 import itertools
 import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -312,11 +314,36 @@ def test_a_request_that_is_no_span_is_refused(engine: Any, harm: dict[str, Any])
 
 
 def test_the_commands(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
-    from unigen.serving import vllm_engine
-
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(vllm_engine, "load", partial(vllm_engine.load, enforce_eager=True))
     line = ["--model", str(folder), "--device", "cpu"]
-    for name in ("local", "vllm"):
-        assert cli.main(["generate", "a red dog", "--seed", "3", "-o", f"{name}.png", "--engine", name, *line]) == 0
+    vllm = ["--engine", "vllm", "--vllm", "enforce_eager=true"]
+    assert cli.main(["generate", "a red dog", "--seed", "3", "-o", "local.png", *line]) == 0
+    assert cli.main(["generate", "a red dog", "--seed", "3", "-o", "vllm.png", *line, *vllm]) == 0
     assert Image.open("vllm.png").tobytes() == Image.open("local.png").tobytes()
+    assert cli.main(["describe", "vllm.png", "-q", "how many", *line]) == 0
+    local = capsys.readouterr().out.splitlines()[-1:]
+    assert cli.main(["describe", "vllm.png", "-q", "how many", *line, *vllm]) == 0
+    assert capsys.readouterr().out.splitlines()[-1:] == local
+    assert cli.main(["generate", "x", *line, *vllm, "--vllm", "enforce_eagre=true"]) == 2
+    assert "vLLM's engine has no argument enforce_eagre" in capsys.readouterr().err
+
+
+def test_the_server(folder: Path, local: Any, serve: Any) -> None:
+    """The same server, and the same picture alone and among others."""
+    served = serve("--model", str(folder), "--device", "cpu", "--engine", "vllm", "--vllm", "enforce_eager=true")
+    served.wait()
+    asked = {"prompt": "a red dog", "seed": 5}
+    chat = {"model": str(folder), "messages": [{"role": "user", "content": "how many"}], "max_tokens": 20}
+    with ThreadPoolExecutor(8) as pool:
+        pictures = [pool.submit(served.get, "/v1/images/generations", asked) for _ in range(4)]
+        texts = [pool.submit(served.get, "/v1/chat/completions", chat | {"seed": n}) for n in range(4)]
+        alone = served.get("/v1/images/generations", asked)
+        drawn = [alone, *(job.result() for job in pictures)]
+        assert [status for status, _ in [*drawn, *(job.result() for job in texts)]] == [200] * 9
+    picture = local.generate("a red dog", seed=5).tobytes()
+    for _, answer in drawn:
+        assert Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"]))).tobytes() == picture
+    status, refused = served.get("/v1/images/generations", asked | {"generator": "masked"})
+    assert status == 400 and "no generator" in refused["error"]["message"]
+    assert served.get("/v1/models")[1]["data"][0]["unigen"]["generators"] == ["next-token"]
+    assert served.stop() == 0

@@ -16,7 +16,7 @@ import importlib.util
 import itertools
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,8 @@ def start(folder: Path, dtype: torch.dtype, context: int, options: dict[str, Any
     usual["use_tqdm_on_load"] = False
     if current_platform.is_cpu():
         usual["block_size"] = 32  # of 128 otherwise, and only whole blocks are found again
+    if unknown := sorted(set(options) - {field.name for field in fields(EngineArgs)}):
+        raise ValueError(f"vLLM's engine has no argument {', '.join(unknown)}")
     try:
         return LLMEngine.from_engine_args(EngineArgs(model=str(folder), **usual | options))
     except (ValueError, TypeError) as error:
