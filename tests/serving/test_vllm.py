@@ -278,7 +278,7 @@ def test_draws_are_the_same_however_often_they_are_made(engine: Any) -> None:
     from unigen.samplers.logits import draw
     from unigen.serving.vllm_guidance import Branch, spoken
 
-    row = engine._row(engine.request("a dog", "image", temperature=1.0, guidance=2.0), [])
+    row = engine._row(engine.request("a dog", "image", temperature=1.0, guidance=2.0))
     ids: list[int] = []
     branch = Branch(spoken(row.state.span, engine.model.vocabulary, [], "span", 0), ids)
     scores = torch.zeros(1, engine.model.vocabulary.image_size)
@@ -302,7 +302,7 @@ def test_a_request_that_is_no_span_is_refused(engine: Any, harm: dict[str, Any])
 
     from unigen.serving.vllm_guidance import KEY, spoken
 
-    row = engine._row(engine.request("a dog", "image", guidance=2.0), [])
+    row = engine._row(engine.request("a dog", "image", guidance=2.0))
     said = spoken(row.state.span, engine.model.vocabulary, [], "span", 0)
     with pytest.raises(VLLMValidationError, match="no span"):
         engine.llm.add_request(
@@ -346,4 +346,4 @@ def test_the_server(folder: Path, local: Any, serve: Any) -> None:
     status, refused = served.get("/v1/images/generations", asked | {"generator": "masked"})
     assert status == 400 and "no generator" in refused["error"]["message"]
     assert served.get("/v1/models")[1]["data"][0]["unigen"]["generators"] == ["next-token"]
-    assert served.stop() == 0
+    assert served.stop() in (0, -signal.SIGTERM)  # it ends by the signal when it is done

@@ -145,9 +145,9 @@ class VllmEngine(Engine):
     def states(self, prompt: Any) -> torch.Tensor:
         raise ValueError("vLLM does not tell its hidden states: use --engine local")
 
-    def _row(self, request: Request, slots: list[int]) -> _Row:
+    def _row(self, request: Request) -> _Row:
         """Refuses, too, what vLLM's batch or cache cannot hold."""
-        row = super()._row(request, slots)
+        row = super()._row(request)
         branches = 1 if request.output == "text" else request.guidance.branches
         if branches > self.most:
             raise ValueError(f"guidance takes {branches} sequences, vLLM runs {self.most}: raise max_num_seqs")
@@ -222,7 +222,7 @@ class VllmRunning(Running):
         return sum(len(prompt) + len(sent.ids) for sent in self._sent.values() for prompt in sent.prompts)
 
     def add(self, request: Request) -> int:
-        row = self.engine._row(request, [])
+        row = self.engine._row(request)
         number, self._count = self._count, self._count + 1
         self._rows[number] = row
         self._sent[number] = self.engine.send(row, [])
