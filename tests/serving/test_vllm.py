@@ -11,6 +11,7 @@ import importlib
 import io
 import itertools
 import random
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from PIL import Image
 import unigen
 from unigen import cli
 from unigen.models import convert
-from unigen.sequence import Vocabulary
+from unigen.sequence import Document, Vocabulary
 
 pytestmark = pytest.mark.serve
 pytest.importorskip("vllm")
@@ -188,6 +189,50 @@ def test_public_families(family: str, tmp_path: Path, monkeypatch: pytest.Monkey
     if family == "emu3":
         with pytest.raises(ValueError, match="not laid out for vLLM"), on_vllm(tmp_path / "public"):
             pass
+
+
+def test_vllm_alone_reads_what_is_exported(folder: Path, local: Any, tmp_path: Path) -> None:
+    """Without a line of ours: the ids of transformers."""
+    from transformers import AutoModelForCausalLM
+    from vllm import LLM, SamplingParams
+
+    from unigen.serving import vllm_engine
+
+    vllm_engine.prepare()
+    convert(folder, tmp_path / "vllm", "vllm")
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "vllm", dtype=torch.float32)
+    prompt_1L = torch.tensor([local.model.ids(local.model.template.prompt(Document.of("a red dog"), output="image"))])
+    wanted = lm.generate(prompt_1L, do_sample=False, max_new_tokens=32, min_new_tokens=32)[0, prompt_1L.shape[1] :]
+    llm = LLM(str(tmp_path / "vllm"), dtype="float32", enforce_eager=True)
+    greedy = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, min_tokens=32)
+    (made,) = llm.generate([{"prompt_token_ids": prompt_1L[0].tolist()}], greedy, use_tqdm=False)
+    assert list(made.outputs[0].token_ids) == wanted.tolist() and len(set(wanted.tolist())) > 4
+    llm.llm_engine.engine_core.shutdown()
+
+
+def test_a_span_finds_what_was_read_before(engine: Any) -> None:
+    """All whole blocks of its prompt are in vLLM's cache, of every span but the first."""
+    spans: list[tuple[str, int, int]] = []
+
+    class Heard(Late):
+        def step(self) -> Any:
+            outputs = self.llm.step()
+            spans.extend((o.request_id, len(o.prompt_token_ids), o.num_cached_tokens) for o in outputs if o.finished)
+            return outputs
+
+        def add_request(self, *request: Any) -> None:
+            self.llm.add_request(*request)
+
+    llm, engine.llm = engine.llm, Heard(engine.llm)
+    try:
+        list(engine.stream("a story about two horse on a blue background", seed=7, max_images=2, max_tokens=120))
+    finally:
+        engine.llm = llm
+    main = [(asked, cached) for name, asked, cached in spans if name.endswith("-0")]
+    assert len(main) >= 3
+    for (before, _), (asked, cached) in itertools.pairwise(main):
+        assert cached >= before // engine.block * engine.block and asked > before
+    assert main[-1][1] > 2 * engine.block
 
 
 def test_it_is_an_engine(engine: Any, local: Any) -> None:

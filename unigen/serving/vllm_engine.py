@@ -51,8 +51,8 @@ def load(name: str, device: str, dtype: torch.dtype | None = None, **options: An
     return VllmEngine(model, folder, **options)
 
 
-def start(folder: Path, dtype: torch.dtype, context: int, options: dict[str, Any]) -> Any:
-    """vLLM's engine for a folder. Raises ValueError in one line."""
+def prepare() -> None:
+    """Set what vLLM reads from the environment, where it is not set: for one process, and a CPU."""
     affinity = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     for variable, value in {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -63,7 +63,14 @@ def start(folder: Path, dtype: torch.dtype, context: int, options: dict[str, Any
         "VLLM_NO_USAGE_STATS": "1",
     }.items():
         os.environ.setdefault(variable, value)
+
+
+def start(folder: Path, dtype: torch.dtype, context: int, options: dict[str, Any]) -> Any:
+    """vLLM's engine for a folder. Raises ValueError in one line."""
+    prepare()
+    from pydantic import ValidationError
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.exceptions import VLLMError
     from vllm.platforms import current_platform
     from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -76,8 +83,9 @@ def start(folder: Path, dtype: torch.dtype, context: int, options: dict[str, Any
         raise ValueError(f"vLLM's engine has no argument {', '.join(unknown)}")
     try:
         return LLMEngine.from_engine_args(EngineArgs(model=str(folder), **usual | options))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"vLLM cannot serve {folder}: {hub.first_line(error)}") from error
+    except (ValueError, TypeError, VLLMError) as error:
+        told = [one["msg"] for one in error.errors()] if isinstance(error, ValidationError) else [str(error)]
+        raise ValueError(f"vLLM cannot serve {folder}: {'; '.join(told)}") from error
 
 
 @dataclass
@@ -101,6 +109,7 @@ class VllmEngine(Engine):
             weight.data = weight.new_empty(0)
         self.llm = start(folder, dtype, model.context, options)
         vllm = self.llm.vllm_config
+        # what vLLM holds is the context now, which may be less than the model's
         model.backbone.lm.config.get_text_config().max_position_embeddings = vllm.model_config.max_model_len
         self.block: int = vllm.cache_config.block_size
         self.blocks: int = vllm.cache_config.num_gpu_blocks - 1  # one is vLLM's own
@@ -165,6 +174,7 @@ class VllmEngine(Engine):
     def send(self, row: _Row, before: list[int]) -> _Sent:
         """The row's span as requests of vLLM's. before: what the main branch has read."""
         from vllm import SamplingParams
+        from vllm.exceptions import VLLMError
         from vllm.sampling_params import RequestOutputKind
 
         from unigen.serving.vllm_guidance import KEY, spoken
@@ -185,9 +195,14 @@ class VllmEngine(Engine):
                 output_kind=RequestOutputKind.FINAL_ONLY if whole else RequestOutputKind.DELTA,
                 extra_args={KEY: spoken(span, vocabulary, forbidden, group, branch)},
             )
-            sent.names.append(f"{group}-{branch}")
-            self.llm.add_request(sent.names[-1], {"prompt_token_ids": prompt}, params)
-            self._heard[sent.names[-1]] = []
+            name = f"{group}-{branch}"
+            try:
+                self.llm.add_request(name, {"prompt_token_ids": prompt}, params)
+            except VLLMError as error:
+                self.stop(sent)
+                raise ValueError(f"vLLM refuses what is asked: {error}") from error
+            self._heard[name] = []
+            sent.names.append(name)
         return sent
 
     def stop(self, sent: _Sent) -> None:
@@ -224,8 +239,7 @@ class VllmRunning(Running):
     def add(self, request: Request) -> int:
         row = self.engine._row(request)
         number, self._count = self._count, self._count + 1
-        self._rows[number] = row
-        self._sent[number] = self.engine.send(row, [])
+        self._sent[number], self._rows[number] = self.engine.send(row, []), row
         return number
 
     def drop(self, number: int) -> None:
