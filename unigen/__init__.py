@@ -86,7 +86,7 @@ def load(
             raise ValueError("vLLM serves one model as it is: leave lmm, generator, adapter and quantization out")
         from unigen.serving import vllm_engine
 
-        return vllm_engine.load(name or "unigen-tiny", device, kind, **(vllm or {}))
+        return vllm_engine.load(name or "unigen-tiny", device, kind, vllm)
     if vllm:
         raise ValueError("arguments of vLLM's engine are for engine vllm: leave them out")
     if quantization is not None:

@@ -69,7 +69,7 @@ def local(folder: Path) -> Any:
 def on_vllm(folder: Path, **options: Any) -> Iterator[Any]:
     from unigen.serving import vllm_engine
 
-    engine = vllm_engine.load(str(folder), "cpu", enforce_eager=True, **options)
+    engine = vllm_engine.load(str(folder), "cpu", None, {"enforce_eager": True, **options})
     try:
         yield engine
     finally:
@@ -162,8 +162,11 @@ def test_the_control_of_the_scheduler(folder: Path, local: Any, monkeypatch: pyt
     """vLLM's own scheduler lets branches come apart: what one writes alone is not even a code."""
     options = [one for one in asked(12, 60) if one["output"] == "image" and one["guidance"] != 1]
     wanted = answers(local, options)
+    from unigen.serving import vllm_engine
+
     monkeypatch.setattr(Vocabulary, "codes", lambda self, ids: (ids - self.first).clamp(0, self.image_size - 1))
-    with on_vllm(folder, scheduler_cls=None, **CASES["late"][2]) as engine:
+    monkeypatch.setitem(vllm_engine.OURS, "scheduler_cls", None)
+    with on_vllm(folder, **CASES["late"][2]) as engine:
         engine.llm = Late(engine.llm)
         given = answers(engine, options)
     assert sum(one == other for one, other in zip(given, wanted, strict=True)) < len(wanted) / 2
@@ -369,8 +372,13 @@ def test_the_commands(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     local = capsys.readouterr().out.splitlines()[-1:]
     assert cli.main(["describe", "vllm.png", "-q", "how many", *line, *vllm]) == 0
     assert capsys.readouterr().out.splitlines()[-1:] == local
-    assert cli.main(["generate", "x", *line, *vllm, "--vllm", "enforce_eagre=true"]) == 2
-    assert "vLLM's engine has no argument enforce_eagre" in capsys.readouterr().err
+    for given, told in {
+        "enforce_eagre=true": "vLLM's engine has no argument enforce_eagre",
+        "dtype=bfloat16": "dtype of vLLM's engine is given by us",
+        "max_model_len=100000": "User-specified max_model_len (100000) is greater",
+    }.items():
+        assert cli.main(["generate", "x", *line, *vllm, "--vllm", given]) == 2
+        assert told in capsys.readouterr().err
 
 
 def test_the_server(folder: Path, local: Any, serve: Any) -> None:

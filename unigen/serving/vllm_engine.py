@@ -29,11 +29,16 @@ from unigen.model import UnifiedModel
 from unigen.request import Request
 from unigen.templates import Output
 
-HOW: dict[str, Any] = {"logits_processors": ["unigen.serving.vllm_guidance:GuidedSampler"]}
-HOW |= {"scheduler_cls": "unigen.serving.vllm_guidance.GuidedScheduler"}
+OURS: dict[str, Any] = {
+    "logits_processors": ["unigen.serving.vllm_guidance:GuidedSampler"],
+    "scheduler_cls": "unigen.serving.vllm_guidance.GuidedScheduler",
+    "skip_tokenizer_init": True,
+    "async_scheduling": False,
+}
+"""Arguments of vLLM's engine without which spans are not guided."""
 
 
-def load(name: str, device: str, dtype: torch.dtype | None = None, **options: Any) -> VllmEngine:
+def load(name: str, device: str, dtype: torch.dtype | None = None, options: dict[str, Any] | None = None) -> VllmEngine:
     """The engine on vLLM for a model's name or folder. device: of the image tokenizer; vLLM chooses its own. options:
     of vLLM's EngineArgs. Raises ValueError in one line where vLLM is missing, or cannot serve the model."""
     if importlib.util.find_spec("vllm") is None:
@@ -48,7 +53,7 @@ def load(name: str, device: str, dtype: torch.dtype | None = None, **options: An
     kind = causal_lm(model).config.model_type
     if hub.read_json(folder / hub.CONFIG).get("model_type") != kind:
         raise ValueError(f"{name} is not laid out for vLLM: give what unigen convert {name} --to vllm -o FOLDER writes")
-    return VllmEngine(model, folder, **options)
+    return VllmEngine(model, folder, options or {})
 
 
 def prepare() -> None:
@@ -74,15 +79,16 @@ def start(folder: Path, dtype: torch.dtype, context: int, options: dict[str, Any
     from vllm.platforms import current_platform
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    usual: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "max_model_len": context, **HOW}
-    usual |= {"skip_tokenizer_init": True, "async_scheduling": False, "enable_prefix_caching": True}
-    usual["use_tqdm_on_load"] = False
+    ours = OURS | {"model": str(folder), "dtype": str(dtype).removeprefix("torch.")}
+    usual: dict[str, Any] = {"max_model_len": context, "enable_prefix_caching": True, "use_tqdm_on_load": False}
     if current_platform.is_cpu():
         usual["block_size"] = 32  # of 128 otherwise, and only whole blocks are found again
     if unknown := sorted(set(options) - {field.name for field in fields(EngineArgs)}):
         raise ValueError(f"vLLM's engine has no argument {', '.join(unknown)}")
+    if taken := sorted(set(options) & set(ours)):
+        raise ValueError(f"{', '.join(taken)} of vLLM's engine is given by us: leave it out")
     try:
-        return LLMEngine.from_engine_args(EngineArgs(model=str(folder), **usual | options))
+        return LLMEngine.from_engine_args(EngineArgs(**usual | options | ours))
     except (ValueError, TypeError, VLLMError) as error:
         told = [one["msg"] for one in error.errors()] if isinstance(error, ValidationError) else [str(error)]
         raise ValueError(f"vLLM cannot serve {folder}: {'; '.join(told)}") from error
@@ -101,7 +107,7 @@ class VllmEngine(Engine):
     """Not safe to share between threads. folder: the model's, laid out as a plain causal language model; options: of
     vLLM's EngineArgs."""
 
-    def __init__(self, model: UnifiedModel, folder: Path, **options: Any) -> None:
+    def __init__(self, model: UnifiedModel, folder: Path, options: dict[str, Any]) -> None:
         super().__init__(model)
         self._info = super().info()
         dtype = next(model.backbone.parameters()).dtype
