@@ -460,11 +460,13 @@ def evaluate(arguments: list[str]) -> int:
 
 
 def info(args: argparse.Namespace) -> int:
+    import unigen
     from unigen.output import check_output, write_text
 
     path = check_output(args.json, {".json": "JSON"}) if args.json else None
-    facts = load(args).info()
-    if "family" in facts:
+    engine = load(args)
+    facts = engine.info()
+    if isinstance(engine, unigen.Engine):  # of one of the families
         from unigen.models import unserved
 
         why = unserved(facts["family"])
