@@ -484,7 +484,7 @@ def _shown(value: Any) -> str:
         return ", ".join(map(str, value))
     if not isinstance(value, dict):
         return str(value)
-    return ", ".join(f"{k} ({_shown(v)})" if isinstance(v, dict) else f"{k} {v}" for k, v in value.items())
+    return ", ".join(f"{k} ({_shown(v)})" if isinstance(v, dict | list) else f"{k} {v}" for k, v in value.items())
 
 
 COMMANDS = {
