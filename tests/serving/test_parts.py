@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -160,3 +162,14 @@ def test_the_door_lets_in_so_many_a_minute() -> None:
     assert [asked(guard)[0] for _ in range(5)] == [200, 200, 200, 429, 429]
     assert 1 <= int(asked(guard)[1]["retry-after"]) <= 20
     assert asked(guard, "/ready")[0] == 200
+
+
+@pytest.mark.parametrize("rate", [1, 7, 11, 45])
+def test_who_waits_as_long_as_told_is_let_in(monkeypatch: pytest.MonkeyPatch, rate: int) -> None:
+    now = 0.0
+    clock = SimpleNamespace(monotonic=lambda: now, perf_counter=time.perf_counter)
+    monkeypatch.setattr("unigen.serving.guard.time", clock)
+    guard = door(Limits(rate=rate))
+    assert [asked(guard)[0] for _ in range(rate + 1)] == [200] * rate + [429]
+    now += int(asked(guard)[1]["retry-after"])
+    assert asked(guard)[0] == 200

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hmac
 import json
 import logging
+import math
 import time
 import uuid
 from collections import OrderedDict
@@ -120,7 +121,7 @@ class Guard:
         self._buckets[who] = (left - allowed, now)
         if len(self._buckets) > MOST_CLIENTS:
             self._buckets.popitem(last=False)
-        return 0 if allowed else max(1, round((1 - left) * 60 / rate))
+        return 0 if allowed else math.ceil((1 - left) * 60 / rate)
 
     def _bounded(self, receive: Any) -> Any:
         """No more of a body than is allowed, whatever its length was said to be."""
