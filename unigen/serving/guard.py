@@ -20,7 +20,8 @@ from starlette.exceptions import HTTPException
 log = logging.getLogger("unigen.serving")
 
 OPEN = ("/health", "/ready", "/", "/favicon.ico")
-"""Asked for without a key, and at any rate."""
+PAGE = "/web/"
+"""Asked for without a key, and at any rate: these paths, and what the page at / is made of."""
 MOST_CLIENTS = 10_000
 """Whose rates are remembered."""
 
@@ -83,7 +84,8 @@ class Guard:
             log.info(json.dumps(line | {"seconds": round(seconds, 4)} | scope["state"].get("log", {})))
 
     def _refusal(self, scope: Any, headers: dict[str, str]) -> tuple[int, dict[str, str], Any] | None:
-        if scope["path"] in OPEN or scope["method"] == "OPTIONS":
+        path = scope["path"]
+        if path in OPEN or path.startswith(PAGE) or scope["method"] == "OPTIONS":
             return None
         who = (scope.get("client") or ("?",))[0]
         if self.limits.keys:

@@ -35,6 +35,7 @@ from unigen.sequence import Document, Segment
 from unigen.serving import pictures, protocol
 from unigen.serving.guard import Guard, Limits, error
 from unigen.serving.metrics import Metrics
+from unigen.serving.page import add_page
 from unigen.serving.process import Busy, Down, EngineProcess
 from unigen.serving.work import Begun, Ended, Event, Failed, Job, Part, Refused
 
@@ -509,6 +510,7 @@ def create_app(engine: Any, settings: Settings) -> Any:
     for method, path, route in routes:
         more: Any = {"responses": wrongs, "openapi_extra": forms.get(route)}
         app.add_api_route(path, route, methods=[method], name=route.__name__, response_model=None, **more)
+    add_page(app)
 
     @app.exception_handler(Wrong)
     async def wrong(_: Request, bad: Wrong) -> Response:

@@ -1,0 +1,495 @@
+"""The page of the server: as it is served, and in headless Chromium as its users see it.
+
+What needs the browser is skipped where there is none: apt-get install chromium chromium-driver; the extra `browser`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import re
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tests.serving import browser as chromium
+from unigen.serving import page
+
+APPLES = "two apples on a blue background"
+RAVEN = "a witch and her raven"
+
+needs_browser = pytest.mark.skipif(
+    chromium.DRIVER is None or chromium.CHROMIUM is None or importlib.util.find_spec("selenium") is None,
+    reason="no chromium, chromedriver or selenium here",
+)
+
+
+# ---------------------------------------------------------------- as it is served
+
+
+def fetched(url: str) -> tuple[Any, bytes]:
+    with urllib.request.urlopen(url, timeout=30) as answer:
+        return answer.headers, answer.read()
+
+
+def test_the_page_and_its_files_are_served_under_a_strict_policy(tiny_server: Any) -> None:
+    headers, index = fetched(tiny_server.url + "/")
+    names = re.findall(r'(?:href|src)="(web/[^"]+)"', index.decode())
+    assert {"web/page.css", "web/page.js", "web/icon.svg"} <= set(names)
+    for name in [*names, *(f"web/{path.name}" for path in page.FOLDER.iterdir() if path.name != page.INDEX)]:
+        headers, data = fetched(f"{tiny_server.url}/{name}")
+        assert data == (page.FOLDER / Path(name).name).read_bytes()
+        assert headers["content-type"] == page.TYPES[Path(name).suffix]
+        assert headers["x-content-type-options"] == "nosniff"
+        policy = dict(part.strip().split(" ", 1) for part in headers["content-security-policy"].split(";"))
+        assert policy["default-src"] == "'none'" and policy["script-src"] == policy["connect-src"] == "'self'"
+        assert not any("unsafe" in value or "*" in value or "http" in value for value in policy.values())
+        assert tiny_server.get("/" + name, headers={"if-none-match": headers["etag"]})[0] == 304
+
+
+def test_nothing_but_the_pages_files_is_served(tiny_server: Any) -> None:
+    for path in ("/web/", "/web/index.html", "/web/../page.py", "/web/..%2fpage.py", "/web/%2e%2e/page.py", "/page.py"):
+        assert tiny_server.get(path)[0] == 404, path
+    assert tiny_server.get("/", {"a": 1})[0] == 405
+
+
+def test_the_files_ask_for_nothing_elsewhere_and_make_no_markup_of_text() -> None:
+    files = {path.name: path.read_text() for path in page.FOLDER.iterdir()}
+    assert set(Path(name).suffix for name in files) <= set(page.TYPES)
+    for name, text in files.items():
+        addresses = re.findall(r"(?:https?:)?//[\w.-]+\.\w+", text)
+        assert set(addresses) <= {"http://www.w3.org"}, (name, addresses)  # the name of SVG, which is not asked for
+        for sink in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "new Function"):
+            assert sink not in text, (name, sink)
+    assert not re.search(r"\sstyle=|\son\w+=|<script>|<style", files["index.html"])
+
+
+def test_the_page_is_open_where_a_key_is_asked_for(keyed: Any) -> None:
+    assert keyed.get("/")[0] == keyed.get("/web/page.js")[0] == 200
+    assert keyed.get("/v1/models")[0] == keyed.get("/metrics")[0] == 401
+
+
+@pytest.fixture(scope="module")
+def keyed(serve: Any, tiny_folder: Any) -> Any:
+    served = serve("--model", str(tiny_folder), "--name", "small", "--api-key", "sesame", "--rate", "12")
+    served.wait()
+    return served
+
+
+# ---------------------------------------------------------------- as it is seen
+
+
+class Page:
+    """The page in a browser. downloads: where that saves."""
+
+    def __init__(self, driver: Any, url: str, downloads: Path) -> None:
+        self.driver, self.url, self.downloads = driver, url.replace("127.0.0.1", chromium.HOST), downloads
+        driver.get(self.url)
+
+    def all(self, css: str) -> list[Any]:
+        return self.driver.find_elements("css selector", css)
+
+    def one(self, css: str) -> Any:
+        return self.driver.find_element("css selector", css)
+
+    def script(self, text: str, *arguments: Any) -> Any:
+        return self.driver.execute_script(text, *arguments)
+
+    def until(self, true: Callable[[], Any], seconds: float = 30) -> Any:
+        end = time.monotonic() + seconds
+        while not (found := true()):
+            assert time.monotonic() < end, (
+                self.script("return document.body.innerText"),
+                chromium.console(self.driver),
+            )
+            time.sleep(0.05)
+        return found
+
+    def view(self, name: str) -> None:
+        self.until(lambda: self.one(f'nav a[href="#{name}"]').is_displayed())
+        self.one(f'nav a[href="#{name}"]').click()
+        self.until(lambda: self.one(f"#{name}").is_displayed())
+
+    def fill(self, css: str, text: str) -> Any:
+        field = self.one(css)
+        field.clear()
+        field.send_keys(text)
+        return field
+
+    def say(self, view: str, text: str) -> None:
+        """Fill in the prompt, press Enter, and wait for the end of the answer."""
+        self.fill(f"#{view} textarea", text).send_keys("\ue007")
+        self.ended(view)
+
+    def ended(self, view: str) -> None:
+        self.until(lambda: not self.all(f"#{view} [aria-busy]") and self.one(f"#{view} .go").is_displayed())
+
+    def pictures(self, css: str) -> list[Image.Image]:
+        found = [element.get_attribute("src") for element in self.all(css)]
+        files = [urllib.request.urlopen(url).read() for url in found]
+        return [Image.open(io.BytesIO(file)).convert("RGB") for file in files]
+
+    def use(self, css: str, what: str) -> None:
+        """Choose from the menu under a picture."""
+        menu = self.one(css)
+        menu.find_element("css selector", "summary").click()
+        next(button for button in menu.find_elements("css selector", "button") if button.text == what).click()
+
+    def error(self, view: str) -> str:
+        return self.until(lambda: self.one(f"#{view} .error").text)
+
+    def saved(self, name: str) -> Path:
+        self.until((self.downloads / name).is_file)
+        return self.downloads / name
+
+    def paint(self, css: str, start: tuple[float, float], end: tuple[float, float]) -> None:
+        """Drag from one place to another, in shares of the element's sides."""
+        from selenium.webdriver import ActionChains
+
+        canvas = self.one(css)
+        self.script("arguments[0].scrollIntoView({block: 'center'})", canvas)
+        box = canvas.size
+        (x, y), (to_x, to_y) = (((at[0] - 0.5) * box["width"], (at[1] - 0.5) * box["height"]) for at in (start, end))
+        actions = ActionChains(self.driver).move_to_element_with_offset(canvas, int(x), int(y)).click_and_hold()
+        actions.move_by_offset(int(to_x - x), int(to_y - y)).release().perform()
+
+
+Open = Callable[..., Page]
+
+
+@pytest.fixture
+def open_page(tmp_path: Path) -> Iterator[Open]:
+    """Opens pages, at any size. At the end: nothing was asked for elsewhere, and nothing stands on the console but
+    what was said to be refused."""
+    running: list[Any] = []
+    opened: list[tuple[Page, str]] = []
+
+    def start(served: Any, refused: str = "", **options: Any) -> Page:
+        running.append(chromium.browser(tmp_path, **options))
+        opened.append((Page(running[-1].__enter__(), served.url + "/", tmp_path), refused))
+        return opened[-1][0]
+
+    try:
+        yield start
+        for made, refused in opened:
+            asked = chromium.asked(made.driver)
+            assert asked and all(url.startswith(made.url) for url in asked), asked
+            said = [line for line in chromium.console(made.driver) if not (refused and f"status of {refused}" in line)]
+            assert not said, said
+    finally:
+        for one in running:
+            one.__exit__(None, None, None)
+
+
+@needs_browser
+def test_a_chat_in_text_and_pictures(tiny_server: Any, open_page: Open) -> None:
+    seen = open_page(tiny_server)
+    seen.view("chat")
+    seen.one("#chat summary").click()
+    seen.fill("#chat [name=seed]", "3")
+    seen.one("#chat [name=output] [value=image]").click()
+    seen.say("chat", APPLES)
+    (drawn,) = seen.pictures("#chat .assistant img")
+    shown = seen.one("#chat .assistant img")
+    width = shown.size["width"]
+    assert width == shown.size["height"] and width % 64 == 0 and width >= 192
+    assert shown.value_of_css_property("image-rendering") == "pixelated"
+    assert "seed 3 · next-token · guidance 2.5" in seen.one("#chat .assistant .used").text
+    seen.one("#chat .assistant a[download]").click()
+    saved = Image.open(seen.saved("two-apples-on-a-blue-background-3.png"))
+    assert saved.size == (64, 64) and saved.convert("RGB").tobytes() == drawn.tobytes()
+    seen.one("#chat [name=output] [value=text]").click()
+    seen.say("chat", "how many apples are there?")
+    assert seen.all("#chat .assistant .words")[0].text == "two"
+    seen.one("#chat .new").click()
+    assert not seen.all("#chat .turn")
+
+
+@needs_browser
+@pytest.mark.slow
+def test_a_chat_about_pictures_of_ones_own(tiny_server: Any, open_page: Open, tmp_path: Path) -> None:
+    """Chosen as a file, dropped, pasted; and taken away again."""
+    seen = open_page(tiny_server)
+    seen.view("chat")
+    Image.new("RGB", (2000, 50), "red").save(tmp_path / "large.jpg")
+    seen.one("#chat .file").send_keys(str(tmp_path / "large.jpg"))
+    seen.until(lambda: len(seen.all("#chat .thumb")) == 1)
+    assert seen.pictures("#chat .thumb img")[0].size == (1024, 26)
+    hand_over = """
+        const [kind, made] = [arguments[0], new DataTransfer()];
+        const canvas = Object.assign(document.createElement("canvas"), { width: 9, height: 9 });
+        canvas.getContext("2d").fillRect(0, 0, 9, 9);
+        canvas.toBlob((file) => {
+            made.items.add(new File([file], "small.png", { type: "image/png" }));
+            const way = { bubbles: true, cancelable: true };
+            const event = kind === "drop" ? new DragEvent("drop", { dataTransfer: made, ...way })
+                : new ClipboardEvent("paste", { clipboardData: made, ...way });
+            document.querySelector("#chat textarea").dispatchEvent(event);
+        });
+    """
+    for count, kind in ((2, "drop"), (3, "paste")):
+        seen.script(hand_over, kind)
+        seen.until(lambda: len(seen.all("#chat .thumb")) == count)  # noqa: B023
+    for _ in range(2):
+        seen.one("#chat .thumb button").click()
+    assert [picture.size for picture in seen.pictures("#chat .thumb img")] == [(9, 9)]
+    (tmp_path / "none.png").write_text("no picture")
+    seen.one("#chat .file").send_keys(str(tmp_path / "none.png"))
+    assert seen.error("chat").startswith("none.png is no picture")
+    seen.one("#chat [name=output] [value=text]").click()
+    seen.say("chat", "describe this picture")
+    assert len(seen.all("#chat .user img")) == 1 and seen.one("#chat .assistant .words").text
+
+
+@needs_browser
+@pytest.mark.slow
+def test_markup_is_text(tiny_server: Any, open_page: Open) -> None:
+    seen = open_page(tiny_server)
+    seen.view("chat")
+    evil = "<img src=x onerror=\"document.title='had'\"><script>document.title='had'</script>"
+    seen.say("chat", evil)
+    assert seen.one("#chat .user .words").text == evil and seen.script("return document.title") == "unigen"
+
+
+@needs_browser
+@pytest.mark.slow
+def test_a_story_page_by_page(tiny_server: Any, open_page: Open) -> None:
+    seen = open_page(tiny_server)
+    seen.view("story")
+    seen.one("#story summary").click()
+    seen.fill("#story [name=seed]", "1")
+    seen.fill("#story textarea", RAVEN).send_keys("\ue007")
+    seen.until(lambda: seen.all("#story .page .picture"))
+    assert seen.all("#story [aria-busy]")  # a page is there before the last
+    seen.ended("story")
+    pages = seen.all("#story .page")
+    assert len(pages) >= 3 and seen.one("#story h2").text.lower() == RAVEN
+    told = tiny_server.client().chat.completions.create(
+        model="unigen-tiny", messages=[{"role": "user", "content": f"a story about {RAVEN}"}], seed=1
+    )
+    texts = [part["text"] for part in told.choices[0].message.content if part["type"] == "text"]
+    assert [words.text for words in seen.all("#story .page .words")] == texts
+    seen.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    assert seen.one("#story .page").is_displayed() and not seen.one("#story form").is_displayed()
+    seen.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+    seen.use("#story .page .menu", "Tell a story of it")
+    seen.say("story", RAVEN)
+    assert len(seen.all("#story .references img")) == 1 and len(seen.all("#story .page")) >= 3
+
+
+@needs_browser
+@pytest.mark.slow
+def test_escape_and_the_button_stop_an_answer(tiny_server: Any, open_page: Open) -> None:
+    seen = open_page(tiny_server)
+    for view, stop in (("chat", None), ("story", None), ("studio", None), ("studio", ".stop")):
+        seen.view(view)
+        if view == "studio":
+            seen.fill("#studio [name=n]", "16")
+        field = seen.fill(f"#{view} textarea", f"a story about {RAVEN}")
+        field.send_keys("\ue007")
+        seen.until(lambda: tiny_server.metric("unigen_jobs_running") > 0)
+        if stop:
+            seen.one(f"#{view} {stop}").click()
+        else:
+            field.send_keys("\ue00c")
+        seen.ended(view)
+        seen.until(lambda: tiny_server.jobs == 0)
+        assert not seen.one(f"#{view} .error").is_displayed()
+    assert not seen.all("#studio .run")
+
+
+@needs_browser
+@pytest.mark.slow
+def test_the_studio_draws_edits_varies_and_says_how(tiny_server: Any, open_page: Open) -> None:
+    seen = open_page(tiny_server)
+    seen.view("studio")
+    seen.one("#studio [name=generator] [value=flow]").click()
+    assert not seen.one("#studio [name=top_p]").is_displayed()  # a flow takes none
+    for name, value in {"n": "6", "steps": "3", "guidance": "2", "seed": "5"}.items():
+        seen.fill(f"#studio [name={name}]", value)
+    seen.say("studio", APPLES)
+    assert (
+        len(seen.all("#studio .run .picture")) == 6
+        and len({one.tobytes() for one in seen.pictures("#studio .run img")}) == 6
+    )
+    made = seen.one("#studio .run").text
+    assert "flow · guidance 2 · steps 3" in made and all(f"seed {seed}" in made for seed in range(5, 11))
+    seen.use("#studio .run .menu", "Edit")
+    assert seen.one("#studio .asked").text == "What to change"
+    for name, value in {"n": "1", "guidance": "", "seed": "1"}.items():
+        seen.fill(f"#studio [name={name}]", value)
+    given = seen.pictures("#studio .thumb img")
+    seen.say("studio", "make the background red")
+    assert seen.one("#studio .run .used").text.startswith("seed 1 · next-token · guidance 2.5")
+    assert seen.pictures("#studio .run img")[0] != given[0]
+    seen.use("#studio .run .menu", "Vary")
+    seen.fill("#studio [name=vary]", "0.2")
+    seen.one("#studio .go").click()
+    seen.ended("studio")
+    assert len(seen.all("#studio .run")) == 3 and "masked" in seen.one("#studio .run .used").text
+
+
+@needs_browser
+@pytest.mark.slow
+def test_a_part_of_a_picture_is_painted_anew(tiny_server: Any, open_page: Open) -> None:
+    seen = open_page(tiny_server, refused="400")
+    seen.view("studio")
+    seen.fill("#studio [name=n]", "1")
+    seen.fill("#studio [name=seed]", "3")
+    seen.say("studio", APPLES)
+    seen.use("#studio .run .menu", "Inpaint")
+    seen.until(lambda: seen.script("return document.querySelector('.canvas canvas').width") == 64)
+    seen.say("studio", "two roses on a blue background")
+    assert "the mask marks nothing" in seen.error("studio")
+    seen.paint("#studio .canvas canvas", (0.1, 0.1), (0.1, 0.9))
+    seen.say("studio", "two roses on a blue background")
+    new, old = seen.pictures("#studio .run img")
+    left, right = (0, 0, 24, 64), (32, 0, 64, 64)
+    assert new.crop(left).tobytes() != old.crop(left).tobytes()
+    difference = sum(abs(a - b) for a, b in zip(new.crop(right).tobytes(), old.crop(right).tobytes(), strict=True))
+    assert difference / (32 * 64 * 3) < 8  # as it was, through the image tokenizer
+    seen.one("#studio .wipe").click()
+    canvas = seen.one("#studio .canvas canvas")
+    canvas.send_keys("\ue014\ue014 ")  # by the keys: twice to the right, and Space
+    marked = "const c = arguments[0]; return c.getContext('2d').getImageData(0, 0, 64, 64).data.filter(Boolean).length"
+    assert seen.script(marked, canvas) > 100
+
+
+@needs_browser
+@pytest.mark.slow
+def test_what_is_refused_is_said_and_marked(tiny_server: Any, open_page: Open) -> None:
+    seen = open_page(tiny_server, refused="400")
+    seen.view("studio")
+    for name, value, says in (("guidance", "lots", "number"), ("n", "17", "16"), ("seed", "-1", "0")):
+        seen.fill(f"#studio [name={name}]", value)
+        seen.say("studio", APPLES)
+        assert name in seen.error("studio") and says in seen.error("studio")
+        field = seen.one(f"#studio [name={name}]")
+        assert field.get_attribute("aria-invalid") == "true" and field == seen.driver.switch_to.active_element
+        seen.fill(f"#studio [name={name}]", "1")
+    seen.say("studio", "")
+    assert "prompt" in seen.error("studio") and seen.one("#studio textarea").get_attribute("aria-invalid")
+    seen.say("studio", APPLES)
+    assert not seen.one("#studio .error").is_displayed() and not seen.all("#studio [aria-invalid]")
+    seen.view("chat")
+    field = seen.one("#chat textarea")
+    seen.script("arguments[0].value = 'a '.repeat(5000)", field)
+    field.send_keys("\ue007")
+    assert "positions" in seen.error("chat") and not seen.all("#chat .turn")  # and nothing of it is lost
+    assert len(field.get_attribute("value")) > 9000
+
+
+@needs_browser
+@pytest.mark.slow
+def test_the_key_is_asked_for_and_kept_in_the_tab(keyed: Any, open_page: Open) -> None:
+    seen = open_page(keyed, refused="401")
+    seen.until(lambda: seen.one("#key").is_displayed())
+    assert not seen.one("main").text
+    seen.fill("#key input", "wrong").send_keys("\ue007")
+    seen.until(lambda: seen.one("#key").is_displayed() and "API key" in seen.one("#state").text)
+    seen.fill("#key input", "sesame").send_keys("\ue007")
+    seen.until(lambda: seen.one("#chat").is_displayed())
+    seen.driver.refresh()
+    seen.until(lambda: seen.one("#chat").is_displayed())
+    assert seen.script("return [localStorage.length, sessionStorage.length]") == [0, 1]
+
+
+@needs_browser
+@pytest.mark.slow
+def test_too_many_requests_are_asked_again_once(keyed: Any, open_page: Open) -> None:
+    seen = open_page(keyed, refused="4")
+    seen.until(lambda: seen.one("#key").is_displayed())
+    seen.fill("#key input", "sesame").send_keys("\ue007")
+    seen.view("studio")
+    seen.fill("#studio [name=n]", "1")
+    field = seen.fill("#studio textarea", APPLES)
+    while keyed.get("/v1/models", headers={"authorization": "Bearer sesame"})[0] != 429:
+        pass
+    field.send_keys("\ue007")
+    seen.until(lambda: "asking again in" in seen.one("#studio .said").text)
+    seen.ended("studio")
+    assert len(seen.all("#studio .run img")) == 1, seen.one("#studio .error").text
+    assert not seen.one("#studio .said").is_displayed()
+
+
+@needs_browser
+@pytest.mark.slow
+def test_history_is_kept_opened_exported_and_cleared(tiny_server: Any, open_page: Open) -> None:
+    seen = open_page(tiny_server)
+    seen.view("chat")
+    seen.say("chat", APPLES)
+    seen.view("studio")
+    seen.fill("#studio [name=n]", "1")
+    seen.say("studio", "a rose")
+    seen.driver.refresh()
+    seen.view("story")
+    seen.say("story", RAVEN)
+    seen.one("#open-history").click()
+    titles = seen.until(lambda: [one.text for one in seen.all("#history li button:first-child")])
+    assert titles == [RAVEN, "a rose", APPLES]
+    seen.one("#history .export").click()
+    entries = json.loads(seen.saved("unigen-history.json").read_text())["entries"]
+    assert [entry["view"] for entry in entries] == ["story", "studio", "chat"]
+    assert entries[2]["data"][1]["parts"][0]["image"].startswith("data:image/png;base64,")
+    seen.all("#history li button:first-child")[2].click()
+    seen.until(lambda: len(seen.all("#chat .turn")) == 2)
+    assert len(seen.pictures("#chat .assistant img")) == 1
+    seen.say("chat", "how many apples are there?")  # it goes on, as the same entry
+    seen.one("#open-history").click()
+    assert len(seen.until(lambda: seen.all("#history li"))) == 3
+    seen.all("#history li button:last-child")[1].click()
+    seen.until(lambda: len(seen.all("#history li")) == 2)
+    for _ in range(2):
+        seen.one("#history .clear").click()
+    seen.until(lambda: "Nothing yet." in seen.one("#history").text)
+    seen.one("#history form button").click()
+    seen.driver.refresh()
+    seen.one("#open-history").click()
+    seen.until(lambda: "Nothing yet." in seen.one("#history").text)
+
+
+@needs_browser
+@pytest.mark.slow
+def test_a_phone_shows_all_of_it_without_scrolling_sideways(tiny_server: Any, open_page: Open) -> None:
+    seen = open_page(tiny_server, width=320, height=640)
+
+    def fits() -> None:
+        assert seen.script("return document.documentElement.scrollWidth") == 320
+        assert seen.script("return innerWidth") == 320
+
+    seen.view("chat")
+    seen.say("chat", "a story about " + "w" * 80)
+    fits()
+    seen.view("story")
+    seen.say("story", RAVEN)
+    fits()
+    seen.view("studio")
+    seen.fill("#studio [name=n]", "8")
+    seen.say("studio", APPLES)
+    fits()
+    seen.script("for (const menu of document.querySelectorAll('#studio .menu')) menu.open = true")
+    fits()
+    seen.script("document.querySelector('#studio [value=inpaint]').click()")  # under the head of the page
+    fits()
+    seen.one("#open-history").click()
+    fits()
+
+
+@needs_browser
+@pytest.mark.slow
+def test_what_a_model_cannot_is_not_offered(serve: Any, classes_folder: Any, open_page: Open) -> None:
+    served = serve("--model", str(classes_folder), "--name", "digits")
+    served.wait()
+    seen = open_page(served)
+    seen.until(lambda: seen.one("#studio").is_displayed())
+    assert [link.get_attribute("hash") for link in seen.all("nav a") if link.is_displayed()] == ["#studio"]
+    assert not seen.one("#studio .modes").is_displayed() and not seen.one("#studio textarea").is_displayed()
+    seen.fill("#studio [name=n]", "2")
+    seen.fill("#studio [name=label]", "7").send_keys("\ue007")
+    seen.until(lambda: len(seen.all("#studio .run .picture")) == 2)
