@@ -177,6 +177,8 @@ WRONG: list[tuple[str, Any, str, int]] = [
     ("/v1/images/generations", {"prompt": "a", "generator": "none"}, "next-token", 400),
     ("/v1/images/generations", {"prompt": "a", "size": "512x512"}, "64x64", 400),
     ("/v1/images/generations", {"prompt": "a", "steps": 4}, "steps", 400),
+    ("/v1/images/generations", {"prompt": "a", "guidance": "much"}, "guidance: ", 400),
+    ("/v1/images/generations", {"prompt": "a", "str": 1}, "'str'", 400),
     ("/v1/images/generations", {"label": 7}, "class", 400),
     ("/v1/images/generations", b"{", "JSON", 400),
     ("/v1/images/generations", [], "", 400),

@@ -431,10 +431,11 @@ class Server:
 
 def _said(wrong: Any) -> tuple[str, str | None]:
     """One line for what pydantic found, and where."""
-    places = [str(place) for place in wrong["loc"] if place != "body"]
+    kinds = ("body", "int", "str", "float", "list[float]")  # of a field that may be one or the other
+    places = [str(place) for place in wrong["loc"] if place not in kinds]
     param = ".".join(places) or None
     if wrong["type"] == "extra_forbidden":
-        return f"unknown field {places[-1]!r}: leave it out", param
+        return f"unknown field {wrong['loc'][-1]!r}: leave it out", param
     if wrong["type"] == "json_invalid":
         return f"the body is no JSON: {wrong.get('ctx', {}).get('error', wrong['msg'])}", None
     message = wrong["msg"].removeprefix("Value error, ")
