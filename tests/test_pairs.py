@@ -18,6 +18,7 @@ from unigen.adapters import embed
 from unigen.pairs import MOST, PairedEngine
 from unigen.pipelines import PipelineEngine
 from unigen.sequence import Document, Segment
+from unigen.serving.work import Ended, Job, OneByOne, Part, Refused
 
 SMALL = {"steps": 3, "size": (32, 32)}
 
@@ -230,6 +231,25 @@ def test_a_pair_chats_draws_edits_and_tells_a_story(
     assert cli.main(["info", *where]) == 0
     printed = capsys.readouterr().out
     assert "janus" in printed and "StableDiffusionPipeline" in printed
+
+
+def test_pipelines_and_pairs_are_served(janus_folder: Path, words_folder: Path) -> None:
+    """One job after the other, by what `unigen serve` answers with; one is dropped, and one asks for what cannot be."""
+    pair = unigen.load(lmm=str(janus_folder), generator=str(words_folder), device="cpu")
+    for engine in (pair, unigen.load(str(words_folder), "cpu")):
+        worker = OneByOne(engine)
+        worker.ask(0, Job(Document.of("a red dog"), "image", {"seed": 3, **SMALL}))
+        worker.ask(1, Job(Document.of("a red dog"), "image", {"seed": 4, **SMALL}))
+        worker.ask(2, Job(Document.of("a red dog"), "image", {"seed": 3, "banana": 1}))
+        worker.drop(1)
+        events = []
+        while worker.busy:
+            events += list(worker.step())
+        (picture,) = [event.part for number, event in events if isinstance(event, Part)]
+        assert picture.tobytes() == engine.generate("a red dog", "image", seed=3, **SMALL).tobytes()
+        assert [number for number, event in events if isinstance(event, Ended)] == [0]
+        (refused,) = [event for number, event in events if isinstance(event, Refused)]
+        assert "banana" in refused.message
 
 
 def test_what_a_pair_says_and_draws(chat_folder: Path, classes_folder: Path, words_folder: Path) -> None:

@@ -24,6 +24,7 @@ from unigen.generators import next_token
 from unigen.models import convert
 from unigen.nn.backbone import Backbone
 from unigen.sequence import Document, Segment, pack, to_pixels
+from unigen.serving.work import Begun, Ended, Job, Part, Together
 from unigen.training.objectives import Mixture
 
 FOLDERS: dict[str, Path] = {}
@@ -64,6 +65,21 @@ def test_the_commands(family: str, case: Any, public: Path, tmp_path: Path, caps
     assert told == (0 if "interleaved" in engine.outputs else 2)
     assert (tmp_path / "story.md").exists() == (told == 0)
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_it_is_served(case: Any, public: Path) -> None:
+    """Two jobs at once by what `unigen serve` answers with: the pictures that the engine draws of each alone."""
+    engine = unigen.load(str(public), "cpu")
+    worker, drawn = Together(engine, 8), {}
+    for seed in (0, 1):
+        worker.ask(seed, Job(Document.of(case.PROMPT), "image", {"seed": seed, "size": case.SIZE}))
+    while worker.busy:
+        for number, event in worker.step():
+            assert isinstance(event, (Begun, Part, Ended)), event
+            if isinstance(event, Part):
+                drawn[number] = event.part
+    for seed in (0, 1):
+        assert drawn[seed].tobytes() == engine.generate(case.PROMPT, seed=seed, size=case.SIZE).tobytes()
 
 
 def test_conversion_there_and_back_changes_nothing(case: Any, public: Path, tmp_path: Path) -> None:
