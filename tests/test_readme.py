@@ -41,6 +41,10 @@ def check_command(line: str) -> None:
         check_unigen(rest)
     elif program.startswith("scripts/"):
         assert (ROOT / program).stat().st_mode & 0o111, f"{program} cannot be run"
+    elif program == "python" and rest[0] == "-m":
+        assert importlib.util.find_spec(rest[1]), f"there is no {rest[1]}"
+    elif program == "apt-get":
+        assert rest[0] == "install" and len(rest) > 1
     elif program == "python":
         source = (ROOT / rest[0]).read_text()
         missing = [word for word in rest if word.startswith("--") and f'"{word}"' not in source]
