@@ -23,7 +23,7 @@ LAYERS = [
     {"pairs"},
     {"adapters"},
     {"engine", "models", "data", "pipelines"},
-    {"likelihood", "request"},
+    {"likelihood", "request", "painting"},
     {"model"},
     {"generators", "tokenizers", "templates"},
     {"nn", "samplers"},

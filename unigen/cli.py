@@ -344,7 +344,9 @@ def edit(args: argparse.Namespace) -> int:
 def inpaint(args: argparse.Namespace) -> int:
     import numpy as np
 
+    from unigen.engine import Engine
     from unigen.output import PICTURES, check_output, save_picture
+    from unigen.painting import lot
     from unigen.sequence import read_image
 
     path = check_output(args.output, PICTURES)
@@ -354,9 +356,9 @@ def inpaint(args: argparse.Namespace) -> int:
         mask: Any = read_image(args.mask)
     elif args.vary:
         engine = load(args)
-        if not hasattr(engine, "lot"):
+        if not isinstance(engine, Engine):
             raise ValueError("--vary is for models that write codes: give this one a --mask")
-        image, mask = engine.lot(image, args.vary, args.seed)
+        image, mask = lot(engine.model, image, args.vary, args.seed)
     else:
         left, top, right, bottom = args.box or args.around
         inside = np.zeros((image.height, image.width, 3), dtype=np.uint8)

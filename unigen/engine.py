@@ -13,13 +13,11 @@ The file refuses to know: files, HTTP, templates, how any generator works.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
 from unigen.generators.base import Generator, Read, Span, State
 from unigen.generators.next_token import Text
@@ -28,10 +26,11 @@ from unigen.model import UnifiedModel
 from unigen.nn.backbone import SlotCache
 from unigen.nn.few_rows import use_few_rows
 from unigen.nn.quantized import held, measure
+from unigen.painting import keeping
 from unigen.request import Request, checked, sampling_of
 from unigen.samplers.guidance import Guidance
 from unigen.samplers.logits import whole
-from unigen.sequence import Document, Segment, read_image, square, to_images
+from unigen.sequence import Document, Segment, read_image, to_images
 from unigen.templates import Output
 
 WASTE = 64
@@ -153,7 +152,7 @@ class Engine:
         if image is not None:
             if "fixed" in options:
                 raise ValueError("give the picture or its codes, not both")
-            pixels = self.model.pixels([_picture(image)])
+            pixels = self.model.pixels([read_image(image)])
             chosen = {"temperature": 0.0, "guidance": 1.0} | options  # no code is left to be guided
             options = chosen | {"fixed": self.model.codes(pixels)[0].cpu()}
         made = self.generate(document, "pair", **{"generator": "joint"} | options)
@@ -165,48 +164,9 @@ class Engine:
         mask: a picture or array of the image's shape, white where to paint; every code that it touches is
         written anew. Raises ValueError where it marks nothing, and for a generator that cannot keep codes.
         """
-        options, mixed = self.keeping(image, mask, generator, options)
+        options, lay = keeping(self.model, image, mask, generator, options)
         painted = self.generate(prompt, "image", **options)
-        return [mixed(one) for one in painted] if isinstance(painted, list) else mixed(painted)
-
-    def keeping(
-        self, image: Any, mask: Any, generator: str | None, options: dict[str, Any]
-    ) -> tuple[dict[str, Any], Callable[[Image.Image], Image.Image]]:
-        """The options of a request that paints what the mask marks, and what lays the picture so made into this one."""
-        model = self.model
-        able = [name for name, one in model.generators.items() if "fixed" in one.takes]
-        if not able:
-            raise ValueError("this model cannot keep a part of a picture: train it with writers.masked=1")
-        generator = generator or ("masked" if "masked" in able else able[0])
-        if generator in model.generators and generator not in able:
-            raise ValueError(f"{generator} cannot keep a part of a picture: choose {' or '.join(able)}")
-        height, width = model.image_tokenizer.grid
-        given, marks = _picture(image), _picture(mask)
-        if given.size != marks.size:
-            raise ValueError(f"the mask is of {marks.size} pixels, the picture of {given.size}: make them alike")
-        marked = square(marks, min(marks.size))[..., 0] >= 128  # all templates that can cut out the centre square
-        rows, columns = (np.arange(n) * len(marked) // n for n in (height, width))
-        cells_hw = np.logical_or.reduceat(np.logical_or.reduceat(marked, rows, 0), columns, 1)
-        if not cells_hw.any():
-            raise ValueError("the mask marks nothing: paint white what is to be made anew")
-        pixels = model.pixels([given])
-        codes_hw = model.codes(pixels)[0].cpu()
-        fixed = torch.where(torch.from_numpy(cells_hw), -1, codes_hw)
-        kept = np.asarray(to_images(pixels)[0])
-        anew = cells_hw.repeat(len(kept) // height, 0).repeat(len(kept) // width, 1)[..., None]
-
-        def mixed(picture: Image.Image) -> Image.Image:
-            return Image.fromarray(np.where(anew, np.asarray(picture), kept))
-
-        return options | {"generator": generator, "fixed": fixed}, mixed
-
-    def lot(self, image: Any, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """The picture as the model frames it, and a mask of so large a share of its cells, drawn by lot."""
-        tokenizer = self.model.image_tokenizer
-        (height, width), size = tokenizer.grid, tokenizer.image_size
-        cells = np.random.default_rng(seed).random((height, width, 1)) < share
-        mask = np.where(cells, 255, 0).astype(np.uint8).repeat(size // height, 0).repeat(size // width, 1)
-        return square(_picture(image), size), mask.repeat(3, 2)
+        return [lay(one) for one in painted] if isinstance(painted, list) else lay(painted)
 
     @property
     def outputs(self) -> tuple[Output, ...]:
@@ -620,7 +580,3 @@ def _alike(lengths: list[int], branches: list[int]) -> list[list[int]]:
             passes.append(order[begin:at])
             begin = at
     return [sorted(rows) for rows in [*passes, order[begin:]]]
-
-
-def _picture(source: Any) -> Image.Image:
-    return read_image(Image.fromarray(source) if isinstance(source, np.ndarray) else source)

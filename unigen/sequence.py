@@ -32,13 +32,15 @@ LONGEST = 50
 """How many times as long as wide a picture may be that a model reads."""
 
 
-def read_image(source: str | Path | Image.Image) -> Image.Image:
-    """An RGB picture from a file or a PIL image; transparency is laid on white.
+def read_image(source: str | Path | Image.Image | np.ndarray) -> Image.Image:
+    """An RGB picture from a file, a PIL image or an array (H, W, 3) of bytes; transparency is laid on white.
 
     Raises ValueError in one line for a file that is missing, unreadable, cut off or larger than `MAX_PIXELS` (checked
     before the pixels are decoded, so a decompression bomb costs nothing).
     """
     try:
+        if isinstance(source, np.ndarray):
+            source = Image.fromarray(source)
         if not isinstance(source, Image.Image):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
