@@ -18,7 +18,8 @@ from unigen.adapters import embed
 from unigen.pairs import MOST, PairedEngine
 from unigen.pipelines import PipelineEngine
 from unigen.sequence import Document, Segment
-from unigen.serving.work import Ended, Job, OneByOne, Part, Refused
+from unigen.serving.jobs import Begun, Ended, Job, Part, Refused
+from unigen.serving.work import OneByOne
 
 SMALL = {"steps": 3, "size": (32, 32)}
 
@@ -248,6 +249,8 @@ def test_pipelines_and_pairs_are_served(janus_folder: Path, words_folder: Path) 
         (picture,) = [event.part for number, event in events if isinstance(event, Part)]
         assert picture.tobytes() == engine.generate("a red dog", "image", seed=3, **SMALL).tobytes()
         assert [number for number, event in events if isinstance(event, Ended)] == [0]
+        (begun, *_) = [event.settings for _, event in events if isinstance(event, Begun)]
+        assert begun == {"guidance": 7.5} | {"seed": 3, **SMALL}
         (refused,) = [event for number, event in events if isinstance(event, Refused)]
         assert "banana" in refused.message
 

@@ -192,7 +192,7 @@ def between(lmm: Any, pipe: Any, length: int) -> AdapterConfig:
         states = lmm.states("a").shape[1]
     except Unable as error:
         raise ValueError("this model cannot be the lmm of an adapter: it reads no words without a picture") from error
-    free = not PipelineEngine(pipe).takes.isdisjoint(MASKS)
+    free = any(name in PipelineEngine(pipe).takes for name in MASKS)
     return AdapterConfig(
         states=states,
         embeds=told.embeds_LW.shape[1],

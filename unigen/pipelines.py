@@ -62,7 +62,10 @@ class PipelineEngine:
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
         self.usual = pipe.scheduler
-        self.takes = set(inspect.signature(pipe.__call__).parameters)
+        self.takes = inspect.signature(pipe.__call__).parameters
+        defaults = {name: self.takes[own].default for name, own in OPTIONS.items() if own in self.takes}
+        self.sampling = {name: value for name, value in defaults.items() if isinstance(value, (int, float))}
+        """Options that have a value where nothing is asked for."""
         pipe.set_progress_bar_config(disable=True)
 
     # ---------------------------------------------------------------- what users call
@@ -128,6 +131,7 @@ class PipelineEngine:
             "scheduler": type(self.usual).__name__,
             "draws": "classes" if "class_labels" in self.takes else "words",
             "takes": [name for name, own in OPTIONS.items() if own in self.takes],
+            "sampling": self.sampling,
             "outputs": list(self.outputs),
             "device": str(self.pipe.device),
         }

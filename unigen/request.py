@@ -178,5 +178,7 @@ def grid_of(model: UnifiedModel, size: tuple[int, int] | None) -> tuple[int, int
 
 def sampling_of(model: UnifiedModel, generator: str) -> dict[str, Any]:
     """How pictures are drawn where nothing else is asked for: guidance, and what else the generator takes."""
-    default = SAMPLING | model.sampling.get(generator, {})
-    return {name: default[name] for name in default if name in ("guidance", *model.generators[generator].takes)}
+    writer = model.generators[generator]
+    own = {name: getattr(writer, name) for name in ("steps", "sampler") if name in writer.takes}
+    default = SAMPLING | own | model.sampling.get(generator, {})
+    return {name: default[name] for name in default if name in ("guidance", *writer.takes)}

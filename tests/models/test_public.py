@@ -24,7 +24,8 @@ from unigen.generators import next_token
 from unigen.models import convert
 from unigen.nn.backbone import Backbone
 from unigen.sequence import Document, Segment, pack, to_pixels
-from unigen.serving.work import Begun, Ended, Job, Part, Together
+from unigen.serving.jobs import Begun, Ended, Job, Part
+from unigen.serving.work import Together
 from unigen.training.objectives import Mixture
 
 FOLDERS: dict[str, Path] = {}

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from unigen.output import data_uri
+from unigen.serving.jobs import Begun, Ended, Event, Job, Load, Part
 from unigen.serving.server import Settings, create_app
-from unigen.serving.work import Begun, Ended, Event, Job, Load, Part
 
 
 class Painter:

@@ -66,6 +66,9 @@ def test_a_picture_is_the_engines_own_alone_and_under_load(tiny_server: Any, eng
     assert alone.usage.output_tokens == 64 and alone.size == "64x64" and alone.model == MODEL
     used = {"seed": 3, "generator": "next-token", "guidance": 2.5, "temperature": 0.8, "top_k": 0, "top_p": 0.5}
     assert alone.data[0].settings == used
+    flown = client.images.generate(model=MODEL, prompt=APPLES, extra_body={"seed": 3, "generator": "flow", "steps": 2})
+    used = {"seed": 3, "generator": "flow", "guidance": 5.0, "steps": 2, "sampler": "euler", "guidance_kind": "cfg"}
+    assert flown.data[0].settings == used
     with ThreadPoolExecutor(12) as pool:
         loaded = list(pool.map(draw, range(12)))
     for seed, answer in enumerate(loaded):
@@ -188,6 +191,7 @@ WRONG: list[tuple[str, Any, str, int]] = [
     ("/v1/chat/completions", {"model": MODEL, "messages": said("a"), "tools": []}, "tools", 400),
     ("/v1/chat/completions", {"model": MODEL, "messages": said("a"), "stream_options": {}}, "stream", 400),
     ("/v1/chat/completions", {"model": MODEL, "messages": said(" ")}, "empty", 400),
+    ("/v1/chat/completions", {"model": MODEL, "messages": said("a") + said(" ")}, "empty", 400),
     ("/v1/chat/completions", {"model": MODEL, "messages": said("a " * 5000), "stream": True}, "positions", 400),
     ("/v1/nothing", {}, "", 404),
 ]

@@ -22,14 +22,14 @@ from unigen.samplers.guidance import Guidance, guided_velocity
 from unigen.samplers.ode import solve
 from unigen.sequence import Batch
 
-STEPS = 20
-
 
 class LatentHead(Head):
     """The latents of one image. `pictures` takes them from a state's `latents_Zhw`."""
 
     own = "kl"
     takes: tuple[str, ...] = ("steps", "sampler", "guidance_kind")
+    steps, sampler = 20, "euler"
+    """Where a request does not say."""
 
     def __init__(self, tokenizer: Any) -> None:
         if not hasattr(tokenizer, "latent_channels"):
@@ -65,7 +65,7 @@ class LatentHead(Head):
         groups: dict[tuple[int, str, Guidance], list[int]] = {}
         for i, state in enumerate(states):
             span = state.span
-            groups.setdefault((span.steps or STEPS, span.sampler or "euler", span.guidance), []).append(i)
+            groups.setdefault((span.steps or self.steps, span.sampler or self.sampler, span.guidance), []).append(i)
         found: dict[int, Tensor] = {}
         for (steps, sampler, guidance), members in groups.items():
             condition = torch.stack([seen[i][b] for b in range(guidance.branches) for i in members])

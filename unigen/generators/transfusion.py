@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from unigen.config import from_dict, to_dict
 from unigen.generators.base import Frame, Model, Read, Span, State
-from unigen.generators.latents import STEPS, LatentHead
+from unigen.generators.latents import LatentHead
 from unigen.nn.painters import Time, from_patches, to_patches
 from unigen.samplers.guidance import guided_velocity
 from unigen.samplers.ode import Trajectory
@@ -120,7 +120,7 @@ class Transfusion(LatentHead):
     def start(self, span: Span) -> State:
         noise = torch.randn((1, self.tokenizer.latent_channels, *self.tokenizer.grid), generator=span.rng)
         noise = noise.to(self.say.weight.device)
-        way = Trajectory(noise, span.steps or STEPS, span.sampler or "euler", self.settings.shift)
+        way = Trajectory(noise, span.steps or self.steps, span.sampler or self.sampler, self.settings.shift)
         return TransfusionState(span, [], way=way)
 
     def ask(self, state: State) -> Read:

@@ -101,10 +101,8 @@ class Guard:
                 f"too many requests: ask again in {wait} s", kind="rate_limit_error", code="rate_limit_exceeded"
             )
             return 429, {"retry-after": str(wait)}, told
-        if (
-            headers.get("content-length", "0").isdecimal()
-            and int(headers.get("content-length", "0")) > self.limits.body
-        ):
+        length = headers.get("content-length", "")
+        if length.isdecimal() and int(length) > self.limits.body:
             return 413, {"connection": "close"}, error(self._too_long(), code="request_too_large")
         return None
 

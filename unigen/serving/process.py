@@ -19,13 +19,20 @@ import threading
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from unigen.serving.work import Begun, Ended, Event, Failed, Job, Load, Ready, Refused, work
+from unigen.serving.jobs import Begun, Ended, Event, Failed, Job, Load, Ready, Refused
 
 log = logging.getLogger("unigen.serving")
 
 LONGEST_PAUSE = 30.0
 """Seconds at most before a process that died is started again; the first pause is one second, each next twice as long
 until a job has been answered."""
+
+
+def _work(*arguments: Any) -> None:
+    """In the new process, which alone loads what models need."""
+    from unigen.serving.work import work
+
+    work(*arguments)
 
 
 class Busy(Exception):
@@ -102,7 +109,7 @@ class EngineProcess:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         (jobs, asks), (events, tells) = context.Pipe(duplex=False), context.Pipe(duplex=False)
-        self._process = context.Process(target=work, args=(jobs, tells, self.source, self.slots), daemon=True)
+        self._process = context.Process(target=_work, args=(jobs, tells, self.source, self.slots), daemon=True)
         self._process.start()
         self.starts += 1
         jobs.close()

@@ -13,6 +13,7 @@ import asyncio
 import base64
 import json
 import logging
+import math
 import re
 import secrets
 import socket
@@ -34,10 +35,10 @@ from starlette.exceptions import HTTPException
 from unigen.sequence import Document, Segment
 from unigen.serving import pictures, protocol
 from unigen.serving.guard import Guard, Limits, error
+from unigen.serving.jobs import Begun, Ended, Event, Failed, Job, Part, Refused
 from unigen.serving.metrics import Metrics
 from unigen.serving.page import add_page
 from unigen.serving.process import Busy, Down, EngineProcess
-from unigen.serving.work import Begun, Ended, Event, Failed, Job, Part, Refused
 
 log = logging.getLogger("unigen.serving")
 T = TypeVar("T")
@@ -180,6 +181,10 @@ class Server:
 
     async def _document(self, asked: protocol.ChatRequest) -> Document:
         """The conversation as the model reads it."""
+        last = len(asked.messages) - 1
+        if not any(isinstance(p, protocol.ImagePart) or p.text.strip() for p in asked.messages[last].content):
+            param = f"messages.{last}.content"
+            raise Wrong(400, "the last message is empty: say what to draw or ask", param=param)
         segments = []
         for m, message in enumerate(asked.messages):
             for p, part in enumerate(message.content):
@@ -191,11 +196,7 @@ class Server:
                 except ValueError as wrong:
                     raise Wrong(400, str(wrong), param=f"messages.{m}.content.{p}.image_url.url") from None
                 segments.append(Segment(image=picture, role=message.role))
-        document = Document(segments)
-        last = [s for s in segments if s.role == "user"]
-        if not any(s.image is not None or (s.text or "").strip() for s in last):
-            raise Wrong(400, "the messages are empty: say what to draw or ask", param="messages")
-        return document
+        return Document(segments)
 
     async def _picture(self, url: str) -> Image.Image:
         if url.lower().startswith(("http://", "https://")):
@@ -524,11 +525,7 @@ def create_app(engine: Any, settings: Settings) -> Any:
 
     @app.exception_handler(HTTPException)
     async def http(_: Request, bad: HTTPException) -> Response:
-        return JSONResponse(
-            error(str(bad.detail), kind="not_found_error" if bad.status_code == 404 else "invalid_request_error"),
-            bad.status_code,
-            bad.headers,
-        )
+        return JSONResponse(Wrong(bad.status_code, str(bad.detail)).body, bad.status_code, bad.headers)
 
     app.add_middleware(Guard, limits=settings.limits, metrics=server.metrics)
     if settings.origins:
@@ -554,7 +551,7 @@ def run(source: dict[str, Any], settings: Settings, host: str, port: int, slots:
         log_config=None,
         log_level="warning",
         access_log=False,
-        timeout_graceful_shutdown=int(settings.seconds),
+        timeout_graceful_shutdown=math.ceil(settings.seconds),
         server_header=False,
     )
     server = uvicorn.Server(config)

@@ -9,96 +9,22 @@ while jobs run together is a `Failed` for each of them, and the next ones are an
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
 
+from unigen.generators.base import CODES
+from unigen.painting import keeping, lot
+from unigen.request import sampling_of
 from unigen.sequence import Document
-
-
-@dataclass
-class Job:
-    """One answer to be made. output, options: as of `Engine.request`. stop: texts before which the answer ends.
-    around: a picture that is painted in where the mask is white; vary: instead of a mask, the share of it that is drawn
-    anew, by lot."""
-
-    prompt: Document
-    output: Any
-    options: dict[str, Any] = field(default_factory=dict)
-    stop: tuple[str, ...] = ()
-    around: Image.Image | None = None
-    mask: Image.Image | None = None
-    vary: float | None = None
-
-
-@dataclass
-class Ready:
-    """The model is there. info: as of `Engine.info`."""
-
-    info: dict[str, Any]
-
-
-@dataclass
-class Begun:
-    """The job runs. settings: how its pictures and texts are made, every default filled in."""
-
-    settings: dict[str, Any]
-
-
-@dataclass
-class Part:
-    """A piece of text or a finished picture."""
-
-    part: str | Image.Image
-
-
-@dataclass
-class Ended:
-    """reason: "stop" or "length". prompt, text, image: ids read, ids of text and codes of pictures written; None where
-    the model does not count."""
-
-    reason: str
-    prompt: int | None = None
-    text: int | None = None
-    image: int | None = None
-
-
-@dataclass
-class Refused:
-    """The job asks for what cannot be; nothing was made."""
-
-    message: str
-
-
-@dataclass
-class Failed:
-    """A fault that is not the job's own."""
-
-    message: str
-
-
-@dataclass
-class Load:
-    """What the process is doing: jobs that run and that wait, sequences in the batch, positions that the cache holds;
-    since it began: steps, and seconds in them."""
-
-    running: int
-    waiting: int
-    rows: int
-    positions: int
-    steps: int
-    seconds: float
-
-
-Event = Ready | Begun | Part | Ended | Refused | Failed | Load
+from unigen.serving.jobs import Begun, Ended, Event, Failed, Job, Load, Part, Ready, Refused
 
 
 class Words:
@@ -152,27 +78,42 @@ class _Answer:
             yield Part(said)
 
 
-class Together:
-    """Answers with an `Engine`: all jobs that there are slots for, in one batch. slots: sequences in the cache, of
-    which a job with guidance takes one a branch."""
+def refused(error: ValueError) -> Refused:
+    """In one line."""
+    return Refused(" ".join(str(error).split()))
 
-    def __init__(self, engine: Any, slots: int) -> None:
-        self.engine, self.slots = engine, slots
-        self.running = engine.running()
+
+class _Worker:
+    """Jobs that wait for an engine, by number, and what it has done."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
         self.waiting: deque[tuple[int, Job]] = deque()
-        self.next: tuple[int, Any, _Answer] | None = None  # checked, and waits for slots
-        self.answers: dict[int, tuple[int, int, _Answer]] = {}  # by number in the batch: number of the job, slots
         self.steps, self.seconds = 0, 0.0
-
-    @property
-    def busy(self) -> bool:
-        return bool(self.answers or self.waiting or self.next)
 
     def ask(self, number: int, job: Job) -> None:
         self.waiting.append((number, job))
 
     def drop(self, number: int) -> None:
         self.waiting = deque(one for one in self.waiting if one[0] != number)
+
+
+class Together(_Worker):
+    """Answers with an `Engine`: all jobs that there are slots for, in one batch. slots: sequences in the cache, of
+    which a job with guidance takes one a branch."""
+
+    def __init__(self, engine: Any, slots: int) -> None:
+        super().__init__(engine)
+        self.slots, self.running = slots, engine.running()
+        self.next: tuple[int, Any, _Answer] | None = None  # checked, and waits for slots
+        self.answers: dict[int, tuple[int, int, _Answer]] = {}  # by number in the batch: number of the job, slots
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.answers or self.waiting or self.next)
+
+    def drop(self, number: int) -> None:
+        super().drop(number)
         if self.next and self.next[0] == number:
             self.next = None
         for row in [row for row, (job, *_) in self.answers.items() if job == number]:
@@ -226,7 +167,7 @@ class Together:
                 try:
                     self.next = (number, *self._checked(job))
                 except ValueError as error:
-                    yield number, Refused(" ".join(str(error).split()))
+                    yield number, refused(error)
                     continue
                 except Exception as error:
                     traceback.print_exc()
@@ -240,7 +181,7 @@ class Together:
             try:
                 row = self.running.add(request)
             except ValueError as error:
-                yield number, Refused(" ".join(str(error).split()))
+                yield number, refused(error)
                 continue
             self.answers[row] = number, need, answer
             yield number, Begun(self._settings(request))
@@ -251,9 +192,9 @@ class Together:
             around: Any = job.around
             mask: Any = job.mask
             if job.vary is not None:
-                around, mask = self.engine.lot(around, job.vary, options.get("seed", 0))
+                around, mask = lot(self.engine.model, around, job.vary, options.get("seed", 0))
             rest = {name: value for name, value in options.items() if name != "generator"}
-            options, lay = self.engine.keeping(around, mask, options.get("generator"), rest)
+            options, lay = keeping(self.engine.model, around, mask, options.get("generator"), rest)
         return self.engine.request(job.prompt, job.output, **options), _Answer(job, Words(job.stop), lay)
 
     def _settings(self, request: Any) -> dict[str, Any]:
@@ -263,35 +204,30 @@ class Together:
             said["text"] = {"temperature": request.text.temperature, "top_p": request.text.top_p}
             said["max_tokens"] = request.max_tokens
         if request.output != "text":
-            generator = self.engine.model.generators[request.generator]
-            scales = request.guidance.scales
+            usual, scales = sampling_of(self.engine.model, request.generator), request.guidance.scales
             said |= {"generator": request.generator, "guidance": scales[0] if len(scales) == 1 else list(scales)}
-            known = {"temperature": request.image.temperature, "top_k": request.image.top_k}
-            known |= {"top_p": request.image.top_p, "steps": request.steps or getattr(generator, "steps", None)}
-            known |= {"sampler": request.sampler or "euler", "guidance_kind": request.guidance.kind}
-            known |= {"accelerate": request.accelerate}
-            said |= {name: value for name, value in known.items() if name in generator.takes and value is not None}
+            known = {name: getattr(request.image, name) for name in CODES}
+            known |= {name: getattr(request, name) or usual.get(name) for name in ("steps", "sampler", "accelerate")}
+            known |= {"guidance_kind": request.guidance.kind}
+            takes = self.engine.model.generators[request.generator].takes
+            said |= {name: value for name, value in known.items() if name in takes and value is not None}
         return said
 
 
-class OneByOne:
+class OneByOne(_Worker):
     """Answers with what is no `Engine`, a pipeline or a pair: one job after the other, each by its stream."""
 
     def __init__(self, engine: Any) -> None:
-        self.engine = engine
-        self.waiting: deque[tuple[int, Job]] = deque()
+        super().__init__(engine)
         self.now: tuple[int, Iterator[Any], _Answer] | None = None
-        self.steps, self.seconds = 0, 0.0
+        self.usual: dict[str, Any] = getattr(getattr(engine, "painter", engine), "sampling", {})
 
     @property
     def busy(self) -> bool:
         return bool(self.now or self.waiting)
 
-    def ask(self, number: int, job: Job) -> None:
-        self.waiting.append((number, job))
-
     def drop(self, number: int) -> None:
-        self.waiting = deque(one for one in self.waiting if one[0] != number)
+        super().drop(number)
         if self.now and self.now[0] == number:
             self.now = None
 
@@ -299,14 +235,14 @@ class OneByOne:
         if not self.now:
             number, job = self.waiting.popleft()
             self.now = number, self._parts(job), _Answer(job, Words(job.stop), lambda picture: picture)
-            yield number, Begun(dict(job.options))
+            yield number, Begun(({} if job.output == "text" else self.usual) | job.options)
         number, parts, answer = self.now
         start = time.perf_counter()
         try:
             part = next(parts, None)
         except ValueError as error:
             self.now = None
-            yield number, Refused(" ".join(str(error).split()))
+            yield number, refused(error)
             return
         except Exception as error:
             traceback.print_exc()
@@ -347,7 +283,7 @@ def work(receiver: Any, sender: Any, source: dict[str, Any], slots: int) -> None
         worker: Any = Together(engine, slots) if isinstance(engine, unigen.Engine) else OneByOne(engine)
         sender.send((None, Ready(engine.info() | {"outputs": list(engine.outputs)})))
     except ValueError as error:
-        sender.send((None, Refused(" ".join(str(error).split()))))
+        sender.send((None, refused(error)))
         return
     told = time.monotonic()
     try:
@@ -368,4 +304,4 @@ def work(receiver: Any, sender: Any, source: dict[str, Any], slots: int) -> None
         return
     finally:
         sys.stderr.flush()
-        os.close(receiver.fileno())
+        receiver.close()
