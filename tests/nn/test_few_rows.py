@@ -31,19 +31,25 @@ def test_modules_are_changed_in_place() -> None:
     torch.testing.assert_close(model(x), before)
 
 
-@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 here")
-@pytest.mark.parametrize("rows", [1, 2, 40])
-def test_bfloat16_is_linear_bit_for_bit(rows: int) -> None:
-    """Also of some rows of the weight, and after it has changed; what is kept goes with it."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 4, 40])
+def test_what_is_kept_in_another_layout(rows: int, dtype: torch.dtype) -> None:
+    """In bfloat16 bit for bit; also of some rows of the weight, and after it has changed. It goes with the weight."""
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("oneDNN has no bfloat16 here")
     rng = torch.Generator().manual_seed(0)
-    weight, bias = (torch.randn(shape, generator=rng).bfloat16() for shape in ((96, 64), (96,)))
-    x = torch.randn(rows, 1, 64, generator=rng).bfloat16()
+    weight, bias = (torch.randn(shape, generator=rng).to(dtype) for shape in ((96, 64), (96,)))
+    x = torch.randn(rows, 1, 64, generator=rng).to(dtype)
     with torch.inference_mode():
         for start, stop in ((0, None), (0, 32), (32, 96)):
             for _ in range(2):
-                part = nn.functional.linear(x, weight[start:stop], bias[start:stop])
-                assert torch.equal(few_rows_linear(x, weight, bias, start, stop), part)
+                part, exact = nn.functional.linear(x, weight[start:stop], bias[start:stop]), {"atol": 0.0, "rtol": 0.0}
+                near = exact if dtype == torch.bfloat16 else {"atol": 1e-4, "rtol": 1e-5}
+                torch.testing.assert_close(few_rows_linear(x, weight, bias, start, stop), part, **near)
                 weight.mul_(2)
+        if dtype == torch.float32 and rows <= few_rows.MOST:
+            assert weight not in few_rows._packed
+            return
         assert len(few_rows._packed[weight]) == 3
         count = len(few_rows._packed)
         del weight

@@ -3,10 +3,9 @@
 Such a step is bound by reading the weights, and how they lie and which way round the product is asked for decides how
 fast they are read (`python scripts/bench.py decode` and `families` print it).
 
-float32: up to four rows, `W x^T` reads them several times as fast as `x W^T`; the result differs from `nn.Linear` by
-rounding. Nothing is copied.
-bfloat16: oneDNN's own layout is read faster, and the result is `nn.Linear`'s bit for bit. It is a second copy of the
-weights, so only the first `MOST_BYTES` of a process have it.
+oneDNN's own layout of the weights is read faster than theirs. It is a second copy of them, so only the first
+`MOST_BYTES` of a process have it. In bfloat16 the result is `nn.Linear`'s bit for bit, in float32 it differs by
+rounding. Up to three rows of float32 are read yet faster by `W x^T`, for which nothing is copied.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-MOST = 4
+MOST = 3
 """Rows up to which `W x^T` is the faster way round in float32."""
 MOST_BYTES = 4 << 30
-"""Of bfloat16 weights that are kept in oneDNN's layout beside their own."""
+"""Of weights that are kept in oneDNN's layout beside their own."""
 
 _packed = WeakIdKeyDictionary()
 """By weight, then by (weights joined to one, start, stop): what was packed (the tensors, and of each its version and
@@ -33,14 +32,14 @@ def few_rows_linear(
     x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, start: int = 0, stop: int | None = None
 ) -> Tensor:
     """`linear(x, weight[start:stop], bias[start:stop])`; x is (..., I) with any number of rows."""
-    if _packs(x) and weight_OI.dtype == x.dtype:
+    rows = x.numel() // weight_OI.shape[1]
+    if _packs(x, rows) and weight_OI.dtype == x.dtype:
         packed = _pack((weight_OI,), start, stop)
         if packed is not None:
             bias_O = None if bias_O is None else bias_O[start:stop]
             return torch.ops.mkldnn._linear_pointwise(x, packed, bias_O, "none", [], "")  # type: ignore[no-any-return]
     weight_OI, bias_O = weight_OI[start:stop], None if bias_O is None else bias_O[start:stop]
     outputs, inputs = weight_OI.shape
-    rows = x.numel() // inputs
     if rows > MOST or x.dtype != torch.float32 or not x.is_cpu:
         return nn.functional.linear(x, weight_OI, bias_O)
     x_RI = x.reshape(rows, inputs)
@@ -54,7 +53,7 @@ def side_by_side(x: Tensor, *layers: nn.Module) -> list[Tensor]:
     """What each of the layers makes of x, in one product where they are read in oneDNN's layout: it is read faster than
     several small ones, and gives the same."""
     plain = [layer for layer in layers if type(layer) is FewRowsLinear and layer.bias is None]
-    if _packs(x) and len(plain) == len(layers) and all(layer.weight.dtype == x.dtype for layer in plain):
+    if plain and _packs(x, x.numel() // plain[0].in_features) and len(plain) == len(layers) and all(layer.weight.dtype == x.dtype for layer in plain):
         packed = _pack(tuple(layer.weight for layer in plain))
         if packed is not None:
             joined = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
@@ -62,9 +61,10 @@ def side_by_side(x: Tensor, *layers: nn.Module) -> list[Tensor]:
     return [layer(x) for layer in layers]
 
 
-def _packs(x: Tensor) -> bool:
-    """Is this what a product in oneDNN's layout may be asked of?"""
-    return x.is_cpu and x.dtype == torch.bfloat16 and torch.is_inference_mode_enabled()
+def _packs(x: Tensor, rows: int) -> bool:
+    """Is this what a product in oneDNN's layout is faster for?"""
+    wide = x.dtype == torch.float32 and rows > MOST
+    return x.is_cpu and (wide or x.dtype == torch.bfloat16) and torch.is_inference_mode_enabled()
 
 
 def _pack(weights: tuple[Tensor, ...], start: int = 0, stop: int | None = None) -> Tensor | None:
@@ -72,7 +72,9 @@ def _pack(weights: tuple[Tensor, ...], start: int = 0, stop: int | None = None) 
     none. The first weight keeps it."""
     kept: Any = getattr(weights[0], "_packed", None)
     if kept is None:
-        if weights[0].is_inference() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        half = weights[0].dtype == torch.bfloat16
+        able = torch.ops.mkldnn._is_mkldnn_bf16_supported() if half else torch.backends.mkldnn.is_available()
+        if weights[0].is_inference() or not able:
             return None
         kept = _packed[weights[0]] = weights[0]._packed = {}  # type: ignore[attr-defined]
     key = len(weights), start, stop
