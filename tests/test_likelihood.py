@@ -1,4 +1,4 @@
-"""Captions chosen by the pictures that they would draw."""
+"""Captions chosen by the pictures that they would draw, and pictures by how they read."""
 
 from __future__ import annotations
 
@@ -56,11 +56,37 @@ def test_describe_chooses_among_what_the_engine_says(engine: Engine, monkeypatch
     assert len(seen) == before, "an answer to a question is no caption"
 
 
+@pytest.mark.parametrize("generator", ["next-token", "masked"])
+def test_a_picture_is_chosen_among_others(engine: Engine, monkeypatch: pytest.MonkeyPatch, generator: str) -> None:
+    """By the same sum; the first is what is drawn without others, and each prompt has its own."""
+    words, options = ["a red dog", "two apples"], {"generator": generator, "guidance": 1.0}
+    drawn: list[Any] = []
+    kept = likelihood.suits
+
+    def noted(model: Any, asked: Any, texts: Any) -> torch.Tensor:
+        drawn.append((asked, texts, kept(model, asked, texts)))
+        return drawn[-1][2]
+
+    monkeypatch.setattr(likelihood, "suits", noted)
+    best = engine.generate_batch(words, [3, 4], candidates=3, **options)
+    ((asked, texts, scores),) = drawn
+    assert texts == [words[0]] * 3 + [words[1]] * 3
+    for k, text in enumerate(words):
+        codes = [document.images()[0] for document in asked[3 * k : 3 * k + 3]]
+        alone = engine.generate(text, seed=3 + k, **options)
+        assert torch.equal(codes[0], engine.model.codes(engine.model.pixels([alone]))[0])
+        chosen = engine.model.codes(engine.model.pixels([best[k]]))[0]
+        assert torch.equal(chosen, codes[int(scores[3 * k : 3 * k + 3].argmax())])
+    assert engine.generate(words[1], seed=4, candidates=3, **options).tobytes() == best[1].tobytes()
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda e, p: e.describe(p, candidates=0), "candidates must be a whole number of at least 1"),
-        (lambda e, p: e.generate("a dog", candidates=2), "candidates are captions"),
+        (lambda e, p: e.generate("a dog", "interleaved", candidates=2), "candidates are captions"),
+        (lambda e, p: e.edit(p, "make it red", candidates=2), "candidates are captions"),
+        (lambda e, p: e.generate("a dog", candidates=0), "candidates must be a whole number of at least 1"),
         (lambda e, p: e.generate(["a dog"], "text", candidates=2), "candidates are captions"),
         (lambda e, p: e.generate([p, p, "which?"], "text", candidates=2), "candidates are captions"),
     ],

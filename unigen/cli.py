@@ -155,6 +155,7 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", default="out.png", help="the picture (default: %(default)s)")
     parser.add_argument("-n", type=whole(1), default=1, help="how many: out-0.png, out-1.png, ... (default: 1)")
     parser.add_argument("--grid", action="store_true", help="all of them in one picture")
+    parser.add_argument("--candidates", type=whole(1), help="draw so many for each, and keep the one that reads best")
     sampling_arguments(parser)
     model_arguments(parser)
 
@@ -306,7 +307,7 @@ def generate(args: argparse.Namespace) -> int:
     paths = [path] if args.grid else numbered(path, args.n)
     engine = load(args)
     start = time.perf_counter()
-    options = sampling(args)
+    options = sampling(args) | ({} if args.candidates is None else {"candidates": args.candidates})
     seed = options.pop("seed")
     images: list[Any] = []
     while len(images) < args.n:

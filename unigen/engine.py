@@ -21,7 +21,7 @@ import torch
 
 from unigen.generators.base import Generator, Read, Span, State
 from unigen.generators.next_token import Text
-from unigen.likelihood import closest
+from unigen.likelihood import DESCRIBE, closest, truest
 from unigen.model import UnifiedModel
 from unigen.nn.backbone import SlotCache
 from unigen.nn.few_rows import use_few_rows
@@ -107,11 +107,11 @@ class Engine:
     ) -> list[Any]:
         """One answer a prompt, all in one batch; each is what `generate` gives for that prompt and seed alone.
 
-        candidates: of pictures that are described, one each, so many captions, and the one by which the model would
-        likeliest draw the picture (`unigen.likelihood`)."""
+        candidates: so many answers, and the best of them (`unigen.likelihood`): captions of a picture each, by which
+        the model would likeliest draw it, or pictures of words each, in which it would likeliest read them."""
         seeds = range(len(prompts)) if seeds is None else seeds
         if candidates != 1:
-            return self._described(prompts, seeds, output, candidates, options)
+            return self._best(prompts, seeds, output, candidates, options)
         requests = [self.request(p, output, seed=s, **options) for p, s in zip(prompts, seeds, strict=True)]
         parts: list[list[Any]] = [[] for _ in requests]
         for row, part in self.run(requests):
@@ -133,7 +133,7 @@ class Engine:
     def describe(self, image: Any, question: str | None = None, **options: Any) -> str:
         """A caption of the picture, the best of as many `candidates` as suit the model, or the answer to a question."""
         asked = {"candidates": self.model.template.candidates if question is None else 1} | options
-        return str(self.generate([image, question or "describe this picture"], "text", **asked))
+        return str(self.generate([image, question or DESCRIBE], "text", **asked))
 
     def edit(self, image: Any, instruction: str, **options: Any) -> Any:
         """The picture changed as the instruction says."""
@@ -210,25 +210,25 @@ class Engine:
         """A checked request (`unigen.request`, which lists the options)."""
         return checked(self.model, prompt, output, **options)
 
-    def _described(
+    def _best(
         self, prompts: Sequence[Any], seeds: Sequence[int], output: Output, candidates: int, options: dict[str, Any]
-    ) -> list[str]:
-        """The answer that `candidates` = 1 would give and others at temperature 1, and the closest of them."""
+    ) -> list[Any]:
+        """Of the answer that `candidates` = 1 would give and others, captions at temperature 1, the best."""
         asked = [self.model.read(Document.of(prompt)) for prompt in prompts]
         whole("candidates", candidates, 1)
-        if self.model.sight is not None or "next-token" not in self.model.generators:
+        if self.model.sight is not None or not {"next-token", "text"} <= set(self.model.generators):
             raise ValueError("candidates are for models that read and draw pictures code by code: leave them out")
-        if output != "text" or any(len(document.images()) != 1 for document in asked):
-            raise ValueError("candidates are captions: ask for the text to one picture")
+        shown = {"text": 1, "image": 0}.get(output)
+        if any(len(one.images()) != shown or (not shown and len(one.segments) != 1) for one in asked):
+            raise ValueError("candidates are captions of one picture, or pictures of words: ask for one of these")
         first = self.generate_batch(asked, seeds, output, **options)
         others = [document for document in asked for _ in range(candidates - 1)]
         more = [seed * 1_000_003 + k for seed in seeds for k in range(1, candidates)]
-        drawn = self.generate_batch(others, more, output, **options | {"temperature": 1.0})
-        captions = [
-            list(dict.fromkeys([text, *drawn[k * (candidates - 1) : (k + 1) * (candidates - 1)]]))
-            for k, text in enumerate(first)
-        ]
-        return closest(self.model, asked, captions)
+        drawn = iter(self.generate_batch(others, more, output, **options | ({"temperature": 1.0} if shown else {})))
+        answers = [[one, *(next(drawn) for _ in range(candidates - 1))] for one in first]
+        if not shown:
+            return truest(self.model, [str(document.segments[0].text) for document in asked], answers)
+        return closest(self.model, asked, [list(dict.fromkeys(captions)) for captions in answers])
 
     # ---------------------------------------------------------------- the loop
 

@@ -1,13 +1,14 @@
-"""How likely a model finds documents: what comparisons learn from, and what a caption is chosen by.
+"""How likely a model finds documents: what comparisons learn from, and what captions and pictures are chosen by.
 
     log_p = log_likelihood(model, pack([[tokens], ..], length, size))     # what the assistant says, in nats
 
-Of captions that a model gives a picture, `closest` takes the one that maximises
+Of captions that a model gives a picture, and of pictures that it draws of some words, the best is the one with most
 
     log p(caption | picture) + CHANNEL * log p(picture | caption)
 
 as in MMI-bidi (Li et al. 2016, arXiv 1510.03055) and other noisy channels: the model that reads pictures also draws
-them, and where it draws, a combination of words that it never saw is nothing unlikely.
+them, and where it draws, a combination of words that it never saw is nothing unlikely; what it drew wrong, it may yet
+read right.
 Refuses to know how answers are drawn. Shapes: B rows, L positions, D documents, N pictures of M codes in raster order,
 P others of T costs.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +26,8 @@ from unigen.model import UnifiedModel
 from unigen.samplers.guidance import Guidance
 from unigen.sequence import Batch, Document, Segment, pack
 
+DESCRIBE = "describe this picture"
+"""What a caption answers."""
 CHANNEL = 0.3
 """Weight of log p(picture | caption), which is of many more ids."""
 
@@ -86,19 +90,35 @@ def _log_p(logits: Tensor, ids: Tensor) -> Tensor:
     return -nn.functional.cross_entropy(logits.float().flatten(0, -2), ids.flatten(), reduction="none").view(ids.shape)
 
 
-@torch.inference_mode()
-def closest(model: UnifiedModel, asked: Sequence[Document], captions: Sequence[Sequence[str]]) -> list[str]:
-    """Of the captions of each document's one picture, given as codes, the likeliest by the channel; the first of
-    equals."""
+def suits(model: UnifiedModel, asked: Sequence[Document], texts: Sequence[str]) -> Tensor:
+    """How well each text (D,) goes with the document's one picture, given as codes, by the channel."""
     told: list[Document] = []
     drawn: list[Document] = []
-    for document, texts in zip(asked, captions, strict=True):
+    for document, text in zip(asked, texts, strict=True):
         picture = next(segment.image for segment in document.segments if segment.image is not None)
-        for text in texts:
-            told.append(Document([*document.segments, Segment(text=text, role="assistant")]))
-            drawn.append(Document([Segment(text=text), Segment(image=picture, role="assistant")]))
-    scores = (_alone(model, told) + CHANNEL * _alone(model, drawn)).split([len(texts) for texts in captions])
-    return [texts[int(score.argmax())] for texts, score in zip(captions, scores, strict=True)]
+        told.append(Document([*document.segments, Segment(text=text, role="assistant")]))
+        drawn.append(Document([Segment(text=text), Segment(image=picture, role="assistant")]))
+    return _alone(model, told) + CHANNEL * _alone(model, drawn)
+
+
+@torch.inference_mode()
+def closest(model: UnifiedModel, asked: Sequence[Document], captions: Sequence[Sequence[str]]) -> list[str]:
+    """Of the captions of each document's one picture, given as codes, the best; the first of equals."""
+    repeated = [document for document, texts in zip(asked, captions, strict=True) for _ in texts]
+    return _best(captions, suits(model, repeated, [text for texts in captions for text in texts]))
+
+
+@torch.inference_mode()
+def truest(model: UnifiedModel, words: Sequence[str], pictures: Sequence[Sequence[Any]]) -> list[Any]:
+    """Of the pictures (PIL) of each text, the best; the first of equals."""
+    shown = [model.read(Document.of([picture, DESCRIBE])) for row in pictures for picture in row]
+    return _best(pictures, suits(model, shown, [text for text, row in zip(words, pictures, strict=True) for _ in row]))
+
+
+def _best(answers: Sequence[Sequence[Any]], scores: Tensor) -> list[Any]:
+    """Of each row the answer of the greatest score."""
+    parts = scores.split([len(row) for row in answers])
+    return [row[int(part.argmax())] for row, part in zip(answers, parts, strict=True)]
 
 
 def _alone(model: UnifiedModel, documents: Sequence[Document], batch: int = 64) -> Tensor:

@@ -32,7 +32,7 @@ def few_rows_linear(
     x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, start: int = 0, stop: int | None = None
 ) -> Tensor:
     """`linear(x, weight[start:stop], bias[start:stop])`; x is (..., I) with any number of rows."""
-    rows = x.numel() // weight_OI.shape[1]
+    rows = x.numel() // x.shape[-1]
     if _packs(x, rows) and weight_OI.dtype == x.dtype:
         packed = _pack((weight_OI,), start, stop)
         if packed is not None:
@@ -53,7 +53,8 @@ def side_by_side(x: Tensor, *layers: nn.Module) -> list[Tensor]:
     """What each of the layers makes of x, in one product where they are read in oneDNN's layout: it is read faster than
     several small ones, and gives the same."""
     plain = [layer for layer in layers if type(layer) is FewRowsLinear and layer.bias is None]
-    if plain and _packs(x, x.numel() // plain[0].in_features) and len(plain) == len(layers) and all(layer.weight.dtype == x.dtype for layer in plain):
+    alike = len(plain) == len(layers) and all(layer.weight.dtype == x.dtype for layer in plain)
+    if alike and _packs(x, x.numel() // x.shape[-1]):
         packed = _pack(tuple(layer.weight for layer in plain))
         if packed is not None:
             joined = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")

@@ -32,8 +32,8 @@ from unigen.evaluation.runner import (
     write_outputs,
 )
 from unigen.evaluation.task import Item, mean_and_interval
+from unigen.likelihood import DESCRIBE
 
-ASK = "describe this picture"
 _STREAM = 7_700_000  # keeps these scenes apart from those of any training seed
 
 
@@ -83,7 +83,7 @@ class UnderstandingTask:
             true = facts(scene)
             meta: dict[str, Any] = {"groups": true.groups, "background": true.background, "relation": true.relation}
             meta |= {"heldout": heldout, "relations": true_relations(scene)}
-            made.append(Item([picture, ASK], "caption", meta))
+            made.append(Item([picture, DESCRIBE], "caption", meta))
             for qa in questions(scene, rng)[: self.asked]:
                 made.append(Item([picture, qa.question], qa.kind, {"answer": qa.answer, "heldout": heldout}))
         return made
