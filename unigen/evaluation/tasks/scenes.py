@@ -210,9 +210,7 @@ def arguments() -> Parser:
     parser = common_arguments("scenes", "GenEval's six tasks on the rendered world")
     parser.add_argument("--quick", action="store_true", help="20 prompts a task instead of 100")
     parser.add_argument("--images", type=whole(1), default=4, metavar="N", help="pictures a prompt (default: 4)")
-    parser.add_argument(
-        "--candidates", type=whole(1), default=1, help="draw so many for each, keep the best by its model"
-    )
+    parser.add_argument("--candidates", type=whole(1), help="draw so many for each, keep the best as it reads")
     group = parser.add_argument_group("the ladder (without any of these flags: the model and the whole ladder)")
     group.add_argument("--oracle", action="store_true", help="only true pictures of the prompts; needs no model")
     group.add_argument("--reconstructions", action="store_true", help="only true pictures through the tokenizer")
@@ -273,7 +271,8 @@ def main(args: list[str], command: str = "") -> int:
 
     drawn: Pictures = []
     if with_model:
-        drawn = draw(engine, task, items, a.images, a.batch, a.seed, candidates=a.candidates, **options_of(a))
+        options = options_of(a) | ({"candidates": a.candidates} if a.candidates else {})
+        drawn = draw(engine, task, items, a.images, a.batch, a.seed, **options)
         scores = report("model", drawn)
         if a.out:
             write_outputs(a.out, items, drawn, scores)
