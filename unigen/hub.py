@@ -6,6 +6,7 @@ refuses to know what is in a model; its family does.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -208,6 +209,15 @@ def pretrained(kind: Any, folder: Path, dtype: torch.dtype | None, state: dict[s
     kinds = (("missing", "missing_keys"), ("unknown", "unexpected_keys"), ("of another shape", "mismatched_keys"))
     _complain(folder, [(kind, sorted(map(str, report[name]))) for kind, name in kinds])
     return model
+
+
+def named(lm: Any, architecture: str, **settings: Any) -> Any:
+    """The same language model, to be written: its config.json names another class, and says more."""
+    other = copy.copy(lm)
+    other.__class__ = type(architecture, (type(lm),), {})
+    other.config = copy.deepcopy(lm.config)
+    other.config.update(settings)
+    return other
 
 
 @contextmanager

@@ -14,7 +14,10 @@ import unigen
 from unigen import cli
 from unigen.models import convert, families, unserved
 
-SERVED = {"tiny", "liquid", "emu3"}
+PLAIN = {"tiny", "liquid", "emu3"}
+OURS = {"chameleon": "UnigenChameleonForCausalLM", "lumina": "UnigenChameleonForCausalLM"}
+"""What vLLM runs by classes of ours."""
+SERVED = PLAIN | OURS.keys()
 
 
 def public(family: str, folder: Path) -> tuple[Path, dict[str, Any]]:
@@ -47,6 +50,7 @@ def scores(engine: Any, ids_1L: torch.Tensor) -> torch.Tensor:
         return engine.model.logits(engine.model.hidden(batch))[0]
 
 
+@pytest.mark.parametrize("exported", sorted(PLAIN), indirect=True)
 def test_transformers_reads_it_as_a_plain_language_model(exported: Any) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -65,6 +69,14 @@ def test_transformers_reads_it_as_a_plain_language_model(exported: Any) -> None:
         torch.testing.assert_close(theirs_LV, mine_LV, rtol=1e-4, atol=1e-4)
         lm.get_output_embeddings().weight[-1] += 1  # the control: the last code's row
         assert not torch.allclose(lm(ids_1L).logits[0], mine_LV, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("exported", sorted(OURS), indirect=True)
+def test_it_names_our_class(exported: Any) -> None:
+    engine, folder, _ = exported
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == [OURS[engine.model.family]]
+    assert config["vocab_size"] == engine.model.vocabulary.size
 
 
 def test_it_is_still_ours(exported: Any) -> None:

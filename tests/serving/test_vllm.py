@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import gc
-import importlib
 import io
 import itertools
 import random
@@ -170,28 +169,6 @@ def test_the_control_of_the_scheduler(folder: Path, local: Any, monkeypatch: pyt
         engine.llm = Late(engine.llm)
         given = answers(engine, options)
     assert sum(one == other for one, other in zip(given, wanted, strict=True)) < len(wanted) / 2
-
-
-@pytest.mark.parametrize("family", ["liquid", "emu3"])
-def test_public_families(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exported, a Gemma's tied table and a Llama whose pictures have ends of rows."""
-    case = importlib.import_module(f"tests.parity.{family}")
-    (tmp_path / "public").mkdir()
-    size = case.GEMMA if family == "liquid" else case.TEXT
-    monkeypatch.setitem(size, "head_dim", 32)  # vLLM's attention on a CPU has no heads of 16
-    monkeypatch.setitem(size, "num_attention_heads", 2)
-    case.checkpoint(tmp_path / "public")
-    convert(tmp_path / "public", tmp_path / "vllm", "vllm")
-    drawn: list[dict[str, Any]] = [{"temperature": 0.0}, {"seed": 1}, {"seed": 2, "guidance": 1.0}]
-    options = [{"prompt": case.PROMPT, "output": "image", "size": case.SIZE, **one} for one in drawn]
-    said = {"prompt": [Image.new("RGB", case.SIZE, "teal"), "What is it"], "output": "text", "max_tokens": 12}
-    wanted = answers(unigen.load(str(tmp_path / "public"), "cpu", "float32"), [*options, said])
-    with on_vllm(tmp_path / "vllm") as engine:
-        assert answers(engine, [*options, said]) == wanted
-        assert engine.info()["family"] == family
-    if family == "emu3":
-        with pytest.raises(ValueError, match="not laid out for vLLM"), on_vllm(tmp_path / "public"):
-            pass
 
 
 def test_vllm_alone_reads_what_is_exported(folder: Path, local: Any, tmp_path: Path) -> None:

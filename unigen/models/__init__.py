@@ -68,7 +68,7 @@ def find(name: str | Path) -> tuple[Path, str | None]:
 
 def convert(name: str | Path, folder: str | Path, layout: str = "unigen") -> None:
     """Write the model into `folder` in our layout ("unigen"), in that of its family's public checkpoints ("public"), or
-    in ours with a language model that vLLM serves as it is ("vllm"); a model that is there is replaced when the new one
+    in ours with a language model that vLLM serves ("vllm"); a model that is there is replaced when the new one
     is whole. Raises ValueError."""
     folder = Path(folder).absolute()
     weights = any(path.suffix in (".safetensors", ".pt", ".pth") for path in folder.glob("*"))
@@ -90,8 +90,8 @@ def convert(name: str | Path, folder: str | Path, layout: str = "unigen") -> Non
 
 
 def causal_lm(model: UnifiedModel) -> Any:
-    """The language model as a class of transformers with one table and one head for text and codes, which vLLM serves
-    without a line of ours. Raises ValueError saying why a family has none."""
+    """The language model as vLLM serves it: one table and one head for text and codes, of a class of transformers, or
+    named as one of `unigen.serving.vllm_models`. Raises ValueError saying why a family has none."""
     if why := unserved(model.family):
         raise ValueError(f"vLLM cannot serve {model.family}: {why}")
     return importlib.import_module(f"{__name__}.{model.family}").causal_lm(model)

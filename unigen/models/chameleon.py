@@ -39,7 +39,6 @@ MASKED = "mask_image_logits"
 """What the configs of Lumina-mGPT say more than those of transformers."""
 IMAGE_SIZE = 512
 SAMPLING: dict[str, Any] = {"guidance": [3.0, 1.2], "temperature": 0.7, "top_p": 0.9}
-UNSERVED = "its class, in vLLM as in transformers, hides the scores of image codes"
 
 
 def spelt(code: int) -> str:
@@ -152,6 +151,11 @@ def joined(
         "next-token": NextToken(image_tokenizer.grid, row_end),
     }
     return UnifiedModel(family, Backbone(lm), vocabulary, tokenizer, image_tokenizer, template, writers)
+
+
+def causal_lm(model: UnifiedModel) -> Any:
+    """All of it, for the class of ours that vLLM finds by this name (`unigen.serving.vllm_models`)."""
+    return hub.named(model.backbone.lm, "UnigenChameleonForCausalLM")
 
 
 def save_public(model: UnifiedModel, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:

@@ -53,7 +53,6 @@ NAMED = re.compile(r"mGPT-\d+B-(\d+)")
 """What a folder says of the size that it was tuned to: its name, or the last of those above it that says one."""
 CLASS = "ChameleonXLLMXForConditionalGeneration"
 SAMPLING: dict[str, Any] = {"guidance": 4.0, "temperature": 1.0, "top_k": 2000}
-UNSERVED = "it is a Chameleon, whose class, in vLLM as in transformers, hides the scores of image codes"
 
 
 class LuminaTemplate(ChameleonTemplate):
@@ -206,6 +205,9 @@ def to_public(state: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
         if not name.startswith(VISION):
             theirs[name] = tensor
     return theirs
+
+
+causal_lm = chameleon.causal_lm
 
 
 def save_public(model: UnifiedModel, folder: Path) -> None:

@@ -50,8 +50,8 @@ def load(name: str, device: str, dtype: torch.dtype | None = None, options: dict
     if pipelines.is_pipeline(folder):
         raise ValueError(f"vLLM cannot serve {name}: it is a diffusers pipeline")
     model = load_found(folder, variant, device, dtype)
-    kind = causal_lm(model).config.model_type
-    if hub.read_json(folder / hub.CONFIG).get("model_type") != kind:
+    kind = type(causal_lm(model)).__name__
+    if hub.read_json(folder / hub.CONFIG).get("architectures") != [kind]:
         raise ValueError(f"{name} is not laid out for vLLM: give what unigen convert {name} --to vllm -o FOLDER writes")
     return VllmEngine(model, folder, options or {})
 
@@ -79,6 +79,9 @@ def start(folder: Path, dtype: torch.dtype, context: int, options: dict[str, Any
     from vllm.platforms import current_platform
     from vllm.v1.engine.llm_engine import LLMEngine
 
+    from unigen.serving.vllm_models import register
+
+    register()
     ours = OURS | {"model": str(folder), "dtype": str(dtype).removeprefix("torch.")}
     usual: dict[str, Any] = {"max_model_len": context, "enable_prefix_caching": True, "use_tqdm_on_load": False}
     if current_platform.is_cpu():

@@ -1,0 +1,176 @@
+"""Public families on vLLM, by its own classes and by ours, give the local engine's answers, id for id, in float32.
+
+Run: scripts/test.sh --serve
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import unigen
+from tests.serving.test_vllm import answers, on_vllm
+from unigen.models import convert
+from unigen.sequence import Document
+
+pytestmark = pytest.mark.serve
+pytest.importorskip("vllm")
+
+SIZES = {"liquid": "GEMMA", "emu3": "TEXT", "chameleon": "LM", "lumina": "LM"}
+"""Where a family's parity case says how large its language model is."""
+
+
+def exported(family: str, scratch: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> tuple[Any, Path, Path]:
+    """Its parity case, the public folder, and what is converted of it."""
+    case = importlib.import_module(f"tests.parity.{family}")
+    size = getattr(case, SIZES[family])
+    wide = {"num_attention_heads": 2, "num_key_value_heads": 1}  # vLLM's attention on a CPU has no heads of 16
+    wide |= {"head_dim": 32} if "head_dim" in size else {}
+    for name, value in (wide | settings).items():
+        monkeypatch.setitem(size, name, value)
+    (scratch / "public").mkdir()
+    case.checkpoint(scratch / "public")
+    convert(scratch / "public", scratch / "vllm", "vllm")
+    return case, scratch / "public", scratch / "vllm"
+
+
+def picture(size: tuple[int, int]) -> Image.Image:
+    pixels = torch.rand(size[1], size[0], 3, generator=torch.Generator().manual_seed(3))
+    return Image.fromarray((pixels * 255).byte().numpy())
+
+
+def asked(case: Any) -> list[dict[str, Any]]:
+    """Pictures, greedy and drawn at temperature 1, guided and not, and what one shows."""
+    drawn: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"temperature": 1.0, "seed": 1},
+        {"temperature": 1.0, "seed": 2, "guidance": 1.0},
+    ]
+    pictures = [{"prompt": case.PROMPT, "output": "image", "size": case.SIZE, **one} for one in drawn]
+    return [*pictures, {"prompt": [picture(case.SIZE), "What is it"], "output": "text", "max_tokens": 12}]
+
+
+def varied(drawn: list[list[Any]]) -> int:
+    """How many different codes a picture at temperature 1 has."""
+    return len({code for row in drawn[1][-1] for code in row})
+
+
+@pytest.mark.parametrize("family", SIZES)
+def test_public_families(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Gemma's tied table, a Llama whose pictures have ends of rows, and classes of ours."""
+    case, public, folder = exported(family, tmp_path, monkeypatch)
+    wanted = answers(unigen.load(str(public), "cpu", "float32"), asked(case))
+    with on_vllm(folder) as engine:
+        assert answers(engine, asked(case)) == wanted
+        assert engine.info()["family"] == family
+    assert varied(wanted) >= 32
+    if family != "liquid":
+        with pytest.raises(ValueError, match="not laid out for vLLM"), on_vllm(public):
+            pass
+
+
+@pytest.mark.parametrize("norm", ["before", "after"])
+def test_chameleon(norm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three branches with a picture in the prompt, and an answer of both, by the layers of 7B and of 34B. The control:
+    heads that are not normed."""
+    from unigen.serving.vllm_models import HeadNorm
+
+    case, public, folder = exported("chameleon", tmp_path, monkeypatch, swin_norm=norm == "after")
+    drawn: dict[str, Any] = {"prompt": [picture((44, 20)), case.WORDS], "output": "image", "seed": 3}
+    told = {"prompt": "a story about a witch", "output": "interleaved", "max_tokens": 20, "max_images": 2, "seed": 4}
+    options = [
+        drawn | {"guidance": case.SCALES, "temperature": 0.0},
+        drawn | {"guidance": case.SCALES, "temperature": 1.0},
+        drawn | {"guidance": (3.0, 1.0), "temperature": 1.0},
+        told,
+    ]
+    wanted = answers(unigen.load(str(public), "cpu", "float32"), options)
+    with on_vllm(folder) as engine:
+        assert answers(engine, options) == wanted
+    assert varied(wanted) >= 32
+    monkeypatch.setattr(HeadNorm, "forward", lambda self, x_LD: x_LD)
+    with on_vllm(folder) as engine:
+        assert not any(one == other for one, other in zip(answers(engine, options), wanted, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("harm", "line"),
+    [
+        (("model.layers.1.self_attn.q_proj.weight", None), "lacks model.layers.1.self_attn.q_proj.weight"),
+        (("model.layers.0.self_attn.k_norm.bias", None), "k_norm.bias"),
+        ((None, "model.layers.0.self_attn.sinks"), "sinks"),
+    ],
+)
+def test_a_folder_that_is_not_whole_is_refused(
+    harm: tuple[str | None, str | None], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the class itself, which is all that `vllm serve` has. Ours looks before."""
+    from unigen.serving.vllm_engine import start
+
+    _, _, folder = exported("chameleon", tmp_path, monkeypatch)
+    state = load_file(folder / "model.safetensors")
+    gone, more = harm
+    save_file(
+        {name: tensor for name, tensor in state.items() if name != gone} | ({more: torch.zeros(2)} if more else {}),
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(ValueError, match=line):
+        start(folder, torch.float32, 512, {"enforce_eager": True})
+
+
+PLUGIN = """
+import json, sys
+from vllm import LLM, SamplingParams
+if __name__ == "__main__":
+    llm = LLM(sys.argv[1], dtype="float32", enforce_eager=True, skip_tokenizer_init=True)
+    greedy = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, detokenize=False)
+    (made,) = llm.generate([{"prompt_token_ids": json.loads(sys.argv[2])}], greedy, use_tqdm=False)
+    print(json.dumps(list(made.outputs[0].token_ids)))
+"""
+
+
+@pytest.mark.timeout(600)
+def test_vllm_finds_our_classes_by_itself(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a plugin of the installed package, in processes of its own; the control is a package without it."""
+    from unigen.serving import vllm_engine
+
+    _, public, folder = exported("chameleon", tmp_path, monkeypatch)
+    model = unigen.load(str(public), "cpu", "float32").model
+    ids = model.ids(model.template.prompt(Document.of("a red apple"), output="image"))
+    with torch.no_grad():
+        lm, wanted_1L = model.backbone.lm, torch.tensor([ids])
+        for _ in range(32):
+            last_1V = lm.lm_head(lm.model(wanted_1L).last_hidden_state[:, -1])
+            wanted_1L = torch.cat((wanted_1L, last_1V.argmax(-1)[None]), 1)
+    vllm_engine.prepare()
+    (tmp_path / "plugin.py").write_text(PLUGIN)
+    given = tomllib.loads((root / "pyproject.toml").read_text())["project"]["entry-points"]
+    for name, points in (("with", given), ("without", {})):
+        info = tmp_path / name / "unigen-0.dist-info"  # found before what is installed
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: unigen\nVersion: 0\n")
+        lines = [f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in held.items()) for group, held in points.items()]
+        (info / "entry_points.txt").write_text("\n".join(lines))
+        done = subprocess.run(
+            [sys.executable, str(tmp_path / "plugin.py"), str(folder), json.dumps(ids)],
+            env=os.environ | {"PYTHONPATH": f"{info.parent}:{root}", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+            capture_output=True, text=True, timeout=300, cwd=tmp_path,
+        )  # fmt: skip
+        if points:
+            assert done.returncode == 0, done.stderr[-2000:]
+            assert json.loads(done.stdout.splitlines()[-1]) == wanted_1L[0, len(ids) :].tolist()
+        else:
+            assert done.returncode != 0 and "UnigenChameleonForCausalLM" in done.stderr
+    assert len(set(wanted_1L[0, len(ids) :].tolist())) > 4
