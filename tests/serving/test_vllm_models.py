@@ -27,7 +27,7 @@ from unigen.sequence import Document
 pytestmark = pytest.mark.serve
 pytest.importorskip("vllm")
 
-SIZES = {"liquid": "GEMMA", "emu3": "TEXT", "chameleon": "LM", "lumina": "LM"}
+SIZES = {"liquid": "GEMMA", "emu3": "TEXT", "chameleon": "LM", "lumina": "LM", "janus": "LANGUAGE"}
 """Where a family's parity case says how large its language model is."""
 
 
@@ -80,6 +80,15 @@ def test_public_families(family: str, tmp_path: Path, monkeypatch: pytest.Monkey
             pass
 
 
+@pytest.mark.parametrize("family", ["chameleon", "janus"])
+def test_compiled(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As vLLM runs by itself. The others spare the minute that it takes."""
+    case, public, folder = exported(family, tmp_path, monkeypatch)
+    wanted = answers(unigen.load(str(public), "cpu", "float32"), asked(case))
+    with on_vllm(folder, enforce_eager=False) as engine:
+        assert answers(engine, asked(case)) == wanted
+
+
 @pytest.mark.parametrize("norm", ["before", "after"])
 def test_chameleon(norm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three branches with a picture in the prompt, and an answer of both, by the layers of 7B and of 34B. The control:
@@ -104,28 +113,59 @@ def test_chameleon(norm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert not any(one == other for one, other in zip(answers(engine, options), wanted, strict=True))
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_janus(tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures to be read come as features: one or two of them, in parts, and one like another but for its pixels. The
+    control: features of another picture. From transformers' layout, its head its own or the embeddings."""
+    case = importlib.import_module("tests.parity.janus")
+    for name, value in {"num_attention_heads": 2, "num_key_value_heads": 1}.items():
+        monkeypatch.setitem(case.LANGUAGE, name, value)
+    (tmp_path / "public").mkdir()
+    case.transformers_checkpoint(tmp_path / "public", tied)
+    convert(tmp_path / "public", tmp_path / "vllm", "vllm")
+    one, other = picture((44, 20)), Image.new("RGB", (32, 32), "teal")
+    shown: list[Any] = [[one, "What is it"], [other, "What is it"], [one, "What is it"], ["two dogs", one, other]]
+    said = [{"prompt": prompt, "output": "text", "max_tokens": 40} for prompt in shown]
+    drawn: list[dict[str, Any]] = [
+        {"prompt": case.PROMPT, "output": "image", "seed": n, "temperature": float(n)} for n in range(2)
+    ]
+    wanted = answers(unigen.load(str(tmp_path / "public"), "cpu", "float32"), said + drawn)
+    assert wanted[0] != wanted[1] and len({code for row in wanted[-1][-1] for code in row}) >= 32
+    with on_vllm(tmp_path / "vllm", max_num_batched_tokens=48, max_num_seqs=8) as engine:
+        assert answers(engine, said + drawn) == wanted
+        assert answers(engine, said) == wanted[: len(said)]  # found in the prefix cache
+        sight = engine.model.sight.features
+        monkeypatch.setattr(engine.model.sight, "features", lambda x_BCHW: sight(x_BCHW.flip(-1)))
+        assert answers(engine, said[:1]) != wanted[:1]
+
+
 @pytest.mark.parametrize(
-    ("harm", "line"),
+    ("family", "file", "gone", "more", "line"),
     [
-        (("model.layers.1.self_attn.q_proj.weight", None), "lacks model.layers.1.self_attn.q_proj.weight"),
-        (("model.layers.0.self_attn.k_norm.bias", None), "k_norm.bias"),
-        ((None, "model.layers.0.self_attn.sinks"), "sinks"),
+        ("chameleon", ".", "model.layers.1.self_attn.q_proj.weight", None, "lacks model.layers.1.self_attn.q_proj.w"),
+        ("chameleon", ".", "model.layers.0.self_attn.k_norm.bias", None, "k_norm.bias"),
+        ("chameleon", ".", None, "model.layers.0.self_attn.sinks", "sinks"),
+        ("janus", "backbone", "aligner.2.bias", None, "lacks aligner.2.bias"),
+        ("janus", "backbone", "head.2.weight", None, "lacks head.2.weight"),
+        ("janus", "backbone", None, "aligner.4.bias", "aligner"),
     ],
 )
 def test_a_folder_that_is_not_whole_is_refused(
-    harm: tuple[str | None, str | None], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str,
+    file: str,
+    gone: str | None,
+    more: str | None,
+    line: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By the class itself, which is all that `vllm serve` has. Ours looks before."""
     from unigen.serving.vllm_engine import start
 
-    _, _, folder = exported("chameleon", tmp_path, monkeypatch)
-    state = load_file(folder / "model.safetensors")
-    gone, more = harm
-    save_file(
-        {name: tensor for name, tensor in state.items() if name != gone} | ({more: torch.zeros(2)} if more else {}),
-        folder / "model.safetensors",
-        {"format": "pt"},
-    )
+    _, _, folder = exported(family, tmp_path, monkeypatch)
+    path = folder / file / "model.safetensors"
+    state = {name: tensor for name, tensor in load_file(path).items() if name != gone}
+    save_file(state | ({more: torch.zeros(2)} if more else {}), path, {"format": "pt"})
     with pytest.raises(ValueError, match=line):
         start(folder, torch.float32, 512, {"enforce_eager": True})
 

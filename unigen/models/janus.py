@@ -47,7 +47,6 @@ IMAGE_SIZE = 384
 HEADS, HEAD_WIDTH = 16, 64
 """Of the vision encoder's attention, SigLIP's."""
 SAMPLING = {"guidance": 5.0, "temperature": 1.0}
-UNSERVED = "its image codes have a table and a head of their own"
 
 
 class JanusTemplate(PublicTemplate):
@@ -264,6 +263,10 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
             tensors = hub.read_tensors(folder / part / "model.safetensors")
             state |= {f"{part}.{name}": tensor for name, tensor in tensors.items()}
         vision = hub.read_json(folder / "sight" / hub.CONFIG)
+        if "text_size" in config:  # written by `causal_lm`
+            config = {name: value for name, value in config.items() if name not in ("text_size", "head_width")} | {
+                "vocab_size": config["text_size"]
+            }
     else:
         if config["model_type"] == "janus":
             state = from_transformers(hub.read_weights(folder), config.get("tie_word_embeddings", True))
@@ -305,6 +308,15 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
     )
     model.sample_by("next-token", **SAMPLING)
     return model
+
+
+def causal_lm(model: UnifiedModel) -> Any:
+    """All of it, for the class of ours that vLLM finds by this name (`unigen.serving.vllm_models`). The table and the
+    head of codes stay beside it."""
+    assert isinstance(model.backbone, JanusBackbone)
+    text_size, head_width = model.backbone.text_size, model.backbone.head[0].out_features
+    sizes = {"vocab_size": model.vocabulary.size, "text_size": text_size, "head_width": head_width}
+    return hub.named(model.backbone.lm, "UnigenJanusForCausalLM", **sizes)
 
 
 def vision_settings(state: Mapping[str, Tensor], size: int, heads: int | None = None) -> dict[str, Any]:

@@ -113,10 +113,12 @@ class VllmEngine(Engine):
     def __init__(self, model: UnifiedModel, folder: Path, options: dict[str, Any]) -> None:
         super().__init__(model)
         self._info = super().info()
-        dtype = next(model.backbone.parameters()).dtype
+        self.dtype = next(model.backbone.parameters()).dtype
         for weight in model.backbone.parameters():  # vLLM has its own
             weight.data = weight.new_empty(0)
-        self.llm = start(folder, dtype, model.context, options)
+        if model.sight is not None:
+            options = {"enable_prompt_embeds": True} | options
+        self.llm = start(folder, self.dtype, model.context, options)
         vllm = self.llm.vllm_config
         # what vLLM holds is the context now, which may be less than the model's
         model.backbone.lm.config.get_text_config().max_position_embeddings = vllm.model_config.max_model_len
@@ -206,13 +208,27 @@ class VllmEngine(Engine):
             )
             name = f"{group}-{branch}"
             try:
-                self.llm.add_request(name, {"prompt_token_ids": prompt}, params)
+                self.llm.add_request(name, self._read(prompt, row.features), params)
             except VLLMError as error:
                 self.stop(sent)
                 raise ValueError(f"vLLM refuses what is asked: {error}") from error
             self._heard[name] = []
             sent.names.append(name)
         return sent
+
+    def _read(self, prompt: list[int], features_PD: torch.Tensor | None) -> Any:
+        """Ids as vLLM reads them, those beyond the vocabulary as features of pictures."""
+        from vllm.inputs.engine import embeds_input, tokens_input
+
+        size = self.model.vocabulary.size
+        known = [id < size for id in prompt]
+        if all(known):
+            return tokens_input(prompt)
+        assert features_PD is not None
+        embeds_LD = features_PD.new_zeros(len(prompt), features_PD.shape[1], dtype=self.dtype, device="cpu")
+        embeds_LD[~torch.tensor(known)] = features_PD[[id - size for id in prompt if id >= size]].to(embeds_LD)
+        ids = [id if there else 0 for id, there in zip(prompt, known, strict=True)]
+        return embeds_input(embeds_LD, prompt_token_ids=ids, is_token_ids=known)
 
     def stop(self, sent: _Sent) -> None:
         """Leave a span unfinished."""

@@ -8,7 +8,7 @@ itself. All are plain causal language models over all ids, of text and of codes,
 have in transformers; pictures are not their affair.
 The file refuses to know: guidance, sampling, prompts.
 
-Shapes: L positions, H heads of width W.
+Shapes: L positions, D width, H heads of width W, T pieces of text, K codes of width C.
 """
 
 from __future__ import annotations
@@ -18,18 +18,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import gelu, layer_norm, linear
 from vllm import ModelRegistry
+from vllm.distributed import get_pp_group
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
 from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM
-from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
+from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 from vllm.model_executor.utils import set_weight_attrs
 
 Weights = Iterable[tuple[str, Tensor]]
+BESIDE = "backbone."
+"""Before the names of tensors in that folder of a model's, which are beside the language model's."""
 
 
 def register() -> None:
     """Tell vLLM of the classes; again does no harm."""
-    for kind in (UnigenChameleonForCausalLM,):
+    for kind in (UnigenChameleonForCausalLM, UnigenJanusForCausalLM):
         ModelRegistry.register_model(kind.__name__, kind)
 
 
@@ -44,7 +51,7 @@ class HeadNorm(nn.Module):
 
     def forward(self, x_LD: Tensor) -> Tensor:
         x_LHW = x_LD.unflatten(-1, self.weight.shape)
-        normed_LHW = nn.functional.layer_norm(x_LHW, x_LHW.shape[-1:], eps=1e-5)
+        normed_LHW = layer_norm(x_LHW, x_LHW.shape[-1:], eps=1e-5)
         return (normed_LHW * self.weight + self.bias).flatten(-2)
 
 
@@ -93,6 +100,52 @@ class UnigenChameleonForCausalLM(LlamaForCausalLM):
     def load_weights(self, weights: Weights) -> set[str]:
         language = ((name, tensor) for name, tensor in weights if not name.startswith("model.vqmodel."))
         return strictly(self, AutoWeightsLoader(self).load_weights, language)
+
+
+class UnigenJanusForCausalLM(LlamaForCausalLM):
+    """Janus: a Llama whose image codes are further rows of its table, and have a head of their own. config.text_size:
+    pieces of text, which are `lm_head`'s; head_width: inside the head of codes."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        told, config = vllm_config.model_config, vllm_config.model_config.hf_config
+        if get_pp_group().is_last_rank:
+            names = {"quant_config": vllm_config.quant_config, "prefix": maybe_prefix(prefix, "lm_head")}
+            self.lm_head = ParallelLMHead(config.text_size, config.hidden_size, **names)
+            self.logits_processor = LogitsProcessor(config.text_size)
+        self.head = nn.Sequential(
+            nn.Linear(config.hidden_size, config.head_width),
+            nn.GELU(),
+            nn.Linear(config.head_width, config.vocab_size - config.text_size),
+        )
+        beside = DefaultModelLoader.Source(told.model, told.revision, subfolder="backbone", prefix=BESIDE)
+        self.secondary_weights = (beside,)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        scores = super().compute_logits(hidden_states)
+        return None if scores is None else torch.cat((scores, self.head(hidden_states)), -1)
+
+    def load_weights(self, weights: Weights) -> set[str]:
+        return strictly(self, AutoWeightsLoader(self).load_weights, self._joined(weights))
+
+    def _joined(self, weights: Weights) -> Iterator[tuple[str, Tensor]]:
+        """The tensors by their names here, those of codes as rows of the table."""
+        table, own = "model.embed_tokens.weight", dict[str, Tensor]()
+        for name, tensor in weights:
+            if name == table or name.startswith((f"{BESIDE}table.", f"{BESIDE}aligner.")):
+                own[name.removeprefix(BESIDE)] = tensor
+            else:
+                yield name.removeprefix(BESIDE), tensor
+        try:
+            text_TD, codes_KC = own.pop(table), own.pop("table.weight")
+            wide_KD = gelu(linear(codes_KC, own.pop("aligner.0.weight"), own.pop("aligner.0.bias")))
+            codes_KD = linear(wide_KD, own.pop("aligner.2.weight"), own.pop("aligner.2.bias"))
+        except KeyError as error:
+            raise ValueError(f"the model lacks {error.args[0]}: it is not whole") from error
+        yield table, torch.cat((text_TD, codes_KD))
+        if self.config.tie_word_embeddings:
+            yield "lm_head.weight", text_TD
+        yield from own.items()
 
 
 def strictly(model: Any, load: Callable[[Weights], set[str]], weights: Weights) -> set[str]:
