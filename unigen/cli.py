@@ -473,7 +473,9 @@ def info(args: argparse.Namespace) -> int:
         from unigen.models import unserved
 
         why = unserved(facts["family"])
-        facts["vllm"] = f"no, {why}" if why else "yes, its next-token and text"
+        others = [name for name in facts["generators"] if name != "next-token"]
+        beside = f"; {', '.join(others)} beside it" if others else ""
+        facts["vllm"] = f"no, {why}" if why else f"yes, its next-token and text{beside}"
     for key, value in facts.items():
         print(f"{key:<20} {_shown(value)}")
     if path is not None:

@@ -113,6 +113,12 @@ def test_a_family_that_cannot_be_served_says_why(
     assert f"no, {unserved(family)}" in capsys.readouterr().out
 
 
+def test_info_says_what_is_made_beside_vllm(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info", "--model", str(tiny_folder), "--device", "cpu"]) == 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.split(maxsplit=1)[1].startswith("yes, its next-token and text; flow, ") and "masked" in said
+
+
 def test_the_control_of_unserved_families(monkeypatch: pytest.MonkeyPatch) -> None:
     from unigen.models import var
 

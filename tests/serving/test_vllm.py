@@ -266,18 +266,17 @@ def test_what_cannot_be_is_refused(options: dict[str, Any], line: str, engine: A
     assert not engine.llm.has_unfinished_requests()
 
 
-def test_other_generators_are_the_local_engines(tiny_folder: Path) -> None:
-    with on_vllm(tiny_folder) as engine:
-        paper = Image.new("RGB", (16, 16))
-        for call in (
-            lambda: engine.generate("a dog", generator="masked"),
-            lambda: engine.inpaint(paper, "a dog", Image.new("L", (16, 16), 255)),
-            lambda: engine.pair("a dog"),
-            lambda: engine.describe(paper, candidates=2),
-            lambda: engine.states("a dog"),
-        ):
-            with pytest.raises(ValueError, match="use --engine local"):
-                call()
+def test_what_vllm_alone_cannot_do_is_refused(engine: Any) -> None:
+    """Of a model that has next-token only, nothing stays here."""
+    paper = Image.new("RGB", (64, 64))
+    for call in (
+        lambda: engine.generate("a dog", accelerate="sjd"),
+        lambda: engine.describe(paper, candidates=2),
+        lambda: engine.states("a dog"),
+    ):
+        with pytest.raises(ValueError, match="use --engine local"):
+            call()
+    assert not any(weight.numel() for weight in engine.model.backbone.parameters())
 
 
 def test_what_vllm_cannot_hold_is_refused_at_the_door(folder: Path, local: Any) -> None:

@@ -5,7 +5,9 @@
 
 Every span is one request of vLLM's for each branch of guidance, and the next span of an answer another, which finds
 what was read before in vLLM's prefix cache. Ids are drawn in vLLM by `unigen.serving.vllm_guidance`, as the local
-engine draws them: the same seed gives the same answer, whatever else runs. vLLM runs in this process, unless
+engine draws them: the same seed gives the same answer, whatever else runs. What vLLM does not write, pictures by other
+generators than next-token, is written by the model itself, from the document so far, as in the local engine; only a
+model that has such generators is kept here beside vLLM's. vLLM runs in this process, unless
 VLLM_ENABLE_V1_MULTIPROCESSING=1 says otherwise; scripts/install_serve.sh makes an environment with it.
 The file refuses to know: how ids are drawn, HTTP, how a chat is laid out.
 """
@@ -36,6 +38,8 @@ OURS: dict[str, Any] = {
     "async_scheduling": False,
 }
 """Arguments of vLLM's engine without which spans are not guided."""
+WRITES = ("text", "next-token")
+"""The generators whose spans vLLM writes."""
 
 
 def load(name: str, device: str, dtype: torch.dtype | None = None, options: dict[str, Any] | None = None) -> VllmEngine:
@@ -70,8 +74,8 @@ def prepare() -> None:
         os.environ.setdefault(variable, value)
 
 
-def start(folder: Path, dtype: torch.dtype, context: int, options: dict[str, Any]) -> Any:
-    """vLLM's engine for a folder. Raises ValueError in one line."""
+def start(folder: Path, dtype: torch.dtype, context: int, options: dict[str, Any], features: bool = False) -> Any:
+    """vLLM's engine for a folder. features: does the model read pictures as such? Raises ValueError in one line."""
     prepare()
     from pydantic import ValidationError
     from vllm.engine.arg_utils import EngineArgs
@@ -83,6 +87,7 @@ def start(folder: Path, dtype: torch.dtype, context: int, options: dict[str, Any
 
     register()
     ours = OURS | {"model": str(folder), "dtype": str(dtype).removeprefix("torch.")}
+    ours |= {"enable_prompt_embeds": True} if features else {}
     usual: dict[str, Any] = {"max_model_len": context, "enable_prefix_caching": True, "use_tqdm_on_load": False}
     if current_platform.is_cpu():
         usual["block_size"] = 32  # of 128 otherwise, and only whole blocks are found again
@@ -99,7 +104,8 @@ def start(folder: Path, dtype: torch.dtype, context: int, options: dict[str, Any
 
 @dataclass
 class _Sent:
-    """A row's span at vLLM. names: of its requests, one a branch; prompts: what they read; ids: what came of it."""
+    """A row's span at vLLM. names: of its requests, one a branch, none where it is written here; prompts: what the
+    branches read; ids: what came of it."""
 
     names: list[str]
     prompts: list[list[int]]
@@ -114,11 +120,11 @@ class VllmEngine(Engine):
         super().__init__(model)
         self._info = super().info()
         self.dtype = next(model.backbone.parameters()).dtype
-        for weight in model.backbone.parameters():  # vLLM has its own
+        self.local = any(name not in WRITES for name in model.generators)
+        """Does the language model stay here too?"""
+        for weight in () if self.local else model.backbone.parameters():  # vLLM has its own
             weight.data = weight.new_empty(0)
-        if model.sight is not None:
-            options = {"enable_prompt_embeds": True} | options
-        self.llm = start(folder, self.dtype, model.context, options)
+        self.llm = start(folder, self.dtype, model.context, options, features=model.sight is not None)
         vllm = self.llm.vllm_config
         # what vLLM holds is the context now, which may be less than the model's
         model.backbone.lm.config.get_text_config().max_position_embeddings = vllm.model_config.max_model_len
@@ -135,13 +141,7 @@ class VllmEngine(Engine):
     def info(self) -> dict[str, Any]:
         from vllm import __version__
 
-        generators, sampling = ["next-token"], {"next-token": self._info["sampling"]["next-token"]}
-        able = {"generators": generators, "sampling": sampling, "outputs": list(self.outputs)}
-        return self._info | able | {"context": self.model.context, "engine": f"vllm {__version__}"}
-
-    @property
-    def outputs(self) -> tuple[Output, ...]:
-        return tuple(output for output in super().outputs if output != "pair")
+        return self._info | {"context": self.model.context, "engine": f"vllm {__version__}"}
 
     def running(self) -> VllmRunning:
         return VllmRunning(self)
@@ -149,26 +149,31 @@ class VllmEngine(Engine):
     def request(self, prompt: Any, output: Output, **options: Any) -> Request:
         """A checked request that vLLM can answer."""
         request = super().request(prompt, output, **options)
-        if output != "text" and request.generator != "next-token":
-            raise ValueError(f"vLLM writes pictures by next-token, not by {request.generator}: use --engine local")
         if request.accelerate:
             raise ValueError("vLLM writes one code a step: leave accelerate out, or use --engine local")
         return request
 
     def describe(self, image: Any, question: str | None = None, **options: Any) -> str:
-        """A caption of the picture, the one that it gives without others to choose among, or an answer."""
-        return super().describe(image, question, **{"candidates": 1} | options)
+        """A caption of the picture, of a model that vLLM alone holds the one that it gives without others to choose
+        among, or an answer."""
+        return super().describe(image, question, **({} if self.local else {"candidates": 1}) | options)
 
-    def _described(self, *_: Any) -> list[str]:
-        raise ValueError("candidates are compared by the local engine: leave them out, or use --engine local")
+    def _described(self, *asked: Any) -> list[str]:
+        if not self.local:
+            raise ValueError("candidates are compared by the local engine: leave them out, or use --engine local")
+        return super()._described(*asked)
 
     def states(self, prompt: Any) -> torch.Tensor:
-        raise ValueError("vLLM does not tell its hidden states: use --engine local")
+        if not self.local:
+            raise ValueError("vLLM does not tell its hidden states: use --engine local")
+        return super().states(prompt)
 
     def _row(self, request: Request) -> _Row:
         """Refuses, too, what vLLM's batch or cache cannot hold."""
         row = super()._row(request)
-        branches = 1 if request.output == "text" else request.guidance.branches
+        if not self._writes(row):
+            return row
+        branches = request.guidance.branches if request.output != "text" and request.generator in WRITES else 1
         if branches > self.most:
             raise ValueError(f"guidance takes {branches} sequences, vLLM runs {self.most}: raise max_num_seqs")
         if request.output == "interleaved":
@@ -182,8 +187,19 @@ class VllmEngine(Engine):
             raise ValueError(f"the answer's {branches} branches take {need * self.block} positions, {have}")
         return row
 
+    @staticmethod
+    def _writes(row: _Row) -> bool:
+        """Is the row's span one that vLLM writes?"""
+        assert row.generator is not None
+        return row.generator.name in WRITES
+
     def send(self, row: _Row, before: list[int]) -> _Sent:
-        """The row's span as requests of vLLM's. before: what the main branch has read."""
+        """The row's span as requests of vLLM's; one that is written here has all of `before` to read again, and leaves
+        it so. before: what the main branch has read."""
+        if not self._writes(row):
+            assert row.generator is not None and not row.generator.clean
+            row.unread[0] = before + row.unread[0]
+            return _Sent([], [row.unread[0]])
         from vllm import SamplingParams
         from vllm.exceptions import VLLMError
         from vllm.sampling_params import RequestOutputKind
@@ -248,7 +264,8 @@ class VllmEngine(Engine):
 
 
 class VllmRunning(Running):
-    """Requests on their way with vLLM, which joins and batches their spans itself."""
+    """Requests on their way with vLLM, which joins and batches their spans itself. `cache` holds what is written here,
+    and nothing between two spans."""
 
     engine: VllmEngine
 
@@ -259,7 +276,8 @@ class VllmRunning(Running):
     @property
     def positions(self) -> int:
         """How many the spans on their way hold, those that they share counted for each."""
-        return sum(len(prompt) + len(sent.ids) for sent in self._sent.values() for prompt in sent.prompts)
+        there = (sent for sent in self._sent.values() if sent.names)
+        return super().positions + sum(len(prompt) + len(sent.ids) for sent in there for prompt in sent.prompts)
 
     def add(self, request: Request) -> int:
         row = self.engine._row(request)
@@ -268,21 +286,27 @@ class VllmRunning(Running):
         return number
 
     def drop(self, number: int) -> None:
-        del self._rows[number]
+        super().drop(number)
         self.engine.stop(self._sent.pop(number))
 
     @torch.inference_mode()
     def step(self) -> list[tuple[int, Any]]:
-        """One step of vLLM for all: (number, piece of text or picture) of what it made."""
-        number_of = {sent.names[0]: number for number, sent in self._sent.items()}  # the other branches say the same
-        moved: dict[int, _Row] = {}
-        for name, output in self.engine.listen(list(number_of)):
+        """One step of vLLM for all that it writes, and one here for the others: (number, piece of text or picture)."""
+        moved = {number: self._rows[number] for number, sent in self._sent.items() if not sent.names}
+        for row in moved.values():
+            self._fit(row, row.branches)
+        if moved:
+            self.engine._step(list(moved.values()), self.cache)
+        # the other branches say the same as the first
+        number_of = {sent.names[0]: number for number, sent in self._sent.items() if sent.names}
+        for name, output in self.engine.listen(list(number_of)) if number_of else ():
             number = number_of[name]
             moved[number], sent = self._rows[number], self._sent[number]
             sent.ids += output.outputs[0].token_ids
             take(moved[number], sent.ids)
         ended = {number: row for number, row in moved.items() if row.state and row.state.done}
-        # a span has read all but its last id, with which the next one begins, or which has ended it
+        # a span has read all but its last id, with which the next one begins, or which has ended it; one that was
+        # written here is taken back
         read = {number: self._sent[number].prompts[0] + self._sent[number].ids[:-1] for number in ended}
         number_of_row = {id(row): number for number, row in moved.items()}
         rows = list(moved.values())
@@ -296,6 +320,7 @@ class VllmRunning(Running):
                 self.drop(number)
             else:
                 self.engine.stop(self._sent[number])
+                self._fit(row, 0)
                 self._sent[number] = self.engine.send(row, read[number])
         return parts
 

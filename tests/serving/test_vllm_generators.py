@@ -1,0 +1,205 @@
+"""Pictures by other generators than next-token, behind vLLM's text, are the local engine's. On a CPU, in float32.
+
+Run: scripts/test.sh --serve
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import unigen
+from tests.serving.test_vllm import WORDS, answers, on_vllm, scheduler
+
+pytestmark = pytest.mark.serve
+pytest.importorskip("vllm")
+
+WRITERS = ("next-token", "masked", "next-scale", "flow", "joint")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of random weights that writes in many ways: 8x8 codes out of 512, in four scales, or latents."""
+    from transformers import LlamaConfig
+
+    from unigen import generators
+    from unigen.generators.base import Frame
+    from unigen.models import tiny
+    from unigen.tokenizers import text
+    from unigen.tokenizers.kl import KLConfig, KLTokenizer
+    from unigen.tokenizers.vq import VQConfig, VQTokenizer
+
+    torch.manual_seed(0)
+    scratch = tmp_path_factory.mktemp("many")
+    lines = [" " + " ".join(WORDS[i:] + WORDS[:i]) for i in range(len(WORDS))] * 4
+    text.train(lines, scratch / "text", 312, tiny.SPECIALS)
+    small: dict[str, Any] = {"image_size": 64, "codes": 512, "channels": 16, "decoder_channels": 16, "wide": 16}
+    small |= {"encoder_blocks": (1, 1), "decoder_blocks": (1, 1)}
+    own: dict[str, Any] = {
+        "multiscale": VQTokenizer(VQConfig(**small, quantizer="multiscale", scales=(1, 2, 4, 8), code_dim=4)),
+        "kl": KLTokenizer(KLConfig(image_size=64, channels=(16, 16, 16, 16), latent_channels=4)),
+    }
+    settings: dict[str, Any] = {"flow": {"layers": 2, "heads": 2, "head_dim": 16, "context_length": 64}}
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        max_position_embeddings=512, tie_word_embeddings=True,
+    )  # fmt: skip
+    heads = [
+        tiny.new_generator(name, Frame((8, 8), 0, config.hidden_size, own[kind], settings.get(name, {})))
+        for name in WRITERS
+        if (kind := generators.find(name).own)
+    ]
+    model = tiny.create(config, text.load(scratch / "text"), VQTokenizer(VQConfig(**small)), WRITERS, heads)
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and parameter.requires_grad:
+            parameter.data.normal_(0, 0.3)
+    model.save(scratch / "model")
+    return scratch / "model"
+
+
+@pytest.fixture(scope="module")
+def local(folder: Path) -> Any:
+    return unigen.load(str(folder), "cpu")
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> Iterator[Any]:
+    with on_vllm(folder) as engine:
+        yield engine
+
+
+def alike(one: Any, other: Any) -> bool:
+    """The same pictures, but for what a flow's sums round differently where they are read in other passes."""
+    return bool(np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1)
+
+
+def untouched(engine: Any) -> bool:
+    """Is nothing on its way at vLLM?"""
+    return not engine.llm.has_unfinished_requests() and not scheduler(engine).groups and not engine._heard
+
+
+def stories(generator: str, **options: Any) -> list[dict[str, Any]]:
+    told = {"output": "interleaved", "generator": generator, "max_images": 2, "max_tokens": 80, **options}
+    return [told | {"prompt": f"a story about a {word}", "seed": seed} for seed, word in enumerate(WORDS[3:9])]
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("generator", ["masked", "next-scale"])
+def test_stories(generator: str, guidance: float, engine: Any, local: Any) -> None:
+    """Text by vLLM, pictures here, side by side with a story that vLLM writes alone; greedy pictures too."""
+    options = [*stories(generator, guidance=guidance), *stories("next-token", guidance=guidance)]
+    wanted = answers(local, options)
+    assert answers(engine, options) == wanted and untouched(engine)
+    drawn = [part for parts in wanted[:6] for part in parts if isinstance(part, list)]
+    least = 32 if generator == "masked" else 16  # a random tokenizer reads most of what next-scale draws as the same
+    assert len(drawn) >= 4 and len({code for codes in drawn for row in codes for code in row}) >= least
+    assert any([type(part) for part in parts[:4]] == [str, list, str, list] for parts in wanted[:6])
+
+
+def test_the_control_of_stories(engine: Any, local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written here without what vLLM has read."""
+    wanted = answers(local, stories("masked"))
+    send = type(engine).send
+    monkeypatch.setattr(
+        type(engine), "send", lambda self, row, before: send(self, row, before if self._writes(row) else before[:1])
+    )
+    assert answers(engine, stories("masked")) != wanted
+
+
+@pytest.mark.parametrize("generator", WRITERS)
+def test_pictures(generator: str, engine: Any, local: Any) -> None:
+    """The same seed, the same picture."""
+    for options in ({"guidance": 1.0}, {"guidance": 2.0, "seed": 4}):
+        given, wanted = (one.generate("a red dog", generator=generator, **options) for one in (engine, local))
+        assert alike(given, wanted)
+        assert not alike(given, engine.generate("a red dog", generator=generator, **options | {"seed": 9}))
+    assert untouched(engine)
+
+
+def test_a_flows_story(engine: Any, local: Any) -> None:
+    """Its head wants the states of all that was read, of which vLLM says nothing."""
+    options, *_ = stories("flow", steps=3, guidance=2.0)
+    given, wanted = (list(one.stream(**options)) for one in (engine, local))
+    texts = ["".join(part for part in parts if isinstance(part, str)) for parts in (given, wanted)]
+    pictures = [[part for part in parts if not isinstance(part, str)] for parts in (given, wanted)]
+    assert texts[0] == texts[1]
+    assert len(pictures[0]) == len(pictures[1]) > 0 and all(map(alike, *pictures))
+
+
+def test_what_else_the_model_can_do(engine: Any, local: Any) -> None:
+    """Pairs, painting and captions chosen among candidates, whose scores are the model's here."""
+    paper = local.generate("a red dog", seed=5)
+    mask = Image.new("L", (64, 64), 0)
+    mask.paste(255, (0, 0, 32, 64))
+    assert alike(engine.inpaint(paper, "a blue horse", mask), local.inpaint(paper, "a blue horse", mask))
+    given, wanted = engine.pair("a red dog", seed=2), local.pair("a red dog", seed=2)
+    assert given[0] == wanted[0] and alike(given[1], wanted[1])
+    captions = [local.describe(paper, candidates=n, max_tokens=12) for n in (1, 6)]
+    assert [engine.describe(paper, candidates=n, max_tokens=12) for n in (1, 6)] == captions
+    assert engine.describe(paper, max_tokens=12) == local.describe(paper, max_tokens=12)
+    torch.testing.assert_close(engine.states("a dog"), local.states("a dog"))
+    told, known = engine.info(), local.info()
+    assert all(told[name] == known[name] for name in ("generators", "takes", "sampling", "outputs"))
+    with pytest.raises(ValueError, match="leave accelerate out"):
+        engine.generate("a dog", accelerate="sjd")
+
+
+def test_the_control_of_candidates(engine: Any, local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight of the model here that is not the one that vLLM has."""
+    paper = local.generate("a red dog", seed=5)
+    wanted = [local.describe(paper, candidates=6, max_tokens=12, seed=seed) for seed in range(3)]
+    embeddings = engine.model.backbone.lm.get_input_embeddings().weight
+    kept = embeddings.data.clone()
+    embeddings.data.neg_()
+    try:
+        assert [engine.describe(paper, candidates=6, max_tokens=12, seed=seed) for seed in range(3)] != wanted
+    finally:
+        embeddings.data.copy_(kept)
+
+
+def test_a_stream_that_is_left_in_a_picture_leaves_nothing(engine: Any) -> None:
+    running = engine.running()
+    options, *_ = stories("masked")
+    number = running.add(engine.request(**options))
+    while running._sent[number].names:
+        running.step()
+    running.step()
+    assert number in running and running.cache.used == 2 and running.positions > 0
+    running.clear()
+    assert running.cache.used == 0 and running.positions == 0 and untouched(engine)
+
+
+def test_pictures_need_no_room_at_vllm(folder: Path, local: Any) -> None:
+    """Its limits are those of text then; next-token's are as they were."""
+    with on_vllm(folder, max_num_seqs=1) as engine:
+        given = engine.generate("a red dog", generator="masked", guidance=2.0)
+        assert alike(given, local.generate("a red dog", generator="masked", guidance=2.0))
+        with pytest.raises(ValueError, match="raise max_num_seqs"):
+            engine.generate("a red dog", guidance=2.0)
+
+
+def test_the_server(folder: Path, local: Any, serve: Any) -> None:
+    """Pictures by other generators and text at once, each as alone."""
+    served = serve("--model", str(folder), "--device", "cpu", "--engine", "vllm", "--vllm", "enforce_eager=true")
+    served.wait()
+    chat = {"model": str(folder), "messages": [{"role": "user", "content": "how many"}], "max_tokens": 20, "seed": 1}
+    drawn = {"prompt": "a red dog", "seed": 5, "generator": "masked"}
+    with ThreadPoolExecutor(8) as pool:
+        texts = [pool.submit(served.get, "/v1/chat/completions", chat) for _ in range(3)]
+        pictures = [pool.submit(served.get, "/v1/images/generations", drawn) for _ in range(3)]
+        said, made = ([job.result() for job in jobs] for jobs in (texts, pictures))
+    assert [status for status, _ in said + made] == [200] * 6
+    picture = local.generate("a red dog", seed=5, generator="masked").tobytes()
+    for _, answer in made:
+        assert Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"]))).tobytes() == picture
+    assert len({repr(answer["choices"][0]["message"]) for _, answer in said}) == 1
+    assert "masked" in served.get("/v1/models")[1]["data"][0]["unigen"]["generators"]
