@@ -23,6 +23,7 @@ import unigen
 from tests.serving.test_vllm import answers, on_vllm
 from unigen.models import convert
 from unigen.sequence import Document
+from unigen.serving import vllm_engine
 
 pytestmark = pytest.mark.serve
 pytest.importorskip("vllm")
@@ -131,7 +132,8 @@ def test_janus(tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     ]
     wanted = answers(unigen.load(str(tmp_path / "public"), "cpu", "float32"), said + drawn)
     assert wanted[0] != wanted[1] and len({code for row in wanted[-1][-1] for code in row}) >= 32
-    with on_vllm(tmp_path / "vllm", max_num_batched_tokens=48, max_num_seqs=8) as engine:
+    tight = {"max_model_len": 256, "num_gpu_blocks_override": 14, "max_num_seqs": 8, "max_num_batched_tokens": 100}
+    with on_vllm(tmp_path / "vllm", **tight) as engine:
         assert answers(engine, said + drawn) == wanted
         assert answers(engine, said) == wanted[: len(said)]  # found in the prefix cache
         sight = engine.model.sight.features
@@ -160,14 +162,12 @@ def test_a_folder_that_is_not_whole_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By the class itself, which is all that `vllm serve` has. Ours looks before."""
-    from unigen.serving.vllm_engine import start
-
     _, _, folder = exported(family, tmp_path, monkeypatch)
     path = folder / file / "model.safetensors"
     state = {name: tensor for name, tensor in load_file(path).items() if name != gone}
     save_file(state | ({more: torch.zeros(2)} if more else {}), path, {"format": "pt"})
     with pytest.raises(ValueError, match=line):
-        start(folder, torch.float32, 512, {"enforce_eager": True})
+        vllm_engine.start(folder, torch.float32, 512, {"enforce_eager": True})
 
 
 PLUGIN = """
@@ -181,11 +181,25 @@ if __name__ == "__main__":
 """
 
 
+def environment(scratch: Path, root: Path, points: dict[str, dict[str, str]]) -> dict[str, str]:
+    """Of a process in which the package is installed with these entry points; vLLM is in others."""
+    info = scratch / "unigen-0.dist-info"  # found before what is installed
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: unigen\nVersion: 0\n")
+    lines = [f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in held.items()) for group, held in points.items()]
+    (info / "entry_points.txt").write_text("\n".join(lines))
+    vllm_engine.prepare()
+    return os.environ | {"PYTHONPATH": f"{scratch}:{root}", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+
+
+def entry_points(root: Path) -> dict[str, dict[str, str]]:
+    given: dict[str, dict[str, str]] = tomllib.loads((root / "pyproject.toml").read_text())["project"]["entry-points"]
+    return given
+
+
 @pytest.mark.timeout(600)
 def test_vllm_finds_our_classes_by_itself(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a plugin of the installed package, in processes of its own; the control is a package without it."""
-    from unigen.serving import vllm_engine
-
     _, public, folder = exported("chameleon", tmp_path, monkeypatch)
     model = unigen.load(str(public), "cpu", "float32").model
     ids = model.ids(model.template.prompt(Document.of("a red apple"), output="image"))
@@ -194,23 +208,30 @@ def test_vllm_finds_our_classes_by_itself(tmp_path: Path, root: Path, monkeypatc
         for _ in range(32):
             last_1V = lm.lm_head(lm.model(wanted_1L).last_hidden_state[:, -1])
             wanted_1L = torch.cat((wanted_1L, last_1V.argmax(-1)[None]), 1)
-    vllm_engine.prepare()
     (tmp_path / "plugin.py").write_text(PLUGIN)
-    given = tomllib.loads((root / "pyproject.toml").read_text())["project"]["entry-points"]
-    for name, points in (("with", given), ("without", {})):
-        info = tmp_path / name / "unigen-0.dist-info"  # found before what is installed
-        info.mkdir(parents=True)
-        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: unigen\nVersion: 0\n")
-        lines = [f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in held.items()) for group, held in points.items()]
-        (info / "entry_points.txt").write_text("\n".join(lines))
-        done = subprocess.run(
-            [sys.executable, str(tmp_path / "plugin.py"), str(folder), json.dumps(ids)],
-            env=os.environ | {"PYTHONPATH": f"{info.parent}:{root}", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
-            capture_output=True, text=True, timeout=300, cwd=tmp_path,
-        )  # fmt: skip
-        if points:
-            assert done.returncode == 0, done.stderr[-2000:]
-            assert json.loads(done.stdout.splitlines()[-1]) == wanted_1L[0, len(ids) :].tolist()
-        else:
-            assert done.returncode != 0 and "UnigenChameleonForCausalLM" in done.stderr
+    command = [sys.executable, str(tmp_path / "plugin.py"), str(folder), json.dumps(ids)]
+    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 300, "cwd": tmp_path}
+    done = subprocess.run(command, env=environment(tmp_path / "with", root, entry_points(root)), **options)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == wanted_1L[0, len(ids) :].tolist()
     assert len(set(wanted_1L[0, len(ids) :].tolist())) > 4
+    done = subprocess.run(command, env=environment(tmp_path / "without", root, {}), **options)
+    assert done.returncode != 0 and "UnigenChameleonForCausalLM" in done.stderr
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("family", ["chameleon", "janus"])
+def test_in_two_processes(family: str, tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with its share of every layer."""
+    case, public, folder = exported(family, tmp_path, monkeypatch, num_key_value_heads=2)
+    core = min(os.sched_getaffinity(0))
+    given = environment(tmp_path / "with", root, entry_points(root)) | {"VLLM_CPU_OMP_THREADS_BIND": f"{core}|{core}"}
+    vllm = ["--engine", "vllm", "--vllm", "enforce_eager=true", "--vllm", "tensor_parallel_size=2"]
+    drawn = ["--temperature", "1", "--seed", "3", "-o", str(tmp_path / "out.png")]
+    line = ["generate", case.PROMPT, "--model", str(folder), "--device", "cpu", "--dtype", "float32", *drawn, *vllm]
+    done = subprocess.run(
+        [sys.executable, "-m", "unigen", *line], env=given, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    local = unigen.load(str(public), "cpu", "float32")
+    assert Image.open(tmp_path / "out.png").tobytes() == local.generate(case.PROMPT, temperature=1.0, seed=3).tobytes()
