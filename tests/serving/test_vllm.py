@@ -272,6 +272,7 @@ def test_what_vllm_alone_cannot_do_is_refused(engine: Any) -> None:
     for call in (
         lambda: engine.generate("a dog", accelerate="sjd"),
         lambda: engine.describe(paper, candidates=2),
+        lambda: engine.generate("a dog", candidates=2),
         lambda: engine.states("a dog"),
     ):
         with pytest.raises(ValueError, match="use --engine local"):

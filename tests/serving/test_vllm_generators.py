@@ -146,6 +146,8 @@ def test_what_else_the_model_can_do(engine: Any, local: Any) -> None:
     captions = [local.describe(paper, candidates=n, max_tokens=12) for n in (1, 6)]
     assert [engine.describe(paper, candidates=n, max_tokens=12) for n in (1, 6)] == captions
     assert engine.describe(paper, max_tokens=12) == local.describe(paper, max_tokens=12)
+    drawn = {"candidates": 3, "seed": 2}
+    assert engine.generate("a blue horse", **drawn).tobytes() == local.generate("a blue horse", **drawn).tobytes()
     torch.testing.assert_close(engine.states("a dog"), local.states("a dog"))
     told, known = engine.info(), local.info()
     assert all(told[name] == known[name] for name in ("generators", "takes", "sampling", "outputs"))

@@ -55,7 +55,7 @@ def asked(case: Any) -> list[dict[str, Any]]:
     """Pictures, greedy and drawn at temperature 1, guided and not, and what one shows."""
     drawn: list[dict[str, Any]] = [
         {"temperature": 0.0},
-        {"temperature": 1.0, "seed": 1},
+        {"temperature": 1.0, "top_p": 1.0, "seed": 1},
         {"temperature": 1.0, "seed": 2, "guidance": 1.0},
     ]
     pictures = [{"prompt": case.PROMPT, "output": "image", "size": case.SIZE, **one} for one in drawn]

@@ -158,10 +158,10 @@ class VllmEngine(Engine):
         among, or an answer."""
         return super().describe(image, question, **({} if self.local else {"candidates": 1}) | options)
 
-    def _described(self, *asked: Any) -> list[str]:
+    def _best(self, *asked: Any) -> list[Any]:
         if not self.local:
             raise ValueError("candidates are compared by the local engine: leave them out, or use --engine local")
-        return super()._described(*asked)
+        return super()._best(*asked)
 
     def states(self, prompt: Any) -> torch.Tensor:
         if not self.local:
