@@ -26,7 +26,7 @@ from unigen.samplers.logits import race, warp
 from unigen.sequence import Batch, Vocabulary
 
 STEPS = 12
-CHOICE = 2.0
+CHOICE = 0.5
 """Choice temperature: of the Gumbel noise on the confidences, times 1 - (step + 1) / steps, 0 in the last step."""
 
 Targets = tuple[Tensor, Tensor, Tensor, Tensor]
