@@ -116,7 +116,7 @@ def test_a_model_says_how_it_is_drawn_from(tiny_folder: Path, tmp_path: Path) ->
     assert (told.guidance.scales, told.image) == ((4.0,), Sampling(0.5, 0, 1.0))
     assert engine.request("a", "image", generator="masked").image == Sampling(0.8, 0, 1.0)
     assert engine.info()["sampling"]["next-token"] == {"guidance": 2.5, "temperature": 0.8, "top_k": 0, "top_p": 0.6}
-    assert engine.info()["sampling"]["flow"] == {"guidance": 3.0}
+    assert engine.info()["sampling"]["flow"] == {"guidance": 3.0, "steps": 20, "sampler": "euler"}
 
 
 @pytest.mark.parametrize(
