@@ -109,7 +109,7 @@ class PipelineEngine:
 
     def inpaint(self, image: Any, prompt: str, mask: Any, *, seed: int = 0, **options: Any) -> Any:
         """The picture with what is white in the mask painted anew."""
-        pictures = [read_image(Image.fromarray(x) if hasattr(x, "dtype") else x) for x in (image, mask)]
+        pictures = [read_image(x) for x in (image, mask)]
         if pictures[0].size != pictures[1].size:
             sizes = f"{pictures[1].size} pixels, the picture of {pictures[0].size}"
             raise ValueError(f"the mask is of {sizes}: make them alike")
