@@ -157,6 +157,28 @@ def test_answers_are_the_local_engines(case: str, folder: Path, local: Any) -> N
     assert case not in ("chunked", "preempted", "late") or dropped > 0, "nothing came apart"
 
 
+def test_those_that_leave_change_nothing_for_others(folder: Path, local: Any) -> None:
+    """Half of all leave at some step, guided pairs too; nothing of theirs stays, and the others end as alone."""
+    options, rng = asked(12, 60), random.Random(2)
+    wanted = answers(local, options)
+    with on_vllm(folder, max_num_batched_tokens=64, max_num_seqs=16) as engine:
+        requests, running = [engine.request(**one) for one in options], engine.running()
+        leaving = {running.add(request): rng.randrange(1, 60) if i % 2 else 0 for i, request in enumerate(requests)}
+        left, steps = set(), 0
+        while running:
+            running.step()
+            steps += 1
+            for number in [n for n, at in leaving.items() if at == steps and n in running]:
+                running.drop(number)
+                left.add(number)
+        assert len(left) > len(requests) // 4 and not engine.llm.has_unfinished_requests()
+        assert not scheduler(engine).groups and not engine._heard
+        for number, request in enumerate(requests):
+            if number not in left:
+                said = [s for s in request.document.segments if s.role == "assistant"]
+                assert [s.text if s.image is None else s.image.tolist() for s in said] == wanted[number]
+
+
 def test_the_control_of_the_scheduler(folder: Path, local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM's own scheduler lets branches come apart: what one writes alone is not even a code."""
     options = [one for one in asked(12, 60) if one["output"] == "image" and one["guidance"] != 1]
@@ -236,28 +258,6 @@ def test_a_stream_that_is_left_leaves_nothing(engine: Any) -> None:
     assert engine.llm.has_unfinished_requests()
     stream.close()
     assert not engine.llm.has_unfinished_requests() and not scheduler(engine).groups and not engine._heard
-
-
-def test_those_that_leave_change_nothing_for_others(folder: Path, local: Any) -> None:
-    """Half of all leave at some step, guided pairs too; nothing of theirs stays, and the others end as alone."""
-    options, rng = asked(12, 60), random.Random(2)
-    wanted = answers(local, options)
-    with on_vllm(folder, max_num_batched_tokens=64, max_num_seqs=16) as engine:
-        requests, running = [engine.request(**one) for one in options], engine.running()
-        leaving = {running.add(request): rng.randrange(1, 60) if i % 2 else 0 for i, request in enumerate(requests)}
-        left, steps = set(), 0
-        while running:
-            running.step()
-            steps += 1
-            for number in [n for n, at in leaving.items() if at == steps and n in running]:
-                running.drop(number)
-                left.add(number)
-        assert len(left) > len(requests) // 4 and not engine.llm.has_unfinished_requests()
-        assert not scheduler(engine).groups and not engine._heard
-        for number, request in enumerate(requests):
-            if number not in left:
-                said = [s for s in request.document.segments if s.role == "assistant"]
-                assert [s.text if s.image is None else s.image.tolist() for s in said] == wanted[number]
 
 
 def test_streams_side_by_side(engine: Any, local: Any) -> None:
