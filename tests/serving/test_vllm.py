@@ -30,6 +30,22 @@ pytestmark = pytest.mark.serve
 pytest.importorskip("vllm")
 
 WORDS = "a the blue red horse dog apple apples two three on background how many story about witch and raven".split()
+SMALL: dict[str, Any] = {"image_size": 64, "codes": 512, "channels": 16, "decoder_channels": 16, "wide": 16}
+SMALL |= {"encoder_blocks": (1, 1), "decoder_blocks": (1, 1)}
+"""An image tokenizer of 8x8 codes."""
+LLAMA: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+LLAMA |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+LLAMA |= {"max_position_embeddings": 512, "tie_word_embeddings": True}
+
+
+def pieces(folder: Path) -> Any:
+    """A text tokenizer of these words, trained there."""
+    from unigen.models import tiny
+    from unigen.tokenizers import text
+
+    lines = [" " + " ".join(WORDS[i:] + WORDS[:i]) for i in range(len(WORDS))] * 4
+    text.train(lines, folder, 312, tiny.SPECIALS)
+    return text.load(folder)
 
 
 @pytest.fixture(scope="module")
@@ -38,20 +54,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import LlamaConfig
 
     from unigen.models import tiny
-    from unigen.tokenizers import text
     from unigen.tokenizers.vq import VQConfig, VQTokenizer
 
     torch.manual_seed(0)
     scratch = tmp_path_factory.mktemp("wide")
-    lines = [" " + " ".join(WORDS[i:] + WORDS[:i]) for i in range(len(WORDS))] * 4
-    text.train(lines, scratch / "text", 312, tiny.SPECIALS)
-    small: dict[str, Any] = {"image_size": 64, "codes": 512, "channels": 16, "decoder_channels": 16, "wide": 16}
-    image_tokenizer = VQTokenizer(VQConfig(**small, encoder_blocks=(1, 1), decoder_blocks=(1, 1)))
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        max_position_embeddings=512, tie_word_embeddings=True,
-    )  # fmt: skip
-    model = tiny.create(config, text.load(scratch / "text"), image_tokenizer)
+    text, image_tokenizer = pieces(scratch / "text"), VQTokenizer(VQConfig(**SMALL))
+    model = tiny.create(LlamaConfig(**LLAMA), text, image_tokenizer)
     for p in model.backbone.parameters():
         if p.ndim > 1:
             p.data.normal_(0, 0.3)

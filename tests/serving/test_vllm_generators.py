@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 import unigen
-from tests.serving.test_vllm import WORDS, answers, on_vllm, scheduler
+from tests.serving.test_vllm import LLAMA, SMALL, WORDS, answers, on_vllm, pieces, scheduler
 
 pytestmark = pytest.mark.serve
 pytest.importorskip("vllm")
@@ -34,31 +34,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from unigen import generators
     from unigen.generators.base import Frame
     from unigen.models import tiny
-    from unigen.tokenizers import text
     from unigen.tokenizers.kl import KLConfig, KLTokenizer
     from unigen.tokenizers.vq import VQConfig, VQTokenizer
 
     torch.manual_seed(0)
     scratch = tmp_path_factory.mktemp("many")
-    lines = [" " + " ".join(WORDS[i:] + WORDS[:i]) for i in range(len(WORDS))] * 4
-    text.train(lines, scratch / "text", 312, tiny.SPECIALS)
-    small: dict[str, Any] = {"image_size": 64, "codes": 512, "channels": 16, "decoder_channels": 16, "wide": 16}
-    small |= {"encoder_blocks": (1, 1), "decoder_blocks": (1, 1)}
     own: dict[str, Any] = {
-        "multiscale": VQTokenizer(VQConfig(**small, quantizer="multiscale", scales=(1, 2, 4, 8), code_dim=4)),
+        "multiscale": VQTokenizer(VQConfig(**SMALL, quantizer="multiscale", scales=(1, 2, 4, 8), code_dim=4)),
         "kl": KLTokenizer(KLConfig(image_size=64, channels=(16, 16, 16, 16), latent_channels=4)),
     }
     settings: dict[str, Any] = {"flow": {"layers": 2, "heads": 2, "head_dim": 16, "context_length": 64}}
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        max_position_embeddings=512, tie_word_embeddings=True,
-    )  # fmt: skip
+    config = LlamaConfig(**LLAMA)
     heads = [
         tiny.new_generator(name, Frame((8, 8), 0, config.hidden_size, own[kind], settings.get(name, {})))
         for name in WRITERS
         if (kind := generators.find(name).own)
     ]
-    model = tiny.create(config, text.load(scratch / "text"), VQTokenizer(VQConfig(**small)), WRITERS, heads)
+    model = tiny.create(config, pieces(scratch / "text"), VQTokenizer(VQConfig(**SMALL)), WRITERS, heads)
     for parameter in model.parameters():
         if parameter.ndim > 1 and parameter.requires_grad:
             parameter.data.normal_(0, 0.3)

@@ -92,7 +92,7 @@ def start(folder: Path, dtype: torch.dtype, context: int, options: dict[str, Any
     if current_platform.is_cpu():
         usual["block_size"] = 32  # of 128 otherwise, and only whole blocks are found again
     if unknown := sorted(set(options) - {field.name for field in fields(EngineArgs)}):
-        raise ValueError(f"vLLM's engine has no argument {', '.join(unknown)}")
+        raise ValueError(f"vLLM's engine has no argument {', '.join(unknown)}: vllm.EngineArgs lists those it has")
     if taken := sorted(set(options) & set(ours)):
         raise ValueError(f"{', '.join(taken)} of vLLM's engine is given by us: leave it out")
     try:
