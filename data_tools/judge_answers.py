@@ -8,8 +8,8 @@ recipes/tiny.py learns from.
 
 pictures: the prompts are of the kinds of `unigen eval scenes`, those with several things more often. A picture is right
 where all that its prompt says holds, the background too, and nothing else is in it. Give another detector than the
-shipped one, which judges the evaluation; docs/guide.md has the commands that make one. Those of a generator with
-its own tokenizer are kept as they look, since their codes are not the model's.
+shipped one, which judges the evaluation; docs/guide.md has the commands that make one. Those of a flow are kept as
+they look, those of next-scale by its own codes: read again, nine in ten would be others.
 captions: of rendered scenes, at temperature 1; right by the rules of `unigen eval understanding`. The true caption
 is one more answer.
 No prompt or scene holds a held-out combination, and those of seed 0 are refused, which the evaluations use.
@@ -61,7 +61,10 @@ def pictures(engine: Any, task: ScenesTask, items: list[Item], answers: int, see
     scores = task.score_batch(asked, [drawn[k] for k in range(len(asked))])
     right = [s["strict"] == 1 and s.get("background", 1) == 1 for s in scores]
     made = [request.document.segments for request in requests]
-    given = [segments[-1] for segments in made]
+    given = [
+        segments[-1] if request.written[-1] is None else Segment(image=request.written[-1], role="assistant")
+        for request, segments in zip(requests, made, strict=True)
+    ]
     cuts = [slice(k, k + answers) for k in range(0, len(asked), answers)]
     writer = {"writer": options["generator"]}
     return [line(made[cut.start][:-1], given[cut], right[cut]) | writer for cut in cuts]

@@ -272,7 +272,8 @@ def build(cfg: TinyConfig) -> Job:
         assert reference is not None
         tokenizer: Any = model.image_tokenizer
         files = cfg.preferences.judged.split(",")
-        pairs = read_pairs(files, cfg.seed, tokenizer.grid, tokenizer.codebook_size)
+        own = {head.name: head.own_shape for head in model.heads.values() if hasattr(head, "own_shape")}
+        pairs = read_pairs(files, cfg.seed, tokenizer.grid, tokenizer.codebook_size, own)
         able = model.template.begins.keys() - model.template.text_lengths.keys()  # whose costs are of texts, too
         if unable := {pair.writer for pair in pairs} - able:
             raise ValueError(

@@ -367,6 +367,7 @@ class Engine:
             if row.request.output == "pair":
                 yield row, self._text_of(row)
             row.document.segments.append(Segment(image=image, role="assistant"))
+            row.request.written.append(state.own_codes)
             yield row, pictures[0]
         for row in ended:
             self._go_on(row, cache, drew=row.generator is not text)

@@ -43,27 +43,45 @@ def log_likelihood(
     """log p (nats) of what is learnt in each document (D,) of packed rows: of codes in raster order among codes, as
     guidance and temperature have them drawn, and of text as it is.
 
-    Of a picture that another generator writes it is what this one says without guidance: - the sum of its costs, for
-    next-scale and random order log p itself; where it has one cost for a whole picture, - codes x this mean: for
-    masked prediction an estimate of a bound, under the masks that `rng` draws, for a flow the squared error in its
-    place, as in Diffusion-DPO (Wallace et al. 2023, arXiv 2311.12908). batch: filled; blind: the same, for guidance.
+    Of a picture that another generator writes it is - the sum of its costs, for next-scale (as it is drawn, too) and
+    random order log p itself; where it has one cost for a whole picture, - codes x this mean: for masked prediction an
+    estimate of a bound, under the masks that `rng` draws, for a flow the squared error in its place, as in
+    Diffusion-DPO (Wallace et al. 2023, arXiv 2311.12908). Where it has no `guided_loss` it is what it says without
+    guidance. batch: filled; blind: the same, for guidance.
     """
     documents_B = batch.segments_BL.amax(1)
     first_B = documents_B.cumsum(0) - documents_B
     number_BL = first_B[:, None] + batch.segments_BL - 1
-    embeds_BLD, targets = model.embed(batch.ids_BL), {}
     others = {name: model.generators[name] for name in sorted({*batch.writers} - {model.template.reader})}
-    for name, generator in others.items():
-        assert rng is not None, f"what {name} learns from is drawn"
-        embeds_BLD, targets[name] = generator.prepare(model, batch, embeds_BLD, rng)
-    hidden_BLD = model.hidden(batch, embeds_BLD)
+    guides = guidance is not None and guidance.branches > 1 and as_drawn(model, batch)
+    start = None if rng is None else rng.get_state()
+
+    def read(side: Batch) -> tuple[Tensor, dict[str, Any]]:
+        embeds_BLD, targets = model.embed(side.ids_BL), {}
+        if rng is not None:
+            rng.set_state(start)
+        for name, generator in others.items():
+            assert rng is not None, f"what {name} learns from is drawn"
+            embeds_BLD, targets[name] = generator.prepare(model, side, embeds_BLD, rng)
+        return model.hidden(side, embeds_BLD), targets
+
+    hidden_BLD, targets = read(batch)
+    unseen_BLD, unseen_targets = hidden_BLD, targets
+    if guides:
+        assert blind is not None, "guidance needs the blind branch"
+        unseen_BLD, unseen_targets = read(blind)
     rows, at = (batch.loss_BL & ~batch.inside()).nonzero(as_tuple=True)
     text = _log_p(model.logits(hidden_BLD[rows, at - 1]), batch.ids_BL[rows, at])
     total_D = text.new_zeros(int(documents_B.sum())).index_add(0, number_BL[rows, at], text)
 
     for name, generator in others.items():
         row_P, start_P, _ = batch.spans_N3[batch.written_by(name).to(batch.spans_N3.device)].unbind(1)
-        costs_PT = generator.loss(model, batch, hidden_BLD, targets[name]).unflatten(0, (len(row_P), -1))
+        if guidance is not None and hasattr(generator, "guided_loss"):
+            branches = [(hidden_BLD, targets[name]), (unseen_BLD, unseen_targets[name])][: guidance.branches]
+            costs = generator.guided_loss(branches, guidance, temperature)
+        else:
+            costs = generator.loss(model, batch, hidden_BLD, targets[name])
+        costs_PT = costs.unflatten(0, (len(row_P), -1))
         codes = math.prod(model.image_tokenizer.grid) if costs_PT.shape[1] == 1 else 1
         total_D = total_D.index_add(0, number_BL[row_P, start_P - 1], -codes * costs_PT.sum(1))
 
@@ -75,15 +93,21 @@ def log_likelihood(
         coded_M = model.vocabulary.is_image(batch.ids_BL[rows_N1, at_NM])[0]  # and not what ends a row
         at_NM = at_NM[:, coded_M]
         logits = model.logits(hidden_BLD[rows_N1, at_NM - 1], first, stop).float()
-        if guidance is not None and guidance.branches > 1:
-            assert blind is not None, "guidance needs the blind branch"
+        if guides:
+            assert guidance is not None and blind is not None
             blind_N1, unseen_NM = blind.places(drawn)
             unseen_NM = unseen_NM[:, coded_M]
-            unseen = model.logits(model.hidden(blind)[blind_N1, unseen_NM - 1], first, stop).float()
+            unseen = model.logits(unseen_BLD[blind_N1, unseen_NM - 1], first, stop).float()
             logits = guidance.combine([logits, unseen])
         ids_NM = batch.ids_BL[rows_N1, at_NM] - first
         total_D = total_D.index_add(0, number_BL[rows_N1, at_NM][:, 0], _log_p(logits / temperature, ids_NM).sum(-1))
     return total_D
+
+
+def as_drawn(model: UnifiedModel, batch: Batch) -> bool:
+    """Are there pictures in it whose likelihood is that by which they are drawn, guidance and all?"""
+    guided = {name for name, generator in model.generators.items() if hasattr(generator, "guided_loss")}
+    return not {*batch.writers}.isdisjoint({model.template.reader, *guided})
 
 
 def _log_p(logits: Tensor, ids: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ The file refuses to know: caches, how anything is generated. What is wrong is a 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,8 @@ SAMPLING: dict[str, Any] = {"guidance": 3.0, "temperature": 0.8, "top_k": 0, "to
 
 @dataclass
 class Request:
-    """What one row is asked for. `image` and `text` say how ids of either kind are drawn."""
+    """What one row is asked for. `image` and `text` say how ids of either kind are drawn. written: of the pictures that
+    have been made, the codes (P,) of those whose generator has codes of its own, else None."""
 
     document: Document
     output: Output
@@ -41,6 +42,7 @@ class Request:
     sampler: str | None = None
     accelerate: str | None = None
     fixed: torch.Tensor | None = None
+    written: list[torch.Tensor | None] = field(default_factory=list)
 
 
 def checked(

@@ -94,8 +94,8 @@ def to_images(pixels_BCHW: Tensor) -> list[Image.Image]:
 
 @dataclass(eq=False)
 class Segment:
-    """A run of text; or one image: a PIL image, an RGB array uint8 (H, W, 3), a path, or codes int64 (h, w); or, for
-    models that draw classes, a class by its number or name."""
+    """A run of text; or one image: a PIL image, an RGB array uint8 (H, W, 3), a path, or codes int64 (h, w), of a
+    generator with a tokenizer of its own (P,); or, for models that draw classes, a class by its number or name."""
 
     text: str | None = None
     image: Image.Image | np.ndarray | str | Path | Tensor | None = None

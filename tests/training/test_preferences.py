@@ -17,10 +17,11 @@ import torch
 from unigen.cli import main
 from unigen.data.packing import Collate
 from unigen.engine import Engine
-from unigen.generators import names
+from unigen.generators import names, next_scale
 from unigen.likelihood import log_likelihood
 from unigen.models import load
 from unigen.samplers.guidance import Guidance
+from unigen.samplers.logits import draw_together
 from unigen.sequence import Document, Segment, Tokens, pack
 from unigen.training.objectives import Mixture
 from unigen.training.preferences import (
@@ -220,8 +221,9 @@ def test_pictures_of_any_generator_are_compared(engine: Engine, writer: str) -> 
     total, count = objective(model, batch, torch.Generator().manual_seed(0))["preference"]
     assert count == 2 and math.isclose(float(total.detach()) / 2, math.log(2), rel_tol=1e-5)
     (sides,) = drawn
-    ends = pack([[sides.chosen]], len(sides.chosen), 16)  # a picture of no positions ends a row
-    found = log_likelihood(model, model.fill(ends), rng=torch.Generator().manual_seed(1)).detach()
+    ends = (pack([[side]], len(side), 16) for side in (sides.chosen, sides.blind_chosen))  # no positions: it ends a row
+    guided = (*map(model.fill, ends), Guidance((3.0,)), 0.8)
+    found = log_likelihood(model, *guided, rng=torch.Generator().manual_seed(1)).detach()
 
     def pictures() -> torch.Tensor:
         return likelihoods(model, batch, kind=1)[0]
@@ -282,6 +284,63 @@ def test_next_scale_is_as_likely_as_its_codes(engine: Engine) -> None:
         opened = model.logits(states_LD[begin - 1]).log_softmax(-1)[alone.ids_BL[0, begin]]
         expected = opened + scores.gather(-1, targets[2][0][:, None]).sum()
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(("scale", "temperature"), [(3.0, 0.8), (1.0, 0.5)])
+def test_next_scale_is_as_likely_as_it_is_drawn(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, scale: float, temperature: float
+) -> None:
+    """By the codes that it wrote, not those that its tokenizer has for the picture: under guidance that grows."""
+    model, template, drawn = engine.model, engine.model.template, []
+
+    def draw(logits_NV: torch.Tensor, sampling: Any, rng: torch.Generator) -> torch.Tensor:
+        codes_N = draw_together(logits_NV, sampling, rng)
+        drawn.append((logits_NV / temperature).log_softmax(-1).gather(-1, codes_N[:, None]).sum())
+        return codes_N
+
+    monkeypatch.setattr(next_scale, "draw_together", draw)
+    options = {"guidance": scale, "temperature": temperature, "top_k": 0, "top_p": 1.0, "generator": "next-scale"}
+    requests = [engine.request("a dog", "image", seed=seed, **options) for seed in range(2)]
+    for request in requests:
+        list(engine.run([request]))
+    chats = [Document.of(["a dog", Segment(image=r.written[0], role="assistant")]) for r in requests]
+    sides = [
+        pack([[template.encode(chat, blind=blind, writer="next-scale") for chat in chats]], 64, 16)
+        for blind in (False, True)
+    ]
+    rng, scales = torch.Generator(), len(model.heads["next-scale"].lengths)
+    found_2 = log_likelihood(model, *sides, Guidance.of(scale), temperature, rng)
+    expected_2 = torch.stack(drawn).view(2, scales).sum(1)
+    asked = pack([[template.prompt(Document.of("a dog"))]], 32, 16)
+    states_LD = model.hidden(asked)[0]
+    opened = model.logits(states_LD[int(asked.segments_BL.sum()) - 1]).log_softmax(-1)[template.begins["next-scale"]]
+    torch.testing.assert_close(found_2, opened + expected_2, rtol=1e-4, atol=1e-3)
+    otherwise_2 = log_likelihood(model, *sides, Guidance.of(1.5), temperature, rng)
+    assert (otherwise_2 - found_2).abs().min() > 0.1
+
+
+def test_codes_of_next_scale_are_checked_and_compared(engine: Engine, tmp_path: Path) -> None:
+    head: Any = engine.model.heads["next-scale"]
+    length, size = head.own_shape
+    own = {"next-scale": (length, size)}
+    for codes, message in (([0] * (length - 1), f"not {length} codes"), ([0] * (length - 1) + [size], "beyond the")):
+        text = line(asked("a"), [codes, [1] * length]).replace("{", '{"writer": "next-scale", ', 1)
+        (tmp_path / "f").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_pairs([tmp_path / "f"], 0, (2, 2), 32, own)
+    texts = [
+        line(asked("a"), [[0] * length, [1] * length]).replace("{", '{"writer": "next-scale", ', 1),
+        line(asked("a"), CODES),
+    ]
+    (tmp_path / "f").write_text("".join(texts))
+    with pytest.raises(ValueError, match="not 2 x 2 codes"):
+        read_pairs([tmp_path / "f"], 0, (2, 2), 32)
+    pairs = read_pairs([tmp_path / "f"], 0, (2, 2), 32, own)
+    rows = ComparedRows([[]], pairs, engine.model.template.encode, 128, 1)
+    assert [sides.chosen.writers for kind in rows.pairs for row in kind for sides in row] == [
+        ["next-token"],
+        ["next-scale"],
+    ]
 
 
 def test_a_model_draws_is_judged_and_learns(

@@ -68,6 +68,11 @@ class State:
     text: list[int] = field(default_factory=list)
     done: bool = False
 
+    @property
+    def own_codes(self) -> Tensor | None:
+        """The codes (P,) of a finished image, where they are not the model's own."""
+        return None
+
 
 @dataclass
 class Read:
@@ -202,5 +207,7 @@ class Head(nn.Module):
         return pixels.to(device)
 
     def encoded(self, batch: Batch, device: torch.device) -> Tensor:
-        """The same, by the generator's own tokenizer."""
+        """The same, by the generator's own tokenizer; or the codes (M, P) in which it drew them."""
+        if batch.images is not None and batch.images.ndim == 2:
+            return batch.images[batch.written_by(self.name)].to(device)
         return self.tokenizer.encode(self.pixels(batch, device))

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from unigen.generators.base import CODES, Frame, Head, Model, Read, Span, State
+from unigen.samplers.guidance import Guidance
 from unigen.samplers.logits import draw_together
 from unigen.sequence import Batch
 
@@ -37,6 +38,10 @@ class ScaleState(State):
     seen_1Chw: Tensor = field(default_factory=lambda: torch.empty(0))
     codes: list[Tensor] = field(default_factory=list)
     read_LD: Tensor | None = None
+
+    @property
+    def own_codes(self) -> Tensor:
+        return torch.cat(self.codes).cpu()
 
 
 class NextScale(Head):
@@ -74,6 +79,11 @@ class NextScale(Head):
     def edges(self) -> tuple[nn.Module, ...]:  # type: ignore[override]
         return self.project, self.head
 
+    @property
+    def own_shape(self) -> tuple[int, int]:
+        """How many codes a picture is written in, and how many there are."""
+        return sum(self.lengths), self.tokenizer.quantizer.size
+
     def positions(self) -> int:
         return sum(self.lengths[1:])
 
@@ -101,7 +111,7 @@ class NextScale(Head):
             return embeds_BLD, (rows_M1, at_MP, at_MP)
         quantizer = self.tokenizer.quantizer
         with torch.no_grad(), torch.autocast(embeds_BLD.device.type, enabled=False):
-            if self.mistakes:
+            if self.mistakes and batch.images is not None and batch.images.is_floating_point():
                 f_MChw = self.tokenizer.features(self.pixels(batch, embeds_BLD.device))
                 codes_MP, read_MP = quantizer.corrected(f_MChw, self.mistakes, rng)
             else:
@@ -111,12 +121,27 @@ class NextScale(Head):
         return embeds_BLD.index_put((rows_M1, at_MP), read_MPD), (rows_M1, at_MP, codes_MP)
 
     def loss(self, model: Model, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> Tensor:
-        rows_M1, at_MP, codes_MP = targets
-        if not len(at_MP):
+        if not len(targets[1]):
             return self.nothing(hidden_BLD)
+        logits = self.logits(hidden_BLD, targets).flatten(0, 1)
+        return nn.functional.cross_entropy(logits, targets[2].flatten(), reduction="none")
+
+    def logits(self, hidden_BLD: Tensor, targets: Targets) -> Tensor:
+        """Of the codes of all scales (M, n_1 + P, V)."""
+        rows_M1, at_MP, _ = targets
         at_MP = torch.cat([at_MP[:, :1] - 1, at_MP], 1)
-        logits = self.head(hidden_BLD[rows_M1, at_MP].flatten(0, 1)).float()
-        return nn.functional.cross_entropy(logits, codes_MP.flatten(), reduction="none")
+        return self.head(hidden_BLD[rows_M1, at_MP]).float()
+
+    def guided_loss(self, branches: Sequence[tuple[Tensor, Targets]], guidance: Guidance, temperature: float) -> Tensor:
+        """`loss` of what is drawn with guidance at a temperature. branches: states and targets of each."""
+        splits = [self.logits(*branch).split(self.lengths, 1) for branch in branches]
+        mixed = [guidance.combine(logits, self.share(k)) for k, logits in enumerate(zip(*splits, strict=True))]
+        logits, codes_MP = torch.cat(mixed, 1) / temperature, branches[0][1][2]
+        return nn.functional.cross_entropy(logits.flatten(0, 1), codes_MP.flatten(), reduction="none")
+
+    def share(self, k: int) -> float:
+        """Of the guidance at scale k: VAR has logits = (1 + t) c - t u with t = (s - 1) k / (K - 1)."""
+        return k / max(len(self.lengths) - 1, 1)
 
     def count(self, batch: Batch) -> int:
         return len(batch.written_by(self.name)) * sum(self.lengths)
@@ -148,9 +173,8 @@ class NextScale(Head):
 
     def _write(self, states: list[ScaleState], logits: Sequence[Tensor], k: int) -> None:
         """Scale k of each, from the logits of its branches; and what the next scale reads."""
-        share = k / max(len(self.lengths) - 1, 1)  # VAR: logits = (1 + t) c - t u with t = (s - 1) k / (K - 1)
         for state, split in zip(states, logits, strict=True):
-            mixed_NV = state.span.guidance.combine(list(split), share)
+            mixed_NV = state.span.guidance.combine(list(split), self.share(k))
             state.codes.append(draw_together(mixed_NV, state.span.sampling, state.span.rng))
         quantizer, codes_MN = self.tokenizer.quantizer, torch.stack([state.codes[k] for state in states])
         seen_MChw = torch.cat([state.seen_1Chw for state in states]).to(codes_MN.device)

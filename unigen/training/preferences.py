@@ -6,12 +6,14 @@ is DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7) with w chosen, l rejected
 training began. An answer is a picture or a text, and log p the sum over its ids. p is what answers are drawn from: of
 text the prediction itself, of codes what guidance and temperature make of it, softmax((u + s (c - u)) / T) with the
 blind branch u. Compared without guidance, both branches move, and what is drawn with it need not get better; yet so
-are pictures compared that another generator writes than next-token, by its own loss (`likelihood.py`). Beside it
+are pictures compared that other generators write than next-token and next-scale, by their own loss (`likelihood.py`).
+Beside it
 stand the losses of a mixture, which draw the model back towards true pictures, and - log p(w|c), by the id, lest both
 become unlikely together (as in RPO, Pang et al. 2024, arXiv 2404.19733, eq. 2).
 
 A line of the judged file is a prompt (`Document.to_json`), its answers (`Segment.to_json`), which are right, and of
-pictures the generator that they are learnt as, next-token if none is named:
+pictures the generator that they are learnt as, next-token if none is named. Pictures are codes of the model's image
+tokenizer, those of next-scale its own codes in a row; or, of all but next-token and the like, pixels:
 
     {"prompt": {"segments": [{"role": "user", "text": "two apples"}]}, "writer": "masked",
      "answers": [{"role": "assistant", "image": {"codes": [[5, 7, ..], ..]}}, ..], "right": [true, ..]}
@@ -23,7 +25,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from unigen import generators
-from unigen.likelihood import log_likelihood
+from unigen.likelihood import as_drawn, log_likelihood
 from unigen.model import UnifiedModel
 from unigen.samplers.guidance import Guidance
 from unigen.sequence import Batch, Document, Segment, Tokens, pack
@@ -55,7 +57,7 @@ class PreferenceConfig:
     pixels."""
     guidance: float = 3.0
     temperature: float = 0.8
-    """As next-token drew them."""
+    """As the codes of next-token and next-scale were drawn."""
 
     def __post_init__(self) -> None:
         Guidance.of(self.guidance)
@@ -63,6 +65,9 @@ class PreferenceConfig:
             raise ValueError(f"preferences need a temperature above 0, not {self.temperature}")
         if not (self.beta > 0 and self.weight > 0 and self.nll >= 0 and self.rows >= 1):
             raise ValueError("preferences need beta and weight above 0, nll of at least 0 and at least 1 row of pairs")
+
+
+Own = Mapping[str, tuple[int, int]]
 
 
 class Judged(NamedTuple):
@@ -82,16 +87,19 @@ class Pair(NamedTuple):
     writer: str = "next-token"
 
 
-def read_pairs(files: Sequence[str | Path], seed: int, grid: tuple[int, int], codes: int) -> list[Pair]:
+def read_pairs(
+    files: Sequence[str | Path], seed: int, grid: tuple[int, int], codes: int, own: Own | None = None
+) -> list[Pair]:
     """Pairs of a right and a wrong answer to one prompt, in random order; each answer is used at most once.
 
-    grid, codes: rows and columns of a picture, and how many codes there are. Raises ValueError for a file that cannot
-    be read, whose pictures are of another tokenizer, or without a prompt that has both."""
+    grid, codes: rows and columns of a picture, and how many codes there are; own: of generators with codes of their
+    own, how many a picture has, and how many there are. Raises ValueError for a file that cannot be read, whose
+    pictures are of another tokenizer, or without a prompt that has both."""
     rng = np.random.default_rng(seed)
     pairs: list[Pair] = []
     for file in files:
         before = len(pairs)
-        for judged in read_judged(file, grid, codes):
+        for judged in read_judged(file, grid, codes, own):
             right, wrong = ([chats[k] for k in rng.permutation(len(chats))] for chats in judged[:2])
             pairs += [Pair(*both, judged.writer) for both in zip(right, wrong, strict=False)]
         if len(pairs) == before:
@@ -99,21 +107,21 @@ def read_pairs(files: Sequence[str | Path], seed: int, grid: tuple[int, int], co
     return [pairs[k] for k in rng.permutation(len(pairs))]
 
 
-def read_judged(file: str | Path, grid: tuple[int, int], codes: int) -> Iterator[Judged]:
+def read_judged(file: str | Path, grid: tuple[int, int], codes: int, own: Own | None = None) -> Iterator[Judged]:
     """What each line of a judged file holds. ValueError as in `read_pairs`."""
     read = 0
     try:
         with open(file, encoding="utf-8") as lines:
             for line in lines:
                 read += 1
-                yield _judged(line, grid, codes)
+                yield _judged(line, grid, codes, own or {})
     except OSError as error:
         raise ValueError(f"cannot read {file}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"line {read} of {file} does not hold judged answers: {error}") from error
 
 
-def _judged(line: str, grid: tuple[int, int], codes: int) -> Judged:
+def _judged(line: str, grid: tuple[int, int], codes: int, own: Own) -> Judged:
     group = json.loads(line)
     prompt = Document.from_json(group["prompt"]).segments
     answers, marks = [Segment.from_json(answer) for answer in group["answers"]], group["right"]
@@ -121,13 +129,14 @@ def _judged(line: str, grid: tuple[int, int], codes: int) -> Judged:
         raise ValueError("each answer is right or not")
     if any(answer.role != "assistant" for answer in answers):
         raise ValueError("the assistant answers")
-    for picture in (s.image for s in [*prompt, *answers] if isinstance(s.image, Tensor)):
-        if picture.shape != grid:
-            raise ValueError(f"a picture is not {grid[0]} x {grid[1]} codes")
-        if picture.min() < 0 or picture.max() >= codes:
-            raise ValueError(f"codes beyond the {codes} there are")
-    chats = [(Document([*prompt, answer]), mark) for answer, mark in zip(answers, marks, strict=True)]
     writer = generators.find(group.get("writer", "next-token")).name
+    for picture in (s.image for s in [*prompt, *answers] if isinstance(s.image, Tensor)):
+        length, size = own.get(writer, (0, 0)) if picture.ndim == 1 else (0, codes)
+        if picture.shape != ((length,) if length else grid):
+            raise ValueError(f"a picture is not {length or f'{grid[0]} x {grid[1]}'} codes")
+        if picture.min() < 0 or picture.max() >= size:
+            raise ValueError(f"codes beyond the {size} there are")
+    chats = [(Document([*prompt, answer]), mark) for answer, mark in zip(answers, marks, strict=True)]
     return Judged([chat for chat, mark in chats if mark], [chat for chat, mark in chats if not mark], writer)
 
 
@@ -142,8 +151,8 @@ class Sides(NamedTuple):
 
 
 class ComparedRows:
-    """Item i: row i of a mixture, and beside it rows of pairs of each kind, pictures in codes and texts the one, pixels
-    the other; a pair comes again only when all of its kind have come.
+    """Item i: row i of a mixture, and beside it rows of pairs of each kind: pictures in the model's codes and texts,
+    pixels, a generator's own codes; a pair comes again only when all of its kind have come.
 
     encode: a document as ids, also blind. length: positions of a row, which holds either side of its pairs. rows: of
     pairs, of each kind, in an item. `pairs`: rows of pairs in all, by kind.
@@ -153,8 +162,10 @@ class ComparedRows:
         self, mixture: Any, pairs: Sequence[Pair], encode: Callable[..., Tokens], length: int, rows: int
     ) -> None:
         self.mixture, self.rows = mixture, rows
-        kinds = [[pair for pair in pairs if _in_pixels(pair) == pixels] for pixels in (False, True)]
-        self.pairs = [_rows(kind, encode, length) for kind in kinds if kind]
+        kinds: dict[str, list[Pair]] = {}
+        for pair in pairs:
+            kinds.setdefault(_kind(pair), []).append(pair)
+        self.pairs = [_rows(kinds[name], encode, length) for name in sorted(kinds)]
 
     def __getitem__(self, index: int) -> tuple[Any, list[list[list[Sides]]]]:
         at = range(index * self.rows, (index + 1) * self.rows)
@@ -179,8 +190,12 @@ def _rows(pairs: Sequence[Pair], encode: Callable[..., Tokens], length: int) -> 
     return made
 
 
-def _in_pixels(pair: Pair) -> bool:
-    return any(not isinstance(picture, Tensor) for chat in pair[:2] for picture in chat.images())
+def _kind(pair: Pair) -> str:
+    """Pictures of one kind make one batch."""
+    pictures = [picture for chat in pair[:2] for picture in chat.images()]
+    if any(not isinstance(picture, Tensor) for picture in pictures):
+        return "pixels"
+    return f"codes of {pair.writer}" if any(picture.ndim == 1 for picture in pictures) else "codes"
 
 
 @dataclass
@@ -242,8 +257,7 @@ class Preferences(nn.Module):
 
         def log_p(one: Any, side: Batch, blind: Batch) -> Tensor:
             rng.set_state(state)  # all are asked the same, under one mask, one noise, one time
-            guided = one.template.reader in side.writers
-            seen = one.fill(blind) if guided else None
+            seen = one.fill(blind) if as_drawn(one, side) else None
             return log_likelihood(one, one.fill(side), seen, self.guidance, self.temperature, rng)
 
         both = (pairs.chosen, pairs.blind_chosen), (pairs.rejected, pairs.blind_rejected)
