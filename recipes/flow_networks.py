@@ -7,10 +7,11 @@
 A U-Net, three DiT that take the condition by adaLN-Zero, by cross-attention or in context, and MM-DiT
 (`unigen/nn/painters.py`), each of the width at which one evaluation costs `gflops`, on the last states of a frozen
 backbone; and two of them on a frozen text encoder of the backbone's size instead, a T5 (Raffel et al. 2020, arXiv
-1910.10683), which learns the world's language here by span corruption. All see the same pictures, noise and times.
+1910.10683), which learns the world's language here by span corruption. All see the same pictures, noise and times;
+latents and states are computed once, since they cost several times what a network does.
 The file knows how a network is sized, trained and scored; loss and sampler are those of `generators/flow.py`.
 
-Shapes: B rows of one document, L positions, M pictures.
+Shapes: B rows of one document, L positions, M pictures, D width of the states.
 """
 
 from __future__ import annotations
@@ -32,7 +33,6 @@ from torch import Tensor, nn
 from unigen import hub
 from unigen.config import OptimConfig, RunConfig, apply_overrides, write_report
 from unigen.data.chats import Chats
-from unigen.data.packing import Collate
 from unigen.data.stories import text_corpus
 from unigen.data.world import World
 from unigen.evaluation.runner import make_folder
@@ -45,7 +45,7 @@ from unigen.nn.painters import Kind, painter
 from unigen.output import check_output, grid, save_picture
 from unigen.samplers.guidance import Guidance
 from unigen.samplers.logits import Sampling
-from unigen.sequence import Batch, Document, Segment, Tokens, pack, to_images
+from unigen.sequence import Batch, Document, Segment, Tokens, pack, to_images, to_pixels
 from unigen.tokenizers import load_tokenizer
 from unigen.training.trainer import Job, Trainer
 
@@ -69,18 +69,21 @@ class NetworksConfig(RunConfig):
     kl_tokenizer: str = "runs/kl/model"
     network: Kind = "mm-dit"
     condition: Literal["backbone", "encoder"] = "backbone"
+    examples: int = 16384  # pictures with their words, seen in turn
     gflops: float = 0.17  # of one evaluation for one picture
     layers: int = 4
     encoder: str = "runs/text-encoder"  # trained there if it is not there yet
     encoder_steps: int = 1500
-    blind: float = 0.1  # share of documents whose text is dropped
+    blind: float = 0.1  # share of examples whose text is dropped
     guidance: float = 3.0  # with which the table's pictures are drawn
     prompts: int = 20  # of each of the six kinds in the table
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.gflops < 1000 or min(self.layers, self.encoder_steps, self.prompts) < 1:
-            raise ValueError("gflops must be above 0 and below 1000, layers, encoder_steps and prompts at least 1")
+        if not 0 < self.gflops < 1000 or min(self.layers, self.encoder_steps, self.prompts, self.examples) < 1:
+            raise ValueError(
+                "gflops must be above 0 and below 1000, layers, examples, encoder_steps and prompts at least 1"
+            )
         if not 0 <= self.blind <= 1:
             raise ValueError(f"blind is a share from 0 to 1, not {self.blind}")
         if self.seed >= HELD_OUT_SEED:
@@ -92,11 +95,11 @@ class NetworksConfig(RunConfig):
 
 def config() -> NetworksConfig:
     return NetworksConfig(
-        steps=1200,
+        steps=800,
         batch_size=64,
         optim=OptimConfig(lr=2e-3, warmup=50, weight_decay=0.01, min_ratio=0.02, schedule="linear"),
         precision="bf16",
-        workers=1,
+        workers=0,
         ema=0.0,
         log_every=100,
         save_every=0,
@@ -143,10 +146,10 @@ def sized(kind: Kind, gflops: float, layers: int, channels: int, side: int, cont
 class Condition(nn.Module):
     """The last states (B, L, D) of rows that hold one document each, of a frozen backbone or text encoder."""
 
-    def __init__(self, cfg: NetworksConfig) -> None:
+    def __init__(self, cfg: NetworksConfig, told: str) -> None:
         super().__init__()
         self.model = load(cfg.model)
-        self.encoder = text_encoder(cfg, self.model) if cfg.condition == "encoder" else None
+        self.encoder = text_encoder(cfg, self.model) if told == "encoder" else None
         self.requires_grad_(False).eval()
 
     @property
@@ -238,56 +241,81 @@ def text_encoder(cfg: NetworksConfig, model: UnifiedModel) -> nn.Module:
 # ---------------------------------------------------------------- training
 
 
-class Prompts:
-    """Endless documents, a prompt and its picture; item i is a function of (seed, i)."""
-
-    def __init__(self, template: Any, size: int, blind: float, seed: int) -> None:
-        World(size)  # a missing font is said at once
-        self.template, self.size, self.blind, self.seed = template, size, blind, seed
-        self.chats: Chats | None = None
-
-    def __getitem__(self, index: int) -> list[Tokens]:
-        self.chats = self.chats or Chats(World(self.size))
-        rng = np.random.default_rng([self.seed, index])
-        while True:
-            document, blind = Document(self.chats.draw(rng)), bool(rng.random() < self.blind)
-            tokens = self.template.encode(document, blind=blind, writer="flow")
-            if len(tokens) <= LENGTH:
-                return [tokens]
-
-
-class Conditioned(nn.Module):
-    """The flow's loss under a frozen condition."""
-
-    def __init__(self, condition: Condition) -> None:
-        super().__init__()
-        self.condition = condition
-
-    def forward(self, flow: Flow, batch: Batch, rng: torch.Generator) -> dict[str, tuple[Tensor, int]]:
-        states_BLD = self.condition(batch)
-        _, targets = flow.prepare(None, batch, states_BLD, rng)  # type: ignore[arg-type]
-        costs_M = flow.loss(None, batch, states_BLD, targets)  # type: ignore[arg-type]
-        return {"flow": (costs_M.sum(), len(costs_M))}
+@torch.inference_mode()
+def pictured(template: Any, tokenizer: Any, seed: int, count: int, blind: float, batch_size: int = 64) -> list[Tokens]:
+    """Prompts with their pictures, given as latents; the text of a share of them is dropped."""
+    chats, rng = Chats(World(tokenizer.image_size)), np.random.default_rng(seed)
+    made: list[Tokens] = []
+    while len(made) < count:
+        document = Document(chats.draw(rng))
+        tokens = template.encode(document, blind=bool(rng.random() < blind), writer="flow")
+        if len(tokens) <= LENGTH:
+            made.append(tokens)
+    for start in range(0, count, batch_size):
+        some = made[start : start + batch_size]
+        pictures = [picture for tokens in some for picture in tokens.images]
+        latents_MZhw = tokenizer.encode(to_pixels(pictures, tokenizer.image_size))
+        for tokens, latents_Zhw in zip(some, latents_MZhw, strict=True):
+            tokens.images = [latents_Zhw]
+    return made
 
 
-def untrained(cfg: NetworksConfig, condition: Condition) -> Flow:
+@dataclass
+class Told:
+    """A batch, and the states (B, L, D) of what tells its words."""
+
+    batch: Batch
+    states_BLD: Tensor
+
+
+class Examples:
+    """Documents with their states, without end, in an order drawn anew each time round: item i is a function of (seed,
+    i)."""
+
+    def __init__(self, documents: Sequence[Tokens], condition: Condition, seed: int, batch_size: int = 64) -> None:
+        self.documents, self.seed = documents, seed
+        self.states: list[Tensor] = []
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            for start in range(0, len(documents), batch_size):
+                some = documents[start : start + batch_size]
+                states_BLD = condition(pack([[tokens] for tokens in some], LENGTH, 0)).float()
+                self.states += [row[: len(tokens)].clone() for row, tokens in zip(states_BLD, some, strict=True)]
+
+    def __getitem__(self, index: int) -> tuple[Tokens, Tensor]:
+        turn, k = divmod(index, len(self.documents))
+        k = int(np.random.default_rng([self.seed, turn]).permutation(len(self.documents))[k])
+        return self.documents[k], self.states[k]
+
+
+def collate(examples: Sequence[tuple[Tokens, Tensor]]) -> Told:
+    states = [nn.functional.pad(states_LD, (0, 0, 0, LENGTH - len(states_LD))) for _, states_LD in examples]
+    return Told(pack([[tokens] for tokens, _ in examples], LENGTH, 0), torch.stack(states))
+
+
+def objective(flow: Flow, told: Told, rng: torch.Generator) -> dict[str, tuple[Tensor, int]]:
+    _, targets = flow.prepare(None, told.batch, told.states_BLD, rng)  # type: ignore[arg-type]
+    costs_M = flow.loss(None, told.batch, told.states_BLD, targets)  # type: ignore[arg-type]
+    return {"flow": (costs_M.sum(), len(costs_M))}
+
+
+def untrained(cfg: NetworksConfig, width: int) -> Flow:
+    """width: of the states."""
     tokenizer: Any = load_tokenizer(cfg.kl_tokenizer)
-    shape = tokenizer.latent_channels, tokenizer.grid[0], condition.width
+    shape = tokenizer.latent_channels, tokenizer.grid[0], width
     settings = sized(cfg.network, cfg.gflops, cfg.layers, *shape)
     torch.manual_seed(cfg.seed)
-    return Flow(tokenizer, condition.width, settings)
+    return Flow(tokenizer, width, settings)
 
 
 def build(cfg: NetworksConfig) -> Job:
-    condition = Condition(cfg)
-    flow = untrained(cfg, condition)
-    size = flow.tokenizer.image_size
-    return Job(
-        model=flow,
-        dataset=Prompts(template_of(condition.model), size, cfg.blind, cfg.seed),
-        collate=Collate(LENGTH, size),
-        objective=Conditioned(condition),
-    )
+    condition = Condition(cfg, cfg.condition)
+    flow = untrained(cfg, condition.width)
+    documents = pictured(template_of(condition.model), flow.tokenizer, cfg.seed, cfg.examples, cfg.blind)
+    return job_of(flow, Examples(documents, condition, cfg.seed))
+
+
+def job_of(flow: Flow, examples: Examples) -> Job:
+    return Job(model=flow, dataset=examples, collate=collate, objective=objective)
 
 
 # ---------------------------------------------------------------- the table
@@ -313,15 +341,12 @@ def draw(flow: Flow, condition: Condition, prompts: Sequence[str], seeds: Sequen
 
 
 @torch.inference_mode()
-def held_out_loss(flow: Flow, condition: Condition, cfg: NetworksConfig, batches: int = 8) -> float:
+def held_out_loss(flow: Flow, examples: Examples, count: int) -> float:
     """The flow's loss on new pictures, with the same noise and times for every network."""
-    prompts = Prompts(template_of(condition.model), flow.tokenizer.image_size, 0.0, HELD_OUT_SEED)
-    collate, objective = Collate(LENGTH, flow.tokenizer.image_size), Conditioned(condition)
-    total, count = 0.0, 0
-    for number in range(batches):
-        rows = [prompts[number * 64 + k] for k in range(64)]
-        loss, images = objective(flow, collate(rows), torch.Generator().manual_seed(number))["flow"]
-        total, count = total + float(loss), count + images
+    total, size = 0.0, 64
+    for start in range(0, count, size):
+        told = collate([examples[k] for k in range(start, min(count, start + size))])
+        total += float(objective(flow, told, torch.Generator().manual_seed(start))["flow"][0])
     return total / count
 
 
@@ -331,21 +356,28 @@ def table(overrides: Sequence[str], out: str | None) -> list[dict[str, Any]]:
     first: dict[str, float] = {}
     units = {"gflops": "GFLOP", "parameters": "M", "loss": "", "scenes": "share", "seconds": "s a step"}
     shared = apply_overrides(config(), overrides)
-    text_encoder(shared, load(shared.model))  # what is wrong with it is said before the first row
+    tokenizer: Any = load_tokenizer(shared.kl_tokenizer)
+    # What is wrong with either is said before anything is rendered.
+    conditions = {told: Condition(shared, told) for told in dict.fromkeys(told for _, told in ROWS)}
+    template = template_of(next(iter(conditions.values())).model)
+    documents = pictured(template, tokenizer, shared.seed, shared.examples, shared.blind)
+    new = pictured(template, tokenizer, HELD_OUT_SEED, min(512, shared.examples), 0.0)
+    seen: dict[str, tuple[Examples, Examples]] = {}
     for network, told in ROWS:
+        condition = conditions[told]
+        seen[told] = seen.get(told) or (Examples(documents, condition, shared.seed), Examples(new, condition, 0))
         with tempfile.TemporaryDirectory() as folder:
             own = [f"network={network}", f"condition={told}", f"run_dir={folder}/run"]
             cfg = apply_overrides(config(), [*overrides, *own])
-            job = build(cfg)
-            ended = Trainer(cfg, job).run()
+            flow = untrained(cfg, condition.width)
+            ended = Trainer(cfg, job_of(flow, seen[told][0])).run()
             if not ended["finished"]:
                 raise ValueError("stopped by a signal: trainings that are cut short do not make a table")
-        flow, condition = job.model.cpu().eval(), job.objective.condition.cpu()  # type: ignore[union-attr]
-        assert isinstance(flow, Flow)
+        flow = flow.cpu().eval()
         figures = {"seconds": ended["seconds"] / ended["step"]}
         figures["gflops"] = flops(flow.head, flow.tokenizer.latent_channels, flow.tokenizer.grid[0], condition.width)
         figures["parameters"] = sum(p.numel() for p in flow.head.parameters()) / 1e6
-        figures["loss"] = held_out_loss(flow, condition, cfg)
+        figures["loss"] = held_out_loss(flow, seen[told][1], len(new))
         task = ScenesTask(cfg.prompts, cfg.seed)
         items = task.items()
         pictures: list[Any] = []

@@ -29,7 +29,7 @@ def test_the_caption_is_that_of_the_greatest_sum(engine: Engine, monkeypatch: py
     told = [alone(engine, Document([*ASKED.segments, Segment(text=c, role="assistant")])) for c in captions]
     drawn = [alone(engine, Document([Segment(text=c), Segment(image=CODES, role="assistant")])) for c in captions]
     for weight in (0.0, 0.3, 1000.0):
-        monkeypatch.setattr(likelihood, "CHANNEL", weight)
+        monkeypatch.setattr(likelihood, "CAPTIONS", weight)
         sums = [a + weight * b for a, b in zip(told, drawn, strict=True)]
         best = captions[sums.index(max(sums))]
         assert closest(engine.model, [ASKED, ASKED], [captions, captions[::-1]]) == [best, best]
@@ -46,11 +46,11 @@ def test_describe_chooses_among_what_the_engine_says(engine: Engine, monkeypatch
 
     monkeypatch.setattr("unigen.engine.closest", longest)
     said = engine.describe(picture, **options)
-    assert len(seen) == 1 and 2 <= len(seen[0]) <= 8 and said == max(seen[0], key=len)
+    assert len(seen) == 1 and 2 <= len(seen[0]) <= 16 and said == max(seen[0], key=len)
     assert seen[0][0] == engine.describe(picture, candidates=1, **options)
     assert engine.describe(picture, seed=0, **options) == said
     prompts = [[picture, "describe this picture"]] * 2
-    assert engine.generate_batch(prompts, [5, 0], "text", candidates=8, **options)[1] == said
+    assert engine.generate_batch(prompts, [5, 0], "text", candidates=16, **options)[1] == said
     before = len(seen)
     engine.describe(picture, "how many?", **options)
     assert len(seen) == before, "an answer to a question is no caption"
@@ -63,8 +63,8 @@ def test_a_picture_is_chosen_among_others(engine: Engine, monkeypatch: pytest.Mo
     drawn: list[Any] = []
     kept = likelihood.suits
 
-    def noted(model: Any, asked: Any, texts: Any) -> torch.Tensor:
-        drawn.append((asked, texts, kept(model, asked, texts)))
+    def noted(model: Any, asked: Any, texts: Any, weight: float) -> torch.Tensor:
+        drawn.append((asked, texts, kept(model, asked, texts, weight)))
         return drawn[-1][2]
 
     monkeypatch.setattr(likelihood, "suits", noted)

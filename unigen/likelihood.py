@@ -4,7 +4,7 @@
 
 Of captions that a model gives a picture, and of pictures that it draws of some words, the best is the one with most
 
-    log p(caption | picture) + CHANNEL * log p(picture | caption)
+    log p(caption | picture) + w log p(picture | caption)
 
 as in MMI-bidi (Li et al. 2016, arXiv 1510.03055) and other noisy channels: the model that reads pictures also draws
 them, and where it draws, a combination of words that it never saw is nothing unlikely; what it drew wrong, it may yet
@@ -28,8 +28,8 @@ from unigen.sequence import Batch, Document, Segment, pack
 
 DESCRIBE = "describe this picture"
 """What a caption answers."""
-CHANNEL = 0.3
-"""Weight of log p(picture | caption), which is of many more ids."""
+CAPTIONS, PICTURES = 0.7, 0.3
+"""w among captions of one picture, and among pictures of one text, where it favours what is drawn often."""
 
 
 def log_likelihood(
@@ -114,29 +114,30 @@ def _log_p(logits: Tensor, ids: Tensor) -> Tensor:
     return -nn.functional.cross_entropy(logits.float().flatten(0, -2), ids.flatten(), reduction="none").view(ids.shape)
 
 
-def suits(model: UnifiedModel, asked: Sequence[Document], texts: Sequence[str]) -> Tensor:
-    """How well each text (D,) goes with the document's one picture, given as codes, by the channel."""
+def suits(model: UnifiedModel, asked: Sequence[Document], texts: Sequence[str], weight: float) -> Tensor:
+    """How well each text (D,) goes with the document's one picture, given as codes: the sum, w being `weight`."""
     told: list[Document] = []
     drawn: list[Document] = []
     for document, text in zip(asked, texts, strict=True):
         picture = next(segment.image for segment in document.segments if segment.image is not None)
         told.append(Document([*document.segments, Segment(text=text, role="assistant")]))
         drawn.append(Document([Segment(text=text), Segment(image=picture, role="assistant")]))
-    return _alone(model, told) + CHANNEL * _alone(model, drawn)
+    return _alone(model, told) + weight * _alone(model, drawn)
 
 
 @torch.inference_mode()
 def closest(model: UnifiedModel, asked: Sequence[Document], captions: Sequence[Sequence[str]]) -> list[str]:
     """Of the captions of each document's one picture, given as codes, the best; the first of equals."""
     repeated = [document for document, texts in zip(asked, captions, strict=True) for _ in texts]
-    return _best(captions, suits(model, repeated, [text for texts in captions for text in texts]))
+    return _best(captions, suits(model, repeated, [text for texts in captions for text in texts], CAPTIONS))
 
 
 @torch.inference_mode()
 def truest(model: UnifiedModel, words: Sequence[str], pictures: Sequence[Sequence[Any]]) -> list[Any]:
     """Of the pictures (PIL) of each text, the best; the first of equals."""
     shown = [model.read(Document.of([picture, DESCRIBE])) for row in pictures for picture in row]
-    return _best(pictures, suits(model, shown, [text for text, row in zip(words, pictures, strict=True) for _ in row]))
+    repeated = [text for text, row in zip(words, pictures, strict=True) for _ in row]
+    return _best(pictures, suits(model, shown, repeated, PICTURES))
 
 
 def _best(answers: Sequence[Sequence[Any]], scores: Tensor) -> list[Any]:

@@ -54,6 +54,13 @@ class LatentHead(Head):
         noise_MZhw = torch.randn(x_MZhw.shape, generator=rng).to(x_MZhw)
         return torch.lerp(x_MZhw, noise_MZhw, t_M[:, None, None, None]), t_M, noise_MZhw - x_MZhw
 
+    def encoded(self, batch: Batch, device: torch.device) -> Tensor:
+        """Latents; or the pictures themselves where they are given as such."""
+        shape = (self.tokenizer.latent_channels, *self.tokenizer.grid)
+        if batch.images is not None and batch.images.shape[1:] == shape:
+            return batch.images[batch.written_by(self.name)].to(device)
+        return super().encoded(batch, device)
+
     def count(self, batch: Batch) -> int:
         return len(batch.written_by(self.name))
 

@@ -70,7 +70,7 @@ class ChatTemplate:
     already; classes: the names of those that the model draws, if it does."""
 
     reader = READER
-    candidates = 8
+    candidates = 16
     free_size = False
     scales = 1
 

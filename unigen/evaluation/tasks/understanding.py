@@ -1,7 +1,7 @@
 """Task `understanding`: captions with every attribute right, and questions, on true rendered scenes that training
 never saw.
 
-    unigen eval understanding --model unigen-tiny [--count 500] [--candidates 8] [--heldout] [--json FILE]
+    unigen eval understanding --model unigen-tiny [--count 500] [--candidates 16] [--heldout] [--json FILE]
 
 Half of the scenes are plain (combinations of training, seeds of their own), half hold a held-out combination; the two
 are reported apart. Captions are read by the parser of the captions; answers must match exactly, after lower case and
