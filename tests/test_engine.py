@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +216,21 @@ def test_a_model_that_has_learnt_one_batch_gives_it_back(tiny_folder: Path) -> N
     assert drawn(engine.request(documents[1].segments[:2], "text")) == ["two apples"]
     told = ["a witch", codes[2].tolist(), "and raven", codes[0].tolist()]
     assert drawn(engine.request("story", "interleaved", temperature=0)) == told
+
+
+def test_keys_and_values_are_freed_with_what_was_running(engine: Engine) -> None:
+    """At once, not when cycles are next collected: hundreds of megabytes for many pictures at a time."""
+    running = engine.running()
+    running.add(engine.request("a dog", "image"))
+    while running:
+        running.step()
+    cache = weakref.ref(running.cache)
+    gc.disable()
+    try:
+        del running
+        assert cache() is None
+    finally:
+        gc.enable()
 
 
 def test_codes_that_are_not_codes_are_noticed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

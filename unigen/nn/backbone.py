@@ -9,6 +9,7 @@ Shapes: B rows, L positions of a step, D width, K positions of the cache.
 from __future__ import annotations
 
 import shutil
+import weakref
 from typing import Any
 
 import torch
@@ -95,7 +96,7 @@ class _SlotLayer(CacheLayerMixin):
 
     def __init__(self, owner: SlotCache) -> None:
         super().__init__()
-        self.owner = owner
+        self.owner = weakref.proxy(owner)  # a cycle would keep all keys and values until it is collected
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         _, heads, _, dim = key_states.shape
