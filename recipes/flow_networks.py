@@ -37,8 +37,8 @@ from unigen.data.stories import text_corpus
 from unigen.data.world import World
 from unigen.evaluation.runner import make_folder
 from unigen.evaluation.tasks.scenes import ScenesTask, score_pictures, summarise
-from unigen.generators.base import Span
-from unigen.generators.flow import Flow, FlowConfig, FlowState
+from unigen.generators.base import Span, State
+from unigen.generators.flow import Flow, FlowConfig
 from unigen.model import UnifiedModel
 from unigen.models import load, tiny
 from unigen.nn.painters import Kind, painter
@@ -332,7 +332,7 @@ def draw(flow: Flow, condition: Condition, prompts: Sequence[str], seeds: Sequen
         batch = pack([[template.encode(chat, writer="flow", blind=blind)] for chat in chats], LENGTH, size)
         seen.append(flow.contexts(batch, condition(batch)))
     states: list[Any] = [
-        FlowState(Span(0, Sampling(), guidance, torch.Generator().manual_seed(seed)), []) for seed in seeds
+        State(Span(0, Sampling(), guidance, torch.Generator().manual_seed(seed)), []) for seed in seeds
     ]
     shape = (flow.tokenizer.latent_channels, *flow.tokenizer.grid)
     branches = [list(pair) for pair in zip(*seen, strict=True)]

@@ -16,7 +16,7 @@ import unigen
 from unigen.engine import Engine, Running
 from unigen.models import load
 from unigen.samplers.guidance import Guidance
-from unigen.sequence import Document, Segment, Vocabulary, pack
+from unigen.sequence import Document, Preview, Segment, Vocabulary, pack
 from unigen.training.objectives import Mixture
 
 
@@ -91,6 +91,81 @@ def test_a_stream_is_the_answer_in_pieces(engine: Engine) -> None:
     assert "".join(pieces).strip() == engine.generate("a story", "text", **options)
 
 
+SHOWN = {"next-scale": 1, "masked": 2, "joint": 2, "flow": 2, "transfusion": 2}
+"""Previews of each generator where two are asked for: of two scales one stands before the last."""
+
+
+def test_previews_come_before_the_picture_and_change_nothing(engine: Engine) -> None:
+    """Alone and in a batch, to the last bit; generators that write code after code have none."""
+    writers = [name for name in engine.model.generators if name != "text"]
+    takes = engine.info()["takes"]
+    assert set(writers) > set(SHOWN)
+
+    def drawn(previews: int, together: bool) -> list[list[Any]]:
+        given = {"output": "image", "seed": 5, "previews": previews}
+        heated = [given | {"temperature": 2.0} if "temperature" in takes[w] else given for w in writers]
+        requests = [engine.request("a dog", generator=w, **options) for w, options in zip(writers, heated, strict=True)]
+        if not together:
+            return [[part for _, part in engine.run([request])] for request in requests]
+        parts: list[list[Any]] = [[] for _ in writers]
+        for row, part in engine.run(requests):
+            parts[row].append(part)
+        return parts
+
+    for together in (False, True):
+        for writer, (*seen, made), (plain,) in zip(writers, drawn(2, together), drawn(0, together), strict=True):
+            assert same(made, plain), writer
+            assert [(one.picture, one.number) for one in seen] == [(0, n) for n in range(SHOWN.get(writer, 0))], writer
+            assert all(one.image.size == made.size for one in seen) and not (seen and same(seen[0].image, made)), writer
+
+
+def test_previews_of_a_story_are_of_its_pictures_in_turn(engine: Engine) -> None:
+    options: dict[str, Any] = {"seed": 6, "temperature": 1.5, "max_tokens": 60, "max_images": 3}
+    options |= {"generator": "flow", "steps": 4}
+    told = list(engine.stream("a story", previews=9, **options))
+    seen = [part for part in told if isinstance(part, Preview)]
+    rest = [part for part in told if not isinstance(part, Preview)]
+    plain = list(engine.stream("a story", **options))
+    pictures = sum(isinstance(part, Image.Image) for part in plain)
+    assert pictures >= 2 and [(p.picture, p.number) for p in seen] == [
+        (i, n) for i in range(pictures) for n in range(3)
+    ]
+    assert [type(part) for part in rest] == [type(part) for part in plain]
+    assert all(a == b if isinstance(a, str) else same(a, b) for a, b in zip(rest, plain, strict=True))
+
+
+def test_nothing_is_decoded_that_nobody_sees(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, decoded = engine.model.heads["flow"].tokenizer, 0
+    decode = tokenizer.decode
+
+    def counted(latents: Any) -> Any:
+        nonlocal decoded
+        decoded += 1
+        return decode(latents)
+
+    monkeypatch.setattr(tokenizer, "decode", counted)
+    for previews in (0, 3):
+        decoded = 0
+        list(engine.stream("a dog", "image", generator="flow", steps=8, previews=previews))
+        assert decoded == 1 + previews
+
+
+def test_text_goes_on_between_the_steps_of_a_flow(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what the flow does not read costs no pass of the backbone."""
+    passes: list[int] = []
+    step = engine.model.step
+    monkeypatch.setattr(engine.model, "step", lambda embeds, *rest: passes.append(len(embeds)) or step(embeds, *rest))
+    drawn = engine.request("a dog", "image", generator="flow", steps=8, guidance=3.0)
+    told = engine.request("a story", "text", temperature=1.0, max_tokens=60, seed=1)
+    running = engine.running()
+    picture, text = running.add(drawn), running.add(told)
+    for count in range(1, 9):
+        assert (picture in running) and running.usage(text).text == count - 1
+        running.step()
+    assert picture not in running and text in running
+    assert passes == [3] + [1] * 7  # the flow's two branches have read once
+
+
 def test_guidance_of_zero_ignores_the_prompt(engine: Engine) -> None:
     blind = engine.generate_batch(["a horse", "two apples"], seeds=[3, 3], guidance=0.0)
     assert same(*blind)
@@ -119,6 +194,8 @@ def test_pictures_given_and_made_stand_in_one_chat(engine: Engine) -> None:
     [
         (lambda e: e.generate(""), "empty"),
         (lambda e: e.generate("a", "video"), "unknown output"),
+        (lambda e: e.generate("a", previews=1), "ask stream"),
+        (lambda e: e.stream("a", previews=-1), "previews must be a whole number"),
         (
             lambda e: e.generate("a", generator="brush"),
             "no generator 'brush': it has flow, joint, masked, next-scale, next-token",

@@ -16,17 +16,18 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else it warns of it
 
 __version__ = "0.1.0"
 ENGINES = ("local", "vllm")
-__all__ = ["Document", "Engine", "Guidance", "Segment", "load"]
+__all__ = ["Document", "Engine", "Guidance", "Preview", "Segment", "load"]
 
 if TYPE_CHECKING:
     from unigen.engine import Engine
     from unigen.samplers.guidance import Guidance
-    from unigen.sequence import Document, Segment
+    from unigen.sequence import Document, Preview, Segment
 
 _HOMES = {
     "Engine": "unigen.engine",
     "Guidance": "unigen.samplers.guidance",
     "Document": "unigen.sequence",
+    "Preview": "unigen.sequence",
     "Segment": "unigen.sequence",
 }
 

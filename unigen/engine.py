@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from PIL import Image
 
 from unigen.generators.base import Generator, Read, Span, State
 from unigen.generators.next_token import Text
@@ -30,7 +31,7 @@ from unigen.painting import keeping
 from unigen.request import Request, checked, sampling_of
 from unigen.samplers.guidance import Guidance
 from unigen.samplers.logits import whole
-from unigen.sequence import Document, Segment, read_image, to_images
+from unigen.sequence import Document, Preview, Segment, read_image, to_images
 from unigen.templates import Output
 
 WASTE = 64
@@ -42,6 +43,7 @@ class _Row:
     """One answer on its way. `unread[b]`: ids that branch b reads before what the generator asks for. `kept`: how many
     positions of the span the cache holds. `features`: of pictures in the prompt that are not read as codes. `seen`: by
     branch, the states of all that was read, where a generator wants them.
+    `shares`: how many of the times for a preview have passed, and `previews`: how many were shown, of the picture.
     `asked`: ids of the prompt; `cut`: did the last text end at its limit?"""
 
     request: Request
@@ -55,6 +57,8 @@ class _Row:
     written: int = 0
     kept: int = 0
     shown: str = ""
+    shares: int = 0
+    previews: int = 0
     asked: int = 0
     cut: bool = False
     features: torch.Tensor | None = None
@@ -110,6 +114,8 @@ class Engine:
         candidates: so many answers, and the best of them (`unigen.likelihood`): captions of a picture each, by which
         the model would likeliest draw it, or pictures of words each, in which it would likeliest read them."""
         seeds = range(len(prompts)) if seeds is None else seeds
+        if options.get("previews"):
+            raise ValueError("previews come while a picture is made: ask stream for them")
         if candidates != 1:
             return self._best(prompts, seeds, output, candidates, options)
         requests = [self.request(p, output, seed=s, **options) for p, s in zip(prompts, seeds, strict=True)]
@@ -126,7 +132,8 @@ class Engine:
         return [answer[0] if answer else "" for answer in parts]
 
     def stream(self, prompt: Any, output: Output = "interleaved", **options: Any) -> Iterator[Any]:
-        """The parts of one answer as they are made: pieces of text (str) and finished pictures (PIL), in order."""
+        """The parts of one answer as they are made: pieces of text (str) and finished pictures (PIL), in order; before
+        a picture as many `Preview`s of it as `previews` asks for, where its generator has any."""
         request = self.request(prompt, output, **options)
         return (part for _, part in self.run([request]))
 
@@ -270,10 +277,17 @@ class Engine:
         asked = [row.generator.ask(row.state) for row in rows if row.generator and row.state]
         lengths = [max(map(len, row.unread)) + len(read.ids) for row, read in zip(rows, asked, strict=True)]
         for together in _alike(lengths, [row.branches for row in rows]):
-            self._pass([rows[i] for i in together], [asked[i] for i in together], cache)
+            some, reads = [rows[i] for i in together], [asked[i] for i in together]
+            if lengths[together[0]]:
+                hidden_of = self._pass(some, reads, cache)
+            else:
+                nothing_LD = self.model.embed(torch.zeros(0, dtype=torch.int64, device=self.model.device))
+                hidden_of = {slot: nothing_LD for row in some for slot in row.slots}
+            self._advance(some, reads, cache, hidden_of)
 
-    def _pass(self, rows: list[_Row], asked: list[Read], cache: SlotCache) -> None:
-        """One pass of the backbone for these rows, in the order of their slots, which are read as they lie."""
+    def _pass(self, rows: list[_Row], asked: list[Read], cache: SlotCache) -> dict[int, torch.Tensor]:
+        """One pass of the backbone for these rows, in the order of their slots, which are read as they lie: the states
+        (L, D) of each slot."""
         lengths = [len(ids) + len(read.ids) for row, read in zip(rows, asked, strict=True) for ids in row.unread]
         slots = [slot for row in rows for slot in row.slots]
         order = sorted(range(len(slots)), key=slots.__getitem__)
@@ -282,8 +296,12 @@ class Engine:
             embeds_BLD, reach_BL = embeds_BLD[order], None if reach_BL is None else reach_BL[order]
         positions_BL, mask = cache.begin([slots[i] for i in order], max(lengths), reach_BL)
         found_BLD = self.model.step(embeds_BLD, positions_BL, mask, cache)
-        hidden_of = {slots[i]: found_BLD[at, : lengths[i]] for at, i in enumerate(order)}
+        return {slots[i]: found_BLD[at, : lengths[i]] for at, i in enumerate(order)}
 
+    def _advance(
+        self, rows: list[_Row], asked: list[Read], cache: SlotCache, hidden_of: dict[int, torch.Tensor]
+    ) -> None:
+        """Let the rows' generators go on, by the states (L, D) of each slot."""
         groups: dict[int, list[int]] = {}
         hidden: list[list[torch.Tensor]] = []
         for i, row in enumerate(rows):
@@ -349,28 +367,48 @@ class Engine:
         return [states_LD[len(states_LD) - max(asked, 1) :] for states_LD in states]  # the prompt's last, if none
 
     def _finish(self, ended: list[_Row], rows: list[_Row], cache: SlotCache) -> Iterator[tuple[_Row, Any]]:
-        """Parts of the answer that this step made: text as it comes, and the pictures of the spans that ended."""
+        """Parts of the answer that this step made: text as it comes, previews that are due, and the pictures of the
+        spans that ended."""
         text = self.model.generators.get("text")
         for row in rows:
             if row.generator is text and row.state is not None:
                 piece = self._new_text(row)
                 if piece:
                     yield row, piece
+            elif row.request.previews and (preview := self._preview(row)):
+                yield row, preview
         for row in ended:
             generator, state = row.generator, row.state
             if generator is None or generator is text or state is None:
                 continue
-            with self.model.decoding():  # one by one: how a convolution rounds depends on how many there are
-                made = generator.pictures(self.model, [state])
-                pictures = to_images(made.float()) if made.is_floating_point() else self.model.pictures(made)
-            image = pictures[0] if made.is_floating_point() else made[0]
+            image, codes_hw = self._picture(generator, state)
             if row.request.output == "pair":
                 yield row, self._text_of(row)
-            row.document.segments.append(Segment(image=image, role="assistant"))
+            row.document.segments.append(Segment(image=image if codes_hw is None else codes_hw, role="assistant"))
             row.request.written.append(state.own_codes)
-            yield row, pictures[0]
+            yield row, image
         for row in ended:
             self._go_on(row, cache, drew=row.generator is not text)
+
+    def _picture(self, generator: Generator, state: State) -> tuple[Image.Image, torch.Tensor | None]:
+        """A span's picture, and its codes (h, w) where the model reads them as such. One by one: how a convolution
+        rounds depends on how many there are."""
+        with self.model.decoding():
+            made = generator.pictures(self.model, [state])
+            if made.is_floating_point():
+                return to_images(made.float())[0], None
+            return self.model.pictures(made)[0], made[0]
+
+    def _preview(self, row: _Row) -> Preview | None:
+        """The row's picture as it looks now, where so much more of it is done that it is to be shown."""
+        generator, state = row.generator, row.state
+        assert generator is not None and state is not None
+        taken, steps = state.way
+        shares = taken * (row.request.previews + 1) // steps
+        if state.done or shares <= row.shares:
+            return None
+        row.shares, row.previews = shares, row.previews + 1
+        return Preview(self._picture(generator, state)[0], row.images, row.previews - 1)
 
     def _go_on(self, row: _Row, cache: SlotCache, drew: bool) -> None:
         """Begin the next span of a row whose span has ended, or leave the row done.
@@ -444,6 +482,7 @@ class Engine:
         span.steps, span.sampler, span.accelerate = request.steps, request.sampler, request.accelerate
         span.text_ids = self._opening(row)
         row.state, row.kept = row.generator.start(span), 0
+        row.shares = row.previews = 0
 
     def _opening(self, row: _Row) -> list[int] | None:
         """The ids of the text that a picture's span opens with; None where it has none, or is to write it."""
@@ -571,13 +610,14 @@ class Running:
 
 
 def _alike(lengths: list[int], branches: list[int]) -> list[list[int]]:
-    """Rows that one pass reads together: others where padding would cost more than `WASTE` positions."""
+    """Rows that one pass reads together: others where padding would cost more than `WASTE` positions, and where there
+    is nothing to read."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     passes, begin = [], 0
     for at in range(1, len(order)):
         rest = sum(branches[i] for i in order[at:])
         spared = lengths[order[begin]] - lengths[order[at]]
-        if spared * rest > WASTE and 2 * spared > lengths[order[begin]]:
+        if (spared * rest > WASTE and 2 * spared > lengths[order[begin]]) or (spared and not lengths[order[at]]):
             passes.append(order[begin:at])
             begin = at
     return [sorted(rows) for rows in [*passes, order[begin:]]]

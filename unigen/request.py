@@ -43,6 +43,7 @@ class Request:
     accelerate: str | None = None
     fixed: torch.Tensor | None = None
     written: list[torch.Tensor | None] = field(default_factory=list)
+    previews: int = 0
 
 
 def checked(
@@ -64,6 +65,7 @@ def checked(
     accelerate: str | None = None,
     fixed: torch.Tensor | None = None,
     size: tuple[int, int] | None = None,
+    previews: int = 0,
 ) -> Request:
     """A checked request.
 
@@ -74,7 +76,8 @@ def checked(
     steps: how many a generator takes that chooses its own number; sampler, guidance_kind: of a flow.
     accelerate: "sjd" or "jacobi", how next-token writes several codes a step (`generators.jacobi`). fixed: codes
     (h, w) that stay, -1 elsewhere. size: width and height in pixels, for models that draw any; None is what the
-    document says.
+    document says. previews: how many of each picture are shown before it is finished, by `Engine.stream`; fewer where
+    its steps are fewer, none where the generator writes codes one after another.
     """
     generator = generator or usual_generator(model)
     outputs = model.template.outputs
@@ -90,6 +93,7 @@ def checked(
         raise ValueError(f"this model has no generator {generator!r}: it has {able}")
     whole("max_tokens", max_tokens, 1)
     whole("max_images", max_images, 1)
+    whole("previews", previews, 0)
     if sampler is not None and sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler {sampler!r}: one of {', '.join(SAMPLERS)}")
     if steps is not None:
@@ -147,6 +151,7 @@ def checked(
         sampler=sampler,
         accelerate=accelerate,
         fixed=fixed,
+        previews=previews,
     )
 
 

@@ -92,6 +92,16 @@ def to_images(pixels_BCHW: Tensor) -> list[Image.Image]:
     return [Image.fromarray(a) for a in array]
 
 
+@dataclass(frozen=True, eq=False)
+class Preview:
+    """An image of an answer before it is finished, as it looks now. picture: which of the answer's images; number: of
+    its previews. Both begin at 0."""
+
+    image: Image.Image
+    picture: int
+    number: int
+
+
 @dataclass(eq=False)
 class Segment:
     """A run of text; or one image: a PIL image, an RGB array uint8 (H, W, 3), a path, or codes int64 (h, w), of a

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from unigen.samplers.ode import SAMPLERS, solve
+from unigen.samplers.ode import SAMPLERS, Trajectory, solve
 
 MEAN, SPREAD = 0.7, 0.4
 
@@ -51,6 +51,19 @@ def test_they_go_all_the_way(sampler: str, shift: float) -> None:
     for steps in (1, 2, 20):
         end = solve(lambda x, t: torch.ones_like(x), torch.zeros(1, 1, 2, 2), steps, sampler, shift)
         torch.testing.assert_close(end, -torch.ones(1, 1, 2, 2), atol=2e-3, rtol=0)  # some begin at 0.999
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_on_the_way_they_know_where_it_leads(sampler: str) -> None:
+    """Along a constant velocity every one points at the data; at the end x is it."""
+    noise, data = torch.randn(1, 1, 2, 2), torch.randn(1, 1, 2, 2)
+    way, ways = Trajectory(noise, 8, sampler), []
+    while way.t is not None:
+        way.go(noise - data)
+        ways.append(way.way)
+        torch.testing.assert_close(way.data, data, atol=1e-2, rtol=0)  # some begin at 0.999
+    assert way.data is way.x
+    assert ways == [(n, len(ways)) for n in range(1, len(ways) + 1)] and len(ways) == (15 if sampler == "heun" else 8)
 
 
 def test_too_many_steps_are_refused() -> None:

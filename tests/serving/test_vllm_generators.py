@@ -125,6 +125,9 @@ def test_a_flows_story(engine: Any, local: Any) -> None:
     pictures = [[part for part in parts if not isinstance(part, str)] for parts in (given, wanted)]
     assert texts[0] == texts[1]
     assert len(pictures[0]) == len(pictures[1]) > 0 and all(map(alike, *pictures))
+    seen = [part for part in engine.stream(**options, previews=2) if isinstance(part, unigen.Preview)]
+    assert [(one.picture, one.number) for one in seen] == [(i, n) for i in range(len(pictures[0])) for n in range(2)]
+    assert untouched(engine)
 
 
 def test_what_else_the_model_can_do(engine: Any, local: Any) -> None:

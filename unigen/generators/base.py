@@ -60,13 +60,15 @@ class Span:
 @dataclass
 class State:
     """A span on its way. ids: what has been written; text: of it, what a finished span opens with; pending: what every
-    branch reads in the next step."""
+    branch reads in the next step. way: steps of an image that are taken, and of how many, where a generator can show
+    what there is of it: `Generator.pictures` then takes the state before it is done."""
 
     span: Span
     pending: list[int]
     ids: list[int] = field(default_factory=list)
     text: list[int] = field(default_factory=list)
     done: bool = False
+    way: tuple[int, int] = (0, 1)
 
     @property
     def own_codes(self) -> Tensor | None:
@@ -79,7 +81,7 @@ class Read:
     """What every branch of a span reads in one step: ids, the last of them as embeddings (L, D) where given.
 
     reach: the last of these positions that each of them sees; None is causal. blind: as many ids, which all branches
-    but the first read instead.
+    but the first read instead. No ids: a step without the backbone.
     """
 
     ids: list[int]
@@ -162,7 +164,8 @@ class Generator(Protocol):
         ...
 
     def pictures(self, model: Model, states: list[State]) -> Tensor:
-        """Of finished images: codes int64 (N, h, w) of the model's image tokenizer, or pixels float (N, 3, H, W)."""
+        """Of finished images: codes int64 (N, h, w) of the model's image tokenizer, or pixels float (N, 3, H, W). Of
+        those that are not, where the state's `way` tells how far it is: what they would be as it looks now."""
         ...
 
 

@@ -8,12 +8,13 @@ filled up with zeros as in SD3, so that a picture does not depend on its batch; 
 The KL tokenizer is part of the generator.
 The file refuses to know: templates, caches, how a tokenizer is trained.
 
-Shapes: M images, Z latent channels, h w grid of latents, N context states, D width, B rows, L positions.
+Shapes: M images, S branches of guidance, Z latent channels, h w grid of latents, N context states, D width, B rows, L
+positions.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from unigen.config import from_dict, to_dict
 from unigen.generators.base import Frame, Model, Read, Span, State
-from unigen.generators.latents import LatentHead
+from unigen.generators.latents import FlowingState, LatentHead
 from unigen.nn.attention import unfused
 from unigen.nn.painters import Kind, painter
 from unigen.sequence import Batch
@@ -51,8 +52,10 @@ class FlowConfig:
 
 
 @dataclass
-class FlowState(State):
-    latents_Zhw: Tensor = field(default_factory=lambda: torch.empty(0))
+class FlowState(FlowingState):
+    """seen_SND: the context of each branch of guidance, once the chat is read."""
+
+    seen_SND: Tensor | None = None
 
 
 class Flow(LatentHead):
@@ -127,19 +130,27 @@ class Flow(LatentHead):
     # ---------------------------------------------------------------- sampling
 
     def start(self, span: Span) -> State:
-        return FlowState(span, [])
+        return FlowState(span, [], flow=self.flow(span, self.settings.shift))
 
     def ask(self, state: State) -> Read:
-        return Read([state.span.begin])
+        assert isinstance(state, FlowState)
+        return Read([state.span.begin] if state.seen_SND is None else [])
 
     def advance(self, model: Model, states: list[State], hidden: list[list[Tensor]]) -> list[int]:
-        """All steps of the flow at once."""
-        seen = [[self._filled(branch) for branch in branches] for branches in hidden]
-        shape = (self.tokenizer.latent_channels, *self.tokenizer.grid)
-        for state, latents_Zhw in zip(states, self.solved(states, seen, shape, self.settings.shift), strict=True):
-            assert isinstance(state, FlowState)
-            state.latents_Zhw, state.done = latents_Zhw, True
-        return [1] * len(states)
+        """One evaluation of the velocity, the first one after the begin token."""
+        flowing = [state for state in states if isinstance(state, FlowState)]
+        kept = [int(state.seen_SND is None) for state in flowing]
+        for state, branches in zip(flowing, hidden, strict=True):
+            if state.seen_SND is None:
+                state.seen_SND = torch.stack([self._filled(branch) for branch in branches])
+        counts = [len(branches) for branches in hidden]
+        mixed = torch.cat([state.flow.x.expand(n, -1, -1, -1) for state, n in zip(flowing, counts, strict=True)])
+        times = [state.flow.t for state, n in zip(flowing, counts, strict=True) for _ in range(n)]
+        seen = torch.cat([state.seen_SND for state in flowing if state.seen_SND is not None])
+        said = self.velocity(mixed, torch.tensor(times, dtype=mixed.dtype, device=mixed.device), seen)
+        for state, parts in zip(flowing, said.split(counts), strict=True):
+            state.go(parts.split(1))
+        return kept
 
     def _filled(self, states_LD: Tensor) -> Tensor:
         last = states_LD[-self.settings.context_length :]

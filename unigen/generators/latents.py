@@ -11,16 +11,36 @@ Shapes: M images, Z latent channels, h w grid of latents.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from unigen.generators.base import Head, State
+from unigen.generators.base import Head, Span, State
 from unigen.samplers.guidance import Guidance, guided_velocity
-from unigen.samplers.ode import solve
+from unigen.samplers.ode import Trajectory, solve
 from unigen.sequence import Batch
+
+
+@dataclass
+class FlowingState(State):
+    """An image on its way from noise, a velocity a step. memory: of the guidance."""
+
+    flow: Trajectory = field(kw_only=True)
+    memory: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def latents_Zhw(self) -> Tensor:
+        return self.flow.data[0]
+
+    def go(self, parts: Sequence[Tensor]) -> None:
+        """On, by the velocities (1, Z, h, w) that the branches of guidance say."""
+        flow = self.flow
+        assert flow.t is not None
+        flow.go(guided_velocity(self.span.guidance, parts, flow.x, flow.t, self.memory))
+        self.way, self.done = flow.way, flow.t is None
 
 
 class LatentHead(Head):
@@ -63,6 +83,12 @@ class LatentHead(Head):
 
     def count(self, batch: Batch) -> int:
         return len(batch.written_by(self.name))
+
+    def flow(self, span: Span, shift: float) -> Trajectory:
+        """The way of a span's latents from its own noise."""
+        noise = torch.randn((1, self.tokenizer.latent_channels, *self.tokenizer.grid), generator=span.rng)
+        noise = noise.to(next(self.parameters()).device)
+        return Trajectory(noise, span.steps or self.steps, span.sampler or self.sampler, shift)
 
     def solved(
         self, states: list[State], seen: list[list[Tensor]], shape: tuple[int, ...], shift: float = 1.0

@@ -34,9 +34,11 @@ Targets = tuple[Tensor, Tensor, Tensor, Tensor]
 
 @dataclass
 class MaskedState(State):
-    """ids_P: -1 where an id is still to be written. unknown: how many those were at the start, part by part."""
+    """ids_P: -1 where an id is still to be written; drawn_P: with what was last drawn there. unknown: how many those
+    were at the start, part by part."""
 
     ids_P: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    drawn_P: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     unknown: list[int] = field(default_factory=list)
     step: int = 0
 
@@ -134,7 +136,8 @@ class Masked:
         )
         codes_P = torch.full((codes,), -1) if span.fixed is None else span.fixed.flatten().cpu()
         ids_P = torch.cat([text_T, codes_P])
-        return MaskedState(span, [], ids_P=ids_P, unknown=[int((ids_P[part] < 0).sum()) for part in self.parts()])
+        unknown = [int((ids_P[part] < 0).sum()) for part in self.parts()]
+        return MaskedState(span, [], ids_P=ids_P, drawn_P=ids_P.clone(), unknown=unknown)
 
     def ask(self, state: State) -> Read:
         assert isinstance(state, MaskedState)
@@ -173,9 +176,9 @@ class Masked:
             assert isinstance(state, MaskedState)
             state.step += 1
             state.done = not bool((state.ids_P < 0).any())
-            if state.done:
-                state.text = state.ids_P[: self.text_length].tolist()
-                state.ids = state.ids_P[self.text_length :].tolist()
+            state.way = state.step, min(state.span.steps or self.steps, max(*state.unknown, 1))
+            state.text = state.drawn_P[: self.text_length].tolist()
+            state.ids = state.drawn_P[self.text_length :].tolist()
         return [0] * len(states)
 
     def legal(self, logits_NV: Tensor) -> Tensor:
@@ -200,6 +203,7 @@ class Masked:
         masked_N = ids_N < 0
         again = sure_N.masked_fill(~masked_N, math.inf).argsort()[: self.left(state, number, steps)]
         ids_N = torch.where(masked_N, drawn_N + first, ids_N)
+        state.drawn_P[part] = ids_N
         ids_N[again] = -1
         state.ids_P[part] = ids_N
 

@@ -184,7 +184,7 @@ class NextScale(Head):
             maps_MNC = quantizer.shrink(seen_MChw, k + 1).flatten(2).transpose(1, 2)
             read_MND = self.embed(maps_MNC, sum(self.lengths[: k + 1]))
         for i, state in enumerate(states):
-            state.seen_1Chw, state.done = seen_MChw[i : i + 1], last
+            state.seen_1Chw, state.done, state.way = seen_MChw[i : i + 1], last, (k + 1, len(self.lengths))
             state.read_LD = None if last else read_MND[i]
 
     def pictures(self, model: Model, states: list[State]) -> Tensor:

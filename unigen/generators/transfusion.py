@@ -12,7 +12,7 @@ Shapes: M images, P patches of F values, Z latent channels, h w grid of latents,
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,10 +20,8 @@ from torch import Tensor, nn
 
 from unigen.config import from_dict, to_dict
 from unigen.generators.base import Frame, Model, Read, Span, State
-from unigen.generators.latents import LatentHead
+from unigen.generators.latents import FlowingState, LatentHead
 from unigen.nn.painters import Time, from_patches, to_patches
-from unigen.samplers.guidance import guided_velocity
-from unigen.samplers.ode import Trajectory
 from unigen.sequence import Batch
 
 
@@ -40,16 +38,10 @@ class TransfusionConfig:
 
 
 @dataclass
-class TransfusionState(State):
-    """begun: the cache holds the begin token. memory: of the guidance."""
+class TransfusionState(FlowingState):
+    """begun: the cache holds the begin token."""
 
-    way: Trajectory = field(kw_only=True)
     begun: bool = False
-    memory: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def latents_Zhw(self) -> Tensor:
-        return self.way.x[0]
 
 
 class Transfusion(LatentHead):
@@ -118,15 +110,12 @@ class Transfusion(LatentHead):
     # ---------------------------------------------------------------- sampling
 
     def start(self, span: Span) -> State:
-        noise = torch.randn((1, self.tokenizer.latent_channels, *self.tokenizer.grid), generator=span.rng)
-        noise = noise.to(self.say.weight.device)
-        way = Trajectory(noise, span.steps or self.steps, span.sampler or self.sampler, self.settings.shift)
-        return TransfusionState(span, [], way=way)
+        return TransfusionState(span, [], flow=self.flow(span, self.settings.shift))
 
     def ask(self, state: State) -> Read:
-        assert isinstance(state, TransfusionState) and state.way.t is not None
+        assert isinstance(state, TransfusionState) and state.flow.t is not None
         count = self.positions()
-        read_PD = self.embed(state.way.x, torch.tensor([state.way.t], device=state.way.x.device))[0]
+        read_PD = self.embed(state.flow.x, torch.tensor([state.flow.t], device=state.flow.x.device))[0]
         if state.begun:
             return Read([0] * count, embeds=read_PD, reach=[count - 1] * count)
         return Read([state.span.begin] + [0] * count, embeds=read_PD, reach=[0] + [count] * count)
@@ -136,11 +125,10 @@ class Transfusion(LatentHead):
         patches = torch.stack([branch[-self.positions() :] for branches in hidden for branch in branches])
         said, kept = iter(self.velocity(patches).split(1)), []
         for state, branches in zip(states, hidden, strict=True):
-            assert isinstance(state, TransfusionState) and state.way.t is not None
-            parts = [next(said) for _ in branches]
-            state.way.go(guided_velocity(state.span.guidance, parts, state.way.x, state.way.t, state.memory))
+            assert isinstance(state, TransfusionState)
+            state.go([next(said) for _ in branches])
             kept.append(0 if state.begun else 1)
-            state.begun, state.done = True, state.way.t is None
+            state.begun = True
         return kept
 
 

@@ -47,12 +47,23 @@ def scheduler(sampler: str, steps: int, shift: float = 1.0) -> Any:
 
 class Trajectory:
     """A way from noise to data that waits for each velocity. x: where it is; t: the time there, in [0, 1], or None at
-    the end. heun asks 2 steps - 1 times for a velocity, the others as often as there are steps."""
+    the end; way: velocities taken, and of how many: heun's are 2 steps - 1, the others' as many as there are steps."""
 
     def __init__(self, noise: Tensor, steps: int, sampler: str = "euler", shift: float = 1.0) -> None:
         self.x = noise
         self._scheduler = scheduler(sampler, steps, shift)
         self._at = 0
+        self._last = noise, 0.0, noise  # x, t, and the velocity there
+
+    @property
+    def way(self) -> tuple[int, int]:
+        return self._at, len(self._scheduler.timesteps)
+
+    @property
+    def data(self) -> Tensor:
+        """The data that the last velocity points at, x - t v; at the end x itself."""
+        x, t, velocity = self._last
+        return self.x if self.t is None else x - t * velocity
 
     @property
     def t(self) -> float | None:
@@ -62,6 +73,7 @@ class Trajectory:
     def go(self, velocity: Tensor) -> None:
         """On, by the velocity (noise - data) at x and t."""
         made, time = self._scheduler, self._scheduler.timesteps[self._at]
+        self._last = self.x, float(time) / 1000, velocity
         self._at += 1
         if self.t is None and made.sigmas[-1] > 0:  # deis would rest here, short of the data
             self.x = self.x - float(made.sigmas[-1]) * velocity
