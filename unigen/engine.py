@@ -44,7 +44,7 @@ class _Row:
     positions of the span the cache holds. `features`: of pictures in the prompt that are not read as codes. `seen`: by
     branch, the states of all that was read, where a generator wants them.
     `shares`: how many of the times for a preview have passed, and `previews`: how many were shown, of the picture.
-    `asked`: ids of the prompt; `cut`: did the last text end at its limit?"""
+    `asked`: ids of the prompt, `sighted` of them of pictures; `cut`: did the last text end at its limit?"""
 
     request: Request
     document: Document
@@ -60,6 +60,7 @@ class _Row:
     shares: int = 0
     previews: int = 0
     asked: int = 0
+    sighted: int = 0
     cut: bool = False
     features: torch.Tensor | None = None
     seen: dict[int, list[torch.Tensor]] = field(default_factory=dict)
@@ -72,12 +73,13 @@ class _Row:
 @dataclass(frozen=True)
 class Usage:
     """What a request took: ids read as its prompt, ids of text and codes of pictures written. cut: its text ended at
-    the limit of the request or of the model's context, and not by itself."""
+    the limit of the request or of the model's context, and not by itself. seen: of the ids read, those of pictures."""
 
     read: int
     text: int
     image: int
     cut: bool
+    seen: int
 
 
 class Engine:
@@ -260,7 +262,8 @@ class Engine:
         row = _Row(request, request.document)
         row.features = self.model.features(row.document)
         wordless = request.output == "pair" and not self._opening(row)
-        ids = self.model.ids(self.model.template.prompt(row.document, output=request.output, blind=wordless))
+        tokens = self.model.template.prompt(row.document, output=request.output, blind=wordless)
+        ids, row.sighted = self.model.ids(tokens), sum(stop - start for start, stop in tokens.spans)
         need = 1 if request.output == "text" else self._image_length(request)
         row.unread, row.asked = [ids], len(ids)
         if request.output in ("image", "pair"):
@@ -588,7 +591,7 @@ class Running:
         row = self._rows[number]
         text = row.state.ids if row.state and isinstance(row.generator, Text) and not row.state.done else []
         codes = row.images * row.request.grid[0] * row.request.grid[1]
-        return Usage(row.asked, row.written + len(text), codes, row.cut)
+        return Usage(row.asked, row.written + len(text), codes, row.cut, row.sighted)
 
     @torch.inference_mode()
     def step(self) -> list[tuple[int, Any]]:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
 from PIL import Image
@@ -47,11 +48,23 @@ def opened(file: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(file)))
 
 
+def near(event: Any, image: Image.Image) -> bool:
+    """Is it the picture, but for what two flows side by side round differently?"""
+    return bool(np.abs(np.asarray(opened(event.b64_json), int) - np.asarray(image)).max() <= 1)
+
+
 def until(true: Callable[[], bool], seconds: float = 20) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def child_of(served: Any) -> str:
+    """The process that holds the model."""
+    listed = subprocess.run(["ps", "-ww", "-o", "pid=,args=", "--ppid", str(served.process.pid)], capture_output=True)
+    (child,) = [line.split()[0] for line in listed.stdout.decode().splitlines() if "spawn_main" in line]
+    return child
 
 
 def test_a_picture_is_the_engines_own_alone_and_under_load(tiny_server: Any, engine: Any, apples: Any) -> None:
@@ -125,6 +138,98 @@ def test_a_story_is_streamed_part_by_part(tiny_server: Any, engine: Any) -> None
     assert usage.completion_tokens_details.image_tokens == 64 * sum(not isinstance(p, str) for p in story)
 
 
+SHOWN = {"next-scale": 3, "flow": 3, "masked": 3, "next-token": 0}
+
+
+@pytest.mark.parametrize("generator", SHOWN)
+def test_pictures_are_seen_while_they_are_made(tiny_server: Any, engine: Any, generator: str) -> None:
+    """The official client reads the stream; the last picture is the one that is made without."""
+    told = {"seed": 3, "generator": generator}
+    stream = tiny_server.client().images.generate(
+        model=MODEL, prompt=APPLES, stream=True, partial_images=3, n=2, extra_body=told
+    )
+    events: list[list[Any]] = [[], []]
+    for event in stream:
+        events[event.index].append(event)
+    for i, (*seen, made) in enumerate(events):
+        options: dict[str, Any] = {"seed": 3 + i, "generator": generator}
+        *wanted, whole = engine.stream(APPLES, "image", previews=3, **options)
+        assert [event.partial_image_index for event in seen] == list(range(SHOWN[generator]))
+        assert {event.type for event in seen} <= {"image_generation.partial_image"}
+        for event, preview in zip(seen, wanted, strict=True):
+            assert near(event, preview.image) and not near(event, whole)
+        assert made.type == "image_generation.completed" and near(made, whole)
+        assert made.size == "64x64" and made.output_format == "png" and made.background == "opaque"
+        assert made.settings["seed"] == 3 + i and made.settings["generator"] == generator
+        assert made.usage.output_tokens == 64 and made.usage.input_tokens_details.image_tokens == 0
+        assert (
+            made.usage.total_tokens == 64 + made.usage.input_tokens == 64 + made.usage.input_tokens_details.text_tokens
+        )
+
+
+def test_edits_are_seen_while_they_are_made(tiny_server: Any, engine: Any, apples: Image.Image) -> None:
+    """What is painted into a picture is seen inside it."""
+    client, files = tiny_server.client(), []
+    mask = Image.new("RGB", apples.size)
+    mask.paste("white", (0, 0, 32, 64))
+    for picture in (apples, mask):
+        file = io.BytesIO()
+        picture.save(file, "PNG")
+        files.append(("a.png", file.getvalue()))
+    told = {"seed": "2", "generator": "flow", "steps": "4"}
+    asked: dict[str, Any] = {"image": files[0], "model": MODEL, "stream": True, "partial_images": 2}
+    *seen, made = client.images.edit(prompt="make the background red", extra_body=told, **asked)
+    assert [event.type for event in seen] == ["image_edit.partial_image"] * 2 and made.type == "image_edit.completed"
+    wanted = engine.edit(apples, "make the background red", seed=2, generator="flow", steps=4)
+    assert pixels(opened(made.b64_json)) == pixels(wanted) and made.usage.input_tokens_details.image_tokens == 64
+    *seen, made = client.images.edit(mask=files[1], prompt="an apple", extra_body={"seed": "2"}, **asked)
+    assert len(seen) == 2 and pixels(opened(made.b64_json)) == pixels(engine.inpaint(apples, "an apple", mask, seed=2))
+    right = (40, 0, 64, 64)
+    for event in seen:
+        assert pixels(opened(event.b64_json).crop(right)) == pixels(opened(made.b64_json).crop(right))
+        assert pixels(opened(event.b64_json)) != pixels(opened(made.b64_json))
+
+
+def test_a_chat_shows_unfinished_pictures_to_those_who_ask(tiny_server: Any) -> None:
+    """Marked, before the finished one, and after the text before it."""
+    body: dict[str, Any] = {"generator": "masked", "max_images": 2}
+    prompt = said("a story about a witch and her raven")
+
+    def told(**more: Any) -> list[Any]:
+        stream = tiny_server.client().chat.completions.create(
+            model=MODEL, messages=prompt, seed=1, stream=True, extra_body=body | more
+        )
+        parts: list[Any] = [""]
+        for chunk in stream:
+            delta = chunk.choices[0].delta
+            for image in getattr(delta, "images", None) or []:
+                parts += [(image["index"], image.get("partial", False), image["image_url"]["url"]), ""]
+            parts[-1] += delta.content or ""
+        return parts
+
+    plain, shown = told(), told(partial_images=2)
+    assert [part[:2] for part in plain[1::2]] == [(0, False), (1, False)]
+    images = shown[1::2]
+    assert [part[:2] for part in images] == [(i, partial) for i in range(2) for partial in (True, True, False)]
+    assert [part for part in images if not part[1]] == plain[1::2] and len({part[2] for part in images}) == 6
+    texts = shown[::2]
+    assert [texts[0], texts[3]] == plain[::2][:2] and texts[1] == texts[2] == ""
+
+
+def test_a_picture_left_while_it_is_made_frees_its_slot(tiny_server: Any) -> None:
+    before = tiny_server.metric("unigen_images_total")
+    options = {"generator": "flow", "steps": 250, "seed": 1}
+    stream = tiny_server.client().images.generate(
+        model=MODEL, prompt=APPLES, stream=True, partial_images=3, extra_body=options
+    )
+    assert next(iter(stream)).type == "image_generation.partial_image"
+    assert tiny_server.jobs == 1
+    stream.close()
+    until(lambda: tiny_server.jobs == 0)
+    assert tiny_server.metric("unigen_images_total") == before
+    assert tiny_server.metric("unigen_cache_positions") == 0
+
+
 def test_answers_end_where_they_are_told_to(tiny_server: Any, engine: Any, apples: Image.Image) -> None:
     chat = tiny_server.client().chat.completions.create
     whole = engine.describe(apples, candidates=1)
@@ -185,11 +290,16 @@ WRONG: list[tuple[str, Any, str, int]] = [
     ("/v1/images/generations", {"label": 7}, "class", 400),
     ("/v1/images/generations", b"{", "JSON", 400),
     ("/v1/images/generations", [], "", 400),
+    ("/v1/images/generations", {"prompt": "a", "partial_images": 1}, "stream=true", 400),
+    ("/v1/images/generations", {"prompt": "a", "stream": True, "partial_images": 4}, "partial_images", 400),
+    ("/v1/images/generations", {"prompt": "a", "stream": True, "response_format": "url"}, "response_format", 400),
+    ("/v1/images/generations", {"prompt": "a", "stream": True, "generator": "none"}, "next-token", 400),
     ("/v1/images/edits", {"prompt": "a"}, "multipart", 400),
     ("/v1/chat/completions", {"model": MODEL, "messages": []}, "messages", 400),
     ("/v1/chat/completions", {"model": MODEL, "messages": [{"role": "system", "content": "a"}]}, "role", 400),
     ("/v1/chat/completions", {"model": MODEL, "messages": said("a"), "tools": []}, "tools", 400),
     ("/v1/chat/completions", {"model": MODEL, "messages": said("a"), "stream_options": {}}, "stream", 400),
+    ("/v1/chat/completions", {"model": MODEL, "messages": said("a"), "partial_images": 1}, "stream=true", 400),
     ("/v1/chat/completions", {"model": MODEL, "messages": said(" ")}, "empty", 400),
     ("/v1/chat/completions", {"model": MODEL, "messages": said("a") + said(" ")}, "empty", 400),
     ("/v1/chat/completions", {"model": MODEL, "messages": said("a " * 5000), "stream": True}, "positions", 400),
@@ -242,11 +352,23 @@ def test_more_than_may_wait_are_told_so(tiny_server: Any) -> None:
     assert next(answer for status, answer in answers if status == 429)["error"]["code"] == "busy"
 
 
-def test_a_model_that_dies_is_started_again(tiny_server: Any) -> None:
-    children = subprocess.run(
-        ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(tiny_server.process.pid)], capture_output=True
+def test_a_picture_that_cannot_be_finished_says_so_in_its_stream(tiny_server: Any) -> None:
+    """After what was seen of it comes an error, and no end."""
+    options = {"generator": "flow", "steps": 250, "seed": 1}
+    stream = tiny_server.client().images.generate(
+        model=MODEL, prompt=APPLES, stream=True, partial_images=3, extra_body=options
     )
-    (child,) = [line.split()[0] for line in children.stdout.decode().splitlines() if "spawn_main" in line]
+    events = iter(stream)
+    assert next(events).type == "image_generation.partial_image"
+    os.kill(int(child_of(tiny_server)), signal.SIGKILL)
+    with pytest.raises(openai.APIError, match="ask again"):
+        for event in events:
+            assert event.type == "image_generation.partial_image"
+    tiny_server.wait()
+
+
+def test_a_model_that_dies_is_started_again(tiny_server: Any) -> None:
+    child = child_of(tiny_server)
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(tiny_server.get, "/v1/images/generations", {"prompt": "a rose", "n": 16})
         until(lambda: tiny_server.metric("unigen_jobs_running") > 0)

@@ -12,14 +12,14 @@ from typing import Any
 
 from PIL import Image
 
-from unigen.sequence import Document
+from unigen.sequence import Document, Preview
 
 
 @dataclass
 class Job:
     """One answer to be made. output, options: as of `Engine.request`. stop: texts before which the answer ends.
     around: a picture that is painted in where the mask is white; vary: instead of a mask, the share of it that is drawn
-    anew, by lot."""
+    anew, by lot. previews: of each picture, where the model has some."""
 
     prompt: Document
     output: Any
@@ -28,6 +28,7 @@ class Job:
     around: Image.Image | None = None
     mask: Image.Image | None = None
     vary: float | None = None
+    previews: int = 0
 
 
 @dataclass
@@ -54,12 +55,13 @@ class Part:
 @dataclass
 class Ended:
     """reason: "stop" or "length". prompt, text, image: ids read, ids of text and codes of pictures written; None where
-    the model does not count."""
+    the model does not count. seen: of the ids read, those of pictures."""
 
     reason: str
     prompt: int | None = None
     text: int | None = None
     image: int | None = None
+    seen: int = 0
 
 
 @dataclass
@@ -89,4 +91,4 @@ class Load:
     seconds: float
 
 
-Event = Ready | Begun | Part | Ended | Refused | Failed | Load
+Event = Ready | Begun | Part | Preview | Ended | Refused | Failed | Load

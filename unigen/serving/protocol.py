@@ -6,7 +6,7 @@ OpenAI's reference: https://platform.openai.com/docs/api-reference (chat, images
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -24,7 +24,8 @@ class Strict(BaseModel):
 
 
 class Drawing(Strict):
-    """How pictures are made; None is left to the model. As of `unigen.request.checked`."""
+    """How pictures are made; None is left to the model. As of `unigen.request.checked`. stream: in events, as they are
+    made; partial_images: of each picture at most, before it is finished."""
 
     seed: int | None = Field(None, ge=0, lt=1 << 53)
     guidance: float | list[float] | None = None
@@ -37,10 +38,18 @@ class Drawing(Strict):
     guidance_kind: str | None = Field(None, max_length=64)
     accelerate: str | None = Field(None, max_length=64)
     size: str | None = Field(None, pattern=r"^([1-9]\d{0,4}x[1-9]\d{0,4}|auto)$")
+    stream: bool = False
+    partial_images: int = Field(0, ge=0, le=3)
+
+    @model_validator(mode="after")
+    def _seen(self) -> Self:
+        if self.partial_images and not self.stream:
+            raise ValueError("partial_images is for stream=true")
+        return self
 
     def options(self) -> dict[str, Any]:
-        """What was given, as the engine takes it; the seed apart."""
-        names = set(Drawing.model_fields) - {"seed", "size"}
+        """What was given, as the engine takes it; the seed and the form of the answer apart."""
+        names = set(Drawing.model_fields) - {"seed", "size", "stream", "partial_images"}
         given = {name: value for name in sorted(names) if (value := getattr(self, name)) is not None}
         if self.size not in (None, "auto"):
             width, _, height = str(self.size).partition("x")
@@ -88,7 +97,6 @@ class ChatRequest(Drawing):
     model: str
     messages: list[Message] = Field(min_length=1, max_length=1000)
     modalities: list[Literal["text", "image"]] | None = Field(None, min_length=1, max_length=2)
-    stream: bool = False
     stream_options: StreamOptions | None = None
     n: int = Field(1, ge=1, le=MOST_ANSWERS)
     stop: list[Words] | None = Field(None, max_length=4)
@@ -135,6 +143,12 @@ class ImagesRequest(Drawing):
     background: Literal["auto", "opaque"] | None = None
     quality: Literal["auto"] | None = None
     moderation: Literal["auto"] | None = None
+
+    @model_validator(mode="after")
+    def _carried(self) -> Self:
+        if self.stream and self.response_format != "b64_json":
+            raise ValueError("a stream carries its pictures: leave response_format out")
+        return self
 
 
 class GenerationRequest(ImagesRequest):
@@ -186,13 +200,16 @@ def form_schema(kind: type[BaseModel], *files: str) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 
-NUMBERS = {"n", "seed", "steps", "top_k", "guidance", "top_p", "temperature", "vary"}
+NUMBERS = {"n", "seed", "steps", "top_k", "guidance", "top_p", "temperature", "vary", "partial_images"}
+FLAGS = {"stream"}
 
 
 def of_form(fields: dict[str, str]) -> dict[str, Any]:
     """A form's fields, all texts, as JSON would have them."""
 
-    def read(value: str) -> Any:
+    def read(name: str, value: str) -> Any:
+        if name in FLAGS:
+            return {"true": True, "false": False}.get(value, value)
         for kind in (int, float):
             try:
                 return kind(value)
@@ -200,4 +217,4 @@ def of_form(fields: dict[str, str]) -> dict[str, Any]:
                 pass
         return value
 
-    return {name: read(value) if name in NUMBERS else value for name, value in fields.items()}
+    return {name: read(name, value) if name in NUMBERS | FLAGS else value for name, value in fields.items()}

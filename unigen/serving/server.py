@@ -32,7 +32,7 @@ from PIL import Image
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from unigen.sequence import Document, Segment
+from unigen.sequence import Document, Preview, Segment
 from unigen.serving import pictures, protocol
 from unigen.serving.guard import Guard, Limits, error
 from unigen.serving.jobs import Begun, Ended, Event, Failed, Job, Part, Refused
@@ -133,8 +133,9 @@ class Server:
         self._named(asked.model)
         document = await self._document(asked)
         self._log(request, document)
+        stop, output = tuple(asked.stop or ()), self._output(asked.modalities)
         jobs = [
-            Job(document, self._output(asked.modalities), {**asked.options(), "seed": seed}, tuple(asked.stop or ()))
+            Job(document, output, {**asked.options(), "seed": seed}, stop, previews=asked.partial_images)
             for seed in self._seeds(asked)
         ]
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.settings.model}
@@ -155,7 +156,8 @@ class Server:
         return {**head, "object": "chat.completion", "choices": choices, "usage": usage_of(answers)}
 
     async def _chunks(self, jobs: list[Job], head: dict[str, Any], usage: bool) -> AsyncGenerator[dict[str, Any], None]:
-        """The events of a streamed chat: texts as delta.content, finished pictures as delta.images."""
+        """The events of a streamed chat: texts as delta.content, pictures as delta.images, those that are not finished
+        marked as partial."""
         answers = [Answer() for _ in jobs]
         head = head | {"object": "chat.completion.chunk"}
 
@@ -174,6 +176,9 @@ class Server:
                     else:
                         part = {"index": len(answer.pictures) - 1, **await picture_part(event.part)}
                         yield chunk(i, {"images": [part]})
+                elif isinstance(event, Preview):
+                    part = {"index": event.picture, "partial": True, **await picture_part(event.image)}
+                    yield chunk(i, {"images": [part]})
                 elif isinstance(event, Ended):
                     yield chunk(i, {}, event.reason)
         if usage:
@@ -221,14 +226,15 @@ class Server:
     async def generations(self, request: Request, asked: protocol.GenerationRequest) -> Any:
         """Pictures of words, or of a class."""
         document = Document.of([Segment(label=asked.label)] if asked.prompt is None else [asked.prompt])
-        return await self._images(request, asked, document)
+        return await self._images(request, asked, "image_generation", document)
 
     async def edits(self, request: Request) -> Any:
         """The picture changed as the prompt says; or, with a mask, painted anew where it marks."""
         asked, image, mask = await self._form(request, protocol.EditRequest)
         if mask is None:
-            return await self._images(request, asked, Document.of([image, asked.prompt]))
-        return await self._images(request, asked, Document.of([asked.prompt]), around=image, mask=mask)
+            return await self._images(request, asked, "image_edit", Document.of([image, asked.prompt]))
+        painted: dict[str, Any] = {"around": image, "mask": mask}
+        return await self._images(request, asked, "image_edit", Document.of([asked.prompt]), **painted)
 
     async def variations(self, request: Request) -> Any:
         """The picture with a share of it drawn anew, by lot, as the model itself describes it."""
@@ -239,16 +245,24 @@ class Server:
         question = Job(Document.of([image, "describe this picture"]), "text")
         caption = (await self._unless_gone(request, self._all([question])))[0].parts
         document = Document.of([str(caption[0]) if caption else "a picture"])
-        return await self._images(request, asked, document, around=image, vary=asked.vary)
+        return await self._images(request, asked, "image_variation", document, around=image, vary=asked.vary)
 
-    async def _images(self, request: Request, asked: protocol.ImagesRequest, document: Document, **job: Any) -> Any:
+    async def _images(
+        self, request: Request, asked: protocol.ImagesRequest, kind: str, document: Document, **job: Any
+    ) -> Any:
+        """The pictures of a request, whole or streamed; kind: as its events are named."""
         self._named(asked.model)
         if asked.response_format == "url" and self.settings.folder is None:
             raise Wrong(
                 400, "this server keeps no pictures (--images-folder): ask for b64_json", param="response_format"
             )
         self._log(request, document)
-        jobs = [Job(document, "image", {**asked.options(), "seed": seed}, **job) for seed in self._seeds(asked)]
+        jobs = [
+            Job(document, "image", {**asked.options(), "seed": seed}, previews=asked.partial_images, **job)
+            for seed in self._seeds(asked)
+        ]
+        if asked.stream:
+            return await self._streamed(request, self._drawn(jobs, kind, asked.output_format))
         answers = await self._unless_gone(request, self._all(jobs))
         data = []
         for answer in answers:
@@ -258,20 +272,42 @@ class Server:
                 data.append({"url": str(request.url_for("picture", name=name)), "settings": answer.settings})
             else:
                 data.append({"b64_json": base64.b64encode(file).decode(), "settings": answer.settings})
-        usage, size = usage_of(answers), "{}x{}".format(*answers[0].pictures[0].size)
-        renamed = {
-            "input_tokens": "prompt_tokens",
-            "output_tokens": "completion_tokens",
-            "total_tokens": "total_tokens",
-        }
         return {
             "created": int(time.time()),
             "model": self.settings.model,
             "data": data,
-            "size": size,
+            "size": "{}x{}".format(*answers[0].pictures[0].size),
             "output_format": asked.output_format,
-            "usage": usage and {ours: usage[theirs] for ours, theirs in renamed.items()},
+            "usage": images_usage(answers),
         }
+
+    async def _drawn(self, jobs: list[Job], kind: str, format: str) -> AsyncGenerator[dict[str, Any], None]:
+        """The events of streamed pictures, OpenAI's with the place of the picture among the n, and how it was made."""
+        answers = [Answer() for _ in jobs]
+
+        async def said(i: int, what: str, picture: Image.Image, **more: Any) -> dict[str, Any]:
+            file = await asyncio.to_thread(pictures.encoded, picture, format)
+            return {
+                "type": f"{kind}.{what}",
+                "index": i,
+                "b64_json": base64.b64encode(file).decode(),
+                "created_at": int(time.time()),
+                "size": "{}x{}".format(*picture.size),
+                "output_format": format,
+                "background": "opaque",
+                "quality": "auto",
+                **more,
+            }
+
+        async with aclosing(self._together(jobs)) as events:
+            async for i, event in events:
+                answer = answers[i]
+                answer.take(event)
+                if isinstance(event, Preview):
+                    yield await said(i, "partial_image", event.image, partial_image_index=event.number)
+                elif isinstance(event, Ended):
+                    told = {"model": self.settings.model, "settings": answer.settings, "usage": images_usage([answer])}
+                    yield await said(i, "completed", answer.pictures[0], **told)
 
     async def _form(self, request: Request, kind: type[T]) -> tuple[T, Image.Image, Image.Image | None]:
         """A form's fields, its picture and its mask."""
@@ -449,7 +485,8 @@ async def _left(request: Request) -> None:
 
 
 def _event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+    name = f"event: {data['type']}\n" if "type" in data else ""
+    return f"{name}data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 
 async def picture_part(picture: Image.Image) -> dict[str, Any]:
@@ -477,6 +514,20 @@ def usage_of(answers: list[Answer]) -> dict[str, Any] | None:
         "completion_tokens": text + image,
         "total_tokens": prompt + text + image,
         "completion_tokens_details": details,
+    }
+
+
+def images_usage(answers: list[Answer]) -> dict[str, Any] | None:
+    """The same as OpenAI's routes of pictures have it."""
+    usage = usage_of(answers)
+    if usage is None:
+        return None
+    read, seen = usage["prompt_tokens"], answers[0].ended.seen
+    return {
+        "input_tokens": read,
+        "input_tokens_details": {"text_tokens": read - seen, "image_tokens": seen},
+        "output_tokens": usage["completion_tokens"],
+        "total_tokens": usage["total_tokens"],
     }
 
 

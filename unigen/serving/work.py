@@ -15,7 +15,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from PIL import Image
@@ -23,7 +23,7 @@ from PIL import Image
 from unigen.generators.base import CODES
 from unigen.painting import keeping, lot
 from unigen.request import sampling_of
-from unigen.sequence import Document
+from unigen.sequence import Document, Preview
 from unigen.serving.jobs import Begun, Ended, Event, Failed, Job, Load, Part, Ready, Refused
 
 
@@ -71,7 +71,10 @@ class _Answer:
                 yield Part(said)
             return
         yield from self.rest()
-        yield Part(self.lay(part))
+        if isinstance(part, Preview):
+            yield replace(part, image=self.lay(part.image))
+        else:
+            yield Part(self.lay(part))
 
     def rest(self) -> Iterator[Event]:
         if said := self.words.end():
@@ -81,6 +84,10 @@ class _Answer:
 def refused(error: ValueError) -> Refused:
     """In one line."""
     return Refused(" ".join(str(error).split()))
+
+
+def ended(reason: str, usage: Any) -> Ended:
+    return Ended(reason, usage.read, usage.text, usage.image, usage.seen)
 
 
 class _Worker:
@@ -143,7 +150,7 @@ class Together(_Worker):
                 yield number, event
             if answer.words.stopped:
                 usage = self.running.ended.get(row) or self.running.usage(row)
-                yield number, Ended("stop", usage.read, usage.text, usage.image)
+                yield number, ended("stop", usage)
                 del self.answers[row]
                 if row in self.running:
                     self.running.drop(row)
@@ -152,7 +159,7 @@ class Together(_Worker):
                 number, _, answer = self.answers.pop(row)
                 for event in answer.rest():
                     yield number, event
-                yield number, Ended("length" if usage.cut else "stop", usage.read, usage.text, usage.image)
+                yield number, ended("length" if usage.cut else "stop", usage)
 
     def load(self) -> Load:
         rows = sum(slots for _, slots, _ in self.answers.values())
@@ -195,7 +202,8 @@ class Together(_Worker):
                 around, mask = lot(self.engine.model, around, job.vary, options.get("seed", 0))
             rest = {name: value for name, value in options.items() if name != "generator"}
             options, lay = keeping(self.engine.model, around, mask, options.get("generator"), rest)
-        return self.engine.request(job.prompt, job.output, **options), _Answer(job, Words(job.stop), lay)
+        request = self.engine.request(job.prompt, job.output, previews=job.previews, **options)
+        return request, _Answer(job, Words(job.stop), lay)
 
     def _settings(self, request: Any) -> dict[str, Any]:
         """As users name them; of what makes pictures only where there may be some."""
