@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from unigen.output import data_uri
+from unigen.sequence import Preview
 from unigen.serving.jobs import Begun, Ended, Event, Job, Load, Part
 from unigen.serving.server import Settings, create_app
 
@@ -34,6 +35,8 @@ class Painter:
         if job.output != "image":
             yield Part("said")
         if job.output != "text":
+            for number in range(job.previews):
+                yield Preview(Image.new("RGB", (4, 4)), 0, number)
             yield Part(Image.new("RGB", (4, 4)))
         yield Ended("stop", 1, 1, 1)
 
@@ -98,9 +101,9 @@ def test_no_body_is_a_fault(data: Any) -> None:
         body = changed(body, data.draw(st.sampled_from(places(body))), data.draw(JUNK))
     if isinstance(body, dict) and data.draw(st.booleans()):
         body = {**body, data.draw(st.text(max_size=8)): data.draw(JUNK)}
-    stream = isinstance(body, dict) and "messages" in body and data.draw(st.booleans())
+    stream = isinstance(body, dict) and data.draw(st.booleans())
     if stream:
-        body = {**body, "stream": True}
+        body = {**body, "stream": True, "partial_images": data.draw(st.integers(0, 3))}
     answer = post(path, content=json.dumps(body).encode(), headers={"content-type": "application/json"})
     assert answer.status_code in (200, 400, 404), (body, answer.text)
     if answer.status_code != 200:
@@ -134,7 +137,9 @@ def test_a_form_becomes_a_job() -> None:
     job = PAINTER.jobs[-1]
     assert job.options == {"seed": 3, "guidance": 2} and job.output == "image" and job.around is None
     assert [s.text or s.image.getpixel((0, 0)) for s in job.prompt.segments] == [(255, 0, 0), "b"]
-    for wrong in ({"prompt": "b", "seed": "x"}, {"prompt": "b", "apple": "1"}, {}):
+    shown = {"prompt": "b", "stream": "true", "partial_images": "2"}
+    assert post("/v1/images/edits", files=files, data=shown).text.count("event: image_edit.partial_image") == 2
+    for wrong in ({"prompt": "b", "seed": "x"}, {"prompt": "b", "stream": "yes"}, {"prompt": "b", "apple": "1"}, {}):
         assert post("/v1/images/edits", files=files, data=wrong).status_code == 400
     assert post("/v1/images/edits", files=files | {"more": ("b", b"")}, data={"prompt": "b"}).status_code == 400
 

@@ -337,6 +337,35 @@ def test_the_studio_draws_edits_varies_and_says_how(tiny_server: Any, open_page:
 
 @needs_browser
 @pytest.mark.slow
+def test_the_studio_shows_pictures_while_they_are_made(tiny_server: Any, open_page: Open) -> None:
+    """In their places, each becoming clearer; those that are finished wait for the others."""
+    seen = open_page(tiny_server)
+    seen.view("studio")
+    watch = """
+        window.told = [];
+        new MutationObserver(() => {
+            const frames = [...document.querySelectorAll("#studio .run[aria-busy] .frame")];
+            told.push(frames.map((one) => [one.querySelector("img")?.src ?? "", one.classList.contains("made")]));
+        }).observe(document.querySelector("#studio .runs"), { childList: true, subtree: true, attributes: true });
+    """
+    seen.script(watch)
+    for generator, previews in (("flow", 3), ("next-token", 0)):
+        seen.script("told.length = 0")
+        seen.one(f"#studio [name=generator] [value={generator}]").click()
+        for name, value in {"n": "2", "seed": "5"}.items():
+            seen.fill(f"#studio [name={name}]", value)
+        seen.say("studio", APPLES)
+        made = [element.get_attribute("src") for element in seen.all("#studio .run:first-child .picture img")]
+        told = seen.script("return told")
+        for place in range(2):
+            shown = list(dict.fromkeys(tuple(state[place]) for state in told if state and state[place][0]))
+            looks = [url for url, done in shown if not done and url != made[place]]
+            assert len(set(looks)) == previews and (made[place], True) in shown
+        assert len(made) == len(set(made)) == 2 and not seen.all("#studio .frame")
+
+
+@needs_browser
+@pytest.mark.slow
 def test_a_part_of_a_picture_is_painted_anew(tiny_server: Any, open_page: Open) -> None:
     seen = open_page(tiny_server, refused="400")
     seen.view("studio")

@@ -37,7 +37,7 @@ export async function ask(path, body, { signal, notice = () => {} } = {}) {
 
 /** A chat's answer as it comes: { settings }, { text } and { image } in order, at last { reason }. Raises Refused. */
 export async function* parts(body, options) {
-  for await (const chunk of chunks(body, options)) {
+  for await (const chunk of chunks("v1/chat/completions", { ...body, stream: true }, options)) {
     const choice = chunk.choices[0];
     if (!choice) continue;
     if (choice.settings) yield { settings: choice.settings };
@@ -47,9 +47,17 @@ export async function* parts(body, options) {
   }
 }
 
+/** Pictures as they are made: { index, url, settings }, without settings as long as it is not finished. body: with what
+ * asks for a stream. Raises Refused. */
+export async function* pictures(path, body, options) {
+  for await (const { index, b64_json, settings } of chunks(path, body, options)) {
+    yield { index, url: `data:image/png;base64,${b64_json}`, settings };
+  }
+}
+
 /** The events of a stream. Raises Refused, also where it breaks off. */
-async function* chunks(body, options) {
-  const answer = await ask("v1/chat/completions", { ...body, stream: true }, options);
+async function* chunks(path, body, options) {
+  const answer = await ask(path, body, options);
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let held = "";
   try {
@@ -62,8 +70,9 @@ async function* chunks(body, options) {
       const events = (held + value).split("\n\n");
       held = events.pop();
       for (const event of events) {
-        if (!event.startsWith("data: ")) continue;
-        const data = event.slice("data: ".length);
+        const line = event.split("\n").find((one) => one.startsWith("data: "));
+        if (!line) continue;
+        const data = line.slice("data: ".length);
         if (data === "[DONE]") return;
         const chunk = JSON.parse(data);
         if (chunk.error) throw refusal(chunk);

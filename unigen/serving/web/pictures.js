@@ -70,7 +70,7 @@ export function figure(picture, side) {
   return el("figure", { class: "picture" }, image(url, title, side), caption);
 }
 
-/** A frame where a picture is to come. */
+/** A frame where a picture is to come, or stands while it is made. */
 export function frame(side) {
   const made = el("figure", { class: "frame", "aria-hidden": "true" });
   made.style.width = `${side}px`;

@@ -1,9 +1,9 @@
 // The studio: pictures drawn, edited as told, painted anew where a mask says, or varied, with every option by hand.
 
-import { ask } from "./api.js";
+import * as api from "./api.js";
 import { el, filled, fit, working } from "./dom.js";
 import { Mask } from "./mask.js";
-import { figure, frame, offer, Tray, used } from "./pictures.js";
+import { figure, frame, image, offer, Tray, used } from "./pictures.js";
 
 const MODES = {
   draw: { verb: "Draw", asked: "What to draw", path: "v1/images/generations", hint: "two apples on a blue background" },
@@ -14,6 +14,7 @@ const MODES = {
 const OPTIONS = ["guidance", "steps", "temperature", "top_p", "seed", "size", "n"];
 const [LARGER, SMALLER] = [256, 128]; // how wide a picture is shown
 const MASKED = 320; // and how wide to paint on
+const PREVIEWS = 3; // of each picture while it is made, where the generator has any
 
 /** As of chat.js. */
 export function start({ model, able, keep, go }) {
@@ -103,7 +104,7 @@ export function start({ model, able, keep, go }) {
 
   const { stop } = working(form, async (signal, notice) => {
     const { path, verb, asked } = MODES[mode()];
-    const fields = { model, ...filled(form, ["generator", ...OPTIONS]) };
+    const fields = { model, stream: true, partial_images: PREVIEWS, ...filled(form, ["generator", ...OPTIONS]) };
     if (!label.parentElement.hidden) fields.label = labelled(label.value.trim());
     else if (asked) fields.prompt = prompt.value.trim();
     let body = fields;
@@ -118,14 +119,17 @@ export function start({ model, able, keep, go }) {
     const count = Math.min(16, Math.max(1, Number(fields.n) || 1));
     const run = el("section", { class: "run", "aria-busy": "true" });
     const side = sideOf(count);
-    lineUp(run, { verb, title }, side, Array.from({ length: count }, () => frame(side)));
+    const frames = Array.from({ length: count }, () => frame(side));
+    lineUp(run, { verb, title }, side, frames);
     runs.prepend(run);
     if (runs.offsetTop > form.offsetTop) run.scrollIntoView({ block: "nearest" }); // below the form, on a phone
     try {
-      const answer = await (await ask(path, body, { signal, notice })).json();
-      const pictures = answer.data.map(({ b64_json, settings }) => {
-        return { url: `data:image/png;base64,${b64_json}`, title, settings };
-      });
+      const pictures = [];
+      for await (const { index, url, settings } of api.pictures(path, body, { signal, notice })) {
+        frames[index]?.replaceChildren(image(url, title, side));
+        frames[index]?.classList.toggle("made", Boolean(settings));
+        if (settings) pictures[index] = { url, title, settings };
+      }
       show(run, { verb, title, pictures });
       keep({ view: "studio", title, data: { verb, title, pictures } });
     } catch (error) {
