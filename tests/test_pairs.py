@@ -239,9 +239,10 @@ def test_pipelines_and_pairs_are_served(janus_folder: Path, words_folder: Path) 
     pair = unigen.load(lmm=str(janus_folder), generator=str(words_folder), device="cpu")
     for engine in (pair, unigen.load(str(words_folder), "cpu")):
         worker = OneByOne(engine)
-        worker.ask(0, Job(Document.of("a red dog"), "image", {"seed": 3, **SMALL}))
+        worker.ask(0, Job(Document.of("a red dog"), "image", {"seed": 3, **SMALL}, previews=3))
         worker.ask(1, Job(Document.of("a red dog"), "image", {"seed": 4, **SMALL}))
         worker.ask(2, Job(Document.of("a red dog"), "image", {"seed": 3, "banana": 1}))
+        worker.ask(3, Job(Document.of("a red dog"), "image", {"seed": 3}, previews=3, candidates=2))
         worker.drop(1)
         events = []
         while worker.busy:
@@ -251,8 +252,8 @@ def test_pipelines_and_pairs_are_served(janus_folder: Path, words_folder: Path) 
         assert [number for number, event in events if isinstance(event, Ended)] == [0]
         (begun, *_) = [event.settings for _, event in events if isinstance(event, Begun)]
         assert begun == {"guidance": 7.5} | {"seed": 3, **SMALL}
-        (refused,) = [event for number, event in events if isinstance(event, Refused)]
-        assert "banana" in refused.message
+        refused, compared = [event for number, event in events if isinstance(event, Refused)]
+        assert "banana" in refused.message and "candidates" in compared.message
 
 
 def test_what_a_pair_says_and_draws(chat_folder: Path, classes_folder: Path, words_folder: Path) -> None:

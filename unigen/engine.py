@@ -118,9 +118,16 @@ class Engine:
         seeds = range(len(prompts)) if seeds is None else seeds
         if options.get("previews"):
             raise ValueError("previews come while a picture is made: ask stream for them")
+        asked = list(zip(prompts, seeds, strict=True))
         if candidates != 1:
-            return self._best(prompts, seeds, output, candidates, options)
-        requests = [self.request(p, output, seed=s, **options) for p, s in zip(prompts, seeds, strict=True)]
+            rivals = [self.rivals(p, output, candidates, seed=s, **options) for p, s in asked]
+            drawn = iter(self._answers([request for _, requests in rivals for request in requests], output))
+            answers = [[next(drawn) for _ in requests] for _, requests in rivals]
+            return self.best([document for document, _ in rivals], output, answers)
+        return self._answers([self.request(p, output, seed=s, **options) for p, s in asked], output)
+
+    def _answers(self, requests: Sequence[Request], output: Output) -> list[Any]:
+        """What `generate` gives for each request."""
         parts: list[list[Any]] = [[] for _ in requests]
         for row, part in self.run(requests):
             if isinstance(part, str) and parts[row] and isinstance(parts[row][-1], str):
@@ -198,6 +205,7 @@ class Engine:
             "takes": {name: list(one.takes) for name, one in model.generators.items() if name != "text"},
             "sampling": {name: sampling_of(model, name) for name in model.generators if name != "text"},
             "outputs": list(self.outputs),
+            "candidates": self.compares,
             **({"classes": list(model.template.classes)} if model.template.classes else {}),
             "precision": held(model.backbone.lm, model.quantization),
             "weights_mb": round(measure(model)[1] / 1e6, 1),
@@ -219,25 +227,33 @@ class Engine:
         """A checked request (`unigen.request`, which lists the options)."""
         return checked(self.model, prompt, output, **options)
 
-    def _best(
-        self, prompts: Sequence[Any], seeds: Sequence[int], output: Output, candidates: int, options: dict[str, Any]
-    ) -> list[Any]:
-        """Of the answer that `candidates` = 1 would give and others, captions at temperature 1, the best."""
-        asked = [self.model.read(Document.of(prompt)) for prompt in prompts]
+    @property
+    def compares(self) -> bool:
+        """Can the model say how well a picture and a text go together, so that one of some candidates is the best?"""
+        return self.model.sight is None and {"next-token", "text"} <= set(self.model.generators)
+
+    def rivals(
+        self, prompt: Any, output: Output, candidates: int, *, seed: int = 0, **options: Any
+    ) -> tuple[Document, list[Request]]:
+        """The document, read, and the requests of its candidates: the one that `candidates` = 1 would ask for and
+        others, captions at temperature 1. Raises ValueError where the model cannot compare what they answer."""
+        document = self.model.read(Document.of(prompt))
         whole("candidates", candidates, 1)
-        if self.model.sight is not None or not {"next-token", "text"} <= set(self.model.generators):
+        if not self.compares:
             raise ValueError("candidates are for models that read and draw pictures code by code: leave them out")
         shown = {"text": 1, "image": 0}.get(output)
-        if any(len(one.images()) != shown or (not shown and len(one.segments) != 1) for one in asked):
+        if len(document.images()) != shown or (not shown and len(document.segments) != 1):
             raise ValueError("candidates are captions of one picture, or pictures of words: ask for one of these")
-        first = self.generate_batch(asked, seeds, output, **options)
-        others = [document for document in asked for _ in range(candidates - 1)]
-        more = [seed * 1_000_003 + k for seed in seeds for k in range(1, candidates)]
-        drawn = iter(self.generate_batch(others, more, output, **options | ({"temperature": 1.0} if shown else {})))
-        answers = [[one, *(next(drawn) for _ in range(candidates - 1))] for one in first]
-        if not shown:
-            return truest(self.model, [str(document.segments[0].text) for document in asked], answers)
-        return closest(self.model, asked, [list(dict.fromkeys(captions)) for captions in answers])
+        more = options | ({"temperature": 1.0} if shown else {})
+        seeds = [seed * 1_000_003 + k for k in range(1, candidates)]
+        others = [self.request(document, output, seed=other, **more) for other in seeds]
+        return document, [self.request(document, output, seed=seed, **options), *others]
+
+    def best(self, documents: Sequence[Document], output: Output, answers: Sequence[Sequence[Any]]) -> list[Any]:
+        """Of the answers of each document's `rivals` the best."""
+        if output == "image":
+            return truest(self.model, [str(document.segments[0].text) for document in documents], answers)
+        return closest(self.model, documents, [list(dict.fromkeys(captions)) for captions in answers])
 
     # ---------------------------------------------------------------- the loop
 

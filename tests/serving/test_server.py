@@ -216,6 +216,29 @@ def test_a_chat_shows_unfinished_pictures_to_those_who_ask(tiny_server: Any) -> 
     assert [texts[0], texts[3]] == plain[::2][:2] and texts[1] == texts[2] == ""
 
 
+def test_an_answer_may_be_the_best_of_some(tiny_server: Any, engine: Any, apples: Image.Image) -> None:
+    """The engine's own choice, alone, beside others and in a stream; what the others took is counted."""
+    client, asked = tiny_server.client(), {"seed": 3, "candidates": 4}
+    words = "a red dog left of a house"
+    best = engine.generate_batch([words] * 2, [3, 4], candidates=4)
+    assert any(pixels(best[i]) != pixels(engine.generate(words, seed=3 + i)) for i in range(2))
+    made = client.images.generate(model=MODEL, prompt=words, n=2, extra_body=asked)
+    assert [pixels(opened(one.b64_json)) for one in made.data] == [pixels(one) for one in best]
+    assert made.usage.output_tokens == 2 * 4 * 64 and made.data[0].settings["candidates"] == 4
+    (last,) = client.images.generate(
+        model=MODEL, prompt=words, stream=True, partial_images=3, extra_body=asked | {"generator": "next-scale"}
+    )
+    wanted = engine.generate(words, seed=3, candidates=4, generator="next-scale")
+    assert last.type == "image_generation.completed" and pixels(opened(last.b64_json)) == pixels(wanted)
+    told = client.chat.completions.create(
+        model=MODEL, messages=said("describe this picture", apples), modalities=["text"], extra_body=asked
+    )
+    captions = engine.rivals([apples, "describe this picture"], "text", 4, seed=3)[1]
+    assert told.choices[0].message.content == engine.describe(apples, candidates=4, seed=3)
+    assert told.choices[0].finish_reason == "stop" and told.usage.completion_tokens > len(captions)
+    assert tiny_server.jobs == 0 and tiny_server.metric("unigen_batch_sequences") == 0
+
+
 def test_a_picture_left_while_it_is_made_frees_its_slot(tiny_server: Any) -> None:
     before = tiny_server.metric("unigen_images_total")
     options = {"generator": "flow", "steps": 250, "seed": 1}
@@ -294,12 +317,15 @@ WRONG: list[tuple[str, Any, str, int]] = [
     ("/v1/images/generations", {"prompt": "a", "stream": True, "partial_images": 4}, "partial_images", 400),
     ("/v1/images/generations", {"prompt": "a", "stream": True, "response_format": "url"}, "response_format", 400),
     ("/v1/images/generations", {"prompt": "a", "stream": True, "generator": "none"}, "next-token", 400),
+    ("/v1/images/generations", {"prompt": "a", "candidates": 9}, "candidates", 400),
+    ("/v1/images/generations", {"prompt": "a", "n": 4, "candidates": 5}, "n times candidates", 400),
     ("/v1/images/edits", {"prompt": "a"}, "multipart", 400),
     ("/v1/chat/completions", {"model": MODEL, "messages": []}, "messages", 400),
     ("/v1/chat/completions", {"model": MODEL, "messages": [{"role": "system", "content": "a"}]}, "role", 400),
     ("/v1/chat/completions", {"model": MODEL, "messages": said("a"), "tools": []}, "tools", 400),
     ("/v1/chat/completions", {"model": MODEL, "messages": said("a"), "stream_options": {}}, "stream", 400),
     ("/v1/chat/completions", {"model": MODEL, "messages": said("a"), "partial_images": 1}, "stream=true", 400),
+    ("/v1/chat/completions", {"model": MODEL, "messages": said("a"), "candidates": 2}, "candidates are", 400),
     ("/v1/chat/completions", {"model": MODEL, "messages": said(" ")}, "empty", 400),
     ("/v1/chat/completions", {"model": MODEL, "messages": said("a") + said(" ")}, "empty", 400),
     ("/v1/chat/completions", {"model": MODEL, "messages": said("a " * 5000), "stream": True}, "positions", 400),

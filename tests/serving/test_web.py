@@ -366,6 +366,19 @@ def test_the_studio_shows_pictures_while_they_are_made(tiny_server: Any, open_pa
 
 @needs_browser
 @pytest.mark.slow
+def test_the_studio_keeps_the_best_of_some(tiny_server: Any, open_page: Open) -> None:
+    seen = open_page(tiny_server)
+    seen.view("studio")
+    for name, value in {"n": "2", "seed": "3", "candidates": "2"}.items():
+        seen.fill(f"#studio [name={name}]", value)
+    seen.say("studio", APPLES)
+    assert len(seen.all("#studio .run .picture")) == 2 and "candidates 2" in seen.one("#studio .run").text
+    seen.script("document.querySelector('#studio [value=edit]').click()")
+    assert not seen.one("#studio [name=candidates]").is_displayed()
+
+
+@needs_browser
+@pytest.mark.slow
 def test_a_part_of_a_picture_is_painted_anew(tiny_server: Any, open_page: Open) -> None:
     seen = open_page(tiny_server, refused="400")
     seen.view("studio")
@@ -519,6 +532,7 @@ def test_what_a_model_cannot_is_not_offered(serve: Any, classes_folder: Any, ope
     seen.until(lambda: seen.one("#studio").is_displayed())
     assert [link.get_attribute("hash") for link in seen.all("nav a") if link.is_displayed()] == ["#studio"]
     assert not seen.one("#studio .modes").is_displayed() and not seen.one("#studio textarea").is_displayed()
+    assert not seen.one("#studio [name=candidates]").is_displayed()
     seen.fill("#studio [name=n]", "2")
     seen.fill("#studio [name=label]", "7").send_keys("\ue007")
     seen.until(lambda: len(seen.all("#studio .run .picture")) == 2)

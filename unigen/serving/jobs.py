@@ -19,7 +19,8 @@ from unigen.sequence import Document, Preview
 class Job:
     """One answer to be made. output, options: as of `Engine.request`. stop: texts before which the answer ends.
     around: a picture that is painted in where the mask is white; vary: instead of a mask, the share of it that is drawn
-    anew, by lot. previews: of each picture, where the model has some."""
+    anew, by lot. previews: of each picture, where the model has some. candidates: of which the answer is the
+    best."""
 
     prompt: Document
     output: Any
@@ -29,6 +30,7 @@ class Job:
     mask: Image.Image | None = None
     vary: float | None = None
     previews: int = 0
+    candidates: int = 1
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-MOST_ANSWERS = 16
+MOST_ANSWERS, MOST_CANDIDATES = 16, 8
 LONGEST = 100_000
 """Characters of one text."""
 
@@ -24,8 +24,9 @@ class Strict(BaseModel):
 
 
 class Drawing(Strict):
-    """How pictures are made; None is left to the model. As of `unigen.request.checked`. stream: in events, as they are
-    made; partial_images: of each picture at most, before it is finished."""
+    """How pictures are made; None is left to the model. As of `unigen.request.checked`. candidates: among so many
+    each answer is the best. stream: in events, as they are made; partial_images: of each picture at most, before it is
+    finished."""
 
     seed: int | None = Field(None, ge=0, lt=1 << 53)
     guidance: float | list[float] | None = None
@@ -38,18 +39,23 @@ class Drawing(Strict):
     guidance_kind: str | None = Field(None, max_length=64)
     accelerate: str | None = Field(None, max_length=64)
     size: str | None = Field(None, pattern=r"^([1-9]\d{0,4}x[1-9]\d{0,4}|auto)$")
+    n: int = Field(1, ge=1, le=MOST_ANSWERS)
+    candidates: int = Field(1, ge=1, le=MOST_CANDIDATES)
     stream: bool = False
     partial_images: int = Field(0, ge=0, le=3)
 
     @model_validator(mode="after")
-    def _seen(self) -> Self:
+    def _within(self) -> Self:
         if self.partial_images and not self.stream:
             raise ValueError("partial_images is for stream=true")
+        if self.n * self.candidates > MOST_ANSWERS:
+            raise ValueError(f"n times candidates may be {MOST_ANSWERS} at most, not {self.n * self.candidates}")
         return self
 
     def options(self) -> dict[str, Any]:
         """What was given, as the engine takes it; the seed and the form of the answer apart."""
-        names = set(Drawing.model_fields) - {"seed", "size", "stream", "partial_images"}
+        form = {"n", "candidates", "stream", "partial_images"}
+        names = set(Drawing.model_fields) - form - {"seed", "size"}
         given = {name: value for name in sorted(names) if (value := getattr(self, name)) is not None}
         if self.size not in (None, "auto"):
             width, _, height = str(self.size).partition("x")
@@ -98,7 +104,6 @@ class ChatRequest(Drawing):
     messages: list[Message] = Field(min_length=1, max_length=1000)
     modalities: list[Literal["text", "image"]] | None = Field(None, min_length=1, max_length=2)
     stream_options: StreamOptions | None = None
-    n: int = Field(1, ge=1, le=MOST_ANSWERS)
     stop: list[Words] | None = Field(None, max_length=4)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
@@ -137,7 +142,6 @@ class ImagesRequest(Drawing):
     """What all requests for pictures share."""
 
     model: str | None = None
-    n: int = Field(1, ge=1, le=MOST_ANSWERS)
     response_format: Literal["b64_json", "url"] = "b64_json"
     output_format: Literal["png", "jpeg", "webp"] = "png"
     background: Literal["auto", "opaque"] | None = None
@@ -200,7 +204,7 @@ def form_schema(kind: type[BaseModel], *files: str) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 
-NUMBERS = {"n", "seed", "steps", "top_k", "guidance", "top_p", "temperature", "vary", "partial_images"}
+NUMBERS = {"n", "seed", "steps", "top_k", "guidance", "top_p", "temperature", "vary", "partial_images", "candidates"}
 FLAGS = {"stream"}
 
 

@@ -135,7 +135,7 @@ class Server:
         self._log(request, document)
         stop, output = tuple(asked.stop or ()), self._output(asked.modalities)
         jobs = [
-            Job(document, output, {**asked.options(), "seed": seed}, stop, previews=asked.partial_images)
+            Job(document, output, {**asked.options(), "seed": seed}, stop, **shown_of(asked))
             for seed in self._seeds(asked)
         ]
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.settings.model}
@@ -258,7 +258,7 @@ class Server:
             )
         self._log(request, document)
         jobs = [
-            Job(document, "image", {**asked.options(), "seed": seed}, previews=asked.partial_images, **job)
+            Job(document, "image", {**asked.options(), "seed": seed}, **shown_of(asked), **job)
             for seed in self._seeds(asked)
         ]
         if asked.stream:
@@ -499,6 +499,11 @@ async def content(parts: list[str | Image.Image]) -> Any:
     if all(isinstance(part, str) for part in parts):
         return "".join(str(part) for part in parts)
     return [{"type": "text", "text": p} if isinstance(p, str) else await picture_part(p) for p in parts]
+
+
+def shown_of(asked: protocol.Drawing) -> dict[str, Any]:
+    """How many there are of what becomes one answer."""
+    return {"previews": asked.partial_images, "candidates": asked.candidates}
 
 
 def usage_of(answers: list[Answer]) -> dict[str, Any] | None:

@@ -141,7 +141,8 @@ class VllmEngine(Engine):
     def info(self) -> dict[str, Any]:
         from vllm import __version__
 
-        return self._info | {"context": self.model.context, "engine": f"vllm {__version__}"}
+        now = {"context": self.model.context, "candidates": self.compares and self.local}
+        return self._info | now | {"engine": f"vllm {__version__}"}
 
     def running(self) -> VllmRunning:
         return VllmRunning(self)
@@ -158,10 +159,10 @@ class VllmEngine(Engine):
         among, or an answer."""
         return super().describe(image, question, **({} if self.local else {"candidates": 1}) | options)
 
-    def _best(self, *asked: Any) -> list[Any]:
+    def rivals(self, *asked: Any, **options: Any) -> Any:
         if not self.local:
             raise ValueError("candidates are compared by the local engine: leave them out, or use --engine local")
-        return super()._best(*asked)
+        return super().rivals(*asked, **options)
 
     def states(self, prompt: Any) -> torch.Tensor:
         if not self.local:

@@ -15,7 +15,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from PIL import Image
@@ -59,11 +59,15 @@ class Words:
 
 @dataclass
 class _Answer:
-    """A job on its way, and what lays its picture into another one."""
+    """A job on its way, and what lays its picture into another one. best: of its candidates' answers, where it has
+    some; heard: their parts and what each took, by its row."""
 
     job: Job
     words: Words
     lay: Callable[[Image.Image], Image.Image]
+    best: Callable[[list[Any]], Any] | None = None
+    heard: dict[int, list[Any]] = field(default_factory=dict)
+    took: dict[int, Any] = field(default_factory=dict)
 
     def events(self, part: Any) -> Iterator[Event]:
         if isinstance(part, str):
@@ -75,6 +79,22 @@ class _Answer:
             yield replace(part, image=self.lay(part.image))
         else:
             yield Part(self.lay(part))
+
+    def chosen(self) -> Iterator[Event]:
+        """The events of the best candidate; all that they took is of the answer."""
+        assert self.best is not None
+        rows = sorted(self.took)
+        answers = [part if (part := self._joined(row)) else "" for row in rows]
+        best = self.best(answers)
+        yield from self.events(best)
+        yield from self.rest()
+        first, cut = self.took[rows[0]], self.took[rows[answers.index(best)]].cut and not self.words.stopped
+        text, image = (sum(getattr(took, name) for took in self.took.values()) for name in ("text", "image"))
+        yield ended("length" if cut else "stop", replace(first, text=text, image=image))
+
+    def _joined(self, row: int) -> Any:
+        parts = self.heard.get(row, [])
+        return "".join(parts).strip() if all(isinstance(part, str) for part in parts) else parts[0]
 
     def rest(self) -> Iterator[Event]:
         if said := self.words.end():
@@ -112,7 +132,7 @@ class Together(_Worker):
     def __init__(self, engine: Any, slots: int) -> None:
         super().__init__(engine)
         self.slots, self.running = slots, engine.running()
-        self.next: tuple[int, Any, _Answer] | None = None  # checked, and waits for slots
+        self.next: tuple[int, list[Any], _Answer] | None = None  # checked, and waits for slots
         self.answers: dict[int, tuple[int, int, _Answer]] = {}  # by number in the batch: number of the job, slots
 
     @property
@@ -146,6 +166,9 @@ class Together(_Worker):
             number, _, answer = self.answers.get(row, (None, 0, None))
             if number is None or answer is None:
                 continue
+            if answer.best:
+                answer.heard.setdefault(row, []).append(part)
+                continue
             for event in answer.events(part):
                 yield number, event
             if answer.words.stopped:
@@ -157,14 +180,28 @@ class Together(_Worker):
         for row, usage in self.running.ended.items():
             if row in self.answers:
                 number, _, answer = self.answers.pop(row)
+                if answer.best:
+                    answer.took[row] = usage
+                    if not any(job == number for job, *_ in self.answers.values()):
+                        yield from self._chosen(number, answer)
+                    continue
                 for event in answer.rest():
                     yield number, event
                 yield number, ended("length" if usage.cut else "stop", usage)
 
+    def _chosen(self, number: int, answer: _Answer) -> Iterator[tuple[int, Event]]:
+        try:
+            events = list(answer.chosen())
+        except Exception as error:
+            traceback.print_exc()
+            events = [Failed(f"{type(error).__name__} while candidates were compared")]
+        yield from ((number, event) for event in events)
+
     def load(self) -> Load:
         rows = sum(slots for _, slots, _ in self.answers.values())
         waiting = len(self.waiting) + (self.next is not None)
-        return Load(len(self.answers), waiting, rows, self.running.positions, self.steps, self.seconds)
+        running = len({number for number, *_ in self.answers.values()})
+        return Load(running, waiting, rows, self.running.positions, self.steps, self.seconds)
 
     def _admit(self) -> Iterator[tuple[int, Event]]:
         """Jobs in the order in which they came, as long as there are slots."""
@@ -180,20 +217,22 @@ class Together(_Worker):
                     traceback.print_exc()
                     yield number, Failed(f"{type(error).__name__} before it was answered")
                     continue
-            number, request, answer = self.next
-            need = 1 if request.output == "text" else request.guidance.branches
-            if self.answers and need + sum(slots for _, slots, _ in self.answers.values()) > self.slots:
+            number, requests, answer = self.next
+            need = 1 if answer.job.output == "text" else requests[0].guidance.branches
+            if self.answers and need * len(requests) + sum(slots for _, slots, _ in self.answers.values()) > self.slots:
                 return
             self.next = None
             try:
-                row = self.running.add(request)
+                for request in requests:  # as long as each other: the first of them is refused, or none
+                    self.answers[self.running.add(request)] = number, need, answer
             except ValueError as error:
                 yield number, refused(error)
                 continue
-            self.answers[row] = number, need, answer
-            yield number, Begun(self._settings(request))
+            chosen = {"candidates": len(requests)} if answer.best else {}
+            yield number, Begun(self._settings(requests[0]) | chosen)
 
-    def _checked(self, job: Job) -> tuple[Any, _Answer]:
+    def _checked(self, job: Job) -> tuple[list[Any], _Answer]:
+        """The requests of the job's candidates, mostly of one."""
         options, lay = job.options, lambda picture: picture
         if job.around is not None:
             around: Any = job.around
@@ -202,8 +241,15 @@ class Together(_Worker):
                 around, mask = lot(self.engine.model, around, job.vary, options.get("seed", 0))
             rest = {name: value for name, value in options.items() if name != "generator"}
             options, lay = keeping(self.engine.model, around, mask, options.get("generator"), rest)
-        request = self.engine.request(job.prompt, job.output, previews=job.previews, **options)
-        return request, _Answer(job, Words(job.stop), lay)
+        if job.candidates == 1:
+            request = self.engine.request(job.prompt, job.output, previews=job.previews, **options)
+            return [request], _Answer(job, Words(job.stop), lay)
+        document, requests = self.engine.rivals(job.prompt, job.output, job.candidates, **options)
+
+        def best(answers: list[Any]) -> Any:
+            return self.engine.best([document], job.output, [answers])[0]
+
+        return requests, _Answer(job, Words(job.stop), lay, best)
 
     def _settings(self, request: Any) -> dict[str, Any]:
         """As users name them; of what makes pictures only where there may be some."""
@@ -268,6 +314,8 @@ class OneByOne(_Worker):
         return Load(int(bool(self.now)), len(self.waiting), int(bool(self.now)), 0, self.steps, self.seconds)
 
     def _parts(self, job: Job) -> Iterator[Any]:
+        if job.candidates != 1:
+            raise ValueError("this model cannot compare candidates: leave them out")
         if job.around is None:
             return iter(self.engine.stream(job.prompt, output=job.output, **job.options))
         if job.mask is None:

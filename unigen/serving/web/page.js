@@ -29,6 +29,7 @@ function abilities(info) {
     reads,
     generators,
     keeping,
+    compares: Boolean(info.candidates),
     drawsClasses,
     classes: draws.classes ?? [],
     modes: Object.keys(may).filter((name) => may[name]),

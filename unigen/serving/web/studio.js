@@ -11,7 +11,7 @@ const MODES = {
   inpaint: { verb: "Inpaint", asked: "What the whole picture shall show", path: "v1/images/edits", hint: "a rose" },
   vary: { verb: "Vary", path: "v1/images/variations" },
 };
-const OPTIONS = ["guidance", "steps", "temperature", "top_p", "seed", "size", "n"];
+const OPTIONS = ["guidance", "steps", "temperature", "top_p", "seed", "size", "n", "candidates"];
 const [LARGER, SMALLER] = [256, 128]; // how wide a picture is shown
 const MASKED = 320; // and how wide to paint on
 const PREVIEWS = 3; // of each picture while it is made, where the generator has any
@@ -61,6 +61,7 @@ export function start({ model, able, keep, go }) {
     prompt.parentElement.hidden = !asked || named;
     label.parentElement.hidden = !named;
     form.elements.vary.parentElement.hidden = mode() !== "vary";
+    form.elements.candidates.parentElement.hidden = mode() === "edit" || !able.compares;
     form.querySelector(".asked").textContent = asked ?? "";
     form.querySelector(".go").textContent = verb;
     prompt.placeholder = hint ?? "";
