@@ -243,6 +243,7 @@ def test_pipelines_and_pairs_are_served(janus_folder: Path, words_folder: Path) 
         worker.ask(1, Job(Document.of("a red dog"), "image", {"seed": 4, **SMALL}))
         worker.ask(2, Job(Document.of("a red dog"), "image", {"seed": 3, "banana": 1}))
         worker.ask(3, Job(Document.of("a red dog"), "image", {"seed": 3}, previews=3, candidates=2))
+        worker.ask(4, Job(Document.of("a red dog"), "image", around=Image.new("RGB", (32, 32)), vary=0.5))
         worker.drop(1)
         events = []
         while worker.busy:
@@ -252,8 +253,8 @@ def test_pipelines_and_pairs_are_served(janus_folder: Path, words_folder: Path) 
         assert [number for number, event in events if isinstance(event, Ended)] == [0]
         (begun, *_) = [event.settings for _, event in events if isinstance(event, Begun)]
         assert begun == {"guidance": 7.5} | {"seed": 3, **SMALL}
-        refused, compared = [event for number, event in events if isinstance(event, Refused)]
-        assert "banana" in refused.message and "candidates" in compared.message
+        refused = [event.message for number, event in events if isinstance(event, Refused)]
+        assert [word in said for word, said in zip(("banana", "candidates", "vary"), refused, strict=True)] == [True] * 3
 
 
 def test_what_a_pair_says_and_draws(chat_folder: Path, classes_folder: Path, words_folder: Path) -> None:

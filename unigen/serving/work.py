@@ -314,13 +314,15 @@ class OneByOne(_Worker):
         return Load(int(bool(self.now)), len(self.waiting), int(bool(self.now)), 0, self.steps, self.seconds)
 
     def _parts(self, job: Job) -> Iterator[Any]:
+        """The parts of the answer; what the job asks for is checked when the first is taken."""
         if job.candidates != 1:
             raise ValueError("this model cannot compare candidates: leave them out")
         if job.around is None:
-            return iter(self.engine.stream(job.prompt, output=job.output, **job.options))
-        if job.mask is None:
+            yield from self.engine.stream(job.prompt, output=job.output, **job.options)
+        elif job.mask is None:
             raise ValueError("this model does not vary pictures: say what to draw")
-        return iter([self.engine.inpaint(job.around, said(job.prompt), job.mask, **job.options)])
+        else:
+            yield self.engine.inpaint(job.around, said(job.prompt), job.mask, **job.options)
 
 
 def said(document: Document) -> str:
