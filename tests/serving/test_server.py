@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -420,6 +421,41 @@ def test_what_runs_is_finished_before_the_server_ends(serve: Any, tiny_folder: A
         assert served.stop() in (0, -signal.SIGTERM)  # it ends by the signal when it is done
         assert running.result()[0] == 200
     assert "two" not in served.log.read_text()
+
+
+LEAVES_ONE = """
+import os, subprocess, sys, threading, time
+
+def leave():
+    while os.getpgrp() != os.getpid():
+        time.sleep(0.1)
+    subprocess.Popen(["sleep", "600"])
+
+if any("spawn_main" in word for word in sys.orig_argv):
+    threading.Thread(target=leave, daemon=True).start()
+"""
+
+
+def test_what_the_models_process_has_started_ends_with_it(
+    serve: Any, tiny_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though it ends by itself for nobody: when the model's process is killed, and when the server is."""
+    (tmp_path / "sitecustomize.py").write_text(LEAVES_ONE)  # read when a Python begins
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    served = serve("--model", str(tiny_folder), "--name", "small")
+    for whole in (False, True):
+        served.wait()
+        child = int(child_of(served))
+        assert len(group(child)) == 2
+        os.kill(served.process.pid if whole else child, signal.SIGKILL)
+        until(lambda: not group(child))  # noqa: B023
+
+
+def group(leader: int) -> list[str]:
+    """The processes of a group that have not ended."""
+    listed = subprocess.run(["ps", "-eo", "pgid=,stat=,pid="], capture_output=True, text=True).stdout.splitlines()
+    rows = [line.split() for line in listed]
+    return [pid for pgid, state, pid in rows if int(pgid) == leader and not state.startswith("Z")]
 
 
 def test_what_cannot_be_served_is_one_line(serve: Any, tiny_server: Any) -> None:

@@ -9,6 +9,7 @@ import base64
 import gc
 import io
 import itertools
+import os
 import random
 import signal
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ import torch
 from PIL import Image
 
 import unigen
+from tests.serving.test_server import child_of, group, until
 from unigen import cli
 from unigen.models import convert
 from unigen.sequence import Document, Vocabulary
@@ -83,6 +85,32 @@ def on_vllm(folder: Path, **options: Any) -> Iterator[Any]:
         engine.close()
         del engine
         gc.collect()
+
+
+@pytest.mark.timeout(600)
+def test_the_server_in_two_processes(
+    folder: Path, local: Any, serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process has those of vLLM as children, each with its share of every layer; all end when it is killed, whether
+    by itself or with the server."""
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)  # of one process, where others have run before
+    vllm = ["--engine", "vllm", "--vllm", "enforce_eager=true", "--vllm", "tensor_parallel_size=2"]
+    served = serve("--model", str(folder), "--device", "cpu", *vllm)
+    served.wait(240)
+    child = int(child_of(served))
+    assert len(group(child)) >= 3
+    told = {"prompt": "a red dog", "seed": 5, "guidance": 3.0, "temperature": 1.0}
+    status, made = served.get("/v1/images/generations", told)
+    assert status == 200, made
+    given = Image.open(io.BytesIO(base64.b64decode(made["data"][0]["b64_json"])))
+    assert given.tobytes() == local.generate("a red dog", seed=5, guidance=3.0, temperature=1.0).tobytes()
+    os.kill(child, signal.SIGKILL)
+    until(lambda: not group(child))
+    served.wait(240)
+    child = int(child_of(served))
+    assert len(group(child)) >= 3
+    served.process.kill()
+    until(lambda: not group(child))
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,8 @@
         await engine.ready.wait()
         async for event in engine.answer(job): ...
 
-Leaving the loop drops the job within a step. A process that dies fails the jobs that it had, and is started again.
+Leaving the loop drops the job within a step. A process that dies fails the jobs that it had, and is started again; what
+it has started ends with it.
 Knows pipes and processes; refuses to know HTTP, and what a job asks for.
 """
 
@@ -14,7 +15,9 @@ import asyncio
 import itertools
 import logging
 import multiprocessing
+import os
 import queue
+import signal
 import threading
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -29,10 +32,19 @@ until a job has been answered."""
 
 
 def _work(*arguments: Any) -> None:
-    """In the new process, which alone loads what models need."""
+    """In the new process, which alone loads what models need. It may start others, as vLLM does for several GPUs; they
+    are a group, which ends with the server, however that ends."""
+    os.setsid()
+    multiprocessing.current_process().daemon = False  # else it could start none
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     from unigen.serving.work import work
 
     work(*arguments)
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os.killpg(0, signal.SIGKILL)
 
 
 class Busy(Exception):
@@ -81,6 +93,7 @@ class EngineProcess:
         if process.is_alive():
             process.kill()
             await asyncio.to_thread(process.join)
+        self._end_group()
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -168,8 +181,16 @@ class EngineProcess:
             events.put_nowait(Failed("the model's process ended while it answered: ask again"))
         if self._closing or self.refused:
             return
+        self._end_group()
         log.error("the model's process ended (code %s); started again in %.0f s", self._process.exitcode, self._pause)
         self._again = self._loop.create_task(self._restart())
+
+    def _end_group(self) -> None:
+        """End what the process has started and left."""
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):  # there is nothing, or only what has ended
+            pass
 
     async def _restart(self) -> None:
         await asyncio.sleep(self._pause)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
@@ -60,14 +61,17 @@ def load(name: str, device: str, dtype: torch.dtype | None = None, options: dict
     return VllmEngine(model, folder, options or {})
 
 
-def prepare() -> None:
-    """Set what vLLM reads from the environment, where it is not set: for one process, and a CPU."""
-    affinity = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+def prepare(processes: int = 1) -> None:
+    """Set what vLLM reads from the environment, where it is not set: to run in this process, and on a CPU. processes:
+    among how many it shares out the model, each with its share of the cores."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    shares = [",".join(map(str, cores[first::processes] or cores)) for first in range(processes)]
     for variable, value in {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_USE_V2_MODEL_RUNNER": "0",  # the other runner takes no logits processor of this kind
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # forks would hold the pipes of the process that makes them
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; else vLLM asks for nearly all memory
-        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, affinity)) or "auto",  # "auto" leaves one core out
+        "VLLM_CPU_OMP_THREADS_BIND": "|".join(shares) if cores else "auto",  # "auto" leaves one core out
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
     }.items():
@@ -76,7 +80,8 @@ def prepare() -> None:
 
 def start(folder: Path, dtype: torch.dtype, context: int, options: dict[str, Any], features: bool = False) -> Any:
     """vLLM's engine for a folder. features: does the model read pictures as such? Raises ValueError in one line."""
-    prepare()
+    parallel = [options.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline")]
+    prepare(math.prod(n if isinstance(n, int) and n > 0 else 1 for n in parallel))  # vLLM says what is wrong with them
     from pydantic import ValidationError
     from vllm.engine.arg_utils import EngineArgs
     from vllm.exceptions import VLLMError
