@@ -4,14 +4,16 @@
 
 Model soups (Wortsman et al. 2022, arXiv 2203.05482, section 2, the uniform soup): models that were trained on from one
 another lie in one basin, and their mean is often better than each; a little of the model that a training began from
-gives back what it had lost (WiSE-FT, Wortsman et al. 2022, arXiv 2109.01903). The first one's tokenizers are kept, and
-each of its generators with weights of their own is the mean of the models that have it. Exit 2 with one line for bad
-input.
+gives back what it had lost (WiSE-FT, Wortsman et al. 2022, arXiv 2109.01903). Or beyond: `--weights=-0.5,1.5` goes half
+as far again from the first to the second, which makes a round of comparisons stronger (ExPO, Zheng et al. 2024, arXiv
+2404.16792). The first one's tokenizers are kept, and each of its generators with weights of their own is the mean of
+the models that have it. Exit 2 with one line for bad input.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 
 import torch
@@ -58,9 +60,13 @@ def main() -> int:
     if len(args.models) < 2:
         raise ValueError("give at least two models")
     given = args.weights.split(",") if args.weights else ["1"] * len(args.models)
-    shares = [float(text) if text.replace(".", "", 1).isdecimal() else 0.0 for text in given]
-    if len(shares) != len(args.models) or min(shares) <= 0:
-        raise ValueError(f"--weights are {len(args.models)} numbers above 0, apart by commas, not {args.weights}")
+    try:
+        shares = [float(text) for text in given]
+    except ValueError:
+        shares = []
+    if len(shares) != len(args.models) or not all(map(math.isfinite, shares)) or sum(shares) <= 0:
+        wanted = f"{len(args.models)} numbers whose sum is above 0"
+        raise ValueError(f"--weights are {wanted}, apart by commas, not {args.weights}")
     average(args.out, args.models, shares)
     print(f"wrote {args.out}: the mean of {len(args.models)} models")
     return 0

@@ -101,6 +101,9 @@ def test_average_is_the_mean_of_weights(
     assert average.main() == 0
     lm = "backbone.lm.model.norm.weight"
     torch.testing.assert_close(dict(load(tmp_path / "out").named_parameters())[lm], first[lm] + 0.25)
+    monkeypatch.setattr(sys, "argv", ["average", str(tmp_path / "out"), *both, "--weights=-0.5,1.5"])
+    assert average.main() == 0
+    torch.testing.assert_close(dict(load(tmp_path / "out").named_parameters())[lm], first[lm] + 1.5)
     fewer = tiny.assemble(model.backbone.lm, model.text_tokenizer, model.image_tokenizer, model.vocabulary.text_size)
     fewer.save(tmp_path / "fewer")
     monkeypatch.setattr(sys, "argv", ["average", str(tmp_path / "out"), str(tiny_folder), str(tmp_path / "fewer")])
@@ -124,7 +127,9 @@ def test_average_is_the_mean_of_weights(
         ([str(tmp_path / "fewer"), str(tiny_folder)], "other weights"),
         ([str(tiny_folder), str(tmp_path / "foreign")], "another tokenizer"),
         ([str(tiny_folder), str(tmp_path / "reader")], "another text or image tokenizer"),
-        ([*both, "--weights", "1,x"], "2 numbers above 0"),
+        ([*both, "--weights", "1,x"], "2 numbers whose sum"),
+        ([*both, "--weights=-1,1"], "2 numbers whose sum"),
+        ([*both, "--weights", "1,nan"], "2 numbers whose sum"),
     ):
         monkeypatch.setattr(sys, "argv", ["average", str(tmp_path / "no"), *wrong])
         assert average.main() == 2 and message in capsys.readouterr().err
