@@ -3,6 +3,7 @@
     COMMAND   unigen train recipes/tiny_vq.py kind=kl run_dir=runs/kl                                (latents, once)
               python recipes/flow_networks.py [--json FILE] [--out FOLDER] [key=value ...]
     HARDWARE  2 CPU cores
+    TIME      80 minutes on one of them beside other work, all that is trained included
 
 A U-Net, three DiT that take the condition by adaLN-Zero, by cross-attention or in context, and MM-DiT
 (`unigen/nn/painters.py`), each of the width at which one evaluation costs `gflops`, on the last states of a frozen
@@ -69,11 +70,11 @@ class NetworksConfig(RunConfig):
     kl_tokenizer: str = "runs/kl/model"
     network: Kind = "mm-dit"
     condition: Literal["backbone", "encoder"] = "backbone"
-    examples: int = 16384  # pictures with their words, seen in turn
+    examples: int = 8192  # pictures with their words, seen in turn
     gflops: float = 0.17  # of one evaluation for one picture
     layers: int = 4
     encoder: str = "runs/text-encoder"  # trained there if it is not there yet
-    encoder_steps: int = 1500
+    encoder_steps: int = 600
     blind: float = 0.1  # share of examples whose text is dropped
     guidance: float = 3.0  # with which the table's pictures are drawn
     prompts: int = 20  # of each of the six kinds in the table
@@ -95,8 +96,8 @@ class NetworksConfig(RunConfig):
 
 def config() -> NetworksConfig:
     return NetworksConfig(
-        steps=800,
-        batch_size=64,
+        steps=500,
+        batch_size=32,
         optim=OptimConfig(lr=2e-3, warmup=50, weight_decay=0.01, min_ratio=0.02, schedule="linear"),
         precision="bf16",
         workers=0,
