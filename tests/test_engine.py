@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import unigen
-from unigen.engine import Engine, Running
+from unigen.engine import Engine
 from unigen.models import load
 from unigen.samplers.guidance import Guidance
 from unigen.sequence import Document, Preview, Segment, Vocabulary, pack
@@ -74,7 +74,7 @@ def test_max_images_and_max_tokens_hold(engine: Engine) -> None:
     most = 0
     for seed in range(6):
         request = engine.request("a story", "interleaved", seed=seed, temperature=1.5, max_tokens=10, max_images=1)
-        row = engine._row(request)
+        row = engine.running().row(request)
         parts = [part for _, part in engine.run([request])]
         assert sum(isinstance(p, Image.Image) for p in parts) <= 1
         assert row.state is not None and row.state.span.max_tokens == 10
@@ -326,7 +326,7 @@ def test_requests_join_and_leave(engine: Engine) -> None:
     ]
     options = [one | ({} if one["output"] == "image" else {"max_tokens": 12}) for one in outputs]
     alone = [[part for _, part in engine.run([engine.request(**one)])] for one in options]
-    running, rng, waiting = Running(engine), np.random.default_rng(0), list(range(len(asked)))
+    running, rng, waiting = engine.running(), np.random.default_rng(0), list(range(len(asked)))
     parts: dict[int, list[Any]] = {k: [] for k in waiting}
     number: dict[int, int] = {}
     dropped: set[int] = set()
@@ -349,7 +349,7 @@ def test_requests_join_and_leave(engine: Engine) -> None:
 
 
 def test_what_does_not_fit_does_not_join(engine: Engine) -> None:
-    running = Running(engine)
+    running = engine.running()
     with pytest.raises(ValueError, match="shorten it"):
         running.add(engine.request("a blue horse " * 500, "image"))
     assert not running

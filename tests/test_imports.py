@@ -23,6 +23,7 @@ LAYERS = [
     {"pairs"},
     {"adapters"},
     {"engine", "models", "data", "pipelines"},
+    {"running"},
     {"likelihood", "request", "painting"},
     {"model"},
     {"generators", "tokenizers", "templates"},

@@ -20,6 +20,7 @@ from unigen import cli
 from unigen.generators import jacobi
 from unigen.generators.base import Span
 from unigen.generators.next_token import NextToken
+from unigen.running import Running
 from unigen.samplers.guidance import Guidance
 from unigen.samplers.logits import Sampling, probabilities
 from unigen.sequence import Document, Vocabulary
@@ -141,19 +142,19 @@ def test_greedy_is_the_same(tiny_folder: Path, kind: str) -> None:
     assert codes_of(engine, [ask(kind)]) == codes_of(engine, [ask(None)])
 
 
-def test_alone_and_in_a_batch_and_with_ends_of_rows(tmp_path: Path) -> None:
+def test_alone_and_in_a_batch_and_with_ends_of_rows(tmp_path: Path, monkeypatch: Any) -> None:
     """Rows go on at their own pace; Emu3's pictures have an id after each row of codes."""
     emu3_case.checkpoint(tmp_path)
     engine = unigen.load(str(tmp_path), "cpu")
     steps = 0
-    once = engine._step
+    once = Running.step
 
-    def counted(rows: Any, cache: Any) -> None:
+    def counted(running: Running) -> Any:
         nonlocal steps
         steps += 1
-        once(rows, cache)
+        return once(running)
 
-    engine._step = counted  # type: ignore[method-assign]
+    monkeypatch.setattr(Running, "step", counted)
     sizes = [(40, 32), (16, 24), (24, 16)]
     for kind in jacobi.KINDS:
         ask = lambda n, how: engine.request(  # noqa: E731

@@ -361,7 +361,7 @@ def test_draws_are_the_same_however_often_they_are_made(engine: Any) -> None:
     from unigen.samplers.logits import draw
     from unigen.serving.vllm_guidance import Branch, spoken
 
-    row = engine._row(engine.request("a dog", "image", temperature=1.0, guidance=2.0))
+    row = engine.running().row(engine.request("a dog", "image", temperature=1.0, guidance=2.0))
     ids: list[int] = []
     branch = Branch(spoken(row.state.span, engine.model.vocabulary, [], "span", 0), ids)
     scores = torch.zeros(1, engine.model.vocabulary.image_size)
@@ -385,7 +385,7 @@ def test_a_request_that_is_no_span_is_refused(engine: Any, harm: dict[str, Any])
 
     from unigen.serving.vllm_guidance import KEY, spoken
 
-    row = engine._row(engine.request("a dog", "image", guidance=2.0))
+    row = engine.running().row(engine.request("a dog", "image", guidance=2.0))
     said = spoken(row.state.span, engine.model.vocabulary, [], "span", 0)
     with pytest.raises(VLLMValidationError, match="no span"):
         engine.llm.add_request(

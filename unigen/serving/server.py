@@ -32,10 +32,11 @@ from PIL import Image
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from unigen.sequence import Document, Preview, Segment
+from unigen.sequence import Document, Segment
 from unigen.serving import pictures, protocol
+from unigen.serving.answers import Answer, chat_chunks, content, images_usage, picture_chunks, usage_of
 from unigen.serving.guard import Guard, Limits, error
-from unigen.serving.jobs import Begun, Ended, Event, Failed, Job, Part, Refused
+from unigen.serving.jobs import Event, Failed, Job, Part, Refused
 from unigen.serving.metrics import Metrics
 from unigen.serving.page import add_page
 from unigen.serving.process import Busy, Down, EngineProcess
@@ -68,30 +69,6 @@ class Wrong(Exception):
         kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
         self.status, self.body = status, error(message, kind=kind, param=param, code=code)
         self.headers = {"retry-after": str(wait)} if wait else {}
-
-
-@dataclass
-class Answer:
-    """What became of a job: texts and pictures in order, and how they were made."""
-
-    parts: list[str | Image.Image] = field(default_factory=list)
-    settings: dict[str, Any] = field(default_factory=dict)
-    ended: Ended = field(default_factory=lambda: Ended("stop"))
-
-    def take(self, event: Event) -> None:
-        if isinstance(event, Begun):
-            self.settings = event.settings
-        elif isinstance(event, Ended):
-            self.ended = event
-        elif isinstance(event, Part):
-            if isinstance(event.part, str) and self.parts and isinstance(self.parts[-1], str):
-                self.parts[-1] += event.part
-            else:
-                self.parts.append(event.part)
-
-    @property
-    def pictures(self) -> list[Image.Image]:
-        return [part for part in self.parts if not isinstance(part, str)]
 
 
 class Server:
@@ -141,7 +118,7 @@ class Server:
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.settings.model}
         if asked.stream:
             usage = asked.stream_options is not None and asked.stream_options.include_usage
-            return await self._streamed(request, self._chunks(jobs, head, usage))
+            return await self._streamed(request, chat_chunks(self._together(jobs), head, usage))
         answers = await self._unless_gone(request, self._all(jobs))
         choices = [
             {
@@ -154,35 +131,6 @@ class Server:
             for i, answer in enumerate(answers)
         ]
         return {**head, "object": "chat.completion", "choices": choices, "usage": usage_of(answers)}
-
-    async def _chunks(self, jobs: list[Job], head: dict[str, Any], usage: bool) -> AsyncGenerator[dict[str, Any], None]:
-        """The events of a streamed chat: texts as delta.content, pictures as delta.images, those that are not finished
-        marked as partial."""
-        answers = [Answer() for _ in jobs]
-        head = head | {"object": "chat.completion.chunk"}
-
-        def chunk(i: int, delta: dict[str, Any], reason: str | None = None, **more: Any) -> dict[str, Any]:
-            return {**head, "choices": [{"index": i, "delta": delta, "finish_reason": reason, **more}]}
-
-        async with aclosing(self._together(jobs)) as events:
-            async for i, event in events:
-                answer = answers[i]
-                answer.take(event)
-                if isinstance(event, Begun):
-                    yield chunk(i, {"role": "assistant", "content": ""}, settings=event.settings)
-                elif isinstance(event, Part):
-                    if isinstance(event.part, str):
-                        yield chunk(i, {"content": event.part})
-                    else:
-                        part = {"index": len(answer.pictures) - 1, **await picture_part(event.part)}
-                        yield chunk(i, {"images": [part]})
-                elif isinstance(event, Preview):
-                    part = {"index": event.picture, "partial": True, **await picture_part(event.image)}
-                    yield chunk(i, {"images": [part]})
-                elif isinstance(event, Ended):
-                    yield chunk(i, {}, event.reason)
-        if usage:
-            yield {**head, "choices": [], "usage": usage_of(answers)}
 
     async def _document(self, asked: protocol.ChatRequest) -> Document:
         """The conversation as the model reads it."""
@@ -262,7 +210,8 @@ class Server:
             for seed in self._seeds(asked)
         ]
         if asked.stream:
-            return await self._streamed(request, self._drawn(jobs, kind, asked.output_format))
+            drawn = picture_chunks(self._together(jobs), self.settings.model, kind, asked.output_format)
+            return await self._streamed(request, drawn)
         answers = await self._unless_gone(request, self._all(jobs))
         data = []
         for answer in answers:
@@ -280,34 +229,6 @@ class Server:
             "output_format": asked.output_format,
             "usage": images_usage(answers),
         }
-
-    async def _drawn(self, jobs: list[Job], kind: str, format: str) -> AsyncGenerator[dict[str, Any], None]:
-        """The events of streamed pictures, OpenAI's with the place of the picture among the n, and how it was made."""
-        answers = [Answer() for _ in jobs]
-
-        async def said(i: int, what: str, picture: Image.Image, **more: Any) -> dict[str, Any]:
-            file = await asyncio.to_thread(pictures.encoded, picture, format)
-            return {
-                "type": f"{kind}.{what}",
-                "index": i,
-                "b64_json": base64.b64encode(file).decode(),
-                "created_at": int(time.time()),
-                "size": "{}x{}".format(*picture.size),
-                "output_format": format,
-                "background": "opaque",
-                "quality": "auto",
-                **more,
-            }
-
-        async with aclosing(self._together(jobs)) as events:
-            async for i, event in events:
-                answer = answers[i]
-                answer.take(event)
-                if isinstance(event, Preview):
-                    yield await said(i, "partial_image", event.image, partial_image_index=event.number)
-                elif isinstance(event, Ended):
-                    told = {"model": self.settings.model, "settings": answer.settings, "usage": images_usage([answer])}
-                    yield await said(i, "completed", answer.pictures[0], **told)
 
     async def _form(self, request: Request, kind: type[T]) -> tuple[T, Image.Image, Image.Image | None]:
         """A form's fields, its picture and its mask."""
@@ -489,51 +410,9 @@ def _event(data: dict[str, Any]) -> str:
     return f"{name}data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 
-async def picture_part(picture: Image.Image) -> dict[str, Any]:
-    file = await asyncio.to_thread(pictures.encoded, picture)
-    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(file).decode()}"}}
-
-
-async def content(parts: list[str | Image.Image]) -> Any:
-    """A text as a string, all else as parts in order."""
-    if all(isinstance(part, str) for part in parts):
-        return "".join(str(part) for part in parts)
-    return [{"type": "text", "text": p} if isinstance(p, str) else await picture_part(p) for p in parts]
-
-
 def shown_of(asked: protocol.Drawing) -> dict[str, Any]:
     """How many there are of what becomes one answer."""
     return {"previews": asked.partial_images, "candidates": asked.candidates}
-
-
-def usage_of(answers: list[Answer]) -> dict[str, Any] | None:
-    """Tokens read and written, the codes of pictures among the latter; None where the model does not count."""
-    ended = [answer.ended for answer in answers]
-    if any(one.prompt is None for one in ended):
-        return None
-    text, image = (sum(getattr(one, name) for one in ended) for name in ("text", "image"))
-    prompt = sum(one.prompt or 0 for one in ended[:1])
-    details = {"text_tokens": text, "image_tokens": image}
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": text + image,
-        "total_tokens": prompt + text + image,
-        "completion_tokens_details": details,
-    }
-
-
-def images_usage(answers: list[Answer]) -> dict[str, Any] | None:
-    """The same as OpenAI's routes of pictures have it."""
-    usage = usage_of(answers)
-    if usage is None:
-        return None
-    read, seen = usage["prompt_tokens"], answers[0].ended.seen
-    return {
-        "input_tokens": read,
-        "input_tokens_details": {"text_tokens": read - seen, "image_tokens": seen},
-        "output_tokens": usage["completion_tokens"],
-        "total_tokens": usage["total_tokens"],
-    }
 
 
 def create_app(engine: Any, settings: Settings) -> Any:

@@ -26,10 +26,11 @@ from typing import Any
 import torch
 
 from unigen import hub
-from unigen.engine import Engine, Running, _Row
+from unigen.engine import Engine
 from unigen.generators.next_token import Text
 from unigen.model import UnifiedModel
 from unigen.request import Request
+from unigen.running import Row, Running
 from unigen.templates import Output
 
 OURS: dict[str, Any] = {
@@ -174,35 +175,10 @@ class VllmEngine(Engine):
             raise ValueError("vLLM does not tell its hidden states: use --engine local")
         return super().states(prompt)
 
-    def _row(self, request: Request) -> _Row:
-        """Refuses, too, what vLLM's batch or cache cannot hold."""
-        row = super()._row(request)
-        if not self._writes(row):
-            return row
-        branches = request.guidance.branches if request.output != "text" and request.generator in WRITES else 1
-        if branches > self.most:
-            raise ValueError(f"guidance takes {branches} sequences, vLLM runs {self.most}: raise max_num_seqs")
-        if request.output == "interleaved":
-            lengths = [self.model.context] * branches
-        else:
-            lengths = [len(prompt) + longest(row) for prompt in prompts(row, [])]
-        if max(lengths) > self.model.context:
-            raise ValueError(f"the answer needs {max(lengths)} positions, vLLM has {self.model.context}: shorten it")
-        if (need := sum(-(-length // self.block) for length in lengths)) > self.blocks:
-            have = f"vLLM's cache has {self.blocks * self.block}: give it more (VLLM_CPU_KVCACHE_SPACE in GiB)"
-            raise ValueError(f"the answer's {branches} branches take {need * self.block} positions, {have}")
-        return row
-
-    @staticmethod
-    def _writes(row: _Row) -> bool:
-        """Is the row's span one that vLLM writes?"""
-        assert row.generator is not None
-        return row.generator.name in WRITES
-
-    def send(self, row: _Row, before: list[int]) -> _Sent:
+    def send(self, row: Row, before: list[int]) -> _Sent:
         """The row's span as requests of vLLM's; one that is written here has all of `before` to read again, and leaves
         it so. before: what the main branch has read."""
-        if not self._writes(row):
+        if not writes(row):
             assert row.generator is not None and not row.generator.clean
             row.unread[0] = before + row.unread[0]
             return _Sent([], [row.unread[0]])
@@ -273,10 +249,9 @@ class VllmRunning(Running):
     """Requests on their way with vLLM, which joins and batches their spans itself. `cache` holds what is written here,
     and nothing between two spans."""
 
-    engine: VllmEngine
-
     def __init__(self, engine: VllmEngine) -> None:
-        super().__init__(engine)
+        super().__init__(engine.model)
+        self.engine = engine
         self._sent: dict[int, _Sent] = {}
 
     @property
@@ -285,8 +260,27 @@ class VllmRunning(Running):
         there = (sent for sent in self._sent.values() if sent.names)
         return super().positions + sum(len(prompt) + len(sent.ids) for sent in there for prompt in sent.prompts)
 
+    def row(self, request: Request) -> Row:
+        """Refuses, too, what vLLM's batch or cache cannot hold."""
+        row, engine = super().row(request), self.engine
+        if not writes(row):
+            return row
+        branches = request.guidance.branches if request.output != "text" and request.generator in WRITES else 1
+        if branches > engine.most:
+            raise ValueError(f"guidance takes {branches} sequences, vLLM runs {engine.most}: raise max_num_seqs")
+        if request.output == "interleaved":
+            lengths = [self.model.context] * branches
+        else:
+            lengths = [len(prompt) + longest(row) for prompt in prompts(row, [])]
+        if max(lengths) > self.model.context:
+            raise ValueError(f"the answer needs {max(lengths)} positions, vLLM has {self.model.context}: shorten it")
+        if (need := sum(-(-length // engine.block) for length in lengths)) > engine.blocks:
+            have = f"vLLM's cache has {engine.blocks * engine.block}: give it more (VLLM_CPU_KVCACHE_SPACE in GiB)"
+            raise ValueError(f"the answer's {branches} branches take {need * engine.block} positions, {have}")
+        return row
+
     def add(self, request: Request) -> int:
-        row = self.engine._row(request)
+        row = self.row(request)
         number, self._count = self._count, self._count + 1
         self._sent[number], self._rows[number] = self.engine.send(row, []), row
         return number
@@ -302,7 +296,7 @@ class VllmRunning(Running):
         for row in moved.values():
             self._fit(row, row.branches)
         if moved:
-            self.engine._step(list(moved.values()), self.cache)
+            self._step(list(moved.values()))
         # the other branches say the same as the first
         number_of = {sent.names[0]: number for number, sent in self._sent.items() if sent.names}
         for name, output in self.engine.listen(list(number_of)) if number_of else ():
@@ -316,9 +310,7 @@ class VllmRunning(Running):
         read = {number: self._sent[number].prompts[0] + self._sent[number].ids[:-1] for number in ended}
         number_of_row = {id(row): number for number, row in moved.items()}
         rows = list(moved.values())
-        parts = [
-            (number_of_row[id(row)], part) for row, part in self.engine._finish(list(ended.values()), rows, self.cache)
-        ]
+        parts = [(number_of_row[id(row)], part) for row, part in self._finish(list(ended.values()), rows)]
         self.ended = {}
         for number, row in ended.items():
             if row.state and row.state.done:
@@ -331,14 +323,20 @@ class VllmRunning(Running):
         return parts
 
 
-def prompts(row: _Row, before: list[int]) -> list[list[int]]:
+def writes(row: Row) -> bool:
+    """Is the row's span one that vLLM writes?"""
+    assert row.generator is not None
+    return row.generator.name in WRITES
+
+
+def prompts(row: Row, before: list[int]) -> list[list[int]]:
     """What each branch of the row's span reads before it writes. before: what the main one has read already."""
     assert row.state is not None
     main, *others = [unread + row.state.pending for unread in row.unread]
     return [before + main, *others]
 
 
-def longest(row: _Row) -> int:
+def longest(row: Row) -> int:
     """How many ids the row's span may write: all of a picture's, but for the end of its last row."""
     assert row.state is not None
     span = row.state.span
@@ -347,7 +345,7 @@ def longest(row: _Row) -> int:
     return span.grid[0] * (span.grid[1] + len(span.row_end)) - len(span.row_end)
 
 
-def take(row: _Row, ids: list[int]) -> None:
+def take(row: Row, ids: list[int]) -> None:
     """Put what vLLM has written of a span into its state. A picture comes whole."""
     state = row.state
     assert state is not None

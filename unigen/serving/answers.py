@@ -1,0 +1,150 @@
+"""Answers in the words of OpenAI's schema: what became of jobs, whole and as chunks of a stream.
+
+Knows the events of jobs and the JSON that a client reads (docs/serving.md); refuses to know HTTP, and where the events
+come from.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+from collections import defaultdict
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from PIL import Image
+
+from unigen.sequence import Preview
+from unigen.serving import pictures
+from unigen.serving.jobs import Begun, Ended, Event, Part
+
+Events: TypeAlias = AsyncGenerator[tuple[int, Event], None]
+"""Of several jobs as they come, each with its job's place."""
+Chunks: TypeAlias = AsyncGenerator[dict[str, Any], None]
+
+
+@dataclass
+class Answer:
+    """What became of a job: texts and pictures in order, and how they were made."""
+
+    parts: list[str | Image.Image] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    ended: Ended = field(default_factory=lambda: Ended("stop"))
+
+    def take(self, event: Event) -> None:
+        if isinstance(event, Begun):
+            self.settings = event.settings
+        elif isinstance(event, Ended):
+            self.ended = event
+        elif isinstance(event, Part):
+            if isinstance(event.part, str) and self.parts and isinstance(self.parts[-1], str):
+                self.parts[-1] += event.part
+            else:
+                self.parts.append(event.part)
+
+    @property
+    def pictures(self) -> list[Image.Image]:
+        return [part for part in self.parts if not isinstance(part, str)]
+
+
+async def chat_chunks(events: Events, head: dict[str, Any], usage: bool) -> Chunks:
+    """A streamed chat: texts as delta.content, pictures as delta.images, unfinished ones marked as partial."""
+    answers: defaultdict[int, Answer] = defaultdict(Answer)
+    head = head | {"object": "chat.completion.chunk"}
+
+    def chunk(i: int, delta: dict[str, Any], reason: str | None = None, **more: Any) -> dict[str, Any]:
+        return {**head, "choices": [{"index": i, "delta": delta, "finish_reason": reason, **more}]}
+
+    async with aclosing(events):
+        async for i, event in events:
+            answer = answers[i]
+            answer.take(event)
+            if isinstance(event, Begun):
+                yield chunk(i, {"role": "assistant", "content": ""}, settings=event.settings)
+            elif isinstance(event, Part):
+                if isinstance(event.part, str):
+                    yield chunk(i, {"content": event.part})
+                else:
+                    part = {"index": len(answer.pictures) - 1, **await picture_part(event.part)}
+                    yield chunk(i, {"images": [part]})
+            elif isinstance(event, Preview):
+                part = {"index": event.picture, "partial": True, **await picture_part(event.image)}
+                yield chunk(i, {"images": [part]})
+            elif isinstance(event, Ended):
+                yield chunk(i, {}, event.reason)
+    if usage:
+        yield {**head, "choices": [], "usage": usage_of(list(answers.values()))}
+
+
+async def picture_chunks(events: Events, model: str, kind: str, format: str) -> Chunks:
+    """Streamed pictures: OpenAI's events of this kind, with the picture's place among the n, and how it was made."""
+    answers: defaultdict[int, Answer] = defaultdict(Answer)
+
+    async def said(i: int, what: str, picture: Image.Image, **more: Any) -> dict[str, Any]:
+        file = await asyncio.to_thread(pictures.encoded, picture, format)
+        return {
+            "type": f"{kind}.{what}",
+            "index": i,
+            "b64_json": base64.b64encode(file).decode(),
+            "created_at": int(time.time()),
+            "size": "{}x{}".format(*picture.size),
+            "output_format": format,
+            "background": "opaque",
+            "quality": "auto",
+            **more,
+        }
+
+    async with aclosing(events):
+        async for i, event in events:
+            answer = answers[i]
+            answer.take(event)
+            if isinstance(event, Preview):
+                yield await said(i, "partial_image", event.image, partial_image_index=event.number)
+            elif isinstance(event, Ended):
+                told = {"model": model, "settings": answer.settings, "usage": images_usage([answer])}
+                yield await said(i, "completed", answer.pictures[0], **told)
+
+
+async def picture_part(picture: Image.Image) -> dict[str, Any]:
+    file = await asyncio.to_thread(pictures.encoded, picture)
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(file).decode()}"}}
+
+
+async def content(parts: list[str | Image.Image]) -> Any:
+    """A text as a string, all else as parts in order."""
+    if all(isinstance(part, str) for part in parts):
+        return "".join(str(part) for part in parts)
+    return [{"type": "text", "text": p} if isinstance(p, str) else await picture_part(p) for p in parts]
+
+
+def usage_of(answers: list[Answer]) -> dict[str, Any] | None:
+    """Tokens read and written, the codes of pictures among the latter; None where the model does not count."""
+    ended = [answer.ended for answer in answers]
+    if any(one.prompt is None for one in ended):
+        return None
+    text, image = (sum(getattr(one, name) for one in ended) for name in ("text", "image"))
+    prompt = sum(one.prompt or 0 for one in ended[:1])
+    details = {"text_tokens": text, "image_tokens": image}
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": text + image,
+        "total_tokens": prompt + text + image,
+        "completion_tokens_details": details,
+    }
+
+
+def images_usage(answers: list[Answer]) -> dict[str, Any] | None:
+    """The same as OpenAI's routes of pictures have it."""
+    usage = usage_of(answers)
+    if usage is None:
+        return None
+    read, seen = usage["prompt_tokens"], answers[0].ended.seen
+    return {
+        "input_tokens": read,
+        "input_tokens_details": {"text_tokens": read - seen, "image_tokens": seen},
+        "output_tokens": usage["completion_tokens"],
+        "total_tokens": usage["total_tokens"],
+    }
