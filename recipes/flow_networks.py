@@ -38,7 +38,7 @@ from unigen.data.stories import text_corpus
 from unigen.data.world import World
 from unigen.evaluation.runner import make_folder
 from unigen.evaluation.tasks.scenes import ScenesTask, score_pictures, summarise
-from unigen.generators.base import Span, State
+from unigen.generators.base import Span
 from unigen.generators.flow import Flow, FlowConfig
 from unigen.model import UnifiedModel
 from unigen.models import load, tiny
@@ -52,6 +52,7 @@ from unigen.training.trainer import Job, Trainer
 
 LENGTH = 64  # positions of a document: a prompt up to the begin token
 SENTINELS = 16  # ids after the text's, one for each span that is cut out
+AT_ONCE = 64  # documents
 HELD_OUT_SEED = 1_000_000
 ROWS = (
     ("unet", "backbone"),
@@ -243,7 +244,7 @@ def text_encoder(cfg: NetworksConfig, model: UnifiedModel) -> nn.Module:
 
 
 @torch.inference_mode()
-def pictured(template: Any, tokenizer: Any, seed: int, count: int, blind: float, batch_size: int = 64) -> list[Tokens]:
+def pictured(template: Any, tokenizer: Any, seed: int, count: int, blind: float) -> list[Tokens]:
     """Prompts with their pictures, given as latents; the text of a share of them is dropped."""
     chats, rng = Chats(World(tokenizer.image_size)), np.random.default_rng(seed)
     made: list[Tokens] = []
@@ -252,8 +253,8 @@ def pictured(template: Any, tokenizer: Any, seed: int, count: int, blind: float,
         tokens = template.encode(document, blind=bool(rng.random() < blind), writer="flow")
         if len(tokens) <= LENGTH:
             made.append(tokens)
-    for start in range(0, count, batch_size):
-        some = made[start : start + batch_size]
+    for start in range(0, count, AT_ONCE):
+        some = made[start : start + AT_ONCE]
         pictures = [picture for tokens in some for picture in tokens.images]
         latents_MZhw = tokenizer.encode(to_pixels(pictures, tokenizer.image_size))
         for tokens, latents_Zhw in zip(some, latents_MZhw, strict=True):
@@ -273,12 +274,12 @@ class Examples:
     """Documents with their states, without end, in an order drawn anew each time round: item i is a function of (seed,
     i)."""
 
-    def __init__(self, documents: Sequence[Tokens], condition: Condition, seed: int, batch_size: int = 64) -> None:
+    def __init__(self, documents: Sequence[Tokens], condition: Condition, seed: int) -> None:
         self.documents, self.seed = documents, seed
         self.states: list[Tensor] = []
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            for start in range(0, len(documents), batch_size):
-                some = documents[start : start + batch_size]
+            for start in range(0, len(documents), AT_ONCE):
+                some = documents[start : start + AT_ONCE]
                 states_BLD = condition(pack([[tokens] for tokens in some], LENGTH, 0)).float()
                 self.states += [row[: len(tokens)].clone() for row, tokens in zip(states_BLD, some, strict=True)]
 
@@ -332,21 +333,19 @@ def draw(flow: Flow, condition: Condition, prompts: Sequence[str], seeds: Sequen
     for blind in (False, True)[: guidance.branches]:
         batch = pack([[template.encode(chat, writer="flow", blind=blind)] for chat in chats], LENGTH, size)
         seen.append(flow.contexts(batch, condition(batch)))
-    states: list[Any] = [
-        State(Span(0, Sampling(), guidance, torch.Generator().manual_seed(seed)), []) for seed in seeds
-    ]
-    shape = (flow.tokenizer.latent_channels, *flow.tokenizer.grid)
+    states = [flow.start(Span(0, Sampling(), guidance, torch.Generator().manual_seed(seed))) for seed in seeds]
     branches = [list(pair) for pair in zip(*seen, strict=True)]
-    latents = flow.solved(states, branches, shape, flow.settings.shift)
-    return to_images(flow.tokenizer.decode(torch.stack(latents)))
+    while not states[0].done:
+        flow.advance(None, states, branches)  # type: ignore[arg-type]
+    return to_images(flow.pictures(None, states))
 
 
 @torch.inference_mode()
-def held_out_loss(flow: Flow, examples: Examples, count: int) -> float:
+def held_out_loss(flow: Flow, examples: Examples) -> float:
     """The flow's loss on new pictures, with the same noise and times for every network."""
-    total, size = 0.0, 64
-    for start in range(0, count, size):
-        told = collate([examples[k] for k in range(start, min(count, start + size))])
+    total, count = 0.0, len(examples.documents)
+    for start in range(0, count, AT_ONCE):
+        told = collate([examples[k] for k in range(start, min(count, start + AT_ONCE))])
         total += float(objective(flow, told, torch.Generator().manual_seed(start))["flow"][0])
     return total / count
 
@@ -378,7 +377,7 @@ def table(overrides: Sequence[str], out: str | None) -> list[dict[str, Any]]:
         figures = {"seconds": ended["seconds"] / ended["step"]}
         figures["gflops"] = flops(flow.head, flow.tokenizer.latent_channels, flow.tokenizer.grid[0], condition.width)
         figures["parameters"] = sum(p.numel() for p in flow.head.parameters()) / 1e6
-        figures["loss"] = held_out_loss(flow, seen[told][1], len(new))
+        figures["loss"] = held_out_loss(flow, seen[told][1])
         task = ScenesTask(cfg.prompts, cfg.seed)
         items = task.items()
         pictures: list[Any] = []

@@ -41,6 +41,9 @@ def average(out: str, names: list[str], shares: list[float]) -> None:
                 f"a generator of {name} has another tokenizer than in {names[0]}: train both with one "
                 "scale_tokenizer and one kl_tokenizer"
             )
+    for head in models[0].heads:
+        if sum(share for share, model in zip(shares, models, strict=True) if head in model.heads) <= 0:
+            raise ValueError(f"the weights of the models that have {head} sum to 0 or less: give them more")
     with torch.no_grad():
         for name, weight in weights[0].items():
             if weight.requires_grad:  # tokenizers are frozen
@@ -55,7 +58,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("out", help="the folder to write")
     parser.add_argument("models", nargs="+", metavar="MODEL", help="folders or names of models")
-    parser.add_argument("--weights", help="of each model, apart by commas (default: all alike)")
+    parser.add_argument(
+        "--weights",
+        help="of each model, apart by commas (default: all alike); if the first is negative, --weights=-0.5,1.5",
+    )
     args = parser.parse_args()
     if len(args.models) < 2:
         raise ValueError("give at least two models")

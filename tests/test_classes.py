@@ -38,6 +38,13 @@ def class_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return folder / "model"
 
 
+def test_classes_are_not_compared(class_folder: Path) -> None:
+    engine = unigen.load(str(class_folder), "cpu")
+    assert engine.info()["candidates"] is False
+    with pytest.raises(ValueError, match="candidates are for models that read and draw"):
+        engine.generate(Segment(label=2), candidates=2)
+
+
 def test_a_label_is_part_of_a_document() -> None:
     document = Document([Segment(label=2), Segment(label="bee")])
     again = Document.from_json(document.to_json())

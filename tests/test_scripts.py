@@ -130,6 +130,7 @@ def test_average_is_the_mean_of_weights(
         ([*both, "--weights", "1,x"], "2 numbers whose sum"),
         ([*both, "--weights=-1,1"], "2 numbers whose sum"),
         ([*both, "--weights", "1,nan"], "2 numbers whose sum"),
+        ([*both, str(tmp_path / "fewer"), "--weights=-0.6,0.6,1"], "that have flow sum to 0"),
     ):
         monkeypatch.setattr(sys, "argv", ["average", str(tmp_path / "no"), *wrong])
         assert average.main() == 2 and message in capsys.readouterr().err

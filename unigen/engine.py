@@ -93,7 +93,8 @@ class Engine:
 
     def describe(self, image: Any, question: str | None = None, **options: Any) -> str:
         """A caption of the picture, the best of as many `candidates` as suit the model, or the answer to a question."""
-        asked = {"candidates": self.model.template.candidates if question is None else 1} | options
+        several = question is None and self.compares
+        asked = {"candidates": self.model.template.candidates if several else 1} | options
         return str(self.generate([image, question or DESCRIBE], "text", **asked))
 
     def edit(self, image: Any, instruction: str, **options: Any) -> Any:
@@ -168,7 +169,8 @@ class Engine:
     @property
     def compares(self) -> bool:
         """Can the model say how well a picture and a text go together, so that one of some candidates is the best?"""
-        return self.model.sight is None and {"next-token", "text"} <= set(self.model.generators)
+        model = self.model
+        return model.sight is None and not model.template.classes and {"next-token", "text"} <= set(model.generators)
 
     def rivals(
         self, prompt: Any, output: Output, candidates: int, *, seed: int = 0, **options: Any
@@ -193,7 +195,7 @@ class Engine:
             return truest(self.model, [str(document.segments[0].text) for document in documents], answers)
         return closest(self.model, documents, [list(dict.fromkeys(captions)) for captions in answers])
 
-    # ---------------------------------------------------------------- the loop
+    # ---------------------------------------------------------------- requests on their way
 
     def run(self, requests: Sequence[Request]) -> Iterator[tuple[int, Any]]:
         """Answer all requests together; yields (number of the request, piece of text or picture) as they are made."""

@@ -10,7 +10,7 @@ Each request is a row of the batch with one cache slot for every branch of guida
 what its generator asks for, whatever it is writing, and the backbone runs once for all that read about as much: a
 prompt that joins does not make the others wait for padding. Rows end on their own, and a row's randomness is its own,
 so that a picture does not depend on the batch it was made in.
-The file refuses to know: files, HTTP, templates, how any generator works, what users call (`unigen.engine`).
+The file refuses to know: files, HTTP, how a chat is laid out, how any generator works, what users call.
 """
 
 from __future__ import annotations
@@ -35,30 +35,33 @@ WASTE = 64
 
 @dataclass
 class Row:
-    """One answer on its way. `unread[b]`: ids that branch b reads before what the generator asks for. `kept`: how many
-    positions of the span the cache holds. `features`: of pictures in the prompt that are not read as codes. `seen`: by
-    branch, the states of all that was read, where a generator wants them.
+    """One answer on its way. `number`: among those that are. `unread[b]`: ids that branch b reads before what the
+    generator asks for. `spans`: how many were begun, `images`: how many of them have ended as pictures, `said`: ids of
+    text in those that have ended. `kept`: how many positions of the span the cache holds. `shown`: the text of the span
+    that was given out. `features`: of pictures in the prompt that are not read as codes. `states`: by branch, those of
+    all that was read (S, D), where a generator wants them.
     `shares`: how many of the times for a preview have passed, and `previews`: how many were shown, of the picture.
-    `asked`: ids of the prompt, `sighted` of them of pictures; `cut`: did the last text end at its limit?"""
+    `asked`: ids of the prompt, `seen` of them of pictures; `cut`: did the last text end at its limit?"""
 
     request: Request
     document: Document
+    number: int = -1
     slots: list[int] = field(default_factory=list)
     unread: list[list[int]] = field(default_factory=list)
     state: State | None = None
     generator: Generator | None = None
     spans: int = 0
     images: int = 0
-    written: int = 0
+    said: int = 0
     kept: int = 0
     shown: str = ""
     shares: int = 0
     previews: int = 0
     asked: int = 0
-    sighted: int = 0
+    seen: int = 0
     cut: bool = False
     features: torch.Tensor | None = None
-    seen: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    states: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @property
     def branches(self) -> int:
@@ -96,9 +99,12 @@ class Running:
     @torch.inference_mode()
     def add(self, request: Request) -> int:
         """The request's number, from 0 on. Raises ValueError for what cannot fit the context; nothing is added then."""
-        self._rows[self._count] = self.row(request)
-        self._count += 1
-        return self._count - 1
+        return self._join(self.row(request))
+
+    def _join(self, row: Row) -> int:
+        row.number, self._count = self._count, self._count + 1
+        self._rows[row.number] = row
+        return row.number
 
     def clear(self) -> None:
         """Drop all that are running."""
@@ -120,7 +126,7 @@ class Running:
         """Give a row as many slots as it has branches: those of guidance while it writes a picture."""
         while len(row.slots) > branches:
             slot = row.slots.pop()
-            row.seen.pop(len(row.slots), None)
+            row.states.pop(len(row.slots), None)
             last = self.cache.leave(slot)
             for other in self._rows.values():
                 other.slots = [slot if one == last else one for one in other.slots]
@@ -132,25 +138,15 @@ class Running:
         row = self._rows[number]
         text = row.state.ids if row.state and isinstance(row.generator, Text) and not row.state.done else []
         codes = row.images * row.request.grid[0] * row.request.grid[1]
-        return Usage(row.asked, row.written + len(text), codes, row.cut, row.sighted)
+        return Usage(row.asked, row.said + len(text), codes, row.cut, row.seen)
 
     @torch.inference_mode()
     def step(self) -> list[tuple[int, Any]]:
         """One step of all: (number, piece of text or picture) of what it made. Those that are done are gone
         afterwards."""
         rows = list(self._rows.values())
-        for row in rows:
-            self._fit(row, row.branches)
-        self._step(rows)
-        number = {id(row): i for i, row in self._rows.items()}
-        ended = [row for row in rows if row.state and row.state.done]
-        parts = [(number[id(row)], part) for row, part in self._finish(ended, rows)]
-        self.ended = {}
-        for row in ended:
-            if row.state and row.state.done:
-                self.ended[number[id(row)]] = self.usage(number[id(row)])
-                self.drop(number[id(row)])
-        return parts
+        self._write(rows)
+        return self._finish(rows)
 
     @torch.no_grad()
     def states(self, request: Request) -> torch.Tensor:
@@ -164,27 +160,10 @@ class Running:
 
     # ---------------------------------------------------------------- a step
 
-    def row(self, request: Request) -> Row:
-        """A row for a request, its first span begun. Raises ValueError for what cannot fit the context."""
-        request.document = self.model.read(request.document)
-        row = Row(request, request.document)
-        row.features = self.model.features(row.document)
-        wordless = request.output == "pair" and not self._opening(row)
-        tokens = self.model.template.prompt(row.document, output=request.output, blind=wordless)
-        ids, row.sighted = self.model.ids(tokens), sum(stop - start for start, stop in tokens.spans)
-        need = 1 if request.output == "text" else self._image_length(request)
-        row.unread, row.asked = [ids], len(ids)
-        if request.output in ("image", "pair"):
-            self._begin_image(row)
-        need += max(len(branch) for branch in row.unread)
-        if need > self.model.context:
-            raise ValueError(f"the prompt needs {need} positions, the model has {self.model.context}: shorten it")
-        if request.output not in ("image", "pair"):
-            self._begin_text(row, row.unread[0].pop())
-        return row
-
-    def _step(self, rows: list[Row]) -> None:
+    def _write(self, rows: list[Row]) -> None:
         """One step of each row's generator."""
+        for row in rows:
+            self._fit(row, row.branches)
         asked = [row.generator.ask(row.state) for row in rows if row.generator and row.state]
         lengths = [max(map(len, row.unread)) + len(read.ids) for row, read in zip(rows, asked, strict=True)]
         for together in _alike(lengths, [row.branches for row in rows]):
@@ -214,7 +193,7 @@ class Running:
         groups: dict[int, list[int]] = {}
         hidden: list[list[torch.Tensor]] = []
         for i, row in enumerate(rows):
-            hidden.append(self._shown(row, [hidden_of[slot] for slot in row.slots], len(asked[i].ids)))
+            hidden.append(self._told(row, [hidden_of[slot] for slot in row.slots], len(asked[i].ids)))
             groups.setdefault(id(row.generator), []).append(i)
         kept = [0] * len(rows)
         for members in groups.values():
@@ -224,11 +203,10 @@ class Running:
             counts = generator.advance(self.model, states, [hidden[i] for i in members])  # type: ignore[arg-type]
             for i, count in zip(members, counts, strict=True):
                 kept[i] = count
-        for row, count in zip(rows, kept, strict=True):
+        for row, read, count in zip(rows, asked, kept, strict=True):
             self.cache.keep(row.slots, [len(ids) + count for ids in row.unread])
-            for branch, ids in enumerate(row.unread):
-                if branch in row.seen:
-                    row.seen[branch][-1] = row.seen[branch][-1][: len(ids) + count]
+            for branch, states_LD in row.states.items():
+                row.states[branch] = states_LD[: len(states_LD) - len(read.ids) + count]
             row.unread = [[] for _ in row.unread]
             row.kept += count
 
@@ -265,19 +243,30 @@ class Running:
                 reach_BL[b, span] = torch.tensor(read.reach) + len(ids)
         return embeds_BLD, reach_BL
 
-    def _shown(self, row: Row, states: list[torch.Tensor], asked: int) -> list[torch.Tensor]:
+    def _told(self, row: Row, states: list[torch.Tensor], asked: int) -> list[torch.Tensor]:
         """What the row's generator gets of each branch: the states of what it asked for, or of all that was read."""
         assert row.generator is not None
         if self.model.generators[row.request.generator].wants_context:
             for branch, states_LD in enumerate(states):
-                row.seen.setdefault(branch, []).append(states_LD)
+                before = [row.states[branch]] if branch in row.states else []
+                row.states[branch] = torch.cat([*before, states_LD])
         if row.generator.wants_context:
-            return [torch.cat(row.seen[branch]) for branch, _ in enumerate(states)]
+            return [row.states[branch] for branch, _ in enumerate(states)]
         return [states_LD[len(states_LD) - max(asked, 1) :] for states_LD in states]  # the prompt's last, if none
 
-    def _finish(self, ended: list[Row], rows: list[Row]) -> Iterator[tuple[Row, Any]]:
-        """Parts of the answer that this step made: text as it comes, previews that are due, and the pictures of the
-        spans that ended."""
+    def _finish(self, rows: list[Row]) -> list[tuple[int, Any]]:
+        """What this step made of these rows' answers; those that are done leave."""
+        ended = [row for row in rows if row.state and row.state.done]
+        parts = [(row.number, part) for row, part in self._parts(ended, rows)]
+        self.ended = {}
+        for row in ended:
+            if row.state and row.state.done:
+                self.ended[row.number] = self.usage(row.number)
+                self.drop(row.number)
+        return parts
+
+    def _parts(self, ended: list[Row], rows: list[Row]) -> Iterator[tuple[Row, Any]]:
+        """Text as it comes, previews that are due, and the pictures of the spans that ended, which then go on."""
         text = self.model.generators.get("text")
         for row in rows:
             if row.generator is text and row.state is not None:
@@ -335,9 +324,8 @@ class Running:
                     row.unread = [list(state.pending)]
                 else:
                     self.cache.keep(row.slots[:1], [-row.kept])
-                    if seen := row.seen.get(0):
-                        states_LD = torch.cat(seen)
-                        row.seen[0] = [states_LD[: len(states_LD) - row.kept]]
+                    if 0 in row.states:
+                        row.states[0] = row.states[0][: len(row.states[0]) - row.kept]
                     request.document = row.document = self.model.read(row.document)
                     ids_hw = self.model.vocabulary.image_ids(row.document.segments[-1].image)
                     row.unread = [[template.begins[template.reader], *layout.opening, *layout.lay(ids_hw)]]
@@ -347,13 +335,32 @@ class Running:
             if state.ids:
                 said = self.model.template.decode(state.ids)
                 row.document.segments.append(Segment(text=said, role="assistant"))
-                row.written += len(state.ids)
+                row.said += len(state.ids)
             row.cut = not state.pending or state.pending[0] not in state.span.stops
             if state.pending and state.pending[0] in self._image_begins:
                 row.unread = [[]]
                 self._begin_image(row)
 
-    # ---------------------------------------------------------------- spans
+    # ---------------------------------------------------------------- rows and their spans
+
+    def row(self, request: Request) -> Row:
+        """A row for a request, its first span begun. Raises ValueError for what cannot fit the context."""
+        request.document = self.model.read(request.document)
+        row = Row(request, request.document)
+        row.features = self.model.features(row.document)
+        wordless = request.output == "pair" and not self._opening(row)
+        tokens = self.model.template.prompt(row.document, output=request.output, blind=wordless)
+        ids, row.seen = self.model.ids(tokens), sum(stop - start for start, stop in tokens.spans)
+        need = 1 if request.output == "text" else self._image_length(request)
+        row.unread, row.asked = [ids], len(ids)
+        if request.output in ("image", "pair"):
+            self._begin_image(row)
+        need += max(len(branch) for branch in row.unread)
+        if need > self.model.context:
+            raise ValueError(f"the prompt needs {need} positions, the model has {self.model.context}: shorten it")
+        if request.output not in ("image", "pair"):
+            self._begin_text(row, row.unread[0].pop())
+        return row
 
     def _image_length(self, request: Request) -> int:
         """Positions that a picture needs, written and read back."""
@@ -419,7 +426,7 @@ class Running:
         if request.output == "interleaved" and row.images < request.max_images and room > picture:
             stops += self._image_begins
             room -= picture
-        limit = max(1, min(request.max_tokens - row.written, room))
+        limit = max(1, min(request.max_tokens - row.said, room))
         row.generator = self.model.generators["text"]
         span = Span(begin, request.text, Guidance((1.0,)), self._rng(row), stops=tuple(stops), max_tokens=limit)
         row.state = row.generator.start(span)

@@ -336,8 +336,8 @@ class Batch:
 def pack(rows: Sequence[Sequence[Tokens]], length: int, image_size: int) -> Batch:
     """Lay documents end to end, each list of them in a row of `length` positions.
 
-    image_size: side in pixels to which pictures are brought; images given as codes (h, w) stay codes. All images of a
-    batch are of one kind. Raises ValueError where a row's documents do not fit.
+    image_size: side in pixels to which pictures are brought; images given as codes or latents, tensors of one shape,
+    stay so. All images of a batch are of one kind. Raises ValueError where a row's documents do not fit.
     """
     ids = torch.zeros(len(rows), length, dtype=torch.int64)
     positions, segments = torch.zeros_like(ids), torch.zeros_like(ids)
@@ -365,7 +365,7 @@ def pack(rows: Sequence[Sequence[Tokens]], length: int, image_size: int) -> Batc
 
 
 def stack_images(images: Sequence[Any], size: int, frame: Framing = square) -> Tensor:
-    """Codes int64 (N, h, w) where the images are codes, else pixels float32 (N, 3, size, size) in [-1, 1]."""
+    """What is given as tensors, codes or latents, stacked (N, ...); else pixels (N, 3, size, size) in [-1, 1]."""
     if all(isinstance(image, Tensor) for image in images):
         return torch.stack(list(images))
     if any(isinstance(image, Tensor) for image in images):

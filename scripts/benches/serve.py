@@ -158,8 +158,8 @@ def main(args: list[str]) -> int:
                 for kind, clients in itertools.product(kinds, levels):
                     rate, first, theirs = 0.0, float("inf"), 0.0
                     for _ in range(options.repeat):  # in turn, since a machine's speed drifts
-                        rates, firsts = asyncio.run(wave(url, kind, clients))
-                        rate, first = max(rate, rates), min(first, firsts)
+                        now, soonest = asyncio.run(wave(url, kind, clients))
+                        rate, first = max(rate, now), min(first, soonest)
                         theirs = max(theirs, baseline(model, kind, clients))
                     unit = "tokens/s" if kind == "text" else "pictures/s"
                     print(

@@ -88,9 +88,7 @@ def on_vllm(folder: Path, **options: Any) -> Iterator[Any]:
 
 
 @pytest.mark.timeout(600)
-def test_the_server_in_two_processes(
-    folder: Path, local: Any, serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_server_in_two_processes(folder: Path, local: Any, serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its process has those of vLLM as children, each with its share of every layer; all end when it is killed, whether
     by itself or with the server."""
     monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)  # of one process, where others have run before

@@ -323,7 +323,11 @@ def test_codes_of_next_scale_are_checked_and_compared(engine: Engine, tmp_path: 
     head: Any = engine.model.heads["next-scale"]
     length, size = head.own_shape
     own = {"next-scale": (length, size)}
-    for codes, message in (([0] * (length - 1), f"not {length} codes"), ([0] * (length - 1) + [size], "beyond the")):
+    for codes, message in (
+        ([0] * (length - 1), f"not {length} codes"),
+        ([0] * (length - 1) + [size], "beyond the"),
+        ([[0, 1], [1, 0]], "several kinds"),
+    ):
         text = line(asked("a"), [codes, [1] * length]).replace("{", '{"writer": "next-scale", ', 1)
         (tmp_path / "f").write_text(text)
         with pytest.raises(ValueError, match=message):
@@ -333,8 +337,11 @@ def test_codes_of_next_scale_are_checked_and_compared(engine: Engine, tmp_path: 
         line(asked("a"), CODES),
     ]
     (tmp_path / "f").write_text("".join(texts))
-    with pytest.raises(ValueError, match="not 2 x 2 codes"):
+    with pytest.raises(ValueError, match="codes of next-scale's own are for comparisons"):
         read_pairs([tmp_path / "f"], 0, (2, 2), 32)
+    (tmp_path / "g").write_text(line(asked("a"), CODES).replace("{", '{"writer": "next-scale", ', 1))
+    with pytest.raises(ValueError, match="compared by its own codes, or as pixels"):
+        read_pairs([tmp_path / "g"], 0, (2, 2), 32, own)
     pairs = read_pairs([tmp_path / "f"], 0, (2, 2), 32, own)
     rows = ComparedRows([[]], pairs, engine.model.template.encode, 128, 1)
     assert [sides.chosen.writers for kind in rows.pairs for row in kind for sides in row] == [

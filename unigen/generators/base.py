@@ -205,7 +205,7 @@ class Head(nn.Module):
         pixels = batch.images[batch.written_by(self.name)] if batch.images is not None else None
         if pixels is None or not pixels.is_floating_point():
             raise ValueError(
-                f"{self.name} learns from pixels: give the pictures of its documents as pictures, not codes"
+                f"{self.name} learns from pixels, or its own codes: give the pictures of its documents as pictures"
             )
         return pixels.to(device)
 

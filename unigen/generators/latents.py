@@ -75,7 +75,7 @@ class LatentHead(Head):
         return torch.lerp(x_MZhw, noise_MZhw, t_M[:, None, None, None]), t_M, noise_MZhw - x_MZhw
 
     def encoded(self, batch: Batch, device: torch.device) -> Tensor:
-        """Latents; or the pictures themselves where they are given as such."""
+        """Latents (M, Z, h, w), those of pictures or what is given as latents already."""
         shape = (self.tokenizer.latent_channels, *self.tokenizer.grid)
         if batch.images is not None and batch.images.shape[1:] == shape:
             return batch.images[batch.written_by(self.name)].to(device)
@@ -90,9 +90,7 @@ class LatentHead(Head):
         noise = noise.to(next(self.parameters()).device)
         return Trajectory(noise, span.steps or self.steps, span.sampler or self.sampler, shift)
 
-    def solved(
-        self, states: list[State], seen: list[list[Tensor]], shape: tuple[int, ...], shift: float = 1.0
-    ) -> list[Tensor]:
+    def solved(self, states: list[State], seen: list[list[Tensor]], shape: tuple[int, ...]) -> list[Tensor]:
         """Data of this shape for each state, by the flow of `velocity(x, t, seen)` from the span's own noise; states
         alike in steps, sampler and guidance go together. seen[i][b]: what branch b of state i is conditioned on."""
         groups: dict[tuple[int, str, Guidance], list[int]] = {}
@@ -104,7 +102,7 @@ class LatentHead(Head):
             condition = torch.stack([seen[i][b] for b in range(guidance.branches) for i in members])
             noise = torch.stack([torch.randn(shape, generator=states[i].span.rng) for i in members])
             velocity = partial(self._guided, guidance, condition, {})
-            found |= zip(members, solve(velocity, noise.to(condition.device), steps, sampler, shift), strict=True)
+            found |= zip(members, solve(velocity, noise.to(condition.device), steps, sampler), strict=True)
         return [found[i] for i in range(len(states))]
 
     def _guided(self, guidance: Guidance, condition: Tensor, memory: dict[str, Any], x: Tensor, t: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Answers in the words of OpenAI's schema: what became of jobs, whole and as chunks of a stream.
+"""Answers in the words of OpenAI's schema: the parts of whole ones, and the chunks of those that are streamed.
 
 Knows the events of jobs and the JSON that a client reads (docs/serving.md); refuses to know HTTP, and where the events
 come from.
@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 
 from PIL import Image
 
+from unigen.output import data_uri
 from unigen.sequence import Preview
 from unigen.serving import pictures
 from unigen.serving.jobs import Begun, Ended, Event, Part
@@ -109,8 +110,7 @@ async def picture_chunks(events: Events, model: str, kind: str, format: str) -> 
 
 
 async def picture_part(picture: Image.Image) -> dict[str, Any]:
-    file = await asyncio.to_thread(pictures.encoded, picture)
-    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(file).decode()}"}}
+    return {"type": "image_url", "image_url": {"url": await asyncio.to_thread(data_uri, picture)}}
 
 
 async def content(parts: list[str | Image.Image]) -> Any:
@@ -126,7 +126,7 @@ def usage_of(answers: list[Answer]) -> dict[str, Any] | None:
     if any(one.prompt is None for one in ended):
         return None
     text, image = (sum(getattr(one, name) for one in ended) for name in ("text", "image"))
-    prompt = sum(one.prompt or 0 for one in ended[:1])
+    prompt = ended[0].prompt or 0
     details = {"text_tokens": text, "image_tokens": image}
     return {
         "prompt_tokens": prompt,

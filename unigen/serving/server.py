@@ -111,10 +111,7 @@ class Server:
         document = await self._document(asked)
         self._log(request, document)
         stop, output = tuple(asked.stop or ()), self._output(asked.modalities)
-        jobs = [
-            Job(document, output, {**asked.options(), "seed": seed}, stop, **shown_of(asked))
-            for seed in self._seeds(asked)
-        ]
+        jobs = self._jobs(asked, document, output, stop=stop)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.settings.model}
         if asked.stream:
             usage = asked.stream_options is not None and asked.stream_options.include_usage
@@ -205,10 +202,7 @@ class Server:
                 400, "this server keeps no pictures (--images-folder): ask for b64_json", param="response_format"
             )
         self._log(request, document)
-        jobs = [
-            Job(document, "image", {**asked.options(), "seed": seed}, **shown_of(asked), **job)
-            for seed in self._seeds(asked)
-        ]
+        jobs = self._jobs(asked, document, "image", **job)
         if asked.stream:
             drawn = picture_chunks(self._together(jobs), self.settings.model, kind, asked.output_format)
             return await self._streamed(request, drawn)
@@ -374,9 +368,11 @@ class Server:
                 404, f"no model {name!r}: {self.settings.model!r} is served", param="model", code="model_not_found"
             )
 
-    def _seeds(self, asked: Any) -> list[int]:
-        seed = secrets.randbelow(1 << 31) if asked.seed is None else asked.seed
-        return [seed + i for i in range(asked.n)]
+    def _jobs(self, asked: protocol.Drawing, document: Document, output: str, **more: Any) -> list[Job]:
+        """One for each of the n answers, each with its seed."""
+        first = secrets.randbelow(1 << 31) if asked.seed is None else asked.seed
+        more |= {"previews": asked.partial_images, "candidates": asked.candidates}
+        return [Job(document, output, {**asked.options(), "seed": first + i}, **more) for i in range(asked.n)]
 
     def _log(self, request: Request, document: Document) -> None:
         if self.settings.prompts:
@@ -408,11 +404,6 @@ async def _left(request: Request) -> None:
 def _event(data: dict[str, Any]) -> str:
     name = f"event: {data['type']}\n" if "type" in data else ""
     return f"{name}data: {json.dumps(data, ensure_ascii=False)}\n\n"
-
-
-def shown_of(asked: protocol.Drawing) -> dict[str, Any]:
-    """How many there are of what becomes one answer."""
-    return {"previews": asked.partial_images, "candidates": asked.candidates}
 
 
 def create_app(engine: Any, settings: Settings) -> Any:

@@ -124,10 +124,10 @@ class VllmEngine(Engine):
 
     def __init__(self, model: UnifiedModel, folder: Path, options: dict[str, Any]) -> None:
         super().__init__(model)
-        self._info = super().info()
-        self.dtype = next(model.backbone.parameters()).dtype
         self.local = any(name not in WRITES for name in model.generators)
         """Does the language model stay here too?"""
+        self._info = super().info()
+        self.dtype = next(model.backbone.parameters()).dtype
         for weight in () if self.local else model.backbone.parameters():  # vLLM has its own
             weight.data = weight.new_empty(0)
         self.llm = start(folder, self.dtype, model.context, options, features=model.sight is not None)
@@ -147,8 +147,11 @@ class VllmEngine(Engine):
     def info(self) -> dict[str, Any]:
         from vllm import __version__
 
-        now = {"context": self.model.context, "candidates": self.compares and self.local}
-        return self._info | now | {"engine": f"vllm {__version__}"}
+        return self._info | {"context": self.model.context, "engine": f"vllm {__version__}"}
+
+    @property
+    def compares(self) -> bool:
+        return self.local and super().compares
 
     def running(self) -> VllmRunning:
         return VllmRunning(self)
@@ -159,11 +162,6 @@ class VllmEngine(Engine):
         if request.accelerate:
             raise ValueError("vLLM writes one code a step: leave accelerate out, or use --engine local")
         return request
-
-    def describe(self, image: Any, question: str | None = None, **options: Any) -> str:
-        """A caption of the picture, of a model that vLLM alone holds the one that it gives without others to choose
-        among, or an answer."""
-        return super().describe(image, question, **({} if self.local else {"candidates": 1}) | options)
 
     def rivals(self, *asked: Any, **options: Any) -> Any:
         if not self.local:
@@ -281,8 +279,9 @@ class VllmRunning(Running):
 
     def add(self, request: Request) -> int:
         row = self.row(request)
-        number, self._count = self._count, self._count + 1
-        self._sent[number], self._rows[number] = self.engine.send(row, []), row
+        sent = self.engine.send(row, [])
+        number = self._join(row)
+        self._sent[number] = sent
         return number
 
     def drop(self, number: int) -> None:
@@ -293,10 +292,8 @@ class VllmRunning(Running):
     def step(self) -> list[tuple[int, Any]]:
         """One step of vLLM for all that it writes, and one here for the others: (number, piece of text or picture)."""
         moved = {number: self._rows[number] for number, sent in self._sent.items() if not sent.names}
-        for row in moved.values():
-            self._fit(row, row.branches)
         if moved:
-            self._step(list(moved.values()))
+            self._write(list(moved.values()))
         # the other branches say the same as the first
         number_of = {sent.names[0]: number for number, sent in self._sent.items() if sent.names}
         for name, output in self.engine.listen(list(number_of)) if number_of else ():
@@ -308,15 +305,9 @@ class VllmRunning(Running):
         # a span has read all but its last id, with which the next one begins, or which has ended it; one that was
         # written here is taken back
         read = {number: self._sent[number].prompts[0] + self._sent[number].ids[:-1] for number in ended}
-        number_of_row = {id(row): number for number, row in moved.items()}
-        rows = list(moved.values())
-        parts = [(number_of_row[id(row)], part) for row, part in self._finish(list(ended.values()), rows)]
-        self.ended = {}
+        parts = self._finish(list(moved.values()))
         for number, row in ended.items():
-            if row.state and row.state.done:
-                self.ended[number] = self.usage(number)
-                self.drop(number)
-            else:
+            if number in self:
                 self.engine.stop(self._sent[number])
                 self._fit(row, 0)
                 self._sent[number] = self.engine.send(row, read[number])

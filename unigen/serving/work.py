@@ -84,7 +84,7 @@ class _Answer:
         """The events of the best candidate; all that they took is of the answer."""
         assert self.best is not None
         rows = sorted(self.took)
-        answers = [part if (part := self._joined(row)) else "" for row in rows]
+        answers = [self._joined(row) for row in rows]
         best = self.best(answers)
         yield from self.events(best)
         yield from self.rest()
@@ -288,6 +288,12 @@ class OneByOne(_Worker):
     def step(self) -> Iterator[tuple[int, Event]]:
         if not self.now:
             number, job = self.waiting.popleft()
+            if job.candidates != 1:
+                yield number, Refused("this model cannot compare candidates: leave them out")
+                return
+            if job.vary is not None:
+                yield number, Refused("this model does not vary pictures: say what to draw")
+                return
             self.now = number, self._parts(job), _Answer(job, Words(job.stop), lambda picture: picture)
             yield number, Begun(({} if job.output == "text" else self.usual) | job.options)
         number, parts, answer = self.now
@@ -314,13 +320,9 @@ class OneByOne(_Worker):
         return Load(int(bool(self.now)), len(self.waiting), int(bool(self.now)), 0, self.steps, self.seconds)
 
     def _parts(self, job: Job) -> Iterator[Any]:
-        """The parts of the answer; what the job asks for is checked when the first is taken."""
-        if job.candidates != 1:
-            raise ValueError("this model cannot compare candidates: leave them out")
+        """The parts of the answer; its options are checked when the first is taken."""
         if job.around is None:
             yield from self.engine.stream(job.prompt, output=job.output, **job.options)
-        elif job.mask is None:
-            raise ValueError("this model does not vary pictures: say what to draw")
         else:
             yield self.engine.inpaint(job.around, said(job.prompt), job.mask, **job.options)
 
@@ -333,7 +335,7 @@ def said(document: Document) -> str:
 def work(receiver: Any, sender: Any, source: dict[str, Any], slots: int) -> None:
     """Load a model and answer until the other end is closed. source: of `unigen.load`. A model that cannot be loaded is
     a `Refused` for no job."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which closes the pipe
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the server, which closes the pipe
     try:
         import unigen
 

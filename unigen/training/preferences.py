@@ -7,9 +7,8 @@ training began. An answer is a picture or a text, and log p the sum over its ids
 text the prediction itself, of codes what guidance and temperature make of it, softmax((u + s (c - u)) / T) with the
 blind branch u. Compared without guidance, both branches move, and what is drawn with it need not get better; yet so
 are pictures compared that other generators write than next-token and next-scale, by their own loss (`likelihood.py`).
-Beside it
-stand the losses of a mixture, which draw the model back towards true pictures, and - log p(w|c), by the id, lest both
-become unlikely together (as in RPO, Pang et al. 2024, arXiv 2404.19733, eq. 2).
+Beside it stand the losses of a mixture, which draw the model back towards true pictures, and - log p(w|c), by the id,
+lest both become unlikely together (as in RPO, Pang et al. 2024, arXiv 2404.19733, eq. 2).
 
 A line of the judged file is a prompt (`Document.to_json`), its answers (`Segment.to_json`), which are right, and of
 pictures the generator that they are learnt as, next-token if none is named. Pictures are codes of the model's image
@@ -53,8 +52,7 @@ class PreferenceConfig:
     nll: float = 0.3
     """Weight of - log p of the chosen answers, in nats an id."""
     rows: int = 1
-    """Rows of pairs beside each row of the mixture: so many of pictures in codes and of texts, and so many of
-    pixels."""
+    """Rows of pairs of each kind beside each row of the mixture."""
     guidance: float = 3.0
     temperature: float = 0.8
     """As the codes of next-token and next-scale were drawn."""
@@ -130,8 +128,15 @@ def _judged(line: str, grid: tuple[int, int], codes: int, own: Own) -> Judged:
     if any(answer.role != "assistant" for answer in answers):
         raise ValueError("the assistant answers")
     writer = generators.find(group.get("writer", "next-token")).name
-    for picture in (s.image for s in [*prompt, *answers] if isinstance(s.image, Tensor)):
-        length, size = own.get(writer, (0, 0)) if picture.ndim == 1 else (0, codes)
+    pictures = [s.image for s in [*prompt, *answers] if s.image is not None]
+    if len({picture.ndim if isinstance(picture, Tensor) else 0 for picture in pictures}) > 1:
+        raise ValueError("its pictures are of several kinds: codes, codes of the writer's own, pixels")
+    for picture in (picture for picture in pictures if isinstance(picture, Tensor)):
+        if picture.ndim == 1 and writer not in own:
+            raise ValueError(f"codes of {writer}'s own are for comparisons, of a model that has it")
+        if picture.ndim == 2 and writer in own:
+            raise ValueError(f"pictures by {writer} are compared by its own codes, or as pixels")
+        length, size = own[writer] if picture.ndim == 1 else (0, codes)
         if picture.shape != ((length,) if length else grid):
             raise ValueError(f"a picture is not {length or f'{grid[0]} x {grid[1]}'} codes")
         if picture.min() < 0 or picture.max() >= size:
