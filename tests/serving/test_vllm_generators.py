@@ -19,6 +19,7 @@ from PIL import Image
 
 import unigen
 from tests.serving.test_vllm import LLAMA, SMALL, WORDS, answers, on_vllm, pieces, scheduler
+from unigen.serving.vllm_engine import writes
 
 pytestmark = pytest.mark.serve
 pytest.importorskip("vllm")
@@ -102,7 +103,7 @@ def test_the_control_of_stories(engine: Any, local: Any, monkeypatch: pytest.Mon
     wanted = answers(local, stories("masked"))
     send = type(engine).send
     monkeypatch.setattr(
-        type(engine), "send", lambda self, row, before: send(self, row, before if self._writes(row) else before[:1])
+        type(engine), "send", lambda self, row, before: send(self, row, before if writes(row) else before[:1])
     )
     assert answers(engine, stories("masked")) != wanted
 
