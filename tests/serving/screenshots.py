@@ -24,7 +24,7 @@ LARGEST = 150_000
 def chat(page: Page) -> None:
     page.view("chat")
     page.one("#chat summary").click()
-    page.fill("#chat [name=seed]", "3")
+    page.fill("#chat [name=seed]", "5")
     page.one("#chat summary").click()
     page.say("chat", APPLES)
     page.say("chat", "how many apples are there?")
