@@ -37,10 +37,10 @@ def studio(page: Page) -> None:
     page.say("studio", APPLES)
     page.use("#studio .run .menu", "Inpaint")
     page.until(lambda: page.script("return document.querySelector('.canvas canvas').width") == 64)
-    page.script("document.querySelector('#studio [name=brush]').value = 13")
-    page.paint("#studio .canvas canvas", (0.75, 0.65), (0.79, 0.68))
+    page.script("document.querySelector('#studio [name=brush]').value = 17")
+    page.paint("#studio .canvas canvas", (0.25, 0.70), (0.45, 0.85))
     page.fill("#studio [name=n]", "2")
-    page.say("studio", "an apple and a rose on a blue background")
+    page.say("studio", "an apple and a pizza on a blue background")
     page.script("window.scrollTo(0, 0); document.activeElement.blur()")
 
 
