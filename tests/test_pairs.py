@@ -251,6 +251,7 @@ def test_pipelines_and_pairs_are_served(janus_folder: Path, words_folder: Path) 
         (picture,) = [event.part for number, event in events if isinstance(event, Part)]
         assert picture.tobytes() == engine.generate("a red dog", "image", seed=3, **SMALL).tobytes()
         assert [number for number, event in events if isinstance(event, Ended)] == [0]
+        assert [number for number, event in events if isinstance(event, Begun)] == [0, 2]
         (begun, *_) = [event.settings for _, event in events if isinstance(event, Begun)]
         assert begun == {"guidance": 7.5} | {"seed": 3, **SMALL}
         refused = [event.message for number, event in events if isinstance(event, Refused)]

@@ -130,7 +130,7 @@ def _judged(line: str, grid: tuple[int, int], codes: int, own: Own) -> Judged:
     writer = generators.find(group.get("writer", "next-token")).name
     pictures = [s.image for s in [*prompt, *answers] if s.image is not None]
     if len({picture.ndim if isinstance(picture, Tensor) else 0 for picture in pictures}) > 1:
-        raise ValueError("its pictures are of several kinds: codes, codes of the writer's own, pixels")
+        raise ValueError("its pictures are of several kinds: give all as codes, as the writer's own codes or as pixels")
     for picture in (picture for picture in pictures if isinstance(picture, Tensor)):
         if picture.ndim == 1 and writer not in own:
             raise ValueError(f"codes of {writer}'s own are for comparisons, of a model that has it")
