@@ -78,7 +78,7 @@ def test_a_picture_is_the_engines_own_alone_and_under_load(tiny_server: Any, eng
     alone = draw(3)
     assert pixels(opened(alone.data[0].b64_json)) == pixels(apples)
     assert alone.usage.output_tokens == 64 and alone.size == "64x64" and alone.model == MODEL
-    used = {"seed": 3, "generator": "next-token", "guidance": 2.5, "temperature": 0.8, "top_k": 0, "top_p": 0.5}
+    used = {"seed": 3, "generator": "next-token", "guidance": 3.0, "temperature": 0.8, "top_k": 0, "top_p": 0.5}
     assert alone.data[0].settings == used
     flown = client.images.generate(model=MODEL, prompt=APPLES, extra_body={"seed": 3, "generator": "flow", "steps": 2})
     used = {"seed": 3, "generator": "flow", "guidance": 5.0, "steps": 2, "sampler": "euler", "guidance_kind": "cfg"}
@@ -221,11 +221,11 @@ def test_an_answer_may_be_the_best_of_some(tiny_server: Any, engine: Any, apples
     """The engine's own choice, alone, beside others and in a stream; what the others took is counted."""
     client, asked = tiny_server.client(), {"seed": 3, "candidates": 4}
     words = "a red dog left of a house"
-    best = engine.generate_batch([words] * 2, [3, 4], candidates=4)
-    assert any(pixels(best[i]) != pixels(engine.generate(words, seed=3 + i)) for i in range(2))
-    made = client.images.generate(model=MODEL, prompt=words, n=2, extra_body=asked)
+    best = engine.generate_batch([words] * 4, range(3, 7), candidates=4)
+    assert any(pixels(best[i]) != pixels(engine.generate(words, seed=3 + i)) for i in range(4))
+    made = client.images.generate(model=MODEL, prompt=words, n=4, extra_body=asked)
     assert [pixels(opened(one.b64_json)) for one in made.data] == [pixels(one) for one in best]
-    assert made.usage.output_tokens == 2 * 4 * 64 and made.data[0].settings["candidates"] == 4
+    assert made.usage.output_tokens == 4 * 4 * 64 and made.data[0].settings["candidates"] == 4
     (last,) = client.images.generate(
         model=MODEL, prompt=words, stream=True, partial_images=3, extra_body=asked | {"generator": "next-scale"}
     )

@@ -200,7 +200,7 @@ def test_a_chat_in_text_and_pictures(tiny_server: Any, open_page: Open) -> None:
     width = shown.size["width"]
     assert width == shown.size["height"] and width % 64 == 0 and width >= 192
     assert shown.value_of_css_property("image-rendering") == "pixelated"
-    assert "seed 3 · next-token · guidance 2.5" in seen.one("#chat .assistant .used").text
+    assert "seed 3 · next-token · guidance 3" in seen.one("#chat .assistant .used").text
     seen.one("#chat .assistant a[download]").click()
     saved = Image.open(seen.saved("two-apples-on-a-blue-background-3.png"))
     assert saved.size == (64, 64) and saved.convert("RGB").tobytes() == drawn.tobytes()
@@ -326,7 +326,7 @@ def test_the_studio_draws_edits_varies_and_says_how(tiny_server: Any, open_page:
         seen.fill(f"#studio [name={name}]", value)
     given = seen.pictures("#studio .thumb img")
     seen.say("studio", "make the background red")
-    assert seen.one("#studio .run .used").text.startswith("seed 1 · next-token · guidance 2.5")
+    assert seen.one("#studio .run .used").text.startswith("seed 1 · next-token · guidance 3")
     assert seen.pictures("#studio .run img")[0] != given[0]
     seen.use("#studio .run .menu", "Vary")
     seen.fill("#studio [name=vary]", "0.2")
