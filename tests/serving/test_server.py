@@ -414,12 +414,17 @@ def test_a_model_that_dies_is_started_again(tiny_server: Any) -> None:
     assert tiny_server.get("/v1/images/generations", {"prompt": "a rose"})[0] == 200
 
 
-def test_what_runs_is_finished_before_the_server_ends(serve: Any, tiny_folder: Any) -> None:
+def test_a_server_whose_model_is_not_there_yet_says_so_and_finishes_what_runs(serve: Any, tiny_folder: Any) -> None:
     served = serve("--model", str(tiny_folder), "--name", "small", "--api-key", "one", "--api-key", "two")
+    key = {"authorization": "Bearer two"}
+    until(lambda: served.get("/health")[0] == 200)
+    for modalities in ({}, {"modalities": ["text"]}):
+        body = {"model": "small", "messages": said("what is this?"), **modalities}
+        status, answer = served.get("/v1/chat/completions", body, key)
+        assert status == 503 and answer["error"]["code"] == "not_ready", answer
     served.wait()
     body = {"model": "small", "prompt": "a", "n": 8}
     assert served.get("/v1/images/generations", body)[0] == 401
-    key = {"authorization": "Bearer two"}
     assert served.get("/v1/images/generations", body | {"model": "tiny"}, key)[0] == 404
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(served.get, "/v1/images/generations", body, key)

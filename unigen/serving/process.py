@@ -98,10 +98,15 @@ class EngineProcess:
     def __len__(self) -> int:
         return len(self._jobs)
 
+    @property
+    def down(self) -> str | None:
+        """Why nothing can be answered now; None where it can."""
+        return None if self.ready.is_set() else self.refused or "the model is being loaded: ask again soon"
+
     async def answer(self, job: Job) -> AsyncGenerator[Event, None]:
         """The job's events, the last one `Ended`, `Refused` or `Failed`. Raises `Busy` and `Down`."""
-        if not self.ready.is_set():
-            raise Down(self.refused or "the model is being loaded: ask again soon")
+        if self.down is not None:
+            raise Down(self.down)
         if len(self._jobs) >= self.most:
             raise Busy(max(1, round(self._mean * len(self._jobs) / self.slots)))
         number, events = next(self._numbers), asyncio.Queue[Event]()

@@ -4,7 +4,7 @@
     curl localhost:8000/v1/images/generations -H 'content-type: application/json' -d '{"prompt": "two apples"}'
 
 Turns requests into jobs and their events into answers. Knows HTTP and OpenAI's schema; refuses to know how anything is
-generated: that is behind anything with `answer(job)`, `info` and `ready`, such as `process.EngineProcess`.
+generated: that is behind anything with `answer(job)`, `info`, `ready` and `down`, such as `process.EngineProcess`.
 """
 
 from __future__ import annotations
@@ -156,7 +156,9 @@ class Server:
         return await asyncio.to_thread(pictures.of_data, url)
 
     def _output(self, modalities: list[Any] | None) -> str:
-        able = self.engine.info.get("outputs", [])
+        if self.engine.down is not None:  # what the model can do is known when it is there
+            raise Wrong(503, self.engine.down, code="not_ready", wait=1)
+        able = self.engine.info["outputs"]
         if modalities is None:
             return next(output for output in ("interleaved", "text", "image") if output in able)
         output = "interleaved" if len(set(modalities)) == 2 else modalities[0]
