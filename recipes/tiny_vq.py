@@ -18,7 +18,8 @@ one that evaluates: a judge that one trains against is no judge), `loss.lpips=1 
 which may begin with encoder and decoder of a vq one (`init_from=FOLDER`); `model.coarse=0.5` has its first scales say
 more, which a model that draws needs; and --evaluate adds its health by scale;
 `kind=kl` trains that of the flow. `init_from=FOLDER freeze_codes=true` betters the decoder alone: models trained on the
-codes stay valid. `pictures=digits` is for recipes/digits.py.
+codes stay valid. With `drawn=FILE` (data_tools/draw_again.py) it learns to make pictures of codes as a model draws
+them. `pictures=digits` is for recipes/digits.py.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -64,11 +66,17 @@ class VQRunConfig(RunConfig):
     features: str | None = None  # folder of a frozen scene detector for loss.feature
     freeze_codes: bool = False  # with init_from: train the decoder alone (it may be another); the codes stay valid
     lpips: str | None = None  # file with LPIPS (VGG-16) weights for loss.lpips
+    drawn: str | None = None  # with freeze_codes: files of data_tools/draw_again.py, apart by commas: codes as drawn
+    true: float = 0.2  # share of pictures that are decoded from their own codes nevertheless
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.seed >= HELD_OUT_SEED:
             raise ValueError(f"seed must be below {HELD_OUT_SEED}: seeds from there on are held out for evaluation")
+        if self.drawn and not self.freeze_codes:
+            raise ValueError("drawn is for a decoder alone: add init_from=FOLDER freeze_codes=true")
+        if not 0 <= self.true <= 1:
+            raise ValueError(f"true is a share from 0 to 1, not {self.true}")
 
 
 def config() -> VQRunConfig:
@@ -120,10 +128,40 @@ def pictures_of(kind: str, seed: int, size: int, held_out: bool = False) -> Any:
     return Pictures(seed + HELD_OUT_SEED * held_out, size)
 
 
-def collate(items: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    pixels_BCHW = torch.stack([pixels for pixels, _ in items]).float() / 127.5 - 1
-    masks_B1HW = torch.stack([mask for _, mask in items]).float()
-    return {"pixels": pixels_BCHW.contiguous(memory_format=torch.channels_last), "masks": masks_B1HW}
+class DrawnPictures:
+    """Endless pictures of files of `data_tools/draw_again.py`; item i is as in `Pictures`, and codes (P,) that a model
+    drew for it, or in a share `true` of the items its own."""
+
+    def __init__(self, files: Sequence[str], seed: int, true: float, tokenizer: Any) -> None:
+        self.seed, self.true = seed, true
+        size, length = tokenizer.image_size, sum(getattr(tokenizer.quantizer, "lengths", []))
+        parts = [self._read(file) for file in files]
+        for file, (pixels_NHWC, _, *codes) in zip(files, parts, strict=True):
+            if pixels_NHWC.shape[1:] != (size, size, 3) or any(c_NP.shape[1:] != (length,) for c_NP in codes):
+                raise ValueError(f"{file} has codes of another tokenizer than init_from: draw by the model it is of")
+        self.pixels_N3HW, self.objects_N1HW, *codes = (torch.cat(arrays) for arrays in zip(*parts, strict=True))
+        self.pixels_N3HW, self.objects_N1HW = self.pixels_N3HW.permute(0, 3, 1, 2), self.objects_N1HW[:, None]
+        self.drawn_NP, self.true_NP = codes
+
+    @staticmethod
+    def _read(file: str) -> list[Tensor]:
+        try:
+            with np.load(file) as arrays:
+                return [torch.from_numpy(arrays[name]) for name in ("pixels", "objects", "drawn", "true")]
+        except (OSError, EOFError, ValueError, KeyError, BadZipFile) as error:
+            raise ValueError(f"{file} is no file of data_tools/draw_again.py: {error}") from error
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
+        rng = np.random.default_rng([self.seed, i])
+        n, own = int(rng.integers(len(self.pixels_N3HW))), rng.random() < self.true
+        return self.pixels_N3HW[n], self.objects_N1HW[n], (self.true_NP if own else self.drawn_NP)[n]
+
+
+def collate(items: list[tuple[Tensor, ...]]) -> dict[str, Tensor]:
+    pixels_BCHW = torch.stack([item[0] for item in items]).float() / 127.5 - 1
+    masks_B1HW = torch.stack([item[1] for item in items]).float()
+    batch = {"pixels": pixels_BCHW.contiguous(memory_format=torch.channels_last), "masks": masks_B1HW}
+    return batch | ({"codes": torch.stack([item[2] for item in items])} if len(items[0]) > 2 else {})
 
 
 def feature_network(folder: str | None) -> Callable[[Tensor], list[Tensor]] | None:
@@ -190,6 +228,7 @@ def build(cfg: VQRunConfig) -> Job:
     tokenizer = start(cfg)
     lpips = LPIPS.from_file(cfg.lpips) if cfg.lpips else None
     size = tokenizer.image_size
+    drawn = DrawnPictures(cfg.drawn.split(","), cfg.seed, cfg.true, tokenizer) if cfg.drawn else None
     held_out = pictures_of(cfg.pictures, 0, size, held_out=True)
     shown = collate([held_out[i] for i in range(24)])["pixels"]
 
@@ -202,7 +241,7 @@ def build(cfg: VQRunConfig) -> Job:
 
     return Job(
         model=VQTraining(tokenizer, gan=cfg.loss.gan > 0).to(memory_format=torch.channels_last),
-        dataset=pictures_of(cfg.pictures, cfg.seed, size),
+        dataset=drawn or pictures_of(cfg.pictures, cfg.seed, size),
         collate=collate,
         objective=VQObjective(cfg.loss, feature_network(cfg.features), lpips),
         sample=sample,

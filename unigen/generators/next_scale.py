@@ -134,10 +134,13 @@ class NextScale(Head):
 
     def guided_loss(self, branches: Sequence[tuple[Tensor, Targets]], guidance: Guidance, temperature: float) -> Tensor:
         """`loss` of what is drawn with guidance at a temperature. branches: states and targets of each."""
-        splits = [self.logits(*branch).split(self.lengths, 1) for branch in branches]
-        mixed = [guidance.combine(logits, self.share(k)) for k, logits in enumerate(zip(*splits, strict=True))]
-        logits, codes_MP = torch.cat(mixed, 1) / temperature, branches[0][1][2]
+        logits, codes_MP = torch.cat(self.guided_logits(branches, guidance), 1) / temperature, branches[0][1][2]
         return nn.functional.cross_entropy(logits.flatten(0, 1), codes_MP.flatten(), reduction="none")
+
+    def guided_logits(self, branches: Sequence[tuple[Tensor, Targets]], guidance: Guidance) -> list[Tensor]:
+        """What each scale is drawn from (M, n_k, V), where the scales before it are the targets' own."""
+        splits = [self.logits(*branch).split(self.lengths, 1) for branch in branches]
+        return [guidance.combine(list(logits), self.share(k)) for k, logits in enumerate(zip(*splits, strict=True))]
 
     def share(self, k: int) -> float:
         """Of the guidance at scale k: VAR has logits = (1 + t) c - t u with t = (s - 1) k / (K - 1)."""

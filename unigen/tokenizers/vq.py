@@ -122,10 +122,11 @@ class VQTokenizer(nn.Module):
     def config(self) -> dict[str, Any]:
         return {"kind": "vq", **to_dict(self.settings)}
 
-    def forward(self, x_BCHW: Tensor, rng: torch.Generator | None = None) -> VQOutput:
-        """Reconstruction with a straight-through gradient; `rng` lets dead codes be revived in training mode."""
+    def forward(self, x_BCHW: Tensor, rng: torch.Generator | None = None, codes_Bhw: Tensor | None = None) -> VQOutput:
+        """Reconstruction with a straight-through gradient; `rng` lets dead codes be revived in training mode.
+        codes_Bhw: where codes are frozen, those to decode in the place of the pictures' own."""
         if self.codes_frozen:
-            codes_Bhw = self.encode(x_BCHW)
+            codes_Bhw = self.encode(x_BCHW) if codes_Bhw is None else codes_Bhw
             return VQOutput(self.decoder(self.quantizer.vectors(codes_Bhw)).float(), codes_Bhw, {})
         quantized = self.quantizer(self.encoder(x_BCHW), rng)
         pixels_BCHW = self.decoder(quantized.vectors_BDhw)

@@ -56,12 +56,13 @@ class VQTraining(nn.Module):
         self.tokenizer = tokenizer
         self.discriminator = PatchDiscriminator() if gan else None
 
-    def forward(self, x_BCHW: Tensor, rng: torch.Generator | None = None) -> VQOutput:
-        return self.tokenizer(x_BCHW, rng)
+    def forward(self, x_BCHW: Tensor, rng: torch.Generator | None = None, codes_Bhw: Tensor | None = None) -> VQOutput:
+        return self.tokenizer(x_BCHW, rng) if codes_Bhw is None else self.tokenizer(x_BCHW, rng, codes_Bhw)
 
 
 class VQObjective:
-    """(model, {"pixels": (B, 3, H, W), "masks": (B, 1, H, W)}, rng) -> {name: (sum, count)}.
+    """(model, {"pixels": (B, 3, H, W), "masks": (B, 1, H, W)}, rng) -> {name: (sum, count)}; where the batch has
+    "codes", pictures are decoded from those.
 
     `features(x_BCHW)` gives a list of maps of a frozen network; `lpips(x_BCHW, y_BCHW)` a distance per picture (B,).
     """
@@ -83,7 +84,7 @@ class VQObjective:
 
     def __call__(self, model: Any, batch: Mapping[str, Tensor], rng: torch.Generator) -> Losses:
         c, x_BCHW, masks_B1HW = self.config, batch["pixels"], batch["masks"]
-        out: VQOutput = model(x_BCHW, rng)
+        out: VQOutput = model(x_BCHW, rng, batch.get("codes"))
         y_BCHW, b = out.pixels_BCHW, len(x_BCHW)
         losses: Losses = {"pixels": pixel_loss(y_BCHW, x_BCHW, masks_B1HW, c)}
         if c.feature and self.features is not None:

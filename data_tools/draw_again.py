@@ -1,0 +1,125 @@
+"""Rendered pictures, and the codes that a model would draw for them from some scale on: what the decoder of its
+multi-scale tokenizer is to make pictures of.
+
+    python data_tools/draw_again.py MODEL OUT.npz [--minutes 8] [--kept 3,4,4] [--seed 1] [--dtype bfloat16]
+    unigen train recipes/tiny_vq.py init_from=MODEL/next-scale/tokenizer freeze_codes=true drawn=OUT.npz ..
+
+A tokenizer learns to decode codes that it made itself, of which the last scale says what the others leave out; those
+that a model draws say less, and pictures of them are blurred. Learnt from pairs of both, the decoder does better with
+what it is given (post-training of Qiu et al. 2025, arXiv 2509.12474, which likewise keeps a part of the true codes).
+Of each picture the first scales stay, as many as one of `--kept` says; later ones are drawn with the guidance and
+temperature that the model draws with by default, from what is left and the picture's caption. No scene holds a
+held-out combination. Exit 2 with one line for bad input. Refuses to know how a decoder learns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import unigen
+from unigen.data.captions import short_caption
+from unigen.data.scenes import sample_scene
+from unigen.data.world import World
+from unigen.output import check_output, one_line_errors, write_atomically
+from unigen.samplers.guidance import Guidance
+from unigen.samplers.logits import Sampling, draw_together
+from unigen.sequence import Document, Segment, Tokens, pack
+
+NAME = "next-scale"
+
+
+@torch.inference_mode()
+def drawn_on(
+    model: Any,
+    prompts: list[str],
+    codes_NP: Tensor,
+    kept_N: Tensor,
+    guidance: Guidance,
+    sampling: Sampling,
+    rng: torch.Generator,
+) -> Tensor:
+    """Codes of all scales (N, P), the first kept_N of each picture as they are given, the others drawn in turn."""
+    head = model.heads[NAME]
+    parts = list(codes_NP.split(head.lengths, 1))
+    for k in range(int(kept_N.min()), len(parts)):
+        branches = [read(model, prompts, torch.cat(parts, 1), blind) for blind in (False, True)[: guidance.branches]]
+        logits_NnV = head.guided_logits(branches, guidance)[k]
+        drawn_Nn = draw_together(logits_NnV.flatten(0, 1), sampling, rng).view_as(parts[k])
+        parts[k] = torch.where(kept_N[:, None] > k, parts[k], drawn_Nn)
+    return torch.cat(parts, 1)
+
+
+def read(model: Any, prompts: list[str], codes_NP: Tensor, blind: bool) -> tuple[Tensor, Any]:
+    """What the backbone makes of each picture's scales: its states, and where they stand in them."""
+    rows: list[list[Tokens]] = []
+    for prompt, codes_P in zip(prompts, codes_NP, strict=True):
+        chat = Document([Segment(text=prompt), Segment(image=codes_P, role="assistant")])
+        rows.append([model.template.encode(chat, blind=blind, writer=NAME)])
+    batch = model.fill(pack(rows, max(len(tokens) for (tokens,) in rows), model.image_tokenizer.image_size))
+    embeds_BLD, targets = model.heads[NAME].prepare(model, batch, model.embed(batch.ids_BL), torch.Generator())
+    return model.hidden(batch, embeds_BLD), targets
+
+
+@one_line_errors
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Codes that a model draws for rendered pictures, scale by scale.")
+    parser.add_argument("model")
+    parser.add_argument("out", help="a .npz file: pixels, objects, true and drawn codes")
+    parser.add_argument("--minutes", type=float, default=8.0, help="stop after so long (default: 8)")
+    parser.add_argument("--count", type=int, default=1_000_000, help="the most pictures")
+    parser.add_argument("--kept", default="3,4,4", help="how many scales stay: one of these a picture (3,4,4)")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=64, help="pictures drawn at once (default: 64)")
+    parser.add_argument("--dtype", default="bfloat16")
+    args = parser.parse_args()
+    out = check_output(args.out, {".npz": "arrays"})
+    if min(args.count, args.batch, args.seed) < 1 or not args.minutes > 0:
+        raise ValueError("give at least 1 picture, a batch of 1, a seed of 1, and some minutes")
+    engine = unigen.load(args.model, dtype=args.dtype)
+    model = engine.model
+    if NAME not in model.heads:
+        raise ValueError(f"{args.model} does not draw by {NAME}, and has no scales")
+    tokenizer = unigen.load(args.model, dtype="float32").model.heads[NAME].tokenizer  # codes as training has them
+    scales = len(model.heads[NAME].lengths)
+    kept = [int(part) if part.strip().isdigit() else -1 for part in args.kept.split(",")]
+    if not all(0 <= k < scales for k in kept):
+        raise ValueError(f"--kept is of counts from 0 to {scales - 1}, apart by commas, not {args.kept}")
+    request = engine.request("a picture", "image", generator=NAME)
+    rng, noise = np.random.default_rng([args.seed, 1]), torch.Generator().manual_seed(args.seed)
+    world = World(model.image_tokenizer.image_size)
+    found: list[dict[str, Any]] = []
+    end, count = time.monotonic() + 60 * args.minutes, 0
+    with suppress(KeyboardInterrupt):  # what has been drawn is kept
+        while time.monotonic() < end and count < args.count:
+            scenes = [sample_scene(rng, size=world.size) for _ in range(min(args.batch, args.count - count))]
+            pictures = [world.render(scene) for scene in scenes]
+            pixels_NHWC = np.stack([picture.image for picture in pictures])
+            x_NCHW = torch.from_numpy(pixels_NHWC).permute(0, 3, 1, 2).float() / 127.5 - 1
+            true_NP = tokenizer.encode(x_NCHW)
+            prompts = [short_caption(scene, rng) for scene in scenes]
+            kept_N = torch.from_numpy(rng.choice(kept, len(scenes)))
+            drawn_NP = drawn_on(model, prompts, true_NP, kept_N, request.guidance, request.image, noise)
+            objects_NHW = np.stack([picture.masks.any(0) for picture in pictures])
+            codes = {"true": true_NP.numpy(), "drawn": drawn_NP.numpy()}
+            found.append({"pixels": pixels_NHWC, "objects": objects_NHW} | codes)
+            count += len(scenes)
+            print(f"\r{count} pictures", end="", flush=True)
+    print()
+    if not found:
+        raise ValueError("nothing was drawn: give more minutes")
+    arrays = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+    write_atomically(out, lambda file: np.savez_compressed(file, **arrays))
+    print(f"wrote {out}: {count} pictures")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

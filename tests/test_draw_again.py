@@ -1,0 +1,102 @@
+"""Codes that a model draws for rendered pictures, and the decoder that learns from them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data_tools import draw_again
+from unigen.cli import main
+from unigen.engine import Engine
+from unigen.samplers.guidance import Guidance
+from unigen.samplers.logits import Sampling
+from unigen.tokenizers import load_tokenizer
+
+PROMPTS = ["a dog", "two red apples"]
+
+
+def test_what_follows_the_kept_scales_is_what_the_engine_draws(engine: Engine) -> None:
+    """At temperature 0, from any scale on; and what is kept stays, whatever it is."""
+    options: dict[str, Any] = {"guidance": 2.0, "temperature": 0.0, "generator": "next-scale"}
+    requests = [engine.request(prompt, "image", **options) for prompt in PROMPTS]
+    dict(engine.run(requests))
+    codes_2P = torch.stack([request.written[0] for request in requests if request.written[0] is not None])
+    rng, kept_2 = torch.Generator(), torch.tensor([0, 1])
+
+    def drawn_on(codes_2P: torch.Tensor, kept_2: torch.Tensor, guidance: float) -> torch.Tensor:
+        return draw_again.drawn_on(engine.model, PROMPTS, codes_2P, kept_2, Guidance.of(guidance), Sampling(0.0), rng)
+
+    spoilt_2P = codes_2P.clone()
+    spoilt_2P[0] = spoilt_2P[1, 1:] = 0
+    assert torch.equal(drawn_on(spoilt_2P, kept_2, 2.0), codes_2P)
+    assert not torch.equal(drawn_on(spoilt_2P, kept_2, 1.0), codes_2P)
+    other_2P = codes_2P.flip(0)
+    found_2P = drawn_on(other_2P, torch.tensor([1, 2]), 2.0)
+    assert torch.equal(found_2P[:, :1], other_2P[:, :1]) and torch.equal(found_2P[1], other_2P[1])
+
+
+def test_a_decoder_learns_from_what_was_drawn(
+    tiny_folder: Path, tmp_path: Path, emoji_font: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    file = tmp_path / "drawn.npz"
+    command = ["draw_again", str(tiny_folder), str(file), "--count", "5", "--batch", "3", "--dtype", "float32"]
+    monkeypatch.setattr(sys, "argv", [*command, "--kept", "1"])
+    assert draw_again.main() == 0
+    assert "5 pictures" in capsys.readouterr().out
+    with np.load(file) as arrays:
+        drawn = dict(arrays)
+    tokenizer: Any = load_tokenizer(tiny_folder / "next-scale" / "tokenizer")
+    pixels = torch.from_numpy(drawn["pixels"]).permute(0, 3, 1, 2) / 127.5 - 1
+    assert np.array_equal(tokenizer.encode(pixels), drawn["true"])
+    assert (drawn["drawn"][:, 0] == drawn["true"][:, 0]).all() and (drawn["drawn"] != drawn["true"]).any()
+
+    settings = [
+        f"model.{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
+        for name, value in vars(tokenizer.settings).items()
+    ]
+    train = ["train", "recipes/tiny_vq.py", *settings, f"init_from={tiny_folder / 'next-scale' / 'tokenizer'}"]
+    train += ["batch_size=4", "workers=0", "time_limit=none", "precision=fp32", "save_every=0", "sample_every=0"]
+    learn = [
+        *train,
+        "freeze_codes=true",
+        f"drawn={file},{file}",
+        "true=0",
+        "steps=60",
+        "optim.lr=3e-3",
+        "optim.warmup=1",
+    ]
+    assert main([*learn, f"run_dir={tmp_path / 'run'}"]) == 0
+    learnt = load_tokenizer(tmp_path / "run" / "model")
+    assert np.array_equal(learnt.encode(pixels), drawn["true"])
+
+    def gap(one: Any) -> float:
+        return float((one.decode(torch.from_numpy(drawn["drawn"])) - pixels).square().mean())
+
+    assert gap(learnt) < 0.5 * gap(tokenizer)
+
+    np.savez(tmp_path / "other.npz", **(drawn | {"drawn": drawn["drawn"][:, 1:], "true": drawn["true"][:, 1:]}))
+    np.savez(tmp_path / "part.npz", pixels=drawn["pixels"])
+    (tmp_path / "cut.npz").write_bytes(file.read_bytes()[:500])
+    (tmp_path / "empty.npz").write_bytes(b"")
+    for wrong, message in (
+        ([*train, f"drawn={file}"], "drawn is for a decoder alone"),
+        ([*learn, "true=2"], "a share from 0 to 1"),
+        *(
+            ([*learn, f"drawn={file},{tmp_path / name}"], f"{name} is no file of data_tools/draw_again.py")
+            for name in ("none.npz", "part.npz", "cut.npz", "empty.npz")
+        ),
+        ([*learn, f"drawn={tmp_path / 'other.npz'}"], "codes of another tokenizer"),
+    ):
+        assert main([*wrong, f"run_dir={tmp_path / 'no'}"]) == 2
+        assert message in capsys.readouterr().err
+    for wrong, message in (
+        (["--kept", "7"], "--kept is of counts"),
+        (["--seed", "0"], "a seed of 1"),
+    ):
+        monkeypatch.setattr(sys, "argv", [*command, *wrong])
+        assert draw_again.main() == 2 and message in capsys.readouterr().err
