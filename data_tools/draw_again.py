@@ -31,7 +31,7 @@ from unigen.data.world import World
 from unigen.output import check_output, one_line_errors, write_atomically
 from unigen.samplers.guidance import Guidance
 from unigen.samplers.logits import Sampling, draw_together
-from unigen.sequence import Document, Segment, Tokens, pack
+from unigen.sequence import Document, Segment, Tokens, pack, to_pixels
 
 NAME = "next-scale"
 
@@ -86,7 +86,7 @@ def main() -> int:
     engine = unigen.load(args.model, dtype=args.dtype)
     model = engine.model
     if NAME not in model.heads:
-        raise ValueError(f"{args.model} does not draw by {NAME}, and has no scales")
+        raise ValueError(f"{args.model} has no scales: give a model that draws by {NAME}")
     tokenizer = unigen.load(args.model, dtype="float32").model.heads[NAME].tokenizer  # codes as training has them
     scales = len(model.heads[NAME].lengths)
     kept = [int(part) if part.strip().isdigit() else -1 for part in args.kept.split(",")]
@@ -101,15 +101,14 @@ def main() -> int:
         while time.monotonic() < end and count < args.count:
             scenes = [sample_scene(rng, size=world.size) for _ in range(min(args.batch, args.count - count))]
             pictures = [world.render(scene) for scene in scenes]
-            pixels_NHWC = np.stack([picture.image for picture in pictures])
-            x_NCHW = torch.from_numpy(pixels_NHWC).permute(0, 3, 1, 2).float() / 127.5 - 1
-            true_NP = tokenizer.encode(x_NCHW)
+            images = [picture.image for picture in pictures]
+            true_NP = tokenizer.encode(to_pixels(images, world.size))
             prompts = [short_caption(scene, rng) for scene in scenes]
             kept_N = torch.from_numpy(rng.choice(kept, len(scenes)))
             drawn_NP = drawn_on(model, prompts, true_NP, kept_N, request.guidance, request.image, noise)
             objects_NHW = np.stack([picture.masks.any(0) for picture in pictures])
             codes = {"true": true_NP.numpy(), "drawn": drawn_NP.numpy()}
-            found.append({"pixels": pixels_NHWC, "objects": objects_NHW} | codes)
+            found.append({"pixels": np.stack(images), "objects": objects_NHW} | codes)
             count += len(scenes)
             print(f"\r{count} pictures", end="", flush=True)
     print()

@@ -149,7 +149,7 @@ class DrawnPictures:
             with np.load(file) as arrays:
                 return [torch.from_numpy(arrays[name]) for name in ("pixels", "objects", "drawn", "true")]
         except (OSError, EOFError, ValueError, KeyError, BadZipFile) as error:
-            raise ValueError(f"{file} is no file of data_tools/draw_again.py: {error}") from error
+            raise ValueError(f"{file} cannot be read ({error}): make one by data_tools/draw_again.py") from error
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
         rng = np.random.default_rng([self.seed, i])

@@ -74,10 +74,13 @@ def test_a_decoder_learns_from_what_was_drawn(
     learnt = load_tokenizer(tmp_path / "run" / "model")
     assert np.array_equal(learnt.encode(pixels), drawn["true"])
 
-    def gap(one: Any) -> float:
-        return float((one.decode(torch.from_numpy(drawn["drawn"])) - pixels).square().mean())
+    def gap(one: Any, codes: str) -> float:
+        return float((one.decode(torch.from_numpy(drawn[codes])) - pixels).square().mean())
 
-    assert gap(learnt) < 0.5 * gap(tokenizer)
+    assert gap(learnt, "drawn") < 0.5 * gap(tokenizer, "drawn")
+    assert main([*learn, "true=1", f"run_dir={tmp_path / 'own'}"]) == 0
+    own = load_tokenizer(tmp_path / "own" / "model")
+    assert gap(own, "true") < gap(learnt, "true") and gap(own, "drawn") > gap(learnt, "drawn")
 
     np.savez(tmp_path / "other.npz", **(drawn | {"drawn": drawn["drawn"][:, 1:], "true": drawn["true"][:, 1:]}))
     np.savez(tmp_path / "part.npz", pixels=drawn["pixels"])
@@ -87,7 +90,7 @@ def test_a_decoder_learns_from_what_was_drawn(
         ([*train, f"drawn={file}"], "drawn is for a decoder alone"),
         ([*learn, "true=2"], "a share from 0 to 1"),
         *(
-            ([*learn, f"drawn={file},{tmp_path / name}"], f"{name} is no file of data_tools/draw_again.py")
+            ([*learn, f"drawn={file},{tmp_path / name}"], f"{name} cannot be read")
             for name in ("none.npz", "part.npz", "cut.npz", "empty.npz")
         ),
         ([*learn, f"drawn={tmp_path / 'other.npz'}"], "codes of another tokenizer"),

@@ -124,8 +124,8 @@ class VQTokenizer(nn.Module):
 
     def forward(self, x_BCHW: Tensor, rng: torch.Generator | None = None, codes_Bhw: Tensor | None = None) -> VQOutput:
         """Reconstruction with a straight-through gradient; `rng` lets dead codes be revived in training mode.
-        codes_Bhw: where codes are frozen, those to decode in the place of the pictures' own."""
-        if self.codes_frozen:
+        codes_Bhw: decoded in the place of the pictures' own, as frozen codes are: the decoder alone learns."""
+        if self.codes_frozen or codes_Bhw is not None:
             codes_Bhw = self.encode(x_BCHW) if codes_Bhw is None else codes_Bhw
             return VQOutput(self.decoder(self.quantizer.vectors(codes_Bhw)).float(), codes_Bhw, {})
         quantized = self.quantizer(self.encoder(x_BCHW), rng)

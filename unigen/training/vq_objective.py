@@ -56,8 +56,8 @@ class VQTraining(nn.Module):
         self.tokenizer = tokenizer
         self.discriminator = PatchDiscriminator() if gan else None
 
-    def forward(self, x_BCHW: Tensor, rng: torch.Generator | None = None, codes_Bhw: Tensor | None = None) -> VQOutput:
-        return self.tokenizer(x_BCHW, rng) if codes_Bhw is None else self.tokenizer(x_BCHW, rng, codes_Bhw)
+    def forward(self, x_BCHW: Tensor, rng: torch.Generator | None = None, *codes_Bhw: Tensor) -> VQOutput:
+        return self.tokenizer(x_BCHW, rng, *codes_Bhw)
 
 
 class VQObjective:
@@ -84,7 +84,7 @@ class VQObjective:
 
     def __call__(self, model: Any, batch: Mapping[str, Tensor], rng: torch.Generator) -> Losses:
         c, x_BCHW, masks_B1HW = self.config, batch["pixels"], batch["masks"]
-        out: VQOutput = model(x_BCHW, rng, batch.get("codes"))
+        out: VQOutput = model(x_BCHW, rng, *([batch["codes"]] if "codes" in batch else []))
         y_BCHW, b = out.pixels_BCHW, len(x_BCHW)
         losses: Losses = {"pixels": pixel_loss(y_BCHW, x_BCHW, masks_B1HW, c)}
         if c.feature and self.features is not None:
