@@ -19,9 +19,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from unigen import ENGINES, precision
+from unigen.arguments import Parser, did_you_mean
 
 DEFAULT_MODEL = "unigen-tiny"
 BATCH = 16  # pictures made at a time
@@ -33,13 +34,6 @@ class Command(NamedTuple):
     help: str
     run: Callable[[Any], int]
     arguments: Callable[[argparse.ArgumentParser], None] | None
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are a ValueError: one line, exit code 2, like every other bad input."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see {self.prog} --help")
 
 
 # --- values ---------------------------------------------------------------------------------------------------------
@@ -133,19 +127,21 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
     precision.add_arguments(group)
 
 
-def sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """What is not given is left to the engine's defaults."""
+def sampling_arguments(parser: argparse.ArgumentParser, generator: str = "next-token") -> None:
+    """What is not given is left to the engine's defaults. generator: the default one, as the help names it."""
     group = parser.add_argument_group("sampling")
     group.add_argument("--seed", type=whole(0), default=0, help="same seed, same result (default: %(default)s)")
     group.add_argument("--guidance", type=number(0), help="how strongly pictures follow the words; 1 is off")
     group.add_argument("--temperature", type=number(0), help="1 samples as trained, 0 takes the likeliest")
     group.add_argument("--top-k", type=whole(0), help="sample among the k likeliest tokens; 0 is all")
-    group.add_argument("--top-p", type=number(0, 1, open_low=True), help="sample among the likeliest of this mass")
+    group.add_argument(
+        "--top-p", type=number(0, 1, open_low=True), help="nucleus sampling: the smallest set of this probability"
+    )
     group.add_argument("--size", type=size, metavar="WxH", help="of pictures in pixels, where the model draws any")
-    group.add_argument("--generator", help="how pictures are written (default: next-token; see unigen info)")
+    group.add_argument("--generator", help=f"how pictures are written (default: {generator}; see unigen info)")
     group.add_argument("--steps", type=whole(1), help="in how many steps, where the generator can choose")
     group.add_argument("--sampler", help="of a flow: euler, heun, dpm++, unipc or deis")
-    group.add_argument("--accelerate", help="of next-token, several codes a step: sjd, or jacobi for the same picture")
+    group.add_argument("--accelerate", help="of next-token, several codes a step: jacobi (same picture) or sjd")
     group.add_argument("--guidance-kind", help="of a flow: cfg, rescale, apg or cfg-zero")
 
 
@@ -184,7 +180,7 @@ def inpaint_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--around", type=box, metavar="L,T,R,B", help="paint outside this box (outpainting)")
     where.add_argument("--vary", type=number(0, 1, open_low=True), help="paint this share of it, drawn by lot")
     parser.add_argument("-o", "--output", default="out.png", help="the new picture (default: %(default)s)")
-    sampling_arguments(parser)
+    sampling_arguments(parser, "masked, else another that can keep codes")
     model_arguments(parser)
 
 
@@ -192,7 +188,7 @@ def pair_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("text", nargs="?", type=text, help="what the picture shows; left out, it is written too")
     parser.add_argument("--image", metavar="FILE", help="a picture to which the text is written")
     parser.add_argument("-o", "--output", help="the picture (default: out.png)")
-    sampling_arguments(parser)
+    sampling_arguments(parser, "joint")
     model_arguments(parser)
 
 
@@ -300,8 +296,10 @@ def generate(args: argparse.Namespace) -> int:
     from unigen.output import PICTURES, check_output, grid, numbered, save_picture
     from unigen.sequence import Segment
 
-    if (args.prompt is None) == (args.label is None):
+    if args.prompt is None and args.label is None:
         raise ValueError("say what to draw: in words, or by --class for a model that draws classes")
+    if args.prompt is not None and args.label is not None:
+        raise ValueError("both words and --class are given: a model draws one or the other, so leave one out")
     asked = args.prompt if args.label is None else Segment(label=args.label)
     path = check_output(args.output, PICTURES)
     paths = [path] if args.grid else numbered(path, args.n)
@@ -556,7 +554,9 @@ def missing_extra(error: ModuleNotFoundError) -> str | None:
 
 
 def dispatch(argv: list[str]) -> int:
-    if not argv or argv[0] in ("-h", "--help", "help"):
+    if argv[:1] == ["help"]:  # unigen help generate
+        argv = [*argv[1:], "--help"]
+    if not argv or argv[0] in ("-h", "--help"):
         print(overview())
         return 0
     if argv[0] in ("-V", "--version"):
@@ -566,7 +566,7 @@ def dispatch(argv: list[str]) -> int:
         return 0
     name, rest = argv[0], argv[1:]
     if name not in COMMANDS:
-        raise ValueError(f"no command {name!r}; there are: {', '.join(COMMANDS)}")
+        raise ValueError(f"no command {name!r}{did_you_mean(name, COMMANDS)} (commands: {', '.join(COMMANDS)})")
     command = COMMANDS[name]
     if command.arguments is None:
         return command.run(rest)

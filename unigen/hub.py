@@ -20,9 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unigen.arguments import did_you_mean
+
 ASSETS = Path(__file__).parent / "assets"
 MANIFEST, CONFIG = "unigen.json", "config.json"
 HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+HUB_URL = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)")
 LONGEST = 1000
 SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.yaml")
 TWICE = ("*.fp16.safetensors", "*.non_ema.safetensors", "*flax*")
@@ -45,10 +48,19 @@ def resolve(
     place, _, variant = str(name).partition(":")
     if len(str(name)) > LONGEST:
         raise ValueError(f"a model's name of {len(str(name))} letters is too long")
+    if "://" in str(name) or HUB_URL.match(str(name)):
+        page = HUB_URL.match(str(name))
+        give = f"give {page[1]}" if page else "give owner/name on the Hugging Face hub, or the folder of a download"
+        raise ValueError(f"{name} is a URL, and models are not read from URLs: {give}")
     for folder, which in ((Path(name), None), (ASSETS / str(name), None), (Path(place), variant or None)):
         if folder.is_dir() and folder != ASSETS:
             return folder, which
-    if named := HUB_NAME.fullmatch(place):
+    if Path(name).is_file():
+        raise ValueError(f"{name} is a file: give the folder of the model")
+    named = HUB_NAME.fullmatch(place)
+    if place.startswith(("./", "../", "/", "~")) or (named is None and "/" in place):
+        raise ValueError(f"no folder {place} is here, so there is no model in it: check the path")
+    if named:
         held = (holdings or {}).get(named["repo"])
         if held is None and variant:
             raise ValueError(f"{place} holds one model: leave out {variant!r}")
@@ -62,6 +74,7 @@ def resolve(
     known = ", ".join(shipped()) or "none"
     raise ValueError(
         f"unknown model {str(name)!r}: neither a folder, nor a shipped model ({known}), nor owner/name on the hub"
+        f"{did_you_mean(place, shipped())}"
     )
 
 

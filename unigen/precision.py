@@ -16,7 +16,7 @@ def add_arguments(parser: Any) -> None:
     """--device, --dtype and --quantization. parser: a parser or a group of its arguments."""
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: a GPU where there is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: the engine's choice")
-    parser.add_argument("--quantization", choices=QUANTIZATIONS, help="keep the language model's weights so")
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, help="of the language model's weights")
 
 
 def options_of(args: argparse.Namespace) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from unigen.arguments import did_you_mean
 from unigen.generators.jacobi import KINDS
 from unigen.model import UnifiedModel
 from unigen.samplers.guidance import Guidance
@@ -90,7 +91,8 @@ def checked(
         raise ValueError(f"this model cannot answer with {output}: it can with {' or '.join(outputs)}")
     if generator not in model.generators or generator == "text":
         able = ", ".join(name for name in model.generators if name != "text")
-        raise ValueError(f"this model has no generator {generator!r}: it has {able}")
+        near = did_you_mean(str(generator), model.generators)
+        raise ValueError(f"this model has no generator {generator!r}: it has {able}{near}")
     whole("max_tokens", max_tokens, 1)
     whole("max_images", max_images, 1)
     whole("previews", previews, 0)

@@ -12,19 +12,14 @@ import argparse
 import importlib
 import json
 import pkgutil
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from unigen import precision
+from unigen.arguments import Parser, did_you_mean, summary
 from unigen.evaluation.task import Item, Task
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are a ValueError in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see {self.prog} --help")
 
 
 def whole(low: int) -> Callable[[str], int]:
@@ -168,12 +163,23 @@ def tasks() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
 
 
+def overview() -> str:
+    """The help of `unigen eval`: each task with the first sentences of its docstring, without importing it."""
+    import unigen.evaluation.tasks as package
+
+    lines = ["usage: unigen eval TASK ...", "", "Score a model.", "", "tasks:"]
+    for name in tasks():
+        what = summary(Path(package.__path__[0], f"{name}.py")).partition(": ")[2]
+        lines += textwrap.wrap(what, 100, initial_indent=f"  {name:<14} ", subsequent_indent=" " * 17)
+    return "\n".join([*lines, "", "unigen eval TASK --help lists a task's options."])
+
+
 def main(args: list[str]) -> int:
     """`unigen eval TASK ...`. ValueError for bad input."""
     names = tasks()
     if not args or args[0] in ("-h", "--help"):
-        print(f"usage: unigen eval TASK ...\n\ntasks: {', '.join(names)}; `unigen eval TASK --help` says more")
+        print(overview())
         return 0
     if args[0] not in names:
-        raise ValueError(f"unknown task {args[0]!r}: one of {', '.join(names)}")
+        raise ValueError(f"unknown task {args[0]!r}{did_you_mean(args[0], names)} (tasks: {', '.join(names)})")
     return importlib.import_module(f"unigen.evaluation.tasks.{args[0]}").main(args[1:])

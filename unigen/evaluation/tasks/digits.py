@@ -66,7 +66,10 @@ class DigitsTask:
 
 
 def arguments() -> Parser:
-    parser = common_arguments("digits", "digits drawn by class, read by nearest neighbours")
+    parser = common_arguments(
+        "digits",
+        "Draw handwritten digits by class, and score the share that a nearest-neighbour classifier reads right.",
+    )
     parser.add_argument("--images", type=whole(1), default=40, metavar="N", help="pictures a class (default: 40)")
     return parser
 

@@ -207,7 +207,11 @@ RUNGS = ("oracle", "reconstructions", "nearest", "shuffled")
 
 
 def arguments() -> Parser:
-    parser = common_arguments("scenes", "GenEval's six tasks on the rendered world")
+    parser = common_arguments(
+        "scenes",
+        "Draw the prompts of GenEval's six tasks in the rendered world, and score the share of pictures in which a "
+        "detector finds what was asked for. Baselines are printed beside the model's score.",
+    )
     parser.add_argument("--quick", action="store_true", help="20 prompts a task instead of 100")
     parser.add_argument("--images", type=whole(1), default=4, metavar="N", help="pictures a prompt (default: 4)")
     parser.add_argument("--candidates", type=whole(1), help="draw so many for each, keep the best as it reads")

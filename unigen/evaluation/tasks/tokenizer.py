@@ -31,7 +31,11 @@ def pictures(world: World, count: int, seed: int) -> tuple[torch.Tensor, torch.T
 
 
 def arguments() -> Parser:
-    parser = common_arguments("tokenizer", "what the image tokenizer keeps of true pictures", sampled=False)
+    parser = common_arguments(
+        "tokenizer",
+        "Encode and decode rendered pictures with the image tokenizer: PSNR, and how much of the codebook is used.",
+        sampled=False,
+    )
     parser.add_argument("--count", type=whole(1), default=1000, help="pictures (default: 1000)")
     return parser
 

@@ -126,7 +126,11 @@ def summarise(
 
 
 def arguments() -> Parser:
-    parser = common_arguments("understanding", "captions and questions on true scenes")
+    parser = common_arguments(
+        "understanding",
+        "Caption rendered scenes and answer questions about them: the share of captions with every attribute right, "
+        "and of right answers.",
+    )
     parser.add_argument("--count", type=whole(1), default=500, help="scenes (default: 500)")
     parser.add_argument("--candidates", type=whole(1), help="captions to choose from (default: as `unigen describe`)")
     parser.add_argument("--heldout", action="store_true", help="only scenes with a held-out combination")

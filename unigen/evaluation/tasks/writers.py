@@ -102,7 +102,11 @@ def costs(engine: Any, writer: str, prompts: list[str], **options: Any) -> dict[
 
 
 def arguments() -> Parser:
-    parser = common_arguments("writers", "all ways of writing pictures on the same prompts")
+    parser = common_arguments(
+        "writers",
+        "Compare all of a model's generators on the same prompts: scenes score, FID and KID on the detector's "
+        "features, seconds a picture.",
+    )
     parser.add_argument("--quick", action="store_true", help="20 prompts a task instead of 100")
     parser.add_argument("--images", type=whole(1), default=4, metavar="N", help="pictures a prompt (default: 4)")
     return parser

@@ -1,0 +1,127 @@
+"""What a newcomer is told: help, suggestions for misspelt names, and what to do about what cannot be read.
+
+Run: pytest tests/test_messages.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from unigen import hub
+from unigen.arguments import did_you_mean
+from unigen.cli import COMMANDS, main
+
+
+def error(capsys: pytest.CaptureFixture[str], *line: str) -> str:
+    """The one line that a bad command line gets."""
+    assert main(list(line)) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.startswith("unigen: error: ") and shown.err.count("\n") == 1
+    return shown.err
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        (["genrate", "x"], "'generate'"),
+        (["help", "describ"], "'describe'"),
+        (["generate", "x", "--guidence", "3"], "'--guidance'"),
+        (["generate", "x", "--sede=3"], "'--seed'"),
+        (["eval", "scene"], "'scenes'"),
+        (["eval", "scenes", "--gudance", "2"], "'--guidance'"),
+    ],
+)
+def test_misspelt_names_are_suggested(capsys: pytest.CaptureFixture[str], line: list[str], meant: str) -> None:
+    assert f"did you mean {meant}?" in error(capsys, *line)
+
+
+def test_names_like_no_other_are_not_suggested(capsys: pytest.CaptureFixture[str]) -> None:
+    assert did_you_mean("xyzzy", COMMANDS) == ""
+    assert "did you mean" not in error(capsys, "xyzzy") and "did you mean" not in error(capsys, "generate", "x", "--xy")
+
+
+def test_an_unquoted_sentence_is_told_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "put a sentence in quotes" in error(capsys, "generate", "two", "apples")
+
+
+def test_words_and_a_class(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "both words and --class" in error(capsys, "generate", "x", "--class", "3")
+    assert "say what to draw" in error(capsys, "generate")
+
+
+@pytest.mark.parametrize("name", ["generate", "train", "serve"])
+def test_help_of_a_command_both_ways(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    said = []
+    for line in (["help", name], [name, "--help"]):
+        with pytest.raises(SystemExit):
+            main(line)
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and f"unigen {name}" in said[0]
+
+
+def test_help_alone_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {name} " in shown for name in COMMANDS)
+
+
+def test_help_of_eval_says_what_each_task_does(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "--help"]) == 0
+    shown = capsys.readouterr().out
+    rows = {
+        line.split()[0]: line.split()[1:] for line in shown.splitlines() if line.startswith("  ") and line[2] != " "
+    }
+    assert {"scenes", "understanding", "tokenizer", "writers", "digits"} == set(rows)
+    assert all(len(words) > 5 for words in rows.values())
+
+
+@pytest.mark.parametrize(
+    ("command", "default"),
+    [("generate", "next-token"), ("inpaint", "masked"), ("pair", "joint"), ("edit", "next-token")],
+)
+def test_help_names_the_default_generator(command: str, default: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert f"(default: {default}" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("https://huggingface.co/deepseek-ai/Janus-Pro-1B", "give deepseek-ai/Janus-Pro-1B"),
+        ("https://huggingface.co/deepseek-ai/Janus-Pro-1B/tree/main", "give deepseek-ai/Janus-Pro-1B"),
+        ("huggingface.co/deepseek-ai/Janus-Pro-1B", "give deepseek-ai/Janus-Pro-1B"),
+        ("https://example.org/model.zip", "models are not read from URLs"),
+        ("./nofolder", "no folder ./nofolder is here"),
+        ("../nofolder", "no folder ../nofolder is here"),
+        ("/no/such/folder", "no folder /no/such/folder is here"),
+        ("runs/tiny/model", "no folder runs/tiny/model is here"),
+        ("weights.safetensors", "is a file: give the folder"),
+        ("unigen-tinny", "did you mean 'unigen-tiny'?"),
+    ],
+)
+def test_models_that_are_not_there(name: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("weights.safetensors").touch()
+    with pytest.raises(ValueError) as raised:
+        hub.resolve(name)
+    said = str(raised.value)
+    assert told in said and ("hub" not in said or "owner/name" in said)
+
+
+def test_a_path_is_never_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def snapshot(repo: str, revision: str | None = None) -> Path:
+        asked.append((repo, revision))
+        return Path(".")
+
+    monkeypatch.setattr(hub, "snapshot", snapshot)
+    for name in ("./nofolder", "../nofolder", "~/nofolder"):
+        with pytest.raises(ValueError):
+            hub.resolve(name)
+    assert asked == []
+    hub.resolve("owner/name@refs/pr/1")
+    assert asked == [("owner/name", "refs/pr/1")]
