@@ -22,8 +22,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from unigen.data.language import (
     caption,
     descriptive_caption,

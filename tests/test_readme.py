@@ -67,12 +67,13 @@ def check_unigen(words: list[str]) -> None:
     args = parser_of(name).parse_args(rest)
     if name == "train":
         from unigen.config import apply_overrides
+        from unigen.training.recipes import find_recipe
 
-        apply_overrides(recipe(args.recipe).config(), args.overrides)
+        apply_overrides(recipe(find_recipe(args.recipe)).config(), args.overrides)
 
 
-def recipe(path: str) -> Any:
-    name = f"readme_{Path(path).stem}"
+def recipe(path: Path) -> Any:
+    name = f"readme_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, ROOT / path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from unigen import ENGINES, precision
-from unigen.arguments import Parser, did_you_mean
+from unigen.arguments import Parser, did_you_mean, summary
 
 DEFAULT_MODEL = "unigen-tiny"
 BATCH = 16  # pictures made at a time
@@ -232,8 +232,13 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def train_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", help="a recipe file, such as recipes/tiny.py")
+    from unigen.training.recipes import shipped_recipes
+
+    parser.add_argument("recipe", help="name of a shipped recipe, or path of a recipe file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as steps=1000 optim.lr=1e-4")
+    rows = [f"  {name:<16} {summary(path)}" for name, path in shipped_recipes().items()]
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = "\n".join(["shipped recipes:", *rows])
 
 
 def convert_arguments(parser: argparse.ArgumentParser) -> None:
@@ -449,8 +454,9 @@ def convert(args: argparse.Namespace) -> int:
 
 def train(args: argparse.Namespace) -> int:
     from unigen.training import run_recipe
+    from unigen.training.recipes import find_recipe
 
-    run_recipe(args.recipe, args.overrides)
+    run_recipe(str(find_recipe(args.recipe)), args.overrides)
     return 0
 
 
