@@ -26,7 +26,7 @@ from unigen.samplers.guidance import Guidance
 from unigen.samplers.logits import Sampling
 from unigen.sequence import Batch, Document, Segment, Tokens, Vocabulary, stack_images, to_images
 from unigen.templates import Template
-from unigen.tokenizers import ImageTokenizer, save_tokenizer
+from unigen.tokenizers import ImageTokenizer, save_tokenizer, text
 from unigen.tokenizers.quantize import check_codes
 
 
@@ -255,7 +255,7 @@ class UnifiedModel(nn.Module):
             with hub.quiet():
                 lm.save_pretrained(scratch)
             if self.text_tokenizer is not None:
-                self.text_tokenizer.save_pretrained(scratch)
+                text.save(self.text_tokenizer, scratch)
             save_tokenizer(self.image_tokenizer, scratch / "image_tokenizer", dtype=dtype)
             beside = {k: v for k, v in self.backbone.state_dict().items() if not k.startswith("lm.")}
             if beside:

@@ -24,6 +24,7 @@ from unigen.adapters import AdaptedPipeline, Adapter, pipe_of
 from unigen.nn.quantized import held, measure, quantize
 from unigen.sequence import Document, Segment, read_image
 from unigen.templates import Output, Unable
+from unigen.tokenizers import text
 
 PROMPT = "Say in one sentence what the picture that is asked for shows, as a prompt for a painter. Only the sentence."
 PASSAGE = "Write only the next short passage of it, in one to three sentences. Leave pictures out."
@@ -214,15 +215,15 @@ def load_reader(
     folder: Path, device: str = "cpu", dtype: torch.dtype | None = None, quantization: str | None = None
 ) -> TransformersReader:
     """The model of transformers in `folder`, strictly; no code of the folder is run. Raises ValueError in one line."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as SEEING
 
     sees = str(hub.read_json(folder / hub.CONFIG).get("model_type")) in SEEING
-    kind, reading = (AutoModelForImageTextToText, AutoProcessor) if sees else (AutoModelForCausalLM, AutoTokenizer)
+    kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     try:
         with hub.quiet():
-            processor = reading.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+            processor = load_processor(folder) if sees else text.load(folder)
+    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"model folder {folder} cannot be loaded: {hub.first_line(error)}") from error
     if getattr(processor, "chat_template", None) is None:
         raise ValueError(f"{folder} has no chat template: give a model that was tuned to chat")
@@ -230,3 +231,45 @@ def load_reader(
     if quantization is not None:
         quantize(model.get_decoder(), quantization, device)
     return TransformersReader(model.to(device), processor, sees, quantization)
+
+
+def load_processor(folder: Path) -> Any:
+    """The processor of a model of transformers that sees: its image processor, tokenizer and chat template. Videos are
+    not read here, so its video processor, which needs torchvision, is left out."""
+    import transformers
+    from transformers import AutoConfig
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+    files = (folder / name for name in ("processor_config.json", "preprocessor_config.json", text.SETTINGS))
+    said = (hub.read_json(path).get("processor_class") for path in files if path.is_file())
+    name = next((name for name in said if name), None)
+    kind = getattr(transformers, name, None) if name else None
+    kind = kind or PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(folder, local_files_only=True)), None)
+    if kind is None:
+        raise ValueError(f"transformers has no processor {name or 'of its type of model'}")
+    processor = without_videos(kind).from_pretrained(folder, local_files_only=True)
+    if processor.chat_template is None:
+        processor.chat_template = processor.tokenizer.chat_template
+    return processor
+
+
+def without_videos(kind: Any) -> Any:
+    """The processor class, its tokenizer loaded by `text.load` and its video processor None."""
+    from transformers.processing_utils import MODALITY_TO_AUTOPROCESSOR_MAPPING as LOADERS
+
+    def load_parts(cls: Any, folder: Path, *_: Any, **__: Any) -> list[Any]:
+        parts: list[Any] = []
+        for name in cls.get_attributes():
+            if "tokenizer" in name:
+                parts.append(text.load(folder))
+            elif "video" in name:
+                parts.append(None)
+            else:
+                parts.append(LOADERS[name].from_pretrained(folder, local_files_only=True))
+        return parts
+
+    def check(self: Any, name: str, part: Any) -> Any:
+        return None if part is None else kind.check_argument_for_proper_class(self, name, part)
+
+    methods = {"_get_arguments_from_pretrained": classmethod(load_parts), "check_argument_for_proper_class": check}
+    return type(kind.__name__, (kind,), methods)

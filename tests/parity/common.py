@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unigen.config import save_json
 from unigen.sequence import Layout
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -99,6 +100,35 @@ def importable(folder: Path) -> Iterator[None]:
         yield
     finally:
         sys.path.remove(str(folder))
+
+
+def byte_level_tokenizer(folder: Path, lines: Sequence[str], specials: Sequence[str], size: int = 400) -> None:
+    """A byte-level BPE as DeepSeek's repositories have it: tokenizer.json splits newlines and digits and puts the first
+    of `specials` (bos, eos, pad, others) in front; tokenizer_config.json names a class that is not the file's."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
+        [
+            pre_tokenizers.Split(Regex(r"[\r\n]"), "isolated"),
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, initial_alphabet=alphabet, special_tokens=list(specials), show_progress=False
+    )
+    tokenizer.train_from_iterator(lines, trainer)
+    bos = specials[0]
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, 0)])  # type: ignore[assignment]
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {f"{kind}_token": name for kind, name in zip(("bos", "eos", "pad"), specials, strict=False)}
+    flags = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+    said = {kind: {"__type": "AddedToken", "content": name} | flags for kind, name in names.items()}
+    settings = {"tokenizer_class": "LlamaTokenizerFast", "legacy": True, "unk_token": None, "add_bos_token": True}
+    save_json(folder / "tokenizer_config.json", said | settings)
 
 
 class rows_end_by:  # noqa: N801

@@ -38,6 +38,9 @@ LANGUAGE: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 4, "max_position_embeddings": 4096,
 }  # fmt: skip
+BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
+SPECIALS = (BOS, EOS, janus.PAD, janus.USER, janus.ASSISTANT, janus.BOI, janus.EOI)
+"""As the public tokenizer.json names them."""
 GOLDEN = common.GOLDENS / "janus_vq.safetensors"
 
 
@@ -69,15 +72,13 @@ def vision_tensors() -> dict[str, Tensor]:
 
 def checkpoint(folder: Path) -> None:
     """A model folder in the public layout with random weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Tokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     lines = [f"a red apple on a blue table two dogs What is it {janus.SYSTEM} User: Assistant:\n\n"]
-    names = ["<bos>", janus.USER, janus.ASSISTANT, janus.BOI, janus.EOI, janus.PAD]
-    tokenizer = Qwen2Tokenizer().train_new_from_iterator(lines * 4, 400, new_special_tokens=names)
-    tokenizer.add_special_tokens({"bos_token": "<bos>", "pad_token": janus.PAD})
-    tokenizer.save_pretrained(folder)
+    common.byte_level_tokenizer(folder, lines * 4, SPECIALS)
+    size = len(hub.read_json(folder / "tokenizer.json")["model"]["vocab"])
     width, head = LANGUAGE["hidden_size"], 48
-    language = LANGUAGE | {"vocab_size": len(tokenizer)}
+    language = LANGUAGE | {"vocab_size": size}
     state = {f"language_model.{k}": v for k, v in LlamaForCausalLM(LlamaConfig(**language)).state_dict().items()}
     state |= vision_tensors() | {"gen_embed.weight": torch.empty(CODES, 8)}
     for name, rows, columns in (
@@ -156,10 +157,11 @@ class Reference:
     """The official script, over the tensors as they stand in the folder."""
 
     def __init__(self, folder: Path) -> None:
-        from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+        from tokenizers import Tokenizer
+        from transformers import LlamaConfig, LlamaForCausalLM
 
         self.state = load_file(folder / "model.safetensors")
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         config = LlamaConfig(**hub.read_json(folder / "config.json")["language_config"], attn_implementation="eager")
         self.lm = LlamaForCausalLM(config).eval()
         language = {k.removeprefix("language_model."): v for k, v in self.state.items() if k.startswith("language_")}
@@ -169,11 +171,11 @@ class Reference:
         return linear(x, self.state[f"{name}.weight"], self.state[f"{name}.bias"])
 
     def ids(self, text: str) -> list[int]:
-        return [self.tokenizer.bos_token_id, *self.tokenizer(text)["input_ids"]]
+        return self.tokenizer.encode(text).ids  # its file puts <bos> in front
 
     def prompts(self, words: str) -> tuple[list[int], list[int]]:
         ids = self.ids(f"<|User|>: {words}\n\n<|Assistant|>:<begin_of_image>")
-        pad = self.tokenizer.convert_tokens_to_ids(janus.PAD)
+        pad = self.tokenizer.token_to_id(janus.PAD)
         return ids, [ids[0]] + [pad] * (len(ids) - 2) + [ids[-1]]
 
     @torch.no_grad()

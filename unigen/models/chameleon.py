@@ -164,5 +164,5 @@ def save_public(model: UnifiedModel, folder: Path, state: dict[str, torch.Tensor
     assert isinstance(model.image_tokenizer, vqgan.VQGAN)
     with hub.quiet():
         model.backbone.lm.save_pretrained(folder, state_dict=state)
-    model.text_tokenizer.save_pretrained(folder)
+    text.save(model.text_tokenizer, folder)
     vqgan.save_public(model.image_tokenizer, folder / "tokenizer")

@@ -200,6 +200,6 @@ def save_public(model: UnifiedModel, folder: Path) -> None:
     whole.model.text_model, whole.lm_head, whole.model.vqmodel = lm.model, lm.lm_head, image_tokenizer.net
     with hub.quiet():
         whole.save_pretrained(folder)
-    model.text_tokenizer.save_pretrained(folder)
+    text.save(model.text_tokenizer, folder)
     settings = template.settings | {"spatial_factor": template.stride, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     save_json(folder / "preprocessor_config.json", {"image_processor_type": "Emu3ImageProcessor"} | settings)

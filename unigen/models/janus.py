@@ -354,7 +354,7 @@ def save_public(model: UnifiedModel, folder: Path) -> None:
     state = {k: v for k, v in model.state_dict().items() if k.startswith(("backbone.", "sight."))}
     state |= {f"image_tokenizer.{k}": v for k, v in vqgan.to_public(tokenizer, "llamagen").items()}
     hub.write_tensors(folder / "model.safetensors", to_public(state))
-    model.text_tokenizer.save_pretrained(folder)
+    text.save(model.text_tokenizer, folder)
     language = model.backbone.lm.config.to_diff_dict()
     save_json(folder / hub.CONFIG, {"model_type": "multi_modality", "language_config": language})
     save_json(

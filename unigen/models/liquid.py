@@ -173,6 +173,6 @@ def save_public(model: UnifiedModel, folder: Path) -> None:
     """Write the files of the public layout, the image tokenizer's beside them."""
     with hub.quiet():
         model.backbone.lm.save_pretrained(folder)
-    model.text_tokenizer.save_pretrained(folder)
+    text.save(model.text_tokenizer, folder)
     assert isinstance(model.image_tokenizer, vqgan.VQGAN)
     vqgan.save_public(model.image_tokenizer, folder / "tokenizer")

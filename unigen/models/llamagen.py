@@ -357,7 +357,7 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
             template = ClassTemplate(backbone.before - 1, side * side)
         else:
             hub.read_json(words / "tokenizer.json")  # without it a tokenizer of no words would be made
-            tokenizer = text.load(words)
+            tokenizer = text.load(words, newlines=False)
             most = len(state["wordless.weight"])
             backbone = TextBackbone(lm, config.t5, most, side)
             template = TextTemplate(tokenizer, backbone.end, backbone.pieces, most, side * side)
@@ -390,7 +390,7 @@ def save_public(model: UnifiedModel, folder: Path) -> None:
     save_json(folder / hub.CONFIG, {"model_type": "llamagen"})
     if isinstance(backbone, TextBackbone):
         words = folder / TEXT_FOLDER
-        model.text_tokenizer.save_pretrained(words)
+        text.save(model.text_tokenizer, words)
         save_json(words / hub.CONFIG, backbone.lm.config.t5)
         read = {f"encoder.{name}": tensor for name, tensor in backbone.encoder.state_dict().items()}
         hub.write_tensors(words / "model.safetensors", {hub.renamed(k, _WORDS, back=True): v for k, v in read.items()})

@@ -218,4 +218,4 @@ def save_public(model: UnifiedModel, folder: Path) -> None:
     hub.write_tensors(images / weights, magvit2.to_public(tokenizer))
     save_json(images / hub.CONFIG, {"_class_name": "MAGVITv2"})
     lm.config.save_pretrained(language)
-    model.text_tokenizer.save_pretrained(language)
+    text.save(model.text_tokenizer, language)

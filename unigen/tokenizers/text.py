@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from unigen import hub
+from unigen.config import save_json
 from unigen.sequence import Tokens
 
+FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 
 
@@ -66,20 +68,69 @@ def train(lines: Iterable[str], folder: str | Path, vocab_size: int, specials: t
     tokenizer.save_pretrained(folder)
 
 
-def load(folder: str | Path) -> Any:
-    """The Hugging Face tokenizer in `folder`."""
-    from transformers import AutoTokenizer
+def load(folder: str | Path, newlines: bool = True) -> Any:
+    """The Hugging Face tokenizer in `folder`.
 
-    with hub.quiet():  # it warns of config.json's types that it does not know
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer.json is taken as it stands. The class that tokenizer_config.json names is not built: transformers gives
+    that class its own pre-tokenizer and decoder, and public repositories name classes that are not their file's.
+
+    Args:
+        folder: tokenizer.json and tokenizer_config.json, or the files of a tokenizer without the former.
+        newlines: does the tokenizer keep newlines and runs of spaces? T5's does not.
+
+    Raises:
+        ValueError: in one line, where the files are damaged or a sentence does not come back as it was.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    folder = Path(folder)
+    kind = PreTrainedTokenizerFast if (folder / FILE).is_file() else AutoTokenizer
+    try:
+        with hub.quiet():  # it warns of config.json's types that it does not know
+            tokenizer = kind.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers package raises plain Exception
+        raise ValueError(f"the text tokenizer in {folder} cannot be loaded: {hub.first_line(error)}") from error
+    check_round_trip(tokenizer, folder, newlines)
+    return tokenizer
 
 
-def of_model(folder: Path) -> Any:
+SENTENCE = "Say 12 or 345:\n\n  a red apple, two dogs."
+"""What every tokenizer has to give back."""
+
+
+def check_round_trip(tokenizer: Any, source: str | Path, newlines: bool = True) -> None:
+    """Raise ValueError where a sentence with spaces, newlines and digits does not survive encoding and decoding.
+    Letters, digits and marks that a small vocabulary does not have are left out of it."""
+
+    def known(letter: str) -> bool:
+        ids = tokenizer(letter, add_special_tokens=False)["input_ids"]
+        return letter.isspace() or tokenizer.unk_token_id is None or tokenizer.unk_token_id not in ids
+
+    said = "".join(letter for letter in SENTENCE if known(letter))
+    said = (said if newlines else " ".join(said.split())).strip()
+    ids = tokenizer(said, add_special_tokens=False)["input_ids"]
+    back = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    if not said or back.strip() != said:
+        raise ValueError(f"{source}: the text tokenizer gives {said!r} back as {back!r}, so prompts would be misread")
+
+
+def save(tokenizer: Any, folder: str | Path) -> None:
+    """Write the tokenizer so that transformers 4 and 5 read tokenizer.json as it stands."""
+    tokenizer.save_pretrained(folder)
+    path = Path(folder) / SETTINGS
+    settings = hub.read_json(path)
+    if settings.get("tokenizer_class") == "TokenizersBackend":  # a name that transformers 4 does not know
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    left = ("is_local", "local_files_only")
+    save_json(path, {name: value for name, value in settings.items() if name not in left})
+
+
+def of_model(folder: Path, newlines: bool = True) -> Any:
     """The same of a model's folder, whose settings have to be there: transformers would answer damaged ones with a
     traceback, or make a tokenizer of no words. Raises ValueError in one line."""
-    for name in (hub.CONFIG, "tokenizer.json", "tokenizer_config.json"):
+    for name in (hub.CONFIG, FILE, SETTINGS):
         hub.read_json(folder / name)
-    return load(folder)
+    return load(folder, newlines)
 
 
 class Prompt:
