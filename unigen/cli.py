@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 from unigen import ENGINES, precision
 from unigen.arguments import Parser, did_you_mean, summary
+from unigen.numbers import parse_float, parse_int
 
 DEFAULT_MODEL = "unigen-tiny"
 BATCH = 16  # pictures made at a time
@@ -44,7 +45,7 @@ def number(low: float, high: float = math.inf, *, open_low: bool = False) -> Cal
 
     def parse(text: str) -> float:
         try:
-            value = float(text)
+            value = parse_float(text)
         except ValueError:
             value = math.nan
         if not math.isfinite(value) or not low <= value <= high or (open_low and value == low):
@@ -61,7 +62,7 @@ def whole(low: int) -> Callable[[str], int]:
 
     def parse(text: str) -> int:
         try:
-            value = int(text)
+            value = parse_int(text)
         except ValueError:
             value = low - 1
         if value < low:
@@ -74,7 +75,7 @@ def whole(low: int) -> Callable[[str], int]:
 def box(value: str) -> tuple[int, int, int, int]:
     """Four whole numbers: left, top, right, bottom, the right beyond the left and the bottom below the top."""
     try:
-        left, top, right, bottom = (int(part) for part in value.split(","))
+        left, top, right, bottom = (parse_int(part) for part in value.split(","))
     except ValueError:
         left = right = top = bottom = 0
     if not (0 <= left < right and 0 <= top < bottom):
@@ -85,9 +86,13 @@ def box(value: str) -> tuple[int, int, int, int]:
 def size(value: str) -> tuple[int, int]:
     """Width and height: two whole numbers with an x between them."""
     width, _, height = value.partition("x")
-    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+    try:
+        sides = parse_int(width), parse_int(height)
+    except ValueError:
+        sides = 0, 0
+    if min(sides) < 1:
         raise argparse.ArgumentTypeError(f"{value!r} is not a size like 512x768: width and height in pixels")
-    return int(width), int(height)
+    return sides
 
 
 def setting(value: str) -> tuple[str, Any]:
@@ -222,9 +227,38 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-body", type=whole(1), default=32, metavar="MB", help="of a request (default: %(default)s)"
     )
     group.add_argument("--rate", type=whole(0), default=0, help="requests a minute of each client; 0 is any")
+    group = parser.add_argument_group("faults")
+    group.add_argument(
+        "--heartbeat-timeout",
+        type=number(3),
+        default=30.0,
+        metavar="S",
+        help="start the model again when nothing was heard of it for so many seconds (default: %(default)g)",
+    )
+    group.add_argument(
+        "--restart-timeout",
+        type=number(1),
+        default=300.0,
+        metavar="S",
+        help="/health fails when the model has been away for so many seconds (default: %(default)g)",
+    )
     group = parser.add_argument_group("access")
     group.add_argument("--api-key", action="append", default=[], help="may be repeated; also from UNIGEN_API_KEY")
+    group.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="of this server, asked without a key; may be repeated; * is any (default: localhost, --host, addresses)",
+    )
     group.add_argument("--allow-origin", action="append", default=[], help="of pages in a browser; may be repeated")
+    group.add_argument(
+        "--trusted-proxy",
+        action="append",
+        default=[],
+        metavar="ADDRESS",
+        help="whose X-Forwarded-For says who asks, an address or a network; may be repeated (default: none)",
+    )
     group.add_argument("--allow-fetch", action="store_true", help="read pictures from public http(s) addresses")
     group.add_argument("--images-folder", metavar="FOLDER", help="keep pictures that are asked for by url")
     group.add_argument("--log-prompts", action="store_true", help="what is asked stands in the log")
@@ -430,15 +464,19 @@ def serve(args: argparse.Namespace) -> int:
     from unigen.serving.server import Settings, run
 
     given = source(args)
-    keys = (*args.api_key, *filter(None, [os.environ.get("UNIGEN_API_KEY")]))
+    keys = (*args.api_key, *(os.environ[name] for name in ["UNIGEN_API_KEY"] if name in os.environ))
+    hosts = (*args.allow_host, args.host)
     settings = Settings(
         model=args.name or args.model,
-        limits=Limits(keys=keys, body=args.max_body << 20, rate=args.rate),
+        limits=Limits(keys, args.max_body << 20, rate=args.rate, hosts=hosts, origins=tuple(args.allow_origin)),
         seconds=args.timeout,
         folder=Path(args.images_folder) if args.images_folder else None,
         fetch=args.allow_fetch,
         prompts=args.log_prompts,
         origins=tuple(args.allow_origin),
+        proxies=tuple(args.trusted_proxy),
+        silence=args.heartbeat_timeout,
+        patience=args.restart_timeout,
     )
     run(given, settings, args.host, args.port, args.slots, args.queue)
     return 0

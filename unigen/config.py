@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from unigen.numbers import parse_float, parse_int
+
 T = TypeVar("T")
 
 
@@ -205,7 +207,7 @@ def _parse(hint: Any, text: str, key: str) -> Any:
         return text.lower() == "true"
     if hint in (int, float):
         try:
-            number = hint(text)
+            number = parse_int(text) if hint is int else parse_float(text)
         except ValueError:
             raise wrong from None
         if not math.isfinite(number):

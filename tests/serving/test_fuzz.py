@@ -22,7 +22,7 @@ class Painter:
     """Stands where the model's process would: answers at once, and keeps the jobs."""
 
     info = {"outputs": ["image", "text", "interleaved"]}
-    load, starts, refused, down = Load(0, 0, 0, 0, 0, 0.0), 1, None, None
+    load, starts, refused, down, alive, most = Load(0, 0, 0, 0, 0, 0.0), 1, None, None, True, 24
 
     def __init__(self) -> None:
         self.ready = asyncio.Event()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import itertools
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -41,6 +42,31 @@ def test_words_are_the_same_however_they_come() -> None:
         assert whole == text.split(stop)[0].strip()
         for size in (1, 2, 3, 7):
             assert "".join(fed([text[i : i + size] for i in range(0, len(text), size)], stop)[0]) == whole
+
+
+@pytest.mark.parametrize("stop", ["aab", "abab", "aaaa", "ab"])
+def test_a_stop_is_found_where_it_first_ends(stop: str) -> None:
+    """In all short texts of two letters, however they come; what stands before it is shown."""
+    for text in map("".join, itertools.product("ab", repeat=7)):
+        for size in (1, 3, 7):
+            said, stopped = fed([text[i : i + size] for i in range(0, 7, size)], stop)
+            assert ("".join(said), stopped) == (text.split(stop)[0], stop in text), (text, size)
+
+
+def test_long_stops_cost_what_short_ones_cost() -> None:
+    """Steps are counted, in no seconds: at most two for each character and stop, whatever was nearly a stop."""
+    steps = 0
+
+    class Counting(str):
+        def __getitem__(self, place: Any) -> Any:
+            nonlocal steps
+            steps += 1
+            return str(self)[place]
+
+    words = Words(tuple(Counting("a" * 2000 + end) for end in "bcde"))
+    steps = 0
+    text = "".join(words.feed("a" * 5) for _ in range(2000))
+    assert steps <= 4 * 3 * 10_000 and not words.stopped and len(text) == 8000
 
 
 def test_pictures_of_strangers() -> None:
@@ -109,9 +135,15 @@ class Counted:
     dec = observe = inc
 
 
-def asked(guard: Guard, path: str = "/v1/models", body: tuple[bytes, ...] = (b"",), **headers: str) -> tuple[int, Any]:
+def asked(
+    guard: Guard,
+    path: str = "/v1/models",
+    body: tuple[bytes, ...] = (b"",),
+    client: str = "1.2.3.4",
+    **headers: str,
+) -> tuple[int, Any]:
     """Status and headers of what the door answers."""
-    scope = {"type": "http", "path": path, "method": "POST", "client": ("1.2.3.4", 1)}
+    scope = {"type": "http", "path": path, "method": "POST", "client": (client, 1)}
     scope["headers"] = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
     parts = [{"type": "http.request", "body": part, "more_body": True} for part in body]
     sent: list[Any] = []

@@ -20,15 +20,20 @@ from typing import Any
 from unigen import precision
 from unigen.arguments import Parser, did_you_mean, summary
 from unigen.evaluation.task import Item, Task
+from unigen.numbers import parse_float, parse_int
 
 
 def whole(low: int) -> Callable[[str], int]:
     """An argument's type: a whole number of at least `low`."""
 
     def parse(text: str) -> int:
-        if not text.lstrip("-").isdigit() or int(text) < low:
+        try:
+            value = parse_int(text)
+        except ValueError:
+            value = low - 1
+        if value < low:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {low}")
-        return int(text)
+        return value
 
     return parse
 
@@ -43,10 +48,10 @@ def common_arguments(task: str, description: str, sampled: bool = True) -> Parse
     parser.add_argument("--json", metavar="FILE", help="write the figures as one JSON object")
     if sampled:
         parser.add_argument("--generator", help="how pictures are written (default: the engine's)")
-        parser.add_argument("--guidance", type=float, help="scale of guidance, 1 is off (default: the engine's)")
-        parser.add_argument("--temperature", type=float, help="default: the engine's")
-        parser.add_argument("--top-k", type=int, help="default: the engine's")
-        parser.add_argument("--top-p", type=float, help="default: the engine's")
+        parser.add_argument("--guidance", type=parse_float, help="scale of guidance, 1 is off (default: the engine's)")
+        parser.add_argument("--temperature", type=parse_float, help="default: the engine's")
+        parser.add_argument("--top-k", type=parse_int, help="default: the engine's")
+        parser.add_argument("--top-p", type=parse_float, help="default: the engine's")
         parser.add_argument("--steps", type=whole(1), help="of a generator that can choose how many")
         parser.add_argument("--sampler", help="of a flow")
         parser.add_argument("--guidance-kind", help="of a flow")

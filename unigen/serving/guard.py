@@ -1,11 +1,14 @@
-"""The door of the server, before any route: keys, sizes and rates, and a line of log and counters for every request.
+"""The door of the server, before any route: keys, hosts, sizes, rates and time, and a line of log and counters for each
+request.
 
 A pure ASGI middleware, so that streams pass unbuffered and a route sees its client leave. Knows no route and no model.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hmac
+import ipaddress
 import json
 import logging
 import math
@@ -14,12 +17,15 @@ import uuid
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.exceptions import HTTPException
 
 log = logging.getLogger("unigen.serving")
 
-OPEN = ("/health", "/ready", "/", "/favicon.ico")
+PROBES = ("/health", "/ready")
+"""Answered to whoever asks, under whatever name of the host."""
+OPEN = (*PROBES, "/", "/favicon.ico")
 PAGE = "/web/"
 """Asked for without a key, and at any rate: these paths, and what the page at / is made of."""
 MOST_CLIENTS = 10_000
@@ -28,12 +34,42 @@ MOST_CLIENTS = 10_000
 
 @dataclass(frozen=True)
 class Limits:
-    """keys: without one of them nothing but `OPEN` is answered; none: all is. body: bytes of a request. rate: requests
-    a minute of one key or address, 0 is any."""
+    """What the door lets in.
+
+    Args:
+        keys: without one of them nothing but `OPEN` is answered; none: all is. Printable ASCII without blanks.
+        body: bytes of one request.
+        bodies: bytes of all requests that are being read or answered.
+        rate: requests a minute of one key or address; 0 is any number.
+        wrong_keys: a minute of one address; when they are used up, no key of that address is looked at.
+        hosts: names of this server beside localhost and addresses, "*" is any; other names in the header `Host` are
+            refused where there are no keys, and so are requests that pages of other origins send. None: neither is
+            checked.
+        origins: of pages that may send requests nevertheless, "*" is any.
+        body_seconds, body_pace: a body may take so many seconds, and one more for each `body_pace` bytes that came.
+
+    Raises:
+        ValueError: a key is empty, or has blanks or characters that no header carries.
+    """
 
     keys: tuple[str, ...] = ()
     body: int = 32 << 20
+    bodies: int = 256 << 20
     rate: int = 0
+    wrong_keys: int = 20
+    hosts: tuple[str, ...] | None = None
+    origins: tuple[str, ...] = ()
+    body_seconds: float = 20.0
+    body_pace: int = 32 << 10
+
+    def __post_init__(self) -> None:
+        for key in self.keys:
+            if not key.strip():
+                raise ValueError(
+                    "an API key is empty (--api-key, UNIGEN_API_KEY) and would let all in: give one, or leave it out"
+                )
+            if not (key.isascii() and key.isprintable()) or " " in key:
+                raise ValueError("an API key holds blanks or characters beyond ASCII, which no header carries")
 
 
 def error(
@@ -43,18 +79,46 @@ def error(
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+class Buckets:
+    """So many requests a minute of each one, given out again as time passes."""
+
+    def __init__(self, rate: int) -> None:
+        self.rate = rate
+        self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()  # who: requests left, when that was
+
+    def wait(self, who: str) -> int:
+        """Seconds until this one may ask again; 0: now."""
+        left = self._refilled(who)
+        return 0 if left >= 1 else math.ceil((1 - left) * 60 / self.rate)
+
+    def take(self, who: str) -> None:
+        """Count one request."""
+        self._left[who] = (self._refilled(who) - 1, time.monotonic())
+        self._left.move_to_end(who)
+        if len(self._left) > MOST_CLIENTS:
+            self._left.popitem(last=False)
+
+    def _refilled(self, who: str) -> float:
+        left, then = self._left.get(who, (float(self.rate), 0.0))
+        return min(self.rate, left + (time.monotonic() - then) * self.rate / 60)
+
+
 class Guard:
     def __init__(self, app: Any, limits: Limits, metrics: Any) -> None:
         self.app, self.limits, self.metrics = app, limits, metrics
-        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # who: requests left, when that was
+        self._requests, self._wrong_keys = Buckets(limits.rate), Buckets(limits.wrong_keys)
+        self._bytes = 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         start, number, status = time.perf_counter(), uuid.uuid4().hex, 0
-        scope.setdefault("state", {})["request"] = number
+        scope = {**scope, "state": {**scope.get("state", {}), "request": number}}
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        if scope["method"] == "HEAD":  # as GET: whoever sends the answer leaves its body out
+            scope["method"] = "GET"
+        body = _Body(self, receive)
 
         async def noted(message: Any) -> None:
             nonlocal status
@@ -69,12 +133,13 @@ class Guard:
             if refusal:
                 await _answer(noted, *refusal)
             else:
-                await self.app(scope, self._bounded(receive), noted)
+                await self.app(scope, body.receive, noted)
         except Exception:
             log.exception("a fault while a request was answered")
             if not status:
                 await _answer(noted, 500, {}, error("a fault of the server", kind="server_error"))
         finally:
+            self._bytes -= body.bytes
             seconds = time.perf_counter() - start
             route = getattr(scope.get("route"), "path", "other")
             self.metrics.open.dec()
@@ -84,58 +149,123 @@ class Guard:
             log.info(json.dumps(line | {"seconds": round(seconds, 4)} | scope["state"].get("log", {})))
 
     def _refusal(self, scope: Any, headers: dict[str, str]) -> tuple[int, dict[str, str], Any] | None:
-        path = scope["path"]
+        path, limits = scope["path"], self.limits
+        if path in PROBES:
+            return None
+        if not limits.keys and limits.hosts is not None and (stranger := self._stranger(scope["method"], headers)):
+            return 403, {}, error(stranger, code="forbidden")
         if path in OPEN or path.startswith(PAGE) or scope["method"] == "OPTIONS":
             return None
-        who = (scope.get("client") or ("?",))[0]
-        if self.limits.keys:
+        who = _address(scope)
+        if limits.keys:
             kind, _, key = headers.get("authorization", "").partition(" ")
-            known = [one for one in self.limits.keys if hmac.compare_digest(one.encode(), key.strip().encode())]
+            if wait := self._wrong_keys.wait(who):
+                return _later(wait, f"too many wrong keys: try again in {wait} s")
+            known = [one for one in limits.keys if hmac.compare_digest(one.encode(), key.strip().encode())]
             if kind.lower() != "bearer" or not known:
+                if key:
+                    self._wrong_keys.take(who)
                 wrong = error("give an API key: Authorization: Bearer ...", code="invalid_api_key")
                 return 401, {"www-authenticate": "Bearer"}, wrong
             who = known[0]
-        wait = self._wait(who)
-        if wait:
-            told = error(
-                f"too many requests: ask again in {wait} s", kind="rate_limit_error", code="rate_limit_exceeded"
-            )
-            return 429, {"retry-after": str(wait)}, told
+        if limits.rate:
+            if wait := self._requests.wait(who):
+                return _later(wait, f"too many requests: ask again in {wait} s")
+            self._requests.take(who)
         length = headers.get("content-length", "")
-        if length.isdecimal() and int(length) > self.limits.body:
-            return 413, {"connection": "close"}, error(self._too_long(), code="request_too_large")
+        if length.isdecimal() and int(length) > limits.body:
+            return 413, {"connection": "close"}, error(self.too_long(), code="request_too_large")
         return None
 
-    def _too_long(self) -> str:
+    def _stranger(self, method: str, headers: dict[str, str]) -> str | None:
+        """Why a browser that other pages lead here is refused: they could not read a key, but need none."""
+        host, limits = headers.get("host", ""), self.limits
+        name = _name(host)
+        if host and not _own(name) and not {name, "*"} & {_name(one) for one in limits.hosts or ()}:
+            return f"this server is not asked as {name!r} without a key: start it with --allow-host {name} or --api-key"
+        origin = headers.get("origin")
+        if origin is None:
+            crossed = method != "GET" and headers.get("sec-fetch-site") == "cross-site"
+            return "pages of other sites may not send requests here: see --allow-origin" if crossed else None
+        if {origin, "*"} & set(limits.origins) or (host and urlsplit(origin).netloc.lower() == host.lower()):
+            return None
+        return (
+            f"pages of {origin[:200]} may not send requests here: start the server with --allow-origin {origin[:200]}"
+        )
+
+    def too_long(self) -> str:
         return f"the request is longer than {self.limits.body} bytes"
 
-    def _wait(self, who: str) -> int:
-        """Seconds until this one may ask again: a bucket of `rate` requests that fills up within a minute."""
-        rate = self.limits.rate
-        if not rate:
-            return 0
-        now = time.monotonic()
-        left, then = self._buckets.pop(who, (float(rate), now))
-        left = min(rate, left + (now - then) * rate / 60)
-        allowed = left >= 1
-        self._buckets[who] = (left - allowed, now)
-        if len(self._buckets) > MOST_CLIENTS:
-            self._buckets.popitem(last=False)
-        return 0 if allowed else math.ceil((1 - left) * 60 / rate)
+    def count(self, bytes: int) -> None:
+        """Bytes of bodies that are held. Raises HTTPException where it is too many."""
+        self._bytes += bytes
+        if self._bytes > self.limits.bodies:
+            raise HTTPException(429, "the server reads too many requests at a time: ask again", {"retry-after": "2"})
 
-    def _bounded(self, receive: Any) -> Any:
-        """No more of a body than is allowed, whatever its length was said to be."""
-        read = 0
 
-        async def limited() -> Any:
-            nonlocal read
-            message = await receive()
-            read += len(message.get("body", b""))
-            if read > self.limits.body:
-                raise HTTPException(413, self._too_long())
-            return message
+class _Body:
+    """A request's body: no more bytes than are allowed, whatever its length was said to be, and in time."""
 
-        return limited
+    def __init__(self, guard: Guard, receive: Any) -> None:
+        self.guard, self._receive = guard, receive
+        self.bytes, self.whole, self.start = 0, False, time.monotonic()
+
+    async def receive(self) -> Any:
+        if self.whole:  # what comes is that the client leaves
+            return await self._receive()
+        limits = self.guard.limits
+        end = self.start + limits.body_seconds + self.bytes / limits.body_pace
+        try:
+            async with asyncio.timeout(max(0, end - time.monotonic())):
+                message = await self._receive()
+        except TimeoutError:
+            raise HTTPException(408, "the body of the request came too slowly", {"connection": "close"}) from None
+        self.whole = not message.get("more_body", False)
+        length = len(message.get("body", b""))
+        self.bytes += length
+        self.guard.count(length)
+        if self.bytes > limits.body:
+            raise HTTPException(413, self.guard.too_long(), {"connection": "close"})
+        return message
+
+
+def _address(scope: Any) -> str:
+    """Who asks: of IPv6 the network, since a client has all of its addresses."""
+    host = (scope.get("client") or ("?",))[0]
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return str(host)
+    if address.version == 4:
+        return host
+    if address.ipv4_mapped is not None:
+        return str(address.ipv4_mapped)
+    return str(ipaddress.ip_network((address.packed, 64), strict=False))
+
+
+def _name(host: str) -> str:
+    """The name in a header `Host`, without its port."""
+    host = host.strip().lower()
+    name = (
+        host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0] if host.count(":") < 2 else host
+    )
+    return name.rstrip(".")[:200]
+
+
+def _own(name: str) -> bool:
+    """A name that no page of another site can have: addresses are not resolved, and localhost is here."""
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _later(wait: int, message: str) -> tuple[int, dict[str, str], Any]:
+    told = error(message, kind="rate_limit_error", code="rate_limit_exceeded")
+    return 429, {"retry-after": str(wait)}, told
 
 
 async def _answer(send: Any, status: int, headers: dict[str, str], body: Any) -> None:

@@ -93,4 +93,11 @@ class Load:
     seconds: float
 
 
-Event = Ready | Begun | Part | Preview | Ended | Refused | Failed | Load
+@dataclass
+class Heartbeat:
+    """The process runs. step: seconds for which the model has been in its present step; 0: in none."""
+
+    step: float
+
+
+Event = Ready | Begun | Part | Preview | Ended | Refused | Failed | Load | Heartbeat

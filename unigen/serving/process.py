@@ -4,8 +4,9 @@
         await engine.ready.wait()
         async for event in engine.answer(job): ...
 
-Leaving the loop drops the job within a step. A process that dies fails the jobs that it had, and is started again; what
-it has started ends with it.
+Leaving the loop drops the job within a step. A process that dies, or sends no heartbeat, or stays in one step for
+longer than any answer may take, fails the jobs that it had and is started again, as often as is needed, with pauses
+between; what it has started ends with it.
 Knows pipes and processes; refuses to know HTTP, and what a job asks for.
 """
 
@@ -19,27 +20,59 @@ import os
 import queue
 import signal
 import threading
-from collections.abc import AsyncGenerator
+import time
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
-from unigen.serving.jobs import Begun, Ended, Event, Failed, Job, Load, Ready, Refused
+from unigen.serving.jobs import Begun, Ended, Event, Failed, Heartbeat, Job, Load, Ready, Refused
 
 log = logging.getLogger("unigen.serving")
 
 LONGEST_PAUSE = 30.0
 """Seconds at most before a process that died is started again; the first pause is one second, each next twice as long
 until a job has been answered."""
+START_METHOD = "spawn"
+TICK = 1.0
+"""Seconds between two heartbeats."""
+START_TICKS = 600
+"""After which a process that has just been started must have sent its first heartbeat: it imports what it needs."""
+NO_LOAD = Load(0, 0, 0, 0, 0, 0.0)
 
 
-def _work(*arguments: Any) -> None:
+class Sender:
+    """The pipe to the server, for the thread that answers and the one that sends heartbeats. step: when the step began
+    that the model is in, None between steps."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.step: float | None = None
+        self._pipe, self._lock = pipe, threading.Lock()
+
+    def send(self, message: Any) -> None:
+        with self._lock:
+            self._pipe.send(message)
+
+    def beat(self) -> None:
+        """Heartbeats until the server is gone."""
+        try:
+            while True:
+                step = self.step
+                self.send((None, Heartbeat(0.0 if step is None else time.monotonic() - step)))
+                time.sleep(TICK)
+        except OSError:
+            pass
+
+
+def _work(jobs: Any, events: Any, *arguments: Any) -> None:
     """In the new process, which alone loads what models need. It may start others, as vLLM does for several GPUs; they
     are a group, which ends with the server, however that ends."""
     os.setsid()
     multiprocessing.current_process().daemon = False  # else it could start none
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    sender = Sender(events)
+    threading.Thread(target=sender.beat, daemon=True).start()
     from unigen.serving.work import work
 
-    work(*arguments)
+    work(jobs, sender, *arguments)
 
 
 def _end_with(parent: Any) -> None:
@@ -60,15 +93,38 @@ class Down(Exception):
 
 
 class EngineProcess:
-    """source: of `unigen.load`. slots: sequences that are generated at a time; most: jobs that may run and wait."""
+    """The model's process.
 
-    def __init__(self, source: dict[str, Any], slots: int = 32, most: int = 128) -> None:
+    Args:
+        source: of `unigen.load`.
+        slots: sequences that are generated at a time.
+        most: jobs that may run and wait.
+        silence: seconds without a heartbeat after which the process is taken to hang.
+        longest_step: seconds of one step after which it is taken to hang; None is any.
+        patience: seconds without a model, since its process ended, after which `alive` is false.
+        target: what the process runs.
+    """
+
+    def __init__(
+        self,
+        source: dict[str, Any],
+        slots: int = 32,
+        most: int = 128,
+        *,
+        silence: float = 30.0,
+        longest_step: float | None = None,
+        patience: float = 300.0,
+        target: Callable[..., None] = _work,
+    ) -> None:
         self.source, self.slots, self.most = source, slots, most
+        self.silence, self.longest_step, self.patience, self.target = silence, longest_step, patience, target
         self.info: dict[str, Any] = {}
         self.ready, self.tried = asyncio.Event(), asyncio.Event()
         self.refused: str | None = None
-        """Why the model cannot be loaded, where it cannot; it is not tried again."""
-        self.load = Load(0, 0, 0, 0, 0, 0.0)
+        """Why the model could not be loaded at first; then it is not tried again."""
+        self.fault: str | None = None
+        """Why it could not be loaded again, where it could not; that is tried again."""
+        self.load = NO_LOAD
         self.starts = 0
         self._numbers = itertools.count()
         self._jobs: dict[int, asyncio.Queue[Event]] = {}
@@ -77,14 +133,18 @@ class EngineProcess:
         self._process: Any = None
         self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._again: asyncio.Task[None] | None = None
+        self._down_since: float | None = None
+        self._runs, self._silent, self._beats, self._step = False, 0, False, 0.0  # silent: ticks without a message
 
     async def __aenter__(self) -> EngineProcess:
         self._loop = asyncio.get_running_loop()
         self._start()
+        self._watching = self._loop.create_task(self._watch())
         return self
 
     async def __aexit__(self, *_: Any) -> None:
         self._closing = True
+        self._watching.cancel()
         if self._again:
             self._again.cancel()
         process = self._process
@@ -101,7 +161,15 @@ class EngineProcess:
     @property
     def down(self) -> str | None:
         """Why nothing can be answered now; None where it can."""
-        return None if self.ready.is_set() else self.refused or "the model is being loaded: ask again soon"
+        if self.ready.is_set():
+            return None
+        again = f"the model could not be loaded again ({self.fault}): that is tried again"
+        return self.refused or (again if self.fault else "the model is being loaded: ask again soon")
+
+    @property
+    def alive(self) -> bool:
+        """Is the model there, or may it still come back? No longer `patience` seconds after its process ended."""
+        return self._down_since is None or self._loop.time() - self._down_since < self.patience
 
     async def answer(self, job: Job) -> AsyncGenerator[Event, None]:
         """The job's events, the last one `Ended`, `Refused` or `Failed`. Raises `Busy` and `Down`."""
@@ -125,11 +193,12 @@ class EngineProcess:
                 self._outbox.put((number, None))
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context(START_METHOD)
         (jobs, asks), (events, tells) = context.Pipe(duplex=False), context.Pipe(duplex=False)
-        self._process = context.Process(target=_work, args=(jobs, tells, self.source, self.slots), daemon=True)
+        self._process = context.Process(target=self.target, args=(jobs, tells, self.source, self.slots), daemon=True)
         self._process.start()
         self.starts += 1
+        self._runs, self._silent, self._beats, self._step = True, 0, False, 0.0
         jobs.close()
         tells.close()
         self._outbox = queue.SimpleQueue()
@@ -164,16 +233,23 @@ class EngineProcess:
             pass
 
     def _heard(self, number: int | None, event: Event) -> None:
-        if isinstance(event, Ready):
-            self.info = event.info
+        self._silent = 0
+        if isinstance(event, Heartbeat):
+            self._beats, self._step = True, event.step
+        elif isinstance(event, Ready):
+            self.info, self.fault, self._down_since = event.info, None, None
             self.ready.set()
             self.tried.set()
         elif isinstance(event, Load):
             self.load = event
         elif number is None:
             assert isinstance(event, Refused)
-            self.refused = event.message
-            self.tried.set()
+            if self.tried.is_set():
+                self.fault = event.message
+                log.error("the model could not be loaded again: %s", event.message)
+            else:
+                self.refused = event.message
+                self.tried.set()
         elif number in self._jobs:
             self._jobs[number].put_nowait(event)
             if isinstance(event, Begun):
@@ -181,7 +257,10 @@ class EngineProcess:
 
     def _gone(self) -> None:
         self.ready.clear()
+        self._runs, self.load = False, NO_LOAD
         self._outbox.put(None)
+        if self._down_since is None:
+            self._down_since = self._loop.time()
         for events in self._jobs.values():
             events.put_nowait(Failed("the model's process ended while it answered: ask again"))
         if self._closing or self.refused:
@@ -198,7 +277,31 @@ class EngineProcess:
             pass
 
     async def _restart(self) -> None:
-        await asyncio.sleep(self._pause)
-        self._pause = min(2 * self._pause, LONGEST_PAUSE)
-        if not self._closing:
-            self._start()
+        while not self._closing:
+            await asyncio.sleep(self._pause)
+            self._pause = min(2 * self._pause, LONGEST_PAUSE)
+            try:
+                self._start()
+                return
+            except OSError as error:  # no memory or no process to be had now
+                self.fault = str(error)
+                log.error("the model's process cannot be started: %s; tried again in %.0f s", error, self._pause)
+
+    async def _watch(self) -> None:
+        """End a process that hangs. Counted in ticks of the server's own, which may have been stopped itself."""
+        while True:
+            await asyncio.sleep(TICK)
+            if not self._runs:
+                continue
+            self._silent += 1
+            limit = self.silence / TICK if self._beats else START_TICKS
+            if self._silent > limit:
+                self._kill(f"has sent no heartbeat for {self._silent * TICK:.0f} s")
+            elif self.longest_step is not None and self._step > self.longest_step:
+                self._kill(f"has been in one step for {self._step:.0f} s")
+
+    def _kill(self, why: str) -> None:
+        log.error("the model's process %s: it is ended", why)
+        self._runs = False
+        self._end_group()
+        self._process.kill()

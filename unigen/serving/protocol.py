@@ -10,11 +10,17 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from unigen.numbers import parse_float, parse_int
+
 MOST_ANSWERS, MOST_CANDIDATES = 16, 8
 LONGEST = 100_000
 """Characters of one text."""
 
+LONGEST_STOP = 256
+"""Characters of a text before which an answer ends."""
+
 Words = Annotated[str, Field(min_length=1, max_length=LONGEST)]
+Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
 
 
 class Strict(BaseModel):
@@ -38,7 +44,7 @@ class Drawing(Strict):
     sampler: str | None = Field(None, max_length=64)
     guidance_kind: str | None = Field(None, max_length=64)
     accelerate: str | None = Field(None, max_length=64)
-    size: str | None = Field(None, pattern=r"^([1-9]\d{0,4}x[1-9]\d{0,4}|auto)$")
+    size: str | None = Field(None, pattern=r"^([1-9][0-9]{0,4}x[1-9][0-9]{0,4}|auto)$")
     n: int = Field(1, ge=1, le=MOST_ANSWERS)
     candidates: int = Field(1, ge=1, le=MOST_CANDIDATES)
     stream: bool = False
@@ -104,7 +110,7 @@ class ChatRequest(Drawing):
     messages: list[Message] = Field(min_length=1, max_length=1000)
     modalities: list[Literal["text", "image"]] | None = Field(None, min_length=1, max_length=2)
     stream_options: StreamOptions | None = None
-    stop: list[Words] | None = Field(None, max_length=4)
+    stop: list[Stop] | None = Field(None, max_length=4)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     max_images: int | None = Field(None, ge=1, le=64)
@@ -214,7 +220,7 @@ def of_form(fields: dict[str, str]) -> dict[str, Any]:
     def read(name: str, value: str) -> Any:
         if name in FLAGS:
             return {"true": True, "false": False}.get(value, value)
-        for kind in (int, float):
+        for kind in (parse_int, parse_float):
             try:
                 return kind(value)
             except ValueError:

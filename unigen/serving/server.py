@@ -4,19 +4,23 @@
     curl localhost:8000/v1/images/generations -H 'content-type: application/json' -d '{"prompt": "two apples"}'
 
 Turns requests into jobs and their events into answers. Knows HTTP and OpenAI's schema; refuses to know how anything is
-generated: that is behind anything with `answer(job)`, `info`, `ready` and `down`, such as `process.EngineProcess`.
+generated: that is behind anything with `answer(job)`, `info`, `ready`, `down`, `alive` and `most`, such as
+`process.EngineProcess`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import ipaddress
 import json
 import logging
 import math
+import os
 import re
 import secrets
 import socket
+import tempfile
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
@@ -35,6 +39,8 @@ from starlette.exceptions import HTTPException
 from unigen.sequence import Document, Segment
 from unigen.serving import pictures, protocol
 from unigen.serving.answers import Answer, chat_chunks, content, images_usage, picture_chunks, usage_of
+from unigen.serving.body import BoundedRoute
+from unigen.serving.connection import TimedConnection
 from unigen.serving.guard import Guard, Limits, error
 from unigen.serving.jobs import Event, Failed, Job, Part, Refused
 from unigen.serving.metrics import Metrics
@@ -42,6 +48,10 @@ from unigen.serving.page import add_page
 from unigen.serving.process import Busy, Down, EngineProcess
 
 log = logging.getLogger("unigen.serving")
+PICTURE_BYTES = 4 << 20
+"""Of the disk, that must be free for each picture that is to be kept."""
+SLACK = 30.0
+"""Seconds beyond the time that an answer may take, after which a step that still runs helps nobody."""
 T = TypeVar("T")
 
 
@@ -49,7 +59,9 @@ T = TypeVar("T")
 class Settings:
     """How the server behaves. model: the name under which it is asked for. seconds: that an answer may take. folder:
     where pictures asked for by url are kept; None refuses them. fetch: may pictures come from addresses? prompts: are
-    they logged? origins: of pages that may ask from a browser."""
+    they logged? origins: of pages that may ask from a browser. proxies: addresses and networks whose header
+    X-Forwarded-For is believed. silence: seconds without a heartbeat after which the model's process is started again;
+    patience: seconds without a model after which /health fails."""
 
     model: str
     limits: Limits = field(default_factory=Limits)
@@ -58,6 +70,18 @@ class Settings:
     fetch: bool = False
     prompts: bool = False
     origins: tuple[str, ...] = ()
+    proxies: tuple[str, ...] = ()
+    silence: float = 30.0
+    patience: float = 300.0
+
+    def __post_init__(self) -> None:
+        for proxy in self.proxies:
+            try:
+                ipaddress.ip_network(proxy, strict=False)
+            except ValueError:
+                raise ValueError(
+                    f"{proxy!r} is no address and no network: name a proxy as 10.0.0.1 or 10.0.0.0/8"
+                ) from None
 
 
 class Wrong(Exception):
@@ -80,16 +104,18 @@ class Server:
 
     # ---------------------------------------------------------------- state
 
-    async def health(self) -> Any:
-        """Is the server alive?"""
-        return {"status": "ok"}
+    async def health(self) -> Response:
+        """Is the server alive? Not when its model has been away for too long: then only a new start may help."""
+        if self.engine.alive:
+            return JSONResponse({"status": "ok"})
+        reason = f"there has been no model for {self.settings.patience:g} s: {self.engine.down}"
+        return JSONResponse({"status": "failing", "reason": reason}, 503)
 
     async def ready(self) -> Response:
         """Is the model there?"""
         if self.engine.ready.is_set():
             return JSONResponse({"status": "ready", "starts": self.engine.starts})
-        reason = self.engine.refused or "the model is being loaded"
-        return JSONResponse({"status": "not ready", "reason": reason, "starts": self.engine.starts}, 503)
+        return JSONResponse({"status": "not ready", "reason": self.engine.down, "starts": self.engine.starts}, 503)
 
     async def models(self) -> Any:
         """The one model that is served, and what it can do."""
@@ -203,8 +229,10 @@ class Server:
             raise Wrong(
                 400, "this server keeps no pictures (--images-folder): ask for b64_json", param="response_format"
             )
-        self._log(request, document)
         jobs = self._jobs(asked, document, "image", **job)
+        if asked.response_format == "url":
+            await asyncio.to_thread(self._check_folder, asked.n)
+        self._log(request, document)
         if asked.stream:
             drawn = picture_chunks(self._together(jobs), self.settings.model, kind, asked.output_format)
             return await self._streamed(request, drawn)
@@ -213,7 +241,10 @@ class Server:
         for answer in answers:
             file = await asyncio.to_thread(pictures.encoded, answer.pictures[0], asked.output_format)
             if asked.response_format == "url":
-                name = await asyncio.to_thread(self._kept, file, asked.output_format)
+                try:
+                    name = await asyncio.to_thread(self._kept, file, asked.output_format)
+                except OSError as full:
+                    raise Wrong(507, f"this server cannot keep pictures now: {full.strerror}") from None
                 data.append({"url": str(request.url_for("picture", name=name)), "settings": answer.settings})
             else:
                 data.append({"b64_json": base64.b64encode(file).decode(), "settings": answer.settings})
@@ -234,7 +265,9 @@ class Server:
         try:
             form = await request.form(max_files=2, max_fields=40)
         except HTTPException as bad:
-            raise Wrong(bad.status_code, f"the form cannot be read: {bad.detail}") from None
+            if bad.status_code != 400:  # of the door
+                raise
+            raise Wrong(400, f"the form cannot be read: {bad.detail}") from None
         files, fields = {}, {}
         for name, value in form.multi_items():
             if name in files or name in fields:
@@ -262,12 +295,19 @@ class Server:
             raise Wrong(400, str(bad), param="mask") from None
         return asked, image, mask
 
+    def _check_folder(self, count: int) -> None:
+        """Before so many pictures are drawn for it."""
+        assert self.settings.folder is not None
+        try:
+            check_space(self.settings.folder, count * PICTURE_BYTES)
+        except ValueError as full:
+            raise Wrong(507, f"{full}: ask for b64_json", param="response_format") from None
+
     def _kept(self, file: bytes, format: str) -> str:
         from unigen.output import write_atomically
 
         assert self.settings.folder is not None
         name = f"{uuid.uuid4().hex}.{format}"
-        self.settings.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.settings.folder / name, lambda out: out.write(file))
         return name
 
@@ -372,6 +412,11 @@ class Server:
 
     def _jobs(self, asked: protocol.Drawing, document: Document, output: str, **more: Any) -> list[Job]:
         """One for each of the n answers, each with its seed."""
+        if asked.n > self.engine.most:
+            message = (
+                f"n is {asked.n}, and this server makes {self.engine.most} answers at a time (--queue): ask for fewer"
+            )
+            raise Wrong(400, message, param="n")
         first = secrets.randbelow(1 << 31) if asked.seed is None else asked.seed
         more |= {"previews": asked.partial_images, "candidates": asked.candidates}
         return [Job(document, output, {**asked.options(), "seed": first + i}, **more) for i in range(asked.n)]
@@ -391,10 +436,11 @@ def _said(wrong: Any) -> tuple[str, str | None]:
     places = [str(place) for place in wrong["loc"] if place not in kinds]
     param = ".".join(places) or None
     if wrong["type"] == "extra_forbidden":
-        return f"unknown field {wrong['loc'][-1]!r}: leave it out", param
+        return f"unknown field {str(wrong['loc'][-1])[:100]!r}: leave it out", param and param[:200]
     if wrong["type"] == "json_invalid":
         return f"the body is no JSON: {wrong.get('ctx', {}).get('error', wrong['msg'])}", None
-    message = wrong["msg"].removeprefix("Value error, ")
+    message = wrong["msg"].removeprefix("Value error, ")[:1000]
+    param = param and param[:200]
     return (f"{param}: {message}" if param else message), param
 
 
@@ -417,7 +463,14 @@ def create_app(engine: Any, settings: Settings) -> Any:
             yield
 
     server = Server(engine, settings)
-    app = FastAPI(title="unigen", summary="Text and pictures behind the OpenAI API", lifespan=lifespan, docs_url=None)
+    app = FastAPI(
+        title="unigen",
+        summary="Text and pictures behind the OpenAI API",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.router.route_class = BoundedRoute
     routes: list[tuple[str, str, Callable[..., Any]]] = [
         ("GET", "/health", server.health),
         ("GET", "/ready", server.ready),
@@ -471,7 +524,10 @@ def run(source: dict[str, Any], settings: Settings, host: str, port: int, slots:
     import uvicorn
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    engine = EngineProcess(source, slots, most)
+    if settings.folder is not None:
+        check_space(settings.folder, PICTURE_BYTES)
+    times = {"silence": settings.silence, "longest_step": settings.seconds + SLACK, "patience": settings.patience}
+    engine = EngineProcess(source, slots, most, **times)
     config = uvicorn.Config(
         create_app(engine, settings),
         host=host,
@@ -481,6 +537,10 @@ def run(source: dict[str, Any], settings: Settings, host: str, port: int, slots:
         access_log=False,
         timeout_graceful_shutdown=math.ceil(settings.seconds),
         server_header=False,
+        http=TimedConnection,
+        ws="none",
+        proxy_headers=bool(settings.proxies),
+        forwarded_allow_ips=list(settings.proxies),
     )
     server = uvicorn.Server(config)
 
@@ -502,6 +562,17 @@ def run(source: dict[str, Any], settings: Settings, host: str, port: int, slots:
         asyncio.run(serve(at))
     if engine.refused:
         raise ValueError(engine.refused)
+
+
+def check_space(folder: Path, size: int) -> None:
+    """Can so many bytes be written into the folder, which is made where there is none? They are reserved for a moment,
+    since permissions, quotas and full disks show then alone. Raises ValueError in one line."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        raise ValueError(f"the folder for pictures cannot take them now ({error.strerror})") from None
 
 
 def listening(host: str, port: int) -> socket.socket:

@@ -1,6 +1,6 @@
 """The process that holds a model and answers jobs: they join while others run, and leave when they end or are dropped.
 
-    receiver, sender: the ends of a pipe (`unigen.serving.process` holds the others)
+    receiver, sender: the end of a pipe and a `process.Sender` (the server holds the other ends)
     work(receiver, sender, {"name": "unigen-tiny"}, slots=32)
 
 Knows engines, jobs and pipes; refuses to know HTTP. What a job says wrong is a `Refused` in one line; what goes wrong
@@ -27,26 +27,53 @@ from unigen.sequence import Document, Preview
 from unigen.serving.jobs import Begun, Ended, Event, Failed, Job, Load, Part, Ready, Refused
 
 
+class _Stop:
+    """Finds a text in another that comes character by character, in steps as many as characters, however long it is
+    (Knuth, Morris and Pratt). begun: how many of its characters the other ends with."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self.begun = text, 0
+        self._shorter = [0]  # for each begin of the text, but the empty one: the longest one that it ends with
+        for character in text[1:]:
+            self._shorter.append(self._next(self._shorter[-1], character))
+
+    def feed(self, character: str) -> bool:
+        """Is it whole with this character?"""
+        if self.begun == len(self.text):
+            self.begun = self._shorter[-1]
+        self.begun = self._next(self.begun, character)
+        return self.begun == len(self.text)
+
+    def _next(self, begun: int, character: str) -> int:
+        while begun and self.text[begun] != character:
+            begun = self._shorter[begun - 1]
+        return begun + (self.text[begun] == character)
+
+
 class Words:
     """A text as it is shown: without blanks at its ends, and without what follows a stop.
 
     What may yet turn out to be the begin of a stop, or blanks at the end, is held back until more is known."""
 
     def __init__(self, stops: tuple[str, ...] = ()) -> None:
-        self.stops = stops
+        self.stops = [_Stop(stop) for stop in stops]
         self.held, self.shown, self.stopped = "", False, False
 
     def feed(self, piece: str) -> str:
         """What of the text is sure to be shown now; nothing more after a stop."""
         if self.stopped:
             return ""
-        self.held = self.held + piece if self.shown else (self.held + piece).lstrip()
-        found = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
-        if found:
-            self.held, self.stopped = self.held[: min(found)], True
-            return self.end()
-        begun = [n for stop in self.stops for n in range(1, len(stop)) if self.held.endswith(stop[:n])]
-        said = self.held[: len(self.held) - max(begun, default=0)].rstrip()
+        if not self.held and not self.shown:
+            piece = piece.lstrip()
+        for i, character in enumerate(piece):
+            found = [len(stop.text) for stop in self.stops if stop.feed(character)]
+            if found:
+                text = self.held + piece[: i + 1]
+                self.held, self.stopped = text[: len(text) - max(found)], True
+                return self.end()
+        self.held += piece
+        begun = max((stop.begun for stop in self.stops), default=0)
+        said = self.held[: len(self.held) - begun].rstrip()
         self.held = self.held[len(said) :]
         self.shown |= bool(said)
         return said
@@ -54,6 +81,8 @@ class Words:
     def end(self) -> str:
         """What is left when the text ends."""
         said, self.held, self.shown = self.held.rstrip(), "", False
+        for stop in self.stops:
+            stop.begun = 0
         return said
 
 
@@ -355,8 +384,10 @@ def work(receiver: Any, sender: Any, source: dict[str, Any], slots: int) -> None
                     worker.drop(number)
                 else:
                     worker.ask(number, job)
+            sender.step = time.monotonic()
             for number, event in worker.step():
                 sender.send((number, event))
+            sender.step = None
             if not worker.busy or time.monotonic() - told > 0.25:
                 sender.send((None, worker.load()))
                 told = time.monotonic()

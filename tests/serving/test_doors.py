@@ -1,0 +1,359 @@
+"""What the server lets in: hosts, origins, keys, bodies and times, each as an attacker would try it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from starlette.exceptions import HTTPException
+
+from tests.serving.test_fuzz import Painter
+from tests.serving.test_parts import Counted, asked, door
+from unigen.serving import body, connection
+from unigen.serving.guard import Guard, Limits
+from unigen.serving.protocol import LONGEST_STOP, of_form
+from unigen.serving.server import Settings, create_app
+
+
+def app(**settings: Any) -> tuple[Painter, Any]:
+    painter = Painter()
+    return painter, create_app(painter, Settings(model="m", **settings))
+
+
+def send(app: Any, method: str, path: str, **options: Any) -> httpx.Response:
+    async def ask() -> Any:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return await client.request(method, path, **options)
+
+    return asyncio.run(ask())
+
+
+# ---------------------------------------------------------------- keys
+
+
+@pytest.mark.parametrize("key", ["", " ", "\n", "a b", "clé", "a\x00"])
+def test_a_key_that_protects_nothing_is_refused(key: str) -> None:
+    with pytest.raises(ValueError, match="API key"):
+        Limits(keys=("good", key))
+
+
+def test_wrong_keys_are_slowed_for_their_address_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    clock = SimpleNamespace(monotonic=lambda: now, perf_counter=time.perf_counter)
+    monkeypatch.setattr("unigen.serving.guard.time", clock)
+    guard = door(Limits(keys=("one",), wrong_keys=3))
+    assert [asked(guard, authorization=f"Bearer {i}")[0] for i in range(5)] == [401, 401, 401, 429, 429]
+    status, headers = asked(guard, authorization="Bearer one")
+    assert status == 429, "else the one key that is let in would be known by it"
+    assert asked(guard, authorization="Bearer one", client="5.6.7.8")[0] == 200
+    now += int(headers["retry-after"])
+    assert asked(guard, authorization="Bearer one")[0] == 200
+    assert [asked(door(Limits(keys=("one",), wrong_keys=3)))[0] for _ in range(6)] == [401] * 6  # no key is no guess
+
+
+def test_a_client_of_ipv6_is_its_network() -> None:
+    guard = door(Limits(rate=2))
+    statuses = [asked(guard, client=f"2001:db8:1:2::{i}")[0] for i in range(1, 5)]
+    assert statuses == [200, 200, 429, 429] and asked(guard, client="2001:db8:1:3::1")[0] == 200
+
+
+# ---------------------------------------------------------------- hosts and origins
+
+
+HERE = Limits(hosts=("unigen.example",), origins=("https://friend.example",))
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost:8000", 200),
+        ("127.0.0.1:8000", 200),
+        ("[::1]:8000", 200),
+        ("192.168.1.5", 200),
+        ("a.localhost", 200),
+        ("Unigen.Example.:8000", 200),
+        ("evil.example:8000", 403),
+        ("127.0.0.1.evil.example", 403),
+        ("localhost.evil.example", 403),
+        ("", 200),  # HTTP/1.0, no browser
+    ],
+)
+def test_without_a_key_only_own_names_are_answered(host: str, status: int) -> None:
+    given = {"host": host} if host else {}
+    assert asked(door(HERE), **given)[0] == status
+    assert asked(door(HERE), "/", **given)[0] == status  # the page too
+    assert asked(door(HERE), "/health", **given)[0] == 200  # and probes by whatever name
+    assert asked(door(Limits(hosts=("*",))), **given)[0] == 200
+    keyed = door(Limits(keys=("one",), hosts=()))
+    assert asked(keyed, authorization="Bearer one", **given)[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"origin": "http://localhost:8000"}, 200),
+        ({"origin": "https://friend.example"}, 200),
+        ({"origin": "https://evil.example"}, 403),
+        ({"origin": "http://localhost:3000"}, 403),
+        ({"origin": "null"}, 403),
+        ({"sec_fetch_site": "cross-site"}, 403),
+        ({"sec_fetch_site": "same-origin"}, 200),
+    ],
+)
+def test_without_a_key_pages_of_others_send_nothing(headers: dict[str, str], status: int) -> None:
+    assert asked(door(HERE), "/v1/images/edits", host="localhost:8000", **headers)[0] == status
+    keyed = door(Limits(keys=("one",), hosts=()))
+    assert asked(keyed, host="localhost:8000", authorization="Bearer one", **headers)[0] == 200
+
+
+# ---------------------------------------------------------------- bodies
+
+
+def test_a_body_that_trickles_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slow as it is said to be, it may take longer the more of it has come."""
+    limits = Limits(body_seconds=0.2, body_pace=10)
+    caught: list[int] = []
+
+    async def read(scope: Any, receive: Any, send: Any) -> None:
+        try:
+            while (await receive())["more_body"]:
+                pass
+        except HTTPException as error:
+            caught.append(error.status_code)
+
+    def served(parts: list[bytes], pause: float) -> list[int]:
+        caught.clear()
+        left = list(parts)
+
+        async def receive() -> Any:
+            await asyncio.sleep(pause)
+            return {"type": "http.request", "body": left.pop(0), "more_body": bool(left)}
+
+        async def ask() -> None:
+            scope = {"type": "http", "path": "/v1/models", "method": "POST", "client": ("1.2.3.4", 1), "headers": []}
+            await asyncio.wait_for(Guard(read, limits, Counted())(scope, receive, None), 30)
+
+        asyncio.run(ask())
+        return list(caught)
+
+    assert served([b""] * 1000, 0.05) == [408]
+    assert served([b"x" * 100] * 10, 0.05) == []
+
+
+def test_bodies_together_have_a_limit() -> None:
+    """What is held is counted, and given back when the requests end."""
+    guard = door(Limits(body=10, bodies=15))
+    for _ in range(3):
+        assert asked(guard, body=(b"x" * 10,))[0] == 200
+    guard._bytes = 6  # another request holds so many
+    assert asked(guard, body=(b"x" * 10,))[0] == 429 and guard._bytes == 6
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 1_000_000}]}, "values"),
+        ({"messages": [{"role": "user", "content": "a"}], "stop": ["a"] * 50_000}, "values"),
+        ({"messages": [{"role": "user", "content": "a" * 30_000_000}]}, "characters"),
+        ({"messages": [{"role": "user", "content": "a" * 90_000}] * 20}, "characters"),
+        ({"messages": [{"role": "user", "content": "a"}], "a" * 2_000_000: 1}, "characters"),
+        ({"messages": [{"role": "user", "content": "\n" * 3_000_000}]}, "characters"),
+    ],
+)
+def test_what_is_too_much_is_refused_before_it_is_looked_at(wrong: dict[str, Any], says: str) -> None:
+    """Its fields are not checked, and no model hears of it."""
+    painter, served = app()
+    answer = send(served, "POST", "/v1/chat/completions", json={"model": "m", **wrong})
+    assert answer.status_code == 400 and says in answer.json()["error"]["message"], answer.text[:300]
+    assert len(answer.text) < 1000 and not painter.jobs
+
+
+def test_bodies_are_read_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    import threading
+
+    threads: list[Any] = []
+
+    def parse(data: bytes) -> Any:
+        threads.append(threading.current_thread())
+        return json.loads(data)
+
+    monkeypatch.setattr(body, "parse", parse)
+    _, served = app()
+    assert send(served, "POST", "/v1/images/generations", json={"prompt": "a"}).status_code == 200
+    assert threads and threads[0] is not threading.main_thread()
+
+
+@pytest.mark.parametrize("data", [b"[" * 100_000, b'{"n": ' + b"1" * 5000 + b"}", b'"\xff"', b"{", b""])
+def test_no_json_is_one_line(data: bytes) -> None:
+    _, served = app()
+    answer = send(served, "POST", "/v1/images/generations", content=data, headers={"content-type": "application/json"})
+    assert answer.status_code == 400 and "\n" not in answer.json()["error"]["message"]
+
+
+def test_stops_have_a_length() -> None:
+    _, served = app()
+
+    def ask(stop: Any) -> int:
+        body = {"model": "m", "messages": [{"role": "user", "content": "a"}], "modalities": ["text"], "stop": stop}
+        return send(served, "POST", "/v1/chat/completions", json=body).status_code
+
+    assert ask("a" * LONGEST_STOP) == 200 and ask(["a"] * 4) == 200
+    assert ask("a" * (LONGEST_STOP + 1)) == 400 and ask(["a"] * 5) == 400 and ask([""]) == 400
+
+
+@pytest.mark.parametrize(
+    "text", ["1_0", " 1", "1 ", "+1", "\u0661", "\uff11", "0x1", "1e", "", "nan", "inf", "1.", "-"]
+)
+def test_a_form_has_numbers_as_json_has_them(text: str) -> None:
+    _, served = app()
+    from PIL import Image
+
+    from unigen.serving.pictures import encoded
+
+    files = {"image": ("a.png", encoded(Image.new("RGB", (4, 4))))}
+    answer = send(served, "POST", "/v1/images/edits", files=files, data={"prompt": "b", "n": text})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "n", answer.text
+
+
+def test_a_form_has_numbers() -> None:
+    given = {"n": "2", "guidance": "2.5", "temperature": "1e-1", "seed": "-1", "prompt": "1"}
+    assert of_form(given) == {"n": 2, "guidance": 2.5, "temperature": 0.1, "seed": -1, "prompt": "1"}
+
+
+# ---------------------------------------------------------------- routes
+
+
+def test_more_answers_than_may_ever_run_are_no_question_of_time() -> None:
+    painter, served = app()
+    painter.most = 3
+    answer = send(served, "POST", "/v1/images/generations", json={"prompt": "a", "n": 4})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "n", answer.text
+    assert send(served, "POST", "/v1/images/generations", json={"prompt": "a", "n": 3}).status_code == 200
+
+
+def test_head_is_answered_and_nothing_loads_from_elsewhere() -> None:
+    _, served = app()
+    for path in ("/health", "/ready", "/", "/v1/models"):
+        assert send(served, "HEAD", path).status_code == 200, path
+    assert send(served, "HEAD", "/v1/images/generations").status_code == 405
+    assert send(served, "GET", "/redoc").status_code == send(served, "GET", "/docs").status_code == 404
+
+
+def test_liveness_fails_when_the_model_stays_away() -> None:
+    painter, served = app()
+    assert send(served, "GET", "/health").status_code == 200
+    painter.alive, painter.down = False, "no memory"
+    answer = send(served, "GET", "/health")
+    assert answer.status_code == 503 and "no memory" in answer.json()["reason"]
+
+
+def test_a_folder_that_takes_no_pictures_is_found_before_they_are_drawn(tmp_path: Any) -> None:
+    asked_for = {"prompt": "a", "response_format": "url"}
+    painter, served = app(folder=tmp_path / "new")
+    answer = send(served, "POST", "/v1/images/generations", json=asked_for)
+    assert answer.status_code == 200 and answer.json()["data"][0]["url"].startswith("http://localhost/images/")
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "inside"):
+        painter, served = app(folder=folder)
+        answer = send(served, "POST", "/v1/images/generations", json=asked_for)
+        assert answer.status_code == 507 and "folder" in answer.json()["error"]["message"] and not painter.jobs
+
+
+def test_a_full_disk_is_found_before_pictures_are_drawn(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    painter, served = app(folder=tmp_path)
+    answer = send(served, "POST", "/v1/images/generations", json={"prompt": "a", "response_format": "url"})
+    assert answer.status_code == 507 and "No space left" in answer.json()["error"]["message"] and not painter.jobs
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_proxy_is_an_address() -> None:
+    Settings(model="m", proxies=("10.0.0.0/8", "::1"))
+    with pytest.raises(ValueError, match="proxy"):
+        Settings(model="m", proxies=("nginx",))
+
+
+# ---------------------------------------------------------------- connections
+
+
+async def serving(monkeypatch: pytest.MonkeyPatch, answer: bytes) -> Any:
+    import uvicorn
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        while scope["type"] == "http" and (await receive()).get("more_body"):
+            pass
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": answer})
+
+    config = uvicorn.Config(app, port=0, lifespan="off", log_level="critical", http=connection.TimedConnection)
+    server = uvicorn.Server(config)
+    task = asyncio.create_task(server.serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    (address,) = [one.getsockname() for one in server.servers[0].sockets]
+    return server, task, address
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\n", b"GET / HTTP/1.1\r\nhost: a\r\n\r\nGET / HT"])
+def test_a_head_that_does_not_come_closes_the_connection(monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
+    """Whether nothing comes, or a little now and then."""
+    monkeypatch.setattr(connection, "HEAD_SECONDS", 0.3)
+
+    async def attack() -> None:
+        server, task, address = await serving(monkeypatch, b"x")
+        reader, writer = await asyncio.open_connection(*address)
+        writer.write(sent)
+
+        async def trickle() -> None:
+            while sent:
+                await asyncio.sleep(0.05)
+                writer.write(b"a")
+
+        trickling = asyncio.create_task(trickle())
+        try:
+            await asyncio.wait_for(reader.read(), 20)  # until it is closed
+        except ConnectionResetError:
+            pass
+        trickling.cancel()
+        server.should_exit = True
+        await task
+
+    asyncio.run(attack())
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_an_answer_that_nobody_reads_closes_the_connection(monkeypatch: pytest.MonkeyPatch, reads: bool) -> None:
+    monkeypatch.setattr(connection, "READ_SECONDS", 0.5)
+    size = 30 << 20
+
+    async def attack() -> int:
+        server, task, address = await serving(monkeypatch, b"x" * size)
+        reader, writer = await asyncio.open_connection(*address, limit=1 << 16)
+        writer.write(b"GET / HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")
+        if not reads:
+            while not server.server_state.connections:
+                await asyncio.sleep(0.01)
+            while server.server_state.connections:  # it ends by itself
+                await asyncio.sleep(0.05)
+        got = 0
+        try:
+            while data := await reader.read(1 << 20):
+                got += len(data)
+        except ConnectionResetError:
+            pass
+        server.should_exit = True
+        await task
+        return got
+
+    got = asyncio.run(asyncio.wait_for(attack(), 60))
+    assert (got > size) == reads

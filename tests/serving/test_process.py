@@ -1,0 +1,173 @@
+"""The model's process ends, hangs and comes back, with a stand-in for what it runs that each test tells what to do."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from unigen.sequence import Document
+from unigen.serving.jobs import Begun, Ended, Failed, Heartbeat, Job, Load, Ready, Refused
+from unigen.serving.metrics import Metrics
+from unigen.serving.process import Down, EngineProcess
+
+JOB = Job(Document.of("a"), "text")
+
+
+def lives(jobs: Any, events: Any, source: dict[str, Any], slots: int) -> None:
+    """The lives of a process, one letter each: r(efused), d(ies), s(ilent), l(ong step), g(ood, as is the last)."""
+    os.setsid()
+    count = Path(source["count"])
+    life = len(count.read_text())
+    count.write_text("x" * (life + 1))
+    what = source["lives"][life] if life < len(source["lives"]) else "g"
+    if what == "r":
+        events.send((None, Refused("no memory")))
+        return
+    if what == "d":
+        os._exit(1)
+    events.send((None, Ready({})))
+    events.send((None, Load(3, 2, 1, 5, 7, 0.5)))
+    began = time.monotonic()
+    while what != "s":
+        events.send((None, Heartbeat(time.monotonic() - began if what == "l" else 0.0)))
+        while jobs.poll(0.05):
+            number, job = jobs.recv()
+            if job is not None and what == "g":
+                for event in (Begun({}), Ended("stop")):
+                    events.send((number, event))
+    time.sleep(600)
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unigen.serving.process.TICK", 0.05)
+    monkeypatch.setattr("unigen.serving.process.START_METHOD", "forkserver")  # which has imported all that it needs
+    multiprocessing.set_forkserver_preload([__name__])
+
+
+def with_engine(tmp_path: Path, kinds: str, test: Callable[[EngineProcess], Any], **options: Any) -> None:
+    (tmp_path / "count").write_text("")
+
+    async def run() -> None:
+        source = {"count": str(tmp_path / "count"), "lives": kinds}
+        async with EngineProcess(source, target=lives, **options) as engine:
+            engine._pause = 0.01
+            await asyncio.wait_for(test(engine), 120)
+
+    asyncio.run(run())
+
+
+async def until(true: Callable[[], bool]) -> None:
+    while not true():
+        await asyncio.sleep(0.01)
+
+
+def test_a_restart_that_fails_is_tried_again(tmp_path: Path) -> None:
+    """Refused, dead before it was ready, and good at last; what was measured of the old one is forgotten at once."""
+
+    async def test(engine: EngineProcess) -> None:
+        await engine.ready.wait()
+        await until(lambda: engine.load.running == 3)
+        os.kill(engine._process.pid, signal.SIGKILL)
+        await until(lambda: not engine.ready.is_set())
+        assert engine.load == Load(0, 0, 0, 0, 0, 0.0)
+        assert b"unigen_jobs_running 0.0" in Metrics(engine).text()
+        await until(lambda: engine.fault is not None)
+        assert "no memory" in str(engine.down) and engine.refused is None
+        with pytest.raises(Down, match="no memory"):
+            await anext(engine.answer(JOB))
+        await engine.ready.wait()
+        assert engine.starts == 4 and engine.down is None and engine.alive
+        assert [type(event) async for event in engine.answer(JOB)] == [Begun, Ended]
+
+    with_engine(tmp_path, "grd", test)
+
+
+def test_a_process_that_cannot_be_started_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(engine: EngineProcess) -> None:
+        await engine.ready.wait()
+        start, tries = engine._start, []
+
+        def fail() -> None:
+            tries.append(1)
+            if len(tries) < 3:
+                raise OSError(12, "Cannot allocate memory")
+            start()
+
+        monkeypatch.setattr(engine, "_start", fail)
+        os.kill(engine._process.pid, signal.SIGKILL)
+        await until(lambda: not engine.ready.is_set())
+        await engine.ready.wait()
+        assert len(tries) == 3
+
+    with_engine(tmp_path, "", test)
+
+
+def test_a_model_that_cannot_be_loaded_at_first_is_not_tried_again(tmp_path: Path) -> None:
+    async def test(engine: EngineProcess) -> None:
+        await engine.tried.wait()
+        assert engine.refused == "no memory" and engine.down == "no memory"
+        await until(lambda: not engine._process.is_alive())
+        await asyncio.sleep(0.2)
+        assert engine.starts == 1
+
+    with_engine(tmp_path, "r", test)
+
+
+def test_liveness_ends_when_the_model_stays_away(tmp_path: Path) -> None:
+    async def test(engine: EngineProcess) -> None:
+        await engine.ready.wait()
+        assert engine.alive
+        engine._pause = 0.5  # the next one is refused: away for longer than the patience
+        os.kill(engine._process.pid, signal.SIGKILL)
+        await until(lambda: not engine.alive)
+        await engine.ready.wait()
+        assert engine.alive, "and it is alive again when the model is back"
+
+    with_engine(tmp_path, "gr", test, patience=0.3)
+
+
+@pytest.mark.parametrize(("kind", "options"), [("s", {"silence": 0.5}), ("l", {"longest_step": 0.5})])
+def test_a_process_that_hangs_is_started_again(tmp_path: Path, kind: str, options: dict[str, float]) -> None:
+    """It sends nothing, or is in one step for ever; what was asked of it is told so."""
+
+    async def test(engine: EngineProcess) -> None:
+        await engine.ready.wait()
+        engine._beats = True  # as of a process that has sent one
+        (event,) = [event async for event in engine.answer(JOB)]
+        assert isinstance(event, Failed)
+        await engine.ready.wait()
+        assert engine.starts == 2
+        assert [type(event) async for event in engine.answer(JOB)] == [Begun, Ended]
+
+    with_engine(tmp_path, kind, test, **options)
+
+
+def test_a_process_that_is_stopped_is_started_again(tmp_path: Path) -> None:
+    async def test(engine: EngineProcess) -> None:
+        await engine.ready.wait()
+        await until(lambda: engine._beats)
+        os.kill(engine._process.pid, signal.SIGSTOP)
+        await until(lambda: engine.starts == 2)
+        await engine.ready.wait()
+
+    with_engine(tmp_path, "", test, silence=1.0)
+
+
+def test_a_long_step_with_heartbeats_is_left_alone(tmp_path: Path) -> None:
+    """A pipeline may draw for minutes."""
+
+    async def test(engine: EngineProcess) -> None:
+        await engine.ready.wait()
+        await asyncio.sleep(1.5)
+        assert engine.starts == 1 and engine.ready.is_set() and engine._step > 0.5
+
+    with_engine(tmp_path, "l", test, silence=0.5, longest_step=600.0)

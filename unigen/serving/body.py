@@ -1,0 +1,86 @@
+"""JSON bodies of strangers: bounded by counting before they are read, and read beside the event loop.
+
+What is counted here is what makes reading slow: values, nesting, and characters that are not of a picture. What a field
+means is checked by `unigen.serving.protocol`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+from fastapi import Request
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+
+MOST_MARKS = 200_000
+"""Brackets and commas in a body; those within texts count too."""
+MOST_VALUES = 20_000
+"""Objects, lists, names, texts and numbers in a body."""
+MOST_CHARACTERS = 1_000_000
+"""Of all texts together; pictures as data URIs apart."""
+
+
+def parse(data: bytes) -> Any:
+    """The value of a JSON body.
+
+    Raises:
+        json.JSONDecodeError: it is no JSON.
+        HTTPException: it holds more than the limits above, or what is no text.
+    """
+    if sum(data.count(mark) for mark in (b"[", b"{", b",")) > MOST_MARKS:
+        raise HTTPException(400, f"the body holds too many values: at most {MOST_VALUES:,}")
+    if data.count(b"\\") > 2 * MOST_CHARACTERS:  # a character is two escapes at most
+        raise HTTPException(400, f"the body holds too many characters of text: at most {MOST_CHARACTERS:,}")
+    try:
+        value = json.loads(data)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError:
+        raise HTTPException(400, "the body is nested too deeply") from None
+    except UnicodeError:
+        raise HTTPException(400, "the body is no JSON: it is no UTF-8") from None
+    except ValueError:
+        raise HTTPException(400, "the body is no JSON: a number in it has thousands of digits") from None
+    _check_amount(value)
+    return value
+
+
+def _check_amount(value: Any) -> None:
+    left, values, characters = [value], 0, 0
+    while left:
+        one = left.pop()
+        values += 1
+        if isinstance(one, str):
+            characters += 0 if one[:11].lower() == "data:image/" else len(one)
+        elif isinstance(one, dict):
+            left += [*one.keys(), *one.values()]
+        elif isinstance(one, list):
+            left += one
+    if values > MOST_VALUES:
+        raise HTTPException(400, f"the body holds {values:,} values: at most {MOST_VALUES:,}")
+    if characters > MOST_CHARACTERS:
+        raise HTTPException(400, f"the body holds {characters:,} characters of text: at most {MOST_CHARACTERS:,}")
+
+
+class BoundedRequest(Request):
+    """Its JSON is read in a thread, within the limits."""
+
+    async def json(self) -> Any:
+        if not hasattr(self, "_json"):
+            data = await self.body()
+            self._json = await asyncio.to_thread(parse, data)
+        return self._json
+
+
+class BoundedRoute(APIRoute):
+    """A route whose bodies are read so."""
+
+    def get_route_handler(self) -> Any:
+        handler = super().get_route_handler()
+
+        async def bounded(request: Request) -> Any:
+            return await handler(BoundedRequest(request.scope, request.receive))
+
+        return bounded
