@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from tests.serving.browser import HOST
+
 Start = Callable[..., "Served"]
 
 
@@ -44,9 +46,11 @@ class Served:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.url, self.log = f"http://127.0.0.1:{self.port}", log
-        command = [sys.executable, "-m", "unigen", "serve", "--port", str(self.port), *arguments]
+        command = [sys.executable, "-m", "unigen", "serve", "--port", str(self.port), "--allow-host", HOST]
         with open(log, "wb") as out:
-            self.process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ})
+            self.process = subprocess.Popen(
+                [*command, *arguments], stdout=out, stderr=subprocess.STDOUT, env={**os.environ}
+            )
 
     def wait(self, seconds: float = 120) -> None:
         """Until the model is there."""

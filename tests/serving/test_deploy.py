@@ -1,7 +1,10 @@
-"""The files by which replicas are started: well formed, and their commands are ones that `unigen serve` takes."""
+"""The files by which replicas are started: well formed, their commands are ones that `unigen serve` takes, and nothing is
+open that need not be."""
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +20,69 @@ def folder(root: Path) -> Path:
     return root / "docs" / "deploy"
 
 
+def entry(folder: Path) -> list[str]:
+    """The arguments that the image gives `unigen serve` before those of a command."""
+    (line,) = re.findall(r"^ENTRYPOINT (.*)$", (folder / "Dockerfile").read_text(), re.MULTILINE)
+    words = json.loads(line)
+    assert words[:2] == ["unigen", "serve"]
+    return words[2:]
+
+
 def test_composed_replicas_are_those_of_the_router(folder: Path) -> None:
     services = yaml.safe_load((folder / "compose.yaml").read_text())["services"]
-    ports = [parser_of("serve").parse_args(services[name]["command"]).port for name in ("one", "two")]
+    replicas = [services[name] for name in ("one", "two")]
+    options = [parser_of("serve").parse_args([*entry(folder), *one["command"]]) for one in replicas]
     router = (folder / "nginx.conf").read_text()
-    assert all(f"server 127.0.0.1:{port} " in router for port in ports) and len(set(ports)) == 2
+    assert all(f"server 127.0.0.1:{one.port} " in router for one in options) and len({one.port for one in options}) == 2
+    for replica, one in zip(replicas, options, strict=True):
+        assert one.host == "127.0.0.1" and one.trusted_proxy == ["127.0.0.1"], "the router alone is reached"
+        (shared,) = replica["volumes"]
+        assert shared.split(":")[1] == one.images_folder, "a picture's address leads to any replica"
+        assert replica["cap_drop"] == ["ALL"] and replica["read_only"] and "no-new-privileges:true" in str(replica)
+        assert re.fullmatch(r"unigen:\d+\.\d+\.\d+", replica["image"]) and replica["environment"]["UNIGEN_API_KEY"]
+    listens = re.search(r"s/(.*?)/(.*?)/", services["router"]["command"][2])
+    assert listens and listens[1] in router and listens[2] == "listen 8000"
+
+
+def test_the_router_says_whole_addresses(folder: Path) -> None:
+    router = (folder / "nginx.conf").read_text()
+    assert re.search(r"proxy_set_header Host \$http_host;", router), "$host would drop the port"
+    assert re.search(r"X-Forwarded-For \$proxy_add_x_forwarded_for;", router)
 
 
 def test_the_cluster_asks_what_the_server_answers_without_a_key(folder: Path) -> None:
     deployment, service = yaml.safe_load_all((folder / "kubernetes.yaml").read_text())
     pod: Any = deployment["spec"]["template"]
     (container,) = pod["spec"]["containers"]
-    options = parser_of("serve").parse_args(container["args"])
+    options = parser_of("serve").parse_args([*entry(folder), *container["args"]])
     assert container["ports"][0]["containerPort"] == options.port
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert container[probe]["httpGet"]["path"] in OPEN
     assert pod["spec"]["terminationGracePeriodSeconds"] > options.timeout
     assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
     assert deployment["spec"]["selector"]["matchLabels"] == pod["metadata"]["labels"]
+
+
+def test_the_cluster_gives_a_replica_no_more_than_it_needs(folder: Path) -> None:
+    deployment, _ = yaml.safe_load_all((folder / "kubernetes.yaml").read_text())
+    pod = deployment["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    given = pod["securityContext"] | container["securityContext"]
+    assert given["capabilities"] == {"drop": ["ALL"]} and given["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert given["readOnlyRootFilesystem"] and given["runAsNonRoot"] and given["allowPrivilegeEscalation"] is False
+    assert pod["automountServiceAccountToken"] is False
+    assert re.fullmatch(r"unigen:\d+\.\d+\.\d+", container["image"])
+    written = {volume["name"] for volume in pod["volumes"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} <= written
+
+
+def test_the_scrape_passes_the_key(folder: Path) -> None:
+    deployment, _ = yaml.safe_load_all((folder / "kubernetes.yaml").read_text())
+    monitor = yaml.safe_load((folder / "monitor.yaml").read_text())
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    (key,) = [one["valueFrom"]["secretKeyRef"] for one in container["env"] if one["name"] == "UNIGEN_API_KEY"]
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    assert endpoint["authorization"] == {"type": "Bearer", "credentials": key}
+    assert endpoint["port"] == container["ports"][0]["name"] and endpoint["path"] == "/metrics"
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    assert monitor["spec"]["selector"]["matchLabels"].items() <= labels.items()

@@ -50,7 +50,7 @@ def lives(jobs: Any, events: Any, source: dict[str, Any], slots: int) -> None:
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("unigen.serving.process.TICK", 0.05)
     monkeypatch.setattr("unigen.serving.process.START_METHOD", "forkserver")  # which has imported all that it needs
-    multiprocessing.set_forkserver_preload([__name__])
+    multiprocessing.set_forkserver_preload(["unigen.serving.metrics", "unigen.serving.process"])
 
 
 def with_engine(tmp_path: Path, kinds: str, test: Callable[[EngineProcess], Any], **options: Any) -> None:

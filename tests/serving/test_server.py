@@ -473,6 +473,9 @@ def test_what_cannot_be_served_is_one_line(serve: Any, tiny_server: Any) -> None
     for arguments, says in (
         (["--model", "/nowhere"], "/nowhere"),
         (["--port", str(tiny_server.port)], "--port"),
+        (["--api-key", ""], "API key"),
+        (["--trusted-proxy", "nginx"], "proxy"),
+        (["--images-folder", str(tiny_server.log / "inside")], "folder"),
     ):
         served = serve(*arguments)
         assert served.process.wait(60) == 2
