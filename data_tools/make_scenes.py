@@ -35,6 +35,7 @@ from unigen.data.language import (
 )
 from unigen.data.scenes import Scene, World, is_heldout, sample_scene
 from unigen.data.stories import story
+from unigen.extras import require
 
 ROW_GROUP = 200  # rows held in memory at a time
 SIZES = (32, 512)  # sides of a picture in pixels
@@ -151,10 +152,7 @@ def make(folder: Path, count: int, shards: int, seed: int, size: int, heldout: b
         raise ValueError(f"--shards {shards} is more than --count {count}: every shard needs a row")
     if not SIZES[0] <= size <= SIZES[1]:
         raise ValueError(f"--size must be from {SIZES[0]} to {SIZES[1]} pixels, not {size}")
-    try:
-        import datasets  # noqa: F401
-    except ImportError:
-        raise ValueError('writing parquet needs the package datasets: pip install "unigen[train]"') from None
+    require("train", "datasets")
     world = World(size)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"scenes-{k:05d}-of-{shards:05d}.parquet" for k in range(shards)]

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 from unigen import ENGINES, precision
 from unigen.arguments import Parser, did_you_mean, summary
+from unigen.extras import missing, require
 from unigen.numbers import parse_float, parse_int
 
 DEFAULT_MODEL = "unigen-tiny"
@@ -460,6 +461,7 @@ def chat(args: argparse.Namespace) -> int:
 
 
 def serve(args: argparse.Namespace) -> int:
+    require("serve")
     from unigen.serving.guard import Limits
     from unigen.serving.server import Settings, run
 
@@ -494,7 +496,9 @@ def train(args: argparse.Namespace) -> int:
     from unigen.training import run_recipe
     from unigen.training.recipes import find_recipe
 
-    run_recipe(str(find_recipe(args.recipe)), args.overrides)
+    recipe = find_recipe(args.recipe)
+    require("train", "accelerate", "tensorboard")
+    run_recipe(str(recipe), args.overrides)
     return 0
 
 
@@ -578,25 +582,6 @@ def parser_of(name: str) -> Parser:
     return parser
 
 
-def missing_extra(error: ModuleNotFoundError) -> str | None:
-    """The line for the user if one of our optional dependencies brings the module, else None."""
-    from importlib.metadata import PackageNotFoundError, requires
-
-    root = (error.name or "").split(".")[0]
-    wanted = {"sklearn": "scikit-learn"}.get(root, root).replace("_", "-")
-    try:
-        lines = requires("unigen") or []
-    except PackageNotFoundError:
-        return None
-    for line in lines:
-        requirement, _, marker = line.partition(";")
-        bare = requirement.split("[")[0].rstrip("0123456789.,<>=!~ ")
-        if bare == wanted and "extra ==" in marker and "dev" not in marker:
-            extra = marker.split("extra ==")[1].strip(" \"'")
-            return f"{root} is not installed; run: pip install 'unigen[{extra}]'"
-    return None
-
-
 def dispatch(argv: list[str]) -> int:
     if argv[:1] == ["help"]:  # unigen help generate
         argv = [*argv[1:], "--help"]
@@ -626,7 +611,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         message = " ".join(str(error).split())
     except ModuleNotFoundError as error:
-        line = missing_extra(error)
+        line = missing(error, (sys.argv[1:] if argv is None else argv)[0])
         if line is None:
             raise
         message = line

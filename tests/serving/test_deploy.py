@@ -1,5 +1,5 @@
-"""The files by which replicas are started: well formed, their commands are ones that `unigen serve` takes, and nothing is
-open that need not be."""
+"""The files by which replicas are started: well formed, with commands that `unigen serve` takes, and nothing open that
+need not be."""
 
 from __future__ import annotations
 

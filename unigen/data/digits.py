@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from unigen.extras import require
+
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 LEVELS = 16  # the brightest
 HELD_OUT = 360
@@ -21,6 +23,7 @@ HELD_OUT = 360
 
 @cache
 def _all() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    require("eval", "sklearn")
     from sklearn.datasets import load_digits
 
     found = load_digits()

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from unigen.extras import require
 from unigen.nn.few_rows import FewRowsLinear
 from unigen.precision import QUANTIZATIONS
 
@@ -32,10 +33,7 @@ def check(kind: str, device: str | torch.device) -> None:
     """Try it on one small map. Raises ValueError in one line where weights cannot be kept so here."""
     if kind not in QUANTIZATIONS:
         raise ValueError(f"unknown quantization {kind!r}: one of {', '.join(QUANTIZATIONS)}")
-    try:
-        import bitsandbytes  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{kind} weights need bitsandbytes: pip install 'unigen[quantization]'") from error
+    require("quantization")
     small = nn.Sequential(nn.utils.skip_init(nn.Linear, 64, 32))
     nn.init.ones_(small[0].weight)
     try:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from unigen.config import OptimConfig, RunConfig, apply_overrides, load_json, save_json, to_dict
+from unigen.extras import require
 from unigen.training.checkpoint import Ema, cpu_tree, disk_errors, load_checkpoint, replace_folder, save_checkpoint
 from unigen.training.logs import Logs, Totals, clock
 from unigen.training.stream import Failed, load, mix, seed_all
@@ -156,12 +157,10 @@ class Trainer:
     wrote). SIGTERM and SIGINT end the run after the current step with a checkpoint."""
 
     def __init__(self, cfg: RunConfig, job: Job) -> None:
-        try:
-            import torch.utils.tensorboard  # noqa: F401
-            from accelerate import Accelerator, DistributedDataParallelKwargs
-            from accelerate.state import AcceleratorState
-        except ImportError as error:
-            raise ValueError('training needs the train extra: pip install "unigen[train]"') from error
+        require("train", "accelerate", "tensorboard")
+        from accelerate import Accelerator, DistributedDataParallelKwargs
+        from accelerate.state import AcceleratorState
+
         self.cfg, self.job, self.run_dir = cfg, job, Path(cfg.run_dir)
         AcceleratorState._reset_state()  # another Trainer of this process may have had another precision
         self.accelerator = Accelerator(

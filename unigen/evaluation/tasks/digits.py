@@ -29,6 +29,7 @@ from unigen.evaluation.runner import (
     write_outputs,
 )
 from unigen.evaluation.task import Item
+from unigen.extras import require
 
 NEIGHBOURS = 3
 
@@ -39,6 +40,7 @@ class DigitsTask:
     output: Literal["image", "text"] = "image"
 
     def __init__(self) -> None:
+        require("eval", "sklearn")
         from sklearn.neighbors import KNeighborsClassifier
 
         images, labels = digits.load(held_out=False)

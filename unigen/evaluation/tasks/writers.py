@@ -28,6 +28,7 @@ from unigen.evaluation.ladder import Pictures
 from unigen.evaluation.runner import Parser, common_arguments, draw, load_engine, make_folder, options_of, parse, whole
 from unigen.evaluation.tasks.scenes import PROMPTS, ScenesTask, score_pictures, summarise
 from unigen.evaluation.watch import Watch
+from unigen.extras import require
 from unigen.output import grid, save_picture
 from unigen.sequence import to_pixels
 
@@ -52,11 +53,10 @@ class Distances:
     """FID and KID of pictures from the true ones. ValueError without torchmetrics, or for fewer than two pictures."""
 
     def __init__(self, detector: Detector, true: list[Image.Image]) -> None:
-        try:
-            from torchmetrics.image.fid import FrechetInceptionDistance
-            from torchmetrics.image.kid import KernelInceptionDistance
-        except ImportError as error:
-            raise ValueError('FID and KID need the eval extra: pip install "unigen[eval]"') from error
+        require("eval", "torchmetrics", "scipy")
+        from torchmetrics.image.fid import FrechetInceptionDistance
+        from torchmetrics.image.kid import KernelInceptionDistance
+
         if len(true) < 2:
             raise ValueError("FID and KID need at least two pictures")
         self.size, features = detector.config.image_size, Features(detector)

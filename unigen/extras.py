@@ -1,0 +1,70 @@
+"""Packages that only a part of the project needs: which extra brings them, and the line where one is missing.
+
+require("serve")  # ValueError: fastapi is not installed; run: pip install 'unigen[serve]'
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+MODULES = {
+    "train": ("accelerate", "peft", "datasets", "tensorboard"),
+    "serve": (
+        "fastapi",
+        "starlette",
+        "uvicorn",
+        "h11",
+        "pydantic",
+        "prometheus_client",
+        "python_multipart",
+        "httpx",
+    ),
+    "eval": ("torchmetrics", "sklearn", "scipy", "datasets", "matplotlib"),
+    "browser": ("selenium",),
+    "quantization": ("bitsandbytes",),
+}
+"""The top-level modules that are imported of each extra of pyproject.toml."""
+COMMANDS = ("train", "serve", "eval")
+"""Those of `unigen` that have an extra of their own name."""
+
+
+def require(extra: str, *modules: str) -> None:
+    """Check that packages of an extra are installed, without importing them.
+
+    Args:
+        extra: a name in `MODULES`.
+        modules: those of its modules that are needed now; none: all.
+
+    Raises:
+        ValueError: one is missing; says in one line how to install it.
+    """
+    for module in modules or MODULES[extra]:
+        try:
+            found = importlib.util.find_spec(module) is not None
+        except (ImportError, ValueError):
+            found = False
+        if not found:
+            raise ValueError(install(module, extra))
+
+
+def install(module: str, extra: str | None) -> str:
+    """The line that says how to install a missing module."""
+    return f"{module} is not installed; run: pip install 'unigen{f'[{extra}]' if extra else ''}'"
+
+
+def missing(error: ModuleNotFoundError, command: str = "") -> str | None:
+    """The line for a module that could not be imported.
+
+    Args:
+        error: raised by the import.
+        command: of `unigen` that was run, which names the extra of a package that another one needs.
+
+    Returns:
+        None for a module of this project: that is a fault, and none of the installation's.
+    """
+    module = (error.name or "").partition(".")[0]
+    if not module or module == "unigen":
+        return None
+    extras = [extra for extra, modules in MODULES.items() if module in modules]
+    own = command if command in COMMANDS else None
+    return install(module, own if own in extras or not extras else extras[0])
