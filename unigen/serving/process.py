@@ -193,7 +193,7 @@ class EngineProcess:
                 self._outbox.put((number, None))
 
     def _start(self) -> None:
-        context = multiprocessing.get_context(START_METHOD)
+        context: Any = multiprocessing.get_context(START_METHOD)
         (jobs, asks), (events, tells) = context.Pipe(duplex=False), context.Pipe(duplex=False)
         self._process = context.Process(target=self.target, args=(jobs, tells, self.source, self.slots), daemon=True)
         self._process.start()

@@ -526,8 +526,14 @@ def run(source: dict[str, Any], settings: Settings, host: str, port: int, slots:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if settings.folder is not None:
         check_space(settings.folder, PICTURE_BYTES)
-    times = {"silence": settings.silence, "longest_step": settings.seconds + SLACK, "patience": settings.patience}
-    engine = EngineProcess(source, slots, most, **times)
+    engine = EngineProcess(
+        source,
+        slots,
+        most,
+        silence=settings.silence,
+        longest_step=settings.seconds + SLACK,
+        patience=settings.patience,
+    )
     config = uvicorn.Config(
         create_app(engine, settings),
         host=host,
