@@ -144,7 +144,7 @@ def test_story_page(engine: FakeEngine, picture: str) -> None:
     assert main(["story", "a witch & her raven", "--reference", picture, "--reference", picture, "--seed", "2"]) == 0
     prompt, options = engine.asked[0]
     assert [isinstance(part, Image.Image) for part in prompt] == [True, True, False]
-    assert "a witch & her raven" in prompt[2] and options["output"] == "interleaved" and options["seed"] == 2
+    assert "a witch & her raven" in prompt[2].text and options["output"] == "interleaved" and options["seed"] == 2
     page = Path("story.html").read_text()
     captions = re.findall(r'src="data:image/png[^"]*" alt="([^"]*)"><figcaption>([^<]*)</figcaption>', page)
     assert captions == [("Once &lt;upon&gt; a time.",) * 2, ("The end.",) * 2], "each picture carries its text"

@@ -139,7 +139,7 @@ def test_classes(classes_folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
         (lambda e: e.generate("a", size=512), "a size is two whole numbers"),
         (lambda e: e.generate(["a", Image.new("RGB", (8, 8))]), "give a picture to `edit`"),
         (lambda e: e.edit(Image.new("RGB", (8, 8)), "a", strength=2.0), "strength lies in"),
-        (lambda e: e.inpaint(Image.new("RGB", (8, 8)), "a", Image.new("RGB", (9, 8))), "make them alike"),
+        (lambda e: e.inpaint(Image.new("RGB", (8, 8)), "a", Image.new("L", (9, 8), 255)), "make them alike"),
     ],
 )
 def test_what_a_pipeline_refuses(call: Any, reason: str, words_folder: Path) -> None:
@@ -191,7 +191,7 @@ def test_glm_image_edits(size: tuple[int, int], drawn: tuple[int, int], glm_fold
         (lambda e: e.edit(Image.new("RGB", (64, 64)), "a", strength=0.5), "does not take strength"),
         (lambda e: e.edit(Image.new("RGB", (64, 600)), "a", steps=1), "up to four times as long as wide"),
         (lambda e: e.generate("a", size=(64, 64), steps=2, sampler="heun"), "does not support custom"),
-        (lambda e: e.inpaint(Image.new("RGB", (8, 8)), "a", Image.new("L", (8, 8))), "no form that takes a picture"),
+        (lambda e: e.inpaint(Image.new("RGB", (8, 8)), "a", Image.new("L", (8, 8), 255)), "no form that takes"),
         (lambda e: embed(e.pipe, "a"), "not told by prompt embeddings alone"),
     ],
 )

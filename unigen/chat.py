@@ -19,8 +19,9 @@ from typing import Any, TextIO
 
 from PIL.Image import Image, Resampling
 
+from unigen.images import read_image
 from unigen.output import check_output, png_bytes, save_picture, write_text
-from unigen.sequence import Document, Segment, read_image
+from unigen.sequence import Document, Segment
 
 HELP = "/image PATH   /seed N   /save FILE.json   /new   /quit   (anything else is said to the model)"
 

@@ -181,7 +181,7 @@ def inpaint_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", help="the picture to paint in")
     parser.add_argument("prompt", type=text, help="what the whole picture is to show")
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--mask", metavar="FILE", help="a picture, white where to paint")
+    where.add_argument("--mask", metavar="FILE", help="a picture, white and opaque where to paint")
     where.add_argument("--box", type=box, metavar="L,T,R,B", help="paint inside this box, in pixels of the picture")
     where.add_argument("--around", type=box, metavar="L,T,R,B", help="paint outside this box (outpainting)")
     where.add_argument("--vary", type=number(0, 1, open_low=True), help="paint this share of it, drawn by lot")
@@ -325,6 +325,13 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(args, name)) is not None}
 
 
+def note_size(given: tuple[int, int], made: Any) -> None:
+    """Says on stderr where a picture comes back in another size than it was given."""
+    if made.size != given:
+        theirs, ours = ("x".join(map(str, size)) for size in (given, made.size))
+        print(f"note: your picture of {theirs} pixels comes back as {ours}, as this model draws", file=sys.stderr)
+
+
 def report(paths: list[Path], seconds: float) -> int:
     for path in paths:
         print(path)
@@ -358,7 +365,7 @@ def generate(args: argparse.Namespace) -> int:
 
 
 def describe(args: argparse.Namespace) -> int:
-    from unigen.sequence import read_image
+    from unigen.images import read_image
 
     image = read_image(args.image)
     options = {} if args.candidates is None else {"candidates": args.candidates}
@@ -369,14 +376,16 @@ def describe(args: argparse.Namespace) -> int:
 
 
 def edit(args: argparse.Namespace) -> int:
+    from unigen.images import read_image
     from unigen.output import PICTURES, check_output, save_picture
-    from unigen.sequence import read_image
 
     path = check_output(args.output, PICTURES)
     image = read_image(args.image)
     engine = load(args)
     start = time.perf_counter()
-    save_picture(path, engine.edit(image, args.instruction, **sampling(args)))
+    edited = engine.edit(image, args.instruction, **sampling(args))
+    save_picture(path, edited)
+    note_size(image.size, edited)
     return report([path], time.perf_counter() - start)
 
 
@@ -384,15 +393,15 @@ def inpaint(args: argparse.Namespace) -> int:
     import numpy as np
 
     from unigen.engine import Engine
+    from unigen.images import read_image, read_mask
     from unigen.output import PICTURES, check_output, save_picture
     from unigen.painting import lot
-    from unigen.sequence import read_image
 
     path = check_output(args.output, PICTURES)
     image: Any = read_image(args.image)
-    engine = None
+    engine, given = None, image.size
     if args.mask:
-        mask: Any = read_image(args.mask)
+        mask: Any = read_mask(args.mask)
     elif args.vary:
         engine = load(args)
         if not isinstance(engine, Engine):
@@ -400,18 +409,20 @@ def inpaint(args: argparse.Namespace) -> int:
         image, mask = lot(engine.model, image, args.vary, args.seed)
     else:
         left, top, right, bottom = args.box or args.around
-        inside = np.zeros((image.height, image.width, 3), dtype=np.uint8)
-        inside[top:bottom, left:right] = 255
-        mask = inside if args.box else 255 - inside
+        inside = np.zeros((image.height, image.width), dtype=bool)
+        inside[top:bottom, left:right] = True
+        mask = inside if args.box else ~inside
     engine = engine or load(args)
     start = time.perf_counter()
-    save_picture(path, engine.inpaint(image, args.prompt, mask, **sampling(args)))
+    painted = engine.inpaint(image, args.prompt, mask, **sampling(args))
+    save_picture(path, painted)
+    note_size(given, painted)
     return report([path], time.perf_counter() - start)
 
 
 def pair(args: argparse.Namespace) -> int:
+    from unigen.images import read_image
     from unigen.output import PICTURES, check_output, save_picture
-    from unigen.sequence import read_image
 
     image = read_image(args.image) if args.image else None
     if image is not None and (args.text or args.output):
@@ -428,15 +439,16 @@ def pair(args: argparse.Namespace) -> int:
 
 
 def story(args: argparse.Namespace) -> int:
+    from unigen.images import read_image
     from unigen.output import PAGES, check_output, write_story
-    from unigen.sequence import read_image
+    from unigen.sequence import as_words
 
     path = check_output(args.output, PAGES)
     references = [read_image(name) for name in args.reference]
     engine = load(args)
     start = time.perf_counter()
     parts = engine.generate(
-        [*references, story_prompt(args.prompt, len(references))], output="interleaved", **sampling(args)
+        [*references, as_words(story_prompt(args.prompt, len(references)))], output="interleaved", **sampling(args)
     )
     written = write_story(path, args.prompt, parts, made=args.line)
     return report(written, time.perf_counter() - start)

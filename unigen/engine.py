@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from unigen.images import read_image
 from unigen.likelihood import DESCRIBE, closest, truest
 from unigen.model import UnifiedModel
 from unigen.nn.few_rows import use_few_rows
@@ -23,7 +24,7 @@ from unigen.painting import keeping
 from unigen.request import Request, checked, sampling_of
 from unigen.running import Running
 from unigen.samplers.logits import whole
-from unigen.sequence import Document, Segment, read_image
+from unigen.sequence import Document, Segment, as_words, is_codes
 from unigen.templates import Output
 
 
@@ -40,7 +41,8 @@ class Engine:
         """Answer a prompt: a PIL image, a string, for "interleaved" a list of strings and images, for "pair" (see
         `pair`) a list of one of each.
 
-        prompt: text, an image, a list of both, the number of a class, or a Document. n > 1 gives a list of n answers
+        prompt: text, an image, a list of both, the number of a class, or a Document (`Document.of` says which strings
+        are pictures). n > 1 gives a list of n answers
         with seeds seed, seed+1..
         Options: see `unigen.request.checked`. Raises ValueError in one line for bad input.
         """
@@ -92,16 +94,18 @@ class Engine:
         return (part for _, part in self.run([request]))
 
     def describe(self, image: Any, question: str | None = None, **options: Any) -> str:
-        """A caption of the picture, the best of as many `candidates` as suit the model, or the answer to a question."""
+        """A caption of the picture, the best of as many `candidates` as suit the model, or the answer to a question.
+
+        image: here and in all methods below a path, a PIL image, or all else that `unigen.images.read_image` takes."""
         several = question is None and self.compares
         asked = {"candidates": self.model.template.candidates if several else 1} | options
-        return str(self.generate([image, question or DESCRIBE], "text", **asked))
+        return str(self.generate([_picture(image), as_words(question or DESCRIBE)], "text", **asked))
 
     def edit(self, image: Any, instruction: str, **options: Any) -> Any:
-        """The picture changed as the instruction says."""
+        """The picture changed as the instruction says, of the size that the model draws."""
         if not instruction.strip():
             raise ValueError("the instruction is empty: say what to change")
-        return self.generate([image, instruction], "image", **options)
+        return self.generate([_picture(image), as_words(instruction)], "image", **options)
 
     def pair(self, text: str | None = None, image: Any = None, **options: Any) -> Any:
         """A text and a picture (str, PIL) that belong together, written at once by a generator that writes both; with
@@ -121,13 +125,14 @@ class Engine:
         return tuple(made) if options.get("n", 1) == 1 else [tuple(pair) for pair in made]
 
     def inpaint(self, image: Any, prompt: str, mask: Any, *, generator: str | None = None, **options: Any) -> Any:
-        """The picture with what the mask marks painted anew as the prompt says; all else stays as it is.
+        """The picture with what the mask marks painted anew as the prompt says; all else stays as it is. It is returned
+        as the model frames it, in the size that the model draws.
 
-        mask: a picture or array of the image's shape, white where to paint; every code that it touches is
+        mask: of the image's shape, white where to paint (`unigen.images.read_mask`); every code that it touches is
         written anew. Raises ValueError where it marks nothing, and for a generator that cannot keep codes.
         """
         options, lay = keeping(self.model, image, mask, generator, options)
-        painted = self.generate(prompt, "image", **options)
+        painted = self.generate(as_words(prompt), "image", **options)
         return [lay(one) for one in painted] if isinstance(painted, list) else lay(painted)
 
     @property
@@ -211,3 +216,8 @@ class Engine:
     def running(self) -> Running:
         """Requests on their way with this model: none yet."""
         return Running(self.model)
+
+
+def _picture(image: Any) -> Any:
+    """A picture that is no words, whatever its type."""
+    return image if is_codes(image) else read_image(image)

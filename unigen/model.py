@@ -24,7 +24,7 @@ from unigen.nn import quantized
 from unigen.nn.backbone import Backbone, SlotCache
 from unigen.samplers.guidance import Guidance
 from unigen.samplers.logits import Sampling
-from unigen.sequence import Batch, Document, Segment, Tokens, Vocabulary, stack_images, to_images
+from unigen.sequence import Batch, Document, Segment, Tokens, Vocabulary, to_images, to_pixels
 from unigen.templates import Template
 from unigen.tokenizers import ImageTokenizer, save_tokenizer, text
 from unigen.tokenizers.quantize import check_codes
@@ -207,8 +207,8 @@ class UnifiedModel(nn.Module):
         )
 
     def pixels(self, images: Sequence[Any]) -> Tensor:
-        """Pictures as the model reads them, float32 (N, 3, H, W) in [-1, 1]."""
-        return stack_images(images, self.image_tokenizer.image_size, self.template.frame)
+        """Pictures, all that `read_image` takes, as the model reads them: float32 (N, 3, H, W) in [-1, 1]."""
+        return to_pixels(images, self.image_tokenizer.image_size, self.template.frame)
 
     def ids(self, tokens: Tokens) -> list[int]:
         """The ids of one document that has been read. A feature of a picture has an id beyond the vocabulary: its

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from unigen.images import read_image, read_mask
 from unigen.model import UnifiedModel
-from unigen.sequence import read_image, square, to_images
+from unigen.sequence import square, to_images
 
 
 def keeping(
@@ -26,8 +27,9 @@ def keeping(
 ) -> tuple[dict[str, Any], Callable[[Image.Image], Image.Image]]:
     """The options of a request that paints what the mask marks, and what lays the picture so made into this one.
 
-    mask: a picture or array of the image's shape, white where to paint. generator: None takes `masked`, or else the
-    first that can. Raises ValueError where the mask marks nothing, and for a generator that cannot keep codes."""
+    mask: of the image's shape, white where to paint (`unigen.images.read_mask`). generator: None takes `masked`, or
+    else the first that can.
+    Raises ValueError where the mask marks nothing, and for a generator that cannot keep codes."""
     able = [name for name, one in model.generators.items() if "fixed" in one.takes]
     if not able:
         raise ValueError("this model cannot keep a part of a picture: train it with writers.masked=1")
@@ -35,10 +37,10 @@ def keeping(
     if generator in model.generators and generator not in able:
         raise ValueError(f"{generator} cannot keep a part of a picture: choose {' or '.join(able)}")
     height, width = model.image_tokenizer.grid
-    given, marks = read_image(image), read_image(mask)
+    given, marks = read_image(image), read_mask(mask)
     if given.size != marks.size:
         raise ValueError(f"the mask is of {marks.size} pixels, the picture of {given.size}: make them alike")
-    marked_HW = square(marks, min(marks.size))[..., 0] >= 128  # all templates that can cut out the centre square
+    marked_HW = square(marks, min(marks.size)) >= 128  # all templates that can cut out the centre square
     rows, columns = (np.arange(n) * len(marked_HW) // n for n in (height, width))
     cells_hw = np.logical_or.reduceat(np.logical_or.reduceat(marked_HW, rows, 0), columns, 1)
     if not cells_hw.any():

@@ -21,8 +21,9 @@ import torch
 
 from unigen import hub
 from unigen.adapters import AdaptedPipeline, Adapter, pipe_of
+from unigen.images import read_image
 from unigen.nn.quantized import held, measure, quantize
-from unigen.sequence import Document, Segment, read_image
+from unigen.sequence import Document, Segment, as_words
 from unigen.templates import Output, Unable
 from unigen.tokenizers import text
 
@@ -73,7 +74,8 @@ class PairedEngine:
         yield from self._told(Document.of(prompt), seed, options)
 
     def describe(self, image: Any, question: str | None = None, *, seed: int = 0, **options: Any) -> str:
-        return str(self._answer([read_image(image), question or "Describe this picture."], "text", seed, options))
+        asked = [read_image(image), as_words(question or "Describe this picture.")]
+        return str(self._answer(asked, "text", seed, options))
 
     def edit(self, image: Any, instruction: str, *, seed: int = 0, **options: Any) -> Any:
         """The picture changed as the instruction says: what it shall show is said by the one that reads."""
@@ -82,11 +84,13 @@ class PairedEngine:
         picture = read_image(image)
         said, own = instruction, options
         if not self.joined:
-            said, own = self._said([picture, instruction, PROMPT], seed, options, MOST), self._drawing(options)
+            asked, own = [picture, as_words(instruction), PROMPT], self._drawing(options)
+            said = self._said(asked, seed, options, MOST)
         try:
             return self.painter.edit(picture, said, seed=seed, **own)
         except Unable:  # it draws the new picture whole
-            return self.painter.generate([picture, said] if self.joined else said, "image", seed=seed, **own)
+            words = as_words(said)
+            return self.painter.generate([picture, words] if self.joined else words, "image", seed=seed, **own)
 
     def inpaint(self, image: Any, prompt: str, mask: Any, **options: Any) -> Any:
         return self.painter.inpaint(image, prompt, mask, **options)
@@ -110,7 +114,7 @@ class PairedEngine:
         if self.joined or not document.images():  # the one that reads says nothing
             return self.painter.generate(document, "image", seed=seed, **options)
         said = self._said(Document([*document.segments, Segment(text=PROMPT)]), seed, options, MOST)
-        return self.painter.generate(said, "image", seed=seed, **self._drawing(options))
+        return self.painter.generate(as_words(said), "image", seed=seed, **self._drawing(options))
 
     def _told(self, document: Document, seed: int, options: dict[str, Any]) -> Iterator[Any]:
         """Passages and their pictures, until a passage is empty or there are as many as asked for."""
@@ -127,7 +131,7 @@ class PairedEngine:
             yield passage
             told.append(Segment(text=passage, role="assistant"))
             shown = self._said(Document([*told, Segment(text=SHOWN)]), at, options, MOST)
-            yield self.painter.generate(shown or passage, "image", seed=at, **own)
+            yield self.painter.generate(as_words(shown or passage), "image", seed=at, **own)
 
     def _said(self, document: Any, seed: int, options: dict[str, Any], most: int | None = None) -> str:
         """most: tokens, where `max_tokens` does not say less."""

@@ -21,8 +21,9 @@ import torch
 from PIL import Image
 
 from unigen import hub
+from unigen.images import read_image, read_mask
 from unigen.request import check_size
-from unigen.sequence import Document, read_image
+from unigen.sequence import Document, as_words
 from unigen.templates import Output, Unable
 
 INDEX = "model_index.json"
@@ -103,19 +104,19 @@ class PipelineEngine:
         if strength is not None and not 0 < strength <= 1:
             raise ValueError(f"strength lies in (0, 1], not {strength}")
         picture, form = read_image(image), self._form("AutoPipelineForImage2Image", "image")
-        asked = Document.of([picture, instruction] if self.sees else instruction)
+        words = as_words(instruction)
+        asked = Document.of([picture, words] if self.sees else words)
         options |= {} if strength is None else {"strength": strength}
         return self._draw(form, [self._conditions(asked) | {"image": [picture]}], [seed], options)[0]
 
     def inpaint(self, image: Any, prompt: str, mask: Any, *, seed: int = 0, **options: Any) -> Any:
-        """The picture with what is white in the mask painted anew."""
-        pictures = [read_image(x) for x in (image, mask)]
-        if pictures[0].size != pictures[1].size:
-            sizes = f"{pictures[1].size} pixels, the picture of {pictures[0].size}"
-            raise ValueError(f"the mask is of {sizes}: make them alike")
+        """The picture with what is white in the mask (`unigen.images.read_mask`) painted anew."""
+        picture, marks = read_image(image), read_mask(mask)
+        if picture.size != marks.size:
+            raise ValueError(f"the mask is of {marks.size} pixels, the picture of {picture.size}: make them alike")
         form = self._form("AutoPipelineForInpainting", "mask_image")
-        given = {"image": pictures[:1], "mask_image": [pictures[1].convert("L")]}
-        return self._draw(form, [self._conditions(Document.of(prompt)) | given], [seed], options)[0]
+        given = {"image": [picture], "mask_image": [marks]}
+        return self._draw(form, [self._conditions(Document.of(as_words(prompt))) | given], [seed], options)[0]
 
     def describe(self, image: Any, question: str | None = None, **options: Any) -> str:
         raise ValueError("this model cannot answer with text: pair it with one that reads (--lmm)")

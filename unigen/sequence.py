@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import base64
 import io
-import warnings
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -25,40 +25,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from unigen.images import image_name, is_image, is_image_path, read_image
+
 Role = Literal["user", "assistant"]
 ROLES: tuple[Role, ...] = ("user", "assistant")
-MAX_PIXELS = 32_000_000
 LONGEST = 50
 """How many times as long as wide a picture may be that a model reads."""
-
-
-def read_image(source: str | Path | Image.Image | np.ndarray) -> Image.Image:
-    """An RGB picture from a file, a PIL image or an array (H, W, 3) of bytes; transparency is laid on white.
-
-    Raises ValueError in one line for a file that is missing, unreadable, cut off or larger than `MAX_PIXELS` (checked
-    before the pixels are decoded, so a decompression bomb costs nothing).
-    """
-    try:
-        if isinstance(source, np.ndarray):
-            source = Image.fromarray(source)
-        if not isinstance(source, Image.Image):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                source = Image.open(source)
-        width, height = source.size
-        if width * height > MAX_PIXELS:
-            raise ValueError(f"image of {width}x{height} pixels is too large: at most {MAX_PIXELS:,} pixels")
-        if source.mode in ("RGBA", "LA", "PA") or "transparency" in source.info:
-            rgba = source.convert("RGBA")
-            paper = Image.new("RGBA", rgba.size, "white")
-            return Image.alpha_composite(paper, rgba).convert("RGB")
-        return source.convert("RGB")
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"image {source} is too large: at most {MAX_PIXELS:,} pixels") from error
-    except FileNotFoundError as error:
-        raise ValueError(f"image {source} does not exist") from error
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"image {source} cannot be read: is it a PNG or JPEG file? ({error})") from error
 
 
 def square(image: Image.Image, size: int) -> np.ndarray:
@@ -74,15 +46,24 @@ Framing = Callable[[Image.Image, int], np.ndarray]
 """How a picture is brought to a square of so many pixels, uint8 (size, size, 3): `square`, or a family's own way."""
 
 
-def to_pixels(images: Sequence[Image.Image | np.ndarray], size: int, frame: Framing = square) -> Tensor:
-    """Pictures as float32 (N, 3, size, size) in [-1, 1]. Raises ValueError for one that is far too long: a frame may
-    resize the whole of it before it cuts."""
-    pictures = [Image.fromarray(i) if isinstance(i, np.ndarray) and i.shape[:2] != (size, size) else i for i in images]
-    for picture in pictures:
-        if isinstance(picture, Image.Image) and max(picture.size) > LONGEST * min(picture.size):
+def to_pixels(images: Sequence[Any], size: int, frame: Framing = square) -> Tensor:
+    """Pictures as float32 (N, 3, size, size) in [-1, 1].
+
+    Args:
+        images: all that `read_image` takes; uint8 arrays (size, size, 3) are taken as they are, without a frame.
+    Raises:
+        ValueError: for what cannot be read, and for a picture that is far too long: a frame may resize the whole of it
+            before it cuts.
+    """
+    arrays = []
+    for image in images:
+        if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape == (size, size, 3)):
+            picture = read_image(image)
             width, height = picture.size
-            raise ValueError(f"image of {width}x{height} pixels is too long: at most {LONGEST} to 1, so cut it")
-    arrays = [image if isinstance(image, np.ndarray) else frame(image, size) for image in pictures]
+            if max(width, height) > LONGEST * min(width, height):
+                raise ValueError(f"image of {width}x{height} pixels is too long: at most {LONGEST} to 1, so cut it")
+            image = frame(picture, size)
+        arrays.append(image)
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -104,7 +85,7 @@ class Preview:
 
 @dataclass(eq=False)
 class Segment:
-    """A run of text; or one image: a PIL image, an RGB array uint8 (H, W, 3), a path, or codes int64 (h, w), of a
+    """A run of text; or one image: a path, a PIL image, an array or tensor of pixels, or codes int64 (h, w), of a
     generator with a tokenizer of its own (P,); or, for models that draw classes, a class by its number or name."""
 
     text: str | None = None
@@ -117,6 +98,8 @@ class Segment:
             raise ValueError("a segment holds text, an image or a label, and exactly one of them")
         if self.role not in ROLES:
             raise ValueError(f"unknown role {self.role!r}: one of {', '.join(ROLES)}")
+        if isinstance(self.image, Tensor) and (self.image.ndim > 2 or self.image.dtype == torch.uint8):
+            self.image = read_image(self.image)
 
     def to_json(self) -> dict[str, Any]:
         if self.text is not None:
@@ -127,10 +110,9 @@ class Segment:
             return {"role": self.role, "image": {"codes": self.image.tolist()}}
         if isinstance(self.image, (str, Path)):
             return {"role": self.role, "image": {"path": str(self.image)}}
-        picture = Image.fromarray(self.image) if isinstance(self.image, np.ndarray) else self.image
         buffer = io.BytesIO()
-        assert picture is not None
-        picture.save(buffer, format="PNG")
+        assert self.image is not None
+        read_image(self.image).save(buffer, format="PNG")
         return {"role": self.role, "image": {"png": base64.b64encode(buffer.getvalue()).decode()}}
 
     @classmethod
@@ -144,7 +126,7 @@ class Segment:
             case {"path": path}:
                 value = path
             case {"png": png}:
-                value = read_image(Image.open(io.BytesIO(base64.b64decode(png))))
+                value = read_image(base64.b64decode(png))
             case _:
                 raise ValueError("an image in JSON is one of {'path': ...}, {'png': base64} or {'codes': [[...]]}")
         return cls(image=value, role=data.get("role", "user"))
@@ -161,23 +143,23 @@ class Document:
     @classmethod
     def of(cls, prompt: Any) -> Document:
         """A document from what users pass: a string, an image, a list of both, the number of a class, or a document
-        (which is copied)."""
+        (which is copied).
+
+        Images are all that `unigen.images.read_image` takes. A string that ends like the name of a picture file
+        (`unigen.images.is_image_path`) is that picture; all other strings are words, and `Segment(text=...)` always is.
+        Integer tensors of at most two dimensions, but uint8, are codes.
+
+        Raises:
+            ValueError: for a prompt of another type, an empty one, a picture file that does not exist, and what is
+                given in Python as a picture and cannot be read as one.
+        """
         if isinstance(prompt, Document):
             return cls(list(prompt.segments), prompt.size)
-        if isinstance(prompt, (str, Image.Image, np.ndarray, Path, Segment, Integral)):
+        if isinstance(prompt, (str, Segment, Integral)) or is_image(prompt):
             prompt = [prompt]
         if not isinstance(prompt, (list, tuple)):
             raise ValueError(f"a prompt is text, an image or a list of both, not {type(prompt).__name__}")
-        segments = []
-        for part in prompt:
-            if isinstance(part, Segment):
-                segments.append(part)
-            elif isinstance(part, str):
-                segments.append(Segment(text=part))
-            elif isinstance(part, Integral):
-                segments.append(Segment(label=int(part)))
-            else:
-                segments.append(Segment(image=part))
+        segments = [part if isinstance(part, Segment) else _segment(part) for part in prompt]
         if not any(s.image is not None or s.label is not None or (s.text or "").strip() for s in segments):
             raise ValueError("the prompt is empty: say what to draw or ask")
         return cls(segments)
@@ -193,6 +175,34 @@ class Document:
     def from_json(cls, data: dict[str, Any]) -> Document:
         size = data.get("size")
         return cls([Segment.from_json(segment) for segment in data["segments"]], size and tuple(size))
+
+
+def _segment(part: Any) -> Segment:
+    """A part of a prompt that is no segment yet."""
+    if isinstance(part, str):
+        if not is_image_path(part):
+            return Segment(text=part)
+        if not os.path.exists(part):
+            raise ValueError(f"{image_name(part)} does not exist (words that end so are given as Segment(text=...))")
+        return Segment(image=Path(part))
+    if isinstance(part, Integral):
+        return Segment(label=int(part))
+    if isinstance(part, (Path, Image.Image, np.ndarray)) or is_codes(part):
+        return Segment(image=part)
+    if is_image(part):
+        return Segment(image=read_image(part))
+    raise ValueError(f"a prompt is text, an image or a list of both, not {type(part).__name__}")
+
+
+def as_words(prompt: Any) -> Any:
+    """A string as words, whatever it ends in; anything else as it is."""
+    return Segment(text=prompt) if isinstance(prompt, str) else prompt
+
+
+def is_codes(image: Any) -> bool:
+    """Whether an image is given as its codes (h, w) or (P,), integers of any type but uint8, and not as pixels."""
+    kinds = (torch.int64, torch.int32, torch.int16)
+    return isinstance(image, Tensor) and image.ndim <= 2 and image.dtype in kinds
 
 
 @dataclass(frozen=True)
@@ -370,4 +380,4 @@ def stack_images(images: Sequence[Any], size: int, frame: Framing = square) -> T
         return torch.stack(list(images))
     if any(isinstance(image, Tensor) for image in images):
         raise ValueError("a batch mixes images given as codes with images given as pixels: encode all or none")
-    return to_pixels([i if isinstance(i, np.ndarray) else read_image(i) for i in images], size, frame)
+    return to_pixels(images, size, frame)

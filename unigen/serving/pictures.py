@@ -18,7 +18,7 @@ from urllib.parse import urljoin, urlsplit
 
 from PIL import Image
 
-from unigen.sequence import read_image
+from unigen.images import read_image, read_mask
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 MOST_REDIRECTS = 3
@@ -26,28 +26,15 @@ FETCH_SECONDS = 10.0
 _DATA = re.compile(r"data:image/(png|jpeg|jpg|webp|gif);base64,", re.IGNORECASE)
 
 
-def decoded(data: bytes, what: str = "the picture") -> Image.Image:
-    """An RGB picture. Raises ValueError for what is none, or larger than `sequence.MAX_PIXELS`."""
-    return read_image(_opened(data, what))
+def decoded(data: bytes) -> Image.Image:
+    """An RGB picture. Raises ValueError for what is none, or larger than `unigen.images.MAX_PIXELS`."""
+    return read_image(data, name="the picture", formats=FORMATS)
 
 
 def decoded_mask(data: bytes) -> Image.Image:
-    """White where to paint: where the mask is transparent, as OpenAI has it, or where it is white if nothing is."""
-    mask = _opened(data, "the mask")
-    if "A" in mask.getbands() or "transparency" in mask.info:
-        alpha = mask.convert("RGBA").getchannel("A")
-        if alpha.getextrema()[0] == 0:  # type: ignore[operator]
-            return alpha.point(lambda value: 255 * (value == 0)).convert("RGB")
-    return read_image(mask)
-
-
-def _opened(data: bytes, what: str) -> Image.Image:
-    try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
-    except Image.DecompressionBombError:
-        raise ValueError(f"{what} has too many pixels") from None
-    except (OSError, SyntaxError, ValueError):
-        raise ValueError(f"{what} cannot be read: send PNG, JPEG, WebP or GIF") from None
+    """White where to paint: where the mask is transparent, as OpenAI has it, or where it is white if nothing is. Raises
+    ValueError as `decoded` does."""
+    return read_mask(data, transparent_marks=True, name="the mask", formats=FORMATS)
 
 
 def of_data(url: str) -> Image.Image:

@@ -198,16 +198,16 @@ class Server:
 
     async def generations(self, request: Request, asked: protocol.GenerationRequest) -> Any:
         """Pictures of words, or of a class."""
-        document = Document.of([Segment(label=asked.label)] if asked.prompt is None else [asked.prompt])
+        document = Document.of(Segment(label=asked.label) if asked.prompt is None else Segment(text=asked.prompt))
         return await self._images(request, asked, "image_generation", document)
 
     async def edits(self, request: Request) -> Any:
         """The picture changed as the prompt says; or, with a mask, painted anew where it marks."""
         asked, image, mask = await self._form(request, protocol.EditRequest)
         if mask is None:
-            return await self._images(request, asked, "image_edit", Document.of([image, asked.prompt]))
+            return await self._images(request, asked, "image_edit", Document.of([image, Segment(text=asked.prompt)]))
         painted: dict[str, Any] = {"around": image, "mask": mask}
-        return await self._images(request, asked, "image_edit", Document.of([asked.prompt]), **painted)
+        return await self._images(request, asked, "image_edit", Document.of(Segment(text=asked.prompt)), **painted)
 
     async def variations(self, request: Request) -> Any:
         """The picture with a share of it drawn anew, by lot, as the model itself describes it."""
@@ -217,7 +217,7 @@ class Server:
         self._named(asked.model)
         question = Job(Document.of([image, "describe this picture"]), "text")
         caption = (await self._unless_gone(request, self._all([question])))[0].parts
-        document = Document.of([str(caption[0]) if caption else "a picture"])
+        document = Document.of(Segment(text=str(caption[0]) if caption else "a picture"))
         return await self._images(request, asked, "image_variation", document, around=image, vary=asked.vary)
 
     async def _images(
