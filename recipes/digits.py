@@ -40,11 +40,21 @@ from unigen.model import Template, UnifiedModel
 from unigen.models import load, tiny
 from unigen.output import grid
 from unigen.sequence import Document, Segment, Tokens
-from unigen.tokenizers import load_tokenizer, text
+from unigen.tokenizers import load_tokenizer
 from unigen.training.muon import MuonAdamW
 from unigen.training.objectives import Mixture
 from unigen.training.trainer import Job
-from unigen.training.writers import new_heads, shares_of
+from unigen.training.writers import new_heads, shares_of, text_tokenizer
+
+INPUTS = {
+    "image_tokenizer": "unigen train recipes/tiny_vq.py pictures=digits model.image_size=32 time_limit=120 "
+    "run_dir=runs/digits-vq",
+    "scale_tokenizer": "unigen train recipes/tiny_vq.py pictures=digits model.image_size=32 time_limit=120 "
+    "model.quantizer=multiscale model.scales=1,2,4 model.code_dim=16 run_dir=runs/digits-scales",
+    "kl_tokenizer": "unigen train recipes/tiny_vq.py pictures=digits kl.image_size=32 time_limit=120 kind=kl "
+    "run_dir=runs/digits-kl",
+}
+"""Folders that fields name, and the commands that make them."""
 
 
 @dataclass
@@ -65,7 +75,7 @@ def config() -> DigitsConfig:
         time_limit=480.0,
         batch_size=4,
         optim=OptimConfig(lr=2e-3, warmup=100, min_ratio=0.02, schedule="linear"),
-        precision="bf16",
+        precision="auto",
         workers=1,
         save_every=500,
         sample_every=500,
@@ -90,10 +100,10 @@ class Documents:
 
 
 def new_model(cfg: DigitsConfig) -> UnifiedModel:
-    folder = Path(cfg.run_dir) / "text_tokenizer"
+    image_tokenizer = load_tokenizer(cfg.image_tokenizer)
     classes = tuple(tiny.class_token(i) for i in range(len(digits.NAMES)))
-    if not (folder / "tokenizer.json").exists():
-        text.train([tiny.spelt(name) for name in digits.NAMES] * 20, folder, 320, (*tiny.SPECIALS, *classes))
+    lines = [tiny.spelt(name) for name in digits.NAMES] * 20
+    words = text_tokenizer(Path(cfg.run_dir) / "text_tokenizer", lines, 320, (*tiny.SPECIALS, *classes))
     shape = LlamaConfig(
         hidden_size=cfg.width,
         num_hidden_layers=cfg.layers,
@@ -103,7 +113,7 @@ def new_model(cfg: DigitsConfig) -> UnifiedModel:
         tie_word_embeddings=True,
     )
     torch.manual_seed(cfg.seed)
-    return tiny.create(shape, text.load(folder), load_tokenizer(cfg.image_tokenizer), classes=digits.NAMES)
+    return tiny.create(shape, words, image_tokenizer, classes=digits.NAMES)
 
 
 def build(cfg: DigitsConfig) -> Job:

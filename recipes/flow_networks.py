@@ -44,11 +44,15 @@ from unigen.model import UnifiedModel
 from unigen.models import load, tiny
 from unigen.nn.painters import Kind, painter
 from unigen.output import check_output, grid, save_picture
+from unigen.precision import has_fast_bfloat16
 from unigen.samplers.guidance import Guidance
 from unigen.samplers.logits import Sampling
 from unigen.sequence import Batch, Document, Segment, Tokens, pack, to_images, to_pixels
 from unigen.tokenizers import load_tokenizer
 from unigen.training.trainer import Job, Trainer
+
+INPUTS = {"kl_tokenizer": "unigen train recipes/tiny_vq.py kind=kl run_dir=runs/kl"}
+"""Folders that fields name, and the commands that make them."""
 
 LENGTH = 64  # positions of a document: a prompt up to the begin token
 SENTINELS = 16  # ids after the text's, one for each span that is cut out
@@ -100,7 +104,7 @@ def config() -> NetworksConfig:
         steps=500,
         batch_size=32,
         optim=OptimConfig(lr=2e-3, warmup=50, weight_decay=0.01, min_ratio=0.02, schedule="linear"),
-        precision="bf16",
+        precision="auto",
         workers=0,
         ema=0.0,
         log_every=100,
@@ -223,7 +227,7 @@ def text_encoder(cfg: NetworksConfig, model: UnifiedModel) -> nn.Module:
                 nn.utils.rnn.pad_sequence([torch.tensor(pair[k]) for pair in pairs], True, fill)
                 for k, fill in enumerate((tokenizer.pad_token_id, -100))
             )
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bfloat16()):
                 loss = t5(input_ids=read, attention_mask=read != tokenizer.pad_token_id, labels=wanted).loss
             optimizer.zero_grad()
             loss.backward()
@@ -277,7 +281,7 @@ class Examples:
     def __init__(self, documents: Sequence[Tokens], condition: Condition, seed: int) -> None:
         self.documents, self.seed = documents, seed
         self.states: list[Tensor] = []
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bfloat16()):
             for start in range(0, len(documents), AT_ONCE):
                 some = documents[start : start + AT_ONCE]
                 states_BLD = condition(pack([[tokens] for tokens in some], LENGTH, 0)).float()

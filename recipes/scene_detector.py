@@ -50,7 +50,7 @@ class DetectorRun(RunConfig):
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(lr=2e-3, warmup=200, min_ratio=0.01, weight_decay=0.02)
     )
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     workers: int = 1
     save_every: int = 1000
     sample_every: int = 0

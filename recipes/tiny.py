@@ -80,7 +80,7 @@ from unigen.model import Template, UnifiedModel
 from unigen.models import load, tiny
 from unigen.output import grid
 from unigen.sequence import Document, Segment, Tokens, to_images
-from unigen.tokenizers import load_tokenizer, text
+from unigen.tokenizers import load_tokenizer
 from unigen.training.muon import MuonAdamW
 from unigen.training.objectives import Mixture
 from unigen.training.preferences import (
@@ -92,7 +92,18 @@ from unigen.training.preferences import (
     read_pairs,
 )
 from unigen.training.trainer import Job
-from unigen.training.writers import new_heads, shares_of
+from unigen.training.writers import new_heads, shares_of, text_tokenizer
+
+INPUTS = {
+    "image_tokenizer": "unigen train recipes/tiny_vq.py run_dir=runs/vq",
+    "scale_tokenizer": "unigen train recipes/tiny_vq.py model.quantizer=multiscale model.code_dim=16 "
+    "run_dir=runs/scales",
+    "kl_tokenizer": "unigen train recipes/tiny_vq.py kind=kl run_dir=runs/kl",
+    "answers": "python data_tools/judge_answers.py pictures MODEL runs/judged.jsonl --detector runs/judge/calibrated",
+    "preferences.judged": "python data_tools/judge_answers.py pictures MODEL runs/judged.jsonl "
+    "--detector runs/judge/calibrated",
+}
+"""Files and folders that fields name, and the commands that make them."""
 
 PROMPTS = (
     "a horse",
@@ -161,7 +172,7 @@ def config() -> TinyConfig:
         time_limit=4500.0,
         batch_size=8,
         optim=OptimConfig(lr=2.5e-3, warmup=100, weight_decay=0.05, min_ratio=0.02, schedule="linear"),
-        precision="bf16",
+        precision="auto",
         workers=1,
         log_every=20,
         save_every=200,
@@ -228,10 +239,9 @@ class Answers:
 def new_model(cfg: TinyConfig) -> UnifiedModel:
     from transformers import LlamaConfig
 
-    folder = Path(cfg.run_dir) / "text_tokenizer"
-    if not (folder / "tokenizer.json").exists():
-        lines = map(tiny.spelt, text_corpus(20_000, cfg.seed))
-        text.train(lines, folder, cfg.text_pieces, tiny.SPECIALS)
+    image_tokenizer = load_tokenizer(cfg.image_tokenizer)
+    lines = map(tiny.spelt, text_corpus(20_000, cfg.seed))
+    words = text_tokenizer(Path(cfg.run_dir) / "text_tokenizer", lines, cfg.text_pieces, tiny.SPECIALS)
     shape = LlamaConfig(
         hidden_size=cfg.backbone.hidden,
         num_hidden_layers=cfg.backbone.layers,
@@ -241,7 +251,7 @@ def new_model(cfg: TinyConfig) -> UnifiedModel:
         tie_word_embeddings=True,
     )
     torch.manual_seed(cfg.seed)
-    return tiny.create(shape, text.load(folder), load_tokenizer(cfg.image_tokenizer))
+    return tiny.create(shape, words, image_tokenizer)
 
 
 def build(cfg: TinyConfig) -> Job:

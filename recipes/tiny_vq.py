@@ -53,6 +53,13 @@ from unigen.tokenizers.vq import VQConfig, VQTokenizer
 from unigen.training.trainer import Job, Trainer
 from unigen.training.vq_objective import VQLossConfig, VQObjective, VQTraining
 
+INPUTS = {
+    "features": "unigen train recipes/scene_detector.py run_dir=runs/judge seed=2 && "
+    "python recipes/scene_detector.py runs/judge/model runs/judge/calibrated",
+    "drawn": "python data_tools/draw_again.py MODEL runs/drawn.npz",
+}
+"""Files and folders that fields name, and the commands that make them."""
+
 HELD_OUT_SEED = 1_000_000  # training seeds are below; item i of seed s draws from default_rng([s, i])
 
 
@@ -85,7 +92,7 @@ def config() -> VQRunConfig:
         time_limit=1500.0,
         batch_size=32,
         optim=OptimConfig(lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0, warmup=100, min_ratio=0.02),
-        precision="bf16",
+        precision="auto",
         workers=1,
         log_every=100,
         save_every=1000,

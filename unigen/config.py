@@ -59,13 +59,14 @@ class RunConfig:
     `batch_size` is rows per micro-batch and process: one step reads batch_size * accumulate * processes rows.
     With `time_limit` (seconds of training, over all sessions of the run) the run ends at `steps` or at the limit,
     whichever is first, and the schedule follows the same clock. `ema` 0 and `save_every` / `sample_every` 0 are off
-    (the end of a run is always saved). `keep` is how many checkpoints stay on disk."""
+    (the end of a run is always saved). `keep` is how many checkpoints stay on disk. `precision` auto is bf16 where the
+    GPU or the processor is fast in it, else fp32."""
 
     steps: int = 1000
     batch_size: int = 32
     accumulate: int = 1
     optim: OptimConfig = field(default_factory=OptimConfig)
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
     ema: float = 0.999
     seed: int = 0
     workers: int = 2

@@ -7,10 +7,12 @@ refuses to know what is in a model; its family does.
 from __future__ import annotations
 
 import copy
+import ctypes
 import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -292,25 +294,100 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path)
     module.load_state_dict(state, strict=True)
 
 
+_held: set[int] = set()
+"""Descriptors of the locks that this process holds."""
+
+
+def lock(path: str | Path) -> int | None:
+    """Take the lock of a file or folder that exists, without waiting. It ends with this process, however that ends;
+    processes that are forked do not have it.
+
+    Returns: what `unlock` takes; None where the file system has no locks. Raises BlockingIOError where another process
+    has it, and OSError where there is no such file."""
+    import fcntl
+
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        if isinstance(error, BlockingIOError):
+            raise
+        return None
+    _held.add(handle)
+    return handle
+
+
+def unlock(handle: int | None) -> None:
+    if handle is not None:
+        _held.discard(handle)
+        os.close(handle)
+
+
+def _close_locks() -> None:
+    for handle in _held:
+        os.close(handle)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_locks)  # a child that outlives a killed process would keep its locks
+
+
+def clear_scratch(folder: Path) -> None:
+    """Remove the scratch folders that killed processes left beside `folder`. Where one was killed while `folder` had
+    no name, its old contents come back."""
+    named = re.compile(rf"\.{re.escape(folder.name)}\.(\w{{8}}\.scratch|\w{{8}}\.old|old\d+)")
+    for left in sorted(folder.parent.iterdir()):
+        if not named.fullmatch(left.name) or not left.is_dir():
+            continue
+        try:
+            handle = lock(left)
+        except OSError:
+            continue
+        if handle is None:  # nobody can say whether it is still written
+            continue
+        if not left.name.endswith(".scratch") and not folder.exists():
+            os.replace(left, folder)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
+        unlock(handle)
+
+
 @contextmanager
 def replacing_folder(folder: str | Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `folder` when the block ends well; else nothing is changed."""
+    """A temporary folder that takes the place of `folder` when the block ends well; else nothing is changed.
+
+    A process that is killed leaves a whole `folder`, the old or the new one, and beside it a scratch folder that the
+    next call removes. Raises ValueError where the folder cannot be written."""
     folder = Path(folder).absolute()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        clear_scratch(folder)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".scratch", dir=folder.parent))
     except OSError as error:
         raise ValueError(f"cannot write the folder {folder}: {error.strerror}") from error
+    handle = lock(scratch)
     try:
         yield scratch
         scratch.chmod(0o755)
-        old = folder.with_name(f".{folder.name}.old{os.getpid()}")
-        if folder.exists():
+        if folder.exists() and not _exchange(scratch, folder):
+            old = scratch.with_suffix(".old")
             os.replace(folder, old)
-        os.replace(scratch, folder)
-        shutil.rmtree(old, ignore_errors=True)
+            os.replace(scratch, folder)
+            shutil.rmtree(old, ignore_errors=True)
+        elif not folder.exists():
+            os.replace(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        unlock(handle)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two paths swap what they name, in one step. False where the system cannot; Linux can."""
+    swap = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return swap is not None and swap(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 def write_tensors(path: Path, state: dict[str, Tensor], dtype: torch.dtype | None = None) -> None:

@@ -6,11 +6,14 @@ Run: pytest tests/training/test_trainer.py [-m slow for two processes]
 import errno
 import json
 import math
+import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from unigen.config import OptimConfig, RunConfig, apply_overrides, load_json
+from unigen.tokenizers.quantize import VectorQuantizer
 from unigen.training import checkpoint
-from unigen.training.checkpoint import Ema, checkpoints, load_checkpoint
+from unigen.training.checkpoint import Ema, checkpoints, load_checkpoint, lock_run
+from unigen.training.muon import MuonAdamW
 from unigen.training.stream import permuted
 from unigen.training.trainer import Job, Trainer, adamw, lr_scale, run_recipe
 
@@ -175,6 +180,42 @@ def test_a_signal_saves_and_stops(number: int, straight: Path, tmp_path: Path) -
     assert same(straight, tmp_path)
 
 
+@pytest.mark.parametrize("stops", [[4], [2, 9]])
+def test_a_stop_between_two_log_lines_leaves_the_same_curve(stops: list[int], tmp_path: Path) -> None:
+    sparse = "log_every=5", "save_every=0"
+    train(tmp_path / "straight", *sparse)
+    for at in stops:
+        stopped = Denoise(at, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert train(tmp_path / "stopped", *sparse, objective=stopped)["step"] == at + 1
+    train(tmp_path / "stopped", *sparse)
+    assert [line[0] for line in losses(tmp_path / "straight")] == [5, 10, 12]
+    assert same(tmp_path / "straight", tmp_path / "stopped")
+
+
+def test_more_signals_do_not_lose_the_checkpoint(tmp_path: Path) -> None:
+    """A launcher forwards what its group has had already, also while the run saves."""
+
+    def save(model: nn.Module, folder: Path) -> None:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.02)
+        (folder / "weights").write_text("whole")
+
+    stopped = Denoise(4, lambda: [os.kill(os.getpid(), number) for number in (signal.SIGTERM, signal.SIGINT)])
+    assert train(tmp_path, objective=stopped, save=save)["step"] == 5
+    assert (tmp_path / "model" / "weights").read_text() == "whole"
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-00000005.pt"]
+
+
+def test_ctrl_c_pressed_again_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 1000, 2))
+    stopped = Denoise(4, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+    monkeypatch.setattr("unigen.training.trainer.time.monotonic", lambda: next(clock))
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, "workers=0", objective=stopped)
+    assert not checkpoints(tmp_path)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.slow
 def test_a_signal_to_the_whole_group_stops_cleanly(number: int, tmp_path: Path, root: Path) -> None:
@@ -238,6 +279,41 @@ def test_counting_leaves_no_trace_in_buffers(tmp_path: Path) -> None:
     weights_after(tmp_path / "b", "batch_size=4", "accumulate=2", model=known, objective=Counted())
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), known.buffers(), strict=True))
     assert model[1].num_batches_tracked == 8
+
+
+class Reviving(nn.Module):
+    """Changes its own weights in a forward pass, as a quantizer does that revives dead codes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.quantizer = nn.Linear(6, 4), VectorQuantizer(64, 4, revive_every=1, dead_below=10.0)
+
+    def forward(self, x_BD: Tensor, rng: torch.Generator) -> Any:
+        return self.quantizer(self.inner(x_BD)[:, :, None, None], rng)
+
+
+def revived(model: Any, x_BD: Tensor, rng: torch.Generator) -> dict[str, tuple[Tensor, Tensor | int]]:
+    return model(x_BD, rng).losses
+
+
+class RevivedCounted:
+    def __call__(self, *args: Any) -> dict[str, tuple[Tensor, Tensor | int]]:
+        return revived(*args)
+
+    def counts(self, x_BD: Tensor, rng: torch.Generator) -> dict[str, int]:
+        return {"codebook": len(x_BD), "commit": len(x_BD)}
+
+
+def test_counting_leaves_no_trace_in_weights(tmp_path: Path) -> None:
+    options = "batch_size=4", "accumulate=2"
+    one = weights_after(tmp_path / "a", *options, model=Reviving(), objective=revived)
+    known = weights_after(tmp_path / "b", *options, model=Reviving(), objective=RevivedCounted())
+    assert torch.equal(one, known) and losses_of(tmp_path / "a") == losses_of(tmp_path / "b")
+
+
+def losses_of(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_weights_scale_a_loss(tmp_path: Path) -> None:
@@ -445,6 +521,147 @@ def test_a_damaged_checkpoint_is_one_clear_line(damage: str, tmp_path: Path) -> 
     assert train(tmp_path, "steps=4")["step"] == 4
 
 
+class Interrupted(BaseException):
+    """As a kill would: no handler of ours takes it."""
+
+
+def test_a_finished_run_that_was_killed_before_its_model_writes_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    killed = False
+
+    def save(model: Any, folder: Path) -> None:
+        if killed:
+            raise Interrupted
+        torch.save(model.state_dict(), folder / "weights.pt")
+
+    train(tmp_path, "steps=2", save=save)
+    old = torch.load(tmp_path / "model" / "weights.pt")["0.weight"]
+    killed = True
+    with pytest.raises(Interrupted):
+        train(tmp_path, "steps=4", save=save)
+    assert torch.equal(torch.load(tmp_path / "model" / "weights.pt")["0.weight"], old)
+    killed = False
+    assert train(tmp_path, "steps=4", save=save)["finished"]
+    state = load_checkpoint(tmp_path)
+    assert state is not None and state["step"] == 4
+    found = torch.load(tmp_path / "model" / "weights.pt")["0.weight"]
+    assert torch.equal(found, state["ema"]["average"]["0.weight"]) and not torch.equal(found, old)
+    assert "wrote the model of step 4" in capsys.readouterr().out
+    train(tmp_path, "steps=4", save=save)
+    assert "wrote the model" not in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "model")  # killed between two renames, by a system that cannot exchange folders
+    train(tmp_path, "steps=4", save=save)
+    assert torch.equal(torch.load(tmp_path / "model" / "weights.pt")["0.weight"], found)
+
+
+def test_what_a_kill_left_is_gone_at_the_next_start(tmp_path: Path) -> None:
+    train(tmp_path, "steps=2")
+    names = {p.name for p in tmp_path.rglob("*")}
+    for folder in (".model.ab12cd_9.scratch", ".model.ab12cd_9", ".model.old77", "model.tmp"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "weights").write_text("half")
+    for file in ("checkpoints/step-00000003.tmp", "metrics.tmp", ".config.json.abcd.tmp"):
+        (tmp_path / file).write_text("half")
+    train(tmp_path, "steps=2")
+    events = {name for name in (p.name for p in tmp_path.rglob("*")) if not name.startswith("events.")}
+    assert events == {name for name in names if not name.startswith("events.")} | {"model", "weights"}, (
+        "the older model came back, the rest is gone"
+    )
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    train(tmp_path, "steps=2")
+    before = losses(tmp_path)
+    ready, tell = os.pipe()
+    other = os.fork()
+    if other == 0:
+        with lock_run(tmp_path):
+            os.write(tell, b"locked")
+            time.sleep(600)
+    try:
+        os.read(ready, 6)
+        with pytest.raises(ValueError, match=f"is in use by process {other} on ") as error:
+            train(tmp_path, "steps=4")
+        one_line(error)
+        assert losses(tmp_path) == before
+    finally:
+        os.kill(other, signal.SIGKILL)
+        os.waitpid(other, 0)
+    assert train(tmp_path, "steps=4")["step"] == 4, "a killed run does not keep its folder"
+    assert not (tmp_path / ".running").exists()
+
+
+def test_damaged_files_beside_a_whole_checkpoint(
+    straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupted(tmp_path)
+    lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join([*lines[:3], b'{"step": 2, "note": "caf\xe9"}\n', *lines[3:]]))
+    for damage in (b"{\xff\xfe", b"[1, 2]", b""):
+        (tmp_path / "config.json").write_bytes(damage)
+        capsys.readouterr()
+        with pytest.raises(RuntimeError, match="the power went out"):
+            train(tmp_path, objective=Denoise(6, crash))
+        out = capsys.readouterr().out
+        assert f"{tmp_path / 'config.json'}" in out and "resuming at step 6" in out
+        assert load_json(tmp_path / "config.json")["steps"] == 12
+    assert b"caf\xe9" in (tmp_path / "metrics.damaged.jsonl").read_bytes()
+    train(tmp_path)
+    assert same(straight, tmp_path)
+
+
+def test_another_optimizer_is_called_so(tmp_path: Path) -> None:
+    def plain_sgd(model: nn.Module, cfg: RunConfig) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=cfg.optim.lr)
+
+    train(tmp_path, "steps=1")
+    with pytest.raises(ValueError, match="holds a run by the optimizer AdamW, not SGD") as error:
+        train(tmp_path, "steps=2", "keep=3", optimizer=plain_sgd)
+    assert "keep: 2 -> 3" in one_line(error)
+    state = load_checkpoint(tmp_path)
+    assert state is not None
+    del state["optimizer_names"]  # as earlier versions wrote it
+    checkpoint.save_checkpoint(tmp_path, state, 1)
+    with pytest.raises(ValueError, match="by another optimizer") as error:
+        train(tmp_path, "steps=2", optimizer=lambda model, cfg: MuonAdamW(model, cfg.optim))
+    one_line(error)
+
+
+class Slow:
+    """Rows of which one keeps its worker busy for minutes, deaf to all but a kill."""
+
+    def __init__(self) -> None:
+        self.parent = os.getpid()
+
+    def __getitem__(self, i: int) -> Tensor:
+        if i == 60 and os.getpid() != self.parent:
+            end = time.monotonic() + 100
+            while time.monotonic() < end:
+                time.sleep(1)
+        return torch.zeros(6) + i
+
+
+def test_a_fault_ends_the_workers_at_once(tmp_path: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="the power went out"):
+        train(tmp_path, "workers=2", dataset=Slow(), objective=Denoise(2, crash))
+    assert time.monotonic() - began < 30
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("variable", ["FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"])
+def test_what_the_trainer_cannot_do_is_refused(variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{variable}", "true")
+    with pytest.raises(ValueError, match="data parallel") as error:
+        train(tmp_path)
+    one_line(error)
+    monkeypatch.setenv(f"ACCELERATE_USE_{variable}", "false")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(ValueError, match="accumulate=N"):
+        train(tmp_path)
+
+
 def test_a_run_of_another_model_is_not_overwritten(tmp_path: Path) -> None:
     train(tmp_path, "steps=1")
     with pytest.raises(ValueError, match="holds a run of another model") as error:
@@ -532,3 +749,43 @@ def test_run_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe.write_text("def config(:")
     with pytest.raises(ValueError, match="not valid Python"):
         run_recipe(str(recipe))
+
+
+INPUTS = """
+import torch, unigen.nowhere
+INPUTS = {"codes": "make codes", "words": "make words"}
+
+@dataclass
+class Config(RunConfig):
+    codes: str = "runs/nowhere/codes"
+    words: str | None = None
+"""
+
+
+def test_missing_inputs_are_told_before_anything_is_imported(tmp_path: Path) -> None:
+    recipe, there = tmp_path / "recipe.py", str(tmp_path)
+    recipe.write_text(INPUTS)
+    for overrides, missing in (
+        ([], "codes=runs/nowhere/codes is not there: make it by `make codes`"),
+        ([f"codes={there}", f"words={there},nowhere"], "words=nowhere is not there: make it by `make words`"),
+        (["init_from=model", "words=nowhere"], "words=nowhere"),
+    ):
+        with pytest.raises(ValueError) as error:
+            run_recipe(str(recipe), overrides)
+        assert missing in one_line(error)
+    for overrides in ([f"codes={there}"], ["init_from=model"], ["codes=none"]):
+        with pytest.raises(ModuleNotFoundError, match="unigen.nowhere"):
+            run_recipe(str(recipe), overrides)
+
+
+@pytest.mark.parametrize("name", ["tiny", "digits", "flow_networks"])
+def test_recipes_name_the_command_that_makes_their_inputs(name: str, root: Path, tmp_path: Path) -> None:
+    code = f"""if True:
+        import sys
+        from unigen.cli import main
+        code = main(["train", {str(root / "recipes" / f"{name}.py")!r}])
+        assert "torch" not in sys.modules, "it is told before anything heavy is imported"
+        sys.exit(code)"""
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 2 and "/model is not there: make it by `unigen train recipes/tiny_vq.py" in done.stderr

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 from unigen.config import OptimConfig, RunConfig
 
 if TYPE_CHECKING:
-    from unigen.training.trainer import Job, Objective, Trainer, run_recipe
+    from unigen.training.recipe import run_recipe
+    from unigen.training.trainer import Job, Objective, Trainer
 
 __all__ = ["Job", "Objective", "OptimConfig", "RunConfig", "Trainer", "run_recipe"]
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        return getattr(importlib.import_module("unigen.training.trainer"), name)
+        home = "recipe" if name == "run_recipe" else "trainer"
+        return getattr(importlib.import_module(f"unigen.training.{home}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from unigen.config import load_json, save_json
+from unigen.hub import clear_scratch, lock, replacing_folder, unlock
 
 
 class Ema:
@@ -94,7 +98,7 @@ def save_checkpoint(run_dir: Path, state: dict[str, Any], keep: int) -> Path:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        except Exception:
+        except BaseException:
             temporary.unlink(missing_ok=True)
             raise
     for old in checkpoints(run_dir)[:-keep]:
@@ -148,41 +152,101 @@ def _verify(path: Path) -> None:
 # ---------------------------------------------------------------- the finished model
 
 
-def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """`write` fills a new folder beside `folder`, which then takes its place. ValueError where the disk is full."""
-    temporary, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
-    for leftover in (temporary, old) if folder.exists() else (temporary,):
-        shutil.rmtree(leftover, ignore_errors=True)
-    with disk_errors(str(folder), "what was saved before is untouched; free some space and run the same command again"):
-        try:
-            temporary.mkdir(parents=True)
-            write(temporary)
-            if folder.exists():
-                os.rename(folder, old)
-            os.rename(temporary, folder)
-        except Exception:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-    shutil.rmtree(old, ignore_errors=True)
+def save_model(run_dir: Path, step: int, write: Callable[[Path], None]) -> None:
+    """`write` fills a new folder, which then takes the place of run_dir/model; noted is of which step it is.
 
+    ValueError where the disk is full; the model that was there is then untouched."""
+    folder = run_dir / "model"
+    with disk_errors(str(folder), "what was saved before is untouched; free some space and run the same command again"):
+        with replacing_folder(folder) as scratch:
+            write(scratch)
+        save_json(_model_step(run_dir), {"step": step})
+
+
+def model_is_of(run_dir: Path, step: int) -> bool:
+    """Whether run_dir/model is there and was written at this step: a run may have been killed between its checkpoint
+    and its model."""
+    try:
+        return (run_dir / "model").is_dir() and load_json(_model_step(run_dir)) == {"step": step}
+    except ValueError:
+        return False
+
+
+def _model_step(run_dir: Path) -> Path:
+    return _folder(run_dir) / "model.json"
+
+
+# ---------------------------------------------------------------- one process a folder
+
+_locked: set[Path] = set()
+"""Folders of runs that this process holds."""
+
+
+@contextmanager
+def lock_run(run_dir: str | Path, main: bool = True) -> Iterator[None]:
+    """Inside, no other run trains in this folder, and what a killed one left unfinished there is gone. ValueError where
+    one does, or where the folder cannot be written. main: the other processes of a run rely on it."""
+    run_dir = Path(run_dir).absolute()
+    if run_dir in _locked or not main:
+        yield
+        return
+    note = run_dir / ".running"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        handle = lock(run_dir)
+        note.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+    except BlockingIOError as error:
+        who = note.read_text(encoding="utf-8", errors="replace") if note.is_file() else "another process"
+        raise ValueError(f"{run_dir} is in use by {who}: wait until it ends, or choose another run_dir") from error
+    except OSError as error:
+        raise ValueError(f"cannot use the run folder {run_dir}: {error.strerror or error}") from error
+    _locked.add(run_dir)
+    try:
+        _clear(run_dir)
+        yield
+    finally:
+        note.unlink(missing_ok=True)
+        _locked.discard(run_dir)
+        unlock(handle)
+
+
+def _clear(run_dir: Path) -> None:
+    """Remove what killed processes of this run left unfinished."""
+    clear_scratch(run_dir / "model")
+    if (run_dir / "model.old").is_dir() and not (run_dir / "model").exists():  # as earlier versions named it
+        os.replace(run_dir / "model.old", run_dir / "model")
+    folders = "model.tmp", "model.old", ".model.*", "..model.*"
+    for left in (left for pattern in folders for left in run_dir.glob(pattern)):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+    files = "metrics.tmp", ".config.json.*.tmp", "checkpoints/*.tmp", "checkpoints/.*.tmp"
+    for left in (left for pattern in files for left in run_dir.glob(pattern)):
+        left.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- full disks
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
+class DiskError(ValueError):
+    """A file that cannot be written, in one line."""
+
+
 @contextmanager
 def disk_errors(what: str, advice: str) -> Iterator[None]:
-    """A disk that is full or may not be written becomes one ValueError; every other exception passes unchanged."""
+    """A disk that is full or may not be written becomes one DiskError; every other exception passes unchanged."""
     try:
         yield
-    except ValueError:
+    except DiskError:
         raise
     except Exception as error:
         chain: BaseException | None = error
         while chain is not None:  # torch and safetensors raise their own kinds about a failed write
             if isinstance(chain, OSError) and chain.errno in _DISK:
-                raise ValueError(f"cannot write {what}: {chain.strerror}; {advice}") from error
+                raise DiskError(f"cannot write {what}: {chain.strerror}; {advice}") from error
             if "(os error 28)" in str(chain):
-                raise ValueError(f"cannot write {what}: {os.strerror(errno.ENOSPC)}; {advice}") from error
+                raise DiskError(f"cannot write {what}: {os.strerror(errno.ENOSPC)}; {advice}") from error
             chain = chain.__cause__ or chain.__context__
         raise
 

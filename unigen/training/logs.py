@@ -6,8 +6,8 @@ It refuses to know where numbers come from. `Totals` adds sums and counts; `Logs
 import json
 import math
 import os
+import shutil
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +20,42 @@ class Totals:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.reset()
+
+    def reset(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}
         self._weights: dict[str, float] = {}
-        self._since = time.monotonic()
 
-    def add(self, name: str, total: Tensor, count: Tensor | int, weight: float = 1.0) -> None:
-        total = torch.as_tensor(total, device=self.device).detach().double()
-        count = torch.as_tensor(count, device=self.device).detach().double()
+    def add(self, name: str, total: Tensor | float, count: Tensor | float, weight: float = 1.0) -> None:
+        total = torch.as_tensor(total, device=self.device, dtype=torch.float64).detach()
+        count = torch.as_tensor(count, device=self.device, dtype=torch.float64).detach()
         self._sums[name] = self._sums[name] + total if name in self._sums else total
         self._counts[name] = self._counts[name] + count if name in self._counts else count
         self._weights[name] = weight
 
-    def mean(self, world: int) -> dict[str, float]:
-        """{"loss", each name, "tokens/s" where "metric/tokens" is a name}: over all processes since the last call."""
+    def rows(self, world: int) -> dict[str, list[float]]:
+        """Name -> [sum, count, weight], over all processes; each of them has to ask."""
         names = sorted(self._sums)
         both = torch.stack([torch.stack([self._sums[name], self._counts[name]]) for name in names])
         if world > 1:
             torch.distributed.all_reduce(both)
-        rows = dict(zip(names, both.tolist(), strict=True))
-        means = {name.removeprefix("metric/"): total / max(count, 1e-12) for name, (total, count) in rows.items()}
-        loss = sum(self._weights[name] * means[name] for name in names if not name.startswith("metric/"))
-        if "metric/tokens" in rows:
-            means["tokens/s"] = rows["metric/tokens"][0] / max(time.monotonic() - self._since, 1e-9)
-        self.__init__(self.device)  # type: ignore[misc]
-        return {"loss": loss} | means
+        return {name: [*row, self._weights[name]] for name, row in zip(names, both.tolist(), strict=True)}
+
+    def load(self, rows: dict[str, list[float]], main: bool) -> None:
+        """Go on from what `rows` gave, in the main process; the others add nothing to it."""
+        self.reset()
+        for name, (total, count, weight) in rows.items():
+            self.add(name, total if main else 0.0, count if main else 0.0, weight)
+
+
+def means(rows: dict[str, list[float]], seconds: float) -> dict[str, float]:
+    """{"loss", each name, "tokens/s" where "metric/tokens" is a name} of what `Totals.rows` gives."""
+    each = {name.removeprefix("metric/"): total / max(count, 1e-12) for name, (total, count, _) in rows.items()}
+    loss = sum(weight * each[name] for name, (*_, weight) in rows.items() if not name.startswith("metric/"))
+    if "metric/tokens" in rows:
+        each["tokens/s"] = rows["metric/tokens"][0] / max(seconds, 1e-9)
+    return {"loss": loss} | each
 
 
 class Logs:
@@ -109,16 +120,25 @@ def clock(seconds: float) -> str:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Forget the lines of steps that are about to be done again, and one cut short by a kill."""
-    if path.exists():
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        os.replace(temporary, path)
+    """Forget the lines of steps that are about to be done again, and one cut short by a kill. A file with other lines
+    that cannot be read is kept beside, as it was."""
+    if not path.exists():
+        return
+    lines = path.read_bytes().splitlines()
+    steps = [_step(line) for line in lines]
+    if None in steps[:-1]:
+        aside = path.with_suffix(".damaged.jsonl")
+        shutil.copyfile(path, aside)
+        print(f"{path} is damaged: {steps.count(None)} lines are left out; as it was, it is {aside}", flush=True)
+    temporary = path.with_suffix(".tmp")
+    kept = [line + b"\n" for line, at in zip(lines, steps, strict=True) if at is not None and at <= step]
+    temporary.write_bytes(b"".join(kept))
+    os.replace(temporary, path)
 
 
-def _step(line: str) -> float:
+def _step(line: bytes) -> float | None:
+    """The step of a line; None where it cannot be read."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None

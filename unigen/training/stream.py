@@ -8,12 +8,15 @@ process or worker makes it and whenever: resuming is starting at p.
 """
 
 import itertools
+import multiprocessing
 import os
 import pickle
 import random
 import signal
+import threading
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,9 +118,55 @@ class _Collate:
 
 def _worker_signals(_: int) -> None:
     """Ctrl-C and many a scheduler's SIGTERM reach every process of a group: the trainer decides when to stop, so its
-    workers go on until they are told; one that is stuck dies two minutes after a SIGTERM."""
+    workers go on until it closes them; one that is stuck beside a dead trainer dies two minutes after a SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(120))
+
+
+class Batches:
+    """The endless batches of a loader; `close` ends its workers within seconds, whatever they are doing."""
+
+    def __init__(self, loader: Any) -> None:
+        before = set(multiprocessing.active_children())
+        self._batches = iter(loader)
+        self._workers = set(multiprocessing.active_children()) - before
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        return next(self._batches)
+
+    def close(self, grace: float = 1.0) -> None:
+        """End the workers: one that waits for work at once, one that is busy is killed after `grace` seconds."""
+        shut_down = getattr(self._batches, "_shutdown_workers", None)  # without workers there is none
+        if shut_down is None:
+            return
+        kill = threading.Timer(grace, self._kill)
+        kill.start()
+        try:
+            with _deaf_to_children():
+                shut_down()
+        finally:
+            kill.cancel()
+
+    def _kill(self) -> None:
+        for worker in self._workers:
+            worker.kill()
+
+
+@contextmanager
+def _deaf_to_children() -> Iterator[None]:
+    """Inside, the end of a worker is no error, as which torch takes it."""
+    try:
+        old = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    except ValueError:  # not the main thread, in which torch would raise it
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, old)
 
 
 def load(
@@ -132,7 +181,7 @@ def load(
     shuffle: bool,
     workers: int,
     pin: bool,
-) -> Iterator[Any]:
+) -> Batches:
     """Endless batches of `size` rows for process `rank`, the first at row first + rank * size, then every world * size
     rows.
 
@@ -153,4 +202,4 @@ def load(
         pin_memory=pin,
         prefetch_factor=4 if workers else None,
     )
-    return iter(loader)
+    return Batches(loader)

@@ -9,10 +9,9 @@ resumed run equals an uninterrupted one bit for bit.
 """
 
 import dataclasses
-import importlib.util
 import math
+import os
 import signal
-import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,11 +23,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unigen.config import OptimConfig, RunConfig, apply_overrides, load_json, save_json, to_dict
+from unigen.config import OptimConfig, RunConfig, load_json, save_json, to_dict
 from unigen.extras import require
-from unigen.training.checkpoint import Ema, cpu_tree, disk_errors, load_checkpoint, replace_folder, save_checkpoint
-from unigen.training.logs import Logs, Totals, clock
-from unigen.training.stream import Failed, load, mix, seed_all
+from unigen.precision import train_precision
+from unigen.training.checkpoint import (
+    Ema,
+    checkpoints,
+    cpu_tree,
+    disk_errors,
+    load_checkpoint,
+    lock_run,
+    model_is_of,
+    save_checkpoint,
+    save_model,
+)
+from unigen.training.logs import Logs, Totals, clock, means
+from unigen.training.recipe import run_recipe as run_recipe
+from unigen.training.stream import Batches, Failed, load, mix, seed_all
 
 Objective = Callable[[nn.Module, Any, torch.Generator], dict[str, tuple[Tensor, Tensor | int]]]
 """(model, batch, rng) -> {name: (sum, count)}; the loss is the sum over names of sum / count, times
@@ -56,30 +67,6 @@ class Job:
     save: Callable[[nn.Module, Path], None] | None = None
     optimizer: Callable[[nn.Module, Any], torch.optim.Optimizer] | None = None
     objectives: Sequence[tuple[Objective, Iterable[nn.Parameter] | torch.optim.Optimizer]] = ()
-
-
-def run_recipe(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Load the recipe file at `path`, apply `key=value` overrides strictly, build and train. Returns the final
-    metrics."""
-    file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"no recipe at {path}: give the path of a Python file with config() and build(cfg)")
-    name = f"unigen_recipe_{file.stem}"
-    spec = importlib.util.spec_from_file_location(name, file)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"{path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # so that the recipe's dataclasses and classes resolve, also in workers
-    try:
-        spec.loader.exec_module(module)
-    except SyntaxError as error:
-        raise ValueError(f"the recipe {path} is not valid Python: {error}") from error
-    for needed in ("config", "build"):
-        if not callable(getattr(module, needed, None)):
-            raise ValueError(f"the recipe {path} has no function {needed}(); it needs config() and build(cfg)")
-    cfg = apply_overrides(module.config(), overrides)
-    seed_all(cfg.seed)  # so that the first weights are a function of the configuration
-    return Trainer(cfg, module.build(cfg)).run()
 
 
 # ---------------------------------------------------------------- pure parts
@@ -154,17 +141,21 @@ class Trainer:
     """`Trainer(cfg, job).run()` trains, resuming where `cfg.run_dir` holds a run, and returns the final metrics.
 
     In run_dir: config.json (resolved), metrics.jsonl, tensorboard/, checkpoints/, samples/, model/ (what job.save
-    wrote). SIGTERM and SIGINT end the run after the current step with a checkpoint."""
+    wrote). SIGTERM and SIGINT end the run after the current step with a checkpoint; a second Ctrl-C ends it at once."""
 
     def __init__(self, cfg: RunConfig, job: Job) -> None:
+        _check_launcher()
         require("train", "accelerate", "tensorboard")
         from accelerate import Accelerator, DistributedDataParallelKwargs
         from accelerate.state import AcceleratorState
 
-        self.cfg, self.job, self.run_dir = cfg, job, Path(cfg.run_dir)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.cfg = dataclasses.replace(cfg, precision=train_precision(cfg.precision, device))
+        self.precision = self.cfg.precision + (" (precision=auto)" if cfg.precision == "auto" else "")
+        self.job, self.run_dir = job, Path(cfg.run_dir)
         AcceleratorState._reset_state()  # another Trainer of this process may have had another precision
         self.accelerator = Accelerator(
-            mixed_precision="bf16" if cfg.precision == "bf16" else "no",
+            mixed_precision="bf16" if self.cfg.precision == "bf16" else "no",
             cpu=not torch.cuda.is_available(),
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
@@ -173,6 +164,8 @@ class Trainer:
                 f"the Trainer runs in one process or data parallel (torchrun), not {self.accelerator.distributed_type}"
             )
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        if (wanted := int(os.environ.get("WORLD_SIZE", 1))) != self.world:
+            raise ValueError(f"{wanted} processes were launched, which would not train together: launch by torchrun")
         self.main = self.accelerator.is_main_process
         self.device = self.accelerator.device
         self.step = 0  # steps done
@@ -180,6 +173,8 @@ class Trainer:
         self.elapsed = 0.0  # seconds of training, earlier sessions included
         self._rows_per_step = cfg.batch_size * cfg.accumulate * self.world
         self.signal: int | None = None
+        self.totals = Totals(self.device)  # since the last log line,
+        self.logged = 0, 0.0  # which was at this step and time
         self.model = job.model.to(self.device)
         self.players = self._make_players()
         self.ema = Ema(self.model, cfg.ema) if cfg.ema else None
@@ -208,53 +203,72 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Train to the end of `steps` or `time_limit`, or until a signal. Returns the last metrics with step, rows
         (read by all processes), seconds and finished (False after a signal). ValueError for what the user can mend: a
-        damaged checkpoint, a run folder of another model, a full disk, a loss that is not finite, a dataset's own
-        ValueError."""
-        with disk_errors(
-            "the run's files", "free some space and run the same command again; it goes on where it was saved"
-        ):
-            return self._run()
+        run folder that another process trains in, a damaged checkpoint, a run folder of another model, a full disk, a
+        loss that is not finite, a dataset's own ValueError, a process of the run that ended."""
+        with lock_run(self.run_dir, self.main):
+            with disk_errors(
+                "the run's files", "free some space and run the same command again; it goes on where it was saved"
+            ):
+                try:
+                    return self._run()
+                except RuntimeError as error:
+                    if self.world == 1 or not _is_lost_peer(error):
+                        raise
+                    raise ValueError(
+                        f"process {self.rank} ends since another one of the run did: {_goes_on(self.run_dir)}"
+                    ) from error
 
     def _run(self) -> dict[str, Any]:
         self._resume()
         self._forward = self.accelerator.prepare(_Step(self.model))
         self.model.train()
         began, before, first = time.monotonic(), self.elapsed, self.step
-        logged = first, before  # step and seconds of the last log line
         last: dict[str, Any] = {}
-        totals = Totals(self.device)
-        batches: Iterator[Any] | None = None
+        batches: Batches | None = None
         start = self._progress()
+        if start >= 1:
+            self._complete()
         logs = Logs(self.run_dir, self.cfg.steps, first, start, before) if self.main else None
         with self._signals(), logs or nullcontext():
-            while True:
-                self.elapsed, stop = self._agree(before + time.monotonic() - began)
-                progress = self._progress()
-                ended = progress >= 1 or stop
-                if self.step > first:
-                    saving = ended or _every(self.cfg.save_every, self.step)
-                    if ended or saving or self.step % self.cfg.log_every == 0:
-                        last = totals.mean(self.world) | {"lr": self._lr(), "seconds": self.elapsed}
-                        rows = (self.step - logged[0]) * self._rows_per_step
-                        last["rows/s"] = rows / max(self.elapsed - logged[1], 1e-9)
-                        logged = self.step, self.elapsed
-                        if logs:
-                            logs.write(self.step, last, progress)
-                        self._check(last)  # before saving: broken weights must not replace good ones
-                    if saving:
-                        self._save()
-                    if (ended or _every(self.cfg.sample_every, self.step)) and not stop:
-                        self._sample()
-                if ended:
-                    break
-                batches = self._batches() if batches is None else batches
-                self._train_step(batches, progress, totals)
-                if logs:
-                    logs.tick()
+            try:
+                while True:
+                    self.elapsed, stop = self._agree(before + time.monotonic() - began)
+                    progress = self._progress()
+                    finished = progress >= 1
+                    if self.step > first:
+                        saving = finished or _every(self.cfg.save_every, self.step)
+                        logging = saving or _every(self.cfg.log_every, self.step)
+                        if logging or stop:
+                            last = self._metrics()
+                            if logging and logs:
+                                logs.write(self.step, last, progress)
+                            self._check(last)  # before saving: broken weights must not replace good ones
+                            if logging:
+                                self.totals.reset()
+                                self.logged = self.step, self.elapsed
+                        if saving or stop:
+                            self._save()
+                        if (finished or _every(self.cfg.sample_every, self.step)) and not stop:
+                            self._sample()
+                    if finished or stop:
+                        break
+                    batches = self._batches() if batches is None else batches
+                    self._train_step(batches, progress)
+                    if logs:
+                        logs.tick()
+            finally:
+                if batches is not None:
+                    batches.close()
         if self.main:
             word = "stopped by a signal (the same command goes on)" if stop else "finished"
             print(f"{self.run_dir}: {word} at step {self.step} after {clock(self.elapsed)}", flush=True)
         return last | {"step": self.step, "rows": self.rows, "seconds": self.elapsed, "finished": not stop}
+
+    def _metrics(self) -> dict[str, float]:
+        """The means since the last log line. All processes have to ask."""
+        steps, seconds = self.step - self.logged[0], max(self.elapsed - self.logged[1], 1e-9)
+        own = {"lr": self._lr(), "seconds": self.elapsed, "rows/s": steps * self._rows_per_step / seconds}
+        return means(self.totals.rows(self.world), seconds) | own
 
     def _progress(self) -> float:
         """The share of the run that is done, in [0, 1], by steps or by the clock, whichever is further."""
@@ -283,7 +297,7 @@ class Trainer:
             seconds, stop = both.tolist()
         return seconds, bool(stop)
 
-    def _train_step(self, batches: Iterator[Any], progress: float, totals: Totals) -> None:
+    def _train_step(self, batches: Iterator[Any], progress: float) -> None:
         cfg = self.cfg
         micro = [self._next(batches) for _ in range(cfg.accumulate)]
         scale = lr_scale(cfg.optim, self.step, progress)
@@ -291,9 +305,9 @@ class Trainer:
             if hasattr(objective, "step"):
                 objective.step = self.step
             with self._only(player):
-                self._backward(player, objective, micro, totals)
+                self._backward(player, objective, micro)
             norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.optim.clip or math.inf)
-            totals.add(f"metric/grad_norm{player or ''}", norm, 1)
+            self.totals.add(f"metric/grad_norm{player or ''}", norm, 1)
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * scale
             optimizer.step()
@@ -303,7 +317,7 @@ class Trainer:
         self.step += 1
         self.rows += self._rows_per_step
 
-    def _backward(self, player: int, objective: Objective, micro: list[Any], totals: Totals) -> None:
+    def _backward(self, player: int, objective: Objective, micro: list[Any]) -> None:
         """Gradients of sum(sums) / sum(counts) over the step's micro-batches and processes, name by name."""
         counts = self._counts(player, objective, micro) if len(micro) > 1 else None
         weights: Mapping[str, float] = getattr(objective, "weights", {})
@@ -320,16 +334,28 @@ class Trainer:
                     if not name.startswith("metric/")
                 ]
                 for name, (total, count) in result.items():
-                    totals.add(name, total, count, weights.get(name, 1.0))
+                    self.totals.add(name, total, count, weights.get(name, 1.0))
                 self.accelerator.backward(torch.stack([part.float() for part in parts]).sum())
 
     def _counts(self, player: int, objective: Any, micro: list[Any]) -> dict[str, Tensor]:
         """The counts of the whole step, known before its first backward pass.
 
-        Without `objective.counts` they come from one more forward pass; the model's buffers are put back after it.
+        Without `objective.counts` they come from one more forward pass, after which weights and buffers are put back:
+        a pass in training mode may change both, as dead codes that are revived do.
         """
+        if hasattr(objective, "counts"):
+            return self._sum_over_processes(self._counted(player, objective, micro))
+        parts = [self.model, *([objective] if isinstance(objective, nn.Module) else [])]
+        tensors = [tensor for part in parts for tensor in [*part.parameters(), *part.buffers()]]
+        before = [tensor.detach().clone() for tensor in tensors]
+        counts = self._counted(player, objective, micro)
+        with torch.no_grad():
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor.copy_(value)
+        return self._sum_over_processes(counts)
+
+    def _counted(self, player: int, objective: Any, micro: list[Any]) -> dict[str, Any]:
         total: dict[str, Any] = {}
-        buffers = [(b, b.clone()) for b in self.model.buffers()]
         for index, batch in enumerate(micro):
             rng = self._seed(player, index)
             if hasattr(objective, "counts"):
@@ -339,10 +365,7 @@ class Trainer:
                     counts = {name: count for name, (_, count) in objective(self.model, batch, rng).items()}
             for name, count in counts.items():
                 total[name] = total.get(name, 0) + count
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
-        return self._sum_over_processes(total)
+        return total
 
     def _sum_over_processes(self, counts: Mapping[str, Tensor | int]) -> dict[str, Tensor]:
         names = sorted(name for name in counts if not name.startswith("metric/"))
@@ -382,7 +405,7 @@ class Trainer:
     def _lr(self) -> float:
         return self.players[0][1].param_groups[0]["lr"]
 
-    def _batches(self) -> Iterator[Any]:
+    def _batches(self) -> Batches:
         """This process's micro-batches, endless, from the saved row on."""
         cfg = self.cfg
         return load(
@@ -407,6 +430,7 @@ class Trainer:
     # ------------------------------------------------ saving
 
     def _save(self) -> None:
+        rows = self.totals.rows(self.world) if self.logged[0] < self.step else {}
         if self.main:
             state = {
                 "step": self.step,
@@ -414,14 +438,30 @@ class Trainer:
                 "elapsed": self.elapsed,
                 "model": self.model.state_dict(),
                 "optimizers": [optimizer.state_dict() for _, optimizer, _ in self.players],
+                "optimizer_names": self._optimizer_names(),
                 "ema": self.ema.state_dict() if self.ema else None,
+                # stopped between two log lines: the next one is to be what it would have been
+                "unlogged": {"rows": rows, "step": self.logged[0], "seconds": self.logged[1]} if rows else None,
             }
             save_checkpoint(self.run_dir, cpu_tree(state), self.cfg.keep)
-            if self.job.save is not None:
-                save = self.job.save
-                with self._averaged():
-                    replace_folder(self.run_dir / "model", lambda folder: save(self.model, folder))
+            self._save_model()
         self.accelerator.wait_for_everyone()
+
+    def _save_model(self) -> None:
+        if self.job.save is not None:
+            save = self.job.save
+            with self._averaged():
+                save_model(self.run_dir, self.step, lambda folder: save(self.model, folder))
+
+    def _complete(self) -> None:
+        """Write the model of a finished run that was killed before it had done so."""
+        if self.main and self.job.save is not None and not model_is_of(self.run_dir, self.step):
+            self._save_model()
+            print(f"{self.run_dir}: wrote the model of step {self.step}, which was missing", flush=True)
+        self.accelerator.wait_for_everyone()
+
+    def _optimizer_names(self) -> list[str]:
+        return [type(optimizer).__name__ for _, optimizer, _ in self.players]
 
     def _sample(self) -> None:
         if self.main and self.job.sample is not None:
@@ -442,44 +482,84 @@ class Trainer:
     def _resume(self) -> None:
         """Take up the run that run_dir holds, or start one; says which."""
         state = load_checkpoint(self.run_dir)
-        saved = load_json(self.run_dir / "config.json") if state and (self.run_dir / "config.json").exists() else {}
+        saved = self._saved_config() if state is not None else {}
+        changes = list(_changes(saved, to_dict(self.cfg))) if saved else []
         if state is not None:
-            try:
-                self.model.load_state_dict(state["model"])
-                for (_, optimizer, _), saved_optimizer in zip(self.players, state["optimizers"], strict=True):
-                    options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-                    optimizer.load_state_dict(saved_optimizer)
-                    for group, option in zip(optimizer.param_groups, options, strict=True):
-                        group.update(option)  # lr and the like are the configuration's to say, also when it changed
-                if self.ema and state["ema"]:
-                    self.ema.load_state_dict(state["ema"])
-                self.step, self.rows, self.elapsed = state["step"], state["rows"], state["elapsed"]
-            except (KeyError, RuntimeError, ValueError) as error:
-                reason = " ".join(str(error).split())[:300]
-                raise ValueError(
-                    f"{self.run_dir} holds a run of another model ({reason}); choose another run_dir"
-                ) from error
+            self._load(state, changes)
         if self.main:
             parameters = sum(p.numel() for p in self.model.parameters())
             verb = f"resuming at step {self.step}" if state else "a fresh run"
             print(
                 f"{self.run_dir}: {verb}, {parameters / 1e6:.2f}M parameters, {self.world} x {self.device.type} "
-                f"{self.cfg.precision}" + (f", from {self.cfg.init_from}" if self.cfg.init_from and not state else ""),
+                f"{self.precision}" + (f", from {self.cfg.init_from}" if self.cfg.init_from and not state else ""),
                 flush=True,
             )
-            for line in _changes(saved, to_dict(self.cfg)) if saved else ():
+            for line in changes:
                 print(f"  changed since the run began: {line}", flush=True)
             save_json(self.run_dir / "config.json", to_dict(self.cfg))
 
+    def _saved_config(self) -> dict[str, Any]:
+        """The configuration that the run had; without one, or with a damaged one, the checkpoint says all it needs."""
+        path = self.run_dir / "config.json"
+        if not path.exists():
+            return {}
+        try:
+            saved = load_json(path)
+            if isinstance(saved, dict):
+                return saved
+            reason = f"{path} holds no table of keys"
+        except ValueError as error:
+            reason = str(error)
+        if self.main:
+            print(f"{reason}; it is written anew, and the run goes on from its checkpoint", flush=True)
+        return {}
+
+    def _load(self, state: dict[str, Any], changes: Sequence[str]) -> None:
+        """Take over what a checkpoint holds. ValueError where it is of another model or optimizer."""
+        told = f" ({'; '.join(changes)})" if changes else ""
+        other = "choose another run_dir, or give what the run had"
+        try:
+            self.model.load_state_dict(state["model"])
+        except (KeyError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"{self.run_dir} holds a run of another model{told}: {other} ({reason})") from error
+        had, has = state.get("optimizer_names", self._optimizer_names()), self._optimizer_names()
+        if had != has:
+            both = f"{' and '.join(had)}, not {' and '.join(has)}"
+            raise ValueError(f"{self.run_dir} holds a run by the optimizer {both}{told}: {other}")
+        try:
+            for (_, optimizer, _), saved_optimizer in zip(self.players, state["optimizers"], strict=True):
+                options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+                optimizer.load_state_dict(saved_optimizer)
+                for group, option in zip(optimizer.param_groups, options, strict=True):
+                    group.update(option)  # lr and the like are the configuration's to say, also when it changed
+        except (KeyError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"{self.run_dir} holds a run by another optimizer{told}: {other} ({reason})") from error
+        if self.ema and state["ema"]:
+            self.ema.load_state_dict(state["ema"])
+        self.step, self.rows, self.elapsed = state["step"], state["rows"], state["elapsed"]
+        self.logged = self.step, self.elapsed
+        if unlogged := state.get("unlogged"):
+            self.totals.load(unlogged["rows"], self.main)
+            self.logged = unlogged["step"], unlogged["seconds"]
+
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT set a flag; a second one acts as usual."""
+        """SIGTERM and SIGINT set a flag, and the run stops after its step. More of them, as launchers send, change
+        nothing; but Ctrl-C pressed again after a second ends the process at once."""
         old: dict[int, Any] = {}
+        first = math.inf
 
         def handle(number: int, _: Any) -> None:
+            nonlocal first
             self.signal = number
-            for which, handler in old.items():
-                signal.signal(which, handler)
+            if number == signal.SIGINT and time.monotonic() > first + 1:
+                raise KeyboardInterrupt
+            if first == math.inf:
+                first = time.monotonic()
+                if self.main:
+                    os.write(2, b"stopping after this step, with a checkpoint (Ctrl-C again: at once, without)\n")
 
         try:
             for which in (int(signal.SIGTERM), int(signal.SIGINT)):
@@ -491,6 +571,42 @@ class Trainer:
         finally:
             for which, handler in old.items():
                 signal.signal(which, handler)
+
+
+@contextmanager
+def main_process_first() -> Iterator[None]:
+    """Inside, the main process of a run goes first and the others wait for it: for a file that all of them read and one
+    of them makes."""
+    from accelerate import PartialState
+
+    with PartialState(cpu=not torch.cuda.is_available()).main_process_first():
+        yield
+
+
+def _check_launcher() -> None:
+    """ValueError where `accelerate launch` was told what the Trainer would silently leave out."""
+    for name, option in (
+        ("FSDP", "--use_fsdp"),
+        ("DEEPSPEED", "--use_deepspeed"),
+        ("MEGATRON_LM", "--use_megatron_lm"),
+        ("PARALLELISM_CONFIG", "--use_parallelism_config"),
+    ):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1", "yes"):
+            raise ValueError(f"the Trainer runs in one process or data parallel: leave {option} out, or use torchrun")
+    if os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") not in ("", "1"):
+        raise ValueError("gradients are accumulated by accumulate=N: leave --gradient_accumulation_steps out")
+
+
+def _is_lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed since another process is gone, as gloo and NCCL tell it."""
+    signs = "connection closed by peer", "connection reset", "broken pipe", "remote process"
+    return any(sign in str(error).lower() for sign in signs)
+
+
+def _goes_on(run_dir: Path) -> str:
+    good = checkpoints(run_dir)
+    where = f"from {good[-1].name}" if good else "afresh"
+    return f"its own message says why; the same command goes on {where}"
 
 
 def _every(interval: int, step: int) -> bool:

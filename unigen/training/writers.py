@@ -7,17 +7,19 @@ It refuses to know which generators there are."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from unigen import generators
+from unigen import generators, hub
 from unigen.config import to_dict
 from unigen.model import UnifiedModel
 from unigen.models import tiny
-from unigen.tokenizers import load_tokenizer
+from unigen.tokenizers import load_tokenizer, text
+from unigen.training.trainer import main_process_first
 
 
 def shares_of(writers: Mapping[str, float]) -> dict[str, float]:
@@ -29,6 +31,21 @@ def shares_of(writers: Mapping[str, float]) -> dict[str, float]:
         raise ValueError("writers are shares of at least 0, and that of next-token, as which all are read, above 0")
     ordered = sorted(writers.items(), key=lambda item: (item[0] != "next-token", item[0]))  # however they were given
     return {name: share / sum(writers.values()) for name, share in ordered if share > 0}
+
+
+def text_tokenizer(folder: Path, lines: Iterable[str], pieces: int, specials: tuple[str, ...]) -> Any:
+    """The Hugging Face tokenizer in a folder, trained into it where there is none, by the main process of a run.
+
+    Args:
+        lines: what it is trained on.
+        pieces: the most that it has of text.
+        specials: symbols that are never split."""
+    with main_process_first():
+        if not (folder / "tokenizer.json").exists():
+            print(f"{folder}: training a text tokenizer", flush=True)
+            with hub.replacing_folder(folder) as scratch:
+                text.train(lines, scratch, pieces, specials)
+        return text.load(folder)
 
 
 def new_heads(

@@ -1,0 +1,90 @@
+"""A recipe file: what it needs is looked for before anything heavy is imported, then it is built and trained.
+
+    run_recipe("recipes/tiny.py", ["steps=100", "optim.lr=1e-4"])
+
+A recipe is a Python file with config(), which gives a RunConfig, and build(cfg), which gives a Job. It may say which
+of its fields name files or folders that something else makes, and by which command, in a plain table:
+
+    INPUTS = {"image_tokenizer": "unigen train recipes/tiny_vq.py run_dir=runs/vq"}
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from unigen.config import apply_overrides
+from unigen.extras import require
+
+
+def run_recipe(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Load the recipe file at `path`, apply `key=value` overrides strictly, build and train.
+
+    Returns: the final metrics, as `Trainer.run`. Raises ValueError in one line for a file that is no recipe, an input
+    that is not there, a wrong override, and what `Trainer.run` raises it for."""
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"no recipe at {path}: give the path of a Python file with config() and build(cfg)")
+    try:
+        tree = ast.parse(file.read_bytes(), str(file))
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"the recipe {path} is not valid Python: {error}") from error
+    require("train", "accelerate", "tensorboard")
+    check_inputs(tree, overrides)
+    main = os.environ.get("RANK", "0") == "0"  # as the launcher of several processes says
+    if main:
+        print(f"{path}: loading", flush=True)
+    name = f"unigen_recipe_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # so that the recipe's dataclasses and classes resolve, also in workers
+    spec.loader.exec_module(module)
+    for needed in ("config", "build"):
+        if not callable(getattr(module, needed, None)):
+            raise ValueError(f"the recipe {path} has no function {needed}(); it needs config() and build(cfg)")
+    cfg = apply_overrides(module.config(), overrides)
+
+    from unigen.training.checkpoint import lock_run
+    from unigen.training.stream import seed_all
+    from unigen.training.trainer import Trainer
+
+    with lock_run(cfg.run_dir, main):
+        seed_all(cfg.seed)  # so that the first weights are a function of the configuration
+        return Trainer(cfg, module.build(cfg)).run()
+
+
+def check_inputs(tree: ast.Module, overrides: Sequence[str]) -> None:
+    """ValueError where a file or folder of the recipe's INPUTS is missing, naming the command that makes it.
+
+    Read from the text of the recipe, before its imports. What is not given by an override is the field's default,
+    which a model to begin from (init_from) or another choice of writers may do without: `build` says that."""
+    given = {key.strip(): value.strip() for key, _, value in (item.partition("=") for item in overrides)}
+    chosen = any(key == "init_from" or key.startswith("writers.") for key in given)
+    for key, command in _inputs(tree).items():
+        value = given.get(key, "none" if chosen else _default(tree, key))
+        for path in value.split(",") if value.lower() not in ("none", "null", "") else ():
+            if not Path(path).exists():
+                raise ValueError(f"{key}={path} is not there: make it by `{command}`, or name another by {key}=PATH")
+
+
+def _inputs(tree: ast.Module) -> dict[str, str]:
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and [t.id for t in node.targets if isinstance(t, ast.Name)] == ["INPUTS"]:
+            return ast.literal_eval(node.value)
+    return {}
+
+
+def _default(tree: ast.Module, field: str) -> str:
+    """The text that a dataclass of the file has as its field's default; "none" where it has none."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == field:
+            if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+                return node.value.value
+    return "none"
