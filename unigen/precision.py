@@ -6,7 +6,7 @@ It refuses to know models. Importing it costs milliseconds: torch is imported wh
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import Any, Literal
 
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZATIONS = ("8bit", "4bit")
@@ -46,8 +46,8 @@ def has_fast_bfloat16(device: Any = "cpu") -> bool:
     return any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 
 
-def train_precision(asked: str, device: Any) -> str:
-    """ "fp32" or "bf16" for "auto": bf16 where it is fast on the device."""
+def train_precision(asked: Literal["auto", "fp32", "bf16"], device: Any) -> Literal["fp32", "bf16"]:
+    """What to train in: auto is bf16 where the device is fast in it, else fp32."""
     if asked != "auto":
         return asked
     return "bf16" if has_fast_bfloat16(device) else "fp32"
