@@ -41,7 +41,7 @@ def fetched(url: str) -> tuple[Any, bytes]:
 def test_the_page_and_its_files_are_served_under_a_strict_policy(tiny_server: Any) -> None:
     headers, index = fetched(tiny_server.url + "/")
     names = re.findall(r'(?:href|src)="(web/[^"]+)"', index.decode())
-    assert {"web/page.css", "web/page.js", "web/icon.svg"} <= set(names)
+    assert {"web/page.css", "web/page.js", "web/icon.svg"} <= set(names) and index.count(b"<h1>") == 1
     for name in [*names, *(f"web/{path.name}" for path in page.FOLDER.iterdir() if path.name != page.INDEX)]:
         headers, data = fetched(f"{tiny_server.url}/{name}")
         assert data == (page.FOLDER / Path(name).name).read_bytes()
@@ -494,6 +494,101 @@ def test_history_is_kept_opened_exported_and_cleared(tiny_server: Any, open_page
     seen.driver.refresh()
     seen.one("#open-history").click()
     seen.until(lambda: "Nothing yet." in seen.one("#history").text)
+
+
+@needs_browser
+@pytest.mark.slow
+@pytest.mark.parametrize("view", ["chat", "story", "studio"])
+def test_a_page_that_is_loaded_anew_keeps_the_answer_and_what_was_asked(
+    tiny_server: Any, open_page: Open, view: str
+) -> None:
+    """As far as it came; it says that it was interrupted, and asks again in its place."""
+    prompt = f"a story about {RAVEN}"
+    seen = open_page(tiny_server)
+    seen.view(view)
+    if view == "studio":
+        seen.one("#studio [name=generator] [value=flow]").click()
+        for name, value in {"n": "16", "steps": "250", "seed": "3"}.items():
+            seen.fill(f"#studio [name={name}]", value)
+    seen.fill(f"#{view} textarea", prompt).send_keys("\ue007")
+    made = {"chat": ".assistant .picture", "story": ".page .picture", "studio": ".frame"}[view]
+    seen.until(lambda: seen.all(f"#{view} {made}"))
+    before = len(seen.all(f"#{view} {made}"))
+    seen.driver.refresh()
+    seen.until(lambda: seen.all(f"#{view} .broken"))
+    assert "Interrupted" in seen.one(f"#{view} .broken").text and prompt in seen.one(f"#{view}").text.lower()
+    if view == "studio":
+        assert not seen.one("#studio [name=steps]").get_attribute("value")
+    else:
+        assert len(seen.all(f"#{view} {made}")) >= before
+    seen.one(f"#{view} .broken button").click()
+    if view == "studio":
+        seen.until(lambda: len(seen.all("#studio .frame")) == 16)
+        assert seen.one("#studio [name=steps]").get_attribute("value") == "250"
+        seen.one("#studio .stop").click()
+    seen.ended(view)
+    assert not seen.all(f"#{view} .broken") and len(seen.all("#chat .turn")) == 2 * (view == "chat")
+    assert seen.script("return sessionStorage.length") == 0
+    seen.one("#open-history").click()
+    kept = seen.until(lambda: seen.all("#history li"))
+    assert len(kept) == 1 and "interrupted" not in kept[0].text
+
+
+FILL_HISTORY = """
+    const [done, entries] = [arguments[arguments.length - 1], arguments[0]];
+    import("/web/history.js").then(async (past) => {
+        for (const { characters, ...entry } of entries) {
+            await past.put({ at: Date.now(), ...entry, ...(characters ? { data: "x".repeat(characters) } : {}) });
+        }
+        done((await past.list()).map((one) => one.id));
+    }).catch((error) => done(String(error)));
+"""
+
+
+@needs_browser
+@pytest.mark.slow
+def test_damaged_entries_are_said_to_be_and_kept_aside(tiny_server: Any, open_page: Open) -> None:
+    seen = open_page(tiny_server)
+    seen.view("chat")
+    turns = [{"role": "user", "parts": [{"text": "a"}]}, {"role": "assistant", "parts": [{"text": "b"}]}]
+    damaged = [5, [{"role": "user"}], [{"role": "user", "parts": [{}]}]]
+    entries = [{"id": f"bad{i}", "view": "chat", "title": f"bad {i}", "data": data} for i, data in enumerate(damaged)]
+    entries += [
+        {"id": "story", "view": "story", "title": "bad story", "data": {"title": "a"}},
+        {"id": "nameless", "view": "chat", "at": "never", "data": turns},
+        {"id": "good", "view": "chat", "title": "good", "data": turns},
+    ]
+    seen.driver.execute_async_script(FILL_HISTORY, entries)
+    seen.one("#open-history").click()
+    seen.until(lambda: len(seen.all("#history li")) == 6)
+    for title in ("bad 0", "bad 1", "bad 2", "bad story"):
+        next(one for one in seen.all("#history li button:first-child") if one.text == title).click()
+        seen.until(lambda: [one for one in seen.all("#history li") if title in one.text and "damaged" in one.text])  # noqa: B023
+    assert not seen.all("#chat .turn")
+    seen.one("#history .export").click()
+    exported = json.loads(seen.saved("unigen-history.json").read_text())["entries"]
+    assert {one["id"]: one["data"] for one in exported}["bad1"] == damaged[1]
+    for title in ("good", "without a title"):
+        if not seen.one("#history").is_displayed():
+            seen.one("#open-history").click()
+        next(one for one in seen.all("#history li button:first-child") if one.text == title).click()
+        seen.until(lambda: [one.text for one in seen.all("#chat .turn")] == ["a", "b"])
+
+
+@needs_browser
+@pytest.mark.slow
+def test_a_large_entry_takes_nothing_from_the_others(tiny_server: Any, open_page: Open) -> None:
+    seen = open_page(tiny_server)
+    seen.view("chat")
+
+    def fill(*entries: Any) -> Any:
+        return seen.driver.execute_async_script(FILL_HISTORY, list(entries))
+
+    small = [{"id": f"small{i}", "view": "chat", "title": "a", "characters": 10, "at": i} for i in range(3)]
+    large = {"id": "large", "view": "chat", "title": "a", "characters": 61_000_000, "at": 10}
+    assert sorted(fill(*small, large)) == ["large", "small0", "small1", "small2"]
+    assert len(fill({"id": "more", "view": "chat", "title": "a", "characters": 10, "at": 11})) == 5
+    assert "large" not in fill({**large, "id": "larger", "at": 12}), "the older of two large ones goes"
 
 
 @needs_browser

@@ -1,7 +1,7 @@
 // The chat: text and pictures in and out, as they come. What was said goes with each message, pictures included.
 
 import { parts } from "./api.js";
-import { button, el, filled, fit, working } from "./dom.js";
+import { broken, button, el, filled, fit, working } from "./dom.js";
 import { figure, image, offer, Tray, used } from "./pictures.js";
 
 const SIDE = 256;
@@ -13,8 +13,8 @@ const EXAMPLES = [
   ["a red dog left of a house", "image"],
 ];
 
-/** able: what the model can; keep(entry): for the history; go(): show this view. Opens what was kept. */
-export function start({ model, able, keep, go }) {
+/** able: what the model can; track: of keeping.js; go(): show this view. Opens what was kept. */
+export function start({ model, able, track, go }) {
   const view = document.getElementById("chat");
   const form = view.querySelector("form");
   const log = view.querySelector(".log");
@@ -69,8 +69,13 @@ export function start({ model, able, keep, go }) {
     prompt.value = "";
     fit(prompt);
     pinned = true;
+    const entry = () => ({ view: "chat", title: titleOf([...chat, mine]), data: [...chat, mine, answer] });
+    const running = track(id, entry);
     try {
-      for await (const part of parts(body, { signal, notice })) take(answer, part, text, shown[1]);
+      for await (const part of parts(body, { signal, notice })) {
+        take(answer, part, text, shown[1]);
+        running.changed();
+      }
       if (answer.reason === "length") shown[1].append(note("It was cut where it had its most tokens or pictures."));
     } catch (error) {
       if (error.name === "AbortError") shown[1].append(note("Stopped."));
@@ -83,10 +88,14 @@ export function start({ model, able, keep, go }) {
       throw error;
     } finally {
       shown[1].removeAttribute("aria-busy");
-      if (chat === turns && answer.parts.length) {
-        turns.push(mine, answer);
-        sign(shown[1], answer);
-        id = keep({ id, view: "chat", title: titleOf(turns), data: turns });
+      if (!answer.parts.length) running.drop();
+      else {
+        const own = running.finish(entry());
+        if (chat === turns) {
+          turns.push(mine, answer);
+          sign(shown[1], answer);
+          id = own;
+        }
       }
     }
   });
@@ -123,20 +132,37 @@ export function start({ model, able, keep, go }) {
     return made;
   }
 
-  function begin(kept = [], as = undefined) {
+  function begin(kept = [], as = undefined, interrupted = false) {
     stop();
     [turns, id] = [kept, as];
     log.replaceChildren(...turns.map(turnOf));
     for (const [i, turn] of turns.entries()) {
       if (turn.settings) sign(log.children[i], turn);
     }
+    if (interrupted) log.lastElementChild.append(broken("the page was left while this was answered.", again));
+  }
+
+  /** Ask the last question once more, in the place of its broken answer. */
+  function again() {
+    const [asked] = turns.splice(-2);
+    for (let i = 0; i < 2; i++) log.lastElementChild.remove();
+    tray.set(asked.parts.filter((part) => part.image).map(({ image: url, title }) => ({ url, title })));
+    prompt.value = asked.parts.find((part) => part.text)?.text ?? "";
+    form.requestSubmit();
   }
 
   view.querySelector(".new").addEventListener("click", () => {
     begin();
     prompt.focus();
   });
-  return { open: (entry) => begin(entry.data, entry.id), focus: () => prompt.focus() };
+  return {
+    open({ id: own, data, running }) {
+      const whole = (part) => typeof part.text === "string" || typeof part.image === "string";
+      if (!data.length || !data.every(({ role, parts }) => role && parts.every(whole))) throw new Error("it is no chat");
+      begin(data, own, running);
+    },
+    focus: () => prompt.focus(),
+  };
 }
 
 /** A picture of an answer, which says at its end how it was made. */

@@ -65,6 +65,11 @@ export function working(form, work) {
   return { stop: () => running?.abort() };
 }
 
+/** Says that an answer was broken off, with a button that asks for it again. */
+export function broken(text, again) {
+  return el("p", { class: "broken quiet" }, `Interrupted: ${text} `, button("Ask again", again));
+}
+
 /** As high as what stands in it. */
 export function fit(area) {
   area.style.height = "auto";

@@ -5,6 +5,7 @@ import * as api from "./api.js";
 import * as chat from "./chat.js";
 import { button, el } from "./dom.js";
 import * as past from "./history.js";
+import { interrupted, tracker } from "./keeping.js";
 import * as story from "./story.js";
 import * as studio from "./studio.js";
 
@@ -59,12 +60,14 @@ async function begin() {
     document.getElementById("model").textContent = id;
     for (const [name, view] of Object.entries(VIEWS)) {
       if (!able.views[name]) continue;
-      started[name] = view.start({ model: id, able, keep, go: () => (location.hash = name) });
+      started[name] = view.start({ model: id, able, track: tracker(say), go: () => (location.hash = name) });
       document.querySelector(`nav a[href="#${name}"]`).hidden = false;
     }
     state.hidden = true;
     key.hidden = true;
     show();
+    const left = interrupted();
+    if (left) await reopen(left);
   } catch (error) {
     state.textContent = error.message;
   }
@@ -104,17 +107,34 @@ key.addEventListener("submit", (event) => {
 const panel = document.getElementById("history");
 const clear = panel.querySelector(".clear");
 
-/** Keep an entry, under its id or a new one, which is returned. */
-function keep({ id = past.name(), ...entry }) {
-  past.put({ ...entry, id, at: Date.now() }).catch(() => {}); // a browser that keeps nothing says so in the panel
-  return id;
+function say(text) {
+  [state.textContent, state.hidden] = [text, false];
+}
+
+/** Show what was kept, in its view. What cannot be shown is put aside; returns why, or null. */
+async function reopen(id) {
+  try {
+    const entry = await past.entry(id);
+    if (!entry || !started[entry.view]) return null;
+    if (entry.data === undefined) throw new Error("its content is missing");
+    started[entry.view].open(entry);
+    location.hash = entry.view;
+    return null;
+  } catch (error) {
+    await past.putAside(id, error.message).catch(() => {});
+    return error.message;
+  }
 }
 
 async function fill() {
   const list = panel.querySelector(".entries");
-  const able = await past.kept();
-  const entries = able ? await past.list() : [];
-  const empty = able ? "Nothing yet." : "This browser keeps nothing here.";
+  let [entries, empty] = [[], "Nothing yet."];
+  try {
+    if (await past.kept()) entries = await past.list();
+    else empty = "This browser keeps nothing here.";
+  } catch (error) {
+    empty = `The history cannot be read: ${error.message}.`;
+  }
   list.replaceChildren(...(entries.length ? entries.map(line) : [el("li", { class: "quiet" }, empty)]));
   for (const one of panel.querySelectorAll(".export, .clear")) one.disabled = !entries.length;
   clear.textContent = "Clear";
@@ -122,16 +142,16 @@ async function fill() {
 
 function line(entry) {
   const when = new Date(entry.at).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
-  const open = button(entry.title, async () => {
-    const view = started[entry.view];
-    panel.close();
-    if (!view) return;
-    view.open({ ...entry, data: await past.data(entry.id) });
-    location.hash = entry.view;
+  const title = typeof entry.title === "string" && entry.title ? entry.title : "without a title";
+  const open = button(title, async () => {
+    if (await reopen(entry.id)) await fill(); // which says why
+    else panel.close();
   });
-  const drop = button("×", () => past.remove(entry.id).then(fill), { "aria-label": `Forget ${entry.title}` });
-  open.disabled = !started[entry.view];
-  return el("li", {}, open, el("span", { class: "quiet" }, `${entry.view}, ${when}`), drop);
+  const drop = button("×", () => past.remove(entry.id).then(fill), { "aria-label": `Forget ${title}` });
+  open.disabled = Boolean(entry.broken) || !started[entry.view];
+  const about = [entry.view, when, entry.running ? "interrupted" : ""].filter(Boolean).join(", ");
+  const kept = entry.broken ? `damaged, cannot be opened (${entry.broken}); kept aside, also in the export` : about;
+  return el("li", {}, open, el("span", { class: "quiet" }, kept), drop);
 }
 
 document.getElementById("open-history").addEventListener("click", async () => {
@@ -148,7 +168,9 @@ clear.addEventListener("click", async () => {
 });
 panel.querySelector(".export").addEventListener("click", async () => {
   const entries = [];
-  for (const entry of await past.list()) entries.push({ ...entry, data: await past.data(entry.id) });
+  for (const line of await past.list()) {
+    entries.push(await past.entry(line.id).catch((error) => ({ ...line, broken: error.message })));
+  }
   const file = new Blob([JSON.stringify({ entries }, null, 1)], { type: "application/json" });
   const url = URL.createObjectURL(file);
   el("a", { href: url, download: "unigen-history.json" }).click();

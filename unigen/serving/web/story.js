@@ -1,13 +1,13 @@
 // A story: pages of a text and its picture, in the order in which they come, to be printed if wanted.
 
 import { parts } from "./api.js";
-import { el, filled, working } from "./dom.js";
+import { broken, el, filled, working } from "./dom.js";
 import { figure, frame, image, offer, Tray, used } from "./pictures.js";
 
 const SIDE = 256;
 
 /** As of chat.js. */
-export function start({ model, able, keep, go }) {
+export function start({ model, able, track, go }) {
   const view = document.getElementById("story");
   const form = view.querySelector("form");
   const book = view.querySelector(".book");
@@ -42,18 +42,30 @@ export function start({ model, able, keep, go }) {
     };
     const shown = new Book(book, story);
     print.hidden = true;
+    const entry = () => ({ view: "story", title: text, data: story });
+    const running = track(undefined, entry);
     try {
-      for await (const part of parts(body, { signal, notice })) shown.take(part);
+      for await (const part of parts(body, { signal, notice })) {
+        shown.take(part);
+        running.changed();
+      }
     } finally {
       shown.end();
       print.hidden = !story.pages.length;
-      if (!story.pages.length) book.replaceChildren();
-      else keep({ view: "story", title: text, data: story });
+      if (story.pages.length) running.finish(entry());
+      else {
+        book.replaceChildren();
+        running.drop();
+      }
     }
   });
 
   return {
-    open({ data }) {
+    open({ data, running }) {
+      if (typeof data.title !== "string" || !data.references.every((one) => typeof one.url === "string")) {
+        throw new Error("it is no story");
+      }
+      if (!data.pages.every((page) => typeof page.text === "string")) throw new Error("a page of it is none");
       stop();
       prompt.value = data.title;
       tray.set(data.references);
@@ -65,6 +77,7 @@ export function start({ model, able, keep, go }) {
       }
       shown.end();
       print.hidden = false;
+      if (running) book.append(broken("the page was left while this was told.", () => form.requestSubmit()));
     },
     focus: () => prompt.focus(),
   };

@@ -1,7 +1,7 @@
 // The studio: pictures drawn, edited as told, painted anew where a mask says, or varied, with every option by hand.
 
 import * as api from "./api.js";
-import { el, filled, fit, working } from "./dom.js";
+import { broken, el, filled, fit, working } from "./dom.js";
 import { Mask } from "./mask.js";
 import { figure, frame, image, offer, Tray, used } from "./pictures.js";
 
@@ -17,7 +17,7 @@ const MASKED = 320; // and how wide to paint on
 const PREVIEWS = 3; // of each picture while it is made, where the generator has any
 
 /** As of chat.js. */
-export function start({ model, able, keep, go }) {
+export function start({ model, able, track, go }) {
   const view = document.getElementById("studio");
   const form = view.querySelector("form");
   const runs = view.querySelector(".runs");
@@ -123,21 +123,41 @@ export function start({ model, able, keep, go }) {
     const frames = Array.from({ length: count }, () => frame(side));
     lineUp(run, { verb, title }, side, frames);
     runs.prepend(run);
+    const pictures = [];
+    const given = tray.pictures[0];
+    const asked_for = { mode: mode(), fields: { ...fields, ...filled(form, ["vary"]) }, given: given && { ...given } };
+    const running = track(undefined, () => {
+      return { view: "studio", title, data: { verb, title, pictures: pictures.filter(Boolean), asked: asked_for } };
+    });
     if (runs.offsetTop > form.offsetTop) run.scrollIntoView({ block: "nearest" }); // below the form, on a phone
     try {
-      const pictures = [];
       for await (const { index, url, settings } of api.pictures(path, body, { signal, notice })) {
         frames[index]?.replaceChildren(image(url, title, side));
         frames[index]?.classList.toggle("made", Boolean(settings));
-        if (settings) pictures[index] = { url, title, settings };
+        if (!settings) continue;
+        pictures[index] = { url, title, settings };
+        running.changed();
       }
       show(run, { verb, title, pictures });
-      keep({ view: "studio", title, data: { verb, title, pictures } });
+      running.finish({ view: "studio", title, data: { verb, title, pictures } });
     } catch (error) {
       run.remove();
+      running.drop();
       throw error;
     }
   });
+
+  /** Fill in what was asked for, and ask once more; a mask is to be painted first. */
+  function again(run, { mode, fields: asked, given }) {
+    choose(mode);
+    tray.set(given ? [given] : []);
+    for (const [name, value] of Object.entries(asked)) {
+      if (form.elements[name]) form.elements[name].value = value;
+    }
+    fields();
+    run.remove();
+    if (mode !== "inpaint") form.requestSubmit();
+  }
 
   /** A class as it is asked for: by its name, or else by its number. */
   function labelled(text) {
@@ -146,7 +166,7 @@ export function start({ model, able, keep, go }) {
 
   function show(run, { verb, title, pictures }) {
     const side = sideOf(pictures.length);
-    const alone = pictures.length === 1 || side > SMALLER;
+    const alone = pictures.length < 2 || side > SMALLER;
     const common = alone ? {} : shared(pictures.map((picture) => picture.settings));
     const own = (settings) => Object.fromEntries(Object.entries(settings).filter(([name]) => !(name in common)));
     const figures = pictures.map((one) => figure({ ...one, shown: own(one.settings) }, side));
@@ -161,10 +181,12 @@ export function start({ model, able, keep, go }) {
 
   choose(modes[0]);
   return {
-    open({ data }) {
+    open({ data, running }) {
+      if (!data.pictures.every((one) => typeof one.url === "string" && one.settings)) throw new Error("a picture is damaged");
       stop();
       const run = el("section", { class: "run" });
       show(run, data);
+      if (running) run.append(broken("the page was left while this was drawn.", () => again(run, data.asked)));
       runs.prepend(run);
     },
     focus: () => prompt.focus(),

@@ -1,0 +1,61 @@
+// An answer on its way is kept as it comes, with what was asked, so that a page that is left or loaded anew loses neither.
+// Knows the history and the tab's storage; refuses to know what is kept.
+
+import * as past from "./history.js";
+
+const RUNNING = "unigen.running"; // in this tab: the entry whose answer is being made
+const PAUSE = 500; // milliseconds between two times that it is written
+
+/** How answers are kept while they are made. say(text): tells the reader what could not be kept. */
+export function tracker(say) {
+  const put = (entry) =>
+    past.put({ at: Date.now(), ...entry }).catch((error) => say(`This could not be kept in the history: ${error.message}.`));
+
+  /**
+   * Keep what entry() gives from now on, at most twice a second and when the page is left, until one of the functions is
+   * called that it returns: finish(entry) keeps that instead and returns its id, drop() what was there before.
+   */
+  return function track(id, entry) {
+    const own = id ?? past.name();
+    const before = id ? past.entry(id).catch(() => undefined) : Promise.resolve(undefined);
+    let timer = null;
+    let writing = before;
+    const write = () => {
+      timer = null;
+      const now = structuredClone({ ...entry(), id: own, running: true });
+      writing = writing.then(() => put(now));
+    };
+    const changed = () => (timer ??= setTimeout(write, PAUSE));
+    const left = () => timer && (clearTimeout(timer), write());
+    const stop = () => {
+      clearTimeout(timer);
+      window.removeEventListener("pagehide", left);
+      sessionStorage.removeItem(RUNNING);
+    };
+    sessionStorage.setItem(RUNNING, own);
+    window.addEventListener("pagehide", left);
+    write();
+    return {
+      changed,
+      finish: (whole) => {
+        stop();
+        writing.then(() => put({ ...whole, id: own }));
+        return own;
+      },
+      drop: () => {
+        stop();
+        writing.then(async () => {
+          const old = await before;
+          await (old ? put(old) : past.remove(own));
+        });
+      },
+    };
+  };
+}
+
+/** The entry whose answer was being made when this tab was loaded anew, once. */
+export function interrupted() {
+  const id = sessionStorage.getItem(RUNNING);
+  sessionStorage.removeItem(RUNNING);
+  return id;
+}
