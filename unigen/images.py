@@ -151,7 +151,7 @@ def _read(
             file = io.BytesIO(source) if isinstance(source, (bytes, bytearray)) else source
             with Image.open(file, formats=formats) as image:
                 return _decode(image, name, max_pixels, srgb)
-    except ImageError:
+    except (ImageError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name} is too large: at most {max_pixels:,} pixels") from error

@@ -52,7 +52,7 @@ class Served:
                 [*command, *arguments], stdout=out, stderr=subprocess.STDOUT, env={**os.environ}
             )
 
-    def wait(self, seconds: float = 120) -> None:
+    def wait(self, seconds: float = 240) -> None:
         """Until the model is there."""
         for _ in range(int(seconds / 0.1)):
             if self.process.poll() is not None:

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 
 from tests.serving.test_fuzz import Painter
 from tests.serving.test_parts import Counted, asked, door
+from unigen.cli import main
 from unigen.serving import body, connection
 from unigen.serving.guard import Guard, Limits
 from unigen.serving.protocol import LONGEST_STOP, of_form
@@ -277,10 +278,41 @@ def test_a_full_disk_is_found_before_pictures_are_drawn(tmp_path: Any, monkeypat
     assert not list(tmp_path.iterdir())
 
 
-def test_a_proxy_is_an_address() -> None:
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--api-key", ""], "API key"),
+        (["--api-key", "good", "--api-key", " "], "API key"),
+        (["--trusted-proxy", "nginx"], "proxy"),
+        (["--images-folder", "file/inside"], "folder"),
+        (["--port", "80_00"], "80_00"),
+        (["--port", "\u0668\u0660"], "whole number"),
+        (["--timeout", "1_0"], "finite number"),
+    ],
+)
+def test_a_server_that_cannot_be_as_it_is_told_is_not_started(
+    arguments: list[str],
+    says: str,
+    tmp_path: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    assert main(["serve", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and says in said
+
+
+def test_an_empty_key_of_the_environment_lets_nobody_in(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("UNIGEN_API_KEY", "")
+    assert main(["serve"]) == 2 and "UNIGEN_API_KEY" in capsys.readouterr().err
+
+
+def test_a_proxy_is_an_address_or_a_network() -> None:
     Settings(model="m", proxies=("10.0.0.0/8", "::1"))
-    with pytest.raises(ValueError, match="proxy"):
-        Settings(model="m", proxies=("nginx",))
 
 
 # ---------------------------------------------------------------- connections

