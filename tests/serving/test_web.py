@@ -101,7 +101,7 @@ class Page:
     def script(self, text: str, *arguments: Any) -> Any:
         return self.driver.execute_script(text, *arguments)
 
-    def until(self, true: Callable[[], Any], seconds: float = 30) -> Any:
+    def until(self, true: Callable[[], Any], seconds: float = 90) -> Any:
         end = time.monotonic() + seconds
         while not (found := true()):
             assert time.monotonic() < end, (
@@ -561,9 +561,13 @@ def test_damaged_entries_are_said_to_be_and_kept_aside(tiny_server: Any, open_pa
     seen.driver.execute_async_script(FILL_HISTORY, entries)
     seen.one("#open-history").click()
     seen.until(lambda: len(seen.all("#history li")) == 6)
+
+    def lines() -> Any:
+        return seen.script("return [...document.querySelectorAll('#history li')].map((one) => one.innerText)")
+
     for title in ("bad 0", "bad 1", "bad 2", "bad story"):
         next(one for one in seen.all("#history li button:first-child") if one.text == title).click()
-        seen.until(lambda: [one for one in seen.all("#history li") if title in one.text and "damaged" in one.text])  # noqa: B023
+        seen.until(lambda: [one for one in lines() if title in one and "damaged" in one])  # noqa: B023
     assert not seen.all("#chat .turn")
     seen.one("#history .export").click()
     exported = json.loads(seen.saved("unigen-history.json").read_text())["entries"]

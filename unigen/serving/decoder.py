@@ -181,7 +181,8 @@ def serve(pipe: Connection) -> None:
 
 
 def _decode(pipe: Connection, files: list[File], copies: int, area: int | None) -> None:
-    opened, counted, kept = [], 0, 0
+    opened: list[Image.Image | None] = []
+    counted, kept = 0, 0
     for place, file in enumerate(files):
         with _placed(place):
             data = pictures.data_of(file.data) if isinstance(file.data, str) else file.data
@@ -198,6 +199,7 @@ def _decode(pipe: Connection, files: list[File], copies: int, area: int | None) 
     for place, file in enumerate(files):
         with _placed(place):
             image, opened[place] = opened[place], None
+            assert image is not None
             picture = pictures.decoded_mask(image) if file.mask else pictures.decoded(image, area)
             del image
         pipe.send_bytes(json.dumps({"mode": picture.mode, "size": picture.size}).encode())

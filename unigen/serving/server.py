@@ -23,7 +23,7 @@ import socket
 import tempfile
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -202,7 +202,7 @@ class Server:
         return files
 
     async def _decoded(
-        self, files: list[File], places: list[str], n: int, area: int | None = None
+        self, files: list[File], places: Sequence[str], n: int, area: int | None = None
     ) -> list[Image.Image]:
         """The pictures of a request for n answers; area: pixels to which they are made smaller, where they may be."""
         try:

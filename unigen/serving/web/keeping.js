@@ -6,6 +6,15 @@ import * as past from "./history.js";
 const RUNNING = "unigen.running"; // in this tab: the entry whose answer is being made
 const PAUSE = 500; // milliseconds between two times that it is written
 
+// When the page is left its requests break off, which is no end of an answer.
+let leaving = false;
+window.addEventListener("beforeunload", () => {
+  leaving = true;
+  setTimeout(() => (leaving = false), 5000); // the reader stayed
+});
+window.addEventListener("pagehide", () => (leaving = true));
+window.addEventListener("pageshow", () => (leaving = false));
+
 /** How answers are kept while they are made. say(text): tells the reader what could not be kept. */
 export function tracker(say) {
   const put = (entry) =>
@@ -28,9 +37,11 @@ export function tracker(say) {
     const changed = () => (timer ??= setTimeout(write, PAUSE));
     const left = () => timer && (clearTimeout(timer), write());
     const stop = () => {
+      if (leaving) return false;
       clearTimeout(timer);
       window.removeEventListener("pagehide", left);
       sessionStorage.removeItem(RUNNING);
+      return true;
     };
     sessionStorage.setItem(RUNNING, own);
     window.addEventListener("pagehide", left);
@@ -38,12 +49,11 @@ export function tracker(say) {
     return {
       changed,
       finish: (whole) => {
-        stop();
-        writing.then(() => put({ ...whole, id: own }));
+        if (stop()) writing.then(() => put({ ...whole, id: own }));
         return own;
       },
       drop: () => {
-        stop();
+        if (!stop()) return;
         writing.then(async () => {
           const old = await before;
           await (old ? put(old) : past.remove(own));
