@@ -198,10 +198,10 @@ def _decode(pipe: Connection, files: list[File], copies: int, area: int | None) 
     pipe.recv_bytes()
     for place, file in enumerate(files):
         with _placed(place):
-            image, opened[place] = opened[place], None
-            assert image is not None
-            picture = pictures.decoded_mask(image) if file.mask else pictures.decoded(image, area)
-            del image
+            head, opened[place] = opened[place], None
+            assert head is not None
+            picture = pictures.decoded_mask(head) if file.mask else pictures.decoded(head, area)
+            del head
         pipe.send_bytes(json.dumps({"mode": picture.mode, "size": picture.size}).encode())
         pipe.send_bytes(picture.tobytes())
         del picture
