@@ -28,7 +28,7 @@ LAYERS = [
     {"model"},
     {"generators", "tokenizers", "templates"},
     {"nn", "samplers"},
-    {"sequence", "config", "output", "hub", "precision"},
+    {"sequence", "config", "output", "hub", "precision", "relatives"},
     {"arguments", "extras", "images", "numbers"},
 ]
 HEIGHT = {name: len(LAYERS) - i for i, names in enumerate(LAYERS) for name in names}

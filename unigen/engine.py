@@ -154,7 +154,8 @@ class Engine:
             "vocabulary": {"text": model.vocabulary.text_size, "image": model.vocabulary.image_size},
             "generators": [name for name in model.generators if name != "text"],
             "takes": {name: list(one.takes) for name, one in model.generators.items() if name != "text"},
-            "sampling": {name: sampling_of(model, name) for name in model.generators if name != "text"},
+            "sampling": {name: sampling_of(model, name) for name in model.generators if name != "text"}
+            | {name: told for name, told in model.sampling.items() if name == "text"},
             "outputs": list(self.outputs),
             "candidates": self.compares,
             **({"classes": list(model.template.classes)} if model.template.classes else {}),

@@ -6,6 +6,7 @@ refuses to know what is in a model; its family does.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import ctypes
 import json
@@ -30,9 +31,11 @@ HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 HUB_URL = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)")
 LONGEST = 1000
 SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.yaml")
-TWICE = ("*.fp16.safetensors", "*.non_ema.safetensors", "*flax*")
-"""The same weights once more."""
-SAFE, PICKLED = ("*.safetensors",), ("*.bin", "*.pt", "*.pth", "*.ckpt")
+TWICE = tuple(f"*{name}*" for name in (".fp16", ".bf16", ".fp32", ".non_ema", ".int8", "flax", "openvino", "onnx"))
+"""The same weights of a pipeline's part once more, whole or in shards."""
+SAFE = ("*.safetensors",)
+WHOLE = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin")
+"""A model's weights, the first that is there; `.index.json` after the name lists the shards."""
 
 
 def shipped() -> list[str]:
@@ -40,13 +43,20 @@ def shipped() -> list[str]:
     return sorted(p.parent.name for p in ASSETS.glob(f"*/{MANIFEST}"))
 
 
+Judge = Callable[[Path], None]
+"""Raises ValueError for a folder, of which only the small files are there, whose model is not to be had."""
+
+
 def resolve(
-    name: str | Path, holdings: Mapping[str, Mapping[str, Sequence[str]]] | None = None
+    name: str | Path,
+    holdings: Mapping[str, Mapping[str, Sequence[str]]] | None = None,
+    judge: Judge | None = None,
+    loose: Sequence[str] = (),
 ) -> tuple[Path, str | None]:
     """The folder of a model, and which of several it is: by the name of a shipped one, by its path, or by
     `owner/name[@revision]` on the Hugging Face hub, from whose cache it is taken where it is there. After a colon may
     follow the name of one of several models that are there. holdings: the files of each, by repository, for those of
-    the hub that hold several. Raises ValueError naming what there is."""
+    the hub that hold several. judge, loose: see `snapshot`. Raises ValueError naming what there is."""
     place, _, variant = str(name).partition(":")
     if len(str(name)) > LONGEST:
         raise ValueError(f"a model's name of {len(str(name))} letters is too long")
@@ -58,7 +68,7 @@ def resolve(
         if folder.is_dir() and folder != ASSETS:
             return folder, which
     if Path(name).is_file():
-        raise ValueError(f"{name} is a file: give the folder of the model")
+        raise ValueError(f"{name} is a file: give the folder of a model, with its config.json")
     named = HUB_NAME.fullmatch(place)
     if place.startswith(("./", "../", "/", "~")) or (named is None and "/" in place):
         raise ValueError(f"no folder {place} is here, so there is no model in it: check the path")
@@ -67,7 +77,7 @@ def resolve(
         if held is None and variant:
             raise ValueError(f"{place} holds one model: leave out {variant!r}")
         if held is None:
-            return snapshot(named["repo"], named["revision"]), None
+            return snapshot(named["repo"], named["revision"], judge, loose), None
         if variant not in held:
             raise ValueError(
                 f"{place} holds several models: name one, as in {place}:{next(iter(held))} ({', '.join(held)})"
@@ -80,15 +90,38 @@ def resolve(
     )
 
 
-def snapshot(repo: str, revision: str | None = None) -> Path:
-    """The folder of a repository of the hub, its weights as safetensors where it has them, else as pickles."""
+def snapshot(repo: str, revision: str | None = None, judge: Judge | None = None, loose: Sequence[str] = ()) -> Path:
+    """The folder of a repository of the hub with each weight once: safetensors where it has them, else pickles. judge:
+    asked when the small files are there, before weights are fetched. loose: files by which a model is known that has no
+    settings beside it."""
     folder = _from_hub(repo, revision, SMALL)
+    if loose and not any((folder / name).is_file() for name in (CONFIG, MANIFEST, "model_index.json")):
+        folder = _from_hub(repo, revision, (*SMALL, *loose))
+    if judge is not None:
+        judge(folder)
     if (folder / "model_index.json").is_file():  # a pipeline: its parts' folders, and not what stands beside them
         return _from_hub(repo, revision, (*SMALL, *(f"*/{kind}" for kind in SAFE)), TWICE)
-    folder = _from_hub(repo, revision, (*SMALL, *SAFE))
-    if not any(path for kind in SAFE for path in folder.rglob(kind)):
-        folder = _from_hub(repo, revision, (*SMALL, *PICKLED))
+    if (folder / MANIFEST).is_file():  # ours: the parts have folders, too
+        return _from_hub(repo, revision, (*SMALL, *SAFE))
+    for name in WHOLE:
+        if (folder / f"{name}.index.json").is_file():
+            return _from_hub(repo, revision, (*SMALL, *shards(folder / f"{name}.index.json")))
+    for name in WHOLE:
+        folder = _from_hub(repo, revision, (*SMALL, name))
+        if (folder / name).is_file():
+            break
     return folder
+
+
+def shards(index: Path) -> list[str]:
+    """The files that an index of weights names. Raises ValueError for what is no such index."""
+    try:
+        files = sorted(set(read_json(index)["weight_map"].values()))
+    except (KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{index} is no index of weights: it has no weight_map") from error
+    if outside := [file for file in files if Path(file).is_absolute() or ".." in Path(file).parts]:
+        raise ValueError(f"{index} names {outside[0]}, which is not in its folder")
+    return files
 
 
 def settings(repo: str) -> Path:
@@ -152,6 +185,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
+def picture_settings(folder: Path) -> dict[str, Any]:
+    """How a public model's pictures are read: preprocessor_config.json, or what transformers 5 writes in its place, the
+    image processor's part of processor_config.json. Raises ValueError where both are missing."""
+    path = folder / "processor_config.json"
+    said = read_json(path).get("image_processor") if path.is_file() else None
+    if isinstance(said, dict) and not (folder / "preprocessor_config.json").is_file():
+        return said
+    return read_json(folder / "preprocessor_config.json")
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, or of a pickle of torch's. Raises ValueError in one line where it is missing,
     cut off or damaged, or where the pickle holds more than tensors and plain values."""
@@ -164,17 +207,28 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"checkpoint {path} cannot be read (missing, cut off or damaged): {error}") from error
 
 
+WRAPPERS = ("state_dict", "model", "module", "trainer", "var_wo_ddp")
+"""What checkpoints hold their tensors under: torch's trainers, deepspeed, VAR's."""
+PREFIXES = ("module.", "_orig_mod.")
+"""What parallel and compiled modules put before the names of their tensors."""
+
+
 def _unpickled(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, wherever in it they are: it may hold them under state_dict or model."""
+    """The tensors of a checkpoint, wherever in it they are: in that of a trainer under `WRAPPERS`."""
     from pickle import UnpicklingError
 
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # a trainer's arguments, which run no code
+            data = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise ValueError(f"checkpoint {path} is damaged, or holds objects that might run code") from error
-    for name in ("state_dict", "model"):
-        data = data.get(name, data) if isinstance(data, dict) else {}
-    return {name: value for name, value in data.items() if isinstance(value, Tensor)}
+    for name in WRAPPERS:
+        inner = data.get(name) if isinstance(data, dict) else None
+        data = inner if isinstance(inner, dict) else data
+    state = {name: value for name, value in data.items() if isinstance(value, Tensor)} if isinstance(data, dict) else {}
+    while prefix := next((p for p in PREFIXES if state and all(name.startswith(p) for name in state)), None):
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
 
 
 def one_of(folder: Path, pattern: str, name: str | None) -> Path:
@@ -189,14 +243,14 @@ def one_of(folder: Path, pattern: str, name: str | None) -> Path:
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of a model folder: of model.safetensors or pytorch_model.bin, whole or in shards."""
-    for name in ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin"):
+    for name in WHOLE:
         index = folder / f"{name}.index.json"
         if index.is_file():
-            files = sorted(set(read_json(index)["weight_map"].values()))
-            return {key: tensor for file in files for key, tensor in read_tensors(folder / file).items()}
+            return {key: tensor for file in shards(index) for key, tensor in read_tensors(folder / file).items()}
         if (folder / name).is_file():
             return read_tensors(folder / name)
-    raise ValueError(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin")
+    also = "; ONNX, GGUF, TensorFlow and Flax are not read"
+    raise ValueError(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin{also}")
 
 
 def pretrained(kind: Any, folder: Path, dtype: torch.dtype | None, state: dict[str, Tensor] | None = None) -> Any:

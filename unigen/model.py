@@ -110,10 +110,12 @@ class UnifiedModel(nn.Module):
 
     def sample_by(self, generator: str, **options: Any) -> None:
         """Say how this generator's pictures are drawn where nothing else is asked for: guidance, temperature, top_k,
-        top_p. `save` writes it to unigen.json, where it may be changed. Raises ValueError for what it does not take."""
-        if generator not in self.generators or generator == "text":
+        top_p; or how text is: temperature, top_p, repetition_penalty. `save` writes it to unigen.json, where it may be
+        changed. Raises ValueError for what it does not take."""
+        if generator not in self.generators:
             raise ValueError(f"the model has no generator {generator!r}")
         takes = ("guidance", *(name for name in CODES if name in self.generators[generator].takes))
+        takes = self.generators[generator].takes if generator == "text" else takes
         if unknown := [name for name in options if name not in takes]:
             raise ValueError(f"{generator} does not take {', '.join(unknown)}: it takes {', '.join(takes)}")
         scales = Guidance.of(options.get("guidance", [1.0] * self.template.scales)).scales

@@ -3,8 +3,9 @@
     options, lay = keeping(model, picture, mask, None, {"guidance": 3.0})
     painted = lay(engine.generate("a red hat", **options))
 
-A code is painted anew where the mask touches what it shows; all other pixels stay as they were, not as the tokenizer
-would say them again. The file refuses to know: how a generator keeps codes (`takes` says whether it can), prompts.
+A code is painted anew where the mask touches what it shows, or where the family's own rule says so; all other pixels
+stay as they were, not as the tokenizer would say them again. The file refuses to know: how a generator keeps codes
+(`takes` says whether it can), prompts.
 Shapes: h x w codes of a picture of H x W pixels.
 """
 
@@ -20,6 +21,7 @@ from PIL import Image
 from unigen.images import read_image, read_mask
 from unigen.model import UnifiedModel
 from unigen.sequence import square, to_images
+from unigen.templates import MaskReader
 
 
 def keeping(
@@ -40,9 +42,12 @@ def keeping(
     given, marks = read_image(image), read_mask(mask)
     if given.size != marks.size:
         raise ValueError(f"the mask is of {marks.size} pixels, the picture of {given.size}: make them alike")
-    marked_HW = square(marks, min(marks.size)) >= 128  # all templates that can cut out the centre square
-    rows, columns = (np.arange(n) * len(marked_HW) // n for n in (height, width))
-    cells_hw = np.logical_or.reduceat(np.logical_or.reduceat(marked_HW, rows, 0), columns, 1)
+    if isinstance(model.template, MaskReader):
+        cells_hw = model.template.mask_cells(marks, model.image_tokenizer.image_size, (height, width))
+    else:
+        marked_HW = square(marks, min(marks.size)) >= 128  # all templates that can cut out the centre square
+        rows, columns = (np.arange(n) * len(marked_HW) // n for n in (height, width))
+        cells_hw = np.logical_or.reduceat(np.logical_or.reduceat(marked_HW, rows, 0), columns, 1)
     if not cells_hw.any():
         raise ValueError("the mask marks nothing: paint white what is to be made anew")
     pixels = model.pixels([given])

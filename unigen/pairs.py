@@ -22,6 +22,7 @@ import torch
 from unigen import hub
 from unigen.adapters import AdaptedPipeline, Adapter, pipe_of
 from unigen.images import read_image
+from unigen.models import widen
 from unigen.nn.quantized import held, measure, quantize
 from unigen.sequence import Document, Segment, as_words
 from unigen.templates import Output, Unable
@@ -232,6 +233,8 @@ def load_reader(
     if getattr(processor, "chat_template", None) is None:
         raise ValueError(f"{folder} has no chat template: give a model that was tuned to chat")
     model = hub.pretrained(kind, folder, dtype)
+    if torch.device(device).type == "cpu":
+        widen(model)
     if quantization is not None:
         quantize(model.get_decoder(), quantization, device)
     return TransformersReader(model.to(device), processor, sees, quantization)

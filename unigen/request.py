@@ -58,6 +58,7 @@ def checked(
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
+    repetition_penalty: float | None = None,
     max_tokens: int = 256,
     max_images: int = 8,
     steps: int | None = None,
@@ -67,19 +68,23 @@ def checked(
     fixed: torch.Tensor | None = None,
     size: tuple[int, int] | None = None,
     previews: int = 0,
+    negative: str | None = None,
 ) -> Request:
     """A checked request.
 
     guidance: scale of classifier-free guidance for pictures, 1 is off. temperature, top_k, top_p: how ids are
-    drawn, top_k of codes alone. None is what the model's `sampling` says for its pictures, else `SAMPLING`; text is
-    greedy where it is the whole answer, else of temperature 0.8, and top_p 1.
+    drawn, top_k of codes alone; repetition_penalty: of text alone, from 1 (off) to 10. None is what the model's
+    `sampling` says, else `SAMPLING` for pictures; text is greedy where it is the whole answer, else of temperature 0.8,
+    and top_p 1.
     max_tokens, max_images: limits of the answer's text and of an interleaved answer's pictures.
     steps: how many a generator takes that chooses its own number; sampler, guidance_kind: of a flow.
     accelerate: "sjd" or "jacobi", how next-token writes several codes a step (`generators.jacobi`). fixed: codes
     (h, w) that stay, -1 elsewhere. size: width and height in pixels, for models that draw any; None is what the
     document says. previews: how many of each picture are shown before it is finished, by `Engine.stream`; fewer where
-    its steps are fewer, none where the generator writes codes one after another.
+    its steps are fewer, none where the generator writes codes one after another. negative: of pipelines alone.
     """
+    if negative:
+        raise ValueError("this model takes no negative prompt, pipelines do: leave negative out")
     generator = generator or usual_generator(model)
     outputs = model.template.outputs
     if output not in OUTPUTS:
@@ -112,6 +117,7 @@ def checked(
         raise ValueError(f"unknown acceleration {accelerate!r}: one of {', '.join(KINDS)}")
     if output in ("image", "pair"):  # else they are of its text as well
         chosen |= {"temperature": temperature, "top_k": top_k or None, "top_p": top_p if top_p != 1 else None}
+        chosen["repetition_penalty"] = repetition_penalty
     takes = model.generators[generator].takes
     if unheard := [name for name, value in chosen.items() if value is not None and name not in takes]:
         heard = f" (it takes {', '.join(takes)})" if takes else ""
@@ -132,7 +138,9 @@ def checked(
         raise ValueError(f"this model has {scales + 1} branches of guidance: give {count}")
     drawn = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     codes: dict[str, Any] = {k: default[k] if value is None else value for k, value in drawn.items()}
-    texts = 0.8 if output == "interleaved" else 0.0
+    written = {"temperature": temperature, "top_p": top_p, "repetition_penalty": repetition_penalty}
+    texts = {"temperature": 0.8 if output == "interleaved" else 0.0} | model.sampling.get("text", {})
+    texts |= {name: value for name, value in written.items() if value is not None}
     document = Document.of(prompt)
     grid = grid_of(model, document.size if size is None else size)
     if model.template.free_size:
@@ -144,7 +152,7 @@ def checked(
         generator=generator,
         guidance=guidance,
         image=Sampling(**codes),
-        text=Sampling(texts if temperature is None else temperature, 0, 1.0 if top_p is None else top_p),
+        text=Sampling(**texts),
         seed=whole("seed", seed),
         max_tokens=max_tokens,
         max_images=max_images,

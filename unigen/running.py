@@ -41,7 +41,8 @@ class Row:
     that was given out. `features`: of pictures in the prompt that are not read as codes. `states`: by branch, those of
     all that was read (S, D), where a generator wants them.
     `shares`: how many of the times for a preview have passed, and `previews`: how many were shown, of the picture.
-    `asked`: ids of the prompt, `seen` of them of pictures; `cut`: did the last text end at its limit?"""
+    `asked`: ids of the prompt, `seen` of them of pictures; `cut`: did the last text end at its limit? `before`: ids of
+    the prompt and of the texts that have ended."""
 
     request: Request
     document: Document
@@ -61,6 +62,7 @@ class Row:
     seen: int = 0
     cut: bool = False
     features: torch.Tensor | None = None
+    before: set[int] = field(default_factory=set)
     states: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -330,12 +332,14 @@ class Running:
                     ids_hw = self.model.vocabulary.image_ids(row.document.segments[-1].image)
                     row.unread = [[template.begins[template.reader], *layout.opening, *layout.lay(ids_hw)]]
                 row.unread[0] += layout.closing
+                row.before.update((*state.span.head, *layout.closing))
                 self._begin_text(row, row.unread[0].pop())
         else:
             if state.ids:
                 said = self.model.template.decode(state.ids)
                 row.document.segments.append(Segment(text=said, role="assistant"))
                 row.said += len(state.ids)
+                row.before.update(state.ids)
             row.cut = not state.pending or state.pending[0] not in state.span.stops
             if state.pending and state.pending[0] in self._image_begins:
                 row.unread = [[]]
@@ -352,7 +356,7 @@ class Running:
         tokens = self.model.template.prompt(row.document, output=request.output, blind=wordless)
         ids, row.seen = self.model.ids(tokens), sum(stop - start for start, stop in tokens.spans)
         need = 1 if request.output == "text" else self._image_length(request)
-        row.unread, row.asked = [ids], len(ids)
+        row.unread, row.asked, row.before = [ids], len(ids), set(ids)
         if request.output in ("image", "pair"):
             self._begin_image(row)
         need += max(len(branch) for branch in row.unread)
@@ -429,6 +433,8 @@ class Running:
         limit = max(1, min(request.max_tokens - row.said, room))
         row.generator = self.model.generators["text"]
         span = Span(begin, request.text, Guidance((1.0,)), self._rng(row), stops=tuple(stops), max_tokens=limit)
+        if request.text.repetition_penalty != 1:
+            span.before = frozenset(row.before)
         row.state = row.generator.start(span)
 
     def _new_text(self, row: Row) -> str:

@@ -6,7 +6,7 @@ The file refuses to know: weights, how anything is generated. Families own their
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -57,6 +57,15 @@ class Template(Protocol):
     def opening_text(self, document: Document, writer: str) -> list[int]: ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
+
+
+@runtime_checkable
+class MaskReader(Protocol):
+    """A template of a family that has a rule of its own for the codes that a mask marks."""
+
+    def mask_cells(self, mask: Image.Image, size: int, grid: tuple[int, int]) -> np.ndarray:
+        """The codes (h, w), bool, that a mask marks, for pictures of `size` pixels along a side."""
+        ...
 
 
 class PublicTemplate:

@@ -10,7 +10,10 @@ from PIL import Image
 
 import unigen
 from tests.parity import chameleon as case
-from unigen.models import chameleon
+from tests.parity import common
+from unigen.generators import next_token
+from unigen.models import chameleon, convert
+from unigen.samplers.logits import Sampling
 from unigen.sequence import Document, Segment, Vocabulary
 
 
@@ -49,6 +52,49 @@ def test_three_branches(folder: Path) -> None:
     assert engine.request("a", "image", guidance=1.0).guidance.branches == 1
     with pytest.raises(ValueError, match="3 branches of guidance: give 2 scales"):
         engine.request("a", "image", guidance=(1.0, 2.0, 3.0))
+
+
+def test_text_is_drawn_as_by_anoles_scripts(folder: Path, tmp_path: Path) -> None:
+    """Prompts of interleaved answers do not end the turn; temperature 1, top-p 0.9, and what was written is less
+    likely to come again. All of it is kept when the model is converted."""
+    convert(folder, tmp_path / "ours")
+    for place in (folder, tmp_path / "ours"):
+        engine = unigen.load(str(place), "cpu")
+        template, known = engine.model.template, engine.model.text_tokenizer.get_vocab()
+        words = engine.model.text_tokenizer(case.WORDS, add_special_tokens=False)["input_ids"]
+        start, end = known["<s>"], known[chameleon.EOT]
+        asked = Document.of(case.WORDS)
+        assert template.prompt(asked, output="interleaved").ids == [start, *words]
+        assert template.prompt(asked, output="text").ids == [start, *words, end]
+        assert template.prompt(asked, output="image").ids == [start, *words, end]
+        for output in ("text", "interleaved"):
+            assert engine.request(case.WORDS, output).text == Sampling(1.0, 0, 0.9, 1.2)  # type: ignore[arg-type]
+        told = engine.request(case.WORDS, "text", temperature=0.0, top_p=1.0, repetition_penalty=1.0).text
+        assert told == Sampling(0.0)
+    assert engine.info()["sampling"]["text"] == chameleon.WRITING
+    with pytest.raises(ValueError, match="next-token does not take repetition_penalty"):
+        engine.request("a", "image", repetition_penalty=1.2)
+    with pytest.raises(ValueError, match="repetition_penalty lies between 1"):
+        engine.request("a", "text", repetition_penalty=0.5)
+
+
+def test_a_penalty_on_repetition_is_that_of_transformers(folder: Path) -> None:
+    """Of the prompt's ids and of those written so far, step after step."""
+    from transformers.generation import RepetitionPenaltyLogitsProcessor
+
+    engine, seen = unigen.load(str(folder), "cpu"), []
+    for penalty in (1.0, 1.5):
+        with common.seen_logits(next_token) as steps:
+            request = engine.request(case.WORDS, "text", temperature=0.0, repetition_penalty=penalty, max_tokens=12)
+            ids = engine.model.template.prompt(request.document, output="text").ids
+            list(engine.run([request]))
+        seen.append(torch.cat(steps))
+    written = [int(logits.argmax()) for logits in seen[1]]
+    process, legal = RepetitionPenaltyLogitsProcessor(1.5), seen[0][0].isfinite()
+    expected = process(torch.tensor([ids]), seen[0][:1].clone())
+    torch.testing.assert_close(seen[1][:1, legal], expected[:, legal], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(seen[0][0, legal], seen[1][0, legal])
+    assert len(set(written)) > len({int(logits.argmax()) for logits in seen[0]})
 
 
 def test_an_answer_of_text_and_pictures(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from PIL import Image
 
 import unigen
 from tests.parity import emu3 as case
-from unigen import cli
+from unigen import cli, hub
+from unigen.config import save_json
 from unigen.likelihood import _alone
 from unigen.sequence import Document, Segment
 
@@ -59,6 +61,20 @@ def test_a_picture_is_read_in_its_own_shape(folder: Path) -> None:
     model = unigen.load(str(folder), "cpu").model
     read = model.read(Document([Segment(image=Image.new("RGB", (44, 20))), Segment(image=Image.new("RGB", (8, 8)))]))
     assert [tuple(segment.image.shape) for segment in read.segments] == [(5, 11), (6, 6)]  # type: ignore[union-attr]
+
+
+def test_a_folder_as_transformers_5_saves_it(folder: Path, tmp_path: Path) -> None:
+    """The settings of the image processor stand in processor_config.json alone."""
+    shutil.copytree(folder, tmp_path / "saved")
+    settings = hub.read_json(tmp_path / "saved" / "preprocessor_config.json")
+    (tmp_path / "saved" / "preprocessor_config.json").unlink()
+    save_json(tmp_path / "saved" / "processor_config.json", {"image_processor": settings})
+    first, second = (unigen.load(str(place), "cpu") for place in (folder, tmp_path / "saved"))
+    assert second.model.template.settings == first.model.template.settings
+    assert second.generate("a red apple", size=(16, 8)).tobytes() == first.generate("a red apple", size=(16, 8)).tobytes()
+    (tmp_path / "saved" / "processor_config.json").unlink()
+    with pytest.raises(ValueError, match="preprocessor_config.json is missing"):
+        unigen.load(str(tmp_path / "saved"), "cpu")
 
 
 @pytest.mark.parametrize(

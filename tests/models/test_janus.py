@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
 
 import unigen
 from tests.parity import janus as case
 from unigen import hub
-from unigen.models import convert
+from unigen.config import save_json
+from unigen.models import convert, janus
 from unigen.sequence import Document, Segment
 
 
@@ -45,6 +47,49 @@ def pickled(folder: Path, to: Path, shards: int) -> Path:
 def test_pickles_and_shards(folder: Path, tmp_path: Path, shards: int) -> None:
     first, second = (unigen.load(str(f), "cpu") for f in (folder, pickled(folder, tmp_path / "pickled", shards)))
     assert second.generate(case.PROMPT).tobytes() == first.generate(case.PROMPT).tobytes()
+
+
+def named(folder: Path, to: Path, harm: dict[str, dict[str, Any]] | None = None) -> Path:
+    """A copy of the folder, whose files of settings say more."""
+    shutil.copytree(folder, to)
+    for file, more in (harm or {}).items():
+        said = hub.read_json(to / file) if (to / file).is_file() else {}
+        save_json(to / file, said | more)
+    return to
+
+
+@pytest.mark.parametrize(
+    ("place", "harm"),
+    [
+        ("Janus-1.3B", None),
+        ("models--deepseek-ai--Janus-1.3B/snapshots/0123", None),
+        ("mine", {"config.json": {"_name_or_path": "deepseek-ai/Janus-1.3B"}}),
+        ("mine", {"processor_config.json": {"sft_format": "deepseek_old"}}),
+    ],
+)
+def test_the_roles_of_the_first_janus(
+    place: str, harm: dict[str, dict[str, Any]] | None, folder: Path, tmp_path: Path
+) -> None:
+    """Prompts are those of its script, and stay so when it is converted."""
+    first = named(folder, tmp_path / place, harm)
+    encode = Tokenizer.from_file(str(folder / "tokenizer.json")).encode
+    drawn = encode("User: a red apple\n\nAssistant:").ids
+    said = encode(f"{janus.SYSTEM}\n\nUser: What is it\n\nAssistant: a dog{case.EOS}User: a dog\n\nAssistant:").ids
+    asked = Document([Segment(text="What is it"), Segment(text="a dog", role="assistant"), Segment(text="a dog")])
+    convert(first, tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "public", "public")
+    for where in (first, tmp_path / "ours", tmp_path / "public"):
+        template = unigen.load(str(where), "cpu").model.template
+        assert template.prompt(Document.of("a red apple"), output="image").ids == drawn
+        assert template.prompt(asked, output="text").ids == said
+
+
+def test_the_roles_of_janus_pro(folder: Path, tmp_path: Path) -> None:
+    pro = named(folder, tmp_path / "Janus-Pro-1B", {"processor_config.json": {"sft_format": "deepseek"}})
+    true = Tokenizer.from_file(str(folder / "tokenizer.json")).encode("<|User|>: a red apple\n\n<|Assistant|>:").ids
+    for where in (folder, pro):
+        template = unigen.load(str(where), "cpu").model.template
+        assert template.prompt(Document.of("a red apple"), output="image").ids == true
 
 
 class Evil:

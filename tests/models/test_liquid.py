@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from tokenizers import Tokenizer
 
 import unigen
 from tests.parity import liquid as case
 from unigen import cli
+from unigen.config import save_json
 from unigen.models import liquid
 from unigen.sequence import Document, Segment
 from unigen.tokenizers import text
@@ -70,6 +74,41 @@ def test_names_that_the_tokenizer_does_not_flag_are_text_too(liquid_folder: Path
     assert id not in text.Prompt(model.text_tokenizer).said("a<aside>b").tokens().ids
 
 
+def test_liquid_on_a_model_without_a_first_token(tmp_path: Path) -> None:
+    """Qwen's tokenizer has no bos, and its prompts none."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+    specials = ["<|im_start|>", "<|im_end|>", liquid.BOI, liquid.EOI, liquid.UNCOND]
+    lines = ["a red apple Generate an image based on this description. What is it"] * 4
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(lines, 300, new_special_tokens=specials)
+    tokenizer.save_pretrained(tmp_path)
+    assert tokenizer.bos_token_id is None
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "num_key_value_heads": 2}
+    config = Qwen2Config(**small, **ids, vocab_size=len(tokenizer) + case.CODES)
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer").mkdir()
+    torch.save({"state_dict": case.image_tokenizer_tensors()}, tmp_path / "tokenizer" / "vqgan.ckpt")
+    yaml = f"model:\n  params:\n    ddconfig:\n      resolution: {case.SIDE}\n"
+    (tmp_path / "tokenizer" / "vqgan.yaml").write_text(yaml)
+    engine = unigen.load(str(tmp_path), "cpu")
+    said = Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode("a red apple" + liquid.INSTRUCTION).ids
+    template = engine.model.template
+    assert template.prompt(Document.of("a red apple"), output="image").ids == said
+    blind = template.prompt(Document.of("a red apple"), output="image", blind=1).ids
+    assert blind == [tokenizer.convert_tokens_to_ids(liquid.UNCOND)]
+    assert engine.generate("a red apple").size == (case.SIDE, case.SIDE)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "cohere2"])
+def test_it_is_refused_before_its_weights_are_read(kind: str, liquid_folder: Path, tmp_path: Path) -> None:
+    shutil.copy(liquid_folder / "tokenizer.json", tmp_path)
+    names = {"gemma2": "Gemma2ForCausalLM", "cohere2": "Cohere2ForCausalLM"}
+    save_json(tmp_path / "config.json", {"model_type": kind, "architectures": [names[kind]]})
+    with pytest.raises(ValueError, match=f"Liquid on {kind}, which .* is not supported"):
+        unigen.load(str(tmp_path), "cpu")
+
+
 def test_layouts_whose_logits_are_changed_are_refused(liquid_folder: Path, tmp_path: Path) -> None:
     import json
     import shutil
@@ -81,5 +120,5 @@ def test_layouts_whose_logits_are_changed_are_refused(liquid_folder: Path, tmp_p
     size = json.loads((folder / "config.json").read_text())["vocab_size"]
     small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     Cohere2ForCausalLM(Cohere2Config(**small, vocab_size=size, num_key_value_heads=2)).save_pretrained(folder)
-    with pytest.raises(ValueError, match="is not known here"):
+    with pytest.raises(ValueError, match="Liquid on cohere2, which .* is not supported"):
         unigen.load(str(folder), "cpu")

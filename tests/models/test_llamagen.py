@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import shutil
+import warnings
+from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 import unigen
 from tests.parity import common
@@ -16,7 +21,7 @@ from tests.parity import llamagen as case
 from tests.parity import llamagen_t2i as words_case
 from unigen import cli
 from unigen.generators import next_token
-from unigen.models import llamagen
+from unigen.models import convert, llamagen
 from unigen.sequence import Document, Segment, pack
 
 
@@ -90,6 +95,100 @@ def test_words_are_made_plain() -> None:
         "a state-of-the-art well-made boat": "a state of the art well made boat",
     }.items():
         assert llamagen.plain(said) == read
+
+
+@pytest.mark.parametrize(
+    ("said", "read"),
+    [
+        ("a red+blue c++ flag", "a red blue c flag"),
+        ("a cat :3", "a cat :3"),
+        ("a cat : a dog", "a cat: a dog"),
+        ("a ratio of 3:4 at 5 :6", "a ratio of 3:4 at 5 :6"),
+        ("100%20sure", "100 sure"),
+    ],
+)
+def test_plus_signs_and_colons_as_the_official_code_has_them(said: str, read: str) -> None:
+    assert llamagen.plain(said) == read
+
+
+def wrapped(folder: Path, to: Path, wrap: Callable[[dict[str, Tensor]], Any]) -> Path:
+    shutil.copytree(folder, to)
+    state = torch.load(folder / "c2i_T_32.pt")["model"]
+    torch.save(wrap(state), to / "c2i_T_32.pt")
+    return to
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: {"module": state},
+        lambda state: {"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}},
+        lambda state: {"model": {f"_orig_mod.{name}": tensor for name, tensor in state.items()}},
+        lambda state: {"model": {f"module._orig_mod.{name}": tensor for name, tensor in state.items()}},
+        lambda state: {
+            "model": state, "optimizer": {"state": {}, "param_groups": [{"lr": 1e-4}]}, "steps": 3,
+            "args": Namespace(gpt_model="GPT-B", image_size=256, betas=(0.9, 0.95)), "ema": {},
+        },
+        lambda state: state,
+    ],
+    ids=["deepspeed", "ddp", "compiled", "both", "trainer", "bare"],
+)  # fmt: skip
+def test_files_as_trainers_write_them(wrap: Any, folder: Path, tmp_path: Path) -> None:
+    other = wrapped(folder, tmp_path / "other", wrap)
+    first, second = (unigen.load(str(place), "cpu") for place in (folder, other))
+    assert second.generate(3).tobytes() == first.generate(3).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("width", "more", "config", "head"),
+    [
+        (4096, {}, {}, 128),
+        (3200, {}, {}, 100),
+        (2048, {}, {}, 64),
+        (768, {}, {"n_head": 6}, 128),
+        (768, {"freqs_cis": torch.zeros(257, 16, 2)}, {}, 32),
+    ],
+)
+def test_how_wide_heads_are(width: int, more: dict[str, Tensor], config: dict[str, Any], head: int) -> None:
+    state = {"tok_embeddings.weight": torch.empty(4, width)} | more
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert llamagen.head_width_of(state, config, Path("c2i.pt")) == head
+
+
+def test_heads_of_an_unpublished_width_are_a_guess_that_is_said() -> None:
+    state = {"tok_embeddings.weight": torch.empty(4, 320)}
+    with pytest.warns(UserWarning, match="no published LlamaGen is 320 wide"):
+        assert llamagen.head_width_of(state, {}, Path("c2i.pt")) == 64
+    with pytest.raises(ValueError, match="n_head 7 does not divide a width of 320"):
+        llamagen.head_width_of(state, {"n_head": 7}, Path("c2i.pt"))
+
+
+def test_keys_and_values_of_fewer_heads(folder: Path, tmp_path: Path) -> None:
+    """n_kv_head: a model whose heads share keys and values is that one in which each has a copy of them."""
+    width, kv = case.WIDTH, 64  # of two heads one
+
+    def fewer(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {k: v[: width + 2 * kv] if ".wqkv." in k else v for k, v in state.items()}
+
+    def copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        made = {}
+        for name, tensor in fewer(state).items():
+            if ".wqkv." in name:
+                query, key, value = tensor.split([width, kv, kv])
+                tensor = torch.cat((query, key, key, value, value))
+            made[name] = tensor
+        return made
+
+    shared, alike = (
+        wrapped(folder, tmp_path / make.__name__, lambda s, m=make: {"model": m(s)}) for make in (fewer, copied)
+    )  # type: ignore[misc]  # noqa: E501
+    convert(shared, tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "public", "public")
+    drawn = [unigen.load(str(place), "cpu") for place in (shared, alike, tmp_path / "ours", tmp_path / "public")]
+    assert drawn[0].model.backbone.lm.config.num_key_value_heads == 1
+    pictures = [engine.generate(3, temperature=0.0).tobytes() for engine in drawn]
+    assert pictures[0] == pictures[1] == pictures[2] == pictures[3]
 
 
 def test_both_kinds_in_one_folder(folder: Path, words: Path, tmp_path: Path) -> None:

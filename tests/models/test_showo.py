@@ -74,11 +74,33 @@ def test_a_part_of_a_picture_is_painted_anew(engine: Any) -> None:
     assert (painted[mask == 0] == given[mask == 0]).all() and (painted[mask > 0] != given[mask > 0]).any()
 
 
+def test_a_mask_marks_the_codes_that_it_covers_by_half(engine: Any) -> None:
+    """As the official script resizes it: a thin line over a code does not mark it, more than its half does."""
+    cell, rows = case.SIDE // case.GRID, case.GRID
+    marks = engine.model.template.mask_cells
+
+    def columns(first: int, last: int) -> list[int]:
+        mask = np.zeros((case.SIDE, case.SIDE, 3), np.uint8)
+        mask[:, first:last] = 255
+        cells = marks(Image.fromarray(mask), case.SIDE, (rows, rows))
+        assert (cells == cells[:1]).all()
+        return [int(column) for column in np.flatnonzero(cells[0])]
+
+    assert columns(2 * cell, 4 * cell) == [2, 3]
+    assert columns(2 * cell, 4 * cell + 1) == [2, 3]  # a quarter of the next
+    assert columns(2 * cell, 4 * cell + cell - 1) == [2, 3, 4]
+    assert columns(0, case.SIDE) == list(range(rows))
+    thin = np.zeros((case.SIDE, case.SIDE, 3), np.uint8)
+    thin[0, 0] = 255
+    with pytest.raises(ValueError, match="marks nothing"):
+        engine.inpaint(np.zeros_like(thin), case.PROMPT, thin)
+
+
 def test_what_is_kept_is_read_as_all_pictures_are(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Codes and pixels that stay are of the template's own cut of the picture."""
     given = Image.fromarray(np.random.default_rng(0).integers(0, 256, (3 * case.SIDE, 5 * case.SIDE, 3), np.uint8))
     mask = np.zeros((3 * case.SIDE, 5 * case.SIDE, 3), np.uint8)
-    mask[:2, case.SIDE : case.SIDE + 2] = 255  # inside the upper left code
+    mask[:10, case.SIDE : case.SIDE + 10] = 255  # of the upper left code, which shows 12 x 12 pixels
     seen: list[torch.Tensor] = []
     generate = engine.generate
     monkeypatch.setattr(engine, "generate", lambda *a, fixed, **o: seen.append(fixed) or generate(*a, fixed=fixed, **o))

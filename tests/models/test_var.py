@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import unigen
 from tests.parity import var as case
@@ -38,8 +39,42 @@ def test_what_it_draws_by(folder: Path) -> None:
         engine.generate(1, generator="next-token")
 
 
+def test_scales_that_the_file_says(tmp_path: Path) -> None:
+    """Others than those of the published models and than powers of two: the sides of the official buffers."""
+    scales, state, levels = (1, 3, 4), case.tensors(False), []
+    count = sum(side * side for side in scales)
+    for name, rows in (("pos_1LC", (1, count)), ("lvl_embed.weight", (len(scales),))):
+        state[name] = torch.randn(*rows, case.WIDTH)
+    for level, side in enumerate(scales):
+        levels += [level] * side * side
+    levels_L = torch.tensor(levels)
+    mask_LL = torch.where(levels_L[:, None] >= levels_L, 0.0, -torch.inf)
+    torch.save(case.image_tokenizer_tensors(), tmp_path / var.TOKENIZER)
+    for buffers in ({"lvl_1L": levels_L[None]}, {"attn_bias_for_masking": mask_LL[None, None]}):
+        torch.save(state | buffers, tmp_path / f"var_d{case.LAYERS}.pth")
+        engine = unigen.load(str(tmp_path), "cpu")
+        assert engine.model.image_tokenizer.settings.scales == scales
+        assert engine.generate(1).size == (4 * 16, 4 * 16)
+    convert(tmp_path, tmp_path / "public", "public")
+    again = unigen.load(str(tmp_path / "public"), "cpu")
+    assert again.generate(1).tobytes() == engine.generate(1).tobytes()
+    torch.save(state, tmp_path / f"var_d{case.LAYERS}.pth")
+    with pytest.raises(ValueError, match="of no scales known here"):
+        unigen.load(str(tmp_path), "cpu")
+
+
+def test_a_trainers_checkpoint(folder: Path, tmp_path: Path) -> None:
+    """As the official trainer saves one."""
+    state = torch.load(folder / f"var_d{case.LAYERS}.pth")
+    inside = {f"_orig_mod.{name}": tensor for name, tensor in state.items()}
+    torch.save({"epoch": 3, "trainer": {"config": {}, "var_wo_ddp": inside}}, tmp_path / f"var_d{case.LAYERS}.pth")
+    torch.save(case.image_tokenizer_tensors(), tmp_path / var.TOKENIZER)
+    first, second = (unigen.load(str(place), "cpu") for place in (folder, tmp_path))
+    assert second.generate(1).tobytes() == first.generate(1).tobytes()
+
+
 def test_scales_by_their_positions() -> None:
     assert var.SCALES[680][-1] == 16 and var.SCALES[2240][-1] == 32
     assert all(sum(side * side for side in scales) == count for count, scales in var.SCALES.items())
     with pytest.raises(ValueError, match="7 positions are of no scales known here"):
-        var.small_scales(7)
+        var.scales_of({}, 7)

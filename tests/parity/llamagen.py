@@ -18,6 +18,7 @@ from torch import Tensor
 import unigen
 from tests.parity import common
 from tests.parity.common import Row, differing, error
+from unigen.config import save_json
 from unigen.generators import next_token
 from unigen.models import llamagen
 from unigen.sequence import Segment
@@ -64,6 +65,7 @@ def tensors(condition: Shapes | None = None) -> dict[str, Tensor]:
 def checkpoint(folder: Path) -> None:
     """The two files of the public layout, with random weights."""
     torch.save({"model": tensors()}, folder / f"c2i_T_{SIDE}.pt")
+    save_json(folder / "config.json", {"n_head": WIDTH // 64})  # no published model is so narrow
     torch.save({"model": image_tokenizer_tensors()}, folder / llamagen.TOKENIZERS["c2i"])
 
 

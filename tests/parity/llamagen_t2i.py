@@ -78,6 +78,7 @@ def checkpoint(folder: Path) -> None:
     state = tensors({"cls_embedding.uncond_embedding": (MOST, FEATURES), **mlp})
     torch.save({"model": state}, folder / f"t2i_T_stage1_{SIDE}.pt")
     torch.save({"model": image_tokenizer_tensors()}, folder / llamagen.TOKENIZERS["t2i"])
+    save_json(folder / "config.json", {"n_head": WIDTH // 64})  # no published model is so narrow
     letters = [*"▁abcdefghijklmnopqrstuvwxyzABP.,-'\"", "▁a", "▁one", "▁red", "apple", "dog", "ar"]
     pieces = [*((name, 0.0) for name in ("<pad>", "</s>", "<unk>")), *((name, -2.0 * len(name)) for name in letters)]
     tokenizer = T5Tokenizer(pieces, extra_ids=0)  # a tokenizer that is trained is another every time

@@ -33,7 +33,8 @@ class Span:
     that end a text (an end of turn, or the begin of an image). rng: the span's own randomness. steps: how many the
     generator may take, None for its default; accelerate: how several codes are written a step, None is one. fixed: ids
     (h, w) of codes that are given and stay, -1 where the generator writes. text_ids: what stands in the span's own
-    positions of text, where it has some; None where the generator writes those too.
+    positions of text, where it has some; None where the generator writes those too. before: ids that stand before a
+    text, which a penalty on repetition counts with its own.
     """
 
     begin: int
@@ -50,6 +51,7 @@ class Span:
     sampler: str | None = None
     accelerate: str | None = None
     text_ids: list[int] | None = None
+    before: frozenset[int] = frozenset()
 
     @property
     def head(self) -> list[int]:

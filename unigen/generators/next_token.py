@@ -18,7 +18,7 @@ from torch import Tensor
 
 from unigen.generators import jacobi
 from unigen.generators.base import CODES, Frame, Model, Read, Span, State
-from unigen.samplers.logits import draw
+from unigen.samplers.logits import draw, penalize
 from unigen.sequence import Batch, Vocabulary
 
 
@@ -72,6 +72,7 @@ class Text(Causal):
     """Text pieces until one of the span's stops."""
 
     name = "text"
+    takes: tuple[str, ...] = ("temperature", "top_p", "repetition_penalty")
 
     def __init__(self, forbidden: list[int]) -> None:
         self.forbidden = forbidden
@@ -94,6 +95,8 @@ class Text(Causal):
         for row, state in enumerate(states):
             illegal = [i for i in self.forbidden if i not in state.span.stops]
             logits_BV[row, illegal] = -torch.inf
+            if (penalty := state.span.sampling.repetition_penalty) != 1:
+                penalize(logits_BV[row], {*state.span.before, *state.ids}, penalty)
         for rows, ids in sample_alike(logits_BV, states):
             for row, id in zip(rows, ids, strict=True):
                 state = states[row]

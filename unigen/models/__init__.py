@@ -14,6 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from unigen import hub
 from unigen.model import UnifiedModel
+from unigen.relatives import explain
 
 
 def load(name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> UnifiedModel:
@@ -45,9 +46,18 @@ def load_found(
             model.sample_by(generator, **options)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"sampling in {folder / hub.MANIFEST}: {error}") from error
+    if torch.device(device).type == "cpu":
+        widen(model)
     if quantization is not None:
         model.quantize(quantization, device)
     return model.to(device).eval()
+
+
+def widen(model: torch.nn.Module) -> None:
+    """float16 weights as float32, which is what a CPU computes with: products of float16 round differently in a batch
+    than alone there, and activations of many public models exceed its range."""
+    if any(p.dtype == torch.float16 for p in model.parameters()):
+        model.float()
 
 
 DAMAGE = (
@@ -61,9 +71,22 @@ class Unknown(ValueError):
     """A folder that is of no family here."""
 
 
-def find(name: str | Path) -> tuple[Path, str | None]:
-    """The folder of a name, and which of several models there is meant."""
-    return hub.resolve(name, holdings())
+def find(name: str | Path, reads: bool = False) -> tuple[Path, str | None]:
+    """The folder of a name, and which of several models there is meant. Of a repository of the hub weights are fetched
+    when its small files say that it can be loaded. reads: may it be any model of transformers that reads?"""
+
+    def judge(folder: Path) -> None:
+        if (folder / "model_index.json").is_file():
+            return
+        manifest = folder / hub.MANIFEST
+        try:
+            family_of(folder, hub.read_json(manifest) if manifest.is_file() else None)
+        except Unknown:
+            if not reads:
+                raise
+
+    loose = [pattern for module in families() for pattern in getattr(module, "FILES", ())]
+    return hub.resolve(name, holdings(), judge, loose)
 
 
 def convert(name: str | Path, folder: str | Path, layout: str = "unigen") -> None:
@@ -114,14 +137,27 @@ def family_of(folder: Path, manifest: dict[str, Any] | None) -> Any:
     config = hub.read_json(folder / hub.CONFIG) if (folder / hub.CONFIG).is_file() else {}
     for module in families():
         if module.owns(folder, config):
+            if hasattr(module, "refuse"):
+                module.refuse(folder, config)
             return module
+    if why := explain(folder, config):
+        raise ValueError(why)
     if (folder / "model_index.json").is_file():
         raise Unknown(f"{folder} is a diffusers pipeline: it is loaded by unigen.load, and has no other layout")
     if not config:
         raise ValueError(f"folder {folder} holds neither {hub.MANIFEST} nor {hub.CONFIG}, so it is no model")
     kind = config.get("model_type") or config.get("_class_name") or "unknown"
     names = ", ".join(module.__name__.rpartition(".")[2] for module in families())
-    raise Unknown(f"{folder} is a model of type {kind!r}, which is of no family known here ({names})")
+    also = ": as a model that reads it can be joined to one that draws, by --lmm" if is_language_model(kind) else ""
+    raise Unknown(f"{folder} is a model of type {kind!r}, which is of no family known here ({names}){also}")
+
+
+def is_language_model(kind: str) -> bool:
+    """Is this type one of transformers' models that write text, whether they see pictures or not?"""
+    from transformers.models.auto import modeling_auto
+
+    texts = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return kind in texts or kind in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
 def families() -> list[Any]:

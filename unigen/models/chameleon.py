@@ -1,6 +1,7 @@
 """Chameleon and Anole: text and image codes in one table, written in any order (Chameleon team 2024, arXiv 2405.09818).
 
-    <s>{words}<reserved08706><racm3:break> 1024 codes <eoss>        a picture, or an answer of text and pictures
+    <s>{words}<reserved08706><racm3:break> 1024 codes <eoss>        a picture, or an answer in text
+    <s>{words}...                                                   an answer of text and pictures
     <s><racm3:break> codes <eoss>...                                guidance's branch that sees pictures alone
     <s>...                                                          and the one that sees nothing
 
@@ -11,7 +12,7 @@
 
 Codes stand among the text and spell themselves: IMGIMGBACZ is 102. transformers' class forbids all image codes and has
 no decoder of pictures; here its layers are used and its mask is not, and pictures are decoded by Chameleon's VQGAN,
-looked for as in Liquid. Text is drawn without the official repetition penalty. Public weights: not run here.
+looked for as in Liquid. Public weights: not run here.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ MASKED = "mask_image_logits"
 """What the configs of Lumina-mGPT say more than those of transformers."""
 IMAGE_SIZE = 512
 SAMPLING: dict[str, Any] = {"guidance": [3.0, 1.2], "temperature": 0.7, "top_p": 0.9}
+WRITING = {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.2}
+"""How Anole's scripts draw text."""
 
 
 def spelt(code: int) -> str:
@@ -50,6 +53,8 @@ class ChameleonTemplate(PublicTemplate):
     outputs: tuple[Output, ...] = ("image", "text", "interleaved")
     scales = 2
     names: tuple[str, ...] = (BOI, EOI, EOT)
+    unended: tuple[Output, ...] = ("interleaved",)
+    """Outputs whose prompt does not end with the end of the user's turn, as in Anole's scripts."""
     apart = False
     """Is there a space between a picture and the words beside it?"""
 
@@ -79,7 +84,8 @@ class ChameleonTemplate(PublicTemplate):
             seen = [s for s in document.segments if s.image is not None and blind == 1]
             return self._said(seen, turns=False).tokens()
         prompt = self._said(document.segments, turns=True)
-        return (prompt.own(EOT) if document.segments[-1].role == "user" else prompt).tokens()
+        ended = document.segments[-1].role == "user" and output not in self.unended
+        return (prompt.own(EOT) if ended else prompt).tokens()
 
     def encode(self, document: Document, *, blind: bool = False, writer: str = "next-token") -> Tokens:
         """A whole document to learn from: what the assistant says and draws."""
@@ -123,6 +129,7 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
     template = ChameleonTemplate(tokenizer, height * width)
     model = joined("chameleon", lm, image_tokenizer, template, template.special.values())
     model.sample_by("next-token", **SAMPLING)
+    model.sample_by("text", **WRITING)
     return model
 
 

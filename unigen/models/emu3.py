@@ -145,9 +145,9 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
             lm = Emu3ForCausalLM(whole.config.text_config)
         lm.model, lm.lm_head, lm.generation_config = whole.model.text_model, whole.lm_head, whole.generation_config
         image_tokenizer = Emu3VQ(whole.model.vqmodel.float(), IMAGE_SIZE)
-        limits = hub.read_json(folder / "preprocessor_config.json")
+        limits = hub.picture_settings(folder)
         if any(value != 0.5 for name in ("image_mean", "image_std") for value in limits.get(name, (0.5,))):
-            raise ValueError(f"{folder}/preprocessor_config.json: pictures are read in [-1, 1], of mean and std 0.5")
+            raise ValueError(f"{folder}: pictures are read in [-1, 1], of mean and std 0.5")
     stride = image_tokenizer.image_size // image_tokenizer.grid[0]
     template = Emu3Template(tokenizer, stride, (limits.get("min_pixels", LEAST), limits.get("max_pixels", MOST)))
     codes = image_tokenizer.codebook_size

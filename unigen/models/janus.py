@@ -2,6 +2,7 @@
 of their own (Wu et al. 2024, arXiv 2410.13848; Chen et al. 2025, arXiv 2501.17811).
 
     <bos><|User|>: {words}\n\n<|Assistant|>:<begin_of_image> 576 codes                  a picture
+    <bos>User: {words}\n\nAssistant:<begin_of_image> 576 codes                          a picture by Janus-1.3B
     <bos><pad> ... <pad><begin_of_image> ...                                            guidance's other branch
     <bos>{system}\n\n<|User|>: <begin_of_image> 576 features <end_of_image>\n{question}\n\n<|Assistant|>:   an answer
 
@@ -35,6 +36,11 @@ from unigen.templates import Output, PublicTemplate, Unable
 from unigen.tokenizers import load_tokenizer, text, vqgan
 
 USER, ASSISTANT = "<|User|>", "<|Assistant|>"
+PLAIN = ("User", "Assistant")
+"""The roles of the first Janus; its repository has the same sft_format and tokens as Janus-Pro's."""
+FIRST = re.compile(r"Janus-1\.3B", re.IGNORECASE)
+FORMATS = {PLAIN: "deepseek_old", (USER, ASSISTANT): "deepseek"}
+"""sft_format of processor_config.json, by roles."""
 BOI, EOI, PAD = "<begin_of_image>", "<end_of_image>", "<｜▁pad▁｜>"
 SYSTEM = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
@@ -50,9 +56,12 @@ SAMPLING = {"guidance": 5.0, "temperature": 1.0}
 
 
 class JanusTemplate(PublicTemplate):
-    def __init__(self, tokenizer: Any, features: int, codes: int) -> None:
+    """features, codes: positions of a picture that is read, and drawn. roles: names of the user and the assistant."""
+
+    def __init__(self, tokenizer: Any, features: int, codes: int, roles: tuple[str, str] = (USER, ASSISTANT)) -> None:
         super().__init__(tokenizer)
-        self.features, self.codes = features, codes
+        self.features, self.codes, self.roles = features, codes, roles
+        self.settings = {"roles": list(roles)}
         known = tokenizer.get_vocab()
         self.names = [name for name in (USER, ASSISTANT, BOI, EOI, PAD) if name in known]
         self.special: dict[str, int] = {name: known[name] for name in self.names}
@@ -77,7 +86,7 @@ class JanusTemplate(PublicTemplate):
         drawing = output == "image"
         prompt = self._turns(document.segments, system="" if drawing else SYSTEM, seen=not drawing)
         if document.segments[-1].role == "user":
-            prompt.own(f"{ASSISTANT}:")
+            prompt.own(f"{self.roles[1]}:")
         tokens = prompt.tokens()
         return Tokens([tokens.ids[0]] + [self.special[PAD]] * (len(tokens) - 1)) if blind else tokens
 
@@ -98,7 +107,7 @@ class JanusTemplate(PublicTemplate):
         for number, segment in enumerate(segments):
             user, begins = segment.role == "user", number == 0 or segments[number - 1].role != segment.role
             ends = number + 1 == len(segments) or segments[number + 1].role != segment.role
-            prompt.own(f"{USER if user else ASSISTANT}: " if begins else "\n")
+            prompt.own(f"{self.roles[0] if user else self.roles[1]}: " if begins else "\n")
             if segment.image is not None:
                 if not seen:
                     raise Unable("janus draws from words alone: leave the picture out, or ask for text about it")
@@ -249,6 +258,34 @@ def owns(folder: Path, config: dict[str, Any]) -> bool:
     return config.get("model_type") in ("multi_modality", "janus")
 
 
+def refuse(folder: Path, config: dict[str, Any]) -> None:
+    """Raise ValueError for a relative that is not here."""
+    if any(name.startswith(("vision_gen_", "vision_und_")) for name in config):
+        raise ValueError(
+            f"{folder} is JanusFlow, which draws by rectified flow and is not supported: "
+            "deepseek-ai/Janus-1.3B, Janus-Pro-1B and Janus-Pro-7B are"
+        )
+
+
+def roles_of(folder: Path, config: Mapping[str, Any], tokenizer: Any) -> tuple[str, str]:
+    """The names of the user and the assistant in a public folder's prompts.
+
+    A folder of transformers says them in its processor's chat template. The authors' folders of Janus-1.3B and of
+    Janus-Pro say the same and differ in their scripts alone, so the former is known by its name, in the path or in
+    config.json, by a tokenizer without Pro's tokens, or by an sft_format that is written here.
+    """
+    if config["model_type"] == "janus":
+        for file in ("chat_template.jinja", "chat_template.json"):
+            template = (folder / file).read_text(encoding="utf-8") if (folder / file).is_file() else ""
+            if USER in template or f"{PLAIN[0]}: " in template:
+                return (USER, ASSISTANT) if USER in template else PLAIN
+    path = folder / "processor_config.json"
+    said = hub.read_json(path).get("sft_format") if path.is_file() else None
+    named = FIRST.search(f"{folder.absolute()} {config.get('_name_or_path', '')}")
+    plain = named or said == FORMATS[PLAIN] or USER not in tokenizer.get_vocab()
+    return PLAIN if plain else (USER, ASSISTANT)
+
+
 def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
     """The model in `folder`, in the authors' layout, transformers' or ours, strictly. dtype: None is as stored."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -257,6 +294,8 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
     tokenizer = text.of_model(folder)
     config = hub.read_json(folder / hub.CONFIG)
     if (folder / hub.MANIFEST).is_file():
+        first, second = hub.read_json(folder / hub.MANIFEST).get("template", {}).get("roles", (USER, ASSISTANT))
+        roles = (str(first), str(second))
         image_tokenizer = load_tokenizer(folder / "image_tokenizer")
         state = {f"backbone.lm.{name}": tensor for name, tensor in hub.read_weights(folder).items()}
         for part in ("backbone", "sight"):
@@ -268,13 +307,14 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
                 "vocab_size": config["text_size"]
             }
     else:
+        roles = roles_of(folder, config, tokenizer)
         if config["model_type"] == "janus":
             state = from_transformers(hub.read_weights(folder), config.get("tie_word_embeddings", True))
             said, config = config["vision_config"], config["text_config"]
             size, heads = int(said.get("image_size", IMAGE_SIZE)), said.get("num_attention_heads", HEADS)
         else:
             state = from_public(hub.read_weights(folder))
-            size, heads = int(hub.read_json(folder / "preprocessor_config.json").get("image_size", IMAGE_SIZE)), None
+            size, heads = int(hub.picture_settings(folder).get("image_size", IMAGE_SIZE)), None
             config = config["language_config"]
         coded = {k.removeprefix("image_tokenizer."): v for k, v in state.items() if k.startswith("image_tokenizer.")}
         image_tokenizer = vqgan.from_public(coded, size, "llamagen")
@@ -297,7 +337,8 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
         parts.backbone = JanusBackbone(lm, codes, code_dim, head_width)
         parts.sight = JanusSight(vision, parts.backbone.width)
     hub.load_strict(parts.to(dtype or own["backbone.table.weight"].dtype), own, folder)
-    template = JanusTemplate(tokenizer, parts.sight.positions, image_tokenizer.grid[0] * image_tokenizer.grid[1])
+    codes_of_a_picture = image_tokenizer.grid[0] * image_tokenizer.grid[1]
+    template = JanusTemplate(tokenizer, parts.sight.positions, codes_of_a_picture, roles)
     writers: dict[str, Generator] = {
         "text": Text(sorted({*tokenizer.all_special_ids, *template.special.values()})),
         "next-token": NextToken(image_tokenizer.grid),
@@ -357,6 +398,9 @@ def save_public(model: UnifiedModel, folder: Path) -> None:
     text.save(model.text_tokenizer, folder)
     language = model.backbone.lm.config.to_diff_dict()
     save_json(folder / hub.CONFIG, {"model_type": "multi_modality", "language_config": language})
+    assert isinstance(model.template, JanusTemplate)
+    said = {"processor_class": "VLChatProcessor", "num_image_tokens": model.template.features}
+    save_json(folder / "processor_config.json", said | {"sft_format": FORMATS[model.template.roles]})
     save_json(
         folder / "preprocessor_config.json", {"image_size": size, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     )

@@ -92,7 +92,8 @@ class LiquidTemplate(PublicTemplate):
             raise Unable("liquid draws from words alone: leave the picture out, or ask for text about it")
         if any(segment.label is not None for segment in segments):
             raise ValueError("liquid draws words, not classes: say what to draw in words")
-        prompt = text.Prompt(self.tokenizer).ids([self.tokenizer.bos_token_id])
+        bos = self.tokenizer.bos_token_id
+        prompt = text.Prompt(self.tokenizer).ids([] if bos is None else [bos])  # Qwen's has none
         if blind:
             return prompt.own(UNCOND)
         return prompt.said(" ".join((segment.text or "").strip() for segment in segments)).own(INSTRUCTION)
@@ -135,6 +136,19 @@ def owns(folder: Path, config: dict[str, Any]) -> bool:
     return path.is_file() and all(f'"{name}"' in path.read_text(encoding="utf-8") for name in (BOI, EOI, UNCOND))
 
 
+def refuse(folder: Path, config: dict[str, Any]) -> None:
+    """Raise ValueError for a language model that is not computed here as it should be."""
+    from transformers import AutoConfig
+
+    text_config = AutoConfig.for_model(**config).get_text_config()
+    windowed = "sliding_attention" in (getattr(text_config, "layer_types", None) or ())
+    capped = getattr(text_config, "final_logit_softcapping", None)
+    if windowed or capped or getattr(text_config, "logit_scale", None) not in (None, 1.0):
+        how = "attends in windows" if windowed else "caps or scales its logits"
+        kind = text_config.model_type
+        raise ValueError(f"{folder} is Liquid on {kind}, which {how} and is not supported: Gemma, Llama and Qwen are")
+
+
 def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
     """The model in `folder`, in the public layout or in ours, strictly. dtype: None is as it is stored."""
     from transformers import AutoModelForCausalLM
@@ -142,12 +156,6 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
     tokenizer = text.load(folder)
     image_tokenizer = vqgan.of_chameleon(folder, IMAGE_SIZE)
     lm = hub.pretrained(AutoModelForCausalLM, folder, dtype)
-    config = lm.config.get_text_config()
-    windowed = "sliding_attention" in (getattr(config, "layer_types", None) or ())
-    scaled = getattr(config, "final_logit_softcapping", None) or getattr(config, "logit_scale", None) not in (None, 1.0)
-    if windowed or scaled:
-        how = "attends in windows" if windowed else "caps or scales its logits"
-        raise ValueError(f"{folder}: a {config.model_type} that {how} is not known here")
     # id(code) = len(tokenizer) + code, even where a table was padded before it was grown
     vocabulary = Vocabulary(len(tokenizer), image_tokenizer.codebook_size)
     if lm.config.vocab_size < vocabulary.size:

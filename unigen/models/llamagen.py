@@ -21,9 +21,11 @@ Shapes: B rows, L positions, D width, E head width, F width of the text encoder.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote_plus
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +41,8 @@ from unigen.templates import ClassTemplate, DrawingTemplate, Output, Unable
 from unigen.tokenizers import load_tokenizer, text, vqgan
 
 BASE = 10_000.0
-HEAD_WIDTHS = {3200: 100}
-"""Of models of some width; of all others 64."""
+HEAD_WIDTHS = {768: 64, 1024: 64, 1280: 64, 1536: 64, 2048: 64, 2560: 64, 3200: 100, 4096: 128}
+"""By the width of the published models, B to XXXL and 1B to 7B; files do not say it."""
 TOKENIZERS = {"c2i": "vq_ds16_c2i.pt", "t2i": "vq_ds16_t2i.pt"}
 """Of models that draw classes, and words."""
 STRIDE = 16
@@ -61,6 +63,8 @@ REPOSITORIES = {
     },
 }
 """Repositories of the hub that hold several models: the files of each."""
+FILES = ("[ct]2i_*.pt", *TOKENIZERS.values())
+"""Files by which a folder is known."""
 
 
 class Rotary2D(nn.Module):
@@ -189,7 +193,7 @@ _PLAIN = (
     (r"\s+\.\s+", " "),
     (rf"(\D(?:,|\.(?!{_ENDING}\b)))\b", r"\1 "),
     (r"\s+", " "),
-    (r"\b :", ":"),
+    (r"\b\s+:\s+", ": "),
     (r"^[\"'](.+)[\"']$", r"\1"),
     (r"^['_,:;-]|['_,:+-]$", ""),
 )
@@ -201,7 +205,7 @@ def plain(words: str) -> str:
     what else captions of the web were rid of is read here: addresses and names of files and people (x.com, a.png, @me),
     numbers of articles and pages, sizes (3x4), names as r2d2, words of shops (free shipping), Chinese characters; marks
     in them are made plain like all others. Entities (&amp;) and damaged letters are not repaired."""
-    words = words.lower().strip()
+    words = unquote_plus(unquote_plus(words)).strip().lower()  # twice, as all of it was done: plus signs are spaces
     if len(re.findall(r"[-_]", words)) > 3:
         words = re.sub(r"[-_]", " ", words)
     for pattern, instead in _PLAIN:
@@ -262,15 +266,36 @@ def halves(weight: Tensor, head_dim: int, back: bool = False) -> Tensor:
     return weight.unflatten(0, shape).transpose(1, 2).flatten(0, 2).contiguous()
 
 
+def head_width_of(state: Mapping[str, Tensor], config: Mapping[str, Any], source: Path) -> int:
+    """How wide a head of attention is: of the file's table of positions, of `n_head` in the folder's config.json, or
+    as in the published model of this width; a width that is none of theirs is taken to have heads of 64, and said."""
+    width = state["tok_embeddings.weight"].shape[1]
+    if "freqs_cis" in state:
+        return 2 * state["freqs_cis"].shape[1]
+    if "n_head" in config:
+        heads = config["n_head"]
+        if not isinstance(heads, int) or heads < 1 or width % heads:
+            raise ValueError(f"{source.parent / hub.CONFIG}: n_head {heads!r} does not divide a width of {width}")
+        return width // heads
+    if width not in HEAD_WIDTHS:
+        warnings.warn(
+            f"{source}: no published LlamaGen is {width} wide, its heads are taken to be 64 wide; "
+            'if they are not, say so in config.json beside it, as {"n_head": 16}',
+            stacklevel=2,
+        )
+    return HEAD_WIDTHS.get(width, 64)
+
+
 def from_public(state: Mapping[str, Tensor], head_dim: int) -> dict[str, Tensor]:
-    """The tensors of a public file by their names here."""
+    """The tensors of a public file by their names here. Keys and values may have fewer heads than queries."""
     ours: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if name == "freqs_cis":
             continue
         name = hub.renamed(name, _NAMES, _LAYER)
         if ".qkv_proj." in name:
-            query, key, value = tensor.chunk(3)
+            queries = tensor.shape[1]
+            query, key, value = tensor.split([queries, *[(len(tensor) - queries) // 2] * 2])
             parts = {"q": halves(query, head_dim), "k": halves(key, head_dim), "v": value}
             ours |= {name.replace("qkv_proj", f"{part}_proj"): rows for part, rows in parts.items()}
         else:
@@ -313,7 +338,7 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
         state |= hub.read_tensors(folder / "backbone" / "model.safetensors")
         kind = "c2i" if "classes.weight" in state else "t2i"
     else:
-        path = hub.one_of(folder, "[ct]2i_*.pt", variant)
+        path = hub.one_of(folder, FILES[0], variant)
         kind = path.stem[:3]
         state = hub.read_tensors(path)
         try:
@@ -321,13 +346,17 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
             wide = state["layers.0.feed_forward.w1.weight"].shape[0]
             table = "embedding_table.weight" if kind == "c2i" else "uncond_embedding"
             before = 1 if kind == "c2i" else len(state[f"cls_embedding.{table}"])
+            mixed = len(state["layers.0.attention.wqkv.weight"])
         except KeyError as error:
             raise ValueError(f"checkpoint {path} has no {error.args[0]}: it is no LlamaGen ({kind})") from error
         size = re.search(r"_(\d+)$", path.stem)
         if not size or int(size[1]) % STRIDE:
             raise ValueError(f"{path.name}: the size of its pictures has to end the name, as in c2i_B_256.pt")
         image_tokenizer = vqgan.from_public(hub.read_tensors(folder / TOKENIZERS[kind]), int(size[1]), "llamagen")
-        head_dim = HEAD_WIDTHS.get(width, 64)
+        said = hub.read_json(folder / hub.CONFIG) if (folder / hub.CONFIG).is_file() else {}
+        head_dim = head_width_of(state, said, path)
+        if width % head_dim or (mixed - width) % (2 * head_dim) or not width < mixed <= 3 * width:
+            raise ValueError(f"{path}: queries, keys and values of {mixed} rows are of no heads {head_dim} wide")
         layers = len({name.split(".")[1] for name in state if name.startswith("layers.")})
         config = LlamaConfig(
             vocab_size=state["tok_embeddings.weight"].shape[0],
@@ -335,6 +364,7 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
             intermediate_size=wide,
             num_hidden_layers=layers,
             num_attention_heads=width // head_dim,
+            num_key_value_heads=(mixed - width) // (2 * head_dim),
             head_dim=head_dim,
             rms_norm_eps=1e-5,
             max_position_embeddings=before + image_tokenizer.grid[0] ** 2,
@@ -387,7 +417,8 @@ def save_public(model: UnifiedModel, folder: Path) -> None:
     state = to_public(backbone.state_dict(), backbone.lm.config.head_dim)
     torch.save({"model": state}, folder / f"{kind}_model_{tokenizer.image_size}.pt")
     torch.save({"model": vqgan.to_public(tokenizer, "llamagen")}, folder / TOKENIZERS[kind])
-    save_json(folder / hub.CONFIG, {"model_type": "llamagen"})
+    heads = backbone.lm.config.num_attention_heads
+    save_json(folder / hub.CONFIG, {"model_type": "llamagen", "n_head": heads})
     if isinstance(backbone, TextBackbone):
         words = folder / TEXT_FOLDER
         text.save(model.text_tokenizer, words)

@@ -51,6 +51,8 @@ RATIO = 4
 ASKED = "Generate an image of {}x{} according to the following prompt:\n"
 NAMED = re.compile(r"mGPT-\d+B-(\d+)")
 """What a folder says of the size that it was tuned to: its name, or the last of those above it that says one."""
+SECOND_SIZE = 171_385
+"""Ids of Lumina-mGPT 2.0."""
 CLASS = "ChameleonXLLMXForConditionalGeneration"
 SAMPLING: dict[str, Any] = {"guidance": 4.0, "temperature": 1.0, "top_k": 2000}
 
@@ -60,6 +62,7 @@ class LuminaTemplate(ChameleonTemplate):
 
     names = (BOI, EOI, EOT, EOL)
     free_size, scales, apart = True, 1, True
+    unended = ()
 
     def __init__(self, tokenizer: Any, stride: int, size: int) -> None:
         super().__init__(tokenizer, (size // stride) ** 2)
@@ -154,6 +157,15 @@ def kept(size: tuple[int, int], shape: tuple[int, int]) -> float:
 def owns(folder: Path, config: dict[str, Any]) -> bool:
     """Is this Chameleon by Lumina's own class? transformers' configs do not say whether codes are forbidden."""
     return config.get("model_type") == "chameleon" and MASKED in config
+
+
+def refuse(folder: Path, config: dict[str, Any]) -> None:
+    """Raise ValueError for a relative that is not here."""
+    if config.get("vocab_size") == SECOND_SIZE or "mGPT-2" in f"{folder.absolute()} {config.get('_name_or_path', '')}":
+        raise ValueError(
+            f"{folder} is Lumina-mGPT 2.0, whose image tokenizer is another and which is not supported: "
+            "Alpha-VLLM/Lumina-mGPT-7B-768 and -Omni are"
+        )
 
 
 def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:

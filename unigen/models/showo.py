@@ -106,6 +106,13 @@ class ShowoTemplate(PublicTemplate):
         resized = image.resize((width, height), Image.Resampling.BICUBIC)
         return np.asarray(resized.crop((left, top, left + size, top + size)))
 
+    def mask_cells(self, mask: Image.Image, size: int, grid: tuple[int, int]) -> np.ndarray:
+        """The codes (h, w) that a mask marks: those whose middle it covers by half and more, as the official script
+        resizes it (bicubic, without smoothing)."""
+        marks_HW = torch.from_numpy(np.array(self.frame(mask.convert("L"), size))).float() / 255
+        cells_hw = torch.nn.functional.interpolate(marks_HW[None, None], size=grid, mode="bicubic")[0, 0]
+        return (cells_hw >= 0.5).numpy()
+
     def prefix(self, ids: Sequence[int]) -> int:
         return ids.index(self.special[EOI]) + 1 if self.special[EOI] in ids else 0
 
@@ -148,6 +155,15 @@ def owns(folder: Path, config: dict[str, Any]) -> bool:
     return config.get("_class_name") == "Showo"
 
 
+def refuse(folder: Path, config: dict[str, Any]) -> None:
+    """Raise ValueError for a relative that is not here."""
+    if config.get("w_clip_vit"):
+        raise ValueError(
+            f"{folder} is a Show-o that reads pictures by CLIP, which is not supported: "
+            "showlab/show-o and showlab/show-o-512x512 are"
+        )
+
+
 def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
     """The model in `folder`, in the public layout or in ours, strictly. dtype: None is as it is stored."""
     from transformers import PhiForCausalLM
@@ -158,8 +174,6 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
         lm = hub.pretrained(PhiForCausalLM, folder, dtype)
     else:
         config = hub.read_json(folder / hub.CONFIG)
-        if config.get("w_clip_vit"):
-            raise ValueError(f"{folder}: a Show-o that reads pictures by CLIP is not known here")
         language = part(folder, LANGUAGE, hub.settings)
         tokenizer = text.of_model(language)
         tokenizer.add_special_tokens({"pad_token": PAD, "additional_special_tokens": list(ADDED[1:])})

@@ -34,7 +34,7 @@ from unigen.templates import ClassTemplate
 from unigen.tokenizers import load_tokenizer, var_vq
 
 SCALES = {680: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 2240: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)}
-"""By how many codes a picture has."""
+"""By how many codes a picture has, where the file does not say the scale of each code."""
 HEAD_WIDTH = 64
 EPSILON = 1e-6
 COLDEST = math.log(100)
@@ -45,6 +45,8 @@ REPOSITORIES = {
     "FoundationVision/var": {f"var_d{depth}": (f"var_d{depth}.pth", TOKENIZER) for depth in (16, 20, 24, 30, 36)}
 }
 """Repositories of the hub that hold several models: the files of each."""
+FILES = ("var_d*.pth", TOKENIZER)
+"""Files by which a folder is known."""
 
 
 class Block(nn.Module):
@@ -211,7 +213,7 @@ def to_public(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def owns(folder: Path, config: dict[str, Any]) -> bool:
     """A folder with a file of a model and the file of its image tokenizer."""
-    return bool(list(folder.glob("var_d*.pth"))) and (folder / TOKENIZER).is_file()
+    return bool(list(folder.glob(FILES[0]))) and (folder / TOKENIZER).is_file()
 
 
 def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) -> UnifiedModel:
@@ -224,8 +226,9 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
         written = hub.read_tensors(folder / "next-scale" / "model.safetensors")
         state |= {f"head.{name}": tensor for name, tensor in written.items()}
     else:
-        path = hub.one_of(folder, "var_d*.pth", variant)
-        state = from_public(hub.read_tensors(path))
+        path = hub.one_of(folder, FILES[0], variant)
+        public = hub.read_tensors(path)
+        state = from_public(public)
         try:
             classes, width = state["lm.classes.weight"].shape
             codes = len(state["head.position_embedding.weight"])
@@ -237,7 +240,7 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
         layers = len({name.split(".")[2] for name in state if name.startswith("lm.blocks.")})
         shared = "lm.shared.weight" in state
         settings = {"classes": classes, "width": width, "layers": layers, "positions": codes, "shared": shared}
-        scales = SCALES.get(codes) or small_scales(codes)
+        scales = scales_of(public, codes)
         tokenizer = var_vq.from_public(hub.read_tensors(folder / TOKENIZER), scales)
     parts = nn.Module()
     parts.lm, parts.head = Transformer(**settings), NextScale(tokenizer, settings["width"])
@@ -256,15 +259,27 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
     return model
 
 
-def small_scales(codes: int) -> tuple[int, ...]:
-    """1, 2, 4, ... of a model that is none of the published."""
-    scales, side = [1], 1
-    while sum(n * n for n in scales) < codes:
-        side *= 2
-        scales.append(side)
-    if sum(n * n for n in scales) != codes:
+def scales_of(public: Mapping[str, Tensor], codes: int) -> tuple[int, ...]:
+    """The sides of the scales (patch_nums): of `lvl_1L`, which says the scale of each code, or of the mask of training,
+    else of the published models, else 1, 2, 4, ... Raises ValueError for what are no squares."""
+    counts = None
+    if (levels_1L := public.get("lvl_1L")) is not None:
+        counts = torch.bincount(levels_1L.flatten().long()).tolist()
+    elif (mask_11LL := public.get("attn_bias_for_masking")) is not None:  # a code sees all scales up to its own
+        ends = (mask_11LL[0, 0] == 0).sum(-1).unique().tolist()
+        counts = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+    if counts is not None:
+        scales = tuple(math.isqrt(count) for count in counts)
+        if [side * side for side in scales] == counts and sum(counts) == codes:
+            return scales
+        raise ValueError(f"the file has {counts} codes by scale, of {codes}: a scale is a square")
+    if codes in SCALES:
+        return SCALES[codes]
+    scales = tuple(2**k for k in range(codes.bit_length()))
+    count = next((k for k in range(len(scales) + 1) if sum(side * side for side in scales[:k]) == codes), None)
+    if count is None:
         raise ValueError(f"{codes} positions are of no scales known here ({', '.join(map(str, SCALES))})")
-    return tuple(scales)
+    return scales[:count]
 
 
 def save_public(model: UnifiedModel, folder: Path) -> None:
@@ -273,6 +288,8 @@ def save_public(model: UnifiedModel, folder: Path) -> None:
     assert isinstance(tokenizer, var_vq.VARVQ) and isinstance(head, NextScale)
     state = {f"lm.{name}": tensor for name, tensor in model.backbone.lm.state_dict().items()}
     state |= {f"head.{k}": v for k, v in head.state_dict().items() if not k.startswith("tokenizer.")}
-    torch.save(to_public(state), folder / f"var_d{model.backbone.lm.settings['layers']}.pth")
+    levels = [torch.full((side * side,), level) for level, side in enumerate(tokenizer.settings.scales)]
+    derived = {"lvl_1L": torch.cat(levels)[None]}
+    torch.save(to_public(state) | derived, folder / f"var_d{model.backbone.lm.settings['layers']}.pth")
     torch.save(var_vq.to_public(tokenizer), folder / TOKENIZER)
     save_json(folder / hub.CONFIG, {"model_type": "var"})

@@ -30,11 +30,13 @@ def finite(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 is greedy; top_k 0 and top_p 1 are off. Raises ValueError outside these ranges."""
+    """temperature 0 is greedy; top_k 0, top_p 1 and repetition_penalty 1 are off; the last is of text alone. Raises
+    ValueError outside these ranges."""
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         if not (finite(self.temperature) and self.temperature >= 0):
@@ -42,6 +44,15 @@ class Sampling:
         whole("top_k", self.top_k, 0)
         if not (finite(self.top_p) and 0 < self.top_p <= 1):
             raise ValueError(f"top_p must lie in (0, 1] (1 is off), not {self.top_p!r}")
+        if not (finite(self.repetition_penalty) and 1 <= self.repetition_penalty <= 10):
+            raise ValueError(f"repetition_penalty lies between 1 (off) and 10, not {self.repetition_penalty!r}")
+
+
+def penalize(logits_V: Tensor, ids: set[int], penalty: float) -> None:
+    """Make ids that stand in the text already less likely, in place: a positive logit is divided by the penalty, a
+    negative one multiplied (Keskar et al. 2019, as transformers does)."""
+    at = torch.tensor(sorted(id for id in ids if id < len(logits_V)), dtype=torch.int64, device=logits_V.device)
+    logits_V[at] = torch.where(logits_V[at] > 0, logits_V[at] / penalty, logits_V[at] * penalty)
 
 
 def warp(logits_BV: Tensor, sampling: Sampling) -> Tensor:

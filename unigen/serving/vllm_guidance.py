@@ -51,6 +51,7 @@ def spoken(span: Span, vocabulary: Vocabulary, forbidden: list[int], group: str,
         "grid": None if span.grid is None else list(span.grid),
         "row_end": list(span.row_end),
         "stops": list(span.stops),
+        "before": sorted(span.before),
         "forbidden": forbidden if span.grid is None else [],
     }
 
@@ -91,6 +92,7 @@ class Branch:
             grid=None if grid is None else (int(grid[0]), int(grid[1])),
             row_end=tuple(said["row_end"]),
             stops=tuple(said["stops"]),
+            before=frozenset(said.get("before", ())),
         )
         self.seed = int(said["seed"])
         self.span.rng.manual_seed(self.seed)
@@ -118,7 +120,7 @@ class Branch:
         for _ in range(self._drawn, draws):
             draw(scores_1V, self.span.sampling, [self.span.rng])
         self._drawn = draws + 1
-        return State(self.span, pending=[])
+        return State(self.span, pending=[], ids=list(self.ids))
 
 
 class GuidedSampler(LogitsProcessor):

@@ -285,6 +285,8 @@ class Together(_Worker):
         said: dict[str, Any] = {"seed": request.seed}
         if request.output != "image":
             said["text"] = {"temperature": request.text.temperature, "top_p": request.text.top_p}
+            if request.text.repetition_penalty != 1:
+                said["text"]["repetition_penalty"] = request.text.repetition_penalty
             said["max_tokens"] = request.max_tokens
         if request.output != "text":
             usual, scales = sampling_of(self.engine.model, request.generator), request.guidance.scales

@@ -1,0 +1,61 @@
+"""What is said of public checkpoints that are near the families here and do not load: which repository does.
+
+Nothing is read but names of files and config.json. The file refuses to know: how any model is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+TYPES = {
+    "Emu3": "is Emu3 in its authors' layout; that of transformers loads: Emu3-community/Emu3-Gen-hf draws, "
+    "Emu3-community/Emu3-Chat-hf answers",
+    "Emu3VisionVQ": "is Emu3's image tokenizer alone; a model that has it loads: Emu3-community/Emu3-Gen-hf",
+    "bagel": "is BAGEL, which draws by rectified flow and is not supported",
+}
+"""By model_type."""
+CLASSES = {
+    "Showo2": "is Show-o2, which draws by flow matching and is not supported; Show-o is: showlab/show-o-512x512",
+    "MAGVITv2": "is Show-o's image tokenizer alone; the model loads: showlab/show-o-512x512",
+}
+"""By how _class_name begins."""
+FILES = {
+    "consolidate_params.json": "is Chameleon in its authors' layout; that of transformers loads: facebook/chameleon-7b "
+    "answers, leloy/Anole-7b-v0.1-hf draws, too",
+    "params.json": "is in the layout of Meta's code, as GAIR/Anole-7b-v0.1; that of transformers loads: "
+    "leloy/Anole-7b-v0.1-hf",
+    "llm_config.json": TYPES["bagel"],
+    "*.gguf": "holds weights for llama.cpp (GGUF), which are not read: give the repository that they were made from",
+    "*.onnx": "holds ONNX weights, which are not read: give the repository that they were made from",
+}
+"""Of folders without config.json, by a file in them."""
+EMU3_SIZE = 184_622
+"""Ids of Emu3; Emu3.5 has more."""
+
+
+def explain(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """One line on a folder that no family owns, None where nothing is known of it. config: its config.json, {} where
+    there is none."""
+    if (folder / "adapter_config.json").is_file():
+        return f"{folder} {_adapter(folder)}"
+    kind, name = str(config.get("model_type")), str(config.get("_class_name"))
+    said = TYPES.get(kind)
+    if kind == "Emu3" and (config.get("vocab_size", EMU3_SIZE) != EMU3_SIZE or "Emu3.5" in str(folder.absolute())):
+        said = "is Emu3.5, which is not supported; Emu3 is: Emu3-community/Emu3-Gen-hf"
+    said = said or next((line for begin, line in CLASSES.items() if name.startswith(begin)), None)
+    if said is None and not config:
+        said = next((line for pattern, line in FILES.items() if next(folder.glob(pattern), None)), None)
+    return said and f"{folder} {said}"
+
+
+def _adapter(folder: Path) -> str:
+    import json
+
+    try:
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        base = None
+    of = f" of {base}" if isinstance(base, str) and base else ""
+    return f"holds an adapter (LoRA){of}, not a model: merge it into its model (peft: merge_and_unload), save that"
