@@ -105,6 +105,8 @@ def test_words_are_made_plain() -> None:
         ("a cat : a dog", "a cat: a dog"),
         ("a ratio of 3:4 at 5 :6", "a ratio of 3:4 at 5 :6"),
         ("100%20sure", "100 sure"),
+        (", 'quoted'", "quoted"),
+        ("a clock: -- +", "a clock"),
     ],
 )
 def test_plus_signs_and_colons_as_the_official_code_has_them(said: str, read: str) -> None:

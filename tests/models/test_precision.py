@@ -23,6 +23,7 @@ from scripts.parity import families
 from unigen import cli
 from unigen.evaluation.runner import common_arguments
 from unigen.nn.quantized import measure, quantize
+from unigen.pairs import load_reader
 from unigen.precision import QUANTIZATIONS
 
 needs = pytest.mark.skipif(
@@ -123,6 +124,28 @@ def test_every_family(family: str, kind: str, tmp_path: Path, capsys: pytest.Cap
     assert f"{kind}, tables and head" in told.out and told.err == ""
     with pytest.raises(ValueError, match=f"{kind} weights are not saved"):
         engine.model.save(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("family", ["liquid", "janus"])
+def test_float16_on_a_cpu(family: str, tmp_path: Path) -> None:
+    """The weights are those of float16, the products of float32: what is drawn does not depend on what is drawn beside
+    it, and what exceeds float16 is no fault."""
+    case: Any = importlib.import_module(f"tests.parity.{family}")
+    case.checkpoint(tmp_path)
+    true, engine = unigen.load(str(tmp_path), "cpu"), unigen.load(str(tmp_path), "cpu", "float16")
+    weights = dict(true.model.backbone.named_parameters())
+    for name, p in engine.model.backbone.named_parameters():
+        assert p.dtype == torch.float32 and torch.equal(p, weights[name].half().float())
+    assert engine.info()["precision"] == "float32"
+    prompts = [case.PROMPT, "two dogs on a blue table", "a"]
+    together = engine.generate_batch(prompts, [1, 2, 3])
+    for prompt, seed, picture in zip(prompts, [1, 2, 3], together, strict=True):
+        assert picture.tobytes() == engine.generate(prompt, seed=seed).tobytes()
+
+
+def test_a_reader_in_float16_on_a_cpu(chat_folder: Path) -> None:
+    reader = load_reader(chat_folder, "cpu", torch.float16)
+    assert {p.dtype for p in reader.model.parameters()} == {torch.float32}
 
 
 @needs

@@ -168,6 +168,13 @@ def test_a_folder_of_no_family(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "'bert', which is of no family known here" in capsys.readouterr().err
 
 
+def test_a_negative_prompt_is_for_pipelines(case: Any, public: Path) -> None:
+    engine = unigen.load(str(public), "cpu")
+    with pytest.raises(ValueError, match="takes no negative prompt") as caught:
+        engine.generate(case.PROMPT, negative="blurry", size=case.SIZE)
+    assert "\n" not in str(caught.value)
+
+
 def test_the_table_in_the_docs(family: str, public: Path, root: Path) -> None:
     """What docs/models.md says that a family can do is what it can do."""
     lines = (root / "docs" / "models.md").read_text().splitlines()

@@ -183,34 +183,46 @@ class TextBackbone(LlamaGenBackbone):
 
 _ENDING = r"(?:[\w-]+\.)*(?:com|co|ru|net|org|edu|gov|it|png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4)"
 """What follows a dot in an address, and in the name of a file."""
-_PLAIN = (
+_MARKS = (
     (r"[-\u2010-\u2015]+", "-"),
     (r"[`´«»“”¨]", '"'),
     (r"[‘’]", "'"),
-    (r"[#®•©™&@·º½¾¿¡§~(){}|\\/*\[\]]+", " "),
     (r"[\"']{2,}", '"'),
     (r"\.{2,}", " "),
+    (r"[#®•©™&@·º½¾¿¡§~(){}|\\/*\[\]]+", " "),
     (r"\s+\.\s+", " "),
+)
+_SPACES = (
+    (r"\b\s+:\s+", ": "),
     (rf"(\D(?:,|\.(?!{_ENDING}\b)))\b", r"\1 "),
     (r"\s+", " "),
-    (r"\b\s+:\s+", ": "),
-    (r"^[\"'](.+)[\"']$", r"\1"),
-    (r"^['_,:;-]|['_,:+-]$", ""),
 )
-"""What captions were rid of in training, as far as prompts have it. Hyphens too, where there are more than three."""
+_ENDS = (
+    (r"^[\"'](.+)[\"']$", r"\1"),
+    (r"^['_,:;-]", ""),
+    (r"['_,:+-]$", ""),
+)
+"""What captions were rid of in training, as far as prompts have it, in this order; between the first two hyphens, where
+there are more than three."""
 
 
 def plain(words: str) -> str:
-    """The words as captions were in training: lower case, typographic marks made plain, others left out. Differently,
-    what else captions of the web were rid of is read here: addresses and names of files and people (x.com, a.png, @me),
-    numbers of articles and pages, sizes (3x4), names as r2d2, words of shops (free shipping), Chinese characters; marks
-    in them are made plain like all others. Entities (&amp;) and damaged letters are not repaired."""
-    words = unquote_plus(unquote_plus(words)).strip().lower()  # twice, as all of it was done: plus signs are spaces
-    if len(re.findall(r"[-_]", words)) > 3:
-        words = re.sub(r"[-_]", " ", words)
-    for pattern, instead in _PLAIN:
-        words = re.sub(pattern, instead, words)
-    return words.strip()
+    """The words as captions were in training: lower case, typographic marks made plain, others left out, plus signs as
+    spaces. Differently, what else captions of the web were rid of is read here: addresses and names of files and people
+    (x.com, a.png, @me), numbers of articles and pages, sizes (3x4), names as r2d2, words of shops (free shipping),
+    Chinese characters; marks in them are made plain like all others. Entities (&amp;) and damaged letters are not
+    repaired."""
+    for _ in range(2):  # as in training
+        words = unquote_plus(words).strip().lower()
+        for pattern, instead in _MARKS:
+            words = re.sub(pattern, instead, words)
+        if len(re.findall(r"[-_]", words)) > 3:
+            words = re.sub(r"[-_]", " ", words)
+        words = words.strip()
+        for pattern, instead in (*_SPACES, *_ENDS):
+            words = re.sub(pattern, instead, words)
+        words = words.strip()
+    return words
 
 
 class TextTemplate(DrawingTemplate):
