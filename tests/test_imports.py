@@ -24,7 +24,7 @@ LAYERS = [
     {"adapters"},
     {"engine", "models", "data", "pipelines"},
     {"running"},
-    {"likelihood", "request", "painting"},
+    {"likelihood", "request", "painting", "pipeline_support"},
     {"model"},
     {"generators", "tokenizers", "templates"},
     {"nn", "samplers"},

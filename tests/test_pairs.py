@@ -3,6 +3,8 @@ made here, by Python and by the command."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import unigen
 from tests.parity import llamagen as llamagen_case
 from unigen import cli
 from unigen.adapters import embed
-from unigen.pairs import MOST, PairedEngine
+from unigen.pairs import FALLBACK, MOST, PairedEngine, load_reader
 from unigen.pipelines import PipelineEngine
 from unigen.sequence import Document, Segment
 from unigen.serving.jobs import Begun, Ended, Job, Part, Refused
@@ -88,6 +90,12 @@ def glm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def words_engine(words_folder: Path) -> PipelineEngine:
+    engine: PipelineEngine = unigen.load(str(words_folder), "cpu")
+    return engine
+
+
 def test_a_pipeline_draws_what_diffusers_does(words_folder: Path) -> None:
     from diffusers import DiffusionPipeline
 
@@ -104,14 +112,21 @@ def test_a_pipeline_draws_what_diffusers_does(words_folder: Path) -> None:
     assert engine.generate("a red dog", seed=7, guidance=4.0, negative="a hill", **SMALL).tobytes() != drawn.tobytes()
 
 
-def test_a_pipeline_edits_and_inpaints(words_folder: Path) -> None:
+@pytest.mark.parametrize("size", [(32, 32), (45, 30), (100, 37)])
+def test_a_pipeline_edits_and_inpaints(size: tuple[int, int], words_folder: Path) -> None:
+    """Pictures of any size keep it, and what is not marked keeps its pixels."""
     engine = unigen.load(str(words_folder), "cpu")
-    given = Image.new("RGB", (32, 32), "red")
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    given = Image.fromarray(noise)
     edited = engine.edit(given, "a hill", strength=0.8, steps=4)
-    assert edited.size == (32, 32) and edited.tobytes() != given.tobytes()
-    mask = np.zeros((32, 32, 3), dtype=np.uint8)
-    mask[:, 16:] = 255
-    assert engine.inpaint(given, "a hill", mask, **SMALL).size == (32, 32)
+    assert edited.size == size and edited.tobytes() != given.tobytes()
+    assert engine.edit(given, "a hill", strength=0.8, steps=4, size=(48, 40)).size == (48, 40)
+    mask = np.zeros((size[1], size[0], 3), dtype=np.uint8)
+    mask[:, size[0] // 2 :] = 255
+    for more in ({"steps": 2}, {"steps": 2, "size": (32, 32), "strength": 0.9}):
+        painted = np.asarray(engine.inpaint(given, "a hill", mask, **more))
+        assert painted.shape == noise.shape
+        assert (painted[mask == 0] == noise[mask == 0]).all() and (painted[mask > 0] != noise[mask > 0]).mean() > 0.5
 
 
 def test_classes(classes_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,12 +155,40 @@ def test_classes(classes_folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
         (lambda e: e.generate(["a", Image.new("RGB", (8, 8))]), "give a picture to `edit`"),
         (lambda e: e.edit(Image.new("RGB", (8, 8)), "a", strength=2.0), "strength lies in"),
         (lambda e: e.inpaint(Image.new("RGB", (8, 8)), "a", Image.new("L", (9, 8), 255)), "make them alike"),
+        (lambda e: e.inpaint(Image.new("RGB", (8, 8)), "a", Image.new("RGB", (8, 8))), "marks nothing"),
+        (lambda e: e.inpaint(Image.new("RGB", (8, 8)), None, Image.new("RGB", (8, 8), "white")), "must be text"),
+        (lambda e: e.edit(Image.new("RGB", (8, 8)), None), "must be text, not NoneType"),
+        (lambda e: e.edit(Image.new("RGB", (8, 8)), "a", strength=float("nan")), "strength lies in"),
+        (lambda e: e.edit(Image.new("RGB", (8, 8)), "a", strength="much"), "strength lies in"),
+        (lambda e: e.edit(Image.new("RGB", (8, 8)), "a", strength=0.3, steps=2), "take at least 4 steps"),
+        (lambda e: e.edit(Image.new("RGB", (8, 8)), "a", size=(-8, 8)), "a size is two whole numbers"),
+        (lambda e: e.generate("a", size=(-8, 8)), "a size is two whole numbers"),
+        (lambda e: e.generate("a", size=(0, 8)), "a size is two whole numbers"),
+        (lambda e: e.generate("a", size=(True, 8)), "a size is two whole numbers"),
+        (lambda e: e.generate("a", size=(10**5, 10**5)), "too large"),
+        (lambda e: e.generate("a", steps=2.5), "steps must be at least 1, .* a whole number, not 2.5"),
+        (lambda e: e.generate("a", steps=True), "a whole number, not True"),
+        (lambda e: e.generate("a", steps=10**9), "at most 1000"),
+        (lambda e: e.generate("a", num_inference_steps=10**9), "at most 1000"),
+        (lambda e: e.generate("a", guidance=float("nan")), "guidance must be a number from 0 to 100"),
+        (lambda e: e.generate("a", guidance=1e300), "guidance must be a number from 0 to 100"),
+        (lambda e: e.generate("a", guidance="7"), "guidance must be a number"),
+        (lambda e: e.generate("a", guidance=-1), "guidance must be a number"),
+        (lambda e: e.generate("a", negative=3), "negative must be words"),
+        (lambda e: e.generate("a", negative="b", guidance=1.0), "hears negative only with guidance above 1"),
+        (lambda e: e.generate("a", generator="masked"), "does not take generator"),
+        (lambda e: e.generate("a", output_type="latent"), "does not take output_type"),
+        (lambda e: e.generate("a", strength=0.5), "does not take strength"),
+        (lambda e: e.generate("a", seed=-1), "seed must be a whole number of at least 0"),
+        (lambda e: e.generate("a", seed=2**64), "less than 2"),
+        (lambda e: e.generate("a", n=0), "n must be a whole number"),
+        (lambda e: e.generate_batch(["a", "b"], [1]), "2 prompts need as many seeds"),
+        (lambda e: e.generate("a", cross_attention_kwargs=3, steps=1), "StableDiffusionPipeline"),
     ],
 )
-def test_what_a_pipeline_refuses(call: Any, reason: str, words_folder: Path) -> None:
-    engine = unigen.load(str(words_folder), "cpu")
+def test_what_a_pipeline_refuses(call: Any, reason: str, words_engine: PipelineEngine) -> None:
     with pytest.raises(ValueError, match=reason) as caught:
-        call(engine)
+        call(words_engine)
     assert "\n" not in str(caught.value)
 
 
@@ -179,7 +222,7 @@ def test_glm_image_edits(size: tuple[int, int], drawn: tuple[int, int], glm_fold
         engine.edit(picture, "a hill", steps=2, seed=3)
         for picture in (Image.fromarray(noise), Image.fromarray(noise), Image.new("RGB", size, "red"))
     )
-    assert edited.size == drawn and edited.tobytes() == again.tobytes() != other.tobytes()
+    assert edited.size == size and edited.tobytes() == again.tobytes() != other.tobytes()
     assert engine.edit(Image.fromarray(noise), "a hill", steps=2, size=(96, 64)).size == (96, 64)
 
 
@@ -190,8 +233,11 @@ def test_glm_image_edits(size: tuple[int, int], drawn: tuple[int, int], glm_fold
         (lambda e: e.generate("a", size=(65, 64), steps=1), "divisible by 32"),
         (lambda e: e.edit(Image.new("RGB", (64, 64)), "a", strength=0.5), "does not take strength"),
         (lambda e: e.edit(Image.new("RGB", (64, 600)), "a", steps=1), "up to four times as long as wide"),
-        (lambda e: e.generate("a", size=(64, 64), steps=2, sampler="heun"), "does not support custom"),
-        (lambda e: e.inpaint(Image.new("RGB", (8, 8)), "a", Image.new("L", (8, 8), 255)), "no form that takes"),
+        (lambda e: e.generate("a", size=(64, 64), steps=2, sampler="heun"), "unknown sampler 'heun' .* one of euler$"),
+        (
+            lambda e: e.inpaint(Image.new("RGB", (8, 8)), "a", Image.new("L", (8, 8), 255)),
+            "no form that takes a picture and",
+        ),
         (lambda e: embed(e.pipe, "a"), "not told by prompt embeddings alone"),
     ],
 )
@@ -202,11 +248,84 @@ def test_what_glm_image_refuses(call: Any, reason: str, glm_folder: Path) -> Non
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("LTXPipeline", "makes video"),
+        ("WanPipeline", "makes video"),
+        ("CogVideoXPipeline", "makes video"),
+        ("AnimateDiffPipeline", "makes video"),
+        ("LattePipeline", "makes video"),
+        ("MochiPipeline", "makes video"),
+        ("StableVideoDiffusionPipeline", "makes video"),
+        ("CogVideoXVideoToVideoPipeline", "makes video"),
+        ("TextToVideoZeroPipeline", "makes video"),
+        ("StableAudioPipeline", "makes sound"),
+        ("AudioLDM2Pipeline", "makes sound"),
+        ("StableCascadePriorPipeline", "gives image_embeddings, .* and no picture"),
+        ("KandinskyV22PriorPipeline", "gives image_embeds, .* and no picture"),
+        ("FluxPriorReduxPipeline", "and no picture"),
+        ("StableCascadeDecoderPipeline", "needs image_embeddings"),
+        ("KandinskyV22Pipeline", "needs image_embeds"),
+        ("MarigoldDepthPipeline", "gives .*prediction.* and no picture"),
+        ("DDPMPipeline", "neither words nor a class"),
+        ("StableDiffusionControlNetPipeline", "control picture"),
+        ("FluxControlPipeline", "control picture"),
+        ("StableDiffusionAdapterPipeline", "control picture"),
+        ("StableDiffusionUpscalePipeline", "enlarges pictures"),
+        ("StableDiffusionLatentUpscalePipeline", "enlarges pictures"),
+        ("QwenImageLayeredPipeline", "layers"),
+        ("ShapEPipeline", "three-dimensional"),
+        ("LLaDA2Pipeline", "and no picture"),
+        ("NoSuchPipeline", "no pipeline 'NoSuchPipeline'"),
+        ("AutoencoderKL", "no pipeline 'AutoencoderKL'"),
+        (["pipeline", "MyPipeline"], "no pipeline"),
+    ],
+)
+def test_pipelines_that_cannot_draw_are_refused_by_their_index(name: Any, reason: str, tmp_path: Path) -> None:
+    """Before any weights are read: there are none."""
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
+    with pytest.raises(ValueError, match=reason) as caught:
+        unigen.load(str(tmp_path), "cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pipeline_whose_numbers_are_not_finite(words_folder: Path) -> None:
+    engine = unigen.load(str(words_folder), "cpu")
+    engine.generate("a", **SMALL)
+    next(engine.pipe.vae.decoder.parameters()).data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="not finite: use dtype bfloat16 or float32"):
+        engine.generate("a", **SMALL)
+
+
+def test_seeds_of_64_bits(words_engine: PipelineEngine) -> None:
+    """Each draws its own picture, also where torch would read only its last 32 bits."""
+    seeds = [0, 2**32, 2**63, 2**64 - 1]
+    drawn = words_engine.generate_batch(["a"] * 4, seeds, **SMALL)
+    assert len({picture.tobytes() for picture in drawn}) == 4
+
+
+def test_a_real_fault_of_a_pipeline_is_not_hidden(words_engine: PipelineEngine, monkeypatch: Any) -> None:
+    """What options may cause is one line, with its traceback behind it; all else stays what it is."""
+
+    def failing(error: Exception) -> Any:
+        def forward(*_: Any, **__: Any) -> Any:
+            raise error
+
+        return forward
+
+    monkeypatch.setattr(words_engine.pipe.unet, "forward", failing(RuntimeError("sizes of tensors\nmust match")))
+    with pytest.raises(ValueError, match="RuntimeError: sizes of tensors.$") as caught:
+        words_engine.generate("a", **SMALL)
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    monkeypatch.setattr(words_engine.pipe.unet, "forward", failing(AttributeError("no such part")))
+    with pytest.raises(AttributeError, match="no such part"):
+        words_engine.generate("a", **SMALL)
+
+
 def test_a_damaged_pipeline_is_one_clear_line(
     words_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import shutil
-
     folder = tmp_path / "damaged"
     shutil.copytree(words_folder, folder)
     weights = next((folder / "unet").glob("*.safetensors"))
@@ -306,6 +425,49 @@ def test_passages_and_their_pictures_alternate() -> None:
     parts = list(PairedEngine(reader, Draws()).stream("a story", max_images=5))
     assert [p if isinstance(p, str) else p.width for p in parts] == ["Once.", 7, "Then.", 8]
     assert reader.asked[3][:3] == ["a story", "Once.", "Then."]  # the reader is told what was told
+
+
+def test_a_passage_that_was_told_is_asked_for_again() -> None:
+    """With another seed, and the story ends where nothing new comes."""
+    reader = Says("A witch flies.", "a witch", "A witch flies!", "She lands.", "a hill", *["She lands."] * 3)
+    parts = list(PairedEngine(reader, Draws()).stream("a story", max_images=5, seed=2**64 - 1))
+    assert [p for p in parts if isinstance(p, str)] == ["A witch flies.", "She lands."]
+    seeds = [options["seed"] for options in reader.options]
+    assert seeds[2] != seeds[3] == seeds[3] and seeds[3] != seeds[0] and len({*seeds[5:]}) == 3
+    assert all(0 <= seed < 2**64 for seed in seeds)
+
+
+@pytest.mark.parametrize(
+    ("said", "sampling"),
+    [
+        (None, FALLBACK),
+        ({"eos_token_id": 0}, FALLBACK),
+        ({"eos_token_id": 0, "repetition_penalty": 1.3}, FALLBACK | {"repetition_penalty": 1.3}),
+        ({"do_sample": True, "temperature": 0.6, "top_p": 0.9}, {"temperature": 0.6, "top_p": 0.9}),
+        ({"do_sample": True, "top_k": 20}, {"temperature": 1.0, "top_k": 20}),
+        ({"do_sample": False, "temperature": 0.6}, {"temperature": 0.0}),
+    ],
+)
+def test_text_is_drawn_as_the_model_says(
+    said: Any, sampling: dict[str, Any], chat_folder: Path, tmp_path: Path
+) -> None:
+    """By its generation_config.json, else at temperature 0.7 with a guard; what is asked for wins."""
+    shutil.copytree(chat_folder, tmp_path / "chat")
+    file = tmp_path / "chat" / "generation_config.json"
+    file.unlink()
+    if said is not None:
+        file.write_text(json.dumps(said))
+    reader = load_reader(tmp_path / "chat")
+    assert reader.text_sampling == sampling == reader.info()["text_sampling"]
+    pair, asked = PairedEngine(reader, Draws()), {}
+    reader.model.generate = lambda **options: asked.update(options) or options["input_ids"]  # type: ignore[func-returns-value]
+    pair.generate("a dog", "text")
+    drawn = {name: asked[name] for name in FALLBACK.keys() & asked.keys() if asked["do_sample"]}
+    assert drawn.items() >= {k: v for k, v in sampling.items() if k in FALLBACK and sampling["temperature"]}.items()
+    assert asked["do_sample"] == bool(sampling["temperature"])
+    asked.clear()
+    pair.generate("a dog", "text", temperature=0.0)
+    assert not asked["do_sample"] and asked.get("repetition_penalty") in (None, (said or {}).get("repetition_penalty"))
 
 
 def test_an_edit_by_one_that_draws_from_words_alone() -> None:

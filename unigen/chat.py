@@ -13,9 +13,11 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
+from urllib.parse import unquote
 
 from PIL.Image import Image, Resampling
 
@@ -53,6 +55,27 @@ def inline(image: Image, protocol: str, width: int = 256) -> str:
         control = "a=T,f=100," if i == 0 else ""
         parts.append(f"\033_G{control}m={int(i + 1 < len(chunks))};{chunk}\033\\")
     return "".join(parts) + "\n"
+
+
+def pasted_paths(text: str) -> list[str]:
+    """The paths of the files that a line names as terminals paste them: plain, quoted, with escaped blanks, or as
+    file:// addresses. A line that is the name of a file is that file. Raises ValueError where it names none."""
+    plain = os.path.expanduser(text)
+    if os.path.isfile(plain):
+        return [plain]
+    try:
+        parts = shlex.split(text)
+    except ValueError:  # a quote that is not closed, as in a name with an apostrophe
+        parts = [text]
+    if not parts:
+        raise ValueError("say /image and the path of a picture")
+    paths = []
+    for part in parts:
+        if part.lower().startswith("file://"):
+            part = unquote(part[len("file://") :].removeprefix("localhost"))
+        paths.append(os.path.expanduser(part))
+    whole = len(paths) > 1 and not all(os.path.isfile(path) for path in paths)
+    return [plain] if whole else paths
 
 
 class Chat:
@@ -115,8 +138,9 @@ class Chat:
         if name == "/quit":
             return False
         if name == "/image":
-            self.attached.append(read_image(os.path.expanduser(rest)))
-            print(f"attached {rest}", file=out)
+            paths = pasted_paths(rest)
+            self.attached += [read_image(path) for path in paths]
+            print(f"attached {', '.join(paths)}", file=out)
         elif name == "/seed":
             if not rest.isdecimal():
                 raise ValueError("say /seed and a whole number, such as /seed 7")

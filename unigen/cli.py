@@ -149,6 +149,7 @@ def sampling_arguments(parser: argparse.ArgumentParser, generator: str = "next-t
     group.add_argument("--sampler", help="of a flow: euler, heun, dpm++, unipc or deis")
     group.add_argument("--accelerate", help="of next-token, several codes a step: jacobi (same picture) or sjd")
     group.add_argument("--guidance-kind", help="of a flow: cfg, rescale, apg or cfg-zero")
+    group.add_argument("--negative", metavar="WORDS", help="of a diffusers pipeline: what pictures are not to show")
 
 
 def generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -169,10 +170,17 @@ def describe_arguments(parser: argparse.ArgumentParser) -> None:
     model_arguments(parser)
 
 
+def strength_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--strength", type=number(0, 1, open_low=True), help="of a diffusers pipeline: how much is changed; 1 is all"
+    )
+
+
 def edit_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", help="the picture to change")
     parser.add_argument("instruction", type=text, help='such as "replace the sunflower with a rose"')
     parser.add_argument("-o", "--output", default="out.png", help="the new picture (default: %(default)s)")
+    strength_argument(parser)
     sampling_arguments(parser)
     model_arguments(parser)
 
@@ -186,6 +194,7 @@ def inpaint_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--around", type=box, metavar="L,T,R,B", help="paint outside this box (outpainting)")
     where.add_argument("--vary", type=number(0, 1, open_low=True), help="paint this share of it, drawn by lot")
     parser.add_argument("-o", "--output", default="out.png", help="the new picture (default: %(default)s)")
+    strength_argument(parser)
     sampling_arguments(parser, "masked, else another that can keep codes")
     model_arguments(parser)
 
@@ -321,8 +330,10 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
         "steps",
         "sampler",
         "guidance_kind",
+        "negative",
+        "strength",
     )
-    return {name: value for name in names if (value := getattr(args, name)) is not None}
+    return {name: value for name in names if (value := getattr(args, name, None)) is not None}
 
 
 def note_size(given: tuple[int, int], made: Any) -> None:

@@ -13,7 +13,9 @@ template, the one that draws any diffusers pipeline. The file refuses to know: h
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from unigen.adapters import AdaptedPipeline, Adapter, pipe_of
 from unigen.images import read_image
 from unigen.models import widen
 from unigen.nn.quantized import held, measure, quantize
+from unigen.pipelines import check_seed, check_words, generator_of
+from unigen.samplers.logits import Sampling, whole
 from unigen.sequence import Document, Segment, as_words
 from unigen.templates import Output, Unable
 from unigen.tokenizers import text
@@ -35,6 +39,12 @@ MOST = 120
 """Tokens of a passage, and of a prompt for the painter, where `max_tokens` does not say less."""
 READS = ("max_tokens", "temperature", "top_p")
 """Options of the model that reads, wherever it says something; all others are of the one that draws."""
+STORY_TEMPERATURE = 0.8
+"""Of the passages of a model of this package's families, as in its own stories."""
+FALLBACK = {"temperature": 0.7, "top_p": 1.0, "repetition_penalty": 1.1}
+"""How a model of transformers draws text whose generation_config does not say: greedily it would repeat itself."""
+SAME, TRIES = 0.9, 3
+"""How alike two passages are, by difflib's ratio, that are one told twice; and how often another is asked for."""
 
 
 class PairedEngine:
@@ -55,8 +65,7 @@ class PairedEngine:
 
     def generate(self, prompt: Any, output: Output = "image", *, n: int = 1, seed: int = 0, **options: Any) -> Any:
         """A PIL image, a string, or for "interleaved" a list of both; n > 1 gives a list of answers."""
-        if not isinstance(n, int) or n < 1:
-            raise ValueError(f"n must be a whole number of at least 1, not {n}")
+        n, seed = whole("n", n, 1), check_seed(seed)
         answers = [self._answer(prompt, output, seed + i, options) for i in range(n)]
         return answers[0] if n == 1 else answers
 
@@ -80,8 +89,7 @@ class PairedEngine:
 
     def edit(self, image: Any, instruction: str, *, seed: int = 0, **options: Any) -> Any:
         """The picture changed as the instruction says: what it shall show is said by the one that reads."""
-        if not instruction.strip():
-            raise ValueError("the instruction is empty: say what to change")
+        check_words("the instruction", instruction, "say what to change")
         picture = read_image(image)
         said, own = instruction, options
         if not self.joined:
@@ -101,6 +109,11 @@ class PairedEngine:
 
     # ---------------------------------------------------------------- how it is done
 
+    @property
+    def text_sampling(self) -> dict[str, Any]:
+        """How the model that reads draws its text where nothing is asked for, as far as it says."""
+        return dict(getattr(self.lmm, "text_sampling", {}))
+
     def _answer(self, prompt: Any, output: Output, seed: int, options: dict[str, Any]) -> Any:
         if output not in self.outputs:
             raise ValueError(f"this pair cannot answer with {output}: it can with {' or '.join(self.outputs)}")
@@ -118,25 +131,38 @@ class PairedEngine:
         return self.painter.generate(as_words(said), "image", seed=seed, **self._drawing(options))
 
     def _told(self, document: Document, seed: int, options: dict[str, Any]) -> Iterator[Any]:
-        """Passages and their pictures, until a passage is empty or there are as many as asked for."""
+        """Passages and their pictures, until a passage is empty, was told before or there are as many as asked for."""
         count, own = options.get("max_images", 4), self._drawing(options)
         own.pop("max_images", None)
-        if count < 1:
-            raise ValueError("max_images must be at least 1")
-        told = list(document.segments)
+        whole("max_images", count, 1)
+        if not self.text_sampling:
+            options = {"temperature": STORY_TEMPERATURE} | options
+        told: list[Segment] = list(document.segments)
+        passages: list[str] = []
         for number in range(count):
-            at = seed * 1_000 + number
-            passage = self._said(Document([*told, Segment(text=PASSAGE)]), at, options, MOST)
-            if not passage:
+            at = seed_of(seed, number)
+            for attempt in range(TRIES):
+                asked = Document([*told, Segment(text=PASSAGE)])
+                passage = self._said(asked, seed_of(at, attempt) if attempt else at, options, MOST)
+                if not passage:
+                    return
+                if not told_before(passage, passages):
+                    break
+            else:
                 return
             yield passage
+            passages.append(passage)
             told.append(Segment(text=passage, role="assistant"))
             shown = self._said(Document([*told, Segment(text=SHOWN)]), at, options, MOST)
             yield self.painter.generate(as_words(shown or passage), "image", seed=at, **own)
 
     def _said(self, document: Any, seed: int, options: dict[str, Any], most: int | None = None) -> str:
         """most: tokens, where `max_tokens` does not say less."""
-        mine = {name: value for name, value in options.items() if name in READS}
+        given = {name: value for name, value in options.items() if name in READS and value is not None}
+        usual = self.text_sampling
+        if usual == FALLBACK and "temperature" in given:
+            usual = {}  # what is asked for needs no guard
+        mine = usual | given
         if most is not None:
             mine["max_tokens"] = min(most, mine.get("max_tokens", most))
         return str(self.lmm.generate(Document.of(document), "text", seed=seed, **mine)).strip()
@@ -146,12 +172,34 @@ class PairedEngine:
         return {name: value for name, value in options.items() if name not in READS}
 
 
+def seed_of(seed: int, number: int) -> int:
+    """The seed of a part of an answer, of 64 bits: each part of each answer has its own."""
+    part = check_seed(seed) * 1_000 + number
+    if part < 2**32:
+        return part
+    return int.from_bytes(hashlib.blake2b(part.to_bytes(16, "big"), digest_size=8).digest(), "big")
+
+
+def told_before(passage: str, passages: Sequence[str]) -> bool:
+    """Is it one of the passages, or nearly so?"""
+    return any(SequenceMatcher(None, passage, other, autojunk=False).ratio() >= SAME for other in passages)
+
+
 class TransformersReader:
-    """Any model of transformers with a chat template, as one that answers with text."""
+    """Any model of transformers with a chat template, as one that answers with text. text_sampling: how it draws text
+    in a pair where nothing is asked for (`text_sampling_of`)."""
 
     outputs: tuple[Output, ...] = ("text",)
 
-    def __init__(self, model: Any, processor: Any, sees: bool, quantization: str | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        sees: bool,
+        quantization: str | None = None,
+        text_sampling: dict[str, Any] | None = None,
+    ) -> None:
+        self.text_sampling = text_sampling or {}
         self.model, self.processor, self.sees, self.quantization = model.eval(), processor, sees, quantization
 
     @torch.inference_mode()
@@ -164,17 +212,24 @@ class TransformersReader:
         max_tokens: int = 256,
         temperature: float = 0.0,
         top_p: float = 1.0,
+        top_k: int | None = None,
+        repetition_penalty: float | None = None,
     ) -> str:
-        """What the model answers; greedy where temperature is 0. Raises ValueError where it cannot see a picture."""
+        """What the model answers; greedy where temperature is 0. top_k, repetition_penalty: None is as transformers and
+        the model have it. Raises ValueError where it cannot see a picture."""
         if output != "text":
             raise ValueError(f"this model cannot answer with {output}: it can with text")
+        Sampling(temperature, 0, top_p)
+        whole("max_tokens", max_tokens, 1)
         inputs = self._inputs(Document.of(prompt)).to(self.model.device)
         drawn: dict[str, Any] = {"do_sample": False}
         if temperature > 0:
             drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+            drawn |= {} if top_k is None else {"top_k": top_k}
+        drawn |= {} if repetition_penalty is None else {"repetition_penalty": repetition_penalty}
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
-            torch.manual_seed(seed)
+            torch.manual_seed(generator_of(check_seed(seed)).initial_seed())
             ids = self.model.generate(**inputs, max_new_tokens=max_tokens, **drawn)
         return str(self.processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
 
@@ -211,6 +266,7 @@ class TransformersReader:
             "family": "transformers",
             "model": f"{kind}, {count / 1e6:.1f}M parameters",
             "sees": self.sees,
+            "text_sampling": self.text_sampling,
             "precision": held(self.model, self.quantization),
             "weights_mb": round(size / 1e6, 1),
         }
@@ -237,7 +293,18 @@ def load_reader(
         widen(model)
     if quantization is not None:
         quantize(model.get_decoder(), quantization, device)
-    return TransformersReader(model.to(device), processor, sees, quantization)
+    return TransformersReader(model.to(device), processor, sees, quantization, text_sampling_of(folder))
+
+
+def text_sampling_of(folder: Path) -> dict[str, Any]:
+    """How a model draws text where nothing is asked for: by the generation_config.json of its folder where that says
+    whether to sample, else by `FALLBACK`, with the penalty that it names."""
+    path = folder / "generation_config.json"
+    said = hub.read_json(path) if path.is_file() else {}
+    own = {name: said[name] for name in ("top_p", "top_k", "repetition_penalty") if said.get(name) is not None}
+    if said.get("do_sample") is None:
+        return FALLBACK | {name: value for name, value in own.items() if name == "repetition_penalty"}
+    return {"temperature": float(said.get("temperature") or 1.0) if said["do_sample"] else 0.0} | own
 
 
 def load_processor(folder: Path) -> Any:

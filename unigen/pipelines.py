@@ -1,56 +1,70 @@
-"""Any diffusers pipeline that draws, behind the interface of `Engine`: words or classes in, pictures out.
+"""Diffusers pipelines that draw, behind the interface of `Engine`: words or classes in, pictures out.
 
     engine = unigen.load("stable-diffusion-v1-5/stable-diffusion-v1-5")
     image = engine.generate("a shiba inu", seed=0, steps=20, guidance=7.5, sampler="dpm++")
     edited = engine.edit(image, "a shiba inu in the snow", strength=0.6)
     painted = engine.inpaint(image, "a red ball", mask)
 
-The pipeline's own `__call__` says what it takes; what it does not take is refused by name. Editing and inpainting are
-the pipeline's own parts in diffusers' image-to-image and inpainting forms, where it has them. A picture's randomness is
-its own, so it does not depend on the batch. The file refuses to know: schedules, networks, prompts' encoders.
+What a pipeline takes is read from its class (`unigen.pipeline_support`); what it does not take is refused by name, and
+a class that cannot draw here is refused before its weights are read. Editing and inpainting are the pipeline's own
+parts in diffusers' image-to-image and inpainting forms, where it has them; an edited picture keeps its size, and what
+is not marked of an inpainted one keeps its pixels. A picture's randomness is its own: it does not depend on the batch.
+The file refuses to know: schedules, networks, prompts' encoders.
 """
 
 from __future__ import annotations
 
-import inspect
+import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
 from unigen import hub
 from unigen.images import read_image, read_mask
+from unigen.pipeline_support import (
+    native_area,
+    needs_image,
+    network_config,
+    options_of,
+    parameters,
+    pipeline_class,
+    refusal,
+    samplers_of,
+    stride_of,
+)
 from unigen.request import check_size
+from unigen.samplers.logits import finite, whole
 from unigen.sequence import Document, as_words
 from unigen.templates import Output, Unable
 
 INDEX = "model_index.json"
-SAMPLERS = {
-    "euler": "EulerDiscreteScheduler",
-    "heun": "HeunDiscreteScheduler",
-    "dpm++": "DPMSolverMultistepScheduler",
-    "unipc": "UniPCMultistepScheduler",
-    "deis": "DEISMultistepScheduler",
+MOST_STEPS = 1000
+MOST_GUIDANCE = 100.0
+MOST_PIXELS = 4096 * 4096
+"""Of a picture that is asked for."""
+SET_HERE = {
+    "class_labels",
+    "generator",
+    "height",
+    "image",
+    "mask_image",
+    "num_images_per_prompt",
+    "output_type",
+    "prompt",
 }
-"""Of pipelines that are no flow."""
-FLOW_SAMPLERS = {
-    "euler": "FlowMatchEulerDiscreteScheduler",
-    "heun": "FlowMatchHeunDiscreteScheduler",
-}
+SET_HERE |= {"return_dict", "width"}
+"""Arguments of pipelines that no option sets by their own name."""
+FAULTS = (RuntimeError, IndexError, AssertionError, ArithmeticError, ImportError)
+"""What pipelines raise for arguments that they cannot work with, beside ValueError and TypeError; for their own
+arguments, which nothing here checks, AttributeError and KeyError too."""
 
 GLM_SIZE, GLM_STRIDE = (1024, 1024), 32
 """Of GLM-Image's pictures where no size is asked for, and what sizes are multiples of; in pixels."""
-
-OPTIONS = {
-    "steps": "num_inference_steps",
-    "guidance": "guidance_scale",
-    "negative": "negative_prompt",
-    "size": "height",
-    "strength": "strength",
-}
-"""What options are called here, and by pipelines; a size is their height and width."""
 
 
 class PipelineEngine:
@@ -62,10 +76,10 @@ class PipelineEngine:
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
-        self.usual = pipe.scheduler
-        self.takes = inspect.signature(pipe.__call__).parameters
-        defaults = {name: self.takes[own].default for name, own in OPTIONS.items() if own in self.takes}
-        self.sampling = {name: value for name, value in defaults.items() if isinstance(value, (int, float))}
+        self.usual: Any = getattr(pipe, "scheduler", None)
+        self.takes = parameters(pipe)
+        self.forms: dict[str, Any] = {}
+        self.sampling = self.defaults(self._form_or_none("text") or pipe)
         """Options that have a value where nothing is asked for."""
         pipe.set_progress_bar_config(disable=True)
 
@@ -74,11 +88,11 @@ class PipelineEngine:
     def generate(self, prompt: Any, output: Output = "image", *, n: int = 1, seed: int = 0, **options: Any) -> Any:
         """A PIL image of words, or of a class by its number; n > 1 gives a list, with seeds seed, seed + 1 ..
 
-        options: steps, guidance, sampler, size (width, height) and negative (what it shall not be), as far as the
-        pipeline takes them. Raises ValueError in one line for bad input.
+        options, as far as the pipeline takes them: steps (1 to 1000), guidance (0 to 100), sampler, size (width, height
+        in pixels), negative (words for what it shall not be), and what its own `__call__` takes besides. Raises
+        ValueError in one line for bad input.
         """
-        if not isinstance(n, int) or n < 1:
-            raise ValueError(f"n must be a whole number of at least 1, not {n}")
+        n, seed = whole("n", n, 1), check_seed(seed)
         drawn = self.generate_batch([prompt] * n, [seed + i for i in range(n)], output, **options)
         return drawn[0] if n == 1 else drawn
 
@@ -89,7 +103,10 @@ class PipelineEngine:
         if output != "image":
             raise ValueError(f"this model cannot answer with {output}: it can with image")
         given = [self._conditions(Document.of(prompt)) for prompt in prompts]
-        return self._draw(self.pipe, given, range(len(prompts)) if seeds is None else seeds, options)
+        seeds = range(len(prompts)) if seeds is None else seeds
+        if len(seeds) != len(given):
+            raise ValueError(f"{len(given)} prompts need as many seeds, not {len(seeds)}")
+        return self._draw(self._form("text"), given, seeds, options)
 
     def stream(self, prompt: Any, output: Output = "image", **options: Any) -> Iterator[Any]:
         """The picture, when it is finished."""
@@ -98,25 +115,39 @@ class PipelineEngine:
     def edit(
         self, image: Any, instruction: str, *, strength: float | None = None, seed: int = 0, **options: Any
     ) -> Any:
-        """The picture drawn anew from where noise has covered a share of it (`strength`, from 0 to 1)."""
-        if not instruction.strip():
-            raise ValueError("the instruction is empty: say what to change")
-        if strength is not None and not 0 < strength <= 1:
-            raise ValueError(f"strength lies in (0, 1], not {strength}")
-        picture, form = read_image(image), self._form("AutoPipelineForImage2Image", "image")
+        """The picture drawn anew from where noise has covered a share of it (`strength`, from 0 to 1), or as the
+        pipeline's own way of editing has it. It keeps its size where no other is asked for."""
+        check_words("the instruction", instruction, "say what to change")
+        picture, form = read_image(image), self._form("edit")
         words = as_words(instruction)
         asked = Document.of([picture, words] if self.sees else words)
-        options |= {} if strength is None else {"strength": strength}
-        return self._draw(form, [self._conditions(asked) | {"image": [picture]}], [seed], options)[0]
+        size = options.pop("size", None)
+        seen, drawn_at = self._inside(form, picture, size)
+        given = self._conditions(asked) | {"image": [resized(picture, seen)]}
+        options |= {"size": drawn_at, "strength": strength}
+        drawn = self._draw(form, [given], [seed], options, own_size=True)[0]
+        return resized(drawn, size or picture.size)
 
-    def inpaint(self, image: Any, prompt: str, mask: Any, *, seed: int = 0, **options: Any) -> Any:
-        """The picture with what is white in the mask (`unigen.images.read_mask`) painted anew."""
-        picture, marks = read_image(image), read_mask(mask)
-        if picture.size != marks.size:
-            raise ValueError(f"the mask is of {marks.size} pixels, the picture of {picture.size}: make them alike")
-        form = self._form("AutoPipelineForInpainting", "mask_image")
-        given = {"image": [picture], "mask_image": [marks]}
-        return self._draw(form, [self._conditions(Document.of(as_words(prompt))) | given], [seed], options)[0]
+    def inpaint(
+        self, image: Any, prompt: str, mask: Any, *, strength: float | None = None, seed: int = 0, **options: Any
+    ) -> Any:
+        """The picture with what is white in the mask painted anew; all other pixels stay as they are.
+
+        mask: of the image's shape, white where to paint (`unigen.images.read_mask`). strength: the share of the noise
+        that covers what is painted anew, from 0 to 1. size: at which it is painted; the result has the picture's size.
+        """
+        check_words("the prompt", prompt, "say what the picture is to show")
+        picture, marked = read_image(image), read_mask(mask)
+        if picture.size != marked.size:
+            raise ValueError(f"the mask is of {marked.size} pixels, the picture of {picture.size}: make them alike")
+        form = self._form("inpaint")
+        seen, drawn_at = self._inside(form, picture, options.pop("size", None))
+        given = {"image": [resized(picture, seen)], "mask_image": [marked.resize(seen, Image.Resampling.NEAREST)]}
+        options |= {"size": drawn_at, "strength": strength}
+        drawn = self._draw(
+            form, [self._conditions(Document.of(as_words(prompt))) | given], [seed], options, own_size=True
+        )[0]
+        return Image.composite(resized(drawn, picture.size), picture, marked)
 
     def describe(self, image: Any, question: str | None = None, **options: Any) -> str:
         raise ValueError("this model cannot answer with text: pair it with one that reads (--lmm)")
@@ -125,19 +156,37 @@ class PipelineEngine:
         """What this pipeline is and takes."""
         parts = {name: part for name, part in self.pipe.components.items() if isinstance(part, torch.nn.Module)}
         counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
-        return {
+        forms = {task: self._form_or_none(task) for task in ("text", "edit", "inpaint")}
+        drawn = "classes" if "class_labels" in self.takes else "words"
+        facts = {
             "family": "diffusion pipeline",
             "pipeline": type(self.pipe).__name__,
             "parts": {name: f"{count / 1e6:.1f}M parameters" for name, count in counts.items()},
             "scheduler": type(self.usual).__name__,
-            "draws": "classes" if "class_labels" in self.takes else "words",
-            "takes": [name for name, own in OPTIONS.items() if own in self.takes],
+            "draws": drawn if forms["text"] else "no: it changes pictures",
+        }
+        for name, task in (("edits", "edit"), ("inpaints", "inpaint")):
+            facts[name] = type(forms[task]).__name__ if forms[task] else "no"
+        main = next((form for form in forms.values() if form), self.pipe)
+        return facts | {
+            "takes": self.options(main),
+            "samplers": list(samplers_of(main, self.usual)),
             "sampling": self.sampling,
             "outputs": list(self.outputs),
             "device": str(self.pipe.device),
         }
 
-    # ---------------------------------------------------------------- how it is done
+    # ---------------------------------------------------------------- what pipelines take
+
+    def options(self, pipe: Any) -> list[str]:
+        """The names of the options that change what the pipeline draws."""
+        return [*options_of(pipe), *(["sampler"] if samplers_of(pipe, self.usual) else [])]
+
+    def defaults(self, pipe: Any) -> dict[str, Any]:
+        """The values of a pipeline's options where nothing is asked for."""
+        takes = parameters(pipe)
+        values = {name: takes[own].default for name, own in options_of(pipe).items() if name != "size"}
+        return {name: value for name, value in values.items() if isinstance(value, (int, float))}
 
     def _conditions(self, document: Document) -> dict[str, Any]:
         """The pipeline's own arguments for words or a class."""
@@ -151,67 +200,220 @@ class PipelineEngine:
             return {"class_labels": [self._class(labels[0])]}
         if labels:
             raise ValueError("this pipeline draws words, not classes: say what to draw in words")
-        return {"prompt": words} if "prompt" in self.takes else {}
+        return {"prompt": words}
 
     def _class(self, label: Any) -> int:
         names = getattr(self.pipe, "labels", {}) or {}
         if label in names:
             return int(names[label])
-        count = max(names.values(), default=999) + 1
+        network = network_config(self.pipe)
+        known = network.get("num_class_embeds") or network.get("num_embeds_ada_norm") or 1000
+        count = max(names.values(), default=known - 1) + 1
         if not str(label).isdecimal() or int(label) >= count:
             raise ValueError(f"unknown class {label!r}: give a number from 0 to {count - 1}, or its name")
         return int(label)
 
-    def _form(self, kind: str, needs: str) -> Any:
-        """The pipeline's parts in another form."""
+    def _form_or_none(self, task: str) -> Any:
+        try:
+            return self._form(task)
+        except Unable:
+            return None
+
+    def _form(self, task: str) -> Any:
+        """The pipeline's parts in the form that does a task: "text", "edit" or "inpaint". Raises Unable where it has
+        none."""
+        if task not in self.forms:
+            self.forms[task] = self._made_form(task)
+            self.forms[task].set_progress_bar_config(disable=True)
+        return self.forms[task]
+
+    def _made_form(self, task: str) -> Any:
         import diffusers
 
-        if needs in self.takes:
+        paints, kind = "mask_image" in self.takes, type(self.pipe)
+        own = {
+            "text": not needs_image(kind),
+            "edit": "image" in self.takes and not paints,
+            "inpaint": paints,
+        }
+        if own[task]:
             return self.pipe
-        try:
-            form = getattr(diffusers, kind).from_pipe(self.pipe)
-        except ValueError as error:
-            raise Unable(f"{type(self.pipe).__name__} has no form that takes a picture") from error
-        form.set_progress_bar_config(disable=True)
-        return form
+        wanted = {"text": "AutoPipelineForText2Image", "edit": "AutoPipelineForImage2Image"}
+        vae: Any = getattr(self.pipe, "vae", None)
+        own_channels = vae.config.get("latent_channels") if vae is not None and hasattr(self.pipe, "unet") else None
+        if own_channels and needs_image(kind) and network_config(self.pipe).get("in_channels") != own_channels:
+            form = None  # its network reads the picture, so that it does this task alone
+        else:
+            try:
+                form = getattr(diffusers, wanted.get(task, "AutoPipelineForInpainting")).from_pipe(self.pipe)
+            except ValueError:
+                form = None
+        if form is not None and refusal(type(form)) is None:
+            return form
+        if task == "text":
+            does = "paints parts of a picture: use `inpaint`" if paints else "changes a picture: use `edit`"
+            raise Unable(f"{kind.__name__} draws nothing from words alone; it {does}")
+        mask = " and a mask" if task == "inpaint" else ""
+        raise Unable(f"{kind.__name__} has no form that takes a picture{mask}")
+
+    def _inside(self, form: Any, picture: Image.Image, size: Any) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The sizes at which a picture is read and drawn inside. size: what is asked for, or None: about the picture's
+        own, at most twice as wide and high as the form's usual ones; for a form that begins with noise alone about as
+        large as those."""
+        if size is not None:
+            check_size(size)
+            return (size[0], size[1]), (size[0], size[1])
+        area, native, stride = picture.width * picture.height, native_area(form), stride_of(form)
+        target = min(area, max(4 * native, 1024**2)) if "strength" in parameters(form) else native
+        scale = math.sqrt(target / area)
+        width, height = (max(stride, round(side * scale / stride) * stride) for side in picture.size)
+        return (width, height), (width, height)
+
+    # ---------------------------------------------------------------- how it is done
 
     @torch.inference_mode()
     def _draw(
-        self, pipe: Any, given: Sequence[dict[str, Any]], seeds: Sequence[int], options: dict[str, Any]
-    ) -> list[Any]:
-        takes = set(inspect.signature(pipe.__call__).parameters)
-        asked = {name: value for name, value in options.items() if value is not None}
-        sampler, size = asked.pop("sampler", None), asked.pop("size", None)
-        if size is not None:
-            check_size(size)
-            asked |= {"width": size[0], "height": size[1]}
-        known = {name: OPTIONS.get(name, name) for name in asked}
-        if unheard := [name for name, own in known.items() if own not in takes]:
-            heard = ", ".join(short for short, own in OPTIONS.items() if own in takes)
-            kind = type(pipe).__name__
-            raise ValueError(f"{kind} does not take {', '.join(unheard)}: leave that out (it takes {heard})")
-        if asked.get("steps", 1) < 1:
-            raise ValueError(f"steps must be at least 1, not {asked['steps']}")
-        pipe.scheduler = self._scheduler(sampler)
-        named = {known[name]: value for name, value in asked.items()}
+        self,
+        pipe: Any,
+        given: Sequence[dict[str, Any]],
+        seeds: Sequence[int],
+        options: dict[str, Any],
+        own_size: bool = False,
+    ) -> list[Image.Image]:
+        """own_size: the engine chose the size, so that a form without this option is not told it."""
+        named, sampler = self._arguments(pipe, options, own_size)
+        seeds = [check_seed(seed) for seed in seeds]
+        if self.usual is not None:
+            pipe.scheduler = self._scheduler(pipe, sampler)
+        takes, kind = parameters(pipe), type(pipe).__name__
+        unchecked = named.keys() - SET_HERE - {*options_of(pipe).values()}
+        faults: tuple[type[Exception], ...] = (*FAULTS, AttributeError, KeyError) if unchecked else FAULTS
+        if "output_type" in takes:
+            named["output_type"] = "np"
         made = []
         for one, seed in zip(given, seeds, strict=True):  # one at a time: a picture does not depend on the batch
             try:
-                result = pipe(**one, **named, generator=[torch.Generator().manual_seed(int(seed))])
+                result = pipe(**one, **named, generator=[generator_of(seed)])
             except (ValueError, TypeError) as error:
-                raise ValueError(f"{type(pipe).__name__}: {hub.first_line(error)}") from error
-            made.append(result.images[0])
+                raise ValueError(f"{kind}: {hub.first_line(error)}") from error
+            except faults as error:
+                said = f"{type(error).__name__}: {hub.first_line(error)}"
+                raise ValueError(f"{kind} cannot draw this with these options ({said})") from error
+            made.append(picture_of(result, kind))
         return made
 
-    def _scheduler(self, sampler: str | None) -> Any:
-        import diffusers
+    def _arguments(self, pipe: Any, options: dict[str, Any], own_size: bool) -> tuple[dict[str, Any], str | None]:
+        """The pipeline's own arguments, and the sampler, of what is asked for. Raises ValueError in one line for
+        options that it does not take, that are out of their range, or that would change nothing."""
+        own, takes, kind = options_of(pipe), parameters(pipe), type(pipe).__name__
+        ours = {theirs: name for name, theirs in own.items() if name != "size"}
+        asked = {ours.get(name, name): value for name, value in options.items() if value is not None}
+        sampler, size = asked.pop("sampler", None), asked.pop("size", None)
+        if own_size and "size" not in own:
+            size = None
+        theirs = takes.keys() - SET_HERE
+        unheard = [name for name in asked if name not in own and name not in theirs]
+        if size is not None and "size" not in own:
+            unheard.append("size")
+        if sampler is not None and not samplers_of(pipe, self.usual):
+            unheard.append("sampler")
+        if unheard:
+            heard = ", ".join(self.options(pipe)) or "no options"
+            raise ValueError(f"{kind} does not take {', '.join(unheard)}: leave that out (it takes {heard})")
+        check_options(asked)
+        named = {own.get(name, name): value for name, value in asked.items()}
+        if size is not None:
+            check_size(size)
+            if size[0] * size[1] > MOST_PIXELS:
+                raise ValueError(
+                    f"a picture of {size[0]}x{size[1]} pixels is too large: at most {MOST_PIXELS:,} pixels"
+                )
+            named |= {"width": size[0], "height": size[1]}
+        self._check_guidance(kind, own, takes, named)
+        steps, strength = (
+            named.get(own.get(name, ""), self.defaults(pipe).get(name)) for name in ("steps", "strength")
+        )
+        if steps and strength and int(steps * strength) < 1:
+            least = math.ceil(1 / strength)
+            raise ValueError(f"{steps} steps at strength {strength:g} leave none to draw: take at least {least} steps")
+        return named, sampler
 
+    @staticmethod
+    def _check_guidance(kind: str, own: dict[str, str], takes: dict[str, Any], named: dict[str, Any]) -> None:
+        """Give the words of the other branch where guidance needs them; ValueError for words that nothing hears."""
+        scale = own.get("guidance")
+        value = named.get(scale, takes[scale].default) if scale else None
+        if "negative" not in own or not isinstance(value, (int, float)):
+            return
+        if "negative_prompt" in named and value <= 1:
+            raise ValueError(f"{kind} hears negative only with guidance above 1, and it is {value:g}: give both")
+        if scale == "true_cfg_scale" and value > 1:
+            named.setdefault("negative_prompt", " ")
+
+    def _scheduler(self, pipe: Any, sampler: str | None) -> Any:
         if sampler is None:
             return self.usual
-        kinds = FLOW_SAMPLERS if type(self.usual).__name__.startswith("FlowMatch") else SAMPLERS
+        kinds = samplers_of(pipe, self.usual)
         if sampler not in kinds:
             raise ValueError(f"unknown sampler {sampler!r} for this pipeline: one of {', '.join(kinds)}")
-        return getattr(diffusers, kinds[sampler]).from_config(self.usual.config)
+        return kinds[sampler].from_config(self.usual.config)
+
+
+def check_options(asked: dict[str, Any]) -> None:
+    """Raises ValueError in one line for a value out of its range."""
+    steps = asked.get("steps", 1)
+    if type(steps) is not int or not 1 <= steps <= MOST_STEPS:
+        raise ValueError(f"steps must be at least 1, at most {MOST_STEPS} and a whole number, not {steps!r}")
+    if "guidance" in asked and not (finite(asked["guidance"]) and 0 <= asked["guidance"] <= MOST_GUIDANCE):
+        raise ValueError(f"guidance must be a number from 0 to {MOST_GUIDANCE:g}, not {asked['guidance']!r}")
+    if "strength" in asked and not (finite(asked["strength"]) and 0 < asked["strength"] <= 1):
+        raise ValueError(f"strength lies in (0, 1], not {asked['strength']!r}")
+    if "negative" in asked and not isinstance(asked["negative"], str):
+        raise ValueError(f"negative must be words for what the picture shall not show, not {asked['negative']!r}")
+
+
+def check_words(name: str, words: Any, wanted: str) -> None:
+    """Raises ValueError for what is no text, or empty."""
+    if not isinstance(words, str):
+        raise ValueError(f"{name} must be text, not {type(words).__name__}: {wanted}")
+    if not words.strip():
+        raise ValueError(f"{name} is empty: {wanted}")
+
+
+def check_seed(seed: Any) -> int:
+    """The seed as an int of 64 bits. Raises ValueError for what is none."""
+    if whole("seed", seed, 0) >= 2**64:
+        raise ValueError(f"seed must be less than 2 to the power of 64, not {seed}")
+    return int(seed)
+
+
+def generator_of(seed: int) -> torch.Generator:
+    """A source of randomness for a seed: torch's own below 2**32. Torch reads so many bits of a seed on a CPU, so that
+    larger ones are hashed to them."""
+    if seed >= 2**32:
+        seed = int.from_bytes(hashlib.blake2b(seed.to_bytes(16, "big"), digest_size=4).digest(), "big")
+    return torch.Generator().manual_seed(seed)
+
+
+def picture_of(result: Any, kind: str) -> Image.Image:
+    """The picture of what a pipeline returns. Raises ValueError where it is withheld, or holds numbers that are not
+    finite."""
+    if any(getattr(result, "nsfw_content_detected", None) or []):
+        raise ValueError(f"{kind}'s safety checker withholds the picture: ask in other words or with another seed")
+    images = result.images if hasattr(result, "images") else result.image
+    if isinstance(images[0], Image.Image):
+        return images[0].convert("RGB")
+    values_HWC = np.asarray(images[0])
+    if not np.isfinite(values_HWC).all():
+        raise ValueError(f"{kind} draws numbers that are not finite: use dtype bfloat16 or float32")
+    if values_HWC.dtype != np.uint8:
+        values_HWC = (values_HWC * 255).round().astype("uint8")
+    return Image.fromarray(values_HWC.squeeze(-1) if values_HWC.shape[-1] == 1 else values_HWC).convert("RGB")
+
+
+def resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The picture at a size; itself where it has it."""
+    return picture if picture.size == tuple(size) else picture.resize(size, Image.Resampling.LANCZOS)
 
 
 class GlmImageEngine(PipelineEngine):
@@ -231,22 +433,25 @@ class GlmImageEngine(PipelineEngine):
         reader.get_image_tokens = get_image_tokens
 
     def _draw(
-        self, pipe: Any, given: Sequence[dict[str, Any]], seeds: Sequence[int], options: dict[str, Any]
-    ) -> list[Any]:
-        given = [one | {name: [self._fitted(x) for x in one[name]] for name in one if name == "image"} for one in given]
-        usual = given[0]["image"][0].size if given and "image" in given[0] else GLM_SIZE
+        self,
+        pipe: Any,
+        given: Sequence[dict[str, Any]],
+        seeds: Sequence[int],
+        options: dict[str, Any],
+        own_size: bool = False,
+    ) -> list[Image.Image]:
         devices = [pipe.device] if pipe.device.type == "cuda" else []
         with hub.quiet(), torch.random.fork_rng(devices):  # tokens are drawn by the global state, which it seeds
-            return super()._draw(pipe, given, seeds, options | {"size": options.get("size") or usual})
+            return super()._draw(pipe, given, seeds, options | {"size": options.get("size") or GLM_SIZE}, own_size)
 
-    def _fitted(self, picture: Image.Image) -> Image.Image:
+    def _inside(self, form: Any, picture: Image.Image, size: Any) -> tuple[tuple[int, int], tuple[int, int]]:
         if max(picture.size) > 4 * min(picture.size):
             raise ValueError(f"GLM-Image reads pictures up to four times as long as wide, not {picture.size}: crop it")
         bounds = self.pipe.processor.image_processor.size
         least, most = bounds["shortest_edge"] ** 0.5, bounds["longest_edge"] ** 0.5
         scale = min(max(1.0, least / min(picture.size)), most / max(picture.size))
         width, height = (max(GLM_STRIDE, round(side * scale / GLM_STRIDE) * GLM_STRIDE) for side in picture.size)
-        return picture.resize((width, height), Image.Resampling.BICUBIC)
+        return (width, height), size or (width, height)
 
 
 def is_pipeline(folder: Path) -> bool:
@@ -254,19 +459,32 @@ def is_pipeline(folder: Path) -> bool:
     return (folder / INDEX).is_file()
 
 
+def check_class(folder: Path) -> Any:
+    """The class of the pipeline in `folder`, read from its index alone, without its weights. Raises ValueError where
+    diffusers has no such class, or pipelines of this class cannot draw here."""
+    kind = pipeline_class(hub.read_json(folder / INDEX))
+    if reason := refusal(kind):
+        raise ValueError(f"{kind.__name__} cannot be used here: {reason}")
+    return kind
+
+
 def load(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> PipelineEngine:
     """The pipeline in `folder`, from safetensors alone; no code of the folder is run. Raises ValueError in one line."""
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging
 
-    hub.read_json(folder / INDEX)
+    check_class(folder)
+    level = logging.get_verbosity()
     try:
         with hub.quiet():
             logging.disable_progress_bar()
+            logging.set_verbosity_error()
             pipe = DiffusionPipeline.from_pretrained(
                 folder, dtype=dtype or torch.float32, local_files_only=True, use_safetensors=True
             )
     except Exception as error:  # whatever a damaged part makes its own library raise
         raise ValueError(f"pipeline {folder} cannot be loaded: {hub.first_line(error)}") from error
+    finally:
+        logging.set_verbosity(level)
     kind = GlmImageEngine if type(pipe).__name__ == "GlmImagePipeline" else PipelineEngine
     return kind(pipe.to(device))

@@ -173,7 +173,8 @@ def usual_generator(model: UnifiedModel) -> str:
 
 def check_size(size: Any) -> None:
     """Raises ValueError for what is no width and height."""
-    if not isinstance(size, (tuple, list)) or len(size) != 2 or not all(isinstance(n, int) for n in size):
+    whole_numbers = isinstance(size, (tuple, list)) and all(type(n) is int and n > 0 for n in size)
+    if not whole_numbers or len(size) != 2:
         raise ValueError(f"a size is two whole numbers, width and height in pixels, not {size!r}")
 
 

@@ -1,0 +1,133 @@
+"""The table of pipelines in docs/models.md, row by row, on random weights: what each class draws, edits and inpaints,
+that each option it offers changes the picture, and that it draws what diffusers does.
+
+To print the table: PYTHONPATH=. python tests/test_pipeline_classes.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.pipelines import MADE, flux_schnell, make
+from unigen.pipeline_support import needs_image, options_of, samplers_of
+from unigen.pipelines import PipelineEngine
+
+FEW = {"DiTPipeline", "FluxPipeline", "QwenImagePipeline", "StableDiffusionInpaintPipeline"}
+"""Rows of the default suite."""
+NAMES = [pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for name in MADE]
+SIDES = {"FluxKontextPipeline": 64}
+OTHER = {"steps": 3, "guidance": 3.0, "negative": "a hill", "strength": 0.5}
+HEAD = "| class | draws | edits | inpaints | options |\n| --- | --- | --- | --- | --- |"
+
+
+def row(engine: PipelineEngine) -> str:
+    """A class's row of the table."""
+    facts = engine.info()
+    draws = "no" if facts["draws"].startswith("no") else facts["draws"]
+    samplers = f" ({', '.join(facts['samplers'])})" if facts["samplers"] else ""
+    edits, inpaints = ("no" if facts[name] == "no" else "yes" for name in ("edits", "inpaints"))
+    return f"| {facts['pipeline']} | {draws} | {edits} | {inpaints} | {', '.join(facts['takes'])}{samplers} |"
+
+
+def size_of(engine: PipelineEngine) -> tuple[int, int]:
+    return (64, 96) if type(engine.pipe).__name__ != "SanaPipeline" else (64, 96)
+
+
+def words_of(engine: PipelineEngine) -> Any:
+    return 3 if "class_labels" in engine.takes else "a red dog"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_class_does_what_its_row_says(name: str, root: Path) -> None:
+    engine = PipelineEngine(make(name))
+    assert row(engine) in (root / "docs" / "models.md").read_text().splitlines()
+    facts = engine.info()
+    noise = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    picture, mask = Image.fromarray(noise), np.zeros_like(noise)
+    mask[:, 35:] = 255
+    tasks: list[tuple[str, Any]] = []
+    if not facts["draws"].startswith("no"):
+        tasks.append(("text", lambda **more: engine.generate(words_of(engine), seed=3, **more)))
+        drawn = engine.generate(words_of(engine), seed=3, **base(engine, "text"))
+        assert drawn.tobytes() == diffusers_draws(engine).tobytes()
+    if facts["edits"] != "no":
+        tasks.append(("edit", lambda **more: engine.edit(picture, "a hill", seed=3, **more)))
+    if facts["inpaints"] != "no":
+        tasks.append(("inpaint", lambda **more: engine.inpaint(picture, "a hill", mask, seed=3, **more)))
+    assert tasks
+    for task, ask in tasks:
+        form = engine._form(task)
+        given = base(engine, task)
+        drawn = ask(**given)
+        if task == "inpaint":
+            made = np.asarray(drawn)
+            assert (made[mask == 0] == noise[mask == 0]).all() and (made != noise).any()
+        size = given["size"] if "size" in given else picture.size
+        assert (
+            task == "text"
+            and "size" not in options_of(form)
+            or drawn.size == (picture.size if task == "inpaint" else size)
+        )
+        for option in options_of(form):
+            value = (48 * 2, 64) if option == "size" else OTHER[option]
+            more = {"guidance": 5.0} if option == "negative" else {}
+            changed = ask(**given | more | {option: value})
+            assert changed.tobytes() != ask(**given | more).tobytes(), f"{option} of {task} changes nothing"
+        for sampler in samplers_of(form, engine.usual):
+            same = type(engine.usual).__name__ == samplers_of(form, engine.usual)[sampler].__name__
+            assert same or ask(**given | {"sampler": sampler}).tobytes() != drawn.tobytes(), sampler
+
+
+def base(engine: PipelineEngine, task: str) -> dict[str, Any]:
+    own = options_of(engine._form(task))
+    few: dict[str, Any] = {"steps": 4 if task == "edit" else 2, "size": size_of(engine)}
+    if task != "text":
+        few.pop("size")
+    return {name: value for name, value in few.items() if name in own}
+
+
+def diffusers_draws(engine: PipelineEngine) -> Image.Image:
+    """What the pipeline itself draws of the same words."""
+    import torch
+
+    name = type(engine.pipe).__name__
+    pipe = engine._form("text") if needs_image(type(engine.pipe)) else make(name)
+    own, given = options_of(pipe), base(engine, "text")
+    named = {own[key]: value for key, value in given.items() if key != "size"}
+    if "size" in given:
+        named |= {"width": given["size"][0], "height": given["size"][1]}
+    if own.get("guidance") == "true_cfg_scale":
+        named["negative_prompt"] = " "
+    asked = words_of(engine)
+    named |= {"class_labels": [asked]} if isinstance(asked, int) else {"prompt": asked}
+    result = pipe(**named, generator=[torch.Generator().manual_seed(3)])
+    return result.images[0]
+
+
+def test_an_option_that_does_nothing_is_refused() -> None:
+    """Its opposite stands above: each option that is offered does something."""
+    schnell, dev, qwen = (
+        PipelineEngine(pipe) for pipe in (flux_schnell(), make("FluxPipeline"), make("QwenImagePipeline"))
+    )
+    few: dict[str, Any] = {"steps": 1, "size": (32, 32)}
+    with pytest.raises(ValueError, match="FluxPipeline does not take negative"):
+        dev.generate("a", negative="b", **few)
+    with pytest.raises(ValueError, match="hears negative only with guidance above 1, and it is 1"):
+        schnell.generate("a", negative="b", **few)
+    assert schnell.generate("a", guidance=4.0, **few).tobytes() != schnell.generate("a", **few).tobytes()
+    assert qwen.sampling["guidance"] == 4.0
+    usual, off = qwen.generate("a", **few), qwen.generate("a", guidance=1.0, **few)
+    assert usual.tobytes() != off.tobytes() and usual.tobytes() == qwen.generate("a", guidance=4.0, **few).tobytes()
+    with pytest.raises(ValueError, match="unknown sampler 'heun' for this pipeline: one of euler"):
+        dev.generate("a", sampler="heun", **few)
+
+
+if __name__ == "__main__":
+    print(HEAD)
+    for name in MADE:
+        print(row(PipelineEngine(make(name))))

@@ -1,0 +1,236 @@
+"""What a class of diffusers' pipelines takes and gives, read from its signature, its components and its config.
+
+    kind = pipeline_class({"_class_name": "StableDiffusionPipeline"})
+    refusal(kind)           # None, or the reason why the class cannot draw here
+    options_of(pipe)        # {"steps": "num_inference_steps", "guidance": "guidance_scale", ...}
+    samplers_of(pipe)       # {"euler": EulerDiscreteScheduler, ...}
+
+An option that would change nothing is not in `options_of`. The file refuses to know how pictures are drawn.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import math
+import sys
+import textwrap
+from collections.abc import Mapping
+from typing import Any
+
+SAMPLERS = {
+    "euler": "EulerDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "deis": "DEISMultistepScheduler",
+}
+"""Schedulers of pipelines whose scheduler is no flow-matching one."""
+FLOW_SAMPLERS = {
+    "euler": "FlowMatchEulerDiscreteScheduler",
+    "heun": "FlowMatchHeunDiscreteScheduler",
+}
+GIVEN = {"prompt", "class_labels", "image", "mask_image"}
+"""Arguments of a pipeline that the engine sets itself."""
+IMAGE_OPTIONAL = {
+    "BriaFibo2Pipeline",
+    "DreamLiteMobilePipeline",
+    "DreamLitePipeline",
+    "Flux2KleinKVPipeline",
+    "UniDiffuserPipeline",
+}
+"""Pipelines that draw from words with or without a picture, and that diffusers' AutoPipelineForText2Image does not
+list."""
+OTHER_TASKS = {
+    "Upscale": "enlarges pictures",
+    "SuperResolution": "enlarges pictures",
+    "ShapE": "renders three-dimensional objects",
+    "Layered": "takes pictures apart into layers",
+}
+"""By a part of the class's name: what a pipeline does whose signature looks like that of one that draws."""
+
+
+def pipeline_class(index: Mapping[str, Any]) -> Any:
+    """The class that a model_index.json names. Raises ValueError where the installed diffusers has no such class."""
+    import diffusers
+
+    name = index.get("_class_name")
+    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not (inspect.isclass(kind) and issubclass(kind, diffusers.DiffusionPipeline)):
+        raise ValueError(
+            f"diffusers {diffusers.__version__} has no pipeline {name!r}: update it, or give another model"
+        )
+    return kind
+
+
+def refusal(kind: Any) -> str | None:
+    """Why pipelines of this class can neither draw a picture of words or a class here, nor change one; else None."""
+    takes, gives = parameters(kind), _output_fields(kind)
+    parts = inspect.signature(kind.__init__).parameters
+    if gives & {"frames", "video"} or takes.keys() & {"num_frames", "video_length"}:
+        return "it makes video, and only still pictures are drawn here"
+    if "audios" in gives:
+        return "it makes sound, and only pictures are drawn here"
+    if gives and not gives & {"images", "image"}:
+        return f"it gives {', '.join(sorted(gives))} and no picture: give the whole pipeline that draws"
+    if {"controlnet", "adapter"} & parts.keys() or takes.keys() & {"control_image", "hint"}:
+        return "it is steered by a control picture, which cannot be given here"
+    for part, task in OTHER_TASKS.items():
+        if part in kind.__name__:
+            return f"it {task}, and only drawing and editing is done here"
+    required = [name for name, one in takes.items() if one.default is one.empty and name not in GIVEN]
+    if "mask_image" in takes and "image" not in takes:
+        required.append("image_latents")
+    if required:
+        return f"it needs {', '.join(required)}, which cannot be given here: give the whole pipeline that draws"
+    if not takes.keys() & {"prompt", "class_labels"}:
+        return "it takes neither words nor a class, so that it cannot be told what to draw"
+    return None
+
+
+def parameters(pipe: Any) -> dict[str, inspect.Parameter]:
+    """The named parameters of a pipeline's, or a class's, `__call__`."""
+    taken = inspect.signature(pipe.__call__).parameters
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {name: one for name, one in taken.items() if name != "self" and one.kind in named}
+
+
+def needs_image(kind: Any) -> bool:
+    """Does the class draw only from a picture, be it with words?"""
+    from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING as FROM_WORDS
+
+    return "image" in parameters(kind) and kind not in FROM_WORDS.values() and kind.__name__ not in IMAGE_OPTIONAL
+
+
+def options_of(pipe: Any) -> dict[str, str]:
+    """The options that change what this pipeline draws: their names here, and what the pipeline calls them. A size is
+    its height and width; `negative` is heard only where guidance is above 1."""
+    takes, own = parameters(pipe), {}
+    guidance, negative = _guidance(pipe, takes)
+    if "num_inference_steps" in takes:
+        own["steps"] = "num_inference_steps"
+    if guidance is not None:
+        own["guidance"] = guidance
+    if negative:
+        own["negative"] = "negative_prompt"
+    if {"height", "width"} <= takes.keys():
+        own["size"] = "height"
+    if "strength" in takes:
+        own["strength"] = "strength"
+    return own
+
+
+def _guidance(pipe: Any, takes: Mapping[str, Any]) -> tuple[str | None, bool]:
+    """What the pipeline calls the scale of its guidance, None where it hears none; and does it hear a negative prompt?
+
+    Guidance is classifier-free, of two branches, or a number that a distilled network reads. A class may take both
+    (`true_cfg_scale` beside `guidance_scale`), and its network says which of them counts."""
+    network = network_config(pipe)
+    embedded = bool(network.get("guidance_embeds")) or network.get("time_cond_proj_dim") is not None
+    negative, call = "negative_prompt" in takes, inspect.getsource(type(pipe).__call__)
+    if pipe.config.get("is_distilled"):
+        return None, False
+    if "guidance_scale" in takes and "classifier_free" in call:
+        return "guidance_scale", negative and not embedded
+    if "true_cfg_scale" in takes:
+        return ("guidance_scale", False) if embedded and "guidance_scale" in takes else ("true_cfg_scale", negative)
+    if "guidance_scale" in takes:
+        if "guidance_embeds" in inspect.getsource(type(pipe)):
+            return ("guidance_scale" if embedded else None), False
+        return "guidance_scale", negative
+    return ("prior_guidance_scale" if "prior_guidance_scale" in takes else None), negative
+
+
+def network_config(pipe: Any) -> Mapping[str, Any]:
+    """The config of what a pipeline denoises with."""
+    parts = pipe.components
+    network = next((parts[name] for name in ("transformer", "unet", "decoder") if parts.get(name) is not None), None)
+    return getattr(network, "config", {})
+
+
+def samplers_of(pipe: Any, scheduler: Any) -> dict[str, Any]:
+    """The classes of schedulers, by the names of samplers, that this pipeline draws with in place of `scheduler`, its
+    own: those that diffusers calls compatible, and that take all that the pipeline's call tells its scheduler."""
+    import diffusers
+
+    call = inspect.getsource(type(pipe).__call__)
+    told, flow = _told_scheduler(call), type(scheduler).__name__.startswith("FlowMatch")
+    if scheduler is None or told is None:
+        return {}
+    if scheduler.config.get("use_dynamic_shifting") and flow:
+        told.add("mu")
+    compatible = {one.__name__ for one in scheduler.compatibles}
+    found = {}
+    for name, kind in (FLOW_SAMPLERS if flow else SAMPLERS).items():
+        one = getattr(diffusers, kind)
+        if kind == type(scheduler).__name__:
+            found[name] = one
+            continue
+        if not flow and kind not in compatible:
+            continue
+        if not flow and name in ("euler", "heun") and "scale_model_input" not in call:
+            continue  # these scale what the network reads, and the pipeline would not ask for it
+        if scheduler.config.get("prediction_type") == "flow_prediction" and not _takes(one.__init__, "use_flow_sigmas"):
+            continue
+        if all(_takes(one.set_timesteps, argument) for argument in told):
+            found[name] = one
+    return found
+
+
+def _takes(function: Any, name: str) -> bool:
+    return name in inspect.signature(function).parameters
+
+
+def _told_scheduler(call: str) -> set[str] | None:
+    """What a pipeline's call tells its scheduler of the times beside their number: sigmas where it makes its own, mu,
+    and others. Timesteps are only what a user gives. None where the call sets no times itself."""
+    tree = ast.parse(textwrap.dedent(call))
+    assigned = {
+        target.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    told: set[str] = set()
+    found = False
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
+        if name not in ("retrieve_timesteps", "set_timesteps"):
+            continue
+        found = True
+        told |= {keyword.arg for keyword in node.keywords if keyword.arg}
+        if name == "retrieve_timesteps" and len(node.args) > 4:
+            told.add("sigmas")
+    told -= {"num_inference_steps", "device", "timesteps"}
+    return told - ({"sigmas"} - assigned) if found else None
+
+
+def _output_fields(kind: Any) -> set[str]:
+    """The fields of what a pipeline's call returns, empty where its code does not say."""
+    module = sys.modules[kind.__module__]
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(kind.__call__)))
+    except (OSError, TypeError):
+        return set()
+    made = [node.value for node in ast.walk(tree) if isinstance(node, ast.Return) and isinstance(node.value, ast.Call)]
+    names = [call.func.id for call in made if isinstance(call.func, ast.Name)]
+    return {field for name in names for field in getattr(getattr(module, name, None), "__dataclass_fields__", {})}
+
+
+def stride_of(pipe: Any) -> int:
+    """Pixels of which the height and the width of a picture have to be multiples."""
+    processor = getattr(getattr(pipe, "image_processor", None), "config", {})
+    factor, patch = getattr(pipe, "vae_scale_factor", 8), network_config(pipe).get("patch_size", 1)
+    whole = [n for n in (processor.get("vae_scale_factor", 1), factor * patch if isinstance(patch, int) else factor)]
+    return math.lcm(8, *whole)
+
+
+def native_area(pipe: Any) -> int:
+    """About how many pixels the pictures have that this pipeline draws where no size is asked for."""
+    side = network_config(pipe).get("sample_size")
+    if not isinstance(side, int):
+        side = getattr(pipe, "default_sample_size", 128)
+    return (side * getattr(pipe, "vae_scale_factor", 8)) ** 2 if isinstance(side, int) else 1024**2
