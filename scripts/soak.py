@@ -67,7 +67,7 @@ def told(text: str, stream: bool) -> Any:
     """What an answer says, without what is new each time: its id and the time."""
     if not stream:
         data = json.loads(text)
-        return data.get("data") or [(c["message"]["content"], c["finish_reason"]) for c in data["choices"]]
+        return data.get("data") or [(c["message"], c["finish_reason"]) for c in data["choices"]]
     events = [line[6:] for line in text.splitlines() if line.startswith("data: ")]
     if events[-1] != "[DONE]":
         raise ValueError("the stream broke off")

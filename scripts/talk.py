@@ -48,15 +48,15 @@ def main() -> int:
         print(f"> {text}")
         messages.append({"role": "user", "content": text})
         answer = client.chat.completions.create(model=model, messages=messages, seed=0, **how)
-        said = answer.choices[0].message.content
-        messages.append({"role": "assistant", "content": said})
-        return said
+        message = answer.choices[0].message
+        messages.append(message.model_dump(exclude_none=True))
+        return message
 
-    print(ask("what can you draw?", modalities=["text"]))
+    print(ask("what can you draw?", modalities=["text"]).content)
     messages.clear()
     drawn: Any = ask("two apples on a blue background", modalities=["image"])
-    print(keep("apples.png", drawn[0]["image_url"]["url"]))
-    print(ask("how many apples are there?", modalities=["text"]))
+    print(keep("apples.png", drawn.images[0]["image_url"]["url"]))
+    print(ask("how many apples are there?").content)
 
     print("> a story about a witch and her raven")
     told: Any = [{"role": "user", "content": "a story about a witch and her raven"}]

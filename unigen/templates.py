@@ -5,13 +5,15 @@ The file refuses to know: weights, how anything is generated. Families own their
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
 
-from unigen.sequence import Document, Layout, Tokens, square
+from unigen.sequence import Document, Layout, Segment, Tokens, square
 
 Output = Literal["image", "text", "interleaved", "pair"]
 OUTPUTS: tuple[Output, ...] = ("image", "text", "interleaved", "pair")
@@ -19,6 +21,47 @@ OUTPUTS: tuple[Output, ...] = ("image", "text", "interleaved", "pair")
 
 class Unable(ValueError):
     """A model cannot do what is asked, whatever it is given."""
+
+
+def pictures_first(segments: Sequence[Segment]) -> list[Segment]:
+    """The segments, with the pictures of each of the user's messages before its words, else in their order.
+
+    For families that have learnt their questions so. A message is all that the user says before the assistant does."""
+    ordered: list[Segment] = []
+    for role, message in groupby(segments, key=lambda segment: segment.role):
+        ordered += sorted(message, key=lambda segment: role == "user" and segment.image is None)
+    return ordered
+
+
+_POLITE = re.compile(r"^(?:please\b[\s,]*|(?:can|could|would|will) you\b\s*)+", re.IGNORECASE)
+_ASKS = re.compile(
+    r"(?:what|which|who|whose|whom|where|when|why|how|is|are|am|was|were|do|does|did|has|have|can|could|should|would|will"
+    r"|describe|caption|explain|tell(?!.*\bstory)|say|count|list|name|identify|classify|read|transcribe|translate|summari[sz]e|compare"
+    r"|answer|see|know|guess)(?:'s|’s|s)?\b",
+    re.IGNORECASE,
+)
+
+
+def asks(text: str) -> bool:
+    """Do English words ask for words: "what is this", "Describe the image.", "a dog, right?"? What is asked for
+    politely is what is asked for: "can you make it red?" does not."""
+    for sentence in re.split(r"(?<=[.!?？؟])\s+|\n", text):
+        plain = _POLITE.sub("", sentence.strip())
+        polite = plain != sentence.strip()
+        if _ASKS.match(plain) or (not polite and plain.endswith(("?", "？", "؟"))):
+            return True
+    return False
+
+
+def usual_output(document: Document, outputs: Sequence[Output]) -> Output:
+    """What an answer holds where nobody says: text, where the last message asks about a picture of the conversation;
+    else text and pictures as the model decides, else what it can."""
+    last: list[str] = []
+    for role, message in groupby(document.segments, key=lambda segment: segment.role):
+        last = [segment.text or "" for segment in message] if role == "user" else last
+    if "text" in outputs and document.images() and asks("\n".join(last)):
+        return "text"
+    return next(output for output in ("interleaved", "text", "image") if output in outputs)
 
 
 class Template(Protocol):

@@ -62,10 +62,28 @@ def test_the_chat_template_says_the_same(tiny_folder: Path) -> None:
     rendered = tokenizer.apply_chat_template(messages, tokenize=False)
     assert tokenizer(rendered, add_special_tokens=False)["input_ids"] == model.template.encode(document).ids
     parts = [{"type": "image"}, {"type": "text", "text": "how many"}]
-    marked = tokenizer.apply_chat_template(
-        [{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True
-    )
-    assert marked == "<s><user><boi><image><eoi> how many<assistant>"
+    for given in (parts, parts[::-1]):
+        marked = tokenizer.apply_chat_template(
+            [{"role": "user", "content": given}], tokenize=False, add_generation_prompt=True
+        )
+        assert marked == "<s><user><boi><image><eoi> how many<assistant>"
+
+
+def test_pictures_stand_before_the_words_of_their_message(tiny_folder: Path) -> None:
+    """So the model has learnt questions, however they are given; what the assistant says stays in its order."""
+    template = load(tiny_folder).template
+    codes = torch.zeros(2, 2, dtype=torch.int64)
+    picture, other = Segment(image=codes), Segment(image=codes + 1)
+    first, second = Segment(text="how many"), Segment(text="and where")
+    told = [Segment(text="two", role="assistant"), Segment(image=codes, role="assistant")]
+    wanted = [picture, other, first, second]
+    for given in ([first, picture, other, second], [picture, first, second, other], [first, second, picture, other]):
+        for blind in (0, 1):
+            ids = template.prompt(Document([*given, *told, *given]), blind=blind).ids
+            assert ids == template.prompt(Document([*wanted, *told, *wanted]), blind=blind).ids
+    assert template.prompt(Document([first, *told])).ids != template.prompt(Document([first, *told[::-1]])).ids
+    blind = template.prompt(Document(wanted), blind=1).ids
+    assert blind.count(template.special["<uncond>"]) == 1  # as one text has it
 
 
 def test_special_tokens_typed_by_users_are_text(tiny_folder: Path) -> None:

@@ -97,9 +97,9 @@ def test_a_conversation_in_text_and_pictures(tiny_server: Any, engine: Any, appl
     assert answer.choices[0].finish_reason == "stop"
     assert answer.usage.prompt_tokens > 64 and answer.usage.completion_tokens_details.image_tokens == 0
     drawn = chat(model=MODEL, messages=said(APPLES), modalities=["image"], seed=3)
-    part = drawn.choices[0].message.content[0]
-    assert pixels(of_data(part["image_url"]["url"])) == pixels(apples)
-    turns = [*said(APPLES), {"role": "assistant", "content": [part]}, *said("how many apples?")]
+    message = drawn.choices[0].message
+    assert message.content == "" and pixels(of_data(message.images[0]["image_url"]["url"])) == pixels(apples)
+    turns = [*said(APPLES), message.model_dump(), *said("how many apples?")]
     asked = unigen.Document(
         [
             unigen.Segment(text=APPLES),
@@ -111,23 +111,71 @@ def test_a_conversation_in_text_and_pictures(tiny_server: Any, engine: Any, appl
     assert answer.choices[0].message.content == engine.generate(asked, "text")
 
 
+def test_a_whole_story_is_text_and_images_whose_order_is_known(tiny_server: Any, engine: Any) -> None:
+    """As parts, as a text with the places of its images, and given back: the same story."""
+    prompt = "a story about a witch and her raven"
+    asked: dict[str, Any] = {"model": MODEL, "messages": said(prompt), "seed": 1, "max_images": 2}
+    story = engine.generate(prompt, "interleaved", seed=1, max_images=2)
+    texts = [part for part in story if isinstance(part, str)]
+    drawn = [data_uri(part) for part in story if not isinstance(part, str)]
+    status, answer = tiny_server.get("/v1/chat/completions", asked)
+    message = answer["choices"][0]["message"]
+    assert status == 200 and message["content"] == "\n\n".join(texts)
+    assert [image["image_url"]["url"] for image in message["images"]] == drawn
+    assert [image["offset"] for image in message["images"]] == [len(texts[0]), len("\n\n".join(texts[:2]))]
+    _, answer = tiny_server.get("/v1/chat/completions", asked | {"content_format": "parts"})
+    parts = answer["choices"][0]["message"]["content"]
+    assert [part.get("text") or part["image_url"]["url"] for part in parts] == [
+        part if isinstance(part, str) else data_uri(part) for part in story
+    ]
+    more = {"modalities": ["text"], "max_tokens": 8, "seed": 0}
+    answers = [
+        tiny_server.get("/v1/chat/completions", asked | more | {"messages": [*said(prompt), given, *said("and then?")]})
+        for given in (message, {"role": "assistant", "content": parts})
+    ]
+    assert answers[0][0] == 200 and answers[0][1]["choices"] == answers[1][1]["choices"]
+    assert answers[0][1]["usage"] == answers[1][1]["usage"]
+
+
+@pytest.mark.parametrize("question", ["What's in this image?", "how many apples are there?", "Describe the image."])
+def test_a_question_about_a_picture_is_answered(tiny_server: Any, apples: Any, question: str) -> None:
+    """Wherever the picture stands in its message, and though nobody says that the answer shall be text."""
+    (message,) = said(question, apples)
+    answers = [
+        tiny_server.get("/v1/chat/completions", {"model": MODEL, "messages": [message | {"content": content}], **more})
+        for content in (message["content"], message["content"][::-1])
+        for more in ({"seed": 1}, {"seed": 2, "modalities": ["text"]})
+    ]
+    texts = {answer["choices"][0]["message"]["content"] for _, answer in answers}
+    assert len(texts) == 1 and texts != {""} and "images" not in answers[0][1]["choices"][0]["message"]
+    if "how many" in question:
+        assert texts == {"two"}
+    (edit,) = said("make the background red", apples)
+    status, answer = tiny_server.get("/v1/chat/completions", {"model": MODEL, "messages": [edit], "max_images": 1})
+    assert status == 200 and answer["choices"][0]["message"]["images"]
+
+
 def test_a_story_is_streamed_part_by_part(tiny_server: Any, engine: Any) -> None:
     prompt = "a story about a witch and her raven"
     stream = tiny_server.client().chat.completions.create(
         model=MODEL, messages=said(prompt), seed=1, stream=True, stream_options={"include_usage": True}
     )
     parts: list[Any] = []
+    content = ""
     for chunk in stream:
         if not chunk.choices:
             usage = chunk.usage
             continue
         delta = chunk.choices[0].delta
         if delta.content:
+            content += delta.content
             if parts and isinstance(parts[-1], str):
                 parts[-1] += delta.content
             else:
-                parts.append(delta.content)
+                assert delta.content.startswith("\n\n") == bool(parts)  # it is parted from the text before
+                parts.append(delta.content.strip())
         for image in getattr(delta, "images", None) or []:
+            assert image["offset"] == len(content)
             assert image["index"] == sum(not isinstance(part, str) for part in parts)
             parts.append(of_data(image["image_url"]["url"]))
         reason = chunk.choices[0].finish_reason
@@ -312,7 +360,7 @@ WRONG: list[tuple[str, Any, str, int]] = [
     ("/v1/images/generations", {"prompt": "a", "seed": -1}, "seed", 400),
     ("/v1/images/generations", {"prompt": "a", "model": "other"}, "unigen-tiny", 404),
     ("/v1/images/generations", {"prompt": "a", "generator": "none"}, "next-token", 400),
-    ("/v1/images/generations", {"prompt": "a", "size": "512x512"}, "64x64", 400),
+    ("/v1/images/generations", {"prompt": "a", "size": "512x384"}, "64x64", 400),
     ("/v1/images/generations", {"prompt": "a", "steps": 4}, "steps", 400),
     ("/v1/images/generations", {"prompt": "a", "guidance": "much"}, "guidance: ", 400),
     ("/v1/images/generations", {"prompt": "a", "str": 1}, "'str'", 400),
@@ -327,8 +375,8 @@ WRONG: list[tuple[str, Any, str, int]] = [
     ("/v1/images/generations", {"prompt": "a", "n": 4, "candidates": 5}, "n times candidates", 400),
     ("/v1/images/edits", {"prompt": "a"}, "multipart", 400),
     ("/v1/chat/completions", {"model": MODEL, "messages": []}, "messages", 400),
-    ("/v1/chat/completions", {"model": MODEL, "messages": [{"role": "system", "content": "a"}]}, "role", 400),
-    ("/v1/chat/completions", {"model": MODEL, "messages": said("a"), "tools": []}, "tools", 400),
+    ("/v1/chat/completions", {"model": MODEL, "messages": [{"role": "tool", "content": "a"}]}, "role", 400),
+    ("/v1/chat/completions", {"model": MODEL, "messages": said("a"), "tools": [{}]}, "tools", 400),
     ("/v1/chat/completions", {"model": MODEL, "messages": said("a"), "stream_options": {}}, "stream", 400),
     ("/v1/chat/completions", {"model": MODEL, "messages": said("a"), "partial_images": 1}, "stream=true", 400),
     ("/v1/chat/completions", {"model": MODEL, "messages": said("a"), "candidates": 2}, "candidates are", 400),

@@ -27,7 +27,7 @@ from unigen.generators.next_token import NextToken, Text
 from unigen.model import UnifiedModel
 from unigen.nn.backbone import Backbone
 from unigen.sequence import Document, Layout, Segment, Tokens, Vocabulary
-from unigen.templates import Output, PublicTemplate, Unable
+from unigen.templates import Output, PublicTemplate, Unable, pictures_first
 from unigen.tokenizers import load_tokenizer, text
 from unigen.tokenizers.emu3_vq import Emu3VQ
 
@@ -98,7 +98,7 @@ class Emu3Template(PublicTemplate):
 
     def _chat(self, segments: Sequence[Segment]) -> text.Prompt:
         prompt = text.Prompt(self.tokenizer, self.names).ids([self.tokenizer.bos_token_id]).own(SYSTEM)
-        role = None
+        role, segments = None, pictures_first(segments)  # as its authors lay out a question
         for number, segment in enumerate(segments):
             if segment.label is not None:
                 raise ValueError("emu3 reads words, not classes: say it in words")

@@ -3,7 +3,8 @@
     <s><user> two apples on a blue background<assistant><boi> 64 codes <eoi></s>
     <s><user><boi> 64 codes <eoi> how many apples?<assistant> two</s>
 
-A document is a chat. What the assistant says is learnt. In the blind rendering, the second branch of guidance, every
+A document is a chat. What the assistant says is learnt. The pictures of a message of the user's stand before its words,
+in whatever order they were given: so they were learnt. In the blind rendering, the second branch of guidance, every
 run of text is the one token <uncond> while the images stay: what the model saw where captions were dropped in training.
 A model may draw classes instead of words: <s><user><class:7><assistant><boi> 64 codes <eoi></s>.
 Text is lower case and each run opens with a space, so that a word has one spelling wherever it stands.
@@ -27,7 +28,7 @@ from unigen.generators.next_token import Text
 from unigen.model import UnifiedModel
 from unigen.nn.backbone import Backbone
 from unigen.sequence import Document, Layout, Tokens, Vocabulary, square
-from unigen.templates import OUTPUTS, Output
+from unigen.templates import OUTPUTS, Output, pictures_first
 from unigen.tokenizers import ImageTokenizer, load_tokenizer
 from unigen.tokenizers import text as text_tokenizers
 
@@ -45,6 +46,9 @@ SPECIALS = (*NEEDED, *SPARES)
 CHAT_TEMPLATE = (
     "{{ '<s>' }}{% for message in messages %}{{ '<user>' if message['role'] == 'user' else '<assistant>' }}"
     "{% if message['content'] is string %}{{ ' ' + message['content'] | trim | lower }}"
+    "{% elif message['role'] == 'user' %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<boi><image><eoi>' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] != 'image' %}{{ ' ' + part['text'] | trim | lower }}{% endfor %}"
     "{% else %}{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}{{ '<boi><image><eoi>' }}"
     "{% else %}{{ ' ' + part['text'] | trim | lower }}{% endif %}"
@@ -147,9 +151,10 @@ class ChatTemplate:
     def _turns(self, document: Document, blind: bool, writer: str = READER) -> Tokens:
         tokens = Tokens()
         tokens.add([self.start])
-        role = None
-        for number, segment in enumerate(document.segments, start=1):
+        role, worded = None, False
+        for number, segment in enumerate(pictures_first(document.segments), start=1):
             if segment.role != role:
+                worded = False
                 if role == "assistant":
                     tokens.add([self.turn_end], loss=not blind)
                 role = segment.role
@@ -166,13 +171,14 @@ class ChatTemplate:
                 if name == READER:
                     tokens.add([self.image_end])
             elif blind:
-                tokens.add([self.special[UNCOND]])
+                tokens.add([] if worded else [self.special[UNCOND]])  # one for the whole run of text
             elif segment.label is not None:
                 tokens.add([self.special[class_token(self.number(segment.label))]])
             elif self.classes:
                 raise ValueError(f"this model draws classes, not words: give {self.known_classes()}")
             else:
                 tokens.add(self.text_ids(segment.text or ""), loss=learnt)
+            worded = segment.image is None
         return tokens
 
     def opening_text(self, document: Document, writer: str) -> list[int]:

@@ -52,8 +52,10 @@ class Answer:
 
 
 async def chat_chunks(events: Events, head: dict[str, Any], usage: bool) -> Chunks:
-    """A streamed chat: texts as delta.content, pictures as delta.images, unfinished ones marked as partial."""
+    """A streamed chat, which joined is `message`: texts as delta.content, pictures as delta.images, unfinished ones
+    marked as partial."""
     answers: defaultdict[int, Answer] = defaultdict(Answer)
+    said: defaultdict[int, int] = defaultdict(int)  # characters of content
     head = head | {"object": "chat.completion.chunk"}
 
     def chunk(i: int, delta: dict[str, Any], reason: str | None = None, **more: Any) -> dict[str, Any]:
@@ -62,17 +64,19 @@ async def chat_chunks(events: Events, head: dict[str, Any], usage: bool) -> Chun
     async with aclosing(events):
         async for i, event in events:
             answer = answers[i]
+            parted = gap(answer.parts)
             answer.take(event)
             if isinstance(event, Begun):
                 yield chunk(i, {"role": "assistant", "content": ""}, settings=event.settings)
             elif isinstance(event, Part):
                 if isinstance(event.part, str):
-                    yield chunk(i, {"content": event.part})
+                    said[i] += len(parted + event.part)
+                    yield chunk(i, {"content": parted + event.part})
                 else:
-                    part = {"index": len(answer.pictures) - 1, **await picture_part(event.part)}
-                    yield chunk(i, {"images": [part]})
+                    place = {"index": len(answer.pictures) - 1, "offset": said[i]}
+                    yield chunk(i, {"images": [await picture_part(event.part) | place]})
             elif isinstance(event, Preview):
-                part = {"index": event.picture, "partial": True, **await picture_part(event.image)}
+                part = await picture_part(event.image) | {"index": event.picture, "partial": True}
                 yield chunk(i, {"images": [part]})
             elif isinstance(event, Ended):
                 yield chunk(i, {}, event.reason)
@@ -80,12 +84,12 @@ async def chat_chunks(events: Events, head: dict[str, Any], usage: bool) -> Chun
         yield {**head, "choices": [], "usage": usage_of(list(answers.values()))}
 
 
-async def picture_chunks(events: Events, model: str, kind: str, format: str) -> Chunks:
+async def picture_chunks(events: Events, model: str, kind: str, format: str, quality: int | None = None) -> Chunks:
     """Streamed pictures: OpenAI's events of this kind, with the picture's place among the n, and how it was made."""
     answers: defaultdict[int, Answer] = defaultdict(Answer)
 
     async def said(i: int, what: str, picture: Image.Image, **more: Any) -> dict[str, Any]:
-        file = await asyncio.to_thread(pictures.encoded, picture, format)
+        file = await asyncio.to_thread(pictures.encoded, picture, format, quality)
         return {
             "type": f"{kind}.{what}",
             "index": i,
@@ -113,11 +117,26 @@ async def picture_part(picture: Image.Image) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": await asyncio.to_thread(data_uri, picture)}}
 
 
-async def content(parts: list[str | Image.Image]) -> Any:
-    """A text as a string, all else as parts in order."""
-    if all(isinstance(part, str) for part in parts):
-        return "".join(str(part) for part in parts)
-    return [{"type": "text", "text": p} if isinstance(p, str) else await picture_part(p) for p in parts]
+async def message(parts: list[str | Image.Image], as_parts: bool = False) -> dict[str, Any]:
+    """The assistant's message. Its text is `content`, a string, and its pictures are `images`, each with the number of
+    characters of `content` that stand before it (`offset`). as_parts: `content` is a list of parts in order instead,
+    where there are pictures."""
+    told: dict[str, Any] = {"role": "assistant", "content": "", "refusal": None}
+    if as_parts and not all(isinstance(part, str) for part in parts):
+        listed = [{"type": "text", "text": p} if isinstance(p, str) else await picture_part(p) for p in parts]
+        return told | {"content": listed}
+    images: list[dict[str, Any]] = []
+    for number, part in enumerate(parts):
+        if isinstance(part, str):
+            told["content"] += gap(parts[:number]) + part
+        else:
+            images.append({**await picture_part(part), "index": len(images), "offset": len(told["content"])})
+    return told | ({"images": images} if images else {})
+
+
+def gap(before: list[str | Image.Image]) -> str:
+    """What parts a text from that before the last picture, in `content`."""
+    return "\n\n" if before and not isinstance(before[-1], str) and any(isinstance(p, str) for p in before) else ""
 
 
 def usage_of(answers: list[Answer]) -> dict[str, Any] | None:

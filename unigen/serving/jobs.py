@@ -20,7 +20,7 @@ class Job:
     """One answer to be made. output, options: as of `Engine.request`. stop: texts before which the answer ends.
     around: a picture that is painted in where the mask is white; vary: instead of a mask, the share of it that is drawn
     anew, by lot. previews: of each picture, where the model has some. candidates: of which the answer is the
-    best."""
+    best. notes: what its settings say besides."""
 
     prompt: Document
     output: Any
@@ -31,6 +31,7 @@ class Job:
     vary: float | None = None
     previews: int = 0
     candidates: int = 1
+    notes: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

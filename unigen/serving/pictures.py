@@ -175,8 +175,9 @@ def _open(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     return address.is_global and not (address.is_multicast or address.is_private or address.is_reserved)
 
 
-def encoded(picture: Image.Image, format: str = "png") -> bytes:
-    """The picture as a PNG, JPEG or WebP file."""
+def encoded(picture: Image.Image, format: str = "png", quality: int | None = None) -> bytes:
+    """The picture as a PNG, JPEG or WebP file. quality: of the latter two, 0 to 100; None is 92."""
     buffer = io.BytesIO()
-    picture.save(buffer, format=format.upper(), **({"quality": 92} if format != "png" else {}))
+    lossy = {} if format == "png" else {"quality": 92 if quality is None else quality}
+    picture.save(buffer, format=format.upper(), **lossy)
     return buffer.getvalue()

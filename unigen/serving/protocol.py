@@ -1,14 +1,18 @@
 """What the server is asked: OpenAI's schema, with the options of our generators beside it. Unknown fields are refused.
 
+Of OpenAI's own fields each is followed, or accepted at the values that ask for nothing (`at`), or refused by its name.
+A null is the same as leaving a field out.
+
 Checks forms and ranges alone; what a model can do is checked where the model is. Knows no HTTP and no model.
 OpenAI's reference: https://platform.openai.com/docs/api-reference (chat, images).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from unigen.numbers import parse_float, parse_int
 
@@ -19,14 +23,39 @@ LONGEST = 100_000
 LONGEST_STOP = 256
 """Characters of a text before which an answer ends."""
 
+MENU = ("auto", "256x256", "512x512", "1024x1024", "1024x1536", "1536x1024", "1024x1792", "1792x1024")
+"""Sizes that clients offer to choose from, whatever the model draws."""
+
+INSTRUCTS = ("system", "developer")
+"""Roles of messages that say how to answer."""
+
 Words = Annotated[str, Field(min_length=1, max_length=LONGEST)]
 Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
+Name = Annotated[str, Field(max_length=LONGEST)]
+"""A label of the client's own, such as `user`: nothing is asked for by it."""
+
+
+def at(*values: Any, says: str) -> AfterValidator:
+    """A field that is accepted at these values, at which it asks for nothing; says: what to do about all others."""
+
+    def check(value: Any) -> None:
+        if not any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in values):
+            raise ValueError(says)
+
+    return AfterValidator(check)
 
 
 class Strict(BaseModel):
-    """Numbers are numbers and not texts; what is not named here is refused."""
+    """Numbers are numbers and not texts; what is not named here is refused. A null is left out."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {name: value for name, value in data.items() if value is not None or name not in cls.model_fields}
 
 
 class Drawing(Strict):
@@ -74,51 +103,171 @@ class Drawing(Strict):
 
 class ImageUrl(Strict):
     url: str
-    detail: Literal["auto", "low", "high"] = "auto"
+    detail: Literal["auto", "low", "high", "original"] = "auto"
+    format: Name | None = None
 
 
 class TextPart(Strict):
+    """cache_control, prompt_cache_breakpoint: of clients that tell their server what to keep; nothing is kept here."""
+
     type: Literal["text"]
     text: str = Field(max_length=LONGEST)
+    cache_control: dict[str, Any] | None = None
+    prompt_cache_breakpoint: dict[str, Any] | None = None
+
+
+class RefusalPart(Strict):
+    type: Literal["refusal"]
+    refusal: str = Field(max_length=LONGEST)
 
 
 class ImagePart(Strict):
+    """image_url: with its url, or the url alone."""
+
     type: Literal["image_url"]
     image_url: ImageUrl
+    cache_control: dict[str, Any] | None = None
+    prompt_cache_breakpoint: dict[str, Any] | None = None
+
+    @field_validator("image_url", mode="before")
+    @classmethod
+    def _url(cls, value: Any) -> Any:
+        return {"url": value} if isinstance(value, str) else value
+
+
+class AnswerImage(ImagePart):
+    """A picture of an answer that is given back: its number, and how many characters of `content` stand before it."""
+
+    type: Literal["image_url"] = "image_url"
+    index: int | None = Field(None, ge=0)
+    offset: int | None = Field(None, ge=0)
+    partial: Literal[False] = False
 
 
 class Message(Strict):
-    """content: parts in order, or a text, which is one part. Of an answer that is given back, as it came."""
+    """content: parts in order, or a text, which is one part. images: those of an answer that is given back as it came.
 
-    role: Literal["user", "assistant"]
-    content: list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+    What else SDKs give back with an answer is accepted and not read, but for calls of tools, which are refused."""
+
+    role: Literal["user", "assistant", "system", "developer"]
+    content: list[Annotated[TextPart | ImagePart | RefusalPart, Field(discriminator="type")]] = []
+    images: list[AnswerImage] = []
+    name: Name | None = None
+    refusal: str | None = Field(None, max_length=LONGEST)
+    annotations: list[Any] | None = None
+    reasoning: Any = None
+    reasoning_content: Any = None
+    reasoning_details: Any = None
+    thinking_blocks: Any = None
+    provider_specific_fields: Any = None
+    audio: Annotated[Any, at(says="this server speaks no sound: leave it out")] = None
+    function_call: Annotated[Any, at(says="this model calls no functions: leave it out")] = None
+    tool_calls: Annotated[Any, at([], says="this model calls no tools: leave it out")] = None
 
     @field_validator("content", mode="before")
     @classmethod
     def _parts(cls, content: Any) -> Any:
         return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
+    @model_validator(mode="after")
+    def _complete(self) -> Message:
+        if self.role != "assistant":
+            if "content" not in self.model_fields_set:
+                raise ValueError("a message needs its content")
+            if self.images:
+                raise ValueError("images are of answers: give the user's pictures as parts of content")
+        if self.role in INSTRUCTS and any(isinstance(part, ImagePart) for part in self.content):
+            raise ValueError(f"a {self.role} message holds text alone")
+        return self
+
+    def parts(self) -> list[tuple[str, str, str]]:
+        """What was said, in order, without blank texts: the kind, "text" or "image"; the text or url; its place."""
+        found: list[tuple[str, str, str]] = []
+        for number, part in enumerate(self.content):
+            place = f"content.{number}"
+            if isinstance(part, ImagePart):
+                found.append(("image", part.image_url.url, f"{place}.image_url.url"))
+            else:
+                found.append(("text", part.text if isinstance(part, TextPart) else part.refusal, place))
+        if not found and self.refusal:
+            found.append(("text", self.refusal, "refusal"))
+        if self.images:
+            words = "".join(said for kind, said, _ in found if kind == "text")
+            found = [*self._laid(words), *(part for part in found if part[0] == "image")]
+        return [part for part in found if part[0] == "image" or part[1].strip()]
+
+    def _laid(self, words: str) -> Iterator[tuple[str, str, str]]:
+        """The words with the images where they stood among them: at the end, where an image does not say."""
+        places = [len(words) if image.offset is None else image.offset for image in self.images]
+        start = 0
+        for number in sorted(range(len(places)), key=places.__getitem__):
+            yield "text", words[start : places[number]], "content"
+            yield "image", self.images[number].image_url.url, f"images.{number}.image_url.url"
+            start = max(start, places[number])
+        yield "text", words[start:], "content"
+
 
 class StreamOptions(Strict):
     include_usage: bool = False
+    include_obfuscation: Annotated[Any, at(False, says="streams are not padded here: leave it out")] = None
+
+
+TOOLS = "this model calls no tools: leave it out"
+KEPT = "nothing is stored here: leave it out"
 
 
 class ChatRequest(Drawing):
-    """modalities: what the answer may hold; left out, all that the model can."""
+    """modalities: what the answer may hold; left out, as of `unigen.templates.usual_output`. content_format: "parts"
+    gives the `content` of a whole answer that holds pictures as a list of parts in order."""
 
     model: str
     messages: list[Message] = Field(min_length=1, max_length=1000)
     modalities: list[Literal["text", "image"]] | None = Field(None, min_length=1, max_length=2)
+    content_format: Literal["string", "parts"] = "string"
     stream_options: StreamOptions | None = None
     stop: list[Stop] | None = Field(None, max_length=4)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     max_images: int | None = Field(None, ge=1, le=64)
-    # what some clients always send, and only at the value at which it asks for nothing
-    frequency_penalty: float | None = Field(None, ge=0, le=0)
-    presence_penalty: float | None = Field(None, ge=0, le=0)
-    logprobs: Literal[False] | None = None
-    response_format: dict[Literal["type"], Literal["text"]] | None = None
+    # labels of the client's own, and what only says how to serve
+    user: Name | None = None
+    safety_identifier: Name | None = None
+    prompt_cache_key: Name | None = None
+    prompt_cache_retention: Name | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    metadata: dict[str, str] | None = Field(None, max_length=16)
+    parallel_tool_calls: bool | None = None
+    # what clients send though they ask for nothing by it
+    audio: Annotated[Any, at(says="this server speaks no sound: leave it out")] = None
+    frequency_penalty: Annotated[Any, at(0, says="penalties are not known here: leave it out")] = None
+    presence_penalty: Annotated[Any, at(0, says="penalties are not known here: leave it out")] = None
+    repetition_penalty: Annotated[Any, at(1, says="penalties are not known here: leave it out")] = None
+    min_p: Annotated[Any, at(0, says="there are top_p and top_k: leave it out")] = None
+    function_call: Annotated[Any, at("none", "auto", says=TOOLS)] = None
+    functions: Annotated[Any, at([], says=TOOLS)] = None
+    tools: Annotated[Any, at([], says=TOOLS)] = None
+    tool_choice: Annotated[Any, at("none", "auto", says=TOOLS)] = None
+    logit_bias: Annotated[Any, at({}, says="ids have no bias here: leave it out")] = None
+    logprobs: Annotated[Any, at(False, says="no probabilities are given here: leave it out")] = None
+    top_logprobs: Annotated[Any, at(0, says="no probabilities are given here: leave it out")] = None
+    moderation: Annotated[Any, at(says="nothing is moderated here: leave it out")] = None
+    prediction: Annotated[Any, at(says="answers are not predicted here: leave it out")] = None
+    reasoning_effort: Annotated[Any, at("none", "minimal", says="this model does not reason: leave it out")] = None
+    response_format: Annotated[Any, at({"type": "text"}, says='text alone is written here: {"type": "text"}')] = None
+    service_tier: Annotated[Any, at("auto", "default", says="there is one tier: leave it out")] = None
+    store: Annotated[Any, at(False, says=KEPT)] = None
+    verbosity: Annotated[Any, at("medium", says="the model chooses its length: leave it out, or give max_tokens")] = (
+        None
+    )
+    web_search_options: Annotated[Any, at(says="nothing is searched here: leave it out")] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unused_tools(cls, data: Any) -> Any:
+        """Tools that may not be called ask for nothing."""
+        if isinstance(data, dict) and data.get("tool_choice") == "none":
+            return {name: value for name, value in data.items() if name not in ("tools", "functions")}
+        return data
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -127,11 +276,14 @@ class ChatRequest(Drawing):
 
     @model_validator(mode="after")
     def _once(self) -> ChatRequest:
-        if self.max_tokens is not None and self.max_completion_tokens is not None:
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens and max_completion_tokens are the same: give one")
+        if self.stream and self.content_format == "parts":
+            raise ValueError("content_format is for whole answers: a stream has its parts in order")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is for stream=true")
-        if self.messages[-1].role != "user":
+        said = [message for message in self.messages if message.role not in INSTRUCTS]
+        if not said or said[-1].role != "user":
             raise ValueError("the last of the messages must be the user's")
         return self
 
@@ -150,12 +302,23 @@ class ImagesRequest(Drawing):
     model: str | None = None
     response_format: Literal["b64_json", "url"] = "b64_json"
     output_format: Literal["png", "jpeg", "webp"] = "png"
-    background: Literal["auto", "opaque"] | None = None
-    quality: Literal["auto"] | None = None
-    moderation: Literal["auto"] | None = None
+    output_compression: int | None = Field(None, ge=0, le=100)
+    user: Name | None = None
+    safety_identifier: Name | None = None
+    # what clients send though they ask for nothing by it
+    background: Annotated[Any, at("auto", "opaque", says="pictures are opaque here: leave it out")] = None
+    complexity: Annotated[Any, at(says="pictures are not planned here: leave it out")] = None
+    frame_count: Annotated[Any, at(1, says="pictures do not move here: leave it out")] = None
+    frame_duration_ms: Annotated[Any, at(says="pictures do not move here: leave it out")] = None
+    moderation: Annotated[Any, at("auto", "low", says="nothing is moderated here: leave it out")] = None
+    quality: Annotated[Any, at("auto", "standard", says="there is one quality: leave it out, or try candidates")] = None
+    style: Annotated[Any, at("vivid", says="say the style in the prompt and leave it out")] = None
+    svg: Annotated[Any, at(says="pictures are png, jpeg or webp here: leave it out")] = None
 
     @model_validator(mode="after")
     def _carried(self) -> Self:
+        if self.output_format == "png" and self.output_compression not in (None, 100):
+            raise ValueError("output_compression is for output_format jpeg or webp")
         if self.stream and self.response_format != "b64_json":
             raise ValueError("a stream carries its pictures: leave response_format out")
         return self
@@ -181,6 +344,7 @@ class EditRequest(ImagesRequest):
     without one what to change."""
 
     prompt: Words
+    input_fidelity: Annotated[Any, at("low", says="there is one fidelity: leave it out, or mark by a mask")] = None
 
 
 class VariationRequest(ImagesRequest):
@@ -211,6 +375,7 @@ def form_schema(kind: type[BaseModel], *files: str) -> dict[str, Any]:
 
 
 NUMBERS = {"n", "seed", "steps", "top_k", "guidance", "top_p", "temperature", "vary", "partial_images", "candidates"}
+NUMBERS |= {"output_compression", "frame_count", "frame_duration_ms"}
 FLAGS = {"stream"}
 
 

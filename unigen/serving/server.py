@@ -25,7 +25,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,21 +38,24 @@ from starlette.exceptions import HTTPException
 
 from unigen.sequence import Document, Segment
 from unigen.serving import pictures, protocol
-from unigen.serving.answers import Answer, chat_chunks, content, images_usage, picture_chunks, usage_of
+from unigen.serving.answers import Answer, chat_chunks, images_usage, message, picture_chunks, usage_of
 from unigen.serving.body import BoundedRoute
 from unigen.serving.connection import TimedConnection
 from unigen.serving.decoder import AREA, MOST_PICTURES, Decoder, File, Full, PictureError
 from unigen.serving.guard import Guard, Limits, error
-from unigen.serving.jobs import Event, Failed, Job, Part, Refused
+from unigen.serving.jobs import Begun, Event, Failed, Job, Part, Refused
 from unigen.serving.metrics import Metrics
 from unigen.serving.page import add_page
 from unigen.serving.process import Busy, Down, EngineProcess
+from unigen.templates import usual_output
 
 log = logging.getLogger("unigen.serving")
 PICTURE_BYTES = 4 << 20
 """Of the disk, that must be free for each picture that is to be kept."""
 SLACK = 30.0
 """Seconds beyond the time that an answer may take, after which a step that still runs helps nobody."""
+MOST_FILES = 20
+"""Of a form; all but one picture and one mask are refused by name."""
 T = TypeVar("T")
 
 
@@ -137,8 +140,9 @@ class Server:
         self._named(asked.model)
         document = await self._document(asked)
         self._log(request, document)
-        stop, output = tuple(asked.stop or ()), self._output(asked.modalities)
-        jobs = self._jobs(asked, document, output, stop=stop)
+        stop, output = tuple(asked.stop or ()), self._output(asked.modalities, document)
+        notes = {"ignored": ["system"]} if any(m.role in protocol.INSTRUCTS for m in asked.messages) else {}
+        jobs = self._jobs(asked, document, output, stop=stop, notes=notes)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.settings.model}
         if asked.stream:
             usage = asked.stream_options is not None and asked.stream_options.include_usage
@@ -147,7 +151,7 @@ class Server:
         choices = [
             {
                 "index": i,
-                "message": {"role": "assistant", "content": await content(answer.parts), "refusal": None},
+                "message": await message(answer.parts, asked.content_format == "parts"),
                 "finish_reason": answer.ended.reason,
                 "logprobs": None,
                 "settings": answer.settings,
@@ -158,19 +162,18 @@ class Server:
 
     async def _document(self, asked: protocol.ChatRequest) -> Document:
         """The conversation as the model reads it."""
-        last = len(asked.messages) - 1
-        if not any(isinstance(p, protocol.ImagePart) or p.text.strip() for p in asked.messages[last].content):
+        last = max(m for m, message in enumerate(asked.messages) if message.role == "user")
+        if not asked.messages[last].parts():
             param = f"messages.{last}.content"
             raise Wrong(400, "the last message is empty: say what to draw or ask", param=param)
         parts: list[tuple[Any, str | None, str]] = []  # a role; a text, or None for the next picture; its place
         urls = []
-        for m, message in enumerate(asked.messages):
-            for p, part in enumerate(message.content):
-                if isinstance(part, protocol.TextPart):
-                    parts.append((message.role, part.text, ""))
-                else:
-                    parts.append((message.role, None, f"messages.{m}.content.{p}.image_url.url"))
-                    urls.append(part.image_url.url)
+        for m, said in enumerate(asked.messages):
+            if said.role not in ("user", "assistant"):
+                continue
+            for kind, part, place in said.parts():
+                parts.append((said.role, part if kind == "text" else None, f"messages.{m}.{place}"))
+                urls += [part] if kind == "image" else []
         places = [place for _, text, place in parts if text is None]
         found = iter(await self._decoded(await self._files(urls, places), places, asked.n, AREA))
         return Document(
@@ -213,12 +216,12 @@ class Server:
             message = "the server holds as many pictures as it may: ask again"
             raise Wrong(429, message, code="busy", wait=2) from None
 
-    def _output(self, modalities: list[Any] | None) -> str:
+    def _output(self, modalities: list[Any] | None, document: Document) -> str:
         if self.engine.down is not None:  # what the model can do is known when it is there
             raise Wrong(503, self.engine.down, code="not_ready", wait=1)
         able = self.engine.info["outputs"]
         if modalities is None:
-            return next(output for output in ("interleaved", "text", "image") if output in able)
+            return usual_output(document, able)
         output = "interleaved" if len(set(modalities)) == 2 else modalities[0]
         if output not in able:
             raise Wrong(
@@ -266,12 +269,14 @@ class Server:
             await asyncio.to_thread(self._check_folder, asked.n)
         self._log(request, document)
         if asked.stream:
-            drawn = picture_chunks(self._together(jobs), self.settings.model, kind, asked.output_format)
+            form = (asked.output_format, asked.output_compression)
+            drawn = picture_chunks(self._together(jobs), self.settings.model, kind, *form)
             return await self._streamed(request, drawn)
         answers = await self._unless_gone(request, self._all(jobs))
         data = []
         for answer in answers:
-            file = await asyncio.to_thread(pictures.encoded, answer.pictures[0], asked.output_format)
+            form = (asked.output_format, asked.output_compression)
+            file = await asyncio.to_thread(pictures.encoded, answer.pictures[0], *form)
             if asked.response_format == "url":
                 try:
                     name = await asyncio.to_thread(self._kept, file, asked.output_format)
@@ -295,13 +300,16 @@ class Server:
         if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             raise Wrong(400, "send multipart/form-data with a file named image")
         try:
-            form = await request.form(max_files=2, max_fields=40)
+            form = await request.form(max_files=MOST_FILES, max_fields=40)
         except HTTPException as bad:
             if bad.status_code != 400:  # of the door
                 raise
             raise Wrong(400, f"the form cannot be read: {bad.detail}") from None
         files, fields = {}, {}
-        for name, value in form.multi_items():
+        for given, value in form.multi_items():
+            name = given.removesuffix("[]")  # of a list, as clients have it that edit several pictures
+            if name == "image" and name in files:
+                raise Wrong(400, "one picture is edited at a time: send one image (a chat takes several)", param=name)
             if name in files or name in fields:
                 raise Wrong(400, f"the form has {name} more than once: give one", param=name)
             if isinstance(value, str):
@@ -374,6 +382,8 @@ class Server:
                 elif isinstance(event, Failed):
                     raise Wrong(503, event.message, code="try_again", wait=1)
                 else:
+                    if isinstance(event, Begun):
+                        event = replace(event, settings=event.settings | jobs[i].notes)
                     if isinstance(event, Part) and first:
                         self.metrics.first.observe(time.perf_counter() - start)
                         first = False
@@ -445,7 +455,11 @@ class Server:
             raise Wrong(400, message, param="n")
         first = secrets.randbelow(1 << 31) if asked.seed is None else asked.seed
         more |= {"previews": asked.partial_images, "candidates": asked.candidates}
-        return [Job(document, output, {**asked.options(), "seed": first + i}, **more) for i in range(asked.n)]
+        options, info = asked.options(), self.engine.info
+        if asked.size in protocol.MENU and info.get("sizes") == "this one":
+            options.pop("size", None)
+            more["notes"] = more.get("notes", {}) | {"size": "{0}x{0}".format(info["image_size"])}
+        return [Job(document, output, {**options, "seed": first + i}, **more) for i in range(asked.n)]
 
     def _log(self, request: Request, document: Document) -> None:
         if self.settings.prompts:

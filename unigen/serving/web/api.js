@@ -35,14 +35,20 @@ export async function ask(path, body, { signal, notice = () => {} } = {}) {
   throw refusal(await answer.json().catch(() => null), answer.status);
 }
 
-/** A chat's answer as it comes: { settings }, { text } and { image } in order, at last { reason }. Raises Refused. */
+/** A chat's answer as it comes: { settings }, { text } and { image } in order, at last { reason }. Raises Refused. A text
+ * after a picture comes without the empty line that parts it from the text before. */
 export async function* parts(body, options) {
+  let drawn = false;
   for await (const chunk of chunks("v1/chat/completions", { ...body, stream: true }, options)) {
     const choice = chunk.choices[0];
     if (!choice) continue;
     if (choice.settings) yield { settings: choice.settings };
-    if (choice.delta.content) yield { text: choice.delta.content };
-    for (const image of choice.delta.images ?? []) yield { image: image.image_url.url };
+    if (choice.delta.content) yield { text: drawn ? choice.delta.content.trimStart() : choice.delta.content };
+    drawn = choice.delta.content ? false : drawn;
+    for (const image of choice.delta.images ?? []) {
+      drawn = true;
+      yield { image: image.image_url.url };
+    }
     if (choice.finish_reason) yield { reason: choice.finish_reason };
   }
 }

@@ -6,7 +6,7 @@ import { figure, image, offer, Tray, used } from "./pictures.js";
 
 const SIDE = 256;
 const NAMES = { interleaved: "Text and pictures", text: "Text", image: "Picture" };
-const MODALITIES = { interleaved: ["text", "image"], text: ["text"], image: ["image"] };
+const MODALITIES = { interleaved: null, text: ["text"], image: ["image"] }; // null: a question is answered in text
 const EXAMPLES = [
   ["two apples on a blue background", "image"],
   ["a story about a witch and her raven", "interleaved"],
