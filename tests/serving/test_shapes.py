@@ -348,10 +348,11 @@ def test_pictures_of_web_interfaces() -> None:
     libre = {"model": "m", "prompt": "a", "size": "1024x1024", "quality": "standard", "style": "vivid", "n": 1}
     assert post(DRAW, libre)[0] == 200
     data, file = {"model": "m", "prompt": "b", "size": "1024x1024", "n": "1"}, ("a.png", encoded(PICTURE))
+    mask = ("mask.png", encoded(Image.new("RGB", PICTURE.size, "white")))
     for name in ("image", "image[]"):
         status, _ = post(EDIT, data=data | {"quality": "auto", "input_fidelity": "low"}, files=[(name, file)])
         assert status == 200 and PAINTER.jobs[-1].prompt.segments[1].text == "b"
-        assert post(EDIT, data=data, files=[(name, file), ("mask", file)])[0] == 200
+        assert post(EDIT, data=data, files=[(name, file), ("mask", mask)])[0] == 200
         status, answer = post(EDIT, data=data, files=[(name, file), (name, file)])
         assert status == 400 and answer["error"]["param"] == "image" and "one image" in answer["error"]["message"]
     assert post(EDIT, data=data, files=[("image", file), ("image[]", file)])[0] == 400
