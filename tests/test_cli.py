@@ -140,6 +140,18 @@ def test_edit(engine: FakeEngine, picture: str) -> None:
     assert Image.open("b.png").getpixel((7, 0)) == (255, 0, 0)
 
 
+def test_a_picture_of_another_size_is_noted(
+    engine: FakeEngine, picture: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["edit", picture, "make it red", "-o", "red.png"]) == 0
+    assert "note:" not in capsys.readouterr().err
+    Image.new("RGB", (40, 30)).save("photo.png")
+    monkeypatch.setattr(engine, "edit", lambda *asked, **options: engine.draw(1))
+    assert main(["edit", "photo.png", "make it red", "-o", "red.png"]) == 0
+    said = capsys.readouterr()
+    assert "note: your picture of 40x30 pixels comes back as 16x16" in said.err and said.out == "red.png\n"
+
+
 def test_story_page(engine: FakeEngine, picture: str) -> None:
     assert main(["story", "a witch & her raven", "--reference", picture, "--reference", picture, "--seed", "2"]) == 0
     prompt, options = engine.asked[0]

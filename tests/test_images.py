@@ -200,6 +200,22 @@ def test_other_kinds_of_files() -> None:
     assert difference(read_image(file_of(hole, "PNG")), (np.asarray(image) * alpha + 255 * (1 - alpha)).round()) <= 1
 
 
+MODES = ("1", "L", "P", "RGBA", "CMYK", "YCbCr", "HSV", "I", "LA", "La", "PA", "RGBa", "RGBX")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_pil_images_of_every_mode(mode: str) -> None:
+    grey = mode in ("1", "L", "I", "LA", "La")
+    image = (
+        scene()
+        .convert("LA" if mode == "La" else "P" if mode == "PA" else "RGBA" if mode == "RGBa" else mode)
+        .convert(mode)
+    )
+    wanted = scene().convert(mode).convert("RGB") if mode in ("1", "P") else scene().convert("L" if grey else "RGB")
+    margin = {"YCbCr": 3, "HSV": 2, "PA": 50}.get(mode, 0)
+    assert difference(read_image(image), wanted.convert("RGB")) <= margin
+
+
 def test_colours_are_brought_to_srgb() -> None:
     """A profile of another colour space is followed; sRGB, a damaged one and one of another kind change nothing."""
     image, srgb = scene(), ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -348,6 +364,7 @@ def test_messages_name_the_picture(tmp_path: Path) -> None:
         (tmp_path, "cannot be read.*directory"),
         ("a" * 5000 + ".png", "cannot be read"),
         ("nul\0.png", "cannot be read"),
+        ("data:image/png;base64," + "A" * 100_000, r"^.{1,600}$"),
         ("two\nlines.png", r"'two\\nlines.png' does not exist"),
         ("https://example.com/a.png", "is an address, not a file"),
     ):
@@ -475,6 +492,8 @@ def test_a_text_is_a_picture_where_it_names_one(tmp_path: Path, monkeypatch: pyt
         with pytest.raises(ValueError, match="does not exist") as error:
             Document.of(["what is it?", name])
         assert "\n" not in str(error.value) and "Segment(text=" in str(error.value)
+    with pytest.raises(ValueError, match="is an address, not a file"):
+        Document.of("https://example.com/cat.png")
     (tmp_path / "red dog").write_bytes(b"no picture")
     for words in (
         "red dog",
@@ -501,3 +520,38 @@ def test_pixels_and_codes_are_told_apart() -> None:
     assert isinstance(Document.of(file_of(scene(), "PNG")).segments[0].image, Image.Image)
     with pytest.raises(ValueError, match="not float"):
         Document.of(["a", 2.5])
+
+
+def test_every_method_takes_every_kind_of_picture(engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A turned file, by its name, as a path, as bytes, opened, as PIL, array or tensor, is one and the same picture."""
+    monkeypatch.chdir(tmp_path)
+    upright = scene().resize((24, 16))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright.transpose(STORED[6]).save("a.png", exif=exif)
+    layer((0, 0, 0, 0), (255, 255, 255, 255)).resize((24, 16), Image.Resampling.NEAREST).save("mask.png")
+    values = np.asarray(upright)
+    kinds: list[Any] = ["a.png", Path("a.png"), Path("a.png").read_bytes(), Image.open("a.png"), values / 255]
+    kinds += [torch.from_numpy(values.copy()).permute(2, 0, 1)]
+    calls: dict[str, Callable[[Any], Any]] = {
+        "describe": lambda x: engine.describe(x, candidates=1, max_tokens=4),
+        "question": lambda x: engine.describe(x, "how many?", max_tokens=4),
+        "generate": lambda x: engine.generate([x, "a dog"], max_tokens=4),
+        "batch": lambda x: engine.generate_batch([[x, "a dog"], x])[0],
+        "stream": lambda x: list(engine.stream([x, "a dog"], "image"))[0],
+        "edit": lambda x: engine.edit(x, "a dog"),
+        "inpaint": lambda x: engine.inpaint(x, "a dog", "mask.png", steps=2),
+        "pair": lambda x: engine.pair(image=x)[1],
+    }
+    for name, call in calls.items():
+        wanted = call(upright)
+        for kind in kinds:
+            made = call(kind)
+            same = made == wanted if isinstance(made, str) else difference(read_image(made), read_image(wanted)) == 0
+            assert same, (name, type(kind))
+        with pytest.raises(ValueError, match=r"image none.png does not exist"):
+            call("none.png")
+    lying = upright.transpose(STORED[6])
+    assert any(difference(calls[name](lying), calls[name](upright)) for name in ("generate", "edit", "inpaint"))
+    drawn = engine.edit(upright, "none.png"), engine.generate([upright, Segment(text="none.png")])
+    assert difference(drawn[0], drawn[1]) == 0  # an instruction is words, whatever it ends in

@@ -29,6 +29,8 @@ ImageSource: TypeAlias = (
 MAX_PIXELS = 32_000_000
 FLOAT_MARGIN = 0.5 / 255
 """How far floats may lie outside of 0 to 1, where they are cut off: half a step of 8 bits."""
+LONGEST_NAME = 400
+"""Characters of a file's name that a message holds; longer ones lose their middle."""
 SUFFIXES = frozenset(
     ".png .apng .jpg .jpeg .jpe .jfif .mpo .webp .gif .bmp .dib .tif .tiff .avif .avifs .heic .heif .jp2 .j2k .jpx"
     " .ppm .pgm .pbm .pnm .pfm .tga .ico .icns .qoi .dds .psd .pcx".split()
@@ -77,8 +79,9 @@ def read_image(
     colour, alpha = _read(source, name or image_name(source), max_pixels, formats, srgb=True)
     if alpha is None:
         return colour
-    colour.putalpha(alpha)
-    return Image.alpha_composite(Image.new("RGBA", colour.size, "white"), colour).convert("RGB")
+    paper = Image.new("RGB", colour.size, "white")
+    paper.paste(colour, mask=alpha)
+    return paper
 
 
 def read_mask(
@@ -126,6 +129,13 @@ def is_image_path(text: str) -> bool:
     return suffix.lower() in SUFFIXES and len(text.splitlines()) == 1 and not stem[-1:].isspace()
 
 
+def missing(source: Any, name: str | None = None) -> str:
+    """The message for a picture file that does not exist."""
+    name = name or image_name(source)
+    address = isinstance(source, str) and "://" in source
+    return f"{name} is an address, not a file: download it first" if address else f"{name} does not exist"
+
+
 def is_image(value: Any) -> bool:
     """Whether a value is of a type that `read_image` takes, text apart."""
     kinds = (os.PathLike, bytes, bytearray, Image.Image, np.ndarray)
@@ -156,9 +166,7 @@ def _read(
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name} is too large: at most {max_pixels:,} pixels") from error
     except FileNotFoundError as error:
-        if isinstance(source, str) and "://" in source:
-            raise ImageError(f"{name} is an address, not a file: download it first") from error
-        raise ImageError(f"{name} does not exist") from error
+        raise ImageError(missing(source, name)) from error
     except Exception as error:  # plugins raise whatever a damaged file leads them to
         known = "PNG or JPEG" if formats is None else ", ".join(formats)
         why = "" if isinstance(error, UnidentifiedImageError) else f" ({_reason(error)})"
@@ -178,7 +186,8 @@ def _decode(image: Any, name: str, max_pixels: int, srgb: bool) -> tuple[Image.I
     else:
         grey, alpha = image, None
         if image.has_transparency_data:
-            rgba = _with_true_key(image, tile).convert("RGBA")
+            image = image.convert("LA") if image.mode == "La" else _with_true_key(image, tile)
+            rgba = image.convert("RGBA")
             grey, alpha = rgba.convert("RGB"), rgba.getchannel("A")
     if grey.mode in ("1", "P"):
         grey = grey.convert("RGB")
@@ -206,7 +215,8 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 
 def _to_eight_bits(image: Image.Image, name: str, bits: int, inverted: bool) -> tuple[Image.Image, Image.Image | None]:
-    """Greys of 16 bits, or floats of 0 to 1, as L, and the alpha where one value is transparent."""
+    """Greys of 16 bits, or floats of 0 to 1, as L, and the alpha where one value is transparent. Integers of 32 bits
+    hold 16, or 8 where none is above 255, as PIL's own convert("I") makes them."""
     values = np.asarray(image)
     if values.dtype.kind == "f":
         grey = _floats_to_eight_bits(values, name)
@@ -215,7 +225,8 @@ def _to_eight_bits(image: Image.Image, name: str, bits: int, inverted: bool) -> 
         low, high = int(values.min()), int(values.max())
         if low < 0 or high > 65535:
             raise ImageError(f"{name} holds values from {low} to {high}: save it with 8 or 16 bits, 0 to 65535")
-        grey = (values >> (min(bits, 16) - 8)).astype(np.uint8)
+        eight = image.mode == "I" and high <= 255
+        grey = (values >> (0 if eight else min(bits, 16) - 8)).astype(np.uint8)
     key = image.info.get("transparency")
     alpha = None if key is None else Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8))
     return Image.fromarray(255 - grey if inverted else grey), alpha
@@ -315,6 +326,7 @@ def image_name(source: Any, what: str = "image") -> str:
     else:
         return f"the {what}"
     text = str(file)
+    text = text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME // 2]}...{text[-LONGEST_NAME // 2 :]}"
     return f"{what} {text if text.isprintable() else repr(text)}"
 
 

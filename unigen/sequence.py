@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unigen.images import image_name, is_image, is_image_path, read_image
+from unigen.images import is_image, is_image_path, missing, read_image
 
 Role = Literal["user", "assistant"]
 ROLES: tuple[Role, ...] = ("user", "assistant")
@@ -183,7 +183,7 @@ def _segment(part: Any) -> Segment:
         if not is_image_path(part):
             return Segment(text=part)
         if not os.path.exists(part):
-            raise ValueError(f"{image_name(part)} does not exist (words that end so are given as Segment(text=...))")
+            raise ValueError(f"{missing(part)} (words that end so are given as Segment(text=...))")
         return Segment(image=Path(part))
     if isinstance(part, Integral):
         return Segment(label=int(part))

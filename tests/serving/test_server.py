@@ -20,6 +20,7 @@ from PIL import Image
 
 import unigen
 from unigen.output import data_uri
+from unigen.sequence import Segment
 from unigen.serving.pictures import of_data
 
 MODEL = "unigen-tiny"
@@ -339,6 +340,47 @@ def test_edits_inpainting_and_variations(tiny_server: Any, engine: Any, apples: 
     varied = client.images.create_variation(image=image, n=2, model=MODEL, extra_body={"seed": "4", "vary": "0.3"})
     assert len(varied.data) == 2 and varied.data[0].b64_json != varied.data[1].b64_json
     assert varied.data[0].settings["generator"] == "masked"
+
+
+def test_words_never_name_the_servers_files(tiny_server: Any, engine: Any, apples: Image.Image, tmp_path: Path) -> None:
+    """What a stranger writes is words, even where it is the path of a picture that the server could read."""
+    path, file = tmp_path / "a.png", io.BytesIO()
+    apples.save(path)
+    apples.save(file, "PNG")
+    words, client = Segment(text=str(path)), tiny_server.client()
+    made = client.images.generate(prompt=str(path), model=MODEL, extra_body={"seed": 1}).data[0]
+    assert pixels(opened(made.b64_json)) == pixels(engine.generate(words, seed=1))
+    assert pixels(opened(made.b64_json)) != pixels(engine.generate(path, seed=1))
+    edited = client.images.edit(
+        image=("a.png", file.getvalue()), prompt="none.png", model=MODEL, extra_body={"seed": "1"}
+    )
+    assert pixels(opened(edited.data[0].b64_json)) == pixels(
+        engine.generate([apples, Segment(text="none.png")], seed=1)
+    )
+
+
+def test_a_damaged_or_huge_picture_or_mask_is_refused(tiny_server: Any) -> None:
+    def file(image: Image.Image) -> bytes:
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        return buffer.getvalue()
+
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 4), np.uint8)
+    whole, cut, cut_rgb = (
+        file(Image.new("RGB", (64, 64))),
+        *(file(Image.fromarray(noise[..., :n]))[:9000] for n in (4, 3)),
+    )
+    huge = file(Image.new("1", (13_000, 13_000), 1))
+    for image, mask, names in (
+        (cut, None, "image"),
+        (whole, cut, "mask"),
+        (whole, cut_rgb, "mask"),
+        (whole, huge, "mask"),
+    ):
+        given = {"image": ("a.png", image)} | ({"mask": ("m.png", mask)} if mask else {})
+        with pytest.raises(openai.BadRequestError) as error:
+            tiny_server.client().images.edit(model=MODEL, prompt="a cat", **given)
+        assert error.value.param == names and "BytesIO" not in str(error.value)
 
 
 def test_pictures_by_url(tiny_server: Any) -> None:
