@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 import unigen
+from unigen import precision
 from unigen.data.captions import short_caption
 from unigen.data.scenes import sample_scene
 from unigen.data.world import World
@@ -78,12 +79,12 @@ def main() -> int:
     parser.add_argument("--kept", default="3,4,4", help="how many scales stay: one of these a picture (3,4,4)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--batch", type=int, default=64, help="pictures drawn at once (default: 64)")
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", choices=precision.DTYPES, help="default: bfloat16 where it is fast, else float32")
     args = parser.parse_args()
     out = check_output(args.out, {".npz": "arrays"})
     if min(args.count, args.batch, args.seed) < 1 or not args.minutes > 0:
         raise ValueError("give at least 1 picture, a batch of 1, a seed of 1, and some minutes")
-    engine = unigen.load(args.model, dtype=args.dtype)
+    engine = unigen.load(args.model, dtype=args.dtype or precision.fast_dtype())
     model = engine.model
     if NAME not in model.heads:
         raise ValueError(f"{args.model} has no scales: give a model that draws by {NAME}")

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 import unigen
+from unigen import precision
 from unigen.data.captions import Facts, caption
 from unigen.data.world import World
 from unigen.evaluation.detector import load_detector
@@ -108,7 +109,7 @@ def main() -> int:
     parser.add_argument("--temperature", type=float, help="of pictures that are codes (default: 0.8)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--batch", type=int, default=128, help="answers given at once (default: 128)")
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", choices=precision.DTYPES, help="default: bfloat16 where it is fast, else float32")
     args = parser.parse_args()
     if min(args.prompts, args.answers - 1, args.batch // max(args.answers, 1)) < 1 or not args.minutes > 0:
         raise ValueError("give at least 1 prompt, 2 answers to each, a batch that holds them, and some minutes")
@@ -122,7 +123,7 @@ def main() -> int:
         raise ValueError(f"{', '.join(given)} is of pictures: leave it out for captions")
     out = check_output(args.out, {".jsonl": "JSON lines"})
     detector = load_detector(args.detector) if args.detector else None
-    engine = unigen.load(args.model, dtype=args.dtype)
+    engine = unigen.load(args.model, dtype=args.dtype or precision.fast_dtype())
     world = World(engine.model.image_tokenizer.image_size)
     items = drawn_prompts(args.prompts, args.seed) if detector else []
     scenes = ScenesTask(seed=args.seed, detector=detector) if detector else None

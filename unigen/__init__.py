@@ -10,6 +10,7 @@ Importing the package imports nothing heavy; torch comes with the first attribut
 from __future__ import annotations
 
 import logging
+import sys
 from typing import TYPE_CHECKING, Any
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else it warns of its speed, at import and at every product
@@ -58,7 +59,8 @@ def load(
     a pipeline and adapter a folder, by hidden states (`unigen.adapters`).
 
     device: "cpu", "cuda", ...; None is a GPU where there is one. dtype: "float32", "bfloat16" or "float16"; None is
-    float32 for our own models and pipelines, and as stored for other public ones. quantization: "8bit" or "4bit", the
+    float32 for our own models and pipelines, and as stored for other public ones, but float32 on a CPU that is slow in
+    that (`unigen.precision.load_dtype`). quantization: "8bit" or "4bit", the
     weights of the language model (of a pair, of each of its language models); all else is as dtype says. engine:
     "local", or "vllm", where vLLM runs the language model of one model (`unigen.serving.vllm_engine`); vllm: arguments
     of vLLM's engine, such as {"max_model_len": 4096}. Raises ValueError in one line for an unknown model, a damaged
@@ -69,7 +71,7 @@ def load(
     from unigen.engine import Engine
     from unigen.models import Unknown, find, load_found
     from unigen.nn import quantized
-    from unigen.precision import DTYPES
+    from unigen.precision import DTYPES, load_dtype
 
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}: one of {', '.join(DTYPES)}")
@@ -103,14 +105,19 @@ def load(
                     f"{name} is a diffusers pipeline, which has no language model to quantise: leave it out"
                 )
             return pipelines.load(folder, device, kind)
+        usual, why = load_dtype(folder, device) if kind is None else (None, "")
+        own = getattr(torch, usual) if usual else kind
         try:
-            return Engine(load_found(folder, variant, device, kind, quantization))
+            engine: Any = Engine(load_found(folder, variant, device, own, quantization))
         except Unknown:
             if not reads:
                 raise
             from unigen.pairs import load_reader
 
-            return load_reader(folder, device, kind, quantization)
+            engine = load_reader(folder, device, own, quantization)
+        if why and engine.info()["family"] != "tiny":  # which is held in float32 wherever it is
+            print(why, file=sys.stderr)
+        return engine
 
     if lmm is None and generator is None and adapter is None:
         return one(name or "unigen-tiny")

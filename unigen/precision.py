@@ -6,6 +6,9 @@ It refuses to know models. Importing it costs milliseconds: torch is imported wh
 from __future__ import annotations
 
 import argparse
+import json
+from collections import Counter
+from pathlib import Path
 from typing import Any, Literal
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -46,8 +49,65 @@ def has_fast_bfloat16(device: Any = "cpu") -> bool:
     return any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 
 
+def fast_dtype() -> str:
+    """ "bfloat16" or "float32": the faster one on a GPU where there is one, else on the CPU."""
+    import torch
+
+    return "bfloat16" if has_fast_bfloat16("cuda" if torch.cuda.is_available() else "cpu") else "float32"
+
+
 def train_precision(asked: Literal["auto", "fp32", "bf16"], device: Any) -> Literal["fp32", "bf16"]:
     """What to train in: auto is bf16 where the device is fast in it, else fp32."""
     if asked != "auto":
         return asked
     return "bf16" if has_fast_bfloat16(device) else "fp32"
+
+
+def load_dtype(folder: Path, device: str) -> tuple[str | None, str]:
+    """In what a public checkpoint is held where nobody says: as it is stored, but in float32 on a CPU that is slow in
+    that, or where float16 is stored, whose results in a batch are others than alone there.
+
+    Returns: "float32", or None for as it is stored; and a line that says why, empty where there is nothing to say."""
+    stored = stored_dtype(folder)
+    if device.partition(":")[0] != "cpu" or stored not in ("bfloat16", "float16"):
+        return None, ""
+    if stored == "bfloat16" and has_fast_bfloat16():
+        return None, ""
+    size, room = 2 * sum(file.stat().st_size for file in folder.glob("*.safetensors")), available_memory()
+    slow = f"{folder.name} is stored in {stored}, which is slow on this processor"
+    if room is not None and size > room:
+        needs = f"{size / 1e9:.0f} GB, and {room / 1e9:.0f} GB are free"
+        return None, f"{slow}: held so nevertheless, since float32 needs {needs}"
+    return "float32", f"{slow}: held in float32, in twice the memory (--dtype {stored} keeps it as stored)"
+
+
+def stored_dtype(folder: Path) -> str | None:
+    """ "float32", "bfloat16" or "float16": of most of the weights in a model's folder, as its safetensors or its
+    config.json say; None where they do not."""
+    sizes: Counter[str] = Counter()
+    try:
+        for file in folder.glob("*.safetensors"):
+            with open(file, "rb") as stream:
+                head = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+            for name, tensor in head.items():
+                if name != "__metadata__":
+                    start, stop = tensor["data_offsets"]
+                    sizes[tensor["dtype"]] += stop - start
+        if sizes:
+            return {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(sizes.most_common(1)[0][0])
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        said = [
+            part.get("dtype") or part.get("torch_dtype") for part in (config, *config.values()) if hasattr(part, "get")
+        ]
+        return next((dtype for dtype in said if dtype in DTYPES), None)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError):
+        return None  # whoever reads the weights says what is wrong with them
+
+
+def available_memory() -> int | None:
+    """Bytes that processes may still have; None where the system does not say."""
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, ValueError, KeyError, IndexError):
+        return None

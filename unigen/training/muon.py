@@ -2,16 +2,59 @@
 
 Muon (Jordan et al. 2024) orthogonalises the momentum of each hidden matrix; `torch.optim.Muon` does the work, with the
 learning rate scaled to AdamW's update size (Liu et al. 2025, arXiv 2502.16982, section 2.2): one rate serves both.
+It orthogonalises in bfloat16; where a device is slow in that, `Muon` does so in float32.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from unigen.config import OptimConfig
+from unigen.precision import has_fast_bfloat16
+
+
+class Muon(torch.optim.Muon):
+    """`torch.optim.Muon`, with the learning rate scaled to AdamW's, in float32 for matrices on a device that is slow in
+    bfloat16."""
+
+    def __init__(self, matrices: list[nn.Parameter], lr: float, weight_decay: float) -> None:
+        super().__init__(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        self.native = all(has_fast_bfloat16(p.device) for p in matrices)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        if self.native:
+            return super().step(closure)
+        assert closure is None
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            for p in (p for p in group["params"] if p.grad is not None):
+                state = self.state[p]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(p.grad)
+                mean_OI = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+                update_OI = p.grad.lerp(mean_OI, momentum) if group["nesterov"] else mean_OI
+                update_OI = orthogonalize(update_OI, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                p.mul_(1 - lr * group["weight_decay"])
+                p.add_(update_OI, alpha=-lr * 0.2 * math.sqrt(max(p.shape)))
+        return None
+
+
+def orthogonalize(x_OI: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """Nearly U V^T of x = U S V^T, in the precision of x: `steps` times x <- a x + b (x x^T) x + c (x x^T)^2 x, which
+    takes every singular value in (0, 1] to about 1 (Newton-Schulz; Jordan et al. 2024)."""
+    a, b, c = coefficients
+    wide = x_OI.shape[0] <= x_OI.shape[1]
+    x = x_OI if wide else x_OI.T
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        square = x @ x.T
+        x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x if wide else x.T
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -39,8 +82,7 @@ class MuonAdamW(torch.optim.Optimizer):
         others = list({id(p): p for p in others}.values())
         self.parts: list[torch.optim.Optimizer] = []
         if matrices:
-            muon = {"lr": optim.lr, "weight_decay": optim.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-            self.parts.append(torch.optim.Muon(matrices, **muon))
+            self.parts.append(Muon(matrices, optim.lr, optim.weight_decay))
         if others:
             adamw = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps, "weight_decay": 0.0, "fused": True}
             self.parts.append(torch.optim.AdamW(others, **adamw))
