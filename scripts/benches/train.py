@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ def main(args: list[str]) -> int:
     for precision in ("fp32", "bf16"):
         muon.native = precision == "bf16"
         parts: dict[str, Callable[[], Any]] = {
-            "forward and backward": lambda half=muon.native: passes(half),
+            "forward and backward": partial(passes, muon.native),
             "Muon": muon.step,
             "AdamW": whole.step,
         }
