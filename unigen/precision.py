@@ -64,21 +64,18 @@ def train_precision(asked: Literal["auto", "fp32", "bf16"], device: Any) -> Lite
 
 
 def load_dtype(folder: Path, device: str) -> tuple[str | None, str]:
-    """In what a public checkpoint is held where nobody says: as it is stored, but in float32 on a CPU that is slow in
-    that, or where float16 is stored, whose results in a batch are others than alone there.
+    """In what a public checkpoint is held where nobody says: as it is stored, but in float32 where that is bfloat16 and
+    the processor is slow in it.
 
     Returns: "float32", or None for as it is stored; and a line that says why, empty where there is nothing to say."""
-    stored = stored_dtype(folder)
-    if device.partition(":")[0] != "cpu" or stored not in ("bfloat16", "float16"):
-        return None, ""
-    if stored == "bfloat16" and has_fast_bfloat16():
+    if device.partition(":")[0] != "cpu" or has_fast_bfloat16() or stored_dtype(folder) != "bfloat16":
         return None, ""
     size, room = 2 * sum(file.stat().st_size for file in folder.glob("*.safetensors")), available_memory()
-    slow = f"{folder.name} is stored in {stored}, which is slow on this processor"
+    slow = f"{folder.name} is stored in bfloat16, which is slow on this processor"
     if room is not None and size > room:
         needs = f"{size / 1e9:.0f} GB, and {room / 1e9:.0f} GB are free"
         return None, f"{slow}: held so nevertheless, since float32 needs {needs}"
-    return "float32", f"{slow}: held in float32, in twice the memory (--dtype {stored} keeps it as stored)"
+    return "float32", f"{slow}: held in float32, in twice the memory (--dtype bfloat16 keeps it)"
 
 
 def stored_dtype(folder: Path) -> str | None:
