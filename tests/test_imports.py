@@ -29,7 +29,7 @@ LAYERS = [
     {"generators", "tokenizers", "templates"},
     {"nn", "samplers"},
     {"sequence", "config", "output", "hub", "precision", "relatives"},
-    {"arguments", "extras", "images", "numbers"},
+    {"arguments", "display", "extras", "images", "numbers", "progress"},
 ]
 HEIGHT = {name: len(LAYERS) - i for i, names in enumerate(LAYERS) for name in names}
 BUILT_ON = {"models.lumina": "models.chameleon"}

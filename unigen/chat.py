@@ -21,8 +21,9 @@ from urllib.parse import unquote
 
 from PIL.Image import Image, Resampling
 
+from unigen.display import png_bytes
 from unigen.images import read_image
-from unigen.output import check_output, png_bytes, save_picture, write_text
+from unigen.output import check_output, save_picture, write_text
 from unigen.sequence import Document, Segment
 
 HELP = "/image PATH   /seed N   /save FILE.json   /new   /quit   (anything else is said to the model)"

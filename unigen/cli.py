@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from unigen import ENGINES, precision
+from unigen import ENGINES, precision, progress
 from unigen.arguments import Parser, did_you_mean, summary
 from unigen.extras import missing, require
 from unigen.numbers import parse_float, parse_int
@@ -155,7 +155,9 @@ def sampling_arguments(parser: argparse.ArgumentParser, generator: str = "next-t
 def generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="?", type=text, help="what to draw, in words")
     parser.add_argument("--class", dest="label", type=text, help="of a model that draws classes: a number or a name")
-    parser.add_argument("-o", "--output", default="out.png", help="the picture (default: %(default)s)")
+    parser.add_argument(
+        "-o", "--output", default="out.png", help="the picture, - is a PNG on stdout (default: %(default)s)"
+    )
     parser.add_argument("-n", type=whole(1), default=1, help="how many: out-0.png, out-1.png, ... (default: 1)")
     parser.add_argument("--grid", action="store_true", help="all of them in one picture")
     parser.add_argument("--candidates", type=whole(1), help="draw so many for each, and keep the one that reads best")
@@ -179,7 +181,9 @@ def strength_argument(parser: argparse.ArgumentParser) -> None:
 def edit_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", help="the picture to change")
     parser.add_argument("instruction", type=text, help='such as "replace the sunflower with a rose"')
-    parser.add_argument("-o", "--output", default="out.png", help="the new picture (default: %(default)s)")
+    parser.add_argument(
+        "-o", "--output", default="out.png", help="the new picture, - is a PNG on stdout (default: %(default)s)"
+    )
     strength_argument(parser)
     sampling_arguments(parser)
     model_arguments(parser)
@@ -193,7 +197,9 @@ def inpaint_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--box", type=box, metavar="L,T,R,B", help="paint inside this box, in pixels of the picture")
     where.add_argument("--around", type=box, metavar="L,T,R,B", help="paint outside this box (outpainting)")
     where.add_argument("--vary", type=number(0, 1, open_low=True), help="paint this share of it, drawn by lot")
-    parser.add_argument("-o", "--output", default="out.png", help="the new picture (default: %(default)s)")
+    parser.add_argument(
+        "-o", "--output", default="out.png", help="the new picture, - is a PNG on stdout (default: %(default)s)"
+    )
     strength_argument(parser)
     sampling_arguments(parser, "masked, else another that can keep codes")
     model_arguments(parser)
@@ -202,7 +208,7 @@ def inpaint_arguments(parser: argparse.ArgumentParser) -> None:
 def pair_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("text", nargs="?", type=text, help="what the picture shows; left out, it is written too")
     parser.add_argument("--image", metavar="FILE", help="a picture to which the text is written")
-    parser.add_argument("-o", "--output", help="the picture (default: out.png)")
+    parser.add_argument("-o", "--output", help="the picture, - is a PNG on stdout (default: out.png)")
     sampling_arguments(parser, "joint")
     model_arguments(parser)
 
@@ -210,9 +216,8 @@ def pair_arguments(parser: argparse.ArgumentParser) -> None:
 def story_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", type=text, help='such as "a witch and her raven"')
     parser.add_argument("--reference", action="append", default=[], help="a picture of a character; may be repeated")
-    parser.add_argument(
-        "-o", "--output", default="story.html", help="one .html page, or .md and its pictures (default: %(default)s)"
-    )
+    help_of_output = "one .html page, - is the page on stdout, or .md and its pictures (default: %(default)s)"
+    parser.add_argument("-o", "--output", default="story.html", help=help_of_output)
     sampling_arguments(parser)
     model_arguments(parser)
 
@@ -293,7 +298,7 @@ def convert_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def info_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", metavar="FILE", help="write it as one JSON object too")
+    parser.add_argument("--json", metavar="FILE", help="write it as one JSON object too; - is stdout")
     model_arguments(parser)
 
 
@@ -314,7 +319,8 @@ def source(args: argparse.Namespace) -> dict[str, Any]:
 def load(args: argparse.Namespace) -> Any:
     import unigen
 
-    return unigen.load(**source(args))
+    with progress.status(f"loading {' and '.join(filter(None, [args.lmm, args.model]))}"):
+        return unigen.load(**source(args))
 
 
 def sampling(args: argparse.Namespace) -> dict[str, Any]:
@@ -343,10 +349,15 @@ def note_size(given: tuple[int, int], made: Any) -> None:
         print(f"note: your picture of {theirs} pixels comes back as {ours}, as this model draws", file=sys.stderr)
 
 
-def report(paths: list[Path], seconds: float) -> int:
-    for path in paths:
-        print(path)
-    print(f"{seconds:.1f} s", file=sys.stderr)
+def show_written(args: argparse.Namespace, paths: list[Path]) -> None:
+    """Print the paths of files that are written, a line each; nothing where they go to stdout themselves."""
+    for path in [] if args.piped else paths:
+        print(path, flush=True)
+
+
+def report(args: argparse.Namespace, paths: list[Path], start: float) -> int:
+    show_written(args, paths)
+    print(f"{time.perf_counter() - start:.1f} s", file=sys.stderr)
     return 0
 
 
@@ -358,6 +369,8 @@ def generate(args: argparse.Namespace) -> int:
         raise ValueError("say what to draw: in words, or by --class for a model that draws classes")
     if args.prompt is not None and args.label is not None:
         raise ValueError("both words and --class are given: a model draws one or the other, so leave one out")
+    if args.piped and args.n > 1 and not args.grid:
+        raise ValueError("only one picture can be written to stdout: add --grid, or give -o a file name")
     asked = args.prompt if args.label is None else Segment(label=args.label)
     path = check_output(args.output, PICTURES)
     paths = [path] if args.grid else numbered(path, args.n)
@@ -365,14 +378,30 @@ def generate(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     options = sampling(args) | ({} if args.candidates is None else {"candidates": args.candidates})
     seed = options.pop("seed")
+    batch = 1 if getattr(engine, "one_by_one", False) else BATCH
     images: list[Any] = []
-    while len(images) < args.n:
-        n = min(BATCH, args.n - len(images))
-        made = engine.generate(asked, output="image", n=n, seed=seed + len(images), **options)
-        images += made if n > 1 else [made]
-    for target, image in zip(paths, [grid(images)] if args.grid else images, strict=True):
-        save_picture(target, image)
-    return report(paths, time.perf_counter() - start)
+    written: list[Path] = []
+    try:
+        with progress.bar(args.n, "image", silent=args.n <= batch) as bar:
+            for first in range(0, args.n, batch):
+                n = min(batch, args.n - first)
+                made = engine.generate(asked, output="image", n=n, seed=seed + first, **options)
+                images += made if n > 1 else [made]
+                bar.update(n)
+                bar.clear()
+                if not args.grid:  # each batch is saved as it is finished
+                    for target, image in zip(paths[first : first + n], images, strict=True):
+                        save_picture(target, image)
+                        written.append(target)
+                    show_written(args, paths[first : first + n])
+                    images = []
+        if args.grid:
+            save_picture(path, grid(images))
+            show_written(args, paths)
+    except KeyboardInterrupt:
+        print(f"\nstopped: {len(written)} of {len(paths)} files were written", file=sys.stderr)
+        return 130
+    return report(args, [], start)
 
 
 def describe(args: argparse.Namespace) -> int:
@@ -397,7 +426,7 @@ def edit(args: argparse.Namespace) -> int:
     edited = engine.edit(image, args.instruction, **sampling(args))
     save_picture(path, edited)
     note_size(image.size, edited)
-    return report([path], time.perf_counter() - start)
+    return report(args, [path], start)
 
 
 def inpaint(args: argparse.Namespace) -> int:
@@ -428,7 +457,7 @@ def inpaint(args: argparse.Namespace) -> int:
     painted = engine.inpaint(image, args.prompt, mask, **sampling(args))
     save_picture(path, painted)
     note_size(given, painted)
-    return report([path], time.perf_counter() - start)
+    return report(args, [path], start)
 
 
 def pair(args: argparse.Namespace) -> int:
@@ -436,17 +465,17 @@ def pair(args: argparse.Namespace) -> int:
     from unigen.output import PICTURES, check_output, save_picture
 
     image = read_image(args.image) if args.image else None
-    if image is not None and (args.text or args.output):
+    if image is not None and (args.text or args.output or args.piped):
         raise ValueError("the picture is there: leave out its text, which is to be written, and --output")
     path = check_output(args.output or "out.png", PICTURES)
     engine = load(args)
     start = time.perf_counter()
     said, picture = engine.pair(args.text, image, **sampling(args))
-    print(said)
+    print(said)  # on stderr where the picture goes to stdout
     if image is not None:
         return 0
     save_picture(path, picture)
-    return report([path], time.perf_counter() - start)
+    return report(args, [path], start)
 
 
 def story(args: argparse.Namespace) -> int:
@@ -462,7 +491,7 @@ def story(args: argparse.Namespace) -> int:
         [*references, as_words(story_prompt(args.prompt, len(references)))], output="interleaved", **sampling(args)
     )
     written = write_story(path, args.prompt, parts, made=args.line)
-    return report(written, time.perf_counter() - start)
+    return report(args, written, start)
 
 
 def story_prompt(prompt: str, references: int) -> str:
@@ -479,12 +508,14 @@ def chat(args: argparse.Namespace) -> int:
 
     engine = load(args)
     output = "interleaved" if "interleaved" in engine.outputs else "text"
-    Chat(args.folder, output=output, **sampling(args)).run(engine, sys.stdin, sys.stdout)
+    with progress.hidden():  # a bar would be drawn over the answer
+        Chat(args.folder, output=output, **sampling(args)).run(engine, sys.stdin, sys.stdout)
     return 0
 
 
 def serve(args: argparse.Namespace) -> int:
     require("serve")
+    os.environ["TQDM_DISABLE"] = "1"  # bars have no place in a log
     from unigen.serving.guard import Limits
     from unigen.serving.server import Settings, run
 
@@ -533,6 +564,7 @@ def evaluate(arguments: list[str]) -> int:
 
 def info(args: argparse.Namespace) -> int:
     import unigen
+    from unigen.display import fact_text
     from unigen.output import check_output, write_text
 
     path = check_output(args.json, {".json": "JSON"}) if args.json else None
@@ -546,19 +578,10 @@ def info(args: argparse.Namespace) -> int:
         beside = f"; {', '.join(others)} beside it" if others else ""
         facts["vllm"] = f"no, {why}" if why else f"yes, its next-token and text{beside}"
     for key, value in facts.items():
-        print(f"{key:<20} {_shown(value)}")
+        print(f"{key:<20} {fact_text(value)}")
     if path is not None:
         write_text(path, json.dumps(facts, indent=2, default=str) + "\n")
     return 0
-
-
-def _shown(value: Any) -> str:
-    """A fact as people read it: 'text 1024, image 1024', 'next-token (guidance 2.5, top_p 0.5)'."""
-    if isinstance(value, list):
-        return ", ".join(map(str, value))
-    if not isinstance(value, dict):
-        return str(value)
-    return ", ".join(f"{k} ({_shown(v)})" if isinstance(v, dict | list) else f"{k} {v}" for k, v in value.items())
 
 
 COMMANDS = {
@@ -575,6 +598,14 @@ COMMANDS = {
     "convert": Command("a public checkpoint in our layout, back, or for vLLM", convert, convert_arguments),
     "info": Command("what a model is made of", info, info_arguments),
 }
+
+
+PIPES = {
+    **dict.fromkeys(("generate", "edit", "inpaint", "pair"), {"output": ".png"}),
+    "story": {"output": ".html"},
+    "info": {"json": ".json"},
+}
+"""Commands that write to stdout where an option is "-", and the kind of file that they write there."""
 
 
 # --- the way in -----------------------------------------------------------------------------------------------------
@@ -624,6 +655,15 @@ def dispatch(argv: list[str]) -> int:
         return command.run(rest)
     args = parser_of(name).parse_args(rest)
     args.line = shlex.join(["unigen", *argv])
+    args.piped = False
+    for option, suffix in PIPES.get(name, {}).items():
+        if getattr(args, option) == "-":
+            from unigen.output import to_stdout
+
+            with to_stdout(suffix) as path:
+                setattr(args, option, str(path))
+                args.piped = True
+                return command.run(args)
     return command.run(args)
 
 

@@ -308,10 +308,13 @@ def _plain(value: Any) -> Any:
 
 
 def save_json(path: str | os.PathLike[str], obj: Any) -> None:
-    """Write `obj` as strict JSON (NaN -> null), complete or not at all; makes the folder. ValueError where it cannot
-    be written."""
+    """Write `obj` as strict JSON (NaN -> null), complete or not at all; makes the folder. "-" is the process's stdout,
+    whatever `sys.stdout` is. ValueError where it cannot be written."""
     path = Path(path)
     text = json.dumps(_plain(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    if str(path) == "-":
+        print(text, end="", file=sys.__stdout__, flush=True)
+        return
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,11 +10,13 @@ The file refuses to know: files, HTTP, templates, caches, how any generator work
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
+from unigen import progress
+from unigen.display import MediaList, table_html
 from unigen.images import read_image
 from unigen.likelihood import DESCRIBE, closest, truest
 from unigen.model import UnifiedModel
@@ -39,7 +41,7 @@ class Engine:
 
     def generate(self, prompt: Any, output: Output = "image", *, n: int = 1, seed: int = 0, **options: Any) -> Any:
         """Answer a prompt: a PIL image, a string, for "interleaved" a list of strings and images, for "pair" (see
-        `pair`) a list of one of each.
+        `pair`) a list of one of each. Lists are `unigen.display.MediaList`: a notebook shows what is in them.
 
         prompt: text, an image, a list of both, the number of a class, or a Document (`Document.of` says which strings
         are pictures). n > 1 gives a list of n answers
@@ -75,17 +77,21 @@ class Engine:
 
     def _answers(self, requests: Sequence[Request], output: Output) -> list[Any]:
         """What `generate` gives for each request."""
-        parts: list[list[Any]] = [[] for _ in requests]
-        for row, part in self.run(requests):
-            if isinstance(part, str) and parts[row] and isinstance(parts[row][-1], str):
-                parts[row][-1] += part
-            else:
-                parts[row].append(part)
+        parts: list[list[Any]] = [MediaList() for _ in requests]
+        alone = len(requests) == 1 and output in ("text", "interleaved")  # how long it will be is not known
+        with progress.bar(None if alone else len(requests), output, fractions=not alone) as bar:
+            for row, part in self.run(requests, lambda done: bar.update(0 if alone else done - bar.n)):
+                if isinstance(part, str) and parts[row] and isinstance(parts[row][-1], str):
+                    parts[row][-1] += part
+                else:
+                    parts[row].append(part)
+                if alone and not isinstance(part, str):
+                    bar.update(1)
         for answer in parts:
             answer[:] = [p.strip() if isinstance(p, str) else p for p in answer]
         if output in ("interleaved", "pair"):
-            return parts
-        return [answer[0] if answer else "" for answer in parts]
+            return MediaList(parts)
+        return MediaList(answer[0] if answer else "" for answer in parts)
 
     def stream(self, prompt: Any, output: Output = "interleaved", **options: Any) -> Iterator[Any]:
         """The parts of one answer as they are made: pieces of text (str) and finished pictures (PIL), in order; before
@@ -122,7 +128,7 @@ class Engine:
             chosen = {"temperature": 0.0, "guidance": 1.0} | options  # no code is left to be guided
             options = chosen | {"fixed": self.model.codes(pixels)[0].cpu()}
         made = self.generate(document, "pair", **{"generator": "joint"} | options)
-        return tuple(made) if options.get("n", 1) == 1 else [tuple(pair) for pair in made]
+        return tuple(made) if options.get("n", 1) == 1 else MediaList(tuple(pair) for pair in made)
 
     def inpaint(self, image: Any, prompt: str, mask: Any, *, generator: str | None = None, **options: Any) -> Any:
         """The picture with what the mask marks painted anew as the prompt says; all else stays as it is. It is returned
@@ -133,7 +139,7 @@ class Engine:
         """
         options, lay = keeping(self.model, image, mask, generator, options)
         painted = self.generate(as_words(prompt), "image", **options)
-        return [lay(one) for one in painted] if isinstance(painted, list) else lay(painted)
+        return MediaList(map(lay, painted)) if isinstance(painted, list) else lay(painted)
 
     @property
     def outputs(self) -> tuple[Output, ...]:
@@ -163,6 +169,9 @@ class Engine:
             "weights_mb": round(measure(model)[1] / 1e6, 1),
             "device": str(model.device),
         }
+
+    def _repr_html_(self) -> str:
+        return table_html(type(self).__name__, self.info())
 
     def states(self, prompt: Any) -> torch.Tensor:
         """What the model reads of a document before it would answer in text, as states (S, D) after its last norm."""
@@ -203,14 +212,19 @@ class Engine:
 
     # ---------------------------------------------------------------- requests on their way
 
-    def run(self, requests: Sequence[Request]) -> Iterator[tuple[int, Any]]:
-        """Answer all requests together; yields (number of the request, piece of text or picture) as they are made."""
+    def run(
+        self, requests: Sequence[Request], watch: Callable[[float], object] | None = None
+    ) -> Iterator[tuple[int, Any]]:
+        """Answer all requests together; yields (number of the request, piece of text or picture) as they are made.
+        watch: is told after each step how many of them are finished (`Running.finished`)."""
         running = self.running()
         try:
             for request in requests:
                 running.add(request)
             while running:
                 yield from running.step()
+                if watch is not None:
+                    watch(running.finished)
         finally:
             running.clear()
 

@@ -10,17 +10,18 @@ never leaves half a file where a good one was. Refuses to know models: PIL image
 
 from __future__ import annotations
 
-import base64
 import functools
 import html
-import io
 import math
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
+
+from unigen.display import data_uri
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -124,16 +125,6 @@ def grid(images: Sequence[Image], gap: int = 2, columns: int | None = None) -> I
     return sheet
 
 
-def png_bytes(image: Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def data_uri(image: Image) -> str:
-    return "data:image/png;base64," + base64.b64encode(png_bytes(image)).decode()
-
-
 def page(title: str, body: str) -> str:
     """A whole HTML page without scripts or links to elsewhere; `body` is HTML, `title` is text."""
     return (
@@ -184,6 +175,29 @@ def write_story(path: Path, title: str, parts: Sequence[str | Image], made: str)
         lines.append(f"![]({picture.name})")
     write_text(path, "\n\n".join([*lines, f"Made by `{made}`"]) + "\n")
     return [path, *written]
+
+
+@contextmanager
+def to_stdout(suffix: str) -> Iterator[Path]:
+    """A temporary file that is copied to stdout when the block ends well; what the block prints goes to stderr.
+
+    Args:
+        suffix: of the file's name: ".png", ".html" or ".json".
+
+    Raises:
+        ValueError: stdout is a terminal and the file is not one of text to be read there.
+    """
+    out = sys.stdout
+    if suffix != ".json" and out.isatty():
+        raise ValueError(f"stdout is a terminal: send it to a file or a program, such as > out{suffix}, or name a file")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, f"out{suffix}")
+        with redirect_stdout(sys.stderr):
+            yield path
+        if path.is_file():
+            out.flush()
+            out.buffer.write(path.read_bytes())
+            out.buffer.flush()
 
 
 def one_line_errors(main: Callable[[], int]) -> Callable[[], int]:

@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 
-from unigen import hub
+from unigen import hub, progress
 from unigen.adapters import AdaptedPipeline, Adapter, pipe_of
+from unigen.display import MediaList, table_html
 from unigen.images import read_image
 from unigen.models import widen
 from unigen.nn.quantized import held, measure, quantize
@@ -53,6 +54,8 @@ class PairedEngine:
     """
 
     outputs: tuple[Output, ...] = ("image", "text", "interleaved")
+    one_by_one = True
+    """Are several answers made one after another, and not together?"""
 
     def __init__(self, lmm: Any, painter: Any, adapter: Adapter | None = None) -> None:
         if "text" not in lmm.outputs:
@@ -67,14 +70,14 @@ class PairedEngine:
         """A PIL image, a string, or for "interleaved" a list of both; n > 1 gives a list of answers."""
         n, seed = whole("n", n, 1), check_seed(seed)
         answers = [self._answer(prompt, output, seed + i, options) for i in range(n)]
-        return answers[0] if n == 1 else answers
+        return answers[0] if n == 1 else MediaList(answers)
 
     def generate_batch(
         self, prompts: Sequence[Any], seeds: Sequence[int] | None = None, output: Output = "image", **options: Any
     ) -> list[Any]:
         """One answer a prompt."""
         seeds = range(len(prompts)) if seeds is None else seeds
-        return [self._answer(p, output, s, options) for p, s in zip(prompts, seeds, strict=True)]
+        return MediaList(self._answer(p, output, s, options) for p, s in zip(prompts, seeds, strict=True))
 
     def stream(self, prompt: Any, output: Output = "interleaved", *, seed: int = 0, **options: Any) -> Iterator[Any]:
         """The parts of one answer as they are made."""
@@ -107,6 +110,9 @@ class PairedEngine:
     def info(self) -> dict[str, Any]:
         return {"outputs": list(self.outputs), "reads": self.lmm.info(), "draws": self.painter.info()}
 
+    def _repr_html_(self) -> str:
+        return table_html(type(self).__name__, self.info())
+
     # ---------------------------------------------------------------- how it is done
 
     @property
@@ -124,7 +130,12 @@ class PairedEngine:
                 raise ValueError(f"the model that reads does not take {', '.join(unheard)}: leave that out ({heard})")
             return self._said(document, seed, options)
         if output == "interleaved":
-            return list(self._told(document, seed, options))
+            with progress.bar(options.get("max_images", 4), "image") as bar:
+                parts = MediaList()
+                for part in self._told(document, seed, options):
+                    parts.append(part)
+                    bar.update(not isinstance(part, str))
+            return parts
         if self.joined or not document.images():  # the one that reads says nothing
             return self.painter.generate(document, "image", seed=seed, **options)
         said = self._said(Document([*document.segments, Segment(text=PROMPT)]), seed, options, MOST)

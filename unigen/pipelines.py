@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from unigen import hub
+from unigen import hub, progress
+from unigen.display import MediaList, table_html
 from unigen.images import read_image, read_mask
 from unigen.pipeline_support import (
     native_area,
@@ -71,6 +72,8 @@ class PipelineEngine:
     """Draws with one pipeline. Not safe to share between threads."""
 
     outputs: tuple[Output, ...] = ("image",)
+    one_by_one = True
+    """Are several pictures drawn one after another, and not together?"""
     sees = False
     """May a picture be part of what is asked?"""
 
@@ -175,6 +178,9 @@ class PipelineEngine:
             "outputs": list(self.outputs),
             "device": str(self.pipe.device),
         }
+
+    def _repr_html_(self) -> str:
+        return table_html(type(self.pipe).__name__, self.info())
 
     # ---------------------------------------------------------------- what pipelines take
 
@@ -290,6 +296,7 @@ class PipelineEngine:
         faults: tuple[type[Exception], ...] = (*FAULTS, AttributeError, KeyError) if unchecked else FAULTS
         if "output_type" in takes:
             named["output_type"] = "np"
+        pipe.set_progress_bar_config(disable=not progress.visible(), leave=False)
         made = []
         for one, seed in zip(given, seeds, strict=True):  # one at a time: a picture does not depend on the batch
             try:
@@ -300,7 +307,7 @@ class PipelineEngine:
                 said = f"{type(error).__name__}: {hub.first_line(error)}"
                 raise ValueError(f"{kind} cannot draw this with these options ({said})") from error
             made.append(picture_of(result, kind))
-        return made
+        return MediaList(made)
 
     def _arguments(self, pipe: Any, options: dict[str, Any], own_size: bool) -> tuple[dict[str, Any], str | None]:
         """The pipeline's own arguments, and the sampler, of what is asked for. Raises ValueError in one line for

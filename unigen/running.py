@@ -108,6 +108,11 @@ class Running:
         self._rows[row.number] = row
         return row.number
 
+    @property
+    def finished(self) -> float:
+        """How many of the requests that were added have ended, and of those that ask for one picture their shares."""
+        return self._count - len(self._rows) + sum(map(_share, self._rows.values()))
+
     def clear(self) -> None:
         """Drop all that are running."""
         for number in list(self._rows):
@@ -446,6 +451,16 @@ class Running:
         new = text[len(row.shown) :]
         row.shown = text
         return new
+
+
+def _share(row: Row) -> float:
+    """The share of a request for one picture that is written, in [0, 1]; 0 where that is not known."""
+    if row.state is None or row.request.output not in ("image", "pair"):
+        return 0.0
+    taken, steps = row.state.way
+    if not taken:  # written code by code, in an order of their own some
+        taken, steps = len(getattr(row.state, "written", row.state.ids)), row.request.grid[0] * row.request.grid[1]
+    return min(taken / steps, 1.0)
 
 
 def _alike(lengths: list[int], branches: list[int]) -> list[list[int]]:

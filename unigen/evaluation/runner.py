@@ -12,12 +12,14 @@ import argparse
 import importlib
 import json
 import pkgutil
+import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from unigen import precision
+from unigen import precision, progress
 from unigen.arguments import Parser, did_you_mean, summary
 from unigen.evaluation.task import Item, Task
 from unigen.numbers import parse_float, parse_int
@@ -45,7 +47,7 @@ def common_arguments(task: str, description: str, sampled: bool = True) -> Parse
     precision.add_arguments(parser)
     parser.add_argument("--seed", type=whole(0), default=0, help="of prompts and pictures (default: 0)")
     parser.add_argument("--batch", type=whole(1), default=32, help="how many at a time (default: 32)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures as one JSON object")
+    parser.add_argument("--json", metavar="FILE", help="write the figures as one JSON object; - is stdout")
     if sampled:
         parser.add_argument("--generator", help="how pictures are written (default: the engine's)")
         parser.add_argument("--guidance", type=parse_float, help="scale of guidance, 1 is off (default: the engine's)")
@@ -64,7 +66,7 @@ def parse(parser: Parser, args: list[str]) -> argparse.Namespace:
     from unigen.output import check_output
 
     found = parser.parse_args(args)
-    if found.json:
+    if found.json and found.json != "-":
         check_output(found.json, {".json": "JSON"})
     if getattr(found, "out", None):
         make_folder(found.out)
@@ -97,13 +99,11 @@ def draw(
 ) -> list[list[Any]]:
     """n outputs for each item, in order. Output j of item i has the seed `seed * 1,000,000 + i * n + j` whatever the
     batch is."""
-    from tqdm import tqdm
-
     if n < 1 or batch < 1:
         raise ValueError("outputs a prompt and the batch size must be at least 1")
     flat = [(i, seed * 1_000_000 + i * n + j) for i in range(len(items)) for j in range(n)]
     outputs: list[list[Any]] = [[] for _ in items]
-    with tqdm(total=len(flat), unit=task.output, mininterval=2, leave=False) as bar:
+    with progress.bar(len(flat), task.output) as bar:
         for start in range(0, len(flat), batch):
             part = flat[start : start + batch]
             prompts = [items[i].prompt for i, _ in part]
@@ -187,4 +187,10 @@ def main(args: list[str]) -> int:
         return 0
     if args[0] not in names:
         raise ValueError(f"unknown task {args[0]!r}{did_you_mean(args[0], names)} (tasks: {', '.join(names)})")
-    return importlib.import_module(f"unigen.evaluation.tasks.{args[0]}").main(args[1:])
+    task = importlib.import_module(f"unigen.evaluation.tasks.{args[0]}")
+    json_only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    json_only.add_argument("--json", nargs="?")
+    if json_only.parse_known_args(args[1:])[0].json == "-":  # nothing else goes to stdout then
+        with redirect_stdout(sys.stderr):
+            return int(task.main(args[1:]))
+    return int(task.main(args[1:]))
