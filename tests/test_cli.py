@@ -388,7 +388,7 @@ def test_chat_keeps_the_conversation(engine: FakeEngine, picture: str, tmp_path:
 
 def test_chat_survives_bad_input(engine: FakeEngine, tmp_path: Path) -> None:
     shown = talk(engine, "too long\n/image none.png\n/seed x\n/save x.txt\n/what\n/seed 9\nhello")
-    assert shown.count("unigen: ") == 4 and "/new begins" not in shown and "/image PATH" in shown
+    assert shown.count("unigen: ") == 5 and "/new begins" not in shown and "unknown command /what" in shown
     assert engine.asked[-1][1]["seed"] == 9
     assert len(engine.asked[-1][0].segments) == 1, "a turn that failed is not kept"
     shown = talk(engine, "hello\ntoo long\n/new\nhello\n")

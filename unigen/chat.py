@@ -5,7 +5,10 @@ their path, and the picture itself where the terminal can (kitty's or iTerm2's p
 engine is anything with `stream(document, output=..., **options)` that yields strings and PIL images.
 
     /image PATH   attach a picture to what you say next        /seed N       draw differently from here on
-    /save FILE    write the conversation as JSON               /new          begin again        /quit
+    /save FILE    write the conversation as JSON               /load FILE    go on with one that was saved
+    /new          begin again                                  /help   /quit
+
+Ctrl-C stops an answer; at the prompt it does nothing, so that the conversation is kept.
 """
 
 from __future__ import annotations
@@ -21,12 +24,25 @@ from urllib.parse import unquote
 
 from PIL.Image import Image, Resampling
 
+from unigen.arguments import did_you_mean
+from unigen.config import load_json
 from unigen.display import png_bytes
 from unigen.images import read_image
 from unigen.output import check_output, save_picture, write_text
 from unigen.sequence import Document, Segment
 
-HELP = "/image PATH   /seed N   /save FILE.json   /new   /quit   (anything else is said to the model)"
+COMMANDS = {
+    "/image": "PATH",
+    "/seed": "N",
+    "/save": "FILE.json",
+    "/load": "FILE.json",
+    "/new": "",
+    "/help": "",
+    "/quit": "",
+}
+HELP = (
+    "   ".join(f"{name} {what}".strip() for name, what in COMMANDS.items()) + "   (anything else is said to the model)"
+)
 
 
 def inline_protocol(environment: Mapping[str, str]) -> str | None:
@@ -128,6 +144,11 @@ class Chat:
                 line = input("> ") if asks else lines.readline()
             except EOFError:
                 return
+            except KeyboardInterrupt:
+                if not asks:
+                    raise
+                print("\n(/quit ends the conversation)", file=out)
+                continue
             if not asks and not line:
                 return
             yield line.strip()
@@ -136,6 +157,12 @@ class Chat:
         """Obeys a slash command; False to end."""
         name, _, rest = line.partition(" ")
         rest = rest.strip()
+        if name not in COMMANDS:
+            path = Path(os.path.expanduser(line))
+            hint = f"; to attach a picture: /image {line}" if path.is_file() else did_you_mean(name, COMMANDS)
+            raise ValueError(f"unknown command {name}{hint} (commands: {' '.join(COMMANDS)})")
+        if name in ("/save", "/load") and not rest:
+            raise ValueError(f"say {name} {COMMANDS[name]}")
         if name == "/quit":
             return False
         if name == "/image":
@@ -148,13 +175,46 @@ class Chat:
             self.seed, self.turn = int(rest), 0
         elif name == "/save":
             path = check_output(os.path.expanduser(rest), {".json": "JSON"})
-            write_text(path, json.dumps(self.document.to_json(), indent=1) + "\n")
+            write_text(path, json.dumps(self.to_json(), indent=1) + "\n")
             print(f"saved {path}", file=out)
+        elif name == "/load":
+            turns = self.load(os.path.expanduser(rest))
+            print(f"loaded {rest}: {turns} turn{'s' * (turns != 1)}", file=out)
         elif name == "/new":
             self.begin()
         else:
             print(HELP, file=out)
         return True
+
+    def to_json(self) -> dict[str, Any]:
+        """The conversation, and how its next turn is seeded: what `load` reads."""
+        return self.document.to_json() | {"seed": self.seed, "turn": self.turn}
+
+    def load(self, path: str) -> int:
+        """Go on with a conversation that was saved: the next answer is the one that would have come then.
+
+        Args:
+            path: a file that /save wrote, or the JSON of any `Document`.
+
+        Returns:
+            How many turns of the user's it has.
+
+        Raises:
+            ValueError: the file cannot be read or holds no conversation; nothing is changed then.
+        """
+        data = load_json(path)
+        try:
+            document = Document.from_json(data)
+            roles = [None, *(segment.role for segment in document.segments)]
+            turns = sum(role == "user" != before for before, role in zip(roles, roles[1:], strict=False))
+            seed, turn = data.get("seed", self.seed), data.get("turn", turns)
+            if not all(isinstance(number, int) and number >= 0 for number in (seed, turn)):
+                raise ValueError("seed and turn are whole numbers")
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            what = f"no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{path} holds no conversation: {what}") from error
+        self.document, self.seed, self.turn = document, seed, turn
+        return turns
 
     def say(self, engine: Any, line: str, out: TextIO, protocol: str | None) -> None:
         """One turn: the user's pictures and words, then the engine's; kept only if the engine finishes its turn."""

@@ -170,6 +170,10 @@ class Engine:
             "device": str(model.device),
         }
 
+    def __repr__(self) -> str:
+        generators = [name for name in self.model.generators if name != "text"]
+        return f"{type(self).__name__}(family={self.model.family!r}, generators={generators})"
+
     def _repr_html_(self) -> str:
         return table_html(type(self).__name__, self.info())
 

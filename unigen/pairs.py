@@ -110,6 +110,9 @@ class PairedEngine:
     def info(self) -> dict[str, Any]:
         return {"outputs": list(self.outputs), "reads": self.lmm.info(), "draws": self.painter.info()}
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(lmm={self.lmm!r}, generator={self.painter!r})"
+
     def _repr_html_(self) -> str:
         return table_html(type(self).__name__, self.info())
 

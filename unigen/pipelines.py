@@ -179,6 +179,9 @@ class PipelineEngine:
             "device": str(self.pipe.device),
         }
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({type(self.pipe).__name__})"
+
     def _repr_html_(self) -> str:
         return table_html(type(self.pipe).__name__, self.info())
 

@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from unigen.display import png_bytes, turns_html
 from unigen.images import is_image, is_image_path, missing, read_image
 
 Role = Literal["user", "assistant"]
@@ -81,6 +82,9 @@ class Preview:
     image: Image.Image
     picture: int
     number: int
+
+    def _repr_png_(self) -> bytes:
+        return png_bytes(self.image)
 
 
 @dataclass(eq=False)
@@ -171,10 +175,25 @@ class Document:
         size = {} if self.size is None else {"size": list(self.size)}
         return {"segments": [segment.to_json() for segment in self.segments]} | size
 
+    def _repr_html_(self) -> str:
+        return turns_html((segment.role, _displayed(segment)) for segment in self.segments)
+
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Document:
         size = data.get("size")
         return cls([Segment.from_json(segment) for segment in data["segments"]], size and tuple(size))
+
+
+def _displayed(segment: Segment) -> Any:
+    """A segment as a notebook shows it: a picture, or text."""
+    if segment.image is None:
+        return f"class {segment.label}" if segment.text is None else segment.text
+    if isinstance(segment.image, Tensor):
+        return f"image given as {'x'.join(map(str, segment.image.shape))} codes"
+    try:
+        return read_image(segment.image)
+    except ValueError as error:
+        return str(error)
 
 
 def _segment(part: Any) -> Segment:
