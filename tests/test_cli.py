@@ -12,7 +12,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -343,17 +342,13 @@ def program(*line: str, **options: Any) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_help_is_quick_and_complete() -> None:
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = program("--help")
-        seconds.append(time.perf_counter() - start)
+def test_help_is_complete() -> None:
+    """That it is quick is in test_imports.py: nothing heavy is imported for it."""
+    done = program("--help")
     assert done.returncode == 0
     assert all(
         name in done.stdout for name in ("generate", "describe", "edit", "story", "chat", "train", "eval", "info")
     )
-    assert min(seconds) < 0.5
 
 
 def test_exit_codes_of_the_program(tmp_path: Path) -> None:
