@@ -15,9 +15,11 @@ import importlib.util
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from unigen import progress
 from unigen.config import apply_overrides
 from unigen.extras import require
 
@@ -37,15 +39,14 @@ def run_recipe(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     require("train", "accelerate", "tensorboard")
     check_inputs(tree, overrides)
     main = os.environ.get("RANK", "0") == "0"  # as the launcher of several processes says
-    if main:
-        print(f"{path}: loading", flush=True)
     name = f"unigen_recipe_{file.stem}"
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise ValueError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # so that the recipe's dataclasses and classes resolve, also in workers
-    spec.loader.exec_module(module)
+    with progress.status(f"loading {path}") if main else nullcontext():
+        spec.loader.exec_module(module)
     for needed in ("config", "build"):
         if not callable(getattr(module, needed, None)):
             raise ValueError(f"the recipe {path} has no function {needed}(); it needs config() and build(cfg)")
