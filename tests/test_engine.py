@@ -205,14 +205,20 @@ def test_pictures_given_and_made_stand_in_one_chat(engine: Engine) -> None:
         (lambda e: e.generate("a", guidance=[1.0, 2.0]), "one scale"),
         (lambda e: e.generate("a", n=0), "n must be"),
         (lambda e: e.generate("a", n="2"), "n must be"),
-        (lambda e: e.generate("a", max_tokens=0), "at least 1"),
-        (lambda e: e.generate("a", max_tokens="5"), "max_tokens must be a whole number of at least 1, not '5'"),
+        (lambda e: e.generate("a", max_tokens=0), "max_tokens must be a whole number from 1 to 1,000,000, not 0"),
+        (lambda e: e.generate("a", max_tokens="5"), "max_tokens must be a whole number from 1 to 1,000,000, not '5'"),
         (lambda e: e.generate("a", "interleaved", max_images=1.5), "max_images must be a whole number"),
-        (lambda e: e.generate("a", seed="a"), "seed must be a whole number, not 'a'"),
-        (lambda e: e.generate_batch(["a"], [1.5]), "seed must be a whole number, not 1.5"),
+        (
+            lambda e: e.generate("a", seed="a"),
+            "seed must be a whole number from 0 to 18,446,744,073,709,551,615, not 'a'",
+        ),
+        (
+            lambda e: e.generate_batch(["a"], [1.5]),
+            "seed must be a whole number from 0 to 18,446,744,073,709,551,615, not 1.5",
+        ),
         (lambda e: e.generate("a", temperature="x"), "temperature must be a number"),
-        (lambda e: e.generate("a", top_p="x"), "top_p must lie in"),
-        (lambda e: e.generate("a", top_k=2.5), "top_k must be a whole number of at least 0, not 2.5"),
+        (lambda e: e.generate("a", top_p="x"), "top_p must be a number above 0 and at most 1"),
+        (lambda e: e.generate("a", top_k=2.5), "top_k must be a whole number from 0 to 1,000,000 .0 is off., not 2.5"),
         (lambda e: e.generate("a", guidance="x"), "guidance must be a number"),
         (lambda e: e.generate("a", guidance=["x"]), "guidance must be a number"),
         (lambda e: e.generate("a", generator="masked", steps=2.5), "steps must be a whole number"),
@@ -357,3 +363,95 @@ def test_what_does_not_fit_does_not_join(engine: Engine) -> None:
     while running:
         parts = running.step()
     assert [n for n, _ in parts] == [number] and same(parts[0][1], engine.generate("a blue horse"))
+
+
+SEEDS = [0, 2**31, 2**32, 2**32 + 1, 2**53, 2**63, 2**64 - 1]
+
+
+def test_all_seeds_draw_and_none_as_another(engine: Engine) -> None:
+    """Of 64 bits, which torch's generator on a CPU would cut to 32."""
+    options: dict[str, Any] = {"output": "text", "temperature": 2.0, "max_tokens": 12}
+    said = engine.generate_batch(["a dog"] * len(SEEDS), SEEDS, **options)
+    assert len(set(said)) == len(SEEDS)
+    assert said[-1] == engine.generate("a dog", seed=2**64 - 1, **options)
+    assert engine.generate("a dog", seed=2**64 - 1, n=2, **options)[1] == said[0], "0 comes after the last"
+
+
+def test_candidates_of_seeds_are_not_those_of_others(engine: Engine) -> None:
+    first, second = (engine.rivals("a dog", "image", 3, seed=seed)[1] for seed in (0, 2**32))
+    running = engine.running()
+    seeds = [running.row(request).state.span.rng.initial_seed() for request in (*first, *second)]  # type: ignore[union-attr]
+    assert len({seed % 2**32 for seed in seeds}) == 6
+    assert seeds[:3] == [1, 1_000_004, 2_000_007], "as they were before seeds had 64 bits"
+
+
+WRITERS = ("next-token", "masked", "next-scale", "flow", "joint", "transfusion", "random-order", "token-flow")
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+@pytest.mark.parametrize("writer", ["text", *WRITERS, "sjd", "jacobi"])
+def test_numbers_that_are_not_finite_end_their_row_alone(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, writer: str, greedy: bool
+) -> None:
+    """The rows beside it go on as if it was not there."""
+    request: dict[str, Any] = {"output": "text", "max_tokens": 6} if writer == "text" else {"output": "image"}
+    if writer in ("sjd", "jacobi"):
+        request["accelerate"] = writer
+    elif writer != "text":
+        request["generator"] = writer
+    if "temperature" in engine.model.generators[request.get("generator", "next-token")].takes:
+        request |= {"temperature": 0.0 if greedy else 1.0}
+    elif greedy:
+        pytest.skip("it draws no codes")
+    (alone,) = [part for part in engine.stream("the dog", seed=3, **request) if isinstance(part, Image.Image)] or [""]
+    words = "".join(part for part in engine.stream("the dog", seed=3, **request) if isinstance(part, str))
+    running = engine.running()
+    bad = running.add(engine.request("a blue horse", seed=3, **request))
+    good = running.add(engine.request("the dog", seed=3, **request))
+    step = engine.model.step
+
+    def overflow(embeds: Any, *rest: Any) -> Any:
+        hidden = step(embeds, *rest).clone()
+        if bad in running:
+            hidden[: running._rows[bad].branches] = float("nan")  # its slots are the first
+        return hidden
+
+    monkeypatch.setattr(engine.model, "step", overflow)
+    failed: dict[int, str] = {}
+    parts = []
+    while running:
+        for number, part in running.step():
+            assert number == good
+            parts.append(part)
+        failed |= {number: str(error) for number, error in running.failed.items()}
+    assert list(failed) == [bad] and failed[bad].startswith(("scores", "pixels"))
+    assert "".join(part for part in parts if isinstance(part, str)) == words
+    pictures = [part for part in parts if isinstance(part, Image.Image)]
+    assert (same(pictures[0], alone) if pictures else alone == "") and running.positions == 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "advice"),
+    [("float16", "dtype bfloat16 or float32"), ("bfloat16", "dtype float32"), ("float32", "may be damaged")],
+)
+def test_what_to_do_about_numbers_that_are_not_finite(tiny_folder: Path, dtype: str, advice: str) -> None:
+    engine = unigen.load(str(tiny_folder), "cpu", dtype)
+    for name, weight in engine.model.backbone.named_parameters():
+        if "layers.1.mlp" in name:
+            weight.data.fill_(1e4 if dtype == "float16" else 3e38)
+    calls = [lambda: engine.generate("a dog"), lambda: engine.generate("a dog", "text"), lambda: engine.states("a")]
+    calls.append(lambda: list(engine.stream("a dog", "interleaved")))
+    for call in calls:
+        with pytest.raises(ValueError, match=f"not finite in {dtype}: .*{advice}") as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+def test_pixels_that_are_not_finite_are_no_picture(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a finished one nor a preview."""
+    tokenizer = engine.model.heads["flow"].tokenizer
+    decode = tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda latents: decode(latents) * float("inf"))
+    for previews in (0, 2):
+        with pytest.raises(ValueError, match="pixels of this model are not finite"):
+            list(engine.stream("a dog", "image", generator="flow", steps=4, previews=previews))

@@ -29,6 +29,7 @@ LAYERS = [
     {"generators", "tokenizers", "templates"},
     {"nn", "samplers"},
     {"sequence", "config", "output", "hub", "precision", "relatives"},
+    {"limits"},
     {"arguments", "display", "extras", "images", "numbers", "progress"},
 ]
 HEIGHT = {name: len(LAYERS) - i for i, names in enumerate(LAYERS) for name in names}

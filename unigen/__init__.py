@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else it warns of its speed, at import and at every product
@@ -73,12 +74,23 @@ def load(
     import torch
 
     from unigen.engine import Engine
+    from unigen.limits import shorten
     from unigen.models import Unknown, find, load_found
     from unigen.nn import quantized
     from unigen.precision import DTYPES, load_dtype
 
+    if isinstance(dtype, torch.dtype):
+        dtype = str(dtype).removeprefix("torch.")
     if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}: one of {', '.join(DTYPES)}")
+        raise ValueError(f"unknown dtype {shorten(dtype)}: one of {', '.join(DTYPES)}")
+    for what, given in (("name", name), ("lmm", lmm), ("generator", generator), ("adapter", adapter)):
+        if given is not None and (not isinstance(given, (str, Path)) or not str(given).strip()):
+            raise ValueError(f"{what} must name a model or a folder, not {shorten(given)}")
+    for what, given in (("device", device), ("quantization", quantization)):
+        if given is not None and not isinstance(given, (str, torch.device)):
+            raise ValueError(f"{what} must be a name (str), not {shorten(given)}")
+    if vllm is not None and not isinstance(vllm, dict):
+        raise ValueError(f"vllm must be a dict of arguments of vLLM's engine, not {shorten(vllm)}")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -24,11 +24,13 @@ from urllib.parse import unquote
 
 from PIL.Image import Image, Resampling
 
+from unigen import limits
 from unigen.arguments import did_you_mean
 from unigen.config import load_json
 from unigen.display import png_bytes
 from unigen.images import read_image
 from unigen.output import check_output, save_picture, write_text
+from unigen.samplers.seeds import later_seed
 from unigen.sequence import Document, Segment
 
 COMMANDS = {
@@ -170,9 +172,7 @@ class Chat:
             self.attached += [read_image(path) for path in paths]
             print(f"attached {', '.join(paths)}", file=out)
         elif name == "/seed":
-            if not rest.isdecimal():
-                raise ValueError("say /seed and a whole number, such as /seed 7")
-            self.seed, self.turn = int(rest), 0
+            self.seed, self.turn = limits.parse("seed", rest), 0
         elif name == "/save":
             path = check_output(os.path.expanduser(rest), {".json": "JSON"})
             write_text(path, json.dumps(self.to_json(), indent=1) + "\n")
@@ -221,7 +221,7 @@ class Chat:
         asked = [*(Segment(image=image) for image in self.attached), Segment(text=line)]
         request = Document([*self.document.segments, *asked])
         answer: list[Segment] = []
-        stream = engine.stream(request, output=self.output, seed=self.seed + self.turn, **self.options)
+        stream = engine.stream(request, output=self.output, seed=later_seed(self.seed, self.turn), **self.options)
         for part in stream:
             if isinstance(part, str):
                 print(part, end="", file=out, flush=True)

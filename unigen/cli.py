@@ -21,9 +21,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from unigen import ENGINES, precision, progress
+from unigen import ENGINES, limits, precision, progress
 from unigen.arguments import Parser, did_you_mean, summary
 from unigen.extras import missing, require
+from unigen.limits import argument as limited
 from unigen.numbers import parse_float, parse_int
 
 DEFAULT_MODEL = "unigen-tiny"
@@ -58,16 +59,17 @@ def number(low: float, high: float = math.inf, *, open_low: bool = False) -> Cal
     return parse
 
 
-def whole(low: int) -> Callable[[str], int]:
-    """A whole number of at least `low`."""
+def whole(low: int, high: float = math.inf) -> Callable[[str], int]:
+    """A whole number in [low, high]."""
 
     def parse(text: str) -> int:
         try:
             value = parse_int(text)
         except ValueError:
             value = low - 1
-        if value < low:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {low}")
+        if not low <= value <= high:
+            bounds = f"of at least {low}" if high == math.inf else f"from {low} to {high:,}"
+            raise argparse.ArgumentTypeError(f"{limits.shorten(text)} is not a whole number {bounds}")
         return value
 
     return parse
@@ -88,12 +90,12 @@ def size(value: str) -> tuple[int, int]:
     """Width and height: two whole numbers with an x between them."""
     width, _, height = value.partition("x")
     try:
-        sides = parse_int(width), parse_int(height)
+        return limits.parse("width", width), limits.parse("height", height)
     except ValueError:
-        sides = 0, 0
-    if min(sides) < 1:
-        raise argparse.ArgumentTypeError(f"{value!r} is not a size like 512x768: width and height in pixels")
-    return sides
+        most = limits.LIMITS["width"].high
+        raise argparse.ArgumentTypeError(
+            f"{limits.shorten(value)} is not a size like 512x768: width and height in pixels, {most:,} at most"
+        ) from None
 
 
 def setting(value: str) -> tuple[str, Any]:
@@ -108,10 +110,19 @@ def setting(value: str) -> tuple[str, Any]:
 
 
 def text(value: str) -> str:
-    """Anything but nothing."""
+    """Anything but nothing, in UTF-8."""
     if not value.strip():
         raise argparse.ArgumentTypeError("it is empty; say in words what you want")
+    if any("\ud800" <= letter <= "\udfff" for letter in value):  # as Python has bytes of another encoding
+        raise argparse.ArgumentTypeError("it is not in UTF-8; set the terminal to UTF-8, or write it anew")
     return value.strip()
+
+
+def name(value: str) -> str:
+    """A name of a model, a folder or a way to do something."""
+    if not value.strip():
+        raise argparse.ArgumentTypeError("it is empty; give a name, or leave it out")
+    return value
 
 
 # --- arguments ------------------------------------------------------------------------------------------------------
@@ -120,35 +131,42 @@ def text(value: str) -> str:
 def model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--model", default=DEFAULT_MODEL, help="a name, a folder, or owner/name on the hub (default: %(default)s)"
+        "--model",
+        type=name,
+        default=DEFAULT_MODEL,
+        help="a name, a folder, or owner/name on the hub (default: %(default)s)",
     )
-    group.add_argument("--lmm", help="a model that reads and writes for the one that draws (--model)")
+    group.add_argument("--lmm", type=name, help="a model that reads and writes for the one that draws (--model)")
     group.add_argument(
         "--engine", choices=ENGINES, default="local", help="what runs the language model (default: %(default)s)"
     )
     group.add_argument(
         "--vllm", type=setting, action="append", metavar="NAME=VALUE", help="of vLLM's engine; may be repeated"
     )
-    group.add_argument("--adapter", help="a folder: what the --lmm reads is told to a pipeline (--model) by its states")
+    group.add_argument(
+        "--adapter", type=name, help="a folder: what the --lmm reads is told to a pipeline (--model) by its states"
+    )
     precision.add_arguments(group)
 
 
 def sampling_arguments(parser: argparse.ArgumentParser, generator: str = "next-token") -> None:
     """What is not given is left to the engine's defaults. generator: the default one, as the help names it."""
     group = parser.add_argument_group("sampling")
-    group.add_argument("--seed", type=whole(0), default=0, help="same seed, same result (default: %(default)s)")
-    group.add_argument("--guidance", type=number(0), help="how strongly pictures follow the words; 1 is off")
-    group.add_argument("--temperature", type=number(0), help="1 samples as trained, 0 takes the likeliest")
-    group.add_argument("--top-k", type=whole(0), help="sample among the k likeliest tokens; 0 is all")
-    group.add_argument(
-        "--top-p", type=number(0, 1, open_low=True), help="nucleus sampling: the smallest set of this probability"
-    )
+    group.add_argument("--seed", type=limited("seed"), default=0, help="same seed, same result (default: %(default)s)")
+    group.add_argument("--guidance", type=limited("guidance"), help="how strongly pictures follow the words; 1 is off")
+    group.add_argument("--temperature", type=limited("temperature"), help="1 samples as trained, 0 takes the likeliest")
+    group.add_argument("--top-k", type=limited("top_k"), help="sample among the k likeliest tokens; 0 is all")
+    group.add_argument("--top-p", type=limited("top_p"), help="nucleus sampling: the smallest set of this probability")
     group.add_argument("--size", type=size, metavar="WxH", help="of pictures in pixels, where the model draws any")
-    group.add_argument("--generator", help=f"how pictures are written (default: {generator}; see unigen info)")
-    group.add_argument("--steps", type=whole(1), help="in how many steps, where the generator can choose")
-    group.add_argument("--sampler", help="of a flow: euler, heun, dpm++, unipc or deis")
-    group.add_argument("--accelerate", help="of next-token, several codes a step: jacobi (same picture) or sjd")
-    group.add_argument("--guidance-kind", help="of a flow: cfg, rescale, apg or cfg-zero")
+    group.add_argument(
+        "--generator", type=name, help=f"how pictures are written (default: {generator}; see unigen info)"
+    )
+    group.add_argument("--steps", type=limited("steps"), help="in how many steps, where the generator can choose")
+    group.add_argument("--sampler", type=name, help="of a flow: euler, heun, dpm++, unipc or deis")
+    group.add_argument(
+        "--accelerate", type=name, help="of next-token, several codes a step: jacobi (same picture) or sjd"
+    )
+    group.add_argument("--guidance-kind", type=name, help="of a flow: cfg, rescale, apg or cfg-zero")
     group.add_argument("--negative", metavar="WORDS", help="of a diffusers pipeline: what pictures are not to show")
 
 
@@ -158,9 +176,13 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", default="out.png", help="the picture, - is a PNG on stdout (default: %(default)s)"
     )
-    parser.add_argument("-n", type=whole(1), default=1, help="how many: out-0.png, out-1.png, ... (default: 1)")
+    parser.add_argument("-n", type=limited("n"), default=1, help="how many: out-0.png, out-1.png, ... (default: 1)")
     parser.add_argument("--grid", action="store_true", help="all of them in one picture")
-    parser.add_argument("--candidates", type=whole(1), help="draw so many for each, and keep the one that reads best")
+    parser.add_argument(
+        "--candidates",
+        type=limited("candidates"),
+        help="draw so many for each, and keep the one that reads best",
+    )
     sampling_arguments(parser)
     model_arguments(parser)
 
@@ -168,7 +190,9 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
 def describe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", help="a picture")
     parser.add_argument("-q", "--question", type=text, help="answer this instead of describing the picture")
-    parser.add_argument("--candidates", type=whole(1), help="captions of which to give the best; 1 is fastest")
+    parser.add_argument(
+        "--candidates", type=limited("candidates"), help="captions of which to give the best; 1 is fastest"
+    )
     model_arguments(parser)
 
 
@@ -196,7 +220,7 @@ def inpaint_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--mask", metavar="FILE", help="a picture, white and opaque where to paint")
     where.add_argument("--box", type=box, metavar="L,T,R,B", help="paint inside this box, in pixels of the picture")
     where.add_argument("--around", type=box, metavar="L,T,R,B", help="paint outside this box (outpainting)")
-    where.add_argument("--vary", type=number(0, 1, open_low=True), help="paint this share of it, drawn by lot")
+    where.add_argument("--vary", type=limited("vary"), help="paint this share of it, drawn by lot")
     parser.add_argument(
         "-o", "--output", default="out.png", help="the new picture, - is a PNG on stdout (default: %(default)s)"
     )
@@ -230,7 +254,7 @@ def chat_arguments(parser: argparse.ArgumentParser) -> None:
 
 def serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 is everyone (default: %(default)s)")
-    parser.add_argument("--port", type=whole(1), default=8000, help="(default: %(default)s)")
+    parser.add_argument("--port", type=whole(1, 65_535), default=8000, help="(default: %(default)s)")
     parser.add_argument("--name", help="of the model in requests (default: as --model)")
     group = parser.add_argument_group("limits")
     group.add_argument(
@@ -363,6 +387,7 @@ def report(args: argparse.Namespace, paths: list[Path], start: float) -> int:
 
 def generate(args: argparse.Namespace) -> int:
     from unigen.output import PICTURES, check_output, grid, numbered, save_picture
+    from unigen.samplers.seeds import later_seed
     from unigen.sequence import Segment
 
     if args.prompt is None and args.label is None:
@@ -385,7 +410,7 @@ def generate(args: argparse.Namespace) -> int:
         with progress.bar(args.n, "image", silent=args.n <= batch) as bar:
             for first in range(0, args.n, batch):
                 n = min(batch, args.n - first)
-                made = engine.generate(asked, output="image", n=n, seed=seed + first, **options)
+                made = engine.generate(asked, output="image", n=n, seed=later_seed(seed, first), **options)
                 images += made if n > 1 else [made]
                 bar.update(n)
                 bar.clear()

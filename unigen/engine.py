@@ -10,24 +10,28 @@ The file refuses to know: files, HTTP, templates, caches, how any generator work
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from unigen import progress
 from unigen.display import MediaList, table_html
-from unigen.images import read_image
+from unigen.images import is_image, read_image
 from unigen.likelihood import DESCRIBE, closest, truest
+from unigen.limits import LIMITS, check, shorten
 from unigen.model import UnifiedModel
 from unigen.nn.few_rows import use_few_rows
 from unigen.nn.quantized import held, measure
 from unigen.painting import keeping
-from unigen.request import Request, checked, sampling_of
-from unigen.running import Running
-from unigen.samplers.logits import whole
-from unigen.sequence import Document, Segment, as_words, is_codes
+from unigen.request import OPTIONS, Request, checked, refuse_unknown, sampling_of
+from unigen.running import Row, Running
+from unigen.samplers.seeds import later_seed
+from unigen.sequence import Document, Segment, as_words, check_text, is_codes
 from unigen.templates import Output
+
+METHOD_OPTIONS = ("n", "candidates", *OPTIONS)
+"""The options of methods that ask `generate`."""
 
 
 class Engine:
@@ -48,8 +52,10 @@ class Engine:
         with seeds seed, seed+1..
         Options: see `unigen.request.checked`. Raises ValueError in one line for bad input.
         """
-        n, seed = whole("n", n, 1), whole("seed", seed)
-        answers = self.generate_batch([prompt] * n, [seed + i for i in range(n)], output=output, **options)
+        refuse_unknown("generate", options, METHOD_OPTIONS)
+        n, seed = check("n", n), check("seed", seed)
+        seeds = [later_seed(seed, i) for i in range(n)]
+        answers = self.generate_batch([prompt] * n, seeds, output=output, **options)
         return answers[0] if n == 1 else answers
 
     def generate_batch(
@@ -64,10 +70,12 @@ class Engine:
 
         candidates: so many answers, and the best of them (`unigen.likelihood`): captions of a picture each, by which
         the model would likeliest draw it, or pictures of words each, in which it would likeliest read them."""
-        seeds = range(len(prompts)) if seeds is None else seeds
+        refuse_unknown("generate_batch", options, [name for name in ("seeds", *OPTIONS) if name != "seed"])
+        asked = with_seeds(prompts, seeds)
+        check("candidates", candidates)
+        check_count(len(asked) * candidates)
         if options.get("previews"):
             raise ValueError("previews come while a picture is made: ask stream for them")
-        asked = list(zip(prompts, seeds, strict=True))
         if candidates != 1:
             rivals = [self.rivals(p, output, candidates, seed=s, **options) for p, s in asked]
             drawn = iter(self._answers([request for _, requests in rivals for request in requests], output))
@@ -96,20 +104,27 @@ class Engine:
     def stream(self, prompt: Any, output: Output = "interleaved", **options: Any) -> Iterator[Any]:
         """The parts of one answer as they are made: pieces of text (str) and finished pictures (PIL), in order; before
         a picture as many `Preview`s of it as `previews` asks for, where its generator has any."""
-        request = self.request(prompt, output, **options)
-        return (part for _, part in self.run([request]))
+        refuse_unknown("stream", options, OPTIONS)
+        parts = self.run([self.request(prompt, output, **options)])
+        return (part for _, part in parts)
 
     def describe(self, image: Any, question: str | None = None, **options: Any) -> str:
-        """A caption of the picture, the best of as many `candidates` as suit the model, or the answer to a question.
+        """A caption of the picture, the best of as many `candidates` as suit the model, or the answer to a question;
+        with n > 1 a list of them.
 
         image: here and in all methods below a path, a PIL image, or all else that `unigen.images.read_image` takes."""
+        refuse_unknown("describe", options, METHOD_OPTIONS)
+        if question is not None and not check_text("the question", question).strip():
+            raise ValueError("the question is empty: ask something, or leave it out for a caption")
         several = question is None and self.compares
         asked = {"candidates": self.model.template.candidates if several else 1} | options
-        return str(self.generate([_picture(image), as_words(question or DESCRIBE)], "text", **asked))
+        answer = self.generate([_picture(image), as_words(question or DESCRIBE)], "text", **asked)
+        return answer  # type: ignore[no-any-return]
 
     def edit(self, image: Any, instruction: str, **options: Any) -> Any:
         """The picture changed as the instruction says, of the size that the model draws."""
-        if not instruction.strip():
+        refuse_unknown("edit", options, METHOD_OPTIONS)
+        if not check_text("the instruction", instruction).strip():
             raise ValueError("the instruction is empty: say what to change")
         return self.generate([_picture(image), as_words(instruction)], "image", **options)
 
@@ -118,7 +133,8 @@ class Engine:
         n > 1 a list of such pairs. What is given stays, as the model reads it: a text in lower case and of limited
         length, a picture as its codes. Where nothing is given, both are new. Raises ValueError where the model has no
         such generator."""
-        if text is not None and not text.strip():
+        refuse_unknown("pair", options, METHOD_OPTIONS)
+        if text is not None and not check_text("the text", text).strip():
             raise ValueError("the text is empty: say what the picture shows, or leave it out")
         document = Document([Segment(text=text or "")])
         if image is not None:
@@ -137,8 +153,10 @@ class Engine:
         mask: of the image's shape, white where to paint (`unigen.images.read_mask`); every code that it touches is
         written anew. Raises ValueError where it marks nothing, and for a generator that cannot keep codes.
         """
+        refuse_unknown("inpaint", options, [name for name in METHOD_OPTIONS if name != "fixed"])
+        document = Document.of(as_words(prompt))
         options, lay = keeping(self.model, image, mask, generator, options)
-        painted = self.generate(as_words(prompt), "image", **options)
+        painted = self.generate(document, "image", **options)
         return MediaList(map(lay, painted)) if isinstance(painted, list) else lay(painted)
 
     @property
@@ -183,6 +201,7 @@ class Engine:
 
     def request(self, prompt: Any, output: Output, **options: Any) -> Request:
         """A checked request (`unigen.request`, which lists the options)."""
+        refuse_unknown("a request", options, OPTIONS)
         return checked(self.model, prompt, output, **options)
 
     @property
@@ -196,17 +215,19 @@ class Engine:
     ) -> tuple[Document, list[Request]]:
         """The document, read, and the requests of its candidates: the one that `candidates` = 1 would ask for and
         others, captions at temperature 1. Raises ValueError where the model cannot compare what they answer."""
+        check("candidates", candidates)
         document = self.model.read(Document.of(prompt))
-        whole("candidates", candidates, 1)
         if not self.compares:
             raise ValueError("candidates are for models that read and draw pictures code by code: leave them out")
+        own = self.request(document, output, seed=seed, **options)
         shown = {"text": 1, "image": 0}.get(output)
         if len(document.images()) != shown or (not shown and len(document.segments) != 1):
             raise ValueError("candidates are captions of one picture, or pictures of words: ask for one of these")
         more = options | ({"temperature": 1.0} if shown else {})
-        seeds = [seed * 1_000_003 + k for k in range(1, candidates)]
-        others = [self.request(document, output, seed=other, **more) for other in seeds]
-        return document, [self.request(document, output, seed=seed, **options), *others]
+        others = [self.request(document, output, seed=seed, **more) for _ in range(1, candidates)]
+        for number, other in enumerate(others, start=1):
+            other.candidate = number
+        return document, [own, *others]
 
     def best(self, documents: Sequence[Document], output: Output, answers: Sequence[Sequence[Any]]) -> list[Any]:
         """Of the answers of each document's `rivals` the best."""
@@ -219,14 +240,26 @@ class Engine:
     def run(
         self, requests: Sequence[Request], watch: Callable[[float], object] | None = None
     ) -> Iterator[tuple[int, Any]]:
-        """Answer all requests together; yields (number of the request, piece of text or picture) as they are made.
-        watch: is told after each step how many of them are finished (`Running.finished`)."""
+        """Answer all requests together; gives (number of the request, piece of text or picture) as they are made.
+        watch: is told after each step how many of them are finished (`Running.finished`). Raises ValueError at once for
+        what cannot fit the context, and where a model's numbers are not finite when that shows."""
         running = self.running()
+        with torch.inference_mode():
+            rows = [running.row(request) for request in requests]
+        return self._steps(running, rows, watch)
+
+    @staticmethod
+    def _steps(
+        running: Running, rows: Sequence[Row], watch: Callable[[float], object] | None
+    ) -> Iterator[tuple[int, Any]]:
         try:
-            for request in requests:
-                running.add(request)
+            with torch.inference_mode():
+                for row in rows:
+                    running.join(row)
             while running:
                 yield from running.step()
+                for error in running.failed.values():
+                    raise error
                 if watch is not None:
                     watch(running.finished)
         finally:
@@ -240,3 +273,29 @@ class Engine:
 def _picture(image: Any) -> Any:
     """A picture that is no words, whatever its type."""
     return image if is_codes(image) else read_image(image)
+
+
+def with_seeds(prompts: Sequence[Any], seeds: Sequence[int] | None = None) -> list[tuple[Any, int]]:
+    """Each prompt with its seed; 0, 1, .. where none are given. Raises ValueError for what is no list of prompts, or no
+    list of as many seeds."""
+    one = isinstance(prompts, (str, Document, Segment, dict)) or is_image(prompts)
+    if one or not isinstance(prompts, Iterable):
+        what = shorten(prompts) if isinstance(prompts, (str, bytes)) else type(prompts).__name__
+        raise ValueError(
+            f"the prompts must be a list, with one answer each, not {what}: give [prompt], or ask generate"
+        )
+    listed = list(prompts)
+    if seeds is None:
+        return [(prompt, i) for i, prompt in enumerate(listed)]
+    if isinstance(seeds, (str, bytes, dict)) or not isinstance(seeds, Iterable):
+        raise ValueError(f"the seeds must be a list of whole numbers, one for each prompt, not {shorten(seeds)}")
+    numbers = [check("seed", seed) for seed in seeds]
+    if len(numbers) != len(listed):
+        raise ValueError(f"{len(listed)} prompts need as many seeds, not {len(numbers)}")
+    return list(zip(listed, numbers, strict=True))
+
+
+def check_count(count: int) -> None:
+    """Raises ValueError for more answers than are made at a time."""
+    if count > LIMITS["n"].high:
+        raise ValueError(f"at most {LIMITS['n'].high:,} answers are made at a time, not {count:,}: ask in several goes")

@@ -25,10 +25,12 @@ from unigen import hub, progress
 from unigen.adapters import AdaptedPipeline, Adapter, pipe_of
 from unigen.display import MediaList, table_html
 from unigen.images import read_image
+from unigen.limits import check
 from unigen.models import widen
 from unigen.nn.quantized import held, measure, quantize
-from unigen.pipelines import check_seed, check_words, generator_of
-from unigen.samplers.logits import Sampling, whole
+from unigen.pipelines import check_seed, check_words
+from unigen.samplers.logits import Sampling
+from unigen.samplers.seeds import generator_of, later_seed
 from unigen.sequence import Document, Segment, as_words
 from unigen.templates import Output, Unable
 from unigen.tokenizers import text
@@ -68,8 +70,8 @@ class PairedEngine:
 
     def generate(self, prompt: Any, output: Output = "image", *, n: int = 1, seed: int = 0, **options: Any) -> Any:
         """A PIL image, a string, or for "interleaved" a list of both; n > 1 gives a list of answers."""
-        n, seed = whole("n", n, 1), check_seed(seed)
-        answers = [self._answer(prompt, output, seed + i, options) for i in range(n)]
+        n, seed = check("n", n), check_seed(seed)
+        answers = [self._answer(prompt, output, later_seed(seed, i), options) for i in range(n)]
         return answers[0] if n == 1 else MediaList(answers)
 
     def generate_batch(
@@ -148,7 +150,7 @@ class PairedEngine:
         """Passages and their pictures, until a passage is empty, was told before or there are as many as asked for."""
         count, own = options.get("max_images", 4), self._drawing(options)
         own.pop("max_images", None)
-        whole("max_images", count, 1)
+        check("max_images", count)
         if not self.text_sampling:
             options = {"temperature": STORY_TEMPERATURE} | options
         told: list[Segment] = list(document.segments)
@@ -234,7 +236,7 @@ class TransformersReader:
         if output != "text":
             raise ValueError(f"this model cannot answer with {output}: it can with text")
         Sampling(temperature, 0, top_p)
-        whole("max_tokens", max_tokens, 1)
+        check("max_tokens", max_tokens)
         inputs = self._inputs(Document.of(prompt)).to(self.model.device)
         drawn: dict[str, Any] = {"do_sample": False}
         if temperature > 0:

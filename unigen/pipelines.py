@@ -14,7 +14,6 @@ The file refuses to know: schedules, networks, prompts' encoders.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from PIL import Image
 from unigen import hub, progress
 from unigen.display import MediaList, table_html
 from unigen.images import read_image, read_mask
+from unigen.limits import check
 from unigen.pipeline_support import (
     native_area,
     needs_image,
@@ -39,13 +39,11 @@ from unigen.pipeline_support import (
     stride_of,
 )
 from unigen.request import check_size
-from unigen.samplers.logits import finite, whole
+from unigen.samplers.seeds import generator_of, later_seed
 from unigen.sequence import Document, as_words
 from unigen.templates import Output, Unable
 
 INDEX = "model_index.json"
-MOST_STEPS = 1000
-MOST_GUIDANCE = 100.0
 MOST_PIXELS = 4096 * 4096
 """Of a picture that is asked for."""
 SET_HERE = {
@@ -95,8 +93,8 @@ class PipelineEngine:
         in pixels), negative (words for what it shall not be), and what its own `__call__` takes besides. Raises
         ValueError in one line for bad input.
         """
-        n, seed = whole("n", n, 1), check_seed(seed)
-        drawn = self.generate_batch([prompt] * n, [seed + i for i in range(n)], output, **options)
+        n, seed = check("n", n), check_seed(seed)
+        drawn = self.generate_batch([prompt] * n, [later_seed(seed, i) for i in range(n)], output, **options)
         return drawn[0] if n == 1 else drawn
 
     def generate_batch(
@@ -371,13 +369,9 @@ class PipelineEngine:
 
 def check_options(asked: dict[str, Any]) -> None:
     """Raises ValueError in one line for a value out of its range."""
-    steps = asked.get("steps", 1)
-    if type(steps) is not int or not 1 <= steps <= MOST_STEPS:
-        raise ValueError(f"steps must be at least 1, at most {MOST_STEPS} and a whole number, not {steps!r}")
-    if "guidance" in asked and not (finite(asked["guidance"]) and 0 <= asked["guidance"] <= MOST_GUIDANCE):
-        raise ValueError(f"guidance must be a number from 0 to {MOST_GUIDANCE:g}, not {asked['guidance']!r}")
-    if "strength" in asked and not (finite(asked["strength"]) and 0 < asked["strength"] <= 1):
-        raise ValueError(f"strength lies in (0, 1], not {asked['strength']!r}")
+    for name in ("steps", "guidance", "strength"):
+        if name in asked:
+            check(name, asked[name])
     if "negative" in asked and not isinstance(asked["negative"], str):
         raise ValueError(f"negative must be words for what the picture shall not show, not {asked['negative']!r}")
 
@@ -392,17 +386,7 @@ def check_words(name: str, words: Any, wanted: str) -> None:
 
 def check_seed(seed: Any) -> int:
     """The seed as an int of 64 bits. Raises ValueError for what is none."""
-    if whole("seed", seed, 0) >= 2**64:
-        raise ValueError(f"seed must be less than 2 to the power of 64, not {seed}")
-    return int(seed)
-
-
-def generator_of(seed: int) -> torch.Generator:
-    """A source of randomness for a seed: torch's own below 2**32. Torch reads so many bits of a seed on a CPU, so that
-    larger ones are hashed to them."""
-    if seed >= 2**32:
-        seed = int.from_bytes(hashlib.blake2b(seed.to_bytes(16, "big"), digest_size=4).digest(), "big")
-    return torch.Generator().manual_seed(seed)
+    return int(check("seed", seed))
 
 
 def picture_of(result: Any, kind: str) -> Image.Image:

@@ -5,7 +5,8 @@ The file refuses to know: caches, how anything is generated. What is wrong is a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,9 +14,10 @@ import torch
 
 from unigen.arguments import did_you_mean
 from unigen.generators.jacobi import KINDS
+from unigen.limits import LIMITS, check, shorten
 from unigen.model import UnifiedModel
 from unigen.samplers.guidance import Guidance
-from unigen.samplers.logits import Sampling, whole
+from unigen.samplers.logits import Sampling
 from unigen.samplers.ode import MOST, SAMPLERS
 from unigen.sequence import Document
 from unigen.templates import OUTPUTS, Output
@@ -27,7 +29,8 @@ SAMPLING: dict[str, Any] = {"guidance": 3.0, "temperature": 0.8, "top_k": 0, "to
 @dataclass
 class Request:
     """What one row is asked for. `image` and `text` say how ids of either kind are drawn. written: of the pictures that
-    have been made, the codes (P,) of those whose generator has codes of its own, else None."""
+    have been made, the codes (P,) of those whose generator has codes of its own, else None. candidate: which of the
+    answers to one request and seed it is, of which the best is kept."""
 
     document: Document
     output: Output
@@ -45,6 +48,7 @@ class Request:
     fixed: torch.Tensor | None = None
     written: list[torch.Tensor | None] = field(default_factory=list)
     previews: int = 0
+    candidate: int = 0
 
 
 def checked(
@@ -85,10 +89,14 @@ def checked(
     """
     if negative:
         raise ValueError("this model takes no negative prompt, pipelines do: leave negative out")
-    generator = generator or usual_generator(model)
     outputs = model.template.outputs
-    if output not in OUTPUTS:
-        raise ValueError(f"unknown output {output!r}: one of {', '.join(OUTPUTS)}")
+    if not isinstance(output, str) or output not in OUTPUTS:
+        raise ValueError(f"unknown output {shorten(output)}: one of {', '.join(OUTPUTS)}")
+    named = {"generator": generator, "sampler": sampler, "guidance_kind": guidance_kind, "accelerate": accelerate}
+    for name, value in named.items():
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{name} must be a name (str), not {shorten(value)}")
+    generator = usual_generator(model) if generator is None else generator
     if output == "pair" and generator not in model.template.text_lengths:
         able = " or ".join(model.template.text_lengths) or "none here does: train with writers.joint=1"
         raise ValueError(f"a text and a picture at once need a generator that writes both ({able})")
@@ -98,13 +106,12 @@ def checked(
         able = ", ".join(name for name in model.generators if name != "text")
         near = did_you_mean(str(generator), model.generators)
         raise ValueError(f"this model has no generator {generator!r}: it has {able}{near}")
-    whole("max_tokens", max_tokens, 1)
-    whole("max_images", max_images, 1)
-    whole("previews", previews, 0)
+    seed, max_tokens = check("seed", seed), check("max_tokens", max_tokens)
+    max_images, previews = check("max_images", max_images), check("previews", previews)
     if sampler is not None and sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler {sampler!r}: one of {', '.join(SAMPLERS)}")
     if steps is not None:
-        whole("steps", steps, 1)
+        steps = check("steps", steps)
     default = SAMPLING | model.sampling.get(generator, {})
     usual, scales = Guidance.of(default["guidance"]), model.template.scales
     guidance = usual if guidance is None else Guidance.of(guidance)
@@ -126,12 +133,14 @@ def checked(
         guidance = replace(guidance, kind=guidance_kind)
     if "sampler" in takes and steps is not None:
         if steps > MOST:
-            raise ValueError(f"steps must be from 1 to {MOST}, not {steps}")
+            raise ValueError(f"steps of {generator} must be a whole number from 1 to {MOST}, not {steps}")
         if guidance.kind == "cfg-zero" and steps == 1:
             raise ValueError("cfg-zero rests in its first step: take at least 2 steps")
     if "guidance_kind" not in takes and guidance != Guidance(guidance.scales):
         raise ValueError(f"{generator} does not take a kind or an interval of guidance: give a scale")
-    if fixed is not None and (fixed.shape != model.image_tokenizer.grid or fixed.max() >= model.vocabulary.image_size):
+    shape, most = model.image_tokenizer.grid, model.vocabulary.image_size
+    whole = isinstance(fixed, torch.Tensor) and not (fixed.is_floating_point() or fixed.is_complex())
+    if fixed is not None and not (whole and fixed.shape == shape and -1 <= int(fixed.min()) <= int(fixed.max()) < most):
         raise ValueError(f"fixed must be codes of the shape {model.image_tokenizer.grid}, -1 where to write")
     if len(guidance.scales) != scales:
         count = "one scale" if scales == 1 else f"{scales} scales, or that of the words"
@@ -153,7 +162,7 @@ def checked(
         guidance=guidance,
         image=Sampling(**codes),
         text=Sampling(**texts),
-        seed=whole("seed", seed),
+        seed=seed,
         max_tokens=max_tokens,
         max_images=max_images,
         grid=grid,
@@ -165,17 +174,31 @@ def checked(
     )
 
 
+OPTIONS = tuple(list(inspect.signature(checked).parameters)[3:])
+"""The names of a request's options."""
+
+
 def usual_generator(model: UnifiedModel) -> str:
     """The generator of pictures where none is asked for."""
     names = [name for name in model.generators if name != "text"]
     return "next-token" if "next-token" in names else names[0]
 
 
+def refuse_unknown(what: str, options: Iterable[str], known: Sequence[str]) -> None:
+    """Raises ValueError where an option is not among those known, with the one that may have been meant."""
+    for name in options:
+        if name not in known:
+            near = did_you_mean(name, known) or f": it takes {', '.join(known)}"
+            raise ValueError(f"{what} has no option {name!r}{near}")
+
+
 def check_size(size: Any) -> None:
     """Raises ValueError for what is no width and height."""
-    whole_numbers = isinstance(size, (tuple, list)) and all(type(n) is int and n > 0 for n in size)
-    if not whole_numbers or len(size) != 2:
-        raise ValueError(f"a size is two whole numbers, width and height in pixels, not {size!r}")
+    limits = LIMITS["width"], LIMITS["height"]
+    two = isinstance(size, (tuple, list)) and len(size) == 2
+    if not (two and all(limit.holds(n) for limit, n in zip(limits, size, strict=True))):
+        most = f"at most {limits[0].high:,} each"
+        raise ValueError(f"a size is two whole numbers, width and height in pixels, {most}, not {shorten(size)}")
 
 
 def grid_of(model: UnifiedModel, size: tuple[int, int] | None) -> tuple[int, int]:

@@ -5,6 +5,7 @@
     while running:
         for number, part in running.step(): ...
         running.ended                               # number -> Usage, of those that ended in this step
+        running.failed                              # number -> error, of those that had to be given up in it
 
 Each request is a row of the batch with one cache slot for every branch of guidance. In a step every active row reads
 what its generator asks for, whatever it is writing, and the backbone runs once for all that read about as much: a
@@ -27,7 +28,8 @@ from unigen.generators.next_token import Text
 from unigen.model import UnifiedModel
 from unigen.request import Request
 from unigen.samplers.guidance import Guidance
-from unigen.sequence import Document, Preview, Segment, to_images
+from unigen.samplers.seeds import generator_of
+from unigen.sequence import Document, NotFinite, Preview, Segment, to_images
 
 WASTE = 64
 """Positions of padding that cost about as much as another pass of the backbone."""
@@ -91,6 +93,7 @@ class Running:
         self._rows: dict[int, Row] = {}
         self._count = 0
         self.ended: dict[int, Usage] = {}
+        self.failed: dict[int, NotFinite] = {}
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -101,9 +104,10 @@ class Running:
     @torch.inference_mode()
     def add(self, request: Request) -> int:
         """The request's number, from 0 on. Raises ValueError for what cannot fit the context; nothing is added then."""
-        return self._join(self.row(request))
+        return self.join(self.row(request))
 
-    def _join(self, row: Row) -> int:
+    def join(self, row: Row) -> int:
+        """The same of a row that `row` made."""
         row.number, self._count = self._count, self._count + 1
         self._rows[row.number] = row
         return row.number
@@ -149,8 +153,8 @@ class Running:
 
     @torch.inference_mode()
     def step(self) -> list[tuple[int, Any]]:
-        """One step of all: (number, piece of text or picture) of what it made. Those that are done are gone
-        afterwards."""
+        """One step of all: (number, piece of text or picture) of what it made. Those that are done or failed are gone
+        afterwards. A row fails alone, where its numbers are not finite; the others go on."""
         rows = list(self._rows.values())
         self._write(rows)
         return self._finish(rows)
@@ -163,6 +167,8 @@ class Running:
         self._fit(row, row.branches)
         hidden_of = self._pass([row], [row.generator.ask(row.state)])
         self._fit(row, 0)
+        if not bool(hidden_of[0].isfinite().all()):
+            raise self._not_finite("states")
         return hidden_of[0]
 
     # ---------------------------------------------------------------- a step
@@ -263,11 +269,17 @@ class Running:
 
     def _finish(self, rows: list[Row]) -> list[tuple[int, Any]]:
         """What this step made of these rows' answers; those that are done leave."""
+        self.ended, self.failed = {}, {}
+        for row in rows:
+            if row.state and not row.state.finite:
+                self.failed[row.number] = self._not_finite("scores")
+        rows = [row for row in rows if row.number not in self.failed]
         ended = [row for row in rows if row.state and row.state.done]
         parts = [(row.number, part) for row, part in self._parts(ended, rows)]
-        self.ended = {}
+        for number in self.failed:
+            self.drop(number)
         for row in ended:
-            if row.state and row.state.done:
+            if row.state and row.state.done and row.number not in self.failed:
                 self.ended[row.number] = self.usage(row.number)
                 self.drop(row.number)
         return parts
@@ -286,14 +298,22 @@ class Running:
             generator, state = row.generator, row.state
             if generator is None or generator is text or state is None:
                 continue
-            image, codes_hw = self._picture(generator, state)
+            try:
+                image, codes_hw = self._picture(generator, state)
+            except NotFinite:
+                self.failed[row.number] = self._not_finite("pixels")
+                continue
             if row.request.output == "pair":
                 yield row, self._text_of(row)
             row.document.segments.append(Segment(image=image if codes_hw is None else codes_hw, role="assistant"))
             row.request.written.append(state.own_codes)
             yield row, image
         for row in ended:
-            self._go_on(row, drew=row.generator is not text)
+            if row.number not in self.failed:
+                self._go_on(row, drew=row.generator is not text)
+
+    def _not_finite(self, what: str) -> NotFinite:
+        return NotFinite(what, next(self.model.backbone.parameters()).dtype)
 
     def _picture(self, generator: Generator, state: State) -> tuple[Image.Image, torch.Tensor | None]:
         """A span's picture, and its codes (h, w) where the model reads them as such. One by one: how a convolution
@@ -313,7 +333,11 @@ class Running:
         if state.done or shares <= row.shares:
             return None
         row.shares, row.previews = shares, row.previews + 1
-        return Preview(self._picture(generator, state)[0], row.images, row.previews - 1)
+        try:
+            return Preview(self._picture(generator, state)[0], row.images, row.previews - 1)
+        except NotFinite:
+            self.failed[row.number] = self._not_finite("pixels")
+            return None
 
     def _go_on(self, row: Row, drew: bool) -> None:
         """Begin the next span of a row whose span has ended, or leave the row done.
@@ -386,7 +410,8 @@ class Running:
     def _rng(self, row: Row) -> torch.Generator:
         """Each span draws from a generator of its own, made of the request's seed and the span's number."""
         row.spans += 1
-        return torch.Generator().manual_seed((row.request.seed * 1_000_003 + row.spans) % (1 << 63))
+        request = row.request
+        return generator_of(request.seed, *([request.candidate] if request.candidate else []), row.spans)
 
     def _begin_image(self, row: Row) -> None:
         """The main branch goes on in its slot; the blind one is read anew, with the pictures made so far."""

@@ -34,6 +34,19 @@ LONGEST = 50
 """How many times as long as wide a picture may be that a model reads."""
 
 
+def check_text(name: str, text: Any) -> str:
+    """The text. Raises ValueError for what is none, and for one that UTF-8 cannot hold: half of a character, as a cut
+    in JSON's \\u notation leaves it, or bytes of another encoding on a command line."""
+    if not isinstance(text, str):
+        raise ValueError(f"{name} must be a text (str), not {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"U+{ord(text[error.start]):04X} at position {error.start}"
+        raise ValueError(f"{name} is not valid Unicode ({half} is half a character): write it as UTF-8") from error
+    return text
+
+
 def square(image: Image.Image, size: int) -> np.ndarray:
     """The picture's centre square, resized: uint8 (size, size, 3)."""
     side = min(image.size)
@@ -68,8 +81,20 @@ def to_pixels(images: Sequence[Any], size: int, frame: Framing = square) -> Tens
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+class NotFinite(ValueError):
+    """A model's numbers are infinite or nan."""
+
+    def __init__(self, what: str, dtype: torch.dtype) -> None:
+        held = str(dtype).removeprefix("torch.")
+        others = {"float16": "bfloat16 or float32", "bfloat16": "float32"}.get(held)
+        advice = f"load it with dtype {others}" if others else "its checkpoint may be damaged"
+        super().__init__(f"{what} of this model are not finite in {held}: {advice}")
+
+
 def to_images(pixels_BCHW: Tensor) -> list[Image.Image]:
-    """Pictures from float pixels in [-1, 1]."""
+    """Pictures from float pixels in [-1, 1]. Raises NotFinite where one of them is no number."""
+    if not bool(pixels_BCHW.isfinite().all()):
+        raise NotFinite("pixels", pixels_BCHW.dtype)
     array = ((pixels_BCHW.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(a) for a in array]
 
@@ -100,6 +125,10 @@ class Segment:
     def __post_init__(self) -> None:
         if sum(part is not None for part in (self.text, self.image, self.label)) != 1:
             raise ValueError("a segment holds text, an image or a label, and exactly one of them")
+        if self.text is not None:
+            check_text("text", self.text)
+        if self.label is not None and (isinstance(self.label, bool) or not isinstance(self.label, (Integral, str))):
+            raise ValueError(f"a label is the number or the name of a class, not {type(self.label).__name__}")
         if self.role not in ROLES:
             raise ValueError(f"unknown role {self.role!r}: one of {', '.join(ROLES)}")
         if isinstance(self.image, Tensor) and (self.image.ndim > 2 or self.image.dtype == torch.uint8):

@@ -14,7 +14,7 @@ import json
 import pkgutil
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -22,22 +22,8 @@ from typing import Any
 from unigen import precision, progress
 from unigen.arguments import Parser, did_you_mean, summary
 from unigen.evaluation.task import Item, Task
-from unigen.numbers import parse_float, parse_int
-
-
-def whole(low: int) -> Callable[[str], int]:
-    """An argument's type: a whole number of at least `low`."""
-
-    def parse(text: str) -> int:
-        try:
-            value = parse_int(text)
-        except ValueError:
-            value = low - 1
-        if value < low:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {low}")
-        return value
-
-    return parse
+from unigen.limits import argument as limited
+from unigen.samplers.seeds import derive_seed
 
 
 def common_arguments(task: str, description: str, sampled: bool = True) -> Parser:
@@ -45,16 +31,18 @@ def common_arguments(task: str, description: str, sampled: bool = True) -> Parse
     parser = Parser(prog=f"unigen eval {task}", description=description)
     parser.add_argument("--model", default="unigen-tiny", help="a name or a folder (default: %(default)s)")
     precision.add_arguments(parser)
-    parser.add_argument("--seed", type=whole(0), default=0, help="of prompts and pictures (default: 0)")
-    parser.add_argument("--batch", type=whole(1), default=32, help="how many at a time (default: 32)")
+    parser.add_argument("--seed", type=limited("seed"), default=0, help="of prompts and pictures (default: 0)")
+    parser.add_argument("--batch", type=limited("n"), default=32, help="how many at a time (default: 32)")
     parser.add_argument("--json", metavar="FILE", help="write the figures as one JSON object; - is stdout")
     if sampled:
         parser.add_argument("--generator", help="how pictures are written (default: the engine's)")
-        parser.add_argument("--guidance", type=parse_float, help="scale of guidance, 1 is off (default: the engine's)")
-        parser.add_argument("--temperature", type=parse_float, help="default: the engine's")
-        parser.add_argument("--top-k", type=parse_int, help="default: the engine's")
-        parser.add_argument("--top-p", type=parse_float, help="default: the engine's")
-        parser.add_argument("--steps", type=whole(1), help="of a generator that can choose how many")
+        parser.add_argument(
+            "--guidance", type=limited("guidance"), help="scale of guidance, 1 is off (default: the engine's)"
+        )
+        parser.add_argument("--temperature", type=limited("temperature"), help="default: the engine's")
+        parser.add_argument("--top-k", type=limited("top_k"), help="default: the engine's")
+        parser.add_argument("--top-p", type=limited("top_p"), help="default: the engine's")
+        parser.add_argument("--steps", type=limited("steps"), help="of a generator that can choose how many")
         parser.add_argument("--sampler", help="of a flow")
         parser.add_argument("--guidance-kind", help="of a flow")
         parser.add_argument("--out", metavar="FOLDER", help="write a contact sheet a group and outputs.jsonl")
@@ -101,7 +89,7 @@ def draw(
     batch is."""
     if n < 1 or batch < 1:
         raise ValueError("outputs a prompt and the batch size must be at least 1")
-    flat = [(i, seed * 1_000_000 + i * n + j) for i in range(len(items)) for j in range(n)]
+    flat = [(i, derive_seed(seed, i * n + j, factor=1_000_000)) for i in range(len(items)) for j in range(n)]
     outputs: list[list[Any]] = [[] for _ in items]
     with progress.bar(len(flat), task.output) as bar:
         for start in range(0, len(flat), batch):

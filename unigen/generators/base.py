@@ -62,14 +62,16 @@ class Span:
 @dataclass
 class State:
     """A span on its way. ids: what has been written; text: of it, what a finished span opens with; pending: what every
-    branch reads in the next step. way: steps of an image that are taken, and of how many, where a generator can show
-    what there is of it: `Generator.pictures` then takes the state before it is done."""
+    branch reads in the next step. finite: False where the model's numbers are not, and the span has to be given up; the
+    rest of the state then means nothing. way: steps of an image that are taken, and of how many, where a generator can
+    show what there is of it: `Generator.pictures` then takes the state before it is done."""
 
     span: Span
     pending: list[int]
     ids: list[int] = field(default_factory=list)
     text: list[int] = field(default_factory=list)
     done: bool = False
+    finite: bool = True
     way: tuple[int, int] = (0, 1)
 
     @property

@@ -60,6 +60,9 @@ def advance(model: Model, state: Window, hidden: list[Tensor]) -> int:
     last = torch.tensor(before, device=hidden[0].device) - before[-1] - 1  # from the end: a prompt may open the picture
     parts = [model.logits(states_LD[last], vocabulary.first, vocabulary.stop).float() for states_LD in hidden]
     told_WK = probabilities(span.guidance.combine(parts), span.sampling).cpu()
+    if told_WK[:, 0].isnan().any():  # then all of the row's are
+        state.finite = False
+        return before[0]
     if state.kind == "jacobi":
         accepted, code, drafts = _raced(state, told_WK)
         proposals: list[Tensor | None] = [None] * len(drafts)

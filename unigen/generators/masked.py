@@ -22,7 +22,7 @@ from torch import Tensor
 
 from unigen.generators.base import CODES, Frame, Model, Read, Span, State
 from unigen.generators.next_token import pictures_of_ids
-from unigen.samplers.logits import race, warp
+from unigen.samplers.logits import likeliest, race, warp
 from unigen.sequence import Batch, Vocabulary
 
 STEPS = 12
@@ -191,12 +191,15 @@ class Masked:
         ids_N = state.ids_P[part]
         if span.sampling.temperature == 0:
             weights_NV, noise = logits_NV.float().softmax(-1), 0.0
-            drawn_N = logits_NV.argmax(-1).cpu()
+            drawn_N = likeliest(logits_NV).cpu()
         else:
             weights_NV = warp(logits_NV, span.sampling).softmax(-1)
             drawn_N = race(weights_NV, torch.empty(logits_NV.shape).exponential_(generator=span.rng)).cpu()
             codes = number == len(self.parts()) - 1  # what comes first in a text is what is surest, as in LLaDA
             noise = self.heat(state.step, steps) if codes else 0.0
+        if bool((drawn_N < 0).any()):
+            state.finite = False
+            return
         # confidence = log p(drawn) + noise * Gumbel
         gumbel_N = self.gumbel(len(drawn_N), span.rng)
         sure_N = weights_NV.cpu().gather(-1, drawn_N[:, None])[:, 0].log() + noise * gumbel_N

@@ -180,6 +180,9 @@ class NextScale(Head):
             mixed_NV = state.span.guidance.combine(list(split), self.share(k))
             state.codes.append(draw_together(mixed_NV, state.span.sampling, state.span.rng))
         quantizer, codes_MN = self.tokenizer.quantizer, torch.stack([state.codes[k] for state in states])
+        for state, least in zip(states, codes_MN.amin(-1).tolist(), strict=True):
+            state.finite = least >= 0
+        codes_MN = codes_MN.clamp(min=0)
         seen_MChw = torch.cat([state.seen_1Chw for state in states]).to(codes_MN.device)
         seen_MChw = quantizer.grow(seen_MChw, codes_MN, k)
         last = k + 1 == len(self.lengths)

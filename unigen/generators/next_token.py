@@ -167,14 +167,18 @@ class NextToken(Causal):
 
 
 def sample_alike(logits_BV: Tensor, states: list[State]) -> list[tuple[list[int], list[Any]]]:
-    """Draw an id for each row; rows with the same sampling options are drawn together."""
+    """Draw an id for each row; rows with the same sampling options are drawn together. A state whose logits are not
+    finite says so, and has id 0."""
     groups: dict[Any, list[int]] = {}
     for row, state in enumerate(states):
         groups.setdefault(state.span.sampling, []).append(row)
     result = []
     for sampling, rows in groups.items():
         ids_B = draw(logits_BV[rows], sampling, [states[row].span.rng for row in rows])
-        result.append((rows, ids_B.tolist()))
+        ids = ids_B.tolist()
+        for row, id in zip(rows, ids, strict=True):
+            states[row].finite &= id >= 0
+        result.append((rows, [max(id, 0) for id in ids]))
     return result
 
 

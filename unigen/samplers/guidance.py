@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from unigen.samplers.logits import finite
+from unigen.limits import check, shorten
 
 KINDS = ("cfg", "rescale", "apg", "cfg-zero")
 """How branches of a flow are combined: see `guided_velocity`."""
@@ -26,7 +27,7 @@ class Guidance:
 
     With more branches p_1 .. p_n: p_n + sum_i s_i (p_i - p_(i+1)), InstructPix2Pix's and Chameleon's chain.
     scales: one for each branch but the last. kind, interval: of a flow only; outside the interval of times guidance is
-    off (Kynkaanniemi et al. 2024). Raises ValueError for a scale that is negative or not finite, or an unknown kind.
+    off (Kynkaanniemi et al. 2024). Raises ValueError for a scale or an interval outside its range, or an unknown kind.
     """
 
     scales: tuple[float, ...] = (3.0,)
@@ -38,9 +39,13 @@ class Guidance:
             raise ValueError(f"unknown kind of guidance {self.kind!r}: one of {', '.join(KINDS)}")
         if self.kind != "cfg" and len(self.scales) != 1:
             raise ValueError(f"guidance of kind {self.kind} has two branches: give one scale")
-        for scale in self.scales:
-            if not (finite(scale) and scale >= 0):
-                raise ValueError(f"guidance must be a number of at least 0 (1 is off), not {scale!r}")
+        object.__setattr__(self, "scales", tuple(check("guidance", scale) for scale in self.scales))
+        at = self.interval
+        if not (
+            isinstance(at, (tuple, list)) and len(at) == 2 and all(isinstance(t, Real) and 0 <= t <= 1 for t in at)
+        ):
+            raise ValueError(f"interval of guidance must be two times in [0, 1], not {shorten(at)}")
+        object.__setattr__(self, "interval", tuple(at))
 
     @classmethod
     def of(cls, value: float | Sequence[float] | Guidance) -> Guidance:

@@ -8,30 +8,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Integral, Real
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from unigen.limits import check
 
-def whole(name: str, value: Any, least: int | None = None) -> int:
-    """The value as an int. Raises ValueError for what is no whole number, or less than the least."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or (least is not None and value < least):
-        bound = "" if least is None else f" of at least {least}"
-        raise ValueError(f"{name} must be a whole number{bound}, not {value!r}")
-    return int(value)
-
-
-def finite(value: Any) -> bool:
-    """Is it a number, neither infinite nor nan?"""
-    return isinstance(value, Real) and math.isfinite(value)
+GREEDY = 1e-5
+"""Temperatures below this one draw the likeliest id: logits divided by them are beyond float32."""
 
 
 @dataclass(frozen=True)
 class Sampling:
     """temperature 0 is greedy; top_k 0, top_p 1 and repetition_penalty 1 are off; the last is of text alone. Raises
-    ValueError outside these ranges."""
+    ValueError outside the ranges of `unigen.limits`."""
 
     temperature: float = 1.0
     top_k: int = 0
@@ -39,13 +29,10 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (finite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature must be a number of at least 0 (0 is greedy), not {self.temperature!r}")
-        whole("top_k", self.top_k, 0)
-        if not (finite(self.top_p) and 0 < self.top_p <= 1):
-            raise ValueError(f"top_p must lie in (0, 1] (1 is off), not {self.top_p!r}")
-        if not (finite(self.repetition_penalty) and 1 <= self.repetition_penalty <= 10):
-            raise ValueError(f"repetition_penalty lies between 1 (off) and 10, not {self.repetition_penalty!r}")
+        for name in ("temperature", "top_k", "top_p", "repetition_penalty"):
+            object.__setattr__(self, name, check(name, getattr(self, name)))
+        if self.temperature < GREEDY:
+            object.__setattr__(self, "temperature", 0.0)
 
 
 def penalize(logits_V: Tensor, ids: set[int], penalty: float) -> None:
@@ -70,27 +57,44 @@ def warp(logits_BV: Tensor, sampling: Sampling) -> Tensor:
 
 
 def probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
-    """What ids are drawn from (B, V): after temperature, top-k and top-p; a point where temperature is 0."""
+    """What ids are drawn from (B, V): after temperature, top-k and top-p; a point where temperature is 0. A row of
+    logits that are not finite is nan."""
     if sampling.temperature == 0:
-        return torch.nn.functional.one_hot(logits_BV.argmax(dim=-1), logits_BV.shape[-1]).float()
+        ids_B = likeliest(logits_BV)
+        point_BV = torch.nn.functional.one_hot(ids_B.clamp(min=0), logits_BV.shape[-1]).float()
+        return torch.where(ids_B[..., None] < 0, math.nan, point_BV)
     return warp(logits_BV, sampling).softmax(dim=-1)
 
 
 def draw(logits_BV: Tensor, sampling: Sampling, rngs: list[torch.Generator]) -> Tensor:
-    """One id a row, int64 (B,). Row b draws only from its own `rngs[b]`, so a row does not depend on its batch."""
+    """One id a row, int64 (B,), -1 where the row's logits are not finite. Row b draws only from its own `rngs[b]`, so a
+    row does not depend on its batch."""
     if sampling.temperature == 0:
-        return logits_BV.argmax(dim=-1)
+        return likeliest(logits_BV)
     race_BV = torch.stack([torch.empty(logits_BV.shape[-1]).exponential_(generator=rng) for rng in rngs])
     return race(warp(logits_BV, sampling).softmax(dim=-1), race_BV)
 
 
 def draw_together(logits_NV: Tensor, sampling: Sampling, rng: torch.Generator) -> Tensor:
-    """One id a row, int64 (N,), all of them from one source of randomness."""
+    """One id a row, int64 (N,), -1 where the row's logits are not finite; all of them from one source of randomness."""
     if sampling.temperature == 0:
-        return logits_NV.argmax(dim=-1)
+        return likeliest(logits_NV)
     return race(warp(logits_NV, sampling).softmax(dim=-1), torch.empty(logits_NV.shape).exponential_(generator=rng))
 
 
 def race(weights_BV: Tensor, race_BV: Tensor) -> Tensor:
-    """The exponential race: argmax_v p_v / E_v with E_v ~ Exp(1) is a sample of p. int64 (B,)."""
-    return (weights_BV / race_BV.to(weights_BV.device)).argmax(dim=-1)
+    """The exponential race: argmax_v p_v / E_v with E_v ~ Exp(1) is a sample of p. int64 (B,), -1 where p is not
+    finite."""
+    return _finite(weights_BV, (weights_BV / race_BV.to(weights_BV.device)).argmax(dim=-1))
+
+
+def likeliest(logits_BV: Tensor) -> Tensor:
+    """The id of the greatest logit of each row, int64 (B,), -1 where that is not finite."""
+    return _finite(logits_BV, logits_BV.argmax(dim=-1))
+
+
+def _finite(values_BV: Tensor, ids_B: Tensor) -> Tensor:
+    """The ids, -1 where the value at the id is not finite: the greatest of a row is nan where any of it is, and so are
+    all of its weights after a softmax. It costs no look at the whole row, and a GPU is not waited for."""
+    chosen_B = values_BV.gather(-1, ids_B[..., None])[..., 0]
+    return torch.where(chosen_B.isfinite(), ids_B, -1)

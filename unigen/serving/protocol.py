@@ -14,9 +14,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from unigen.limits import SERVED, bounds
 from unigen.numbers import parse_float, parse_int
 
-MOST_ANSWERS, MOST_CANDIDATES = 16, 8
+MOST_ANSWERS = SERVED["n"].high
 LONGEST = 100_000
 """Characters of one text."""
 
@@ -45,6 +46,11 @@ def at(*values: Any, says: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+def limited(name: str, default: Any = None) -> Any:
+    """A field of the range of numbers that `unigen.limits` states for one request."""
+    return Field(default, **bounds(name))
+
+
 class Strict(BaseModel):
     """Numbers are numbers and not texts; what is not named here is refused. A null is left out."""
 
@@ -63,21 +69,21 @@ class Drawing(Strict):
     each answer is the best. stream: in events, as they are made; partial_images: of each picture at most, before it is
     finished."""
 
-    seed: int | None = Field(None, ge=0, lt=1 << 53)
+    seed: int | None = limited("seed")
     guidance: float | list[float] | None = None
     generator: str | None = Field(None, max_length=64)
-    steps: int | None = Field(None, ge=1, le=10_000)
-    top_k: int | None = Field(None, ge=0)
-    top_p: float | None = Field(None, gt=0, le=1)
-    temperature: float | None = Field(None, ge=0, le=2)
+    steps: int | None = limited("steps")
+    top_k: int | None = limited("top_k")
+    top_p: float | None = limited("top_p")
+    temperature: float | None = limited("temperature")
     sampler: str | None = Field(None, max_length=64)
     guidance_kind: str | None = Field(None, max_length=64)
     accelerate: str | None = Field(None, max_length=64)
     size: str | None = Field(None, pattern=r"^([1-9][0-9]{0,4}x[1-9][0-9]{0,4}|auto)$")
-    n: int = Field(1, ge=1, le=MOST_ANSWERS)
-    candidates: int = Field(1, ge=1, le=MOST_CANDIDATES)
+    n: int = limited("n", 1)
+    candidates: int = limited("candidates", 1)
     stream: bool = False
-    partial_images: int = Field(0, ge=0, le=3)
+    partial_images: int = limited("previews", 0)
 
     @model_validator(mode="after")
     def _within(self) -> Self:
@@ -226,9 +232,9 @@ class ChatRequest(Drawing):
     content_format: Literal["string", "parts"] = "string"
     stream_options: StreamOptions | None = None
     stop: list[Stop] | None = Field(None, max_length=4)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    max_images: int | None = Field(None, ge=1, le=64)
+    max_tokens: int | None = limited("max_tokens")
+    max_completion_tokens: int | None = limited("max_tokens")
+    max_images: int | None = limited("max_images")
     # labels of the client's own, and what only says how to serve
     user: Name | None = None
     safety_identifier: Name | None = None
@@ -350,7 +356,7 @@ class EditRequest(ImagesRequest):
 class VariationRequest(ImagesRequest):
     """vary: the share of the picture that is drawn anew."""
 
-    vary: float = Field(0.5, gt=0, le=1)
+    vary: float = limited("vary", 0.5)
 
 
 class Fault(BaseModel):

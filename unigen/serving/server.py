@@ -36,6 +36,7 @@ from PIL import Image
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
+from unigen.samplers.seeds import later_seed
 from unigen.sequence import Document, Segment
 from unigen.serving import pictures, protocol
 from unigen.serving.answers import Answer, chat_chunks, images_usage, message, picture_chunks, usage_of
@@ -459,7 +460,8 @@ class Server:
         if asked.size in protocol.MENU and info.get("sizes") == "this one":
             options.pop("size", None)
             more["notes"] = more.get("notes", {}) | {"size": "{0}x{0}".format(info["image_size"])}
-        return [Job(document, output, {**options, "seed": first + i}, **more) for i in range(asked.n)]
+        seeds = [later_seed(first, i) for i in range(asked.n)]
+        return [Job(document, output, {**options, "seed": seed}, **more) for seed in seeds]
 
     def _log(self, request: Request, document: Document) -> None:
         if self.settings.prompts:

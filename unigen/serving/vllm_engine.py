@@ -31,6 +31,7 @@ from unigen.generators.next_token import Text
 from unigen.model import UnifiedModel
 from unigen.request import Request
 from unigen.running import Row, Running
+from unigen.sequence import Vocabulary
 from unigen.templates import Output
 
 OURS: dict[str, Any] = {
@@ -277,10 +278,9 @@ class VllmRunning(Running):
             raise ValueError(f"the answer's {branches} branches take {need * engine.block} positions, {have}")
         return row
 
-    def add(self, request: Request) -> int:
-        row = self.row(request)
+    def join(self, row: Row) -> int:
         sent = self.engine.send(row, [])
-        number = self._join(row)
+        number = super().join(row)
         self._sent[number] = sent
         return number
 
@@ -300,7 +300,7 @@ class VllmRunning(Running):
             number = number_of[name]
             moved[number], sent = self._rows[number], self._sent[number]
             sent.ids += output.outputs[0].token_ids
-            take(moved[number], sent.ids)
+            take(moved[number], sent.ids, self.model.vocabulary)
         ended = {number: row for number, row in moved.items() if row.state and row.state.done}
         # a span has read all but its last id, with which the next one begins, or which has ended it; one that was
         # written here is taken back
@@ -336,8 +336,9 @@ def longest(row: Row) -> int:
     return span.grid[0] * (span.grid[1] + len(span.row_end)) - len(span.row_end)
 
 
-def take(row: Row, ids: list[int]) -> None:
-    """Put what vLLM has written of a span into its state. A picture comes whole."""
+def take(row: Row, ids: list[int], vocabulary: Vocabulary) -> None:
+    """Put what vLLM has written of a span into its state. A picture comes whole. An id that cannot be there says that
+    the scores were not finite (`vllm_guidance.illegal_id`)."""
     state = row.state
     assert state is not None
     span = state.span
@@ -345,9 +346,11 @@ def take(row: Row, ids: list[int]) -> None:
         stopped = bool(ids) and ids[-1] in span.stops
         state.ids, state.pending = ids[: len(ids) - stopped], ids[-1:]
         state.done = stopped or len(ids) >= span.max_tokens
+        state.finite = not any(vocabulary.first <= id < vocabulary.stop for id in state.ids)
         return
     if len(ids) != longest(row):
         raise RuntimeError(f"vLLM ended a picture after {len(ids)} of {longest(row)} ids")
     width = span.grid[1]
     state.ids = [id for at, id in enumerate(ids) if at % (width + len(span.row_end)) < width]
     state.pending, state.done = [ids[-1], *span.row_end], True
+    state.finite = all(vocabulary.first <= id < vocabulary.stop for id in state.ids)

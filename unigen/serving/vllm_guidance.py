@@ -174,8 +174,13 @@ class GuidedSampler(LogitsProcessor):
             states = [self.rows[rows[0]].state() for rows in together]
             generator.advance(Scores(vocabulary), states, [[logits_RV[row, None] for row in rows] for rows in together])
             for rows, state in zip(together, states, strict=True):
-                choose(logits_RV, rows, state.pending[0])
+                choose(logits_RV, rows, state.pending[0] if state.finite else illegal_id(vocabulary, is_text))
         return logits_RV
+
+
+def illegal_id(vocabulary: Vocabulary, is_text: bool) -> int:
+    """The id that stands for scores that are not finite: a code in a text, an id that is no code in a picture."""
+    return vocabulary.first if is_text else 0 if vocabulary.first > 0 else vocabulary.stop
 
 
 def choose(logits_RV: Tensor, rows: list[int], id: int) -> None:

@@ -191,6 +191,7 @@ class Together(_Worker):
             yield from ((number, Failed(f"{type(error).__name__} while it was answered")) for number in failed)
             return
         self.steps, self.seconds = self.steps + 1, self.seconds + time.perf_counter() - start
+        yield from self._given_up()
         for row, part in parts:
             number, _, answer = self.answers.get(row, (None, 0, None))
             if number is None or answer is None:
@@ -217,6 +218,18 @@ class Together(_Worker):
                 for event in answer.rest():
                     yield number, event
                 yield number, ended("length" if usage.cut else "stop", usage)
+
+    def _given_up(self) -> Iterator[tuple[int, Event]]:
+        """Failures of the jobs of which a row had to be given up; their other rows are dropped."""
+        for row, error in self.running.failed.items():
+            if row in self.answers:
+                number = self.answers[row][0]
+                for other in [at for at, (job, *_) in self.answers.items() if job == number]:
+                    del self.answers[other]
+                    if other in self.running:
+                        self.running.drop(other)
+                print(f"unigen: {error}", file=sys.stderr)
+                yield number, Failed(str(error))
 
     def _chosen(self, number: int, answer: _Answer) -> Iterator[tuple[int, Event]]:
         try:

@@ -25,11 +25,11 @@ from unigen.evaluation.runner import (
     load_engine,
     options_of,
     parse,
-    whole,
     write_outputs,
 )
 from unigen.evaluation.task import Item
 from unigen.extras import require
+from unigen.limits import argument as limited
 
 NEIGHBOURS = 3
 
@@ -72,7 +72,7 @@ def arguments() -> Parser:
         "digits",
         "Draw handwritten digits by class, and score the share that a nearest-neighbour classifier reads right.",
     )
-    parser.add_argument("--images", type=whole(1), default=40, metavar="N", help="pictures a class (default: 40)")
+    parser.add_argument("--images", type=limited("n"), default=40, metavar="N", help="pictures a class (default: 40)")
     return parser
 
 

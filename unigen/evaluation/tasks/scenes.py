@@ -34,10 +34,10 @@ from unigen.evaluation.runner import (
     load_engine,
     options_of,
     parse,
-    whole,
     write_outputs,
 )
 from unigen.evaluation.task import Item, Mean, mean_and_interval
+from unigen.limits import argument as limited
 from unigen.sequence import to_pixels
 
 # ---------------------------------------------------------------- prompts
@@ -213,8 +213,10 @@ def arguments() -> Parser:
         "detector finds what was asked for. Baselines are printed beside the model's score.",
     )
     parser.add_argument("--quick", action="store_true", help="20 prompts a task instead of 100")
-    parser.add_argument("--images", type=whole(1), default=4, metavar="N", help="pictures a prompt (default: 4)")
-    parser.add_argument("--candidates", type=whole(1), help="draw so many for each, keep the best as it reads")
+    parser.add_argument("--images", type=limited("n"), default=4, metavar="N", help="pictures a prompt (default: 4)")
+    parser.add_argument(
+        "--candidates", type=limited("candidates"), help="draw so many for each, keep the best as it reads"
+    )
     group = parser.add_argument_group("the ladder (without any of these flags: the model and the whole ladder)")
     group.add_argument("--oracle", action="store_true", help="only true pictures of the prompts; needs no model")
     group.add_argument("--reconstructions", action="store_true", help="only true pictures through the tokenizer")

@@ -14,7 +14,8 @@ import torch
 
 from unigen.config import write_report
 from unigen.data.scenes import World, sample_scene
-from unigen.evaluation.runner import Parser, common_arguments, load_engine, parse, whole
+from unigen.evaluation.runner import Parser, common_arguments, load_engine, parse
+from unigen.limits import argument as limited
 from unigen.tokenizers.measure import evaluate_tokenizer
 
 UNITS = {"psnr": "dB", "psnr_objects": "dB", "usage": "share", "perplexity": "codes", "dead": "codes"}
@@ -36,7 +37,7 @@ def arguments() -> Parser:
         "Encode and decode rendered pictures with the image tokenizer: PSNR, and how much of the codebook is used.",
         sampled=False,
     )
-    parser.add_argument("--count", type=whole(1), default=1000, help="pictures (default: 1000)")
+    parser.add_argument("--count", type=limited("count"), default=1000, help="pictures (default: 1000)")
     return parser
 
 

@@ -28,11 +28,11 @@ from unigen.evaluation.runner import (
     load_engine,
     options_of,
     parse,
-    whole,
     write_outputs,
 )
 from unigen.evaluation.task import Item, mean_and_interval
 from unigen.likelihood import DESCRIBE
+from unigen.limits import argument as limited
 
 _STREAM = 7_700_000  # keeps these scenes apart from those of any training seed
 
@@ -131,8 +131,10 @@ def arguments() -> Parser:
         "Caption rendered scenes and answer questions about them: the share of captions with every attribute right, "
         "and of right answers.",
     )
-    parser.add_argument("--count", type=whole(1), default=500, help="scenes (default: 500)")
-    parser.add_argument("--candidates", type=whole(1), help="captions to choose from (default: as `unigen describe`)")
+    parser.add_argument("--count", type=limited("count"), default=500, help="scenes (default: 500)")
+    parser.add_argument(
+        "--candidates", type=limited("candidates"), help="captions to choose from (default: as `unigen describe`)"
+    )
     parser.add_argument("--heldout", action="store_true", help="only scenes with a held-out combination")
     return parser
 

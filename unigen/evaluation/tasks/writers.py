@@ -25,10 +25,11 @@ from unigen.data.scenes import World
 from unigen.evaluation import ladder
 from unigen.evaluation.detector import Detector
 from unigen.evaluation.ladder import Pictures
-from unigen.evaluation.runner import Parser, common_arguments, draw, load_engine, make_folder, options_of, parse, whole
+from unigen.evaluation.runner import Parser, common_arguments, draw, load_engine, make_folder, options_of, parse
 from unigen.evaluation.tasks.scenes import PROMPTS, ScenesTask, score_pictures, summarise
 from unigen.evaluation.watch import Watch
 from unigen.extras import require
+from unigen.limits import argument as limited
 from unigen.output import grid, save_picture
 from unigen.sequence import to_pixels
 
@@ -108,7 +109,7 @@ def arguments() -> Parser:
         "features, seconds a picture.",
     )
     parser.add_argument("--quick", action="store_true", help="20 prompts a task instead of 100")
-    parser.add_argument("--images", type=whole(1), default=4, metavar="N", help="pictures a prompt (default: 4)")
+    parser.add_argument("--images", type=limited("n"), default=4, metavar="N", help="pictures a prompt (default: 4)")
     return parser
 
 
