@@ -124,7 +124,7 @@ def load(
         usual, why = load_dtype(folder, device) if kind is None else (None, "")
         own = getattr(torch, usual) if usual else kind
         try:
-            engine: Any = Engine(load_found(folder, variant, device, own, quantization))
+            engine: Any = Engine(load_found(folder, variant, device, own, quantization, inference=True))
         except Unknown:
             if not reads:
                 raise

@@ -177,7 +177,7 @@ class Engine:
             "tokens_per_image": model.image_tokenizer.grid[0] * model.image_tokenizer.grid[1],
             "vocabulary": {"text": model.vocabulary.text_size, "image": model.vocabulary.image_size},
             "generators": [name for name in model.generators if name != "text"],
-            "takes": {name: list(one.takes) for name, one in model.generators.items() if name != "text"},
+            "takes": {name: list(model.generators.takes(name)) for name in model.generators if name != "text"},
             "sampling": {name: sampling_of(model, name) for name in model.generators if name != "text"}
             | {name: told for name, told in model.sampling.items() if name == "text"},
             "outputs": list(self.outputs),

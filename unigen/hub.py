@@ -173,6 +173,20 @@ def _from_hub(repo: str, revision: str | None, patterns: Sequence[str], left: Se
         ) from error
 
 
+@contextmanager
+def damage_of(folder: Path) -> Iterator[None]:
+    """Inside, what files with the wrong things in them make libraries raise, each its own way, is a ValueError in one
+    line that names the folder."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    kinds = (KeyError, IndexError, TypeError, AttributeError, ArithmeticError, OSError, RuntimeError)
+    try:
+        yield
+    except (*kinds, StrictDataclassError) as error:
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"model folder {folder} is damaged, or not as its family's are ({what})") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))

@@ -10,7 +10,7 @@ Shapes: B rows, L positions, D width, N images, h x w codes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from unigen import hub
+from unigen.generators import find
 from unigen.generators.base import CODES, Generator
 from unigen.nn import quantized
 from unigen.nn.backbone import Backbone, SlotCache
@@ -45,6 +46,45 @@ class Sight(nn.Module):
         return {}
 
 
+class Generators(dict[str, Any]):
+    """Generators by name. Some may be made when they are first asked for, so that what only they import is imported for
+    them alone.
+
+    Args:
+        generators: by name, in order; None for one that is made later.
+        later: what makes those.
+    """
+
+    def __init__(
+        self, generators: Mapping[str, Generator | None], later: Mapping[str, Callable[[], Generator]] | None = None
+    ) -> None:
+        super().__init__(generators)
+        self.later = dict(later or {})
+        self.adopt: Callable[[str, Generator], None] = lambda name, generator: None
+
+    def __getitem__(self, name: str) -> Generator:
+        if name in self.later:
+            generator = self.later.pop(name)()
+            self[name] = generator
+            self.adopt(name, generator)
+        generator = super().__getitem__(name)
+        return generator  # type: ignore[no-any-return]
+
+    def takes(self, name: str) -> tuple[str, ...]:
+        """The options that a generator heeds, without making it."""
+        taken: tuple[str, ...] = (find(name) if name in self.later else self[name]).takes
+        return taken
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in self else default
+
+    def values(self) -> Any:
+        return [self[name] for name in self]
+
+    def items(self) -> Any:
+        return [(name, self[name]) for name in self]
+
+
 class UnifiedModel(nn.Module):
     """A backbone over one vocabulary of text and image codes, the two tokenizers, and the generators by name. sight: by
     what pictures are read, where that is not their codes."""
@@ -67,12 +107,37 @@ class UnifiedModel(nn.Module):
         self.text_tokenizer = text_tokenizer
         self.image_tokenizer = image_tokenizer
         self.template = template
-        self.generators = generators
+        self.generators = generators if isinstance(generators, Generators) else Generators(generators)
+        self.generators.adopt = self._adopt
         self.sampling: dict[str, dict[str, Any]] = {}
         self.quantization: str | None = None
-        self.heads = nn.ModuleDict({name: g for name, g in generators.items() if isinstance(g, nn.Module)})
+        made = [name for name in self.generators if name not in self.generators.later]
+        heads = {name: self.generators[name] for name in made if isinstance(self.generators[name], nn.Module)}
+        self._modules["heads"] = nn.ModuleDict(heads)
         self.sight = sight
         image_tokenizer.requires_grad_(False)
+
+    @property
+    def heads(self) -> Any:
+        """The generators that have weights, a `ModuleDict`."""
+        self.generators.values()
+        return self._modules["heads"]
+
+    def _adopt(self, name: str, generator: Generator) -> None:
+        """Take a generator that was made now among the modules: as trained or not, where and as the backbone is."""
+        if isinstance(generator, nn.Module):
+            weight = next(self.backbone.parameters())
+            heads: Any = self._modules["heads"]
+            heads[name] = generator.to(weight.device, weight.dtype).train(self.training)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+        """All of them: those that are not made yet are made for this, and so for `parameters`."""
+        self.generators.values()
+        return super().named_modules(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self.generators.values()
+        return super().state_dict(*args, **kwargs)
 
     def train(self, mode: bool = True) -> UnifiedModel:
         """The image tokenizer is frozen, whatever the mode."""
@@ -114,8 +179,8 @@ class UnifiedModel(nn.Module):
         changed. Raises ValueError for what it does not take."""
         if generator not in self.generators:
             raise ValueError(f"the model has no generator {generator!r}")
-        takes = ("guidance", *(name for name in CODES if name in self.generators[generator].takes))
-        takes = self.generators[generator].takes if generator == "text" else takes
+        takes = ("guidance", *(name for name in CODES if name in self.generators.takes(generator)))
+        takes = self.generators.takes(generator) if generator == "text" else takes
         if unknown := [name for name in options if name not in takes]:
             raise ValueError(f"{generator} does not take {', '.join(unknown)}: it takes {', '.join(takes)}")
         scales = Guidance.of(options.get("guidance", [1.0] * self.template.scales)).scales

@@ -32,7 +32,7 @@ def keeping(
     mask: of the image's shape, white where to paint (`unigen.images.read_mask`). generator: None takes `masked`, or
     else the first that can.
     Raises ValueError where the mask marks nothing, and for a generator that cannot keep codes."""
-    able = [name for name, one in model.generators.items() if "fixed" in one.takes]
+    able = [name for name in model.generators if "fixed" in model.generators.takes(name)]
     if not able:
         raise ValueError("this model cannot keep a part of a picture: train it with writers.masked=1")
     generator = generator or ("masked" if "masked" in able else able[0])

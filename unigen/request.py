@@ -125,7 +125,7 @@ def checked(
     if output in ("image", "pair"):  # else they are of its text as well
         chosen |= {"temperature": temperature, "top_k": top_k or None, "top_p": top_p if top_p != 1 else None}
         chosen["repetition_penalty"] = repetition_penalty
-    takes = model.generators[generator].takes
+    takes = model.generators.takes(generator)
     if unheard := [name for name, value in chosen.items() if value is not None and name not in takes]:
         heard = f" (it takes {', '.join(takes)})" if takes else ""
         raise ValueError(f"{generator} does not take {', '.join(unheard)}: leave that out{heard}")

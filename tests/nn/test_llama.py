@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
+from unigen import hub
 from unigen.nn import llama
 from unigen.nn.backbone import Backbone, SlotCache
 
@@ -44,6 +46,43 @@ def test_equals_transformers(kind: str, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(llama, "fits", lambda decoder: False)
     theirs = torch.cat(steps(), 1)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "scaled positions"])
+@pytest.mark.parametrize("tied", [True, False])
+@torch.inference_mode()
+def test_our_modules_are_transformers(kind: str, tied: bool, tmp_path: Path) -> None:
+    """The same parameters, states of packed rows and logits; and it is written as it was read."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**SMALL, **KINDS[kind], pad_token_id=0, tie_word_embeddings=tied)
+    theirs = AutoModelForCausalLM.from_config(config)
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, 0.0, 0.2)
+    theirs.save_pretrained(tmp_path / "theirs")
+    stored = hub.read_json(tmp_path / "theirs" / "config.json")
+    assert llama.LlamaLM.readable(stored)
+    ours = llama.LlamaLM(stored)
+    hub.load_strict(ours, theirs.state_dict(), "made here")
+    segments_BL = torch.tensor([[1, 1, 1, 2, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1, 1, 1]])
+    positions_BL, ids_BL = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0], [*range(8)]]), torch.randint(1, 64, (2, 8))
+    found = []
+    for lm in (ours, theirs):
+        backbone = Backbone(lm).eval()
+        hidden = backbone.packed(backbone.embed(ids_BL), positions_BL, segments_BL)
+        found.append(backbone.logits(hidden)[segments_BL > 0])
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+    ours.save_pretrained(tmp_path / "ours")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours").state_dict()
+    assert again.keys() == theirs.state_dict().keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in theirs.state_dict().items())
+
+
+def test_configs_that_are_not_read_here() -> None:
+    plain = LlamaConfig(**SMALL).to_dict()
+    assert llama.LlamaLM.readable(plain)
+    scaled = {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}
+    for other in ({"model_type": "qwen3"}, {"hidden_act": "gelu"}, scaled, {"rope_parameters": None}):
+        assert not llama.LlamaLM.readable(plain | other)
 
 
 def test_only_a_plain_llama_fits() -> None:

@@ -71,3 +71,21 @@ def test_a_damaged_file_is_one_line(folder: Path) -> None:
 def test_letters_that_a_small_vocabulary_lacks_are_no_fault(tmp_path: Path) -> None:
     text.train(["a red dog\n\n"] * 8, tmp_path, 280, ("<user>",))
     assert text.load(tmp_path)("a red dog", add_special_tokens=False)["input_ids"]
+
+
+def test_reading_without_transformers_is_the_same(tiny_folder: Path) -> None:
+    ours, theirs = text.InferenceTokenizer(tiny_folder), text.of_model(tiny_folder)
+    assert len(ours) == len(theirs) and ours.get_vocab() == theirs.get_vocab()
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"):
+        assert getattr(ours, name) == getattr(theirs, name)
+    assert set(ours.all_special_ids) == set(theirs.all_special_ids)
+    for said in ("a red  dog", " two <user> apples</s>\n\n", "ünïcode 雪 🐈", "", "<boi><eoi>x"):
+        for split in (True, False):
+            options = {"add_special_tokens": False, "split_special_tokens": split}
+            ids = theirs(said, **options)["input_ids"]
+            assert ours(said, **options)["input_ids"] == ids
+            for skip in (True, False):
+                assert ours.decode(ids, skip_special_tokens=skip) == theirs.decode(ids, skip_special_tokens=skip)
+    names = ["<user>", "no such", "<boi>"]
+    assert ours.convert_tokens_to_ids(names) == theirs.convert_tokens_to_ids(names)
+    assert ours.convert_ids_to_tokens(5) == theirs.convert_ids_to_tokens(5)

@@ -180,6 +180,8 @@ class Head(nn.Module):
     name: str
     own: str | None
     clean, codes = False, False
+    in_sequence = True
+    """Do pictures take positions of the sequence? Where they do not, `positions` is 0 whatever the settings."""
     text_length = 0
     edges: tuple[nn.Module, ...] = ()
 

@@ -63,6 +63,7 @@ class Flow(LatentHead):
 
     name = "flow"
     wants_context = True
+    in_sequence = False
 
     def __init__(self, tokenizer: Any, width: int, config: FlowConfig | None = None) -> None:
         super().__init__(tokenizer)

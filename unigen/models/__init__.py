@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 
 from unigen import hub
 from unigen.model import UnifiedModel
@@ -29,18 +28,24 @@ def load_found(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     quantization: str | None = None,
+    inference: bool = False,
 ) -> UnifiedModel:
-    """The same of what `find` gave. quantization: see `UnifiedModel.quantize`."""
+    """The same of what `find` gave.
+
+    Args:
+        quantization: see `UnifiedModel.quantize`.
+        inference: may it be a model that only reads and answers, where its family has a faster way to load one?
+    """
     manifest = hub.read_json(folder / hub.MANIFEST) if (folder / hub.MANIFEST).is_file() else None
     family = family_of(folder, manifest)
     if variant is not None and (manifest is not None or not hasattr(family, "REPOSITORIES")):
         raise ValueError(f"{folder} holds one model: leave out {variant!r}")
     options = {} if variant is None else {"variant": variant}
-    try:
-        model: UnifiedModel = family.load(folder, dtype, **options)
-    except DAMAGE as error:
-        what = f"{type(error).__name__}: {hub.first_line(error)}"
-        raise ValueError(f"model folder {folder} is damaged, or not as its family's are ({what})") from error
+    with hub.damage_of(folder):
+        if inference and quantization is None and hasattr(family, "load_for_inference"):
+            model: UnifiedModel = family.load_for_inference(folder, dtype, **options)
+        else:
+            model = family.load(folder, dtype, **options)
     try:
         for generator, options in (manifest or {}).get("sampling", {}).items():
             model.sample_by(generator, **options)
@@ -56,15 +61,8 @@ def load_found(
 def widen(model: torch.nn.Module) -> None:
     """float16 weights as float32, which is what a CPU computes with: products of float16 round differently in a batch
     than alone there, and activations of many public models exceed its range."""
-    if any(p.dtype == torch.float16 for p in model.parameters()):
+    if any(p.dtype == torch.float16 for p in model.backbone.parameters()):
         model.float()
-
-
-DAMAGE = (
-    *(KeyError, IndexError, TypeError, AttributeError, ArithmeticError, OSError, RuntimeError),
-    StrictDataclassError,
-)
-"""What files with the wrong things in them make libraries raise, each its own way."""
 
 
 class Unknown(ValueError):

@@ -12,8 +12,9 @@ Text is lower case and each run opens with a space, so that a word has one spell
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from torch import nn
 from unigen import generators, hub
 from unigen.generators.base import Frame, Generator
 from unigen.generators.next_token import Text
-from unigen.model import UnifiedModel
+from unigen.model import Generators, UnifiedModel
 from unigen.nn.backbone import Backbone
+from unigen.nn.llama import LlamaLM
 from unigen.sequence import Document, Layout, Tokens, Vocabulary, square
 from unigen.templates import OUTPUTS, Output, pictures_first
 from unigen.tokenizers import ImageTokenizer, load_tokenizer
@@ -216,12 +218,14 @@ def assemble(
     heads: Sequence[Any] = (),
     begins: Mapping[str, str] | None = None,
     classes: Sequence[str] = (),
+    later: Mapping[str, Callable[[], Any]] | None = None,
 ) -> UnifiedModel:
     """A model of its parts. The language model's table must hold text_size rows and then one for each image code.
 
     writers: the generators of pictures that the model has learnt, or shall learn; heads: those of them that are made
     already, because they have weights or a tokenizer of their own; begins: the begin tokens that were given to them;
-    classes: names of what the model draws, where it draws classes and not words.
+    classes: names of what the model draws, where it draws classes and not words; later: what makes generators that are
+    not made yet and whose pictures take no positions.
     """
     vocabulary = Vocabulary(text_size, codebook_size(image_tokenizer))
     rows = lm.get_input_embeddings().weight.shape[0]
@@ -236,16 +240,16 @@ def assemble(
         if head.tokenizer is not None and head.tokenizer.image_size != image_tokenizer.image_size:
             sizes = f"{head.tokenizer.image_size} pixels, the model's {image_tokenizer.image_size}"
             raise ValueError(f"the tokenizer of {head.name} is for pictures of {sizes}: train one for that size")
+    names, later = dict.fromkeys([*writers, *ready]), later or {}
     made: dict[str, Generator] = {
-        name: ready[name] if name in ready else new_generator(name, frame) for name in dict.fromkeys([*writers, *ready])
+        name: ready[name] if name in ready else new_generator(name, frame) for name in names if name not in later
     }
-    positions = {name: generator.positions() for name, generator in made.items()}
+    positions = {name: made[name].positions() if name in made else 0 for name in names}
     text_lengths = {name: generator.text_length for name, generator in made.items() if generator.text_length}
     template = ChatTemplate(tokenizer, positions, begins, classes, text_lengths)
     text: Generator = Text(sorted({*tokenizer.all_special_ids, *template.special.values()}))
-    return UnifiedModel(
-        "tiny", Backbone(lm), vocabulary, tokenizer, image_tokenizer, template, {text.name: text} | made
-    )
+    ordered = Generators({text.name: text} | {name: made.get(name) for name in names}, later)
+    return UnifiedModel("tiny", Backbone(lm), vocabulary, tokenizer, image_tokenizer, template, ordered)
 
 
 def codebook_size(image_tokenizer: Any) -> int:
@@ -323,27 +327,54 @@ def owns(folder: Path, config: Mapping[str, Any]) -> bool:
     return False
 
 
-def load(folder: Path, dtype: torch.dtype | None = None) -> UnifiedModel:
-    """The model saved in `folder`, strictly: no tensor missing, none left over. dtype: None is float32."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def load(folder: Path, dtype: torch.dtype | None = None, inference: bool = False) -> UnifiedModel:
+    """The model saved in `folder`, strictly: no tensor missing, none left over.
 
+    Args:
+        dtype: None is float32.
+        inference: may it be a model that only reads and answers? transformers is then not imported where its language
+            model is a Llama, and generators with weights are loaded when they are first asked for.
+    """
     manifest = hub.read_json(folder / hub.MANIFEST)
-    tokenizer = text_tokenizers.of_model(folder)
     image_tokenizer = load_tokenizer(folder / "image_tokenizer")
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    lm = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     state = hub.read_tensors(folder / "model.safetensors")
-    if config.tie_word_embeddings:
+    config = hub.read_json(folder / hub.CONFIG)
+    lm: Any
+    if inference and LlamaLM.readable(config):
+        tokenizer: Any = text_tokenizers.InferenceTokenizer(folder)
+        lm = LlamaLM(config)
+    else:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        tokenizer = text_tokenizers.of_model(folder)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        lm = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    if lm.config.tie_word_embeddings:
         state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
     hub.load_strict(lm, state, folder / "model.safetensors")
     writers = [name for name in manifest["generators"] if name != "text"]
     frame = frame_of(lm, tokenizer, image_tokenizer)
-    heads = [load_head(folder / name, frame) for name in writers if issubclass(generators.find(name), nn.Module)]
+    kinds = {name: generators.find(name) for name in writers}
+    headed = [name for name, kind in kinds.items() if issubclass(kind, nn.Module)]
+    later = {
+        name: partial(load_head_later, folder / name, frame)
+        for name in headed
+        if inference and not kinds[name].in_sequence and (folder / name).is_dir()
+    }
+    heads = [load_head(folder / name, frame) for name in headed if name not in later]
     begins, classes = manifest.get("begins"), manifest.get("classes", ())
     text_size = int(manifest["text_size"])
-    return assemble(lm.float(), tokenizer, image_tokenizer, text_size, writers, heads, begins, classes).to(
-        dtype or torch.float32
-    )
+    model = assemble(lm.float(), tokenizer, image_tokenizer, text_size, writers, heads, begins, classes, later)
+    return model.to(dtype or torch.float32)
+
+
+def load_head_later(folder: Path, frame: Frame) -> Any:
+    """The same as `load_head`, when the model is long loaded."""
+    with hub.damage_of(folder):
+        return load_head(folder, frame)
+
+
+load_for_inference = partial(load, inference=True)
 
 
 def load_head(folder: Path, frame: Frame) -> Any:

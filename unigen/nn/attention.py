@@ -111,11 +111,17 @@ def packed_attention(
         scale = query_BHLE.shape[-1] ** -0.5 if scaling is None else scaling
         return _one_query(query_BHLE, key_BHLE, value_BHLE, attention_mask, scale), None
     if packing is None:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        return sdpa_attention_forward(
-            module, query_BHLE, key_BHLE, value_BHLE, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        mixed_BHLE = scaled_dot_product_attention(
+            query_BHLE,
+            key_BHLE,
+            value_BHLE,
+            attention_mask,
+            dropout_p=dropout,
+            is_causal=attention_mask is None and query_BHLE.shape[2] > 1,
+            scale=scaling,
+            enable_gqa=key_BHLE.shape[1] != query_BHLE.shape[1],
         )
+        return mixed_BHLE.transpose(1, 2).contiguous(), None
     batch, heads, length, width = query_BHLE.shape
     grouped = key_BHLE.shape[1] != heads
     sizes = [count * longest for count, longest, _ in packing.groups]

@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
 
 from unigen.nn import llama
 from unigen.nn.attention import Packing, cached_mask, packed_mask, register
@@ -28,7 +26,8 @@ class Backbone(nn.Module):
     def __init__(self, lm: Any) -> None:
         super().__init__()
         self.lm = lm
-        lm.set_attn_implementation(register())
+        if not isinstance(lm, llama.LlamaLM):
+            lm.set_attn_implementation(register())
 
     @property
     def width(self) -> int:
@@ -89,58 +88,41 @@ class Backbone(nn.Module):
         return few_rows_linear(hidden, head.weight, head.bias, start, stop)
 
 
-class _SlotLayer(CacheLayerMixin):
+class _SlotLayer:
     """Keys and values of one layer, (slots, heads, capacity, head_dim), written where `SlotCache` says."""
 
-    is_sliding = False
-
     def __init__(self, owner: SlotCache) -> None:
-        super().__init__()
         self.owner = weakref.proxy(owner)  # a cycle would keep all keys and values until it is collected
+        self.keys = self.values = torch.empty(0, 0, 0, 0)
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        _, heads, _, dim = key_states.shape
-        dtype = self.owner.dtype or key_states.dtype
-        self.keys = key_states.new_zeros(self.owner.slots, heads, 0, dim, dtype=dtype)
-        self.values = value_states.new_zeros(self.owner.slots, heads, 0, value_states.shape[-1], dtype=dtype)
-        self.is_initialized = True
+    def reserve(self, key_BHLE: Tensor, value_BHLE: Tensor) -> None:
+        slots, capacity = self.owner.slots, self.owner.capacity
+        if not self.keys.numel():
+            dtype, heads = self.owner.dtype or key_BHLE.dtype, key_BHLE.shape[1]
+            self.keys = key_BHLE.new_zeros(slots, heads, capacity, key_BHLE.shape[-1], dtype=dtype)
+            self.values = value_BHLE.new_zeros(slots, heads, capacity, value_BHLE.shape[-1], dtype=dtype)
+        elif capacity > self.keys.shape[2] or slots > len(self.keys):
+            grown = (0, 0, 0, capacity - self.keys.shape[2], 0, 0, 0, slots - len(self.keys))
+            self.keys, self.values = nn.functional.pad(self.keys, grown), nn.functional.pad(self.values, grown)
 
-    def reserve(self, capacity: int) -> None:
-        more, slots = capacity - self.keys.shape[2], self.owner.slots - len(self.keys)
-        if more > 0 or slots > 0:
-            self.keys = nn.functional.pad(self.keys, (0, 0, 0, more, 0, 0, 0, slots))
-            self.values = nn.functional.pad(self.values, (0, 0, 0, more, 0, 0, 0, slots))
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.reserve(self.owner.capacity)
-        step = self.owner.step
+    def update(self, key_BHLE: Tensor, value_BHLE: Tensor) -> tuple[Tensor, Tensor]:
+        self.reserve(key_BHLE, value_BHLE)
+        step, count = self.owner.step, key_BHLE.shape[2]
         if step.aligned:  # slices are cheap; indexed writes cost more than the products of a small model's step
-            rows, places = slice(step.first, step.first + len(step.rows)), slice(step.at, step.at + key_states.shape[2])
-            self.keys[rows, :, places] = key_states
-            self.values[rows, :, places] = value_states
+            rows, places = slice(step.first, step.first + len(step.rows)), slice(step.at, step.at + count)
+            self.keys[rows, :, places] = key_BHLE
+            self.values[rows, :, places] = value_BHLE
         elif len(step.rows) <= 4:
-            count = key_states.shape[2]
             for i, (row, at) in enumerate(zip(step.rows, step.lengths, strict=True)):
-                self.keys[row, :, at : at + count] = key_states[i]
-                self.values[row, :, at : at + count] = value_states[i]
+                self.keys[row, :, at : at + count] = key_BHLE[i]
+                self.values[row, :, at : at + count] = value_BHLE[i]
         else:
-            self.keys[step.rows_B1, :, step.at_BL] = key_states.transpose(1, 2).to(self.keys.dtype)
-            self.values[step.rows_B1, :, step.at_BL] = value_states.transpose(1, 2).to(self.values.dtype)
+            self.keys[step.rows_B1, :, step.at_BL] = key_BHLE.transpose(1, 2).to(self.keys.dtype)
+            self.values[step.rows_B1, :, step.at_BL] = value_BHLE.transpose(1, 2).to(self.values.dtype)
         if step.contiguous:
             rows = slice(step.first, step.first + len(step.rows))
             return self.keys[rows, :, : step.keys], self.values[rows, :, : step.keys]
         return self.keys[step.rows_B, :, : step.keys], self.values[step.rows_B, :, : step.keys]
-
-    def get_seq_length(self) -> int:
-        return int(self.owner.lengths.max())
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.owner.step.keys, 0
-
-    def get_max_length(self) -> int:
-        return self.owner.capacity
 
 
 class _Step:
@@ -159,8 +141,10 @@ class _Step:
         self.at_BL = (lengths[:, None] + torch.arange(queries)).to(device)
 
 
-class SlotCache(Cache):
+class SlotCache:
     """A cache of numbered slots, each with a length of its own: rows join, leave and roll back without each other.
+
+    It has those methods of transformers' `Cache` that decoders call. transformers is not imported: that takes seconds.
 
     A step writes its keys after each slot's length. What of them stays is said afterwards by `keep`: one position for
     next-token prediction, none for masked prediction, the accepted ones for speculative decoding. slots: in use from
@@ -173,7 +157,30 @@ class SlotCache(Cache):
         self.notes: dict[int, Tensor] = {}
         """What a backbone keeps of a slot beside keys and values, from the slot's first position on."""
         self.step: _Step
-        super().__init__(layers=[_SlotLayer(self) for _ in range(layers)])
+        self.layers = [_SlotLayer(self) for _ in range(layers)]
+
+    # ---------------------------------------------------------------- what transformers' decoders call
+
+    is_compileable = False
+
+    def update(self, key_BHLE: Tensor, value_BHLE: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Write the step's keys and values of a layer; all that the step's rows may see of them."""
+        return self.layers[layer_idx].update(key_BHLE, value_BHLE)
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [False] * len(self.layers)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return int(self.lengths.max())
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.get_seq_length()
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self.step.keys, 0
+
+    # ---------------------------------------------------------------- slots
 
     def take(self) -> int:
         """One slot more, an empty one: its number, after all that are in use."""

@@ -91,6 +91,9 @@ def load_tokenizer(folder: str | Path) -> Any:
     kind = str(config.pop("kind", None))
     if not kind.isidentifier() or importlib.util.find_spec(f"{__name__}.{kind}") is None:
         raise ValueError(f"{folder / CONFIG}: no image tokenizer of kind {kind!r}; is this version of unigen too old?")
-    tokenizer = importlib.import_module(f"{__name__}.{kind}").from_config(config)
+    try:
+        tokenizer = importlib.import_module(f"{__name__}.{kind}").from_config(config)
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from error
     hub.load_strict(tokenizer, hub.read_tensors(folder / WEIGHTS), folder / WEIGHTS)
     return tokenizer.eval()

@@ -94,6 +94,66 @@ def load(folder: str | Path, newlines: bool = True) -> Any:
     return tokenizer
 
 
+class InferenceTokenizer:
+    """What reading and answering take of a `PreTrainedTokenizerFast`, over the same two files. Importing transformers'
+    takes longer than drawing a picture.
+
+    Raises ValueError in one line where the files are damaged or a sentence does not come back as it was.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        import tokenizers
+
+        self.folder = folder
+        self.chat_template: str | None = None
+        self.settings = hub.read_json(folder / SETTINGS)
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / FILE))
+        except Exception as error:  # the tokenizers package raises plain Exception
+            raise ValueError(f"the text tokenizer in {folder} cannot be loaded: {hub.first_line(error)}") from error
+        named = {name: self.settings.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        special = [token["content"] if isinstance(token, dict) else token for token in named.values()]
+        self.bos_token_id, self.eos_token_id, self.pad_token_id, self.unk_token_id = (
+            None if token is None else self._tokenizer.token_to_id(token) for token in special
+        )
+        more = self.settings.get("extra_special_tokens") or self.settings.get("additional_special_tokens") or []
+        ids = [self._tokenizer.token_to_id(token) for token in dict.fromkeys([*special, *more]) if token is not None]
+        self.all_special_ids = [id for id in dict.fromkeys(ids) if id is not None]
+        check_round_trip(self, folder)
+
+    def __len__(self) -> int:
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
+    def get_vocab(self) -> dict[str, int]:
+        return dict(self._tokenizer.get_vocab(with_added_tokens=True))
+
+    def convert_tokens_to_ids(self, tokens: Any) -> Any:
+        if isinstance(tokens, str):
+            id = self._tokenizer.token_to_id(tokens)
+            return self.unk_token_id if id is None else id
+        return [self.convert_tokens_to_ids(token) for token in tokens]
+
+    def convert_ids_to_tokens(self, id: int) -> str | None:
+        token: str | None = self._tokenizer.id_to_token(id)
+        return token
+
+    def __call__(
+        self, text: str, add_special_tokens: bool = True, split_special_tokens: bool = False
+    ) -> dict[str, list[int]]:
+        self._tokenizer.encode_special_tokens = split_special_tokens
+        return {"input_ids": self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids}
+
+    def decode(
+        self, ids: Iterable[int], skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool = False
+    ) -> str:
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        tokenizer = load(self.folder)
+        tokenizer.chat_template = self.chat_template
+        tokenizer.save_pretrained(folder)
+
+
 SENTENCE = "Say 12 or 345:\n\n  a red apple, two dogs."
 """What every tokenizer has to give back."""
 
