@@ -82,8 +82,8 @@ class Norm(nn.Module):
 
 
 class Rotary(nn.Module):
-    """Cosines and sines (B, L, E) of rotary positions: angle = position * base^(-2 i / E), each pair's angle at i and at
-    i + E / 2 (Su et al. 2021, arXiv 2104.09864)."""
+    """Cosines and sines (B, L, E) of rotary positions: angle = position * base^(-2 i / E), of each pair at i
+    and at i + E / 2 (Su et al. 2021, arXiv 2104.09864)."""
 
     def __init__(self, width: int, base: float) -> None:
         super().__init__()
