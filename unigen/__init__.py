@@ -131,7 +131,8 @@ def load(
             from unigen.pairs import load_reader
 
             engine = load_reader(folder, device, own, quantization)
-        if why and engine.info()["family"] != "tiny":  # which is held in float32 wherever it is
+        ours = isinstance(engine, Engine) and engine.model.family == "tiny"  # held in float32 wherever it is
+        if why and not ours:
             print(why, file=sys.stderr)
         return engine
 
