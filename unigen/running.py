@@ -31,6 +31,8 @@ from unigen.samplers.guidance import Guidance
 from unigen.samplers.seeds import generator_of
 from unigen.sequence import Document, NotFinite, Preview, Segment, to_images
 
+CHARACTERS = 16
+"""Of a text for each position of the context, above which it is not split into tokens: a token of words has fewer."""
 WASTE = 64
 """Positions of padding that cost about as much as another pass of the backbone."""
 
@@ -378,6 +380,7 @@ class Running:
 
     def row(self, request: Request) -> Row:
         """A row for a request, its first span begun. Raises ValueError for what cannot fit the context."""
+        self._check_length(request.document)
         request.document = self.model.read(request.document)
         row = Row(request, request.document)
         row.features = self.model.features(row.document)
@@ -394,6 +397,20 @@ class Running:
         if request.output not in ("image", "pair"):
             self._begin_text(row, row.unread[0].pop())
         return row
+
+    def _check_length(self, document: Document) -> None:
+        """Refuse what is far too long before its texts are split into tokens and its pictures encoded."""
+        context, reads = self.model.context, self.model.image_tokenizer.grid
+        if (characters := document.characters()) > CHARACTERS * context:
+            raise ValueError(
+                f"the prompt has {characters:,} characters, the model reads {context:,} positions: shorten it"
+            )
+        pictures = len(document.images())
+        sized = self.model.sight is None and not self.model.template.free_size  # all pictures have as many codes
+        if sized and pictures * reads[0] * reads[1] > context:
+            raise ValueError(
+                f"the prompt has {pictures} pictures, the model reads {context:,} positions: leave some out"
+            )
 
     def _image_length(self, request: Request) -> int:
         """Positions that a picture needs, written and read back."""

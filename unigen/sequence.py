@@ -197,6 +197,10 @@ class Document:
             raise ValueError("the prompt is empty: say what to draw or ask")
         return cls(segments)
 
+    def characters(self) -> int:
+        """How many characters its texts have, blanks in a row as one."""
+        return sum(len(" ".join(segment.text.split())) for segment in self.segments if segment.text)
+
     def images(self) -> list[Any]:
         return [s.image for s in self.segments if s.image is not None]
 

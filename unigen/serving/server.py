@@ -302,6 +302,8 @@ class Server:
             raise Wrong(400, "send multipart/form-data with a file named image")
         try:
             form = await request.form(max_files=MOST_FILES, max_fields=40)
+        except OSError as full:  # large files of a form are laid on the disk
+            raise Wrong(507, f"this server cannot take files now: {full.strerror}") from None
         except HTTPException as bad:
             if bad.status_code != 400:  # of the door
                 raise
