@@ -110,13 +110,28 @@ def test_what_is_looked_at_is_made_smaller_at_once(decoder: Decoder) -> None:
     decoding._decode(told, [File(BOMB)], 1, AREA)  # type: ignore[arg-type]
     plan, head, pixels = told.said
     width, height = json.loads(head)["size"]
-    assert AREA * 0.99 < width * height == len(pixels) / 3 <= AREA and json.loads(plan)["pixels"] == AREA
+    assert AREA / 4 < width * height == len(pixels) / 3 <= AREA and json.loads(plan)["pixels"] == AREA
     long = file((4000, 100), "L", "JPEG", 200)
     (small,) = read(decoder, long, area=10_000)
     assert abs(small.width / small.height - 40) < 3 and small.width * small.height <= 10_000
     assert np.abs(np.asarray(small, int) - 200).max() <= 2
     (whole,) = read(decoder, long)
     assert whole.size == (4000, 100)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA"])
+@pytest.mark.parametrize("side", [100, 150, 400])
+def test_what_is_made_smaller_looks_alike(mode: str, side: int) -> None:
+    """Whatever its mode, turned as its EXIF says; also where it is only a little larger."""
+    whole = Image.new("RGB", (side, side // 2), "white")
+    whole.paste("black", (0, 0, side // 2, side // 2))
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6  # a quarter to the right
+    whole.convert(mode).save(buffer, "PNG", exif=exif)
+    small = pictures.decoded(buffer.getvalue(), area=2000)
+    assert small.width < small.height and 500 <= small.width * small.height <= 2000
+    places = (small.width // 2, small.height // 8), (small.width // 2, small.height * 7 // 8)
+    assert [small.getpixel(place) for place in places] == [(0, 0, 0), (255, 255, 255)]
 
 
 def test_many_are_made_smaller_still(decoder: Decoder) -> None:

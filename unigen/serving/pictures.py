@@ -59,9 +59,10 @@ def decoded(data: bytes | Image.Image, area: int | None = None) -> Image.Image:
         ValueError: for what is no picture, or larger than `unigen.images.MAX_PIXELS`.
     """
     image = opened(data) if isinstance(data, bytes) else data
-    width, height = _within(image.size, area)
-    if (width, height) != image.size:
+    if area is not None and image.width * image.height > area:
+        width, height = _within(image.size, area)
         image.draft("RGB", (2 * width, 2 * height))
+        image = _reduced(image, area)
     picture = read_image(image, name="the picture")
     size = _within(picture.size, area)
     return picture if size == picture.size else picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)
@@ -72,6 +73,20 @@ def decoded_mask(data: bytes | Image.Image) -> Image.Image:
     ValueError as `decoded` does."""
     image = opened(data, "the mask") if isinstance(data, bytes) else data
     return read_mask(image, transparent_marks=True, name="the mask")
+
+
+def _reduced(image: Image.Image, area: int) -> Image.Image:
+    """A picture of several times the area made smaller as it is stored, which costs a part of what its colours cost."""
+    factor = math.ceil(math.sqrt(image.width * image.height / area))
+    if factor < 3 or image.mode not in ("1", "P", "L", "LA", "RGB", "RGBA") or "transparency" in image.info:
+        return image
+    try:
+        image.load()
+    except Exception:  # `read_image` says what is wrong with it
+        return image
+    if image.mode in ("1", "P"):
+        image = image.convert("L" if image.mode == "1" else "RGB")
+    return image.reduce(factor)
 
 
 def _within(size: tuple[int, int], area: int | None) -> tuple[int, int]:

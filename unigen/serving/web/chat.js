@@ -74,7 +74,7 @@ export function start({ model, able, track, go }) {
     try {
       for await (const part of parts(body, { signal, notice })) {
         take(answer, part, text, shown[1]);
-        running.changed();
+        running.changed(Boolean(part.image));
       }
       if (answer.reason === "length") shown[1].append(note("It was cut where it had its most tokens or pictures."));
     } catch (error) {

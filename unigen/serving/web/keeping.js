@@ -6,6 +6,8 @@ import * as past from "./history.js";
 const RUNNING = "unigen.running"; // in this tab: the entry whose answer is being made
 const PAUSE = 500; // milliseconds between two times that it is written
 
+const LEAVES = ["beforeunload", "pagehide"];
+
 // When the page is left its requests break off, which is no end of an answer.
 let leaving = false;
 window.addEventListener("beforeunload", () => {
@@ -21,8 +23,8 @@ export function tracker(say) {
     past.put({ at: Date.now(), ...entry }).catch((error) => say(`This could not be kept in the history: ${error.message}.`));
 
   /**
-   * Keep what entry() gives from now on, at most twice a second and when the page is left, until one of the functions is
-   * called that it returns: finish(entry) keeps that instead and returns its id, drop() what was there before.
+   * Keep what entry() gives from now on, until finish(entry), which keeps that instead and returns its id, or drop(),
+   * which keeps what was there before. changed(now): it gives something else, which is kept at once, or within PAUSE.
    */
   return function track(id, entry) {
     const own = id ?? past.name();
@@ -34,17 +36,20 @@ export function tracker(say) {
       const now = structuredClone({ ...entry(), id: own, running: true });
       writing = writing.then(() => put(now));
     };
-    const changed = () => (timer ??= setTimeout(write, PAUSE));
     const left = () => timer && (clearTimeout(timer), write());
+    const changed = (now) => {
+      timer ??= setTimeout(write, PAUSE);
+      if (now) left();
+    };
     const stop = () => {
       if (leaving) return false;
       clearTimeout(timer);
-      window.removeEventListener("pagehide", left);
+      for (const name of LEAVES) window.removeEventListener(name, left);
       sessionStorage.removeItem(RUNNING);
       return true;
     };
     sessionStorage.setItem(RUNNING, own);
-    window.addEventListener("pagehide", left);
+    for (const name of LEAVES) window.addEventListener(name, left);
     write();
     return {
       changed,

@@ -14,6 +14,7 @@ export function start({ model, able, track, go }) {
   const print = view.querySelector(".print");
   const { prompt } = form.elements;
   const tray = new Tray(form);
+  let replaced; // in the history: a story that was broken off, in whose place the next one comes
   form.querySelector(".file").parentElement.hidden = !able.reads;
   tray.thumbs.hidden = !able.reads;
   if (able.reads) {
@@ -43,11 +44,12 @@ export function start({ model, able, track, go }) {
     const shown = new Book(book, story);
     print.hidden = true;
     const entry = () => ({ view: "story", title: text, data: story });
-    const running = track(undefined, entry);
+    const running = track(replaced, entry);
+    replaced = undefined;
     try {
       for await (const part of parts(body, { signal, notice })) {
         shown.take(part);
-        running.changed();
+        running.changed(Boolean(part.image));
       }
     } finally {
       shown.end();
@@ -61,7 +63,7 @@ export function start({ model, able, track, go }) {
   });
 
   return {
-    open({ data, running }) {
+    open({ id, data, running }) {
       if (typeof data.title !== "string" || !data.references.every((one) => typeof one.url === "string")) {
         throw new Error("it is no story");
       }
@@ -77,7 +79,12 @@ export function start({ model, able, track, go }) {
       }
       shown.end();
       print.hidden = false;
-      if (running) book.append(broken("the page was left while this was told.", () => form.requestSubmit()));
+      replaced = undefined;
+      const again = () => {
+        replaced = id;
+        form.requestSubmit();
+      };
+      if (running) book.append(broken("the page was left while this was told.", again));
     },
     focus: () => prompt.focus(),
   };

@@ -25,6 +25,7 @@ export function start({ model, able, track, go }) {
   const { prompt, label, generator, brush } = form.elements;
   const tray = new Tray(form, { most: 1, changed: lay });
   let mask = null;
+  let replaced; // in the history: a run that was broken off, in whose place the next one comes
 
   const modes = Object.keys(MODES).filter((name) => able.modes.includes(name));
   for (const radio of form.querySelectorAll("[name=mode]")) {
@@ -126,9 +127,10 @@ export function start({ model, able, track, go }) {
     const pictures = [];
     const given = tray.pictures[0];
     const asked_for = { mode: mode(), fields: { ...fields, ...filled(form, ["vary"]) }, given: given && { ...given } };
-    const running = track(undefined, () => {
+    const running = track(replaced, () => {
       return { view: "studio", title, data: { verb, title, pictures: pictures.filter(Boolean), asked: asked_for } };
     });
+    replaced = undefined;
     if (runs.offsetTop > form.offsetTop) run.scrollIntoView({ block: "nearest" }); // below the form, on a phone
     try {
       for await (const { index, url, settings } of api.pictures(path, body, { signal, notice })) {
@@ -136,7 +138,7 @@ export function start({ model, able, track, go }) {
         frames[index]?.classList.toggle("made", Boolean(settings));
         if (!settings) continue;
         pictures[index] = { url, title, settings };
-        running.changed();
+        running.changed(true);
       }
       show(run, { verb, title, pictures });
       running.finish({ view: "studio", title, data: { verb, title, pictures } });
@@ -148,7 +150,8 @@ export function start({ model, able, track, go }) {
   });
 
   /** Fill in what was asked for, and ask once more; a mask is to be painted first. */
-  function again(run, { mode, fields: asked, given }) {
+  function again(run, id, { mode, fields: asked, given }) {
+    replaced = id;
     choose(mode);
     tray.set(given ? [given] : []);
     for (const [name, value] of Object.entries(asked)) {
@@ -181,12 +184,12 @@ export function start({ model, able, track, go }) {
 
   choose(modes[0]);
   return {
-    open({ data, running }) {
+    open({ id, data, running }) {
       if (!data.pictures.every((one) => typeof one.url === "string" && one.settings)) throw new Error("a picture is damaged");
       stop();
       const run = el("section", { class: "run" });
       show(run, data);
-      if (running) run.append(broken("the page was left while this was drawn.", () => again(run, data.asked)));
+      if (running) run.append(broken("the page was left while this was drawn.", () => again(run, id, data.asked)));
       runs.prepend(run);
     },
     focus: () => prompt.focus(),
