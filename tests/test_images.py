@@ -109,7 +109,7 @@ def test_damaged_exif_does_not_lose_a_picture() -> None:
         assert difference(read_image(file_of(image, "PNG", exif=exif)), image) == 0
 
 
-GREY16 = ramp().astype(np.uint16) * 257
+GREY16 = ramp().astype(np.uint16) * 256 + 37
 MANY_BITS: dict[str, Callable[[], bytes]] = {
     "PNG of 16 bits": lambda: file_of(Image.fromarray(GREY16), "PNG"),
     "TIFF of 16 bits": lambda: file_of(Image.fromarray(GREY16), "TIFF"),
@@ -239,7 +239,7 @@ ARRAYS: dict[str, Any] = {
     "uint8": EIGHT,
     "floats": EIGHT / 255,
     "float16": (EIGHT / 255).astype(np.float16),
-    "uint16": EIGHT.astype(np.uint16) * 257,
+    "uint16": EIGHT.astype(np.uint16) * 256 + 37,
     "int64": EIGHT.astype(np.int64),
     "channels first": EIGHT.transpose(2, 0, 1),
     "a batch of one": EIGHT[None],
@@ -338,7 +338,7 @@ def test_damaged_files_are_one_line_with_their_name(format: str, tmp_path: Path)
 
 def test_any_exception_of_a_plugin_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     scene().save(tmp_path / "a.png")
-    for kind in (RuntimeError, struct.error, OverflowError, zlib.error, EOFError, IndexError, KeyError, MemoryError):
+    for kind in (RuntimeError, struct.error, OverflowError, zlib.error, EOFError, IndexError, KeyError, AttributeError):
 
         def load(self: Any, kind: type[Exception] = kind) -> None:
             raise kind("bad\nthing")
@@ -346,6 +346,13 @@ def test_any_exception_of_a_plugin_is_one_line(monkeypatch: pytest.MonkeyPatch, 
         monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", load)
         with pytest.raises(ImageError, match=r"a.png cannot be read: .*\(.*bad.*thing.*\)$"):
             read_image(tmp_path / "a.png")
+
+    def full(self: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", full)
+    with pytest.raises(ImageError, match="a.png cannot be decoded: it takes too much memory"):
+        read_image(tmp_path / "a.png")
 
 
 def test_messages_name_the_picture(tmp_path: Path) -> None:

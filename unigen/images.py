@@ -161,8 +161,10 @@ def _read(
             file = io.BytesIO(source) if isinstance(source, (bytes, bytearray)) else source
             with Image.open(file, formats=formats) as image:
                 return _decode(image, name, max_pixels, srgb)
-    except (ImageError, MemoryError):
+    except ImageError:
         raise
+    except MemoryError as error:
+        raise ImageError(f"{name} cannot be decoded: it takes too much memory") from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name} is too large: at most {max_pixels:,} pixels") from error
     except FileNotFoundError as error:
