@@ -8,9 +8,11 @@ import json
 import math
 import multiprocessing
 import os
+import queue
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -27,6 +29,7 @@ from unigen.tokenizers.quantize import VectorQuantizer
 from unigen.training import checkpoint
 from unigen.training.checkpoint import Ema, checkpoints, load_checkpoint, lock_run
 from unigen.training.muon import MuonAdamW
+from unigen.training.peers import is_alive, watching
 from unigen.training.stream import permuted
 from unigen.training.trainer import Job, Trainer, adamw, lr_scale, run_recipe
 
@@ -337,6 +340,68 @@ torch.save(w, {folder!r} + f"/weights-{{torch.distributed.get_rank()}}.pt")
 def dropping() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 32), nn.GELU(), nn.Dropout(0.2), nn.Linear(32, 6))
+
+
+def test_the_end_of_another_process_is_noticed() -> None:
+    """Also of one that nobody has waited for."""
+    gone: queue.Queue[int] = queue.Queue()
+    child = os.fork()
+    if child == 0:
+        time.sleep(600)
+    with watching([child], gone.put, every=0.05, grace=0.1):
+        time.sleep(0.5)
+        assert is_alive(child) and gone.empty()
+        os.kill(child, signal.SIGKILL)
+        assert gone.get(timeout=60) == child
+    os.waitpid(child, 0)
+    assert not is_alive(child)
+    with watching([child], gone.put, every=0.05, grace=60):
+        time.sleep(0.5)
+    assert gone.empty(), "where the run ends meanwhile, all is well"
+
+
+LONG_STEP = """
+import sys, time
+sys.path[:0] = [{root!r}, {here!r}]
+import test_trainer as t, torch
+from pathlib import Path
+
+def slow():
+    print("slow", flush=True)
+    time.sleep(100)
+
+t.weights_after(Path({folder!r}), "batch_size=4", "workers=1", objective=t.Denoise(2, slow))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_process_is_killed_and_the_other_ends_soon(victim: int, tmp_path: Path, root: Path) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text(LONG_STEP.format(root=str(root), here=str(Path(__file__).parent), folder=str(tmp_path / "run")))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(script)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    other = ranks[1 - victim]
+    assert other.stdout is not None
+    assert any("slow" in line for line in other.stdout)
+    ranks[victim].kill()
+    began = time.monotonic()
+    told = other.communicate(timeout=90)[1]
+    ranks[victim].communicate()
+    assert other.returncode == 1 and f"process {victim} of the run ended" in told
+    assert time.monotonic() - began < 60, "far less than its step takes"
 
 
 @pytest.mark.slow

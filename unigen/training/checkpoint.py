@@ -9,10 +9,11 @@ full disk or a kill leaves the last good one.
 import errno
 import hashlib
 import os
+import re
 import shutil
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -194,18 +195,22 @@ def lock_run(run_dir: str | Path, main: bool = True) -> Iterator[None]:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         handle = lock(run_dir)
-        note.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
     except BlockingIOError as error:
-        who = note.read_text(encoding="utf-8", errors="replace") if note.is_file() else "another process"
-        raise ValueError(f"{run_dir} is in use by {who}: wait until it ends, or choose another run_dir") from error
+        who = note.read_text(encoding="utf-8", errors="replace") if note.is_file() else ""
+        raise ValueError(
+            f"{run_dir} is in use by {who or 'another process'}: wait until it ends, or choose another run_dir"
+        ) from error
     except OSError as error:
         raise ValueError(f"cannot use the run folder {run_dir}: {error.strerror or error}") from error
+    with suppress(OSError):  # a full disk is told where something has to be written
+        note.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
     _locked.add(run_dir)
     try:
         _clear(run_dir)
         yield
     finally:
-        note.unlink(missing_ok=True)
+        with suppress(OSError):
+            note.unlink(missing_ok=True)
         _locked.discard(run_dir)
         unlock(handle)
 
@@ -245,8 +250,9 @@ def disk_errors(what: str, advice: str) -> Iterator[None]:
         while chain is not None:  # torch and safetensors raise their own kinds about a failed write
             if isinstance(chain, OSError) and chain.errno in _DISK:
                 raise DiskError(f"cannot write {what}: {chain.strerror}; {advice}") from error
-            if "(os error 28)" in str(chain):
-                raise DiskError(f"cannot write {what}: {os.strerror(errno.ENOSPC)}; {advice}") from error
+            told = re.search(r"\(os error (\d+)\)", str(chain))
+            if told and int(told[1]) in _DISK:
+                raise DiskError(f"cannot write {what}: {os.strerror(int(told[1]))}; {advice}") from error
             chain = chain.__cause__ or chain.__context__
         raise
 

@@ -7,12 +7,14 @@ process or worker makes it and whenever: resuming is starting at p.
     batch = next(batches)
 """
 
+import ctypes
 import itertools
 import multiprocessing
 import os
 import pickle
 import random
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -116,11 +118,14 @@ class _Collate:
         return failed
 
 
-def _worker_signals(_: int) -> None:
+def _start_worker(_: int) -> None:
     """Ctrl-C and many a scheduler's SIGTERM reach every process of a group: the trainer decides when to stop, so its
-    workers go on until it closes them; one that is stuck beside a dead trainer dies two minutes after a SIGTERM."""
+    workers go on until it closes them. Where it is killed they end with it: they hold its connections to the other
+    processes of the run, which would wait for it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(120))
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(120))  # where the system has no such order, and it is stuck
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 class Batches:
@@ -197,7 +202,7 @@ def load(
         batch_sampler=positions(),  # type: ignore[arg-type]
         collate_fn=_Collate(collate or torch.utils.data.default_collate),
         num_workers=workers,
-        worker_init_fn=_worker_signals,
+        worker_init_fn=_start_worker,
         multiprocessing_context="fork" if workers and hasattr(os, "fork") else None,  # recipes need not be importable
         pin_memory=pin,
         prefetch_factor=4 if workers else None,

@@ -38,6 +38,7 @@ from unigen.training.checkpoint import (
     save_model,
 )
 from unigen.training.logs import Logs, Totals, clock, means
+from unigen.training.peers import watch_peers
 from unigen.training.recipe import run_recipe as run_recipe
 from unigen.training.stream import Batches, Failed, load, mix, seed_all
 
@@ -215,7 +216,7 @@ class Trainer:
                     if self.world == 1 or not _is_lost_peer(error):
                         raise
                     raise ValueError(
-                        f"process {self.rank} ends since another one of the run did: {_goes_on(self.run_dir)}"
+                        f"process {self.rank} ends since another one of the run did: {self._goes_on()}"
                     ) from error
 
     def _run(self) -> dict[str, Any]:
@@ -229,7 +230,7 @@ class Trainer:
         if start >= 1:
             self._complete()
         logs = Logs(self.run_dir, self.cfg.steps, first, start, before) if self.main else None
-        with self._signals(), logs or nullcontext():
+        with self._signals(), logs or nullcontext(), watch_peers(self._goes_on):
             try:
                 while True:
                     self.elapsed, stop = self._agree(before + time.monotonic() - began)
@@ -460,6 +461,11 @@ class Trainer:
             print(f"{self.run_dir}: wrote the model of step {self.step}, which was missing", flush=True)
         self.accelerator.wait_for_everyone()
 
+    def _goes_on(self) -> str:
+        good = checkpoints(self.run_dir)
+        where = f"from {good[-1].name}" if good else "afresh"
+        return f"what it said last says why; the same command goes on {where}"
+
     def _optimizer_names(self) -> list[str]:
         return [type(optimizer).__name__ for _, optimizer, _ in self.players]
 
@@ -601,12 +607,6 @@ def _is_lost_peer(error: RuntimeError) -> bool:
     """Whether a collective failed since another process is gone, as gloo and NCCL tell it."""
     signs = "connection closed by peer", "connection reset", "broken pipe", "remote process"
     return any(sign in str(error).lower() for sign in signs)
-
-
-def _goes_on(run_dir: Path) -> str:
-    good = checkpoints(run_dir)
-    where = f"from {good[-1].name}" if good else "afresh"
-    return f"its own message says why; the same command goes on {where}"
 
 
 def _every(interval: int, step: int) -> bool:
