@@ -18,7 +18,7 @@ from unigen.cli import main
 from unigen.serving import body, connection
 from unigen.serving.guard import Guard, Limits
 from unigen.serving.protocol import LONGEST_STOP, of_form
-from unigen.serving.server import Settings, create_app
+from unigen.serving.server import Settings, create_app, uvicorn_config
 
 
 def app(**settings: Any) -> tuple[Painter, Any]:
@@ -150,11 +150,13 @@ def test_a_body_that_trickles_is_given_up(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_bodies_together_have_a_limit() -> None:
     """What is held is counted, and given back when the requests end."""
-    guard = door(Limits(body=10, bodies=15))
+    guard = door(Limits(body=10, bodies=25))
     for _ in range(3):
         assert asked(guard, body=(b"x" * 10,))[0] == 200
-    guard._bytes = 6  # another request holds so many
-    assert asked(guard, body=(b"x" * 10,))[0] == 429 and guard._bytes == 6
+    guard._bytes = 16  # others hold so many
+    assert asked(guard, body=(b"x" * 10,))[0] == 429 and guard._bytes == 16
+    guard._bytes = 15
+    assert asked(guard, body=(b"x" * 10,))[0] == 200
 
 
 @pytest.mark.parametrize(
@@ -316,6 +318,34 @@ def test_a_proxy_is_an_address_or_a_network() -> None:
 
 
 # ---------------------------------------------------------------- connections
+
+
+@pytest.mark.parametrize(("proxies", "who"), [((), "127.0.0.1"), (("127.0.0.1",), "9.9.9.9")])
+def test_who_asks_is_what_a_trusted_proxy_says_alone(proxies: tuple[str, ...], who: str) -> None:
+    """The address beside a key's or page's rate: not what anyone writes into a header, and of a chain the last one."""
+    import uvicorn
+
+    seen: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(scope["client"][0])
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def ask() -> None:
+        server = uvicorn.Server(uvicorn_config(app, Settings(model="m", proxies=proxies), "127.0.0.1", 0))
+        server.config.lifespan = "off"
+        task = asyncio.create_task(server.serve())
+        while not server.started:
+            await asyncio.sleep(0.01)
+        (port,) = [one.getsockname()[1] for one in server.servers[0].sockets]
+        async with httpx.AsyncClient() as client:
+            await client.get(f"http://127.0.0.1:{port}/", headers={"x-forwarded-for": "1.1.1.1, 9.9.9.9"})
+        server.should_exit = True
+        await task
+
+    asyncio.run(ask())
+    assert seen == [who]
 
 
 async def serving(monkeypatch: pytest.MonkeyPatch, answer: bytes) -> Any:

@@ -174,7 +174,11 @@ def answers(monkeypatch: pytest.MonkeyPatch, *pages: Any) -> list[tuple[str, str
 
 def test_a_redirect_is_checked_as_the_first_address_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """And the connection is made to the address that was checked."""
-    image = httpx.Response(200, headers={"content-type": "image/png"}, content=b"x")
+
+    async def file() -> Any:
+        yield b"x"
+
+    image = httpx.Response(200, headers={"content-type": "image/png"}, content=file())
     seen = answers(monkeypatch, httpx.Response(302, headers={"location": "http://other.example/b"}), image)
     assert asyncio.run(pictures.fetched("http://a.example/", 10)) == b"x"
     assert seen == [("8.8.8.8", "a.example"), ("8.8.8.8", "other.example")]

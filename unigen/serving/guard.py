@@ -39,7 +39,7 @@ class Limits:
     Args:
         keys: without one of them nothing but `OPEN` is answered; none: all is. Printable ASCII without blanks.
         body: bytes of one request.
-        bodies: bytes of all requests that are being read or answered.
+        bodies: bytes of all requests that are being read or answered; at least of two of them.
         rate: requests a minute of one key or address; 0 is any number.
         wrong_keys: a minute of one address; when they are used up, no key of that address is looked at.
         hosts: names of this server beside localhost and addresses, "*" is any; other names in the header `Host` are
@@ -199,7 +199,7 @@ class Guard:
     def count(self, bytes: int) -> None:
         """Bytes of bodies that are held. Raises HTTPException where it is too many."""
         self._bytes += bytes
-        if self._bytes > self.limits.bodies:
+        if self._bytes > max(self.limits.bodies, 2 * self.limits.body):
             raise HTTPException(429, "the server reads too many requests at a time: ask again", {"retry-after": "2"})
 
 

@@ -137,7 +137,8 @@ async def _fetched(url: str, most: int) -> bytes:
                 address = await _public(parts.hostname, parts.port or (443 if parts.scheme == "https" else 80))
                 # to that very address, so that the name cannot mean another one by now
                 asked: Any = httpx.URL(url).copy_with(host=address)
-                headers, extensions = {"Host": parts.netloc}, {"sni_hostname": parts.hostname}
+                headers = {"Host": parts.netloc, "Accept-Encoding": "identity"}  # some bytes of others may be many
+                extensions = {"sni_hostname": parts.hostname}
                 async with client.stream("GET", asked, headers=headers, extensions=extensions) as answer:
                     if answer.is_redirect:
                         url = urljoin(url, answer.headers["location"])
@@ -147,7 +148,7 @@ async def _fetched(url: str, most: int) -> bytes:
                     if not answer.headers.get("content-type", "").lower().startswith("image/"):
                         raise ValueError("the picture's address does not hold a picture")
                     data = b""
-                    async for chunk in answer.aiter_bytes():
+                    async for chunk in answer.aiter_raw():
                         data += chunk
                         if len(data) > most:
                             raise ValueError(f"the picture at this address is larger than {most} bytes")

@@ -562,6 +562,26 @@ def create_app(engine: Any, settings: Settings) -> Any:
     return app
 
 
+def uvicorn_config(app: Any, settings: Settings, host: str, port: int) -> Any:
+    """How uvicorn serves the app: within limits of time, and believing proxies that are named alone."""
+    import uvicorn
+
+    return uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=math.ceil(settings.seconds),
+        server_header=False,
+        http=TimedConnection,
+        ws="none",
+        proxy_headers=bool(settings.proxies),
+        forwarded_allow_ips=list(settings.proxies),
+    )
+
+
 def run(source: dict[str, Any], settings: Settings, host: str, port: int, slots: int, most: int) -> None:
     """Serve until SIGINT or SIGTERM; what is being answered then is finished first. Raises ValueError for a model that
     cannot be loaded and an address that cannot be had."""
@@ -578,21 +598,7 @@ def run(source: dict[str, Any], settings: Settings, host: str, port: int, slots:
         longest_step=settings.seconds + SLACK,
         patience=settings.patience,
     )
-    config = uvicorn.Config(
-        create_app(engine, settings),
-        host=host,
-        port=port,
-        log_config=None,
-        log_level="warning",
-        access_log=False,
-        timeout_graceful_shutdown=math.ceil(settings.seconds),
-        server_header=False,
-        http=TimedConnection,
-        ws="none",
-        proxy_headers=bool(settings.proxies),
-        forwarded_allow_ips=list(settings.proxies),
-    )
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(uvicorn_config(create_app(engine, settings), settings, host, port))
 
     async def watch() -> None:
         await engine.tried.wait()
