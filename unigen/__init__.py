@@ -114,7 +114,7 @@ def load(
     def one(name: str, reads: bool = False) -> Any:
         from unigen import pipelines
 
-        folder, variant = find(name, reads)
+        folder, variant = find(name, reads, pipelines.check_class)
         if pipelines.is_pipeline(folder):
             if quantization is not None and lmm is None:
                 raise ValueError(

@@ -306,7 +306,7 @@ def load_reader(
         raise ValueError(f"{folder} has no chat template: give a model that was tuned to chat")
     model = hub.pretrained(kind, folder, dtype)
     if torch.device(device).type == "cpu":
-        widen(model)
+        widen(model, model)
     if quantization is not None:
         quantize(model.get_decoder(), quantization, device)
     return TransformersReader(model.to(device), processor, sees, quantization, text_sampling_of(folder))

@@ -24,8 +24,8 @@ CLASSES = {
 FILES = {
     "consolidate_params.json": "is Chameleon in its authors' layout; that of transformers loads: facebook/chameleon-7b "
     "answers, leloy/Anole-7b-v0.1-hf draws, too",
-    "params.json": "is in the layout of Meta's code, as GAIR/Anole-7b-v0.1; that of transformers loads: "
-    "leloy/Anole-7b-v0.1-hf",
+    "params.json": "is in the layout of Meta's code, as GAIR/Anole-7b-v0.1, which is not read; Anole in that of "
+    "transformers is: leloy/Anole-7b-v0.1-hf",
     "llm_config.json": TYPES["bagel"],
     "*.gguf": "holds weights for llama.cpp (GGUF), which are not read: give the repository that they were made from",
     "*.onnx": "holds ONNX weights, which are not read: give the repository that they were made from",

@@ -24,7 +24,7 @@ KNOWN: dict[str, tuple[dict[str, Any] | None, tuple[str, ...], str]] = {
     "Emu3.5": ({"model_type": "Emu3"}, (), "is Emu3.5, which is not supported"),
     "Emu3-other": ({"model_type": "Emu3", "vocab_size": 282926}, (), "is Emu3.5, which is not supported"),
     "JanusFlow-1.3B": (JANUS | {"vision_gen_enc_config": {}}, (), "is JanusFlow, which draws by rectified flow"),
-    "Anole-7b-v0.1": (None, ("params.json",), "that of transformers loads: leloy/Anole-7b-v0.1-hf"),
+    "Anole-7b-v0.1": (None, ("params.json",), "in that of transformers is: leloy/Anole-7b-v0.1-hf"),
     "chameleon-7b": (None, ("consolidate_params.json",), "facebook/chameleon-7b answers, leloy/Anole-7b-v0.1-hf draws"),
     "BAGEL-7B-MoT": ({"model_type": "bagel"}, (), "is BAGEL, which draws by rectified flow and is not supported"),
     "show-o2-7B": ({"_class_name": "Showo2Qwen2_5"}, (), "Show-o is: showlab/show-o-512x512"),
@@ -155,6 +155,13 @@ def test_no_weights_of_what_does_not_load(name: str, hub: Any) -> None:
     with pytest.raises(ValueError, match=reason):
         unigen.load("someone/something", "cpu")
     assert one.fetched == ["config.json"]
+
+
+def test_no_weights_of_a_pipeline_that_cannot_be_used(hub: Any) -> None:
+    one = hub({"model_index.json": '{"_class_name": "LTXPipeline"}', "unet/model.safetensors": ""})
+    with pytest.raises(ValueError, match="video"):
+        unigen.load("someone/something", "cpu")
+    assert one.fetched == ["model_index.json"]
 
 
 def test_a_model_that_reads_may_be_any_of_transformers(hub: Any) -> None:

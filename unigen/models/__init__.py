@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +53,17 @@ def load_found(
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"sampling in {folder / hub.MANIFEST}: {error}") from error
     if torch.device(device).type == "cpu":
-        widen(model)
+        widen(model, model.backbone)
     if quantization is not None:
         model.quantize(quantization, device)
     return model.to(device).eval()
 
 
-def widen(model: torch.nn.Module) -> None:
+def widen(model: torch.nn.Module, language: torch.nn.Module) -> None:
     """float16 weights as float32, which is what a CPU computes with: products of float16 round differently in a batch
-    than alone there, and activations of many public models exceed its range."""
-    if any(p.dtype == torch.float16 for p in model.backbone.parameters()):
+    than alone there, and activations of many public models exceed its range. language: the part of the model that says
+    in which precision it is held."""
+    if any(p.dtype == torch.float16 for p in language.parameters()):
         model.float()
 
 
@@ -69,12 +71,17 @@ class Unknown(ValueError):
     """A folder that is of no family here."""
 
 
-def find(name: str | Path, reads: bool = False) -> tuple[Path, str | None]:
+def find(
+    name: str | Path, reads: bool = False, check_pipeline: Callable[[Path], Any] | None = None
+) -> tuple[Path, str | None]:
     """The folder of a name, and which of several models there is meant. Of a repository of the hub weights are fetched
-    when its small files say that it can be loaded. reads: may it be any model of transformers that reads?"""
+    when its small files say that it can be loaded. reads: may it be any model of transformers that reads?
+    check_pipeline: raises ValueError for a pipeline that cannot be used."""
 
     def judge(folder: Path) -> None:
         if (folder / "model_index.json").is_file():
+            if check_pipeline is not None:
+                check_pipeline(folder)
             return
         manifest = folder / hub.MANIFEST
         try:
