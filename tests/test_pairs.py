@@ -511,3 +511,22 @@ def test_two_of_our_families_pair(janus_folder: Path, tmp_path: Path) -> None:
     llamagen_case.checkpoint(tmp_path)
     pair = unigen.load(device="cpu", lmm=str(janus_folder), generator=str(tmp_path))
     assert pair.generate(7).size == (32, 32)
+
+
+def test_a_system_message_is_read_before_all_else(chat_folder: Path) -> None:
+    """By the model that reads, wherever it stands; what is drawn is what the user says."""
+    reader = load_reader(chat_folder)
+    system, asked = Segment(text="a blue hill", role="system"), Segment(text="a red dog")
+    for said in ([system, asked], [asked, system]):
+        ids = reader._inputs(Document(said))["input_ids"][0]
+        assert reader.processor.decode(ids) == "systema blue hillusera red dogassistant"
+    drawn: list[Any] = []
+
+    class Painter:
+        outputs = ("image",)
+
+        def generate(self, prompt: Any, *_: Any, **__: Any) -> None:
+            drawn.append(prompt)
+
+    PairedEngine(reader, Painter()).generate([system, asked], "image")
+    assert [segment.text for segment in drawn[0].segments] == ["a red dog"]

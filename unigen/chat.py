@@ -32,6 +32,7 @@ from unigen.images import read_image
 from unigen.output import check_output, save_picture, write_text
 from unigen.samplers.seeds import later_seed
 from unigen.sequence import Document, Segment
+from unigen.templates import Output, usual_output
 
 COMMANDS = {
     "/image": "PATH",
@@ -98,10 +99,11 @@ def pasted_paths(text: str) -> list[str]:
 
 
 class Chat:
-    """The state of one conversation. output: what is asked for in each turn; options go to engine.stream; turn i is
+    """The state of one conversation. output: what is asked for in each turn, None is as of
+    `unigen.templates.usual_output`; options go to engine.stream; turn i is
     seeded by seed + i."""
 
-    def __init__(self, folder: str | Path, seed: int = 0, output: str = "interleaved", **options: Any):
+    def __init__(self, folder: str | Path, seed: int = 0, output: Output | None = "interleaved", **options: Any):
         self.output = output
         self.folder = Path(folder)
         self.seed = seed
@@ -221,7 +223,8 @@ class Chat:
         asked = [*(Segment(image=image) for image in self.attached), Segment(text=line)]
         request = Document([*self.document.segments, *asked])
         answer: list[Segment] = []
-        stream = engine.stream(request, output=self.output, seed=later_seed(self.seed, self.turn), **self.options)
+        output = self.output or usual_output(request, engine.outputs)
+        stream = engine.stream(request, output=output, seed=later_seed(self.seed, self.turn), **self.options)
         for part in stream:
             if isinstance(part, str):
                 print(part, end="", file=out, flush=True)

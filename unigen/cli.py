@@ -532,9 +532,8 @@ def chat(args: argparse.Namespace) -> int:
     from unigen.chat import Chat
 
     engine = load(args)
-    output = "interleaved" if "interleaved" in engine.outputs else "text"
     with progress.hidden():  # a bar would be drawn over the answer
-        Chat(args.folder, output=output, **sampling(args)).run(engine, sys.stdin, sys.stdout)
+        Chat(args.folder, output=None, **sampling(args)).run(engine, sys.stdin, sys.stdout)
     return 0
 
 

@@ -182,6 +182,7 @@ class Engine:
             | {name: told for name, told in model.sampling.items() if name == "text"},
             "outputs": list(self.outputs),
             "candidates": self.compares,
+            "system": self.model.template.system,
             **({"classes": list(model.template.classes)} if model.template.classes else {}),
             "precision": held(model.backbone.lm, model.quantization),
             "weights_mb": round(measure(model)[1] / 1e6, 1),

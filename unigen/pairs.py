@@ -32,7 +32,7 @@ from unigen.pipelines import check_seed, check_words
 from unigen.samplers.logits import Sampling
 from unigen.samplers.seeds import generator_of, later_seed
 from unigen.sequence import Document, Segment, as_words
-from unigen.templates import Output, Unable
+from unigen.templates import Output, Unable, split_system
 from unigen.tokenizers import text
 
 PROMPT = "Say in one sentence what the picture that is asked for shows, as a prompt for a painter. Only the sentence."
@@ -110,7 +110,9 @@ class PairedEngine:
         return self.painter.inpaint(image, prompt, mask, **options)
 
     def info(self) -> dict[str, Any]:
-        return {"outputs": list(self.outputs), "reads": self.lmm.info(), "draws": self.painter.info()}
+        reads = self.lmm.info()
+        known = {"outputs": list(self.outputs), "system": reads.get("system", False)}
+        return known | {"reads": reads, "draws": self.painter.info()}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(lmm={self.lmm!r}, generator={self.painter!r})"
@@ -141,6 +143,7 @@ class PairedEngine:
                     parts.append(part)
                     bar.update(not isinstance(part, str))
             return parts
+        document.segments = split_system(document.segments)[1]
         if self.joined or not document.images():  # the one that reads says nothing
             return self.painter.generate(document, "image", seed=seed, **options)
         said = self._said(Document([*document.segments, Segment(text=PROMPT)]), seed, options, MOST)
@@ -258,7 +261,8 @@ class TransformersReader:
 
     def _inputs(self, document: Document) -> Any:
         messages: list[dict[str, Any]] = []
-        for segment in document.segments:
+        told, segments = split_system(document.segments)
+        for segment in [Segment(text=told, role="system"), *segments] if told else segments:
             if segment.label is not None:
                 raise ValueError("this model reads words, not classes: say it in words")
             if segment.image is not None and not self.sees:
@@ -272,8 +276,16 @@ class TransformersReader:
         if not self.sees:
             for message in messages:
                 message["content"] = "\n".join(part["text"] for part in message["content"])
+
+        def render(messages: Any) -> str:
+            return str(self.processor.apply_chat_template(messages, tokenize=False))
+
         return self.processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            text.with_system(messages, render),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
         )
 
     def info(self) -> dict[str, Any]:
@@ -282,6 +294,7 @@ class TransformersReader:
             "family": "transformers",
             "model": f"{kind}, {count / 1e6:.1f}M parameters",
             "sees": self.sees,
+            "system": True,
             "text_sampling": self.text_sampling,
             "precision": held(self.model, self.quantization),
             "weights_mb": round(size / 1e6, 1),

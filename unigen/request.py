@@ -19,8 +19,8 @@ from unigen.model import UnifiedModel
 from unigen.samplers.guidance import Guidance
 from unigen.samplers.logits import Sampling
 from unigen.samplers.ode import MOST, SAMPLERS
-from unigen.sequence import Document
-from unigen.templates import OUTPUTS, Output
+from unigen.sequence import Document, Segment
+from unigen.templates import OUTPUTS, Output, split_system
 
 SAMPLING: dict[str, Any] = {"guidance": 3.0, "temperature": 0.8, "top_k": 0, "top_p": 1.0}
 """How pictures are drawn by a model that does not say."""
@@ -151,6 +151,11 @@ def checked(
     texts = {"temperature": 0.8 if output == "interleaved" else 0.0} | model.sampling.get("text", {})
     texts |= {name: value for name, value in written.items() if value is not None}
     document = Document.of(prompt)
+    told, said = split_system(document.segments)
+    if told and not model.template.system:
+        raise ValueError("this model follows no system messages: leave them out, or say it as the user")
+    if told:  # pictures are drawn from what the user says
+        document.segments = said if output == "image" else [Segment(text=told, role="system"), *said]
     grid = grid_of(model, document.size if size is None else size)
     if model.template.free_size:
         stride = model.image_tokenizer.image_size // model.image_tokenizer.grid[0]

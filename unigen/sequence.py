@@ -28,8 +28,9 @@ from torch import Tensor
 from unigen.display import png_bytes, turns_html
 from unigen.images import is_image, is_image_path, missing, read_image
 
-Role = Literal["user", "assistant"]
-ROLES: tuple[Role, ...] = ("user", "assistant")
+Role = Literal["user", "assistant", "system"]
+ROLES: tuple[Role, ...] = ("user", "assistant", "system")
+"""system: text that says how to answer, for models that follow it (`Template.system`)."""
 LONGEST = 50
 """How many times as long as wide a picture may be that a model reads."""
 
@@ -131,6 +132,8 @@ class Segment:
             raise ValueError(f"a label is the number or the name of a class, not {type(self.label).__name__}")
         if self.role not in ROLES:
             raise ValueError(f"unknown role {self.role!r}: one of {', '.join(ROLES)}")
+        if self.role == "system" and self.text is None:
+            raise ValueError("a system message holds text alone")
         if isinstance(self.image, Tensor) and (self.image.ndim > 2 or self.image.dtype == torch.uint8):
             self.image = read_image(self.image)
 

@@ -33,6 +33,12 @@ def pictures_first(segments: Sequence[Segment]) -> list[Segment]:
     return ordered
 
 
+def split_system(segments: Sequence[Segment]) -> tuple[str, list[Segment]]:
+    """The text of all system messages, "" where there are none, and what the user and the assistant say."""
+    told = [(segment.text or "").strip() for segment in segments if segment.role == "system"]
+    return "\n\n".join(told), [segment for segment in segments if segment.role != "system"]
+
+
 _POLITE = re.compile(r"^(?:please\b[\s,]*|(?:can|could|would|will) you\b\s*)+", re.IGNORECASE)
 _ASKS = re.compile(
     r"(?:what|which|who|whose|whom|where|when|why|how|is|are|am|was|were|do|does|did|has|have|can|could|should|would|will"
@@ -69,10 +75,10 @@ class Template(Protocol):
     finished pictures stand in it; classes: the names of what a model draws that draws classes and not words, else none;
     text_lengths: how many positions of text the span of a picture opens with, of generators whose spans do; turn_ends:
     ids that end an answer; begins: the token that opens a picture, by generator, unless the prompt itself does;
-    free_size: may pictures be of any size? candidates: among how many captions a picture's is
-    chosen, if nothing else is asked for; scales: of guidance, one less than the branches it has (`blind` is a branch's
-    number, 0 the one that sees all); frame: how pictures are brought to the pixels that the model reads; settings:
-    what a saved model has to say of it."""
+    free_size: may pictures be of any size? system: are system messages followed in text? candidates: among how many
+    captions a picture's is chosen, if nothing else is asked for; scales: of guidance, one less than the branches it
+    has (`blind` is a branch's number, 0 the one that sees all); frame: how pictures are brought to the pixels that the
+    model reads; settings: what a saved model has to say of it."""
 
     outputs: tuple[Output, ...]
     reader: str
@@ -81,6 +87,7 @@ class Template(Protocol):
     turn_ends: tuple[int, ...]
     free_size: bool
     scales: int
+    system: bool
     settings: dict[str, Any]
     begins: dict[str, int]
     candidates: int
@@ -119,6 +126,7 @@ class PublicTemplate:
     candidates = 1
     free_size = False
     scales = 1
+    system = False
     classes: tuple[str, ...] = ()
     turn_ends: tuple[int, ...]
     begins: dict[str, int]

@@ -83,6 +83,27 @@ def test_it_is_served(case: Any, public: Path) -> None:
         assert drawn[seed].tobytes() == engine.generate(case.PROMPT, seed=seed, size=case.SIZE).tobytes()
 
 
+def test_a_system_message_is_followed_or_refused(case: Any, public: Path) -> None:
+    """Where the family has a place for one it opens the prompt of a text, once, in the place of the usual one. Pictures
+    are drawn from what the user says."""
+    engine = unigen.load(str(public), "cpu")
+    template = engine.model.template
+    system, asked = Segment(text="a red apple", role="system"), Segment(text="red")
+    if not template.system:
+        with pytest.raises(ValueError, match="system"):
+            engine.request([system, asked], engine.outputs[0])
+        return
+    plain, told, later = (
+        template.prompt(engine.request(said, "text").document, output="text").ids
+        for said in ([asked], [system, asked], [asked, system])
+    )
+    assert told == later != plain and told[-3:] == plain[-3:]
+    decoded = [template.tokenizer.decode(ids, skip_special_tokens=True) for ids in (plain, told)]
+    assert [text.count("a red apple") for text in decoded] == [0, 1]
+    drawn = engine.request([system, asked], "image").document
+    assert template.prompt(drawn, output="image").ids == template.prompt(Document([asked]), output="image").ids
+
+
 def test_conversion_there_and_back_changes_nothing(case: Any, public: Path, tmp_path: Path) -> None:
     convert(public, tmp_path / "ours")
     assert (tmp_path / "ours" / hub.MANIFEST).is_file()

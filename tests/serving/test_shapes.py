@@ -234,6 +234,17 @@ def test_messages_as_clients_have_them() -> None:
     assert told == [("user", "a"), ("assistant", "no"), ("user", "b"), ("user", True), ("user", True)]
     status, answer = post(CHAT, SAID | {"messages": [{"role": "system", "content": "a"}, *SAID["messages"]]})
     assert answer["choices"][0]["settings"]["ignored"] == ["system"]
+    PAINTER.info = Fixed.info | {"system": True}
+    try:
+        told = segments([{"role": "developer", "content": "be kind"}, *SAID["messages"]])
+        assert told == [("system", "be kind"), ("user", "a")]
+        _, answer = post(CHAT, SAID | {"messages": [{"role": "system", "content": "a"}, *SAID["messages"]]})
+        assert "ignored" not in answer["choices"][0]["settings"]
+        drawn = {"messages": [{"role": "system", "content": "a"}, *SAID["messages"]], "modalities": ["image"]}
+        _, answer = post(CHAT, SAID | drawn)
+        assert answer["choices"][0]["settings"]["ignored"] == ["system"] and len(PAINTER.jobs[-1].prompt.segments) == 1
+    finally:
+        del PAINTER.info
     for wrong, names in (
         ([{"role": "system", "content": "a"}], "user"),
         ([{"role": "system", "content": [part]}, *SAID["messages"]], "system"),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
 from tests.parity.common import byte_level_tokenizer
@@ -89,3 +91,43 @@ def test_reading_without_transformers_is_the_same(tiny_folder: Path) -> None:
     names = ["<user>", "no such", "<boi>"]
     assert ours.convert_tokens_to_ids(names) == theirs.convert_tokens_to_ids(names)
     assert ours.convert_ids_to_tokens(5) == theirs.convert_ids_to_tokens(5)
+
+
+def turns(roles: str, refuses: str = "", drops: str = "") -> Any:
+    """A chat template that knows these roles, with the system's by default, as real ones do."""
+
+    def render(messages: list[dict[str, Any]]) -> str:
+        if any(message["role"] == refuses for message in messages):
+            raise TemplateError(f"no role {refuses}")
+        said = [m for m in messages if m["role"] != drops]
+        names = [m["role"] if m["role"] in roles.split() else "user" for m in said]
+        if "alternating" in roles and any(a == b for a, b in zip(names, names[1:], strict=False)):
+            raise TemplateError("roles must alternate")
+        text_of = lambda content: content if isinstance(content, str) else "".join(p.get("text", "") for p in content)  # noqa: E731
+        return "".join(f"<{name}>{text_of(m['content'])}" for name, m in zip(names, said, strict=True))
+
+    return render
+
+
+@pytest.mark.parametrize(
+    ("render", "kept"),
+    [
+        (turns("system user assistant"), True),
+        (turns("system user assistant alternating"), True),
+        (turns("user assistant", refuses="system"), False),
+        (turns("user assistant", drops="system"), False),
+        (turns("user assistant"), False),
+        (turns("user assistant alternating"), False),
+    ],
+)
+def test_a_system_message_stands_in_its_place_or_before_the_first_words(render: Any, kept: bool) -> None:
+    system, user = {"role": "system", "content": "be kind"}, {"role": "user", "content": "a dog"}
+    answer = {"role": "assistant", "content": "two"}
+    wanted = "<system>be kind<user>a dog<assistant>two" if kept else "<user>be kind\n\na dog<assistant>two"
+    assert render(text.with_system([system, user, answer], render)) == wanted
+    assert text.with_system([user, answer], render) == [user, answer]
+    parts = [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in (system, user)]
+    found = text.with_system(parts, render)
+    assert [m["role"] for m in found] == (["system", "user"] if kept else ["user"]) and "a dog" in str(found[-1])
+    first = text.with_system([system, answer], render)
+    assert [m["role"] for m in first] == ["system" if kept else "user", "assistant"]

@@ -97,6 +97,8 @@ class ChameleonTemplate(PublicTemplate):
         prompt = text.Prompt(self.tokenizer, self.special).ids([self.tokenizer.bos_token_id] if begins else [])
         before = None
         for segment in segments:
+            if segment.role == "system":
+                raise ValueError("this model follows no system messages: leave them out")
             learnt = segment.role == "assistant"
             if before is not None and before.role == segment.role:
                 prompt.said(" " if self.apart or (before.text and segment.text) else "", loss=learnt)

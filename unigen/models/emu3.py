@@ -27,7 +27,7 @@ from unigen.generators.next_token import NextToken, Text
 from unigen.model import UnifiedModel
 from unigen.nn.backbone import Backbone
 from unigen.sequence import Document, Layout, Segment, Tokens, Vocabulary
-from unigen.templates import Output, PublicTemplate, Unable, pictures_first
+from unigen.templates import Output, PublicTemplate, Unable, pictures_first, split_system
 from unigen.tokenizers import load_tokenizer, text
 from unigen.tokenizers.emu3_vq import Emu3VQ
 
@@ -49,6 +49,7 @@ class Emu3Template(PublicTemplate):
     """limits: the least and the most pixels of a picture to be read; stride: pixels a code along each side."""
 
     free_size = True
+    system = True
 
     def __init__(self, tokenizer: Any, stride: int, limits: tuple[int, int] = (LEAST, MOST)) -> None:
         super().__init__(tokenizer)
@@ -97,7 +98,9 @@ class Emu3Template(PublicTemplate):
         return prompt.own(NEGATIVE) if blind else prompt.said(words).own(PRAISE)
 
     def _chat(self, segments: Sequence[Segment]) -> text.Prompt:
-        prompt = text.Prompt(self.tokenizer, self.names).ids([self.tokenizer.bos_token_id]).own(SYSTEM)
+        told, segments = split_system(segments)
+        prompt = text.Prompt(self.tokenizer, self.names).ids([self.tokenizer.bos_token_id])
+        prompt = prompt.said(f"{told} ") if told else prompt.own(SYSTEM)
         role, segments = None, pictures_first(segments)  # as its authors lay out a question
         for number, segment in enumerate(segments):
             if segment.label is not None:

@@ -32,7 +32,7 @@ from unigen.generators.next_token import NextToken, Text
 from unigen.model import Sight, UnifiedModel
 from unigen.nn.backbone import Backbone
 from unigen.sequence import Document, Layout, Segment, Tokens, Vocabulary
-from unigen.templates import Output, PublicTemplate, Unable
+from unigen.templates import Output, PublicTemplate, Unable, split_system
 from unigen.tokenizers import load_tokenizer, text, vqgan
 
 USER, ASSISTANT = "<|User|>", "<|Assistant|>"
@@ -56,6 +56,8 @@ SAMPLING = {"guidance": 5.0, "temperature": 1.0}
 
 
 class JanusTemplate(PublicTemplate):
+    system = True
+
     """features, codes: positions of a picture that is read, and drawn. roles: names of the user and the assistant."""
 
     def __init__(self, tokenizer: Any, features: int, codes: int, roles: tuple[str, str] = (USER, ASSISTANT)) -> None:
@@ -103,7 +105,11 @@ class JanusTemplate(PublicTemplate):
 
     def _turns(self, segments: Sequence[Segment], system: str, seen: bool) -> text.Prompt:
         prompt = text.Prompt(self.tokenizer, self.names).ids([self.tokenizer.bos_token_id])
-        prompt.own(f"{system}\n\n" if system else "")
+        told, segments = split_system(segments)
+        if system and told:
+            prompt.said(told).own("\n\n")
+        else:
+            prompt.own(f"{system}\n\n" if system else "")
         for number, segment in enumerate(segments):
             user, begins = segment.role == "user", number == 0 or segments[number - 1].role != segment.role
             ends = number + 1 == len(segments) or segments[number + 1].role != segment.role

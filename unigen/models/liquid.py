@@ -27,7 +27,7 @@ from unigen.generators.next_token import NextToken, Text
 from unigen.model import UnifiedModel
 from unigen.nn.backbone import Backbone
 from unigen.sequence import Document, Layout, Segment, Tokens, Vocabulary, square
-from unigen.templates import Output, PublicTemplate, Unable
+from unigen.templates import Output, PublicTemplate, Unable, split_system
 from unigen.tokenizers import text, vqgan
 
 BOI, EOI, UNCOND = "<boi>", "<eoi>", "<unconditional>"
@@ -49,6 +49,8 @@ _SLOT = re.compile("\ue000(\\d+)\ue001")
 
 class LiquidTemplate(PublicTemplate):
     """Pictures are drawn from words alone; answers are given to a chat of words and pictures."""
+
+    system = True
 
     def __init__(self, tokenizer: Any, positions: int) -> None:
         super().__init__(tokenizer)
@@ -100,13 +102,20 @@ class LiquidTemplate(PublicTemplate):
 
     def _chat(self, segments: Sequence[Segment]) -> text.Prompt:
         """Turns as the tokenizer's chat template lays them out, answered where the assistant speaks last."""
-        messages: list[dict[str, str]] = []
+        told, segments = split_system(segments)
+        segments = [Segment(text=told, role="system"), *segments] if told else segments
+        messages: list[dict[str, Any]] = []
         for number, segment in enumerate(segments):
             slot = f"\ue000{number}\ue001"
             if messages and messages[-1]["role"] == segment.role:
                 messages[-1]["content"] += "\n" + slot
             else:
                 messages.append({"role": segment.role, "content": slot})
+
+        def render(messages: Any) -> str:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+
+        messages = text.with_system(messages, render)
         rendered = self.tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=messages[-1]["role"] == "user"
         )

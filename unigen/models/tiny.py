@@ -79,6 +79,7 @@ class ChatTemplate:
     candidates = 16
     free_size = False
     scales = 1
+    system = False
 
     def __init__(
         self,
@@ -155,6 +156,8 @@ class ChatTemplate:
         tokens.add([self.start])
         role, worded = None, False
         for number, segment in enumerate(pictures_first(document.segments), start=1):
+            if segment.role == "system":
+                raise ValueError("this model follows no system messages: leave them out")
             if segment.role != role:
                 worded = False
                 if role == "assistant":

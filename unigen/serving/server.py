@@ -48,7 +48,7 @@ from unigen.serving.jobs import Begun, Event, Failed, Job, Part, Refused
 from unigen.serving.metrics import Metrics
 from unigen.serving.page import add_page
 from unigen.serving.process import Busy, Down, EngineProcess
-from unigen.templates import usual_output
+from unigen.templates import split_system, usual_output
 
 log = logging.getLogger("unigen.serving")
 PICTURE_BYTES = 4 << 20
@@ -142,7 +142,10 @@ class Server:
         document = await self._document(asked)
         self._log(request, document)
         stop, output = tuple(asked.stop or ()), self._output(asked.modalities, document)
-        notes = {"ignored": ["system"]} if any(m.role in protocol.INSTRUCTS for m in asked.messages) else {}
+        told, said = split_system(document.segments)
+        notes = {}
+        if told and (output == "image" or not self.engine.info.get("system")):
+            document, notes = Document(said), {"ignored": ["system"]}
         jobs = self._jobs(asked, document, output, stop=stop, notes=notes)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.settings.model}
         if asked.stream:
@@ -170,10 +173,9 @@ class Server:
         parts: list[tuple[Any, str | None, str]] = []  # a role; a text, or None for the next picture; its place
         urls = []
         for m, said in enumerate(asked.messages):
-            if said.role not in ("user", "assistant"):
-                continue
+            role = "system" if said.role in protocol.INSTRUCTS else said.role
             for kind, part, place in said.parts():
-                parts.append((said.role, part if kind == "text" else None, f"messages.{m}.{place}"))
+                parts.append((role, part if kind == "text" else None, f"messages.{m}.{place}"))
                 urls += [part] if kind == "image" else []
         places = [place for _, text, place in parts if text is None]
         found = iter(await self._decoded(await self._files(urls, places), places, asked.n, AREA))

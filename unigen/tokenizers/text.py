@@ -14,7 +14,7 @@ import contextlib
 import io
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -247,3 +247,33 @@ class Prompt:
                 made = self.tokenizer(piece, add_special_tokens=False, split_special_tokens=True)["input_ids"]
                 self._tokens.add(made, self._learnt)
         self._text = ""
+
+
+def with_system(messages: list[dict[str, Any]], render: Callable[[Any], str]) -> list[dict[str, Any]]:
+    """Messages as a chat template takes them: a system message that it has no place for opens the user's first one.
+
+    Args:
+        messages: of which the first may be of the role system; their contents are texts, or lists of parts.
+        render: what the chat template makes of messages.
+    """
+    first, *rest = messages
+    if first["role"] != "system" or not rest:
+        return messages
+    content = first["content"]
+    said = content if isinstance(content, str) else content[0]["text"]
+    if said in (told := _rendered(render, messages)) and told != _rendered(render, [first | {"role": "user"}, *rest]):
+        return messages
+    if rest[0]["role"] != "user":
+        return [first | {"role": "user"}, *rest]
+    opened = f"{said}\n\n{rest[0]['content']}" if isinstance(content, str) else [*content, *rest[0]["content"]]
+    return [rest[0] | {"content": opened}, *rest[1:]]
+
+
+def _rendered(render: Callable[[Any], str], messages: list[dict[str, Any]]) -> str:
+    """What the template makes of messages, "" where it refuses their roles."""
+    from jinja2 import TemplateError
+
+    try:
+        return render(messages)
+    except TemplateError:
+        return ""
