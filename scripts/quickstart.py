@@ -131,6 +131,18 @@ class Maker:
         self.section(title, f"“{STORY}”", body)
 
 
+def footer(args: argparse.Namespace, info: dict[str, Any]) -> str:
+    """What made the page, in sentences, and where to read on, as HTML."""
+    size, device = info.get("image_size"), info.get("device", "cpu")
+    draws = f" draws pictures of {size}x{size} pixels" if size else " ran"
+    made = f"{args.model} ({info.get('backbone', info['family'])}){draws} on {device}"
+    lines = [
+        f"{made}: {hardware()}, {date.today()}, seed {args.seed}.",
+        "Another page: scripts/quickstart.sh --seed 2. All commands: unigen --help. To go on: README.md and docs/guide.md.",
+    ]
+    return f"<footer>{'<br>'.join(map(html.escape, lines))}</footer>"
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="unigen-tiny")
@@ -156,11 +168,7 @@ def main(argv: list[str] | None = None) -> None:
         f"{seconds:.0f} seconds. Each result stands beside the command that makes it again "
         "(after <code>source .venv/bin/activate</code>).</p>"
     )
-    facts = ", ".join(
-        f"{key} {value}" for key, value in maker.engine.info().items() if not isinstance(value, (dict, list))
-    )
-    foot = f"<footer>{html.escape(facts)}<br>{html.escape(hardware())}, {date.today()}</footer>"
-    write_text(target, page("unigen quickstart", "\n".join([head, *maker.sections, foot])))
+    write_text(target, page("unigen quickstart", "\n".join([head, *maker.sections, footer(args, maker.engine.info())])))
     print(f"\nLook at {target.resolve()}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts import average, bench, results, ship
+from scripts import average, bench, quickstart, results, ship
 from unigen import hub
 from unigen.config import write_report
 from unigen.models import load, tiny
@@ -135,3 +136,23 @@ def test_average_is_the_mean_of_weights(
         monkeypatch.setattr(sys, "argv", ["average", str(tmp_path / "no"), *wrong])
         assert average.main() == 2 and message in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
+
+
+def test_the_footer_of_the_quickstart_is_made_of_sentences() -> None:
+    info = {
+        "family": "tiny",
+        "backbone": "llama, 8.0M parameters",
+        "image_size": 64,
+        "device": "cpu",
+        "candidates": True,
+    }
+    args = argparse.Namespace(model="a<b", seed=7)
+    foot = quickstart.footer(args, info)
+    assert (
+        foot.startswith("<footer>a&lt;b (llama, 8.0M parameters) draws pictures of 64x64 pixels on cpu: ")
+        and foot.count(".<br>") == 1
+    )
+    assert "seed 7." in foot and "unigen --help" in foot and "candidates" not in foot
+    assert "<footer>x (diffusion pipeline) ran on cpu: " in quickstart.footer(
+        argparse.Namespace(model="x", seed=0), {"family": "diffusion pipeline"}
+    )
