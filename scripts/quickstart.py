@@ -138,7 +138,7 @@ def footer(args: argparse.Namespace, info: dict[str, Any]) -> str:
     made = f"{args.model} ({info.get('backbone', info['family'])}){draws} on {device}"
     lines = [
         f"{made}: {hardware()}, {date.today()}, seed {args.seed}.",
-        "Another page: scripts/quickstart.sh --seed 2. All commands: unigen --help. To go on: README.md and docs/guide.md.",
+        "Another page: scripts/quickstart.sh --seed 2. All commands: unigen --help. More: README.md and docs/guide.md.",
     ]
     return f"<footer>{'<br>'.join(map(html.escape, lines))}</footer>"
 

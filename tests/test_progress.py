@@ -110,7 +110,7 @@ def test_generating_moves_the_bar(engine: Any, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(progress, "bar", lambda *args, **options: bars.append(Recorder(*args, **options)) or bars[-1])
     engine.generate("a dog", n=2)
     engine.generate("a story about a witch", output="interleaved", max_images=1, max_tokens=4)
-    assert [(bar.total, bar.unit) for bar in bars] == [(2, "image"), (None, "interleaved")]
+    assert [(bar.total, bar.unit) for bar in bars] == [(2, "image"), (None, "image")]
     assert bars[0].n == pytest.approx(2) and any(0 < step < 1 for step in bars[0].steps), "a bar for parts of pictures"
     assert bars[1].n <= 1 and set(bars[1].steps) <= {0, 1}
 

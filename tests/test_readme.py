@@ -36,6 +36,7 @@ def command_lines() -> list[tuple[str, str]]:
 def check_command(line: str) -> None:
     """Raises where the line would not run: ValueError for bad arguments, AssertionError for missing files."""
     words = shlex.split(line, comments=True)
+    words = words[: words.index(">")] if ">" in words else words
     program, rest = words[0], words[1:]
     if program == "unigen":
         check_unigen(rest)

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else it warns of its speed, at import and at every product
+warnings.filterwarnings("ignore", message="IProgress not found")  # in notebooks without ipywidgets, bars are of text
 
 __version__ = "0.1.0"
 ENGINES = ("local", "vllm")

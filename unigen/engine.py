@@ -86,14 +86,14 @@ class Engine:
     def _answers(self, requests: Sequence[Request], output: Output) -> list[Any]:
         """What `generate` gives for each request."""
         parts: list[list[Any]] = [MediaList() for _ in requests]
-        alone = len(requests) == 1 and output in ("text", "interleaved")  # how long it will be is not known
-        with progress.bar(None if alone else len(requests), output, fractions=not alone) as bar:
-            for row, part in self.run(requests, lambda done: bar.update(0 if alone else done - bar.n)):
+        story = len(requests) == 1 and output == "interleaved"  # how long it will be is not known
+        with progress.bar(None if story else len(requests), "image", fractions=not story) as bar:
+            for row, part in self.run(requests, lambda done: bar.update(0 if story else done - bar.n)):
                 if isinstance(part, str) and parts[row] and isinstance(parts[row][-1], str):
                     parts[row][-1] += part
                 else:
                     parts[row].append(part)
-                if alone and not isinstance(part, str):
+                if story and not isinstance(part, str):
                     bar.update(1)
         for answer in parts:
             answer[:] = [p.strip() if isinstance(p, str) else p for p in answer]

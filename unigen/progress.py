@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -59,11 +58,11 @@ def bar(total: int | None, unit: str, *, fractions: bool = False, silent: bool =
         fractions: `update` is given parts of a unit too, so that percent are shown and no count.
         silent: show nothing, wherever this runs.
     """
-    with warnings.catch_warnings():  # of notebooks without ipywidgets, where the bar is one of text
-        warnings.simplefilter("ignore")
-        from tqdm.auto import tqdm
+    from tqdm.auto import tqdm
 
     form = "{l_bar}{bar}| [{elapsed}<{remaining}]" if fractions else None
+    if total is None:
+        form = "{n} {unit}s [{elapsed}]"
     return tqdm(total=total, unit=unit, delay=DELAY, leave=False, disable=silent or not visible(), bar_format=form)
 
 
