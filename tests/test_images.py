@@ -133,12 +133,15 @@ def test_colours_of_16_bits() -> None:
     assert difference(read_image(png(2, 16, big_endian(colours))), scene()) == 0
 
 
-def test_depth_maps_are_read(tmp_path: Path) -> None:
-    """As data_tools/make_scenes.py writes them: uint16 PNG, 65535 is far."""
+def test_depth_maps_are_read() -> None:
+    """As the data tool writes them: uint16 PNG, 65535 is far."""
     depth = np.full((HEIGHT, WIDTH), 65535, np.uint16)
     depth[8:24, 8:24] = 20000
-    Image.fromarray(depth).save(tmp_path / "depth.png")
-    assert np.array_equal(np.asarray(read_image(tmp_path / "depth.png"))[..., 0], depth >> 8)
+    from data_tools.make_scenes import png
+
+    data = png(depth)["bytes"]
+    assert Image.open(io.BytesIO(data)).mode == "I;16"
+    assert difference(read_image(data), depth >> 8) == 0
 
 
 def test_a_value_that_is_transparent() -> None:
@@ -164,6 +167,14 @@ def test_white_is_zero_and_twelve_bits() -> None:
     white_is_zero = file_of(Image.fromarray(65535 - GREY16), "TIFF", tiffinfo={262: 0})
     assert Image.open(io.BytesIO(white_is_zero)).tag_v2[262] == 0  # type: ignore[attr-defined]
     assert difference(read_image(white_is_zero), ramp()) == 0
+    twelve = ramp().astype(np.int64).ravel() * 16 + 5
+    pairs = (twelve[::2] << 12) | twelve[1::2]  # two greys in three bytes
+    strip = b"".join(int(pair).to_bytes(3, "big") for pair in pairs)
+    tags = {256: WIDTH, 257: HEIGHT, 258: 12, 259: 1, 262: 1, 273: 122, 277: 1, 278: HEIGHT, 279: len(strip)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + b"\0\0\0\0"
+    assert len(head) == tags[273]
+    assert difference(read_image(head + strip), ramp()) == 0
 
 
 @pytest.mark.parametrize(

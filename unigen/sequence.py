@@ -238,7 +238,7 @@ def _segment(part: Any) -> Segment:
         if not is_image_path(part):
             return Segment(text=part)
         if not os.path.exists(part):
-            raise ValueError(f"{missing(part)} (words that end so are given as Segment(text=...))")
+            raise ValueError(f"{missing(part)} (if these are words, end them otherwise or give Segment(text=...))")
         return Segment(image=Path(part))
     if isinstance(part, Integral):
         return Segment(label=int(part))
