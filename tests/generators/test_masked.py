@@ -12,6 +12,7 @@ from PIL import Image
 
 from unigen.engine import Engine
 from unigen.generators.masked import still_masked
+from unigen.model import Generators
 from unigen.nn.attention import packed_mask
 from unigen.sequence import Document, Segment, pack, square
 
@@ -116,7 +117,8 @@ def test_inpainting_keeps_what_is_not_marked(engine: Engine, monkeypatch: pytest
         engine.inpaint(image, "a dog", mask, generator="next-token")
     generators = engine.model.generators
     for names, said in (({"next-token"}, "train it with writers.masked=1"), ({"next-token", "random-order"}, None)):
-        monkeypatch.setattr(engine.model, "generators", {k: g for k, g in generators.items() if k in names | {"text"}})
+        some = Generators({name: generators[name] for name in generators if name in names | {"text"}})
+        monkeypatch.setattr(engine.model, "generators", some)
         if said:
             with pytest.raises(ValueError, match=said):
                 engine.inpaint(image, "a dog", mask)

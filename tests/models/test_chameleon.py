@@ -74,7 +74,7 @@ def test_text_is_drawn_as_by_anoles_scripts(folder: Path, tmp_path: Path) -> Non
     assert engine.info()["sampling"]["text"] == chameleon.WRITING
     with pytest.raises(ValueError, match="next-token does not take repetition_penalty"):
         engine.request("a", "image", repetition_penalty=1.2)
-    with pytest.raises(ValueError, match="repetition_penalty lies between 1"):
+    with pytest.raises(ValueError, match="repetition_penalty must be a number from 1"):
         engine.request("a", "text", repetition_penalty=0.5)
 
 
