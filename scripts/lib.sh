@@ -4,18 +4,35 @@ venv=${venv:-.venv} # where the project is installed
 
 say() { printf '%s\n' "== $*"; }
 
-# A Python that the project accepts: $PYTHON, else the newest of 3.12 and 3.11 that can make environments.
+# The Pythons that the project accepts, newest first: those for which all pinned packages have wheels.
+PYTHONS=(3.14 3.13 3.12 3.11)
+
+# find_python: one of them that can make environments: $PYTHON, else the newest that is there.
 find_python() {
   local candidate
-  for candidate in ${PYTHON:-python3.12 python3.11 python3 python}; do
-    if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null; then
+  for candidate in ${PYTHON:-${PYTHONS[@]/#/python} python3 python}; do
+    if "$candidate" -c 'import sys, venv, ensurepip; sys.exit("{}.{}".format(*sys.version_info) not in sys.argv[1:])' \
+      "${PYTHONS[@]}" 2>/dev/null; then
       command -v "$candidate"
       return
     fi
   done
-  echo "unigen needs Python 3.11 or 3.12 with its venv module (on Debian and Ubuntu: apt-get install python3-venv)." >&2
-  echo "Where it has another name: PYTHON=/path/to/python $0" >&2
   return 1
+}
+
+# make_venv: $venv, by a Python that is there, or by one that uv fetches.
+make_venv() {
+  local python
+  say "making $venv"
+  if python=$(find_python); then
+    "$python" -m venv "$venv"
+  elif [ -z "${PYTHON:-}" ] && command -v uv >/dev/null; then
+    uv venv --quiet --seed --python 3.13 "$venv"
+  else
+    echo "unigen needs Python ${PYTHONS[*]: -1} to ${PYTHONS[0]} with its venv module (on Debian and Ubuntu: apt-get install python3-venv)." >&2
+    echo "Where it has another name: PYTHON=/path/to/python $0. With uv installed, one is fetched." >&2
+    return 1
+  fi
 }
 
 # has MODULE: the environment has it (looked up, not imported: that would take seconds).
@@ -23,11 +40,9 @@ has() { "$venv/bin/python" -c 'import importlib.util, sys; sys.exit(importlib.ut
 
 # install EXTRAS ("" or "[dev]"): $venv with the project in it; does nothing when nothing changed since the last time.
 install() {
-  local extras=$1 stamp="$venv/.installed${1//[^a-z]/-}" wanted python
+  local extras=$1 stamp="$venv/.installed${1//[^a-z]/-}" wanted
   if [ ! -x "$venv/bin/python" ]; then
-    say "making $venv"
-    python=$(find_python)
-    "$python" -m venv "$venv"
+    make_venv
   fi
   wanted=$(cat pyproject.toml constraints.txt | "$venv/bin/python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
   # The location is part of it: an environment that was copied elsewhere points at its old place.

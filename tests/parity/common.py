@@ -21,7 +21,9 @@ from unigen.config import save_json
 from unigen.sequence import Layout
 
 GOLDENS = Path(__file__).parent / "goldens"
-NEAR, FAR = 1e-4, 1e-2
+NEAR, FAR = 5e-4, 1e-2
+"""A row's largest error, as a share of its control, and the least control. float32 sums in another order (another
+processor, another number of threads) are at most a tenth of the former apart; a mistake shows at the control's size."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Row:
 
     @property
     def passed(self) -> bool:
-        return not self.absent and self.error <= NEAR and self.control > FAR
+        return not self.absent and self.error <= NEAR * self.control and self.control > FAR
 
 
 def error(ours: Tensor, reference: Tensor) -> float:
