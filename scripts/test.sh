@@ -3,6 +3,7 @@
 #   scripts/test.sh                   the fast tests
 #   scripts/test.sh --slow            the slow ones too
 #   scripts/test.sh --serve           those that need vLLM, in .venv-serve (scripts/install_serve.sh), and nothing else
+#   scripts/test.sh --processors      those that train or compare sums, as on two other kinds of processors, and nothing else
 #   scripts/test.sh tests/test_cli.py -k chat       anything else goes to pytest
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -25,6 +26,16 @@ if ! .venv/bin/python -c 'from unigen.data.world import find_font; find_font()' 
     say "no Noto Color Emoji font: the tests that render scenes are left out."
     say "  Debian, Ubuntu: sudo apt-get install fontconfig fonts-noto-color-emoji; Fedora: google-noto-emoji-color-fonts"
   fi
+fi
+
+if [ "${1:-}" = --processors ]; then
+  numeric=(tests/nn tests/generators tests/tokenizers tests/parity tests/test_engine.py tests/test_adapters.py tests/test_classes.py)
+  say "as on a processor without AVX, one thread a process"
+  OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41 \
+    .venv/bin/python -m pytest -q -n 2 "${numeric[@]}" "${@:2}"
+  say "as on a processor with AVX2, two threads"
+  OMP_NUM_THREADS=2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 \
+    exec .venv/bin/python -m pytest -q "${numeric[@]}" "${@:2}"
 fi
 
 options=()
