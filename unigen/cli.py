@@ -412,7 +412,6 @@ def generate(args: argparse.Namespace) -> int:
                 n = min(batch, args.n - first)
                 made = engine.generate(asked, output="image", n=n, seed=later_seed(seed, first), **options)
                 images += made if n > 1 else [made]
-                bar.update(n)
                 bar.clear()
                 if not args.grid:  # each batch is saved as it is finished
                     for target, image in zip(paths[first : first + n], images, strict=True):
@@ -420,6 +419,7 @@ def generate(args: argparse.Namespace) -> int:
                         written.append(target)
                     show_written(args, paths[first : first + n])
                     images = []
+                bar.update(n)
         if args.grid:
             save_picture(path, grid(images))
             show_written(args, paths)

@@ -7,12 +7,13 @@ import json
 import math
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from unigen.progress import visible
 
 
 class Totals:
@@ -71,8 +72,8 @@ class Logs:
         self.file = open(path, "a", encoding="utf-8")
         self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
         self.bar: Any = None
-        if sys.stderr.isatty():
-            from tqdm import tqdm
+        if visible():
+            from tqdm.auto import tqdm
 
             form = "{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{postfix}"
             self.bar = tqdm(total=steps, initial=step, dynamic_ncols=True, bar_format=form)
