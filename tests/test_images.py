@@ -474,6 +474,15 @@ def test_transparency_marks_where_openais_convention_is_asked_for(ground: tuple[
     assert np.array_equal(marked(file_of(layer(ground, (0, 0, 0, 0)), "PNG"), transparent_marks=True), MARKED)
 
 
+def test_a_picture_with_a_hole_is_no_mask_of_white() -> None:
+    """It is OpenAI's kind of mask; by white it would mark the bright parts of the picture, and not the hole."""
+    cut_out = scene().convert("RGBA")
+    cut_out.putalpha(Image.fromarray(255 - WHITE))
+    with pytest.raises(ImageError, match="a picture with a hole, and not a mask"):
+        read_mask(cut_out)
+    assert np.array_equal(marked(file_of(cut_out, "PNG"), transparent_marks=True), MARKED)
+
+
 def test_masks_are_turned_too() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -104,7 +104,8 @@ def read_mask(
     Returns:
         A new image of mode L, 255 where to paint and 0 elsewhere.
     Raises:
-        ImageError: as `read_image`, and for a mask that marks nothing.
+        ImageError: as `read_image`, and for a mask that marks nothing or is a coloured picture with a transparent part,
+            as OpenAI's API takes it.
     """
     name = name or image_name(source, "mask")
     source = _to_array(source) if _is_tensor(source) else source
@@ -115,12 +116,23 @@ def read_mask(
         return alpha.point(lambda value: 255 * (value == 0))
     coverage = colour.convert("L")
     if alpha is not None:
+        if _is_cut_out(colour, alpha):
+            hint = "what is transparent marks nothing, paint white what is to be made anew"
+            raise ImageError(f"{name} is a picture with a hole, and not a mask: {hint}")
         coverage = ImageChops.multiply(coverage, alpha)
     brightest = coverage.getextrema()[1]
     if brightest < 128:  # type: ignore[operator]
         least = f"its brightest opaque pixel is {brightest} of 255, a mark is at least 128"
         raise ImageError(f"{name} marks nothing: paint white what is to be made anew ({least})")
     return coverage.point(lambda value: 255 * (value >= 128))
+
+
+def _is_cut_out(colour: Image.Image, alpha: Image.Image) -> bool:
+    """Whether a part is fully transparent, and more than a quarter of what is visible has a colour."""
+    rgb, visible = np.asarray(colour), np.asarray(alpha) >= 128
+    if alpha.getextrema()[0] != 0 or not visible.any():
+        return False
+    return bool((rgb.max(-1) - rgb.min(-1) > 32)[visible].mean() > 0.25)
 
 
 def is_image_path(text: str) -> bool:
