@@ -28,7 +28,7 @@ LAYERS = [
     {"model"},
     {"generators", "tokenizers", "templates"},
     {"nn", "samplers"},
-    {"sequence", "config", "output", "hub", "precision", "relatives"},
+    {"sequence", "config", "output", "hub", "precision", "relatives", "disk"},
     {"limits"},
     {"arguments", "display", "extras", "images", "numbers", "progress"},
 ]

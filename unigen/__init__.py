@@ -98,10 +98,11 @@ def load(
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} is not available here: {str(error).splitlines()[0]}") from error
+        reason = shorten(str(error).splitlines()[0], 200)
+        raise ValueError(f"device {shorten(str(device))} is not available here: {reason}") from error
     kind = getattr(torch, dtype) if dtype else None
     if engine not in ENGINES:
-        raise ValueError(f"unknown engine {engine!r}: one of {', '.join(ENGINES)}")
+        raise ValueError(f"unknown engine {shorten(engine)}: one of {', '.join(ENGINES)}")
     if engine == "vllm":
         if lmm or generator or adapter or quantization:
             raise ValueError("vLLM serves one model as it is: leave lmm, generator, adapter and quantization out")

@@ -11,6 +11,7 @@ Knows arguments, files and exit codes; refuses to know how anything is generated
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple
 
 from unigen import ENGINES, limits, precision, progress
 from unigen.arguments import Parser, did_you_mean, summary
+from unigen.disk import DISK_FAULTS
 from unigen.extras import missing, require
 from unigen.limits import argument as limited
 from unigen.numbers import parse_float, parse_int
@@ -398,7 +400,7 @@ def generate(args: argparse.Namespace) -> int:
         raise ValueError("only one picture can be written to stdout: add --grid, or give -o a file name")
     asked = args.prompt if args.label is None else Segment(label=args.label)
     path = check_output(args.output, PICTURES)
-    paths = [path] if args.grid else numbered(path, args.n)
+    paths = [path] if args.grid else [check_output(one, PICTURES) for one in numbered(path, args.n)]
     engine = load(args)
     start = time.perf_counter()
     options = sampling(args) | ({} if args.candidates is None else {"candidates": args.candidates})
@@ -505,10 +507,10 @@ def pair(args: argparse.Namespace) -> int:
 
 def story(args: argparse.Namespace) -> int:
     from unigen.images import read_image
-    from unigen.output import PAGES, check_output, write_story
+    from unigen.output import check_story, write_story
     from unigen.sequence import as_words
 
-    path = check_output(args.output, PAGES)
+    path = check_story(args.output)
     references = [read_image(name) for name in args.reference]
     engine = load(args)
     start = time.perf_counter()
@@ -691,10 +693,32 @@ def dispatch(argv: list[str]) -> int:
     return command.run(args)
 
 
+def flushed(run: Callable[[], int]) -> int:
+    """What a command returns, when all that it has printed is written: what goes wrong there can then still be said."""
+    try:
+        return run()
+    finally:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+
+
+def drop_output() -> None:
+    """What is still to be printed is lost, and Python shall not try again when it ends."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError, AttributeError):  # it is no file
+        pass
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs a command line and returns its exit code."""
+    for stream in (sys.stdout, sys.stderr):  # a letter that it cannot show must not undo what was done
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdin, io.TextIOWrapper):  # where a text is used it is said to be no UTF-8
+        sys.stdin.reconfigure(errors="surrogateescape")
     try:
-        return dispatch(sys.argv[1:] if argv is None else argv)
+        return flushed(lambda: dispatch(sys.argv[1:] if argv is None else argv))
     except ValueError as error:
         message = " ".join(str(error).split())
     except ModuleNotFoundError as error:
@@ -705,8 +729,14 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # whoever reads has seen enough
+        drop_output()
         return 0
+    except OSError as error:
+        if error.errno not in DISK_FAULTS:
+            raise
+        message = f"cannot read or write {error.filename or 'the output'}: {error.strerror}"
+        if error.filename is None:
+            drop_output()
     print(f"unigen: error: {message}", file=sys.stderr)
     return 2

@@ -24,7 +24,7 @@ from unigen.model import UnifiedModel
 from unigen.nn.few_rows import use_few_rows
 from unigen.nn.quantized import held, measure
 from unigen.painting import keeping
-from unigen.request import OPTIONS, Request, checked, refuse_unknown, sampling_of
+from unigen.request import OPTIONS, Request, check_name, checked, refuse_unknown, sampling_of
 from unigen.running import Row, Running
 from unigen.samplers.seeds import later_seed
 from unigen.sequence import Document, Segment, as_words, check_text, is_codes
@@ -74,7 +74,7 @@ class Engine:
         asked = with_seeds(prompts, seeds)
         check("candidates", candidates)
         check_count(len(asked) * candidates)
-        if options.get("previews"):
+        if check("previews", options.get("previews", 0)):
             raise ValueError("previews come while a picture is made: ask stream for them")
         if candidates != 1:
             rivals = [self.rivals(p, output, candidates, seed=s, **options) for p, s in asked]
@@ -155,6 +155,7 @@ class Engine:
         """
         refuse_unknown("inpaint", options, [name for name in METHOD_OPTIONS if name != "fixed"])
         document = Document.of(as_words(prompt))
+        check_name("generator", generator)
         options, lay = keeping(self.model, image, mask, generator, options)
         painted = self.generate(document, "image", **options)
         return MediaList(map(lay, painted)) if isinstance(painted, list) else lay(painted)
@@ -288,9 +289,10 @@ def with_seeds(prompts: Sequence[Any], seeds: Sequence[int] | None = None) -> li
     listed = list(prompts)
     if seeds is None:
         return [(prompt, i) for i, prompt in enumerate(listed)]
-    if isinstance(seeds, (str, bytes, dict)) or not isinstance(seeds, Iterable):
+    unordered = isinstance(seeds, (str, bytes, dict, set, frozenset, torch.Tensor))
+    if unordered or not isinstance(seeds, Iterable) or getattr(seeds, "ndim", 1) != 1:
         raise ValueError(f"the seeds must be a list of whole numbers, one for each prompt, not {shorten(seeds)}")
-    numbers = [check("seed", seed) for seed in seeds]
+    numbers = [check("seed", seed) for seed in list(seeds)]
     if len(numbers) != len(listed):
         raise ValueError(f"{len(listed)} prompts need as many seeds, not {len(numbers)}")
     return list(zip(listed, numbers, strict=True))

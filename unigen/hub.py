@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import ctypes
+import hashlib
 import json
 import os
 import re
@@ -405,7 +406,7 @@ if hasattr(os, "register_at_fork"):
 def clear_scratch(folder: Path) -> None:
     """Remove the scratch folders that killed processes left beside `folder`. Where one was killed while `folder` had
     no name, its old contents come back."""
-    named = re.compile(rf"\.{re.escape(folder.name)}\.(\w{{8}}\.scratch|\w{{8}}\.old|old\d+)")
+    named = re.compile(rf"\.{re.escape(_scratch_name(folder))}\.(\w{{8}}\.scratch|\w{{8}}\.old|old\d+)")
     for left in sorted(folder.parent.iterdir()):
         if not named.fullmatch(left.name) or not left.is_dir():
             continue
@@ -422,6 +423,13 @@ def clear_scratch(folder: Path) -> None:
         unlock(handle)
 
 
+def _scratch_name(folder: Path) -> str:
+    """With what the names of a folder's scratch folders begin: its own name, or a digest of a long one, since theirs
+    are longer and names have at most 255 bytes."""
+    name = os.fsencode(folder.name)
+    return folder.name if len(name) <= 200 else hashlib.blake2b(name, digest_size=16).hexdigest()
+
+
 @contextmanager
 def replacing_folder(folder: str | Path) -> Iterator[Path]:
     """A temporary folder that takes the place of `folder` when the block ends well; else nothing is changed.
@@ -432,7 +440,7 @@ def replacing_folder(folder: str | Path) -> Iterator[Path]:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         clear_scratch(folder)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".scratch", dir=folder.parent))
+        scratch = Path(tempfile.mkdtemp(prefix=f".{_scratch_name(folder)}.", suffix=".scratch", dir=folder.parent))
     except OSError as error:
         raise ValueError(f"cannot write the folder {folder}: {error.strerror}") from error
     handle = lock(scratch)

@@ -14,14 +14,17 @@ import functools
 import html
 import math
 import os
+import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
+from urllib.parse import quote
 
 from unigen.display import data_uri
+from unigen.limits import LIMITS, shorten
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -62,34 +65,62 @@ footer { margin-top: 3.5rem; padding-top: 1rem; border-top: 1px solid var(--line
 
 def check_output(path: str | Path, kinds: dict[str, str]) -> Path:
     """The path, if a file of one of `kinds` (suffix -> format) can be written there now; else a ValueError."""
-    path = Path(path)
+    if "\0" in str(path):
+        raise ValueError(f"cannot write {shorten(str(path))}: the name holds a zero byte; choose another name")
+    path, shown = Path(path), shorten(str(path), 120)
     if path.suffix.lower() not in kinds:
-        raise ValueError(f"cannot write {str(path)!r}: the name must end in one of {', '.join(kinds)}")
+        raise ValueError(f"cannot write {shown}: the name must end in one of {', '.join(kinds)}")
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:  # of a name or a path that is too long, or a folder that may not be entered
+        raise ValueError(f"cannot write {shown}: {error.strerror}; choose another name") from error
     if path.is_dir():
-        raise ValueError(f"cannot write {str(path)!r}: it is a folder; name a file in it")
+        raise ValueError(f"cannot write {shown}: it is a folder; name a file in it")
+    if path.parent.exists() and not path.parent.is_dir():
+        raise ValueError(f"cannot write {shown}: {str(path.parent)!r} is a file and no folder; choose another folder")
     if not path.parent.is_dir():
-        raise ValueError(f"cannot write {str(path)!r}: no folder {str(path.parent)!r}; make it first")
+        raise ValueError(f"cannot write {shown}: no folder {str(path.parent)!r}; make it first")
     try:
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise ValueError(f"cannot write {str(path)!r}: {error.strerror}; choose another folder") from error
+        raise ValueError(f"cannot write {shown}: {error.strerror}; choose another folder") from error
+    return path
+
+
+def check_story(path: str | Path) -> Path:
+    """The same of a story's page; beside one in Markdown its pictures have to have room, too."""
+    path = check_output(path, PAGES)
+    if PAGES[path.suffix.lower()] == "Markdown":
+        check_output(_beside(path, LIMITS["max_images"].high - 1), PICTURES)
     return path
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Calls write(file) on a temporary file beside `path` and renames it; a ValueError if the disk refuses."""
-    name = None
+    write_together({path: write})
+
+
+def write_together(writes: Mapping[Path, Callable[[IO[bytes]], object]]) -> None:
+    """The same of several files, none of which is renamed before all are written. A temporary file's name is short,
+    whatever the final one is."""
+    made: dict[Path, str] = {}
+    path = Path()
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            name = file.name
-            write(file)
-            os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
+        for path, write in writes.items():
+            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".unigen-", delete=False) as file:
+                made[path] = file.name
+                write(file)
+                os.chmod(file.name, 0o666 & ~_umask())
+        for path in list(made):
+            os.replace(made[path], path)
+            del made[path]
     except OSError as error:
-        raise ValueError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
+        raise ValueError(f"cannot write {shorten(str(path), 120)}: {error.strerror or error}") from error
     finally:
-        if name is not None and os.path.exists(name):
+        for name in made.values():
             os.unlink(name)
 
 
@@ -100,11 +131,25 @@ def _umask() -> int:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_atomically(path, _text(text))
 
 
 def save_picture(path: Path, image: Image) -> None:
-    write_atomically(path, lambda file: image.save(file, format=PICTURES[path.suffix.lower()]))
+    write_atomically(path, _picture(path, image))
+
+
+def _text(text: str) -> Callable[[IO[bytes]], object]:
+    """What writes a text as UTF-8; what that cannot hold, such as bytes of a path in another encoding, is escaped."""
+    return lambda file: file.write(text.encode(errors="backslashreplace"))
+
+
+def _picture(path: Path, image: Image) -> Callable[[IO[bytes]], object]:
+    return lambda file: image.save(file, format=PICTURES[path.suffix.lower()])
+
+
+def _beside(path: Path, number: int) -> Path:
+    """A picture of a story in Markdown."""
+    return path.with_name(f"{path.stem}-{number}.png")
 
 
 def numbered(path: Path, n: int) -> list[Path]:
@@ -163,18 +208,25 @@ def write_story(path: Path, title: str, parts: Sequence[str | Image], made: str)
         foot = f"<footer>Made by <code>{html.escape(made)}</code></footer>"
         write_text(path, page(title, "\n".join([head, story_body(parts), foot])))
         return [path]
-    lines: list[str] = [f"# {title}"]
-    written: list[Path] = []
+    lines: list[str] = [f"# {' '.join(title.split())}"]
+    pictures: dict[Path, Callable[[IO[bytes]], object]] = {}
     for part in parts:
         if isinstance(part, str):
             lines.append(part.strip())
             continue
-        picture = path.with_name(f"{path.stem}-{len(written)}.png")
-        save_picture(picture, part)
-        written.append(picture)
-        lines.append(f"![]({picture.name})")
-    write_text(path, "\n\n".join([*lines, f"Made by `{made}`"]) + "\n")
-    return [path, *written]
+        picture = _beside(path, len(pictures))
+        pictures[picture] = _picture(picture, part)
+        lines.append(f"![]({quote(os.fsencode(picture.name))})")
+    lines.append(f"Made by {code(made)}")
+    write_together({**pictures, path: _text("\n\n".join(lines) + "\n")})
+    return [path, *pictures]
+
+
+def code(text: str) -> str:
+    """A text as code in Markdown, between more backticks than follow each other in it."""
+    runs = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence, space = "`" * (runs + 1), " " if runs else ""
+    return f"{fence}{space}{text}{space}{fence}"
 
 
 @contextmanager

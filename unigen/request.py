@@ -19,8 +19,11 @@ from unigen.model import UnifiedModel
 from unigen.samplers.guidance import Guidance
 from unigen.samplers.logits import Sampling
 from unigen.samplers.ode import MOST, SAMPLERS
-from unigen.sequence import Document, Segment
+from unigen.sequence import Document, Segment, is_codes
 from unigen.templates import OUTPUTS, Output, split_system
+
+LONGEST_NAME = 64
+"""Characters of the name of a generator, a sampler or the like."""
 
 SAMPLING: dict[str, Any] = {"guidance": 3.0, "temperature": 0.8, "top_k": 0, "top_p": 1.0}
 """How pictures are drawn by a model that does not say."""
@@ -87,15 +90,17 @@ def checked(
     document says. previews: how many of each picture are shown before it is finished, by `Engine.stream`; fewer where
     its steps are fewer, none where the generator writes codes one after another. negative: of pipelines alone.
     """
-    if negative:
+    if negative is not None and negative != "":
         raise ValueError("this model takes no negative prompt, pipelines do: leave negative out")
     outputs = model.template.outputs
     if not isinstance(output, str) or output not in OUTPUTS:
         raise ValueError(f"unknown output {shorten(output)}: one of {', '.join(OUTPUTS)}")
     named = {"generator": generator, "sampler": sampler, "guidance_kind": guidance_kind, "accelerate": accelerate}
     for name, value in named.items():
-        if value is not None and not isinstance(value, str):
-            raise ValueError(f"{name} must be a name (str), not {shorten(value)}")
+        check_name(name, value)
+    for name, number in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p)):
+        if number is not None:
+            check(name, number)
     generator = usual_generator(model) if generator is None else generator
     if output == "pair" and generator not in model.template.text_lengths:
         able = " or ".join(model.template.text_lengths) or "none here does: train with writers.joint=1"
@@ -156,6 +161,10 @@ def checked(
         raise ValueError("this model follows no system messages: leave them out, or say it as the user")
     if told:  # pictures are drawn from what the user says
         document.segments = said if output == "image" else [Segment(text=told, role="system"), *said]
+    if any(is_codes(image) and image.ndim != 2 for image in document.images()):
+        raise ValueError("codes of a picture in a prompt have two dimensions, rows and columns")
+    if output != "pair":  # both parts of a pair may be left to the model
+        document.check_filled()
     grid = grid_of(model, document.size if size is None else size)
     if model.template.free_size:
         stride = model.image_tokenizer.image_size // model.image_tokenizer.grid[0]
@@ -195,6 +204,12 @@ def refuse_unknown(what: str, options: Iterable[str], known: Sequence[str]) -> N
         if name not in known:
             near = did_you_mean(name, known) or f": it takes {', '.join(known)}"
             raise ValueError(f"{what} has no option {name!r}{near}")
+
+
+def check_name(what: str, name: Any) -> None:
+    """Raises ValueError for what can be no name of a way to draw; None leaves it to the model."""
+    if name is not None and (not isinstance(name, str) or not name.strip() or len(name) > LONGEST_NAME):
+        raise ValueError(f"{what} must be a name, not {shorten(name)}: leave it out for the usual one")
 
 
 def check_size(size: Any) -> None:

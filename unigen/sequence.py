@@ -12,6 +12,7 @@ Shapes: B rows, L positions of a row, N images, h x w codes of an image.
 from __future__ import annotations
 
 import base64
+import binascii
 import io
 import os
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from unigen.display import png_bytes, turns_html
 from unigen.images import is_image, is_image_path, missing, read_image
+from unigen.limits import shorten
 
 Role = Literal["user", "assistant", "system"]
 ROLES: tuple[Role, ...] = ("user", "assistant", "system")
@@ -128,10 +130,12 @@ class Segment:
             raise ValueError("a segment holds text, an image or a label, and exactly one of them")
         if self.text is not None:
             check_text("text", self.text)
+        if self.image is not None and not (isinstance(self.image, str) or is_image(self.image)):
+            raise ValueError(f"an image is a path, a PIL image, an array or a tensor, not {type(self.image).__name__}")
         if self.label is not None and (isinstance(self.label, bool) or not isinstance(self.label, (Integral, str))):
             raise ValueError(f"a label is the number or the name of a class, not {type(self.label).__name__}")
-        if self.role not in ROLES:
-            raise ValueError(f"unknown role {self.role!r}: one of {', '.join(ROLES)}")
+        if not isinstance(self.role, str) or self.role not in ROLES:
+            raise ValueError(f"unknown role {shorten(self.role)}: one of {', '.join(ROLES)}")
         if self.role == "system" and self.text is None:
             raise ValueError("a system message holds text alone")
         if isinstance(self.image, Tensor) and (self.image.ndim > 2 or self.image.dtype == torch.uint8):
@@ -153,16 +157,21 @@ class Segment:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Segment:
+        if not isinstance(data, dict):
+            raise ValueError(f"a segment in JSON is an object with a text, an image or a label, not {shorten(data)}")
         image = data.get("image")
         if image is None:
             return cls(text=data.get("text"), role=data.get("role", "user"), label=data.get("label"))
         match image:
             case {"codes": codes}:
-                value: Any = torch.tensor(codes, dtype=torch.int64)
-            case {"path": path}:
+                value: Any = _codes(codes)
+            case {"path": str(path)}:
                 value = path
-            case {"png": png}:
-                value = read_image(base64.b64decode(png))
+            case {"png": str(png)}:
+                try:
+                    value = read_image(base64.b64decode(png))
+                except binascii.Error as error:
+                    raise ValueError(f"the png of an image in JSON is not base64: {error}") from error
             case _:
                 raise ValueError("an image in JSON is one of {'path': ...}, {'png': base64} or {'codes': [[...]]}")
         return cls(image=value, role=data.get("role", "user"))
@@ -175,6 +184,13 @@ class Document:
 
     segments: list[Segment] = field(default_factory=list)
     size: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.segments, list) or not all(isinstance(one, Segment) for one in self.segments):
+            what = shorten(self.segments)
+            raise ValueError(
+                f"a document is a list of Segment, not {what}: Document.of makes one of words and pictures"
+            )
 
     @classmethod
     def of(cls, prompt: Any) -> Document:
@@ -191,14 +207,18 @@ class Document:
         """
         if isinstance(prompt, Document):
             return cls(list(prompt.segments), prompt.size)
-        if isinstance(prompt, (str, Segment, Integral)) or is_image(prompt):
+        if isinstance(prompt, (str, Segment)) or is_number(prompt) or is_image(prompt):
             prompt = [prompt]
         if not isinstance(prompt, (list, tuple)):
             raise ValueError(f"a prompt is text, an image or a list of both, not {type(prompt).__name__}")
-        segments = [part if isinstance(part, Segment) else _segment(part) for part in prompt]
-        if not any(s.image is not None or s.label is not None or (s.text or "").strip() for s in segments):
+        document = cls([part if isinstance(part, Segment) else _segment(part) for part in prompt])
+        document.check_filled()
+        return document
+
+    def check_filled(self) -> None:
+        """Raises ValueError where there is nothing but blanks."""
+        if not any(s.image is not None or s.label is not None or (s.text or "").strip() for s in self.segments):
             raise ValueError("the prompt is empty: say what to draw or ask")
-        return cls(segments)
 
     def characters(self) -> int:
         """How many characters its texts have, blanks in a row as one."""
@@ -216,8 +236,14 @@ class Document:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Document:
+        if not isinstance(data, dict) or not isinstance(data.get("segments"), list):
+            raise ValueError(f"a document in JSON is an object with a list of segments, not {shorten(data)}")
         size = data.get("size")
-        return cls([Segment.from_json(segment) for segment in data["segments"]], size and tuple(size))
+        if size is not None and not (isinstance(size, (list, tuple)) and len(size) == 2):
+            raise ValueError(f"the size of a document is a width and a height, not {shorten(size)}")
+        return cls(
+            [Segment.from_json(segment) for segment in data["segments"]], None if size is None else (size[0], size[1])
+        )
 
 
 def _displayed(segment: Segment) -> Any:
@@ -240,13 +266,29 @@ def _segment(part: Any) -> Segment:
         if not os.path.exists(part):
             raise ValueError(f"{missing(part)} (if these are words, end them otherwise or give Segment(text=...))")
         return Segment(image=Path(part))
-    if isinstance(part, Integral):
+    if is_number(part):
         return Segment(label=int(part))
     if isinstance(part, (Path, Image.Image, np.ndarray)) or is_codes(part):
         return Segment(image=part)
     if is_image(part):
         return Segment(image=read_image(part))
     raise ValueError(f"a prompt is text, an image or a list of both, not {type(part).__name__}")
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a whole number, and no truth value."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _codes(rows: Any) -> Tensor:
+    """Codes that stand in JSON."""
+    try:
+        codes = np.asarray(rows)
+    except ValueError:  # rows of different lengths
+        codes = np.zeros(0)
+    if codes.dtype.kind not in "iu" or codes.ndim not in (1, 2) or not codes.size:
+        raise ValueError(f"codes in JSON are rows of whole numbers, all of one length, not {shorten(rows)}")
+    return torch.from_numpy(codes.astype(np.int64))
 
 
 def as_words(prompt: Any) -> Any:
@@ -257,7 +299,7 @@ def as_words(prompt: Any) -> Any:
 def is_codes(image: Any) -> bool:
     """Whether an image is given as its codes (h, w) or (P,), integers of any type but uint8, and not as pixels."""
     kinds = (torch.int64, torch.int32, torch.int16)
-    return isinstance(image, Tensor) and image.ndim <= 2 and image.dtype in kinds
+    return isinstance(image, Tensor) and image.ndim in (1, 2) and image.dtype in kinds
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from unigen import hub
+from unigen.disk import check_folder, disk_errors
 from unigen.model import UnifiedModel
 from unigen.relatives import explain
 
@@ -98,23 +99,23 @@ def convert(name: str | Path, folder: str | Path, layout: str = "unigen") -> Non
     """Write the model into `folder` in our layout ("unigen"), in that of its family's public checkpoints ("public"), or
     in ours with a language model that vLLM serves ("vllm"); a model that is there is replaced when the new one
     is whole. Raises ValueError."""
-    folder = Path(folder).absolute()
+    folder = check_folder(folder)
     weights = any(path.suffix in (".safetensors", ".pt", ".pth") for path in folder.glob("*"))
-    if folder.is_file():
-        raise ValueError(f"{folder} is a file: give a folder")
     if folder.exists() and any(folder.iterdir()) and not (weights and (folder / hub.CONFIG).is_file()):
         raise ValueError(f"{folder} is there and holds no model: choose another folder")
     model = load(name)
     if layout == "vllm":
         model.backbone.lm = causal_lm(model)
     if layout != "public":
-        model.save(folder)
+        with disk_errors(f"the folder {folder}", "free some space, or choose another folder"):
+            model.save(folder)
         return
     module = importlib.import_module(f"{__name__}.{model.family}")
     if not hasattr(module, "save_public"):
         raise ValueError(f"{model.family} has no public layout: its models are in ours")
-    with hub.replacing_folder(folder) as scratch:
-        module.save_public(model, scratch)
+    with disk_errors(f"the folder {folder}", "free some space, or choose another folder"):
+        with hub.replacing_folder(folder) as scratch:
+            module.save_public(model, scratch)
 
 
 def causal_lm(model: UnifiedModel) -> Any:

@@ -32,7 +32,7 @@ PLAIN = (nn.Linear, FewRowsLinear)
 def check(kind: str, device: str | torch.device) -> None:
     """Try it on one small map. Raises ValueError in one line where weights cannot be kept so here."""
     if kind not in QUANTIZATIONS:
-        raise ValueError(f"unknown quantization {kind!r}: one of {', '.join(QUANTIZATIONS)}")
+        raise ValueError(f"unknown quantization {kind[:60]!r}: one of {', '.join(QUANTIZATIONS)}")
     require("quantization")
     small = nn.Sequential(nn.utils.skip_init(nn.Linear, 64, 32))
     nn.init.ones_(small[0].weight)

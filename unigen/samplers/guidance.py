@@ -35,8 +35,10 @@ class Guidance:
     interval: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"unknown kind of guidance {self.kind!r}: one of {', '.join(KINDS)}")
+        if not isinstance(self.kind, str) or self.kind not in KINDS:
+            raise ValueError(f"unknown kind of guidance {shorten(self.kind)}: one of {', '.join(KINDS)}")
+        if not isinstance(self.scales, (tuple, list)) or not self.scales:
+            raise ValueError(f"scales of guidance must be a tuple of numbers, not {shorten(self.scales)}")
         if self.kind != "cfg" and len(self.scales) != 1:
             raise ValueError(f"guidance of kind {self.kind} has two branches: give one scale")
         object.__setattr__(self, "scales", tuple(check("guidance", scale) for scale in self.scales))

@@ -6,10 +6,8 @@ full disk or a kill leaves the last good one.
     save_checkpoint(run_dir, state, keep=2);  state = load_checkpoint(run_dir)   # None: a fresh run
 """
 
-import errno
 import hashlib
 import os
-import re
 import shutil
 import socket
 from collections.abc import Callable, Iterator
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from unigen.config import load_json, save_json
+from unigen.disk import disk_errors
 from unigen.hub import clear_scratch, lock, replacing_folder, unlock
 
 
@@ -227,34 +226,6 @@ def _clear(run_dir: Path) -> None:
     files = "metrics.tmp", ".config.json.*.tmp", "checkpoints/*.tmp", "checkpoints/.*.tmp"
     for left in (left for pattern in files for left in run_dir.glob(pattern)):
         left.unlink(missing_ok=True)
-
-
-# ---------------------------------------------------------------- full disks
-
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
-
-
-class DiskError(ValueError):
-    """A file that cannot be written, in one line."""
-
-
-@contextmanager
-def disk_errors(what: str, advice: str) -> Iterator[None]:
-    """A disk that is full or may not be written becomes one DiskError; every other exception passes unchanged."""
-    try:
-        yield
-    except DiskError:
-        raise
-    except Exception as error:
-        chain: BaseException | None = error
-        while chain is not None:  # torch and safetensors raise their own kinds about a failed write
-            if isinstance(chain, OSError) and chain.errno in _DISK:
-                raise DiskError(f"cannot write {what}: {chain.strerror}; {advice}") from error
-            told = re.search(r"\(os error (\d+)\)", str(chain))
-            if told and int(told[1]) in _DISK:
-                raise DiskError(f"cannot write {what}: {os.strerror(int(told[1]))}; {advice}") from error
-            chain = chain.__cause__ or chain.__context__
-        raise
 
 
 def cpu_tree(tree: Any) -> Any:

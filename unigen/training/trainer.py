@@ -24,13 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from unigen.config import OptimConfig, RunConfig, load_json, save_json, to_dict
+from unigen.disk import disk_errors
 from unigen.extras import require
 from unigen.precision import train_precision
 from unigen.training.checkpoint import (
     Ema,
     checkpoints,
     cpu_tree,
-    disk_errors,
     load_checkpoint,
     lock_run,
     model_is_of,

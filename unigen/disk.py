@@ -1,0 +1,69 @@
+"""Disks that are full or may not be written: errors in one line, before any work where that can be.
+
+Nothing heavy is imported here: the command line reads it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from unigen.limits import shorten
+
+DISK_FAULTS = frozenset(
+    getattr(errno, name)
+    for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO ENAMETOOLONG ENOTDIR EISDIR ELOOP EMFILE ENFILE".split()
+    if hasattr(errno, name)
+)
+"""Errors of the system that are no fault of ours: a disk that is full or may not be written, a name that it refuses."""
+
+
+class DiskError(ValueError):
+    """A file that cannot be written, in one line."""
+
+
+@contextmanager
+def disk_errors(what: str, advice: str) -> Iterator[None]:
+    """A disk that is full or may not be written becomes one DiskError; every other exception passes unchanged."""
+    try:
+        yield
+    except DiskError:
+        raise
+    except Exception as error:
+        chain: BaseException | None = error
+        while chain is not None:  # torch, tokenizers and safetensors raise their own kinds about a failed write
+            told = re.search(r"\(os error (\d+)\)", str(chain))
+            number = chain.errno if isinstance(chain, OSError) else int(told[1]) if told else None
+            if number is not None and number in DISK_FAULTS:
+                raise DiskError(f"cannot write {what}: {os.strerror(number)}; {advice}") from error
+            chain = chain.__cause__ or chain.__context__
+        raise
+
+
+def check_folder(folder: str | Path) -> Path:
+    """The absolute path of a folder that is to be written. Raises ValueError, before any work, where that cannot be: a
+    name that is too long, a file of that name, no right to write there."""
+    if "\0" in str(folder):
+        raise ValueError("the name of the folder holds a zero byte: choose another name")
+    folder = Path(folder).absolute()
+    shown = shorten(str(folder), 120)
+    try:
+        for path in (folder, *folder.parents):
+            try:
+                path.lstat()
+            except FileNotFoundError:
+                continue
+            if not path.is_dir():
+                raise ValueError(f"{shown} cannot be a folder: {shorten(str(path), 120)} is a file")
+            if path != folder and not os.access(path, os.W_OK | os.X_OK):
+                raise ValueError(f"cannot write the folder {shown}: {path} may not be written; choose another one")
+            break
+    except NotADirectoryError as error:
+        raise ValueError(f"{shown} cannot be a folder: a part of its path is a file") from error
+    except OSError as error:
+        raise ValueError(f"cannot write the folder {shown}: {error.strerror}; choose another name") from error
+    return folder
