@@ -57,10 +57,14 @@ def clip(projection: bool = False) -> Any:
 @functools.cache
 def byte_tokenizer() -> Any:
     """Pieces of a byte-level BPE; stands in for the sentencepiece models of T5, Gemma, Qwen and others."""
+    from tokenizers.processors import TemplateProcessing
     from transformers import Qwen2Tokenizer
 
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(TEXTS, 300)
     tokenizer.add_special_tokens({"bos_token": "<bos>", "pad_token": "<pad>", "eos_token": "<eos>"})
+    bos = tokenizer.convert_tokens_to_ids("<bos>")
+    begin = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)])
+    tokenizer.backend_tokenizer.post_processor = begin  # no prompt is of no pieces
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['role'] }}"
         "{{ m['content'] if m['content'] is string else m['content'][0]['text'] }}"
@@ -282,7 +286,8 @@ def StableCascadeCombinedPipeline() -> Any:
     )  # fmt: skip
     return Kind(
         tokenizer=clip_tokenizer(), text_encoder=clip(True), decoder=decoder, scheduler=DDPMWuerstchenScheduler(),
-        vqgan=PaellaVQModel(bottleneck_blocks=1, num_vq_embeddings=2), prior_prior=prior, prior_text_encoder=clip(True),
+        vqgan=PaellaVQModel(bottleneck_blocks=1, num_vq_embeddings=256), prior_prior=prior,
+        prior_text_encoder=clip(True),
         prior_tokenizer=clip_tokenizer(), prior_scheduler=DDPMWuerstchenScheduler(), prior_feature_extractor=None,
         prior_image_encoder=None,
     )  # fmt: skip
@@ -332,7 +337,7 @@ def PixArtSigmaPipeline() -> Any:
     from diffusers import PixArtTransformer2DModel
 
     transformer = PixArtTransformer2DModel(
-        sample_size=16, num_layers=1, patch_size=2, attention_head_dim=8, num_attention_heads=2, in_channels=4,
+        sample_size=32, num_layers=1, patch_size=2, attention_head_dim=8, num_attention_heads=2, in_channels=4,
         caption_channels=32, cross_attention_dim=16, out_channels=8, norm_type="ada_norm_single",
         norm_elementwise_affine=False, norm_eps=1e-6,
     )  # fmt: skip
@@ -345,12 +350,12 @@ def StableDiffusion3Pipeline() -> Any:
     from diffusers import StableDiffusion3Pipeline as Kind
 
     transformer = SD3Transformer2DModel(
-        sample_size=16, patch_size=1, in_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=4,
-        caption_projection_dim=32, joint_attention_dim=64, pooled_projection_dim=64, out_channels=4,
+        sample_size=16, patch_size=1, in_channels=16, num_layers=1, attention_head_dim=8, num_attention_heads=4,
+        caption_projection_dim=32, joint_attention_dim=64, pooled_projection_dim=64, out_channels=16,
     )  # fmt: skip
     texts: dict[str, Any] = {"tokenizer": clip_tokenizer(), "tokenizer_2": clip_tokenizer()}
     texts |= {"text_encoder": clip(True), "text_encoder_2": clip(True), "text_encoder_3": None, "tokenizer_3": None}
-    return Kind(transformer=transformer, scheduler=flow(), vae=flow_kl(), **texts)
+    return Kind(transformer=transformer, scheduler=flow(), vae=flow_kl(16), **texts)
 
 
 def _flux(kind: str, embeds: bool, channels: int = 4) -> Any:
@@ -380,7 +385,7 @@ def FluxKontextPipeline() -> Any:
 
 @pipeline
 def FluxFillPipeline() -> Any:
-    return _flux("FluxFillPipeline", True, channels=12)
+    return _flux("FluxFillPipeline", True, channels=24)
 
 
 def flux_schnell() -> Any:
@@ -464,7 +469,7 @@ def Lumina2Pipeline() -> Any:
         sample_size=4, patch_size=2, in_channels=4, hidden_size=24, num_layers=1, num_refiner_layers=1,
         num_attention_heads=3, num_kv_heads=1, multiple_of=2, ffn_dim_multiplier=None, norm_eps=1e-5,
         scaling_factor=1.0,
-        axes_dim_rope=(4, 2, 2), axes_lens=(128, 128, 128), cap_feat_dim=32,
+        axes_dim_rope=(4, 2, 2), axes_lens=(512, 512, 512), cap_feat_dim=32,
     )  # fmt: skip
     return Kind(transformer, flow(), flow_kl(4), causal("Gemma2Model"), byte_tokenizer())
 
@@ -477,7 +482,7 @@ def AuraFlowPipeline() -> Any:
     transformer = AuraFlowTransformer2DModel(
         sample_size=16, patch_size=2, in_channels=4, num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=8,
         num_attention_heads=4, caption_projection_dim=32, joint_attention_dim=32, out_channels=4,
-        pos_embed_max_size=256,
+        pos_embed_max_size=1024,
     )  # fmt: skip
     return Kind(byte_tokenizer(), t5("UMT5EncoderModel"), kl(), transformer, flow())
 
@@ -500,7 +505,8 @@ def HunyuanDiTPipeline() -> Any:
         )
     )  # fmt: skip
     return Kind(
-        vae=kl(), text_encoder=words, tokenizer=byte_tokenizer(), transformer=transformer, scheduler=DDPMScheduler(),
+        vae=kl(blocks=4), text_encoder=words, tokenizer=byte_tokenizer(), transformer=transformer,
+        scheduler=DDPMScheduler(),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False, text_encoder_2=t5(),
         tokenizer_2=byte_tokenizer(),
     )  # fmt: skip
@@ -513,7 +519,7 @@ def CogView3PlusPipeline() -> Any:
 
     transformer = CogView3PlusTransformer2DModel(
         patch_size=2, in_channels=4, num_layers=1, attention_head_dim=4, num_attention_heads=2, out_channels=4,
-        text_embed_dim=32, time_embed_dim=8, condition_dim=2, pos_embed_max_size=8, sample_size=8,
+        text_embed_dim=32, time_embed_dim=8, condition_dim=2, pos_embed_max_size=32, sample_size=8,
     )  # fmt: skip
     return Kind(byte_tokenizer(), t5(), kl(), transformer, CogVideoXDDIMScheduler())
 
@@ -540,4 +546,4 @@ def ZImagePipeline() -> Any:
         n_kv_heads=2, norm_eps=1e-5, qk_norm=True, cap_feat_dim=32, rope_theta=256.0, t_scale=1000.0,
         axes_dims=[8, 4, 4], axes_lens=[256, 32, 32],
     )  # fmt: skip
-    return Kind(flow(), kl(), causal("Qwen3Model"), byte_tokenizer(), transformer)
+    return Kind(flow(), flow_kl(), causal("Qwen3Model"), byte_tokenizer(), transformer)

@@ -460,6 +460,8 @@ def test_text_is_drawn_as_the_model_says(
     reader = load_reader(tmp_path / "chat")
     assert reader.text_sampling == sampling == reader.info()["text_sampling"]
     pair, asked = PairedEngine(reader, Draws()), {}
+    job = Job(Document.of("a dog"), "text", {"seed": 3})
+    assert OneByOne(pair)._settings(job) == {"seed": 3, "text": sampling}  # as the server reports it
     reader.model.generate = lambda **options: asked.update(options) or options["input_ids"]  # type: ignore[func-returns-value]
     pair.generate("a dog", "text")
     drawn = {name: asked[name] for name in FALLBACK.keys() & asked.keys() if asked["do_sample"]}

@@ -14,14 +14,14 @@ import pytest
 from PIL import Image
 
 from tests.pipelines import MADE, flux_schnell, make
-from unigen.pipeline_support import needs_image, options_of, samplers_of
-from unigen.pipelines import PipelineEngine
+from unigen.pipeline_support import needs_image, options_of, parameters, samplers_of
+from unigen.pipelines import PipelineEngine, resized
 
-FEW = {"DiTPipeline", "FluxPipeline", "QwenImagePipeline", "StableDiffusionInpaintPipeline"}
+FEW = {"DiTPipeline", "FluxPipeline", "StableDiffusionInpaintPipeline"}
 """Rows of the default suite."""
 NAMES = [pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for name in MADE]
-SIDES = {"FluxKontextPipeline": 64}
-OTHER = {"steps": 3, "guidance": 3.0, "negative": "a hill", "strength": 0.5}
+SIZE = (64, 96)
+OTHER = {"steps": 8, "guidance": 2.5, "negative": "a hill", "strength": 0.5}
 HEAD = "| class | draws | edits | inpaints | options |\n| --- | --- | --- | --- | --- |"
 
 
@@ -32,10 +32,6 @@ def row(engine: PipelineEngine) -> str:
     samplers = f" ({', '.join(facts['samplers'])})" if facts["samplers"] else ""
     edits, inpaints = ("no" if facts[name] == "no" else "yes" for name in ("edits", "inpaints"))
     return f"| {facts['pipeline']} | {draws} | {edits} | {inpaints} | {', '.join(facts['takes'])}{samplers} |"
-
-
-def size_of(engine: PipelineEngine) -> tuple[int, int]:
-    return (64, 96) if type(engine.pipe).__name__ != "SanaPipeline" else (64, 96)
 
 
 def words_of(engine: PipelineEngine) -> Any:
@@ -67,17 +63,13 @@ def test_a_class_does_what_its_row_says(name: str, root: Path) -> None:
         if task == "inpaint":
             made = np.asarray(drawn)
             assert (made[mask == 0] == noise[mask == 0]).all() and (made != noise).any()
-        size = given["size"] if "size" in given else picture.size
-        assert (
-            task == "text"
-            and "size" not in options_of(form)
-            or drawn.size == (picture.size if task == "inpaint" else size)
-        )
+        if task != "text" or "size" in given:
+            assert drawn.size == (SIZE if task == "text" else picture.size)
         for option in options_of(form):
-            value = (48 * 2, 64) if option == "size" else OTHER[option]
+            value = (96, 64) if option == "size" else OTHER[option]
             more = {"guidance": 5.0} if option == "negative" else {}
-            changed = ask(**given | more | {option: value})
-            assert changed.tobytes() != ask(**given | more).tobytes(), f"{option} of {task} changes nothing"
+            changed, usual = ask(**given | more | {option: value}), ask(**given | more) if more else drawn
+            assert changed.tobytes() != usual.tobytes(), f"{option} of {task} changes nothing"
         for sampler in samplers_of(form, engine.usual):
             same = type(engine.usual).__name__ == samplers_of(form, engine.usual)[sampler].__name__
             assert same or ask(**given | {"sampler": sampler}).tobytes() != drawn.tobytes(), sampler
@@ -85,10 +77,14 @@ def test_a_class_does_what_its_row_says(name: str, root: Path) -> None:
 
 def base(engine: PipelineEngine, task: str) -> dict[str, Any]:
     own = options_of(engine._form(task))
-    few: dict[str, Any] = {"steps": 4 if task == "edit" else 2, "size": size_of(engine)}
+    few: dict[str, Any] = {"steps": 4 if task == "edit" else 2, "size": SIZE}
     if task != "text":
         few.pop("size")
-    return {name: value for name, value in few.items() if name in own}
+    few = {name: value for name, value in few.items() if name in own}
+    more = {"prior_num_inference_steps": 2, "max_area": SIZE[0] * SIZE[1], "_auto_resize": False}
+    more["use_resolution_binning"] = False  # which would draw sizes of real models
+    takes = parameters(engine._form(task))
+    return few | {name: value for name, value in more.items() if name in takes}
 
 
 def diffusers_draws(engine: PipelineEngine) -> Image.Image:
@@ -98,7 +94,7 @@ def diffusers_draws(engine: PipelineEngine) -> Image.Image:
     name = type(engine.pipe).__name__
     pipe = engine._form("text") if needs_image(type(engine.pipe)) else make(name)
     own, given = options_of(pipe), base(engine, "text")
-    named = {own[key]: value for key, value in given.items() if key != "size"}
+    named = {own.get(key, key): value for key, value in given.items() if key != "size"}
     if "size" in given:
         named |= {"width": given["size"][0], "height": given["size"][1]}
     if own.get("guidance") == "true_cfg_scale":
@@ -106,7 +102,7 @@ def diffusers_draws(engine: PipelineEngine) -> Image.Image:
     asked = words_of(engine)
     named |= {"class_labels": [asked]} if isinstance(asked, int) else {"prompt": asked}
     result = pipe(**named, generator=[torch.Generator().manual_seed(3)])
-    return result.images[0]
+    return resized(result.images[0], SIZE) if "size" in given else result.images[0]
 
 
 def test_an_option_that_does_nothing_is_refused() -> None:

@@ -13,7 +13,6 @@ template, the one that draws any diffusers pipeline. The file refuses to know: h
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -30,7 +29,7 @@ from unigen.models import widen
 from unigen.nn.quantized import held, measure, quantize
 from unigen.pipelines import check_seed, check_words
 from unigen.samplers.logits import Sampling
-from unigen.samplers.seeds import generator_of, later_seed
+from unigen.samplers.seeds import derive_seed, generator_of, later_seed
 from unigen.sequence import Document, Segment, as_words
 from unigen.templates import Output, Unable, split_system
 from unigen.tokenizers import text
@@ -127,6 +126,12 @@ class PairedEngine:
         """How the model that reads draws its text where nothing is asked for, as far as it says."""
         return dict(getattr(self.lmm, "text_sampling", {}))
 
+    def text_options(self, options: dict[str, Any]) -> dict[str, Any]:
+        """What the model that reads is told: its own of the options, over how it draws text where nothing is asked."""
+        given = {name: value for name, value in options.items() if name in READS and value is not None}
+        usual = self.text_sampling
+        return given if usual == FALLBACK and "temperature" in given else usual | given
+
     def _answer(self, prompt: Any, output: Output, seed: int, options: dict[str, Any]) -> Any:
         if output not in self.outputs:
             raise ValueError(f"this pair cannot answer with {output}: it can with {' or '.join(self.outputs)}")
@@ -154,15 +159,16 @@ class PairedEngine:
         count, own = options.get("max_images", 4), self._drawing(options)
         own.pop("max_images", None)
         check("max_images", count)
+        seed = check_seed(seed)
         if not self.text_sampling:
             options = {"temperature": STORY_TEMPERATURE} | options
         told: list[Segment] = list(document.segments)
         passages: list[str] = []
         for number in range(count):
-            at = seed_of(seed, number)
+            at = derive_seed(seed, number, factor=1_000)
             for attempt in range(TRIES):
                 asked = Document([*told, Segment(text=PASSAGE)])
-                passage = self._said(asked, seed_of(at, attempt) if attempt else at, options, MOST)
+                passage = self._said(asked, derive_seed(at, attempt) if attempt else at, options, MOST)
                 if not passage:
                     return
                 if not told_before(passage, passages):
@@ -177,11 +183,7 @@ class PairedEngine:
 
     def _said(self, document: Any, seed: int, options: dict[str, Any], most: int | None = None) -> str:
         """most: tokens, where `max_tokens` does not say less."""
-        given = {name: value for name, value in options.items() if name in READS and value is not None}
-        usual = self.text_sampling
-        if usual == FALLBACK and "temperature" in given:
-            usual = {}  # what is asked for needs no guard
-        mine = usual | given
+        mine = self.text_options(options)
         if most is not None:
             mine["max_tokens"] = min(most, mine.get("max_tokens", most))
         return str(self.lmm.generate(Document.of(document), "text", seed=seed, **mine)).strip()
@@ -189,14 +191,6 @@ class PairedEngine:
     @staticmethod
     def _drawing(options: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in options.items() if name not in READS}
-
-
-def seed_of(seed: int, number: int) -> int:
-    """The seed of a part of an answer, of 64 bits: each part of each answer has its own."""
-    part = check_seed(seed) * 1_000 + number
-    if part < 2**32:
-        return part
-    return int.from_bytes(hashlib.blake2b(part.to_bytes(16, "big"), digest_size=8).digest(), "big")
 
 
 def told_before(passage: str, passages: Sequence[str]) -> bool:

@@ -170,6 +170,9 @@ def samplers_of(pipe: Any, scheduler: Any) -> dict[str, Any]:
             continue
         if not flow and name in ("euler", "heun") and "scale_model_input" not in call:
             continue  # these scale what the network reads, and the pipeline would not ask for it
+        learned = str(scheduler.config.get("variance_type")).startswith("learned")
+        if learned and not _takes(one.__init__, "variance_type"):
+            continue  # it would not know which half of what the network says is the variance
         if scheduler.config.get("prediction_type") == "flow_prediction" and not _takes(one.__init__, "use_flow_sigmas"):
             continue
         if all(_takes(one.set_timesteps, argument) for argument in told):

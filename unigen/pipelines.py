@@ -307,7 +307,10 @@ class PipelineEngine:
             except faults as error:
                 said = f"{type(error).__name__}: {hub.first_line(error)}"
                 raise ValueError(f"{kind} cannot draw this with these options ({said})") from error
-            made.append(picture_of(result, kind))
+            picture = picture_of(result, kind)
+            if "width" in named:  # some draw the nearest size that they can
+                picture = resized(picture, (named["width"], named["height"]))
+            made.append(picture)
         return MediaList(made)
 
     def _arguments(self, pipe: Any, options: dict[str, Any], own_size: bool) -> tuple[dict[str, Any], str | None]:

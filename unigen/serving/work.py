@@ -339,7 +339,7 @@ class OneByOne(_Worker):
                 yield number, Refused("this model does not vary pictures: say what to draw")
                 return
             self.now = number, self._parts(job), _Answer(job, Words(job.stop), lambda picture: picture)
-            yield number, Begun(({} if job.output == "text" else self.usual) | job.options)
+            yield number, Begun(self._settings(job))
         number, parts, answer = self.now
         start = time.perf_counter()
         try:
@@ -362,6 +362,14 @@ class OneByOne(_Worker):
 
     def load(self) -> Load:
         return Load(int(bool(self.now)), len(self.waiting), int(bool(self.now)), 0, self.steps, self.seconds)
+
+    def _settings(self, job: Job) -> dict[str, Any]:
+        """What pictures and text are drawn with, as far as it is known."""
+        usual = {} if job.output == "text" else dict(self.usual)
+        if job.output != "image" and hasattr(self.engine, "text_options"):
+            text = self.engine.text_options(job.options)
+            usual["text"] = {name: value for name, value in text.items() if name != "max_tokens"}
+        return usual | job.options
 
     def _parts(self, job: Job) -> Iterator[Any]:
         """The parts of the answer; its options are checked when the first is taken."""
