@@ -144,6 +144,16 @@ def test_private_addresses_are_not_asked(url: str) -> None:
     assert str(error.value).startswith("the picture's address") or "http or https" in str(error.value)
 
 
+def test_addresses_that_hold_private_ones_are_private() -> None:
+    for address in (
+        "127.0.0.1 10.0.0.1 100.64.0.1 169.254.169.254 192.88.99.1 198.18.0.1 224.0.0.1 240.0.0.1 255.255.255.255 ::1"
+        " ::127.0.0.1 ::8.8.8.8 ::ffff:127.0.0.1 ::ffff:0:127.0.0.1 64:ff9b::7f00:1 64:ff9b::808:808 64:ff9b:1::808:808"
+        " fc00::1 fe80::1 fec0::1 ff0e::1 100::1 2001:db8::1 2001:0:808:808::1 2002:7f00:1:: 2002:808:808::"
+        " 2a00:1450::5efe:10.0.0.1 2a00:1450::200:5efe:10.0.0.1 5f00::1 ::"
+    ).split():
+        assert not pictures._open(ipaddress.ip_address(address)), address
+
+
 def test_public_addresses_are_asked() -> None:
     """The control: of both versions, and as one in the other."""
     for address in ("8.8.8.8", "93.184.215.14", "2a00:1450:4001:82a::200e", "2606:4700::1111", "::ffff:8.8.8.8"):

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import time
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +22,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not shutil.which("nginx"), re
 @pytest.fixture
 def router(serve: Any, tiny_folder: Path, root: Path, tmp_path: Path) -> Iterator[Any]:
     """The replicas, and the router's address."""
-    replicas = [serve("--model", str(tiny_folder), "--name", "small") for _ in range(2)]
+    shared = ["--images-folder", str(tmp_path / "pictures"), "--trusted-proxy", "127.0.0.1"]
+    replicas = [serve("--model", str(tiny_folder), "--name", "small", *shared) for _ in range(2)]
     for replica in replicas:
         replica.wait()
     with socket.socket() as free:
@@ -68,3 +70,15 @@ def test_a_conversation_stays_with_one_replica(router: Any) -> None:
         assert replicas[0].ask(url + "/v1/models", headers={"x-conversation": "seven"})[0] == 200
     counts = [replica.metric('unigen_requests_total{route="/v1/models"') for replica in replicas]
     assert sorted(counts) == [0, 6]
+
+
+def test_a_pictures_address_leads_to_any_replica(router: Any) -> None:
+    """With the router's port, though the replicas listen on others."""
+    replicas, url = router
+    body = {"model": "small", "prompt": "a", "response_format": "url"}
+    status, made = replicas[0].ask(url + "/v1/images/generations", body)
+    assert status == 200 and made["data"][0]["url"].startswith(url + "/images/"), made
+    path = made["data"][0]["url"].removeprefix(url)
+    for where in (url, *(replica.url for replica in replicas)):
+        with urllib.request.urlopen(where + path, timeout=60) as answer:
+            assert answer.status == 200 and answer.headers["content-type"] == "image/png"
