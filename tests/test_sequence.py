@@ -44,7 +44,7 @@ def test_a_segment_holds_one_thing() -> None:
     with pytest.raises(ValueError, match="exactly one"):
         Segment()
     with pytest.raises(ValueError, match="unknown role"):
-        Segment(text="a", role="system")  # type: ignore[arg-type]
+        Segment(text="a", role="narrator")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("prompt", ["", "   ", [], ["", " "]])
