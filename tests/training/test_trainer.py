@@ -183,7 +183,7 @@ def test_a_signal_saves_and_stops(number: int, straight: Path, tmp_path: Path) -
     assert same(straight, tmp_path)
 
 
-@pytest.mark.parametrize("stops", [[4], [2, 9]])
+@pytest.mark.parametrize("stops", [[3], [2, 9]])
 def test_a_stop_between_two_log_lines_leaves_the_same_curve(stops: list[int], tmp_path: Path) -> None:
     sparse = "log_every=5", "save_every=0"
     train(tmp_path / "straight", *sparse)
@@ -290,9 +290,11 @@ class Reviving(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.inner, self.quantizer = nn.Linear(6, 4), VectorQuantizer(64, 4, revive_every=1, dead_below=10.0)
+        self.inner, self.quantizer = nn.Linear(6, 4), VectorQuantizer(64, 4, revive_every=1, dead_below=1.0)
 
     def forward(self, x_BD: Tensor, rng: torch.Generator) -> Any:
+        with torch.no_grad():
+            self.inner.weight.mul_(1.01)
         return self.quantizer(self.inner(x_BD)[:, :, None, None], rng)
 
 
