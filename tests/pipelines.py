@@ -73,12 +73,11 @@ def byte_tokenizer() -> Any:
     return tokenizer
 
 
-def t5(kind: str = "T5EncoderModel") -> Any:
-    import transformers
+def t5() -> Any:
+    from transformers import T5Config, T5EncoderModel
 
-    config = getattr(transformers, "UMT5Config" if kind.startswith("U") else "T5Config")
-    return getattr(transformers, kind)(
-        config(d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4, vocab_size=len(byte_tokenizer()))
+    return T5EncoderModel(
+        T5Config(d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4, vocab_size=len(byte_tokenizer()))
     )
 
 
@@ -472,19 +471,6 @@ def Lumina2Pipeline() -> Any:
         axes_dim_rope=(4, 2, 2), axes_lens=(512, 512, 512), cap_feat_dim=32,
     )  # fmt: skip
     return Kind(transformer, flow(), flow_kl(4), causal("Gemma2Model"), byte_tokenizer())
-
-
-@pipeline
-def AuraFlowPipeline() -> Any:
-    from diffusers import AuraFlowPipeline as Kind
-    from diffusers import AuraFlowTransformer2DModel
-
-    transformer = AuraFlowTransformer2DModel(
-        sample_size=16, patch_size=2, in_channels=4, num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=8,
-        num_attention_heads=4, caption_projection_dim=32, joint_attention_dim=32, out_channels=4,
-        pos_embed_max_size=1024,
-    )  # fmt: skip
-    return Kind(byte_tokenizer(), t5("UMT5EncoderModel"), kl(), transformer, flow())
 
 
 @pipeline

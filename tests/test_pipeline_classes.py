@@ -77,7 +77,7 @@ def test_a_class_does_what_its_row_says(name: str, root: Path) -> None:
 
 def base(engine: PipelineEngine, task: str) -> dict[str, Any]:
     own = options_of(engine._form(task))
-    few: dict[str, Any] = {"steps": 4 if task == "edit" else 2, "size": SIZE}
+    few: dict[str, Any] = {"steps": 2 if task == "text" else 4, "size": SIZE}
     if task != "text":
         few.pop("size")
     few = {name: value for name, value in few.items() if name in own}

@@ -157,6 +157,9 @@ def samplers_of(pipe: Any, scheduler: Any) -> dict[str, Any]:
     told, flow = _told_scheduler(call), type(scheduler).__name__.startswith("FlowMatch")
     if scheduler is None or told is None:
         return {}
+    calls = [node for node in ast.walk(ast.parse(textwrap.dedent(call))) if isinstance(node, ast.Call)]
+    steps = [node for node in calls if getattr(node.func, "attr", "") == "step"]
+    stepped = {keyword.arg for node in steps for keyword in node.keywords if keyword.arg}
     if scheduler.config.get("use_dynamic_shifting") and flow:
         told.add("mu")
     compatible = {one.__name__ for one in scheduler.compatibles}
@@ -174,6 +177,8 @@ def samplers_of(pipe: Any, scheduler: Any) -> dict[str, Any]:
         if learned and not _takes(one.__init__, "variance_type"):
             continue  # it would not know which half of what the network says is the variance
         if scheduler.config.get("prediction_type") == "flow_prediction" and not _takes(one.__init__, "use_flow_sigmas"):
+            continue
+        if not all(_takes(one.step, argument) for argument in stepped):
             continue
         if all(_takes(one.set_timesteps, argument) for argument in told):
             found[name] = one
