@@ -53,7 +53,7 @@ def load_found(
             model.sample_by(generator, **options)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"sampling in {folder / hub.MANIFEST}: {error}") from error
-    if torch.device(device).type == "cpu":
+    if inference and torch.device(device).type == "cpu":
         widen(model, model.backbone)
     if quantization is not None:
         model.quantize(quantization, device)

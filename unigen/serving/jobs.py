@@ -76,9 +76,10 @@ class Refused:
 
 @dataclass
 class Failed:
-    """A fault that is not the job's own."""
+    """A fault that is not the job's own. again: may it be answered when it is asked again?"""
 
     message: str
+    again: bool = True
 
 
 @dataclass

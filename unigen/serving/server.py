@@ -384,6 +384,8 @@ class Server:
                     raise event
                 elif isinstance(event, Refused):
                     raise Wrong(400, event.message)
+                elif isinstance(event, Failed) and not event.again:
+                    raise Wrong(500, event.message)
                 elif isinstance(event, Failed):
                     raise Wrong(503, event.message, code="try_again", wait=1)
                 else:

@@ -229,7 +229,7 @@ class Together(_Worker):
                     if other in self.running:
                         self.running.drop(other)
                 print(f"unigen: {error}", file=sys.stderr)
-                yield number, Failed(str(error))
+                yield number, Failed(str(error), again=False)
 
     def _chosen(self, number: int, answer: _Answer) -> Iterator[tuple[int, Event]]:
         try:

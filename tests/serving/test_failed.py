@@ -1,0 +1,44 @@
+"""What a client is told of an answer that fails: 503 where it may be asked again, 500 where it would fail again."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.serving.test_fuzz import Painter
+from unigen.engine import Engine
+from unigen.sequence import Document
+from unigen.serving.jobs import Event, Failed, Job
+from unigen.serving.server import Settings, create_app
+from unigen.serving.work import Together
+
+
+@pytest.mark.parametrize(("again", "status"), [(True, 503), (False, 500)])
+def test_the_status_says_whether_to_ask_again(again: bool, status: int) -> None:
+    class Failing(Painter):
+        async def answer(self, job: Job) -> AsyncGenerator[Event, None]:
+            yield Failed("scores of this model are not finite", again)
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(create_app(Failing(), Settings(model="m")))
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            return await client.post("/v1/images/generations", json={"model": "m", "prompt": "a"})
+
+    answer = asyncio.run(ask())
+    error = answer.json()["error"]
+    assert answer.status_code == status and error["message"] == "scores of this model are not finite"
+    assert ("retry-after" in answer.headers) == again and (error["code"] == "try_again") == again
+
+
+def test_numbers_that_are_not_finite_are_not_asked_for_again(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = engine.model.step
+    monkeypatch.setattr(engine.model, "step", lambda *inputs: step(*inputs) * float("nan"))
+    worker, events = Together(engine, 4), list[Any]()
+    worker.ask(0, Job(Document.of("a dog"), "image"))
+    while worker.busy:
+        events += [event for _, event in worker.step()]
+    assert isinstance(events[-1], Failed) and not events[-1].again and "not finite" in events[-1].message
