@@ -99,7 +99,7 @@ def test_command(class_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     for bad, message in (
         ([], "say what to draw: in words, or by --class"),
-        (["a cow", "--class", "2"], "say what to draw"),
+        (["a cow", "--class", "2"], "both words and --class are given"),
         (["a cow"], "draws classes, not words"),
         (["--class", "7"], "unknown class '7': give a class from 0 to 2, or its name (ant, bee, cow)"),
     ):

@@ -74,7 +74,7 @@ def test_overrides_are_read_by_type() -> None:
         ("flag=1", "flag expects bool"),
         ("optim.lr=nan", "optim.lr expects float, not 'nan'"),
         ("optim.betas=1,2,3", "optim.betas expects"),
-        ("precision=fp8", "precision expects one of fp32, bf16, not 'fp8'"),
+        ("precision=fp8", "precision expects one of auto, fp32, bf16, not 'fp8'"),
         ("shares=1", "shares is a table: set an entry, as shares.NAME=value"),
         ("shares.b=x", "shares.b expects float"),
         ("optim=1", "optim is a group: set one of optim.lr"),

@@ -91,8 +91,9 @@ def test_a_decoder_learns_from_what_was_drawn(
         ([*learn, "true=2"], "a share from 0 to 1"),
         *(
             ([*learn, f"drawn={file},{tmp_path / name}"], f"{name} cannot be read")
-            for name in ("none.npz", "part.npz", "cut.npz", "empty.npz")
+            for name in ("part.npz", "cut.npz", "empty.npz")
         ),
+        ([*learn, f"drawn={file},{tmp_path / 'none.npz'}"], "none.npz is not there: make it by"),
         ([*learn, f"drawn={tmp_path / 'other.npz'}"], "codes of another tokenizer"),
     ):
         assert main([*wrong, f"run_dir={tmp_path / 'no'}"]) == 2

@@ -83,10 +83,10 @@ def test_a_picture_is_chosen_among_others(engine: Engine, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda e, p: e.describe(p, candidates=0), "candidates must be a whole number of at least 1"),
+        (lambda e, p: e.describe(p, candidates=0), "candidates must be a whole number from 1 to 64"),
         (lambda e, p: e.generate("a dog", "interleaved", candidates=2), "candidates are captions"),
         (lambda e, p: e.edit(p, "make it red", candidates=2), "candidates are captions"),
-        (lambda e, p: e.generate("a dog", candidates=0), "candidates must be a whole number of at least 1"),
+        (lambda e, p: e.generate("a dog", candidates=0), "candidates must be a whole number from 1 to 64"),
         (lambda e, p: e.generate(["a dog"], "text", candidates=2), "candidates are captions"),
         (lambda e, p: e.generate([p, p, "which?"], "text", candidates=2), "candidates are captions"),
     ],

@@ -114,7 +114,7 @@ def test_models_that_are_not_there(name: str, told: str, tmp_path: Path, monkeyp
 def test_a_path_is_never_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def snapshot(repo: str, revision: str | None = None) -> Path:
+    def snapshot(repo: str, revision: str | None = None, *_: object) -> Path:
         asked.append((repo, revision))
         return Path(".")
 

@@ -65,7 +65,7 @@ def test_results_are_written_from_runs(tmp_path: Path, monkeypatch: pytest.Monke
 def test_ship_refuses_what_is_no_model(root: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(root / "scripts" / "ship.py"), str(tmp_path / "none"), "unigen-x"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
-    assert done.returncode == 2 and done.stderr.startswith("ship: error: unknown model")
+    assert done.returncode == 2 and done.stderr.startswith("ship: error: no folder")
 
 
 def test_ship_leaves_out_what_is_not_good_enough(

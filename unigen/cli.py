@@ -541,7 +541,6 @@ def chat(args: argparse.Namespace) -> int:
 
 def serve(args: argparse.Namespace) -> int:
     require("serve")
-    os.environ["TQDM_DISABLE"] = "1"  # bars have no place in a log
     from unigen.serving.guard import Limits
     from unigen.serving.server import Settings, run
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from unigen.numbers import parse_float, parse_int
+from unigen.numbers import digits, parse_float, parse_int
 
 T = TypeVar("T")
 
@@ -208,7 +208,7 @@ def _parse(hint: Any, text: str, key: str) -> Any:
         return text.lower() == "true"
     if hint in (int, float):
         try:
-            number = parse_int(text) if hint is int else parse_float(text)
+            number = parse_int(digits(text)) if hint is int else parse_float(digits(text))
         except ValueError:
             raise wrong from None
         if not math.isfinite(number):

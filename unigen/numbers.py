@@ -9,6 +9,14 @@ INTEGER = re.compile(r"-?[0-9]{1,30}")
 REAL = re.compile(r"-?([0-9]{1,30}(\.[0-9]{0,30})?|\.[0-9]{1,30})([eE][+-]?[0-9]{1,4})?")
 
 
+GROUPED = re.compile(r"(?<=[0-9])_(?=[0-9])")
+
+
+def digits(text: str) -> str:
+    """The same without the underscores by which Python groups digits: 1_000 is 1000."""
+    return GROUPED.sub("", text)
+
+
 def parse_int(text: str) -> int:
     """The whole number that a text spells. Raises ValueError."""
     if not INTEGER.fullmatch(text):

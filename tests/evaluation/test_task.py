@@ -97,7 +97,7 @@ def test_written_outputs(tmp_path: Path) -> None:
 
 def test_tasks_are_found_by_module_name() -> None:
     assert {"scenes", "understanding"} <= set(runner.tasks())
-    with pytest.raises(ValueError, match="unknown task 'nothing': one of .*scenes"):
+    with pytest.raises(ValueError, match="unknown task 'nothing' \\(tasks: .*scenes"):
         runner.main(["nothing"])
     with pytest.raises(ValueError, match="--count"):
         runner.main(["understanding", "--count", "many"])

@@ -14,7 +14,7 @@ import unigen
 from tests.parity import chameleon as other
 from tests.parity import lumina as case
 from unigen import cli, hub
-from unigen.models import convert, family_of, lumina
+from unigen.models import convert, family_of, load, lumina
 from unigen.sequence import Document, Segment
 
 
@@ -115,5 +115,5 @@ def test_weights_stay_as_they_are_stored(folder: Path, tmp_path: Path) -> None:
     hub.write_tensors(
         tmp_path / "half" / "model.safetensors", hub.read_tensors(folder / "model.safetensors"), torch.bfloat16
     )
-    model = unigen.load(str(tmp_path / "half"), "cpu").model
+    model = load(tmp_path / "half")
     assert {p.dtype for p in model.backbone.parameters()} == {torch.bfloat16}

@@ -143,7 +143,7 @@ def test_a_model_says_how_it_is_drawn_from(tiny_folder: Path, tmp_path: Path) ->
         ({"brush": {}}, "no generator 'brush'"),
         ({"flow": {"top_p": 0.5}}, "flow does not take top_p: it takes guidance$"),
         ({"next-token": {"steps": 4}}, "next-token does not take steps"),
-        ({"next-token": {"top_p": 0}}, "top_p must lie"),
+        ({"next-token": {"top_p": 0}}, "top_p must be a number above 0 and at most 1"),
         ({"next-token": {"guidance": -1}}, "guidance must be"),
         ({"next-token": {"temperature": "warm"}}, "sampling in "),
         ({"next-token": 3}, "sampling in "),

@@ -330,8 +330,9 @@ def to_public(state: Mapping[str, Tensor], head_dim: int) -> dict[str, Tensor]:
 
 
 def owns(folder: Path, config: dict[str, Any]) -> bool:
-    """A folder with a file of a model and the file of its image tokenizer."""
-    return any(list(folder.glob(f"{kind}_*.pt")) and (folder / file).is_file() for kind, file in TOKENIZERS.items())
+    """A folder with a file of a model, or of its image tokenizer, and without the config.json of another."""
+    named = any(list(folder.glob(f"{kind}_*.pt")) or (folder / file).is_file() for kind, file in TOKENIZERS.items())
+    return named and config.get("model_type") in (None, "llamagen")
 
 
 def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) -> UnifiedModel:
@@ -350,6 +351,8 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
         state |= hub.read_tensors(folder / "backbone" / "model.safetensors")
         kind = "c2i" if "classes.weight" in state else "t2i"
     else:
+        if not list(folder.glob(FILES[0])):
+            raise ValueError(f"{folder} has no model beside its image tokenizer: a file named like c2i_B_256.pt")
         path = hub.one_of(folder, FILES[0], variant)
         kind = path.stem[:3]
         state = hub.read_tensors(path)
