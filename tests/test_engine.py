@@ -427,7 +427,10 @@ def test_numbers_that_are_not_finite_end_their_row_alone(
     assert list(failed) == [bad] and failed[bad].startswith(("scores", "pixels"))
     assert "".join(part for part in parts if isinstance(part, str)) == words
     pictures = [part for part in parts if isinstance(part, Image.Image)]
-    assert (same(pictures[0], alone) if pictures else alone == "") and running.positions == 0
+    assert running.positions == 0 and len(pictures) == (writer != "text")
+    if pictures:  # a flow's is a level of 255 off where sums are rounded otherwise in a batch
+        levels = np.abs(np.asarray(pictures[0], int) - np.asarray(alone, int))
+        assert levels.max() <= (writer in ("flow", "transfusion", "token-flow"))
 
 
 @pytest.mark.parametrize(
