@@ -219,6 +219,13 @@ def test_the_control_of_the_scheduler(folder: Path, local: Any, monkeypatch: pyt
     wanted = answers(local, options)
     from unigen.serving import vllm_engine
 
+    take = vllm_engine.take
+
+    def take_anything(row: Any, ids: list[int], vocabulary: Vocabulary) -> None:
+        take(row, ids, vocabulary)
+        row.state.finite = True  # an id that is no code would end the row
+
+    monkeypatch.setattr(vllm_engine, "take", take_anything)
     monkeypatch.setattr(Vocabulary, "codes", lambda self, ids: (ids - self.first).clamp(0, self.image_size - 1))
     monkeypatch.setitem(vllm_engine.OURS, "scheduler_cls", None)
     with on_vllm(folder, **CASES["late"][2]) as engine:
