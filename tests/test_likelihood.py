@@ -11,7 +11,9 @@ from PIL import Image
 from unigen import likelihood
 from unigen.engine import Engine
 from unigen.likelihood import closest, log_likelihood
-from unigen.sequence import Document, Segment, pack
+from unigen.sequence import Document, NotFinite, Segment, pack
+from unigen.serving.jobs import Failed, Job
+from unigen.serving.work import Together
 
 CODES = torch.tensor([[1, 2], [3, 4]])
 ASKED = Document([Segment(image=CODES), Segment(text="describe this picture")])
@@ -94,3 +96,20 @@ def test_a_picture_is_chosen_among_others(engine: Engine, monkeypatch: pytest.Mo
 def test_candidates_that_make_no_sense_are_refused(engine: Engine, call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(engine, Image.new("RGB", (16, 16)))
+
+
+@pytest.mark.parametrize("output", ["text", "image"])
+def test_candidates_whose_scores_are_not_finite(engine: Engine, monkeypatch: pytest.MonkeyPatch, output: str) -> None:
+    """None of them is the best. They are compared by passes of their own, so that each may have been drawn well."""
+    prompt = [Image.new("RGB", (16, 16)), "describe this picture"] if output == "text" else "a dog"
+    options: dict[str, Any] = {"output": output, "candidates": 2} | ({"max_tokens": 4} if output == "text" else {})
+    hidden = engine.model.hidden
+    monkeypatch.setattr(engine.model, "hidden", lambda *inputs: hidden(*inputs) * float("nan"))
+    with pytest.raises(NotFinite, match="scores of candidates of this model are not finite"):
+        engine.generate(prompt, **options)
+    worker, events = Together(engine, 8), list[Any]()
+    rest = {name: value for name, value in options.items() if name == "max_tokens"}
+    worker.ask(0, Job(Document.of(prompt), options["output"], rest, candidates=2))
+    while worker.busy:
+        events += [event for _, event in worker.step()]
+    assert isinstance(events[-1], Failed) and not events[-1].again and "candidates" in events[-1].message

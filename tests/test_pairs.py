@@ -19,8 +19,8 @@ from unigen import cli
 from unigen.adapters import embed
 from unigen.pairs import FALLBACK, MOST, PairedEngine, load_reader
 from unigen.pipelines import PipelineEngine
-from unigen.sequence import Document, Segment
-from unigen.serving.jobs import Begun, Ended, Job, Part, Refused
+from unigen.sequence import Document, NotFinite, Segment
+from unigen.serving.jobs import Begun, Ended, Failed, Job, Part, Refused
 from unigen.serving.work import OneByOne
 
 SMALL = {"steps": 3, "size": (32, 32)}
@@ -294,8 +294,13 @@ def test_a_pipeline_whose_numbers_are_not_finite(words_folder: Path) -> None:
     engine = unigen.load(str(words_folder), "cpu")
     engine.generate("a", **SMALL)
     next(engine.pipe.vae.decoder.parameters()).data.fill_(float("nan"))
-    with pytest.raises(ValueError, match="not finite: use dtype bfloat16 or float32"):
+    with pytest.raises(NotFinite, match="pixels of this model are not finite in float32"):
         engine.generate("a", **SMALL)
+    worker, events = OneByOne(engine), list[Any]()
+    worker.ask(0, Job(Document.of("a"), "image", SMALL))
+    while worker.busy:
+        events += [event for _, event in worker.step()]
+    assert isinstance(events[-1], Failed) and not events[-1].again  # no fault of who asks
 
 
 def test_seeds_of_64_bits(words_engine: PipelineEngine) -> None:
@@ -399,6 +404,9 @@ class Says:
     def __init__(self, *answers: str) -> None:
         self.answers, self.asked, self.options = list(answers), [], []  # type: ignore[var-annotated]
 
+    def check(self, *_: Any, **__: Any) -> None:
+        pass
+
     def generate(self, document: Document, output: str, **options: Any) -> str:
         self.asked.append([s.text for s in document.segments if s.text])
         self.options.append(options)
@@ -409,6 +417,9 @@ class Draws:
     """A model that draws words alone: a picture as wide as its prompt is long."""
 
     outputs = ("image",)
+
+    def check(self, *_: Any, **__: Any) -> None:
+        pass
 
     def generate(self, prompt: Any, output: str, **options: Any) -> Image.Image:
         words = " ".join(s.text or "" for s in Document.of(prompt).segments)
@@ -482,7 +493,7 @@ def test_an_edit_by_one_that_draws_from_words_alone() -> None:
 
 def test_no_option_is_swallowed(words_folder: Path) -> None:
     """What the one that reads does not get, the one that draws does, and refuses by name."""
-    reader, picture = Says("a hill", "a dog"), Image.new("RGB", (32, 32))
+    reader, picture = Says("a dog"), Image.new("RGB", (32, 32))
     pair = PairedEngine(reader, unigen.load(str(words_folder), "cpu"))
     for call, reason in (
         (lambda: pair.generate("two apples", temperature=0.1, top_p=0.5, max_images=3, **SMALL), "temperature, top_p"),
@@ -493,7 +504,7 @@ def test_no_option_is_swallowed(words_folder: Path) -> None:
         with pytest.raises(ValueError, match=reason):
             call()
     assert pair.describe(picture, temperature=0.5, seed=3) == "a dog"
-    assert reader.options[1] == {"temperature": 0.5, "seed": 3}
+    assert reader.options == [{"temperature": 0.5, "seed": 3}]  # who is refused has asked nobody
 
 
 @pytest.mark.parametrize(("asked", "most"), [({}, MOST), ({"max_tokens": 500}, MOST), ({"max_tokens": 7}, 7)])
@@ -527,8 +538,109 @@ def test_a_system_message_is_read_before_all_else(chat_folder: Path) -> None:
     class Painter:
         outputs = ("image",)
 
+        def check(self, *_: Any, **__: Any) -> None:
+            pass
+
         def generate(self, prompt: Any, *_: Any, **__: Any) -> None:
             drawn.append(prompt)
 
     PairedEngine(reader, Painter()).generate([system, asked], "image")
     assert [segment.text for segment in drawn[0].segments] == ["a red dog"]
+
+
+BAD_STREAMS: dict[str, Any] = {
+    "steps": lambda e: e.stream("a", "image", steps=0),
+    "guidance": lambda e: e.stream("a", "image", guidance=float("nan")),
+    "sampler": lambda e: e.stream("a", "image", sampler="magic"),
+    "nonsense": lambda e: e.stream("a", "image", nonsense=3),
+    "seed": lambda e: e.stream("a", "image", seed=-1),
+    "size": lambda e: e.stream("a", "image", size=(-8, 8)),
+    "answer with": lambda e: e.stream("a", "pair"),
+    "empty": lambda e: e.stream(" ", "image"),
+    "a prompt is": lambda e: e.stream(None, "image"),
+}
+BAD_STORIES: dict[str, Any] = {
+    "max_images": lambda e: e.stream("a", max_images=0),
+    "temperature": lambda e: e.stream("a", temperature=-1),
+    "top_p": lambda e: e.stream("a", "text", top_p=0),
+    "max_tokens": lambda e: e.stream("a", max_tokens=0),
+    "steps": lambda e: e.stream("a", "text", steps=2),
+    "seed": lambda e: e.stream("a", seed=2**64),
+    "sampler": lambda e: e.stream("a", sampler="magic"),
+    "cannot see": lambda e: e.stream([Image.new("RGB", (8, 8)), "a"]),
+    "not classes": lambda e: e.stream(3),
+}
+
+
+@pytest.mark.parametrize(("reason", "call"), [*BAD_STREAMS.items(), *BAD_STORIES.items()])
+def test_a_stream_refuses_at_once(
+    reason: str, call: Any, words_engine: PipelineEngine, chat_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the call, as that of one model: nothing is taken of it, and nobody is asked."""
+    pair = PairedEngine(load_reader(chat_folder), words_engine)
+    monkeypatch.setattr(pair.lmm.model, "generate", lambda **_: pytest.fail("the reader was asked"))
+    for engine in [pair, words_engine] if call in BAD_STREAMS.values() else [pair]:
+        with pytest.raises(ValueError, match=reason) as caught:
+            call(engine)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_stream_draws_when_it_is_taken(words_engine: PipelineEngine) -> None:
+    stream = words_engine.stream("a red dog", seed=7, **SMALL)
+    assert [p.tobytes() for p in stream] == [words_engine.generate("a red dog", seed=7, **SMALL).tobytes()]
+
+
+def test_one_prompt_is_no_list_of_letters(words_engine: PipelineEngine) -> None:
+    for engine in (words_engine, PairedEngine(Says(), words_engine)):
+        with pytest.raises(ValueError, match="the prompts must be a list"):
+            engine.generate_batch("a cat", **SMALL)
+        with pytest.raises(ValueError, match="2 prompts need as many seeds"):
+            engine.generate_batch(["a", "b"], [1], **SMALL)
+
+
+def test_a_reader_whose_numbers_are_not_finite(chat_folder: Path) -> None:
+    """Greedily it would say the first id for ever, and drawn torch would raise an error of its own."""
+    reader = load_reader(chat_folder)
+    assert isinstance(reader.generate("a", max_tokens=2), str)
+    reader.model.model.layers[0].mlp.down_proj.weight.data.fill_(float("inf"))
+    for call in (
+        lambda: reader.generate("a", max_tokens=2),
+        lambda: reader.generate("a", max_tokens=2, temperature=1.0),
+        lambda: reader.states("a"),
+    ):
+        with pytest.raises(NotFinite, match="of this model are not finite in float32"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("said", "sampling"),
+    [
+        (None, {}),
+        ({"top_p": 0.5}, {}),
+        ({"do_sample": True, "temperature": 0.6, "top_k": 7}, {"temperature": 0.6, "top_k": 7}),
+        ({"do_sample": False, "repetition_penalty": 1.3}, {"temperature": 0.0, "repetition_penalty": 1.3}),
+    ],
+)
+def test_text_of_our_families_is_drawn_as_their_folder_says(
+    said: Any, sampling: dict[str, Any], janus_folder: Path, classes_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(janus_folder, tmp_path / "janus")
+    if said is not None:
+        (tmp_path / "janus" / "generation_config.json").write_text(json.dumps(said))
+    pair = unigen.load(device="cpu", lmm=str(tmp_path / "janus"), generator=str(classes_folder))
+    asked: list[Any] = []
+    request = pair.lmm.request
+    pair.lmm.request = lambda *given, **options: asked.append(request(*given, **options)) or asked[-1]
+    pair.generate("what is it", "text", max_tokens=2)
+    usual = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+    assert vars(asked[-1].text) == usual | sampling
+    pair.generate("what is it", "text", max_tokens=2, temperature=0.0)
+    assert asked[-1].text.temperature == 0.0
+    assert pair.text_sampling == sampling
+
+
+def test_numbers_of_a_folder_that_are_out_of_range_are_named(janus_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(janus_folder, tmp_path / "janus")
+    (tmp_path / "janus" / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": "hot"}))
+    with pytest.raises(ValueError, match=r"generation_config.json: temperature must be a number"):
+        unigen.load(device="cpu", lmm=str(tmp_path / "janus"), generator=str(tmp_path))

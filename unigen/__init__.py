@@ -128,6 +128,10 @@ def load(
         own = getattr(torch, usual) if usual else kind
         try:
             engine: Any = Engine(load_found(folder, variant, device, own, quantization, inference=True))
+            if reads and engine.model.family != "tiny":  # which says in its manifest how it writes
+                from unigen.pairs import text_sampling_of
+
+                engine.text_sampling = text_sampling_of(folder, {})
         except Unknown:
             if not reads:
                 raise

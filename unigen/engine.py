@@ -10,21 +10,21 @@ The file refuses to know: files, HTTP, templates, caches, how any generator work
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from unigen import progress
 from unigen.display import MediaList, table_html
-from unigen.images import is_image, read_image
+from unigen.images import read_image
 from unigen.likelihood import DESCRIBE, closest, truest
-from unigen.limits import LIMITS, check, shorten
+from unigen.limits import LIMITS, check
 from unigen.model import UnifiedModel
 from unigen.nn.few_rows import use_few_rows
 from unigen.nn.quantized import held, measure
 from unigen.painting import keeping
-from unigen.request import OPTIONS, Request, check_name, checked, refuse_unknown, sampling_of
+from unigen.request import OPTIONS, Request, check_name, checked, refuse_unknown, sampling_of, with_seeds
 from unigen.running import Row, Running
 from unigen.samplers.seeds import later_seed
 from unigen.sequence import Document, Segment, as_words, check_text, is_codes
@@ -39,6 +39,8 @@ class Engine:
 
     def __init__(self, model: UnifiedModel) -> None:
         self.model = model
+        self.text_sampling: dict[str, Any] = {}
+        """How a pair has it write text where nothing is asked for, as far as its checkpoint says."""
         use_few_rows(model.backbone)
 
     # ---------------------------------------------------------------- what users call
@@ -206,6 +208,10 @@ class Engine:
         refuse_unknown("a request", options, OPTIONS)
         return checked(self.model, prompt, output, **options)
 
+    def check(self, prompt: Any, output: Output, **options: Any) -> None:
+        """Raises ValueError in one line for what cannot be asked of the model. options: of a request."""
+        self.request(prompt, output, **options)
+
     @property
     def compares(self) -> bool:
         """Can the model say how well a picture and a text go together, so that one of some candidates is the best?"""
@@ -275,27 +281,6 @@ class Engine:
 def _picture(image: Any) -> Any:
     """A picture that is no words, whatever its type."""
     return image if is_codes(image) else read_image(image)
-
-
-def with_seeds(prompts: Sequence[Any], seeds: Sequence[int] | None = None) -> list[tuple[Any, int]]:
-    """Each prompt with its seed; 0, 1, .. where none are given. Raises ValueError for what is no list of prompts, or no
-    list of as many seeds."""
-    one = isinstance(prompts, (str, Document, Segment, dict)) or is_image(prompts)
-    if one or not isinstance(prompts, Iterable):
-        what = shorten(prompts) if isinstance(prompts, (str, bytes)) else type(prompts).__name__
-        raise ValueError(
-            f"the prompts must be a list, with one answer each, not {what}: give [prompt], or ask generate"
-        )
-    listed = list(prompts)
-    if seeds is None:
-        return [(prompt, i) for i, prompt in enumerate(listed)]
-    unordered = isinstance(seeds, (str, bytes, dict, set, frozenset, torch.Tensor))
-    if unordered or not isinstance(seeds, Iterable) or getattr(seeds, "ndim", 1) != 1:
-        raise ValueError(f"the seeds must be a list of whole numbers, one for each prompt, not {shorten(seeds)}")
-    numbers = [check("seed", seed) for seed in list(seeds)]
-    if len(numbers) != len(listed):
-        raise ValueError(f"{len(listed)} prompts need as many seeds, not {len(numbers)}")
-    return list(zip(listed, numbers, strict=True))
 
 
 def check_count(count: int) -> None:

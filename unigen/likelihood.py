@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from unigen.model import UnifiedModel
 from unigen.samplers.guidance import Guidance
-from unigen.sequence import Batch, Document, Segment, pack
+from unigen.sequence import Batch, Document, NotFinite, Segment, pack
 
 DESCRIBE = "describe this picture"
 """What a caption answers."""
@@ -129,7 +129,8 @@ def suits(model: UnifiedModel, asked: Sequence[Document], texts: Sequence[str], 
 def closest(model: UnifiedModel, asked: Sequence[Document], captions: Sequence[Sequence[str]]) -> list[str]:
     """Of the captions of each document's one picture, given as codes, the best; the first of equals."""
     repeated = [document for document, texts in zip(asked, captions, strict=True) for _ in texts]
-    return _best(captions, suits(model, repeated, [text for texts in captions for text in texts], CAPTIONS))
+    scores = suits(model, repeated, [text for texts in captions for text in texts], CAPTIONS)
+    return _best(captions, scores, model.dtype)
 
 
 @torch.inference_mode()
@@ -137,11 +138,14 @@ def truest(model: UnifiedModel, words: Sequence[str], pictures: Sequence[Sequenc
     """Of the pictures (PIL) of each text, the best; the first of equals."""
     shown = [model.read(Document.of([picture, DESCRIBE])) for row in pictures for picture in row]
     repeated = [text for text, row in zip(words, pictures, strict=True) for _ in row]
-    return _best(pictures, suits(model, shown, repeated, PICTURES))
+    return _best(pictures, suits(model, shown, repeated, PICTURES), model.dtype)
 
 
-def _best(answers: Sequence[Sequence[Any]], scores: Tensor) -> list[Any]:
-    """Of each row the answer of the greatest score."""
+def _best(answers: Sequence[Sequence[Any]], scores: Tensor, dtype: torch.dtype) -> list[Any]:
+    """Of each row the answer of the greatest score. Raises NotFinite, with the model's dtype, where one of them is
+    none."""
+    if not bool(scores.isfinite().all()):
+        raise NotFinite("scores of candidates", dtype)
     parts = scores.split([len(row) for row in answers])
     return [row[int(part.argmax())] for row, part in zip(answers, parts, strict=True)]
 

@@ -28,7 +28,7 @@ from unigen.samplers.logits import Sampling
 from unigen.sequence import Batch, Document, Segment, Tokens, Vocabulary, to_images, to_pixels
 from unigen.templates import Template
 from unigen.tokenizers import ImageTokenizer, save_tokenizer, text
-from unigen.tokenizers.quantize import check_codes
+from unigen.tokenizers.quantize import check_codes, check_finite
 
 
 class Sight(nn.Module):
@@ -149,10 +149,15 @@ class UnifiedModel(nn.Module):
     def device(self) -> torch.device:
         return next(self.backbone.parameters()).device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the language model's tables."""
+        return next(self.backbone.parameters()).dtype
+
     def decoding(self) -> torch.autocast:
         """Pictures are decoded in bfloat16 inside, where the language model's tables are; codes are read in float32.
         float16 is too small for what some decoders add up."""
-        half = next(self.backbone.parameters()).dtype == torch.bfloat16
+        half = self.dtype == torch.bfloat16
         return torch.autocast(self.device.type, torch.bfloat16, enabled=half)
 
     @property
@@ -175,8 +180,8 @@ class UnifiedModel(nn.Module):
 
     def sample_by(self, generator: str, **options: Any) -> None:
         """Say how this generator's pictures are drawn where nothing else is asked for: guidance, temperature, top_k,
-        top_p; or how text is: temperature, top_p, repetition_penalty. `save` writes it to unigen.json, where it may be
-        changed. Raises ValueError for what it does not take."""
+        top_p; or how text is: these but guidance, and repetition_penalty. `save` writes it to unigen.json, where it may
+        be changed. Raises ValueError for what it does not take."""
         if generator not in self.generators:
             raise ValueError(f"the model has no generator {generator!r}")
         takes = ("guidance", *(name for name in CODES if name in self.generators.takes(generator)))
@@ -260,7 +265,7 @@ class UnifiedModel(nn.Module):
         if not images:
             return document
         if self.sight is not None:
-            codes = iter(self.sight.features(self.pixels(images)))
+            codes = iter(check_finite(self.sight.features(self.pixels(images))))
         elif self.template.free_size:
             codes = iter([self.codes(self.pixels([image]))[0] for image in images])
         else:

@@ -28,9 +28,10 @@ from unigen.limits import check
 from unigen.models import widen
 from unigen.nn.quantized import held, measure, quantize
 from unigen.pipelines import check_seed, check_words
+from unigen.request import with_seeds
 from unigen.samplers.logits import Sampling
 from unigen.samplers.seeds import derive_seed, generator_of, later_seed
-from unigen.sequence import Document, Segment, as_words
+from unigen.sequence import Document, NotFinite, Segment, as_words
 from unigen.templates import Output, Unable, split_system
 from unigen.tokenizers import text
 
@@ -77,15 +78,34 @@ class PairedEngine:
         self, prompts: Sequence[Any], seeds: Sequence[int] | None = None, output: Output = "image", **options: Any
     ) -> list[Any]:
         """One answer a prompt."""
-        seeds = range(len(prompts)) if seeds is None else seeds
-        return MediaList(self._answer(p, output, s, options) for p, s in zip(prompts, seeds, strict=True))
+        return MediaList(self._answer(p, output, s, options) for p, s in with_seeds(prompts, seeds))
 
     def stream(self, prompt: Any, output: Output = "interleaved", *, seed: int = 0, **options: Any) -> Iterator[Any]:
-        """The parts of one answer as they are made."""
-        if output != "interleaved":
-            yield self._answer(prompt, output, seed, options)
-            return
-        yield from self._told(Document.of(prompt), seed, options)
+        """The parts of one answer as they are made. Raises ValueError at once for bad input."""
+        self.check(prompt, output, seed=seed, **options)
+        if output == "interleaved":
+            return self._told(Document.of(prompt), seed, options)
+        return map(lambda _: self._answer(prompt, output, seed, options), range(1))
+
+    def check(self, prompt: Any, output: Output, *, seed: int = 0, **options: Any) -> None:
+        """Raises ValueError in one line for what either of the two would refuse, before anything is made."""
+        if output not in self.outputs:
+            raise ValueError(f"this pair cannot answer with {output}: it can with {' or '.join(self.outputs)}")
+        check_seed(seed)
+        document, reads, draws = Document.of(prompt), self.text_options(options), self._drawing(options)
+        if output == "text" and draws:
+            heard = f"it takes {', '.join(READS)}"
+            raise ValueError(f"the model that reads does not take {', '.join(draws)}: leave that out ({heard})")
+        if output == "interleaved":
+            check("max_images", draws.pop("max_images", 4))
+        if output == "image":
+            document.segments = split_system(document.segments)[1]
+            if self.joined or not document.images():  # the one that reads says nothing
+                self.painter.check(document, "image", **options)
+                return
+        self.lmm.check(document, "text", **reads)
+        if output != "text":
+            self.painter.check("a", "image", **draws)
 
     def describe(self, image: Any, question: str | None = None, *, seed: int = 0, **options: Any) -> str:
         asked = [read_image(image), as_words(question or "Describe this picture.")]
@@ -133,13 +153,9 @@ class PairedEngine:
         return given if usual == FALLBACK and "temperature" in given else usual | given
 
     def _answer(self, prompt: Any, output: Output, seed: int, options: dict[str, Any]) -> Any:
-        if output not in self.outputs:
-            raise ValueError(f"this pair cannot answer with {output}: it can with {' or '.join(self.outputs)}")
+        self.check(prompt, output, seed=seed, **options)
         document = Document.of(prompt)
         if output == "text":
-            if unheard := [name for name in options if name not in READS]:
-                heard = f"it takes {', '.join(READS)}"
-                raise ValueError(f"the model that reads does not take {', '.join(unheard)}: leave that out ({heard})")
             return self._said(document, seed, options)
         if output == "interleaved":
             with progress.bar(options.get("max_images", 4), "image") as bar:
@@ -158,8 +174,6 @@ class PairedEngine:
         """Passages and their pictures, until a passage is empty, was told before or there are as many as asked for."""
         count, own = options.get("max_images", 4), self._drawing(options)
         own.pop("max_images", None)
-        check("max_images", count)
-        seed = check_seed(seed)
         if not self.text_sampling:
             options = {"temperature": STORY_TEMPERATURE} | options
         told: list[Segment] = list(document.segments)
@@ -230,10 +244,7 @@ class TransformersReader:
     ) -> str:
         """What the model answers; greedy where temperature is 0. top_k, repetition_penalty: None is as transformers and
         the model have it. Raises ValueError where it cannot see a picture."""
-        if output != "text":
-            raise ValueError(f"this model cannot answer with {output}: it can with text")
-        Sampling(temperature, 0, top_p)
-        check("max_tokens", max_tokens)
+        self.check(prompt, output, seed=seed, max_tokens=max_tokens, temperature=temperature, top_p=top_p)
         inputs = self._inputs(Document.of(prompt)).to(self.model.device)
         drawn: dict[str, Any] = {"do_sample": False}
         if temperature > 0:
@@ -243,24 +254,59 @@ class TransformersReader:
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(generator_of(check_seed(seed)).initial_seed())
-            ids = self.model.generate(**inputs, max_new_tokens=max_tokens, **drawn)
+            ids = self.model.generate(
+                **inputs, max_new_tokens=max_tokens, logits_processor=[self._check_finite], **drawn
+            )
         return str(self.processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
 
-    @torch.no_grad()
-    def states(self, prompt: Any) -> torch.Tensor:
-        """What the model reads of a document before it would answer, as states (S, D) after its last norm."""
-        inputs = self._inputs(Document.of(prompt)).to(self.model.device)
-        states_SD: torch.Tensor = self.model.base_model(**inputs, use_cache=False).last_hidden_state[0]
-        return states_SD
+    def check(
+        self,
+        prompt: Any,
+        output: Output = "text",
+        *,
+        seed: int = 0,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        **_: Any,
+    ) -> None:
+        """Raises ValueError in one line for what `generate` cannot answer."""
+        if output != "text":
+            raise ValueError(f"this model cannot answer with {output}: it can with text")
+        check_seed(seed)
+        Sampling(temperature, 0, top_p)
+        check("max_tokens", max_tokens)
+        self._check_segments(Document.of(prompt))
 
-    def _inputs(self, document: Document) -> Any:
-        messages: list[dict[str, Any]] = []
-        told, segments = split_system(document.segments)
-        for segment in [Segment(text=told, role="system"), *segments] if told else segments:
+    def _check_segments(self, document: Document) -> None:
+        """Raises ValueError for what the model cannot read."""
+        for segment in document.segments:
             if segment.label is not None:
                 raise ValueError("this model reads words, not classes: say it in words")
             if segment.image is not None and not self.sees:
                 raise ValueError("this model cannot see pictures: pair with one that can, or leave the picture out")
+
+    def _check_finite(self, ids_BL: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
+        """The scores of the next id. Raises NotFinite where that would be an accident, or its scores are no numbers."""
+        if not bool(scores_BV.amax(-1).isfinite().all()):
+            raise NotFinite("scores", self.model.dtype)
+        return scores_BV
+
+    @torch.no_grad()
+    def states(self, prompt: Any) -> torch.Tensor:
+        """What the model reads of a document before it would answer, as states (S, D) after its last norm. Raises
+        NotFinite where they are no numbers."""
+        inputs = self._inputs(Document.of(prompt)).to(self.model.device)
+        states_SD: torch.Tensor = self.model.base_model(**inputs, use_cache=False).last_hidden_state[0]
+        if not bool(states_SD.isfinite().all()):
+            raise NotFinite("states", self.model.dtype)
+        return states_SD
+
+    def _inputs(self, document: Document) -> Any:
+        self._check_segments(document)
+        messages: list[dict[str, Any]] = []
+        told, segments = split_system(document.segments)
+        for segment in [Segment(text=told, role="system"), *segments] if told else segments:
             if not messages or messages[-1]["role"] != segment.role:
                 messages.append({"role": segment.role, "content": []})
             if segment.image is not None:
@@ -319,15 +365,25 @@ def load_reader(
     return TransformersReader(model.to(device), processor, sees, quantization, text_sampling_of(folder))
 
 
-def text_sampling_of(folder: Path) -> dict[str, Any]:
+def text_sampling_of(folder: Path, fallback: dict[str, Any] | None = None) -> dict[str, Any]:
     """How a model draws text where nothing is asked for: by the generation_config.json of its folder where that says
-    whether to sample, else by `FALLBACK`, with the penalty that it names."""
+    whether to sample, else by `fallback` (`FALLBACK` where it is None), with the penalty that it names. Raises
+    ValueError for numbers of the file that are out of their ranges."""
     path = folder / "generation_config.json"
     said = hub.read_json(path) if path.is_file() else {}
     own = {name: said[name] for name in ("top_p", "top_k", "repetition_penalty") if said.get(name) is not None}
     if said.get("do_sample") is None:
-        return FALLBACK | {name: value for name, value in own.items() if name == "repetition_penalty"}
-    return {"temperature": float(said.get("temperature") or 1.0) if said["do_sample"] else 0.0} | own
+        usual = FALLBACK if fallback is None else fallback
+        own = usual | {name: value for name, value in own.items() if name in usual and name == "repetition_penalty"}
+    elif said["do_sample"]:
+        own = {"temperature": 1.0 if said.get("temperature") is None else said["temperature"]} | own
+    else:
+        own = {"temperature": 0.0} | {name: value for name, value in own.items() if name == "repetition_penalty"}
+    try:
+        Sampling(**own)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return own
 
 
 def load_processor(folder: Path) -> Any:

@@ -38,9 +38,9 @@ from unigen.pipeline_support import (
     samplers_of,
     stride_of,
 )
-from unigen.request import check_size
+from unigen.request import check_size, with_seeds
 from unigen.samplers.seeds import generator_of, later_seed
-from unigen.sequence import Document, as_words
+from unigen.sequence import Document, NotFinite, as_words
 from unigen.templates import Output, Unable
 
 INDEX = "model_index.json"
@@ -101,17 +101,28 @@ class PipelineEngine:
         self, prompts: Sequence[Any], seeds: Sequence[int] | None = None, output: Output = "image", **options: Any
     ) -> list[Any]:
         """One picture a prompt; each is what `generate` gives for that prompt and seed alone."""
-        if output != "image":
+        if output not in self.outputs:
             raise ValueError(f"this model cannot answer with {output}: it can with image")
-        given = [self._conditions(Document.of(prompt)) for prompt in prompts]
-        seeds = range(len(prompts)) if seeds is None else seeds
-        if len(seeds) != len(given):
-            raise ValueError(f"{len(given)} prompts need as many seeds, not {len(seeds)}")
-        return self._draw(self._form("text"), given, seeds, options)
+        asked = with_seeds(prompts, seeds)
+        given = [self._conditions(Document.of(prompt)) for prompt, _ in asked]
+        return self._draw(self._form("text"), given, [seed for _, seed in asked], options)
 
-    def stream(self, prompt: Any, output: Output = "image", **options: Any) -> Iterator[Any]:
-        """The picture, when it is finished."""
-        yield self.generate(prompt, output, **options)
+    def stream(self, prompt: Any, output: Output = "image", *, seed: int = 0, **options: Any) -> Iterator[Any]:
+        """The picture, when it is finished. Raises ValueError at once for bad input."""
+        self.check(prompt, output, seed=seed, **options)
+        return map(lambda _: self.generate(prompt, output, seed=seed, **options), range(1))
+
+    def check(self, prompt: Any, output: Output = "image", *, seed: int = 0, **options: Any) -> None:
+        """Raises ValueError in one line for what `generate` would refuse before it draws."""
+        if output not in self.outputs:
+            raise ValueError(f"this model cannot answer with {output}: it can with image")
+        check_seed(seed)
+        document = Document.of(prompt)
+        if not self.sees:
+            self._conditions(document)
+        form = self._form("text")
+        _, sampler = self._arguments(form, options, False)
+        self._scheduler(form, sampler)
 
     def edit(
         self, image: Any, instruction: str, *, strength: float | None = None, seed: int = 0, **options: Any
@@ -307,7 +318,7 @@ class PipelineEngine:
             except faults as error:
                 said = f"{type(error).__name__}: {hub.first_line(error)}"
                 raise ValueError(f"{kind} cannot draw this with these options ({said})") from error
-            picture = picture_of(result, kind)
+            picture = picture_of(result, kind, pipe.dtype)
             if "width" in named:  # some draw the nearest size that they can
                 picture = resized(picture, (named["width"], named["height"]))
             made.append(picture)
@@ -392,9 +403,9 @@ def check_seed(seed: Any) -> int:
     return int(check("seed", seed))
 
 
-def picture_of(result: Any, kind: str) -> Image.Image:
-    """The picture of what a pipeline returns. Raises ValueError where it is withheld, or holds numbers that are not
-    finite."""
+def picture_of(result: Any, kind: str, dtype: torch.dtype) -> Image.Image:
+    """The picture of what a pipeline, held in `dtype`, returns. Raises ValueError where it is withheld, and NotFinite
+    where it holds numbers that are not finite."""
     if any(getattr(result, "nsfw_content_detected", None) or []):
         raise ValueError(f"{kind}'s safety checker withholds the picture: ask in other words or with another seed")
     images = result.images if hasattr(result, "images") else result.image
@@ -402,7 +413,7 @@ def picture_of(result: Any, kind: str) -> Image.Image:
         return images[0].convert("RGB")
     values_HWC = np.asarray(images[0])
     if not np.isfinite(values_HWC).all():
-        raise ValueError(f"{kind} draws numbers that are not finite: use dtype bfloat16 or float32")
+        raise NotFinite("pixels", dtype)
     if values_HWC.dtype != np.uint8:
         values_HWC = (values_HWC * 255).round().astype("uint8")
     return Image.fromarray(values_HWC.squeeze(-1) if values_HWC.shape[-1] == 1 else values_HWC).convert("RGB")

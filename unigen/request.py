@@ -14,6 +14,7 @@ import torch
 
 from unigen.arguments import did_you_mean
 from unigen.generators.jacobi import KINDS
+from unigen.images import is_image
 from unigen.limits import LIMITS, check, shorten
 from unigen.model import UnifiedModel
 from unigen.samplers.guidance import Guidance
@@ -80,9 +81,9 @@ def checked(
     """A checked request.
 
     guidance: scale of classifier-free guidance for pictures, 1 is off. temperature, top_k, top_p: how ids are
-    drawn, top_k of codes alone; repetition_penalty: of text alone, from 1 (off) to 10. None is what the model's
-    `sampling` says, else `SAMPLING` for pictures; text is greedy where it is the whole answer, else of temperature 0.8,
-    and top_p 1.
+    drawn, top_k of text where it is the whole answer, else of codes alone; repetition_penalty: of text alone, from 1
+    (off) to 10. None is what the model's `sampling` says, else `SAMPLING` for pictures; text is greedy where it is the
+    whole answer, else of temperature 0.8, and top_p 1.
     max_tokens, max_images: limits of the answer's text and of an interleaved answer's pictures.
     steps: how many a generator takes that chooses its own number; sampler, guidance_kind: of a flow.
     accelerate: "sjd" or "jacobi", how next-token writes several codes a step (`generators.jacobi`). fixed: codes
@@ -154,6 +155,8 @@ def checked(
     codes: dict[str, Any] = {k: default[k] if value is None else value for k, value in drawn.items()}
     written = {"temperature": temperature, "top_p": top_p, "repetition_penalty": repetition_penalty}
     texts = {"temperature": 0.8 if output == "interleaved" else 0.0} | model.sampling.get("text", {})
+    if output == "text":
+        written["top_k"] = top_k
     texts |= {name: value for name, value in written.items() if value is not None}
     document = Document.of(prompt)
     told, said = split_system(document.segments)
@@ -196,6 +199,27 @@ def usual_generator(model: UnifiedModel) -> str:
     """The generator of pictures where none is asked for."""
     names = [name for name in model.generators if name != "text"]
     return "next-token" if "next-token" in names else names[0]
+
+
+def with_seeds(prompts: Sequence[Any], seeds: Sequence[int] | None = None) -> list[tuple[Any, int]]:
+    """Each prompt with its seed; 0, 1, .. where none are given. Raises ValueError for what is no list of prompts, or no
+    list of as many seeds."""
+    one = isinstance(prompts, (str, Document, Segment, dict)) or is_image(prompts)
+    if one or not isinstance(prompts, Iterable):
+        what = shorten(prompts) if isinstance(prompts, (str, bytes)) else type(prompts).__name__
+        raise ValueError(
+            f"the prompts must be a list, with one answer each, not {what}: give [prompt], or ask generate"
+        )
+    listed = list(prompts)
+    if seeds is None:
+        return [(prompt, i) for i, prompt in enumerate(listed)]
+    unordered = isinstance(seeds, (str, bytes, dict, set, frozenset, torch.Tensor))
+    if unordered or not isinstance(seeds, Iterable) or getattr(seeds, "ndim", 1) != 1:
+        raise ValueError(f"the seeds must be a list of whole numbers, one for each prompt, not {shorten(seeds)}")
+    numbers = [check("seed", seed) for seed in list(seeds)]
+    if len(numbers) != len(listed):
+        raise ValueError(f"{len(listed)} prompts need as many seeds, not {len(numbers)}")
+    return list(zip(listed, numbers, strict=True))
 
 
 def refuse_unknown(what: str, options: Iterable[str], known: Sequence[str]) -> None:

@@ -315,7 +315,7 @@ class Running:
                 self._go_on(row, drew=row.generator is not text)
 
     def _not_finite(self, what: str) -> NotFinite:
-        return NotFinite(what, next(self.model.backbone.parameters()).dtype)
+        return NotFinite(what, self.model.dtype)
 
     def _picture(self, generator: Generator, state: State) -> tuple[Image.Image, torch.Tensor | None]:
         """A span's picture, and its codes (h, w) where the model reads them as such. One by one: how a convolution

@@ -23,8 +23,8 @@ from unigen import cli, hub
 from unigen.generators import next_token
 from unigen.models import convert
 from unigen.nn.backbone import Backbone
-from unigen.sequence import Document, Segment, pack, to_pixels
-from unigen.serving.jobs import Begun, Ended, Job, Part
+from unigen.sequence import Document, NotFinite, Segment, pack, to_pixels
+from unigen.serving.jobs import Begun, Ended, Failed, Job, Part
 from unigen.serving.work import Together
 from unigen.training.objectives import Mixture
 
@@ -66,6 +66,24 @@ def test_the_commands(family: str, case: Any, public: Path, tmp_path: Path, caps
     assert told == (0 if "interleaved" in engine.outputs else 2)
     assert (tmp_path / "story.md").exists() == (told == 0)
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_pictures_whose_features_are_not_finite_are_not_read(case: Any, public: Path) -> None:
+    """The code nearest to a nan would be an accident, and the answer one, too."""
+    engine, picture = unigen.load(str(public), "cpu"), Image.new("RGB", (32, 32), "red")
+    model = engine.model
+    if "text" not in engine.outputs:
+        return
+    request = engine.request([picture, "what is it"], "text")
+    for weight in (model.sight or model.image_tokenizer).parameters():
+        weight.data.fill_(float("inf"))
+    reason = "features of pictures of this model are not finite in float32: its checkpoint may be damaged"
+    with pytest.raises(NotFinite, match=reason):
+        engine.describe(picture, "what is it")
+    worker = Together(engine, 4)
+    worker.ask(0, Job(request.document, "text"))
+    events = [event for _ in range(2) for _, event in worker.step()]
+    assert events == [Failed(reason, again=False)] or events[1:] == [Failed(reason, again=False)]
 
 
 def test_it_is_served(case: Any, public: Path) -> None:

@@ -72,7 +72,7 @@ class Text(Causal):
     """Text pieces until one of the span's stops."""
 
     name = "text"
-    takes: tuple[str, ...] = ("temperature", "top_p", "repetition_penalty")
+    takes: tuple[str, ...] = ("temperature", "top_k", "top_p", "repetition_penalty")
 
     def __init__(self, forbidden: list[int]) -> None:
         self.forbidden = forbidden

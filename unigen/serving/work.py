@@ -24,7 +24,7 @@ from PIL import Image
 from unigen.generators.base import CODES
 from unigen.painting import keeping, lot
 from unigen.request import sampling_of
-from unigen.sequence import Document, Preview
+from unigen.sequence import Document, NotFinite, Preview
 from unigen.serving.jobs import Begun, Ended, Event, Failed, Job, Load, Part, Ready, Refused
 
 
@@ -131,9 +131,10 @@ class _Answer:
             yield Part(said)
 
 
-def refused(error: ValueError) -> Refused:
-    """In one line."""
-    return Refused(" ".join(str(error).split()))
+def refused(error: ValueError) -> Refused | Failed:
+    """In one line. Numbers that are not finite are a fault of the model's and not of the job's."""
+    line = " ".join(str(error).split())
+    return Failed(line, again=False) if isinstance(error, NotFinite) else Refused(line)
 
 
 def ended(reason: str, usage: Any) -> Ended:
@@ -235,6 +236,8 @@ class Together(_Worker):
     def _chosen(self, number: int, answer: _Answer) -> Iterator[tuple[int, Event]]:
         try:
             events = list(answer.chosen())
+        except NotFinite as error:
+            events = [refused(error)]
         except Exception as error:
             traceback.print_exc()
             events = [Failed(f"{type(error).__name__} while candidates were compared")]
@@ -397,7 +400,7 @@ def work(receiver: Any, sender: Any, source: dict[str, Any], slots: int) -> None
         worker: Any = Together(engine, slots) if isinstance(engine, unigen.Engine) else OneByOne(engine)
         sender.send((None, Ready(engine.info() | {"outputs": list(engine.outputs)})))
     except ValueError as error:
-        sender.send((None, refused(error)))
+        sender.send((None, Refused(" ".join(str(error).split()))))
         return
     told = time.monotonic()
     try:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unigen.tokenizers.quantize import check_codes
+from unigen.tokenizers.quantize import check_codes, check_finite
 
 
 class Emu3VQ(nn.Module):
@@ -41,7 +41,9 @@ class Emu3VQ(nn.Module):
         """Pixels in [-1, 1] (B, 3, H, W) -> codes (B, h, w)."""
         sizes = [x_BCHW.shape[2:]] * len(x_BCHW)
         with torch.autocast(x_BCHW.device.type, enabled=False):
-            return torch.stack(self.net.encode(x_BCHW, sizes).image_tokens).long()
+            found = self.net.encode(x_BCHW, sizes)
+        check_finite(found.last_hidden_state)
+        return torch.stack(found.image_tokens).long()
 
     @torch.no_grad()
     def decode(self, codes_Bhw: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from unigen import hub
 from unigen.config import from_dict, to_dict
 from unigen.tokenizers import Square
-from unigen.tokenizers.quantize import LookupFree
+from unigen.tokenizers.quantize import LookupFree, check_finite
 from unigen.tokenizers.vqgan import rename
 
 
@@ -78,7 +78,7 @@ class MAGVIT2(Square, nn.Module):
     def encode(self, x_BCHW: Tensor) -> Tensor:
         """Pixels in [-1, 1] (B, 3, H, W) -> codes (B, h, w), the same under autocast."""
         with torch.autocast(x_BCHW.device.type, enabled=False):
-            z_BDhw = self.quant_conv(self.encoder(x_BCHW.to(self.quant_conv.weight.dtype)))
+            z_BDhw = check_finite(self.quant_conv(self.encoder(x_BCHW.to(self.quant_conv.weight.dtype))))
             return self.quantizer.codes(z_BDhw.float().flip(1))
 
     @torch.no_grad()

@@ -22,6 +22,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unigen.sequence import NotFinite
+
 
 class Quantized(NamedTuple):
     vectors_BDhw: Tensor  # value: the code's vector; gradient: passed to the features unchanged
@@ -79,6 +81,14 @@ def check_codes(codes_Bhw: Tensor, size: int) -> None:
     if codes_Bhw.numel() and (int(codes_Bhw.min()) < 0 or int(codes_Bhw.max()) >= size):
         found = f"{int(codes_Bhw.min())}..{int(codes_Bhw.max())}"
         raise ValueError(f"image codes must be in 0..{size - 1}, got {found}; were they made by another tokenizer?")
+
+
+def check_finite(features: Tensor) -> Tensor:
+    """The features of pictures. Raises NotFinite where one of them is infinite or nan: the code nearest to it would be
+    an accident."""
+    if not bool(features.isfinite().all()):
+        raise NotFinite("features of pictures", features.dtype)
+    return features
 
 
 def straight_through(z: Tensor, q: Tensor) -> Tensor:

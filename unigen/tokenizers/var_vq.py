@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from unigen import hub
 from unigen.config import from_dict, to_dict
 from unigen.tokenizers.multiscale_vq import MultiscaleQuantizer
+from unigen.tokenizers.quantize import check_finite
 from unigen.tokenizers.vqgan import VQGAN, VQGANConfig, rename
 
 PHIS = 4
@@ -71,7 +72,7 @@ class VARVQ(nn.Module):
     def features(self, x_BCHW: Tensor) -> Tensor:
         """What `encode` quantizes, (B, D, h, w), fp32."""
         with torch.autocast(x_BCHW.device.type, enabled=False):
-            return self.net.encode(x_BCHW.to(self.net.quant_conv.weight.dtype)).latents.float()  # type: ignore[no-any-return]
+            return check_finite(self.net.encode(x_BCHW.to(self.net.quant_conv.weight.dtype)).latents).float()
 
     @torch.no_grad()
     def encode(self, x_BCHW: Tensor) -> Tensor:

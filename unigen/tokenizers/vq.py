@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from unigen.config import from_dict, to_dict
 from unigen.nn.conv import STRIDE, Decoder, Encoder
 from unigen.tokenizers.multiscale_vq import MultiscaleQuantizer
-from unigen.tokenizers.quantize import FiniteScalar, LookupFree, Quantizer, VectorQuantizer
+from unigen.tokenizers.quantize import FiniteScalar, LookupFree, Quantizer, VectorQuantizer, check_finite
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class VQTokenizer(nn.Module):
                 f"pictures must be (B, 3, H, W) with H and W multiples of {STRIDE}, got {tuple(x_BCHW.shape)}"
             )
         with torch.autocast(x_BCHW.device.type, enabled=False):
-            return self.quantizer.prepare(self.encoder(x_BCHW.to(self.encoder.head.weight.dtype)))
+            return self.quantizer.prepare(check_finite(self.encoder(x_BCHW.to(self.encoder.head.weight.dtype))))
 
     @torch.no_grad()
     def decode(self, codes_Bhw: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from torch.nn.functional import normalize
 from unigen import hub
 from unigen.config import from_dict, to_dict
 from unigen.tokenizers import Square
-from unigen.tokenizers.quantize import check_codes
+from unigen.tokenizers.quantize import check_codes, check_finite
 
 CHAMELEON, CHAMELEON_FILE = "GAIR/Anole-7b-v0.1", "vqgan.ckpt"
 """Where the hub has Chameleon's tokenizer, which models that write by it do not bring along."""
@@ -88,7 +88,8 @@ class VQGAN(Square, nn.Module):
     def encode(self, x_BCHW: Tensor) -> Tensor:
         """Pixels in [-1, 1] (B, 3, H, W) -> codes (B, h, w), the same under autocast."""
         with torch.autocast(x_BCHW.device.type, enabled=False):
-            z_BDhw = self.net.encode(x_BCHW.to(self.net.quant_conv.weight.dtype)).latents.float()
+            latents_BDhw = self.net.encode(x_BCHW.to(self.net.quant_conv.weight.dtype)).latents
+            z_BDhw = check_finite(latents_BDhw).float()
             z_BND = z_BDhw.flatten(2).transpose(1, 2)
             e_KD = self.net.quantize.embedding.weight.float()
             if self.settings.unit:
