@@ -11,6 +11,7 @@ import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -19,7 +20,7 @@ from tests.serving.test_doors import app, send
 from unigen.output import data_uri
 from unigen.serving import decoder as decoding
 from unigen.serving import pictures
-from unigen.serving.decoder import AREA, MOST_PICTURES, MOST_PIXELS, Decoder, File, Full, PictureError
+from unigen.serving.decoder import AREA, MOST_PICTURES, MOST_PIXELS, Decoder, File, Full, PictureError, Turns
 
 
 def file(size: tuple[int, int], mode: str = "RGB", format: str = "PNG", colour: Any = 0) -> bytes:
@@ -78,7 +79,7 @@ def test_what_cannot_be_decoded_is_named_and_the_next_can(decoder: Decoder) -> N
 
 
 class Told:
-    """Stands where the pipe is: what is said, and no answers but leave to go on."""
+    """Stands where the pipe is: what is said."""
 
     def __init__(self) -> None:
         self.said: list[bytes] = []
@@ -86,31 +87,36 @@ class Told:
     def send_bytes(self, data: bytes) -> None:
         self.said.append(data)
 
-    def recv_bytes(self) -> bytes:
-        return b"go on"
 
-
-def test_pixels_are_counted_before_any_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pixels_are_counted_before_any_are_decoded(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    ask = decoder._ask
+    monkeypatch.setattr(decoder, "_ask", lambda place, *request: asked.append(request[0]) or ask(place, *request))
+    with pytest.raises(PictureError, match="too many pixels"):
+        read(decoder, *[BOMB] * 5, area=AREA)
+    assert asked == ["count"]
+    assert len(read(decoder, file((4, 4)), file((5, 5)))) == 2 and asked == ["count", "count", "decode", "decode"]
     decoded: list[Any] = []
     monkeypatch.setattr(pictures, "decoded", lambda *given: decoded.append(given) or Image.new("RGB", (1, 1)))
     many = MOST_PIXELS // 5656**2 + 1
     for files, copies, area in (([BOMB] * many, 1, AREA), ([BOMB] * many, 1, None), ([BOMB], many, None)):
         told = Told()
         with pytest.raises(PictureError, match="too many pixels"):
-            decoding._decode(told, [File(data) for data in files], copies, area)  # type: ignore[arg-type]
+            decoding._count(told, [File(data) for data in files], copies, area)  # type: ignore[arg-type]
         assert not decoded and not told.said
     with pytest.raises(PictureError, match="too large"):
-        decoding._decode(Told(), [File(file((6000, 6000), "1"))], 1, AREA)  # type: ignore[arg-type]
-    decoding._decode(Told(), [File(BOMB)] * (many - 1), 1, AREA)  # type: ignore[arg-type]
-    assert len(decoded) == many - 1, "and fewer are decoded"
+        decoding._count(Told(), [File(file((6000, 6000), "1"))], 1, AREA)  # type: ignore[arg-type]
+    told = Told()
+    decoding._count(told, [File(BOMB)] * (many - 1), 1, AREA)  # type: ignore[arg-type]
+    assert json.loads(told.said[0])["pixels"] == [AREA] * (many - 1), "and fewer are let in"
 
 
 def test_what_is_looked_at_is_made_smaller_at_once(decoder: Decoder) -> None:
     told = Told()
-    decoding._decode(told, [File(BOMB)], 1, AREA)  # type: ignore[arg-type]
-    plan, head, pixels = told.said
+    decoding._decode(told, File(BOMB), AREA, 0)  # type: ignore[arg-type]
+    head, pixels = told.said
     width, height = json.loads(head)["size"]
-    assert AREA / 4 < width * height == len(pixels) / 3 <= AREA and json.loads(plan)["pixels"] == AREA
+    assert AREA / 4 < width * height == len(pixels) / 3 <= AREA
     long = file((4000, 100), "L", "JPEG", 200)
     (small,) = read(decoder, long, area=10_000)
     assert abs(small.width / small.height - 40) < 3 and small.width * small.height <= 10_000
@@ -140,6 +146,64 @@ def test_many_are_made_smaller_still(decoder: Decoder) -> None:
     assert sum(one.width * one.height for one in found) * 16 <= decoding.KEPT
     with pytest.raises(PictureError, match=str(MOST_PICTURES)):
         read(decoder, *[big] * (MOST_PICTURES + 1))
+
+
+def test_clients_take_turns() -> None:
+    """Of those who wait, whoever had it longest ago is next; who leaves is passed over."""
+    order: list[str] = []
+
+    async def take(turns: Turns, client: str) -> None:
+        async with turns.of(client):
+            order.append(client)
+            await asyncio.sleep(0)
+
+    async def run() -> None:
+        turns = Turns()
+        tasks = [asyncio.create_task(take(turns, client)) for client in "aaaabxc"]
+        await asyncio.sleep(0)
+        tasks[5].cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await take(turns, "d")
+
+    asyncio.run(run())
+    assert order == list("aabcaad")
+
+
+def test_many_pictures_of_one_do_not_hold_up_another(decoder: Decoder) -> None:
+    ended: list[str] = []
+    large, small = file((1000, 1000)), file((4, 4))
+
+    async def ask(client: str, files: list[bytes]) -> None:
+        await decoder.read([File(data) for data in files], client=client)
+        ended.append(client)
+
+    async def run() -> None:
+        first = [asyncio.create_task(ask("a", [large] * 40)) for _ in range(2)]
+        await asyncio.sleep(0)
+        await ask("b", [small])
+        await asyncio.gather(*first)
+
+    asyncio.run(run())
+    assert ended == ["b", "a", "a"]
+
+
+def test_who_leaves_has_no_more_decoded(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    gc.collect()
+    asked: list[str] = []
+    ask, held = decoder._ask, decoder.held
+    monkeypatch.setattr(decoder, "_ask", lambda place, *request: asked.append(request[0]) or ask(place, *request))
+
+    async def run() -> None:
+        task = asyncio.create_task(decoder.read([File(file((1000, 1000)))] * 100, client="a"))
+        while len(asked) < 3:
+            await asyncio.sleep(0.001)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await decoder.read([File(file((4, 4)))], client="b")
+
+    asyncio.run(run())
+    gc.collect()
+    assert len(asked) < 20 and decoder.held == held
 
 
 def test_what_is_held_is_counted_until_it_is_let_go() -> None:
@@ -178,6 +242,19 @@ def test_a_process_that_ends_or_hangs_is_one_error_and_a_new_process(signal_numb
         asyncio.run(fragile.__aexit__())
 
 
+def test_too_much_work_is_one_error() -> None:
+    """Comments of a GIF, each of which is laid behind all before: some megabytes, and minutes of a processor."""
+    patient = Decoder(seconds=600, work=1.0)
+    gif = file((4, 4), "P", "GIF")
+    start = gif.rindex(b",")
+    try:
+        with pytest.raises(PictureError, match="time") as error:
+            read(patient, file((4, 4)), gif[:start] + b"\x21\xfe" + b"\x01a" * 10_000_000 + b"\0" + gif[start:])
+        assert error.value.place == 0 and len(read(patient, file((4, 4)), gif)) == 2
+    finally:
+        asyncio.run(patient.__aexit__())
+
+
 def test_too_much_memory_is_one_error() -> None:
     poor = Decoder(memory=150 << 20)
     try:
@@ -211,6 +288,42 @@ def test_the_server_decodes_nothing_itself(monkeypatch: pytest.MonkeyPatch) -> N
     files = {"image": ("a.png", png), "mask": ("b.png", file((4, 4), "L", colour=255))}
     assert send(served, "POST", "/v1/images/edits", files=files, data={"prompt": "a"}).status_code == 200
     assert painter.jobs[-1].mask is not None and load is Image.Image.load
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/v1/images/edits"])
+def test_the_server_stops_when_the_client_leaves(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While its pictures are decoded."""
+    ends: list[str] = []
+
+    async def decode(*_: Any) -> Any:
+        try:
+            await asyncio.sleep(600)
+        except asyncio.CancelledError:
+            ends.append("cancelled")
+            raise
+
+    monkeypatch.setattr(Decoder, "read", decode)
+    png = file((4, 4))
+    asked = httpx.Request("POST", "http://localhost", json=chat(data_uri(Image.open(io.BytesIO(png)))))
+    if path.endswith("responses"):
+        given = {"role": "user", "content": [{"type": "input_image", "image_url": data_uri(Image.new("RGB", (4, 4)))}]}
+        asked = httpx.Request("POST", "http://localhost", json={"model": "m", "input": [given]})
+    elif path.endswith("edits"):
+        asked = httpx.Request("POST", "http://localhost", files={"image": ("a.png", png)}, data={"prompt": "a"})
+    sent: list[Any] = []
+    messages: list[Any] = [{"type": "http.request", "body": asked.read()}, {"type": "http.disconnect"}]
+
+    async def receive() -> Any:
+        return messages.pop(0)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "client": ("1.2.3.4", 1)}
+    headers = [(name.lower(), value) for name, value in asked.headers.raw]
+    _, served = app()
+    asyncio.run(asyncio.wait_for(served(scope | {"headers": headers, "root_path": ""}, receive, send), 60))
+    assert ends == ["cancelled"] and sent[0]["status"] == 499
 
 
 def test_the_server_refuses_bombs_by_name() -> None:

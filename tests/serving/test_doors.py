@@ -55,7 +55,8 @@ def test_wrong_keys_are_slowed_for_their_address_alone(monkeypatch: pytest.Monke
     assert asked(guard, authorization="Bearer one", client="5.6.7.8")[0] == 200
     now += int(headers["retry-after"])
     assert asked(guard, authorization="Bearer one")[0] == 200
-    assert [asked(door(Limits(keys=("one",), wrong_keys=3)))[0] for _ in range(6)] == [401] * 6  # no key is no guess
+    guard = door(Limits(keys=("one",), wrong_keys=3))
+    assert [asked(guard)[0] for _ in range(6)] == [401] * 6, "no key is no guess"
 
 
 def test_a_client_of_ipv6_is_its_network() -> None:
@@ -82,6 +83,7 @@ HERE = Limits(hosts=("unigen.example",), origins=("https://friend.example",))
         ("evil.example:8000", 403),
         ("127.0.0.1.evil.example", 403),
         ("localhost.evil.example", 403),
+        ("evillocalhost", 403),
         ("", 200),  # HTTP/1.0, no browser
     ],
 )
@@ -104,6 +106,9 @@ def test_without_a_key_only_own_names_are_answered(host: str, status: int) -> No
         ({"origin": "https://evil.example"}, 403),
         ({"origin": "http://localhost:3000"}, 403),
         ({"origin": "null"}, 403),
+        ({"origin": "http://["}, 403),
+        ({"origin": "http://localhost:8000]"}, 403),
+        ({"origin": "\xe9"}, 403),
         ({"sec_fetch_site": "cross-site"}, 403),
         ({"sec_fetch_site": "same-origin"}, 200),
     ],
@@ -168,6 +173,7 @@ def test_bodies_together_have_a_limit() -> None:
         ({"messages": [{"role": "user", "content": "a" * 90_000}] * 20}, "characters"),
         ({"messages": [{"role": "user", "content": "a"}], "a" * 2_000_000: 1}, "characters"),
         ({"messages": [{"role": "user", "content": "\n" * 3_000_000}]}, "characters"),
+        ({"messages": [{"role": "user", "content": " " * 3_000_000}]}, "characters"),
     ],
 )
 def test_what_is_too_much_is_refused_before_it_is_looked_at(wrong: dict[str, Any], says: str) -> None:
@@ -176,6 +182,20 @@ def test_what_is_too_much_is_refused_before_it_is_looked_at(wrong: dict[str, Any
     answer = send(served, "POST", "/v1/chat/completions", json={"model": "m", **wrong})
     assert answer.status_code == 400 and says in answer.json()["error"]["message"], answer.text[:300]
     assert len(answer.text) < 1000 and not painter.jobs
+
+
+@pytest.mark.parametrize(
+    "data", [b"[]," * 100_001, b" " * 2_000_001, b"\r\n" * 1_000_001, b'"' + b"\\n" * 2_000_001 + b'"']
+)
+def test_what_is_far_too_much_is_not_even_read(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise AssertionError("it was read")
+
+    monkeypatch.setattr(body.json, "loads", fail)
+    with pytest.raises(HTTPException, match="too many"):
+        body.parse(data)
+    with pytest.raises(AssertionError, match="it was read"):
+        body.parse(data[: len(data) // 2])
 
 
 def test_bodies_are_read_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,6 +211,85 @@ def test_bodies_are_read_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch) 
     _, served = app()
     assert send(served, "POST", "/v1/images/generations", json={"prompt": "a"}).status_code == 200
     assert threads and threads[0] is not threading.main_thread()
+
+
+@pytest.mark.parametrize("start", ["data:image/png;base64,", "data:", ""])
+def test_a_text_that_looks_like_a_picture_is_counted(start: str) -> None:
+    """Only where pictures stand may there be more."""
+    text = start + "a" * 90_000
+    painter, served = app()
+    many = {"model": "m", "messages": [{"role": "user", "content": text}] * 12}
+    answer = send(served, "POST", "/v1/chat/completions", json=many)
+    assert answer.status_code == 400 and "characters" in answer.json()["error"]["message"] and not painter.jobs
+
+
+def test_pictures_are_no_characters() -> None:
+    """Up to a million of them may stand beside pictures, wherever these are."""
+    from unigen.serving.body import parse
+
+    picture = "Data:image/png;base64," + "A" * 2_000_000
+    for inner in (
+        {"url": picture},
+        {"image_url": picture},
+        {"image_url": {"url": picture}},
+        {"result": "A" * 2_000_000},
+    ):
+        assert parse(json.dumps({"input": [inner, "a" * 900_000]}).encode())
+        with pytest.raises(HTTPException, match="characters"):
+            parse(json.dumps({"input": [inner, "a" * 1_000_001]}).encode())
+    for wrong in ({"url": "http://" + "a" * 2_000_000}, {"text": picture}, {"result": ["A" * 2_000_000]}):
+        with pytest.raises(HTTPException, match="characters"):
+            parse(json.dumps(wrong).encode())
+
+
+@pytest.mark.parametrize("name", ["banana", "messages.0.banana"])
+def test_halves_of_characters_are_no_fault(name: str) -> None:
+    """JSON can name them, UTF-8 cannot: not even in the answer that says what is wrong."""
+    body: dict[str, Any] = {"model": "\ud800", "messages": [{"role": "user", "content": "a"}]}
+    _, served = app()
+    content = json.dumps(body).encode()
+    answer = send(served, "POST", "/v1/chat/completions", content=content, headers={"content-type": "application/json"})
+    assert answer.status_code == 404
+    body["model"] = "m"
+    (body if name == "banana" else body["messages"][0])["\ud800"] = "\udfff"
+    content = json.dumps(body).encode()
+    answer = send(served, "POST", "/v1/chat/completions", content=content, headers={"content-type": "application/json"})
+    assert answer.status_code == 400 and answer.json()["error"]["message"]
+    wrong = {"model": "m", "messages": [{"role": "user", "content": [{"type": "\ud800"}]}]}
+    content = json.dumps(wrong).encode()
+    answer = send(served, "POST", "/v1/chat/completions", content=content, headers={"content-type": "application/json"})
+    assert answer.status_code == 400 and "type" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "", "é"])
+def test_what_is_sent_as_something_else_than_json_is_told_so(kind: str) -> None:
+    """As curl does with -d, unless it is told."""
+    _, served = app()
+    headers = {"content-type": kind.encode("latin-1")} if kind else {}
+    answer = send(served, "POST", "/v1/images/generations", content=b'{"prompt": "a"}', headers=headers)
+    assert answer.status_code == 400 and "content-type: application/json" in answer.json()["error"]["message"]
+    for text in (b"[]", b"null", b"1", b""):
+        headers = {"content-type": "application/json"}
+        answer = send(served, "POST", "/v1/images/generations", content=text, headers=headers)
+        assert answer.status_code == 400 and "JSON object" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "br", "Deflate", "zstd, gzip"])
+def test_packed_bodies_are_told_so(encoding: str) -> None:
+    _, served = app()
+    for given, status in ((encoding, 415), ("identity", 200), ("", 200)):
+        headers = {"content-encoding": given, "content-type": "application/json"}
+        answer = send(served, "POST", "/v1/images/generations", content=b'{"prompt": "a"}', headers=headers)
+        assert answer.status_code == status, answer.text
+
+
+@pytest.mark.parametrize("charset", ["undefined", "a\0", "utf-16", "nope", "idna", "\xe9"])
+def test_a_form_of_an_odd_charset_is_no_fault(charset: str) -> None:
+    _, served = app()
+    kind = f"multipart/form-data; boundary=x; charset={charset}".encode("latin-1")
+    part = b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\na\r\n--x--\r\n'
+    answer = send(served, "POST", "/v1/images/edits", content=part, headers={"content-type": kind})
+    assert answer.status_code == 400 and answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("data", [b"[" * 100_000, b'{"n": ' + b"1" * 5000 + b"}", b'"\xff"', b"{", b""])
@@ -247,6 +346,41 @@ def test_head_is_answered_and_nothing_loads_from_elsewhere() -> None:
         assert send(served, "HEAD", path).status_code == 200, path
     assert send(served, "HEAD", "/v1/images/generations").status_code == 405
     assert send(served, "GET", "/redoc").status_code == send(served, "GET", "/docs").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("POST", "/chat/completions", 404),
+        ("POST", "/v1/embeddings", 404),
+        ("POST", "/openai/deployments/m/chat/completions?api-version=2024-02-01", 404),
+        ("GET", "/v1/chat/completions", 405),
+        ("GET", "/" + "a" * 5000, 404),
+    ],
+)
+def test_who_asks_elsewhere_is_told_where(method: str, path: str, status: int) -> None:
+    _, served = app()
+    answer = send(served, method, path)
+    message = answer.json()["error"]["message"]
+    assert answer.status_code == status and "POST /v1/chat/completions" in message and len(message) < 600
+    assert send(served, "GET", "/v1/models?api-version=2024-02-01").status_code == 200
+
+
+def test_what_is_imported_is_not_looked_through_at_each_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the garbage collector, which a body of many small lists starts again and again: /health waits for it."""
+    import uvicorn
+
+    from unigen.serving import server
+
+    frozen: list[str] = []
+    monkeypatch.setattr(server.gc, "freeze", lambda: frozen.append("freeze"))
+
+    async def serve(self: Any, sockets: Any) -> None:
+        frozen.append("serve")
+
+    monkeypatch.setattr(uvicorn.Server, "serve", serve)
+    server.run({}, Settings(model="m"), "127.0.0.1", 0, 1, 1)
+    assert frozen == ["freeze", "serve"]
 
 
 def test_liveness_fails_when_the_model_stays_away() -> None:
@@ -391,6 +525,68 @@ def test_a_head_that_does_not_come_closes_the_connection(monkeypatch: pytest.Mon
         await task
 
     asyncio.run(attack())
+
+
+async def left_open(server: Any) -> None:
+    while server.server_state.connections:
+        await asyncio.sleep(0.01)
+
+
+def test_bodies_in_tiny_pieces_close_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand may come as they like."""
+    head = b"POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n"
+
+    async def ask(pieces: int, size: int) -> bytes:
+        server, task, address = await serving(monkeypatch, b"answered")
+        reader, writer = await asyncio.open_connection(*address)
+        piece = b"%x\r\n" % size + b"a" * size + b"\r\n"
+        got = b""
+        try:
+            writer.write(head + piece * pieces + b"0\r\n\r\n")
+            got = await asyncio.wait_for(reader.read(4096), 20)
+        except ConnectionResetError:
+            pass
+        writer.close()
+        await left_open(server)
+        server.should_exit = True
+        await task
+        return got
+
+    few, many, large = (
+        asyncio.run(ask(*given)) for given in ((connection.FREE_PIECES, 1), (5000, 1), (5000, connection.LEAST_PIECE))
+    )
+    assert b" 200 " in few and b" 200 " in large and not many
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_one_address_has_so_many_connections(monkeypatch: pytest.MonkeyPatch, trusted: bool) -> None:
+    """Others are let in meanwhile, and so is who has closed some; a proxy that is trusted has any number."""
+    monkeypatch.setattr(connection, "MOST_CONNECTIONS", 3)
+
+    async def attack() -> None:
+        server, task, address = await serving(monkeypatch, b"answered")
+        server.config.forwarded_allow_ips = ["127.0.0.0/8"] if trusted else []
+
+        async def ask(source: str) -> tuple[bytes, Any]:
+            reader, writer = await asyncio.open_connection(*address, local_addr=(source, 0))
+            writer.write(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
+            return (await asyncio.wait_for(reader.read(9999), 20)).split(b" ")[1], writer
+
+        writers = []
+        for status in [b"200"] * 3 + [b"200" if trusted else b"429"]:
+            got, writer = await ask("127.0.0.1")
+            assert got == status
+            writers.append(writer)
+        assert (await ask("127.0.0.2"))[0] == b"200"
+        for writer in writers:
+            writer.close()
+        await asyncio.sleep(0.1)
+        assert (await ask("127.0.0.1"))[0] == b"200"
+        server.should_exit = True
+        await task
+
+    asyncio.run(attack())
+    assert not connection.TimedConnection.open
 
 
 @pytest.mark.parametrize("reads", [False, True])

@@ -92,6 +92,51 @@ def test_pictures_of_strangers() -> None:
     assert pictures.decoded(pictures.encoded(Image.new("RGB", (4, 4)), "webp")).size == (4, 4)
 
 
+def test_data_uris_as_clients_write_them() -> None:
+    """What kind of picture it is, its bytes say; lines broken, padding left out, the letters of addresses."""
+    noise = Image.effect_noise((40, 40), 90)
+    buffer = io.BytesIO()
+    noise.save(buffer, "PNG")
+    data = buffer.getvalue() + b"\xfb\xff\xfe\xff"  # with "+" and "/" in it
+    text = base64.b64encode(data).decode()
+    assert text.endswith("=") and "+" in text and "/" in text
+    lines = [text[i : i + 76] for i in range(0, len(text), 76)]
+    plain = "data:image/png;base64,"
+    for good in (
+        plain + text,
+        "data:image/jpg;base64," + text,
+        "data:image/heic;base64," + text,
+        "DATA:Image/PNG;charset=utf-8; Base64," + text,
+        "data:;base64," + text,
+        "data:application/octet-stream;base64," + text,
+        plain + "\n".join(lines) + "\n",
+        plain + " " + "\r\n\t".join(lines),
+        plain + text.rstrip("="),
+        plain + base64.urlsafe_b64encode(data).decode(),
+    ):
+        assert pictures.data_of(good) == data, good[:60]
+    for bad in (
+        "",
+        text,
+        "data:",
+        "data:image/png",
+        "data:image/png," + text,
+        "data:text/plain;base64," + text,
+        "data:image/png;base64;charset=a," + text,
+        "data:" + "a" * 300 + "image/png;base64," + text,
+        " " + plain + text,
+        plain + text + "A",
+        plain + "é" + text,
+        plain + "\ud800" + text,
+        plain + text[:40] + "=" + text[40:],
+        "file:///etc/passwd",
+        "javascript:alert(1)",
+    ):
+        with pytest.raises(ValueError, match="data:image/png|damaged") as error:
+            pictures.data_of(bad)
+        assert not isinstance(error.value, UnicodeError), bad[:60]
+
+
 def test_a_mask_marks_by_transparency_or_by_white() -> None:
     def marks(mode: str, ground: Any, mark: Any) -> Image.Image:
         picture, buffer = Image.new(mode, (4, 4), ground), io.BytesIO()
@@ -195,6 +240,40 @@ def test_a_redirect_is_checked_as_the_first_address_is(monkeypatch: pytest.Monke
     answers(monkeypatch, httpx.Response(302, headers={"location": "http://inner.example/b"}), image)
     with pytest.raises(ValueError, match="private"):
         asyncio.run(pictures.fetched("http://a.example/", 10))
+
+
+@pytest.mark.parametrize(
+    ("url", "host"),
+    [
+        ("http://bücher.example:80/ü.png", "xn--bcher-kva.example"),
+        ("https://A.example:8443/?q=ü#x", "a.example:8443"),
+        ("HTTP://a.example", "a.example"),
+    ],
+)
+def test_addresses_of_any_letters_are_asked(monkeypatch: pytest.MonkeyPatch, url: str, host: str) -> None:
+    async def file() -> Any:
+        yield b"x"
+
+    image = httpx.Response(200, headers={"content-type": "image/png"}, content=file())
+    seen = answers(monkeypatch, image)
+    assert asyncio.run(pictures.fetched(url, 10)) == b"x" and seen == [("8.8.8.8", host)]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://[::1",
+        "http://a.example:99999/",
+        "http://a.example:x/",
+        "http://a\x00b/",
+        "http://\ud800/",
+    ],
+)
+def test_addresses_that_are_none_are_one_line(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    seen = answers(monkeypatch)
+    with pytest.raises(ValueError, match="the picture's address cannot be read") as error:
+        asyncio.run(pictures.fetched(url, 10))
+    assert "\n" not in str(error.value) and not isinstance(error.value, UnicodeError) and not seen
 
 
 def test_a_picture_that_trickles_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

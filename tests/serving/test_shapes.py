@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import openai
+import openai.resources.responses
 import pytest
 from PIL import Image
 
@@ -16,6 +17,7 @@ from tests.serving.test_fuzz import Painter
 from unigen.output import data_uri
 from unigen.serving import protocol
 from unigen.serving.pictures import encoded
+from unigen.serving.responses import ResponsesRequest
 from unigen.serving.server import Settings, create_app
 from unigen.templates import asks, usual_output
 
@@ -59,6 +61,7 @@ def fields_of(method: Any) -> set[str]:
     ("method", "kind"),
     [
         (openai.resources.chat.completions.Completions.create, protocol.ChatRequest),
+        (openai.resources.responses.Responses.create, ResponsesRequest),
         (openai.resources.images.Images.generate, protocol.GenerationRequest),
         (openai.resources.images.Images.edit, protocol.EditRequest),
         (openai.resources.images.Images.create_variation, protocol.VariationRequest),
@@ -106,6 +109,37 @@ NOTHING: dict[str, dict[str, list[Any]]] = {
         "user": ["someone"],
         "verbosity": ["medium"],
         "web_search_options": [],
+        # of OpenRouter's clients
+        "image_config": [{}],
+        "include_reasoning": [False, True],
+        "plugins": [[]],
+        "provider": [{}],
+        "reasoning": [{}, {"enabled": False}, {"effort": "none"}, {"exclude": True}],
+        "route": ["fallback"],
+        "transforms": [[]],
+        "usage": [{"include": True}],
+        # of vLLM's and Qwen's
+        "add_generation_prompt": [True],
+        "add_special_tokens": [False],
+        "bad_words": [[]],
+        "best_of": [1],
+        "chat_template_kwargs": [{}, {"enable_thinking": False}],
+        "continue_final_message": [False],
+        "echo": [False],
+        "enable_thinking": [False],
+        "ignore_eos": [False],
+        "include_stop_str_in_output": [False],
+        "length_penalty": [1.0],
+        "min_p": [0],
+        "min_tokens": [0],
+        "priority": [0],
+        "request_id": ["a"],
+        "skip_special_tokens": [True],
+        "spaces_between_special_tokens": [True],
+        "stop_token_ids": [[]],
+        "thinking": [{"type": "disabled"}],
+        "top_k": [-1, 0, 5],
+        "use_beam_search": [False],
     },
     DRAW: {
         "background": ["auto", "opaque"],
@@ -149,6 +183,22 @@ ASKS: dict[str, dict[str, list[Any]]] = {
         "top_logprobs": [2],
         "verbosity": ["low"],
         "web_search_options": [{}],
+        "image_config": [{"aspect_ratio": "16:9"}],
+        "plugins": [[{"id": "web"}]],
+        "provider": [{"order": ["a"]}],
+        "reasoning": [{"effort": "high"}],
+        "transforms": [["middle-out"]],
+        "usage": [{"banana": True}],
+        "best_of": [2],
+        "chat_template_kwargs": [{"enable_thinking": True}],
+        "echo": [True],
+        "ignore_eos": [True],
+        "min_tokens": [5],
+        "skip_special_tokens": [False],
+        "stop_token_ids": [[1]],
+        "thinking": [{"type": "enabled"}],
+        "top_k": [-2, True],
+        "use_beam_search": [True],
     },
     DRAW: {
         "background": ["transparent"],
@@ -184,6 +234,10 @@ def test_what_asks_for_nothing_is_accepted_and_what_cannot_be_is_named(path: str
             assert status == 400 and name in f"{answer['error']['param']}", (name, value, answer)
             assert name in answer["error"]["message"] and "\n" not in answer["error"]["message"]
     assert post(path, whole | {"banana": None})[0] == 400 and set(plain) == set(post(path, whole)[1])
+
+
+def test_a_top_k_of_minus_one_is_off() -> None:
+    assert post(CHAT, SAID | {"top_k": -1})[0] == 200 and PAINTER.jobs[-1].options["top_k"] == 0
 
 
 def test_tools_that_may_not_be_called_are_accepted() -> None:
@@ -265,6 +319,8 @@ def test_an_answer_may_be_given_back_as_it_came() -> None:
     assert given.content == "said" and given.images[0]["offset"] == 4  # type: ignore[attr-defined]
     asked = {"role": "user", "content": "a"}
     sdk = {
+        "parsed": None,
+        "cache_control": {"type": "ephemeral"},
         "provider_specific_fields": {"refusal": None},
         "reasoning_content": None,
         "annotations": [],

@@ -19,7 +19,7 @@ MOST_MARKS = 200_000
 MOST_VALUES = 20_000
 """Objects, lists, names, texts and numbers in a body."""
 MOST_CHARACTERS = 1_000_000
-"""Of all texts together; pictures as data URIs apart."""
+"""Of all texts together; pictures apart, which are data URIs in `url` or `image_url`, and base64 in `result`."""
 
 
 def parse(data: bytes) -> Any:
@@ -31,7 +31,8 @@ def parse(data: bytes) -> Any:
     """
     if sum(data.count(mark) for mark in (b"[", b"{", b",")) > MOST_MARKS:
         raise HTTPException(400, f"the body holds too many values: at most {MOST_VALUES:,}")
-    if data.count(b"\\") > 2 * MOST_CHARACTERS:  # a character is two escapes at most
+    blanks = sum(data.count(mark) for mark in (b" ", b"\n", b"\r", b"\t"))
+    if max(blanks, data.count(b"\\")) > 2 * MOST_CHARACTERS:  # a character is two escapes at most
         raise HTTPException(400, f"the body holds too many characters of text: at most {MOST_CHARACTERS:,}")
     try:
         value = json.loads(data)
@@ -53,15 +54,22 @@ def _check_amount(value: Any) -> None:
         one = left.pop()
         values += 1
         if isinstance(one, str):
-            characters += 0 if one[:11].lower() == "data:image/" else len(one)
+            characters += len(one)
         elif isinstance(one, dict):
-            left += [*one.keys(), *one.values()]
+            left += one.keys()
+            left += ["" if _is_picture(name, inner) else inner for name, inner in one.items()]
         elif isinstance(one, list):
             left += one
     if values > MOST_VALUES:
         raise HTTPException(400, f"the body holds {values:,} values: at most {MOST_VALUES:,}")
     if characters > MOST_CHARACTERS:
         raise HTTPException(400, f"the body holds {characters:,} characters of text: at most {MOST_CHARACTERS:,}")
+
+
+def _is_picture(name: str, value: Any) -> bool:
+    if not isinstance(value, str):
+        return False
+    return name == "result" or (name in ("url", "image_url") and value[:5].lower() == "data:")
 
 
 class BoundedRequest(Request):

@@ -1,11 +1,15 @@
-"""uvicorn's connection with limits of time that uvicorn has none for: for the head of a request, and for an answer that
-its client does not read. Knows no request."""
+"""uvicorn's connection with limits that uvicorn has none for: of time, for the head of a request and for an answer that
+its client does not read; of connections of one client; of the pieces in which a body comes. Knows no request."""
 
 from __future__ import annotations
 
 import asyncio
+import ipaddress
+import json
+from collections import Counter
 from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD_SECONDS = 10.0
@@ -13,25 +17,96 @@ HEAD_SECONDS = 10.0
 READ_SECONDS = 30.0
 """In which a client must read `LEAST_READ` bytes of what waits for it."""
 LEAST_READ = 32 << 10
+MOST_CONNECTIONS = 256
+"""At a time of one address, unless it is a proxy's that is trusted; of IPv6 of one network of 64 bits."""
+FREE_PIECES = 1000
+"""Chunks of one body that may hold as little as they like; each of the others must be made up for by `LEAST_PIECE`
+bytes of the body, since it costs time whatever it holds."""
+LEAST_PIECE = 64
+
+
+def _refusal(message: str) -> bytes:
+    told = {"message": message, "type": "rate_limit_error", "param": None, "code": "too_many_connections"}
+    body = json.dumps({"error": told}).encode()
+    head = "HTTP/1.1 429 Too Many Requests\r\ncontent-type: application/json\r\nretry-after: 5\r\nconnection: close\r\n"
+    return f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
+
+
+def client_of(host: str) -> str:
+    """Who asks from this address: of IPv6 the network, since a client has all of its addresses."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host
+    if address.version == 4:
+        return host
+    if address.ipv4_mapped is not None:
+        return str(address.ipv4_mapped)
+    return str(ipaddress.ip_network((address.packed, 64), strict=False))
+
+
+_TOO_MANY = _refusal("too many connections of one address: close some")
 
 
 class TimedConnection(H11Protocol):
     """Aborts where the client takes too long. Between requests uvicorn's own `timeout_keep_alive` holds."""
 
+    open: Counter[str] = Counter()
+    """Connections of each client."""
+
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._head: asyncio.TimerHandle | None = None
         self._read: asyncio.TimerHandle | None = None
+        self._who: str | None = None
+        self._pieces, self._bytes = 0, 0  # of the present body
+        self._next_event, self.conn.next_event = self.conn.next_event, self._counted_event  # type: ignore[method-assign]
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._expect_head()
+        host = self.client[0] if self.client else ""
+        if not self._trusted(host):
+            self._who = client_of(host)
+            self.open[self._who] += 1
+            if self.open[self._who] > MOST_CONNECTIONS:
+                transport.write(_TOO_MANY)
+                transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop("_head", "_read")
+        if self._who is not None:
+            self.open[self._who] -= 1
+            if not self.open[self._who]:
+                del self.open[self._who]
+            self._who = None
+        self.conn.__dict__.pop("next_event", None)  # of this object: it would keep itself
         super().connection_lost(exc)
 
+    def _trusted(self, host: str) -> bool:
+        """Is this a proxy, through which many clients ask?"""
+        try:
+            address = ipaddress.ip_address(host)
+        except ValueError:
+            return False
+        named = self.config.forwarded_allow_ips
+        proxies = named if isinstance(named, list) else ()
+        return any(address in ipaddress.ip_network(proxy, strict=False) for proxy in proxies)
+
+    def _counted_event(self) -> Any:
+        event = self._next_event()
+        if isinstance(event, h11.Request):
+            self._pieces, self._bytes = 0, 0
+        elif isinstance(event, h11.Data):
+            self._pieces, self._bytes = self._pieces + event.chunk_start, self._bytes + len(event.data)
+            if self._bytes < LEAST_PIECE * (self._pieces - FREE_PIECES):
+                self.transport.abort()
+                return h11.NEED_DATA
+        return event
+
     def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
         if not self.transport.get_write_buffer_size():
             self._stop("_read")
         super().data_received(data)

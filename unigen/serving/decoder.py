@@ -1,11 +1,12 @@
 """Pictures of strangers are decoded in a process of its own: one at a time, counted before, made smaller at once.
 
     async with Decoder() as decoder:
-        pictures = await decoder.read([data], copies=1, area=AREA)
+        pictures = await decoder.read([File(data)], copies=1, area=AREA, client="10.0.0.1")
 
 A file of some kilobytes may hold millions of pixels, and a damaged one may crash what decodes it. So neither the
 process that answers HTTP nor the one that holds the model decodes: a third does, within limits of memory and time, and
-is started anew where it ends. Its answers are sizes and bytes. Knows pictures and a process; refuses to know HTTP.
+is started anew where it ends. Its answers are sizes and bytes. Clients take turns, one picture each. Knows pictures and
+a process; refuses to know HTTP.
 """
 
 from __future__ import annotations
@@ -13,13 +14,17 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 import weakref
+from collections import deque
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
@@ -36,7 +41,11 @@ KEPT = 32_000_000
 MEMORY = 2 << 30
 """Bytes of the process."""
 SECONDS = 30.0
-"""For one picture."""
+"""For one picture, by the clock: then the process hangs."""
+WORK = 8.0
+"""Seconds of a processor for one picture, and for the heads of all pictures of one request: some megabytes of tiny
+pieces may take minutes."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -59,13 +68,56 @@ class Full(Exception):
     """All that may be held is held: ask again."""
 
 
+class Turns:
+    """A lock that clients take in turns: of those who wait, whoever had it longest ago is next.
+
+    async with turns.of("10.0.0.1"): ...
+    """
+
+    def __init__(self) -> None:
+        self._held = False
+        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # the next client first
+
+    @asynccontextmanager
+    async def of(self, client: str) -> AsyncIterator[None]:
+        if self._held:
+            turn = asyncio.get_running_loop().create_future()
+            self._waiting.setdefault(client, deque()).append(turn)
+            try:
+                await turn
+            except asyncio.CancelledError:
+                if turn.done() and not turn.cancelled():  # it came at that very moment
+                    self._pass_on()
+                raise
+        self._held = True
+        try:
+            yield
+        finally:
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        while self._waiting:
+            client, waiting = next(iter(self._waiting.items()))
+            del self._waiting[client]
+            turn = waiting.popleft()
+            if waiting:
+                self._waiting[client] = waiting
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._held = False
+
+
 class Decoder:
     """The process, started when it is first needed."""
 
-    def __init__(self, seconds: float = SECONDS, memory: int = MEMORY, most_held: int = MOST_PIXELS) -> None:
-        self.seconds, self.memory, self.most_held = seconds, memory, most_held
+    def __init__(
+        self, seconds: float = SECONDS, memory: int = MEMORY, most_held: int = MOST_PIXELS, work: float = WORK
+    ) -> None:
+        self.seconds, self.memory, self.most_held, self.work = seconds, memory, most_held, work
         self.held = 0
-        """Pixels of the pictures that were given out and are still there, times their copies."""
+        """Pixels of the pictures that were given out and are still there, times their copies; and of those to come."""
+        self._turns = Turns()
         self._thread = ThreadPoolExecutor(1, "decoder")
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
@@ -78,7 +130,9 @@ class Decoder:
         self._thread.shutdown(cancel_futures=True, wait=False)
         self._end()
 
-    async def read(self, files: list[File], copies: int = 1, area: int | None = None) -> list[Image.Image]:
+    async def read(
+        self, files: list[File], copies: int = 1, area: int | None = None, client: str = ""
+    ) -> list[Image.Image]:
         """Decode the pictures of one request.
 
         Args:
@@ -86,6 +140,7 @@ class Decoder:
             copies: how many answers need them, each of which gets its own.
             area: pixels to which larger pictures are made smaller; None leaves them as they are. Many are made smaller
                 still, so that together they have at most `KEPT`, times their copies.
+            client: who asks. Between two pictures of one client those of others are decoded.
         Returns:
             The pictures in RGB, masks in L.
         Raises:
@@ -98,33 +153,46 @@ class Decoder:
             raise PictureError(f"the request has {len(files)} pictures: at most {MOST_PICTURES}", MOST_PICTURES)
         if area is not None:
             area = max(1, min(area, KEPT // (len(files) * copies)))
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, self._read, files, copies, area)
+        async with self._turns.of(client):
+            sizes = await self._in_thread(self._count, files, copies, area)
+        left = sum(sizes) * copies
+        if self.held + left > self.most_held:
+            raise Full
+        self.held += left
+        found: list[Image.Image] = []
+        try:
+            for place, (file, size) in enumerate(zip(files, sizes, strict=True)):
+                async with self._turns.of(client):
+                    image = await self._in_thread(self._decode, file, area, place)
+                weakref.finalize(image, self._release, size * copies)
+                left -= size * copies
+                found.append(image)
+        finally:
+            self.held -= left
+        return found
+
+    async def _in_thread(self, call: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call, *arguments)
 
     # ---------------------------------------------------------------- in the thread
 
-    def _read(self, files: list[File], copies: int, area: int | None) -> list[Image.Image]:
-        at = 0
+    def _count(self, files: list[File], copies: int, area: int | None) -> list[int]:
+        """The pixels that each of the pictures will have."""
+        return [int(size) for size in self._ask(0, "count", files, copies, area)["pixels"]]
+
+    def _decode(self, file: File, area: int | None, place: int) -> Image.Image:
+        head, data = self._ask(place, "decode", file, area, place)
+        return Image.frombytes(head["mode"], head["size"], data)
+
+    def _ask(self, place: int, *request: Any) -> Any:
         try:
             pipe = self._started()
-            pipe.send((files, copies, area))
-            pixels = self._answer(pipe)["pixels"] * copies
-            if self.held + pixels > self.most_held:
-                self._end()  # it waits to decode them
-                raise Full
-            pipe.send_bytes(b"go on")
-            found = []
-            for at in range(len(files)):  # noqa: B007
-                head = self._answer(pipe)
-                found.append(Image.frombytes(head["mode"], head["size"], pipe.recv_bytes()))
+            pipe.send(request)
+            answer = self._answer(pipe)
+            return answer if request[0] == "count" else (answer, pipe.recv_bytes())
         except (EOFError, OSError):
             self._end()
-            raise PictureError("the picture cannot be decoded: it takes too much time or memory", at) from None
-        for image in found:
-            own = image.width * image.height * copies
-            self.held += own
-            weakref.finalize(image, self._release, own)
-        return found
+            raise PictureError("the picture cannot be decoded: it takes too much time or memory", place) from None
 
     def _release(self, pixels: int) -> None:
         self.held -= pixels
@@ -149,6 +217,7 @@ class Decoder:
                     f"from {__name__} import main; main()",
                     str(theirs.fileno()),
                     str(self.memory),
+                    str(self.work),
                 ]
                 environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
                 self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
@@ -167,44 +236,47 @@ class Decoder:
 # ---------------------------------------------------------------- in the process
 
 
-def serve(pipe: Connection) -> None:
-    """Decode what is asked for until the other end is closed."""
+def serve(pipe: Connection, work: float) -> None:
+    """Count and decode what is asked for until the other end is closed, or one request takes too much work."""
+    calls: dict[str, Callable[..., None]] = {"count": _count, "decode": _decode}
     while True:
         try:
-            files, copies, area = pipe.recv()
+            name, *arguments = pipe.recv()
         except EOFError:
             return
+        signal.setitimer(signal.ITIMER_PROF, work)  # whose signal ends the process
         try:
-            _decode(pipe, files, copies, area)
+            calls[name](pipe, *arguments)
         except PictureError as wrong:
             pipe.send_bytes(json.dumps({"wrong": str(wrong), "place": wrong.place}).encode())
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def _decode(pipe: Connection, files: list[File], copies: int, area: int | None) -> None:
-    opened: list[Image.Image | None] = []
-    counted, kept = 0, 0
+def _open(file: File) -> Image.Image:
+    data = pictures.data_of(file.data) if isinstance(file.data, str) else file.data
+    return pictures.opened(data, "the mask" if file.mask else "the picture")
+
+
+def _count(pipe: Connection, files: list[File], copies: int, area: int | None) -> None:
+    counted, kept = 0, []
     for place, file in enumerate(files):
         with _placed(place):
-            data = pictures.data_of(file.data) if isinstance(file.data, str) else file.data
-            image = pictures.opened(data, "the mask" if file.mask else "the picture")
-            opened.append(image)
-            width, height = image.size
+            width, height = _open(file).size
             counted += width * height
             if counted > MOST_PIXELS or (area is None and counted * copies > MOST_PIXELS):
                 most = f"at most {MOST_PIXELS // (copies if area is None else 1):,} in all"
                 raise ValueError(f"the pictures of this request have too many pixels: {most}")
-            kept += width * height if area is None else min(area, width * height)
+            kept.append(width * height if area is None else min(area, width * height))
     pipe.send_bytes(json.dumps({"pixels": kept}).encode())
-    pipe.recv_bytes()
-    for place, file in enumerate(files):
-        with _placed(place):
-            head, opened[place] = opened[place], None
-            assert head is not None
-            picture = pictures.decoded_mask(head) if file.mask else pictures.decoded(head, area)
-            del head
-        pipe.send_bytes(json.dumps({"mode": picture.mode, "size": picture.size}).encode())
-        pipe.send_bytes(picture.tobytes())
-        del picture
+
+
+def _decode(pipe: Connection, file: File, area: int | None, place: int) -> None:
+    with _placed(place):
+        head = _open(file)
+        picture = pictures.decoded_mask(head) if file.mask else pictures.decoded(head, area)
+        data = picture.tobytes()
+    pipe.send_bytes(json.dumps({"mode": picture.mode, "size": picture.size}).encode())
+    pipe.send_bytes(data)
 
 
 class _placed:
@@ -224,11 +296,10 @@ class _placed:
 
 def main() -> None:
     import resource
-    import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the server, which closes the pipe
-    number, memory = int(sys.argv[1]), int(sys.argv[2])
+    number, memory, work = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with Connection(number) as pipe:
-        serve(pipe)
+        serve(pipe, work)

@@ -17,9 +17,10 @@ import uuid
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 from starlette.exceptions import HTTPException
+
+from unigen.serving.connection import client_of
 
 log = logging.getLogger("unigen.serving")
 
@@ -75,8 +76,9 @@ class Limits:
 def error(
     message: str, *, kind: str = "invalid_request_error", param: str | None = None, code: str | None = None
 ) -> Any:
-    """OpenAI's form of an error."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    """OpenAI's form of an error; halves of characters, which JSON can name and UTF-8 cannot, become question marks."""
+    whole = {"message": message, "type": kind, "param": param, "code": code}
+    return {"error": {name: text and text.encode("utf-8", "replace").decode() for name, text in whole.items()}}
 
 
 class Buckets:
@@ -156,6 +158,8 @@ class Guard:
             return 403, {}, error(stranger, code="forbidden")
         if path in OPEN or path.startswith(PAGE) or scope["method"] == "OPTIONS":
             return None
+        if headers.get("content-encoding", "identity").lower() not in ("identity", ""):
+            return 415, {}, error("bodies are read as they are: send it without content-encoding")
         who = _address(scope)
         if limits.keys:
             kind, _, key = headers.get("authorization", "").partition(" ")
@@ -168,12 +172,13 @@ class Guard:
                 wrong = error("give an API key: Authorization: Bearer ...", code="invalid_api_key")
                 return 401, {"www-authenticate": "Bearer"}, wrong
             who = known[0]
+        scope["state"]["client"] = who
         if limits.rate:
             if wait := self._requests.wait(who):
                 return _later(wait, f"too many requests: ask again in {wait} s")
             self._requests.take(who)
         length = headers.get("content-length", "")
-        if length.isdecimal() and int(length) > limits.body:
+        if length.isdecimal() and int(length[:20]) > limits.body:
             return 413, {"connection": "close"}, error(self.too_long(), code="request_too_large")
         return None
 
@@ -187,7 +192,7 @@ class Guard:
         if origin is None:
             crossed = method != "GET" and headers.get("sec-fetch-site") == "cross-site"
             return "pages of other sites may not send requests here: see --allow-origin" if crossed else None
-        if {origin, "*"} & set(limits.origins) or (host and urlsplit(origin).netloc.lower() == host.lower()):
+        if {origin, "*"} & set(limits.origins) or (host and origin.partition("://")[2].lower() == host.lower()):
             return None
         return (
             f"pages of {origin[:200]} may not send requests here: start the server with --allow-origin {origin[:200]}"
@@ -230,17 +235,7 @@ class _Body:
 
 
 def _address(scope: Any) -> str:
-    """Who asks: of IPv6 the network, since a client has all of its addresses."""
-    host = (scope.get("client") or ("?",))[0]
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return str(host)
-    if address.version == 4:
-        return host
-    if address.ipv4_mapped is not None:
-        return str(address.ipv4_mapped)
-    return str(ipaddress.ip_network((address.packed, 64), strict=False))
+    return client_of(str((scope.get("client") or ("?",))[0]))
 
 
 def _name(host: str) -> str:

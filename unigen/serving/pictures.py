@@ -13,13 +13,12 @@ import binascii
 import io
 import ipaddress
 import math
-import re
 import socket
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urljoin
 
 from PIL import Image
 
@@ -31,7 +30,8 @@ FETCH_SECONDS = 10.0
 """For one picture, from its name to its last byte."""
 NAMES = ThreadPoolExecutor(4, "names")
 """Asks for the addresses of names, which may take as long as whoever answers wants."""
-_DATA = re.compile(r"data:image/(png|jpeg|jpg|webp|gif);base64,", re.IGNORECASE)
+BLANKS, URL_SAFE = b" \t\r\n\f", bytes.maketrans(b"-_", b"+/")
+"""Within base64: what is skipped, and the two letters that have another form in addresses."""
 
 
 def opened(data: bytes, name: str = "the picture") -> Image.Image:
@@ -104,15 +104,18 @@ def of_data(url: str) -> Image.Image:
 
 
 def data_of(url: str) -> bytes:
-    """The file that a data URI holds. Raises ValueError."""
-    match = _DATA.match(url)
-    if not match:
+    """The file that a data URI holds, read as browsers do: what kind of picture it is, its bytes say; lines may be
+    broken and the padding may lack. Raises ValueError."""
+    head, comma, _ = url[:200].partition(",")
+    kind, *parameters = head.lower().split(";")
+    known = kind.startswith("data:image/") or kind in ("data:", "data:application/octet-stream")
+    if not (comma and known and parameters and parameters[-1].strip() == "base64"):
         raise ValueError("a picture is given as data:image/png;base64,... (or jpeg, webp, gif)")
+    letters = url[len(head) + 1 :].encode("ascii", "replace").translate(URL_SAFE, BLANKS).rstrip(b"=")
     try:
-        data = base64.b64decode(url[match.end() :], validate=True)
+        return base64.b64decode(letters + b"=" * (-len(letters) % 4), validate=True)
     except binascii.Error:
         raise ValueError("the picture's base64 is damaged") from None
-    return data
 
 
 async def fetched(url: str, most: int) -> bytes:
@@ -131,14 +134,17 @@ async def _fetched(url: str, most: int) -> bytes:
     async with httpx.AsyncClient(timeout=FETCH_SECONDS, follow_redirects=False, trust_env=False) as client:
         try:
             for _ in range(MOST_REDIRECTS + 1):
-                parts = urlsplit(url)
-                if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None:
+                named: Any = httpx.URL(url)
+                host = named.raw_host.decode()  # in ASCII, whatever its letters
+                if named.scheme not in ("http", "https") or not host or named.userinfo:
                     raise ValueError("a picture's address is http or https, without a user")
-                address = await _public(parts.hostname, parts.port or (443 if parts.scheme == "https" else 80))
-                # to that very address, so that the name cannot mean another one by now
-                asked: Any = httpx.URL(url).copy_with(host=address)
-                headers = {"Host": parts.netloc, "Accept-Encoding": "identity"}  # some bytes of others may be many
-                extensions = {"sni_hostname": parts.hostname}
+                if (named.port or 0) >= 1 << 16:
+                    raise httpx.InvalidURL("port")
+                # to the very address that is checked, so that the name cannot mean another one by now
+                address = await _public(host, named.port or (443 if named.scheme == "https" else 80))
+                asked = named.copy_with(host=address)
+                headers = {"Host": named.netloc.decode(), "Accept-Encoding": "identity"}  # packed bytes may become many
+                extensions = {"sni_hostname": host}
                 async with client.stream("GET", asked, headers=headers, extensions=extensions) as answer:
                     if answer.is_redirect:
                         url = urljoin(url, answer.headers["location"])
@@ -153,7 +159,7 @@ async def _fetched(url: str, most: int) -> bytes:
                         if len(data) > most:
                             raise ValueError(f"the picture at this address is larger than {most} bytes")
                     return data
-        except (httpx.HTTPError, httpx.InvalidURL, KeyError):
+        except (httpx.HTTPError, httpx.InvalidURL, KeyError, UnicodeError):
             raise ValueError("the picture's address cannot be read") from None
     raise ValueError("the picture's address leads to too many others")
 
@@ -173,8 +179,8 @@ async def _public(host: str, port: int) -> str:
 
 GLOBAL = ipaddress.IPv6Network("2000::/3")
 """All addresses of IPv6 that hosts of the whole net have; outside lie 64:ff9b::/96, fec0::/10, ::127.0.0.1, ..."""
-TUNNELS = [ipaddress.ip_network(one) for one in ("2001::/32", "2002::/16", "192.88.99.0/24")]
-"""Teredo and 6to4: their addresses hold others, of IPv4."""
+TUNNELS = [ipaddress.ip_network(one) for one in ("2002::/16", "192.88.99.0/24")]
+"""6to4: its addresses hold others, of IPv4."""
 ISATAP = (0x5EFE, 0x0200_5EFE)
 """In the third quarter of an address of IPv6 whose last is one of IPv4."""
 
@@ -188,7 +194,7 @@ def _open(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
             return False
     if any(address in network for network in TUNNELS if network.version == address.version):
         return False
-    return address.is_global and not (address.is_multicast or address.is_private or address.is_reserved)
+    return address.is_global and not address.is_multicast
 
 
 def encoded(picture: Image.Image, format: str = "png", quality: int | None = None) -> bytes:

@@ -169,6 +169,8 @@ class Message(Strict):
     audio: Annotated[Any, at(says="this server speaks no sound: leave it out")] = None
     function_call: Annotated[Any, at(says="this model calls no functions: leave it out")] = None
     tool_calls: Annotated[Any, at([], says="this model calls no tools: leave it out")] = None
+    parsed: Any = None
+    cache_control: dict[str, Any] | None = None
 
     @field_validator("content", mode="before")
     @classmethod
@@ -220,6 +222,9 @@ class StreamOptions(Strict):
 
 TOOLS = "this model calls no tools: leave it out"
 KEPT = "nothing is stored here: leave it out"
+ONE = "there is one model here: leave it out"
+OWN = "the model's own form is used: leave it out"
+DULL = "this model does not reason: leave it out"
 
 
 class ChatRequest(Drawing):
@@ -258,7 +263,7 @@ class ChatRequest(Drawing):
     top_logprobs: Annotated[Any, at(0, says="no probabilities are given here: leave it out")] = None
     moderation: Annotated[Any, at(says="nothing is moderated here: leave it out")] = None
     prediction: Annotated[Any, at(says="answers are not predicted here: leave it out")] = None
-    reasoning_effort: Annotated[Any, at("none", "minimal", says="this model does not reason: leave it out")] = None
+    reasoning_effort: Annotated[Any, at("none", "minimal", says=DULL)] = None
     response_format: Annotated[Any, at({"type": "text"}, says='text alone is written here: {"type": "text"}')] = None
     service_tier: Annotated[Any, at("auto", "default", says="there is one tier: leave it out")] = None
     store: Annotated[Any, at(False, says=KEPT)] = None
@@ -266,6 +271,41 @@ class ChatRequest(Drawing):
         None
     )
     web_search_options: Annotated[Any, at(says="nothing is searched here: leave it out")] = None
+    # of OpenRouter's clients
+    image_config: Annotated[Any, at({}, says="give size: leave it out")] = None
+    include_reasoning: bool | None = None
+    plugins: Annotated[Any, at([], says="there are no plugins here: leave it out")] = None
+    provider: Annotated[Any, at({}, says=ONE)] = None
+    reasoning: Annotated[Any, at({}, {"enabled": False}, {"effort": "none"}, {"exclude": True}, says=DULL)] = None
+    route: Annotated[Any, at("fallback", says=ONE)] = None
+    transforms: Annotated[Any, at([], says="messages are read as they are: leave it out")] = None
+    usage: dict[Literal["include"], bool] | None = None
+    # of vLLM's and Qwen's
+    add_generation_prompt: Annotated[Any, at(True, says="the model answers: leave it out")] = None
+    add_special_tokens: Annotated[Any, at(False, True, says=OWN)] = None
+    bad_words: Annotated[Any, at([], says="no words are forbidden here: leave it out")] = None
+    best_of: Annotated[Any, at(1, says="there are candidates: leave it out")] = None
+    chat_template_kwargs: Annotated[Any, at({}, {"enable_thinking": False}, says=OWN)] = None
+    continue_final_message: Annotated[Any, at(False, says="answers are begun anew: leave it out")] = None
+    echo: Annotated[Any, at(False, says="what was asked is not repeated: leave it out")] = None
+    enable_thinking: Annotated[Any, at(False, says=DULL)] = None
+    ignore_eos: Annotated[Any, at(False, says="answers end where the model ends them: leave it out")] = None
+    include_stop_str_in_output: Annotated[Any, at(False, says="answers end before a stop: leave it out")] = None
+    length_penalty: Annotated[Any, at(1, 0, says="penalties are not known here: leave it out")] = None
+    min_tokens: Annotated[Any, at(0, says="the model chooses its length: leave it out")] = None
+    priority: Annotated[Any, at(0, says="who comes first is answered first: leave it out")] = None
+    request_id: Name | None = None
+    skip_special_tokens: Annotated[Any, at(True, says="text has none: leave it out")] = None
+    spaces_between_special_tokens: Annotated[Any, at(True, False, says="text has none: leave it out")] = None
+    stop_token_ids: Annotated[Any, at([], says="give texts as stop: leave it out")] = None
+    thinking: Annotated[Any, at({"type": "disabled"}, says=DULL)] = None
+    use_beam_search: Annotated[Any, at(False, says="there are candidates: leave it out")] = None
+
+    @field_validator("top_k", mode="before")
+    @classmethod
+    def _off(cls, top_k: Any) -> Any:
+        """vLLM's and llama.cpp's way to say that it is off."""
+        return 0 if isinstance(top_k, int) and top_k == -1 else top_k
 
     @model_validator(mode="before")
     @classmethod

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import ipaddress
 import json
 import logging
@@ -48,6 +49,7 @@ from unigen.serving.jobs import Begun, Event, Failed, Job, Part, Refused
 from unigen.serving.metrics import Metrics
 from unigen.serving.page import add_page
 from unigen.serving.process import Busy, Down, EngineProcess
+from unigen.serving.responses import ResponsesRequest, response_events
 from unigen.templates import split_system, usual_output
 
 log = logging.getLogger("unigen.serving")
@@ -139,13 +141,10 @@ class Server:
     async def chat(self, request: Request, asked: protocol.ChatRequest) -> Any:
         """Text and pictures in, text and pictures out; see docs/serving.md for the form of the answer."""
         self._named(asked.model)
-        document = await self._document(asked)
+        document = await self._unless_gone(request, self._document(request, asked))
         self._log(request, document)
         stop, output = tuple(asked.stop or ()), self._output(asked.modalities, document)
-        told, said = split_system(document.segments)
-        notes = {}
-        if told and (output == "image" or not self.engine.info.get("system")):
-            document, notes = Document(said), {"ignored": ["system"]}
+        document, notes = self._heard(document, output)
         jobs = self._jobs(asked, document, output, stop=stop, notes=notes)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.settings.model}
         if asked.stream:
@@ -164,21 +163,54 @@ class Server:
         ]
         return {**head, "object": "chat.completion", "choices": choices, "usage": usage_of(answers)}
 
-    async def _document(self, asked: protocol.ChatRequest) -> Document:
-        """The conversation as the model reads it."""
+    async def responses(self, request: Request, asked: ResponsesRequest) -> Any:
+        """The same as items in order; see `unigen.serving.responses`."""
+        self._named(asked.model)
+        document = await self._unless_gone(request, self._document(request, asked, "input"))
+        self._log(request, document)
+        able = self.engine.info.get("outputs", ())
+        if not asked.tools and able and "text" not in able:
+            raise Wrong(400, 'this model draws: give tools [{"type": "image_generation"}]', param="tools")
+        output = self._output(asked.modalities, document)
+        document, notes = self._heard(document, output)
+        jobs = self._jobs(asked, document, output, notes=notes)
+        events = response_events(self._together(jobs), asked, self.settings.model)
+        if asked.stream:
+            return await self._streamed(request, events)
+
+        async def last() -> Any:
+            response = None
+            async with aclosing(events):
+                async for event in events:
+                    response = event.get("response", response)
+            return response
+
+        return await self._unless_gone(request, last())
+
+    def _heard(self, document: Document, output: str) -> tuple[Document, dict[str, Any]]:
+        """Without system messages where they are not followed, which its settings then say."""
+        told, said = split_system(document.segments)
+        if told and (output == "image" or not self.engine.info.get("system")):
+            return Document(said), {"ignored": ["system"]}
+        return document, {}
+
+    async def _document(
+        self, request: Request, asked: protocol.ChatRequest | ResponsesRequest, field: str = "messages"
+    ) -> Document:
+        """The conversation as the model reads it; field: of the request, which holds it."""
         last = max(m for m, message in enumerate(asked.messages) if message.role == "user")
         if not asked.messages[last].parts():
-            param = f"messages.{last}.content"
+            param = f"{field}.{last}.content"
             raise Wrong(400, "the last message is empty: say what to draw or ask", param=param)
         parts: list[tuple[Any, str | None, str]] = []  # a role; a text, or None for the next picture; its place
         urls = []
         for m, said in enumerate(asked.messages):
             role = "system" if said.role in protocol.INSTRUCTS else said.role
             for kind, part, place in said.parts():
-                parts.append((role, part if kind == "text" else None, f"messages.{m}.{place}"))
+                parts.append((role, part if kind == "text" else None, f"{field}.{m}.{place}"))
                 urls += [part] if kind == "image" else []
         places = [place for _, text, place in parts if text is None]
-        found = iter(await self._decoded(await self._files(urls, places), places, asked.n, AREA))
+        found = iter(await self._decoded(request, await self._files(urls, places), places, asked.n, AREA))
         return Document(
             [
                 Segment(image=next(found), role=role) if text is None else Segment(text=text, role=role)
@@ -208,11 +240,11 @@ class Server:
         return files
 
     async def _decoded(
-        self, files: list[File], places: Sequence[str], n: int, area: int | None = None
+        self, request: Request, files: list[File], places: Sequence[str], n: int, area: int | None = None
     ) -> list[Image.Image]:
         """The pictures of a request for n answers; area: pixels to which they are made smaller, where they may be."""
         try:
-            return await self.decoder.read(files, n, area)
+            return await self.decoder.read(files, n, area, request.scope["state"].get("client", ""))
         except PictureError as wrong:
             raise Wrong(400, str(wrong), param=places[wrong.place]) from None
         except Full:
@@ -310,9 +342,11 @@ class Server:
             if bad.status_code != 400:  # of the door
                 raise
             raise Wrong(400, f"the form cannot be read: {bad.detail}") from None
+        except ValueError:  # a charset such as "undefined"
+            raise Wrong(400, "the form cannot be read: send it as UTF-8") from None
         files, fields = {}, {}
-        for given, value in form.multi_items():
-            name = given.removesuffix("[]")  # of a list, as clients have it that edit several pictures
+        for field_name, value in form.multi_items():
+            name = field_name.removesuffix("[]")  # of a list, as clients have it that edit several pictures
             if name == "image" and name in files:
                 raise Wrong(400, "one picture is edited at a time: send one image (a chat takes several)", param=name)
             if name in files or name in fields:
@@ -331,7 +365,8 @@ class Server:
         except ValidationError as wrong:
             raise RequestValidationError([{**e, "loc": ("body", *e["loc"])} for e in wrong.errors()]) from None
         names = [name for name in ("image", "mask") if name in files]
-        found = await self._decoded([File(files[name], mask=name == "mask") for name in names], names, asked.n)
+        given = [File(files[name], mask=name == "mask") for name in names]
+        found = await self._unless_gone(request, self._decoded(request, given, names, asked.n))
         return asked, found[0], found[1] if "mask" in files else None
 
     def _check_folder(self, count: int) -> None:
@@ -480,6 +515,8 @@ class Server:
 
 def _said(wrong: Any) -> tuple[str, str | None]:
     """One line for what pydantic found, and where."""
+    if tuple(wrong["loc"]) == ("body",) and wrong["type"] in ("missing", "model_attributes_type", "model_type"):
+        return "the body must be a JSON object, sent with the header content-type: application/json", None
     kinds = ("body", "int", "str", "float", "list[float]")  # of a field that may be one or the other
     places = [str(place) for place in wrong["loc"] if place not in kinds]
     param = ".".join(places) or None
@@ -508,6 +545,7 @@ def create_app(engine: Any, settings: Settings) -> Any:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         async with engine, server.decoder:
+            await asyncio.to_thread(app.openapi)  # seconds, else at the first question for it
             yield
 
     server = Server(engine, settings)
@@ -526,6 +564,7 @@ def create_app(engine: Any, settings: Settings) -> Any:
         ("GET", "/v1/models", server.models),
         ("GET", "/v1/models/{name:path}", server.model),
         ("POST", "/v1/chat/completions", server.chat),
+        ("POST", "/v1/responses", server.responses),
         ("POST", "/v1/images/generations", server.generations),
         ("POST", "/v1/images/edits", server.edits),
         ("POST", "/v1/images/variations", server.variations),
@@ -553,8 +592,14 @@ def create_app(engine: Any, settings: Settings) -> Any:
         return JSONResponse(error(message, param=param), 400)
 
     @app.exception_handler(HTTPException)
-    async def http(_: Request, bad: HTTPException) -> Response:
-        return JSONResponse(Wrong(bad.status_code, str(bad.detail)).body, bad.status_code, bad.headers)
+    async def http(request: Request, bad: HTTPException) -> Response:
+        message = str(bad.detail)
+        if bad.status_code in (404, 405):
+            offered = ", ".join(
+                f"{how} {path}" for how, path, _ in routes if path.startswith("/v1/") and "{" not in path
+            )
+            message = f"there is no {request.method[:20]} {request.url.path[:200]} here: there are {offered}"
+        return JSONResponse(Wrong(bad.status_code, message).body, bad.status_code, bad.headers)
 
     app.add_middleware(Guard, limits=settings.limits, metrics=server.metrics)
     if settings.origins:
@@ -612,6 +657,7 @@ def run(source: dict[str, Any], settings: Settings, host: str, port: int, slots:
             log.info(json.dumps({"ready": settings.model, "address": f"http://{host}:{port}"}))
 
     async def serve(at: socket.socket) -> None:
+        gc.freeze()  # what is imported: else each request of many small values has all of it looked through
         watching = asyncio.create_task(watch())
         try:
             await server.serve([at])
