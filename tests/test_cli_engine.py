@@ -10,6 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image, ImageChops
 
@@ -59,7 +60,20 @@ def test_inpaint(tiny_folder: Path, where: list[str]) -> None:
     Image.new("L", (40, 40), 255).save("m.png")
     line = ["inpaint", "in.png", "a red dog", "-o", "out.png", "--model", str(tiny_folder), "--steps", "2"]
     assert main([*line, *where]) == 0
-    assert Image.open("out.png").size == (16, 16)
+    assert Image.open("out.png").size == ((16, 16) if "--vary" in where else (40, 40))
+
+
+def test_marks_that_are_not_painted_are_noted(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (60, 40), "teal").save("in.png")
+    line = ["inpaint", "in.png", "a red dog", "-o", "out.png", "--model", str(tiny_folder), "--steps", "2"]
+    assert main([*line, "--box", "30,0,60,9"]) == 0
+    assert "note:" not in capsys.readouterr().err
+    assert main([*line, "--box", "0,0,60,9"]) == 0
+    assert "painted in a square of 40x40 pixels at 10,0 of your picture" in capsys.readouterr().err
+    assert (
+        np.asarray(Image.open("out.png"))[:, [*range(10), *range(50, 60)]].reshape(-1, 3).tolist()
+        == [[0, 128, 128]] * 800
+    )
 
 
 def test_inpaint_says_what_is_wrong(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -462,7 +462,7 @@ def inpaint(args: argparse.Namespace) -> int:
     from unigen.engine import Engine
     from unigen.images import read_image, read_mask
     from unigen.output import PICTURES, check_output, save_picture
-    from unigen.painting import lot
+    from unigen.painting import lot, unseen
 
     path = check_output(args.output, PICTURES)
     image: Any = read_image(args.image)
@@ -484,6 +484,10 @@ def inpaint(args: argparse.Namespace) -> int:
     painted = engine.inpaint(image, args.prompt, mask, **sampling(args))
     save_picture(path, painted)
     note_size(given, painted)
+    if isinstance(getattr(engine, "painter", engine), Engine) and (window := unseen(mask)):
+        left, top, right, bottom = window
+        where = f"{right - left}x{bottom - top} pixels at {left},{top}"
+        print(f"note: this model painted in a square of {where} of your picture; all else stays", file=sys.stderr)
     return report(args, [path], start)
 
 

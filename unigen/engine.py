@@ -149,11 +149,12 @@ class Engine:
         return tuple(made) if options.get("n", 1) == 1 else MediaList(tuple(pair) for pair in made)
 
     def inpaint(self, image: Any, prompt: str, mask: Any, *, generator: str | None = None, **options: Any) -> Any:
-        """The picture with what the mask marks painted anew as the prompt says; all else stays as it is. It is returned
-        as the model frames it, in the size that the model draws.
+        """The picture, in its own size, with what the mask marks painted anew as the prompt says; all else stays as it
+        is. What is painted has no more detail than the pictures that the model draws, and lies inside a square of the
+        picture's shorter side around the middle of the marks.
 
-        mask: of the image's shape, white where to paint (`unigen.images.read_mask`); every code that it touches is
-        written anew. Raises ValueError where it marks nothing, and for a generator that cannot keep codes.
+        mask: of the image's shape, white where to paint (`unigen.images.read_mask`). Raises ValueError where it marks
+        nothing, and for a generator that cannot keep codes.
         """
         refuse_unknown("inpaint", options, [name for name in METHOD_OPTIONS if name != "fixed"])
         document = Document.of(as_words(prompt))

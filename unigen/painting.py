@@ -3,9 +3,9 @@
     options, lay = keeping(model, picture, mask, None, {"guidance": 3.0})
     painted = lay(engine.generate("a red hat", **options))
 
-A code is painted anew where the mask touches what it shows, or where the family's own rule says so; all other pixels
-stay as they were, not as the tokenizer would say them again. The file refuses to know: how a generator keeps codes
-(`takes` says whether it can), prompts.
+A code is painted anew where the mask touches what it shows, or where the family's own rule says so. What is painted is
+scaled to the picture's size; pixels that are not marked stay as they were, not as the tokenizer would say them again.
+The file refuses to know: how a generator keeps codes (`takes` says whether it can), prompts.
 Shapes: h x w codes of a picture of H x W pixels.
 """
 
@@ -20,7 +20,7 @@ from PIL import Image
 
 from unigen.images import read_image, read_mask
 from unigen.model import UnifiedModel
-from unigen.sequence import square, to_images
+from unigen.sequence import square
 from unigen.templates import MaskReader
 
 
@@ -38,28 +38,52 @@ def keeping(
     generator = generator or ("masked" if "masked" in able else able[0])
     if generator in model.generators and generator not in able:
         raise ValueError(f"{generator} cannot keep a part of a picture: choose {' or '.join(able)}")
-    height, width = model.image_tokenizer.grid
+    grid = model.image_tokenizer.grid
     given, marks = read_image(image), read_mask(mask)
     if given.size != marks.size:
         raise ValueError(f"the mask is of {marks.size} pixels, the picture of {given.size}: make them alike")
+    window = window_of(marks)
+    seen, marked = given.crop(window), marks.crop(window)
+    marked_HW = np.asarray(marked) >= 128
+    rows, columns = (np.arange(n) * len(marked_HW) // n for n in grid)
     if isinstance(model.template, MaskReader):
-        cells_hw = model.template.mask_cells(marks, model.image_tokenizer.image_size, (height, width))
+        cells_hw = model.template.mask_cells(marked, model.image_tokenizer.image_size, grid)
     else:
-        marked_HW = square(marks, min(marks.size)) >= 128  # all templates that can cut out the centre square
-        rows, columns = (np.arange(n) * len(marked_HW) // n for n in (height, width))
         cells_hw = np.logical_or.reduceat(np.logical_or.reduceat(marked_HW, rows, 0), columns, 1)
     if not cells_hw.any():
         raise ValueError("the mask marks nothing: paint white what is to be made anew")
-    pixels = model.pixels([given])
-    codes_hw = model.codes(pixels)[0].cpu()
+    codes_hw = model.codes(model.pixels([seen]))[0].cpu()
     fixed = torch.where(torch.from_numpy(cells_hw), -1, codes_hw)
-    kept = np.asarray(to_images(pixels)[0])
-    anew = cells_hw.repeat(len(kept) // height, 0).repeat(len(kept) // width, 1)[..., None]
+    pixel = np.arange(len(marked_HW))
+    cell_rows, cell_columns = (np.searchsorted(first, pixel, "right") - 1 for first in (rows, columns))
+    anew = Image.fromarray(marked_HW & cells_hw[cell_rows][:, cell_columns])
 
     def lay(made: Image.Image) -> Image.Image:
-        return Image.fromarray(np.where(anew, np.asarray(made), kept))
+        painted = given.copy()
+        painted.paste(made.resize(seen.size, Image.Resampling.LANCZOS), window, anew)
+        return painted
 
     return options | {"generator": generator, "fixed": fixed}, lay
+
+
+def window_of(mask: Image.Image) -> tuple[int, int, int, int]:
+    """The square of a picture that a model sees while it paints: left, top, right, bottom. It is as large as fits, and
+    lies as near the middle of what the mask marks as it can; marks beyond it change nothing."""
+    side = min(mask.size)
+    left, top, right, bottom = mask.getbbox() or (0, 0, *mask.size)
+    x, y = (
+        min(max((first + last - side) // 2, 0), length - side)
+        for first, last, length in ((left, right, mask.width), (top, bottom, mask.height))
+    )
+    return x, y, x + side, y + side
+
+
+def unseen(mask: Any) -> tuple[int, int, int, int] | None:
+    """The window of a mask that marks pixels beyond it, which stay as they are; None where it marks none."""
+    marks = read_mask(mask)
+    window = window_of(marks)
+    marks.paste(0, window)
+    return window if marks.getbbox() else None
 
 
 def lot(model: UnifiedModel, image: Any, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

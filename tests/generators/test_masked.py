@@ -14,7 +14,8 @@ from unigen.engine import Engine
 from unigen.generators.masked import still_masked
 from unigen.model import Generators
 from unigen.nn.attention import packed_mask
-from unigen.sequence import Document, Segment, pack, square
+from unigen.painting import window_of
+from unigen.sequence import Document, Segment, pack
 
 
 @pytest.mark.parametrize("steps", [1, 4, 11, 40])  # not 12: 64 cos(pi/3) is 32, and 31 in diffusers' fp32
@@ -101,16 +102,10 @@ def test_inpainting_keeps_what_is_not_marked(engine: Engine, monkeypatch: pytest
     options: dict[str, Any] = {"seed": 1, "temperature": 1.5}
     painted = np.asarray(engine.inpaint(image, "a dog", mask, **options))
     changed = (painted != image).any(-1)
-    assert changed[:8, 8:].any() and not changed[8:].any() and not changed[:, :8].any()
+    assert changed[2:5, 9:11].any() and not changed[mask[..., 0] == 0].any()
     assert len(engine.inpaint(image, "a dog", mask, n=2, **options)) == 2
     with pytest.raises(ValueError, match="make them alike"):
         engine.inpaint(image, "a dog", mask[:8])
-    large = np.zeros((160, 160, 3), dtype=np.uint8)
-    large[70:72, 150:152] = 255  # a speck touches the upper right code
-    wide = image.repeat(10, 0).repeat(10, 1)
-    painted = np.asarray(engine.inpaint(wide, "a dog", large, **options))
-    changed = (painted != square(Image.fromarray(wide), 16)).any(-1)
-    assert changed[:8, 8:].any() and not changed[8:].any() and not changed[:, :8].any()
     with pytest.raises(ValueError, match="marks nothing"):
         engine.inpaint(image, "a dog", mask * 0)
     with pytest.raises(ValueError, match="next-token cannot keep"):
@@ -124,6 +119,29 @@ def test_inpainting_keeps_what_is_not_marked(engine: Engine, monkeypatch: pytest
                 engine.inpaint(image, "a dog", mask)
         else:  # whichever can is taken
             assert np.asarray(engine.inpaint(image, "a dog", mask, **options)).shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize(("height", "width", "left"), [(160, 160, 0), (160, 400, 230), (160, 400, 0), (400, 160, 0)])
+def test_inpainting_keeps_the_size_of_a_photograph(engine: Engine, height: int, width: int, left: int) -> None:
+    """The model sees the square of the shorter side around the marks; a code is painted that a speck touches."""
+    photo = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    mask = np.zeros((height, width), dtype=bool)
+    mask[70:72, left + 150 : left + 152] = True
+    window = window_of(Image.fromarray(mask))
+    request: dict[str, Any] = {"seed": 1, "temperature": 1.5}
+    painted = engine.inpaint(photo, "a dog", mask, **request)
+    changed = (np.asarray(painted) != photo).any(-1)
+    assert painted.size == (width, height) and changed[mask].all() and not changed[~mask].any()
+    x, y, right, bottom = window
+    seen = Image.fromarray(photo).crop(window)
+    fixed = engine.model.codes(engine.model.pixels([seen]))[0].cpu()
+    for column in (left + 150, left + 151):  # in the middle of the window they are of two codes
+        fixed[(70 - y) * 2 // 160, (column - x) * 2 // 160] = -1
+    drawn = engine.generate("a dog", generator="masked", fixed=fixed, **request).resize(
+        (160, 160), Image.Resampling.LANCZOS
+    )
+    inside = np.asarray(painted)[y:bottom, x:right], mask[y:bottom, x:right]
+    assert (inside[0][inside[1]] == np.asarray(drawn)[inside[1]]).all()
 
 
 def test_more_steps_than_codes_are_as_many_as_codes(engine: Engine) -> None:
