@@ -320,6 +320,22 @@ def test_what_is_no_picture_is_one_line(values: Any, message: str) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("read", [read_image, read_mask])
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.empty(3, 4, 4, device="meta"),
+        torch.eye(4).to_sparse(),
+        torch.zeros(4, 4, dtype=torch.complex64).conj(),
+    ],
+    ids=["without values", "sparse", "conjugate"],
+)
+def test_tensors_without_plain_values_are_one_line(read: Any, tensor: torch.Tensor) -> None:
+    with pytest.raises(ImageError, match="is a tensor whose values cannot be read") as error:
+        read(tensor)
+    assert "\n" not in str(error.value)
+
+
 def noise(mode: str = "RGB") -> Image.Image:
     channels = len(Image.new(mode, (1, 1)).getbands())
     return Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, channels), np.uint8), mode)
@@ -379,10 +395,12 @@ def test_messages_name_the_picture(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="^the image cannot be read"):
         read_image(cut.read_bytes())
     for source, message in (
-        (tmp_path, "cannot be read.*directory"),
+        (tmp_path, "is a folder: give a picture file in it"),
         ("a" * 5000 + ".png", "cannot be read"),
         ("nul\0.png", "cannot be read"),
-        ("data:image/png;base64," + "A" * 100_000, r"^.{1,600}$"),
+        ("data:image/png;base64," + "A" * 100_000, r"^.{1,500}is an address that holds a picture: give.{1,60}$"),
+        (f"file://{cut}", "is an address: give the file's path, without file://"),
+        ("cut.png ", "image 'cut.png ' does not exist"),
         ("two\nlines.png", r"'two\\nlines.png' does not exist"),
         ("https://example.com/a.png", "is an address, not a file"),
     ):

@@ -108,7 +108,7 @@ def read_mask(
             as OpenAI's API takes it.
     """
     name = name or image_name(source, "mask")
-    source = _to_array(source) if _is_tensor(source) else source
+    source = _to_array(source, name) if _is_tensor(source) else source
     if isinstance(source, np.ndarray) and source.dtype.kind in "iu" and source.size and 0 <= source.min():
         source = source.astype(bool) if source.max() <= 1 else source
     colour, alpha = _read(source, name, max_pixels, formats, srgb=False)
@@ -143,9 +143,12 @@ def is_image_path(text: str) -> bool:
 
 def missing(source: Any, name: str | None = None) -> str:
     """The message for a picture file that does not exist."""
-    name = name or image_name(source)
-    address = isinstance(source, str) and "://" in source
-    return f"{name} is an address, not a file: download it first" if address else f"{name} does not exist"
+    name, text = name or image_name(source), source if isinstance(source, str) else ""
+    if text.lower().startswith("file://"):
+        return f"{name} is an address: give the file's path, without file://"
+    if text.lower().startswith("data:"):
+        return f"{name} is an address that holds a picture: give the path of a file, or its bytes"
+    return f"{name} is an address, not a file: download it first" if "://" in text else f"{name} does not exist"
 
 
 def is_image(value: Any) -> bool:
@@ -165,7 +168,7 @@ def _read(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL's, about files that it reads nevertheless
             if _is_tensor(source):
-                source = _to_array(source)
+                source = _to_array(source, name)
             if isinstance(source, np.ndarray):
                 source = _from_array(source, name)
             if isinstance(source, Image.Image):
@@ -181,9 +184,13 @@ def _read(
         raise ImageError(f"{name} is too large: at most {max_pixels:,} pixels") from error
     except FileNotFoundError as error:
         raise ImageError(missing(source, name)) from error
+    except IsADirectoryError as error:
+        raise ImageError(f"{name} is a folder: give a picture file in it") from error
     except Exception as error:  # plugins raise whatever a damaged file leads them to
         known = "PNG or JPEG" if formats is None else ", ".join(formats)
         why = "" if isinstance(error, UnidentifiedImageError) else f" ({_reason(error)})"
+        if isinstance(source, str) and source[:5].lower() == "data:":  # longer than a name may be
+            raise ImageError(missing(source, name)) from error
         raise ImageError(f"{name} cannot be read: is it a {known} file?{why}") from error
 
 
@@ -288,16 +295,19 @@ def _is_tensor(value: Any) -> bool:
     return torch is not None and isinstance(value, torch.Tensor)
 
 
-def _to_array(tensor: Any) -> np.ndarray:
+def _to_array(tensor: Any, name: str) -> np.ndarray:
     """A tensor's values, colours last."""
-    tensor = tensor.detach().cpu()
-    while tensor.ndim > 3 and len(tensor) == 1:
-        tensor = tensor[0]
-    if tensor.is_floating_point():
-        tensor = tensor.float()  # numpy has no bfloat16
-    if tensor.ndim == 3 and tensor.shape[0] in (1, 3, 4):
-        tensor = tensor.permute(1, 2, 0)
-    values: np.ndarray = tensor.numpy()
+    try:
+        tensor = tensor.detach().cpu()
+        while tensor.ndim > 3 and len(tensor) == 1:
+            tensor = tensor[0]
+        if tensor.is_floating_point():
+            tensor = tensor.float()  # numpy has no bfloat16
+        if tensor.ndim == 3 and tensor.shape[0] in (1, 3, 4):
+            tensor = tensor.permute(1, 2, 0)
+        values: np.ndarray = tensor.numpy()
+    except Exception as error:  # of one that is sparse, quantized, nested or has no values
+        raise ImageError(f"{name} is a tensor whose values cannot be read: {_reason(error)}") from error
     return values
 
 
@@ -341,7 +351,7 @@ def image_name(source: Any, what: str = "image") -> str:
         return f"the {what}"
     text = str(file)
     text = text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME // 2]}...{text[-LONGEST_NAME // 2 :]}"
-    return f"{what} {text if text.isprintable() else repr(text)}"
+    return f"{what} {text if text.isprintable() and text == text.strip() else repr(text)}"
 
 
 def _reason(error: Exception) -> str:
