@@ -24,6 +24,7 @@ def test_top_p_keeps_the_least_set_that_reaches_p() -> None:
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     assert warp(logits, Sampling(top_p=0.6)).isfinite().tolist() == [[True, True, False, False]]
     assert warp(logits, Sampling(top_p=0.5)).isfinite().tolist() == [[True, False, False, False]]
+    assert warp(logits, Sampling(top_p=1e-300)).isfinite().tolist() == [[True, False, False, False]]
     assert warp(logits[:, [3, 1, 0, 2]], Sampling(top_p=0.6)).isfinite().tolist() == [[False, True, True, False]]
 
 

@@ -52,6 +52,7 @@ def warp(logits_BV: Tensor, sampling: Sampling) -> Tensor:
         sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True)
         probabilities_BV = sorted_BV.softmax(dim=-1)
         cut_BV = probabilities_BV.cumsum(dim=-1) - probabilities_BV >= sampling.top_p
+        cut_BV[..., 0] = False  # a top_p that float32 holds as 0 keeps the likeliest
         logits_BV = logits_BV.masked_fill(cut_BV.scatter(-1, order_BV, cut_BV), -math.inf)
     return logits_BV
 
