@@ -165,6 +165,21 @@ def test_a_disk_that_refuses_leaves_nothing_behind(
     assert files(tmp_path) == before
 
 
+def test_a_link_stays_one(engine: FakeEngine, tmp_path: Path, capsys: Any) -> None:  # noqa: F811
+    """What it points to is written; a link into a folder that is not there is refused before the work."""
+    Path("elsewhere").mkdir()
+    for name in ("new", "old"):
+        Path(f"{name}.png").symlink_to(f"elsewhere/{name}.png")
+    Path("elsewhere/old.png").write_bytes(b"old")
+    for name in ("new", "old"):
+        assert main(["generate", "x", "-o", f"{name}.png"]) == 0
+        assert Path(f"{name}.png").is_symlink() and Image.open(f"elsewhere/{name}.png").size == (16, 16)
+    assert files(tmp_path / "elsewhere") == {"new.png", "old.png"}
+    Path("lost.png").symlink_to("nowhere/lost.png")
+    asked = len(engine.asked)
+    assert "cannot write 'lost.png'" in bad(capsys, "generate", "x", "-o", "lost.png") and len(engine.asked) == asked
+
+
 def test_an_error_of_the_system_elsewhere_is_one_line(
     engine: FakeEngine,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,

@@ -83,7 +83,7 @@ def check_output(path: str | Path, kinds: dict[str, str]) -> Path:
     if not path.parent.is_dir():
         raise ValueError(f"cannot write {shown}: no folder {str(path.parent)!r}; make it first")
     try:
-        with tempfile.TemporaryFile(dir=path.parent):
+        with tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path))):
             pass
     except OSError as error:
         raise ValueError(f"cannot write {shown}: {error.strerror}; choose another folder") from error
@@ -105,17 +105,18 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 def write_together(writes: Mapping[Path, Callable[[IO[bytes]], object]]) -> None:
     """The same of several files, none of which is renamed before all are written. A temporary file's name is short,
-    whatever the final one is."""
+    whatever the final one is. A symbolic link stays one: the file to which it points is written."""
     made: dict[Path, str] = {}
     path = Path()
     try:
         for path, write in writes.items():
-            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".unigen-", delete=False) as file:
+            folder = os.path.dirname(os.path.realpath(path))
+            with tempfile.NamedTemporaryFile(dir=folder, prefix=".unigen-", delete=False) as file:
                 made[path] = file.name
                 write(file)
                 os.chmod(file.name, 0o666 & ~_umask())
         for path in list(made):
-            os.replace(made[path], path)
+            os.replace(made[path], os.path.realpath(path))
             del made[path]
     except OSError as error:
         raise ValueError(f"cannot write {shorten(str(path), 120)}: {error.strerror or error}") from error
