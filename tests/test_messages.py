@@ -46,6 +46,11 @@ def test_an_unquoted_sentence_is_told_so(capsys: pytest.CaptureFixture[str]) -> 
     assert "put a sentence in quotes" in error(capsys, "generate", "two", "apples")
 
 
+@pytest.mark.parametrize("line", [["edit", "a.png", "x", "--output=--"], ["story", "x", "--reference=--"]])
+def test_two_dashes_are_no_value(capsys: pytest.CaptureFixture[str], line: list[str]) -> None:
+    assert "--" in error(capsys, *line)
+
+
 def test_words_and_a_class(capsys: pytest.CaptureFixture[str]) -> None:
     assert "both words and --class" in error(capsys, "generate", "x", "--class", "3")
     assert "say what to draw" in error(capsys, "generate")

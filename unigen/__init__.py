@@ -83,7 +83,7 @@ def load(
 
     if isinstance(dtype, torch.dtype):
         dtype = str(dtype).removeprefix("torch.")
-    if dtype is not None and dtype not in DTYPES:
+    if dtype is not None and not (isinstance(dtype, str) and dtype in DTYPES):
         raise ValueError(f"unknown dtype {shorten(dtype)}: one of {', '.join(DTYPES)}")
     for what, given in (("name", name), ("lmm", lmm), ("generator", generator), ("adapter", adapter)):
         if given is not None and (not isinstance(given, (str, Path)) or not str(given).strip()):
@@ -101,7 +101,7 @@ def load(
         reason = shorten(str(error).splitlines()[0], 200)
         raise ValueError(f"device {shorten(str(device))} is not available here: {reason}") from error
     kind = getattr(torch, dtype) if dtype else None
-    if engine not in ENGINES:
+    if not isinstance(engine, str) or engine not in ENGINES:
         raise ValueError(f"unknown engine {shorten(engine)}: one of {', '.join(ENGINES)}")
     if engine == "vllm":
         if lmm or generator or adapter or quantization:

@@ -37,6 +37,11 @@ class Parser(argparse.ArgumentParser):
             else:
                 hint = did_you_mean(option, self._option_string_actions)
             self.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+        for action in self._actions:
+            given = getattr(found, action.dest, None)
+            if action.nargs is None and given is not action.default and isinstance(given, list):
+                if not given or [] in given:  # Python 3.11 reads --name=-- as an empty list
+                    self.error(f"argument {'/'.join(action.option_strings)}: expected one argument")
         return found
 
     def error(self, message: str) -> NoReturn:

@@ -91,7 +91,7 @@ def checked(
     document says. previews: how many of each picture are shown before it is finished, by `Engine.stream`; fewer where
     its steps are fewer, none where the generator writes codes one after another. negative: of pipelines alone.
     """
-    if negative is not None and negative != "":
+    if negative is not None and not (isinstance(negative, str) and not negative):
         raise ValueError("this model takes no negative prompt, pipelines do: leave negative out")
     outputs = model.template.outputs
     if not isinstance(output, str) or output not in OUTPUTS:
