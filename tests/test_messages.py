@@ -51,6 +51,26 @@ def test_two_dashes_are_no_value(capsys: pytest.CaptureFixture[str], line: list[
     assert "--" in error(capsys, *line)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["pair", "x", "-o", ""],
+        ["pair", "--image", ""],
+        ["inpaint", "a.png", "x", "--mask", ""],
+        ["info", "--json", ""],
+        ["chat", "--folder", " "],
+        ["generate", "x", "--generator", ""],
+        ["serve", "--host", ""],
+        ["serve", "--images-folder", ""],
+        ["eval", "scenes", "--json", ""],
+        ["eval", "scenes", "--out", ""],
+        ["eval", "scenes", "--model", ""],
+    ],
+)
+def test_an_empty_name_is_not_the_default(capsys: pytest.CaptureFixture[str], line: list[str]) -> None:
+    assert "it is empty; give a name, or leave it out" in error(capsys, *line)
+
+
 def test_words_and_a_class(capsys: pytest.CaptureFixture[str]) -> None:
     assert "both words and --class" in error(capsys, "generate", "x", "--class", "3")
     assert "say what to draw" in error(capsys, "generate")

@@ -25,6 +25,13 @@ def summary(file: Path) -> str:
     return " ".join(text.split("\n\n")[0].split())
 
 
+def name(value: str) -> str:
+    """The type of an argument that names a model, a file, a folder or a way to do something: all but nothing."""
+    if not value.strip():
+        raise argparse.ArgumentTypeError("it is empty; give a name, or leave it out")
+    return value
+
+
 class Parser(argparse.ArgumentParser):
     """argparse that raises ValueError for bad arguments, in one line, and suggests the option that was meant."""
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from unigen import ENGINES, limits, precision, progress
-from unigen.arguments import Parser, did_you_mean, summary
+from unigen.arguments import Parser, did_you_mean, name, summary
 from unigen.disk import DISK_FAULTS
 from unigen.extras import missing, require
 from unigen.limits import argument as limited
@@ -120,13 +120,6 @@ def text(value: str) -> str:
     return value.strip()
 
 
-def name(value: str) -> str:
-    """A name of a model, a folder or a way to do something."""
-    if not value.strip():
-        raise argparse.ArgumentTypeError("it is empty; give a name, or leave it out")
-    return value
-
-
 # --- arguments ------------------------------------------------------------------------------------------------------
 
 
@@ -219,7 +212,7 @@ def inpaint_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", help="the picture to paint in")
     parser.add_argument("prompt", type=text, help="what the whole picture is to show")
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--mask", metavar="FILE", help="a picture, white and opaque where to paint")
+    where.add_argument("--mask", type=name, metavar="FILE", help="a picture, white and opaque where to paint")
     where.add_argument("--box", type=box, metavar="L,T,R,B", help="paint inside this box, in pixels of the picture")
     where.add_argument("--around", type=box, metavar="L,T,R,B", help="paint outside this box (outpainting)")
     where.add_argument("--vary", type=limited("vary"), help="paint this share of it, drawn by lot")
@@ -233,8 +226,8 @@ def inpaint_arguments(parser: argparse.ArgumentParser) -> None:
 
 def pair_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("text", nargs="?", type=text, help="what the picture shows; left out, it is written too")
-    parser.add_argument("--image", metavar="FILE", help="a picture to which the text is written")
-    parser.add_argument("-o", "--output", help="the picture, - is a PNG on stdout (default: out.png)")
+    parser.add_argument("--image", type=name, metavar="FILE", help="a picture to which the text is written")
+    parser.add_argument("-o", "--output", type=name, help="the picture, - is a PNG on stdout (default: out.png)")
     sampling_arguments(parser, "joint")
     model_arguments(parser)
 
@@ -249,15 +242,15 @@ def story_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def chat_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--folder", default="chat", help="where pictures are saved (default: %(default)s)")
+    parser.add_argument("--folder", type=name, default="chat", help="where pictures are saved (default: %(default)s)")
     sampling_arguments(parser)
     model_arguments(parser)
 
 
 def serve_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 is everyone (default: %(default)s)")
+    parser.add_argument("--host", type=name, default="127.0.0.1", help="0.0.0.0 is everyone (default: %(default)s)")
     parser.add_argument("--port", type=whole(1, 65_535), default=8000, help="(default: %(default)s)")
-    parser.add_argument("--name", help="of the model in requests (default: as --model)")
+    parser.add_argument("--name", type=name, help="of the model in requests (default: as --model)")
     group = parser.add_argument_group("limits")
     group.add_argument(
         "--slots", type=whole(1), default=32, help="sequences generated at a time (default: %(default)s)"
@@ -301,7 +294,7 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
         help="whose X-Forwarded-For says who asks, an address or a network; may be repeated (default: none)",
     )
     group.add_argument("--allow-fetch", action="store_true", help="read pictures from public http(s) addresses")
-    group.add_argument("--images-folder", metavar="FOLDER", help="keep pictures that are asked for by url")
+    group.add_argument("--images-folder", type=name, metavar="FOLDER", help="keep pictures that are asked for by url")
     group.add_argument("--log-prompts", action="store_true", help="what is asked stands in the log")
     model_arguments(parser)
 
@@ -324,7 +317,7 @@ def convert_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def info_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", metavar="FILE", help="write it as one JSON object too; - is stdout")
+    parser.add_argument("--json", type=name, metavar="FILE", help="write it as one JSON object too; - is stdout")
     model_arguments(parser)
 
 

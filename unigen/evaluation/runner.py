@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from unigen import precision, progress
-from unigen.arguments import Parser, did_you_mean, summary
+from unigen.arguments import Parser, did_you_mean, name, summary
 from unigen.evaluation.task import Item, Task
 from unigen.limits import argument as limited
 from unigen.samplers.seeds import derive_seed
@@ -29,13 +29,13 @@ from unigen.samplers.seeds import derive_seed
 def common_arguments(task: str, description: str, sampled: bool = True) -> Parser:
     """What every task understands; `sampled`: the engine draws pictures or texts for it."""
     parser = Parser(prog=f"unigen eval {task}", description=description)
-    parser.add_argument("--model", default="unigen-tiny", help="a name or a folder (default: %(default)s)")
+    parser.add_argument("--model", type=name, default="unigen-tiny", help="a name or a folder (default: %(default)s)")
     precision.add_arguments(parser)
     parser.add_argument("--seed", type=limited("seed"), default=0, help="of prompts and pictures (default: 0)")
     parser.add_argument("--batch", type=limited("n"), default=32, help="how many at a time (default: 32)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures as one JSON object; - is stdout")
+    parser.add_argument("--json", type=name, metavar="FILE", help="write the figures as one JSON object; - is stdout")
     if sampled:
-        parser.add_argument("--generator", help="how pictures are written (default: the engine's)")
+        parser.add_argument("--generator", type=name, help="how pictures are written (default: the engine's)")
         parser.add_argument(
             "--guidance", type=limited("guidance"), help="scale of guidance, 1 is off (default: the engine's)"
         )
@@ -43,9 +43,11 @@ def common_arguments(task: str, description: str, sampled: bool = True) -> Parse
         parser.add_argument("--top-k", type=limited("top_k"), help="default: the engine's")
         parser.add_argument("--top-p", type=limited("top_p"), help="default: the engine's")
         parser.add_argument("--steps", type=limited("steps"), help="of a generator that can choose how many")
-        parser.add_argument("--sampler", help="of a flow")
-        parser.add_argument("--guidance-kind", help="of a flow")
-        parser.add_argument("--out", metavar="FOLDER", help="write a contact sheet a group and outputs.jsonl")
+        parser.add_argument("--sampler", type=name, help="of a flow")
+        parser.add_argument("--guidance-kind", type=name, help="of a flow")
+        parser.add_argument(
+            "--out", type=name, metavar="FOLDER", help="write a contact sheet a group and outputs.jsonl"
+        )
     return parser
 
 
@@ -161,9 +163,9 @@ def overview() -> str:
     import unigen.evaluation.tasks as package
 
     lines = ["usage: unigen eval TASK ...", "", "Score a model.", "", "tasks:"]
-    for name in tasks():
-        what = summary(Path(package.__path__[0], f"{name}.py")).partition(": ")[2]
-        lines += textwrap.wrap(what, 100, initial_indent=f"  {name:<14} ", subsequent_indent=" " * 17)
+    for task in tasks():
+        what = summary(Path(package.__path__[0], f"{task}.py")).partition(": ")[2]
+        lines += textwrap.wrap(what, 100, initial_indent=f"  {task:<14} ", subsequent_indent=" " * 17)
     return "\n".join([*lines, "", "unigen eval TASK --help lists a task's options."])
 
 
