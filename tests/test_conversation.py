@@ -89,6 +89,8 @@ def test_unknown_commands_are_called_so(engine: FakeEngine, tmp_path: Path) -> N
     assert "unknown command /xyzzy (commands: " in second
     assert third == "unigen: say /save FILE.json" and fourth == "unigen: say /load FILE.json"
     assert all(name in last for name in COMMANDS) and engine.asked == []
+    assert "unknown command /aaa" in talk(engine, "/" + "a" * 5000 + "\n")  # longer than a file's name may be
+    assert "unknown command /imagine; did you mean '/image'?" in talk(engine, "/imagine " + "a red hat " * 100 + "\n")
     path = tmp_path / "a picture.png"
     path.touch()
     assert f"to attach a picture: /image {path}" in talk(engine, f"{path}\n")

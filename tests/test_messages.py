@@ -12,6 +12,7 @@ import pytest
 from unigen import hub
 from unigen.arguments import did_you_mean
 from unigen.cli import COMMANDS, main
+from unigen.training.recipes import find_recipe
 
 
 def error(capsys: pytest.CaptureFixture[str], *line: str) -> str:
@@ -125,6 +126,8 @@ def test_help_names_the_default_generator(command: str, default: str, capsys: py
         ("runs/tiny/model", "no folder runs/tiny/model is here"),
         ("weights.safetensors", "is a file: give the folder"),
         ("unigen-tinny", "did you mean 'unigen-tiny'?"),
+        ("é" * 200, "neither a folder"),
+        ("./" + "é" * 200, "so there is no model in it"),
     ],
 )
 def test_models_that_are_not_there(name: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,6 +137,11 @@ def test_models_that_are_not_there(name: str, told: str, tmp_path: Path, monkeyp
         hub.resolve(name)
     said = str(raised.value)
     assert told in said and ("hub" not in said or "owner/name" in said)
+
+
+def test_a_recipe_of_a_very_long_name() -> None:
+    with pytest.raises(ValueError, match="no recipe é"):
+        find_recipe("é" * 200)
 
 
 def test_a_path_is_never_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,8 +162,9 @@ class Chat:
         name, _, rest = line.partition(" ")
         rest = rest.strip()
         if name not in COMMANDS:
-            path = Path(os.path.expanduser(line))
-            hint = f"; to attach a picture: /image {line}" if path.is_file() else did_you_mean(name, COMMANDS)
+            named = os.path.isfile(os.path.expanduser(line))
+            hint = f"; to attach a picture: /image {line}" if named else did_you_mean(name, COMMANDS)
+            name = name if len(name) <= 80 else f"{name[:77]}..."
             raise ValueError(f"unknown command {name}{hint} (commands: {' '.join(COMMANDS)})")
         if name in ("/save", "/load") and not rest:
             raise ValueError(f"say {name} {COMMANDS[name]}")

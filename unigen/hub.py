@@ -66,9 +66,9 @@ def resolve(
         give = f"give {page[1]}" if page else "give owner/name on the Hugging Face hub, or the folder of a download"
         raise ValueError(f"{name} is a URL, and models are not read from URLs: {give}")
     for folder, which in ((Path(name), None), (ASSETS / str(name), None), (Path(place), variant or None)):
-        if folder.is_dir() and folder != ASSETS:
+        if os.path.isdir(folder) and folder != ASSETS:  # of a name that is too long it says no
             return folder, which
-    if Path(name).is_file():
+    if os.path.isfile(name):
         raise ValueError(f"{name} is a file: give the folder of a model, with its config.json")
     named = HUB_NAME.fullmatch(place)
     if place.startswith(("./", "../", "/", "~")) or (named is None and "/" in place):

@@ -30,7 +30,7 @@ def run_recipe(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     Returns: the final metrics, as `Trainer.run`. Raises ValueError in one line for a file that is no recipe, an input
     that is not there, a wrong override, and what `Trainer.run` raises it for."""
     file = Path(path)
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise ValueError(f"no recipe at {path}: give the path of a Python file with config() and build(cfg)")
     try:
         tree = ast.parse(file.read_bytes(), str(file))
@@ -71,7 +71,7 @@ def check_inputs(tree: ast.Module, overrides: Sequence[str]) -> None:
     for key, command in _inputs(tree).items():
         value = given.get(key, "none" if chosen else _default(tree, key))
         for path in value.split(",") if value.lower() not in ("none", "null", "") else ():
-            if not Path(path).exists():
+            if not os.path.exists(path):
                 raise ValueError(f"{key}={path} is not there: make it by `{command}`, or name another by {key}=PATH")
 
 

@@ -10,6 +10,7 @@ or runs one.
 from __future__ import annotations
 
 import ast
+import os
 from pathlib import Path
 
 import unigen
@@ -40,7 +41,7 @@ def find_recipe(name: str) -> Path:
         ValueError: neither; the message lists the shipped recipes.
     """
     path = Path(name)
-    if path.is_file():
+    if os.path.isfile(path):
         return path
     shipped = shipped_recipes()
     if path.stem in shipped and path in (Path(path.stem), Path(f"{path.stem}.py"), Path(f"recipes/{path.stem}.py")):
