@@ -15,7 +15,7 @@ from PIL import Image
 
 import unigen
 from tests.parity import llamagen as llamagen_case
-from unigen import cli
+from unigen import cli, hub
 from unigen.adapters import embed
 from unigen.pairs import FALLBACK, MOST, PairedEngine, load_reader
 from unigen.pipelines import PipelineEngine
@@ -161,6 +161,7 @@ def test_classes(classes_folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
         (lambda e: e.edit(Image.new("RGB", (8, 8)), "a", strength=float("nan")), "strength must be a number above 0"),
         (lambda e: e.edit(Image.new("RGB", (8, 8)), "a", strength="much"), "strength must be a number above 0"),
         (lambda e: e.edit(Image.new("RGB", (8, 8)), "a", strength=0.3, steps=2), "take at least 4 steps"),
+        (lambda e: e.edit(Image.new("RGB", (8, 8)), "a", strength=1e-9, steps=2), "give a greater strength"),
         (lambda e: e.edit(Image.new("RGB", (8, 8)), "a", size=(-8, 8)), "a size is two whole numbers"),
         (lambda e: e.generate("a", size=(-8, 8)), "a size is two whole numbers"),
         (lambda e: e.generate("a", size=(0, 8)), "a size is two whole numbers"),
@@ -175,6 +176,7 @@ def test_classes(classes_folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
         (lambda e: e.generate("a", guidance="7"), "guidance must be a number"),
         (lambda e: e.generate("a", guidance=-1), "guidance must be a number"),
         (lambda e: e.generate("a", negative=3), "negative must be words"),
+        (lambda e: e.generate("a", negative="b\udce9"), "negative is not valid Unicode"),
         (lambda e: e.generate("a", negative="b", guidance=1.0), "hears negative only with guidance above 1"),
         (lambda e: e.generate("a", generator="masked"), "does not take generator"),
         (lambda e: e.generate("a", output_type="latent"), "does not take output_type"),
@@ -267,6 +269,7 @@ def test_what_glm_image_refuses(call: Any, reason: str, glm_folder: Path) -> Non
         ("FluxPriorReduxPipeline", "and no picture"),
         ("StableCascadeDecoderPipeline", "needs image_embeddings"),
         ("KandinskyV22Pipeline", "needs image_embeds"),
+        ("StableCascadeCombinedPipeline", "cannot load its image decoder"),
         ("MarigoldDepthPipeline", "gives .*prediction.* and no picture"),
         ("DDPMPipeline", "neither words nor a class"),
         ("StableDiffusionControlNetPipeline", "control picture"),
@@ -644,3 +647,49 @@ def test_numbers_of_a_folder_that_are_out_of_range_are_named(janus_folder: Path,
     (tmp_path / "janus" / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": "hot"}))
     with pytest.raises(ValueError, match=r"generation_config.json: temperature must be a number"):
         unigen.load(device="cpu", lmm=str(tmp_path / "janus"), generator=str(tmp_path))
+
+
+def keep_half(folder: Path, parts: str) -> None:
+    """Weights under the names of the variant fp16 alone, as some repositories have them."""
+    for path in folder.glob(f"{parts}/*.safetensors"):
+        path.rename(path.with_suffix(".fp16.safetensors"))
+
+
+def lose(folder: Path, part: str, name: str) -> None:
+    path = next((folder / part).glob("*.safetensors"))
+    state = hub.read_tensors(path)
+    del state[next(key for key in state if key.endswith(name))]
+    hub.write_tensors(path, state)
+
+
+@pytest.mark.parametrize("parts", ["*", "unet", "text_encoder"])
+def test_weights_of_a_variant_are_read_where_there_are_no_others(
+    parts: str, words_folder: Path, words_engine: PipelineEngine, tmp_path: Path
+) -> None:
+    shutil.copytree(words_folder, tmp_path / "half")
+    assert hub.variant_of(tmp_path / "half") is None
+    keep_half(tmp_path / "half", parts)
+    drawn = unigen.load(str(tmp_path / "half"), "cpu").generate("a", **SMALL)
+    assert drawn.tobytes() == words_engine.generate("a", **SMALL).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda f: shutil.rmtree(f / "tokenizer"), "has no folder tokenizer/ with its CLIPTokenizer"),
+        (lambda f: shutil.rmtree(f / "unet"), "has no folder unet/ with its UNet2DConditionModel"),
+        (
+            lambda f: next((f / "vae").glob("*.safetensors")).rename(f / "vae" / "model.bin"),
+            "no weights in safetensors",
+        ),
+        (lambda f: lose(f, "unet", "conv_out.weight"), "its unet lacks 1 tensors: conv_out.weight"),
+        (lambda f: lose(f, "text_encoder", "final_layer_norm.weight"), "1 missing: .*final_layer_norm.weight"),
+    ],
+)
+def test_a_pipeline_that_is_not_whole(spoil: Any, reason: str, words_folder: Path, tmp_path: Path) -> None:
+    """Libraries would make up a tokenizer and tensors, or end in an error of their own."""
+    shutil.copytree(words_folder, tmp_path / "spoilt")
+    spoil(tmp_path / "spoilt")
+    with pytest.raises(ValueError, match=reason) as caught:
+        unigen.load(str(tmp_path / "spoilt"), "cpu")
+    assert "\n" not in str(caught.value)

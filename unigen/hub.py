@@ -18,9 +18,11 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -34,6 +36,8 @@ LONGEST = 1000
 SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.yaml")
 TWICE = tuple(f"*{name}*" for name in (".fp16", ".bf16", ".fp32", ".non_ema", ".int8", "flax", "openvino", "onnx"))
 """The same weights of a pipeline's part once more, whole or in shards."""
+VARIANTS = ("fp16", "bf16")
+"""Of weights of pipelines, which are read where there are no others."""
 SAFE = ("*.safetensors",)
 WHOLE = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin")
 """A model's weights, the first that is there; `.index.json` after the name lists the shards."""
@@ -101,7 +105,14 @@ def snapshot(repo: str, revision: str | None = None, judge: Judge | None = None,
     if judge is not None:
         judge(folder)
     if (folder / "model_index.json").is_file():  # a pipeline: its parts' folders, and not what stands beside them
-        return _from_hub(repo, revision, (*SMALL, *(f"*/{kind}" for kind in SAFE)), TWICE)
+        folder = _from_hub(repo, revision, (*SMALL, *(f"*/{kind}" for kind in SAFE)), TWICE)
+        bare = [config.parent for config in folder.glob(f"*/{CONFIG}") if not any(config.parent.glob("*.safetensors"))]
+        for name in VARIANTS if bare else ():  # some have no others
+            kinds = ("safetensors", "json")  # an index is of the variant, too
+            folder = _from_hub(repo, revision, [f"{part.name}/*.{name}*.{kind}" for part in bare for kind in kinds])
+            if any(part.glob("*.safetensors") for part in bare):
+                break
+        return folder
     if (folder / MANIFEST).is_file():  # ours: the parts have folders, too
         return _from_hub(repo, revision, (*SMALL, *SAFE))
     for name in WHOLE:
@@ -112,6 +123,22 @@ def snapshot(repo: str, revision: str | None = None, judge: Judge | None = None,
         if (folder / name).is_file():
             break
     return folder
+
+
+def variant_of(folder: Path) -> str | None:
+    """Which of the weights of a pipeline's parts are read where a part has no others than those of a variant: "fp16" or
+    "bf16"; None where all have plain ones."""
+    for name in VARIANTS:
+        for config in folder.glob(f"*/{CONFIG}"):
+            files = [path.name for path in config.parent.glob("*.safetensors")]
+            if any(f".{name}." in file for file in files) and not any(is_plain(file) for file in files):
+                return name
+    return None
+
+
+def is_plain(file: str) -> bool:
+    """Is it a file of weights, and of no variant?"""
+    return file.endswith(".safetensors") and not any(fnmatch(file, pattern) for pattern in TWICE)
 
 
 def shards(index: Path) -> list[str]:
@@ -190,7 +217,7 @@ def damage_of(folder: Path) -> Iterator[None]:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing: the model folder is not whole") from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -217,13 +244,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(path) if path.suffix == ".safetensors" else _unpickled(path)
+        return unprefixed(load_file(path)) if path.suffix == ".safetensors" else _unpickled(path)
     except (FileNotFoundError, SafetensorError, OSError, RuntimeError, EOFError) as error:
         raise ValueError(f"checkpoint {path} cannot be read (missing, cut off or damaged): {error}") from error
 
 
-WRAPPERS = ("state_dict", "model", "module", "trainer", "var_wo_ddp")
+WRAPPERS = ("state_dict", "model", "module", "trainer", "var_wo_ddp", "ema")
 """What checkpoints hold their tensors under: torch's trainers, deepspeed, VAR's."""
+PLAIN: list[Any] = [argparse.Namespace, np.dtype, np.float64(0).__reduce__()[0], np.dtypes.Float64DType]
+PLAIN += [np.dtypes.Float32DType, np.dtypes.Int64DType]
+"""What trainers keep beside tensors, and what runs no code: their arguments, and numbers of numpy."""
 PREFIXES = ("module.", "_orig_mod.")
 """What parallel and compiled modules put before the names of their tensors."""
 
@@ -233,7 +263,7 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
     from pickle import UnpicklingError
 
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # a trainer's arguments, which run no code
+        with torch.serialization.safe_globals(PLAIN):
             data = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise ValueError(f"checkpoint {path} is damaged, or holds objects that might run code") from error
@@ -241,6 +271,11 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
         inner = data.get(name) if isinstance(data, dict) else None
         data = inner if isinstance(inner, dict) else data
     state = {name: value for name, value in data.items() if isinstance(value, Tensor)} if isinstance(data, dict) else {}
+    return unprefixed(state)
+
+
+def unprefixed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without the prefixes that parallel and compiled modules put before all of their names."""
     while prefix := next((p for p in PREFIXES if state and all(name.startswith(p) for name in state)), None):
         state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
@@ -268,24 +303,44 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     raise ValueError(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin{also}")
 
 
+def wrapped(folder: Path) -> bool:
+    """Are the weights of a model folder in a pickle, which may hold more than tensors, or all under a prefix?"""
+    from safetensors import safe_open
+
+    path = next((folder / name for name in WHOLE if (folder / name).is_file()), None)
+    if any((folder / f"{name}.index.json").is_file() for name in WHOLE) or path is None:
+        return False
+    if path.suffix == ".bin":
+        return True
+    with safe_open(path, "pt") as file:
+        names = list(file.keys())
+    return any(names and all(name.startswith(prefix) for name in names) for prefix in PREFIXES)
+
+
 def pretrained(kind: Any, folder: Path, dtype: torch.dtype | None, state: dict[str, Tensor] | None = None) -> Any:
     """`kind.from_pretrained` of a folder (whole or sharded), strictly; dtype: None is as it is stored; state: the
     tensors, where they are not as they stand there. Raises ValueError in one line where tensors are missing, left over
     or of another shape, and where a file is damaged."""
     from safetensors import SafetensorError
+    from transformers import AutoConfig
 
     if not read_json(folder / CONFIG).get("model_type"):  # a class's defaults are a model of billions
         raise ValueError(f"{folder / CONFIG} names no type of model: it is damaged")
     try:
+        if state is None and wrapped(folder):
+            state = read_weights(folder)
         with quiet():
             given: dict[str, Any] = {}
             if state is not None:
-                given = {"state_dict": state, "config": kind.config_class.from_pretrained(folder)}
+                config = getattr(kind, "config_class", AutoConfig).from_pretrained(folder)
+                kind = kind if hasattr(kind, "config_class") else kind._model_mapping[type(config)]
+                given = {"state_dict": state, "config": config}
             model, report = kind.from_pretrained(
                 None if given else folder,
                 dtype=dtype or "auto",
                 local_files_only=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # which are named below
                 **given,
             )
     except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
@@ -293,6 +348,27 @@ def pretrained(kind: Any, folder: Path, dtype: torch.dtype | None, state: dict[s
     kinds = (("missing", "missing_keys"), ("unknown", "unexpected_keys"), ("of another shape", "mismatched_keys"))
     _complain(folder, [(kind, sorted(map(str, report[name]))) for kind, name in kinds])
     return model
+
+
+@contextmanager
+def no_new_weights() -> Iterator[None]:
+    """Inside, a model of transformers whose folder lacks some of its weights is a ValueError in one line, also where
+    another library loads it: transformers would go on with random ones."""
+    from transformers import PreTrainedModel
+
+    usual = PreTrainedModel.__dict__["from_pretrained"]
+
+    def strict(cls: Any, folder: Any, *args: Any, **options: Any) -> Any:
+        model, report = usual.__func__(cls, folder, *args, **options | {"output_loading_info": True})
+        kinds = (("missing", "missing_keys"), ("of another shape", "mismatched_keys"))
+        _complain(folder, [(kind, sorted(map(str, report[name]))) for kind, name in kinds])
+        return model
+
+    PreTrainedModel.from_pretrained = classmethod(strict)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        PreTrainedModel.from_pretrained = usual
 
 
 def named(lm: Any, architecture: str, **settings: Any) -> Any:

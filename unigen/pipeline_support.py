@@ -41,6 +41,8 @@ IMAGE_OPTIONAL = {
 }
 """Pipelines that draw from words with or without a picture, and that diffusers' AutoPipelineForText2Image does not
 list."""
+INPAINT_CHANNELS = {"KandinskyInpaintCombinedPipeline": 9, "KandinskyV22InpaintCombinedPipeline": 9}
+"""Inpainting pipelines whose network has to read the mask, and how many channels it then reads."""
 OTHER_TASKS = {
     "Upscale": "enlarges pictures",
     "SuperResolution": "enlarges pictures",
@@ -65,6 +67,8 @@ def pipeline_class(index: Mapping[str, Any]) -> Any:
 
 def refusal(kind: Any) -> str | None:
     """Why pipelines of this class can neither draw a picture of words or a class here, nor change one; else None."""
+    import diffusers
+
     takes, gives = parameters(kind), _output_fields(kind)
     parts = inspect.signature(kind.__init__).parameters
     if gives & {"frames", "video"} or takes.keys() & {"num_frames", "video_length"}:
@@ -83,6 +87,8 @@ def refusal(kind: Any) -> str | None:
         required.append("image_latents")
     if required:
         return f"it needs {', '.join(required)}, which cannot be given here: give the whole pipeline that draws"
+    if parts.get("vqgan") is not None and not hasattr(diffusers, "PaellaVQModel"):
+        return f"diffusers {diffusers.__version__} cannot load its image decoder, PaellaVQModel, from a folder"
     if not takes.keys() & {"prompt", "class_labels"}:
         return "it takes neither words nor a class, so that it cannot be told what to draw"
     return None
@@ -138,7 +144,7 @@ def _guidance(pipe: Any, takes: Mapping[str, Any]) -> tuple[str | None, bool]:
         if "guidance_embeds" in inspect.getsource(type(pipe)):
             return ("guidance_scale" if embedded else None), False
         return "guidance_scale", negative
-    return ("prior_guidance_scale" if "prior_guidance_scale" in takes else None), negative
+    return None, negative
 
 
 def network_config(pipe: Any) -> Mapping[str, Any]:
@@ -238,6 +244,9 @@ def stride_of(pipe: Any) -> int:
 
 def native_area(pipe: Any) -> int:
     """About how many pixels the pictures have that this pipeline draws where no size is asked for."""
+    sides = [one.default for name, one in parameters(pipe).items() if name in ("height", "width")]
+    if len(sides) == 2 and all(isinstance(side, int) for side in sides):
+        return int(math.prod(sides))
     side = network_config(pipe).get("sample_size")
     if not isinstance(side, int):
         side = getattr(pipe, "default_sample_size", 128)

@@ -26,8 +26,9 @@ from PIL import Image
 from unigen import hub, progress
 from unigen.display import MediaList, table_html
 from unigen.images import read_image, read_mask
-from unigen.limits import check
+from unigen.limits import LIMITS, check
 from unigen.pipeline_support import (
+    INPAINT_CHANNELS,
     native_area,
     needs_image,
     network_config,
@@ -40,7 +41,7 @@ from unigen.pipeline_support import (
 )
 from unigen.request import check_size, with_seeds
 from unigen.samplers.seeds import generator_of, later_seed
-from unigen.sequence import Document, NotFinite, as_words
+from unigen.sequence import Document, NotFinite, as_words, check_text
 from unigen.templates import Output, Unable
 
 INDEX = "model_index.json"
@@ -266,6 +267,9 @@ class PipelineEngine:
                 form = getattr(diffusers, wanted.get(task, "AutoPipelineForInpainting")).from_pipe(self.pipe)
             except ValueError:
                 form = None
+        channels = INPAINT_CHANNELS.get(type(form).__name__)
+        if channels is not None and network_config(form).get("in_channels") != channels:
+            form = None
         if form is not None and refusal(type(form)) is None:
             return form
         if task == "text":
@@ -357,7 +361,9 @@ class PipelineEngine:
         )
         if steps and strength and int(steps * strength) < 1:
             least = math.ceil(1 / strength)
-            raise ValueError(f"{steps} steps at strength {strength:g} leave none to draw: take at least {least} steps")
+            most = least > LIMITS["steps"].high
+            advice = "give a greater strength" if most else f"take at least {least} steps"
+            raise ValueError(f"{steps} steps at strength {strength:g} leave none to draw: {advice}")
         return named, sampler
 
     @staticmethod
@@ -388,6 +394,8 @@ def check_options(asked: dict[str, Any]) -> None:
             check(name, asked[name])
     if "negative" in asked and not isinstance(asked["negative"], str):
         raise ValueError(f"negative must be words for what the picture shall not show, not {asked['negative']!r}")
+    if "negative" in asked:
+        check_text("negative", asked["negative"])
 
 
 def check_words(name: str, words: Any, wanted: str) -> None:
@@ -476,20 +484,53 @@ def check_class(folder: Path) -> Any:
     return kind
 
 
+def check_parts(folder: Path, kind: Any) -> None:
+    """Raises ValueError for a part that the index names and that has no folder, since some of them diffusers would make
+    up, and for one without weights in safetensors."""
+    for name, part in hub.read_json(folder / INDEX).items():
+        if name.startswith("_") or not isinstance(part, list) or len(part) != 2 or not part[1]:
+            continue
+        if not (folder / name).is_dir():
+            spare = name in kind._optional_components
+            also = f", or write [null, null] for {name} in {INDEX} to do without" if spare else ""
+            raise ValueError(f"{folder} has no folder {name}/ with its {part[1]}: fetch it{also}")
+        if (folder / name / hub.CONFIG).is_file() and not any((folder / name).glob(hub.SAFE[0])):
+            raise ValueError(f"{folder / name} has no weights in safetensors, and no pickles are read for pipelines")
+
+
+def left_out(folder: Path) -> dict[str, None]:
+    """The parts for which the index says [null, null], such as the T5 of Stable Diffusion 3."""
+    return {name: None for name, part in hub.read_json(folder / INDEX).items() if part == [None, None]}
+
+
+def check_whole(pipe: Any) -> None:
+    """Raises ValueError for weights that diffusers has left out, since they are not in the folder."""
+    for name, part in pipe.components.items():
+        weights = part.named_parameters() if isinstance(part, torch.nn.Module) else ()
+        if missing := [weight for weight, value in weights if value.is_meta]:
+            raise ValueError(f"its {name} lacks {len(missing)} tensors: {', '.join(missing[:4])}")
+
+
 def load(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> PipelineEngine:
     """The pipeline in `folder`, from safetensors alone; no code of the folder is run. Raises ValueError in one line."""
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging
 
-    check_class(folder)
+    check_parts(folder, check_class(folder))
     level = logging.get_verbosity()
     try:
-        with hub.quiet():
+        with hub.quiet(), hub.no_new_weights():
             logging.disable_progress_bar()
-            logging.set_verbosity_error()
+            logging.set_verbosity(logging.CRITICAL)
             pipe = DiffusionPipeline.from_pretrained(
-                folder, dtype=dtype or torch.float32, local_files_only=True, use_safetensors=True
+                folder,
+                dtype=dtype or torch.float32,
+                local_files_only=True,
+                use_safetensors=True,
+                variant=hub.variant_of(folder),
+                **left_out(folder),
             )
+            check_whole(pipe)
     except Exception as error:  # whatever a damaged part makes its own library raise
         raise ValueError(f"pipeline {folder} cannot be loaded: {hub.first_line(error)}") from error
     finally:

@@ -132,8 +132,10 @@ def wrapped(folder: Path, to: Path, wrap: Callable[[dict[str, Tensor]], Any]) ->
             "args": Namespace(gpt_model="GPT-B", image_size=256, betas=(0.9, 0.95)), "ema": {},
         },
         lambda state: state,
+        lambda state: {"ema": state, "steps": 3},
+        lambda state: {"model": state, "loss": np.float64(0.5), "best": np.float32(0.25), "seen": np.int64(7)},
     ],
-    ids=["deepspeed", "ddp", "compiled", "both", "trainer", "bare"],
+    ids=["deepspeed", "ddp", "compiled", "both", "trainer", "bare", "mean", "numbers of numpy"],
 )  # fmt: skip
 def test_files_as_trainers_write_them(wrap: Any, folder: Path, tmp_path: Path) -> None:
     other = wrapped(folder, tmp_path / "other", wrap)

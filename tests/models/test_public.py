@@ -135,6 +135,25 @@ def test_conversion_there_and_back_changes_nothing(case: Any, public: Path, tmp_
         assert other.info() == first.info()
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_weights_as_trainers_write_them(case: Any, public: Path, tmp_path: Path, file: str) -> None:
+    """Under the prefix of a compiled model, or in the pickle of a trainer that ran in several processes."""
+    shutil.copytree(public, tmp_path / "other")
+    files = list((tmp_path / "other").glob("*.safetensors"))
+    if not files:
+        return
+    state = {f"_orig_mod.{name}": tensor for name, tensor in hub.read_weights(tmp_path / "other").items()}
+    for path in files:
+        path.unlink()
+    if file.endswith(".bin"):
+        state = {f"module.{name}": tensor for name, tensor in state.items()}
+        torch.save({"state_dict": state, "epoch": 3}, tmp_path / "other" / file)
+    else:
+        hub.write_tensors(tmp_path / "other" / file, state)
+    mine, theirs = (unigen.load(str(f), "cpu").model.state_dict() for f in (public, tmp_path / "other"))
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
 def test_a_folder_that_is_no_model_is_not_replaced(public: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="holds no model"):

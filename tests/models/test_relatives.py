@@ -148,6 +148,18 @@ def test_a_pipelines_parts_are_fetched_once(hub: Any) -> None:
     assert one.weights == {"unet/diffusion_pytorch_model.safetensors"}
 
 
+def test_a_variant_is_fetched_where_a_part_has_no_other(hub: Any) -> None:
+    plain = "diffusion_pytorch_model.safetensors"
+    shards = [f"text_encoder/model.fp16-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    parts = {"model_index.json": "{}", "unet/config.json": "{}", f"unet/{plain}": "", "text_encoder/config.json": "{}"}
+    parts |= dict.fromkeys(("unet/diffusion_pytorch_model.fp16.safetensors", "text_encoder/model.bf16.safetensors"), "")
+    parts |= dict.fromkeys([*shards, "text_encoder/model.safetensors.index.fp16.json"], "")
+    one = hub(parts)
+    find("someone/something")
+    assert one.weights == {f"unet/{plain}", *shards}
+    assert "text_encoder/model.safetensors.index.fp16.json" in one.fetched
+
+
 @pytest.mark.parametrize("name", ["Emu3-Gen", "JanusFlow-1.3B", "show-o-w-clip-vit", "BAGEL-7B-MoT", "qwen", "bert"])
 def test_no_weights_of_what_does_not_load(name: str, hub: Any) -> None:
     config, _, reason = KNOWN[name]

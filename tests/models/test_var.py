@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -78,3 +79,9 @@ def test_scales_by_their_positions() -> None:
     assert all(sum(side * side for side in scales) == count for count, scales in var.SCALES.items())
     with pytest.raises(ValueError, match="7 positions are of no scales known here"):
         var.scales_of({}, 7)
+
+
+def test_a_folder_without_its_image_tokenizer_says_so(folder: Path, tmp_path: Path) -> None:
+    shutil.copy(next(folder.glob("var_d*.pth")), tmp_path)
+    with pytest.raises(ValueError, match="vae_ch160v4096z32.pth cannot be read .missing"):
+        unigen.load(str(tmp_path), "cpu")

@@ -206,7 +206,8 @@ def phi(state: dict[str, Tensor], settings: dict[str, Any], folder: Path, dtype:
     from transformers import PhiConfig, PhiForCausalLM
     from transformers.initialization import no_init_weights
 
-    ours = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
+    known = {name: tensor for name, tensor in state.items() if not name.endswith("rotary_emb.inv_freq")}  # is computed
+    ours = {name.removeprefix(PREFIX): tensor for name, tensor in known.items()}
     table = ours.get("model.embed_tokens.weight")
     if table is None or "hidden_size" not in settings:  # a class's defaults are a model of billions
         raise ValueError(f"checkpoint {folder} is not Show-o's: its table or the settings of its Phi are missing")

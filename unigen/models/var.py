@@ -212,8 +212,8 @@ def to_public(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def owns(folder: Path, config: dict[str, Any]) -> bool:
-    """A folder with a file of a model and the file of its image tokenizer."""
-    return bool(list(folder.glob(FILES[0]))) and (folder / TOKENIZER).is_file()
+    """A folder with a file of a model and that of its image tokenizer; without the latter, one without config.json."""
+    return any(folder.glob(FILES[0])) and ((folder / TOKENIZER).is_file() or not config)
 
 
 def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) -> UnifiedModel:
