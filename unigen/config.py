@@ -80,10 +80,17 @@ class RunConfig:
     time_limit: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "log_every", "keep"):
+        for name in ("steps", "log_every", "keep"):
             _require(getattr(self, name) >= 1, f"{name} must be 1 or more")
-        for name in ("workers", "save_every", "sample_every", "seed"):
+        for name in ("save_every", "sample_every"):
             _require(getattr(self, name) >= 0, f"{name} must be 0 or more")
+        for name, low, high in (
+            ("batch_size", 1, 1_000_000),
+            ("accumulate", 1, 1_000_000),
+            ("workers", 0, 256),
+            ("seed", 0, 2**64 - 1),
+        ):
+            _require(low <= getattr(self, name) <= high, f"{name} must be {low} or more, and at most {high}")
         _require(0 <= self.ema < 1, "ema must lie in [0, 1); 0 is off")
         _require(self.time_limit is None or self.time_limit > 0, "time_limit must be above 0 seconds")
         _require(bool(self.run_dir), "run_dir must name a folder")
@@ -114,7 +121,7 @@ def apply_overrides(cfg: T, overrides: Iterable[str]) -> T:
 
     Texts are read by the field's type: int, float, bool (true/false), str, none where the type allows it, tuples as
     `1,2` or `(1,2)`, one of the choices; of a table one entry, as `name.entry=value`. ValueError names the unknown key
-    and the nearest valid ones, or the type that was expected."""
+    and the nearest valid ones, or the type that was expected, or the key that has no value."""
     changes: dict[str, Any] = {}
     for item in overrides:
         key, equals, text = item.partition("=")
@@ -129,7 +136,10 @@ def _collect(changes: dict[str, Any], cfg: Any, path: list[str], text: str, full
     names = [f.name for f in dataclasses.fields(cfg)]
     head, rest = path[0], path[1:]
     if head not in names:
-        raise ValueError(_unknown(full_key, full_key[: len(full_key) - len(".".join(path))], head, names))
+        prefix = full_key[: len(full_key) - len(".".join(path))]
+        groups = [name for name in names if dataclasses.is_dataclass(getattr(cfg, name))]
+        inside = [f"{group}.{head}" for group in groups if head in _field_names(getattr(cfg, group))]
+        raise ValueError(_unknown(full_key, prefix, head, names, inside))
     current = getattr(cfg, head)
     if dataclasses.is_dataclass(current):
         _require(bool(rest), f"{full_key} is a group: set one of {_listed(full_key + '.', _field_names(current))}")
@@ -160,8 +170,9 @@ def _listed(prefix: str, names: Iterable[str]) -> str:
     return ", ".join(prefix + name for name in names)
 
 
-def _unknown(full_key: str, prefix: str, name: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+def _unknown(full_key: str, prefix: str, name: str, names: list[str], inside: Iterable[str] = ()) -> str:
+    """The message of an unknown key. inside: keys of groups that are called so."""
+    near = [*inside] or difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     hint = f"did you mean {_listed(prefix, near)}?" if near else f"valid keys: {_listed(prefix, names)}"
     return f"unknown key {full_key!r}; {hint}"
 
@@ -179,6 +190,9 @@ def _type_name(hint: Any) -> str:
 
 def _parse(hint: Any, text: str, key: str) -> Any:
     """`text` as a value of the type `hint`; ValueError naming `key` and the type."""
+    if not text:
+        none = type(None) in typing.get_args(hint)
+        raise ValueError(f"{key} has no value: give one ({_type_name(hint)}){', such as none' if none else ''}")
     wrong = ValueError(f"{key} expects {_type_name(hint)}, not {text!r}")
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
@@ -319,7 +333,7 @@ def save_json(path: str | os.PathLike[str], obj: Any) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
+            "w", encoding="utf-8", dir=path.parent, prefix=".unigen-", suffix=".tmp", delete=False
         ) as file:
             temporary = file.name
             file.write(text)

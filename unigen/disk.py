@@ -16,7 +16,10 @@ from unigen.limits import shorten
 
 DISK_FAULTS = frozenset(
     getattr(errno, name)
-    for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO ENAMETOOLONG ENOTDIR EISDIR ELOOP EMFILE ENFILE".split()
+    for name in (
+        *("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "ENAMETOOLONG"),
+        *("EEXIST", "ENOTDIR", "EISDIR", "ELOOP", "EMFILE", "ENFILE"),
+    )
     if hasattr(errno, name)
 )
 """Errors of the system that are no fault of ours: a disk that is full or may not be written, a name that it refuses."""
@@ -42,6 +45,25 @@ def disk_errors(what: str, advice: str) -> Iterator[None]:
                 raise DiskError(f"cannot write {what}: {os.strerror(number)}; {advice}") from error
             chain = chain.__cause__ or chain.__context__
         raise
+
+
+def check_input(path: str | Path, command: str = "", name: str = "") -> Path:
+    """The path of a file or folder that is read. Raises ValueError, before any work, where it is not there or may not
+    be read.
+
+    Args:
+        path: of the file or folder.
+        command: makes it.
+        name: of the option that names it, as "--text" or "image_tokenizer=".
+    """
+    shown = f"{name} {path}".strip() if name.startswith("-") else f"{name}{path}"
+    shown = shown if len(shown) <= 200 else f"{shown[:197]}..."
+    if not str(path) or not os.path.exists(path):
+        hint = f"make it by `{command}`, or name another" if command else "name one that is"
+        raise ValueError(f"{shown} is not there: {hint}")
+    if not os.access(path, os.R_OK):
+        raise ValueError(f"{shown} may not be read: change its permissions, or name another")
+    return Path(path)
 
 
 def check_folder(folder: str | Path) -> Path:

@@ -570,8 +570,25 @@ def test_a_full_disk_keeps_the_last_model(tmp_path: Path) -> None:
     train(tmp_path, "steps=2", save=save)
     with pytest.raises(ValueError) as error:
         train(tmp_path, "steps=3", save=full)
-    assert "No space left on device" in one_line(error)
+    assert f"cannot write {tmp_path / 'model'}: No space left on device; what was saved before" in one_line(error)
     assert (tmp_path / "model" / "weights").read_text() == "whole" and not (tmp_path / "model.tmp").exists()
+
+
+@pytest.mark.parametrize("part", ["metrics", "samples", "tensorboard"])
+def test_a_full_disk_anywhere_is_one_line(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    train(tmp_path, "steps=2")
+    if part == "metrics":
+        monkeypatch.setattr("unigen.training.logs._drop_after", full)
+    elif part == "tensorboard":
+        monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full)
+    with pytest.raises(ValueError, match=f"files of the run {tmp_path}: No space left on device; free some") as error:
+        train(tmp_path, "steps=4", "workers=0", sample=full)
+    one_line(error)
+    monkeypatch.undo()
+    assert train(tmp_path, "steps=4", "workers=0")["step"] == 4
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "text"])
@@ -714,6 +731,25 @@ def test_a_fault_ends_the_workers_at_once(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="the power went out"):
         train(tmp_path, "workers=2", dataset=Slow(), objective=Denoise(2, crash))
     assert time.monotonic() - began < 30
+    assert not multiprocessing.active_children()
+
+
+class Deadly:
+    """Rows of which one kills its worker, as a system does that is short of memory."""
+
+    def __init__(self) -> None:
+        self.parent = os.getpid()
+
+    def __getitem__(self, i: int) -> Tensor:
+        if i == 20 and os.getpid() != self.parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.zeros(6) + i
+
+
+def test_a_worker_that_is_killed_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a process that loads data was killed, .* fewer workers") as error:
+        train(tmp_path, "workers=2", dataset=Deadly())
+    one_line(error)
     assert not multiprocessing.active_children()
 
 

@@ -8,6 +8,7 @@ full disk or a kill leaves the last good one.
 
 import hashlib
 import os
+import re
 import shutil
 import socket
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from unigen.config import load_json, save_json
 from unigen.disk import disk_errors
 from unigen.hub import clear_scratch, lock, replacing_folder, unlock
+from unigen.training.peers import is_alive
 
 
 class Ema:
@@ -70,13 +72,17 @@ class Ema:
 # ---------------------------------------------------------------- checkpoints
 
 
+_CHECKPOINT = re.compile(r"step-\d{8,}\.pt")
+
+
 def _folder(run_dir: Path) -> Path:
     return run_dir / "checkpoints"
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    return sorted(_folder(run_dir).glob("step-*.pt"))
+    """The complete checkpoints of a run, oldest first. Files of other names, such as copies, are nobody's concern."""
+    found = {path: _CHECKPOINT.fullmatch(path.name) for path in _folder(run_dir).glob("step-*.pt")}
+    return sorted((path for path, match in found.items() if match), key=lambda path: int(path.stem.rpartition("-")[2]))
 
 
 def save_checkpoint(run_dir: Path, state: dict[str, Any], keep: int) -> Path:
@@ -160,15 +166,19 @@ def save_model(run_dir: Path, step: int, write: Callable[[Path], None]) -> None:
     with disk_errors(str(folder), "what was saved before is untouched; free some space and run the same command again"):
         with replacing_folder(folder) as scratch:
             write(scratch)
-        save_json(_model_step(run_dir), {"step": step})
+            files = sorted(str(path.relative_to(scratch)) for path in scratch.rglob("*") if path.is_file())
+        save_json(_model_step(run_dir), {"step": step, "files": files})
 
 
 def model_is_of(run_dir: Path, step: int) -> bool:
-    """Whether run_dir/model is there and was written at this step: a run may have been killed between its checkpoint
-    and its model."""
+    """Whether run_dir/model was written at this step and has all its files: a run may have been killed between its
+    checkpoint and its model, and a part of the model deleted."""
+    folder = run_dir / "model"
     try:
-        return (run_dir / "model").is_dir() and load_json(_model_step(run_dir)) == {"step": step}
-    except ValueError:
+        written = load_json(_model_step(run_dir))
+        files = written.get("files", [])  # earlier versions noted the step alone
+        return folder.is_dir() and written["step"] == step and all((folder / name).is_file() for name in files)
+    except (ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
@@ -176,42 +186,95 @@ def _model_step(run_dir: Path) -> Path:
     return _folder(run_dir) / "model.json"
 
 
+def note_samples(run_dir: Path, step: int) -> None:
+    """Note that the samples of a step are all there."""
+    save_json(_folder(run_dir) / "samples.json", {"step": step})
+
+
+def sampled_at(run_dir: Path, step: int) -> bool:
+    """Whether the samples of a step are all there, and none are newer."""
+    try:
+        return load_json(_folder(run_dir) / "samples.json") == {"step": step}
+    except ValueError:
+        return False
+
+
 # ---------------------------------------------------------------- one process a folder
 
+RUNNING = ".running"
+"""The file of a run folder that says which process trains there."""
 _locked: set[Path] = set()
-"""Folders of runs that this process holds."""
+"""Folders of runs that this process holds, as they are when links are followed."""
 
 
 @contextmanager
 def lock_run(run_dir: str | Path, main: bool = True) -> Iterator[None]:
-    """Inside, no other run trains in this folder, and what a killed one left unfinished there is gone. ValueError where
-    one does, or where the folder cannot be written. main: the other processes of a run rely on it."""
-    run_dir = Path(run_dir).absolute()
-    if run_dir in _locked or not main:
+    """Hold a run folder, so that no other run trains in it; what a killed one left unfinished there is removed.
+
+    Args:
+        run_dir: the folder, made where it is not there; other paths to one folder are the same folder.
+        main: whether this is the main process of a run, on which the others rely.
+
+    Raises:
+        ValueError: another run trains there, or the folder cannot be used; in one line.
+    """
+    folder = _real(run_dir)
+    if folder in _locked or not main:
         yield
         return
-    note = run_dir / ".running"
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        handle = lock(run_dir)
-    except BlockingIOError as error:
-        who = note.read_text(encoding="utf-8", errors="replace") if note.is_file() else ""
-        raise ValueError(
-            f"{run_dir} is in use by {who or 'another process'}: wait until it ends, or choose another run_dir"
-        ) from error
+        folder.mkdir(parents=True, exist_ok=True)
+        _check_kinds(folder)
+        handle = _lock(folder)
     except OSError as error:
-        raise ValueError(f"cannot use the run folder {run_dir}: {error.strerror or error}") from error
-    with suppress(OSError):  # a full disk is told where something has to be written
-        note.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
-    _locked.add(run_dir)
+        raise ValueError(f"cannot use the run folder {run_dir}: {error.strerror}; choose another run_dir") from error
+    _locked.add(folder)
     try:
-        _clear(run_dir)
+        _clear(folder)
         yield
     finally:
         with suppress(OSError):
-            note.unlink(missing_ok=True)
-        _locked.discard(run_dir)
+            (folder / RUNNING).unlink(missing_ok=True)
+        _locked.discard(folder)
         unlock(handle)
+
+
+def _real(run_dir: str | Path) -> Path:
+    """The folder, links followed."""
+    try:
+        return Path(run_dir).resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a zero byte
+        raise ValueError(f"cannot use the run folder {str(run_dir)!r}: {error}; choose another run_dir") from error
+
+
+def _lock(run_dir: Path) -> int | None:
+    """What `unlock` takes. ValueError where another process has the folder."""
+    note, host, me = run_dir / RUNNING, socket.gethostname(), os.getpid()
+    who = note.read_text(encoding="utf-8", errors="replace").strip() if note.is_file() else ""
+    advice = "wait until it ends, or choose another run_dir"
+    try:
+        handle = lock(run_dir)
+    except BlockingIOError as error:
+        raise ValueError(f"{run_dir} is in use by {who or 'another process'}: {advice}") from error
+    if handle is None and (match := re.fullmatch(r"process (\d+) on (\S+)", who)):  # a file system without locks
+        if match[2] != host:
+            print(f"{run_dir} was last used by {who}: make sure that it has ended", flush=True)
+        elif int(match[1]) != me and is_alive(int(match[1])):
+            raise ValueError(f"{run_dir} is in use by {who}: {advice}")
+    with suppress(OSError):  # a full disk is told where something has to be written
+        note.write_text(f"process {me} on {host}", encoding="utf-8")
+    return handle
+
+
+def _check_kinds(run_dir: Path) -> None:
+    """ValueError where a file stands in the place of a folder of the run, or a folder in the place of a file."""
+    advice = "move it, or choose another run_dir"
+    for path in (run_dir / name for name in ("checkpoints", "samples", "tensorboard", "model")):
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{path} is a file, where a run has a folder: {advice}")
+    for path in (run_dir / name for name in ("config.json", "metrics.jsonl", RUNNING)):
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder, where a run has a file: {advice}")
 
 
 def _clear(run_dir: Path) -> None:
@@ -219,11 +282,11 @@ def _clear(run_dir: Path) -> None:
     clear_scratch(run_dir / "model")
     if (run_dir / "model.old").is_dir() and not (run_dir / "model").exists():  # as earlier versions named it
         os.replace(run_dir / "model.old", run_dir / "model")
-    folders = "model.tmp", "model.old", ".model.*", "..model.*"
+    folders = "model.tmp", "model.old", ".model.*", "..model.*", "samples/.*"
     for left in (left for pattern in folders for left in run_dir.glob(pattern)):
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
-    files = "metrics.tmp", ".config.json.*.tmp", "checkpoints/*.tmp", "checkpoints/.*.tmp"
+    files = "metrics.tmp", ".config.json.*.tmp", ".unigen-*.tmp", "checkpoints/*.tmp", "checkpoints/.*.tmp"
     for left in (left for pattern in files for left in run_dir.glob(pattern)):
         left.unlink(missing_ok=True)
 

@@ -14,14 +14,18 @@ import ast
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from unigen import progress
-from unigen.config import apply_overrides
+from unigen.config import RunConfig, apply_overrides
+from unigen.disk import check_input
 from unigen.extras import require
+from unigen.training.launcher import check_launcher
+
+T = TypeVar("T")
 
 
 def run_recipe(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -36,6 +40,7 @@ def run_recipe(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         tree = ast.parse(file.read_bytes(), str(file))
     except (SyntaxError, ValueError) as error:
         raise ValueError(f"the recipe {path} is not valid Python: {error}") from error
+    check_launcher()
     require("train", "accelerate", "tensorboard")
     check_inputs(tree, overrides)
     main = os.environ.get("RANK", "0") == "0"  # as the launcher of several processes says
@@ -50,15 +55,23 @@ def run_recipe(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     for needed in ("config", "build"):
         if not callable(getattr(module, needed, None)):
             raise ValueError(f"the recipe {path} has no function {needed}(); it needs config() and build(cfg)")
-    cfg = apply_overrides(module.config(), overrides)
+    cfg = apply_overrides(_made(path, "config()", RunConfig, module.config), overrides)
 
     from unigen.training.checkpoint import lock_run
     from unigen.training.stream import seed_all
-    from unigen.training.trainer import Trainer
+    from unigen.training.trainer import Job, Trainer
 
     with lock_run(cfg.run_dir, main):
         seed_all(cfg.seed)  # so that the first weights are a function of the configuration
-        return Trainer(cfg, module.build(cfg)).run()
+        return Trainer(cfg, _made(path, "build(cfg)", Job, module.build, cfg)).run()
+
+
+def _made(path: str, call: str, kind: type[T], function: Callable[..., object], *given: object) -> T:
+    """What a function of the recipe at `path` returns. ValueError where it is not of the kind."""
+    made = function(*given)
+    if not isinstance(made, kind):
+        raise ValueError(f"{call} of the recipe {path} must return a {kind.__name__}, not a {type(made).__name__}")
+    return made
 
 
 def check_inputs(tree: ast.Module, overrides: Sequence[str]) -> None:
@@ -70,9 +83,9 @@ def check_inputs(tree: ast.Module, overrides: Sequence[str]) -> None:
     chosen = any(key == "init_from" or key.startswith("writers.") for key in given)
     for key, command in _inputs(tree).items():
         value = given.get(key, "none" if chosen else _default(tree, key))
-        for path in value.split(",") if value.lower() not in ("none", "null", "") else ():
-            if not os.path.exists(path):
-                raise ValueError(f"{key}={path} is not there: make it by `{command}`, or name another by {key}=PATH")
+        paths = [value] if os.path.exists(value) else value.split(",")
+        for path in paths if value.lower() not in ("none", "null", "") else ():
+            check_input(path, command, f"{key}=")
 
 
 def _inputs(tree: ast.Module) -> dict[str, str]:

@@ -47,4 +47,5 @@ def find_recipe(name: str) -> Path:
     if path.stem in shipped and path in (Path(path.stem), Path(f"{path.stem}.py"), Path(f"recipes/{path.stem}.py")):
         return shipped[path.stem]
     known = f" (shipped recipes: {', '.join(shipped)})" if shipped else ""
-    raise ValueError(f"no recipe {name}: give the path of a recipe file or a name{did_you_mean(name, shipped)}{known}")
+    shown = name if len(name) <= 120 else f"{name[:117]}..."
+    raise ValueError(f"no recipe {shown}: give the path of a recipe file or a name{did_you_mean(name, shipped)}{known}")

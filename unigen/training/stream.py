@@ -140,7 +140,15 @@ class Batches:
         return self
 
     def __next__(self) -> Any:
-        return next(self._batches)
+        try:
+            return next(self._batches)
+        except RuntimeError as error:
+            if "exited unexpectedly" not in str(error) and "killed by signal" not in str(error):
+                raise
+            raise ValueError(
+                "a process that loads data was killed, most often since memory was short: give fewer workers, or a "
+                "smaller batch_size"
+            ) from error
 
     def close(self, grace: float = 1.0) -> None:
         """End the workers: one that waits for work at once, one that is busy is killed after `grace` seconds."""

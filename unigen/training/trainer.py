@@ -12,6 +12,7 @@ import dataclasses
 import math
 import os
 import signal
+import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,9 +35,12 @@ from unigen.training.checkpoint import (
     load_checkpoint,
     lock_run,
     model_is_of,
+    note_samples,
+    sampled_at,
     save_checkpoint,
     save_model,
 )
+from unigen.training.launcher import check_launcher, check_precision
 from unigen.training.logs import Logs, Totals, clock, means
 from unigen.training.peers import watch_peers
 from unigen.training.recipe import run_recipe as run_recipe
@@ -145,13 +149,14 @@ class Trainer:
     wrote). SIGTERM and SIGINT end the run after the current step with a checkpoint; a second Ctrl-C ends it at once."""
 
     def __init__(self, cfg: RunConfig, job: Job) -> None:
-        _check_launcher()
+        check_launcher()
         require("train", "accelerate", "tensorboard")
         from accelerate import Accelerator, DistributedDataParallelKwargs
         from accelerate.state import AcceleratorState
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.cfg = dataclasses.replace(cfg, precision=train_precision(cfg.precision, device))
+        check_precision(self.cfg.precision)
         self.precision = self.cfg.precision + (" (precision=auto)" if cfg.precision == "auto" else "")
         self.job, self.run_dir = job, Path(cfg.run_dir)
         AcceleratorState._reset_state()  # another Trainer of this process may have had another precision
@@ -208,7 +213,8 @@ class Trainer:
         loss that is not finite, a dataset's own ValueError, a process of the run that ended."""
         with lock_run(self.run_dir, self.main):
             with disk_errors(
-                "the run's files", "free some space and run the same command again; it goes on where it was saved"
+                f"the files of the run {self.run_dir}",
+                "free some space and run the same command again; it goes on where it was saved",
             ):
                 try:
                     return self._run()
@@ -227,11 +233,11 @@ class Trainer:
         last: dict[str, Any] = {}
         batches: Batches | None = None
         start = self._progress()
-        if start >= 1:
-            self._complete()
         logs = Logs(self.run_dir, self.cfg.steps, first, start, before) if self.main else None
         with self._signals(), logs or nullcontext(), watch_peers(self._goes_on):
             try:
+                if first:
+                    self._catch_up(start >= 1)
                 while True:
                     self.elapsed, stop = self._agree(before + time.monotonic() - began)
                     progress = self._progress()
@@ -454,11 +460,15 @@ class Trainer:
             with self._averaged():
                 save_model(self.run_dir, self.step, lambda folder: save(self.model, folder))
 
-    def _complete(self) -> None:
-        """Write the model of a finished run that was killed before it had done so."""
-        if self.main and self.job.save is not None and not model_is_of(self.run_dir, self.step):
-            self._save_model()
-            print(f"{self.run_dir}: wrote the model of step {self.step}, which was missing", flush=True)
+    def _catch_up(self, finished: bool) -> None:
+        """Do what a process that was killed or stopped at the step of the checkpoint had still to do: write the model
+        of a finished run, and samples."""
+        if self.main:
+            if finished and self.job.save is not None and not model_is_of(self.run_dir, self.step):
+                self._save_model()
+                print(f"{self.run_dir}: wrote the model of step {self.step}, which was missing", flush=True)
+            if (finished or _every(self.cfg.sample_every, self.step)) and not sampled_at(self.run_dir, self.step):
+                self._write_samples()
         self.accelerator.wait_for_everyone()
 
     def _goes_on(self) -> str:
@@ -470,12 +480,20 @@ class Trainer:
         return [type(optimizer).__name__ for _, optimizer, _ in self.players]
 
     def _sample(self) -> None:
-        if self.main and self.job.sample is not None:
-            folder = self.run_dir / "samples"
-            folder.mkdir(parents=True, exist_ok=True)
-            with self._averaged():
-                self.job.sample(self.model, self.step, folder)
+        if self.main:
+            self._write_samples()
         self.accelerator.wait_for_everyone()
+
+    def _write_samples(self) -> None:
+        if self.job.sample is None:
+            return
+        folder = self.run_dir / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        with self._averaged(), tempfile.TemporaryDirectory(prefix=".", dir=folder) as scratch:
+            self.job.sample(self.model, self.step, Path(scratch))
+            for path in sorted(Path(scratch).iterdir()):  # none is there in part
+                os.replace(path, folder / path.name)
+        note_samples(self.run_dir, self.step)
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -587,20 +605,6 @@ def main_process_first() -> Iterator[None]:
 
     with PartialState(cpu=not torch.cuda.is_available()).main_process_first():
         yield
-
-
-def _check_launcher() -> None:
-    """ValueError where `accelerate launch` was told what the Trainer would silently leave out."""
-    for name, option in (
-        ("FSDP", "--use_fsdp"),
-        ("DEEPSPEED", "--use_deepspeed"),
-        ("MEGATRON_LM", "--use_megatron_lm"),
-        ("PARALLELISM_CONFIG", "--use_parallelism_config"),
-    ):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1", "yes"):
-            raise ValueError(f"the Trainer runs in one process or data parallel: leave {option} out, or use torchrun")
-    if os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") not in ("", "1"):
-        raise ValueError("gradients are accumulated by accumulate=N: leave --gradient_accumulation_steps out")
 
 
 def _is_lost_peer(error: RuntimeError) -> bool:

@@ -1,0 +1,67 @@
+"""What the launcher of a run asks for, as it stands in the environment, and what of it the Trainer does.
+
+The Trainer runs in one process or data parallel. A launcher that asks for more is refused, since accelerate would leave
+it out without a word where it finds no GPU. Standard library only, so that a run is refused before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+_OTHER_KINDS = {
+    "FSDP": ("--use_fsdp", "FSDP_"),
+    "DEEPSPEED": ("--use_deepspeed", "ACCELERATE_DEEPSPEED_"),
+    "MEGATRON_LM": ("--use_megatron_lm", "MEGATRON_LM_"),
+    "PARALLELISM_CONFIG": ("--use_parallelism_config", "PARALLELISM_CONFIG_"),
+}
+"""Kinds of parallel training that `accelerate launch` offers: the option, and how variables of their settings begin."""
+
+_TRUE = "y", "yes", "t", "true", "on", "1"
+_SET_BY_LIBRARIES = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # transformers sets it beside a plain run, too
+
+
+def check_launcher(environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse what a launcher asks for and the Trainer would leave out.
+
+    Args:
+        environment: variables by name.
+
+    Raises:
+        ValueError: FSDP, DeepSpeed, Megatron-LM or another plan of parallelism, accumulated or clipped gradients, or a
+            compiler is asked for; in one line.
+    """
+    for kind, (option, prefix) in _OTHER_KINDS.items():
+        wanted = environment.get(f"ACCELERATE_USE_{kind}", "").lower() in _TRUE
+        setting = next((name for name in sorted(environment) if name.startswith(prefix)), None)
+        if wanted:
+            raise ValueError(f"the Trainer runs in one process or data parallel: leave {option} out, or use torchrun")
+        if setting is not None and setting != _SET_BY_LIBRARIES:
+            raise ValueError(
+                f"the Trainer runs in one process or data parallel, but the environment sets {setting}: unset it"
+            )
+    for name, option, harmless, ours in (
+        ("GRADIENT_ACCUMULATION_STEPS", "--gradient_accumulation_steps", ("", "1"), "accumulate=N"),
+        ("GRADIENT_CLIPPING", "--gradient_clipping", ("", "none"), "optim.clip=NORM"),
+        ("DYNAMO_BACKEND", "--dynamo_backend", ("", "no"), "compile=true, where a recipe has it"),
+    ):
+        if environment.get(f"ACCELERATE_{name}", "").lower() not in harmless:
+            raise ValueError(f"a run takes {ours}: leave {option} out, or unset ACCELERATE_{name}")
+
+
+def check_precision(precision: str, environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse a launcher's --mixed_precision other than the run's.
+
+    Args:
+        precision: of the run, "fp32" or "bf16".
+        environment: variables by name.
+
+    Raises:
+        ValueError: they differ; in one line.
+    """
+    asked = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if asked not in ("", "no", precision):
+        raise ValueError(
+            f"the launcher asks for mixed precision {asked}, and the run trains in {precision}: leave "
+            "--mixed_precision out, and say precision=bf16 or precision=fp32 to the run"
+        )
