@@ -14,7 +14,6 @@ held-out combination. Exit 2 with one line for bad input. Refuses to know how a 
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from contextlib import suppress
@@ -26,15 +25,19 @@ from torch import Tensor
 
 import unigen
 from unigen import precision
+from unigen.arguments import Parser
 from unigen.data.captions import short_caption
 from unigen.data.scenes import sample_scene
-from unigen.data.world import World
+from unigen.data.world import World, find_font
+from unigen.limits import number
+from unigen.numbers import parse_int
 from unigen.output import check_output, one_line_errors, write_atomically
 from unigen.samplers.guidance import Guidance
 from unigen.samplers.logits import Sampling, draw_together
 from unigen.sequence import Document, Segment, Tokens, pack, to_pixels
 
 NAME = "next-scale"
+MINUTES = number(0, 100_000, whole=False, above=True)
 
 
 @torch.inference_mode()
@@ -71,26 +74,28 @@ def read(model: Any, prompts: list[str], codes_NP: Tensor, blind: bool) -> tuple
 
 @one_line_errors
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Codes that a model draws for rendered pictures, scale by scale.")
+    parser = Parser(description="Codes that a model draws for rendered pictures, scale by scale.")
     parser.add_argument("model")
     parser.add_argument("out", help="a .npz file: pixels, objects, true and drawn codes")
-    parser.add_argument("--minutes", type=float, default=8.0, help="stop after so long (default: 8)")
-    parser.add_argument("--count", type=int, default=1_000_000, help="the most pictures")
+    parser.add_argument("--minutes", type=MINUTES, default=8.0, help="stop after so long (default: 8)")
+    parser.add_argument("--count", type=number(1, 10_000_000), default=1_000_000, help="the most pictures")
     parser.add_argument("--kept", default="3,4,4", help="how many scales stay: one of these a picture (3,4,4)")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--batch", type=int, default=64, help="pictures drawn at once (default: 64)")
+    parser.add_argument("--seed", type=number(1, 2**64 - 1), default=1)
+    parser.add_argument("--batch", type=number(1, 10_000), default=64, help="pictures drawn at once (default: 64)")
     parser.add_argument("--dtype", choices=precision.DTYPES, help="default: bfloat16 where it is fast, else float32")
     args = parser.parse_args()
     out = check_output(args.out, {".npz": "arrays"})
-    if min(args.count, args.batch, args.seed) < 1 or not args.minutes > 0:
-        raise ValueError("give at least 1 picture, a batch of 1, a seed of 1, and some minutes")
+    find_font()
     engine = unigen.load(args.model, dtype=args.dtype or precision.fast_dtype())
     model = engine.model
     if NAME not in model.heads:
         raise ValueError(f"{args.model} has no scales: give a model that draws by {NAME}")
     tokenizer = unigen.load(args.model, dtype="float32").model.heads[NAME].tokenizer  # codes as training has them
     scales = len(model.heads[NAME].lengths)
-    kept = [int(part) if part.strip().isdigit() else -1 for part in args.kept.split(",")]
+    try:
+        kept = [parse_int(part.strip()) for part in args.kept.split(",")]
+    except ValueError:
+        kept = [-1]
     if not all(0 <= k < scales for k in kept):
         raise ValueError(f"--kept is of counts from 0 to {scales - 1}, apart by commas, not {args.kept}")
     request = engine.request("a picture", "image", generator=NAME)

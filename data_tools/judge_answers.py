@@ -18,7 +18,6 @@ Exit 2 with one line for bad input. Refuses to know how anything is learnt from 
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -29,15 +28,25 @@ import numpy as np
 
 import unigen
 from unigen import precision
+from unigen.arguments import Parser
 from unigen.data.captions import Facts, caption
-from unigen.data.world import World
+from unigen.data.world import World, find_font
+from unigen.disk import check_input
 from unigen.evaluation.detector import load_detector
 from unigen.evaluation.task import Item
 from unigen.evaluation.tasks.scenes import ScenesTask, prompts
 from unigen.evaluation.tasks.understanding import UnderstandingTask
+from unigen.limits import argument as limited
+from unigen.limits import number
 from unigen.output import check_output, one_line_errors, write_atomically
 from unigen.sequence import Document, Segment
 
+JUDGE = (
+    "unigen train recipes/scene_detector.py seed=2 run_dir=runs/judge && "
+    "python recipes/scene_detector.py runs/judge/model runs/judge/calibrated"
+)
+"""The commands that make a detector to judge by."""
+MINUTES = number(0, 100_000, whole=False, above=True)
 SHARES = {"two_object": 0.25, "counting": 0.2, "colors": 0.1, "position": 0.1, "color_attr": 0.35}
 
 
@@ -96,25 +105,28 @@ def line(prompt: list[Segment], answers: list[Segment], right: list[bool]) -> di
 
 @one_line_errors
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Answer each prompt several times and judge the answers.")
+    parser = Parser(description="Answer each prompt several times and judge the answers.")
     parser.add_argument("what", choices=["pictures", "captions"])
     parser.add_argument("model")
     parser.add_argument("out", help="a .jsonl file: a prompt, its answers, which are right")
     parser.add_argument("--detector", metavar="FOLDER", help="the judge of pictures")
-    parser.add_argument("--minutes", type=float, default=10.0, help="stop after so long (default: 10)")
-    parser.add_argument("--prompts", type=int, default=5000)
-    parser.add_argument("--answers", type=int, default=4, help="to each prompt (default: 4)")
+    parser.add_argument(
+        "--minutes",
+        type=MINUTES,
+        default=10.0,
+        help="stop after so long (default: 10)",
+    )
+    parser.add_argument("--prompts", type=number(1, 1_000_000), default=5000)
+    parser.add_argument("--answers", type=number(2, 1_000), default=4, help="to each prompt (default: 4)")
     parser.add_argument("--generator", help="that draws the pictures (default: next-token)")
-    parser.add_argument("--guidance", type=float, help="of pictures (default: 3)")
-    parser.add_argument("--temperature", type=float, help="of pictures that are codes (default: 0.8)")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--batch", type=int, default=128, help="answers given at once (default: 128)")
+    parser.add_argument("--guidance", type=limited("guidance"), help="of pictures (default: 3)")
+    parser.add_argument("--temperature", type=limited("temperature"), help="of pictures that are codes (default: 0.8)")
+    parser.add_argument("--seed", type=number(1, 2**40), default=1, help="0 is that of the evaluations (default: 1)")
+    parser.add_argument("--batch", type=number(2, 10_000), default=128, help="answers given at once (default: 128)")
     parser.add_argument("--dtype", choices=precision.DTYPES, help="default: bfloat16 where it is fast, else float32")
     args = parser.parse_args()
-    if min(args.prompts, args.answers - 1, args.batch // max(args.answers, 1)) < 1 or not args.minutes > 0:
-        raise ValueError("give at least 1 prompt, 2 answers to each, a batch that holds them, and some minutes")
-    if args.seed < 1:
-        raise ValueError("seed 0 is that of the evaluations: give a seed of at least 1")
+    if args.batch < args.answers:
+        raise ValueError(f"--batch {args.batch} does not hold the {args.answers} answers to one prompt: give more")
     if (args.what == "pictures") != bool(args.detector):
         raise ValueError("a detector judges pictures and nothing else: give --detector FOLDER for them alone")
     given = {"guidance": args.guidance, "temperature": args.temperature, "generator": args.generator}
@@ -122,6 +134,9 @@ def main() -> int:
     if given and args.what == "captions":
         raise ValueError(f"{', '.join(given)} is of pictures: leave it out for captions")
     out = check_output(args.out, {".jsonl": "JSON lines"})
+    find_font()
+    if args.detector:
+        check_input(args.detector, JUDGE, "--detector")
     detector = load_detector(args.detector) if args.detector else None
     engine = unigen.load(args.model, dtype=args.dtype or precision.fast_dtype())
     world = World(engine.model.image_tokenizer.image_size)

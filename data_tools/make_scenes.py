@@ -12,7 +12,6 @@ and training.
 
 from __future__ import annotations
 
-import argparse
 import io
 import os
 import sys
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from unigen.arguments import Parser
 from unigen.data.language import (
     caption,
     descriptive_caption,
@@ -35,7 +35,9 @@ from unigen.data.language import (
 )
 from unigen.data.scenes import Scene, World, is_heldout, sample_scene
 from unigen.data.stories import story
+from unigen.disk import check_folder
 from unigen.extras import require
+from unigen.limits import argument, number
 
 ROW_GROUP = 200  # rows held in memory at a time
 SIZES = (32, 512)  # sides of a picture in pixels
@@ -127,7 +129,7 @@ def write_shard(path: Path, world: World, seed: int, indices: range, size: int, 
     import pyarrow.parquet as pq
 
     schema = features().arrow_schema
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with pq.ParquetWriter(temporary, schema) as writer:
             for start in range(0, len(indices), ROW_GROUP):
@@ -139,21 +141,29 @@ def write_shard(path: Path, world: World, seed: int, indices: range, size: int, 
 
 
 def make(folder: Path, count: int, shards: int, seed: int, size: int, heldout: bool, start: int) -> list[Path]:
-    """Write all shards; their paths. ValueError for bad input, OSError from the disk."""
-    for name, value, low in (
-        ("--count", count, 1),
-        ("--shards", shards, 1),
-        ("--seed", seed, 0),
-        ("--start", start, 0),
-    ):
-        if value < low:
-            raise ValueError(f"{name} must be at least {low}, not {value}")
+    """Write all shards.
+
+    Args:
+        folder: for the shards, made where it is not there; shards of another number of files are refused.
+        count: rows in all, at least `shards`.
+        shards: files, at least 1.
+        seed: of the world, at least 0.
+        size: side of the pictures in pixels, in `SIZES`.
+        heldout: whether the scenes are of combinations that are never in training.
+        start: index of the first row.
+
+    Returns:
+        The paths of the shards.
+
+    Raises:
+        ValueError: bad input.
+        OSError: the disk.
+    """
     if shards > count:
         raise ValueError(f"--shards {shards} is more than --count {count}: every shard needs a row")
-    if not SIZES[0] <= size <= SIZES[1]:
-        raise ValueError(f"--size must be from {SIZES[0]} to {SIZES[1]} pixels, not {size}")
     require("train", "datasets")
     world = World(size)
+    folder = check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"scenes-{k:05d}-of-{shards:05d}.parquet" for k in range(shards)]
     strangers = sorted(set(folder.glob("*.parquet")) - set(paths))
@@ -166,23 +176,18 @@ def make(folder: Path, count: int, shards: int, seed: int, size: int, heldout: b
     return paths
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise ValueError(message)
-
-
 def main(argv: list[str] | None = None) -> int:
     """The command; its exit code."""
-    parser = _Parser(prog="make_scenes", description="Write rendered scenes as sharded parquet.")
+    parser = Parser(prog="make_scenes", description="Write rendered scenes as sharded parquet.")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("-n", "--count", type=int, default=1000, help="rows in all")
-    parser.add_argument("--shards", type=int, default=1, help="files")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels")
+    parser.add_argument("-n", "--count", type=number(1, 100_000_000), default=1000, help="rows in all")
+    parser.add_argument("--shards", type=number(1, 100_000), default=1, help="files")
+    parser.add_argument("--seed", type=argument("seed"), default=0)
+    parser.add_argument("--size", type=number(*SIZES), default=64, help="side of the pictures in pixels")
     parser.add_argument(
         "--kind", choices=("train", "heldout"), default="train", help="heldout: combinations never in training"
     )
-    parser.add_argument("--start", type=int, default=0, help="index of the first row")
+    parser.add_argument("--start", type=number(0, 2**62), default=0, help="index of the first row")
     try:
         args = parser.parse_args(argv)
         make(args.folder, args.count, args.shards, args.seed, args.size, args.kind == "heldout", args.start)

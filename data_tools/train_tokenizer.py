@@ -7,10 +7,15 @@ Without --text the sentences are the rendered world's captions, questions, edits
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
+from unigen import hub
+from unigen.arguments import Parser
+from unigen.disk import check_folder
+from unigen.limits import argument as limited
+from unigen.limits import number
 from unigen.models.tiny import SPECIALS, spelt
 from unigen.output import one_line_errors
 from unigen.tokenizers import text
@@ -24,22 +29,29 @@ def sentences(path: str | None, count: int, seed: int) -> Iterator[str]:
         lines: Iterator[str] = text_corpus(count, seed)
     else:
         try:
-            lines = iter(open(path, encoding="utf-8"))  # noqa: SIM115  (read once, to its end)
+            lines = iter(Path(path).read_text(encoding="utf-8").splitlines())
         except OSError as error:
             raise ValueError(f"cannot read {path}: {error.strerror}") from error
+        except UnicodeError as error:
+            raise ValueError(f"{path} is not in UTF-8: convert it, or name another") from error
     return map(spelt, lines)
 
 
 @one_line_errors
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Train a SentencePiece tokenizer and write it as a Hugging Face one.")
+    parser = Parser(description="Train a SentencePiece tokenizer and write it as a Hugging Face one.")
     parser.add_argument("folder")
-    parser.add_argument("--vocab-size", type=int, default=1024)
-    parser.add_argument("--sentences", type=int, default=20_000)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vocab-size", type=number(1, 1_000_000), default=1024)
+    parser.add_argument("--sentences", type=number(1, 10_000_000), default=20_000)
+    parser.add_argument("--seed", type=limited("seed"), default=0)
     parser.add_argument("--text", metavar="FILE", help="one sentence a line, instead of the rendered world's")
     args = parser.parse_args()
-    text.train(sentences(args.text, args.sentences, args.seed), args.folder, args.vocab_size, SPECIALS)
+    folder = check_folder(args.folder)
+    if folder.exists() and any(folder.iterdir()) and not (folder / "tokenizer.json").is_file():
+        raise ValueError(f"{folder} is there and holds no tokenizer: choose another folder")
+    lines = sentences(args.text, args.sentences, args.seed)
+    with hub.replacing_folder(folder) as scratch:
+        text.train(lines, scratch, args.vocab_size, SPECIALS)
     print(f"wrote {args.folder}")
     return 0
 

@@ -17,7 +17,6 @@ Shapes: B rows of one document, L positions, M pictures, D width of the states.
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import sys
 import tempfile
@@ -32,10 +31,12 @@ import torch
 from torch import Tensor, nn
 
 from unigen import hub
+from unigen.arguments import Parser
 from unigen.config import OptimConfig, RunConfig, apply_overrides, write_report
 from unigen.data.chats import Chats
 from unigen.data.stories import text_corpus
 from unigen.data.world import World
+from unigen.disk import check_input
 from unigen.evaluation.runner import make_folder
 from unigen.evaluation.tasks.scenes import ScenesTask, score_pictures, summarise
 from unigen.generators.base import Span
@@ -267,8 +268,8 @@ def pictured(template: Any, tokenizer: Any, seed: int, count: int, blind: float)
 
 
 @dataclass
-class Told:
-    """A batch, and the states (B, L, D) of what tells its words."""
+class ConditionedBatch:
+    """A batch, and the states (B, L, D) of the model that read its words."""
 
     batch: Batch
     states_BLD: Tensor
@@ -293,14 +294,14 @@ class Examples:
         return self.documents[k], self.states[k]
 
 
-def collate(examples: Sequence[tuple[Tokens, Tensor]]) -> Told:
+def collate(examples: Sequence[tuple[Tokens, Tensor]]) -> ConditionedBatch:
     states = [nn.functional.pad(states_LD, (0, 0, 0, LENGTH - len(states_LD))) for _, states_LD in examples]
-    return Told(pack([[tokens] for tokens, _ in examples], LENGTH, 0), torch.stack(states))
+    return ConditionedBatch(pack([[tokens] for tokens, _ in examples], LENGTH, 0), torch.stack(states))
 
 
-def objective(flow: Flow, told: Told, rng: torch.Generator) -> dict[str, tuple[Tensor, int]]:
-    _, targets = flow.prepare(None, told.batch, told.states_BLD, rng)  # type: ignore[arg-type]
-    costs_M = flow.loss(None, told.batch, told.states_BLD, targets)  # type: ignore[arg-type]
+def objective(flow: Flow, given: ConditionedBatch, rng: torch.Generator) -> dict[str, tuple[Tensor, int]]:
+    _, targets = flow.prepare(None, given.batch, given.states_BLD, rng)  # type: ignore[arg-type]
+    costs_M = flow.loss(None, given.batch, given.states_BLD, targets)  # type: ignore[arg-type]
     return {"flow": (costs_M.sum(), len(costs_M))}
 
 
@@ -349,8 +350,8 @@ def held_out_loss(flow: Flow, examples: Examples) -> float:
     """The flow's loss on new pictures, with the same noise and times for every network."""
     total, count = 0.0, len(examples.documents)
     for start in range(0, count, AT_ONCE):
-        told = collate([examples[k] for k in range(start, min(count, start + AT_ONCE))])
-        total += float(objective(flow, told, torch.Generator().manual_seed(start))["flow"][0])
+        batch = collate([examples[k] for k in range(start, min(count, start + AT_ONCE))])
+        total += float(objective(flow, batch, torch.Generator().manual_seed(start))["flow"][0])
     return total / count
 
 
@@ -400,19 +401,20 @@ def table(overrides: Sequence[str], out: str | None) -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Networks of a flow at equal FLOPs, trained alike and compared.")
+    parser = Parser(description="Networks of a flow at equal FLOPs, trained alike and compared.")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--out", metavar="FOLDER", help="also write pictures of each")
     parser.add_argument("override", nargs="*", metavar="key=value", help="of the recipe, for all rows")
-    options = parser.parse_args()
     start = time.monotonic()
     try:
+        options = parser.parse_args()
         if options.json:
             check_output(options.json, {".json": "JSON"})
         if options.out:
             make_folder(options.out)
         if own := [given for given in options.override if given.startswith(("network=", "condition=", "run_dir="))]:
             raise ValueError(f"leave out {', '.join(own)}: every row has its own")
+        check_input(apply_overrides(config(), options.override).kl_tokenizer, INPUTS["kl_tokenizer"], "kl_tokenizer=")
         rows = table(options.override, options.out)
         if options.json:
             write_report(

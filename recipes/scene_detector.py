@@ -30,9 +30,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unigen.arguments import Parser
 from unigen.config import OptimConfig, RunConfig
 from unigen.data import scenes
+from unigen.data.world import find_font
+from unigen.disk import check_folder, check_input
 from unigen.evaluation.detector import Detector, DetectorConfig, Targets, load_detector, loss_terms, save_detector
+from unigen.output import one_line_errors
 from unigen.training.trainer import Job
 
 OBJECTS = tuple(scenes.OBJECTS)
@@ -233,10 +237,22 @@ def calibrate(model: Detector, seed: int = 1, pictures: int = 3000) -> None:
     model.config.threshold, model.config.count_threshold = middle(right), max(middle(right), middle(several))
 
 
-if __name__ == "__main__":
-    detector = load_detector(sys.argv[1])
+@one_line_errors
+def main() -> int:
+    parser = Parser(description="Calibrate a trained detector's thresholds on rendered scenes.")
+    parser.add_argument("detector", help="the folder that a training run wrote, such as runs/judge/model")
+    parser.add_argument("out", help="the folder to write the calibrated detector to")
+    args = parser.parse_args()
+    check_input(args.detector, "unigen train recipes/scene_detector.py run_dir=runs/detector")
+    out = check_folder(args.out)
+    find_font()
+    detector = load_detector(args.detector)
     calibrate(detector)
-    save_detector(detector, sys.argv[2])
-    print(
-        f"thresholds {detector.config.threshold}, counting {detector.config.count_threshold}: written to {sys.argv[2]}"
-    )
+    save_detector(detector, out)
+    thresholds = detector.config.threshold, detector.config.count_threshold
+    print(f"thresholds {thresholds[0]}, counting {thresholds[1]}: written to {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

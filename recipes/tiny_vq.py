@@ -24,7 +24,6 @@ them. `pictures=digits` is for recipes/digits.py.
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import sys
 import tempfile
@@ -40,11 +39,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from unigen.arguments import Parser
 from unigen.config import OptimConfig, RunConfig, apply_overrides, write_report
 from unigen.data import digits
 from unigen.data.scenes import World, sample_scene
+from unigen.disk import check_input
+from unigen.limits import argument as limited
+from unigen.limits import number
 from unigen.nn.conv import to_uint8
 from unigen.nn.perceptual import LPIPS
+from unigen.output import check_output
 from unigen.tokenizers import load_tokenizer, save_tokenizer
 from unigen.tokenizers.kl import KLConfig, KLTokenizer
 from unigen.tokenizers.measure import evaluate_scales, evaluate_tokenizer
@@ -314,11 +318,13 @@ def ablate(steps: int, count: int, overrides: list[str]) -> list[dict[str, Any]]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Measure image tokenizers on held-out pictures of the rendered world.")
+    parser = Parser(description="Measure image tokenizers on held-out pictures of the rendered world.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--evaluate", metavar="FOLDER", help="a saved tokenizer")
-    what.add_argument("--ablate", type=int, metavar="STEPS", help="train every variant that long and compare")
-    parser.add_argument("--count", type=int, default=1000, help="pictures (1000)")
+    what.add_argument(
+        "--ablate", type=number(1, 100_000_000), metavar="STEPS", help="train every variant that long and compare"
+    )
+    parser.add_argument("--count", type=limited("count"), default=1000, help="pictures (1000)")
     parser.add_argument("--pictures", choices=["scenes", "digits"], default="scenes", help="with --evaluate")
     parser.add_argument(
         "--grid", metavar="PNG", help="with --evaluate: also write pictures above their reconstructions"
@@ -327,12 +333,17 @@ def main() -> int:
     parser.add_argument(
         "override", nargs="*", metavar="key=value", help="with --ablate: of the recipe, for all variants"
     )
-    options = parser.parse_args()
     started = time.monotonic()
     try:
-        if options.count < 1 or (options.ablate is not None and options.ablate < 1):
-            raise ValueError("--count and --ablate must be at least 1")
-        if options.evaluate:
+        options = parser.parse_args()
+        if options.json:
+            check_output(options.json, {".json": "JSON"})
+        if options.grid:
+            check_output(options.grid, {".png": "PNG"})
+        if options.evaluate is not None:
+            if options.override:
+                raise ValueError(f"{options.override[0]} is of a training: give it with --ablate")
+            check_input(options.evaluate, "unigen train recipes/tiny_vq.py run_dir=runs/vq", "--evaluate")
             figures = evaluate(options.evaluate, options.count, options.grid, options.pictures)
             rows: list[dict[str, Any]] = [
                 {"name": name, "value": value, "unit": UNITS.get(name.split()[-1], "")}
@@ -341,6 +352,9 @@ def main() -> int:
             for row in rows:
                 print(f"{row['name']:16} {row['value']:9.3f} {row['unit']}")
         else:
+            for key, _, value in (override.partition("=") for override in options.override):
+                if key in INPUTS:
+                    check_input(value, INPUTS[key], f"{key}=")
             rows = ablate(options.ablate, options.count, options.override)
         if options.json:
             write_report(

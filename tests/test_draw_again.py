@@ -100,7 +100,7 @@ def test_a_decoder_learns_from_what_was_drawn(
         assert message in capsys.readouterr().err
     for wrong, message in (
         (["--kept", "7"], "--kept is of counts"),
-        (["--seed", "0"], "a seed of 1"),
+        (["--seed", "0"], "--seed: '0' is not a whole number from 1"),
     ):
         monkeypatch.setattr(sys, "argv", [*command, *wrong])
         assert draw_again.main() == 2 and message in capsys.readouterr().err

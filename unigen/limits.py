@@ -98,6 +98,11 @@ def argument(name: str, limits: Mapping[str, Limit] = LIMITS) -> Callable[[str],
     return read
 
 
+def number(low: int, high: int, whole: bool = True, above: bool = False) -> Callable[[str], Any]:
+    """The type of an argument of argparse that has a range of its own, as `Limit` takes it."""
+    return argument("", {"": Limit(low, high, whole, above)})
+
+
 def bounds(name: str, limits: Mapping[str, Limit] = SERVED) -> dict[str, Any]:
     """The range as arguments of a field of pydantic."""
     limit = limits[name]

@@ -174,13 +174,13 @@ def test_heldout_parquet(emoji_font, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["-n", "0"], "--count must be at least 1"),
-        (["--shards", "0"], "--shards must be at least 1"),
+        (["-n", "0"], "--count: '0' is not a whole number from 1"),
+        (["--shards", "0"], "--shards: '0' is not a whole number from 1"),
         (["-n", "2", "--shards", "3"], "every shard needs a row"),
-        (["--size", "100000"], "--size must be"),
-        (["--seed", "-1"], "--seed must be"),
+        (["--size", "100000"], "--size: '100000' is not a whole number from 32 to 512"),
+        (["--seed", "-1"], "--seed: '-1' is not a whole number from 0"),
         (["--kind", "odd"], "invalid choice"),
-        (["--count", "many"], "invalid int"),
+        (["--count", "many"], "--count: 'many' is not a whole number"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(options, words, tmp_path, capsys):
