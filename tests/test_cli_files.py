@@ -9,7 +9,9 @@ import errno
 import io
 import os
 import re
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -269,3 +271,44 @@ def test_a_full_disk_while_a_model_is_converted(
 def test_half_a_character_in_json_is_refused() -> None:
     with pytest.raises(ValueError, match="not valid Unicode"):
         Document.from_json({"segments": [{"text": "a \ud83d"}]})
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["generate", "x", "-o", "out.png"],
+        ["story", "x", "-o", "out.html"],
+        ["edit", "PICTURE", "x", "-o", "out.png"],
+        ["info", "--json", "out.json"],
+    ],
+)
+def test_what_a_killed_command_left_is_removed_by_the_next(
+    engine: FakeEngine,  # noqa: F811
+    picture: str,  # noqa: F811
+    tmp_path: Path,
+    line: list[str],
+) -> None:
+    left, young, mine = ".unigen-ab12_xyz.tmp", ".unigen-zz12_xyz.tmp", ".unigen-settings"
+    for name, age in ((left, 4000), (young, 5), (mine, 4000)):
+        (tmp_path / name).write_text("half")
+        os.utime(tmp_path / name, (time.time() - age, time.time() - age))
+    assert main([picture if word == "PICTURE" else word for word in line]) == 0
+    assert {young, mine} < files(tmp_path) and left not in files(tmp_path)
+
+
+@pytest.mark.parametrize(("body", "code", "said"), [("return 3", 3, ""), ("raise KeyError('a fault')", 1, "a fault")])
+def test_a_command_ends_at_once(body: str, code: int, said: str, root: Path) -> None:
+    """What is registered for the end is done; the interpreter is not torn down, which takes seconds with torch."""
+    program = f"""if True:
+        import atexit
+        from unigen import cli
+        class Late:
+            def __del__(self): print("torn down")
+        late = Late()
+        atexit.register(print, "at the end")
+        def main(): {body}
+        cli.main = main
+        cli.run()"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=root)
+    assert done.returncode == code and done.stdout == "at the end\n" and said in done.stderr
+    assert ("Traceback" in done.stderr) is (code == 1)

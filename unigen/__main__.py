@@ -1,7 +1,5 @@
 """`python -m unigen` is `unigen`."""
 
-import sys
+from unigen.cli import run
 
-from unigen.cli import main
-
-sys.exit(main())
+run()

@@ -11,16 +11,18 @@ Knows arguments, files and exit codes; refuses to know how anything is generated
 from __future__ import annotations
 
 import argparse
+import atexit
 import io
 import json
 import math
 import os
 import shlex
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from unigen import ENGINES, limits, precision, progress
 from unigen.arguments import Parser, did_you_mean, name, summary
@@ -736,3 +738,26 @@ def main(argv: list[str] | None = None) -> int:
             drop_output()
     print(f"unigen: error: {message}", file=sys.stderr)
     return 2
+
+
+def run() -> NoReturn:
+    """Run the command line of this process and end it.
+
+    The interpreter is not torn down: with torch and transformers loaded, that takes seconds of computing after all is
+    done, on a busy machine a minute. What is registered to be done at the end is done."""
+    try:
+        code = main()
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(bool(error.code))
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
+        sys.exit(code)  # something still works
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError, AttributeError):  # closed, or nobody reads: `main` has said what can be said
+            pass
+    os._exit(code)

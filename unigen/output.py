@@ -17,8 +17,9 @@ import os
 import re
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 from urllib.parse import quote
@@ -111,7 +112,8 @@ def write_together(writes: Mapping[Path, Callable[[IO[bytes]], object]]) -> None
     try:
         for path, write in writes.items():
             folder = os.path.dirname(os.path.realpath(path))
-            with tempfile.NamedTemporaryFile(dir=folder, prefix=".unigen-", delete=False) as file:
+            _clear_scratch(Path(folder))
+            with tempfile.NamedTemporaryFile(dir=folder, prefix=".unigen-", suffix=".tmp", delete=False) as file:
                 made[path] = file.name
                 write(file)
                 os.chmod(file.name, 0o666 & ~_umask())
@@ -123,6 +125,16 @@ def write_together(writes: Mapping[Path, Callable[[IO[bytes]], object]]) -> None
     finally:
         for name in made.values():
             os.unlink(name)
+
+
+@functools.cache
+def _clear_scratch(folder: Path) -> None:
+    """Remove, once a process, the temporary files that killed processes left in a folder: those of an hour ago, since
+    writing one takes seconds."""
+    for left in folder.glob(".unigen-*.tmp"):
+        with suppress(OSError):
+            if re.fullmatch(r"\.unigen-\w{8}\.tmp", left.name) and time.time() - left.lstat().st_mtime > 3600:
+                left.unlink()
 
 
 def _umask() -> int:
