@@ -44,7 +44,7 @@ install() {
   if [ ! -x "$venv/bin/python" ]; then
     make_venv
   fi
-  wanted=$(cat pyproject.toml constraints.txt | "$venv/bin/python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
+  wanted=$(cat pyproject.toml setup.py constraints.txt | "$venv/bin/python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
   # The location is part of it: an environment that was copied elsewhere points at its old place.
   wanted="$wanted $PWD"
   if [ "$(cat "$stamp" 2>/dev/null || true)" = "$wanted" ] && has torch && has unigen; then

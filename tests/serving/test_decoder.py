@@ -78,14 +78,14 @@ def test_what_cannot_be_decoded_is_named_and_the_next_can(decoder: Decoder) -> N
         asyncio.run(decoder.read([File(cut, mask=True)]))
 
 
-class Told:
-    """Stands where the pipe is: what is said."""
+class FakePipe:
+    """Stands where the pipe is: keeps what is sent."""
 
     def __init__(self) -> None:
-        self.said: list[bytes] = []
+        self.sent: list[bytes] = []
 
     def send_bytes(self, data: bytes) -> None:
-        self.said.append(data)
+        self.sent.append(data)
 
 
 def test_pixels_are_counted_before_any_are_decoded(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,21 +100,21 @@ def test_pixels_are_counted_before_any_are_decoded(decoder: Decoder, monkeypatch
     monkeypatch.setattr(pictures, "decoded", lambda *given: decoded.append(given) or Image.new("RGB", (1, 1)))
     many = MOST_PIXELS // 5656**2 + 1
     for files, copies, area in (([BOMB] * many, 1, AREA), ([BOMB] * many, 1, None), ([BOMB], many, None)):
-        told = Told()
+        pipe = FakePipe()
         with pytest.raises(PictureError, match="too many pixels"):
-            decoding._count(told, [File(data) for data in files], copies, area)  # type: ignore[arg-type]
-        assert not decoded and not told.said
+            decoding._count(pipe, [File(data) for data in files], copies, area)  # type: ignore[arg-type]
+        assert not decoded and not pipe.sent
     with pytest.raises(PictureError, match="too large"):
-        decoding._count(Told(), [File(file((6000, 6000), "1"))], 1, AREA)  # type: ignore[arg-type]
-    told = Told()
-    decoding._count(told, [File(BOMB)] * (many - 1), 1, AREA)  # type: ignore[arg-type]
-    assert json.loads(told.said[0])["pixels"] == [AREA] * (many - 1), "and fewer are let in"
+        decoding._count(FakePipe(), [File(file((6000, 6000), "1"))], 1, AREA)  # type: ignore[arg-type]
+    pipe = FakePipe()
+    decoding._count(pipe, [File(BOMB)] * (many - 1), 1, AREA)  # type: ignore[arg-type]
+    assert json.loads(pipe.sent[0])["pixels"] == [AREA] * (many - 1), "and fewer are let in"
 
 
 def test_what_is_looked_at_is_made_smaller_at_once(decoder: Decoder) -> None:
-    told = Told()
-    decoding._decode(told, File(BOMB), AREA, 0)  # type: ignore[arg-type]
-    head, pixels = told.said
+    pipe = FakePipe()
+    decoding._decode(pipe, File(BOMB), AREA, 0)  # type: ignore[arg-type]
+    head, pixels = pipe.sent
     width, height = json.loads(head)["size"]
     assert AREA / 4 < width * height == len(pixels) / 3 <= AREA
     long = file((4000, 100), "L", "JPEG", 200)
