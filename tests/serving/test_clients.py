@@ -94,6 +94,10 @@ def test_langchain(tiny_server: Any, question: Any, story: dict[str, Any]) -> No
     assert chat.invoke([HumanMessage(STORY), told, HumanMessage(HOW_MANY)]).content
     parts = chat.bind(seed=1, extra_body={"max_images": 1, "content_format": "parts"}).invoke(STORY).content
     assert [part["type"] for part in parts[:2]] == ["text", "image_url"]  # its own way to get the pictures
+    responses = openai_chat.ChatOpenAI(model=MODEL, use_responses_api=True, **where)
+    assert responses.invoke(asked).text == "two"
+    drawn = responses.bind_tools([{"type": "image_generation"}]).invoke("two apples on a blue background")
+    assert [block["type"] for block in drawn.content_blocks][-1] in ("image", "image_generation_call"), drawn.content
 
 
 def test_llm(tiny_server: Any, picture: bytes, story: dict[str, Any]) -> None:

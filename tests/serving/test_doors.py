@@ -16,7 +16,7 @@ from tests.serving.test_fuzz import Painter
 from tests.serving.test_parts import Counted, asked, door
 from unigen.cli import main
 from unigen.serving import body, connection
-from unigen.serving.guard import Guard, Limits
+from unigen.serving.guard import Guard, Limits, error
 from unigen.serving.protocol import LONGEST_STOP, of_form
 from unigen.serving.server import Settings, create_app, uvicorn_config
 
@@ -259,6 +259,7 @@ def test_halves_of_characters_are_no_fault(name: str) -> None:
     content = json.dumps(wrong).encode()
     answer = send(served, "POST", "/v1/chat/completions", content=content, headers={"content-type": "application/json"})
     assert answer.status_code == 400 and "type" in answer.json()["error"]["message"]
+    assert json.dumps(error("no \ud800", param="\udfff"), ensure_ascii=False).encode()
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "", "é"])

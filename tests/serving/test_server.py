@@ -188,6 +188,23 @@ def test_a_story_is_streamed_part_by_part(tiny_server: Any, engine: Any) -> None
     assert usage.completion_tokens_details.image_tokens == 64 * sum(not isinstance(p, str) for p in story)
 
 
+def test_a_story_and_an_answer_as_responses(tiny_server: Any, engine: Any, apples: Image.Image) -> None:
+    """Whole and streamed they are what the model says alone."""
+    client, prompt = tiny_server.client(), "a story about a witch and her raven"
+    asked: dict[str, Any] = {"model": MODEL, "input": prompt, "extra_body": {"seed": 1}}
+    asked["tools"] = [{"type": "image_generation"}]
+    whole = client.responses.create(**asked)
+    with client.responses.stream(**asked) as stream:
+        streamed = stream.get_final_response()
+    story = [part if isinstance(part, str) else pixels(part) for part in engine.generate(prompt, "interleaved", seed=1)]
+    for answer in (whole, streamed):
+        parts = [one.content[0].text if one.type == "message" else pixels(opened(one.result)) for one in answer.output]
+        assert parts == story and answer.status == "completed" and answer.usage.total_tokens > 64
+    seen = {"type": "input_image", "image_url": data_uri(apples), "detail": "auto"}
+    question = [{"role": "user", "content": [{"type": "input_text", "text": "how many apples are there?"}, seen]}]
+    assert client.responses.create(model=MODEL, input=question).output_text == "two"
+
+
 SHOWN = {"next-scale": 3, "flow": 3, "masked": 3, "next-token": 0}
 
 
