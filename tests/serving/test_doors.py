@@ -590,6 +590,27 @@ def test_one_address_has_so_many_connections(monkeypatch: pytest.MonkeyPatch, tr
     assert not connection.TimedConnection.open
 
 
+def test_a_server_that_was_stopped_itself_waits_for_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with its machine: the clock went on, and the client had no time either."""
+    monkeypatch.setattr(connection, "HEAD_SECONDS", 2.0)
+
+    async def ask() -> bytes:
+        server, task, address = await serving(monkeypatch, b"answered")
+        reader, writer = await asyncio.open_connection(*address)
+        while not server.server_state.connections:
+            await asyncio.sleep(0.01)
+        time.sleep(2.5)
+        for _ in range(3):
+            await asyncio.sleep(0)  # time to find that it is late
+        writer.write(b"GET / HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")
+        got = await asyncio.wait_for(reader.read(), 20)
+        server.should_exit = True
+        await task
+        return got
+
+    assert b" 200 " in asyncio.run(ask())
+
+
 @pytest.mark.parametrize("reads", [False, True])
 def test_an_answer_that_nobody_reads_closes_the_connection(monkeypatch: pytest.MonkeyPatch, reads: bool) -> None:
     monkeypatch.setattr(connection, "READ_SECONDS", 0.5)

@@ -527,6 +527,7 @@ def test_a_page_that_is_loaded_anew_keeps_the_answer_and_what_was_asked(
         assert not seen.one("#studio [name=steps]").get_attribute("value")
     else:
         assert len(seen.all(f"#{view} {made}")) >= before
+    seen.until(lambda: tiny_server.jobs == 0)  # the server has seen that the page left: else its queue may be full
     seen.one(f"#{view} .broken button").click()
     if view == "studio":
         seen.until(lambda: len(seen.all("#studio .frame")) == 16)

@@ -14,6 +14,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD_SECONDS = 10.0
 """From the first byte (of a new connection: from its begin) to the end of a request's head."""
+TICKS = 5
 READ_SECONDS = 30.0
 """In which a client must read `LEAST_READ` bytes of what waits for it."""
 LEAST_READ = 32 << 10
@@ -127,9 +128,16 @@ class TimedConnection(H11Protocol):
         super().resume_writing()
         self._stop("_read")
 
-    def _expect_head(self) -> None:
-        if self._head is None:
-            self._head = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
+    def _expect_head(self, left: int = TICKS) -> None:
+        """Counted in ticks of the server's own, which may have been stopped itself."""
+        if not left:
+            self.transport.abort()
+        elif self._head is None:
+            self._head = self.loop.call_later(HEAD_SECONDS / TICKS, self._tick, left - 1)
+
+    def _tick(self, left: int) -> None:
+        self._head = None
+        self._expect_head(left)
 
     def _expect_reading(self) -> None:
         if self._read is None and (waits := self.transport.get_write_buffer_size()):
