@@ -203,6 +203,11 @@ def test_a_conversation_is_given_back_as_it_came() -> None:
         ({"input": [{"role": "assistant", "content": "a"}]}, "input"),
         ({"input": ["a"]}, "input"),
         ({"input": ""}, "empty"),
+        ({"input": ""}, "input.0.content"),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "a", "detail": "low"}]}]},
+            "input.0.content.0.image_url",
+        ),
         ({"reasoning": {"effort": "high"}}, "reasoning"),
         ({"text": {"format": {"type": "json_object"}}}, "text"),
         ({"truncation": "auto"}, "truncation"),
