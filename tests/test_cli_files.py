@@ -108,7 +108,9 @@ def test_paths_of_another_encoding_are_written(engine: FakeEngine, tmp_path: Pat
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full device")
-@pytest.mark.parametrize("line", [["info"], ["--help"], ["generate", "--help"], ["describe", "PICTURE"]])
+@pytest.mark.parametrize(
+    "line", [["info"], ["--help"], ["generate", "--help"], ["serve", "--help"], ["describe", "PICTURE"]]
+)
 def test_a_full_stdout_is_one_line(
     engine: FakeEngine,  # noqa: F811
     picture: str,  # noqa: F811

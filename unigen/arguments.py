@@ -51,5 +51,8 @@ class Parser(argparse.ArgumentParser):
                     self.error(f"argument {'/'.join(action.option_strings)}: expected one argument")
         return found
 
+    def print_help(self, file: Any = None) -> None:
+        print(self.format_help(), end="", file=file)  # argparse hides what goes wrong while it writes
+
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; see {self.prog} --help")
