@@ -433,8 +433,10 @@ def describe(args: argparse.Namespace) -> int:
     options = {} if args.candidates is None else {"candidates": args.candidates}
     if options and args.question:
         raise ValueError("--candidates is for captions: leave it out, or the question")
-    print(load(args).describe(image, args.question, **options))
-    return 0
+    engine = load(args)
+    start = time.perf_counter()
+    print(engine.describe(image, args.question, **options), flush=True)
+    return report(args, [], start)
 
 
 def edit(args: argparse.Namespace) -> int:
