@@ -488,7 +488,7 @@ def check_parts(folder: Path, kind: Any) -> None:
     """Raises ValueError for a part that the index names and that has no folder, since some of them diffusers would make
     up, and for one without weights in safetensors."""
     for name, part in hub.read_json(folder / INDEX).items():
-        if name.startswith("_") or not isinstance(part, list) or len(part) != 2 or not part[1]:
+        if name.startswith("_") or not isinstance(part, list) or len(part) != 2 or not isinstance(part[1], str):
             continue
         if not (folder / name).is_dir():
             spare = name in kind._optional_components
