@@ -83,8 +83,9 @@ def test_side_by_side_is_each_by_itself(rows: int, dtype: torch.dtype) -> None:
 
     def check() -> None:
         with torch.inference_mode():
-            for one, layer in zip(side_by_side(x, *layers), layers, strict=True):
-                assert torch.equal(one, layer(x))
+            first, last = side_by_side(x, layers[:2], layers[2:])
+            assert torch.equal(first, torch.cat((layers[0](x), layers[1](x)), -1))
+            assert torch.equal(last, layers[2](x))
 
     check()
     with torch.no_grad():
@@ -96,3 +97,21 @@ def test_side_by_side_is_each_by_itself(rows: int, dtype: torch.dtype) -> None:
     check()  # not every layer is read fast
     use_few_rows(layers)
     check()
+
+
+def test_layers_that_read_the_same_lie_together() -> None:
+    """Their weights are parts of one tensor, and stay so where nothing else is put in their place."""
+    part = nn.Module()
+    for name, width in (("q_proj", 64), ("k_proj", 32), ("v_proj", 32)):
+        setattr(part, name, nn.Linear(64, width, bias=False))
+    layers = [part.q_proj, part.k_proj, part.v_proj]
+    before = [layer.weight.clone() for layer in layers]
+    assert few_rows._joined(tuple(layer.weight for layer in layers)) is None
+    use_few_rows(part)
+    joined = few_rows._joined(tuple(layer.weight for layer in layers))
+    assert joined is not None and torch.equal(joined, torch.cat(before))
+    with torch.no_grad():
+        part.k_proj.weight.mul_(2)
+    assert torch.equal(joined[64:96], 2 * before[1])
+    part.v_proj.weight.data = before[2]
+    assert few_rows._joined(tuple(layer.weight for layer in layers)) is None

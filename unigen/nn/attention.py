@@ -147,10 +147,12 @@ def packed_attention(
 def _one_query(q_BH1E: Tensor, k_BHLE: Tensor, v_BHLE: Tensor, mask_B11L: Tensor | None, scale: float) -> Tensor:
     """softmax(q k^T scale + mask) v, as (B, 1, H, E): on a CPU a step of one query is bound by the number of
     operations, and torch's own attention takes a dozen small ones, among them a product over all keys."""
-    scores_BH1L = (q_BH1E * scale) @ k_BHLE.transpose(-1, -2)
+    rows, heads = q_BH1E.shape[:2]
+    scores_N1L = torch.bmm((q_BH1E * scale).flatten(0, 1), k_BHLE.flatten(0, 1).transpose(1, 2))
     if mask_B11L is not None:
-        scores_BH1L += mask_B11L
-    return (scores_BH1L.softmax(-1) @ v_BHLE).transpose(1, 2)
+        scores_N1L.unflatten(0, (rows, heads)).add_(mask_B11L)
+    mixed_N1E = torch.bmm(scores_N1L.softmax(-1), v_BHLE.flatten(0, 1))
+    return mixed_N1E.view(rows, 1, heads, -1)
 
 
 def _written_out(

@@ -45,8 +45,10 @@ class Backbone(nn.Module):
     def hidden(self, embeds_BLD: Tensor, positions_BL: Tensor, mask: Tensor, cache: SlotCache | None = None) -> Tensor:
         """Hidden states (B, L, D) after the last norm. mask: bool (B, 1, L, K), True where a key may be seen."""
         dtype = embeds_BLD.dtype if cache is None or cache.dtype is None else cache.dtype  # of the keys
-        seen = embeds_BLD.new_zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)  # once, not in every layer
         decoder = self.lm.get_decoder()
+        seen: Tensor | None = None  # where all keys may be seen: once, not in every layer
+        if cache is None or not cache.step.sees_all or not llama.fits(decoder):
+            seen = embeds_BLD.new_zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
         if cache is not None and llama.fits(decoder):
             return llama.llama_hidden(decoder, embeds_BLD, positions_BL, seen, cache)
         output = decoder(
@@ -108,20 +110,20 @@ class _SlotLayer:
     def update(self, key_BHLE: Tensor, value_BHLE: Tensor) -> tuple[Tensor, Tensor]:
         self.reserve(key_BHLE, value_BHLE)
         step, count = self.owner.step, key_BHLE.shape[2]
-        if step.aligned:  # slices are cheap; indexed writes cost more than the products of a small model's step
-            rows, places = slice(step.first, step.first + len(step.rows)), slice(step.at, step.at + count)
-            self.keys[rows, :, places] = key_BHLE
-            self.values[rows, :, places] = value_BHLE
-        elif len(step.rows) <= 4:
-            for i, (row, at) in enumerate(zip(step.rows, step.lengths, strict=True)):
-                self.keys[row, :, at : at + count] = key_BHLE[i]
-                self.values[row, :, at : at + count] = value_BHLE[i]
-        else:
-            self.keys[step.rows_B1, :, step.at_BL] = key_BHLE.transpose(1, 2).to(self.keys.dtype)
-            self.values[step.rows_B1, :, step.at_BL] = value_BHLE.transpose(1, 2).to(self.values.dtype)
+        rows = len(step.rows)
+        if step.aligned:  # slices cost less than indexed writes
+            keys, values = self.keys, self.values
+            if rows != len(keys):
+                keys, values = keys.narrow(0, step.first, rows), values.narrow(0, step.first, rows)
+            keys.narrow(2, step.at, count).copy_(key_BHLE)
+            values.narrow(2, step.at, count).copy_(value_BHLE)
+            return keys.narrow(2, 0, step.keys), values.narrow(2, 0, step.keys)
+        places = step.places(key_BHLE.shape[1], self.keys.shape[2])
+        for tensor, new_BHLE in ((self.keys, key_BHLE), (self.values, value_BHLE)):
+            tensor.view(-1, tensor.shape[-1]).index_copy_(0, places, new_BHLE.flatten(0, 2).to(tensor.dtype))
         if step.contiguous:
-            rows = slice(step.first, step.first + len(step.rows))
-            return self.keys[rows, :, : step.keys], self.values[rows, :, : step.keys]
+            some = slice(step.first, step.first + rows)
+            return self.keys[some, :, : step.keys], self.values[some, :, : step.keys]
         return self.keys[step.rows_B, :, : step.keys], self.values[step.rows_B, :, : step.keys]
 
 
@@ -136,9 +138,18 @@ class _Step:
         self.at = self.lengths[0]
         self.aligned = self.contiguous and bool((lengths == lengths[0]).all())
         self.keys = int(lengths.max()) + queries
+        self.sees_all = self.aligned and queries == 1
+        """Does every query see all keys that are read?"""
         self.rows_B = torch.tensor(rows, device=device)
-        self.rows_B1 = self.rows_B[:, None]
         self.at_BL = (lengths[:, None] + torch.arange(queries)).to(device)
+        self._places: dict[tuple[int, int], Tensor] = {}
+
+    def places(self, heads: int, capacity: int) -> Tensor:
+        """Where the keys (B, heads, L) are written among all of a layer's, (slots, heads, capacity)."""
+        if (heads, capacity) not in self._places:
+            head_BH = self.rows_B[:, None] * heads + torch.arange(heads, device=self.rows_B.device)
+            self._places[heads, capacity] = (head_BH[:, :, None] * capacity + self.at_BL[:, None]).flatten()
+        return self._places[heads, capacity]
 
 
 class SlotCache:

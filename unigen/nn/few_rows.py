@@ -5,12 +5,14 @@ fast they are read (`python scripts/bench.py decode` and `families` print it).
 
 oneDNN's own layout of the weights is read faster than theirs. It is a second copy of them, so only the first
 `MOST_BYTES` of a process have it. In bfloat16 the result is `nn.Linear`'s bit for bit, in float32 it differs by
-rounding. Up to three rows of float32 are read yet faster by `W x^T`, for which nothing is copied.
+rounding. Up to three rows of float32 are read yet faster by `W x^T`, for which no second copy is made: weights of
+layers that read the same are moved to lie one below another.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,33 +35,59 @@ def few_rows_linear(
 ) -> Tensor:
     """`linear(x, weight[start:stop], bias[start:stop])`; x is (..., I) with any number of rows."""
     rows = x.numel() // x.shape[-1]
+    if start or stop is not None:
+        part_OI, part_O = weight_OI[start:stop], None if bias_O is None else bias_O[start:stop]
+    else:
+        part_OI, part_O = weight_OI, bias_O
+    if rows <= MOST and x.dtype == torch.float32 and x.is_cpu:
+        y = _few(x, part_OI, rows)
+        return y if part_O is None else y + part_O
     if _packs(x, rows) and weight_OI.dtype == x.dtype:
         packed = _pack((weight_OI,), start, stop)
         if packed is not None:
-            bias_O = None if bias_O is None else bias_O[start:stop]
-            return torch.ops.mkldnn._linear_pointwise(x, packed, bias_O, "none", [], "")  # type: ignore[no-any-return]
-    weight_OI, bias_O = weight_OI[start:stop], None if bias_O is None else bias_O[start:stop]
-    outputs, inputs = weight_OI.shape
-    if rows > MOST or x.dtype != torch.float32 or not x.is_cpu:
-        return nn.functional.linear(x, weight_OI, bias_O)
-    x_RI = x.reshape(rows, inputs)
-    if rows == 1:  # one row would take the matrix-vector product, which is slower than this with two
-        x_RI = x_RI.repeat(2, 1)
-    y_RO = (weight_OI @ x_RI.t()).t()[:rows].reshape(*x.shape[:-1], outputs)
-    return y_RO if bias_O is None else y_RO + bias_O
+            return torch.ops.mkldnn._linear_pointwise(x, packed, part_O, "none", [], "")  # type: ignore[no-any-return]
+    return nn.functional.linear(x, part_OI, part_O)
 
 
-def side_by_side(x: Tensor, *layers: nn.Module) -> list[Tensor]:
-    """What each of the layers makes of x, in one product where they are read in oneDNN's layout: it is read faster than
-    several small ones, and gives the same."""
-    plain = [layer for layer in layers if type(layer) is FewRowsLinear and layer.bias is None]
-    alike = len(plain) == len(layers) and all(layer.weight.dtype == x.dtype for layer in plain)
-    if alike and _packs(x, x.numel() // x.shape[-1]):
-        packed = _pack(tuple(layer.weight for layer in plain))
-        if packed is not None:
-            joined = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
-            return joined.split([layer.out_features for layer in plain], -1)  # type: ignore[no-any-return]
-    return [layer(x) for layer in layers]
+def _few(x: Tensor, weight_OI: Tensor, rows: int) -> Tensor:
+    """`W x^T`, transposed. One row is doubled: it would take the matrix-vector product, which is slower than two."""
+    x_RI = x.reshape(rows, -1)
+    if rows == 1:
+        return (weight_OI @ torch.cat((x_RI, x_RI)).t())[:, 0].view(*x.shape[:-1], -1)
+    return (weight_OI @ x_RI.t()).t().reshape(*x.shape[:-1], -1)
+
+
+def side_by_side(x: Tensor, *groups: Sequence[nn.Module]) -> list[Tensor]:
+    """What the layers of each group make of x, joined along the last dimension; in one product where the layers allow
+    it, which is faster than several small ones and gives the same: for few rows where `use_few_rows` has laid their
+    weights one below another, for more in oneDNN's layout."""
+    layers = [layer for group in groups for layer in group]
+    if x.is_cpu and all(type(layer) is FewRowsLinear and layer.bias is None for layer in layers):
+        weights, rows = tuple(layer.weight for layer in layers), x.numel() // x.shape[-1]
+        joined = None
+        if rows <= MOST and x.dtype == torch.float32 and not torch.is_grad_enabled():
+            if (weight_OI := _joined(weights)) is not None:
+                joined = _few(x, weight_OI, rows)
+        elif _packs(x, rows) and all(weight.dtype == x.dtype for weight in weights):
+            if (packed := _pack(weights)) is not None:
+                joined = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+        if joined is not None:
+            return joined.split([sum(layer.out_features for layer in group) for group in groups], -1)  # type: ignore
+    parts = [[layer(x) for layer in group] for group in groups]
+    return [torch.cat(part, -1) if len(part) > 1 else part[0] for part in parts]
+
+
+def _joined(weights: tuple[Tensor, ...]) -> Tensor | None:
+    """The weights as one, where each begins in memory where the one before it ends."""
+    first, rows = weights[0], 0
+    begin, width = first.data_ptr(), first.shape[1]
+    for weight in weights:
+        if weight.data_ptr() != begin + rows * width * weight.itemsize:
+            return None
+        rows += len(weight)
+    if (first.storage_offset() + rows * width) * first.itemsize > first.untyped_storage().nbytes():
+        return None  # neighbours by chance
+    return first.as_strided((rows, width), (width, 1))
 
 
 def _packs(x: Tensor, rows: int) -> bool:
@@ -102,3 +130,23 @@ def use_few_rows(module: nn.Module) -> None:
     for part in module.modules():
         if type(part) is nn.Linear:
             part.__class__ = FewRowsLinear
+    for part in module.modules():
+        for names in JOINED:
+            _lay_together([getattr(part, name, None) for name in names])
+
+
+JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers that read the same, by their names in transformers' decoders."""
+
+
+def _lay_together(layers: list[Any]) -> None:
+    """Have the weights of plain layers in float32 on a CPU be parts of one tensor, one below another."""
+    if any(type(layer) is not FewRowsLinear or layer.bias is not None for layer in layers):
+        return
+    weights = [layer.weight for layer in layers]
+    if any(weight.dtype != torch.float32 or not weight.is_cpu or weight.is_inference() for weight in weights):
+        return
+    if _joined(tuple(weights)) is None:
+        parts = torch.cat([weight.detach() for weight in weights]).split([len(weight) for weight in weights])
+        for weight, part in zip(weights, parts, strict=True):
+            weight.data = part
