@@ -441,6 +441,24 @@ def test_passages_and_their_pictures_alternate() -> None:
     assert reader.asked[3][:3] == ["a story", "Once.", "Then."]  # the reader is told what was told
 
 
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        ("A witch flies. She lands on a hi", "A witch flies."),
+        ('"Who is there?" Nobody ans', '"Who is there?"'),
+        ("A witch flies. She lands.", "A witch flies. She lands."),
+        (
+            "Mr. Raven sits on a branch and looks at the 3.5 moons",
+            "Mr. Raven sits on a branch and looks at the 3.5 moons",
+        ),
+        ("a witch and her raven", "a witch and her raven"),
+    ],
+)
+def test_a_passage_ends_with_a_sentence(said: str, kept: str) -> None:
+    reader = Says(said, "a witch", "")
+    assert next(PairedEngine(reader, Draws()).stream("a story")) == kept
+
+
 def test_a_passage_that_was_told_is_asked_for_again() -> None:
     """With another seed, and the story ends where nothing new comes."""
     reader = Says("A witch flies.", "a witch", "A witch flies!", "She lands.", "a hill", *["She lands."] * 3)

@@ -139,6 +139,10 @@ class UnifiedModel(nn.Module):
         self.generators.values()
         return super().state_dict(*args, **kwargs)
 
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self.generators.values()
+        return super().load_state_dict(*args, **kwargs)
+
     def train(self, mode: bool = True) -> UnifiedModel:
         """The image tokenizer is frozen, whatever the mode."""
         super().train(mode)

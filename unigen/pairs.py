@@ -13,6 +13,7 @@ template, the one that draws any diffusers pipeline. The file refuses to know: h
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -174,15 +175,15 @@ class PairedEngine:
         """Passages and their pictures, until a passage is empty, was told before or there are as many as asked for."""
         count, own = options.get("max_images", 4), self._drawing(options)
         own.pop("max_images", None)
-        if not self.text_sampling:
-            options = {"temperature": STORY_TEMPERATURE} | options
+        if not self.text_sampling and options.get("temperature") is None:
+            options = options | {"temperature": STORY_TEMPERATURE}
         told: list[Segment] = list(document.segments)
         passages: list[str] = []
         for number in range(count):
             at = derive_seed(seed, number, factor=1_000)
             for attempt in range(TRIES):
                 asked = Document([*told, Segment(text=PASSAGE)])
-                passage = self._said(asked, derive_seed(at, attempt) if attempt else at, options, MOST)
+                passage = whole_sentences(self._said(asked, derive_seed(at, attempt) if attempt else at, options, MOST))
                 if not passage:
                     return
                 if not told_before(passage, passages):
@@ -205,6 +206,13 @@ class PairedEngine:
     @staticmethod
     def _drawing(options: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in options.items() if name not in READS}
+
+
+def whole_sentences(passage: str) -> str:
+    """The passage without a last sentence that was cut off by the limit of tokens. It is as it was where no sentence
+    ends beyond its first third: the full stop of an abbreviation early in a passage is no end."""
+    ends = [match.end() for match in re.finditer(r"[.!?…。！？][\"'”’»)*_]*(?=\s|$)", passage)]
+    return passage[: ends[-1]] if ends and ends[-1] >= len(passage) / 3 else passage
 
 
 def told_before(passage: str, passages: Sequence[str]) -> bool:

@@ -279,6 +279,7 @@ class Running:
         ended = [row for row in rows if row.state and row.state.done]
         parts = [(row.number, part) for row, part in self._parts(ended, rows)]
         for number in self.failed:
+            self.cache.clear(self._rows[number].slots)
             self.drop(number)
         for row in ended:
             if row.state and row.state.done and row.number not in self.failed:

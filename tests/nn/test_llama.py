@@ -89,3 +89,12 @@ def test_only_a_plain_llama_fits() -> None:
     other = AutoModelForCausalLM.from_config(Qwen3Config(**SMALL, head_dim=8, pad_token_id=0))
     gelu = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL, hidden_act="gelu", pad_token_id=0))
     assert not llama.fits(other.model) and not llama.fits(gelu.model)
+
+
+@torch.inference_mode()
+def test_positions_are_not_rounded_with_the_weights() -> None:
+    """A frequency in bfloat16 would turn position 1,000 by radians."""
+    exact, rounded = llama.Rotary(32, 1e4), llama.Rotary(32, 1e4).to(torch.bfloat16)
+    at_BL = torch.tensor([[0, 1, 1000]])
+    for one, other in zip(exact(torch.zeros(1), at_BL), rounded(torch.zeros(1), at_BL), strict=True):
+        assert torch.equal(one, other)

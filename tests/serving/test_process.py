@@ -107,6 +107,7 @@ def test_a_process_that_cannot_be_started_is_tried_again(tmp_path: Path, monkeyp
         await until(lambda: not engine.ready.is_set())
         await engine.ready.wait()
         assert len(tries) == 3
+        assert engine._pause == pytest.approx(8 * 0.01)  # doubled each time
 
     with_engine(tmp_path, "", test)
 

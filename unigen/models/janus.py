@@ -56,9 +56,9 @@ SAMPLING = {"guidance": 5.0, "temperature": 1.0}
 
 
 class JanusTemplate(PublicTemplate):
-    system = True
-
     """features, codes: positions of a picture that is read, and drawn. roles: names of the user and the assistant."""
+
+    system = True
 
     def __init__(self, tokenizer: Any, features: int, codes: int, roles: tuple[str, str] = (USER, ASSISTANT)) -> None:
         super().__init__(tokenizer)

@@ -111,6 +111,9 @@ def packed_attention(
         scale = query_BHLE.shape[-1] ** -0.5 if scaling is None else scaling
         return _one_query(query_BHLE, key_BHLE, value_BHLE, attention_mask, scale), None
     if packing is None:
+        groups = query_BHLE.shape[1] // key_BHLE.shape[1]
+        if groups > 1 and attention_mask is not None:  # a GPU's fused kernels take a mask or groups of heads
+            key_BHLE, value_BHLE = (x.repeat_interleave(groups, 1) for x in (key_BHLE, value_BHLE))
         mixed_BHLE = scaled_dot_product_attention(
             query_BHLE,
             key_BHLE,

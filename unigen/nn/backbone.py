@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -192,6 +193,13 @@ class SlotCache:
         return self.step.keys, 0
 
     # ---------------------------------------------------------------- slots
+
+    def clear(self, slots: Sequence[int]) -> None:
+        """Zero what is kept of these slots. Masked keys have weight 0, but 0 times nan is nan."""
+        for layer in self.layers:
+            if layer.keys.numel():
+                for slot in slots:
+                    layer.keys[slot], layer.values[slot] = 0, 0
 
     def take(self) -> int:
         """One slot more, an empty one: its number, after all that are in use."""

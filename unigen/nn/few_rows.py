@@ -51,16 +51,19 @@ def few_rows_linear(
 
 def _few(x: Tensor, weight_OI: Tensor, rows: int) -> Tensor:
     """`W x^T`, transposed. One row is doubled: it would take the matrix-vector product, which is slower than two."""
-    x_RI = x.reshape(rows, -1)
+    outputs, inputs = weight_OI.shape
+    x_RI = x.reshape(rows, inputs)
     if rows == 1:
-        return (weight_OI @ torch.cat((x_RI, x_RI)).t())[:, 0].view(*x.shape[:-1], -1)
-    return (weight_OI @ x_RI.t()).t().reshape(*x.shape[:-1], -1)
+        return (weight_OI @ torch.cat((x_RI, x_RI)).t())[:, 0].view(*x.shape[:-1], outputs)
+    return (weight_OI @ x_RI.t()).t().reshape(*x.shape[:-1], outputs)
 
 
 def side_by_side(x: Tensor, *groups: Sequence[nn.Module]) -> list[Tensor]:
-    """What the layers of each group make of x, joined along the last dimension; in one product where the layers allow
-    it, which is faster than several small ones and gives the same: for few rows where `use_few_rows` has laid their
-    weights one below another, for more in oneDNN's layout."""
+    """What the layers of each group make of x, joined along the last dimension.
+
+    Where the layers allow it, it is one product, which is faster than several small ones and gives the same up to
+    rounding in float32: for few rows where `use_few_rows` has laid their weights one below another, for more in
+    oneDNN's layout."""
     layers = [layer for group in groups for layer in group]
     if x.is_cpu and all(type(layer) is FewRowsLinear and layer.bias is None for layer in layers):
         weights, rows = tuple(layer.weight for layer in layers), x.numel() // x.shape[-1]
@@ -82,7 +85,8 @@ def _joined(weights: tuple[Tensor, ...]) -> Tensor | None:
     first, rows = weights[0], 0
     begin, width = first.data_ptr(), first.shape[1]
     for weight in weights:
-        if weight.data_ptr() != begin + rows * width * weight.itemsize:
+        alike = weight.shape[1] == width and weight.dtype == first.dtype and weight.is_contiguous()
+        if not alike or weight.data_ptr() != begin + rows * width * weight.itemsize:
             return None
         rows += len(weight)
     if (first.storage_offset() + rows * width) * first.itemsize > first.untyped_storage().nbytes():
@@ -99,11 +103,13 @@ def _packs(x: Tensor, rows: int) -> bool:
 def _pack(weights: tuple[Tensor, ...], start: int = 0, stop: int | None = None) -> Tensor | None:
     """Rows of the weights, one below another, in oneDNN's layout, made anew when one has changed; None where there is
     none. The first weight keeps it."""
+    if any(weight.is_inference() for weight in weights):  # they have no version
+        return None
     kept: Any = getattr(weights[0], "_packed", None)
     if kept is None:
         half = weights[0].dtype == torch.bfloat16
         able = torch.ops.mkldnn._is_mkldnn_bf16_supported() if half else torch.backends.mkldnn.is_available()
-        if weights[0].is_inference() or not able:
+        if not able:
             return None
         kept = _packed[weights[0]] = weights[0]._packed = {}  # type: ignore[attr-defined]
     key = len(weights), start, stop

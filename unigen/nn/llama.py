@@ -97,12 +97,12 @@ class Rotary(nn.Module):
 
     def __init__(self, width: int, base: float) -> None:
         super().__init__()
-        frequencies = 1.0 / base ** (torch.arange(0, width, 2, dtype=torch.int64).float() / width)
-        self.frequencies: Tensor
-        self.register_buffer("frequencies", frequencies, persistent=False)
+        # no buffer: that would be rounded with the weights, and an angle is position times frequency
+        self.frequencies = 1.0 / base ** (torch.arange(0, width, 2, dtype=torch.int64).float() / width)
 
     def forward(self, x: Tensor, positions_BL: Tensor) -> tuple[Tensor, Tensor]:
-        angles_BLE = positions_BL[:, :, None].float() * self.frequencies.float().to(x.device)
+        self.frequencies = self.frequencies.to(x.device)
+        angles_BLE = positions_BL[:, :, None].float() * self.frequencies
         angles_BLE = torch.cat((angles_BLE, angles_BLE), -1)
         return angles_BLE.cos().to(x.dtype), angles_BLE.sin().to(x.dtype)
 
