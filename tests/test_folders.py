@@ -88,6 +88,20 @@ def test_what_others_still_write_stays(tmp_path: Path) -> None:
     assert (folder / "weights").read_text() == "one" and beside(folder) == sorted(strangers)
 
 
+def test_a_link_stays_and_what_it_names_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    link, real = tmp_path / "here" / "model", tmp_path / "there" / "v1"
+    link.symlink_to(real)
+    for text in ("old", "new"):  # at first the link names nothing
+        write(link, text)
+        assert link.is_symlink() and (real / "weights").read_text() == text
+        assert not beside(link) and not beside(real)
+    left = real.parent / ".v1.ab12cd_9.scratch"
+    left.mkdir()
+    hub.clear_scratch(link)
+    assert not left.exists()
+
+
 def test_a_lock_ends_with_its_process_and_not_with_its_children(tmp_path: Path) -> None:
     def parent(here: Callable[[], None]) -> None:
         assert hub.lock(tmp_path)

@@ -480,8 +480,9 @@ if hasattr(os, "register_at_fork"):
 
 
 def clear_scratch(folder: Path) -> None:
-    """Remove the scratch folders that killed processes left beside `folder`. Where one was killed while `folder` had
-    no name, its old contents come back."""
+    """Remove the scratch folders that killed processes left beside `folder`, links followed. Where one was killed while
+    `folder` had no name, its old contents come back."""
+    folder = Path(os.path.realpath(folder))
     named = re.compile(rf"\.{re.escape(_scratch_name(folder))}\.(\w{{8}}\.scratch|\w{{8}}\.old|old\d+)")
     for left in sorted(folder.parent.iterdir()):
         if not named.fullmatch(left.name) or not left.is_dir():
@@ -508,11 +509,12 @@ def _scratch_name(folder: Path) -> str:
 
 @contextmanager
 def replacing_folder(folder: str | Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `folder` when the block ends well; else nothing is changed.
+    """A temporary folder that takes the place of `folder` when the block ends well; else nothing is changed. Where
+    `folder` is a symbolic link, what it names is replaced and the link stays.
 
     A process that is killed leaves a whole `folder`, the old or the new one, and beside it a scratch folder that the
     next call removes. Raises ValueError where the folder cannot be written."""
-    folder = Path(folder).absolute()
+    folder = Path(os.path.realpath(folder))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         clear_scratch(folder)
