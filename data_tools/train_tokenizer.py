@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from pathlib import Path
+from typing import TextIO
 
 from unigen import hub
 from unigen.arguments import Parser
@@ -29,12 +29,22 @@ def sentences(path: str | None, count: int, seed: int) -> Iterator[str]:
         lines: Iterator[str] = text_corpus(count, seed)
     else:
         try:
-            lines = iter(Path(path).read_text(encoding="utf-8").splitlines())
+            file = open(path, encoding="utf-8-sig")
         except OSError as error:
             raise ValueError(f"cannot read {path}: {error.strerror}") from error
-        except UnicodeError as error:
-            raise ValueError(f"{path} is not in UTF-8: convert it, or name another") from error
+        lines = _lines(file)
     return map(spelt, lines)
+
+
+def _lines(file: TextIO) -> Iterator[str]:
+    """The lines of an open file, one at a time, which is closed after the last."""
+    with file:
+        try:
+            yield from file
+        except UnicodeError as error:
+            raise ValueError(f"{file.name} is not in UTF-8: convert it, or name another") from error
+        except OSError as error:
+            raise ValueError(f"cannot read {file.name}: {error.strerror}") from error
 
 
 @one_line_errors

@@ -133,6 +133,17 @@ def test_places_that_cannot_be_written(
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_a_sentence_ends_with_its_line_alone(tmp_path: Path) -> None:
+    """Not at the other marks at which str.splitlines ends one; and the file is read as it is asked for."""
+    text = tmp_path / "text.txt"
+    good = "\ufeffOne\u2028two\x85three\x0bfour\x0cfive\r\nsix\n\nseven\n" + 99_999 * "eight\n"
+    text.write_bytes(good.encode() + b"caf\xe9\n")
+    lines = importlib.import_module(WORDS).sentences(str(text), 0, 0)
+    assert [next(lines) for _ in range(4)] == [" one two three four five", " six", " ", " seven"]
+    with pytest.raises(ValueError, match="text.txt is not in UTF-8: convert it"):
+        list(lines)
+
+
 def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path, refused: Callable[..., str]) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")

@@ -14,7 +14,7 @@ import contextlib
 import io
 import re
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +30,24 @@ def train(lines: Iterable[str], folder: str | Path, vocab_size: int, specials: t
     """Train a unigram model of at most `vocab_size` pieces and write it as a Hugging Face tokenizer into `folder`.
 
     specials: symbols that are never split and never made from text pieces. Text with few words gives fewer pieces.
-    Raises ValueError where SentencePiece refuses.
+    Raises ValueError where SentencePiece refuses, and what iterating `lines` raises.
     """
     import sentencepiece
     from transformers import LlamaTokenizer
 
     model = io.BytesIO()
+    faults: list[Exception] = []
+
+    def read() -> Iterator[str]:
+        try:
+            yield from lines
+        except Exception as error:
+            faults.append(error)
+            raise
+
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines),
+            sentence_iterator=read(),
             model_writer=model,
             vocab_size=vocab_size,
             hard_vocab_limit=False,
@@ -57,6 +66,8 @@ def train(lines: Iterable[str], folder: str | Path, vocab_size: int, specials: t
             num_threads=1,
         )
     except RuntimeError as error:
+        if faults:  # of the lines, as which SentencePiece does not tell it
+            raise faults[0] from None
         reason = str(error).strip().splitlines()[-1]
         raise ValueError(f"cannot train a text tokenizer of {vocab_size} pieces: {reason}") from error
     with tempfile.TemporaryDirectory() as scratch:
