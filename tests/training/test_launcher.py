@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from unigen.training import recipe
-from unigen.training.launcher import check_launcher, check_precision
+from unigen.training.launcher import check_launcher, check_precision, launched_as
 
 PLAIN = {"ACCELERATE_USE_CPU": "False", "ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"}
 """As `accelerate launch` and torchrun have it."""
@@ -32,6 +32,9 @@ PLAIN = {"ACCELERATE_USE_CPU": "False", "ACCELERATE_MIXED_PRECISION": "no", "ACC
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "accumulate=N"),
         ({"ACCELERATE_GRADIENT_CLIPPING": "1.0"}, "optim.clip"),
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "--dynamo_backend"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "4 processes were launched without MASTER_ADDR.*launch by torchrun"),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, "2 processes were launched without MASTER_ADDR"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two', which is no whole number"),
     ],
 )
 def test_what_is_left_out_silently_is_refused(variables: dict[str, str], named: str) -> None:
@@ -52,6 +55,20 @@ def test_what_is_left_out_silently_is_refused(variables: dict[str, str], named: 
 )
 def test_data_parallel_launchers_are_taken(variables: dict[str, str]) -> None:
     check_launcher(variables)
+
+
+@pytest.mark.parametrize(
+    ("variables", "place"),
+    [
+        ({}, (0, 1)),
+        ({"RANK": "3", "WORLD_SIZE": "4", "PMI_RANK": "1", "PMI_SIZE": "2"}, (3, 4)),  # torchrun in each node of mpirun
+        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, (1, 2)),
+        ({"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "3", "RANK": ""}, (2, 3)),
+        ({"MV2_COMM_WORLD_RANK": "0", "MV2_COMM_WORLD_SIZE": "2"}, (0, 2)),
+    ],
+)
+def test_the_place_of_a_process(variables: dict[str, str], place: tuple[int, int]) -> None:
+    assert launched_as(variables) == place
 
 
 def test_mixed_precision_is_the_runs_to_say() -> None:

@@ -5,6 +5,7 @@ Run: pytest tests/training/test_processes.py
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import socket
@@ -18,7 +19,9 @@ import pytest
 import torch
 
 from tests.training.test_trainer import Denoise, plain, train
-from unigen.training import writers
+from unigen.training import peers, writers
+from unigen.training.recipe import run_recipe
+from unigen.training.stream import Batches
 from unigen.training.trainer import main_process_first
 
 
@@ -66,6 +69,22 @@ def finished(pid: int, seconds: float = 120) -> int:
     raise AssertionError("it hangs")
 
 
+def wait_for(marks: list[Path], pids: list[int], folder: Path, seconds: float = 120) -> None:
+    """Wait until all the files are there. Where a process has ended before, or time is up, all are killed and it fails
+    with what they said."""
+    end, running = time.monotonic() + seconds, list(pids)
+    while not all(mark.exists() for mark in marks):
+        running = [pid for pid in running if os.waitpid(pid, os.WNOHANG)[0] == 0]
+        if len(running) == len(pids) and time.monotonic() < end:
+            time.sleep(0.05)
+            continue
+        for pid in running:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        said = "\n".join(path.read_text() for path in sorted(folder.glob("*.out")))
+        raise AssertionError(f"{len(pids) - len(running)} of the processes ended early, or time is up:\n{said}")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def loaded() -> None:
     """Imports that every forked process would do for itself."""
@@ -98,8 +117,73 @@ def test_a_failure_of_the_first_process_does_not_hold_the_others(tmp_path: Path)
             if rank == 0:
                 raise ValueError("no space")
 
-    codes = [finished(pid) for pid in ranks(work, tmp_path)]
-    assert codes[0] == 2 and codes[1] != 0
+    assert [finished(pid) for pid in ranks(work, tmp_path)] == [2, 2]
+    waited = "the main process of the run failed, on which this one waited: no space"
+    for rank, said in enumerate(("no space", waited)):
+        assert (tmp_path / f"{rank}.out").read_text() == f"unigen: error: {said}\n"
+
+
+def test_an_end_of_the_first_process_is_told_by_the_others(tmp_path: Path) -> None:
+    def work(rank: int) -> None:
+        from accelerate import PartialState
+
+        PartialState(cpu=True)
+        if rank:
+            (tmp_path / "joined").touch()
+        while not (tmp_path / "joined").exists():
+            time.sleep(0.01)
+        with main_process_first():
+            os._exit(3)
+
+    assert [finished(pid) for pid in ranks(work, tmp_path)] == [3, 2]
+    said = (tmp_path / "1.out").read_text()
+    assert said.startswith("unigen: error: another process of the run ended") and said.count("\n") == 1
+
+
+def test_a_process_that_closes_its_loader_late_ends_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one is gone by then."""
+    monkeypatch.setattr(peers, "watching", functools.partial(peers.watching, every=0.05, grace=0.1))
+    real = Batches.close
+
+    def close(batches: Batches) -> None:
+        real(batches)
+        time.sleep(2 * int(os.environ["RANK"]))
+
+    monkeypatch.setattr(Batches, "close", close)
+
+    def work(rank: int) -> None:
+        train(tmp_path / "run", "steps=2", "batch_size=4", "workers=0", "precision=fp32", model=plain())
+
+    assert [finished(pid) for pid in ranks(work, tmp_path)] == [0, 0], (tmp_path / "1.out").read_text()
+
+
+def test_a_recipe_by_a_launcher_of_mpi(tmp_path: Path) -> None:
+    """One of its processes is the main one; all train together."""
+    (tmp_path / "recipe.py").write_text(
+        "from unigen.config import RunConfig\n"
+        "from tests.training.test_trainer import Denoise, Noisy, plain\n"
+        "from unigen.training.trainer import Job\n"
+        f"def config(): return RunConfig(run_dir={str(tmp_path / 'run')!r}, steps=2, batch_size=4, workers=0)\n"
+        "def build(cfg): return Job(plain(), Noisy(), objective=Denoise())\n"
+    )
+
+    def work(rank: int) -> None:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+            del os.environ[name]
+        for name, value in (("RANK", rank), ("SIZE", 2), ("LOCAL_RANK", rank), ("LOCAL_SIZE", 2)):
+            os.environ[f"OMPI_COMM_WORLD_{name}"] = str(value)
+        run_recipe(str(tmp_path / "recipe.py"))
+
+    assert [finished(pid) for pid in ranks(work, tmp_path)] == [0, 0], (tmp_path / "1.out").read_text()
+    assert "2 x cpu" in (tmp_path / "0.out").read_text(), "as the main process alone says"
+
+
+def test_waiting_for_processes_that_end_early_fails(tmp_path: Path) -> None:
+    pids = ranks(lambda rank: time.sleep(600) if rank else print("no memory"), tmp_path)
+    with pytest.raises(AssertionError, match="1 of the processes ended early, or time is up:\nno memory"):
+        wait_for([tmp_path / "there"], pids, tmp_path)
+    with pytest.raises(ChildProcessError):
+        os.waitpid(pids[1], 0)
 
 
 def test_two_processes_train_one_model(tmp_path: Path) -> None:
@@ -133,8 +217,7 @@ def test_where_one_process_is_killed_the_other_says_so_and_ends(victim: int, bus
               objective=Reporting())  # fmt: skip
 
     pids = ranks(work, tmp_path)
-    while not all((tmp_path / f"there-{rank}").exists() for rank in range(2)):
-        time.sleep(0.05)
+    wait_for([tmp_path / f"there-{rank}" for rank in range(2)], pids, tmp_path)
     os.kill(pids[victim], signal.SIGKILL)
     assert finished(pids[victim]) == -signal.SIGKILL
     assert finished(pids[1 - victim]) in (1, 2)
@@ -146,6 +229,7 @@ def test_where_one_process_is_killed_the_other_says_so_and_ends(victim: int, bus
 def test_processes_that_would_not_train_together_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a launcher says 2 and accelerate finds 1, each would train alone into one folder."""
     train(tmp_path / "one", "steps=1", "workers=0")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes were launched, which would not train together"):
         train(tmp_path / "two", "steps=1", "workers=0")

@@ -74,6 +74,33 @@ def test_a_note_of_another_machine_is_told(
     assert "was last used by process 1 on elsewhere: make sure that it has ended" in capsys.readouterr().out
 
 
+def test_what_others_left_in_a_run_folder_stays(tmp_path: Path) -> None:
+    """Also where it has a name that an unfinished file of ours would have."""
+    folders = "checkpoints/step-00000001.tmp", "samples/.ipynb_checkpoints", ".model.previous", "metrics.tmp"
+    for name in folders:
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "mine").write_text("mine")
+    (tmp_path / "checkpoints" / "notes.tmp").write_text("mine")
+    (tmp_path / "samples" / ".unigen-ab12cd_9").mkdir()
+    with lock_run(tmp_path):
+        pass
+    assert all((tmp_path / name / "mine").exists() for name in folders)
+    assert (tmp_path / "checkpoints" / "notes.tmp").exists()
+    assert not (tmp_path / "samples" / ".unigen-ab12cd_9").exists()
+
+
+def test_what_cannot_be_removed_holds_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: Any, **__: Any) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    (tmp_path / "metrics.tmp").write_text("half")
+    monkeypatch.setattr(checkpoint, "clear_scratch", forbidden)
+    with monkeypatch.context() as within:
+        within.setattr(Path, "unlink", forbidden)
+        with lock_run(tmp_path):
+            assert (tmp_path / "metrics.tmp").exists()
+
+
 @pytest.mark.parametrize("name", ["checkpoints", "samples", "tensorboard", "model"])
 def test_a_file_in_the_place_of_a_folder_is_told_before_the_work(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("mine")

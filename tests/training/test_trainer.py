@@ -641,9 +641,10 @@ def test_a_finished_run_that_was_killed_before_its_model_writes_it(
 
 def test_what_a_kill_left_is_gone_at_the_next_start(tmp_path: Path) -> None:
     train(tmp_path, "steps=2")
+    (tmp_path / "samples").mkdir()
     names = {p.name for p in tmp_path.rglob("*")}
-    for folder in (".model.ab12cd_9.scratch", ".model.ab12cd_9", ".model.old77", "model.tmp"):
-        (tmp_path / folder).mkdir()
+    for folder in (".model.ab12cd_9.scratch", ".model.old77", "model.tmp", "samples/.unigen-ab12cd_9"):
+        (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "weights").write_text("half")
     for file in ("checkpoints/step-00000003.tmp", "metrics.tmp", ".config.json.abcd.tmp"):
         (tmp_path / file).write_text("half")
@@ -879,6 +880,23 @@ def test_missing_inputs_are_told_before_anything_is_imported(tmp_path: Path) -> 
     for overrides in ([f"codes={there}"], ["init_from=model"], ["codes=none"]):
         with pytest.raises(ModuleNotFoundError, match="unigen.nowhere"):
             run_recipe(str(recipe), overrides)
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        "INPUTS = dict(codes=COMMAND)",
+        "INPUTS: dict[str, str] = {'codes': f'make {codes}'}",
+        "INPUTS = ['codes']",
+        "INPUTS = {'codes': None}",
+        "INPUTS = {[]: 'make codes'}",
+    ],
+)
+def test_inputs_that_are_no_plain_table(inputs: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.py").write_text(f"{inputs}\nimport unigen.nowhere")
+    with pytest.raises(ValueError, match="recipe.py, in line 1, must be a dict of plain texts") as error:
+        run_recipe(str(tmp_path / "recipe.py"))
+    assert one_line(error).startswith("INPUTS of the recipe ")
 
 
 @pytest.mark.parametrize("name", ["tiny", "digits", "flow_networks"])

@@ -203,6 +203,8 @@ def sampled_at(run_dir: Path, step: int) -> bool:
 
 RUNNING = ".running"
 """The file of a run folder that says which process trains there."""
+SCRATCH = ".unigen-"
+"""With what the names of unfinished samples begin, as those of unfinished files of ours do."""
 _locked: set[Path] = set()
 """Folders of runs that this process holds, as they are when links are followed."""
 
@@ -278,17 +280,22 @@ def _check_kinds(run_dir: Path) -> None:
 
 
 def _clear(run_dir: Path) -> None:
-    """Remove what killed processes of this run left unfinished."""
-    clear_scratch(run_dir / "model")
-    if (run_dir / "model.old").is_dir() and not (run_dir / "model").exists():  # as earlier versions named it
-        os.replace(run_dir / "model.old", run_dir / "model")
-    folders = "model.tmp", "model.old", ".model.*", "..model.*", "samples/.*"
-    for left in (left for pattern in folders for left in run_dir.glob(pattern)):
-        if left.is_dir():
+    """Remove what killed processes of this run left unfinished. What cannot be removed stays, since no run needs it
+    gone; so do files and folders of other names, which are somebody else's."""
+    with suppress(OSError):
+        clear_scratch(run_dir / "model")
+    with suppress(OSError):
+        if (run_dir / "model.old").is_dir() and not (run_dir / "model").exists():  # as earlier versions named it
+            os.replace(run_dir / "model.old", run_dir / "model")
+    letters = "[a-z0-9_]" * 8  # as tempfile draws them
+    folders = "model.tmp", "model.old", f".model.{letters}.scratch", f".model.{letters}.old", f"samples/{SCRATCH}*"
+    for left in (left for pattern in folders for left in list(run_dir.glob(pattern))):
+        if left.is_dir() and not left.is_symlink():
             shutil.rmtree(left, ignore_errors=True)
-    files = "metrics.tmp", ".config.json.*.tmp", ".unigen-*.tmp", "checkpoints/*.tmp", "checkpoints/.*.tmp"
-    for left in (left for pattern in files for left in run_dir.glob(pattern)):
-        left.unlink(missing_ok=True)
+    files = "metrics.tmp", ".config.json.*.tmp", ".unigen-*.tmp", "checkpoints/step-*.tmp", "checkpoints/.unigen-*.tmp"
+    for left in (left for pattern in files for left in list(run_dir.glob(pattern))):
+        with suppress(OSError):  # a folder, or a file of somebody else
+            left.unlink()
 
 
 def cpu_tree(tree: Any) -> Any:

@@ -7,7 +7,8 @@ it out without a word where it finds no GPU. Standard library only, so that a ru
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 _OTHER_KINDS = {
     "FSDP": ("--use_fsdp", "FSDP_"),
@@ -16,6 +17,10 @@ _OTHER_KINDS = {
     "PARALLELISM_CONFIG": ("--use_parallelism_config", "PARALLELISM_CONFIG_"),
 }
 """Kinds of parallel training that `accelerate launch` offers: the option, and how variables of their settings begin."""
+
+_RANK = "RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"
+_WORLD = "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"
+"""Variables of torchrun, and of those launchers of MPI that accelerate reads, too."""
 
 _TRUE = "y", "yes", "t", "true", "on", "1"
 _SET_BY_LIBRARIES = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # transformers sets it beside a plain run, too
@@ -29,8 +34,14 @@ def check_launcher(environment: Mapping[str, str] = os.environ) -> None:
 
     Raises:
         ValueError: FSDP, DeepSpeed, Megatron-LM or another plan of parallelism, accumulated or clipped gradients, or a
-            compiler is asked for; in one line.
+            compiler is asked for; or several processes by a launcher that leaves out how they find each other; in one
+            line.
     """
+    if launched_as(environment).world > 1 and not environment.get("MASTER_ADDR"):
+        raise ValueError(
+            f"{launched_as(environment).world} processes were launched without MASTER_ADDR, by which they find each "
+            "other: launch by torchrun, which sets it"
+        )
     for kind, (option, prefix) in _OTHER_KINDS.items():
         wanted = environment.get(f"ACCELERATE_USE_{kind}", "").lower() in _TRUE
         setting = next((name for name in sorted(environment) if name.startswith(prefix)), None)
@@ -47,6 +58,38 @@ def check_launcher(environment: Mapping[str, str] = os.environ) -> None:
     ):
         if environment.get(f"ACCELERATE_{name}", "").lower() not in harmless:
             raise ValueError(f"a run takes {ours}: leave {option} out, or unset ACCELERATE_{name}")
+
+
+class Launched(NamedTuple):
+    """The place of this process in its run: rank, from 0 on, of world processes. Rank 0 is the main process."""
+
+    rank: int
+    world: int
+
+
+def launched_as(environment: Mapping[str, str] = os.environ) -> Launched:
+    """What torchrun, `accelerate launch` or mpirun says of this process; rank 0 of 1 where there is no launcher.
+
+    Args:
+        environment: variables by name.
+
+    Raises:
+        ValueError: one of the variables is no whole number; in one line.
+    """
+    return Launched(_first_number(_RANK, environment, 0), _first_number(_WORLD, environment, 1))
+
+
+def _first_number(names: Sequence[str], environment: Mapping[str, str], default: int) -> int:
+    """The number of the first variable that is set, and not below 0."""
+    for name in names:
+        text = environment.get(name, "").strip()
+        try:
+            number = int(text or -1)
+        except ValueError as error:
+            raise ValueError(f"the environment sets {name}={text!r}, which is no whole number: unset it") from error
+        if number >= 0:
+            return number
+    return default
 
 
 def check_precision(precision: str, environment: Mapping[str, str] = os.environ) -> None:

@@ -23,7 +23,7 @@ from unigen import progress
 from unigen.config import RunConfig, apply_overrides
 from unigen.disk import check_input
 from unigen.extras import require
-from unigen.training.launcher import check_launcher
+from unigen.training.launcher import check_launcher, launched_as
 
 T = TypeVar("T")
 
@@ -42,8 +42,8 @@ def run_recipe(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise ValueError(f"the recipe {path} is not valid Python: {error}") from error
     check_launcher()
     require("train", "accelerate", "tensorboard")
-    check_inputs(tree, overrides)
-    main = os.environ.get("RANK", "0") == "0"  # as the launcher of several processes says
+    check_inputs(path, tree, overrides)
+    main = launched_as().rank == 0
     name = f"unigen_recipe_{file.stem}"
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
@@ -74,24 +74,38 @@ def _made(path: str, call: str, kind: type[T], function: Callable[..., object], 
     return made
 
 
-def check_inputs(tree: ast.Module, overrides: Sequence[str]) -> None:
-    """ValueError where a file or folder of the recipe's INPUTS is missing, naming the command that makes it.
+def check_inputs(path: str, tree: ast.Module, overrides: Sequence[str]) -> None:
+    """ValueError where a file or folder of the INPUTS of the recipe at `path` is missing, naming the command that makes
+    it.
 
     Read from the text of the recipe, before its imports. What is not given by an override is the field's default,
     which a model to begin from (init_from) or another choice of writers may do without: `build` says that."""
     given = {key.strip(): value.strip() for key, _, value in (item.partition("=") for item in overrides)}
     chosen = any(key == "init_from" or key.startswith("writers.") for key in given)
-    for key, command in _inputs(tree).items():
+    for key, command in _inputs(path, tree).items():
         value = given.get(key, "none" if chosen else _default(tree, key))
         paths = [value] if os.path.exists(value) else value.split(",")
-        for path in paths if value.lower() not in ("none", "null", "") else ():
-            check_input(path, command, f"{key}=")
+        for given_path in paths if value.lower() not in ("none", "null", "") else ():
+            check_input(given_path, command, f"{key}=")
 
 
-def _inputs(tree: ast.Module) -> dict[str, str]:
+def _inputs(path: str, tree: ast.Module) -> dict[str, str]:
+    """INPUTS of the recipe at `path`; {} where it has none. ValueError where it is no plain table of texts."""
     for node in tree.body:
-        if isinstance(node, ast.Assign) and [t.id for t in node.targets if isinstance(t, ast.Name)] == ["INPUTS"]:
-            return ast.literal_eval(node.value)
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        value = node.value if isinstance(node, (ast.Assign, ast.AnnAssign)) else None
+        if value is None or [t.id for t in targets if isinstance(t, ast.Name)] != ["INPUTS"]:
+            continue
+        try:
+            inputs = ast.literal_eval(value)
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # all that its documentation names
+            inputs = None
+        if not isinstance(inputs, dict) or not all(isinstance(text, str) for pair in inputs.items() for text in pair):
+            raise ValueError(
+                f"INPUTS of the recipe {path}, in line {node.lineno}, must be a dict of plain texts, as "
+                '{"field": "the command that makes it"}, since it is read before the recipe is run'
+            )
+        return inputs
     return {}
 
 

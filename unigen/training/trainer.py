@@ -16,7 +16,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from unigen.disk import disk_errors
 from unigen.extras import require
 from unigen.precision import train_precision
 from unigen.training.checkpoint import (
+    SCRATCH,
     Ema,
     checkpoints,
     cpu_tree,
@@ -40,7 +41,7 @@ from unigen.training.checkpoint import (
     save_checkpoint,
     save_model,
 )
-from unigen.training.launcher import check_launcher, check_precision
+from unigen.training.launcher import check_launcher, check_precision, launched_as
 from unigen.training.logs import Logs, Totals, clock, means
 from unigen.training.peers import watch_peers
 from unigen.training.recipe import run_recipe as run_recipe
@@ -170,8 +171,13 @@ class Trainer:
                 f"the Trainer runs in one process or data parallel (torchrun), not {self.accelerator.distributed_type}"
             )
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
-        if (wanted := int(os.environ.get("WORLD_SIZE", 1))) != self.world:
-            raise ValueError(f"{wanted} processes were launched, which would not train together: launch by torchrun")
+        if (launched := launched_as().world) != self.world:
+            raise ValueError(
+                f"{launched} processes were launched, which would not train together: launch by torchrun"
+                if launched > self.world
+                else f"the launcher says that this process is one of {launched}, and torch that it is one of "
+                f"{self.world}: launch by torchrun, which tells both the same"
+            )
         self.main = self.accelerator.is_main_process
         self.device = self.accelerator.device
         self.step = 0  # steps done
@@ -234,38 +240,36 @@ class Trainer:
         batches: Batches | None = None
         start = self._progress()
         logs = Logs(self.run_dir, self.cfg.steps, first, start, before) if self.main else None
-        with self._signals(), logs or nullcontext(), watch_peers(self._goes_on):
-            try:
-                if first:
-                    self._catch_up(start >= 1)
-                while True:
-                    self.elapsed, stop = self._agree(before + time.monotonic() - began)
-                    progress = self._progress()
-                    finished = progress >= 1
-                    if self.step > first:
-                        saving = finished or _every(self.cfg.save_every, self.step)
-                        logging = saving or _every(self.cfg.log_every, self.step)
-                        if logging or stop:
-                            last = self._metrics()
-                            if logging and logs:
-                                logs.write(self.step, last, progress)
-                            self._check(last)  # before saving: broken weights must not replace good ones
-                            if logging:
-                                self.totals.reset()
-                                self.logged = self.step, self.elapsed
-                        if saving or stop:
-                            self._save()
-                        if (finished or _every(self.cfg.sample_every, self.step)) and not stop:
-                            self._sample()
-                    if finished or stop:
-                        break
-                    batches = self._batches() if batches is None else batches
-                    self._train_step(batches, progress)
-                    if logs:
-                        logs.tick()
-            finally:
-                if batches is not None:
-                    batches.close()
+        # The watch ends before the loader does: joining workers takes longer in one process than in another.
+        with self._signals(), logs or nullcontext(), ExitStack() as opened, watch_peers(self._goes_on):
+            if first:
+                self._catch_up(start >= 1)
+            while True:
+                self.elapsed, stop = self._agree(before + time.monotonic() - began)
+                progress = self._progress()
+                finished = progress >= 1
+                if self.step > first:
+                    saving = finished or _every(self.cfg.save_every, self.step)
+                    logging = saving or _every(self.cfg.log_every, self.step)
+                    if logging or stop:
+                        last = self._metrics()
+                        if logging and logs:
+                            logs.write(self.step, last, progress)
+                        self._check(last)  # before saving: broken weights must not replace good ones
+                        if logging:
+                            self.totals.reset()
+                            self.logged = self.step, self.elapsed
+                    if saving or stop:
+                        self._save()
+                    if (finished or _every(self.cfg.sample_every, self.step)) and not stop:
+                        self._sample()
+                if finished or stop:
+                    break
+                if batches is None:
+                    batches = opened.enter_context(closing(self._batches()))
+                self._train_step(batches, progress)
+                if logs:
+                    logs.tick()
         if self.main:
             word = "stopped by a signal (the same command goes on)" if stop else "finished"
             print(f"{self.run_dir}: {word} at step {self.step} after {clock(self.elapsed)}", flush=True)
@@ -489,7 +493,7 @@ class Trainer:
             return
         folder = self.run_dir / "samples"
         folder.mkdir(parents=True, exist_ok=True)
-        with self._averaged(), tempfile.TemporaryDirectory(prefix=".", dir=folder) as scratch:
+        with self._averaged(), tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder) as scratch:
             self.job.sample(self.model, self.step, Path(scratch))
             for path in sorted(Path(scratch).iterdir()):  # none is there in part
                 os.replace(path, folder / path.name)
@@ -600,10 +604,35 @@ class Trainer:
 @contextmanager
 def main_process_first() -> Iterator[None]:
     """Inside, the main process of a run goes first and the others wait for it: for a file that all of them read and one
-    of them makes."""
-    from accelerate import PartialState
+    of them makes.
 
-    with PartialState(cpu=not torch.cuda.is_available()).main_process_first():
+    Raises:
+        ValueError: in the others, where the main process failed inside, with what it said, or has ended; in one line.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    main = PartialState(cpu=not torch.cuda.is_available()).is_main_process
+    fault: list[str | None] = [None]
+    if main:
+        try:
+            yield
+        except Exception as error:
+            fault = [" ".join(f"{error}".split()) or type(error).__name__]
+            with suppress(RuntimeError):  # a process that has ended need not be told
+                broadcast_object_list(fault)
+            raise
+    try:
+        broadcast_object_list(fault)
+    except RuntimeError as error:
+        if not _is_lost_peer(error):
+            raise
+        raise ValueError(
+            "another process of the run ended while this one waited for it: what it said last says why"
+        ) from error
+    if fault[0] is not None:
+        raise ValueError(f"the main process of the run failed, on which this one waited: {fault[0]}")
+    if not main:
         yield
 
 
