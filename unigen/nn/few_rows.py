@@ -5,7 +5,7 @@ fast they are read (`python scripts/bench.py decode` and `families` print it).
 
 oneDNN's own layout of the weights is read faster than theirs. It is a second copy of them, so only the first
 `MOST_BYTES` of a process have it. In bfloat16 the result is `nn.Linear`'s bit for bit, in float32 it differs by
-rounding. Up to three rows of float32 are read yet faster by `W x^T`, for which no second copy is made: weights of
+rounding. A few rows of float32 (`MOST`) are read yet faster by `W x^T`, for which no second copy is made: weights of
 layers that read the same are moved to lie one below another.
 """
 
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-MOST = 3
-"""Rows up to which `W x^T` is the faster way round in float32."""
+MOST = 3 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 16
+"""Rows up to which `W x^T` is the faster way round in float32, and faster than oneDNN's layout."""
 MOST_BYTES = 4 << 30
 """Of weights that are kept in oneDNN's layout beside their own."""
 
