@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import multiprocessing
 import os
 import signal
@@ -11,9 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from PIL import Image
 
+from unigen.output import data_uri
 from unigen.sequence import Document
+from unigen.serving import server
+from unigen.serving.decoder import Decoder
 from unigen.serving.jobs import Begun, Ended, Failed, Heartbeat, Job, Load, Ready, Refused
 from unigen.serving.metrics import Metrics
 from unigen.serving.process import Down, EngineProcess
@@ -168,7 +174,41 @@ def test_a_long_step_with_heartbeats_is_left_alone(tmp_path: Path) -> None:
 
     async def test(engine: EngineProcess) -> None:
         await engine.ready.wait()
-        await asyncio.sleep(1.5)
-        assert engine.starts == 1 and engine.ready.is_set() and engine._step > 0.5
+        await until(lambda: engine._step > 0.5)
+        assert engine.starts == 1 and engine.ready.is_set()
 
-    with_engine(tmp_path, "l", test, silence=0.5, longest_step=600.0)
+    with_engine(tmp_path, "l", test, silence=5.0, longest_step=600.0)
+
+
+def test_pictures_of_a_job_that_has_ended_are_let_go_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While nothing else is asked: else the server would hold as many as it may, and refuse the next ones."""
+    decoder = Decoder()
+    monkeypatch.setattr(server, "Decoder", lambda: decoder)
+    parts: list[Any] = [{"type": "image_url", "image_url": {"url": data_uri(Image.new("RGB", (40, 40)))}}]
+    parts += [{"type": "text", "text": "what is it?"}]
+    body = {"model": "m", "messages": [{"role": "user", "content": parts}], "modalities": ["text"]}
+
+    async def test(engine: EngineProcess) -> None:
+        await engine.ready.wait()
+        engine.info = {"outputs": ["text"]}
+        transport = httpx.ASGITransport(server.create_app(engine, server.Settings(model="m")))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            answer = await client.post("/v1/chat/completions", json=body)
+        assert answer.status_code == 200, answer.text
+        gc.collect()
+        assert decoder.held == 0
+
+    asked = []
+    read = decoder.read
+
+    async def noted(*given: Any) -> Any:
+        found = await read(*given)
+        asked.append(decoder.held)
+        return found
+
+    monkeypatch.setattr(decoder, "read", noted)
+    try:
+        with_engine(tmp_path, "", test)
+    finally:
+        asyncio.run(decoder.__aexit__())
+    assert asked == [1600]

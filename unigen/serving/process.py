@@ -212,6 +212,7 @@ class EngineProcess:
             try:
                 while (said := outbox.get()) is not None:
                     asks.send(said)
+                    del said  # else its pictures are held until the next job comes
             except OSError:
                 pass
 

@@ -174,6 +174,9 @@ class Together(_Worker):
         super().drop(number)
         if self.next and self.next[0] == number:
             self.next = None
+        self._drop_rows(number)
+
+    def _drop_rows(self, number: int) -> None:
         for row in [row for row, (job, *_) in self.answers.items() if job == number]:
             self.running.drop(row)
             del self.answers[row]
@@ -269,10 +272,16 @@ class Together(_Worker):
                 return
             self.next = None
             try:
-                for request in requests:  # as long as each other: the first of them is refused, or none
+                for request in requests:
                     self.answers[self.running.add(request)] = number, need, answer
             except ValueError as error:
+                self._drop_rows(number)
                 yield number, refused(error)
+                continue
+            except Exception as error:  # such as a GPU without memory for its pictures
+                traceback.print_exc()
+                self._drop_rows(number)
+                yield number, Failed(f"{type(error).__name__} before it was answered")
                 continue
             chosen = {"candidates": len(requests)} if answer.best else {}
             yield number, Begun(self._settings(requests[0]) | chosen)
@@ -334,6 +343,8 @@ class OneByOne(_Worker):
             self.now = None
 
     def step(self) -> Iterator[tuple[int, Event]]:
+        if not self.busy:  # what was asked has been dropped
+            return
         if not self.now:
             number, job = self.waiting.popleft()
             if job.candidates != 1:
@@ -412,6 +423,7 @@ def work(receiver: Any, sender: Any, source: dict[str, Any], slots: int) -> None
                     worker.drop(number)
                 else:
                     worker.ask(number, job)
+                del job  # else its pictures are held until the next one comes
             sender.step = time.monotonic()
             for number, event in worker.step():
                 sender.send((number, event))

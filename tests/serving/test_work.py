@@ -1,0 +1,121 @@
+"""The model's process as it answers: what is dropped, what fails before it is answered, what is let go of."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import unigen
+from unigen.engine import Engine
+from unigen.sequence import Document
+from unigen.serving.jobs import Begun, Ended, Failed, Job, Load, Part, Ready
+from unigen.serving.process import Sender
+from unigen.serving.work import OneByOne, Together, work
+
+
+class Pipeline:
+    """Stands where a pipeline is: says each prompt again."""
+
+    outputs = ("text",)
+
+    def info(self) -> dict[str, Any]:
+        return {}
+
+    def stream(self, prompt: Document, **_: Any) -> Iterator[Any]:
+        yield prompt.segments[-1].text
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_job_may_be_dropped_where_nothing_waits(waits: bool) -> None:
+    worker = OneByOne(Pipeline())
+    if waits:
+        worker.ask(0, Job(Document.of("a"), "text"))
+    worker.drop(0)
+    assert not list(worker.step()) and not worker.busy
+    worker.ask(1, Job(Document.of("b"), "text"))
+    assert [type(event) for _, event in worker.step()] == [Begun, Part]
+
+
+@pytest.fixture
+def asks(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Any]]:
+    """The server's ends of the pipes of a process that answers with the stand-in, in a thread."""
+    monkeypatch.setattr(unigen, "load", lambda **_: Pipeline())
+    monkeypatch.setattr("unigen.serving.work.signal.signal", lambda *_: None)  # of main threads alone
+    (receiver, asks), (heard, tells) = multiprocessing.Pipe(duplex=False), multiprocessing.Pipe(duplex=False)
+    thread = threading.Thread(target=work, args=(receiver, Sender(tells), {}, 1), daemon=True)
+    thread.start()
+    assert isinstance(heard.recv()[1], Ready)
+    yield asks, heard
+    asks.close()
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+def until(heard: Any, kind: type) -> list[tuple[int | None, Any]]:
+    """What is heard up to the first event of this kind."""
+    events: list[Any] = []
+    while not events or not isinstance(events[-1][1], kind):
+        assert heard.poll(60), events
+        events.append(heard.recv())
+    return events
+
+
+def test_a_client_that_leaves_does_not_end_the_process(asks: Any) -> None:
+    """Its job has ended by then, as the message comes that drops it."""
+    send, heard = asks
+    send.send((0, None))
+    until(heard, Load)
+    send.send((1, Job(Document.of("a"), "text")))
+    assert {number for number, _ in until(heard, Ended)} == {1}
+
+
+def test_a_job_that_has_ended_is_let_go_of(asks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    ask = OneByOne.ask
+
+    def noted(self: OneByOne, number: int, job: Job) -> None:
+        asked.append(weakref.ref(job))
+        ask(self, number, job)
+
+    monkeypatch.setattr(OneByOne, "ask", noted)
+    send, heard = asks
+    send.send((0, Job(Document.of([Image.new("RGB", (4, 4)), "a"]), "text")))
+    until(heard, Ended)
+    until(heard, Load)  # said after the step that ended it
+    gc.collect()
+    assert len(asked) == 1 and asked[0]() is None
+
+
+def test_a_fault_before_an_answer_is_of_its_job_alone(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As of a GPU without memory for its pictures, at any of its candidates: their rows are gone, others go on."""
+    worker = Together(engine, 8)
+    worker.ask(0, Job(Document.of("a dog"), "text", {"max_tokens": 4}))
+    list(worker.step())
+    rows, add = set(worker.answers), worker.running.add
+    left = [None, RuntimeError("CUDA out of memory")]
+
+    def fail(request: Any) -> int:
+        if error := left.pop(0):
+            raise error
+        return add(request)
+
+    monkeypatch.setattr(worker.running, "add", fail)
+    worker.ask(1, Job(Document.of("a horse"), "image", candidates=2))
+    events = [event for number, event in worker.step() if number == 1]
+    assert [type(event) for event in events] == [Failed] and "RuntimeError" in events[0].message
+    assert "CUDA out of memory" in capfd.readouterr().err
+    assert set(worker.answers) <= rows and len(worker.running) == len(worker.answers)
+    monkeypatch.setattr(worker.running, "add", add)
+    worker.ask(2, Job(Document.of("a horse"), "text", {"max_tokens": 4}))
+    while worker.busy:
+        events += [event for number, event in worker.step() if number == 2]
+    assert isinstance(events[-1], Ended)
