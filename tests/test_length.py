@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
+from unigen.model import Sight
 from unigen.running import CHARACTERS
 from unigen.sequence import Document
 
@@ -30,3 +32,25 @@ def test_what_is_far_too_long_is_never_read(engine: Any, monkeypatch: pytest.Mon
         engine.running().row(engine.request("ab " * model.context, "text"))
     engine.running().row(engine.request([picture, "a" + " " * CHARACTERS * model.context + "b"], "text"))
     assert len(read) == 2, "the control: blanks are one"
+
+
+def test_pictures_that_are_seen_as_features_are_counted_before(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As positions of the model's vision encoder, whatever codes it draws."""
+    model, seen = engine.model, []
+
+    class Eyes(Sight):
+        positions = 100
+
+        def features(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+            seen.append(len(x_BCHW))
+            raise ValueError("seen")
+
+    monkeypatch.setattr(model, "sight", Eyes())
+    picture, most = Image.new("RGB", (16, 16)), model.context // 100
+    assert most >= 2
+    with pytest.raises(ValueError, match=f"{most + 1} pictures, the model reads {model.context:,} positions"):
+        engine.running().row(engine.request([picture] * (most + 1) + ["what is it?"], "text"))
+    assert not seen
+    with pytest.raises(ValueError, match="^seen$"):  # the control: as many as fit are looked at
+        engine.running().row(engine.request([picture] * most + ["what is it?"], "text"))
+    assert seen == [most]

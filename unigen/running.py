@@ -406,9 +406,12 @@ class Running:
             raise ValueError(
                 f"the prompt has {characters:,} characters, the model reads {context:,} positions: shorten it"
             )
-        pictures = len(document.images())
-        sized = self.model.sight is None and not self.model.template.free_size  # all pictures have as many codes
-        if sized and pictures * reads[0] * reads[1] > context:
+        pictures, sight = len(document.images()), self.model.sight
+        if sight is not None:
+            least = sight.positions
+        else:
+            least = 1 if self.model.template.free_size else reads[0] * reads[1]
+        if pictures * least > context:
             raise ValueError(
                 f"the prompt has {pictures} pictures, the model reads {context:,} positions: leave some out"
             )
