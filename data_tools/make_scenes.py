@@ -163,7 +163,7 @@ def make(folder: Path, count: int, shards: int, seed: int, size: int, heldout: b
         raise ValueError(f"--shards {shards} is more than --count {count}: every shard needs a row")
     require("train", "datasets")
     world = World(size)
-    folder = check_folder(folder)
+    folder = check_folder(folder, replaced=False)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"scenes-{k:05d}-of-{shards:05d}.parquet" for k in range(shards)]
     strangers = sorted(set(folder.glob("*.parquet")) - set(paths))

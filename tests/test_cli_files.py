@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ import pytest
 from PIL import Image
 
 from tests.test_cli import FakeEngine, bad, engine, files, picture  # noqa: F401
-from unigen import hub
+from unigen import hub, output
 from unigen.cli import main
 from unigen.disk import check_folder, disk_errors
 from unigen.output import code, write_story
@@ -229,12 +230,58 @@ def test_folders_that_cannot_be_are_refused_before_the_work(
     assert check_folder("new/model") == tmp_path / "new" / "model"
 
 
+@pytest.mark.parametrize("closed", ["there/model", "there", None])
+def test_folders_that_may_not_be_written_are_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, closed: str | None
+) -> None:
+    """One that is there, or the one that it lies in, where that which takes its place is made."""
+    from unigen import models
+
+    monkeypatch.chdir(tmp_path)
+    Path("there/model").mkdir(parents=True)
+    access = os.access
+    shut = tmp_path / closed if closed else None
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != shut and access(path, mode))
+    if closed is None:
+        assert check_folder("there/model") == tmp_path / "there/model"
+        return
+    monkeypatch.setattr(models, "load", lambda *_: pytest.fail("a model was loaded"))
+    assert f"{str(shut)!r} may not be written" in bad(capsys, "convert", "unigen-tiny", "-o", "there/model")
+    if closed == "there":
+        assert check_folder("there/model", replaced=False) == tmp_path / "there/model"
+
+
 @pytest.mark.parametrize("name", ["a" * 255, "雪" * 85, "model"])
 def test_folders_of_the_longest_names_are_replaced(tmp_path: Path, name: str) -> None:
     for text in ("old", "new"):
         with hub.replacing_folder(tmp_path / name) as scratch:
             (scratch / "file").write_text(text)
     assert (tmp_path / name / "file").read_text() == "new" and files(tmp_path) == {name}
+
+
+def test_the_rights_of_new_files_are_read_by_one_thread_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second one would read the value that the first one sets for a moment, and leave it for good."""
+    value, inside = 0o027, threading.Event()
+    seen: list[int] = []
+
+    def umask(new: int) -> int:
+        nonlocal value
+        old, value = value, new
+        if not inside.is_set():
+            inside.set()
+            second.join(0.2)  # it waits, or has been here before this one is out
+        return old
+
+    def read() -> None:
+        inside.wait()
+        seen.append(output._umask())
+
+    monkeypatch.setattr("unigen.output.os.umask", umask)
+    second = threading.Thread(target=read)
+    second.start()
+    seen.append(output._umask())
+    second.join()
+    assert seen == [0o027, 0o027] and value == 0o027
 
 
 def raised(error: Exception) -> Callable[..., Any]:

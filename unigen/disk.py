@@ -66,9 +66,11 @@ def check_input(path: str | Path, command: str = "", name: str = "") -> Path:
     return Path(path)
 
 
-def check_folder(folder: str | Path) -> Path:
+def check_folder(folder: str | Path, *, replaced: bool = True) -> Path:
     """The absolute path of a folder that is to be written. Raises ValueError, before any work, where that cannot be: a
-    name that is too long, a file of that name, no right to write there."""
+    name that is too long, a file of that name, no right to write there.
+
+    replaced: is a folder that is there replaced by a new one, which needs the right to write beside it?"""
     if "\0" in str(folder):
         raise ValueError("the name of the folder holds a zero byte: choose another name")
     folder = Path(folder).absolute()
@@ -81,8 +83,10 @@ def check_folder(folder: str | Path) -> Path:
                 continue
             if not path.is_dir():
                 raise ValueError(f"{shown} cannot be a folder: {shorten(str(path), 120)} is a file")
-            if path != folder and not os.access(path, os.W_OK | os.X_OK):
-                raise ValueError(f"cannot write the folder {shown}: {path} may not be written; choose another one")
+            for place in (path, path.parent) if path == folder and replaced else (path,):
+                if not os.access(place, os.W_OK | os.X_OK):
+                    named = shorten(str(place), 120)
+                    raise ValueError(f"cannot write the folder {shown}: {named} may not be written; choose another one")
             break
     except NotADirectoryError as error:
         raise ValueError(f"{shown} cannot be a folder: a part of its path is a file") from error

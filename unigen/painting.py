@@ -87,9 +87,10 @@ def unseen(mask: Any) -> tuple[int, int, int, int] | None:
 
 
 def lot(model: UnifiedModel, image: Any, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The picture as the model frames it, and a mask of so large a share of its cells, drawn by lot."""
+    """The picture as the model frames it, and a mask of so large a share of its cells, at least one, drawn by lot."""
     tokenizer = model.image_tokenizer
     (height, width), size = tokenizer.grid, tokenizer.image_size
-    cells = np.random.default_rng(seed).random((height, width, 1)) < share
+    drawn = np.random.default_rng(seed).random((height, width, 1))
+    cells = drawn < max(share, np.nextafter(drawn.min(), 1))  # one at least
     mask = np.where(cells, 255, 0).astype(np.uint8).repeat(size // height, 0).repeat(size // width, 1)
     return square(read_image(image), size), mask.repeat(3, 2)
