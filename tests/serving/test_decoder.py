@@ -9,6 +9,7 @@ import json
 import os
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,7 +20,7 @@ from PIL import Image
 from tests.serving.test_doors import app, send
 from unigen.output import data_uri
 from unigen.serving import decoder as decoding
-from unigen.serving import pictures
+from unigen.serving import pictures, server
 from unigen.serving.decoder import AREA, MOST_PICTURES, MOST_PIXELS, Decoder, File, Full, PictureError, Turns
 
 
@@ -253,6 +254,35 @@ def test_too_much_work_is_one_error() -> None:
         assert error.value.place == 0 and len(read(patient, file((4, 4)), gif)) == 2
     finally:
         asyncio.run(patient.__aexit__())
+
+
+@pytest.mark.parametrize("name", ["subprocess.Popen", "Pipe"])
+def test_a_process_that_cannot_be_started_is_no_fault_of_the_picture(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError(12, "Cannot allocate memory")
+
+    decoder = Decoder()
+    monkeypatch.setattr(server, "Decoder", lambda: decoder)
+    _, served = app()
+    uri = data_uri(Image.new("RGB", (4, 4), "red"))
+    try:
+        with monkeypatch.context() as poor:
+            poor.setattr(f"unigen.serving.decoder.{name}", fail)
+            answer = send(served, "POST", "/v1/chat/completions", json=chat(uri))
+        assert answer.status_code == 429 and answer.headers["retry-after"], answer.text
+        assert send(served, "POST", "/v1/chat/completions", json=chat(uri)).status_code == 200
+    finally:
+        asyncio.run(decoder.__aexit__())
+
+
+def test_the_process_has_one_thread_of_each_library(decoder: Decoder) -> None:
+    """Whose buffers count as its memory, on any number of cores."""
+    read(decoder, file((4, 4)))
+    assert decoder._process is not None
+    environment = Path(f"/proc/{decoder._process.pid}/environ").read_bytes().split(b"\0")
+    assert {b"OMP_NUM_THREADS=1", b"OPENBLAS_NUM_THREADS=1"} <= set(environment)
 
 
 def test_too_much_memory_is_one_error() -> None:

@@ -262,6 +262,26 @@ def test_halves_of_characters_are_no_fault(name: str) -> None:
     assert json.dumps(error("no \ud800", param="\udfff"), ensure_ascii=False).encode()
 
 
+@pytest.mark.parametrize("where", ["metadata", "name", "tool_choice", "user", "instructions", "label"])
+def test_halves_of_characters_are_refused_where_they_would_be_said_again(where: str) -> None:
+    half, path = "\ud800", "/v1/images/generations" if where == "label" else "/v1/responses"
+    body: dict[str, Any] = {"model": "m"} if where == "label" else {"model": "m", "input": "a"}
+    body |= {"metadata": {"a": half}} if where == "metadata" else {"metadata": {half: "a"}} if where == "name" else {}
+    if where == "tool_choice":
+        tool = {"type": "image_generation"}
+        body |= {"tools": [tool], "tool_choice": {**tool, "name": half}}
+    elif where not in ("metadata", "name"):
+        body[where] = half
+    for stream in (False, True):
+        content = json.dumps(body | {"stream": stream}).encode()
+        _, served = app()
+        answer = send(served, "POST", path, content=content, headers={"content-type": "application/json"})
+        assert answer.status_code == 400 and answer.json()["error"]["message"], answer.text
+        whole = content.replace(b"\\ud800", b"b")
+        answer = send(served, "POST", path, content=whole, headers={"content-type": "application/json"})
+        assert answer.status_code == 200, answer.text
+
+
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "", "é"])
 def test_what_is_sent_as_something_else_than_json_is_told_so(kind: str) -> None:
     """As curl does with -d, unless it is told."""
@@ -415,6 +435,48 @@ def test_a_full_disk_is_found_before_pictures_are_drawn(tmp_path: Any, monkeypat
     assert not list(tmp_path.iterdir())
 
 
+def test_a_disk_that_fills_while_pictures_are_drawn(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device", str(tmp_path))
+
+    monkeypatch.setattr("unigen.output.tempfile.NamedTemporaryFile", full)
+    painter, served = app(folder=tmp_path)
+    answer = send(served, "POST", "/v1/images/generations", json={"prompt": "a", "response_format": "url"})
+    said = answer.json()["error"]["message"]
+    assert answer.status_code == 507 and "No space left" in said and "\n" not in said and painter.jobs
+    assert str(tmp_path) not in answer.text and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("asked_for", [{"prompt": "a"}, {"label": "dog"}, {"label": 7}])
+def test_prompts_are_logged_as_what_they_are(asked_for: Any, caplog: pytest.LogCaptureFixture) -> None:
+    _, served = app(prompts=True)
+    with caplog.at_level("INFO", "unigen.serving"):
+        assert send(served, "POST", "/v1/images/generations", json=asked_for).status_code == 200
+    (line,) = [json.loads(record.message) for record in caplog.records if "prompt" in record.message]
+    part = {"text": "a"} if "prompt" in asked_for else asked_for
+    assert line["prompt"] == [{"role": "user", **part}]
+
+
+@pytest.mark.parametrize("path", ["/v1/images/edits", "/v1/images/variations", "/v1/images/generations"])
+def test_a_client_that_leaves_while_it_sends_is_no_fault(path: str, caplog: pytest.LogCaptureFixture) -> None:
+    messages: list[Any] = [{"type": "http.request", "body": b"--x\r\n", "more_body": True}, {"type": "http.disconnect"}]
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return messages.pop(0)
+
+    async def keep(message: Any) -> None:
+        sent.append(message)
+
+    kind = b"application/json" if path.endswith("generations") else b"multipart/form-data; boundary=x"
+    scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "client": ("1.2.3.4", 1)}
+    headers = [(b"host", b"localhost"), (b"content-type", kind)]
+    _, served = app()
+    with caplog.at_level("INFO", "unigen.serving"):
+        asyncio.run(served(scope | {"headers": headers, "root_path": ""}, receive, keep))
+    assert sent[0]["status"] in (400, 499) and not [one for one in caplog.records if one.levelname == "ERROR"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -455,7 +517,9 @@ def test_a_proxy_is_an_address_or_a_network() -> None:
 # ---------------------------------------------------------------- connections
 
 
-@pytest.mark.parametrize(("proxies", "who"), [((), "127.0.0.1"), (("127.0.0.1",), "9.9.9.9")])
+@pytest.mark.parametrize(
+    ("proxies", "who"), [((), "127.0.0.1"), (("127.0.0.1",), "9.9.9.9"), (("127.0.0.5/8",), "9.9.9.9")]
+)
 def test_who_asks_is_what_a_trusted_proxy_says_alone(proxies: tuple[str, ...], who: str) -> None:
     """The address beside a key's or page's rate: not what anyone writes into a header, and of a chain the last one."""
     import uvicorn

@@ -276,6 +276,24 @@ def test_addresses_that_are_none_are_one_line(monkeypatch: pytest.MonkeyPatch, u
     assert "\n" not in str(error.value) and not isinstance(error.value, UnicodeError) and not seen
 
 
+def test_a_picture_in_many_pieces_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is refused where it is too large."""
+    whole = bytes(range(256)) * 4
+
+    async def pieces() -> Any:
+        for i in range(0, len(whole), 3):
+            yield whole[i : i + 3]
+
+    def page() -> Any:
+        return httpx.Response(200, headers={"content-type": "image/png"}, content=pieces())
+
+    answers(monkeypatch, page(), page())
+    found = asyncio.run(pictures.fetched("http://a.example/", len(whole)))
+    assert found == whole and type(found) is bytes
+    with pytest.raises(ValueError, match="larger than 1023 bytes"):
+        asyncio.run(pictures.fetched("http://a.example/", len(whole) - 1))
+
+
 def test_a_picture_that_trickles_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each piece in time, and all of them not."""
     monkeypatch.setattr(pictures, "FETCH_SECONDS", 0.3)

@@ -45,6 +45,8 @@ SECONDS = 30.0
 WORK = 8.0
 """Seconds of a processor for one picture, and for the heads of all pictures of one request: some megabytes of tiny
 pieces may take minutes."""
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+"""Environment of the process: on many cores the buffers of others would take the memory that it may have."""
 T = TypeVar("T")
 
 
@@ -65,7 +67,7 @@ class PictureError(ValueError):
 
 
 class Full(Exception):
-    """All that may be held is held: ask again."""
+    """All that may be held is held, or there is no process to be had: ask again."""
 
 
 class Turns:
@@ -145,7 +147,7 @@ class Decoder:
             The pictures in RGB, masks in L.
         Raises:
             PictureError: for one that cannot be decoded, and where they are too many or too large together.
-            Full: what other requests hold leaves no room now.
+            Full: what other requests hold leaves no room now, or the process cannot be started now.
         """
         if not files:
             return []
@@ -187,6 +189,10 @@ class Decoder:
     def _ask(self, place: int, *request: Any) -> Any:
         try:
             pipe = self._started()
+        except OSError:  # no memory, no process or no file to be had now
+            self._end()
+            raise Full from None
+        try:
             pipe.send(request)
             answer = self._answer(pipe)
             return answer if request[0] == "count" else (answer, pipe.recv_bytes())
@@ -219,7 +225,8 @@ class Decoder:
                     str(self.memory),
                     str(self.work),
                 ]
-                environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+                paths = os.pathsep.join(filter(None, sys.path))
+                environment = {**os.environ, "PYTHONPATH": paths, **ONE_THREAD}
                 self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
         return self._pipe
 

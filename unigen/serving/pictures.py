@@ -153,12 +153,12 @@ async def _fetched(url: str, most: int) -> bytes:
                         raise ValueError(f"the picture's address answered with {answer.status_code}")
                     if not answer.headers.get("content-type", "").lower().startswith("image/"):
                         raise ValueError("the picture's address does not hold a picture")
-                    data = b""
+                    data = bytearray()
                     async for chunk in answer.aiter_raw():
                         data += chunk
                         if len(data) > most:
                             raise ValueError(f"the picture at this address is larger than {most} bytes")
-                    return data
+                    return bytes(data)
         except (httpx.HTTPError, httpx.InvalidURL, KeyError, UnicodeError):
             raise ValueError("the picture's address cannot be read") from None
     raise ValueError("the picture's address leads to too many others")

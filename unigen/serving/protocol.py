@@ -33,7 +33,8 @@ INSTRUCTS = ("system", "developer")
 Words = Annotated[str, Field(min_length=1, max_length=LONGEST)]
 Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
 Name = Annotated[str, Field(max_length=LONGEST)]
-"""A label of the client's own, such as `user`: nothing is asked for by it."""
+"""A label of the client's own, such as `user`: nothing is asked for by it. Halves of characters, which UTF-8 cannot
+hold, are refused in it, as in all texts that have a length."""
 
 
 def at(*values: Any, says: str) -> AfterValidator:
@@ -246,7 +247,7 @@ class ChatRequest(Drawing):
     prompt_cache_key: Name | None = None
     prompt_cache_retention: Name | None = None
     prompt_cache_options: dict[str, Any] | None = None
-    metadata: dict[str, str] | None = Field(None, max_length=16)
+    metadata: dict[Name, Name] | None = Field(None, max_length=16)
     parallel_tool_calls: bool | None = None
     # what clients send though they ask for nothing by it
     audio: Annotated[Any, at(says="this server speaks no sound: leave it out")] = None
@@ -374,7 +375,7 @@ class GenerationRequest(ImagesRequest):
     """prompt: what to draw in words; or label, of a model that draws classes: a number or a name."""
 
     prompt: Words | None = None
-    label: int | str | None = None
+    label: int | Name | None = None
 
     @model_validator(mode="after")
     def _one(self) -> GenerationRequest:

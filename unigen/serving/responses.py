@@ -65,7 +65,7 @@ class ResponsesRequest(Drawing):
     input: list[Message] = Field(min_length=1, max_length=1000)
     instructions: Words | None = None
     tools: list[ImageTool] | None = Field(None, max_length=1)
-    tool_choice: Literal["auto", "none", "required"] | dict[str, str] | None = None
+    tool_choice: Literal["auto", "none", "required"] | dict[Name, Name] | None = None
     n: Literal[1] = 1
     max_output_tokens: int | None = limited("max_tokens")
     max_tool_calls: int | None = limited("max_images")
@@ -77,7 +77,7 @@ class ResponsesRequest(Drawing):
     prompt_cache_key: Name | None = None
     prompt_cache_retention: Name | None = None
     prompt_cache_options: dict[str, Any] | None = None
-    metadata: dict[str, str] | None = Field(None, max_length=16)
+    metadata: dict[Name, Name] | None = Field(None, max_length=16)
     parallel_tool_calls: bool | None = None
     include: list[Literal["reasoning.encrypted_content", "message.input_image.image_url"]] | None = None
     # what clients send though they ask for nothing by it

@@ -36,6 +36,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response, StreamingRes
 from PIL import Image
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from unigen.samplers.seeds import later_seed
 from unigen.sequence import Document, Segment
@@ -248,7 +249,7 @@ class Server:
         except PictureError as wrong:
             raise Wrong(400, str(wrong), param=places[wrong.place]) from None
         except Full:
-            message = "the server holds as many pictures as it may: ask again"
+            message = "the server cannot take more pictures now: ask again"
             raise Wrong(429, message, code="busy", wait=2) from None
 
     def _output(self, modalities: list[Any] | None, document: Document) -> str:
@@ -315,8 +316,10 @@ class Server:
             if asked.response_format == "url":
                 try:
                     name = await asyncio.to_thread(self._kept, file, asked.output_format)
-                except OSError as full:
-                    raise Wrong(507, f"this server cannot keep pictures now: {full.strerror}") from None
+                except ValueError as full:  # which names the file: the server's path is not told
+                    reason = getattr(full.__cause__, "strerror", None) or "the disk refuses"
+                    log.error("a picture cannot be kept: %s", full)
+                    raise Wrong(507, f"this server cannot keep pictures now ({reason}): ask for b64_json") from None
                 data.append({"url": str(request.url_for("picture", name=name)), "settings": answer.settings})
             else:
                 data.append({"b64_json": base64.b64encode(file).decode(), "settings": answer.settings})
@@ -336,6 +339,8 @@ class Server:
             raise Wrong(400, "send multipart/form-data with a file named image")
         try:
             form = await request.form(max_files=MOST_FILES, max_fields=40)
+        except ClientDisconnect:
+            raise Wrong(499, "the client left") from None
         except OSError as full:  # large files of a form are laid on the disk
             raise Wrong(507, f"this server cannot take files now: {full.strerror}") from None
         except HTTPException as bad:
@@ -506,11 +511,7 @@ class Server:
 
     def _log(self, request: Request, document: Document) -> None:
         if self.settings.prompts:
-            texts = [
-                {"role": s.role, "text": s.text} if s.text is not None else {"role": s.role, "image": True}
-                for s in document.segments
-            ]
-            request.scope["state"]["log"] = {"prompt": texts}
+            request.scope["state"]["log"] = {"prompt": [_logged(segment) for segment in document.segments]}
 
 
 def _said(wrong: Any) -> tuple[str, str | None]:
@@ -527,6 +528,15 @@ def _said(wrong: Any) -> tuple[str, str | None]:
     message = wrong["msg"].removeprefix("Value error, ")[:1000]
     param = param and param[:200]
     return (f"{param}: {message}" if param else message), param
+
+
+def _logged(segment: Segment) -> dict[str, Any]:
+    """A part of a prompt as it is logged: its text, its class, or that it is a picture."""
+    if segment.text is not None:
+        return {"role": segment.role, "text": segment.text}
+    if segment.label is not None:
+        return {"role": segment.role, "label": segment.label}
+    return {"role": segment.role, "image": True}
 
 
 async def _left(request: Request) -> None:
@@ -627,7 +637,7 @@ def uvicorn_config(app: Any, settings: Settings, host: str, port: int) -> Any:
         http=TimedConnection,
         ws="none",
         proxy_headers=bool(settings.proxies),
-        forwarded_allow_ips=list(settings.proxies),
+        forwarded_allow_ips=[str(ipaddress.ip_network(proxy, strict=False)) for proxy in settings.proxies],
     )
 
 
