@@ -642,3 +642,27 @@ def test_what_a_model_cannot_is_not_offered(serve: Any, classes_folder: Any, ope
     seen.fill("#studio [name=n]", "2")
     seen.fill("#studio [name=label]", "7").send_keys("\ue007")
     seen.until(lambda: len(seen.all("#studio .run .picture")) == 2)
+
+
+TRACK = """
+const done = arguments[0];
+(async () => {
+  const { tracker, interrupted } = await import(new URL("web/keeping.js", location).href);
+  const track = tracker(() => {});
+  const entry = () => ({ view: "chat", title: "a", data: {} });
+  const first = track("first", entry), second = track("second", entry);
+  first.finish({ ...entry(), at: 1 });
+  const later = interrupted();
+  const third = track("third", entry);
+  third.finish({ ...entry(), at: 1 });
+  second.drop();
+  done([later, interrupted()]);
+})();
+"""
+
+
+@needs_browser
+def test_an_answer_that_ends_leaves_the_name_of_another(tiny_server: Any, open_page: Open) -> None:
+    """Of the one whose answer is still being made when the tab is loaded anew."""
+    seen = open_page(tiny_server)
+    assert seen.driver.execute_async_script(TRACK) == ["second", None]

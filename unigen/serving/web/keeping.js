@@ -45,7 +45,7 @@ export function tracker(say) {
       if (leaving) return false;
       clearTimeout(timer);
       for (const name of LEAVES) window.removeEventListener(name, left);
-      sessionStorage.removeItem(RUNNING);
+      if (sessionStorage.getItem(RUNNING) === own) sessionStorage.removeItem(RUNNING); // it may name a later answer
       return true;
     };
     sessionStorage.setItem(RUNNING, own);
