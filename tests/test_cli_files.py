@@ -240,7 +240,7 @@ def test_folders_that_may_not_be_written_are_refused_before_the_work(
     monkeypatch.chdir(tmp_path)
     Path("there/model").mkdir(parents=True)
     access = os.access
-    shut = tmp_path / closed if closed else None
+    shut = tmp_path / (closed or "nowhere")
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != shut and access(path, mode))
     if closed is None:
         assert check_folder("there/model") == tmp_path / "there/model"
@@ -248,6 +248,9 @@ def test_folders_that_may_not_be_written_are_refused_before_the_work(
     monkeypatch.setattr(models, "load", lambda *_: pytest.fail("a model was loaded"))
     assert f"{str(shut)!r} may not be written" in bad(capsys, "convert", "unigen-tiny", "-o", "there/model")
     if closed == "there":
+        Path("elsewhere").mkdir()
+        Path("elsewhere/link").symlink_to(shut / "model")
+        assert f"{str(shut)!r} may not be written" in bad(capsys, "convert", "unigen-tiny", "-o", "elsewhere/link")
         assert check_folder("there/model", replaced=False) == tmp_path / "there/model"
 
 

@@ -83,7 +83,8 @@ def check_folder(folder: str | Path, *, replaced: bool = True) -> Path:
                 continue
             if not path.is_dir():
                 raise ValueError(f"{shown} cannot be a folder: {shorten(str(path), 120)} is a file")
-            for place in (path, path.parent) if path == folder and replaced else (path,):
+            beside = Path(os.path.realpath(path)).parent  # of a symbolic link: beside what it names
+            for place in (path, beside) if path == folder and replaced else (path,):
                 if not os.access(place, os.W_OK | os.X_OK):
                     named = shorten(str(place), 120)
                     raise ValueError(f"cannot write the folder {shown}: {named} may not be written; choose another one")

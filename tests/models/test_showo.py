@@ -42,6 +42,18 @@ def test_pickles(engine: Any, folder: Path, tmp_path: Path) -> None:
     assert second.generate(case.PROMPT, steps=2).tobytes() == engine.generate(case.PROMPT, steps=2).tobytes()
 
 
+def test_frequencies_that_are_computed_may_be_stored(engine: Any, folder: Path, tmp_path: Path) -> None:
+    """As older versions of transformers wrote them."""
+    shutil.copytree(folder, tmp_path / "old")
+    (path,) = (path for path in (tmp_path / "old").glob("*.safetensors"))
+    state = hub.read_tensors(path)
+    first = next(name for name in state if "layers.0.self_attn" in name)
+    name = first.partition("self_attn")[0] + "self_attn.rotary_emb.inv_freq"
+    hub.write_tensors(path, state | {name: torch.ones(4)})
+    second = unigen.load(str(tmp_path / "old"), "cpu")
+    assert second.generate(case.PROMPT, steps=2).tobytes() == engine.generate(case.PROMPT, steps=2).tobytes()
+
+
 def test_what_is_learnt_sees_what_is_drawn(engine: Any) -> None:
     """The logits of a picture of masked codes are those of the first step that draws it."""
     model, seen = engine.model, []
