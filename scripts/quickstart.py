@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import unigen
+from unigen.arguments import Parser
 from unigen.cli import story_prompt
 from unigen.config import hardware
+from unigen.limits import argument as limited
 from unigen.output import check_output, figure, page, save_picture, story_body, write_text
 
 T = TypeVar("T")
@@ -144,10 +146,10 @@ def footer(args: argparse.Namespace, info: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="unigen-tiny")
     parser.add_argument("--folder", type=Path, default=Path("quickstart"))
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=limited("seed"), default=1)
     args = parser.parse_args(argv)
 
     start = time.perf_counter()

@@ -26,7 +26,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from unigen.arguments import Parser  # noqa: E402
 from unigen.config import write_report  # noqa: E402
+from unigen.limits import argument as limited  # noqa: E402
+from unigen.limits import number  # noqa: E402
 from unigen.output import one_line_errors  # noqa: E402
 
 THINGS = ("two apples on a blue background", "a red car", "three penguins", "a rose left of a house")
@@ -175,13 +178,13 @@ async def soak(options: argparse.Namespace) -> dict[str, Any]:
 
 @one_line_errors
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = Parser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--requests", type=int, default=2000)
-    parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--minutes", type=float, default=30)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--port", type=number(1, 65_535), default=8000)
+    parser.add_argument("--requests", type=number(1, 1_000_000), default=2000)
+    parser.add_argument("--clients", type=number(1, 10_000), default=32)
+    parser.add_argument("--minutes", type=number(0, 100_000, whole=False, above=True), default=30)
+    parser.add_argument("--seed", type=limited("seed"), default=0)
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
     found = asyncio.run(soak(options))

@@ -8,7 +8,6 @@ Pictures are saved in the folder, and what was said is printed as it came.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import sys
 from pathlib import Path
@@ -17,14 +16,16 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from unigen.arguments import Parser  # noqa: E402
+from unigen.limits import number  # noqa: E402
 from unigen.output import one_line_errors, write_atomically  # noqa: E402
 
 
 @one_line_errors
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = Parser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--port", type=number(1, 65_535), default=8000)
     parser.add_argument("--folder", default="talk", help="where pictures are saved (default: %(default)s)")
     options = parser.parse_args()
     import openai

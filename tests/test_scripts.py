@@ -24,6 +24,11 @@ def test_the_table_of_benches(root: Path, capsys: pytest.CaptureFixture[str]) ->
         f"bench: error: no bench 'nothing'; there are: {', '.join(bench.benches())}"
     ]
     assert bench.main(["decode", "--models", "huge"]) == 2
+    capsys.readouterr()
+    for given in (["decode", "--repeat", "0"], ["batch", "--count", "1_0"], ["train", "--rows", "x"]):
+        assert bench.main(given) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"bench: error: argument {given[1]}: ") and said.count("\n") == 1
 
 
 def test_figures_of_variants_stand_in_a_line_each() -> None:

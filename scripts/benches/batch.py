@@ -8,14 +8,15 @@ that turns the draw of a code. float32 should give 1.
 
 from __future__ import annotations
 
-import argparse
 import time
 
 import torch
 
 import unigen
+from unigen.arguments import Parser
 from unigen.config import write_report
 from unigen.data.scenes import BACKGROUNDS, COLORS, OBJECTS
+from unigen.limits import number
 
 
 def prompts(count: int) -> list[str]:
@@ -36,14 +37,12 @@ def codes(engine: unigen.Engine, asked: list[str], seeds: list[int]) -> list[tor
 
 
 def main(args: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="bench.py batch", description=(__doc__ or "").split("\n")[0])
+    parser = Parser(prog="bench.py batch", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default="unigen-tiny")
-    parser.add_argument("--count", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--count", type=number(1, 100_000), default=64)
+    parser.add_argument("--batch", type=number(1, 100_000), default=16)
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args(args)
-    if options.count < 1 or options.batch < 1:
-        raise ValueError("--count and --batch must be at least 1")
     started = time.monotonic()
     asked, seeds = prompts(options.count), list(range(options.count))
     rows = []

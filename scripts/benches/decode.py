@@ -10,7 +10,6 @@ once a step allows, by the faster of two products on matrices too large for the 
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,8 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from unigen.arguments import Parser
 from unigen.config import write_report
 from unigen.engine import Engine
+from unigen.limits import number
 from unigen.models import load, tiny
 from unigen.nn.few_rows import few_rows_linear
 from unigen.sequence import Document
@@ -156,17 +157,17 @@ def bandwidth(
 
 
 def main(args: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="bench.py decode", description=(__doc__ or "").split("\n")[0])
+    parser = Parser(prog="bench.py decode", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--models", default="tiny,100M", help="some of tiny,100M")
     parser.add_argument("--batch", default="1,8")
-    parser.add_argument("--repeat", type=int, default=3, help="runs of each contender; the best counts")
+    parser.add_argument("--repeat", type=number(1, 100_000), default=3, help="runs of each contender; the best counts")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--no-compile", action="store_true", help="leave the compiled loop out")
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args(args)
     names = options.models.split(",")
-    if set(names) - {"tiny", "100M"} or options.repeat < 1 or not options.batch.replace(",", "").isdigit():
-        raise ValueError("--models takes some of tiny,100M; --batch whole numbers; --repeat at least 1")
+    if set(names) - {"tiny", "100M"} or not options.batch.replace(",", "").isdigit():
+        raise ValueError("--models takes some of tiny,100M; --batch whole numbers")
     dtype = getattr(torch, options.dtype)
     started = time.monotonic()
     rows = []

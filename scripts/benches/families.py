@@ -16,7 +16,6 @@ which both say the same is likeliest, all codes before it being the same.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import os
 import sys
@@ -32,10 +31,12 @@ from torch.nn.functional import linear
 from torch.utils.flop_counter import FlopCounterMode
 
 from scripts.benches.decode import bandwidth, measure
+from unigen.arguments import Parser
 from unigen.config import write_report
 from unigen.engine import Engine
 from unigen.generators.next_scale import NextScale
 from unigen.generators.next_token import NextToken
+from unigen.limits import number
 from unigen.model import UnifiedModel
 from unigen.models import janus, llamagen, var
 from unigen.nn.few_rows import few_rows_linear
@@ -361,15 +362,15 @@ ROWS = ("llamagen-b float32", "llamagen-b bfloat16", "var-d16 float32", "var-d16
 
 
 def main(args: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="bench.py families", description=(__doc__ or "").split("\n")[0])
+    parser = Parser(prog="bench.py families", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rows", default=",".join(ROWS), help=f"default: {', '.join(ROWS)}")
-    parser.add_argument("--repeat", type=int, default=4, help="runs of each contender; the best counts")
+    parser.add_argument("--repeat", type=number(1, 100_000), default=4, help="runs of each contender; the best counts")
     parser.add_argument("--no-compile", action="store_true", help="leave the compiled form out")
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args(args)
     known = {f"{name} {dtype}" for name in CONTESTS for dtype in ("float32", "bfloat16")}
-    if set(options.rows.split(",")) - known or options.repeat < 1:
-        raise ValueError(f"--rows takes some of {', '.join(sorted(known))}; --repeat at least 1")
+    if set(options.rows.split(",")) - known:
+        raise ValueError(f"--rows takes some of {', '.join(sorted(known))}")
     started, rows = time.monotonic(), []
     print("row                      ours s  official s  ratio  compiled s  ratio   limit s  share  same")
     for row_name in options.rows.split(","):

@@ -11,7 +11,6 @@ backbone, and of a flow's velocity, for one picture.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import time
 from dataclasses import replace
@@ -20,9 +19,11 @@ from typing import Any
 import torch
 
 from unigen import generators
+from unigen.arguments import Parser
 from unigen.config import write_report
 from unigen.engine import Engine
 from unigen.evaluation.watch import Watch
+from unigen.limits import number
 from unigen.models import load, tiny
 from unigen.tokenizers.kl import KLConfig, KLTokenizer
 from unigen.tokenizers.vq import VQConfig, VQTokenizer
@@ -52,18 +53,18 @@ def model(side: int, writers: list[str], dtype: torch.dtype) -> Any:
 
 
 def main(args: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="bench.py generate", description=(__doc__ or "").split("\n")[0])
+    parser = Parser(prog="bench.py generate", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--tokens", default="64,256,1024", help="some of 64,256,1024")
     parser.add_argument("--batch", default="1,16")
     parser.add_argument("--writers", default=",".join(WRITERS), help="default: %(default)s")
-    parser.add_argument("--repeat", type=int, default=3, help="runs of each contender; the best counts")
+    parser.add_argument("--repeat", type=number(1, 100_000), default=3, help="runs of each contender; the best counts")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args(args)
     known = {side * side: side for side in SCALES}
     batches = options.batch.split(",")
-    if not {*options.tokens.split(",")} <= {*map(str, known)} or options.repeat < 1:
-        raise ValueError(f"--tokens takes some of {','.join(map(str, known))}; --repeat at least 1")
+    if not {*options.tokens.split(",")} <= {*map(str, known)}:
+        raise ValueError(f"--tokens takes some of {','.join(map(str, known))}")
     if not all(batch.isdigit() and int(batch) for batch in batches):
         raise ValueError("--batch takes whole numbers of at least 1")
     writers = list(dict.fromkeys(["next-token", *options.writers.split(",")]))

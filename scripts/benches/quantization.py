@@ -11,7 +11,6 @@ contender draws by itself, so that one other code changes all that follow. MB ar
 
 from __future__ import annotations
 
-import argparse
 import time
 from typing import Any
 
@@ -21,7 +20,9 @@ from torch import Tensor
 import unigen
 from scripts.benches.batch import prompts
 from unigen import precision
+from unigen.arguments import Parser
 from unigen.config import write_report
+from unigen.limits import number
 from unigen.model import UnifiedModel
 from unigen.nn.quantized import measure
 from unigen.sequence import Document, Segment, pack
@@ -52,15 +53,13 @@ def said(model: UnifiedModel, asked: Segment, codes_hw: Tensor) -> Tensor:
 
 
 def main(args: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="bench.py quantization", description=(__doc__ or "").split("\n")[0])
+    parser = Parser(prog="bench.py quantization", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default="unigen-tiny")
     parser.add_argument("--device")
     parser.add_argument("--dtype", choices=precision.DTYPES, default="float32", help="of the model as it is")
-    parser.add_argument("--count", type=int, default=32, help="pictures")
+    parser.add_argument("--count", type=number(1, 100_000), default=32, help="pictures")
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args(args)
-    if options.count < 1:
-        raise ValueError("--count must be at least 1")
     started, rows = time.monotonic(), []
     reference = unigen.load(options.model, options.device, options.dtype)
     if "next-token" not in getattr(getattr(reference, "model", None), "generators", ()):

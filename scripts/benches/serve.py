@@ -13,7 +13,6 @@ in the mean of the clients.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import itertools
 import json
@@ -31,7 +30,9 @@ from typing import Any
 import torch
 
 from scripts.benches.decode import PROMPT, models, transformers_generate
+from unigen.arguments import Parser
 from unigen.config import write_report
+from unigen.limits import number
 
 TEXT = 64
 VLLM = Path(__file__).resolve().parents[2] / ".venv-serve" / "bin" / "python"
@@ -127,13 +128,13 @@ def baseline(model: Any, kind: str, clients: int) -> float:
 
 
 def main(args: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="bench.py serve", description=(__doc__ or "").split("\n")[0])
+    parser = Parser(prog="bench.py serve", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default="100M", help="100M (random weights) or tiny (the shipped one)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--concurrency", default="1,8,32")
     parser.add_argument("--engines", default="local", help="local, vllm or both (default: %(default)s)")
     parser.add_argument("--kinds", default=",".join(KINDS), help="(default: %(default)s)")
-    parser.add_argument("--repeat", type=int, default=2, help="the best counts")
+    parser.add_argument("--repeat", type=number(1, 100_000), default=2, help="the best counts")
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args(args)
     levels = [int(level) for level in options.concurrency.split(",") if level.isdecimal()]
@@ -142,8 +143,8 @@ def main(args: list[str]) -> int:
         raise ValueError(f"unknown engine {options.engines!r}: local, vllm, or both with a comma")
     if "vllm" in engines and not VLLM.exists():
         raise ValueError("vLLM is not installed: run scripts/install_serve.sh")
-    if not levels or min(levels) < 1 or options.repeat < 1 or set(kinds) - set(KINDS):
-        raise ValueError(f"--concurrency takes whole numbers, --repeat at least 1, --kinds some of {', '.join(KINDS)}")
+    if not levels or min(levels) < 1 or set(kinds) - set(KINDS):
+        raise ValueError(f"--concurrency takes whole numbers, --kinds some of {', '.join(KINDS)}")
     if options.model not in ("100M", "tiny"):
         raise ValueError(f"unknown model {options.model!r}: 100M or tiny")
     model = models(options.model, getattr(torch, options.dtype))

@@ -10,15 +10,16 @@ window costs.
 
 from __future__ import annotations
 
-import argparse
 import time
 from typing import Any
 
 from scripts.benches.batch import prompts
 from scripts.benches.families import llamagen_b
+from unigen.arguments import Parser
 from unigen.config import write_report
 from unigen.engine import Engine
 from unigen.generators.jacobi import KINDS
+from unigen.limits import number
 from unigen.models import load
 
 
@@ -33,15 +34,17 @@ def drawn(engine: Engine, request: Any) -> int:
 
 
 def main(args: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="bench.py sjd", description=(__doc__ or "").split("\n")[0])
+    parser = Parser(prog="bench.py sjd", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--models", default="tiny,llamagen-b", help="some of tiny,llamagen-b")
-    parser.add_argument("--count", type=int, default=8, help="pictures of the shipped model; one of the other")
-    parser.add_argument("--repeat", type=int, default=3, help="runs of each contender; the best counts")
+    parser.add_argument(
+        "--count", type=number(1, 100_000), default=8, help="pictures of the shipped model; one of the other"
+    )
+    parser.add_argument("--repeat", type=number(1, 100_000), default=3, help="runs of each contender; the best counts")
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args(args)
     names = options.models.split(",")
-    if set(names) - {"tiny", "llamagen-b"} or min(options.repeat, options.count) < 1:
-        raise ValueError("--models takes some of tiny,llamagen-b; --count and --repeat at least 1")
+    if set(names) - {"tiny", "llamagen-b"}:
+        raise ValueError("--models takes some of tiny,llamagen-b")
     started, rows = time.monotonic(), []
     print("row                     one a step    several  ratio")
     for name in names:

@@ -8,7 +8,6 @@ matrices, AdamW's of all weights; bf16 is autocast, and Newton-Schulz in bfloat1
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +15,9 @@ from typing import Any
 
 import torch
 
+from unigen.arguments import Parser
 from unigen.config import OptimConfig, write_report
+from unigen.limits import number
 from unigen.models import load
 from unigen.precision import train_precision
 from unigen.training.muon import Muon, MuonAdamW
@@ -37,15 +38,13 @@ def best(run: Callable[[], Any], repeat: int) -> float:
 
 
 def main(args: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="bench.py train", description=(__doc__ or "").split("\n")[0])
+    parser = Parser(prog="bench.py train", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default="unigen-tiny")
-    parser.add_argument("--rows", type=int, default=2)
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--rows", type=number(1, 100_000), default=2)
+    parser.add_argument("--length", type=number(1, 100_000), default=1024)
+    parser.add_argument("--repeat", type=number(1, 100_000), default=3)
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args(args)
-    if min(options.rows, options.length, options.repeat) < 1:
-        raise ValueError("--rows, --length and --repeat must be at least 1")
     started = time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lm: Any = load(options.model, device).backbone.lm.train()
