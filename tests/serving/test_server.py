@@ -188,6 +188,7 @@ def test_a_story_is_streamed_part_by_part(tiny_server: Any, engine: Any) -> None
     assert usage.completion_tokens_details.image_tokens == 64 * sum(not isinstance(p, str) for p in story)
 
 
+@pytest.mark.slow
 def test_a_story_and_an_answer_as_responses(tiny_server: Any, engine: Any, apples: Image.Image) -> None:
     """Whole and streamed they are what the model says alone."""
     client, prompt = tiny_server.client(), "a story about a witch and her raven"
@@ -552,6 +553,7 @@ if any("spawn_main" in word for word in sys.orig_argv):
 """
 
 
+@pytest.mark.slow
 def test_what_the_models_process_has_started_ends_with_it(
     serve: Any, tiny_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
