@@ -228,7 +228,19 @@ OWN = "the model's own form is used: leave it out"
 DULL = "this model does not reason: leave it out"
 
 
-class ChatRequest(Drawing):
+class ClientLabels(Strict):
+    """Labels of the client's own, and what only says how to serve: nothing is asked for by them."""
+
+    user: Name | None = None
+    safety_identifier: Name | None = None
+    prompt_cache_key: Name | None = None
+    prompt_cache_retention: Name | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    metadata: dict[Name, Name] | None = Field(None, max_length=16)
+    parallel_tool_calls: bool | None = None
+
+
+class ChatRequest(Drawing, ClientLabels):
     """modalities: what the answer may hold; left out, as of `unigen.templates.usual_output`. content_format: "parts"
     gives the `content` of a whole answer that holds pictures as a list of parts in order."""
 
@@ -241,14 +253,6 @@ class ChatRequest(Drawing):
     max_tokens: int | None = limited("max_tokens")
     max_completion_tokens: int | None = limited("max_tokens")
     max_images: int | None = limited("max_images")
-    # labels of the client's own, and what only says how to serve
-    user: Name | None = None
-    safety_identifier: Name | None = None
-    prompt_cache_key: Name | None = None
-    prompt_cache_retention: Name | None = None
-    prompt_cache_options: dict[str, Any] | None = None
-    metadata: dict[Name, Name] | None = Field(None, max_length=16)
-    parallel_tool_calls: bool | None = None
     # what clients send though they ask for nothing by it
     audio: Annotated[Any, at(says="this server speaks no sound: leave it out")] = None
     frequency_penalty: Annotated[Any, at(0, says="penalties are not known here: leave it out")] = None

@@ -24,7 +24,20 @@ from unigen.sequence import Preview
 from unigen.serving import pictures
 from unigen.serving.answers import Answer, Chunks, Events, usage_of
 from unigen.serving.jobs import Begun, Ended, Part
-from unigen.serving.protocol import DULL, INSTRUCTS, KEPT, TOOLS, Drawing, Message, Name, Strict, Words, at, limited
+from unigen.serving.protocol import (
+    DULL,
+    INSTRUCTS,
+    KEPT,
+    TOOLS,
+    ClientLabels,
+    Drawing,
+    Message,
+    Name,
+    Strict,
+    Words,
+    at,
+    limited,
+)
 
 IMAGES = "image_generation"
 """The one tool that there is."""
@@ -57,7 +70,7 @@ class ResponseStreamOptions(Strict):
     include_obfuscation: Annotated[Any, at(False, says="streams are not padded here: leave it out")] = None
 
 
-class ResponsesRequest(Drawing):
+class ResponsesRequest(Drawing, ClientLabels):
     """input: a text, or messages and earlier pictures in order, as `output` listed them. instructions: a system
     message before them. All that draws takes the options of `Drawing` too."""
 
@@ -71,14 +84,6 @@ class ResponsesRequest(Drawing):
     max_tool_calls: int | None = limited("max_images")
     text: TextFormat | None = None
     stream_options: ResponseStreamOptions | None = None
-    # labels of the client's own, and what only says how to serve
-    user: Name | None = None
-    safety_identifier: Name | None = None
-    prompt_cache_key: Name | None = None
-    prompt_cache_retention: Name | None = None
-    prompt_cache_options: dict[str, Any] | None = None
-    metadata: dict[Name, Name] | None = Field(None, max_length=16)
-    parallel_tool_calls: bool | None = None
     include: list[Literal["reasoning.encrypted_content", "message.input_image.image_url"]] | None = None
     # what clients send though they ask for nothing by it
     access_programs: Annotated[Any, at({}, says="there are none here: leave it out")] = None
@@ -190,36 +195,35 @@ async def response_events(events: Events, asked: ResponsesRequest, model: str) -
     response = _response(asked, model)
     item: dict[str, Any] | None = None  # not yet finished
 
-    def told(kind: str, **more: Any) -> dict[str, Any]:
+    def event_of(kind: str, **more: Any) -> dict[str, Any]:
         return {"type": f"response.{kind}", "sequence_number": next(numbers), **more}
 
-    def of_item(kind: str, **more: Any) -> dict[str, Any]:
+    def item_event(kind: str, **more: Any) -> dict[str, Any]:
         assert item is not None
-        return told(kind, item_id=item["id"], output_index=len(output), **more)
+        return event_of(kind, item_id=item["id"], output_index=len(output), **more)
 
-    def begun(kind: str) -> list[dict[str, Any]]:
+    def start_item(kind: str) -> list[dict[str, Any]]:
         nonlocal item
         if kind == "message":
             item = {"id": f"msg_{uuid.uuid4().hex}", "type": kind, "role": "assistant", "content": []}
         else:
             item = {"id": f"ig_{uuid.uuid4().hex}", "type": kind, "result": None}
         item["status"] = "in_progress"
-        events = [told("output_item.added", output_index=len(output), item=dict(item))]
+        events = [event_of("output_item.added", output_index=len(output), item=dict(item))]
         if kind == "message":
-            return [*events, of_item("content_part.added", content_index=0, part=_text(""))]
-        return [*events, of_item(f"{kind}.in_progress"), of_item(f"{kind}.generating")]
+            return [*events, item_event("content_part.added", content_index=0, part=_text(""))]
+        return [*events, item_event(f"{kind}.in_progress"), item_event(f"{kind}.generating")]
 
-    def ended() -> list[dict[str, Any]]:
-        """Of a message."""
+    def finish_message() -> list[dict[str, Any]]:
         nonlocal item
         if item is None:
             return []
         text = _text(str(answer.parts[-1]))
         item = item | {"status": "completed", "content": [text]}
         events = [
-            of_item("output_text.done", content_index=0, text=text["text"], logprobs=[]),
-            of_item("content_part.done", content_index=0, part=text),
-            told("output_item.done", output_index=len(output), item=item),
+            item_event("output_text.done", content_index=0, text=text["text"], logprobs=[]),
+            item_event("content_part.done", content_index=0, part=text),
+            event_of("output_item.done", output_index=len(output), item=item),
         ]
         output.append(item)
         item = None
@@ -234,28 +238,28 @@ async def response_events(events: Events, asked: ResponsesRequest, model: str) -
         async for _, event in events:
             drawn = isinstance(event, Preview) or (isinstance(event, Part) and not isinstance(event.part, str))
             if isinstance(event, Ended) or (drawn and item is not None and item["type"] == "message"):
-                for one in ended():
+                for one in finish_message():
                     yield one
             answer.take(event)
             if isinstance(event, Begun):
                 response["settings"] = event.settings
-                yield told("created", response=dict(response))
-                yield told("in_progress", response=dict(response))
+                yield event_of("created", response=dict(response))
+                yield event_of("in_progress", response=dict(response))
             elif isinstance(event, (Preview, Part)) and item is None:
-                for one in begun(call if drawn else "message"):
+                for one in start_item(call if drawn else "message"):
                     yield one
             if isinstance(event, Part) and isinstance(event.part, str):
-                yield of_item("output_text.delta", content_index=0, delta=event.part, logprobs=[])
+                yield item_event("output_text.delta", content_index=0, delta=event.part, logprobs=[])
             elif isinstance(event, Preview):
                 shown = {"partial_image_index": event.number, "partial_image_b64": await encoded(event.image)}
                 size = "{}x{}".format(*event.image.size)
-                yield of_item(f"{call}.partial_image", size=size, output_format=form.output_format, **shown)
+                yield item_event(f"{call}.partial_image", size=size, output_format=form.output_format, **shown)
             elif isinstance(event, Part):
                 assert item is not None and not isinstance(event.part, str)
                 made = {"result": await encoded(event.part), "size": "{}x{}".format(*event.part.size)}
                 item = item | {"status": "completed", "output_format": form.output_format, **made}
-                yield of_item(f"{call}.completed")
-                yield told("output_item.done", output_index=len(output), item=item)
+                yield item_event(f"{call}.completed")
+                yield event_of("output_item.done", output_index=len(output), item=item)
                 output.append(item)
                 item = None
             elif isinstance(event, Ended):
@@ -263,7 +267,7 @@ async def response_events(events: Events, asked: ResponsesRequest, model: str) -
                 response |= {"status": "incomplete" if cut else "completed", "output": output}
                 response |= {"usage": _usage(answer), "completed_at": None if cut else time.time()}
                 response["incomplete_details"] = {"reason": "max_output_tokens"} if cut else None
-                yield told("incomplete" if cut else "completed", response=response)
+                yield event_of("incomplete" if cut else "completed", response=response)
 
 
 def _text(text: str) -> dict[str, Any]:
