@@ -267,23 +267,13 @@ class TransformersReader:
             )
         return str(self.processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
 
-    def check(
-        self,
-        prompt: Any,
-        output: Output = "text",
-        *,
-        seed: int = 0,
-        max_tokens: int = 256,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        **_: Any,
-    ) -> None:
-        """Raises ValueError in one line for what `generate` cannot answer."""
+    def check(self, prompt: Any, output: Output = "text", *, seed: int = 0, **options: Any) -> None:
+        """Raises ValueError in one line for what `generate` cannot answer. options: those of `generate`."""
         if output != "text":
             raise ValueError(f"this model cannot answer with {output}: it can with text")
         check_seed(seed)
-        Sampling(temperature, 0, top_p)
-        check("max_tokens", max_tokens)
+        Sampling(options.get("temperature", 0.0), 0, options.get("top_p", 1.0))
+        check("max_tokens", options.get("max_tokens", 1))
         self._check_segments(Document.of(prompt))
 
     def _check_segments(self, document: Document) -> None:

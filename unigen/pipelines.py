@@ -508,7 +508,7 @@ def check_whole(pipe: Any) -> None:
     for name, part in pipe.components.items():
         weights = part.named_parameters() if isinstance(part, torch.nn.Module) else ()
         if missing := [weight for weight, value in weights if value.is_meta]:
-            raise ValueError(f"its {name} lacks {len(missing)} tensors: {', '.join(missing[:4])}")
+            raise ValueError(f"its {name} lacks {len(missing)} tensors ({', '.join(missing[:4])}): download it again")
 
 
 def load(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> PipelineEngine:
