@@ -459,7 +459,7 @@ def inpaint(args: argparse.Namespace) -> int:
     from unigen.engine import Engine
     from unigen.images import read_image, read_mask
     from unigen.output import PICTURES, check_output, save_picture
-    from unigen.painting import lot, unseen
+    from unigen.painting import limiting_window, lot
 
     path = check_output(args.output, PICTURES)
     image: Any = read_image(args.image)
@@ -481,7 +481,7 @@ def inpaint(args: argparse.Namespace) -> int:
     painted = engine.inpaint(image, args.prompt, mask, **sampling(args))
     save_picture(path, painted)
     note_size(given, painted)
-    if isinstance(getattr(engine, "painter", engine), Engine) and (window := unseen(mask)):
+    if isinstance(getattr(engine, "painter", engine), Engine) and (window := limiting_window(mask)):
         left, top, right, bottom = window
         where = f"{right - left}x{bottom - top} pixels at {left},{top}"
         print(f"note: this model painted in a square of {where} of your picture; all else stays", file=sys.stderr)
@@ -745,8 +745,8 @@ def main(argv: list[str] | None = None) -> int:
 def run() -> NoReturn:
     """Run the command line of this process and end it.
 
-    The interpreter is not torn down: with torch and transformers loaded, that takes seconds of computing after all is
-    done, on a busy machine a minute. What is registered to be done at the end is done."""
+    The interpreter is not torn down, which takes long with torch and transformers loaded, and longer on a busy machine.
+    What is registered to be done at the end (`atexit`) is done, and output is flushed."""
     try:
         code = main()
     except SystemExit as error:

@@ -78,8 +78,8 @@ def window_of(mask: Image.Image) -> tuple[int, int, int, int]:
     return x, y, x + side, y + side
 
 
-def unseen(mask: Any) -> tuple[int, int, int, int] | None:
-    """The window of a mask that marks pixels beyond it, which stay as they are; None where it marks none."""
+def limiting_window(mask: Any) -> tuple[int, int, int, int] | None:
+    """The window of a mask, where the mask also marks pixels outside it, which stay as they are; else None."""
     marks = read_mask(mask)
     window = window_of(marks)
     marks.paste(0, window)

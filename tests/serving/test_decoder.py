@@ -21,7 +21,7 @@ from tests.serving.test_doors import app, send
 from unigen.output import data_uri
 from unigen.serving import decoder as decoding
 from unigen.serving import pictures, server
-from unigen.serving.decoder import AREA, MOST_PICTURES, MOST_PIXELS, Decoder, File, Full, PictureError, Turns
+from unigen.serving.decoder import AREA, MOST_PICTURES, MOST_PIXELS, Decoder, FairLock, File, Full, PictureError
 
 
 def file(size: tuple[int, int], mode: str = "RGB", format: str = "PNG", colour: Any = 0) -> bytes:
@@ -153,13 +153,13 @@ def test_clients_take_turns() -> None:
     """Of those who wait, whoever had it longest ago is next; who leaves is passed over."""
     order: list[str] = []
 
-    async def take(turns: Turns, client: str) -> None:
-        async with turns.of(client):
+    async def take(turns: FairLock, client: str) -> None:
+        async with turns.acquire(client):
             order.append(client)
             await asyncio.sleep(0)
 
     async def run() -> None:
-        turns = Turns()
+        turns = FairLock()
         tasks = [asyncio.create_task(take(turns, client)) for client in "aaaabxc"]
         await asyncio.sleep(0)
         tasks[5].cancel()

@@ -69,26 +69,28 @@ def names(folder: Path) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("whole")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
     short(folder)
     return folder
 
 
-def check(folder: Path, whole: Path) -> None:
-    """That a run has ended as `whole` did: weights, curves, model and files."""
-    assert same(folder, whole) and losses(folder) == losses(whole)
-    assert model_is_of(folder, 6) and names(folder) == names(whole)
-    both = [torch.load(one / "model" / "weights.pt") for one in (folder, whole)]
+def check(folder: Path, uninterrupted: Path) -> None:
+    """That a run has ended as `uninterrupted` did: weights, curves, model and files."""
+    assert same(folder, uninterrupted) and losses(folder) == losses(uninterrupted)
+    assert model_is_of(folder, 6) and names(folder) == names(uninterrupted)
+    both = [torch.load(one / "model" / "weights.pt") for one in (folder, uninterrupted)]
     assert all(torch.equal(both[0][name], both[1][name]) for name in both[1])
 
 
 @pytest.mark.parametrize("stride", [pytest.param(1, marks=pytest.mark.slow), 3])
-def test_a_run_killed_again_and_again_ends_as_one_that_was_not(stride: int, whole: Path, tmp_path: Path) -> None:
+def test_a_run_killed_again_and_again_ends_as_one_that_was_not(
+    stride: int, uninterrupted: Path, tmp_path: Path
+) -> None:
     kills = 0
     for event in range(0, 1000, stride):  # always later than before, so that it gets further and ends at last
         if not killed_at(tmp_path, event):
             break
         kills += 1
     assert kills > 20 / stride
-    check(tmp_path, whole)
+    check(tmp_path, uninterrupted)

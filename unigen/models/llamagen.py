@@ -42,7 +42,7 @@ from unigen.tokenizers import load_tokenizer, text, vqgan
 
 BASE = 10_000.0
 HEAD_WIDTHS = {768: 64, 1024: 64, 1280: 64, 1536: 64, 2048: 64, 2560: 64, 3200: 100, 4096: 128}
-"""By the width of the published models, B to XXXL and 1B to 7B; files do not say it."""
+"""By the width of the published models, B to XXXL and 1B to 7B; the checkpoints hold no number of heads."""
 TOKENIZERS = {"c2i": "vq_ds16_c2i.pt", "t2i": "vq_ds16_t2i.pt"}
 """Of models that draw classes, and words."""
 STRIDE = 16

@@ -40,7 +40,7 @@ def few_rows_linear(
     else:
         part_OI, part_O = weight_OI, bias_O
     if rows <= MOST and x.dtype == torch.float32 and x.is_cpu:
-        y = _few(x, part_OI, rows)
+        y = _transposed_linear(x, part_OI, rows)
         return y if part_O is None else y + part_O
     if _packs(x, rows) and weight_OI.dtype == x.dtype:
         packed = _pack((weight_OI,), start, stop)
@@ -49,7 +49,7 @@ def few_rows_linear(
     return nn.functional.linear(x, part_OI, part_O)
 
 
-def _few(x: Tensor, weight_OI: Tensor, rows: int) -> Tensor:
+def _transposed_linear(x: Tensor, weight_OI: Tensor, rows: int) -> Tensor:
     """`W x^T`, transposed. One row is doubled: it would take the matrix-vector product, which is slower than two."""
     outputs, inputs = weight_OI.shape
     x_RI = x.reshape(rows, inputs)
@@ -69,8 +69,8 @@ def side_by_side(x: Tensor, *groups: Sequence[nn.Module]) -> list[Tensor]:
         weights, rows = tuple(layer.weight for layer in layers), x.numel() // x.shape[-1]
         joined = None
         if rows <= MOST and x.dtype == torch.float32 and not torch.is_grad_enabled():
-            if (weight_OI := _joined(weights)) is not None:
-                joined = _few(x, weight_OI, rows)
+            if (weight_OI := _view_as_one(weights)) is not None:
+                joined = _transposed_linear(x, weight_OI, rows)
         elif _packs(x, rows) and all(weight.dtype == x.dtype for weight in weights):
             if (packed := _pack(weights)) is not None:
                 joined = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
@@ -80,7 +80,7 @@ def side_by_side(x: Tensor, *groups: Sequence[nn.Module]) -> list[Tensor]:
     return [torch.cat(part, -1) if len(part) > 1 else part[0] for part in parts]
 
 
-def _joined(weights: tuple[Tensor, ...]) -> Tensor | None:
+def _view_as_one(weights: tuple[Tensor, ...]) -> Tensor | None:
     """The weights as one, where each begins in memory where the one before it ends."""
     first, rows = weights[0], 0
     begin, width = first.data_ptr(), first.shape[1]
@@ -137,22 +137,22 @@ def use_few_rows(module: nn.Module) -> None:
         if type(part) is nn.Linear:
             part.__class__ = FewRowsLinear
     for part in module.modules():
-        for names in JOINED:
-            _lay_together([getattr(part, name, None) for name in names])
+        for names in FUSED_LAYERS:
+            _store_as_one([getattr(part, name, None) for name in names])
 
 
-JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+FUSED_LAYERS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers that read the same, by their names in transformers' decoders."""
 
 
-def _lay_together(layers: list[Any]) -> None:
+def _store_as_one(layers: list[Any]) -> None:
     """Have the weights of plain layers in float32 on a CPU be parts of one tensor, one below another."""
     if any(type(layer) is not FewRowsLinear or layer.bias is not None for layer in layers):
         return
     weights = [layer.weight for layer in layers]
     if any(weight.dtype != torch.float32 or not weight.is_cpu or weight.is_inference() for weight in weights):
         return
-    if _joined(tuple(weights)) is None:
+    if _view_as_one(tuple(weights)) is None:
         parts = torch.cat([weight.detach() for weight in weights]).split([len(weight) for weight in weights])
         for weight, part in zip(weights, parts, strict=True):
             weight.data = part

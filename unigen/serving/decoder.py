@@ -43,8 +43,8 @@ MEMORY = 2 << 30
 SECONDS = 30.0
 """For one picture, by the clock: then the process hangs."""
 WORK = 8.0
-"""Seconds of a processor for one picture, and for the heads of all pictures of one request: some megabytes of tiny
-pieces may take minutes."""
+"""Seconds of a processor for one picture, and for the heads of all pictures of one request: a small file may hold
+millions of tiny pieces."""
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 """Environment of the process: on many cores the buffers of others would take the memory that it may have."""
 T = TypeVar("T")
@@ -70,10 +70,10 @@ class Full(Exception):
     """All that may be held is held, or there is no process to be had: ask again."""
 
 
-class Turns:
+class FairLock:
     """A lock that clients take in turns: of those who wait, whoever had it longest ago is next.
 
-    async with turns.of("10.0.0.1"): ...
+    async with turns.acquire("10.0.0.1"): ...
     """
 
     def __init__(self) -> None:
@@ -81,7 +81,7 @@ class Turns:
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # the next client first
 
     @asynccontextmanager
-    async def of(self, client: str) -> AsyncIterator[None]:
+    async def acquire(self, client: str) -> AsyncIterator[None]:
         if self._held:
             turn = asyncio.get_running_loop().create_future()
             self._waiting.setdefault(client, deque()).append(turn)
@@ -119,7 +119,7 @@ class Decoder:
         self.seconds, self.memory, self.most_held, self.work = seconds, memory, most_held, work
         self.held = 0
         """Pixels of the pictures that were given out and are still there, times their copies; and of those to come."""
-        self._turns = Turns()
+        self._turns = FairLock()
         self._thread = ThreadPoolExecutor(1, "decoder")
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
@@ -155,7 +155,7 @@ class Decoder:
             raise PictureError(f"the request has {len(files)} pictures: at most {MOST_PICTURES}", MOST_PICTURES)
         if area is not None:
             area = max(1, min(area, KEPT // (len(files) * copies)))
-        async with self._turns.of(client):
+        async with self._turns.acquire(client):
             sizes = await self._in_thread(self._count, files, copies, area)
         left = sum(sizes) * copies
         if self.held + left > self.most_held:
@@ -164,7 +164,7 @@ class Decoder:
         found: list[Image.Image] = []
         try:
             for place, (file, size) in enumerate(zip(files, sizes, strict=True)):
-                async with self._turns.of(client):
+                async with self._turns.acquire(client):
                     image = await self._in_thread(self._decode, file, area, place)
                 weakref.finalize(image, self._release, size * copies)
                 left -= size * copies

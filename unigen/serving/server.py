@@ -145,7 +145,7 @@ class Server:
         document = await self._unless_gone(request, self._document(request, asked))
         self._log(request, document)
         stop, output = tuple(asked.stop or ()), self._output(asked.modalities, document)
-        document, notes = self._heard(document, output)
+        document, notes = self._without_system(document, output)
         jobs = self._jobs(asked, document, output, stop=stop, notes=notes)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.settings.model}
         if asked.stream:
@@ -173,7 +173,7 @@ class Server:
         if not asked.tools and able and "text" not in able:
             raise Wrong(400, 'this model draws: give tools [{"type": "image_generation"}]', param="tools")
         output = self._output(asked.modalities, document)
-        document, notes = self._heard(document, output)
+        document, notes = self._without_system(document, output)
         jobs = self._jobs(asked, document, output, notes=notes)
         events = response_events(self._together(jobs), asked, self.settings.model)
         if asked.stream:
@@ -188,8 +188,8 @@ class Server:
 
         return await self._unless_gone(request, last())
 
-    def _heard(self, document: Document, output: str) -> tuple[Document, dict[str, Any]]:
-        """Without system messages where they are not followed, which its settings then say."""
+    def _without_system(self, document: Document, output: str) -> tuple[Document, dict[str, Any]]:
+        """Leave system messages out where the model does not follow them; the settings of the answer then note it."""
         told, said = split_system(document.segments)
         if told and (output == "image" or not self.engine.info.get("system")):
             return Document(said), {"ignored": ["system"]}

@@ -55,7 +55,7 @@ def run_recipe(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     for needed in ("config", "build"):
         if not callable(getattr(module, needed, None)):
             raise ValueError(f"the recipe {path} has no function {needed}(); it needs config() and build(cfg)")
-    cfg = apply_overrides(_made(path, "config()", RunConfig, module.config), overrides)
+    cfg = apply_overrides(_call(path, "config()", RunConfig, module.config), overrides)
 
     from unigen.training.checkpoint import lock_run
     from unigen.training.stream import seed_all
@@ -63,15 +63,15 @@ def run_recipe(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
     with lock_run(cfg.run_dir, main):
         seed_all(cfg.seed)  # so that the first weights are a function of the configuration
-        return Trainer(cfg, _made(path, "build(cfg)", Job, module.build, cfg)).run()
+        return Trainer(cfg, _call(path, "build(cfg)", Job, module.build, cfg)).run()
 
 
-def _made(path: str, call: str, kind: type[T], function: Callable[..., object], *given: object) -> T:
+def _call(path: str, call: str, kind: type[T], function: Callable[..., object], *given: object) -> T:
     """What a function of the recipe at `path` returns. ValueError where it is not of the kind."""
-    made = function(*given)
-    if not isinstance(made, kind):
-        raise ValueError(f"{call} of the recipe {path} must return a {kind.__name__}, not a {type(made).__name__}")
-    return made
+    result = function(*given)
+    if not isinstance(result, kind):
+        raise ValueError(f"{call} of the recipe {path} must return a {kind.__name__}, not a {type(result).__name__}")
+    return result
 
 
 def check_inputs(path: str, tree: ast.Module, overrides: Sequence[str]) -> None:
