@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,20 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # recipes and scripts are imported from the repository's root
     sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """Fails a test that leaves a variable of the environment, or a handler of a signal, changed for the next ones."""
+
+    def state() -> dict[Any, Any]:
+        variables = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+        return variables | {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
+
+    before = state()
+    yield
+    changed = {name for name, _ in before.items() ^ state().items()}
+    assert not changed, f"this test leaves {changed} changed"
 
 
 @pytest.fixture(scope="session")

@@ -47,7 +47,6 @@ def test_a_job_may_be_dropped_where_nothing_waits(waits: bool) -> None:
 def asks(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Any]]:
     """The server's ends of the pipes of a process that answers with the stand-in, in a thread."""
     monkeypatch.setattr(unigen, "load", lambda **_: Pipeline())
-    monkeypatch.setattr("unigen.serving.work.signal.signal", lambda *_: None)  # of main threads alone
     (receiver, asks), (heard, tells) = multiprocessing.Pipe(duplex=False), multiprocessing.Pipe(duplex=False)
     thread = threading.Thread(target=work, args=(receiver, Sender(tells), {}, 1), daemon=True)
     thread.start()

@@ -66,6 +66,8 @@ def _work(jobs: Any, events: Any, *arguments: Any) -> None:
     """In the new process, which alone loads what models need. It may start others, as vLLM does for several GPUs; they
     are a group, which ends with the server, however that ends."""
     os.setsid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the server, which closes the pipe
+    os.environ["TQDM_DISABLE"] = "1"  # bars have no place in a log
     multiprocessing.current_process().daemon = False  # else it could start none
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     sender = Sender(events)

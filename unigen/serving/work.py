@@ -9,8 +9,6 @@ while jobs run together is a `Failed` for each of them, and the next ones are an
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 import time
 import traceback
@@ -402,8 +400,6 @@ def said(document: Document) -> str:
 def work(receiver: Any, sender: Any, source: dict[str, Any], slots: int) -> None:
     """Load a model and answer until the other end is closed. source: of `unigen.load`. A model that cannot be loaded is
     a `Refused` for no job."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the server, which closes the pipe
-    os.environ["TQDM_DISABLE"] = "1"  # bars have no place in a log
     try:
         import unigen
 
