@@ -18,6 +18,7 @@ from torch import Tensor
 
 from unigen.generators import jacobi
 from unigen.generators.base import CODES, Frame, Model, Read, Span, State
+from unigen.samplers.guidance import Guidance
 from unigen.samplers.logits import draw, penalize
 from unigen.sequence import Batch, Vocabulary
 
@@ -152,8 +153,8 @@ class NextToken(Causal):
         states, hidden = [states[row] for row in plain], [hidden[row] for row in plain]
         offset = model.vocabulary.first
         flat = torch.stack([branch[-1] for branches in hidden for branch in branches])
-        split = model.logits(flat, offset, model.vocabulary.stop).float().split([len(branches) for branches in hidden])
-        mixed_BV = torch.stack([s.span.guidance.combine(list(p)) for s, p in zip(states, split, strict=True)])
+        logits_NV = model.logits(flat, offset, model.vocabulary.stop).float()
+        mixed_BV = combine_alike(logits_NV, [state.span.guidance for state in states])
         for rows, ids in sample_alike(mixed_BV, states):
             for row, code in zip(rows, ids, strict=True):
                 state = states[row]
@@ -166,6 +167,15 @@ class NextToken(Causal):
         return read
 
 
+def combine_alike(logits_NV: Tensor, guidances: list[Guidance]) -> Tensor:
+    """Guided logits (B, V) of rows, whose branches lie one after another in `logits_NV` (N, V); rows with the same
+    guidance are combined together."""
+    if len(set(guidances)) == 1:
+        return guidances[0].combine(logits_NV.unflatten(0, (len(guidances), -1)).unbind(1))
+    split = logits_NV.split([guidance.branches for guidance in guidances])
+    return torch.stack([guidance.combine(part) for guidance, part in zip(guidances, split, strict=True)])
+
+
 def sample_alike(logits_BV: Tensor, states: list[State]) -> list[tuple[list[int], list[Any]]]:
     """Draw an id for each row; rows with the same sampling options are drawn together. A state whose logits are not
     finite says so, and has id 0."""
@@ -174,7 +184,8 @@ def sample_alike(logits_BV: Tensor, states: list[State]) -> list[tuple[list[int]
         groups.setdefault(state.span.sampling, []).append(row)
     result = []
     for sampling, rows in groups.items():
-        ids_B = draw(logits_BV[rows], sampling, [states[row].span.rng for row in rows])
+        some_BV = logits_BV if len(groups) == 1 else logits_BV[rows]
+        ids_B = draw(some_BV, sampling, [states[row].span.rng for row in rows])
         ids = ids_B.tolist()
         for row, id in zip(rows, ids, strict=True):
             states[row].finite &= id >= 0

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from unigen.generators.base import CODES, Frame, Head, Model, Read, Span, State
-from unigen.generators.next_token import pictures_of_ids, sample_alike
+from unigen.generators.next_token import combine_alike, pictures_of_ids, sample_alike
 from unigen.sequence import Batch
 
 Targets = tuple[Tensor, Tensor, Tensor]
@@ -123,8 +123,7 @@ class RandomOrder(Head):
     def _draw(self, model: Model, states: list[OrderState], last: list[list[Tensor]]) -> None:
         first = model.vocabulary.first
         logits = model.logits(torch.stack([s for branches in last for s in branches]), first, model.vocabulary.stop)
-        split = logits.split([len(branches) for branches in last])
-        mixed_BV = torch.stack([s.span.guidance.combine(list(p)) for s, p in zip(states, split, strict=True)])
+        mixed_BV = combine_alike(logits, [state.span.guidance for state in states])
         for rows, codes in sample_alike(mixed_BV, list(states)):
             for row, code in zip(rows, codes, strict=True):
                 states[row].written.append(first + code)

@@ -65,33 +65,40 @@ def side_by_side(x: Tensor, *groups: Sequence[nn.Module]) -> list[Tensor]:
     rounding in float32: for few rows where `use_few_rows` has laid their weights one below another, for more in
     oneDNN's layout."""
     layers = [layer for group in groups for layer in group]
-    if x.is_cpu and all(type(layer) is FewRowsLinear and layer.bias is None for layer in layers):
-        weights, rows = tuple(layer.weight for layer in layers), x.numel() // x.shape[-1]
+    plain = [layer._parameters for layer in layers if type(layer) is FewRowsLinear]
+    if x.is_cpu and len(plain) == len(layers) and not any([own["bias"] is not None for own in plain]):
+        weights, rows = [own["weight"] for own in plain], x.numel() // x.shape[-1]
         joined = None
         if rows <= MOST and x.dtype == torch.float32 and not torch.is_grad_enabled():
-            if (weight_OI := _view_as_one(weights)) is not None:
+            if (weight_OI := _view_as_one(weights)) is not None:  # type: ignore[arg-type]
                 joined = _transposed_linear(x, weight_OI, rows)
-        elif _packs(x, rows) and all(weight.dtype == x.dtype for weight in weights):
-            if (packed := _pack(weights)) is not None:
+        elif _packs(x, rows) and all(weight.dtype == x.dtype for weight in weights):  # type: ignore[union-attr]
+            if (packed := _pack(tuple(weights))) is not None:  # type: ignore[arg-type]
                 joined = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
         if joined is not None:
-            return joined.split([sum(layer.out_features for layer in group) for group in groups], -1)  # type: ignore
+            sizes = [sum([layer.out_features for layer in group]) for group in groups]
+            return list(joined.split_with_sizes(sizes, -1))  # type: ignore[arg-type]
     parts = [[layer(x) for layer in group] for group in groups]
     return [torch.cat(part, -1) if len(part) > 1 else part[0] for part in parts]
 
 
-def _view_as_one(weights: tuple[Tensor, ...]) -> Tensor | None:
-    """The weights as one, where each begins in memory where the one before it ends."""
-    first, rows = weights[0], 0
-    begin, width = first.data_ptr(), first.shape[1]
-    for weight in weights:
+def _view_as_one(weights: Sequence[Tensor]) -> Tensor | None:
+    """The weights as one, where each begins in memory where the one before it ends. The first keeps what was found."""
+    first = weights[0]
+    begins = [weight.data_ptr() for weight in weights]
+    kept: Any = getattr(first, "_as_one", None)
+    if kept is not None and kept[0] == begins:  # its memory cannot be another's, since the view holds it
+        return kept[1]  # type: ignore[no-any-return]
+    rows, width = 0, first.shape[1]
+    for begin, weight in zip(begins, weights, strict=True):
         alike = weight.shape[1] == width and weight.dtype == first.dtype and weight.is_contiguous()
-        if not alike or weight.data_ptr() != begin + rows * width * weight.itemsize:
+        if not alike or begin != begins[0] + rows * width * weight.itemsize:
             return None
         rows += len(weight)
     if (first.storage_offset() + rows * width) * first.itemsize > first.untyped_storage().nbytes():
         return None  # neighbours by chance
-    return first.as_strided((rows, width), (width, 1))
+    first._as_one = begins, first.detach().as_strided((rows, width), (width, 1))  # type: ignore[attr-defined]
+    return first._as_one[1]  # type: ignore[attr-defined,no-any-return]
 
 
 def _packs(x: Tensor, rows: int) -> bool:
@@ -152,7 +159,7 @@ def _store_as_one(layers: list[Any]) -> None:
     weights = [layer.weight for layer in layers]
     if any(weight.dtype != torch.float32 or not weight.is_cpu or weight.is_inference() for weight in weights):
         return
-    if _view_as_one(tuple(weights)) is None:
+    if _view_as_one(weights) is None:
         parts = torch.cat([weight.detach() for weight in weights]).split([len(weight) for weight in weights])
         for weight, part in zip(weights, parts, strict=True):
             weight.data = part

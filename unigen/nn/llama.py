@@ -44,7 +44,7 @@ def llama_hidden(
     Llama (Touvron et al. 2023, arXiv 2302.13971, section 2.2): h = x + attention(norm(x)), y = h + mlp(norm(h)) with
     rms norms, rotary positions and mlp(x) = down(silu(gate(x)) * up(x)).
     """
-    eps = decoder.config.rms_norm_eps
+    eps = torch.tensor(decoder.config.rms_norm_eps)
     cos_BLE, sin_BLE = decoder.rotary_emb(embeds_BLD, positions_BL)
     half = sin_BLE.shape[-1] // 2
     cos_BL1E = cos_BLE[:, :, None]
@@ -58,7 +58,9 @@ def llama_hidden(
         # rotary positions (Su et al. 2021, arXiv 2104.09864, eq. 34), its pairs half a head apart
         both_BLHE = torch.addcmul(both_BLHE * cos_BL1E, both_BLHE.roll(half, -1), sin_BL1E)
         key_heads = value.shape[-1] // part.head_dim
-        query_BHLE, key_BKLE = both_BLHE.transpose(1, 2).split((both_BLHE.shape[2] - key_heads, key_heads), 1)
+        query_BHLE, key_BKLE = both_BLHE.transpose(1, 2).split_with_sizes(
+            (both_BLHE.shape[2] - key_heads, key_heads), 1
+        )
         value_BKLE = value.unflatten(-1, (-1, part.head_dim)).transpose(1, 2)
         keys, values = (key_BKLE, value_BKLE) if cache is None else cache.update(key_BKLE, value_BKLE, number)
         mixed, _ = packed_attention(part, query_BHLE, keys, values, mask, part.scaling, packing=packing)
@@ -70,13 +72,13 @@ def llama_hidden(
     return _norm(x_BLD, decoder.norm.weight, eps)
 
 
-def _norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+def _norm(x: Tensor, weight_D: Tensor, eps: Tensor) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019, arXiv 1910.07467, eq. 4). torch has no kernel of it
     for a CPU, and takes it apart into more steps than this."""
     if not x.is_cpu or x.dtype != torch.float32 or torch.is_grad_enabled():
-        return rms_norm(x, x.shape[-1:], weight_D, eps)
+        return rms_norm(x, x.shape[-1:], weight_D, float(eps))
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    scale = torch.addcmul(length.new_tensor(eps), length, length, value=1 / x.shape[-1]).rsqrt_()
+    scale = torch.addcmul(eps, length, length, value=1 / x.shape[-1]).rsqrt_()
     return (x * weight_D).mul_(scale)
 
 

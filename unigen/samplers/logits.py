@@ -72,7 +72,9 @@ def draw(logits_BV: Tensor, sampling: Sampling, rngs: list[torch.Generator]) -> 
     row does not depend on its batch."""
     if sampling.temperature == 0:
         return likeliest(logits_BV)
-    race_BV = torch.stack([torch.empty(logits_BV.shape[-1]).exponential_(generator=rng) for rng in rngs])
+    race_BV = torch.empty(logits_BV.shape)
+    for race_V, rng in zip(race_BV, rngs, strict=True):
+        race_V.exponential_(generator=rng)
     return race(warp(logits_BV, sampling).softmax(dim=-1), race_BV)
 
 
