@@ -24,17 +24,19 @@ import torch
 from torch import Tensor
 
 import unigen
-from unigen import precision
-from unigen.arguments import Parser
-from unigen.data.captions import short_caption
-from unigen.data.scenes import sample_scene
-from unigen.data.world import World, find_font
+from unigen.batch import Tokens, pack
+from unigen.document import Document, Segment
 from unigen.limits import number
-from unigen.numbers import parse_int
-from unigen.output import check_output, one_line_errors, write_atomically
+from unigen.media.output import check_output, one_line_errors, write_atomically
+from unigen.media.pixels import to_pixels
 from unigen.samplers.guidance import Guidance
 from unigen.samplers.logits import Sampling, draw_together
-from unigen.sequence import Document, Segment, Tokens, pack, to_pixels
+from unigen.toyworld.captions import short_caption
+from unigen.toyworld.scenes import sample_scene
+from unigen.toyworld.world import World, find_font
+from unigen.utils import precision
+from unigen.utils.argparser import Parser
+from unigen.utils.numbers import parse_int
 
 NAME = "next-scale"
 MINUTES = number(0, 100_000, whole=False, above=True)

@@ -27,19 +27,19 @@ from typing import Any
 import numpy as np
 
 import unigen
-from unigen import precision
-from unigen.arguments import Parser
-from unigen.data.captions import Facts, caption
-from unigen.data.world import World, find_font
-from unigen.disk import check_input
+from unigen.document import Document, Segment
 from unigen.evaluation.detector import load_detector
 from unigen.evaluation.task import Item
 from unigen.evaluation.tasks.scenes import ScenesTask, prompts
 from unigen.evaluation.tasks.understanding import UnderstandingTask
 from unigen.limits import argument as limited
 from unigen.limits import number
-from unigen.output import check_output, one_line_errors, write_atomically
-from unigen.sequence import Document, Segment
+from unigen.media.output import check_output, one_line_errors, write_atomically
+from unigen.toyworld.captions import Facts, caption
+from unigen.toyworld.world import World, find_font
+from unigen.utils import precision
+from unigen.utils.argparser import Parser
+from unigen.utils.disk import check_input
 
 JUDGE = (
     "unigen train recipes/scene_detector.py seed=2 run_dir=runs/judge && "

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from unigen.arguments import Parser
-from unigen.data.language import (
+from unigen.limits import argument, number
+from unigen.toyworld.language import (
     caption,
     descriptive_caption,
     edits,
@@ -33,11 +33,11 @@ from unigen.data.language import (
     short_caption,
     verdict,
 )
-from unigen.data.scenes import Scene, World, is_heldout, sample_scene
-from unigen.data.stories import story
-from unigen.disk import check_folder
-from unigen.extras import require
-from unigen.limits import argument, number
+from unigen.toyworld.scenes import Scene, World, is_heldout, sample_scene
+from unigen.toyworld.stories import story
+from unigen.utils.argparser import Parser
+from unigen.utils.disk import check_folder
+from unigen.utils.extras import require
 
 ROW_GROUP = 200  # rows held in memory at a time
 SIZES = (32, 512)  # sides of a picture in pixels

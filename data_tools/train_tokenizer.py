@@ -12,19 +12,19 @@ from collections.abc import Iterator
 from typing import TextIO
 
 from unigen import hub
-from unigen.arguments import Parser
-from unigen.disk import check_folder
 from unigen.limits import argument as limited
 from unigen.limits import number
+from unigen.media.output import one_line_errors
 from unigen.models.tiny import SPECIALS, spelt
-from unigen.output import one_line_errors
 from unigen.tokenizers import text
+from unigen.utils.argparser import Parser
+from unigen.utils.disk import check_folder
 
 
 def sentences(path: str | None, count: int, seed: int) -> Iterator[str]:
     """Lines as the model reads them: lower case, each opening with a space."""
     if path is None:
-        from unigen.data.stories import text_corpus
+        from unigen.toyworld.stories import text_corpus
 
         lines: Iterator[str] = text_corpus(count, seed)
     else:

@@ -29,12 +29,12 @@ from torch.nn.functional import binary_cross_entropy_with_logits as cross_entrop
 from torch.nn.utils.rnn import pad_sequence
 
 import unigen
-from unigen.adapters import AdaptedPipeline, Adapter, between, embed, load_adapter, pipe_of
+from unigen.backends.connector import AdaptedPipeline, Adapter, between, embed, load_adapter, pipe_of
+from unigen.backends.diffusers_engine import PipelineEngine
 from unigen.config import OptimConfig, RunConfig
-from unigen.data import captions, scenes
-from unigen.output import grid
-from unigen.pipelines import PipelineEngine
-from unigen.sequence import Document
+from unigen.document import Document
+from unigen.media.output import grid
+from unigen.toyworld import captions, scenes
 from unigen.training.trainer import Job
 
 SIZE = 256

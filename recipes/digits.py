@@ -31,20 +31,21 @@ from torch import nn
 from transformers import LlamaConfig
 
 from unigen import generators
+from unigen.batch import Tokens
 from unigen.config import OptimConfig, RunConfig
 from unigen.data import digits
 from unigen.data.packing import Collate, PackedRows
-from unigen.engine import Engine
+from unigen.document import Document, Segment
 from unigen.generators.flow import FlowConfig
-from unigen.model import Template, UnifiedModel
+from unigen.inference.engine import Engine
+from unigen.media.output import grid
+from unigen.model.unified import Template, UnifiedModel
 from unigen.models import load, tiny
-from unigen.output import grid
-from unigen.sequence import Document, Segment, Tokens
 from unigen.tokenizers import load_tokenizer
+from unigen.training.generator_setup import new_heads, shares_of, text_tokenizer
 from unigen.training.muon import MuonAdamW
 from unigen.training.objectives import Mixture
 from unigen.training.trainer import Job
-from unigen.training.writers import new_heads, shares_of, text_tokenizer
 
 INPUTS = {
     "image_tokenizer": "unigen train recipes/tiny_vq.py pictures=digits model.image_size=32 time_limit=120 "

@@ -6,7 +6,7 @@
     TIME      80 minutes on one of them beside other work, all that is trained included
 
 A U-Net, three DiT that take the condition by adaLN-Zero, by cross-attention or in context, and MM-DiT
-(`unigen/nn/painters.py`), each of the width at which one evaluation costs `gflops`, on the last states of a frozen
+(`unigen/nn/denoisers.py`), each of the width at which one evaluation costs `gflops`, on the last states of a frozen
 backbone; and two of them on a frozen text encoder of the backbone's size instead, a T5 (Raffel et al. 2020, arXiv
 1910.10683), which learns the world's language here by span corruption. All see the same pictures, noise and times;
 latents and states are computed once, since they cost several times what a network does.
@@ -31,26 +31,28 @@ import torch
 from torch import Tensor, nn
 
 from unigen import hub
-from unigen.arguments import Parser
+from unigen.batch import Batch, Tokens, pack
 from unigen.config import OptimConfig, RunConfig, apply_overrides, write_report
-from unigen.data.chats import Chats
-from unigen.data.stories import text_corpus
-from unigen.data.world import World
-from unigen.disk import check_input
+from unigen.document import Document, Segment
 from unigen.evaluation.runner import make_folder
 from unigen.evaluation.tasks.scenes import ScenesTask, score_pictures, summarise
 from unigen.generators.base import Span
 from unigen.generators.flow import Flow, FlowConfig
-from unigen.model import UnifiedModel
+from unigen.media.output import check_output, grid, save_picture
+from unigen.media.pixels import to_images, to_pixels
+from unigen.model.unified import UnifiedModel
 from unigen.models import load, tiny
-from unigen.nn.painters import Kind, painter
-from unigen.output import check_output, grid, save_picture
-from unigen.precision import has_fast_bfloat16
+from unigen.nn.denoisers import Kind, painter
 from unigen.samplers.guidance import Guidance
 from unigen.samplers.logits import Sampling
-from unigen.sequence import Batch, Document, Segment, Tokens, pack, to_images, to_pixels
 from unigen.tokenizers import load_tokenizer
+from unigen.toyworld.chats import Chats
+from unigen.toyworld.stories import text_corpus
+from unigen.toyworld.world import World
 from unigen.training.trainer import Job, Trainer
+from unigen.utils.argparser import Parser
+from unigen.utils.disk import check_input
+from unigen.utils.precision import has_fast_bfloat16
 
 INPUTS = {"kl_tokenizer": "unigen train recipes/tiny_vq.py kind=kl run_dir=runs/kl"}
 """Folders that fields name, and the commands that make them."""

@@ -30,14 +30,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unigen.arguments import Parser
 from unigen.config import OptimConfig, RunConfig
-from unigen.data import scenes
-from unigen.data.world import find_font
-from unigen.disk import check_folder, check_input
 from unigen.evaluation.detector import Detector, DetectorConfig, Targets, load_detector, loss_terms, save_detector
-from unigen.output import one_line_errors
+from unigen.media.output import one_line_errors
+from unigen.toyworld import scenes
+from unigen.toyworld.world import find_font
 from unigen.training.trainer import Job
+from unigen.utils.argparser import Parser
+from unigen.utils.disk import check_folder, check_input
 
 OBJECTS = tuple(scenes.OBJECTS)
 COLORS = ("natural", *scenes.COLORS)

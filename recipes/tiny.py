@@ -67,20 +67,23 @@ import torch
 from PIL import Image
 from torch import nn
 
+from unigen.batch import Tokens
 from unigen.config import OptimConfig, RunConfig
-from unigen.data.chats import MIXTURE, Chats
 from unigen.data.packing import Collate, PackedRows
-from unigen.data.stories import text_corpus
-from unigen.data.world import World
-from unigen.engine import Engine
+from unigen.document import Document, Segment
 from unigen.generators.flow import FlowConfig
 from unigen.generators.token_flow import TokenFlowConfig
 from unigen.generators.transfusion import TransfusionConfig
-from unigen.model import Template, UnifiedModel
+from unigen.inference.engine import Engine
+from unigen.media.output import grid
+from unigen.media.pixels import to_images
+from unigen.model.unified import Template, UnifiedModel
 from unigen.models import load, tiny
-from unigen.output import grid
-from unigen.sequence import Document, Segment, Tokens, to_images
 from unigen.tokenizers import load_tokenizer
+from unigen.toyworld.chats import MIXTURE, Chats
+from unigen.toyworld.stories import text_corpus
+from unigen.toyworld.world import World
+from unigen.training.generator_setup import new_heads, shares_of, text_tokenizer
 from unigen.training.muon import MuonAdamW
 from unigen.training.objectives import Mixture
 from unigen.training.preferences import (
@@ -92,7 +95,6 @@ from unigen.training.preferences import (
     read_pairs,
 )
 from unigen.training.trainer import Job
-from unigen.training.writers import new_heads, shares_of, text_tokenizer
 
 INPUTS = {
     "image_tokenizer": "unigen train recipes/tiny_vq.py run_dir=runs/vq",

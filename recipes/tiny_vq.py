@@ -39,23 +39,23 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from unigen.arguments import Parser
 from unigen.config import OptimConfig, RunConfig, apply_overrides, write_report
 from unigen.data import digits
-from unigen.data.scenes import World, sample_scene
-from unigen.disk import check_input
 from unigen.limits import argument as limited
 from unigen.limits import number
+from unigen.media.output import check_output
 from unigen.nn.conv import to_uint8
 from unigen.nn.perceptual import LPIPS
-from unigen.output import check_output
 from unigen.tokenizers import load_tokenizer, save_tokenizer
 from unigen.tokenizers.kl import KLConfig, KLTokenizer
 from unigen.tokenizers.measure import evaluate_scales, evaluate_tokenizer
 from unigen.tokenizers.multiscale_vq import MultiscaleQuantizer
 from unigen.tokenizers.vq import VQConfig, VQTokenizer
+from unigen.toyworld.scenes import World, sample_scene
 from unigen.training.trainer import Job, Trainer
 from unigen.training.vq_objective import VQLossConfig, VQObjective, VQTraining
+from unigen.utils.argparser import Parser
+from unigen.utils.disk import check_input
 
 INPUTS = {
     "features": "unigen train recipes/scene_detector.py run_dir=runs/judge seed=2 && "

@@ -18,8 +18,8 @@ import sys
 
 import torch
 
+from unigen.media.output import one_line_errors
 from unigen.models import load
-from unigen.output import one_line_errors
 
 
 def average(out: str, names: list[str], shares: list[float]) -> None:

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import unigen
-from unigen.arguments import Parser
-from unigen.cli import story_prompt
+from unigen.commands.story import story_prompt
 from unigen.config import hardware
 from unigen.limits import argument as limited
-from unigen.output import check_output, figure, page, save_picture, story_body, write_text
+from unigen.media.output import check_output, figure, page, save_picture, story_body, write_text
+from unigen.utils.argparser import Parser
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from unigen.config import load_json
-from unigen.output import write_text
+from unigen.media.output import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS, PAGE = ROOT / "docs" / "runs", ROOT / "docs" / "results.md"

@@ -14,8 +14,8 @@ import sys
 import torch
 
 from unigen import hub
+from unigen.media.output import one_line_errors
 from unigen.models import load
-from unigen.output import one_line_errors
 
 LIMIT = 40_000_000
 """Bytes that all shipped weights together may have."""

@@ -26,11 +26,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from unigen.arguments import Parser  # noqa: E402
 from unigen.config import write_report  # noqa: E402
 from unigen.limits import argument as limited  # noqa: E402
 from unigen.limits import number  # noqa: E402
-from unigen.output import one_line_errors  # noqa: E402
+from unigen.media.output import one_line_errors  # noqa: E402
+from unigen.utils.argparser import Parser  # noqa: E402
 
 THINGS = ("two apples on a blue background", "a red car", "three penguins", "a rose left of a house")
 LEAVING, WRONG = 0.1, 0.05

@@ -17,7 +17,7 @@ fi
 install "[dev]"
 
 # The rendered scenes are drawn with the system's emoji font; tests that need it skip themselves without it.
-if ! .venv/bin/python -c 'from unigen.data.world import find_font; find_font()' >/dev/null 2>&1; then
+if ! .venv/bin/python -c 'from unigen.toyworld.world import find_font; find_font()' >/dev/null 2>&1; then
   if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     say "installing the emoji font (apt: fontconfig, fonts-noto-color-emoji)"
     { apt-get update -qq && apt-get install -y -qq fontconfig fonts-noto-color-emoji; } >/dev/null 2>&1 ||

@@ -43,7 +43,7 @@ def root() -> Path:
 @pytest.fixture(scope="session")
 def emoji_font() -> Path:
     """The system's emoji font; the test is left out where it is missing."""
-    from unigen.data.world import find_font
+    from unigen.toyworld.world import find_font
 
     try:
         return find_font()

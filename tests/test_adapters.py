@@ -22,11 +22,11 @@ import unigen
 from tests.conftest import autoencoder
 from tests.parity import llamagen_t2i as t5_case
 from tests.parity import showo as showo_case
-from unigen import cli
-from unigen.adapters import AdaptedPipeline, Adapter, AdapterConfig, embed, load_adapter
+from unigen.backends.connector import AdaptedPipeline, Adapter, AdapterConfig, embed, load_adapter
+from unigen.backends.diffusers_engine import PipelineEngine
+from unigen.commands import main as cli
 from unigen.config import apply_overrides
-from unigen.pipelines import PipelineEngine
-from unigen.sequence import Document
+from unigen.document import Document
 from unigen.training.trainer import Trainer
 
 RED, BLUE = (Image.new("RGB", (32, 32), color) for color in ("red", "blue"))

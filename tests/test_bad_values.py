@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 import unigen
-from unigen.engine import METHOD_OPTIONS, Engine
-from unigen.sequence import Document, Segment
+from unigen.document import Document, Segment
+from unigen.inference.engine import METHOD_OPTIONS, Engine
 
 VALUES: dict[str, Any] = {
     "none": None,

@@ -10,7 +10,7 @@ from urllib.parse import quote
 import pytest
 from PIL import Image
 
-from unigen.chat import Chat, pasted_paths
+from unigen.commands.chat_session import Chat, pasted_paths
 
 
 @pytest.mark.parametrize(

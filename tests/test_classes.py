@@ -11,11 +11,11 @@ from PIL import Image
 from transformers import LlamaConfig
 
 import unigen
-from unigen.cli import main
+from unigen.commands.main import main
 from unigen.data import digits
+from unigen.document import Document, Segment
 from unigen.evaluation.tasks.digits import DigitsTask
 from unigen.models import load, tiny
-from unigen.sequence import Document, Segment
 from unigen.tokenizers import load_tokenizer, text
 
 NAMES = ("ant", "bee", "cow")

@@ -19,11 +19,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-import unigen
-from unigen.chat import Chat, inline, inline_protocol
-from unigen.cli import main
-from unigen.output import grid
-from unigen.sequence import Document
+from unigen.commands.chat_session import Chat, inline, inline_protocol
+from unigen.commands.main import main
+from unigen.document import Document
+from unigen.media.output import grid
 
 
 class FakeEngine:
@@ -77,7 +76,7 @@ def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeEngine:
             raise ValueError(f"unknown model {name!r}:\n  neither a folder nor a name")
         return fake
 
-    monkeypatch.setattr(unigen, "load", load, raising=False)
+    monkeypatch.setattr("unigen.loading.load", load)
     monkeypatch.chdir(tmp_path)
     return fake
 
@@ -115,7 +114,7 @@ def test_generate_many_and_grid(engine: FakeEngine, tmp_path: Path) -> None:
 
 
 def test_generate_more_than_a_batch(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unigen.cli.BATCH", 2)
+    monkeypatch.setattr("unigen.commands.generate.BATCH", 2)
     assert main(["generate", "x", "-n", "5", "--seed", "10", "-o", "a.png"]) == 0
     assert [Image.open(f"a-{i}.png").getpixel((0, 0))[0] for i in range(5)] == [10, 11, 12, 13, 14]  # type: ignore[index]
     assert [options["n"] for _, options in engine.asked] == [2, 2, 1]

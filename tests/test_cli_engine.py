@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, ImageChops
 
 import unigen
-from unigen.cli import main
+from unigen.commands.main import main
 
 
 @pytest.fixture(autouse=True)

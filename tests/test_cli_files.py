@@ -22,11 +22,12 @@ import pytest
 from PIL import Image
 
 from tests.test_cli import FakeEngine, bad, engine, files, picture  # noqa: F401
-from unigen import hub, output
-from unigen.cli import main
-from unigen.disk import check_folder, disk_errors
-from unigen.output import code, write_story
-from unigen.sequence import Document
+from unigen import hub
+from unigen.commands.main import main
+from unigen.document import Document
+from unigen.media import output
+from unigen.media.output import code, write_story
+from unigen.utils.disk import check_folder, disk_errors
 
 LONGEST = 255
 """Bytes of a name on the file systems of Linux."""
@@ -162,7 +163,7 @@ def test_a_disk_that_refuses_leaves_nothing_behind(
     def fail(*_: Any) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("unigen.output.os.chmod", fail)  # what comes after all bytes, and before the final name
+    monkeypatch.setattr("unigen.media.output.os.chmod", fail)  # what comes after all bytes, and before the final name
     before = files(tmp_path)
     assert main([picture if word == "PICTURE" else word for word in line]) == 2
     shown = capsys.readouterr().err
@@ -279,7 +280,7 @@ def test_the_rights_of_new_files_are_read_by_one_thread_at_a_time(monkeypatch: p
         inside.wait()
         seen.append(output._umask())
 
-    monkeypatch.setattr("unigen.output.os.umask", umask)
+    monkeypatch.setattr("unigen.media.output.os.umask", umask)
     second = threading.Thread(target=read)
     second.start()
     seen.append(output._umask())
@@ -353,7 +354,7 @@ def test_a_command_ends_at_once(body: str, code: int, said: str, root: Path) -> 
     """What is registered for the end is done; the interpreter is not torn down, which takes seconds with torch."""
     program = f"""if True:
         import atexit
-        from unigen import cli
+        from unigen.commands import main as cli
         class Late:
             def __del__(self): print("torn down")
         late = Late()

@@ -12,13 +12,13 @@ import torch
 
 import unigen
 from unigen import hub
-from unigen.engine import Engine
+from unigen.inference.engine import Engine
 from unigen.models import load
 
 SLOW = ("transformers", "diffusers", "torch._dynamo", "torch._inductor", "sympy", "sklearn", "scipy", "pandas")
 SCRIPT = """
 import sys
-from unigen import cli
+from unigen.commands import main as cli
 for line in {lines!r}:
     code = cli.main(line)
     print("IMPORTED", code, *[name for name in {slow!r} if name in sys.modules])

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.test_cli import FakeEngine, talk
-from unigen.chat import COMMANDS, Chat
+from unigen.commands.chat_session import COMMANDS, Chat
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-import unigen
 from unigen.evaluation.detector import ASSET
 
 DRAW, JUDGE, WORDS, SCENES = (
@@ -32,7 +31,7 @@ def refused(
     def too_late(*_: Any, **__: Any) -> Any:
         raise AssertionError("it began to work")
 
-    monkeypatch.setattr(unigen, "load", too_late)
+    monkeypatch.setattr("unigen.loading.load", too_late)
     monkeypatch.chdir(tmp_path)
 
     def run(module: str, *given: str) -> str:

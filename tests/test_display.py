@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 
 import unigen
-from unigen.display import SHOWN, MediaList
-from unigen.sequence import Document, Preview, Segment
+from unigen.document import Document, Preview, Segment
+from unigen.media.display import SHOWN, MediaList
 
 
 def colours(page: str) -> list[Any]:

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from data_tools import draw_again
-from unigen.cli import main
-from unigen.engine import Engine
+from unigen.commands.main import main
+from unigen.inference.engine import Engine
 from unigen.samplers.guidance import Guidance
 from unigen.samplers.logits import Sampling
 from unigen.tokenizers import load_tokenizer

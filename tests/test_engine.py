@@ -13,11 +13,13 @@ import torch
 from PIL import Image
 
 import unigen
-from unigen.engine import Engine
+from unigen.batch import Vocabulary, pack
+from unigen.document import Document, Preview, Segment
+from unigen.inference.engine import Engine
 from unigen.models import load
 from unigen.samplers.guidance import Guidance
-from unigen.sequence import Document, NotFinite, Preview, Segment, Vocabulary, pack
 from unigen.training.objectives import Mixture
+from unigen.utils.numbers import NotFinite
 
 
 def same(a: Image.Image, b: Image.Image) -> bool:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from unigen.cli import main
-from unigen.extras import MODULES, missing, require
+from unigen.commands.main import main
+from unigen.utils.extras import MODULES, missing, require
 
 NAMES = {"sklearn": "scikit-learn"}  # of the package, where the module is called otherwise
 

@@ -26,10 +26,11 @@ from PIL import Image
 
 import unigen
 from tests.training.test_objectives import PICTURES, batch_of
-from unigen.cli import COMMANDS, main
+from unigen.batch import pack
+from unigen.commands.main import COMMANDS, main
+from unigen.diffusion.solvers import SAMPLERS
+from unigen.document import Document, Segment
 from unigen.samplers.guidance import KINDS
-from unigen.samplers.ode import SAMPLERS
-from unigen.sequence import Document, Segment, pack
 from unigen.training.objectives import Mixture
 
 FOLDER = Path(__file__).parent / "fingerprints"

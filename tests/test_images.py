@@ -15,8 +15,9 @@ import pytest
 import torch
 from PIL import Image, ImageCms, features
 
-from unigen.images import ImageError, is_image_path, read_image, read_mask
-from unigen.sequence import Document, Segment, to_pixels
+from unigen.document import Document, Segment
+from unigen.media.images import ImageError, is_image_path, read_image, read_mask
+from unigen.media.pixels import to_pixels
 
 WIDTH, HEIGHT = 48, 32
 UPRIGHT = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90", 7: "TRANSVERSE"}

@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from unigen.model import Sight
-from unigen.running import CHARACTERS
-from unigen.sequence import Document
+from unigen.document import Document
+from unigen.inference.scheduler import CHARACTERS
+from unigen.model.unified import Sight
 
 
 def test_what_is_far_too_long_is_never_read(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,12 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-from unigen import likelihood
-from unigen.engine import Engine
-from unigen.likelihood import closest, log_likelihood
-from unigen.sequence import Document, NotFinite, Segment, pack
+from unigen.batch import pack
+from unigen.document import Document, Segment
+from unigen.inference import scoring
+from unigen.inference.engine import Engine
+from unigen.inference.scoring import closest, log_likelihood
 from unigen.serving.jobs import Failed, Job
-from unigen.serving.work import Together
+from unigen.serving.worker import Together
+from unigen.utils.numbers import NotFinite
 
 CODES = torch.tensor([[1, 2], [3, 4]])
 ASKED = Document([Segment(image=CODES), Segment(text="describe this picture")])
@@ -31,7 +33,7 @@ def test_the_caption_is_that_of_the_greatest_sum(engine: Engine, monkeypatch: py
     told = [alone(engine, Document([*ASKED.segments, Segment(text=c, role="assistant")])) for c in captions]
     drawn = [alone(engine, Document([Segment(text=c), Segment(image=CODES, role="assistant")])) for c in captions]
     for weight in (0.0, 0.3, 1000.0):
-        monkeypatch.setattr(likelihood, "CAPTIONS", weight)
+        monkeypatch.setattr(scoring, "CAPTIONS", weight)
         sums = [a + weight * b for a, b in zip(told, drawn, strict=True)]
         best = captions[sums.index(max(sums))]
         assert closest(engine.model, [ASKED, ASKED], [captions, captions[::-1]]) == [best, best]
@@ -46,7 +48,7 @@ def test_describe_chooses_among_what_the_engine_says(engine: Engine, monkeypatch
         seen.extend(captions)
         return [max(texts, key=len) for texts in captions]
 
-    monkeypatch.setattr("unigen.engine.closest", longest)
+    monkeypatch.setattr("unigen.inference.engine.closest", longest)
     said = engine.describe(picture, **options)
     assert len(seen) == 1 and 2 <= len(seen[0]) <= 16 and said == max(seen[0], key=len)
     assert seen[0][0] == engine.describe(picture, candidates=1, **options)
@@ -63,13 +65,13 @@ def test_a_picture_is_chosen_among_others(engine: Engine, monkeypatch: pytest.Mo
     """By the same sum; the first is what is drawn without others, and each prompt has its own."""
     words, options = ["a red dog", "two apples"], {"generator": generator, "guidance": 1.0}
     drawn: list[Any] = []
-    kept = likelihood.suits
+    kept = scoring.suits
 
     def noted(model: Any, asked: Any, texts: Any, weight: float) -> torch.Tensor:
         drawn.append((asked, texts, kept(model, asked, texts, weight)))
         return drawn[-1][2]
 
-    monkeypatch.setattr(likelihood, "suits", noted)
+    monkeypatch.setattr(scoring, "suits", noted)
     best = engine.generate_batch(words, [3, 4], candidates=3, **options)
     ((asked, texts, scores),) = drawn
     assert texts == [words[0]] * 3 + [words[1]] * 3

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from unigen import cli
+from unigen.commands import main as cli
 from unigen.limits import LIMITS, SERVED, argument, check, parse
 
 

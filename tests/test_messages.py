@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from unigen import hub
-from unigen.arguments import did_you_mean
-from unigen.cli import COMMANDS, main
-from unigen.training.recipes import find_recipe
+from unigen.commands.main import COMMANDS, main
+from unigen.training.recipe_files import find_recipe
+from unigen.utils.text import did_you_mean
 
 
 def error(capsys: pytest.CaptureFixture[str], *line: str) -> str:
@@ -99,7 +99,7 @@ def test_help_of_eval_says_what_each_task_does(capsys: pytest.CaptureFixture[str
     rows = {
         line.split()[0]: line.split()[1:] for line in shown.splitlines() if line.startswith("  ") and line[2] != " "
     }
-    assert {"scenes", "understanding", "tokenizer", "writers", "digits"} == set(rows)
+    assert {"scenes", "understanding", "tokenizer", "generators", "digits"} == set(rows)
     assert all(len(words) > 5 for words in rows.values())
 
 

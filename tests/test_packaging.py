@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from unigen.cli import main
-from unigen.training import recipes
+from unigen.commands.main import main
+from unigen.training import recipe_files
 
 
 def test_every_package_is_listed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,18 +30,18 @@ def test_every_package_is_listed(root: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_shipped_recipes_are_found_by_name(root: Path) -> None:
-    assert set(recipes.shipped_recipes()) == {path.stem for path in (root / "recipes").glob("*.py")}
+    assert set(recipe_files.shipped_recipes()) == {path.stem for path in (root / "recipes").glob("*.py")}
     for name in ("tiny", "tiny.py", "recipes/tiny.py", str(root / "recipes" / "tiny.py")):
-        assert recipes.find_recipe(name).samefile(root / "recipes" / "tiny.py")
+        assert recipe_files.find_recipe(name).samefile(root / "recipes" / "tiny.py")
 
 
 def test_a_file_of_ones_own_comes_before_a_shipped_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert recipes.find_recipe("recipes/tiny.py").is_absolute()
+    assert recipe_files.find_recipe("recipes/tiny.py").is_absolute()
     Path("tiny.py").touch()
-    assert recipes.find_recipe("tiny.py") == Path("tiny.py")
+    assert recipe_files.find_recipe("tiny.py") == Path("tiny.py")
     with pytest.raises(ValueError, match="no recipe own/tiny.py"):
-        recipes.find_recipe("own/tiny.py")
+        recipe_files.find_recipe("own/tiny.py")
 
 
 def test_recipes_of_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,8 +52,8 @@ def test_recipes_of_an_installed_package(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "unigen" / "recipes" / "one.py").write_text(recipe)
     (tmp_path / "unigen" / "recipes" / "helpers.py").write_text("def config(): ...\n")
     (tmp_path / "recipes" / "two.py").write_text(recipe)
-    monkeypatch.setattr(recipes, "PACKAGE", tmp_path / "unigen")
-    assert list(recipes.shipped_recipes()) == ["one"]
+    monkeypatch.setattr(recipe_files, "PACKAGE", tmp_path / "unigen")
+    assert list(recipe_files.shipped_recipes()) == ["one"]
 
 
 def test_help_and_errors_list_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unigen.painting import keeping, lot
+from unigen.inference.inpainting import keeping, lot
 
 
 @pytest.mark.parametrize("share", [1e-9, 0.3, 1.0])

@@ -15,13 +15,15 @@ from PIL import Image
 
 import unigen
 from tests.parity import llamagen as llamagen_case
-from unigen import cli, hub
-from unigen.adapters import embed
-from unigen.pairs import FALLBACK, MOST, PairedEngine, load_reader
-from unigen.pipelines import PipelineEngine
-from unigen.sequence import Document, NotFinite, Segment
+from unigen import hub
+from unigen.backends.composed import FALLBACK, MOST, PairedEngine, load_reader
+from unigen.backends.connector import embed
+from unigen.backends.diffusers_engine import PipelineEngine
+from unigen.commands import main as cli
+from unigen.document import Document, Segment
 from unigen.serving.jobs import Begun, Ended, Failed, Job, Part, Refused
-from unigen.serving.work import OneByOne
+from unigen.serving.worker import OneByOne
+from unigen.utils.numbers import NotFinite
 
 SMALL = {"steps": 3, "size": (32, 32)}
 
@@ -429,7 +431,7 @@ class Draws:
         return Image.new("RGB", (len(words), 1))
 
     def edit(self, *_: Any, **__: Any) -> Image.Image:
-        from unigen.templates import Unable
+        from unigen.model.template import Unable
 
         raise Unable("draws from words alone")
 

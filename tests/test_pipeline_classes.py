@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from tests.pipelines import MADE, flux_schnell, make
-from unigen.pipeline_support import needs_image, options_of, parameters, samplers_of
-from unigen.pipelines import PipelineEngine, resized
+from unigen.backends.diffusers_engine import PipelineEngine, resized
+from unigen.backends.diffusers_support import needs_image, options_of, parameters, samplers_of
 
 FEW = {"DiTPipeline", "FluxPipeline", "StableDiffusionInpaintPipeline"}
 """Rows of the default suite."""

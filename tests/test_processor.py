@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 import unigen
-from unigen import precision
 from unigen.training.muon import Muon, orthogonalize
+from unigen.utils import precision
 
 PLAIN: dict[str, Any] = {"architecture": "x86_64", "avx2": True, "avx512_f": True, "avx512_bf16": False}
 ABLE = [PLAIN | {"avx512_bf16": True}, PLAIN | {"amx_bf16": True}, {"architecture": "aarch64", "bf16": True}]

@@ -18,8 +18,8 @@ from PIL import Image
 
 import unigen
 from tests.test_cli import FakeEngine
-from unigen import progress
-from unigen.cli import main
+from unigen.commands.main import main
+from unigen.utils import progress
 
 
 class Terminal(io.StringIO):
@@ -30,8 +30,8 @@ class Terminal(io.StringIO):
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeEngine:
     engine = FakeEngine()
-    monkeypatch.setattr(unigen, "load", lambda *_, **__: engine)
-    monkeypatch.setattr("unigen.cli.BATCH", 2)
+    monkeypatch.setattr("unigen.loading.load", lambda *_, **__: engine)
+    monkeypatch.setattr("unigen.commands.generate.BATCH", 2)
     monkeypatch.chdir(tmp_path)
     return engine
 
@@ -142,8 +142,8 @@ def test_engines_that_draw_one_by_one_save_one_by_one(fake: FakeEngine, monkeypa
     monkeypatch.setattr(fake, "one_by_one", True, raising=False)
     assert main(["generate", "x", "-n", "3", "-o", "a.png"]) == 0
     assert [options["n"] for _, options in fake.asked] == [1, 1, 1]
-    from unigen.pairs import PairedEngine
-    from unigen.pipelines import PipelineEngine
+    from unigen.backends.composed import PairedEngine
+    from unigen.backends.diffusers_engine import PipelineEngine
 
     assert PairedEngine.one_by_one and PipelineEngine.one_by_one and not hasattr(unigen.Engine, "one_by_one")
 

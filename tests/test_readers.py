@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 import unigen
 from tests.parity.common import byte_level_tokenizer
-from unigen.pairs import load_reader
+from unigen.backends.composed import load_reader
 from unigen.tokenizers import text
 
 RED, BLUE = (Image.new("RGB", (64, 48), color) for color in ("red", "blue"))

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import unigen
-from unigen.cli import COMMANDS, parser_of
+from unigen.commands.main import COMMANDS, parser_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -68,7 +68,7 @@ def check_unigen(words: list[str]) -> None:
     args = parser_of(name).parse_args(rest)
     if name == "train":
         from unigen.config import apply_overrides
-        from unigen.training.recipes import find_recipe
+        from unigen.training.recipe_files import find_recipe
 
         apply_overrides(recipe(find_recipe(args.recipe)).config(), args.overrides)
 
@@ -111,8 +111,8 @@ def test_the_check_can_fail(line: str) -> None:
 
 def check_python(source: str) -> None:
     """Names of unigen and methods of the engine exist, and take the keywords that are given."""
-    from unigen.engine import Engine
-    from unigen.request import checked
+    from unigen.inference.engine import Engine
+    from unigen.inference.request import checked
 
     allowed = {word for method in (checked, Engine.generate, Engine.generate_batch, Engine.stream)
                for word in inspect.signature(method).parameters}  # fmt: skip
@@ -152,7 +152,7 @@ def test_links_and_folders_exist() -> None:
 
 
 def test_the_readme_counts_the_world_right() -> None:
-    from unigen.data.objects import BACKGROUNDS, COLORS, MAX_COUNT, OBJECTS
+    from unigen.toyworld.objects import BACKGROUNDS, COLORS, MAX_COUNT, OBJECTS
 
     said = " ".join((ROOT / "README.md").read_text().split())
     assert f"{len(OBJECTS)} kinds of things, {len(COLORS)} tints, {len(BACKGROUNDS)} backgrounds" in said

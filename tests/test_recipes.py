@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from unigen.cli import main
+from unigen.commands.main import main
 from unigen.models import load
-from unigen.nn.painters import painter
+from unigen.nn.denoisers import painter
 from unigen.tokenizers import load_tokenizer
 
 SMALL = ["model.image_size=16", "model.codes=32", "model.channels=16", "model.decoder_channels=16", "model.wide=16"]

@@ -1,5 +1,5 @@
 """`python -m unigen` is `unigen`."""
 
-from unigen.cli import run
+from unigen.commands.main import run
 
 run()

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from unigen.numbers import digits, parse_float, parse_int
+from unigen.utils.numbers import digits, parse_float, parse_int
 
 T = TypeVar("T")
 
@@ -268,7 +268,7 @@ def _coerce(hint: Any, value: Any, key: str) -> Any:
     if hint is Any:
         return value
     if dataclasses.is_dataclass(hint):
-        return value if isinstance(value, typing.cast(type, hint)) else _build(hint, value, key + ".")
+        return value if isinstance(value, typing.cast("type", hint)) else _build(hint, value, key + ".")
     if origin in (typing.Union, types.UnionType):
         for option in args:
             try:

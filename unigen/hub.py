@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from unigen.arguments import did_you_mean
+from unigen.utils.text import did_you_mean
 
 ASSETS = Path(__file__).parent / "assets"
 MANIFEST, CONFIG = "unigen.json", "config.json"

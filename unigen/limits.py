@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
-from unigen.numbers import parse_float, parse_int
+from unigen.utils.numbers import parse_float, parse_int
+from unigen.utils.text import shorten
 
 
 @dataclass(frozen=True)
@@ -107,12 +108,3 @@ def bounds(name: str, limits: Mapping[str, Limit] = SERVED) -> dict[str, Any]:
     """The range as arguments of a field of pydantic."""
     limit = limits[name]
     return {"gt" if limit.above else "ge": limit.low, "le": limit.high}
-
-
-def shorten(value: Any, most: int = 60) -> str:
-    """What a value looks like, in one line that is not long."""
-    try:
-        shown = " ".join(repr(value).split())
-    except Exception:  # a number of more digits than Python writes out, an object whose repr is broken
-        shown = f"a {type(value).__name__}"
-    return shown if len(shown) <= most else f"{shown[: most - 3]}..."

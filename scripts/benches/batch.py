@@ -13,10 +13,10 @@ import time
 import torch
 
 import unigen
-from unigen.arguments import Parser
 from unigen.config import write_report
-from unigen.data.scenes import BACKGROUNDS, COLORS, OBJECTS
 from unigen.limits import number
+from unigen.toyworld.scenes import BACKGROUNDS, COLORS, OBJECTS
+from unigen.utils.argparser import Parser
 
 
 def prompts(count: int) -> list[str]:

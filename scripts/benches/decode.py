@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from unigen.arguments import Parser
 from unigen.config import write_report
-from unigen.engine import Engine
+from unigen.document import Document
+from unigen.inference.engine import Engine
 from unigen.limits import number
 from unigen.models import load, tiny
-from unigen.nn.few_rows import few_rows_linear
-from unigen.sequence import Document
+from unigen.nn.cpu.linear import few_rows_linear
+from unigen.utils.argparser import Parser
 
 PROMPT = "two apples on a blue background"
 

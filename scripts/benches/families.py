@@ -31,18 +31,19 @@ from torch.nn.functional import linear
 from torch.utils.flop_counter import FlopCounterMode
 
 from scripts.benches.decode import bandwidth, measure
-from unigen.arguments import Parser
+from unigen.batch import Tokens, Vocabulary
 from unigen.config import write_report
-from unigen.engine import Engine
+from unigen.document import Document, Segment
 from unigen.generators.next_scale import NextScale
 from unigen.generators.next_token import NextToken
+from unigen.inference.engine import Engine
 from unigen.limits import number
-from unigen.model import UnifiedModel
+from unigen.model.template import ClassTemplate, DrawingTemplate
+from unigen.model.unified import UnifiedModel
 from unigen.models import janus, llamagen, var
-from unigen.nn.few_rows import few_rows_linear
-from unigen.sequence import Document, Segment, Tokens, Vocabulary
-from unigen.templates import ClassTemplate, DrawingTemplate
+from unigen.nn.cpu.linear import few_rows_linear
 from unigen.tokenizers import var_vq
+from unigen.utils.argparser import Parser
 
 Draws = Callable[[], Any]
 CLASSES, LABEL = 1001, 207

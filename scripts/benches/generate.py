@@ -19,14 +19,14 @@ from typing import Any
 import torch
 
 from unigen import generators
-from unigen.arguments import Parser
 from unigen.config import write_report
-from unigen.engine import Engine
-from unigen.evaluation.watch import Watch
+from unigen.evaluation.call_counter import Watch
+from unigen.inference.engine import Engine
 from unigen.limits import number
 from unigen.models import load, tiny
 from unigen.tokenizers.kl import KLConfig, KLTokenizer
 from unigen.tokenizers.vq import VQConfig, VQTokenizer
+from unigen.utils.argparser import Parser
 
 WRITERS = ("next-token", "masked", "next-scale", "flow", "transfusion", "token-flow")
 SCALES = {8: (1, 2, 4, 6, 8), 16: (1, 2, 4, 6, 8, 12, 16), 32: (1, 2, 4, 6, 8, 12, 16, 24, 32)}

@@ -19,13 +19,14 @@ from torch import Tensor
 
 import unigen
 from scripts.benches.batch import prompts
-from unigen import precision
-from unigen.arguments import Parser
+from unigen.batch import pack
 from unigen.config import write_report
+from unigen.document import Document, Segment
 from unigen.limits import number
-from unigen.model import UnifiedModel
+from unigen.model.unified import UnifiedModel
 from unigen.nn.quantized import measure
-from unigen.sequence import Document, Segment, pack
+from unigen.utils import precision
+from unigen.utils.argparser import Parser
 
 BATCH = 16
 

@@ -30,9 +30,9 @@ from typing import Any
 import torch
 
 from scripts.benches.decode import PROMPT, models, transformers_generate
-from unigen.arguments import Parser
 from unigen.config import write_report
 from unigen.limits import number
+from unigen.utils.argparser import Parser
 
 TEXT = 64
 VLLM = Path(__file__).resolve().parents[2] / ".venv-serve" / "bin" / "python"

@@ -15,12 +15,12 @@ from typing import Any
 
 from scripts.benches.batch import prompts
 from scripts.benches.families import llamagen_b
-from unigen.arguments import Parser
 from unigen.config import write_report
-from unigen.engine import Engine
 from unigen.generators.jacobi import KINDS
+from unigen.inference.engine import Engine
 from unigen.limits import number
 from unigen.models import load
+from unigen.utils.argparser import Parser
 
 
 def drawn(engine: Engine, request: Any) -> int:

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from unigen.arguments import Parser
 from unigen.config import OptimConfig, write_report
 from unigen.limits import number
 from unigen.models import load
-from unigen.precision import train_precision
 from unigen.training.muon import Muon, MuonAdamW
 from unigen.training.trainer import adamw
+from unigen.utils.argparser import Parser
+from unigen.utils.precision import train_precision
 
 
 def best(run: Callable[[], Any], repeat: int) -> float:

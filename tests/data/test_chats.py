@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from unigen.data.chats import MIXTURE, Chats
+from unigen.batch import Tokens
 from unigen.data.packing import Collate, PackedRows
-from unigen.data.world import World
+from unigen.document import Document
 from unigen.models import load
-from unigen.sequence import Document, Tokens
+from unigen.toyworld.chats import MIXTURE, Chats
+from unigen.toyworld.world import World
 
 
 @pytest.fixture(scope="module")

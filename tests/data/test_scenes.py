@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from unigen.data.scenes import (
+from unigen.toyworld.scenes import (
     BACKGROUNDS,
     COLORS,
     MAX_COUNT,

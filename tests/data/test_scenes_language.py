@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from unigen.data.language import (
+from unigen.toyworld.language import (
     EDITS,
     Facts,
     caption,
@@ -27,7 +27,7 @@ from unigen.data.language import (
     totals,
     verdict,
 )
-from unigen.data.scenes import (
+from unigen.toyworld.scenes import (
     BACKGROUNDS,
     NUMBERS,
     OBJECTS,
@@ -39,7 +39,7 @@ from unigen.data.scenes import (
     is_heldout,
     sample_scene,
 )
-from unigen.data.stories import frame_facts, story, text_corpus
+from unigen.toyworld.stories import frame_facts, story, text_corpus
 
 
 def pairs(n: int, seed: int = 0, heldout: bool | None = None):

@@ -9,7 +9,7 @@ import errno
 import numpy as np
 import pytest
 
-from unigen.data.scenes import BACKGROUNDS, COLORS, OBJECTS, Item, Scene, World, find_font, sample_scene
+from unigen.toyworld.scenes import BACKGROUNDS, COLORS, OBJECTS, Item, Scene, World, find_font, sample_scene
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def test_another_font_is_refused(tmp_path):
 def test_fallback_font_of_fontconfig_is_not_taken(monkeypatch):
     import subprocess
 
-    from unigen.data import world as module
+    from unigen.toyworld import world as module
 
     answer = subprocess.CompletedProcess([], 0, stdout="DejaVu Sans\n/usr/share/fonts/truetype/dejavu/DejaVuSans.ttf")
     monkeypatch.delenv("UNIGEN_EMOJI_FONT", raising=False)

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unigen.data.captions import Facts, parse_caption, scene_from_facts
-from unigen.data.scenes import World, heldout_groups, is_heldout
-from unigen.evaluation import geneval, ladder
+from unigen.evaluation import baselines, geneval
 from unigen.evaluation.detector import Detection, Reading
 from unigen.evaluation.task import Item
 from unigen.evaluation.tasks import scenes
 from unigen.evaluation.tasks.scenes import ScenesTask, prompts, score_pictures, summarise
+from unigen.toyworld.captions import Facts, parse_caption, scene_from_facts
+from unigen.toyworld.scenes import World, heldout_groups, is_heldout
 
 
 @pytest.fixture(scope="module")
@@ -108,10 +108,10 @@ def test_summary(task: ScenesTask) -> None:
 def test_shuffled_gives_everyone_anothers() -> None:
     items = [Item(str(i), "a") for i in range(7)]
     pictures = [[Image.new("L", (1, 1), i)] for i in range(7)]
-    mixed = [row[0].getpixel((0, 0)) for row in ladder.shuffled(items, pictures, 0)]
+    mixed = [row[0].getpixel((0, 0)) for row in baselines.shuffled(items, pictures, 0)]
     assert sorted(mixed) == list(range(7)) and all(m != i for i, m in enumerate(mixed))
     with pytest.raises(ValueError, match="two prompts"):
-        ladder.shuffled(items[:1], pictures[:1], 0)
+        baselines.shuffled(items[:1], pictures[:1], 0)
 
 
 def test_nearest_training_pictures_hold_no_held_out_combination(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +119,7 @@ def test_nearest_training_pictures_hold_no_held_out_combination(world: World, mo
     render = world.render
     monkeypatch.setattr(world, "render", lambda scene: shown.append(scene) or render(scene))
     items = [Item("three sunflowers on a blue background", "a"), Item("a horse to the left of a dog", "a")]
-    ladder.nearest(items, 3, 0, world, pool=3000)
+    baselines.nearest(items, 3, 0, world, pool=3000)
     assert len(shown) == 6 and not any(is_heldout(scene) for scene in shown)
     assert {thing.name for thing in shown[0].items} == {"sunflower"}
 
@@ -142,13 +142,13 @@ class TrueEngine:
 
 def test_the_shipped_detector_reads_true_pictures(task: ScenesTask, world: World) -> None:
     items = task.items()
-    true = ladder.oracle(items, 2, 0, world)
+    true = baselines.oracle(items, 2, 0, world)
     result = summarise(items, score_pictures(task, items, true))
     assert result.overall.overall >= 0.95
     assert result.background is not None and result.background >= 0.95
-    mixed = summarise(items, score_pictures(task, items, ladder.shuffled(items, true, 0)))
+    mixed = summarise(items, score_pictures(task, items, baselines.shuffled(items, true, 0)))
     assert mixed.overall.overall <= 0.15  # the same pictures under other prompts
-    noise = ladder.noise_pictures(40, 64, np.random.default_rng(0))
+    noise = baselines.noise_pictures(40, 64, np.random.default_rng(0))
     assert scenes.false_positives(task, noise) <= 0.1
     assert scenes.false_positives(task, [row[0] for row in true]) > 0.9  # the same measure sees objects where they are
     reward = task.reward(items[0], true[0][0])

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from unigen.data.scenes import World
 from unigen.evaluation.tasks import tokenizer as task
+from unigen.toyworld.scenes import World
 
 
 class Grey:

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from unigen.data.captions import Facts, caption
-from unigen.data.scenes import Item as Thing
-from unigen.data.scenes import Scene, World
 from unigen.evaluation.tasks import understanding
 from unigen.evaluation.tasks.understanding import UnderstandingTask, score_caption, summarise, true_relations
+from unigen.toyworld.captions import Facts, caption
+from unigen.toyworld.scenes import Item as Thing
+from unigen.toyworld.scenes import Scene, World
 
 TRUE = Facts((("horse", "blue", 1), ("dog", None, 1)), "green", "left of")
 BESIDE = {"horse|dog": ["left of", "above"], "dog|horse": ["right of", "below"]}

@@ -13,14 +13,16 @@ from torch import Tensor
 
 import unigen
 from unigen import generators
-from unigen.engine import Engine
+from unigen.batch import pack
+from unigen.document import Document, Segment
 from unigen.generators.flow import COPIES, Flow, FlowConfig
 from unigen.generators.token_flow import TokenFlowConfig
 from unigen.generators.transfusion import Transfusion, TransfusionConfig
+from unigen.inference.engine import Engine
+from unigen.media.pixels import to_pixels
 from unigen.models import load, tiny
-from unigen.nn.painters import KINDS as KINDS_OF_NETWORK
+from unigen.nn.denoisers import KINDS as KINDS_OF_NETWORK
 from unigen.samplers.guidance import KINDS, RESCALE, Guidance, guided_velocity
-from unigen.sequence import Document, Segment, pack, to_pixels
 from unigen.training.objectives import Mixture
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (2, 2, 2, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)

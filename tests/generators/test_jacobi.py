@@ -16,14 +16,15 @@ from torch import Tensor
 
 import unigen
 from tests.parity import emu3 as emu3_case
-from unigen import cli
+from unigen.batch import Vocabulary
+from unigen.commands import main as cli
+from unigen.document import Document
 from unigen.generators import jacobi
 from unigen.generators.base import Span
 from unigen.generators.next_token import NextToken
-from unigen.running import Running
+from unigen.inference.scheduler import Running
 from unigen.samplers.guidance import Guidance
 from unigen.samplers.logits import Sampling, probabilities
-from unigen.sequence import Document, Vocabulary
 
 CODES, GRID = 2, (1, 7)
 

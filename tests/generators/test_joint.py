@@ -10,12 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from unigen.cli import main
-from unigen.engine import Engine
+from unigen.batch import pack
+from unigen.commands.main import main
+from unigen.document import Document, Segment
 from unigen.generators.joint import WHOLE, Joint
 from unigen.generators.masked import MaskedState
+from unigen.inference.engine import Engine
+from unigen.media.pixels import to_pixels
 from unigen.models import load
-from unigen.sequence import Document, Segment, pack, to_pixels
 from unigen.training.objectives import Mixture
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (2, 2, 2, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)

@@ -10,12 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from unigen.engine import Engine
+from unigen.batch import pack
+from unigen.document import Document, Segment
 from unigen.generators.masked import still_masked
-from unigen.model import Generators
+from unigen.inference.engine import Engine
+from unigen.inference.inpainting import window_of
+from unigen.model.unified import Generators
 from unigen.nn.attention import packed_mask
-from unigen.painting import window_of
-from unigen.sequence import Document, Segment, pack
 
 
 @pytest.mark.parametrize("steps", [1, 4, 11, 40])  # not 12: 64 cos(pi/3) is 32, and 31 in diffusers' fp32

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from unigen.engine import Engine
+from unigen.batch import pack
+from unigen.document import Document, Segment
 from unigen.generators.next_scale import NextScale
+from unigen.inference.engine import Engine
 from unigen.models import load, tiny
 from unigen.nn.attention import packed_mask
 from unigen.samplers.guidance import Guidance
-from unigen.sequence import Document, Segment, pack
 from unigen.tokenizers.vq import VQConfig, VQTokenizer
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 import unigen
+from unigen.batch import pack
+from unigen.document import Document, Segment
 from unigen.models import load
-from unigen.sequence import Document, Segment, pack
 
 
 def chat(codes_hw: torch.Tensor) -> Document:

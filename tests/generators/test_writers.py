@@ -13,9 +13,11 @@ import torch
 
 import unigen
 from unigen import generators
-from unigen.engine import Engine
+from unigen.batch import pack
+from unigen.document import Document, Segment
+from unigen.inference.engine import Engine
+from unigen.media.pixels import to_images, to_pixels
 from unigen.models import load
-from unigen.sequence import Document, Segment, pack, to_images, to_pixels
 from unigen.training.objectives import Mixture
 
 WRITERS = generators.names()

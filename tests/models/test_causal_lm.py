@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import unigen
-from unigen import cli
+from unigen.commands import main as cli
 from unigen.models import convert, families, unserved
 
 PLAIN = {"tiny", "liquid", "emu3"}
@@ -42,7 +42,7 @@ def exported(request: pytest.FixtureRequest, tiny_folder: Path, tmp_path_factory
 
 def scores(engine: Any, ids_1L: torch.Tensor) -> torch.Tensor:
     """What our model says to ids, (L, V)."""
-    from unigen.sequence import Batch
+    from unigen.batch import Batch
 
     ones = torch.ones_like(ids_1L)
     batch = Batch(ids_1L, ones.cumsum(1) - 1, ones, ones.bool(), torch.zeros(0, 3, dtype=torch.int64))

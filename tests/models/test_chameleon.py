@@ -11,10 +11,11 @@ from PIL import Image
 import unigen
 from tests.parity import chameleon as case
 from tests.parity import common
+from unigen.batch import Vocabulary
+from unigen.document import Document, Segment
 from unigen.generators import next_token
 from unigen.models import chameleon, convert
 from unigen.samplers.logits import Sampling
-from unigen.sequence import Document, Segment, Vocabulary
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,11 @@ from PIL import Image
 
 import unigen
 from tests.parity import emu3 as case
-from unigen import cli, hub
+from unigen import hub
+from unigen.commands import main as cli
 from unigen.config import save_json
-from unigen.likelihood import _alone
-from unigen.sequence import Document, Segment
+from unigen.document import Document, Segment
+from unigen.inference.scoring import _alone
 
 
 @pytest.fixture(scope="module")

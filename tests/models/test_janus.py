@@ -16,8 +16,8 @@ import unigen
 from tests.parity import janus as case
 from unigen import hub
 from unigen.config import save_json
+from unigen.document import Document, Segment
 from unigen.models import convert, janus
-from unigen.sequence import Document, Segment
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ from tokenizers import Tokenizer
 
 import unigen
 from tests.parity import liquid as case
-from unigen import cli
+from unigen.commands import main as cli
 from unigen.config import save_json
+from unigen.document import Document, Segment
 from unigen.models import liquid
-from unigen.sequence import Document, Segment
 from unigen.tokenizers import text
 
 

@@ -19,10 +19,11 @@ import unigen
 from tests.parity import common
 from tests.parity import llamagen as case
 from tests.parity import llamagen_t2i as words_case
-from unigen import cli
+from unigen.batch import pack
+from unigen.commands import main as cli
+from unigen.document import Document, Segment
 from unigen.generators import next_token
 from unigen.models import convert, llamagen
-from unigen.sequence import Document, Segment, pack
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,10 @@ from PIL import Image
 import unigen
 from tests.parity import chameleon as other
 from tests.parity import lumina as case
-from unigen import cli, hub
+from unigen import hub
+from unigen.commands import main as cli
+from unigen.document import Document, Segment
 from unigen.models import convert, family_of, load, lumina
-from unigen.sequence import Document, Segment
 
 
 @pytest.fixture(scope="module")

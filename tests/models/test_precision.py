@@ -20,11 +20,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import unigen
 from scripts import bench
 from scripts.parity import families
-from unigen import cli
+from unigen.backends.composed import load_reader
+from unigen.commands import main as cli
 from unigen.evaluation.runner import common_arguments
 from unigen.nn.quantized import measure, quantize
-from unigen.pairs import load_reader
-from unigen.precision import QUANTIZATIONS
+from unigen.utils.precision import QUANTIZATIONS
 
 needs = pytest.mark.skipif(
     find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed: pip install 'unigen[quantization]'"
@@ -220,7 +220,7 @@ def test_without_the_package(kind: str, monkeypatch: pytest.MonkeyPatch, capsys:
 
 
 def test_every_command_that_loads_a_model_takes_it() -> None:
-    parsers = [cli.parser_of(name) for name, command in cli.COMMANDS.items() if command.arguments is not None]
+    parsers = [cli.parser_of(name) for name, command in cli.COMMANDS.items() if hasattr(command, "add_arguments")]
     for parser in [*parsers, common_arguments("x", "y")]:
         takes = {action.dest for action in parser._actions}
         assert ("dtype" in takes) == ("quantization" in takes) == ("device" in takes), parser.prog

@@ -19,14 +19,18 @@ from PIL import Image
 import unigen
 from scripts.parity import families
 from tests.parity.common import seen_logits
-from unigen import cli, hub
+from unigen import hub
+from unigen.batch import pack
+from unigen.commands import main as cli
+from unigen.document import Document, Segment
 from unigen.generators import next_token
+from unigen.media.pixels import to_pixels
 from unigen.models import convert
 from unigen.nn.backbone import Backbone
-from unigen.sequence import Document, NotFinite, Segment, pack, to_pixels
 from unigen.serving.jobs import Begun, Ended, Failed, Job, Part
-from unigen.serving.work import Together
+from unigen.serving.worker import Together
 from unigen.training.objectives import Mixture
+from unigen.utils.numbers import NotFinite
 
 FOLDERS: dict[str, Path] = {}
 

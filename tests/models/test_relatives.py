@@ -13,7 +13,7 @@ import huggingface_hub
 import pytest
 
 import unigen
-from unigen import cli
+from unigen.commands import main as cli
 from unigen.models import find
 
 JANUS = {"model_type": "multi_modality", "language_config": {"vocab_size": 10, "hidden_size": 2}}

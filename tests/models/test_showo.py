@@ -16,9 +16,11 @@ from torch import Tensor
 
 import unigen
 from tests.parity import showo as case
-from unigen import cli, hub
+from unigen import hub
+from unigen.batch import pack
+from unigen.commands import main as cli
 from unigen.config import save_json
-from unigen.sequence import Document, Segment, pack
+from unigen.document import Document, Segment
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
-from unigen.engine import Engine
+from unigen.document import Document, Segment
+from unigen.inference.engine import Engine
 from unigen.models import load, tiny
 from unigen.samplers.logits import Sampling
-from unigen.sequence import Document, Segment
 from unigen.tokenizers import load_tokenizer, text
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from unigen.nn import few_rows
-from unigen.nn.few_rows import FewRowsLinear, few_rows_linear, side_by_side, use_few_rows
+from unigen.nn.cpu import linear
+from unigen.nn.cpu.linear import FewRowsLinear, few_rows_linear, side_by_side, use_few_rows
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 5])
@@ -47,22 +47,22 @@ def test_what_is_kept_in_another_layout(rows: int, dtype: torch.dtype) -> None:
                 near = exact if dtype == torch.bfloat16 else {"atol": 1e-4, "rtol": 1e-5}
                 torch.testing.assert_close(few_rows_linear(x, weight, bias, start, stop), part, **near)
                 weight.mul_(2)
-        if dtype == torch.float32 and rows <= few_rows.MOST:
-            assert weight not in few_rows._packed
+        if dtype == torch.float32 and rows <= linear.MOST:
+            assert weight not in linear._packed
             return
-        assert len(few_rows._packed[weight]) == 3
-        count = len(few_rows._packed)
+        assert len(linear._packed[weight]) == 3
+        count = len(linear._packed)
         del weight
-        assert len(few_rows._packed) == count - 1
+        assert len(linear._packed) == count - 1
 
 
 def test_no_more_is_kept_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(few_rows, "MOST_BYTES", 0)
+    monkeypatch.setattr(linear, "MOST_BYTES", 0)
     weight, x = torch.randn(32, 64).bfloat16(), torch.randn(2, 64).bfloat16()
     with torch.inference_mode():
         assert torch.equal(few_rows_linear(x, weight), nn.functional.linear(x, weight))
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        assert [packed for *_, packed in few_rows._packed[weight].values()] == [None]
+        assert [packed for *_, packed in linear._packed[weight].values()] == [None]
 
 
 def test_another_tensor_in_a_parameters_place() -> None:
@@ -107,12 +107,12 @@ def test_layers_that_read_the_same_lie_together() -> None:
         setattr(part, name, nn.Linear(64, width, bias=False))
     layers = [part.q_proj, part.k_proj, part.v_proj]
     before = [layer.weight.clone() for layer in layers]
-    assert few_rows._view_as_one(tuple(layer.weight for layer in layers)) is None
+    assert linear._view_as_one(tuple(layer.weight for layer in layers)) is None
     use_few_rows(part)
-    joined = few_rows._view_as_one(tuple(layer.weight for layer in layers))
+    joined = linear._view_as_one(tuple(layer.weight for layer in layers))
     assert joined is not None and torch.equal(joined, torch.cat(before))
     with torch.no_grad():
         part.k_proj.weight.mul_(2)
     assert torch.equal(joined[64:96], 2 * before[1])
     part.v_proj.weight.data = before[2]
-    assert few_rows._view_as_one(tuple(layer.weight for layer in layers)) is None
+    assert linear._view_as_one(tuple(layer.weight for layer in layers)) is None

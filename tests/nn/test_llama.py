@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from unigen import hub
-from unigen.nn import llama
 from unigen.nn.backbone import Backbone, SlotCache
+from unigen.nn.cpu import llama
 
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
 KINDS: dict[str, dict[str, Any]] = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from unigen.nn.attention import unfused
-from unigen.nn.painters import KINDS, Kind, from_patches, painter, to_patches
+from unigen.nn.denoisers import KINDS, Kind, from_patches, painter, to_patches
 
 SHAPE: dict[str, Any] = {"channels": 4, "side": 4, "context": 24, "layers": 2, "heads": 2, "head_dim": 16}
 

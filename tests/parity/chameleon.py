@@ -16,10 +16,10 @@ import unigen
 from tests.parity import common
 from tests.parity import liquid as vq_case
 from tests.parity.common import Row, differing, error
+from unigen.document import Document, Segment
 from unigen.generators import next_token
 from unigen.models import chameleon
 from unigen.samplers.logits import Sampling, race
-from unigen.sequence import Document, Segment
 
 SIDE, CODES = vq_case.SIDE, vq_case.CODES
 SIZE, PROMPT = (SIDE, SIDE), "a red apple"

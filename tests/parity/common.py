@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unigen.batch import Layout
 from unigen.config import save_json
-from unigen.sequence import Layout
 
 GOLDENS = Path(__file__).parent / "goldens"
 NEAR, FAR = 5e-4, 1e-2

@@ -15,10 +15,10 @@ from tests.parity import common
 from tests.parity.common import Row, differing, error
 from unigen import hub
 from unigen.config import save_json
+from unigen.document import Document, Segment
 from unigen.generators import next_token
 from unigen.models import emu3
 from unigen.samplers.logits import Sampling, race
-from unigen.sequence import Document, Segment
 
 CODES, STRIDE = 256, 4
 WIDTH, HEIGHT = 40, 32  # pixels of what is drawn

@@ -24,10 +24,10 @@ from tests.parity import common
 from tests.parity.common import Row, differing, error
 from unigen import hub
 from unigen.config import save_json
+from unigen.document import Document, Segment
 from unigen.generators import next_token
 from unigen.models import janus
 from unigen.samplers.logits import Sampling, race
-from unigen.sequence import Document, Segment
 from unigen.tokenizers import vqgan
 
 SIDE, CODES, PATCH, HIDDEN = 32, 256, 8, 128

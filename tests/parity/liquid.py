@@ -18,10 +18,10 @@ from torch import Tensor
 import unigen
 from tests.parity import common
 from tests.parity.common import Row, differing, error
+from unigen.document import Document, Segment
 from unigen.generators import next_token
 from unigen.models import liquid
 from unigen.samplers.logits import Sampling, race
-from unigen.sequence import Document, Segment
 from unigen.tokenizers import vqgan
 
 SIDE, CODES = 32, 512

@@ -19,9 +19,9 @@ import unigen
 from tests.parity import common
 from tests.parity.common import Row, differing, error
 from unigen.config import save_json
+from unigen.document import Segment
 from unigen.generators import next_token
 from unigen.models import llamagen
-from unigen.sequence import Segment
 from unigen.tokenizers import vqgan
 
 SIDE, CODES, CLASSES, WIDTH, LAYERS = 32, 256, 10, 128, 2

@@ -41,9 +41,9 @@ from tests.parity.llamagen import (
 )
 from unigen import hub
 from unigen.config import save_json
+from unigen.document import Document
 from unigen.generators import next_token
 from unigen.models import llamagen
-from unigen.sequence import Document
 
 SIZE, PROMPT = (SIDE, SIDE), "a red apple"
 ASKED = [PROMPT]

@@ -26,10 +26,10 @@ from tests.parity.chameleon import VQ
 from tests.parity.common import Row, differing, error
 from unigen import hub
 from unigen.config import save_json
+from unigen.document import Document, Segment
 from unigen.generators import next_token
 from unigen.models import chameleon, lumina
 from unigen.samplers.logits import Sampling, race
-from unigen.sequence import Document, Segment
 
 CODES, STRIDE = vq_case.CODES, 4
 WIDTH, HEIGHT = 40, 32  # pixels of what is drawn

@@ -26,9 +26,9 @@ import unigen
 from tests.parity import common
 from tests.parity.common import Row, differing, error
 from unigen.config import save_json
+from unigen.document import Document, Segment
 from unigen.generators.masked import Masked
 from unigen.models import showo
-from unigen.sequence import Document, Segment
 from unigen.tokenizers import magvit2
 
 BITS, SIDE, GRID = 8, 32, 8

@@ -17,10 +17,10 @@ from torch import Tensor
 import unigen
 from tests.parity import common
 from tests.parity.common import Row, differing, error
+from unigen.document import Segment
 from unigen.generators import next_scale
 from unigen.models import var
 from unigen.samplers.guidance import Guidance
-from unigen.sequence import Segment
 from unigen.tokenizers import var_vq
 
 SCALES, CODES, CLASSES, WIDTH, LAYERS = (1, 2, 4, 8), 128, 10, 128, 2

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from unigen.samplers.ode import SAMPLERS, Trajectory, solve
+from unigen.diffusion.solvers import SAMPLERS, Trajectory, solve
 
 MEAN, SPREAD = 0.7, 0.4
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from unigen.output import data_uri
+from unigen.media.output import data_uri
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # litellm alone is imported for minutes by a busy machine
 

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from tests.serving.test_doors import app, send
-from unigen.output import data_uri
+from unigen.media.output import data_uri
 from unigen.serving import decoder as decoding
 from unigen.serving import pictures, server
 from unigen.serving.decoder import AREA, MOST_PICTURES, MOST_PIXELS, Decoder, FairLock, File, Full, PictureError

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from unigen.cli import parser_of
-from unigen.serving.guard import OPEN
+from unigen.commands.main import parser_of
+from unigen.serving.middleware import OPEN
 
 
 @pytest.fixture(scope="module")

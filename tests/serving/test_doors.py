@@ -14,9 +14,9 @@ from starlette.exceptions import HTTPException
 
 from tests.serving.test_fuzz import Painter
 from tests.serving.test_parts import Counted, asked, door
-from unigen.cli import main
+from unigen.commands.main import main
 from unigen.serving import body, connection
-from unigen.serving.guard import Guard, Limits, error
+from unigen.serving.middleware import Guard, Limits, error
 from unigen.serving.protocol import LONGEST_STOP, of_form
 from unigen.serving.server import Settings, create_app, uvicorn_config
 
@@ -47,7 +47,7 @@ def test_a_key_that_protects_nothing_is_refused(key: str) -> None:
 def test_wrong_keys_are_slowed_for_their_address_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     clock = SimpleNamespace(monotonic=lambda: now, perf_counter=time.perf_counter)
-    monkeypatch.setattr("unigen.serving.guard.time", clock)
+    monkeypatch.setattr("unigen.serving.middleware.time", clock)
     guard = door(Limits(keys=("one",), wrong_keys=3))
     assert [asked(guard, authorization=f"Bearer {i}")[0] for i in range(5)] == [401, 401, 401, 429, 429]
     status, headers = asked(guard, authorization="Bearer one")
@@ -439,7 +439,7 @@ def test_a_disk_that_fills_while_pictures_are_drawn(tmp_path: Any, monkeypatch: 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device", str(tmp_path))
 
-    monkeypatch.setattr("unigen.output.tempfile.NamedTemporaryFile", full)
+    monkeypatch.setattr("unigen.media.output.tempfile.NamedTemporaryFile", full)
     painter, served = app(folder=tmp_path)
     answer = send(served, "POST", "/v1/images/generations", json={"prompt": "a", "response_format": "url"})
     said = answer.json()["error"]["message"]

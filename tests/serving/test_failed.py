@@ -10,11 +10,11 @@ import httpx
 import pytest
 
 from tests.serving.test_fuzz import Painter
-from unigen.engine import Engine
-from unigen.sequence import Document
+from unigen.document import Document
+from unigen.inference.engine import Engine
 from unigen.serving.jobs import Event, Failed, Job
 from unigen.serving.server import Settings, create_app
-from unigen.serving.work import Together
+from unigen.serving.worker import Together
 
 
 @pytest.mark.parametrize(("again", "status"), [(True, 503), (False, 500)])

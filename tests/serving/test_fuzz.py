@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from unigen.output import data_uri
-from unigen.sequence import Preview
+from unigen.document import Preview
+from unigen.media.output import data_uri
 from unigen.serving.jobs import Begun, Ended, Event, Job, Load, Part
 from unigen.serving.server import Settings, create_app
 

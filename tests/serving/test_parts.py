@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 from unigen.serving import pictures
-from unigen.serving.guard import Guard, Limits
-from unigen.serving.work import Words
+from unigen.serving.middleware import Guard, Limits
+from unigen.serving.worker import Words
 
 CLIENT = httpx.AsyncClient
 
@@ -388,7 +388,7 @@ def test_the_door_lets_in_so_many_a_minute() -> None:
 def test_who_waits_as_long_as_told_is_let_in(monkeypatch: pytest.MonkeyPatch, rate: int) -> None:
     now = 0.0
     clock = SimpleNamespace(monotonic=lambda: now, perf_counter=time.perf_counter)
-    monkeypatch.setattr("unigen.serving.guard.time", clock)
+    monkeypatch.setattr("unigen.serving.middleware.time", clock)
     guard = door(Limits(rate=rate))
     assert [asked(guard)[0] for _ in range(rate + 1)] == [200] * rate + [429]
     now += int(asked(guard)[1]["retry-after"])

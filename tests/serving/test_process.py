@@ -16,8 +16,8 @@ import httpx
 import pytest
 from PIL import Image
 
-from unigen.output import data_uri
-from unigen.sequence import Document
+from unigen.document import Document
+from unigen.media.output import data_uri
 from unigen.serving import server
 from unigen.serving.decoder import Decoder
 from unigen.serving.jobs import Begun, Ended, Failed, Heartbeat, Job, Load, Ready, Refused

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from tests.serving.test_fuzz import Painter
-from unigen.output import data_uri
+from unigen.media.output import data_uri
 from unigen.serving.jobs import Begun, Ended, Event, Failed, Job, Part
 from unigen.serving.server import Settings, create_app
 

@@ -19,8 +19,8 @@ import pytest
 from PIL import Image
 
 import unigen
-from unigen.output import data_uri
-from unigen.sequence import Segment
+from unigen.document import Segment
+from unigen.media.output import data_uri
 from unigen.serving.pictures import of_data
 
 MODEL = "unigen-tiny"

@@ -14,12 +14,12 @@ import pytest
 from PIL import Image
 
 from tests.serving.test_fuzz import Painter
-from unigen.output import data_uri
+from unigen.media.output import data_uri
+from unigen.model.template import asks, usual_output
 from unigen.serving import protocol
 from unigen.serving.pictures import encoded
 from unigen.serving.responses import ResponsesRequest
 from unigen.serving.server import Settings, create_app
-from unigen.templates import asks, usual_output
 
 CHAT, DRAW, EDIT, VARY = (
     f"/v1/{name}" for name in ("chat/completions", "images/generations", "images/edits", "images/variations")
@@ -457,7 +457,7 @@ a red house
 
 
 def test_a_question_about_a_picture_is_answered_in_text() -> None:
-    from unigen.sequence import Document, Segment
+    from unigen.document import Document, Segment
 
     questions, orders = QUESTIONS.strip().split("\n"), ORDERS.strip().split("\n")
     assert all(map(asks, questions)) and not any(map(asks, [*orders, ""]))

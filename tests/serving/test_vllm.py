@@ -24,9 +24,10 @@ from PIL import Image
 
 import unigen
 from tests.serving.test_server import child_of, group, until
-from unigen import cli
+from unigen.batch import Vocabulary
+from unigen.commands import main as cli
+from unigen.document import Document
 from unigen.models import convert
-from unigen.sequence import Document, Vocabulary
 
 pytestmark = pytest.mark.serve
 pytest.importorskip("vllm")
@@ -76,7 +77,7 @@ def local(folder: Path) -> Any:
 
 @contextmanager
 def on_vllm(folder: Path, **options: Any) -> Iterator[Any]:
-    from unigen.serving import vllm_engine
+    from unigen.backends import vllm_engine
 
     engine = vllm_engine.load(str(folder), "cpu", None, {"enforce_eager": True, **options})
     try:
@@ -217,7 +218,7 @@ def test_the_control_of_the_scheduler(folder: Path, local: Any, monkeypatch: pyt
     """vLLM's own scheduler lets branches come apart: what one writes alone is not even a code."""
     options = [one for one in asked(12, 60) if one["output"] == "image" and one["guidance"] != 1]
     wanted = answers(local, options)
-    from unigen.serving import vllm_engine
+    from unigen.backends import vllm_engine
 
     take = vllm_engine.take
 
@@ -239,7 +240,7 @@ def test_vllm_alone_reads_what_is_exported(folder: Path, local: Any, tmp_path: P
     from transformers import AutoModelForCausalLM
     from vllm import LLM, SamplingParams
 
-    from unigen.serving import vllm_engine
+    from unigen.backends import vllm_engine
 
     vllm_engine.prepare()
     convert(folder, tmp_path / "vllm", "vllm")
@@ -363,8 +364,8 @@ def test_what_vllm_cannot_hold_is_refused_at_the_door(folder: Path, local: Any) 
 
 def test_draws_are_the_same_however_often_they_are_made(engine: Any) -> None:
     """What is dropped is drawn again; the control is a draw that goes on."""
+    from unigen.backends.vllm_guidance import Branch, spoken
     from unigen.samplers.logits import draw
-    from unigen.serving.vllm_guidance import Branch, spoken
 
     row = engine.running().row(engine.request("a dog", "image", temperature=1.0, guidance=2.0))
     ids: list[int] = []
@@ -388,7 +389,7 @@ def test_a_request_that_is_no_span_is_refused(engine: Any, harm: dict[str, Any])
     from vllm import SamplingParams
     from vllm.exceptions import VLLMValidationError
 
-    from unigen.serving.vllm_guidance import KEY, spoken
+    from unigen.backends.vllm_guidance import KEY, spoken
 
     row = engine.running().row(engine.request("a dog", "image", guidance=2.0))
     said = spoken(row.state.span, engine.model.vocabulary, [], "span", 0)

@@ -19,7 +19,7 @@ from PIL import Image
 
 import unigen
 from tests.serving.test_vllm import LLAMA, SMALL, WORDS, answers, on_vllm, pieces, scheduler
-from unigen.serving.vllm_engine import writes
+from unigen.backends.vllm_engine import writes
 
 pytestmark = pytest.mark.serve
 pytest.importorskip("vllm")

@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 
 import unigen
 from tests.serving.test_vllm import answers, on_vllm
+from unigen.backends import vllm_engine
+from unigen.document import Document
 from unigen.models import convert
-from unigen.sequence import Document
-from unigen.serving import vllm_engine
 
 pytestmark = pytest.mark.serve
 pytest.importorskip("vllm")
@@ -94,7 +94,7 @@ def test_compiled(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_chameleon(norm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three branches with a picture in the prompt, and an answer of both, by the layers of 7B and of 34B. The control:
     heads that are not normed."""
-    from unigen.serving.vllm_models import HeadNorm
+    from unigen.backends.vllm_models import HeadNorm
 
     case, public, folder = exported("chameleon", tmp_path, monkeypatch, swin_norm=norm == "after")
     drawn: dict[str, Any] = {"prompt": [picture((44, 20)), case.WORDS], "output": "image", "seed": 3}

@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-import unigen
-from unigen.engine import Engine
-from unigen.sequence import Document
+from unigen.document import Document
+from unigen.inference.engine import Engine
 from unigen.serving.jobs import Begun, Ended, Failed, Job, Load, Part, Ready
 from unigen.serving.process import Sender
-from unigen.serving.work import OneByOne, Together, work
+from unigen.serving.worker import OneByOne, Together, work
 
 
 class Pipeline:
@@ -46,7 +45,7 @@ def test_a_job_may_be_dropped_where_nothing_waits(waits: bool) -> None:
 @pytest.fixture
 def asks(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Any]]:
     """The server's ends of the pipes of a process that answers with the stand-in, in a thread."""
-    monkeypatch.setattr(unigen, "load", lambda **_: Pipeline())
+    monkeypatch.setattr("unigen.loading.load", lambda **_: Pipeline())
     (receiver, asks), (heard, tells) = multiprocessing.Pipe(duplex=False), multiprocessing.Pipe(duplex=False)
     thread = threading.Thread(target=work, args=(receiver, Sender(tells), {}, 1), daemon=True)
     thread.start()

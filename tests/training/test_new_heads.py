@@ -10,7 +10,7 @@ from unigen.generators.flow import FlowConfig
 from unigen.generators.token_flow import TokenFlowConfig
 from unigen.models import load, tiny
 from unigen.tokenizers import save_tokenizer
-from unigen.training.writers import new_heads, shares_of
+from unigen.training.generator_setup import new_heads, shares_of
 
 
 def test_shares_add_up_in_one_order() -> None:

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from unigen.cli import main
-from unigen.engine import Engine
-from unigen.sequence import Batch, Document, Segment, pack
+from unigen.batch import Batch, pack
+from unigen.commands.main import main
+from unigen.document import Document, Segment
+from unigen.inference.engine import Engine
 from unigen.training.objectives import Mixture
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)

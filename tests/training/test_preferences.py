@@ -14,15 +14,16 @@ import numpy as np
 import pytest
 import torch
 
-from unigen.cli import main
+from unigen.batch import Tokens, pack
+from unigen.commands.main import main
 from unigen.data.packing import Collate
-from unigen.engine import Engine
+from unigen.document import Document, Segment
 from unigen.generators import names, next_scale
-from unigen.likelihood import log_likelihood
+from unigen.inference.engine import Engine
+from unigen.inference.scoring import log_likelihood
 from unigen.models import load
 from unigen.samplers.guidance import Guidance
 from unigen.samplers.logits import draw_together
-from unigen.sequence import Document, Segment, Tokens, pack
 from unigen.training.objectives import Mixture
 from unigen.training.preferences import (
     CollateCompared,

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from tests.training.test_trainer import Denoise, plain, train
-from unigen.training import peers, writers
+from unigen.training import generator_setup, peers
 from unigen.training.recipe import run_recipe
 from unigen.training.stream import Batches
 from unigen.training.trainer import main_process_first
@@ -101,11 +101,11 @@ def test_one_process_trains_the_text_tokenizer_that_all_read(tmp_path: Path, mon
         time.sleep(1)
         (folder / "tokenizer.json").write_text("whole")
 
-    monkeypatch.setattr(writers.text, "train", slow)
-    monkeypatch.setattr(writers.text, "load", lambda folder: (folder / "tokenizer.json").read_text())
+    monkeypatch.setattr(generator_setup.text, "train", slow)
+    monkeypatch.setattr(generator_setup.text, "load", lambda folder: (folder / "tokenizer.json").read_text())
 
     def work(rank: int) -> None:
-        assert writers.text_tokenizer(tmp_path / "words", [], 300, ()) == "whole"
+        assert generator_setup.text_tokenizer(tmp_path / "words", [], 300, ()) == "whole"
 
     assert [finished(pid) for pid in ranks(work, tmp_path)] == [0, 0]
     assert (tmp_path / "trained").read_text() == "0\n", "the main process alone"

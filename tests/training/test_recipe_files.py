@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.training.test_trainer import RECIPE
-from unigen.cli import main
+from unigen.commands.main import main
 from unigen.config import load_json
 
 

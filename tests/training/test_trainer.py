@@ -30,8 +30,9 @@ from unigen.training import checkpoint
 from unigen.training.checkpoint import Ema, checkpoints, load_checkpoint, lock_run
 from unigen.training.muon import MuonAdamW
 from unigen.training.peers import is_alive, watching
+from unigen.training.recipe import run_recipe
 from unigen.training.stream import permuted
-from unigen.training.trainer import Job, Trainer, adamw, lr_scale, run_recipe
+from unigen.training.trainer import Job, Trainer, adamw, lr_scale
 
 
 class Noisy:
@@ -903,7 +904,7 @@ def test_inputs_that_are_no_plain_table(inputs: str, tmp_path: Path) -> None:
 def test_recipes_name_the_command_that_makes_their_inputs(name: str, root: Path, tmp_path: Path) -> None:
     code = f"""if True:
         import sys
-        from unigen.cli import main
+        from unigen.commands.main import main
         code = main(["train", {str(root / "recipes" / f"{name}.py")!r}])
         assert "torch" not in sys.modules, "it is told before anything heavy is imported"
         sys.exit(code)"""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from unigen.sequence import Batch, Tokens, pack
+from unigen.batch import Batch, Tokens, pack
 
 
 class PackedRows:

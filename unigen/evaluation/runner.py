@@ -19,11 +19,12 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from unigen import precision, progress
-from unigen.arguments import Parser, did_you_mean, name, summary
 from unigen.evaluation.task import Item, Task
 from unigen.limits import argument as limited
 from unigen.samplers.seeds import derive_seed
+from unigen.utils import precision, progress
+from unigen.utils.argparser import Parser, name
+from unigen.utils.text import did_you_mean, summary
 
 
 def common_arguments(task: str, description: str, sampled: bool = True) -> Parser:
@@ -53,7 +54,7 @@ def common_arguments(task: str, description: str, sampled: bool = True) -> Parse
 
 def parse(parser: Parser, args: list[str]) -> argparse.Namespace:
     """The arguments; ValueError before any work where what is asked for cannot be written."""
-    from unigen.output import check_output
+    from unigen.media.output import check_output
 
     found = parser.parse_args(args)
     if found.json and found.json != "-":
@@ -79,9 +80,9 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def load_engine(args: argparse.Namespace) -> Any:
-    import unigen
+    from unigen import loading
 
-    return unigen.load(args.model, **precision.options_of(args))
+    return loading.load(args.model, **precision.options_of(args))
 
 
 def draw(
@@ -114,7 +115,7 @@ def write_outputs(
     where the folder cannot be written."""
     from PIL import Image
 
-    from unigen.output import save_picture, write_text
+    from unigen.media.output import save_picture, write_text
 
     folder = make_folder(folder)
     lines = []
@@ -151,6 +152,10 @@ def contact_sheet(rows: Sequence[tuple[Item, Sequence[Any], Sequence[dict[str, f
     return sheet
 
 
+RENAMED = {"writers": "generators"}
+"""Tasks that had another name."""
+
+
 def tasks() -> list[str]:
     """The names of the tasks: the modules in `unigen/evaluation/tasks`."""
     import unigen.evaluation.tasks as package
@@ -175,6 +180,8 @@ def main(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help"):
         print(overview())
         return 0
+    if args[0] in RENAMED:
+        raise ValueError(f"the task {args[0]} is called {RENAMED[args[0]]} now")
     if args[0] not in names:
         raise ValueError(f"unknown task {args[0]!r}{did_you_mean(args[0], names)} (tasks: {', '.join(names)})")
     task = importlib.import_module(f"unigen.evaluation.tasks.{args[0]}")

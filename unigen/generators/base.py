@@ -16,9 +16,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from unigen.batch import Batch, Vocabulary
 from unigen.samplers.guidance import Guidance
 from unigen.samplers.logits import Sampling
-from unigen.sequence import Batch, Vocabulary
 
 CODES = ("temperature", "top_k", "top_p")
 """The options of generators that draw codes."""

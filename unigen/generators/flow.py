@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unigen.batch import Batch
 from unigen.config import from_dict, to_dict
 from unigen.generators.base import Frame, Model, Read, Span, State
 from unigen.generators.latents import FlowingState, LatentHead
 from unigen.nn.attention import unfused
-from unigen.nn.painters import Kind, painter
-from unigen.sequence import Batch
+from unigen.nn.denoisers import Kind, painter
 
 Targets = tuple[Tensor, Tensor, Tensor]
 COPIES = 4

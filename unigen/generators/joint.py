@@ -19,9 +19,9 @@ import math
 import torch
 from torch import Tensor
 
+from unigen.batch import Vocabulary
 from unigen.generators.base import Frame
 from unigen.generators.masked import Masked
-from unigen.sequence import Vocabulary
 
 TEXT_LENGTH = 32
 WHOLE = 0.25

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unigen.batch import Batch
+from unigen.diffusion.solvers import Trajectory, solve
 from unigen.generators.base import Head, Span, State
 from unigen.samplers.guidance import Guidance, guided_velocity
-from unigen.samplers.ode import Trajectory, solve
-from unigen.sequence import Batch
 
 
 @dataclass

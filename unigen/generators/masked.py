@@ -20,10 +20,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from unigen.batch import Batch, Vocabulary
 from unigen.generators.base import CODES, Frame, Model, Read, Span, State
 from unigen.generators.next_token import pictures_of_ids
 from unigen.samplers.logits import likeliest, race, warp
-from unigen.sequence import Batch, Vocabulary
 
 STEPS = 12
 CHOICE = 0.5

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unigen.batch import Batch
 from unigen.generators.base import CODES, Frame, Head, Model, Read, Span, State
 from unigen.samplers.guidance import Guidance
 from unigen.samplers.logits import draw_together
-from unigen.sequence import Batch
 
 Targets = tuple[Tensor, Tensor, Tensor]
 

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unigen.batch import Batch, Vocabulary
 from unigen.generators import jacobi
 from unigen.generators.base import CODES, Frame, Model, Read, Span, State
 from unigen.samplers.guidance import Guidance
 from unigen.samplers.logits import draw, penalize
-from unigen.sequence import Batch, Vocabulary
 
 
 def pictures_of_ids(model: Model, states: list[State]) -> Tensor:

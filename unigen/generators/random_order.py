@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from unigen.batch import Batch
 from unigen.generators.base import CODES, Frame, Head, Model, Read, Span, State
 from unigen.generators.next_token import combine_alike, pictures_of_ids, sample_alike
-from unigen.sequence import Batch
 
 Targets = tuple[Tensor, Tensor, Tensor]
 

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unigen.batch import Batch
 from unigen.config import from_dict, to_dict
 from unigen.generators.base import Frame, Model, Read, Span, State
 from unigen.generators.latents import LatentHead
-from unigen.nn.painters import Time
-from unigen.sequence import Batch
+from unigen.nn.denoisers import Time
 
 Targets = tuple[Tensor, Tensor]
 

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unigen.batch import Batch
 from unigen.config import from_dict, to_dict
 from unigen.generators.base import Frame, Model, Read, Span, State
 from unigen.generators.latents import FlowingState, LatentHead
-from unigen.nn.painters import Time, from_patches, to_patches
-from unigen.sequence import Batch
+from unigen.nn.denoisers import Time, from_patches, to_patches
 
 
 @dataclass(frozen=True)

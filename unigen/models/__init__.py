@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from unigen import hub
-from unigen.disk import check_folder, disk_errors
-from unigen.model import UnifiedModel
-from unigen.relatives import explain
+from unigen.model.unified import UnifiedModel
+from unigen.models.relatives import explain
+from unigen.utils.disk import check_folder, disk_errors
 
 
 def load(name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> UnifiedModel:
@@ -120,7 +120,7 @@ def convert(name: str | Path, folder: str | Path, layout: str = "unigen") -> Non
 
 def causal_lm(model: UnifiedModel) -> Any:
     """The language model as vLLM serves it: one table and one head for text and codes, of a class of transformers, or
-    named as one of `unigen.serving.vllm_models`. Raises ValueError saying why a family has none."""
+    named as one of `unigen.backends.vllm_models`. Raises ValueError saying why a family has none."""
     if why := unserved(model.family):
         raise ValueError(f"vLLM cannot serve {model.family}: {why}")
     return importlib.import_module(f"{__name__}.{model.family}").causal_lm(model)
@@ -167,8 +167,9 @@ def is_language_model(kind: str) -> bool:
 
 
 def families() -> list[Any]:
-    """The modules of all families."""
-    return [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
+    """The modules of all families: those of this package but `relatives`."""
+    names = [found.name for found in pkgutil.iter_modules(__path__) if found.name != "relatives"]
+    return [importlib.import_module(f"{__name__}.{name}") for name in names]
 
 
 def holdings() -> dict[str, Any]:

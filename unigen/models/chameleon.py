@@ -26,12 +26,13 @@ import torch
 from PIL import Image
 
 from unigen import hub
+from unigen.batch import Layout, Tokens, Vocabulary
+from unigen.document import Document, Segment
 from unigen.generators.base import Generator
 from unigen.generators.next_token import NextToken, Text
-from unigen.model import UnifiedModel
+from unigen.model.template import Output, PublicTemplate
+from unigen.model.unified import UnifiedModel
 from unigen.nn.backbone import Backbone
-from unigen.sequence import Document, Layout, Segment, Tokens, Vocabulary
-from unigen.templates import Output, PublicTemplate
 from unigen.tokenizers import text, vqgan
 
 BOI, EOI, EOT = "<racm3:break>", "<eoss>", "<reserved08706>"
@@ -163,7 +164,7 @@ def joined(
 
 
 def causal_lm(model: UnifiedModel) -> Any:
-    """All of it, for the class of ours that vLLM finds by this name (`unigen.serving.vllm_models`)."""
+    """All of it, for the class of ours that vLLM finds by this name (`unigen.backends.vllm_models`)."""
     return hub.named(model.backbone.lm, "UnigenChameleonForCausalLM")
 
 

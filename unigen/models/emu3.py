@@ -21,13 +21,14 @@ import torch
 from PIL import Image
 
 from unigen import hub
+from unigen.batch import Layout, Tokens, Vocabulary
 from unigen.config import save_json
+from unigen.document import Document, Segment
 from unigen.generators.base import Generator
 from unigen.generators.next_token import NextToken, Text
-from unigen.model import UnifiedModel
+from unigen.model.template import Output, PublicTemplate, Unable, pictures_first, split_system
+from unigen.model.unified import UnifiedModel
 from unigen.nn.backbone import Backbone
-from unigen.sequence import Document, Layout, Segment, Tokens, Vocabulary
-from unigen.templates import Output, PublicTemplate, Unable, pictures_first, split_system
 from unigen.tokenizers import load_tokenizer, text
 from unigen.tokenizers.emu3_vq import Emu3VQ
 

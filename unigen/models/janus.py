@@ -26,13 +26,14 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from unigen import hub
+from unigen.batch import Layout, Tokens, Vocabulary
 from unigen.config import save_json
+from unigen.document import Document, Segment
 from unigen.generators.base import Generator
 from unigen.generators.next_token import NextToken, Text
-from unigen.model import Sight, UnifiedModel
+from unigen.model.template import Output, PublicTemplate, Unable, split_system
+from unigen.model.unified import Sight, UnifiedModel
 from unigen.nn.backbone import Backbone
-from unigen.sequence import Document, Layout, Segment, Tokens, Vocabulary
-from unigen.templates import Output, PublicTemplate, Unable, split_system
 from unigen.tokenizers import load_tokenizer, text, vqgan
 
 USER, ASSISTANT = "<|User|>", "<|Assistant|>"
@@ -358,7 +359,7 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
 
 
 def causal_lm(model: UnifiedModel) -> Any:
-    """All of it, for the class of ours that vLLM finds by this name (`unigen.serving.vllm_models`). The table and the
+    """All of it, for the class of ours that vLLM finds by this name (`unigen.backends.vllm_models`). The table and the
     head of codes stay beside it."""
     assert isinstance(model.backbone, JanusBackbone)
     text_size, head_width = model.backbone.text_size, model.backbone.head[0].out_features

@@ -22,12 +22,14 @@ import torch
 from PIL import Image
 
 from unigen import hub
+from unigen.batch import Layout, Tokens, Vocabulary
+from unigen.document import Document, Segment
 from unigen.generators.base import Generator
 from unigen.generators.next_token import NextToken, Text
-from unigen.model import UnifiedModel
+from unigen.media.pixels import square
+from unigen.model.template import Output, PublicTemplate, Unable, split_system
+from unigen.model.unified import UnifiedModel
 from unigen.nn.backbone import Backbone
-from unigen.sequence import Document, Layout, Segment, Tokens, Vocabulary, square
-from unigen.templates import Output, PublicTemplate, Unable, split_system
 from unigen.tokenizers import text, vqgan
 
 BOI, EOI, UNCOND = "<boi>", "<eoi>", "<unconditional>"

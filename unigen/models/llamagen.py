@@ -31,13 +31,14 @@ import torch
 from torch import Tensor, nn
 
 from unigen import hub
+from unigen.batch import Tokens, Vocabulary
 from unigen.config import save_json
+from unigen.document import Document
 from unigen.generators.base import Generator
 from unigen.generators.next_token import NextToken
-from unigen.model import UnifiedModel
+from unigen.model.template import ClassTemplate, DrawingTemplate, Output, Unable
+from unigen.model.unified import UnifiedModel
 from unigen.nn.backbone import Backbone, SlotCache
-from unigen.sequence import Document, Tokens, Vocabulary
-from unigen.templates import ClassTemplate, DrawingTemplate, Output, Unable
 from unigen.tokenizers import load_tokenizer, text, vqgan
 
 BASE = 10_000.0

@@ -33,12 +33,13 @@ from PIL import Image
 from torch import Tensor
 
 from unigen import hub
+from unigen.batch import Layout, Tokens
 from unigen.config import save_json
-from unigen.model import UnifiedModel
+from unigen.document import Document, Segment
+from unigen.model.template import Output
+from unigen.model.unified import UnifiedModel
 from unigen.models import chameleon
 from unigen.models.chameleon import BOI, EOI, EOT, MASKED, ChameleonTemplate
-from unigen.sequence import Document, Layout, Segment, Tokens
-from unigen.templates import Output
 from unigen.tokenizers import text, vqgan
 
 EOL = "<reserved08799>"

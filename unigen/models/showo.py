@@ -28,14 +28,15 @@ from PIL import Image
 from torch import Tensor
 
 from unigen import hub
+from unigen.batch import Layout, Tokens, Vocabulary
 from unigen.config import save_json
+from unigen.document import Document, Segment
 from unigen.generators.base import Generator, Read, State
 from unigen.generators.masked import Masked, MaskedState
 from unigen.generators.next_token import Text
-from unigen.model import UnifiedModel
+from unigen.model.template import Output, PublicTemplate, Unable
+from unigen.model.unified import UnifiedModel
 from unigen.nn.backbone import Backbone
-from unigen.sequence import Document, Layout, Segment, Tokens, Vocabulary
-from unigen.templates import Output, PublicTemplate, Unable
 from unigen.tokenizers import load_tokenizer, magvit2, text
 
 LANGUAGE, IMAGES = "microsoft/phi-1_5", "showlab/magvitv2"

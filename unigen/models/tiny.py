@@ -24,13 +24,15 @@ from PIL import Image
 from torch import nn
 
 from unigen import generators, hub
+from unigen.batch import Layout, Tokens, Vocabulary
+from unigen.document import Document
 from unigen.generators.base import Frame, Generator
 from unigen.generators.next_token import Text
-from unigen.model import Generators, UnifiedModel
+from unigen.media.pixels import square
+from unigen.model.template import OUTPUTS, Output, pictures_first
+from unigen.model.unified import Generators, UnifiedModel
 from unigen.nn.backbone import Backbone
-from unigen.nn.llama import LlamaLM
-from unigen.sequence import Document, Layout, Tokens, Vocabulary, square
-from unigen.templates import OUTPUTS, Output, pictures_first
+from unigen.nn.cpu.llama import LlamaLM
 from unigen.tokenizers import ImageTokenizer, load_tokenizer
 from unigen.tokenizers import text as text_tokenizers
 

@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, normalize, scaled_dot_product_attention, silu
 
 from unigen import hub
+from unigen.batch import Vocabulary
 from unigen.config import save_json
 from unigen.generators.base import Generator
 from unigen.generators.next_scale import NextScale
-from unigen.model import UnifiedModel
+from unigen.model.template import ClassTemplate
+from unigen.model.unified import UnifiedModel
 from unigen.nn.backbone import Backbone, SlotCache
-from unigen.sequence import Vocabulary
-from unigen.templates import ClassTemplate
 from unigen.tokenizers import load_tokenizer, var_vq
 
 SCALES = {680: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 2240: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)}

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unigen.nn import llama
 from unigen.nn.attention import Packing, cached_mask, packed_mask, register
-from unigen.nn.few_rows import few_rows_linear
+from unigen.nn.cpu import llama
+from unigen.nn.cpu.linear import few_rows_linear
 
 
 class Backbone(nn.Module):

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from unigen.extras import require
-from unigen.nn.few_rows import FewRowsLinear
-from unigen.precision import QUANTIZATIONS
+from unigen.nn.cpu.linear import FewRowsLinear
+from unigen.utils.extras import require
+from unigen.utils.precision import QUANTIZATIONS
 
 WHOLE = {"8bit": (1, 1), "4bit": (32, 64)}
 """Outputs and inputs of maps that are quantised are whole multiples of these. Others stay as they are: in 4 bits

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unigen.limits import check, shorten
+from unigen.limits import check
+from unigen.utils.text import shorten
 
 KINDS = ("cfg", "rescale", "apg", "cfg-zero")
 """How branches of a flow are combined: see `guided_velocity`."""

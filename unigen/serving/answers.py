@@ -17,8 +17,8 @@ from typing import Any, TypeAlias
 
 from PIL import Image
 
-from unigen.output import data_uri
-from unigen.sequence import Preview
+from unigen.document import Preview
+from unigen.media.output import data_uri
 from unigen.serving import pictures
 from unigen.serving.jobs import Begun, Ended, Event, Part
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from unigen.sequence import Document, Preview
+from unigen.document import Document, Preview
 
 
 @dataclass

@@ -22,7 +22,7 @@ from urllib.parse import urljoin
 
 from PIL import Image
 
-from unigen.images import MAX_PIXELS, read_image, read_mask
+from unigen.media.images import MAX_PIXELS, read_image, read_mask
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 MOST_REDIRECTS = 3
@@ -56,7 +56,7 @@ def decoded(data: bytes | Image.Image, area: int | None = None) -> Image.Image:
         data: the bytes of a file, or what `opened` gave for them.
         area: pixels to which a larger picture is made smaller, where its format allows it while it is decoded.
     Raises:
-        ValueError: for what is no picture, or larger than `unigen.images.MAX_PIXELS`.
+        ValueError: for what is no picture, or larger than `unigen.media.images.MAX_PIXELS`.
     """
     image = opened(data) if isinstance(data, bytes) else data
     if area is not None and image.width * image.height > area:

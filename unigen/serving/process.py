@@ -72,7 +72,7 @@ def _work(jobs: Any, events: Any, *arguments: Any) -> None:
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     sender = Sender(events)
     threading.Thread(target=sender.beat, daemon=True).start()
-    from unigen.serving.work import work
+    from unigen.serving.worker import work
 
     work(jobs, sender, *arguments)
 

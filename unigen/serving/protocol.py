@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from unigen.limits import SERVED, bounds
-from unigen.numbers import parse_float, parse_int
+from unigen.utils.numbers import parse_float, parse_int
 
 MOST_ANSWERS = SERVED["n"].high
 LONGEST = 100_000
@@ -66,9 +66,9 @@ class Strict(BaseModel):
 
 
 class Drawing(Strict):
-    """How pictures are made; None is left to the model. As of `unigen.request.checked`. candidates: among so many
-    each answer is the best. stream: in events, as they are made; partial_images: of each picture at most, before it is
-    finished."""
+    """How pictures are made; None is left to the model. As of `unigen.inference.request.checked`. candidates: among so
+    many each answer is the best. stream: in events, as they are made; partial_images: of each picture at most, before
+    it is finished."""
 
     seed: int | None = limited("seed")
     guidance: float | list[float] | None = None
@@ -241,8 +241,8 @@ class ClientLabels(Strict):
 
 
 class ChatRequest(Drawing, ClientLabels):
-    """modalities: what the answer may hold; left out, as of `unigen.templates.usual_output`. content_format: "parts"
-    gives the `content` of a whole answer that holds pictures as a list of parts in order."""
+    """modalities: what the answer may hold; left out, as of `unigen.model.template.usual_output`. content_format:
+    "parts" gives the `content` of a whole answer that holds pictures as a list of parts in order."""
 
     model: str
     messages: list[Message] = Field(min_length=1, max_length=1000)

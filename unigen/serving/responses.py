@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from unigen.sequence import Preview
+from unigen.document import Preview
 from unigen.serving import pictures
 from unigen.serving.answers import Answer, Chunks, Events, usage_of
 from unigen.serving.jobs import Begun, Ended, Part

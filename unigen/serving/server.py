@@ -38,20 +38,20 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from unigen.document import Document, Segment
+from unigen.model.template import split_system, usual_output
 from unigen.samplers.seeds import later_seed
-from unigen.sequence import Document, Segment
 from unigen.serving import pictures, protocol
 from unigen.serving.answers import Answer, chat_chunks, images_usage, message, picture_chunks, usage_of
 from unigen.serving.body import BoundedRoute
 from unigen.serving.connection import TimedConnection
 from unigen.serving.decoder import AREA, MOST_PICTURES, Decoder, File, Full, PictureError
-from unigen.serving.guard import Guard, Limits, error
 from unigen.serving.jobs import Begun, Event, Failed, Job, Part, Refused
 from unigen.serving.metrics import Metrics
+from unigen.serving.middleware import Guard, Limits, error
 from unigen.serving.page import add_page
 from unigen.serving.process import Busy, Down, EngineProcess
 from unigen.serving.responses import ResponsesRequest, response_events
-from unigen.templates import split_system, usual_output
 
 log = logging.getLogger("unigen.serving")
 PICTURE_BYTES = 4 << 20
@@ -383,7 +383,7 @@ class Server:
             raise Wrong(507, f"{full}: ask for b64_json", param="response_format") from None
 
     def _kept(self, file: bytes, format: str) -> str:
-        from unigen.output import write_atomically
+        from unigen.media.output import write_atomically
 
         assert self.settings.folder is not None
         name = f"{uuid.uuid4().hex}.{format}"

@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unigen.sequence import NotFinite
+from unigen.utils.numbers import NotFinite
 
 
 class Quantized(NamedTuple):

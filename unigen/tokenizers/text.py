@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from unigen import hub
+from unigen.batch import Tokens
 from unigen.config import save_json
-from unigen.sequence import Tokens
 
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"

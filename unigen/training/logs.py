@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unigen.progress import visible
+from unigen.utils.progress import visible
 
 
 class Totals:

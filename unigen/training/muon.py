@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from unigen.config import OptimConfig
-from unigen.precision import has_fast_bfloat16
+from unigen.utils.precision import has_fast_bfloat16
 
 
 class Muon(torch.optim.Muon):

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unigen.batch import Batch
 from unigen.generators.base import Generator
 from unigen.generators.next_token import Causal
-from unigen.model import UnifiedModel
-from unigen.sequence import Batch
+from unigen.model.unified import UnifiedModel
 
 
 class Mixture(nn.Module):

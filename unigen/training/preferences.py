@@ -34,10 +34,11 @@ import torch
 from torch import Tensor, nn
 
 from unigen import generators
-from unigen.likelihood import as_drawn, log_likelihood
-from unigen.model import UnifiedModel
+from unigen.batch import Batch, Tokens, pack
+from unigen.document import Document, Segment
+from unigen.inference.scoring import as_drawn, log_likelihood
+from unigen.model.unified import UnifiedModel
 from unigen.samplers.guidance import Guidance
-from unigen.sequence import Batch, Document, Segment, Tokens, pack
 from unigen.training.objectives import Mixture
 
 

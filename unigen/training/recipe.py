@@ -19,11 +19,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
-from unigen import progress
 from unigen.config import RunConfig, apply_overrides
-from unigen.disk import check_input
-from unigen.extras import require
 from unigen.training.launcher import check_launcher, launched_as
+from unigen.utils import progress
+from unigen.utils.disk import check_input
+from unigen.utils.extras import require
 
 T = TypeVar("T")
 

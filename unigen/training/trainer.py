@@ -25,9 +25,6 @@ import torch
 from torch import Tensor, nn
 
 from unigen.config import OptimConfig, RunConfig, load_json, save_json, to_dict
-from unigen.disk import disk_errors
-from unigen.extras import require
-from unigen.precision import train_precision
 from unigen.training.checkpoint import (
     SCRATCH,
     Ema,
@@ -44,8 +41,10 @@ from unigen.training.checkpoint import (
 from unigen.training.launcher import check_launcher, check_precision, launched_as
 from unigen.training.logs import Logs, Totals, clock, means
 from unigen.training.peers import watch_peers
-from unigen.training.recipe import run_recipe as run_recipe
 from unigen.training.stream import Batches, Failed, load, mix, seed_all
+from unigen.utils.disk import disk_errors
+from unigen.utils.extras import require
+from unigen.utils.precision import train_precision
 
 Objective = Callable[[nn.Module, Any, torch.Generator], dict[str, tuple[Tensor, Tensor | int]]]
 """(model, batch, rng) -> {name: (sum, count)}; the loss is the sum over names of sum / count, times

@@ -28,8 +28,8 @@ from unigen.evaluation.runner import (
     write_outputs,
 )
 from unigen.evaluation.task import Item
-from unigen.extras import require
 from unigen.limits import argument as limited
+from unigen.utils.extras import require
 
 NEIGHBOURS = 3
 

@@ -22,11 +22,9 @@ import numpy as np
 from PIL import Image
 
 from unigen.config import write_report
-from unigen.data.captions import Facts, caption
-from unigen.data.scenes import BACKGROUNDS, MAX_COUNT, OBJECTS, RELATIONS, Group, World, heldout_groups, tints
-from unigen.evaluation import geneval, ladder
+from unigen.evaluation import baselines, geneval
+from unigen.evaluation.baselines import Pictures
 from unigen.evaluation.detector import Detector, Reading, load_detector
-from unigen.evaluation.ladder import Pictures
 from unigen.evaluation.runner import (
     Parser,
     common_arguments,
@@ -38,7 +36,9 @@ from unigen.evaluation.runner import (
 )
 from unigen.evaluation.task import Item, Mean, mean_and_interval
 from unigen.limits import argument as limited
-from unigen.sequence import to_pixels
+from unigen.media.pixels import to_pixels
+from unigen.toyworld.captions import Facts, caption
+from unigen.toyworld.scenes import BACKGROUNDS, MAX_COUNT, OBJECTS, RELATIONS, Group, World, heldout_groups, tints
 
 # ---------------------------------------------------------------- prompts
 
@@ -282,19 +282,19 @@ def main(args: list[str], command: str = "") -> int:
         scores = report("model", drawn)
         if a.out:
             write_outputs(a.out, items, drawn, scores)
-    true = ladder.oracle(items, a.images, a.seed, world) if world else []
+    true = baselines.oracle(items, a.images, a.seed, world) if world else []
     if "oracle" in rungs and world:
         report("oracle", true)
     if "reconstructions" in rungs and world and engine is not None:
-        report("reconstructions", ladder.reconstructions(engine.model.image_tokenizer, true))
+        report("reconstructions", baselines.reconstructions(engine.model.image_tokenizer, true))
     if "nearest" in rungs and world:
-        report("nearest", ladder.nearest(items, a.images, a.seed, world))
+        report("nearest", baselines.nearest(items, a.images, a.seed, world))
     if "shuffled" in rungs and drawn:
-        report("shuffled", ladder.shuffled(items, drawn, a.seed))
+        report("shuffled", baselines.shuffled(items, drawn, a.seed))
 
     sample = [row[0] for row in (true or drawn)]
-    noise = ladder.noise_pictures(200, task.detector.config.image_size, np.random.default_rng(a.seed))
-    nothing = {"noise": false_positives(task, noise), "blends": false_positives(task, ladder.blends(sample))}
+    noise = baselines.noise_pictures(200, task.detector.config.image_size, np.random.default_rng(a.seed))
+    nothing = {"noise": false_positives(task, noise), "blends": false_positives(task, baselines.blends(sample))}
     first = next(iter(results))
     rows = [row for name, result in results.items() for row in rows_of(name, result, a.batch)]
     rows += [{"name": f"objects found in {name}", "value": v, "unit": "share"} for name, v in nothing.items()]

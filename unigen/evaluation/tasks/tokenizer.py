@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from unigen.config import write_report
-from unigen.data.scenes import World, sample_scene
 from unigen.evaluation.runner import Parser, common_arguments, load_engine, parse
 from unigen.limits import argument as limited
 from unigen.tokenizers.measure import evaluate_tokenizer
+from unigen.toyworld.scenes import World, sample_scene
 
 UNITS = {"psnr": "dB", "psnr_objects": "dB", "usage": "share", "perplexity": "codes", "dead": "codes"}
 _STREAM = 7_800_000  # keeps these scenes apart from those of any training seed

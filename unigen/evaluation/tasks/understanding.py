@@ -18,9 +18,6 @@ import numpy as np
 from PIL import Image
 
 from unigen.config import write_report
-from unigen.data.captions import Facts, compare, facts, parse_caption
-from unigen.data.language import questions
-from unigen.data.scenes import Scene, World, relation, sample_scene
 from unigen.evaluation.runner import (
     Parser,
     common_arguments,
@@ -31,8 +28,11 @@ from unigen.evaluation.runner import (
     write_outputs,
 )
 from unigen.evaluation.task import Item, mean_and_interval
-from unigen.likelihood import DESCRIBE
+from unigen.inference.scoring import DESCRIBE
 from unigen.limits import argument as limited
+from unigen.toyworld.captions import Facts, compare, facts, parse_caption
+from unigen.toyworld.language import questions
+from unigen.toyworld.scenes import Scene, World, relation, sample_scene
 
 _STREAM = 7_700_000  # keeps these scenes apart from those of any training seed
 

@@ -3,7 +3,7 @@
 
 import * as past from "./history.js";
 
-const RUNNING = "unigen.running"; // in this tab: the entry whose answer is being made
+const RUNNING = "unigen.inference.scheduler"; // in this tab: the entry whose answer is being made
 const PAUSE = 500; // milliseconds between two times that it is written
 
 const LEAVES = ["beforeunload", "pagehide"];

@@ -1,0 +1,209 @@
+"""A model that reads joined to a diffusers pipeline by hidden states: a small network takes what the one has read to
+what the other is told by, its prompt embeddings.
+
+    engine = unigen.load(lmm="Qwen/Qwen3-VL-2B-Instruct", generator="stable-diffusion-v1-5/stable-diffusion-v1-5",
+                         adapter="runs/adapter/model")
+    engine.generate([picture, "the same dog in the snow"])      # the picture is read, and never put into words
+
+Learned queries attend to the last hidden states of the whole document, pictures included, and their outputs stand in
+for the pipeline's embeddings of a prompt: the mapper of GILL (Koh et al. 2023, arXiv 2305.17216), between such models
+as Emu2 (arXiv 2312.13286) and Dream Engine join. Queries, and not a layer on each state, because a document has any
+number of states while a pipeline wants its own number: as many queries as that give it (Stable Diffusion: 77). Where
+that number is the prompt's own (pipelines that take a mask), each query also says whether it counts, and the first of
+those that do not ends the prompt.
+Guidance's other branch is the pipeline's own, of its own text encoder: an adapter writes in that encoder's space, so
+that what was tuned to stand beside it still does, and `negative` takes words as ever. recipes/adapter.py trains one.
+
+Shapes: B documents, S states of width D, L embeddings of width W, P width of the pooled one.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from unigen import hub
+from unigen.backends.diffusers_engine import PipelineEngine
+from unigen.config import from_dict, save_json
+from unigen.document import Document
+from unigen.model.template import Unable
+
+MASKS = ("prompt_attention_mask", "prompt_embeds_mask")
+"""What pipelines call the mask of prompts of any length."""
+POOLED = "pooled_prompt_embeds"
+ENCODED = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False, "clean_caption": False}
+"""Of a pipeline's `encode_prompt`: one prompt as it is, without guidance. What else it takes is as its `__call__` has
+it."""
+
+
+class Embeds(NamedTuple):
+    """One prompt as a pipeline is told it, without padding."""
+
+    embeds_LW: Tensor
+    pooled_P: Tensor | None
+
+
+@dataclass
+class AdapterConfig:
+    """states: width of what is read; embeds, length: width and number of a prompt's embeddings, at most so many where
+    `free`; pooled: width of the one for the whole prompt, 0 where the pipeline has none."""
+
+    states: int
+    embeds: int
+    length: int
+    pooled: int = 0
+    free: bool = False
+    width: int = 512
+    layers: int = 4
+    heads: int = 8
+
+    def __post_init__(self) -> None:
+        if min(self.states, self.embeds, self.length, self.width, self.layers, self.heads, self.pooled + 1) < 1:
+            raise ValueError("an adapter's widths, length, layers and heads must be at least 1")
+        if self.width % self.heads:
+            raise ValueError(f"an adapter's width ({self.width}) must be a multiple of its heads ({self.heads})")
+
+
+class Adapter(nn.Module):
+    """States of a document to prompt embeddings."""
+
+    def __init__(self, config: AdapterConfig) -> None:
+        super().__init__()
+        self.config, width = config, config.width
+        self.enter = nn.Sequential(nn.LayerNorm(config.states), nn.Linear(config.states, width))
+        self.queries = nn.Parameter(torch.randn(config.length + bool(config.pooled), width) * 0.02)
+        self.layers = nn.ModuleList(
+            nn.TransformerDecoderLayer(width, config.heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+            for _ in range(config.layers)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.embeds = nn.Linear(width, config.embeds)
+        self.pooled = nn.Linear(width, config.pooled) if config.pooled else None
+        self.counts = nn.Linear(width, 1) if config.free else None
+
+    def forward(self, states_BSD: Tensor, seen_BS: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Embeddings (B, L, W), the pooled ones (B, P), logits of whether each counts (B, L). seen: bool, False where
+        states are padding."""
+        states_BSE = self.enter(states_BSD)
+        x_BQE = self.queries.expand(len(states_BSE), -1, -1)
+        for layer in self.layers:
+            x_BQE = layer(x_BQE, states_BSE, memory_key_padding_mask=~seen_BS)
+        x_BQE = self.norm(x_BQE)
+        x_BLE = x_BQE[:, : self.config.length]
+        pooled_BP = None if self.pooled is None else self.pooled(x_BQE[:, -1])
+        counts_BL = None if self.counts is None else self.counts(x_BLE).squeeze(-1)
+        return self.embeds(x_BLE), pooled_BP, counts_BL
+
+    @torch.no_grad()
+    def adapt(self, states_SD: Tensor) -> Embeds:
+        """What one document tells the pipeline."""
+        states_1SD = states_SD[None].to(self.queries)
+        embeds_1LW, pooled_1P, counts_1L = self(states_1SD, states_1SD.new_ones(states_1SD.shape[:2], dtype=torch.bool))
+        length = self.config.length
+        if counts_1L is not None:
+            length = max(1, int((counts_1L[0] > 0).long().cumprod(0).sum()))
+        return Embeds(embeds_1LW[0, :length], None if pooled_1P is None else pooled_1P[0])
+
+    def save(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors."""
+        with hub.replacing_folder(folder) as scratch:
+            save_json(scratch / hub.CONFIG, asdict(self.config))
+            hub.write_tensors(scratch / "model.safetensors", self.state_dict())
+
+
+def load_adapter(folder: str | Path) -> Adapter:
+    """The adapter in a folder, strictly. Raises ValueError in one line."""
+    folder = Path(folder)
+    settings = hub.read_json(folder / hub.CONFIG)
+    try:
+        config = from_dict(AdapterConfig, settings)
+    except ValueError as error:
+        raise ValueError(f"{folder / hub.CONFIG} is not an adapter's: {error}") from error
+    adapter = Adapter(config)
+    hub.load_strict(adapter, hub.read_tensors(folder / "model.safetensors"), folder)
+    return adapter.eval()
+
+
+class AdaptedPipeline(PipelineEngine):
+    """Draws documents, pictures among them, as an LMM reads them and an adapter tells the pipeline."""
+
+    sees = True
+
+    def __init__(self, pipe: Any, lmm: Any, adapter: Adapter) -> None:
+        super().__init__(pipe)
+        self.lmm, self.adapter = lmm, adapter.to(pipe.device)
+        mine = adapter.config
+        theirs = between(lmm, pipe, mine.length)
+        figures = [
+            ("reads states of width", mine.states, theirs.states, "the lmm has"),
+            ("makes embeddings of width", mine.embeds, theirs.embeds, "the pipeline takes"),
+            ("makes so many of them:", mine.length, theirs.length, "the pipeline takes"),
+            ("makes a pooled one of width", mine.pooled, theirs.pooled, "the pipeline takes"),
+            ("says how many count:", mine.free, theirs.free, "for the pipeline it is"),
+        ]
+        if wrong := [f"it {does} {own}, {whose} {other}" for does, own, other, whose in figures if own != other]:
+            raise ValueError(f"the adapter does not fit these models: {'; '.join(wrong)}")
+
+    @torch.inference_mode()
+    def _conditions(self, document: Document) -> dict[str, Any]:
+        embeds_LW, pooled_P = self.adapter.adapt(self.lmm.states(document))
+        given: dict[str, Any] = {"prompt_embeds": embeds_LW[None].to(self.pipe.dtype)}
+        if pooled_P is not None:
+            given[POOLED] = pooled_P[None].to(self.pipe.dtype)
+        ones_1L = torch.ones(1, len(embeds_LW), dtype=torch.int64, device=embeds_LW.device)
+        return given | {name: ones_1L for name in MASKS if name in self.takes}
+
+    def info(self) -> dict[str, Any]:
+        count, c = sum(p.numel() for p in self.adapter.parameters()), self.adapter.config
+        most = "at most " if c.free else ""
+        return super().info() | {"adapter": f"{count / 1e6:.1f}M parameters, {most}{c.length} embeddings of {c.embeds}"}
+
+
+@torch.no_grad()
+def embed(pipe: Any, words: str) -> Embeds:
+    """Words as a pipeline's own text encoder tells it them. Raises ValueError for a pipeline that is told otherwise."""
+    usual = {name: taken.default for name, taken in inspect.signature(pipe.__call__).parameters.items()}
+    kind = type(pipe).__name__
+    others = [name for name in usual if name.startswith(("prompt_embeds_", "prior_token")) and name not in MASKS]
+    if "prompt_embeds" not in usual or others or not hasattr(pipe, "encode_prompt"):
+        raise ValueError(f"{kind} is not told by prompt embeddings alone: an adapter cannot tell it what to draw")
+    given = usual | ENCODED | {"prompt": [words], "device": pipe.device}
+    heard = inspect.signature(pipe.encode_prompt).parameters
+    made = pipe.encode_prompt(**{name: value for name, value in given.items() if name in heard})
+    embeds, *rest = made if isinstance(made, tuple) else (made,)
+    if not isinstance(embeds, Tensor) or embeds.ndim != 3:
+        raise ValueError(f"{kind} has prompt embeddings of a kind of its own: an adapter cannot tell it what to draw")
+    flat = [part for part in rest if isinstance(part, Tensor) and part.ndim == 2]
+    pooled = [part[0] for part in flat if POOLED in usual]
+    masks = [part[0].bool() for part in flat if part.shape == embeds.shape[:2] and not usual.keys().isdisjoint(MASKS)]
+    return Embeds(embeds[0, masks[0]] if masks else embeds[0], pooled[0] if pooled else None)
+
+
+def between(lmm: Any, pipe: Any, length: int) -> AdapterConfig:
+    """An adapter's figures that the two models set. length: of a prompt at most, where the pipeline takes any. Raises
+    ValueError for models that none can join."""
+    told = embed(pipe, "a")
+    try:
+        states = lmm.states("a").shape[1]
+    except Unable as error:
+        raise ValueError("this model cannot be the lmm of an adapter: it reads no words without a picture") from error
+    free = any(name in PipelineEngine(pipe).takes for name in MASKS)
+    return AdapterConfig(
+        states=states,
+        embeds=told.embeds_LW.shape[1],
+        length=length if free else len(told.embeds_LW),
+        pooled=0 if told.pooled_P is None else len(told.pooled_P),
+        free=free,
+    )
+
+
+def pipe_of(painter: Any) -> Any:
+    """The pipeline that an adapter tells what to draw. Raises ValueError for a painter that is none."""
+    if not isinstance(painter, PipelineEngine):
+        raise ValueError("an adapter tells a diffusers pipeline what to draw: give one as generator, or no adapter")
+    return painter.pipe

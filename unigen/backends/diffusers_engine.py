@@ -1,0 +1,542 @@
+"""Diffusers pipelines that draw, behind the interface of `Engine`: words or classes in, pictures out.
+
+    engine = unigen.load("stable-diffusion-v1-5/stable-diffusion-v1-5")
+    image = engine.generate("a shiba inu", seed=0, steps=20, guidance=7.5, sampler="dpm++")
+    edited = engine.edit(image, "a shiba inu in the snow", strength=0.6)
+    painted = engine.inpaint(image, "a red ball", mask)
+
+What a pipeline takes is read from its class (`unigen.backends.diffusers_support`); what it does not take is refused by
+name, and a class that cannot draw here is refused before its weights are read. Editing and inpainting are the
+pipeline's own parts in diffusers' image-to-image and inpainting forms, where it has them; an edited picture keeps its
+size, and what is not marked of an inpainted one keeps its pixels. A picture's randomness is its own: it does not depend
+on the batch. The file refuses to know: schedules, networks, prompts' encoders.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from unigen import hub
+from unigen.backends.diffusers_support import (
+    INPAINT_CHANNELS,
+    native_area,
+    needs_image,
+    network_config,
+    options_of,
+    parameters,
+    pipeline_class,
+    refusal,
+    samplers_of,
+    stride_of,
+)
+from unigen.document import Document, as_words, check_text
+from unigen.inference.request import check_size, with_seeds
+from unigen.limits import LIMITS, check
+from unigen.media.display import MediaList, table_html
+from unigen.media.images import read_image, read_mask
+from unigen.model.template import Output, Unable
+from unigen.samplers.seeds import generator_of, later_seed
+from unigen.utils import progress
+from unigen.utils.numbers import NotFinite
+
+INDEX = "model_index.json"
+MOST_PIXELS = 4096 * 4096
+"""Of a picture that is asked for."""
+SET_HERE = {
+    "class_labels",
+    "generator",
+    "height",
+    "image",
+    "mask_image",
+    "num_images_per_prompt",
+    "output_type",
+    "prompt",
+}
+SET_HERE |= {"return_dict", "width"}
+"""Arguments of pipelines that no option sets by their own name."""
+FAULTS = (RuntimeError, IndexError, AssertionError, ArithmeticError, ImportError)
+"""What pipelines raise for arguments that they cannot work with, beside ValueError and TypeError; for their own
+arguments, which nothing here checks, AttributeError and KeyError too."""
+
+GLM_SIZE, GLM_STRIDE = (1024, 1024), 32
+"""Of GLM-Image's pictures where no size is asked for, and what sizes are multiples of; in pixels."""
+
+
+class PipelineEngine:
+    """Draws with one pipeline. Not safe to share between threads."""
+
+    outputs: tuple[Output, ...] = ("image",)
+    one_by_one = True
+    """Are several pictures drawn one after another, and not together?"""
+    sees = False
+    """May a picture be part of what is asked?"""
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+        self.usual: Any = getattr(pipe, "scheduler", None)
+        self.takes = parameters(pipe)
+        self.forms: dict[str, Any] = {}
+        self.sampling = self.defaults(self._form_or_none("text") or pipe)
+        """Options that have a value where nothing is asked for."""
+        pipe.set_progress_bar_config(disable=True)
+
+    # ---------------------------------------------------------------- what users call
+
+    def generate(self, prompt: Any, output: Output = "image", *, n: int = 1, seed: int = 0, **options: Any) -> Any:
+        """A PIL image of words, or of a class by its number; n > 1 gives a list, with seeds seed, seed + 1 ..
+
+        options, as far as the pipeline takes them: steps (1 to 1000), guidance (0 to 100), sampler, size (width, height
+        in pixels), negative (words for what it shall not be), and what its own `__call__` takes besides. Raises
+        ValueError in one line for bad input.
+        """
+        n, seed = check("n", n), check_seed(seed)
+        drawn = self.generate_batch([prompt] * n, [later_seed(seed, i) for i in range(n)], output, **options)
+        return drawn[0] if n == 1 else drawn
+
+    def generate_batch(
+        self, prompts: Sequence[Any], seeds: Sequence[int] | None = None, output: Output = "image", **options: Any
+    ) -> list[Any]:
+        """One picture a prompt; each is what `generate` gives for that prompt and seed alone."""
+        if output not in self.outputs:
+            raise ValueError(f"this model cannot answer with {output}: it can with image")
+        asked = with_seeds(prompts, seeds)
+        given = [self._conditions(Document.of(prompt)) for prompt, _ in asked]
+        return self._draw(self._form("text"), given, [seed for _, seed in asked], options)
+
+    def stream(self, prompt: Any, output: Output = "image", *, seed: int = 0, **options: Any) -> Iterator[Any]:
+        """The picture, when it is finished. Raises ValueError at once for bad input."""
+        self.check(prompt, output, seed=seed, **options)
+        return map(lambda _: self.generate(prompt, output, seed=seed, **options), range(1))
+
+    def check(self, prompt: Any, output: Output = "image", *, seed: int = 0, **options: Any) -> None:
+        """Raises ValueError in one line for what `generate` would refuse before it draws."""
+        if output not in self.outputs:
+            raise ValueError(f"this model cannot answer with {output}: it can with image")
+        check_seed(seed)
+        document = Document.of(prompt)
+        if not self.sees:
+            self._conditions(document)
+        form = self._form("text")
+        _, sampler = self._arguments(form, options, False)
+        self._scheduler(form, sampler)
+
+    def edit(
+        self, image: Any, instruction: str, *, strength: float | None = None, seed: int = 0, **options: Any
+    ) -> Any:
+        """The picture drawn anew from where noise has covered a share of it (`strength`, from 0 to 1), or as the
+        pipeline's own way of editing has it. It keeps its size where no other is asked for."""
+        check_words("the instruction", instruction, "say what to change")
+        picture, form = read_image(image), self._form("edit")
+        words = as_words(instruction)
+        asked = Document.of([picture, words] if self.sees else words)
+        size = options.pop("size", None)
+        seen, drawn_at = self._inside(form, picture, size)
+        given = self._conditions(asked) | {"image": [resized(picture, seen)]}
+        options |= {"size": drawn_at, "strength": strength}
+        drawn = self._draw(form, [given], [seed], options, own_size=True)[0]
+        return resized(drawn, size or picture.size)
+
+    def inpaint(
+        self, image: Any, prompt: str, mask: Any, *, strength: float | None = None, seed: int = 0, **options: Any
+    ) -> Any:
+        """The picture with what is white in the mask painted anew; all other pixels stay as they are.
+
+        mask: of the image's shape, white where to paint (`unigen.media.images.read_mask`). strength: the share of the
+        noise that covers what is painted anew, from 0 to 1. size: at which it is painted; the result has the picture's
+        size.
+        """
+        check_words("the prompt", prompt, "say what the picture is to show")
+        picture, marked = read_image(image), read_mask(mask)
+        if picture.size != marked.size:
+            raise ValueError(f"the mask is of {marked.size} pixels, the picture of {picture.size}: make them alike")
+        form = self._form("inpaint")
+        seen, drawn_at = self._inside(form, picture, options.pop("size", None))
+        given = {"image": [resized(picture, seen)], "mask_image": [marked.resize(seen, Image.Resampling.NEAREST)]}
+        options |= {"size": drawn_at, "strength": strength}
+        drawn = self._draw(
+            form, [self._conditions(Document.of(as_words(prompt))) | given], [seed], options, own_size=True
+        )[0]
+        return Image.composite(resized(drawn, picture.size), picture, marked)
+
+    def describe(self, image: Any, question: str | None = None, **options: Any) -> str:
+        raise ValueError("this model cannot answer with text: pair it with one that reads (--lmm)")
+
+    def info(self) -> dict[str, Any]:
+        """What this pipeline is and takes."""
+        parts = {name: part for name, part in self.pipe.components.items() if isinstance(part, torch.nn.Module)}
+        counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+        forms = {task: self._form_or_none(task) for task in ("text", "edit", "inpaint")}
+        drawn = "classes" if "class_labels" in self.takes else "words"
+        facts = {
+            "family": "diffusion pipeline",
+            "pipeline": type(self.pipe).__name__,
+            "parts": {name: f"{count / 1e6:.1f}M parameters" for name, count in counts.items()},
+            "scheduler": type(self.usual).__name__,
+            "draws": drawn if forms["text"] else "no: it changes pictures",
+        }
+        for name, task in (("edits", "edit"), ("inpaints", "inpaint")):
+            facts[name] = type(forms[task]).__name__ if forms[task] else "no"
+        main = next((form for form in forms.values() if form), self.pipe)
+        return facts | {
+            "takes": self.options(main),
+            "samplers": list(samplers_of(main, self.usual)),
+            "sampling": self.sampling,
+            "outputs": list(self.outputs),
+            "device": str(self.pipe.device),
+        }
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({type(self.pipe).__name__})"
+
+    def _repr_html_(self) -> str:
+        return table_html(type(self.pipe).__name__, self.info())
+
+    # ---------------------------------------------------------------- what pipelines take
+
+    def options(self, pipe: Any) -> list[str]:
+        """The names of the options that change what the pipeline draws."""
+        return [*options_of(pipe), *(["sampler"] if samplers_of(pipe, self.usual) else [])]
+
+    def defaults(self, pipe: Any) -> dict[str, Any]:
+        """The values of a pipeline's options where nothing is asked for."""
+        takes = parameters(pipe)
+        values = {name: takes[own].default for name, own in options_of(pipe).items() if name != "size"}
+        return {name: value for name, value in values.items() if isinstance(value, (int, float))}
+
+    def _conditions(self, document: Document) -> dict[str, Any]:
+        """The pipeline's own arguments for words or a class."""
+        if document.images():
+            raise ValueError("a pipeline draws from words: give a picture to `edit` or `inpaint`")
+        words = " ".join((s.text or "").strip() for s in document.segments if s.text)
+        labels = [s.label for s in document.segments if s.label is not None]
+        if "class_labels" in self.takes:
+            if words or len(labels) != 1:
+                raise ValueError("this pipeline draws classes, not words: give one class by its number or name")
+            return {"class_labels": [self._class(labels[0])]}
+        if labels:
+            raise ValueError("this pipeline draws words, not classes: say what to draw in words")
+        return {"prompt": words}
+
+    def _class(self, label: Any) -> int:
+        names = getattr(self.pipe, "labels", {}) or {}
+        if label in names:
+            return int(names[label])
+        network = network_config(self.pipe)
+        known = network.get("num_class_embeds") or network.get("num_embeds_ada_norm") or 1000
+        count = max(names.values(), default=known - 1) + 1
+        if not str(label).isdecimal() or int(label) >= count:
+            raise ValueError(f"unknown class {label!r}: give a number from 0 to {count - 1}, or its name")
+        return int(label)
+
+    def _form_or_none(self, task: str) -> Any:
+        try:
+            return self._form(task)
+        except Unable:
+            return None
+
+    def _form(self, task: str) -> Any:
+        """The pipeline's parts in the form that does a task: "text", "edit" or "inpaint". Raises Unable where it has
+        none."""
+        if task not in self.forms:
+            self.forms[task] = self._made_form(task)
+            self.forms[task].set_progress_bar_config(disable=True)
+        return self.forms[task]
+
+    def _made_form(self, task: str) -> Any:
+        import diffusers
+
+        paints, kind = "mask_image" in self.takes, type(self.pipe)
+        own = {
+            "text": not needs_image(kind),
+            "edit": "image" in self.takes and not paints,
+            "inpaint": paints,
+        }
+        if own[task]:
+            return self.pipe
+        wanted = {"text": "AutoPipelineForText2Image", "edit": "AutoPipelineForImage2Image"}
+        vae: Any = getattr(self.pipe, "vae", None)
+        own_channels = vae.config.get("latent_channels") if vae is not None and hasattr(self.pipe, "unet") else None
+        if own_channels and needs_image(kind) and network_config(self.pipe).get("in_channels") != own_channels:
+            form = None  # its network reads the picture, so that it does this task alone
+        else:
+            try:
+                form = getattr(diffusers, wanted.get(task, "AutoPipelineForInpainting")).from_pipe(self.pipe)
+            except ValueError:
+                form = None
+        channels = INPAINT_CHANNELS.get(type(form).__name__)
+        if channels is not None and network_config(form).get("in_channels") != channels:
+            form = None
+        if form is not None and refusal(type(form)) is None:
+            return form
+        if task == "text":
+            does = "paints parts of a picture: use `inpaint`" if paints else "changes a picture: use `edit`"
+            raise Unable(f"{kind.__name__} draws nothing from words alone; it {does}")
+        mask = " and a mask" if task == "inpaint" else ""
+        raise Unable(f"{kind.__name__} has no form that takes a picture{mask}")
+
+    def _inside(self, form: Any, picture: Image.Image, size: Any) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The sizes at which a picture is read and drawn inside. size: what is asked for, or None: about the picture's
+        own, at most twice as wide and high as the form's usual ones; for a form that begins with noise alone about as
+        large as those."""
+        if size is not None:
+            check_size(size)
+            return (size[0], size[1]), (size[0], size[1])
+        area, native, stride = picture.width * picture.height, native_area(form), stride_of(form)
+        target = min(area, max(4 * native, 1024**2)) if "strength" in parameters(form) else native
+        scale = math.sqrt(target / area)
+        width, height = (max(stride, round(side * scale / stride) * stride) for side in picture.size)
+        return (width, height), (width, height)
+
+    # ---------------------------------------------------------------- how it is done
+
+    @torch.inference_mode()
+    def _draw(
+        self,
+        pipe: Any,
+        given: Sequence[dict[str, Any]],
+        seeds: Sequence[int],
+        options: dict[str, Any],
+        own_size: bool = False,
+    ) -> list[Image.Image]:
+        """own_size: the engine chose the size, so that a form without this option is not told it."""
+        named, sampler = self._arguments(pipe, options, own_size)
+        seeds = [check_seed(seed) for seed in seeds]
+        if self.usual is not None:
+            pipe.scheduler = self._scheduler(pipe, sampler)
+        takes, kind = parameters(pipe), type(pipe).__name__
+        unchecked = named.keys() - SET_HERE - {*options_of(pipe).values()}
+        faults: tuple[type[Exception], ...] = (*FAULTS, AttributeError, KeyError) if unchecked else FAULTS
+        if "output_type" in takes:
+            named["output_type"] = "np"
+        pipe.set_progress_bar_config(disable=not progress.visible(), leave=False)
+        made = []
+        for one, seed in zip(given, seeds, strict=True):  # one at a time: a picture does not depend on the batch
+            try:
+                result = pipe(**one, **named, generator=[generator_of(seed)])
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{kind}: {hub.first_line(error)}") from error
+            except faults as error:
+                said = f"{type(error).__name__}: {hub.first_line(error)}"
+                raise ValueError(f"{kind} cannot draw this with these options ({said})") from error
+            picture = picture_of(result, kind, pipe.dtype)
+            if "width" in named:  # some draw the nearest size that they can
+                picture = resized(picture, (named["width"], named["height"]))
+            made.append(picture)
+        return MediaList(made)
+
+    def _arguments(self, pipe: Any, options: dict[str, Any], own_size: bool) -> tuple[dict[str, Any], str | None]:
+        """The pipeline's own arguments, and the sampler, of what is asked for. Raises ValueError in one line for
+        options that it does not take, that are out of their range, or that would change nothing."""
+        own, takes, kind = options_of(pipe), parameters(pipe), type(pipe).__name__
+        ours = {theirs: name for name, theirs in own.items() if name != "size"}
+        asked = {ours.get(name, name): value for name, value in options.items() if value is not None}
+        sampler, size = asked.pop("sampler", None), asked.pop("size", None)
+        if own_size and "size" not in own:
+            size = None
+        theirs = takes.keys() - SET_HERE
+        unheard = [name for name in asked if name not in own and name not in theirs]
+        if size is not None and "size" not in own:
+            unheard.append("size")
+        if sampler is not None and not samplers_of(pipe, self.usual):
+            unheard.append("sampler")
+        if unheard:
+            heard = ", ".join(self.options(pipe)) or "no options"
+            raise ValueError(f"{kind} does not take {', '.join(unheard)}: leave that out (it takes {heard})")
+        check_options(asked)
+        named = {own.get(name, name): value for name, value in asked.items()}
+        if size is not None:
+            check_size(size)
+            if size[0] * size[1] > MOST_PIXELS:
+                raise ValueError(
+                    f"a picture of {size[0]}x{size[1]} pixels is too large: at most {MOST_PIXELS:,} pixels"
+                )
+            named |= {"width": size[0], "height": size[1]}
+        self._check_guidance(kind, own, takes, named)
+        steps, strength = (
+            named.get(own.get(name, ""), self.defaults(pipe).get(name)) for name in ("steps", "strength")
+        )
+        if steps and strength and int(steps * strength) < 1:
+            least = math.ceil(1 / strength)
+            most = least > LIMITS["steps"].high
+            advice = "give a greater strength" if most else f"take at least {least} steps"
+            raise ValueError(f"{steps} steps at strength {strength:g} leave none to draw: {advice}")
+        return named, sampler
+
+    @staticmethod
+    def _check_guidance(kind: str, own: dict[str, str], takes: dict[str, Any], named: dict[str, Any]) -> None:
+        """Give the words of the other branch where guidance needs them; ValueError for words that nothing hears."""
+        scale = own.get("guidance")
+        value = named.get(scale, takes[scale].default) if scale else None
+        if "negative" not in own or not isinstance(value, (int, float)):
+            return
+        if "negative_prompt" in named and value <= 1:
+            raise ValueError(f"{kind} hears negative only with guidance above 1, and it is {value:g}: give both")
+        if scale == "true_cfg_scale" and value > 1:
+            named.setdefault("negative_prompt", " ")
+
+    def _scheduler(self, pipe: Any, sampler: str | None) -> Any:
+        if sampler is None:
+            return self.usual
+        kinds = samplers_of(pipe, self.usual)
+        if sampler not in kinds:
+            raise ValueError(f"unknown sampler {sampler!r} for this pipeline: one of {', '.join(kinds)}")
+        return kinds[sampler].from_config(self.usual.config)
+
+
+def check_options(asked: dict[str, Any]) -> None:
+    """Raises ValueError in one line for a value out of its range."""
+    for name in ("steps", "guidance", "strength"):
+        if name in asked:
+            check(name, asked[name])
+    if "negative" in asked and not isinstance(asked["negative"], str):
+        raise ValueError(f"negative must be words for what the picture shall not show, not {asked['negative']!r}")
+    if "negative" in asked:
+        check_text("negative", asked["negative"])
+
+
+def check_words(name: str, words: Any, wanted: str) -> None:
+    """Raises ValueError for what is no text, or empty."""
+    if not isinstance(words, str):
+        raise ValueError(f"{name} must be text, not {type(words).__name__}: {wanted}")
+    if not words.strip():
+        raise ValueError(f"{name} is empty: {wanted}")
+
+
+def check_seed(seed: Any) -> int:
+    """The seed as an int of 64 bits. Raises ValueError for what is none."""
+    return int(check("seed", seed))
+
+
+def picture_of(result: Any, kind: str, dtype: torch.dtype) -> Image.Image:
+    """The picture of what a pipeline, held in `dtype`, returns. Raises ValueError where it is withheld, and NotFinite
+    where it holds numbers that are not finite."""
+    if any(getattr(result, "nsfw_content_detected", None) or []):
+        raise ValueError(f"{kind}'s safety checker withholds the picture: ask in other words or with another seed")
+    images = result.images if hasattr(result, "images") else result.image
+    if isinstance(images[0], Image.Image):
+        return images[0].convert("RGB")
+    values_HWC = np.asarray(images[0])
+    if not np.isfinite(values_HWC).all():
+        raise NotFinite("pixels", dtype)
+    if values_HWC.dtype != np.uint8:
+        values_HWC = (values_HWC * 255).round().astype("uint8")
+    return Image.fromarray(values_HWC.squeeze(-1) if values_HWC.shape[-1] == 1 else values_HWC).convert("RGB")
+
+
+def resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The picture at a size; itself where it has it."""
+    return picture if picture.size == tuple(size) else picture.resize(size, Image.Resampling.LANCZOS)
+
+
+class GlmImageEngine(PipelineEngine):
+    """GLM-Image: a language model writes a picture's tokens, a DiT draws them. Its pipeline has to be told every size,
+    and a picture to edit has to be as large as its processor would make it."""
+
+    def __init__(self, pipe: Any) -> None:
+        super().__init__(pipe)
+        reader = pipe.vision_language_encoder
+        tokens = type(reader).get_image_tokens
+
+        def get_image_tokens(features: Any, grids: Any = None) -> Any:
+            """transformers wants a list of pictures (C, h, w), of which diffusers gives the one without its list."""
+            alone = isinstance(features, torch.Tensor) and features.ndim == 3
+            return tokens(reader, [features] if alone else features, grids)
+
+        reader.get_image_tokens = get_image_tokens
+
+    def _draw(
+        self,
+        pipe: Any,
+        given: Sequence[dict[str, Any]],
+        seeds: Sequence[int],
+        options: dict[str, Any],
+        own_size: bool = False,
+    ) -> list[Image.Image]:
+        devices = [pipe.device] if pipe.device.type == "cuda" else []
+        with hub.quiet(), torch.random.fork_rng(devices):  # tokens are drawn by the global state, which it seeds
+            return super()._draw(pipe, given, seeds, options | {"size": options.get("size") or GLM_SIZE}, own_size)
+
+    def _inside(self, form: Any, picture: Image.Image, size: Any) -> tuple[tuple[int, int], tuple[int, int]]:
+        if max(picture.size) > 4 * min(picture.size):
+            raise ValueError(f"GLM-Image reads pictures up to four times as long as wide, not {picture.size}: crop it")
+        bounds = self.pipe.processor.image_processor.size
+        least, most = bounds["shortest_edge"] ** 0.5, bounds["longest_edge"] ** 0.5
+        scale = min(max(1.0, least / min(picture.size)), most / max(picture.size))
+        width, height = (max(GLM_STRIDE, round(side * scale / GLM_STRIDE) * GLM_STRIDE) for side in picture.size)
+        return (width, height), size or (width, height)
+
+
+def is_pipeline(folder: Path) -> bool:
+    """Does the folder hold a diffusers pipeline?"""
+    return (folder / INDEX).is_file()
+
+
+def check_class(folder: Path) -> Any:
+    """The class of the pipeline in `folder`, read from its index alone, without its weights. Raises ValueError where
+    diffusers has no such class, or pipelines of this class cannot draw here."""
+    kind = pipeline_class(hub.read_json(folder / INDEX))
+    if reason := refusal(kind):
+        raise ValueError(f"{kind.__name__} cannot be used here: {reason}")
+    return kind
+
+
+def check_parts(folder: Path, kind: Any) -> None:
+    """Raises ValueError for a part that the index names and that has no folder, since some of them diffusers would make
+    up, and for one without weights in safetensors."""
+    for name, part in hub.read_json(folder / INDEX).items():
+        if name.startswith("_") or not isinstance(part, list) or len(part) != 2 or not isinstance(part[1], str):
+            continue
+        if not (folder / name).is_dir():
+            spare = name in kind._optional_components
+            also = f", or write [null, null] for {name} in {INDEX} to do without" if spare else ""
+            raise ValueError(f"{folder} has no folder {name}/ with its {part[1]}: fetch it{also}")
+        if (folder / name / hub.CONFIG).is_file() and not any((folder / name).glob(hub.SAFE[0])):
+            raise ValueError(f"{folder / name} has no weights in safetensors, and no pickles are read for pipelines")
+
+
+def left_out(folder: Path) -> dict[str, None]:
+    """The parts for which the index says [null, null], such as the T5 of Stable Diffusion 3."""
+    return {name: None for name, part in hub.read_json(folder / INDEX).items() if part == [None, None]}
+
+
+def check_whole(pipe: Any) -> None:
+    """Raises ValueError for weights that diffusers has left out, since they are not in the folder."""
+    for name, part in pipe.components.items():
+        weights = part.named_parameters() if isinstance(part, torch.nn.Module) else ()
+        if missing := [weight for weight, value in weights if value.is_meta]:
+            raise ValueError(f"its {name} lacks {len(missing)} tensors ({', '.join(missing[:4])}): download it again")
+
+
+def load(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> PipelineEngine:
+    """The pipeline in `folder`, from safetensors alone; no code of the folder is run. Raises ValueError in one line."""
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
+
+    check_parts(folder, check_class(folder))
+    level = logging.get_verbosity()
+    try:
+        with hub.quiet(), hub.no_new_weights():
+            logging.disable_progress_bar()
+            logging.set_verbosity(logging.CRITICAL)
+            pipe = DiffusionPipeline.from_pretrained(
+                folder,
+                dtype=dtype or torch.float32,
+                local_files_only=True,
+                use_safetensors=True,
+                variant=hub.variant_of(folder),
+                **left_out(folder),
+            )
+            check_whole(pipe)
+    except Exception as error:  # whatever a damaged part makes its own library raise
+        raise ValueError(f"pipeline {folder} cannot be loaded: {hub.first_line(error)}") from error
+    finally:
+        logging.set_verbosity(level)
+    kind = GlmImageEngine if type(pipe).__name__ == "GlmImagePipeline" else PipelineEngine
+    return kind(pipe.to(device))

@@ -1,0 +1,356 @@
+"""The engine on vLLM: `Engine` with its prompts, spans, text and pictures, whose backbone runs in vLLM.
+
+    engine = unigen.load("unigen-tiny", engine="vllm")
+    image = engine.generate("two apples on a blue background", seed=0)
+
+Every span is one request of vLLM's for each branch of guidance, and the next span of an answer another, which finds
+what was read before in vLLM's prefix cache. Ids are drawn in vLLM by `unigen.backends.vllm_guidance`, as the local
+engine draws them: the same seed gives the same answer, whatever else runs. What vLLM does not write, pictures by other
+generators than next-token, is written by the model itself, from the document so far, as in the local engine; only a
+model that has such generators is kept here beside vLLM's. vLLM runs in this process, unless
+VLLM_ENABLE_V1_MULTIPROCESSING=1 says otherwise; scripts/install_serve.sh makes an environment with it.
+The file refuses to know: how ids are drawn, HTTP, how a chat is laid out.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unigen import hub
+from unigen.batch import Vocabulary
+from unigen.generators.next_token import Text
+from unigen.inference.engine import Engine
+from unigen.inference.request import Request
+from unigen.inference.scheduler import Row, Running
+from unigen.model.template import Output
+from unigen.model.unified import UnifiedModel
+
+OURS: dict[str, Any] = {
+    "logits_processors": ["unigen.backends.vllm_guidance:GuidedSampler"],
+    "scheduler_cls": "unigen.backends.vllm_guidance.GuidedScheduler",
+    "skip_tokenizer_init": True,
+    "async_scheduling": False,
+}
+"""Arguments of vLLM's engine without which spans are not guided."""
+WRITES = ("text", "next-token")
+"""The generators whose spans vLLM writes."""
+
+
+def load(name: str, device: str, dtype: torch.dtype | None = None, options: dict[str, Any] | None = None) -> VllmEngine:
+    """The engine on vLLM for a model's name or folder. device: of the image tokenizer; vLLM chooses its own. options:
+    of vLLM's EngineArgs. Raises ValueError in one line where vLLM is missing, or cannot serve the model."""
+    if importlib.util.find_spec("vllm") is None:
+        raise ValueError("vLLM is not installed here: run scripts/install_serve.sh, which makes .venv-serve with it")
+    from unigen.backends import diffusers_engine
+    from unigen.models import causal_lm, find, load_found
+
+    folder, variant = find(name)
+    if diffusers_engine.is_pipeline(folder):
+        raise ValueError(f"vLLM cannot serve {name}: it is a diffusers pipeline")
+    model = load_found(folder, variant, device, dtype)
+    kind = type(causal_lm(model)).__name__
+    if hub.read_json(folder / hub.CONFIG).get("architectures") != [kind]:
+        raise ValueError(f"{name} is not laid out for vLLM: give what unigen convert {name} --to vllm -o FOLDER writes")
+    return VllmEngine(model, folder, options or {})
+
+
+def prepare(processes: int = 1) -> None:
+    """Set what vLLM reads from the environment, where it is not set: to run in this process, and on a CPU. processes:
+    among how many it shares out the model, each with its share of the cores."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    shares = [",".join(map(str, cores[first::processes] or cores)) for first in range(processes)]
+    for variable, value in {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_USE_V2_MODEL_RUNNER": "0",  # the other runner takes no logits processor of this kind
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # forks would hold the pipes of the process that makes them
+        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; else vLLM asks for nearly all memory
+        "VLLM_CPU_OMP_THREADS_BIND": "|".join(shares) if cores else "auto",  # "auto" leaves one core out
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+    }.items():
+        os.environ.setdefault(variable, value)
+
+
+def start(folder: Path, dtype: torch.dtype, context: int, options: dict[str, Any], features: bool = False) -> Any:
+    """vLLM's engine for a folder. features: does the model read pictures as such? Raises ValueError in one line."""
+    parallel = [options.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline")]
+    prepare(math.prod(n if isinstance(n, int) and n > 0 else 1 for n in parallel))  # vLLM says what is wrong with them
+    from pydantic import ValidationError
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.exceptions import VLLMError
+    from vllm.platforms import current_platform
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    from unigen.backends.vllm_models import register
+
+    register()
+    ours = OURS | {"model": str(folder), "dtype": str(dtype).removeprefix("torch.")}
+    ours |= {"enable_prompt_embeds": True} if features else {}
+    usual: dict[str, Any] = {"max_model_len": context, "enable_prefix_caching": True, "use_tqdm_on_load": False}
+    if current_platform.is_cpu():
+        usual["block_size"] = 32  # of 128 otherwise, and only whole blocks are found again
+    if unknown := sorted(set(options) - {field.name for field in fields(EngineArgs)}):
+        raise ValueError(f"vLLM's engine has no argument {', '.join(unknown)}: vllm.EngineArgs lists those it has")
+    if taken := sorted(set(options) & set(ours)):
+        raise ValueError(f"{', '.join(taken)} of vLLM's engine is given by us: leave it out")
+    try:
+        return LLMEngine.from_engine_args(EngineArgs(**usual | options | ours))
+    except (ValueError, TypeError, VLLMError) as error:
+        told = [one["msg"] for one in error.errors()] if isinstance(error, ValidationError) else [str(error)]
+        raise ValueError(f"vLLM cannot serve {folder}: {'; '.join(told)}") from error
+
+
+@dataclass
+class _Sent:
+    """A row's span at vLLM. names: of its requests, one a branch, none where it is written here; prompts: what the
+    branches read; ids: what came of it."""
+
+    names: list[str]
+    prompts: list[list[int]]
+    ids: list[int] = field(default_factory=list)
+
+
+class VllmEngine(Engine):
+    """Not safe to share between threads. folder: the model's, laid out as a plain causal language model; options: of
+    vLLM's EngineArgs."""
+
+    def __init__(self, model: UnifiedModel, folder: Path, options: dict[str, Any]) -> None:
+        super().__init__(model)
+        self.local = any(name not in WRITES for name in model.generators)
+        """Does the language model stay here too?"""
+        self._info = super().info()
+        self.dtype = next(model.backbone.parameters()).dtype
+        for weight in () if self.local else model.backbone.parameters():  # vLLM has its own
+            weight.data = weight.new_empty(0)
+        self.llm = start(folder, self.dtype, model.context, options, features=model.sight is not None)
+        vllm = self.llm.vllm_config
+        # what vLLM holds is the context now, which may be less than the model's
+        model.backbone.lm.config.get_text_config().max_position_embeddings = vllm.model_config.max_model_len
+        self.block: int = vllm.cache_config.block_size
+        self.blocks: int = vllm.cache_config.num_gpu_blocks - 1  # one is vLLM's own
+        self.most: int = vllm.scheduler_config.max_num_seqs
+        self._names = itertools.count()
+        self._heard: dict[str, list[Any]] = {}
+
+    def close(self) -> None:
+        """Give vLLM's memory back."""
+        self.llm.engine_core.shutdown()
+
+    def info(self) -> dict[str, Any]:
+        from vllm import __version__
+
+        return self._info | {"context": self.model.context, "engine": f"vllm {__version__}"}
+
+    @property
+    def compares(self) -> bool:
+        return self.local and super().compares
+
+    def running(self) -> VllmRunning:
+        return VllmRunning(self)
+
+    def request(self, prompt: Any, output: Output, **options: Any) -> Request:
+        """A checked request that vLLM can answer."""
+        request = super().request(prompt, output, **options)
+        if request.accelerate:
+            raise ValueError("vLLM writes one code a step: leave accelerate out, or use --engine local")
+        return request
+
+    def rivals(self, *asked: Any, **options: Any) -> Any:
+        if not self.local:
+            raise ValueError("candidates are compared by the local engine: leave them out, or use --engine local")
+        return super().rivals(*asked, **options)
+
+    def states(self, prompt: Any) -> torch.Tensor:
+        if not self.local:
+            raise ValueError("vLLM does not tell its hidden states: use --engine local")
+        return super().states(prompt)
+
+    def send(self, row: Row, before: list[int]) -> _Sent:
+        """The row's span as requests of vLLM's; one that is written here has all of `before` to read again, and leaves
+        it so. before: what the main branch has read."""
+        if not writes(row):
+            assert row.generator is not None and not row.generator.clean
+            row.unread[0] = before + row.unread[0]
+            return _Sent([], [row.unread[0]])
+        from vllm import SamplingParams
+        from vllm.exceptions import VLLMError
+        from vllm.sampling_params import RequestOutputKind
+
+        from unigen.backends.vllm_guidance import KEY, spoken
+
+        assert row.state is not None
+        span, vocabulary, group = row.state.span, self.model.vocabulary, f"span{next(self._names)}"
+        text = self.model.generators["text"]
+        forbidden = text.forbidden if isinstance(text, Text) else []
+        whole = span.grid is not None  # a picture comes when it is finished, text as it is written
+        sent = _Sent([], prompts(row, before))
+        for branch, prompt in enumerate(sent.prompts):
+            params = SamplingParams(
+                temperature=0.0,
+                max_tokens=longest(row),
+                stop_token_ids=list(span.stops),
+                ignore_eos=True,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY if whole else RequestOutputKind.DELTA,
+                extra_args={KEY: spoken(span, vocabulary, forbidden, group, branch)},
+            )
+            name = f"{group}-{branch}"
+            try:
+                self.llm.add_request(name, self._read(prompt, row.features), params)
+            except VLLMError as error:
+                self.stop(sent)
+                raise ValueError(f"vLLM refuses what is asked: {error}") from error
+            self._heard[name] = []
+            sent.names.append(name)
+        return sent
+
+    def _read(self, prompt: list[int], features_PD: torch.Tensor | None) -> Any:
+        """Ids as vLLM reads them, those beyond the vocabulary as features of pictures."""
+        from vllm.inputs.engine import embeds_input, tokens_input
+
+        size = self.model.vocabulary.size
+        known = [id < size for id in prompt]
+        if all(known):
+            return tokens_input(prompt)
+        assert features_PD is not None
+        embeds_LD = features_PD.new_zeros(len(prompt), features_PD.shape[1], dtype=self.dtype, device="cpu")
+        embeds_LD[~torch.tensor(known)] = features_PD[[id - size for id in prompt if id >= size]].to(embeds_LD)
+        ids = [id if there else 0 for id, there in zip(prompt, known, strict=True)]
+        return embeds_input(embeds_LD, prompt_token_ids=ids, is_token_ids=known)
+
+    def stop(self, sent: _Sent) -> None:
+        """Leave a span unfinished."""
+        self.llm.abort_request(sent.names)
+        for name in sent.names:
+            self._heard.pop(name, None)
+
+    def listen(self, names: list[str]) -> Iterator[tuple[str, Any]]:
+        """What vLLM has for these requests, after one step of it where it has nothing yet."""
+        if not any(self._heard[name] for name in names):
+            for output in self.llm.step():
+                if output.request_id in self._heard:
+                    self._heard[output.request_id].append(output)
+        for name in names:
+            while self._heard[name]:
+                yield name, self._heard[name].pop(0)
+
+
+class VllmRunning(Running):
+    """Requests on their way with vLLM, which joins and batches their spans itself. `cache` holds what is written here,
+    and nothing between two spans."""
+
+    def __init__(self, engine: VllmEngine) -> None:
+        super().__init__(engine.model)
+        self.engine = engine
+        self._sent: dict[int, _Sent] = {}
+
+    @property
+    def positions(self) -> int:
+        """How many the spans on their way hold, those that they share counted for each."""
+        there = (sent for sent in self._sent.values() if sent.names)
+        return super().positions + sum(len(prompt) + len(sent.ids) for sent in there for prompt in sent.prompts)
+
+    def row(self, request: Request) -> Row:
+        """Refuses, too, what vLLM's batch or cache cannot hold."""
+        row, engine = super().row(request), self.engine
+        if not writes(row):
+            return row
+        branches = request.guidance.branches if request.output != "text" and request.generator in WRITES else 1
+        if branches > engine.most:
+            raise ValueError(f"guidance takes {branches} sequences, vLLM runs {engine.most}: raise max_num_seqs")
+        if request.output == "interleaved":
+            lengths = [self.model.context] * branches
+        else:
+            lengths = [len(prompt) + longest(row) for prompt in prompts(row, [])]
+        if max(lengths) > self.model.context:
+            raise ValueError(f"the answer needs {max(lengths)} positions, vLLM has {self.model.context}: shorten it")
+        if (need := sum(-(-length // engine.block) for length in lengths)) > engine.blocks:
+            have = f"vLLM's cache has {engine.blocks * engine.block}: give it more (VLLM_CPU_KVCACHE_SPACE in GiB)"
+            raise ValueError(f"the answer's {branches} branches take {need * engine.block} positions, {have}")
+        return row
+
+    def join(self, row: Row) -> int:
+        sent = self.engine.send(row, [])
+        number = super().join(row)
+        self._sent[number] = sent
+        return number
+
+    def drop(self, number: int) -> None:
+        super().drop(number)
+        self.engine.stop(self._sent.pop(number))
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[int, Any]]:
+        """One step of vLLM for all that it writes, and one here for the others: (number, piece of text or picture)."""
+        moved = {number: self._rows[number] for number, sent in self._sent.items() if not sent.names}
+        if moved:
+            self._write(list(moved.values()))
+        # the other branches say the same as the first
+        number_of = {sent.names[0]: number for number, sent in self._sent.items() if sent.names}
+        for name, output in self.engine.listen(list(number_of)) if number_of else ():
+            number = number_of[name]
+            moved[number], sent = self._rows[number], self._sent[number]
+            sent.ids += output.outputs[0].token_ids
+            take(moved[number], sent.ids, self.model.vocabulary)
+        ended = {number: row for number, row in moved.items() if row.state and row.state.done}
+        # a span has read all but its last id, with which the next one begins, or which has ended it; one that was
+        # written here is taken back
+        read = {number: self._sent[number].prompts[0] + self._sent[number].ids[:-1] for number in ended}
+        parts = self._finish(list(moved.values()))
+        for number, row in ended.items():
+            if number in self:
+                self.engine.stop(self._sent[number])
+                self._fit(row, 0)
+                self._sent[number] = self.engine.send(row, read[number])
+        return parts
+
+
+def writes(row: Row) -> bool:
+    """Is the row's span one that vLLM writes?"""
+    assert row.generator is not None
+    return row.generator.name in WRITES
+
+
+def prompts(row: Row, before: list[int]) -> list[list[int]]:
+    """What each branch of the row's span reads before it writes. before: what the main one has read already."""
+    assert row.state is not None
+    main, *others = [unread + row.state.pending for unread in row.unread]
+    return [before + main, *others]
+
+
+def longest(row: Row) -> int:
+    """How many ids the row's span may write: all of a picture's, but for the end of its last row."""
+    assert row.state is not None
+    span = row.state.span
+    if span.grid is None:
+        return span.max_tokens
+    return span.grid[0] * (span.grid[1] + len(span.row_end)) - len(span.row_end)
+
+
+def take(row: Row, ids: list[int], vocabulary: Vocabulary) -> None:
+    """Put what vLLM has written of a span into its state. A picture comes whole. An id that cannot be there says that
+    the scores were not finite (`vllm_guidance.illegal_id`)."""
+    state = row.state
+    assert state is not None
+    span = state.span
+    if span.grid is None:
+        stopped = bool(ids) and ids[-1] in span.stops
+        state.ids, state.pending = ids[: len(ids) - stopped], ids[-1:]
+        state.done = stopped or len(ids) >= span.max_tokens
+        state.finite = not any(vocabulary.first <= id < vocabulary.stop for id in state.ids)
+        return
+    if len(ids) != longest(row):
+        raise RuntimeError(f"vLLM ended a picture after {len(ids)} of {longest(row)} ids")
+    width = span.grid[1]
+    state.ids = [id for at, id in enumerate(ids) if at % (width + len(span.row_end)) < width]
+    state.pending, state.done = [ids[-1], *span.row_end], True
+    state.finite = all(vocabulary.first <= id < vocabulary.stop for id in state.ids)

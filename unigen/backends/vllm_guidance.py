@@ -1,0 +1,310 @@
+"""Guided spans inside vLLM: what draws their ids, and what keeps the branches of one picture together.
+
+vLLM imports both by their names and knows nothing of pictures:
+
+    --logits-processors unigen.backends.vllm_guidance:GuidedSampler
+    --scheduler-cls unigen.backends.vllm_guidance.GuidedScheduler
+
+A span is one request of vLLM's for each branch of guidance, all of temperature 0. What it needs stands in its
+`extra_args["unigen"]` (`spoken`). `GuidedSampler` draws by the very functions of `unigen.generators.next_token`, from
+the span's own seed, and leaves one id to be chosen, the same for all branches. `GuidedScheduler` lets branches in
+together, lets them wait together, and drops what one made without the others, so that chunked prompts, a full cache and
+requests that arrive one after the other change nothing. Requests without `extra_args["unigen"]` are vLLM's own affair.
+The file refuses to know: templates, tokenizers, the engine.
+
+Shapes: R rows of vLLM's batch, V ids.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.v1.core.sched.request_queue import create_request_queue
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import RequestStatus
+from vllm.v1.sample.logits_processor import LogitsProcessor
+from vllm.v1.sample.logits_processor.builtin import process_dict_updates
+
+from unigen.batch import Vocabulary
+from unigen.generators.base import Span, State
+from unigen.generators.next_token import NextToken, Text
+from unigen.samplers.guidance import Guidance
+from unigen.samplers.logits import Sampling, draw
+
+KEY = "unigen"
+
+
+def spoken(span: Span, vocabulary: Vocabulary, forbidden: list[int], group: str, branch: int) -> dict[str, Any]:
+    """What `GuidedSampler` has to know of one branch of a span, as plain values. forbidden: ids that no text holds;
+    group: a name that the branches of one span share."""
+    return {
+        "group": group,
+        "branch": branch,
+        "scales": list(span.guidance.scales) if span.guidance.branches > 1 else [1.0],
+        "sampling": asdict(span.sampling),
+        "seed": span.rng.initial_seed(),
+        "vocabulary": [vocabulary.text_size, vocabulary.first, vocabulary.image_size],
+        "grid": None if span.grid is None else list(span.grid),
+        "row_end": list(span.row_end),
+        "stops": list(span.stops),
+        "before": sorted(span.before),
+        "forbidden": forbidden if span.grid is None else [],
+    }
+
+
+class Scores:
+    """A model whose hidden states are its scores already: what generators ask of one where they draw."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.vocabulary = vocabulary
+
+    def embed(self, ids: Tensor) -> Tensor:
+        raise TypeError("vLLM embeds ids itself")
+
+    def logits(self, hidden: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        return hidden[..., start:stop]
+
+
+class Branch:
+    """One row of the batch: a branch of a span. said: what `spoken` gave. ids: of the span so far, which vLLM goes on
+    writing. Raises ValueError, LookupError, TypeError or AttributeError for what is no such thing."""
+
+    def __init__(self, said: dict[str, Any], ids: list[int]) -> None:
+        self.ids = ids
+        self.group, self.branch = str(said["group"]), int(said["branch"])
+        guidance = Guidance(tuple(said["scales"]))
+        self.branches = guidance.branches
+        if not guidance.scales or not 0 <= self.branch < self.branches:
+            raise ValueError(f"branch {self.branch} of {self.branches}, scales {guidance.scales}")
+        text_size, first, image_size = (int(n) for n in said["vocabulary"])
+        self.vocabulary = Vocabulary(text_size, image_size, first)
+        self.forbidden = [int(id) for id in said["forbidden"]]
+        grid = said["grid"]
+        self.span = Span(
+            begin=0,
+            sampling=Sampling(**said["sampling"]),
+            guidance=guidance,
+            rng=torch.Generator(),
+            grid=None if grid is None else (int(grid[0]), int(grid[1])),
+            row_end=tuple(said["row_end"]),
+            stops=tuple(said["stops"]),
+            before=frozenset(said.get("before", ())),
+        )
+        self.seed = int(said["seed"])
+        self.span.rng.manual_seed(self.seed)
+        self._drawn = 0
+
+    def forced(self) -> int | None:
+        """The next id where it is not drawn: what stands between the rows of a picture."""
+        if self.span.grid is None:
+            return None
+        width = self.span.grid[1]
+        column = len(self.ids) % (width + len(self.span.row_end))
+        return None if column < width else self.span.row_end[column - width]
+
+    def state(self) -> State:
+        """The span with its randomness where the next id is drawn, however often that was tried before."""
+        draws = len(self.ids)
+        if self.span.grid is not None:
+            width = self.span.grid[1]
+            row, column = divmod(draws, width + len(self.span.row_end))
+            draws = row * width + column
+        if draws < self._drawn:
+            self.span.rng.manual_seed(self.seed)
+            self._drawn = 0
+        scores_1V = torch.zeros(1, self.vocabulary.text_size if self.span.grid is None else self.vocabulary.image_size)
+        for _ in range(self._drawn, draws):
+            draw(scores_1V, self.span.sampling, [self.span.rng])
+        self._drawn = draws + 1
+        return State(self.span, pending=[], ids=list(self.ids))
+
+
+class GuidedSampler(LogitsProcessor):
+    """Draws the ids of our spans, and leaves one of each row to be chosen."""
+
+    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+        self.rows: dict[int, Branch] = {}
+
+    @classmethod
+    def validate_params(cls, params: Any) -> None:
+        """Raises ValueError for a request that cannot be drawn."""
+        said = (params.extra_args or {}).get(KEY)
+        if said is None:
+            return
+        try:
+            Branch(said, [])
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"extra_args[{KEY!r}] is no span: {type(error).__name__}: {error}") from error
+        plain = params.temperature == 0 and params.repetition_penalty == 1 and not params.allowed_token_ids
+        if not plain or params.presence_penalty or params.frequency_penalty:
+            raise ValueError("a span is drawn by its own sampling: leave vLLM's at temperature 0, without penalties")
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def update_state(self, batch_update: Any) -> None:
+        process_dict_updates(
+            self.rows,
+            batch_update,
+            lambda params, _, ids: Branch(params.extra_args[KEY], ids) if KEY in (params.extra_args or {}) else None,
+        )
+
+    def apply(self, logits_RV: Tensor) -> Tensor:
+        """Rows whose branches are not all here, or not equally far, stay as they are: what they choose is dropped."""
+        groups: dict[str, dict[int, int]] = {}
+        for row, one in self.rows.items():
+            groups.setdefault(one.group, {})[one.branch] = row
+        alike: dict[Any, list[list[int]]] = {}
+        for branches in groups.values():
+            rows = [branches[number] for number in sorted(branches)]
+            first = self.rows[rows[0]]
+            if len(rows) != first.branches or any(len(self.rows[row].ids) != len(first.ids) for row in rows):
+                continue
+            if (id := first.forced()) is not None:
+                choose(logits_RV, rows, id)
+                continue
+            kind = (first.vocabulary, first.span.grid is None, tuple(first.forbidden))
+            alike.setdefault(kind, []).append(rows)
+        for (vocabulary, is_text, forbidden), together in alike.items():
+            generator = Text(list(forbidden)) if is_text else NextToken((0, 0))
+            states = [self.rows[rows[0]].state() for rows in together]
+            generator.advance(Scores(vocabulary), states, [[logits_RV[row, None] for row in rows] for rows in together])
+            for rows, state in zip(together, states, strict=True):
+                choose(logits_RV, rows, state.pending[0] if state.finite else illegal_id(vocabulary, is_text))
+        return logits_RV
+
+
+def illegal_id(vocabulary: Vocabulary, is_text: bool) -> int:
+    """The id that stands for scores that are not finite: a code in a text, an id that is no code in a picture."""
+    return vocabulary.first if is_text else 0 if vocabulary.first > 0 else vocabulary.stop
+
+
+def choose(logits_RV: Tensor, rows: list[int], id: int) -> None:
+    """Leave these rows nothing but this id."""
+    logits_RV[rows] = -torch.inf
+    logits_RV[rows, id] = 0.0
+
+
+class GuidedScheduler(Scheduler):
+    """vLLM's scheduler, with the branches of a span in step: they are let in, preempted and ended together, and an id
+    that some made without the others, or that is not the same for all, is dropped and made again."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.waiting: Any
+        if self.scheduler_config.async_scheduling or self.vllm_config.speculative_config or self.connector is not None:
+            raise ValueError("guided spans need vLLM without async scheduling, speculation and KV connectors")
+        self.groups: dict[str, dict[int, str]] = {}
+        """Of spans of several branches: the request of each branch."""
+        self.group_of: dict[str, str] = {}
+        self.size_of: dict[str, int] = {}
+        self.dropped = self.preempted_along = 0
+
+    def add_request(self, request: Any) -> None:
+        said = ((request.sampling_params.extra_args or {}) if request.sampling_params else {}).get(KEY)
+        if said is not None and request.request_id not in self.requests and len(said["scales"]) > 0:
+            branches = Guidance(tuple(said["scales"])).branches
+            if branches > 1:
+                self.groups.setdefault(said["group"], {})[int(said["branch"])] = request.request_id
+                self.group_of[request.request_id] = said["group"]
+                self.size_of[said["group"]] = branches
+        super().add_request(request)
+
+    def _others(self, request_id: str) -> list[str]:
+        """The other branches of its span that are here."""
+        group = self.groups.get(self.group_of.get(request_id, ""), {})
+        return [other for other in group.values() if other != request_id]
+
+    def schedule(self, *args: Any, **options: Any) -> Any:
+        if not self.groups:
+            return super().schedule(*args, **options)
+        held = self._preempt_along()
+        theirs = self.waiting
+        self.waiting = create_request_queue(self.policy)
+        let_in = self._let_in(list(theirs), held)
+        for request in let_in:
+            self.waiting.add_request(request)
+        theirs.remove_requests(let_in)
+        try:
+            return super().schedule(*args, **options)
+        finally:
+            for request in reversed(list(self.waiting)):  # `prepend_requests` would turn their order round
+                theirs.prepend_request(request)
+            self.waiting = theirs
+
+    def _preempt_along(self) -> set[str]:
+        """Preempt what runs while another branch of its span was preempted. Neither comes back in this step."""
+        held: set[str] = set()
+        for group in self.groups.values():
+            requests = [self.requests[id] for id in group.values() if id in self.requests]
+            if not any(request.status == RequestStatus.PREEMPTED for request in requests):
+                continue
+            for request in requests:
+                if request.status == RequestStatus.RUNNING:
+                    self.running.remove(request)
+                    self._preempt_request(request, time.monotonic())
+                    self.preempted_along += 1
+                    held.update(group.values())
+        return held
+
+    def _let_in(self, waiting: list[Any], held: set[str]) -> list[Any]:
+        """Who may begin now: first come, first served, and all branches of a span or none."""
+        by_id = {request.request_id: request for request in waiting}
+        room = self.max_num_running_reqs - len(self.running)
+        let_in: dict[str, Any] = {}
+        for request in waiting:
+            name = request.request_id
+            if name in let_in:
+                continue
+            comers = [request]
+            if name in self.group_of:
+                others = [self.requests[other] for other in self._others(name) if other in self.requests]
+                if name in held or 1 + len(others) < self.size_of[self.group_of[name]]:
+                    continue
+                whole = [request, *others]
+                most = min(min(one.max_tokens, self.max_model_len - one.num_prompt_tokens) for one in whole)
+                for one in whole:  # all end in the same step
+                    one.max_tokens = most
+                comers += [one for one in others if one.request_id in by_id]
+            if len(comers) > room:
+                break
+            let_in.update((one.request_id, one) for one in comers)
+            room -= len(comers)
+        return list(let_in.values())
+
+    def update_from_output(self, scheduler_output: Any, output: Any) -> Any:
+        made, row = output.sampled_token_ids, output.req_id_to_index
+        for group in self.groups.values() if made else ():
+            scheduled = [id for id in group.values() if id in scheduler_output.num_scheduled_tokens and made[row[id]]]
+            if len(scheduled) == len(group) and all(made[row[id]] == made[row[scheduled[0]]] for id in scheduled):
+                continue
+            for id in scheduled:
+                request = self.requests.get(id)
+                if request is not None and not request.is_finished() and request.status == RequestStatus.RUNNING:
+                    made[row[id]] = []
+                    request.num_computed_tokens -= 1  # its last position is computed again
+                    self.dropped += 1
+        result = super().update_from_output(scheduler_output, output)
+        self._forget()
+        return result
+
+    def finish_requests(self, request_ids: Any, *args: Any, **options: Any) -> Any:
+        """Who ends one branch ends them all."""
+        if request_ids is not None:
+            named = [request_ids] if isinstance(request_ids, str) else list(request_ids)
+            request_ids = {*named, *(other for id in named for other in self._others(id) if other in self.requests)}
+        result = super().finish_requests(request_ids, *args, **options)
+        self._forget()
+        return result
+
+    def _forget(self) -> None:
+        """Spans of which a branch is gone: what is left would wait for it for ever."""
+        for name, group in list(self.groups.items()):
+            if any(id not in self.requests for id in group.values()):
+                for id in group.values():
+                    self.group_of.pop(id, None)
+                del self.groups[name], self.size_of[name]

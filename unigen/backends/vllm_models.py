@@ -1,0 +1,173 @@
+"""Language models that vLLM has no class for: classes of ours, made of its layers, which it finds by their names.
+
+    vllm.general_plugins: unigen = unigen.backends.vllm_models:register      # an entry point of the package
+    {"architectures": ["UnigenChameleonForCausalLM"]}                       # config.json of unigen convert --to vllm
+
+So vLLM runs such a folder in processes of its own too, where the package is installed. Our engine registers the classes
+itself. All are plain causal language models over all ids, of text and of codes, whose tensors keep the names that they
+have in transformers; pictures are not their affair.
+The file refuses to know: guidance, sampling, prompts.
+
+Shapes: L positions, D width, H heads of width W, T pieces of text, K codes of width C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, layer_norm, linear
+from vllm import ModelRegistry
+from vllm.distributed import get_pp_group
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
+from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM
+from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
+from vllm.model_executor.utils import set_weight_attrs
+
+Weights = Iterable[tuple[str, Tensor]]
+BESIDE = "backbone."
+"""Before the names of tensors in that folder of a model's, which are beside the language model's."""
+
+
+def register() -> None:
+    """Tell vLLM of the classes; again does no harm."""
+    for kind in (UnigenChameleonForCausalLM, UnigenJanusForCausalLM):
+        ModelRegistry.register_model(kind.__name__, kind)
+
+
+class HeadNorm(nn.Module):
+    """The LayerNorm of each head by itself, with weights of its own."""
+
+    def __init__(self, heads: int, width: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(heads, width)), nn.Parameter(torch.zeros(heads, width))
+        for parameter in self.parameters():  # each process has its heads
+            set_weight_attrs(parameter, {"weight_loader": sharded_weight_loader(0)})
+
+    def forward(self, x_LD: Tensor) -> Tensor:
+        x_LHW = x_LD.unflatten(-1, self.weight.shape)
+        normed_LHW = layer_norm(x_LHW, x_LHW.shape[-1:], eps=1e-5)
+        return (normed_LHW * self.weight + self.bias).flatten(-2)
+
+
+class ChameleonAttention(LlamaAttention):
+    """Llama's, with norms of queries and keys."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if self.num_kv_heads * (self.total_num_heads // self.num_heads) != self.total_num_kv_heads:
+            raise ValueError(
+                f"{self.total_num_kv_heads} heads of keys cannot be shared out: lower tensor_parallel_size"
+            )
+        self.q_norm = HeadNorm(self.num_heads, self.head_dim)
+        self.k_norm = HeadNorm(self.num_kv_heads, self.head_dim)
+
+    def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
+        qkv, _ = self.qkv_proj(hidden_states)
+        q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        q, k = self.rotary_emb(positions, self.q_norm(q), self.k_norm(k))
+        output, _ = self.o_proj(self.attn(q, k, v))
+        return output
+
+
+class ChameleonLayer(LlamaDecoderLayer):
+    def __init__(self, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(vllm_config, prefix, attn_layer_type=ChameleonAttention)
+
+
+class SwinLayer(ChameleonLayer):
+    """Chameleon 34B's: what is added is normed, not what is read."""
+
+    def forward(self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The stream is the sum of both, before and after."""
+        stream = hidden_states if residual is None else hidden_states + residual
+        stream = stream + self.input_layernorm(self.self_attn(positions=positions, hidden_states=stream))
+        return self.post_attention_layernorm(self.mlp(stream)), stream
+
+
+class UnigenChameleonForCausalLM(LlamaForCausalLM):
+    """Chameleon and Lumina-mGPT, with the scores of image codes. Its encoder of pictures is left where it is."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        swin = vllm_config.model_config.hf_config.swin_norm
+        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=SwinLayer if swin else ChameleonLayer)
+
+    def load_weights(self, weights: Weights) -> set[str]:
+        language = ((name, tensor) for name, tensor in weights if not name.startswith("model.vqmodel."))
+        return strictly(self, AutoWeightsLoader(self).load_weights, language)
+
+
+class UnigenJanusForCausalLM(LlamaForCausalLM):
+    """Janus: a Llama whose image codes are further rows of its table, and have a head of their own. config.text_size:
+    pieces of text, which are `lm_head`'s; head_width: inside the head of codes."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        told, config = vllm_config.model_config, vllm_config.model_config.hf_config
+        if get_pp_group().is_last_rank:
+            names = {"quant_config": vllm_config.quant_config, "prefix": maybe_prefix(prefix, "lm_head")}
+            self.lm_head = ParallelLMHead(config.text_size, config.hidden_size, **names)
+            self.logits_processor = LogitsProcessor(config.text_size)
+        self.head = nn.Sequential(
+            nn.Linear(config.hidden_size, config.head_width),
+            nn.GELU(),
+            nn.Linear(config.head_width, config.vocab_size - config.text_size),
+        )
+        beside = DefaultModelLoader.Source(told.model, told.revision, subfolder="backbone", prefix=BESIDE)
+        self.secondary_weights = (beside,)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        scores = super().compute_logits(hidden_states)
+        return None if scores is None else torch.cat((scores, self.head(hidden_states)), -1)
+
+    def load_weights(self, weights: Weights) -> set[str]:
+        return strictly(self, AutoWeightsLoader(self).load_weights, self._joined(weights))
+
+    def _joined(self, weights: Weights) -> Iterator[tuple[str, Tensor]]:
+        """The tensors by their names here, those of codes as rows of the table."""
+        table, own = "model.embed_tokens.weight", dict[str, Tensor]()
+        for name, tensor in weights:
+            if name == table or name.startswith((f"{BESIDE}table.", f"{BESIDE}aligner.")):
+                own[name.removeprefix(BESIDE)] = tensor
+            else:
+                yield name.removeprefix(BESIDE), tensor
+        try:
+            text_TD, codes_KC = own.pop(table), own.pop("table.weight")
+            wide_KD = gelu(linear(codes_KC, own.pop("aligner.0.weight"), own.pop("aligner.0.bias")))
+            codes_KD = linear(wide_KD, own.pop("aligner.2.weight"), own.pop("aligner.2.bias"))
+        except KeyError as error:
+            raise ValueError(f"the model lacks {error.args[0]}: it is not whole") from error
+        yield table, torch.cat((text_TD, codes_KD))
+        if self.config.tie_word_embeddings:
+            yield "lm_head.weight", text_TD
+        yield from own.items()
+
+
+def strictly(model: Any, load: Callable[[Weights], set[str]], weights: Weights) -> set[str]:
+    """Load tensors, and raise ValueError where one is missing. vLLM does for one that is left over, and for a
+    parameter of which nothing came, but not for a part of one."""
+    seen: set[str] = set()
+
+    def told() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in weights:
+            seen.add(name)
+            yield name, tensor
+
+    loaded = load(told())
+    parts: dict[str, list[str]] = {}
+    mapper: WeightsMapper = model.hf_to_vllm_mapper
+    for part, (whole, _) in mapper.orig_to_new_stacked.items():
+        parts.setdefault(whole, []).append(part)
+    wanted: set[str] = set()
+    for name, _ in model.named_parameters():
+        whole = next((whole for whole in parts if f"{whole}." in name), "")
+        wanted |= {name.replace(whole, part) for part in parts[whole]} if whole else {name}
+    if model.model.quant_config is None and (missing := sorted(wanted - seen)):
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ValueError(f"the model lacks {', '.join(missing[:3])}{more}: it is not whole")
+    return loaded

@@ -1,0 +1,198 @@
+"""Arguments and messages that several commands share: values, the model, how answers are sampled."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from unigen import limits, loading
+from unigen.limits import argument as limited
+from unigen.utils import precision, progress
+from unigen.utils.argparser import name
+from unigen.utils.numbers import parse_float, parse_int
+
+DEFAULT_MODEL = "unigen-tiny"
+
+
+def number(low: float, high: float = math.inf, *, open_low: bool = False) -> Callable[[str], float]:
+    """A finite float in [low, high], or in (low, high]."""
+
+    def parse(text: str) -> float:
+        try:
+            value = parse_float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or not low <= value <= high or (open_low and value == low):
+            least = f"above {low:g}" if open_low else f"of at least {low:g}"
+            most = "" if high == math.inf else f" and at most {high:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a finite number {least}{most}")
+        return value
+
+    return parse
+
+
+def whole(low: int, high: float = math.inf) -> Callable[[str], int]:
+    """A whole number in [low, high]."""
+
+    def parse(text: str) -> int:
+        try:
+            value = parse_int(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value <= high:
+            bounds = f"of at least {low}" if high == math.inf else f"from {low} to {high:,}"
+            raise argparse.ArgumentTypeError(f"{limits.shorten(text)} is not a whole number {bounds}")
+        return value
+
+    return parse
+
+
+def box(value: str) -> tuple[int, int, int, int]:
+    """Four whole numbers: left, top, right, bottom, the right beyond the left and the bottom below the top."""
+    try:
+        left, top, right, bottom = (parse_int(part) for part in value.split(","))
+    except ValueError:
+        left = right = top = bottom = 0
+    if not (0 <= left < right and 0 <= top < bottom):
+        raise argparse.ArgumentTypeError(f"{value!r} is not a box like 0,0,32,32: left, top, right, bottom in pixels")
+    return left, top, right, bottom
+
+
+def size(value: str) -> tuple[int, int]:
+    """Width and height: two whole numbers with an x between them."""
+    width, _, height = value.partition("x")
+    try:
+        return limits.parse("width", width), limits.parse("height", height)
+    except ValueError:
+        most = limits.LIMITS["width"].high
+        raise argparse.ArgumentTypeError(
+            f"{limits.shorten(value)} is not a size like 512x768: width and height in pixels, {most:,} at most"
+        ) from None
+
+
+def setting(value: str) -> tuple[str, Any]:
+    """A name and what it is to be, a number, true, false or text, with = between them."""
+    name, _, given = value.partition("=")
+    if not name.isidentifier() or not given:
+        raise argparse.ArgumentTypeError(f"{value!r} is not a setting like max_model_len=4096")
+    try:
+        return name, json.loads(given)
+    except ValueError:
+        return name, given
+
+
+def text(value: str) -> str:
+    """Anything but nothing, in UTF-8."""
+    if not value.strip():
+        raise argparse.ArgumentTypeError("it is empty; say in words what you want")
+    if any("\ud800" <= letter <= "\udfff" for letter in value):  # as Python has bytes of another encoding
+        raise argparse.ArgumentTypeError("it is not in UTF-8; set the terminal to UTF-8, or write it anew")
+    return value.strip()
+
+
+def model_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        type=name,
+        default=DEFAULT_MODEL,
+        help="a name, a folder, or owner/name on the hub (default: %(default)s)",
+    )
+    group.add_argument("--lmm", type=name, help="a model that reads and writes for the one that draws (--model)")
+    group.add_argument(
+        "--engine", choices=loading.ENGINES, default="local", help="what runs the language model (default: %(default)s)"
+    )
+    group.add_argument(
+        "--vllm", type=setting, action="append", metavar="NAME=VALUE", help="of vLLM's engine; may be repeated"
+    )
+    group.add_argument(
+        "--adapter", type=name, help="a folder: what the --lmm reads is told to a pipeline (--model) by its states"
+    )
+    precision.add_arguments(group)
+
+
+def sampling_arguments(parser: argparse.ArgumentParser, generator: str = "next-token") -> None:
+    """What is not given is left to the engine's defaults. generator: the default one, as the help names it."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--seed", type=limited("seed"), default=0, help="same seed, same result (default: %(default)s)")
+    group.add_argument("--guidance", type=limited("guidance"), help="how strongly pictures follow the words; 1 is off")
+    group.add_argument("--temperature", type=limited("temperature"), help="1 samples as trained, 0 takes the likeliest")
+    group.add_argument("--top-k", type=limited("top_k"), help="sample among the k likeliest tokens; 0 is all")
+    group.add_argument("--top-p", type=limited("top_p"), help="nucleus sampling: the smallest set of this probability")
+    group.add_argument("--size", type=size, metavar="WxH", help="of pictures in pixels, where the model draws any")
+    group.add_argument(
+        "--generator", type=name, help=f"how pictures are written (default: {generator}; see unigen info)"
+    )
+    group.add_argument("--steps", type=limited("steps"), help="in how many steps, where the generator can choose")
+    group.add_argument("--sampler", type=name, help="of a flow: euler, heun, dpm++, unipc or deis")
+    group.add_argument(
+        "--accelerate", type=name, help="of next-token, several codes a step: jacobi (same picture) or sjd"
+    )
+    group.add_argument("--guidance-kind", type=name, help="of a flow: cfg, rescale, apg or cfg-zero")
+    group.add_argument("--negative", metavar="WORDS", help="of a diffusers pipeline: what pictures are not to show")
+
+
+def strength_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--strength", type=number(0, 1, open_low=True), help="of a diffusers pipeline: how much is changed; 1 is all"
+    )
+
+
+def source(args: argparse.Namespace) -> dict[str, Any]:
+    """What `unigen.load` is given."""
+    if args.adapter and not args.lmm:
+        raise ValueError("an adapter joins two models: give the one that reads too, by --lmm")
+    pair = {"lmm": args.lmm, "generator": args.model, "adapter": args.adapter}
+    given = (pair if args.lmm else {"name": args.model}) | precision.options_of(args)
+    if args.vllm or args.engine != "local":
+        given |= {"engine": args.engine, "vllm": dict(args.vllm or [])}
+    return given
+
+
+def load(args: argparse.Namespace) -> Any:
+    with progress.status(f"loading {' and '.join(filter(None, [args.lmm, args.model]))}"):
+        return loading.load(**source(args))
+
+
+def sampling(args: argparse.Namespace) -> dict[str, Any]:
+    names = (
+        "seed",
+        "size",
+        "accelerate",
+        "guidance",
+        "temperature",
+        "top_k",
+        "top_p",
+        "generator",
+        "steps",
+        "sampler",
+        "guidance_kind",
+        "negative",
+        "strength",
+    )
+    return {name: value for name in names if (value := getattr(args, name, None)) is not None}
+
+
+def note_size(given: tuple[int, int], made: Any) -> None:
+    """Says on stderr where a picture comes back in another size than it was given."""
+    if made.size != given:
+        theirs, ours = ("x".join(map(str, size)) for size in (given, made.size))
+        print(f"note: your picture of {theirs} pixels comes back as {ours}, as this model draws", file=sys.stderr)
+
+
+def show_written(args: argparse.Namespace, paths: list[Path]) -> None:
+    """Print the paths of files that are written, a line each; nothing where they go to stdout themselves."""
+    for path in [] if args.piped else paths:
+        print(path, flush=True)
+
+
+def report(args: argparse.Namespace, paths: list[Path], start: float) -> int:
+    show_written(args, paths)
+    print(f"{time.perf_counter() - start:.1f} s", file=sys.stderr)
+    return 0

@@ -1,0 +1,48 @@
+"""The command `edit`.
+
+unigen edit out.png "replace the sunflower with a rose"
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from unigen.commands.arguments import (
+    load,
+    model_arguments,
+    note_size,
+    report,
+    sampling,
+    sampling_arguments,
+    strength_argument,
+    text,
+)
+
+HELP = "change a picture as told"
+STDOUT = {"output": ".png"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("image", help="the picture to change")
+    parser.add_argument("instruction", type=text, help='such as "replace the sunflower with a rose"')
+    parser.add_argument(
+        "-o", "--output", default="out.png", help="the new picture, - is a PNG on stdout (default: %(default)s)"
+    )
+    strength_argument(parser)
+    sampling_arguments(parser)
+    model_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from unigen.media.images import read_image
+    from unigen.media.output import PICTURES, check_output, save_picture
+
+    path = check_output(args.output, PICTURES)
+    image = read_image(args.image)
+    engine = load(args)
+    start = time.perf_counter()
+    edited = engine.edit(image, args.instruction, **sampling(args))
+    save_picture(path, edited)
+    note_size(image.size, edited)
+    return report(args, [path], start)

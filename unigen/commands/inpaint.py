@@ -1,0 +1,79 @@
+"""The command `inpaint`.
+
+unigen inpaint out.png "two apples" --box 0,0,32,32
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import Any
+
+from unigen.commands.arguments import (
+    box,
+    load,
+    model_arguments,
+    note_size,
+    report,
+    sampling,
+    sampling_arguments,
+    strength_argument,
+    text,
+)
+from unigen.limits import argument as limited
+from unigen.utils.argparser import name
+
+HELP = "paint a part of a picture anew, or all around it"
+STDOUT = {"output": ".png"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("image", help="the picture to paint in")
+    parser.add_argument("prompt", type=text, help="what the whole picture is to show")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--mask", type=name, metavar="FILE", help="a picture, white and opaque where to paint")
+    where.add_argument("--box", type=box, metavar="L,T,R,B", help="paint inside this box, in pixels of the picture")
+    where.add_argument("--around", type=box, metavar="L,T,R,B", help="paint outside this box (outpainting)")
+    where.add_argument("--vary", type=limited("vary"), help="paint this share of it, drawn by lot")
+    parser.add_argument(
+        "-o", "--output", default="out.png", help="the new picture, - is a PNG on stdout (default: %(default)s)"
+    )
+    strength_argument(parser)
+    sampling_arguments(parser, "masked, else another that can keep codes")
+    model_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    import numpy as np
+
+    from unigen.inference.engine import Engine
+    from unigen.inference.inpainting import limiting_window, lot
+    from unigen.media.images import read_image, read_mask
+    from unigen.media.output import PICTURES, check_output, save_picture
+
+    path = check_output(args.output, PICTURES)
+    image: Any = read_image(args.image)
+    engine, given = None, image.size
+    if args.mask:
+        mask: Any = read_mask(args.mask)
+    elif args.vary:
+        engine = load(args)
+        if not isinstance(engine, Engine):
+            raise ValueError("--vary is for models that write codes: give this one a --mask")
+        image, mask = lot(engine.model, image, args.vary, args.seed)
+    else:
+        left, top, right, bottom = args.box or args.around
+        inside = np.zeros((image.height, image.width), dtype=bool)
+        inside[top:bottom, left:right] = True
+        mask = inside if args.box else ~inside
+    engine = engine or load(args)
+    start = time.perf_counter()
+    painted = engine.inpaint(image, args.prompt, mask, **sampling(args))
+    save_picture(path, painted)
+    note_size(given, painted)
+    if isinstance(getattr(engine, "painter", engine), Engine) and (window := limiting_window(mask)):
+        left, top, right, bottom = window
+        where = f"{right - left}x{bottom - top} pixels at {left},{top}"
+        print(f"note: this model painted in a square of {where} of your picture; all else stays", file=sys.stderr)
+    return report(args, [path], start)

@@ -1,0 +1,184 @@
+"""The command line: the commands of this folder, found by the names of their modules.
+
+    unigen generate "two apples on a blue background" -o out.png
+    unigen --help                                     (no torch is imported for this)
+
+A command is a module with `HELP`, `add_arguments(parser)` and `run(args) -> exit code`. Without `add_arguments` it is
+given the rest of the line. `STDOUT` names options that may be "-", with the kind of file that then goes to stdout.
+
+Exit codes: 0; 2 for bad input (any ValueError: one line on stderr, no traceback); 1 for an internal error (traceback).
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import io
+import os
+import pkgutil
+import shlex
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import unigen.commands
+from unigen.utils.argparser import Parser
+from unigen.utils.disk import DISK_FAULTS
+from unigen.utils.extras import missing
+from unigen.utils.text import did_you_mean
+
+HELPERS = ("arguments", "chat_session", "main")
+"""Modules of this folder that are no commands."""
+ORDER = (
+    "generate",
+    "describe",
+    "edit",
+    "pair",
+    "inpaint",
+    "story",
+    "chat",
+    "serve",
+    "train",
+    "eval",
+    "convert",
+    "info",
+)
+"""In which commands are listed; others follow by name."""
+
+
+def find_commands() -> dict[str, Any]:
+    """The modules of all commands, by name."""
+    names = {found.name for found in pkgutil.iter_modules(unigen.commands.__path__)} - set(HELPERS)
+    listed = [*(name for name in ORDER if name in names), *sorted(names - set(ORDER))]
+    return {name: importlib.import_module(f"unigen.commands.{name}") for name in listed}
+
+
+COMMANDS = find_commands()
+
+
+def overview() -> str:
+    rows = [f"  {name:<10} {command.HELP}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: unigen COMMAND ...",
+            "",
+            "One model that reads and writes text and pictures.",
+            "",
+            "commands:",
+            *rows,
+            "",
+            "unigen COMMAND --help says more; unigen --version prints the version.",
+        ]
+    )
+
+
+def parser_of(name: str) -> Parser:
+    """The parser of one command of the table that has arguments of its own here."""
+    command = COMMANDS[name]
+    parser = Parser(prog=f"unigen {name}", description=f"{command.HELP[0].upper()}{command.HELP[1:]}.")
+    command.add_arguments(parser)
+    return parser
+
+
+def dispatch(argv: list[str]) -> int:
+    if argv[:1] == ["help"]:  # unigen help generate
+        argv = [*argv[1:], "--help"]
+    if not argv or argv[0] in ("-h", "--help"):
+        print(overview())
+        return 0
+    if argv[0] in ("-V", "--version"):
+        from importlib.metadata import version
+
+        print(f"unigen {version('unigen')}")
+        return 0
+    name, rest = argv[0], argv[1:]
+    if name not in COMMANDS:
+        raise ValueError(f"no command {name!r}{did_you_mean(name, COMMANDS)} (commands: {', '.join(COMMANDS)})")
+    command = COMMANDS[name]
+    if not hasattr(command, "add_arguments"):
+        return int(command.run(rest))
+    args = parser_of(name).parse_args(rest)
+    args.line = shlex.join(["unigen", *argv])
+    args.piped = False
+    for option, suffix in getattr(command, "STDOUT", {}).items():
+        if getattr(args, option) == "-":
+            from unigen.media.output import to_stdout
+
+            with to_stdout(suffix) as path:
+                setattr(args, option, str(path))
+                args.piped = True
+                return int(command.run(args))
+    return int(command.run(args))
+
+
+def flushed(run: Callable[[], int]) -> int:
+    """What a command returns, when all that it has printed is written: what goes wrong there can then still be said."""
+    try:
+        return run()
+    finally:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+
+
+def drop_output() -> None:
+    """What is still to be printed is lost, and Python shall not try again when it ends."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError, AttributeError):  # it is no file
+        pass
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command line and returns its exit code."""
+    for stream in (sys.stdout, sys.stderr):  # a letter that it cannot show must not undo what was done
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdin, io.TextIOWrapper):  # where a text is used it is said to be no UTF-8
+        sys.stdin.reconfigure(errors="surrogateescape")
+    try:
+        return flushed(lambda: dispatch(sys.argv[1:] if argv is None else argv))
+    except ValueError as error:
+        message = " ".join(str(error).split())
+    except ModuleNotFoundError as error:
+        line = missing(error, (sys.argv[1:] if argv is None else argv)[0])
+        if line is None:
+            raise
+        message = line
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever reads has seen enough
+        drop_output()
+        return 0
+    except OSError as error:
+        if error.errno not in DISK_FAULTS:
+            raise
+        message = f"cannot read or write {error.filename or 'the output'}: {error.strerror}"
+        if error.filename is None:
+            drop_output()
+    print(f"unigen: error: {message}", file=sys.stderr)
+    return 2
+
+
+def run() -> NoReturn:
+    """Run the command line of this process and end it.
+
+    The interpreter is not torn down, which takes long with torch and transformers loaded, and longer on a busy machine.
+    What is registered to be done at the end (`atexit`) is done, and output is flushed."""
+    try:
+        code = main()
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(bool(error.code))
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
+        sys.exit(code)  # something still works
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError, AttributeError):  # closed, or nobody reads: `main` has said what can be said
+            pass
+    os._exit(code)

@@ -1,0 +1,98 @@
+"""The command `serve`.
+
+unigen serve --port 8000
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from unigen.commands.arguments import (
+    model_arguments,
+    number,
+    source,
+    whole,
+)
+from unigen.utils.argparser import name
+from unigen.utils.extras import require
+
+HELP = "text and pictures behind the OpenAI API"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--host", type=name, default="127.0.0.1", help="0.0.0.0 is everyone (default: %(default)s)")
+    parser.add_argument("--port", type=whole(1, 65_535), default=8000, help="(default: %(default)s)")
+    parser.add_argument("--name", type=name, help="of the model in requests (default: as --model)")
+    group = parser.add_argument_group("limits")
+    group.add_argument(
+        "--slots", type=whole(1), default=32, help="sequences generated at a time (default: %(default)s)"
+    )
+    group.add_argument("--queue", type=whole(1), default=128, help="answers that run and wait (default: %(default)s)")
+    group.add_argument("--timeout", type=number(0, open_low=True), default=300.0, help="seconds (default: %(default)g)")
+    group.add_argument(
+        "--max-body", type=whole(1), default=32, metavar="MB", help="of a request (default: %(default)s)"
+    )
+    group.add_argument("--rate", type=whole(0), default=0, help="requests a minute of each client; 0 is any")
+    group = parser.add_argument_group("faults")
+    group.add_argument(
+        "--heartbeat-timeout",
+        type=number(3),
+        default=30.0,
+        metavar="S",
+        help="start the model again when nothing was heard of it for so many seconds (default: %(default)g)",
+    )
+    group.add_argument(
+        "--restart-timeout",
+        type=number(1),
+        default=300.0,
+        metavar="S",
+        help="/health fails when the model has been away for so many seconds (default: %(default)g)",
+    )
+    group = parser.add_argument_group("access")
+    group.add_argument("--api-key", action="append", default=[], help="may be repeated; also from UNIGEN_API_KEY")
+    group.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="of this server, asked without a key; may be repeated; * is any (default: localhost, --host, addresses)",
+    )
+    group.add_argument("--allow-origin", action="append", default=[], help="of pages in a browser; may be repeated")
+    group.add_argument(
+        "--trusted-proxy",
+        action="append",
+        default=[],
+        metavar="ADDRESS",
+        help="whose X-Forwarded-For says who asks, an address or a network; may be repeated (default: none)",
+    )
+    group.add_argument("--allow-fetch", action="store_true", help="read pictures from public http(s) addresses")
+    group.add_argument("--images-folder", type=name, metavar="FOLDER", help="keep pictures that are asked for by url")
+    group.add_argument("--log-prompts", action="store_true", help="what is asked stands in the log")
+    model_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    require("serve")
+    from unigen.serving import server
+    from unigen.serving.middleware import Limits
+    from unigen.serving.server import Settings
+
+    given = source(args)
+    keys = (*args.api_key, *(os.environ[name] for name in ["UNIGEN_API_KEY"] if name in os.environ))
+    hosts = (*args.allow_host, args.host)
+    settings = Settings(
+        model=args.name or args.model,
+        limits=Limits(keys, args.max_body << 20, rate=args.rate, hosts=hosts, origins=tuple(args.allow_origin)),
+        seconds=args.timeout,
+        folder=Path(args.images_folder) if args.images_folder else None,
+        fetch=args.allow_fetch,
+        prompts=args.log_prompts,
+        origins=tuple(args.allow_origin),
+        proxies=tuple(args.trusted_proxy),
+        silence=args.heartbeat_timeout,
+        patience=args.restart_timeout,
+    )
+    server.run(given, settings, args.host, args.port, args.slots, args.queue)
+    return 0

@@ -1,0 +1,55 @@
+"""The command `story`.
+
+unigen story "a witch and her raven" -o story.html
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from unigen.commands.arguments import (
+    load,
+    model_arguments,
+    report,
+    sampling,
+    sampling_arguments,
+    text,
+)
+
+HELP = "write an illustrated story"
+STDOUT = {"output": ".html"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", type=text, help='such as "a witch and her raven"')
+    parser.add_argument("--reference", action="append", default=[], help="a picture of a character; may be repeated")
+    help_of_output = "one .html page, - is the page on stdout, or .md and its pictures (default: %(default)s)"
+    parser.add_argument("-o", "--output", default="story.html", help=help_of_output)
+    sampling_arguments(parser)
+    model_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from unigen.document import as_words
+    from unigen.media.images import read_image
+    from unigen.media.output import check_story, write_story
+
+    path = check_story(args.output)
+    references = [read_image(name) for name in args.reference]
+    engine = load(args)
+    start = time.perf_counter()
+    parts = engine.generate(
+        [*references, as_words(story_prompt(args.prompt, len(references)))], output="interleaved", **sampling(args)
+    )
+    written = write_story(path, args.prompt, parts, made=args.line)
+    return report(args, written, start)
+
+
+def story_prompt(prompt: str, references: int) -> str:
+    """The words that ask for a story, as the recipes ask for one."""
+    asked = prompt if "story" in prompt.lower().split() else f"a story about {prompt}"
+    if not references:
+        return asked
+    these = "this image" if references == 1 else f"these {references if references > 2 else 'two'} images"
+    return f"follow the identity of {these}: {asked}"

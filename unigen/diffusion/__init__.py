@@ -1,0 +1,1 @@
+"""From noise to data: solvers of the flow's equation."""

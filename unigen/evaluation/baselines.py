@@ -1,0 +1,99 @@
+"""The ladder beside a model's score: what the same measure says of pictures whose worth is known.
+
+true pictures of the same prompts (the detector's own limit), their reconstructions (the tokenizer's limit), the
+training pictures with the nearest captions (memory alone), pictures under other prompts (chance), noise and blends
+(what the detector finds where nothing is). It refuses to know how the score is made and how the model draws; only
+what renders scenes (`oracle`, `nearest`) needs the emoji font, which their `world` has."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from unigen.evaluation.task import Item
+from unigen.media.pixels import to_images, to_pixels
+from unigen.toyworld.captions import Facts, caption, facts, scene_from_facts
+from unigen.toyworld.scenes import World, sample_scene
+
+Pictures = list[list[Image.Image]]  # several of each prompt, in the order of the items
+
+
+def oracle(items: Sequence[Item], n: int, seed: int, world: World) -> Pictures:
+    """n true pictures of each prompt; 30% have a ground plane, as in training. Needs the font."""
+    rng = np.random.default_rng((seed, 1))
+    pictures: Pictures = []
+    for item in items:
+        said = Facts(tuple(tuple(g) for g in item.meta["groups"]), item.meta["background"], item.meta["relation"])
+        row = []
+        for _ in range(n):
+            ground = Facts(said.groups, said.background, said.relation, bool(rng.random() < 0.3))
+            row.append(Image.fromarray(world.render(scene_from_facts(ground, rng, world.size)).image))
+        pictures.append(row)
+    return pictures
+
+
+@torch.no_grad()
+def reconstructions(tokenizer: Any, pictures: Pictures, batch: int = 64) -> Pictures:
+    """The pictures through an image tokenizer: encoded and decoded again."""
+    flat = [picture for row in pictures for picture in row]
+    device = next((p.device for p in tokenizer.parameters()), torch.device("cpu"))
+    again: list[Image.Image] = []
+    for i in range(0, len(flat), batch):
+        x_BCHW = to_pixels(flat[i : i + batch], tokenizer.image_size).to(device)
+        again += to_images(tokenizer.decode(tokenizer.encode(x_BCHW)))
+    rest = iter(again)
+    return [[next(rest) for _ in row] for row in pictures]
+
+
+def nearest(items: Sequence[Item], n: int, seed: int, world: World, pool: int = 10_000) -> Pictures:
+    """For each prompt the n training pictures, of `pool`, whose captions are nearest to it (cosine of word counts
+    weighted by inverse document frequency): the score of a model that can only remember."""
+    rng = np.random.default_rng((seed, 2))
+    known = [sample_scene(rng, world.size) for _ in range(pool)]
+    texts = [caption(facts(scene)) for scene in known]
+    words = Counter(word for text in texts for word in set(text.split()))
+    column = {word: k for k, word in enumerate(words)}
+    weight = np.log(pool / np.array(list(words.values())))
+
+    def vectors(lines: Sequence[str]) -> np.ndarray:
+        rows = np.zeros((len(lines), len(column)), np.float32)
+        for i, line in enumerate(lines):
+            for word, count in Counter(line.split()).items():
+                if word in column:
+                    rows[i, column[word]] = count * weight[column[word]]
+        return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
+
+    likeness = vectors([str(item.prompt) for item in items]) @ vectors(texts).T
+    best = np.argsort(-likeness, axis=1, kind="stable")[:, :n]
+    return [[Image.fromarray(world.render(known[k]).image) for k in row] for row in best]
+
+
+def shuffled(items: Sequence[Item], pictures: Pictures, seed: int) -> Pictures:
+    """Each prompt gets the pictures of another prompt."""
+    if len(items) < 2:
+        raise ValueError("pictures cannot be shuffled among fewer than two prompts")
+    order = np.random.default_rng((seed, 3)).permutation(len(items))
+    mixed: Pictures = [[] for _ in items]
+    for here, there in zip(order, np.roll(order, 1), strict=True):
+        mixed[here] = pictures[there]
+    return mixed
+
+
+def noise_pictures(count: int, size: int, rng: np.random.Generator) -> list[Image.Image]:
+    """Uniform noise of four coarsenesses, from one pixel to an eighth of the side."""
+    made = []
+    for i in range(count):
+        side = max(size >> (i % 4), 8)
+        grid = Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
+        made.append(grid.resize((size, size), Image.Resampling.BILINEAR))
+    return made
+
+
+def blends(pictures: Sequence[Image.Image]) -> list[Image.Image]:
+    """Even blends of each picture with the next: two ghosts, no object."""
+    return [Image.blend(a, b, 0.5) for a, b in zip(pictures, [*pictures[1:], pictures[0]], strict=True)]

@@ -1,0 +1,1 @@
+"""The local engine: requests, the scheduler that generates them together, scores, inpainting."""

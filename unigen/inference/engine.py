@@ -1,0 +1,291 @@
+"""The engine: all that users ask of one model. Documents in; text and pictures out.
+
+    engine = unigen.load("unigen-tiny")
+    image = engine.generate("two apples on a blue background", seed=0)
+    for part in engine.stream("a story about a witch and her raven", output="interleaved"): ...
+
+How answers are generated together is `unigen.inference.scheduler`.
+The file refuses to know: files, HTTP, templates, caches, how any generator works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from unigen.document import Document, Segment, as_words, check_text, is_codes
+from unigen.inference.inpainting import keeping
+from unigen.inference.request import OPTIONS, Request, check_name, checked, refuse_unknown, sampling_of, with_seeds
+from unigen.inference.scheduler import Row, Running
+from unigen.inference.scoring import DESCRIBE, closest, truest
+from unigen.limits import LIMITS, check
+from unigen.media.display import MediaList, table_html
+from unigen.media.images import read_image
+from unigen.model.template import Output
+from unigen.model.unified import UnifiedModel
+from unigen.nn.cpu.linear import use_few_rows
+from unigen.nn.quantized import held, measure
+from unigen.samplers.seeds import later_seed
+from unigen.utils import progress
+
+METHOD_OPTIONS = ("n", "candidates", *OPTIONS)
+"""The options of methods that ask `generate`."""
+
+
+class Engine:
+    """Generates with one model. Not safe to share between threads."""
+
+    def __init__(self, model: UnifiedModel) -> None:
+        self.model = model
+        self.text_sampling: dict[str, Any] = {}
+        """How a pair has it write text where nothing is asked for, as far as its checkpoint says."""
+        use_few_rows(model.backbone)
+
+    # ---------------------------------------------------------------- what users call
+
+    def generate(self, prompt: Any, output: Output = "image", *, n: int = 1, seed: int = 0, **options: Any) -> Any:
+        """Answer a prompt: a PIL image, a string, for "interleaved" a list of strings and images, for "pair" (see
+        `pair`) a list of one of each. Lists are `unigen.media.display.MediaList`: a notebook shows what is in them.
+
+        prompt: text, an image, a list of both, the number of a class, or a Document (`Document.of` says which strings
+        are pictures). n > 1 gives a list of n answers
+        with seeds seed, seed+1..
+        Options: see `unigen.inference.request.checked`. Raises ValueError in one line for bad input.
+        """
+        refuse_unknown("generate", options, METHOD_OPTIONS)
+        n, seed = check("n", n), check("seed", seed)
+        seeds = [later_seed(seed, i) for i in range(n)]
+        answers = self.generate_batch([prompt] * n, seeds, output=output, **options)
+        return answers[0] if n == 1 else answers
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Any],
+        seeds: Sequence[int] | None = None,
+        output: Output = "image",
+        candidates: int = 1,
+        **options: Any,
+    ) -> list[Any]:
+        """One answer a prompt, all in one batch; each is what `generate` gives for that prompt and seed alone.
+
+        candidates: so many answers, and the best of them (`unigen.inference.scoring`): captions of a picture each, by
+        which the model would likeliest draw it, or pictures of words each, in which it would likeliest read them."""
+        refuse_unknown("generate_batch", options, [name for name in ("seeds", *OPTIONS) if name != "seed"])
+        asked = with_seeds(prompts, seeds)
+        check("candidates", candidates)
+        check_count(len(asked) * candidates)
+        if check("previews", options.get("previews", 0)):
+            raise ValueError("previews come while a picture is made: ask stream for them")
+        if candidates != 1:
+            rivals = [self.rivals(p, output, candidates, seed=s, **options) for p, s in asked]
+            drawn = iter(self._answers([request for _, requests in rivals for request in requests], output))
+            answers = [[next(drawn) for _ in requests] for _, requests in rivals]
+            return self.best([document for document, _ in rivals], output, answers)
+        return self._answers([self.request(p, output, seed=s, **options) for p, s in asked], output)
+
+    def _answers(self, requests: Sequence[Request], output: Output) -> list[Any]:
+        """What `generate` gives for each request."""
+        parts: list[list[Any]] = [MediaList() for _ in requests]
+        story = len(requests) == 1 and output == "interleaved"  # how long it will be is not known
+        with progress.bar(None if story else len(requests), "image", fractions=not story) as bar:
+            for row, part in self.run(requests, lambda done: bar.update(0 if story else done - bar.n)):
+                if isinstance(part, str) and parts[row] and isinstance(parts[row][-1], str):
+                    parts[row][-1] += part
+                else:
+                    parts[row].append(part)
+                if story and not isinstance(part, str):
+                    bar.update(1)
+        for answer in parts:
+            answer[:] = [p.strip() if isinstance(p, str) else p for p in answer]
+        if output in ("interleaved", "pair"):
+            return MediaList(parts)
+        return MediaList(answer[0] if answer else "" for answer in parts)
+
+    def stream(self, prompt: Any, output: Output = "interleaved", **options: Any) -> Iterator[Any]:
+        """The parts of one answer as they are made: pieces of text (str) and finished pictures (PIL), in order; before
+        a picture as many `Preview`s of it as `previews` asks for, where its generator has any."""
+        refuse_unknown("stream", options, OPTIONS)
+        parts = self.run([self.request(prompt, output, **options)])
+        return (part for _, part in parts)
+
+    def describe(self, image: Any, question: str | None = None, **options: Any) -> str:
+        """A caption of the picture, the best of as many `candidates` as suit the model, or the answer to a question;
+        with n > 1 a list of them.
+
+        image: here and in all methods below a path, a PIL image, or all else that `unigen.media.images.read_image`
+        takes."""
+        refuse_unknown("describe", options, METHOD_OPTIONS)
+        if question is not None and not check_text("the question", question).strip():
+            raise ValueError("the question is empty: ask something, or leave it out for a caption")
+        several = question is None and self.compares
+        asked = {"candidates": self.model.template.candidates if several else 1} | options
+        answer = self.generate([_picture(image), as_words(question or DESCRIBE)], "text", **asked)
+        return answer  # type: ignore[no-any-return]
+
+    def edit(self, image: Any, instruction: str, **options: Any) -> Any:
+        """The picture changed as the instruction says, of the size that the model draws."""
+        refuse_unknown("edit", options, METHOD_OPTIONS)
+        if not check_text("the instruction", instruction).strip():
+            raise ValueError("the instruction is empty: say what to change")
+        return self.generate([_picture(image), as_words(instruction)], "image", **options)
+
+    def pair(self, text: str | None = None, image: Any = None, **options: Any) -> Any:
+        """A text and a picture (str, PIL) that belong together, written at once by a generator that writes both; with
+        n > 1 a list of such pairs. What is given stays, as the model reads it: a text in lower case and of limited
+        length, a picture as its codes. Where nothing is given, both are new. Raises ValueError where the model has no
+        such generator."""
+        refuse_unknown("pair", options, METHOD_OPTIONS)
+        if text is not None and not check_text("the text", text).strip():
+            raise ValueError("the text is empty: say what the picture shows, or leave it out")
+        document = Document([Segment(text=text or "")])
+        if image is not None:
+            if "fixed" in options:
+                raise ValueError("give the picture or its codes, not both")
+            pixels = self.model.pixels([read_image(image)])
+            chosen = {"temperature": 0.0, "guidance": 1.0} | options  # no code is left to be guided
+            options = chosen | {"fixed": self.model.codes(pixels)[0].cpu()}
+        made = self.generate(document, "pair", **{"generator": "joint"} | options)
+        return tuple(made) if options.get("n", 1) == 1 else MediaList(tuple(pair) for pair in made)
+
+    def inpaint(self, image: Any, prompt: str, mask: Any, *, generator: str | None = None, **options: Any) -> Any:
+        """The picture, in its own size, with what the mask marks painted anew as the prompt says; all else stays as it
+        is. What is painted has no more detail than the pictures that the model draws, and lies inside a square of the
+        picture's shorter side around the middle of the marks.
+
+        mask: of the image's shape, white where to paint (`unigen.media.images.read_mask`). Raises ValueError where it
+        marks nothing, and for a generator that cannot keep codes.
+        """
+        refuse_unknown("inpaint", options, [name for name in METHOD_OPTIONS if name != "fixed"])
+        document = Document.of(as_words(prompt))
+        check_name("generator", generator)
+        options, lay = keeping(self.model, image, mask, generator, options)
+        painted = self.generate(document, "image", **options)
+        return MediaList(map(lay, painted)) if isinstance(painted, list) else lay(painted)
+
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        """What this model can answer with."""
+        return self.model.template.outputs
+
+    def info(self) -> dict[str, Any]:
+        """What this model is and can do."""
+        model = self.model
+        count, _ = measure(model.backbone)
+        return {
+            "family": model.family,
+            "backbone": f"{model.backbone.lm.config.model_type}, {count / 1e6:.1f}M parameters",
+            "context": model.context,
+            "image_size": model.image_tokenizer.image_size,
+            "sizes": "any" if model.template.free_size else "this one",
+            "tokens_per_image": model.image_tokenizer.grid[0] * model.image_tokenizer.grid[1],
+            "vocabulary": {"text": model.vocabulary.text_size, "image": model.vocabulary.image_size},
+            "generators": [name for name in model.generators if name != "text"],
+            "takes": {name: list(model.generators.takes(name)) for name in model.generators if name != "text"},
+            "sampling": {name: sampling_of(model, name) for name in model.generators if name != "text"}
+            | {name: told for name, told in model.sampling.items() if name == "text"},
+            "outputs": list(self.outputs),
+            "candidates": self.compares,
+            "system": self.model.template.system,
+            **({"classes": list(model.template.classes)} if model.template.classes else {}),
+            "precision": held(model.backbone.lm, model.quantization),
+            "weights_mb": round(measure(model)[1] / 1e6, 1),
+            "device": str(model.device),
+        }
+
+    def __repr__(self) -> str:
+        generators = [name for name in self.model.generators if name != "text"]
+        return f"{type(self).__name__}(family={self.model.family!r}, generators={generators})"
+
+    def _repr_html_(self) -> str:
+        return table_html(type(self).__name__, self.info())
+
+    def states(self, prompt: Any) -> torch.Tensor:
+        """What the model reads of a document before it would answer in text, as states (S, D) after its last norm."""
+        return self.running().states(self.request(prompt, "text"))
+
+    def request(self, prompt: Any, output: Output, **options: Any) -> Request:
+        """A checked request (`unigen.inference.request`, which lists the options)."""
+        refuse_unknown("a request", options, OPTIONS)
+        return checked(self.model, prompt, output, **options)
+
+    def check(self, prompt: Any, output: Output, **options: Any) -> None:
+        """Raises ValueError in one line for what cannot be asked of the model. options: of a request."""
+        self.request(prompt, output, **options)
+
+    @property
+    def compares(self) -> bool:
+        """Can the model say how well a picture and a text go together, so that one of some candidates is the best?"""
+        model = self.model
+        return model.sight is None and not model.template.classes and {"next-token", "text"} <= set(model.generators)
+
+    def rivals(
+        self, prompt: Any, output: Output, candidates: int, *, seed: int = 0, **options: Any
+    ) -> tuple[Document, list[Request]]:
+        """The document, read, and the requests of its candidates: the one that `candidates` = 1 would ask for and
+        others, captions at temperature 1. Raises ValueError where the model cannot compare what they answer."""
+        check("candidates", candidates)
+        document = self.model.read(Document.of(prompt))
+        if not self.compares:
+            raise ValueError("candidates are for models that read and draw pictures code by code: leave them out")
+        own = self.request(document, output, seed=seed, **options)
+        shown = {"text": 1, "image": 0}.get(output)
+        if len(document.images()) != shown or (not shown and len(document.segments) != 1):
+            raise ValueError("candidates are captions of one picture, or pictures of words: ask for one of these")
+        more = options | ({"temperature": 1.0} if shown else {})
+        others = [self.request(document, output, seed=seed, **more) for _ in range(1, candidates)]
+        for number, other in enumerate(others, start=1):
+            other.candidate = number
+        return document, [own, *others]
+
+    def best(self, documents: Sequence[Document], output: Output, answers: Sequence[Sequence[Any]]) -> list[Any]:
+        """Of the answers of each document's `rivals` the best."""
+        if output == "image":
+            return truest(self.model, [str(document.segments[0].text) for document in documents], answers)
+        return closest(self.model, documents, [list(dict.fromkeys(captions)) for captions in answers])
+
+    # ---------------------------------------------------------------- requests on their way
+
+    def run(
+        self, requests: Sequence[Request], watch: Callable[[float], object] | None = None
+    ) -> Iterator[tuple[int, Any]]:
+        """Answer all requests together; gives (number of the request, piece of text or picture) as they are made.
+        watch: is told after each step how many of them are finished (`Running.finished`). Raises ValueError at once for
+        what cannot fit the context, and where a model's numbers are not finite when that shows."""
+        running = self.running()
+        with torch.inference_mode():
+            rows = [running.row(request) for request in requests]
+        return self._steps(running, rows, watch)
+
+    @staticmethod
+    def _steps(
+        running: Running, rows: Sequence[Row], watch: Callable[[float], object] | None
+    ) -> Iterator[tuple[int, Any]]:
+        try:
+            with torch.inference_mode():
+                for row in rows:
+                    running.join(row)
+            while running:
+                yield from running.step()
+                for error in running.failed.values():
+                    raise error
+                if watch is not None:
+                    watch(running.finished)
+        finally:
+            running.clear()
+
+    def running(self) -> Running:
+        """Requests on their way with this model: none yet."""
+        return Running(self.model)
+
+
+def _picture(image: Any) -> Any:
+    """A picture that is no words, whatever its type."""
+    return image if is_codes(image) else read_image(image)
+
+
+def check_count(count: int) -> None:
+    """Raises ValueError for more answers than are made at a time."""
+    if count > LIMITS["n"].high:
+        raise ValueError(f"at most {LIMITS['n'].high:,} answers are made at a time, not {count:,}: ask in several goes")

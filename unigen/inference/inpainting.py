@@ -1,0 +1,96 @@
+"""A part of a picture painted anew: what of its codes stays, and how what is made is laid back into it.
+
+    options, lay = keeping(model, picture, mask, None, {"guidance": 3.0})
+    painted = lay(engine.generate("a red hat", **options))
+
+A code is painted anew where the mask touches what it shows, or where the family's own rule says so. What is painted is
+scaled to the picture's size; pixels that are not marked stay as they were, not as the tokenizer would say them again.
+The file refuses to know: how a generator keeps codes (`takes` says whether it can), prompts.
+Shapes: h x w codes of a picture of H x W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from unigen.media.images import read_image, read_mask
+from unigen.media.pixels import square
+from unigen.model.template import MaskReader
+from unigen.model.unified import UnifiedModel
+
+
+def keeping(
+    model: UnifiedModel, image: Any, mask: Any, generator: str | None, options: dict[str, Any]
+) -> tuple[dict[str, Any], Callable[[Image.Image], Image.Image]]:
+    """The options of a request that paints what the mask marks, and what lays the picture so made into this one.
+
+    mask: of the image's shape, white where to paint (`unigen.media.images.read_mask`). generator: None takes `masked`,
+    or else the first that can. Raises ValueError where the mask marks nothing, and for a generator that cannot keep
+    codes."""
+    able = [name for name in model.generators if "fixed" in model.generators.takes(name)]
+    if not able:
+        raise ValueError("this model cannot keep a part of a picture: train it with writers.masked=1")
+    generator = generator or ("masked" if "masked" in able else able[0])
+    if generator in model.generators and generator not in able:
+        raise ValueError(f"{generator} cannot keep a part of a picture: choose {' or '.join(able)}")
+    grid = model.image_tokenizer.grid
+    given, marks = read_image(image), read_mask(mask)
+    if given.size != marks.size:
+        raise ValueError(f"the mask is of {marks.size} pixels, the picture of {given.size}: make them alike")
+    window = window_of(marks)
+    seen, marked = given.crop(window), marks.crop(window)
+    marked_HW = np.asarray(marked) >= 128
+    rows, columns = (np.arange(n) * len(marked_HW) // n for n in grid)
+    if isinstance(model.template, MaskReader):
+        cells_hw = model.template.mask_cells(marked, model.image_tokenizer.image_size, grid)
+    else:
+        cells_hw = np.logical_or.reduceat(np.logical_or.reduceat(marked_HW, rows, 0), columns, 1)
+    if not cells_hw.any():
+        raise ValueError("the mask marks nothing: paint white what is to be made anew")
+    codes_hw = model.codes(model.pixels([seen]))[0].cpu()
+    fixed = torch.where(torch.from_numpy(cells_hw), -1, codes_hw)
+    pixel = np.arange(len(marked_HW))
+    cell_rows, cell_columns = (np.searchsorted(first, pixel, "right") - 1 for first in (rows, columns))
+    anew = Image.fromarray(marked_HW & cells_hw[cell_rows][:, cell_columns])
+
+    def lay(made: Image.Image) -> Image.Image:
+        painted = given.copy()
+        painted.paste(made.resize(seen.size, Image.Resampling.LANCZOS), window, anew)
+        return painted
+
+    return options | {"generator": generator, "fixed": fixed}, lay
+
+
+def window_of(mask: Image.Image) -> tuple[int, int, int, int]:
+    """The square of a picture that a model sees while it paints: left, top, right, bottom. It is as large as fits, and
+    lies as near the middle of what the mask marks as it can; marks beyond it change nothing."""
+    side = min(mask.size)
+    left, top, right, bottom = mask.getbbox() or (0, 0, *mask.size)
+    x, y = (
+        min(max((first + last - side) // 2, 0), length - side)
+        for first, last, length in ((left, right, mask.width), (top, bottom, mask.height))
+    )
+    return x, y, x + side, y + side
+
+
+def limiting_window(mask: Any) -> tuple[int, int, int, int] | None:
+    """The window of a mask, where the mask also marks pixels outside it, which stay as they are; else None."""
+    marks = read_mask(mask)
+    window = window_of(marks)
+    marks.paste(0, window)
+    return window if marks.getbbox() else None
+
+
+def lot(model: UnifiedModel, image: Any, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The picture as the model frames it, and a mask of so large a share of its cells, at least one, drawn by lot."""
+    tokenizer = model.image_tokenizer
+    (height, width), size = tokenizer.grid, tokenizer.image_size
+    drawn = np.random.default_rng(seed).random((height, width, 1))
+    cells = drawn < max(share, np.nextafter(drawn.min(), 1))  # one at least
+    mask = np.where(cells, 255, 0).astype(np.uint8).repeat(size // height, 0).repeat(size // width, 1)
+    return square(read_image(image), size), mask.repeat(3, 2)

@@ -1,0 +1,269 @@
+"""What one row of the engine is asked for, checked against what its model can do.
+
+The file refuses to know: caches, how anything is generated. What is wrong is a ValueError in one line.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from unigen.diffusion.solvers import MOST, SAMPLERS
+from unigen.document import Document, Segment, is_codes
+from unigen.generators.jacobi import KINDS
+from unigen.limits import LIMITS, check
+from unigen.media.images import is_image
+from unigen.model.template import OUTPUTS, Output, split_system
+from unigen.model.unified import UnifiedModel
+from unigen.samplers.guidance import Guidance
+from unigen.samplers.logits import Sampling
+from unigen.utils.text import did_you_mean, shorten
+
+LONGEST_NAME = 64
+"""Characters of the name of a generator, a sampler or the like."""
+
+SAMPLING: dict[str, Any] = {"guidance": 3.0, "temperature": 0.8, "top_k": 0, "top_p": 1.0}
+"""How pictures are drawn by a model that does not say."""
+
+
+@dataclass
+class Request:
+    """What one row is asked for. `image` and `text` say how ids of either kind are drawn. written: of the pictures that
+    have been made, the codes (P,) of those whose generator has codes of its own, else None. candidate: which of the
+    answers to one request and seed it is, of which the best is kept."""
+
+    document: Document
+    output: Output
+    generator: str
+    guidance: Guidance
+    image: Sampling
+    text: Sampling
+    seed: int
+    max_tokens: int
+    max_images: int
+    grid: tuple[int, int]
+    steps: int | None = None
+    sampler: str | None = None
+    accelerate: str | None = None
+    fixed: torch.Tensor | None = None
+    written: list[torch.Tensor | None] = field(default_factory=list)
+    previews: int = 0
+    candidate: int = 0
+
+
+def checked(
+    model: UnifiedModel,
+    prompt: Any,
+    output: Output,
+    *,
+    seed: int = 0,
+    generator: str | None = None,
+    guidance: float | Sequence[float] | Guidance | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float | None = None,
+    max_tokens: int = 256,
+    max_images: int = 8,
+    steps: int | None = None,
+    sampler: str | None = None,
+    guidance_kind: str | None = None,
+    accelerate: str | None = None,
+    fixed: torch.Tensor | None = None,
+    size: tuple[int, int] | None = None,
+    previews: int = 0,
+    negative: str | None = None,
+) -> Request:
+    """A checked request.
+
+    guidance: scale of classifier-free guidance for pictures, 1 is off. temperature, top_k, top_p: how ids are
+    drawn, top_k of text where it is the whole answer, else of codes alone; repetition_penalty: of text alone, from 1
+    (off) to 10. None is what the model's `sampling` says, else `SAMPLING` for pictures; text is greedy where it is the
+    whole answer, else of temperature 0.8, and top_p 1.
+    max_tokens, max_images: limits of the answer's text and of an interleaved answer's pictures.
+    steps: how many a generator takes that chooses its own number; sampler, guidance_kind: of a flow.
+    accelerate: "sjd" or "jacobi", how next-token writes several codes a step (`generators.jacobi`). fixed: codes
+    (h, w) that stay, -1 elsewhere. size: width and height in pixels, for models that draw any; None is what the
+    document says. previews: how many of each picture are shown before it is finished, by `Engine.stream`; fewer where
+    its steps are fewer, none where the generator writes codes one after another. negative: of pipelines alone.
+    """
+    if negative is not None and not (isinstance(negative, str) and not negative):
+        raise ValueError("this model takes no negative prompt, pipelines do: leave negative out")
+    outputs = model.template.outputs
+    if not isinstance(output, str) or output not in OUTPUTS:
+        raise ValueError(f"unknown output {shorten(output)}: one of {', '.join(OUTPUTS)}")
+    named = {"generator": generator, "sampler": sampler, "guidance_kind": guidance_kind, "accelerate": accelerate}
+    for name, value in named.items():
+        check_name(name, value)
+    for name, number in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p)):
+        if number is not None:
+            check(name, number)
+    generator = usual_generator(model) if generator is None else generator
+    if output == "pair" and generator not in model.template.text_lengths:
+        able = " or ".join(model.template.text_lengths) or "none here does: train with writers.joint=1"
+        raise ValueError(f"a text and a picture at once need a generator that writes both ({able})")
+    if output not in outputs:
+        raise ValueError(f"this model cannot answer with {output}: it can with {' or '.join(outputs)}")
+    if generator not in model.generators or generator == "text":
+        able = ", ".join(name for name in model.generators if name != "text")
+        near = did_you_mean(str(generator), model.generators)
+        raise ValueError(f"this model has no generator {generator!r}: it has {able}{near}")
+    seed, max_tokens = check("seed", seed), check("max_tokens", max_tokens)
+    max_images, previews = check("max_images", max_images), check("previews", previews)
+    if sampler is not None and sampler not in SAMPLERS:
+        raise ValueError(f"unknown sampler {sampler!r}: one of {', '.join(SAMPLERS)}")
+    if steps is not None:
+        steps = check("steps", steps)
+    default = SAMPLING | model.sampling.get(generator, {})
+    usual, scales = Guidance.of(default["guidance"]), model.template.scales
+    guidance = usual if guidance is None else Guidance.of(guidance)
+    if scales > 1 and len(guidance.scales) == 1:  # of the words alone; the others are as usual, or all are off
+        off = guidance.scales[0] == 1
+        guidance = replace(guidance, scales=guidance.scales + ((1.0,) * (scales - 1) if off else usual.scales[1:]))
+    chosen = {"steps": steps, "sampler": sampler, "guidance_kind": guidance_kind, "fixed": fixed}
+    chosen["accelerate"] = accelerate
+    if accelerate is not None and accelerate not in KINDS:
+        raise ValueError(f"unknown acceleration {accelerate!r}: one of {', '.join(KINDS)}")
+    if output in ("image", "pair"):  # else they are of its text as well
+        chosen |= {"temperature": temperature, "top_k": top_k or None, "top_p": top_p if top_p != 1 else None}
+        chosen["repetition_penalty"] = repetition_penalty
+    takes = model.generators.takes(generator)
+    if unheard := [name for name, value in chosen.items() if value is not None and name not in takes]:
+        heard = f" (it takes {', '.join(takes)})" if takes else ""
+        raise ValueError(f"{generator} does not take {', '.join(unheard)}: leave that out{heard}")
+    if guidance_kind is not None:
+        guidance = replace(guidance, kind=guidance_kind)
+    if "sampler" in takes and steps is not None:
+        if steps > MOST:
+            raise ValueError(f"steps of {generator} must be a whole number from 1 to {MOST}, not {steps}")
+        if guidance.kind == "cfg-zero" and steps == 1:
+            raise ValueError("cfg-zero rests in its first step: take at least 2 steps")
+    if "guidance_kind" not in takes and guidance != Guidance(guidance.scales):
+        raise ValueError(f"{generator} does not take a kind or an interval of guidance: give a scale")
+    shape, most = model.image_tokenizer.grid, model.vocabulary.image_size
+    whole = isinstance(fixed, torch.Tensor) and not (fixed.is_floating_point() or fixed.is_complex())
+    if fixed is not None and not (whole and fixed.shape == shape and -1 <= int(fixed.min()) <= int(fixed.max()) < most):
+        raise ValueError(f"fixed must be codes of the shape {model.image_tokenizer.grid}, -1 where to write")
+    if len(guidance.scales) != scales:
+        count = "one scale" if scales == 1 else f"{scales} scales, or that of the words"
+        raise ValueError(f"this model has {scales + 1} branches of guidance: give {count}")
+    drawn = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    codes: dict[str, Any] = {k: default[k] if value is None else value for k, value in drawn.items()}
+    written = {"temperature": temperature, "top_p": top_p, "repetition_penalty": repetition_penalty}
+    texts = {"temperature": 0.8 if output == "interleaved" else 0.0} | model.sampling.get("text", {})
+    if output == "text":
+        written["top_k"] = top_k
+    texts |= {name: value for name, value in written.items() if value is not None}
+    document = Document.of(prompt)
+    told, said = split_system(document.segments)
+    if told and not model.template.system:
+        raise ValueError("this model follows no system messages: leave them out, or say it as the user")
+    if told:  # pictures are drawn from what the user says
+        document.segments = said if output == "image" else [Segment(text=told, role="system"), *said]
+    if any(is_codes(image) and image.ndim != 2 for image in document.images()):
+        raise ValueError("codes of a picture in a prompt have two dimensions, rows and columns")
+    if output != "pair":  # both parts of a pair may be left to the model
+        document.check_filled()
+    grid = grid_of(model, document.size if size is None else size)
+    if model.template.free_size:
+        stride = model.image_tokenizer.image_size // model.image_tokenizer.grid[0]
+        document.size = (grid[1] * stride, grid[0] * stride)
+    return Request(
+        document=document,
+        output=output,
+        generator=generator,
+        guidance=guidance,
+        image=Sampling(**codes),
+        text=Sampling(**texts),
+        seed=seed,
+        max_tokens=max_tokens,
+        max_images=max_images,
+        grid=grid,
+        steps=steps,
+        sampler=sampler,
+        accelerate=accelerate,
+        fixed=fixed,
+        previews=previews,
+    )
+
+
+OPTIONS = tuple(list(inspect.signature(checked).parameters)[3:])
+"""The names of a request's options."""
+
+
+def usual_generator(model: UnifiedModel) -> str:
+    """The generator of pictures where none is asked for."""
+    names = [name for name in model.generators if name != "text"]
+    return "next-token" if "next-token" in names else names[0]
+
+
+def with_seeds(prompts: Sequence[Any], seeds: Sequence[int] | None = None) -> list[tuple[Any, int]]:
+    """Each prompt with its seed; 0, 1, .. where none are given. Raises ValueError for what is no list of prompts, or no
+    list of as many seeds."""
+    one = isinstance(prompts, (str, Document, Segment, dict)) or is_image(prompts)
+    if one or not isinstance(prompts, Iterable):
+        what = shorten(prompts) if isinstance(prompts, (str, bytes)) else type(prompts).__name__
+        raise ValueError(
+            f"the prompts must be a list, with one answer each, not {what}: give [prompt], or ask generate"
+        )
+    listed = list(prompts)
+    if seeds is None:
+        return [(prompt, i) for i, prompt in enumerate(listed)]
+    unordered = isinstance(seeds, (str, bytes, dict, set, frozenset, torch.Tensor))
+    if unordered or not isinstance(seeds, Iterable) or getattr(seeds, "ndim", 1) != 1:
+        raise ValueError(f"the seeds must be a list of whole numbers, one for each prompt, not {shorten(seeds)}")
+    numbers = [check("seed", seed) for seed in list(seeds)]
+    if len(numbers) != len(listed):
+        raise ValueError(f"{len(listed)} prompts need as many seeds, not {len(numbers)}")
+    return list(zip(listed, numbers, strict=True))
+
+
+def refuse_unknown(what: str, options: Iterable[str], known: Sequence[str]) -> None:
+    """Raises ValueError where an option is not among those known, with the one that may have been meant."""
+    for name in options:
+        if name not in known:
+            near = did_you_mean(name, known) or f": it takes {', '.join(known)}"
+            raise ValueError(f"{what} has no option {name!r}{near}")
+
+
+def check_name(what: str, name: Any) -> None:
+    """Raises ValueError for what can be no name of a way to draw; None leaves it to the model."""
+    if name is not None and (not isinstance(name, str) or not name.strip() or len(name) > LONGEST_NAME):
+        raise ValueError(f"{what} must be a name, not {shorten(name)}: leave it out for the usual one")
+
+
+def check_size(size: Any) -> None:
+    """Raises ValueError for what is no width and height."""
+    limits = LIMITS["width"], LIMITS["height"]
+    two = isinstance(size, (tuple, list)) and len(size) == 2
+    if not (two and all(limit.holds(n) for limit, n in zip(limits, size, strict=True))):
+        most = f"at most {limits[0].high:,} each"
+        raise ValueError(f"a size is two whole numbers, width and height in pixels, {most}, not {shorten(size)}")
+
+
+def grid_of(model: UnifiedModel, size: tuple[int, int] | None) -> tuple[int, int]:
+    """Rows and columns of codes of pictures of this size, width and height in pixels."""
+    tokenizer = model.image_tokenizer
+    side, stride = tokenizer.image_size, tokenizer.image_size // tokenizer.grid[0]
+    if size is None:
+        return tokenizer.grid
+    check_size(size)
+    if tuple(size) == (side, side):
+        return tokenizer.grid
+    if not model.template.free_size:
+        raise ValueError(f"this model draws pictures of {side}x{side} pixels alone: leave the size out")
+    if min(size) < stride or any(length % stride for length in size):
+        raise ValueError(f"a size is width and height in pixels, multiples of {stride}, not {size}")
+    return size[1] // stride, size[0] // stride
+
+
+def sampling_of(model: UnifiedModel, generator: str) -> dict[str, Any]:
+    """How pictures are drawn where nothing else is asked for: guidance, and what else the generator takes."""
+    writer = model.generators[generator]
+    own = {name: getattr(writer, name) for name in ("steps", "sampler") if name in writer.takes}
+    default = SAMPLING | own | model.sampling.get(generator, {})
+    return {name: default[name] for name in default if name in ("guidance", *writer.takes)}

@@ -1,0 +1,525 @@
+"""The only loop that calls the backbone to generate: requests on their way, that join, are batched, and leave.
+
+    running = engine.running()
+    running.add(engine.request("two apples", "image"))
+    while running:
+        for number, part in running.step(): ...
+        running.ended                               # number -> Usage, of those that ended in this step
+        running.failed                              # number -> error, of those that had to be given up in it
+
+Each request is a row of the batch with one cache slot for every branch of guidance. In a step every active row reads
+what its generator asks for, whatever it is writing, and the backbone runs once for all that read about as much: a
+prompt that joins does not make the others wait for padding. Rows end on their own, and a row's randomness is its own,
+so that a picture does not depend on the batch it was made in.
+The file refuses to know: files, HTTP, how a chat is laid out, how any generator works, what users call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+
+from unigen.document import Document, Preview, Segment
+from unigen.generators.base import Generator, Read, Span, State
+from unigen.generators.next_token import Text
+from unigen.inference.request import Request
+from unigen.media.pixels import to_images
+from unigen.model.unified import UnifiedModel
+from unigen.samplers.guidance import Guidance
+from unigen.samplers.seeds import generator_of
+from unigen.utils.numbers import NotFinite
+
+CHARACTERS = 16
+"""Of a text for each position of the context, above which it is not split into tokens: a token of words has fewer."""
+WASTE = 64
+"""Positions of padding that cost about as much as another pass of the backbone."""
+
+
+@dataclass
+class Row:
+    """One answer on its way. `number`: among those that are. `unread[b]`: ids that branch b reads before what the
+    generator asks for. `spans`: how many were begun, `images`: how many of them have ended as pictures, `said`: ids of
+    text in those that have ended. `kept`: how many positions of the span the cache holds. `shown`: the text of the span
+    that was given out. `features`: of pictures in the prompt that are not read as codes. `states`: by branch, those of
+    all that was read (S, D), where a generator wants them.
+    `shares`: how many of the times for a preview have passed, and `previews`: how many were shown, of the picture.
+    `asked`: ids of the prompt, `seen` of them of pictures; `cut`: did the last text end at its limit? `before`: ids of
+    the prompt and of the texts that have ended."""
+
+    request: Request
+    document: Document
+    number: int = -1
+    slots: list[int] = field(default_factory=list)
+    unread: list[list[int]] = field(default_factory=list)
+    state: State | None = None
+    generator: Generator | None = None
+    spans: int = 0
+    images: int = 0
+    said: int = 0
+    kept: int = 0
+    shown: str = ""
+    shares: int = 0
+    previews: int = 0
+    asked: int = 0
+    seen: int = 0
+    cut: bool = False
+    features: torch.Tensor | None = None
+    before: set[int] = field(default_factory=set)
+    states: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def branches(self) -> int:
+        return len(self.unread)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a request took: ids read as its prompt, ids of text and codes of pictures written. cut: its text ended at
+    the limit of the request or of the model's context, and not by itself. seen: of the ids read, those of pictures."""
+
+    read: int
+    text: int
+    image: int
+    cut: bool
+    seen: int
+
+
+class Running:
+    """Requests on their way with one model: they join between steps, and leave when they are done or dropped."""
+
+    def __init__(self, model: UnifiedModel) -> None:
+        self.model = model
+        self.cache = model.backbone.new_cache(0, model.device)
+        self._rows: dict[int, Row] = {}
+        self._count = 0
+        self.ended: dict[int, Usage] = {}
+        self.failed: dict[int, NotFinite] = {}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._rows
+
+    @torch.inference_mode()
+    def add(self, request: Request) -> int:
+        """The request's number, from 0 on. Raises ValueError for what cannot fit the context; nothing is added then."""
+        return self.join(self.row(request))
+
+    def join(self, row: Row) -> int:
+        """The same of a row that `row` made."""
+        row.number, self._count = self._count, self._count + 1
+        self._rows[row.number] = row
+        return row.number
+
+    @property
+    def finished(self) -> float:
+        """How many of the requests that were added have ended, and of those that ask for one picture their shares."""
+        return self._count - len(self._rows) + sum(map(_share, self._rows.values()))
+
+    def clear(self) -> None:
+        """Drop all that are running."""
+        for number in list(self._rows):
+            self.drop(number)
+
+    @property
+    def positions(self) -> int:
+        """How many the cache holds."""
+        return int(self.cache.lengths.sum())
+
+    @torch.inference_mode()
+    def drop(self, number: int) -> None:
+        """Leave a request unfinished; its slots are free at once. KeyError where it is not running."""
+        self._fit(self._rows[number], 0)
+        del self._rows[number]
+
+    def _fit(self, row: Row, branches: int) -> None:
+        """Give a row as many slots as it has branches: those of guidance while it writes a picture."""
+        while len(row.slots) > branches:
+            slot = row.slots.pop()
+            row.states.pop(len(row.slots), None)
+            last = self.cache.leave(slot)
+            for other in self._rows.values():
+                other.slots = [slot if one == last else one for one in other.slots]
+        while len(row.slots) < branches:
+            row.slots.append(self.cache.take())
+
+    def usage(self, number: int) -> Usage:
+        """What a request that is running has taken so far. KeyError where it is not running."""
+        row = self._rows[number]
+        text = row.state.ids if row.state and isinstance(row.generator, Text) and not row.state.done else []
+        codes = row.images * row.request.grid[0] * row.request.grid[1]
+        return Usage(row.asked, row.said + len(text), codes, row.cut, row.seen)
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[int, Any]]:
+        """One step of all: (number, piece of text or picture) of what it made. Those that are done or failed are gone
+        afterwards. A row fails alone, where its numbers are not finite; the others go on."""
+        rows = list(self._rows.values())
+        self._write(rows)
+        return self._finish(rows)
+
+    @torch.no_grad()
+    def states(self, request: Request) -> torch.Tensor:
+        """What the backbone makes of a request's prompt, states (S, D). Nothing else may be on its way."""
+        row = self.row(request)
+        assert row.generator is not None and row.state is not None and not self._rows
+        self._fit(row, row.branches)
+        hidden_of = self._pass([row], [row.generator.ask(row.state)])
+        self._fit(row, 0)
+        if not bool(hidden_of[0].isfinite().all()):
+            raise self._not_finite("states")
+        return hidden_of[0]
+
+    # ---------------------------------------------------------------- a step
+
+    def _write(self, rows: list[Row]) -> None:
+        """One step of each row's generator."""
+        for row in rows:
+            self._fit(row, row.branches)
+        asked = [row.generator.ask(row.state) for row in rows if row.generator and row.state]
+        lengths = [max(map(len, row.unread)) + len(read.ids) for row, read in zip(rows, asked, strict=True)]
+        for together in _alike(lengths, [row.branches for row in rows]):
+            some, reads = [rows[i] for i in together], [asked[i] for i in together]
+            if lengths[together[0]]:
+                hidden_of = self._pass(some, reads)
+            else:
+                nothing_LD = self.model.embed(torch.zeros(0, dtype=torch.int64, device=self.model.device))
+                hidden_of = {slot: nothing_LD for row in some for slot in row.slots}
+            self._advance(some, reads, hidden_of)
+
+    def _pass(self, rows: list[Row], asked: list[Read]) -> dict[int, torch.Tensor]:
+        """One pass of the backbone for these rows, in the order of their slots, which are read as they lie: the states
+        (L, D) of each slot."""
+        lengths = [len(ids) + len(read.ids) for row, read in zip(rows, asked, strict=True) for ids in row.unread]
+        slots = [slot for row in rows for slot in row.slots]
+        order = sorted(range(len(slots)), key=slots.__getitem__)
+        embeds_BLD, reach_BL = self._inputs(rows, asked, max(lengths))
+        if order != list(range(len(order))):
+            embeds_BLD, reach_BL = embeds_BLD[order], None if reach_BL is None else reach_BL[order]
+        positions_BL, mask = self.cache.begin([slots[i] for i in order], max(lengths), reach_BL)
+        found_BLD = self.model.step(embeds_BLD, positions_BL, mask, self.cache)
+        return {slots[i]: found_BLD[at, : lengths[i]] for at, i in enumerate(order)}
+
+    def _advance(self, rows: list[Row], asked: list[Read], hidden_of: dict[int, torch.Tensor]) -> None:
+        """Let the rows' generators go on, by the states (L, D) of each slot."""
+        groups: dict[int, list[int]] = {}
+        hidden: list[list[torch.Tensor]] = []
+        for i, row in enumerate(rows):
+            hidden.append(self._told(row, [hidden_of[slot] for slot in row.slots], len(asked[i].ids)))
+            groups.setdefault(id(row.generator), []).append(i)
+        kept = [0] * len(rows)
+        for members in groups.values():
+            generator = rows[members[0]].generator
+            assert generator is not None
+            states = [rows[i].state for i in members]
+            counts = generator.advance(self.model, states, [hidden[i] for i in members])  # type: ignore[arg-type]
+            for i, count in zip(members, counts, strict=True):
+                kept[i] = count
+        for row, read, count in zip(rows, asked, kept, strict=True):
+            self.cache.keep(row.slots, [len(ids) + count for ids in row.unread])
+            for branch, states_LD in row.states.items():
+                row.states[branch] = states_LD[: len(states_LD) - len(read.ids) + count]
+            row.unread = [[] for _ in row.unread]
+            row.kept += count
+
+    def _inputs(self, rows: list[Row], asked: list[Read], length: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What all branches read, (B, length, D), and how far each position sees, None where all are causal."""
+        branches = [
+            (ids, read, read.blind if b and read.blind else read.ids)
+            for row, read in zip(rows, asked, strict=True)
+            for b, ids in enumerate(row.unread)
+        ]
+        padded = [ids + own + [0] * (length - len(ids) - len(own)) for ids, _, own in branches]
+        ids_BL = torch.tensor(padded, device=self.model.device)
+        owners = [row for row in rows for _ in row.unread]
+        if any(row.features is not None for row in rows):
+            beyond_BL = ids_BL - self.model.vocabulary.size
+            embeds_BLD = self.model.embed(ids_BL.clamp(max=self.model.vocabulary.size - 1))
+            for b, row in enumerate(owners):
+                if row.features is not None:
+                    seen_L = beyond_BL[b] >= 0
+                    embeds_BLD[b, seen_L] = row.features[beyond_BL[b, seen_L]].to(embeds_BLD)
+        else:
+            embeds_BLD = self.model.embed(ids_BL)
+        reach_BL = None
+        prefixes = [self.model.template.prefix(ids) for ids, _, _ in branches]
+        if any(prefixes) or any(read.reach for read in asked):
+            reach_BL = torch.arange(length).repeat(len(branches), 1)
+        for b, (ids, read, _) in enumerate(branches):
+            span = slice(len(ids), len(ids) + len(read.ids))
+            if read.embeds is not None:
+                embeds_BLD[b, span.stop - len(read.embeds) : span.stop] = read.embeds
+            if reach_BL is not None:
+                reach_BL[b, : prefixes[b]] = prefixes[b] - 1
+            if reach_BL is not None and read.reach:
+                reach_BL[b, span] = torch.tensor(read.reach) + len(ids)
+        return embeds_BLD, reach_BL
+
+    def _told(self, row: Row, states: list[torch.Tensor], asked: int) -> list[torch.Tensor]:
+        """What the row's generator gets of each branch: the states of what it asked for, or of all that was read."""
+        assert row.generator is not None
+        if self.model.generators[row.request.generator].wants_context:
+            for branch, states_LD in enumerate(states):
+                before = [row.states[branch]] if branch in row.states else []
+                row.states[branch] = torch.cat([*before, states_LD])
+        if row.generator.wants_context:
+            return [row.states[branch] for branch, _ in enumerate(states)]
+        return [states_LD[len(states_LD) - max(asked, 1) :] for states_LD in states]  # the prompt's last, if none
+
+    def _finish(self, rows: list[Row]) -> list[tuple[int, Any]]:
+        """What this step made of these rows' answers; those that are done leave."""
+        self.ended, self.failed = {}, {}
+        for row in rows:
+            if row.state and not row.state.finite:
+                self.failed[row.number] = self._not_finite("scores")
+        rows = [row for row in rows if row.number not in self.failed]
+        ended = [row for row in rows if row.state and row.state.done]
+        parts = [(row.number, part) for row, part in self._parts(ended, rows)]
+        for number in self.failed:
+            self.cache.clear(self._rows[number].slots)
+            self.drop(number)
+        for row in ended:
+            if row.state and row.state.done and row.number not in self.failed:
+                self.ended[row.number] = self.usage(row.number)
+                self.drop(row.number)
+        return parts
+
+    def _parts(self, ended: list[Row], rows: list[Row]) -> Iterator[tuple[Row, Any]]:
+        """Text as it comes, previews that are due, and the pictures of the spans that ended, which then go on."""
+        text = self.model.generators.get("text")
+        for row in rows:
+            if row.generator is text and row.state is not None:
+                piece = self._new_text(row)
+                if piece:
+                    yield row, piece
+            elif row.request.previews and (preview := self._preview(row)):
+                yield row, preview
+        for row in ended:
+            generator, state = row.generator, row.state
+            if generator is None or generator is text or state is None:
+                continue
+            try:
+                image, codes_hw = self._picture(generator, state)
+            except NotFinite:
+                self.failed[row.number] = self._not_finite("pixels")
+                continue
+            if row.request.output == "pair":
+                yield row, self._text_of(row)
+            row.document.segments.append(Segment(image=image if codes_hw is None else codes_hw, role="assistant"))
+            row.request.written.append(state.own_codes)
+            yield row, image
+        for row in ended:
+            if row.number not in self.failed:
+                self._go_on(row, drew=row.generator is not text)
+
+    def _not_finite(self, what: str) -> NotFinite:
+        return NotFinite(what, self.model.dtype)
+
+    def _picture(self, generator: Generator, state: State) -> tuple[Image.Image, torch.Tensor | None]:
+        """A span's picture, and its codes (h, w) where the model reads them as such. One by one: how a convolution
+        rounds depends on how many there are."""
+        with self.model.decoding():
+            made = generator.pictures(self.model, [state])
+            if made.is_floating_point():
+                return to_images(made.float())[0], None
+            return self.model.pictures(made)[0], made[0]
+
+    def _preview(self, row: Row) -> Preview | None:
+        """The row's picture as it looks now, where so much more of it is done that it is to be shown."""
+        generator, state = row.generator, row.state
+        assert generator is not None and state is not None
+        taken, steps = state.way
+        shares = taken * (row.request.previews + 1) // steps
+        if state.done or shares <= row.shares:
+            return None
+        row.shares, row.previews = shares, row.previews + 1
+        try:
+            return Preview(self._picture(generator, state)[0], row.images, row.previews - 1)
+        except NotFinite:
+            self.failed[row.number] = self._not_finite("pixels")
+            return None
+
+    def _go_on(self, row: Row, drew: bool) -> None:
+        """Begin the next span of a row whose span has ended, or leave the row done.
+
+        A picture that the cache does not hold as later segments read it is taken back and read again.
+        """
+        state, request = row.state, row.request
+        assert state is not None
+        if drew:
+            row.images += 1
+            if request.output == "interleaved":
+                template = self.model.template
+                layout = template.layout(request.grid)
+                if row.generator is not None and row.generator.clean:
+                    row.unread = [list(state.pending)]
+                else:
+                    self.cache.keep(row.slots[:1], [-row.kept])
+                    if 0 in row.states:
+                        row.states[0] = row.states[0][: len(row.states[0]) - row.kept]
+                    request.document = row.document = self.model.read(row.document)
+                    ids_hw = self.model.vocabulary.image_ids(row.document.segments[-1].image)
+                    row.unread = [[template.begins[template.reader], *layout.opening, *layout.lay(ids_hw)]]
+                row.unread[0] += layout.closing
+                row.before.update((*state.span.head, *layout.closing))
+                self._begin_text(row, row.unread[0].pop())
+        else:
+            if state.ids:
+                said = self.model.template.decode(state.ids)
+                row.document.segments.append(Segment(text=said, role="assistant"))
+                row.said += len(state.ids)
+                row.before.update(state.ids)
+            row.cut = not state.pending or state.pending[0] not in state.span.stops
+            if state.pending and state.pending[0] in self._image_begins:
+                row.unread = [[]]
+                self._begin_image(row)
+
+    # ---------------------------------------------------------------- rows and their spans
+
+    def row(self, request: Request) -> Row:
+        """A row for a request, its first span begun. Raises ValueError for what cannot fit the context."""
+        self._check_length(request.document)
+        request.document = self.model.read(request.document)
+        row = Row(request, request.document)
+        row.features = self.model.features(row.document)
+        wordless = request.output == "pair" and not self._opening(row)
+        tokens = self.model.template.prompt(row.document, output=request.output, blind=wordless)
+        ids, row.seen = self.model.ids(tokens), sum(stop - start for start, stop in tokens.spans)
+        need = 1 if request.output == "text" else self._image_length(request)
+        row.unread, row.asked, row.before = [ids], len(ids), set(ids)
+        if request.output in ("image", "pair"):
+            self._begin_image(row)
+        need += max(len(branch) for branch in row.unread)
+        if need > self.model.context:
+            raise ValueError(f"the prompt needs {need} positions, the model has {self.model.context}: shorten it")
+        if request.output not in ("image", "pair"):
+            self._begin_text(row, row.unread[0].pop())
+        return row
+
+    def _check_length(self, document: Document) -> None:
+        """Refuse what is far too long before its texts are split into tokens and its pictures encoded."""
+        context, reads = self.model.context, self.model.image_tokenizer.grid
+        if (characters := document.characters()) > CHARACTERS * context:
+            raise ValueError(
+                f"the prompt has {characters:,} characters, the model reads {context:,} positions: shorten it"
+            )
+        pictures, sight = len(document.images()), self.model.sight
+        if sight is not None:
+            least = sight.positions
+        else:
+            least = 1 if self.model.template.free_size else reads[0] * reads[1]
+        if pictures * least > context:
+            raise ValueError(
+                f"the prompt has {pictures} pictures, the model reads {context:,} positions: leave some out"
+            )
+
+    def _image_length(self, request: Request) -> int:
+        """Positions that a picture needs, written and read back."""
+        layout, name = self.model.template.layout(request.grid), request.generator
+        opened = name in self.model.template.begins
+        own = 0 if name == "next-token" else self.model.generators[name].positions() + 2 * opened
+        return max(len(layout) - (not opened), own)
+
+    @property
+    def _image_begins(self) -> list[int]:
+        """Whichever way of writing the text announces, the picture is written as the request says."""
+        return [id for name, id in self.model.template.begins.items() if name in self.model.generators]
+
+    def _rng(self, row: Row) -> torch.Generator:
+        """Each span draws from a generator of its own, made of the request's seed and the span's number."""
+        row.spans += 1
+        request = row.request
+        return generator_of(request.seed, *([request.candidate] if request.candidate else []), row.spans)
+
+    def _begin_image(self, row: Row) -> None:
+        """The main branch goes on in its slot; the blind one is read anew, with the pictures made so far."""
+        request = row.request
+        if request.guidance.branches > 1:
+            prompt = self.model.template.prompt
+            row.unread = [row.unread[0]]
+            for branch in range(1, request.guidance.branches):
+                row.unread.append(self.model.ids(prompt(row.document, output=request.output, blind=branch)))
+        row.generator = self.model.generators[request.generator]
+        begin = self.model.template.begins.get(request.generator)  # None where the prompt opens the picture
+        layout = self.model.template.layout(request.grid)
+        fixed = request.fixed
+        if fixed is not None:
+            fixed = torch.where(fixed < 0, fixed, self.model.vocabulary.image_ids(fixed))
+        span = Span(begin or 0, request.image, request.guidance, self._rng(row), request.grid, fixed=fixed)
+        span.opening, span.row_end = () if begin is None else (begin, *layout.opening), layout.row_end
+        span.steps, span.sampler, span.accelerate = request.steps, request.sampler, request.accelerate
+        span.text_ids = self._opening(row)
+        row.state, row.kept = row.generator.start(span), 0
+        row.shares = row.previews = 0
+
+    def _opening(self, row: Row) -> list[int] | None:
+        """The ids of the text that a picture's span opens with; None where it has none, or is to write it."""
+        template, generator = self.model.template, row.request.generator
+        if generator not in template.text_lengths or not any((s.text or "").strip() for s in row.document.segments):
+            return None
+        return template.opening_text(row.document, generator)
+
+    def _text_of(self, row: Row) -> str:
+        """What stands in the text of a finished span, up to its end."""
+        assert row.state is not None
+        ids = row.state.text
+        ends = [n for n, id in enumerate(ids) if id in self.model.template.turn_ends]
+        return self.model.template.decode(ids[: ends[0]] if ends else ids)
+
+    def _begin_text(self, row: Row, begin: int) -> None:
+        """Text may end in a picture while the answer may have more of them and the context has room for one."""
+        request = row.request
+        template = self.model.template
+        row.shown = ""
+        used = len(template.prompt(row.document, output=request.output)) + 1
+        room = self.model.context - used - 1
+        stops = list(template.turn_ends)
+        picture = self._image_length(request) + 1
+        if request.output == "interleaved" and row.images < request.max_images and room > picture:
+            stops += self._image_begins
+            room -= picture
+        limit = max(1, min(request.max_tokens - row.said, room))
+        row.generator = self.model.generators["text"]
+        span = Span(begin, request.text, Guidance((1.0,)), self._rng(row), stops=tuple(stops), max_tokens=limit)
+        if request.text.repetition_penalty != 1:
+            span.before = frozenset(row.before)
+        row.state = row.generator.start(span)
+
+    def _new_text(self, row: Row) -> str:
+        """What the row's text has gained since it was last shown; an unfinished character waits for its last byte."""
+        assert row.state is not None
+        text = self.model.template.decode(row.state.ids)
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and not row.state.done:
+            return ""
+        new = text[len(row.shown) :]
+        row.shown = text
+        return new
+
+
+def _share(row: Row) -> float:
+    """The share of a request for one picture that is written, in [0, 1]; 0 where that is not known."""
+    if row.state is None or row.request.output not in ("image", "pair"):
+        return 0.0
+    taken, steps = row.state.way
+    if not taken:  # written code by code, in an order of their own some
+        taken, steps = len(getattr(row.state, "written", row.state.ids)), row.request.grid[0] * row.request.grid[1]
+    return min(taken / steps, 1.0)
+
+
+def _alike(lengths: list[int], branches: list[int]) -> list[list[int]]:
+    """Rows that one pass reads together: others where padding would cost more than `WASTE` positions, and where there
+    is nothing to read."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    passes, begin = [], 0
+    for at in range(1, len(order)):
+        rest = sum(branches[i] for i in order[at:])
+        spared = lengths[order[begin]] - lengths[order[at]]
+        if (spared * rest > WASTE and 2 * spared > lengths[order[begin]]) or (spared and not lengths[order[at]]):
+            passes.append(order[begin:at])
+            begin = at
+    return [sorted(rows) for rows in [*passes, order[begin:]]]

@@ -1,0 +1,169 @@
+"""How likely a model finds documents: what comparisons learn from, and what captions and pictures are chosen by.
+
+    log_p = log_likelihood(model, pack([[tokens], ..], length, size))     # what the assistant says, in nats
+
+Of captions that a model gives a picture, and of pictures that it draws of some words, the best is the one with most
+
+    log p(caption | picture) + w log p(picture | caption)
+
+as in MMI-bidi (Li et al. 2016, arXiv 1510.03055) and other noisy channels: the model that reads pictures also draws
+them, and where it draws, a combination of words that it never saw is nothing unlikely; what it drew wrong, it may yet
+read right.
+Refuses to know how answers are drawn. Shapes: B rows, L positions, D documents, N pictures of M codes in raster order,
+P others of T costs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unigen.batch import Batch, pack
+from unigen.document import Document, Segment
+from unigen.model.unified import UnifiedModel
+from unigen.samplers.guidance import Guidance
+from unigen.utils.numbers import NotFinite
+
+DESCRIBE = "describe this picture"
+"""What a caption answers."""
+CAPTIONS, PICTURES = 0.7, 0.3
+"""w among captions of one picture, and among pictures of one text, where it favours what is drawn often."""
+
+
+def log_likelihood(
+    model: UnifiedModel,
+    batch: Batch,
+    blind: Batch | None = None,
+    guidance: Guidance | None = None,
+    temperature: float = 1.0,
+    rng: torch.Generator | None = None,
+) -> Tensor:
+    """log p (nats) of what is learnt in each document (D,) of packed rows: of codes in raster order among codes, as
+    guidance and temperature have them drawn, and of text as it is.
+
+    Of a picture that another generator writes it is - the sum of its costs, for next-scale (as it is drawn, too) and
+    random order log p itself; where it has one cost for a whole picture, - codes x this mean: for masked prediction an
+    estimate of a bound, under the masks that `rng` draws, for a flow the squared error in its place, as in
+    Diffusion-DPO (Wallace et al. 2023, arXiv 2311.12908). Where it has no `guided_loss` it is what it says without
+    guidance. batch: filled; blind: the same, for guidance.
+    """
+    documents_B = batch.segments_BL.amax(1)
+    first_B = documents_B.cumsum(0) - documents_B
+    number_BL = first_B[:, None] + batch.segments_BL - 1
+    others = {name: model.generators[name] for name in sorted({*batch.writers} - {model.template.reader})}
+    guides = guidance is not None and guidance.branches > 1 and as_drawn(model, batch)
+    start = None if rng is None else rng.get_state()
+
+    def read(side: Batch) -> tuple[Tensor, dict[str, Any]]:
+        embeds_BLD, targets = model.embed(side.ids_BL), {}
+        if rng is not None:
+            rng.set_state(start)
+        for name, generator in others.items():
+            assert rng is not None, f"what {name} learns from is drawn"
+            embeds_BLD, targets[name] = generator.prepare(model, side, embeds_BLD, rng)
+        return model.hidden(side, embeds_BLD), targets
+
+    hidden_BLD, targets = read(batch)
+    unseen_BLD, unseen_targets = hidden_BLD, targets
+    if guides:
+        assert blind is not None, "guidance needs the blind branch"
+        unseen_BLD, unseen_targets = read(blind)
+    rows, at = (batch.loss_BL & ~batch.inside()).nonzero(as_tuple=True)
+    text = _log_p(model.logits(hidden_BLD[rows, at - 1]), batch.ids_BL[rows, at])
+    total_D = text.new_zeros(int(documents_B.sum())).index_add(0, number_BL[rows, at], text)
+
+    for name, generator in others.items():
+        row_P, start_P, _ = batch.spans_N3[batch.written_by(name).to(batch.spans_N3.device)].unbind(1)
+        if guidance is not None and hasattr(generator, "guided_loss"):
+            branches = [(hidden_BLD, targets[name]), (unseen_BLD, unseen_targets[name])][: guidance.branches]
+            costs = generator.guided_loss(branches, guidance, temperature)
+        else:
+            costs = generator.loss(model, batch, hidden_BLD, targets[name])
+        costs_PT = costs.unflatten(0, (len(row_P), -1))
+        codes = math.prod(model.image_tokenizer.grid) if costs_PT.shape[1] == 1 else 1
+        total_D = total_D.index_add(0, number_BL[row_P, start_P - 1], -codes * costs_PT.sum(1))
+
+    drawn = batch.written_by(model.template.reader).to(batch.spans_N3.device)
+    drawn = drawn[batch.loss_BL[batch.spans_N3[drawn, 0], batch.spans_N3[drawn, 1]]]
+    if len(drawn):
+        first, stop = model.vocabulary.first, model.vocabulary.stop
+        rows_N1, at_NM = batch.places(drawn)
+        coded_M = model.vocabulary.is_image(batch.ids_BL[rows_N1, at_NM])[0]  # and not what ends a row
+        at_NM = at_NM[:, coded_M]
+        logits = model.logits(hidden_BLD[rows_N1, at_NM - 1], first, stop).float()
+        if guides:
+            assert guidance is not None and blind is not None
+            blind_N1, unseen_NM = blind.places(drawn)
+            unseen_NM = unseen_NM[:, coded_M]
+            unseen = model.logits(unseen_BLD[blind_N1, unseen_NM - 1], first, stop).float()
+            logits = guidance.combine([logits, unseen])
+        ids_NM = batch.ids_BL[rows_N1, at_NM] - first
+        total_D = total_D.index_add(0, number_BL[rows_N1, at_NM][:, 0], _log_p(logits / temperature, ids_NM).sum(-1))
+    return total_D
+
+
+def as_drawn(model: UnifiedModel, batch: Batch) -> bool:
+    """Are there pictures in it whose likelihood is that by which they are drawn, guidance and all?"""
+    guided = {name for name, generator in model.generators.items() if hasattr(generator, "guided_loss")}
+    return not {*batch.writers}.isdisjoint({model.template.reader, *guided})
+
+
+def _log_p(logits: Tensor, ids: Tensor) -> Tensor:
+    return -nn.functional.cross_entropy(logits.float().flatten(0, -2), ids.flatten(), reduction="none").view(ids.shape)
+
+
+def suits(model: UnifiedModel, asked: Sequence[Document], texts: Sequence[str], weight: float) -> Tensor:
+    """How well each text (D,) goes with the document's one picture, given as codes: the sum, w being `weight`."""
+    told: list[Document] = []
+    drawn: list[Document] = []
+    for document, text in zip(asked, texts, strict=True):
+        picture = next(segment.image for segment in document.segments if segment.image is not None)
+        told.append(Document([*document.segments, Segment(text=text, role="assistant")]))
+        drawn.append(Document([Segment(text=text), Segment(image=picture, role="assistant")]))
+    return _alone(model, told) + weight * _alone(model, drawn)
+
+
+@torch.inference_mode()
+def closest(model: UnifiedModel, asked: Sequence[Document], captions: Sequence[Sequence[str]]) -> list[str]:
+    """Of the captions of each document's one picture, given as codes, the best; the first of equals."""
+    repeated = [document for document, texts in zip(asked, captions, strict=True) for _ in texts]
+    scores = suits(model, repeated, [text for texts in captions for text in texts], CAPTIONS)
+    return _best(captions, scores, model.dtype)
+
+
+@torch.inference_mode()
+def truest(model: UnifiedModel, words: Sequence[str], pictures: Sequence[Sequence[Any]]) -> list[Any]:
+    """Of the pictures (PIL) of each text, the best; the first of equals."""
+    shown = [model.read(Document.of([picture, DESCRIBE])) for row in pictures for picture in row]
+    repeated = [text for text, row in zip(words, pictures, strict=True) for _ in row]
+    return _best(pictures, suits(model, shown, repeated, PICTURES), model.dtype)
+
+
+def _best(answers: Sequence[Sequence[Any]], scores: Tensor, dtype: torch.dtype) -> list[Any]:
+    """Of each row the answer of the greatest score. Raises NotFinite, with the model's dtype, where one of them is
+    none."""
+    if not bool(scores.isfinite().all()):
+        raise NotFinite("scores of candidates", dtype)
+    parts = scores.split([len(row) for row in answers])
+    return [row[int(part.argmax())] for row, part in zip(answers, parts, strict=True)]
+
+
+def _alone(model: UnifiedModel, documents: Sequence[Document], batch: int = 64) -> Tensor:
+    """log p (D,) of what the assistant says in documents whose pictures are codes, a row each; together are those of
+    pictures of one shape."""
+    tokens = [model.template.encode(document) for document in documents]
+    alike: dict[tuple[torch.Size, ...], list[int]] = {}
+    for number, row in enumerate(tokens):
+        alike.setdefault(tuple(codes.shape for codes in row.images), []).append(number)
+    parts, order = [], []
+    for numbers in alike.values():
+        for start in range(0, len(numbers), batch):
+            rows = [tokens[number] for number in numbers[start : start + batch]]
+            packed = pack([[row] for row in rows], max(map(len, rows)), model.image_tokenizer.image_size)
+            parts.append(log_likelihood(model, model.fill(packed.to(model.device))))
+        order += numbers
+    return torch.cat(parts)[torch.tensor(order).argsort().to(model.device)]

@@ -1,0 +1,124 @@
+"""Loads what `unigen.load` is asked for: one model, ours or public, a pipeline, two models composed, or vLLM."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from unigen.utils.text import shorten
+
+ENGINES = ("local", "vllm")
+
+
+def load(
+    name: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    *,
+    quantization: str | None = None,
+    lmm: str | None = None,
+    generator: str | None = None,
+    adapter: str | None = None,
+    engine: str = "local",
+    vllm: dict[str, Any] | None = None,
+) -> Any:
+    """An engine for a shipped model (unigen-tiny where no name is given), a folder, or `owner/name[@revision]` on the
+    Hugging Face hub: an `Engine`, for a diffusers pipeline one with the same methods. lmm, generator: instead of a
+    name, one model that reads and one that draws, joined by prompts (`unigen.backends.composed`), or, where the one
+    that draws is a pipeline and adapter a folder, by hidden states (`unigen.backends.connector`).
+
+    device: "cpu", "cuda", ...; None is a GPU where there is one. dtype: "float32", "bfloat16" or "float16"; None is
+    float32 for our own models and pipelines, and as stored for other public ones, but float32 on a CPU that is slow in
+    that (`unigen.utils.precision.load_dtype`). quantization: "8bit" or "4bit", the
+    weights of the language model (of a pair, of each of its language models); all else is as dtype says. engine:
+    "local", or "vllm", where vLLM runs the language model of one model (`unigen.backends.vllm_engine`); vllm: arguments
+    of vLLM's engine, such as {"max_model_len": 4096}. Raises ValueError in one line for an unknown model, a damaged
+    folder, or a device or package that is not there.
+    """
+    import torch
+
+    from unigen.nn import quantized
+    from unigen.utils.precision import DTYPES
+
+    if isinstance(dtype, torch.dtype):
+        dtype = str(dtype).removeprefix("torch.")
+    if dtype is not None and not (isinstance(dtype, str) and dtype in DTYPES):
+        raise ValueError(f"unknown dtype {shorten(dtype)}: one of {', '.join(DTYPES)}")
+    for what, given in (("name", name), ("lmm", lmm), ("generator", generator), ("adapter", adapter)):
+        if given is not None and (not isinstance(given, (str, Path)) or not str(given).strip()):
+            raise ValueError(f"{what} must name a model or a folder, not {shorten(given)}")
+    for what, given in (("device", device), ("quantization", quantization)):
+        if given is not None and not isinstance(given, (str, torch.device)):
+            raise ValueError(f"{what} must be a name (str), not {shorten(given)}")
+    if vllm is not None and not isinstance(vllm, dict):
+        raise ValueError(f"vllm must be a dict of arguments of vLLM's engine, not {shorten(vllm)}")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = shorten(str(error).splitlines()[0], 200)
+        raise ValueError(f"device {shorten(str(device))} is not available here: {reason}") from error
+    kind = getattr(torch, dtype) if dtype else None
+    if not isinstance(engine, str) or engine not in ENGINES:
+        raise ValueError(f"unknown engine {shorten(engine)}: one of {', '.join(ENGINES)}")
+    if engine == "vllm":
+        if lmm or generator or adapter or quantization:
+            raise ValueError("vLLM serves one model as it is: leave lmm, generator, adapter and quantization out")
+        from unigen.backends import vllm_engine
+
+        return vllm_engine.load(name or "unigen-tiny", device, kind, vllm)
+    if vllm:
+        raise ValueError("arguments of vLLM's engine are for engine vllm: leave them out")
+    if quantization is not None:
+        quantized.check(quantization, device)
+
+    if lmm is None and generator is None and adapter is None:
+        return load_one(name or "unigen-tiny", device, kind, quantization)
+    if lmm is None or generator is None or name is not None:
+        raise ValueError("give one name, or both an lmm that reads and a generator that draws")
+    from unigen import hub
+    from unigen.backends.composed import PairedEngine
+    from unigen.backends.connector import load_adapter
+
+    joins = None if adapter is None else load_adapter(hub.resolve(adapter)[0])  # the smallest of them before the others
+    reader = load_one(lmm, device, kind, quantization, reads=True, pair=True)
+    return PairedEngine(reader, load_one(generator, device, kind, quantization, pair=True), joins)
+
+
+def load_one(
+    name: str, device: str, dtype: Any, quantization: str | None, *, reads: bool = False, pair: bool = False
+) -> Any:
+    """The engine of one model. reads: where nothing of ours knows its family, transformers may read with it. pair: it
+    is one of two, of which a pipeline needs no language model to quantise."""
+    import torch
+
+    from unigen.backends import diffusers_engine
+    from unigen.inference.engine import Engine
+    from unigen.models import Unknown, find, load_found
+    from unigen.utils.precision import load_dtype
+
+    folder, variant = find(name, reads, diffusers_engine.check_class)
+    if diffusers_engine.is_pipeline(folder):
+        if quantization is not None and not pair:
+            raise ValueError(f"{name} is a diffusers pipeline, which has no language model to quantise: leave it out")
+        return diffusers_engine.load(folder, device, dtype)
+    usual, why = load_dtype(folder, device) if dtype is None else (None, "")
+    own = getattr(torch, usual) if usual else dtype
+    try:
+        engine: Any = Engine(load_found(folder, variant, device, own, quantization, inference=True))
+        if reads and engine.model.family != "tiny":  # which says in its manifest how it writes
+            from unigen.backends.composed import text_sampling_of
+
+            engine.text_sampling = text_sampling_of(folder, {})
+    except Unknown:
+        if not reads:
+            raise
+        from unigen.backends.composed import load_reader
+
+        engine = load_reader(folder, device, own, quantization)
+    ours = isinstance(engine, Engine) and engine.model.family == "tiny"  # held in float32 wherever it is
+    if why and not ours:
+        print(why, file=sys.stderr)
+    return engine

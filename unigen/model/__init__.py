@@ -1,0 +1,1 @@
+"""The unified model and the template of its documents."""

@@ -1,0 +1,199 @@
+"""How a family lays documents out as ids: the protocol, and what templates of public models share.
+
+The file refuses to know: weights, how anything is generated. Families own their strings.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+from PIL import Image
+
+from unigen.batch import Layout, Tokens
+from unigen.document import Document, Segment
+from unigen.media.pixels import square
+
+Output = Literal["image", "text", "interleaved", "pair"]
+OUTPUTS: tuple[Output, ...] = ("image", "text", "interleaved", "pair")
+
+
+class Unable(ValueError):
+    """A model cannot do what is asked, whatever it is given."""
+
+
+def pictures_first(segments: Sequence[Segment]) -> list[Segment]:
+    """The segments, with the pictures of each of the user's messages before its words, else in their order.
+
+    For families that have learnt their questions so. A message is all that the user says before the assistant does."""
+    ordered: list[Segment] = []
+    for role, message in groupby(segments, key=lambda segment: segment.role):
+        ordered += sorted(message, key=lambda segment: role == "user" and segment.image is None)
+    return ordered
+
+
+def split_system(segments: Sequence[Segment]) -> tuple[str, list[Segment]]:
+    """The text of all system messages, "" where there are none, and what the user and the assistant say."""
+    told = [(segment.text or "").strip() for segment in segments if segment.role == "system"]
+    return "\n\n".join(told), [segment for segment in segments if segment.role != "system"]
+
+
+_POLITE = re.compile(r"^(?:please\b[\s,]*|(?:can|could|would|will) you\b\s*)+", re.IGNORECASE)
+_ASKS = re.compile(
+    r"(?:what|which|who|whose|whom|where|when|why|how|is|are|am|was|were|do|does|did|has|have|can|could|should|would|will"
+    r"|describe|caption|explain|tell(?!.*\bstory)|say|count|list|name|identify|classify|read|transcribe|translate|summari[sz]e|compare"
+    r"|answer|see|know|guess)(?:'s|’s|s)?\b",
+    re.IGNORECASE,
+)
+
+
+def asks(text: str) -> bool:
+    """Do English words ask for words: "what is this", "Describe the image.", "a dog, right?"? What is asked for
+    politely is what is asked for: "can you make it red?" does not."""
+    for sentence in re.split(r"(?<=[.!?？؟])\s+|\n", text):
+        plain = _POLITE.sub("", sentence.strip())
+        polite = plain != sentence.strip()
+        if _ASKS.match(plain) or (not polite and plain.endswith(("?", "？", "؟"))):
+            return True
+    return False
+
+
+def usual_output(document: Document, outputs: Sequence[Output]) -> Output:
+    """What an answer holds where nobody says: text, where the last message asks about a picture of the conversation;
+    else text and pictures as the model decides, else what it can."""
+    last: list[str] = []
+    for role, message in groupby(document.segments, key=lambda segment: segment.role):
+        last = [segment.text or "" for segment in message] if role == "user" else last
+    if "text" in outputs and document.images() and asks("\n".join(last)):
+        return "text"
+    return next(output for output in ("interleaved", "text", "image") if output in outputs)
+
+
+class Template(Protocol):
+    """How a family lays a document out as ids. outputs: what it can be asked for; reader: the generator as which
+    finished pictures stand in it; classes: the names of what a model draws that draws classes and not words, else none;
+    text_lengths: how many positions of text the span of a picture opens with, of generators whose spans do; turn_ends:
+    ids that end an answer; begins: the token that opens a picture, by generator, unless the prompt itself does;
+    free_size: may pictures be of any size? system: are system messages followed in text? candidates: among how many
+    captions a picture's is chosen, if nothing else is asked for; scales: of guidance, one less than the branches it
+    has (`blind` is a branch's number, 0 the one that sees all); frame: how pictures are brought to the pixels that the
+    model reads; settings: what a saved model has to say of it."""
+
+    outputs: tuple[Output, ...]
+    reader: str
+    text_lengths: dict[str, int]
+    classes: tuple[str, ...]
+    turn_ends: tuple[int, ...]
+    free_size: bool
+    scales: int
+    system: bool
+    settings: dict[str, Any]
+    begins: dict[str, int]
+    candidates: int
+
+    def frame(self, image: Image.Image, size: int) -> np.ndarray: ...
+
+    def layout(self, grid: tuple[int, int]) -> Layout: ...
+
+    def encode(self, document: Document, *, blind: bool = False, writer: str = "next-token") -> Tokens: ...
+
+    def prompt(self, document: Document, *, output: Output, blind: int = 0) -> Tokens: ...
+
+    def prefix(self, ids: Sequence[int]) -> int:
+        """How many of a prompt's ids, the first, see each other, as in a prefix language model; 0 is causal."""
+        ...
+
+    def opening_text(self, document: Document, writer: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+@runtime_checkable
+class MaskReader(Protocol):
+    """A template of a family that has a rule of its own for the codes that a mask marks."""
+
+    def mask_cells(self, mask: Image.Image, size: int, grid: tuple[int, int]) -> np.ndarray:
+        """The codes (h, w), bool, that a mask marks, for pictures of `size` pixels along a side."""
+        ...
+
+
+class PublicTemplate:
+    """What templates of public models share: next-token, no text in a picture's span, special tokens by name."""
+
+    outputs: tuple[Output, ...] = ("image", "text")
+    reader = "next-token"
+    candidates = 1
+    free_size = False
+    scales = 1
+    system = False
+    classes: tuple[str, ...] = ()
+    turn_ends: tuple[int, ...]
+    begins: dict[str, int]
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.text_lengths: dict[str, int] = {}
+        self.settings: dict[str, Any] = {}
+
+    def frame(self, image: Image.Image, size: int) -> np.ndarray:
+        return square(image, size)
+
+    def prefix(self, ids: Sequence[int]) -> int:
+        return 0
+
+    def opening_text(self, document: Document, writer: str) -> list[int]:
+        return []
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+
+class DrawingTemplate(PublicTemplate):
+    """Of models that draw and do nothing else: no token stands between a prompt and its picture of so many codes."""
+
+    outputs: tuple[Output, ...] = ("image",)
+
+    def __init__(self, tokenizer: Any, codes: int) -> None:
+        super().__init__(tokenizer)
+        self.codes = codes
+        self.turn_ends = ()
+        self.begins = {}
+
+    def layout(self, grid: tuple[int, int]) -> Layout:
+        return Layout(grid)
+
+    def prompt(self, document: Document, *, output: Output, blind: int = 0) -> Tokens:
+        raise TypeError("a template of a model that draws defines prompt()")
+
+    def encode(self, document: Document, *, blind: bool = False, writer: str = "next-token") -> Tokens:
+        """What is asked for, and the picture of it."""
+        *asked, last = document.segments
+        tokens = self.prompt(Document(asked), output="image", blind=blind)
+        tokens.add_image(last.image, self.codes, loss=True)
+        return tokens
+
+
+class ClassTemplate(DrawingTemplate):
+    """Of models that draw classes: a prompt is the class's id, guidance's other branch the id after the last of
+    them."""
+
+    def __init__(self, count: int, codes: int) -> None:
+        super().__init__(None, codes)
+        self.classes = tuple(map(str, range(count)))
+
+    def prompt(self, document: Document, *, output: Output, blind: int = 0) -> Tokens:
+        count = len(self.classes)
+        labels = [segment.label for segment in document.segments]
+        if len(labels) != 1 or labels[0] is None:
+            raise ValueError(f"this model draws classes, not words: give one class from 0 to {count - 1}")
+        if str(labels[0]) not in self.classes:
+            raise ValueError(f"unknown class {labels[0]!r}: give a number from 0 to {count - 1}")
+        tokens = Tokens()
+        tokens.add([count if blind else int(labels[0])])
+        return tokens
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return ""

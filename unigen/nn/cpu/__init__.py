@@ -1,0 +1,1 @@
+"""Faster forms of a language model's parts for a CPU."""

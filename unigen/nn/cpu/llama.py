@@ -1,0 +1,258 @@
+"""Llama without `transformers`: its blocks as one function, and its modules for models that are only read.
+
+A decoding step of a small model is bound by the number of its operations and calls, not by its weights. `llama_hidden`
+turns queries and keys together and calls only a layer's linear maps as modules, so that whatever stands in their place
+(adapters, quantised weights, faster products) still does. `LlamaLM` has the parameters of transformers'
+`LlamaForCausalLM` under the same names; importing transformers' takes longer than drawing a picture.
+Does not depend on: masks, how a cache stores.
+
+Shapes: B rows, L positions, D width, H query heads, K key heads, E head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import rms_norm, silu
+
+from unigen.nn.attention import Packing, packed_attention
+from unigen.nn.cpu.linear import side_by_side
+
+
+def fits(decoder: Any) -> bool:
+    """Is this a plain Llama, as `llama_hidden` computes it?"""
+    names = ("LlamaModel", "Emu3TextModel", "LlamaDecoder")
+    return type(decoder).__name__ in names and decoder.config.hidden_act == "silu"
+
+
+def llama_hidden(
+    decoder: Any,
+    embeds_BLD: Tensor,
+    positions_BL: Tensor,
+    mask: Tensor | None,
+    cache: Any = None,
+    packing: Packing | None = None,
+) -> Tensor:
+    """Hidden states (B, L, D) after the last norm. mask: additive (B, 1, L, keys); or packing: the documents of packed
+    rows, which are read without a cache.
+
+    Llama (Touvron et al. 2023, arXiv 2302.13971, section 2.2): h = x + attention(norm(x)), y = h + mlp(norm(h)) with
+    rms norms, rotary positions and mlp(x) = down(silu(gate(x)) * up(x)).
+    """
+    eps = torch.tensor(decoder.config.rms_norm_eps)
+    cos_BLE, sin_BLE = decoder.rotary_emb(embeds_BLD, positions_BL)
+    half = sin_BLE.shape[-1] // 2
+    cos_BL1E = cos_BLE[:, :, None]
+    sin_BL1E = torch.cat((-sin_BLE[..., :half], sin_BLE[..., half:]), -1)[:, :, None]
+    x_BLD = embeds_BLD
+    for number, layer in enumerate(decoder.layers):
+        part = layer.self_attn
+        normed_BLD = _norm(x_BLD, layer.input_layernorm.weight, eps)
+        both, value = side_by_side(normed_BLD, (part.q_proj, part.k_proj), (part.v_proj,))
+        both_BLHE = both.unflatten(-1, (-1, part.head_dim))
+        # rotary positions (Su et al. 2021, arXiv 2104.09864, eq. 34), its pairs half a head apart
+        both_BLHE = torch.addcmul(both_BLHE * cos_BL1E, both_BLHE.roll(half, -1), sin_BL1E)
+        key_heads = value.shape[-1] // part.head_dim
+        query_BHLE, key_BKLE = both_BLHE.transpose(1, 2).split_with_sizes(
+            (both_BLHE.shape[2] - key_heads, key_heads), 1
+        )
+        value_BKLE = value.unflatten(-1, (-1, part.head_dim)).transpose(1, 2)
+        keys, values = (key_BKLE, value_BKLE) if cache is None else cache.update(key_BKLE, value_BKLE, number)
+        mixed, _ = packed_attention(part, query_BHLE, keys, values, mask, part.scaling, packing=packing)
+        x_BLD = x_BLD + part.o_proj(mixed.flatten(2))
+        part = layer.mlp
+        normed_BLD = _norm(x_BLD, layer.post_attention_layernorm.weight, eps)
+        gate, up = side_by_side(normed_BLD, (part.gate_proj,), (part.up_proj,))
+        x_BLD = x_BLD + part.down_proj(silu(gate) * up)
+    return _norm(x_BLD, decoder.norm.weight, eps)
+
+
+def _norm(x: Tensor, weight_D: Tensor, eps: Tensor) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019, arXiv 1910.07467, eq. 4). torch has no kernel of it
+    for a CPU, and takes it apart into more steps than this."""
+    if not x.is_cpu or x.dtype != torch.float32 or torch.is_grad_enabled():
+        return rms_norm(x, x.shape[-1:], weight_D, float(eps))
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    scale = torch.addcmul(eps, length, length, value=1 / x.shape[-1]).rsqrt_()
+    return (x * weight_D).mul_(scale)
+
+
+# --- modules --------------------------------------------------------------------------------------------------------
+
+
+class Norm(nn.Module):
+    """The weight of an RMS norm."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+
+class Rotary(nn.Module):
+    """Cosines and sines (B, L, E) of rotary positions: angle = position * base^(-2 i / E), of each pair at i
+    and at i + E / 2 (Su et al. 2021, arXiv 2104.09864)."""
+
+    def __init__(self, width: int, base: float) -> None:
+        super().__init__()
+        # no buffer: that would be rounded with the weights, and an angle is position times frequency
+        self.frequencies = 1.0 / base ** (torch.arange(0, width, 2, dtype=torch.int64).float() / width)
+
+    def forward(self, x: Tensor, positions_BL: Tensor) -> tuple[Tensor, Tensor]:
+        self.frequencies = self.frequencies.to(x.device)
+        angles_BLE = positions_BL[:, :, None].float() * self.frequencies
+        angles_BLE = torch.cat((angles_BLE, angles_BLE), -1)
+        return angles_BLE.cos().to(x.dtype), angles_BLE.sin().to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        heads, keys, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.scaling = self.head_dim**-0.5
+        self.num_key_value_groups, self.is_causal = heads // keys, True
+        width, bias = config.hidden_size, config.attention_bias
+        self.q_proj = empty_linear(width, heads * self.head_dim, bias)
+        self.k_proj = empty_linear(width, keys * self.head_dim, bias)
+        self.v_proj = empty_linear(width, keys * self.head_dim, bias)
+        self.o_proj = empty_linear(heads * self.head_dim, width, bias)
+
+
+class Mlp(nn.Module):
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = empty_linear(width, inner, bias)
+        self.up_proj = empty_linear(width, inner, bias)
+        self.down_proj = empty_linear(inner, width, bias)
+
+
+class Layer(nn.Module):
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.self_attn, self.mlp = Attention(config), Mlp(config)
+        self.input_layernorm, self.post_attention_layernorm = Norm(config.hidden_size), Norm(config.hidden_size)
+
+
+class LlamaDecoder(nn.Module):
+    """Embeddings and blocks: transformers' `LlamaModel`, by `llama_hidden`."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = empty_embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = Norm(config.hidden_size)
+        self.rotary_emb = Rotary(config.head_dim, config.rope_parameters["rope_theta"])
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool = False,
+        packing: Packing | None = None,
+    ) -> Any:
+        """`last_hidden_state` (B, L, D), by the arguments of transformers' decoders."""
+        cache = past_key_values if use_cache else None
+        states_BLD = llama_hidden(self, inputs_embeds, position_ids, attention_mask, cache, packing)
+        return SimpleNamespace(last_hidden_state=states_BLD)
+
+
+class LlamaLM(nn.Module):
+    """A Llama language model that is read, not trained: transformers' `LlamaForCausalLM` with the same parameters.
+
+    Args:
+        config: what its config.json holds; `readable` says which of them are read here.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.stored = dict(config)
+        self.config = SimpleNamespace(**(DEFAULTS | self.stored))
+        self.config.get_text_config = lambda: self.config
+        heads = self.config.num_attention_heads
+        self.config.num_key_value_heads = self.config.num_key_value_heads or heads
+        self.config.head_dim = self.config.head_dim or self.config.hidden_size // heads
+        self.model = LlamaDecoder(self.config)
+        self.lm_head = empty_linear(self.config.hidden_size, self.config.vocab_size, False)
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @staticmethod
+    def readable(config: Mapping[str, Any]) -> bool:
+        """Is this the config.json of a Llama whose blocks and positions are those of this file?"""
+        rope = config.get("rope_parameters") or {}
+        return (
+            config.get("model_type") == "llama"
+            and config.get("hidden_act", "silu") == "silu"
+            and rope.get("rope_type") == "default"
+            and "rope_theta" in rope
+            and not rope.keys() - {"rope_type", "rope_theta"}
+        )
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.model.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def get_decoder(self) -> LlamaDecoder:
+        return self.model
+
+    def set_attn_implementation(self, name: str) -> None:
+        """There is one."""
+
+    def to_transformers(self) -> Any:
+        """The same as a `LlamaForCausalLM`, to be trained or written."""
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        dtype = self.lm_head.weight.dtype
+        lm = LlamaForCausalLM(LlamaConfig(**self.stored)).to(dtype)
+        lm.load_state_dict(self.state_dict())
+        return lm
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        self.to_transformers().save_pretrained(folder)
+
+
+DEFAULTS: dict[str, Any] = {
+    "model_type": "llama",
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 2048,
+}
+"""What a config.json may leave out."""
+
+
+class _EmptyLinear(nn.Linear):
+    def reset_parameters(self) -> None:
+        """Its weights are loaded."""
+
+
+class _EmptyEmbedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        """Its weights are loaded."""
+
+
+def empty_linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:
+    """A linear map without values. `nn.utils.skip_init` makes the same, but imports torch's compiler."""
+    layer = _EmptyLinear(inputs, outputs, bias=bias)
+    layer.__class__ = nn.Linear
+    return layer
+
+
+def empty_embedding(rows: int, width: int) -> nn.Embedding:
+    table = _EmptyEmbedding(rows, width)
+    table.__class__ = nn.Embedding
+    return table

@@ -1,0 +1,1 @@
+"""The rendered world that the shipped model learns from: scenes, captions, questions, stories, chats."""

@@ -1,0 +1,324 @@
+"""What a caption says: `Facts` of a scene, captions of several registers, their parser, and scenes made to match a
+prompt.
+
+Refuses to know: fonts, pixels, models. `parse_caption` is the inverse of `caption` and `descriptive_caption` and
+tolerant of the rest, so that a caption written by a model is scored by comparing facts, and a prompt becomes an oracle
+scene:
+
+    said = parse_caption("a photo of two pink cats and a car on a green background")
+    scene = scene_from_facts(said, np.random.default_rng(0))
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from unigen.toyworld.scenes import (
+    BACKGROUNDS,
+    COLORS,
+    MAX_COUNT,
+    NUMBERS,
+    OBJECTS,
+    OPPOSITE,
+    Group,
+    Item,
+    Scene,
+    clear_relation,
+    groups_of,
+    place,
+    plural,
+    singular,
+)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a caption states: groups (name, colour or None, count), background or None when unsaid, the relation of
+    the first group to the second or None, and whether the picture has a ground plane.
+    """
+
+    groups: tuple[Group, ...]
+    background: str | None = None
+    relation: str | None = None
+    ground: bool = False
+
+    def normal(self) -> Facts:
+        """The same facts in alphabetical order, for comparison; two related groups stay in front, their relation
+        turned with them.
+        """
+        split = 0 if self.relation is None else 2
+        first, rest = sorted(self.groups[:split], key=_order), sorted(self.groups[split:], key=_order)
+        turned = self.relation is not None and first != list(self.groups[:2])
+        relation = OPPOSITE[self.relation] if turned and self.relation is not None else self.relation
+        return Facts((*first, *rest), self.background, relation, self.ground)
+
+
+def _order(group: Group) -> tuple[str, str, int]:
+    return group[0], group[1] or "", group[2]
+
+
+def facts(scene: Scene) -> Facts:
+    """The facts of a scene; groups from left to right (top to bottom where the relation is vertical).
+
+    A relation is stated only between two single objects, and only if it is unambiguous by GenEval's rule
+    (`clear_relation`).
+    """
+    groups = groups_of(scene)
+
+    def left(group: Group) -> float:
+        return float(np.mean([item.x for item in scene.items if (item.name, item.color) == group[:2]]))
+
+    groups = tuple(sorted(groups, key=left))
+    related = None
+    if len(scene.items) == 2 and len(groups) == 2:
+        a, b = (_item(scene, group) for group in groups)
+        related = clear_relation(a, b)
+        if related == "below":
+            groups, related = (groups[1], groups[0]), "above"
+    return Facts(groups, scene.background, related, scene.ground)
+
+
+def _item(scene: Scene, group: Group) -> Item:
+    return next(item for item in scene.items if (item.name, item.color) == group[:2])
+
+
+def compare(said: Facts, true: Facts) -> dict[str, bool]:
+    """Which attributes of `said` are right: objects, counts, colors, background, relation. What is unsaid but true
+    counts as wrong, and so does what is said but not among the true facts.
+    """
+    a, b = said.normal(), true.normal()
+    return {
+        "objects": sorted(name for name, _, _ in a.groups) == sorted(name for name, _, _ in b.groups),
+        "counts": sorted((name, n) for name, _, n in a.groups) == sorted((name, n) for name, _, n in b.groups),
+        "colors": sorted((name, c or "") for name, c, _ in a.groups)
+        == sorted((name, c or "") for name, c, _ in b.groups),
+        "background": a.background == b.background,
+        "relation": a.relation == b.relation,
+    }
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def noun(name: str, count: int = 1) -> str:
+    """The noun in the number that the count asks for."""
+    return singular(name) if count == 1 else plural(name)
+
+
+def with_article(words: str) -> str:
+    """As in "a horse", "an apple"."""
+    return ("an " if words[0] in "aeiou" else "a ") + words
+
+
+def phrase(group: Group) -> str:
+    """As in "a blue horse", "three apples", "an owl"."""
+    name, color, count = group
+    words = (color + " " if color else "") + noun(name, count)
+    return with_article(words) if count == 1 else f"{NUMBERS[count]} {words}"
+
+
+def definite(group: Group, color: bool = True) -> str:
+    """As in "the blue horse", "the apples"."""
+    return "the " + (group[1] + " " if color and group[1] else "") + noun(group[0], group[2])
+
+
+def listing(parts: list[str]) -> str:
+    """As in "a", "a and b", "a, b and c"."""
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+
+
+_BETWEEN = {"left of": "to the left of", "right of": "to the right of", "above": "above", "below": "below"}
+_LOOSE = {
+    "left of": ("to the left of", "left of", "on the left of"),
+    "right of": ("to the right of", "right of", "on the right of"),
+    "above": ("above", "over"),
+    "below": ("below", "under"),
+}
+
+
+def caption(said: Facts) -> str:
+    """The canonical caption: "a blue horse to the left of a red dog on a green background" ("on a green ground" with
+    a ground plane).
+    """
+    parts = [phrase(group) for group in said.groups]
+    if said.relation is not None:
+        parts[:2] = [f"{parts[0]} {_BETWEEN[said.relation]} {parts[1]}"]
+    text = listing(parts)
+    if said.background is not None:
+        text += f" on a {said.background} {'ground' if said.ground else 'background'}"
+    return text
+
+
+def _pick(rng: np.random.Generator, choices: tuple[str, ...]) -> str:
+    return choices[int(rng.integers(len(choices)))]
+
+
+def shuffled(said: Facts, rng: np.random.Generator) -> Facts:
+    """The same facts, told in another order."""
+    if said.relation is not None:
+        if rng.random() < 0.5:
+            return said
+        swapped = (said.groups[1], said.groups[0], *said.groups[2:])
+        return Facts(swapped, said.background, OPPOSITE[said.relation], said.ground)
+    groups = tuple(said.groups[k] for k in rng.permutation(len(said.groups)))
+    return Facts(groups, said.background, None, said.ground)
+
+
+def short_caption(scene: Scene, rng: np.random.Generator) -> str:
+    """A prompt as people write it: with or without "a photo of", the relation, the background; in any order; all of
+    it true.
+    """
+    said = shuffled(facts(scene), rng)
+    parts = [phrase(group) for group in said.groups]
+    if said.relation is not None and rng.random() < 0.5:
+        parts = [f"{parts[0]} {_pick(rng, _LOOSE[said.relation])} {parts[1]}"]
+    text = listing(parts)
+    if rng.random() < 0.35:
+        text = _pick(rng, ("a photo of ", "a picture of ", "an image of ", "draw ", "a drawing of ")) + text
+    if rng.random() < 0.65:
+        where = "ground" if said.ground and rng.random() < 0.5 else "background"
+        how = "on" if where == "ground" or rng.random() < 0.7 else _pick(rng, ("with", "against"))
+        text += f" {how} a {said.background} {where}"
+    return text
+
+
+def spot(item: Item, size: int) -> str:
+    """Where in the picture an object is, as in "at the top left"."""
+    column = "left" if item.x < 0.38 * size else "right" if item.x > 0.62 * size else ""
+    row = "top" if item.y < 0.38 * size else "bottom" if item.y > 0.62 * size else ""
+    if not row and not column:
+        return "in the middle"
+    return "at the " + f"{row} {column}".strip()
+
+
+def descriptive_caption(scene: Scene, rng: np.random.Generator) -> str:
+    """Several sentences: what there is, how it stands, where single objects are and how large, and the background.
+    `parse_caption` reads all facts back.
+    """
+    said = shuffled(facts(scene), rng)
+    parts = [phrase(group) for group in said.groups]
+    several = said.groups[0][2] > 1
+    there = "there are " if several else "there is "
+    opening = _pick(rng, (there, "the picture shows ", "we see ", "this is a picture of "))
+    if said.relation is not None:
+        sentences = [f"{opening}{parts[0]} {_BETWEEN[said.relation]} {parts[1]}"]
+    else:
+        sentences = [opening + listing(parts)]
+    for group in said.groups:
+        if group[2] == 1 and rng.random() < 0.7:
+            item = _item(scene, group)
+            large = "large" if item.size > scene.size * 0.52 else "small" if item.size < scene.size * 0.35 else ""
+            place = spot(item, scene.size)
+            sentences.append(f"{definite(group, color=False)} is " + (f"{large} and {place}" if large else place))
+    if scene.ground:
+        sentences.append(_pick(rng, ("the ground and the background are {}", "the background is {} with a ground")))
+    else:
+        sentences.append(
+            _pick(rng, ("the background is {}", "all on a {} background", "behind is a plain {} background"))
+        )
+    return ". ".join(sentences).format(scene.background) + "."
+
+
+_FILLER = ("stock photo", "free clip art", "image", "icon", "wallpaper", "cute", "nice", "hd", "new", "best")
+
+
+def noisy_caption(scene: Scene, rng: np.random.Generator) -> str:
+    """Like alt text from the web: words dropped, generic words added, sometimes nothing of use (Betker et al. 2023,
+    section 2).
+    """
+    u = rng.random()
+    if u < 0.12:
+        return " ".join(_pick(rng, _FILLER) for _ in range(1 + int(rng.integers(2)))) + f" {int(rng.integers(1000))}"
+    words = caption(facts(scene)).split(" on a ")[0].split() if u < 0.6 else short_caption(scene, rng).split()
+    kept = [word for word in words if rng.random() > 0.3] or words[-1:]
+    if rng.random() < 0.5:
+        kept.insert(0 if rng.random() < 0.5 else len(kept), _pick(rng, _FILLER))
+    return " ".join(kept)
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+_NOUNS = {singular(name): (name, False) for name in OBJECTS}
+_NOUNS |= {plural(name): (name, True) for name in OBJECTS if plural(name) != singular(name)}
+_NOUNS |= {
+    "fishes": ("fish", True),
+    "bicycle": ("bike", False),
+    "bicycles": ("bike", True),
+    "doughnut": ("donut", False),
+}
+_NOUNS |= {"doughnuts": ("donut", True), "cacti": ("cactus", True)}
+_COUNTS = {"a": 1, "an": 1, **{word: k for k, word in enumerate(NUMBERS)}, **{str(k): k for k in range(MAX_COUNT + 1)}}
+_SKIPPED = {"large", "small", "big", "little", "single", "natural"}
+_SIDES = {"left of": "left of", "right of": "right of", "above": "above", "over": "above", "below": "below"}
+_SIDES |= {"under": "below", "beneath": "below", "underneath": "below"}
+_RELATION = re.compile(r"\b(left of|right of|above|over|below|underneath|under|beneath)\b")
+_SHADES = "|".join(BACKGROUNDS).replace("grey", "grey|gray")
+_BEHIND = re.compile(rf"\b({_SHADES}) (background|ground)\b")
+_BEHIND_IS = re.compile(
+    rf"\b(background|ground)(?: and the background)? (?:is|are) ({_SHADES})\b(?P<with> with a ground)?"
+)
+
+
+def parse_caption(text: str) -> Facts:
+    """The facts that a caption states; never fails, but what it does not know is missing. "the horse" repeats a group
+    named before; a plural without a number counts as two.
+    """
+    plain = " ".join(re.sub(r"[^a-z0-9 ]+", " ", text.lower()).split())
+    background, ground = None, False
+    if match := _BEHIND.search(plain):
+        background, ground = match[1], match[2] == "ground"
+    elif match := _BEHIND_IS.search(plain):
+        background, ground = match[2], match[1] == "ground" or match["with"] is not None
+    plain = _BEHIND_IS.sub(" ", _BEHIND.sub(" ", plain))
+
+    groups: list[Group] = []
+    starts: list[int] = []  # where each group's noun stands in the text
+    position = 0
+    words = plain.split()
+    offsets = []
+    plain = " ".join(words)
+    for word in words:
+        offsets.append(position)
+        position += len(word) + 1
+    for k, word in enumerate(words):
+        if word not in _NOUNS:
+            continue
+        name, many = _NOUNS[word]
+        color, j = None, k - 1
+        if j >= 0 and words[j] in COLORS:
+            color, j = words[j], j - 1
+        while j >= 0 and words[j] in _SKIPPED:
+            j -= 1
+        before = words[j] if j >= 0 else ""
+        if before in ("the", "is", "her", "his", "its") and any(name == group[0] for group in groups):
+            continue
+        count = _COUNTS.get(before, 2 if many else 1)
+        if count == 0 or (name, color) in [group[:2] for group in groups]:
+            continue
+        groups.append((name, color, count))
+        starts.append(offsets[k])
+
+    relation = None
+    for match in _RELATION.finditer(plain):
+        left = [k for k, start in enumerate(starts) if start < match.start()]
+        right = [k for k, start in enumerate(starts) if start > match.start()]
+        if left and right:
+            a, b = left[-1], right[0]
+            rest = [group for k, group in enumerate(groups) if k not in (a, b)]
+            groups, relation = [groups[a], groups[b], *rest], _SIDES[match[1]]
+            break
+    if background == "gray":
+        background = "grey"
+    return Facts(tuple(groups), background, relation, ground)
+
+
+def scene_from_facts(said: Facts, rng: np.random.Generator, size: int = 64) -> Scene:
+    """A scene that satisfies the facts: the oracle of the evaluation. Unsaid: background by lot, natural colours.
+
+    ValueError for no object or more than four. A relation is honoured between single objects only."""
+    related = said.relation is not None and len(said.groups) >= 2 and said.groups[0][2] == said.groups[1][2] == 1
+    background = said.background or _pick(rng, tuple(BACKGROUNDS))
+    return place(rng, said.groups, background, said.relation if related else None, said.ground, size)

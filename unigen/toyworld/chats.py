@@ -1,0 +1,171 @@
+"""Scenes as chats: the documents from which one model learns to draw, describe, answer, edit, tell and judge.
+
+    chats = Chats(World(64), mixture={"draw": 0.5, "describe": 0.5})
+    document, kind = chats(np.random.default_rng(0))
+
+Knows what is asked and answered. Refuses to know: ids, templates, models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from unigen.document import Document, Segment
+from unigen.toyworld.language import (
+    QA,
+    caption,
+    descriptive_caption,
+    edits,
+    expansion,
+    facts,
+    noisy_caption,
+    places,
+    questions,
+    short_caption,
+    totals,
+    verdict,
+)
+from unigen.toyworld.scenes import Scene, groups_of, sample_scene
+from unigen.toyworld.stories import story
+from unigen.toyworld.world import World
+
+DESCRIBE, DETAIL = "describe this picture", "describe this picture in detail"
+EXPAND, JUDGE = "say more: {}", "does this picture show {}?"
+MIXTURE = {
+    "draw": 0.48,
+    "describe": 0.16,
+    "ask": 0.18,
+    "edit": 0.05,
+    "story": 0.03,
+    "chat": 0.06,
+    "expand": 0.01,
+    "judge": 0.03,
+}
+
+
+class Chats:
+    """Draws documents: `chats(rng)` -> (document, kind). Training scenes only, unless heldout says otherwise.
+
+    world: renders the pictures. mixture: the share of each kind among documents; the kinds are those of `MIXTURE`, and
+    each is a method of this class. Raises ValueError for an unknown kind.
+    """
+
+    def __init__(self, world: World, mixture: Mapping[str, float] | None = None, heldout: bool | None = False) -> None:
+        mixture = MIXTURE if mixture is None else mixture
+        unknown = sorted(set(mixture) - set(MIXTURE))
+        if unknown or min(mixture.values(), default=0) < 0 or not sum(mixture.values()) > 0:
+            wrong = f"there is no {', '.join(unknown)}" if unknown else "each at least 0, not all of them 0"
+            raise ValueError(f"a mixture shares out {', '.join(MIXTURE)}: {wrong}")
+        self.world, self.heldout = world, heldout
+        self.kinds = list(mixture)
+        self.shares = np.array([mixture[kind] for kind in self.kinds]) / sum(mixture.values())
+
+    def __call__(self, rng: np.random.Generator) -> tuple[Document, str]:
+        kind = self.kinds[int(rng.choice(len(self.kinds), p=self.shares))]
+        return Document(getattr(self, kind)(rng)), kind
+
+    # ---------------------------------------------------------------- the kinds
+
+    def draw(self, rng: np.random.Generator) -> list[Segment]:
+        """A picture as asked; in a third of these chats the scene of two of which there is more to say."""
+        scenes = [self._scene(rng) for _ in range(2 if rng.random() < 1 / 3 else 1)]
+        return self._drawn(max(scenes, key=_wealth), rng)
+
+    def describe(self, rng: np.random.Generator) -> list[Segment]:
+        scene = self._scene(rng)
+        detail = rng.random() < 0.25
+        answer = descriptive_caption(scene, rng) if detail else caption(facts(scene))
+        asked = self._questions(scene, rng, int(rng.integers(0, 3)))  # before the caption, which would give them away
+        return [self._picture(scene), *asked, *_turn(DETAIL if detail else DESCRIBE, answer)]
+
+    def ask(self, rng: np.random.Generator) -> list[Segment]:
+        """Questions; in three of five of these chats where two things are that stand in a clear relation, which few
+        scenes have. In one of five how many things there are comes first, whatever they are: counting is not to hang on
+        what is counted.
+
+        Which of the two is asked about has to be bound to its place. That is learnt where the question comes first,
+        since every answer gives the next away; so "where", the hardest, mostly does.
+        """
+        scene = self._scene(rng)
+        if rng.random() < 0.4:
+            whole = totals(scene, rng) if rng.random() < 0.5 else []
+            return [self._picture(scene), *_answered(whole), *self._questions(scene, rng, 6 - len(whole))]
+        while facts(scene).relation is None:
+            scene = self._scene(rng)
+        drawn = [qa for _ in range(2) for qa in questions(scene, rng) if qa.kind == "relation"] + places(scene, rng)
+        found = list({drawn[k].question: drawn[k] for k in rng.permutation(len(drawn))}.values())
+        if rng.random() < 0.7:
+            found.sort(key=lambda qa: not (qa.kind == "relation" and qa.question.startswith("where")))
+        return [self._picture(scene), *_answered(found[:6])]
+
+    def edit(self, rng: np.random.Generator) -> list[Segment]:
+        scene = self._scene(rng)
+        edit = edits(scene, rng, heldout=self.heldout)
+        return [self._picture(scene), Segment(text=edit.instruction), self._picture(edit.after, "assistant")]
+
+    def story(self, rng: np.random.Generator) -> list[Segment]:
+        references = int(rng.choice(3, p=(0.6, 0.2, 0.2)))
+        told = story(rng, references=references, heldout=self.heldout)
+        segments = [*(self._picture(scene) for scene in told.references), Segment(text=told.request)]
+        for text, scene in told.frames:
+            segments += [Segment(text=text, role="assistant"), self._picture(scene, "assistant")]
+        return segments
+
+    def chat(self, rng: np.random.Generator) -> list[Segment]:
+        """Drawn as asked, asked about, changed as told, asked about again."""
+        scene = self._scene(rng)
+        segments = [*self._drawn(scene, rng), *self._questions(scene, rng, int(rng.integers(1, 3)))]
+        if rng.random() < 0.6:
+            edit = edits(scene, rng, heldout=self.heldout)
+            segments += [Segment(text=edit.instruction), self._picture(edit.after, "assistant")]
+            segments += self._questions(edit.after, rng, 1)
+        return segments
+
+    def expand(self, rng: np.random.Generator) -> list[Segment]:
+        short, full = expansion(self._scene(rng), rng)
+        return _turn(EXPAND.format(short), full)
+
+    def judge(self, rng: np.random.Generator) -> list[Segment]:
+        scene = self._scene(rng)
+        prompt, ok, reason = verdict(scene, rng)
+        answer = f"{'yes' if ok else 'no'}, {reason}"
+        return [self._picture(scene), *_turn(JUDGE.format(prompt), answer), *self._questions(scene, rng, 2)]
+
+    # ---------------------------------------------------------------- parts
+
+    def _scene(self, rng: np.random.Generator) -> Scene:
+        return sample_scene(rng, size=self.world.size, heldout=self.heldout)
+
+    def _picture(self, scene: Scene, role: Any = "user") -> Segment:
+        return Segment(image=self.world.render(scene).image, role=role)
+
+    def _drawn(self, scene: Scene, rng: np.random.Generator) -> list[Segment]:
+        prompt = rng.choice(4, p=(0.5, 0.25, 0.15, 0.1))
+        text = (short_caption, _plain, descriptive_caption, noisy_caption)[prompt](scene, rng)
+        return [Segment(text=text), self._picture(scene, "assistant")]
+
+    def _questions(self, scene: Scene, rng: np.random.Generator, count: int) -> list[Segment]:
+        found = questions(scene, rng)[:count]
+        if found and rng.random() < 0.3:
+            found[int(rng.integers(len(found)))] = (places(scene, rng) or found)[0]
+        return _answered(found)
+
+
+def _answered(found: list[QA]) -> list[Segment]:
+    return [segment for qa in found for segment in _turn(qa.question, qa.answer)]
+
+
+def _turn(question: str, answer: str) -> list[Segment]:
+    return [Segment(text=question), Segment(text=answer, role="assistant")]
+
+
+def _wealth(scene: Scene) -> int:
+    """Objects and colours: what a picture can be wrong about."""
+    return len(scene.items) + sum(color is not None for _, color, _ in groups_of(scene))
+
+
+def _plain(scene: Scene, rng: np.random.Generator) -> str:
+    return caption(facts(scene))

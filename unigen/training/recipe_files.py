@@ -1,0 +1,50 @@
+"""Finding recipes: by the path of a file, or by the name of one that the package ships.
+
+In a checkout the shipped recipes lie in `recipes/`; in an installed package, in `unigen/recipes/`. Nothing here imports
+or runs one.
+
+    find_recipe("tiny")                       # .../recipes/tiny.py
+    find_recipe("my/own.py")                  # my/own.py
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+from pathlib import Path
+
+from unigen.utils.text import did_you_mean
+
+PACKAGE = Path(__file__).parents[1]
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes of the package, by name: the Python files there that define `config` and `build`."""
+    installed = PACKAGE / "recipes"
+    folder = installed if installed.is_dir() else PACKAGE.parent / "recipes"
+    found: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.py")):
+        functions = {node.name for node in ast.parse(path.read_text("utf-8")).body if isinstance(node, ast.FunctionDef)}
+        if {"config", "build"} <= functions:
+            found[path.stem] = path
+    return found
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe.
+
+    Args:
+        name: path of a recipe file; or the name of a shipped recipe, such as "tiny" or "recipes/tiny.py".
+
+    Raises:
+        ValueError: neither; the message lists the shipped recipes.
+    """
+    path = Path(name)
+    if os.path.isfile(path):
+        return path
+    shipped = shipped_recipes()
+    if path.stem in shipped and path in (Path(path.stem), Path(f"{path.stem}.py"), Path(f"recipes/{path.stem}.py")):
+        return shipped[path.stem]
+    known = f" (shipped recipes: {', '.join(shipped)})" if shipped else ""
+    shown = name if len(name) <= 120 else f"{name[:117]}..."
+    raise ValueError(f"no recipe {shown}: give the path of a recipe file or a name{did_you_mean(name, shipped)}{known}")

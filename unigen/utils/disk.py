@@ -1,0 +1,96 @@
+"""Disks that are full or may not be written: errors in one line, before any work where that can be.
+
+Nothing heavy is imported here: the command line reads it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from unigen.utils.text import shorten
+
+DISK_FAULTS = frozenset(
+    getattr(errno, name)
+    for name in (
+        *("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "ENAMETOOLONG"),
+        *("EEXIST", "ENOTDIR", "EISDIR", "ELOOP", "EMFILE", "ENFILE"),
+    )
+    if hasattr(errno, name)
+)
+"""Errors of the system that are no fault of ours: a disk that is full or may not be written, a name that it refuses."""
+
+
+class DiskError(ValueError):
+    """A file that cannot be written, in one line."""
+
+
+@contextmanager
+def disk_errors(what: str, advice: str) -> Iterator[None]:
+    """A disk that is full or may not be written becomes one DiskError; every other exception passes unchanged."""
+    try:
+        yield
+    except DiskError:
+        raise
+    except Exception as error:
+        chain: BaseException | None = error
+        while chain is not None:  # torch, tokenizers and safetensors raise their own kinds about a failed write
+            told = re.search(r"\(os error (\d+)\)", str(chain))
+            number = chain.errno if isinstance(chain, OSError) else int(told[1]) if told else None
+            if number is not None and number in DISK_FAULTS:
+                raise DiskError(f"cannot write {what}: {os.strerror(number)}; {advice}") from error
+            chain = chain.__cause__ or chain.__context__
+        raise
+
+
+def check_input(path: str | Path, command: str = "", name: str = "") -> Path:
+    """The path of a file or folder that is read. Raises ValueError, before any work, where it is not there or may not
+    be read.
+
+    Args:
+        path: of the file or folder.
+        command: makes it.
+        name: of the option that names it, as "--text" or "image_tokenizer=".
+    """
+    shown = f"{name} {path}".strip() if name.startswith("-") else f"{name}{path}"
+    shown = shown if len(shown) <= 200 else f"{shown[:197]}..."
+    if not str(path) or not os.path.exists(path):
+        hint = f"make it by `{command}`, or name another" if command else "name one that is"
+        raise ValueError(f"{shown} is not there: {hint}")
+    if not os.access(path, os.R_OK):
+        raise ValueError(f"{shown} may not be read: change its permissions, or name another")
+    return Path(path)
+
+
+def check_folder(folder: str | Path, *, replaced: bool = True) -> Path:
+    """The absolute path of a folder that is to be written. Raises ValueError, before any work, where that cannot be: a
+    name that is too long, a file of that name, no right to write there.
+
+    replaced: is a folder that is there replaced by a new one, which needs the right to write beside it?"""
+    if "\0" in str(folder):
+        raise ValueError("the name of the folder holds a zero byte: choose another name")
+    folder = Path(folder).absolute()
+    shown = shorten(str(folder), 120)
+    try:
+        for path in (folder, *folder.parents):
+            try:
+                path.lstat()
+            except FileNotFoundError:
+                continue
+            if not path.is_dir():
+                raise ValueError(f"{shown} cannot be a folder: {shorten(str(path), 120)} is a file")
+            beside = Path(os.path.realpath(path)).parent  # of a symbolic link: beside what it names
+            for place in (path, beside) if path == folder and replaced else (path,):
+                if not os.access(place, os.W_OK | os.X_OK):
+                    named = shorten(str(place), 120)
+                    raise ValueError(f"cannot write the folder {shown}: {named} may not be written; choose another one")
+            break
+    except NotADirectoryError as error:
+        raise ValueError(f"{shown} cannot be a folder: a part of its path is a file") from error
+    except OSError as error:
+        raise ValueError(f"cannot write the folder {shown}: {error.strerror}; choose another name") from error
+    return folder

@@ -1,0 +1,30 @@
+"""Words for people: short forms of values, near misses of names, the first sentences of a file."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+def shorten(value: Any, most: int = 60) -> str:
+    """What a value looks like, in one line that is not long."""
+    try:
+        shown = " ".join(repr(value).split())
+    except Exception:  # a number of more digits than Python writes out, an object whose repr is broken
+        shown = f"a {type(value).__name__}"
+    return shown if len(shown) <= most else f"{shown[: most - 3]}..."
+
+
+def did_you_mean(word: str, words: Iterable[str]) -> str:
+    """The end of an error message that names the known word most like this one: '; did you mean ...?', or ''."""
+    near = difflib.get_close_matches(word, list(words), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def summary(file: Path) -> str:
+    """The first paragraph of a Python file's docstring, in one line, read without running it; '' if there is none."""
+    text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    return " ".join(text.split("\n\n")[0].split())
