@@ -26,83 +26,88 @@ from torch import Tensor
 import unigen
 from unigen.batch import Tokens, pack
 from unigen.document import Document, Segment
-from unigen.limits import number
+from unigen.limits import number_argument
 from unigen.media.output import check_output, one_line_errors, write_atomically
 from unigen.media.pixels import to_pixels
 from unigen.samplers.guidance import Guidance
-from unigen.samplers.logits import Sampling, draw_together
+from unigen.samplers.logits import SamplingOptions, sample_shared_rng
 from unigen.toyworld.captions import short_caption
 from unigen.toyworld.scenes import sample_scene
-from unigen.toyworld.world import World, find_font
+from unigen.toyworld.world import SceneRenderer, find_font
 from unigen.utils import precision
-from unigen.utils.argparser import Parser
+from unigen.utils.argparser import OneLineParser
 from unigen.utils.numbers import parse_int
 
-NAME = "next-scale"
-MINUTES = number(0, 100_000, whole=False, above=True)
+GENERATOR = "next-scale"
+minutes_argument = number_argument(0, 100_000, whole=False, above=True)
 
 
 @torch.inference_mode()
-def drawn_on(
+def resample_scales(
     model: Any,
     prompts: list[str],
     codes_NP: Tensor,
     kept_N: Tensor,
     guidance: Guidance,
-    sampling: Sampling,
+    sampling: SamplingOptions,
     rng: torch.Generator,
 ) -> Tensor:
     """Codes of all scales (N, P), the first kept_N of each picture as they are given, the others drawn in turn."""
-    head = model.heads[NAME]
+    head = model.heads[GENERATOR]
     parts = list(codes_NP.split(head.lengths, 1))
     for k in range(int(kept_N.min()), len(parts)):
-        branches = [read(model, prompts, torch.cat(parts, 1), blind) for blind in (False, True)[: guidance.branches]]
+        branches = [
+            scale_hidden_states(model, prompts, torch.cat(parts, 1), blind)
+            for blind in (False, True)[: guidance.branches]
+        ]
         logits_NnV = head.guided_logits(branches, guidance)[k]
-        drawn_Nn = draw_together(logits_NnV.flatten(0, 1), sampling, rng).view_as(parts[k])
+        drawn_Nn = sample_shared_rng(logits_NnV.flatten(0, 1), sampling, rng).view_as(parts[k])
         parts[k] = torch.where(kept_N[:, None] > k, parts[k], drawn_Nn)
     return torch.cat(parts, 1)
 
 
-def read(model: Any, prompts: list[str], codes_NP: Tensor, blind: bool) -> tuple[Tensor, Any]:
+def scale_hidden_states(model: Any, prompts: list[str], codes_NP: Tensor, blind: bool) -> tuple[Tensor, Any]:
     """What the backbone makes of each picture's scales: its states, and where they stand in them."""
     rows: list[list[Tokens]] = []
     for prompt, codes_P in zip(prompts, codes_NP, strict=True):
         chat = Document([Segment(text=prompt), Segment(image=codes_P, role="assistant")])
-        rows.append([model.template.encode(chat, blind=blind, writer=NAME)])
+        rows.append([model.template.encode(chat, blind=blind, writer=GENERATOR)])
     batch = model.fill(pack(rows, max(len(tokens) for (tokens,) in rows), model.image_tokenizer.image_size))
-    embeds_BLD, targets = model.heads[NAME].prepare(model, batch, model.embed(batch.ids_BL), torch.Generator())
+    embeds_BLD, targets = model.heads[GENERATOR].prepare(model, batch, model.embed(batch.ids_BL), torch.Generator())
     return model.hidden(batch, embeds_BLD), targets
 
 
 @one_line_errors
 def main() -> int:
-    parser = Parser(description="Codes that a model draws for rendered pictures, scale by scale.")
+    parser = OneLineParser(description="Codes that a model draws for rendered pictures, scale by scale.")
     parser.add_argument("model")
     parser.add_argument("out", help="a .npz file: pixels, objects, true and drawn codes")
-    parser.add_argument("--minutes", type=MINUTES, default=8.0, help="stop after so long (default: 8)")
-    parser.add_argument("--count", type=number(1, 10_000_000), default=1_000_000, help="the most pictures")
+    parser.add_argument("--minutes", type=minutes_argument, default=8.0, help="stop after so long (default: 8)")
+    parser.add_argument("--count", type=number_argument(1, 10_000_000), default=1_000_000, help="the most pictures")
     parser.add_argument("--kept", default="3,4,4", help="how many scales stay: one of these a picture (3,4,4)")
-    parser.add_argument("--seed", type=number(1, 2**64 - 1), default=1)
-    parser.add_argument("--batch", type=number(1, 10_000), default=64, help="pictures drawn at once (default: 64)")
+    parser.add_argument("--seed", type=number_argument(1, 2**64 - 1), default=1)
+    parser.add_argument(
+        "--batch", type=number_argument(1, 10_000), default=64, help="pictures drawn at once (default: 64)"
+    )
     parser.add_argument("--dtype", choices=precision.DTYPES, help="default: bfloat16 where it is fast, else float32")
     args = parser.parse_args()
     out = check_output(args.out, {".npz": "arrays"})
     find_font()
     engine = unigen.load(args.model, dtype=args.dtype or precision.fast_dtype())
     model = engine.model
-    if NAME not in model.heads:
-        raise ValueError(f"{args.model} has no scales: give a model that draws by {NAME}")
-    tokenizer = unigen.load(args.model, dtype="float32").model.heads[NAME].tokenizer  # codes as training has them
-    scales = len(model.heads[NAME].lengths)
+    if GENERATOR not in model.heads:
+        raise ValueError(f"{args.model} has no scales: give a model that draws by {GENERATOR}")
+    tokenizer = unigen.load(args.model, dtype="float32").model.heads[GENERATOR].tokenizer  # codes as training has them
+    scales = len(model.heads[GENERATOR].lengths)
     try:
         kept = [parse_int(part.strip()) for part in args.kept.split(",")]
     except ValueError:
         kept = [-1]
     if not all(0 <= k < scales for k in kept):
         raise ValueError(f"--kept is of counts from 0 to {scales - 1}, apart by commas, not {args.kept}")
-    request = engine.request("a picture", "image", generator=NAME)
+    request = engine.request("a picture", "image", generator=GENERATOR)
     rng, noise = np.random.default_rng([args.seed, 1]), torch.Generator().manual_seed(args.seed)
-    world = World(model.image_tokenizer.image_size)
+    world = SceneRenderer(model.image_tokenizer.image_size)
     found: list[dict[str, Any]] = []
     end, count = time.monotonic() + 60 * args.minutes, 0
     with suppress(KeyboardInterrupt):  # what has been drawn is kept
@@ -113,7 +118,7 @@ def main() -> int:
             true_NP = tokenizer.encode(to_pixels(images, world.size))
             prompts = [short_caption(scene, rng) for scene in scenes]
             kept_N = torch.from_numpy(rng.choice(kept, len(scenes)))
-            drawn_NP = drawn_on(model, prompts, true_NP, kept_N, request.guidance, request.image, noise)
+            drawn_NP = resample_scales(model, prompts, true_NP, kept_N, request.guidance, request.image, noise)
             objects_NHW = np.stack([picture.masks.any(0) for picture in pictures])
             codes = {"true": true_NP.numpy(), "drawn": drawn_NP.numpy()}
             found.append({"pixels": np.stack(images), "objects": objects_NHW} | codes)

@@ -29,41 +29,43 @@ import numpy as np
 import unigen
 from unigen.document import Document, Segment
 from unigen.evaluation.detector import load_detector
-from unigen.evaluation.task import Item
-from unigen.evaluation.tasks.scenes import ScenesTask, prompts
+from unigen.evaluation.task import Example
+from unigen.evaluation.tasks.scenes import ScenesTask, make_prompts
 from unigen.evaluation.tasks.understanding import UnderstandingTask
-from unigen.limits import argument as limited
-from unigen.limits import number
+from unigen.limits import limit_argument as limited
+from unigen.limits import number_argument
 from unigen.media.output import check_output, one_line_errors, write_atomically
 from unigen.toyworld.captions import Facts, caption
-from unigen.toyworld.world import World, find_font
+from unigen.toyworld.world import SceneRenderer, find_font
 from unigen.utils import precision
-from unigen.utils.argparser import Parser
+from unigen.utils.argparser import OneLineParser
 from unigen.utils.disk import check_input
 
-JUDGE = (
+DETECTOR_COMMANDS = (
     "unigen train recipes/scene_detector.py seed=2 run_dir=runs/judge && "
     "python recipes/scene_detector.py runs/judge/model runs/judge/calibrated"
 )
 """The commands that make a detector to judge by."""
-MINUTES = number(0, 100_000, whole=False, above=True)
-SHARES = {"two_object": 0.25, "counting": 0.2, "colors": 0.1, "position": 0.1, "color_attr": 0.35}
+MINUTES = number_argument(0, 100_000, whole=False, above=True)
+TAG_SHARES = {"two_object": 0.25, "counting": 0.2, "colors": 0.1, "position": 0.1, "color_attr": 0.35}
 
 
-def drawn_prompts(count: int, seed: int) -> list[Item]:
+def sample_prompts(count: int, seed: int) -> list[Example]:
     """About `count` prompts without held-out combinations, in random order. Some come twice: there are not so many of
     all kinds."""
-    items: list[Item] = []
-    for tag, share in SHARES.items():
-        found: list[Item] = []
+    items: list[Example] = []
+    for tag, share in TAG_SHARES.items():
+        found: list[Example] = []
         while len(found) < count * share:
-            more = prompts(tag, 100, seed + len(found))  # few at once, since 3 in 10 are to be held out
+            more = make_prompts(tag, 100, seed + len(found))  # few at once, since 3 in 10 are to be held out
             found += [item for item in more if not item.meta["heldout"]]
         items += found[: round(count * share)]
     return [items[k] for k in np.random.default_rng(seed).permutation(len(items))]
 
 
-def pictures(engine: Any, task: ScenesTask, items: list[Item], answers: int, seed: int, **options: Any) -> list[Any]:
+def judge_images(
+    engine: Any, task: ScenesTask, items: list[Example], answers: int, seed: int, **options: Any
+) -> list[Any]:
     """A line of the judged file for each prompt; picture k of them all is drawn with `seed` + k."""
     asked = [item for item in items for _ in range(answers)]
     requests = [engine.request(item.prompt, "image", seed=seed + k, **options) for k, item in enumerate(asked)]
@@ -77,10 +79,10 @@ def pictures(engine: Any, task: ScenesTask, items: list[Item], answers: int, see
     ]
     cuts = [slice(k, k + answers) for k in range(0, len(asked), answers)]
     writer = {"writer": options["generator"]}
-    return [line(made[cut.start][:-1], given[cut], right[cut]) | writer for cut in cuts]
+    return [judged_record(made[cut.start][:-1], given[cut], right[cut]) | writer for cut in cuts]
 
 
-def captions(engine: Any, task: UnderstandingTask, answers: int, seed: int) -> list[Any]:
+def judge_captions(engine: Any, task: UnderstandingTask, answers: int, seed: int) -> list[Any]:
     """A line of the judged file for each scene of the task: the true caption, and those that the model gives it."""
     items = task.items()
     documents = [engine.model.read(Document.of(item.prompt)) for item in items]  # each picture is encoded once
@@ -95,17 +97,17 @@ def captions(engine: Any, task: UnderstandingTask, answers: int, seed: int) -> l
         true = caption(Facts(groups, item.meta["background"], item.meta["relation"]))
         given = [Segment(text=text, role="assistant") for text in (true, *said[cut])]
         right = [True, *(score["correct"] == 1 for score in scores[cut])]
-        lines.append(line(document.segments, given, right))
+        lines.append(judged_record(document.segments, given, right))
     return lines
 
 
-def line(prompt: list[Segment], answers: list[Segment], right: list[bool]) -> dict[str, Any]:
+def judged_record(prompt: list[Segment], answers: list[Segment], right: list[bool]) -> dict[str, Any]:
     return {"prompt": Document(prompt).to_json(), "answers": [a.to_json() for a in answers], "right": right}
 
 
 @one_line_errors
 def main() -> int:
-    parser = Parser(description="Answer each prompt several times and judge the answers.")
+    parser = OneLineParser(description="Answer each prompt several times and judge the answers.")
     parser.add_argument("what", choices=["pictures", "captions"])
     parser.add_argument("model")
     parser.add_argument("out", help="a .jsonl file: a prompt, its answers, which are right")
@@ -116,13 +118,17 @@ def main() -> int:
         default=10.0,
         help="stop after so long (default: 10)",
     )
-    parser.add_argument("--prompts", type=number(1, 1_000_000), default=5000)
-    parser.add_argument("--answers", type=number(2, 1_000), default=4, help="to each prompt (default: 4)")
+    parser.add_argument("--prompts", type=number_argument(1, 1_000_000), default=5000)
+    parser.add_argument("--answers", type=number_argument(2, 1_000), default=4, help="to each prompt (default: 4)")
     parser.add_argument("--generator", help="that draws the pictures (default: next-token)")
     parser.add_argument("--guidance", type=limited("guidance"), help="of pictures (default: 3)")
     parser.add_argument("--temperature", type=limited("temperature"), help="of pictures that are codes (default: 0.8)")
-    parser.add_argument("--seed", type=number(1, 2**40), default=1, help="0 is that of the evaluations (default: 1)")
-    parser.add_argument("--batch", type=number(2, 10_000), default=128, help="answers given at once (default: 128)")
+    parser.add_argument(
+        "--seed", type=number_argument(1, 2**40), default=1, help="0 is that of the evaluations (default: 1)"
+    )
+    parser.add_argument(
+        "--batch", type=number_argument(2, 10_000), default=128, help="answers given at once (default: 128)"
+    )
     parser.add_argument("--dtype", choices=precision.DTYPES, help="default: bfloat16 where it is fast, else float32")
     args = parser.parse_args()
     if args.batch < args.answers:
@@ -136,11 +142,11 @@ def main() -> int:
     out = check_output(args.out, {".jsonl": "JSON lines"})
     find_font()
     if args.detector:
-        check_input(args.detector, JUDGE, "--detector")
+        check_input(args.detector, DETECTOR_COMMANDS, "--detector")
     detector = load_detector(args.detector) if args.detector else None
     engine = unigen.load(args.model, dtype=args.dtype or precision.fast_dtype())
-    world = World(engine.model.image_tokenizer.image_size)
-    items = drawn_prompts(args.prompts, args.seed) if detector else []
+    world = SceneRenderer(engine.model.image_tokenizer.image_size)
+    items = sample_prompts(args.prompts, args.seed) if detector else []
     scenes = ScenesTask(seed=args.seed, detector=detector) if detector else None
     options: dict[str, Any] = {"generator": "next-token", "guidance": 3.0} | given
     if options["generator"] not in engine.model.template.begins:
@@ -156,10 +162,10 @@ def main() -> int:
                 break
             seed = args.seed * 1_000_000 + start * args.answers
             if scenes:
-                lines += pictures(engine, scenes, items[start : start + each], args.answers, seed, **options)
+                lines += judge_images(engine, scenes, items[start : start + each], args.answers, seed, **options)
             else:
                 task = UnderstandingTask(world, min(each, args.prompts - start), seed, heldout=False, asked=0)
-                lines += captions(engine, task, args.answers, seed)
+                lines += judge_captions(engine, task, args.answers, seed)
             right = np.mean([mark for each_line in lines for mark in each_line["right"][-args.answers :]])
             print(f"\r{len(lines)} prompts, {right:.3f} of the answers right", end="", flush=True)
     print()

@@ -21,23 +21,23 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from unigen.limits import argument, number
+from unigen.limits import limit_argument, number_argument
 from unigen.toyworld.language import (
     caption,
     descriptive_caption,
-    edits,
     expansion,
-    facts,
+    extract_facts,
     noisy_caption,
     questions,
+    sample_edit,
+    sample_judgement,
     short_caption,
-    verdict,
 )
-from unigen.toyworld.scenes import Scene, World, is_heldout, sample_scene
+from unigen.toyworld.scenes import Scene, SceneRenderer, is_held_out, sample_scene
 from unigen.toyworld.stories import story
-from unigen.utils.argparser import Parser
+from unigen.utils.argparser import OneLineParser
 from unigen.utils.disk import check_folder
-from unigen.utils.extras import require
+from unigen.utils.extras import require_extra
 
 ROW_GROUP = 200  # rows held in memory at a time
 SIZES = (32, 512)  # sides of a picture in pixels
@@ -77,37 +77,37 @@ def features() -> Any:
     )
 
 
-def png(pixels: np.ndarray) -> dict[str, Any]:
+def png_cell(pixels: np.ndarray) -> dict[str, Any]:
     """An image cell: uint8 (H, W, 3), uint8 (H, W) or uint16 (H, W) as PNG bytes."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", compress_level=4)
     return {"bytes": buffer.getvalue(), "path": None}
 
 
-def row(world: World, seed: int, index: int, size: int, heldout: bool) -> dict[str, Any]:
+def make_row(world: SceneRenderer, seed: int, index: int, size: int, heldout: bool) -> dict[str, Any]:
     """Row `index` of the world: a pure function of (seed, index, size, heldout)."""
     rng = np.random.default_rng((seed, index))
     scene = sample_scene(rng, size, heldout)
     picture = world.render(scene)
-    edit = edits(scene, rng, heldout=heldout)
-    judged = verdict(scene, rng)
+    edit = sample_edit(scene, rng, heldout=heldout)
+    judged = sample_judgement(scene, rng)
     short, long = expansion(scene, rng)
     tale = story(rng, references=int(rng.integers(3)), heldout=heldout, size=size)
 
     def draw(one: Scene) -> dict[str, Any]:
-        return png(world.render(one).image)
+        return png_cell(world.render(one).image)
 
     return {
         "index": index,
-        "image": png(picture.image),
-        "depth": png(np.rint(picture.depth * 65535).astype(np.uint16)),
-        "masks": [png(mask.astype(np.uint8) * 255) for mask in picture.masks],
+        "image": png_cell(picture.image),
+        "depth": png_cell(np.rint(picture.depth * 65535).astype(np.uint16)),
+        "masks": [png_cell(mask.astype(np.uint8) * 255) for mask in picture.masks],
         "boxes": picture.boxes.tolist(),
         "items": [vars(item) for item in scene.items],
         "background": scene.background,
         "ground": scene.ground,
-        "heldout": is_heldout(scene),
-        "caption": caption(facts(scene)),
+        "heldout": is_held_out(scene),
+        "caption": caption(extract_facts(scene)),
         "short": short_caption(scene, rng),
         "descriptive": descriptive_caption(scene, rng),
         "noisy": noisy_caption(scene, rng),
@@ -123,7 +123,7 @@ def row(world: World, seed: int, index: int, size: int, heldout: bool) -> dict[s
     }
 
 
-def write_shard(path: Path, world: World, seed: int, indices: range, size: int, heldout: bool) -> None:
+def write_shard(path: Path, world: SceneRenderer, seed: int, indices: range, size: int, heldout: bool) -> None:
     """One parquet file, complete or not there. OSError when it cannot be written."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -133,19 +133,19 @@ def write_shard(path: Path, world: World, seed: int, indices: range, size: int, 
     try:
         with pq.ParquetWriter(temporary, schema) as writer:
             for start in range(0, len(indices), ROW_GROUP):
-                rows = [row(world, seed, i, size, heldout) for i in indices[start : start + ROW_GROUP]]
+                rows = [make_row(world, seed, i, size, heldout) for i in indices[start : start + ROW_GROUP]]
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def make(folder: Path, count: int, shards: int, seed: int, size: int, heldout: bool, start: int) -> list[Path]:
+def make_shards(folder: Path, count: int, shards: int, seed: int, size: int, heldout: bool, start: int) -> list[Path]:
     """Write all shards.
 
     Args:
         folder: for the shards, made where it is not there; shards of another number of files are refused.
-        count: rows in all, at least `shards`.
+        count: rows in all, at least `shard_files`.
         shards: files, at least 1.
         seed: of the world, at least 0.
         size: side of the pictures in pixels, in `SIZES`.
@@ -161,8 +161,8 @@ def make(folder: Path, count: int, shards: int, seed: int, size: int, heldout: b
     """
     if shards > count:
         raise ValueError(f"--shards {shards} is more than --count {count}: every shard needs a row")
-    require("train", "datasets")
-    world = World(size)
+    require_extra("train", "datasets")
+    world = SceneRenderer(size)
     folder = check_folder(folder, replaced=False)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"scenes-{k:05d}-of-{shards:05d}.parquet" for k in range(shards)]
@@ -178,19 +178,19 @@ def make(folder: Path, count: int, shards: int, seed: int, size: int, heldout: b
 
 def main(argv: list[str] | None = None) -> int:
     """The command; its exit code."""
-    parser = Parser(prog="make_scenes", description="Write rendered scenes as sharded parquet.")
+    parser = OneLineParser(prog="make_scenes", description="Write rendered scenes as sharded parquet.")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("-n", "--count", type=number(1, 100_000_000), default=1000, help="rows in all")
-    parser.add_argument("--shards", type=number(1, 100_000), default=1, help="files")
-    parser.add_argument("--seed", type=argument("seed"), default=0)
-    parser.add_argument("--size", type=number(*SIZES), default=64, help="side of the pictures in pixels")
+    parser.add_argument("-n", "--count", type=number_argument(1, 100_000_000), default=1000, help="rows in all")
+    parser.add_argument("--shards", type=number_argument(1, 100_000), default=1, help="files")
+    parser.add_argument("--seed", type=limit_argument("seed"), default=0)
+    parser.add_argument("--size", type=number_argument(*SIZES), default=64, help="side of the pictures in pixels")
     parser.add_argument(
         "--kind", choices=("train", "heldout"), default="train", help="heldout: combinations never in training"
     )
-    parser.add_argument("--start", type=number(0, 2**62), default=0, help="index of the first row")
+    parser.add_argument("--start", type=number_argument(0, 2**62), default=0, help="index of the first row")
     try:
         args = parser.parse_args(argv)
-        make(args.folder, args.count, args.shards, args.seed, args.size, args.kind == "heldout", args.start)
+        make_shards(args.folder, args.count, args.shards, args.seed, args.size, args.kind == "heldout", args.start)
     except ValueError as error:
         print(f"make_scenes: error: {error}", file=sys.stderr)
         return 2

@@ -12,16 +12,16 @@ from collections.abc import Iterator
 from typing import TextIO
 
 from unigen import hub
-from unigen.limits import argument as limited
-from unigen.limits import number
+from unigen.limits import limit_argument as limited
+from unigen.limits import number_argument
 from unigen.media.output import one_line_errors
-from unigen.models.tiny import SPECIALS, spelt
+from unigen.models.tiny import SPECIAL_TOKENS, normalize_text
 from unigen.tokenizers import text
-from unigen.utils.argparser import Parser
+from unigen.utils.argparser import OneLineParser
 from unigen.utils.disk import check_folder
 
 
-def sentences(path: str | None, count: int, seed: int) -> Iterator[str]:
+def read_sentences(path: str | None, count: int, seed: int) -> Iterator[str]:
     """Lines as the model reads them: lower case, each opening with a space."""
     if path is None:
         from unigen.toyworld.stories import text_corpus
@@ -33,7 +33,7 @@ def sentences(path: str | None, count: int, seed: int) -> Iterator[str]:
         except OSError as error:
             raise ValueError(f"cannot read {path}: {error.strerror}") from error
         lines = _lines(file)
-    return map(spelt, lines)
+    return map(normalize_text, lines)
 
 
 def _lines(file: TextIO) -> Iterator[str]:
@@ -49,19 +49,19 @@ def _lines(file: TextIO) -> Iterator[str]:
 
 @one_line_errors
 def main() -> int:
-    parser = Parser(description="Train a SentencePiece tokenizer and write it as a Hugging Face one.")
+    parser = OneLineParser(description="Train a SentencePiece tokenizer and write it as a Hugging Face one.")
     parser.add_argument("folder")
-    parser.add_argument("--vocab-size", type=number(1, 1_000_000), default=1024)
-    parser.add_argument("--sentences", type=number(1, 10_000_000), default=20_000)
+    parser.add_argument("--vocab-size", type=number_argument(1, 1_000_000), default=1024)
+    parser.add_argument("--sentences", type=number_argument(1, 10_000_000), default=20_000)
     parser.add_argument("--seed", type=limited("seed"), default=0)
     parser.add_argument("--text", metavar="FILE", help="one sentence a line, instead of the rendered world's")
     args = parser.parse_args()
     folder = check_folder(args.folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / "tokenizer.json").is_file():
         raise ValueError(f"{folder} is there and holds no tokenizer: choose another folder")
-    lines = sentences(args.text, args.sentences, args.seed)
+    lines = read_sentences(args.text, args.sentences, args.seed)
     with hub.replacing_folder(folder) as scratch:
-        text.train(lines, scratch, args.vocab_size, SPECIALS)
+        text.train_tokenizer(lines, scratch, args.vocab_size, SPECIAL_TOKENS)
     print(f"wrote {args.folder}")
     return 0
 

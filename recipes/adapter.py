@@ -29,20 +29,27 @@ from torch.nn.functional import binary_cross_entropy_with_logits as cross_entrop
 from torch.nn.utils.rnn import pad_sequence
 
 import unigen
-from unigen.backends.connector import AdaptedPipeline, Adapter, between, embed, load_adapter, pipe_of
-from unigen.backends.diffusers_engine import PipelineEngine
+from unigen.backends.connector import (
+    ConnectedDiffusersEngine,
+    Connector,
+    connector_config,
+    encode_prompt,
+    load_connector,
+    require_pipeline,
+)
+from unigen.backends.diffusers_engine import DiffusersEngine
 from unigen.config import OptimConfig, RunConfig
 from unigen.document import Document
-from unigen.media.output import grid
+from unigen.media.output import image_grid
 from unigen.toyworld import captions, scenes
-from unigen.training.trainer import Job
+from unigen.training.trainer import TrainSpec
 
 SIZE = 256
 """Of the rendered pictures in pixels."""
 
 
 @dataclass
-class AdapterRun(RunConfig):
+class ConnectorRunConfig(RunConfig):
     """lmm, generator: names or folders. pictures: share of the captions that are read as pictures. length: of a prompt
     at most, for pipelines that take any. width, layers, heads: of the adapter, which with `init_from` has to have them.
     """
@@ -56,8 +63,8 @@ class AdapterRun(RunConfig):
     heads: int = 8
 
 
-def config() -> AdapterRun:
-    return AdapterRun(
+def config() -> ConnectorRunConfig:
+    return ConnectorRunConfig(
         steps=20_000,
         batch_size=16,
         optim=OptimConfig(lr=3e-4, warmup=200, min_ratio=0.05),
@@ -69,12 +76,12 @@ def config() -> AdapterRun:
     )
 
 
-class Captions:
+class CaptionDataset:
     """What is read, and in which words it is told; endless, a function of the seed and the index."""
 
     def __init__(self, seed: int, pictures: float) -> None:
         self.seed, self.pictures = seed, pictures
-        self.world: scenes.World | None = None
+        self.world: scenes.SceneRenderer | None = None
 
     def __getitem__(self, index: int) -> tuple[Document, str]:
         rng = np.random.default_rng((self.seed, index))
@@ -83,11 +90,11 @@ class Captions:
         words = write(scene, rng)
         if rng.random() >= self.pictures:
             return Document.of(words), words
-        self.world = self.world or scenes.World(SIZE)
+        self.world = self.world or scenes.SceneRenderer(SIZE)
         return Document.of(Image.fromarray(self.world.render(scene).image)), words
 
 
-class Distillation(nn.Module):
+class ConnectorObjective(nn.Module):
     """Relative squared error of the adapter's embeddings, and of the pooled ones, where the pipeline's own count, and
     the cross entropy (nats) of which count, where that is not all of them."""
 
@@ -102,35 +109,39 @@ class Distillation(nn.Module):
     ) -> dict[str, tuple[Tensor, Tensor | int]]:
         free, length = adapter.config.free, adapter.config.length
         states = [self.lmm.states(document).float() for document, _ in batch]
-        told = [embed(self.pipe, words) for _, words in batch]
+        told = [encode_prompt(self.pipe, words) for _, words in batch]
         if not free and any(len(one.embeds_LW) != length for one in told):
             raise ValueError(f"this pipeline's prompts are not all of {length} embeddings: an adapter cannot tell them")
         embeds = [one.embeds_LW[:length] for one in told]
-        mask_BL = filled(embeds, length)
-        made_BLW, pooled_BP, counts_BL = adapter(pad_sequence(states, batch_first=True), filled(states))
-        losses: dict[str, tuple[Tensor, Tensor | int]] = {"embeds": relative(made_BLW[mask_BL], torch.cat(embeds))}
+        mask_BL = padding_mask(embeds, length)
+        made_BLW, pooled_BP, counts_BL = adapter(pad_sequence(states, batch_first=True), padding_mask(states))
+        losses: dict[str, tuple[Tensor, Tensor | int]] = {
+            "embeds": relative_squared_error(made_BLW[mask_BL], torch.cat(embeds))
+        }
         if pooled_BP is not None:
-            losses["pooled"] = relative(pooled_BP, torch.stack([one.pooled_P for one in told]))  # type: ignore[misc]
+            losses["pooled"] = relative_squared_error(pooled_BP, torch.stack([one.pooled_P for one in told]))  # type: ignore[misc]
         if counts_BL is not None:
             losses["counts"] = cross_entropy(counts_BL, mask_BL.float(), reduction="sum"), counts_BL.numel()
         return losses
 
 
-def filled(parts: list[Tensor], length: int | None = None) -> Tensor:
+def padding_mask(parts: list[Tensor], length: int | None = None) -> Tensor:
     """Where parts of several lengths (B, length) are not padding; length: None is the longest."""
     counts_B1 = torch.tensor([[len(part)] for part in parts], device=parts[0].device)
     return torch.arange(length or int(counts_B1.max()), device=parts[0].device) < counts_B1
 
 
-def relative(made: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+def relative_squared_error(made: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     return (made.float() - wanted.float()).square().sum(), wanted.float().square().sum()
 
 
-def start(cfg: AdapterRun, lmm: Any, pipe: Any) -> Adapter:
+def new_or_loaded_connector(cfg: ConnectorRunConfig, lmm: Any, pipe: Any) -> Connector:
     """The adapter that `init_from` names, or a new one of the models' widths."""
     if not cfg.init_from:
-        return Adapter(replace(between(lmm, pipe, cfg.length), width=cfg.width, layers=cfg.layers, heads=cfg.heads))
-    adapter = load_adapter(cfg.init_from)
+        return Connector(
+            replace(connector_config(lmm, pipe, cfg.length), width=cfg.width, layers=cfg.layers, heads=cfg.heads)
+        )
+    adapter = load_connector(cfg.init_from)
     has = adapter.config
     names = ("width", "layers", "heads", *(["length"] if has.free else []))
     if others := [f"{name}={getattr(has, name)}" for name in names if getattr(has, name) != getattr(cfg, name)]:
@@ -138,30 +149,30 @@ def start(cfg: AdapterRun, lmm: Any, pipe: Any) -> Adapter:
     return adapter
 
 
-def build(cfg: AdapterRun) -> Job:
+def build(cfg: ConnectorRunConfig) -> TrainSpec:
     if not cfg.lmm or not cfg.generator:
         raise ValueError("name both models: lmm=, one that reads, and generator=, a diffusers pipeline")
     if not 0 <= cfg.pictures <= 1:
         raise ValueError(f"pictures is a share from 0 to 1, not {cfg.pictures}")
     pair = unigen.load(device="cpu", lmm=cfg.lmm, generator=cfg.generator)  # the trainer takes them to its device
-    pipe, lmm = pipe_of(pair.painter), pair.lmm
+    pipe, lmm = require_pipeline(pair.painter), pair.lmm
     torch.manual_seed(cfg.seed)
-    adapter = start(cfg, lmm, pipe)
-    AdaptedPipeline(pipe, lmm, adapter)  # does it fit?
+    adapter = new_or_loaded_connector(cfg, lmm, pipe)
+    ConnectedDiffusersEngine(pipe, lmm, adapter)  # does it fit?
 
     def sample(model: nn.Module, step: int, folder: Path) -> None:
         """Held-out captions: above by the pipeline's own text encoder, below by the adapter."""
-        assert isinstance(model, Adapter)
-        words = [Captions(cfg.seed + 1, 0.0)[i][1] for i in range(4)]
-        painters = PipelineEngine(pipe), AdaptedPipeline(pipe, lmm, model)
+        assert isinstance(model, Connector)
+        words = [CaptionDataset(cfg.seed + 1, 0.0)[i][1] for i in range(4)]
+        painters = DiffusersEngine(pipe), ConnectedDiffusersEngine(pipe, lmm, model)
         drawn = [painter.generate(one, steps=20, seed=0) for painter in painters for one in words]
-        grid(drawn, 0, len(words)).save(folder / f"{step:06d}.png")
+        image_grid(drawn, 0, len(words)).save(folder / f"{step:06d}.png")
 
-    return Job(
+    return TrainSpec(
         model=adapter,
-        dataset=Captions(cfg.seed, cfg.pictures),
+        dataset=CaptionDataset(cfg.seed, cfg.pictures),
         collate=list,
-        objective=Distillation(lmm, pipe),
+        objective=ConnectorObjective(lmm, pipe),
         sample=sample,
         save=lambda model, folder: model.save(folder),  # type: ignore[operator]
     )

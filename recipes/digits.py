@@ -34,18 +34,18 @@ from unigen import generators
 from unigen.batch import Tokens
 from unigen.config import OptimConfig, RunConfig
 from unigen.data import digits
-from unigen.data.packing import Collate, PackedRows
+from unigen.data.packing import PackCollator, PackedDataset
 from unigen.document import Document, Segment
 from unigen.generators.flow import FlowConfig
 from unigen.inference.engine import Engine
-from unigen.media.output import grid
+from unigen.media.output import image_grid
 from unigen.model.unified import Template, UnifiedModel
 from unigen.models import load, tiny
-from unigen.tokenizers import load_tokenizer
-from unigen.training.generator_setup import new_heads, shares_of, text_tokenizer
+from unigen.tokenizers import load_image_tokenizer
+from unigen.training.generator_setup import load_or_train_text_tokenizer, new_generators, normalize_generator_weights
 from unigen.training.muon import MuonAdamW
-from unigen.training.objectives import Mixture
-from unigen.training.trainer import Job
+from unigen.training.objectives import MultiGeneratorLoss
+from unigen.training.trainer import TrainSpec
 
 INPUTS = {
     "image_tokenizer": "unigen train recipes/tiny_vq.py pictures=digits model.image_size=32 time_limit=120 "
@@ -84,27 +84,29 @@ def config() -> DigitsConfig:
     )
 
 
-class Documents:
+class DigitDocumentSampler:
     """A class and one of its pictures."""
 
     def __init__(self, template: Template, size: int, cfg: DigitsConfig) -> None:
         self.template, self.size, self.blind = template, size, cfg.blind
-        self.writers, self.shares = zip(*shares_of(cfg.writers).items(), strict=True)
+        self.writers, self.shares = zip(*normalize_generator_weights(cfg.writers).items(), strict=True)
         self.images, self.labels = digits.load(held_out=False)
 
     def __call__(self, rng: np.random.Generator) -> Tokens:
         i = int(rng.integers(len(self.labels)))
-        picture = Segment(image=digits.picture(self.images[i], self.size), role="assistant")
+        picture = Segment(image=digits.to_rgb_image(self.images[i], self.size), role="assistant")
         document = Document([Segment(label=int(self.labels[i])), picture])
         writer = self.writers[int(rng.choice(len(self.shares), p=self.shares))]
         return self.template.encode(document, blind=bool(rng.random() < self.blind), writer=writer)
 
 
 def new_model(cfg: DigitsConfig) -> UnifiedModel:
-    image_tokenizer = load_tokenizer(cfg.image_tokenizer)
+    image_tokenizer = load_image_tokenizer(cfg.image_tokenizer)
     classes = tuple(tiny.class_token(i) for i in range(len(digits.NAMES)))
-    lines = [tiny.spelt(name) for name in digits.NAMES] * 20
-    words = text_tokenizer(Path(cfg.run_dir) / "text_tokenizer", lines, 320, (*tiny.SPECIALS, *classes))
+    lines = [tiny.normalize_text(name) for name in digits.NAMES] * 20
+    words = load_or_train_text_tokenizer(
+        Path(cfg.run_dir) / "text_tokenizer", lines, 320, (*tiny.SPECIAL_TOKENS, *classes)
+    )
     shape = LlamaConfig(
         hidden_size=cfg.width,
         num_hidden_layers=cfg.layers,
@@ -114,23 +116,23 @@ def new_model(cfg: DigitsConfig) -> UnifiedModel:
         tie_word_embeddings=True,
     )
     torch.manual_seed(cfg.seed)
-    return tiny.create(shape, words, image_tokenizer, classes=digits.NAMES)
+    return tiny.build_from_config(shape, words, image_tokenizer, classes=digits.NAMES)
 
 
-def build(cfg: DigitsConfig) -> Job:
-    shares = shares_of(cfg.writers)
+def build(cfg: DigitsConfig) -> TrainSpec:
+    shares = normalize_generator_weights(cfg.writers)
     model = load(cfg.init_from) if cfg.init_from else new_model(cfg)
     torch.manual_seed(cfg.seed)
-    needed = {generators.find(name).own for name in shares if name not in model.heads}
+    needed = {generators.find_generator(name).own for name in shares if name not in model.heads}
     folders = {"multiscale": cfg.scale_tokenizer, "kl": cfg.kl_tokenizer}
     folders = {kind: folder for kind, folder in folders.items() if kind in needed}
-    model = tiny.teach(model, tuple(shares), new_heads(model, shares, folders, {"flow": cfg.flow}))
+    model = tiny.add_generators(model, tuple(shares), new_generators(model, shares, folders, {"flow": cfg.flow}))
     size = model.image_tokenizer.image_size
-    return Job(
+    return TrainSpec(
         model=model,
-        dataset=PackedRows(Documents(model.template, size, cfg), 256, cfg.seed),
-        collate=Collate(256, size),
-        objective=Mixture(model.generators, shares),
+        dataset=PackedDataset(DigitDocumentSampler(model.template, size, cfg), 256, cfg.seed),
+        collate=PackCollator(256, size),
+        objective=MultiGeneratorLoss(model.generators, shares),
         optimizer=lambda model, cfg: MuonAdamW(model, cfg.optim),
         sample=sample,
         save=lambda model, folder: model.save(folder),  # type: ignore[attr-defined]
@@ -145,5 +147,5 @@ def sample(model: nn.Module, step: int, folder: Path) -> None:
         engine.generate_batch(range(count), [0] * count, generator=name, guidance=2.0)
         for name in engine.info()["generators"]
     ]
-    sheet = grid([picture for row in rows for picture in row], 0, count)
+    sheet = image_grid([picture for row in rows for picture in row], 0, count)
     sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.NEAREST).save(folder / f"{step:06d}.png")

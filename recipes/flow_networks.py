@@ -35,33 +35,33 @@ from unigen.batch import Batch, Tokens, pack
 from unigen.config import OptimConfig, RunConfig, apply_overrides, write_report
 from unigen.document import Document, Segment
 from unigen.evaluation.runner import make_folder
-from unigen.evaluation.tasks.scenes import ScenesTask, score_pictures, summarise
-from unigen.generators.base import Span
+from unigen.evaluation.tasks.scenes import ScenesTask, score_pictures, summarize_scores
+from unigen.generators.base import SegmentSpec
 from unigen.generators.flow import Flow, FlowConfig
-from unigen.media.output import check_output, grid, save_picture
+from unigen.media.output import check_output, image_grid, save_image
 from unigen.media.pixels import to_images, to_pixels
 from unigen.model.unified import UnifiedModel
 from unigen.models import load, tiny
-from unigen.nn.denoisers import Kind, painter
+from unigen.nn.denoisers import DenoiserKind, build_denoiser
 from unigen.samplers.guidance import Guidance
-from unigen.samplers.logits import Sampling
-from unigen.tokenizers import load_tokenizer
-from unigen.toyworld.chats import Chats
+from unigen.samplers.logits import SamplingOptions
+from unigen.tokenizers import load_image_tokenizer
+from unigen.toyworld.chats import ChatSampler
 from unigen.toyworld.stories import text_corpus
-from unigen.toyworld.world import World
-from unigen.training.trainer import Job, Trainer
-from unigen.utils.argparser import Parser
+from unigen.toyworld.world import SceneRenderer
+from unigen.training.trainer import Trainer, TrainSpec
+from unigen.utils.argparser import OneLineParser
 from unigen.utils.disk import check_input
 from unigen.utils.precision import has_fast_bfloat16
 
 INPUTS = {"kl_tokenizer": "unigen train recipes/tiny_vq.py kind=kl run_dir=runs/kl"}
 """Folders that fields name, and the commands that make them."""
 
-LENGTH = 64  # positions of a document: a prompt up to the begin token
+SEQ_LEN = 64  # positions of a document: a prompt up to the begin token
 SENTINELS = 16  # ids after the text's, one for each span that is cut out
-AT_ONCE = 64  # documents
+ENCODE_BATCH_SIZE = 64  # documents
 HELD_OUT_SEED = 1_000_000
-ROWS = (
+VARIANTS = (
     ("unet", "backbone"),
     ("dit-adaln", "backbone"),
     ("dit-cross", "backbone"),
@@ -76,7 +76,7 @@ ROWS = (
 class NetworksConfig(RunConfig):
     model: str = "unigen-tiny"  # whose backbone and text tokenizer
     kl_tokenizer: str = "runs/kl/model"
-    network: Kind = "mm-dit"
+    network: DenoiserKind = "mm-dit"
     condition: Literal["backbone", "encoder"] = "backbone"
     examples: int = 8192  # pictures with their words, seen in turn
     gflops: float = 0.17  # of one evaluation for one picture
@@ -120,23 +120,27 @@ def config() -> NetworksConfig:
 # ---------------------------------------------------------------- equal FLOPs
 
 
-def flops(network: nn.Module, channels: int, side: int, context: int) -> float:
+def count_gflops(network: nn.Module, channels: int, side: int, context: int) -> float:
     """GFLOP of one evaluation for one picture: products, convolutions and attention."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    x, t, states = torch.zeros(1, channels, side, side), torch.zeros(1), torch.ones(1, LENGTH, context)
+    x, t, states = torch.zeros(1, channels, side, side), torch.zeros(1), torch.ones(1, SEQ_LEN, context)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         network(x, t, states)
     return counter.get_total_flops() / 1e9
 
 
-def sized(kind: Kind, gflops: float, layers: int, channels: int, side: int, context: int) -> FlowConfig:
+def config_for_flops(
+    kind: DenoiserKind, gflops: float, layers: int, channels: int, side: int, context: int
+) -> FlowConfig:
     """The network of this kind and depth whose evaluation costs nearest to `gflops`."""
 
     def cost(head_dim: int) -> float:
         shape = {"layers": layers, "heads": 4, "head_dim": head_dim}
-        return flops(painter(kind, channels=channels, side=side, context=context, **shape), channels, side, context)
+        return count_gflops(
+            build_denoiser(kind, channels=channels, side=side, context=context, **shape), channels, side, context
+        )
 
     step = 4 if kind == "unet" else 2  # its norms want widths that 16 divides
     low, high = 1, 2
@@ -146,13 +150,13 @@ def sized(kind: Kind, gflops: float, layers: int, channels: int, side: int, cont
         middle = (low + high) // 2
         low, high = (middle, high) if cost(step * middle) < gflops else (low, middle)
     best = min((low, high), key=lambda steps: abs(cost(step * steps) - gflops))
-    return FlowConfig(network=kind, layers=layers, heads=4, head_dim=step * best, context_length=LENGTH)
+    return FlowConfig(network=kind, layers=layers, heads=4, head_dim=step * best, context_length=SEQ_LEN)
 
 
 # ---------------------------------------------------------------- what tells the words
 
 
-class Condition(nn.Module):
+class ConditionEncoder(nn.Module):
     """The last states (B, L, D) of rows that hold one document each, of a frozen backbone or text encoder."""
 
     def __init__(self, cfg: NetworksConfig, told: str) -> None:
@@ -178,7 +182,7 @@ def template_of(model: UnifiedModel) -> Any:
     return tiny.ChatTemplate(model.text_tokenizer, {"flow": 0}, {"flow": tiny.BOI})
 
 
-def corrupted(ids: Sequence[int], first: int, end: int, rng: np.random.Generator) -> tuple[list[int], list[int]]:
+def span_corruption(ids: Sequence[int], first: int, end: int, rng: np.random.Generator) -> tuple[list[int], list[int]]:
     """T5's task: runs of about three ids, 15% of all, become sentinels first, first + 1, ..; and what they were."""
     read: list[int] = []
     wanted: list[int] = []
@@ -224,8 +228,10 @@ def text_encoder(cfg: NetworksConfig, model: UnifiedModel) -> nn.Module:
         lines = text_corpus(32 * cfg.encoder_steps, cfg.seed)
         for step in range(cfg.encoder_steps):
             optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, (step + 1) / 100) * (1 - step / cfg.encoder_steps)
-            chats = [template.prompt(Document([Segment(text=next(lines))])).ids[:LENGTH] for _ in range(32)]
-            pairs = [corrupted([*chat, template.begins["flow"]], first, tokenizer.eos_token_id, rng) for chat in chats]
+            chats = [template.prompt(Document([Segment(text=next(lines))])).ids[:SEQ_LEN] for _ in range(32)]
+            pairs = [
+                span_corruption([*chat, template.begins["flow"]], first, tokenizer.eos_token_id, rng) for chat in chats
+            ]
             read, wanted = (
                 nn.utils.rnn.pad_sequence([torch.tensor(pair[k]) for pair in pairs], True, fill)
                 for k, fill in enumerate((tokenizer.pad_token_id, -100))
@@ -251,17 +257,17 @@ def text_encoder(cfg: NetworksConfig, model: UnifiedModel) -> nn.Module:
 
 
 @torch.inference_mode()
-def pictured(template: Any, tokenizer: Any, seed: int, count: int, blind: float) -> list[Tokens]:
+def encode_examples(template: Any, tokenizer: Any, seed: int, count: int, blind: float) -> list[Tokens]:
     """Prompts with their pictures, given as latents; the text of a share of them is dropped."""
-    chats, rng = Chats(World(tokenizer.image_size)), np.random.default_rng(seed)
+    chats, rng = ChatSampler(SceneRenderer(tokenizer.image_size)), np.random.default_rng(seed)
     made: list[Tokens] = []
     while len(made) < count:
         document = Document(chats.draw(rng))
         tokens = template.encode(document, blind=bool(rng.random() < blind), writer="flow")
-        if len(tokens) <= LENGTH:
+        if len(tokens) <= SEQ_LEN:
             made.append(tokens)
-    for start in range(0, count, AT_ONCE):
-        some = made[start : start + AT_ONCE]
+    for start in range(0, count, ENCODE_BATCH_SIZE):
+        some = made[start : start + ENCODE_BATCH_SIZE]
         pictures = [picture for tokens in some for picture in tokens.images]
         latents_MZhw = tokenizer.encode(to_pixels(pictures, tokenizer.image_size))
         for tokens, latents_Zhw in zip(some, latents_MZhw, strict=True):
@@ -277,17 +283,17 @@ class ConditionedBatch:
     states_BLD: Tensor
 
 
-class Examples:
+class ConditionedDataset:
     """Documents with their states, without end, in an order drawn anew each time round: item i is a function of (seed,
     i)."""
 
-    def __init__(self, documents: Sequence[Tokens], condition: Condition, seed: int) -> None:
+    def __init__(self, documents: Sequence[Tokens], condition: ConditionEncoder, seed: int) -> None:
         self.documents, self.seed = documents, seed
         self.states: list[Tensor] = []
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bfloat16()):
-            for start in range(0, len(documents), AT_ONCE):
-                some = documents[start : start + AT_ONCE]
-                states_BLD = condition(pack([[tokens] for tokens in some], LENGTH, 0)).float()
+            for start in range(0, len(documents), ENCODE_BATCH_SIZE):
+                some = documents[start : start + ENCODE_BATCH_SIZE]
+                states_BLD = condition(pack([[tokens] for tokens in some], SEQ_LEN, 0)).float()
                 self.states += [row[: len(tokens)].clone() for row, tokens in zip(states_BLD, some, strict=True)]
 
     def __getitem__(self, index: int) -> tuple[Tokens, Tensor]:
@@ -297,50 +303,54 @@ class Examples:
 
 
 def collate(examples: Sequence[tuple[Tokens, Tensor]]) -> ConditionedBatch:
-    states = [nn.functional.pad(states_LD, (0, 0, 0, LENGTH - len(states_LD))) for _, states_LD in examples]
-    return ConditionedBatch(pack([[tokens] for tokens, _ in examples], LENGTH, 0), torch.stack(states))
+    states = [nn.functional.pad(states_LD, (0, 0, 0, SEQ_LEN - len(states_LD))) for _, states_LD in examples]
+    return ConditionedBatch(pack([[tokens] for tokens, _ in examples], SEQ_LEN, 0), torch.stack(states))
 
 
-def objective(flow: Flow, given: ConditionedBatch, rng: torch.Generator) -> dict[str, tuple[Tensor, int]]:
+def flow_objective(flow: Flow, given: ConditionedBatch, rng: torch.Generator) -> dict[str, tuple[Tensor, int]]:
     _, targets = flow.prepare(None, given.batch, given.states_BLD, rng)  # type: ignore[arg-type]
     costs_M = flow.loss(None, given.batch, given.states_BLD, targets)  # type: ignore[arg-type]
     return {"flow": (costs_M.sum(), len(costs_M))}
 
 
-def untrained(cfg: NetworksConfig, width: int) -> Flow:
+def new_flow(cfg: NetworksConfig, width: int) -> Flow:
     """width: of the states."""
-    tokenizer: Any = load_tokenizer(cfg.kl_tokenizer)
+    tokenizer: Any = load_image_tokenizer(cfg.kl_tokenizer)
     shape = tokenizer.latent_channels, tokenizer.grid[0], width
-    settings = sized(cfg.network, cfg.gflops, cfg.layers, *shape)
+    settings = config_for_flops(cfg.network, cfg.gflops, cfg.layers, *shape)
     torch.manual_seed(cfg.seed)
     return Flow(tokenizer, width, settings)
 
 
-def build(cfg: NetworksConfig) -> Job:
-    condition = Condition(cfg, cfg.condition)
-    flow = untrained(cfg, condition.width)
-    documents = pictured(template_of(condition.model), flow.tokenizer, cfg.seed, cfg.examples, cfg.blind)
-    return job_of(flow, Examples(documents, condition, cfg.seed))
+def build(cfg: NetworksConfig) -> TrainSpec:
+    condition = ConditionEncoder(cfg, cfg.condition)
+    flow = new_flow(cfg, condition.width)
+    documents = encode_examples(template_of(condition.model), flow.tokenizer, cfg.seed, cfg.examples, cfg.blind)
+    return make_train_spec(flow, ConditionedDataset(documents, condition, cfg.seed))
 
 
-def job_of(flow: Flow, examples: Examples) -> Job:
-    return Job(model=flow, dataset=examples, collate=collate, objective=objective)
+def make_train_spec(flow: Flow, examples: ConditionedDataset) -> TrainSpec:
+    return TrainSpec(model=flow, dataset=examples, collate=collate, objective=flow_objective)
 
 
 # ---------------------------------------------------------------- the table
 
 
 @torch.inference_mode()
-def draw(flow: Flow, condition: Condition, prompts: Sequence[str], seeds: Sequence[int], scale: float) -> list[Any]:
+def generate_images(
+    flow: Flow, condition: ConditionEncoder, prompts: Sequence[str], seeds: Sequence[int], scale: float
+) -> list[Any]:
     """A picture for each prompt, by the sampler of the flow."""
     template, size, guidance = template_of(condition.model), flow.tokenizer.image_size, Guidance.of(scale)
     blank = np.zeros((size, size, 3), dtype=np.uint8)
     chats = [Document([Segment(text=p), Segment(image=blank, role="assistant")]) for p in prompts]
     seen = []
     for blind in (False, True)[: guidance.branches]:
-        batch = pack([[template.encode(chat, writer="flow", blind=blind)] for chat in chats], LENGTH, size)
+        batch = pack([[template.encode(chat, writer="flow", blind=blind)] for chat in chats], SEQ_LEN, size)
         seen.append(flow.contexts(batch, condition(batch)))
-    states = [flow.start(Span(0, Sampling(), guidance, torch.Generator().manual_seed(seed))) for seed in seeds]
+    states = [
+        flow.start(SegmentSpec(0, SamplingOptions(), guidance, torch.Generator().manual_seed(seed))) for seed in seeds
+    ]
     branches = [list(pair) for pair in zip(*seen, strict=True)]
     while not states[0].done:
         flow.advance(None, states, branches)  # type: ignore[arg-type]
@@ -348,41 +358,46 @@ def draw(flow: Flow, condition: Condition, prompts: Sequence[str], seeds: Sequen
 
 
 @torch.inference_mode()
-def held_out_loss(flow: Flow, examples: Examples) -> float:
+def held_out_loss(flow: Flow, examples: ConditionedDataset) -> float:
     """The flow's loss on new pictures, with the same noise and times for every network."""
     total, count = 0.0, len(examples.documents)
-    for start in range(0, count, AT_ONCE):
-        batch = collate([examples[k] for k in range(start, min(count, start + AT_ONCE))])
-        total += float(objective(flow, batch, torch.Generator().manual_seed(start))["flow"][0])
+    for start in range(0, count, ENCODE_BATCH_SIZE):
+        batch = collate([examples[k] for k in range(start, min(count, start + ENCODE_BATCH_SIZE))])
+        total += float(flow_objective(flow, batch, torch.Generator().manual_seed(start))["flow"][0])
     return total / count
 
 
-def table(overrides: Sequence[str], out: str | None) -> list[dict[str, Any]]:
+def compare_networks(overrides: Sequence[str], out: str | None) -> list[dict[str, Any]]:
     """Trains and scores every row; the first is the baseline of all."""
     rows: list[dict[str, Any]] = []
     first: dict[str, float] = {}
     units = {"gflops": "GFLOP", "parameters": "M", "loss": "", "scenes": "share", "seconds": "s a step"}
     shared = apply_overrides(config(), overrides)
-    tokenizer: Any = load_tokenizer(shared.kl_tokenizer)
+    tokenizer: Any = load_image_tokenizer(shared.kl_tokenizer)
     # What is wrong with either is said before anything is rendered.
-    conditions = {told: Condition(shared, told) for told in dict.fromkeys(told for _, told in ROWS)}
+    conditions = {told: ConditionEncoder(shared, told) for told in dict.fromkeys(told for _, told in VARIANTS)}
     template = template_of(next(iter(conditions.values())).model)
-    documents = pictured(template, tokenizer, shared.seed, shared.examples, shared.blind)
-    new = pictured(template, tokenizer, HELD_OUT_SEED, min(512, shared.examples), 0.0)
-    seen: dict[str, tuple[Examples, Examples]] = {}
-    for network, told in ROWS:
+    documents = encode_examples(template, tokenizer, shared.seed, shared.examples, shared.blind)
+    new = encode_examples(template, tokenizer, HELD_OUT_SEED, min(512, shared.examples), 0.0)
+    seen: dict[str, tuple[ConditionedDataset, ConditionedDataset]] = {}
+    for network, told in VARIANTS:
         condition = conditions[told]
-        seen[told] = seen.get(told) or (Examples(documents, condition, shared.seed), Examples(new, condition, 0))
+        seen[told] = seen.get(told) or (
+            ConditionedDataset(documents, condition, shared.seed),
+            ConditionedDataset(new, condition, 0),
+        )
         with tempfile.TemporaryDirectory() as folder:
             own = [f"network={network}", f"condition={told}", f"run_dir={folder}/run"]
             cfg = apply_overrides(config(), [*overrides, *own])
-            flow = untrained(cfg, condition.width)
-            ended = Trainer(cfg, job_of(flow, seen[told][0])).run()
+            flow = new_flow(cfg, condition.width)
+            ended = Trainer(cfg, make_train_spec(flow, seen[told][0])).run()
             if not ended["finished"]:
                 raise ValueError("stopped by a signal: trainings that are cut short do not make a table")
         flow = flow.cpu().eval()
         figures = {"seconds": ended["seconds"] / ended["step"]}
-        figures["gflops"] = flops(flow.head, flow.tokenizer.latent_channels, flow.tokenizer.grid[0], condition.width)
+        figures["gflops"] = count_gflops(
+            flow.head, flow.tokenizer.latent_channels, flow.tokenizer.grid[0], condition.width
+        )
         figures["parameters"] = sum(p.numel() for p in flow.head.parameters()) / 1e6
         figures["loss"] = held_out_loss(flow, seen[told][1])
         task = ScenesTask(cfg.prompts, cfg.seed)
@@ -390,20 +405,20 @@ def table(overrides: Sequence[str], out: str | None) -> list[dict[str, Any]]:
         pictures: list[Any] = []
         for k in range(0, len(items), 30):
             asked = [str(item.prompt) for item in items[k : k + 30]]
-            pictures += draw(flow, condition, asked, range(k, k + len(asked)), cfg.guidance)
+            pictures += generate_images(flow, condition, asked, range(k, k + len(asked)), cfg.guidance)
         scores = score_pictures(task, items, [[picture] for picture in pictures])
-        figures["scenes"] = summarise(items, scores, cfg.seed).overall.overall
+        figures["scenes"] = summarize_scores(items, scores, cfg.seed).overall.overall
         first = first or figures
         name = f"{network}, {told}"
         print(f"{name:22}" + "".join(f"  {key} {figures[key]:.4g}" for key in units), flush=True)
         rows += [{"name": f"{name}: {k}", "value": figures[k], "unit": units[k], "baseline": first[k]} for k in units]
         if out:
-            save_picture(Path(out) / f"{network}-{told}.png", grid(pictures[::5], 0, 8))
+            save_image(Path(out) / f"{network}-{told}.png", image_grid(pictures[::5], 0, 8))
     return rows
 
 
 def main() -> int:
-    parser = Parser(description="Networks of a flow at equal FLOPs, trained alike and compared.")
+    parser = OneLineParser(description="Networks of a flow at equal FLOPs, trained alike and compared.")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--out", metavar="FOLDER", help="also write pictures of each")
     parser.add_argument("override", nargs="*", metavar="key=value", help="of the recipe, for all rows")
@@ -417,7 +432,7 @@ def main() -> int:
         if own := [given for given in options.override if given.startswith(("network=", "condition=", "run_dir="))]:
             raise ValueError(f"leave out {', '.join(own)}: every row has its own")
         check_input(apply_overrides(config(), options.override).kl_tokenizer, INPUTS["kl_tokenizer"], "kl_tokenizer=")
-        rows = table(options.override, options.out)
+        rows = compare_networks(options.override, options.out)
         if options.json:
             write_report(
                 options.json,

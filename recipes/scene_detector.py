@@ -31,22 +31,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unigen.config import OptimConfig, RunConfig
-from unigen.evaluation.detector import Detector, DetectorConfig, Targets, load_detector, loss_terms, save_detector
+from unigen.evaluation.detector import (
+    DetectorConfig,
+    DetectorTargets,
+    SceneDetector,
+    detector_losses,
+    load_detector,
+    save_detector,
+)
 from unigen.media.output import one_line_errors
 from unigen.toyworld import scenes
 from unigen.toyworld.world import find_font
-from unigen.training.trainer import Job
-from unigen.utils.argparser import Parser
+from unigen.training.trainer import TrainSpec
+from unigen.utils.argparser import OneLineParser
 from unigen.utils.disk import check_folder, check_input
 
-OBJECTS = tuple(scenes.OBJECTS)
+OBJECTS = tuple(scenes.OBJECT_EMOJI)
 COLORS = ("natural", *scenes.COLORS)
 BACKGROUNDS = tuple(scenes.BACKGROUNDS)
 MAX_OBJECTS = 6
 
 
 @dataclass
-class DetectorRun(RunConfig):
+class DetectorRunConfig(RunConfig):
     """`image_size` in pixels; the schedule follows `time_limit` where that is shorter than `steps`."""
 
     steps: int = 4000
@@ -62,37 +69,39 @@ class DetectorRun(RunConfig):
     image_size: int = 64
 
 
-def crowded(rng: np.random.Generator, size: int) -> scenes.Scene:
+def crowded_scene(rng: np.random.Generator, size: int) -> scenes.Scene:
     """0-6 objects anywhere, covering each other as they fall: what a model may draw and the world never does."""
     names = list(OBJECTS)
     few = list(rng.choice(len(names), size=2))
-    items: list[scenes.Item] = []
+    items: list[scenes.SceneObject] = []
     for _ in range(int(rng.integers(0, MAX_OBJECTS + 1))):
         name = names[few[int(rng.integers(2))]] if rng.random() < 0.5 else names[int(rng.integers(len(names)))]
-        tints = scenes.tints(name)
+        tints = scenes.allowed_colors(name)
         color = tints[int(rng.integers(len(tints)))] if rng.random() < 0.5 else None
         side, margin = rng.uniform(16, 40) * size / 64, 8 * size / 64
         x, y = rng.uniform(margin, size - margin, 2)
-        item = scenes.Item(name, color, float(x), float(y), float(side), float(rng.uniform(-14, 14)))
+        item = scenes.SceneObject(name, color, float(x), float(y), float(side), float(rng.uniform(-14, 14)))
         if all(max(abs(item.x - o.x), abs(item.y - o.y)) > 0.45 * max(side, o.size) for o in items):
             items.append(item)
     background = BACKGROUNDS[int(rng.integers(len(BACKGROUNDS)))]
     return scenes.Scene(tuple(items), background, size, bool(rng.random() < 0.3))
 
 
-class ScenePictures:
+class SceneDataset:
     """Endless; item i of a seed is always the same picture with its objects; 20% of the scenes are crowded or
     empty."""
 
     def __init__(self, seed: int, size: int) -> None:
         self.seed, self.size = seed, size
-        self.world: scenes.World | None = None
+        self.world: scenes.SceneRenderer | None = None
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if self.world is None:
-            self.world = scenes.World(self.size)
+            self.world = scenes.SceneRenderer(self.size)
         rng = np.random.default_rng((self.seed, index))
-        scene = crowded(rng, self.size) if rng.random() < 0.2 else scenes.sample_scene(rng, self.size, heldout=None)
+        scene = (
+            crowded_scene(rng, self.size) if rng.random() < 0.2 else scenes.sample_scene(rng, self.size, heldout=None)
+        )
         picture = self.world.render(scene)
         area = (picture.boxes[:, 2:] - picture.boxes[:, :2]).prod(1) if len(scene.items) else np.zeros(0)
         classes, colors = np.full(MAX_OBJECTS, -1), np.zeros(MAX_OBJECTS, int)
@@ -122,7 +131,7 @@ def _dct8() -> Tensor:
     return basis
 
 
-def coarse_dct(x_BCHW: Tensor, strength: Tensor) -> Tensor:
+def quantize_dct(x_BCHW: Tensor, strength: Tensor) -> Tensor:
     """8x8 cosine coefficients rounded to multiples of strength (B, 1, ...), coarser at high frequencies, as JPEG
     does."""
     b, c, h, w = x_BCHW.shape
@@ -153,7 +162,7 @@ def degrade(x_BCHW: Tensor, rng: torch.Generator) -> Tensor:
     side = int(size * (0.45 + 0.4 * float(draw(1))))
     small = F.interpolate(x_BCHW, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
     x_BCHW = some(0.25, F.interpolate(small, size=(size, size), mode="bicubic", align_corners=False))
-    x_BCHW = some(0.3, coarse_dct(x_BCHW, 0.05 + 0.35 * draw(b)))
+    x_BCHW = some(0.3, quantize_dct(x_BCHW, 0.05 + 0.35 * draw(b)))
     noise = torch.randn(x_BCHW.shape, generator=rng).to(x_BCHW)
     return some(0.4, x_BCHW + 0.12 * draw(b, 1, 1, 1) * noise).clamp(-1, 1)
 
@@ -194,31 +203,31 @@ class DetectorLoss:
         nothing = many + 2 * few
         classes[:nothing], background[:nothing] = -1, -1
         out = model(degrade(x, rng))
-        return dict(loss_terms(out, Targets(classes, batch["colors"], batch["boxes"], background)))
+        return dict(detector_losses(out, DetectorTargets(classes, batch["colors"], batch["boxes"], background)))
 
 
-def config() -> DetectorRun:
-    return DetectorRun()
+def config() -> DetectorRunConfig:
+    return DetectorRunConfig()
 
 
-def build(cfg: DetectorRun) -> Job:
+def build(cfg: DetectorRunConfig) -> TrainSpec:
     torch.manual_seed(cfg.seed)
     if cfg.init_from is not None:
         model = copy.deepcopy(load_detector(cfg.init_from)).requires_grad_(True).train()
     else:
-        model = Detector(DetectorConfig(OBJECTS, COLORS, BACKGROUNDS, image_size=cfg.image_size))
-    data = ScenePictures(cfg.seed, cfg.image_size)
-    return Job(model=model, dataset=data, collate=collate, objective=DetectorLoss(), save=save_detector)
+        model = SceneDetector(DetectorConfig(OBJECTS, COLORS, BACKGROUNDS, image_size=cfg.image_size))
+    data = SceneDataset(cfg.seed, cfg.image_size)
+    return TrainSpec(model=model, dataset=data, collate=collate, objective=DetectorLoss(), save=save_detector)
 
 
 # ---------------------------------------------------------------- calibration
 
 
 @torch.no_grad()
-def calibrate(model: Detector, seed: int = 1, pictures: int = 3000) -> None:
+def calibrate(model: SceneDetector, seed: int = 1, pictures: int = 3000) -> None:
     """Set the thresholds: of 0.1 .. 0.8 those that read most degraded scenes exactly (the middle of the best ones); for
     counting, most scenes with several objects of a kind, and never less than the other."""
-    data, rng = ScenePictures(seed, model.config.image_size), torch.Generator().manual_seed(seed)
+    data, rng = SceneDataset(seed, model.config.image_size), torch.Generator().manual_seed(seed)
     grid = torch.arange(0.1, 0.81, 0.02)
     right, several = torch.zeros(len(grid)), torch.zeros(len(grid))
     for start in range(0, pictures, 100):
@@ -239,7 +248,7 @@ def calibrate(model: Detector, seed: int = 1, pictures: int = 3000) -> None:
 
 @one_line_errors
 def main() -> int:
-    parser = Parser(description="Calibrate a trained detector's thresholds on rendered scenes.")
+    parser = OneLineParser(description="Calibrate a trained detector's thresholds on rendered scenes.")
     parser.add_argument("detector", help="the folder that a training run wrote, such as runs/judge/model")
     parser.add_argument("out", help="the folder to write the calibrated detector to")
     args = parser.parse_args()

@@ -69,32 +69,32 @@ from torch import nn
 
 from unigen.batch import Tokens
 from unigen.config import OptimConfig, RunConfig
-from unigen.data.packing import Collate, PackedRows
+from unigen.data.packing import PackCollator, PackedDataset
 from unigen.document import Document, Segment
 from unigen.generators.flow import FlowConfig
 from unigen.generators.token_flow import TokenFlowConfig
 from unigen.generators.transfusion import TransfusionConfig
 from unigen.inference.engine import Engine
-from unigen.media.output import grid
+from unigen.media.output import image_grid
 from unigen.media.pixels import to_images
 from unigen.model.unified import Template, UnifiedModel
 from unigen.models import load, tiny
-from unigen.tokenizers import load_tokenizer
-from unigen.toyworld.chats import MIXTURE, Chats
+from unigen.tokenizers import load_image_tokenizer
+from unigen.toyworld.chats import DEFAULT_KIND_WEIGHTS, ChatSampler
 from unigen.toyworld.stories import text_corpus
-from unigen.toyworld.world import World
-from unigen.training.generator_setup import new_heads, shares_of, text_tokenizer
+from unigen.toyworld.world import SceneRenderer
+from unigen.training.generator_setup import load_or_train_text_tokenizer, new_generators, normalize_generator_weights
 from unigen.training.muon import MuonAdamW
-from unigen.training.objectives import Mixture
+from unigen.training.objectives import MultiGeneratorLoss
 from unigen.training.preferences import (
-    CollateCompared,
-    ComparedRows,
+    DPOObjective,
+    PreferenceCollator,
     PreferenceConfig,
-    Preferences,
-    read_judged,
+    PreferenceDataset,
+    read_judged_answers,
     read_pairs,
 )
-from unigen.training.trainer import Job
+from unigen.training.trainer import TrainSpec
 
 INPUTS = {
     "image_tokenizer": "unigen train recipes/tiny_vq.py run_dir=runs/vq",
@@ -107,7 +107,7 @@ INPUTS = {
 }
 """Files and folders that fields name, and the commands that make them."""
 
-PROMPTS = (
+SAMPLE_PROMPTS = (
     "a horse",
     "a blue horse and a red dog",
     "two apples on a blue background",
@@ -120,7 +120,7 @@ PROMPTS = (
 
 
 @dataclass
-class Backbone:
+class BackboneConfig:
     hidden: int = 320
     layers: int = 6
     heads: int = 5
@@ -130,7 +130,7 @@ class Backbone:
 
 @dataclass
 class TinyConfig(RunConfig):
-    backbone: Backbone = field(default_factory=Backbone)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
     image_tokenizer: str = "runs/vq/model"
     scale_tokenizer: str | None = None  # folder of a multi-scale tokenizer, for next-scale
     kl_tokenizer: str | None = None  # folder of a KL tokenizer, for flow, transfusion and token-flow
@@ -145,7 +145,7 @@ class TinyConfig(RunConfig):
     """How pictures are written: the shares of generators among the documents that draw one, next-token's 1 where it is
     not given. A model learns those above 0, also ones that it could not write by before; where none is given, all that
     it writes by, alike."""
-    mixture: dict[str, float] = field(default_factory=lambda: dict(MIXTURE))  # shares of kinds of chats
+    mixture: dict[str, float] = field(default_factory=lambda: dict(DEFAULT_KIND_WEIGHTS))  # shares of kinds of chats
     blind: float = 0.1  # share of documents whose text is dropped
     learn_shown: bool = True  # also the pictures that the user shows: a caption says little of what is in their codes
     text_weight: float = 1.0
@@ -183,21 +183,21 @@ def config() -> TinyConfig:
     )
 
 
-class Documents:
+class ChatDocumentSampler:
     """Draws a document and lays it out as ids; made anew in each worker, since a font cannot travel."""
 
     def __init__(self, template: Template, tokenizer: Any, cfg: TinyConfig, shares: Mapping[str, float]) -> None:
         size = tokenizer.image_size
-        Chats(World(size), cfg.mixture)  # a missing font or a wrong mixture is said at once
-        self.answers = Answers(cfg.answers.split(","), tokenizer) if cfg.answers else None
+        ChatSampler(SceneRenderer(size), cfg.mixture)  # a missing font or a wrong mixture is said at once
+        self.answers = SelfDistillationSamples(cfg.answers.split(","), tokenizer) if cfg.answers else None
         self.answered = cfg.answered
         self.template, self.size, self.blind, self.learn_shown = template, size, cfg.blind, cfg.learn_shown
         self.mixture = cfg.mixture
         self.writers, self.shares = zip(*shares.items(), strict=True)
-        self.chats: Chats | None = None
+        self.chats: ChatSampler | None = None
 
     def __call__(self, rng: np.random.Generator) -> Tokens:
-        self.chats = self.chats or Chats(World(self.size), self.mixture)
+        self.chats = self.chats or ChatSampler(SceneRenderer(self.size), self.mixture)
         document, kind = self.chats(rng)
         draws = any(s.image is not None and s.role == "assistant" for s in document.segments)
         writer = self.writers[int(rng.choice(len(self.shares), p=self.shares))] if draws else self.template.reader
@@ -210,7 +210,7 @@ class Documents:
         return tokens
 
 
-class Answers:
+class SelfDistillationSamples:
     """Prompts in words, with pictures that next-token drew and a judge found right: what a teacher draws has fewer ways
     to go than the world has, and is easier to learn for those that write many codes at once (sequence-level
     distillation, Kim and Rush 2016, arXiv 1606.07947; Gu et al. 2018, arXiv 1711.02281). Learnt are the pictures, not
@@ -221,7 +221,7 @@ class Answers:
         right = [
             chat.segments
             for file in files
-            for judged in read_judged(file, tokenizer.grid, tokenizer.codebook_size)
+            for judged in read_judged_answers(file, tokenizer.grid, tokenizer.codebook_size)
             for chat in judged.right
         ]
         drawn = [segments for segments in right if [s.image is not None for s in segments] == [False, True]]
@@ -241,9 +241,11 @@ class Answers:
 def new_model(cfg: TinyConfig) -> UnifiedModel:
     from transformers import LlamaConfig
 
-    image_tokenizer = load_tokenizer(cfg.image_tokenizer)
-    lines = map(tiny.spelt, text_corpus(20_000, cfg.seed))
-    words = text_tokenizer(Path(cfg.run_dir) / "text_tokenizer", lines, cfg.text_pieces, tiny.SPECIALS)
+    image_tokenizer = load_image_tokenizer(cfg.image_tokenizer)
+    lines = map(tiny.normalize_text, text_corpus(20_000, cfg.seed))
+    words = load_or_train_text_tokenizer(
+        Path(cfg.run_dir) / "text_tokenizer", lines, cfg.text_pieces, tiny.SPECIAL_TOKENS
+    )
     shape = LlamaConfig(
         hidden_size=cfg.backbone.hidden,
         num_hidden_layers=cfg.backbone.layers,
@@ -253,16 +255,18 @@ def new_model(cfg: TinyConfig) -> UnifiedModel:
         tie_word_embeddings=True,
     )
     torch.manual_seed(cfg.seed)
-    return tiny.create(shape, words, image_tokenizer)
+    return tiny.build_from_config(shape, words, image_tokenizer)
 
 
-def build(cfg: TinyConfig) -> Job:
+def build(cfg: TinyConfig) -> TrainSpec:
     model = load(cfg.init_from) if cfg.init_from else new_model(cfg)
-    shares = shares_of({"next-token": 1.0} | (cfg.writers or dict.fromkeys(model.template.begins, 1.0)))
+    shares = normalize_generator_weights(
+        {"next-token": 1.0} | (cfg.writers or dict.fromkeys(model.template.begins, 1.0))
+    )
     torch.manual_seed(cfg.seed)
     folders = {"multiscale": cfg.scale_tokenizer, "kl": cfg.kl_tokenizer}
     settings = {"flow": cfg.flow, "transfusion": cfg.transfusion, "token-flow": cfg.token_flow}
-    model = tiny.teach(model, tuple(shares), new_heads(model, shares, folders, settings))
+    model = tiny.add_generators(model, tuple(shares), new_generators(model, shares, folders, settings))
     model.backbone.requires_grad_(not cfg.freeze)
     if cfg.mistakes and "next-scale" not in shares:
         raise ValueError("mistakes are for next-scale to mend: add writers.next-scale=1, or leave them out")
@@ -284,12 +288,14 @@ def build(cfg: TinyConfig) -> Job:
         for one in filter(None, (model, reference, before)):
             one.backbone.compile_packed()
     size = model.image_tokenizer.image_size
-    dataset: Any = PackedRows(Documents(model.template, model.image_tokenizer, cfg, shares), cfg.length, cfg.seed)
-    collate: Any = Collate(cfg.length, size)
+    dataset: Any = PackedDataset(
+        ChatDocumentSampler(model.template, model.image_tokenizer, cfg, shares), cfg.length, cfg.seed
+    )
+    collate: Any = PackCollator(cfg.length, size)
     weights = shares | {"text": cfg.text_weight}
     if cfg.freeze:
         weights = {name: weight for name, weight in weights.items() if name in model.heads}
-    objective: Any = Mixture(model.generators, weights, before)
+    objective: Any = MultiGeneratorLoss(model.generators, weights, before)
     if cfg.preferences.judged:
         assert reference is not None
         tokenizer: Any = model.image_tokenizer
@@ -301,23 +307,23 @@ def build(cfg: TinyConfig) -> Job:
             raise ValueError(
                 f"pictures by {', '.join(sorted(unable))} are not compared: judge those by {', '.join(sorted(able))}"
             )
-        dataset = ComparedRows(dataset, pairs, model.template.encode, cfg.length, cfg.preferences.rows)
-        collate = CollateCompared(collate, cfg.length, size)
-        objective = Preferences(objective, reference, cfg.preferences)
+        dataset = PreferenceDataset(dataset, pairs, model.template.encode, cfg.length, cfg.preferences.rows)
+        collate = PreferenceCollator(collate, cfg.length, size)
+        objective = DPOObjective(objective, reference, cfg.preferences)
         once = " or ".join(f"{len(rows) / cfg.preferences.rows:.0f}" for rows in dataset.pairs)
         print(f"{len(pairs)} pairs of answers: each is seen once in {once} rows of the mixture", flush=True)
-    return Job(
+    return TrainSpec(
         model=model,
         dataset=dataset,
         collate=collate,
         objective=objective,
         optimizer=(lambda model, cfg: MuonAdamW(model, cfg.optim)) if cfg.muon else None,
-        sample=sample,
+        sample=write_samples,
         save=lambda model, folder: model.save(folder),  # type: ignore[attr-defined]
     )
 
 
-def sample(model: nn.Module, step: int, folder: Path) -> None:
+def write_samples(model: nn.Module, step: int, folder: Path) -> None:
     """Guided pictures, one column a prompt, two rows a way of writing; and what the model says of the uppermost row."""
     assert isinstance(model, UnifiedModel)
     engine = Engine(model)
@@ -325,11 +331,11 @@ def sample(model: nn.Module, step: int, folder: Path) -> None:
     pictures = [
         picture
         for name, seed in rows
-        for picture in engine.generate_batch(PROMPTS, [seed] * len(PROMPTS), generator=name)
+        for picture in engine.generate_batch(SAMPLE_PROMPTS, [seed] * len(SAMPLE_PROMPTS), generator=name)
     ]
-    count, sheet = len(PROMPTS), grid(pictures, 0, len(PROMPTS))
+    count, sheet = len(SAMPLE_PROMPTS), image_grid(pictures, 0, len(SAMPLE_PROMPTS))
     sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.NEAREST).save(folder / f"{step:06d}.png")
     asked = [[picture, "describe this picture"] for picture in pictures[:count]]
     said = engine.generate_batch(asked, [0] * count, output="text", max_tokens=60)
-    lines = [f"{prompt} -> {answer}" for prompt, answer in zip(PROMPTS, said, strict=True)]
+    lines = [f"{prompt} -> {answer}" for prompt, answer in zip(SAMPLE_PROMPTS, said, strict=True)]
     (folder / f"{step:06d}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -41,20 +41,20 @@ from torch import Tensor, nn
 
 from unigen.config import OptimConfig, RunConfig, apply_overrides, write_report
 from unigen.data import digits
-from unigen.limits import argument as limited
-from unigen.limits import number
+from unigen.limits import limit_argument as limited
+from unigen.limits import number_argument
 from unigen.media.output import check_output
 from unigen.nn.conv import to_uint8
 from unigen.nn.perceptual import LPIPS
-from unigen.tokenizers import load_tokenizer, save_tokenizer
+from unigen.tokenizers import load_image_tokenizer, save_tokenizer
 from unigen.tokenizers.kl import KLConfig, KLTokenizer
 from unigen.tokenizers.measure import evaluate_scales, evaluate_tokenizer
 from unigen.tokenizers.multiscale_vq import MultiscaleQuantizer
 from unigen.tokenizers.vq import VQConfig, VQTokenizer
-from unigen.toyworld.scenes import World, sample_scene
-from unigen.training.trainer import Job, Trainer
+from unigen.toyworld.scenes import SceneRenderer, sample_scene
+from unigen.training.trainer import Trainer, TrainSpec
 from unigen.training.vq_objective import VQLossConfig, VQObjective, VQTraining
-from unigen.utils.argparser import Parser
+from unigen.utils.argparser import OneLineParser
 from unigen.utils.disk import check_input
 
 INPUTS = {
@@ -105,22 +105,22 @@ def config() -> VQRunConfig:
     )
 
 
-class Pictures:
+class SceneImages:
     """Endless pictures; item i, a function of (seed, i), is pixels (3, S, S) uint8 and objects (1, S, S) bool."""
 
     def __init__(self, seed: int, size: int = 64) -> None:
         self.seed, self.size = seed, size
-        self.world: World | None = None  # made where it is used: one a worker
-        World(size)  # a missing font is said at once
+        self.world: SceneRenderer | None = None  # made where it is used: one a worker
+        SceneRenderer(size)  # a missing font is said at once
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        self.world = self.world or World(self.size)
+        self.world = self.world or SceneRenderer(self.size)
         picture = self.world.render(sample_scene(np.random.default_rng([self.seed, i]), size=self.size))
         return torch.from_numpy(picture.image).permute(2, 0, 1), torch.from_numpy(picture.masks.any(0))[None]
 
 
-class DigitPictures:
-    """Endless handwritten digits of the training part; item i, a function of (seed, i), is as in `Pictures`."""
+class DigitImages:
+    """Endless handwritten digits of the training part; item i, a function of (seed, i), is as in `ImageGroups`."""
 
     def __init__(self, seed: int, size: int = 32, held_out: bool = False) -> None:
         self.seed, self.size = seed, size
@@ -128,20 +128,20 @@ class DigitPictures:
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         digit = self.images[np.random.default_rng([self.seed, i]).integers(len(self.images))]
-        image = torch.from_numpy(digits.picture(digit, self.size)).permute(2, 0, 1)
+        image = torch.from_numpy(digits.to_rgb_image(digit, self.size)).permute(2, 0, 1)
         return image, image[:1] > 64
 
 
-def pictures_of(kind: str, seed: int, size: int, held_out: bool = False) -> Any:
+def make_image_dataset(kind: str, seed: int, size: int, held_out: bool = False) -> Any:
     """Endless pictures of a kind; of the rendered world the seed alone says what is held out."""
     if kind == "digits":
-        return DigitPictures(seed, size, held_out)
-    return Pictures(seed + HELD_OUT_SEED * held_out, size)
+        return DigitImages(seed, size, held_out)
+    return SceneImages(seed + HELD_OUT_SEED * held_out, size)
 
 
-class DrawnPictures:
-    """Endless pictures of files of `data_tools/draw_again.py`; item i is as in `Pictures`, and codes (P,) that a model
-    drew for it, or in a share `true` of the items its own."""
+class GeneratedCodesDataset:
+    """Endless pictures of files of `data_tools/draw_again.py`; item i is as in `ImageGroups`, and codes (P,) that a
+    model drew for it, or in a share `true` of the items its own."""
 
     def __init__(self, files: Sequence[str], seed: int, true: float, tokenizer: Any) -> None:
         self.seed, self.true = seed, true
@@ -183,14 +183,14 @@ def feature_network(folder: str | None) -> Callable[[Tensor], list[Tensor]] | No
     return load_detector(folder).features
 
 
-def start(cfg: VQRunConfig) -> VQTokenizer | KLTokenizer:
+def new_or_loaded_tokenizer(cfg: VQRunConfig) -> VQTokenizer | KLTokenizer:
     """A new tokenizer, or the one of init_from to go on from."""
     if cfg.kind == "kl":
         if cfg.freeze_codes:
             raise ValueError("a kl tokenizer has no codes to freeze")
         if not cfg.init_from:
             return KLTokenizer(cfg.kl)
-        known = load_tokenizer(cfg.init_from)
+        known = load_image_tokenizer(cfg.init_from)
         if not isinstance(known, KLTokenizer) or known.settings != cfg.kl:
             raise ValueError(
                 f"init_from={cfg.init_from} is another network than kl.*: give its kl.*, or leave init_from out"
@@ -200,12 +200,12 @@ def start(cfg: VQRunConfig) -> VQTokenizer | KLTokenizer:
         raise ValueError("freeze_codes needs init_from=FOLDER, the tokenizer whose codes are kept")
     if not cfg.init_from:
         return VQTokenizer(cfg.model)
-    tokenizer = load_tokenizer(cfg.init_from)
+    tokenizer = load_image_tokenizer(cfg.init_from)
     if not isinstance(tokenizer, VQTokenizer):
         raise ValueError(f"init_from={cfg.init_from} is no vq tokenizer: add kind=kl")
     if tokenizer.settings != cfg.model:
         known, tokenizer = tokenizer, VQTokenizer(cfg.model)
-        if not take_over(known, tokenizer, cfg.freeze_codes):
+        if not copy_matching_weights(known, tokenizer, cfg.freeze_codes):
             may = "only model.decoder_* may differ" if cfg.freeze_codes else "only the quantizer may be another"
             raise ValueError(f"init_from={cfg.init_from} is another network than model.*; {may}")
     if cfg.freeze_codes:
@@ -213,7 +213,7 @@ def start(cfg: VQRunConfig) -> VQTokenizer | KLTokenizer:
     return tokenizer
 
 
-def take_over(known: VQTokenizer, tokenizer: VQTokenizer, freeze_codes: bool) -> bool:
+def copy_matching_weights(known: VQTokenizer, tokenizer: VQTokenizer, freeze_codes: bool) -> bool:
     """Give the tokenizer the weights of a known one; False where they do not fit. With frozen codes those are all but
     the decoder's; where the quantizer is another one, all but its own and those of the two layers beside it."""
     old, new = known.settings, tokenizer.settings
@@ -234,13 +234,13 @@ def take_over(known: VQTokenizer, tokenizer: VQTokenizer, freeze_codes: bool) ->
     return True
 
 
-def build(cfg: VQRunConfig) -> Job:
+def build(cfg: VQRunConfig) -> TrainSpec:
     torch.manual_seed(cfg.seed)
-    tokenizer = start(cfg)
+    tokenizer = new_or_loaded_tokenizer(cfg)
     lpips = LPIPS.from_file(cfg.lpips) if cfg.lpips else None
     size = tokenizer.image_size
-    drawn = DrawnPictures(cfg.drawn.split(","), cfg.seed, cfg.true, tokenizer) if cfg.drawn else None
-    held_out = pictures_of(cfg.pictures, 0, size, held_out=True)
+    drawn = GeneratedCodesDataset(cfg.drawn.split(","), cfg.seed, cfg.true, tokenizer) if cfg.drawn else None
+    held_out = make_image_dataset(cfg.pictures, 0, size, held_out=True)
     shown = collate([held_out[i] for i in range(24)])["pixels"]
 
     def sample(model: nn.Module, step: int, folder: Path) -> None:
@@ -250,9 +250,9 @@ def build(cfg: VQRunConfig) -> Job:
     def save(model: nn.Module, folder: Path) -> None:
         save_tokenizer(model.tokenizer, folder)
 
-    return Job(
+    return TrainSpec(
         model=VQTraining(tokenizer, gan=cfg.loss.gan > 0).to(memory_format=torch.channels_last),
-        dataset=drawn or pictures_of(cfg.pictures, cfg.seed, size),
+        dataset=drawn or make_image_dataset(cfg.pictures, cfg.seed, size),
         collate=collate,
         objective=VQObjective(cfg.loss, feature_network(cfg.features), lpips),
         sample=sample,
@@ -269,13 +269,13 @@ def save_grid(tokenizer: Any, x_BCHW: Tensor, path: Path, columns: int = 8, scal
     grid.resize((grid.width * scale, grid.height * scale), Image.Resampling.NEAREST).save(path)
 
 
-UNITS = {"psnr": "dB", "psnr_objects": "dB", "usage": "share", "perplexity": "codes", "dead": "codes"}
+METRIC_UNITS = {"psnr": "dB", "psnr_objects": "dB", "usage": "share", "perplexity": "codes", "dead": "codes"}
 
 
 def evaluate(folder: str | Path, count: int, grid: str | None = None, kind: str = "scenes") -> dict[str, float]:
     """The figures of the tokenizer saved in `folder` on `count` held-out pictures."""
-    tokenizer = load_tokenizer(folder)
-    pictures = pictures_of(kind, 1, tokenizer.image_size, held_out=True)
+    tokenizer = load_image_tokenizer(folder)
+    pictures = make_image_dataset(kind, 1, tokenizer.image_size, held_out=True)
     batch = collate([pictures[i] for i in range(count)])
     if grid:
         save_grid(tokenizer, batch["pixels"][:32], Path(grid))
@@ -287,7 +287,7 @@ def evaluate(folder: str | Path, count: int, grid: str | None = None, kind: str 
     return figures
 
 
-def ablate(steps: int, count: int, overrides: list[str]) -> list[dict[str, Any]]:
+def run_ablation(steps: int, count: int, overrides: list[str]) -> list[dict[str, Any]]:
     """Trains the recipe `steps` steps in each variant; one row a figure, `baseline` being the plain recipe's."""
     variants = {
         "vq": [],
@@ -311,18 +311,21 @@ def ablate(steps: int, count: int, overrides: list[str]) -> list[dict[str, Any]]
                 raise ValueError("stopped by a signal: trainings that are cut short do not make a table")
             figures = evaluate(Path(folder) / "run" / "model", count)
         baseline = baseline or figures
-        print(f"{name:20}" + "".join(f"  {key} {figures[key]:.3f}" for key in UNITS), flush=True)
-        for key, unit in UNITS.items():
+        print(f"{name:20}" + "".join(f"  {key} {figures[key]:.3f}" for key in METRIC_UNITS), flush=True)
+        for key, unit in METRIC_UNITS.items():
             rows.append({"name": f"{name}: {key}", "value": figures[key], "unit": unit, "baseline": baseline[key]})
     return rows
 
 
 def main() -> int:
-    parser = Parser(description="Measure image tokenizers on held-out pictures of the rendered world.")
+    parser = OneLineParser(description="Measure image tokenizers on held-out pictures of the rendered world.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--evaluate", metavar="FOLDER", help="a saved tokenizer")
     what.add_argument(
-        "--ablate", type=number(1, 100_000_000), metavar="STEPS", help="train every variant that long and compare"
+        "--ablate",
+        type=number_argument(1, 100_000_000),
+        metavar="STEPS",
+        help="train every variant that long and compare",
     )
     parser.add_argument("--count", type=limited("count"), default=1000, help="pictures (1000)")
     parser.add_argument("--pictures", choices=["scenes", "digits"], default="scenes", help="with --evaluate")
@@ -346,7 +349,7 @@ def main() -> int:
             check_input(options.evaluate, "unigen train recipes/tiny_vq.py run_dir=runs/vq", "--evaluate")
             figures = evaluate(options.evaluate, options.count, options.grid, options.pictures)
             rows: list[dict[str, Any]] = [
-                {"name": name, "value": value, "unit": UNITS.get(name.split()[-1], "")}
+                {"name": name, "value": value, "unit": METRIC_UNITS.get(name.split()[-1], "")}
                 for name, value in figures.items()
             ]
             for row in rows:
@@ -355,7 +358,7 @@ def main() -> int:
             for key, _, value in (override.partition("=") for override in options.override):
                 if key in INPUTS:
                     check_input(value, INPUTS[key], f"{key}=")
-            rows = ablate(options.ablate, options.count, options.override)
+            rows = run_ablation(options.ablate, options.count, options.override)
         if options.json:
             write_report(
                 options.json,

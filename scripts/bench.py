@@ -17,14 +17,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def benches() -> dict[str, str]:
+def find_benchmarks() -> dict[str, str]:
     """Name -> first line of the docstring, without importing anything."""
     files = sorted((ROOT / "scripts" / "benches").glob("[!_]*.py"))
     return {file.stem: (ast.get_docstring(ast.parse(file.read_text())) or "").split("\n")[0] for file in files}
 
 
 def main(args: list[str]) -> int:
-    found = benches()
+    found = find_benchmarks()
     if not args or args[0] in ("-h", "--help"):
         print("usage: python scripts/bench.py NAME ...\n")
         print("\n".join(f"  {name:<10} {line}" for name, line in found.items()))

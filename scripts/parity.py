@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 
-def families() -> list[str]:
+def family_names() -> list[str]:
     """Those that have a case."""
     return sorted(
         path.stem for path in (ROOT / "tests" / "parity").glob("*.py") if path.stem not in ("common", "test_parity")
@@ -29,21 +29,21 @@ def families() -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"of {', '.join(families())}; none is all")
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"of {', '.join(family_names())}; none is all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, too")
     parser.add_argument("--goldens", action="store_true", help="run the official code and store what it gives")
     args = parser.parse_args()
-    if unknown := set(args.families) - set(families()):
-        parser.error(f"no case for {', '.join(sorted(unknown))}: there are {', '.join(families())}")
+    if unknown := set(args.families) - set(family_names()):
+        parser.error(f"no case for {', '.join(sorted(unknown))}: there are {', '.join(family_names())}")
     from tests.parity import common
     from unigen.config import write_report
 
     found, started = [], time.monotonic()
     print(f"{'row':28} {'error':>9} {'control':>9}  {'':4}  against; control")
-    for name in args.families or families():
+    for name in args.families or family_names():
         case = importlib.import_module(f"tests.parity.{name}")
         if args.goldens:
-            folder = common.official(name)
+            folder = common.official_folder(name)
             if folder is None:
                 parser.error(f"set UNIGEN_REFERENCE_{name.upper()} to the folder of the official code")
             case.make_goldens(folder)

@@ -20,10 +20,10 @@ from typing import Any, TypeVar
 
 import unigen
 from unigen.commands.story import story_prompt
-from unigen.config import hardware
-from unigen.limits import argument as limited
-from unigen.media.output import check_output, figure, page, save_picture, story_body, write_text
-from unigen.utils.argparser import Parser
+from unigen.config import hardware_summary
+from unigen.limits import limit_argument as limited
+from unigen.media.output import check_output, html_figure, html_page, save_image, story_body, write_text
+from unigen.utils.argparser import OneLineParser
 
 T = TypeVar("T")
 
@@ -43,7 +43,7 @@ STORY = "a witch and her raven"
 REFERENCES = ("witch", "raven")
 
 
-class Maker:
+class PageBuilder:
     """Makes results one by one, timed, and collects the page's sections."""
 
     def __init__(self, engine: Any, folder: Path, model: str, seed: int) -> None:
@@ -72,7 +72,7 @@ class Maker:
 
     def keep(self, name: str, image: Any) -> None:
         self.pictures[name] = image
-        save_picture(Path(self.place(name)), image)
+        save_image(Path(self.place(name)), image)
 
     def section(self, title: str, note: str, body: str) -> None:
         note = f'<p class="note">{html.escape(note)}</p>\n' if note else ""
@@ -86,7 +86,7 @@ class Maker:
             self.keep(name, image)
             again = self.command("generate", prompt, "-o", self.place(name))
             cards.append(
-                figure(image, f"<b>{html.escape(prompt)}</b>seed {self.seed}, {seconds:.1f} s<br>{again}", prompt)
+                html_figure(image, f"<b>{html.escape(prompt)}</b>seed {self.seed}, {seconds:.1f} s<br>{again}", prompt)
             )
         self.section("Drawn from a sentence", "", f'<div class="row">{"".join(cards)}</div>')
 
@@ -102,9 +102,8 @@ class Maker:
                 f"<p><b>{html.escape(question)}</b> {html.escape(said)}<br>"
                 f"<span class=note>{seconds:.1f} s</span> {again}</p>"
             )
-        body = (
-            f'<div class="row top">{figure(image, alt=PROMPTS["apples"])}<div class="wide">{"".join(rows)}</div></div>'
-        )
+        figure = html_figure(image, alt=PROMPTS["apples"])
+        body = f'<div class="row top">{figure}<div class="wide">{"".join(rows)}</div></div>'
         self.section("Asked about a picture", "The model reads its own drawing again, from the pixels.", body)
 
     def edit(self) -> None:
@@ -113,8 +112,8 @@ class Maker:
         self.keep("edited", after)
         again = self.command("edit", self.place("sunflower"), EDIT, "-o", self.place("edited"))
         cards = [
-            figure(before, f"<b>before</b>{html.escape(PROMPTS['sunflower'])}", "before"),
-            figure(after, f"<b>after</b>seed {self.seed}, {seconds:.1f} s<br>{again}", "after"),
+            html_figure(before, f"<b>before</b>{html.escape(PROMPTS['sunflower'])}", "before"),
+            html_figure(after, f"<b>after</b>seed {self.seed}, {seconds:.1f} s<br>{again}", "after"),
         ]
         self.section("Edited", f"“{EDIT}”", f'<div class="row">{"".join(cards)}</div>')
 
@@ -127,7 +126,7 @@ class Maker:
         name = "story-of-these.html" if references else "story.html"
         again = self.command("story", STORY, *flags, "-o", str(self.folder / name))
         title = "A story about these two" if references else "A story"
-        shown = "".join(figure(self.pictures[name], f"<b>reference</b>{name}", name) for name in references)
+        shown = "".join(html_figure(self.pictures[name], f"<b>reference</b>{name}", name) for name in references)
         shown = f'<div class="row">{shown}</div>' if shown else ""
         body = f"{shown}{story_body(parts)}<p class=note>seed {self.seed}, {seconds:.1f} s {again}</p>"
         self.section(title, f"“{STORY}”", body)
@@ -139,14 +138,14 @@ def footer(args: argparse.Namespace, info: dict[str, Any]) -> str:
     draws = f" draws pictures of {size}x{size} pixels" if size else " ran"
     made = f"{args.model} ({info.get('backbone', info['family'])}){draws} on {device}"
     lines = [
-        f"{made}: {hardware()}, {date.today()}, seed {args.seed}.",
+        f"{made}: {hardware_summary()}, {date.today()}, seed {args.seed}.",
         "Another page: scripts/quickstart.sh --seed 2. All commands: unigen --help. More: README.md and docs/guide.md.",
     ]
     return f"<footer>{'<br>'.join(map(html.escape, lines))}</footer>"
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=(__doc__ or "").splitlines()[0])
+    parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="unigen-tiny")
     parser.add_argument("--folder", type=Path, default=Path("quickstart"))
     parser.add_argument("--seed", type=limited("seed"), default=1)
@@ -155,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
     args.folder.mkdir(parents=True, exist_ok=True)
     target = check_output(args.folder / "index.html", {".html": "HTML"})
-    maker = Maker(unigen.load(args.model), args.folder, args.model, args.seed)
+    maker = PageBuilder(unigen.load(args.model), args.folder, args.model, args.seed)
     print(f"{time.perf_counter() - start:6.1f} s  load {args.model}")
     maker.draw()
     maker.ask()
@@ -170,7 +169,9 @@ def main(argv: list[str] | None = None) -> None:
         f"{seconds:.0f} seconds. Each result stands beside the command that makes it again "
         "(after <code>source .venv/bin/activate</code>).</p>"
     )
-    write_text(target, page("unigen quickstart", "\n".join([head, *maker.sections, footer(args, maker.engine.info())])))
+    write_text(
+        target, html_page("unigen quickstart", "\n".join([head, *maker.sections, footer(args, maker.engine.info())]))
+    )
     print(f"\nLook at {target.resolve()}")
 
 

@@ -13,10 +13,10 @@ from unigen.config import load_json
 from unigen.media.output import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
-RUNS, PAGE = ROOT / "docs" / "runs", ROOT / "docs" / "results.md"
+RUNS_FOLDER, RESULTS_PAGE = ROOT / "docs" / "runs", ROOT / "docs" / "results.md"
 
 
-def cell(value: Any) -> str:
+def format_cell(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
@@ -24,15 +24,15 @@ def cell(value: Any) -> str:
             return f"{value:.1e}"
         return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"
     if isinstance(value, (list, tuple)):
-        return " to ".join(cell(v) for v in value)
+        return " to ".join(format_cell(v) for v in value)
     return str(value)
 
 
-def table(rows: list[dict[str, Any]]) -> list[str]:
+def markdown_table(rows: list[dict[str, Any]]) -> list[str]:
     """A Markdown table of the columns that any row fills."""
     columns = [k for k in dict.fromkeys(k for row in rows for k in row) if any(row.get(k) is not None for row in rows)]
     lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
-    lines += [" | ".join(cell(row.get(column)) for column in columns) for row in rows]
+    lines += [" | ".join(format_cell(row.get(column)) for column in columns) for row in rows]
     return [f"| {line} |" for line in lines]
 
 
@@ -49,33 +49,33 @@ def section(title: str, run: dict[str, Any]) -> list[str]:
         "",
     ]
     if run.get("overall") is not None:
-        lines += [f"Overall **{cell(run['overall'])}**", ""]
+        lines += [f"Overall **{format_cell(run['overall'])}**", ""]
     rows = run.get("rows") or []
     if rows and all(": " in row["name"] for row in rows):  # each figure of each variant: a line a variant
         variants: dict[str, dict[str, Any]] = {}
         for row in rows:
             name, _, figure = row["name"].partition(": ")
             variants.setdefault(name, {"name": name})[figure] = row["value"]
-        return [*lines, *table(list(variants.values())), ""]
+        return [*lines, *markdown_table(list(variants.values())), ""]
     if run.get("tasks"):
-        lines += [*table([run["tasks"]]), ""]
+        lines += [*markdown_table([run["tasks"]]), ""]
     if rows:
-        lines += [*table(rows), ""]
+        lines += [*markdown_table(rows), ""]
     return lines
 
 
 def main() -> int:
-    files = sorted(RUNS.glob("*.json"))
+    files = sorted(RUNS_FOLDER.glob("*.json"))
     if not files:
-        print(f"results: error: {RUNS} holds no runs; store what --json FILE writes there", file=sys.stderr)
+        print(f"results: error: {RUNS_FOLDER} holds no runs; store what --json FILE writes there", file=sys.stderr)
         return 2
     lines = ["# Results", "", "Written by `python scripts/results.py` from the runs in `docs/runs`.", ""]
     for file in files:
         lines += section(file.stem.replace("-", " "), load_json(file))
         if (picture := file.with_suffix(".png")).exists():
-            lines += [f"![{file.stem}]({picture.relative_to(PAGE.parent)})", ""]
-    write_text(PAGE, "\n".join(lines).rstrip() + "\n")
-    print(PAGE.relative_to(ROOT))
+            lines += [f"![{file.stem}]({picture.relative_to(RESULTS_PAGE.parent)})", ""]
+    write_text(RESULTS_PAGE, "\n".join(lines).rstrip() + "\n")
+    print(RESULTS_PAGE.relative_to(ROOT))
     return 0
 
 

@@ -17,11 +17,11 @@ from unigen import hub
 from unigen.media.output import one_line_errors
 from unigen.models import load
 
-LIMIT = 40_000_000
+MAX_ASSET_BYTES = 40_000_000
 """Bytes that all shipped weights together may have."""
 
 
-def weight(folder: str) -> int:
+def asset_bytes(folder: str) -> int:
     return sum(file.stat().st_size for file in (hub.ASSETS / folder).rglob("*.safetensors"))
 
 
@@ -40,15 +40,15 @@ def main() -> int:
             raise ValueError(f"--without {name}: {args.folder} has no such generator with weights; it has {able}")
         del model.heads[name], model.generators[name], model.template.begins[name]
         model.sampling.pop(name, None)
-    others = sum(weight(folder.name) for folder in hub.ASSETS.iterdir() if folder.is_dir() and folder != target)
+    others = sum(asset_bytes(folder.name) for folder in hub.ASSETS.iterdir() if folder.is_dir() and folder != target)
     total = others + 2 * sum(p.numel() for p in model.parameters())
-    if total > LIMIT:
-        raise ValueError(f"the shipped weights would have {total / 1e6:.1f} MB, more than {LIMIT / 1e6:.0f}")
+    if total > MAX_ASSET_BYTES:
+        raise ValueError(f"the shipped weights would have {total / 1e6:.1f} MB, more than {MAX_ASSET_BYTES / 1e6:.0f}")
     card = (target / "README.md").read_text() if (target / "README.md").exists() else None
     model.save(target, dtype=torch.bfloat16)
     if card is not None:
         (target / "README.md").write_text(card)
-    print(f"{target}: {weight(args.name) / 1e6:.1f} MB of weights, {total / 1e6:.1f} MB with all that is shipped")
+    print(f"{target}: {asset_bytes(args.name) / 1e6:.1f} MB of weights, {total / 1e6:.1f} MB with all that is shipped")
     return 0
 
 

@@ -27,20 +27,20 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from unigen.config import write_report  # noqa: E402
-from unigen.limits import argument as limited  # noqa: E402
-from unigen.limits import number  # noqa: E402
+from unigen.limits import limit_argument as limited  # noqa: E402
+from unigen.limits import number_argument  # noqa: E402
 from unigen.media.output import one_line_errors  # noqa: E402
-from unigen.utils.argparser import Parser  # noqa: E402
+from unigen.utils.argparser import OneLineParser  # noqa: E402
 
-THINGS = ("two apples on a blue background", "a red car", "three penguins", "a rose left of a house")
-LEAVING, WRONG = 0.1, 0.05
-GROWTH = 0.05
+PROMPTS = ("two apples on a blue background", "a red car", "three penguins", "a rose left of a house")
+DISCONNECT_SHARE, MALFORMED_SHARE = 0.1, 0.05
+MAX_MEMORY_GROWTH = 0.05
 
 
-def kinds(model: str, picture: str) -> dict[str, tuple[str, dict[str, Any]]]:
+def make_requests(model: str, picture: str) -> dict[str, tuple[str, dict[str, Any]]]:
     """Name -> (path, body) of what is asked; all of it is seeded."""
     asked: dict[str, tuple[str, dict[str, Any]]] = {}
-    for i, thing in enumerate(THINGS):
+    for i, thing in enumerate(PROMPTS):
         for generator in ("next-token", "masked", "next-scale"):
             body = {"model": model, "prompt": thing, "seed": i, "generator": generator, "n": 1 + i % 2}
             asked[f"{generator} {thing}"] = ("/v1/images/generations", body)
@@ -56,7 +56,7 @@ def kinds(model: str, picture: str) -> dict[str, tuple[str, dict[str, Any]]]:
     return asked
 
 
-def malformed(rng: random.Random, path: str, body: dict[str, Any]) -> dict[str, Any]:
+def malform(rng: random.Random, path: str, body: dict[str, Any]) -> dict[str, Any]:
     """The body with one thing wrong."""
     wrong: list[dict[str, Any]] = [{"n": 0}, {"seed": "x"}, {"banana": 1}, {"model": "nobody"}, {"temperature": -1}]
     wrong += [{"guidance": "much"}, {"steps": 0}, {"size": "huge"}, {"generator": "crayon"}, {"top_p": 7}]
@@ -66,7 +66,7 @@ def malformed(rng: random.Random, path: str, body: dict[str, Any]) -> dict[str, 
     return bad
 
 
-def told(text: str, stream: bool) -> Any:
+def comparable_answer(text: str, stream: bool) -> Any:
     """What an answer says, without what is new each time: its id and the time."""
     if not stream:
         data = json.loads(text)
@@ -82,7 +82,7 @@ def told(text: str, stream: bool) -> Any:
     return text_of, pictures
 
 
-def memory(port: int) -> int:
+def server_memory(port: int) -> int:
     """Bytes that the process that listens there and its children hold; 0 where this cannot be known."""
     try:
         listed = subprocess.run(["ps", "-ww", "-eo", "pid=,ppid=,rss=,args="], capture_output=True, text=True).stdout
@@ -93,7 +93,7 @@ def memory(port: int) -> int:
     return sum(1024 * int(row[2]) for row in rows if row[0] in first or row[1] in first)
 
 
-async def soak(options: argparse.Namespace) -> dict[str, Any]:
+async def run_stress_test(options: argparse.Namespace) -> dict[str, Any]:
     import httpx
 
     url = f"http://{options.host}:{options.port}"
@@ -104,13 +104,13 @@ async def soak(options: argparse.Namespace) -> dict[str, Any]:
             model = (await client.get("/v1/models")).json()["data"][0]["id"]
         except (httpx.HTTPError, KeyError, ValueError):
             raise ValueError(f"no unigen serve answers at {url}: start one") from None
-        first = await client.post("/v1/images/generations", json={"prompt": THINGS[0], "seed": 3})
-        asked = kinds(model, first.json()["data"][0]["b64_json"])
+        first = await client.post("/v1/images/generations", json={"prompt": PROMPTS[0], "seed": 3})
+        asked = make_requests(model, first.json()["data"][0]["b64_json"])
         alone = {}
         for name, (path, body) in asked.items():
             answer = await client.post(path, json=body)
             answer.raise_for_status()
-            alone[name] = told(answer.text, body.get("stream", False))
+            alone[name] = comparable_answer(answer.text, body.get("stream", False))
         start, end = time.monotonic(), time.monotonic() + 60 * options.minutes
         left = options.requests
 
@@ -121,13 +121,13 @@ async def soak(options: argparse.Namespace) -> dict[str, Any]:
                 name, (path, body) = rng.choice(list(asked.items()))
                 lot = rng.random()
                 try:
-                    if lot < WRONG:
-                        status = (await client.post(path, json=malformed(rng, path, body))).status_code
+                    if lot < MALFORMED_SHARE:
+                        status = (await client.post(path, json=malform(rng, path, body))).status_code
                         counts["malformed"] += 1
                         if not 400 <= status < 500:
                             wrong.append(f"malformed {name}: {status}")
                         continue
-                    if lot < WRONG + LEAVING:
+                    if lot < MALFORMED_SHARE + DISCONNECT_SHARE:
                         counts["left"] += 1
                         await client.post(path, json=body, timeout=rng.random())
                         continue
@@ -142,13 +142,13 @@ async def soak(options: argparse.Namespace) -> dict[str, Any]:
                     await asyncio.sleep(float(answer.headers["retry-after"]))
                 elif answer.status_code != 200:
                     wrong.append(f"{name}: {answer.status_code} {answer.text[:200]}")
-                elif told(answer.text, body.get("stream", False)) != alone[name]:
+                elif comparable_answer(answer.text, body.get("stream", False)) != alone[name]:
                     wrong.append(f"{name}: another answer than alone")
 
         async def watch() -> None:
             while True:
                 await asyncio.sleep(2)
-                sizes.append((time.monotonic() - start, await asyncio.to_thread(memory, options.port)))
+                sizes.append((time.monotonic() - start, await asyncio.to_thread(server_memory, options.port)))
 
         watching = asyncio.create_task(watch())
         await asyncio.gather(*[one() for _ in range(options.clients)])
@@ -163,7 +163,7 @@ async def soak(options: argparse.Namespace) -> dict[str, Any]:
     quarters = [[size for at, size in sizes if q / 4 <= at / seconds < (q + 1) / 4] or [1] for q in range(4)]
     held_in = [statistics.median(quarter) for quarter in quarters]
     growth = held_in[3] / held_in[2] - 1
-    if growth > GROWTH:
+    if growth > MAX_MEMORY_GROWTH:
         wrong.append(f"memory grew by {growth:.1%} in the last quarter")
     done = options.requests - left
     return {
@@ -178,16 +178,16 @@ async def soak(options: argparse.Namespace) -> dict[str, Any]:
 
 @one_line_errors
 def main() -> int:
-    parser = Parser(description=(__doc__ or "").split("\n")[0])
+    parser = OneLineParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=number(1, 65_535), default=8000)
-    parser.add_argument("--requests", type=number(1, 1_000_000), default=2000)
-    parser.add_argument("--clients", type=number(1, 10_000), default=32)
-    parser.add_argument("--minutes", type=number(0, 100_000, whole=False, above=True), default=30)
+    parser.add_argument("--port", type=number_argument(1, 65_535), default=8000)
+    parser.add_argument("--requests", type=number_argument(1, 1_000_000), default=2000)
+    parser.add_argument("--clients", type=number_argument(1, 10_000), default=32)
+    parser.add_argument("--minutes", type=number_argument(0, 100_000, whole=False, above=True), default=30)
     parser.add_argument("--seed", type=limited("seed"), default=0)
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
-    found = asyncio.run(soak(options))
+    found = asyncio.run(run_stress_test(options))
     counts = ", ".join(f"{count} {name}" for name, count in sorted(found["counts"].items()))
     print(f"{found['requests']} requests of {options.clients} clients in {found['seconds']:.0f} s: {counts}")
     print(f"memory by quarters {found['mb']} MB, {found['growth']:+.1%} in the last; wrong: {len(found['wrong'])}")

@@ -16,16 +16,16 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from unigen.limits import number  # noqa: E402
+from unigen.limits import number_argument  # noqa: E402
 from unigen.media.output import one_line_errors, write_atomically  # noqa: E402
-from unigen.utils.argparser import Parser  # noqa: E402
+from unigen.utils.argparser import OneLineParser  # noqa: E402
 
 
 @one_line_errors
 def main() -> int:
-    parser = Parser(description=(__doc__ or "").split("\n")[0])
+    parser = OneLineParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=number(1, 65_535), default=8000)
+    parser.add_argument("--port", type=number_argument(1, 65_535), default=8000)
     parser.add_argument("--folder", default="talk", help="where pictures are saved (default: %(default)s)")
     options = parser.parse_args()
     import openai

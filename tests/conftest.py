@@ -59,7 +59,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import LlamaConfig
 
     from unigen import generators
-    from unigen.generators.base import Frame
+    from unigen.generators.base import BuildContext
     from unigen.models import tiny
     from unigen.tokenizers import text
     from unigen.tokenizers.kl import KLConfig, KLTokenizer
@@ -69,7 +69,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     words = "a the blue red horse dog apple apples two three on background how many story about witch and raven".split()
     lines = [" " + " ".join(words[i:] + words[:i]) for i in range(len(words))] * 4
-    text.train(lines, folder / "text", 312, tiny.SPECIALS)
+    text.train_tokenizer(lines, folder / "text", 312, tiny.SPECIAL_TOKENS)
     small: dict[str, Any] = {"image_size": 16, "codes": 32, "channels": 16, "decoder_channels": 16, "wide": 16}
     small |= {"encoder_blocks": (1, 1), "decoder_blocks": (1, 1)}
     image_tokenizer = VQTokenizer(VQConfig(**small))
@@ -90,12 +90,12 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "token-flow": {"width": 32},
     }
     heads = [
-        tiny.new_generator(name, Frame((2, 2), 0, config.hidden_size, own[kind], settings.get(name, {})))
-        for name in generators.names()
-        if (kind := generators.find(name).own)
+        tiny.build_generator(name, BuildContext((2, 2), 0, config.hidden_size, own[kind], settings.get(name, {})))
+        for name in generators.generator_names()
+        if (kind := generators.find_generator(name).own)
     ]
-    writers = ("next-token", *generators.names())
-    model = tiny.create(config, text.load(folder / "text"), image_tokenizer, writers, heads)
+    writers = ("next-token", *generators.generator_names())
+    model = tiny.build_from_config(config, text.load(folder / "text"), image_tokenizer, writers, heads)
     model.save(folder / "model")
     return folder / "model"
 
@@ -115,7 +115,7 @@ def engine(tiny_folder: Path) -> Any:
     return engine
 
 
-def autoencoder() -> Any:
+def make_vae() -> Any:
     from diffusers import AutoencoderKL
 
     halves = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
@@ -123,7 +123,7 @@ def autoencoder() -> Any:
 
 
 @pytest.fixture(scope="session")
-def words_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stable_diffusion_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Stable Diffusion of random weights."""
     import torch
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -142,7 +142,7 @@ def words_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cross_attention_dim=32,
     )  # fmt: skip
     pipe = StableDiffusionPipeline(
-        vae=autoencoder(), text_encoder=CLIPTextModel(CLIPTextConfig(**size, **ids, vocab_size=62)), unet=unet,
+        vae=make_vae(), text_encoder=CLIPTextModel(CLIPTextConfig(**size, **ids, vocab_size=62)), unet=unet,
         tokenizer=tokenizer, scheduler=DDIMScheduler(clip_sample=False, steps_offset=1), safety_checker=None,
         feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
@@ -152,7 +152,7 @@ def words_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def classes_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A DiT of random weights."""
     import torch
     from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
@@ -164,7 +164,7 @@ def classes_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     names = {str(n): f"thing {n}" for n in range(10)}
     folder = tmp_path_factory.mktemp("classes")
-    DiTPipeline(transformer, autoencoder(), DDIMScheduler()).save_pretrained(folder)
+    DiTPipeline(transformer, make_vae(), DDIMScheduler()).save_pretrained(folder)
     index = folder / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"id2label": names}))  # as the public one has them
     return folder
@@ -180,7 +180,7 @@ def janus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def causal_lm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A language model of transformers with a chat template, which sees nothing."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Tokenizer

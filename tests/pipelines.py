@@ -13,20 +13,20 @@ import torch
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz,."
 TEXTS = ["a red dog on a blue hill, a witch and her raven in the snow"] * 4
-MADE: dict[str, Callable[[], Any]] = {}
+PIPELINES: dict[str, Callable[[], Any]] = {}
 
 
-def pipeline(function: Callable[[], Any]) -> Callable[[], Any]:
+def register(function: Callable[[], Any]) -> Callable[[], Any]:
     """Register a function under the name of the class that it makes."""
-    MADE[function.__name__] = function
+    PIPELINES[function.__name__] = function
     return function
 
 
-def make(name: str) -> Any:
+def make_pipeline(name: str) -> Any:
     """A pipeline of this class; the same weights each time, none of them 0: networks begin with heads of zeros, which
     would hear neither words nor guidance."""
     torch.manual_seed(0)
-    pipe = MADE[name]()
+    pipe = PIPELINES[name]()
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             for weight in part.eval().parameters():
@@ -47,7 +47,7 @@ def clip_tokenizer() -> Any:
     return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77)
 
 
-def clip(projection: bool = False) -> Any:
+def make_clip(projection: bool = False) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
@@ -76,7 +76,7 @@ def byte_tokenizer() -> Any:
     return tokenizer
 
 
-def t5() -> Any:
+def make_t5() -> Any:
     from transformers import T5Config, T5EncoderModel
 
     return T5EncoderModel(
@@ -84,7 +84,7 @@ def t5() -> Any:
     )
 
 
-def causal(kind: str) -> Any:
+def make_causal_lm(kind: str) -> Any:
     """A language model of transformers by the name of its class, such as Gemma2Model."""
     import transformers
 
@@ -115,7 +115,7 @@ def qwen_vl() -> Any:
     )  # fmt: skip
 
 
-def kl(channels: int = 4, blocks: int = 2, **more: Any) -> Any:
+def make_vae(channels: int = 4, blocks: int = 2, **more: Any) -> Any:
     """An image autoencoder that scales by 2 a block but the first."""
     from diffusers import AutoencoderKL
 
@@ -125,11 +125,13 @@ def kl(channels: int = 4, blocks: int = 2, **more: Any) -> Any:
     )  # fmt: skip
 
 
-def flow_kl(channels: int = 4, blocks: int = 2) -> Any:
-    return kl(channels, blocks, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06, scaling_factor=1.5)
+def make_flow_vae(channels: int = 4, blocks: int = 2) -> Any:
+    return make_vae(
+        channels, blocks, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06, scaling_factor=1.5
+    )
 
 
-def unet(cross: int = 32, channels: int = 4, **more: Any) -> Any:
+def make_unet(cross: int = 32, channels: int = 4, **more: Any) -> Any:
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
@@ -139,13 +141,13 @@ def unet(cross: int = 32, channels: int = 4, **more: Any) -> Any:
     )  # fmt: skip
 
 
-def ddim() -> Any:
+def make_ddim_scheduler() -> Any:
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(clip_sample=False, steps_offset=1)
 
 
-def flow(**more: Any) -> Any:
+def make_flow_scheduler(**more: Any) -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     return FlowMatchEulerDiscreteScheduler(**more)
@@ -158,58 +160,58 @@ def _stable(kind: str, channels: int = 4, **more: Any) -> Any:
     import diffusers
 
     return getattr(diffusers, kind)(
-        vae=kl(), text_encoder=clip(), tokenizer=clip_tokenizer(), unet=unet(channels=channels, **more),
-        scheduler=ddim(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        vae=make_vae(), text_encoder=make_clip(), tokenizer=clip_tokenizer(), unet=make_unet(channels=channels, **more),
+        scheduler=make_ddim_scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
 
 
-@pipeline
+@register
 def StableDiffusionPipeline() -> Any:
     return _stable("StableDiffusionPipeline")
 
 
-@pipeline
+@register
 def StableDiffusionImg2ImgPipeline() -> Any:
     return _stable("StableDiffusionImg2ImgPipeline")
 
 
-@pipeline
+@register
 def StableDiffusionInpaintPipeline() -> Any:
     return _stable("StableDiffusionInpaintPipeline", 9)
 
 
-@pipeline
+@register
 def StableDiffusionInstructPix2PixPipeline() -> Any:
     return _stable("StableDiffusionInstructPix2PixPipeline", 8)
 
 
-@pipeline
+@register
 def LatentConsistencyModelPipeline() -> Any:
     from diffusers import LatentConsistencyModelPipeline as Kind
     from diffusers import LCMScheduler
 
     return Kind(
-        vae=kl(), text_encoder=clip(), tokenizer=clip_tokenizer(), unet=unet(time_cond_proj_dim=32),
+        vae=make_vae(), text_encoder=make_clip(), tokenizer=clip_tokenizer(), unet=make_unet(time_cond_proj_dim=32),
         scheduler=LCMScheduler(clip_sample=False, set_alpha_to_one=False), safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
     )  # fmt: skip
 
 
-@pipeline
+@register
 def StableDiffusionXLPipeline() -> Any:
     from diffusers import StableDiffusionXLPipeline as Kind
 
     return Kind(
-        vae=kl(), text_encoder=clip(), text_encoder_2=clip(True), tokenizer=clip_tokenizer(),
-        tokenizer_2=clip_tokenizer(), scheduler=ddim(), add_watermarker=False,
-        unet=unet(
+        vae=make_vae(), text_encoder=make_clip(), text_encoder_2=make_clip(True), tokenizer=clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(), scheduler=make_ddim_scheduler(), add_watermarker=False,
+        unet=make_unet(
             64, addition_embed_type="text_time", addition_time_embed_dim=8,
             projection_class_embeddings_input_dim=6 * 8 + 32,
         ),
     )  # fmt: skip
 
 
-@pipeline
+@register
 def KandinskyV22CombinedPipeline() -> Any:
     from diffusers import KandinskyV22CombinedPipeline as Kind
     from diffusers import PriorTransformer, UnCLIPScheduler, UNet2DConditionModel, VQModel
@@ -236,14 +238,14 @@ def KandinskyV22CombinedPipeline() -> Any:
         num_hidden_layers=1, patch_size=8,
     )  # fmt: skip
     return Kind(
-        unet=network, scheduler=ddim(), movq=movq, prior_prior=prior, prior_text_encoder=clip(True),
+        unet=network, scheduler=make_ddim_scheduler(), movq=movq, prior_prior=prior, prior_text_encoder=make_clip(True),
         prior_image_encoder=CLIPVisionModelWithProjection(eyes), prior_tokenizer=clip_tokenizer(),
         prior_scheduler=UnCLIPScheduler(variance_type="fixed_small_log", prediction_type="sample", clip_sample=True),
         prior_image_processor=CLIPImageProcessor(size=32, crop_size=32),
     )  # fmt: skip
 
 
-@pipeline
+@register
 def Kandinsky3Pipeline() -> Any:
     from diffusers import DDPMScheduler, Kandinsky3UNet, VQModel
     from diffusers import Kandinsky3Pipeline as Kind
@@ -258,10 +260,10 @@ def Kandinsky3Pipeline() -> Any:
         block_out_channels=(32, 64), cross_attention_dim=4, encoder_hid_dim=32,
     )  # fmt: skip
     schedule = DDPMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=True, variance_type="fixed_small")
-    return Kind(tokenizer=byte_tokenizer(), text_encoder=t5(), unet=network, scheduler=schedule, movq=movq)
+    return Kind(tokenizer=byte_tokenizer(), text_encoder=make_t5(), unet=network, scheduler=schedule, movq=movq)
 
 
-@pipeline
+@register
 def IFPipeline() -> Any:
     from diffusers import DDPMScheduler, UNet2DConditionModel
     from diffusers import IFPipeline as Kind
@@ -279,7 +281,7 @@ def IFPipeline() -> Any:
         prediction_type="epsilon", variance_type="learned_range",
     )  # fmt: skip
     return Kind(
-        tokenizer=byte_tokenizer(), text_encoder=t5(), unet=network, scheduler=schedule, safety_checker=None,
+        tokenizer=byte_tokenizer(), text_encoder=make_t5(), unet=network, scheduler=schedule, safety_checker=None,
         feature_extractor=None, watermarker=None, requires_safety_checker=False,
     )  # fmt: skip
 
@@ -287,7 +289,7 @@ def IFPipeline() -> Any:
 # --- pipelines with a transformer -----------------------------------------------------------------------------------
 
 
-@pipeline
+@register
 def DiTPipeline() -> Any:
     from diffusers import DiTPipeline as Kind
     from diffusers import DiTTransformer2DModel
@@ -296,10 +298,10 @@ def DiTPipeline() -> Any:
         num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=1, sample_size=8,
         patch_size=2, num_embeds_ada_norm=1000, norm_type="ada_norm_zero", norm_elementwise_affine=False,
     )  # fmt: skip
-    return Kind(transformer, kl(), ddim())
+    return Kind(transformer, make_vae(), make_ddim_scheduler())
 
 
-@pipeline
+@register
 def AuraFlowPipeline() -> Any:
     from diffusers import AuraFlowPipeline as Kind
     from diffusers import AuraFlowTransformer2DModel
@@ -312,10 +314,10 @@ def AuraFlowPipeline() -> Any:
     for weight in transformer.parameters():  # as it begins, its gates leave next to nothing of the words
         if weight.ndim > 1:
             weight.data.normal_(0, 0.3)
-    return Kind(byte_tokenizer(), t5(), kl(), transformer, flow())
+    return Kind(byte_tokenizer(), make_t5(), make_vae(), transformer, make_flow_scheduler())
 
 
-@pipeline
+@register
 def PixArtSigmaPipeline() -> Any:
     from diffusers import PixArtSigmaPipeline as Kind
     from diffusers import PixArtTransformer2DModel
@@ -325,10 +327,10 @@ def PixArtSigmaPipeline() -> Any:
         caption_channels=32, cross_attention_dim=16, out_channels=8, norm_type="ada_norm_single",
         norm_elementwise_affine=False, norm_eps=1e-6,
     )  # fmt: skip
-    return Kind(byte_tokenizer(), t5(), kl(), transformer, ddim())
+    return Kind(byte_tokenizer(), make_t5(), make_vae(), transformer, make_ddim_scheduler())
 
 
-@pipeline
+@register
 def StableDiffusion3Pipeline() -> Any:
     from diffusers import SD3Transformer2DModel
     from diffusers import StableDiffusion3Pipeline as Kind
@@ -338,8 +340,13 @@ def StableDiffusion3Pipeline() -> Any:
         caption_projection_dim=32, joint_attention_dim=64, pooled_projection_dim=64, out_channels=16,
     )  # fmt: skip
     texts: dict[str, Any] = {"tokenizer": clip_tokenizer(), "tokenizer_2": clip_tokenizer()}
-    texts |= {"text_encoder": clip(True), "text_encoder_2": clip(True), "text_encoder_3": None, "tokenizer_3": None}
-    return Kind(transformer=transformer, scheduler=flow(), vae=flow_kl(16), **texts)
+    texts |= {
+        "text_encoder": make_clip(True),
+        "text_encoder_2": make_clip(True),
+        "text_encoder_3": None,
+        "tokenizer_3": None,
+    }
+    return Kind(transformer=transformer, scheduler=make_flow_scheduler(), vae=make_flow_vae(16), **texts)
 
 
 def _flux(kind: str, embeds: bool, channels: int = 4) -> Any:
@@ -351,23 +358,24 @@ def _flux(kind: str, embeds: bool, channels: int = 4) -> Any:
         guidance_embeds=embeds,
     )  # fmt: skip
     return getattr(diffusers, kind)(
-        scheduler=flow(), vae=flow_kl(1), text_encoder=clip(), tokenizer=clip_tokenizer(), text_encoder_2=t5(),
+        scheduler=make_flow_scheduler(), vae=make_flow_vae(1), text_encoder=make_clip(), tokenizer=clip_tokenizer(),
+        text_encoder_2=make_t5(),
         tokenizer_2=byte_tokenizer(), transformer=transformer,
     )  # fmt: skip
 
 
-@pipeline
+@register
 def FluxPipeline() -> Any:
     """As FLUX.1 [dev]: its network reads the guidance."""
     return _flux("FluxPipeline", True)
 
 
-@pipeline
+@register
 def FluxKontextPipeline() -> Any:
     return _flux("FluxKontextPipeline", True)
 
 
-@pipeline
+@register
 def FluxFillPipeline() -> Any:
     return _flux("FluxFillPipeline", True, channels=24)
 
@@ -377,7 +385,7 @@ def flux_schnell() -> Any:
     return _flux("FluxPipeline", False)
 
 
-@pipeline
+@register
 def ChromaPipeline() -> Any:
     from diffusers import ChromaPipeline as Kind
     from diffusers import ChromaTransformer2DModel
@@ -388,7 +396,11 @@ def ChromaPipeline() -> Any:
         approximator_num_channels=16,
     )  # fmt: skip
     return Kind(
-        scheduler=flow(), vae=flow_kl(1), text_encoder=t5(), tokenizer=byte_tokenizer(), transformer=transformer
+        scheduler=make_flow_scheduler(),
+        vae=make_flow_vae(1),
+        text_encoder=make_t5(),
+        tokenizer=byte_tokenizer(),
+        transformer=transformer,
     )
 
 
@@ -410,17 +422,17 @@ def _qwen_transformer() -> Any:
     )  # fmt: skip
 
 
-@pipeline
+@register
 def QwenImagePipeline() -> Any:
     from diffusers import QwenImagePipeline as Kind
 
     return Kind(
-        scheduler=flow(), vae=_qwen_vae(), text_encoder=qwen_vl(), tokenizer=byte_tokenizer(),
+        scheduler=make_flow_scheduler(), vae=_qwen_vae(), text_encoder=qwen_vl(), tokenizer=byte_tokenizer(),
         transformer=_qwen_transformer(),
     )  # fmt: skip
 
 
-@pipeline
+@register
 def SanaPipeline() -> Any:
     from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaTransformer2DModel
     from diffusers import SanaPipeline as Kind
@@ -441,10 +453,10 @@ def SanaPipeline() -> Any:
     schedule = DPMSolverMultistepScheduler(
         use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0, final_sigmas_type="zero"
     )
-    return Kind(byte_tokenizer(), causal("Gemma2Model"), vae, transformer, schedule)
+    return Kind(byte_tokenizer(), make_causal_lm("Gemma2Model"), vae, transformer, schedule)
 
 
-@pipeline
+@register
 def Lumina2Pipeline() -> Any:
     from diffusers import Lumina2Pipeline as Kind
     from diffusers import Lumina2Transformer2DModel
@@ -455,10 +467,10 @@ def Lumina2Pipeline() -> Any:
         scaling_factor=1.0,
         axes_dim_rope=(4, 2, 2), axes_lens=(512, 512, 512), cap_feat_dim=32,
     )  # fmt: skip
-    return Kind(transformer, flow(), flow_kl(4), causal("Gemma2Model"), byte_tokenizer())
+    return Kind(transformer, make_flow_scheduler(), make_flow_vae(4), make_causal_lm("Gemma2Model"), byte_tokenizer())
 
 
-@pipeline
+@register
 def HunyuanDiTPipeline() -> Any:
     from diffusers import DDPMScheduler, HunyuanDiT2DModel
     from diffusers import HunyuanDiTPipeline as Kind
@@ -476,14 +488,14 @@ def HunyuanDiTPipeline() -> Any:
         )
     )  # fmt: skip
     return Kind(
-        vae=kl(blocks=4), text_encoder=words, tokenizer=byte_tokenizer(), transformer=transformer,
+        vae=make_vae(blocks=4), text_encoder=words, tokenizer=byte_tokenizer(), transformer=transformer,
         scheduler=DDPMScheduler(),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False, text_encoder_2=t5(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False, text_encoder_2=make_t5(),
         tokenizer_2=byte_tokenizer(),
     )  # fmt: skip
 
 
-@pipeline
+@register
 def CogView3PlusPipeline() -> Any:
     from diffusers import CogVideoXDDIMScheduler, CogView3PlusTransformer2DModel
     from diffusers import CogView3PlusPipeline as Kind
@@ -492,10 +504,10 @@ def CogView3PlusPipeline() -> Any:
         patch_size=2, in_channels=4, num_layers=1, attention_head_dim=4, num_attention_heads=2, out_channels=4,
         text_embed_dim=32, time_embed_dim=8, condition_dim=2, pos_embed_max_size=32, sample_size=8,
     )  # fmt: skip
-    return Kind(byte_tokenizer(), t5(), kl(), transformer, CogVideoXDDIMScheduler())
+    return Kind(byte_tokenizer(), make_t5(), make_vae(), transformer, CogVideoXDDIMScheduler())
 
 
-@pipeline
+@register
 def CogView4Pipeline() -> Any:
     from diffusers import CogView4Pipeline as Kind
     from diffusers import CogView4Transformer2DModel
@@ -504,10 +516,16 @@ def CogView4Pipeline() -> Any:
         patch_size=2, in_channels=4, num_layers=2, attention_head_dim=4, num_attention_heads=4, out_channels=4,
         text_embed_dim=32, time_embed_dim=8, condition_dim=4,
     )  # fmt: skip
-    return Kind(byte_tokenizer(), causal("GlmModel"), kl(), transformer, flow(base_shift=0.25, max_shift=0.75))
+    return Kind(
+        byte_tokenizer(),
+        make_causal_lm("GlmModel"),
+        make_vae(),
+        transformer,
+        make_flow_scheduler(base_shift=0.25, max_shift=0.75),
+    )
 
 
-@pipeline
+@register
 def ZImagePipeline() -> Any:
     from diffusers import ZImagePipeline as Kind
     from diffusers import ZImageTransformer2DModel
@@ -517,4 +535,4 @@ def ZImagePipeline() -> Any:
         n_kv_heads=2, norm_eps=1e-5, qk_norm=True, cap_feat_dim=32, rope_theta=256.0, t_scale=1000.0,
         axes_dims=[8, 4, 4], axes_lens=[256, 32, 32],
     )  # fmt: skip
-    return Kind(flow(), flow_kl(), causal("Qwen3Model"), byte_tokenizer(), transformer)
+    return Kind(make_flow_scheduler(), make_flow_vae(), make_causal_lm("Qwen3Model"), byte_tokenizer(), transformer)

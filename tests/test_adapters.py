@@ -19,11 +19,17 @@ import torch
 from PIL import Image
 
 import unigen
-from tests.conftest import autoencoder
+from tests.conftest import make_vae
 from tests.parity import llamagen_t2i as t5_case
 from tests.parity import showo as showo_case
-from unigen.backends.connector import AdaptedPipeline, Adapter, AdapterConfig, embed, load_adapter
-from unigen.backends.diffusers_engine import PipelineEngine
+from unigen.backends.connector import (
+    ConnectedDiffusersEngine,
+    Connector,
+    ConnectorConfig,
+    encode_prompt,
+    load_connector,
+)
+from unigen.backends.diffusers_engine import DiffusersEngine
 from unigen.commands import main as cli
 from unigen.config import apply_overrides
 from unigen.document import Document
@@ -77,14 +83,14 @@ def seeing_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pooled_folder(words_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pooled_folder(stable_diffusion_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Stable Diffusion XL of random weights: two text encoders, and a pooled embedding beside the others."""
     from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(words_folder / "tokenizer")
-    texts = CLIPTextConfig.from_pretrained(words_folder / "text_encoder", projection_dim=32)
+    tokenizer = CLIPTokenizer.from_pretrained(stable_diffusion_folder / "tokenizer")
+    texts = CLIPTextConfig.from_pretrained(stable_diffusion_folder / "text_encoder", projection_dim=32)
     unet = UNet2DConditionModel(
         block_out_channels=(32, 64), layers_per_block=1, sample_size=16, in_channels=4, out_channels=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -92,7 +98,7 @@ def pooled_folder(words_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
         projection_class_embeddings_input_dim=6 * 8 + 32,
     )  # fmt: skip
     pipe = StableDiffusionXLPipeline(
-        vae=autoencoder(), text_encoder=CLIPTextModel(texts), tokenizer=tokenizer, unet=unet, tokenizer_2=tokenizer,
+        vae=make_vae(), text_encoder=CLIPTextModel(texts), tokenizer=tokenizer, unet=unet, tokenizer_2=tokenizer,
         text_encoder_2=CLIPTextModelWithProjection(texts), scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
         add_watermarker=False,
     )  # fmt: skip
@@ -118,7 +124,7 @@ def free_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         norm_elementwise_affine=False, norm_eps=1e-6,
     )  # fmt: skip
     PixArtSigmaPipeline(
-        T5Tokenizer.from_pretrained(folder / "parts" / "flan-t5-xl"), texts, autoencoder(), transformer,
+        T5Tokenizer.from_pretrained(folder / "parts" / "flan-t5-xl"), texts, make_vae(), transformer,
         DDIMScheduler(clip_sample=False),
     ).save_pretrained(folder / "whole")  # fmt: skip
     return folder / "whole"
@@ -148,55 +154,59 @@ def train(recipe: ModuleType) -> Callable[..., dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def joined(seeing_folder: Path, words_folder: Path, tmp_path_factory: Any, train: Any) -> Path:
+def composed(seeing_folder: Path, stable_diffusion_folder: Path, tmp_path_factory: Any, train: Any) -> Path:
     """An adapter of LLaVA and Stable Diffusion that knows what is asked here."""
     folder = tmp_path_factory.mktemp("joined")
-    assert train(seeing_folder, words_folder, folder, "steps=250")["embeds"] < 0.01
+    assert train(seeing_folder, stable_diffusion_folder, folder, "steps=250")["embeds"] < 0.01
     return folder / "model"
 
 
 @pytest.fixture(scope="module")
-def pair(seeing_folder: Path, words_folder: Path, joined: Path) -> Any:
-    return unigen.load(device="cpu", lmm=str(seeing_folder), generator=str(words_folder), adapter=str(joined))
+def engines(seeing_folder: Path, stable_diffusion_folder: Path, composed: Path) -> Any:
+    return unigen.load(
+        device="cpu", lmm=str(seeing_folder), generator=str(stable_diffusion_folder), adapter=str(composed)
+    )
 
 
-def untrained(pair: Any) -> AdaptedPipeline:
+def untrained(pair: Any) -> ConnectedDiffusersEngine:
     torch.manual_seed(1)
-    return AdaptedPipeline(pair.painter.pipe, pair.lmm, Adapter(pair.painter.adapter.config).eval())
+    return ConnectedDiffusersEngine(pair.painter.pipe, pair.lmm, Connector(pair.painter.adapter.config).eval())
 
 
-def apart(one: Image.Image, other: Image.Image) -> float:
+def distance(one: Image.Image, other: Image.Image) -> float:
     """The mean difference of two pictures, of 255."""
     return float(np.abs(np.asarray(one, dtype=float) - np.asarray(other, dtype=float)).mean())
 
 
-def test_an_adapter_draws_what_the_text_encoder_does(pair: Any) -> None:
+def test_an_adapter_draws_what_the_text_encoder_does(engines: Any) -> None:
     """Of words and of pictures; an untrained one does not."""
-    own, other = PipelineEngine(pair.painter.pipe), untrained(pair)
+    own, other = DiffusersEngine(engines.painter.pipe), untrained(engines)
     for more in ({}, {"negative": "a blue dog"}):  # guidance's other branch is the pipeline's own
         for asked, words in ASKED:
             true = own.generate(words, seed=3, **SMALL, **more)
-            assert apart(pair.generate(asked, seed=3, **SMALL, **more), true) < 0.1
-            assert apart(other.generate(asked, seed=3, **SMALL, **more), true) > 2
+            assert distance(engines.generate(asked, seed=3, **SMALL, **more), true) < 0.1
+            assert distance(other.generate(asked, seed=3, **SMALL, **more), true) > 2
 
 
-def test_a_picture_is_part_of_what_is_asked(pair: Any) -> None:
-    red, blue = (pair.generate([picture, "a dog"], seed=3, **SMALL) for picture in (RED, BLUE))
-    assert apart(red, blue) > 10 * apart(red, PipelineEngine(pair.painter.pipe).generate(ASKED[2][1], seed=3, **SMALL))
-    drawn = [pair.edit(picture, "a dog", strength=0.8, steps=4, seed=1) for picture in (RED, BLUE, RED)]
+def test_a_picture_is_part_of_what_is_asked(engines: Any) -> None:
+    red, blue = (engines.generate([picture, "a dog"], seed=3, **SMALL) for picture in (RED, BLUE))
+    assert distance(red, blue) > 10 * distance(
+        red, DiffusersEngine(engines.painter.pipe).generate(ASKED[2][1], seed=3, **SMALL)
+    )
+    drawn = [engines.edit(picture, "a dog", strength=0.8, steps=4, seed=1) for picture in (RED, BLUE, RED)]
     assert drawn[0].tobytes() == drawn[2].tobytes() != drawn[1].tobytes()
     whole = Image.new("RGB", (32, 32), "white")
-    assert pair.inpaint(RED, "a blue hill", whole, steps=3).size == (32, 32)
+    assert engines.inpaint(RED, "a blue hill", whole, steps=3).size == (32, 32)
 
 
-def test_alone_as_in_a_batch_and_seeded(pair: Any) -> None:
-    together = pair.generate_batch([asked for asked, _ in ASKED], [5, 6, 7, 8], **SMALL)
+def test_alone_as_in_a_batch_and_seeded(engines: Any) -> None:
+    together = engines.generate_batch([asked for asked, _ in ASKED], [5, 6, 7, 8], **SMALL)
     for (asked, _), seed, drawn in zip(ASKED, (5, 6, 7, 8), together, strict=True):
-        assert pair.generate(asked, seed=seed, **SMALL).tobytes() == drawn.tobytes()
-    assert pair.generate(ASKED[0][0], seed=6, **SMALL).tobytes() != together[0].tobytes()
+        assert engines.generate(asked, seed=seed, **SMALL).tobytes() == drawn.tobytes()
+    assert engines.generate(ASKED[0][0], seed=6, **SMALL).tobytes() != together[0].tobytes()
 
 
-@pytest.mark.parametrize(("kind", "reads"), [("pooled_folder", "janus_folder"), ("free_folder", "chat_folder")])
+@pytest.mark.parametrize(("kind", "reads"), [("pooled_folder", "janus_folder"), ("free_folder", "causal_lm_folder")])
 def test_pooled_embeddings_and_prompts_of_any_length(
     kind: str, reads: str, tmp_path: Path, train: Any, request: Any
 ) -> None:
@@ -205,18 +215,18 @@ def test_pooled_embeddings_and_prompts_of_any_length(
     metrics = train(lmm, folder, tmp_path, "steps=120", "length=24", asked=WORDS)
     assert ("pooled" in metrics) == (kind == "pooled_folder") and ("counts" in metrics) == (kind == "free_folder")
     made = unigen.load(device="cpu", lmm=str(lmm), generator=str(folder), adapter=str(tmp_path / "model"))
-    own, other = PipelineEngine(made.painter.pipe), untrained(made)
+    own, other = DiffusersEngine(made.painter.pipe), untrained(made)
     size = SMALL | ({"use_resolution_binning": False} if kind == "free_folder" else {})
     for asked, words in WORDS:
         told = made.painter.adapter.adapt(made.lmm.states(asked))
-        assert len(told.embeds_LW) == len(embed(own.pipe, words).embeds_LW)
+        assert len(told.embeds_LW) == len(encode_prompt(own.pipe, words).embeds_LW)
         true = own.generate(words, seed=3, **size)
-        near, far = (apart(one.generate(asked, seed=3, **size), true) for one in (made, other))
+        near, far = (distance(one.generate(asked, seed=3, **size), true) for one in (made, other))
         assert far > 10 * near, (near, far)
 
 
 def test_the_states_are_those_that_an_answer_begins_with(
-    janus_folder: Path, seeing_folder: Path, pair: Any, monkeypatch: pytest.MonkeyPatch
+    janus_folder: Path, seeing_folder: Path, engines: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a model of ours and of one of transformers: the last of them says the first token."""
     engine = unigen.load(str(janus_folder), "cpu")
@@ -227,19 +237,19 @@ def test_the_states_are_those_that_an_answer_begins_with(
     monkeypatch.setattr(engine.model.backbone, "new_cache", lambda *a: made.append(new(*a)) or made[-1])
     engine.states(asked)
     assert len(made) == 1 and made[0].capacity > 0, "of the precision that all caches have"
-    first = pair.lmm.model.lm_head(pair.lmm.states(asked)[-1]).argmax()
-    assert pair.lmm.processor.decode([int(first)]).strip() == pair.lmm.generate(asked, max_tokens=1)
+    first = engines.lmm.model.lm_head(engines.lmm.states(asked)[-1]).argmax()
+    assert engines.lmm.processor.decode([int(first)]).strip() == engines.lmm.generate(asked, max_tokens=1)
 
 
 def test_a_run_goes_on_where_it_stopped(
-    recipe: ModuleType, seeing_folder: Path, words_folder: Path, tmp_path: Path
+    recipe: ModuleType, seeing_folder: Path, stable_diffusion_folder: Path, tmp_path: Path
 ) -> None:
     """On the rendered world's captions, bit for bit; a new run begins from the adapter."""
-    models = [f"lmm={seeing_folder}", f"generator={words_folder}", *BRIEF, "optim.schedule=constant"]
+    models = [f"lmm={seeing_folder}", f"generator={stable_diffusion_folder}", *BRIEF, "optim.schedule=constant"]
     for name, steps in (("halves", 2), ("halves", 4), ("whole", 4)):
         cfg = apply_overrides(recipe.config(), [*models, f"run_dir={tmp_path / name}", f"steps={steps}"])
         assert Trainer(cfg, recipe.build(cfg)).run()["step"] == steps
-    halves, whole = (load_adapter(tmp_path / name / "model").state_dict() for name in ("halves", "whole"))
+    halves, whole = (load_connector(tmp_path / name / "model").state_dict() for name in ("halves", "whole"))
     assert all(torch.equal(halves[name], whole[name]) for name in whole)
     cfg = apply_overrides(recipe.config(), [*models, f"init_from={tmp_path / 'whole' / 'model'}"])
     job = recipe.build(cfg)
@@ -249,32 +259,40 @@ def test_a_run_goes_on_where_it_stopped(
 
 
 def test_a_run_that_begins_from_an_adapter_of_another_size(
-    recipe: ModuleType, seeing_folder: Path, words_folder: Path, tmp_path: Path
+    recipe: ModuleType, seeing_folder: Path, stable_diffusion_folder: Path, tmp_path: Path
 ) -> None:
-    Adapter(AdapterConfig(states=32, embeds=32, length=77, width=16, heads=2, layers=1)).save(tmp_path / "a")
-    models = [f"lmm={seeing_folder}", f"generator={words_folder}", f"init_from={tmp_path / 'a'}", "heads=2"]
+    Connector(ConnectorConfig(states=32, embeds=32, length=77, width=16, heads=2, layers=1)).save(tmp_path / "a")
+    models = [f"lmm={seeing_folder}", f"generator={stable_diffusion_folder}", f"init_from={tmp_path / 'a'}", "heads=2"]
     with pytest.raises(ValueError, match="of another size: give width=16 layers=1$"):
         recipe.build(apply_overrides(recipe.config(), models))
     recipe.build(apply_overrides(recipe.config(), [*models, "width=16", "layers=1"]))  # length: the pipeline says
 
 
 def test_pictures_are_read_for_their_captions(recipe: ModuleType, emoji_font: Path) -> None:
-    read = [recipe.Captions(0, 0.5)[i] for i in range(8)]
+    read = [recipe.CaptionDataset(0, 0.5)[i] for i in range(8)]
     assert {bool(document.images()) for document, _ in read} == {True, False} and all(words for _, words in read)
 
 
 def test_the_command(
-    seeing_folder: Path, words_folder: Path, joined: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    seeing_folder: Path,
+    stable_diffusion_folder: Path,
+    composed: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    out, where = tmp_path / "out.png", ["--lmm", str(seeing_folder), "--model", str(words_folder), "--device", "cpu"]
-    small = ["--steps", "2", "--size", "32x32", "-o", str(out)]
-    assert cli.main(["generate", "a red dog", *small, *where, "--adapter", str(joined)]) == 0 and out.exists()
-    assert (
-        cli.main(["edit", str(out), "a hill", *small[4:], *where, "--dtype", "bfloat16", "--adapter", str(joined)]) == 0
+    out, where = (
+        tmp_path / "out.png",
+        ["--lmm", str(seeing_folder), "--model", str(stable_diffusion_folder), "--device", "cpu"],
     )
-    assert cli.main(["info", *where, "--adapter", str(joined)]) == 0
+    small = ["--steps", "2", "--size", "32x32", "-o", str(out)]
+    assert cli.main(["generate", "a red dog", *small, *where, "--adapter", str(composed)]) == 0 and out.exists()
+    assert (
+        cli.main(["edit", str(out), "a hill", *small[4:], *where, "--dtype", "bfloat16", "--adapter", str(composed)])
+        == 0
+    )
+    assert cli.main(["info", *where, "--adapter", str(composed)]) == 0
     assert "77 embeddings of 32" in capsys.readouterr().out
-    assert cli.main(["generate", "a", *small, "--model", str(words_folder), "--adapter", str(joined)]) == 2
+    assert cli.main(["generate", "a", *small, "--model", str(stable_diffusion_folder), "--adapter", str(composed)]) == 2
     assert "--lmm" in capsys.readouterr().err
 
 
@@ -289,16 +307,18 @@ def test_the_command(
     ],
 )
 def test_an_adapter_of_another_pair(
-    changed: dict[str, Any], reason: str, seeing_folder: Path, words_folder: Path, tmp_path: Path
+    changed: dict[str, Any], reason: str, seeing_folder: Path, stable_diffusion_folder: Path, tmp_path: Path
 ) -> None:
     settings = {"states": 32, "embeds": 32, "length": 77, "width": 16, "heads": 2, "layers": 1}
-    Adapter(AdapterConfig(**settings | changed)).save(tmp_path / "a")
+    Connector(ConnectorConfig(**settings | changed)).save(tmp_path / "a")
     with pytest.raises(ValueError, match=f"does not fit these models: .*{reason}") as caught:
-        unigen.load(device="cpu", lmm=str(seeing_folder), generator=str(words_folder), adapter=str(tmp_path / "a"))
+        unigen.load(
+            device="cpu", lmm=str(seeing_folder), generator=str(stable_diffusion_folder), adapter=str(tmp_path / "a")
+        )
     assert "\n" not in str(caught.value)
 
 
-def damaged(folder: Path) -> None:
+def corrupt_file(folder: Path) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
 
@@ -306,51 +326,56 @@ def damaged(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (damaged, "cannot be read"),
+        (corrupt_file, "cannot be read"),
         (lambda f: (f / "model.safetensors").unlink(), "cannot be read"),
         (lambda f: (f / "config.json").unlink(), "is missing"),
         (lambda f: (f / "config.json").write_text('{"model_type": "llama"}'), "is not an adapter's"),
         (lambda f: (f / "config.json").write_text("{"), "cannot be read"),
-        (lambda f: rewritten(f, layers=1), "does not fit the model: .* unknown: layers.1"),
-        (lambda f: rewritten(f, heads=3), "multiple of its heads"),
+        (lambda f: edit_config(f, layers=1), "does not fit the model: .* unknown: layers.1"),
+        (lambda f: edit_config(f, heads=3), "multiple of its heads"),
     ],
 )
-def test_a_damaged_adapter(damage: Any, reason: str, joined: Path, tmp_path: Path) -> None:
-    shutil.copytree(joined, tmp_path / "a")
+def test_a_damaged_adapter(damage: Any, reason: str, composed: Path, tmp_path: Path) -> None:
+    shutil.copytree(composed, tmp_path / "a")
     damage(tmp_path / "a")
     with pytest.raises(ValueError, match=reason) as caught:
-        load_adapter(tmp_path / "a")
+        load_connector(tmp_path / "a")
     assert "\n" not in str(caught.value)
 
 
-def rewritten(folder: Path, **changed: Any) -> None:
+def edit_config(folder: Path, **changed: Any) -> None:
     config = folder / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | changed))
 
 
 def test_what_cannot_be_joined(
     recipe: ModuleType,
-    chat_folder: Path,
-    words_folder: Path,
-    classes_folder: Path,
+    causal_lm_folder: Path,
+    stable_diffusion_folder: Path,
+    dit_folder: Path,
     janus_folder: Path,
-    joined: Path,
+    composed: Path,
     tmp_path: Path,
 ) -> None:
-    for generator, reason in ((classes_folder, "not told by prompt embeddings"), (janus_folder, "diffusers pipeline")):
+    for generator, reason in ((dit_folder, "not told by prompt embeddings"), (janus_folder, "diffusers pipeline")):
         with pytest.raises(ValueError, match=reason):
-            unigen.load(device="cpu", lmm=str(chat_folder), generator=str(generator), adapter=str(joined))
+            unigen.load(device="cpu", lmm=str(causal_lm_folder), generator=str(generator), adapter=str(composed))
     with pytest.raises(ValueError, match="both an lmm that reads and a generator that draws"):
-        unigen.load(device="cpu", adapter=str(joined))
+        unigen.load(device="cpu", adapter=str(composed))
     with pytest.raises(ValueError, match="is missing"):  # before models that may be large are looked for
-        unigen.load(device="cpu", lmm="no such", generator="no such", adapter=str(chat_folder / ".."))
+        unigen.load(device="cpu", lmm="no such", generator="no such", adapter=str(causal_lm_folder / ".."))
     with pytest.raises(ValueError, match="does not answer with text"):
-        unigen.load(device="cpu", lmm=str(words_folder), generator=str(words_folder), adapter=str(joined))
+        unigen.load(
+            device="cpu",
+            lmm=str(stable_diffusion_folder),
+            generator=str(stable_diffusion_folder),
+            adapter=str(composed),
+        )
     showo_case.checkpoint(tmp_path)
     with pytest.raises(ValueError, match="cannot be the lmm of an adapter: it reads no words without a picture"):
-        unigen.load(device="cpu", lmm=str(tmp_path), generator=str(words_folder), adapter=str(joined))
+        unigen.load(device="cpu", lmm=str(tmp_path), generator=str(stable_diffusion_folder), adapter=str(composed))
     with pytest.raises(ValueError, match="cannot be the lmm of an adapter"):
-        recipe.build(apply_overrides(recipe.config(), [f"lmm={tmp_path}", f"generator={words_folder}"]))
+        recipe.build(apply_overrides(recipe.config(), [f"lmm={tmp_path}", f"generator={stable_diffusion_folder}"]))
     for wrong, reason in (([], "name both models"), ([f"generator={janus_folder}"], "diffusers pipeline")):
         with pytest.raises(ValueError, match=reason):
-            recipe.build(apply_overrides(recipe.config(), [*wrong, *([f"lmm={chat_folder}"] if wrong else [])]))
+            recipe.build(apply_overrides(recipe.config(), [*wrong, *([f"lmm={causal_lm_folder}"] if wrong else [])]))

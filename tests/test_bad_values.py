@@ -17,7 +17,7 @@ from PIL import Image
 
 import unigen
 from unigen.document import Document, Segment
-from unigen.inference.engine import METHOD_OPTIONS, Engine
+from unigen.inference.engine import GENERATE_OPTIONS, Engine
 
 VALUES: dict[str, Any] = {
     "none": None,
@@ -99,7 +99,7 @@ def calls(engine: Engine) -> dict[str, Callable[[Any], Any]]:
         for one in names.split() if isinstance(names, str) else names:
             found[f"{name}.{one}"] = lambda value, one=one: method(**given | {one: value})
 
-    add("generate", engine.generate, ("prompt", "output", *METHOD_OPTIONS), prompt="a dog")
+    add("generate", engine.generate, ("prompt", "output", *GENERATE_OPTIONS), prompt="a dog")
     add("masked", engine.generate, "steps fixed", prompt="a dog", generator="masked")
     add("flow", engine.generate, "steps sampler guidance_kind", prompt="a dog", generator="flow")
     add("generate_batch", engine.generate_batch, "prompts seeds output candidates", prompts=["a dog"])

@@ -16,7 +16,7 @@ from unigen.data import digits
 from unigen.document import Document, Segment
 from unigen.evaluation.tasks.digits import DigitsTask
 from unigen.models import load, tiny
-from unigen.tokenizers import load_tokenizer, text
+from unigen.tokenizers import load_image_tokenizer, text
 
 NAMES = ("ant", "bee", "cow")
 
@@ -25,12 +25,12 @@ NAMES = ("ant", "bee", "cow")
 def class_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of three classes with random weights."""
     folder = tmp_path_factory.mktemp("classes")
-    specials = (*tiny.SPECIALS, *(tiny.class_token(i) for i in range(3)))
-    text.train([" ant bee cow"] * 20, folder / "text", 310, specials)
+    specials = (*tiny.SPECIAL_TOKENS, *(tiny.class_token(i) for i in range(3)))
+    text.train_tokenizer([" ant bee cow"] * 20, folder / "text", 310, specials)
     shape = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
     torch.manual_seed(0)
-    codes = load_tokenizer(tiny_folder / "image_tokenizer")
-    model = tiny.create(shape, text.load(folder / "text"), codes, ("next-token", "masked"), classes=NAMES)
+    codes = load_image_tokenizer(tiny_folder / "image_tokenizer")
+    model = tiny.build_from_config(shape, text.load(folder / "text"), codes, ("next-token", "masked"), classes=NAMES)
     for p in model.backbone.parameters():
         if p.ndim > 1:
             torch.nn.init.normal_(p, 0, 0.3)
@@ -62,16 +62,16 @@ def test_the_layout_and_the_folder(class_folder: Path) -> None:
     assert names[:5] == ["<s>", "<user>", "<class:2>", "<assistant>", "<boi>"] and names[-1] == "</s>"
     blind = model.text_tokenizer.convert_ids_to_tokens(model.template.encode(drawn, blind=True).ids)
     assert blind[2] == "<uncond>"
-    assert tiny.teach(model, ("next-token",)).template.classes == NAMES
+    assert tiny.add_generators(model, ("next-token",)).template.classes == NAMES
 
 
 def test_a_text_tokenizer_without_the_classes_is_named(tiny_folder: Path) -> None:
     model = load(tiny_folder)
     parts = model.backbone.lm, model.text_tokenizer, model.image_tokenizer, model.vocabulary.text_size
     with pytest.raises(ValueError, match=r"the text tokenizer has no <class:0>, <class:1>"):
-        tiny.assemble(*parts, classes=("a", "b"))
+        tiny.build_model(*parts, classes=("a", "b"))
     with pytest.raises(ValueError, match="of kind vq, of one scale"):
-        tiny.assemble(*parts[:2], model.heads["next-scale"].tokenizer, parts[3])
+        tiny.build_model(*parts[:2], model.heads["next-scale"].tokenizer, parts[3])
 
 
 def test_a_class_is_drawn_and_words_are_refused(class_folder: Path) -> None:
@@ -113,7 +113,7 @@ def test_digits_and_back() -> None:
     held, _ = digits.load(held_out=True)
     assert images.shape == (1437, 8, 8) and len(held) == 360 and labels.max() == 9
     for size in (16, 32):
-        again = digits.digit(Image.fromarray(digits.picture(images[3], size)))
+        again = digits.to_digit(Image.fromarray(digits.to_rgb_image(images[3], size)))
         assert np.abs(again - images[3]).max() < 4.5 and np.abs(again - images[3]).mean() < 1
 
 
@@ -157,5 +157,5 @@ def test_the_recipe_and_its_score(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_copies_are_seen() -> None:
     task = DigitsTask()
     assert task.nearness(task.known[:50]) == 0
-    held = digits.load(held_out=True)[0].reshape(digits.HELD_OUT, -1).astype(np.float32)
+    held = digits.load(held_out=True)[0].reshape(digits.NUM_HELD_OUT, -1).astype(np.float32)
     assert 0.7 < task.nearness(held[:100]) < 1.3

@@ -22,7 +22,7 @@ from PIL import Image
 from unigen.commands.chat_session import Chat, inline, inline_protocol
 from unigen.commands.main import main
 from unigen.document import Document
-from unigen.media.output import grid
+from unigen.media.output import image_grid
 
 
 class FakeEngine:
@@ -114,14 +114,14 @@ def test_generate_many_and_grid(engine: FakeEngine, tmp_path: Path) -> None:
 
 
 def test_generate_more_than_a_batch(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unigen.commands.generate.BATCH", 2)
+    monkeypatch.setattr("unigen.commands.generate.BATCH_SIZE", 2)
     assert main(["generate", "x", "-n", "5", "--seed", "10", "-o", "a.png"]) == 0
     assert [Image.open(f"a-{i}.png").getpixel((0, 0))[0] for i in range(5)] == [10, 11, 12, 13, 14]  # type: ignore[index]
     assert [options["n"] for _, options in engine.asked] == [2, 2, 1]
 
 
 def test_grid_places_pictures_in_order() -> None:
-    sheet = grid([FakeEngine.draw(i) for i in (10, 20, 30)], gap=1)
+    sheet = image_grid([FakeEngine.draw(i) for i in (10, 20, 30)], gap=1)
     assert [sheet.getpixel(at)[0] for at in ((0, 0), (17, 0), (0, 17), (17, 17))] == [10, 20, 30, 255]  # type: ignore[index]
 
 
@@ -130,7 +130,9 @@ def test_describe(engine: FakeEngine, picture: str, capsys: pytest.CaptureFixtur
     assert main(["describe", picture, "-q", "how many?"]) == 0
     assert main(["describe", picture, "--candidates", "3"]) == 0
     assert capsys.readouterr().out == "(8, 6) None\n(8, 6) how many?\n(8, 6) None ('candidates', 3)\n"
-    assert "--candidates is for captions" in bad(capsys, "describe", picture, "-q", "how many?", "--candidates", "3")
+    assert "--candidates is for captions" in raise_invalid(
+        capsys, "describe", picture, "-q", "how many?", "--candidates", "3"
+    )
 
 
 def test_edit(engine: FakeEngine, picture: str) -> None:
@@ -195,7 +197,7 @@ def test_making_never_imports_evaluation(engine: FakeEngine, picture: str, monke
 # --- bad input ------------------------------------------------------------------------------------------------------
 
 
-def bad(capsys: pytest.CaptureFixture[str], *line: str) -> str:
+def raise_invalid(capsys: pytest.CaptureFixture[str], *line: str) -> str:
     """The one line that a bad command line gets."""
     assert main(list(line)) == 2
     shown = capsys.readouterr()
@@ -241,7 +243,7 @@ def test_bad_input(
     (tmp_path / "folder.png").mkdir()
     Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
     before = files(tmp_path)
-    assert said in bad(capsys, *line)
+    assert said in raise_invalid(capsys, *line)
     assert engine.asked == [], "nothing is generated"
     assert files(tmp_path) == before
 
@@ -258,7 +260,7 @@ def test_a_failing_disk_leaves_the_old_file(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full)
-    assert "No space left" in bad(capsys, "generate", "x", "-o", "a.png", "--seed", "1")
+    assert "No space left" in raise_invalid(capsys, "generate", "x", "-o", "a.png", "--seed", "1")
     assert (tmp_path / "a.png").read_bytes() == old and files(tmp_path) == {"a.png"}
 
 
@@ -278,7 +280,7 @@ def test_a_missing_extra_is_named(
         raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn.linear_model")
 
     monkeypatch.setattr(engine, "info", fail)
-    assert "pip install 'unigen[eval]'" in bad(capsys, "info")
+    assert "pip install 'unigen[eval]'" in raise_invalid(capsys, "info")
 
 
 RECIPE = """
@@ -310,7 +312,7 @@ def test_bad_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: An
     Path("recipe.py").write_text(RECIPE)
     Path("broken.py").write_text("def config(:")
     Path("empty.py").write_text("")
-    assert said in bad(capsys, "train", *words)
+    assert said in raise_invalid(capsys, "train", *words)
     assert not Path("run").exists()
     with pytest.raises(RuntimeError, match="built"):
         main(["train", "recipe.py", "steps=4"])
@@ -322,7 +324,7 @@ def test_bad_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: An
 )
 def test_bad_evaluations(monkeypatch: pytest.MonkeyPatch, capsys: Any, words: list[str], said: str) -> None:
     monkeypatch.setenv("UNIGEN_EMOJI_FONT", "nonesuch.ttf")
-    assert said in bad(capsys, "eval", *words)
+    assert said in raise_invalid(capsys, "eval", *words)
 
 
 # --- the program ----------------------------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ def test_engines_that_cannot_be(
 
     found = util.find_spec
     monkeypatch.setattr(util, "find_spec", lambda name, *rest: None if name == "vllm" else found(name, *rest))
-    monkeypatch.setattr("unigen.nn.quantized.check", lambda *_: None)
+    monkeypatch.setattr("unigen.nn.quantized.check_quantization", lambda *_: None)
     assert main(["generate", "a dog", "--model", str(tiny_folder), *given]) == 2
     said = capsys.readouterr().err
     assert line in said and len(said.splitlines()) == 1 and not list(Path().iterdir())

@@ -21,12 +21,12 @@ from urllib.parse import unquote
 import pytest
 from PIL import Image
 
-from tests.test_cli import FakeEngine, bad, engine, files, picture  # noqa: F401
+from tests.test_cli import FakeEngine, engine, files, picture, raise_invalid  # noqa: F401
 from unigen import hub
 from unigen.commands.main import main
 from unigen.document import Document
 from unigen.media import output
-from unigen.media.output import code, write_story
+from unigen.media.output import markdown_code, write_story
 from unigen.utils.disk import check_folder, disk_errors
 
 LONGEST = 255
@@ -59,14 +59,14 @@ def test_names_that_are_too_long_are_refused_before_the_work(
     line: list[str],
 ) -> None:
     before = files(tmp_path)
-    said = bad(capsys, *[picture if word == "PICTURE" else word for word in line])
+    said = raise_invalid(capsys, *[picture if word == "PICTURE" else word for word in line])
     assert "File name too long" in said and len(said) < 300
     assert not engine.asked and files(tmp_path) == before
 
 
 def test_files_are_no_folders(engine: FakeEngine, picture: str, capsys: Any) -> None:  # noqa: F811
-    assert "is a file and no folder" in bad(capsys, "generate", "x", "-o", f"{picture}/a.png")
-    assert "is a file and no folder" in bad(capsys, "story", "x", "-o", f"{picture}/a.md")
+    assert "is a file and no folder" in raise_invalid(capsys, "generate", "x", "-o", f"{picture}/a.png")
+    assert "is a file and no folder" in raise_invalid(capsys, "story", "x", "-o", f"{picture}/a.md")
 
 
 @pytest.mark.parametrize("name", ["story.md", "my story.md", "s#1.md", "a(b.md", "100%25.md", "雪.md", "[x](y).md"])
@@ -80,7 +80,7 @@ def test_links_to_pictures_survive_their_names(tmp_path: Path, name: str) -> Non
 
 
 def test_code_is_fenced_by_more_backticks_than_it_has() -> None:
-    assert code("a") == "`a`" and code("a `b`` c") == "``` a `b`` c ```"
+    assert markdown_code("a") == "`a`" and markdown_code("a `b`` c") == "``` a `b`` c ```"
 
 
 @pytest.mark.parametrize("line", [["generate"], ["story"], ["edit", "PICTURE"], ["describe", "PICTURE", "-q"]])
@@ -91,7 +91,7 @@ def test_words_of_another_encoding_are_refused(
     line: list[str],
 ) -> None:
     words = os.fsdecode(b"a caf\xe9")  # as Python has the bytes of a terminal in latin-1
-    assert "not in UTF-8" in bad(capsys, *[picture if word == "PICTURE" else word for word in line], words)
+    assert "not in UTF-8" in raise_invalid(capsys, *[picture if word == "PICTURE" else word for word in line], words)
     assert not engine.asked
 
 
@@ -184,7 +184,10 @@ def test_a_link_stays_one(engine: FakeEngine, tmp_path: Path, capsys: Any) -> No
     Path("lost.png").symlink_to("nowhere/lost.png")
     asked = len(engine.asked)
     capsys.readouterr()
-    assert "cannot write 'lost.png'" in bad(capsys, "generate", "x", "-o", "lost.png") and len(engine.asked) == asked
+    assert (
+        "cannot write 'lost.png'" in raise_invalid(capsys, "generate", "x", "-o", "lost.png")
+        and len(engine.asked) == asked
+    )
 
 
 def test_an_error_of_the_system_elsewhere_is_one_line(
@@ -196,7 +199,7 @@ def test_an_error_of_the_system_elsewhere_is_one_line(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere/file")
 
     monkeypatch.setattr(engine, "info", fail)
-    assert "cannot read or write somewhere/file: No space left on device" in bad(capsys, "info")
+    assert "cannot read or write somewhere/file: No space left on device" in raise_invalid(capsys, "info")
 
     def fault(*_: Any) -> None:
         raise FileNotFoundError(errno.ENOENT, "of ours", "file")
@@ -226,7 +229,7 @@ def test_folders_that_cannot_be_are_refused_before_the_work(
     monkeypatch.chdir(tmp_path)
     Path("there.txt").write_text("")
     monkeypatch.setattr(models, "load", lambda *_: pytest.fail("a model was loaded"))
-    assert said in bad(capsys, "convert", "unigen-tiny", "-o", name)
+    assert said in raise_invalid(capsys, "convert", "unigen-tiny", "-o", name)
     assert files(tmp_path) == {"there.txt"}
     assert check_folder("new/model") == tmp_path / "new" / "model"
 
@@ -247,11 +250,13 @@ def test_folders_that_may_not_be_written_are_refused_before_the_work(
         assert check_folder("there/model") == tmp_path / "there/model"
         return
     monkeypatch.setattr(models, "load", lambda *_: pytest.fail("a model was loaded"))
-    assert f"{str(shut)!r} may not be written" in bad(capsys, "convert", "unigen-tiny", "-o", "there/model")
+    assert f"{str(shut)!r} may not be written" in raise_invalid(capsys, "convert", "unigen-tiny", "-o", "there/model")
     if closed == "there":
         Path("elsewhere").mkdir()
         Path("elsewhere/link").symlink_to(shut / "model")
-        assert f"{str(shut)!r} may not be written" in bad(capsys, "convert", "unigen-tiny", "-o", "elsewhere/link")
+        assert f"{str(shut)!r} may not be written" in raise_invalid(
+            capsys, "convert", "unigen-tiny", "-o", "elsewhere/link"
+        )
         assert check_folder("there/model", replaced=False) == tmp_path / "there/model"
 
 
@@ -314,7 +319,7 @@ def test_a_full_disk_while_a_model_is_converted(
         with pytest.raises(RuntimeError, match="a bug"):
             main(["convert", str(tiny_folder), "-o", "new"])
     else:
-        said = bad(capsys, "convert", str(tiny_folder), "-o", "new")
+        said = raise_invalid(capsys, "convert", str(tiny_folder), "-o", "new")
         assert re.search("cannot write the folder .*new: No space left on device; free some space", said)
     assert files(tmp_path) == set()
     with pytest.raises(KeyError), disk_errors("x", "y"):

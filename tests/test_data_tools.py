@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from unigen.evaluation.detector import ASSET
+from unigen.evaluation.detector import DEFAULT_FOLDER
 
 DRAW, JUDGE, WORDS, SCENES = (
     f"data_tools.{name}" for name in ("draw_again", "judge_answers", "train_tokenizer", "make_scenes")
 )
 VQ, FLOW, DETECTOR = (f"recipes.{name}" for name in ("tiny_vq", "flow_networks", "scene_detector"))
-DETECT = ["--detector", str(ASSET)]
+DETECT = ["--detector", str(DEFAULT_FOLDER)]
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_a_sentence_ends_with_its_line_alone(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     good = "\ufeffOne\u2028two\x85three\x0bfour\x0cfive\r\nsix\n\nseven\n" + 99_999 * "eight\n"
     text.write_bytes(good.encode() + b"caf\xe9\n")
-    lines = importlib.import_module(WORDS).sentences(str(text), 0, 0)
+    lines = importlib.import_module(WORDS).read_sentences(str(text), 0, 0)
     assert [next(lines) for _ in range(4)] == [" one two three four five", " six", " ", " seven"]
     with pytest.raises(ValueError, match="text.txt is not in UTF-8: convert it"):
         list(lines)

@@ -18,7 +18,7 @@ from PIL import Image
 
 import unigen
 from unigen.document import Document, Preview, Segment
-from unigen.media.display import SHOWN, MediaList
+from unigen.media.display import MAX_PARTS, MediaList
 
 
 def colours(page: str) -> list[Any]:
@@ -35,8 +35,8 @@ def test_a_list_of_pictures_is_shown_and_stays_a_list() -> None:
     assert colours(pictures._repr_html_()) == [(255, 0, 0), (0, 0, 255)]
     assert pictures == [RED, BLUE] and isinstance(pictures, list) and len(pickle.loads(pickle.dumps(pictures))) == 2
     assert isinstance(pictures[:1], MediaList) and pictures[0] is RED
-    many = MediaList([RED] * (SHOWN + 3))._repr_html_()
-    assert len(colours(many)) == SHOWN and "and 3 more" in many
+    many = MediaList([RED] * (MAX_PARTS + 3))._repr_html_()
+    assert len(colours(many)) == MAX_PARTS and "and 3 more" in many
 
 
 def test_a_story_is_shown_in_order_and_escaped() -> None:

@@ -14,7 +14,7 @@ from unigen.batch import Tokens, Vocabulary, pack
 from unigen.document import Document, Segment, read_image
 from unigen.media.pixels import to_images, to_pixels
 from unigen.models import load
-from unigen.training.objectives import Mixture
+from unigen.training.objectives import MultiGeneratorLoss
 
 
 def picture(shade: int = 90, size: int = 16) -> Image.Image:
@@ -109,7 +109,9 @@ def documents() -> list[Document]:
 
 def losses(folder: Path, rows: list[list[Tokens]], length: int = 160) -> dict[str, float]:
     model = load(folder)
-    result = Mixture(model.generators)(model, pack(rows, length, model.image_tokenizer.image_size), torch.Generator())
+    result = MultiGeneratorLoss(model.generators)(
+        model, pack(rows, length, model.image_tokenizer.image_size), torch.Generator()
+    )
     return {name: float(total) for name, (total, _) in result.items()}
 
 
@@ -136,7 +138,7 @@ def test_packed_loss_is_the_sum_of_the_unpacked(tiny_folder: Path) -> None:
 def test_counts_are_known_before_the_images(tiny_folder: Path) -> None:
     model = load(tiny_folder)
     batch = pack([[model.template.encode(d) for d in documents()]], 160, 16)
-    objective = Mixture(model.generators)
+    objective = MultiGeneratorLoss(model.generators)
     counted = objective.counts(batch, torch.Generator())
     found = objective(model, batch, torch.Generator())
     assert {name: int(count) for name, (_, count) in found.items()} == {k: int(v) for k, v in counted.items()}

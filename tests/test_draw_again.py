@@ -14,8 +14,8 @@ from data_tools import draw_again
 from unigen.commands.main import main
 from unigen.inference.engine import Engine
 from unigen.samplers.guidance import Guidance
-from unigen.samplers.logits import Sampling
-from unigen.tokenizers import load_tokenizer
+from unigen.samplers.logits import SamplingOptions
+from unigen.tokenizers import load_image_tokenizer
 
 PROMPTS = ["a dog", "two red apples"]
 
@@ -29,7 +29,9 @@ def test_what_follows_the_kept_scales_is_what_the_engine_draws(engine: Engine) -
     rng, kept_2 = torch.Generator(), torch.tensor([0, 1])
 
     def drawn_on(codes_2P: torch.Tensor, kept_2: torch.Tensor, guidance: float) -> torch.Tensor:
-        return draw_again.drawn_on(engine.model, PROMPTS, codes_2P, kept_2, Guidance.of(guidance), Sampling(0.0), rng)
+        return draw_again.resample_scales(
+            engine.model, PROMPTS, codes_2P, kept_2, Guidance.of(guidance), SamplingOptions(0.0), rng
+        )
 
     spoilt_2P = codes_2P.clone()
     spoilt_2P[0] = spoilt_2P[1, 1:] = 0
@@ -50,7 +52,7 @@ def test_a_decoder_learns_from_what_was_drawn(
     assert "5 pictures" in capsys.readouterr().out
     with np.load(file) as arrays:
         drawn = dict(arrays)
-    tokenizer: Any = load_tokenizer(tiny_folder / "next-scale" / "tokenizer")
+    tokenizer: Any = load_image_tokenizer(tiny_folder / "next-scale" / "tokenizer")
     pixels = torch.from_numpy(drawn["pixels"]).permute(0, 3, 1, 2) / 127.5 - 1
     assert np.array_equal(tokenizer.encode(pixels), drawn["true"])
     assert (drawn["drawn"][:, 0] == drawn["true"][:, 0]).all() and (drawn["drawn"] != drawn["true"]).any()
@@ -71,7 +73,7 @@ def test_a_decoder_learns_from_what_was_drawn(
         "optim.warmup=1",
     ]
     assert main([*learn, f"run_dir={tmp_path / 'run'}"]) == 0
-    learnt = load_tokenizer(tmp_path / "run" / "model")
+    learnt = load_image_tokenizer(tmp_path / "run" / "model")
     assert np.array_equal(learnt.encode(pixels), drawn["true"])
 
     def gap(one: Any, codes: str) -> float:
@@ -79,7 +81,7 @@ def test_a_decoder_learns_from_what_was_drawn(
 
     assert gap(learnt, "drawn") < 0.5 * gap(tokenizer, "drawn")
     assert main([*learn, "true=1", f"run_dir={tmp_path / 'own'}"]) == 0
-    own = load_tokenizer(tmp_path / "own" / "model")
+    own = load_image_tokenizer(tmp_path / "own" / "model")
     assert gap(own, "true") < gap(learnt, "true") and gap(own, "drawn") > gap(learnt, "drawn")
 
     np.savez(tmp_path / "other.npz", **(drawn | {"drawn": drawn["drawn"][:, 1:], "true": drawn["true"][:, 1:]}))

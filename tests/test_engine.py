@@ -18,8 +18,8 @@ from unigen.document import Document, Preview, Segment
 from unigen.inference.engine import Engine
 from unigen.models import load
 from unigen.samplers.guidance import Guidance
-from unigen.training.objectives import Mixture
-from unigen.utils.numbers import NotFinite
+from unigen.training.objectives import MultiGeneratorLoss
+from unigen.utils.numbers import NonFiniteError
 
 
 def same(a: Image.Image, b: Image.Image) -> bool:
@@ -279,7 +279,7 @@ def test_a_model_that_has_learnt_one_batch_gives_it_back(tiny_folder: Path) -> N
         [[model.template.encode(d) for d in documents], [model.template.encode(documents[0], blind=True)]], 96, 16
     )
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    objective = Mixture(model.generators)
+    objective = MultiGeneratorLoss(model.generators)
     for _ in range(150):
         losses = objective(model, batch, torch.Generator())
         loss = sum(losses[k][0] / losses[k][1] for k in ("text", "next-token"))
@@ -455,7 +455,8 @@ def test_what_to_do_about_numbers_that_are_not_finite(tiny_folder: Path, dtype: 
 
 
 def test_float16_is_advised_against_where_it_overflows() -> None:
-    assert "not finite in float16: load it with dtype bfloat16 or float32" in str(NotFinite("scores", torch.float16))
+    error = NonFiniteError("scores", torch.float16)
+    assert "not finite in float16: load it with dtype bfloat16 or float32" in str(error)
 
 
 def test_pixels_that_are_not_finite_are_no_picture(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

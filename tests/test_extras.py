@@ -10,34 +10,34 @@ from pathlib import Path
 import pytest
 
 from unigen.commands.main import main
-from unigen.utils.extras import MODULES, missing, require
+from unigen.utils.extras import EXTRA_MODULES, missing_module_message, require_extra
 
 NAMES = {"sklearn": "scikit-learn"}  # of the package, where the module is called otherwise
 
 
 def test_every_package_of_an_extra_is_known(root: Path) -> None:
     extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    for extra, modules in MODULES.items():
+    for extra, modules in EXTRA_MODULES.items():
         packages = {NAMES.get(module, module).replace("_", "-") for module in modules}
         wanted = {re.split(r"[\[<>=!~; ]", line)[0] for line in extras[extra]}
         assert wanted <= packages, extra
 
 
-@pytest.mark.parametrize("extra", MODULES)
+@pytest.mark.parametrize("extra", EXTRA_MODULES)
 def test_a_hidden_module_is_named_with_its_extra(extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in MODULES[extra]:
+    for module in EXTRA_MODULES[extra]:
         with monkeypatch.context() as hidden:
             hidden.setitem(sys.modules, module, None)
             with pytest.raises(ValueError) as error:
-                require(extra)
+                require_extra(extra)
             assert f"pip install 'unigen[{extra}]'" in str(error.value) and "\n" not in str(error.value)
             with pytest.raises(ValueError, match=module):
-                require(extra, module)
+                require_extra(extra, module)
 
 
 def test_what_another_package_needs_is_of_the_commands_extra() -> None:
     def line(name: str, command: str) -> str | None:
-        return missing(ModuleNotFoundError(f"No module named {name!r}", name=name), command)
+        return missing_module_message(ModuleNotFoundError(f"No module named {name!r}", name=name), command)
 
     assert "unigen[serve]" in str(line("anyio.abc", "serve")) and "unigen[serve]" in str(line("starlette", "info"))
     assert "unigen[eval]" in str(line("datasets", "eval")) and "unigen[train]" in str(line("datasets", "train"))

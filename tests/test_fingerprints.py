@@ -28,10 +28,10 @@ import unigen
 from tests.training.test_objectives import PICTURES, batch_of
 from unigen.batch import pack
 from unigen.commands.main import COMMANDS, main
-from unigen.diffusion.solvers import SAMPLERS
+from unigen.diffusion.solvers import SOLVERS
 from unigen.document import Document, Segment
-from unigen.samplers.guidance import KINDS
-from unigen.training.objectives import Mixture
+from unigen.samplers.guidance import GUIDANCE_KINDS
+from unigen.training.objectives import MultiGeneratorLoss
 
 FOLDER = Path(__file__).parent / "fingerprints"
 
@@ -91,8 +91,8 @@ def test_what_random_weights_answer(engine: Any) -> None:
                     engine.generate("a red dog", generator=name, seed=seed, guidance=guidance)
                 )
         found[f"{name} batch"] = digest(engine.generate_batch(["a dog", "two apples"], [5, 6], generator=name))
-    for kind in KINDS:
-        for sampler in SAMPLERS:
+    for kind in GUIDANCE_KINDS:
+        for sampler in SOLVERS:
             options = {"generator": "flow", "steps": 4, "guidance": 3.0}
             found[f"flow {sampler} {kind}"] = digest(
                 engine.generate("a dog", **options, sampler=sampler, guidance_kind=kind)
@@ -128,7 +128,7 @@ def test_what_random_weights_lose(engine: Any) -> None:
             drawn = Document([Segment(text="two apples"), Segment(image=PICTURES[0], role="assistant")])
             encoded = [model.template.encode(drawn, writer=name), model.template.encode(stories[0])]
             batch = pack([encoded, [model.template.encode(drawn, blind=True)]], 96, 16)
-            losses = Mixture(model.generators)(model, batch, torch.Generator().manual_seed(0))
+            losses = MultiGeneratorLoss(model.generators)(model, batch, torch.Generator().manual_seed(0))
             for loss, (total, count) in losses.items():
                 if loss in ("text", name):
                     model.zero_grad()
@@ -138,7 +138,7 @@ def test_what_random_weights_lose(engine: Any) -> None:
     found["mixture"] = str(
         {
             name: f"{float(total.detach()):.9g}"
-            for name, (total, _) in Mixture(model.generators)(
+            for name, (total, _) in MultiGeneratorLoss(model.generators)(
                 model, batch_of(model), torch.Generator().manual_seed(0)
             ).items()
         }

@@ -47,8 +47,8 @@ def test_a_kill_leaves_a_whole_folder(exchange: bool, tmp_path: Path, monkeypatc
     write(folder, "old")
     assert not beside(folder)
     if not exchange:  # as on systems that cannot
-        monkeypatch.setattr(hub, "_exchange", lambda *_: False)
-    elif not hub._exchange(*map(tmp_path.joinpath, "model model".split())):
+        monkeypatch.setattr(hub, "_swap_paths", lambda *_: False)
+    elif not hub._swap_paths(*map(tmp_path.joinpath, "model model".split())):
         pytest.skip("this file system cannot exchange folders")
 
     def before(here: Callable[[], None]) -> None:

@@ -138,9 +138,9 @@ def test_depth_maps_are_read() -> None:
     """As the data tool writes them: uint16 PNG, 65535 is far."""
     depth = np.full((HEIGHT, WIDTH), 65535, np.uint16)
     depth[8:24, 8:24] = 20000
-    from data_tools.make_scenes import png
+    from data_tools.make_scenes import png_cell
 
-    data = png(depth)["bytes"]
+    data = png_cell(depth)["bytes"]
     assert Image.open(io.BytesIO(data)).mode == "I;16"
     assert difference(read_image(data), depth >> 8) == 0
 

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from unigen.document import Document
-from unigen.inference.scheduler import CHARACTERS
-from unigen.model.unified import Sight
+from unigen.inference.scheduler import MAX_CHARS_PER_POSITION
+from unigen.model.unified import VisionEncoder
 
 
 def test_what_is_far_too_long_is_never_read(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,13 +24,16 @@ def test_what_is_far_too_long_is_never_read(engine: Any, monkeypatch: pytest.Mon
     monkeypatch.setattr(type(model), "read", noted)
     picture = Image.new("RGB", (16, 16))
     codes = model.image_tokenizer.grid[0] * model.image_tokenizer.grid[1]
-    for prompt in ("ab " * (CHARACTERS * model.context), [picture] * (model.context // codes + 1) + ["what is it?"]):
+    for prompt in (
+        "ab " * (MAX_CHARS_PER_POSITION * model.context),
+        [picture] * (model.context // codes + 1) + ["what is it?"],
+    ):
         with pytest.raises(ValueError, match=f"the model reads {model.context:,} positions"):
             engine.running().row(engine.request(prompt, "text"))
         assert not read
     with pytest.raises(ValueError, match="positions"):  # what is near the limit is counted as before
         engine.running().row(engine.request("ab " * model.context, "text"))
-    engine.running().row(engine.request([picture, "a" + " " * CHARACTERS * model.context + "b"], "text"))
+    engine.running().row(engine.request([picture, "a" + " " * MAX_CHARS_PER_POSITION * model.context + "b"], "text"))
     assert len(read) == 2, "the control: blanks are one"
 
 
@@ -38,7 +41,7 @@ def test_pictures_that_are_seen_as_features_are_counted_before(engine: Any, monk
     """As positions of the model's vision encoder, whatever codes it draws."""
     model, seen = engine.model, []
 
-    class Eyes(Sight):
+    class Eyes(VisionEncoder):
         positions = 100
 
         def features(self, x_BCHW: torch.Tensor) -> torch.Tensor:

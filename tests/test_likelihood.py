@@ -12,10 +12,10 @@ from unigen.batch import pack
 from unigen.document import Document, Segment
 from unigen.inference import scoring
 from unigen.inference.engine import Engine
-from unigen.inference.scoring import closest, log_likelihood
-from unigen.serving.jobs import Failed, Job
-from unigen.serving.worker import Together
-from unigen.utils.numbers import NotFinite
+from unigen.inference.scoring import log_likelihood, rerank_captions
+from unigen.serving.jobs import Error, Job
+from unigen.serving.worker import BatchedWorker
+from unigen.utils.numbers import NonFiniteError
 
 CODES = torch.tensor([[1, 2], [3, 4]])
 ASKED = Document([Segment(image=CODES), Segment(text="describe this picture")])
@@ -33,10 +33,10 @@ def test_the_caption_is_that_of_the_greatest_sum(engine: Engine, monkeypatch: py
     told = [alone(engine, Document([*ASKED.segments, Segment(text=c, role="assistant")])) for c in captions]
     drawn = [alone(engine, Document([Segment(text=c), Segment(image=CODES, role="assistant")])) for c in captions]
     for weight in (0.0, 0.3, 1000.0):
-        monkeypatch.setattr(scoring, "CAPTIONS", weight)
+        monkeypatch.setattr(scoring, "CAPTION_WEIGHT", weight)
         sums = [a + weight * b for a, b in zip(told, drawn, strict=True)]
         best = captions[sums.index(max(sums))]
-        assert closest(engine.model, [ASKED, ASKED], [captions, captions[::-1]]) == [best, best]
+        assert rerank_captions(engine.model, [ASKED, ASKED], [captions, captions[::-1]]) == [best, best]
     assert max(range(5), key=told.__getitem__) != max(range(5), key=drawn.__getitem__), "the weights would not matter"
 
 
@@ -48,7 +48,7 @@ def test_describe_chooses_among_what_the_engine_says(engine: Engine, monkeypatch
         seen.extend(captions)
         return [max(texts, key=len) for texts in captions]
 
-    monkeypatch.setattr("unigen.inference.engine.closest", longest)
+    monkeypatch.setattr("unigen.inference.engine.rerank_captions", longest)
     said = engine.describe(picture, **options)
     assert len(seen) == 1 and 2 <= len(seen[0]) <= 16 and said == max(seen[0], key=len)
     assert seen[0][0] == engine.describe(picture, candidates=1, **options)
@@ -65,13 +65,13 @@ def test_a_picture_is_chosen_among_others(engine: Engine, monkeypatch: pytest.Mo
     """By the same sum; the first is what is drawn without others, and each prompt has its own."""
     words, options = ["a red dog", "two apples"], {"generator": generator, "guidance": 1.0}
     drawn: list[Any] = []
-    kept = scoring.suits
+    kept = scoring.mutual_score
 
     def noted(model: Any, asked: Any, texts: Any, weight: float) -> torch.Tensor:
         drawn.append((asked, texts, kept(model, asked, texts, weight)))
         return drawn[-1][2]
 
-    monkeypatch.setattr(scoring, "suits", noted)
+    monkeypatch.setattr(scoring, "mutual_score", noted)
     best = engine.generate_batch(words, [3, 4], candidates=3, **options)
     ((asked, texts, scores),) = drawn
     assert texts == [words[0]] * 3 + [words[1]] * 3
@@ -107,11 +107,11 @@ def test_candidates_whose_scores_are_not_finite(engine: Engine, monkeypatch: pyt
     options: dict[str, Any] = {"output": output, "candidates": 2} | ({"max_tokens": 4} if output == "text" else {})
     hidden = engine.model.hidden
     monkeypatch.setattr(engine.model, "hidden", lambda *inputs: hidden(*inputs) * float("nan"))
-    with pytest.raises(NotFinite, match="scores of candidates of this model are not finite"):
+    with pytest.raises(NonFiniteError, match="scores of candidates of this model are not finite"):
         engine.generate(prompt, **options)
-    worker, events = Together(engine, 8), list[Any]()
+    worker, events = BatchedWorker(engine, 8), list[Any]()
     rest = {name: value for name, value in options.items() if name == "max_tokens"}
     worker.ask(0, Job(Document.of(prompt), options["output"], rest, candidates=2))
     while worker.busy:
         events += [event for _, event in worker.step()]
-    assert isinstance(events[-1], Failed) and not events[-1].again and "candidates" in events[-1].message
+    assert isinstance(events[-1], Error) and not events[-1].again and "candidates" in events[-1].message

@@ -13,41 +13,41 @@ import numpy as np
 import pytest
 
 from unigen.commands import main as cli
-from unigen.limits import LIMITS, SERVED, argument, check, parse
+from unigen.limits import LIMITS, SERVER_LIMITS, check_limit, limit_argument, parse_limit
 
 
 @pytest.mark.parametrize("name", LIMITS)
 def test_both_ends_of_a_range_are_in_it_and_nothing_beyond(name: str) -> None:
     limit = LIMITS[name]
     step = 1 if limit.whole else 1e-6
-    assert check(name, limit.high) == limit.high
-    assert check(name, limit.low + (1e-6 if limit.above else 0)) >= limit.low
+    assert check_limit(name, limit.high) == limit.high
+    assert check_limit(name, limit.low + (1e-6 if limit.above else 0)) >= limit.low
     beyond: list[Any] = [limit.low - step, limit.high + step, math.nan, math.inf, -math.inf, 10**400, True, "1", None]
     beyond += [b"1", [1], {}, object(), 1j, *([limit.low] if limit.above else []), *([1.5, 1.0] if limit.whole else [])]
     for value in beyond:
         with pytest.raises(ValueError, match=f"^{name} must be a (whole )?number ") as caught:
-            check(name, value)
+            check_limit(name, value)
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
 
 
 def test_numbers_of_numpy_are_numbers() -> None:
-    assert check("steps", np.int64(3)) == 3 and isinstance(check("steps", np.int64(3)), int)
-    assert check("guidance", np.float32(2.5)) == 2.5
+    assert check_limit("steps", np.int64(3)) == 3 and isinstance(check_limit("steps", np.int64(3)), int)
+    assert check_limit("guidance", np.float32(2.5)) == 2.5
 
 
 def test_texts_are_read_as_numbers_are_written() -> None:
-    assert parse("seed", " 18446744073709551615 ") == 2**64 - 1
-    assert parse("guidance", "1e1") == 10.0 and parse("top_p", ".5") == 0.5
+    assert parse_limit("seed", " 18446744073709551615 ") == 2**64 - 1
+    assert parse_limit("guidance", "1e1") == 10.0 and parse_limit("top_p", ".5") == 0.5
     for text in ("1_0", "0x10", "", "one", "1.0", "١", "9" * 5000, "1e3", "--1"):
         with pytest.raises(ValueError, match="steps must be"):
-            parse("steps", text)
+            parse_limit("steps", text)
     for text in ("1_0", "nan", "inf", "1e999", "", "a", "1e", "0x1"):
         with pytest.raises(ValueError, match="guidance must be"):
-            parse("guidance", text)
+            parse_limit("guidance", text)
 
 
 def test_the_server_may_ask_for_less_and_never_for_more() -> None:
-    for name, limit in SERVED.items():
+    for name, limit in SERVER_LIMITS.items():
         assert LIMITS[name].low <= limit.low and limit.high <= LIMITS[name].high
 
 
@@ -66,13 +66,13 @@ FLAGS = {
 @pytest.mark.parametrize("name", FLAGS)
 def test_the_command_line_has_these_limits(name: str) -> None:
     limit = LIMITS[name]
-    parser = cli.parser_of("generate")
+    parser = cli.build_parser("generate")
     assert getattr(parser.parse_args(["x", FLAGS[name], str(limit.high)]), name) == limit.high
     for value in (limit.high + 1, limit.low - 1):
         with pytest.raises(ValueError, match=f"argument {FLAGS[name]}: '{value}' is not a (whole )?number"):
             parser.parse_args(["x", FLAGS[name], str(value)])
     with pytest.raises(argparse.ArgumentTypeError):
-        argument(name)("none")
+        limit_argument(name)("none")
 
 
 def test_the_server_has_these_limits() -> None:
@@ -84,7 +84,7 @@ def test_the_server_has_these_limits() -> None:
     messages = [{"role": "user", "content": "hello"}]
     names = {"partial_images": "previews"} | {n: n for n in (*FLAGS, "max_tokens", "max_images") if n != "guidance"}
     for field, name in names.items():
-        limit, more = SERVED[name], {"stream": True} if name == "previews" else {}
+        limit, more = SERVER_LIMITS[name], {"stream": True} if name == "previews" else {}
         asked = ChatRequest.model_validate({"model": "m", "messages": messages, field: limit.high, **more})
         assert getattr(asked, field) == limit.high
         for value in (limit.high + 1, limit.low - 2 if name == "top_k" else limit.low - 1):  # top_k -1 asks for nothing

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 import unigen
-from tests.pipelines import make
+from tests.pipelines import make_pipeline
 from unigen import hub
 
 
 def test_a_pipeline_without_a_part_that_its_class_wants(tmp_path: Path) -> None:
     """As people write Stable Diffusion 3 without its T5."""
-    pipe = make("StableDiffusion3Pipeline")
+    pipe = make_pipeline("StableDiffusion3Pipeline")
     pipe.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["text_encoder_3"] == index["tokenizer_3"] == [None, None]
@@ -29,14 +29,14 @@ def test_json_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
         assert hub.read_json(tmp_path / hub.CONFIG) == {"name": "é"}
 
 
-def test_a_config_of_other_sizes_names_the_tensors(chat_folder: Path, tmp_path: Path) -> None:
+def test_a_config_of_other_sizes_names_the_tensors(causal_lm_folder: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     folder = tmp_path / "model"
-    shutil.copytree(chat_folder, folder)
-    assert hub.pretrained(AutoModelForCausalLM, folder, None)
+    shutil.copytree(causal_lm_folder, folder)
+    assert hub.load_pretrained(AutoModelForCausalLM, folder, None)
     config = json.loads((folder / hub.CONFIG).read_text())
     (folder / hub.CONFIG).write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 7}))
     with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight") as error:
-        hub.pretrained(AutoModelForCausalLM, folder, None)
+        hub.load_pretrained(AutoModelForCausalLM, folder, None)
     assert "\n" not in str(error.value) and "above" not in str(error.value)

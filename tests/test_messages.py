@@ -151,7 +151,7 @@ def test_a_path_is_never_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> No
         asked.append((repo, revision))
         return Path(".")
 
-    monkeypatch.setattr(hub, "snapshot", snapshot)
+    monkeypatch.setattr(hub, "fetch_snapshot", snapshot)
     for name in ("./nofolder", "../nofolder", "~/nofolder"):
         with pytest.raises(ValueError):
             hub.resolve(name)

@@ -52,7 +52,7 @@ def test_recipes_of_an_installed_package(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "unigen" / "recipes" / "one.py").write_text(recipe)
     (tmp_path / "unigen" / "recipes" / "helpers.py").write_text("def config(): ...\n")
     (tmp_path / "recipes" / "two.py").write_text(recipe)
-    monkeypatch.setattr(recipe_files, "PACKAGE", tmp_path / "unigen")
+    monkeypatch.setattr(recipe_files, "PACKAGE_ROOT", tmp_path / "unigen")
     assert list(recipe_files.shipped_recipes()) == ["one"]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unigen.inference.inpainting import keeping, lot
+from unigen.inference.inpainting import prepare_inpainting, random_mask
 
 
 @pytest.mark.parametrize("share", [1e-9, 0.3, 1.0])
@@ -17,12 +17,12 @@ def test_a_share_however_small_marks_a_cell(engine: Any, share: float) -> None:
     size, (height, width) = engine.model.image_tokenizer.image_size, engine.model.image_tokenizer.grid
     counts = []
     for seed in range(5):
-        around, mask = lot(engine.model, picture, share, seed)
+        around, mask = random_mask(engine.model, picture, share, seed)
         cells = mask[:: size // height, :: size // width, 0] > 0
         drawn = np.random.default_rng(seed).random((height, width))
         assert (cells == (drawn < share)).all() if (drawn < share).any() else cells.sum() == 1
         counts.append(int(cells.sum()))
-        options, _ = keeping(engine.model, around, mask, None, {})
+        options, _ = prepare_inpainting(engine.model, around, mask, None, {})
         assert int((options["fixed"] < 0).sum()) == cells.sum()
     if share == 1:
         assert counts == [height * width] * 5, "the control"

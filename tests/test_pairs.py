@@ -16,14 +16,14 @@ from PIL import Image
 import unigen
 from tests.parity import llamagen as llamagen_case
 from unigen import hub
-from unigen.backends.composed import FALLBACK, MOST, PairedEngine, load_reader
-from unigen.backends.connector import embed
-from unigen.backends.diffusers_engine import PipelineEngine
+from unigen.backends.composed import FALLBACK_SAMPLING, MAX_PASSAGE_TOKENS, ComposedEngine, load_transformers
+from unigen.backends.connector import encode_prompt
+from unigen.backends.diffusers_engine import DiffusersEngine
 from unigen.commands import main as cli
 from unigen.document import Document, Segment
-from unigen.serving.jobs import Begun, Ended, Failed, Job, Part, Refused
-from unigen.serving.worker import OneByOne
-from unigen.utils.numbers import NotFinite
+from unigen.serving.jobs import Error, Finished, Job, Part, Rejected, Started
+from unigen.serving.worker import SequentialWorker
+from unigen.utils.numbers import NonFiniteError
 
 SMALL = {"steps": 3, "size": (32, 32)}
 
@@ -93,16 +93,16 @@ def glm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def words_engine(words_folder: Path) -> PipelineEngine:
-    engine: PipelineEngine = unigen.load(str(words_folder), "cpu")
+def words_engine(stable_diffusion_folder: Path) -> DiffusersEngine:
+    engine: DiffusersEngine = unigen.load(str(stable_diffusion_folder), "cpu")
     return engine
 
 
-def test_a_pipeline_draws_what_diffusers_does(words_folder: Path) -> None:
+def test_a_pipeline_draws_what_diffusers_does(stable_diffusion_folder: Path) -> None:
     from diffusers import DiffusionPipeline
 
-    engine = unigen.load(str(words_folder), "cpu")
-    pipe = DiffusionPipeline.from_pretrained(words_folder)
+    engine = unigen.load(str(stable_diffusion_folder), "cpu")
+    pipe = DiffusionPipeline.from_pretrained(stable_diffusion_folder)
     rng = torch.Generator().manual_seed(7)
     true = pipe("a red dog", num_inference_steps=3, guidance_scale=4.0, width=32, height=32, generator=[rng]).images[0]
     drawn = engine.generate("a red dog", seed=7, guidance=4.0, **SMALL)
@@ -115,9 +115,9 @@ def test_a_pipeline_draws_what_diffusers_does(words_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [(32, 32), (45, 30), (100, 37)])
-def test_a_pipeline_edits_and_inpaints(size: tuple[int, int], words_folder: Path) -> None:
+def test_a_pipeline_edits_and_inpaints(size: tuple[int, int], stable_diffusion_folder: Path) -> None:
     """Pictures of any size keep it, and what is not marked keeps its pixels."""
-    engine = unigen.load(str(words_folder), "cpu")
+    engine = unigen.load(str(stable_diffusion_folder), "cpu")
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     given = Image.fromarray(noise)
     edited = engine.edit(given, "a hill", strength=0.8, steps=4)
@@ -131,10 +131,10 @@ def test_a_pipeline_edits_and_inpaints(size: tuple[int, int], words_folder: Path
         assert (painted[mask == 0] == noise[mask == 0]).all() and (painted[mask > 0] != noise[mask > 0]).mean() > 0.5
 
 
-def test_classes(classes_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    engine = unigen.load(str(classes_folder), "cpu")
+def test_classes(dit_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    engine = unigen.load(str(dit_folder), "cpu")
     assert engine.generate(3, steps=2).tobytes() == engine.generate(Segment(label="thing 3"), steps=2).tobytes()
-    out, where = tmp_path / "out.png", ["--model", str(classes_folder), "--device", "cpu"]
+    out, where = tmp_path / "out.png", ["--model", str(dit_folder), "--device", "cpu"]
     assert cli.main(["generate", "--class", "3", "--steps", "2", "-o", str(out), *where]) == 0 and out.exists()
     assert cli.main(["info", *where]) == 0 and "DiTPipeline" in capsys.readouterr().out
     for asked, reason in ((["a dog"], "draws classes, not words"), (["--class", "10"], "from 0 to 9")):
@@ -190,13 +190,13 @@ def test_classes(classes_folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
         (lambda e: e.generate("a", cross_attention_kwargs=3, steps=1), "StableDiffusionPipeline"),
     ],
 )
-def test_what_a_pipeline_refuses(call: Any, reason: str, words_engine: PipelineEngine) -> None:
+def test_what_a_pipeline_refuses(call: Any, reason: str, words_engine: DiffusersEngine) -> None:
     with pytest.raises(ValueError, match=reason) as caught:
         call(words_engine)
     assert "\n" not in str(caught.value)
 
 
-def test_glm_image_draws_what_diffusers_does(glm_folder: Path, chat_folder: Path) -> None:
+def test_glm_image_draws_what_diffusers_does(glm_folder: Path, causal_lm_folder: Path) -> None:
     from diffusers import DiffusionPipeline
 
     engine = unigen.load(str(glm_folder), "cpu")
@@ -213,7 +213,7 @@ def test_glm_image_draws_what_diffusers_does(glm_folder: Path, chat_folder: Path
     for words, seed, more in others:
         assert engine.generate(words, seed=seed, **small | more).tobytes() != drawn.tobytes()
     assert engine.generate("a dog", steps=1).size == (1024, 1024)  # it has to be told a size
-    pair = unigen.load(device="cpu", lmm=str(chat_folder), generator=str(glm_folder))
+    pair = unigen.load(device="cpu", lmm=str(causal_lm_folder), generator=str(glm_folder))
     assert pair.generate("a dog", **small).size == (96, 64)
 
 
@@ -242,7 +242,7 @@ def test_glm_image_edits(size: tuple[int, int], drawn: tuple[int, int], glm_fold
             lambda e: e.inpaint(Image.new("RGB", (8, 8)), "a", Image.new("L", (8, 8), 255)),
             "no form that takes a picture and",
         ),
-        (lambda e: embed(e.pipe, "a"), "not told by prompt embeddings alone"),
+        (lambda e: encode_prompt(e.pipe, "a"), "not told by prompt embeddings alone"),
     ],
 )
 def test_what_glm_image_refuses(call: Any, reason: str, glm_folder: Path) -> None:
@@ -295,27 +295,27 @@ def test_pipelines_that_cannot_draw_are_refused_by_their_index(name: Any, reason
     assert "\n" not in str(caught.value)
 
 
-def test_a_pipeline_whose_numbers_are_not_finite(words_folder: Path) -> None:
-    engine = unigen.load(str(words_folder), "cpu")
+def test_a_pipeline_whose_numbers_are_not_finite(stable_diffusion_folder: Path) -> None:
+    engine = unigen.load(str(stable_diffusion_folder), "cpu")
     engine.generate("a", **SMALL)
     next(engine.pipe.vae.decoder.parameters()).data.fill_(float("nan"))
-    with pytest.raises(NotFinite, match="pixels of this model are not finite in float32"):
+    with pytest.raises(NonFiniteError, match="pixels of this model are not finite in float32"):
         engine.generate("a", **SMALL)
-    worker, events = OneByOne(engine), list[Any]()
+    worker, events = SequentialWorker(engine), list[Any]()
     worker.ask(0, Job(Document.of("a"), "image", SMALL))
     while worker.busy:
         events += [event for _, event in worker.step()]
-    assert isinstance(events[-1], Failed) and not events[-1].again  # no fault of who asks
+    assert isinstance(events[-1], Error) and not events[-1].again  # no fault of who asks
 
 
-def test_seeds_of_64_bits(words_engine: PipelineEngine) -> None:
+def test_seeds_of_64_bits(words_engine: DiffusersEngine) -> None:
     """Each draws its own picture, also where torch would read only its last 32 bits."""
     seeds = [0, 2**32, 2**63, 2**64 - 1]
     drawn = words_engine.generate_batch(["a"] * 4, seeds, **SMALL)
     assert len({picture.tobytes() for picture in drawn}) == 4
 
 
-def test_a_real_fault_of_a_pipeline_is_not_hidden(words_engine: PipelineEngine, monkeypatch: Any) -> None:
+def test_a_real_fault_of_a_pipeline_is_not_hidden(words_engine: DiffusersEngine, monkeypatch: Any) -> None:
     """What options may cause is one line, with its traceback behind it; all else stays what it is."""
 
     def failing(error: Exception) -> Any:
@@ -334,10 +334,10 @@ def test_a_real_fault_of_a_pipeline_is_not_hidden(words_engine: PipelineEngine, 
 
 
 def test_a_damaged_pipeline_is_one_clear_line(
-    words_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    stable_diffusion_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "damaged"
-    shutil.copytree(words_folder, folder)
+    shutil.copytree(stable_diffusion_folder, folder)
     weights = next((folder / "unet").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:1000])
     assert cli.main(["info", "--model", str(folder), "--device", "cpu"]) == 2
@@ -346,10 +346,10 @@ def test_a_damaged_pipeline_is_one_clear_line(
 
 
 def test_a_pair_chats_draws_edits_and_tells_a_story(
-    janus_folder: Path, words_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    janus_folder: Path, stable_diffusion_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A model that sees, with a pipeline: chat, picture, edit and story, by the command."""
-    where = ["--lmm", str(janus_folder), "--model", str(words_folder), "--device", "cpu"]
+    where = ["--lmm", str(janus_folder), "--model", str(stable_diffusion_folder), "--device", "cpu"]
     out, story = tmp_path / "out.png", tmp_path / "story.md"
     small = ["--steps", "2", "--size", "32x32"]
     assert cli.main(["generate", "a red dog", "-o", str(out), *small, *where]) == 0
@@ -363,11 +363,11 @@ def test_a_pair_chats_draws_edits_and_tells_a_story(
     assert "janus" in printed and "StableDiffusionPipeline" in printed
 
 
-def test_pipelines_and_pairs_are_served(janus_folder: Path, words_folder: Path) -> None:
+def test_pipelines_and_pairs_are_served(janus_folder: Path, stable_diffusion_folder: Path) -> None:
     """One job after the other, by what `unigen serve` answers with; one is dropped, and one asks for what cannot be."""
-    pair = unigen.load(lmm=str(janus_folder), generator=str(words_folder), device="cpu")
-    for engine in (pair, unigen.load(str(words_folder), "cpu")):
-        worker = OneByOne(engine)
+    pair = unigen.load(lmm=str(janus_folder), generator=str(stable_diffusion_folder), device="cpu")
+    for engine in (pair, unigen.load(str(stable_diffusion_folder), "cpu")):
+        worker = SequentialWorker(engine)
         worker.ask(0, Job(Document.of("a red dog"), "image", {"seed": 3, **SMALL}, previews=3))
         worker.ask(1, Job(Document.of("a red dog"), "image", {"seed": 4, **SMALL}))
         worker.ask(2, Job(Document.of("a red dog"), "image", {"seed": 3, "banana": 1}))
@@ -379,29 +379,29 @@ def test_pipelines_and_pairs_are_served(janus_folder: Path, words_folder: Path) 
             events += list(worker.step())
         (picture,) = [event.part for number, event in events if isinstance(event, Part)]
         assert picture.tobytes() == engine.generate("a red dog", "image", seed=3, **SMALL).tobytes()
-        assert [number for number, event in events if isinstance(event, Ended)] == [0]
-        assert [number for number, event in events if isinstance(event, Begun)] == [0, 2]
-        (begun, *_) = [event.settings for _, event in events if isinstance(event, Begun)]
+        assert [number for number, event in events if isinstance(event, Finished)] == [0]
+        assert [number for number, event in events if isinstance(event, Started)] == [0, 2]
+        (begun, *_) = [event.settings for _, event in events if isinstance(event, Started)]
         assert begun == {"guidance": 7.5} | {"seed": 3, **SMALL}
-        refused = [event.message for number, event in events if isinstance(event, Refused)]
+        refused = [event.message for number, event in events if isinstance(event, Rejected)]
         assert all(word in said for word, said in zip(("banana", "candidates", "vary"), refused, strict=True))
 
 
-def test_what_a_pair_says_and_draws(chat_folder: Path, classes_folder: Path, words_folder: Path) -> None:
+def test_what_a_pair_says_and_draws(causal_lm_folder: Path, dit_folder: Path, stable_diffusion_folder: Path) -> None:
     """A language model of transformers: the same seed says the same; what the pair cannot do is said."""
-    pair = unigen.load(device="cpu", lmm=str(chat_folder), generator=str(words_folder))
-    assert isinstance(pair, PairedEngine) and isinstance(pair.painter, PipelineEngine)
+    pair = unigen.load(device="cpu", lmm=str(causal_lm_folder), generator=str(stable_diffusion_folder))
+    assert isinstance(pair, ComposedEngine) and isinstance(pair.painter, DiffusersEngine)
     said = [pair.generate("a red dog", "text", seed=seed, temperature=1.0, max_tokens=12) for seed in (1, 1, 2)]
     assert said[0] == said[1] != said[2]
     with pytest.raises(ValueError, match="cannot see pictures"):
         pair.describe(Image.new("RGB", (8, 8)))
     with pytest.raises(ValueError, match="does not answer with text"):
-        unigen.load(device="cpu", lmm=str(classes_folder), generator=str(words_folder))
+        unigen.load(device="cpu", lmm=str(dit_folder), generator=str(stable_diffusion_folder))
     with pytest.raises(ValueError, match="both an lmm that reads and a generator that draws"):
-        unigen.load(device="cpu", lmm=str(chat_folder))
+        unigen.load(device="cpu", lmm=str(causal_lm_folder))
 
 
-class Says:
+class FakeLanguageModel:
     """A model that reads: remembers what it was asked, and says what it is told to."""
 
     outputs = ("text",)
@@ -418,7 +418,7 @@ class Says:
         return self.answers.pop(0)
 
 
-class Draws:
+class FakeImageEngine:
     """A model that draws words alone: a picture as wide as its prompt is long."""
 
     outputs = ("image",)
@@ -431,14 +431,14 @@ class Draws:
         return Image.new("RGB", (len(words), 1))
 
     def edit(self, *_: Any, **__: Any) -> Image.Image:
-        from unigen.model.template import Unable
+        from unigen.model.template import UnsupportedError
 
-        raise Unable("draws from words alone")
+        raise UnsupportedError("draws from words alone")
 
 
 def test_passages_and_their_pictures_alternate() -> None:
-    reader = Says("Once.", "a witch", "Then.", "a raven!", "")
-    parts = list(PairedEngine(reader, Draws()).stream("a story", max_images=5))
+    reader = FakeLanguageModel("Once.", "a witch", "Then.", "a raven!", "")
+    parts = list(ComposedEngine(reader, FakeImageEngine()).stream("a story", max_images=5))
     assert [p if isinstance(p, str) else p.width for p in parts] == ["Once.", 7, "Then.", 8]
     assert reader.asked[3][:3] == ["a story", "Once.", "Then."]  # the reader is told what was told
 
@@ -457,14 +457,16 @@ def test_passages_and_their_pictures_alternate() -> None:
     ],
 )
 def test_a_passage_ends_with_a_sentence(said: str, kept: str) -> None:
-    reader = Says(said, "a witch", "")
-    assert next(PairedEngine(reader, Draws()).stream("a story")) == kept
+    reader = FakeLanguageModel(said, "a witch", "")
+    assert next(ComposedEngine(reader, FakeImageEngine()).stream("a story")) == kept
 
 
 def test_a_passage_that_was_told_is_asked_for_again() -> None:
     """With another seed, and the story ends where nothing new comes."""
-    reader = Says("A witch flies.", "a witch", "A witch flies!", "She lands.", "a hill", *["She lands."] * 3)
-    parts = list(PairedEngine(reader, Draws()).stream("a story", max_images=5, seed=2**64 - 1))
+    reader = FakeLanguageModel(
+        "A witch flies.", "a witch", "A witch flies!", "She lands.", "a hill", *["She lands."] * 3
+    )
+    parts = list(ComposedEngine(reader, FakeImageEngine()).stream("a story", max_images=5, seed=2**64 - 1))
     assert [p for p in parts if isinstance(p, str)] == ["A witch flies.", "She lands."]
     seeds = [options["seed"] for options in reader.options]
     assert seeds[2] != seeds[3] == seeds[3] and seeds[3] != seeds[0] and len({*seeds[5:]}) == 3
@@ -474,32 +476,35 @@ def test_a_passage_that_was_told_is_asked_for_again() -> None:
 @pytest.mark.parametrize(
     ("said", "sampling"),
     [
-        (None, FALLBACK),
-        ({"eos_token_id": 0}, FALLBACK),
-        ({"eos_token_id": 0, "repetition_penalty": 1.3}, FALLBACK | {"repetition_penalty": 1.3}),
+        (None, FALLBACK_SAMPLING),
+        ({"eos_token_id": 0}, FALLBACK_SAMPLING),
+        ({"eos_token_id": 0, "repetition_penalty": 1.3}, FALLBACK_SAMPLING | {"repetition_penalty": 1.3}),
         ({"do_sample": True, "temperature": 0.6, "top_p": 0.9}, {"temperature": 0.6, "top_p": 0.9}),
         ({"do_sample": True, "top_k": 20}, {"temperature": 1.0, "top_k": 20}),
         ({"do_sample": False, "temperature": 0.6}, {"temperature": 0.0}),
     ],
 )
 def test_text_is_drawn_as_the_model_says(
-    said: Any, sampling: dict[str, Any], chat_folder: Path, tmp_path: Path
+    said: Any, sampling: dict[str, Any], causal_lm_folder: Path, tmp_path: Path
 ) -> None:
     """By its generation_config.json, else at temperature 0.7 with a guard; what is asked for wins."""
-    shutil.copytree(chat_folder, tmp_path / "chat")
+    shutil.copytree(causal_lm_folder, tmp_path / "chat")
     file = tmp_path / "chat" / "generation_config.json"
     file.unlink()
     if said is not None:
         file.write_text(json.dumps(said))
-    reader = load_reader(tmp_path / "chat")
+    reader = load_transformers(tmp_path / "chat")
     assert reader.text_sampling == sampling == reader.info()["text_sampling"]
-    pair, asked = PairedEngine(reader, Draws()), {}
+    pair, asked = ComposedEngine(reader, FakeImageEngine()), {}
     job = Job(Document.of("a dog"), "text", {"seed": 3})
-    assert OneByOne(pair)._settings(job) == {"seed": 3, "text": sampling}  # as the server reports it
+    assert SequentialWorker(pair)._settings(job) == {"seed": 3, "text": sampling}  # as the server reports it
     reader.model.generate = lambda **options: asked.update(options) or options["input_ids"]  # type: ignore[func-returns-value]
     pair.generate("a dog", "text")
-    drawn = {name: asked[name] for name in FALLBACK.keys() & asked.keys() if asked["do_sample"]}
-    assert drawn.items() >= {k: v for k, v in sampling.items() if k in FALLBACK and sampling["temperature"]}.items()
+    drawn = {name: asked[name] for name in FALLBACK_SAMPLING.keys() & asked.keys() if asked["do_sample"]}
+    assert (
+        drawn.items()
+        >= {k: v for k, v in sampling.items() if k in FALLBACK_SAMPLING and sampling["temperature"]}.items()
+    )
     assert asked["do_sample"] == bool(sampling["temperature"])
     asked.clear()
     pair.generate("a dog", "text", temperature=0.0)
@@ -507,17 +512,17 @@ def test_text_is_drawn_as_the_model_says(
 
 
 def test_an_edit_by_one_that_draws_from_words_alone() -> None:
-    pair = PairedEngine(Says("a blue dog", "a hill with a tree"), Draws())
+    pair = ComposedEngine(FakeLanguageModel("a blue dog", "a hill with a tree"), FakeImageEngine())
     assert pair.edit(Image.new("RGB", (4, 4)), "make it blue").width == len("a blue dog")
     asked = Document.of([Image.new("RGB", (4, 4)), "the same with a tree"])
     assert pair.generate(asked).width == len("a hill with a tree")
     assert pair.generate("a cat").width == len("a cat")  # words alone go as they are
 
 
-def test_no_option_is_swallowed(words_folder: Path) -> None:
+def test_no_option_is_swallowed(stable_diffusion_folder: Path) -> None:
     """What the one that reads does not get, the one that draws does, and refuses by name."""
-    reader, picture = Says("a dog"), Image.new("RGB", (32, 32))
-    pair = PairedEngine(reader, unigen.load(str(words_folder), "cpu"))
+    reader, picture = FakeLanguageModel("a dog"), Image.new("RGB", (32, 32))
+    pair = ComposedEngine(reader, unigen.load(str(stable_diffusion_folder), "cpu"))
     for call, reason in (
         (lambda: pair.generate("two apples", temperature=0.1, top_p=0.5, max_images=3, **SMALL), "temperature, top_p"),
         (lambda: pair.generate([picture, "with a tree"], max_images=3, **SMALL), "does not take max_images"),
@@ -530,11 +535,13 @@ def test_no_option_is_swallowed(words_folder: Path) -> None:
     assert reader.options == [{"temperature": 0.5, "seed": 3}]  # who is refused has asked nobody
 
 
-@pytest.mark.parametrize(("asked", "most"), [({}, MOST), ({"max_tokens": 500}, MOST), ({"max_tokens": 7}, 7)])
+@pytest.mark.parametrize(
+    ("asked", "most"), [({}, MAX_PASSAGE_TOKENS), ({"max_tokens": 500}, MAX_PASSAGE_TOKENS), ({"max_tokens": 7}, 7)]
+)
 def test_prompts_for_the_painter_are_short(asked: dict[str, int], most: int) -> None:
     """In a picture of a picture, an edit and a story alike; an answer is as long as is asked for."""
-    reader = Says(*"abcde", "")
-    pair = PairedEngine(reader, Draws())
+    reader = FakeLanguageModel(*"abcde", "")
+    pair = ComposedEngine(reader, FakeImageEngine())
     pair.generate([Image.new("RGB", (4, 4)), "with a tree"], **asked)
     pair.edit(Image.new("RGB", (4, 4)), "with a tree", **asked)
     pair.generate("a story", "interleaved", max_images=1, **asked)
@@ -549,9 +556,9 @@ def test_two_of_our_families_pair(janus_folder: Path, tmp_path: Path) -> None:
     assert pair.generate(7).size == (32, 32)
 
 
-def test_a_system_message_is_read_before_all_else(chat_folder: Path) -> None:
+def test_a_system_message_is_read_before_all_else(causal_lm_folder: Path) -> None:
     """By the model that reads, wherever it stands; what is drawn is what the user says."""
-    reader = load_reader(chat_folder)
+    reader = load_transformers(causal_lm_folder)
     system, asked = Segment(text="a blue hill", role="system"), Segment(text="a red dog")
     for said in ([system, asked], [asked, system]):
         ids = reader._inputs(Document(said))["input_ids"][0]
@@ -567,7 +574,7 @@ def test_a_system_message_is_read_before_all_else(chat_folder: Path) -> None:
         def generate(self, prompt: Any, *_: Any, **__: Any) -> None:
             drawn.append(prompt)
 
-    PairedEngine(reader, Painter()).generate([system, asked], "image")
+    ComposedEngine(reader, Painter()).generate([system, asked], "image")
     assert [segment.text for segment in drawn[0].segments] == ["a red dog"]
 
 
@@ -597,10 +604,10 @@ BAD_STORIES: dict[str, Any] = {
 
 @pytest.mark.parametrize(("reason", "call"), [*BAD_STREAMS.items(), *BAD_STORIES.items()])
 def test_a_stream_refuses_at_once(
-    reason: str, call: Any, words_engine: PipelineEngine, chat_folder: Path, monkeypatch: pytest.MonkeyPatch
+    reason: str, call: Any, words_engine: DiffusersEngine, causal_lm_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At the call, as that of one model: nothing is taken of it, and nobody is asked."""
-    pair = PairedEngine(load_reader(chat_folder), words_engine)
+    pair = ComposedEngine(load_transformers(causal_lm_folder), words_engine)
     monkeypatch.setattr(pair.lmm.model, "generate", lambda **_: pytest.fail("the reader was asked"))
     for engine in [pair, words_engine] if call in BAD_STREAMS.values() else [pair]:
         with pytest.raises(ValueError, match=reason) as caught:
@@ -608,22 +615,22 @@ def test_a_stream_refuses_at_once(
         assert "\n" not in str(caught.value)
 
 
-def test_a_stream_draws_when_it_is_taken(words_engine: PipelineEngine) -> None:
+def test_a_stream_draws_when_it_is_taken(words_engine: DiffusersEngine) -> None:
     stream = words_engine.stream("a red dog", seed=7, **SMALL)
     assert [p.tobytes() for p in stream] == [words_engine.generate("a red dog", seed=7, **SMALL).tobytes()]
 
 
-def test_one_prompt_is_no_list_of_letters(words_engine: PipelineEngine) -> None:
-    for engine in (words_engine, PairedEngine(Says(), words_engine)):
+def test_one_prompt_is_no_list_of_letters(words_engine: DiffusersEngine) -> None:
+    for engine in (words_engine, ComposedEngine(FakeLanguageModel(), words_engine)):
         with pytest.raises(ValueError, match="the prompts must be a list"):
             engine.generate_batch("a cat", **SMALL)
         with pytest.raises(ValueError, match="2 prompts need as many seeds"):
             engine.generate_batch(["a", "b"], [1], **SMALL)
 
 
-def test_a_reader_whose_numbers_are_not_finite(chat_folder: Path) -> None:
+def test_a_reader_whose_numbers_are_not_finite(causal_lm_folder: Path) -> None:
     """Greedily it would say the first id for ever, and drawn torch would raise an error of its own."""
-    reader = load_reader(chat_folder)
+    reader = load_transformers(causal_lm_folder)
     assert isinstance(reader.generate("a", max_tokens=2), str)
     reader.model.model.layers[0].mlp.down_proj.weight.data.fill_(float("inf"))
     for call in (
@@ -631,7 +638,7 @@ def test_a_reader_whose_numbers_are_not_finite(chat_folder: Path) -> None:
         lambda: reader.generate("a", max_tokens=2, temperature=1.0),
         lambda: reader.states("a"),
     ):
-        with pytest.raises(NotFinite, match="of this model are not finite in float32"):
+        with pytest.raises(NonFiniteError, match="of this model are not finite in float32"):
             call()
 
 
@@ -645,12 +652,12 @@ def test_a_reader_whose_numbers_are_not_finite(chat_folder: Path) -> None:
     ],
 )
 def test_text_of_our_families_is_drawn_as_their_folder_says(
-    said: Any, sampling: dict[str, Any], janus_folder: Path, classes_folder: Path, tmp_path: Path
+    said: Any, sampling: dict[str, Any], janus_folder: Path, dit_folder: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(janus_folder, tmp_path / "janus")
     if said is not None:
         (tmp_path / "janus" / "generation_config.json").write_text(json.dumps(said))
-    pair = unigen.load(device="cpu", lmm=str(tmp_path / "janus"), generator=str(classes_folder))
+    pair = unigen.load(device="cpu", lmm=str(tmp_path / "janus"), generator=str(dit_folder))
     asked: list[Any] = []
     request = pair.lmm.request
     pair.lmm.request = lambda *given, **options: asked.append(request(*given, **options)) or asked[-1]
@@ -684,10 +691,10 @@ def lose(folder: Path, part: str, name: str) -> None:
 
 @pytest.mark.parametrize("parts", ["*", "unet", "text_encoder"])
 def test_weights_of_a_variant_are_read_where_there_are_no_others(
-    parts: str, words_folder: Path, words_engine: PipelineEngine, tmp_path: Path
+    parts: str, stable_diffusion_folder: Path, words_engine: DiffusersEngine, tmp_path: Path
 ) -> None:
-    shutil.copytree(words_folder, tmp_path / "half")
-    assert hub.variant_of(tmp_path / "half") is None
+    shutil.copytree(stable_diffusion_folder, tmp_path / "half")
+    assert hub.weights_variant(tmp_path / "half") is None
     keep_half(tmp_path / "half", parts)
     drawn = unigen.load(str(tmp_path / "half"), "cpu").generate("a", **SMALL)
     assert drawn.tobytes() == words_engine.generate("a", **SMALL).tobytes()
@@ -709,9 +716,9 @@ def test_weights_of_a_variant_are_read_where_there_are_no_others(
         (lambda f: lose(f, "text_encoder", "final_layer_norm.weight"), "1 missing: .*final_layer_norm.weight"),
     ],
 )
-def test_a_pipeline_that_is_not_whole(spoil: Any, reason: str, words_folder: Path, tmp_path: Path) -> None:
+def test_a_pipeline_that_is_not_whole(spoil: Any, reason: str, stable_diffusion_folder: Path, tmp_path: Path) -> None:
     """Libraries would make up a tokenizer and tensors, or end in an error of their own."""
-    shutil.copytree(words_folder, tmp_path / "spoilt")
+    shutil.copytree(stable_diffusion_folder, tmp_path / "spoilt")
     spoil(tmp_path / "spoilt")
     with pytest.raises(ValueError, match=reason) as caught:
         unigen.load(str(tmp_path / "spoilt"), "cpu")

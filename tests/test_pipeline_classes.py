@@ -13,19 +13,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.pipelines import MADE, flux_schnell, make
-from unigen.backends.diffusers_engine import PipelineEngine, resized
-from unigen.backends.diffusers_support import needs_image, options_of, parameters, samplers_of
+from tests.pipelines import PIPELINES, flux_schnell, make_pipeline
+from unigen.backends.diffusers_engine import DiffusersEngine, resize_to
+from unigen.backends.diffusers_support import call_parameters, compatible_schedulers, needs_image, supported_options
 
 FEW = {"DiTPipeline", "FluxPipeline", "StableDiffusionInpaintPipeline"}
 """Rows of the default suite."""
-NAMES = [pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for name in MADE]
+NAMES = [pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for name in PIPELINES]
 SIZE = (64, 96)
 OTHER = {"steps": 8, "guidance": 2.5, "negative": "a hill", "strength": 0.5}
 HEAD = "| class | draws | edits | inpaints | options |\n| --- | --- | --- | --- | --- |"
 
 
-def row(engine: PipelineEngine) -> str:
+def row(engine: DiffusersEngine) -> str:
     """A class's row of the table."""
     facts = engine.info()
     draws = "no" if facts["draws"].startswith("no") else facts["draws"]
@@ -34,13 +34,13 @@ def row(engine: PipelineEngine) -> str:
     return f"| {facts['pipeline']} | {draws} | {edits} | {inpaints} | {', '.join(facts['takes'])}{samplers} |"
 
 
-def words_of(engine: PipelineEngine) -> Any:
+def words_of(engine: DiffusersEngine) -> Any:
     return 3 if "class_labels" in engine.takes else "a red dog"
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_class_does_what_its_row_says(name: str, root: Path) -> None:
-    engine = PipelineEngine(make(name))
+    engine = DiffusersEngine(make_pipeline(name))
     assert row(engine) in (root / "docs" / "models.md").read_text().splitlines()
     facts = engine.info()
     noise = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
@@ -65,20 +65,20 @@ def test_a_class_does_what_its_row_says(name: str, root: Path) -> None:
             assert (made[mask == 0] == noise[mask == 0]).all() and (made != noise).any()
         if task != "text" or "size" in given:
             assert drawn.size == (SIZE if task == "text" else picture.size)
-        for option in options_of(form):
+        for option in supported_options(form):
             value = (96, 64) if option == "size" else OTHER[option]
             if option == "strength" and engine.defaults(form)[option] != 1:
                 value = 1.0  # of all steps: a share that is nearer to the usual one may be as many
             more = {"guidance": 5.0} if option == "negative" else {}
             changed, usual = ask(**given | more | {option: value}), ask(**given | more) if more else drawn
             assert changed.tobytes() != usual.tobytes(), f"{option} of {task} changes nothing"
-        for sampler in samplers_of(form, engine.usual):
-            same = type(engine.usual).__name__ == samplers_of(form, engine.usual)[sampler].__name__
+        for sampler in compatible_schedulers(form, engine.usual):
+            same = type(engine.usual).__name__ == compatible_schedulers(form, engine.usual)[sampler].__name__
             assert same or ask(**given | {"sampler": sampler}).tobytes() != drawn.tobytes(), sampler
 
 
-def base(engine: PipelineEngine, task: str) -> dict[str, Any]:
-    own = options_of(engine._form(task))
+def base(engine: DiffusersEngine, task: str) -> dict[str, Any]:
+    own = supported_options(engine._form(task))
     few: dict[str, Any] = {"steps": 2 if task == "text" else 5, "size": SIZE}
     if task != "text":
         few.pop("size")
@@ -87,17 +87,17 @@ def base(engine: PipelineEngine, task: str) -> dict[str, Any]:
     few = {name: value for name, value in few.items() if name in own}
     more = {"prior_num_inference_steps": 2, "max_area": SIZE[0] * SIZE[1], "_auto_resize": False}
     more["use_resolution_binning"] = False  # which would draw sizes of real models
-    takes = parameters(engine._form(task))
+    takes = call_parameters(engine._form(task))
     return few | {name: value for name, value in more.items() if name in takes}
 
 
-def diffusers_draws(engine: PipelineEngine) -> Image.Image:
+def diffusers_draws(engine: DiffusersEngine) -> Image.Image:
     """What the pipeline itself draws of the same words."""
     import torch
 
     name = type(engine.pipe).__name__
-    pipe = engine._form("text") if needs_image(type(engine.pipe)) else make(name)
-    own, given = options_of(pipe), base(engine, "text")
+    pipe = engine._form("text") if needs_image(type(engine.pipe)) else make_pipeline(name)
+    own, given = supported_options(pipe), base(engine, "text")
     named = {own.get(key, key): value for key, value in given.items() if key != "size"}
     if "size" in given:
         named |= {"width": given["size"][0], "height": given["size"][1]}
@@ -106,13 +106,14 @@ def diffusers_draws(engine: PipelineEngine) -> Image.Image:
     asked = words_of(engine)
     named |= {"class_labels": [asked]} if isinstance(asked, int) else {"prompt": asked}
     result = pipe(**named, generator=[torch.Generator().manual_seed(3)])
-    return resized(result.images[0], SIZE) if "size" in given else result.images[0]
+    return resize_to(result.images[0], SIZE) if "size" in given else result.images[0]
 
 
 def test_an_option_that_does_nothing_is_refused() -> None:
     """Its opposite stands above: each option that is offered does something."""
     schnell, dev, qwen = (
-        PipelineEngine(pipe) for pipe in (flux_schnell(), make("FluxPipeline"), make("QwenImagePipeline"))
+        DiffusersEngine(pipe)
+        for pipe in (flux_schnell(), make_pipeline("FluxPipeline"), make_pipeline("QwenImagePipeline"))
     )
     few: dict[str, Any] = {"steps": 1, "size": (32, 32)}
     with pytest.raises(ValueError, match="FluxPipeline does not take negative"):
@@ -129,5 +130,5 @@ def test_an_option_that_does_nothing_is_refused() -> None:
 
 if __name__ == "__main__":
     print(HEAD)
-    for name in MADE:
-        print(row(PipelineEngine(make(name))))
+    for name in PIPELINES:
+        print(row(DiffusersEngine(make_pipeline(name))))

@@ -62,7 +62,7 @@ def test_public_checkpoints_are_held_in_what_the_processor_is_fast_in(
         dtype, why = precision.load_dtype(folder, "cpu")
         assert dtype == "float32" and "--dtype bfloat16 keeps it" in why and "\n" not in why
         assert precision.load_dtype(folder, "cuda:0") == (None, "")
-    for dtype in (torch.float32, torch.float16):  # which `load_found` has its own rule for
+    for dtype in (torch.float32, torch.float16):  # which `load_resolved` has its own rule for
         assert precision.load_dtype(folder_of(tmp_path / f"{dtype}", dtype), "cpu") == (None, "")
     monkeypatch.setattr(precision, "available_memory", lambda: 1000)
     dtype, why = precision.load_dtype(brain, "cpu")

@@ -31,7 +31,7 @@ class Terminal(io.StringIO):
 def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeEngine:
     engine = FakeEngine()
     monkeypatch.setattr("unigen.loading.load", lambda *_, **__: engine)
-    monkeypatch.setattr("unigen.commands.generate.BATCH", 2)
+    monkeypatch.setattr("unigen.commands.generate.BATCH_SIZE", 2)
     monkeypatch.chdir(tmp_path)
     return engine
 
@@ -142,10 +142,10 @@ def test_engines_that_draw_one_by_one_save_one_by_one(fake: FakeEngine, monkeypa
     monkeypatch.setattr(fake, "one_by_one", True, raising=False)
     assert main(["generate", "x", "-n", "3", "-o", "a.png"]) == 0
     assert [options["n"] for _, options in fake.asked] == [1, 1, 1]
-    from unigen.backends.composed import PairedEngine
-    from unigen.backends.diffusers_engine import PipelineEngine
+    from unigen.backends.composed import ComposedEngine
+    from unigen.backends.diffusers_engine import DiffusersEngine
 
-    assert PairedEngine.one_by_one and PipelineEngine.one_by_one and not hasattr(unigen.Engine, "one_by_one")
+    assert ComposedEngine.one_by_one and DiffusersEngine.one_by_one and not hasattr(unigen.Engine, "one_by_one")
 
 
 # --- stdout as the output -------------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def test_figures_on_stdout(capfd: pytest.CaptureFixture[str], monkeypatch: pytes
     from unigen.evaluation import runner
 
     def score(args: list[str]) -> int:
-        a = runner.parse(runner.common_arguments("digits", ""), args)
+        a = runner.parse_args(runner.make_parser("digits", ""), args)
         print("a table")
         if a.json:
             write_report(a.json, command="unigen eval digits " + " ".join(args), model=a.model, overall=0.5)

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 import unigen
 from tests.parity.common import byte_level_tokenizer
-from unigen.backends.composed import load_reader
+from unigen.backends.composed import load_transformers
 from unigen.tokenizers import text
 
 RED, BLUE = (Image.new("RGB", (64, 48), color) for color in ("red", "blue"))
@@ -73,8 +73,8 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return made
 
 
-def test_a_model_that_sees_joins_one_that_draws(folder: Path, words_folder: Path) -> None:
-    pair = unigen.load(device="cpu", lmm=str(folder), generator=str(words_folder))
+def test_a_model_that_sees_joins_one_that_draws(folder: Path, stable_diffusion_folder: Path) -> None:
+    pair = unigen.load(device="cpu", lmm=str(folder), generator=str(stable_diffusion_folder))
     assert pair.info()["reads"]["sees"]
     assert isinstance(pair.describe(RED, max_tokens=4), str)
     assert pair.edit(RED, "put it in the snow", steps=2, max_tokens=4).size
@@ -85,13 +85,13 @@ def test_pictures_are_seen_as_transformers_shows_them(folder: Path) -> None:
     """The prompt's ids and pixels are those of the image processor and the tokenizer, each alone."""
     from transformers import AutoImageProcessor
 
-    reader = load_reader(folder)
+    reader = load_transformers(folder)
     states = [reader.states([picture, "what is it"]) for picture in (RED, BLUE)]
     assert states[0].shape == states[1].shape and not torch.allclose(states[0], states[1], atol=1e-3)
     pixels = AutoImageProcessor.from_pretrained(folder)([RED], return_tensors="pt")
     places = int(pixels["image_grid_thw"].prod()) // 4
     words = f"<|im_start|>user\n<|vision_start|>{'<|image_pad|>' * places}<|vision_end|>what is it<|im_end|>\n"
-    true = Tokenizer.from_file(str(folder / text.FILE)).encode(f"{words}<|im_start|>assistant\n").ids
+    true = Tokenizer.from_file(str(folder / text.TOKENIZER_FILE)).encode(f"{words}<|im_start|>assistant\n").ids
     given = reader._inputs(unigen.Document.of([RED, "what is it"]))
     assert given["input_ids"][0].tolist() == true
     assert torch.equal(given["pixel_values"], pixels["pixel_values"])
@@ -103,7 +103,7 @@ def test_a_reader_whose_files_name_another_tokenizer(tmp_path: Path) -> None:
 
     specials = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<pad>", "<｜User｜>", "<｜Assistant｜>")
     byte_level_tokenizer(tmp_path, LINES, specials, 330)
-    path = tmp_path / text.SETTINGS
+    path = tmp_path / text.TOKENIZER_CONFIG
     template = (
         "{{ bos_token }}{% for m in messages %}{{ '<｜' + m['role'].capitalize() + '｜>' + m['content'] }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% endif %}"
@@ -111,9 +111,9 @@ def test_a_reader_whose_files_name_another_tokenizer(tmp_path: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
     config = LlamaConfig(**SMALL, vocab_size=330, bos_token_id=0, eos_token_id=1)
     LlamaForCausalLM(config).save_pretrained(tmp_path)
-    reader = load_reader(tmp_path)
+    reader = load_transformers(tmp_path)
     ids = reader._inputs(unigen.Document.of("what is it\n12 dogs"))["input_ids"][0].tolist()
-    file = Tokenizer.from_file(str(tmp_path / text.FILE))
+    file = Tokenizer.from_file(str(tmp_path / text.TOKENIZER_FILE))
     assert ids == file.encode("<｜User｜>what is it\n12 dogs<｜Assistant｜>").ids
     assert isinstance(reader.generate("what is it", max_tokens=4), str)
 
@@ -122,5 +122,5 @@ def test_a_folder_without_its_image_processor(folder: Path, tmp_path: Path) -> N
     shutil.copytree(folder, tmp_path / "other")
     (tmp_path / "other" / "preprocessor_config.json").unlink()
     with pytest.raises(ValueError, match="cannot be loaded") as caught:
-        load_reader(tmp_path / "other")
+        load_transformers(tmp_path / "other")
     assert "\n" not in str(caught.value)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import unigen
-from unigen.commands.main import COMMANDS, parser_of
+from unigen.commands.main import COMMANDS, build_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -65,7 +65,7 @@ def check_unigen(words: list[str]) -> None:
         task = importlib.import_module(f"unigen.evaluation.tasks.{rest[0]}")
         task.arguments().parse_args(rest[1:])
         return
-    args = parser_of(name).parse_args(rest)
+    args = build_parser(name).parse_args(rest)
     if name == "train":
         from unigen.config import apply_overrides
         from unigen.training.recipe_files import find_recipe
@@ -112,9 +112,9 @@ def test_the_check_can_fail(line: str) -> None:
 def check_python(source: str) -> None:
     """Names of unigen and methods of the engine exist, and take the keywords that are given."""
     from unigen.inference.engine import Engine
-    from unigen.inference.request import checked
+    from unigen.inference.request import build_request
 
-    allowed = {word for method in (checked, Engine.generate, Engine.generate_batch, Engine.stream)
+    allowed = {word for method in (build_request, Engine.generate, Engine.generate_batch, Engine.stream)
                for word in inspect.signature(method).parameters}  # fmt: skip
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Attribute) or not isinstance(node.value, ast.Name):
@@ -152,8 +152,8 @@ def test_links_and_folders_exist() -> None:
 
 
 def test_the_readme_counts_the_world_right() -> None:
-    from unigen.toyworld.objects import BACKGROUNDS, COLORS, MAX_COUNT, OBJECTS
+    from unigen.toyworld.objects import BACKGROUNDS, COLORS, MAX_COUNT, OBJECT_EMOJI
 
     said = " ".join((ROOT / "README.md").read_text().split())
-    assert f"{len(OBJECTS)} kinds of things, {len(COLORS)} tints, {len(BACKGROUNDS)} backgrounds" in said
+    assert f"{len(OBJECT_EMOJI)} kinds of things, {len(COLORS)} tints, {len(BACKGROUNDS)} backgrounds" in said
     assert f"up to {MAX_COUNT} things" in said

@@ -14,8 +14,8 @@ import torch
 
 from unigen.commands.main import main
 from unigen.models import load
-from unigen.nn.denoisers import painter
-from unigen.tokenizers import load_tokenizer
+from unigen.nn.denoisers import build_denoiser
+from unigen.tokenizers import load_image_tokenizer
 
 SMALL = ["model.image_size=16", "model.codes=32", "model.channels=16", "model.decoder_channels=16", "model.wide=16"]
 BRIEF = ["pictures=digits", "steps=1", "time_limit=none", "batch_size=2", "workers=0", "sample_every=0", "save_every=0"]
@@ -37,7 +37,7 @@ def test_a_tokenizer_begins_with_the_weights_of_another(tmp_path: Path, capsys: 
     more = ["model.quantizer=multiscale", "model.scales=1,2", "model.code_dim=4", "optim.lr=1e-9"]
     more += [f"init_from={tmp_path / 'vq' / 'model'}"]
     assert main([*train, *more, f"run_dir={tmp_path / 'scales'}"]) == 0
-    old, new = (load_tokenizer(tmp_path / name / "model").state_dict() for name in ("vq", "scales"))
+    old, new = (load_image_tokenizer(tmp_path / name / "model").state_dict() for name in ("vq", "scales"))
     fit = [
         name for name in old if name in new and not name.startswith("quantizer.") and old[name].shape == new[name].shape
     ]
@@ -55,9 +55,9 @@ def test_a_network_is_sized_by_what_it_costs(networks: ModuleType, kind: str) ->
     shape = {"channels": 4, "side": 4, "context": 32}
     costs = []
     for gflops in (0.01, 0.04):
-        found = networks.sized(kind, gflops, 2, *shape.values())
-        network = painter(kind, **shape, layers=2, heads=4, head_dim=found.head_dim)  # type: ignore[arg-type]
-        costs.append(networks.flops(network, *shape.values()))
+        found = networks.config_for_flops(kind, gflops, 2, *shape.values())
+        network = build_denoiser(kind, **shape, layers=2, heads=4, head_dim=found.head_dim)  # type: ignore[arg-type]
+        costs.append(networks.count_gflops(network, *shape.values()))
         assert 0.5 < costs[-1] / gflops < 2
     assert costs[1] > 2 * costs[0]
 
@@ -66,7 +66,7 @@ def test_spans_give_way_to_sentinels(networks: ModuleType) -> None:
     rng, cut = np.random.default_rng(0), []
     for _ in range(200):
         ids = [int(i) for i in rng.integers(10, 100, 40)]
-        read, wanted = networks.corrupted(ids, 1000, 2, rng)
+        read, wanted = networks.span_corruption(ids, 1000, 2, rng)
         parts: dict[int, list[int]] = {}
         for i in wanted[:-1]:
             if i >= 1000:
@@ -87,7 +87,9 @@ def test_the_table(
     given += ["encoder_steps=2", f"encoder={tmp_path / 'encoder'}"]
     command = ["flow_networks.py", "--json", str(tmp_path / "table.json"), "--out", str(tmp_path / "sheets"), *given]
     monkeypatch.setattr(sys, "argv", command)
-    monkeypatch.setattr(networks, "ROWS", (("dit-adaln", "backbone"), ("dit-cross", "backbone"), ("mm-dit", "encoder")))
+    monkeypatch.setattr(
+        networks, "VARIANTS", (("dit-adaln", "backbone"), ("dit-cross", "backbone"), ("mm-dit", "encoder"))
+    )
     assert networks.main() == 0
     rows = {row["name"]: row for row in json.loads((tmp_path / "table.json").read_text())["rows"]}
     assert len(rows) == 15 and rows["mm-dit, encoder: loss"]["value"] > 0

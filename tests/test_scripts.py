@@ -17,11 +17,11 @@ from unigen.models import load, tiny
 
 
 def test_the_table_of_benches(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert {"batch", "decode", "generate"} <= set(bench.benches()) and all(bench.benches().values())
+    assert {"batch", "decode", "generate"} <= set(bench.find_benchmarks()) and all(bench.find_benchmarks().values())
     assert bench.main(["--help"]) == 0 and "decode" in capsys.readouterr().out
     assert bench.main(["nothing"]) == 2
     assert capsys.readouterr().err.strip().splitlines() == [
-        f"bench: error: no bench 'nothing'; there are: {', '.join(bench.benches())}"
+        f"bench: error: no bench 'nothing'; there are: {', '.join(bench.find_benchmarks())}"
     ]
     assert bench.main(["decode", "--models", "huge"]) == 2
     capsys.readouterr()
@@ -49,8 +49,8 @@ def test_figures_of_variants_stand_in_a_line_each() -> None:
 
 def test_results_are_written_from_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "ROOT", tmp_path)
-    monkeypatch.setattr(results, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(results, "PAGE", tmp_path / "results.md")
+    monkeypatch.setattr(results, "RUNS_FOLDER", tmp_path / "runs")
+    monkeypatch.setattr(results, "RESULTS_PAGE", tmp_path / "results.md")
     assert results.main() == 2
     (tmp_path / "runs").mkdir()
     rows = [
@@ -110,7 +110,7 @@ def test_average_is_the_mean_of_weights(
     monkeypatch.setattr(sys, "argv", ["average", str(tmp_path / "out"), *both, "--weights=-0.5,1.5"])
     assert average.main() == 0
     torch.testing.assert_close(dict(load(tmp_path / "out").named_parameters())[lm], first[lm] + 1.5)
-    fewer = tiny.assemble(model.backbone.lm, model.text_tokenizer, model.image_tokenizer, model.vocabulary.text_size)
+    fewer = tiny.build_model(model.backbone.lm, model.text_tokenizer, model.image_tokenizer, model.vocabulary.text_size)
     fewer.save(tmp_path / "fewer")
     monkeypatch.setattr(sys, "argv", ["average", str(tmp_path / "out"), str(tiny_folder), str(tmp_path / "fewer")])
     assert average.main() == 0

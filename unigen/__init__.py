@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from unigen.loading import load
     from unigen.samplers.guidance import Guidance
 
-_HOMES = {
+_LAZY_IMPORTS = {
     "load": "unigen.loading",
     "Engine": "unigen.inference.engine",
     "Guidance": "unigen.samplers.guidance",
@@ -40,11 +40,11 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _LAZY_IMPORTS:
         raise AttributeError(f"module 'unigen' has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_LAZY_IMPORTS[name]), name)
 
 
 def __dir__() -> list[str]:

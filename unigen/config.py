@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from unigen.utils.numbers import digits, parse_float, parse_int
+from unigen.utils.numbers import parse_float, parse_int, strip_digit_groups
 
 T = TypeVar("T")
 
@@ -44,12 +44,12 @@ class OptimConfig:
     clip: float = 1.0
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, "optim.lr must be above 0")
-        _require(all(0 <= b < 1 for b in self.betas), "optim.betas must lie in [0, 1)")
-        _require(self.warmup >= 0, "optim.warmup must be 0 or more")
-        _require(0 <= self.min_ratio <= 1, "optim.min_ratio must lie in [0, 1]")
-        _require(self.clip >= 0, "optim.clip must be 0 (off) or more")
-        _require(self.weight_decay >= 0, "optim.weight_decay must be 0 or more")
+        _check(self.lr > 0, "optim.lr must be above 0")
+        _check(all(0 <= b < 1 for b in self.betas), "optim.betas must lie in [0, 1)")
+        _check(self.warmup >= 0, "optim.warmup must be 0 or more")
+        _check(0 <= self.min_ratio <= 1, "optim.min_ratio must lie in [0, 1]")
+        _check(self.clip >= 0, "optim.clip must be 0 (off) or more")
+        _check(self.weight_decay >= 0, "optim.weight_decay must be 0 or more")
 
 
 @dataclass
@@ -81,22 +81,22 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "keep"):
-            _require(getattr(self, name) >= 1, f"{name} must be 1 or more")
+            _check(getattr(self, name) >= 1, f"{name} must be 1 or more")
         for name in ("save_every", "sample_every"):
-            _require(getattr(self, name) >= 0, f"{name} must be 0 or more")
+            _check(getattr(self, name) >= 0, f"{name} must be 0 or more")
         for name, low, high in (
             ("batch_size", 1, 1_000_000),
             ("accumulate", 1, 1_000_000),
             ("workers", 0, 256),
             ("seed", 0, 2**64 - 1),
         ):
-            _require(low <= getattr(self, name) <= high, f"{name} must be {low} or more, and at most {high}")
-        _require(0 <= self.ema < 1, "ema must lie in [0, 1); 0 is off")
-        _require(self.time_limit is None or self.time_limit > 0, "time_limit must be above 0 seconds")
-        _require(bool(self.run_dir), "run_dir must name a folder")
+            _check(low <= getattr(self, name) <= high, f"{name} must be {low} or more, and at most {high}")
+        _check(0 <= self.ema < 1, "ema must lie in [0, 1); 0 is off")
+        _check(self.time_limit is None or self.time_limit > 0, "time_limit must be above 0 seconds")
+        _check(bool(self.run_dir), "run_dir must name a folder")
 
 
-def _require(condition: bool, message: str) -> None:
+def _check(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
 
@@ -107,13 +107,13 @@ def _require(condition: bool, message: str) -> None:
 def to_dict(cfg: Any) -> dict[str, Any]:
     """A dataclass as nested plain dicts; tuples become lists, paths text, as JSON has it."""
     assert dataclasses.is_dataclass(cfg) and not isinstance(cfg, type)
-    return {f.name: _plain(getattr(cfg, f.name)) for f in dataclasses.fields(cfg)}
+    return {f.name: _to_json_value(getattr(cfg, f.name)) for f in dataclasses.fields(cfg)}
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
     """The dataclass `cls` from nested dicts. Missing keys take the default; ValueError for an unknown key or a wrong
     type."""
-    return _build(cls, values, "")
+    return _build_dataclass(cls, values, "")
 
 
 def apply_overrides(cfg: T, overrides: Iterable[str]) -> T:
@@ -125,12 +125,12 @@ def apply_overrides(cfg: T, overrides: Iterable[str]) -> T:
     changes: dict[str, Any] = {}
     for item in overrides:
         key, equals, text = item.partition("=")
-        _require(bool(equals) and bool(key.strip()), f"override {item!r} is not of the form key=value")
-        _collect(changes, cfg, key.strip().split("."), text.strip(), key.strip())
-    return _changed(cfg, changes)
+        _check(bool(equals) and bool(key.strip()), f"override {item!r} is not of the form key=value")
+        _collect_override(changes, cfg, key.strip().split("."), text.strip(), key.strip())
+    return _replace_nested(cfg, changes)
 
 
-def _collect(changes: dict[str, Any], cfg: Any, path: list[str], text: str, full_key: str) -> None:
+def _collect_override(changes: dict[str, Any], cfg: Any, path: list[str], text: str, full_key: str) -> None:
     """Note one override of `cfg` in `changes`, field -> value, nested where the field is a dataclass."""
     hints = typing.get_type_hints(type(cfg))
     names = [f.name for f in dataclasses.fields(cfg)]
@@ -139,24 +139,24 @@ def _collect(changes: dict[str, Any], cfg: Any, path: list[str], text: str, full
         prefix = full_key[: len(full_key) - len(".".join(path))]
         groups = [name for name in names if dataclasses.is_dataclass(getattr(cfg, name))]
         inside = [f"{group}.{head}" for group in groups if head in _field_names(getattr(cfg, group))]
-        raise ValueError(_unknown(full_key, prefix, head, names, inside))
+        raise ValueError(_unknown_key_message(full_key, prefix, head, names, inside))
     current = getattr(cfg, head)
     if dataclasses.is_dataclass(current):
-        _require(bool(rest), f"{full_key} is a group: set one of {_listed(full_key + '.', _field_names(current))}")
-        _collect(changes.setdefault(head, {}), current, rest, text, full_key)
+        _check(bool(rest), f"{full_key} is a group: set one of {_join_names(full_key + '.', _field_names(current))}")
+        _collect_override(changes.setdefault(head, {}), current, rest, text, full_key)
     elif isinstance(current, dict):
-        _require(len(rest) == 1, f"{full_key} is a table: set an entry, as {head}.NAME=value")
+        _check(len(rest) == 1, f"{full_key} is a table: set an entry, as {head}.NAME=value")
         value = _parse(typing.get_args(hints[head])[1], text, full_key)
         changes[head] = changes.get(head, current) | {rest[0]: value}
     else:
-        _require(not rest, f"unknown key {full_key!r}: {head!r} has no parts")
+        _check(not rest, f"unknown key {full_key!r}: {head!r} has no parts")
         changes[head] = _parse(hints[head], text, full_key)
 
 
-def _changed(cfg: Any, changes: dict[str, Any]) -> Any:
+def _replace_nested(cfg: Any, changes: dict[str, Any]) -> Any:
     """A copy with all changes made at once, so that only the whole has to be valid."""
     values = {
-        name: _changed(getattr(cfg, name), value) if dataclasses.is_dataclass(getattr(cfg, name)) else value
+        name: _replace_nested(getattr(cfg, name), value) if dataclasses.is_dataclass(getattr(cfg, name)) else value
         for name, value in changes.items()
     }
     return dataclasses.replace(cfg, **values)
@@ -166,14 +166,14 @@ def _field_names(cfg: Any) -> list[str]:
     return [f.name for f in dataclasses.fields(cfg)]
 
 
-def _listed(prefix: str, names: Iterable[str]) -> str:
+def _join_names(prefix: str, names: Iterable[str]) -> str:
     return ", ".join(prefix + name for name in names)
 
 
-def _unknown(full_key: str, prefix: str, name: str, names: list[str], inside: Iterable[str] = ()) -> str:
+def _unknown_key_message(full_key: str, prefix: str, name: str, names: list[str], inside: Iterable[str] = ()) -> str:
     """The message of an unknown key. inside: keys of groups that are called so."""
     near = [*inside] or difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    hint = f"did you mean {_listed(prefix, near)}?" if near else f"valid keys: {_listed(prefix, names)}"
+    hint = f"did you mean {_join_names(prefix, near)}?" if near else f"valid keys: {_join_names(prefix, names)}"
     return f"unknown key {full_key!r}; {hint}"
 
 
@@ -222,7 +222,7 @@ def _parse(hint: Any, text: str, key: str) -> Any:
         return text.lower() == "true"
     if hint in (int, float):
         try:
-            number = parse_int(digits(text)) if hint is int else parse_float(digits(text))
+            number = parse_int(strip_digit_groups(text)) if hint is int else parse_float(strip_digit_groups(text))
         except ValueError:
             raise wrong from None
         if not math.isfinite(number):
@@ -244,20 +244,20 @@ def _item_hints(origin: Any, args: tuple[Any, ...], count: int) -> list[Any] | N
     return list(args) if len(args) == count else None
 
 
-def _build(cls: Any, values: Any, prefix: str) -> Any:
-    _require(isinstance(values, Mapping), f"{prefix.rstrip('.') or 'the configuration'} must be a table of keys")
+def _build_dataclass(cls: Any, values: Any, prefix: str) -> Any:
+    _check(isinstance(values, Mapping), f"{prefix.rstrip('.') or 'the configuration'} must be a table of keys")
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
     for name in values:
         if name not in names:
-            raise ValueError(_unknown(prefix + name, prefix, name, names))
+            raise ValueError(_unknown_key_message(prefix + name, prefix, name, names))
     given = {name: _coerce(hints[name], value, prefix + name) for name, value in values.items()}
     missing = [
         f.name
         for f in dataclasses.fields(cls)
         if f.name not in given and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     ]
-    _require(not missing, f"missing keys: {_listed(prefix, missing)}")
+    _check(not missing, f"missing keys: {_join_names(prefix, missing)}")
     return cls(**given)
 
 
@@ -268,7 +268,7 @@ def _coerce(hint: Any, value: Any, key: str) -> Any:
     if hint is Any:
         return value
     if dataclasses.is_dataclass(hint):
-        return value if isinstance(value, typing.cast("type", hint)) else _build(hint, value, key + ".")
+        return value if isinstance(value, typing.cast("type", hint)) else _build_dataclass(hint, value, key + ".")
     if origin in (typing.Union, types.UnionType):
         for option in args:
             try:
@@ -301,7 +301,7 @@ def _coerce(hint: Any, value: Any, key: str) -> Any:
 # ---------------------------------------------------------------- JSON on disk
 
 
-def _plain(value: Any) -> Any:
+def _to_json_value(value: Any) -> Any:
     """`value` in JSON's own types: NaN and infinities become null, arrays and scalars of numpy or torch plain
     numbers."""
     if value is None or isinstance(value, (bool, int, str)):
@@ -309,15 +309,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): _to_json_value(v) for k, v in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(v) for v in (sorted(value) if isinstance(value, (set, frozenset)) else value)]
+        return [_to_json_value(v) for v in (sorted(value) if isinstance(value, (set, frozenset)) else value)]
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return to_dict(value)
     if hasattr(value, "tolist"):
-        return _plain(value.tolist())
+        return _to_json_value(value.tolist())
     raise ValueError(f"cannot write a {type(value).__name__} as JSON")
 
 
@@ -325,7 +325,7 @@ def save_json(path: str | os.PathLike[str], obj: Any) -> None:
     """Write `obj` as strict JSON (NaN -> null), complete or not at all; makes the folder. "-" is the process's stdout,
     whatever `sys.stdout` is. ValueError where it cannot be written."""
     path = Path(path)
-    text = json.dumps(_plain(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(_to_json_value(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     if str(path) == "-":
         print(text, end="", file=sys.__stdout__, flush=True)
         return
@@ -358,7 +358,7 @@ def load_json(path: str | os.PathLike[str]) -> Any:
 # ---------------------------------------------------------------- reports
 
 
-def hardware() -> str:
+def hardware_summary() -> str:
     """The machine in words: the GPU's name where torch is loaded and sees one, else the CPU's model and usable
     cores."""
     torch = sys.modules.get("torch")
@@ -395,7 +395,7 @@ def write_report(
     report = {
         "command": command,
         "model": model,
-        "hardware": hardware(),
+        "hardware": hardware_summary(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seconds": seconds,
         "overall": overall,

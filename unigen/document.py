@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from unigen.media.display import png_bytes, turns_html
-from unigen.media.images import is_image, is_image_path, missing, read_image
+from unigen.media.images import is_image, is_image_path, missing_file_message, read_image
 from unigen.utils.text import shorten
 
 Role = Literal["user", "assistant", "system"]
@@ -109,7 +109,7 @@ class Segment:
             return cls(text=data.get("text"), role=data.get("role", "user"), label=data.get("label"))
         match image:
             case {"codes": codes}:
-                value: Any = _codes(codes)
+                value: Any = _codes_from_json(codes)
             case {"path": str(path)}:
                 value = path
             case {"png": str(png)}:
@@ -152,11 +152,11 @@ class Document:
         """
         if isinstance(prompt, Document):
             return cls(list(prompt.segments), prompt.size)
-        if isinstance(prompt, (str, Segment)) or is_number(prompt) or is_image(prompt):
+        if isinstance(prompt, (str, Segment)) or is_class_index(prompt) or is_image(prompt):
             prompt = [prompt]
         if not isinstance(prompt, (list, tuple)):
             raise ValueError(f"a prompt is text, an image or a list of both, not {type(prompt).__name__}")
-        document = cls([part if isinstance(part, Segment) else _segment(part) for part in prompt])
+        document = cls([part if isinstance(part, Segment) else _to_segment(part) for part in prompt])
         document.check_filled()
         return document
 
@@ -177,7 +177,7 @@ class Document:
         return {"segments": [segment.to_json() for segment in self.segments]} | size
 
     def _repr_html_(self) -> str:
-        return turns_html((segment.role, _displayed(segment)) for segment in self.segments)
+        return turns_html((segment.role, _display_value(segment)) for segment in self.segments)
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Document:
@@ -191,7 +191,7 @@ class Document:
         )
 
 
-def _displayed(segment: Segment) -> Any:
+def _display_value(segment: Segment) -> Any:
     """A segment as a notebook shows it: a picture, or text."""
     if segment.image is None:
         return f"class {segment.label}" if segment.text is None else segment.text
@@ -203,15 +203,17 @@ def _displayed(segment: Segment) -> Any:
         return str(error)
 
 
-def _segment(part: Any) -> Segment:
+def _to_segment(part: Any) -> Segment:
     """A part of a prompt that is no segment yet."""
     if isinstance(part, str):
         if not is_image_path(part):
             return Segment(text=part)
         if not os.path.exists(part):
-            raise ValueError(f"{missing(part)} (if these are words, end them otherwise or give Segment(text=...))")
+            raise ValueError(
+                f"{missing_file_message(part)} (if these are words, end them otherwise or give Segment(text=...))"
+            )
         return Segment(image=Path(part))
-    if is_number(part):
+    if is_class_index(part):
         return Segment(label=int(part))
     if isinstance(part, (Path, Image.Image, np.ndarray)) or is_codes(part):
         return Segment(image=part)
@@ -220,12 +222,12 @@ def _segment(part: Any) -> Segment:
     raise ValueError(f"a prompt is text, an image or a list of both, not {type(part).__name__}")
 
 
-def is_number(value: Any) -> bool:
+def is_class_index(value: Any) -> bool:
     """Whether a value is a whole number, and no truth value."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def _codes(rows: Any) -> Tensor:
+def _codes_from_json(rows: Any) -> Tensor:
     """Codes that stand in JSON."""
     try:
         codes = np.asarray(rows)
@@ -236,7 +238,7 @@ def _codes(rows: Any) -> Tensor:
     return torch.from_numpy(codes.astype(np.int64))
 
 
-def as_words(prompt: Any) -> Any:
+def as_text(prompt: Any) -> Any:
     """A string as words, whatever it ends in; anything else as it is."""
     return Segment(text=prompt) if isinstance(prompt, str) else prompt
 

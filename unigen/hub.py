@@ -32,38 +32,40 @@ ASSETS = Path(__file__).parent / "assets"
 MANIFEST, CONFIG = "unigen.json", "config.json"
 HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 HUB_URL = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)")
-LONGEST = 1000
-SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.yaml")
-TWICE = tuple(f"*{name}*" for name in (".fp16", ".bf16", ".fp32", ".non_ema", ".int8", "flax", "openvino", "onnx"))
+MAX_NAME_LENGTH = 1000
+METADATA_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", "*.yaml")
+DUPLICATE_WEIGHT_PATTERNS = tuple(
+    f"*{name}*" for name in (".fp16", ".bf16", ".fp32", ".non_ema", ".int8", "flax", "openvino", "onnx")
+)
 """The same weights of a pipeline's part once more, whole or in shards."""
-VARIANTS = ("fp16", "bf16")
+WEIGHT_VARIANTS = ("fp16", "bf16")
 """Of weights of pipelines, which are read where there are no others."""
-SAFE = ("*.safetensors",)
-WHOLE = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin")
+SAFETENSORS_PATTERNS = ("*.safetensors",)
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin")
 """A model's weights, the first that is there; `.index.json` after the name lists the shards."""
 
 
-def shipped() -> list[str]:
+def shipped_models() -> list[str]:
     """Names of the models that come with the package."""
     return sorted(p.parent.name for p in ASSETS.glob(f"*/{MANIFEST}"))
 
 
-Judge = Callable[[Path], None]
+FolderCheck = Callable[[Path], None]
 """Raises ValueError for a folder, of which only the small files are there, whose model is not to be had."""
 
 
 def resolve(
     name: str | Path,
     holdings: Mapping[str, Mapping[str, Sequence[str]]] | None = None,
-    judge: Judge | None = None,
+    judge: FolderCheck | None = None,
     loose: Sequence[str] = (),
 ) -> tuple[Path, str | None]:
     """The folder of a model, and which of several it is: by the name of a shipped one, by its path, or by
     `owner/name[@revision]` on the Hugging Face hub, from whose cache it is taken where it is there. After a colon may
     follow the name of one of several models that are there. holdings: the files of each, by repository, for those of
-    the hub that hold several. judge, loose: see `snapshot`. Raises ValueError naming what there is."""
+    the hub that hold several. judge, loose: see `fetch_snapshot`. Raises ValueError naming what there is."""
     place, _, variant = str(name).partition(":")
-    if len(str(name)) > LONGEST:
+    if len(str(name)) > MAX_NAME_LENGTH:
         raise ValueError(f"a model's name of {len(str(name))} letters is too long")
     if "://" in str(name) or HUB_URL.match(str(name)):
         page = HUB_URL.match(str(name))
@@ -82,66 +84,73 @@ def resolve(
         if held is None and variant:
             raise ValueError(f"{place} holds one model: leave out {variant!r}")
         if held is None:
-            return snapshot(named["repo"], named["revision"], judge, loose), None
+            return fetch_snapshot(named["repo"], named["revision"], judge, loose), None
         if variant not in held:
             raise ValueError(
                 f"{place} holds several models: name one, as in {place}:{next(iter(held))} ({', '.join(held)})"
             )
         return _from_hub(named["repo"], named["revision"], held[variant]), variant
-    known = ", ".join(shipped()) or "none"
+    known = ", ".join(shipped_models()) or "none"
     raise ValueError(
         f"unknown model {str(name)!r}: neither a folder, nor a shipped model ({known}), nor owner/name on the hub"
-        f"{did_you_mean(place, shipped())}"
+        f"{did_you_mean(place, shipped_models())}"
     )
 
 
-def snapshot(repo: str, revision: str | None = None, judge: Judge | None = None, loose: Sequence[str] = ()) -> Path:
+def fetch_snapshot(
+    repo: str, revision: str | None = None, judge: FolderCheck | None = None, loose: Sequence[str] = ()
+) -> Path:
     """The folder of a repository of the hub with each weight once: safetensors where it has them, else pickles. judge:
     asked when the small files are there, before weights are fetched. loose: files by which a model is known that has no
     settings beside it."""
-    folder = _from_hub(repo, revision, SMALL)
+    folder = _from_hub(repo, revision, METADATA_PATTERNS)
     if loose and not any((folder / name).is_file() for name in (CONFIG, MANIFEST, "model_index.json")):
-        folder = _from_hub(repo, revision, (*SMALL, *loose))
+        folder = _from_hub(repo, revision, (*METADATA_PATTERNS, *loose))
     if judge is not None:
         judge(folder)
     if (folder / "model_index.json").is_file():  # a pipeline: its parts' folders, and not what stands beside them
-        folder = _from_hub(repo, revision, (*SMALL, *(f"*/{kind}" for kind in SAFE)), TWICE)
+        folder = _from_hub(
+            repo,
+            revision,
+            (*METADATA_PATTERNS, *(f"*/{kind}" for kind in SAFETENSORS_PATTERNS)),
+            DUPLICATE_WEIGHT_PATTERNS,
+        )
         bare = [config.parent for config in folder.glob(f"*/{CONFIG}") if not any(config.parent.glob("*.safetensors"))]
-        for name in VARIANTS if bare else ():  # some have no others
+        for name in WEIGHT_VARIANTS if bare else ():  # some have no others
             kinds = ("safetensors", "json")  # an index is of the variant, too
             folder = _from_hub(repo, revision, [f"{part.name}/*.{name}*.{kind}" for part in bare for kind in kinds])
             if any(part.glob("*.safetensors") for part in bare):
                 break
         return folder
     if (folder / MANIFEST).is_file():  # ours: the parts have folders, too
-        return _from_hub(repo, revision, (*SMALL, *SAFE))
-    for name in WHOLE:
+        return _from_hub(repo, revision, (*METADATA_PATTERNS, *SAFETENSORS_PATTERNS))
+    for name in WEIGHT_FILES:
         if (folder / f"{name}.index.json").is_file():
-            return _from_hub(repo, revision, (*SMALL, *shards(folder / f"{name}.index.json")))
-    for name in WHOLE:
-        folder = _from_hub(repo, revision, (*SMALL, name))
+            return _from_hub(repo, revision, (*METADATA_PATTERNS, *shard_files(folder / f"{name}.index.json")))
+    for name in WEIGHT_FILES:
+        folder = _from_hub(repo, revision, (*METADATA_PATTERNS, name))
         if (folder / name).is_file():
             break
     return folder
 
 
-def variant_of(folder: Path) -> str | None:
+def weights_variant(folder: Path) -> str | None:
     """Which of the weights of a pipeline's parts are read where a part has no others than those of a variant: "fp16" or
     "bf16"; None where all have plain ones."""
-    for name in VARIANTS:
+    for name in WEIGHT_VARIANTS:
         for config in folder.glob(f"*/{CONFIG}"):
             files = [path.name for path in config.parent.glob("*.safetensors")]
-            if any(f".{name}." in file for file in files) and not any(is_plain(file) for file in files):
+            if any(f".{name}." in file for file in files) and not any(is_default_weights(file) for file in files):
                 return name
     return None
 
 
-def is_plain(file: str) -> bool:
+def is_default_weights(file: str) -> bool:
     """Is it a file of weights, and of no variant?"""
-    return file.endswith(".safetensors") and not any(fnmatch(file, pattern) for pattern in TWICE)
+    return file.endswith(".safetensors") and not any(fnmatch(file, pattern) for pattern in DUPLICATE_WEIGHT_PATTERNS)
 
 
-def shards(index: Path) -> list[str]:
+def shard_files(index: Path) -> list[str]:
     """The files that an index of weights names. Raises ValueError for what is no such index."""
     try:
         files = sorted(set(read_json(index)["weight_map"].values()))
@@ -152,12 +161,12 @@ def shards(index: Path) -> list[str]:
     return files
 
 
-def settings(repo: str) -> Path:
+def fetch_metadata(repo: str) -> Path:
     """The folder of a repository of the hub, without its weights."""
-    return _from_hub(repo, None, SMALL)
+    return _from_hub(repo, None, METADATA_PATTERNS)
 
 
-def fetch(repo: str, file: str) -> Path:
+def fetch_file(repo: str, file: str) -> Path:
     """One file of a repository of the hub, with the settings that stand beside it."""
     path = _from_hub(repo, None, [file, str(Path(file).with_suffix(".yaml"))]) / file
     if not path.is_file():
@@ -165,7 +174,7 @@ def fetch(repo: str, file: str) -> Path:
     return path
 
 
-def part(folder: Path, name: str, what: str, fetch: Callable[[], Path]) -> Path:
+def find_component(folder: Path, name: str, what: str, fetch: Callable[[], Path]) -> Path:
     """What a model's repository does not bring along: the file or folder (name/) of this name in the model's folder,
     else what is fetched. what: it is, as people read it. Raises ValueError in one line where there is neither."""
     here = sorted(folder.rglob(name.rstrip("/")))
@@ -202,7 +211,7 @@ def _from_hub(repo: str, revision: str | None, patterns: Sequence[str], left: Se
 
 
 @contextmanager
-def damage_of(folder: Path) -> Iterator[None]:
+def wrap_load_errors(folder: Path) -> Iterator[None]:
     """Inside, what files with the wrong things in them make libraries raise, each its own way, is a ValueError in one
     line that names the folder."""
     from huggingface_hub.errors import StrictDataclassError
@@ -227,7 +236,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def picture_settings(folder: Path) -> dict[str, Any]:
+def image_processor_config(folder: Path) -> dict[str, Any]:
     """How a public model's pictures are read: preprocessor_config.json, or what transformers 5 writes in its place, the
     image processor's part of processor_config.json. Raises ValueError where both are missing."""
     path = folder / "processor_config.json"
@@ -244,44 +253,44 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return unprefixed(load_file(path)) if path.suffix == ".safetensors" else _unpickled(path)
+        return strip_wrapper_prefixes(load_file(path)) if path.suffix == ".safetensors" else _load_pickle(path)
     except (FileNotFoundError, SafetensorError, OSError, RuntimeError, EOFError) as error:
         raise ValueError(f"checkpoint {path} cannot be read (missing, cut off or damaged): {error}") from error
 
 
-WRAPPERS = ("state_dict", "model", "module", "trainer", "var_wo_ddp", "ema")
+STATE_DICT_KEYS = ("state_dict", "model", "module", "trainer", "var_wo_ddp", "ema")
 """What checkpoints hold their tensors under: torch's trainers, deepspeed, VAR's."""
-PLAIN: list[Any] = [argparse.Namespace, np.dtype, np.float64(0).__reduce__()[0], np.dtypes.Float64DType]
-PLAIN += [np.dtypes.Float32DType, np.dtypes.Int64DType]
+PICKLE_SAFE_TYPES: list[Any] = [argparse.Namespace, np.dtype, np.float64(0).__reduce__()[0], np.dtypes.Float64DType]
+PICKLE_SAFE_TYPES += [np.dtypes.Float32DType, np.dtypes.Int64DType]
 """What trainers keep beside tensors, and what runs no code: their arguments, and numbers of numpy."""
-PREFIXES = ("module.", "_orig_mod.")
+WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 """What parallel and compiled modules put before the names of their tensors."""
 
 
-def _unpickled(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, wherever in it they are: in that of a trainer under `WRAPPERS`."""
+def _load_pickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, wherever in it they are: in that of a trainer under `STATE_DICT_KEYS`."""
     from pickle import UnpicklingError
 
     try:
-        with torch.serialization.safe_globals(PLAIN):
+        with torch.serialization.safe_globals(PICKLE_SAFE_TYPES):
             data = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise ValueError(f"checkpoint {path} is damaged, or holds objects that might run code") from error
-    for name in WRAPPERS:
+    for name in STATE_DICT_KEYS:
         inner = data.get(name) if isinstance(data, dict) else None
         data = inner if isinstance(inner, dict) else data
     state = {name: value for name, value in data.items() if isinstance(value, Tensor)} if isinstance(data, dict) else {}
-    return unprefixed(state)
+    return strip_wrapper_prefixes(state)
 
 
-def unprefixed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def strip_wrapper_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors without the prefixes that parallel and compiled modules put before all of their names."""
-    while prefix := next((p for p in PREFIXES if state and all(name.startswith(p) for name in state)), None):
+    while prefix := next((p for p in WRAPPER_PREFIXES if state and all(name.startswith(p) for name in state)), None):
         state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
 
 
-def one_of(folder: Path, pattern: str, name: str | None) -> Path:
+def select_checkpoint(folder: Path, pattern: str, name: str | None) -> Path:
     """The file of this pattern, the one of this name where there are several."""
     found = {path.stem: path for path in sorted(folder.glob(pattern))}
     if name is None and len(found) == 1:
@@ -293,31 +302,31 @@ def one_of(folder: Path, pattern: str, name: str | None) -> Path:
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of a model folder: of model.safetensors or pytorch_model.bin, whole or in shards."""
-    for name in WHOLE:
+    for name in WEIGHT_FILES:
         index = folder / f"{name}.index.json"
         if index.is_file():
-            return {key: tensor for file in shards(index) for key, tensor in read_tensors(folder / file).items()}
+            return {key: tensor for file in shard_files(index) for key, tensor in read_tensors(folder / file).items()}
         if (folder / name).is_file():
             return read_tensors(folder / name)
     also = "; ONNX, GGUF, TensorFlow and Flax are not read"
     raise ValueError(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin{also}")
 
 
-def wrapped(folder: Path) -> bool:
+def needs_unwrapping(folder: Path) -> bool:
     """Are the weights of a model folder in a pickle, which may hold more than tensors, or all under a prefix?"""
     from safetensors import safe_open
 
-    path = next((folder / name for name in WHOLE if (folder / name).is_file()), None)
-    if any((folder / f"{name}.index.json").is_file() for name in WHOLE) or path is None:
+    path = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if any((folder / f"{name}.index.json").is_file() for name in WEIGHT_FILES) or path is None:
         return False
     if path.suffix == ".bin":
         return True
     with safe_open(path, "pt") as file:
         names = list(file.keys())
-    return any(names and all(name.startswith(prefix) for name in names) for prefix in PREFIXES)
+    return any(names and all(name.startswith(prefix) for name in names) for prefix in WRAPPER_PREFIXES)
 
 
-def pretrained(kind: Any, folder: Path, dtype: torch.dtype | None, state: dict[str, Tensor] | None = None) -> Any:
+def load_pretrained(kind: Any, folder: Path, dtype: torch.dtype | None, state: dict[str, Tensor] | None = None) -> Any:
     """`kind.from_pretrained` of a folder (whole or sharded), strictly; dtype: None is as it is stored; state: the
     tensors, where they are not as they stand there. Raises ValueError in one line where tensors are missing, left over
     or of another shape, and where a file is damaged."""
@@ -327,9 +336,9 @@ def pretrained(kind: Any, folder: Path, dtype: torch.dtype | None, state: dict[s
     if not read_json(folder / CONFIG).get("model_type"):  # a class's defaults are a model of billions
         raise ValueError(f"{folder / CONFIG} names no type of model: it is damaged")
     try:
-        if state is None and wrapped(folder):
+        if state is None and needs_unwrapping(folder):
             state = read_weights(folder)
-        with quiet():
+        with silence_transformers():
             given: dict[str, Any] = {}
             if state is not None:
                 config = getattr(kind, "config_class", AutoConfig).from_pretrained(folder)
@@ -346,12 +355,12 @@ def pretrained(kind: Any, folder: Path, dtype: torch.dtype | None, state: dict[s
     except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
         raise ValueError(f"model folder {folder} cannot be loaded: {first_line(error)}") from error
     kinds = (("missing", "missing_keys"), ("unknown", "unexpected_keys"), ("of another shape", "mismatched_keys"))
-    _complain(folder, [(kind, sorted(map(str, report[name]))) for kind, name in kinds])
+    _raise_differences(folder, [(kind, sorted(map(str, report[name]))) for kind, name in kinds])
     return model
 
 
 @contextmanager
-def no_new_weights() -> Iterator[None]:
+def strict_from_pretrained() -> Iterator[None]:
     """Inside, a model of transformers whose folder lacks some of its weights is a ValueError in one line, also where
     another library loads it: transformers would go on with random ones."""
     from transformers import PreTrainedModel
@@ -361,7 +370,7 @@ def no_new_weights() -> Iterator[None]:
     def strict(cls: Any, folder: Any, *args: Any, **options: Any) -> Any:
         model, report = usual.__func__(cls, folder, *args, **options | {"output_loading_info": True})
         kinds = (("missing", "missing_keys"), ("of another shape", "mismatched_keys"))
-        _complain(folder, [(kind, sorted(map(str, report[name]))) for kind, name in kinds])
+        _raise_differences(folder, [(kind, sorted(map(str, report[name]))) for kind, name in kinds])
         return model
 
     PreTrainedModel.from_pretrained = classmethod(strict)  # type: ignore[assignment]
@@ -371,7 +380,7 @@ def no_new_weights() -> Iterator[None]:
         PreTrainedModel.from_pretrained = usual
 
 
-def named(lm: Any, architecture: str, **settings: Any) -> Any:
+def with_architecture(lm: Any, architecture: str, **settings: Any) -> Any:
     """The same language model, to be written: its config.json names another class, and says more."""
     other = copy.copy(lm)
     other.__class__ = type(architecture, (type(lm),), {})
@@ -381,7 +390,7 @@ def named(lm: Any, architecture: str, **settings: Any) -> Any:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def silence_transformers() -> Iterator[None]:
     """transformers without its bars and its table of what a checkpoint lacks: we say that ourselves, in one line."""
     from transformers.utils import logging
 
@@ -400,7 +409,7 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def _complain(source: str | Path, differences: Sequence[tuple[str, Sequence[str]]]) -> None:
+def _raise_differences(source: str | Path, differences: Sequence[tuple[str, Sequence[str]]]) -> None:
     """Raise ValueError in one line where there is a difference."""
     problems = [
         f"{len(names)} {kind}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
@@ -411,11 +420,11 @@ def _complain(source: str | Path, differences: Sequence[tuple[str, Sequence[str]
         raise ValueError(f"checkpoint {source} does not fit the model: {'; '.join(problems)}")
 
 
-Names = Sequence[tuple[str, str]]
+KeyRenames = Sequence[tuple[str, str]]
 """What tensors are called in a public file, and here."""
 
 
-def renamed(name: str, prefixes: Names, inside: Names = (), back: bool = False) -> str:
+def rename_key(name: str, prefixes: KeyRenames, inside: KeyRenames = (), back: bool = False) -> str:
     """A tensor's name here, of its public one: the first prefix that fits is exchanged, and of `inside` each in turn;
     with back=True the public one. A name that no prefix fits stays."""
     pairs = [(b, a) if back else (a, b) for a, b in prefixes]
@@ -435,11 +444,11 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path)
         for k, v in wanted.items()
         if k in state and state[k].shape != v.shape
     ]
-    _complain(source, (("missing", missing), ("unknown", unknown), ("of another shape", shapes)))
+    _raise_differences(source, (("missing", missing), ("unknown", unknown), ("of another shape", shapes)))
     module.load_state_dict(state, strict=True)
 
 
-_held: set[int] = set()
+_held_locks: set[int] = set()
 """Descriptors of the locks that this process holds."""
 
 
@@ -459,20 +468,20 @@ def lock(path: str | Path) -> int | None:
         if isinstance(error, BlockingIOError):
             raise
         return None
-    _held.add(handle)
+    _held_locks.add(handle)
     return handle
 
 
 def unlock(handle: int | None) -> None:
     if handle is not None:
-        _held.discard(handle)
+        _held_locks.discard(handle)
         os.close(handle)
 
 
 def _close_locks() -> None:
-    for handle in _held:
+    for handle in _held_locks:
         os.close(handle)
-    _held.clear()
+    _held_locks.clear()
 
 
 if hasattr(os, "register_at_fork"):
@@ -525,7 +534,7 @@ def replacing_folder(folder: str | Path) -> Iterator[Path]:
     try:
         yield scratch
         scratch.chmod(0o755)
-        if folder.exists() and not _exchange(scratch, folder):
+        if folder.exists() and not _swap_paths(scratch, folder):
             old = scratch.with_suffix(".old")
             os.replace(folder, old)
             os.replace(scratch, folder)
@@ -537,7 +546,7 @@ def replacing_folder(folder: str | Path) -> Iterator[Path]:
         unlock(handle)
 
 
-def _exchange(one: Path, other: Path) -> bool:
+def _swap_paths(one: Path, other: Path) -> bool:
     """Let two paths swap what they name, in one step. False where the system cannot; Linux can."""
     swap = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE

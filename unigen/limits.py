@@ -58,7 +58,7 @@ LIMITS: Mapping[str, Limit] = {
     "strength": Limit(0, 1, whole=False, above=True),
     "vary": Limit(0, 1, whole=False, above=True, note="1 is all of the picture"),
 }
-SERVED: Mapping[str, Limit] = {
+SERVER_LIMITS: Mapping[str, Limit] = {
     **LIMITS,
     "n": Limit(1, 16),
     "candidates": Limit(1, 8),
@@ -67,7 +67,7 @@ SERVED: Mapping[str, Limit] = {
 """Of one request to the server."""
 
 
-def check(name: str, value: Any, limits: Mapping[str, Limit] = LIMITS) -> Any:
+def check_limit(name: str, value: Any, limits: Mapping[str, Limit] = LIMITS) -> Any:
     """The value as an int or a float. Raises ValueError in one line where it is no number of the range of `name`."""
     limit = limits[name]
     if not limit.holds(value):
@@ -75,22 +75,22 @@ def check(name: str, value: Any, limits: Mapping[str, Limit] = LIMITS) -> Any:
     return int(value) if limit.whole else float(value)
 
 
-def parse(name: str, text: str, limits: Mapping[str, Limit] = LIMITS) -> Any:
-    """`check` of a number that is written out. Raises ValueError, too, for a text that is no number."""
+def parse_limit(name: str, text: str, limits: Mapping[str, Limit] = LIMITS) -> Any:
+    """`check_limit` of a number that is written out. Raises ValueError, too, for a text that is no number."""
     value: Any = text
     try:
         value = parse_int(text.strip()) if limits[name].whole else parse_float(text.strip())
     except ValueError:
         pass
-    return check(name, value, limits)
+    return check_limit(name, value, limits)
 
 
-def argument(name: str, limits: Mapping[str, Limit] = LIMITS) -> Callable[[str], Any]:
-    """`parse` as the type of an argument of argparse."""
+def limit_argument(name: str, limits: Mapping[str, Limit] = LIMITS) -> Callable[[str], Any]:
+    """`parse_limit` as the type of an argument of argparse."""
 
     def read(text: str) -> Any:
         try:
-            return parse(name, text, limits)
+            return parse_limit(name, text, limits)
         except ValueError:
             from argparse import ArgumentTypeError
 
@@ -99,12 +99,12 @@ def argument(name: str, limits: Mapping[str, Limit] = LIMITS) -> Callable[[str],
     return read
 
 
-def number(low: int, high: int, whole: bool = True, above: bool = False) -> Callable[[str], Any]:
+def number_argument(low: int, high: int, whole: bool = True, above: bool = False) -> Callable[[str], Any]:
     """The type of an argument of argparse that has a range of its own, as `Limit` takes it."""
-    return argument("", {"": Limit(low, high, whole, above)})
+    return limit_argument("", {"": Limit(low, high, whole, above)})
 
 
-def bounds(name: str, limits: Mapping[str, Limit] = SERVED) -> dict[str, Any]:
+def pydantic_bounds(name: str, limits: Mapping[str, Limit] = SERVER_LIMITS) -> dict[str, Any]:
     """The range as arguments of a field of pydantic."""
     limit = limits[name]
     return {"gt" if limit.above else "ge": limit.low, "le": limit.high}

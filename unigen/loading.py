@@ -8,7 +8,7 @@ from typing import Any
 
 from unigen.utils.text import shorten
 
-ENGINES = ("local", "vllm")
+BACKENDS = ("local", "vllm")
 
 
 def load(
@@ -61,8 +61,8 @@ def load(
         reason = shorten(str(error).splitlines()[0], 200)
         raise ValueError(f"device {shorten(str(device))} is not available here: {reason}") from error
     kind = getattr(torch, dtype) if dtype else None
-    if not isinstance(engine, str) or engine not in ENGINES:
-        raise ValueError(f"unknown engine {shorten(engine)}: one of {', '.join(ENGINES)}")
+    if not isinstance(engine, str) or engine not in BACKENDS:
+        raise ValueError(f"unknown engine {shorten(engine)}: one of {', '.join(BACKENDS)}")
     if engine == "vllm":
         if lmm or generator or adapter or quantization:
             raise ValueError("vLLM serves one model as it is: leave lmm, generator, adapter and quantization out")
@@ -72,19 +72,21 @@ def load(
     if vllm:
         raise ValueError("arguments of vLLM's engine are for engine vllm: leave them out")
     if quantization is not None:
-        quantized.check(quantization, device)
+        quantized.check_quantization(quantization, device)
 
     if lmm is None and generator is None and adapter is None:
         return load_one(name or "unigen-tiny", device, kind, quantization)
     if lmm is None or generator is None or name is not None:
         raise ValueError("give one name, or both an lmm that reads and a generator that draws")
     from unigen import hub
-    from unigen.backends.composed import PairedEngine
-    from unigen.backends.connector import load_adapter
+    from unigen.backends.composed import ComposedEngine
+    from unigen.backends.connector import load_connector
 
-    joins = None if adapter is None else load_adapter(hub.resolve(adapter)[0])  # the smallest of them before the others
+    joins = (
+        None if adapter is None else load_connector(hub.resolve(adapter)[0])
+    )  # the smallest of them before the others
     reader = load_one(lmm, device, kind, quantization, reads=True, pair=True)
-    return PairedEngine(reader, load_one(generator, device, kind, quantization, pair=True), joins)
+    return ComposedEngine(reader, load_one(generator, device, kind, quantization, pair=True), joins)
 
 
 def load_one(
@@ -96,10 +98,10 @@ def load_one(
 
     from unigen.backends import diffusers_engine
     from unigen.inference.engine import Engine
-    from unigen.models import Unknown, find, load_found
+    from unigen.models import UnknownModelError, load_resolved, resolve_model
     from unigen.utils.precision import load_dtype
 
-    folder, variant = find(name, reads, diffusers_engine.check_class)
+    folder, variant = resolve_model(name, reads, diffusers_engine.check_pipeline_class)
     if diffusers_engine.is_pipeline(folder):
         if quantization is not None and not pair:
             raise ValueError(f"{name} is a diffusers pipeline, which has no language model to quantise: leave it out")
@@ -107,17 +109,17 @@ def load_one(
     usual, why = load_dtype(folder, device) if dtype is None else (None, "")
     own = getattr(torch, usual) if usual else dtype
     try:
-        engine: Any = Engine(load_found(folder, variant, device, own, quantization, inference=True))
+        engine: Any = Engine(load_resolved(folder, variant, device, own, quantization, inference=True))
         if reads and engine.model.family != "tiny":  # which says in its manifest how it writes
-            from unigen.backends.composed import text_sampling_of
+            from unigen.backends.composed import text_sampling_from
 
-            engine.text_sampling = text_sampling_of(folder, {})
-    except Unknown:
+            engine.text_sampling = text_sampling_from(folder, {})
+    except UnknownModelError:
         if not reads:
             raise
-        from unigen.backends.composed import load_reader
+        from unigen.backends.composed import load_transformers
 
-        engine = load_reader(folder, device, own, quantization)
+        engine = load_transformers(folder, device, own, quantization)
     ours = isinstance(engine, Engine) and engine.model.family == "tiny"  # held in float32 wherever it is
     if why and not ours:
         print(why, file=sys.stderr)

@@ -22,15 +22,15 @@ from torch.nn.functional import linear
 from unigen.config import write_report
 from unigen.document import Document
 from unigen.inference.engine import Engine
-from unigen.limits import number
+from unigen.limits import number_argument
 from unigen.models import load, tiny
-from unigen.nn.cpu.linear import few_rows_linear
-from unigen.utils.argparser import Parser
+from unigen.nn.cpu.linear import packed_linear
+from unigen.utils.argparser import OneLineParser
 
 PROMPT = "two apples on a blue background"
 
 
-def models(name: str, dtype: torch.dtype) -> Any:
+def load_model(name: str, dtype: torch.dtype) -> Any:
     """The shipped model, or one with random weights around it: 116M Llama, 256 tokens an image."""
     base = load("unigen-tiny")
     if name == "tiny":
@@ -48,11 +48,11 @@ def models(name: str, dtype: torch.dtype) -> Any:
         max_position_embeddings=1024,
         tie_word_embeddings=True,
     )
-    model = tiny.create(shape, base.text_tokenizer, VQTokenizer(VQConfig(image_size=128)))
+    model = tiny.build_from_config(shape, base.text_tokenizer, VQTokenizer(VQConfig(image_size=128)))
     return model.to(dtype).eval()
 
 
-def ours(model: Any, batch: int, guided: bool) -> Callable[[], int]:
+def engine_runner(model: Any, batch: int, guided: bool) -> Callable[[], int]:
     """The engine itself, without the tokenizer's decoder, which the others do not run either."""
     engine = Engine(model)
     height, width = model.image_tokenizer.grid
@@ -66,7 +66,7 @@ def ours(model: Any, batch: int, guided: bool) -> Callable[[], int]:
     return run
 
 
-def prompts(model: Any, batch: int) -> tuple[Tensor, Tensor]:
+def prompt_ids(model: Any, batch: int) -> tuple[Tensor, Tensor]:
     """The ids of the conditional and the blind branch, each ending in the begin token: (batch, L)."""
     template, document = model.template, Document.of(PROMPT)
     begin = template.begins["next-token"]
@@ -77,7 +77,7 @@ def prompts(model: Any, batch: int) -> tuple[Tensor, Tensor]:
 def transformers_generate(model: Any, batch: int, guided: bool) -> Callable[[], int]:
     height, width = model.image_tokenizer.grid
     count = height * width
-    full, blind = prompts(model, batch)
+    full, blind = prompt_ids(model, batch)
     options: dict[str, Any] = {"guidance_scale": 3.0, "negative_prompt_ids": blind} if guided else {}
 
     def run() -> int:
@@ -103,7 +103,7 @@ def static_loop(model: Any, batch: int, guided: bool) -> Callable[[], int]:
     lm = model.backbone.lm
     height, width = model.image_tokenizer.grid
     count = height * width
-    full, blind = prompts(model, batch)
+    full, blind = prompt_ids(model, batch)
     pad = full.shape[1] - blind.shape[1]
     rows = torch.cat([full, torch.nn.functional.pad(blind, (pad, 0))]) if guided else full
     seen = torch.ones(len(rows), rows.shape[1] + count, dtype=torch.bool)
@@ -158,10 +158,12 @@ def bandwidth(
 
 
 def main(args: list[str]) -> int:
-    parser = Parser(prog="bench.py decode", description=(__doc__ or "").split("\n")[0])
+    parser = OneLineParser(prog="bench.py decode", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--models", default="tiny,100M", help="some of tiny,100M")
     parser.add_argument("--batch", default="1,8")
-    parser.add_argument("--repeat", type=number(1, 100_000), default=3, help="runs of each contender; the best counts")
+    parser.add_argument(
+        "--repeat", type=number_argument(1, 100_000), default=3, help="runs of each contender; the best counts"
+    )
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--no-compile", action="store_true", help="leave the compiled loop out")
     parser.add_argument("--json", metavar="FILE")
@@ -174,17 +176,20 @@ def main(args: list[str]) -> int:
     rows = []
     print("row            batch    engine  generate  ratio    static  ratio     limit share")
     for name in names:
-        plain = models(name, dtype)
+        plain = load_model(name, dtype)
         plain.backbone.lm.set_attn_implementation("sdpa")
-        model = models(name, dtype)  # the engine changes how its model multiplies; the others keep theirs
+        model = load_model(name, dtype)  # the engine changes how its model multiplies; the others keep theirs
         size = sum(p.numel() for p in model.backbone.parameters()) * dtype.itemsize
         for guided in (True, False):
             for batch in map(int, options.batch.split(",")):
-                rivals = {"engine": ours(model, batch, guided), "generate": transformers_generate(plain, batch, guided)}
+                rivals = {
+                    "engine": engine_runner(model, batch, guided),
+                    "generate": transformers_generate(plain, batch, guided),
+                }
                 if not options.no_compile:
                     rivals["static"] = static_loop(plain, batch, guided)
-                best = measure(rivals, options.repeat)
-                read = [bandwidth(f, batch * (2 if guided else 1), dtype) for f in (linear, few_rows_linear)]
+                best = best_rates(rivals, options.repeat)
+                read = [bandwidth(f, batch * (2 if guided else 1), dtype) for f in (linear, packed_linear)]
                 limit = max(read) / size * batch
                 label = f"{name} {'guided' if guided else 'unguided'}"
                 for rival in ("generate", "static"):
@@ -216,7 +221,7 @@ def main(args: list[str]) -> int:
     return 0
 
 
-def measure(rivals: dict[str, Callable[[], int]], repeat: int) -> dict[str, float]:
+def best_rates(rivals: dict[str, Callable[[], int]], repeat: int) -> dict[str, float]:
     """The best tokens/s of each contender; they take turns, after a warm-up of each."""
     best = dict.fromkeys(rivals, 0.0)
     for turn in range(repeat + 1):

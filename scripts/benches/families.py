@@ -30,37 +30,37 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils.flop_counter import FlopCounterMode
 
-from scripts.benches.decode import bandwidth, measure
+from scripts.benches.decode import bandwidth, best_rates
 from unigen.batch import Tokens, Vocabulary
 from unigen.config import write_report
 from unigen.document import Document, Segment
 from unigen.generators.next_scale import NextScale
 from unigen.generators.next_token import NextToken
 from unigen.inference.engine import Engine
-from unigen.limits import number
-from unigen.model.template import ClassTemplate, DrawingTemplate
+from unigen.limits import number_argument
+from unigen.model.template import ClassTemplate, ImageOnlyTemplate
 from unigen.model.unified import UnifiedModel
 from unigen.models import janus, llamagen, var
-from unigen.nn.cpu.linear import few_rows_linear
+from unigen.nn.cpu.linear import packed_linear
 from unigen.tokenizers import var_vq
-from unigen.utils.argparser import Parser
+from unigen.utils.argparser import OneLineParser
 
-Draws = Callable[[], Any]
+DrawFunction = Callable[[], Any]
 CLASSES, LABEL = 1001, 207
 
 
 @dataclass
-class Contest:
+class Comparison:
     """ours and its rivals draw one picture, in at least `limit` seconds; `same` compares what they draw, and is None
     where there is nothing to compare with."""
 
-    ours: Draws
+    ours: DrawFunction
     limit: float
-    rivals: dict[str, Draws] = field(default_factory=dict)
+    rivals: dict[str, DrawFunction] = field(default_factory=dict)
     same: Callable[[], str] | None = None
 
 
-class NoPictures(torch.nn.Module):
+class NoImageTokenizer(torch.nn.Module):
     """Stands where an image tokenizer would: the codes are what is measured."""
 
     def __init__(self, side: int, codes: int) -> None:
@@ -69,12 +69,12 @@ class NoPictures(torch.nn.Module):
         self.none = torch.nn.Parameter(torch.zeros(0))
 
 
-def without_pictures(model: UnifiedModel) -> UnifiedModel:
+def without_decoding(model: UnifiedModel) -> UnifiedModel:
     model.pictures = lambda codes: [None] * len(codes)  # type: ignore[method-assign]
     return model.eval()
 
 
-def drawing(model: UnifiedModel, prompt: Any, **options: Any) -> Callable[[], Any]:
+def engine_runner(model: UnifiedModel, prompt: Any, **options: Any) -> Callable[[], Any]:
     """The engine draws one picture: its codes, where they are the model's."""
     engine = Engine(model)
 
@@ -86,13 +86,13 @@ def drawing(model: UnifiedModel, prompt: Any, **options: Any) -> Callable[[], An
     return run
 
 
-def read_once_a_step(weights: int, steps: int, dtype: torch.dtype) -> float:
+def weight_read_seconds(weights: int, steps: int, dtype: torch.dtype) -> float:
     """Seconds to read so many weights in each of so many steps."""
-    rate = max(bandwidth(product, 2, dtype) for product in (linear, few_rows_linear))
+    rate = max(bandwidth(product, 2, dtype) for product in (linear, packed_linear))
     return weights * dtype.itemsize * steps / rate
 
 
-def once(draws: Draws) -> Callable[[], int]:
+def counted_once(draws: DrawFunction) -> Callable[[], int]:
     """Counts pictures, where `measure` counts codes."""
 
     def run() -> int:
@@ -102,7 +102,7 @@ def once(draws: Draws) -> Callable[[], int]:
     return run
 
 
-def reference(name: str) -> str | None:
+def reference_folder(name: str) -> str | None:
     return os.environ.get(f"UNIGEN_REFERENCE_{name}")
 
 
@@ -127,22 +127,22 @@ def llamagen_b(dtype: str) -> UnifiedModel:
     )
     lm = LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
     backbone = llamagen.ClassBackbone(lm, CLASSES, side).to(getattr(torch, dtype))
-    template, none = ClassTemplate(CLASSES - 1, side * side), NoPictures(side, codes)
+    template, none = ClassTemplate(CLASSES - 1, side * side), NoImageTokenizer(side, codes)
     writers: dict[str, Any] = {"next-token": NextToken((side, side))}
     model = UnifiedModel("llamagen", backbone, Vocabulary(CLASSES, codes), None, none, template, writers)  # type: ignore[arg-type]
     model.sample_by("next-token", **llamagen.SAMPLING["c2i"])
-    return without_pictures(model)
+    return without_decoding(model)
 
 
-def contest_llamagen(dtype: str, compiled: bool) -> Contest:
+def compare_llamagen(dtype: str, compiled: bool) -> Comparison:
     model, plain, scale = llamagen_b(dtype), llamagen_b(dtype), 4.0  # the engine changes how its model multiplies
     lm, codes = plain.backbone.lm, 256
     run, greedy = (
-        drawing(model, Segment(label=LABEL), guidance=scale, **options) for options in ({}, {"temperature": 0.0})
+        engine_runner(model, Segment(label=LABEL), guidance=scale, **options) for options in ({}, {"temperature": 0.0})
     )
     weights = sum(p.numel() for p in lm.parameters()) - lm.get_input_embeddings().weight.numel()
-    contest = Contest(run, read_once_a_step(weights, codes, getattr(torch, dtype)))
-    folder = reference("LLAMAGEN")
+    contest = Comparison(run, weight_read_seconds(weights, codes, getattr(torch, dtype)))
+    folder = reference_folder("LLAMAGEN")
     if not folder:
         return contest
     sys.path.insert(0, folder)
@@ -176,7 +176,7 @@ def var_d16(dtype: str) -> UnifiedModel:
     torch.manual_seed(0)
     tokenizer = var_vq.VARVQ()
     codes = sum(side * side for side in tokenizer.settings.scales)
-    lm = var.Transformer(CLASSES, 1024, 16, codes, shared=False)
+    lm = var.VARTransformer(CLASSES, 1024, 16, codes, shared=False)
     for name, weight in lm.named_parameters():
         if weight.ndim == 1 and name in ("start", "first"):
             torch.nn.init.normal_(weight, std=0.5)
@@ -193,17 +193,17 @@ def var_d16(dtype: str) -> UnifiedModel:
     return model.eval()
 
 
-def contest_var(dtype: str, compiled: bool) -> Contest:
+def compare_var(dtype: str, compiled: bool) -> Comparison:
     model, scale = var_d16(dtype), 4.0
     head: Any = model.generators["next-scale"]
-    run = drawing(model, Segment(label=LABEL), guidance=scale + 1)
+    run = engine_runner(model, Segment(label=LABEL), guidance=scale + 1)
     with FlopCounterMode(display=False) as counter:
         run()
     side = 2048
     square = torch.randn(side, side, dtype=getattr(torch, dtype))
-    rate = measure({"square": lambda: (square @ square, 2 * side**3)[1]}, 5)["square"]
-    contest = Contest(run, counter.get_total_flops() / rate)
-    folder = reference("VAR")
+    rate = best_rates({"square": lambda: (square @ square, 2 * side**3)[1]}, 5)["square"]
+    contest = Comparison(run, counter.get_total_flops() / rate)
+    folder = reference_folder("VAR")
     if not folder:
         return contest
     sys.path.insert(0, folder)
@@ -228,7 +228,7 @@ def contest_var(dtype: str, compiled: bool) -> Contest:
     contest.rivals["official"] = draws
     if compiled:
         contest.rivals["compiled"] = Compiled(net, draws)
-    contest.same = lambda: f"{likeliest(model, net):.1%}"
+    contest.same = lambda: f"{argmax_agreement(model, net):.1%}"
     return contest
 
 
@@ -237,7 +237,7 @@ class Compiled:
     """`draws` with the net's blocks compiled meanwhile, for maps of every side."""
 
     net: Any
-    draws: Draws
+    draws: DrawFunction
     made: bool = False
 
     def __call__(self) -> Any:
@@ -254,7 +254,7 @@ class Compiled:
 
 
 @torch.inference_mode()
-def likeliest(model: UnifiedModel, net: Any) -> float:
+def argmax_agreement(model: UnifiedModel, net: Any) -> float:
     """The share of places at which both say that the same code is likeliest after the same codes, random ones."""
     head: Any = model.generators["next-scale"]
     codes_1P = torch.randint(4096, (1, sum(head.lengths)), generator=torch.Generator().manual_seed(0))
@@ -270,7 +270,7 @@ def likeliest(model: UnifiedModel, net: Any) -> float:
 
     head._write = told
     try:
-        drawing(model, Segment(label=LABEL), temperature=0.0, guidance=5.0)()
+        engine_runner(model, Segment(label=LABEL), temperature=0.0, guidance=5.0)()
     finally:
         head._write = write
     maps = head.tokenizer.quantizer.inputs(codes_1P)
@@ -281,7 +281,7 @@ def likeliest(model: UnifiedModel, net: Any) -> float:
 # ---------------------------------------------------------------- Janus-1B, 576 codes
 
 
-class Asked(DrawingTemplate):
+class FixedPromptTemplate(ImageOnlyTemplate):
     """A prompt of 16 ids without words, and padding for guidance's other branch, as Janus has it."""
 
     PAD, BEGIN, LENGTH = 2, 102, 16
@@ -326,24 +326,24 @@ def janus_1b(dtype: str) -> tuple[UnifiedModel, Any]:
     }
     state = {f"{ours}.{name}": w for ours, part in renamed.items() for name, w in part.state_dict().items()}
     backbone.load_state_dict(state, assign=True)
-    template = Asked(None, side * side)
+    template = FixedPromptTemplate(None, side * side)
     writers: dict[str, Any] = {"next-token": NextToken((side, side))}
     vocabulary = Vocabulary(text["vocab_size"], codes)  # type: ignore[arg-type]
-    model = UnifiedModel("janus", backbone, vocabulary, None, NoPictures(side, codes), template, writers)  # type: ignore[arg-type]
+    model = UnifiedModel("janus", backbone, vocabulary, None, NoImageTokenizer(side, codes), template, writers)  # type: ignore[arg-type]
     model.sample_by("next-token", **janus.SAMPLING)
-    return without_pictures(model), theirs
+    return without_decoding(model), theirs
 
 
-def contest_janus(dtype: str, compiled: bool) -> Contest:
+def compare_janus(dtype: str, compiled: bool) -> Comparison:
     model, theirs = janus_1b(dtype)
     prompt, codes = "a shiba inu", 576
     ids = model.ids(model.template.prompt(Document.of(prompt), output="image"))
     backbone: Any = model.backbone
-    run, greedy = (drawing(model, prompt, **options) for options in ({}, {"temperature": 0.0}))
+    run, greedy = (engine_runner(model, prompt, **options) for options in ({}, {"temperature": 0.0}))
     read = [*backbone.lm.get_decoder().layers.parameters(), *backbone.head.parameters(), *backbone.aligner.parameters()]
-    contest = Contest(run, read_once_a_step(sum(p.numel() for p in read), codes, getattr(torch, dtype)))
+    contest = Comparison(run, weight_read_seconds(sum(p.numel() for p in read), codes, getattr(torch, dtype)))
     settings = theirs.generation_config
-    settings.update(bos_token_id=ids[0], pad_token_id=Asked.PAD, eos_token_id=1)
+    settings.update(bos_token_id=ids[0], pad_token_id=FixedPromptTemplate.PAD, eos_token_id=1)
     settings.generation_kwargs = {"boi_token_id": ids[-1]}
 
     def draws(**options: Any) -> Tensor:
@@ -358,27 +358,29 @@ def contest_janus(dtype: str, compiled: bool) -> Contest:
     return contest
 
 
-CONTESTS = {"llamagen-b": contest_llamagen, "var-d16": contest_var, "janus-1b": contest_janus}
+COMPARISONS = {"llamagen-b": compare_llamagen, "var-d16": compare_var, "janus-1b": compare_janus}
 ROWS = ("llamagen-b float32", "llamagen-b bfloat16", "var-d16 float32", "var-d16 bfloat16", "janus-1b bfloat16")
 
 
 def main(args: list[str]) -> int:
-    parser = Parser(prog="bench.py families", description=(__doc__ or "").split("\n")[0])
+    parser = OneLineParser(prog="bench.py families", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rows", default=",".join(ROWS), help=f"default: {', '.join(ROWS)}")
-    parser.add_argument("--repeat", type=number(1, 100_000), default=4, help="runs of each contender; the best counts")
+    parser.add_argument(
+        "--repeat", type=number_argument(1, 100_000), default=4, help="runs of each contender; the best counts"
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave the compiled form out")
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args(args)
-    known = {f"{name} {dtype}" for name in CONTESTS for dtype in ("float32", "bfloat16")}
+    known = {f"{name} {dtype}" for name in COMPARISONS for dtype in ("float32", "bfloat16")}
     if set(options.rows.split(",")) - known:
         raise ValueError(f"--rows takes some of {', '.join(sorted(known))}")
     started, rows = time.monotonic(), []
     print("row                      ours s  official s  ratio  compiled s  ratio   limit s  share  same")
     for row_name in options.rows.split(","):
         name, dtype = row_name.split()
-        contest = CONTESTS[name](dtype, not options.no_compile)
+        contest = COMPARISONS[name](dtype, not options.no_compile)
         rivals = {"ours": contest.ours, **contest.rivals}
-        rates = measure({name: once(draws) for name, draws in rivals.items()}, options.repeat)
+        rates = best_rates({name: counted_once(draws) for name, draws in rivals.items()}, options.repeat)
         best = {rival: 1 / rate for rival, rate in rates.items()}
         same = contest.same() if contest.same else "-" if contest.rivals else "official code absent"
         row: dict[str, Any] = {"name": row_name, "value": best["ours"], "unit": "s", "limit": contest.limit}

@@ -20,20 +20,20 @@ import torch
 
 from unigen import generators
 from unigen.config import write_report
-from unigen.evaluation.call_counter import Watch
+from unigen.evaluation.call_counter import CallCounter
 from unigen.inference.engine import Engine
-from unigen.limits import number
+from unigen.limits import number_argument
 from unigen.models import load, tiny
 from unigen.tokenizers.kl import KLConfig, KLTokenizer
 from unigen.tokenizers.vq import VQConfig, VQTokenizer
-from unigen.utils.argparser import Parser
+from unigen.utils.argparser import OneLineParser
 
-WRITERS = ("next-token", "masked", "next-scale", "flow", "transfusion", "token-flow")
+GENERATORS = ("next-token", "masked", "next-scale", "flow", "transfusion", "token-flow")
 SCALES = {8: (1, 2, 4, 6, 8), 16: (1, 2, 4, 6, 8, 12, 16), 32: (1, 2, 4, 6, 8, 12, 16, 24, 32)}
 """Sides of the token maps by that of the grid, those of 8 being the shipped tokenizer's."""
 
 
-def model(side: int, writers: list[str], dtype: torch.dtype) -> Any:
+def make_model(side: int, writers: list[str], dtype: torch.dtype) -> Any:
     """Random weights in the shipped model's shape, for pictures of side x side tokens."""
     base = load("unigen-tiny")
     torch.manual_seed(0)
@@ -45,19 +45,21 @@ def model(side: int, writers: list[str], dtype: torch.dtype) -> Any:
         "multiscale": VQTokenizer(VQConfig(image_size=pixels, quantizer="multiscale", scales=SCALES[side])),
         "kl": KLTokenizer(KLConfig(image_size=pixels)),
     }
-    frame = tiny.frame_of(base.backbone.lm, base.text_tokenizer, image_tokenizer)
-    kinds = {name: generators.find(name).own for name in writers}
-    heads = [tiny.new_generator(name, replace(frame, tokenizer=own[kind])) for name, kind in kinds.items() if kind]
-    made = tiny.create(shape, base.text_tokenizer, image_tokenizer, writers, heads)
+    frame = tiny.build_context(base.backbone.lm, base.text_tokenizer, image_tokenizer)
+    kinds = {name: generators.find_generator(name).own for name in writers}
+    heads = [tiny.build_generator(name, replace(frame, tokenizer=own[kind])) for name, kind in kinds.items() if kind]
+    made = tiny.build_from_config(shape, base.text_tokenizer, image_tokenizer, writers, heads)
     return made.to(dtype).eval()
 
 
 def main(args: list[str]) -> int:
-    parser = Parser(prog="bench.py generate", description=(__doc__ or "").split("\n")[0])
+    parser = OneLineParser(prog="bench.py generate", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--tokens", default="64,256,1024", help="some of 64,256,1024")
     parser.add_argument("--batch", default="1,16")
-    parser.add_argument("--writers", default=",".join(WRITERS), help="default: %(default)s")
-    parser.add_argument("--repeat", type=number(1, 100_000), default=3, help="runs of each contender; the best counts")
+    parser.add_argument("--writers", default=",".join(GENERATORS), help="default: %(default)s")
+    parser.add_argument(
+        "--repeat", type=number_argument(1, 100_000), default=3, help="runs of each contender; the best counts"
+    )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args(args)
@@ -72,12 +74,12 @@ def main(args: list[str]) -> int:
     rows: list[dict[str, Any]] = []
     print("writer      tokens  batch  pictures/s  ratio   decode/s  backbone  head")
     for tokens in map(int, options.tokens.split(",")):
-        engine = Engine(model(known[tokens], writers, getattr(torch, options.dtype)))
-        step, heads = Watch(engine.model, "step"), engine.model.heads.values()
-        velocities = [Watch(head, "velocity") for head in heads if hasattr(head, "velocity")]
-        decoders = [Watch(engine.model, "pictures")]
+        engine = Engine(make_model(known[tokens], writers, getattr(torch, options.dtype)))
+        step, heads = CallCounter(engine.model, "step"), engine.model.heads.values()
+        velocities = [CallCounter(head, "velocity") for head in heads if hasattr(head, "velocity")]
+        decoders = [CallCounter(engine.model, "pictures")]
         own = {id(head.tokenizer): head.tokenizer for head in heads if head.tokenizer is not None}
-        decoders += [Watch(tokenizer, "decode") for tokenizer in own.values()]
+        decoders += [CallCounter(tokenizer, "decode") for tokenizer in own.values()]
         for batch in map(int, batches):
             best: dict[str, tuple[float, float, int, int]] = {}
             for turn in range(options.repeat + 1):

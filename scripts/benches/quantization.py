@@ -18,20 +18,20 @@ import torch
 from torch import Tensor
 
 import unigen
-from scripts.benches.batch import prompts
+from scripts.benches.batch import make_prompts
 from unigen.batch import pack
 from unigen.config import write_report
 from unigen.document import Document, Segment
-from unigen.limits import number
+from unigen.limits import number_argument
 from unigen.model.unified import UnifiedModel
-from unigen.nn.quantized import measure
+from unigen.nn.quantized import count_parameters
 from unigen.utils import precision
-from unigen.utils.argparser import Parser
+from unigen.utils.argparser import OneLineParser
 
 BATCH = 16
 
 
-def draw(engine: unigen.Engine, asked: list[Segment]) -> list[Tensor]:
+def generate_codes(engine: unigen.Engine, asked: list[Segment]) -> list[Tensor]:
     """The codes (h, w) of greedy pictures."""
     made: list[Any] = []
     for start in range(0, len(asked), BATCH):
@@ -43,7 +43,7 @@ def draw(engine: unigen.Engine, asked: list[Segment]) -> list[Tensor]:
 
 
 @torch.inference_mode()
-def said(model: UnifiedModel, asked: Segment, codes_hw: Tensor) -> Tensor:
+def code_logits(model: UnifiedModel, asked: Segment, codes_hw: Tensor) -> Tensor:
     """Logits (h w, codes) of a picture's codes, each after those before it, without guidance."""
     tokens = model.template.encode(Document([asked, Segment(image=codes_hw, role="assistant")]))
     batch = model.fill(pack([[tokens]], len(tokens), model.image_tokenizer.image_size).to(model.device))
@@ -54,11 +54,11 @@ def said(model: UnifiedModel, asked: Segment, codes_hw: Tensor) -> Tensor:
 
 
 def main(args: list[str]) -> int:
-    parser = Parser(prog="bench.py quantization", description=(__doc__ or "").split("\n")[0])
+    parser = OneLineParser(prog="bench.py quantization", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default="unigen-tiny")
     parser.add_argument("--device")
     parser.add_argument("--dtype", choices=precision.DTYPES, default="float32", help="of the model as it is")
-    parser.add_argument("--count", type=number(1, 100_000), default=32, help="pictures")
+    parser.add_argument("--count", type=number_argument(1, 100_000), default=32, help="pictures")
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args(args)
     started, rows = time.monotonic(), []
@@ -68,9 +68,9 @@ def main(args: list[str]) -> int:
     if reference.model.text_tokenizer is None:
         asked = [Segment(label=str(n)) for n in range(options.count)]
     else:
-        asked = [Segment(text=text) for text in prompts(options.count)]
-    drawn = draw(reference, asked)
-    true = torch.cat([said(reference.model, *pair) for pair in zip(asked, drawn, strict=True)])
+        asked = [Segment(text=text) for text in make_prompts(options.count)]
+    drawn = generate_codes(reference, asked)
+    true = torch.cat([code_logits(reference.model, *pair) for pair in zip(asked, drawn, strict=True)])
     print(f"{'weights':<16} blocks MB  model MB    moved   same  drawn")
     for dtype, kind in (
         (options.dtype, None),
@@ -79,11 +79,11 @@ def main(args: list[str]) -> int:
     ):
         engine = unigen.load(options.model, options.device, dtype, quantization=kind)
         parts = engine.model.backbone.lm.get_decoder(), engine.model
-        blocks, whole = (measure(part)[1] / 1e6 for part in parts)
-        logits = torch.cat([said(engine.model, *pair) for pair in zip(asked, drawn, strict=True)])
+        blocks, whole = (count_parameters(part)[1] / 1e6 for part in parts)
+        logits = torch.cat([code_logits(engine.model, *pair) for pair in zip(asked, drawn, strict=True)])
         moved = float((logits - true).square().mean().sqrt() / true.std())
         same = float((logits.argmax(-1) == true.argmax(-1)).float().mean())
-        alone = float((torch.cat(draw(engine, asked)) == torch.cat(drawn)).float().mean())
+        alone = float((torch.cat(generate_codes(engine, asked)) == torch.cat(drawn)).float().mean())
         name = f"{dtype} {kind}" if kind else dtype
         print(f"{name:<16} {blocks:>9.1f} {whole:>9.1f} {moved:>8.4f} {same:>6.3f} {alone:>6.3f}", flush=True)
         row = {"name": name, "value": moved, "unit": "std", "same": same, "drawn": alone}

@@ -29,23 +29,23 @@ from typing import Any
 
 import torch
 
-from scripts.benches.decode import PROMPT, models, transformers_generate
+from scripts.benches.decode import PROMPT, load_model, transformers_generate
 from unigen.config import write_report
-from unigen.limits import number
-from unigen.utils.argparser import Parser
+from unigen.limits import number_argument
+from unigen.utils.argparser import OneLineParser
 
-TEXT = 64
-VLLM = Path(__file__).resolve().parents[2] / ".venv-serve" / "bin" / "python"
+MAX_TOKENS = 64
+VLLM_PYTHON = Path(__file__).resolve().parents[2] / ".venv-serve" / "bin" / "python"
 KINDS = ("text", "picture", "unguided picture")
 
 
 @contextmanager
-def served(engine: str, model: str, dtype: str, slots: int, log: str) -> Iterator[str]:
+def start_server(engine: str, model: str, dtype: str, slots: int, log: str) -> Iterator[str]:
     """The address of a server with this model, ready to answer."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    python = sys.executable if engine == "local" else str(VLLM)
+    python = sys.executable if engine == "local" else str(VLLM_PYTHON)
     command = [
         python,
         "-m",
@@ -82,7 +82,7 @@ def served(engine: str, model: str, dtype: str, slots: int, log: str) -> Iterato
         process.wait(60)
 
 
-async def ask(client: Any, kind: str, seed: int) -> tuple[float, int]:
+async def send_request(client: Any, kind: str, seed: int) -> tuple[float, int]:
     """One request: seconds to its first part, and how many tokens or pictures it gave."""
     start = time.perf_counter()
     if kind != "text":
@@ -91,7 +91,13 @@ async def ask(client: Any, kind: str, seed: int) -> tuple[float, int]:
         answer.raise_for_status()
         return time.perf_counter() - start, 1
     messages = [{"role": "user", "content": "describe a picture"}]
-    asked = {"model": "bench", "messages": messages, "modalities": ["text"], "max_tokens": TEXT, "temperature": 1.0}
+    asked = {
+        "model": "bench",
+        "messages": messages,
+        "modalities": ["text"],
+        "max_tokens": MAX_TOKENS,
+        "temperature": 1.0,
+    }
     asked |= {"stream": True, "stream_options": {"include_usage": True}, "seed": seed}
     first, tokens = None, 0
     async with client.stream("POST", "/v1/chat/completions", json=asked) as answer:
@@ -106,13 +112,13 @@ async def ask(client: Any, kind: str, seed: int) -> tuple[float, int]:
     return first or time.perf_counter() - start, tokens
 
 
-async def wave(url: str, kind: str, clients: int) -> tuple[float, float]:
+async def run_clients(url: str, kind: str, clients: int) -> tuple[float, float]:
     """So many at once: tokens or pictures a second, and seconds to the first part in the mean."""
     import httpx
 
     async with httpx.AsyncClient(base_url=url, timeout=None, limits=httpx.Limits(max_connections=clients)) as client:
         start = time.perf_counter()
-        answers = await asyncio.gather(*[ask(client, kind, seed) for seed in range(clients)])
+        answers = await asyncio.gather(*[send_request(client, kind, seed) for seed in range(clients)])
         seconds = time.perf_counter() - start
     return sum(count for _, count in answers) / seconds, sum(first for first, _ in answers) / clients
 
@@ -128,38 +134,38 @@ def baseline(model: Any, kind: str, clients: int) -> float:
 
 
 def main(args: list[str]) -> int:
-    parser = Parser(prog="bench.py serve", description=(__doc__ or "").split("\n")[0])
+    parser = OneLineParser(prog="bench.py serve", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default="100M", help="100M (random weights) or tiny (the shipped one)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--concurrency", default="1,8,32")
     parser.add_argument("--engines", default="local", help="local, vllm or both (default: %(default)s)")
     parser.add_argument("--kinds", default=",".join(KINDS), help="(default: %(default)s)")
-    parser.add_argument("--repeat", type=number(1, 100_000), default=2, help="the best counts")
+    parser.add_argument("--repeat", type=number_argument(1, 100_000), default=2, help="the best counts")
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args(args)
     levels = [int(level) for level in options.concurrency.split(",") if level.isdecimal()]
     kinds, engines = options.kinds.split(","), options.engines.split(",")
     if set(engines) - {"local", "vllm"}:
         raise ValueError(f"unknown engine {options.engines!r}: local, vllm, or both with a comma")
-    if "vllm" in engines and not VLLM.exists():
+    if "vllm" in engines and not VLLM_PYTHON.exists():
         raise ValueError("vLLM is not installed: run scripts/install_serve.sh")
     if not levels or min(levels) < 1 or set(kinds) - set(KINDS):
         raise ValueError(f"--concurrency takes whole numbers, --kinds some of {', '.join(KINDS)}")
     if options.model not in ("100M", "tiny"):
         raise ValueError(f"unknown model {options.model!r}: 100M or tiny")
-    model = models(options.model, getattr(torch, options.dtype))
+    model = load_model(options.model, getattr(torch, options.dtype))
     rows: list[dict[str, Any]] = []
     started = time.monotonic()
     print("engine  kind              clients  unit        rate  first s  transformers  ratio")
     with tempfile.TemporaryDirectory() as folder:
         model.save(folder)
         for engine in engines:
-            with served(engine, folder, options.dtype, 2 * max(levels), f"{folder}.log") as url:
-                asyncio.run(wave(url, "unguided picture", 1))
+            with start_server(engine, folder, options.dtype, 2 * max(levels), f"{folder}.log") as url:
+                asyncio.run(run_clients(url, "unguided picture", 1))
                 for kind, clients in itertools.product(kinds, levels):
                     rate, first, theirs = 0.0, float("inf"), 0.0
                     for _ in range(options.repeat):  # in turn, since a machine's speed drifts
-                        now, soonest = asyncio.run(wave(url, kind, clients))
+                        now, soonest = asyncio.run(run_clients(url, kind, clients))
                         rate, first = max(rate, now), min(first, soonest)
                         theirs = max(theirs, baseline(model, kind, clients))
                     unit = "tokens/s" if kind == "text" else "pictures/s"

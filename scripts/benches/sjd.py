@@ -13,17 +13,17 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from scripts.benches.batch import prompts
+from scripts.benches.batch import make_prompts
 from scripts.benches.families import llamagen_b
 from unigen.config import write_report
-from unigen.generators.jacobi import KINDS
+from unigen.generators.jacobi import SPECULATIVE_METHODS
 from unigen.inference.engine import Engine
-from unigen.limits import number
+from unigen.limits import number_argument
 from unigen.models import load
-from unigen.utils.argparser import Parser
+from unigen.utils.argparser import OneLineParser
 
 
-def drawn(engine: Engine, request: Any) -> int:
+def count_steps(engine: Engine, request: Any) -> int:
     """Draw a picture; how many steps it took."""
     running, steps = engine.running(), 0
     running.add(request)
@@ -34,12 +34,14 @@ def drawn(engine: Engine, request: Any) -> int:
 
 
 def main(args: list[str]) -> int:
-    parser = Parser(prog="bench.py sjd", description=(__doc__ or "").split("\n")[0])
+    parser = OneLineParser(prog="bench.py sjd", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--models", default="tiny,llamagen-b", help="some of tiny,llamagen-b")
     parser.add_argument(
-        "--count", type=number(1, 100_000), default=8, help="pictures of the shipped model; one of the other"
+        "--count", type=number_argument(1, 100_000), default=8, help="pictures of the shipped model; one of the other"
     )
-    parser.add_argument("--repeat", type=number(1, 100_000), default=3, help="runs of each contender; the best counts")
+    parser.add_argument(
+        "--repeat", type=number_argument(1, 100_000), default=3, help="runs of each contender; the best counts"
+    )
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args(args)
     names = options.models.split(",")
@@ -51,15 +53,15 @@ def main(args: list[str]) -> int:
         engine = Engine(load("unigen-tiny") if name == "tiny" else llamagen_b("float32"))
         # the image tokenizer's decoder is not timed
         engine.model.pictures = lambda codes: [None] * len(codes)  # type: ignore[assignment,return-value]
-        asked: list[Any] = prompts(options.count) if name == "tiny" else [207]
-        steps, seconds = {}, dict.fromkeys((None, *KINDS), float("inf"))
+        asked: list[Any] = make_prompts(options.count) if name == "tiny" else [207]
+        steps, seconds = {}, dict.fromkeys((None, *SPECULATIVE_METHODS), float("inf"))
         for _ in range(options.repeat):
             for kind in seconds:
                 begin = time.perf_counter()
                 requests = [engine.request(prompt, "image", seed=n, accelerate=kind) for n, prompt in enumerate(asked)]
-                steps[kind] = sum(drawn(engine, request) for request in requests) / len(asked)
+                steps[kind] = sum(count_steps(engine, request) for request in requests) / len(asked)
                 seconds[kind] = min(seconds[kind], (time.perf_counter() - begin) / len(asked))
-        for kind in KINDS:
+        for kind in SPECULATIVE_METHODS:
             for what, unit, found in (("steps", "steps", steps), ("seconds", "s", seconds)):
                 label = f"{name} {what}" + (" jacobi" if kind == "jacobi" else "")
                 ratio = found[None] / found[kind]

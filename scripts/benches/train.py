@@ -16,15 +16,15 @@ from typing import Any
 import torch
 
 from unigen.config import OptimConfig, write_report
-from unigen.limits import number
+from unigen.limits import number_argument
 from unigen.models import load
 from unigen.training.muon import Muon, MuonAdamW
 from unigen.training.trainer import adamw
-from unigen.utils.argparser import Parser
+from unigen.utils.argparser import OneLineParser
 from unigen.utils.precision import train_precision
 
 
-def best(run: Callable[[], Any], repeat: int) -> float:
+def best_seconds(run: Callable[[], Any], repeat: int) -> float:
     """The least seconds of `repeat` runs after one that warms up."""
     run()
     seconds = []
@@ -38,11 +38,11 @@ def best(run: Callable[[], Any], repeat: int) -> float:
 
 
 def main(args: list[str]) -> int:
-    parser = Parser(prog="bench.py train", description=(__doc__ or "").split("\n")[0])
+    parser = OneLineParser(prog="bench.py train", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default="unigen-tiny")
-    parser.add_argument("--rows", type=number(1, 100_000), default=2)
-    parser.add_argument("--length", type=number(1, 100_000), default=1024)
-    parser.add_argument("--repeat", type=number(1, 100_000), default=3)
+    parser.add_argument("--rows", type=number_argument(1, 100_000), default=2)
+    parser.add_argument("--length", type=number_argument(1, 100_000), default=1024)
+    parser.add_argument("--repeat", type=number_argument(1, 100_000), default=3)
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args(args)
     started = time.monotonic()
@@ -69,7 +69,7 @@ def main(args: list[str]) -> int:
             "AdamW": whole.step,
         }
         for name, run in parts.items():
-            seconds = best(run, options.repeat)
+            seconds = best_seconds(run, options.repeat)
             label = f"{precision}: {name}"
             print(f"{label:28} {seconds:9.3f} s{'  (precision=auto)' if precision == auto else ''}", flush=True)
             rows.append({"name": label, "value": seconds, "unit": "s", "batch": options.rows})

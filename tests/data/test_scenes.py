@@ -12,21 +12,21 @@ from unigen.toyworld.scenes import (
     BACKGROUNDS,
     COLORS,
     MAX_COUNT,
-    OBJECTS,
+    OBJECT_EMOJI,
     OPPOSITE,
     PLURALS,
     RELATIONS,
-    Item,
     Scene,
+    SceneObject,
+    allowed_colors,
     clear_relation,
     groups_of,
-    heldout_groups,
-    is_heldout,
-    place,
-    relation,
+    held_out_combinations,
+    is_held_out,
+    place_objects,
     relation_of_boxes,
     sample_scene,
-    tints,
+    spatial_relations,
 )
 
 NAMED = "horse cat dog apple pizza sunflower rose house rocket moon star tree car fish bird raven witch"
@@ -39,10 +39,10 @@ def scenes(n: int, seed: int = 0, **options) -> list[Scene]:
 
 
 def test_vocabulary():
-    assert len(OBJECTS) >= 48 and set(NAMED.split()) <= set(OBJECTS)
-    assert len(set(OBJECTS.values())) == len(OBJECTS) and set(PLURALS) == set(OBJECTS)
+    assert len(OBJECT_EMOJI) >= 48 and set(NAMED.split()) <= set(OBJECT_EMOJI)
+    assert len(set(OBJECT_EMOJI.values())) == len(OBJECT_EMOJI) and set(PLURALS) == set(OBJECT_EMOJI)
     assert len(COLORS) == 6 and len(BACKGROUNDS) == 8
-    assert all(len(tints(name)) >= 4 for name in OBJECTS)
+    assert all(len(allowed_colors(name)) >= 4 for name in OBJECT_EMOJI)
 
 
 def test_same_seed_same_scene():
@@ -74,25 +74,27 @@ def test_shares_of_kinds():
     assert counts.min() > 0.08
     colors = [item.color for scene in drawn for item in scene.items]
     assert 0.4 < np.mean([color is None for color in colors]) < 0.6 and set(colors) == {None, *COLORS}
-    assert all(item.color is None or item.color in tints(item.name) for scene in drawn for item in scene.items)
+    assert all(item.color is None or item.color in allowed_colors(item.name) for scene in drawn for item in scene.items)
 
 
 def test_heldout_split():
     training, held = scenes(3000), scenes(500, heldout=True)
-    assert not any(map(is_heldout, training)) and all(map(is_heldout, held))
-    share = np.mean([is_heldout(scene) for scene in scenes(3000, heldout=None)])
+    assert not any(map(is_held_out, training)) and all(map(is_held_out, held))
+    share = np.mean([is_held_out(scene) for scene in scenes(3000, heldout=None)])
     assert 0.08 < share < 0.25
-    names = list(OBJECTS)
-    pairs = [heldout_groups([(a, None, 1), (b, None, 1)]) for i, a in enumerate(names) for b in names[:i]]
-    tinted = [heldout_groups([(name, color, 1)]) for name in names for color in COLORS]
-    counted = [heldout_groups([(name, None, n)]) for name in names for n in (2, 3, 4)]
+    names = list(OBJECT_EMOJI)
+    pairs = [held_out_combinations([(a, None, 1), (b, None, 1)]) for i, a in enumerate(names) for b in names[:i]]
+    tinted = [held_out_combinations([(name, color, 1)]) for name in names for color in COLORS]
+    counted = [held_out_combinations([(name, None, n)]) for name in names for n in (2, 3, 4)]
     for combinations in (pairs, tinted, counted):
         assert 0.05 < np.mean([bool(found) for found in combinations]) < 0.16
-    assert not any(heldout_groups([(name, None, 1)]) for name in names)
-    assert heldout_groups([("cat", None, 1), ("dog", None, 1)]) == heldout_groups([("dog", None, 1), ("cat", None, 1)])
+    assert not any(held_out_combinations([(name, None, 1)]) for name in names)
+    assert held_out_combinations([("cat", None, 1), ("dog", None, 1)]) == held_out_combinations(
+        [("dog", None, 1), ("cat", None, 1)]
+    )
 
 
-def geneval(a: Item, b: Item) -> set[str]:
+def geneval(a: SceneObject, b: SceneObject) -> set[str]:
     """GenEval's rule written once more from its definition (y points down)."""
     (aw, ah), (bw, bh) = a.extent(), b.extent()
     offset = (a.x - b.x, a.y - b.y)
@@ -108,12 +110,12 @@ def test_relation_is_genevals_rule():
     for scene in scenes(1500, heldout=None):
         if len(scene.items) == 2:
             a, b = scene.items
-            assert set(relation(a, b)) == geneval(a, b)
-            assert {OPPOSITE[name] for name in relation(a, b)} == set(relation(b, a))
+            assert set(spatial_relations(a, b)) == geneval(a, b)
+            assert {OPPOSITE[name] for name in spatial_relations(a, b)} == set(spatial_relations(b, a))
             clear = clear_relation(a, b)
             found.add(clear)
             if clear is not None:
-                assert relation(a, b) == (clear,) and clear_relation(b, a) == OPPOSITE[clear]
+                assert spatial_relations(a, b) == (clear,) and clear_relation(b, a) == OPPOSITE[clear]
     assert found == {None, *RELATIONS}
     assert relation_of_boxes((10, 10, 4, 4), (10, 10, 4, 4)) == ()
     assert set(relation_of_boxes((0, 0, 4, 4), (40, 40, 4, 4))) == {"left of", "above"}
@@ -125,8 +127,8 @@ def test_place_honours_the_relation(wanted, ground):
     rng = np.random.default_rng(3)
     grounded = 0
     for _ in range(60):
-        a, b = (str(name) for name in rng.choice(list(OBJECTS), 2, replace=False))
-        scene = place(rng, ((a, None, 1), (b, "red", 1)), "white", wanted, ground)
+        a, b = (str(name) for name in rng.choice(list(OBJECT_EMOJI), 2, replace=False))
+        scene = place_objects(rng, ((a, None, 1), (b, "red", 1)), "white", wanted, ground)
         items = {item.name: item for item in scene.items}
         assert clear_relation(items[a], items[b]) == wanted
         grounded += scene.ground
@@ -146,9 +148,9 @@ def test_size_falls_with_distance_on_the_ground():
 
 def test_too_many_objects():
     with pytest.raises(ValueError, match="1 to 4 objects"):
-        place(np.random.default_rng(0), (("cat", None, 5),), "white")
+        place_objects(np.random.default_rng(0), (("cat", None, 5),), "white")
     with pytest.raises(ValueError, match="1 to 4 objects"):
-        place(np.random.default_rng(0), (), "white")
+        place_objects(np.random.default_rng(0), (), "white")
 
 
 def test_a_scene_is_a_value():

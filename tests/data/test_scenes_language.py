@@ -11,35 +11,35 @@ from unigen.toyworld.language import (
     EDITS,
     Facts,
     caption,
-    compare,
+    compare_facts,
+    count_questions,
     descriptive_caption,
-    edits,
     expansion,
-    facts,
+    extract_facts,
     noisy_caption,
-    noun,
+    noun_form,
     parse_caption,
-    places,
+    position_questions,
     questions,
+    reorder_facts,
+    sample_edit,
+    sample_judgement,
     scene_from_facts,
     short_caption,
-    shuffled,
-    totals,
-    verdict,
 )
 from unigen.toyworld.scenes import (
     BACKGROUNDS,
-    NUMBERS,
-    OBJECTS,
+    NUMBER_WORDS,
+    OBJECT_EMOJI,
     OPPOSITE,
-    Item,
     Scene,
+    SceneObject,
     clear_relation,
     groups_of,
-    is_heldout,
+    is_held_out,
     sample_scene,
 )
-from unigen.toyworld.stories import frame_facts, story, text_corpus
+from unigen.toyworld.stories import page_facts, story, text_corpus
 
 
 def pairs(n: int, seed: int = 0, heldout: bool | None = None):
@@ -60,15 +60,15 @@ def test_canonical_captions():
 
 def test_captions_parse_back():
     for scene, rng in pairs(2500):
-        true = facts(scene)
-        for text in (caption(true), caption(shuffled(true, rng)), descriptive_caption(scene, rng)):
+        true = extract_facts(scene)
+        for text in (caption(true), caption(reorder_facts(true, rng)), descriptive_caption(scene, rng)):
             assert parse_caption(text).normal() == true.normal(), text
 
 
 def test_short_captions_are_true_and_varied():
     with_background = with_relation = 0
     for scene, rng in pairs(1500):
-        true, said = facts(scene), parse_caption(short_caption(scene, rng))
+        true, said = extract_facts(scene), parse_caption(short_caption(scene, rng))
         assert set(said.groups) == set(true.groups)
         assert said.background in (None, true.background)
         if said.relation is not None:
@@ -101,7 +101,7 @@ def test_tolerant_parser(text, groups, background, relation):
 
 def test_compare_names_what_is_wrong():
     true = Facts((("cat", "blue", 1), ("dog", None, 1)), "white", "left of")
-    assert all(compare(Facts((("dog", None, 1), ("cat", "blue", 1)), "white", "right of"), true).values())
+    assert all(compare_facts(Facts((("dog", None, 1), ("cat", "blue", 1)), "white", "right of"), true).values())
     wrong = {
         "objects": Facts((("cow", "blue", 1), ("dog", None, 1)), "white", "left of"),
         "counts": Facts((("cat", "blue", 2), ("dog", None, 1)), "white", "left of"),
@@ -110,13 +110,13 @@ def test_compare_names_what_is_wrong():
         "relation": Facts(true.groups, "white", "above"),
     }
     for attribute, said in wrong.items():
-        assert not compare(said, true)[attribute]
+        assert not compare_facts(said, true)[attribute]
 
 
 def test_oracle_scenes_satisfy_their_prompt():
     for scene, rng in pairs(800):
-        true = facts(scene)
-        made = facts(scene_from_facts(true, rng))
+        true = extract_facts(scene)
+        made = extract_facts(scene_from_facts(true, rng))
         assert set(made.groups) == set(true.groups) and made.background == true.background
         if true.relation is not None:
             assert made.normal() == Facts(true.groups, true.background, true.relation, made.ground).normal()
@@ -129,8 +129,8 @@ def answer(question: str, scene: Scene) -> str | None:
     words = question.rstrip("?").split()
     if question.startswith("how many"):
         if words[2] == "objects":
-            return NUMBERS[len(scene.items)]
-        return NUMBERS[sum(words[2] in (item.name + "s", item.name) for item in scene.items)]
+            return NUMBER_WORDS[len(scene.items)]
+        return NUMBER_WORDS[sum(words[2] in (item.name + "s", item.name) for item in scene.items)]
     if question.startswith(("is there", "do you see", "does the picture show")):
         color, name = (words[-2], words[-1]) if words[-2] not in ("a", "an") else (None, words[-1])
         return "yes" if any(item.name == name and color in (None, item.color) for item in scene.items) else "no"
@@ -163,23 +163,23 @@ def test_answers_are_true_and_balanced():
 def test_totals_count_whatever_there_is():
     """Objects, and each colour, but for one that something has by nature: that apple is red too."""
     things = (("apple", None, 12, 12), ("dog", "red", 40, 12), ("car", "blue", 12, 40), ("car", "blue", 40, 40))
-    scene = Scene(tuple(Item(*thing, size=16, angle=0) for thing in things), "white")
-    asked = totals(scene, np.random.default_rng(0))
+    scene = Scene(tuple(SceneObject(*thing, size=16, angle=0) for thing in things), "white")
+    asked = count_questions(scene, np.random.default_rng(0))
     said = {qa.question.split(" are")[0].split(" do")[0].rstrip("?"): qa.answer for qa in asked}
     assert said == {"how many objects": "four", "how many blue objects": "two"}
     for scene, rng in pairs(200):
-        found, colors = totals(scene, rng), {item.color for item in scene.items} - {None}
+        found, colors = count_questions(scene, rng), {item.color for item in scene.items} - {None}
         assert {qa.kind for qa in found} == {"count"} and 1 <= len(found) <= 1 + len(colors)
 
 
 def test_places_are_those_of_single_objects():
     said = Counter()
     for scene, rng in pairs(300):
-        found = places(scene, rng)
+        found = position_questions(scene, rng)
         single = [item for item in scene.items if sum(item.name == other.name for other in scene.items) == 1]
         assert len(found) == len(single)
         for item in single:
-            (qa,) = [qa for qa in found if qa.question.rstrip("?").endswith(f" the {noun(item.name)}")]
+            (qa,) = [qa for qa in found if qa.question.rstrip("?").endswith(f" the {noun_form(item.name)}")]
             words = qa.answer.split()
             assert qa.kind == "place" and qa.question.startswith("where ")
             assert ("left" in words, "right" in words) == (item.x < 0.38 * scene.size, item.x > 0.62 * scene.size)
@@ -191,10 +191,10 @@ def test_places_are_those_of_single_objects():
 def test_edits_change_only_what_they_say():
     kinds: Counter = Counter()
     for scene, rng in pairs(1500, heldout=False):
-        edit = edits(scene, rng)
+        edit = sample_edit(scene, rng)
         kinds[edit.kind] += 1
         after, before = edit.after, scene
-        assert not is_heldout(after) and after != before
+        assert not is_held_out(after) and after != before
         kept = set(before.items) & set(after.items)
         gone, new = set(before.items) - kept, set(after.items) - kept
         if edit.kind == "background":
@@ -216,15 +216,15 @@ def test_edits_change_only_what_they_say():
             assert min(x0, y0) >= -1e-6 and max(x1, y1) <= after.size + 1e-6
     assert set(kinds) == set(EDITS) and min(kinds.values()) > 80
     with pytest.raises(ValueError, match="unknown kind"):
-        edits(scene, rng, kind="explode")
-    assert edits(scene, rng, kind="background").kind == "background"
+        sample_edit(scene, rng, kind="explode")
+    assert sample_edit(scene, rng, kind="background").kind == "background"
 
 
 def test_verdicts_are_right():
     ok = 0
     for scene, rng in pairs(2000):
-        prompt, good, reason = verdict(scene, rng)
-        said, true = parse_caption(prompt).normal(), facts(scene).normal()
+        prompt, good, reason = sample_judgement(scene, rng)
+        said, true = parse_caption(prompt).normal(), extract_facts(scene).normal()
         holds = set(said.groups) == set(true.groups) and said.background in (None, true.background)
         holds &= said.relation in (None, true.relation)
         assert holds == good, (prompt, reason, scene)
@@ -251,14 +251,14 @@ def test_stories_say_what_they_show():
         assert 3 <= len(tale.frames) <= 5 and len(tale.references) == seed % 3
         seen: Counter = Counter()
         for text, scene in tale.frames:
-            said = frame_facts(text)
+            said = page_facts(text)
             assert set(said.groups) == set(groups_of(scene)), text
             assert (said.background, said.ground) == (scene.background, scene.ground), text
             if said.relation is not None:
                 items = {item.name: item for item in scene.items}
                 related = clear_relation(items[said.groups[0][0]], items[said.groups[1][0]])
                 assert related == said.relation, text
-            assert not is_heldout(scene)
+            assert not is_held_out(scene)
             seen.update((item.name, item.color) for item in scene.items)
         assert all(seen[character] >= 2 for character in tale.characters)
         for (name, color), reference in zip(tale.characters, tale.references, strict=False):
@@ -271,7 +271,7 @@ def test_another_seed_another_story():
     assert story(np.random.default_rng(7)) == story(np.random.default_rng(7))
     for seed in range(20):
         tale = story(np.random.default_rng(seed), heldout=True)
-        assert any(is_heldout(scene) for _, scene in tale.frames)
+        assert any(is_held_out(scene) for _, scene in tale.frames)
     with pytest.raises(ValueError, match="0, 1 or 2"):
         story(np.random.default_rng(0), references=3)
 
@@ -282,12 +282,12 @@ def test_corpus_is_seeded_and_small():
     text = " ".join(lines)
     assert len(set(text)) < 60 and len(set(text.split())) < 900
     assert set(BACKGROUNDS) <= set(text.replace(".", " ").split())
-    assert sum(name in text for name in OBJECTS) == len(OBJECTS)
+    assert sum(name in text for name in OBJECT_EMOJI) == len(OBJECT_EMOJI)
 
 
 def test_opposites_parse():
-    a, b = Item("cat", None, 16, 32, 20, 0), Item("dog", None, 48, 32, 20, 0)
-    said = facts(Scene((b, a), "white"))
+    a, b = SceneObject("cat", None, 16, 32, 20, 0), SceneObject("dog", None, 48, 32, 20, 0)
+    said = extract_facts(Scene((b, a), "white"))
     assert said.groups[0][0] == "cat" and said.relation == "left of"
     turned = Facts((said.groups[1], said.groups[0]), "white", OPPOSITE["left of"])
     assert turned.normal() == said.normal()

@@ -9,18 +9,27 @@ import errno
 import numpy as np
 import pytest
 
-from unigen.toyworld.scenes import BACKGROUNDS, COLORS, OBJECTS, Item, Scene, World, find_font, sample_scene
+from unigen.toyworld.scenes import (
+    BACKGROUNDS,
+    COLORS,
+    OBJECT_EMOJI,
+    Scene,
+    SceneObject,
+    SceneRenderer,
+    find_font,
+    sample_scene,
+)
 
 
 @pytest.fixture(scope="module")
-def world(emoji_font) -> World:
-    return World(font=str(emoji_font))
+def world(emoji_font) -> SceneRenderer:
+    return SceneRenderer(font=str(emoji_font))
 
 
 def test_missing_font_says_how_to_mend_it(monkeypatch):
     monkeypatch.setenv("UNIGEN_EMOJI_FONT", "/nowhere/emoji.ttf")
     with pytest.raises(ValueError, match="apt-get install fonts-noto-color-emoji.*UNIGEN_EMOJI_FONT=") as caught:
-        World()
+        SceneRenderer()
     assert "\n" not in str(caught.value)
 
 
@@ -28,7 +37,7 @@ def test_another_font_is_refused(tmp_path):
     path = tmp_path / "font.ttf"
     path.write_bytes(b"not a font")
     with pytest.raises(ValueError, match="cannot read the emoji font"):
-        World(font=str(path))
+        SceneRenderer(font=str(path))
 
 
 def test_fallback_font_of_fontconfig_is_not_taken(monkeypatch):
@@ -39,7 +48,7 @@ def test_fallback_font_of_fontconfig_is_not_taken(monkeypatch):
     answer = subprocess.CompletedProcess([], 0, stdout="DejaVu Sans\n/usr/share/fonts/truetype/dejavu/DejaVuSans.ttf")
     monkeypatch.delenv("UNIGEN_EMOJI_FONT", raising=False)
     monkeypatch.setattr(module.subprocess, "run", lambda *args, **options: answer)
-    monkeypatch.setattr(module, "_PATHS", ())
+    monkeypatch.setattr(module, "_FONT_PATHS", ())
     with pytest.raises(ValueError, match="is missing"):
         find_font()
 
@@ -47,8 +56,8 @@ def test_fallback_font_of_fontconfig_is_not_taken(monkeypatch):
 def test_every_glyph_is_its_own(world):
     """Each object draws in colour, and no two look alike, also when tinted (a raven is not a black bird)."""
     looks = {}
-    for name in OBJECTS:
-        picture = world.render(Scene((Item(name, "blue", 32, 32, 46, 0.0),), "white"))
+    for name in OBJECT_EMOJI:
+        picture = world.render(Scene((SceneObject(name, "blue", 32, 32, 46, 0.0),), "white"))
         assert 250 < picture.masks[0].sum() < 2300, name
         looks[name] = picture.image.astype(np.float32)[::4, ::4]
     names = list(looks)
@@ -59,16 +68,16 @@ def test_every_glyph_is_its_own(world):
 
 def test_tints_keep_the_shape_and_are_apart(world):
     means = {}
-    natural = world.render(Scene((Item("horse", None, 32, 32, 46, 0.0),), "grey"))
+    natural = world.render(Scene((SceneObject("horse", None, 32, 32, 46, 0.0),), "grey"))
     for color in COLORS:
-        picture = world.render(Scene((Item("horse", color, 32, 32, 46, 0.0),), "grey"))
+        picture = world.render(Scene((SceneObject("horse", color, 32, 32, 46, 0.0),), "grey"))
         assert (picture.masks == natural.masks).all()
         means[color] = picture.image[picture.masks[0]].astype(float).mean(0)
     assert min(np.linalg.norm(means[a] - means[b]) for a in COLORS for b in COLORS if a < b) > 60
 
 
 def test_picture_layout(world):
-    scene = Scene((Item("cat", None, 20, 20, 24, 5.0), Item("dog", "red", 44, 44, 24, -5.0)), "green")
+    scene = Scene((SceneObject("cat", None, 20, 20, 24, 5.0), SceneObject("dog", "red", 44, 44, 24, -5.0)), "green")
     picture = world.render(scene)
     assert picture.image.shape == (64, 64, 3) and picture.image.dtype == np.uint8
     assert picture.masks.shape == (2, 64, 64) and picture.boxes.shape == (2, 4) and picture.depth.shape == (64, 64)
@@ -84,12 +93,12 @@ def test_picture_layout(world):
 
 
 def test_boxes_follow_position_and_angle(world):
-    here = world.render(Scene((Item("key", None, 24.0, 30, 30, 0.0),), "white"))
-    there = world.render(Scene((Item("key", None, 32.0, 30, 30, 0.0),), "white"))
+    here = world.render(Scene((SceneObject("key", None, 24.0, 30, 30, 0.0),), "white"))
+    there = world.render(Scene((SceneObject("key", None, 32.0, 30, 30, 0.0),), "white"))
     assert (np.roll(here.image, 8, axis=1) == there.image).all()
-    half = world.render(Scene((Item("key", None, 24.5, 30, 30, 0.0),), "white"))
+    half = world.render(Scene((SceneObject("key", None, 24.5, 30, 30, 0.0),), "white"))
     assert (half.image != here.image).any()
-    car = Item("car", None, 32, 32, 40, 10.0)
+    car = SceneObject("car", None, 32, 32, 40, 10.0)
     turned = world.render(Scene((car,), "white")).masks[0]
     x, y = np.nonzero(turned.T)
     slope = np.polyfit(x, y, 1)[0]
@@ -112,7 +121,9 @@ def test_occlusion_and_edges_of_sampled_scenes(world):
 
 
 def test_depth(world):
-    flat = world.render(Scene((Item("cat", None, 24, 32, 24, 0.0), Item("dog", None, 36, 32, 24, 0.0)), "white"))
+    flat = world.render(
+        Scene((SceneObject("cat", None, 24, 32, 24, 0.0), SceneObject("dog", None, 36, 32, 24, 0.0)), "white")
+    )
     assert flat.depth.min() >= 0 and flat.depth.max() == 1
     assert flat.depth[flat.masks[0]].mean() > flat.depth[flat.masks[1]].mean()
     rng = np.random.default_rng(4)

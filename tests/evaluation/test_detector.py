@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from unigen.evaluation.detector import (
-    Detector,
     DetectorConfig,
-    Targets,
-    decode,
+    DetectorTargets,
+    SceneDetector,
+    decode_detections,
+    detector_losses,
     load_detector,
-    loss_terms,
     save_detector,
 )
 
@@ -36,7 +36,7 @@ def maps(*things: tuple[int, int, int, int, float]) -> dict[str, torch.Tensor]:
 
 
 def test_decode_reads_name_color_box_and_background() -> None:
-    reading = decode(maps((1, 1, 4, 10, 3.0)), CONFIG, 0.3)[0]
+    reading = decode_detections(maps((1, 1, 4, 10, 3.0)), CONFIG, 0.3)[0]
     (found,) = reading.objects
     assert (found.name, found.color) == ("dog", "red")
     assert found.box == pytest.approx((42 - 8, 18 - 16, 42 + 8, 18 + 16))
@@ -45,27 +45,27 @@ def test_decode_reads_name_color_box_and_background() -> None:
 
 def test_decode_drops_weak_peaks_and_doubles() -> None:
     things = ((0, 0, 4, 4, 3.0), (1, 0, 4, 4, 2.0), (0, 0, 12, 12, -2.0))  # a double at the same cell, a weak one
-    assert [o.name for o in decode(maps(*things), CONFIG, 0.3)[0].objects] == ["cat"]
-    assert len(decode(maps(*things), CONFIG, 0.05)[0].objects) == 2
+    assert [o.name for o in decode_detections(maps(*things), CONFIG, 0.3)[0].objects] == ["cat"]
+    assert len(decode_detections(maps(*things), CONFIG, 0.05)[0].objects) == 2
     apart = ((0, 0, 4, 4, 3.0), (1, 0, 4, 9, 2.0))
-    assert [o.name for o in decode(maps(*apart), CONFIG, 0.3)[0].objects] == ["cat", "dog"]
+    assert [o.name for o in decode_detections(maps(*apart), CONFIG, 0.3)[0].objects] == ["cat", "dog"]
 
 
 def test_loss_is_small_for_the_truth_and_large_for_a_lie() -> None:
-    truth = Targets(
+    truth = DetectorTargets(
         torch.tensor([[1, -1]]),
         torch.tensor([[1, 0]]),
         torch.tensor([[[34.0, 2.0, 50.0, 34.0], [0.0, 0.0, 0.0, 0.0]]]),
         torch.tensor([1]),
     )
 
-    def total(out: dict[str, torch.Tensor], target: Targets) -> dict[str, float]:
-        return {k: float(a) / max(float(b), 1) for k, (a, b) in loss_terms(out, target).items()}
+    def total(out: dict[str, torch.Tensor], target: DetectorTargets) -> dict[str, float]:
+        return {k: float(a) / max(float(b), 1) for k, (a, b) in detector_losses(out, target).items()}
 
     right, wrong = total(maps((1, 1, 4, 10, 8.0)), truth), total(maps((0, 0, 12, 3, 8.0)), truth)
     assert all(right[k] < 0.1 for k in right), right
     assert wrong["heat"] > 10 and wrong["color"] > 0.5
-    empty = Targets(torch.full((1, 2), -1), truth.colors, truth.boxes, torch.tensor([-1]))
+    empty = DetectorTargets(torch.full((1, 2), -1), truth.colors, truth.boxes, torch.tensor([-1]))
     nothing = total(maps(), empty)
     assert all(value < 0.01 for value in nothing.values()), nothing
     assert total(maps((1, 1, 4, 10, 8.0)), empty)["heat"] > 5  # hallucination is punished
@@ -73,15 +73,15 @@ def test_loss_is_small_for_the_truth_and_large_for_a_lie() -> None:
 
 def test_a_small_network_learns_one_batch() -> None:
     torch.manual_seed(0)
-    model = Detector(CONFIG)
+    model = SceneDetector(CONFIG)
     x = torch.zeros(2, 3, 32, 32)
     x[0, 0, 8:24, 8:24] = 1
     x[1, 2, 8:24, 8:24] = 1
     box = torch.tensor([8.0, 8.0, 24.0, 24.0]).expand(2, 1, 4)
-    target = Targets(torch.tensor([[0], [1]]), torch.tensor([[1], [0]]), box, torch.tensor([0, 1]))
+    target = DetectorTargets(torch.tensor([[0], [1]]), torch.tensor([[1], [0]]), box, torch.tensor([0, 1]))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(60):
-        terms = loss_terms(model(x), target)
+        terms = detector_losses(model(x), target)
         optimizer.zero_grad()
         torch.stack([a / b for a, b in terms.values()]).sum().backward()
         optimizer.step()
@@ -93,7 +93,7 @@ def test_a_small_network_learns_one_batch() -> None:
 
 def test_saved_and_loaded_again(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = Detector(CONFIG)
+    model = SceneDetector(CONFIG)
     save_detector(model, tmp_path / "one")
     again = load_detector(tmp_path / "one")
     x = torch.randn(1, 3, 64, 64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from unigen.evaluation.detector import Detection
-from unigen.evaluation.geneval import by_class, evaluate, relations, surplus
+from unigen.evaluation.geneval import count_surplus_objects, evaluate, group_by_class, relations
 
 
 def thing(name: str, x: float, y: float, color: str = "natural", score: float = 0.9, side: float = 20) -> Detection:
@@ -13,7 +13,7 @@ def thing(name: str, x: float, y: float, color: str = "natural", score: float = 
 
 
 def verdict(spec: dict, *objects: Detection, threshold: float = 0.3) -> bool:
-    return evaluate(spec, by_class(objects, threshold)).correct
+    return evaluate(spec, group_by_class(objects, threshold)).correct
 
 
 @pytest.mark.parametrize(
@@ -102,16 +102,21 @@ def test_position_clause_0_is_the_reference() -> None:
     assert not verdict(spec, thing("horse", 50, 30), thing("dog", 10, 30))
     assert not verdict(spec, thing("horse", 10, 30))  # no target
     assert verdict(spec, thing("horse", 10, 10), thing("dog", 45, 45))  # diagonal: left of AND above
-    found = evaluate(spec, by_class([thing("horse", 50, 30), thing("dog", 10, 30)], 0.3))
+    found = evaluate(spec, group_by_class([thing("horse", 50, 30), thing("dog", 10, 30)], 0.3))
     assert found.share == 0.5 and "expected horse left of target" in found.why
-    assert "no target" in evaluate(spec, by_class([thing("horse", 10, 30)], 0.3)).why
+    assert "no target" in evaluate(spec, group_by_class([thing("horse", 10, 30)], 0.3)).why
 
 
 def test_no_more_than_sixteen_of_a_class() -> None:
-    assert len(by_class([thing("ant", i, i) for i in range(20)], 0.3)["ant"]) == 16
+    assert len(group_by_class([thing("ant", i, i) for i in range(20)], 0.3)["ant"]) == 16
 
 
 def test_surplus_counts_every_class() -> None:
     spec = {"include": [{"class": "cat", "count": 1}]}
-    assert surplus(spec, by_class([thing("cat", 20, 20)], 0.3)) == 0
-    assert surplus(spec, by_class([thing("cat", 20, 20), thing("cat", 40, 40), thing("dog", 9, 9)], 0.3)) == 2
+    assert count_surplus_objects(spec, group_by_class([thing("cat", 20, 20)], 0.3)) == 0
+    assert (
+        count_surplus_objects(
+            spec, group_by_class([thing("cat", 20, 20), thing("cat", 40, 40), thing("dog", 9, 9)], 0.3)
+        )
+        == 2
+    )

@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 
 from unigen.evaluation import baselines, geneval
-from unigen.evaluation.detector import Detection, Reading
-from unigen.evaluation.task import Item
+from unigen.evaluation.detector import Detection, SceneDetections
+from unigen.evaluation.task import Example
 from unigen.evaluation.tasks import scenes
-from unigen.evaluation.tasks.scenes import ScenesTask, prompts, score_pictures, summarise
+from unigen.evaluation.tasks.scenes import ScenesTask, make_prompts, score_pictures, summarize_scores
 from unigen.toyworld.captions import Facts, parse_caption, scene_from_facts
-from unigen.toyworld.scenes import World, heldout_groups, is_heldout
+from unigen.toyworld.scenes import SceneRenderer, held_out_combinations, is_held_out
 
 
 @pytest.fixture(scope="module")
@@ -25,31 +25,31 @@ def task() -> ScenesTask:
 
 
 @pytest.fixture(scope="module")
-def world() -> World:
+def world() -> SceneRenderer:
     try:
-        return World(64)
+        return SceneRenderer(64)
     except ValueError as error:
         pytest.skip(str(error))
 
 
-def true_reading(item: Item) -> Reading:
+def true_reading(item: Example) -> SceneDetections:
     """What a perfect detector reads in a true picture of the prompt."""
     said = Facts(item.meta["groups"], item.meta["background"], item.meta["relation"])
     scene = scene_from_facts(said, np.random.default_rng(0))
     things = [Detection(thing.name, thing.color or "natural", 0.9, thing.box()) for thing in scene.items]
-    return Reading(things, scene.background, 1.0)
+    return SceneDetections(things, scene.background, 1.0)
 
 
 @pytest.mark.parametrize("tag", geneval.TAGS)
 def test_prompts(tag: str) -> None:
-    items = prompts(tag, 100, 0)
-    assert [i.prompt for i in items] == [i.prompt for i in prompts(tag, 100, 0)]
-    assert [i.prompt for i in items] != [i.prompt for i in prompts(tag, 100, 1)]
+    items = make_prompts(tag, 100, 0)
+    assert [i.prompt for i in items] == [i.prompt for i in make_prompts(tag, 100, 0)]
+    assert [i.prompt for i in items] != [i.prompt for i in make_prompts(tag, 100, 1)]
     assert len({i.prompt for i in items}) == 100
     assert sum(i.meta["heldout"] for i in items) == (0 if tag == "single_object" else 30)
     assert 25 <= sum(i.meta["background"] is not None for i in items) <= 50
     for item in items:
-        assert bool(heldout_groups(item.meta["groups"])) == item.meta["heldout"]
+        assert bool(held_out_combinations(item.meta["groups"])) == item.meta["heldout"]
         said = parse_caption(str(item.prompt))  # the words say what is scored, no more and no less
         assert said.groups == item.meta["groups"]
         assert (said.background, said.relation) == (item.meta["background"], item.meta["relation"])
@@ -66,12 +66,12 @@ def test_true_scenes_pass_and_wrong_ones_fail(task: ScenesTask) -> None:
         assert ("background" in scores) == (item.meta["background"] is not None)
     for item, reading in zip(items, readings[8:] + readings[:8], strict=True):  # the pictures of another task
         assert task.judge(item, reading)["correct"] == 0 or item.tag == "single_object"
-    empty = [task.judge(item, Reading())["correct"] for item in items]
+    empty = [task.judge(item, SceneDetections())["correct"] for item in items]
     assert sum(empty) == 0
 
 
 def test_surplus_fails_only_the_strict_score(task: ScenesTask) -> None:
-    item = prompts("two_object", 3, 0)[0]
+    item = make_prompts("two_object", 3, 0)[0]
     reading = true_reading(item)
     reading.objects.append(Detection("cactus", "natural", 0.9, (0, 0, 9, 9)))
     scores = task.judge(item, reading)
@@ -79,55 +79,57 @@ def test_surplus_fails_only_the_strict_score(task: ScenesTask) -> None:
 
 
 def test_wrong_color_relation_and_background_fail(task: ScenesTask) -> None:
-    item = prompts("color_attr", 8, 0)[0]
+    item = make_prompts("color_attr", 8, 0)[0]
     a, b = true_reading(item).objects
     swapped = [Detection(a.name, b.color, 0.9, a.box), Detection(b.name, a.color, 0.9, b.box)]
-    assert task.judge(item, Reading(swapped))["correct"] == 0
-    item = prompts("position", 8, 0)[0]
+    assert task.judge(item, SceneDetections(swapped))["correct"] == 0
+    item = make_prompts("position", 8, 0)[0]
     a, b = true_reading(item).objects
     moved = [Detection(a.name, a.color, 0.9, b.box), Detection(b.name, b.color, 0.9, a.box)]
-    assert task.judge(item, Reading(moved))["correct"] == 0
-    assert task.judge(item, Reading(moved))["share"] == 0.5
-    item = next(i for i in prompts("colors", 8, 0) if i.meta["background"])
-    reading = Reading(true_reading(item).objects, "nowhere")
+    assert task.judge(item, SceneDetections(moved))["correct"] == 0
+    assert task.judge(item, SceneDetections(moved))["share"] == 0.5
+    item = next(i for i in make_prompts("colors", 8, 0) if i.meta["background"])
+    reading = SceneDetections(true_reading(item).objects, "nowhere")
     assert task.judge(item, reading)["background"] == 0
 
 
 def test_summary(task: ScenesTask) -> None:
     items = task.items()
     wrong_when_held = [[{"correct": float(not i.meta["heldout"]), "strict": 0.0}] for i in items]
-    result = summarise(items, wrong_when_held)
+    result = summarize_scores(items, wrong_when_held)
     assert result.seen is not None and result.seen.overall == 1
     assert result.heldout is not None and result.heldout.overall == 0
     assert result.overall.tags["single_object"] == 1 and result.overall.overall < 1
     assert result.strict.overall == 0 and result.background is None
     half = [[{"correct": 1.0, "strict": 1.0}, {"correct": 0.0, "strict": 0.0}] for _ in items]
-    assert summarise(items, half).any_correct == 1 and summarise(items, half).overall.overall == 0.5
+    assert summarize_scores(items, half).any_correct == 1 and summarize_scores(items, half).overall.overall == 0.5
 
 
 def test_shuffled_gives_everyone_anothers() -> None:
-    items = [Item(str(i), "a") for i in range(7)]
+    items = [Example(str(i), "a") for i in range(7)]
     pictures = [[Image.new("L", (1, 1), i)] for i in range(7)]
-    mixed = [row[0].getpixel((0, 0)) for row in baselines.shuffled(items, pictures, 0)]
+    mixed = [row[0].getpixel((0, 0)) for row in baselines.shuffle_images(items, pictures, 0)]
     assert sorted(mixed) == list(range(7)) and all(m != i for i, m in enumerate(mixed))
     with pytest.raises(ValueError, match="two prompts"):
-        baselines.shuffled(items[:1], pictures[:1], 0)
+        baselines.shuffle_images(items[:1], pictures[:1], 0)
 
 
-def test_nearest_training_pictures_hold_no_held_out_combination(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nearest_training_pictures_hold_no_held_out_combination(
+    world: SceneRenderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shown = []
     render = world.render
     monkeypatch.setattr(world, "render", lambda scene: shown.append(scene) or render(scene))
-    items = [Item("three sunflowers on a blue background", "a"), Item("a horse to the left of a dog", "a")]
-    baselines.nearest(items, 3, 0, world, pool=3000)
-    assert len(shown) == 6 and not any(is_heldout(scene) for scene in shown)
+    items = [Example("three sunflowers on a blue background", "a"), Example("a horse to the left of a dog", "a")]
+    baselines.nearest_training_images(items, 3, 0, world, pool=3000)
+    assert len(shown) == 6 and not any(is_held_out(scene) for scene in shown)
     assert {thing.name for thing in shown[0].items} == {"sunflower"}
 
 
 class TrueEngine:
     """Draws true pictures: a model without fault, or with one (no colours)."""
 
-    def __init__(self, world: World, colors: bool = True) -> None:
+    def __init__(self, world: SceneRenderer, colors: bool = True) -> None:
         self.world, self.colors = world, colors
 
     def generate_batch(self, prompts: list[str], seeds: list[int], output: str, **options: Any) -> list[Image.Image]:
@@ -140,22 +142,26 @@ class TrueEngine:
         return made
 
 
-def test_the_shipped_detector_reads_true_pictures(task: ScenesTask, world: World) -> None:
+def test_the_shipped_detector_reads_true_pictures(task: ScenesTask, world: SceneRenderer) -> None:
     items = task.items()
-    true = baselines.oracle(items, 2, 0, world)
-    result = summarise(items, score_pictures(task, items, true))
+    true = baselines.oracle_images(items, 2, 0, world)
+    result = summarize_scores(items, score_pictures(task, items, true))
     assert result.overall.overall >= 0.95
     assert result.background is not None and result.background >= 0.95
-    mixed = summarise(items, score_pictures(task, items, baselines.shuffled(items, true, 0)))
+    mixed = summarize_scores(items, score_pictures(task, items, baselines.shuffle_images(items, true, 0)))
     assert mixed.overall.overall <= 0.15  # the same pictures under other prompts
-    noise = baselines.noise_pictures(40, 64, np.random.default_rng(0))
-    assert scenes.false_positives(task, noise) <= 0.1
-    assert scenes.false_positives(task, [row[0] for row in true]) > 0.9  # the same measure sees objects where they are
+    noise = baselines.noise_images(40, 64, np.random.default_rng(0))
+    assert scenes.false_positive_rate(task, noise) <= 0.1
+    assert (
+        scenes.false_positive_rate(task, [row[0] for row in true]) > 0.9
+    )  # the same measure sees objects where they are
     reward = task.reward(items[0], true[0][0])
     assert reward > task.reward(items[0], noise[0]) and 0 <= reward <= 1
 
 
-def test_command(world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_command(
+    world: SceneRenderer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     class Tokenizer:
         image_size = 64
         parameters = staticmethod(lambda: iter(()))
@@ -164,7 +170,7 @@ def test_command(world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, 
     engine = TrueEngine(world, colors=False)
     engine.model = type("Model", (), {"image_tokenizer": Tokenizer()})()  # type: ignore[attr-defined]
     monkeypatch.setattr(scenes, "load_engine", lambda args: engine)
-    monkeypatch.setattr(scenes, "PROMPTS", {True: 5, False: 5})
+    monkeypatch.setattr(scenes, "PROMPTS_PER_TAG", {True: 5, False: 5})
     report, out = tmp_path / "r.json", tmp_path / "out"
     assert scenes.main(["--images", "1", "--quick", "--json", str(report), "--out", str(out)]) == 0
     found = json.loads(report.read_text())

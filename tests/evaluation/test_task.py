@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from unigen.evaluation import runner
-from unigen.evaluation.task import Item, mean_and_interval
+from unigen.evaluation.task import Example, bootstrap_mean
 
 
 def rng() -> np.random.Generator:
@@ -18,14 +18,14 @@ def rng() -> np.random.Generator:
 
 def test_overall_is_the_unweighted_mean_of_tags() -> None:
     tags = ["a", "a", "a", "b"]
-    mean = mean_and_interval(tags, [[1.0], [1.0], [1.0], [0.0]], rng())
+    mean = bootstrap_mean(tags, [[1.0], [1.0], [1.0], [0.0]], rng())
     assert mean.tags == {"a": 1.0, "b": 0.0}
     assert mean.overall == 0.5  # weighted by prompts it would be 0.75
     assert (mean.low, mean.high) == (0.5, 0.5)  # nothing varies inside a tag
 
 
 def test_a_tag_is_the_mean_over_its_outputs() -> None:
-    mean = mean_and_interval(["a", "a"], [[1.0, 1.0, 1.0], [0.0]], rng())
+    mean = bootstrap_mean(["a", "a"], [[1.0, 1.0, 1.0], [0.0]], rng())
     assert mean.overall == 0.75  # a mean of means would be 0.5
 
 
@@ -34,7 +34,7 @@ def test_interval_covers_the_truth_and_shrinks() -> None:
     widths = []
     for n in (50, 800):
         values = [[float(v)] for v in draw.random(n) < 0.7]
-        mean = mean_and_interval(["a"] * n, values, rng())
+        mean = bootstrap_mean(["a"] * n, values, rng())
         assert mean.low < mean.overall < mean.high
         assert mean.low < 0.7 < mean.high
         widths.append(mean.high - mean.low)
@@ -42,19 +42,19 @@ def test_interval_covers_the_truth_and_shrinks() -> None:
 
 
 def test_interval_resamples_prompts_and_not_outputs() -> None:
-    one = mean_and_interval(["a"] * 40, [[float(i % 2)] for i in range(40)], rng())
-    four = mean_and_interval(["a"] * 40, [[float(i % 2)] * 4 for i in range(40)], rng())
+    one = bootstrap_mean(["a"] * 40, [[float(i % 2)] for i in range(40)], rng())
+    four = bootstrap_mean(["a"] * 40, [[float(i % 2)] * 4 for i in range(40)], rng())
     assert (one.low, one.high) == (four.low, four.high)  # copies of an output add no certainty
 
 
 def test_nothing_to_average() -> None:
     with pytest.raises(ValueError, match="nothing to average"):
-        mean_and_interval([], [], rng())
+        bootstrap_mean([], [], rng())
     with pytest.raises(ValueError, match="nothing to average"):
-        mean_and_interval(["a"], [[]], rng())
+        bootstrap_mean(["a"], [[]], rng())
 
 
-class Echo:
+class EchoEngine:
     """Answers "prompt seed"; remembers the batches."""
 
     def __init__(self) -> None:
@@ -70,20 +70,23 @@ class TextTask:
 
 
 def test_outputs_do_not_depend_on_the_batch() -> None:
-    items = [Item(f"p{i}", "a") for i in range(5)]
-    one, many = Echo(), Echo()
-    a = runner.draw(one, TextTask(), items, 2, 1, 3, guidance=2.0)  # type: ignore[arg-type]
-    b = runner.draw(many, TextTask(), items, 2, 4, 3, guidance=2.0)  # type: ignore[arg-type]
+    items = [Example(f"p{i}", "a") for i in range(5)]
+    one, many = EchoEngine(), EchoEngine()
+    a = runner.generate_outputs(one, TextTask(), items, 2, 1, 3, guidance=2.0)  # type: ignore[arg-type]
+    b = runner.generate_outputs(many, TextTask(), items, 2, 4, 3, guidance=2.0)  # type: ignore[arg-type]
     assert a == b and one.sizes == [1] * 10 and many.sizes == [4, 4, 2]
     assert a[1][0].startswith("p1 3000002 text {'guidance': 2.0}")
     assert len({text for row in a for text in row}) == 10
     with pytest.raises(ValueError, match="at least 1"):
-        runner.draw(one, TextTask(), items, 0, 4, 0)  # type: ignore[arg-type]
+        runner.generate_outputs(one, TextTask(), items, 0, 4, 0)  # type: ignore[arg-type]
 
 
 def test_written_outputs(tmp_path: Path) -> None:
     picture = Image.new("RGB", (64, 64))
-    items = [Item("a horse", "single", {"background": None}), Item([picture, "how many?"], "count", {"answer": "one"})]
+    items = [
+        Example("a horse", "single", {"background": None}),
+        Example([picture, "how many?"], "count", {"answer": "one"}),
+    ]
     outputs = [[picture, picture], ["two"]]
     marks = [[{"correct": 1.0}, {"correct": 0.0}], [{"correct": 0.0}]]
     runner.write_outputs(tmp_path / "out", items, outputs, marks)
@@ -96,7 +99,7 @@ def test_written_outputs(tmp_path: Path) -> None:
 
 
 def test_tasks_are_found_by_module_name() -> None:
-    assert {"scenes", "understanding"} <= set(runner.tasks())
+    assert {"scenes", "understanding"} <= set(runner.task_names())
     with pytest.raises(ValueError, match="unknown task 'nothing' \\(tasks: .*scenes"):
         runner.main(["nothing"])
     with pytest.raises(ValueError, match="--count"):

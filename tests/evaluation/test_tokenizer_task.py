@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from unigen.evaluation.tasks import tokenizer as task
-from unigen.toyworld.scenes import World
+from unigen.toyworld.scenes import SceneRenderer
 
 
-class Grey:
+class ConstantTokenizer:
     """Sixteen codes: the mean brightness of the picture in 16 steps, which is all that is left of it."""
 
     image_size, codebook_size = 64, 16
@@ -27,10 +27,10 @@ class Grey:
 
 def test_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     try:
-        World(64)
+        SceneRenderer(64)
     except ValueError as error:
         pytest.skip(str(error))
-    engine = SimpleNamespace(model=SimpleNamespace(image_tokenizer=Grey(), device="cpu"))
+    engine = SimpleNamespace(model=SimpleNamespace(image_tokenizer=ConstantTokenizer(), device="cpu"))
     monkeypatch.setattr(task, "load_engine", lambda args: engine)
     report = tmp_path / "r.json"
     assert task.main(["--count", "60", "--json", str(report)]) == 0

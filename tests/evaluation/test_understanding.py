@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from unigen.evaluation.tasks import understanding
-from unigen.evaluation.tasks.understanding import UnderstandingTask, score_caption, summarise, true_relations
+from unigen.evaluation.tasks.understanding import UnderstandingTask, relation_table, score_caption, summarise
 from unigen.toyworld.captions import Facts, caption
-from unigen.toyworld.scenes import Item as Thing
-from unigen.toyworld.scenes import Scene, World
+from unigen.toyworld.scenes import Scene, SceneRenderer
+from unigen.toyworld.scenes import SceneObject as Thing
 
 TRUE = Facts((("horse", "blue", 1), ("dog", None, 1)), "green", "left of")
 BESIDE = {"horse|dog": ["left of", "above"], "dog|horse": ["right of", "below"]}
@@ -44,18 +44,18 @@ def test_score_of_a_caption(text: str, wrong: tuple[str, ...]) -> None:
 
 def test_true_relations_of_a_diagonal() -> None:
     scene = Scene((Thing("horse", None, 15, 15, 20, 0), Thing("dog", None, 48, 48, 20, 0)), "green")
-    assert true_relations(scene) == {"horse|dog": ["left of", "above"], "dog|horse": ["right of", "below"]}
+    assert relation_table(scene) == {"horse|dog": ["left of", "above"], "dog|horse": ["right of", "below"]}
 
 
 @pytest.fixture(scope="module")
-def world() -> World:
+def world() -> SceneRenderer:
     try:
-        return World(64)
+        return SceneRenderer(64)
     except ValueError as error:
         pytest.skip(str(error))
 
 
-class Knows:
+class OracleEngine:
     """Answers from the items themselves; or always the same, or nothing."""
 
     def __init__(self, task: UnderstandingTask, always: str | None = None) -> None:
@@ -72,7 +72,7 @@ class Knows:
         return [self.answers[p[0].tobytes(), p[1]] for p in prompts]
 
 
-def test_items_are_the_same_for_a_seed_and_half_held_out(world: World) -> None:
+def test_items_are_the_same_for_a_seed_and_half_held_out(world: SceneRenderer) -> None:
     items = UnderstandingTask(world, 20).items()
     again = UnderstandingTask(world, 20).items()
     assert [i.prompt[1] for i in items] == [i.prompt[1] for i in again]
@@ -83,12 +83,12 @@ def test_items_are_the_same_for_a_seed_and_half_held_out(world: World) -> None:
         assert all(i.meta["heldout"] == heldout for i in UnderstandingTask(world, 6, heldout=heldout).items())
 
 
-def test_scores_of_engines_that_know_and_guess(world: World) -> None:
+def test_scores_of_engines_that_know_and_guess(world: SceneRenderer) -> None:
     task = UnderstandingTask(world, 20)
     items = task.items()
 
     def figures(always: str | None) -> dict[str, float]:
-        answers = Knows(task, always).generate_batch([i.prompt for i in items], [0] * len(items), "text")
+        answers = OracleEngine(task, always).generate_batch([i.prompt for i in items], [0] * len(items), "text")
         marks = task.score_batch(items, answers)
         return {name: mean for name, (mean, _, _) in summarise(items, marks).items()}
 
@@ -99,8 +99,8 @@ def test_scores_of_engines_that_know_and_guess(world: World) -> None:
     assert task.reward(items[0], "nothing") < task.reward(items[0], "a cat on a white background") + 0.6
 
 
-def test_command(world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    engine = Knows(UnderstandingTask(world, 6))
+def test_command(world: SceneRenderer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    engine = OracleEngine(UnderstandingTask(world, 6))
     parts = {"image_tokenizer": SimpleNamespace(image_size=64), "template": SimpleNamespace(candidates=8)}
     engine.model = SimpleNamespace(**parts)  # type: ignore[attr-defined]
     monkeypatch.setattr(understanding, "load_engine", lambda args: engine)

@@ -15,15 +15,15 @@ import unigen
 from unigen import generators
 from unigen.batch import pack
 from unigen.document import Document, Segment
-from unigen.generators.flow import COPIES, Flow, FlowConfig
+from unigen.generators.flow import NOISE_SAMPLES_PER_IMAGE, Flow, FlowConfig
 from unigen.generators.token_flow import TokenFlowConfig
 from unigen.generators.transfusion import Transfusion, TransfusionConfig
 from unigen.inference.engine import Engine
 from unigen.media.pixels import to_pixels
 from unigen.models import load, tiny
-from unigen.nn.denoisers import KINDS as KINDS_OF_NETWORK
-from unigen.samplers.guidance import KINDS, RESCALE, Guidance, guided_velocity
-from unigen.training.objectives import Mixture
+from unigen.nn.denoisers import DENOISERS as KINDS_OF_NETWORK
+from unigen.samplers.guidance import GUIDANCE_KINDS, RESCALE_FACTOR, Guidance, guided_velocity
+from unigen.training.objectives import MultiGeneratorLoss
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (2, 2, 2, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
 
@@ -32,7 +32,9 @@ def chat(words: str, picture: Any) -> Document:
     return Document([Segment(text=words), Segment(image=picture, role="assistant")])
 
 
-@pytest.mark.parametrize("writer", [name for name in generators.names() if generators.find(name).own == "kl"])
+@pytest.mark.parametrize(
+    "writer", [name for name in generators.generator_names() if generators.find_generator(name).own == "kl"]
+)
 def test_what_is_learnt_is_drawn(tiny_folder: Path, writer: str) -> None:
     """Overfit two pictures; each prompt's samples, from any seed, are nearest to its own picture's latents."""
     model = load(tiny_folder).train()
@@ -42,7 +44,7 @@ def test_what_is_learnt_is_drawn(tiny_folder: Path, writer: str) -> None:
     rows = [[model.template.encode(chat(w, p), writer=writer) for w, p in zip(words, PICTURES, strict=True)] * 4]
     batch = pack(rows, 256, 16)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
-    objective, rng = Mixture(model.generators, {writer: 1.0}), torch.Generator().manual_seed(0)
+    objective, rng = MultiGeneratorLoss(model.generators, {writer: 1.0}), torch.Generator().manual_seed(0)
     losses = []
     for step in range(300):
         optimizer.param_groups[0]["lr"] = 3e-3 if step < 220 else 5e-4
@@ -148,10 +150,10 @@ def test_every_network_learns_and_draws(tiny_folder: Path, network: Any) -> None
     model = load(tiny_folder)
     torch.manual_seed(0)
     config = FlowConfig(network=network, layers=2, heads=2, head_dim=16, context_length=16)
-    model = tiny.teach(model, ["next-token"], [Flow(model.heads["flow"].tokenizer, 32, config)]).train()
+    model = tiny.add_generators(model, ["next-token"], [Flow(model.heads["flow"].tokenizer, 32, config)]).train()
     batch = pack([[model.template.encode(chat("a dog", PICTURES[0]), writer="flow")] * 4], 100, 16)
     optimizer = torch.optim.AdamW([p for p in model.heads["flow"].parameters() if p.requires_grad], lr=3e-3)
-    objective, rng, losses = Mixture(model.generators, {"flow": 1.0}), torch.Generator().manual_seed(0), []
+    objective, rng, losses = MultiGeneratorLoss(model.generators, {"flow": 1.0}), torch.Generator().manual_seed(0), []
     for _ in range(40):
         total, count = objective(model, batch, rng)["flow"]
         losses.append(float(total.detach()) / int(count))
@@ -186,14 +188,14 @@ def test_the_target_is_noise_less_data(tiny_folder: Path) -> None:
     batch = pack([[model.template.encode(chat("a dog", PICTURES[0]), writer="flow")]], 32, 16)
     embeds_BLD = model.embed(batch.ids_BL)
     same, (mixed, t, target) = flow.prepare(model, batch, embeds_BLD, torch.Generator().manual_seed(3))
-    assert same is embeds_BLD and len(t) == COPIES == len(t.unique()) and 0 < t.min() and t.max() < 1
+    assert same is embeds_BLD and len(t) == NOISE_SAMPLES_PER_IMAGE == len(t.unique()) and 0 < t.min() and t.max() < 1
     data, t = flow.tokenizer.encode(batch.images).expand_as(mixed), t[:, None, None, None]
     torch.testing.assert_close(mixed - t * target, data)  # x_t - t (noise - data) = data
     torch.testing.assert_close(mixed + (1 - t) * target, target + data)
     assert not torch.equal(*(mixed + (1 - t) * target)[:2])  # each copy has noise of its own
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", GUIDANCE_KINDS)
 def test_guidance_at_one_is_off(kind: str) -> None:
     c, u, x = torch.randn(3, 2, 4, 8, 8).unbind()
     guidance = Guidance((1.0,), kind)
@@ -224,7 +226,7 @@ def test_guidance_is_that_of_the_papers() -> None:
     mixed = u + 4 * (c - u)
     ratio = c.std((1, 2, 3), keepdim=True) / mixed.std((1, 2, 3), keepdim=True)
     ours = guided_velocity(Guidance((4.0,), "rescale"), [c, u], x, 0.5, {})
-    torch.testing.assert_close(ours, RESCALE * mixed * ratio + (1 - RESCALE) * mixed)
+    torch.testing.assert_close(ours, RESCALE_FACTOR * mixed * ratio + (1 - RESCALE_FACTOR) * mixed)
     memory = {}
     assert not guided_velocity(Guidance((4.0,), "cfg-zero"), [c, u], x, 1.0, memory).any()  # the first step rests
     fit = dot(c, u) / dot(u, u)

@@ -20,16 +20,16 @@ from unigen.batch import Vocabulary
 from unigen.commands import main as cli
 from unigen.document import Document
 from unigen.generators import jacobi
-from unigen.generators.base import Span
+from unigen.generators.base import SegmentSpec
 from unigen.generators.next_token import NextToken
-from unigen.inference.scheduler import Running
+from unigen.inference.scheduler import Scheduler
 from unigen.samplers.guidance import Guidance
-from unigen.samplers.logits import Sampling, probabilities
+from unigen.samplers.logits import SamplingOptions, probabilities
 
 CODES, GRID = 2, (1, 7)
 
 
-class Toy:
+class ToyModel:
     """A model whose state after a prefix is its logits: a table of every prefix and branch."""
 
     vocabulary = Vocabulary(1, CODES)
@@ -53,7 +53,7 @@ class Toy:
         return torch.stack(told)
 
 
-def draw(toy: Toy, span: Span, kind: str | None) -> tuple[int, ...]:
+def draw(toy: ToyModel, span: SegmentSpec, kind: str | None) -> tuple[int, ...]:
     generator = NextToken(GRID)
     span.accelerate = kind
     state = generator.start(span)
@@ -64,11 +64,11 @@ def draw(toy: Toy, span: Span, kind: str | None) -> tuple[int, ...]:
     return tuple(id - 1 for id in state.ids)
 
 
-def span(seed: int, sampling: Sampling) -> Span:
-    return Span(0, sampling, Guidance((2.0,)), torch.Generator().manual_seed(seed), GRID)
+def span(seed: int, sampling: SamplingOptions) -> SegmentSpec:
+    return SegmentSpec(0, sampling, Guidance((2.0,)), torch.Generator().manual_seed(seed), GRID)
 
 
-def exact(toy: Toy, sampling: Sampling) -> dict[tuple[int, ...], float]:
+def exact(toy: ToyModel, sampling: SamplingOptions) -> dict[tuple[int, ...], float]:
     """The probability of every picture."""
     guidance, found = Guidance((2.0,)), {}
     for codes in product(range(CODES), repeat=GRID[1]):
@@ -80,7 +80,7 @@ def exact(toy: Toy, sampling: Sampling) -> dict[tuple[int, ...], float]:
     return found
 
 
-def drawn(toy: Toy, sampling: Sampling, kind: str | None, count: int) -> Counter[tuple[int, ...]]:
+def sample_codes(toy: ToyModel, sampling: SamplingOptions, kind: str | None, count: int) -> Counter[tuple[int, ...]]:
     return Counter(draw(toy, span(seed, sampling), kind) for seed in range(count))
 
 
@@ -95,11 +95,11 @@ def p_value(counts: Counter[tuple[int, ...]], wanted: dict[tuple[int, ...], floa
     return float(chisquare(seen, np.array(expected) * sum(seen) / sum(expected)).pvalue)
 
 
-@pytest.mark.parametrize("kind", jacobi.KINDS)
-@pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.8, top_p=0.9)], ids=["all", "top-p"])
-def test_the_distribution_of_a_toy(kind: str, sampling: Sampling) -> None:
-    toy = Toy()
-    wanted, counts = exact(toy, sampling), drawn(toy, sampling, kind, 3000)
+@pytest.mark.parametrize("kind", jacobi.SPECULATIVE_METHODS)
+@pytest.mark.parametrize("sampling", [SamplingOptions(1.0), SamplingOptions(0.8, top_p=0.9)], ids=["all", "top-p"])
+def test_the_distribution_of_a_toy(kind: str, sampling: SamplingOptions) -> None:
+    toy = ToyModel()
+    wanted, counts = exact(toy, sampling), sample_codes(toy, sampling, kind, 3000)
     assert p_value(counts, wanted) > 1e-3
     distance = sum(abs(counts[codes] / 3000 - p) for codes, p in wanted.items()) / 2
     expected = sum((2 * p * (1 - p) / (torch.pi * 3000)) ** 0.5 for p in wanted.values()) / 2
@@ -110,8 +110,8 @@ def test_the_distribution_of_a_toy(kind: str, sampling: Sampling) -> None:
 def test_a_wrong_proposal_shows(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is accepted against another distribution than it was drawn from, as the sheet warns: one of other places,
     or one of another temperature."""
-    toy, sampling = Toy(), Sampling(1.0)
-    tested = jacobi._tested
+    toy, sampling = ToyModel(), SamplingOptions(1.0)
+    tested = jacobi._verify_drafts
 
     def wrong(state: Any, told_WK: Tensor) -> Any:
         if mistake == "proposal":
@@ -121,14 +121,16 @@ def test_a_wrong_proposal_shows(mistake: str, monkeypatch: pytest.MonkeyPatch) -
         state.proposals = given
         return tested(state, told_WK)
 
-    monkeypatch.setattr(jacobi, "_tested", wrong)
-    assert p_value(drawn(toy, sampling, "sjd", 3000), exact(toy, sampling)) < 1e-6
+    monkeypatch.setattr(jacobi, "_verify_drafts", wrong)
+    assert p_value(sample_codes(toy, sampling, "sjd", 3000), exact(toy, sampling)) < 1e-6
 
 
 def test_the_same_seed_gives_the_same_picture_of_the_toy() -> None:
-    toy = Toy()
+    toy = ToyModel()
     for seed in range(200):
-        assert draw(toy, span(seed, Sampling(1.0)), "jacobi") == draw(toy, span(seed, Sampling(1.0)), None)
+        assert draw(toy, span(seed, SamplingOptions(1.0)), "jacobi") == draw(
+            toy, span(seed, SamplingOptions(1.0)), None
+        )
 
 
 def codes_of(engine: Any, requests: list[Any]) -> list[list[int]]:
@@ -136,7 +138,7 @@ def codes_of(engine: Any, requests: list[Any]) -> list[list[int]]:
     return [request.document.segments[-1].image.flatten().tolist() for request in requests]
 
 
-@pytest.mark.parametrize("kind", jacobi.KINDS)
+@pytest.mark.parametrize("kind", jacobi.SPECULATIVE_METHODS)
 def test_greedy_is_the_same(tiny_folder: Path, kind: str) -> None:
     engine = unigen.load(str(tiny_folder), "cpu")
     ask = lambda how: engine.request("a red dog", "image", temperature=0.0, guidance=3.0, accelerate=how)  # noqa: E731
@@ -148,16 +150,16 @@ def test_alone_and_in_a_batch_and_with_ends_of_rows(tmp_path: Path, monkeypatch:
     emu3_case.checkpoint(tmp_path)
     engine = unigen.load(str(tmp_path), "cpu")
     steps = 0
-    once = Running.step
+    once = Scheduler.step
 
-    def counted(running: Running) -> Any:
+    def counted(running: Scheduler) -> Any:
         nonlocal steps
         steps += 1
         return once(running)
 
-    monkeypatch.setattr(Running, "step", counted)
+    monkeypatch.setattr(Scheduler, "step", counted)
     sizes = [(40, 32), (16, 24), (24, 16)]
-    for kind in jacobi.KINDS:
+    for kind in jacobi.SPECULATIVE_METHODS:
         ask = lambda n, how: engine.request(  # noqa: E731
             "a red apple", "image", seed=n, temperature=0.3, top_k=4, size=sizes[n], accelerate=how
         )
@@ -232,11 +234,11 @@ def test_the_shipped_model_place_by_place(monkeypatch: pytest.MonkeyPatch) -> No
 
     ordinary = pictures(None, 0)
     assert least(ordinary, pictures("sjd", 1_000_000)) > 1e-3 / ordinary.shape[1]
-    tested = jacobi._tested
+    tested = jacobi._verify_drafts
 
     def wrong(state: Any, told_WK: Tensor) -> Any:
         state.proposals = [None if q is None else told_WK[j] for j, q in enumerate(state.proposals)]
         return tested(state, told_WK)
 
-    monkeypatch.setattr(jacobi, "_tested", wrong)
+    monkeypatch.setattr(jacobi, "_verify_drafts", wrong)
     assert least(ordinary[:500], pictures("sjd", 2_000_000, 500)) < 1e-3 / ordinary.shape[1]

@@ -13,12 +13,12 @@ from PIL import Image
 from unigen.batch import pack
 from unigen.commands.main import main
 from unigen.document import Document, Segment
-from unigen.generators.joint import WHOLE, Joint
+from unigen.generators.joint import FULL_MASK_PROB, Joint
 from unigen.generators.masked import MaskedState
 from unigen.inference.engine import Engine
 from unigen.media.pixels import to_pixels
 from unigen.models import load
-from unigen.training.objectives import Mixture
+from unigen.training.objectives import MultiGeneratorLoss
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (2, 2, 2, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
 TEXTS = ("a red dog", "two apples on a blue background")
@@ -28,7 +28,7 @@ STEPS = 250
 
 
 @pytest.fixture(scope="module")
-def learnt(tiny_folder: Path) -> Engine:
+def trained_toy(tiny_folder: Path) -> Engine:
     """A model that has seen two texts of six positions and their pictures."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Joint, "text_length", 6)
@@ -44,7 +44,7 @@ def learnt(tiny_folder: Path) -> Engine:
     seen = [model.template.encode(chat, writer="joint") for chat in chats]
     batch = pack([[*seen, model.template.encode(chat, writer="joint", blind=True)] for chat in chats], 64, 16)
     optimizer = torch.optim.AdamW(learns, lr=5e-3, betas=(0.9, 0.95))
-    objective = Mixture(model.generators, {"joint": 1.0})
+    objective = MultiGeneratorLoss(model.generators, {"joint": 1.0})
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = 5e-3 * min(1, 2 * (STEPS - step) / STEPS)
         total, count = objective(model, batch, rng)["joint"]
@@ -59,7 +59,7 @@ def codes(engine: Engine, picture: Any) -> list[list[int]]:
     return found
 
 
-def written(engine: Engine, **given: Any) -> tuple[str, list[list[int]]]:
+def generate_pair(engine: Engine, **given: Any) -> tuple[str, list[list[int]]]:
     """The text of a pair and the codes of its picture."""
     kept: list[Any] = []
     generator = engine.model.generators["joint"]
@@ -72,30 +72,30 @@ def written(engine: Engine, **given: Any) -> tuple[str, list[list[int]]]:
     return said, kept[-1][0].tolist()
 
 
-def test_each_is_written_to_the_other_and_both_from_nothing(learnt: Engine) -> None:
+def test_each_is_written_to_the_other_and_both_from_nothing(trained_toy: Engine) -> None:
     """What training guarantees on any processor: what is likeliest is right, and most of what is drawn."""
-    wanted = [(text, codes(learnt, picture)) for text, picture in zip(SHORT, PICTURES, strict=True)]
+    wanted = [(text, codes(trained_toy, picture)) for text, picture in zip(SHORT, PICTURES, strict=True)]
     for pair, text, picture in zip(wanted, SHORT, PICTURES, strict=True):
-        assert written(learnt, text=text, guidance=1.0, temperature=0.0) == pair
-        assert written(learnt, image=picture, guidance=1.0, steps=10) == pair
-        request = learnt.request(text, "image", generator="joint", guidance=2.0, temperature=0.0)
-        list(learnt.run([request]))
+        assert generate_pair(trained_toy, text=text, guidance=1.0, temperature=0.0) == pair
+        assert generate_pair(trained_toy, image=picture, guidance=1.0, steps=10) == pair
+        request = trained_toy.request(text, "image", generator="joint", guidance=2.0, temperature=0.0)
+        list(trained_toy.run([request]))
         assert request.document.segments[-1].image.tolist() == pair[1]  # type: ignore[union-attr]
-    drawn = [written(learnt, seed=seed, guidance=1.0, steps=10) for seed in range(12)]
+    drawn = [generate_pair(trained_toy, seed=seed, guidance=1.0, steps=10) for seed in range(12)]
     crossed = [(wanted[0][0], wanted[1][1]), (wanted[1][0], wanted[0][1])]
     assert sum(pair in wanted for pair in drawn) >= 5
     assert sum(pair in crossed for pair in drawn) <= 2
 
 
 def test_what_is_given_stays_whatever_the_model_says(engine: Engine) -> None:
-    said, found = written(engine, text=TEXTS[0], temperature=1.5)
+    said, found = generate_pair(engine, text=TEXTS[0], temperature=1.5)
     assert said == TEXTS[0] and len(found) == 2
-    said, found = written(engine, image=PICTURES[0])
+    said, found = generate_pair(engine, image=PICTURES[0])
     assert found == codes(engine, PICTURES[0])
     long = "a red dog and two apples on a blue background " * 3  # cut to the positions there are
     words = engine.model.template.text_ids(long)[:32]  # type: ignore[attr-defined]
-    assert written(engine, text=long)[0] == engine.model.template.decode(words) and len(words) == 32
-    said = [written(engine, temperature=1.5, seed=seed)[0] for seed in range(3)]
+    assert generate_pair(engine, text=long)[0] == engine.model.template.decode(words) and len(words) == 32
+    said = [generate_pair(engine, temperature=1.5, seed=seed)[0] for seed in range(3)]
     assert all(said)
     generator: Any = engine.model.generators["joint"]
     request = engine.request(Document([Segment(text="")]), "pair", generator="joint", temperature=1.5)
@@ -132,8 +132,8 @@ def test_parts_are_masked_by_shares_of_their_own() -> None:
     ratios = Joint((2, 2), 0).ratios(4000, torch.Generator().manual_seed(0))
     assert ratios.shape == (4000, 2) and bool((ratios.amax(1) > 0).all())
     for column in ratios.T:
-        assert abs(float((column == 1).float().mean()) - WHOLE) < 0.03
-    assert abs(float((ratios[:, 0] == 0).float().mean()) - WHOLE) < 0.03
+        assert abs(float((column == 1).float().mean()) - FULL_MASK_PROB) < 0.03
+    assert abs(float((ratios[:, 0] == 0).float().mean()) - FULL_MASK_PROB) < 0.03
     inner = ratios[((ratios > 0) & (ratios < 1)).all(1)]
     assert abs(float(torch.corrcoef(inner.T)[0, 1])) < 0.1
 

@@ -12,10 +12,10 @@ from PIL import Image
 
 from unigen.batch import pack
 from unigen.document import Document, Segment
-from unigen.generators.masked import still_masked
+from unigen.generators.masked import mask_schedule
 from unigen.inference.engine import Engine
-from unigen.inference.inpainting import window_of
-from unigen.model.unified import Generators
+from unigen.inference.inpainting import square_crop_box
+from unigen.model.unified import GeneratorDict
 from unigen.nn.attention import packed_mask
 
 
@@ -31,11 +31,11 @@ def test_the_schedule_is_diffusers(steps: int) -> None:
     left = codes
     for step, t in enumerate(scheduler.timesteps):
         sample = scheduler.step(torch.randn(1, codes, 32, generator=rng), t, sample, generator=rng).prev_sample
-        left = still_masked(codes, left, step, steps)
+        left = mask_schedule(codes, left, step, steps)
         assert left == int((sample == mask).sum())
     assert left == 0
     if steps > 4:  # the control: a linear schedule is another one
-        assert still_masked(codes, codes, 1, steps) != math.floor(codes * (1 - 2 / steps))
+        assert mask_schedule(codes, codes, 1, steps) != math.floor(codes * (1 - 2 / steps))
 
 
 def test_every_step_writes_something_and_the_last_writes_all() -> None:
@@ -43,7 +43,7 @@ def test_every_step_writes_something_and_the_last_writes_all() -> None:
         for steps in (1, 3, 100):
             left = [unknown]
             while left[-1]:
-                left.append(still_masked(unknown, left[-1], len(left) - 1, steps))
+                left.append(mask_schedule(unknown, left[-1], len(left) - 1, steps))
             assert all(a > b for a, b in zip(left, left[1:], strict=False)) and len(left) - 1 <= max(steps, 1)
 
 
@@ -113,7 +113,7 @@ def test_inpainting_keeps_what_is_not_marked(engine: Engine, monkeypatch: pytest
         engine.inpaint(image, "a dog", mask, generator="next-token")
     generators = engine.model.generators
     for names, said in (({"next-token"}, "train it with writers.masked=1"), ({"next-token", "random-order"}, None)):
-        some = Generators({name: generators[name] for name in generators if name in names | {"text"}})
+        some = GeneratorDict({name: generators[name] for name in generators if name in names | {"text"}})
         monkeypatch.setattr(engine.model, "generators", some)
         if said:
             with pytest.raises(ValueError, match=said):
@@ -128,7 +128,7 @@ def test_inpainting_keeps_the_size_of_a_photograph(engine: Engine, height: int, 
     photo = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     mask = np.zeros((height, width), dtype=bool)
     mask[70:72, left + 150 : left + 152] = True
-    window = window_of(Image.fromarray(mask))
+    window = square_crop_box(Image.fromarray(mask))
     request: dict[str, Any] = {"seed": 1, "temperature": 1.5}
     painted = engine.inpaint(photo, "a dog", mask, **request)
     changed = (np.asarray(painted) != photo).any(-1)

@@ -33,9 +33,9 @@ def engine(tiny_folder: Path) -> Engine:
     reader = VQTokenizer(VQConfig(image_size=32, codes=32, **small)).eval()
     head = NextScale(scales.eval(), known.backbone.width)
     parts = known.backbone.lm, known.text_tokenizer, reader, known.vocabulary.text_size
-    model = tiny.assemble(*parts, heads=[head]).eval()
+    model = tiny.build_model(*parts, heads=[head]).eval()
     with pytest.raises(ValueError, match="is for pictures of 32 pixels, the model's 16"):
-        tiny.teach(known, (), [head])
+        tiny.add_generators(known, (), [head])
     for module in (model.backbone, model.heads["next-scale"].project, model.heads["next-scale"].head):
         for p in module.parameters():
             if p.ndim > 1:

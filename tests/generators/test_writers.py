@@ -18,80 +18,80 @@ from unigen.document import Document, Segment
 from unigen.inference.engine import Engine
 from unigen.media.pixels import to_images, to_pixels
 from unigen.models import load
-from unigen.training.objectives import Mixture
+from unigen.training.objectives import MultiGeneratorLoss
 
-WRITERS = generators.names()
-CODES = [name for name in WRITERS if "temperature" in generators.find(name).takes]
+GENERATORS = generators.generator_names()
+CODES = [name for name in GENERATORS if "temperature" in generators.find_generator(name).takes]
 PROMPTS = ["a blue horse", "a", "two apples on a blue background and a red dog", "the dog"]
 PICTURES = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
 
 
-def as_lists(image: Any) -> Any:
+def to_lists(image: Any) -> Any:
     return image.tolist() if isinstance(image, torch.Tensor) else np.asarray(image).tolist()
 
 
-def apart(some: list[Any], others: list[Any]) -> int:
+def run_separately(some: list[Any], others: list[Any]) -> int:
     """The greatest difference of pictures, in codes or in 255ths."""
     pairs = zip(some, others, strict=True)
     return max(int(np.abs(np.array(a, dtype=np.int64) - np.array(b, dtype=np.int64)).max()) for a, b in pairs)
 
 
-def sampling(writer: str) -> dict[str, Any]:
+def sampling_options(writer: str) -> dict[str, Any]:
     return {"generator": writer} | ({"temperature": 1.5} if writer in CODES else {"steps": 3})
 
 
-def drawn(engine: Engine, prompts: list[Any], seeds: list[int], **options: Any) -> list[list[list[int]]]:
+def generate(engine: Engine, prompts: list[Any], seeds: list[int], **options: Any) -> list[list[list[int]]]:
     """One picture for each prompt, all in one batch: codes, or pixels where there are none."""
     requests = [engine.request(p, "image", seed=s, **options) for p, s in zip(prompts, seeds, strict=True)]
     list(engine.run(requests))
-    return [as_lists(request.document.segments[-1].image) for request in requests]
+    return [to_lists(request.document.segments[-1].image) for request in requests]
 
 
-def codes_as_written(engine: Engine, writer: str) -> list[Any]:
-    """The codes of `PICTURES` as they are read back after this generator has written them."""
+def codes_in_order(engine: Engine, writer: str) -> list[Any]:
+    """The codes of `IMAGE_WEIGHT` as they are read back after this generator has written them."""
     generator, pixels = engine.model.generators[writer], to_pixels(list(PICTURES), 16)
     if generator.codes:
         return engine.model.codes(pixels).tolist()
     pixels = generator.tokenizer.decode(generator.tokenizer.encode(pixels))
-    return [as_lists(picture) for picture in to_images(pixels)]
+    return [to_lists(picture) for picture in to_images(pixels)]
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("writer", GENERATORS)
 def test_a_picture_does_not_depend_on_its_batch(engine: Engine, writer: str, guidance: float) -> None:
-    options: dict[str, Any] = {"guidance": guidance} | sampling(writer)
-    together = drawn(engine, PROMPTS, [7, 8, 9, 7], **options)
-    alone = [drawn(engine, [p], [s], **options)[0] for p, s in zip(PROMPTS, [7, 8, 9, 7], strict=True)]
+    options: dict[str, Any] = {"guidance": guidance} | sampling_options(writer)
+    together = generate(engine, PROMPTS, [7, 8, 9, 7], **options)
+    alone = [generate(engine, [p], [s], **options)[0] for p, s in zip(PROMPTS, [7, 8, 9, 7], strict=True)]
     tolerance = (
         0 if engine.model.generators[writer].codes else 1
     )  # of 255: another batch rounds differently in decoding
-    assert apart(together, alone) <= tolerance
-    assert max(apart(drawn(engine, PROMPTS[:1], [seed], **options), alone[:1]) for seed in (8, 9, 10)) > 2
-    assert apart(drawn(engine, PROMPTS[1:2], [7], **options), alone[:1]) > 2
+    assert run_separately(together, alone) <= tolerance
+    assert max(run_separately(generate(engine, PROMPTS[:1], [seed], **options), alone[:1]) for seed in (8, 9, 10)) > 2
+    assert run_separately(generate(engine, PROMPTS[1:2], [7], **options), alone[:1]) > 2
 
 
-@pytest.mark.parametrize("writer", [name for name in WRITERS if name not in CODES])
+@pytest.mark.parametrize("writer", [name for name in GENERATORS if name not in CODES])
 def test_guidance_of_zero_ignores_the_prompt(engine: Engine, writer: str) -> None:
     """Which branch is which: at scale 0 only the blind one counts."""
-    pictures = drawn(engine, PROMPTS[:2], [7, 7], guidance=0.0, **sampling(writer))
-    assert apart(pictures[:1], pictures[1:]) <= 1
-    pictures = drawn(engine, PROMPTS[:2], [7, 7], guidance=1.0, **sampling(writer))
-    assert apart(pictures[:1], pictures[1:]) > 2
+    pictures = generate(engine, PROMPTS[:2], [7, 7], guidance=0.0, **sampling_options(writer))
+    assert run_separately(pictures[:1], pictures[1:]) <= 1
+    pictures = generate(engine, PROMPTS[:2], [7, 7], guidance=1.0, **sampling_options(writer))
+    assert run_separately(pictures[:1], pictures[1:]) > 2
 
 
 def test_a_generator_goes_by_one_name() -> None:
-    assert [generators.find(name).name for name in WRITERS] == WRITERS
+    assert [generators.find_generator(name).name for name in GENERATORS] == GENERATORS
     for wrong in ("next_token", "token_flow", "base", "no/such"):
         with pytest.raises(ValueError, match=f"unknown generator '{wrong}': one of flow, joint, masked"):
-            generators.find(wrong)
+            generators.find_generator(wrong)
 
 
 def test_writers_share_a_batch(engine: Engine) -> None:
-    requests = [engine.request(PROMPTS[0], "image", seed=3, **sampling(w)) for w in WRITERS]
+    requests = [engine.request(PROMPTS[0], "image", seed=3, **sampling_options(w)) for w in GENERATORS]
     list(engine.run(requests))
-    together = [as_lists(request.document.segments[-1].image) for request in requests]
-    alone = [drawn(engine, PROMPTS[:1], [3], **sampling(w))[0] for w in WRITERS]
-    assert apart(together, alone) <= 1
+    together = [to_lists(request.document.segments[-1].image) for request in requests]
+    alone = [generate(engine, PROMPTS[:1], [3], **sampling_options(w))[0] for w in GENERATORS]
+    assert run_separately(together, alone) <= 1
 
 
 @pytest.mark.parametrize("writer", CODES)  # a flow's pictures are near, not equal: test_flow.py
@@ -116,7 +116,7 @@ def test_loss_and_sampler_mirror_each_other(tiny_folder: Path, writer: str) -> N
     rows.append([model.template.encode(chats[0], writer=writer, blind=True), model.template.encode(chats[2])])
     batch = pack(rows, 256, 16)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    objective, rng = Mixture(model.generators), torch.Generator().manual_seed(0)
+    objective, rng = MultiGeneratorLoss(model.generators), torch.Generator().manual_seed(0)
     for step in range(200):
         optimizer.param_groups[0]["lr"] = 1e-2 if step < 150 else 1e-3
         losses = objective(model, batch, rng)
@@ -126,30 +126,30 @@ def test_loss_and_sampler_mirror_each_other(tiny_folder: Path, writer: str) -> N
         optimizer.step()
     engine = Engine(model.eval())
     options: dict[str, Any] = {"generator": writer, "temperature": 0.0, "guidance": 1.0}
-    first_codes, _, third_codes = codes_as_written(engine, writer)
-    assert drawn(engine, [chat.segments[:-1] for chat in chats[:2]], [0, 0], **options) == [first_codes, third_codes]
+    first_codes, _, third_codes = codes_in_order(engine, writer)
+    assert generate(engine, [chat.segments[:-1] for chat in chats[:2]], [0, 0], **options) == [first_codes, third_codes]
     request = engine.request("story", "interleaved", **options)
     list(engine.run([request]))
-    said = [s.text or as_lists(s.image) for s in request.document.segments[1:]]
+    said = [s.text or to_lists(s.image) for s in request.document.segments[1:]]
     if not engine.model.generators[writer].codes:  # in a story each picture is read again, as codes
         pixels = to_pixels([np.array(picture, dtype=np.uint8) for picture in (first_codes, third_codes)], 16)
         first_codes, third_codes = engine.model.codes(pixels).tolist()
     assert said == ["a witch", third_codes, "and raven", first_codes]
 
 
-@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("writer", GENERATORS)
 @torch.inference_mode()
 def test_counts_are_known_before_the_pictures(engine: Engine, writer: str) -> None:
     model, rng = engine.model, torch.Generator()
     chat = Document([Segment(text="a dog"), Segment(image=PICTURES[0], role="assistant")])
     batch = pack([[model.template.encode(chat, writer=writer), model.template.encode(chat)]], 64, 16)
-    objective = Mixture(model.generators)
+    objective = MultiGeneratorLoss(model.generators)
     found = {name: int(count) for name, (_, count) in objective(model, batch, rng).items()}
     assert found == {name: int(count) for name, count in objective.counts(batch, rng).items()}
     assert found[writer] > 0
 
 
-@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("writer", GENERATORS)
 def test_an_image_is_complete_or_not_there(engine: Engine, writer: str) -> None:
     seen = 0
     for seed in range(6):
@@ -165,7 +165,7 @@ def test_an_image_is_complete_or_not_there(engine: Engine, writer: str) -> None:
     assert seen > 0
 
 
-@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("writer", GENERATORS)
 def test_in_bfloat16_too(tiny_folder: Path, writer: str) -> None:
     engine = unigen.load(str(tiny_folder), device="cpu", dtype="bfloat16")
     assert engine.generate("a dog", generator=writer).size == (16, 16)

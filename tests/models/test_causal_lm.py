@@ -12,7 +12,7 @@ import torch
 
 import unigen
 from unigen.commands import main as cli
-from unigen.models import convert, families, unserved
+from unigen.models import convert, families, vllm_unsupported_reason
 
 PLAIN = {"tiny", "liquid", "emu3"}
 OURS = dict.fromkeys(("chameleon", "lumina"), "UnigenChameleonForCausalLM") | {"janus": "UnigenJanusForCausalLM"}
@@ -97,7 +97,7 @@ def test_it_can_be_made_of_itself(exported: Any, tmp_path: Path) -> None:
 
 def test_every_family_says_whether_it_is_served() -> None:
     names = {module.__name__.rpartition(".")[2] for module in families()}
-    assert {name for name in names if unserved(name) is None} == SERVED
+    assert {name for name in names if vllm_unsupported_reason(name) is None} == SERVED
 
 
 @pytest.mark.parametrize("family", ["showo", "var"])
@@ -107,10 +107,10 @@ def test_a_family_that_cannot_be_served_says_why(
     source, _ = public(family, tmp_path / "public")
     assert cli.main(["convert", str(source), "--to", "vllm", "-o", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err.strip()
-    assert said == f"unigen: error: vLLM cannot serve {family}: {unserved(family)}"
+    assert said == f"unigen: error: vLLM cannot serve {family}: {vllm_unsupported_reason(family)}"
     assert not (tmp_path / "out").exists()
     assert cli.main(["info", "--model", str(source), "--device", "cpu"]) == 0
-    assert f"no, {unserved(family)}" in capsys.readouterr().out
+    assert f"no, {vllm_unsupported_reason(family)}" in capsys.readouterr().out
 
 
 def test_info_says_what_is_made_beside_vllm(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,4 +124,4 @@ def test_the_control_of_unserved_families(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.delattr(var, "UNSERVED")
     with pytest.raises(AttributeError):
-        unserved("var")
+        vllm_unsupported_reason("var")

@@ -15,7 +15,7 @@ from unigen.batch import Vocabulary
 from unigen.document import Document, Segment
 from unigen.generators import next_token
 from unigen.models import chameleon, convert
-from unigen.samplers.logits import Sampling
+from unigen.samplers.logits import SamplingOptions
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +26,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_codes_that_spell_themselves(folder: Path) -> None:
-    assert chameleon.spelt(102) == "IMGIMGBACZ"
+    assert chameleon.code_token(102) == "IMGIMGBACZ"
     model = unigen.load(str(folder), "cpu").model
     codes_hw = torch.randint(case.CODES, (8, 8), generator=torch.Generator().manual_seed(0))
     ids_hw = model.vocabulary.image_ids(codes_hw)
     names = model.text_tokenizer.convert_ids_to_tokens(ids_hw.flatten().tolist())
-    assert names == [chameleon.spelt(int(code)) for code in codes_hw.flatten()]
+    assert names == [chameleon.code_token(int(code)) for code in codes_hw.flatten()]
     assert torch.equal(model.vocabulary.codes(ids_hw), codes_hw) and bool(model.vocabulary.is_image(ids_hw).all())
 
 
@@ -69,10 +69,10 @@ def test_text_is_drawn_as_by_anoles_scripts(folder: Path, tmp_path: Path) -> Non
         assert template.prompt(asked, output="text").ids == [start, *words, end]
         assert template.prompt(asked, output="image").ids == [start, *words, end]
         for output in ("text", "interleaved"):
-            assert engine.request(case.WORDS, output).text == Sampling(1.0, 0, 0.9, 1.2)  # type: ignore[arg-type]
+            assert engine.request(case.WORDS, output).text == SamplingOptions(1.0, 0, 0.9, 1.2)  # type: ignore[arg-type]
         told = engine.request(case.WORDS, "text", temperature=0.0, top_p=1.0, repetition_penalty=1.0).text
-        assert told == Sampling(0.0)
-    assert engine.info()["sampling"]["text"] == chameleon.WRITING
+        assert told == SamplingOptions(0.0)
+    assert engine.info()["sampling"]["text"] == chameleon.TEXT_SAMPLING
     with pytest.raises(ValueError, match="next-token does not take repetition_penalty"):
         engine.request("a", "image", repetition_penalty=1.2)
     with pytest.raises(ValueError, match="repetition_penalty must be a number from 1"):
@@ -85,7 +85,7 @@ def test_a_penalty_on_repetition_is_that_of_transformers(folder: Path) -> None:
 
     engine, seen = unigen.load(str(folder), "cpu"), []
     for penalty in (1.0, 1.5):
-        with common.seen_logits(next_token) as steps:
+        with common.record_logits(next_token) as steps:
             request = engine.request(case.WORDS, "text", temperature=0.0, repetition_penalty=penalty, max_tokens=12)
             ids = engine.model.template.prompt(request.document, output="text").ids
             list(engine.run([request]))

@@ -16,7 +16,7 @@ from unigen import hub
 from unigen.commands import main as cli
 from unigen.config import save_json
 from unigen.document import Document, Segment
-from unigen.inference.scoring import _alone
+from unigen.inference.scoring import _unpacked_log_likelihood
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +54,8 @@ def test_captions_of_pictures_of_several_shapes(folder: Path) -> None:
     documents = [Document([*Document.of(one).segments, Segment(text="a", role="assistant")]) for one in asked]
     read = [engine.model.read(document) for document in documents]
     with torch.inference_mode():
-        alone = torch.cat([_alone(engine.model, [document]) for document in read])
-        torch.testing.assert_close(_alone(engine.model, read), alone, rtol=1e-4, atol=1e-4)
+        alone = torch.cat([_unpacked_log_likelihood(engine.model, [document]) for document in read])
+        torch.testing.assert_close(_unpacked_log_likelihood(engine.model, read), alone, rtol=1e-4, atol=1e-4)
 
 
 def test_a_picture_is_read_in_its_own_shape(folder: Path) -> None:

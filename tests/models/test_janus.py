@@ -92,14 +92,14 @@ def test_the_roles_of_janus_pro(folder: Path, tmp_path: Path) -> None:
         assert template.prompt(Document.of("a red apple"), output="image").ids == true
 
 
-class Evil:
+class MaliciousPickle:
     def __reduce__(self) -> Any:
         return print, ("this must not run",)
 
 
 def test_a_pickle_that_runs_code_is_not_read(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     poisoned = pickled(folder, tmp_path / "poisoned", 1)
-    torch.save({"gen_embed.weight": Evil()}, poisoned / "pytorch_model.bin")
+    torch.save({"gen_embed.weight": MaliciousPickle()}, poisoned / "pytorch_model.bin")
     with pytest.raises(ValueError, match="might run code"):
         unigen.load(str(poisoned), "cpu")
     assert "must not run" not in capsys.readouterr().out

@@ -95,7 +95,7 @@ def test_words_are_made_plain() -> None:
         "what...a man : a plan": "what a man: a plan",
         "a state-of-the-art well-made boat": "a state of the art well made boat",
     }.items():
-        assert llamagen.plain(said) == read
+        assert llamagen.clean_caption(said) == read
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_words_are_made_plain() -> None:
     ],
 )
 def test_plus_signs_and_colons_as_the_official_code_has_them(said: str, read: str) -> None:
-    assert llamagen.plain(said) == read
+    assert llamagen.clean_caption(said) == read
 
 
 def wrapped(folder: Path, to: Path, wrap: Callable[[dict[str, Tensor]], Any]) -> Path:
@@ -158,15 +158,15 @@ def test_how_wide_heads_are(width: int, more: dict[str, Tensor], config: dict[st
     state = {"tok_embeddings.weight": torch.empty(4, width)} | more
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert llamagen.head_width_of(state, config, Path("c2i.pt")) == head
+        assert llamagen.infer_head_dim(state, config, Path("c2i.pt")) == head
 
 
 def test_heads_of_an_unpublished_width_are_a_guess_that_is_said() -> None:
     state = {"tok_embeddings.weight": torch.empty(4, 320)}
     with pytest.warns(UserWarning, match="no published LlamaGen is 320 wide"):
-        assert llamagen.head_width_of(state, {}, Path("c2i.pt")) == 64
+        assert llamagen.infer_head_dim(state, {}, Path("c2i.pt")) == 64
     with pytest.raises(ValueError, match="n_head 7 does not divide a width of 320"):
-        llamagen.head_width_of(state, {"n_head": 7}, Path("c2i.pt"))
+        llamagen.infer_head_dim(state, {"n_head": 7}, Path("c2i.pt"))
 
 
 def test_keys_and_values_of_fewer_heads(folder: Path, tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_a_prompt_is_read_alike_step_by_step_and_packed(words: Path) -> None:
     """Codes are counted from the end of their prompt, however long it is and whatever stands beside it."""
     engine = unigen.load(str(words), "cpu")
     model, prompts = engine.model, [Document.of(prompt) for prompt in words_case.PROMPTS]
-    with common.seen_logits(next_token) as steps:
+    with common.record_logits(next_token) as steps:
         requests = [engine.request(p, "image", temperature=0.0, guidance=1.0) for p in prompts]
         list(engine.run(requests))
     drawn = [request.document.segments[-1].image for request in requests]
@@ -269,6 +269,6 @@ def test_the_reader_of_words_stays_in_float32_where_float16_is_too_narrow(words:
 
 def test_pairs_half_a_head_apart_and_back() -> None:
     weight = torch.arange(16.0)[:, None]
-    apart = llamagen.halves(weight, 8)
+    apart = llamagen.permute_rotary(weight, 8)
     assert apart[:8, 0].tolist() == [0, 2, 4, 6, 1, 3, 5, 7]
-    assert torch.equal(llamagen.halves(apart, 8, back=True), weight)
+    assert torch.equal(llamagen.permute_rotary(apart, 8, back=True), weight)

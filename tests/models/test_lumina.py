@@ -16,7 +16,7 @@ from tests.parity import lumina as case
 from unigen import hub
 from unigen.commands import main as cli
 from unigen.document import Document, Segment
-from unigen.models import convert, family_of, load, lumina
+from unigen.models import convert, find_family, load, lumina
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_whose_folder_it_is(folder: Path, tmp_path: Path) -> None:
     other.checkpoint(tmp_path)
-    found = [family_of(place, None).__name__.rpartition(".")[2] for place in (folder, tmp_path)]
+    found = [find_family(place, None).__name__.rpartition(".")[2] for place in (folder, tmp_path)]
     assert found == ["lumina", "chameleon"]
 
 

@@ -19,11 +19,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import unigen
 from scripts import bench
-from scripts.parity import families
-from unigen.backends.composed import load_reader
+from scripts.parity import family_names
+from unigen.backends.composed import load_transformers
 from unigen.commands import main as cli
-from unigen.evaluation.runner import common_arguments
-from unigen.nn.quantized import measure, quantize
+from unigen.evaluation.runner import make_parser
+from unigen.nn.quantized import count_parameters, quantize
 from unigen.utils.precision import QUANTIZATIONS
 
 needs = pytest.mark.skipif(
@@ -101,7 +101,7 @@ def test_a_language_model_is_that_of_rounded_weights(kind: str) -> None:
 
 @needs
 @every
-@pytest.mark.parametrize("family", families())
+@pytest.mark.parametrize("family", family_names())
 def test_every_family(family: str, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     case: Any = importlib.import_module(f"tests.parity.{family}")
     case.checkpoint(tmp_path)
@@ -110,7 +110,7 @@ def test_every_family(family: str, kind: str, tmp_path: Path, capsys: pytest.Cap
     before, after = whole.info(), engine.info()
     assert after["precision"] == f"{kind}, tables and head bfloat16" and before["precision"] == "bfloat16"
     assert after["backbone"] == before["backbone"]  # as many weights
-    assert measure(engine.model)[1] < measure(whole.model)[1]
+    assert count_parameters(engine.model)[1] < count_parameters(whole.model)[1]
     blocks = {id(p) for p in engine.model.backbone.lm.get_decoder().parameters()}
     kept = {name: p for name, p in engine.model.named_parameters() if id(p) not in blocks}
     true = dict(whole.model.named_parameters())
@@ -143,8 +143,8 @@ def test_float16_on_a_cpu(family: str, tmp_path: Path) -> None:
         assert picture.tobytes() == engine.generate(prompt, seed=seed).tobytes()
 
 
-def test_a_reader_in_float16_on_a_cpu(chat_folder: Path) -> None:
-    reader = load_reader(chat_folder, "cpu", torch.float16)
+def test_a_reader_in_float16_on_a_cpu(causal_lm_folder: Path) -> None:
+    reader = load_transformers(causal_lm_folder, "cpu", torch.float16)
     assert {p.dtype for p in reader.model.parameters()} == {torch.float32}
 
 
@@ -158,9 +158,9 @@ def test_every_way_of_writing(kind: str, tiny_folder: Path) -> None:
 
 
 @needs
-def test_a_reader_of_transformers(chat_folder: Path) -> None:
+def test_a_reader_of_transformers(causal_lm_folder: Path) -> None:
     painter = "unigen-tiny"
-    pair = unigen.load(device="cpu", lmm=str(chat_folder), generator=painter, quantization="8bit")
+    pair = unigen.load(device="cpu", lmm=str(causal_lm_folder), generator=painter, quantization="8bit")
     assert [part["precision"] for part in pair.info().values() if isinstance(part, dict)] == [
         "8bit, tables and head float32"
     ] * 2
@@ -202,7 +202,7 @@ def test_a_model_that_an_engine_holds(kind: str, tiny_folder: Path) -> None:
     """Draws as one that was quantised before, and is quantised once."""
     engine, before = unigen.load(str(tiny_folder), "cpu"), unigen.load(str(tiny_folder), "cpu", quantization=kind)
     engine.model.quantize(kind, "cpu")
-    assert measure(engine.model) == measure(before.model)
+    assert count_parameters(engine.model) == count_parameters(before.model)
     drawn = (one.generate("two red apples", seed=1).tobytes() for one in (engine, before))
     assert next(drawn) == next(drawn)
     for again in QUANTIZATIONS:
@@ -220,7 +220,7 @@ def test_without_the_package(kind: str, monkeypatch: pytest.MonkeyPatch, capsys:
 
 
 def test_every_command_that_loads_a_model_takes_it() -> None:
-    parsers = [cli.parser_of(name) for name, command in cli.COMMANDS.items() if hasattr(command, "add_arguments")]
-    for parser in [*parsers, common_arguments("x", "y")]:
+    parsers = [cli.build_parser(name) for name, command in cli.COMMANDS.items() if hasattr(command, "add_arguments")]
+    for parser in [*parsers, make_parser("x", "y")]:
         takes = {action.dest for action in parser._actions}
         assert ("dtype" in takes) == ("quantization" in takes) == ("device" in takes), parser.prog

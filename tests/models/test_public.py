@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 
 import unigen
-from scripts.parity import families
-from tests.parity.common import seen_logits
+from scripts.parity import family_names
+from tests.parity.common import record_logits
 from unigen import hub
 from unigen.batch import pack
 from unigen.commands import main as cli
@@ -27,15 +27,15 @@ from unigen.generators import next_token
 from unigen.media.pixels import to_pixels
 from unigen.models import convert
 from unigen.nn.backbone import Backbone
-from unigen.serving.jobs import Begun, Ended, Failed, Job, Part
-from unigen.serving.worker import Together
-from unigen.training.objectives import Mixture
-from unigen.utils.numbers import NotFinite
+from unigen.serving.jobs import Error, Finished, Job, Part, Started
+from unigen.serving.worker import BatchedWorker
+from unigen.training.objectives import MultiGeneratorLoss
+from unigen.utils.numbers import NonFiniteError
 
 FOLDERS: dict[str, Path] = {}
 
 
-@pytest.fixture(params=families())
+@pytest.fixture(params=family_names())
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -61,7 +61,7 @@ def test_the_commands(family: str, case: Any, public: Path, tmp_path: Path, caps
     assert cli.main(["info", *where]) == 0
     printed = capsys.readouterr().out
     assert family.partition("_")[0] in printed
-    assert cli.main(["generate", *case.ASKED, "-o", str(picture), "--size", f"{width}x{height}", *where]) == 0
+    assert cli.main(["generate", *case.CLI_ARGUMENTS, "-o", str(picture), "--size", f"{width}x{height}", *where]) == 0
     assert Image.open(picture).size == (width, height)
     engine = unigen.load(str(public), "cpu")
     described = cli.main(["describe", str(picture), "-q", "What is it", *where])
@@ -82,23 +82,23 @@ def test_pictures_whose_features_are_not_finite_are_not_read(case: Any, public: 
     for weight in (model.sight or model.image_tokenizer).parameters():
         weight.data.fill_(float("inf"))
     reason = "features of pictures of this model are not finite in float32: its checkpoint may be damaged"
-    with pytest.raises(NotFinite, match=reason):
+    with pytest.raises(NonFiniteError, match=reason):
         engine.describe(picture, "what is it")
-    worker = Together(engine, 4)
+    worker = BatchedWorker(engine, 4)
     worker.ask(0, Job(request.document, "text"))
     events = [event for _ in range(2) for _, event in worker.step()]
-    assert events == [Failed(reason, again=False)] or events[1:] == [Failed(reason, again=False)]
+    assert events == [Error(reason, again=False)] or events[1:] == [Error(reason, again=False)]
 
 
 def test_it_is_served(case: Any, public: Path) -> None:
     """Two jobs at once by what `unigen serve` answers with: the pictures that the engine draws of each alone."""
     engine = unigen.load(str(public), "cpu")
-    worker, drawn = Together(engine, 8), {}
+    worker, drawn = BatchedWorker(engine, 8), {}
     for seed in (0, 1):
         worker.ask(seed, Job(Document.of(case.PROMPT), "image", {"seed": seed, "size": case.SIZE}))
     while worker.busy:
         for number, event in worker.step():
-            assert isinstance(event, (Begun, Part, Ended)), event
+            assert isinstance(event, (Started, Part, Finished)), event
             if isinstance(event, Part):
                 drawn[number] = event.part
     for seed in (0, 1):
@@ -341,7 +341,7 @@ def test_the_loss_is_of_what_is_drawn(case: Any, public: Path) -> None:
         return paint(model, states)
 
     generator.pictures = watched  # type: ignore[method-assign]
-    with seen_logits(next_token) as steps:
+    with record_logits(next_token) as steps:
         engine.generate(case.PROMPT, seed=3, **options)
     ids_T, logits_TV = torch.tensor(drawn[0]), torch.cat(steps)
     first, (width, height) = model.vocabulary.first, case.SIZE
@@ -368,7 +368,7 @@ def test_the_loss_is_of_what_is_drawn(case: Any, public: Path) -> None:
             for p in before.backbone.lm.parameters():
                 p.mul_(1.2)
             p, q = (m.logits(m.causal(batch)[rows, at - 1], first, first + len(logits_TV[0])) for m in (model, before))
-            found = Mixture({"next-token": generator}, before=before)(model, batch, torch.Generator())
+            found = MultiGeneratorLoss({"next-token": generator}, before=before)(model, batch, torch.Generator())
         gaps_T = (q.softmax(-1) * (q.log_softmax(-1) - p.log_softmax(-1))).sum(-1)
         torch.testing.assert_close(found["next-token"][0], gaps_T.sum(), rtol=1e-4, atol=1e-4)
         assert float(gaps_T.sum()) > 0.01

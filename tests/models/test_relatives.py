@@ -14,7 +14,7 @@ import pytest
 
 import unigen
 from unigen.commands import main as cli
-from unigen.models import find
+from unigen.models import resolve_model
 
 JANUS = {"model_type": "multi_modality", "language_config": {"vocab_size": 10, "hidden_size": 2}}
 LUMINA = {"model_type": "chameleon", "mask_image_logits": True}
@@ -132,7 +132,7 @@ CONFIG = json.dumps(JANUS)
 )  # fmt: skip
 def test_each_weight_is_fetched_once(files: dict[str, str], expected: set[str], hub: Any) -> None:
     one = hub(files)
-    assert find("someone/something")[0] == one.folder
+    assert resolve_model("someone/something")[0] == one.folder
     assert one.weights == expected
 
 
@@ -144,7 +144,7 @@ def test_a_pipelines_parts_are_fetched_once(hub: Any) -> None:
         ("unet/openvino_model.bin", "unet/model.onnx", "v1-5.safetensors", "unet/flax_model.msgpack"), ""
     )
     one = hub(parts)
-    find("someone/something")
+    resolve_model("someone/something")
     assert one.weights == {"unet/diffusion_pytorch_model.safetensors"}
 
 
@@ -155,7 +155,7 @@ def test_a_variant_is_fetched_where_a_part_has_no_other(hub: Any) -> None:
     parts |= dict.fromkeys(("unet/diffusion_pytorch_model.fp16.safetensors", "text_encoder/model.bf16.safetensors"), "")
     parts |= dict.fromkeys([*shards, "text_encoder/model.safetensors.index.fp16.json"], "")
     one = hub(parts)
-    find("someone/something")
+    resolve_model("someone/something")
     assert one.weights == {f"unet/{plain}", *shards}
     assert "text_encoder/model.safetensors.index.fp16.json" in one.fetched
 
@@ -178,11 +178,11 @@ def test_no_weights_of_a_pipeline_that_cannot_be_used(hub: Any) -> None:
 
 def test_a_model_that_reads_may_be_any_of_transformers(hub: Any) -> None:
     one = hub({"config.json": json.dumps(KNOWN["qwen"][0]), "model.safetensors": ""} | COPIES)
-    find("someone/something", reads=True)
+    resolve_model("someone/something", reads=True)
     assert one.weights == {"model.safetensors"}
 
 
 def test_an_index_that_leads_out_of_its_folder(hub: Any) -> None:
     hub({"config.json": CONFIG, "model.safetensors.index.json": json.dumps({"weight_map": {"a": "../secret"}})})
     with pytest.raises(ValueError, match="which is not in its folder"):
-        find("someone/something")
+        resolve_model("someone/something")

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 from unigen.document import Document, Segment
 from unigen.inference.engine import Engine
 from unigen.models import load, tiny
-from unigen.samplers.logits import Sampling
-from unigen.tokenizers import load_tokenizer, text
+from unigen.samplers.logits import SamplingOptions
+from unigen.tokenizers import load_image_tokenizer, text
 
 
 def chat() -> Document:
@@ -126,13 +126,15 @@ def test_a_model_says_how_it_is_drawn_from(tiny_folder: Path, tmp_path: Path) ->
     model.save(tmp_path / "model")
     again = load(tmp_path / "model")
     assert (
-        again.sampling == tiny.teach(again, ("next-token",)).sampling == {"next-token": {"guidance": 2.5, "top_p": 0.6}}
+        again.sampling
+        == tiny.add_generators(again, ("next-token",)).sampling
+        == {"next-token": {"guidance": 2.5, "top_p": 0.6}}
     )
     engine = Engine(again)
     asked, told = engine.request("a", "image"), engine.request("a", "image", guidance=4.0, top_p=1.0, temperature=0.5)
-    assert (asked.guidance.scales, asked.image, asked.text.top_p) == ((2.5,), Sampling(0.8, 0, 0.6), 1.0)
-    assert (told.guidance.scales, told.image) == ((4.0,), Sampling(0.5, 0, 1.0))
-    assert engine.request("a", "image", generator="masked").image == Sampling(0.8, 0, 1.0)
+    assert (asked.guidance.scales, asked.image, asked.text.top_p) == ((2.5,), SamplingOptions(0.8, 0, 0.6), 1.0)
+    assert (told.guidance.scales, told.image) == ((4.0,), SamplingOptions(0.5, 0, 1.0))
+    assert engine.request("a", "image", generator="masked").image == SamplingOptions(0.8, 0, 1.0)
     assert engine.info()["sampling"]["next-token"] == {"guidance": 2.5, "temperature": 0.8, "top_k": 0, "top_p": 0.6}
     assert engine.info()["sampling"]["flow"] == {"guidance": 3.0, "steps": 20, "sampler": "euler"}
 
@@ -206,6 +208,6 @@ def test_a_pretrained_language_model_grows_by_image_codes(tiny_folder: Path) -> 
     )
     lm = AutoModelForCausalLM.from_config(shape)
     before = lm.get_input_embeddings().weight[: len(tokenizer)].clone()
-    model = tiny.extend(lm, tokenizer, load_tokenizer(tiny_folder / "image_tokenizer"))
+    model = tiny.extend_vocabulary(lm, tokenizer, load_image_tokenizer(tiny_folder / "image_tokenizer"))
     assert model.vocabulary.size == len(tokenizer) + 32 == lm.get_output_embeddings().weight.shape[0]
     assert torch.equal(lm.get_input_embeddings().weight[: len(before)], before)

@@ -50,7 +50,7 @@ def test_scales_that_the_file_says(tmp_path: Path) -> None:
         levels += [level] * side * side
     levels_L = torch.tensor(levels)
     mask_LL = torch.where(levels_L[:, None] >= levels_L, 0.0, -torch.inf)
-    torch.save(case.image_tokenizer_tensors(), tmp_path / var.TOKENIZER)
+    torch.save(case.image_tokenizer_tensors(), tmp_path / var.TOKENIZER_FILE)
     for buffers in ({"lvl_1L": levels_L[None]}, {"attn_bias_for_masking": mask_LL[None, None]}):
         torch.save(state | buffers, tmp_path / f"var_d{case.LAYERS}.pth")
         engine = unigen.load(str(tmp_path), "cpu")
@@ -69,16 +69,16 @@ def test_a_trainers_checkpoint(folder: Path, tmp_path: Path) -> None:
     state = torch.load(folder / f"var_d{case.LAYERS}.pth")
     inside = {f"_orig_mod.{name}": tensor for name, tensor in state.items()}
     torch.save({"epoch": 3, "trainer": {"config": {}, "var_wo_ddp": inside}}, tmp_path / f"var_d{case.LAYERS}.pth")
-    torch.save(case.image_tokenizer_tensors(), tmp_path / var.TOKENIZER)
+    torch.save(case.image_tokenizer_tensors(), tmp_path / var.TOKENIZER_FILE)
     first, second = (unigen.load(str(place), "cpu") for place in (folder, tmp_path))
     assert second.generate(1).tobytes() == first.generate(1).tobytes()
 
 
 def test_scales_by_their_positions() -> None:
-    assert var.SCALES[680][-1] == 16 and var.SCALES[2240][-1] == 32
-    assert all(sum(side * side for side in scales) == count for count, scales in var.SCALES.items())
+    assert var.SCALES_BY_LENGTH[680][-1] == 16 and var.SCALES_BY_LENGTH[2240][-1] == 32
+    assert all(sum(side * side for side in scales) == count for count, scales in var.SCALES_BY_LENGTH.items())
     with pytest.raises(ValueError, match="7 positions are of no scales known here"):
-        var.scales_of({}, 7)
+        var.infer_scales({}, 7)
 
 
 def test_a_folder_without_its_image_tokenizer_says_so(folder: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GemmaConfig, GPT2Config, LlamaConfig, PhiConfig, Qwen3Config
 
-from unigen.nn.attention import Packing, packed_mask
+from unigen.nn.attention import PackedGroups, packed_mask
 from unigen.nn.backbone import Backbone, SlotCache
 
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
@@ -114,7 +114,7 @@ def test_compiled_training_is_the_same_training() -> None:
 
 
 def test_groups_hold_each_real_position_once() -> None:
-    packing, real = Packing(segments()), segments().flatten() > 0
+    packing, real = PackedGroups(segments()), segments().flatten() > 0
     assert packing.places[packing.back[real]].tolist() == real.nonzero().flatten().tolist()
     assert set(packing.back[~real].tolist()) == {len(packing.places)}
 

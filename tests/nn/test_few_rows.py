@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from unigen.nn.cpu import linear
-from unigen.nn.cpu.linear import FewRowsLinear, few_rows_linear, side_by_side, use_few_rows
+from unigen.nn.cpu.linear import PackedLinear, fused_linears, pack_linears, packed_linear
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 5])
@@ -17,8 +17,8 @@ def test_it_is_linear(rows: int, shape: tuple[int, int], bias: bool) -> None:
     rng = torch.Generator().manual_seed(0)
     weight, x = torch.randn(shape, generator=rng), torch.randn(rows, 1, shape[1], generator=rng)
     b = torch.randn(shape[0], generator=rng) if bias else None
-    torch.testing.assert_close(few_rows_linear(x, weight, b), nn.functional.linear(x, weight, b))
-    half = few_rows_linear(x.bfloat16(), weight.bfloat16())
+    torch.testing.assert_close(packed_linear(x, weight, b), nn.functional.linear(x, weight, b))
+    half = packed_linear(x.bfloat16(), weight.bfloat16())
     assert half.dtype == torch.bfloat16 and half.shape == (rows, 1, shape[0])
 
 
@@ -26,8 +26,8 @@ def test_modules_are_changed_in_place() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 4, bias=False)), nn.LayerNorm(4))
     x, names = torch.randn(2, 8), list(model.state_dict())
     before = model(x)
-    use_few_rows(model)
-    assert sum(isinstance(m, FewRowsLinear) for m in model.modules()) == 2 and list(model.state_dict()) == names
+    pack_linears(model)
+    assert sum(isinstance(m, PackedLinear) for m in model.modules()) == 2 and list(model.state_dict()) == names
     torch.testing.assert_close(model(x), before)
 
 
@@ -45,31 +45,31 @@ def test_what_is_kept_in_another_layout(rows: int, dtype: torch.dtype) -> None:
             for _ in range(2):
                 part, exact = nn.functional.linear(x, weight[start:stop], bias[start:stop]), {"atol": 0.0, "rtol": 0.0}
                 near = exact if dtype == torch.bfloat16 else {"atol": 1e-4, "rtol": 1e-5}
-                torch.testing.assert_close(few_rows_linear(x, weight, bias, start, stop), part, **near)
+                torch.testing.assert_close(packed_linear(x, weight, bias, start, stop), part, **near)
                 weight.mul_(2)
-        if dtype == torch.float32 and rows <= linear.MOST:
-            assert weight not in linear._packed
+        if dtype == torch.float32 and rows <= linear.MAX_TRANSPOSED_ROWS:
+            assert weight not in linear._packed_weights
             return
-        assert len(linear._packed[weight]) == 3
-        count = len(linear._packed)
+        assert len(linear._packed_weights[weight]) == 3
+        count = len(linear._packed_weights)
         del weight
-        assert len(linear._packed) == count - 1
+        assert len(linear._packed_weights) == count - 1
 
 
 def test_no_more_is_kept_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "MOST_BYTES", 0)
+    monkeypatch.setattr(linear, "MAX_PACKED_BYTES", 0)
     weight, x = torch.randn(32, 64).bfloat16(), torch.randn(2, 64).bfloat16()
     with torch.inference_mode():
-        assert torch.equal(few_rows_linear(x, weight), nn.functional.linear(x, weight))
+        assert torch.equal(packed_linear(x, weight), nn.functional.linear(x, weight))
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        assert [packed for *_, packed in linear._packed[weight].values()] == [None]
+        assert [packed for *_, packed in linear._packed_weights[weight].values()] == [None]
 
 
 def test_another_tensor_in_a_parameters_place() -> None:
     module, x = nn.Linear(64, 32, bias=False).bfloat16(), torch.randn(2, 64).bfloat16()
     for _ in range(2):
         with torch.inference_mode():
-            assert torch.equal(few_rows_linear(x, module.weight), nn.functional.linear(x, module.weight))
+            assert torch.equal(packed_linear(x, module.weight), nn.functional.linear(x, module.weight))
         module.weight.data = torch.randn(32, 64).bfloat16()
 
 
@@ -78,13 +78,13 @@ def test_another_tensor_in_a_parameters_place() -> None:
 def test_side_by_side_is_each_by_itself(rows: int, dtype: torch.dtype) -> None:
     """Also after a weight has changed, or another layer has come to stand in one's place."""
     layers = nn.ModuleList(nn.Linear(64, width, bias=False) for width in (96, 32, 32)).to(dtype)
-    use_few_rows(layers)
+    pack_linears(layers)
     x = torch.randn(rows, 1, 64).to(dtype)
 
     def check() -> None:
         with torch.inference_mode():
             near = {"atol": 0.0, "rtol": 0.0} if dtype == torch.bfloat16 else {"atol": 1e-4, "rtol": 1e-5}
-            first, last = side_by_side(x, layers[:2], layers[2:])
+            first, last = fused_linears(x, layers[:2], layers[2:])
             torch.testing.assert_close(first, torch.cat((layers[0](x), layers[1](x)), -1), **near)
             torch.testing.assert_close(last, layers[2](x), **near)
 
@@ -96,7 +96,7 @@ def test_side_by_side_is_each_by_itself(rows: int, dtype: torch.dtype) -> None:
     check()
     layers[2] = nn.Linear(64, 32, bias=False).to(dtype)
     check()  # not every layer is read fast
-    use_few_rows(layers)
+    pack_linears(layers)
     check()
 
 
@@ -108,7 +108,7 @@ def test_layers_that_read_the_same_lie_together() -> None:
     layers = [part.q_proj, part.k_proj, part.v_proj]
     before = [layer.weight.clone() for layer in layers]
     assert linear._view_as_one(tuple(layer.weight for layer in layers)) is None
-    use_few_rows(part)
+    pack_linears(part)
     joined = linear._view_as_one(tuple(layer.weight for layer in layers))
     assert joined is not None and torch.equal(joined, torch.cat(before))
     with torch.no_grad():

@@ -31,7 +31,7 @@ def test_equals_transformers(kind: str, monkeypatch: pytest.MonkeyPatch) -> None
     for p in lm.parameters():
         torch.nn.init.normal_(p, 0.0, 0.2)
     backbone = Backbone(lm).eval()
-    assert llama.fits(lm.model)
+    assert llama.is_plain_llama(lm.model)
     ids_BL = torch.randint(1, 64, (2, 9))
 
     def steps() -> list[torch.Tensor]:
@@ -43,7 +43,7 @@ def test_equals_transformers(kind: str, monkeypatch: pytest.MonkeyPatch) -> None
         return outputs
 
     ours = torch.cat(steps(), 1)
-    monkeypatch.setattr(llama, "fits", lambda decoder: False)
+    monkeypatch.setattr(llama, "is_plain_llama", lambda decoder: False)
     theirs = torch.cat(steps(), 1)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
@@ -60,8 +60,8 @@ def test_our_modules_are_transformers(kind: str, tied: bool, tmp_path: Path) -> 
         torch.nn.init.normal_(p, 0.0, 0.2)
     theirs.save_pretrained(tmp_path / "theirs")
     stored = hub.read_json(tmp_path / "theirs" / "config.json")
-    assert llama.LlamaLM.readable(stored)
-    ours = llama.LlamaLM(stored)
+    assert llama.InferenceLlama.readable(stored)
+    ours = llama.InferenceLlama(stored)
     hub.load_strict(ours, theirs.state_dict(), "made here")
     segments_BL = torch.tensor([[1, 1, 1, 2, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1, 1, 1]])
     positions_BL, ids_BL = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0], [*range(8)]]), torch.randint(1, 64, (2, 8))
@@ -79,22 +79,22 @@ def test_our_modules_are_transformers(kind: str, tied: bool, tmp_path: Path) -> 
 
 def test_configs_that_are_not_read_here() -> None:
     plain = LlamaConfig(**SMALL).to_dict()
-    assert llama.LlamaLM.readable(plain)
+    assert llama.InferenceLlama.readable(plain)
     scaled = {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}
     for other in ({"model_type": "qwen3"}, {"hidden_act": "gelu"}, scaled, {"rope_parameters": None}):
-        assert not llama.LlamaLM.readable(plain | other)
+        assert not llama.InferenceLlama.readable(plain | other)
 
 
 def test_only_a_plain_llama_fits() -> None:
     other = AutoModelForCausalLM.from_config(Qwen3Config(**SMALL, head_dim=8, pad_token_id=0))
     gelu = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL, hidden_act="gelu", pad_token_id=0))
-    assert not llama.fits(other.model) and not llama.fits(gelu.model)
+    assert not llama.is_plain_llama(other.model) and not llama.is_plain_llama(gelu.model)
 
 
 @torch.inference_mode()
 def test_positions_are_not_rounded_with_the_weights() -> None:
     """A frequency in bfloat16 would turn position 1,000 by radians."""
-    exact, rounded = llama.Rotary(32, 1e4), llama.Rotary(32, 1e4).to(torch.bfloat16)
+    exact, rounded = llama.RotaryEmbedding(32, 1e4), llama.RotaryEmbedding(32, 1e4).to(torch.bfloat16)
     at_BL = torch.tensor([[0, 1, 1000]])
     for one, other in zip(exact(torch.zeros(1), at_BL), rounded(torch.zeros(1), at_BL), strict=True):
         assert torch.equal(one, other)

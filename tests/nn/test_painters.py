@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from unigen.nn.attention import unfused
-from unigen.nn.denoisers import KINDS, Kind, from_patches, painter, to_patches
+from unigen.nn.attention import math_attention
+from unigen.nn.denoisers import DENOISERS, DenoiserKind, build_denoiser, from_patches, to_patches
 
 SHAPE: dict[str, Any] = {"channels": 4, "side": 4, "context": 24, "layers": 2, "heads": 2, "head_dim": 16}
 
@@ -21,9 +21,9 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return x, torch.tensor([0.2, 0.7]), context
 
 
-def network(kind: Kind, spread: float = 0.2, **changes: Any) -> Any:
+def network(kind: DenoiserKind, spread: float = 0.2, **changes: Any) -> Any:
     torch.manual_seed(0)
-    made = painter(kind, **(SHAPE | changes)).eval()
+    made = build_denoiser(kind, **(SHAPE | changes)).eval()
     for p in made.parameters():
         if spread:
             torch.nn.init.normal_(p, 0, spread)
@@ -34,9 +34,9 @@ def gap(a: torch.Tensor, b: torch.Tensor) -> list[float]:
     return (a - b).abs().amax((1, 2, 3)).tolist()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DENOISERS)
 @torch.no_grad()
-def test_what_it_depends_on(kind: Kind) -> None:
+def test_what_it_depends_on(kind: DenoiserKind) -> None:
     model = network(kind)
     x, t, context = inputs()
     v = model(x, t, context)
@@ -54,8 +54,8 @@ def test_what_it_depends_on(kind: Kind) -> None:
     assert (max(gap(model(x, t, longer), v)) < 1e-4) == (kind != "mm-dit")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_weight_learns(kind: Kind) -> None:
+@pytest.mark.parametrize("kind", DENOISERS)
+def test_every_weight_learns(kind: DenoiserKind) -> None:
     model = network(kind)
     x, t, context = inputs()
     model(x, t, context).square().sum().backward()
@@ -68,7 +68,7 @@ def test_every_weight_learns(kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind", ["dit-adaln", "dit-cross", "dit-context"])
 @torch.no_grad()
-def test_a_dit_begins_at_zero(kind: Kind) -> None:
+def test_a_dit_begins_at_zero(kind: DenoiserKind) -> None:
     assert not network(kind, spread=0)(*inputs()).any()
 
 
@@ -100,7 +100,7 @@ def test_unfused_attention_changes_nothing_but_the_kernel() -> None:
     model, cpu = network("mm-dit"), torch.device("cpu")
     allowed = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed
     seen = []
-    for context in (nullcontext(), unfused(cpu)):
+    for context in (nullcontext(), math_attention(cpu)):
         model.zero_grad()
         with torch.profiler.profile() as profile, context:
             out = model(*inputs())
@@ -112,7 +112,7 @@ def test_unfused_attention_changes_nothing_but_the_kernel() -> None:
     torch.testing.assert_close(our_grads, plain_grads, rtol=1e-4, atol=1e-4)
     assert any("flash_attention" in name for name in fused) and not any("flash_attention" in n for n in written_out)
     before = allowed()
-    with pytest.raises(RuntimeError, match="stopped"), unfused(cpu):
+    with pytest.raises(RuntimeError, match="stopped"), math_attention(cpu):
         assert allowed()
         raise RuntimeError("stopped")
     assert allowed() == before

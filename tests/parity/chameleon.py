@@ -15,15 +15,15 @@ from torch import Tensor
 import unigen
 from tests.parity import common
 from tests.parity import liquid as vq_case
-from tests.parity.common import Row, differing, error
+from tests.parity.common import ParityRow, max_error, mismatch_share
 from unigen.document import Document, Segment
 from unigen.generators import next_token
 from unigen.models import chameleon
-from unigen.samplers.logits import Sampling, race
+from unigen.samplers.logits import SamplingOptions, exponential_race_sample
 
 SIDE, CODES = vq_case.SIDE, vq_case.CODES
 SIZE, PROMPT = (SIDE, SIDE), "a red apple"
-ASKED = [PROMPT]
+CLI_ARGUMENTS = [PROMPT]
 WORDS = "what comes next"
 SCALES = (3.0, 1.2)
 LM: dict[str, Any] = {
@@ -43,7 +43,7 @@ def checkpoint(folder: Path) -> None:
 
     names = ["<s>", "<pad>", "</s>", "<unk>"]
     order = torch.randperm(CODES, generator=torch.Generator().manual_seed(9)).tolist()
-    names += [chameleon.spelt(code) for code in order]
+    names += [chameleon.code_token(code) for code in order]
     names += [chameleon.EOI, chameleon.BOI, chameleon.EOT, "<image>"]
     lines = ["a red apple what comes next two dogs What is it draw a story about witch and raven"]
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(lines * 4, 900, new_special_tokens=names)
@@ -51,7 +51,7 @@ def checkpoint(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     config = ChameleonConfig(**LM, vocab_size=len(tokenizer), vq_config=VQ, vocabulary_map=tokenizer.get_vocab())
     model = ChameleonForConditionalGeneration(config)
-    state = common.randomise(model.state_dict(), seed=6, scale=2.0)
+    state = common.randomize_state(model.state_dict(), seed=6, scale=2.0)
     official = vq_case.image_tokenizer_tensors()
     for name in state:
         if name.startswith("model.vqmodel."):
@@ -77,7 +77,7 @@ class Reference:
         self.model = ChameleonForConditionalGeneration.from_pretrained(folder, attn_implementation="eager").eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.names = self.tokenizer.get_vocab()
-        self.ids = torch.tensor([self.names[chameleon.spelt(code)] for code in range(CODES)])
+        self.ids = torch.tensor([self.names[chameleon.code_token(code)] for code in range(CODES)])
 
     def picture(self) -> list[int]:
         """Ids of the picture, resized and cut as the official tokenizer does, by transformers' encoder."""
@@ -103,7 +103,7 @@ class Reference:
         mixed = none + SCALES[0] * (full - image) + SCALES[1] * (image - none)
         return mixed[self.ids.min() : self.ids.max() + 1]  # type: ignore[no-any-return]
 
-    def codes(self, branches: list[list[int]], length: int, sampling: Sampling, seed: int) -> list[int]:
+    def codes(self, branches: list[list[int]], length: int, sampling: SamplingOptions, seed: int) -> list[int]:
         rng, order = torch.Generator().manual_seed(seed * 1_000_003 + 1), self.ids.argsort()
         codes: list[int] = []
         for _ in range(length):
@@ -115,12 +115,12 @@ class Reference:
                 above_K = sorted_K.softmax(-1).cumsum(-1) - sorted_K.softmax(-1) >= sampling.top_p
                 kept_K = (logits_K / sampling.temperature).index_fill(0, at_K[above_K], -torch.inf)
                 noise_K = torch.empty(CODES).exponential_(generator=rng)
-                drawn = int(race(kept_K.softmax(-1)[None], noise_K[None]))
+                drawn = int(exponential_race_sample(kept_K.softmax(-1)[None], noise_K[None]))
             codes.append(int(order[drawn]))
         return codes
 
 
-def rows(folder: Path) -> Iterator[Row]:
+def rows(folder: Path) -> Iterator[ParityRow]:
     engine = unigen.load(str(folder), device="cpu")
     model, reference = engine.model, Reference(folder)
     template, begin, against = model.template, model.template.begins["next-token"], "transformers' Chameleon, unmasked"
@@ -132,24 +132,26 @@ def rows(folder: Path) -> Iterator[Row]:
     squeezed = Document([Segment(image=picture().resize((SIDE, SIDE))), Segment(text=WORDS)])
     wrong = [[*model.ids(template.prompt(model.read(squeezed), output="image", blind=b)), begin] for b in range(3)]
     flat, theirs, trapped = ([id for ids in rows for id in ids] for rows in (made, official, wrong))
-    yield Row(
-        "chameleon prompt ids", differing(flat, theirs), differing(trapped, theirs), "a picture squeezed",
+    yield ParityRow(
+        "chameleon prompt ids", mismatch_share(flat, theirs), mismatch_share(trapped, theirs), "a picture squeezed",
         "the official strings, transformers' VQ encoder",
     )  # fmt: skip
 
     height, width = model.image_tokenizer.grid
     places = (0, 1, width - 1, height * width - 1)
-    greedy = reference.codes(official, height * width, Sampling(0.0), 0)
+    greedy = reference.codes(official, height * width, SamplingOptions(0.0), 0)
     there = torch.stack([reference.guided(official, greedy[:at]) for at in places])
     logits = {}
     for trap in (False, True):
-        with two_branches(template, trap), common.seen_logits(next_token) as steps:
+        with without_image_branch(template, trap), common.record_logits(next_token) as steps:
             engine.generate(shown, temperature=0.0)
         logits[trap] = torch.stack([steps[at][0] for at in places])
     trap_said = "no branch that sees the picture alone"
-    yield Row("chameleon logits", error(logits[False], there), error(logits[True], there), trap_said, against)
+    yield ParityRow(
+        "chameleon logits", max_error(logits[False], there), max_error(logits[True], there), trap_said, against
+    )
 
-    for name, sampling, seed in (("greedy", Sampling(0.0), 0), ("sampled", Sampling(1.0, top_p=0.95), 5)):
+    for name, sampling, seed in (("greedy", SamplingOptions(0.0), 0), ("sampled", SamplingOptions(1.0, top_p=0.95), 5)):
         options = {"seed": seed, "temperature": sampling.temperature, "top_p": sampling.top_p}
         right = reference.codes(official, height * width, sampling, seed)
         right += reference.codes(reference.branches(), height * width, sampling, seed)
@@ -157,25 +159,29 @@ def rows(folder: Path) -> Iterator[Row]:
         for trap, codes in drawn.items():
             for asked in (shown, Document.of(WORDS)):
                 request = engine.request(asked, "image", **options)
-                with two_branches(template, trap):
+                with without_image_branch(template, trap):
                     list(engine.run([request]))
                 image = request.document.segments[-1].image
                 assert isinstance(image, Tensor)
                 codes += image.flatten().tolist()
         assert len(set(right)) >= 32, f"too few different codes: {len(set(right))}"
-        share = differing(drawn[True][: height * width], right[: height * width])
-        yield Row(f"chameleon {name} ids", differing(drawn[False], right), share, trap_said, against)
+        share = mismatch_share(drawn[True][: height * width], right[: height * width])
+        yield ParityRow(f"chameleon {name} ids", mismatch_share(drawn[False], right), share, trap_said, against)
 
     golden, tokenizer = load_file(common.GOLDENS / "liquid_vqgan.safetensors"), model.image_tokenizer
     there = golden["pixels"].clamp(-1, 1)
     made_BCHW, wrong_BCHW = tokenizer.decode(golden["codes"]), tokenizer.decode(golden["codes"].transpose(1, 2))
     against = "the official VQModel (goldens)"
-    yield Row(
-        "chameleon codes to pixels", error(made_BCHW, there), error(wrong_BCHW, there), "columns for rows", against
+    yield ParityRow(
+        "chameleon codes to pixels",
+        max_error(made_BCHW, there),
+        max_error(wrong_BCHW, there),
+        "columns for rows",
+        against,
     )
 
 
-class two_branches:  # noqa: N801
+class without_image_branch:  # noqa: N801
     """The mistake of guiding by two branches, the weaker of which sees nothing, where `on`."""
 
     def __init__(self, template: Any, on: bool) -> None:

@@ -21,13 +21,13 @@ from unigen.batch import Layout
 from unigen.config import save_json
 
 GOLDENS = Path(__file__).parent / "goldens"
-NEAR, FAR = 5e-4, 1e-2
+MAX_ERROR_SHARE, MIN_CONTROL = 5e-4, 1e-2
 """A row's largest error, as a share of its control, and the least control. float32 sums in another order (another
 processor, another number of threads) are at most a tenth of the former apart; a mistake shows at the control's size."""
 
 
 @dataclass(frozen=True)
-class Row:
+class ParityRow:
     """error: the largest difference, in standard deviations of the reference; of ids, the share that differs. control:
     the same with the mistake `trap` put in. against: what the reference is. absent: why the row could not be run."""
 
@@ -40,24 +40,24 @@ class Row:
 
     @property
     def passed(self) -> bool:
-        return not self.absent and self.error <= NEAR * self.control and self.control > FAR
+        return not self.absent and self.error <= MAX_ERROR_SHARE * self.control and self.control > MIN_CONTROL
 
 
-def error(ours: Tensor, reference: Tensor) -> float:
+def max_error(ours: Tensor, reference: Tensor) -> float:
     """The largest difference in units of the reference's standard deviation."""
     if ours.shape != reference.shape:
         return float("inf")
     return float((ours.double() - reference.double()).abs().max() / reference.double().std())
 
 
-def differing(ours: Sequence[int], reference: Sequence[int]) -> float:
+def mismatch_share(ours: Sequence[int], reference: Sequence[int]) -> float:
     """The share of ids that are not the same."""
     if len(ours) != len(reference):
         return 1.0
     return sum(a != b for a, b in zip(ours, reference, strict=True)) / len(reference)
 
 
-def randomise(state: Mapping[str, Tensor], seed: int, scale: float = 1.0) -> dict[str, Tensor]:
+def randomize_state(state: Mapping[str, Tensor], seed: int, scale: float = 1.0) -> dict[str, Tensor]:
     """Random values for every tensor: weights of standard deviation scale / sqrt(fan in), norms around 1, biases of
     0.1. The same whatever the order in which a module makes its tensors."""
     rng = torch.Generator().manual_seed(seed)
@@ -73,23 +73,23 @@ def randomise(state: Mapping[str, Tensor], seed: int, scale: float = 1.0) -> dic
 
 
 @contextmanager
-def seen_logits(module: Any) -> Iterator[list[Tensor]]:
+def record_logits(module: Any) -> Iterator[list[Tensor]]:
     """What a generator's module hands to the sampler, after guidance and legality, step after step, (B, V) each."""
     steps: list[Tensor] = []
-    sample = module.sample_alike
+    sample = module.sample_grouped
 
     def watched(logits_BV: Tensor, states: Any) -> Any:
         steps.append(logits_BV.clone())
         return sample(logits_BV, states)
 
-    module.sample_alike = watched
+    module.sample_grouped = watched
     try:
         yield steps
     finally:
-        module.sample_alike = sample
+        module.sample_grouped = sample
 
 
-def official(name: str) -> Path | None:
+def official_folder(name: str) -> Path | None:
     """The folder of a family's official repository, where an environment variable names it."""
     folder = os.environ.get(f"UNIGEN_REFERENCE_{name.upper()}")
     return Path(folder) if folder else None
@@ -133,7 +133,7 @@ def byte_level_tokenizer(folder: Path, lines: Sequence[str], specials: Sequence[
     save_json(folder / "tokenizer_config.json", said | settings)
 
 
-class rows_end_by:  # noqa: N801
+class wrong_row_end:  # noqa: N801
     """The trap of the sheet: a picture whose rows do not end by their token."""
 
     def __init__(self, template: Any, row_end: tuple[int, ...]) -> None:

@@ -12,18 +12,18 @@ from torch import Tensor
 
 import unigen
 from tests.parity import common
-from tests.parity.common import Row, differing, error
+from tests.parity.common import ParityRow, max_error, mismatch_share
 from unigen import hub
 from unigen.config import save_json
 from unigen.document import Document, Segment
 from unigen.generators import next_token
 from unigen.models import emu3
-from unigen.samplers.logits import Sampling, race
+from unigen.samplers.logits import SamplingOptions, exponential_race_sample
 
 CODES, STRIDE = 256, 4
 WIDTH, HEIGHT = 40, 32  # pixels of what is drawn
 SIZE, PROMPT = (WIDTH, HEIGHT), "a red apple"
-ASKED = [PROMPT]
+CLI_ARGUMENTS = [PROMPT]
 PROMPTS = ("a shiba inu", "a red apple")
 TEXT: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -43,7 +43,8 @@ def checkpoint(folder: Path) -> None:
     """A model folder in transformers' layout with random weights."""
     from transformers import Emu3Config, Emu3ForConditionalGeneration, Qwen2Tokenizer
 
-    lines = [f"a shiba inu red apple 0123456789* {emu3.SYSTEM}USER: What is it. ASSISTANT:{emu3.PRAISE}{emu3.NEGATIVE}"]
+    suffixes = f"{emu3.QUALITY_SUFFIX}{emu3.NEGATIVE_PROMPT}"
+    lines = [f"a shiba inu red apple 0123456789* {emu3.SYSTEM_PROMPT}USER: What is it. ASSISTANT:{suffixes}"]
     names = ["<|extra_203|>", "<image>", emu3.BOI, emu3.IMG, emu3.EOI, emu3.EOL, emu3.EOF]
     names += [emu3.visual_token(code) for code in range(CODES)]
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(lines * 4, 400, new_special_tokens=names)
@@ -64,7 +65,7 @@ def checkpoint(folder: Path) -> None:
     model = Emu3ForConditionalGeneration(config)
     # the norms of its VQ have running means and variances, which stay as they are
     state = {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
-    made = common.randomise(state, seed=4, scale=1.8)
+    made = common.randomize_state(state, seed=4, scale=1.8)
     kept = {name: value for name, value in model.state_dict().items() if "running" in name or name not in made}
     model.load_state_dict(made | kept, strict=True)
     model.save_pretrained(folder)
@@ -98,7 +99,7 @@ class Reference:
 
     def prompts(self, words: str) -> tuple[list[int], list[int]]:
         area = {"ratio": f"{WIDTH}:{HEIGHT}", "image_area": WIDTH * HEIGHT}
-        both = [words + " masterpiece, film grained, best quality.", emu3.NEGATIVE]
+        both = [words + " masterpiece, film grained, best quality.", emu3.NEGATIVE_PROMPT]
         made = self.processor(text=both, return_for_image_generation=True, images_kwargs=area)
         return tuple(made["input_ids"])  # type: ignore[return-value]
 
@@ -143,7 +144,7 @@ class Reference:
         return codes, torch.stack([made.scores[at][0, self.first :] for at in visual])
 
     @torch.no_grad()
-    def sampled(self, words: str, sampling: Sampling, seed: int) -> list[int]:
+    def sampled(self, words: str, sampling: SamplingOptions, seed: int) -> list[int]:
         """Codes by a loop without a cache: guidance, grammar, temperature, top-k, a draw."""
         rng = torch.Generator().manual_seed(seed * 1_000_003 + 1)
         rows, codes = [list(ids) for ids in self.prompts(words)], []
@@ -159,13 +160,13 @@ class Reference:
                 logits_K = (negative + 3.0 * (full - negative))[self.first :] / sampling.temperature
                 logits_K[logits_K < logits_K.topk(sampling.top_k).values[-1]] = -torch.inf
                 noise_K = torch.empty(CODES).exponential_(generator=rng)
-                drawn = self.first + int(race(logits_K.softmax(-1)[None], noise_K[None]))
+                drawn = self.first + int(exponential_race_sample(logits_K.softmax(-1)[None], noise_K[None]))
                 codes.append(drawn - self.first)
             for row in rows:
                 row.append(drawn)
 
 
-def rows(folder: Path) -> Iterator[Row]:
+def rows(folder: Path) -> Iterator[ParityRow]:
     engine = unigen.load(str(folder), device="cpu")
     model, reference = engine.model, Reference(folder)
     template, grid = model.template, (HEIGHT // STRIDE, WIDTH // STRIDE)
@@ -179,62 +180,80 @@ def rows(folder: Path) -> Iterator[Row]:
     theirs = [id for words in PROMPTS for ids in reference.prompts(words) for id in ids]
     here = [id for words in PROMPTS for id in ours(words, grid)]
     turned = [id for words in PROMPTS for id in ours(words, (grid[1], grid[0]))]
-    yield Row("emu3 prompt ids", differing(here, theirs), differing(turned, theirs), "width*height", "Emu3Processor")
+    yield ParityRow(
+        "emu3 prompt ids", mismatch_share(here, theirs), mismatch_share(turned, theirs), "width*height", "Emu3Processor"
+    )
 
     asked = model.read(Document([Segment(image=picture()), Segment(text="What is it")]))
     ids = model.ids(template.prompt(asked, output="text"))
-    with common.rows_end_by(template, ()):
+    with common.wrong_row_end(template, ()):
         bare = model.ids(template.prompt(asked, output="text"))
     official = reference.question("What is it")
     trap = "no ends of rows"
-    yield Row(
-        "emu3 question ids", differing(ids, official), differing(bare, official), trap, "Emu3Processor, Emu3VQVAE"
+    yield ParityRow(
+        "emu3 question ids",
+        mismatch_share(ids, official),
+        mismatch_share(bare, official),
+        trap,
+        "Emu3Processor, Emu3VQVAE",
     )
 
     codes, scores = reference.greedy(PROMPTS[0])
     places = [0, 1, grid[1] - 1, len(codes) - 1]
     found = []
     for row_end in (template.layout(grid).row_end, ()):
-        with common.rows_end_by(template, row_end), common.seen_logits(next_token) as steps:
+        with common.wrong_row_end(template, row_end), common.record_logits(next_token) as steps:
             request = engine.request(PROMPTS[0], "image", temperature=0.0, size=size)
             list(engine.run([request]))
         found.append((torch.stack([steps[at][0] for at in places]), request.document.segments[-1].image))
-    there = centred(scores[places])
-    yield Row("emu3 logits", error(centred(found[0][0]), there), error(centred(found[1][0]), there), trap, against)
+    there = center_crop(scores[places])
+    yield ParityRow(
+        "emu3 logits",
+        max_error(center_crop(found[0][0]), there),
+        max_error(center_crop(found[1][0]), there),
+        trap,
+        against,
+    )
 
     right, greedy, control = list(codes), found[0][1].flatten().tolist(), found[1][1].flatten().tolist()
     assert len(set(right)) >= 32, f"too few different codes: {len(set(right))}"
-    yield Row("emu3 greedy ids", differing(greedy, right), differing(control, right), trap, against)
+    yield ParityRow("emu3 greedy ids", mismatch_share(greedy, right), mismatch_share(control, right), trap, against)
 
-    sampling = Sampling(1.0, 100)
+    sampling = SamplingOptions(1.0, 100)
     drawn, right, control = [], [], []
     for words in PROMPTS:
         right += reference.sampled(words, sampling, seed=5)
         for row_end, written in ((template.layout(grid).row_end, drawn), ((), control)):
-            with common.rows_end_by(template, row_end):
+            with common.wrong_row_end(template, row_end):
                 request = engine.request(words, "image", seed=5, temperature=1.0, top_k=100, size=size)
                 list(engine.run([request]))
             written += request.document.segments[-1].image.flatten().tolist()
-    yield Row("emu3 sampled ids", differing(drawn, right), differing(control, right), trap, "transformers' forward")
+    yield ParityRow(
+        "emu3 sampled ids", mismatch_share(drawn, right), mismatch_share(control, right), trap, "transformers' forward"
+    )
 
     made_Bhw = torch.tensor(right).unflatten(0, (2, *grid))
     with torch.no_grad():
-        pixels = [reference.model.decode_image_tokens(image_tokens=as_written(reference, codes), height=grid[0], width=grid[1]) for codes in made_Bhw]  # fmt: skip  # noqa: E501
+        pixels = [reference.model.decode_image_tokens(image_tokens=codes_in_order(reference, codes), height=grid[0], width=grid[1]) for codes in made_Bhw]  # fmt: skip  # noqa: E501
     there = torch.cat(pixels).clamp(-1, 1)
     here = model.image_tokenizer.decode(made_Bhw)
     turned = model.image_tokenizer.decode(made_Bhw.transpose(1, 2)).transpose(2, 3)
-    yield Row(
-        "emu3 codes to pixels", error(here, there), error(turned, there), "columns for rows", "decode_image_tokens"
+    yield ParityRow(
+        "emu3 codes to pixels",
+        max_error(here, there),
+        max_error(turned, there),
+        "columns for rows",
+        "decode_image_tokens",
     )
 
 
-def as_written(reference: Reference, codes_hw: Tensor) -> Tensor:
+def codes_in_order(reference: Reference, codes_hw: Tensor) -> Tensor:
     """A picture as `generate` leaves it: ids with ends of rows, then three more."""
     eol = reference.tokenizer.convert_tokens_to_ids(emu3.EOL)
     rows = torch.cat((codes_hw + reference.first, torch.full((len(codes_hw), 1), eol)), 1)
     return torch.cat((rows.flatten(), torch.zeros(3, dtype=torch.int64)))[None]
 
 
-def centred(logits: Tensor) -> Tensor:
+def center_crop(logits: Tensor) -> Tensor:
     """Logits up to a constant: the reference's have been through a log-softmax."""
     return logits - logits.mean(-1, keepdim=True)

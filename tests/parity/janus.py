@@ -21,18 +21,18 @@ from torch.nn.functional import conv2d, embedding, gelu, layer_norm, linear, sca
 
 import unigen
 from tests.parity import common
-from tests.parity.common import Row, differing, error
+from tests.parity.common import ParityRow, max_error, mismatch_share
 from unigen import hub
 from unigen.config import save_json
 from unigen.document import Document, Segment
 from unigen.generators import next_token
 from unigen.models import janus
-from unigen.samplers.logits import Sampling, race
+from unigen.samplers.logits import SamplingOptions, exponential_race_sample
 from unigen.tokenizers import vqgan
 
 SIDE, CODES, PATCH, HIDDEN = 32, 256, 8, 128
 SIZE, PROMPT = (SIDE, SIDE), "a red apple"
-ASKED = [PROMPT]
+CLI_ARGUMENTS = [PROMPT]
 PROMPTS = ("a red apple on a blue table", "two dogs")
 LANGUAGE: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -47,7 +47,7 @@ GOLDEN = common.GOLDENS / "janus_vq.safetensors"
 def image_tokenizer_tensors() -> dict[str, Tensor]:
     """A small VQ-16 with random weights in the public layout."""
     config = vqgan.VQGANConfig(SIDE, (32, 32, 64), 2, 16, 8, CODES, attention=True, unit=True)
-    return common.randomise(vqgan.to_public(vqgan.VQGAN(config), "llamagen"), seed=1, scale=1.4)
+    return common.randomize_state(vqgan.to_public(vqgan.VQGAN(config), "llamagen"), seed=1, scale=1.4)
 
 
 def vision_tensors() -> dict[str, Tensor]:
@@ -87,7 +87,7 @@ def checkpoint(folder: Path) -> None:
         ("gen_head.vision_head", CODES, head),
     ):  # fmt: skip
         state |= {f"{name}.weight": torch.empty(rows, columns), f"{name}.bias": torch.empty(rows)}
-    state = common.randomise(state, seed=2, scale=2.0)
+    state = common.randomize_state(state, seed=2, scale=2.0)
     state |= {f"gen_vision_model.{name}": tensor for name, tensor in image_tokenizer_tensors().items()}
     hub.write_tensors(folder / "model.safetensors", state)
     save_json(folder / "config.json", {"model_type": "multi_modality", "language_config": language})
@@ -118,7 +118,7 @@ def transformers_checkpoint(folder: Path, tied: bool = False, heads: int = 4) ->
         image_token_id=known["<image_placeholder>"], tie_word_embeddings=tied,
     )  # fmt: skip
     model = JanusForConditionalGeneration(config)
-    model.load_state_dict(common.randomise(model.state_dict(), seed=2, scale=2.0))
+    model.load_state_dict(common.randomize_state(model.state_dict(), seed=2, scale=2.0))
     model.tie_weights()
     chosen = model.generation_config
     chosen.guidance_scale, chosen.pad_token_id, chosen.boi_token_id = 5, known[janus.PAD], known[janus.BOI]
@@ -191,7 +191,7 @@ class Reference:
         full, blind = self.layer("gen_head.vision_head", projected)
         return blind + scale * (full - blind)
 
-    def codes(self, words: str, length: int, sampling: Sampling, scale: float, seed: int) -> list[int]:
+    def codes(self, words: str, length: int, sampling: SamplingOptions, scale: float, seed: int) -> list[int]:
         rng = torch.Generator().manual_seed(seed * 1_000_003 + 1)
         codes: list[int] = []
         for _ in range(length):
@@ -200,7 +200,9 @@ class Reference:
                 codes.append(int(logits_K.argmax()))
                 continue
             noise_K = torch.empty(CODES).exponential_(generator=rng)
-            codes.append(int(race((logits_K / sampling.temperature).softmax(-1)[None], noise_K[None])))
+            codes.append(
+                int(exponential_race_sample((logits_K / sampling.temperature).softmax(-1)[None], noise_K[None]))
+            )
         return codes
 
     @torch.no_grad()
@@ -229,7 +231,7 @@ class Reference:
         return self.lm(inputs_embeds=read_LD[None], use_cache=False).logits[0, -1]  # type: ignore[no-any-return]
 
 
-def rows(folder: Path) -> Iterator[Row]:
+def rows(folder: Path) -> Iterator[ParityRow]:
     engine = unigen.load(str(folder), device="cpu")
     model, reference = engine.model, Reference(folder)
     template, begin = model.template, model.template.begins["next-token"]
@@ -240,8 +242,12 @@ def rows(folder: Path) -> Iterator[Row]:
     ours = [id for ids in made for id in ids]
     theirs = [id for words in PROMPTS for ids in reference.prompts(words) for id in ids]
     seen = [id for words in PROMPTS for ids in (reference.prompts(words)[0],) * 2 for id in ids]
-    yield Row(
-        "janus prompt ids", differing(ours, theirs), differing(seen, theirs), "no padding", "the official strings"
+    yield ParityRow(
+        "janus prompt ids",
+        mismatch_share(ours, theirs),
+        mismatch_share(seen, theirs),
+        "no padding",
+        "the official strings",
     )
 
     asked = Document([Segment(image=picture()), Segment(text="What is it")])
@@ -251,39 +257,41 @@ def rows(folder: Path) -> Iterator[Row]:
     there = reference.answer("What is it", pixels_CHW)
     found = []
     for given in (asked, Document([Segment(image=picture().resize((SIDE, SIDE))), *asked.segments[1:]])):
-        with common.seen_logits(next_token) as steps:
+        with common.record_logits(next_token) as steps:
             engine.generate(given, "text", max_tokens=1)
         found.append(steps[0][0])
     legal = found[0].isfinite()
-    yield Row(
-        "janus answer logits", error(found[0][legal], there[legal]), error(found[1][legal], there[legal]),
+    yield ParityRow(
+        "janus answer logits", max_error(found[0][legal], there[legal]), max_error(found[1][legal], there[legal]),
         "a picture stretched", "SigLIP written out, transformers' Llama",
     )  # fmt: skip
 
     height, width = model.image_tokenizer.grid
     places = (0, 1, width - 1, height * width - 1)
-    greedy = reference.codes(PROMPTS[0], height * width, Sampling(0.0), 5.0, 0)
+    greedy = reference.codes(PROMPTS[0], height * width, SamplingOptions(0.0), 5.0, 0)
     there = torch.stack([reference.guided(PROMPTS[0], greedy[:at], 5.0) for at in places])
     found = []
     for trap in (False, True):
-        with as_text(model, trap), common.seen_logits(next_token) as steps:
+        with codes_as_text(model, trap), common.record_logits(next_token) as steps:
             engine.generate(PROMPTS[0], temperature=0.0)
         found.append(torch.stack([steps[at][0] for at in places]))
     trap_said = "codes through the text's table"
-    yield Row("janus logits", error(found[0], there), error(found[1], there), trap_said, script)
+    yield ParityRow("janus logits", max_error(found[0], there), max_error(found[1], there), trap_said, script)
 
-    for name, sampling, seed in (("greedy", Sampling(0.0), 0), ("sampled", Sampling(1.0), 5)):
+    for name, sampling, seed in (("greedy", SamplingOptions(0.0), 0), ("sampled", SamplingOptions(1.0), 5)):
         written, right, control = [], [], []
         for words in PROMPTS:
             options = {"seed": seed, "temperature": sampling.temperature}
             right += reference.codes(words, height * width, sampling, 5.0, seed)
             for trap, drawn in ((False, written), (True, control)):
                 request = engine.request(words, "image", **options)
-                with as_text(model, trap):
+                with codes_as_text(model, trap):
                     list(engine.run([request]))
                 drawn += request.document.segments[-1].image.flatten().tolist()
         assert len(set(right)) >= 32, f"too few different codes: {len(set(right))}"
-        yield Row(f"janus {name} ids", differing(written, right), differing(control, right), trap_said, script)
+        yield ParityRow(
+            f"janus {name} ids", mismatch_share(written, right), mismatch_share(control, right), trap_said, script
+        )
 
     golden, tokenizer = load_file(GOLDEN), model.image_tokenizer
     share = float((tokenizer.encode(pixels()) != golden["codes"]).float().mean())
@@ -291,10 +299,12 @@ def rows(folder: Path) -> Iterator[Row]:
     long.load_state_dict(tokenizer.state_dict())
     wrong = float((long.encode(pixels()) != golden["codes"]).float().mean())
     against, trap_said = "the official VQ-16 (goldens)", "not of unit length"
-    yield Row("janus pixels to codes", share, wrong, trap_said, against)
+    yield ParityRow("janus pixels to codes", share, wrong, trap_said, against)
     there = golden["pixels"].clamp(-1, 1)
     made_BCHW, wrong_BCHW = tokenizer.decode(golden["codes"]), long.eval().decode(golden["codes"])
-    yield Row("janus codes to pixels", error(made_BCHW, there), error(wrong_BCHW, there), trap_said, against)
+    yield ParityRow(
+        "janus codes to pixels", max_error(made_BCHW, there), max_error(wrong_BCHW, there), trap_said, against
+    )
 
     with tempfile.TemporaryDirectory() as scratch:
         transformers_checkpoint(Path(scratch))
@@ -357,7 +367,7 @@ class Transformers:
         return made.sequences[0, asked["input_ids"].shape[1] :].tolist(), made.logits[0][0]
 
 
-def transformers_rows(folder: Path) -> Iterator[Row]:
+def transformers_rows(folder: Path) -> Iterator[ParityRow]:
     engine = unigen.load(str(folder), device="cpu")
     model, reference = engine.model, Transformers(folder)
     template, begin, against = model.template, model.template.begins["next-token"], "transformers' generate"
@@ -367,7 +377,9 @@ def transformers_rows(folder: Path) -> Iterator[Row]:
         id for words in PROMPTS for id in (*template.prompt(Document.of(words), output="image", blind=1).ids, begin)
     ]
     theirs = [id for words in PROMPTS for id in reference.asked(words)["input_ids"][0].tolist()]
-    yield Row("janus-hf prompt ids", differing(ours, theirs), differing(blind, theirs), "padding", "JanusProcessor")
+    yield ParityRow(
+        "janus-hf prompt ids", mismatch_share(ours, theirs), mismatch_share(blind, theirs), "padding", "JanusProcessor"
+    )
 
     asked = Document([Segment(image=picture()), Segment(text="What is it")])
     turned = Document([Segment(image=picture().resize((SIDE, SIDE))), *asked.segments[1:]])
@@ -375,32 +387,37 @@ def transformers_rows(folder: Path) -> Iterator[Row]:
     ids, there = reference.answer("What is it", picture(), forbidden, 16)
     found = []
     for given in (asked, turned):
-        with common.seen_logits(next_token) as steps:
+        with common.record_logits(next_token) as steps:
             request = engine.request(given, "text", max_tokens=16)
             list(engine.run([request]))
         said = template.tokenizer(request.document.segments[-1].text, add_special_tokens=False)["input_ids"]
         found.append((steps[0][0], said))
     legal, trap = found[0][0].isfinite(), "a picture stretched"
-    yield Row(
-        "janus-hf answer logits", error(found[0][0][legal], there[legal]), error(found[1][0][legal], there[legal]),
+    yield ParityRow(
+        "janus-hf answer logits", max_error(found[0][0][legal], there[legal]),
+        max_error(found[1][0][legal], there[legal]),
         trap, against,
     )  # fmt: skip
     assert len(ids) == 16
     told = template.tokenizer(template.decode(ids), add_special_tokens=False)["input_ids"]
-    yield Row("janus-hf answer ids", differing(found[0][1], told), differing(found[1][1], told), trap, against)
+    yield ParityRow(
+        "janus-hf answer ids", mismatch_share(found[0][1], told), mismatch_share(found[1][1], told), trap, against
+    )
 
     codes, steps_NK = reference.draw(PROMPTS[0], do_sample=False)
     places, trap = [0, 1, model.image_tokenizer.grid[1] - 1, len(codes) - 1], "codes through the text's table"
     found = []
     for trapped in (False, True):
-        with as_text(model, trapped), common.seen_logits(next_token) as steps:
+        with codes_as_text(model, trapped), common.record_logits(next_token) as steps:
             request = engine.request(PROMPTS[0], "image", temperature=0.0)
             list(engine.run([request]))
-        found.append((torch.stack([steps[at][0] for at in places]), drawn_of(request)))
+        found.append((torch.stack([steps[at][0] for at in places]), generated_codes(request)))
     there = steps_NK[places]
-    yield Row("janus-hf logits", error(found[0][0], there), error(found[1][0], there), trap, against)
+    yield ParityRow("janus-hf logits", max_error(found[0][0], there), max_error(found[1][0], there), trap, against)
     assert len(set(codes)) >= 32, f"too few different codes: {len(set(codes))}"
-    yield Row("janus-hf greedy ids", differing(found[0][1], codes), differing(found[1][1], codes), trap, against)
+    yield ParityRow(
+        "janus-hf greedy ids", mismatch_share(found[0][1], codes), mismatch_share(found[1][1], codes), trap, against
+    )
 
     drawn: dict[bool, list[int]] = {False: [], True: []}
     right = []
@@ -409,22 +426,24 @@ def transformers_rows(folder: Path) -> Iterator[Row]:
         right += reference.draw(words, do_sample=True, top_k=0)[0]
         for trapped, written in drawn.items():
             request = engine.request(words, "image", seed=5)
-            with as_text(model, trapped):
+            with codes_as_text(model, trapped):
                 list(engine.run([request]))
-            written += drawn_of(request)
-    yield Row("janus-hf sampled ids", differing(drawn[False], right), differing(drawn[True], right), trap, against)
+            written += generated_codes(request)
+    yield ParityRow(
+        "janus-hf sampled ids", mismatch_share(drawn[False], right), mismatch_share(drawn[True], right), trap, against
+    )
 
     made_Bhw = torch.tensor(right).unflatten(0, (2, *model.image_tokenizer.grid))
     with torch.no_grad():
         there = reference.model.decode_image_tokens(made_Bhw.flatten(1)).permute(0, 3, 1, 2).clamp(-1, 1)
     here, turned_BCHW = (model.image_tokenizer.decode(codes_Bhw) for codes_Bhw in (made_Bhw, made_Bhw.mT))
-    yield Row(
-        "janus-hf codes to pixels", error(here, there), error(turned_BCHW.mT, there), "columns for rows",
+    yield ParityRow(
+        "janus-hf codes to pixels", max_error(here, there), max_error(turned_BCHW.mT, there), "columns for rows",
         "decode_image_tokens",
     )  # fmt: skip
 
 
-def drawn_of(request: Any) -> list[int]:
+def generated_codes(request: Any) -> list[int]:
     return request.document.segments[-1].image.flatten().tolist()  # type: ignore[no-any-return]
 
 
@@ -432,7 +451,7 @@ def without_unit(tokenizer: Any) -> dict[str, Any]:
     return {k: v for k, v in tokenizer.config().items() if k != "kind"} | {"unit": False}
 
 
-class as_text:  # noqa: N801
+class codes_as_text:  # noqa: N801
     """The trap of the sheet: codes read through the text's table, where `on`."""
 
     def __init__(self, model: Any, on: bool) -> None:

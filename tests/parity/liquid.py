@@ -17,17 +17,17 @@ from torch import Tensor
 
 import unigen
 from tests.parity import common
-from tests.parity.common import Row, differing, error
+from tests.parity.common import ParityRow, max_error, mismatch_share
 from unigen.document import Document, Segment
 from unigen.generators import next_token
 from unigen.models import liquid
-from unigen.samplers.logits import Sampling, race
+from unigen.samplers.logits import SamplingOptions, exponential_race_sample
 from unigen.tokenizers import vqgan
 
 SIDE, CODES = 32, 512
 SIZE, PROMPT = (SIDE, SIDE), "a red apple"
-ASKED = [PROMPT]
-"""SIZE, PROMPT, ASKED: what tests of all families draw, in Python and by the command."""
+CLI_ARGUMENTS = [PROMPT]
+"""SIZE, PROMPT, CLI_ARGUMENTS: what tests of all families draw, in Python and by the command."""
 PROMPTS = ("a red apple on a blue table", "What is in the picture")
 DDCONFIG: dict[str, Any] = {
     "double_z": False, "z_channels": 16, "resolution": SIDE, "in_channels": 3, "out_ch": 3, "ch": 32,
@@ -42,7 +42,7 @@ GEMMA: dict[str, Any] = {
 def image_tokenizer_tensors() -> dict[str, Tensor]:
     """A small VQGAN with random weights in taming's layout."""
     config = vqgan.VQGANConfig(SIDE, (32, 32, 64), 2, 16, 16, CODES)
-    return common.randomise(vqgan.to_public(vqgan.VQGAN(config)), seed=1, scale=1.4)
+    return common.randomize_state(vqgan.to_public(vqgan.VQGAN(config)), seed=1, scale=1.4)
 
 
 def checkpoint(folder: Path) -> None:
@@ -58,7 +58,7 @@ def checkpoint(folder: Path) -> None:
     config = GemmaConfig(**GEMMA, vocab_size=len(tokenizer) + CODES, pad_token_id=tokenizer.pad_token_id)
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     lm = GemmaForCausalLM(config)
-    lm.load_state_dict(common.randomise(lm.state_dict(), seed=2, scale=2.0), strict=True)
+    lm.load_state_dict(common.randomize_state(lm.state_dict(), seed=2, scale=2.0), strict=True)
     lm.tie_weights()
     lm.save_pretrained(folder)
     (folder / "tokenizer").mkdir()
@@ -117,7 +117,7 @@ class Reference:
         condition, blind = self.lm(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, -1]
         return blind + scale * (condition - blind)
 
-    def codes(self, words: str, length: int, sampling: Sampling, scale: float, seed: int) -> list[int]:
+    def codes(self, words: str, length: int, sampling: SamplingOptions, scale: float, seed: int) -> list[int]:
         """The official sampler: temperature, text out, top-k, top-p, a draw."""
         rng = torch.Generator().manual_seed(seed * 1_000_003 + 1)
         codes: list[int] = []
@@ -135,11 +135,11 @@ class Reference:
             logits_V[order_V[above_V]] = -torch.inf
             drawn_K = logits_V.softmax(-1)[self.offset :]
             noise_K = torch.empty(len(drawn_K)).exponential_(generator=rng)
-            codes.append(int(race(drawn_K[None], noise_K[None])))
+            codes.append(int(exponential_race_sample(drawn_K[None], noise_K[None])))
         return codes
 
 
-def rows(folder: Path) -> Iterator[Row]:
+def rows(folder: Path) -> Iterator[ParityRow]:
     engine = unigen.load(str(folder), device="cpu")
     model, reference = engine.model, Reference(folder)
     template, begin = model.template, model.template.begins["next-token"]
@@ -157,7 +157,9 @@ def rows(folder: Path) -> Iterator[Row]:
         id for words in PROMPTS for ids in (reference.prompts(words)[0], reference.with_start("<boi>")) for id in ids
     ]
     trap = "guidance against no words"
-    yield Row("liquid prompt ids", differing(flat, theirs), differing(flat, empty), trap, "the official strings")
+    yield ParityRow(
+        "liquid prompt ids", mismatch_share(flat, theirs), mismatch_share(flat, empty), trap, "the official strings"
+    )
 
     asked = Document([Segment(image=picture()), Segment(text=PROMPTS[1])])
     read = model.read(asked)
@@ -172,23 +174,25 @@ def rows(folder: Path) -> Iterator[Row]:
     for given in (padded, cropped):
         codes = model.image_tokenizer.encode(torch.tensor(list(given.tobytes())).reshape(1, SIDE, SIDE, 3).permute(0, 3, 1, 2) / 127.5 - 1)  # fmt: skip  # noqa: E501
         official = [*before, *(codes + reference.offset).flatten().tolist(), *after]
-        shares.append(differing(model.ids(template.prompt(read, output="text")), official))
-    yield Row("liquid question ids", shares[0], shares[1], "the centre of the picture", "the official strings")
+        shares.append(mismatch_share(model.ids(template.prompt(read, output="text")), official))
+    yield ParityRow("liquid question ids", shares[0], shares[1], "the centre of the picture", "the official strings")
 
     # logits after guidance and legality: the first, the second, at the end of a row and the last
     height, width = model.image_tokenizer.grid
     places = (0, 1, width - 1, height * width - 1)
-    with common.seen_logits(next_token) as steps:
+    with common.record_logits(next_token) as steps:
         engine.generate(PROMPTS[0], temperature=0.0)
-    greedy = reference.codes(PROMPTS[0], height * width, Sampling(0.0), 7.0, 0)
+    greedy = reference.codes(PROMPTS[0], height * width, SamplingOptions(0.0), 7.0, 0)
     there = torch.stack([reference.guided(PROMPTS[0], greedy[:at], 7.0)[reference.offset :] for at in places])
     here = torch.stack([steps[at][0] for at in places])
-    with unscaled(model), common.seen_logits(next_token) as wrong:
+    with without_embedding_scale(model), common.record_logits(next_token) as wrong:
         engine.generate(PROMPTS[0], temperature=0.0)
     mistaken = torch.stack([wrong[at][0] for at in places])
-    yield Row("liquid logits", error(here, there), error(mistaken, there), "codes not scaled by sqrt(width)", against)
+    yield ParityRow(
+        "liquid logits", max_error(here, there), max_error(mistaken, there), "codes not scaled by sqrt(width)", against
+    )
 
-    for name, sampling, seed in (("greedy", Sampling(0.0), 0), ("sampled", Sampling(1.0, 100, 0.96), 5)):
+    for name, sampling, seed in (("greedy", SamplingOptions(0.0), 0), ("sampled", SamplingOptions(1.0, 100, 0.96), 5)):
         options = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
         written, right, control = [], [], []
         for words in PROMPTS:
@@ -196,18 +200,23 @@ def rows(folder: Path) -> Iterator[Row]:
             right += reference.codes(words, height * width, sampling, 7.0, seed)
             control += codes_of(engine, words, seed, **options, guidance=8.0)
         assert len(set(right)) >= 32, f"too few different codes: {len(set(right))}"
-        yield Row(f"liquid {name} ids", differing(written, right), differing(control, right), "1 + s for s", against)
+        yield ParityRow(
+            f"liquid {name} ids", mismatch_share(written, right), mismatch_share(control, right), "1 + s for s", against
+        )
 
     golden = load_file(common.GOLDENS / "liquid_vqgan.safetensors")
     tokenizer = model.image_tokenizer
     official_codes, official_pixels = golden["codes"], golden["pixels"].clamp(-1, 1)
     share = float((tokenizer.encode(pixels()) != official_codes).float().mean())
     control_share = float((tokenizer.encode((pixels() + 1) / 2) != official_codes).float().mean())
-    yield Row("liquid pixels to codes", share, control_share, "pixels in [0, 1]", "the official VQModel (goldens)")
+    yield ParityRow(
+        "liquid pixels to codes", share, control_share, "pixels in [0, 1]", "the official VQModel (goldens)"
+    )
     made = tokenizer.decode(official_codes)
     turned = tokenizer.decode(official_codes.transpose(1, 2))
-    yield Row(
-        "liquid codes to pixels", error(made, official_pixels), error(turned, official_pixels), "columns for rows",
+    yield ParityRow(
+        "liquid codes to pixels", max_error(made, official_pixels), max_error(turned, official_pixels),
+        "columns for rows",
         "the official VQModel (goldens)",
     )  # fmt: skip
 
@@ -219,7 +228,7 @@ def codes_of(engine: Any, words: str, seed: int, **options: Any) -> list[int]:
     return codes.flatten().tolist()  # type: ignore[no-any-return]
 
 
-class unscaled:  # noqa: N801
+class without_embedding_scale:  # noqa: N801
     """The trap of the sheet: image codes whose embeddings are not multiplied by sqrt(width), as Gemma's are."""
 
     def __init__(self, model: Any) -> None:

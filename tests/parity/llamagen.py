@@ -17,7 +17,7 @@ from torch import Tensor
 
 import unigen
 from tests.parity import common
-from tests.parity.common import Row, differing, error
+from tests.parity.common import ParityRow, max_error, mismatch_share
 from unigen.config import save_json
 from unigen.document import Segment
 from unigen.generators import next_token
@@ -26,7 +26,7 @@ from unigen.tokenizers import vqgan
 
 SIDE, CODES, CLASSES, WIDTH, LAYERS = 32, 256, 10, 128, 2
 SIZE, PROMPT = (SIDE, SIDE), 7
-ASKED = ["--class", "7"]
+CLI_ARGUMENTS = ["--class", "7"]
 LABELS = (7, 3)
 SCALE, TOP_K, TOP_P, SEED = 4.0, 100, 0.95, 5
 GOLDEN = common.GOLDENS / "llamagen.safetensors"
@@ -34,7 +34,7 @@ GOLDEN = common.GOLDENS / "llamagen.safetensors"
 
 def image_tokenizer_tensors() -> dict[str, Tensor]:
     config = vqgan.VQGANConfig(SIDE, (32, 32, 64), 2, 16, 8, CODES, attention=True, unit=True)
-    return common.randomise(vqgan.to_public(vqgan.VQGAN(config), "llamagen"), seed=1, scale=1.4)
+    return common.randomize_state(vqgan.to_public(vqgan.VQGAN(config), "llamagen"), seed=1, scale=1.4)
 
 
 Shapes = dict[str, tuple[int, ...]]
@@ -59,7 +59,7 @@ def tensors(condition: Shapes | None = None) -> dict[str, Tensor]:
             f"layers.{layer}.attention_norm.weight": (WIDTH,),
             f"layers.{layer}.ffn_norm.weight": (WIDTH,),
         }
-    return common.randomise({name: torch.empty(shape) for name, shape in shapes.items()}, seed=2, scale=2.0)
+    return common.randomize_state({name: torch.empty(shape) for name, shape in shapes.items()}, seed=2, scale=2.0)
 
 
 def checkpoint(folder: Path) -> None:
@@ -110,7 +110,7 @@ def official_pixels(folder: Path, codes: Tensor) -> Tensor:
     return vq.eval().decode_code(codes[None], [1, 8, SIDE // 4, SIDE // 4])  # type: ignore[no-any-return]
 
 
-def rows(folder: Path) -> Iterator[Row]:
+def rows(folder: Path) -> Iterator[ParityRow]:
     engine, golden = unigen.load(str(folder), device="cpu"), load_file(GOLDEN)
     grid, against = SIDE // 4, "the official Transformer and generate (goldens)"
     trap, parts = "the condition turned like a code", ("greedy", "sampled")
@@ -118,8 +118,8 @@ def rows(folder: Path) -> Iterator[Row]:
     logits: dict[bool, Tensor] = {}
     drawn: dict[tuple[str, bool], list[int]] = {}
     for turned in (False, True):
-        with turning(engine.model, turned):
-            with common.seen_logits(next_token) as steps:
+        with with_wrong_rotary(engine.model, turned):
+            with common.record_logits(next_token) as steps:
                 engine.generate(LABELS[0], temperature=0.0, guidance=SCALE)
             logits[turned] = torch.stack([steps[at][0] for at in places])
             for part, options in zip(parts, ({"temperature": 0.0}, {"top_k": TOP_K, "top_p": TOP_P}), strict=True):
@@ -132,21 +132,23 @@ def rows(folder: Path) -> Iterator[Row]:
                     codes += image.flatten().tolist()
                 drawn[part, turned] = codes
     there = golden["logits"][places]
-    yield Row("llamagen logits", error(logits[False], there), error(logits[True], there), trap, against)
+    yield ParityRow("llamagen logits", max_error(logits[False], there), max_error(logits[True], there), trap, against)
     for part in parts:
         right = [int(code) for label in LABELS for code in golden[f"{part}.{label}"]]
         assert len(set(right)) >= 32, f"too few different codes: {len(set(right))}"
-        wrong = differing(drawn[part, True], right)
-        yield Row(f"llamagen {part} ids", differing(drawn[part, False], right), wrong, trap, against)
+        wrong = mismatch_share(drawn[part, True], right)
+        yield ParityRow(f"llamagen {part} ids", mismatch_share(drawn[part, False], right), wrong, trap, against)
     codes_1hw = golden[f"sampled.{LABELS[0]}"].reshape(1, grid, grid)
     tokenizer = engine.model.image_tokenizer
     made, wrong_BCHW = tokenizer.decode(codes_1hw), tokenizer.decode(codes_1hw.transpose(1, 2))
     there = golden["pixels"].clamp(-1, 1)
     against = "the official VQ-16 (goldens)"
-    yield Row("llamagen codes to pixels", error(made, there), error(wrong_BCHW, there), "columns for rows", against)
+    yield ParityRow(
+        "llamagen codes to pixels", max_error(made, there), max_error(wrong_BCHW, there), "columns for rows", against
+    )
 
 
-class turning:  # noqa: N801
+class with_wrong_rotary:  # noqa: N801
     """The trap of the sheet: the identity for the condition's zeros, where `on`."""
 
     def __init__(self, model: Any, on: bool) -> None:

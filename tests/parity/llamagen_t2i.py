@@ -25,7 +25,7 @@ from torch.nn.functional import gelu
 
 import unigen
 from tests.parity import common
-from tests.parity.common import Row, differing, error
+from tests.parity.common import ParityRow, max_error, mismatch_share
 from tests.parity.llamagen import (
     CODES,
     LAYERS,
@@ -37,7 +37,7 @@ from tests.parity.llamagen import (
     image_tokenizer_tensors,
     official_pixels,
     tensors,
-    turning,
+    with_wrong_rotary,
 )
 from unigen import hub
 from unigen.config import save_json
@@ -46,7 +46,7 @@ from unigen.generators import next_token
 from unigen.models import llamagen
 
 SIZE, PROMPT = (SIDE, SIDE), "a red apple"
-ASKED = [PROMPT]
+CLI_ARGUMENTS = [PROMPT]
 PROMPTS = ("A blue Porsche,parked [in] front", "“two dogs” — one cat.", "an apple")
 MOST, PIECES, FEATURES = 120, 64, 48
 T5: dict[str, Any] = {
@@ -65,7 +65,7 @@ def text_tensors() -> dict[str, Tensor]:
     state = T5ForConditionalGeneration(T5Config(**T5)).state_dict()
     kept = {k: v for k, v in state.items() if not k.startswith("decoder.block.") and "embed_tokens" not in k}
     kept |= {"lm_head.weight": state["shared.weight"]}
-    made = common.randomise(kept, seed=3)
+    made = common.randomize_state(kept, seed=3)
     made["shared.weight"] *= FEATURES**0.5  # as T5's own: its attention is not scaled
     return made
 
@@ -187,7 +187,7 @@ def t5(state: dict[str, Tensor], ids: Tensor, heard: Tensor) -> Tensor:
     return norm(x_LF, "final_layer_norm")
 
 
-def rows(folder: Path) -> Iterator[Row]:
+def rows(folder: Path) -> Iterator[ParityRow]:
     engine, golden = unigen.load(str(folder), device="cpu"), load_file(GOLDEN)
     model, grid = engine.model, SIDE // 4
     backbone = model.backbone
@@ -204,8 +204,8 @@ def rows(folder: Path) -> Iterator[Row]:
         branches["right"] += right + blind
         typed = raw(prompt).input_ids
         branches["wrong"] += (typed + [0] * len(right))[: len(right)] + blind
-    made, wrong = (differing(branches[name], branches["right"]) for name in ("ours", "wrong"))
-    yield Row("llamagen_t2i prompt ids", made, wrong, "words as they were typed", official)
+    made, wrong = (mismatch_share(branches[name], branches["right"]) for name in ("ours", "wrong"))
+    yield ParityRow("llamagen_t2i prompt ids", made, wrong, "words as they were typed", official)
 
     state = text_tensors()
     parts: list[list[Tensor]] = [[], [], []]
@@ -218,13 +218,17 @@ def rows(folder: Path) -> Iterator[Row]:
         parts[1].append(t5(state, padded, heard)[: len(ids)])
         parts[2].append(t5(state, padded, torch.ones_like(heard))[: len(ids)])
     ours, written, unmasked = (torch.cat(part) for part in parts)
-    yield Row(
-        "llamagen_t2i text features", error(ours, written), error(unmasked, written), "T5 sees its padding",
+    yield ParityRow(
+        "llamagen_t2i text features", max_error(ours, written), max_error(unmasked, written), "T5 sees its padding",
         "T5's encoder written out, padded",
     )  # fmt: skip
     there = torch.cat([golden[f"features.{number}"] for number in range(len(PROMPTS))])
-    yield Row(
-        "llamagen_t2i padded features", error(ours, there), error(unmasked, there), "T5 sees its padding", official
+    yield ParityRow(
+        "llamagen_t2i padded features",
+        max_error(ours, there),
+        max_error(unmasked, there),
+        "T5 sees its padding",
+        official,
     )
 
     places = [0, 1, grid - 1, grid * grid - 1]
@@ -232,10 +236,14 @@ def rows(folder: Path) -> Iterator[Row]:
     drawn: dict[tuple[str, str], list[int]] = {}
     kinds = {"greedy": {"temperature": 0.0}, "sampled": {"top_k": TOP_K, "top_p": TOP_P}}
     prompts = [Document.of(prompt) for prompt in PROMPTS]
-    for case, wrongly in (("ours", nullcontext()), ("turned", turning(model, True)), ("first", first_vectors(model))):
+    for case, wrongly in (
+        ("ours", nullcontext()),
+        ("turned", with_wrong_rotary(model, True)),
+        ("first", first_vectors(model)),
+    ):
         with wrongly:
             for kind, options in kinds.items():
-                with common.seen_logits(next_token) as steps:
+                with common.record_logits(next_token) as steps:
                     together = [engine.request(p, "image", seed=SEED, guidance=SCALE, **options) for p in prompts]
                     list(engine.run(together))  # prompts of several lengths
                 if kind == "greedy":
@@ -247,18 +255,20 @@ def rows(folder: Path) -> Iterator[Row]:
                 ]
     there = torch.stack([golden[f"logits.{number}"][places] for number in range(len(PROMPTS))])
     trap = "of the vectors of no words the first"
-    yield Row("llamagen_t2i logits", error(logits["ours"], there), error(logits["first"], there), trap, official)
+    yield ParityRow(
+        "llamagen_t2i logits", max_error(logits["ours"], there), max_error(logits["first"], there), trap, official
+    )
     trap = "the condition turned like a code"
     for kind in kinds:
         right = [int(code) for number in range(len(PROMPTS)) for code in golden[f"{kind}.{number}"]]
         assert len(set(right)) >= 32, f"too few different codes: {len(set(right))}"
-        made, wrong = (differing(drawn[case, kind], right) for case in ("ours", "turned"))
-        yield Row(f"llamagen_t2i {kind} ids", made, wrong, trap, official)
+        made, wrong = (mismatch_share(drawn[case, kind], right) for case in ("ours", "turned"))
+        yield ParityRow(f"llamagen_t2i {kind} ids", made, wrong, trap, official)
     codes_1hw = golden["sampled.0"].reshape(1, grid, grid)
     made_BCHW, wrong_BCHW = (model.image_tokenizer.decode(codes) for codes in (codes_1hw, codes_1hw.transpose(1, 2)))
     there = golden["pixels"].clamp(-1, 1)
-    yield Row(
-        "llamagen_t2i codes to pixels", error(made_BCHW, there), error(wrong_BCHW, there), "columns for rows",
+    yield ParityRow(
+        "llamagen_t2i codes to pixels", max_error(made_BCHW, there), max_error(wrong_BCHW, there), "columns for rows",
         "the official VQ-16 (goldens)",
     )  # fmt: skip
 

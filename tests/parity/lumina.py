@@ -23,19 +23,19 @@ import unigen
 from tests.parity import common
 from tests.parity import liquid as vq_case
 from tests.parity.chameleon import VQ
-from tests.parity.common import Row, differing, error
+from tests.parity.common import ParityRow, max_error, mismatch_share
 from unigen import hub
 from unigen.config import save_json
 from unigen.document import Document, Segment
 from unigen.generators import next_token
 from unigen.models import chameleon, lumina
-from unigen.samplers.logits import Sampling, race
+from unigen.samplers.logits import SamplingOptions, exponential_race_sample
 
 CODES, STRIDE = vq_case.CODES, 4
 WIDTH, HEIGHT = 40, 32  # pixels of what is drawn
 GRID = (HEIGHT // STRIDE, WIDTH // STRIDE)
 SIZE, PROMPT = (WIDTH, HEIGHT), "a red apple"
-ASKED = [PROMPT]
+CLI_ARGUMENTS = [PROMPT]
 PROMPTS = ("a waterfall", "a red apple")
 SQUARES = 16
 SHARED = 2
@@ -56,7 +56,7 @@ def checkpoint(folder: Path) -> None:
     from transformers import ChameleonConfig, ChameleonForConditionalGeneration, Qwen2Tokenizer
 
     order = torch.randperm(CODES, generator=torch.Generator().manual_seed(9)).tolist()
-    names = ["<s>", "<pad>", "</s>", "<unk>", *(chameleon.spelt(code) for code in order)]
+    names = ["<s>", "<pad>", "</s>", "<unk>", *(chameleon.code_token(code) for code in order)]
     names += [chameleon.EOI, chameleon.BOI, chameleon.EOT, "<image>", lumina.EOL]
     names += [f"<reserved{8800 + n:05d}>" for n in range(SQUARES + 1)]
     tokenizer = Qwen2Tokenizer(vocab={byte: n for n, byte in enumerate(sorted(ByteLevel.alphabet()))}, merges=[])
@@ -68,13 +68,13 @@ def checkpoint(folder: Path) -> None:
     for name in state:
         if "q_norm" in name or "k_norm" in name:
             state[name] = state[name][:SHARED]
-    state = common.randomise(state, seed=6, scale=2.0)
+    state = common.randomize_state(state, seed=6, scale=2.0)
     for name in state:
         if "q_norm.weight" in name or "k_norm.weight" in name:
             state[name] = 1 + 0.2 * state[name]
     hub.write_tensors(folder / "model.safetensors", state)
     said = {k: v for k, v in config.to_dict().items() if k != "rope_parameters"} | OFFICIAL
-    save_json(folder / "config.json", said | {"architectures": [lumina.CLASS]})
+    save_json(folder / "config.json", said | {"architectures": [lumina.PUBLIC_CLASS]})
     (folder / "tokenizer").mkdir()
     torch.save({"state_dict": vq_case.image_tokenizer_tensors()}, folder / "tokenizer" / "vqgan.ckpt")
     (folder / "tokenizer" / "vqgan.yaml").write_text("model:\n  params:\n    ddconfig:\n      resolution: 32\n")
@@ -198,7 +198,7 @@ class Reference:
         self.model.load_state_dict({k: v for k, v in state.items() if k in self.model.state_dict()}, strict=True)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.names = self.tokenizer.get_vocab()
-        self.ids = torch.tensor([self.names[chameleon.spelt(code)] for code in range(CODES)])
+        self.ids = torch.tensor([self.names[chameleon.code_token(code)] for code in range(CODES)])
         self.codes_of = {id: code for code, id in enumerate(self.ids.tolist())}
 
     def string(self, text: str) -> list[int]:
@@ -221,7 +221,7 @@ class Reference:
         return [*self.string(start), *rows, *self.string("<eoss><reserved08706>")]
 
     @torch.no_grad()
-    def sampled(self, words: str, sampling: Sampling, seed: int) -> list[int]:
+    def sampled(self, words: str, sampling: SamplingOptions, seed: int) -> list[int]:
         """Codes by a loop without a cache: guidance, grammar, temperature, top-k, a draw in the order of ids."""
         rng = torch.Generator().manual_seed(seed * 1_000_003 + 1)
         rows, codes = [list(ids) for ids in self.prompts(words)], []
@@ -232,14 +232,14 @@ class Reference:
             logits_K = (blind + 4.0 * (full - blind)) / sampling.temperature
             logits_K[logits_K < logits_K.topk(sampling.top_k).values[-1]] = -torch.inf
             noise_K = torch.empty(CODES).exponential_(generator=rng)
-            drawn = int(race(logits_K.softmax(-1)[None], noise_K[None]))
+            drawn = int(exponential_race_sample(logits_K.softmax(-1)[None], noise_K[None]))
             codes.append(int(order[drawn]))
             for row in rows:
                 row += [first + drawn, *([self.names[lumina.EOL]] if len(codes) % GRID[1] == 0 else [])]
         return codes
 
 
-def rows(folder: Path) -> Iterator[Row]:
+def rows(folder: Path) -> Iterator[ParityRow]:
     engine = unigen.load(str(folder), device="cpu")
     model, reference, golden = engine.model, Reference(folder), load_file(GOLDEN)
     template, solver = model.template, "the official layers and processors (goldens)"
@@ -254,28 +254,30 @@ def rows(folder: Path) -> Iterator[Row]:
     theirs = [id for words in PROMPTS for ids in reference.prompts(words) for id in ids]
     here = [id for words in PROMPTS for id in ours(words, GRID)]
     turned = [id for words in PROMPTS for id in ours(words, (GRID[1], GRID[0]))]
-    yield Row("lumina prompt ids", differing(here, theirs), differing(turned, theirs), "width, height", "the official strings")  # fmt: skip  # noqa: E501
+    yield ParityRow("lumina prompt ids", mismatch_share(here, theirs), mismatch_share(turned, theirs), "width, height", "the official strings")  # fmt: skip  # noqa: E501
 
     cuts = {size: golden[f"cut.{size[0]}x{size[1]}"] for size in SIZES}
     cut, squared = (
         sum(not torch.equal(pixels_of(frame(picture(size), 32)), cuts[size]) for size in SIZES) / len(SIZES)
         for frame in (template.frame, super(lumina.LuminaTemplate, template).frame)
     )
-    yield Row("lumina pictures cut", cut, squared, "cut to squares", "the official processor (goldens)")
+    yield ParityRow("lumina pictures cut", cut, squared, "cut to squares", "the official processor (goldens)")
 
     asked = model.read(Document([Segment(image=picture()), Segment(text="What is it")]))
     ids = model.ids(template.prompt(asked, output="text"))
-    with common.rows_end_by(template, ()):
+    with common.wrong_row_end(template, ()):
         bare = model.ids(template.prompt(asked, output="text"))
     there, trap = reference.question("What is it", cuts[(44, 20)]), "no ends of rows"
-    yield Row("lumina question ids", differing(ids, there), differing(bare, there), trap, "transformers' VQ encoder")
+    yield ParityRow(
+        "lumina question ids", mismatch_share(ids, there), mismatch_share(bare, there), trap, "transformers' VQ encoder"
+    )
 
     found: dict[bool, tuple[list[Tensor], list[int]]] = {}
     for trapped in (False, True):
         logits, codes = [], []
         for words in PROMPTS:
             row_end = () if trapped else template.layout(GRID).row_end
-            with common.rows_end_by(template, row_end), common.seen_logits(next_token) as steps:
+            with common.wrong_row_end(template, row_end), common.record_logits(next_token) as steps:
                 request = engine.request(words, "image", temperature=0.0, size=SIZE)
                 list(engine.run([request]))
             logits.append(torch.stack([steps[at][0] for at in PLACES]))
@@ -285,23 +287,27 @@ def rows(folder: Path) -> Iterator[Row]:
     scores = torch.cat([golden[f"logits.{n}"][:, order] for n in range(len(PROMPTS))])
     right = torch.cat([golden[f"codes.{n}"] for n in range(len(PROMPTS))]).tolist()
     assert len(set(right)) >= 32, f"too few different codes: {len(set(right))}"
-    yield Row("lumina logits", error(torch.cat(found[False][0]), scores), error(torch.cat(found[True][0]), scores), trap, solver)  # fmt: skip  # noqa: E501
-    yield Row("lumina greedy ids", differing(found[False][1], right), differing(found[True][1], right), trap, solver)
+    yield ParityRow("lumina logits", max_error(torch.cat(found[False][0]), scores), max_error(torch.cat(found[True][0]), scores), trap, solver)  # fmt: skip  # noqa: E501
+    yield ParityRow(
+        "lumina greedy ids", mismatch_share(found[False][1], right), mismatch_share(found[True][1], right), trap, solver
+    )
 
-    sampling = Sampling(1.0, 100)
+    sampling = SamplingOptions(1.0, 100)
     drawn, right, control = [], [], []
     for words in PROMPTS:
         right += reference.sampled(words, sampling, seed=5)
         for row_end, written in ((template.layout(GRID).row_end, drawn), ((), control)):
-            with common.rows_end_by(template, row_end):
+            with common.wrong_row_end(template, row_end):
                 request = engine.request(words, "image", seed=5, temperature=1.0, top_k=100, size=SIZE)
                 list(engine.run([request]))
             written += drawn_of(request)
-    yield Row("lumina sampled ids", differing(drawn, right), differing(control, right), trap, "transformers' layers")
+    yield ParityRow(
+        "lumina sampled ids", mismatch_share(drawn, right), mismatch_share(control, right), trap, "transformers' layers"
+    )
 
     there, tokenizer = golden["pixels"].clamp(-1, 1), model.image_tokenizer
     here, turned = tokenizer.decode(drawn_codes()), tokenizer.decode(drawn_codes().mT).mT
-    yield Row("lumina codes to pixels", error(here, there), error(turned, there), "columns for rows", "the official VQModel (goldens)")  # fmt: skip  # noqa: E501
+    yield ParityRow("lumina codes to pixels", max_error(here, there), max_error(turned, there), "columns for rows", "the official VQModel (goldens)")  # fmt: skip  # noqa: E501
 
 
 def drawn_of(request: Any) -> list[int]:

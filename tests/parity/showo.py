@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import unigen
 from tests.parity import common
-from tests.parity.common import Row, differing, error
+from tests.parity.common import ParityRow, max_error, mismatch_share
 from unigen.config import save_json
 from unigen.document import Document, Segment
 from unigen.generators.masked import Masked
@@ -34,7 +34,7 @@ from unigen.tokenizers import magvit2
 BITS, SIDE, GRID = 8, 32, 8
 CODES, COUNT = 2**BITS, GRID * GRID
 SIZE, PROMPT = (SIDE, SIDE), "a red apple"
-ASKED = [PROMPT]
+CLI_ARGUMENTS = [PROMPT]
 PROMPTS = (PROMPT, ", ".join(["two dogs on a blue table"] * 30))
 """The second is longer than what Show-o reads."""
 QUESTION = "What is it"
@@ -51,16 +51,18 @@ GOLDEN = common.GOLDENS / "showo.safetensors"
 
 def image_tokenizer_tensors() -> dict[str, Tensor]:
     state = magvit2.to_public(magvit2.MAGVIT2(VQ))
-    table = {name: state[name] for name in magvit2.TABLE}
-    return common.randomise(state, seed=1, scale=1.3) | table
+    table = {name: state[name] for name in magvit2.TABLE_KEYS}
+    return common.randomize_state(state, seed=1, scale=1.3) | table
 
 
 def tensors(pieces: int) -> dict[str, Tensor]:
     """Of the official model, random; pieces: of text, of Phi's tokenizer."""
     from transformers import PhiConfig, PhiForCausalLM
 
-    lm = PhiForCausalLM(PhiConfig(**PHI, vocab_size=pieces + len(showo.ADDED) + CODES + 1, qk_layernorm=True))
-    made = common.randomise({f"showo.{name}": tensor for name, tensor in lm.state_dict().items()}, seed=2, scale=2.5)
+    lm = PhiForCausalLM(PhiConfig(**PHI, vocab_size=pieces + len(showo.ADDED_TOKENS) + CODES + 1, qk_layernorm=True))
+    made = common.randomize_state(
+        {f"showo.{name}": tensor for name, tensor in lm.state_dict().items()}, seed=2, scale=2.5
+    )
     for name, tensor in made.items():
         if "self_attn" in name and "_layernorm.weight" in name:
             made[name] = 2 * tensor  # masked codes are told apart by attention to positions alone
@@ -96,7 +98,7 @@ def picture() -> Tensor:
     return torch.rand(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(3)) * 2 - 1
 
 
-def kept(codes_hw: Tensor) -> Tensor:
+def keep_file(codes_hw: Tensor) -> Tensor:
     """The codes of a picture with its middle to be painted anew."""
     fixed_hw = codes_hw.clone()
     fixed_hw[1:-1, 1:-1] = -1
@@ -106,7 +108,7 @@ def kept(codes_hw: Tensor) -> Tensor:
 # ---------------------------------------------------------------- the official code
 
 
-class Bare(nn.Module):
+class BareModel(nn.Module):
     """In place of what transformers' and diffusers' model classes do beside computing."""
 
     def __init__(self, config: Any = None) -> None:
@@ -123,14 +125,14 @@ def official(folder: Path) -> Iterator[None]:
     package = types.ModuleType("models")
     package.__path__ = [str(folder / "models")]
     mixins = types.ModuleType("models.modeling_utils")
-    mixins.ConfigMixin, mixins.ModelMixin = type("ConfigMixin", (), {}), Bare  # type: ignore[attr-defined]
+    mixins.ConfigMixin, mixins.ModelMixin = type("ConfigMixin", (), {}), BareModel  # type: ignore[attr-defined]
     mixins.register_to_config = lambda init: init  # type: ignore[attr-defined]
     misc = types.ModuleType("models.misc")
     misc.List, misc.Union = typing.List, typing.Union  # type: ignore[attr-defined]  # noqa: UP006
     stubs = {"models": package, "models.modeling_utils": mixins, "models.misc": misc}
     stubs |= {name: MagicMock() for name in ("einops", "einops.layers", "einops.layers.torch")}
     with common.importable(folder), patch.dict(sys.modules, stubs):
-        with patch("transformers.modeling_utils.PreTrainedModel", Bare):
+        with patch("transformers.modeling_utils.PreTrainedModel", BareModel):
             importlib.import_module("models.phi")
         yield
 
@@ -145,7 +147,7 @@ def official_showo(state: dict[str, Tensor]) -> Any:
 
     class Watched(modeling_showo.Showo):  # type: ignore[misc,name-defined]
         def __init__(self) -> None:
-            Bare.__init__(self, types.SimpleNamespace(mask_token_id=rows - 1, w_clip_vit=False))
+            BareModel.__init__(self, types.SimpleNamespace(mask_token_id=rows - 1, w_clip_vit=False))
             self.showo = phi.PhiForCausalLM(types.SimpleNamespace(**settings, use_return_dict=True))
             self.seen: list[Tensor] = []
             self.illegal: list[int] = []
@@ -193,7 +195,7 @@ def official_prompts() -> Any:
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint(Path(scratch))
         tokenizer = AutoTokenizer.from_pretrained(Path(scratch) / "phi-1_5", padding_side="left")
-    prompts = prompting_utils.UniversalPrompting(tokenizer, max_text_len=showo.LONGEST - 1)
+    prompts = prompting_utils.UniversalPrompting(tokenizer, max_text_len=showo.MAX_PROMPT_LEN - 1)
     return prompts, {name: int(id) for name, id in prompts.sptids_dict.items()}
 
 
@@ -203,11 +205,11 @@ def official_drawings(read_1hw: Tensor) -> dict[str, Tensor]:
 
     prompts, special = official_prompts()
     pieces = len(prompts.text_tokenizer)
-    own = {"num_vq_tokens": COUNT, "num_new_special_tokens": len(showo.ADDED)}
-    parts = types.SimpleNamespace(showo=types.SimpleNamespace(**own, llm_vocab_size=pieces - len(showo.ADDED)))
-    lengths = types.SimpleNamespace(preprocessing=types.SimpleNamespace(max_seq_length=showo.LONGEST - 1))
+    own = {"num_vq_tokens": COUNT, "num_new_special_tokens": len(showo.ADDED_TOKENS)}
+    parts = types.SimpleNamespace(showo=types.SimpleNamespace(**own, llm_vocab_size=pieces - len(showo.ADDED_TOKENS)))
+    lengths = types.SimpleNamespace(preprocessing=types.SimpleNamespace(max_seq_length=showo.MAX_PROMPT_LEN - 1))
     options: dict[str, Any] = {"timesteps": STEPS, "config": types.SimpleNamespace(model=parts, dataset=lengths)}
-    model = official_showo(tensors(pieces - len(showo.ADDED)))
+    model = official_showo(tensors(pieces - len(showo.ADDED_TOKENS)))
     pad, marks = special["<|pad|>"], {"soi_id": special["<|soi|>"], "eoi_id": special["<|eoi|>"]}
     made: dict[str, Tensor] = {}
 
@@ -230,7 +232,7 @@ def official_drawings(read_1hw: Tensor) -> dict[str, Tensor]:
             full, blind = torch.stack(model.seen)[[0, 1, -1], :, -COUNT - 1 : -1, -CODES - 1 : -1].unbind(1)
             made["logits"] = ((1 + SCALE) * full - SCALE * blind)[:, PLACES]
         made[f"sampled.{number}"] = draw(number, nothing, SCALE, 1.0)
-        made[f"inpainted.{number}"] = draw(number, kept(read_1hw[0]), 1.75, 1.0)
+        made[f"inpainted.{number}"] = draw(number, keep_file(read_1hw[0]), 1.75, 1.0)
     return made
 
 
@@ -240,7 +242,7 @@ def official_answer(read_1hw: Tensor) -> dict[str, Tensor]:
 
     prompts, special = official_prompts()
     tokenizer = prompts.text_tokenizer
-    pieces = len(tokenizer) - len(showo.ADDED)
+    pieces = len(tokenizer) - len(showo.ADDED_TOKENS)
     model = official_showo(tensors(pieces))
     model.illegal = list(range(pieces, model.config.mask_token_id + 1))
     words = tokenizer([f"USER: \n{QUESTION} ASSISTANT:"])["input_ids"]
@@ -257,7 +259,7 @@ def official_answer(read_1hw: Tensor) -> dict[str, Tensor]:
 # ---------------------------------------------------------------- rows
 
 
-def rows(folder: Path) -> Iterator[Row]:
+def rows(folder: Path) -> Iterator[ParityRow]:
     engine, golden = unigen.load(str(folder), device="cpu"), load_file(GOLDEN)
     model = engine.model
     template: Any = model.template
@@ -271,19 +273,21 @@ def rows(folder: Path) -> Iterator[Row]:
     ours = [id for words in PROMPTS for id in asked(words)]
     trapped = [id for words in PROMPTS for id in asked(words, -1)]
     against = "the official UniversalPrompting (goldens)"
-    yield Row("showo prompt ids", differing(ours, there), differing(trapped, there), "no end of text", against)
+    yield ParityRow(
+        "showo prompt ids", mismatch_share(ours, there), mismatch_share(trapped, there), "no end of text", against
+    )
 
     official = golden["read"]
     share = float((model.codes(picture()) != official).float().mean())
     with bits_reversed(model):
         wrong = float((model.codes(picture()) != official).float().mean())
     against, trap = "the official MAGVITv2 (goldens)", "the first bit as the lowest"
-    yield Row("showo pixels to codes", share, wrong, trap, against)
+    yield ParityRow("showo pixels to codes", share, wrong, trap, against)
     pixels = model.image_tokenizer.decode(official)
     with bits_reversed(model):
         mixed = model.image_tokenizer.decode(official)
     there_BCHW = golden["pixels"].clamp(-1, 1)
-    yield Row("showo codes to pixels", error(pixels, there_BCHW), error(mixed, there_BCHW), trap, against)
+    yield ParityRow("showo codes to pixels", max_error(pixels, there_BCHW), max_error(mixed, there_BCHW), trap, against)
 
     against = "the official Showo and t2i_generate (goldens)"
     options: dict[str, Any] = {"guidance": 1 + SCALE, "steps": STEPS, "temperature": 0.0, "seed": SEED}
@@ -293,10 +297,12 @@ def rows(folder: Path) -> Iterator[Row]:
         drawn(engine, options, ask=lambda state: Masked.ask(generator, state)),
     )
     trap, other = "guidance of g for 1 + g", "no token after the codes"
-    yield Row("showo logits", error(first[1], golden["logits"]), error(causal[1], golden["logits"]), other, against)
+    yield ParityRow(
+        "showo logits", max_error(first[1], golden["logits"]), max_error(causal[1], golden["logits"]), other, against
+    )
     right = golden["greedy.0"].tolist() + golden["greedy.1"].tolist()
     assert len(set(right)) >= 32, f"too few different codes: {len(set(right))}"
-    yield Row("showo greedy ids", differing(first[0], right), differing(blind[0], right), trap, against)
+    yield ParityRow("showo greedy ids", mismatch_share(first[0], right), mismatch_share(blind[0], right), trap, against)
 
     options |= {"temperature": 1.0}
     plain = drawn(engine, options, heat=lambda step, steps: Masked.heat(generator, step, steps))
@@ -304,38 +310,40 @@ def rows(folder: Path) -> Iterator[Row]:
     assert len(set(right)) >= 32, f"too few different codes: {len(set(right))}"
     trap = "noise that cools once"
     ids = drawn(engine, options)[0]
-    yield Row("showo sampled ids", differing(ids, right), differing(plain[0], right), trap, against)
+    yield ParityRow("showo sampled ids", mismatch_share(ids, right), mismatch_share(plain[0], right), trap, against)
 
-    options |= {"guidance": 2.75, "fixed": kept(official[0])}
+    options |= {"guidance": 2.75, "fixed": keep_file(official[0])}
     right = golden["inpainted.0"].tolist() + golden["inpainted.1"].tolist()
     few = drawn(engine, options, left=lambda *rest: Masked.left(generator, *rest))
     trap, ids = "a share of the unknown codes", drawn(engine, options)[0]
-    yield Row("showo inpainted ids", differing(ids, right), differing(few[0], right), trap, against)
+    yield ParityRow("showo inpainted ids", mismatch_share(ids, right), mismatch_share(few[0], right), trap, against)
 
     document = Document([Segment(image=official[0]), Segment(text=QUESTION)])
     turned = Document([Segment(image=official[0].T), Segment(text=QUESTION)])
     ours, trapped = (model.ids(template.prompt(each, output="text")) for each in (document, turned))
     there = golden["question"].tolist()
     against = "the official prompt of inference_mmu (goldens)"
-    yield Row("showo question ids", differing(ours, there), differing(trapped, there), "columns for rows", against)
+    yield ParityRow(
+        "showo question ids", mismatch_share(ours, there), mismatch_share(trapped, there), "columns for rows", against
+    )
 
-    said, logits = answered(engine, document)
+    said, logits = answer_ids(engine, document)
     with patch.object(template, "prefix", lambda ids: 0):
-        wrong, blind_TV = answered(engine, document)
+        wrong, blind_TV = answer_ids(engine, document)
     against, trap = "the official mmu_generate (goldens)", "a picture read causally"
     there_TV = golden["answer logits"]
-    yield Row("showo answer logits", error(logits, there_TV), error(blind_TV, there_TV), trap, against)
+    yield ParityRow("showo answer logits", max_error(logits, there_TV), max_error(blind_TV, there_TV), trap, against)
     told = model.text_tokenizer.decode(golden["answer"], skip_special_tokens=True).strip()
-    yield Row("showo answer", float(said != told), float(wrong != told), trap, against)
+    yield ParityRow("showo answer", float(said != told), float(wrong != told), trap, against)
 
 
-def answered(engine: Any, document: Document) -> tuple[str, Tensor]:
+def answer_ids(engine: Any, document: Document) -> tuple[str, Tensor]:
     """A greedy answer, and the logits (T, V) of text at each of its tokens."""
     steps, score = [], engine.model.backbone.logits
 
     def watched(hidden: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         logits: Tensor = score(hidden, start, stop)
-        steps.append(logits[0, : -len(showo.ADDED)].clone())
+        steps.append(logits[0, : -len(showo.ADDED_TOKENS)].clone())
         return logits
 
     with patch.object(engine.model.backbone, "logits", watched):

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from scripts.parity import families
+from scripts.parity import family_names
 
 
-@pytest.mark.parametrize("family", families())
+@pytest.mark.parametrize("family", family_names())
 def test_parity(family: str, tmp_path: Path) -> None:
     case = importlib.import_module(f"tests.parity.{family}")
     case.checkpoint(tmp_path)

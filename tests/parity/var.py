@@ -16,7 +16,7 @@ from torch import Tensor
 
 import unigen
 from tests.parity import common
-from tests.parity.common import Row, differing, error
+from tests.parity.common import ParityRow, max_error, mismatch_share
 from unigen.document import Segment
 from unigen.generators import next_scale
 from unigen.models import var
@@ -26,19 +26,19 @@ from unigen.tokenizers import var_vq
 SCALES, CODES, CLASSES, WIDTH, LAYERS = (1, 2, 4, 8), 128, 10, 128, 2
 SIDE = SCALES[-1] * 16
 SIZE, PROMPT = (SIDE, SIDE), 7
-ASKED = ["--class", "7"]
+CLI_ARGUMENTS = ["--class", "7"]
 LABELS, CFG, TOP_K, TOP_P, SEED = (7, 3, 1, 9), 4.0, 50, 0.9, 5
 GOLDEN = common.GOLDENS / "var.safetensors"
 
 
 def image_tokenizer_tensors() -> dict[str, Tensor]:
     config = var_vq.VARVQConfig(SCALES, (32, 32, 64, 64, 128), 2, 16, CODES)
-    return common.randomise(var_vq.to_public(var_vq.VARVQ(config)), seed=1, scale=1.2)
+    return common.randomize_state(var_vq.to_public(var_vq.VARVQ(config)), seed=1, scale=1.2)
 
 
 def tensors(shared: bool) -> dict[str, Tensor]:
     """Of the official transformer, random; shared: with one adaLN for all blocks, as var_d36 has it."""
-    count, heads = sum(side * side for side in SCALES), WIDTH // var.HEAD_WIDTH
+    count, heads = sum(side * side for side in SCALES), WIDTH // var.HEAD_DIM
     shapes: dict[str, tuple[int, ...]] = {
         "class_emb.weight": (CLASSES + 1, WIDTH),
         "pos_start": (1, 1, WIDTH),
@@ -71,7 +71,7 @@ def tensors(shared: bool) -> dict[str, Tensor]:
         else:
             own |= {"ada_lin.1.weight": (6 * WIDTH, WIDTH), "ada_lin.1.bias": (6 * WIDTH,)}
         shapes |= {f"blocks.{block}.{name}": shape for name, shape in own.items()}
-    made = common.randomise({name: torch.empty(shape) for name, shape in shapes.items()}, seed=2, scale=1.5)
+    made = common.randomize_state({name: torch.empty(shape) for name, shape in shapes.items()}, seed=2, scale=1.5)
     for name, size in (("class_emb.weight", 0.3), ("pos_1LC", 1.0), ("word_embed.weight", 1.0)):
         made[name] = size * made[name] / made[name].std()  # so that all parts of the sum are heard
     return made
@@ -80,7 +80,7 @@ def tensors(shared: bool) -> dict[str, Tensor]:
 def checkpoint(folder: Path, shared: bool = False) -> None:
     """The two files of the public layout, with random weights."""
     torch.save(tensors(shared), folder / f"var_d{LAYERS}.pth")
-    torch.save(image_tokenizer_tensors(), folder / var.TOKENIZER)
+    torch.save(image_tokenizer_tensors(), folder / var.TOKENIZER_FILE)
 
 
 def make_goldens(folder: Path) -> None:
@@ -103,7 +103,7 @@ def make_goldens(folder: Path) -> None:
     official.sample_with_top_k_top_p_ = watched
     for shared in (False, True):
         model = official.VAR(
-            vae, num_classes=CLASSES, depth=LAYERS, embed_dim=WIDTH, num_heads=WIDTH // var.HEAD_WIDTH,
+            vae, num_classes=CLASSES, depth=LAYERS, embed_dim=WIDTH, num_heads=WIDTH // var.HEAD_DIM,
             shared_aln=shared, attn_l2_norm=True, patch_nums=SCALES, flash_if_available=False, fused_if_available=False,
         ).eval()  # fmt: skip
         model.load_state_dict(model.state_dict() | tensors(shared))
@@ -123,7 +123,7 @@ def make_goldens(folder: Path) -> None:
     save_file({name: tensor.contiguous() for name, tensor in made.items()}, GOLDEN)
 
 
-def rows(folder: Path) -> Iterator[Row]:
+def rows(folder: Path) -> Iterator[ParityRow]:
     golden = load_file(GOLDEN)
     (folder / "shared").mkdir()
     checkpoint(folder / "shared", shared=True)
@@ -136,7 +136,7 @@ def rows(folder: Path) -> Iterator[Row]:
             for part, options in (("greedy", {"temperature": 0.0}), ("sampled", {"top_k": TOP_K, "top_p": TOP_P})):
                 codes: list[int] = []
                 for label in LABELS:
-                    with guided_alike(constant), seen() as steps:
+                    with with_constant_guidance(constant), record_logits() as steps:
                         request = engine.request(Segment(label=label), "image", seed=SEED, guidance=CFG + 1, **options)
                         list(engine.run([request]))
                     codes += [int(code) for _, written in steps for code in written]
@@ -145,45 +145,51 @@ def rows(folder: Path) -> Iterator[Row]:
                 drawn[part, constant] = codes
         there = golden[f"{kind}.greedy.{LABELS[0]}.logits"]
         name = "var" if kind == "own" else "var shared"
-        yield Row(f"{name} logits", error(logits[False], there), error(logits[True], there), trap, against)
+        yield ParityRow(
+            f"{name} logits", max_error(logits[False], there), max_error(logits[True], there), trap, against
+        )
         for part in ("greedy", "sampled"):
             right = [int(code) for label in LABELS for code in golden[f"{kind}.{part}.{label}.codes"]]
             assert len(set(right)) >= 32, f"too few different codes: {len(set(right))}"
-            share = differing(drawn[part, True], right)
-            yield Row(f"{name} {part} ids", differing(drawn[part, False], right), share, trap, against)
+            share = mismatch_share(drawn[part, True], right)
+            yield ParityRow(f"{name} {part} ids", mismatch_share(drawn[part, False], right), share, trap, against)
     tokenizer: Any = unigen.load(str(folder), device="cpu").model.image_tokenizer
     picture = torch.rand(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(3)) * 2 - 1
     share = float((tokenizer.encode(picture) != golden["read"]).float().mean())
     wrong = float((tokenizer.encode((picture + 1) / 2) != golden["read"]).float().mean())
-    yield Row("var pixels to codes", share, wrong, "pixels in [0, 1]", "the official VAE (goldens)")
+    yield ParityRow("var pixels to codes", share, wrong, "pixels in [0, 1]", "the official VAE (goldens)")
     codes_1P = golden[f"own.sampled.{LABELS[0]}.codes"][None]
     made, there = tokenizer.decode(codes_1P), golden["pixels"]
     few = tokenizer.decode(codes_1P[:, : 1 + 4 + 16])
-    yield Row(
-        "var codes to pixels", error(made, there), error(few, there), "a scale left out", "the official VAE (goldens)"
+    yield ParityRow(
+        "var codes to pixels",
+        max_error(made, there),
+        max_error(few, there),
+        "a scale left out",
+        "the official VAE (goldens)",
     )
 
 
-class seen:  # noqa: N801
+class record_logits:  # noqa: N801
     """Logits after guidance and the codes drawn from them, scale after scale."""
 
     def __enter__(self) -> list[tuple[Tensor, Tensor]]:
         steps: list[tuple[Tensor, Tensor]] = []
-        self.draw = next_scale.draw_together
+        self.draw = next_scale.sample_shared_rng
 
         def watched(logits_NV: Tensor, *rest: Any) -> Tensor:
             codes_N = self.draw(logits_NV, *rest)
             steps.append((logits_NV.clone(), codes_N))
             return codes_N
 
-        next_scale.draw_together = watched
+        next_scale.sample_shared_rng = watched
         return steps
 
     def __exit__(self, *_: Any) -> None:
-        next_scale.draw_together = self.draw
+        next_scale.sample_shared_rng = self.draw
 
 
-class guided_alike:  # noqa: N801
+class with_constant_guidance:  # noqa: N801
     """The trap of the sheet: one strength of guidance for all scales, where `on`."""
 
     def __init__(self, on: bool) -> None:

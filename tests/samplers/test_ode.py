@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from unigen.diffusion.solvers import SAMPLERS, Trajectory, solve
+from unigen.diffusion.solvers import SOLVERS, ODESolver, solve
 
 MEAN, SPREAD = 0.7, 0.4
 
@@ -24,7 +24,7 @@ def error(sampler: str, steps: int, shift: float = 1.0) -> float:
     return float((solve(velocity, noise, steps, sampler, shift) - (MEAN + SPREAD * noise)).abs().max())
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", SOLVERS)
 def test_they_converge_to_the_closed_form(sampler: str) -> None:
     errors = [error(sampler, steps) for steps in (8, 16, 32)]
     assert errors[0] > errors[1] > errors[2] and errors[2] < 0.05
@@ -44,7 +44,7 @@ def test_the_shift_is_applied_once() -> None:
     assert times == pytest.approx([3 * t / (1 + 2 * t) for t in (1, 0.75, 0.5, 0.25)], abs=1e-6)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", SOLVERS)
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_they_go_all_the_way(sampler: str, shift: float) -> None:
     """Along a constant velocity any number of steps is exact."""
@@ -53,11 +53,11 @@ def test_they_go_all_the_way(sampler: str, shift: float) -> None:
         torch.testing.assert_close(end, -torch.ones(1, 1, 2, 2), atol=2e-3, rtol=0)  # some begin at 0.999
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", SOLVERS)
 def test_on_the_way_they_know_where_it_leads(sampler: str) -> None:
     """Along a constant velocity every one points at the data; at the end x is it."""
     noise, data = torch.randn(1, 1, 2, 2), torch.randn(1, 1, 2, 2)
-    way, ways = Trajectory(noise, 8, sampler), []
+    way, ways = ODESolver(noise, 8, sampler), []
     while way.t is not None:
         way.go(noise - data)
         ways.append(way.way)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from unigen.samplers.guidance import Guidance
-from unigen.samplers.logits import Sampling, draw, warp
+from unigen.samplers.logits import SamplingOptions, sample, warp
 
 
 def rngs(count: int) -> list[torch.Generator]:
@@ -17,38 +17,41 @@ def rngs(count: int) -> list[torch.Generator]:
 
 def test_top_k_keeps_the_k_best() -> None:
     logits = torch.tensor([[1.0, 4.0, 2.0, 3.0]])
-    assert warp(logits, Sampling(top_k=2)).isfinite().tolist() == [[False, True, False, True]]
+    assert warp(logits, SamplingOptions(top_k=2)).isfinite().tolist() == [[False, True, False, True]]
 
 
 def test_top_p_keeps_the_least_set_that_reaches_p() -> None:
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
-    assert warp(logits, Sampling(top_p=0.6)).isfinite().tolist() == [[True, True, False, False]]
-    assert warp(logits, Sampling(top_p=0.5)).isfinite().tolist() == [[True, False, False, False]]
-    assert warp(logits, Sampling(top_p=1e-300)).isfinite().tolist() == [[True, False, False, False]]
-    assert warp(logits[:, [3, 1, 0, 2]], Sampling(top_p=0.6)).isfinite().tolist() == [[False, True, True, False]]
+    assert warp(logits, SamplingOptions(top_p=0.6)).isfinite().tolist() == [[True, True, False, False]]
+    assert warp(logits, SamplingOptions(top_p=0.5)).isfinite().tolist() == [[True, False, False, False]]
+    assert warp(logits, SamplingOptions(top_p=1e-300)).isfinite().tolist() == [[True, False, False, False]]
+    assert warp(logits[:, [3, 1, 0, 2]], SamplingOptions(top_p=0.6)).isfinite().tolist() == [[False, True, True, False]]
 
 
 def test_draws_follow_the_probabilities() -> None:
     p = torch.tensor([0.55, 0.25, 0.15, 0.05])
     count = 8000
-    ids = draw(p.log().expand(count, 4), Sampling(), rngs(count))
+    ids = sample(p.log().expand(count, 4), SamplingOptions(), rngs(count))
     shares = torch.bincount(ids, minlength=4) / count
     assert (shares - p).abs().max() < 5 * math.sqrt(0.25 / count)
-    hot = torch.bincount(draw(p.log().expand(count, 4), Sampling(temperature=2.0), rngs(count)), minlength=4) / count
+    hot = (
+        torch.bincount(sample(p.log().expand(count, 4), SamplingOptions(temperature=2.0), rngs(count)), minlength=4)
+        / count
+    )
     assert (hot - p.sqrt() / p.sqrt().sum()).abs().max() < 5 * math.sqrt(0.25 / count)
 
 
 def test_a_row_draws_from_its_own_generator() -> None:
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
-    together = draw(logits, Sampling(), rngs(3))
-    alone = [int(draw(logits[i : i + 1], Sampling(), [rngs(3)[i]])) for i in range(3)]
+    together = sample(logits, SamplingOptions(), rngs(3))
+    alone = [int(sample(logits[i : i + 1], SamplingOptions(), [rngs(3)[i]])) for i in range(3)]
     assert together.tolist() == alone
 
 
 def test_greedy_draws_nothing() -> None:
     rng = torch.Generator().manual_seed(0)
     before = rng.get_state()
-    assert draw(torch.tensor([[0.0, 2.0, 1.0]]), Sampling(temperature=0), [rng]).tolist() == [1]
+    assert sample(torch.tensor([[0.0, 2.0, 1.0]]), SamplingOptions(temperature=0), [rng]).tolist() == [1]
     assert torch.equal(rng.get_state(), before)
 
 
@@ -57,7 +60,7 @@ def test_greedy_draws_nothing() -> None:
 )
 def test_options_out_of_range_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="must"):
-        Sampling(**options)  # type: ignore[arg-type]
+        SamplingOptions(**options)  # type: ignore[arg-type]
 
 
 def test_guidance() -> None:

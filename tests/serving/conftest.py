@@ -18,10 +18,10 @@ import pytest
 
 from tests.serving.browser import HOST
 
-Start = Callable[..., "Served"]
+Start = Callable[..., "ServerProcess"]
 
 
-def ask(url: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, Any]:
+def send_request(url: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, Any]:
     """Status and answer, as JSON where it is; a body is posted, bytes as they are. Status 0: nobody is there."""
     data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
     given = {"content-type": "application/json", **(headers or {})}
@@ -38,7 +38,7 @@ def ask(url: str, body: Any = None, headers: dict[str, str] | None = None) -> tu
         return status, text
 
 
-class Served:
+class ServerProcess:
     """A running `unigen serve`. url: where; process: what was started."""
 
     def __init__(self, arguments: list[str], log: Path) -> None:
@@ -63,9 +63,9 @@ class Served:
         raise AssertionError("not ready:\n" + self.log.read_text())
 
     def get(self, path: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, Any]:
-        return ask(self.url + path, body, headers)
+        return send_request(self.url + path, body, headers)
 
-    ask = staticmethod(ask)
+    ask = staticmethod(send_request)
 
     def metric(self, name: str) -> float:
         lines = [line for line in self.get("/metrics")[1].splitlines() if line.startswith(name)]
@@ -91,12 +91,12 @@ class Served:
 
 
 @pytest.fixture(scope="session")
-def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     """Starts servers; they end with the tests."""
-    started: list[Served] = []
+    started: list[ServerProcess] = []
 
-    def start(*arguments: str) -> Served:
-        started.append(Served(list(arguments), tmp_path_factory.mktemp("serve") / "log"))
+    def start(*arguments: str) -> ServerProcess:
+        started.append(ServerProcess(list(arguments), tmp_path_factory.mktemp("serve") / "log"))
         return started[-1]
 
     yield start
@@ -105,7 +105,7 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
 
 
 @pytest.fixture(scope="session")
-def tiny_server(serve: Start, tmp_path_factory: pytest.TempPathFactory) -> Served:
-    served = serve("--images-folder", str(tmp_path_factory.mktemp("pictures")), "--slots", "16", "--queue", "24")
+def tiny_server(start_server: Start, tmp_path_factory: pytest.TempPathFactory) -> ServerProcess:
+    served = start_server("--images-folder", str(tmp_path_factory.mktemp("pictures")), "--slots", "16", "--queue", "24")
     served.wait()
     return served

@@ -14,10 +14,10 @@ from typing import Any
 from PIL import Image
 
 from tests.serving.browser import browser
-from tests.serving.conftest import Served
+from tests.serving.conftest import ServerProcess
 from tests.serving.test_web import APPLES, RAVEN, Page
 
-LARGEST = 150_000
+MAX_BYTES = 150_000
 """Bytes of one picture."""
 
 
@@ -62,7 +62,7 @@ VIEWS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 def main(folder: Path) -> None:
     with tempfile.TemporaryDirectory() as there:
-        served = Served([], Path(there) / "log")
+        served = ServerProcess([], Path(there) / "log")
         try:
             served.wait()
             for name, (act, options) in VIEWS.items():
@@ -78,7 +78,7 @@ def save(file: bytes, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.open(io.BytesIO(file)).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
     print(path, path.stat().st_size, "bytes")
-    assert path.stat().st_size <= LARGEST
+    assert path.stat().st_size <= MAX_BYTES
 
 
 if __name__ == "__main__":

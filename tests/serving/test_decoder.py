@@ -21,7 +21,16 @@ from tests.serving.test_doors import app, send
 from unigen.media.output import data_uri
 from unigen.serving import decoder as decoding
 from unigen.serving import pictures, server
-from unigen.serving.decoder import AREA, MOST_PICTURES, MOST_PIXELS, Decoder, FairLock, File, Full, PictureError
+from unigen.serving.decoder import (
+    MAX_IMAGES,
+    MAX_READ_PIXELS,
+    MAX_REQUEST_PIXELS,
+    DecoderBusy,
+    EncodedImage,
+    FairLock,
+    ImageDecoder,
+    ImageError,
+)
 
 
 def file(size: tuple[int, int], mode: str = "RGB", format: str = "PNG", colour: Any = 0) -> bytes:
@@ -35,28 +44,28 @@ BOMB = file((5656, 5656), "1")
 
 
 @pytest.fixture(scope="module")
-def decoder() -> Iterator[Decoder]:
-    made = Decoder()
+def decoder() -> Iterator[ImageDecoder]:
+    made = ImageDecoder()
     yield made
     asyncio.run(made.__aexit__())
 
 
-def read(decoder: Decoder, *files: bytes | str, copies: int = 1, area: int | None = None) -> list[Image.Image]:
-    return asyncio.run(decoder.read([File(data) for data in files], copies, area))
+def read(decoder: ImageDecoder, *files: bytes | str, copies: int = 1, area: int | None = None) -> list[Image.Image]:
+    return asyncio.run(decoder.read([EncodedImage(data) for data in files], copies, area))
 
 
-def test_pictures_come_as_they_are(decoder: Decoder) -> None:
+def test_pictures_come_as_they_are(decoder: ImageDecoder) -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (9, 7, 3), np.uint8))
     buffer = io.BytesIO()
     noise.save(buffer, "PNG")
     mask = file((4, 4), "RGBA", colour=(0, 0, 0, 0))
-    files = [File(buffer.getvalue()), File(data_uri(noise)), File(mask, mask=True)]
+    files = [EncodedImage(buffer.getvalue()), EncodedImage(data_uri(noise)), EncodedImage(mask, mask=True)]
     plain, uri, marks = asyncio.run(decoder.read(files))
     assert plain.tobytes() == uri.tobytes() == noise.tobytes() and plain.size == noise.size
     assert marks.mode == "L" and marks.getextrema() == (255, 255)
 
 
-def test_what_cannot_be_decoded_is_named_and_the_next_can(decoder: Decoder) -> None:
+def test_what_cannot_be_decoded_is_named_and_the_next_can(decoder: ImageDecoder) -> None:
     good = file((4, 4))
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 4), np.uint8))
     buffer = io.BytesIO()
@@ -71,12 +80,12 @@ def test_what_cannot_be_decoded_is_named_and_the_next_can(decoder: Decoder) -> N
         "/etc/passwd",
         file((4, 4), format="BMP"),
     ):
-        with pytest.raises(PictureError) as error:
+        with pytest.raises(ImageError) as error:
             read(decoder, good, bad)
         assert error.value.place == 1 and "\n" not in str(error.value)
         assert len(read(decoder, good)) == 1
-    with pytest.raises(PictureError, match="mask"):
-        asyncio.run(decoder.read([File(cut, mask=True)]))
+    with pytest.raises(ImageError, match="mask"):
+        asyncio.run(decoder.read([EncodedImage(cut, mask=True)]))
 
 
 class FakePipe:
@@ -89,35 +98,35 @@ class FakePipe:
         self.sent.append(data)
 
 
-def test_pixels_are_counted_before_any_are_decoded(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pixels_are_counted_before_any_are_decoded(decoder: ImageDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     ask = decoder._ask
     monkeypatch.setattr(decoder, "_ask", lambda place, *request: asked.append(request[0]) or ask(place, *request))
-    with pytest.raises(PictureError, match="too many pixels"):
-        read(decoder, *[BOMB] * 5, area=AREA)
+    with pytest.raises(ImageError, match="too many pixels"):
+        read(decoder, *[BOMB] * 5, area=MAX_READ_PIXELS)
     assert asked == ["count"]
     assert len(read(decoder, file((4, 4)), file((5, 5)))) == 2 and asked == ["count", "count", "decode", "decode"]
     decoded: list[Any] = []
-    monkeypatch.setattr(pictures, "decoded", lambda *given: decoded.append(given) or Image.new("RGB", (1, 1)))
-    many = MOST_PIXELS // 5656**2 + 1
-    for files, copies, area in (([BOMB] * many, 1, AREA), ([BOMB] * many, 1, None), ([BOMB], many, None)):
+    monkeypatch.setattr(pictures, "decode_image", lambda *given: decoded.append(given) or Image.new("RGB", (1, 1)))
+    many = MAX_REQUEST_PIXELS // 5656**2 + 1
+    for files, copies, area in (([BOMB] * many, 1, MAX_READ_PIXELS), ([BOMB] * many, 1, None), ([BOMB], many, None)):
         pipe = FakePipe()
-        with pytest.raises(PictureError, match="too many pixels"):
-            decoding._count(pipe, [File(data) for data in files], copies, area)  # type: ignore[arg-type]
+        with pytest.raises(ImageError, match="too many pixels"):
+            decoding._count(pipe, [EncodedImage(data) for data in files], copies, area)  # type: ignore[arg-type]
         assert not decoded and not pipe.sent
-    with pytest.raises(PictureError, match="too large"):
-        decoding._count(FakePipe(), [File(file((6000, 6000), "1"))], 1, AREA)  # type: ignore[arg-type]
+    with pytest.raises(ImageError, match="too large"):
+        decoding._count(FakePipe(), [EncodedImage(file((6000, 6000), "1"))], 1, MAX_READ_PIXELS)  # type: ignore[arg-type]
     pipe = FakePipe()
-    decoding._count(pipe, [File(BOMB)] * (many - 1), 1, AREA)  # type: ignore[arg-type]
-    assert json.loads(pipe.sent[0])["pixels"] == [AREA] * (many - 1), "and fewer are let in"
+    decoding._count(pipe, [EncodedImage(BOMB)] * (many - 1), 1, MAX_READ_PIXELS)  # type: ignore[arg-type]
+    assert json.loads(pipe.sent[0])["pixels"] == [MAX_READ_PIXELS] * (many - 1), "and fewer are let in"
 
 
-def test_what_is_looked_at_is_made_smaller_at_once(decoder: Decoder) -> None:
+def test_what_is_looked_at_is_made_smaller_at_once(decoder: ImageDecoder) -> None:
     pipe = FakePipe()
-    decoding._decode(pipe, File(BOMB), AREA, 0)  # type: ignore[arg-type]
+    decoding._decode(pipe, EncodedImage(BOMB), MAX_READ_PIXELS, 0)  # type: ignore[arg-type]
     head, pixels = pipe.sent
     width, height = json.loads(head)["size"]
-    assert AREA / 4 < width * height == len(pixels) / 3 <= AREA
+    assert MAX_READ_PIXELS / 4 < width * height == len(pixels) / 3 <= MAX_READ_PIXELS
     long = file((4000, 100), "L", "JPEG", 200)
     (small,) = read(decoder, long, area=10_000)
     assert abs(small.width / small.height - 40) < 3 and small.width * small.height <= 10_000
@@ -135,18 +144,18 @@ def test_what_is_made_smaller_looks_alike(mode: str, side: int) -> None:
     exif, buffer = Image.Exif(), io.BytesIO()
     exif[0x0112] = 6  # a quarter to the right
     whole.convert(mode).save(buffer, "PNG", exif=exif)
-    small = pictures.decoded(buffer.getvalue(), area=2000)
+    small = pictures.decode_image(buffer.getvalue(), area=2000)
     assert small.width < small.height and 500 <= small.width * small.height <= 2000
     places = (small.width // 2, small.height // 8), (small.width // 2, small.height * 7 // 8)
     assert [small.getpixel(place) for place in places] == [(0, 0, 0), (255, 255, 255)]
 
 
-def test_many_are_made_smaller_still(decoder: Decoder) -> None:
+def test_many_are_made_smaller_still(decoder: ImageDecoder) -> None:
     big = file((1600, 1600), "1")
-    found = read(decoder, *[big] * 10, copies=16, area=AREA)
-    assert sum(one.width * one.height for one in found) * 16 <= decoding.KEPT
-    with pytest.raises(PictureError, match=str(MOST_PICTURES)):
-        read(decoder, *[big] * (MOST_PICTURES + 1))
+    found = read(decoder, *[big] * 10, copies=16, area=MAX_READ_PIXELS)
+    assert sum(one.width * one.height for one in found) * 16 <= decoding.MAX_TOTAL_READ_PIXELS
+    with pytest.raises(ImageError, match=str(MAX_IMAGES)):
+        read(decoder, *[big] * (MAX_IMAGES + 1))
 
 
 def test_clients_take_turns() -> None:
@@ -170,12 +179,12 @@ def test_clients_take_turns() -> None:
     assert order == list("aabcaad")
 
 
-def test_many_requests_of_one_do_not_hold_up_another(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_requests_of_one_do_not_hold_up_another(decoder: ImageDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of its turns waits for one or two of the other's, however many requests that one sends."""
     asked: list[str] = []
     ask = decoder._ask
     monkeypatch.setattr(decoder, "_ask", lambda place, *request: asked.append(request[0]) or ask(place, *request))
-    files = [File(file((4, 4)))] * 10
+    files = [EncodedImage(file((4, 4)))] * 10
 
     async def run() -> None:
         first = [asyncio.create_task(decoder.read(files, client="a")) for _ in range(10)]
@@ -188,19 +197,19 @@ def test_many_requests_of_one_do_not_hold_up_another(decoder: Decoder, monkeypat
     assert len(asked) == 10 * 11 + 4
 
 
-def test_who_leaves_has_no_more_decoded(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_leaves_has_no_more_decoded(decoder: ImageDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
     gc.collect()
     asked: list[str] = []
     ask, held = decoder._ask, decoder.held
     monkeypatch.setattr(decoder, "_ask", lambda place, *request: asked.append(request[0]) or ask(place, *request))
 
     async def run() -> None:
-        task = asyncio.create_task(decoder.read([File(file((1000, 1000)))] * 100, client="a"))
+        task = asyncio.create_task(decoder.read([EncodedImage(file((1000, 1000)))] * 100, client="a"))
         while len(asked) < 3:
             await asyncio.sleep(0.001)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        await decoder.read([File(file((4, 4)))], client="b")
+        await decoder.read([EncodedImage(file((4, 4)))], client="b")
 
     asyncio.run(run())
     gc.collect()
@@ -208,11 +217,11 @@ def test_who_leaves_has_no_more_decoded(decoder: Decoder, monkeypatch: pytest.Mo
 
 
 def test_what_is_held_is_counted_until_it_is_let_go() -> None:
-    small = Decoder(most_held=40_000)
+    small = ImageDecoder(most_held=40_000)
     try:
         first = read(small, file((100, 100)), copies=2)
         assert small.held == 20_000
-        with pytest.raises(Full):
+        with pytest.raises(DecoderBusy):
             read(small, file((150, 150)))
         assert small.held == 20_000
         second = read(small, file((100, 100)), copies=2)
@@ -226,7 +235,7 @@ def test_what_is_held_is_counted_until_it_is_let_go() -> None:
 
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_process_that_ends_or_hangs_is_one_error_and_a_new_process(signal_number: int) -> None:
-    fragile = Decoder(seconds=60)
+    fragile = ImageDecoder(seconds=60)
     try:
         assert len(read(fragile, file((4, 4)))) == 1
         assert fragile._process is not None
@@ -235,7 +244,7 @@ def test_a_process_that_ends_or_hangs_is_one_error_and_a_new_process(signal_numb
         try:
             read(fragile, file((4, 4)))
             assert signal_number == signal.SIGKILL, "it had ended before it was asked"
-        except PictureError as error:
+        except ImageError as error:
             assert "too much time or memory" in str(error)
         fragile.seconds = 60
         assert len(read(fragile, file((4, 4)))) == 1
@@ -245,11 +254,11 @@ def test_a_process_that_ends_or_hangs_is_one_error_and_a_new_process(signal_numb
 
 def test_too_much_work_is_one_error() -> None:
     """Comments of a GIF, each of which is laid behind all before: some megabytes, and minutes of a processor."""
-    patient = Decoder(seconds=600, work=1.0)
+    patient = ImageDecoder(seconds=600, work=1.0)
     gif = file((4, 4), "P", "GIF")
     start = gif.rindex(b",")
     try:
-        with pytest.raises(PictureError, match="time") as error:
+        with pytest.raises(ImageError, match="time") as error:
             read(patient, file((4, 4)), gif[:start] + b"\x21\xfe" + b"\x01a" * 10_000_000 + b"\0" + gif[start:])
         assert error.value.place == 0 and len(read(patient, file((4, 4)), gif)) == 2
     finally:
@@ -263,8 +272,8 @@ def test_a_process_that_cannot_be_started_is_no_fault_of_the_picture(
     def fail(*_: Any, **__: Any) -> Any:
         raise OSError(12, "Cannot allocate memory")
 
-    decoder = Decoder()
-    monkeypatch.setattr(server, "Decoder", lambda: decoder)
+    decoder = ImageDecoder()
+    monkeypatch.setattr(server, "ImageDecoder", lambda: decoder)
     _, served = app()
     uri = data_uri(Image.new("RGB", (4, 4), "red"))
     try:
@@ -277,7 +286,7 @@ def test_a_process_that_cannot_be_started_is_no_fault_of_the_picture(
         asyncio.run(decoder.__aexit__())
 
 
-def test_the_process_has_one_thread_of_each_library(decoder: Decoder) -> None:
+def test_the_process_has_one_thread_of_each_library(decoder: ImageDecoder) -> None:
     """Whose buffers count as its memory, on any number of cores."""
     read(decoder, file((4, 4)))
     assert decoder._process is not None
@@ -286,9 +295,9 @@ def test_the_process_has_one_thread_of_each_library(decoder: Decoder) -> None:
 
 
 def test_too_much_memory_is_one_error() -> None:
-    poor = Decoder(memory=150 << 20)
+    poor = ImageDecoder(memory=150 << 20)
     try:
-        with pytest.raises(PictureError, match="memory"):
+        with pytest.raises(ImageError, match="memory"):
             read(poor, BOMB)
         assert len(read(poor, file((4, 4)))) == 1
     finally:
@@ -309,8 +318,8 @@ def test_the_server_decodes_nothing_itself(monkeypatch: pytest.MonkeyPatch) -> N
         raise AssertionError("decoded in the server")
 
     load: Callable[..., Any] = Image.Image.load
-    monkeypatch.setattr(pictures, "decoded", fail)
-    monkeypatch.setattr(pictures, "decoded_mask", fail)
+    monkeypatch.setattr(pictures, "decode_image", fail)
+    monkeypatch.setattr(pictures, "decode_mask", fail)
     painter, served = app()
     uri, png = data_uri(Image.new("RGB", (4, 4), "red")), file((4, 4), colour=(255, 0, 0))
     assert send(served, "POST", "/v1/chat/completions", json=chat(uri)).status_code == 200
@@ -332,7 +341,7 @@ def test_the_server_stops_when_the_client_leaves(path: str, monkeypatch: pytest.
             ends.append("cancelled")
             raise
 
-    monkeypatch.setattr(Decoder, "read", decode)
+    monkeypatch.setattr(ImageDecoder, "read", decode)
     png = file((4, 4))
     asked = httpx.Request("POST", "http://localhost", json=chat(data_uri(Image.open(io.BytesIO(png)))))
     if path.endswith("responses"):
@@ -361,7 +370,7 @@ def test_the_server_refuses_bombs_by_name() -> None:
 
     painter, served = app()
     uri = "data:image/png;base64," + base64.b64encode(BOMB).decode()
-    for uris in ([uri] * 20, [uri] * (MOST_PICTURES + 1)):
+    for uris in ([uri] * 20, [uri] * (MAX_IMAGES + 1)):
         answer = send(served, "POST", "/v1/chat/completions", json=chat(*uris))
         assert answer.status_code == 400 and "image_url" in answer.json()["error"]["param"], answer.text
     files = {"image": ("a.png", BOMB)}

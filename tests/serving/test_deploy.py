@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from unigen.commands.main import parser_of
-from unigen.serving.middleware import OPEN
+from unigen.commands.main import build_parser
+from unigen.serving.middleware import PUBLIC_PATHS
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def entry(folder: Path) -> list[str]:
 def test_composed_replicas_are_those_of_the_router(folder: Path) -> None:
     services = yaml.safe_load((folder / "compose.yaml").read_text())["services"]
     replicas = [services[name] for name in ("one", "two")]
-    options = [parser_of("serve").parse_args([*entry(folder), *one["command"]]) for one in replicas]
+    options = [build_parser("serve").parse_args([*entry(folder), *one["command"]]) for one in replicas]
     router = (folder / "nginx.conf").read_text()
     assert all(f"server 127.0.0.1:{one.port} " in router for one in options) and len({one.port for one in options}) == 2
     for replica, one in zip(replicas, options, strict=True):
@@ -54,10 +54,10 @@ def test_the_cluster_asks_what_the_server_answers_without_a_key(folder: Path) ->
     deployment, service = yaml.safe_load_all((folder / "kubernetes.yaml").read_text())
     pod: Any = deployment["spec"]["template"]
     (container,) = pod["spec"]["containers"]
-    options = parser_of("serve").parse_args([*entry(folder), *container["args"]])
+    options = build_parser("serve").parse_args([*entry(folder), *container["args"]])
     assert container["ports"][0]["containerPort"] == options.port
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-        assert container[probe]["httpGet"]["path"] in OPEN
+        assert container[probe]["httpGet"]["path"] in PUBLIC_PATHS
     assert pod["spec"]["terminationGracePeriodSeconds"] > options.timeout
     assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
     assert deployment["spec"]["selector"]["matchLabels"] == pod["metadata"]["labels"]

@@ -12,18 +12,18 @@ import httpx
 import pytest
 from starlette.exceptions import HTTPException
 
-from tests.serving.test_fuzz import Painter
+from tests.serving.test_fuzz import FakeImageEngine
 from tests.serving.test_parts import Counted, asked, door
 from unigen.commands.main import main
 from unigen.serving import body, connection
-from unigen.serving.middleware import Guard, Limits, error
-from unigen.serving.protocol import LONGEST_STOP, of_form
-from unigen.serving.server import Settings, create_app, uvicorn_config
+from unigen.serving.middleware import GuardMiddleware, Limits, error_body
+from unigen.serving.protocol import MAX_STOP_LENGTH, parse_form_fields
+from unigen.serving.server import ServerConfig, create_app, uvicorn_config
 
 
-def app(**settings: Any) -> tuple[Painter, Any]:
-    painter = Painter()
-    return painter, create_app(painter, Settings(model="m", **settings))
+def app(**settings: Any) -> tuple[FakeImageEngine, Any]:
+    painter = FakeImageEngine()
+    return painter, create_app(painter, ServerConfig(model="m", **settings))
 
 
 def send(app: Any, method: str, path: str, **options: Any) -> httpx.Response:
@@ -144,7 +144,7 @@ def test_a_body_that_trickles_is_given_up(monkeypatch: pytest.MonkeyPatch) -> No
 
         async def ask() -> None:
             scope = {"type": "http", "path": "/v1/models", "method": "POST", "client": ("1.2.3.4", 1), "headers": []}
-            await asyncio.wait_for(Guard(read, limits, Counted())(scope, receive, None), 30)
+            await asyncio.wait_for(GuardMiddleware(read, limits, Counted())(scope, receive, None), 30)
 
         asyncio.run(ask())
         return list(caught)
@@ -193,9 +193,9 @@ def test_what_is_far_too_much_is_not_even_read(data: bytes, monkeypatch: pytest.
 
     monkeypatch.setattr(body.json, "loads", fail)
     with pytest.raises(HTTPException, match="too many"):
-        body.parse(data)
+        body.parse_json(data)
     with pytest.raises(AssertionError, match="it was read"):
-        body.parse(data[: len(data) // 2])
+        body.parse_json(data[: len(data) // 2])
 
 
 def test_bodies_are_read_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +207,7 @@ def test_bodies_are_read_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch) 
         threads.append(threading.current_thread())
         return json.loads(data)
 
-    monkeypatch.setattr(body, "parse", parse)
+    monkeypatch.setattr(body, "parse_json", parse)
     _, served = app()
     assert send(served, "POST", "/v1/images/generations", json={"prompt": "a"}).status_code == 200
     assert threads and threads[0] is not threading.main_thread()
@@ -225,7 +225,7 @@ def test_a_text_that_looks_like_a_picture_is_counted(start: str) -> None:
 
 def test_pictures_are_no_characters() -> None:
     """Up to a million of them may stand beside pictures, wherever these are."""
-    from unigen.serving.body import parse
+    from unigen.serving.body import parse_json
 
     picture = "Data:image/png;base64," + "A" * 2_000_000
     for inner in (
@@ -234,12 +234,12 @@ def test_pictures_are_no_characters() -> None:
         {"image_url": {"url": picture}},
         {"result": "A" * 2_000_000},
     ):
-        assert parse(json.dumps({"input": [inner, "a" * 900_000]}).encode())
+        assert parse_json(json.dumps({"input": [inner, "a" * 900_000]}).encode())
         with pytest.raises(HTTPException, match="characters"):
-            parse(json.dumps({"input": [inner, "a" * 1_000_001]}).encode())
+            parse_json(json.dumps({"input": [inner, "a" * 1_000_001]}).encode())
     for wrong in ({"url": "http://" + "a" * 2_000_000}, {"text": picture}, {"result": ["A" * 2_000_000]}):
         with pytest.raises(HTTPException, match="characters"):
-            parse(json.dumps(wrong).encode())
+            parse_json(json.dumps(wrong).encode())
 
 
 @pytest.mark.parametrize("name", ["banana", "messages.0.banana"])
@@ -259,7 +259,7 @@ def test_halves_of_characters_are_no_fault(name: str) -> None:
     content = json.dumps(wrong).encode()
     answer = send(served, "POST", "/v1/chat/completions", content=content, headers={"content-type": "application/json"})
     assert answer.status_code == 400 and "type" in answer.json()["error"]["message"]
-    assert json.dumps(error("no \ud800", param="\udfff"), ensure_ascii=False).encode()
+    assert json.dumps(error_body("no \ud800", param="\udfff"), ensure_ascii=False).encode()
 
 
 @pytest.mark.parametrize("where", ["metadata", "name", "tool_choice", "user", "instructions", "label"])
@@ -327,8 +327,8 @@ def test_stops_have_a_length() -> None:
         body = {"model": "m", "messages": [{"role": "user", "content": "a"}], "modalities": ["text"], "stop": stop}
         return send(served, "POST", "/v1/chat/completions", json=body).status_code
 
-    assert ask("a" * LONGEST_STOP) == 200 and ask(["a"] * 4) == 200
-    assert ask("a" * (LONGEST_STOP + 1)) == 400 and ask(["a"] * 5) == 400 and ask([""]) == 400
+    assert ask("a" * MAX_STOP_LENGTH) == 200 and ask(["a"] * 4) == 200
+    assert ask("a" * (MAX_STOP_LENGTH + 1)) == 400 and ask(["a"] * 5) == 400 and ask([""]) == 400
 
 
 @pytest.mark.parametrize(
@@ -338,16 +338,16 @@ def test_a_form_has_numbers_as_json_has_them(text: str) -> None:
     _, served = app()
     from PIL import Image
 
-    from unigen.serving.pictures import encoded
+    from unigen.serving.pictures import encode_image
 
-    files = {"image": ("a.png", encoded(Image.new("RGB", (4, 4))))}
+    files = {"image": ("a.png", encode_image(Image.new("RGB", (4, 4))))}
     answer = send(served, "POST", "/v1/images/edits", files=files, data={"prompt": "b", "n": text})
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "n", answer.text
 
 
 def test_a_form_has_numbers() -> None:
     given = {"n": "2", "guidance": "2.5", "temperature": "1e-1", "seed": "-1", "prompt": "1"}
-    assert of_form(given) == {"n": 2, "guidance": 2.5, "temperature": 0.1, "seed": -1, "prompt": "1"}
+    assert parse_form_fields(given) == {"n": 2, "guidance": 2.5, "temperature": 0.1, "seed": -1, "prompt": "1"}
 
 
 # ---------------------------------------------------------------- routes
@@ -400,7 +400,7 @@ def test_what_is_imported_is_not_looked_through_at_each_request(monkeypatch: pyt
         frozen.append("serve")
 
     monkeypatch.setattr(uvicorn.Server, "serve", serve)
-    server.run({}, Settings(model="m"), "127.0.0.1", 0, 1, 1)
+    server.run({}, ServerConfig(model="m"), "127.0.0.1", 0, 1, 1)
     assert frozen == ["freeze", "serve"]
 
 
@@ -511,7 +511,7 @@ def test_an_empty_key_of_the_environment_lets_nobody_in(
 
 
 def test_a_proxy_is_an_address_or_a_network() -> None:
-    Settings(model="m", proxies=("10.0.0.0/8", "::1"))
+    ServerConfig(model="m", proxies=("10.0.0.0/8", "::1"))
 
 
 # ---------------------------------------------------------------- connections
@@ -532,7 +532,7 @@ def test_who_asks_is_what_a_trusted_proxy_says_alone(proxies: tuple[str, ...], w
         await send({"type": "http.response.body", "body": b""})
 
     async def ask() -> None:
-        server = uvicorn.Server(uvicorn_config(app, Settings(model="m", proxies=proxies), "127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn_config(app, ServerConfig(model="m", proxies=proxies), "127.0.0.1", 0))
         server.config.lifespan = "off"
         task = asyncio.create_task(server.serve())
         while not server.started:
@@ -568,7 +568,7 @@ async def serving(monkeypatch: pytest.MonkeyPatch, answer: bytes) -> Any:
 @pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\n", b"GET / HTTP/1.1\r\nhost: a\r\n\r\nGET / HT"])
 def test_a_head_that_does_not_come_closes_the_connection(monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
     """Whether nothing comes, or a little now and then."""
-    monkeypatch.setattr(connection, "HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(connection, "HEADER_TIMEOUT", 0.3)
 
     async def attack() -> None:
         server, task, address = await serving(monkeypatch, b"x")
@@ -618,7 +618,8 @@ def test_bodies_in_tiny_pieces_close_the_connection(monkeypatch: pytest.MonkeyPa
         return got
 
     few, many, large = (
-        asyncio.run(ask(*given)) for given in ((connection.FREE_PIECES, 1), (5000, 1), (5000, connection.LEAST_PIECE))
+        asyncio.run(ask(*given))
+        for given in ((connection.MAX_SMALL_CHUNKS, 1), (5000, 1), (5000, connection.MIN_CHUNK_BYTES))
     )
     assert b" 200 " in few and b" 200 " in large and not many
 
@@ -626,7 +627,7 @@ def test_bodies_in_tiny_pieces_close_the_connection(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("trusted", [False, True])
 def test_one_address_has_so_many_connections(monkeypatch: pytest.MonkeyPatch, trusted: bool) -> None:
     """Others are let in meanwhile, and so is who has closed some; a proxy that is trusted has any number."""
-    monkeypatch.setattr(connection, "MOST_CONNECTIONS", 3)
+    monkeypatch.setattr(connection, "MAX_CONNECTIONS_PER_CLIENT", 3)
 
     async def attack() -> None:
         server, task, address = await serving(monkeypatch, b"answered")
@@ -656,7 +657,7 @@ def test_one_address_has_so_many_connections(monkeypatch: pytest.MonkeyPatch, tr
 
 def test_a_server_that_was_stopped_itself_waits_for_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     """As with its machine: the clock went on, and the client had no time either."""
-    monkeypatch.setattr(connection, "HEAD_SECONDS", 2.0)
+    monkeypatch.setattr(connection, "HEADER_TIMEOUT", 2.0)
 
     async def ask() -> bytes:
         server, task, address = await serving(monkeypatch, b"answered")
@@ -677,7 +678,7 @@ def test_a_server_that_was_stopped_itself_waits_for_heads(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("reads", [False, True])
 def test_an_answer_that_nobody_reads_closes_the_connection(monkeypatch: pytest.MonkeyPatch, reads: bool) -> None:
-    monkeypatch.setattr(connection, "READ_SECONDS", 0.5)
+    monkeypatch.setattr(connection, "CLIENT_READ_TIMEOUT", 0.5)
     size = 30 << 20
 
     async def attack() -> int:

@@ -9,22 +9,22 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.serving.test_fuzz import Painter
+from tests.serving.test_fuzz import FakeImageEngine
 from unigen.document import Document
 from unigen.inference.engine import Engine
-from unigen.serving.jobs import Event, Failed, Job
-from unigen.serving.server import Settings, create_app
-from unigen.serving.worker import Together
+from unigen.serving.jobs import Error, Event, Job
+from unigen.serving.server import ServerConfig, create_app
+from unigen.serving.worker import BatchedWorker
 
 
 @pytest.mark.parametrize(("again", "status"), [(True, 503), (False, 500)])
 def test_the_status_says_whether_to_ask_again(again: bool, status: int) -> None:
-    class Failing(Painter):
+    class Failing(FakeImageEngine):
         async def answer(self, job: Job) -> AsyncGenerator[Event, None]:
-            yield Failed("scores of this model are not finite", again)
+            yield Error("scores of this model are not finite", again)
 
     async def ask() -> httpx.Response:
-        transport = httpx.ASGITransport(create_app(Failing(), Settings(model="m")))
+        transport = httpx.ASGITransport(create_app(Failing(), ServerConfig(model="m")))
         async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
             return await client.post("/v1/images/generations", json={"model": "m", "prompt": "a"})
 
@@ -37,8 +37,8 @@ def test_the_status_says_whether_to_ask_again(again: bool, status: int) -> None:
 def test_numbers_that_are_not_finite_are_not_asked_for_again(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     step = engine.model.step
     monkeypatch.setattr(engine.model, "step", lambda *inputs: step(*inputs) * float("nan"))
-    worker, events = Together(engine, 4), list[Any]()
+    worker, events = BatchedWorker(engine, 4), list[Any]()
     worker.ask(0, Job(Document.of("a dog"), "image"))
     while worker.busy:
         events += [event for _, event in worker.step()]
-    assert isinstance(events[-1], Failed) and not events[-1].again and "not finite" in events[-1].message
+    assert isinstance(events[-1], Error) and not events[-1].again and "not finite" in events[-1].message

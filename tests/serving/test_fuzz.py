@@ -14,15 +14,15 @@ from PIL import Image
 
 from unigen.document import Preview
 from unigen.media.output import data_uri
-from unigen.serving.jobs import Begun, Ended, Event, Job, Load, Part
-from unigen.serving.server import Settings, create_app
+from unigen.serving.jobs import Event, Finished, Job, Part, Started, Stats
+from unigen.serving.server import ServerConfig, create_app
 
 
-class Painter:
+class FakeImageEngine:
     """Stands where the model's process would: answers at once, and keeps the jobs."""
 
     info = {"outputs": ["image", "text", "interleaved"]}
-    load, starts, refused, down, alive, most = Load(0, 0, 0, 0, 0, 0.0), 1, None, None, True, 24
+    load, starts, refused, down, alive, most = Stats(0, 0, 0, 0, 0, 0.0), 1, None, None, True, 24
 
     def __init__(self) -> None:
         self.ready = asyncio.Event()
@@ -31,18 +31,18 @@ class Painter:
 
     async def answer(self, job: Job) -> AsyncGenerator[Event, None]:
         self.jobs.append(job)
-        yield Begun({"seed": job.options.get("seed")})
+        yield Started({"seed": job.options.get("seed")})
         if job.output != "image":
             yield Part("said")
         if job.output != "text":
             for number in range(job.previews):
                 yield Preview(Image.new("RGB", (4, 4)), 0, number)
             yield Part(Image.new("RGB", (4, 4)))
-        yield Ended("stop", 1, 1, 1)
+        yield Finished("stop", 1, 1, 1)
 
 
-PAINTER = Painter()
-APP = create_app(PAINTER, Settings(model="m"))
+PAINTER = FakeImageEngine()
+APP = create_app(PAINTER, ServerConfig(model="m"))
 
 
 def post(path: str, **options: Any) -> Any:
@@ -130,9 +130,9 @@ def test_what_is_good_is_answered() -> None:
 
 def test_a_form_becomes_a_job() -> None:
     picture = Image.new("RGB", (4, 4), "red")
-    from unigen.serving.pictures import encoded
+    from unigen.serving.pictures import encode_image
 
-    files = {"image": ("a.png", encoded(picture))}
+    files = {"image": ("a.png", encode_image(picture))}
     assert post("/v1/images/edits", files=files, data={"prompt": "b", "seed": "3", "guidance": "2"}).status_code == 200
     job = PAINTER.jobs[-1]
     assert job.options == {"seed": 3, "guidance": 2} and job.output == "image" and job.around is None

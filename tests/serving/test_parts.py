@@ -16,14 +16,14 @@ import pytest
 from PIL import Image
 
 from unigen.serving import pictures
-from unigen.serving.middleware import Guard, Limits
-from unigen.serving.worker import Words
+from unigen.serving.middleware import GuardMiddleware, Limits
+from unigen.serving.worker import StopStringFilter
 
 CLIENT = httpx.AsyncClient
 
 
-def fed(pieces: list[str], *stops: str) -> tuple[list[str], bool]:
-    words = Words(stops)
+def filter_pieces(pieces: list[str], *stops: str) -> tuple[list[str], bool]:
+    words = StopStringFilter(stops)
     said = [part for piece in pieces if (part := words.feed(piece))]
     if not words.stopped:
         said += [words.end()] if words.held else []
@@ -31,21 +31,21 @@ def fed(pieces: list[str], *stops: str) -> tuple[list[str], bool]:
 
 
 def test_words_are_shown_as_soon_as_they_are_sure() -> None:
-    assert fed([" a", " b", " "]) == (["a", " b"], False)
-    assert fed(["  ", " a ", "b", "\n"]) == (["a", " b"], False)
-    assert fed(["a b", " ST", "AY", " c"], " STOP") == (["a b", " STAY", " c"], False)
-    assert fed(["a b", " ST", "OP c"], " STOP") == (["a b"], True)
-    assert fed(["a ST"], "STOP") == (["a", " ST"], False)
-    assert fed(["x one two"], "two", "one") == (["x"], True)
+    assert filter_pieces([" a", " b", " "]) == (["a", " b"], False)
+    assert filter_pieces(["  ", " a ", "b", "\n"]) == (["a", " b"], False)
+    assert filter_pieces(["a b", " ST", "AY", " c"], " STOP") == (["a b", " STAY", " c"], False)
+    assert filter_pieces(["a b", " ST", "OP c"], " STOP") == (["a b"], True)
+    assert filter_pieces(["a ST"], "STOP") == (["a", " ST"], False)
+    assert filter_pieces(["x one two"], "two", "one") == (["x"], True)
 
 
 def test_words_are_the_same_however_they_come() -> None:
     text = "  the red house, the red horse; the red h"
     for stop in ("the red horse", "house,", "no", "h"):
-        whole = "".join(fed([text], stop)[0])
+        whole = "".join(filter_pieces([text], stop)[0])
         assert whole == text.split(stop)[0].strip()
         for size in (1, 2, 3, 7):
-            assert "".join(fed([text[i : i + size] for i in range(0, len(text), size)], stop)[0]) == whole
+            assert "".join(filter_pieces([text[i : i + size] for i in range(0, len(text), size)], stop)[0]) == whole
 
 
 @pytest.mark.parametrize("stop", ["aab", "abab", "aaaa", "ab"])
@@ -53,7 +53,7 @@ def test_a_stop_is_found_where_it_first_ends(stop: str) -> None:
     """In all short texts of two letters, however they come; what stands before it is shown."""
     for text in map("".join, itertools.product("ab", repeat=7)):
         for size in (1, 3, 7):
-            said, stopped = fed([text[i : i + size] for i in range(0, 7, size)], stop)
+            said, stopped = filter_pieces([text[i : i + size] for i in range(0, 7, size)], stop)
             assert ("".join(said), stopped) == (text.split(stop)[0], stop in text), (text, size)
 
 
@@ -67,7 +67,7 @@ def test_long_stops_cost_what_short_ones_cost() -> None:
             steps += 1
             return str(self)[place]
 
-    words = Words(tuple(Counting("a" * 2000 + end) for end in "bcde"))
+    words = StopStringFilter(tuple(Counting("a" * 2000 + end) for end in "bcde"))
     steps = 0
     text = "".join(words.feed("a" * 5) for _ in range(2000))
     assert steps <= 4 * 3 * 10_000 and not words.stopped and len(text) == 8000
@@ -80,16 +80,16 @@ def test_pictures_of_strangers() -> None:
         return buffer.getvalue()
 
     for format in ("PNG", "JPEG", "WEBP", "GIF"):
-        assert pictures.decoded(file(format)).size == (8, 8)
+        assert pictures.decode_image(file(format)).size == (8, 8)
     for bad in (b"", b"x" * 100, file("BMP"), file("TIFF"), file("PNG")[:40]):
         with pytest.raises(ValueError) as error:
-            pictures.decoded(bad)
+            pictures.decode_image(bad)
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="too large|too many"):
-        pictures.decoded(file("PNG", "1", (8000, 8000)))
+        pictures.decode_image(file("PNG", "1", (8000, 8000)))
     good = "data:image/png;base64," + base64.b64encode(file("PNG")).decode()
-    assert pictures.of_data(good).size == (8, 8)
-    assert pictures.decoded(pictures.encoded(Image.new("RGB", (4, 4)), "webp")).size == (4, 4)
+    assert pictures.image_from_data_uri(good).size == (8, 8)
+    assert pictures.decode_image(pictures.encode_image(Image.new("RGB", (4, 4)), "webp")).size == (4, 4)
 
 
 def test_data_uris_as_clients_write_them() -> None:
@@ -114,7 +114,7 @@ def test_data_uris_as_clients_write_them() -> None:
         plain + text.rstrip("="),
         plain + base64.urlsafe_b64encode(data).decode(),
     ):
-        assert pictures.data_of(good) == data, good[:60]
+        assert pictures.bytes_from_data_uri(good) == data, good[:60]
     for bad in (
         "",
         text,
@@ -133,7 +133,7 @@ def test_data_uris_as_clients_write_them() -> None:
         "javascript:alert(1)",
     ):
         with pytest.raises(ValueError, match="data:image/png|damaged") as error:
-            pictures.data_of(bad)
+            pictures.bytes_from_data_uri(bad)
         assert not isinstance(error.value, UnicodeError), bad[:60]
 
 
@@ -142,7 +142,7 @@ def test_a_mask_marks_by_transparency_or_by_white() -> None:
         picture, buffer = Image.new(mode, (4, 4), ground), io.BytesIO()
         picture.paste(mark, (0, 0, 2, 4))
         picture.save(buffer, "PNG")
-        return pictures.decoded_mask(buffer.getvalue())
+        return pictures.decode_mask(buffer.getvalue())
 
     for mask in (marks("RGBA", (0, 0, 0, 255), (0, 0, 0, 0)), marks("L", 0, 255)):
         assert [mask.getpixel((x, 0)) for x in (0, 3)] == [255, 0]
@@ -185,7 +185,7 @@ def test_a_mask_marks_by_transparency_or_by_white() -> None:
 )
 def test_private_addresses_are_not_asked(url: str) -> None:
     with pytest.raises(ValueError) as error:
-        asyncio.run(pictures.fetched(url, 1000))
+        asyncio.run(pictures.fetch_image(url, 1000))
     assert str(error.value).startswith("the picture's address") or "http or https" in str(error.value)
 
 
@@ -196,13 +196,13 @@ def test_addresses_that_hold_private_ones_are_private() -> None:
         " fc00::1 fe80::1 fec0::1 ff0e::1 100::1 2001:db8::1 2001:0:808:808::1 2002:7f00:1:: 2002:808:808::"
         " 2a00:1450::5efe:10.0.0.1 2a00:1450::200:5efe:10.0.0.1 5f00::1 ::"
     ).split():
-        assert not pictures._open(ipaddress.ip_address(address)), address
+        assert not pictures._is_public_address(ipaddress.ip_address(address)), address
 
 
 def test_public_addresses_are_asked() -> None:
     """The control: of both versions, and as one in the other."""
     for address in ("8.8.8.8", "93.184.215.14", "2a00:1450:4001:82a::200e", "2606:4700::1111", "::ffff:8.8.8.8"):
-        assert pictures._open(ipaddress.ip_address(address)), address
+        assert pictures._is_public_address(ipaddress.ip_address(address)), address
 
 
 def answers(monkeypatch: pytest.MonkeyPatch, *pages: Any) -> list[tuple[str, str]]:
@@ -220,7 +220,7 @@ def answers(monkeypatch: pytest.MonkeyPatch, *pages: Any) -> list[tuple[str, str
         page = left.pop(0)
         return await page() if callable(page) else page
 
-    monkeypatch.setattr(pictures, "_public", public)
+    monkeypatch.setattr(pictures, "_resolve_public_address", public)
     monkeypatch.setattr(
         httpx, "AsyncClient", lambda **options: CLIENT(transport=httpx.MockTransport(handle), **options)
     )
@@ -235,11 +235,11 @@ def test_a_redirect_is_checked_as_the_first_address_is(monkeypatch: pytest.Monke
 
     image = httpx.Response(200, headers={"content-type": "image/png"}, content=file())
     seen = answers(monkeypatch, httpx.Response(302, headers={"location": "http://other.example/b"}), image)
-    assert asyncio.run(pictures.fetched("http://a.example/", 10)) == b"x"
+    assert asyncio.run(pictures.fetch_image("http://a.example/", 10)) == b"x"
     assert seen == [("8.8.8.8", "a.example"), ("8.8.8.8", "other.example")]
     answers(monkeypatch, httpx.Response(302, headers={"location": "http://inner.example/b"}), image)
     with pytest.raises(ValueError, match="private"):
-        asyncio.run(pictures.fetched("http://a.example/", 10))
+        asyncio.run(pictures.fetch_image("http://a.example/", 10))
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_addresses_of_any_letters_are_asked(monkeypatch: pytest.MonkeyPatch, url
 
     image = httpx.Response(200, headers={"content-type": "image/png"}, content=file())
     seen = answers(monkeypatch, image)
-    assert asyncio.run(pictures.fetched(url, 10)) == b"x" and seen == [("8.8.8.8", host)]
+    assert asyncio.run(pictures.fetch_image(url, 10)) == b"x" and seen == [("8.8.8.8", host)]
 
 
 @pytest.mark.parametrize(
@@ -272,7 +272,7 @@ def test_addresses_of_any_letters_are_asked(monkeypatch: pytest.MonkeyPatch, url
 def test_addresses_that_are_none_are_one_line(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     seen = answers(monkeypatch)
     with pytest.raises(ValueError, match="the picture's address cannot be read") as error:
-        asyncio.run(pictures.fetched(url, 10))
+        asyncio.run(pictures.fetch_image(url, 10))
     assert "\n" not in str(error.value) and not isinstance(error.value, UnicodeError) and not seen
 
 
@@ -288,15 +288,15 @@ def test_a_picture_in_many_pieces_is_whole(monkeypatch: pytest.MonkeyPatch) -> N
         return httpx.Response(200, headers={"content-type": "image/png"}, content=pieces())
 
     answers(monkeypatch, page(), page())
-    found = asyncio.run(pictures.fetched("http://a.example/", len(whole)))
+    found = asyncio.run(pictures.fetch_image("http://a.example/", len(whole)))
     assert found == whole and type(found) is bytes
     with pytest.raises(ValueError, match="larger than 1023 bytes"):
-        asyncio.run(pictures.fetched("http://a.example/", len(whole) - 1))
+        asyncio.run(pictures.fetch_image("http://a.example/", len(whole) - 1))
 
 
 def test_a_picture_that_trickles_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each piece in time, and all of them not."""
-    monkeypatch.setattr(pictures, "FETCH_SECONDS", 0.3)
+    monkeypatch.setattr(pictures, "FETCH_TIMEOUT", 0.3)
 
     async def trickle() -> Any:
         for _ in range(1000):
@@ -306,7 +306,7 @@ def test_a_picture_that_trickles_is_given_up(monkeypatch: pytest.MonkeyPatch) ->
     page = httpx.Response(200, headers={"content-type": "image/png"}, content=trickle())
     answers(monkeypatch, page)
     with pytest.raises(ValueError, match="takes longer"):
-        asyncio.run(pictures.fetched("http://a.example/", 10_000))
+        asyncio.run(pictures.fetch_image("http://a.example/", 10_000))
 
 
 class Counted:
@@ -324,7 +324,7 @@ class Counted:
 
 
 def asked(
-    guard: Guard,
+    guard: GuardMiddleware,
     path: str = "/v1/models",
     body: tuple[bytes, ...] = (b"",),
     client: str = "1.2.3.4",
@@ -346,7 +346,7 @@ def asked(
     return sent[0]["status"], {name.decode(): value.decode() for name, value in sent[0]["headers"]}
 
 
-def door(limits: Limits) -> Guard:
+def door(limits: Limits) -> GuardMiddleware:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         from starlette.exceptions import HTTPException
 
@@ -360,7 +360,7 @@ def door(limits: Limits) -> Guard:
             status = error.status_code
         await send({"type": "http.response.start", "status": status, "headers": []})
 
-    return Guard(app, limits, Counted())
+    return GuardMiddleware(app, limits, Counted())
 
 
 def test_the_door_asks_for_a_key() -> None:

@@ -19,15 +19,15 @@ from PIL import Image
 from unigen.document import Document
 from unigen.media.output import data_uri
 from unigen.serving import server
-from unigen.serving.decoder import Decoder
-from unigen.serving.jobs import Begun, Ended, Failed, Heartbeat, Job, Load, Ready, Refused
+from unigen.serving.decoder import ImageDecoder
+from unigen.serving.jobs import Error, Finished, Heartbeat, Job, Ready, Rejected, Started, Stats
 from unigen.serving.metrics import Metrics
-from unigen.serving.process import Down, EngineProcess
+from unigen.serving.process import EngineProcess, ModelUnavailable
 
 JOB = Job(Document.of("a"), "text")
 
 
-def lives(jobs: Any, events: Any, source: dict[str, Any], slots: int) -> None:
+def is_running(jobs: Any, events: Any, source: dict[str, Any], slots: int) -> None:
     """The lives of a process, one letter each: r(efused), d(ies), s(ilent), l(ong step), g(ood, as is the last)."""
     os.setsid()
     count = Path(source["count"])
@@ -35,26 +35,26 @@ def lives(jobs: Any, events: Any, source: dict[str, Any], slots: int) -> None:
     count.write_text("x" * (life + 1))
     what = source["lives"][life] if life < len(source["lives"]) else "g"
     if what == "r":
-        events.send((None, Refused("no memory")))
+        events.send((None, Rejected("no memory")))
         return
     if what == "d":
         os._exit(1)
     events.send((None, Ready({})))
-    events.send((None, Load(3, 2, 1, 5, 7, 0.5)))
+    events.send((None, Stats(3, 2, 1, 5, 7, 0.5)))
     began = time.monotonic()
     while what != "s":
         events.send((None, Heartbeat(time.monotonic() - began if what == "l" else 0.0)))
         while jobs.poll(0.05):
             number, job = jobs.recv()
             if job is not None and what == "g":
-                for event in (Begun({}), Ended("stop")):
+                for event in (Started({}), Finished("stop")):
                     events.send((number, event))
     time.sleep(600)
 
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unigen.serving.process.TICK", 0.05)
+    monkeypatch.setattr("unigen.serving.process.HEARTBEAT_INTERVAL", 0.05)
     monkeypatch.setattr("unigen.serving.process.START_METHOD", "forkserver")  # which has imported all that it needs
     multiprocessing.set_forkserver_preload(["unigen.serving.metrics", "unigen.serving.process"])
 
@@ -64,7 +64,7 @@ def with_engine(tmp_path: Path, kinds: str, test: Callable[[EngineProcess], Any]
 
     async def run() -> None:
         source = {"count": str(tmp_path / "count"), "lives": kinds}
-        async with EngineProcess(source, target=lives, **options) as engine:
+        async with EngineProcess(source, target=is_running, **options) as engine:
             engine._pause = 0.01
             await asyncio.wait_for(test(engine), 120)
 
@@ -84,15 +84,15 @@ def test_a_restart_that_fails_is_tried_again(tmp_path: Path) -> None:
         await until(lambda: engine.load.running == 3)
         os.kill(engine._process.pid, signal.SIGKILL)
         await until(lambda: not engine.ready.is_set())
-        assert engine.load == Load(0, 0, 0, 0, 0, 0.0)
+        assert engine.load == Stats(0, 0, 0, 0, 0, 0.0)
         assert b"unigen_jobs_running 0.0" in Metrics(engine).text()
         await until(lambda: engine.fault is not None)
         assert "no memory" in str(engine.down) and engine.refused is None
-        with pytest.raises(Down, match="no memory"):
+        with pytest.raises(ModelUnavailable, match="no memory"):
             await anext(engine.answer(JOB))
         await engine.ready.wait()
         assert engine.starts == 4 and engine.down is None and engine.alive
-        assert [type(event) async for event in engine.answer(JOB)] == [Begun, Ended]
+        assert [type(event) async for event in engine.answer(JOB)] == [Started, Finished]
 
     with_engine(tmp_path, "grd", test)
 
@@ -150,10 +150,10 @@ def test_a_process_that_hangs_is_started_again(tmp_path: Path, kind: str, option
         await engine.ready.wait()
         engine._beats = True  # as of a process that has sent one
         (event,) = [event async for event in engine.answer(JOB)]
-        assert isinstance(event, Failed)
+        assert isinstance(event, Error)
         await engine.ready.wait()
         assert engine.starts == 2
-        assert [type(event) async for event in engine.answer(JOB)] == [Begun, Ended]
+        assert [type(event) async for event in engine.answer(JOB)] == [Started, Finished]
 
     with_engine(tmp_path, kind, test, **options)
 
@@ -182,8 +182,8 @@ def test_a_long_step_with_heartbeats_is_left_alone(tmp_path: Path) -> None:
 
 def test_pictures_of_a_job_that_has_ended_are_let_go_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While nothing else is asked: else the server would hold as many as it may, and refuse the next ones."""
-    decoder = Decoder()
-    monkeypatch.setattr(server, "Decoder", lambda: decoder)
+    decoder = ImageDecoder()
+    monkeypatch.setattr(server, "ImageDecoder", lambda: decoder)
     parts: list[Any] = [{"type": "image_url", "image_url": {"url": data_uri(Image.new("RGB", (40, 40)))}}]
     parts += [{"type": "text", "text": "what is it?"}]
     body = {"model": "m", "messages": [{"role": "user", "content": parts}], "modalities": ["text"]}
@@ -191,7 +191,7 @@ def test_pictures_of_a_job_that_has_ended_are_let_go_of(tmp_path: Path, monkeypa
     async def test(engine: EngineProcess) -> None:
         await engine.ready.wait()
         engine.info = {"outputs": ["text"]}
-        transport = httpx.ASGITransport(server.create_app(engine, server.Settings(model="m")))
+        transport = httpx.ASGITransport(server.create_app(engine, server.ServerConfig(model="m")))
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             answer = await client.post("/v1/chat/completions", json=body)
         assert answer.status_code == 200, answer.text

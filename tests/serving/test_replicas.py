@@ -20,10 +20,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not shutil.which("nginx"), re
 
 
 @pytest.fixture
-def router(serve: Any, tiny_folder: Path, root: Path, tmp_path: Path) -> Iterator[Any]:
+def router(start_server: Any, tiny_folder: Path, root: Path, tmp_path: Path) -> Iterator[Any]:
     """The replicas, and the router's address."""
     shared = ["--images-folder", str(tmp_path / "pictures"), "--trusted-proxy", "127.0.0.1"]
-    replicas = [serve("--model", str(tiny_folder), "--name", "small", *shared) for _ in range(2)]
+    replicas = [start_server("--model", str(tiny_folder), "--name", "small", *shared) for _ in range(2)]
     for replica in replicas:
         replica.wait()
     with socket.socket() as free:

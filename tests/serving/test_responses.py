@@ -13,21 +13,21 @@ import openai
 import pytest
 from PIL import Image
 
-from tests.serving.test_fuzz import Painter
+from tests.serving.test_fuzz import FakeImageEngine
 from unigen.media.output import data_uri
-from unigen.serving.jobs import Begun, Ended, Event, Failed, Job, Part
-from unigen.serving.server import Settings, create_app
+from unigen.serving.jobs import Error, Event, Finished, Job, Part, Started
+from unigen.serving.server import ServerConfig, create_app
 
 DRAWS: Any = [{"type": "image_generation"}]
 PICTURE = Image.new("RGB", (4, 4), "red")
 
 
-def with_client(test: Callable[[Any], Awaitable[Any]], painter: Painter | None = None) -> tuple[Any, list[Job]]:
+def with_client(test: Callable[[Any], Awaitable[Any]], painter: FakeImageEngine | None = None) -> tuple[Any, list[Job]]:
     """What the test gives, and the jobs that the model had."""
-    painter = painter or Painter()
+    painter = painter or FakeImageEngine()
 
     async def run() -> Any:
-        transport = httpx.ASGITransport(create_app(painter, Settings(model="m")))
+        transport = httpx.ASGITransport(create_app(painter, ServerConfig(model="m")))
         web = httpx.AsyncClient(transport=transport)
         async with openai.AsyncOpenAI(base_url="http://localhost/v1", api_key="none", http_client=web) as client:
             return await test(client)
@@ -35,7 +35,7 @@ def with_client(test: Callable[[Any], Awaitable[Any]], painter: Painter | None =
     return asyncio.run(run()), painter.jobs
 
 
-def create(painter: Painter | None = None, **asked: Any) -> tuple[Any, Job]:
+def create(painter: FakeImageEngine | None = None, **asked: Any) -> tuple[Any, Job]:
     """The response, and the job."""
     answer, (job,) = with_client(
         lambda client: client.responses.create(**{"model": "m", "input": "a"} | asked), painter
@@ -43,7 +43,7 @@ def create(painter: Painter | None = None, **asked: Any) -> tuple[Any, Job]:
     return answer, job
 
 
-def streamed(painter: Painter | None = None, **asked: Any) -> list[Any]:
+def streamed(painter: FakeImageEngine | None = None, **asked: Any) -> list[Any]:
     async def ask(client: Any) -> Any:
         return [event async for event in await client.responses.create(model="m", input="a", stream=True, **asked)]
 
@@ -54,22 +54,22 @@ def opened(data: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(data)))
 
 
-class Cut(Painter):
+class Cut(FakeImageEngine):
     async def answer(self, job: Job) -> AsyncGenerator[Event, None]:
         self.jobs.append(job)
-        yield Begun({})
+        yield Started({})
         for piece in ("on", "e"):
             yield Part(piece)
         yield Part(PICTURE)
         yield Part("two")
-        yield Ended("length", 2, 3, 4, 1)
+        yield Finished("length", 2, 3, 4, 1)
 
 
-class Broken(Painter):
+class Broken(FakeImageEngine):
     async def answer(self, job: Job) -> AsyncGenerator[Event, None]:
-        yield Begun({})
+        yield Started({})
         yield Part("one")
-        yield Failed("it broke")
+        yield Error("it broke")
 
 
 def test_an_answer_in_text() -> None:
@@ -218,14 +218,14 @@ def test_a_conversation_is_given_back_as_it_came() -> None:
     ],
 )
 def test_what_cannot_be_is_named(asked: dict[str, Any], names: str) -> None:
-    painter = Painter()
+    painter = FakeImageEngine()
     with pytest.raises((openai.BadRequestError, openai.NotFoundError)) as error:
         create(painter, **asked)
     assert names in str(error.value.body) and "\n" not in error.value.message and not painter.jobs
 
 
 def test_a_model_that_draws_alone_asks_for_the_tool() -> None:
-    class Draws(Painter):
+    class Draws(FakeImageEngine):
         info = {"outputs": ["image"]}
 
     with pytest.raises(openai.BadRequestError, match="image_generation"):

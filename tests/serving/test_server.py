@@ -21,7 +21,7 @@ from PIL import Image
 import unigen
 from unigen.document import Segment
 from unigen.media.output import data_uri
-from unigen.serving.pictures import of_data
+from unigen.serving.pictures import image_from_data_uri
 
 MODEL = "unigen-tiny"
 APPLES = "two apples on a blue background"
@@ -37,7 +37,7 @@ def apples(engine: Any) -> Image.Image:
     return engine.generate(APPLES, seed=3)
 
 
-def said(text: str, *images: Image.Image) -> list[dict[str, Any]]:
+def chat_text(text: str, *images: Image.Image) -> list[dict[str, Any]]:
     parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": data_uri(image)}} for image in images]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
@@ -46,23 +46,23 @@ def pixels(image: Any) -> bytes:
     return image.tobytes()
 
 
-def opened(file: str) -> Image.Image:
+def open_image(file: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(file)))
 
 
-def near(event: Any, image: Image.Image) -> bool:
+def assert_close(event: Any, image: Image.Image) -> bool:
     """Is it the picture, but for what two flows side by side round differently?"""
-    return bool(np.abs(np.asarray(opened(event.b64_json), int) - np.asarray(image)).max() <= 1)
+    return bool(np.abs(np.asarray(open_image(event.b64_json), int) - np.asarray(image)).max() <= 1)
 
 
-def until(true: Callable[[], bool], seconds: float = 60) -> None:
+def wait_until(true: Callable[[], bool], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end
         time.sleep(0.05)
 
 
-def child_of(served: Any) -> str:
+def child_pid(served: Any) -> str:
     """The process that holds the model."""
     listed = subprocess.run(["ps", "-ww", "-o", "pid=,args=", "--ppid", str(served.process.pid)], capture_output=True)
     (child,) = [line.split()[0] for line in listed.stdout.decode().splitlines() if "spawn_main" in line]
@@ -77,7 +77,7 @@ def test_a_picture_is_the_engines_own_alone_and_under_load(tiny_server: Any, eng
         return client.images.generate(model=MODEL, prompt=APPLES, extra_body={"seed": seed})
 
     alone = draw(3)
-    assert pixels(opened(alone.data[0].b64_json)) == pixels(apples)
+    assert pixels(open_image(alone.data[0].b64_json)) == pixels(apples)
     assert alone.usage.output_tokens == 64 and alone.size == "64x64" and alone.model == MODEL
     used = {"seed": 3, "generator": "next-token", "guidance": 3.0, "temperature": 0.8, "top_k": 0, "top_p": 0.5}
     assert alone.data[0].settings == used
@@ -87,20 +87,22 @@ def test_a_picture_is_the_engines_own_alone_and_under_load(tiny_server: Any, eng
     with ThreadPoolExecutor(12) as pool:
         loaded = list(pool.map(draw, range(12)))
     for seed, answer in enumerate(loaded):
-        assert pixels(opened(answer.data[0].b64_json)) == pixels(engine.generate(APPLES, seed=seed)), seed
+        assert pixels(open_image(answer.data[0].b64_json)) == pixels(engine.generate(APPLES, seed=seed)), seed
 
 
 def test_a_conversation_in_text_and_pictures(tiny_server: Any, engine: Any, apples: Image.Image) -> None:
     client = tiny_server.client()
     chat = client.chat.completions.create
-    answer = chat(model=MODEL, messages=said("describe this picture", apples), modalities=["text"], seed=0)
+    answer = chat(model=MODEL, messages=chat_text("describe this picture", apples), modalities=["text"], seed=0)
     assert answer.choices[0].message.content == engine.describe(apples, candidates=1)
     assert answer.choices[0].finish_reason == "stop"
     assert answer.usage.prompt_tokens > 64 and answer.usage.completion_tokens_details.image_tokens == 0
-    drawn = chat(model=MODEL, messages=said(APPLES), modalities=["image"], seed=3)
+    drawn = chat(model=MODEL, messages=chat_text(APPLES), modalities=["image"], seed=3)
     message = drawn.choices[0].message
-    assert message.content == "" and pixels(of_data(message.images[0]["image_url"]["url"])) == pixels(apples)
-    turns = [*said(APPLES), message.model_dump(), *said("how many apples?")]
+    assert message.content == "" and pixels(image_from_data_uri(message.images[0]["image_url"]["url"])) == pixels(
+        apples
+    )
+    turns = [*chat_text(APPLES), message.model_dump(), *chat_text("how many apples?")]
     asked = unigen.Document(
         [
             unigen.Segment(text=APPLES),
@@ -115,7 +117,7 @@ def test_a_conversation_in_text_and_pictures(tiny_server: Any, engine: Any, appl
 def test_a_whole_story_is_text_and_images_whose_order_is_known(tiny_server: Any, engine: Any) -> None:
     """As parts, as a text with the places of its images, and given back: the same story."""
     prompt = "a story about a witch and her raven"
-    asked: dict[str, Any] = {"model": MODEL, "messages": said(prompt), "seed": 1, "max_images": 2}
+    asked: dict[str, Any] = {"model": MODEL, "messages": chat_text(prompt), "seed": 1, "max_images": 2}
     story = engine.generate(prompt, "interleaved", seed=1, max_images=2)
     texts = [part for part in story if isinstance(part, str)]
     drawn = [data_uri(part) for part in story if not isinstance(part, str)]
@@ -131,7 +133,9 @@ def test_a_whole_story_is_text_and_images_whose_order_is_known(tiny_server: Any,
     ]
     more = {"modalities": ["text"], "max_tokens": 8, "seed": 0}
     answers = [
-        tiny_server.get("/v1/chat/completions", asked | more | {"messages": [*said(prompt), given, *said("and then?")]})
+        tiny_server.get(
+            "/v1/chat/completions", asked | more | {"messages": [*chat_text(prompt), given, *chat_text("and then?")]}
+        )
         for given in (message, {"role": "assistant", "content": parts})
     ]
     assert answers[0][0] == 200 and answers[0][1]["choices"] == answers[1][1]["choices"]
@@ -141,7 +145,7 @@ def test_a_whole_story_is_text_and_images_whose_order_is_known(tiny_server: Any,
 @pytest.mark.parametrize("question", ["What's in this image?", "how many apples are there?", "Describe the image."])
 def test_a_question_about_a_picture_is_answered(tiny_server: Any, apples: Any, question: str) -> None:
     """Wherever the picture stands in its message, and though nobody says that the answer shall be text."""
-    (message,) = said(question, apples)
+    (message,) = chat_text(question, apples)
     answers = [
         tiny_server.get("/v1/chat/completions", {"model": MODEL, "messages": [message | {"content": content}], **more})
         for content in (message["content"], message["content"][::-1])
@@ -151,7 +155,7 @@ def test_a_question_about_a_picture_is_answered(tiny_server: Any, apples: Any, q
     assert len(texts) == 1 and texts != {""} and "images" not in answers[0][1]["choices"][0]["message"]
     if "how many" in question:
         assert texts == {"two"}
-    (edit,) = said("make the background red", apples)
+    (edit,) = chat_text("make the background red", apples)
     status, answer = tiny_server.get("/v1/chat/completions", {"model": MODEL, "messages": [edit], "max_images": 1})
     assert status == 200 and answer["choices"][0]["message"]["images"]
 
@@ -159,7 +163,7 @@ def test_a_question_about_a_picture_is_answered(tiny_server: Any, apples: Any, q
 def test_a_story_is_streamed_part_by_part(tiny_server: Any, engine: Any) -> None:
     prompt = "a story about a witch and her raven"
     stream = tiny_server.client().chat.completions.create(
-        model=MODEL, messages=said(prompt), seed=1, stream=True, stream_options={"include_usage": True}
+        model=MODEL, messages=chat_text(prompt), seed=1, stream=True, stream_options={"include_usage": True}
     )
     parts: list[Any] = []
     content = ""
@@ -178,7 +182,7 @@ def test_a_story_is_streamed_part_by_part(tiny_server: Any, engine: Any) -> None
         for image in getattr(delta, "images", None) or []:
             assert image["offset"] == len(content)
             assert image["index"] == sum(not isinstance(part, str) for part in parts)
-            parts.append(of_data(image["image_url"]["url"]))
+            parts.append(image_from_data_uri(image["image_url"]["url"]))
         reason = chunk.choices[0].finish_reason
     story = engine.generate(prompt, "interleaved", seed=1)
     assert [p if isinstance(p, str) else pixels(p) for p in parts] == [
@@ -199,17 +203,19 @@ def test_a_story_and_an_answer_as_responses(tiny_server: Any, engine: Any, apple
         streamed = stream.get_final_response()
     story = [part if isinstance(part, str) else pixels(part) for part in engine.generate(prompt, "interleaved", seed=1)]
     for answer in (whole, streamed):
-        parts = [one.content[0].text if one.type == "message" else pixels(opened(one.result)) for one in answer.output]
+        parts = [
+            one.content[0].text if one.type == "message" else pixels(open_image(one.result)) for one in answer.output
+        ]
         assert parts == story and answer.status == "completed" and answer.usage.total_tokens > 64
     seen = {"type": "input_image", "image_url": data_uri(apples), "detail": "auto"}
     question = [{"role": "user", "content": [{"type": "input_text", "text": "how many apples are there?"}, seen]}]
     assert client.responses.create(model=MODEL, input=question).output_text == "two"
 
 
-SHOWN = {"next-scale": 3, "flow": 3, "masked": 3, "next-token": 0}
+NUM_PREVIEWS = {"next-scale": 3, "flow": 3, "masked": 3, "next-token": 0}
 
 
-@pytest.mark.parametrize("generator", SHOWN)
+@pytest.mark.parametrize("generator", NUM_PREVIEWS)
 def test_pictures_are_seen_while_they_are_made(tiny_server: Any, engine: Any, generator: str) -> None:
     """The official client reads the stream; the last picture is the one that is made without."""
     told = {"seed": 3, "generator": generator}
@@ -222,11 +228,11 @@ def test_pictures_are_seen_while_they_are_made(tiny_server: Any, engine: Any, ge
     for i, (*seen, made) in enumerate(events):
         options: dict[str, Any] = {"seed": 3 + i, "generator": generator}
         *wanted, whole = engine.stream(APPLES, "image", previews=3, **options)
-        assert [event.partial_image_index for event in seen] == list(range(SHOWN[generator]))
+        assert [event.partial_image_index for event in seen] == list(range(NUM_PREVIEWS[generator]))
         assert {event.type for event in seen} <= {"image_generation.partial_image"}
         for event, preview in zip(seen, wanted, strict=True):
-            assert near(event, preview.image) and not near(event, whole)
-        assert made.type == "image_generation.completed" and near(made, whole)
+            assert assert_close(event, preview.image) and not assert_close(event, whole)
+        assert made.type == "image_generation.completed" and assert_close(made, whole)
         assert made.size == "64x64" and made.output_format == "png" and made.background == "opaque"
         assert made.settings["seed"] == 3 + i and made.settings["generator"] == generator
         assert made.usage.output_tokens == 64 and made.usage.input_tokens_details.image_tokens == 0
@@ -249,19 +255,21 @@ def test_edits_are_seen_while_they_are_made(tiny_server: Any, engine: Any, apple
     *seen, made = client.images.edit(prompt="make the background red", extra_body=told, **asked)
     assert [event.type for event in seen] == ["image_edit.partial_image"] * 2 and made.type == "image_edit.completed"
     wanted = engine.edit(apples, "make the background red", seed=2, generator="flow", steps=4)
-    assert pixels(opened(made.b64_json)) == pixels(wanted) and made.usage.input_tokens_details.image_tokens == 64
+    assert pixels(open_image(made.b64_json)) == pixels(wanted) and made.usage.input_tokens_details.image_tokens == 64
     *seen, made = client.images.edit(mask=files[1], prompt="an apple", extra_body={"seed": "2"}, **asked)
-    assert len(seen) == 2 and pixels(opened(made.b64_json)) == pixels(engine.inpaint(apples, "an apple", mask, seed=2))
+    assert len(seen) == 2 and pixels(open_image(made.b64_json)) == pixels(
+        engine.inpaint(apples, "an apple", mask, seed=2)
+    )
     right = (40, 0, 64, 64)
     for event in seen:
-        assert pixels(opened(event.b64_json).crop(right)) == pixels(opened(made.b64_json).crop(right))
-        assert pixels(opened(event.b64_json)) != pixels(opened(made.b64_json))
+        assert pixels(open_image(event.b64_json).crop(right)) == pixels(open_image(made.b64_json).crop(right))
+        assert pixels(open_image(event.b64_json)) != pixels(open_image(made.b64_json))
 
 
 def test_a_chat_shows_unfinished_pictures_to_those_who_ask(tiny_server: Any) -> None:
     """Marked, before the finished one, and after the text before it."""
     body: dict[str, Any] = {"generator": "masked", "max_images": 2}
-    prompt = said("a story about a witch and her raven")
+    prompt = chat_text("a story about a witch and her raven")
 
     def told(**more: Any) -> list[Any]:
         stream = tiny_server.client().chat.completions.create(
@@ -291,15 +299,15 @@ def test_an_answer_may_be_the_best_of_some(tiny_server: Any, engine: Any, apples
     best = engine.generate_batch([words] * 4, range(3, 7), candidates=4)
     assert any(pixels(best[i]) != pixels(engine.generate(words, seed=3 + i)) for i in range(4))
     made = client.images.generate(model=MODEL, prompt=words, n=4, extra_body=asked)
-    assert [pixels(opened(one.b64_json)) for one in made.data] == [pixels(one) for one in best]
+    assert [pixels(open_image(one.b64_json)) for one in made.data] == [pixels(one) for one in best]
     assert made.usage.output_tokens == 4 * 4 * 64 and made.data[0].settings["candidates"] == 4
     (last,) = client.images.generate(
         model=MODEL, prompt=words, stream=True, partial_images=3, extra_body=asked | {"generator": "next-scale"}
     )
     wanted = engine.generate(words, seed=3, candidates=4, generator="next-scale")
-    assert last.type == "image_generation.completed" and pixels(opened(last.b64_json)) == pixels(wanted)
+    assert last.type == "image_generation.completed" and pixels(open_image(last.b64_json)) == pixels(wanted)
     told = client.chat.completions.create(
-        model=MODEL, messages=said("describe this picture", apples), modalities=["text"], extra_body=asked
+        model=MODEL, messages=chat_text("describe this picture", apples), modalities=["text"], extra_body=asked
     )
     running, ended = engine.running(), []
     for request in engine.rivals([apples, "describe this picture"], "text", 4, seed=3)[1]:
@@ -322,14 +330,14 @@ def test_a_picture_left_while_it_is_made_frees_its_slot(tiny_server: Any) -> Non
     assert next(iter(stream)).type == "image_generation.partial_image"
     assert tiny_server.jobs == 1
     stream.close()
-    until(lambda: tiny_server.jobs == 0 == tiny_server.metric("unigen_cache_positions"))
+    wait_until(lambda: tiny_server.jobs == 0 == tiny_server.metric("unigen_cache_positions"))
     assert tiny_server.metric("unigen_images_total") == before
 
 
 def test_answers_end_where_they_are_told_to(tiny_server: Any, engine: Any, apples: Image.Image) -> None:
     chat = tiny_server.client().chat.completions.create
     whole = engine.describe(apples, candidates=1)
-    messages = said("describe this picture", apples)
+    messages = chat_text("describe this picture", apples)
     cut = chat(model=MODEL, messages=messages, modalities=["text"], stop=[" background", whole[4:9]])
     assert cut.choices[0].message.content == whole[:4].rstrip() and cut.choices[0].finish_reason == "stop"
     short = chat(model=MODEL, messages=messages, modalities=["text"], max_tokens=2)
@@ -344,7 +352,7 @@ def test_edits_inpainting_and_variations(tiny_server: Any, engine: Any, apples: 
     image = ("apples.png", file.getvalue())
     edited = client.images.edit(image=image, prompt="make the background red", model=MODEL, extra_body={"seed": "1"})
     asked = engine.edit(apples, "make the background red", seed=1)
-    assert pixels(opened(edited.data[0].b64_json)) == pixels(asked)
+    assert pixels(open_image(edited.data[0].b64_json)) == pixels(asked)
     marks = Image.new("RGBA", apples.size, (0, 0, 0, 255))
     marks.paste((0, 0, 0, 0), (0, 0, 32, 64))  # OpenAI: painted where it is transparent
     white = Image.new("RGB", apples.size)
@@ -354,7 +362,7 @@ def test_edits_inpainting_and_variations(tiny_server: Any, engine: Any, apples: 
     painted = client.images.edit(
         image=image, mask=("mask.png", file.getvalue()), prompt="an apple", model=MODEL, extra_body={"seed": "2"}
     )
-    assert pixels(opened(painted.data[0].b64_json)) == pixels(engine.inpaint(apples, "an apple", white, seed=2))
+    assert pixels(open_image(painted.data[0].b64_json)) == pixels(engine.inpaint(apples, "an apple", white, seed=2))
     varied = client.images.create_variation(image=image, n=2, model=MODEL, extra_body={"seed": "4", "vary": "0.3"})
     assert len(varied.data) == 2 and varied.data[0].b64_json != varied.data[1].b64_json
     assert varied.data[0].settings["generator"] == "masked"
@@ -367,12 +375,12 @@ def test_words_never_name_the_servers_files(tiny_server: Any, engine: Any, apple
     apples.save(file, "PNG")
     words, client = Segment(text=str(path)), tiny_server.client()
     made = client.images.generate(prompt=str(path), model=MODEL, extra_body={"seed": 1}).data[0]
-    assert pixels(opened(made.b64_json)) == pixels(engine.generate(words, seed=1))
-    assert pixels(opened(made.b64_json)) != pixels(engine.generate(path, seed=1))
+    assert pixels(open_image(made.b64_json)) == pixels(engine.generate(words, seed=1))
+    assert pixels(open_image(made.b64_json)) != pixels(engine.generate(path, seed=1))
     edited = client.images.edit(
         image=("a.png", file.getvalue()), prompt="none.png", model=MODEL, extra_body={"seed": "1"}
     )
-    assert pixels(opened(edited.data[0].b64_json)) == pixels(
+    assert pixels(open_image(edited.data[0].b64_json)) == pixels(
         engine.generate([apples, Segment(text="none.png")], seed=1)
     )
 
@@ -412,7 +420,7 @@ def test_pictures_by_url(tiny_server: Any) -> None:
         assert tiny_server.get(other)[0] == 404
 
 
-WRONG: list[tuple[str, Any, str, int]] = [
+INVALID_REQUESTS: list[tuple[str, Any, str, int]] = [
     ("/v1/images/generations", {"prompt": "a", "banana": 1}, "banana", 400),
     ("/v1/images/generations", {"prompt": ""}, "prompt", 400),
     ("/v1/images/generations", {"prompt": "a", "n": 0}, "n", 400),
@@ -436,18 +444,18 @@ WRONG: list[tuple[str, Any, str, int]] = [
     ("/v1/images/edits", {"prompt": "a"}, "multipart", 400),
     ("/v1/chat/completions", {"model": MODEL, "messages": []}, "messages", 400),
     ("/v1/chat/completions", {"model": MODEL, "messages": [{"role": "tool", "content": "a"}]}, "role", 400),
-    ("/v1/chat/completions", {"model": MODEL, "messages": said("a"), "tools": [{}]}, "tools", 400),
-    ("/v1/chat/completions", {"model": MODEL, "messages": said("a"), "stream_options": {}}, "stream", 400),
-    ("/v1/chat/completions", {"model": MODEL, "messages": said("a"), "partial_images": 1}, "stream=true", 400),
-    ("/v1/chat/completions", {"model": MODEL, "messages": said("a"), "candidates": 2}, "candidates are", 400),
-    ("/v1/chat/completions", {"model": MODEL, "messages": said(" ")}, "empty", 400),
-    ("/v1/chat/completions", {"model": MODEL, "messages": said("a") + said(" ")}, "empty", 400),
-    ("/v1/chat/completions", {"model": MODEL, "messages": said("a " * 5000), "stream": True}, "positions", 400),
+    ("/v1/chat/completions", {"model": MODEL, "messages": chat_text("a"), "tools": [{}]}, "tools", 400),
+    ("/v1/chat/completions", {"model": MODEL, "messages": chat_text("a"), "stream_options": {}}, "stream", 400),
+    ("/v1/chat/completions", {"model": MODEL, "messages": chat_text("a"), "partial_images": 1}, "stream=true", 400),
+    ("/v1/chat/completions", {"model": MODEL, "messages": chat_text("a"), "candidates": 2}, "candidates are", 400),
+    ("/v1/chat/completions", {"model": MODEL, "messages": chat_text(" ")}, "empty", 400),
+    ("/v1/chat/completions", {"model": MODEL, "messages": chat_text("a") + chat_text(" ")}, "empty", 400),
+    ("/v1/chat/completions", {"model": MODEL, "messages": chat_text("a " * 5000), "stream": True}, "positions", 400),
     ("/v1/nothing", {}, "", 404),
 ]
 
 
-@pytest.mark.parametrize(("path", "body", "names", "status"), WRONG)
+@pytest.mark.parametrize(("path", "body", "names", "status"), INVALID_REQUESTS)
 def test_what_is_wrong_is_said_in_one_line(tiny_server: Any, path: str, body: Any, names: str, status: int) -> None:
     got, answer = tiny_server.get(path, body)
     assert got == status and set(answer) == {"error"} and names in answer["error"]["message"], answer
@@ -468,15 +476,15 @@ def test_no_picture_is_one_line(tiny_server: Any, url: str) -> None:
 def test_a_client_that_leaves_frees_its_slot(tiny_server: Any) -> None:
     before = tiny_server.metric("unigen_images_total")
     stream = tiny_server.client().chat.completions.create(
-        model=MODEL, messages=said("a story about a witch and her raven"), stream=True, n=8, temperature=1.0
+        model=MODEL, messages=chat_text("a story about a witch and her raven"), stream=True, n=8, temperature=1.0
     )
     next(iter(stream))
-    until(lambda: tiny_server.metric("unigen_jobs_running") == 8)
+    wait_until(lambda: tiny_server.metric("unigen_jobs_running") == 8)
     stream.close()
-    until(lambda: tiny_server.jobs == 0)
+    wait_until(lambda: tiny_server.jobs == 0)
     with pytest.raises(openai.APITimeoutError):
         tiny_server.client(timeout=0.2).images.generate(model=MODEL, prompt="a rose", n=16)
-    until(lambda: tiny_server.jobs == 0 == tiny_server.metric("unigen_cache_positions"))
+    wait_until(lambda: tiny_server.jobs == 0 == tiny_server.metric("unigen_cache_positions"))
     assert tiny_server.metric("unigen_images_total") < before + 16
 
 
@@ -499,7 +507,7 @@ def test_a_picture_that_cannot_be_finished_says_so_in_its_stream(tiny_server: An
     )
     events = iter(stream)
     assert next(events).type == "image_generation.partial_image"
-    os.kill(int(child_of(tiny_server)), signal.SIGKILL)
+    os.kill(int(child_pid(tiny_server)), signal.SIGKILL)
     with pytest.raises(openai.APIError, match="ask again"):
         for event in events:
             assert event.type == "image_generation.partial_image"
@@ -507,10 +515,10 @@ def test_a_picture_that_cannot_be_finished_says_so_in_its_stream(tiny_server: An
 
 
 def test_a_model_that_dies_is_started_again(tiny_server: Any) -> None:
-    child = child_of(tiny_server)
+    child = child_pid(tiny_server)
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(tiny_server.get, "/v1/images/generations", {"prompt": "a rose", "n": 16})
-        until(lambda: tiny_server.metric("unigen_jobs_running") > 0)
+        wait_until(lambda: tiny_server.metric("unigen_jobs_running") > 0)
         os.kill(int(child), signal.SIGKILL)
         status, answer = running.result()
     assert status == 503 and answer["error"]["code"] == "try_again"
@@ -520,12 +528,14 @@ def test_a_model_that_dies_is_started_again(tiny_server: Any) -> None:
     assert tiny_server.get("/v1/images/generations", {"prompt": "a rose"})[0] == 200
 
 
-def test_a_server_whose_model_is_not_there_yet_says_so_and_finishes_what_runs(serve: Any, tiny_folder: Any) -> None:
-    served = serve("--model", str(tiny_folder), "--name", "small", "--api-key", "one", "--api-key", "two")
+def test_a_server_whose_model_is_not_there_yet_says_so_and_finishes_what_runs(
+    start_server: Any, tiny_folder: Any
+) -> None:
+    served = start_server("--model", str(tiny_folder), "--name", "small", "--api-key", "one", "--api-key", "two")
     key = {"authorization": "Bearer two"}
-    until(lambda: served.get("/health")[0] == 200)
+    wait_until(lambda: served.get("/health")[0] == 200)
     for modalities in ({}, {"modalities": ["text"]}):
-        body = {"model": "small", "messages": said("what is this?"), **modalities}
+        body = {"model": "small", "messages": chat_text("what is this?"), **modalities}
         status, answer = served.get("/v1/chat/completions", body, key)
         assert status == 503 and answer["error"]["code"] == "not_ready", answer
     served.wait()
@@ -555,18 +565,18 @@ if any("spawn_main" in word for word in sys.orig_argv):
 
 @pytest.mark.slow
 def test_what_the_models_process_has_started_ends_with_it(
-    serve: Any, tiny_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    start_server: Any, tiny_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Though it ends by itself for nobody: when the model's process is killed, and when the server is."""
     (tmp_path / "sitecustomize.py").write_text(LEAVES_ONE)  # read when a Python begins
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
-    served = serve("--model", str(tiny_folder), "--name", "small")
+    served = start_server("--model", str(tiny_folder), "--name", "small")
     for whole in (False, True):
         served.wait()
-        child = int(child_of(served))
+        child = int(child_pid(served))
         assert len(group(child)) == 2
         os.kill(served.process.pid if whole else child, signal.SIGKILL)
-        until(lambda: not group(child))  # noqa: B023
+        wait_until(lambda: not group(child))  # noqa: B023
 
 
 def group(leader: int) -> list[str]:
@@ -576,12 +586,12 @@ def group(leader: int) -> list[str]:
     return [pid for pgid, state, pid in rows if int(pgid) == leader and not state.startswith("Z")]
 
 
-def test_what_cannot_be_served_is_one_line(serve: Any, tiny_server: Any) -> None:
+def test_what_cannot_be_served_is_one_line(start_server: Any, tiny_server: Any) -> None:
     for arguments, says in (
         (["--model", "/nowhere"], "/nowhere"),
         (["--port", str(tiny_server.port)], "--port"),
     ):
-        served = serve(*arguments)
+        served = start_server(*arguments)
         assert served.process.wait(240) == 2
         lines = [line for line in served.log.read_text().splitlines() if not line.startswith("{")]
         assert len(lines) == 1 and says in lines[0], lines

@@ -13,31 +13,31 @@ import openai.resources.responses
 import pytest
 from PIL import Image
 
-from tests.serving.test_fuzz import Painter
+from tests.serving.test_fuzz import FakeImageEngine
 from unigen.media.output import data_uri
-from unigen.model.template import asks, usual_output
+from unigen.model.template import default_output, is_question
 from unigen.serving import protocol
-from unigen.serving.pictures import encoded
+from unigen.serving.pictures import encode_image
 from unigen.serving.responses import ResponsesRequest
-from unigen.serving.server import Settings, create_app
+from unigen.serving.server import ServerConfig, create_app
 
 CHAT, DRAW, EDIT, VARY = (
     f"/v1/{name}" for name in ("chat/completions", "images/generations", "images/edits", "images/variations")
 )
 PICTURE = Image.new("RGB", (4, 4), "red")
 URI = data_uri(PICTURE)
-SAID: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "a"}]}
-DRAWN: dict[str, Any] = {"model": "m", "prompt": "a"}
+CHAT_BODY: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "a"}]}
+IMAGE_BODY: dict[str, Any] = {"model": "m", "prompt": "a"}
 
 
-class Fixed(Painter):
+class FixedImageEngine(FakeImageEngine):
     """Draws one size."""
 
-    info = Painter.info | {"sizes": "this one", "image_size": 4}
+    info = FakeImageEngine.info | {"sizes": "this one", "image_size": 4}
 
 
-PAINTER = Fixed()
-APP = create_app(PAINTER, Settings(model="m"))
+ENGINE = FixedImageEngine()
+APP = create_app(ENGINE, ServerConfig(model="m"))
 
 
 def post(path: str, body: Any = None, **options: Any) -> tuple[int, Any]:
@@ -71,7 +71,7 @@ def test_each_field_of_the_official_client_is_known(method: Any, kind: Any) -> N
     assert fields_of(method) <= set(kind.model_fields)
 
 
-NOTHING: dict[str, dict[str, list[Any]]] = {
+NEUTRAL_VALUES: dict[str, dict[str, list[Any]]] = {
     CHAT: {
         "audio": [],
         "frequency_penalty": [0, 0.0],
@@ -161,7 +161,7 @@ NOTHING: dict[str, dict[str, list[Any]]] = {
         "user": ["someone"],
     },
 }
-ASKS: dict[str, dict[str, list[Any]]] = {
+REFUSED_VALUES: dict[str, dict[str, list[Any]]] = {
     CHAT: {
         "audio": [{"voice": "alloy", "format": "wav"}],
         "frequency_penalty": [0.5, False],
@@ -213,19 +213,19 @@ ASKS: dict[str, dict[str, list[Any]]] = {
 }
 
 
-@pytest.mark.parametrize("path", NOTHING)
+@pytest.mark.parametrize("path", NEUTRAL_VALUES)
 def test_what_asks_for_nothing_is_accepted_and_what_cannot_be_is_named(path: str) -> None:
-    whole = SAID if path == CHAT else DRAWN
+    whole = CHAT_BODY if path == CHAT else IMAGE_BODY
     kind: Any = protocol.ChatRequest if path == CHAT else protocol.GenerationRequest
     _, plain = post(path, whole)
     for name in set(kind.model_fields) - {"model", "messages", "prompt"}:
         status, answer = post(path, whole | {name: None})
         assert status == 200, (name, answer)
-    for name, values in NOTHING[path].items():
+    for name, values in NEUTRAL_VALUES[path].items():
         for value in values:
             status, answer = post(path, whole | {name: value})
             assert status == 200, (name, value, answer)
-    for name, values in ASKS[path].items():
+    for name, values in REFUSED_VALUES[path].items():
         for value in values:
             status, answer = post(path, whole | {name: value})
             if name == "size":
@@ -237,36 +237,36 @@ def test_what_asks_for_nothing_is_accepted_and_what_cannot_be_is_named(path: str
 
 
 def test_a_top_k_of_minus_one_is_off() -> None:
-    assert post(CHAT, SAID | {"top_k": -1})[0] == 200 and PAINTER.jobs[-1].options["top_k"] == 0
+    assert post(CHAT, CHAT_BODY | {"top_k": -1})[0] == 200 and ENGINE.jobs[-1].options["top_k"] == 0
 
 
 def test_tools_that_may_not_be_called_are_accepted() -> None:
     tools = {"tools": [{"type": "function", "function": {"name": "f"}}]}
-    assert post(CHAT, SAID | tools | {"tool_choice": "none"})[0] == 200
-    assert post(CHAT, SAID | tools | {"tool_choice": "auto"})[0] == 400
+    assert post(CHAT, CHAT_BODY | tools | {"tool_choice": "none"})[0] == 200
+    assert post(CHAT, CHAT_BODY | tools | {"tool_choice": "auto"})[0] == 400
 
 
 def test_the_size_of_a_menu_becomes_the_one_that_is_drawn() -> None:
     for size, sent, told in (("1024x1024", None, "4x4"), ("auto", None, "4x4"), ("4x4", (4, 4), None)):
-        _, answer = post(DRAW, DRAWN | {"size": size})
-        assert PAINTER.jobs[-1].options.get("size") == sent and answer["size"] == "4x4"
+        _, answer = post(DRAW, IMAGE_BODY | {"size": size})
+        assert ENGINE.jobs[-1].options.get("size") == sent and answer["size"] == "4x4"
         assert answer["data"][0]["settings"].get("size") == told
 
 
 def test_pictures_are_compressed_as_asked() -> None:
     noise = Image.effect_noise((64, 64), 90).convert("RGB")
-    assert len(encoded(noise, "jpeg", 10)) < len(encoded(noise, "jpeg", 90)) / 2
-    assert len(encoded(noise, "webp", 10)) < len(encoded(noise, "webp", 90)) / 2
-    assert post(DRAW, DRAWN | {"output_format": "webp", "output_compression": 50})[0] == 200
-    status, answer = post(DRAW, DRAWN | {"output_compression": 50})
+    assert len(encode_image(noise, "jpeg", 10)) < len(encode_image(noise, "jpeg", 90)) / 2
+    assert len(encode_image(noise, "webp", 10)) < len(encode_image(noise, "webp", 90)) / 2
+    assert post(DRAW, IMAGE_BODY | {"output_format": "webp", "output_compression": 50})[0] == 200
+    status, answer = post(DRAW, IMAGE_BODY | {"output_compression": 50})
     assert status == 400 and "output_compression" in answer["error"]["message"]
 
 
 def segments(messages: list[Any]) -> list[tuple[str, Any]]:
     """Of the job that these messages become: roles, and texts or True for pictures."""
-    status, answer = post(CHAT, SAID | {"messages": messages})
+    status, answer = post(CHAT, CHAT_BODY | {"messages": messages})
     assert status == 200, answer
-    return [(s.role, True if s.image is not None else s.text) for s in PAINTER.jobs[-1].prompt.segments]
+    return [(s.role, True if s.image is not None else s.text) for s in ENGINE.jobs[-1].prompt.segments]
 
 
 def test_messages_as_clients_have_them() -> None:
@@ -286,35 +286,35 @@ def test_messages_as_clients_have_them() -> None:
         ]
     )
     assert told == [("user", "a"), ("assistant", "no"), ("user", "b"), ("user", True), ("user", True)]
-    status, answer = post(CHAT, SAID | {"messages": [{"role": "system", "content": "a"}, *SAID["messages"]]})
+    status, answer = post(CHAT, CHAT_BODY | {"messages": [{"role": "system", "content": "a"}, *CHAT_BODY["messages"]]})
     assert answer["choices"][0]["settings"]["ignored"] == ["system"]
-    PAINTER.info = Fixed.info | {"system": True}
+    ENGINE.info = FixedImageEngine.info | {"system": True}
     try:
-        told = segments([{"role": "developer", "content": "be kind"}, *SAID["messages"]])
+        told = segments([{"role": "developer", "content": "be kind"}, *CHAT_BODY["messages"]])
         assert told == [("system", "be kind"), ("user", "a")]
-        _, answer = post(CHAT, SAID | {"messages": [{"role": "system", "content": "a"}, *SAID["messages"]]})
+        _, answer = post(CHAT, CHAT_BODY | {"messages": [{"role": "system", "content": "a"}, *CHAT_BODY["messages"]]})
         assert "ignored" not in answer["choices"][0]["settings"]
-        drawn = {"messages": [{"role": "system", "content": "a"}, *SAID["messages"]], "modalities": ["image"]}
-        _, answer = post(CHAT, SAID | drawn)
-        assert answer["choices"][0]["settings"]["ignored"] == ["system"] and len(PAINTER.jobs[-1].prompt.segments) == 1
+        drawn = {"messages": [{"role": "system", "content": "a"}, *CHAT_BODY["messages"]], "modalities": ["image"]}
+        _, answer = post(CHAT, CHAT_BODY | drawn)
+        assert answer["choices"][0]["settings"]["ignored"] == ["system"] and len(ENGINE.jobs[-1].prompt.segments) == 1
     finally:
-        del PAINTER.info
+        del ENGINE.info
     for wrong, names in (
         ([{"role": "system", "content": "a"}], "user"),
-        ([{"role": "system", "content": [part]}, *SAID["messages"]], "system"),
+        ([{"role": "system", "content": [part]}, *CHAT_BODY["messages"]], "system"),
         ([{"role": "user", "content": None}], "content"),
         ([{"role": "user", "content": "a", "images": [part]}], "images"),
-        ([{"role": "tool", "content": "a", "tool_call_id": "1"}, *SAID["messages"]], "role"),
-        ([{"role": "assistant", "tool_calls": [{"id": "1"}]}, *SAID["messages"]], "tool_calls"),
+        ([{"role": "tool", "content": "a", "tool_call_id": "1"}, *CHAT_BODY["messages"]], "role"),
+        ([{"role": "assistant", "tool_calls": [{"id": "1"}]}, *CHAT_BODY["messages"]], "tool_calls"),
         ([{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}], "input_audio"),
     ):
-        status, answer = post(CHAT, SAID | {"messages": wrong})
+        status, answer = post(CHAT, CHAT_BODY | {"messages": wrong})
         assert status == 400 and names in str(answer["error"]), (wrong, answer)
 
 
 def test_an_answer_may_be_given_back_as_it_came() -> None:
     """With all that the official client makes of it, and each picture at its place among the words."""
-    _, answer = post(CHAT, SAID | {"modalities": ["text", "image"]})
+    _, answer = post(CHAT, CHAT_BODY | {"modalities": ["text", "image"]})
     given = openai.types.chat.ChatCompletion.model_validate(answer).choices[0].message
     assert given.content == "said" and given.images[0]["offset"] == 4  # type: ignore[attr-defined]
     asked = {"role": "user", "content": "a"}
@@ -405,7 +405,7 @@ def test_chats_of_web_interfaces(body: dict[str, Any]) -> None:
         events = [json.loads(line[6:]) for line in answer.split("\n\n") if line.startswith("data: {")]
         deltas = [event["choices"][0]["delta"] for event in events if event["choices"]]
         assert "".join(delta.get("content", "") for delta in deltas) == "said"
-        assert PAINTER.jobs[-1].output == "text"  # a question about a picture
+        assert ENGINE.jobs[-1].output == "text"  # a question about a picture
 
 
 def test_pictures_of_web_interfaces() -> None:
@@ -414,11 +414,11 @@ def test_pictures_of_web_interfaces() -> None:
     assert post(DRAW, asked)[0] == 200
     libre = {"model": "m", "prompt": "a", "size": "1024x1024", "quality": "standard", "style": "vivid", "n": 1}
     assert post(DRAW, libre)[0] == 200
-    data, file = {"model": "m", "prompt": "b", "size": "1024x1024", "n": "1"}, ("a.png", encoded(PICTURE))
-    mask = ("mask.png", encoded(Image.new("RGB", PICTURE.size, "white")))
+    data, file = {"model": "m", "prompt": "b", "size": "1024x1024", "n": "1"}, ("a.png", encode_image(PICTURE))
+    mask = ("mask.png", encode_image(Image.new("RGB", PICTURE.size, "white")))
     for name in ("image", "image[]"):
         status, _ = post(EDIT, data=data | {"quality": "auto", "input_fidelity": "low"}, files=[(name, file)])
-        assert status == 200 and PAINTER.jobs[-1].prompt.segments[1].text == "b"
+        assert status == 200 and ENGINE.jobs[-1].prompt.segments[1].text == "b"
         assert post(EDIT, data=data, files=[(name, file), ("mask", mask)])[0] == 200
         status, answer = post(EDIT, data=data, files=[(name, file), (name, file)])
         assert status == 400 and answer["error"]["param"] == "image" and "one image" in answer["error"]["message"]
@@ -460,7 +460,7 @@ def test_a_question_about_a_picture_is_answered_in_text() -> None:
     from unigen.document import Document, Segment
 
     questions, orders = QUESTIONS.strip().split("\n"), ORDERS.strip().split("\n")
-    assert all(map(asks, questions)) and not any(map(asks, [*orders, ""]))
+    assert all(map(is_question, questions)) and not any(map(is_question, [*orders, ""]))
     every: Any = ("image", "text", "interleaved")
     seen, question, order = Segment(image=PICTURE), Segment(text=questions[0]), Segment(text=orders[0])
     said = Segment(text="red", role="assistant")
@@ -472,6 +472,6 @@ def test_a_question_about_a_picture_is_answered_in_text() -> None:
         ([seen, question, said, order], "interleaved"),
         ([seen, order, said, question], "text"),
     ):
-        assert usual_output(Document(document), every) == output
-        assert usual_output(Document(document), ("image", "text")) == "text"
-        assert usual_output(Document(document), ("image",)) == "image"
+        assert default_output(Document(document), every) == output
+        assert default_output(Document(document), ("image", "text")) == "text"
+        assert default_output(Document(document), ("image",)) == "image"

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 import unigen
-from tests.serving.test_server import child_of, group, until
+from tests.serving.test_server import child_pid, group, wait_until
 from unigen.batch import Vocabulary
 from unigen.commands import main as cli
 from unigen.document import Document
@@ -47,7 +47,7 @@ def pieces(folder: Path) -> Any:
     from unigen.tokenizers import text
 
     lines = [" " + " ".join(WORDS[i:] + WORDS[:i]) for i in range(len(WORDS))] * 4
-    text.train(lines, folder, 312, tiny.SPECIALS)
+    text.train_tokenizer(lines, folder, 312, tiny.SPECIAL_TOKENS)
     return text.load(folder)
 
 
@@ -62,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     scratch = tmp_path_factory.mktemp("wide")
     text, image_tokenizer = pieces(scratch / "text"), VQTokenizer(VQConfig(**SMALL))
-    model = tiny.create(LlamaConfig(**LLAMA), text, image_tokenizer)
+    model = tiny.build_from_config(LlamaConfig(**LLAMA), text, image_tokenizer)
     for p in model.backbone.parameters():
         if p.ndim > 1:
             p.data.normal_(0, 0.3)
@@ -89,14 +89,16 @@ def on_vllm(folder: Path, **options: Any) -> Iterator[Any]:
 
 
 @pytest.mark.timeout(600)
-def test_the_server_in_two_processes(folder: Path, local: Any, serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_server_in_two_processes(
+    folder: Path, local: Any, start_server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its process has those of vLLM as children, each with its share of every layer; all end when it is killed, whether
     by itself or with the server."""
     monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)  # of one process, where others have run before
     vllm = ["--engine", "vllm", "--vllm", "enforce_eager=true", "--vllm", "tensor_parallel_size=2"]
-    served = serve("--model", str(folder), "--device", "cpu", *vllm)
+    served = start_server("--model", str(folder), "--device", "cpu", *vllm)
     served.wait(240)
-    child = int(child_of(served))
+    child = int(child_pid(served))
     assert len(group(child)) >= 3
     told = {"prompt": "a red dog", "seed": 5, "guidance": 3.0, "temperature": 1.0}
     status, made = served.get("/v1/images/generations", told)
@@ -104,12 +106,12 @@ def test_the_server_in_two_processes(folder: Path, local: Any, serve: Any, monke
     given = Image.open(io.BytesIO(base64.b64decode(made["data"][0]["b64_json"])))
     assert given.tobytes() == local.generate("a red dog", seed=5, guidance=3.0, temperature=1.0).tobytes()
     os.kill(child, signal.SIGKILL)
-    until(lambda: not group(child))
+    wait_until(lambda: not group(child))
     served.wait(240)
-    child = int(child_of(served))
+    child = int(child_pid(served))
     assert len(group(child)) >= 3
     served.process.kill()
-    until(lambda: not group(child))
+    wait_until(lambda: not group(child))
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +149,7 @@ def answers(engine: Any, options: list[dict[str, Any]]) -> list[list[Any]]:
     ]
 
 
-class Late:
+class DelayedEngine:
     """vLLM's engine whose requests arrive one a step, in any order: branches come steps apart."""
 
     def __init__(self, llm: Any) -> None:
@@ -182,7 +184,7 @@ def test_answers_are_the_local_engines(case: str, folder: Path, local: Any) -> N
     wanted = answers(local, asked(count, longest))
     with on_vllm(folder, **options) as engine:
         if case == "late":
-            engine.llm = Late(engine.llm)
+            engine.llm = DelayedEngine(engine.llm)
         given = answers(engine, asked(count, longest))
         dropped = scheduler(engine).dropped
         assert not engine.llm.has_unfinished_requests()
@@ -220,17 +222,17 @@ def test_the_control_of_the_scheduler(folder: Path, local: Any, monkeypatch: pyt
     wanted = answers(local, options)
     from unigen.backends import vllm_engine
 
-    take = vllm_engine.take
+    take = vllm_engine.apply_output
 
     def take_anything(row: Any, ids: list[int], vocabulary: Vocabulary) -> None:
         take(row, ids, vocabulary)
         row.state.finite = True  # an id that is no code would end the row
 
-    monkeypatch.setattr(vllm_engine, "take", take_anything)
+    monkeypatch.setattr(vllm_engine, "apply_output", take_anything)
     monkeypatch.setattr(Vocabulary, "codes", lambda self, ids: (ids - self.first).clamp(0, self.image_size - 1))
-    monkeypatch.setitem(vllm_engine.OURS, "scheduler_cls", None)
+    monkeypatch.setitem(vllm_engine.ENGINE_ARGS, "scheduler_cls", None)
     with on_vllm(folder, **CASES["late"][2]) as engine:
-        engine.llm = Late(engine.llm)
+        engine.llm = DelayedEngine(engine.llm)
         given = answers(engine, options)
     assert sum(one == other for one, other in zip(given, wanted, strict=True)) < len(wanted) / 2
 
@@ -242,7 +244,7 @@ def test_vllm_alone_reads_what_is_exported(folder: Path, local: Any, tmp_path: P
 
     from unigen.backends import vllm_engine
 
-    vllm_engine.prepare()
+    vllm_engine.set_environment()
     convert(folder, tmp_path / "vllm", "vllm")
     lm = AutoModelForCausalLM.from_pretrained(tmp_path / "vllm", dtype=torch.float32)
     prompt_1L = torch.tensor([local.model.ids(local.model.template.prompt(Document.of("a red dog"), output="image"))])
@@ -258,7 +260,7 @@ def test_a_span_finds_what_was_read_before(engine: Any) -> None:
     """All whole blocks of its prompt are in vLLM's cache, of every span but the first."""
     spans: list[tuple[str, int, int]] = []
 
-    class Heard(Late):
+    class Heard(DelayedEngine):
         def step(self) -> Any:
             outputs = self.llm.step()
             spans.extend((o.request_id, len(o.prompt_token_ids), o.num_cached_tokens) for o in outputs if o.finished)
@@ -364,22 +366,22 @@ def test_what_vllm_cannot_hold_is_refused_at_the_door(folder: Path, local: Any) 
 
 def test_draws_are_the_same_however_often_they_are_made(engine: Any) -> None:
     """What is dropped is drawn again; the control is a draw that goes on."""
-    from unigen.backends.vllm_guidance import Branch, spoken
-    from unigen.samplers.logits import draw
+    from unigen.backends.vllm_guidance import Branch, serialize_segment
+    from unigen.samplers.logits import sample
 
     row = engine.running().row(engine.request("a dog", "image", temperature=1.0, guidance=2.0))
     ids: list[int] = []
-    branch = Branch(spoken(row.state.span, engine.model.vocabulary, [], "span", 0), ids)
+    branch = Branch(serialize_segment(row.state.span, engine.model.vocabulary, [], "span", 0), ids)
     scores = torch.zeros(1, engine.model.vocabulary.image_size)
 
     def drawn(count: int) -> int:
         ids[:] = [0] * count
-        return int(draw(scores, branch.span.sampling, [branch.state().span.rng]))
+        return int(sample(scores, branch.span.sampling, [branch.state().span.rng]))
 
     first = [drawn(count) for count in range(5)]
     assert len(set(first)) > 1
     assert [drawn(count) for count in (4, 4, 0, 2, 3)] == [first[count] for count in (4, 4, 0, 2, 3)]
-    assert int(draw(scores, branch.span.sampling, [branch.span.rng])) != first[3]
+    assert int(sample(scores, branch.span.sampling, [branch.span.rng])) != first[3]
 
 
 @pytest.mark.parametrize(
@@ -389,16 +391,18 @@ def test_a_request_that_is_no_span_is_refused(engine: Any, harm: dict[str, Any])
     from vllm import SamplingParams
     from vllm.exceptions import VLLMValidationError
 
-    from unigen.backends.vllm_guidance import KEY, spoken
+    from unigen.backends.vllm_guidance import EXTRA_ARGS_KEY, serialize_segment
 
     row = engine.running().row(engine.request("a dog", "image", guidance=2.0))
-    said = spoken(row.state.span, engine.model.vocabulary, [], "span", 0)
+    said = serialize_segment(row.state.span, engine.model.vocabulary, [], "span", 0)
     with pytest.raises(VLLMValidationError, match="no span"):
         engine.llm.add_request(
-            "x", {"prompt_token_ids": [1, 2]}, SamplingParams(temperature=0, extra_args={KEY: said | harm})
+            "x", {"prompt_token_ids": [1, 2]}, SamplingParams(temperature=0, extra_args={EXTRA_ARGS_KEY: said | harm})
         )
     with pytest.raises(VLLMValidationError, match="its own sampling"):
-        engine.llm.add_request("x", {"prompt_token_ids": [1, 2]}, SamplingParams(temperature=1, extra_args={KEY: said}))
+        engine.llm.add_request(
+            "x", {"prompt_token_ids": [1, 2]}, SamplingParams(temperature=1, extra_args={EXTRA_ARGS_KEY: said})
+        )
     assert not engine.llm.has_unfinished_requests()
 
 
@@ -422,9 +426,9 @@ def test_the_commands(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         assert told in capsys.readouterr().err
 
 
-def test_the_server(folder: Path, local: Any, serve: Any) -> None:
+def test_the_server(folder: Path, local: Any, start_server: Any) -> None:
     """The same server, and the same picture alone and among others."""
-    served = serve("--model", str(folder), "--device", "cpu", "--engine", "vllm", "--vllm", "enforce_eager=true")
+    served = start_server("--model", str(folder), "--device", "cpu", "--engine", "vllm", "--vllm", "enforce_eager=true")
     served.wait()
     asked = {"prompt": "a red dog", "seed": 5}
     chat = {"model": str(folder), "messages": [{"role": "user", "content": "how many"}], "max_tokens": 20}

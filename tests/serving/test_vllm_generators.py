@@ -19,7 +19,7 @@ from PIL import Image
 
 import unigen
 from tests.serving.test_vllm import LLAMA, SMALL, WORDS, answers, on_vllm, pieces, scheduler
-from unigen.backends.vllm_engine import writes
+from unigen.backends.vllm_engine import is_vllm_segment
 
 pytestmark = pytest.mark.serve
 pytest.importorskip("vllm")
@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import LlamaConfig
 
     from unigen import generators
-    from unigen.generators.base import Frame
+    from unigen.generators.base import BuildContext
     from unigen.models import tiny
     from unigen.tokenizers.kl import KLConfig, KLTokenizer
     from unigen.tokenizers.vq import VQConfig, VQTokenizer
@@ -47,11 +47,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings: dict[str, Any] = {"flow": {"layers": 2, "heads": 2, "head_dim": 16, "context_length": 64}}
     config = LlamaConfig(**LLAMA)
     heads = [
-        tiny.new_generator(name, Frame((8, 8), 0, config.hidden_size, own[kind], settings.get(name, {})))
+        tiny.build_generator(name, BuildContext((8, 8), 0, config.hidden_size, own[kind], settings.get(name, {})))
         for name in WRITERS
-        if (kind := generators.find(name).own)
+        if (kind := generators.find_generator(name).own)
     ]
-    model = tiny.create(config, pieces(scratch / "text"), VQTokenizer(VQConfig(**SMALL)), WRITERS, heads)
+    model = tiny.build_from_config(config, pieces(scratch / "text"), VQTokenizer(VQConfig(**SMALL)), WRITERS, heads)
     for parameter in model.parameters():
         if parameter.ndim > 1 and parameter.requires_grad:
             parameter.data.normal_(0, 0.3)
@@ -70,12 +70,12 @@ def engine(folder: Path) -> Iterator[Any]:
         yield engine
 
 
-def alike(one: Any, other: Any) -> bool:
+def assert_same(one: Any, other: Any) -> bool:
     """The same pictures, but for what a flow's sums round differently where they are read in other passes."""
     return bool(np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1)
 
 
-def untouched(engine: Any) -> bool:
+def assert_unchanged(engine: Any) -> bool:
     """Is nothing on its way at vLLM?"""
     return not engine.llm.has_unfinished_requests() and not scheduler(engine).groups and not engine._heard
 
@@ -91,7 +91,7 @@ def test_stories(generator: str, guidance: float, engine: Any, local: Any) -> No
     """Text by vLLM, pictures here, side by side with a story that vLLM writes alone; greedy pictures too."""
     options = [*stories(generator, guidance=guidance), *stories("next-token", guidance=guidance)]
     wanted = answers(local, options)
-    assert answers(engine, options) == wanted and untouched(engine)
+    assert answers(engine, options) == wanted and assert_unchanged(engine)
     drawn = [part for parts in wanted[:6] for part in parts if isinstance(part, list)]
     least = 32 if generator == "masked" else 16  # a random tokenizer reads most of what next-scale draws as the same
     assert len(drawn) >= 4 and len({code for codes in drawn for row in codes for code in row}) >= least
@@ -103,7 +103,7 @@ def test_the_control_of_stories(engine: Any, local: Any, monkeypatch: pytest.Mon
     wanted = answers(local, stories("masked"))
     send = type(engine).send
     monkeypatch.setattr(
-        type(engine), "send", lambda self, row, before: send(self, row, before if writes(row) else before[:1])
+        type(engine), "send", lambda self, row, before: send(self, row, before if is_vllm_segment(row) else before[:1])
     )
     assert answers(engine, stories("masked")) != wanted
 
@@ -113,9 +113,9 @@ def test_pictures(generator: str, engine: Any, local: Any) -> None:
     """The same seed, the same picture."""
     for options in ({"guidance": 1.0}, {"guidance": 2.0, "seed": 4}):
         given, wanted = (one.generate("a red dog", generator=generator, **options) for one in (engine, local))
-        assert alike(given, wanted)
-        assert not alike(given, engine.generate("a red dog", generator=generator, **options | {"seed": 9}))
-    assert untouched(engine)
+        assert assert_same(given, wanted)
+        assert not assert_same(given, engine.generate("a red dog", generator=generator, **options | {"seed": 9}))
+    assert assert_unchanged(engine)
 
 
 def test_a_flows_story(engine: Any, local: Any) -> None:
@@ -125,10 +125,10 @@ def test_a_flows_story(engine: Any, local: Any) -> None:
     texts = ["".join(part for part in parts if isinstance(part, str)) for parts in (given, wanted)]
     pictures = [[part for part in parts if not isinstance(part, str)] for parts in (given, wanted)]
     assert texts[0] == texts[1]
-    assert len(pictures[0]) == len(pictures[1]) > 0 and all(map(alike, *pictures))
+    assert len(pictures[0]) == len(pictures[1]) > 0 and all(map(assert_same, *pictures))
     seen = [part for part in engine.stream(**options, previews=2) if isinstance(part, unigen.Preview)]
     assert [(one.picture, one.number) for one in seen] == [(i, n) for i in range(len(pictures[0])) for n in range(2)]
-    assert untouched(engine)
+    assert assert_unchanged(engine)
 
 
 def test_what_else_the_model_can_do(engine: Any, local: Any) -> None:
@@ -136,9 +136,9 @@ def test_what_else_the_model_can_do(engine: Any, local: Any) -> None:
     paper = local.generate("a red dog", seed=5)
     mask = Image.new("L", (64, 64), 0)
     mask.paste(255, (0, 0, 32, 64))
-    assert alike(engine.inpaint(paper, "a blue horse", mask), local.inpaint(paper, "a blue horse", mask))
+    assert assert_same(engine.inpaint(paper, "a blue horse", mask), local.inpaint(paper, "a blue horse", mask))
     given, wanted = engine.pair("a red dog", seed=2), local.pair("a red dog", seed=2)
-    assert given[0] == wanted[0] and alike(given[1], wanted[1])
+    assert given[0] == wanted[0] and assert_same(given[1], wanted[1])
     captions = [local.describe(paper, candidates=n, max_tokens=12) for n in (1, 6)]
     assert [engine.describe(paper, candidates=n, max_tokens=12) for n in (1, 6)] == captions
     assert engine.describe(paper, max_tokens=12) == local.describe(paper, max_tokens=12)
@@ -173,21 +173,21 @@ def test_a_stream_that_is_left_in_a_picture_leaves_nothing(engine: Any) -> None:
     running.step()
     assert number in running and running.cache.used == 2 and running.positions > 0
     running.clear()
-    assert running.cache.used == 0 and running.positions == 0 and untouched(engine)
+    assert running.cache.used == 0 and running.positions == 0 and assert_unchanged(engine)
 
 
 def test_pictures_need_no_room_at_vllm(folder: Path, local: Any) -> None:
     """Its limits are those of text then; next-token's are as they were."""
     with on_vllm(folder, max_num_seqs=1) as engine:
         given = engine.generate("a red dog", generator="masked", guidance=2.0)
-        assert alike(given, local.generate("a red dog", generator="masked", guidance=2.0))
+        assert assert_same(given, local.generate("a red dog", generator="masked", guidance=2.0))
         with pytest.raises(ValueError, match="raise max_num_seqs"):
             engine.generate("a red dog", guidance=2.0)
 
 
-def test_the_server(folder: Path, local: Any, serve: Any) -> None:
+def test_the_server(folder: Path, local: Any, start_server: Any) -> None:
     """Pictures by other generators and text at once, each as alone."""
-    served = serve("--model", str(folder), "--device", "cpu", "--engine", "vllm", "--vllm", "enforce_eager=true")
+    served = start_server("--model", str(folder), "--device", "cpu", "--engine", "vllm", "--vllm", "enforce_eager=true")
     served.wait()
     chat = {"model": str(folder), "messages": [{"role": "user", "content": "how many"}], "max_tokens": 20, "seed": 1}
     drawn = {"prompt": "a red dog", "seed": 5, "generator": "masked"}

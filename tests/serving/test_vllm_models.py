@@ -167,7 +167,7 @@ def test_a_folder_that_is_not_whole_is_refused(
     state = {name: tensor for name, tensor in load_file(path).items() if name != gone}
     save_file(state | ({more: torch.zeros(2)} if more else {}), path, {"format": "pt"})
     with pytest.raises(ValueError, match=line):
-        vllm_engine.start(folder, torch.float32, 512, {"enforce_eager": True})
+        vllm_engine.create_llm_engine(folder, torch.float32, 512, {"enforce_eager": True})
 
 
 PLUGIN = """
@@ -188,7 +188,7 @@ def environment(scratch: Path, root: Path, points: dict[str, dict[str, str]]) ->
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: unigen\nVersion: 0\n")
     lines = [f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in held.items()) for group, held in points.items()]
     (info / "entry_points.txt").write_text("\n".join(lines))
-    vllm_engine.prepare()
+    vllm_engine.set_environment()
     return os.environ | {"PYTHONPATH": f"{scratch}:{root}", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 
 

@@ -45,7 +45,7 @@ def test_the_page_and_its_files_are_served_under_a_strict_policy(tiny_server: An
     for name in [*names, *(f"web/{path.name}" for path in page.FOLDER.iterdir() if path.name != page.INDEX)]:
         headers, data = fetched(f"{tiny_server.url}/{name}")
         assert data == (page.FOLDER / Path(name).name).read_bytes()
-        assert headers["content-type"] == page.TYPES[Path(name).suffix]
+        assert headers["content-type"] == page.CONTENT_TYPES[Path(name).suffix]
         assert headers["x-content-type-options"] == "nosniff"
         policy = dict(part.strip().split(" ", 1) for part in headers["content-security-policy"].split(";"))
         assert policy["default-src"] == "'none'" and policy["script-src"] == policy["connect-src"] == "'self'"
@@ -61,7 +61,7 @@ def test_nothing_but_the_pages_files_is_served(tiny_server: Any) -> None:
 
 def test_the_files_ask_for_nothing_elsewhere_and_make_no_markup_of_text() -> None:
     files = {path.name: path.read_text() for path in page.FOLDER.iterdir()}
-    assert set(Path(name).suffix for name in files) <= set(page.TYPES)
+    assert set(Path(name).suffix for name in files) <= set(page.CONTENT_TYPES)
     for name, text in files.items():
         addresses = re.findall(r"(?:https?:)?//[\w.-]+\.\w+", text)
         assert set(addresses) <= {"http://www.w3.org"}, (name, addresses)  # the name of SVG, which is not asked for
@@ -76,8 +76,8 @@ def test_the_page_is_open_where_a_key_is_asked_for(keyed: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def keyed(serve: Any, tiny_folder: Any) -> Any:
-    served = serve("--model", str(tiny_folder), "--name", "small", "--api-key", "sesame", "--rate", "12")
+def keyed(start_server: Any, tiny_folder: Any) -> Any:
+    served = start_server("--model", str(tiny_folder), "--name", "small", "--api-key", "sesame", "--rate", "12")
     served.wait()
     return served
 
@@ -106,7 +106,7 @@ class Page:
         while not (found := true()):
             assert time.monotonic() < end, (
                 self.script("return document.body.innerText"),
-                chromium.console(self.driver),
+                chromium.console_messages(self.driver),
             )
             time.sleep(0.05)
         return found
@@ -178,9 +178,13 @@ def open_page(tmp_path: Path) -> Iterator[Open]:
     try:
         yield start
         for made, refused in opened:
-            asked = chromium.asked(made.driver)
+            asked = chromium.requested_urls(made.driver)
             assert asked and all(url.startswith(made.url) for url in asked), asked
-            said = [line for line in chromium.console(made.driver) if not (refused and f"status of {refused}" in line)]
+            said = [
+                line
+                for line in chromium.console_messages(made.driver)
+                if not (refused and f"status of {refused}" in line)
+            ]
             assert not said, said
     finally:
         for one in running:
@@ -631,8 +635,8 @@ def test_a_phone_shows_all_of_it_without_scrolling_sideways(tiny_server: Any, op
 
 @needs_browser
 @pytest.mark.slow
-def test_what_a_model_cannot_is_not_offered(serve: Any, classes_folder: Any, open_page: Open) -> None:
-    served = serve("--model", str(classes_folder), "--name", "digits")
+def test_what_a_model_cannot_is_not_offered(start_server: Any, dit_folder: Any, open_page: Open) -> None:
+    served = start_server("--model", str(dit_folder), "--name", "digits")
     served.wait()
     seen = open_page(served)
     seen.until(lambda: seen.one("#studio").is_displayed())

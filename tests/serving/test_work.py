@@ -14,9 +14,9 @@ from PIL import Image
 
 from unigen.document import Document
 from unigen.inference.engine import Engine
-from unigen.serving.jobs import Begun, Ended, Failed, Job, Load, Part, Ready
-from unigen.serving.process import Sender
-from unigen.serving.worker import OneByOne, Together, work
+from unigen.serving.jobs import Error, Finished, Job, Part, Ready, Started, Stats
+from unigen.serving.process import EventSender
+from unigen.serving.worker import BatchedWorker, SequentialWorker, run_worker
 
 
 class Pipeline:
@@ -33,21 +33,21 @@ class Pipeline:
 
 @pytest.mark.parametrize("waits", [False, True])
 def test_a_job_may_be_dropped_where_nothing_waits(waits: bool) -> None:
-    worker = OneByOne(Pipeline())
+    worker = SequentialWorker(Pipeline())
     if waits:
         worker.ask(0, Job(Document.of("a"), "text"))
     worker.drop(0)
     assert not list(worker.step()) and not worker.busy
     worker.ask(1, Job(Document.of("b"), "text"))
-    assert [type(event) for _, event in worker.step()] == [Begun, Part]
+    assert [type(event) for _, event in worker.step()] == [Started, Part]
 
 
 @pytest.fixture
-def asks(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Any]]:
+def worker_pipes(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Any]]:
     """The server's ends of the pipes of a process that answers with the stand-in, in a thread."""
     monkeypatch.setattr("unigen.loading.load", lambda **_: Pipeline())
     (receiver, asks), (heard, tells) = multiprocessing.Pipe(duplex=False), multiprocessing.Pipe(duplex=False)
-    thread = threading.Thread(target=work, args=(receiver, Sender(tells), {}, 1), daemon=True)
+    thread = threading.Thread(target=run_worker, args=(receiver, EventSender(tells), {}, 1), daemon=True)
     thread.start()
     assert isinstance(heard.recv()[1], Ready)
     yield asks, heard
@@ -65,28 +65,28 @@ def until(heard: Any, kind: type) -> list[tuple[int | None, Any]]:
     return events
 
 
-def test_a_client_that_leaves_does_not_end_the_process(asks: Any) -> None:
+def test_a_client_that_leaves_does_not_end_the_process(worker_pipes: Any) -> None:
     """Its job has ended by then, as the message comes that drops it."""
-    send, heard = asks
+    send, heard = worker_pipes
     send.send((0, None))
-    until(heard, Load)
+    until(heard, Stats)
     send.send((1, Job(Document.of("a"), "text")))
-    assert {number for number, _ in until(heard, Ended)} == {1}
+    assert {number for number, _ in until(heard, Finished)} == {1}
 
 
-def test_a_job_that_has_ended_is_let_go_of(asks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_has_ended_is_let_go_of(worker_pipes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    ask = OneByOne.ask
+    ask = SequentialWorker.ask
 
-    def noted(self: OneByOne, number: int, job: Job) -> None:
+    def noted(self: SequentialWorker, number: int, job: Job) -> None:
         asked.append(weakref.ref(job))
         ask(self, number, job)
 
-    monkeypatch.setattr(OneByOne, "ask", noted)
-    send, heard = asks
+    monkeypatch.setattr(SequentialWorker, "ask", noted)
+    send, heard = worker_pipes
     send.send((0, Job(Document.of([Image.new("RGB", (4, 4)), "a"]), "text")))
-    until(heard, Ended)
-    until(heard, Load)  # said after the step that ended it
+    until(heard, Finished)
+    until(heard, Stats)  # said after the step that ended it
     gc.collect()
     assert len(asked) == 1 and asked[0]() is None
 
@@ -95,7 +95,7 @@ def test_a_fault_before_an_answer_is_of_its_job_alone(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """As of a GPU without memory for its pictures, at any of its candidates: their rows are gone, others go on."""
-    worker = Together(engine, 8)
+    worker = BatchedWorker(engine, 8)
     worker.ask(0, Job(Document.of("a dog"), "text", {"max_tokens": 4}))
     list(worker.step())
     rows, add = set(worker.answers), worker.running.add
@@ -109,11 +109,11 @@ def test_a_fault_before_an_answer_is_of_its_job_alone(
     monkeypatch.setattr(worker.running, "add", fail)
     worker.ask(1, Job(Document.of("a horse"), "image", candidates=2))
     events = [event for number, event in worker.step() if number == 1]
-    assert [type(event) for event in events] == [Failed] and "RuntimeError" in events[0].message
+    assert [type(event) for event in events] == [Error] and "RuntimeError" in events[0].message
     assert "CUDA out of memory" in capfd.readouterr().err
     assert set(worker.answers) <= rows and len(worker.running) == len(worker.answers)
     monkeypatch.setattr(worker.running, "add", add)
     worker.ask(2, Job(Document.of("a horse"), "text", {"max_tokens": 4}))
     while worker.busy:
         events += [event for number, event in worker.step() if number == 2]
-    assert isinstance(events[-1], Ended)
+    assert isinstance(events[-1], Finished)

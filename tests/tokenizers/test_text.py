@@ -30,13 +30,13 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("named", ["LlamaTokenizerFast", "LlamaTokenizer", "T5TokenizerFast", "Nothing", None])
 def test_the_file_decides_and_not_the_class_named(folder: Path, tmp_path: Path, named: str | None) -> None:
-    settings = json.loads((folder / text.SETTINGS).read_text()) | {"tokenizer_class": named}
-    (folder / text.SETTINGS).write_text(json.dumps(settings))
-    true = Tokenizer.from_file(str(folder / text.FILE)).encode(WORDS).ids
+    settings = json.loads((folder / text.TOKENIZER_CONFIG).read_text()) | {"tokenizer_class": named}
+    (folder / text.TOKENIZER_CONFIG).write_text(json.dumps(settings))
+    true = Tokenizer.from_file(str(folder / text.TOKENIZER_FILE)).encode(WORDS).ids
     text.save(text.load(folder), tmp_path / "saved")
     shutil.copy(folder / "config.json", tmp_path / "saved")
     for place in (folder, tmp_path / "saved"):
-        tokenizer = text.of_model(place)
+        tokenizer = text.load_from_model(place)
         assert tokenizer(WORDS)["input_ids"] == true
         assert tokenizer.decode(true[1:], skip_special_tokens=False) == WORDS
         assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == SPECIALS[:3]
@@ -45,38 +45,41 @@ def test_the_file_decides_and_not_the_class_named(folder: Path, tmp_path: Path, 
 def test_what_is_saved_is_read_by_transformers_too(folder: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    true = Tokenizer.from_file(str(folder / text.FILE)).encode(WORDS).ids
+    true = Tokenizer.from_file(str(folder / text.TOKENIZER_FILE)).encode(WORDS).ids
     assert AutoTokenizer.from_pretrained(folder)(WORDS)["input_ids"] != true  # the fault that is avoided
     text.save(text.load(folder), tmp_path / "saved")
     shutil.copy(folder / "config.json", tmp_path / "saved")
     assert AutoTokenizer.from_pretrained(tmp_path / "saved")(WORDS)["input_ids"] == true
-    assert json.loads((tmp_path / "saved" / text.SETTINGS).read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert (
+        json.loads((tmp_path / "saved" / text.TOKENIZER_CONFIG).read_text())["tokenizer_class"]
+        == "PreTrainedTokenizerFast"
+    )
 
 
 @pytest.mark.parametrize("part", ["pre_tokenizer", "decoder"])
 def test_a_tokenizer_that_loses_spaces_is_refused(folder: Path, part: str) -> None:
-    data = json.loads((folder / text.FILE).read_text())
+    data = json.loads((folder / text.TOKENIZER_FILE).read_text())
     data[part] = {"pre_tokenizer": {"type": "Whitespace"}, "decoder": None}[part]
-    (folder / text.FILE).write_text(json.dumps(data))
+    (folder / text.TOKENIZER_FILE).write_text(json.dumps(data))
     with pytest.raises(ValueError, match="so prompts would be misread") as caught:
-        text.of_model(folder)
+        text.load_from_model(folder)
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_damaged_file_is_one_line(folder: Path) -> None:
-    (folder / text.FILE).write_text('{"version": "1.0"}')
+    (folder / text.TOKENIZER_FILE).write_text('{"version": "1.0"}')
     with pytest.raises(ValueError, match="cannot be loaded") as caught:
         text.load(folder)
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_letters_that_a_small_vocabulary_lacks_are_no_fault(tmp_path: Path) -> None:
-    text.train(["a red dog\n\n"] * 8, tmp_path, 280, ("<user>",))
+    text.train_tokenizer(["a red dog\n\n"] * 8, tmp_path, 280, ("<user>",))
     assert text.load(tmp_path)("a red dog", add_special_tokens=False)["input_ids"]
 
 
 def test_reading_without_transformers_is_the_same(tiny_folder: Path) -> None:
-    ours, theirs = text.InferenceTokenizer(tiny_folder), text.of_model(tiny_folder)
+    ours, theirs = text.InferenceTokenizer(tiny_folder), text.load_from_model(tiny_folder)
     assert len(ours) == len(theirs) and ours.get_vocab() == theirs.get_vocab()
     for name in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"):
         assert getattr(ours, name) == getattr(theirs, name)
@@ -124,10 +127,10 @@ def test_a_system_message_stands_in_its_place_or_before_the_first_words(render: 
     system, user = {"role": "system", "content": "be kind"}, {"role": "user", "content": "a dog"}
     answer = {"role": "assistant", "content": "two"}
     wanted = "<system>be kind<user>a dog<assistant>two" if kept else "<user>be kind\n\na dog<assistant>two"
-    assert render(text.with_system([system, user, answer], render)) == wanted
-    assert text.with_system([user, answer], render) == [user, answer]
+    assert render(text.merge_system_message([system, user, answer], render)) == wanted
+    assert text.merge_system_message([user, answer], render) == [user, answer]
     parts = [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in (system, user)]
-    found = text.with_system(parts, render)
+    found = text.merge_system_message(parts, render)
     assert [m["role"] for m in found] == (["system", "user"] if kept else ["user"]) and "a dog" in str(found[-1])
-    first = text.with_system([system, answer], render)
+    first = text.merge_system_message([system, answer], render)
     assert [m["role"] for m in first] == ["system" if kept else "user", "assistant"]

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from unigen.nn.perceptual import LPIPS
-from unigen.tokenizers import load_tokenizer, save_tokenizer
+from unigen.tokenizers import load_image_tokenizer, save_tokenizer
 from unigen.tokenizers.measure import evaluate_tokenizer, perplexity, psnr
-from unigen.tokenizers.quantize import FiniteScalar, LookupFree, Quantizer, VectorQuantizer, channels_last
+from unigen.tokenizers.quantize import FSQ, LFQ, Quantizer, VectorQuantizer, channels_last
 from unigen.tokenizers.vq import VQConfig, VQTokenizer, from_config
 from unigen.training.vq_objective import VQLossConfig, VQObjective, VQTraining, adaptive_weight, pixel_loss
 
@@ -49,7 +49,7 @@ def pictures(n: int = 8, size: int = 64) -> dict[str, torch.Tensor]:
 
 def quantizers() -> list[Quantizer]:
     torch.manual_seed(0)
-    return [VectorQuantizer(32, 4), FiniteScalar((8, 5, 5, 5)), FiniteScalar((2, 3)), LookupFree(6)]
+    return [VectorQuantizer(32, 4), FSQ((8, 5, 5, 5)), FSQ((2, 3)), LFQ(6)]
 
 
 # ---------------------------------------------------------------- quantizers
@@ -95,7 +95,7 @@ def test_lookup_equals_brute_force_cosine() -> None:
 
 
 def test_finite_scalar_reaches_every_level_and_no_more() -> None:
-    quantizer = FiniteScalar((8, 5, 5, 5))
+    quantizer = FSQ((8, 5, 5, 5))
     assert quantizer.size == 1000
     z = torch.linspace(-9, 9, 2001).reshape(1, 1, 1, -1).expand(1, 4, 1, -1)
     vectors = quantizer(z).vectors_BDhw
@@ -105,11 +105,11 @@ def test_finite_scalar_reaches_every_level_and_no_more() -> None:
 
 def test_lookup_free_is_the_sign() -> None:
     z = torch.randn(2, 6, 3, 3, generator=rng())
-    assert torch.equal(LookupFree(6)(z).vectors_BDhw.sign(), z.sign())
+    assert torch.equal(LFQ(6)(z).vectors_BDhw.sign(), z.sign())
 
 
 def test_entropy_rewards_spread_codes() -> None:
-    quantizer = LookupFree(4, entropy=1.0)
+    quantizer = LFQ(4, entropy=1.0)
     spread = channels_last(quantizer.vectors(torch.arange(16).reshape(1, 4, 4))).permute(0, 3, 1, 2) * 3
     same = torch.full((1, 4, 4, 4), 3.0)
     (a, n), (b, _) = quantizer(spread).losses["entropy"], quantizer(same).losses["entropy"]
@@ -215,12 +215,12 @@ def test_a_picture_has_the_same_codes_alone_and_in_a_batch() -> None:
 def test_save_and_load_bit_for_bit(kind: str, tmp_path: object) -> None:
     tokenizer = tiny(quantizer=kind).eval()
     folder = save_tokenizer(tokenizer, f"{tmp_path}/tok")
-    loaded = load_tokenizer(folder)
+    loaded = load_image_tokenizer(folder)
     assert not loaded.training and loaded.config() == tokenizer.config()
     assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in tokenizer.state_dict().items())
     x = pictures(3)["pixels"]
     assert torch.equal(loaded.encode(x), tokenizer.encode(x))
-    half = load_tokenizer(save_tokenizer(tokenizer, f"{tmp_path}/half", dtype=torch.bfloat16))
+    half = load_image_tokenizer(save_tokenizer(tokenizer, f"{tmp_path}/half", dtype=torch.bfloat16))
     assert next(half.parameters()).dtype == torch.float32
 
 
@@ -243,7 +243,7 @@ def test_broken_folders_are_said_plainly(tmp_path: object) -> None:
     folder = save_tokenizer(tiny(), f"{tmp_path}/tok")
     config = json.loads((folder / "config.json").read_text())
     with pytest.raises(ValueError, match="config.json is missing"):
-        load_tokenizer(f"{tmp_path}/nowhere")
+        load_image_tokenizer(f"{tmp_path}/nowhere")
     for change, message in [
         ({"kind": "nothing"}, "kind 'nothing'"),
         ({"wide": 64}, "does not fit"),
@@ -251,12 +251,12 @@ def test_broken_folders_are_said_plainly(tmp_path: object) -> None:
     ]:
         (folder / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(ValueError, match=message):
-            load_tokenizer(folder)
+            load_image_tokenizer(folder)
     (folder / "config.json").write_text(json.dumps(config))
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     with pytest.raises(ValueError, match="cannot be read"):
-        load_tokenizer(folder)
+        load_image_tokenizer(folder)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.training.test_trainer import losses, same, train
-from unigen.training.checkpoint import model_is_of
+from unigen.training.checkpoint import has_model_of_step
 
 WRITES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "shutil.rmtree", "tempfile.mkdtemp"}
 """Events of Python's audit hooks that come before something is done to a file."""
@@ -30,12 +30,12 @@ def sample(model: Any, step: int, folder: Path) -> None:
     (folder / f"{step:06d}.txt").write_text("a picture")
 
 
-def short(folder: Path) -> None:
+def short_run(folder: Path) -> None:
     """6 steps, saved every other, with a model and samples."""
     train(folder, "steps=6", "save_every=2", "sample_every=3", "log_every=1", "workers=0", save=save, sample=sample)
 
 
-def killed_at(folder: Path, event: int) -> bool:
+def run_killed_at(folder: Path, event: int) -> bool:
     """Whether a run in a process of its own is killed before its `event`-th access to a file of its folder; False: it
     ended before that."""
     child = os.fork()
@@ -57,7 +57,7 @@ def killed_at(folder: Path, event: int) -> bool:
         torch.set_num_threads(1)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.addaudithook(count)
-        short(folder)
+        short_run(folder)
         code = 0
     finally:
         os._exit(code)
@@ -71,14 +71,14 @@ def names(folder: Path) -> set[str]:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("uninterrupted")
-    short(folder)
+    short_run(folder)
     return folder
 
 
 def check(folder: Path, uninterrupted: Path) -> None:
     """That a run has ended as `uninterrupted` did: weights, curves, model and files."""
     assert same(folder, uninterrupted) and losses(folder) == losses(uninterrupted)
-    assert model_is_of(folder, 6) and names(folder) == names(uninterrupted)
+    assert has_model_of_step(folder, 6) and names(folder) == names(uninterrupted)
     both = [torch.load(one / "model" / "weights.pt") for one in (folder, uninterrupted)]
     assert all(torch.equal(both[0][name], both[1][name]) for name in both[1])
 
@@ -89,7 +89,7 @@ def test_a_run_killed_again_and_again_ends_as_one_that_was_not(
 ) -> None:
     kills = 0
     for event in range(0, 1000, stride):  # always later than before, so that it gets further and ends at last
-        if not killed_at(tmp_path, event):
+        if not run_killed_at(tmp_path, event):
             break
         kills += 1
     assert kills > 20 / stride

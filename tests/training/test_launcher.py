@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from unigen.training import recipe
-from unigen.training.launcher import check_launcher, check_precision, launched_as
+from unigen.training.launcher import check_launcher, check_precision, launch_info
 
 PLAIN = {"ACCELERATE_USE_CPU": "False", "ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"}
 """As `accelerate launch` and torchrun have it."""
@@ -68,7 +68,7 @@ def test_data_parallel_launchers_are_taken(variables: dict[str, str]) -> None:
     ],
 )
 def test_the_place_of_a_process(variables: dict[str, str], place: tuple[int, int]) -> None:
-    assert launched_as(variables) == place
+    assert launch_info(variables) == place
 
 
 def test_mixed_precision_is_the_runs_to_say() -> None:

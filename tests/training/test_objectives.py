@@ -14,7 +14,7 @@ from unigen.batch import Batch, pack
 from unigen.commands.main import main
 from unigen.document import Document, Segment
 from unigen.inference.engine import Engine
-from unigen.training.objectives import Mixture
+from unigen.training.objectives import MultiGeneratorLoss
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
 
@@ -28,7 +28,9 @@ def batch_of(model: Any) -> Batch:
 
 
 def losses(model: Any, before: Any = None) -> dict[str, torch.Tensor]:
-    found = Mixture(model.generators, before=before)(model, batch_of(model), torch.Generator().manual_seed(0))
+    found = MultiGeneratorLoss(model.generators, before=before)(
+        model, batch_of(model), torch.Generator().manual_seed(0)
+    )
     return {name: total for name, (total, _) in found.items() if not name.startswith("metric")}
 
 

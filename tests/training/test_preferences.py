@@ -16,26 +16,26 @@ import torch
 
 from unigen.batch import Tokens, pack
 from unigen.commands.main import main
-from unigen.data.packing import Collate
+from unigen.data.packing import PackCollator
 from unigen.document import Document, Segment
-from unigen.generators import names, next_scale
+from unigen.generators import generator_names, next_scale
 from unigen.inference.engine import Engine
 from unigen.inference.scoring import log_likelihood
 from unigen.models import load
 from unigen.samplers.guidance import Guidance
-from unigen.samplers.logits import draw_together
-from unigen.training.objectives import Mixture
+from unigen.samplers.logits import sample_shared_rng
+from unigen.training.objectives import MultiGeneratorLoss
 from unigen.training.preferences import (
-    CollateCompared,
-    Compared,
-    ComparedRows,
-    Pair,
+    DPOObjective,
+    PreferenceBatch,
+    PreferenceCollator,
     PreferenceConfig,
-    Preferences,
+    PreferenceDataset,
+    PreferencePair,
     read_pairs,
 )
 
-GROUPS = (
+PROMPT_GROUPS = (
     ("a dog", [True, False, False, True]),
     ("two red apples", [True, True, True, False]),
     ("a horse", [True, True, True, True]),
@@ -44,26 +44,26 @@ SHOWN = ("describe this picture", ["a dog", "a fish"], [True, False])
 CODES = (((1, 2), (3, 4)), ((5, 6), (7, 8)))
 
 
-def line(prompt: Any, answers: Any, right: Any = (True, False), role: str = "assistant") -> str:
+def judged_line(prompt: Any, answers: Any, right: Any = (True, False), role: str = "assistant") -> str:
     """Answers are texts, or codes of pictures."""
     said = [{"role": role} | ({"text": a} if isinstance(a, str) else {"image": {"codes": a}}) for a in answers]
     return json.dumps({"prompt": {"segments": prompt}, "answers": said, "right": right}) + "\n"
 
 
-def asked(text: str, codes: Any = None) -> list[dict[str, Any]]:
+def user_prompt(text: str, codes: Any = None) -> list[dict[str, Any]]:
     shown = [] if codes is None else [{"role": "user", "image": {"codes": codes}}]
     return [*shown, {"role": "user", "text": text}]
 
 
 @pytest.fixture
-def judged(tmp_path: Path) -> Path:
+def judged_file(tmp_path: Path) -> Path:
     """Four pictures of 2x2 codes for each prompt, the first code says which; and a picture with two captions."""
     lines = [
-        line(asked(prompt), [[[4 * n + k, 1], [2, 3]] for k in range(4)], right)
-        for n, (prompt, right) in enumerate(GROUPS)
+        judged_line(user_prompt(prompt), [[[4 * n + k, 1], [2, 3]] for k in range(4)], right)
+        for n, (prompt, right) in enumerate(PROMPT_GROUPS)
     ]
     question, texts, right = SHOWN
-    lines.append(line(asked(question, CODES[0]), texts, right))
+    lines.append(judged_line(user_prompt(question, CODES[0]), texts, right))
     (tmp_path / "judged.jsonl").write_text("".join(lines))
     return tmp_path / "judged.jsonl"
 
@@ -74,11 +74,11 @@ def is_right(document: Document) -> bool:
         return SHOWN[2][SHOWN[1].index(answer.text)]
     assert isinstance(answer.image, torch.Tensor)
     group, which = divmod(int(answer.image[0, 0]), 4)
-    return GROUPS[group][1][which]
+    return PROMPT_GROUPS[group][1][which]
 
 
-def test_pairs_hold_a_right_and_a_wrong_answer_to_one_prompt(judged: Path) -> None:
-    pairs = read_pairs([judged], 0, (2, 2), 32)
+def test_pairs_hold_a_right_and_a_wrong_answer_to_one_prompt(judged_file: Path) -> None:
+    pairs = read_pairs([judged_file], 0, (2, 2), 32)
     prompts = [[chat.to_json()["segments"][:-1] for chat in pair[:2]] for pair in pairs]
     assert all(a == b for a, b in prompts)
     texts = sorted(a[-1]["text"] for a, _ in prompts)
@@ -86,7 +86,7 @@ def test_pairs_hold_a_right_and_a_wrong_answer_to_one_prompt(judged: Path) -> No
     assert all(is_right(chosen) and not is_right(rejected) for chosen, rejected, _ in pairs)
     answers = [str(chat.to_json()["segments"][-1]) for pair in pairs for chat in pair[:2]]
     assert len(set(answers)) == len(answers) == 8
-    assert len(read_pairs([judged, judged], 0, (2, 2), 32)) == 8
+    assert len(read_pairs([judged_file, judged_file], 0, (2, 2), 32)) == 8
 
 
 @pytest.mark.parametrize(
@@ -97,14 +97,14 @@ def test_pairs_hold_a_right_and_a_wrong_answer_to_one_prompt(judged: Path) -> No
         ('{"prompt": {"segments": []}}\n', "line 1 of .* does not hold judged answers"),
         ("[]\n", "line 1 of .* does not hold judged answers"),
         ("nothing\n", "line 1 of .* does not hold judged answers"),
-        (line(asked("a"), CODES, [True, True]), "no prompt with a right and a wrong"),
-        (line(asked("a"), [[[1]], [[2]]]), "not 2 x 2 codes"),
-        (line(asked("a", [[1]]), ["b", "c"]), "not 2 x 2 codes"),
-        (line(asked("a"), [[[1, 2], [3, 32]], [[1, 2], [3, 4]]]), "beyond the 32 there are"),
-        (line(asked("a"), [[[1, 2], [3, -1]], [[1, 2], [3, 4]]]), "beyond the 32 there are"),
-        (line(asked("a"), CODES, [0.2, 0.9]), "each answer is right or not"),
-        (line(asked("a"), CODES, [True]), "each answer is right or not"),
-        (line(asked("a"), CODES, role="user"), "the assistant answers"),
+        (judged_line(user_prompt("a"), CODES, [True, True]), "no prompt with a right and a wrong"),
+        (judged_line(user_prompt("a"), [[[1]], [[2]]]), "not 2 x 2 codes"),
+        (judged_line(user_prompt("a", [[1]]), ["b", "c"]), "not 2 x 2 codes"),
+        (judged_line(user_prompt("a"), [[[1, 2], [3, 32]], [[1, 2], [3, 4]]]), "beyond the 32 there are"),
+        (judged_line(user_prompt("a"), [[[1, 2], [3, -1]], [[1, 2], [3, 4]]]), "beyond the 32 there are"),
+        (judged_line(user_prompt("a"), CODES, [0.2, 0.9]), "each answer is right or not"),
+        (judged_line(user_prompt("a"), CODES, [True]), "each answer is right or not"),
+        (judged_line(user_prompt("a"), CODES, role="user"), "the assistant answers"),
     ],
 )
 def test_files_that_cannot_be_learnt_from_are_refused(tmp_path: Path, text: str | None, message: str) -> None:
@@ -114,24 +114,24 @@ def test_files_that_cannot_be_learnt_from_are_refused(tmp_path: Path, text: str 
         read_pairs([tmp_path / "f"], 0, (2, 2), 32)
 
 
-def compared(engine: Engine, judged: Path) -> Compared:
+def preference_batch(engine: Engine, judged: Path) -> PreferenceBatch:
     template = engine.model.template
     replay = [template.encode(Document([Segment(text="a dog"), Segment(text="a horse", role="assistant")]))]
     pairs = read_pairs([judged], 0, (2, 2), 32)
     longest = max(len(template.encode(chat)) for pair in pairs for chat in pair[:2])
-    rows = ComparedRows([replay] * 9, pairs, template.encode, 2 * longest, rows=1)
+    rows = PreferenceDataset([replay] * 9, pairs, template.encode, 2 * longest, rows=1)
     (of_codes,) = rows.pairs
     assert len(of_codes) == 2 and sum(map(len, of_codes)) == 4
     laid = [side.ids for row in of_codes for sides in row for side in sides[:2]]
     assert laid == [template.encode(chat).ids for pair in pairs for chat in pair[:2]]
     assert rows[0][1] == rows[2][1] == [of_codes[:1]] and rows[1][1] == [of_codes[1:]]
     with pytest.raises(ValueError, match="exceeds a row of"):
-        ComparedRows([replay], pairs, template.encode, longest - 1, rows=1)
-    return CollateCompared(Collate(128, 16), 2 * longest, 16)([rows[0], rows[1]])
+        PreferenceDataset([replay], pairs, template.encode, longest - 1, rows=1)
+    return PreferenceCollator(PackCollator(128, 16), 2 * longest, 16)([rows[0], rows[1]])
 
 
 def likelihoods(
-    model: Any, batch: Compared, guidance: Guidance | None = None, temperature: float = 0.8, kind: int = 0
+    model: Any, batch: PreferenceBatch, guidance: Guidance | None = None, temperature: float = 0.8, kind: int = 0
 ) -> torch.Tensor:
     """log p of chosen and rejected answers (P, 2), as Preferences asks for them."""
     pairs, found = batch.kinds[kind], []
@@ -144,10 +144,10 @@ def likelihoods(
 
 @pytest.mark.parametrize(("scale", "temperature"), [(3.0, 0.8), (1.0, 1.0)])
 def test_the_likelihood_of_an_answer_is_that_by_which_the_engine_draws_it(
-    engine: Engine, judged: Path, scale: float, temperature: float
+    engine: Engine, judged_file: Path, scale: float, temperature: float
 ) -> None:
     """A picture's codes one by one from its own prompt and the blind one; a text's ids, its end among them."""
-    model, batch = engine.model, compared(engine, judged)
+    model, batch = engine.model, preference_batch(engine, judged_file)
     template, first = model.template, model.vocabulary.text_size
     together_D = likelihoods(model, batch, Guidance.of(scale), temperature).detach().flatten()
 
@@ -156,7 +156,7 @@ def test_the_likelihood_of_an_answer_is_that_by_which_the_engine_draws_it(
         return model.logits(model.hidden(alone)[0, -1])
 
     expected = []
-    for pair in read_pairs([judged], 0, (2, 2), 32):
+    for pair in read_pairs([judged_file], 0, (2, 2), 32):
         for chat in pair[:2]:
             before, answer = Document(chat.segments[:-1]), chat.segments[-1]
             prompt = model.ids(template.prompt(before))
@@ -178,10 +178,10 @@ def test_the_likelihood_of_an_answer_is_that_by_which_the_engine_draws_it(
     torch.testing.assert_close(together_D, torch.stack(expected), rtol=1e-4, atol=1e-3)
 
 
-def test_the_loss_is_dpo(engine: Engine, judged: Path) -> None:
+def test_the_loss_is_dpo(engine: Engine, judged_file: Path) -> None:
     """log 2 where nothing has been learnt; else equation 7 in numbers; its step makes the chosen likelier."""
-    model, batch = copy.deepcopy(engine.model), compared(engine, judged)
-    objective = Preferences(Mixture(model.generators), copy.deepcopy(model), PreferenceConfig(beta=0.5))
+    model, batch = copy.deepcopy(engine.model), preference_batch(engine, judged_file)
+    objective = DPOObjective(MultiGeneratorLoss(model.generators), copy.deepcopy(model), PreferenceConfig(beta=0.5))
     losses = objective(model, batch, torch.Generator())
     total, count = losses["preference"]
     assert math.isclose(float(total.detach()) / count, math.log(2), rel_tol=1e-5) and losses["metric/accuracy"][0] == 0
@@ -205,7 +205,7 @@ def test_the_loss_is_dpo(engine: Engine, judged: Path) -> None:
     assert int(losses["metric/accuracy"][0]) == int((gain_P > 0).sum())
 
 
-@pytest.mark.parametrize("writer", [name for name in names() if name != "next-token"])
+@pytest.mark.parametrize("writer", [name for name in generator_names() if name != "next-token"])
 def test_pictures_of_any_generator_are_compared(engine: Engine, writer: str) -> None:
     """By its own loss, under one draw of masks, noise and times: log 2 where nothing has been learnt, and a step makes
     the chosen likelier and the rejected less so."""
@@ -214,11 +214,13 @@ def test_pictures_of_any_generator_are_compared(engine: Engine, writer: str) -> 
     right, wrong = (Document([Segment(text="a dog"), Segment(image=p, role="assistant")]) for p in pictures)
     told = [Document([Segment(text="a dog"), Segment(text=t, role="assistant")]) for t in ("a horse", "a story")]
     encode = model.template.encode
-    rows = ComparedRows([[encode(right)]], [Pair(right, wrong, writer), Pair(told[0], told[1])], encode, 1024, 1)
+    rows = PreferenceDataset(
+        [[encode(right)]], [PreferencePair(right, wrong, writer), PreferencePair(told[0], told[1])], encode, 1024, 1
+    )
     (texts,), (drawn,) = rows.pairs
     assert [side.writers for sides in (*texts, *drawn) for side in sides[:2]] == [[], [], [writer], [writer]]
-    batch = CollateCompared(Collate(1024, 16), 1024, 16)([rows[0]])
-    objective = Preferences(Mixture(model.generators), copy.deepcopy(model), PreferenceConfig())
+    batch = PreferenceCollator(PackCollator(1024, 16), 1024, 16)([rows[0]])
+    objective = DPOObjective(MultiGeneratorLoss(model.generators), copy.deepcopy(model), PreferenceConfig())
     total, count = objective(model, batch, torch.Generator().manual_seed(0))["preference"]
     assert count == 2 and math.isclose(float(total.detach()) / 2, math.log(2), rel_tol=1e-5)
     (sides,) = drawn
@@ -246,18 +248,20 @@ def test_pictures_of_any_generator_are_compared(engine: Engine, writer: str) -> 
     assert float(objective_after["preference"][0].detach()) < 2 * math.log(2)
 
 
-@pytest.mark.parametrize("writer", [name for name in names() if name != "next-token"])
+@pytest.mark.parametrize("writer", [name for name in generator_names() if name != "next-token"])
 def test_both_answers_of_a_pair_are_asked_the_same(engine: Engine, writer: str) -> None:
     """One and the same picture, right and wrong, has one likelihood: masks, noise and times are the pair's."""
     picture = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     chat = Document([Segment(text="a dog"), Segment(image=picture, role="assistant")])
-    rows = ComparedRows([[]], [Pair(chat, chat, writer)] * 3, engine.model.template.encode, 1024, 1)
-    batch = CollateCompared(lambda _: pack([[]], 1024, 16), 1024, 16)([rows[0]])
+    rows = PreferenceDataset([[]], [PreferencePair(chat, chat, writer)] * 3, engine.model.template.encode, 1024, 1)
+    batch = PreferenceCollator(lambda _: pack([[]], 1024, 16), 1024, 16)([rows[0]])
     found_P2 = likelihoods(engine.model, batch).detach()
     torch.testing.assert_close(found_P2[:, 0], found_P2[:, 1])
     if engine.model.generators[writer].name in ("masked", "flow"):
         assert len(set(found_P2[:, 0].tolist())) > 1  # while pairs have their own
-    objective = Preferences(Mixture(engine.model.generators), copy.deepcopy(engine.model), PreferenceConfig())
+    objective = DPOObjective(
+        MultiGeneratorLoss(engine.model.generators), copy.deepcopy(engine.model), PreferenceConfig()
+    )
     other = copy.deepcopy(engine.model)
     with torch.no_grad():
         for p in other.parameters():
@@ -295,11 +299,11 @@ def test_next_scale_is_as_likely_as_it_is_drawn(
     model, template, drawn = engine.model, engine.model.template, []
 
     def draw(logits_NV: torch.Tensor, sampling: Any, rng: torch.Generator) -> torch.Tensor:
-        codes_N = draw_together(logits_NV, sampling, rng)
+        codes_N = sample_shared_rng(logits_NV, sampling, rng)
         drawn.append((logits_NV / temperature).log_softmax(-1).gather(-1, codes_N[:, None]).sum())
         return codes_N
 
-    monkeypatch.setattr(next_scale, "draw_together", draw)
+    monkeypatch.setattr(next_scale, "sample_shared_rng", draw)
     options = {"guidance": scale, "temperature": temperature, "top_k": 0, "top_p": 1.0, "generator": "next-scale"}
     requests = [engine.request("a dog", "image", seed=seed, **options) for seed in range(2)]
     for request in requests:
@@ -329,22 +333,22 @@ def test_codes_of_next_scale_are_checked_and_compared(engine: Engine, tmp_path: 
         ([0] * (length - 1) + [size], "beyond the"),
         ([[0, 1], [1, 0]], "several kinds"),
     ):
-        text = line(asked("a"), [codes, [1] * length]).replace("{", '{"writer": "next-scale", ', 1)
+        text = judged_line(user_prompt("a"), [codes, [1] * length]).replace("{", '{"writer": "next-scale", ', 1)
         (tmp_path / "f").write_text(text)
         with pytest.raises(ValueError, match=message):
             read_pairs([tmp_path / "f"], 0, (2, 2), 32, own)
     texts = [
-        line(asked("a"), [[0] * length, [1] * length]).replace("{", '{"writer": "next-scale", ', 1),
-        line(asked("a"), CODES),
+        judged_line(user_prompt("a"), [[0] * length, [1] * length]).replace("{", '{"writer": "next-scale", ', 1),
+        judged_line(user_prompt("a"), CODES),
     ]
     (tmp_path / "f").write_text("".join(texts))
     with pytest.raises(ValueError, match="codes of next-scale's own are for comparisons"):
         read_pairs([tmp_path / "f"], 0, (2, 2), 32)
-    (tmp_path / "g").write_text(line(asked("a"), CODES).replace("{", '{"writer": "next-scale", ', 1))
+    (tmp_path / "g").write_text(judged_line(user_prompt("a"), CODES).replace("{", '{"writer": "next-scale", ', 1))
     with pytest.raises(ValueError, match="compared by its own codes, or as pixels"):
         read_pairs([tmp_path / "g"], 0, (2, 2), 32, own)
     pairs = read_pairs([tmp_path / "f"], 0, (2, 2), 32, own)
-    rows = ComparedRows([[]], pairs, engine.model.template.encode, 128, 1)
+    rows = PreferenceDataset([[]], pairs, engine.model.template.encode, 128, 1)
     assert [sides.chosen.writers for kind in rows.pairs for row in kind for sides in row] == [
         ["next-token"],
         ["next-scale"],
@@ -352,10 +356,10 @@ def test_codes_of_next_scale_are_checked_and_compared(engine: Engine, tmp_path: 
 
 
 def test_a_model_draws_is_judged_and_learns(
-    tiny_folder: Path, judged: Path, emoji_font: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+    tiny_folder: Path, judged_file: Path, emoji_font: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
     from data_tools import judge_answers
-    from unigen.evaluation.detector import ASSET
+    from unigen.evaluation.detector import DEFAULT_FOLDER
     from unigen.evaluation.tasks.scenes import ScenesTask
 
     def by_brightness(self: ScenesTask, items: Any, pictures: Any) -> list[dict[str, float]]:
@@ -364,8 +368,17 @@ def test_a_model_draws_is_judged_and_learns(
     model = load(tiny_folder)
     level = np.mean([np.asarray(picture).mean() for picture in model.pictures(torch.arange(32).reshape(8, 2, 2))])
     monkeypatch.setattr(ScenesTask, "score_batch", by_brightness)
-    drawn = judged.with_name("drawn.jsonl")
-    command = ["judge_answers", "pictures", str(tiny_folder), str(drawn), "--detector", str(ASSET), "--prompts", "10"]
+    drawn = judged_file.with_name("drawn.jsonl")
+    command = [
+        "judge_answers",
+        "pictures",
+        str(tiny_folder),
+        str(drawn),
+        "--detector",
+        str(DEFAULT_FOLDER),
+        "--prompts",
+        "10",
+    ]
     monkeypatch.setattr(sys, "argv", [*command, "--answers", "2", "--batch", "4", "--dtype", "float32"])
     assert judge_answers.main() == 0
     groups = [json.loads(text) for text in drawn.read_text().splitlines()]
@@ -377,20 +390,20 @@ def test_a_model_draws_is_judged_and_learns(
     monkeypatch.setattr(sys, "argv", [*command, "--answers", "1"])
     assert judge_answers.main() == 2
 
-    said = judged.with_name("said.jsonl")
+    said = judged_file.with_name("said.jsonl")
     command = ["judge_answers", "captions", str(tiny_folder), str(said), "--prompts", "3", "--batch", "4"]
     monkeypatch.setattr(sys, "argv", [*command, "--answers", "2", "--dtype", "float32"])
     assert judge_answers.main() == 0
     groups = [json.loads(text) for text in said.read_text().splitlines()]
     assert [group["right"] for group in groups] == [[True, False, False]] * 3  # the model has learnt no words
     assert len({group["answers"][0]["text"] for group in groups}) == 3
-    for refused in (["--seed", "0"], ["--detector", str(ASSET)]):
+    for refused in (["--seed", "0"], ["--detector", str(DEFAULT_FOLDER)]):
         monkeypatch.setattr(sys, "argv", [*command, *refused])
         assert judge_answers.main() == 2
 
     shared = ["train", "recipes/tiny.py", "batch_size=1", "length=512", "workers=0", "precision=fp32", "steps=2"]
-    shared += ["time_limit=none", "sample_every=0", "log_every=1", f"run_dir={judged.parent / 'run'}"]
-    shared += [f"preferences.judged={judged},{said}"]
+    shared += ["time_limit=none", "sample_every=0", "log_every=1", f"run_dir={judged_file.parent / 'run'}"]
+    shared += [f"preferences.judged={judged_file},{said}"]
     assert main([*shared, f"init_from={tiny_folder}"]) == 0
     printed = capsys.readouterr().out
     assert "7 pairs of answers" in printed and "preference 0." in printed and "accuracy" in printed
@@ -399,7 +412,7 @@ def test_a_model_draws_is_judged_and_learns(
 
     kept = ["train", "recipes/tiny.py", "batch_size=2", "length=512", "workers=0", "precision=fp32", "steps=2"]
     kept += ["time_limit=none", "sample_every=0", "log_every=1", f"init_from={tiny_folder}", f"retain={tiny_folder}"]
-    kept += ["writers.masked=3", "mixture.draw=9", f"answers={drawn}", f"run_dir={judged.parent / 'kept'}"]
+    kept += ["writers.masked=3", "mixture.draw=9", f"answers={drawn}", f"run_dir={judged_file.parent / 'kept'}"]
     assert main([*kept, "answered=1"]) == 0
     printed = capsys.readouterr().out
     assert "masked 3." in printed  # nats of one of 32 codes
@@ -409,14 +422,23 @@ def test_a_model_draws_is_judged_and_learns(
         return [{"strict": float(k % 2)} for k in range(len(pictures))]
 
     monkeypatch.setattr(ScenesTask, "score_batch", by_lot)
-    looked = judged.with_name("looked.jsonl")
-    command = ["judge_answers", "pictures", str(tiny_folder), str(looked), "--detector", str(ASSET), "--prompts", "10"]
+    looked = judged_file.with_name("looked.jsonl")
+    command = [
+        "judge_answers",
+        "pictures",
+        str(tiny_folder),
+        str(looked),
+        "--detector",
+        str(DEFAULT_FOLDER),
+        "--prompts",
+        "10",
+    ]
     command += ["--answers", "4", "--batch", "8", "--dtype", "float32", "--generator"]
     monkeypatch.setattr(sys, "argv", [*command, "flow"])
     assert judge_answers.main() == 0
     assert {"png"} == {k for text in looked.open() for answer in json.loads(text)["answers"] for k in answer["image"]}
     seen = [part for part in shared if not part.startswith(("preferences", "run_dir"))]
-    seen += [f"init_from={tiny_folder}", f"run_dir={judged.parent / 'seen'}", f"preferences.judged={looked}"]
+    seen += [f"init_from={tiny_folder}", f"run_dir={judged_file.parent / 'seen'}", f"preferences.judged={looked}"]
     assert {json.loads(text)["writer"] for text in looked.open()} == {"flow"}
     assert main([*seen, f"preferences.judged={looked},{said}"]) == 0
     assert "preference 0." in capsys.readouterr().out
@@ -435,9 +457,9 @@ def test_a_model_draws_is_judged_and_learns(
         ("answered=2", "shares from 0 to 1"),
         ("mistakes=2", "shares from 0 to 1"),
         ("mistakes=0.2", "mistakes are for next-scale to mend"),
-        (f"preferences.judged={judged} mistakes=0.2", "answers are compared as they were drawn"),
+        (f"preferences.judged={judged_file} mistakes=0.2", "answers are compared as they were drawn"),
         ("answered=0", "above 0"),
         ("mixture.draw=-1", "a mixture shares out"),
     ):
-        assert main([*kept, *wrong.split(), f"run_dir={judged.parent / 'no'}"]) == 2
+        assert main([*kept, *wrong.split(), f"run_dir={judged_file.parent / 'no'}"]) == 2
         assert message in capsys.readouterr().err

@@ -18,15 +18,15 @@ from typing import Any
 import pytest
 import torch
 
-from tests.training.test_trainer import Denoise, plain, train
+from tests.training.test_trainer import DenoisingObjective, plain, train
 from unigen.training import generator_setup, peers
 from unigen.training.recipe import run_recipe
-from unigen.training.stream import Batches
+from unigen.training.stream import BatchIterator
 from unigen.training.trainer import main_process_first
 
 
 def ranks(work: Callable[[int], None], folder: Path, world: int = 2) -> list[int]:
-    """Start `work(rank)` in processes of one run, forked; their ids. What each prints is in folder/RANK.out."""
+    """Start `run_worker(rank)` in processes of one run, forked; their ids. What each prints is in folder/RANK.out."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -101,11 +101,11 @@ def test_one_process_trains_the_text_tokenizer_that_all_read(tmp_path: Path, mon
         time.sleep(1)
         (folder / "tokenizer.json").write_text("whole")
 
-    monkeypatch.setattr(generator_setup.text, "train", slow)
+    monkeypatch.setattr(generator_setup.text, "train_tokenizer", slow)
     monkeypatch.setattr(generator_setup.text, "load", lambda folder: (folder / "tokenizer.json").read_text())
 
     def work(rank: int) -> None:
-        assert generator_setup.text_tokenizer(tmp_path / "words", [], 300, ()) == "whole"
+        assert generator_setup.load_or_train_text_tokenizer(tmp_path / "words", [], 300, ()) == "whole"
 
     assert [finished(pid) for pid in ranks(work, tmp_path)] == [0, 0]
     assert (tmp_path / "trained").read_text() == "0\n", "the main process alone"
@@ -142,14 +142,14 @@ def test_an_end_of_the_first_process_is_told_by_the_others(tmp_path: Path) -> No
 
 def test_a_process_that_closes_its_loader_late_ends_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other one is gone by then."""
-    monkeypatch.setattr(peers, "watching", functools.partial(peers.watching, every=0.05, grace=0.1))
-    real = Batches.close
+    monkeypatch.setattr(peers, "watch_pids", functools.partial(peers.watch_pids, every=0.05, grace=0.1))
+    real = BatchIterator.close
 
-    def close(batches: Batches) -> None:
+    def close(batches: BatchIterator) -> None:
         real(batches)
         time.sleep(2 * int(os.environ["RANK"]))
 
-    monkeypatch.setattr(Batches, "close", close)
+    monkeypatch.setattr(BatchIterator, "close", close)
 
     def work(rank: int) -> None:
         train(tmp_path / "run", "steps=2", "batch_size=4", "workers=0", "precision=fp32", model=plain())
@@ -161,10 +161,10 @@ def test_a_recipe_by_a_launcher_of_mpi(tmp_path: Path) -> None:
     """One of its processes is the main one; all train together."""
     (tmp_path / "recipe.py").write_text(
         "from unigen.config import RunConfig\n"
-        "from tests.training.test_trainer import Denoise, Noisy, plain\n"
-        "from unigen.training.trainer import Job\n"
+        "from tests.training.test_trainer import DenoisingObjective, NoisyDataset, plain\n"
+        "from unigen.training.trainer import TrainSpec\n"
         f"def config(): return RunConfig(run_dir={str(tmp_path / 'run')!r}, steps=2, batch_size=4, workers=0)\n"
-        "def build(cfg): return Job(plain(), Noisy(), objective=Denoise())\n"
+        "def build(cfg): return TrainSpec(plain(), NoisyDataset(), objective=DenoisingObjective())\n"
     )
 
     def work(rank: int) -> None:
@@ -206,7 +206,7 @@ def test_where_one_process_is_killed_the_other_says_so_and_ends(victim: int, bus
         (tmp_path / f"there-{os.environ['RANK']}").touch()
         time.sleep(600 if busy else 0.01)
 
-    class Reporting(Denoise):
+    class Reporting(DenoisingObjective):
         def __call__(self, *given: Any) -> Any:
             if self.step >= 2:
                 step()

@@ -24,7 +24,7 @@ from unigen.config import load_json
         (RECIPE.replace("def build", "def make").encode(), "has no function build()"),
         (RECIPE.replace("return Config(", "Config(").encode(), "config() of the recipe"),
         (RECIPE.replace("return Config(", "return dict(").encode(), "must return a RunConfig, not a dict"),
-        (RECIPE.replace("return Job(", "Job(").encode(), "must return a Job, not a NoneType"),
+        (RECIPE.replace("return TrainSpec(", "TrainSpec(").encode(), "must return a TrainSpec, not a NoneType"),
     ],
 )
 def test_files_that_are_no_recipes(

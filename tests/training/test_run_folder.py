@@ -17,7 +17,7 @@ import torch
 
 from tests.training.test_trainer import losses, one_line, train
 from unigen.training import checkpoint
-from unigen.training.checkpoint import checkpoints, lock_run
+from unigen.training.checkpoint import list_checkpoints, lock_run
 
 
 def save(model: Any, folder: Path) -> None:
@@ -57,7 +57,7 @@ def test_a_folder_is_one_folder_by_whatever_path(locks: bool, tmp_path: Path, mo
             with pytest.raises(ValueError, match=f"is in use by process {child} on ") as error:
                 train(Path(path), "steps=1")
             one_line(error)
-        assert not checkpoints(folder)
+        assert not list_checkpoints(folder)
     finally:
         end(child)
     with lock_run("link"), lock_run(folder):  # as a recipe and its Trainer do in one process
@@ -68,7 +68,7 @@ def test_a_note_of_another_machine_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(checkpoint, "lock", lambda path: None)
-    (tmp_path / checkpoint.RUNNING).write_text("process 1 on elsewhere")
+    (tmp_path / checkpoint.LOCK_NOTE).write_text("process 1 on elsewhere")
     with lock_run(tmp_path):
         pass
     assert "was last used by process 1 on elsewhere: make sure that it has ended" in capsys.readouterr().out
@@ -144,15 +144,15 @@ def test_a_model_of_which_a_part_is_gone_is_written_again(tmp_path: Path) -> Non
 
 def test_other_files_beside_checkpoints_are_left_alone(tmp_path: Path) -> None:
     train(tmp_path, "steps=2", "save_every=1", "keep=1")
-    (kept,) = checkpoints(tmp_path)
+    (kept,) = list_checkpoints(tmp_path)
     for name in ("step-best.pt", "step-00000001 (copy).pt", "step-00000009.pt.bak"):
         shutil.copyfile(kept, kept.with_name(name))
-    assert checkpoints(tmp_path) == [kept]
+    assert list_checkpoints(tmp_path) == [kept]
     train(tmp_path, "steps=4", "keep=1")
     assert len(list((tmp_path / "checkpoints").glob("step-*"))) == 4
     for step in (99_999_999, 100_000_000):
-        shutil.copyfile(checkpoints(tmp_path)[0], kept.with_name(f"step-{step}.pt"))
-    assert checkpoints(tmp_path)[-1].name == "step-100000000.pt", "by number and not by letters"
+        shutil.copyfile(list_checkpoints(tmp_path)[0], kept.with_name(f"step-{step}.pt"))
+    assert list_checkpoints(tmp_path)[-1].name == "step-100000000.pt", "by number and not by letters"
 
 
 @pytest.mark.parametrize(("cut", "kept"), [(1, [1, 2, 3, 4]), (30, [1, 2, 3]), (10_000, [])])

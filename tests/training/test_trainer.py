@@ -27,15 +27,15 @@ from torch import Tensor, nn
 from unigen.config import OptimConfig, RunConfig, apply_overrides, load_json
 from unigen.tokenizers.quantize import VectorQuantizer
 from unigen.training import checkpoint
-from unigen.training.checkpoint import Ema, checkpoints, load_checkpoint, lock_run
+from unigen.training.checkpoint import Ema, list_checkpoints, load_checkpoint, lock_run
 from unigen.training.muon import MuonAdamW
-from unigen.training.peers import is_alive, watching
+from unigen.training.peers import is_alive, watch_pids
 from unigen.training.recipe import run_recipe
-from unigen.training.stream import permuted
-from unigen.training.trainer import Job, Trainer, adamw, lr_scale
+from unigen.training.stream import feistel_permutation
+from unigen.training.trainer import Trainer, TrainSpec, adamw, lr_factor
 
 
-class Noisy:
+class NoisyDataset:
     """40 rows that draw from every global generator, as augmentations do."""
 
     def __len__(self) -> int:
@@ -45,7 +45,7 @@ class Noisy:
         return torch.randn(6) * 0.3 + i / 40 + random.random() * 0.1 + float(np.random.rand()) * 0.1
 
 
-class Denoise:
+class DenoisingObjective:
     """A masked regression with the objective's own noise; the number of masked values differs from row to row."""
 
     def __init__(self, fail_at: int = -1, failure: Any = None, noise: float = 0.1) -> None:
@@ -82,8 +82,8 @@ def settings(folder: Path, *overrides: str) -> RunConfig:
 
 
 def train(folder: Path, *overrides: str, **job: Any) -> dict[str, Any]:
-    given = {"model": network(), "dataset": Noisy(), "objective": Denoise()} | job
-    return Trainer(settings(folder, *overrides), Job(**given)).run()
+    given = {"model": network(), "dataset": NoisyDataset(), "objective": DenoisingObjective()} | job
+    return Trainer(settings(folder, *overrides), TrainSpec(**given)).run()
 
 
 def losses(folder: Path) -> list[tuple[Any, ...]]:
@@ -122,7 +122,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def interrupted(folder: Path) -> None:
     """Saved at step 6, lost at step 8."""
     with pytest.raises(RuntimeError, match="the power went out"):
-        train(folder, objective=Denoise(8, crash))
+        train(folder, objective=DenoisingObjective(8, crash))
     assert [line[0] for line in losses(folder)] == list(range(1, 9))
 
 
@@ -177,7 +177,7 @@ def test_another_seed_changes_the_run(straight: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_stops(number: int, straight: Path, tmp_path: Path) -> None:
     before = signal.getsignal(number)
-    result = train(tmp_path, objective=Denoise(4, lambda: os.kill(os.getpid(), number)))
+    result = train(tmp_path, objective=DenoisingObjective(4, lambda: os.kill(os.getpid(), number)))
     assert result["finished"] is False and result["step"] == 5
     assert signal.getsignal(number) is before, "handlers are put back"
     assert train(tmp_path)["finished"] is True
@@ -189,7 +189,7 @@ def test_a_stop_between_two_log_lines_leaves_the_same_curve(stops: list[int], tm
     sparse = "log_every=5", "save_every=0"
     train(tmp_path / "straight", *sparse)
     for at in stops:
-        stopped = Denoise(at, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        stopped = DenoisingObjective(at, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert train(tmp_path / "stopped", *sparse, objective=stopped)["step"] == at + 1
     train(tmp_path / "stopped", *sparse)
     assert [line[0] for line in losses(tmp_path / "straight")] == [5, 10, 12]
@@ -205,19 +205,21 @@ def test_more_signals_do_not_lose_the_checkpoint(tmp_path: Path) -> None:
             time.sleep(0.02)
         (folder / "weights").write_text("whole")
 
-    stopped = Denoise(4, lambda: [os.kill(os.getpid(), number) for number in (signal.SIGTERM, signal.SIGINT)])
+    stopped = DenoisingObjective(
+        4, lambda: [os.kill(os.getpid(), number) for number in (signal.SIGTERM, signal.SIGINT)]
+    )
     assert train(tmp_path, objective=stopped, save=save)["step"] == 5
     assert (tmp_path / "model" / "weights").read_text() == "whole"
-    assert [p.name for p in checkpoints(tmp_path)] == ["step-00000005.pt"]
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000005.pt"]
 
 
 def test_ctrl_c_pressed_again_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 1000, 2))
-    stopped = Denoise(4, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+    stopped = DenoisingObjective(4, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
     monkeypatch.setattr("unigen.training.trainer.time.monotonic", lambda: next(clock))
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, "workers=0", objective=stopped)
-    assert not checkpoints(tmp_path)
+    assert not list_checkpoints(tmp_path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -234,7 +236,7 @@ def test_a_signal_to_the_whole_group_stops_cleanly(number: int, tmp_path: Path, 
                 break
         os.killpg(process.pid, number)
         assert "stopped by a signal" in process.stdout.read(), process.stderr.read()
-    assert process.returncode == 0 and len(checkpoints(tmp_path)) == 1
+    assert process.returncode == 0 and len(list_checkpoints(tmp_path)) == 1
 
 
 # ---------------------------------------------------------------- sums over counts
@@ -247,7 +249,7 @@ def weights_after(folder: Path, *overrides: str, **job: Any) -> Tensor:
     return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
 
 
-class Counted(Denoise):
+class CountedObjective(DenoisingObjective):
     """Denoise that knows its counts without running the model."""
 
     asked = 0
@@ -258,16 +260,16 @@ class Counted(Denoise):
         return {"masked": keep_BD.sum(), "all": x_BD.numel()}
 
 
-class MeanOfMeans(Denoise):
+class MeanOfMeans(DenoisingObjective):
     def __call__(self, *args: Any) -> dict[str, tuple[Tensor, Tensor | int]]:
         parts = super().__call__(*args).items()
         return {name: (total / max(int(count), 1), 1) for name, (total, count) in parts}
 
 
 def test_accumulation_gives_the_same_number(tmp_path: Path) -> None:
-    whole = weights_after(tmp_path / "a", "batch_size=8", objective=Denoise(noise=0))
-    split = weights_after(tmp_path / "b", "batch_size=2", "accumulate=4", objective=Denoise(noise=0))
-    counted = Counted(noise=0)
+    whole = weights_after(tmp_path / "a", "batch_size=8", objective=DenoisingObjective(noise=0))
+    split = weights_after(tmp_path / "b", "batch_size=2", "accumulate=4", objective=DenoisingObjective(noise=0))
+    counted = CountedObjective(noise=0)
     known = weights_after(tmp_path / "c", "batch_size=2", "accumulate=4", objective=counted)
     wrong = weights_after(tmp_path / "d", "batch_size=2", "accumulate=4", objective=MeanOfMeans(noise=0))
     torch.testing.assert_close(split, whole, rtol=1e-5, atol=1e-6)
@@ -279,13 +281,13 @@ def test_accumulation_gives_the_same_number(tmp_path: Path) -> None:
 
 def test_counting_leaves_no_trace_in_buffers(tmp_path: Path) -> None:
     model, known = network(), network()
-    weights_after(tmp_path / "a", "batch_size=4", "accumulate=2", model=model, objective=Denoise())
-    weights_after(tmp_path / "b", "batch_size=4", "accumulate=2", model=known, objective=Counted())
+    weights_after(tmp_path / "a", "batch_size=4", "accumulate=2", model=model, objective=DenoisingObjective())
+    weights_after(tmp_path / "b", "batch_size=4", "accumulate=2", model=known, objective=CountedObjective())
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), known.buffers(), strict=True))
     assert model[1].num_batches_tracked == 8
 
 
-class Reviving(nn.Module):
+class RevivingModel(nn.Module):
     """Changes its own weights in a forward pass, as a quantizer does that revives dead codes."""
 
     def __init__(self) -> None:
@@ -313,8 +315,8 @@ class RevivedCounted:
 
 def test_counting_leaves_no_trace_in_weights(tmp_path: Path) -> None:
     options = "batch_size=4", "accumulate=2"
-    one = weights_after(tmp_path / "a", *options, model=Reviving(), objective=revived)
-    known = weights_after(tmp_path / "b", *options, model=Reviving(), objective=RevivedCounted())
+    one = weights_after(tmp_path / "a", *options, model=RevivingModel(), objective=revived)
+    known = weights_after(tmp_path / "b", *options, model=RevivingModel(), objective=RevivedCounted())
     assert torch.equal(one, known) and losses_of(tmp_path / "a") == losses_of(tmp_path / "b")
 
 
@@ -323,7 +325,7 @@ def losses_of(folder: Path) -> list[float]:
 
 
 def test_weights_scale_a_loss(tmp_path: Path) -> None:
-    objective: Any = Denoise()
+    objective: Any = DenoisingObjective()
     objective.weights = {"masked": 0.0}
     result = train(tmp_path, "steps=1", objective=objective)
     assert result["loss"] == result["all"] and result["masked"] > 0
@@ -351,14 +353,14 @@ def test_the_end_of_another_process_is_noticed() -> None:
     child = os.fork()
     if child == 0:
         time.sleep(600)
-    with watching([child], gone.put, every=0.05, grace=0.1):
+    with watch_pids([child], gone.put, every=0.05, grace=0.1):
         time.sleep(0.5)
         assert is_alive(child) and gone.empty()
         os.kill(child, signal.SIGKILL)
         assert gone.get(timeout=60) == child
     os.waitpid(child, 0)
     assert not is_alive(child)
-    with watching([child], gone.put, every=0.05, grace=60):
+    with watch_pids([child], gone.put, every=0.05, grace=60):
         time.sleep(0.5)
     assert gone.empty(), "where the run ends meanwhile, all is well"
 
@@ -460,10 +462,10 @@ def test_time_limit_ends_the_run_and_anneals(tmp_path: Path) -> None:
 
 def test_schedule() -> None:
     optim = OptimConfig(warmup=4, min_ratio=0.1)
-    assert [lr_scale(optim, s, 0.0) for s in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert lr_scale(optim, 99, 1.0) == pytest.approx(0.1) and lr_scale(optim, 99, 0.5) == pytest.approx(0.55)
+    assert [lr_factor(optim, s, 0.0) for s in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert lr_factor(optim, 99, 1.0) == pytest.approx(0.1) and lr_factor(optim, 99, 0.5) == pytest.approx(0.55)
     optim.schedule = "constant"
-    assert lr_scale(optim, 99, 1.0) == 1.0
+    assert lr_factor(optim, 99, 1.0) == 1.0
 
 
 def test_what_a_run_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -482,7 +484,7 @@ def test_what_a_run_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     model = network()
     train(tmp_path, "sample_every=5", "save_every=4", "keep=1", model=model, sample=sample, save=save)
     assert [p.name for p in sorted((tmp_path / "samples").iterdir())] == [f"{s:08d}.png" for s in (5, 10, 12)]
-    assert [p.name for p in checkpoints(tmp_path)] == ["step-00000012.pt"]
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000012.pt"]
     state = load_checkpoint(tmp_path)
     assert state is not None and torch.equal(seen[-1], state["ema"]["average"]["0.weight"])
     assert torch.equal(model[0].weight, state["model"]["0.weight"]) and not torch.equal(seen[-1], model[0].weight)
@@ -531,7 +533,7 @@ def test_weight_decay_spares_vectors_norms_and_tied_embeddings() -> None:
 
 @pytest.mark.parametrize("length", [1, 2, 3, 17, 64, 1000])
 def test_permuted_is_a_permutation(length: int) -> None:
-    orders = [[permuted(i, length, seed) for i in range(length)] for seed in range(2)]
+    orders = [[feistel_permutation(i, length, seed) for i in range(length)] for seed in range(2)]
     assert all(sorted(order) == list(range(length)) for order in orders)
     if length > 16:
         assert orders[0] != orders[1] != list(range(length))
@@ -582,7 +584,7 @@ def test_a_full_disk_anywhere_is_one_line(part: str, tmp_path: Path, monkeypatch
 
     train(tmp_path, "steps=2")
     if part == "metrics":
-        monkeypatch.setattr("unigen.training.logs._drop_after", full)
+        monkeypatch.setattr("unigen.training.logs._truncate_after", full)
     elif part == "tensorboard":
         monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full)
     with pytest.raises(ValueError, match=f"files of the run {tmp_path}: No space left on device; free some") as error:
@@ -595,7 +597,7 @@ def test_a_full_disk_anywhere_is_one_line(part: str, tmp_path: Path, monkeypatch
 @pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "text"])
 def test_a_damaged_checkpoint_is_one_clear_line(damage: str, tmp_path: Path) -> None:
     train(tmp_path, "steps=4", "save_every=2")
-    newest = checkpoints(tmp_path)[-1]
+    newest = list_checkpoints(tmp_path)[-1]
     data = bytearray(newest.read_bytes())
     data[len(data) // 2] ^= 1
     newest.write_bytes({"flipped": bytes(data), "cut": bytes(data[:-100]), "empty": b"", "text": b"hello" * 20}[damage])
@@ -688,7 +690,7 @@ def test_damaged_files_beside_a_whole_checkpoint(
         (tmp_path / "config.json").write_bytes(damage)
         capsys.readouterr()
         with pytest.raises(RuntimeError, match="the power went out"):
-            train(tmp_path, objective=Denoise(6, crash))
+            train(tmp_path, objective=DenoisingObjective(6, crash))
         out = capsys.readouterr().out
         assert f"{tmp_path / 'config.json'}" in out and "resuming at step 6" in out
         assert load_json(tmp_path / "config.json")["steps"] == 12
@@ -731,7 +733,7 @@ class Slow:
 def test_a_fault_ends_the_workers_at_once(tmp_path: Path) -> None:
     began = time.monotonic()
     with pytest.raises(RuntimeError, match="the power went out"):
-        train(tmp_path, "workers=2", dataset=Slow(), objective=Denoise(2, crash))
+        train(tmp_path, "workers=2", dataset=Slow(), objective=DenoisingObjective(2, crash))
     assert time.monotonic() - began < 30
     assert not multiprocessing.active_children()
 
@@ -775,7 +777,7 @@ def test_a_run_of_another_model_is_not_overwritten(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_does_not_reach_a_checkpoint(tmp_path: Path) -> None:
-    class Broken(Denoise):
+    class Broken(DenoisingObjective):
         def __call__(self, *args: Any) -> dict[str, tuple[Tensor, Tensor | int]]:
             result = super().__call__(*args)
             return result | {"all": (result["all"][0] * math.inf, 1)} if self.step >= 4 else result
@@ -783,7 +785,7 @@ def test_a_loss_that_is_not_finite_does_not_reach_a_checkpoint(tmp_path: Path) -
     with pytest.raises(ValueError, match="not finite at step 6") as error:
         train(tmp_path, "save_every=3", "log_every=100", objective=Broken())
     one_line(error)
-    assert [p.name for p in checkpoints(tmp_path)] == ["step-00000003.pt"]
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000003.pt"]
 
 
 class Failing:
@@ -816,7 +818,7 @@ RECIPE = """
 from dataclasses import dataclass
 from torch import nn
 import torch
-from unigen.training import Job, RunConfig
+from unigen.training import RunConfig, TrainSpec
 
 @dataclass
 class Config(RunConfig):
@@ -829,7 +831,7 @@ def objective(model, batch, rng):
     return {"loss": (model(batch).square().sum(), batch.numel())}
 
 def build(cfg):
-    return Job(nn.Linear(cfg.width, 1), torch.ones(8, cfg.width), None, objective)
+    return TrainSpec(nn.Linear(cfg.width, 1), torch.ones(8, cfg.width), None, objective)
 """
 
 

@@ -22,38 +22,42 @@ from typing import Any
 import torch
 
 from unigen import hub
-from unigen.backends.connector import AdaptedPipeline, Adapter, pipe_of
-from unigen.backends.diffusers_engine import check_seed, check_words
-from unigen.document import Document, Segment, as_words
-from unigen.inference.request import with_seeds
-from unigen.limits import check
+from unigen.backends.connector import ConnectedDiffusersEngine, Connector, require_pipeline
+from unigen.backends.diffusers_engine import check_prompt_text, check_seed
+from unigen.document import Document, Segment, as_text
+from unigen.inference.request import zip_with_seeds
+from unigen.limits import check_limit
 from unigen.media.display import MediaList, table_html
 from unigen.media.images import read_image
-from unigen.model.template import Output, Unable, split_system
-from unigen.models import widen
-from unigen.nn.quantized import held, measure, quantize
-from unigen.samplers.logits import Sampling
-from unigen.samplers.seeds import derive_seed, generator_of, later_seed
+from unigen.model.template import Output, UnsupportedError, split_system_messages
+from unigen.models import to_float32
+from unigen.nn.quantized import count_parameters, describe_precision, quantize
+from unigen.samplers.logits import SamplingOptions
+from unigen.samplers.seeds import derive_seed, make_rng, offset_seed
 from unigen.tokenizers import text
 from unigen.utils import progress
-from unigen.utils.numbers import NotFinite
+from unigen.utils.numbers import NonFiniteError
 
-PROMPT = "Say in one sentence what the picture that is asked for shows, as a prompt for a painter. Only the sentence."
-PASSAGE = "Write only the next short passage of it, in one to three sentences. Leave pictures out."
-SHOWN = "Say in one sentence what a picture of the last passage shows, as a prompt for a painter. Only the sentence."
-MOST = 120
+IMAGE_PROMPT_INSTRUCTION = (
+    "Say in one sentence what the picture that is asked for shows, as a prompt for a painter. Only the sentence."
+)
+PASSAGE_INSTRUCTION = "Write only the next short passage of it, in one to three sentences. Leave pictures out."
+ILLUSTRATION_INSTRUCTION = (
+    "Say in one sentence what a picture of the last passage shows, as a prompt for a painter. Only the sentence."
+)
+MAX_PASSAGE_TOKENS = 120
 """Tokens of a passage, and of a prompt for the painter, where `max_tokens` does not say less."""
-READS = ("max_tokens", "temperature", "top_p")
+TEXT_OPTIONS = ("max_tokens", "temperature", "top_p")
 """Options of the model that reads, wherever it says something; all others are of the one that draws."""
 STORY_TEMPERATURE = 0.8
 """Of the passages of a model of this package's families, as in its own stories."""
-FALLBACK = {"temperature": 0.7, "top_p": 1.0, "repetition_penalty": 1.1}
+FALLBACK_SAMPLING = {"temperature": 0.7, "top_p": 1.0, "repetition_penalty": 1.1}
 """How a model of transformers draws text whose generation_config does not say: greedily it would repeat itself."""
-SAME, TRIES = 0.9, 3
+DUPLICATE_RATIO, MAX_RETRIES = 0.9, 3
 """How alike two passages are, by difflib's ratio, that are one told twice; and how often another is asked for."""
 
 
-class PairedEngine:
+class ComposedEngine:
     """lmm: answers a document with text; painter: draws words, and edits pictures where it can; adapter: tells it what
     the lmm reads by hidden states (`unigen.backends.connector`). joined: is it told so, and no picture has to be put
     into words?
@@ -63,26 +67,26 @@ class PairedEngine:
     one_by_one = True
     """Are several answers made one after another, and not together?"""
 
-    def __init__(self, lmm: Any, painter: Any, adapter: Adapter | None = None) -> None:
+    def __init__(self, lmm: Any, painter: Any, adapter: Connector | None = None) -> None:
         if "text" not in lmm.outputs:
             raise ValueError("the model given as lmm does not answer with text: give one that reads and writes")
         if "image" not in painter.outputs:
             raise ValueError("the model given as generator does not draw: give one that does")
         self.lmm = lmm
-        self.painter = painter if adapter is None else AdaptedPipeline(pipe_of(painter), lmm, adapter)
+        self.painter = painter if adapter is None else ConnectedDiffusersEngine(require_pipeline(painter), lmm, adapter)
         self.joined = bool(getattr(self.painter, "sees", False))
 
     def generate(self, prompt: Any, output: Output = "image", *, n: int = 1, seed: int = 0, **options: Any) -> Any:
         """A PIL image, a string, or for "interleaved" a list of both; n > 1 gives a list of answers."""
-        n, seed = check("n", n), check_seed(seed)
-        answers = [self._answer(prompt, output, later_seed(seed, i), options) for i in range(n)]
+        n, seed = check_limit("n", n), check_seed(seed)
+        answers = [self._answer(prompt, output, offset_seed(seed, i), options) for i in range(n)]
         return answers[0] if n == 1 else MediaList(answers)
 
     def generate_batch(
         self, prompts: Sequence[Any], seeds: Sequence[int] | None = None, output: Output = "image", **options: Any
     ) -> list[Any]:
         """One answer a prompt."""
-        return MediaList(self._answer(p, output, s, options) for p, s in with_seeds(prompts, seeds))
+        return MediaList(self._answer(p, output, s, options) for p, s in zip_with_seeds(prompts, seeds))
 
     def stream(self, prompt: Any, output: Output = "interleaved", *, seed: int = 0, **options: Any) -> Iterator[Any]:
         """The parts of one answer as they are made. Raises ValueError at once for bad input."""
@@ -98,12 +102,12 @@ class PairedEngine:
         check_seed(seed)
         document, reads, draws = Document.of(prompt), self.text_options(options), self._drawing(options)
         if output == "text" and draws:
-            heard = f"it takes {', '.join(READS)}"
+            heard = f"it takes {', '.join(TEXT_OPTIONS)}"
             raise ValueError(f"the model that reads does not take {', '.join(draws)}: leave that out ({heard})")
         if output == "interleaved":
-            check("max_images", draws.pop("max_images", 4))
+            check_limit("max_images", draws.pop("max_images", 4))
         if output == "image":
-            document.segments = split_system(document.segments)[1]
+            document.segments = split_system_messages(document.segments)[1]
             if self.joined or not document.images():  # the one that reads says nothing
                 self.painter.check(document, "image", **options)
                 return
@@ -112,21 +116,21 @@ class PairedEngine:
             self.painter.check("a", "image", **draws)
 
     def describe(self, image: Any, question: str | None = None, *, seed: int = 0, **options: Any) -> str:
-        asked = [read_image(image), as_words(question or "Describe this picture.")]
+        asked = [read_image(image), as_text(question or "Describe this picture.")]
         return str(self._answer(asked, "text", seed, options))
 
     def edit(self, image: Any, instruction: str, *, seed: int = 0, **options: Any) -> Any:
         """The picture changed as the instruction says: what it shall show is said by the one that reads."""
-        check_words("the instruction", instruction, "say what to change")
+        check_prompt_text("the instruction", instruction, "say what to change")
         picture = read_image(image)
         said, own = instruction, options
         if not self.joined:
-            asked, own = [picture, as_words(instruction), PROMPT], self._drawing(options)
-            said = self._said(asked, seed, options, MOST)
+            asked, own = [picture, as_text(instruction), IMAGE_PROMPT_INSTRUCTION], self._drawing(options)
+            said = self._said(asked, seed, options, MAX_PASSAGE_TOKENS)
         try:
             return self.painter.edit(picture, said, seed=seed, **own)
-        except Unable:  # it draws the new picture whole
-            words = as_words(said)
+        except UnsupportedError:  # it draws the new picture whole
+            words = as_text(said)
             return self.painter.generate([picture, words] if self.joined else words, "image", seed=seed, **own)
 
     def inpaint(self, image: Any, prompt: str, mask: Any, **options: Any) -> Any:
@@ -152,9 +156,9 @@ class PairedEngine:
 
     def text_options(self, options: dict[str, Any]) -> dict[str, Any]:
         """What the model that reads is told: its own of the options, over how it draws text where nothing is asked."""
-        given = {name: value for name, value in options.items() if name in READS and value is not None}
+        given = {name: value for name, value in options.items() if name in TEXT_OPTIONS and value is not None}
         usual = self.text_sampling
-        return given if usual == FALLBACK and "temperature" in given else usual | given
+        return given if usual == FALLBACK_SAMPLING and "temperature" in given else usual | given
 
     def _answer(self, prompt: Any, output: Output, seed: int, options: dict[str, Any]) -> Any:
         self.check(prompt, output, seed=seed, **options)
@@ -168,11 +172,13 @@ class PairedEngine:
                     parts.append(part)
                     bar.update(not isinstance(part, str))
             return parts
-        document.segments = split_system(document.segments)[1]
+        document.segments = split_system_messages(document.segments)[1]
         if self.joined or not document.images():  # the one that reads says nothing
             return self.painter.generate(document, "image", seed=seed, **options)
-        said = self._said(Document([*document.segments, Segment(text=PROMPT)]), seed, options, MOST)
-        return self.painter.generate(as_words(said), "image", seed=seed, **self._drawing(options))
+        said = self._said(
+            Document([*document.segments, Segment(text=IMAGE_PROMPT_INSTRUCTION)]), seed, options, MAX_PASSAGE_TOKENS
+        )
+        return self.painter.generate(as_text(said), "image", seed=seed, **self._drawing(options))
 
     def _told(self, document: Document, seed: int, options: dict[str, Any]) -> Iterator[Any]:
         """Passages and their pictures, until a passage is empty, was told before or there are as many as asked for."""
@@ -184,20 +190,24 @@ class PairedEngine:
         passages: list[str] = []
         for number in range(count):
             at = derive_seed(seed, number, factor=1_000)
-            for attempt in range(TRIES):
-                asked = Document([*told, Segment(text=PASSAGE)])
-                passage = whole_sentences(self._said(asked, derive_seed(at, attempt) if attempt else at, options, MOST))
+            for attempt in range(MAX_RETRIES):
+                asked = Document([*told, Segment(text=PASSAGE_INSTRUCTION)])
+                passage = trim_to_sentence(
+                    self._said(asked, derive_seed(at, attempt) if attempt else at, options, MAX_PASSAGE_TOKENS)
+                )
                 if not passage:
                     return
-                if not told_before(passage, passages):
+                if not is_repeated(passage, passages):
                     break
             else:
                 return
             yield passage
             passages.append(passage)
             told.append(Segment(text=passage, role="assistant"))
-            shown = self._said(Document([*told, Segment(text=SHOWN)]), at, options, MOST)
-            yield self.painter.generate(as_words(shown or passage), "image", seed=at, **own)
+            shown = self._said(
+                Document([*told, Segment(text=ILLUSTRATION_INSTRUCTION)]), at, options, MAX_PASSAGE_TOKENS
+            )
+            yield self.painter.generate(as_text(shown or passage), "image", seed=at, **own)
 
     def _said(self, document: Any, seed: int, options: dict[str, Any], most: int | None = None) -> str:
         """most: tokens, where `max_tokens` does not say less."""
@@ -208,24 +218,24 @@ class PairedEngine:
 
     @staticmethod
     def _drawing(options: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in options.items() if name not in READS}
+        return {name: value for name, value in options.items() if name not in TEXT_OPTIONS}
 
 
-def whole_sentences(passage: str) -> str:
+def trim_to_sentence(passage: str) -> str:
     """The passage without a last sentence that was cut off by the limit of tokens. It is as it was where no sentence
     ends beyond its first third: the full stop of an abbreviation early in a passage is no end."""
     ends = [match.end() for match in re.finditer(r"[.!?…。！？][\"'”’»)*_]*(?=\s|$)", passage)]
     return passage[: ends[-1]] if ends and ends[-1] >= len(passage) / 3 else passage
 
 
-def told_before(passage: str, passages: Sequence[str]) -> bool:
+def is_repeated(passage: str, passages: Sequence[str]) -> bool:
     """Is it one of the passages, or nearly so?"""
-    return any(SequenceMatcher(None, passage, other, autojunk=False).ratio() >= SAME for other in passages)
+    return any(SequenceMatcher(None, passage, other, autojunk=False).ratio() >= DUPLICATE_RATIO for other in passages)
 
 
-class TransformersReader:
+class TransformersEngine:
     """Any model of transformers with a chat template, as one that answers with text. text_sampling: how it draws text
-    in a pair where nothing is asked for (`text_sampling_of`)."""
+    in a pair where nothing is asked for (`text_sampling_from`)."""
 
     outputs: tuple[Output, ...] = ("text",)
 
@@ -264,7 +274,7 @@ class TransformersReader:
         drawn |= {} if repetition_penalty is None else {"repetition_penalty": repetition_penalty}
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
-            torch.manual_seed(generator_of(check_seed(seed)).initial_seed())
+            torch.manual_seed(make_rng(check_seed(seed)).initial_seed())
             ids = self.model.generate(
                 **inputs, max_new_tokens=max_tokens, logits_processor=[self._check_finite], **drawn
             )
@@ -275,8 +285,8 @@ class TransformersReader:
         if output != "text":
             raise ValueError(f"this model cannot answer with {output}: it can with text")
         check_seed(seed)
-        Sampling(options.get("temperature", 0.0), 0, options.get("top_p", 1.0))
-        check("max_tokens", options.get("max_tokens", 1))
+        SamplingOptions(options.get("temperature", 0.0), 0, options.get("top_p", 1.0))
+        check_limit("max_tokens", options.get("max_tokens", 1))
         self._check_segments(Document.of(prompt))
 
     def _check_segments(self, document: Document) -> None:
@@ -288,25 +298,26 @@ class TransformersReader:
                 raise ValueError("this model cannot see pictures: pair with one that can, or leave the picture out")
 
     def _check_finite(self, ids_BL: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
-        """The scores of the next id. Raises NotFinite where that would be an accident, or its scores are no numbers."""
+        """The scores of the next id. Raises NonFiniteError where that would be an accident, or its scores are no
+        numbers."""
         if not bool(scores_BV.amax(-1).isfinite().all()):
-            raise NotFinite("scores", self.model.dtype)
+            raise NonFiniteError("scores", self.model.dtype)
         return scores_BV
 
     @torch.no_grad()
     def states(self, prompt: Any) -> torch.Tensor:
         """What the model reads of a document before it would answer, as states (S, D) after its last norm. Raises
-        NotFinite where they are no numbers."""
+        NonFiniteError where they are no numbers."""
         inputs = self._inputs(Document.of(prompt)).to(self.model.device)
         states_SD: torch.Tensor = self.model.base_model(**inputs, use_cache=False).last_hidden_state[0]
         if not bool(states_SD.isfinite().all()):
-            raise NotFinite("states", self.model.dtype)
+            raise NonFiniteError("states", self.model.dtype)
         return states_SD
 
     def _inputs(self, document: Document) -> Any:
         self._check_segments(document)
         messages: list[dict[str, Any]] = []
-        told, segments = split_system(document.segments)
+        told, segments = split_system_messages(document.segments)
         for segment in [Segment(text=told, role="system"), *segments] if told else segments:
             if not messages or messages[-1]["role"] != segment.role:
                 messages.append({"role": segment.role, "content": []})
@@ -322,7 +333,7 @@ class TransformersReader:
             return str(self.processor.apply_chat_template(messages, tokenize=False))
 
         return self.processor.apply_chat_template(
-            text.with_system(messages, render),
+            text.merge_system_message(messages, render),
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
@@ -330,21 +341,21 @@ class TransformersReader:
         )
 
     def info(self) -> dict[str, Any]:
-        (count, size), kind = measure(self.model), self.model.config.model_type
+        (count, size), kind = count_parameters(self.model), self.model.config.model_type
         return {
             "family": "transformers",
             "model": f"{kind}, {count / 1e6:.1f}M parameters",
             "sees": self.sees,
             "system": True,
             "text_sampling": self.text_sampling,
-            "precision": held(self.model, self.quantization),
+            "precision": describe_precision(self.model, self.quantization),
             "weights_mb": round(size / 1e6, 1),
         }
 
 
-def load_reader(
+def load_transformers(
     folder: Path, device: str = "cpu", dtype: torch.dtype | None = None, quantization: str | None = None
-) -> TransformersReader:
+) -> TransformersEngine:
     """The model of transformers in `folder`, strictly; no code of the folder is run. Raises ValueError in one line."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as SEEING
@@ -352,36 +363,36 @@ def load_reader(
     sees = str(hub.read_json(folder / hub.CONFIG).get("model_type")) in SEEING
     kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     try:
-        with hub.quiet():
+        with hub.silence_transformers():
             processor = load_processor(folder) if sees else text.load(folder)
     except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"model folder {folder} cannot be loaded: {hub.first_line(error)}") from error
     if getattr(processor, "chat_template", None) is None:
         raise ValueError(f"{folder} has no chat template: give a model that was tuned to chat")
-    model = hub.pretrained(kind, folder, dtype)
+    model = hub.load_pretrained(kind, folder, dtype)
     if torch.device(device).type == "cpu":
-        widen(model, model)
+        to_float32(model, model)
     if quantization is not None:
         quantize(model.get_decoder(), quantization, device)
-    return TransformersReader(model.to(device), processor, sees, quantization, text_sampling_of(folder))
+    return TransformersEngine(model.to(device), processor, sees, quantization, text_sampling_from(folder))
 
 
-def text_sampling_of(folder: Path, fallback: dict[str, Any] | None = None) -> dict[str, Any]:
+def text_sampling_from(folder: Path, fallback: dict[str, Any] | None = None) -> dict[str, Any]:
     """How a model draws text where nothing is asked for: by the generation_config.json of its folder where that says
-    whether to sample, else by `fallback` (`FALLBACK` where it is None), with the penalty that it names. Raises
+    whether to sample, else by `fallback` (`FALLBACK_SAMPLING` where it is None), with the penalty that it names. Raises
     ValueError for numbers of the file that are out of their ranges."""
     path = folder / "generation_config.json"
     said = hub.read_json(path) if path.is_file() else {}
     own = {name: said[name] for name in ("top_p", "top_k", "repetition_penalty") if said.get(name) is not None}
     if said.get("do_sample") is None:
-        usual = FALLBACK if fallback is None else fallback
+        usual = FALLBACK_SAMPLING if fallback is None else fallback
         own = usual | {name: value for name, value in own.items() if name in usual and name == "repetition_penalty"}
     elif said["do_sample"]:
         own = {"temperature": 1.0 if said.get("temperature") is None else said["temperature"]} | own
     else:
         own = {"temperature": 0.0} | {name: value for name, value in own.items() if name == "repetition_penalty"}
     try:
-        Sampling(**own)
+        SamplingOptions(**own)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return own
@@ -394,20 +405,20 @@ def load_processor(folder: Path) -> Any:
     from transformers import AutoConfig
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-    files = (folder / name for name in ("processor_config.json", "preprocessor_config.json", text.SETTINGS))
+    files = (folder / name for name in ("processor_config.json", "preprocessor_config.json", text.TOKENIZER_CONFIG))
     said = (hub.read_json(path).get("processor_class") for path in files if path.is_file())
     name = next((name for name in said if name), None)
     kind = getattr(transformers, name, None) if name else None
     kind = kind or PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(folder, local_files_only=True)), None)
     if kind is None:
         raise ValueError(f"transformers has no processor {name or 'of its type of model'}")
-    processor = without_videos(kind).from_pretrained(folder, local_files_only=True)
+    processor = without_video_processor(kind).from_pretrained(folder, local_files_only=True)
     if processor.chat_template is None:
         processor.chat_template = processor.tokenizer.chat_template
     return processor
 
 
-def without_videos(kind: Any) -> Any:
+def without_video_processor(kind: Any) -> Any:
     """The processor class, its tokenizer loaded by `text.load` and its video processor None."""
     from transformers.processing_utils import MODALITY_TO_AUTOPROCESSOR_MAPPING as LOADERS
 

@@ -28,20 +28,20 @@ import torch
 from torch import Tensor, nn
 
 from unigen import hub
-from unigen.backends.diffusers_engine import PipelineEngine
+from unigen.backends.diffusers_engine import DiffusersEngine
 from unigen.config import from_dict, save_json
 from unigen.document import Document
-from unigen.model.template import Unable
+from unigen.model.template import UnsupportedError
 
-MASKS = ("prompt_attention_mask", "prompt_embeds_mask")
+MASK_ARGUMENTS = ("prompt_attention_mask", "prompt_embeds_mask")
 """What pipelines call the mask of prompts of any length."""
-POOLED = "pooled_prompt_embeds"
-ENCODED = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False, "clean_caption": False}
+POOLED_ARGUMENT = "pooled_prompt_embeds"
+ENCODE_PROMPT_ARGUMENTS = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False, "clean_caption": False}
 """Of a pipeline's `encode_prompt`: one prompt as it is, without guidance. What else it takes is as its `__call__` has
 it."""
 
 
-class Embeds(NamedTuple):
+class PromptEmbeds(NamedTuple):
     """One prompt as a pipeline is told it, without padding."""
 
     embeds_LW: Tensor
@@ -49,7 +49,7 @@ class Embeds(NamedTuple):
 
 
 @dataclass
-class AdapterConfig:
+class ConnectorConfig:
     """states: width of what is read; embeds, length: width and number of a prompt's embeddings, at most so many where
     `free`; pooled: width of the one for the whole prompt, 0 where the pipeline has none."""
 
@@ -69,10 +69,10 @@ class AdapterConfig:
             raise ValueError(f"an adapter's width ({self.width}) must be a multiple of its heads ({self.heads})")
 
 
-class Adapter(nn.Module):
+class Connector(nn.Module):
     """States of a document to prompt embeddings."""
 
-    def __init__(self, config: AdapterConfig) -> None:
+    def __init__(self, config: ConnectorConfig) -> None:
         super().__init__()
         self.config, width = config, config.width
         self.enter = nn.Sequential(nn.LayerNorm(config.states), nn.Linear(config.states, width))
@@ -100,14 +100,14 @@ class Adapter(nn.Module):
         return self.embeds(x_BLE), pooled_BP, counts_BL
 
     @torch.no_grad()
-    def adapt(self, states_SD: Tensor) -> Embeds:
+    def adapt(self, states_SD: Tensor) -> PromptEmbeds:
         """What one document tells the pipeline."""
         states_1SD = states_SD[None].to(self.queries)
         embeds_1LW, pooled_1P, counts_1L = self(states_1SD, states_1SD.new_ones(states_1SD.shape[:2], dtype=torch.bool))
         length = self.config.length
         if counts_1L is not None:
             length = max(1, int((counts_1L[0] > 0).long().cumprod(0).sum()))
-        return Embeds(embeds_1LW[0, :length], None if pooled_1P is None else pooled_1P[0])
+        return PromptEmbeds(embeds_1LW[0, :length], None if pooled_1P is None else pooled_1P[0])
 
     def save(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors."""
@@ -116,29 +116,29 @@ class Adapter(nn.Module):
             hub.write_tensors(scratch / "model.safetensors", self.state_dict())
 
 
-def load_adapter(folder: str | Path) -> Adapter:
+def load_connector(folder: str | Path) -> Connector:
     """The adapter in a folder, strictly. Raises ValueError in one line."""
     folder = Path(folder)
     settings = hub.read_json(folder / hub.CONFIG)
     try:
-        config = from_dict(AdapterConfig, settings)
+        config = from_dict(ConnectorConfig, settings)
     except ValueError as error:
         raise ValueError(f"{folder / hub.CONFIG} is not an adapter's: {error}") from error
-    adapter = Adapter(config)
+    adapter = Connector(config)
     hub.load_strict(adapter, hub.read_tensors(folder / "model.safetensors"), folder)
     return adapter.eval()
 
 
-class AdaptedPipeline(PipelineEngine):
+class ConnectedDiffusersEngine(DiffusersEngine):
     """Draws documents, pictures among them, as an LMM reads them and an adapter tells the pipeline."""
 
     sees = True
 
-    def __init__(self, pipe: Any, lmm: Any, adapter: Adapter) -> None:
+    def __init__(self, pipe: Any, lmm: Any, adapter: Connector) -> None:
         super().__init__(pipe)
         self.lmm, self.adapter = lmm, adapter.to(pipe.device)
         mine = adapter.config
-        theirs = between(lmm, pipe, mine.length)
+        theirs = connector_config(lmm, pipe, mine.length)
         figures = [
             ("reads states of width", mine.states, theirs.states, "the lmm has"),
             ("makes embeddings of width", mine.embeds, theirs.embeds, "the pipeline takes"),
@@ -154,9 +154,9 @@ class AdaptedPipeline(PipelineEngine):
         embeds_LW, pooled_P = self.adapter.adapt(self.lmm.states(document))
         given: dict[str, Any] = {"prompt_embeds": embeds_LW[None].to(self.pipe.dtype)}
         if pooled_P is not None:
-            given[POOLED] = pooled_P[None].to(self.pipe.dtype)
+            given[POOLED_ARGUMENT] = pooled_P[None].to(self.pipe.dtype)
         ones_1L = torch.ones(1, len(embeds_LW), dtype=torch.int64, device=embeds_LW.device)
-        return given | {name: ones_1L for name in MASKS if name in self.takes}
+        return given | {name: ones_1L for name in MASK_ARGUMENTS if name in self.takes}
 
     def info(self) -> dict[str, Any]:
         count, c = sum(p.numel() for p in self.adapter.parameters()), self.adapter.config
@@ -165,35 +165,41 @@ class AdaptedPipeline(PipelineEngine):
 
 
 @torch.no_grad()
-def embed(pipe: Any, words: str) -> Embeds:
+def encode_prompt(pipe: Any, words: str) -> PromptEmbeds:
     """Words as a pipeline's own text encoder tells it them. Raises ValueError for a pipeline that is told otherwise."""
     usual = {name: taken.default for name, taken in inspect.signature(pipe.__call__).parameters.items()}
     kind = type(pipe).__name__
-    others = [name for name in usual if name.startswith(("prompt_embeds_", "prior_token")) and name not in MASKS]
+    others = [
+        name for name in usual if name.startswith(("prompt_embeds_", "prior_token")) and name not in MASK_ARGUMENTS
+    ]
     if "prompt_embeds" not in usual or others or not hasattr(pipe, "encode_prompt"):
         raise ValueError(f"{kind} is not told by prompt embeddings alone: an adapter cannot tell it what to draw")
-    given = usual | ENCODED | {"prompt": [words], "device": pipe.device}
+    given = usual | ENCODE_PROMPT_ARGUMENTS | {"prompt": [words], "device": pipe.device}
     heard = inspect.signature(pipe.encode_prompt).parameters
     made = pipe.encode_prompt(**{name: value for name, value in given.items() if name in heard})
     embeds, *rest = made if isinstance(made, tuple) else (made,)
     if not isinstance(embeds, Tensor) or embeds.ndim != 3:
         raise ValueError(f"{kind} has prompt embeddings of a kind of its own: an adapter cannot tell it what to draw")
     flat = [part for part in rest if isinstance(part, Tensor) and part.ndim == 2]
-    pooled = [part[0] for part in flat if POOLED in usual]
-    masks = [part[0].bool() for part in flat if part.shape == embeds.shape[:2] and not usual.keys().isdisjoint(MASKS)]
-    return Embeds(embeds[0, masks[0]] if masks else embeds[0], pooled[0] if pooled else None)
+    pooled = [part[0] for part in flat if POOLED_ARGUMENT in usual]
+    masks = [
+        part[0].bool()
+        for part in flat
+        if part.shape == embeds.shape[:2] and not usual.keys().isdisjoint(MASK_ARGUMENTS)
+    ]
+    return PromptEmbeds(embeds[0, masks[0]] if masks else embeds[0], pooled[0] if pooled else None)
 
 
-def between(lmm: Any, pipe: Any, length: int) -> AdapterConfig:
+def connector_config(lmm: Any, pipe: Any, length: int) -> ConnectorConfig:
     """An adapter's figures that the two models set. length: of a prompt at most, where the pipeline takes any. Raises
     ValueError for models that none can join."""
-    told = embed(pipe, "a")
+    told = encode_prompt(pipe, "a")
     try:
         states = lmm.states("a").shape[1]
-    except Unable as error:
+    except UnsupportedError as error:
         raise ValueError("this model cannot be the lmm of an adapter: it reads no words without a picture") from error
-    free = any(name in PipelineEngine(pipe).takes for name in MASKS)
-    return AdapterConfig(
+    free = any(name in DiffusersEngine(pipe).takes for name in MASK_ARGUMENTS)
+    return ConnectorConfig(
         states=states,
         embeds=told.embeds_LW.shape[1],
         length=length if free else len(told.embeds_LW),
@@ -202,8 +208,8 @@ def between(lmm: Any, pipe: Any, length: int) -> AdapterConfig:
     )
 
 
-def pipe_of(painter: Any) -> Any:
+def require_pipeline(painter: Any) -> Any:
     """The pipeline that an adapter tells what to draw. Raises ValueError for a painter that is none."""
-    if not isinstance(painter, PipelineEngine):
+    if not isinstance(painter, DiffusersEngine):
         raise ValueError("an adapter tells a diffusers pipeline what to draw: give one as generator, or no adapter")
     return painter.pipe

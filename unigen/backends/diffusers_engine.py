@@ -26,30 +26,30 @@ from PIL import Image
 from unigen import hub
 from unigen.backends.diffusers_support import (
     INPAINT_CHANNELS,
+    call_parameters,
+    compatible_schedulers,
     native_area,
     needs_image,
     network_config,
-    options_of,
-    parameters,
     pipeline_class,
-    refusal,
-    samplers_of,
-    stride_of,
+    size_multiple,
+    supported_options,
+    unsupported_reason,
 )
-from unigen.document import Document, as_words, check_text
-from unigen.inference.request import check_size, with_seeds
-from unigen.limits import LIMITS, check
+from unigen.document import Document, as_text, check_text
+from unigen.inference.request import check_size, zip_with_seeds
+from unigen.limits import LIMITS, check_limit
 from unigen.media.display import MediaList, table_html
 from unigen.media.images import read_image, read_mask
-from unigen.model.template import Output, Unable
-from unigen.samplers.seeds import generator_of, later_seed
+from unigen.model.template import Output, UnsupportedError
+from unigen.samplers.seeds import make_rng, offset_seed
 from unigen.utils import progress
-from unigen.utils.numbers import NotFinite
+from unigen.utils.numbers import NonFiniteError
 
-INDEX = "model_index.json"
-MOST_PIXELS = 4096 * 4096
+MODEL_INDEX = "model_index.json"
+MAX_OUTPUT_PIXELS = 4096 * 4096
 """Of a picture that is asked for."""
-SET_HERE = {
+ENGINE_ARGUMENTS = {
     "class_labels",
     "generator",
     "height",
@@ -59,9 +59,9 @@ SET_HERE = {
     "output_type",
     "prompt",
 }
-SET_HERE |= {"return_dict", "width"}
+ENGINE_ARGUMENTS |= {"return_dict", "width"}
 """Arguments of pipelines that no option sets by their own name."""
-FAULTS = (RuntimeError, IndexError, AssertionError, ArithmeticError, ImportError)
+PIPELINE_ERRORS = (RuntimeError, IndexError, AssertionError, ArithmeticError, ImportError)
 """What pipelines raise for arguments that they cannot work with, beside ValueError and TypeError; for their own
 arguments, which nothing here checks, AttributeError and KeyError too."""
 
@@ -69,7 +69,7 @@ GLM_SIZE, GLM_STRIDE = (1024, 1024), 32
 """Of GLM-Image's pictures where no size is asked for, and what sizes are multiples of; in pixels."""
 
 
-class PipelineEngine:
+class DiffusersEngine:
     """Draws with one pipeline. Not safe to share between threads."""
 
     outputs: tuple[Output, ...] = ("image",)
@@ -81,7 +81,7 @@ class PipelineEngine:
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
         self.usual: Any = getattr(pipe, "scheduler", None)
-        self.takes = parameters(pipe)
+        self.takes = call_parameters(pipe)
         self.forms: dict[str, Any] = {}
         self.sampling = self.defaults(self._form_or_none("text") or pipe)
         """Options that have a value where nothing is asked for."""
@@ -96,8 +96,8 @@ class PipelineEngine:
         in pixels), negative (words for what it shall not be), and what its own `__call__` takes besides. Raises
         ValueError in one line for bad input.
         """
-        n, seed = check("n", n), check_seed(seed)
-        drawn = self.generate_batch([prompt] * n, [later_seed(seed, i) for i in range(n)], output, **options)
+        n, seed = check_limit("n", n), check_seed(seed)
+        drawn = self.generate_batch([prompt] * n, [offset_seed(seed, i) for i in range(n)], output, **options)
         return drawn[0] if n == 1 else drawn
 
     def generate_batch(
@@ -106,7 +106,7 @@ class PipelineEngine:
         """One picture a prompt; each is what `generate` gives for that prompt and seed alone."""
         if output not in self.outputs:
             raise ValueError(f"this model cannot answer with {output}: it can with image")
-        asked = with_seeds(prompts, seeds)
+        asked = zip_with_seeds(prompts, seeds)
         given = [self._conditions(Document.of(prompt)) for prompt, _ in asked]
         return self._draw(self._form("text"), given, [seed for _, seed in asked], options)
 
@@ -132,16 +132,16 @@ class PipelineEngine:
     ) -> Any:
         """The picture drawn anew from where noise has covered a share of it (`strength`, from 0 to 1), or as the
         pipeline's own way of editing has it. It keeps its size where no other is asked for."""
-        check_words("the instruction", instruction, "say what to change")
+        check_prompt_text("the instruction", instruction, "say what to change")
         picture, form = read_image(image), self._form("edit")
-        words = as_words(instruction)
+        words = as_text(instruction)
         asked = Document.of([picture, words] if self.sees else words)
         size = options.pop("size", None)
         seen, drawn_at = self._inside(form, picture, size)
-        given = self._conditions(asked) | {"image": [resized(picture, seen)]}
+        given = self._conditions(asked) | {"image": [resize_to(picture, seen)]}
         options |= {"size": drawn_at, "strength": strength}
         drawn = self._draw(form, [given], [seed], options, own_size=True)[0]
-        return resized(drawn, size or picture.size)
+        return resize_to(drawn, size or picture.size)
 
     def inpaint(
         self, image: Any, prompt: str, mask: Any, *, strength: float | None = None, seed: int = 0, **options: Any
@@ -152,18 +152,18 @@ class PipelineEngine:
         noise that covers what is painted anew, from 0 to 1. size: at which it is painted; the result has the picture's
         size.
         """
-        check_words("the prompt", prompt, "say what the picture is to show")
+        check_prompt_text("the prompt", prompt, "say what the picture is to show")
         picture, marked = read_image(image), read_mask(mask)
         if picture.size != marked.size:
             raise ValueError(f"the mask is of {marked.size} pixels, the picture of {picture.size}: make them alike")
         form = self._form("inpaint")
         seen, drawn_at = self._inside(form, picture, options.pop("size", None))
-        given = {"image": [resized(picture, seen)], "mask_image": [marked.resize(seen, Image.Resampling.NEAREST)]}
+        given = {"image": [resize_to(picture, seen)], "mask_image": [marked.resize(seen, Image.Resampling.NEAREST)]}
         options |= {"size": drawn_at, "strength": strength}
         drawn = self._draw(
-            form, [self._conditions(Document.of(as_words(prompt))) | given], [seed], options, own_size=True
+            form, [self._conditions(Document.of(as_text(prompt))) | given], [seed], options, own_size=True
         )[0]
-        return Image.composite(resized(drawn, picture.size), picture, marked)
+        return Image.composite(resize_to(drawn, picture.size), picture, marked)
 
     def describe(self, image: Any, question: str | None = None, **options: Any) -> str:
         raise ValueError("this model cannot answer with text: pair it with one that reads (--lmm)")
@@ -186,7 +186,7 @@ class PipelineEngine:
         main = next((form for form in forms.values() if form), self.pipe)
         return facts | {
             "takes": self.options(main),
-            "samplers": list(samplers_of(main, self.usual)),
+            "samplers": list(compatible_schedulers(main, self.usual)),
             "sampling": self.sampling,
             "outputs": list(self.outputs),
             "device": str(self.pipe.device),
@@ -202,12 +202,12 @@ class PipelineEngine:
 
     def options(self, pipe: Any) -> list[str]:
         """The names of the options that change what the pipeline draws."""
-        return [*options_of(pipe), *(["sampler"] if samplers_of(pipe, self.usual) else [])]
+        return [*supported_options(pipe), *(["sampler"] if compatible_schedulers(pipe, self.usual) else [])]
 
     def defaults(self, pipe: Any) -> dict[str, Any]:
         """The values of a pipeline's options where nothing is asked for."""
-        takes = parameters(pipe)
-        values = {name: takes[own].default for name, own in options_of(pipe).items() if name != "size"}
+        takes = call_parameters(pipe)
+        values = {name: takes[own].default for name, own in supported_options(pipe).items() if name != "size"}
         return {name: value for name, value in values.items() if isinstance(value, (int, float))}
 
     def _conditions(self, document: Document) -> dict[str, Any]:
@@ -238,7 +238,7 @@ class PipelineEngine:
     def _form_or_none(self, task: str) -> Any:
         try:
             return self._form(task)
-        except Unable:
+        except UnsupportedError:
             return None
 
     def _form(self, task: str) -> Any:
@@ -273,13 +273,13 @@ class PipelineEngine:
         channels = INPAINT_CHANNELS.get(type(form).__name__)
         if channels is not None and network_config(form).get("in_channels") != channels:
             form = None
-        if form is not None and refusal(type(form)) is None:
+        if form is not None and unsupported_reason(type(form)) is None:
             return form
         if task == "text":
             does = "paints parts of a picture: use `inpaint`" if paints else "changes a picture: use `edit`"
-            raise Unable(f"{kind.__name__} draws nothing from words alone; it {does}")
+            raise UnsupportedError(f"{kind.__name__} draws nothing from words alone; it {does}")
         mask = " and a mask" if task == "inpaint" else ""
-        raise Unable(f"{kind.__name__} has no form that takes a picture{mask}")
+        raise UnsupportedError(f"{kind.__name__} has no form that takes a picture{mask}")
 
     def _inside(self, form: Any, picture: Image.Image, size: Any) -> tuple[tuple[int, int], tuple[int, int]]:
         """The sizes at which a picture is read and drawn inside. size: what is asked for, or None: about the picture's
@@ -288,8 +288,8 @@ class PipelineEngine:
         if size is not None:
             check_size(size)
             return (size[0], size[1]), (size[0], size[1])
-        area, native, stride = picture.width * picture.height, native_area(form), stride_of(form)
-        target = min(area, max(4 * native, 1024**2)) if "strength" in parameters(form) else native
+        area, native, stride = picture.width * picture.height, native_area(form), size_multiple(form)
+        target = min(area, max(4 * native, 1024**2)) if "strength" in call_parameters(form) else native
         scale = math.sqrt(target / area)
         width, height = (max(stride, round(side * scale / stride) * stride) for side in picture.size)
         return (width, height), (width, height)
@@ -310,52 +310,54 @@ class PipelineEngine:
         seeds = [check_seed(seed) for seed in seeds]
         if self.usual is not None:
             pipe.scheduler = self._scheduler(pipe, sampler)
-        takes, kind = parameters(pipe), type(pipe).__name__
-        unchecked = named.keys() - SET_HERE - {*options_of(pipe).values()}
-        faults: tuple[type[Exception], ...] = (*FAULTS, AttributeError, KeyError) if unchecked else FAULTS
+        takes, kind = call_parameters(pipe), type(pipe).__name__
+        unchecked = named.keys() - ENGINE_ARGUMENTS - {*supported_options(pipe).values()}
+        faults: tuple[type[Exception], ...] = (
+            (*PIPELINE_ERRORS, AttributeError, KeyError) if unchecked else PIPELINE_ERRORS
+        )
         if "output_type" in takes:
             named["output_type"] = "np"
         pipe.set_progress_bar_config(disable=not progress.visible(), leave=False)
         made = []
         for one, seed in zip(given, seeds, strict=True):  # one at a time: a picture does not depend on the batch
             try:
-                result = pipe(**one, **named, generator=[generator_of(seed)])
+                result = pipe(**one, **named, generator=[make_rng(seed)])
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{kind}: {hub.first_line(error)}") from error
             except faults as error:
                 said = f"{type(error).__name__}: {hub.first_line(error)}"
                 raise ValueError(f"{kind} cannot draw this with these options ({said})") from error
-            picture = picture_of(result, kind, pipe.dtype)
+            picture = output_image(result, kind, pipe.dtype)
             if "width" in named:  # some draw the nearest size that they can
-                picture = resized(picture, (named["width"], named["height"]))
+                picture = resize_to(picture, (named["width"], named["height"]))
             made.append(picture)
         return MediaList(made)
 
     def _arguments(self, pipe: Any, options: dict[str, Any], own_size: bool) -> tuple[dict[str, Any], str | None]:
         """The pipeline's own arguments, and the sampler, of what is asked for. Raises ValueError in one line for
         options that it does not take, that are out of their range, or that would change nothing."""
-        own, takes, kind = options_of(pipe), parameters(pipe), type(pipe).__name__
+        own, takes, kind = supported_options(pipe), call_parameters(pipe), type(pipe).__name__
         ours = {theirs: name for name, theirs in own.items() if name != "size"}
         asked = {ours.get(name, name): value for name, value in options.items() if value is not None}
         sampler, size = asked.pop("sampler", None), asked.pop("size", None)
         if own_size and "size" not in own:
             size = None
-        theirs = takes.keys() - SET_HERE
+        theirs = takes.keys() - ENGINE_ARGUMENTS
         unheard = [name for name in asked if name not in own and name not in theirs]
         if size is not None and "size" not in own:
             unheard.append("size")
-        if sampler is not None and not samplers_of(pipe, self.usual):
+        if sampler is not None and not compatible_schedulers(pipe, self.usual):
             unheard.append("sampler")
         if unheard:
             heard = ", ".join(self.options(pipe)) or "no options"
             raise ValueError(f"{kind} does not take {', '.join(unheard)}: leave that out (it takes {heard})")
-        check_options(asked)
+        check_option_ranges(asked)
         named = {own.get(name, name): value for name, value in asked.items()}
         if size is not None:
             check_size(size)
-            if size[0] * size[1] > MOST_PIXELS:
+            if size[0] * size[1] > MAX_OUTPUT_PIXELS:
                 raise ValueError(
-                    f"a picture of {size[0]}x{size[1]} pixels is too large: at most {MOST_PIXELS:,} pixels"
+                    f"a picture of {size[0]}x{size[1]} pixels is too large: at most {MAX_OUTPUT_PIXELS:,} pixels"
                 )
             named |= {"width": size[0], "height": size[1]}
         self._check_guidance(kind, own, takes, named)
@@ -384,24 +386,24 @@ class PipelineEngine:
     def _scheduler(self, pipe: Any, sampler: str | None) -> Any:
         if sampler is None:
             return self.usual
-        kinds = samplers_of(pipe, self.usual)
+        kinds = compatible_schedulers(pipe, self.usual)
         if sampler not in kinds:
             raise ValueError(f"unknown sampler {sampler!r} for this pipeline: one of {', '.join(kinds)}")
         return kinds[sampler].from_config(self.usual.config)
 
 
-def check_options(asked: dict[str, Any]) -> None:
+def check_option_ranges(asked: dict[str, Any]) -> None:
     """Raises ValueError in one line for a value out of its range."""
     for name in ("steps", "guidance", "strength"):
         if name in asked:
-            check(name, asked[name])
+            check_limit(name, asked[name])
     if "negative" in asked and not isinstance(asked["negative"], str):
         raise ValueError(f"negative must be words for what the picture shall not show, not {asked['negative']!r}")
     if "negative" in asked:
         check_text("negative", asked["negative"])
 
 
-def check_words(name: str, words: Any, wanted: str) -> None:
+def check_prompt_text(name: str, words: Any, wanted: str) -> None:
     """Raises ValueError for what is no text, or empty."""
     if not isinstance(words, str):
         raise ValueError(f"{name} must be text, not {type(words).__name__}: {wanted}")
@@ -411,12 +413,12 @@ def check_words(name: str, words: Any, wanted: str) -> None:
 
 def check_seed(seed: Any) -> int:
     """The seed as an int of 64 bits. Raises ValueError for what is none."""
-    return int(check("seed", seed))
+    return int(check_limit("seed", seed))
 
 
-def picture_of(result: Any, kind: str, dtype: torch.dtype) -> Image.Image:
-    """The picture of what a pipeline, held in `dtype`, returns. Raises ValueError where it is withheld, and NotFinite
-    where it holds numbers that are not finite."""
+def output_image(result: Any, kind: str, dtype: torch.dtype) -> Image.Image:
+    """The picture of what a pipeline, held in `dtype`, returns. Raises ValueError where it is withheld, and
+    NonFiniteError where it holds numbers that are not finite."""
     if any(getattr(result, "nsfw_content_detected", None) or []):
         raise ValueError(f"{kind}'s safety checker withholds the picture: ask in other words or with another seed")
     images = result.images if hasattr(result, "images") else result.image
@@ -424,18 +426,18 @@ def picture_of(result: Any, kind: str, dtype: torch.dtype) -> Image.Image:
         return images[0].convert("RGB")
     values_HWC = np.asarray(images[0])
     if not np.isfinite(values_HWC).all():
-        raise NotFinite("pixels", dtype)
+        raise NonFiniteError("pixels", dtype)
     if values_HWC.dtype != np.uint8:
         values_HWC = (values_HWC * 255).round().astype("uint8")
     return Image.fromarray(values_HWC.squeeze(-1) if values_HWC.shape[-1] == 1 else values_HWC).convert("RGB")
 
 
-def resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+def resize_to(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     """The picture at a size; itself where it has it."""
     return picture if picture.size == tuple(size) else picture.resize(size, Image.Resampling.LANCZOS)
 
 
-class GlmImageEngine(PipelineEngine):
+class GlmImageEngine(DiffusersEngine):
     """GLM-Image: a language model writes a picture's tokens, a DiT draws them. Its pipeline has to be told every size,
     and a picture to edit has to be as large as its processor would make it."""
 
@@ -460,7 +462,10 @@ class GlmImageEngine(PipelineEngine):
         own_size: bool = False,
     ) -> list[Image.Image]:
         devices = [pipe.device] if pipe.device.type == "cuda" else []
-        with hub.quiet(), torch.random.fork_rng(devices):  # tokens are drawn by the global state, which it seeds
+        with (
+            hub.silence_transformers(),
+            torch.random.fork_rng(devices),
+        ):  # tokens are drawn by the global state, which it seeds
             return super()._draw(pipe, given, seeds, options | {"size": options.get("size") or GLM_SIZE}, own_size)
 
     def _inside(self, form: Any, picture: Image.Image, size: Any) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -475,38 +480,38 @@ class GlmImageEngine(PipelineEngine):
 
 def is_pipeline(folder: Path) -> bool:
     """Does the folder hold a diffusers pipeline?"""
-    return (folder / INDEX).is_file()
+    return (folder / MODEL_INDEX).is_file()
 
 
-def check_class(folder: Path) -> Any:
+def check_pipeline_class(folder: Path) -> Any:
     """The class of the pipeline in `folder`, read from its index alone, without its weights. Raises ValueError where
     diffusers has no such class, or pipelines of this class cannot draw here."""
-    kind = pipeline_class(hub.read_json(folder / INDEX))
-    if reason := refusal(kind):
+    kind = pipeline_class(hub.read_json(folder / MODEL_INDEX))
+    if reason := unsupported_reason(kind):
         raise ValueError(f"{kind.__name__} cannot be used here: {reason}")
     return kind
 
 
-def check_parts(folder: Path, kind: Any) -> None:
+def check_components(folder: Path, kind: Any) -> None:
     """Raises ValueError for a part that the index names and that has no folder, since some of them diffusers would make
     up, and for one without weights in safetensors."""
-    for name, part in hub.read_json(folder / INDEX).items():
+    for name, part in hub.read_json(folder / MODEL_INDEX).items():
         if name.startswith("_") or not isinstance(part, list) or len(part) != 2 or not isinstance(part[1], str):
             continue
         if not (folder / name).is_dir():
             spare = name in kind._optional_components
-            also = f", or write [null, null] for {name} in {INDEX} to do without" if spare else ""
+            also = f", or write [null, null] for {name} in {MODEL_INDEX} to do without" if spare else ""
             raise ValueError(f"{folder} has no folder {name}/ with its {part[1]}: fetch it{also}")
-        if (folder / name / hub.CONFIG).is_file() and not any((folder / name).glob(hub.SAFE[0])):
+        if (folder / name / hub.CONFIG).is_file() and not any((folder / name).glob(hub.SAFETENSORS_PATTERNS[0])):
             raise ValueError(f"{folder / name} has no weights in safetensors, and no pickles are read for pipelines")
 
 
-def left_out(folder: Path) -> dict[str, None]:
+def disabled_components(folder: Path) -> dict[str, None]:
     """The parts for which the index says [null, null], such as the T5 of Stable Diffusion 3."""
-    return {name: None for name, part in hub.read_json(folder / INDEX).items() if part == [None, None]}
+    return {name: None for name, part in hub.read_json(folder / MODEL_INDEX).items() if part == [None, None]}
 
 
-def check_whole(pipe: Any) -> None:
+def check_all_loaded(pipe: Any) -> None:
     """Raises ValueError for weights that diffusers has left out, since they are not in the folder."""
     for name, part in pipe.components.items():
         weights = part.named_parameters() if isinstance(part, torch.nn.Module) else ()
@@ -514,15 +519,15 @@ def check_whole(pipe: Any) -> None:
             raise ValueError(f"its {name} lacks {len(missing)} tensors ({', '.join(missing[:4])}): download it again")
 
 
-def load(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> PipelineEngine:
+def load(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> DiffusersEngine:
     """The pipeline in `folder`, from safetensors alone; no code of the folder is run. Raises ValueError in one line."""
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging
 
-    check_parts(folder, check_class(folder))
+    check_components(folder, check_pipeline_class(folder))
     level = logging.get_verbosity()
     try:
-        with hub.quiet(), hub.no_new_weights():
+        with hub.silence_transformers(), hub.strict_from_pretrained():
             logging.disable_progress_bar()
             logging.set_verbosity(logging.CRITICAL)
             pipe = DiffusionPipeline.from_pretrained(
@@ -530,13 +535,13 @@ def load(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | 
                 dtype=dtype or torch.float32,
                 local_files_only=True,
                 use_safetensors=True,
-                variant=hub.variant_of(folder),
-                **left_out(folder),
+                variant=hub.weights_variant(folder),
+                **disabled_components(folder),
             )
-            check_whole(pipe)
+            check_all_loaded(pipe)
     except Exception as error:  # whatever a damaged part makes its own library raise
         raise ValueError(f"pipeline {folder} cannot be loaded: {hub.first_line(error)}") from error
     finally:
         logging.set_verbosity(level)
-    kind = GlmImageEngine if type(pipe).__name__ == "GlmImagePipeline" else PipelineEngine
+    kind = GlmImageEngine if type(pipe).__name__ == "GlmImagePipeline" else DiffusersEngine
     return kind(pipe.to(device))

@@ -2,10 +2,10 @@
 
     kind = pipeline_class({"_class_name": "StableDiffusionPipeline"})
     refusal(kind)           # None, or the reason why the class cannot draw here
-    options_of(pipe)        # {"steps": "num_inference_steps", "guidance": "guidance_scale", ...}
-    samplers_of(pipe)       # {"euler": EulerDiscreteScheduler, ...}
+    supported_options(pipe)        # {"steps": "num_inference_steps", "guidance": "guidance_scale", ...}
+    compatible_schedulers(pipe)       # {"euler": EulerDiscreteScheduler, ...}
 
-An option that would change nothing is not in `options_of`. The file refuses to know how pictures are drawn.
+An option that would change nothing is not in `supported_options`. The file refuses to know how pictures are drawn.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-SAMPLERS = {
+SCHEDULERS = {
     "euler": "EulerDiscreteScheduler",
     "heun": "HeunDiscreteScheduler",
     "dpm++": "DPMSolverMultistepScheduler",
@@ -26,11 +26,11 @@ SAMPLERS = {
     "deis": "DEISMultistepScheduler",
 }
 """Schedulers of pipelines whose scheduler is no flow-matching one."""
-FLOW_SAMPLERS = {
+FLOW_SCHEDULERS = {
     "euler": "FlowMatchEulerDiscreteScheduler",
     "heun": "FlowMatchHeunDiscreteScheduler",
 }
-GIVEN = {"prompt", "class_labels", "image", "mask_image"}
+ENGINE_INPUTS = {"prompt", "class_labels", "image", "mask_image"}
 """Arguments of a pipeline that the engine sets itself."""
 IMAGE_OPTIONAL = {
     "BriaFibo2Pipeline",
@@ -43,7 +43,7 @@ IMAGE_OPTIONAL = {
 list."""
 INPAINT_CHANNELS = {"KandinskyInpaintCombinedPipeline": 9, "KandinskyV22InpaintCombinedPipeline": 9}
 """Inpainting pipelines whose network has to read the mask, and how many channels it then reads."""
-OTHER_TASKS = {
+UNSUPPORTED_TASKS = {
     "Upscale": "enlarges pictures",
     "SuperResolution": "enlarges pictures",
     "ShapE": "renders three-dimensional objects",
@@ -65,11 +65,11 @@ def pipeline_class(index: Mapping[str, Any]) -> Any:
     return kind
 
 
-def refusal(kind: Any) -> str | None:
+def unsupported_reason(kind: Any) -> str | None:
     """Why pipelines of this class can neither draw a picture of words or a class here, nor change one; else None."""
     import diffusers
 
-    takes, gives = parameters(kind), _output_fields(kind)
+    takes, gives = call_parameters(kind), _output_fields(kind)
     parts = inspect.signature(kind.__init__).parameters
     if gives & {"frames", "video"} or takes.keys() & {"num_frames", "video_length"}:
         return "it makes video, and only still pictures are drawn here"
@@ -79,10 +79,10 @@ def refusal(kind: Any) -> str | None:
         return f"it gives {', '.join(sorted(gives))} and no picture: give the whole pipeline that draws"
     if {"controlnet", "adapter"} & parts.keys() or takes.keys() & {"control_image", "hint"}:
         return "it is steered by a control picture, which cannot be given here"
-    for part, task in OTHER_TASKS.items():
+    for part, task in UNSUPPORTED_TASKS.items():
         if part in kind.__name__:
             return f"it {task}, and only drawing and editing is done here"
-    required = [name for name, one in takes.items() if one.default is one.empty and name not in GIVEN]
+    required = [name for name, one in takes.items() if one.default is one.empty and name not in ENGINE_INPUTS]
     if "mask_image" in takes and "image" not in takes:
         required.append("image_latents")
     if required:
@@ -94,7 +94,7 @@ def refusal(kind: Any) -> str | None:
     return None
 
 
-def parameters(pipe: Any) -> dict[str, inspect.Parameter]:
+def call_parameters(pipe: Any) -> dict[str, inspect.Parameter]:
     """The named parameters of a pipeline's, or a class's, `__call__`."""
     taken = inspect.signature(pipe.__call__).parameters
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -105,14 +105,14 @@ def needs_image(kind: Any) -> bool:
     """Does the class draw only from a picture, be it with words?"""
     from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING as FROM_WORDS
 
-    return "image" in parameters(kind) and kind not in FROM_WORDS.values() and kind.__name__ not in IMAGE_OPTIONAL
+    return "image" in call_parameters(kind) and kind not in FROM_WORDS.values() and kind.__name__ not in IMAGE_OPTIONAL
 
 
-def options_of(pipe: Any) -> dict[str, str]:
+def supported_options(pipe: Any) -> dict[str, str]:
     """The options that change what this pipeline draws: their names here, and what the pipeline calls them. A size is
     its height and width; `negative` is heard only where guidance is above 1."""
-    takes, own = parameters(pipe), {}
-    guidance, negative = _guidance(pipe, takes)
+    takes, own = call_parameters(pipe), {}
+    guidance, negative = _guidance_argument(pipe, takes)
     if "num_inference_steps" in takes:
         own["steps"] = "num_inference_steps"
     if guidance is not None:
@@ -126,7 +126,7 @@ def options_of(pipe: Any) -> dict[str, str]:
     return own
 
 
-def _guidance(pipe: Any, takes: Mapping[str, Any]) -> tuple[str | None, bool]:
+def _guidance_argument(pipe: Any, takes: Mapping[str, Any]) -> tuple[str | None, bool]:
     """What the pipeline calls the scale of its guidance, None where it hears none; and does it hear a negative prompt?
 
     Guidance is classifier-free, of two branches, or a number that a distilled network reads. A class may take both
@@ -154,13 +154,13 @@ def network_config(pipe: Any) -> Mapping[str, Any]:
     return getattr(network, "config", {})
 
 
-def samplers_of(pipe: Any, scheduler: Any) -> dict[str, Any]:
+def compatible_schedulers(pipe: Any, scheduler: Any) -> dict[str, Any]:
     """The classes of schedulers, by the names of samplers, that this pipeline draws with in place of `scheduler`, its
     own: those that diffusers calls compatible, and that take all that the pipeline's call tells its scheduler."""
     import diffusers
 
     call = inspect.getsource(type(pipe).__call__)
-    told, flow = _told_scheduler(call), type(scheduler).__name__.startswith("FlowMatch")
+    told, flow = _scheduler_arguments(call), type(scheduler).__name__.startswith("FlowMatch")
     if scheduler is None or told is None:
         return {}
     calls = [node for node in ast.walk(ast.parse(textwrap.dedent(call))) if isinstance(node, ast.Call)]
@@ -170,7 +170,7 @@ def samplers_of(pipe: Any, scheduler: Any) -> dict[str, Any]:
         told.add("mu")
     compatible = {one.__name__ for one in scheduler.compatibles}
     found = {}
-    for name, kind in (FLOW_SAMPLERS if flow else SAMPLERS).items():
+    for name, kind in (FLOW_SCHEDULERS if flow else SCHEDULERS).items():
         one = getattr(diffusers, kind)
         if kind == type(scheduler).__name__:
             found[name] = one
@@ -180,22 +180,24 @@ def samplers_of(pipe: Any, scheduler: Any) -> dict[str, Any]:
         if not flow and name in ("euler", "heun") and "scale_model_input" not in call:
             continue  # these scale what the network reads, and the pipeline would not ask for it
         learned = str(scheduler.config.get("variance_type")).startswith("learned")
-        if learned and not _takes(one.__init__, "variance_type"):
+        if learned and not _accepts(one.__init__, "variance_type"):
             continue  # it would not know which half of what the network says is the variance
-        if scheduler.config.get("prediction_type") == "flow_prediction" and not _takes(one.__init__, "use_flow_sigmas"):
+        if scheduler.config.get("prediction_type") == "flow_prediction" and not _accepts(
+            one.__init__, "use_flow_sigmas"
+        ):
             continue
-        if not all(_takes(one.step, argument) for argument in stepped):
+        if not all(_accepts(one.step, argument) for argument in stepped):
             continue
-        if all(_takes(one.set_timesteps, argument) for argument in told):
+        if all(_accepts(one.set_timesteps, argument) for argument in told):
             found[name] = one
     return found
 
 
-def _takes(function: Any, name: str) -> bool:
+def _accepts(function: Any, name: str) -> bool:
     return name in inspect.signature(function).parameters
 
 
-def _told_scheduler(call: str) -> set[str] | None:
+def _scheduler_arguments(call: str) -> set[str] | None:
     """What a pipeline's call tells its scheduler of the times beside their number: sigmas where it makes its own, mu,
     and others. Timesteps are only what a user gives. None where the call sets no times itself."""
     tree = ast.parse(textwrap.dedent(call))
@@ -234,7 +236,7 @@ def _output_fields(kind: Any) -> set[str]:
     return {field for name in names for field in getattr(getattr(module, name, None), "__dataclass_fields__", {})}
 
 
-def stride_of(pipe: Any) -> int:
+def size_multiple(pipe: Any) -> int:
     """Pixels of which the height and the width of a picture have to be multiples."""
     processor = getattr(getattr(pipe, "image_processor", None), "config", {})
     factor, patch = getattr(pipe, "vae_scale_factor", 8), network_config(pipe).get("patch_size", 1)
@@ -244,7 +246,7 @@ def stride_of(pipe: Any) -> int:
 
 def native_area(pipe: Any) -> int:
     """About how many pixels the pictures have that this pipeline draws where no size is asked for."""
-    sides = [one.default for name, one in parameters(pipe).items() if name in ("height", "width")]
+    sides = [one.default for name, one in call_parameters(pipe).items() if name in ("height", "width")]
     if len(sides) == 2 and all(isinstance(side, int) for side in sides):
         return int(math.prod(sides))
     side = network_config(pipe).get("sample_size")

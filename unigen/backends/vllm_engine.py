@@ -30,18 +30,18 @@ from unigen.batch import Vocabulary
 from unigen.generators.next_token import Text
 from unigen.inference.engine import Engine
 from unigen.inference.request import Request
-from unigen.inference.scheduler import Row, Running
+from unigen.inference.scheduler import Row, Scheduler
 from unigen.model.template import Output
 from unigen.model.unified import UnifiedModel
 
-OURS: dict[str, Any] = {
+ENGINE_ARGS: dict[str, Any] = {
     "logits_processors": ["unigen.backends.vllm_guidance:GuidedSampler"],
     "scheduler_cls": "unigen.backends.vllm_guidance.GuidedScheduler",
     "skip_tokenizer_init": True,
     "async_scheduling": False,
 }
 """Arguments of vLLM's engine without which spans are not guided."""
-WRITES = ("text", "next-token")
+VLLM_GENERATORS = ("text", "next-token")
 """The generators whose spans vLLM writes."""
 
 
@@ -51,19 +51,19 @@ def load(name: str, device: str, dtype: torch.dtype | None = None, options: dict
     if importlib.util.find_spec("vllm") is None:
         raise ValueError("vLLM is not installed here: run scripts/install_serve.sh, which makes .venv-serve with it")
     from unigen.backends import diffusers_engine
-    from unigen.models import causal_lm, find, load_found
+    from unigen.models import causal_lm, load_resolved, resolve_model
 
-    folder, variant = find(name)
+    folder, variant = resolve_model(name)
     if diffusers_engine.is_pipeline(folder):
         raise ValueError(f"vLLM cannot serve {name}: it is a diffusers pipeline")
-    model = load_found(folder, variant, device, dtype)
+    model = load_resolved(folder, variant, device, dtype)
     kind = type(causal_lm(model)).__name__
     if hub.read_json(folder / hub.CONFIG).get("architectures") != [kind]:
         raise ValueError(f"{name} is not laid out for vLLM: give what unigen convert {name} --to vllm -o FOLDER writes")
     return VllmEngine(model, folder, options or {})
 
 
-def prepare(processes: int = 1) -> None:
+def set_environment(processes: int = 1) -> None:
     """Set what vLLM reads from the environment, where it is not set: to run in this process, and on a CPU. processes:
     among how many it shares out the model, each with its share of the cores."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
@@ -80,10 +80,14 @@ def prepare(processes: int = 1) -> None:
         os.environ.setdefault(variable, value)
 
 
-def start(folder: Path, dtype: torch.dtype, context: int, options: dict[str, Any], features: bool = False) -> Any:
+def create_llm_engine(
+    folder: Path, dtype: torch.dtype, context: int, options: dict[str, Any], features: bool = False
+) -> Any:
     """vLLM's engine for a folder. features: does the model read pictures as such? Raises ValueError in one line."""
     parallel = [options.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline")]
-    prepare(math.prod(n if isinstance(n, int) and n > 0 else 1 for n in parallel))  # vLLM says what is wrong with them
+    set_environment(
+        math.prod(n if isinstance(n, int) and n > 0 else 1 for n in parallel)
+    )  # vLLM says what is wrong with them
     from pydantic import ValidationError
     from vllm.engine.arg_utils import EngineArgs
     from vllm.exceptions import VLLMError
@@ -93,7 +97,7 @@ def start(folder: Path, dtype: torch.dtype, context: int, options: dict[str, Any
     from unigen.backends.vllm_models import register
 
     register()
-    ours = OURS | {"model": str(folder), "dtype": str(dtype).removeprefix("torch.")}
+    ours = ENGINE_ARGS | {"model": str(folder), "dtype": str(dtype).removeprefix("torch.")}
     ours |= {"enable_prompt_embeds": True} if features else {}
     usual: dict[str, Any] = {"max_model_len": context, "enable_prefix_caching": True, "use_tqdm_on_load": False}
     if current_platform.is_cpu():
@@ -110,7 +114,7 @@ def start(folder: Path, dtype: torch.dtype, context: int, options: dict[str, Any
 
 
 @dataclass
-class _Sent:
+class _SubmittedSegment:
     """A row's span at vLLM. names: of its requests, one a branch, none where it is written here; prompts: what the
     branches read; ids: what came of it."""
 
@@ -125,13 +129,13 @@ class VllmEngine(Engine):
 
     def __init__(self, model: UnifiedModel, folder: Path, options: dict[str, Any]) -> None:
         super().__init__(model)
-        self.local = any(name not in WRITES for name in model.generators)
+        self.local = any(name not in VLLM_GENERATORS for name in model.generators)
         """Does the language model stay here too?"""
         self._info = super().info()
         self.dtype = next(model.backbone.parameters()).dtype
         for weight in () if self.local else model.backbone.parameters():  # vLLM has its own
             weight.data = weight.new_empty(0)
-        self.llm = start(folder, self.dtype, model.context, options, features=model.sight is not None)
+        self.llm = create_llm_engine(folder, self.dtype, model.context, options, features=model.sight is not None)
         vllm = self.llm.vllm_config
         # what vLLM holds is the context now, which may be less than the model's
         model.backbone.lm.config.get_text_config().max_position_embeddings = vllm.model_config.max_model_len
@@ -154,8 +158,8 @@ class VllmEngine(Engine):
     def compares(self) -> bool:
         return self.local and super().compares
 
-    def running(self) -> VllmRunning:
-        return VllmRunning(self)
+    def running(self) -> VllmScheduler:
+        return VllmScheduler(self)
 
     def request(self, prompt: Any, output: Output, **options: Any) -> Request:
         """A checked request that vLLM can answer."""
@@ -174,34 +178,34 @@ class VllmEngine(Engine):
             raise ValueError("vLLM does not tell its hidden states: use --engine local")
         return super().states(prompt)
 
-    def send(self, row: Row, before: list[int]) -> _Sent:
+    def send(self, row: Row, before: list[int]) -> _SubmittedSegment:
         """The row's span as requests of vLLM's; one that is written here has all of `before` to read again, and leaves
         it so. before: what the main branch has read."""
-        if not writes(row):
+        if not is_vllm_segment(row):
             assert row.generator is not None and not row.generator.clean
             row.unread[0] = before + row.unread[0]
-            return _Sent([], [row.unread[0]])
+            return _SubmittedSegment([], [row.unread[0]])
         from vllm import SamplingParams
         from vllm.exceptions import VLLMError
         from vllm.sampling_params import RequestOutputKind
 
-        from unigen.backends.vllm_guidance import KEY, spoken
+        from unigen.backends.vllm_guidance import EXTRA_ARGS_KEY, serialize_segment
 
         assert row.state is not None
         span, vocabulary, group = row.state.span, self.model.vocabulary, f"span{next(self._names)}"
         text = self.model.generators["text"]
         forbidden = text.forbidden if isinstance(text, Text) else []
         whole = span.grid is not None  # a picture comes when it is finished, text as it is written
-        sent = _Sent([], prompts(row, before))
+        sent = _SubmittedSegment([], branch_prompts(row, before))
         for branch, prompt in enumerate(sent.prompts):
             params = SamplingParams(
                 temperature=0.0,
-                max_tokens=longest(row),
+                max_tokens=max_segment_tokens(row),
                 stop_token_ids=list(span.stops),
                 ignore_eos=True,
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY if whole else RequestOutputKind.DELTA,
-                extra_args={KEY: spoken(span, vocabulary, forbidden, group, branch)},
+                extra_args={EXTRA_ARGS_KEY: serialize_segment(span, vocabulary, forbidden, group, branch)},
             )
             name = f"{group}-{branch}"
             try:
@@ -227,7 +231,7 @@ class VllmEngine(Engine):
         ids = [id if there else 0 for id, there in zip(prompt, known, strict=True)]
         return embeds_input(embeds_LD, prompt_token_ids=ids, is_token_ids=known)
 
-    def stop(self, sent: _Sent) -> None:
+    def stop(self, sent: _SubmittedSegment) -> None:
         """Leave a span unfinished."""
         self.llm.abort_request(sent.names)
         for name in sent.names:
@@ -244,14 +248,14 @@ class VllmEngine(Engine):
                 yield name, self._heard[name].pop(0)
 
 
-class VllmRunning(Running):
+class VllmScheduler(Scheduler):
     """Requests on their way with vLLM, which joins and batches their spans itself. `cache` holds what is written here,
     and nothing between two spans."""
 
     def __init__(self, engine: VllmEngine) -> None:
         super().__init__(engine.model)
         self.engine = engine
-        self._sent: dict[int, _Sent] = {}
+        self._sent: dict[int, _SubmittedSegment] = {}
 
     @property
     def positions(self) -> int:
@@ -262,15 +266,15 @@ class VllmRunning(Running):
     def row(self, request: Request) -> Row:
         """Refuses, too, what vLLM's batch or cache cannot hold."""
         row, engine = super().row(request), self.engine
-        if not writes(row):
+        if not is_vllm_segment(row):
             return row
-        branches = request.guidance.branches if request.output != "text" and request.generator in WRITES else 1
+        branches = request.guidance.branches if request.output != "text" and request.generator in VLLM_GENERATORS else 1
         if branches > engine.most:
             raise ValueError(f"guidance takes {branches} sequences, vLLM runs {engine.most}: raise max_num_seqs")
         if request.output == "interleaved":
             lengths = [self.model.context] * branches
         else:
-            lengths = [len(prompt) + longest(row) for prompt in prompts(row, [])]
+            lengths = [len(prompt) + max_segment_tokens(row) for prompt in branch_prompts(row, [])]
         if max(lengths) > self.model.context:
             raise ValueError(f"the answer needs {max(lengths)} positions, vLLM has {self.model.context}: shorten it")
         if (need := sum(-(-length // engine.block) for length in lengths)) > engine.blocks:
@@ -300,7 +304,7 @@ class VllmRunning(Running):
             number = number_of[name]
             moved[number], sent = self._rows[number], self._sent[number]
             sent.ids += output.outputs[0].token_ids
-            take(moved[number], sent.ids, self.model.vocabulary)
+            apply_output(moved[number], sent.ids, self.model.vocabulary)
         ended = {number: row for number, row in moved.items() if row.state and row.state.done}
         # a span has read all but its last id, with which the next one begins, or which has ended it; one that was
         # written here is taken back
@@ -314,20 +318,20 @@ class VllmRunning(Running):
         return parts
 
 
-def writes(row: Row) -> bool:
+def is_vllm_segment(row: Row) -> bool:
     """Is the row's span one that vLLM writes?"""
     assert row.generator is not None
-    return row.generator.name in WRITES
+    return row.generator.name in VLLM_GENERATORS
 
 
-def prompts(row: Row, before: list[int]) -> list[list[int]]:
+def branch_prompts(row: Row, before: list[int]) -> list[list[int]]:
     """What each branch of the row's span reads before it writes. before: what the main one has read already."""
     assert row.state is not None
     main, *others = [unread + row.state.pending for unread in row.unread]
     return [before + main, *others]
 
 
-def longest(row: Row) -> int:
+def max_segment_tokens(row: Row) -> int:
     """How many ids the row's span may write: all of a picture's, but for the end of its last row."""
     assert row.state is not None
     span = row.state.span
@@ -336,9 +340,9 @@ def longest(row: Row) -> int:
     return span.grid[0] * (span.grid[1] + len(span.row_end)) - len(span.row_end)
 
 
-def take(row: Row, ids: list[int], vocabulary: Vocabulary) -> None:
+def apply_output(row: Row, ids: list[int], vocabulary: Vocabulary) -> None:
     """Put what vLLM has written of a span into its state. A picture comes whole. An id that cannot be there says that
-    the scores were not finite (`vllm_guidance.illegal_id`)."""
+    the scores were not finite (`vllm_guidance.non_finite_id`)."""
     state = row.state
     assert state is not None
     span = state.span
@@ -348,8 +352,8 @@ def take(row: Row, ids: list[int], vocabulary: Vocabulary) -> None:
         state.done = stopped or len(ids) >= span.max_tokens
         state.finite = not any(vocabulary.first <= id < vocabulary.stop for id in state.ids)
         return
-    if len(ids) != longest(row):
-        raise RuntimeError(f"vLLM ended a picture after {len(ids)} of {longest(row)} ids")
+    if len(ids) != max_segment_tokens(row):
+        raise RuntimeError(f"vLLM ended a picture after {len(ids)} of {max_segment_tokens(row)} ids")
     width = span.grid[1]
     state.ids = [id for at, id in enumerate(ids) if at % (width + len(span.row_end)) < width]
     state.pending, state.done = [ids[-1], *span.row_end], True

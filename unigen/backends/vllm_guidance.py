@@ -6,11 +6,11 @@ vLLM imports both by their names and knows nothing of pictures:
     --scheduler-cls unigen.backends.vllm_guidance.GuidedScheduler
 
 A span is one request of vLLM's for each branch of guidance, all of temperature 0. What it needs stands in its
-`extra_args["unigen"]` (`spoken`). `GuidedSampler` draws by the very functions of `unigen.generators.next_token`, from
-the span's own seed, and leaves one id to be chosen, the same for all branches. `GuidedScheduler` lets branches in
-together, lets them wait together, and drops what one made without the others, so that chunked prompts, a full cache and
-requests that arrive one after the other change nothing. Requests without `extra_args["unigen"]` are vLLM's own affair.
-The file refuses to know: templates, tokenizers, the engine.
+`extra_args["unigen"]` (`serialize_segment`). `GuidedSampler` draws by the very functions of
+`unigen.generators.next_token`, from the span's own seed, and leaves one id to be chosen, the same for all branches.
+`GuidedScheduler` lets branches in together, lets them wait together, and drops what one made without the others, so
+that chunked prompts, a full cache and requests that arrive one after the other change nothing. Requests without
+`extra_args["unigen"]` are vLLM's own affair. The file refuses to know: templates, tokenizers, the engine.
 
 Shapes: R rows of vLLM's batch, V ids.
 """
@@ -30,15 +30,17 @@ from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from unigen.batch import Vocabulary
-from unigen.generators.base import Span, State
+from unigen.generators.base import GenerationState, SegmentSpec
 from unigen.generators.next_token import NextToken, Text
 from unigen.samplers.guidance import Guidance
-from unigen.samplers.logits import Sampling, draw
+from unigen.samplers.logits import SamplingOptions, sample
 
-KEY = "unigen"
+EXTRA_ARGS_KEY = "unigen"
 
 
-def spoken(span: Span, vocabulary: Vocabulary, forbidden: list[int], group: str, branch: int) -> dict[str, Any]:
+def serialize_segment(
+    span: SegmentSpec, vocabulary: Vocabulary, forbidden: list[int], group: str, branch: int
+) -> dict[str, Any]:
     """What `GuidedSampler` has to know of one branch of a span, as plain values. forbidden: ids that no text holds;
     group: a name that the branches of one span share."""
     return {
@@ -56,7 +58,7 @@ def spoken(span: Span, vocabulary: Vocabulary, forbidden: list[int], group: str,
     }
 
 
-class Scores:
+class LogitsModel:
     """A model whose hidden states are its scores already: what generators ask of one where they draw."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
@@ -70,8 +72,8 @@ class Scores:
 
 
 class Branch:
-    """One row of the batch: a branch of a span. said: what `spoken` gave. ids: of the span so far, which vLLM goes on
-    writing. Raises ValueError, LookupError, TypeError or AttributeError for what is no such thing."""
+    """One row of the batch: a branch of a span. said: what `serialize_segment` gave. ids: of the span so far, which
+    vLLM goes on writing. Raises ValueError, LookupError, TypeError or AttributeError for what is no such thing."""
 
     def __init__(self, said: dict[str, Any], ids: list[int]) -> None:
         self.ids = ids
@@ -84,9 +86,9 @@ class Branch:
         self.vocabulary = Vocabulary(text_size, image_size, first)
         self.forbidden = [int(id) for id in said["forbidden"]]
         grid = said["grid"]
-        self.span = Span(
+        self.span = SegmentSpec(
             begin=0,
-            sampling=Sampling(**said["sampling"]),
+            sampling=SamplingOptions(**said["sampling"]),
             guidance=guidance,
             rng=torch.Generator(),
             grid=None if grid is None else (int(grid[0]), int(grid[1])),
@@ -106,7 +108,7 @@ class Branch:
         column = len(self.ids) % (width + len(self.span.row_end))
         return None if column < width else self.span.row_end[column - width]
 
-    def state(self) -> State:
+    def state(self) -> GenerationState:
         """The span with its randomness where the next id is drawn, however often that was tried before."""
         draws = len(self.ids)
         if self.span.grid is not None:
@@ -118,9 +120,9 @@ class Branch:
             self._drawn = 0
         scores_1V = torch.zeros(1, self.vocabulary.text_size if self.span.grid is None else self.vocabulary.image_size)
         for _ in range(self._drawn, draws):
-            draw(scores_1V, self.span.sampling, [self.span.rng])
+            sample(scores_1V, self.span.sampling, [self.span.rng])
         self._drawn = draws + 1
-        return State(self.span, pending=[], ids=list(self.ids))
+        return GenerationState(self.span, pending=[], ids=list(self.ids))
 
 
 class GuidedSampler(LogitsProcessor):
@@ -132,13 +134,13 @@ class GuidedSampler(LogitsProcessor):
     @classmethod
     def validate_params(cls, params: Any) -> None:
         """Raises ValueError for a request that cannot be drawn."""
-        said = (params.extra_args or {}).get(KEY)
+        said = (params.extra_args or {}).get(EXTRA_ARGS_KEY)
         if said is None:
             return
         try:
             Branch(said, [])
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ValueError(f"extra_args[{KEY!r}] is no span: {type(error).__name__}: {error}") from error
+            raise ValueError(f"extra_args[{EXTRA_ARGS_KEY!r}] is no span: {type(error).__name__}: {error}") from error
         plain = params.temperature == 0 and params.repetition_penalty == 1 and not params.allowed_token_ids
         if not plain or params.presence_penalty or params.frequency_penalty:
             raise ValueError("a span is drawn by its own sampling: leave vLLM's at temperature 0, without penalties")
@@ -150,7 +152,9 @@ class GuidedSampler(LogitsProcessor):
         process_dict_updates(
             self.rows,
             batch_update,
-            lambda params, _, ids: Branch(params.extra_args[KEY], ids) if KEY in (params.extra_args or {}) else None,
+            lambda params, _, ids: (
+                Branch(params.extra_args[EXTRA_ARGS_KEY], ids) if EXTRA_ARGS_KEY in (params.extra_args or {}) else None
+            ),
         )
 
     def apply(self, logits_RV: Tensor) -> Tensor:
@@ -165,25 +169,27 @@ class GuidedSampler(LogitsProcessor):
             if len(rows) != first.branches or any(len(self.rows[row].ids) != len(first.ids) for row in rows):
                 continue
             if (id := first.forced()) is not None:
-                choose(logits_RV, rows, id)
+                force_id(logits_RV, rows, id)
                 continue
             kind = (first.vocabulary, first.span.grid is None, tuple(first.forbidden))
             alike.setdefault(kind, []).append(rows)
         for (vocabulary, is_text, forbidden), together in alike.items():
             generator = Text(list(forbidden)) if is_text else NextToken((0, 0))
             states = [self.rows[rows[0]].state() for rows in together]
-            generator.advance(Scores(vocabulary), states, [[logits_RV[row, None] for row in rows] for rows in together])
+            generator.advance(
+                LogitsModel(vocabulary), states, [[logits_RV[row, None] for row in rows] for rows in together]
+            )
             for rows, state in zip(together, states, strict=True):
-                choose(logits_RV, rows, state.pending[0] if state.finite else illegal_id(vocabulary, is_text))
+                force_id(logits_RV, rows, state.pending[0] if state.finite else non_finite_id(vocabulary, is_text))
         return logits_RV
 
 
-def illegal_id(vocabulary: Vocabulary, is_text: bool) -> int:
+def non_finite_id(vocabulary: Vocabulary, is_text: bool) -> int:
     """The id that stands for scores that are not finite: a code in a text, an id that is no code in a picture."""
     return vocabulary.first if is_text else 0 if vocabulary.first > 0 else vocabulary.stop
 
 
-def choose(logits_RV: Tensor, rows: list[int], id: int) -> None:
+def force_id(logits_RV: Tensor, rows: list[int], id: int) -> None:
     """Leave these rows nothing but this id."""
     logits_RV[rows] = -torch.inf
     logits_RV[rows, id] = 0.0
@@ -205,7 +211,7 @@ class GuidedScheduler(Scheduler):
         self.dropped = self.preempted_along = 0
 
     def add_request(self, request: Any) -> None:
-        said = ((request.sampling_params.extra_args or {}) if request.sampling_params else {}).get(KEY)
+        said = ((request.sampling_params.extra_args or {}) if request.sampling_params else {}).get(EXTRA_ARGS_KEY)
         if said is not None and request.request_id not in self.requests and len(said["scales"]) > 0:
             branches = Guidance(tuple(said["scales"])).branches
             if branches > 1:

@@ -30,7 +30,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, m
 from vllm.model_executor.utils import set_weight_attrs
 
 Weights = Iterable[tuple[str, Tensor]]
-BESIDE = "backbone."
+BACKBONE_PREFIX = "backbone."
 """Before the names of tensors in that folder of a model's, which are beside the language model's."""
 
 
@@ -99,7 +99,7 @@ class UnigenChameleonForCausalLM(LlamaForCausalLM):
 
     def load_weights(self, weights: Weights) -> set[str]:
         language = ((name, tensor) for name, tensor in weights if not name.startswith("model.vqmodel."))
-        return strictly(self, AutoWeightsLoader(self).load_weights, language)
+        return load_weights_strict(self, AutoWeightsLoader(self).load_weights, language)
 
 
 class UnigenJanusForCausalLM(LlamaForCausalLM):
@@ -118,7 +118,7 @@ class UnigenJanusForCausalLM(LlamaForCausalLM):
             nn.GELU(),
             nn.Linear(config.head_width, config.vocab_size - config.text_size),
         )
-        beside = DefaultModelLoader.Source(told.model, told.revision, subfolder="backbone", prefix=BESIDE)
+        beside = DefaultModelLoader.Source(told.model, told.revision, subfolder="backbone", prefix=BACKBONE_PREFIX)
         self.secondary_weights = (beside,)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
@@ -126,16 +126,16 @@ class UnigenJanusForCausalLM(LlamaForCausalLM):
         return None if scores is None else torch.cat((scores, self.head(hidden_states)), -1)
 
     def load_weights(self, weights: Weights) -> set[str]:
-        return strictly(self, AutoWeightsLoader(self).load_weights, self._joined(weights))
+        return load_weights_strict(self, AutoWeightsLoader(self).load_weights, self._joined(weights))
 
     def _joined(self, weights: Weights) -> Iterator[tuple[str, Tensor]]:
         """The tensors by their names here, those of codes as rows of the table."""
         table, own = "model.embed_tokens.weight", dict[str, Tensor]()
         for name, tensor in weights:
-            if name == table or name.startswith((f"{BESIDE}table.", f"{BESIDE}aligner.")):
-                own[name.removeprefix(BESIDE)] = tensor
+            if name == table or name.startswith((f"{BACKBONE_PREFIX}table.", f"{BACKBONE_PREFIX}aligner.")):
+                own[name.removeprefix(BACKBONE_PREFIX)] = tensor
             else:
-                yield name.removeprefix(BESIDE), tensor
+                yield name.removeprefix(BACKBONE_PREFIX), tensor
         try:
             text_TD, codes_KC = own.pop(table), own.pop("table.weight")
             wide_KD = gelu(linear(codes_KC, own.pop("aligner.0.weight"), own.pop("aligner.0.bias")))
@@ -148,7 +148,7 @@ class UnigenJanusForCausalLM(LlamaForCausalLM):
         yield from own.items()
 
 
-def strictly(model: Any, load: Callable[[Weights], set[str]], weights: Weights) -> set[str]:
+def load_weights_strict(model: Any, load: Callable[[Weights], set[str]], weights: Weights) -> set[str]:
     """Load tensors, and raise ValueError where one is missing. vLLM does for one that is left over, and for a
     parameter of which nothing came, but not for a part of one."""
     seen: set[str] = set()

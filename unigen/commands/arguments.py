@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from unigen import limits, loading
-from unigen.limits import argument as limited
+from unigen.limits import limit_argument
 from unigen.utils import precision, progress
-from unigen.utils.argparser import name
+from unigen.utils.argparser import non_empty
 from unigen.utils.numbers import parse_float, parse_int
 
 DEFAULT_MODEL = "unigen-tiny"
 
 
-def number(low: float, high: float = math.inf, *, open_low: bool = False) -> Callable[[str], float]:
+def float_range(low: float, high: float = math.inf, *, open_low: bool = False) -> Callable[[str], float]:
     """A finite float in [low, high], or in (low, high]."""
 
     def parse(text: str) -> float:
@@ -37,7 +37,7 @@ def number(low: float, high: float = math.inf, *, open_low: bool = False) -> Cal
     return parse
 
 
-def whole(low: int, high: float = math.inf) -> Callable[[str], int]:
+def int_range(low: int, high: float = math.inf) -> Callable[[str], int]:
     """A whole number in [low, high]."""
 
     def parse(text: str) -> int:
@@ -53,7 +53,7 @@ def whole(low: int, high: float = math.inf) -> Callable[[str], int]:
     return parse
 
 
-def box(value: str) -> tuple[int, int, int, int]:
+def parse_box(value: str) -> tuple[int, int, int, int]:
     """Four whole numbers: left, top, right, bottom, the right beyond the left and the bottom below the top."""
     try:
         left, top, right, bottom = (parse_int(part) for part in value.split(","))
@@ -64,11 +64,11 @@ def box(value: str) -> tuple[int, int, int, int]:
     return left, top, right, bottom
 
 
-def size(value: str) -> tuple[int, int]:
+def parse_size(value: str) -> tuple[int, int]:
     """Width and height: two whole numbers with an x between them."""
     width, _, height = value.partition("x")
     try:
-        return limits.parse("width", width), limits.parse("height", height)
+        return limits.parse_limit("width", width), limits.parse_limit("height", height)
     except ValueError:
         most = limits.LIMITS["width"].high
         raise argparse.ArgumentTypeError(
@@ -76,7 +76,7 @@ def size(value: str) -> tuple[int, int]:
         ) from None
 
 
-def setting(value: str) -> tuple[str, Any]:
+def parse_setting(value: str) -> tuple[str, Any]:
     """A name and what it is to be, a number, true, false or text, with = between them."""
     name, _, given = value.partition("=")
     if not name.isidentifier() or not given:
@@ -87,7 +87,7 @@ def setting(value: str) -> tuple[str, Any]:
         return name, given
 
 
-def text(value: str) -> str:
+def parse_text(value: str) -> str:
     """Anything but nothing, in UTF-8."""
     if not value.strip():
         raise argparse.ArgumentTypeError("it is empty; say in words what you want")
@@ -100,19 +100,22 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
-        type=name,
+        type=non_empty,
         default=DEFAULT_MODEL,
         help="a name, a folder, or owner/name on the hub (default: %(default)s)",
     )
-    group.add_argument("--lmm", type=name, help="a model that reads and writes for the one that draws (--model)")
+    group.add_argument("--lmm", type=non_empty, help="a model that reads and writes for the one that draws (--model)")
     group.add_argument(
-        "--engine", choices=loading.ENGINES, default="local", help="what runs the language model (default: %(default)s)"
+        "--engine",
+        choices=loading.BACKENDS,
+        default="local",
+        help="what runs the language model (default: %(default)s)",
     )
     group.add_argument(
-        "--vllm", type=setting, action="append", metavar="NAME=VALUE", help="of vLLM's engine; may be repeated"
+        "--vllm", type=parse_setting, action="append", metavar="NAME=VALUE", help="of vLLM's engine; may be repeated"
     )
     group.add_argument(
-        "--adapter", type=name, help="a folder: what the --lmm reads is told to a pipeline (--model) by its states"
+        "--adapter", type=non_empty, help="a folder: what the --lmm reads is told to a pipeline (--model) by its states"
     )
     precision.add_arguments(group)
 
@@ -120,36 +123,50 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
 def sampling_arguments(parser: argparse.ArgumentParser, generator: str = "next-token") -> None:
     """What is not given is left to the engine's defaults. generator: the default one, as the help names it."""
     group = parser.add_argument_group("sampling")
-    group.add_argument("--seed", type=limited("seed"), default=0, help="same seed, same result (default: %(default)s)")
-    group.add_argument("--guidance", type=limited("guidance"), help="how strongly pictures follow the words; 1 is off")
-    group.add_argument("--temperature", type=limited("temperature"), help="1 samples as trained, 0 takes the likeliest")
-    group.add_argument("--top-k", type=limited("top_k"), help="sample among the k likeliest tokens; 0 is all")
-    group.add_argument("--top-p", type=limited("top_p"), help="nucleus sampling: the smallest set of this probability")
-    group.add_argument("--size", type=size, metavar="WxH", help="of pictures in pixels, where the model draws any")
     group.add_argument(
-        "--generator", type=name, help=f"how pictures are written (default: {generator}; see unigen info)"
+        "--seed", type=limit_argument("seed"), default=0, help="same seed, same result (default: %(default)s)"
     )
-    group.add_argument("--steps", type=limited("steps"), help="in how many steps, where the generator can choose")
-    group.add_argument("--sampler", type=name, help="of a flow: euler, heun, dpm++, unipc or deis")
     group.add_argument(
-        "--accelerate", type=name, help="of next-token, several codes a step: jacobi (same picture) or sjd"
+        "--guidance", type=limit_argument("guidance"), help="how strongly pictures follow the words; 1 is off"
     )
-    group.add_argument("--guidance-kind", type=name, help="of a flow: cfg, rescale, apg or cfg-zero")
+    group.add_argument(
+        "--temperature", type=limit_argument("temperature"), help="1 samples as trained, 0 takes the likeliest"
+    )
+    group.add_argument("--top-k", type=limit_argument("top_k"), help="sample among the k likeliest tokens; 0 is all")
+    group.add_argument(
+        "--top-p", type=limit_argument("top_p"), help="nucleus sampling: the smallest set of this probability"
+    )
+    group.add_argument(
+        "--size", type=parse_size, metavar="WxH", help="of pictures in pixels, where the model draws any"
+    )
+    group.add_argument(
+        "--generator", type=non_empty, help=f"how pictures are written (default: {generator}; see unigen info)"
+    )
+    group.add_argument(
+        "--steps", type=limit_argument("steps"), help="in how many steps, where the generator can choose"
+    )
+    group.add_argument("--sampler", type=non_empty, help="of a flow: euler, heun, dpm++, unipc or deis")
+    group.add_argument(
+        "--accelerate", type=non_empty, help="of next-token, several codes a step: jacobi (same picture) or sjd"
+    )
+    group.add_argument("--guidance-kind", type=non_empty, help="of a flow: cfg, rescale, apg or cfg-zero")
     group.add_argument("--negative", metavar="WORDS", help="of a diffusers pipeline: what pictures are not to show")
 
 
 def strength_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--strength", type=number(0, 1, open_low=True), help="of a diffusers pipeline: how much is changed; 1 is all"
+        "--strength",
+        type=float_range(0, 1, open_low=True),
+        help="of a diffusers pipeline: how much is changed; 1 is all",
     )
 
 
-def source(args: argparse.Namespace) -> dict[str, Any]:
+def load_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """What `unigen.load` is given."""
     if args.adapter and not args.lmm:
         raise ValueError("an adapter joins two models: give the one that reads too, by --lmm")
     pair = {"lmm": args.lmm, "generator": args.model, "adapter": args.adapter}
-    given = (pair if args.lmm else {"name": args.model}) | precision.options_of(args)
+    given = (pair if args.lmm else {"name": args.model}) | precision.load_options(args)
     if args.vllm or args.engine != "local":
         given |= {"engine": args.engine, "vllm": dict(args.vllm or [])}
     return given
@@ -157,10 +174,10 @@ def source(args: argparse.Namespace) -> dict[str, Any]:
 
 def load(args: argparse.Namespace) -> Any:
     with progress.status(f"loading {' and '.join(filter(None, [args.lmm, args.model]))}"):
-        return loading.load(**source(args))
+        return loading.load(**load_arguments(args))
 
 
-def sampling(args: argparse.Namespace) -> dict[str, Any]:
+def generation_options(args: argparse.Namespace) -> dict[str, Any]:
     names = (
         "seed",
         "size",
@@ -179,20 +196,20 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(args, name, None)) is not None}
 
 
-def note_size(given: tuple[int, int], made: Any) -> None:
+def report_size_change(given: tuple[int, int], made: Any) -> None:
     """Says on stderr where a picture comes back in another size than it was given."""
     if made.size != given:
         theirs, ours = ("x".join(map(str, size)) for size in (given, made.size))
         print(f"note: your picture of {theirs} pixels comes back as {ours}, as this model draws", file=sys.stderr)
 
 
-def show_written(args: argparse.Namespace, paths: list[Path]) -> None:
+def print_paths(args: argparse.Namespace, paths: list[Path]) -> None:
     """Print the paths of files that are written, a line each; nothing where they go to stdout themselves."""
     for path in [] if args.piped else paths:
         print(path, flush=True)
 
 
-def report(args: argparse.Namespace, paths: list[Path], start: float) -> int:
-    show_written(args, paths)
+def print_elapsed(args: argparse.Namespace, paths: list[Path], start: float) -> int:
+    print_paths(args, paths)
     print(f"{time.perf_counter() - start:.1f} s", file=sys.stderr)
     return 0

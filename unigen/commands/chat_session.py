@@ -29,9 +29,9 @@ from unigen.config import load_json
 from unigen.document import Document, Segment
 from unigen.media.display import png_bytes
 from unigen.media.images import read_image
-from unigen.media.output import check_output, save_picture, write_text
-from unigen.model.template import Output, usual_output
-from unigen.samplers.seeds import later_seed
+from unigen.media.output import check_output, save_image, write_text
+from unigen.model.template import Output, default_output
+from unigen.samplers.seeds import offset_seed
 from unigen.utils.text import did_you_mean
 
 COMMANDS = {
@@ -100,7 +100,7 @@ def pasted_paths(text: str) -> list[str]:
 
 class Chat:
     """The state of one conversation. output: what is asked for in each turn, None is as of
-    `unigen.model.template.usual_output`; options go to engine.stream; turn i is
+    `unigen.model.template.default_output`; options go to engine.stream; turn i is
     seeded by seed + i."""
 
     def __init__(self, folder: str | Path, seed: int = 0, output: Output | None = "interleaved", **options: Any):
@@ -175,7 +175,7 @@ class Chat:
             self.attached += [read_image(path) for path in paths]
             print(f"attached {', '.join(paths)}", file=out)
         elif name == "/seed":
-            self.seed, self.turn = limits.parse("seed", rest), 0
+            self.seed, self.turn = limits.parse_limit("seed", rest), 0
         elif name == "/save":
             path = check_output(os.path.expanduser(rest), {".json": "JSON"})
             write_text(path, json.dumps(self.to_json(), indent=1) + "\n")
@@ -224,8 +224,8 @@ class Chat:
         asked = [*(Segment(image=image) for image in self.attached), Segment(text=line)]
         request = Document([*self.document.segments, *asked])
         answer: list[Segment] = []
-        output = self.output or usual_output(request, engine.outputs)
-        stream = engine.stream(request, output=output, seed=later_seed(self.seed, self.turn), **self.options)
+        output = self.output or default_output(request, engine.outputs)
+        stream = engine.stream(request, output=output, seed=offset_seed(self.seed, self.turn), **self.options)
         for part in stream:
             if isinstance(part, str):
                 print(part, end="", file=out, flush=True)
@@ -256,5 +256,5 @@ class Chat:
         taken = {path.stem for path in self.folder.glob("picture-*.png")}
         number = next(i for i in range(1, len(taken) + 2) if f"picture-{i:03d}" not in taken)
         path = check_output(self.folder / f"picture-{number:03d}.png", {".png": "PNG"})
-        save_picture(path, image)
+        save_image(path, image)
         return path

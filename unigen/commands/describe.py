@@ -11,19 +11,19 @@ import time
 from unigen.commands.arguments import (
     load,
     model_arguments,
-    report,
-    text,
+    parse_text,
+    print_elapsed,
 )
-from unigen.limits import argument as limited
+from unigen.limits import limit_argument
 
 HELP = "say what a picture shows, or answer a question about it"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", help="a picture")
-    parser.add_argument("-q", "--question", type=text, help="answer this instead of describing the picture")
+    parser.add_argument("-q", "--question", type=parse_text, help="answer this instead of describing the picture")
     parser.add_argument(
-        "--candidates", type=limited("candidates"), help="captions of which to give the best; 1 is fastest"
+        "--candidates", type=limit_argument("candidates"), help="captions of which to give the best; 1 is fastest"
     )
     model_arguments(parser)
 
@@ -38,4 +38,4 @@ def run(args: argparse.Namespace) -> int:
     engine = load(args)
     start = time.perf_counter()
     print(engine.describe(image, args.question, **options), flush=True)
-    return report(args, [], start)
+    return print_elapsed(args, [], start)

@@ -9,14 +9,14 @@ import argparse
 import time
 
 from unigen.commands.arguments import (
+    generation_options,
     load,
     model_arguments,
-    note_size,
-    report,
-    sampling,
+    parse_text,
+    print_elapsed,
+    report_size_change,
     sampling_arguments,
     strength_argument,
-    text,
 )
 
 HELP = "change a picture as told"
@@ -25,7 +25,7 @@ STDOUT = {"output": ".png"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", help="the picture to change")
-    parser.add_argument("instruction", type=text, help='such as "replace the sunflower with a rose"')
+    parser.add_argument("instruction", type=parse_text, help='such as "replace the sunflower with a rose"')
     parser.add_argument(
         "-o", "--output", default="out.png", help="the new picture, - is a PNG on stdout (default: %(default)s)"
     )
@@ -36,13 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from unigen.media.images import read_image
-    from unigen.media.output import PICTURES, check_output, save_picture
+    from unigen.media.output import IMAGE_FORMATS, check_output, save_image
 
-    path = check_output(args.output, PICTURES)
+    path = check_output(args.output, IMAGE_FORMATS)
     image = read_image(args.image)
     engine = load(args)
     start = time.perf_counter()
-    edited = engine.edit(image, args.instruction, **sampling(args))
-    save_picture(path, edited)
-    note_size(image.size, edited)
-    return report(args, [path], start)
+    edited = engine.edit(image, args.instruction, **generation_options(args))
+    save_image(path, edited)
+    report_size_change(image.size, edited)
+    return print_elapsed(args, [path], start)

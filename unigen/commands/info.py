@@ -12,34 +12,34 @@ from unigen.commands.arguments import (
     load,
     model_arguments,
 )
-from unigen.utils.argparser import name
+from unigen.utils.argparser import non_empty
 
 HELP = "what a model is made of"
 STDOUT = {"json": ".json"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", type=name, metavar="FILE", help="write it as one JSON object too; - is stdout")
+    parser.add_argument("--json", type=non_empty, metavar="FILE", help="write it as one JSON object too; - is stdout")
     model_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     from unigen.inference.engine import Engine
-    from unigen.media.display import fact_text
+    from unigen.media.display import format_value
     from unigen.media.output import check_output, write_text
 
     path = check_output(args.json, {".json": "JSON"}) if args.json else None
     engine = load(args)
     facts = engine.info()
     if isinstance(engine, Engine):  # of one of the families
-        from unigen.models import unserved
+        from unigen.models import vllm_unsupported_reason
 
-        why = unserved(facts["family"])
+        why = vllm_unsupported_reason(facts["family"])
         others = [name for name in facts["generators"] if name != "next-token"]
         beside = f"; {', '.join(others)} beside it" if others else ""
         facts["vllm"] = f"no, {why}" if why else f"yes, its next-token and text{beside}"
     for key, value in facts.items():
-        print(f"{key:<20} {fact_text(value)}")
+        print(f"{key:<20} {format_value(value)}")
     if path is not None:
         write_text(path, json.dumps(facts, indent=2, default=str) + "\n")
     return 0

@@ -11,18 +11,18 @@ import time
 from typing import Any
 
 from unigen.commands.arguments import (
-    box,
+    generation_options,
     load,
     model_arguments,
-    note_size,
-    report,
-    sampling,
+    parse_box,
+    parse_text,
+    print_elapsed,
+    report_size_change,
     sampling_arguments,
     strength_argument,
-    text,
 )
-from unigen.limits import argument as limited
-from unigen.utils.argparser import name
+from unigen.limits import limit_argument
+from unigen.utils.argparser import non_empty
 
 HELP = "paint a part of a picture anew, or all around it"
 STDOUT = {"output": ".png"}
@@ -30,12 +30,14 @@ STDOUT = {"output": ".png"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", help="the picture to paint in")
-    parser.add_argument("prompt", type=text, help="what the whole picture is to show")
+    parser.add_argument("prompt", type=parse_text, help="what the whole picture is to show")
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--mask", type=name, metavar="FILE", help="a picture, white and opaque where to paint")
-    where.add_argument("--box", type=box, metavar="L,T,R,B", help="paint inside this box, in pixels of the picture")
-    where.add_argument("--around", type=box, metavar="L,T,R,B", help="paint outside this box (outpainting)")
-    where.add_argument("--vary", type=limited("vary"), help="paint this share of it, drawn by lot")
+    where.add_argument("--mask", type=non_empty, metavar="FILE", help="a picture, white and opaque where to paint")
+    where.add_argument(
+        "--box", type=parse_box, metavar="L,T,R,B", help="paint inside this box, in pixels of the picture"
+    )
+    where.add_argument("--around", type=parse_box, metavar="L,T,R,B", help="paint outside this box (outpainting)")
+    where.add_argument("--vary", type=limit_argument("vary"), help="paint this share of it, drawn by lot")
     parser.add_argument(
         "-o", "--output", default="out.png", help="the new picture, - is a PNG on stdout (default: %(default)s)"
     )
@@ -48,11 +50,11 @@ def run(args: argparse.Namespace) -> int:
     import numpy as np
 
     from unigen.inference.engine import Engine
-    from unigen.inference.inpainting import limiting_window, lot
+    from unigen.inference.inpainting import limiting_window, random_mask
     from unigen.media.images import read_image, read_mask
-    from unigen.media.output import PICTURES, check_output, save_picture
+    from unigen.media.output import IMAGE_FORMATS, check_output, save_image
 
-    path = check_output(args.output, PICTURES)
+    path = check_output(args.output, IMAGE_FORMATS)
     image: Any = read_image(args.image)
     engine, given = None, image.size
     if args.mask:
@@ -61,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         engine = load(args)
         if not isinstance(engine, Engine):
             raise ValueError("--vary is for models that write codes: give this one a --mask")
-        image, mask = lot(engine.model, image, args.vary, args.seed)
+        image, mask = random_mask(engine.model, image, args.vary, args.seed)
     else:
         left, top, right, bottom = args.box or args.around
         inside = np.zeros((image.height, image.width), dtype=bool)
@@ -69,11 +71,11 @@ def run(args: argparse.Namespace) -> int:
         mask = inside if args.box else ~inside
     engine = engine or load(args)
     start = time.perf_counter()
-    painted = engine.inpaint(image, args.prompt, mask, **sampling(args))
-    save_picture(path, painted)
-    note_size(given, painted)
+    painted = engine.inpaint(image, args.prompt, mask, **generation_options(args))
+    save_image(path, painted)
+    report_size_change(given, painted)
     if isinstance(getattr(engine, "painter", engine), Engine) and (window := limiting_window(mask)):
         left, top, right, bottom = window
         where = f"{right - left}x{bottom - top} pixels at {left},{top}"
         print(f"note: this model painted in a square of {where} of your picture; all else stays", file=sys.stderr)
-    return report(args, [path], start)
+    return print_elapsed(args, [path], start)

@@ -23,9 +23,9 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import unigen.commands
-from unigen.utils.argparser import Parser
-from unigen.utils.disk import DISK_FAULTS
-from unigen.utils.extras import missing
+from unigen.utils.argparser import OneLineParser
+from unigen.utils.disk import DISK_ERRNOS
+from unigen.utils.extras import missing_module_message
 from unigen.utils.text import did_you_mean
 
 HELPERS = ("arguments", "chat_session", "main")
@@ -57,7 +57,7 @@ def find_commands() -> dict[str, Any]:
 COMMANDS = find_commands()
 
 
-def overview() -> str:
+def usage() -> str:
     rows = [f"  {name:<10} {command.HELP}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
@@ -73,10 +73,10 @@ def overview() -> str:
     )
 
 
-def parser_of(name: str) -> Parser:
+def build_parser(name: str) -> OneLineParser:
     """The parser of one command of the table that has arguments of its own here."""
     command = COMMANDS[name]
-    parser = Parser(prog=f"unigen {name}", description=f"{command.HELP[0].upper()}{command.HELP[1:]}.")
+    parser = OneLineParser(prog=f"unigen {name}", description=f"{command.HELP[0].upper()}{command.HELP[1:]}.")
     command.add_arguments(parser)
     return parser
 
@@ -85,7 +85,7 @@ def dispatch(argv: list[str]) -> int:
     if argv[:1] == ["help"]:  # unigen help generate
         argv = [*argv[1:], "--help"]
     if not argv or argv[0] in ("-h", "--help"):
-        print(overview())
+        print(usage())
         return 0
     if argv[0] in ("-V", "--version"):
         from importlib.metadata import version
@@ -98,7 +98,7 @@ def dispatch(argv: list[str]) -> int:
     command = COMMANDS[name]
     if not hasattr(command, "add_arguments"):
         return int(command.run(rest))
-    args = parser_of(name).parse_args(rest)
+    args = build_parser(name).parse_args(rest)
     args.line = shlex.join(["unigen", *argv])
     args.piped = False
     for option, suffix in getattr(command, "STDOUT", {}).items():
@@ -112,7 +112,7 @@ def dispatch(argv: list[str]) -> int:
     return int(command.run(args))
 
 
-def flushed(run: Callable[[], int]) -> int:
+def run_and_flush(run: Callable[[], int]) -> int:
     """What a command returns, when all that it has printed is written: what goes wrong there can then still be said."""
     try:
         return run()
@@ -121,7 +121,7 @@ def flushed(run: Callable[[], int]) -> int:
             sys.stdout.flush()
 
 
-def drop_output() -> None:
+def discard_stdout() -> None:
     """What is still to be printed is lost, and Python shall not try again when it ends."""
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -137,11 +137,11 @@ def main(argv: list[str] | None = None) -> int:
     if isinstance(sys.stdin, io.TextIOWrapper):  # where a text is used it is said to be no UTF-8
         sys.stdin.reconfigure(errors="surrogateescape")
     try:
-        return flushed(lambda: dispatch(sys.argv[1:] if argv is None else argv))
+        return run_and_flush(lambda: dispatch(sys.argv[1:] if argv is None else argv))
     except ValueError as error:
         message = " ".join(str(error).split())
     except ModuleNotFoundError as error:
-        line = missing(error, (sys.argv[1:] if argv is None else argv)[0])
+        line = missing_module_message(error, (sys.argv[1:] if argv is None else argv)[0])
         if line is None:
             raise
         message = line
@@ -149,14 +149,14 @@ def main(argv: list[str] | None = None) -> int:
         print(file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever reads has seen enough
-        drop_output()
+        discard_stdout()
         return 0
     except OSError as error:
-        if error.errno not in DISK_FAULTS:
+        if error.errno not in DISK_ERRNOS:
             raise
         message = f"cannot read or write {error.filename or 'the output'}: {error.strerror}"
         if error.filename is None:
-            drop_output()
+            discard_stdout()
     print(f"unigen: error: {message}", file=sys.stderr)
     return 2
 

@@ -10,42 +10,48 @@ import os
 from pathlib import Path
 
 from unigen.commands.arguments import (
+    float_range,
+    int_range,
+    load_arguments,
     model_arguments,
-    number,
-    source,
-    whole,
 )
-from unigen.utils.argparser import name
-from unigen.utils.extras import require
+from unigen.utils.argparser import non_empty
+from unigen.utils.extras import require_extra
 
 HELP = "text and pictures behind the OpenAI API"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--host", type=name, default="127.0.0.1", help="0.0.0.0 is everyone (default: %(default)s)")
-    parser.add_argument("--port", type=whole(1, 65_535), default=8000, help="(default: %(default)s)")
-    parser.add_argument("--name", type=name, help="of the model in requests (default: as --model)")
+    parser.add_argument(
+        "--host", type=non_empty, default="127.0.0.1", help="0.0.0.0 is everyone (default: %(default)s)"
+    )
+    parser.add_argument("--port", type=int_range(1, 65_535), default=8000, help="(default: %(default)s)")
+    parser.add_argument("--name", type=non_empty, help="of the model in requests (default: as --model)")
     group = parser.add_argument_group("limits")
     group.add_argument(
-        "--slots", type=whole(1), default=32, help="sequences generated at a time (default: %(default)s)"
+        "--slots", type=int_range(1), default=32, help="sequences generated at a time (default: %(default)s)"
     )
-    group.add_argument("--queue", type=whole(1), default=128, help="answers that run and wait (default: %(default)s)")
-    group.add_argument("--timeout", type=number(0, open_low=True), default=300.0, help="seconds (default: %(default)g)")
     group.add_argument(
-        "--max-body", type=whole(1), default=32, metavar="MB", help="of a request (default: %(default)s)"
+        "--queue", type=int_range(1), default=128, help="answers that run and wait (default: %(default)s)"
     )
-    group.add_argument("--rate", type=whole(0), default=0, help="requests a minute of each client; 0 is any")
+    group.add_argument(
+        "--timeout", type=float_range(0, open_low=True), default=300.0, help="seconds (default: %(default)g)"
+    )
+    group.add_argument(
+        "--max-body", type=int_range(1), default=32, metavar="MB", help="of a request (default: %(default)s)"
+    )
+    group.add_argument("--rate", type=int_range(0), default=0, help="requests a minute of each client; 0 is any")
     group = parser.add_argument_group("faults")
     group.add_argument(
         "--heartbeat-timeout",
-        type=number(3),
+        type=float_range(3),
         default=30.0,
         metavar="S",
         help="start the model again when nothing was heard of it for so many seconds (default: %(default)g)",
     )
     group.add_argument(
         "--restart-timeout",
-        type=number(1),
+        type=float_range(1),
         default=300.0,
         metavar="S",
         help="/health fails when the model has been away for so many seconds (default: %(default)g)",
@@ -68,21 +74,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="whose X-Forwarded-For says who asks, an address or a network; may be repeated (default: none)",
     )
     group.add_argument("--allow-fetch", action="store_true", help="read pictures from public http(s) addresses")
-    group.add_argument("--images-folder", type=name, metavar="FOLDER", help="keep pictures that are asked for by url")
+    group.add_argument(
+        "--images-folder", type=non_empty, metavar="FOLDER", help="keep pictures that are asked for by url"
+    )
     group.add_argument("--log-prompts", action="store_true", help="what is asked stands in the log")
     model_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    require("serve")
+    require_extra("serve")
     from unigen.serving import server
     from unigen.serving.middleware import Limits
-    from unigen.serving.server import Settings
+    from unigen.serving.server import ServerConfig
 
-    given = source(args)
+    given = load_arguments(args)
     keys = (*args.api_key, *(os.environ[name] for name in ["UNIGEN_API_KEY"] if name in os.environ))
     hosts = (*args.allow_host, args.host)
-    settings = Settings(
+    settings = ServerConfig(
         model=args.name or args.model,
         limits=Limits(keys, args.max_body << 20, rate=args.rate, hosts=hosts, origins=tuple(args.allow_origin)),
         seconds=args.timeout,

@@ -9,12 +9,12 @@ import argparse
 import time
 
 from unigen.commands.arguments import (
+    generation_options,
     load,
     model_arguments,
-    report,
-    sampling,
+    parse_text,
+    print_elapsed,
     sampling_arguments,
-    text,
 )
 
 HELP = "write an illustrated story"
@@ -22,7 +22,7 @@ STDOUT = {"output": ".html"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompt", type=text, help='such as "a witch and her raven"')
+    parser.add_argument("prompt", type=parse_text, help='such as "a witch and her raven"')
     parser.add_argument("--reference", action="append", default=[], help="a picture of a character; may be repeated")
     help_of_output = "one .html page, - is the page on stdout, or .md and its pictures (default: %(default)s)"
     parser.add_argument("-o", "--output", default="story.html", help=help_of_output)
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from unigen.document import as_words
+    from unigen.document import as_text
     from unigen.media.images import read_image
     from unigen.media.output import check_story, write_story
 
@@ -40,10 +40,12 @@ def run(args: argparse.Namespace) -> int:
     engine = load(args)
     start = time.perf_counter()
     parts = engine.generate(
-        [*references, as_words(story_prompt(args.prompt, len(references)))], output="interleaved", **sampling(args)
+        [*references, as_text(story_prompt(args.prompt, len(references)))],
+        output="interleaved",
+        **generation_options(args),
     )
     written = write_story(path, args.prompt, parts, made=args.line)
-    return report(args, written, start)
+    return print_elapsed(args, written, start)
 
 
 def story_prompt(prompt: str, references: int) -> str:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import argparse
 
-from unigen.utils.extras import require
-from unigen.utils.text import summary
+from unigen.utils.extras import require_extra
+from unigen.utils.text import docstring_summary
 
 HELP = "run a recipe"
 
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("recipe", help="name of a shipped recipe, or path of a recipe file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as steps=1000 optim.lr=1e-4")
-    rows = [f"  {name:<16} {summary(path)}" for name, path in shipped_recipes().items()]
+    rows = [f"  {name:<16} {docstring_summary(path)}" for name, path in shipped_recipes().items()]
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = "\n".join(["shipped recipes:", *rows])
 
@@ -28,6 +28,6 @@ def run(args: argparse.Namespace) -> int:
     from unigen.training.recipe_files import find_recipe
 
     recipe = find_recipe(args.recipe)
-    require("train", "accelerate", "tensorboard")
+    require_extra("train", "accelerate", "tensorboard")
     run_recipe(str(recipe), args.overrides)
     return 0

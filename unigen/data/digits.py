@@ -14,16 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from unigen.utils.extras import require
+from unigen.utils.extras import require_extra
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-LEVELS = 16  # the brightest
-HELD_OUT = 360
+MAX_GRAY_LEVEL = 16  # the brightest
+NUM_HELD_OUT = 360
 
 
 @cache
-def _all() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    require("eval", "sklearn")
+def _load_all() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    require_extra("eval", "sklearn")
     from sklearn.datasets import load_digits
 
     found = load_digits()
@@ -33,18 +33,18 @@ def _all() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 def load(held_out: bool) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """The training part, or the 360 digits that it never shows: pictures (N, 8, 8) and what they are (N,)."""
-    images, labels = _all()
-    part = slice(None, HELD_OUT) if held_out else slice(HELD_OUT, None)
+    images, labels = _load_all()
+    part = slice(None, NUM_HELD_OUT) if held_out else slice(NUM_HELD_OUT, None)
     return images[part], labels[part]
 
 
-def picture(digit: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+def to_rgb_image(digit: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     """A digit as an RGB picture (size, size, 3), white on black."""
-    grey = Image.fromarray((digit.astype(np.float32) * (255 / LEVELS)).round().astype(np.uint8))
+    grey = Image.fromarray((digit.astype(np.float32) * (255 / MAX_GRAY_LEVEL)).round().astype(np.uint8))
     return np.array(grey.resize((size, size), Image.Resampling.BICUBIC).convert("RGB"))
 
 
-def digit(picture: Image.Image) -> NDArray[np.float32]:
+def to_digit(picture: Image.Image) -> NDArray[np.float32]:
     """A picture as a digit again: grey levels (8, 8) of 0..16."""
     grey = picture.convert("L").resize((8, 8), Image.Resampling.BOX)
-    return np.asarray(grey).astype(np.float32) * (LEVELS / 255)
+    return np.asarray(grey).astype(np.float32) * (MAX_GRAY_LEVEL / 255)

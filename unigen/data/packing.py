@@ -11,8 +11,9 @@ import numpy as np
 from unigen.batch import Batch, Tokens, pack
 
 
-class PackedRows:
-    """Row i holds documents drawn from `make(rng)`, rng seeded by (seed, i), until `patience` of them did not fit.
+class PackedDataset:
+    """Row i holds documents drawn from `make_shards(rng)`, rng seeded by (seed, i), until `patience` of them did not
+    fit.
 
     length: positions of a row. Raises ValueError where a single document is longer than a row.
     """
@@ -38,7 +39,7 @@ class PackedRows:
         return row
 
 
-class Collate:
+class PackCollator:
     """Rows of documents as one `Batch`."""
 
     def __init__(self, length: int, image_size: int) -> None:

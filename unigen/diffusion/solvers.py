@@ -1,5 +1,5 @@
 """From noise to data along a learnt velocity: diffusers' samplers, in one call (`solve`) or velocity by velocity
-(`Trajectory`).
+(`ODESolver`).
 
     x_t = (1 - t) data + t noise,    velocity = noise - data,    t from 1 (noise) to 0 (data)
 
@@ -14,19 +14,19 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-SAMPLERS = ("euler", "heun", "dpm++", "unipc", "deis")
-MOST = 250
+SOLVERS = ("euler", "heun", "dpm++", "unipc", "deis")
+MAX_STEPS = 250
 """Steps; with more, the whole-numbered times of some samplers meet."""
 
 
-def scheduler(sampler: str, steps: int, shift: float = 1.0) -> Any:
+def build_scheduler(sampler: str, steps: int, shift: float = 1.0) -> Any:
     """A diffusers scheduler with its times set. ValueError for an unknown sampler or number of steps."""
     import diffusers
 
-    if not 1 <= steps <= MOST:
-        raise ValueError(f"steps must be from 1 to {MOST}, not {steps}")
-    if sampler not in SAMPLERS:
-        raise ValueError(f"unknown sampler {sampler!r}: one of {', '.join(SAMPLERS)}")
+    if not 1 <= steps <= MAX_STEPS:
+        raise ValueError(f"steps must be from 1 to {MAX_STEPS}, not {steps}")
+    if sampler not in SOLVERS:
+        raise ValueError(f"unknown sampler {sampler!r}: one of {', '.join(SOLVERS)}")
     if sampler == "euler":
         made = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
         made.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist())  # by steps alone they are shifted twice
@@ -45,13 +45,13 @@ def scheduler(sampler: str, steps: int, shift: float = 1.0) -> Any:
     return made
 
 
-class Trajectory:
+class ODESolver:
     """A way from noise to data that waits for each velocity. x: where it is; t: the time there, in [0, 1], or None at
     the end; way: velocities taken, and of how many: heun's are 2 steps - 1, the others' as many as there are steps."""
 
     def __init__(self, noise: Tensor, steps: int, sampler: str = "euler", shift: float = 1.0) -> None:
         self.x = noise
-        self._scheduler = scheduler(sampler, steps, shift)
+        self._scheduler = build_scheduler(sampler, steps, shift)
         self._at = 0
         self._last = noise, 0.0, noise  # x, t, and the velocity there
 
@@ -85,7 +85,7 @@ def solve(
     velocity: Callable[[Tensor, float], Tensor], noise: Tensor, steps: int, sampler: str = "euler", shift: float = 1.0
 ) -> Tensor:
     """Data from noise (B, ...). velocity(x, t): noise - data at time t in [0, 1], of x's shape."""
-    way = Trajectory(noise, steps, sampler, shift)
+    way = ODESolver(noise, steps, sampler, shift)
     while way.t is not None:
         way.go(velocity(way.x, way.t))
     return way.x

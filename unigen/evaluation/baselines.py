@@ -3,7 +3,7 @@
 true pictures of the same prompts (the detector's own limit), their reconstructions (the tokenizer's limit), the
 training pictures with the nearest captions (memory alone), pictures under other prompts (chance), noise and blends
 (what the detector finds where nothing is). It refuses to know how the score is made and how the model draws; only
-what renders scenes (`oracle`, `nearest`) needs the emoji font, which their `world` has."""
+what renders scenes (`oracle_images`, `nearest_training_images`) needs the emoji font, which their `world` has."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ import numpy as np
 import torch
 from PIL import Image
 
-from unigen.evaluation.task import Item
+from unigen.evaluation.task import Example
 from unigen.media.pixels import to_images, to_pixels
-from unigen.toyworld.captions import Facts, caption, facts, scene_from_facts
-from unigen.toyworld.scenes import World, sample_scene
+from unigen.toyworld.captions import Facts, caption, extract_facts, scene_from_facts
+from unigen.toyworld.scenes import SceneRenderer, sample_scene
 
-Pictures = list[list[Image.Image]]  # several of each prompt, in the order of the items
+ImageGroups = list[list[Image.Image]]  # several of each prompt, in the order of the items
 
 
-def oracle(items: Sequence[Item], n: int, seed: int, world: World) -> Pictures:
+def oracle_images(items: Sequence[Example], n: int, seed: int, world: SceneRenderer) -> ImageGroups:
     """n true pictures of each prompt; 30% have a ground plane, as in training. Needs the font."""
     rng = np.random.default_rng((seed, 1))
-    pictures: Pictures = []
+    pictures: ImageGroups = []
     for item in items:
         said = Facts(tuple(tuple(g) for g in item.meta["groups"]), item.meta["background"], item.meta["relation"])
         row = []
@@ -38,7 +38,7 @@ def oracle(items: Sequence[Item], n: int, seed: int, world: World) -> Pictures:
 
 
 @torch.no_grad()
-def reconstructions(tokenizer: Any, pictures: Pictures, batch: int = 64) -> Pictures:
+def reconstruct_images(tokenizer: Any, pictures: ImageGroups, batch: int = 64) -> ImageGroups:
     """The pictures through an image tokenizer: encoded and decoded again."""
     flat = [picture for row in pictures for picture in row]
     device = next((p.device for p in tokenizer.parameters()), torch.device("cpu"))
@@ -50,12 +50,14 @@ def reconstructions(tokenizer: Any, pictures: Pictures, batch: int = 64) -> Pict
     return [[next(rest) for _ in row] for row in pictures]
 
 
-def nearest(items: Sequence[Item], n: int, seed: int, world: World, pool: int = 10_000) -> Pictures:
+def nearest_training_images(
+    items: Sequence[Example], n: int, seed: int, world: SceneRenderer, pool: int = 10_000
+) -> ImageGroups:
     """For each prompt the n training pictures, of `pool`, whose captions are nearest to it (cosine of word counts
     weighted by inverse document frequency): the score of a model that can only remember."""
     rng = np.random.default_rng((seed, 2))
     known = [sample_scene(rng, world.size) for _ in range(pool)]
-    texts = [caption(facts(scene)) for scene in known]
+    texts = [caption(extract_facts(scene)) for scene in known]
     words = Counter(word for text in texts for word in set(text.split()))
     column = {word: k for k, word in enumerate(words)}
     weight = np.log(pool / np.array(list(words.values())))
@@ -73,18 +75,18 @@ def nearest(items: Sequence[Item], n: int, seed: int, world: World, pool: int = 
     return [[Image.fromarray(world.render(known[k]).image) for k in row] for row in best]
 
 
-def shuffled(items: Sequence[Item], pictures: Pictures, seed: int) -> Pictures:
+def shuffle_images(items: Sequence[Example], pictures: ImageGroups, seed: int) -> ImageGroups:
     """Each prompt gets the pictures of another prompt."""
     if len(items) < 2:
         raise ValueError("pictures cannot be shuffled among fewer than two prompts")
     order = np.random.default_rng((seed, 3)).permutation(len(items))
-    mixed: Pictures = [[] for _ in items]
+    mixed: ImageGroups = [[] for _ in items]
     for here, there in zip(order, np.roll(order, 1), strict=True):
         mixed[here] = pictures[there]
     return mixed
 
 
-def noise_pictures(count: int, size: int, rng: np.random.Generator) -> list[Image.Image]:
+def noise_images(count: int, size: int, rng: np.random.Generator) -> list[Image.Image]:
     """Uniform noise of four coarsenesses, from one pixel to an eighth of the side."""
     made = []
     for i in range(count):
@@ -94,6 +96,6 @@ def noise_pictures(count: int, size: int, rng: np.random.Generator) -> list[Imag
     return made
 
 
-def blends(pictures: Sequence[Image.Image]) -> list[Image.Image]:
+def blend_images(pictures: Sequence[Image.Image]) -> list[Image.Image]:
     """Even blends of each picture with the next: two ghosts, no object."""
     return [Image.blend(a, b, 0.5) for a, b in zip(pictures, [*pictures[1:], pictures[0]], strict=True)]

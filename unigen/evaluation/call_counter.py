@@ -10,13 +10,13 @@ import time
 from typing import Any
 
 
-class Watch:
+class CallCounter:
     def __init__(self, owner: Any, name: str) -> None:
         self.owner, self.name = owner, name
         self.function, self.calls, self.seconds = getattr(owner, name), 0, 0.0
         setattr(owner, name, self)
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> CallCounter:
         return self
 
     def __exit__(self, *_: Any) -> None:

@@ -26,7 +26,7 @@ from unigen.config import save_json
 from unigen.hub import load_strict, read_json, read_tensors, replacing_folder, write_tensors
 
 STRIDE = 4
-ASSET = Path(__file__).resolve().parent.parent / "assets" / "scene-detector"
+DEFAULT_FOLDER = Path(__file__).resolve().parent.parent / "assets" / "scene-detector"
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Detection:
 
 
 @dataclass(frozen=True)
-class Reading:
+class SceneDetections:
     """What the detector reads in one picture; `objects` sorted by falling score."""
 
     objects: list[Detection] = field(default_factory=list)
@@ -66,7 +66,7 @@ class DetectorConfig:
             setattr(self, name, tuple(getattr(self, name)))
 
 
-class Block(nn.Module):
+class ResidualBlock(nn.Module):
     """Two 3x3 convolutions with group norm around a residual sum: (B, C, h, w) -> the same shape."""
 
     def __init__(self, width: int) -> None:
@@ -80,7 +80,7 @@ class Block(nn.Module):
         return x_BChw + self.conv2(F.silu(self.norm2(y_BChw)))
 
 
-class Detector(nn.Module):
+class SceneDetector(nn.Module):
     """Three stages (strides 4, 8, 16), one way up again to stride 4, four heads on the cells and one on the
     picture."""
 
@@ -91,11 +91,11 @@ class Detector(nn.Module):
         self.stem = nn.Sequential(
             nn.Conv2d(3, 16, 5, stride=2, padding=2), nn.SiLU(), nn.Conv2d(16, a, 4, 2, padding=1)
         )
-        self.stage4 = Block(a)
-        self.stage8 = nn.Sequential(nn.Conv2d(a, b, 2, stride=2), Block(b))
-        self.stage16 = nn.Sequential(nn.Conv2d(b, c, 2, stride=2), Block(c))
+        self.stage4 = ResidualBlock(a)
+        self.stage8 = nn.Sequential(nn.Conv2d(a, b, 2, stride=2), ResidualBlock(b))
+        self.stage16 = nn.Sequential(nn.Conv2d(b, c, 2, stride=2), ResidualBlock(c))
         self.up16, self.up8 = nn.Conv2d(c, b, 1), nn.Conv2d(b, a, 1)
-        self.merge8, self.merge4 = Block(b), Block(a)
+        self.merge8, self.merge4 = ResidualBlock(b), ResidualBlock(a)
         self.norm = nn.GroupNorm(8, a)
         k = len(config.objects)
         self.mix = nn.Conv2d(a, a * 2, 3, padding=1)
@@ -132,14 +132,16 @@ class Detector(nn.Module):
         }
 
     @torch.no_grad()
-    def detect(self, x_BCHW: Tensor, threshold: float | None = None) -> list[Reading]:
+    def detect(self, x_BCHW: Tensor, threshold: float | None = None) -> list[SceneDetections]:
         """Read each picture; objects below `threshold` (default: the calibrated one) are dropped."""
         threshold = self.config.threshold if threshold is None else threshold
         out = {name: value.float() for name, value in self(x_BCHW).items()}
-        return decode(out, self.config, threshold)
+        return decode_detections(out, self.config, threshold)
 
 
-def decode(out: dict[str, Tensor], config: DetectorConfig, threshold: float, limit: int = 16) -> list[Reading]:
+def decode_detections(
+    out: dict[str, Tensor], config: DetectorConfig, threshold: float, limit: int = 16
+) -> list[SceneDetections]:
     """Peaks of the heat maps -> readings. Of two peaks whose centres are nearer than a fifth of the smaller box's
     side only the stronger one stays, whatever their classes: one thing is one object. At most `limit` objects a
     picture."""
@@ -163,22 +165,22 @@ def decode(out: dict[str, Tensor], config: DetectorConfig, threshold: float, lim
         kept: list[Detection] = []
         for j in range(len(score)):
             xj, yj, wj, hj = (float(v[j]) for v in (x, y, w, h))
-            if any(_same(xj, yj, min(wj, hj), other.box) for other in kept):
+            if any(_is_same_object(xj, yj, min(wj, hj), other.box) for other in kept):
                 continue
             box = (xj - wj / 2, yj - hj / 2, xj + wj / 2, yj + hj / 2)
             kept.append(Detection(config.objects[int(k[j])], config.colors[int(color[j])], float(score[j]), box))
         best = int(background[i].argmax())
-        readings.append(Reading(kept[:limit], config.backgrounds[best], float(background[i, best])))
+        readings.append(SceneDetections(kept[:limit], config.backgrounds[best], float(background[i, best])))
     return readings
 
 
-def _same(x: float, y: float, side: float, box: tuple[float, float, float, float]) -> bool:
+def _is_same_object(x: float, y: float, side: float, box: tuple[float, float, float, float]) -> bool:
     side = min(side, box[2] - box[0], box[3] - box[1])
     return max(abs(x - (box[0] + box[2]) / 2), abs(y - (box[1] + box[3]) / 2)) < 0.2 * side
 
 
 @dataclass
-class Targets:
+class DetectorTargets:
     """What the rendered world says of B pictures: up to N objects each (class -1 pads), boxes in pixels.
 
     classes (B, N) int64, colors (B, N) int64, boxes (B, N, 4) float, background (B,) int64 with -1 for 'not asked'.
@@ -190,7 +192,7 @@ class Targets:
     background: Tensor
 
 
-def loss_terms(out: dict[str, Tensor], target: Targets) -> dict[str, tuple[Tensor, Tensor]]:
+def detector_losses(out: dict[str, Tensor], target: DetectorTargets) -> dict[str, tuple[Tensor, Tensor]]:
     """-> {heat, shape, color, background}: (sum, count). CenterNet eq. 1-3 with alpha 2, beta 4, and
     cross-entropies."""
     heat = out["heat"].float()
@@ -227,7 +229,7 @@ def loss_terms(out: dict[str, Tensor], target: Targets) -> dict[str, tuple[Tenso
     }
 
 
-def save_detector(model: Detector, folder: str | Path) -> None:
+def save_detector(model: SceneDetector, folder: str | Path) -> None:
     """bf16 safetensors + config.json; the folder is replaced only when both are written."""
     with replacing_folder(folder) as scratch:
         write_tensors(scratch / "model.safetensors", model.state_dict(), torch.bfloat16)
@@ -235,14 +237,14 @@ def save_detector(model: Detector, folder: str | Path) -> None:
 
 
 @lru_cache(maxsize=4)
-def load_detector(folder: str | Path = ASSET) -> Detector:
+def load_detector(folder: str | Path = DEFAULT_FOLDER) -> SceneDetector:
     """The shipped detector, or one from a folder written by `save_detector`; frozen, in eval mode, fp32, on the CPU.
 
     Raises ValueError in one line for a folder that is not there, damaged, or does not fit its own config.json.
     """
     config = read_json(Path(folder) / "config.json")
     try:
-        model = Detector(DetectorConfig(**config))
+        model = SceneDetector(DetectorConfig(**config))
     except TypeError as error:
         raise ValueError(f"{Path(folder) / 'config.json'} does not describe a scene detector: {error}") from error
     load_strict(model, read_tensors(Path(folder) / "model.safetensors"), folder)

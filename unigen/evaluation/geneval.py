@@ -21,7 +21,7 @@ RELATIONS = ("left of", "right of", "above", "below")
 Box = tuple[float, float, float, float]
 
 
-class Found(Protocol):
+class DetectedObject(Protocol):
     """One detected object."""
 
     @property
@@ -51,9 +51,9 @@ def relations(box_a: Box, box_b: Box) -> set[str]:
     return {name for name, true in holds.items() if true}
 
 
-def by_class(objects: Iterable[Found], threshold: float) -> dict[str, list[Found]]:
+def group_by_class(objects: Iterable[DetectedObject], threshold: float) -> dict[str, list[DetectedObject]]:
     """Objects above the threshold per class, by falling confidence, at most 16 of a class."""
-    found: dict[str, list[Found]] = {}
+    found: dict[str, list[DetectedObject]] = {}
     for thing in sorted(objects, key=lambda o: -o.score):
         if thing.score > threshold and len(found.setdefault(thing.name, [])) < MAX_PER_CLASS:
             found[thing.name].append(thing)
@@ -61,7 +61,7 @@ def by_class(objects: Iterable[Found], threshold: float) -> dict[str, list[Found
 
 
 @dataclass(frozen=True)
-class Verdict:
+class GenEvalResult:
     """`correct` is GenEval's; `why` lists what fails; `share` of the clauses that hold, in [0, 1] (a denser
     reward)."""
 
@@ -70,10 +70,10 @@ class Verdict:
     share: float
 
 
-def evaluate(spec: Mapping[str, Any], found: Mapping[str, list[Found]]) -> Verdict:
-    """`found` is `by_class`'s answer at the tag's threshold (counting has a stricter one)."""
+def evaluate(spec: Mapping[str, Any], found: Mapping[str, list[DetectedObject]]) -> GenEvalResult:
+    """`found` is `group_by_class`'s answer at the tag's threshold (counting has a stricter one)."""
     reasons: list[str] = []
-    groups: list[list[Found] | None] = []
+    groups: list[list[DetectedObject] | None] = []
     for clause in spec["include"]:
         name, count = clause["class"], clause["count"]
         group = found.get(name, [])[:count]
@@ -103,10 +103,10 @@ def evaluate(spec: Mapping[str, Any], found: Mapping[str, list[Found]]) -> Verdi
             reasons.append(f"expected {clause['class']}<{clause['count']}, found {seen}")
         else:
             holding += 1
-    return Verdict(not reasons, "; ".join(reasons), holding / (len(groups) + len(spec.get("exclude", []))))
+    return GenEvalResult(not reasons, "; ".join(reasons), holding / (len(groups) + len(spec.get("exclude", []))))
 
 
-def surplus(spec: Mapping[str, Any], found: Mapping[str, list[Found]]) -> int:
+def count_surplus_objects(spec: Mapping[str, Any], found: Mapping[str, list[DetectedObject]]) -> int:
     """Objects beyond what the include clauses ask for, of any class: the strict score fails a picture with any."""
     asked: dict[str, int] = {}
     for clause in spec["include"]:

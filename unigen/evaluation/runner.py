@@ -19,24 +19,28 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from unigen.evaluation.task import Item, Task
-from unigen.limits import argument as limited
+from unigen.evaluation.task import Example, Task
+from unigen.limits import limit_argument as limited
 from unigen.samplers.seeds import derive_seed
 from unigen.utils import precision, progress
-from unigen.utils.argparser import Parser, name
-from unigen.utils.text import did_you_mean, summary
+from unigen.utils.argparser import OneLineParser, non_empty
+from unigen.utils.text import did_you_mean, docstring_summary
 
 
-def common_arguments(task: str, description: str, sampled: bool = True) -> Parser:
+def make_parser(task: str, description: str, sampled: bool = True) -> OneLineParser:
     """What every task understands; `sampled`: the engine draws pictures or texts for it."""
-    parser = Parser(prog=f"unigen eval {task}", description=description)
-    parser.add_argument("--model", type=name, default="unigen-tiny", help="a name or a folder (default: %(default)s)")
+    parser = OneLineParser(prog=f"unigen eval {task}", description=description)
+    parser.add_argument(
+        "--model", type=non_empty, default="unigen-tiny", help="a name or a folder (default: %(default)s)"
+    )
     precision.add_arguments(parser)
     parser.add_argument("--seed", type=limited("seed"), default=0, help="of prompts and pictures (default: 0)")
     parser.add_argument("--batch", type=limited("n"), default=32, help="how many at a time (default: 32)")
-    parser.add_argument("--json", type=name, metavar="FILE", help="write the figures as one JSON object; - is stdout")
+    parser.add_argument(
+        "--json", type=non_empty, metavar="FILE", help="write the figures as one JSON object; - is stdout"
+    )
     if sampled:
-        parser.add_argument("--generator", type=name, help="how pictures are written (default: the engine's)")
+        parser.add_argument("--generator", type=non_empty, help="how pictures are written (default: the engine's)")
         parser.add_argument(
             "--guidance", type=limited("guidance"), help="scale of guidance, 1 is off (default: the engine's)"
         )
@@ -44,15 +48,15 @@ def common_arguments(task: str, description: str, sampled: bool = True) -> Parse
         parser.add_argument("--top-k", type=limited("top_k"), help="default: the engine's")
         parser.add_argument("--top-p", type=limited("top_p"), help="default: the engine's")
         parser.add_argument("--steps", type=limited("steps"), help="of a generator that can choose how many")
-        parser.add_argument("--sampler", type=name, help="of a flow")
-        parser.add_argument("--guidance-kind", type=name, help="of a flow")
+        parser.add_argument("--sampler", type=non_empty, help="of a flow")
+        parser.add_argument("--guidance-kind", type=non_empty, help="of a flow")
         parser.add_argument(
-            "--out", type=name, metavar="FOLDER", help="write a contact sheet a group and outputs.jsonl"
+            "--out", type=non_empty, metavar="FOLDER", help="write a contact sheet a group and outputs.jsonl"
         )
     return parser
 
 
-def parse(parser: Parser, args: list[str]) -> argparse.Namespace:
+def parse_args(parser: OneLineParser, args: list[str]) -> argparse.Namespace:
     """The arguments; ValueError before any work where what is asked for cannot be written."""
     from unigen.media.output import check_output
 
@@ -73,7 +77,7 @@ def make_folder(folder: str | Path) -> Path:
     return Path(folder)
 
 
-def options_of(args: argparse.Namespace) -> dict[str, Any]:
+def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
     """The engine's options that were given."""
     names = ("generator", "guidance", "temperature", "top_k", "top_p", "steps", "sampler", "guidance_kind")
     return {name: value for name in names if (value := getattr(args, name)) is not None}
@@ -82,11 +86,11 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
 def load_engine(args: argparse.Namespace) -> Any:
     from unigen import loading
 
-    return loading.load(args.model, **precision.options_of(args))
+    return loading.load(args.model, **precision.load_options(args))
 
 
-def draw(
-    engine: Any, task: Task, items: Sequence[Item], n: int, batch: int, seed: int, **options: Any
+def generate_outputs(
+    engine: Any, task: Task, items: Sequence[Example], n: int, batch: int, seed: int, **options: Any
 ) -> list[list[Any]]:
     """n outputs for each item, in order. Output j of item i has the seed `seed * 1,000,000 + i * n + j` whatever the
     batch is."""
@@ -107,7 +111,7 @@ def draw(
 
 def write_outputs(
     folder: str | Path,
-    items: Sequence[Item],
+    items: Sequence[Example],
     outputs: Sequence[Sequence[Any]],
     scores: Sequence[Sequence[dict[str, float]]],
 ) -> None:
@@ -115,7 +119,7 @@ def write_outputs(
     where the folder cannot be written."""
     from PIL import Image
 
-    from unigen.media.output import save_picture, write_text
+    from unigen.media.output import save_image, write_text
 
     folder = make_folder(folder)
     lines = []
@@ -127,10 +131,10 @@ def write_outputs(
     for tag in dict.fromkeys(item.tag for item in items):
         group = [(i, o, s) for i, o, s in zip(items, outputs, scores, strict=True) if i.tag == tag]
         if all(isinstance(picture, Image.Image) for _, row, _ in group for picture in row):
-            save_picture(folder / f"{tag}.png", contact_sheet(group))
+            save_image(folder / f"{tag}.png", contact_sheet(group))
 
 
-def contact_sheet(rows: Sequence[tuple[Item, Sequence[Any], Sequence[dict[str, float]]]], columns: int = 3) -> Any:
+def contact_sheet(rows: Sequence[tuple[Example, Sequence[Any], Sequence[dict[str, float]]]], columns: int = 3) -> Any:
     """Each prompt above its pictures; a green frame where the picture is correct, else a red one."""
     from PIL import Image, ImageDraw
 
@@ -156,29 +160,29 @@ RENAMED = {"writers": "generators"}
 """Tasks that had another name."""
 
 
-def tasks() -> list[str]:
+def task_names() -> list[str]:
     """The names of the tasks: the modules in `unigen/evaluation/tasks`."""
     import unigen.evaluation.tasks as package
 
     return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
 
 
-def overview() -> str:
+def help_text() -> str:
     """The help of `unigen eval`: each task with the first sentences of its docstring, without importing it."""
     import unigen.evaluation.tasks as package
 
     lines = ["usage: unigen eval TASK ...", "", "Score a model.", "", "tasks:"]
-    for task in tasks():
-        what = summary(Path(package.__path__[0], f"{task}.py")).partition(": ")[2]
+    for task in task_names():
+        what = docstring_summary(Path(package.__path__[0], f"{task}.py")).partition(": ")[2]
         lines += textwrap.wrap(what, 100, initial_indent=f"  {task:<14} ", subsequent_indent=" " * 17)
     return "\n".join([*lines, "", "unigen eval TASK --help lists a task's options."])
 
 
 def main(args: list[str]) -> int:
     """`unigen eval TASK ...`. ValueError for bad input."""
-    names = tasks()
+    names = task_names()
     if not args or args[0] in ("-h", "--help"):
-        print(overview())
+        print(help_text())
         return 0
     if args[0] in RENAMED:
         raise ValueError(f"the task {args[0]} is called {RENAMED[args[0]]} now")

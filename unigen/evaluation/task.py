@@ -6,7 +6,7 @@ It refuses to know engines, models and files. A task is a module in `unigen/eval
     scores = task.score(items[0], picture_or_text)    # {"correct": 1.0, ...}, each in [0, 1]
     reward = task.reward(items[0], picture_or_text)   # one float, larger is better
 
-`mean_and_interval` is the one place that makes a mean out of several outputs of several prompts (prompts are the unit
+`bootstrap_mean` is the one place that makes a mean out of several outputs of several prompts (prompts are the unit
 of chance, tags are averaged without weights: no mean of means by accident)."""
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Item:
+class Example:
     """One thing to ask. `prompt` is what `engine.generate` takes (a text, a class, a list of texts and images);
     `tag` is the group that it is averaged in; `meta` (JSON-able) holds what the score needs to know."""
 
@@ -33,17 +33,17 @@ class Task(Protocol):
 
     output: Literal["image", "text"]
 
-    def items(self) -> list[Item]: ...
+    def items(self) -> list[Example]: ...
 
-    def score(self, item: Item, output: Any) -> dict[str, float]: ...
+    def score(self, item: Example, output: Any) -> dict[str, float]: ...
 
-    def score_batch(self, items: Sequence[Item], outputs: Sequence[Any]) -> list[dict[str, float]]: ...
+    def score_batch(self, items: Sequence[Example], outputs: Sequence[Any]) -> list[dict[str, float]]: ...
 
-    def reward(self, item: Item, output: Any) -> float: ...
+    def reward(self, item: Example, output: Any) -> float: ...
 
 
 @dataclass(frozen=True)
-class Mean:
+class ScoreSummary:
     """A mean with its bootstrap interval [low, high]; `tags` holds each group's own mean."""
 
     overall: float
@@ -53,9 +53,9 @@ class Mean:
     prompts: int
 
 
-def mean_and_interval(
+def bootstrap_mean(
     tags: Sequence[str], values: Sequence[Sequence[float]], rng: np.random.Generator, samples: int = 1000
-) -> Mean:
+) -> ScoreSummary:
     """Unweighted mean over tags of the mean over each tag's outputs, and its bootstrap 95% interval over prompts.
 
     `values[i]` are the outputs' scores of prompt i, `tags[i]` its tag. Prompts are resampled inside each tag (outputs
@@ -74,4 +74,4 @@ def mean_and_interval(
         picks = index[rng.integers(0, len(index), (samples, len(index)))]
         draws.append(sums[picks].sum(1) / counts[picks].sum(1))
     low, high = np.percentile(np.mean(draws, axis=0), [2.5, 97.5])
-    return Mean(float(np.mean(list(means.values()))), float(low), float(high), means, len(values))
+    return ScoreSummary(float(np.mean(list(means.values()))), float(low), float(high), means, len(values))

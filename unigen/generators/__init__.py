@@ -12,19 +12,19 @@ import pkgutil
 from typing import Any
 
 
-def names() -> list[str]:
+def generator_names() -> list[str]:
     """All ways of writing a picture, as users write them."""
     modules = (module.name for module in pkgutil.iter_modules(__path__))
     return sorted(name.replace("_", "-") for name in modules if hasattr(_module(name), "GENERATOR"))
 
 
-def find(name: str) -> Any:
+def find_generator(name: str) -> Any:
     """The class of the generator of this name. Raises ValueError naming those there are."""
     file = name.replace("-", "_")
     known = file.isidentifier() and importlib.util.find_spec(f"{__name__}.{file}") is not None
     generator = getattr(_module(file), "GENERATOR", None) if known else None
     if generator is None or generator.name != name:
-        raise ValueError(f"unknown generator {name!r}: one of {', '.join(names())}")
+        raise ValueError(f"unknown generator {name!r}: one of {', '.join(generator_names())}")
     return generator
 
 

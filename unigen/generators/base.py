@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from unigen.batch import Batch, Vocabulary
 from unigen.samplers.guidance import Guidance
-from unigen.samplers.logits import Sampling
+from unigen.samplers.logits import SamplingOptions
 
-CODES = ("temperature", "top_k", "top_p")
+SAMPLING_OPTION_NAMES = ("temperature", "top_k", "top_p")
 """The options of generators that draw codes."""
 
 
 @dataclass
-class Span:
+class SegmentSpec:
     """One segment to be written.
 
     begin: the id that opens it, read first by every branch; opening: all ids that are, where they are not this one
@@ -38,7 +38,7 @@ class Span:
     """
 
     begin: int
-    sampling: Sampling
+    sampling: SamplingOptions
     guidance: Guidance
     rng: torch.Generator
     grid: tuple[int, int] | None = None
@@ -60,13 +60,13 @@ class Span:
 
 
 @dataclass
-class State:
+class GenerationState:
     """A span on its way. ids: what has been written; text: of it, what a finished span opens with; pending: what every
     branch reads in the next step. finite: False where the model's numbers are not, and the span has to be given up; the
     rest of the state then means nothing. way: steps of an image that are taken, and of how many, where a generator can
     show what there is of it: `Generator.pictures` then takes the state before it is done."""
 
-    span: Span
+    span: SegmentSpec
     pending: list[int]
     ids: list[int] = field(default_factory=list)
     text: list[int] = field(default_factory=list)
@@ -81,7 +81,7 @@ class State:
 
 
 @dataclass
-class Read:
+class StepInput:
     """What every branch of a span reads in one step: ids, the last of them as embeddings (L, D) where given.
 
     reach: the last of these positions that each of them sees; None is causal. blind: as many ids, which all branches
@@ -95,7 +95,7 @@ class Read:
 
 
 @dataclass(frozen=True)
-class Frame:
+class BuildContext:
     """What a generator is made for. grid: rows and columns of the codes by which a model reads pictures; mask: the id
     that stands for a code to be written; specials: ids that no text holds; width: of the backbone. tokenizer: the
     generator's own image tokenizer, where it has one; settings: its own, as its `config` gave them."""
@@ -108,7 +108,7 @@ class Frame:
     specials: tuple[int, ...] = ()
 
 
-class Model(Protocol):
+class GeneratorModel(Protocol):
     """What a generator may use of the model."""
 
     vocabulary: Vocabulary
@@ -127,7 +127,8 @@ class Generator(Protocol):
     clean: bool
     """Does the cache hold a finished picture as later segments read it? Else the engine reads it again."""
     takes: tuple[str, ...]
-    """The options of a request that it heeds, beside guidance: of `CODES`, steps, sampler, guidance_kind, fixed."""
+    """The options of a request that it heeds, beside guidance: of `SAMPLING_OPTION_NAMES`, steps, sampler,
+    guidance_kind, fixed."""
     codes: bool
     """Are the ids of a picture in training codes of the model's image tokenizer? Else it is laid out from pixels."""
     text_length: int
@@ -144,11 +145,13 @@ class Generator(Protocol):
         than it has positions, as many are of what stands before it as of what stands after."""
         ...
 
-    def prepare(self, model: Model, batch: Batch, embeds_BLD: Tensor, rng: torch.Generator) -> tuple[Tensor, Any]:
+    def prepare(
+        self, model: GeneratorModel, batch: Batch, embeds_BLD: Tensor, rng: torch.Generator
+    ) -> tuple[Tensor, Any]:
         """The embeddings with what is read where this generator writes, and the targets for `loss`."""
         ...
 
-    def loss(self, model: Model, batch: Batch, hidden_BLD: Tensor, targets: Any) -> Tensor:
+    def loss(self, model: GeneratorModel, batch: Batch, hidden_BLD: Tensor, targets: Any) -> Tensor:
         """What each target costs, (T,), as many for one picture as for another, picture after picture: nats, for a flow
         squared errors."""
         ...
@@ -157,23 +160,23 @@ class Generator(Protocol):
         """How many targets `loss` will have, known before the pictures are encoded."""
         ...
 
-    def start(self, span: Span) -> State: ...
+    def start(self, span: SegmentSpec) -> GenerationState: ...
 
-    def ask(self, state: State) -> Read: ...
+    def ask(self, state: GenerationState) -> StepInput: ...
 
-    def advance(self, model: Model, states: list[State], hidden: list[list[Tensor]]) -> list[int]:
+    def advance(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
         """hidden[i][b]: (L, D), what branch b of state i has for what it asked to read (for the prompt's last id where
         it asked for nothing), or with `wants_context` for all that it has read. Returns how many of the positions asked
         for stay in the cache, for each state."""
         ...
 
-    def pictures(self, model: Model, states: list[State]) -> Tensor:
+    def pictures(self, model: GeneratorModel, states: list[GenerationState]) -> Tensor:
         """Of finished images: codes int64 (N, h, w) of the model's image tokenizer, or pixels float (N, 3, H, W). Of
         those that are not, where the state's `way` tells how far it is: what they would be as it looks now."""
         ...
 
 
-class Head(nn.Module):
+class GeneratorHead(nn.Module):
     """What generators with weights share: an image tokenizer of their own where they have one, frozen whatever the
     mode, and learning from pixels. `edges` are their layers that are no hidden matrices, for optimizers that tell."""
 
@@ -198,7 +201,7 @@ class Head(nn.Module):
         return self
 
     def config(self) -> dict[str, Any]:
-        """The `Frame.settings` that build it again."""
+        """The `BuildContext.settings` that build it again."""
         return {}
 
     def nothing(self, hidden_BLD: Tensor) -> Tensor:

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 from unigen.batch import Batch
 from unigen.config import from_dict, to_dict
-from unigen.generators.base import Frame, Model, Read, Span, State
-from unigen.generators.latents import FlowingState, LatentHead
-from unigen.nn.attention import unfused
-from unigen.nn.denoisers import Kind, painter
+from unigen.generators.base import BuildContext, GenerationState, GeneratorModel, SegmentSpec, StepInput
+from unigen.generators.latents import DenoisingState, LatentFlowHead
+from unigen.nn.attention import math_attention
+from unigen.nn.denoisers import DenoiserKind, build_denoiser
 
 Targets = tuple[Tensor, Tensor, Tensor]
-COPIES = 4
+NOISE_SAMPLES_PER_IMAGE = 4
 """Noised copies of a picture that are learnt from at once, since the chat is read but once for all of them (as in MAR,
 Li et al. 2024, arXiv 2406.11838)."""
 
@@ -38,7 +38,7 @@ class FlowConfig:
     """The head. network: one of `painters.KINDS`; a U-Net takes no patch. shift: of the times towards noise, in
     training and sampling alike (SD3, eq. 23); 1 is none."""
 
-    network: Kind = "mm-dit"
+    network: DenoiserKind = "mm-dit"
     layers: int = 4
     heads: int = 4
     head_dim: int = 48
@@ -52,13 +52,13 @@ class FlowConfig:
 
 
 @dataclass
-class FlowState(FlowingState):
+class FlowState(DenoisingState):
     """seen_SND: the context of each branch of guidance, once the chat is read."""
 
     seen_SND: Tensor | None = None
 
 
-class Flow(LatentHead):
+class Flow(LatentFlowHead):
     """The latents of one image, by a flow from noise."""
 
     name = "flow"
@@ -68,7 +68,7 @@ class Flow(LatentHead):
     def __init__(self, tokenizer: Any, width: int, config: FlowConfig | None = None) -> None:
         super().__init__(tokenizer)
         self.settings = c = config or FlowConfig()
-        self.head = painter(
+        self.head = build_denoiser(
             c.network,
             channels=tokenizer.latent_channels,
             side=tokenizer.grid[0],
@@ -81,7 +81,7 @@ class Flow(LatentHead):
         self.norm = nn.LayerNorm(width)
 
     @classmethod
-    def of(cls, frame: Frame) -> Flow:
+    def of(cls, frame: BuildContext) -> Flow:
         return cls(frame.tokenizer, frame.width, from_dict(FlowConfig, frame.settings))
 
     @property
@@ -105,19 +105,21 @@ class Flow(LatentHead):
 
     # ---------------------------------------------------------------- training
 
-    def prepare(self, model: Model, batch: Batch, embeds_BLD: Tensor, rng: torch.Generator) -> tuple[Tensor, Targets]:
+    def prepare(
+        self, model: GeneratorModel, batch: Batch, embeds_BLD: Tensor, rng: torch.Generator
+    ) -> tuple[Tensor, Targets]:
         """x_t, t and the velocity to be learnt."""
-        return embeds_BLD, self.noised(batch, embeds_BLD.device, rng, self.settings.shift, COPIES)
+        return embeds_BLD, self.noised(batch, embeds_BLD.device, rng, self.settings.shift, NOISE_SAMPLES_PER_IMAGE)
 
-    def loss(self, model: Model, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> Tensor:
+    def loss(self, model: GeneratorModel, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> Tensor:
         """The mean squared error of each image's velocity, (M,)."""
         mixed_MZhw, t_M, velocity_MZhw = targets
         if not self.count(batch):
             return self.nothing(hidden_BLD)
-        contexts_MND = self.contexts(batch, hidden_BLD).repeat_interleave(COPIES, 0)
-        with unfused(hidden_BLD.device):
+        contexts_MND = self.contexts(batch, hidden_BLD).repeat_interleave(NOISE_SAMPLES_PER_IMAGE, 0)
+        with math_attention(hidden_BLD.device):
             gap = self.velocity(mixed_MZhw, t_M, contexts_MND).float() - velocity_MZhw
-        return gap.square().mean((1, 2, 3)).unflatten(0, (-1, COPIES)).mean(1)
+        return gap.square().mean((1, 2, 3)).unflatten(0, (-1, NOISE_SAMPLES_PER_IMAGE)).mean(1)
 
     def contexts(self, batch: Batch, hidden_BLD: Tensor) -> Tensor:
         """The last states up to each image's begin token, (M, N, D), zeros before the document's first."""
@@ -130,14 +132,14 @@ class Flow(LatentHead):
 
     # ---------------------------------------------------------------- sampling
 
-    def start(self, span: Span) -> State:
+    def start(self, span: SegmentSpec) -> GenerationState:
         return FlowState(span, [], flow=self.flow(span, self.settings.shift))
 
-    def ask(self, state: State) -> Read:
+    def ask(self, state: GenerationState) -> StepInput:
         assert isinstance(state, FlowState)
-        return Read([state.span.begin] if state.seen_SND is None else [])
+        return StepInput([state.span.begin] if state.seen_SND is None else [])
 
-    def advance(self, model: Model, states: list[State], hidden: list[list[Tensor]]) -> list[int]:
+    def advance(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
         """One evaluation of the velocity, the first one after the begin token."""
         flowing = [state for state in states if isinstance(state, FlowState)]
         kept = [int(state.seen_SND is None) for state in flowing]

@@ -24,15 +24,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from unigen.generators.base import Model, Read, State
-from unigen.samplers.logits import probabilities, race
+from unigen.generators.base import GenerationState, GeneratorModel, StepInput
+from unigen.samplers.logits import exponential_race_sample, probabilities
 
-KINDS = ("sjd", "jacobi")
-WINDOW = 8
+SPECULATIVE_METHODS = ("sjd", "jacobi")
+WINDOW_SIZE = 8
 
 
 @dataclass
-class Window(State):
+class SpeculativeState(GenerationState):
     """A picture on its way. drafts: codes for the next places; proposals: of each the distribution (K,) it was drawn
     from, None for a point; races: exponential variables (K,) of the next places, where these are kept; offset: the id
     of code 0."""
@@ -44,16 +44,16 @@ class Window(State):
     races: list[Tensor] = field(default_factory=list)
 
 
-def ask(state: Window) -> Read:
+def prepare_step(state: SpeculativeState) -> StepInput:
     """What is pending, then the drafts, with what stands between rows."""
-    return Read([*state.pending, *(id for ids in _drafted(state) for id in ids)])
+    return StepInput([*state.pending, *(id for ids in _draft_ids(state) for id in ids)])
 
 
-def advance(model: Model, state: Window, hidden: list[Tensor]) -> int:
+def step(model: GeneratorModel, state: SpeculativeState, hidden: list[Tensor]) -> int:
     """Accept, draw, draft anew. Returns how many of the positions asked for stay in the cache."""
     span, vocabulary = state.span, model.vocabulary
     state.offset = vocabulary.first
-    read = _drafted(state)
+    read = _draft_ids(state)
     before = [len(state.pending)]  # how many ids stand before each place
     for ids in read:
         before.append(before[-1] + len(ids))
@@ -64,18 +64,18 @@ def advance(model: Model, state: Window, hidden: list[Tensor]) -> int:
         state.finite = False
         return before[0]
     if state.kind == "jacobi":
-        accepted, code, drafts = _raced(state, told_WK)
+        accepted, code, drafts = _verify_by_race(state, told_WK)
         proposals: list[Tensor | None] = [None] * len(drafts)
     else:
-        accepted, code, drafts = _tested(state, told_WK)
+        accepted, code, drafts = _verify_drafts(state, told_WK)
         proposals = list(told_WK[accepted + 1 : accepted + 1 + len(drafts)])
-    _write(state, [*state.drafts[:accepted], code])
+    _append_codes(state, [*state.drafts[:accepted], code])
     state.drafts, state.proposals = drafts, proposals
-    _fill(state)
+    _extend_drafts(state)
     return before[accepted]
 
 
-def _tested(state: Window, told_WK: Tensor) -> tuple[int, int, list[int]]:
+def _verify_drafts(state: SpeculativeState, told_WK: Tensor) -> tuple[int, int, list[int]]:
     """How many drafts are accepted, the code after them, and new drafts for the places after that one."""
     rng = state.span.rng
     for j, (code, proposal_K) in enumerate(zip(state.drafts, state.proposals, strict=True)):
@@ -87,25 +87,25 @@ def _tested(state: Window, told_WK: Tensor) -> tuple[int, int, list[int]]:
         rest_K = (told_WK[j] - proposal_K).clamp(min=0)
         if not rest_K.any():  # equal but for rounding
             rest_K = told_WK[j]
-        return j, _drawn(rest_K, rng), [_drawn(told_K, rng) for told_K in told_WK[j + 1 :]]
-    return len(state.drafts), _drawn(told_WK[-1], rng), []
+        return j, _sample_weights(rest_K, rng), [_sample_weights(told_K, rng) for told_K in told_WK[j + 1 :]]
+    return len(state.drafts), _sample_weights(told_WK[-1], rng), []
 
 
-def _raced(state: Window, told_WK: Tensor) -> tuple[int, int, list[int]]:
+def _verify_by_race(state: SpeculativeState, told_WK: Tensor) -> tuple[int, int, list[int]]:
     """The same by races that stay with their places."""
     for told_K in told_WK[len(state.races) :]:
         state.races.append(torch.empty(len(told_K)).exponential_(generator=state.span.rng))
-    codes = race(told_WK, torch.stack(state.races[: len(told_WK)])).tolist()
+    codes = exponential_race_sample(told_WK, torch.stack(state.races[: len(told_WK)])).tolist()
     accepted = next((j for j, code in enumerate(state.drafts) if codes[j] != code), len(state.drafts))
     del state.races[: accepted + 1]
     return accepted, codes[accepted], codes[accepted + 1 :]
 
 
-def _drawn(weights_K: Tensor, rng: torch.Generator) -> int:
-    return int(race(weights_K, torch.empty(len(weights_K)).exponential_(generator=rng)))
+def _sample_weights(weights_K: Tensor, rng: torch.Generator) -> int:
+    return int(exponential_race_sample(weights_K, torch.empty(len(weights_K)).exponential_(generator=rng)))
 
 
-def _write(state: Window, codes: list[int]) -> None:
+def _append_codes(state: SpeculativeState, codes: list[int]) -> None:
     """The codes are final."""
     assert state.span.grid is not None
     height, width = state.span.grid
@@ -115,11 +115,11 @@ def _write(state: Window, codes: list[int]) -> None:
     state.done = len(state.ids) == height * width
 
 
-def _fill(state: Window) -> None:
+def _extend_drafts(state: SpeculativeState) -> None:
     """Draft up to the window, or to the last place but one, by the codes above (in the first row, those before)."""
     assert state.span.grid is not None
     height, width = state.span.grid
-    room = min(WINDOW, height * width - len(state.ids) - 1)
+    room = min(WINDOW_SIZE, height * width - len(state.ids) - 1)
     del state.drafts[max(0, room) :], state.proposals[max(0, room) :]
     while len(state.drafts) < room:
         codes = [id - state.offset for id in state.ids[-width:]] + state.drafts
@@ -127,7 +127,7 @@ def _fill(state: Window) -> None:
         state.proposals.append(None)
 
 
-def _drafted(state: Window) -> list[list[int]]:
+def _draft_ids(state: SpeculativeState) -> list[list[int]]:
     """The ids of each draft, with those that stand after it at the end of a row."""
     assert state.span.grid is not None
     width = state.span.grid[1]

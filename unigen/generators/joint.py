@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from unigen.batch import Vocabulary
-from unigen.generators.base import Frame
+from unigen.generators.base import BuildContext
 from unigen.generators.masked import Masked
 
 TEXT_LENGTH = 32
-WHOLE = 0.25
+FULL_MASK_PROB = 0.25
 """In training, how often a part is given, and how often it is masked as a whole."""
 
 
@@ -40,7 +40,7 @@ class Joint(Masked):
         self.specials = specials
 
     @classmethod
-    def of(cls, frame: Frame) -> Joint:
+    def of(cls, frame: BuildContext) -> Joint:
         return cls(frame.grid, frame.mask, frame.specials)
 
     def parts(self) -> list[slice]:
@@ -58,7 +58,7 @@ class Joint(Masked):
         """(M, 2), of text and codes; where both would be given, the codes are masked."""
         drawn_M2 = torch.cos(math.pi / 2 * torch.rand(count, 2, generator=rng))
         kind_M2 = torch.rand(count, 2, generator=rng)
-        ratios_M2 = torch.where(kind_M2 < WHOLE, 0.0, torch.where(kind_M2 > 1 - WHOLE, 1.0, drawn_M2))
+        ratios_M2 = torch.where(kind_M2 < FULL_MASK_PROB, 0.0, torch.where(kind_M2 > 1 - FULL_MASK_PROB, 1.0, drawn_M2))
         ratios_M2[:, 1] = torch.where(ratios_M2.amax(1) > 0, ratios_M2[:, 1], drawn_M2[:, 1])
         return ratios_M2
 

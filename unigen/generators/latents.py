@@ -19,16 +19,16 @@ import torch
 from torch import Tensor
 
 from unigen.batch import Batch
-from unigen.diffusion.solvers import Trajectory, solve
-from unigen.generators.base import Head, Span, State
+from unigen.diffusion.solvers import ODESolver, solve
+from unigen.generators.base import GenerationState, GeneratorHead, SegmentSpec
 from unigen.samplers.guidance import Guidance, guided_velocity
 
 
 @dataclass
-class FlowingState(State):
+class DenoisingState(GenerationState):
     """An image on its way from noise, a velocity a step. memory: of the guidance."""
 
-    flow: Trajectory = field(kw_only=True)
+    flow: ODESolver = field(kw_only=True)
     memory: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -43,7 +43,7 @@ class FlowingState(State):
         self.way, self.done = flow.way, flow.t is None
 
 
-class LatentHead(Head):
+class LatentFlowHead(GeneratorHead):
     """The latents of one image. `pictures` takes them from a state's `latents_Zhw`."""
 
     own = "kl"
@@ -84,13 +84,13 @@ class LatentHead(Head):
     def count(self, batch: Batch) -> int:
         return len(batch.written_by(self.name))
 
-    def flow(self, span: Span, shift: float) -> Trajectory:
+    def flow(self, span: SegmentSpec, shift: float) -> ODESolver:
         """The way of a span's latents from its own noise."""
         noise = torch.randn((1, self.tokenizer.latent_channels, *self.tokenizer.grid), generator=span.rng)
         noise = noise.to(next(self.parameters()).device)
-        return Trajectory(noise, span.steps or self.steps, span.sampler or self.sampler, shift)
+        return ODESolver(noise, span.steps or self.steps, span.sampler or self.sampler, shift)
 
-    def solved(self, states: list[State], seen: list[list[Tensor]], shape: tuple[int, ...]) -> list[Tensor]:
+    def solved(self, states: list[GenerationState], seen: list[list[Tensor]], shape: tuple[int, ...]) -> list[Tensor]:
         """Data of this shape for each state, by the flow of `velocity(x, t, seen)` from the span's own noise; states
         alike in steps, sampler and guidance go together. seen[i][b]: what branch b of state i is conditioned on."""
         groups: dict[tuple[int, str, Guidance], list[int]] = {}
@@ -111,5 +111,5 @@ class LatentHead(Head):
         parts = self.velocity(torch.cat([x] * guidance.branches), times, condition).chunk(guidance.branches)
         return guided_velocity(guidance, parts, x, t, memory)
 
-    def pictures(self, model: Any, states: list[State]) -> Tensor:
+    def pictures(self, model: Any, states: list[GenerationState]) -> Tensor:
         return self.tokenizer.decode(torch.stack([state.latents_Zhw for state in states]))  # type: ignore[attr-defined]

@@ -21,19 +21,26 @@ import torch
 from torch import Tensor
 
 from unigen.batch import Batch, Vocabulary
-from unigen.generators.base import CODES, Frame, Model, Read, Span, State
-from unigen.generators.next_token import pictures_of_ids
-from unigen.samplers.logits import likeliest, race, warp
+from unigen.generators.base import (
+    SAMPLING_OPTION_NAMES,
+    BuildContext,
+    GenerationState,
+    GeneratorModel,
+    SegmentSpec,
+    StepInput,
+)
+from unigen.generators.next_token import decode_ids
+from unigen.samplers.logits import argmax_ids, exponential_race_sample, warp
 
 STEPS = 12
-CHOICE = 0.5
+CHOICE_TEMPERATURE = 0.5
 """Choice temperature: of the Gumbel noise on the confidences, times 1 - (step + 1) / steps, 0 in the last step."""
 
 Targets = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass
-class MaskedState(State):
+class MaskedState(GenerationState):
     """ids_P: -1 where an id is still to be written; drawn_P: with what was last drawn there. unknown: how many those
     were at the start, part by part."""
 
@@ -43,7 +50,7 @@ class MaskedState(State):
     step: int = 0
 
 
-def still_masked(unknown: int, left: int, step: int, steps: int) -> int:
+def mask_schedule(unknown: int, left: int, step: int, steps: int) -> int:
     """How many codes stay masked after `step` (from 0) of `steps`: the cosine's share, at least one code being written.
 
     unknown: masked at the start; left: masked before this step.
@@ -60,17 +67,17 @@ class Masked:
     own: str | None = None
     clean, codes, wants_context = False, True, False
     text_length = 0
-    takes: tuple[str, ...] = (*CODES, "steps", "fixed")
+    takes: tuple[str, ...] = (*SAMPLING_OPTION_NAMES, "steps", "fixed")
 
     def __init__(
-        self, grid: tuple[int, int], mask: int, steps: int = STEPS, choice_temperature: float = CHOICE
+        self, grid: tuple[int, int], mask: int, steps: int = STEPS, choice_temperature: float = CHOICE_TEMPERATURE
     ) -> None:
         """mask: the id that stands for a masked code."""
         self.grid, self.mask, self.steps = grid, mask, steps
         self.choice_temperature = choice_temperature
 
     @classmethod
-    def of(cls, frame: Frame) -> Masked:
+    def of(cls, frame: BuildContext) -> Masked:
         return cls(frame.grid, frame.mask)
 
     def positions(self) -> int:
@@ -93,7 +100,9 @@ class Masked:
         """The share of each of K parts (M, K) that is masked in training."""
         return torch.cos(math.pi / 2 * torch.rand(count, 1, generator=rng))
 
-    def prepare(self, model: Model, batch: Batch, embeds_BLD: Tensor, rng: torch.Generator) -> tuple[Tensor, Targets]:
+    def prepare(
+        self, model: GeneratorModel, batch: Batch, embeds_BLD: Tensor, rng: torch.Generator
+    ) -> tuple[Tensor, Targets]:
         rows_M1, at_MP = batch.places(batch.written_by(self.name))
         ids_MP = batch.ids_BL[rows_M1, at_MP]
         masked_MP = torch.zeros(ids_MP.shape, dtype=torch.bool)
@@ -106,7 +115,7 @@ class Masked:
         read_MPD = model.embed(ids_MP.masked_fill(masked_MP, self.mask)).to(embeds_BLD.dtype)
         return embeds_BLD.index_put((rows_M1, at_MP), read_MPD), (rows_M1, at_MP, ids_MP, masked_MP)
 
-    def loss(self, model: Model, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> Tensor:
+    def loss(self, model: GeneratorModel, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> Tensor:
         """The mean over each image's masked codes, (M,), summed over its parts."""
         rows_M1, at_MP, ids_MP, masked_MP = targets
         if not len(ids_MP):
@@ -127,7 +136,7 @@ class Masked:
 
     # ---------------------------------------------------------------- sampling
 
-    def start(self, span: Span) -> State:
+    def start(self, span: SegmentSpec) -> GenerationState:
         codes = self.grid[0] * self.grid[1]
         text_T = (
             torch.full((self.text_length,), -1)
@@ -139,19 +148,19 @@ class Masked:
         unknown = [int((ids_P[part] < 0).sum()) for part in self.parts()]
         return MaskedState(span, [], ids_P=ids_P, drawn_P=ids_P.clone(), unknown=unknown)
 
-    def ask(self, state: State) -> Read:
+    def ask(self, state: GenerationState) -> StepInput:
         assert isinstance(state, MaskedState)
         length = self.positions()
         read_P = torch.where(state.ids_P < 0, self.mask, state.ids_P)
         blind_P = read_P.clone()
         blind_P[: self.text_length] = self.mask
         ids, blind = ([state.span.begin, *read.tolist()] for read in (read_P, blind_P))
-        return Read(ids, reach=[0] + [length] * length, blind=blind if self.text_length else None)
+        return StepInput(ids, reach=[0] + [length] * length, blind=blind if self.text_length else None)
 
     def left(self, state: MaskedState, number: int, steps: int) -> int:
         """How many ids of a part stay masked after this step."""
         masked = int((state.ids_P[self.parts()[number]] < 0).sum())
-        return still_masked(state.unknown[number], masked, state.step, steps)
+        return mask_schedule(state.unknown[number], masked, state.step, steps)
 
     def heat(self, step: int, steps: int) -> float:
         """Of the noise on the confidences in this step."""
@@ -160,7 +169,7 @@ class Masked:
     def gumbel(self, count: int, rng: torch.Generator) -> Tensor:
         return -torch.empty(count).exponential_(generator=rng).log()
 
-    def advance(self, model: Model, states: list[State], hidden: list[list[Tensor]]) -> list[int]:
+    def advance(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
         for number, part in enumerate(self.parts()):
             codes, table = number == len(self.parts()) - 1, self.table(number, model.vocabulary)
             left = [i for i, state in enumerate(states) if bool((state.ids_P[part] < 0).any())]  # type: ignore[attr-defined]
@@ -191,10 +200,12 @@ class Masked:
         ids_N = state.ids_P[part]
         if span.sampling.temperature == 0:
             weights_NV, noise = logits_NV.float().softmax(-1), 0.0
-            drawn_N = likeliest(logits_NV).cpu()
+            drawn_N = argmax_ids(logits_NV).cpu()
         else:
             weights_NV = warp(logits_NV, span.sampling).softmax(-1)
-            drawn_N = race(weights_NV, torch.empty(logits_NV.shape).exponential_(generator=span.rng)).cpu()
+            drawn_N = exponential_race_sample(
+                weights_NV, torch.empty(logits_NV.shape).exponential_(generator=span.rng)
+            ).cpu()
             codes = number == len(self.parts()) - 1  # what comes first in a text is what is surest, as in LLaDA
             noise = self.heat(state.step, steps) if codes else 0.0
         if bool((drawn_N < 0).any()):
@@ -210,8 +221,8 @@ class Masked:
         ids_N[again] = -1
         state.ids_P[part] = ids_N
 
-    def pictures(self, model: Model, states: list[State]) -> Tensor:
-        return pictures_of_ids(model, states)
+    def pictures(self, model: GeneratorModel, states: list[GenerationState]) -> Tensor:
+        return decode_ids(model, states)
 
 
 GENERATOR = Masked

@@ -24,15 +24,23 @@ import torch
 from torch import Tensor, nn
 
 from unigen.batch import Batch
-from unigen.generators.base import CODES, Frame, Head, Model, Read, Span, State
+from unigen.generators.base import (
+    SAMPLING_OPTION_NAMES,
+    BuildContext,
+    GenerationState,
+    GeneratorHead,
+    GeneratorModel,
+    SegmentSpec,
+    StepInput,
+)
 from unigen.samplers.guidance import Guidance
-from unigen.samplers.logits import draw_together
+from unigen.samplers.logits import sample_shared_rng
 
 Targets = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass
-class ScaleState(State):
+class ScaleState(GenerationState):
     """seen_1Chw: the picture so far, f_hat; codes: those written (n_k,), scale by scale; read: what comes next."""
 
     seen_1Chw: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -44,13 +52,13 @@ class ScaleState(State):
         return torch.cat(self.codes).cpu()
 
 
-class NextScale(Head):
+class NextScale(GeneratorHead):
     """The codes of one image, scale by scale."""
 
     name = "next-scale"
     own = "multiscale"
     wants_context = False
-    takes: tuple[str, ...] = CODES
+    takes: tuple[str, ...] = SAMPLING_OPTION_NAMES
 
     def __init__(self, tokenizer: Any, width: int) -> None:
         """tokenizer: a `VQTokenizer` with the multi-scale quantizer, whose first scale is one code."""
@@ -72,7 +80,7 @@ class NextScale(Head):
         self.numbers: Tensor
 
     @classmethod
-    def of(cls, frame: Frame) -> NextScale:
+    def of(cls, frame: BuildContext) -> NextScale:
         return cls(frame.tokenizer, frame.width)
 
     @property
@@ -105,7 +113,9 @@ class NextScale(Head):
 
     # ---------------------------------------------------------------- training
 
-    def prepare(self, model: Model, batch: Batch, embeds_BLD: Tensor, rng: torch.Generator) -> tuple[Tensor, Targets]:
+    def prepare(
+        self, model: GeneratorModel, batch: Batch, embeds_BLD: Tensor, rng: torch.Generator
+    ) -> tuple[Tensor, Targets]:
         rows_M1, at_MP = batch.places(batch.written_by(self.name))
         if not len(at_MP):
             return embeds_BLD, (rows_M1, at_MP, at_MP)
@@ -120,7 +130,7 @@ class NextScale(Head):
         read_MPD = self.embed(maps_MPC, self.lengths[0]).to(embeds_BLD.dtype)
         return embeds_BLD.index_put((rows_M1, at_MP), read_MPD), (rows_M1, at_MP, codes_MP)
 
-    def loss(self, model: Model, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> Tensor:
+    def loss(self, model: GeneratorModel, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> Tensor:
         if not len(targets[1]):
             return self.nothing(hidden_BLD)
         logits = self.logits(hidden_BLD, targets).flatten(0, 1)
@@ -151,17 +161,17 @@ class NextScale(Head):
 
     # ---------------------------------------------------------------- sampling
 
-    def start(self, span: Span) -> State:
+    def start(self, span: SegmentSpec) -> GenerationState:
         return ScaleState(span, [], seen_1Chw=self.tokenizer.quantizer.empty(1))
 
-    def ask(self, state: State) -> Read:
+    def ask(self, state: GenerationState) -> StepInput:
         assert isinstance(state, ScaleState)
         if state.read_LD is None:
-            return Read(state.span.head)
+            return StepInput(state.span.head)
         length = len(state.read_LD)
-        return Read([0] * length, embeds=state.read_LD, reach=[length - 1] * length)
+        return StepInput([0] * length, embeds=state.read_LD, reach=[length - 1] * length)
 
-    def advance(self, model: Model, states: list[State], hidden: list[list[Tensor]]) -> list[int]:
+    def advance(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
         """All that was read stays in the cache: a scale sees the scales before it."""
         groups: dict[int, list[int]] = {}
         for i, state in enumerate(states):
@@ -178,7 +188,7 @@ class NextScale(Head):
         """Scale k of each, from the logits of its branches; and what the next scale reads."""
         for state, split in zip(states, logits, strict=True):
             mixed_NV = state.span.guidance.combine(list(split), self.share(k))
-            state.codes.append(draw_together(mixed_NV, state.span.sampling, state.span.rng))
+            state.codes.append(sample_shared_rng(mixed_NV, state.span.sampling, state.span.rng))
         quantizer, codes_MN = self.tokenizer.quantizer, torch.stack([state.codes[k] for state in states])
         for state, least in zip(states, codes_MN.amin(-1).tolist(), strict=True):
             state.finite = least >= 0
@@ -193,7 +203,7 @@ class NextScale(Head):
             state.seen_1Chw, state.done, state.way = seen_MChw[i : i + 1], last, (k + 1, len(self.lengths))
             state.read_LD = None if last else read_MND[i]
 
-    def pictures(self, model: Model, states: list[State]) -> Tensor:
+    def pictures(self, model: GeneratorModel, states: list[GenerationState]) -> Tensor:
         codes_MP = torch.stack([torch.cat(state.codes) for state in states if isinstance(state, ScaleState)])
         return self.tokenizer.decode(codes_MP)
 

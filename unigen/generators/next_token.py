@@ -18,30 +18,39 @@ from torch import Tensor
 
 from unigen.batch import Batch, Vocabulary
 from unigen.generators import jacobi
-from unigen.generators.base import CODES, Frame, Model, Read, Span, State
+from unigen.generators.base import (
+    SAMPLING_OPTION_NAMES,
+    BuildContext,
+    GenerationState,
+    GeneratorModel,
+    SegmentSpec,
+    StepInput,
+)
 from unigen.samplers.guidance import Guidance
-from unigen.samplers.logits import draw, penalize
+from unigen.samplers.logits import apply_repetition_penalty, sample
 
 
-def pictures_of_ids(model: Model, states: list[State]) -> Tensor:
+def decode_ids(model: GeneratorModel, states: list[GenerationState]) -> Tensor:
     """Codes (N, h, w) of spans whose ids are codes of the model's image tokenizer in raster order."""
     grid = states[0].span.grid
     assert grid is not None
     return model.vocabulary.codes(torch.tensor([state.ids for state in states])).unflatten(1, grid)
 
 
-class Causal(ABC):
+class CausalGenerator(ABC):
     """What text and codes in raster order share: ids are read as they are, and each is predicted by the one before."""
 
     clean, codes, wants_context = True, True, False
     text_length = 0
     own: str | None = None
-    takes: tuple[str, ...] = CODES
+    takes: tuple[str, ...] = SAMPLING_OPTION_NAMES
 
     def reach(self) -> list[int] | None:
         return None
 
-    def prepare(self, model: Model, batch: Batch, embeds_BLD: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    def prepare(
+        self, model: GeneratorModel, batch: Batch, embeds_BLD: Tensor, rng: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
         return embeds_BLD, self.targets(batch)
 
     @abstractmethod
@@ -52,7 +61,7 @@ class Causal(ABC):
         """The ids among which a target is learnt: all that the head scores beside it."""
         return slice(0, None)
 
-    def loss(self, model: Model, batch: Batch, hidden_BLD: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, model: GeneratorModel, batch: Batch, hidden_BLD: Tensor, targets: Tensor) -> Tensor:
         """-log p of each id to be predicted, from the state before it."""
         rows, at = targets.nonzero(as_tuple=True)
         table = self.table(model.vocabulary)
@@ -62,14 +71,14 @@ class Causal(ABC):
     def count(self, batch: Batch) -> Tensor:
         return self.targets(batch).sum()
 
-    def ask(self, state: State) -> Read:
-        return Read(state.pending)
+    def ask(self, state: GenerationState) -> StepInput:
+        return StepInput(state.pending)
 
-    def pictures(self, model: Model, states: list[State]) -> Tensor:
-        return pictures_of_ids(model, states)
+    def pictures(self, model: GeneratorModel, states: list[GenerationState]) -> Tensor:
+        return decode_ids(model, states)
 
 
-class Text(Causal):
+class Text(CausalGenerator):
     """Text pieces until one of the span's stops."""
 
     name = "text"
@@ -85,10 +94,10 @@ class Text(Causal):
     def targets(self, batch: Batch) -> Tensor:
         return batch.loss_BL & ~batch.inside()
 
-    def start(self, span: Span) -> State:
-        return State(span, pending=[span.begin])
+    def start(self, span: SegmentSpec) -> GenerationState:
+        return GenerationState(span, pending=[span.begin])
 
-    def advance(self, model: Model, states: list[State], hidden: list[list[Tensor]]) -> list[int]:
+    def advance(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
         last_BD = torch.stack([branches[0][-1] for branches in hidden])
         vocabulary = model.vocabulary
         logits_BV = model.logits(last_BD, 0, vocabulary.text_size)
@@ -97,8 +106,8 @@ class Text(Causal):
             illegal = [i for i in self.forbidden if i not in state.span.stops]
             logits_BV[row, illegal] = -torch.inf
             if (penalty := state.span.sampling.repetition_penalty) != 1:
-                penalize(logits_BV[row], {*state.span.before, *state.ids}, penalty)
-        for rows, ids in sample_alike(logits_BV, states):
+                apply_repetition_penalty(logits_BV[row], {*state.span.before, *state.ids}, penalty)
+        for rows, ids in sample_grouped(logits_BV, states):
             for row, id in zip(rows, ids, strict=True):
                 state = states[row]
                 state.pending = [id]
@@ -110,18 +119,18 @@ class Text(Causal):
         return [len(branches[0]) for branches in hidden]
 
 
-class NextToken(Causal):
+class NextToken(CausalGenerator):
     """The codes of one image, in raster order; guidance mixes the logits of its branches."""
 
     name = "next-token"
-    takes: tuple[str, ...] = (*CODES, "accelerate")
+    takes: tuple[str, ...] = (*SAMPLING_OPTION_NAMES, "accelerate")
 
     def __init__(self, grid: tuple[int, int], row_end: int = 0) -> None:
         self.grid, self.row_end = grid, row_end
         """row_end: how many ids stand after each row."""
 
     @classmethod
-    def of(cls, frame: Frame) -> NextToken:
+    def of(cls, frame: BuildContext) -> NextToken:
         return cls(frame.grid)
 
     def positions(self) -> int:
@@ -133,21 +142,25 @@ class NextToken(Causal):
     def table(self, vocabulary: Vocabulary) -> slice:
         return slice(vocabulary.first, vocabulary.stop) if vocabulary.own_head else super().table(vocabulary)
 
-    def start(self, span: Span) -> State:
+    def start(self, span: SegmentSpec) -> GenerationState:
         assert span.grid is not None
-        return jacobi.Window(span, span.head, kind=span.accelerate) if span.accelerate else State(span, span.head)
+        return (
+            jacobi.SpeculativeState(span, span.head, kind=span.accelerate)
+            if span.accelerate
+            else GenerationState(span, span.head)
+        )
 
-    def ask(self, state: State) -> Read:
-        if isinstance(state, jacobi.Window):
-            return jacobi.ask(state)
-        return Read(state.pending)
+    def ask(self, state: GenerationState) -> StepInput:
+        if isinstance(state, jacobi.SpeculativeState):
+            return jacobi.prepare_step(state)
+        return StepInput(state.pending)
 
-    def advance(self, model: Model, states: list[State], hidden: list[list[Tensor]]) -> list[int]:
-        plain = [row for row, state in enumerate(states) if not isinstance(state, jacobi.Window)]
+    def advance(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
+        plain = [row for row, state in enumerate(states) if not isinstance(state, jacobi.SpeculativeState)]
         read = [len(state.pending) for state in states]
         for row, state in enumerate(states):
-            if isinstance(state, jacobi.Window):
-                read[row] = jacobi.advance(model, state, hidden[row])
+            if isinstance(state, jacobi.SpeculativeState):
+                read[row] = jacobi.step(model, state, hidden[row])
         if not plain:
             return read
         states, hidden = [states[row] for row in plain], [hidden[row] for row in plain]
@@ -155,7 +168,7 @@ class NextToken(Causal):
         flat = torch.stack([branch[-1] for branches in hidden for branch in branches])
         logits_NV = model.logits(flat, offset, model.vocabulary.stop).float()
         mixed_BV = combine_alike(logits_NV, [state.span.guidance for state in states])
-        for rows, ids in sample_alike(mixed_BV, states):
+        for rows, ids in sample_grouped(mixed_BV, states):
             for row, code in zip(rows, ids, strict=True):
                 state = states[row]
                 assert state.span.grid is not None
@@ -176,7 +189,7 @@ def combine_alike(logits_NV: Tensor, guidances: list[Guidance]) -> Tensor:
     return torch.stack([guidance.combine(part) for guidance, part in zip(guidances, split, strict=True)])
 
 
-def sample_alike(logits_BV: Tensor, states: list[State]) -> list[tuple[list[int], list[Any]]]:
+def sample_grouped(logits_BV: Tensor, states: list[GenerationState]) -> list[tuple[list[int], list[Any]]]:
     """Draw an id for each row; rows with the same sampling options are drawn together. A state whose logits are not
     finite says so, and has id 0."""
     groups: dict[Any, list[int]] = {}
@@ -185,7 +198,7 @@ def sample_alike(logits_BV: Tensor, states: list[State]) -> list[tuple[list[int]
     result = []
     for sampling, rows in groups.items():
         some_BV = logits_BV if len(groups) == 1 else logits_BV[rows]
-        ids_B = draw(some_BV, sampling, [states[row].span.rng for row in rows])
+        ids_B = sample(some_BV, sampling, [states[row].span.rng for row in rows])
         ids = ids_B.tolist()
         for row, id in zip(rows, ids, strict=True):
             states[row].finite &= id >= 0

@@ -18,14 +18,22 @@ import torch
 from torch import Tensor, nn
 
 from unigen.batch import Batch
-from unigen.generators.base import CODES, Frame, Head, Model, Read, Span, State
-from unigen.generators.next_token import combine_alike, pictures_of_ids, sample_alike
+from unigen.generators.base import (
+    SAMPLING_OPTION_NAMES,
+    BuildContext,
+    GenerationState,
+    GeneratorHead,
+    GeneratorModel,
+    SegmentSpec,
+    StepInput,
+)
+from unigen.generators.next_token import combine_alike, decode_ids, sample_grouped
 
 Targets = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass
-class OrderState(State):
+class OrderState(GenerationState):
     """order_P: places in the order of writing; written: ids in that order, the given ones first; read_LD: what comes
     next."""
 
@@ -34,13 +42,13 @@ class OrderState(State):
     read_LD: Tensor | None = None
 
 
-class RandomOrder(Head):
+class RandomOrder(GeneratorHead):
     """The codes of one image in a random order."""
 
     name = "random-order"
     own = None
     codes, wants_context = True, False
-    takes: tuple[str, ...] = (*CODES, "fixed")
+    takes: tuple[str, ...] = (*SAMPLING_OPTION_NAMES, "fixed")
 
     def __init__(self, grid: tuple[int, int], width: int) -> None:
         super().__init__()
@@ -51,7 +59,7 @@ class RandomOrder(Head):
             nn.init.normal_(embedding.weight, std=0.02)
 
     @classmethod
-    def of(cls, frame: Frame) -> RandomOrder:
+    def of(cls, frame: BuildContext) -> RandomOrder:
         return cls(frame.grid, frame.width)
 
     def positions(self) -> int:
@@ -60,7 +68,7 @@ class RandomOrder(Head):
     def reach(self) -> list[int] | None:
         return None
 
-    def embed(self, model: Model, ids_MP: Tensor, order_MP: Tensor) -> Tensor:
+    def embed(self, model: GeneratorModel, ids_MP: Tensor, order_MP: Tensor) -> Tensor:
         """What the backbone reads at every step but the last of ids in their order, (M, P, D): P - 1 ids, P places."""
         read_MPD = self.next(order_MP)
         known_MPD = model.embed(ids_MP) + self.place(order_MP[:, :-1])
@@ -68,7 +76,9 @@ class RandomOrder(Head):
 
     # ---------------------------------------------------------------- training
 
-    def prepare(self, model: Model, batch: Batch, embeds_BLD: Tensor, rng: torch.Generator) -> tuple[Tensor, Targets]:
+    def prepare(
+        self, model: GeneratorModel, batch: Batch, embeds_BLD: Tensor, rng: torch.Generator
+    ) -> tuple[Tensor, Targets]:
         rows_M1, at_MP = batch.places(batch.written_by(self.name))
         order_MP = torch.rand(at_MP.shape, generator=rng).argsort(-1).to(at_MP.device)
         ids_MP = batch.ids_BL[rows_M1, at_MP].gather(-1, order_MP)
@@ -77,7 +87,7 @@ class RandomOrder(Head):
         read_MPD = self.embed(model, ids_MP[:, :-1], order_MP).to(embeds_BLD.dtype)
         return embeds_BLD.index_put((rows_M1, at_MP), read_MPD), (rows_M1, at_MP, ids_MP)
 
-    def loss(self, model: Model, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> Tensor:
+    def loss(self, model: GeneratorModel, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> Tensor:
         rows_M1, at_MP, ids_MP = targets
         if not len(ids_MP):
             return self.nothing(hidden_BLD)
@@ -90,20 +100,20 @@ class RandomOrder(Head):
 
     # ---------------------------------------------------------------- sampling
 
-    def start(self, span: Span) -> State:
+    def start(self, span: SegmentSpec) -> GenerationState:
         known_P = torch.full((self.positions(),), -1) if span.fixed is None else span.fixed.flatten().cpu()
         chance_P = torch.rand(self.positions(), generator=span.rng)
         order_P = (chance_P + (known_P < 0)).argsort()  # what is given comes first
         written = [int(id) for id in known_P[order_P] if id >= 0]
         return OrderState(span, [], order_P=order_P, written=written)
 
-    def ask(self, state: State) -> Read:
+    def ask(self, state: GenerationState) -> StepInput:
         assert isinstance(state, OrderState)
         if state.read_LD is None:
-            return Read([state.span.begin])
-        return Read([0] * len(state.read_LD), embeds=state.read_LD)
+            return StepInput([state.span.begin])
+        return StepInput([0] * len(state.read_LD), embeds=state.read_LD)
 
-    def advance(self, model: Model, states: list[State], hidden: list[list[Tensor]]) -> list[int]:
+    def advance(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
         """One code of each picture that has read more than its begin token; all that was read stays in the cache."""
         orders = [state for state in states if isinstance(state, OrderState)]
         last = {id(state): [branch[-1] for branch in h] for state, h in zip(orders, hidden, strict=True)}
@@ -120,16 +130,16 @@ class RandomOrder(Head):
                 state.read_LD = self.embed(model, ids_1P, state.order_P[None, : count + 1].to(device))[0, seen:]
         return [len(branches[0]) for branches in hidden]
 
-    def _draw(self, model: Model, states: list[OrderState], last: list[list[Tensor]]) -> None:
+    def _draw(self, model: GeneratorModel, states: list[OrderState], last: list[list[Tensor]]) -> None:
         first = model.vocabulary.first
         logits = model.logits(torch.stack([s for branches in last for s in branches]), first, model.vocabulary.stop)
         mixed_BV = combine_alike(logits, [state.span.guidance for state in states])
-        for rows, codes in sample_alike(mixed_BV, list(states)):
+        for rows, codes in sample_grouped(mixed_BV, list(states)):
             for row, code in zip(rows, codes, strict=True):
                 states[row].written.append(first + code)
 
-    def pictures(self, model: Model, states: list[State]) -> Tensor:
-        return pictures_of_ids(model, states)
+    def pictures(self, model: GeneratorModel, states: list[GenerationState]) -> Tensor:
+        return decode_ids(model, states)
 
 
 GENERATOR = RandomOrder

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from unigen.batch import Batch
 from unigen.config import from_dict, to_dict
-from unigen.generators.base import Frame, Model, Read, Span, State
-from unigen.generators.latents import LatentHead
-from unigen.nn.denoisers import Time
+from unigen.generators.base import BuildContext, GenerationState, GeneratorModel, SegmentSpec, StepInput
+from unigen.generators.latents import LatentFlowHead
+from unigen.nn.denoisers import TimestepEmbedder
 
 Targets = tuple[Tensor, Tensor]
 
@@ -41,7 +41,7 @@ class TokenFlowConfig:
 
 
 @dataclass
-class TokenFlowState(State):
+class TokenFlowState(GenerationState):
     """written: tokens (Z,) so far."""
 
     written: list[Tensor] = field(default_factory=list)
@@ -49,7 +49,7 @@ class TokenFlowState(State):
     read_1D: Tensor | None = None
 
 
-class Block(nn.Module):
+class AdaLNBlock(nn.Module):
     """h + gate * mlp(scale * norm(h) + shift), all three of the condition; the gate begins at zero (adaLN-Zero)."""
 
     def __init__(self, width: int) -> None:
@@ -65,7 +65,7 @@ class Block(nn.Module):
         return h + gate * self.mlp(self.norm(h) * (1 + scale) + shift)
 
 
-class TokenFlow(LatentHead):
+class TokenFlow(LatentFlowHead):
     """The latents of one image, one token after the other."""
 
     name = "token-flow"
@@ -78,14 +78,14 @@ class TokenFlow(LatentHead):
         self.grid: tuple[int, int] = tokenizer.grid
         self.read = nn.Linear(channels, width)
         self.condition = nn.Linear(width, c.width)
-        self.time = Time(c.width)
+        self.time = TimestepEmbedder(c.width)
         self.enter = nn.Linear(channels, c.width)
-        self.blocks = nn.ModuleList(Block(c.width) for _ in range(c.blocks))
+        self.blocks = nn.ModuleList(AdaLNBlock(c.width) for _ in range(c.blocks))
         self.norm = nn.LayerNorm(c.width)
         self.leave = nn.Linear(c.width, channels)
 
     @classmethod
-    def of(cls, frame: Frame) -> TokenFlow:
+    def of(cls, frame: BuildContext) -> TokenFlow:
         return cls(frame.tokenizer, frame.width, from_dict(TokenFlowConfig, frame.settings))
 
     @property
@@ -112,7 +112,9 @@ class TokenFlow(LatentHead):
 
     # ---------------------------------------------------------------- training
 
-    def prepare(self, model: Model, batch: Batch, embeds_BLD: Tensor, rng: torch.Generator) -> tuple[Tensor, Targets]:
+    def prepare(
+        self, model: GeneratorModel, batch: Batch, embeds_BLD: Tensor, rng: torch.Generator
+    ) -> tuple[Tensor, Targets]:
         """The clean tokens are read; they, repeated, are what is noised in the loss."""
         if not self.count(batch):
             return embeds_BLD, (embeds_BLD.new_zeros(0), embeds_BLD.new_zeros(0))
@@ -123,7 +125,7 @@ class TokenFlow(LatentHead):
         embeds_BLD = embeds_BLD.index_put(batch.places(batch.written_by(self.name)), read_MPD)
         return embeds_BLD, (torch.stack((x_TRZ, noise_TRZ)), self.times(x_TRZ.shape[:2], rng).to(x_TRZ))
 
-    def loss(self, model: Model, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> Tensor:
+    def loss(self, model: GeneratorModel, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> Tensor:
         """The mean squared error of each token's velocity, (T,)."""
         if not self.count(batch):
             return self.nothing(hidden_BLD)
@@ -141,14 +143,14 @@ class TokenFlow(LatentHead):
 
     # ---------------------------------------------------------------- sampling
 
-    def start(self, span: Span) -> State:
+    def start(self, span: SegmentSpec) -> GenerationState:
         return TokenFlowState(span, [])
 
-    def ask(self, state: State) -> Read:
+    def ask(self, state: GenerationState) -> StepInput:
         assert isinstance(state, TokenFlowState)
-        return Read([state.span.begin]) if state.read_1D is None else Read([0], embeds=state.read_1D)
+        return StepInput([state.span.begin]) if state.read_1D is None else StepInput([0], embeds=state.read_1D)
 
-    def advance(self, model: Model, states: list[State], hidden: list[list[Tensor]]) -> list[int]:
+    def advance(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
         """The next token of each picture: a whole flow of the MLP."""
         last = [[branch[-1] for branch in branches] for branches in hidden]
         tokens = self.solved(states, last, (self.tokenizer.latent_channels,))

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from unigen.batch import Batch
 from unigen.config import from_dict, to_dict
-from unigen.generators.base import Frame, Model, Read, Span, State
-from unigen.generators.latents import FlowingState, LatentHead
-from unigen.nn.denoisers import Time, from_patches, to_patches
+from unigen.generators.base import BuildContext, GenerationState, GeneratorModel, SegmentSpec, StepInput
+from unigen.generators.latents import DenoisingState, LatentFlowHead
+from unigen.nn.denoisers import TimestepEmbedder, from_patches, to_patches
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class TransfusionConfig:
 
 
 @dataclass
-class TransfusionState(FlowingState):
+class TransfusionState(DenoisingState):
     """begun: the cache holds the begin token."""
 
     begun: bool = False
 
 
-class Transfusion(LatentHead):
+class Transfusion(LatentFlowHead):
     """The latents of one image, by a flow in the backbone."""
 
     name = "transfusion"
@@ -59,13 +59,13 @@ class Transfusion(LatentHead):
         self.sides = height // c.patch, columns // c.patch
         values = tokenizer.latent_channels * c.patch**2
         self.read = nn.Linear(values, width)
-        self.time = Time(width)
+        self.time = TimestepEmbedder(width)
         self.place = nn.Embedding(self.sides[0] * self.sides[1], width)
         self.say = nn.Linear(width, values)
         nn.init.normal_(self.place.weight, std=0.02)
 
     @classmethod
-    def of(cls, frame: Frame) -> Transfusion:
+    def of(cls, frame: BuildContext) -> Transfusion:
         return cls(frame.tokenizer, frame.width, from_dict(TransfusionConfig, frame.settings))
 
     @property
@@ -92,7 +92,9 @@ class Transfusion(LatentHead):
 
     # ---------------------------------------------------------------- training
 
-    def prepare(self, model: Model, batch: Batch, embeds_BLD: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    def prepare(
+        self, model: GeneratorModel, batch: Batch, embeds_BLD: Tensor, rng: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
         """The velocities to be learnt, and x_t where the backbone reads."""
         mixed_MZhw, t_M, velocity_MZhw = self.noised(batch, embeds_BLD.device, rng, self.settings.shift)
         if not len(t_M):
@@ -100,7 +102,7 @@ class Transfusion(LatentHead):
         read_MPD = self.embed(mixed_MZhw, t_M).to(embeds_BLD.dtype)
         return embeds_BLD.index_put(batch.places(batch.written_by(self.name)), read_MPD), velocity_MZhw
 
-    def loss(self, model: Model, batch: Batch, hidden_BLD: Tensor, velocity_MZhw: Tensor) -> Tensor:
+    def loss(self, model: GeneratorModel, batch: Batch, hidden_BLD: Tensor, velocity_MZhw: Tensor) -> Tensor:
         """The mean squared error of each image's velocity, (M,)."""
         if not self.count(batch):
             return self.nothing(hidden_BLD)
@@ -109,18 +111,18 @@ class Transfusion(LatentHead):
 
     # ---------------------------------------------------------------- sampling
 
-    def start(self, span: Span) -> State:
+    def start(self, span: SegmentSpec) -> GenerationState:
         return TransfusionState(span, [], flow=self.flow(span, self.settings.shift))
 
-    def ask(self, state: State) -> Read:
+    def ask(self, state: GenerationState) -> StepInput:
         assert isinstance(state, TransfusionState) and state.flow.t is not None
         count = self.positions()
         read_PD = self.embed(state.flow.x, torch.tensor([state.flow.t], device=state.flow.x.device))[0]
         if state.begun:
-            return Read([0] * count, embeds=read_PD, reach=[count - 1] * count)
-        return Read([state.span.begin] + [0] * count, embeds=read_PD, reach=[0] + [count] * count)
+            return StepInput([0] * count, embeds=read_PD, reach=[count - 1] * count)
+        return StepInput([state.span.begin] + [0] * count, embeds=read_PD, reach=[0] + [count] * count)
 
-    def advance(self, model: Model, states: list[State], hidden: list[list[Tensor]]) -> list[int]:
+    def advance(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
         """One evaluation of the velocity; only the begin token stays in the cache."""
         patches = torch.stack([branch[-self.positions() :] for branches in hidden for branch in branches])
         said, kept = iter(self.velocity(patches).split(1)), []

@@ -15,22 +15,30 @@ from typing import Any
 
 import torch
 
-from unigen.document import Document, Segment, as_words, check_text, is_codes
-from unigen.inference.inpainting import keeping
-from unigen.inference.request import OPTIONS, Request, check_name, checked, refuse_unknown, sampling_of, with_seeds
-from unigen.inference.scheduler import Row, Running
-from unigen.inference.scoring import DESCRIBE, closest, truest
-from unigen.limits import LIMITS, check
+from unigen.document import Document, Segment, as_text, check_text, is_codes
+from unigen.inference.inpainting import prepare_inpainting
+from unigen.inference.request import (
+    REQUEST_OPTIONS,
+    Request,
+    build_request,
+    check_name,
+    default_options,
+    reject_unknown_options,
+    zip_with_seeds,
+)
+from unigen.inference.scheduler import Row, Scheduler
+from unigen.inference.scoring import CAPTION_PROMPT, rerank_captions, rerank_images
+from unigen.limits import LIMITS, check_limit
 from unigen.media.display import MediaList, table_html
 from unigen.media.images import read_image
 from unigen.model.template import Output
 from unigen.model.unified import UnifiedModel
-from unigen.nn.cpu.linear import use_few_rows
-from unigen.nn.quantized import held, measure
-from unigen.samplers.seeds import later_seed
+from unigen.nn.cpu.linear import pack_linears
+from unigen.nn.quantized import count_parameters, describe_precision
+from unigen.samplers.seeds import offset_seed
 from unigen.utils import progress
 
-METHOD_OPTIONS = ("n", "candidates", *OPTIONS)
+GENERATE_OPTIONS = ("n", "candidates", *REQUEST_OPTIONS)
 """The options of methods that ask `generate`."""
 
 
@@ -41,7 +49,7 @@ class Engine:
         self.model = model
         self.text_sampling: dict[str, Any] = {}
         """How a pair has it write text where nothing is asked for, as far as its checkpoint says."""
-        use_few_rows(model.backbone)
+        pack_linears(model.backbone)
 
     # ---------------------------------------------------------------- what users call
 
@@ -52,11 +60,11 @@ class Engine:
         prompt: text, an image, a list of both, the number of a class, or a Document (`Document.of` says which strings
         are pictures). n > 1 gives a list of n answers
         with seeds seed, seed+1..
-        Options: see `unigen.inference.request.checked`. Raises ValueError in one line for bad input.
+        Options: see `unigen.inference.request.build_request`. Raises ValueError in one line for bad input.
         """
-        refuse_unknown("generate", options, METHOD_OPTIONS)
-        n, seed = check("n", n), check("seed", seed)
-        seeds = [later_seed(seed, i) for i in range(n)]
+        reject_unknown_options("generate", options, GENERATE_OPTIONS)
+        n, seed = check_limit("n", n), check_limit("seed", seed)
+        seeds = [offset_seed(seed, i) for i in range(n)]
         answers = self.generate_batch([prompt] * n, seeds, output=output, **options)
         return answers[0] if n == 1 else answers
 
@@ -72,11 +80,13 @@ class Engine:
 
         candidates: so many answers, and the best of them (`unigen.inference.scoring`): captions of a picture each, by
         which the model would likeliest draw it, or pictures of words each, in which it would likeliest read them."""
-        refuse_unknown("generate_batch", options, [name for name in ("seeds", *OPTIONS) if name != "seed"])
-        asked = with_seeds(prompts, seeds)
-        check("candidates", candidates)
-        check_count(len(asked) * candidates)
-        if check("previews", options.get("previews", 0)):
+        reject_unknown_options(
+            "generate_batch", options, [name for name in ("seeds", *REQUEST_OPTIONS) if name != "seed"]
+        )
+        asked = zip_with_seeds(prompts, seeds)
+        check_limit("candidates", candidates)
+        check_batch_size(len(asked) * candidates)
+        if check_limit("previews", options.get("previews", 0)):
             raise ValueError("previews come while a picture is made: ask stream for them")
         if candidates != 1:
             rivals = [self.rivals(p, output, candidates, seed=s, **options) for p, s in asked]
@@ -106,7 +116,7 @@ class Engine:
     def stream(self, prompt: Any, output: Output = "interleaved", **options: Any) -> Iterator[Any]:
         """The parts of one answer as they are made: pieces of text (str) and finished pictures (PIL), in order; before
         a picture as many `Preview`s of it as `previews` asks for, where its generator has any."""
-        refuse_unknown("stream", options, OPTIONS)
+        reject_unknown_options("stream", options, REQUEST_OPTIONS)
         parts = self.run([self.request(prompt, output, **options)])
         return (part for _, part in parts)
 
@@ -116,27 +126,27 @@ class Engine:
 
         image: here and in all methods below a path, a PIL image, or all else that `unigen.media.images.read_image`
         takes."""
-        refuse_unknown("describe", options, METHOD_OPTIONS)
+        reject_unknown_options("describe", options, GENERATE_OPTIONS)
         if question is not None and not check_text("the question", question).strip():
             raise ValueError("the question is empty: ask something, or leave it out for a caption")
         several = question is None and self.compares
         asked = {"candidates": self.model.template.candidates if several else 1} | options
-        answer = self.generate([_picture(image), as_words(question or DESCRIBE)], "text", **asked)
+        answer = self.generate([_as_image(image), as_text(question or CAPTION_PROMPT)], "text", **asked)
         return answer  # type: ignore[no-any-return]
 
     def edit(self, image: Any, instruction: str, **options: Any) -> Any:
         """The picture changed as the instruction says, of the size that the model draws."""
-        refuse_unknown("edit", options, METHOD_OPTIONS)
+        reject_unknown_options("edit", options, GENERATE_OPTIONS)
         if not check_text("the instruction", instruction).strip():
             raise ValueError("the instruction is empty: say what to change")
-        return self.generate([_picture(image), as_words(instruction)], "image", **options)
+        return self.generate([_as_image(image), as_text(instruction)], "image", **options)
 
     def pair(self, text: str | None = None, image: Any = None, **options: Any) -> Any:
         """A text and a picture (str, PIL) that belong together, written at once by a generator that writes both; with
         n > 1 a list of such pairs. What is given stays, as the model reads it: a text in lower case and of limited
         length, a picture as its codes. Where nothing is given, both are new. Raises ValueError where the model has no
         such generator."""
-        refuse_unknown("pair", options, METHOD_OPTIONS)
+        reject_unknown_options("pair", options, GENERATE_OPTIONS)
         if text is not None and not check_text("the text", text).strip():
             raise ValueError("the text is empty: say what the picture shows, or leave it out")
         document = Document([Segment(text=text or "")])
@@ -157,10 +167,10 @@ class Engine:
         mask: of the image's shape, white where to paint (`unigen.media.images.read_mask`). Raises ValueError where it
         marks nothing, and for a generator that cannot keep codes.
         """
-        refuse_unknown("inpaint", options, [name for name in METHOD_OPTIONS if name != "fixed"])
-        document = Document.of(as_words(prompt))
+        reject_unknown_options("inpaint", options, [name for name in GENERATE_OPTIONS if name != "fixed"])
+        document = Document.of(as_text(prompt))
         check_name("generator", generator)
-        options, lay = keeping(self.model, image, mask, generator, options)
+        options, lay = prepare_inpainting(self.model, image, mask, generator, options)
         painted = self.generate(document, "image", **options)
         return MediaList(map(lay, painted)) if isinstance(painted, list) else lay(painted)
 
@@ -172,7 +182,7 @@ class Engine:
     def info(self) -> dict[str, Any]:
         """What this model is and can do."""
         model = self.model
-        count, _ = measure(model.backbone)
+        count, _ = count_parameters(model.backbone)
         return {
             "family": model.family,
             "backbone": f"{model.backbone.lm.config.model_type}, {count / 1e6:.1f}M parameters",
@@ -183,14 +193,14 @@ class Engine:
             "vocabulary": {"text": model.vocabulary.text_size, "image": model.vocabulary.image_size},
             "generators": [name for name in model.generators if name != "text"],
             "takes": {name: list(model.generators.takes(name)) for name in model.generators if name != "text"},
-            "sampling": {name: sampling_of(model, name) for name in model.generators if name != "text"}
+            "sampling": {name: default_options(model, name) for name in model.generators if name != "text"}
             | {name: told for name, told in model.sampling.items() if name == "text"},
             "outputs": list(self.outputs),
             "candidates": self.compares,
             "system": self.model.template.system,
             **({"classes": list(model.template.classes)} if model.template.classes else {}),
-            "precision": held(model.backbone.lm, model.quantization),
-            "weights_mb": round(measure(model)[1] / 1e6, 1),
+            "precision": describe_precision(model.backbone.lm, model.quantization),
+            "weights_mb": round(count_parameters(model)[1] / 1e6, 1),
             "device": str(model.device),
         }
 
@@ -207,8 +217,8 @@ class Engine:
 
     def request(self, prompt: Any, output: Output, **options: Any) -> Request:
         """A checked request (`unigen.inference.request`, which lists the options)."""
-        refuse_unknown("a request", options, OPTIONS)
-        return checked(self.model, prompt, output, **options)
+        reject_unknown_options("a request", options, REQUEST_OPTIONS)
+        return build_request(self.model, prompt, output, **options)
 
     def check(self, prompt: Any, output: Output, **options: Any) -> None:
         """Raises ValueError in one line for what cannot be asked of the model. options: of a request."""
@@ -225,7 +235,7 @@ class Engine:
     ) -> tuple[Document, list[Request]]:
         """The document, read, and the requests of its candidates: the one that `candidates` = 1 would ask for and
         others, captions at temperature 1. Raises ValueError where the model cannot compare what they answer."""
-        check("candidates", candidates)
+        check_limit("candidates", candidates)
         document = self.model.read(Document.of(prompt))
         if not self.compares:
             raise ValueError("candidates are for models that read and draw pictures code by code: leave them out")
@@ -242,8 +252,8 @@ class Engine:
     def best(self, documents: Sequence[Document], output: Output, answers: Sequence[Sequence[Any]]) -> list[Any]:
         """Of the answers of each document's `rivals` the best."""
         if output == "image":
-            return truest(self.model, [str(document.segments[0].text) for document in documents], answers)
-        return closest(self.model, documents, [list(dict.fromkeys(captions)) for captions in answers])
+            return rerank_images(self.model, [str(document.segments[0].text) for document in documents], answers)
+        return rerank_captions(self.model, documents, [list(dict.fromkeys(captions)) for captions in answers])
 
     # ---------------------------------------------------------------- requests on their way
 
@@ -251,8 +261,8 @@ class Engine:
         self, requests: Sequence[Request], watch: Callable[[float], object] | None = None
     ) -> Iterator[tuple[int, Any]]:
         """Answer all requests together; gives (number of the request, piece of text or picture) as they are made.
-        watch: is told after each step how many of them are finished (`Running.finished`). Raises ValueError at once for
-        what cannot fit the context, and where a model's numbers are not finite when that shows."""
+        watch: is told after each step how many of them are finished (`Scheduler.finished`). Raises ValueError at once
+        for what cannot fit the context, and where a model's numbers are not finite when that shows."""
         running = self.running()
         with torch.inference_mode():
             rows = [running.row(request) for request in requests]
@@ -260,7 +270,7 @@ class Engine:
 
     @staticmethod
     def _steps(
-        running: Running, rows: Sequence[Row], watch: Callable[[float], object] | None
+        running: Scheduler, rows: Sequence[Row], watch: Callable[[float], object] | None
     ) -> Iterator[tuple[int, Any]]:
         try:
             with torch.inference_mode():
@@ -275,17 +285,17 @@ class Engine:
         finally:
             running.clear()
 
-    def running(self) -> Running:
+    def running(self) -> Scheduler:
         """Requests on their way with this model: none yet."""
-        return Running(self.model)
+        return Scheduler(self.model)
 
 
-def _picture(image: Any) -> Any:
+def _as_image(image: Any) -> Any:
     """A picture that is no words, whatever its type."""
     return image if is_codes(image) else read_image(image)
 
 
-def check_count(count: int) -> None:
+def check_batch_size(count: int) -> None:
     """Raises ValueError for more answers than are made at a time."""
     if count > LIMITS["n"].high:
         raise ValueError(f"at most {LIMITS['n'].high:,} answers are made at a time, not {count:,}: ask in several goes")

@@ -19,12 +19,12 @@ import torch
 from PIL import Image
 
 from unigen.media.images import read_image, read_mask
-from unigen.media.pixels import square
-from unigen.model.template import MaskReader
+from unigen.media.pixels import center_crop_resize
+from unigen.model.template import SupportsMaskCells
 from unigen.model.unified import UnifiedModel
 
 
-def keeping(
+def prepare_inpainting(
     model: UnifiedModel, image: Any, mask: Any, generator: str | None, options: dict[str, Any]
 ) -> tuple[dict[str, Any], Callable[[Image.Image], Image.Image]]:
     """The options of a request that paints what the mask marks, and what lays the picture so made into this one.
@@ -42,11 +42,11 @@ def keeping(
     given, marks = read_image(image), read_mask(mask)
     if given.size != marks.size:
         raise ValueError(f"the mask is of {marks.size} pixels, the picture of {given.size}: make them alike")
-    window = window_of(marks)
+    window = square_crop_box(marks)
     seen, marked = given.crop(window), marks.crop(window)
     marked_HW = np.asarray(marked) >= 128
     rows, columns = (np.arange(n) * len(marked_HW) // n for n in grid)
-    if isinstance(model.template, MaskReader):
+    if isinstance(model.template, SupportsMaskCells):
         cells_hw = model.template.mask_cells(marked, model.image_tokenizer.image_size, grid)
     else:
         cells_hw = np.logical_or.reduceat(np.logical_or.reduceat(marked_HW, rows, 0), columns, 1)
@@ -66,7 +66,7 @@ def keeping(
     return options | {"generator": generator, "fixed": fixed}, lay
 
 
-def window_of(mask: Image.Image) -> tuple[int, int, int, int]:
+def square_crop_box(mask: Image.Image) -> tuple[int, int, int, int]:
     """The square of a picture that a model sees while it paints: left, top, right, bottom. It is as large as fits, and
     lies as near the middle of what the mask marks as it can; marks beyond it change nothing."""
     side = min(mask.size)
@@ -81,16 +81,16 @@ def window_of(mask: Image.Image) -> tuple[int, int, int, int]:
 def limiting_window(mask: Any) -> tuple[int, int, int, int] | None:
     """The window of a mask, where the mask also marks pixels outside it, which stay as they are; else None."""
     marks = read_mask(mask)
-    window = window_of(marks)
+    window = square_crop_box(marks)
     marks.paste(0, window)
     return window if marks.getbbox() else None
 
 
-def lot(model: UnifiedModel, image: Any, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def random_mask(model: UnifiedModel, image: Any, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """The picture as the model frames it, and a mask of so large a share of its cells, at least one, drawn by lot."""
     tokenizer = model.image_tokenizer
     (height, width), size = tokenizer.grid, tokenizer.image_size
     drawn = np.random.default_rng(seed).random((height, width, 1))
     cells = drawn < max(share, np.nextafter(drawn.min(), 1))  # one at least
     mask = np.where(cells, 255, 0).astype(np.uint8).repeat(size // height, 0).repeat(size // width, 1)
-    return square(read_image(image), size), mask.repeat(3, 2)
+    return center_crop_resize(read_image(image), size), mask.repeat(3, 2)

@@ -12,21 +12,21 @@ from typing import Any
 
 import torch
 
-from unigen.diffusion.solvers import MOST, SAMPLERS
+from unigen.diffusion.solvers import MAX_STEPS, SOLVERS
 from unigen.document import Document, Segment, is_codes
-from unigen.generators.jacobi import KINDS
-from unigen.limits import LIMITS, check
+from unigen.generators.jacobi import SPECULATIVE_METHODS
+from unigen.limits import LIMITS, check_limit
 from unigen.media.images import is_image
-from unigen.model.template import OUTPUTS, Output, split_system
+from unigen.model.template import OUTPUTS, Output, split_system_messages
 from unigen.model.unified import UnifiedModel
 from unigen.samplers.guidance import Guidance
-from unigen.samplers.logits import Sampling
+from unigen.samplers.logits import SamplingOptions
 from unigen.utils.text import did_you_mean, shorten
 
-LONGEST_NAME = 64
+MAX_NAME_LENGTH = 64
 """Characters of the name of a generator, a sampler or the like."""
 
-SAMPLING: dict[str, Any] = {"guidance": 3.0, "temperature": 0.8, "top_k": 0, "top_p": 1.0}
+DEFAULT_SAMPLING: dict[str, Any] = {"guidance": 3.0, "temperature": 0.8, "top_k": 0, "top_p": 1.0}
 """How pictures are drawn by a model that does not say."""
 
 
@@ -40,8 +40,8 @@ class Request:
     output: Output
     generator: str
     guidance: Guidance
-    image: Sampling
-    text: Sampling
+    image: SamplingOptions
+    text: SamplingOptions
     seed: int
     max_tokens: int
     max_images: int
@@ -55,7 +55,7 @@ class Request:
     candidate: int = 0
 
 
-def checked(
+def build_request(
     model: UnifiedModel,
     prompt: Any,
     output: Output,
@@ -80,11 +80,11 @@ def checked(
 ) -> Request:
     """A checked request.
 
-    guidance: scale of classifier-free guidance for pictures, 1 is off. temperature, top_k, top_p: how ids are
-    drawn, top_k of text where it is the whole answer, else of codes alone; repetition_penalty: of text alone, from 1
-    (off) to 10. None is what the model's `sampling` says, else `SAMPLING` for pictures; text is greedy where it is the
-    whole answer, else of temperature 0.8, and top_p 1.
-    max_tokens, max_images: limits of the answer's text and of an interleaved answer's pictures.
+    guidance: scale of classifier-free guidance for pictures, 1 is off. temperature, top_k, top_p: how ids are drawn,
+    top_k of text where it is the whole answer, else of codes alone; repetition_penalty: of text alone, from 1 (off) to
+    10. None is what the model's `sampling` says, else `DEFAULT_SAMPLING` for pictures; text is greedy where it is the
+    whole answer, else of temperature 0.8, and top_p 1. max_tokens, max_images: limits of the answer's text and of an
+    interleaved answer's pictures.
     steps: how many a generator takes that chooses its own number; sampler, guidance_kind: of a flow.
     accelerate: "sjd" or "jacobi", how next-token writes several codes a step (`generators.jacobi`). fixed: codes
     (h, w) that stay, -1 elsewhere. size: width and height in pixels, for models that draw any; None is what the
@@ -101,8 +101,8 @@ def checked(
         check_name(name, value)
     for name, number in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p)):
         if number is not None:
-            check(name, number)
-    generator = usual_generator(model) if generator is None else generator
+            check_limit(name, number)
+    generator = default_generator(model) if generator is None else generator
     if output == "pair" and generator not in model.template.text_lengths:
         able = " or ".join(model.template.text_lengths) or "none here does: train with writers.joint=1"
         raise ValueError(f"a text and a picture at once need a generator that writes both ({able})")
@@ -112,13 +112,13 @@ def checked(
         able = ", ".join(name for name in model.generators if name != "text")
         near = did_you_mean(str(generator), model.generators)
         raise ValueError(f"this model has no generator {generator!r}: it has {able}{near}")
-    seed, max_tokens = check("seed", seed), check("max_tokens", max_tokens)
-    max_images, previews = check("max_images", max_images), check("previews", previews)
-    if sampler is not None and sampler not in SAMPLERS:
-        raise ValueError(f"unknown sampler {sampler!r}: one of {', '.join(SAMPLERS)}")
+    seed, max_tokens = check_limit("seed", seed), check_limit("max_tokens", max_tokens)
+    max_images, previews = check_limit("max_images", max_images), check_limit("previews", previews)
+    if sampler is not None and sampler not in SOLVERS:
+        raise ValueError(f"unknown sampler {sampler!r}: one of {', '.join(SOLVERS)}")
     if steps is not None:
-        steps = check("steps", steps)
-    default = SAMPLING | model.sampling.get(generator, {})
+        steps = check_limit("steps", steps)
+    default = DEFAULT_SAMPLING | model.sampling.get(generator, {})
     usual, scales = Guidance.of(default["guidance"]), model.template.scales
     guidance = usual if guidance is None else Guidance.of(guidance)
     if scales > 1 and len(guidance.scales) == 1:  # of the words alone; the others are as usual, or all are off
@@ -126,8 +126,8 @@ def checked(
         guidance = replace(guidance, scales=guidance.scales + ((1.0,) * (scales - 1) if off else usual.scales[1:]))
     chosen = {"steps": steps, "sampler": sampler, "guidance_kind": guidance_kind, "fixed": fixed}
     chosen["accelerate"] = accelerate
-    if accelerate is not None and accelerate not in KINDS:
-        raise ValueError(f"unknown acceleration {accelerate!r}: one of {', '.join(KINDS)}")
+    if accelerate is not None and accelerate not in SPECULATIVE_METHODS:
+        raise ValueError(f"unknown acceleration {accelerate!r}: one of {', '.join(SPECULATIVE_METHODS)}")
     if output in ("image", "pair"):  # else they are of its text as well
         chosen |= {"temperature": temperature, "top_k": top_k or None, "top_p": top_p if top_p != 1 else None}
         chosen["repetition_penalty"] = repetition_penalty
@@ -138,8 +138,8 @@ def checked(
     if guidance_kind is not None:
         guidance = replace(guidance, kind=guidance_kind)
     if "sampler" in takes and steps is not None:
-        if steps > MOST:
-            raise ValueError(f"steps of {generator} must be a whole number from 1 to {MOST}, not {steps}")
+        if steps > MAX_STEPS:
+            raise ValueError(f"steps of {generator} must be a whole number from 1 to {MAX_STEPS}, not {steps}")
         if guidance.kind == "cfg-zero" and steps == 1:
             raise ValueError("cfg-zero rests in its first step: take at least 2 steps")
     if "guidance_kind" not in takes and guidance != Guidance(guidance.scales):
@@ -159,7 +159,7 @@ def checked(
         written["top_k"] = top_k
     texts |= {name: value for name, value in written.items() if value is not None}
     document = Document.of(prompt)
-    told, said = split_system(document.segments)
+    told, said = split_system_messages(document.segments)
     if told and not model.template.system:
         raise ValueError("this model follows no system messages: leave them out, or say it as the user")
     if told:  # pictures are drawn from what the user says
@@ -168,7 +168,7 @@ def checked(
         raise ValueError("codes of a picture in a prompt have two dimensions, rows and columns")
     if output != "pair":  # both parts of a pair may be left to the model
         document.check_filled()
-    grid = grid_of(model, document.size if size is None else size)
+    grid = code_grid(model, document.size if size is None else size)
     if model.template.free_size:
         stride = model.image_tokenizer.image_size // model.image_tokenizer.grid[0]
         document.size = (grid[1] * stride, grid[0] * stride)
@@ -177,8 +177,8 @@ def checked(
         output=output,
         generator=generator,
         guidance=guidance,
-        image=Sampling(**codes),
-        text=Sampling(**texts),
+        image=SamplingOptions(**codes),
+        text=SamplingOptions(**texts),
         seed=seed,
         max_tokens=max_tokens,
         max_images=max_images,
@@ -191,17 +191,17 @@ def checked(
     )
 
 
-OPTIONS = tuple(list(inspect.signature(checked).parameters)[3:])
+REQUEST_OPTIONS = tuple(list(inspect.signature(build_request).parameters)[3:])
 """The names of a request's options."""
 
 
-def usual_generator(model: UnifiedModel) -> str:
+def default_generator(model: UnifiedModel) -> str:
     """The generator of pictures where none is asked for."""
     names = [name for name in model.generators if name != "text"]
     return "next-token" if "next-token" in names else names[0]
 
 
-def with_seeds(prompts: Sequence[Any], seeds: Sequence[int] | None = None) -> list[tuple[Any, int]]:
+def zip_with_seeds(prompts: Sequence[Any], seeds: Sequence[int] | None = None) -> list[tuple[Any, int]]:
     """Each prompt with its seed; 0, 1, .. where none are given. Raises ValueError for what is no list of prompts, or no
     list of as many seeds."""
     one = isinstance(prompts, (str, Document, Segment, dict)) or is_image(prompts)
@@ -216,13 +216,13 @@ def with_seeds(prompts: Sequence[Any], seeds: Sequence[int] | None = None) -> li
     unordered = isinstance(seeds, (str, bytes, dict, set, frozenset, torch.Tensor))
     if unordered or not isinstance(seeds, Iterable) or getattr(seeds, "ndim", 1) != 1:
         raise ValueError(f"the seeds must be a list of whole numbers, one for each prompt, not {shorten(seeds)}")
-    numbers = [check("seed", seed) for seed in list(seeds)]
+    numbers = [check_limit("seed", seed) for seed in list(seeds)]
     if len(numbers) != len(listed):
         raise ValueError(f"{len(listed)} prompts need as many seeds, not {len(numbers)}")
     return list(zip(listed, numbers, strict=True))
 
 
-def refuse_unknown(what: str, options: Iterable[str], known: Sequence[str]) -> None:
+def reject_unknown_options(what: str, options: Iterable[str], known: Sequence[str]) -> None:
     """Raises ValueError where an option is not among those known, with the one that may have been meant."""
     for name in options:
         if name not in known:
@@ -232,7 +232,7 @@ def refuse_unknown(what: str, options: Iterable[str], known: Sequence[str]) -> N
 
 def check_name(what: str, name: Any) -> None:
     """Raises ValueError for what can be no name of a way to draw; None leaves it to the model."""
-    if name is not None and (not isinstance(name, str) or not name.strip() or len(name) > LONGEST_NAME):
+    if name is not None and (not isinstance(name, str) or not name.strip() or len(name) > MAX_NAME_LENGTH):
         raise ValueError(f"{what} must be a name, not {shorten(name)}: leave it out for the usual one")
 
 
@@ -245,7 +245,7 @@ def check_size(size: Any) -> None:
         raise ValueError(f"a size is two whole numbers, width and height in pixels, {most}, not {shorten(size)}")
 
 
-def grid_of(model: UnifiedModel, size: tuple[int, int] | None) -> tuple[int, int]:
+def code_grid(model: UnifiedModel, size: tuple[int, int] | None) -> tuple[int, int]:
     """Rows and columns of codes of pictures of this size, width and height in pixels."""
     tokenizer = model.image_tokenizer
     side, stride = tokenizer.image_size, tokenizer.image_size // tokenizer.grid[0]
@@ -261,9 +261,9 @@ def grid_of(model: UnifiedModel, size: tuple[int, int] | None) -> tuple[int, int
     return size[1] // stride, size[0] // stride
 
 
-def sampling_of(model: UnifiedModel, generator: str) -> dict[str, Any]:
+def default_options(model: UnifiedModel, generator: str) -> dict[str, Any]:
     """How pictures are drawn where nothing else is asked for: guidance, and what else the generator takes."""
     writer = model.generators[generator]
     own = {name: getattr(writer, name) for name in ("steps", "sampler") if name in writer.takes}
-    default = SAMPLING | own | model.sampling.get(generator, {})
+    default = DEFAULT_SAMPLING | own | model.sampling.get(generator, {})
     return {name: default[name] for name in default if name in ("guidance", *writer.takes)}

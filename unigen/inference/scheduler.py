@@ -24,18 +24,18 @@ import torch
 from PIL import Image
 
 from unigen.document import Document, Preview, Segment
-from unigen.generators.base import Generator, Read, Span, State
+from unigen.generators.base import GenerationState, Generator, SegmentSpec, StepInput
 from unigen.generators.next_token import Text
 from unigen.inference.request import Request
 from unigen.media.pixels import to_images
 from unigen.model.unified import UnifiedModel
 from unigen.samplers.guidance import Guidance
-from unigen.samplers.seeds import generator_of
-from unigen.utils.numbers import NotFinite
+from unigen.samplers.seeds import make_rng
+from unigen.utils.numbers import NonFiniteError
 
-CHARACTERS = 16
+MAX_CHARS_PER_POSITION = 16
 """Of a text for each position of the context, above which it is not split into tokens: a token of words has fewer."""
-WASTE = 64
+PADDING_COST = 64
 """Positions of padding that cost about as much as another pass of the backbone."""
 
 
@@ -55,7 +55,7 @@ class Row:
     number: int = -1
     slots: list[int] = field(default_factory=list)
     unread: list[list[int]] = field(default_factory=list)
-    state: State | None = None
+    state: GenerationState | None = None
     generator: Generator | None = None
     spans: int = 0
     images: int = 0
@@ -88,7 +88,7 @@ class Usage:
     seen: int
 
 
-class Running:
+class Scheduler:
     """Requests on their way with one model: they join between steps, and leave when they are done or dropped."""
 
     def __init__(self, model: UnifiedModel) -> None:
@@ -97,7 +97,7 @@ class Running:
         self._rows: dict[int, Row] = {}
         self._count = 0
         self.ended: dict[int, Usage] = {}
-        self.failed: dict[int, NotFinite] = {}
+        self.failed: dict[int, NonFiniteError] = {}
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -119,7 +119,7 @@ class Running:
     @property
     def finished(self) -> float:
         """How many of the requests that were added have ended, and of those that ask for one picture their shares."""
-        return self._count - len(self._rows) + sum(map(_share, self._rows.values()))
+        return self._count - len(self._rows) + sum(map(_request_progress, self._rows.values()))
 
     def clear(self) -> None:
         """Drop all that are running."""
@@ -183,7 +183,7 @@ class Running:
             self._fit(row, row.branches)
         asked = [row.generator.ask(row.state) for row in rows if row.generator and row.state]
         lengths = [max(map(len, row.unread)) + len(read.ids) for row, read in zip(rows, asked, strict=True)]
-        for together in _alike(lengths, [row.branches for row in rows]):
+        for together in bucket_rows(lengths, [row.branches for row in rows]):
             some, reads = [rows[i] for i in together], [asked[i] for i in together]
             if lengths[together[0]]:
                 hidden_of = self._pass(some, reads)
@@ -192,7 +192,7 @@ class Running:
                 hidden_of = {slot: nothing_LD for row in some for slot in row.slots}
             self._advance(some, reads, hidden_of)
 
-    def _pass(self, rows: list[Row], asked: list[Read]) -> dict[int, torch.Tensor]:
+    def _pass(self, rows: list[Row], asked: list[StepInput]) -> dict[int, torch.Tensor]:
         """One pass of the backbone for these rows, in the order of their slots, which are read as they lie: the states
         (L, D) of each slot."""
         lengths = [len(ids) + len(read.ids) for row, read in zip(rows, asked, strict=True) for ids in row.unread]
@@ -205,7 +205,7 @@ class Running:
         found_BLD = self.model.step(embeds_BLD, positions_BL, mask, self.cache)
         return {slots[i]: found_BLD[at, : lengths[i]] for at, i in enumerate(order)}
 
-    def _advance(self, rows: list[Row], asked: list[Read], hidden_of: dict[int, torch.Tensor]) -> None:
+    def _advance(self, rows: list[Row], asked: list[StepInput], hidden_of: dict[int, torch.Tensor]) -> None:
         """Let the rows' generators go on, by the states (L, D) of each slot."""
         groups: dict[int, list[int]] = {}
         hidden: list[list[torch.Tensor]] = []
@@ -227,7 +227,7 @@ class Running:
             row.unread = [[] for _ in row.unread]
             row.kept += count
 
-    def _inputs(self, rows: list[Row], asked: list[Read], length: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _inputs(self, rows: list[Row], asked: list[StepInput], length: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What all branches read, (B, length, D), and how far each position sees, None where all are causal."""
         branches = [
             (ids, read, read.blind if b and read.blind else read.ids)
@@ -305,7 +305,7 @@ class Running:
                 continue
             try:
                 image, codes_hw = self._picture(generator, state)
-            except NotFinite:
+            except NonFiniteError:
                 self.failed[row.number] = self._not_finite("pixels")
                 continue
             if row.request.output == "pair":
@@ -317,10 +317,10 @@ class Running:
             if row.number not in self.failed:
                 self._go_on(row, drew=row.generator is not text)
 
-    def _not_finite(self, what: str) -> NotFinite:
-        return NotFinite(what, self.model.dtype)
+    def _not_finite(self, what: str) -> NonFiniteError:
+        return NonFiniteError(what, self.model.dtype)
 
-    def _picture(self, generator: Generator, state: State) -> tuple[Image.Image, torch.Tensor | None]:
+    def _picture(self, generator: Generator, state: GenerationState) -> tuple[Image.Image, torch.Tensor | None]:
         """A span's picture, and its codes (h, w) where the model reads them as such. One by one: how a convolution
         rounds depends on how many there are."""
         with self.model.decoding():
@@ -340,7 +340,7 @@ class Running:
         row.shares, row.previews = shares, row.previews + 1
         try:
             return Preview(self._picture(generator, state)[0], row.images, row.previews - 1)
-        except NotFinite:
+        except NonFiniteError:
             self.failed[row.number] = self._not_finite("pixels")
             return None
 
@@ -404,7 +404,7 @@ class Running:
     def _check_length(self, document: Document) -> None:
         """Refuse what is far too long before its texts are split into tokens and its pictures encoded."""
         context, reads = self.model.context, self.model.image_tokenizer.grid
-        if (characters := document.characters()) > CHARACTERS * context:
+        if (characters := document.characters()) > MAX_CHARS_PER_POSITION * context:
             raise ValueError(
                 f"the prompt has {characters:,} characters, the model reads {context:,} positions: shorten it"
             )
@@ -434,7 +434,7 @@ class Running:
         """Each span draws from a generator of its own, made of the request's seed and the span's number."""
         row.spans += 1
         request = row.request
-        return generator_of(request.seed, *([request.candidate] if request.candidate else []), row.spans)
+        return make_rng(request.seed, *([request.candidate] if request.candidate else []), row.spans)
 
     def _begin_image(self, row: Row) -> None:
         """The main branch goes on in its slot; the blind one is read anew, with the pictures made so far."""
@@ -450,7 +450,7 @@ class Running:
         fixed = request.fixed
         if fixed is not None:
             fixed = torch.where(fixed < 0, fixed, self.model.vocabulary.image_ids(fixed))
-        span = Span(begin or 0, request.image, request.guidance, self._rng(row), request.grid, fixed=fixed)
+        span = SegmentSpec(begin or 0, request.image, request.guidance, self._rng(row), request.grid, fixed=fixed)
         span.opening, span.row_end = () if begin is None else (begin, *layout.opening), layout.row_end
         span.steps, span.sampler, span.accelerate = request.steps, request.sampler, request.accelerate
         span.text_ids = self._opening(row)
@@ -485,7 +485,7 @@ class Running:
             room -= picture
         limit = max(1, min(request.max_tokens - row.said, room))
         row.generator = self.model.generators["text"]
-        span = Span(begin, request.text, Guidance((1.0,)), self._rng(row), stops=tuple(stops), max_tokens=limit)
+        span = SegmentSpec(begin, request.text, Guidance((1.0,)), self._rng(row), stops=tuple(stops), max_tokens=limit)
         if request.text.repetition_penalty != 1:
             span.before = frozenset(row.before)
         row.state = row.generator.start(span)
@@ -501,7 +501,7 @@ class Running:
         return new
 
 
-def _share(row: Row) -> float:
+def _request_progress(row: Row) -> float:
     """The share of a request for one picture that is written, in [0, 1]; 0 where that is not known."""
     if row.state is None or row.request.output not in ("image", "pair"):
         return 0.0
@@ -511,15 +511,15 @@ def _share(row: Row) -> float:
     return min(taken / steps, 1.0)
 
 
-def _alike(lengths: list[int], branches: list[int]) -> list[list[int]]:
-    """Rows that one pass reads together: others where padding would cost more than `WASTE` positions, and where there
-    is nothing to read."""
+def bucket_rows(lengths: list[int], branches: list[int]) -> list[list[int]]:
+    """Rows that one pass reads together: others where padding would cost more than `PADDING_COST` positions, and where
+    there is nothing to read."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     passes, begin = [], 0
     for at in range(1, len(order)):
         rest = sum(branches[i] for i in order[at:])
         spared = lengths[order[begin]] - lengths[order[at]]
-        if (spared * rest > WASTE and 2 * spared > lengths[order[begin]]) or (spared and not lengths[order[at]]):
+        if (spared * rest > PADDING_COST and 2 * spared > lengths[order[begin]]) or (spared and not lengths[order[at]]):
             passes.append(order[begin:at])
             begin = at
     return [sorted(rows) for rows in [*passes, order[begin:]]]

@@ -26,11 +26,11 @@ from unigen.batch import Batch, pack
 from unigen.document import Document, Segment
 from unigen.model.unified import UnifiedModel
 from unigen.samplers.guidance import Guidance
-from unigen.utils.numbers import NotFinite
+from unigen.utils.numbers import NonFiniteError
 
-DESCRIBE = "describe this picture"
+CAPTION_PROMPT = "describe this picture"
 """What a caption answers."""
-CAPTIONS, PICTURES = 0.7, 0.3
+CAPTION_WEIGHT, IMAGE_WEIGHT = 0.7, 0.3
 """w among captions of one picture, and among pictures of one text, where it favours what is drawn often."""
 
 
@@ -55,7 +55,7 @@ def log_likelihood(
     first_B = documents_B.cumsum(0) - documents_B
     number_BL = first_B[:, None] + batch.segments_BL - 1
     others = {name: model.generators[name] for name in sorted({*batch.writers} - {model.template.reader})}
-    guides = guidance is not None and guidance.branches > 1 and as_drawn(model, batch)
+    guides = guidance is not None and guidance.branches > 1 and has_guided_likelihood(model, batch)
     start = None if rng is None else rng.get_state()
 
     def read(side: Batch) -> tuple[Tensor, dict[str, Any]]:
@@ -73,7 +73,7 @@ def log_likelihood(
         assert blind is not None, "guidance needs the blind branch"
         unseen_BLD, unseen_targets = read(blind)
     rows, at = (batch.loss_BL & ~batch.inside()).nonzero(as_tuple=True)
-    text = _log_p(model.logits(hidden_BLD[rows, at - 1]), batch.ids_BL[rows, at])
+    text = _token_log_probs(model.logits(hidden_BLD[rows, at - 1]), batch.ids_BL[rows, at])
     total_D = text.new_zeros(int(documents_B.sum())).index_add(0, number_BL[rows, at], text)
 
     for name, generator in others.items():
@@ -102,21 +102,23 @@ def log_likelihood(
             unseen = model.logits(unseen_BLD[blind_N1, unseen_NM - 1], first, stop).float()
             logits = guidance.combine([logits, unseen])
         ids_NM = batch.ids_BL[rows_N1, at_NM] - first
-        total_D = total_D.index_add(0, number_BL[rows_N1, at_NM][:, 0], _log_p(logits / temperature, ids_NM).sum(-1))
+        total_D = total_D.index_add(
+            0, number_BL[rows_N1, at_NM][:, 0], _token_log_probs(logits / temperature, ids_NM).sum(-1)
+        )
     return total_D
 
 
-def as_drawn(model: UnifiedModel, batch: Batch) -> bool:
+def has_guided_likelihood(model: UnifiedModel, batch: Batch) -> bool:
     """Are there pictures in it whose likelihood is that by which they are drawn, guidance and all?"""
     guided = {name for name, generator in model.generators.items() if hasattr(generator, "guided_loss")}
     return not {*batch.writers}.isdisjoint({model.template.reader, *guided})
 
 
-def _log_p(logits: Tensor, ids: Tensor) -> Tensor:
+def _token_log_probs(logits: Tensor, ids: Tensor) -> Tensor:
     return -nn.functional.cross_entropy(logits.float().flatten(0, -2), ids.flatten(), reduction="none").view(ids.shape)
 
 
-def suits(model: UnifiedModel, asked: Sequence[Document], texts: Sequence[str], weight: float) -> Tensor:
+def mutual_score(model: UnifiedModel, asked: Sequence[Document], texts: Sequence[str], weight: float) -> Tensor:
     """How well each text (D,) goes with the document's one picture, given as codes: the sum, w being `weight`."""
     told: list[Document] = []
     drawn: list[Document] = []
@@ -124,35 +126,35 @@ def suits(model: UnifiedModel, asked: Sequence[Document], texts: Sequence[str], 
         picture = next(segment.image for segment in document.segments if segment.image is not None)
         told.append(Document([*document.segments, Segment(text=text, role="assistant")]))
         drawn.append(Document([Segment(text=text), Segment(image=picture, role="assistant")]))
-    return _alone(model, told) + weight * _alone(model, drawn)
+    return _unpacked_log_likelihood(model, told) + weight * _unpacked_log_likelihood(model, drawn)
 
 
 @torch.inference_mode()
-def closest(model: UnifiedModel, asked: Sequence[Document], captions: Sequence[Sequence[str]]) -> list[str]:
+def rerank_captions(model: UnifiedModel, asked: Sequence[Document], captions: Sequence[Sequence[str]]) -> list[str]:
     """Of the captions of each document's one picture, given as codes, the best; the first of equals."""
     repeated = [document for document, texts in zip(asked, captions, strict=True) for _ in texts]
-    scores = suits(model, repeated, [text for texts in captions for text in texts], CAPTIONS)
-    return _best(captions, scores, model.dtype)
+    scores = mutual_score(model, repeated, [text for texts in captions for text in texts], CAPTION_WEIGHT)
+    return _argmax_per_group(captions, scores, model.dtype)
 
 
 @torch.inference_mode()
-def truest(model: UnifiedModel, words: Sequence[str], pictures: Sequence[Sequence[Any]]) -> list[Any]:
+def rerank_images(model: UnifiedModel, words: Sequence[str], pictures: Sequence[Sequence[Any]]) -> list[Any]:
     """Of the pictures (PIL) of each text, the best; the first of equals."""
-    shown = [model.read(Document.of([picture, DESCRIBE])) for row in pictures for picture in row]
+    shown = [model.read(Document.of([picture, CAPTION_PROMPT])) for row in pictures for picture in row]
     repeated = [text for text, row in zip(words, pictures, strict=True) for _ in row]
-    return _best(pictures, suits(model, shown, repeated, PICTURES), model.dtype)
+    return _argmax_per_group(pictures, mutual_score(model, shown, repeated, IMAGE_WEIGHT), model.dtype)
 
 
-def _best(answers: Sequence[Sequence[Any]], scores: Tensor, dtype: torch.dtype) -> list[Any]:
-    """Of each row the answer of the greatest score. Raises NotFinite, with the model's dtype, where one of them is
+def _argmax_per_group(answers: Sequence[Sequence[Any]], scores: Tensor, dtype: torch.dtype) -> list[Any]:
+    """Of each row the answer of the greatest score. Raises NonFiniteError, with the model's dtype, where one of them is
     none."""
     if not bool(scores.isfinite().all()):
-        raise NotFinite("scores of candidates", dtype)
+        raise NonFiniteError("scores of candidates", dtype)
     parts = scores.split([len(row) for row in answers])
     return [row[int(part.argmax())] for row, part in zip(answers, parts, strict=True)]
 
 
-def _alone(model: UnifiedModel, documents: Sequence[Document], batch: int = 64) -> Tensor:
+def _unpacked_log_likelihood(model: UnifiedModel, documents: Sequence[Document], batch: int = 64) -> Tensor:
     """log p (D,) of what the assistant says in documents whose pictures are codes, a row each; together are those of
     pictures of one shape."""
     tokens = [model.template.encode(document) for document in documents]

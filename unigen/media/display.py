@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-ROW = "display:flex;flex-wrap:wrap;gap:8px;align-items:flex-start"
-WIDTH = 256
+ROW_STYLE = "display:flex;flex-wrap:wrap;gap:8px;align-items:flex-start"
+MAX_IMAGE_WIDTH = 256
 """Of a picture in a notebook, at most, in pixels."""
-SHOWN = 64
+MAX_PARTS = 64
 """Parts of a list that a notebook shows, at most."""
 
 
@@ -34,31 +34,31 @@ def data_uri(image: Image) -> str:
 def part_html(part: Any) -> str:
     """A picture, a text, or a list of both, as HTML."""
     if isinstance(part, list | tuple):
-        return f'<div style="{ROW}">{"".join(map(part_html, part))}</div>'
+        return f'<div style="{ROW_STYLE}">{"".join(map(part_html, part))}</div>'
     if hasattr(part, "save") and hasattr(part, "size"):
-        width = min(max(part.width, 128), WIDTH)
+        width = min(max(part.width, 128), MAX_IMAGE_WIDTH)
         return f'<img src="{data_uri(part)}" width="{width}" style="image-rendering:auto" alt="">'
-    return f'<div style="max-width:{WIDTH}px">{html.escape(str(part))}</div>'
+    return f'<div style="max-width:{MAX_IMAGE_WIDTH}px">{html.escape(str(part))}</div>'
 
 
 def table_html(title: str, facts: Mapping[str, Any]) -> str:
     """A table of names and values, as HTML."""
     rows = "".join(
         f'<tr><th style="text-align:left;vertical-align:top">{html.escape(str(name))}</th>'
-        f'<td style="text-align:left">{html.escape(fact_text(value))}</td></tr>'
+        f'<td style="text-align:left">{html.escape(format_value(value))}</td></tr>'
         for name, value in facts.items()
     )
     return f"<b>{html.escape(title)}</b><table>{rows}</table>"
 
 
-def fact_text(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A fact as people read it: 'text 1024, image 1024', 'next-token (guidance 2.5, top_p 0.5)'."""
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
     if not isinstance(value, Mapping):
         return str(value)
     return ", ".join(
-        f"{name} ({fact_text(inner)})" if isinstance(inner, Mapping | list) else f"{name} {inner}"
+        f"{name} ({format_value(inner)})" if isinstance(inner, Mapping | list) else f"{name} {inner}"
         for name, inner in value.items()
     )
 
@@ -71,8 +71,8 @@ class MediaList(list[Any]):
         return type(self)(found) if isinstance(index, slice) else found
 
     def _repr_html_(self) -> str:
-        more = f"<div>and {len(self) - SHOWN} more</div>" if len(self) > SHOWN else ""
-        return part_html(list(self)[:SHOWN]) + more
+        more = f"<div>and {len(self) - MAX_PARTS} more</div>" if len(self) > MAX_PARTS else ""
+        return part_html(list(self)[:MAX_PARTS]) + more
 
 
 def turns_html(turns: Iterable[tuple[str, Any]]) -> str:

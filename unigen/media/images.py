@@ -27,17 +27,17 @@ ImageSource: TypeAlias = (
 )
 
 MAX_PIXELS = 32_000_000
-FLOAT_MARGIN = 0.5 / 255
+FLOAT_TOLERANCE = 0.5 / 255
 """How far floats may lie outside of 0 to 1, where they are cut off: half a step of 8 bits."""
-LONGEST_NAME = 400
+MAX_NAME_LENGTH = 400
 """Characters of a file's name that a message holds; longer ones lose their middle."""
-SUFFIXES = frozenset(
+IMAGE_SUFFIXES = frozenset(
     ".png .apng .jpg .jpeg .jpe .jfif .mpo .webp .gif .bmp .dib .tif .tiff .avif .avifs .heic .heif .jp2 .j2k .jpx"
     " .ppm .pgm .pbm .pnm .pfm .tga .ico .icns .qoi .dds .psd .pcx".split()
 )
 """What the name of a picture file ends in, in lower case."""
 ORIENTATION = 0x0112
-TURNS = {
+EXIF_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -76,7 +76,7 @@ def read_image(
     Raises:
         ImageError: a ValueError in one line, for what is missing, damaged, too large or not a picture.
     """
-    colour, alpha = _read(source, name or image_name(source), max_pixels, formats, srgb=True)
+    colour, alpha = _decode_source(source, name or image_name(source), max_pixels, formats, srgb=True)
     if alpha is None:
         return colour
     paper = Image.new("RGB", colour.size, "white")
@@ -111,12 +111,12 @@ def read_mask(
     source = _to_array(source, name) if _is_tensor(source) else source
     if isinstance(source, np.ndarray) and source.dtype.kind in "iu" and source.size and 0 <= source.min():
         source = source.astype(bool) if source.max() <= 1 else source
-    colour, alpha = _read(source, name, max_pixels, formats, srgb=False)
+    colour, alpha = _decode_source(source, name, max_pixels, formats, srgb=False)
     if transparent_marks and alpha is not None and alpha.getextrema()[0] == 0:
         return alpha.point(lambda value: 255 * (value == 0))
     coverage = colour.convert("L")
     if alpha is not None:
-        if _is_cut_out(colour, alpha):
+        if _has_transparent_hole(colour, alpha):
             hint = "what is transparent marks nothing, paint white what is to be made anew"
             raise ImageError(f"{name} is a picture with a hole, and not a mask: {hint}")
         coverage = ImageChops.multiply(coverage, alpha)
@@ -127,7 +127,7 @@ def read_mask(
     return coverage.point(lambda value: 255 * (value >= 128))
 
 
-def _is_cut_out(colour: Image.Image, alpha: Image.Image) -> bool:
+def _has_transparent_hole(colour: Image.Image, alpha: Image.Image) -> bool:
     """Whether a part is fully transparent, and more than a quarter of what is visible has a colour."""
     rgb, visible = np.asarray(colour), np.asarray(alpha) >= 128
     if alpha.getextrema()[0] != 0 or not visible.any():
@@ -138,10 +138,10 @@ def _is_cut_out(colour: Image.Image, alpha: Image.Image) -> bool:
 def is_image_path(text: str) -> bool:
     """Whether a text is one line that ends like the name of a picture file; the file need not exist."""
     stem, suffix = os.path.splitext(text)
-    return suffix.lower() in SUFFIXES and len(text.splitlines()) == 1 and not stem[-1:].isspace()
+    return suffix.lower() in IMAGE_SUFFIXES and len(text.splitlines()) == 1 and not stem[-1:].isspace()
 
 
-def missing(source: Any, name: str | None = None) -> str:
+def missing_file_message(source: Any, name: str | None = None) -> str:
     """The message for a picture file that does not exist."""
     name, text = name or image_name(source), source if isinstance(source, str) else ""
     if text.lower().startswith("file://"):
@@ -157,7 +157,7 @@ def is_image(value: Any) -> bool:
     return isinstance(value, kinds) or _is_tensor(value) or (hasattr(value, "read") and hasattr(value, "seek"))
 
 
-def _read(
+def _decode_source(
     source: Any, name: str, max_pixels: int, formats: tuple[str, ...] | None, srgb: bool
 ) -> tuple[Image.Image, Image.Image | None]:
     """The colours (RGB) and, where anything is transparent, the alpha (L) of an upright picture, both new images."""
@@ -183,14 +183,14 @@ def _read(
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name} is too large: at most {max_pixels:,} pixels") from error
     except FileNotFoundError as error:
-        raise ImageError(missing(source, name)) from error
+        raise ImageError(missing_file_message(source, name)) from error
     except IsADirectoryError as error:
         raise ImageError(f"{name} is a folder: give a picture file in it") from error
     except Exception as error:  # plugins raise whatever a damaged file leads them to
         known = "PNG or JPEG" if formats is None else ", ".join(formats)
         why = "" if isinstance(error, UnidentifiedImageError) else f" ({_reason(error)})"
         if isinstance(source, str) and source[:5].lower() == "data:":  # longer than a name may be
-            raise ImageError(missing(source, name)) from error
+            raise ImageError(missing_file_message(source, name)) from error
         raise ImageError(f"{name} cannot be read: is it a {known} file?{why}") from error
 
 
@@ -201,13 +201,13 @@ def _decode(image: Any, name: str, max_pixels: int, srgb: bool) -> tuple[Image.I
     _check_size(image, name, max_pixels)  # some formats know their size only now
     tags = getattr(image, "tag_v2", {})
     bits, inverted = tags.get(BITS_PER_SAMPLE, (16,))[0], tags.get(PHOTOMETRIC) == WHITE_IS_ZERO
-    profile, turn = image.info.get("icc_profile") if srgb else None, _turn(image)
+    profile, turn = image.info.get("icc_profile") if srgb else None, _exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
-        grey, alpha = _to_eight_bits(image, name, bits, inverted)
+        grey, alpha = _to_uint8(image, name, bits, inverted)
     else:
         grey, alpha = image, None
         if image.has_transparency_data:
-            image = image.convert("LA") if image.mode == "La" else _with_true_key(image, tile)
+            image = image.convert("LA") if image.mode == "La" else _scale_transparency_key(image, tile)
             rgba = image.convert("RGBA")
             grey, alpha = rgba.convert("RGB"), rgba.getchannel("A")
     if grey.mode in ("1", "P"):
@@ -227,20 +227,20 @@ def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
         raise ImageError(f"{name} has no pixels: it is {width}x{height}")
 
 
-def _turn(image: Image.Image) -> Image.Transpose | None:
+def _exif_transpose(image: Image.Image) -> Image.Transpose | None:
     """What makes the picture upright. Damaged EXIF says nothing."""
     try:
-        return TURNS.get(image.getexif().get(ORIENTATION))  # type: ignore[arg-type]
+        return EXIF_TRANSPOSES.get(image.getexif().get(ORIENTATION))  # type: ignore[arg-type]
     except Exception:
         return None
 
 
-def _to_eight_bits(image: Image.Image, name: str, bits: int, inverted: bool) -> tuple[Image.Image, Image.Image | None]:
+def _to_uint8(image: Image.Image, name: str, bits: int, inverted: bool) -> tuple[Image.Image, Image.Image | None]:
     """Greys of 16 bits, or floats of 0 to 1, as L, and the alpha where one value is transparent. Integers of 32 bits
     hold 16, or 8 where none is above 255, as PIL's own convert("I") makes them."""
     values = np.asarray(image)
     if values.dtype.kind == "f":
-        grey = _floats_to_eight_bits(values, name)
+        grey = _floats_to_uint8(values, name)
     else:
         values = values.astype(np.int32)
         low, high = int(values.min()), int(values.max())
@@ -253,17 +253,17 @@ def _to_eight_bits(image: Image.Image, name: str, bits: int, inverted: bool) -> 
     return Image.fromarray(255 - grey if inverted else grey), alpha
 
 
-def _floats_to_eight_bits(values: np.ndarray, name: str) -> np.ndarray:
+def _floats_to_uint8(values: np.ndarray, name: str) -> np.ndarray:
     if not np.isfinite(values).all():
         raise ImageError(f"{name} holds values that are not finite")
     low, high = float(values.min()), float(values.max())
-    if low < -FLOAT_MARGIN or high > 1 + FLOAT_MARGIN:
+    if low < -FLOAT_TOLERANCE or high > 1 + FLOAT_TOLERANCE:
         raise ImageError(f"{name} holds floats from {low:g} to {high:g}: scale them to 0 to 1")
     eight: np.ndarray = (values.clip(0, 1) * 255).round().astype(np.uint8)
     return eight
 
 
-def _with_true_key(image: Image.Image, tile: Any) -> Image.Image:
+def _scale_transparency_key(image: Image.Image, tile: Any) -> Image.Image:
     """PNG's transparent value as PIL's convert() wants it: of 8 bits, where the file has others."""
     key = image.info.get("transparency")
     if isinstance(key, int) and tile in ("L;2", "L;4"):
@@ -327,7 +327,7 @@ def _from_array(values: np.ndarray, name: str) -> Image.Image:
         values = values[..., 0]
     kind = values.dtype.kind
     if kind == "f":
-        eight = _floats_to_eight_bits(values, name)
+        eight = _floats_to_uint8(values, name)
     elif kind == "b":
         eight = np.where(values, 255, 0).astype(np.uint8)
     elif values.dtype == np.uint16:
@@ -350,7 +350,7 @@ def image_name(source: Any, what: str = "image") -> str:
     else:
         return f"the {what}"
     text = str(file)
-    text = text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME // 2]}...{text[-LONGEST_NAME // 2 :]}"
+    text = text if len(text) <= MAX_NAME_LENGTH else f"{text[: MAX_NAME_LENGTH // 2]}...{text[-MAX_NAME_LENGTH // 2 :]}"
     return f"{what} {text if text.isprintable() and text == text.strip() else repr(text)}"
 
 

@@ -3,9 +3,9 @@
 Everything is written under a temporary name in the same folder and then renamed, so that a full disk or an interrupt
 never leaves half a file where a good one was. Refuses to know models: PIL images and strings in, files out.
 
-    from unigen.media.output import check_output, save_picture
+    from unigen.media.output import check_output, save_image
     path = check_output("out.png", PICTURES)        # before the work: a ValueError if nothing can be written there
-    save_picture(path, image)
+    save_image(path, image)
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from unigen.utils.text import shorten
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 _UMASK = threading.Lock()
-PAGES = {".html": "HTML", ".htm": "HTML", ".md": "Markdown"}
+PAGE_FORMATS = {".html": "HTML", ".htm": "HTML", ".md": "Markdown"}
 
-STYLE = """
+PAGE_CSS = """
 :root { color-scheme: light dark; --ink: #1d2129; --soft: #667085; --paper: #faf9f7; --card: #fff;
         --line: #e6e3dd; --accent: #b4552d }
 @media (prefers-color-scheme: dark) {
@@ -96,18 +96,18 @@ def check_output(path: str | Path, kinds: dict[str, str]) -> Path:
 
 def check_story(path: str | Path) -> Path:
     """The same of a story's page; beside one in Markdown its pictures have to have room, too."""
-    path = check_output(path, PAGES)
-    if PAGES[path.suffix.lower()] == "Markdown":
-        check_output(_beside(path, LIMITS["max_images"].high - 1), PICTURES)
+    path = check_output(path, PAGE_FORMATS)
+    if PAGE_FORMATS[path.suffix.lower()] == "Markdown":
+        check_output(_story_image_path(path, LIMITS["max_images"].high - 1), IMAGE_FORMATS)
     return path
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Calls write(file) on a temporary file beside `path` and renames it; a ValueError if the disk refuses."""
-    write_together({path: write})
+    write_all_atomically({path: write})
 
 
-def write_together(writes: Mapping[Path, Callable[[IO[bytes]], object]]) -> None:
+def write_all_atomically(writes: Mapping[Path, Callable[[IO[bytes]], object]]) -> None:
     """The same of several files, none of which is renamed before all are written. A temporary file's name is short,
     whatever the final one is. A symbolic link stays one: the file to which it points is written."""
     made: dict[Path, str] = {}
@@ -149,33 +149,33 @@ def _umask() -> int:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_atomically(path, _text(text))
+    write_atomically(path, _text_writer(text))
 
 
-def save_picture(path: Path, image: Image) -> None:
-    write_atomically(path, _picture(path, image))
+def save_image(path: Path, image: Image) -> None:
+    write_atomically(path, _image_writer(path, image))
 
 
-def _text(text: str) -> Callable[[IO[bytes]], object]:
+def _text_writer(text: str) -> Callable[[IO[bytes]], object]:
     """What writes a text as UTF-8; what that cannot hold, such as bytes of a path in another encoding, is escaped."""
     return lambda file: file.write(text.encode(errors="backslashreplace"))
 
 
-def _picture(path: Path, image: Image) -> Callable[[IO[bytes]], object]:
-    return lambda file: image.save(file, format=PICTURES[path.suffix.lower()])
+def _image_writer(path: Path, image: Image) -> Callable[[IO[bytes]], object]:
+    return lambda file: image.save(file, format=IMAGE_FORMATS[path.suffix.lower()])
 
 
-def _beside(path: Path, number: int) -> Path:
+def _story_image_path(path: Path, number: int) -> Path:
     """A picture of a story in Markdown."""
     return path.with_name(f"{path.stem}-{number}.png")
 
 
-def numbered(path: Path, n: int) -> list[Path]:
+def numbered_paths(path: Path, n: int) -> list[Path]:
     """out.png for one picture; out-0.png, out-1.png, ... for several."""
     return [path] if n == 1 else [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(n)]
 
 
-def grid(images: Sequence[Image], gap: int = 2, columns: int | None = None) -> Image:
+def image_grid(images: Sequence[Image], gap: int = 2, columns: int | None = None) -> Image:
     """The pictures in one, row by row, `gap` pixels of white between them. columns: None is as square as it goes."""
     from PIL import Image as PILImage
 
@@ -188,16 +188,16 @@ def grid(images: Sequence[Image], gap: int = 2, columns: int | None = None) -> I
     return sheet
 
 
-def page(title: str, body: str) -> str:
+def html_page(title: str, body: str) -> str:
     """A whole HTML page without scripts or links to elsewhere; `body` is HTML, `title` is text."""
     return (
         '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>\n{STYLE}\n</style>\n<main>\n{body}\n</main>\n</html>\n"
+        f"<title>{html.escape(title)}</title>\n<style>\n{PAGE_CSS}\n</style>\n<main>\n{body}\n</main>\n</html>\n"
     )
 
 
-def figure(image: Image, caption: str = "", alt: str = "") -> str:
+def html_figure(image: Image, caption: str = "", alt: str = "") -> str:
     """A picture in a card; `caption` is HTML, `alt` is text."""
     below = f"<figcaption>{caption}</figcaption>" if caption else ""
     return f'<figure><img src="{data_uri(image)}" alt="{html.escape(alt)}">{below}</figure>'
@@ -210,7 +210,7 @@ def story_body(parts: Sequence[str | Image]) -> str:
         if isinstance(part, str):
             text = f"{text} {part.strip()}".strip()
         else:
-            rows.append(figure(part, html.escape(text), text))
+            rows.append(html_figure(part, html.escape(text), text))
             text = ""
     end = f'\n<p class="end">{html.escape(text)}</p>' if text else ""
     return '<div class="row story">\n' + "\n".join(rows) + f"\n</div>{end}"
@@ -221,10 +221,10 @@ def write_story(path: Path, title: str, parts: Sequence[str | Image], made: str)
 
     made: one line of text on how the story was made (command, model, seed).
     """
-    if PAGES[path.suffix.lower()] == "HTML":
+    if PAGE_FORMATS[path.suffix.lower()] == "HTML":
         head = f"<h1>{html.escape(title)}</h1>"
         foot = f"<footer>Made by <code>{html.escape(made)}</code></footer>"
-        write_text(path, page(title, "\n".join([head, story_body(parts), foot])))
+        write_text(path, html_page(title, "\n".join([head, story_body(parts), foot])))
         return [path]
     lines: list[str] = [f"# {' '.join(title.split())}"]
     pictures: dict[Path, Callable[[IO[bytes]], object]] = {}
@@ -232,15 +232,15 @@ def write_story(path: Path, title: str, parts: Sequence[str | Image], made: str)
         if isinstance(part, str):
             lines.append(part.strip())
             continue
-        picture = _beside(path, len(pictures))
-        pictures[picture] = _picture(picture, part)
+        picture = _story_image_path(path, len(pictures))
+        pictures[picture] = _image_writer(picture, part)
         lines.append(f"![]({quote(os.fsencode(picture.name))})")
-    lines.append(f"Made by {code(made)}")
-    write_together({**pictures, path: _text("\n\n".join(lines) + "\n")})
+    lines.append(f"Made by {markdown_code(made)}")
+    write_all_atomically({**pictures, path: _text_writer("\n\n".join(lines) + "\n")})
     return [path, *pictures]
 
 
-def code(text: str) -> str:
+def markdown_code(text: str) -> str:
     """A text as code in Markdown, between more backticks than follow each other in it."""
     runs = max((len(run) for run in re.findall("`+", text)), default=0)
     fence, space = "`" * (runs + 1), " " if runs else ""

@@ -11,15 +11,16 @@ from PIL import Image
 from torch import Tensor
 
 from unigen.media.images import read_image
-from unigen.utils.numbers import NotFinite
+from unigen.utils.numbers import NonFiniteError
 
-LONGEST = 50
+MAX_ASPECT_RATIO = 50
 """How many times as long as wide a picture may be that a model reads."""
-Framing = Callable[[Image.Image, int], np.ndarray]
-"""How a picture is brought to a square of so many pixels, uint8 (size, size, 3): `square`, or a family's own way."""
+ImagePreprocess = Callable[[Image.Image, int], np.ndarray]
+"""How a picture is brought to a square of so many pixels, uint8 (size, size, 3): `center_crop_resize`, or a family's
+own way."""
 
 
-def square(image: Image.Image, size: int) -> np.ndarray:
+def center_crop_resize(image: Image.Image, size: int) -> np.ndarray:
     """The picture's centre square, resized: uint8 (size, size, 3)."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -28,7 +29,7 @@ def square(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(image)
 
 
-def to_pixels(images: Sequence[Any], size: int, frame: Framing = square) -> Tensor:
+def to_pixels(images: Sequence[Any], size: int, frame: ImagePreprocess = center_crop_resize) -> Tensor:
     """Pictures as float32 (N, 3, size, size) in [-1, 1].
 
     Args:
@@ -42,22 +43,24 @@ def to_pixels(images: Sequence[Any], size: int, frame: Framing = square) -> Tens
         if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape == (size, size, 3)):
             picture = read_image(image)
             width, height = picture.size
-            if max(width, height) > LONGEST * min(width, height):
-                raise ValueError(f"image of {width}x{height} pixels is too long: at most {LONGEST} to 1, so cut it")
+            if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+                raise ValueError(
+                    f"image of {width}x{height} pixels is too long: at most {MAX_ASPECT_RATIO} to 1, so cut it"
+                )
             image = frame(picture, size)
         arrays.append(image)
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def to_images(pixels_BCHW: Tensor) -> list[Image.Image]:
-    """Pictures from float pixels in [-1, 1]. Raises NotFinite where one of them is no number."""
+    """Pictures from float pixels in [-1, 1]. Raises NonFiniteError where one of them is no number."""
     if not bool(pixels_BCHW.isfinite().all()):
-        raise NotFinite("pixels", pixels_BCHW.dtype)
+        raise NonFiniteError("pixels", pixels_BCHW.dtype)
     array = ((pixels_BCHW.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(a) for a in array]
 
 
-def stack_images(images: Sequence[Any], size: int, frame: Framing = square) -> Tensor:
+def stack_images(images: Sequence[Any], size: int, frame: ImagePreprocess = center_crop_resize) -> Tensor:
     """What is given as tensors, codes or latents, stacked (N, ...); else pixels (N, 3, size, size) in [-1, 1]."""
     if all(isinstance(image, Tensor) for image in images):
         return torch.stack(list(images))

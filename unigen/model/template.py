@@ -15,17 +15,17 @@ from PIL import Image
 
 from unigen.batch import Layout, Tokens
 from unigen.document import Document, Segment
-from unigen.media.pixels import square
+from unigen.media.pixels import center_crop_resize
 
 Output = Literal["image", "text", "interleaved", "pair"]
 OUTPUTS: tuple[Output, ...] = ("image", "text", "interleaved", "pair")
 
 
-class Unable(ValueError):
+class UnsupportedError(ValueError):
     """A model cannot do what is asked, whatever it is given."""
 
 
-def pictures_first(segments: Sequence[Segment]) -> list[Segment]:
+def images_first(segments: Sequence[Segment]) -> list[Segment]:
     """The segments, with the pictures of each of the user's messages before its words, else in their order.
 
     For families that have learnt their questions so. A message is all that the user says before the assistant does."""
@@ -35,14 +35,14 @@ def pictures_first(segments: Sequence[Segment]) -> list[Segment]:
     return ordered
 
 
-def split_system(segments: Sequence[Segment]) -> tuple[str, list[Segment]]:
+def split_system_messages(segments: Sequence[Segment]) -> tuple[str, list[Segment]]:
     """The text of all system messages, "" where there are none, and what the user and the assistant say."""
     told = [(segment.text or "").strip() for segment in segments if segment.role == "system"]
     return "\n\n".join(told), [segment for segment in segments if segment.role != "system"]
 
 
-_POLITE = re.compile(r"^(?:please\b[\s,]*|(?:can|could|would|will) you\b\s*)+", re.IGNORECASE)
-_ASKS = re.compile(
+_POLITE_PREFIX = re.compile(r"^(?:please\b[\s,]*|(?:can|could|would|will) you\b\s*)+", re.IGNORECASE)
+_QUESTION_START = re.compile(
     r"(?:what|which|who|whose|whom|where|when|why|how|is|are|am|was|were|do|does|did|has|have|can|could|should|would|will"
     r"|describe|caption|explain|tell(?!.*\bstory)|say|count|list|name|identify|classify|read|transcribe|translate|summari[sz]e|compare"
     r"|answer|see|know|guess)(?:'s|’s|s)?\b",
@@ -50,24 +50,24 @@ _ASKS = re.compile(
 )
 
 
-def asks(text: str) -> bool:
+def is_question(text: str) -> bool:
     """Do English words ask for words: "what is this", "Describe the image.", "a dog, right?"? What is asked for
     politely is what is asked for: "can you make it red?" does not."""
     for sentence in re.split(r"(?<=[.!?？؟])\s+|\n", text):
-        plain = _POLITE.sub("", sentence.strip())
+        plain = _POLITE_PREFIX.sub("", sentence.strip())
         polite = plain != sentence.strip()
-        if _ASKS.match(plain) or (not polite and plain.endswith(("?", "？", "؟"))):
+        if _QUESTION_START.match(plain) or (not polite and plain.endswith(("?", "？", "؟"))):
             return True
     return False
 
 
-def usual_output(document: Document, outputs: Sequence[Output]) -> Output:
+def default_output(document: Document, outputs: Sequence[Output]) -> Output:
     """What an answer holds where nobody says: text, where the last message asks about a picture of the conversation;
     else text and pictures as the model decides, else what it can."""
     last: list[str] = []
     for role, message in groupby(document.segments, key=lambda segment: segment.role):
         last = [segment.text or "" for segment in message] if role == "user" else last
-    if "text" in outputs and document.images() and asks("\n".join(last)):
+    if "text" in outputs and document.images() and is_question("\n".join(last)):
         return "text"
     return next(output for output in ("interleaved", "text", "image") if output in outputs)
 
@@ -112,7 +112,7 @@ class Template(Protocol):
 
 
 @runtime_checkable
-class MaskReader(Protocol):
+class SupportsMaskCells(Protocol):
     """A template of a family that has a rule of its own for the codes that a mask marks."""
 
     def mask_cells(self, mask: Image.Image, size: int, grid: tuple[int, int]) -> np.ndarray:
@@ -120,7 +120,7 @@ class MaskReader(Protocol):
         ...
 
 
-class PublicTemplate:
+class PretrainedTemplate:
     """What templates of public models share: next-token, no text in a picture's span, special tokens by name."""
 
     outputs: tuple[Output, ...] = ("image", "text")
@@ -139,7 +139,7 @@ class PublicTemplate:
         self.settings: dict[str, Any] = {}
 
     def frame(self, image: Image.Image, size: int) -> np.ndarray:
-        return square(image, size)
+        return center_crop_resize(image, size)
 
     def prefix(self, ids: Sequence[int]) -> int:
         return 0
@@ -151,7 +151,7 @@ class PublicTemplate:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
 
-class DrawingTemplate(PublicTemplate):
+class ImageOnlyTemplate(PretrainedTemplate):
     """Of models that draw and do nothing else: no token stands between a prompt and its picture of so many codes."""
 
     outputs: tuple[Output, ...] = ("image",)
@@ -176,7 +176,7 @@ class DrawingTemplate(PublicTemplate):
         return tokens
 
 
-class ClassTemplate(DrawingTemplate):
+class ClassTemplate(ImageOnlyTemplate):
     """Of models that draw classes: a prompt is the class's id, guidance's other branch the id after the last of
     them."""
 

@@ -21,19 +21,19 @@ from torch import Tensor, nn
 from unigen import hub
 from unigen.batch import Batch, Tokens, Vocabulary
 from unigen.document import Document, Segment
-from unigen.generators import find
-from unigen.generators.base import CODES, Generator
+from unigen.generators import find_generator
+from unigen.generators.base import SAMPLING_OPTION_NAMES, Generator
 from unigen.media.pixels import to_images, to_pixels
 from unigen.model.template import Template
 from unigen.nn import quantized
 from unigen.nn.backbone import Backbone, SlotCache
 from unigen.samplers.guidance import Guidance
-from unigen.samplers.logits import Sampling
+from unigen.samplers.logits import SamplingOptions
 from unigen.tokenizers import ImageTokenizer, save_tokenizer, text
 from unigen.tokenizers.quantize import check_codes, check_finite
 
 
-class Sight(nn.Module):
+class VisionEncoder(nn.Module):
     """Pictures as vectors that the backbone reads in place of embeddings, where it does not read their codes."""
 
     positions: int
@@ -48,7 +48,7 @@ class Sight(nn.Module):
         return {}
 
 
-class Generators(dict[str, Any]):
+class GeneratorDict(dict[str, Any]):
     """Generators by name. Some may be made when they are first asked for, so that what only they import is imported for
     them alone.
 
@@ -74,7 +74,7 @@ class Generators(dict[str, Any]):
 
     def takes(self, name: str) -> tuple[str, ...]:
         """The options that a generator heeds, without making it."""
-        taken: tuple[str, ...] = (find(name) if name in self.later else self[name]).takes
+        taken: tuple[str, ...] = (find_generator(name) if name in self.later else self[name]).takes
         return taken
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -100,7 +100,7 @@ class UnifiedModel(nn.Module):
         image_tokenizer: ImageTokenizer,
         template: Template,
         generators: dict[str, Generator],
-        sight: Sight | None = None,
+        sight: VisionEncoder | None = None,
     ) -> None:
         super().__init__()
         self.family = family
@@ -109,7 +109,7 @@ class UnifiedModel(nn.Module):
         self.text_tokenizer = text_tokenizer
         self.image_tokenizer = image_tokenizer
         self.template = template
-        self.generators = generators if isinstance(generators, Generators) else Generators(generators)
+        self.generators = generators if isinstance(generators, GeneratorDict) else GeneratorDict(generators)
         self.generators.adopt = self._adopt
         self.sampling: dict[str, dict[str, Any]] = {}
         self.quantization: str | None = None
@@ -190,14 +190,14 @@ class UnifiedModel(nn.Module):
         be changed. Raises ValueError for what it does not take."""
         if generator not in self.generators:
             raise ValueError(f"the model has no generator {generator!r}")
-        takes = ("guidance", *(name for name in CODES if name in self.generators.takes(generator)))
+        takes = ("guidance", *(name for name in SAMPLING_OPTION_NAMES if name in self.generators.takes(generator)))
         takes = self.generators.takes(generator) if generator == "text" else takes
         if unknown := [name for name in options if name not in takes]:
             raise ValueError(f"{generator} does not take {', '.join(unknown)}: it takes {', '.join(takes)}")
         scales = Guidance.of(options.get("guidance", [1.0] * self.template.scales)).scales
         if len(scales) != self.template.scales:
             raise ValueError(f"{generator} takes {self.template.scales} scales of guidance, not {len(scales)}")
-        Sampling(**{name: value for name, value in options.items() if name != "guidance"})  # type: ignore[arg-type]
+        SamplingOptions(**{name: value for name, value in options.items() if name != "guidance"})  # type: ignore[arg-type]
         self.sampling[generator] = dict(options)
 
     def quantize(self, kind: str, device: str | torch.device) -> None:
@@ -330,7 +330,7 @@ class UnifiedModel(nn.Module):
             lm = self.backbone.lm
             if dtype is not None:
                 lm = copy.deepcopy(lm).to(dtype)
-            with hub.quiet():
+            with hub.silence_transformers():
                 lm.save_pretrained(scratch)
             if self.text_tokenizer is not None:
                 text.save(self.text_tokenizer, scratch)

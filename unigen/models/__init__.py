@@ -14,17 +14,17 @@ import torch
 
 from unigen import hub
 from unigen.model.unified import UnifiedModel
-from unigen.models.relatives import explain
+from unigen.models.relatives import explain_unsupported
 from unigen.utils.disk import check_folder, disk_errors
 
 
 def load(name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> UnifiedModel:
     """The model of a shipped name, a folder or a name on the Hugging Face hub, in evaluation mode. dtype: None
     is float32, or as stored in a public checkpoint. Raises ValueError in one line for bad input."""
-    return load_found(*find(name), device, dtype)
+    return load_resolved(*resolve_model(name), device, dtype)
 
 
-def load_found(
+def load_resolved(
     folder: Path,
     variant: str | None,
     device: str | torch.device = "cpu",
@@ -32,18 +32,18 @@ def load_found(
     quantization: str | None = None,
     inference: bool = False,
 ) -> UnifiedModel:
-    """The same of what `find` gave.
+    """The same of what `resolve_model` gave.
 
     Args:
         quantization: see `UnifiedModel.quantize`.
         inference: may it be a model that only reads and answers, where its family has a faster way to load one?
     """
     manifest = hub.read_json(folder / hub.MANIFEST) if (folder / hub.MANIFEST).is_file() else None
-    family = family_of(folder, manifest)
+    family = find_family(folder, manifest)
     if variant is not None and (manifest is not None or not hasattr(family, "REPOSITORIES")):
         raise ValueError(f"{folder} holds one model: leave out {variant!r}")
     options = {} if variant is None else {"variant": variant}
-    with hub.damage_of(folder):
+    with hub.wrap_load_errors(folder):
         if inference and quantization is None and hasattr(family, "load_for_inference"):
             model: UnifiedModel = family.load_for_inference(folder, dtype, **options)
         else:
@@ -54,13 +54,13 @@ def load_found(
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"sampling in {folder / hub.MANIFEST}: {error}") from error
     if inference and torch.device(device).type == "cpu":
-        widen(model, model.backbone)
+        to_float32(model, model.backbone)
     if quantization is not None:
         model.quantize(quantization, device)
     return model.to(device).eval()
 
 
-def widen(model: torch.nn.Module, language: torch.nn.Module) -> None:
+def to_float32(model: torch.nn.Module, language: torch.nn.Module) -> None:
     """float16 weights as float32, which is what a CPU computes with: products of float16 round differently in a batch
     than alone there, and activations of many public models exceed its range. language: the part of the model that says
     in which precision it is held."""
@@ -68,11 +68,11 @@ def widen(model: torch.nn.Module, language: torch.nn.Module) -> None:
         model.float()
 
 
-class Unknown(ValueError):
+class UnknownModelError(ValueError):
     """A folder that is of no family here."""
 
 
-def find(
+def resolve_model(
     name: str | Path, reads: bool = False, check_pipeline: Callable[[Path], Any] | None = None
 ) -> tuple[Path, str | None]:
     """The folder of a name, and which of several models there is meant. Of a repository of the hub weights are fetched
@@ -86,13 +86,13 @@ def find(
             return
         manifest = folder / hub.MANIFEST
         try:
-            family_of(folder, hub.read_json(manifest) if manifest.is_file() else None)
-        except Unknown:
+            find_family(folder, hub.read_json(manifest) if manifest.is_file() else None)
+        except UnknownModelError:
             if not reads:
                 raise
 
     loose = [pattern for module in families() for pattern in getattr(module, "FILES", ())]
-    return hub.resolve(name, holdings(), judge, loose)
+    return hub.resolve(name, multi_model_repos(), judge, loose)
 
 
 def convert(name: str | Path, folder: str | Path, layout: str = "unigen") -> None:
@@ -121,18 +121,18 @@ def convert(name: str | Path, folder: str | Path, layout: str = "unigen") -> Non
 def causal_lm(model: UnifiedModel) -> Any:
     """The language model as vLLM serves it: one table and one head for text and codes, of a class of transformers, or
     named as one of `unigen.backends.vllm_models`. Raises ValueError saying why a family has none."""
-    if why := unserved(model.family):
+    if why := vllm_unsupported_reason(model.family):
         raise ValueError(f"vLLM cannot serve {model.family}: {why}")
     return importlib.import_module(f"{__name__}.{model.family}").causal_lm(model)
 
 
-def unserved(family: str) -> str | None:
+def vllm_unsupported_reason(family: str) -> str | None:
     """Why vLLM cannot serve a family, None where it can: a family's file defines `causal_lm`, or says `UNSERVED`."""
     module = importlib.import_module(f"{__name__}.{family}")
     return None if hasattr(module, "causal_lm") else str(module.UNSERVED)
 
 
-def family_of(folder: Path, manifest: dict[str, Any] | None) -> Any:
+def find_family(folder: Path, manifest: dict[str, Any] | None) -> Any:
     """The module of the folder's family."""
     if manifest is not None:
         family = str(manifest.get("family"))
@@ -146,16 +146,18 @@ def family_of(folder: Path, manifest: dict[str, Any] | None) -> Any:
             if hasattr(module, "refuse"):
                 module.refuse(folder, config)
             return module
-    if why := explain(folder, config):
+    if why := explain_unsupported(folder, config):
         raise ValueError(why)
     if (folder / "model_index.json").is_file():
-        raise Unknown(f"{folder} is a diffusers pipeline: it is loaded by unigen.load, and has no other layout")
+        raise UnknownModelError(
+            f"{folder} is a diffusers pipeline: it is loaded by unigen.load, and has no other layout"
+        )
     if not config:
         raise ValueError(f"folder {folder} holds neither {hub.MANIFEST} nor {hub.CONFIG}, so it is no model")
     kind = config.get("model_type") or config.get("_class_name") or "unknown"
     names = ", ".join(module.__name__.rpartition(".")[2] for module in families())
     also = ": as a model that reads it can be joined to one that draws, by --lmm" if is_language_model(kind) else ""
-    raise Unknown(f"{folder} is a model of type {kind!r}, which is of no family known here ({names}){also}")
+    raise UnknownModelError(f"{folder} is a model of type {kind!r}, which is of no family known here ({names}){also}")
 
 
 def is_language_model(kind: str) -> bool:
@@ -172,6 +174,6 @@ def families() -> list[Any]:
     return [importlib.import_module(f"{__name__}.{name}") for name in names]
 
 
-def holdings() -> dict[str, Any]:
+def multi_model_repos() -> dict[str, Any]:
     """Repositories of the hub that hold several models: the files of each."""
     return {repo: held for module in families() for repo, held in getattr(module, "REPOSITORIES", {}).items()}

@@ -30,27 +30,27 @@ from unigen.batch import Layout, Tokens, Vocabulary
 from unigen.document import Document, Segment
 from unigen.generators.base import Generator
 from unigen.generators.next_token import NextToken, Text
-from unigen.model.template import Output, PublicTemplate
+from unigen.model.template import Output, PretrainedTemplate
 from unigen.model.unified import UnifiedModel
 from unigen.nn.backbone import Backbone
 from unigen.tokenizers import text, vqgan
 
 BOI, EOI, EOT = "<racm3:break>", "<eoss>", "<reserved08706>"
-CODE = "IMGIMG{}Z"
-MASKED = "mask_image_logits"
+CODE_TOKEN = "IMGIMG{}Z"
+MASK_LOGITS_KEY = "mask_image_logits"
 """What the configs of Lumina-mGPT say more than those of transformers."""
 IMAGE_SIZE = 512
 SAMPLING: dict[str, Any] = {"guidance": [3.0, 1.2], "temperature": 0.7, "top_p": 0.9}
-WRITING = {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.2}
+TEXT_SAMPLING = {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.2}
 """How Anole's scripts draw text."""
 
 
-def spelt(code: int) -> str:
+def code_token(code: int) -> str:
     """A code's name in the text tokenizer: its digits as letters from A."""
-    return CODE.format("".join(chr(ord("A") + int(digit)) for digit in str(code)))
+    return CODE_TOKEN.format("".join(chr(ord("A") + int(digit)) for digit in str(code)))
 
 
-class ChameleonTemplate(PublicTemplate):
+class ChameleonTemplate(PretrainedTemplate):
     outputs: tuple[Output, ...] = ("image", "text", "interleaved")
     scales = 2
     names: tuple[str, ...] = (BOI, EOI, EOT)
@@ -94,8 +94,8 @@ class ChameleonTemplate(PublicTemplate):
         prompt = self._said(segments, turns=not blind)
         return (prompt.own(EOT, loss=True) if document.segments[-1].role == "assistant" else prompt).tokens()
 
-    def _said(self, segments: Sequence[Segment], turns: bool, begins: bool = True) -> text.Prompt:
-        prompt = text.Prompt(self.tokenizer, self.special).ids([self.tokenizer.bos_token_id] if begins else [])
+    def _said(self, segments: Sequence[Segment], turns: bool, begins: bool = True) -> text.PromptBuilder:
+        prompt = text.PromptBuilder(self.tokenizer, self.special).ids([self.tokenizer.bos_token_id] if begins else [])
         before = None
         for segment in segments:
             if segment.role == "system":
@@ -114,40 +114,40 @@ class ChameleonTemplate(PublicTemplate):
             before = segment
         return prompt
 
-    def _picture(self, prompt: text.Prompt, image: Any, learnt: bool) -> text.Prompt:
+    def _picture(self, prompt: text.PromptBuilder, image: Any, learnt: bool) -> text.PromptBuilder:
         return prompt.own(BOI, loss=learnt).image(image, self.positions, loss=learnt).own(EOI)
 
 
 def owns(folder: Path, config: dict[str, Any]) -> bool:
-    return config.get("model_type") == "chameleon" and MASKED not in config
+    return config.get("model_type") == "chameleon" and MASK_LOGITS_KEY not in config
 
 
 def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
     """The model in `folder`, in transformers' layout or in ours, strictly. dtype: None is as it is stored."""
     from transformers import ChameleonForConditionalGeneration
 
-    tokenizer, image_tokenizer = tokenizers(folder)
-    lm = hub.pretrained(ChameleonForConditionalGeneration, folder, dtype)
+    tokenizer, image_tokenizer = load_tokenizers(folder)
+    lm = hub.load_pretrained(ChameleonForConditionalGeneration, folder, dtype)
     height, width = image_tokenizer.grid
     template = ChameleonTemplate(tokenizer, height * width)
-    model = joined("chameleon", lm, image_tokenizer, template, template.special.values())
+    model = build_chameleon("chameleon", lm, image_tokenizer, template, template.special.values())
     model.sample_by("next-token", **SAMPLING)
-    model.sample_by("text", **WRITING)
+    model.sample_by("text", **TEXT_SAMPLING)
     return model
 
 
-def tokenizers(folder: Path) -> tuple[Any, Any]:
+def load_tokenizers(folder: Path) -> tuple[Any, Any]:
     """Of text and of pictures."""
-    return text.of_model(folder), vqgan.of_chameleon(folder, IMAGE_SIZE)
+    return text.load_from_model(folder), vqgan.load_chameleon(folder, IMAGE_SIZE)
 
 
-def joined(
+def build_chameleon(
     family: str, lm: Any, image_tokenizer: Any, template: ChameleonTemplate, specials: Iterable[int], row_end: int = 0
 ) -> UnifiedModel:
     """The parts as one model. specials: ids that no text holds, beside the tokenizer's own; row_end: ids after a row of
     codes. ValueError where the codes' names or ids are not Chameleon's."""
     tokenizer = template.tokenizer
-    names, known = [spelt(code) for code in range(image_tokenizer.codebook_size)], tokenizer.get_vocab()
+    names, known = [code_token(code) for code in range(image_tokenizer.codebook_size)], tokenizer.get_vocab()
     if missing := [name for name in names if name not in known]:
         raise ValueError(f"the text tokenizer lacks {len(missing)} image codes, {missing[0]} among them")
     ids = [known[name] for name in names]
@@ -165,14 +165,14 @@ def joined(
 
 def causal_lm(model: UnifiedModel) -> Any:
     """All of it, for the class of ours that vLLM finds by this name (`unigen.backends.vllm_models`)."""
-    return hub.named(model.backbone.lm, "UnigenChameleonForCausalLM")
+    return hub.with_architecture(model.backbone.lm, "UnigenChameleonForCausalLM")
 
 
 def save_public(model: UnifiedModel, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
     """Write the files of transformers' layout, and Chameleon's image tokenizer beside them. state: the tensors, where
     they are not transformers'."""
     assert isinstance(model.image_tokenizer, vqgan.VQGAN)
-    with hub.quiet():
+    with hub.silence_transformers():
         model.backbone.lm.save_pretrained(folder, state_dict=state)
     text.save(model.text_tokenizer, folder)
     vqgan.save_public(model.image_tokenizer, folder / "tokenizer")

@@ -26,33 +26,33 @@ from unigen.config import save_json
 from unigen.document import Document, Segment
 from unigen.generators.base import Generator
 from unigen.generators.next_token import NextToken, Text
-from unigen.model.template import Output, PublicTemplate, Unable, pictures_first, split_system
+from unigen.model.template import Output, PretrainedTemplate, UnsupportedError, images_first, split_system_messages
 from unigen.model.unified import UnifiedModel
 from unigen.nn.backbone import Backbone
-from unigen.tokenizers import load_tokenizer, text
+from unigen.tokenizers import load_image_tokenizer, text
 from unigen.tokenizers.emu3_vq import Emu3VQ
 
 BOI, IMG, EOI = "<|image start|>", "<|image token|>", "<|image end|>"
 EOL, EOF = "<|extra_200|>", "<|extra_201|>"
-PRAISE = " masterpiece, film grained, best quality."
-NEGATIVE = (
+QUALITY_SUFFIX = " masterpiece, film grained, best quality."
+NEGATIVE_PROMPT = (
     "lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, cropped, worst quality, "
     "low quality, normal quality, jpeg artifacts, signature, watermark, username, blurry."
 )
-SYSTEM = "You are a helpful assistant. "
+SYSTEM_PROMPT = "You are a helpful assistant. "
 IMAGE_SIZE = 720
-LEAST, MOST = 512 * 512, 1024 * 1024
+MIN_PIXELS, MAX_PIXELS = 512 * 512, 1024 * 1024
 """Pixels of a picture to be read, where the folder's preprocessor_config.json does not say."""
 SAMPLING = {"guidance": 3.0, "temperature": 1.0, "top_k": 2048}
 
 
-class Emu3Template(PublicTemplate):
+class Emu3Template(PretrainedTemplate):
     """limits: the least and the most pixels of a picture to be read; stride: pixels a code along each side."""
 
     free_size = True
     system = True
 
-    def __init__(self, tokenizer: Any, stride: int, limits: tuple[int, int] = (LEAST, MOST)) -> None:
+    def __init__(self, tokenizer: Any, stride: int, limits: tuple[int, int] = (MIN_PIXELS, MAX_PIXELS)) -> None:
         super().__init__(tokenizer)
         self.stride, self.limits = stride, limits
         self.names = (BOI, IMG, EOI, EOL, EOF)
@@ -91,18 +91,18 @@ class Emu3Template(PublicTemplate):
         prompt = self._drawing(document.segments[:-1], blind)
         return self._picture(prompt, last, learnt=True).ids([self.tokenizer.eos_token_id]).tokens()
 
-    def _drawing(self, segments: Sequence[Segment], blind: bool) -> text.Prompt:
+    def _drawing(self, segments: Sequence[Segment], blind: bool) -> text.PromptBuilder:
         if any(segment.text is None for segment in segments):
-            raise Unable("emu3 draws from words alone: leave pictures and classes out, or ask for text")
-        prompt = text.Prompt(self.tokenizer, self.names).ids([self.tokenizer.bos_token_id])
+            raise UnsupportedError("emu3 draws from words alone: leave pictures and classes out, or ask for text")
+        prompt = text.PromptBuilder(self.tokenizer, self.names).ids([self.tokenizer.bos_token_id])
         words = " ".join((segment.text or "").strip() for segment in segments)
-        return prompt.own(NEGATIVE) if blind else prompt.said(words).own(PRAISE)
+        return prompt.own(NEGATIVE_PROMPT) if blind else prompt.said(words).own(QUALITY_SUFFIX)
 
-    def _chat(self, segments: Sequence[Segment]) -> text.Prompt:
-        told, segments = split_system(segments)
-        prompt = text.Prompt(self.tokenizer, self.names).ids([self.tokenizer.bos_token_id])
-        prompt = prompt.said(f"{told} ") if told else prompt.own(SYSTEM)
-        role, segments = None, pictures_first(segments)  # as its authors lay out a question
+    def _chat(self, segments: Sequence[Segment]) -> text.PromptBuilder:
+        told, segments = split_system_messages(segments)
+        prompt = text.PromptBuilder(self.tokenizer, self.names).ids([self.tokenizer.bos_token_id])
+        prompt = prompt.said(f"{told} ") if told else prompt.own(SYSTEM_PROMPT)
+        role, segments = None, images_first(segments)  # as its authors lay out a question
         for number, segment in enumerate(segments):
             if segment.label is not None:
                 raise ValueError("emu3 reads words, not classes: say it in words")
@@ -118,7 +118,7 @@ class Emu3Template(PublicTemplate):
                 prompt.own(".")
         return prompt
 
-    def _picture(self, prompt: text.Prompt, segment: Segment, learnt: bool = False) -> text.Prompt:
+    def _picture(self, prompt: text.PromptBuilder, segment: Segment, learnt: bool = False) -> text.PromptBuilder:
         if not isinstance(segment.image, torch.Tensor):
             raise ValueError("pictures stand in Emu3's prompts by their own size: give them as codes (model.read)")
         height, width = segment.image.shape
@@ -140,20 +140,22 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
     image_tokenizer: Emu3VQ
     if (folder / hub.MANIFEST).is_file():
         llama = hub.read_json(folder / hub.CONFIG).get("model_type") == "llama"  # written by `causal_lm`
-        lm = hub.pretrained(LlamaForCausalLM if llama else Emu3ForCausalLM, folder, dtype)
-        image_tokenizer = load_tokenizer(folder / "image_tokenizer")
+        lm = hub.load_pretrained(LlamaForCausalLM if llama else Emu3ForCausalLM, folder, dtype)
+        image_tokenizer = load_image_tokenizer(folder / "image_tokenizer")
         limits = hub.read_json(folder / hub.MANIFEST).get("template", {})
     else:
-        whole = hub.pretrained(Emu3ForConditionalGeneration, folder, dtype)
+        whole = hub.load_pretrained(Emu3ForConditionalGeneration, folder, dtype)
         with torch.device("meta"):
             lm = Emu3ForCausalLM(whole.config.text_config)
         lm.model, lm.lm_head, lm.generation_config = whole.model.text_model, whole.lm_head, whole.generation_config
         image_tokenizer = Emu3VQ(whole.model.vqmodel.float(), IMAGE_SIZE)
-        limits = hub.picture_settings(folder)
+        limits = hub.image_processor_config(folder)
         if any(value != 0.5 for name in ("image_mean", "image_std") for value in limits.get(name, (0.5,))):
             raise ValueError(f"{folder}: pictures are read in [-1, 1], of mean and std 0.5")
     stride = image_tokenizer.image_size // image_tokenizer.grid[0]
-    template = Emu3Template(tokenizer, stride, (limits.get("min_pixels", LEAST), limits.get("max_pixels", MOST)))
+    template = Emu3Template(
+        tokenizer, stride, (limits.get("min_pixels", MIN_PIXELS), limits.get("max_pixels", MAX_PIXELS))
+    )
     codes = image_tokenizer.codebook_size
     first = tokenizer.convert_tokens_to_ids(visual_token(0))
     if tokenizer.convert_tokens_to_ids(visual_token(codes - 1)) != first + codes - 1:
@@ -202,7 +204,7 @@ def save_public(model: UnifiedModel, folder: Path) -> None:
     with torch.device("meta"):
         whole = Emu3ForConditionalGeneration(config)
     whole.model.text_model, whole.lm_head, whole.model.vqmodel = lm.model, lm.lm_head, image_tokenizer.net
-    with hub.quiet():
+    with hub.silence_transformers():
         whole.save_pretrained(folder)
     text.save(model.text_tokenizer, folder)
     settings = template.settings | {"spatial_factor": template.stride, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}

@@ -31,32 +31,32 @@ from unigen.config import save_json
 from unigen.document import Document, Segment
 from unigen.generators.base import Generator
 from unigen.generators.next_token import NextToken, Text
-from unigen.model.template import Output, PublicTemplate, Unable, split_system
-from unigen.model.unified import Sight, UnifiedModel
+from unigen.model.template import Output, PretrainedTemplate, UnsupportedError, split_system_messages
+from unigen.model.unified import UnifiedModel, VisionEncoder
 from unigen.nn.backbone import Backbone
-from unigen.tokenizers import load_tokenizer, text, vqgan
+from unigen.tokenizers import load_image_tokenizer, text, vqgan
 
 USER, ASSISTANT = "<|User|>", "<|Assistant|>"
-PLAIN = ("User", "Assistant")
+PLAIN_ROLES = ("User", "Assistant")
 """The roles of the first Janus; its repository has the same sft_format and tokens as Janus-Pro's."""
-FIRST = re.compile(r"Janus-1\.3B", re.IGNORECASE)
-FORMATS = {PLAIN: "deepseek_old", (USER, ASSISTANT): "deepseek"}
+FIRST_JANUS_NAME = re.compile(r"Janus-1\.3B", re.IGNORECASE)
+SFT_FORMATS = {PLAIN_ROLES: "deepseek_old", (USER, ASSISTANT): "deepseek"}
 """sft_format of processor_config.json, by roles."""
 BOI, EOI, PAD = "<begin_of_image>", "<end_of_image>", "<｜▁pad▁｜>"
 SYSTEM = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
     "provides, and assist the user with a variety of tasks using natural language."
 )
-PAPER = (127, 127, 127)
+PAD_COLOR = (127, 127, 127)
 """What a picture to be read is laid on to make it square."""
-EMBEDDINGS = "backbone.lm.model.embed_tokens.weight"
+EMBEDDINGS_KEY = "backbone.lm.model.embed_tokens.weight"
 IMAGE_SIZE = 384
 HEADS, HEAD_WIDTH = 16, 64
 """Of the vision encoder's attention, SigLIP's."""
 SAMPLING = {"guidance": 5.0, "temperature": 1.0}
 
 
-class JanusTemplate(PublicTemplate):
+class JanusTemplate(PretrainedTemplate):
     """features, codes: positions of a picture that is read, and drawn. roles: names of the user and the assistant."""
 
     system = True
@@ -77,10 +77,10 @@ class JanusTemplate(PublicTemplate):
         return Layout(grid, closing=(self.special[EOI],))
 
     def frame(self, image: Image.Image, size: int) -> np.ndarray:
-        """The whole picture, resized, in the middle of a square of `PAPER`."""
+        """The whole picture, resized, in the middle of a square of `PAD_COLOR`."""
         longest = max(image.size)
         width, height = (max(14, int(side / longest * size)) for side in image.size)
-        paper = Image.new("RGB", (size, size), PAPER)
+        paper = Image.new("RGB", (size, size), PAD_COLOR)
         resized = image.resize((width, height), Image.Resampling.BICUBIC)
         paper.paste(resized, ((size - width) // 2, (size - height) // 2))
         return np.asarray(paper)
@@ -104,9 +104,9 @@ class JanusTemplate(PublicTemplate):
         tokens.add_image(last.image, self.codes, loss=True)
         return tokens
 
-    def _turns(self, segments: Sequence[Segment], system: str, seen: bool) -> text.Prompt:
-        prompt = text.Prompt(self.tokenizer, self.names).ids([self.tokenizer.bos_token_id])
-        told, segments = split_system(segments)
+    def _turns(self, segments: Sequence[Segment], system: str, seen: bool) -> text.PromptBuilder:
+        prompt = text.PromptBuilder(self.tokenizer, self.names).ids([self.tokenizer.bos_token_id])
+        told, segments = split_system_messages(segments)
         if system and told:
             prompt.said(told).own("\n\n")
         else:
@@ -117,7 +117,9 @@ class JanusTemplate(PublicTemplate):
             prompt.own(f"{self.roles[0] if user else self.roles[1]}: " if begins else "\n")
             if segment.image is not None:
                 if not seen:
-                    raise Unable("janus draws from words alone: leave the picture out, or ask for text about it")
+                    raise UnsupportedError(
+                        "janus draws from words alone: leave the picture out, or ask for text about it"
+                    )
                 prompt.own(BOI).image(segment.image, self.features).own(EOI)
             elif segment.label is not None:
                 raise ValueError("janus reads words, not classes: say it in words")
@@ -155,7 +157,7 @@ class JanusBackbone(Backbone):
         return scores[..., start - self.text_size : None if stop is None else stop - self.text_size]
 
 
-class JanusSight(Sight):
+class JanusVisionEncoder(VisionEncoder):
     """SigLIP's encoder, transformers' `JanusVisionModel`, and two layers that take its features to the backbone."""
 
     def __init__(self, settings: Mapping[str, Any], width: int) -> None:
@@ -229,7 +231,7 @@ def from_public(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in state.items():
         if name.startswith("vision_model.vision_tower.attn_pool.") or name.endswith("rotary_emb.inv_freq"):
             continue
-        name = hub.renamed(name, _NAMES, _BLOCK if ".blocks." in name else ())
+        name = hub.rename_key(name, _NAMES, _BLOCK if ".blocks." in name else ())
         if ".qkv." in name:
             for part, third in zip("qkv", tensor.chunk(3), strict=True):
                 ours[name.replace(".qkv.", f".{part}_proj.")] = third
@@ -241,9 +243,11 @@ def from_public(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def from_transformers(state: Mapping[str, Tensor], tied: bool) -> dict[str, Tensor]:
     """The tensors of a folder in transformers' layout by their names here. tied: is the head, where there is none, the
     embeddings?"""
-    ours = {hub.renamed(k, _TRANSFORMERS, _VQ if k.startswith("model.vqmodel.") else ()): v for k, v in state.items()}
-    if tied and EMBEDDINGS in ours:
-        ours.setdefault("backbone.lm.lm_head.weight", ours[EMBEDDINGS])
+    ours = {
+        hub.rename_key(k, _TRANSFORMERS, _VQ if k.startswith("model.vqmodel.") else ()): v for k, v in state.items()
+    }
+    if tied and EMBEDDINGS_KEY in ours:
+        ours.setdefault("backbone.lm.lm_head.weight", ours[EMBEDDINGS_KEY])
     return ours
 
 
@@ -256,7 +260,7 @@ def to_public(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name.startswith("sight.") and ".q_proj." in name:
             tensor = torch.cat([state[name.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"])
             name = name.replace(".q_proj.", ".qkv.")
-        public = hub.renamed(name, _NAMES, _BLOCK if ".encoder.layers." in name else (), back=True)
+        public = hub.rename_key(name, _NAMES, _BLOCK if ".encoder.layers." in name else (), back=True)
         theirs[public] = tensor[None] if public.endswith("pos_embed") else tensor
     return theirs
 
@@ -274,7 +278,7 @@ def refuse(folder: Path, config: dict[str, Any]) -> None:
         )
 
 
-def roles_of(folder: Path, config: Mapping[str, Any], tokenizer: Any) -> tuple[str, str]:
+def chat_roles(folder: Path, config: Mapping[str, Any], tokenizer: Any) -> tuple[str, str]:
     """The names of the user and the assistant in a public folder's prompts.
 
     A folder of transformers says them in its processor's chat template. The authors' folders of Janus-1.3B and of
@@ -284,13 +288,13 @@ def roles_of(folder: Path, config: Mapping[str, Any], tokenizer: Any) -> tuple[s
     if config["model_type"] == "janus":
         for file in ("chat_template.jinja", "chat_template.json"):
             template = (folder / file).read_text(encoding="utf-8") if (folder / file).is_file() else ""
-            if USER in template or f"{PLAIN[0]}: " in template:
-                return (USER, ASSISTANT) if USER in template else PLAIN
+            if USER in template or f"{PLAIN_ROLES[0]}: " in template:
+                return (USER, ASSISTANT) if USER in template else PLAIN_ROLES
     path = folder / "processor_config.json"
     said = hub.read_json(path).get("sft_format") if path.is_file() else None
-    named = FIRST.search(f"{folder.absolute()} {config.get('_name_or_path', '')}")
-    plain = named or said == FORMATS[PLAIN] or USER not in tokenizer.get_vocab()
-    return PLAIN if plain else (USER, ASSISTANT)
+    named = FIRST_JANUS_NAME.search(f"{folder.absolute()} {config.get('_name_or_path', '')}")
+    plain = named or said == SFT_FORMATS[PLAIN_ROLES] or USER not in tokenizer.get_vocab()
+    return PLAIN_ROLES if plain else (USER, ASSISTANT)
 
 
 def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
@@ -298,12 +302,12 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.initialization import no_init_weights
 
-    tokenizer = text.of_model(folder)
+    tokenizer = text.load_from_model(folder)
     config = hub.read_json(folder / hub.CONFIG)
     if (folder / hub.MANIFEST).is_file():
         first, second = hub.read_json(folder / hub.MANIFEST).get("template", {}).get("roles", (USER, ASSISTANT))
         roles = (str(first), str(second))
-        image_tokenizer = load_tokenizer(folder / "image_tokenizer")
+        image_tokenizer = load_image_tokenizer(folder / "image_tokenizer")
         state = {f"backbone.lm.{name}": tensor for name, tensor in hub.read_weights(folder).items()}
         for part in ("backbone", "sight"):
             tensors = hub.read_tensors(folder / part / "model.safetensors")
@@ -314,14 +318,14 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
                 "vocab_size": config["text_size"]
             }
     else:
-        roles = roles_of(folder, config, tokenizer)
+        roles = chat_roles(folder, config, tokenizer)
         if config["model_type"] == "janus":
             state = from_transformers(hub.read_weights(folder), config.get("tie_word_embeddings", True))
             said, config = config["vision_config"], config["text_config"]
             size, heads = int(said.get("image_size", IMAGE_SIZE)), said.get("num_attention_heads", HEADS)
         else:
             state = from_public(hub.read_weights(folder))
-            size, heads = int(hub.picture_settings(folder).get("image_size", IMAGE_SIZE)), None
+            size, heads = int(hub.image_processor_config(folder).get("image_size", IMAGE_SIZE)), None
             config = config["language_config"]
         coded = {k.removeprefix("image_tokenizer."): v for k, v in state.items() if k.startswith("image_tokenizer.")}
         image_tokenizer = vqgan.from_public(coded, size, "llamagen")
@@ -330,7 +334,7 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
     try:
         codes, code_dim = own["backbone.table.weight"].shape
         head_width = own["backbone.head.0.weight"].shape[0]
-        table = tuple(own[EMBEDDINGS].shape)
+        table = tuple(own[EMBEDDINGS_KEY].shape)
     except KeyError as error:
         raise ValueError(f"checkpoint {folder} has no {error.args[0]}: it is not whole") from error
     lm_config = LlamaConfig(**config)
@@ -342,7 +346,7 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
     with no_init_weights():
         lm = LlamaForCausalLM._from_config(lm_config, attn_implementation="sdpa")
         parts.backbone = JanusBackbone(lm, codes, code_dim, head_width)
-        parts.sight = JanusSight(vision, parts.backbone.width)
+        parts.sight = JanusVisionEncoder(vision, parts.backbone.width)
     hub.load_strict(parts.to(dtype or own["backbone.table.weight"].dtype), own, folder)
     codes_of_a_picture = image_tokenizer.grid[0] * image_tokenizer.grid[1]
     template = JanusTemplate(tokenizer, parts.sight.positions, codes_of_a_picture, roles)
@@ -364,7 +368,7 @@ def causal_lm(model: UnifiedModel) -> Any:
     assert isinstance(model.backbone, JanusBackbone)
     text_size, head_width = model.backbone.text_size, model.backbone.head[0].out_features
     sizes = {"vocab_size": model.vocabulary.size, "text_size": text_size, "head_width": head_width}
-    return hub.named(model.backbone.lm, "UnigenJanusForCausalLM", **sizes)
+    return hub.with_architecture(model.backbone.lm, "UnigenJanusForCausalLM", **sizes)
 
 
 def vision_settings(state: Mapping[str, Tensor], size: int, heads: int | None = None) -> dict[str, Any]:
@@ -379,23 +383,23 @@ def vision_settings(state: Mapping[str, Tensor], size: int, heads: int | None = 
     return {
         "hidden_size": hidden,
         "num_hidden_layers": len(layers),
-        "num_attention_heads": heads or heads_of(hidden),
+        "num_attention_heads": heads or default_num_heads(hidden),
         "mlp_ratio": wide / hidden,
         "image_size": size,
         "patch_size": patch.shape[-1],
     }
 
 
-def heads_of(width: int) -> int:
+def default_num_heads(width: int) -> int:
     """Of a vision encoder that nothing else is said of."""
     return max(1, width // HEAD_WIDTH)
 
 
 def save_public(model: UnifiedModel, folder: Path) -> None:
     """Write the files of the authors' layout. ValueError for a vision encoder that it cannot describe."""
-    assert isinstance(model.sight, JanusSight)
+    assert isinstance(model.sight, JanusVisionEncoder)
     width, heads = (model.sight.settings[name] for name in ("hidden_size", "num_attention_heads"))
-    if heads != heads_of(width):
+    if heads != default_num_heads(width):
         raise ValueError(f"the authors' layout has no word for a vision encoder with heads of width {width // heads}")
     tokenizer, size = model.image_tokenizer, model.image_tokenizer.image_size
     assert isinstance(tokenizer, vqgan.VQGAN) and isinstance(model.backbone, JanusBackbone)
@@ -407,7 +411,7 @@ def save_public(model: UnifiedModel, folder: Path) -> None:
     save_json(folder / hub.CONFIG, {"model_type": "multi_modality", "language_config": language})
     assert isinstance(model.template, JanusTemplate)
     said = {"processor_class": "VLChatProcessor", "num_image_tokens": model.template.features}
-    save_json(folder / "processor_config.json", said | {"sft_format": FORMATS[model.template.roles]})
+    save_json(folder / "processor_config.json", said | {"sft_format": SFT_FORMATS[model.template.roles]})
     save_json(
         folder / "preprocessor_config.json", {"image_size": size, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     )

@@ -26,15 +26,15 @@ from unigen.batch import Layout, Tokens, Vocabulary
 from unigen.document import Document, Segment
 from unigen.generators.base import Generator
 from unigen.generators.next_token import NextToken, Text
-from unigen.media.pixels import square
-from unigen.model.template import Output, PublicTemplate, Unable, split_system
+from unigen.media.pixels import center_crop_resize
+from unigen.model.template import Output, PretrainedTemplate, UnsupportedError, split_system_messages
 from unigen.model.unified import UnifiedModel
 from unigen.nn.backbone import Backbone
 from unigen.tokenizers import text, vqgan
 
 BOI, EOI, UNCOND = "<boi>", "<eoi>", "<unconditional>"
 INSTRUCTION = " Generate an image based on this description."
-PAPER = (122, 116, 104)
+PAD_COLOR = (122, 116, 104)
 """What a picture to be read is laid on to make it square."""
 IMAGE_SIZE = 512
 SAMPLING = {"guidance": 7.0, "temperature": 0.99, "top_k": 4096, "top_p": 0.96}
@@ -45,11 +45,11 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
 """Gemma's turns as Liquid was tuned on them, for tokenizers that bring no chat template."""
-_SLOT = re.compile("\ue000(\\d+)\ue001")
+_SEGMENT_PLACEHOLDER = re.compile("\ue000(\\d+)\ue001")
 """Stands for a segment while a chat is rendered: private characters, that no template holds."""
 
 
-class LiquidTemplate(PublicTemplate):
+class LiquidTemplate(PretrainedTemplate):
     """Pictures are drawn from words alone; answers are given to a chat of words and pictures."""
 
     system = True
@@ -71,11 +71,11 @@ class LiquidTemplate(PublicTemplate):
         return Layout(grid, closing=(self.image_end,))
 
     def frame(self, image: Image.Image, size: int) -> np.ndarray:
-        """The whole picture on a square of `PAPER`, resized."""
+        """The whole picture on a square of `PAD_COLOR`, resized."""
         side = max(image.size)
-        paper = Image.new("RGB", (side, side), PAPER)
+        paper = Image.new("RGB", (side, side), PAD_COLOR)
         paper.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-        return square(paper, size)
+        return center_crop_resize(paper, size)
 
     def prompt(self, document: Document, *, output: Output, blind: int = 0) -> Tokens:
         if output == "image":
@@ -91,20 +91,20 @@ class LiquidTemplate(PublicTemplate):
         prompt = self._drawing(document.segments[:-1], blind).own(BOI).image(last.image, self.positions, loss=True)
         return prompt.ids([self.image_end, self.tokenizer.eos_token_id], loss=True).tokens()
 
-    def _drawing(self, segments: Sequence[Segment], blind: bool) -> text.Prompt:
+    def _drawing(self, segments: Sequence[Segment], blind: bool) -> text.PromptBuilder:
         if any(segment.image is not None for segment in segments):
-            raise Unable("liquid draws from words alone: leave the picture out, or ask for text about it")
+            raise UnsupportedError("liquid draws from words alone: leave the picture out, or ask for text about it")
         if any(segment.label is not None for segment in segments):
             raise ValueError("liquid draws words, not classes: say what to draw in words")
         bos = self.tokenizer.bos_token_id
-        prompt = text.Prompt(self.tokenizer).ids([] if bos is None else [bos])  # Qwen's has none
+        prompt = text.PromptBuilder(self.tokenizer).ids([] if bos is None else [bos])  # Qwen's has none
         if blind:
             return prompt.own(UNCOND)
         return prompt.said(" ".join((segment.text or "").strip() for segment in segments)).own(INSTRUCTION)
 
-    def _chat(self, segments: Sequence[Segment]) -> text.Prompt:
+    def _chat(self, segments: Sequence[Segment]) -> text.PromptBuilder:
         """Turns as the tokenizer's chat template lays them out, answered where the assistant speaks last."""
-        told, segments = split_system(segments)
+        told, segments = split_system_messages(segments)
         segments = [Segment(text=told, role="system"), *segments] if told else segments
         messages: list[dict[str, Any]] = []
         for number, segment in enumerate(segments):
@@ -117,13 +117,13 @@ class LiquidTemplate(PublicTemplate):
         def render(messages: Any) -> str:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
 
-        messages = text.with_system(messages, render)
+        messages = text.merge_system_message(messages, render)
         rendered = self.tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=messages[-1]["role"] == "user"
         )
-        prompt = text.Prompt(self.tokenizer)
+        prompt = text.PromptBuilder(self.tokenizer)
         learnt = False
-        for number, piece in enumerate(_SLOT.split(rendered)):
+        for number, piece in enumerate(_SEGMENT_PLACEHOLDER.split(rendered)):
             if number % 2 == 0:
                 ends = learnt and re.match(r"<[^>]+>", piece)
                 prompt.own(piece[: ends.end()] if ends else "", loss=True).own(piece[ends.end() if ends else 0 :])
@@ -165,8 +165,8 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
     from transformers import AutoModelForCausalLM
 
     tokenizer = text.load(folder)
-    image_tokenizer = vqgan.of_chameleon(folder, IMAGE_SIZE)
-    lm = hub.pretrained(AutoModelForCausalLM, folder, dtype)
+    image_tokenizer = vqgan.load_chameleon(folder, IMAGE_SIZE)
+    lm = hub.load_pretrained(AutoModelForCausalLM, folder, dtype)
     # id(code) = len(tokenizer) + code, even where a table was padded before it was grown
     vocabulary = Vocabulary(len(tokenizer), image_tokenizer.codebook_size)
     if lm.config.vocab_size < vocabulary.size:
@@ -190,7 +190,7 @@ def causal_lm(model: UnifiedModel) -> Any:
 
 def save_public(model: UnifiedModel, folder: Path) -> None:
     """Write the files of the public layout, the image tokenizer's beside them."""
-    with hub.quiet():
+    with hub.silence_transformers():
         model.backbone.lm.save_pretrained(folder)
     text.save(model.text_tokenizer, folder)
     assert isinstance(model.image_tokenizer, vqgan.VQGAN)

@@ -36,13 +36,13 @@ from unigen.config import save_json
 from unigen.document import Document
 from unigen.generators.base import Generator
 from unigen.generators.next_token import NextToken
-from unigen.model.template import ClassTemplate, DrawingTemplate, Output, Unable
+from unigen.model.template import ClassTemplate, ImageOnlyTemplate, Output, UnsupportedError
 from unigen.model.unified import UnifiedModel
 from unigen.nn.backbone import Backbone, SlotCache
-from unigen.tokenizers import load_tokenizer, text, vqgan
+from unigen.tokenizers import load_image_tokenizer, text, vqgan
 
-BASE = 10_000.0
-HEAD_WIDTHS = {768: 64, 1024: 64, 1280: 64, 1536: 64, 2048: 64, 2560: 64, 3200: 100, 4096: 128}
+ROPE_THETA = 10_000.0
+HEAD_DIMS = {768: 64, 1024: 64, 1280: 64, 1536: 64, 2048: 64, 2560: 64, 3200: 100, 4096: 128}
 """By the width of the published models, B to XXXL and 1B to 7B; the checkpoints hold no number of heads."""
 TOKENIZERS = {"c2i": "vq_ds16_c2i.pt", "t2i": "vq_ds16_t2i.pt"}
 """Of models that draw classes, and words."""
@@ -77,7 +77,7 @@ class Rotary2D(nn.Module):
     def __init__(self, side: int, width: int) -> None:
         super().__init__()
         half = width // 2
-        theta = BASE ** (-torch.arange(0, half, 2).float() / half)
+        theta = ROPE_THETA ** (-torch.arange(0, half, 2).float() / half)
         turns = torch.outer(torch.arange(side).float(), theta)  # (side, E/4)
         rows, columns = turns[:, None].expand(-1, side, -1), turns[None].expand(side, -1, -1)
         angles = torch.cat((rows, columns), -1).flatten(0, 1)  # (side * side, E/2)
@@ -207,7 +207,7 @@ _ENDS = (
 there are more than three."""
 
 
-def plain(words: str) -> str:
+def clean_caption(words: str) -> str:
     """The words as captions were in training: lower case, typographic marks made plain, others left out, plus signs as
     spaces. Differently, what else captions of the web were rid of is read here: addresses and names of files and people
     (x.com, a.png, @me), numbers of articles and pages, sizes (3x4), names as r2d2, words of shops (free shipping),
@@ -226,7 +226,7 @@ def plain(words: str) -> str:
     return words
 
 
-class TextTemplate(DrawingTemplate):
+class TextTemplate(ImageOnlyTemplate):
     """Of models that draw words: a prompt is T5's pieces and its end, at most `most`; guidance's other branch as many
     of the vectors that stand after the pieces, the last ones."""
 
@@ -236,11 +236,11 @@ class TextTemplate(DrawingTemplate):
 
     def prompt(self, document: Document, *, output: Output, blind: int = 0) -> Tokens:
         if any(segment.image is not None for segment in document.segments):
-            raise Unable("llamagen draws from words alone: leave the picture out")
+            raise UnsupportedError("llamagen draws from words alone: leave the picture out")
         if any(segment.label is not None for segment in document.segments):
             raise ValueError("this model draws words, not classes: say what to draw in words")
-        words = plain(" ".join((segment.text or "").strip() for segment in document.segments))
-        tokens = text.Prompt(self.tokenizer).said(words).ids([self.end]).tokens()
+        words = clean_caption(" ".join((segment.text or "").strip() for segment in document.segments))
+        tokens = text.PromptBuilder(self.tokenizer).said(words).ids([self.end]).tokens()
         if len(tokens) > self.most:
             raise ValueError(f"the prompt has {len(tokens)} pieces, the model reads {self.most}: shorten it")
         if blind:
@@ -273,13 +273,13 @@ _WORDS = (("shared.", "encoder.embed_tokens."),)
 """Of T5, in its own folder and here."""
 
 
-def halves(weight: Tensor, head_dim: int, back: bool = False) -> Tensor:
+def permute_rotary(weight: Tensor, head_dim: int, back: bool = False) -> Tensor:
     """Rows of queries or keys with the pairs that turn together half a head apart, not side by side (or back)."""
     shape = (-1, 2, head_dim // 2) if back else (-1, head_dim // 2, 2)
     return weight.unflatten(0, shape).transpose(1, 2).flatten(0, 2).contiguous()
 
 
-def head_width_of(state: Mapping[str, Tensor], config: Mapping[str, Any], source: Path) -> int:
+def infer_head_dim(state: Mapping[str, Tensor], config: Mapping[str, Any], source: Path) -> int:
     """How wide a head of attention is: of the file's table of positions, of `n_head` in the folder's config.json, or
     as in the published model of this width; a width that is none of theirs is taken to have heads of 64, and said."""
     width = state["tok_embeddings.weight"].shape[1]
@@ -290,13 +290,13 @@ def head_width_of(state: Mapping[str, Tensor], config: Mapping[str, Any], source
         if not isinstance(heads, int) or heads < 1 or width % heads:
             raise ValueError(f"{source.parent / hub.CONFIG}: n_head {heads!r} does not divide a width of {width}")
         return width // heads
-    if width not in HEAD_WIDTHS:
+    if width not in HEAD_DIMS:
         warnings.warn(
             f"{source}: no published LlamaGen is {width} wide, its heads are taken to be 64 wide; "
             'if they are not, say so in config.json beside it, as {"n_head": 16}',
             stacklevel=2,
         )
-    return HEAD_WIDTHS.get(width, 64)
+    return HEAD_DIMS.get(width, 64)
 
 
 def from_public(state: Mapping[str, Tensor], head_dim: int) -> dict[str, Tensor]:
@@ -305,11 +305,11 @@ def from_public(state: Mapping[str, Tensor], head_dim: int) -> dict[str, Tensor]
     for name, tensor in state.items():
         if name == "freqs_cis":
             continue
-        name = hub.renamed(name, _NAMES, _LAYER)
+        name = hub.rename_key(name, _NAMES, _LAYER)
         if ".qkv_proj." in name:
             queries = tensor.shape[1]
             query, key, value = tensor.split([queries, *[(len(tensor) - queries) // 2] * 2])
-            parts = {"q": halves(query, head_dim), "k": halves(key, head_dim), "v": value}
+            parts = {"q": permute_rotary(query, head_dim), "k": permute_rotary(key, head_dim), "v": value}
             ours |= {name.replace("qkv_proj", f"{part}_proj"): rows for part, rows in parts.items()}
         else:
             ours[name] = tensor
@@ -324,9 +324,11 @@ def to_public(state: Mapping[str, Tensor], head_dim: int) -> dict[str, Tensor]:
             continue  # has a folder of its own, or goes with the queries
         if ".q_proj." in name:
             key, value = (state[name.replace("q_proj", f"{part}_proj")] for part in "kv")
-            tensor = torch.cat((halves(tensor, head_dim, back=True), halves(key, head_dim, back=True), value))
+            tensor = torch.cat(
+                (permute_rotary(tensor, head_dim, back=True), permute_rotary(key, head_dim, back=True), value)
+            )
             name = name.replace("q_proj", "qkv_proj")
-        theirs[hub.renamed(name, _NAMES, _LAYER, back=True)] = tensor
+        theirs[hub.rename_key(name, _NAMES, _LAYER, back=True)] = tensor
     return theirs
 
 
@@ -344,7 +346,7 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
 
     words, tokenizer = folder, None
     if (folder / hub.MANIFEST).is_file():
-        image_tokenizer = load_tokenizer(folder / "image_tokenizer")
+        image_tokenizer = load_image_tokenizer(folder / "image_tokenizer")
         config = LlamaConfig(**hub.read_json(folder / hub.CONFIG))
         if "hidden_size" not in hub.read_json(folder / hub.CONFIG):  # a class's defaults are a model of billions
             raise ValueError(f"{folder / hub.CONFIG} has no hidden_size: it is damaged")
@@ -354,7 +356,7 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
     else:
         if not list(folder.glob(FILES[0])):
             raise ValueError(f"{folder} has no model beside its image tokenizer: a file named like c2i_B_256.pt")
-        path = hub.one_of(folder, FILES[0], variant)
+        path = hub.select_checkpoint(folder, FILES[0], variant)
         kind = path.stem[:3]
         state = hub.read_tensors(path)
         try:
@@ -370,7 +372,7 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
             raise ValueError(f"{path.name}: the size of its pictures has to end the name, as in c2i_B_256.pt")
         image_tokenizer = vqgan.from_public(hub.read_tensors(folder / TOKENIZERS[kind]), int(size[1]), "llamagen")
         said = hub.read_json(folder / hub.CONFIG) if (folder / hub.CONFIG).is_file() else {}
-        head_dim = head_width_of(state, said, path)
+        head_dim = infer_head_dim(state, said, path)
         if width % head_dim or (mixed - width) % (2 * head_dim) or not width < mixed <= 3 * width:
             raise ValueError(f"{path}: queries, keys and values of {mixed} rows are of no heads {head_dim} wide")
         layers = len({name.split(".")[1] for name in state if name.startswith("layers.")})
@@ -388,11 +390,13 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
         )
         state = from_public(state, head_dim)
         if kind == "t2i":
-            words = hub.part(folder, f"{TEXT_FOLDER}/", "the text encoder", lambda: hub.snapshot(TEXT_ENCODER))
+            words = hub.find_component(
+                folder, f"{TEXT_FOLDER}/", "the text encoder", lambda: hub.fetch_snapshot(TEXT_ENCODER)
+            )
             config.t5 = hub.read_json(words / hub.CONFIG)
             if "d_model" not in config.t5:
                 raise ValueError(f"{words / hub.CONFIG} has no d_model: it is no T5's, or damaged")
-            state |= text_tensors(words)
+            state |= load_text_encoder_state(words)
     side = image_tokenizer.grid[0]
     stored = state["lm.lm_head.weight"].dtype
     template: ClassTemplate | TextTemplate
@@ -418,11 +422,11 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
     return model
 
 
-def text_tensors(folder: Path) -> dict[str, Tensor]:
+def load_text_encoder_state(folder: Path) -> dict[str, Tensor]:
     """The encoder's tensors of a folder with T5 by their names here; its decoder's are left."""
     left = ("decoder.", "lm_head.", "encoder.embed_tokens.")  # the last are the shared ones once more
     state = hub.read_weights(folder)
-    return {hub.renamed(name, _WORDS): tensor for name, tensor in state.items() if not name.startswith(left)}
+    return {hub.rename_key(name, _WORDS): tensor for name, tensor in state.items() if not name.startswith(left)}
 
 
 def save_public(model: UnifiedModel, folder: Path) -> None:
@@ -440,4 +444,6 @@ def save_public(model: UnifiedModel, folder: Path) -> None:
         text.save(model.text_tokenizer, words)
         save_json(words / hub.CONFIG, backbone.lm.config.t5)
         read = {f"encoder.{name}": tensor for name, tensor in backbone.encoder.state_dict().items()}
-        hub.write_tensors(words / "model.safetensors", {hub.renamed(k, _WORDS, back=True): v for k, v in read.items()})
+        hub.write_tensors(
+            words / "model.safetensors", {hub.rename_key(k, _WORDS, back=True): v for k, v in read.items()}
+        )

@@ -39,22 +39,22 @@ from unigen.document import Document, Segment
 from unigen.model.template import Output
 from unigen.model.unified import UnifiedModel
 from unigen.models import chameleon
-from unigen.models.chameleon import BOI, EOI, EOT, MASKED, ChameleonTemplate
+from unigen.models.chameleon import BOI, EOI, EOT, MASK_LOGITS_KEY, ChameleonTemplate
 from unigen.tokenizers import text, vqgan
 
 EOL = "<reserved08799>"
-SQUARE = 2
+CELL = 2
 """Codes along a side of the squares that sizes are counted in."""
-MOST = 64
+MAX_CELLS = 64
 """Squares along a side."""
-RATIO = 4
+MAX_ASPECT_RATIO = 4
 """The longest pictures that are read: so many times as long as wide."""
-ASKED = "Generate an image of {}x{} according to the following prompt:\n"
-NAMED = re.compile(r"mGPT-\d+B-(\d+)")
+PROMPT_TEMPLATE = "Generate an image of {}x{} according to the following prompt:\n"
+SIZE_IN_NAME = re.compile(r"mGPT-\d+B-(\d+)")
 """What a folder says of the size that it was tuned to: its name, or the last of those above it that says one."""
-SECOND_SIZE = 171_385
+LUMINA2_VOCAB_SIZE = 171_385
 """Ids of Lumina-mGPT 2.0."""
-CLASS = "ChameleonXLLMXForConditionalGeneration"
+PUBLIC_CLASS = "ChameleonXLLMXForConditionalGeneration"
 SAMPLING: dict[str, Any] = {"guidance": 4.0, "temperature": 1.0, "top_k": 2000}
 
 
@@ -69,19 +69,21 @@ class LuminaTemplate(ChameleonTemplate):
         super().__init__(tokenizer, (size // stride) ** 2)
         self.stride, self.size = stride, size
         known = tokenizer.get_vocab()
-        self.sides = [known[name] for n in range(1, MOST + 1) if (name := f"<reserved{8800 + n:05d}>") in known]
+        self.sides = [known[name] for n in range(1, MAX_CELLS + 1) if (name := f"<reserved{8800 + n:05d}>") in known]
 
     def layout(self, grid: tuple[int, int]) -> Layout:
-        if any(codes % SQUARE or codes // SQUARE > len(self.sides) for codes in grid):
-            side, (height, width) = SQUARE * self.stride, (codes * self.stride for codes in grid)
+        if any(codes % CELL or codes // CELL > len(self.sides) for codes in grid):
+            side, (height, width) = CELL * self.stride, (codes * self.stride for codes in grid)
             most = f"up to {len(self.sides) * side}"
             raise ValueError(f"a size is width and height in pixels, multiples of {side} {most}, not {width}x{height}")
-        opening = tuple(self.sides[codes // SQUARE - 1] for codes in grid)
+        opening = tuple(self.sides[codes // CELL - 1] for codes in grid)
         return Layout(grid, opening, (self.special[EOL],), (self.special[EOI],))
 
     def frame(self, image: Image.Image, size: int) -> np.ndarray:
         """The middle of the picture, in that shape of at most `size` squared pixels which leaves most of it."""
-        width, height = max(shapes(size, SQUARE * self.stride), key=lambda shape: (kept(image.size, shape), shape))
+        width, height = max(
+            crop_sizes(size, CELL * self.stride), key=lambda shape: (kept_fraction(image.size, shape), shape)
+        )
         while image.width >= 2 * width and image.height >= 2 * height:
             image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
         scale = max(width / image.width, height / image.height)
@@ -93,7 +95,7 @@ class LuminaTemplate(ChameleonTemplate):
         segments = document.segments
         if blind:
             return Tokens()
-        if output == "image" and wordy(segments):
+        if output == "image" and is_user_text(segments):
             return self._drawing(segments, document.size or (self.size, self.size)).tokens()
         return super().prompt(document, output=output)
 
@@ -103,7 +105,7 @@ class LuminaTemplate(ChameleonTemplate):
         *asked, last = document.segments
         if blind:
             prompt = self._said([last], turns=False, begins=False)
-        elif isinstance(last.image, Tensor) and last.role == "assistant" and wordy(asked):
+        elif isinstance(last.image, Tensor) and last.role == "assistant" and is_user_text(asked):
             height, width = last.image.shape
             prompt = self._drawing(asked, (width * self.stride, height * self.stride))
             prompt = self._picture(prompt, last.image, learnt=True)
@@ -111,12 +113,12 @@ class LuminaTemplate(ChameleonTemplate):
             prompt = self._said(document.segments, turns=True)
         return (prompt.own(EOT, loss=True) if last.role == "assistant" else prompt).tokens()
 
-    def _drawing(self, segments: Sequence[Segment], size: tuple[int, int]) -> text.Prompt:
+    def _drawing(self, segments: Sequence[Segment], size: tuple[int, int]) -> text.PromptBuilder:
         words = " ".join((segment.text or "").strip() for segment in segments)
-        prompt = text.Prompt(self.tokenizer, self.special).ids([self.tokenizer.bos_token_id])
-        return prompt.own(ASKED.format(*size)).said(words).own(EOT)
+        prompt = text.PromptBuilder(self.tokenizer, self.special).ids([self.tokenizer.bos_token_id])
+        return prompt.own(PROMPT_TEMPLATE.format(*size)).said(words).own(EOT)
 
-    def _said(self, segments: Sequence[Segment], turns: bool, begins: bool = True) -> text.Prompt:
+    def _said(self, segments: Sequence[Segment], turns: bool, begins: bool = True) -> text.PromptBuilder:
         """Words before pictures where a user's turn begins with all of its pictures: so the model was tuned."""
         ordered: list[Segment] = []
         for role, turn in groupby(segments, key=lambda segment: segment.role):
@@ -126,7 +128,7 @@ class LuminaTemplate(ChameleonTemplate):
             ordered += said[first:] + said[:first] if alone else said
         return super()._said(ordered, turns, begins)
 
-    def _picture(self, prompt: text.Prompt, image: Any, learnt: bool) -> text.Prompt:
+    def _picture(self, prompt: text.PromptBuilder, image: Any, learnt: bool) -> text.PromptBuilder:
         if not isinstance(image, Tensor):
             raise ValueError(
                 "pictures stand in this model's prompts by their own size: give them as codes (model.read)"
@@ -136,20 +138,20 @@ class LuminaTemplate(ChameleonTemplate):
         return prompt.ids(list(layout.closing))
 
 
-def wordy(segments: Sequence[Segment]) -> bool:
+def is_user_text(segments: Sequence[Segment]) -> bool:
     """Is it a user's words alone?"""
     return all(segment.text is not None and segment.role == "user" for segment in segments)
 
 
-def shapes(size: int, side: int) -> list[tuple[int, int]]:
+def crop_sizes(size: int, side: int) -> list[tuple[int, int]]:
     """Widths and heights in pixels of pictures to be read: multiples of `side`, of no more pixels than `size` squared,
-    for each width the greatest heights, at most `RATIO` times as long as wide."""
+    for each width the greatest heights, at most `MAX_ASPECT_RATIO` times as long as wide."""
     most = (size // side) ** 2
     found = {(w, h) for w in range(1, most + 1) for h in range(most // (w + 1), most // w + 1) if h}
-    return [(w * side, h * side) for w, h in found if max(w, h) <= RATIO * min(w, h)]
+    return [(w * side, h * side) for w, h in found if max(w, h) <= MAX_ASPECT_RATIO * min(w, h)]
 
 
-def kept(size: tuple[int, int], shape: tuple[int, int]) -> float:
+def kept_fraction(size: tuple[int, int], shape: tuple[int, int]) -> float:
     """The share of a picture that is left when it is cut to a shape."""
     across, down = (there / here for there, here in zip(shape, size, strict=True))
     return min(across, down) / max(across, down)
@@ -157,12 +159,15 @@ def kept(size: tuple[int, int], shape: tuple[int, int]) -> float:
 
 def owns(folder: Path, config: dict[str, Any]) -> bool:
     """Is this Chameleon by Lumina's own class? transformers' configs do not say whether codes are forbidden."""
-    return config.get("model_type") == "chameleon" and MASKED in config
+    return config.get("model_type") == "chameleon" and MASK_LOGITS_KEY in config
 
 
 def refuse(folder: Path, config: dict[str, Any]) -> None:
     """Raise ValueError for a relative that is not here."""
-    if config.get("vocab_size") == SECOND_SIZE or "mGPT-2" in f"{folder.absolute()} {config.get('_name_or_path', '')}":
+    if (
+        config.get("vocab_size") == LUMINA2_VOCAB_SIZE
+        or "mGPT-2" in f"{folder.absolute()} {config.get('_name_or_path', '')}"
+    ):
         raise ValueError(
             f"{folder} is Lumina-mGPT 2.0, whose image tokenizer is another and which is not supported: "
             "Alpha-VLLM/Lumina-mGPT-7B-768 and -Omni are"
@@ -173,27 +178,27 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
     """The model in `folder`, in the public layout or in ours, strictly. dtype: None is as it is stored."""
     from transformers import ChameleonForConditionalGeneration
 
-    tokenizer, image_tokenizer = chameleon.tokenizers(folder)
+    tokenizer, image_tokenizer = chameleon.load_tokenizers(folder)
     if (folder / hub.MANIFEST).is_file():
-        lm = hub.pretrained(ChameleonForConditionalGeneration, folder, dtype)
+        lm = hub.load_pretrained(ChameleonForConditionalGeneration, folder, dtype)
     else:
-        if sizes := NAMED.findall(str(folder.absolute())):
+        if sizes := SIZE_IN_NAME.findall(str(folder.absolute())):
             image_tokenizer.settings = replace(image_tokenizer.settings, image_size=int(sizes[-1]))
         state = from_public(hub.read_weights(folder), hub.read_json(folder / hub.CONFIG))
         # transformers' class has an encoder of pictures, which is that of the image tokenizer
         for name, tensor in vqgan.to_public(image_tokenizer).items():
             if not name.startswith("decoder."):
-                state.setdefault(f"{VISION}{name}", tensor)
-        lm = hub.pretrained(ChameleonForConditionalGeneration, folder, dtype, state)
+                state.setdefault(f"{VISION_PREFIX}{name}", tensor)
+        lm = hub.load_pretrained(ChameleonForConditionalGeneration, folder, dtype, state)
     size = image_tokenizer.image_size
     template = LuminaTemplate(tokenizer, size // image_tokenizer.grid[0], size)
     specials = (*template.special.values(), *template.sides)
-    model = chameleon.joined("lumina", lm, image_tokenizer, template, specials, row_end=1)
+    model = chameleon.build_chameleon("lumina", lm, image_tokenizer, template, specials, row_end=1)
     model.sample_by("next-token", **SAMPLING)
     return model
 
 
-VISION = "model.vqmodel."
+VISION_PREFIX = "model.vqmodel."
 _NORM = re.compile(r"\.self_attn\.([qk])_norm\.(weight|bias)$")
 
 
@@ -215,7 +220,7 @@ def to_public(state: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
             tensor, shared = tensor.unflatten(0, (rows, -1))[:, 0], tensor
             if not torch.equal(tensor.repeat_interleave(len(shared) // rows, 0), shared):
                 raise ValueError(f"{name}: its heads have norms of their own, which the public layout cannot hold")
-        if not name.startswith(VISION):
+        if not name.startswith(VISION_PREFIX):
             theirs[name] = tensor
     return theirs
 
@@ -228,4 +233,4 @@ def save_public(model: UnifiedModel, folder: Path) -> None:
     lm = model.backbone.lm
     chameleon.save_public(model, folder, to_public(lm.state_dict(), lm.config.model_parallel_size))
     config = hub.read_json(folder / hub.CONFIG)
-    save_json(folder / hub.CONFIG, config | {"architectures": [CLASS], MASKED: False})
+    save_json(folder / hub.CONFIG, config | {"architectures": [PUBLIC_CLASS], MASK_LOGITS_KEY: False})

@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-TYPES = {
+BY_MODEL_TYPE = {
     "Emu3": "is Emu3 in its authors' layout; that of transformers loads: Emu3-community/Emu3-Gen-hf draws, "
     "Emu3-community/Emu3-Chat-hf answers",
     "Emu3VisionVQ": "is Emu3's image tokenizer alone; a model that has it loads: Emu3-community/Emu3-Gen-hf",
     "bagel": "is BAGEL, which draws by rectified flow and is not supported",
 }
 """By model_type."""
-CLASSES = {
+BY_CLASS_PREFIX = {
     "Showo2": "is Show-o2, which draws by flow matching and is not supported; Show-o is: showlab/show-o-512x512",
     "MAGVITv2": "is Show-o's image tokenizer alone; the model loads: showlab/show-o-512x512",
 }
@@ -26,31 +26,33 @@ FILES = {
     "answers, leloy/Anole-7b-v0.1-hf draws, too",
     "params.json": "is in the layout of Meta's code, as GAIR/Anole-7b-v0.1, which is not read; Anole in that of "
     "transformers is: leloy/Anole-7b-v0.1-hf",
-    "llm_config.json": TYPES["bagel"],
+    "llm_config.json": BY_MODEL_TYPE["bagel"],
     "*.gguf": "holds weights for llama.cpp (GGUF), which are not read: give the repository that they were made from",
     "*.onnx": "holds ONNX weights, which are not read: give the repository that they were made from",
 }
 """Of folders without config.json, by a file in them."""
-EMU3_SIZE = 184_622
+EMU3_VOCAB_SIZE = 184_622
 """Ids of Emu3; Emu3.5 has more."""
 
 
-def explain(folder: Path, config: Mapping[str, Any]) -> str | None:
+def explain_unsupported(folder: Path, config: Mapping[str, Any]) -> str | None:
     """One line on a folder that no family owns, None where nothing is known of it. config: its config.json, {} where
     there is none."""
     if (folder / "adapter_config.json").is_file():
-        return f"{folder} {_adapter(folder)}"
+        return f"{folder} {_explain_lora(folder)}"
     kind, name = str(config.get("model_type")), str(config.get("_class_name"))
-    said = TYPES.get(kind)
-    if kind == "Emu3" and (config.get("vocab_size", EMU3_SIZE) != EMU3_SIZE or "Emu3.5" in str(folder.absolute())):
+    said = BY_MODEL_TYPE.get(kind)
+    if kind == "Emu3" and (
+        config.get("vocab_size", EMU3_VOCAB_SIZE) != EMU3_VOCAB_SIZE or "Emu3.5" in str(folder.absolute())
+    ):
         said = "is Emu3.5, which is not supported; Emu3 is: Emu3-community/Emu3-Gen-hf"
-    said = said or next((line for begin, line in CLASSES.items() if name.startswith(begin)), None)
+    said = said or next((line for begin, line in BY_CLASS_PREFIX.items() if name.startswith(begin)), None)
     if said is None and not config:
         said = next((line for pattern, line in FILES.items() if next(folder.glob(pattern), None)), None)
     return said and f"{folder} {said}"
 
 
-def _adapter(folder: Path) -> str:
+def _explain_lora(folder: Path) -> str:
     import json
 
     try:

@@ -31,43 +31,43 @@ from unigen import hub
 from unigen.batch import Layout, Tokens, Vocabulary
 from unigen.config import save_json
 from unigen.document import Document, Segment
-from unigen.generators.base import Generator, Read, State
+from unigen.generators.base import GenerationState, Generator, StepInput
 from unigen.generators.masked import Masked, MaskedState
 from unigen.generators.next_token import Text
-from unigen.model.template import Output, PublicTemplate, Unable
+from unigen.model.template import Output, PretrainedTemplate, UnsupportedError
 from unigen.model.unified import UnifiedModel
 from unigen.nn.backbone import Backbone
-from unigen.tokenizers import load_tokenizer, magvit2, text
+from unigen.tokenizers import load_image_tokenizer, magvit2, text
 
 LANGUAGE, IMAGES = "microsoft/phi-1_5", "showlab/magvitv2"
 """Where the hub has what Show-o's repositories do not bring along."""
 PAD, SOI, EOI, T2I, MMU = "[PAD]", "<|soi|>", "<|eoi|>", "<|t2i|>", "<|mmu|>"
-ADDED = (PAD, SOI, EOI, "<|sov|>", "<|eov|>", T2I, MMU, "<|t2v|>", "<|v2v|>", "<|lvg|>")
+ADDED_TOKENS = (PAD, SOI, EOI, "<|sov|>", "<|eov|>", T2I, MMU, "<|t2v|>", "<|v2v|>", "<|lvg|>")
 """The ids after Phi's, in order."""
-LONGEST = 129
+MAX_PROMPT_LEN = 129
 """Ids of what a picture is drawn from; longer words are cut off, as in training."""
-STEPS, CHOICE = 50, 1.0
+STEPS, CHOICE_TEMPERATURE = 50, 1.0
 SAMPLING = {"guidance": 6.0, "temperature": 1.0}
 UNSERVED = "it writes pictures by masked prediction, not one code after another"
-PREFIX = "showo."
+WEIGHT_PREFIX = "showo."
 
 
-class OmniMasked(Masked):
+class ShowoMasked(Masked):
     """Masked prediction by Show-o's own sampler. Before and after the codes stand <|soi|> and <|eoi|>, which see them
     and are seen; step s (from 1) of S leaves floor(cos(pi s / 2S)) of all codes masked, given ones too; the noise's
     temperature is multiplied by 1 - s / S each time, so that it falls as their product."""
 
     def __init__(self, grid: tuple[int, int], mask: int, end: int) -> None:
         """end: the id after the codes."""
-        super().__init__(grid, mask, STEPS, CHOICE)
+        super().__init__(grid, mask, STEPS, CHOICE_TEMPERATURE)
         self.end = end
 
     def reach(self) -> list[int] | None:
         return [self.positions()] * (self.positions() + 2)
 
-    def ask(self, state: State) -> Read:
+    def ask(self, state: GenerationState) -> StepInput:
         ids = [*super().ask(state).ids, self.end]
-        return Read(ids, reach=[len(ids) - 1] * len(ids))
+        return StepInput(ids, reach=[len(ids) - 1] * len(ids))
 
     def left(self, state: MaskedState, number: int, steps: int) -> int:
         """At least one, which is drawn anew, until the last step writes all."""
@@ -84,16 +84,16 @@ class OmniMasked(Masked):
         return -(-drawn.log()).clamp(min=1e-20).log()
 
 
-class ShowoTemplate(PublicTemplate):
+class ShowoTemplate(PretrainedTemplate):
     """codes: how many a picture has."""
 
     def __init__(self, tokenizer: Any, codes: int) -> None:
         super().__init__(tokenizer)
         self.codes = codes
         known = tokenizer.get_vocab()
-        if missing := [name for name in ADDED if name not in known]:
+        if missing := [name for name in ADDED_TOKENS if name not in known]:
             raise ValueError(f"the text tokenizer has no {', '.join(missing)}: it is not Show-o's")
-        self.special: dict[str, int] = {name: known[name] for name in ADDED}
+        self.special: dict[str, int] = {name: known[name] for name in ADDED_TOKENS}
         self.turn_ends: tuple[int, ...] = (tokenizer.eos_token_id,)
         self.begins = {"masked": self.special[SOI]}
 
@@ -135,18 +135,18 @@ class ShowoTemplate(PublicTemplate):
 
     def _drawing(self, segments: Sequence[Segment], blind: bool) -> Tokens:
         if any(segment.text is None for segment in segments):
-            raise Unable("showo draws from words alone: leave pictures and classes out, or ask for text")
+            raise UnsupportedError("showo draws from words alone: leave pictures and classes out, or ask for text")
         words = "" if blind else " ".join((segment.text or "").strip() for segment in segments)
-        prompt = text.Prompt(self.tokenizer, self.special).ids([self.special[T2I], self.tokenizer.bos_token_id])
+        prompt = text.PromptBuilder(self.tokenizer, self.special).ids([self.special[T2I], self.tokenizer.bos_token_id])
         tokens = Tokens()
-        tokens.add([*prompt.said(words).tokens().ids[: LONGEST - 1], self.tokenizer.eos_token_id])
+        tokens.add([*prompt.said(words).tokens().ids[: MAX_PROMPT_LEN - 1], self.tokenizer.eos_token_id])
         return tokens
 
     def _question(self, segments: Sequence[Segment]) -> Tokens:
         pictures = [segment.image for segment in segments if segment.image is not None]
         if len(pictures) != 1 or any(segment.label is not None or segment.role != "user" for segment in segments):
-            raise Unable("showo answers one question about one picture: give a picture and words")
-        prompt = text.Prompt(self.tokenizer, self.special).ids([self.special[MMU], self.special[SOI]])
+            raise UnsupportedError("showo answers one question about one picture: give a picture and words")
+        prompt = text.PromptBuilder(self.tokenizer, self.special).ids([self.special[MMU], self.special[SOI]])
         prompt.image(pictures[0], self.codes).ids([self.special[EOI], self.tokenizer.bos_token_id])
         words = " ".join((segment.text or "").strip() for segment in segments if segment.image is None)
         return prompt.own("USER: \n").said(words).own(" ASSISTANT:").tokens()
@@ -170,17 +170,17 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
     from transformers import PhiForCausalLM
 
     if (folder / hub.MANIFEST).is_file():
-        tokenizer = text.of_model(folder)
-        image_tokenizer = load_tokenizer(folder / "image_tokenizer")
-        lm = hub.pretrained(PhiForCausalLM, folder, dtype)
+        tokenizer = text.load_from_model(folder)
+        image_tokenizer = load_image_tokenizer(folder / "image_tokenizer")
+        lm = hub.load_pretrained(PhiForCausalLM, folder, dtype)
     else:
         config = hub.read_json(folder / hub.CONFIG)
-        language = part(folder, LANGUAGE, hub.settings)
-        tokenizer = text.of_model(language)
-        tokenizer.add_special_tokens({"pad_token": PAD, "additional_special_tokens": list(ADDED[1:])})
-        images = hub.read_weights(part(folder, IMAGES, hub.snapshot))
+        language = find_component(folder, LANGUAGE, hub.fetch_metadata)
+        tokenizer = text.load_from_model(language)
+        tokenizer.add_special_tokens({"pad_token": PAD, "additional_special_tokens": list(ADDED_TOKENS[1:])})
+        images = hub.read_weights(find_component(folder, IMAGES, hub.fetch_snapshot))
         image_tokenizer = magvit2.from_public(images, math.isqrt(config["num_vq_tokens"]))
-        lm = phi(hub.read_weights(folder), hub.read_json(language / hub.CONFIG), folder, dtype)
+        lm = build_phi(hub.read_weights(folder), hub.read_json(language / hub.CONFIG), folder, dtype)
     vocabulary = Vocabulary(len(tokenizer), image_tokenizer.codebook_size)
     if lm.config.vocab_size != vocabulary.stop + 1:
         sizes = f"{len(tokenizer)} pieces of text, {image_tokenizer.codebook_size} image codes and the mask"
@@ -190,25 +190,25 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
     template = ShowoTemplate(tokenizer, grid[0] * grid[1])
     writers: dict[str, Generator] = {
         "text": Text(sorted({*tokenizer.all_special_ids, *template.special.values()})),
-        "masked": OmniMasked(grid, vocabulary.stop, template.special[EOI]),
+        "masked": ShowoMasked(grid, vocabulary.stop, template.special[EOI]),
     }
     model = UnifiedModel("showo", Backbone(lm), vocabulary, tokenizer, image_tokenizer, template, writers)
     model.sample_by("masked", **SAMPLING)
     return model
 
 
-def part(folder: Path, repo: str, fetch: Any) -> Path:
+def find_component(folder: Path, repo: str, fetch: Any) -> Path:
     """The folder of a part that another repository brings."""
-    return hub.part(folder, f"{repo.partition('/')[2]}/", "a part of Show-o", lambda: fetch(repo))
+    return hub.find_component(folder, f"{repo.partition('/')[2]}/", "a part of Show-o", lambda: fetch(repo))
 
 
-def phi(state: dict[str, Tensor], settings: dict[str, Any], folder: Path, dtype: torch.dtype | None) -> Any:
+def build_phi(state: dict[str, Tensor], settings: dict[str, Any], folder: Path, dtype: torch.dtype | None) -> Any:
     """Phi with normed queries and keys, its table grown; settings: of the Phi that it was made of."""
     from transformers import PhiConfig, PhiForCausalLM
     from transformers.initialization import no_init_weights
 
     known = {name: tensor for name, tensor in state.items() if not name.endswith("rotary_emb.inv_freq")}  # is computed
-    ours = {name.removeprefix(PREFIX): tensor for name, tensor in known.items()}
+    ours = {name.removeprefix(WEIGHT_PREFIX): tensor for name, tensor in known.items()}
     table = ours.get("model.embed_tokens.weight")
     if table is None or "hidden_size" not in settings:  # a class's defaults are a model of billions
         raise ValueError(f"checkpoint {folder} is not Show-o's: its table or the settings of its Phi are missing")
@@ -224,9 +224,9 @@ def save_public(model: UnifiedModel, folder: Path) -> None:
     lm, tokenizer, vocabulary = model.backbone.lm, model.image_tokenizer, model.vocabulary
     assert isinstance(tokenizer, magvit2.MAGVIT2)
     weights = "pytorch_model.safetensors"
-    hub.write_tensors(folder / weights, {PREFIX + name: tensor for name, tensor in lm.state_dict().items()})
+    hub.write_tensors(folder / weights, {WEIGHT_PREFIX + name: tensor for name, tensor in lm.state_dict().items()})
     config = {"codebook_size": vocabulary.image_size, "llm_model_path": LANGUAGE, "load_from_showo": True}
-    config |= {"llm_vocab_size": vocabulary.text_size - len(ADDED), "num_vq_tokens": math.prod(tokenizer.grid)}
+    config |= {"llm_vocab_size": vocabulary.text_size - len(ADDED_TOKENS), "num_vq_tokens": math.prod(tokenizer.grid)}
     config |= {"mask_token_id": vocabulary.stop, "vocab_size": vocabulary.stop + 1, "w_clip_vit": False}
     save_json(folder / hub.CONFIG, {"_class_name": "Showo"} | config)
     language, images = (folder / repo.partition("/")[2] for repo in (LANGUAGE, IMAGES))

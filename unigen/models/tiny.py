@@ -26,26 +26,26 @@ from torch import nn
 from unigen import generators, hub
 from unigen.batch import Layout, Tokens, Vocabulary
 from unigen.document import Document
-from unigen.generators.base import Frame, Generator
+from unigen.generators.base import BuildContext, Generator
 from unigen.generators.next_token import Text
-from unigen.media.pixels import square
-from unigen.model.template import OUTPUTS, Output, pictures_first
-from unigen.model.unified import Generators, UnifiedModel
+from unigen.media.pixels import center_crop_resize
+from unigen.model.template import OUTPUTS, Output, images_first
+from unigen.model.unified import GeneratorDict, UnifiedModel
 from unigen.nn.backbone import Backbone
-from unigen.nn.cpu.llama import LlamaLM
-from unigen.tokenizers import ImageTokenizer, load_tokenizer
+from unigen.nn.cpu.llama import InferenceLlama
+from unigen.tokenizers import ImageTokenizer, load_image_tokenizer
 from unigen.tokenizers import text as text_tokenizers
 
 USER, ASSISTANT, BOI, EOI = "<user>", "<assistant>", "<boi>", "<eoi>"
 IMAGE, UNCOND, MASK = "<image>", "<uncond>", "<mask>"
-BEGINS = {"next-token": BOI, "next-scale": "<boi:scale>", "masked": "<boi:masked>", "flow": "<boi:flow>"}
+BEGIN_TOKENS = {"next-token": BOI, "next-scale": "<boi:scale>", "masked": "<boi:masked>", "flow": "<boi:flow>"}
 """Each generator has a begin token of its own, so that one backbone knows which way of writing it is in. Others than
 these take a spare one."""
-READER = "next-token"
+CONTEXT_GENERATOR = "next-token"
 """The generator as which finished pictures stand in a chat: as codes in raster order."""
-SPARES = tuple(f"<spare:{i}>" for i in range(8))
-NEEDED = (USER, ASSISTANT, EOI, IMAGE, UNCOND, MASK, *BEGINS.values())
-SPECIALS = (*NEEDED, *SPARES)
+SPARE_TOKENS = tuple(f"<spare:{i}>" for i in range(8))
+REQUIRED_TOKENS = (USER, ASSISTANT, EOI, IMAGE, UNCOND, MASK, *BEGIN_TOKENS.values())
+SPECIAL_TOKENS = (*REQUIRED_TOKENS, *SPARE_TOKENS)
 
 CHAT_TEMPLATE = (
     "{{ '<s>' }}{% for message in messages %}{{ '<user>' if message['role'] == 'user' else '<assistant>' }}"
@@ -67,7 +67,7 @@ def class_token(number: int) -> str:
     return f"<class:{number}>"
 
 
-def spelt(text: str) -> str:
+def normalize_text(text: str) -> str:
     """Text as the model reads it: lower case, single spaces, opening with one."""
     return " " + " ".join(text.lower().split())
 
@@ -77,7 +77,7 @@ class ChatTemplate:
     how many of them, the first, for the text before it; begins: the begin tokens of generators that are known
     already; classes: the names of those that the model draws, if it does."""
 
-    reader = READER
+    reader = CONTEXT_GENERATOR
     candidates = 16
     free_size = False
     scales = 1
@@ -97,9 +97,9 @@ class ChatTemplate:
         self.settings: dict[str, Any] = {}
         words: tuple[Output, ...] = tuple(name for name in OUTPUTS if name != "pair" or self.text_lengths)
         self.outputs = ("image",) if classes else words
-        begins = BEGINS | dict(begins or {})
-        needed = [*NEEDED, *begins.values(), *map(class_token, range(len(self.classes)))]
-        known = {name: tokenizer.convert_tokens_to_ids(name) for name in (*SPECIALS, *needed)}
+        begins = BEGIN_TOKENS | dict(begins or {})
+        needed = [*REQUIRED_TOKENS, *begins.values(), *map(class_token, range(len(self.classes)))]
+        known = {name: tokenizer.convert_tokens_to_ids(name) for name in (*SPECIAL_TOKENS, *needed)}
         self.special = {name: id for name, id in known.items() if id not in (None, tokenizer.unk_token_id)}
         if missing := [name for name in needed if name not in self.special]:
             raise ValueError(
@@ -109,7 +109,7 @@ class ChatTemplate:
         self.turn_end: int = tokenizer.eos_token_id
         self.turn_ends: tuple[int, ...] = (self.turn_end,)
         self.image_end: int = self.special[EOI]
-        spare = [name for name in SPARES if name in self.special and name not in begins.values()]
+        spare = [name for name in SPARE_TOKENS if name in self.special and name not in begins.values()]
         if len(unknown := [name for name in positions if name not in begins]) > len(spare):
             raise ValueError(
                 f"no begin token is left for {', '.join(unknown)}: the text tokenizer has {len(spare)} spare ones; "
@@ -118,13 +118,13 @@ class ChatTemplate:
         begins |= dict(zip(unknown, spare, strict=False))
         self.begins: dict[str, int] = {name: self.special[begins[name]] for name in positions}
 
-    def encode(self, document: Document, *, blind: bool = False, writer: str = READER) -> Tokens:
+    def encode(self, document: Document, *, blind: bool = False, writer: str = CONTEXT_GENERATOR) -> Tokens:
         """A whole chat, its last turn ended where the assistant speaks last.
 
         writer: the generator that writes the assistant's last picture. Where it is not the one that pictures are read
         back by, the chat ends with that picture, since nothing later would see it as it was written.
         """
-        if writer != READER:
+        if writer != CONTEXT_GENERATOR:
             said = [i for i, s in enumerate(document.segments) if s.image is not None and s.role == "assistant"]
             assert said, "no picture is written in this chat"
             return self._turns(Document(document.segments[: said[-1] + 1]), blind, writer)
@@ -137,7 +137,7 @@ class ChatTemplate:
         return Layout(grid, closing=(self.image_end,))
 
     def frame(self, image: Image.Image, size: int) -> np.ndarray:
-        return square(image, size)
+        return center_crop_resize(image, size)
 
     def prefix(self, ids: Sequence[int]) -> int:
         return 0
@@ -153,11 +153,11 @@ class ChatTemplate:
         """The text of ids, as the user reads it."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
-    def _turns(self, document: Document, blind: bool, writer: str = READER) -> Tokens:
+    def _turns(self, document: Document, blind: bool, writer: str = CONTEXT_GENERATOR) -> Tokens:
         tokens = Tokens()
         tokens.add([self.start])
         role, worded = None, False
-        for number, segment in enumerate(pictures_first(document.segments), start=1):
+        for number, segment in enumerate(images_first(document.segments), start=1):
             if segment.role == "system":
                 raise ValueError("this model follows no system messages: leave them out")
             if segment.role != role:
@@ -169,13 +169,13 @@ class ChatTemplate:
             learnt = role == "assistant"
             if segment.image is not None:
                 last = number == len(document.segments)
-                name = writer if last else READER
+                name = writer if last else CONTEXT_GENERATOR
                 tokens.add([self.begins[name]], loss=learnt and not blind)
                 tokens.add_image(segment.image, self.positions[name], loss=learnt, writer=name)
                 if name in self.text_lengths:
                     start = tokens.spans[-1][0]
                     tokens.ids[start : start + self.text_lengths[name]] = self.opening_text(document, name)
-                if name == READER:
+                if name == CONTEXT_GENERATOR:
                     tokens.add([self.image_end])
             elif blind:
                 tokens.add([] if worded else [self.special[UNCOND]])  # one for the whole run of text
@@ -211,15 +211,15 @@ class ChatTemplate:
 
     def text_ids(self, text: str) -> list[int]:
         """Ids of one run of text; a special token's name typed by a user is text, never the token."""
-        return self.tokenizer(spelt(text), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return self.tokenizer(normalize_text(text), add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
-def assemble(
+def build_model(
     lm: Any,
     tokenizer: Any,
     image_tokenizer: ImageTokenizer,
     text_size: int,
-    writers: Sequence[str] = (READER,),
+    writers: Sequence[str] = (CONTEXT_GENERATOR,),
     heads: Sequence[Any] = (),
     begins: Mapping[str, str] | None = None,
     classes: Sequence[str] = (),
@@ -240,20 +240,20 @@ def assemble(
             f"({image_tokenizer.codebook_size}) need {vocabulary.size}"
         )
     tokenizer.chat_template = CHAT_TEMPLATE
-    frame, ready = frame_of(lm, tokenizer, image_tokenizer), {head.name: head for head in heads}
+    frame, ready = build_context(lm, tokenizer, image_tokenizer), {head.name: head for head in heads}
     for head in heads:
         if head.tokenizer is not None and head.tokenizer.image_size != image_tokenizer.image_size:
             sizes = f"{head.tokenizer.image_size} pixels, the model's {image_tokenizer.image_size}"
             raise ValueError(f"the tokenizer of {head.name} is for pictures of {sizes}: train one for that size")
     names, later = dict.fromkeys([*writers, *ready]), later or {}
     made: dict[str, Generator] = {
-        name: ready[name] if name in ready else new_generator(name, frame) for name in names if name not in later
+        name: ready[name] if name in ready else build_generator(name, frame) for name in names if name not in later
     }
     positions = {name: made[name].positions() if name in made else 0 for name in names}
     text_lengths = {name: generator.text_length for name, generator in made.items() if generator.text_length}
     template = ChatTemplate(tokenizer, positions, begins, classes, text_lengths)
     text: Generator = Text(sorted({*tokenizer.all_special_ids, *template.special.values()}))
-    ordered = Generators({text.name: text} | {name: made.get(name) for name in names}, later)
+    ordered = GeneratorDict({text.name: text} | {name: made.get(name) for name in names}, later)
     return UnifiedModel("tiny", Backbone(lm), vocabulary, tokenizer, image_tokenizer, template, ordered)
 
 
@@ -264,17 +264,17 @@ def codebook_size(image_tokenizer: Any) -> int:
     return int(image_tokenizer.codebook_size)
 
 
-def frame_of(lm: Any, tokenizer: Any, image_tokenizer: ImageTokenizer) -> Frame:
+def build_context(lm: Any, tokenizer: Any, image_tokenizer: ImageTokenizer) -> BuildContext:
     """What generators of a model of these parts are made for."""
     width = int(lm.config.get_text_config().hidden_size)
-    known = tokenizer.convert_tokens_to_ids([name for name in SPECIALS if name in tokenizer.get_vocab()])
+    known = tokenizer.convert_tokens_to_ids([name for name in SPECIAL_TOKENS if name in tokenizer.get_vocab()])
     specials = tuple(sorted({*tokenizer.all_special_ids, *known} - {tokenizer.eos_token_id}))
-    return Frame(image_tokenizer.grid, tokenizer.convert_tokens_to_ids(MASK), width, specials=specials)
+    return BuildContext(image_tokenizer.grid, tokenizer.convert_tokens_to_ids(MASK), width, specials=specials)
 
 
-def new_generator(name: str, frame: Frame) -> Generator:
+def build_generator(name: str, frame: BuildContext) -> Generator:
     """An untrained generator. Raises ValueError for an unknown name, or where it needs a tokenizer and has none."""
-    kind = generators.find(name)
+    kind = generators.find_generator(name)
     if kind.own is not None and frame.tokenizer is None:
         how = "kind=kl" if kind.own == "kl" else f"model.quantizer={kind.own}"
         raise ValueError(f"{name} needs an image tokenizer of its own: unigen train recipes/tiny_vq.py {how} makes one")
@@ -282,11 +282,11 @@ def new_generator(name: str, frame: Frame) -> Generator:
     return generator
 
 
-def create(
+def build_from_config(
     lm_config: Any,
     tokenizer: Any,
     image_tokenizer: ImageTokenizer,
-    writers: Sequence[str] = (READER,),
+    writers: Sequence[str] = (CONTEXT_GENERATOR,),
     heads: Sequence[Any] = (),
     classes: Sequence[str] = (),
 ) -> UnifiedModel:
@@ -297,7 +297,7 @@ def create(
     lm_config.pad_token_id, lm_config.bos_token_id = tokenizer.pad_token_id, tokenizer.bos_token_id
     lm_config.eos_token_id = tokenizer.eos_token_id
     lm = AutoModelForCausalLM.from_config(lm_config, attn_implementation="sdpa")
-    return assemble(lm, tokenizer, image_tokenizer, len(tokenizer), writers, heads, classes=classes)
+    return build_model(lm, tokenizer, image_tokenizer, len(tokenizer), writers, heads, classes=classes)
 
 
 def causal_lm(model: UnifiedModel) -> Any:
@@ -305,26 +305,28 @@ def causal_lm(model: UnifiedModel) -> Any:
     return model.backbone.lm
 
 
-def teach(model: UnifiedModel, writers: Sequence[str], heads: Sequence[Any] = ()) -> UnifiedModel:
+def add_generators(model: UnifiedModel, writers: Sequence[str], heads: Sequence[Any] = ()) -> UnifiedModel:
     """The same parts as a model that writes pictures in these ways too; training has to follow."""
     parts = model.backbone.lm, model.text_tokenizer, model.image_tokenizer, model.vocabulary.text_size
     names = [name for name in dict.fromkeys([*model.generators, *writers]) if name != "text"]
     made = dict(model.heads) | {head.name: head for head in heads}
-    taught = assemble(*parts, names, list(made.values()), model.begin_tokens(), model.template.classes)
+    taught = build_model(*parts, names, list(made.values()), model.begin_tokens(), model.template.classes)
     taught.sampling = dict(model.sampling)
     return taught
 
 
-def extend(lm: Any, tokenizer: Any, image_tokenizer: ImageTokenizer) -> UnifiedModel:
+def extend_vocabulary(lm: Any, tokenizer: Any, image_tokenizer: ImageTokenizer) -> UnifiedModel:
     """A pretrained language model and its tokenizer, grown by our specials and the image codes (Liquid's layout).
 
     New rows start as draws around the mean of the old ones (`mean_resizing`).
     """
     missing = {"bos_token": text_tokenizers.BOS, "eos_token": text_tokenizers.EOS, "pad_token": text_tokenizers.PAD}
     tokenizer.add_special_tokens({k: v for k, v in missing.items() if getattr(tokenizer, k) is None})
-    tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIALS)}, replace_extra_special_tokens=False)
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": list(SPECIAL_TOKENS)}, replace_extra_special_tokens=False
+    )
     lm.resize_token_embeddings(len(tokenizer) + image_tokenizer.codebook_size, mean_resizing=True)
-    return assemble(lm, tokenizer, image_tokenizer, len(tokenizer))
+    return build_model(lm, tokenizer, image_tokenizer, len(tokenizer))
 
 
 def owns(folder: Path, config: Mapping[str, Any]) -> bool:
@@ -341,52 +343,52 @@ def load(folder: Path, dtype: torch.dtype | None = None, inference: bool = False
             model is a Llama, and generators with weights are loaded when they are first asked for.
     """
     manifest = hub.read_json(folder / hub.MANIFEST)
-    image_tokenizer = load_tokenizer(folder / "image_tokenizer")
+    image_tokenizer = load_image_tokenizer(folder / "image_tokenizer")
     state = hub.read_tensors(folder / "model.safetensors")
     config = hub.read_json(folder / hub.CONFIG)
     lm: Any
-    if inference and LlamaLM.readable(config):
+    if inference and InferenceLlama.readable(config):
         tokenizer: Any = text_tokenizers.InferenceTokenizer(folder)
-        lm = LlamaLM(config)
+        lm = InferenceLlama(config)
     else:
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        tokenizer = text_tokenizers.of_model(folder)
+        tokenizer = text_tokenizers.load_from_model(folder)
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         lm = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     if lm.config.tie_word_embeddings:
         state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
     hub.load_strict(lm, state, folder / "model.safetensors")
     writers = [name for name in manifest["generators"] if name != "text"]
-    frame = frame_of(lm, tokenizer, image_tokenizer)
-    kinds = {name: generators.find(name) for name in writers}
+    frame = build_context(lm, tokenizer, image_tokenizer)
+    kinds = {name: generators.find_generator(name) for name in writers}
     headed = [name for name, kind in kinds.items() if issubclass(kind, nn.Module)]
     later = {
-        name: partial(load_head_later, folder / name, frame)
+        name: partial(load_generator_lazily, folder / name, frame)
         for name in headed
         if inference and not kinds[name].in_sequence and (folder / name).is_dir()
     }
-    heads = [load_head(folder / name, frame) for name in headed if name not in later]
+    heads = [load_generator(folder / name, frame) for name in headed if name not in later]
     begins, classes = manifest.get("begins"), manifest.get("classes", ())
     text_size = int(manifest["text_size"])
-    model = assemble(lm.float(), tokenizer, image_tokenizer, text_size, writers, heads, begins, classes, later)
+    model = build_model(lm.float(), tokenizer, image_tokenizer, text_size, writers, heads, begins, classes, later)
     return model.to(dtype or torch.float32)
 
 
-def load_head_later(folder: Path, frame: Frame) -> Any:
-    """The same as `load_head`, when the model is long loaded."""
-    with hub.damage_of(folder):
-        return load_head(folder, frame)
+def load_generator_lazily(folder: Path, frame: BuildContext) -> Any:
+    """The same as `load_generator`, when the model is long loaded."""
+    with hub.wrap_load_errors(folder):
+        return load_generator(folder, frame)
 
 
 load_for_inference = partial(load, inference=True)
 
 
-def load_head(folder: Path, frame: Frame) -> Any:
+def load_generator(folder: Path, frame: BuildContext) -> Any:
     """A generator with weights, saved by `UnifiedModel.save`; the folder has its name."""
     settings = hub.read_json(folder / "config.json")
-    own = load_tokenizer(folder / "tokenizer") if generators.find(folder.name).own else None
-    head: Any = new_generator(folder.name, replace(frame, tokenizer=own, settings=settings))
+    own = load_image_tokenizer(folder / "tokenizer") if generators.find_generator(folder.name).own else None
+    head: Any = build_generator(folder.name, replace(frame, tokenizer=own, settings=settings))
     frozen = {} if own is None else {f"tokenizer.{name}": value for name, value in own.state_dict().items()}
     hub.load_strict(head, frozen | hub.read_tensors(folder / "model.safetensors"), folder / "model.safetensors")
     return head

@@ -31,30 +31,30 @@ from unigen.generators.next_scale import NextScale
 from unigen.model.template import ClassTemplate
 from unigen.model.unified import UnifiedModel
 from unigen.nn.backbone import Backbone, SlotCache
-from unigen.tokenizers import load_tokenizer, var_vq
+from unigen.tokenizers import load_image_tokenizer, var_vq
 
-SCALES = {680: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 2240: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)}
+SCALES_BY_LENGTH = {680: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 2240: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)}
 """By how many codes a picture has, where the file does not say the scale of each code."""
-HEAD_WIDTH = 64
-EPSILON = 1e-6
-COLDEST = math.log(100)
-TOKENIZER = "vae_ch160v4096z32.pth"
+HEAD_DIM = 64
+LAYER_NORM_EPS = 1e-6
+MAX_LOG_SCALE = math.log(100)
+TOKENIZER_FILE = "vae_ch160v4096z32.pth"
 SAMPLING = {"guidance": 5.0, "temperature": 1.0, "top_k": 900, "top_p": 0.96}
 UNSERVED = "it writes pictures scale by scale, not one code after another"
 REPOSITORIES = {
-    "FoundationVision/var": {f"var_d{depth}": (f"var_d{depth}.pth", TOKENIZER) for depth in (16, 20, 24, 30, 36)}
+    "FoundationVision/var": {f"var_d{depth}": (f"var_d{depth}.pth", TOKENIZER_FILE) for depth in (16, 20, 24, 30, 36)}
 }
 """Repositories of the hub that hold several models: the files of each."""
-FILES = ("var_d*.pth", TOKENIZER)
+FILES = ("var_d*.pth", TOKENIZER_FILE)
 """Files by which a folder is known."""
 
 
-class Block(nn.Module):
+class VARBlock(nn.Module):
     """x += gate_1 attention(scale_1 norm(x) + shift_1), x += gate_2 mlp(scale_2 norm(x) + shift_2)."""
 
     def __init__(self, width: int, shared: bool) -> None:
         super().__init__()
-        self.width, self.heads = width, width // HEAD_WIDTH
+        self.width, self.heads = width, width // HEAD_DIM
         self.query_key_value = nn.Linear(width, 3 * width, bias=False)
         self.query_bias, self.value_bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
         self.temperature = nn.Parameter(torch.full((self.heads,), math.log(4)))
@@ -70,9 +70,9 @@ class Block(nn.Module):
         else:
             six = given_BD.unflatten(-1, (6, self.width)) + self.own
         gate1, gate2, scale1, scale2, shift1, shift2 = six[:, None].unbind(2)
-        inner_BLD = (normed(x_BLD) * (1 + scale1) + shift1).to(given_BD.dtype)
+        inner_BLD = (layer_norm_no_affine(x_BLD) * (1 + scale1) + shift1).to(given_BD.dtype)
         x_BLD = x_BLD + gate1 * self.attention(inner_BLD, mask, cache, number)
-        inner_BLD = (normed(x_BLD) * (1 + scale2) + shift2).to(given_BD.dtype)
+        inner_BLD = (layer_norm_no_affine(x_BLD) * (1 + scale2) + shift2).to(given_BD.dtype)
         return x_BLD + gate2 * self.down(gelu(self.up(inner_BLD), approximate="tanh"))
 
     def attention(self, x_BLD: Tensor, mask: Tensor | None, cache: SlotCache, number: int) -> Tensor:
@@ -80,18 +80,18 @@ class Block(nn.Module):
         query, key, value = parts.unbind(0)  # (B, H, L, E)
         query = query + self.query_bias.unflatten(0, (self.heads, 1, -1))
         value = value + self.value_bias.unflatten(0, (self.heads, 1, -1))
-        query = normalize(query, dim=-1) * self.temperature.clamp(max=COLDEST).exp()[:, None, None]
+        query = normalize(query, dim=-1) * self.temperature.clamp(max=MAX_LOG_SCALE).exp()[:, None, None]
         keys, values = cache.update(normalize(key, dim=-1), value, number)
         mixed = scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=1.0)
         return self.out(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
-def normed(x_BLD: Tensor) -> Tensor:
-    return layer_norm(x_BLD, x_BLD.shape[-1:], eps=EPSILON)
+def layer_norm_no_affine(x_BLD: Tensor) -> Tensor:
+    return layer_norm(x_BLD, x_BLD.shape[-1:], eps=LAYER_NORM_EPS)
 
 
-class Transformer(nn.Module):
-    """VAR's blocks, with the little of a transformers model that a `Backbone` asks for."""
+class VARTransformer(nn.Module):
+    """VAR's blocks, with the little of a transformers model that a `BackboneConfig` asks for."""
 
     def __init__(self, classes: int, width: int, layers: int, positions: int, shared: bool) -> None:
         from transformers import PretrainedConfig
@@ -107,13 +107,13 @@ class Transformer(nn.Module):
         self.first = nn.Parameter(torch.zeros(width))
         """The vectors of the first scale and of its place, which are the generator's, too."""
         self.shared = nn.Linear(width, 6 * width) if shared else None
-        self.blocks = nn.ModuleList(Block(width, shared) for _ in range(layers))
+        self.blocks = nn.ModuleList(VARBlock(width, shared) for _ in range(layers))
         self.last = nn.Linear(width, 2 * width)
 
     def set_attn_implementation(self, name: str) -> None:
         """Attention is its own."""
 
-    def get_decoder(self) -> Transformer:
+    def get_decoder(self) -> VARTransformer:
         return self
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -148,7 +148,7 @@ class VARBackbone(Backbone):
         for number, block in enumerate(lm.blocks):
             x_BLD = block(x_BLD, block_BD, seen, cache, number)
         scale, shift = lm.last(active_BD).unflatten(-1, (2, -1))[:, None].unbind(2)
-        return normed(x_BLD) * (1 + scale) + shift
+        return layer_norm_no_affine(x_BLD) * (1 + scale) + shift
 
 
 # what a tensor is called in a public file, and here
@@ -186,7 +186,7 @@ def from_public(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif name == "pos_1LC":
             ours["head.position_embedding.weight"] = tensor[0]
         else:
-            name = hub.renamed(name, _NAMES, _BLOCK if name.startswith("blocks.") else ())
+            name = hub.rename_key(name, _NAMES, _BLOCK if name.startswith("blocks.") else ())
             flat = tensor.flatten() if name.endswith(".temperature") else tensor
             ours[name] = flat[0, 0] if name.endswith(".own") else flat
     if "head.scale_embedding.weight" in ours and "head.position_embedding.weight" in ours:
@@ -207,13 +207,13 @@ def to_public(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 tensor = tensor[None, :, None, None]
             if name.endswith(".own"):
                 tensor = tensor[None, None]
-            theirs[hub.renamed(name, _NAMES, _BLOCK if name.startswith("lm.blocks.") else (), back=True)] = tensor
+            theirs[hub.rename_key(name, _NAMES, _BLOCK if name.startswith("lm.blocks.") else (), back=True)] = tensor
     return theirs
 
 
 def owns(folder: Path, config: dict[str, Any]) -> bool:
     """A folder with a file of a model and that of its image tokenizer; without the latter, one without config.json."""
-    return any(folder.glob(FILES[0])) and ((folder / TOKENIZER).is_file() or not config)
+    return any(folder.glob(FILES[0])) and ((folder / TOKENIZER_FILE).is_file() or not config)
 
 
 def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) -> UnifiedModel:
@@ -221,12 +221,12 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
     name of the file, where there are several."""
     if (folder / hub.MANIFEST).is_file():
         settings = {k: v for k, v in hub.read_json(folder / hub.CONFIG).items() if k != "model_type"}
-        tokenizer = load_tokenizer(folder / "image_tokenizer")
+        tokenizer = load_image_tokenizer(folder / "image_tokenizer")
         state = {f"lm.{name}": tensor for name, tensor in hub.read_weights(folder).items()}
         written = hub.read_tensors(folder / "next-scale" / "model.safetensors")
         state |= {f"head.{name}": tensor for name, tensor in written.items()}
     else:
-        path = hub.one_of(folder, FILES[0], variant)
+        path = hub.select_checkpoint(folder, FILES[0], variant)
         public = hub.read_tensors(path)
         state = from_public(public)
         try:
@@ -240,10 +240,10 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
         layers = len({name.split(".")[2] for name in state if name.startswith("lm.blocks.")})
         shared = "lm.shared.weight" in state
         settings = {"classes": classes, "width": width, "layers": layers, "positions": codes, "shared": shared}
-        scales = scales_of(public, codes)
-        tokenizer = var_vq.from_public(hub.read_tensors(folder / TOKENIZER), scales)
+        scales = infer_scales(public, codes)
+        tokenizer = var_vq.from_public(hub.read_tensors(folder / TOKENIZER_FILE), scales)
     parts = nn.Module()
-    parts.lm, parts.head = Transformer(**settings), NextScale(tokenizer, settings["width"])
+    parts.lm, parts.head = VARTransformer(**settings), NextScale(tokenizer, settings["width"])
     frozen = {f"head.tokenizer.{name}": value for name, value in tokenizer.state_dict().items()}
     stored = dtype or state["lm.classes.weight"].dtype
     hub.load_strict(parts, frozen | state, folder)
@@ -259,7 +259,7 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
     return model
 
 
-def scales_of(public: Mapping[str, Tensor], codes: int) -> tuple[int, ...]:
+def infer_scales(public: Mapping[str, Tensor], codes: int) -> tuple[int, ...]:
     """The sides of the scales (patch_nums): of `lvl_1L`, which says the scale of each code, or of the mask of training,
     else of the published models, else 1, 2, 4, ... Raises ValueError for what are no squares."""
     counts = None
@@ -273,12 +273,12 @@ def scales_of(public: Mapping[str, Tensor], codes: int) -> tuple[int, ...]:
         if [side * side for side in scales] == counts and sum(counts) == codes:
             return scales
         raise ValueError(f"the file has {counts} codes by scale, of {codes}: a scale is a square")
-    if codes in SCALES:
-        return SCALES[codes]
+    if codes in SCALES_BY_LENGTH:
+        return SCALES_BY_LENGTH[codes]
     scales = tuple(2**k for k in range(codes.bit_length()))
     count = next((k for k in range(len(scales) + 1) if sum(side * side for side in scales[:k]) == codes), None)
     if count is None:
-        raise ValueError(f"{codes} positions are of no scales known here ({', '.join(map(str, SCALES))})")
+        raise ValueError(f"{codes} positions are of no scales known here ({', '.join(map(str, SCALES_BY_LENGTH))})")
     return scales[:count]
 
 
@@ -291,5 +291,5 @@ def save_public(model: UnifiedModel, folder: Path) -> None:
     levels = [torch.full((side * side,), level) for level, side in enumerate(tokenizer.settings.scales)]
     derived = {"lvl_1L": torch.cat(levels)[None]}
     torch.save(to_public(state) | derived, folder / f"var_d{model.backbone.lm.settings['layers']}.pth")
-    torch.save(var_vq.to_public(tokenizer), folder / TOKENIZER)
+    torch.save(var_vq.to_public(tokenizer), folder / TOKENIZER_FILE)
     save_json(folder / hub.CONFIG, {"model_type": "var"})

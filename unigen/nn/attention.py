@@ -40,7 +40,7 @@ def cached_mask(lengths_B: Tensor, queries: int, keys: int, reach_BQ: Tensor | N
     return (torch.arange(keys) <= last_BQ[:, :, None])[:, None]
 
 
-class Packing:
+class PackedGroups:
     """The documents of packed rows in groups of like length, so that attention costs the sum of their squares.
 
     A mask over whole rows computes B L^2 scores and throws most away: with documents of 90 positions in rows of 640
@@ -90,7 +90,7 @@ def packed_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    packing: Packing | None = None,
+    packing: PackedGroups | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """A `transformers` attention function: inside each document of `packing`, else as `attention_mask` says.
@@ -109,7 +109,7 @@ def packed_attention(
     one = query_BHLE.is_cpu and query_BHLE.shape[2] == 1 and query_BHLE.shape[1] == key_BHLE.shape[1]
     if packing is None and one and (attention_mask is None or attention_mask.is_floating_point()):
         scale = query_BHLE.shape[-1] ** -0.5 if scaling is None else scaling
-        return _one_query(query_BHLE, key_BHLE, value_BHLE, attention_mask, scale), None
+        return _single_query_attention(query_BHLE, key_BHLE, value_BHLE, attention_mask, scale), None
     if packing is None:
         groups = query_BHLE.shape[1] // key_BHLE.shape[1]
         if groups > 1 and attention_mask is not None:  # a GPU's fused kernels take a mask or groups of heads
@@ -136,7 +136,7 @@ def packed_attention(
     for (count, longest, hidden_N1LL), *qkv in zip(packing.groups, *parts, strict=True):
         q, k, v = (x.unflatten(0, (count, longest)).transpose(1, 2) for x in qkv)
         if query_BHLE.device.type == "cpu" and not grouped:
-            mixed_NHLE = _written_out(q, k, v, hidden_N1LL, scaling or width**-0.5, dropout)
+            mixed_NHLE = _explicit_attention(q, k, v, hidden_N1LL, scaling or width**-0.5, dropout)
         else:
             seen = {"is_causal": True} if hidden_N1LL is None else {"attn_mask": ~hidden_N1LL}
             mixed_NHLE = scaled_dot_product_attention(
@@ -147,7 +147,9 @@ def packed_attention(
     return torch.cat(mixed).index_select(0, packing.back).unflatten(0, (batch, length)), None
 
 
-def _one_query(q_BH1E: Tensor, k_BHLE: Tensor, v_BHLE: Tensor, mask_B11L: Tensor | None, scale: float) -> Tensor:
+def _single_query_attention(
+    q_BH1E: Tensor, k_BHLE: Tensor, v_BHLE: Tensor, mask_B11L: Tensor | None, scale: float
+) -> Tensor:
     """softmax(q k^T scale + mask) v, as (B, 1, H, E): on a CPU a step of one query is bound by the number of
     operations, and torch's own attention takes a dozen small ones, among them a product over all keys."""
     rows, heads = q_BH1E.shape[:2]
@@ -158,7 +160,7 @@ def _one_query(q_BH1E: Tensor, k_BHLE: Tensor, v_BHLE: Tensor, mask_B11L: Tensor
     return mixed_N1E.view(rows, 1, heads, -1)
 
 
-def _written_out(
+def _explicit_attention(
     q_NHLE: Tensor, k_NHLE: Tensor, v_NHLE: Tensor, hidden: Tensor | None, scale: float, dropout: float
 ) -> Tensor:
     """softmax(q k^T scale) v, causal where nothing else is said: on a CPU faster, forward and backward in bf16, than
@@ -172,8 +174,9 @@ def _written_out(
 
 
 @contextmanager
-def unfused(device: torch.device) -> Iterator[None]:
-    """Inside, torch's own attention on a CPU is products and a softmax, as in `_written_out`, for networks that are not
+def math_attention(device: torch.device) -> Iterator[None]:
+    """Inside, torch's own attention on a CPU is products and a softmax, as in `_explicit_attention`, for networks that
+    are not
     ours: the fused kernel's backward pass is slow for as few positions. A GPU is left alone."""
     if device.type != "cpu":
         yield
@@ -187,7 +190,7 @@ def unfused(device: torch.device) -> Iterator[None]:
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(flag)
 
 
-def register(compiled: bool = False) -> str:
+def register_attention(compiled: bool = False) -> str:
     """Make `packed_attention` known to transformers; returns the name to give as `attn_implementation`. compiled: as a
     hole in graphs of torch.compile, since its shapes change from batch to batch."""
     from transformers import AttentionInterface

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unigen.nn.attention import Packing, cached_mask, packed_mask, register
+from unigen.nn.attention import PackedGroups, cached_mask, packed_mask, register_attention
 from unigen.nn.cpu import llama
-from unigen.nn.cpu.linear import few_rows_linear
+from unigen.nn.cpu.linear import packed_linear
 
 
 class Backbone(nn.Module):
@@ -27,8 +27,8 @@ class Backbone(nn.Module):
     def __init__(self, lm: Any) -> None:
         super().__init__()
         self.lm = lm
-        if not isinstance(lm, llama.LlamaLM):
-            lm.set_attn_implementation(register())
+        if not isinstance(lm, llama.InferenceLlama):
+            lm.set_attn_implementation(register_attention())
 
     @property
     def width(self) -> int:
@@ -48,9 +48,9 @@ class Backbone(nn.Module):
         dtype = embeds_BLD.dtype if cache is None or cache.dtype is None else cache.dtype  # of the keys
         decoder = self.lm.get_decoder()
         seen: Tensor | None = None  # where all keys may be seen: once, not in every layer
-        if cache is None or not cache.step.sees_all or not llama.fits(decoder):
+        if cache is None or not cache.step.sees_all or not llama.is_plain_llama(decoder):
             seen = embeds_BLD.new_zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
-        if cache is not None and llama.fits(decoder):
+        if cache is not None and llama.is_plain_llama(decoder):
             return llama.llama_hidden(decoder, embeds_BLD, positions_BL, seen, cache)
         output = decoder(
             inputs_embeds=embeds_BLD,
@@ -71,7 +71,7 @@ class Backbone(nn.Module):
             position_ids=positions_BL,
             attention_mask=packed_mask(segments_BL[:, :1]),  # not read: `packing` says it all
             use_cache=False,
-            packing=Packing(segments_BL, reach_BL),
+            packing=PackedGroups(segments_BL, reach_BL),
         )
         return output.last_hidden_state
 
@@ -80,15 +80,15 @@ class Backbone(nn.Module):
         Raises ValueError on a CPU without a C++ compiler, and for a decoder whose cached steps it would compile too."""
         if not torch.cuda.is_available() and not (shutil.which("c++") or shutil.which("g++")):
             raise ValueError("compile=true needs a C++ compiler on a CPU: install g++, or leave it out")
-        if not llama.fits(self.lm.get_decoder()):
+        if not llama.is_plain_llama(self.lm.get_decoder()):
             raise ValueError(f"compile=true is for Llama backbones, not {self.lm.config.model_type}: leave it out")
-        self.lm.set_attn_implementation(register(compiled=True))
+        self.lm.set_attn_implementation(register_attention(compiled=True))
         self.lm.get_decoder().compile(dynamic=False)
 
     def logits(self, hidden: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """Scores of the head's rows start..stop only: a span of image codes never pays for the text's rows."""
         head = self.lm.get_output_embeddings()
-        return few_rows_linear(hidden, head.weight, head.bias, start, stop)
+        return packed_linear(hidden, head.weight, head.bias, start, stop)
 
 
 class _SlotLayer:
@@ -128,7 +128,7 @@ class _SlotLayer:
         return self.keys[step.rows_B, :, : step.keys], self.values[step.rows_B, :, : step.keys]
 
 
-class _Step:
+class _StepPlan:
     """Where one forward pass writes and reads; worked out once and used by every layer."""
 
     def __init__(self, rows: list[int], lengths: Tensor, queries: int, device: torch.device) -> None:
@@ -168,7 +168,7 @@ class SlotCache:
         self.lengths = torch.zeros(slots, dtype=torch.int64)
         self.notes: dict[int, Tensor] = {}
         """What a backbone keeps of a slot beside keys and values, from the slot's first position on."""
-        self.step: _Step
+        self.step: _StepPlan
         self.layers = [_SlotLayer(self) for _ in range(layers)]
 
     # ---------------------------------------------------------------- what transformers' decoders call
@@ -236,7 +236,7 @@ class SlotCache:
         needed = int(lengths.max()) + queries
         if needed > self.capacity:
             self.capacity = max(needed, 2 * self.capacity, 128)
-        self.step = _Step(rows, lengths, queries, self.device)
+        self.step = _StepPlan(rows, lengths, queries, self.device)
         return self.step.at_BL, cached_mask(lengths, queries, self.step.keys, reach_BQ).to(self.device)
 
     def keep(self, rows: list[int], counts: list[int]) -> None:

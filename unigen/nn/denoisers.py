@@ -22,12 +22,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-Kind = Literal["mm-dit", "dit-adaln", "dit-cross", "dit-context", "unet"]
-KINDS: tuple[Kind, ...] = ("mm-dit", "dit-adaln", "dit-cross", "dit-context", "unet")
+DenoiserKind = Literal["mm-dit", "dit-adaln", "dit-cross", "dit-context", "unet"]
+DENOISERS: tuple[DenoiserKind, ...] = ("mm-dit", "dit-adaln", "dit-cross", "dit-context", "unet")
 
 
-def painter(
-    kind: Kind, *, channels: int, side: int, context: int, layers: int, heads: int, head_dim: int, patch: int = 1
+def build_denoiser(
+    kind: DenoiserKind,
+    *,
+    channels: int,
+    side: int,
+    context: int,
+    layers: int,
+    heads: int,
+    head_dim: int,
+    patch: int = 1,
 ) -> nn.Module:
     """An untrained network of `kind` for latents (channels, side, side) and context states of width `context`.
 
@@ -112,7 +120,7 @@ def from_patches(patches_MPF: Tensor, grid: tuple[int, int], patch: int) -> Tens
     return nn.functional.fold(patches_MPF.transpose(1, 2), grid, patch, stride=patch)
 
 
-class Time(nn.Module):
+class TimestepEmbedder(nn.Module):
     """Times (M,) in [0, 1] as vectors (M, width): diffusers' waves and MLP, on a thousand times the time."""
 
     def __init__(self, width: int) -> None:
@@ -126,11 +134,11 @@ class Time(nn.Module):
         return self.mlp(self.waves(t_M * 1000).to(self.mlp.linear_1.weight.dtype))
 
 
-class Block(nn.Module):
+class DiTBlock(nn.Module):
     """x + attention, + cross-attention, + mlp, each of the normed x; modulated and gated where kind is dit-adaln.
     Attention and mlp are diffusers'."""
 
-    def __init__(self, kind: Kind, width: int, heads: int) -> None:
+    def __init__(self, kind: DenoiserKind, width: int, heads: int) -> None:
         super().__init__()
         from diffusers.models.attention import FeedForward
         from diffusers.models.attention_processor import Attention
@@ -168,16 +176,24 @@ class DiT(nn.Module):
     """Patches of latents through blocks of one of three ways of conditioning."""
 
     def __init__(
-        self, kind: Kind, channels: int, side: int, context: int, layers: int, heads: int, head_dim: int, patch: int
+        self,
+        kind: DenoiserKind,
+        channels: int,
+        side: int,
+        context: int,
+        layers: int,
+        heads: int,
+        head_dim: int,
+        patch: int,
     ) -> None:
         super().__init__()
         from diffusers.models.embeddings import get_2d_sincos_pos_embed
 
         self.kind, self.patch, width = kind, patch, heads * head_dim
         self.enter = nn.Linear(channels * patch**2, width)
-        self.time = Time(width)
+        self.time = TimestepEmbedder(width)
         self.context = nn.Linear(context, width)
-        self.blocks = nn.ModuleList(Block(kind, width, heads) for _ in range(layers))
+        self.blocks = nn.ModuleList(DiTBlock(kind, width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=kind != "dit-adaln")
         self.modulation = nn.Linear(width, 2 * width) if kind == "dit-adaln" else None
         self.leave = nn.Linear(width, channels * patch**2)

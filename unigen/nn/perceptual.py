@@ -84,12 +84,12 @@ class LPIPS(nn.Module):
         """Distance of each pair (B,)."""
         total = torch.zeros(len(x_BCHW), device=x_BCHW.device)
         for lin, a, b in zip(self.lins, self.stages(x_BCHW), self.stages(y_BCHW), strict=True):
-            gap = (unit(a) - unit(b)).square()
+            gap = (unit_normalize(a) - unit_normalize(b)).square()
             total = total + (gap * lin).sum(1).mean((1, 2))
         return total
 
 
-def unit(map_BCHW: Tensor) -> Tensor:
+def unit_normalize(map_BCHW: Tensor) -> Tensor:
     """Each position's feature vector scaled to length 1."""
     map_BCHW = map_BCHW.float()
     return map_BCHW / (map_BCHW.square().sum(1, keepdim=True).sqrt() + 1e-10)

@@ -17,47 +17,47 @@ from typing import Any
 import torch
 from torch import nn
 
-from unigen.nn.cpu.linear import FewRowsLinear
-from unigen.utils.extras import require
+from unigen.nn.cpu.linear import PackedLinear
+from unigen.utils.extras import require_extra
 from unigen.utils.precision import QUANTIZATIONS
 
-WHOLE = {"8bit": (1, 1), "4bit": (32, 64)}
+SIZE_MULTIPLES = {"8bit": (1, 1), "4bit": (32, 64)}
 """Outputs and inputs of maps that are quantised are whole multiples of these. Others stay as they are: in 4 bits
 bitsandbytes' product on a CPU stops at them, or gives blocks that go on in the next row another block's scale."""
 
-PLAIN = (nn.Linear, FewRowsLinear)
+QUANTIZABLE = (nn.Linear, PackedLinear)
 """Maps that are quantised; others may be more than their weights."""
 
 
-def check(kind: str, device: str | torch.device) -> None:
+def check_quantization(kind: str, device: str | torch.device) -> None:
     """Try it on one small map. Raises ValueError in one line where weights cannot be kept so here."""
     if kind not in QUANTIZATIONS:
         raise ValueError(f"unknown quantization {kind[:60]!r}: one of {', '.join(QUANTIZATIONS)}")
-    require("quantization")
+    require_extra("quantization")
     small = nn.Sequential(nn.utils.skip_init(nn.Linear, 64, 32))
     nn.init.ones_(small[0].weight)
     try:
-        _replace(small, kind, device)
+        _replace_linears(small, kind, device)
         small.to(device).eval()(torch.ones(1, 1, 64, device=device))
     except (RuntimeError, OSError, AttributeError, ImportError, AssertionError) as error:
         raise ValueError(f"bitsandbytes has no {kind} weights on {device} here: {error}") from error
 
 
 def quantize(module: nn.Module, kind: str, device: str | torch.device) -> None:
-    """Replace every `nn.Linear` inside of a size in `WHOLE` by one that keeps its weights so, on the device. All else
-    stays as it is. Raises ValueError where that cannot be, where it is done already, and where no map is of such a
+    """Replace every `nn.Linear` inside of a size in `WEIGHT_FILES` by one that keeps its weights so, on the device. All
+    else stays as it is. Raises ValueError where that cannot be, where it is done already, and where no map is of such a
     size."""
-    check(kind, device)
+    check_quantization(kind, device)
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
     if any(isinstance(part, Linear4bit | Linear8bitLt) for part in module.modules()):
         raise ValueError(f"no {kind} weights: these are quantised already, load the model anew")
-    if not _replace(module, kind, device):
-        outputs, inputs = WHOLE[kind]
+    if not _replace_linears(module, kind, device):
+        outputs, inputs = SIZE_MULTIPLES[kind]
         raise ValueError(f"no {kind} weights: of no linear map are outputs and inputs multiples of {outputs}, {inputs}")
 
 
-def _replace(module: nn.Module, kind: str, device: str | torch.device) -> int:
+def _replace_linears(module: nn.Module, kind: str, device: str | torch.device) -> int:
     """How many were replaced."""
     from transformers import BitsAndBytesConfig
     from transformers.integrations import replace_with_bnb_linear
@@ -69,7 +69,7 @@ def _replace(module: nn.Module, kind: str, device: str | torch.device) -> int:
         how = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
     before = dict(module.named_modules())
     maps = {name: part for name, part in before.items() if isinstance(part, nn.Linear | Conv1D)}
-    left = [name for name, part in maps.items() if type(part) not in PLAIN or not _fits(part, kind)]
+    left = [name for name, part in maps.items() if type(part) not in QUANTIZABLE or not _is_quantizable(part, kind)]
     if len(left) == len(maps):
         return 0
     for name in maps.keys() - set(left):
@@ -85,17 +85,17 @@ def _replace(module: nn.Module, kind: str, device: str | torch.device) -> int:
     return count
 
 
-def _fits(linear: nn.Linear, kind: str) -> bool:
-    return not any(size % whole for size, whole in zip(linear.weight.shape, WHOLE[kind], strict=True))
+def _is_quantizable(linear: nn.Linear, kind: str) -> bool:
+    return not any(size % whole for size, whole in zip(linear.weight.shape, SIZE_MULTIPLES[kind], strict=True))
 
 
-def held(lm: Any, kind: str | None) -> str:
+def describe_precision(lm: Any, kind: str | None) -> str:
     """The precision of a language model's weights, as people read it."""
     dtype = str(lm.get_input_embeddings().weight.dtype).removeprefix("torch.")
     return dtype if kind is None else f"{kind}, tables and head {dtype}"
 
 
-def measure(module: nn.Module) -> tuple[int, int]:
+def count_parameters(module: nn.Module) -> tuple[int, int]:
     """How many weights a module has, and bytes that they take, with the scales of those that are quantised."""
     count = size = 0
     for p in module.parameters():

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unigen.limits import check
+from unigen.limits import check_limit
 from unigen.utils.text import shorten
 
-KINDS = ("cfg", "rescale", "apg", "cfg-zero")
+GUIDANCE_KINDS = ("cfg", "rescale", "apg", "cfg-zero")
 """How branches of a flow are combined: see `guided_velocity`."""
-RESCALE = 0.7  # the share of the rescaled prediction (Lin et al. 2024)
-MOMENTUM = -0.5  # of APG's running difference (Sadat et al. 2024)
+RESCALE_FACTOR = 0.7  # the share of the rescaled prediction (Lin et al. 2024)
+APG_MOMENTUM = -0.5  # of APG's running difference (Sadat et al. 2024)
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class Guidance:
     interval: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.kind, str) or self.kind not in KINDS:
-            raise ValueError(f"unknown kind of guidance {shorten(self.kind)}: one of {', '.join(KINDS)}")
+        if not isinstance(self.kind, str) or self.kind not in GUIDANCE_KINDS:
+            raise ValueError(f"unknown kind of guidance {shorten(self.kind)}: one of {', '.join(GUIDANCE_KINDS)}")
         if not isinstance(self.scales, (tuple, list)) or not self.scales:
             raise ValueError(f"scales of guidance must be a tuple of numbers, not {shorten(self.scales)}")
         if self.kind != "cfg" and len(self.scales) != 1:
             raise ValueError(f"guidance of kind {self.kind} has two branches: give one scale")
-        object.__setattr__(self, "scales", tuple(check("guidance", scale) for scale in self.scales))
+        object.__setattr__(self, "scales", tuple(check_limit("guidance", scale) for scale in self.scales))
         at = self.interval
         if not (
             isinstance(at, (tuple, list)) and len(at) == 2 and all(isinstance(t, Real) and 0 <= t <= 1 for t in at)
@@ -92,7 +92,7 @@ def guided_velocity(guidance: Guidance, parts: Sequence[Tensor], x: Tensor, t: f
     if guidance.kind == "rescale":
         from diffusers.guiders.guider_utils import rescale_noise_cfg
 
-        return rescale_noise_cfg(guidance.combine(parts), c, RESCALE)
+        return rescale_noise_cfg(guidance.combine(parts), c, RESCALE_FACTOR)
     if guidance.kind == "cfg-zero":
         from diffusers.guiders.classifier_free_zero_star_guidance import cfg_zero_star_scale
 
@@ -102,7 +102,7 @@ def guided_velocity(guidance: Guidance, parts: Sequence[Tensor], x: Tensor, t: f
         return guidance.combine((c, u))
     from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
 
-    momentum = memory.setdefault("momentum", MomentumBuffer(MOMENTUM))
+    momentum = memory.setdefault("momentum", MomentumBuffer(APG_MOMENTUM))
     clean = normalized_guidance(
         x - t * c, x - t * u, guidance.scales[0] - 1, momentum, eta=0.0, use_original_formulation=True
     )

@@ -20,7 +20,7 @@ from PIL import Image
 from unigen.document import Preview
 from unigen.media.output import data_uri
 from unigen.serving import pictures
-from unigen.serving.jobs import Begun, Ended, Event, Part
+from unigen.serving.jobs import Event, Finished, Part, Started
 
 Events: TypeAlias = AsyncGenerator[tuple[int, Event], None]
 """Of several jobs as they come, each with its job's place."""
@@ -28,17 +28,17 @@ Chunks: TypeAlias = AsyncGenerator[dict[str, Any], None]
 
 
 @dataclass
-class Answer:
+class AnswerBuilder:
     """What became of a job: texts and pictures in order, and how they were made."""
 
     parts: list[str | Image.Image] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
-    ended: Ended = field(default_factory=lambda: Ended("stop"))
+    ended: Finished = field(default_factory=lambda: Finished("stop"))
 
     def take(self, event: Event) -> None:
-        if isinstance(event, Begun):
+        if isinstance(event, Started):
             self.settings = event.settings
-        elif isinstance(event, Ended):
+        elif isinstance(event, Finished):
             self.ended = event
         elif isinstance(event, Part):
             if isinstance(event.part, str) and self.parts and isinstance(self.parts[-1], str):
@@ -52,9 +52,9 @@ class Answer:
 
 
 async def chat_chunks(events: Events, head: dict[str, Any], usage: bool) -> Chunks:
-    """A streamed chat, which joined is `message`: texts as delta.content, pictures as delta.images, unfinished ones
-    marked as partial."""
-    answers: defaultdict[int, Answer] = defaultdict(Answer)
+    """A streamed chat, which joined is `assistant_message`: texts as delta.content, pictures as delta.images,
+    unfinished ones marked as partial."""
+    answers: defaultdict[int, AnswerBuilder] = defaultdict(AnswerBuilder)
     said: defaultdict[int, int] = defaultdict(int)  # characters of content
     head = head | {"object": "chat.completion.chunk"}
 
@@ -64,9 +64,9 @@ async def chat_chunks(events: Events, head: dict[str, Any], usage: bool) -> Chun
     async with aclosing(events):
         async for i, event in events:
             answer = answers[i]
-            parted = gap(answer.parts)
+            parted = paragraph_break(answer.parts)
             answer.take(event)
-            if isinstance(event, Begun):
+            if isinstance(event, Started):
                 yield chunk(i, {"role": "assistant", "content": ""}, settings=event.settings)
             elif isinstance(event, Part):
                 if isinstance(event.part, str):
@@ -74,22 +74,22 @@ async def chat_chunks(events: Events, head: dict[str, Any], usage: bool) -> Chun
                     yield chunk(i, {"content": parted + event.part})
                 else:
                     place = {"index": len(answer.pictures) - 1, "offset": said[i]}
-                    yield chunk(i, {"images": [await picture_part(event.part) | place]})
+                    yield chunk(i, {"images": [await image_part(event.part) | place]})
             elif isinstance(event, Preview):
-                part = await picture_part(event.image) | {"index": event.picture, "partial": True}
+                part = await image_part(event.image) | {"index": event.picture, "partial": True}
                 yield chunk(i, {"images": [part]})
-            elif isinstance(event, Ended):
+            elif isinstance(event, Finished):
                 yield chunk(i, {}, event.reason)
     if usage:
-        yield {**head, "choices": [], "usage": usage_of(list(answers.values()))}
+        yield {**head, "choices": [], "usage": chat_usage(list(answers.values()))}
 
 
-async def picture_chunks(events: Events, model: str, kind: str, format: str, quality: int | None = None) -> Chunks:
+async def image_chunks(events: Events, model: str, kind: str, format: str, quality: int | None = None) -> Chunks:
     """Streamed pictures: OpenAI's events of this kind, with the picture's place among the n, and how it was made."""
-    answers: defaultdict[int, Answer] = defaultdict(Answer)
+    answers: defaultdict[int, AnswerBuilder] = defaultdict(AnswerBuilder)
 
     async def said(i: int, what: str, picture: Image.Image, **more: Any) -> dict[str, Any]:
-        file = await asyncio.to_thread(pictures.encoded, picture, format, quality)
+        file = await asyncio.to_thread(pictures.encode_image, picture, format, quality)
         return {
             "type": f"{kind}.{what}",
             "index": i,
@@ -108,38 +108,38 @@ async def picture_chunks(events: Events, model: str, kind: str, format: str, qua
             answer.take(event)
             if isinstance(event, Preview):
                 yield await said(i, "partial_image", event.image, partial_image_index=event.number)
-            elif isinstance(event, Ended):
+            elif isinstance(event, Finished):
                 told = {"model": model, "settings": answer.settings, "usage": images_usage([answer])}
                 yield await said(i, "completed", answer.pictures[0], **told)
 
 
-async def picture_part(picture: Image.Image) -> dict[str, Any]:
+async def image_part(picture: Image.Image) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": await asyncio.to_thread(data_uri, picture)}}
 
 
-async def message(parts: list[str | Image.Image], as_parts: bool = False) -> dict[str, Any]:
+async def assistant_message(parts: list[str | Image.Image], as_parts: bool = False) -> dict[str, Any]:
     """The assistant's message. Its text is `content`, a string, and its pictures are `images`, each with the number of
     characters of `content` that stand before it (`offset`). as_parts: `content` is a list of parts in order instead,
     where there are pictures."""
     told: dict[str, Any] = {"role": "assistant", "content": "", "refusal": None}
     if as_parts and not all(isinstance(part, str) for part in parts):
-        listed = [{"type": "text", "text": p} if isinstance(p, str) else await picture_part(p) for p in parts]
+        listed = [{"type": "text", "text": p} if isinstance(p, str) else await image_part(p) for p in parts]
         return told | {"content": listed}
     images: list[dict[str, Any]] = []
     for number, part in enumerate(parts):
         if isinstance(part, str):
-            told["content"] += gap(parts[:number]) + part
+            told["content"] += paragraph_break(parts[:number]) + part
         else:
-            images.append({**await picture_part(part), "index": len(images), "offset": len(told["content"])})
+            images.append({**await image_part(part), "index": len(images), "offset": len(told["content"])})
     return told | ({"images": images} if images else {})
 
 
-def gap(before: list[str | Image.Image]) -> str:
+def paragraph_break(before: list[str | Image.Image]) -> str:
     """What parts a text from that before the last picture, in `content`."""
     return "\n\n" if before and not isinstance(before[-1], str) and any(isinstance(p, str) for p in before) else ""
 
 
-def usage_of(answers: list[Answer]) -> dict[str, Any] | None:
+def chat_usage(answers: list[AnswerBuilder]) -> dict[str, Any] | None:
     """Tokens read and written, the codes of pictures among the latter; None where the model does not count."""
     ended = [answer.ended for answer in answers]
     if any(one.prompt is None for one in ended):
@@ -155,9 +155,9 @@ def usage_of(answers: list[Answer]) -> dict[str, Any] | None:
     }
 
 
-def images_usage(answers: list[Answer]) -> dict[str, Any] | None:
+def images_usage(answers: list[AnswerBuilder]) -> dict[str, Any] | None:
     """The same as OpenAI's routes of pictures have it."""
-    usage = usage_of(answers)
+    usage = chat_usage(answers)
     if usage is None:
         return None
     read, seen = usage["prompt_tokens"], answers[0].ended.seen

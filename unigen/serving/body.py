@@ -14,26 +14,26 @@ from fastapi import Request
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
-MOST_MARKS = 200_000
+MAX_DELIMITERS = 200_000
 """Brackets and commas in a body; those within texts count too."""
-MOST_VALUES = 20_000
+MAX_JSON_VALUES = 20_000
 """Objects, lists, names, texts and numbers in a body."""
-MOST_CHARACTERS = 1_000_000
+MAX_TEXT_CHARACTERS = 1_000_000
 """Of all texts together; pictures apart, which are data URIs in `url` or `image_url`, and base64 in `result`."""
 
 
-def parse(data: bytes) -> Any:
+def parse_json(data: bytes) -> Any:
     """The value of a JSON body.
 
     Raises:
         json.JSONDecodeError: it is no JSON.
         HTTPException: it holds more than the limits above, or what is no text.
     """
-    if sum(data.count(mark) for mark in (b"[", b"{", b",")) > MOST_MARKS:
-        raise HTTPException(400, f"the body holds too many values: at most {MOST_VALUES:,}")
+    if sum(data.count(mark) for mark in (b"[", b"{", b",")) > MAX_DELIMITERS:
+        raise HTTPException(400, f"the body holds too many values: at most {MAX_JSON_VALUES:,}")
     blanks = sum(data.count(mark) for mark in (b" ", b"\n", b"\r", b"\t"))
-    if max(blanks, data.count(b"\\")) > 2 * MOST_CHARACTERS:  # a character is two escapes at most
-        raise HTTPException(400, f"the body holds too many characters of text: at most {MOST_CHARACTERS:,}")
+    if max(blanks, data.count(b"\\")) > 2 * MAX_TEXT_CHARACTERS:  # a character is two escapes at most
+        raise HTTPException(400, f"the body holds too many characters of text: at most {MAX_TEXT_CHARACTERS:,}")
     try:
         value = json.loads(data)
     except json.JSONDecodeError:
@@ -44,11 +44,11 @@ def parse(data: bytes) -> Any:
         raise HTTPException(400, "the body is no JSON: it is no UTF-8") from None
     except ValueError:
         raise HTTPException(400, "the body is no JSON: a number in it has thousands of digits") from None
-    _check_amount(value)
+    _check_size(value)
     return value
 
 
-def _check_amount(value: Any) -> None:
+def _check_size(value: Any) -> None:
     left, values, characters = [value], 0, 0
     while left:
         one = left.pop()
@@ -57,16 +57,16 @@ def _check_amount(value: Any) -> None:
             characters += len(one)
         elif isinstance(one, dict):
             left += one.keys()
-            left += ["" if _is_picture(name, inner) else inner for name, inner in one.items()]
+            left += ["" if _is_image_data(name, inner) else inner for name, inner in one.items()]
         elif isinstance(one, list):
             left += one
-    if values > MOST_VALUES:
-        raise HTTPException(400, f"the body holds {values:,} values: at most {MOST_VALUES:,}")
-    if characters > MOST_CHARACTERS:
-        raise HTTPException(400, f"the body holds {characters:,} characters of text: at most {MOST_CHARACTERS:,}")
+    if values > MAX_JSON_VALUES:
+        raise HTTPException(400, f"the body holds {values:,} values: at most {MAX_JSON_VALUES:,}")
+    if characters > MAX_TEXT_CHARACTERS:
+        raise HTTPException(400, f"the body holds {characters:,} characters of text: at most {MAX_TEXT_CHARACTERS:,}")
 
 
-def _is_picture(name: str, value: Any) -> bool:
+def _is_image_data(name: str, value: Any) -> bool:
     if not isinstance(value, str):
         return False
     return name == "result" or (name in ("url", "image_url") and value[:5].lower() == "data:")
@@ -78,7 +78,7 @@ class BoundedRequest(Request):
     async def json(self) -> Any:
         if not hasattr(self, "_json"):
             data = await self.body()
-            self._json = await asyncio.to_thread(parse, data)
+            self._json = await asyncio.to_thread(parse_json, data)
         return self._json
 
 

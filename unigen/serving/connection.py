@@ -12,28 +12,28 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-HEAD_SECONDS = 10.0
+HEADER_TIMEOUT = 10.0
 """From the first byte (of a new connection: from its begin) to the end of a request's head."""
-TICKS = 5
-READ_SECONDS = 30.0
-"""In which a client must read `LEAST_READ` bytes of what waits for it."""
-LEAST_READ = 32 << 10
-MOST_CONNECTIONS = 256
+CHECKS_PER_TIMEOUT = 5
+CLIENT_READ_TIMEOUT = 30.0
+"""In which a client must read `MIN_CLIENT_READ_BYTES` bytes of what waits for it."""
+MIN_CLIENT_READ_BYTES = 32 << 10
+MAX_CONNECTIONS_PER_CLIENT = 256
 """At a time of one address, unless it is a proxy's that is trusted; of IPv6 of one network of 64 bits."""
-FREE_PIECES = 1000
-"""Chunks of one body that may hold as little as they like; each of the others must be made up for by `LEAST_PIECE`
+MAX_SMALL_CHUNKS = 1000
+"""Chunks of one body that may hold as little as they like; each of the others must be made up for by `MIN_CHUNK_BYTES`
 bytes of the body, since it costs time whatever it holds."""
-LEAST_PIECE = 64
+MIN_CHUNK_BYTES = 64
 
 
-def _refusal(message: str) -> bytes:
+def _too_many_requests_response(message: str) -> bytes:
     told = {"message": message, "type": "rate_limit_error", "param": None, "code": "too_many_connections"}
     body = json.dumps({"error": told}).encode()
     head = "HTTP/1.1 429 Too Many Requests\r\ncontent-type: application/json\r\nretry-after: 5\r\nconnection: close\r\n"
     return f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
 
 
-def client_of(host: str) -> str:
+def client_id(host: str) -> str:
     """Who asks from this address: of IPv6 the network, since a client has all of its addresses."""
     try:
         address = ipaddress.ip_address(host)
@@ -46,7 +46,7 @@ def client_of(host: str) -> str:
     return str(ipaddress.ip_network((address.packed, 64), strict=False))
 
 
-_TOO_MANY = _refusal("too many connections of one address: close some")
+_TOO_MANY_CONNECTIONS_RESPONSE = _too_many_requests_response("too many connections of one address: close some")
 
 
 class TimedConnection(H11Protocol):
@@ -68,10 +68,10 @@ class TimedConnection(H11Protocol):
         self._expect_head()
         host = self.client[0] if self.client else ""
         if not self._trusted(host):
-            self._who = client_of(host)
+            self._who = client_id(host)
             self.open[self._who] += 1
-            if self.open[self._who] > MOST_CONNECTIONS:
-                transport.write(_TOO_MANY)
+            if self.open[self._who] > MAX_CONNECTIONS_PER_CLIENT:
+                transport.write(_TOO_MANY_CONNECTIONS_RESPONSE)
                 transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -100,7 +100,7 @@ class TimedConnection(H11Protocol):
             self._pieces, self._bytes = 0, 0
         elif isinstance(event, h11.Data):
             self._pieces, self._bytes = self._pieces + event.chunk_start, self._bytes + len(event.data)
-            if self._bytes < LEAST_PIECE * (self._pieces - FREE_PIECES):
+            if self._bytes < MIN_CHUNK_BYTES * (self._pieces - MAX_SMALL_CHUNKS):
                 self.transport.abort()
                 return h11.NEED_DATA
         return event
@@ -128,12 +128,12 @@ class TimedConnection(H11Protocol):
         super().resume_writing()
         self._stop("_read")
 
-    def _expect_head(self, left: int = TICKS) -> None:
+    def _expect_head(self, left: int = CHECKS_PER_TIMEOUT) -> None:
         """Counted in ticks of the server's own, which may have been stopped itself."""
         if not left:
             self.transport.abort()
         elif self._head is None:
-            self._head = self.loop.call_later(HEAD_SECONDS / TICKS, self._tick, left - 1)
+            self._head = self.loop.call_later(HEADER_TIMEOUT / CHECKS_PER_TIMEOUT, self._tick, left - 1)
 
     def _tick(self, left: int) -> None:
         self._head = None
@@ -141,12 +141,12 @@ class TimedConnection(H11Protocol):
 
     def _expect_reading(self) -> None:
         if self._read is None and (waits := self.transport.get_write_buffer_size()):
-            self._read = self.loop.call_later(READ_SECONDS, self._check_reading, waits)
+            self._read = self.loop.call_later(CLIENT_READ_TIMEOUT, self._check_reading, waits)
 
     def _check_reading(self, before: int) -> None:
-        """What waits is less by `LEAST_READ`, or the client is given up."""
+        """What waits is less by `MIN_CLIENT_READ_BYTES`, or the client is given up."""
         self._read = None
-        if self.transport.get_write_buffer_size() > max(0, before - LEAST_READ):
+        if self.transport.get_write_buffer_size() > max(0, before - MIN_CLIENT_READ_BYTES):
             self.transport.abort()
         else:
             self._expect_reading()

@@ -30,35 +30,35 @@ from PIL import Image
 
 from unigen.serving import pictures
 
-MOST_PICTURES = 128
+MAX_IMAGES = 128
 """Of one request."""
-MOST_PIXELS = 128_000_000
+MAX_REQUEST_PIXELS = 128_000_000
 """Of all pictures of one request, times the answers that it asks for; and of all that are held at a time."""
-AREA = 2048 * 2048
+MAX_READ_PIXELS = 2048 * 2048
 """Pixels to which a picture is made smaller that is only looked at."""
-KEPT = 32_000_000
+MAX_TOTAL_READ_PIXELS = 32_000_000
 """Pixels of all pictures of one request that are only looked at."""
-MEMORY = 2 << 30
+MAX_MEMORY_BYTES = 2 << 30
 """Bytes of the process."""
-SECONDS = 30.0
+WALL_TIMEOUT = 30.0
 """For one picture, by the clock: then the process hangs."""
-WORK = 8.0
+CPU_TIMEOUT = 8.0
 """Seconds of a processor for one picture, and for the heads of all pictures of one request: a small file may hold
 millions of tiny pieces."""
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+SINGLE_THREAD_ENV = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 """Environment of the process: on many cores the buffers of others would take the memory that it may have."""
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class File:
+class EncodedImage:
     """What is to be decoded: the bytes of a file, or a data URI. mask: where to paint, instead of a picture."""
 
     data: bytes | str
     mask: bool = False
 
 
-class PictureError(ValueError):
+class ImageError(ValueError):
     """A picture that cannot be had; place: among those that were asked for."""
 
     def __init__(self, message: str, place: int = 0) -> None:
@@ -66,7 +66,7 @@ class PictureError(ValueError):
         self.place = place
 
 
-class Full(Exception):
+class DecoderBusy(Exception):
     """All that may be held is held, or there is no process to be had: ask again."""
 
 
@@ -110,11 +110,15 @@ class FairLock:
         self._held = False
 
 
-class Decoder:
+class ImageDecoder:
     """The process, started when it is first needed."""
 
     def __init__(
-        self, seconds: float = SECONDS, memory: int = MEMORY, most_held: int = MOST_PIXELS, work: float = WORK
+        self,
+        seconds: float = WALL_TIMEOUT,
+        memory: int = MAX_MEMORY_BYTES,
+        most_held: int = MAX_REQUEST_PIXELS,
+        work: float = CPU_TIMEOUT,
     ) -> None:
         self.seconds, self.memory, self.most_held, self.work = seconds, memory, most_held, work
         self.held = 0
@@ -124,7 +128,7 @@ class Decoder:
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
 
-    async def __aenter__(self) -> Decoder:
+    async def __aenter__(self) -> ImageDecoder:
         self._thread.submit(self._started)
         return self
 
@@ -133,15 +137,15 @@ class Decoder:
         self._end()
 
     async def read(
-        self, files: list[File], copies: int = 1, area: int | None = None, client: str = ""
+        self, files: list[EncodedImage], copies: int = 1, area: int | None = None, client: str = ""
     ) -> list[Image.Image]:
         """Decode the pictures of one request.
 
         Args:
-            files: at most `MOST_PICTURES`.
+            files: at most `MAX_IMAGES`.
             copies: how many answers need them, each of which gets its own.
             area: pixels to which larger pictures are made smaller; None leaves them as they are. Many are made smaller
-                still, so that together they have at most `KEPT`, times their copies.
+                still, so that together they have at most `MAX_TOTAL_READ_PIXELS`, times their copies.
             client: who asks. Between two pictures of one client those of others are decoded.
         Returns:
             The pictures in RGB, masks in L.
@@ -151,15 +155,15 @@ class Decoder:
         """
         if not files:
             return []
-        if len(files) > MOST_PICTURES:
-            raise PictureError(f"the request has {len(files)} pictures: at most {MOST_PICTURES}", MOST_PICTURES)
+        if len(files) > MAX_IMAGES:
+            raise ImageError(f"the request has {len(files)} pictures: at most {MAX_IMAGES}", MAX_IMAGES)
         if area is not None:
-            area = max(1, min(area, KEPT // (len(files) * copies)))
+            area = max(1, min(area, MAX_TOTAL_READ_PIXELS // (len(files) * copies)))
         async with self._turns.acquire(client):
             sizes = await self._in_thread(self._count, files, copies, area)
         left = sum(sizes) * copies
         if self.held + left > self.most_held:
-            raise Full
+            raise DecoderBusy
         self.held += left
         found: list[Image.Image] = []
         try:
@@ -178,11 +182,11 @@ class Decoder:
 
     # ---------------------------------------------------------------- in the thread
 
-    def _count(self, files: list[File], copies: int, area: int | None) -> list[int]:
+    def _count(self, files: list[EncodedImage], copies: int, area: int | None) -> list[int]:
         """The pixels that each of the pictures will have."""
         return [int(size) for size in self._ask(0, "count", files, copies, area)["pixels"]]
 
-    def _decode(self, file: File, area: int | None, place: int) -> Image.Image:
+    def _decode(self, file: EncodedImage, area: int | None, place: int) -> Image.Image:
         head, data = self._ask(place, "decode", file, area, place)
         return Image.frombytes(head["mode"], head["size"], data)
 
@@ -191,14 +195,14 @@ class Decoder:
             pipe = self._started()
         except OSError:  # no memory, no process or no file to be had now
             self._end()
-            raise Full from None
+            raise DecoderBusy from None
         try:
             pipe.send(request)
             answer = self._answer(pipe)
             return answer if request[0] == "count" else (answer, pipe.recv_bytes())
         except (EOFError, OSError):
             self._end()
-            raise PictureError("the picture cannot be decoded: it takes too much time or memory", place) from None
+            raise ImageError("the picture cannot be decoded: it takes too much time or memory", place) from None
 
     def _release(self, pixels: int) -> None:
         self.held -= pixels
@@ -209,7 +213,7 @@ class Decoder:
             raise EOFError
         answer = json.loads(pipe.recv_bytes())
         if "wrong" in answer:
-            raise PictureError(answer["wrong"], answer["place"])
+            raise ImageError(answer["wrong"], answer["place"])
         return answer
 
     def _started(self) -> Connection:
@@ -226,7 +230,7 @@ class Decoder:
                     str(self.work),
                 ]
                 paths = os.pathsep.join(filter(None, sys.path))
-                environment = {**os.environ, "PYTHONPATH": paths, **ONE_THREAD}
+                environment = {**os.environ, "PYTHONPATH": paths, **SINGLE_THREAD_ENV}
                 self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
         return self._pipe
 
@@ -243,7 +247,7 @@ class Decoder:
 # ---------------------------------------------------------------- in the process
 
 
-def serve(pipe: Connection, work: float) -> None:
+def run_decoder(pipe: Connection, work: float) -> None:
     """Count and decode what is asked for until the other end is closed, or one request takes too much work."""
     calls: dict[str, Callable[..., None]] = {"count": _count, "decode": _decode}
     while True:
@@ -254,39 +258,39 @@ def serve(pipe: Connection, work: float) -> None:
         signal.setitimer(signal.ITIMER_PROF, work)  # whose signal ends the process
         try:
             calls[name](pipe, *arguments)
-        except PictureError as wrong:
+        except ImageError as wrong:
             pipe.send_bytes(json.dumps({"wrong": str(wrong), "place": wrong.place}).encode())
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def _open(file: File) -> Image.Image:
-    data = pictures.data_of(file.data) if isinstance(file.data, str) else file.data
-    return pictures.opened(data, "the mask" if file.mask else "the picture")
+def _open(file: EncodedImage) -> Image.Image:
+    data = pictures.bytes_from_data_uri(file.data) if isinstance(file.data, str) else file.data
+    return pictures.open_image(data, "the mask" if file.mask else "the picture")
 
 
-def _count(pipe: Connection, files: list[File], copies: int, area: int | None) -> None:
+def _count(pipe: Connection, files: list[EncodedImage], copies: int, area: int | None) -> None:
     counted, kept = 0, []
     for place, file in enumerate(files):
-        with _placed(place):
+        with _index_errors(place):
             width, height = _open(file).size
             counted += width * height
-            if counted > MOST_PIXELS or (area is None and counted * copies > MOST_PIXELS):
-                most = f"at most {MOST_PIXELS // (copies if area is None else 1):,} in all"
+            if counted > MAX_REQUEST_PIXELS or (area is None and counted * copies > MAX_REQUEST_PIXELS):
+                most = f"at most {MAX_REQUEST_PIXELS // (copies if area is None else 1):,} in all"
                 raise ValueError(f"the pictures of this request have too many pixels: {most}")
             kept.append(width * height if area is None else min(area, width * height))
     pipe.send_bytes(json.dumps({"pixels": kept}).encode())
 
 
-def _decode(pipe: Connection, file: File, area: int | None, place: int) -> None:
-    with _placed(place):
+def _decode(pipe: Connection, file: EncodedImage, area: int | None, place: int) -> None:
+    with _index_errors(place):
         head = _open(file)
-        picture = pictures.decoded_mask(head) if file.mask else pictures.decoded(head, area)
+        picture = pictures.decode_mask(head) if file.mask else pictures.decode_image(head, area)
         data = picture.tobytes()
     pipe.send_bytes(json.dumps({"mode": picture.mode, "size": picture.size}).encode())
     pipe.send_bytes(data)
 
 
-class _placed:
+class _index_errors:
     """Says of what goes wrong with a picture which one it is."""
 
     def __init__(self, place: int) -> None:
@@ -296,9 +300,9 @@ class _placed:
 
     def __exit__(self, kind: Any, error: Any, _: Any) -> None:
         if isinstance(error, MemoryError):
-            raise PictureError("the picture cannot be decoded: it takes too much memory", self.place) from None
-        if isinstance(error, ValueError) and not isinstance(error, PictureError):
-            raise PictureError(" ".join(str(error).split()), self.place) from None
+            raise ImageError("the picture cannot be decoded: it takes too much memory", self.place) from None
+        if isinstance(error, ValueError) and not isinstance(error, ImageError):
+            raise ImageError(" ".join(str(error).split()), self.place) from None
 
 
 def main() -> None:
@@ -309,4 +313,4 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with Connection(number) as pipe:
-        serve(pipe, work)
+        run_decoder(pipe, work)

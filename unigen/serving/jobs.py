@@ -42,7 +42,7 @@ class Ready:
 
 
 @dataclass
-class Begun:
+class Started:
     """The job runs. settings: how its pictures and texts are made, defaults filled in."""
 
     settings: dict[str, Any]
@@ -56,7 +56,7 @@ class Part:
 
 
 @dataclass
-class Ended:
+class Finished:
     """reason: "stop" or "length". prompt, text, image: ids read, ids of text and codes of pictures written; None where
     the model does not count. seen: of the ids read, those of pictures."""
 
@@ -68,14 +68,14 @@ class Ended:
 
 
 @dataclass
-class Refused:
+class Rejected:
     """The job asks for what cannot be; nothing was made."""
 
     message: str
 
 
 @dataclass
-class Failed:
+class Error:
     """A fault that is not the job's own. again: may it be answered when it is asked again?"""
 
     message: str
@@ -83,7 +83,7 @@ class Failed:
 
 
 @dataclass
-class Load:
+class Stats:
     """What the process is doing: jobs that run and that wait, sequences in the batch, positions that the cache holds;
     since it began: steps, and seconds in them."""
 
@@ -102,4 +102,4 @@ class Heartbeat:
     step: float
 
 
-Event = Ready | Begun | Part | Preview | Ended | Refused | Failed | Load | Heartbeat
+Event = Ready | Started | Part | Preview | Finished | Rejected | Error | Stats | Heartbeat

@@ -6,7 +6,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from unigen.serving.jobs import Ended, Event, Part
+from unigen.serving.jobs import Event, Finished, Part
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
@@ -48,7 +48,7 @@ class Metrics:
 
     def count(self, event: Event) -> None:
         """A picture when it is made, and what an answer took when it has ended."""
-        if isinstance(event, Ended):
+        if isinstance(event, Finished):
             for kind in ("prompt", "text", "image"):
                 self.tokens.labels(kind).inc(getattr(event, kind) or 0)
         elif isinstance(event, Part) and not isinstance(event.part, str):

@@ -20,16 +20,16 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
-from unigen.serving.connection import client_of
+from unigen.serving.connection import client_id
 
 log = logging.getLogger("unigen.serving")
 
-PROBES = ("/health", "/ready")
+HEALTH_PATHS = ("/health", "/ready")
 """Answered to whoever asks, under whatever name of the host."""
-OPEN = (*PROBES, "/", "/favicon.ico")
-PAGE = "/web/"
+PUBLIC_PATHS = (*HEALTH_PATHS, "/", "/favicon.ico")
+WEB_PREFIX = "/web/"
 """Asked for without a key, and at any rate: these paths, and what the page at / is made of."""
-MOST_CLIENTS = 10_000
+MAX_TRACKED_CLIENTS = 10_000
 """Whose rates are remembered."""
 
 
@@ -38,7 +38,7 @@ class Limits:
     """What the door lets in.
 
     Args:
-        keys: without one of them nothing but `OPEN` is answered; none: all is. Printable ASCII without blanks.
+        keys: without one of them nothing but `PUBLIC_PATHS` is answered; none: all is. Printable ASCII without blanks.
         body: bytes of one request.
         bodies: bytes of all requests that are being read or answered; at least of two of them.
         rate: requests a minute of one key or address; 0 is any number.
@@ -73,7 +73,7 @@ class Limits:
                 raise ValueError("an API key holds blanks or characters beyond ASCII, which no header carries")
 
 
-def error(
+def error_body(
     message: str, *, kind: str = "invalid_request_error", param: str | None = None, code: str | None = None
 ) -> Any:
     """OpenAI's form of an error; halves of characters, which JSON can name and UTF-8 cannot, become question marks."""
@@ -81,7 +81,7 @@ def error(
     return {"error": {name: text and text.encode("utf-8", "replace").decode() for name, text in whole.items()}}
 
 
-class Buckets:
+class RateLimiter:
     """So many requests a minute of each one, given out again as time passes."""
 
     def __init__(self, rate: int) -> None:
@@ -97,7 +97,7 @@ class Buckets:
         """Count one request."""
         self._left[who] = (self._refilled(who) - 1, time.monotonic())
         self._left.move_to_end(who)
-        if len(self._left) > MOST_CLIENTS:
+        if len(self._left) > MAX_TRACKED_CLIENTS:
             self._left.popitem(last=False)
 
     def _refilled(self, who: str) -> float:
@@ -105,10 +105,10 @@ class Buckets:
         return min(self.rate, left + (time.monotonic() - then) * self.rate / 60)
 
 
-class Guard:
+class GuardMiddleware:
     def __init__(self, app: Any, limits: Limits, metrics: Any) -> None:
         self.app, self.limits, self.metrics = app, limits, metrics
-        self._requests, self._wrong_keys = Buckets(limits.rate), Buckets(limits.wrong_keys)
+        self._requests, self._wrong_keys = RateLimiter(limits.rate), RateLimiter(limits.wrong_keys)
         self._bytes = 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -120,7 +120,7 @@ class Guard:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         if scope["method"] == "HEAD":  # as GET: whoever sends the answer leaves its body out
             scope["method"] = "GET"
-        body = _Body(self, receive)
+        body = _LimitedBody(self, receive)
 
         async def noted(message: Any) -> None:
             nonlocal status
@@ -133,13 +133,13 @@ class Guard:
         try:
             refusal = self._refusal(scope, headers)
             if refusal:
-                await _answer(noted, *refusal)
+                await _send_json(noted, *refusal)
             else:
                 await self.app(scope, body.receive, noted)
         except Exception:
             log.exception("a fault while a request was answered")
             if not status:
-                await _answer(noted, 500, {}, error("a fault of the server", kind="server_error"))
+                await _send_json(noted, 500, {}, error_body("a fault of the server", kind="server_error"))
         finally:
             self._bytes -= body.bytes
             seconds = time.perf_counter() - start
@@ -152,41 +152,41 @@ class Guard:
 
     def _refusal(self, scope: Any, headers: dict[str, str]) -> tuple[int, dict[str, str], Any] | None:
         path, limits = scope["path"], self.limits
-        if path in PROBES:
+        if path in HEALTH_PATHS:
             return None
         if not limits.keys and limits.hosts is not None and (stranger := self._stranger(scope["method"], headers)):
-            return 403, {}, error(stranger, code="forbidden")
-        if path in OPEN or path.startswith(PAGE) or scope["method"] == "OPTIONS":
+            return 403, {}, error_body(stranger, code="forbidden")
+        if path in PUBLIC_PATHS or path.startswith(WEB_PREFIX) or scope["method"] == "OPTIONS":
             return None
         if headers.get("content-encoding", "identity").lower() not in ("identity", ""):
-            return 415, {}, error("bodies are read as they are: send it without content-encoding")
-        who = _address(scope)
+            return 415, {}, error_body("bodies are read as they are: send it without content-encoding")
+        who = _client_address(scope)
         if limits.keys:
             kind, _, key = headers.get("authorization", "").partition(" ")
             if wait := self._wrong_keys.wait(who):
-                return _later(wait, f"too many wrong keys: try again in {wait} s")
+                return _rate_limit_response(wait, f"too many wrong keys: try again in {wait} s")
             known = [one for one in limits.keys if hmac.compare_digest(one.encode(), key.strip().encode())]
             if kind.lower() != "bearer" or not known:
                 if key:
                     self._wrong_keys.take(who)
-                wrong = error("give an API key: Authorization: Bearer ...", code="invalid_api_key")
+                wrong = error_body("give an API key: Authorization: Bearer ...", code="invalid_api_key")
                 return 401, {"www-authenticate": "Bearer"}, wrong
             who = known[0]
         scope["state"]["client"] = who
         if limits.rate:
             if wait := self._requests.wait(who):
-                return _later(wait, f"too many requests: ask again in {wait} s")
+                return _rate_limit_response(wait, f"too many requests: ask again in {wait} s")
             self._requests.take(who)
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length[:20]) > limits.body:
-            return 413, {"connection": "close"}, error(self.too_long(), code="request_too_large")
+            return 413, {"connection": "close"}, error_body(self.too_long(), code="request_too_large")
         return None
 
     def _stranger(self, method: str, headers: dict[str, str]) -> str | None:
         """Why a browser that other pages lead here is refused: they could not read a key, but need none."""
         host, limits = headers.get("host", ""), self.limits
-        name = _name(host)
-        if host and not _own(name) and not {name, "*"} & {_name(one) for one in limits.hosts or ()}:
+        name = _host_name(host)
+        if host and not _is_local_host(name) and not {name, "*"} & {_host_name(one) for one in limits.hosts or ()}:
             return f"this server is not asked as {name!r} without a key: start it with --allow-host {name} or --api-key"
         origin = headers.get("origin")
         if origin is None:
@@ -208,10 +208,10 @@ class Guard:
             raise HTTPException(429, "the server reads too many requests at a time: ask again", {"retry-after": "2"})
 
 
-class _Body:
+class _LimitedBody:
     """A request's body: no more bytes than are allowed, whatever its length was said to be, and in time."""
 
-    def __init__(self, guard: Guard, receive: Any) -> None:
+    def __init__(self, guard: GuardMiddleware, receive: Any) -> None:
         self.guard, self._receive = guard, receive
         self.bytes, self.whole, self.start = 0, False, time.monotonic()
 
@@ -234,11 +234,11 @@ class _Body:
         return message
 
 
-def _address(scope: Any) -> str:
-    return client_of(str((scope.get("client") or ("?",))[0]))
+def _client_address(scope: Any) -> str:
+    return client_id(str((scope.get("client") or ("?",))[0]))
 
 
-def _name(host: str) -> str:
+def _host_name(host: str) -> str:
     """The name in a header `Host`, without its port."""
     host = host.strip().lower()
     name = (
@@ -247,7 +247,7 @@ def _name(host: str) -> str:
     return name.rstrip(".")[:200]
 
 
-def _own(name: str) -> bool:
+def _is_local_host(name: str) -> bool:
     """A name that no page of another site can have: addresses are not resolved, and localhost is here."""
     if name == "localhost" or name.endswith(".localhost"):
         return True
@@ -258,12 +258,12 @@ def _own(name: str) -> bool:
     return True
 
 
-def _later(wait: int, message: str) -> tuple[int, dict[str, str], Any]:
-    told = error(message, kind="rate_limit_error", code="rate_limit_exceeded")
+def _rate_limit_response(wait: int, message: str) -> tuple[int, dict[str, str], Any]:
+    told = error_body(message, kind="rate_limit_error", code="rate_limit_exceeded")
     return 429, {"retry-after": str(wait)}, told
 
 
-async def _answer(send: Any, status: int, headers: dict[str, str], body: Any) -> None:
+async def _send_json(send: Any, status: int, headers: dict[str, str], body: Any) -> None:
     data = json.dumps(body).encode()
     given = {"content-type": "application/json", "content-length": str(len(data)), **headers}
     listed = [(name.encode(), value.encode()) for name, value in given.items()]

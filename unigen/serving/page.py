@@ -14,13 +14,13 @@ from starlette.responses import Response
 
 FOLDER = Path(__file__).parent / "web"
 INDEX = "index.html"
-TYPES = {
+CONTENT_TYPES = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
 }
-POLICY = {
+CONTENT_SECURITY_POLICY = {
     "default-src": "'none'",
     "script-src": "'self'",
     "style-src": "'self'",
@@ -34,7 +34,7 @@ POLICY = {
 }
 """Nothing from elsewhere, nothing inline, no text that becomes markup."""
 HEADERS = {
-    "content-security-policy": "; ".join(f"{name} {value}" for name, value in POLICY.items()),
+    "content-security-policy": "; ".join(f"{name} {value}" for name, value in CONTENT_SECURITY_POLICY.items()),
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
     "cache-control": "no-cache",
@@ -44,12 +44,17 @@ HEADERS = {
 def add_page(app: Any) -> None:
     """The page at /, and what it is made of under /web."""
     for path in sorted(FOLDER.iterdir()):
-        if path.suffix in TYPES:
+        if path.suffix in CONTENT_TYPES:
             route = "/" if path.name == INDEX else f"/web/{path.name}"
-            app.add_route(route, _file(path.read_bytes(), TYPES[path.suffix]), methods=["GET"], include_in_schema=False)
+            app.add_route(
+                route,
+                _file_route(path.read_bytes(), CONTENT_TYPES[path.suffix]),
+                methods=["GET"],
+                include_in_schema=False,
+            )
 
 
-def _file(data: bytes, kind: str) -> Any:
+def _file_route(data: bytes, kind: str) -> Any:
     tag = f'"{hashlib.sha256(data).hexdigest()[:16]}"'
     headers = {**HEADERS, "etag": tag}
 

@@ -25,16 +25,16 @@ from PIL import Image
 from unigen.media.images import MAX_PIXELS, read_image, read_mask
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
-MOST_REDIRECTS = 3
-FETCH_SECONDS = 10.0
+MAX_REDIRECTS = 3
+FETCH_TIMEOUT = 10.0
 """For one picture, from its name to its last byte."""
-NAMES = ThreadPoolExecutor(4, "names")
+DNS_EXECUTOR = ThreadPoolExecutor(4, "names")
 """Asks for the addresses of names, which may take as long as whoever answers wants."""
-BLANKS, URL_SAFE = b" \t\r\n\f", bytes.maketrans(b"-_", b"+/")
+BASE64_WHITESPACE, BASE64_URL_SAFE = b" \t\r\n\f", bytes.maketrans(b"-_", b"+/")
 """Within base64: what is skipped, and the two letters that have another form in addresses."""
 
 
-def opened(data: bytes, name: str = "the picture") -> Image.Image:
+def open_image(data: bytes, name: str = "the picture") -> Image.Image:
     """A picture of which only the head is read: its size is known, and no pixel decoded. Raises ValueError."""
     try:
         with warnings.catch_warnings(action="ignore"):
@@ -49,33 +49,33 @@ def opened(data: bytes, name: str = "the picture") -> Image.Image:
     return image
 
 
-def decoded(data: bytes | Image.Image, area: int | None = None) -> Image.Image:
+def decode_image(data: bytes | Image.Image, area: int | None = None) -> Image.Image:
     """A picture in RGB.
 
     Args:
-        data: the bytes of a file, or what `opened` gave for them.
+        data: the bytes of a file, or what `open_image` gave for them.
         area: pixels to which a larger picture is made smaller, where its format allows it while it is decoded.
     Raises:
         ValueError: for what is no picture, or larger than `unigen.media.images.MAX_PIXELS`.
     """
-    image = opened(data) if isinstance(data, bytes) else data
+    image = open_image(data) if isinstance(data, bytes) else data
     if area is not None and image.width * image.height > area:
-        width, height = _within(image.size, area)
+        width, height = _fit_pixels(image.size, area)
         image.draft("RGB", (2 * width, 2 * height))
-        image = _reduced(image, area)
+        image = _reduce_image(image, area)
     picture = read_image(image, name="the picture")
-    size = _within(picture.size, area)
+    size = _fit_pixels(picture.size, area)
     return picture if size == picture.size else picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)
 
 
-def decoded_mask(data: bytes | Image.Image) -> Image.Image:
+def decode_mask(data: bytes | Image.Image) -> Image.Image:
     """White where to paint: where the mask is transparent, as OpenAI has it, or where it is white if nothing is. Raises
-    ValueError as `decoded` does."""
-    image = opened(data, "the mask") if isinstance(data, bytes) else data
+    ValueError as `decode_image` does."""
+    image = open_image(data, "the mask") if isinstance(data, bytes) else data
     return read_mask(image, transparent_marks=True, name="the mask")
 
 
-def _reduced(image: Image.Image, area: int) -> Image.Image:
+def _reduce_image(image: Image.Image, area: int) -> Image.Image:
     """A picture of several times the area made smaller as it is stored, which costs a part of what its colours cost."""
     factor = math.ceil(math.sqrt(image.width * image.height / area))
     if factor < 3 or image.mode not in ("1", "P", "L", "LA", "RGB", "RGBA") or "transparency" in image.info:
@@ -89,7 +89,7 @@ def _reduced(image: Image.Image, area: int) -> Image.Image:
     return image.reduce(factor)
 
 
-def _within(size: tuple[int, int], area: int | None) -> tuple[int, int]:
+def _fit_pixels(size: tuple[int, int], area: int | None) -> tuple[int, int]:
     """A size of the same shape with at most so many pixels."""
     width, height = size
     if area is None or width * height <= area:
@@ -98,12 +98,12 @@ def _within(size: tuple[int, int], area: int | None) -> tuple[int, int]:
     return max(1, int(width * scale)), max(1, int(height * scale))
 
 
-def of_data(url: str) -> Image.Image:
+def image_from_data_uri(url: str) -> Image.Image:
     """A picture from a data URI such as data:image/png;base64,..."""
-    return decoded(data_of(url))
+    return decode_image(bytes_from_data_uri(url))
 
 
-def data_of(url: str) -> bytes:
+def bytes_from_data_uri(url: str) -> bytes:
     """The file that a data URI holds, read as browsers do: what kind of picture it is, its bytes say; lines may be
     broken and the padding may lack. Raises ValueError."""
     head, comma, _ = url[:200].partition(",")
@@ -111,29 +111,29 @@ def data_of(url: str) -> bytes:
     known = kind.startswith("data:image/") or kind in ("data:", "data:application/octet-stream")
     if not (comma and known and parameters and parameters[-1].strip() == "base64"):
         raise ValueError("a picture is given as data:image/png;base64,... (or jpeg, webp, gif)")
-    letters = url[len(head) + 1 :].encode("ascii", "replace").translate(URL_SAFE, BLANKS).rstrip(b"=")
+    letters = url[len(head) + 1 :].encode("ascii", "replace").translate(BASE64_URL_SAFE, BASE64_WHITESPACE).rstrip(b"=")
     try:
         return base64.b64decode(letters + b"=" * (-len(letters) % 4), validate=True)
     except binascii.Error:
         raise ValueError("the picture's base64 is damaged") from None
 
 
-async def fetched(url: str, most: int) -> bytes:
+async def fetch_image(url: str, most: int) -> bytes:
     """The file of a picture, of at most so many bytes, from an http(s) address that is not private. Raises
     ValueError."""
     try:
-        async with asyncio.timeout(FETCH_SECONDS):
-            return await _fetched(url, most)
+        async with asyncio.timeout(FETCH_TIMEOUT):
+            return await _fetch_image(url, most)
     except TimeoutError:
-        raise ValueError(f"the picture's address takes longer than {FETCH_SECONDS:g} s") from None
+        raise ValueError(f"the picture's address takes longer than {FETCH_TIMEOUT:g} s") from None
 
 
-async def _fetched(url: str, most: int) -> bytes:
+async def _fetch_image(url: str, most: int) -> bytes:
     import httpx
 
-    async with httpx.AsyncClient(timeout=FETCH_SECONDS, follow_redirects=False, trust_env=False) as client:
+    async with httpx.AsyncClient(timeout=FETCH_TIMEOUT, follow_redirects=False, trust_env=False) as client:
         try:
-            for _ in range(MOST_REDIRECTS + 1):
+            for _ in range(MAX_REDIRECTS + 1):
                 named: Any = httpx.URL(url)
                 host = named.raw_host.decode()  # in ASCII, whatever its letters
                 if named.scheme not in ("http", "https") or not host or named.userinfo:
@@ -141,7 +141,7 @@ async def _fetched(url: str, most: int) -> bytes:
                 if (named.port or 0) >= 1 << 16:
                     raise httpx.InvalidURL("port")
                 # to the very address that is checked, so that the name cannot mean another one by now
-                address = await _public(host, named.port or (443 if named.scheme == "https" else 80))
+                address = await _resolve_public_address(host, named.port or (443 if named.scheme == "https" else 80))
                 asked = named.copy_with(host=address)
                 headers = {"Host": named.netloc.decode(), "Accept-Encoding": "identity"}  # packed bytes may become many
                 extensions = {"sni_hostname": host}
@@ -164,40 +164,40 @@ async def _fetched(url: str, most: int) -> bytes:
     raise ValueError("the picture's address leads to too many others")
 
 
-async def _public(host: str, port: int) -> str:
+async def _resolve_public_address(host: str, port: int) -> str:
     """An address of the host; ValueError where any of its addresses is not for everyone."""
     try:
         ask = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
-        found = await asyncio.get_running_loop().run_in_executor(NAMES, ask)
+        found = await asyncio.get_running_loop().run_in_executor(DNS_EXECUTOR, ask)
     except (OSError, UnicodeError):
         raise ValueError("the picture's address cannot be found") from None
     addresses = [str(entry[4][0]).partition("%")[0] for entry in found]
-    if not all(_open(ipaddress.ip_address(address)) for address in addresses):
+    if not all(_is_public_address(ipaddress.ip_address(address)) for address in addresses):
         raise ValueError("the picture's address is a private one")
     return addresses[0]
 
 
-GLOBAL = ipaddress.IPv6Network("2000::/3")
+GLOBAL_IPV6 = ipaddress.IPv6Network("2000::/3")
 """All addresses of IPv6 that hosts of the whole net have; outside lie 64:ff9b::/96, fec0::/10, ::127.0.0.1, ..."""
-TUNNELS = [ipaddress.ip_network(one) for one in ("2002::/16", "192.88.99.0/24")]
+TUNNEL_NETWORKS = [ipaddress.ip_network(one) for one in ("2002::/16", "192.88.99.0/24")]
 """6to4: its addresses hold others, of IPv4."""
 ISATAP = (0x5EFE, 0x0200_5EFE)
 """In the third quarter of an address of IPv6 whose last is one of IPv4."""
 
 
-def _open(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+def _is_public_address(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     """Is it for everyone, and holds none that is not?"""
     if isinstance(address, ipaddress.IPv6Address):
         if address.ipv4_mapped is not None:
-            return _open(address.ipv4_mapped)
-        if address not in GLOBAL or int(address) >> 32 & 0xFFFF_FFFF in ISATAP:
+            return _is_public_address(address.ipv4_mapped)
+        if address not in GLOBAL_IPV6 or int(address) >> 32 & 0xFFFF_FFFF in ISATAP:
             return False
-    if any(address in network for network in TUNNELS if network.version == address.version):
+    if any(address in network for network in TUNNEL_NETWORKS if network.version == address.version):
         return False
     return address.is_global and not address.is_multicast
 
 
-def encoded(picture: Image.Image, format: str = "png", quality: int | None = None) -> bytes:
+def encode_image(picture: Image.Image, format: str = "png", quality: int | None = None) -> bytes:
     """The picture as a PNG, JPEG or WebP file. quality: of the latter two, 0 to 100; None is 92."""
     buffer = io.BytesIO()
     lossy = {} if format == "png" else {"quality": 92 if quality is None else quality}

@@ -24,22 +24,22 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
-from unigen.serving.jobs import Begun, Ended, Event, Failed, Heartbeat, Job, Load, Ready, Refused
+from unigen.serving.jobs import Error, Event, Finished, Heartbeat, Job, Ready, Rejected, Started, Stats
 
 log = logging.getLogger("unigen.serving")
 
-LONGEST_PAUSE = 30.0
+MAX_RESTART_DELAY = 30.0
 """Seconds at most before a process that died is started again; the first pause is one second, each next twice as long
 until a job has been answered."""
 START_METHOD = "spawn"
-TICK = 1.0
+HEARTBEAT_INTERVAL = 1.0
 """Seconds between two heartbeats."""
-START_TICKS = 600
+MAX_STARTUP_TICKS = 600
 """After which a process that has just been started must have sent its first heartbeat: it imports what it needs."""
-NO_LOAD = Load(0, 0, 0, 0, 0, 0.0)
+EMPTY_STATS = Stats(0, 0, 0, 0, 0, 0.0)
 
 
-class Sender:
+class EventSender:
     """The pipe to the server, for the thread that answers and the one that sends heartbeats. step: when the step began
     that the model is in, None between steps."""
 
@@ -57,32 +57,32 @@ class Sender:
             while True:
                 step = self.step
                 self.send((None, Heartbeat(0.0 if step is None else time.monotonic() - step)))
-                time.sleep(TICK)
+                time.sleep(HEARTBEAT_INTERVAL)
         except OSError:
             pass
 
 
-def _work(jobs: Any, events: Any, *arguments: Any) -> None:
+def _worker_main(jobs: Any, events: Any, *arguments: Any) -> None:
     """In the new process, which alone loads what models need. It may start others, as vLLM does for several GPUs; they
     are a group, which ends with the server, however that ends."""
     os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the server, which closes the pipe
     os.environ["TQDM_DISABLE"] = "1"  # bars have no place in a log
     multiprocessing.current_process().daemon = False  # else it could start none
-    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
-    sender = Sender(events)
+    threading.Thread(target=_exit_with_parent, args=(multiprocessing.parent_process(),), daemon=True).start()
+    sender = EventSender(events)
     threading.Thread(target=sender.beat, daemon=True).start()
-    from unigen.serving.worker import work
+    from unigen.serving.worker import run_worker
 
-    work(jobs, sender, *arguments)
+    run_worker(jobs, sender, *arguments)
 
 
-def _end_with(parent: Any) -> None:
+def _exit_with_parent(parent: Any) -> None:
     parent.join()
     os.killpg(0, signal.SIGKILL)
 
 
-class Busy(Exception):
+class QueueFull(Exception):
     """All that may wait are waiting. seconds: after which to ask again."""
 
     def __init__(self, seconds: int) -> None:
@@ -90,7 +90,7 @@ class Busy(Exception):
         self.seconds = seconds
 
 
-class Down(Exception):
+class ModelUnavailable(Exception):
     """The model is being started (again)."""
 
 
@@ -116,7 +116,7 @@ class EngineProcess:
         silence: float = 30.0,
         longest_step: float | None = None,
         patience: float = 300.0,
-        target: Callable[..., None] = _work,
+        target: Callable[..., None] = _worker_main,
     ) -> None:
         self.source, self.slots, self.most = source, slots, most
         self.silence, self.longest_step, self.patience, self.target = silence, longest_step, patience, target
@@ -126,7 +126,7 @@ class EngineProcess:
         """Why the model could not be loaded at first; then it is not tried again."""
         self.fault: str | None = None
         """Why it could not be loaded again, where it could not; that is tried again."""
-        self.load = NO_LOAD
+        self.load = EMPTY_STATS
         self.starts = 0
         self._numbers = itertools.count()
         self._jobs: dict[int, asyncio.Queue[Event]] = {}
@@ -174,11 +174,12 @@ class EngineProcess:
         return self._down_since is None or self._loop.time() - self._down_since < self.patience
 
     async def answer(self, job: Job) -> AsyncGenerator[Event, None]:
-        """The job's events, the last one `Ended`, `Refused` or `Failed`. Raises `Busy` and `Down`."""
+        """The job's events, the last one `Finished`, `Rejected` or `Error`. Raises `QueueFull` and
+        `ModelUnavailable`."""
         if self.down is not None:
-            raise Down(self.down)
+            raise ModelUnavailable(self.down)
         if len(self._jobs) >= self.most:
-            raise Busy(max(1, round(self._mean * len(self._jobs) / self.slots)))
+            raise QueueFull(max(1, round(self._mean * len(self._jobs) / self.slots)))
         number, events = next(self._numbers), asyncio.Queue[Event]()
         self._jobs[number] = events
         began, over = self._loop.time(), False
@@ -186,9 +187,9 @@ class EngineProcess:
         try:
             while not over:
                 event = await events.get()
-                over = isinstance(event, (Ended, Refused, Failed))
+                over = isinstance(event, (Finished, Rejected, Error))
                 yield event
-            if isinstance(event, Ended):
+            if isinstance(event, Finished):
                 self._mean += 0.1 * (self._loop.time() - began - self._mean)
         finally:
             if self._jobs.pop(number, None) and not over:
@@ -243,10 +244,10 @@ class EngineProcess:
             self.info, self.fault, self._down_since = event.info, None, None
             self.ready.set()
             self.tried.set()
-        elif isinstance(event, Load):
+        elif isinstance(event, Stats):
             self.load = event
         elif number is None:
-            assert isinstance(event, Refused)
+            assert isinstance(event, Rejected)
             if self.tried.is_set():
                 self.fault = event.message
                 log.error("the model could not be loaded again: %s", event.message)
@@ -255,17 +256,17 @@ class EngineProcess:
                 self.tried.set()
         elif number in self._jobs:
             self._jobs[number].put_nowait(event)
-            if isinstance(event, Begun):
+            if isinstance(event, Started):
                 self._pause = 1.0
 
     def _gone(self) -> None:
         self.ready.clear()
-        self._runs, self.load = False, NO_LOAD
+        self._runs, self.load = False, EMPTY_STATS
         self._outbox.put(None)
         if self._down_since is None:
             self._down_since = self._loop.time()
         for events in self._jobs.values():
-            events.put_nowait(Failed("the model's process ended while it answered: ask again"))
+            events.put_nowait(Error("the model's process ended while it answered: ask again"))
         if self._closing or self.refused:
             return
         self._end_group()
@@ -282,7 +283,7 @@ class EngineProcess:
     async def _restart(self) -> None:
         while not self._closing:
             await asyncio.sleep(self._pause)
-            self._pause = min(2 * self._pause, LONGEST_PAUSE)
+            self._pause = min(2 * self._pause, MAX_RESTART_DELAY)
             try:
                 self._start()
                 return
@@ -293,13 +294,13 @@ class EngineProcess:
     async def _watch(self) -> None:
         """End a process that hangs. Counted in ticks of the server's own, which may have been stopped itself."""
         while True:
-            await asyncio.sleep(TICK)
+            await asyncio.sleep(HEARTBEAT_INTERVAL)
             if not self._runs:
                 continue
             self._silent += 1
-            limit = self.silence / TICK if self._beats else START_TICKS
+            limit = self.silence / HEARTBEAT_INTERVAL if self._beats else MAX_STARTUP_TICKS
             if self._silent > limit:
-                self._kill(f"has sent no heartbeat for {self._silent * TICK:.0f} s")
+                self._kill(f"has sent no heartbeat for {self._silent * HEARTBEAT_INTERVAL:.0f} s")
             elif self.longest_step is not None and self._step > self.longest_step:
                 self._kill(f"has been in one step for {self._step:.0f} s")
 

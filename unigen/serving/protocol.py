@@ -1,7 +1,7 @@
 """What the server is asked: OpenAI's schema, with the options of our generators beside it. Unknown fields are refused.
 
-Of OpenAI's own fields each is followed, or accepted at the values that ask for nothing (`at`), or refused by its name.
-A null is the same as leaving a field out.
+Of OpenAI's own fields each is followed, or accepted at the values that ask for nothing (`accept_only`), or refused by
+its name. A null is the same as leaving a field out.
 
 Checks forms and ranges alone; what a model can do is checked where the model is. Knows no HTTP and no model.
 OpenAI's reference: https://platform.openai.com/docs/api-reference (chat, images).
@@ -14,30 +14,30 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from unigen.limits import SERVED, bounds
+from unigen.limits import SERVER_LIMITS, pydantic_bounds
 from unigen.utils.numbers import parse_float, parse_int
 
-MOST_ANSWERS = SERVED["n"].high
-LONGEST = 100_000
+MAX_CHOICES = SERVER_LIMITS["n"].high
+MAX_TEXT_LENGTH = 100_000
 """Characters of one text."""
 
-LONGEST_STOP = 256
+MAX_STOP_LENGTH = 256
 """Characters of a text before which an answer ends."""
 
-MENU = ("auto", "256x256", "512x512", "1024x1024", "1024x1536", "1536x1024", "1024x1792", "1792x1024")
+COMMON_SIZES = ("auto", "256x256", "512x512", "1024x1024", "1024x1536", "1536x1024", "1024x1792", "1792x1024")
 """Sizes that clients offer to choose from, whatever the model draws."""
 
-INSTRUCTS = ("system", "developer")
+SYSTEM_ROLES = ("system", "developer")
 """Roles of messages that say how to answer."""
 
-Words = Annotated[str, Field(min_length=1, max_length=LONGEST)]
-Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
-Name = Annotated[str, Field(max_length=LONGEST)]
+PromptText = Annotated[str, Field(min_length=1, max_length=MAX_TEXT_LENGTH)]
+StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+LabelText = Annotated[str, Field(max_length=MAX_TEXT_LENGTH)]
 """A label of the client's own, such as `user`: nothing is asked for by it. Halves of characters, which UTF-8 cannot
 hold, are refused in it, as in all texts that have a length."""
 
 
-def at(*values: Any, says: str) -> AfterValidator:
+def accept_only(*values: Any, says: str) -> AfterValidator:
     """A field that is accepted at these values, at which it asks for nothing; says: what to do about all others."""
 
     def check(value: Any) -> None:
@@ -47,12 +47,12 @@ def at(*values: Any, says: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-def limited(name: str, default: Any = None) -> Any:
+def bounded_field(name: str, default: Any = None) -> Any:
     """A field of the range of numbers that `unigen.limits` states for one request."""
-    return Field(default, **bounds(name))
+    return Field(default, **pydantic_bounds(name))
 
 
-class Strict(BaseModel):
+class StrictModel(BaseModel):
     """Numbers are numbers and not texts; what is not named here is refused. A null is left out."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -65,39 +65,39 @@ class Strict(BaseModel):
         return {name: value for name, value in data.items() if value is not None or name not in cls.model_fields}
 
 
-class Drawing(Strict):
-    """How pictures are made; None is left to the model. As of `unigen.inference.request.checked`. candidates: among so
-    many each answer is the best. stream: in events, as they are made; partial_images: of each picture at most, before
-    it is finished."""
+class GenerationFields(StrictModel):
+    """How pictures are made; None is left to the model. As of `unigen.inference.request.build_request`. candidates:
+    among so many each answer is the best. stream: in events, as they are made; partial_images: of each picture at most,
+    before it is finished."""
 
-    seed: int | None = limited("seed")
+    seed: int | None = bounded_field("seed")
     guidance: float | list[float] | None = None
     generator: str | None = Field(None, max_length=64)
-    steps: int | None = limited("steps")
-    top_k: int | None = limited("top_k")
-    top_p: float | None = limited("top_p")
-    temperature: float | None = limited("temperature")
+    steps: int | None = bounded_field("steps")
+    top_k: int | None = bounded_field("top_k")
+    top_p: float | None = bounded_field("top_p")
+    temperature: float | None = bounded_field("temperature")
     sampler: str | None = Field(None, max_length=64)
     guidance_kind: str | None = Field(None, max_length=64)
     accelerate: str | None = Field(None, max_length=64)
     size: str | None = Field(None, pattern=r"^([1-9][0-9]{0,4}x[1-9][0-9]{0,4}|auto)$")
-    n: int = limited("n", 1)
-    candidates: int = limited("candidates", 1)
+    n: int = bounded_field("n", 1)
+    candidates: int = bounded_field("candidates", 1)
     stream: bool = False
-    partial_images: int = limited("previews", 0)
+    partial_images: int = bounded_field("previews", 0)
 
     @model_validator(mode="after")
     def _within(self) -> Self:
         if self.partial_images and not self.stream:
             raise ValueError("partial_images is for stream=true")
-        if self.n * self.candidates > MOST_ANSWERS:
-            raise ValueError(f"n times candidates may be {MOST_ANSWERS} at most, not {self.n * self.candidates}")
+        if self.n * self.candidates > MAX_CHOICES:
+            raise ValueError(f"n times candidates may be {MAX_CHOICES} at most, not {self.n * self.candidates}")
         return self
 
     def options(self) -> dict[str, Any]:
         """What was given, as the engine takes it; the seed and the form of the answer apart."""
         form = {"n", "candidates", "stream", "partial_images"}
-        names = set(Drawing.model_fields) - form - {"seed", "size"}
+        names = set(GenerationFields.model_fields) - form - {"seed", "size"}
         given = {name: value for name in sorted(names) if (value := getattr(self, name)) is not None}
         if self.size not in (None, "auto"):
             width, _, height = str(self.size).partition("x")
@@ -108,27 +108,27 @@ class Drawing(Strict):
 # ---------------------------------------------------------------- /v1/chat/completions
 
 
-class ImageUrl(Strict):
+class ImageUrl(StrictModel):
     url: str
     detail: Literal["auto", "low", "high", "original"] = "auto"
-    format: Name | None = None
+    format: LabelText | None = None
 
 
-class TextPart(Strict):
+class TextPart(StrictModel):
     """cache_control, prompt_cache_breakpoint: of clients that tell their server what to keep; nothing is kept here."""
 
     type: Literal["text"]
-    text: str = Field(max_length=LONGEST)
+    text: str = Field(max_length=MAX_TEXT_LENGTH)
     cache_control: dict[str, Any] | None = None
     prompt_cache_breakpoint: dict[str, Any] | None = None
 
 
-class RefusalPart(Strict):
+class RefusalPart(StrictModel):
     type: Literal["refusal"]
-    refusal: str = Field(max_length=LONGEST)
+    refusal: str = Field(max_length=MAX_TEXT_LENGTH)
 
 
-class ImagePart(Strict):
+class ImagePart(StrictModel):
     """image_url: with its url, or the url alone."""
 
     type: Literal["image_url"]
@@ -151,7 +151,7 @@ class AnswerImage(ImagePart):
     partial: Literal[False] = False
 
 
-class Message(Strict):
+class Message(StrictModel):
     """content: parts in order, or a text, which is one part. images: those of an answer that is given back as it came.
 
     What else SDKs give back with an answer is accepted and not read, but for calls of tools, which are refused."""
@@ -159,17 +159,17 @@ class Message(Strict):
     role: Literal["user", "assistant", "system", "developer"]
     content: list[Annotated[TextPart | ImagePart | RefusalPart, Field(discriminator="type")]] = []
     images: list[AnswerImage] = []
-    name: Name | None = None
-    refusal: str | None = Field(None, max_length=LONGEST)
+    name: LabelText | None = None
+    refusal: str | None = Field(None, max_length=MAX_TEXT_LENGTH)
     annotations: list[Any] | None = None
     reasoning: Any = None
     reasoning_content: Any = None
     reasoning_details: Any = None
     thinking_blocks: Any = None
     provider_specific_fields: Any = None
-    audio: Annotated[Any, at(says="this server speaks no sound: leave it out")] = None
-    function_call: Annotated[Any, at(says="this model calls no functions: leave it out")] = None
-    tool_calls: Annotated[Any, at([], says="this model calls no tools: leave it out")] = None
+    audio: Annotated[Any, accept_only(says="this server speaks no sound: leave it out")] = None
+    function_call: Annotated[Any, accept_only(says="this model calls no functions: leave it out")] = None
+    tool_calls: Annotated[Any, accept_only([], says="this model calls no tools: leave it out")] = None
     parsed: Any = None
     cache_control: dict[str, Any] | None = None
 
@@ -185,7 +185,7 @@ class Message(Strict):
                 raise ValueError("a message needs its content")
             if self.images:
                 raise ValueError("images are of answers: give the user's pictures as parts of content")
-        if self.role in INSTRUCTS and any(isinstance(part, ImagePart) for part in self.content):
+        if self.role in SYSTEM_ROLES and any(isinstance(part, ImagePart) for part in self.content):
             raise ValueError(f"a {self.role} message holds text alone")
         return self
 
@@ -216,32 +216,32 @@ class Message(Strict):
         yield "text", words[start:], "content"
 
 
-class StreamOptions(Strict):
+class StreamOptions(StrictModel):
     include_usage: bool = False
-    include_obfuscation: Annotated[Any, at(False, says="streams are not padded here: leave it out")] = None
+    include_obfuscation: Annotated[Any, accept_only(False, says="streams are not padded here: leave it out")] = None
 
 
-TOOLS = "this model calls no tools: leave it out"
-KEPT = "nothing is stored here: leave it out"
-ONE = "there is one model here: leave it out"
-OWN = "the model's own form is used: leave it out"
-DULL = "this model does not reason: leave it out"
+NO_TOOLS = "this model calls no tools: leave it out"
+NOT_STORED = "nothing is stored here: leave it out"
+SINGLE_MODEL = "there is one model here: leave it out"
+FIXED_CHAT_TEMPLATE = "the model's own form is used: leave it out"
+NO_REASONING = "this model does not reason: leave it out"
 
 
-class ClientLabels(Strict):
+class ClientLabels(StrictModel):
     """Labels of the client's own, and what only says how to serve: nothing is asked for by them."""
 
-    user: Name | None = None
-    safety_identifier: Name | None = None
-    prompt_cache_key: Name | None = None
-    prompt_cache_retention: Name | None = None
+    user: LabelText | None = None
+    safety_identifier: LabelText | None = None
+    prompt_cache_key: LabelText | None = None
+    prompt_cache_retention: LabelText | None = None
     prompt_cache_options: dict[str, Any] | None = None
-    metadata: dict[Name, Name] | None = Field(None, max_length=16)
+    metadata: dict[LabelText, LabelText] | None = Field(None, max_length=16)
     parallel_tool_calls: bool | None = None
 
 
-class ChatRequest(Drawing, ClientLabels):
-    """modalities: what the answer may hold; left out, as of `unigen.model.template.usual_output`. content_format:
+class ChatRequest(GenerationFields, ClientLabels):
+    """modalities: what the answer may hold; left out, as of `unigen.model.template.default_output`. content_format:
     "parts" gives the `content` of a whole answer that holds pictures as a list of parts in order."""
 
     model: str
@@ -249,62 +249,68 @@ class ChatRequest(Drawing, ClientLabels):
     modalities: list[Literal["text", "image"]] | None = Field(None, min_length=1, max_length=2)
     content_format: Literal["string", "parts"] = "string"
     stream_options: StreamOptions | None = None
-    stop: list[Stop] | None = Field(None, max_length=4)
-    max_tokens: int | None = limited("max_tokens")
-    max_completion_tokens: int | None = limited("max_tokens")
-    max_images: int | None = limited("max_images")
+    stop: list[StopText] | None = Field(None, max_length=4)
+    max_tokens: int | None = bounded_field("max_tokens")
+    max_completion_tokens: int | None = bounded_field("max_tokens")
+    max_images: int | None = bounded_field("max_images")
     # what clients send though they ask for nothing by it
-    audio: Annotated[Any, at(says="this server speaks no sound: leave it out")] = None
-    frequency_penalty: Annotated[Any, at(0, says="penalties are not known here: leave it out")] = None
-    presence_penalty: Annotated[Any, at(0, says="penalties are not known here: leave it out")] = None
-    repetition_penalty: Annotated[Any, at(1, says="penalties are not known here: leave it out")] = None
-    min_p: Annotated[Any, at(0, says="there are top_p and top_k: leave it out")] = None
-    function_call: Annotated[Any, at("none", "auto", says=TOOLS)] = None
-    functions: Annotated[Any, at([], says=TOOLS)] = None
-    tools: Annotated[Any, at([], says=TOOLS)] = None
-    tool_choice: Annotated[Any, at("none", "auto", says=TOOLS)] = None
-    logit_bias: Annotated[Any, at({}, says="ids have no bias here: leave it out")] = None
-    logprobs: Annotated[Any, at(False, says="no probabilities are given here: leave it out")] = None
-    top_logprobs: Annotated[Any, at(0, says="no probabilities are given here: leave it out")] = None
-    moderation: Annotated[Any, at(says="nothing is moderated here: leave it out")] = None
-    prediction: Annotated[Any, at(says="answers are not predicted here: leave it out")] = None
-    reasoning_effort: Annotated[Any, at("none", "minimal", says=DULL)] = None
-    response_format: Annotated[Any, at({"type": "text"}, says='text alone is written here: {"type": "text"}')] = None
-    service_tier: Annotated[Any, at("auto", "default", says="there is one tier: leave it out")] = None
-    store: Annotated[Any, at(False, says=KEPT)] = None
-    verbosity: Annotated[Any, at("medium", says="the model chooses its length: leave it out, or give max_tokens")] = (
-        None
-    )
-    web_search_options: Annotated[Any, at(says="nothing is searched here: leave it out")] = None
+    audio: Annotated[Any, accept_only(says="this server speaks no sound: leave it out")] = None
+    frequency_penalty: Annotated[Any, accept_only(0, says="penalties are not known here: leave it out")] = None
+    presence_penalty: Annotated[Any, accept_only(0, says="penalties are not known here: leave it out")] = None
+    repetition_penalty: Annotated[Any, accept_only(1, says="penalties are not known here: leave it out")] = None
+    min_p: Annotated[Any, accept_only(0, says="there are top_p and top_k: leave it out")] = None
+    function_call: Annotated[Any, accept_only("none", "auto", says=NO_TOOLS)] = None
+    functions: Annotated[Any, accept_only([], says=NO_TOOLS)] = None
+    tools: Annotated[Any, accept_only([], says=NO_TOOLS)] = None
+    tool_choice: Annotated[Any, accept_only("none", "auto", says=NO_TOOLS)] = None
+    logit_bias: Annotated[Any, accept_only({}, says="ids have no bias here: leave it out")] = None
+    logprobs: Annotated[Any, accept_only(False, says="no probabilities are given here: leave it out")] = None
+    top_logprobs: Annotated[Any, accept_only(0, says="no probabilities are given here: leave it out")] = None
+    moderation: Annotated[Any, accept_only(says="nothing is moderated here: leave it out")] = None
+    prediction: Annotated[Any, accept_only(says="answers are not predicted here: leave it out")] = None
+    reasoning_effort: Annotated[Any, accept_only("none", "minimal", says=NO_REASONING)] = None
+    response_format: Annotated[
+        Any, accept_only({"type": "text"}, says='text alone is written here: {"type": "text"}')
+    ] = None
+    service_tier: Annotated[Any, accept_only("auto", "default", says="there is one tier: leave it out")] = None
+    store: Annotated[Any, accept_only(False, says=NOT_STORED)] = None
+    verbosity: Annotated[
+        Any, accept_only("medium", says="the model chooses its length: leave it out, or give max_tokens")
+    ] = None
+    web_search_options: Annotated[Any, accept_only(says="nothing is searched here: leave it out")] = None
     # of OpenRouter's clients
-    image_config: Annotated[Any, at({}, says="give size: leave it out")] = None
+    image_config: Annotated[Any, accept_only({}, says="give size: leave it out")] = None
     include_reasoning: bool | None = None
-    plugins: Annotated[Any, at([], says="there are no plugins here: leave it out")] = None
-    provider: Annotated[Any, at({}, says=ONE)] = None
-    reasoning: Annotated[Any, at({}, {"enabled": False}, {"effort": "none"}, {"exclude": True}, says=DULL)] = None
-    route: Annotated[Any, at("fallback", says=ONE)] = None
-    transforms: Annotated[Any, at([], says="messages are read as they are: leave it out")] = None
+    plugins: Annotated[Any, accept_only([], says="there are no plugins here: leave it out")] = None
+    provider: Annotated[Any, accept_only({}, says=SINGLE_MODEL)] = None
+    reasoning: Annotated[
+        Any, accept_only({}, {"enabled": False}, {"effort": "none"}, {"exclude": True}, says=NO_REASONING)
+    ] = None
+    route: Annotated[Any, accept_only("fallback", says=SINGLE_MODEL)] = None
+    transforms: Annotated[Any, accept_only([], says="messages are read as they are: leave it out")] = None
     usage: dict[Literal["include"], bool] | None = None
     # of vLLM's and Qwen's
-    add_generation_prompt: Annotated[Any, at(True, says="the model answers: leave it out")] = None
-    add_special_tokens: Annotated[Any, at(False, True, says=OWN)] = None
-    bad_words: Annotated[Any, at([], says="no words are forbidden here: leave it out")] = None
-    best_of: Annotated[Any, at(1, says="there are candidates: leave it out")] = None
-    chat_template_kwargs: Annotated[Any, at({}, {"enable_thinking": False}, says=OWN)] = None
-    continue_final_message: Annotated[Any, at(False, says="answers are begun anew: leave it out")] = None
-    echo: Annotated[Any, at(False, says="what was asked is not repeated: leave it out")] = None
-    enable_thinking: Annotated[Any, at(False, says=DULL)] = None
-    ignore_eos: Annotated[Any, at(False, says="answers end where the model ends them: leave it out")] = None
-    include_stop_str_in_output: Annotated[Any, at(False, says="answers end before a stop: leave it out")] = None
-    length_penalty: Annotated[Any, at(1, 0, says="penalties are not known here: leave it out")] = None
-    min_tokens: Annotated[Any, at(0, says="the model chooses its length: leave it out")] = None
-    priority: Annotated[Any, at(0, says="who comes first is answered first: leave it out")] = None
-    request_id: Name | None = None
-    skip_special_tokens: Annotated[Any, at(True, says="text has none: leave it out")] = None
-    spaces_between_special_tokens: Annotated[Any, at(True, False, says="text has none: leave it out")] = None
-    stop_token_ids: Annotated[Any, at([], says="give texts as stop: leave it out")] = None
-    thinking: Annotated[Any, at({"type": "disabled"}, says=DULL)] = None
-    use_beam_search: Annotated[Any, at(False, says="there are candidates: leave it out")] = None
+    add_generation_prompt: Annotated[Any, accept_only(True, says="the model answers: leave it out")] = None
+    add_special_tokens: Annotated[Any, accept_only(False, True, says=FIXED_CHAT_TEMPLATE)] = None
+    bad_words: Annotated[Any, accept_only([], says="no words are forbidden here: leave it out")] = None
+    best_of: Annotated[Any, accept_only(1, says="there are candidates: leave it out")] = None
+    chat_template_kwargs: Annotated[Any, accept_only({}, {"enable_thinking": False}, says=FIXED_CHAT_TEMPLATE)] = None
+    continue_final_message: Annotated[Any, accept_only(False, says="answers are begun anew: leave it out")] = None
+    echo: Annotated[Any, accept_only(False, says="what was asked is not repeated: leave it out")] = None
+    enable_thinking: Annotated[Any, accept_only(False, says=NO_REASONING)] = None
+    ignore_eos: Annotated[Any, accept_only(False, says="answers end where the model ends them: leave it out")] = None
+    include_stop_str_in_output: Annotated[Any, accept_only(False, says="answers end before a stop: leave it out")] = (
+        None
+    )
+    length_penalty: Annotated[Any, accept_only(1, 0, says="penalties are not known here: leave it out")] = None
+    min_tokens: Annotated[Any, accept_only(0, says="the model chooses its length: leave it out")] = None
+    priority: Annotated[Any, accept_only(0, says="who comes first is answered first: leave it out")] = None
+    request_id: LabelText | None = None
+    skip_special_tokens: Annotated[Any, accept_only(True, says="text has none: leave it out")] = None
+    spaces_between_special_tokens: Annotated[Any, accept_only(True, False, says="text has none: leave it out")] = None
+    stop_token_ids: Annotated[Any, accept_only([], says="give texts as stop: leave it out")] = None
+    thinking: Annotated[Any, accept_only({"type": "disabled"}, says=NO_REASONING)] = None
+    use_beam_search: Annotated[Any, accept_only(False, says="there are candidates: leave it out")] = None
 
     @field_validator("top_k", mode="before")
     @classmethod
@@ -333,7 +339,7 @@ class ChatRequest(Drawing, ClientLabels):
             raise ValueError("content_format is for whole answers: a stream has its parts in order")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is for stream=true")
-        said = [message for message in self.messages if message.role not in INSTRUCTS]
+        said = [message for message in self.messages if message.role not in SYSTEM_ROLES]
         if not said or said[-1].role != "user":
             raise ValueError("the last of the messages must be the user's")
         return self
@@ -347,24 +353,26 @@ class ChatRequest(Drawing, ClientLabels):
 # ---------------------------------------------------------------- /v1/images/...
 
 
-class ImagesRequest(Drawing):
+class ImagesRequest(GenerationFields):
     """What all requests for pictures share."""
 
     model: str | None = None
     response_format: Literal["b64_json", "url"] = "b64_json"
     output_format: Literal["png", "jpeg", "webp"] = "png"
     output_compression: int | None = Field(None, ge=0, le=100)
-    user: Name | None = None
-    safety_identifier: Name | None = None
+    user: LabelText | None = None
+    safety_identifier: LabelText | None = None
     # what clients send though they ask for nothing by it
-    background: Annotated[Any, at("auto", "opaque", says="pictures are opaque here: leave it out")] = None
-    complexity: Annotated[Any, at(says="pictures are not planned here: leave it out")] = None
-    frame_count: Annotated[Any, at(1, says="pictures do not move here: leave it out")] = None
-    frame_duration_ms: Annotated[Any, at(says="pictures do not move here: leave it out")] = None
-    moderation: Annotated[Any, at("auto", "low", says="nothing is moderated here: leave it out")] = None
-    quality: Annotated[Any, at("auto", "standard", says="there is one quality: leave it out, or try candidates")] = None
-    style: Annotated[Any, at("vivid", says="say the style in the prompt and leave it out")] = None
-    svg: Annotated[Any, at(says="pictures are png, jpeg or webp here: leave it out")] = None
+    background: Annotated[Any, accept_only("auto", "opaque", says="pictures are opaque here: leave it out")] = None
+    complexity: Annotated[Any, accept_only(says="pictures are not planned here: leave it out")] = None
+    frame_count: Annotated[Any, accept_only(1, says="pictures do not move here: leave it out")] = None
+    frame_duration_ms: Annotated[Any, accept_only(says="pictures do not move here: leave it out")] = None
+    moderation: Annotated[Any, accept_only("auto", "low", says="nothing is moderated here: leave it out")] = None
+    quality: Annotated[
+        Any, accept_only("auto", "standard", says="there is one quality: leave it out, or try candidates")
+    ] = None
+    style: Annotated[Any, accept_only("vivid", says="say the style in the prompt and leave it out")] = None
+    svg: Annotated[Any, accept_only(says="pictures are png, jpeg or webp here: leave it out")] = None
 
     @model_validator(mode="after")
     def _carried(self) -> Self:
@@ -378,8 +386,8 @@ class ImagesRequest(Drawing):
 class GenerationRequest(ImagesRequest):
     """prompt: what to draw in words; or label, of a model that draws classes: a number or a name."""
 
-    prompt: Words | None = None
-    label: int | Name | None = None
+    prompt: PromptText | None = None
+    label: int | LabelText | None = None
 
     @model_validator(mode="after")
     def _one(self) -> GenerationRequest:
@@ -394,17 +402,19 @@ class EditRequest(ImagesRequest):
     """The fields beside the files `image` and `mask`: with a mask the prompt says what the whole picture shall show,
     without one what to change."""
 
-    prompt: Words
-    input_fidelity: Annotated[Any, at("low", says="there is one fidelity: leave it out, or mark by a mask")] = None
+    prompt: PromptText
+    input_fidelity: Annotated[
+        Any, accept_only("low", says="there is one fidelity: leave it out, or mark by a mask")
+    ] = None
 
 
 class VariationRequest(ImagesRequest):
     """vary: the share of the picture that is drawn anew."""
 
-    vary: float = limited("vary", 0.5)
+    vary: float = bounded_field("vary", 0.5)
 
 
-class Fault(BaseModel):
+class ErrorBody(BaseModel):
     """OpenAI's form of an error; param: the field that is wrong."""
 
     message: str
@@ -413,8 +423,8 @@ class Fault(BaseModel):
     code: str | None
 
 
-class FaultAnswer(BaseModel):
-    error: Fault
+class ErrorResponse(BaseModel):
+    error: ErrorBody
 
 
 def form_schema(kind: type[BaseModel], *files: str) -> dict[str, Any]:
@@ -425,16 +435,27 @@ def form_schema(kind: type[BaseModel], *files: str) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 
-NUMBERS = {"n", "seed", "steps", "top_k", "guidance", "top_p", "temperature", "vary", "partial_images", "candidates"}
-NUMBERS |= {"output_compression", "frame_count", "frame_duration_ms"}
-FLAGS = {"stream"}
+NUMERIC_FIELDS = {
+    "n",
+    "seed",
+    "steps",
+    "top_k",
+    "guidance",
+    "top_p",
+    "temperature",
+    "vary",
+    "partial_images",
+    "candidates",
+}
+NUMERIC_FIELDS |= {"output_compression", "frame_count", "frame_duration_ms"}
+BOOLEAN_FIELDS = {"stream"}
 
 
-def of_form(fields: dict[str, str]) -> dict[str, Any]:
+def parse_form_fields(fields: dict[str, str]) -> dict[str, Any]:
     """A form's fields, all texts, as JSON would have them."""
 
     def read(name: str, value: str) -> Any:
-        if name in FLAGS:
+        if name in BOOLEAN_FIELDS:
             return {"true": True, "false": False}.get(value, value)
         for kind in (parse_int, parse_float):
             try:
@@ -443,4 +464,6 @@ def of_form(fields: dict[str, str]) -> dict[str, Any]:
                 pass
         return value
 
-    return {name: read(name, value) if name in NUMBERS | FLAGS else value for name, value in fields.items()}
+    return {
+        name: read(name, value) if name in NUMERIC_FIELDS | BOOLEAN_FIELDS else value for name, value in fields.items()
+    }

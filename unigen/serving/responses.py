@@ -22,83 +22,83 @@ from pydantic import Field, field_validator, model_validator
 
 from unigen.document import Preview
 from unigen.serving import pictures
-from unigen.serving.answers import Answer, Chunks, Events, usage_of
-from unigen.serving.jobs import Begun, Ended, Part
+from unigen.serving.answers import AnswerBuilder, Chunks, Events, chat_usage
+from unigen.serving.jobs import Finished, Part, Started
 from unigen.serving.protocol import (
-    DULL,
-    INSTRUCTS,
-    KEPT,
-    TOOLS,
+    NO_REASONING,
+    NO_TOOLS,
+    NOT_STORED,
+    SYSTEM_ROLES,
     ClientLabels,
-    Drawing,
+    GenerationFields,
+    LabelText,
     Message,
-    Name,
-    Strict,
-    Words,
-    at,
-    limited,
+    PromptText,
+    StrictModel,
+    accept_only,
+    bounded_field,
 )
 
-IMAGES = "image_generation"
+IMAGE_TOOL = "image_generation"
 """The one tool that there is."""
-STORED = "nothing is stored here: send the whole conversation as input"
+STATELESS = "nothing is stored here: send the whole conversation as input"
 
 
-class ImageTool(Strict):
+class ImageTool(StrictModel):
     """How pictures are made; size and partial_images count as those of the request."""
 
     type: Literal["image_generation"]
-    model: Name | None = None
+    model: LabelText | None = None
     size: str | None = None
-    partial_images: int | None = limited("previews")
+    partial_images: int | None = bounded_field("previews")
     output_format: Literal["png", "jpeg", "webp"] = "png"
     output_compression: int | None = Field(None, ge=0, le=100)
-    action: Annotated[Any, at("auto", says="the model decides: leave it out")] = None
-    background: Annotated[Any, at("auto", "opaque", says="pictures are opaque here: leave it out")] = None
-    input_fidelity: Annotated[Any, at("low", says="there is one fidelity: leave it out")] = None
-    input_image_mask: Annotated[Any, at(says="see /v1/images/edits: leave it out")] = None
-    moderation: Annotated[Any, at("auto", "low", says="nothing is moderated here: leave it out")] = None
-    quality: Annotated[Any, at("auto", says="there is one quality: leave it out")] = None
+    action: Annotated[Any, accept_only("auto", says="the model decides: leave it out")] = None
+    background: Annotated[Any, accept_only("auto", "opaque", says="pictures are opaque here: leave it out")] = None
+    input_fidelity: Annotated[Any, accept_only("low", says="there is one fidelity: leave it out")] = None
+    input_image_mask: Annotated[Any, accept_only(says="see /v1/images/edits: leave it out")] = None
+    moderation: Annotated[Any, accept_only("auto", "low", says="nothing is moderated here: leave it out")] = None
+    quality: Annotated[Any, accept_only("auto", says="there is one quality: leave it out")] = None
 
 
-class TextFormat(Strict):
-    format: Annotated[Any, at({"type": "text"}, says='text alone is written here: {"type": "text"}')] = None
-    verbosity: Annotated[Any, at("medium", says="the model chooses its length: leave it out")] = None
+class TextFormat(StrictModel):
+    format: Annotated[Any, accept_only({"type": "text"}, says='text alone is written here: {"type": "text"}')] = None
+    verbosity: Annotated[Any, accept_only("medium", says="the model chooses its length: leave it out")] = None
 
 
-class ResponseStreamOptions(Strict):
-    include_obfuscation: Annotated[Any, at(False, says="streams are not padded here: leave it out")] = None
+class ResponseStreamOptions(StrictModel):
+    include_obfuscation: Annotated[Any, accept_only(False, says="streams are not padded here: leave it out")] = None
 
 
-class ResponsesRequest(Drawing, ClientLabels):
+class ResponsesRequest(GenerationFields, ClientLabels):
     """input: a text, or messages and earlier pictures in order, as `output` listed them. instructions: a system
-    message before them. All that draws takes the options of `Drawing` too."""
+    message before them. All that draws takes the options of `GenerationFields` too."""
 
     model: str
     input: list[Message] = Field(min_length=1, max_length=1000)
-    instructions: Words | None = None
+    instructions: PromptText | None = None
     tools: list[ImageTool] | None = Field(None, max_length=1)
-    tool_choice: Literal["auto", "none", "required"] | dict[Name, Name] | None = None
+    tool_choice: Literal["auto", "none", "required"] | dict[LabelText, LabelText] | None = None
     n: Literal[1] = 1
-    max_output_tokens: int | None = limited("max_tokens")
-    max_tool_calls: int | None = limited("max_images")
+    max_output_tokens: int | None = bounded_field("max_tokens")
+    max_tool_calls: int | None = bounded_field("max_images")
     text: TextFormat | None = None
     stream_options: ResponseStreamOptions | None = None
     include: list[Literal["reasoning.encrypted_content", "message.input_image.image_url"]] | None = None
     # what clients send though they ask for nothing by it
-    access_programs: Annotated[Any, at({}, says="there are none here: leave it out")] = None
-    background: Annotated[Any, at(False, says=STORED)] = None
-    context_management: Annotated[Any, at([], says="messages are read as they are: leave it out")] = None
-    conversation: Annotated[Any, at(says=STORED)] = None
-    image: Annotated[Any, at({}, says="messages are read as they are: leave it out")] = None
-    moderation: Annotated[Any, at(says="nothing is moderated here: leave it out")] = None
-    previous_response_id: Annotated[Any, at(says=STORED)] = None
-    prompt: Annotated[Any, at(says=STORED)] = None
-    reasoning: Annotated[Any, at({}, {"effort": "none"}, {"effort": "minimal"}, says=DULL)] = None
-    service_tier: Annotated[Any, at("auto", "default", says="there is one tier: leave it out")] = None
-    store: Annotated[Any, at(False, says=KEPT)] = None
-    top_logprobs: Annotated[Any, at(0, says="no probabilities are given here: leave it out")] = None
-    truncation: Annotated[Any, at("disabled", says="messages are read as they are: leave it out")] = None
+    access_programs: Annotated[Any, accept_only({}, says="there are none here: leave it out")] = None
+    background: Annotated[Any, accept_only(False, says=STATELESS)] = None
+    context_management: Annotated[Any, accept_only([], says="messages are read as they are: leave it out")] = None
+    conversation: Annotated[Any, accept_only(says=STATELESS)] = None
+    image: Annotated[Any, accept_only({}, says="messages are read as they are: leave it out")] = None
+    moderation: Annotated[Any, accept_only(says="nothing is moderated here: leave it out")] = None
+    previous_response_id: Annotated[Any, accept_only(says=STATELESS)] = None
+    prompt: Annotated[Any, accept_only(says=STATELESS)] = None
+    reasoning: Annotated[Any, accept_only({}, {"effort": "none"}, {"effort": "minimal"}, says=NO_REASONING)] = None
+    service_tier: Annotated[Any, accept_only("auto", "default", says="there is one tier: leave it out")] = None
+    store: Annotated[Any, accept_only(False, says=NOT_STORED)] = None
+    top_logprobs: Annotated[Any, accept_only(0, says="no probabilities are given here: leave it out")] = None
+    truncation: Annotated[Any, accept_only("disabled", says="messages are read as they are: leave it out")] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -109,8 +109,8 @@ class ResponsesRequest(Drawing, ClientLabels):
         if data.get("tool_choice") == "none":
             return {**data, "tools": None}
         for tool in data["tools"]:
-            if not isinstance(tool, dict) or tool.get("type") != IMAGES:
-                raise ValueError(f"tools: {TOOLS}, but for {IMAGES}")
+            if not isinstance(tool, dict) or tool.get("type") != IMAGE_TOOL:
+                raise ValueError(f"tools: {NO_TOOLS}, but for {IMAGE_TOOL}")
             lifted = {
                 "size": tool.get("size"),
                 "partial_images": tool.get("partial_images") if data.get("stream") else None,
@@ -127,14 +127,14 @@ class ResponsesRequest(Drawing, ClientLabels):
 
     @model_validator(mode="after")
     def _answerable(self) -> ResponsesRequest:
-        said = [message for message in self.input if message.role not in INSTRUCTS]
+        said = [message for message in self.input if message.role not in SYSTEM_ROLES]
         if not said or said[-1].role != "user":
             raise ValueError("the last message of input must be the user's")
         named = self.tool_choice.get("type") if isinstance(self.tool_choice, dict) else None
-        if isinstance(self.tool_choice, dict) and named != IMAGES:
-            raise ValueError(f"tool_choice: {TOOLS}, but for {IMAGES}")
+        if isinstance(self.tool_choice, dict) and named != IMAGE_TOOL:
+            raise ValueError(f"tool_choice: {NO_TOOLS}, but for {IMAGE_TOOL}")
         if (named or self.tool_choice == "required") and not self.tools:
-            raise ValueError(f'tool_choice is for tools: give [{{"type": "{IMAGES}"}}]')
+            raise ValueError(f'tool_choice is for tools: give [{{"type": "{IMAGE_TOOL}"}}]')
         return self
 
     @property
@@ -161,12 +161,12 @@ def _message(item: Any) -> Any:
     if not isinstance(item, dict):
         raise ValueError("its items are objects, such as messages")
     kind = item.get("type") or "message"
-    if kind == f"{IMAGES}_call":
+    if kind == f"{IMAGE_TOOL}_call":
         if not isinstance(item.get("result"), str):
             raise ValueError(f"an item of type {kind} needs its result, the picture in base64")
         return {"role": "assistant", "images": [{"image_url": {"url": "data:image/png;base64," + item["result"]}}]}
     if kind != "message":
-        raise ValueError(f"its items are messages and {IMAGES}_call, not {str(kind)[:100]!r}")
+        raise ValueError(f"its items are messages and {IMAGE_TOOL}_call, not {str(kind)[:100]!r}")
     message = {name: value for name, value in item.items() if name not in ("type", "id", "status", "phase")}
     if isinstance(message.get("content"), list):
         message["content"] = [_part(part) for part in message["content"]]
@@ -190,8 +190,8 @@ def _part(part: Any) -> Any:
 
 async def response_events(events: Events, asked: ResponsesRequest, model: str) -> Chunks:
     """The events of one answer, in OpenAI's order; the last one holds the whole response."""
-    numbers, answer, output = itertools.count(), Answer(), list[dict[str, Any]]()
-    form = asked.tools[0] if asked.tools else ImageTool.model_validate({"type": IMAGES})
+    numbers, answer, output = itertools.count(), AnswerBuilder(), list[dict[str, Any]]()
+    form = asked.tools[0] if asked.tools else ImageTool.model_validate({"type": IMAGE_TOOL})
     response = _response(asked, model)
     item: dict[str, Any] | None = None  # not yet finished
 
@@ -230,18 +230,18 @@ async def response_events(events: Events, asked: ResponsesRequest, model: str) -
         return events
 
     async def encoded(picture: Any) -> str:
-        file = await asyncio.to_thread(pictures.encoded, picture, form.output_format, form.output_compression)
+        file = await asyncio.to_thread(pictures.encode_image, picture, form.output_format, form.output_compression)
         return base64.b64encode(file).decode()
 
-    call = f"{IMAGES}_call"
+    call = f"{IMAGE_TOOL}_call"
     async with aclosing(events):
         async for _, event in events:
             drawn = isinstance(event, Preview) or (isinstance(event, Part) and not isinstance(event.part, str))
-            if isinstance(event, Ended) or (drawn and item is not None and item["type"] == "message"):
+            if isinstance(event, Finished) or (drawn and item is not None and item["type"] == "message"):
                 for one in finish_message():
                     yield one
             answer.take(event)
-            if isinstance(event, Begun):
+            if isinstance(event, Started):
                 response["settings"] = event.settings
                 yield event_of("created", response=dict(response))
                 yield event_of("in_progress", response=dict(response))
@@ -262,7 +262,7 @@ async def response_events(events: Events, asked: ResponsesRequest, model: str) -
                 yield event_of("output_item.done", output_index=len(output), item=item)
                 output.append(item)
                 item = None
-            elif isinstance(event, Ended):
+            elif isinstance(event, Finished):
                 cut = event.reason == "length"
                 response |= {"status": "incomplete" if cut else "completed", "output": output}
                 response |= {"usage": _usage(answer), "completed_at": None if cut else time.time()}
@@ -303,8 +303,8 @@ def _response(asked: ResponsesRequest, model: str) -> dict[str, Any]:
     }
 
 
-def _usage(answer: Answer) -> dict[str, Any] | None:
-    usage = usage_of([answer])
+def _usage(answer: AnswerBuilder) -> dict[str, Any] | None:
+    usage = chat_usage([answer])
     if usage is None:
         return None
     return {

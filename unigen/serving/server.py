@@ -39,32 +39,32 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from unigen.document import Document, Segment
-from unigen.model.template import split_system, usual_output
-from unigen.samplers.seeds import later_seed
+from unigen.model.template import default_output, split_system_messages
+from unigen.samplers.seeds import offset_seed
 from unigen.serving import pictures, protocol
-from unigen.serving.answers import Answer, chat_chunks, images_usage, message, picture_chunks, usage_of
+from unigen.serving.answers import AnswerBuilder, assistant_message, chat_chunks, chat_usage, image_chunks, images_usage
 from unigen.serving.body import BoundedRoute
 from unigen.serving.connection import TimedConnection
-from unigen.serving.decoder import AREA, MOST_PICTURES, Decoder, File, Full, PictureError
-from unigen.serving.jobs import Begun, Event, Failed, Job, Part, Refused
+from unigen.serving.decoder import MAX_IMAGES, MAX_READ_PIXELS, DecoderBusy, EncodedImage, ImageDecoder, ImageError
+from unigen.serving.jobs import Error, Event, Job, Part, Rejected, Started
 from unigen.serving.metrics import Metrics
-from unigen.serving.middleware import Guard, Limits, error
+from unigen.serving.middleware import GuardMiddleware, Limits, error_body
 from unigen.serving.page import add_page
-from unigen.serving.process import Busy, Down, EngineProcess
+from unigen.serving.process import EngineProcess, ModelUnavailable, QueueFull
 from unigen.serving.responses import ResponsesRequest, response_events
 
 log = logging.getLogger("unigen.serving")
-PICTURE_BYTES = 4 << 20
+MIN_FREE_BYTES_PER_IMAGE = 4 << 20
 """Of the disk, that must be free for each picture that is to be kept."""
-SLACK = 30.0
+STEP_TIMEOUT_MARGIN = 30.0
 """Seconds beyond the time that an answer may take, after which a step that still runs helps nobody."""
-MOST_FILES = 20
+MAX_FORM_FILES = 20
 """Of a form; all but one picture and one mask are refused by name."""
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Settings:
+class ServerConfig:
     """How the server behaves. model: the name under which it is asked for. seconds: that an answer may take. folder:
     where pictures asked for by url are kept; None refuses them. fetch: may pictures come from addresses? prompts: are
     they logged? origins: of pages that may ask from a browser. proxies: addresses and networks whose header
@@ -92,22 +92,22 @@ class Settings:
                 ) from None
 
 
-class Wrong(Exception):
+class HTTPError(Exception):
     """What is answered instead: a status, and a message in one line."""
 
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None, wait: int = 0):
         super().__init__(message)
         kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
         kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
-        self.status, self.body = status, error(message, kind=kind, param=param, code=code)
+        self.status, self.body = status, error_body(message, kind=kind, param=param, code=code)
         self.headers = {"retry-after": str(wait)} if wait else {}
 
 
 class Server:
     """The routes of one app."""
 
-    def __init__(self, engine: Any, settings: Settings) -> None:
-        self.engine, self.settings, self.decoder = engine, settings, Decoder()
+    def __init__(self, engine: Any, settings: ServerConfig) -> None:
+        self.engine, self.settings, self.decoder = engine, settings, ImageDecoder()
         self.metrics = Metrics(engine)
 
     # ---------------------------------------------------------------- state
@@ -155,14 +155,14 @@ class Server:
         choices = [
             {
                 "index": i,
-                "message": await message(answer.parts, asked.content_format == "parts"),
+                "message": await assistant_message(answer.parts, asked.content_format == "parts"),
                 "finish_reason": answer.ended.reason,
                 "logprobs": None,
                 "settings": answer.settings,
             }
             for i, answer in enumerate(answers)
         ]
-        return {**head, "object": "chat.completion", "choices": choices, "usage": usage_of(answers)}
+        return {**head, "object": "chat.completion", "choices": choices, "usage": chat_usage(answers)}
 
     async def responses(self, request: Request, asked: ResponsesRequest) -> Any:
         """The same as items in order; see `unigen.serving.responses`."""
@@ -171,7 +171,7 @@ class Server:
         self._log(request, document)
         able = self.engine.info.get("outputs", ())
         if not asked.tools and able and "text" not in able:
-            raise Wrong(400, 'this model draws: give tools [{"type": "image_generation"}]', param="tools")
+            raise HTTPError(400, 'this model draws: give tools [{"type": "image_generation"}]', param="tools")
         output = self._output(asked.modalities, document)
         document, notes = self._without_system(document, output)
         jobs = self._jobs(asked, document, output, notes=notes)
@@ -190,7 +190,7 @@ class Server:
 
     def _without_system(self, document: Document, output: str) -> tuple[Document, dict[str, Any]]:
         """Leave system messages out where the model does not follow them; the settings of the answer then note it."""
-        told, said = split_system(document.segments)
+        told, said = split_system_messages(document.segments)
         if told and (output == "image" or not self.engine.info.get("system")):
             return Document(said), {"ignored": ["system"]}
         return document, {}
@@ -202,16 +202,16 @@ class Server:
         last = max(m for m, message in enumerate(asked.messages) if message.role == "user")
         if not asked.messages[last].parts():
             param = f"{field}.{last}.content"
-            raise Wrong(400, "the last message is empty: say what to draw or ask", param=param)
+            raise HTTPError(400, "the last message is empty: say what to draw or ask", param=param)
         parts: list[tuple[Any, str | None, str]] = []  # a role; a text, or None for the next picture; its place
         urls = []
         for m, said in enumerate(asked.messages):
-            role = "system" if said.role in protocol.INSTRUCTS else said.role
+            role = "system" if said.role in protocol.SYSTEM_ROLES else said.role
             for kind, part, place in said.parts():
                 parts.append((role, part if kind == "text" else None, f"{field}.{m}.{place}"))
                 urls += [part] if kind == "image" else []
         places = [place for _, text, place in parts if text is None]
-        found = iter(await self._decoded(request, await self._files(urls, places), places, asked.n, AREA))
+        found = iter(await self._decoded(request, await self._files(urls, places), places, asked.n, MAX_READ_PIXELS))
         return Document(
             [
                 Segment(image=next(found), role=role) if text is None else Segment(text=text, role=role)
@@ -219,48 +219,48 @@ class Server:
             ]
         )
 
-    async def _files(self, urls: list[str], places: list[str]) -> list[File]:
+    async def _files(self, urls: list[str], places: list[str]) -> list[EncodedImage]:
         """The pictures' files, or what holds them; together they are no larger than a body may be."""
-        if len(urls) > MOST_PICTURES:
-            message = f"the request has {len(urls)} pictures: at most {MOST_PICTURES}"
-            raise Wrong(400, message, param=places[MOST_PICTURES])
+        if len(urls) > MAX_IMAGES:
+            message = f"the request has {len(urls)} pictures: at most {MAX_IMAGES}"
+            raise HTTPError(400, message, param=places[MAX_IMAGES])
         files, left, end = [], self.settings.limits.body, time.monotonic() + self.settings.seconds
         for url, place in zip(urls, places, strict=True):
             if not url[:8].lower().startswith(("http://", "https://")):
-                files.append(File(url))
+                files.append(EncodedImage(url))
                 continue
             try:
                 if not self.settings.fetch:
                     raise ValueError("this server fetches no pictures (--allow-fetch): send data:image/png;base64,...")
                 if time.monotonic() > end:
                     raise ValueError("the pictures' addresses take too long")
-                files.append(File(data := await pictures.fetched(url, left)))
+                files.append(EncodedImage(data := await pictures.fetch_image(url, left)))
             except ValueError as wrong:
-                raise Wrong(400, str(wrong), param=place) from None
+                raise HTTPError(400, str(wrong), param=place) from None
             left -= len(data)
         return files
 
     async def _decoded(
-        self, request: Request, files: list[File], places: Sequence[str], n: int, area: int | None = None
+        self, request: Request, files: list[EncodedImage], places: Sequence[str], n: int, area: int | None = None
     ) -> list[Image.Image]:
         """The pictures of a request for n answers; area: pixels to which they are made smaller, where they may be."""
         try:
             return await self.decoder.read(files, n, area, request.scope["state"].get("client", ""))
-        except PictureError as wrong:
-            raise Wrong(400, str(wrong), param=places[wrong.place]) from None
-        except Full:
+        except ImageError as wrong:
+            raise HTTPError(400, str(wrong), param=places[wrong.place]) from None
+        except DecoderBusy:
             message = "the server cannot take more pictures now: ask again"
-            raise Wrong(429, message, code="busy", wait=2) from None
+            raise HTTPError(429, message, code="busy", wait=2) from None
 
     def _output(self, modalities: list[Any] | None, document: Document) -> str:
         if self.engine.down is not None:  # what the model can do is known when it is there
-            raise Wrong(503, self.engine.down, code="not_ready", wait=1)
+            raise HTTPError(503, self.engine.down, code="not_ready", wait=1)
         able = self.engine.info["outputs"]
         if modalities is None:
-            return usual_output(document, able)
+            return default_output(document, able)
         output = "interleaved" if len(set(modalities)) == 2 else modalities[0]
         if output not in able:
-            raise Wrong(
+            raise HTTPError(
                 400, f"this model cannot answer with {output}: it can with {' or '.join(able)}", param="modalities"
             )
         return str(output)
@@ -284,7 +284,7 @@ class Server:
         """The picture with a share of it drawn anew, by lot, as the model itself describes it."""
         asked, image, mask = await self._form(request, protocol.VariationRequest)
         if mask is not None:
-            raise Wrong(400, "a variation takes no mask: see /v1/images/edits", param="mask")
+            raise HTTPError(400, "a variation takes no mask: see /v1/images/edits", param="mask")
         self._named(asked.model)
         question = Job(Document.of([image, "describe this picture"]), "text")
         caption = (await self._unless_gone(request, self._all([question])))[0].parts
@@ -297,7 +297,7 @@ class Server:
         """The pictures of a request, whole or streamed; kind: as its events are named."""
         self._named(asked.model)
         if asked.response_format == "url" and self.settings.folder is None:
-            raise Wrong(
+            raise HTTPError(
                 400, "this server keeps no pictures (--images-folder): ask for b64_json", param="response_format"
             )
         jobs = self._jobs(asked, document, "image", **job)
@@ -306,20 +306,20 @@ class Server:
         self._log(request, document)
         if asked.stream:
             form = (asked.output_format, asked.output_compression)
-            drawn = picture_chunks(self._together(jobs), self.settings.model, kind, *form)
+            drawn = image_chunks(self._together(jobs), self.settings.model, kind, *form)
             return await self._streamed(request, drawn)
         answers = await self._unless_gone(request, self._all(jobs))
         data = []
         for answer in answers:
             form = (asked.output_format, asked.output_compression)
-            file = await asyncio.to_thread(pictures.encoded, answer.pictures[0], *form)
+            file = await asyncio.to_thread(pictures.encode_image, answer.pictures[0], *form)
             if asked.response_format == "url":
                 try:
                     name = await asyncio.to_thread(self._kept, file, asked.output_format)
                 except ValueError as full:  # which names the file: the server's path is not told
                     reason = getattr(full.__cause__, "strerror", None) or "the disk refuses"
                     log.error("a picture cannot be kept: %s", full)
-                    raise Wrong(507, f"this server cannot keep pictures now ({reason}): ask for b64_json") from None
+                    raise HTTPError(507, f"this server cannot keep pictures now ({reason}): ask for b64_json") from None
                 data.append({"url": str(request.url_for("picture", name=name)), "settings": answer.settings})
             else:
                 data.append({"b64_json": base64.b64encode(file).decode(), "settings": answer.settings})
@@ -336,41 +336,43 @@ class Server:
         """A form's fields, its picture and its mask."""
         kinds: Any = kind
         if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-            raise Wrong(400, "send multipart/form-data with a file named image")
+            raise HTTPError(400, "send multipart/form-data with a file named image")
         try:
-            form = await request.form(max_files=MOST_FILES, max_fields=40)
+            form = await request.form(max_files=MAX_FORM_FILES, max_fields=40)
         except ClientDisconnect:
-            raise Wrong(499, "the client left") from None
+            raise HTTPError(499, "the client left") from None
         except OSError as full:  # large files of a form are laid on the disk
-            raise Wrong(507, f"this server cannot take files now: {full.strerror}") from None
+            raise HTTPError(507, f"this server cannot take files now: {full.strerror}") from None
         except HTTPException as bad:
             if bad.status_code != 400:  # of the door
                 raise
-            raise Wrong(400, f"the form cannot be read: {bad.detail}") from None
+            raise HTTPError(400, f"the form cannot be read: {bad.detail}") from None
         except ValueError:  # a charset such as "undefined"
-            raise Wrong(400, "the form cannot be read: send it as UTF-8") from None
+            raise HTTPError(400, "the form cannot be read: send it as UTF-8") from None
         files, fields = {}, {}
         for field_name, value in form.multi_items():
             name = field_name.removesuffix("[]")  # of a list, as clients have it that edit several pictures
             if name == "image" and name in files:
-                raise Wrong(400, "one picture is edited at a time: send one image (a chat takes several)", param=name)
+                raise HTTPError(
+                    400, "one picture is edited at a time: send one image (a chat takes several)", param=name
+                )
             if name in files or name in fields:
-                raise Wrong(400, f"the form has {name} more than once: give one", param=name)
+                raise HTTPError(400, f"the form has {name} more than once: give one", param=name)
             if isinstance(value, str):
                 fields[name] = value
             else:
                 files[name] = await value.read()
         for name in files:
             if name not in ("image", "mask"):
-                raise Wrong(400, f"unknown file {name!r}: there are image and mask", param=name)
+                raise HTTPError(400, f"unknown file {name!r}: there are image and mask", param=name)
         if "image" not in files:
-            raise Wrong(400, "the form has no file named image", param="image")
+            raise HTTPError(400, "the form has no file named image", param="image")
         try:
-            asked = kinds.model_validate(protocol.of_form(fields))
+            asked = kinds.model_validate(protocol.parse_form_fields(fields))
         except ValidationError as wrong:
             raise RequestValidationError([{**e, "loc": ("body", *e["loc"])} for e in wrong.errors()]) from None
         names = [name for name in ("image", "mask") if name in files]
-        given = [File(files[name], mask=name == "mask") for name in names]
+        given = [EncodedImage(files[name], mask=name == "mask") for name in names]
         found = await self._unless_gone(request, self._decoded(request, given, names, asked.n))
         return asked, found[0], found[1] if "mask" in files else None
 
@@ -378,9 +380,9 @@ class Server:
         """Before so many pictures are drawn for it."""
         assert self.settings.folder is not None
         try:
-            check_space(self.settings.folder, count * PICTURE_BYTES)
+            check_space(self.settings.folder, count * MIN_FREE_BYTES_PER_IMAGE)
         except ValueError as full:
-            raise Wrong(507, f"{full}: ask for b64_json", param="response_format") from None
+            raise HTTPError(507, f"{full}: ask for b64_json", param="response_format") from None
 
     def _kept(self, file: bytes, format: str) -> str:
         from unigen.media.output import write_atomically
@@ -394,13 +396,14 @@ class Server:
         """A picture that was asked for by url."""
         folder = self.settings.folder
         if folder is None or not re.fullmatch(r"[0-9a-f]{32}\.(png|jpeg|webp)", name) or not (folder / name).is_file():
-            raise Wrong(404, "no such picture")
+            raise HTTPError(404, "no such picture")
         return FileResponse(folder / name)
 
     # ---------------------------------------------------------------- jobs
 
     async def _together(self, jobs: list[Job]) -> AsyncGenerator[tuple[int, Event], None]:
-        """The events of all jobs as they come, with the job's place. Raises `Wrong`; leaving drops what still runs."""
+        """The events of all jobs as they come, with the job's place. Raises `HTTPError`; leaving drops what still
+        runs."""
         merged: asyncio.Queue[tuple[int, Event | Exception | None]] = asyncio.Queue()
 
         async def one(i: int, job: Job) -> None:
@@ -422,14 +425,14 @@ class Server:
                     left -= 1
                 elif isinstance(event, Exception):
                     raise event
-                elif isinstance(event, Refused):
-                    raise Wrong(400, event.message)
-                elif isinstance(event, Failed) and not event.again:
-                    raise Wrong(500, event.message)
-                elif isinstance(event, Failed):
-                    raise Wrong(503, event.message, code="try_again", wait=1)
+                elif isinstance(event, Rejected):
+                    raise HTTPError(400, event.message)
+                elif isinstance(event, Error) and not event.again:
+                    raise HTTPError(500, event.message)
+                elif isinstance(event, Error):
+                    raise HTTPError(503, event.message, code="try_again", wait=1)
                 else:
-                    if isinstance(event, Begun):
+                    if isinstance(event, Started):
                         event = replace(event, settings=event.settings | jobs[i].notes)
                     if isinstance(event, Part) and first:
                         self.metrics.first.observe(time.perf_counter() - start)
@@ -437,18 +440,18 @@ class Server:
                     self.metrics.count(event)
                     yield i, event
         except TimeoutError:
-            raise Wrong(504, f"the answer took longer than {self.settings.seconds:g} s", code="timeout") from None
-        except Busy as busy:
-            raise Wrong(429, str(busy), code="busy", wait=busy.seconds) from None
-        except Down as down:
-            raise Wrong(503, str(down), code="not_ready", wait=1) from None
+            raise HTTPError(504, f"the answer took longer than {self.settings.seconds:g} s", code="timeout") from None
+        except QueueFull as busy:
+            raise HTTPError(429, str(busy), code="busy", wait=busy.seconds) from None
+        except ModelUnavailable as down:
+            raise HTTPError(503, str(down), code="not_ready", wait=1) from None
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _all(self, jobs: list[Job]) -> list[Answer]:
-        answers = [Answer() for _ in jobs]
+    async def _all(self, jobs: list[Job]) -> list[AnswerBuilder]:
+        answers = [AnswerBuilder() for _ in jobs]
         async with aclosing(self._together(jobs)) as events:
             async for i, event in events:
                 answers[i].take(event)
@@ -457,12 +460,12 @@ class Server:
     async def _unless_gone(self, request: Request, work: Awaitable[T]) -> T:
         """What the work gives; it is cancelled when the client leaves."""
         task = asyncio.ensure_future(work)
-        gone = asyncio.create_task(_left(request))
+        gone = asyncio.create_task(_wait_for_disconnect(request))
         try:
             await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
             if task.done():
                 return task.result()
-            raise Wrong(499, "the client left")
+            raise HTTPError(499, "the client left")
         finally:
             for one in (task, gone):
                 one.cancel()
@@ -476,12 +479,12 @@ class Server:
         async def events() -> AsyncIterator[str]:
             async with aclosing(chunks):
                 try:
-                    yield _event(first)
+                    yield _server_sent_event(first)
                     async for chunk in chunks:
-                        yield _event(chunk)
+                        yield _server_sent_event(chunk)
                     yield "data: [DONE]\n\n"
-                except Wrong as wrong:
-                    yield _event(wrong.body)
+                except HTTPError as wrong:
+                    yield _server_sent_event(wrong.body)
 
         return StreamingResponse(events(), media_type="text/event-stream", headers={"cache-control": "no-cache"})
 
@@ -489,32 +492,32 @@ class Server:
 
     def _named(self, name: str | None) -> None:
         if name is not None and name != self.settings.model:
-            raise Wrong(
+            raise HTTPError(
                 404, f"no model {name!r}: {self.settings.model!r} is served", param="model", code="model_not_found"
             )
 
-    def _jobs(self, asked: protocol.Drawing, document: Document, output: str, **more: Any) -> list[Job]:
+    def _jobs(self, asked: protocol.GenerationFields, document: Document, output: str, **more: Any) -> list[Job]:
         """One for each of the n answers, each with its seed."""
         if asked.n > self.engine.most:
             message = (
                 f"n is {asked.n}, and this server makes {self.engine.most} answers at a time (--queue): ask for fewer"
             )
-            raise Wrong(400, message, param="n")
+            raise HTTPError(400, message, param="n")
         first = secrets.randbelow(1 << 31) if asked.seed is None else asked.seed
         more |= {"previews": asked.partial_images, "candidates": asked.candidates}
         options, info = asked.options(), self.engine.info
-        if asked.size in protocol.MENU and info.get("sizes") == "this one":
+        if asked.size in protocol.COMMON_SIZES and info.get("sizes") == "this one":
             options.pop("size", None)
             more["notes"] = more.get("notes", {}) | {"size": "{0}x{0}".format(info["image_size"])}
-        seeds = [later_seed(first, i) for i in range(asked.n)]
+        seeds = [offset_seed(first, i) for i in range(asked.n)]
         return [Job(document, output, {**options, "seed": seed}, **more) for seed in seeds]
 
     def _log(self, request: Request, document: Document) -> None:
         if self.settings.prompts:
-            request.scope["state"]["log"] = {"prompt": [_logged(segment) for segment in document.segments]}
+            request.scope["state"]["log"] = {"prompt": [_log_entry(segment) for segment in document.segments]}
 
 
-def _said(wrong: Any) -> tuple[str, str | None]:
+def _validation_message(wrong: Any) -> tuple[str, str | None]:
     """One line for what pydantic found, and where."""
     if tuple(wrong["loc"]) == ("body",) and wrong["type"] in ("missing", "model_attributes_type", "model_type"):
         return "the body must be a JSON object, sent with the header content-type: application/json", None
@@ -530,7 +533,7 @@ def _said(wrong: Any) -> tuple[str, str | None]:
     return (f"{param}: {message}" if param else message), param
 
 
-def _logged(segment: Segment) -> dict[str, Any]:
+def _log_entry(segment: Segment) -> dict[str, Any]:
     """A part of a prompt as it is logged: its text, its class, or that it is a picture."""
     if segment.text is not None:
         return {"role": segment.role, "text": segment.text}
@@ -539,17 +542,17 @@ def _logged(segment: Segment) -> dict[str, Any]:
     return {"role": segment.role, "image": True}
 
 
-async def _left(request: Request) -> None:
+async def _wait_for_disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-def _event(data: dict[str, Any]) -> str:
+def _server_sent_event(data: dict[str, Any]) -> str:
     name = f"event: {data['type']}\n" if "type" in data else ""
     return f"{name}data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 
-def create_app(engine: Any, settings: Settings) -> Any:
+def create_app(engine: Any, settings: ServerConfig) -> Any:
     """An ASGI app; engine: an async context manager, such as `EngineProcess`."""
 
     @asynccontextmanager
@@ -585,21 +588,21 @@ def create_app(engine: Any, settings: Settings) -> Any:
         server.variations: protocol.form_schema(protocol.VariationRequest, "image"),
     }
     wrongs: dict[int | str, Any] = {
-        status: {"model": protocol.FaultAnswer, "description": "What is wrong"} for status in ("4XX", "5XX")
+        status: {"model": protocol.ErrorResponse, "description": "What is wrong"} for status in ("4XX", "5XX")
     }
     for method, path, route in routes:
         more: Any = {"responses": wrongs, "openapi_extra": forms.get(route)}
         app.add_api_route(path, route, methods=[method], name=route.__name__, response_model=None, **more)
     add_page(app)
 
-    @app.exception_handler(Wrong)
-    async def wrong(_: Request, bad: Wrong) -> Response:
+    @app.exception_handler(HTTPError)
+    async def wrong(_: Request, bad: HTTPError) -> Response:
         return JSONResponse(bad.body, bad.status, bad.headers)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, bad: RequestValidationError) -> Response:
-        message, param = _said(bad.errors()[0])
-        return JSONResponse(error(message, param=param), 400)
+        message, param = _validation_message(bad.errors()[0])
+        return JSONResponse(error_body(message, param=param), 400)
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, bad: HTTPException) -> Response:
@@ -609,9 +612,9 @@ def create_app(engine: Any, settings: Settings) -> Any:
                 f"{how} {path}" for how, path, _ in routes if path.startswith("/v1/") and "{" not in path
             )
             message = f"there is no {request.method[:20]} {request.url.path[:200]} here: there are {offered}"
-        return JSONResponse(Wrong(bad.status_code, message).body, bad.status_code, bad.headers)
+        return JSONResponse(HTTPError(bad.status_code, message).body, bad.status_code, bad.headers)
 
-    app.add_middleware(Guard, limits=settings.limits, metrics=server.metrics)
+    app.add_middleware(GuardMiddleware, limits=settings.limits, metrics=server.metrics)
     if settings.origins:
         from starlette.middleware.cors import CORSMiddleware
 
@@ -621,7 +624,7 @@ def create_app(engine: Any, settings: Settings) -> Any:
     return app
 
 
-def uvicorn_config(app: Any, settings: Settings, host: str, port: int) -> Any:
+def uvicorn_config(app: Any, settings: ServerConfig, host: str, port: int) -> Any:
     """How uvicorn serves the app: within limits of time, and believing proxies that are named alone."""
     import uvicorn
 
@@ -641,20 +644,20 @@ def uvicorn_config(app: Any, settings: Settings, host: str, port: int) -> Any:
     )
 
 
-def run(source: dict[str, Any], settings: Settings, host: str, port: int, slots: int, most: int) -> None:
+def run(source: dict[str, Any], settings: ServerConfig, host: str, port: int, slots: int, most: int) -> None:
     """Serve until SIGINT or SIGTERM; what is being answered then is finished first. Raises ValueError for a model that
     cannot be loaded and an address that cannot be had."""
     import uvicorn
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if settings.folder is not None:
-        check_space(settings.folder, PICTURE_BYTES)
+        check_space(settings.folder, MIN_FREE_BYTES_PER_IMAGE)
     engine = EngineProcess(
         source,
         slots,
         most,
         silence=settings.silence,
-        longest_step=settings.seconds + SLACK,
+        longest_step=settings.seconds + STEP_TIMEOUT_MARGIN,
         patience=settings.patience,
     )
     server = uvicorn.Server(uvicorn_config(create_app(engine, settings), settings, host, port))
@@ -674,7 +677,7 @@ def run(source: dict[str, Any], settings: Settings, host: str, port: int, slots:
         finally:
             watching.cancel()
 
-    with listening(host, port) as at:
+    with bind_socket(host, port) as at:
         asyncio.run(serve(at))
     if engine.refused:
         raise ValueError(engine.refused)
@@ -691,7 +694,7 @@ def check_space(folder: Path, size: int) -> None:
         raise ValueError(f"the folder for pictures cannot take them now ({error.strerror})") from None
 
 
-def listening(host: str, port: int) -> socket.socket:
+def bind_socket(host: str, port: int) -> socket.socket:
     """A socket on that address. Raises ValueError."""
     kind = socket.AF_INET6 if ":" in host else socket.AF_INET
     made = socket.socket(kind, socket.SOCK_STREAM)

@@ -3,8 +3,8 @@
     receiver, sender: the end of a pipe and a `process.Sender` (the server holds the other ends)
     work(receiver, sender, {"name": "unigen-tiny"}, slots=32)
 
-Knows engines, jobs and pipes; refuses to know HTTP. What a job says wrong is a `Refused` in one line; what goes wrong
-while jobs run together is a `Failed` for each of them, and the next ones are answered.
+Knows engines, jobs and pipes; refuses to know HTTP. What a job says wrong is a `Rejected` in one line; what goes wrong
+while jobs run together is an `Error` for each of them, and the next ones are answered.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Any
 from PIL import Image
 
 from unigen.document import Document, Preview
-from unigen.generators.base import CODES
-from unigen.inference.inpainting import keeping, lot
-from unigen.inference.request import sampling_of
-from unigen.serving.jobs import Begun, Ended, Event, Failed, Job, Load, Part, Ready, Refused
-from unigen.utils.numbers import NotFinite
+from unigen.generators.base import SAMPLING_OPTION_NAMES
+from unigen.inference.inpainting import prepare_inpainting, random_mask
+from unigen.inference.request import default_options
+from unigen.serving.jobs import Error, Event, Finished, Job, Part, Ready, Rejected, Started, Stats
+from unigen.utils.numbers import NonFiniteError
 
 
-class _Stop:
+class _StopStringMatcher:
     """Finds a text in another that comes character by character, in steps as many as characters, however long it is
     (Knuth, Morris and Pratt). begun: how many of its characters the other ends with."""
 
@@ -50,13 +50,13 @@ class _Stop:
         return begun + (self.text[begun] == character)
 
 
-class Words:
+class StopStringFilter:
     """A text as it is shown: without blanks at its ends, and without what follows a stop.
 
     What may yet turn out to be the begin of a stop, or blanks at the end, is held back until more is known."""
 
     def __init__(self, stops: tuple[str, ...] = ()) -> None:
-        self.stops = [_Stop(stop) for stop in stops]
+        self.stops = [_StopStringMatcher(stop) for stop in stops]
         self.held, self.shown, self.stopped = "", False, False
 
     def feed(self, piece: str) -> str:
@@ -87,12 +87,12 @@ class Words:
 
 
 @dataclass
-class _Answer:
+class _ActiveJob:
     """A job on its way, and what lays its picture into another one. best: of its candidates' answers, where it has
     some; heard: their parts and what each took, by its row."""
 
     job: Job
-    words: Words
+    words: StopStringFilter
     lay: Callable[[Image.Image], Image.Image]
     best: Callable[[list[Any]], Any] | None = None
     heard: dict[int, list[Any]] = field(default_factory=dict)
@@ -119,7 +119,7 @@ class _Answer:
         yield from self.rest()
         first, cut = self.took[rows[0]], self.took[rows[answers.index(best)]].cut and not self.words.stopped
         text, image = (sum(getattr(took, name) for took in self.took.values()) for name in ("text", "image"))
-        yield ended("length" if cut else "stop", replace(first, text=text, image=image))
+        yield to_finished("length" if cut else "stop", replace(first, text=text, image=image))
 
     def _joined(self, row: int) -> Any:
         parts = self.heard.get(row, [])
@@ -130,17 +130,17 @@ class _Answer:
             yield Part(said)
 
 
-def refused(error: ValueError) -> Refused | Failed:
+def to_rejection(error: ValueError) -> Rejected | Error:
     """In one line. Numbers that are not finite are a fault of the model's and not of the job's."""
     line = " ".join(str(error).split())
-    return Failed(line, again=False) if isinstance(error, NotFinite) else Refused(line)
+    return Error(line, again=False) if isinstance(error, NonFiniteError) else Rejected(line)
 
 
-def ended(reason: str, usage: Any) -> Ended:
-    return Ended(reason, usage.read, usage.text, usage.image, usage.seen)
+def to_finished(reason: str, usage: Any) -> Finished:
+    return Finished(reason, usage.read, usage.text, usage.image, usage.seen)
 
 
-class _Worker:
+class _BaseWorker:
     """Jobs that wait for an engine, by number, and what it has done."""
 
     def __init__(self, engine: Any) -> None:
@@ -155,15 +155,15 @@ class _Worker:
         self.waiting = deque(one for one in self.waiting if one[0] != number)
 
 
-class Together(_Worker):
+class BatchedWorker(_BaseWorker):
     """Answers with an `Engine`: all jobs that there are slots for, in one batch. slots: sequences in the cache, of
     which a job with guidance takes one a branch."""
 
     def __init__(self, engine: Any, slots: int) -> None:
         super().__init__(engine)
         self.slots, self.running = slots, engine.running()
-        self.next: tuple[int, list[Any], _Answer] | None = None  # checked, and waits for slots
-        self.answers: dict[int, tuple[int, int, _Answer]] = {}  # by number in the batch: number of the job, slots
+        self.next: tuple[int, list[Any], _ActiveJob] | None = None  # checked, and waits for slots
+        self.answers: dict[int, tuple[int, int, _ActiveJob]] = {}  # by number in the batch: number of the job, slots
 
     @property
     def busy(self) -> bool:
@@ -192,7 +192,7 @@ class Together(_Worker):
             failed = [number for number, *_ in self.answers.values()]
             self.running.clear()
             self.answers, self.running = {}, self.engine.running()
-            yield from ((number, Failed(f"{type(error).__name__} while it was answered")) for number in failed)
+            yield from ((number, Error(f"{type(error).__name__} while it was answered")) for number in failed)
             return
         self.steps, self.seconds = self.steps + 1, self.seconds + time.perf_counter() - start
         yield from self._given_up()
@@ -207,7 +207,7 @@ class Together(_Worker):
                 yield number, event
             if answer.words.stopped:
                 usage = self.running.ended.get(row) or self.running.usage(row)
-                yield number, ended("stop", usage)
+                yield number, to_finished("stop", usage)
                 del self.answers[row]
                 if row in self.running:
                     self.running.drop(row)
@@ -221,7 +221,7 @@ class Together(_Worker):
                     continue
                 for event in answer.rest():
                     yield number, event
-                yield number, ended("length" if usage.cut else "stop", usage)
+                yield number, to_finished("length" if usage.cut else "stop", usage)
 
     def _given_up(self) -> Iterator[tuple[int, Event]]:
         """Failures of the jobs of which a row had to be given up; their other rows are dropped."""
@@ -233,23 +233,23 @@ class Together(_Worker):
                     if other in self.running:
                         self.running.drop(other)
                 print(f"unigen: {error}", file=sys.stderr)
-                yield number, Failed(str(error), again=False)
+                yield number, Error(str(error), again=False)
 
-    def _chosen(self, number: int, answer: _Answer) -> Iterator[tuple[int, Event]]:
+    def _chosen(self, number: int, answer: _ActiveJob) -> Iterator[tuple[int, Event]]:
         try:
             events = list(answer.chosen())
-        except NotFinite as error:
-            events = [refused(error)]
+        except NonFiniteError as error:
+            events = [to_rejection(error)]
         except Exception as error:
             traceback.print_exc()
-            events = [Failed(f"{type(error).__name__} while candidates were compared")]
+            events = [Error(f"{type(error).__name__} while candidates were compared")]
         yield from ((number, event) for event in events)
 
-    def load(self) -> Load:
+    def load(self) -> Stats:
         rows = sum(slots for _, slots, _ in self.answers.values())
         waiting = len(self.waiting) + (self.next is not None)
         running = len({number for number, *_ in self.answers.values()})
-        return Load(running, waiting, rows, self.running.positions, self.steps, self.seconds)
+        return Stats(running, waiting, rows, self.running.positions, self.steps, self.seconds)
 
     def _admit(self) -> Iterator[tuple[int, Event]]:
         """Jobs in the order in which they came, as long as there are slots."""
@@ -259,11 +259,11 @@ class Together(_Worker):
                 try:
                     self.next = (number, *self._checked(job))
                 except ValueError as error:
-                    yield number, refused(error)
+                    yield number, to_rejection(error)
                     continue
                 except Exception as error:
                     traceback.print_exc()
-                    yield number, Failed(f"{type(error).__name__} before it was answered")
+                    yield number, Error(f"{type(error).__name__} before it was answered")
                     continue
             number, requests, answer = self.next
             need = 1 if answer.job.output == "text" else requests[0].guidance.branches
@@ -275,35 +275,35 @@ class Together(_Worker):
                     self.answers[self.running.add(request)] = number, need, answer
             except ValueError as error:
                 self._drop_rows(number)
-                yield number, refused(error)
+                yield number, to_rejection(error)
                 continue
             except Exception as error:  # such as a GPU without memory for its pictures
                 traceback.print_exc()
                 self._drop_rows(number)
-                yield number, Failed(f"{type(error).__name__} before it was answered")
+                yield number, Error(f"{type(error).__name__} before it was answered")
                 continue
             chosen = {"candidates": len(requests)} if answer.best else {}
-            yield number, Begun(self._settings(requests[0]) | chosen)
+            yield number, Started(self._settings(requests[0]) | chosen)
 
-    def _checked(self, job: Job) -> tuple[list[Any], _Answer]:
+    def _checked(self, job: Job) -> tuple[list[Any], _ActiveJob]:
         """The requests of the job's candidates, mostly of one."""
         options, lay = job.options, lambda picture: picture
         if job.around is not None:
             around: Any = job.around
             mask: Any = job.mask
             if job.vary is not None:
-                around, mask = lot(self.engine.model, around, job.vary, options.get("seed", 0))
+                around, mask = random_mask(self.engine.model, around, job.vary, options.get("seed", 0))
             rest = {name: value for name, value in options.items() if name != "generator"}
-            options, lay = keeping(self.engine.model, around, mask, options.get("generator"), rest)
+            options, lay = prepare_inpainting(self.engine.model, around, mask, options.get("generator"), rest)
         if job.candidates == 1:
             request = self.engine.request(job.prompt, job.output, previews=job.previews, **options)
-            return [request], _Answer(job, Words(job.stop), lay)
+            return [request], _ActiveJob(job, StopStringFilter(job.stop), lay)
         document, requests = self.engine.rivals(job.prompt, job.output, job.candidates, **options)
 
         def best(answers: list[Any]) -> Any:
             return self.engine.best([document], job.output, [answers])[0]
 
-        return requests, _Answer(job, Words(job.stop), lay, best)
+        return requests, _ActiveJob(job, StopStringFilter(job.stop), lay, best)
 
     def _settings(self, request: Any) -> dict[str, Any]:
         """As users name them; of what makes pictures only where there may be some."""
@@ -314,9 +314,9 @@ class Together(_Worker):
                 said["text"]["repetition_penalty"] = request.text.repetition_penalty
             said["max_tokens"] = request.max_tokens
         if request.output != "text":
-            usual, scales = sampling_of(self.engine.model, request.generator), request.guidance.scales
+            usual, scales = default_options(self.engine.model, request.generator), request.guidance.scales
             said |= {"generator": request.generator, "guidance": scales[0] if len(scales) == 1 else list(scales)}
-            known = {name: getattr(request.image, name) for name in CODES}
+            known = {name: getattr(request.image, name) for name in SAMPLING_OPTION_NAMES}
             known |= {name: getattr(request, name) or usual.get(name) for name in ("steps", "sampler", "accelerate")}
             known |= {"guidance_kind": request.guidance.kind}
             takes = self.engine.model.generators[request.generator].takes
@@ -324,12 +324,12 @@ class Together(_Worker):
         return said
 
 
-class OneByOne(_Worker):
+class SequentialWorker(_BaseWorker):
     """Answers with what is no `Engine`, a pipeline or a pair: one job after the other, each by its stream."""
 
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
-        self.now: tuple[int, Iterator[Any], _Answer] | None = None
+        self.now: tuple[int, Iterator[Any], _ActiveJob] | None = None
         self.usual: dict[str, Any] = getattr(getattr(engine, "painter", engine), "sampling", {})
 
     @property
@@ -347,35 +347,35 @@ class OneByOne(_Worker):
         if not self.now:
             number, job = self.waiting.popleft()
             if job.candidates != 1:
-                yield number, Refused("this model cannot compare candidates: leave them out")
+                yield number, Rejected("this model cannot compare candidates: leave them out")
                 return
             if job.vary is not None:
-                yield number, Refused("this model does not vary pictures: say what to draw")
+                yield number, Rejected("this model does not vary pictures: say what to draw")
                 return
-            self.now = number, self._parts(job), _Answer(job, Words(job.stop), lambda picture: picture)
-            yield number, Begun(self._settings(job))
+            self.now = number, self._parts(job), _ActiveJob(job, StopStringFilter(job.stop), lambda picture: picture)
+            yield number, Started(self._settings(job))
         number, parts, answer = self.now
         start = time.perf_counter()
         try:
             part = next(parts, None)
         except ValueError as error:
             self.now = None
-            yield number, refused(error)
+            yield number, to_rejection(error)
             return
         except Exception as error:
             traceback.print_exc()
             self.now = None
-            yield number, Failed(f"{type(error).__name__} while it was answered")
+            yield number, Error(f"{type(error).__name__} while it was answered")
             return
         self.steps, self.seconds = self.steps + 1, self.seconds + time.perf_counter() - start
         for event in answer.rest() if part is None else answer.events(part):
             yield number, event
         if part is None or answer.words.stopped:
             self.now = None
-            yield number, Ended("stop")
+            yield number, Finished("stop")
 
-    def load(self) -> Load:
-        return Load(int(bool(self.now)), len(self.waiting), int(bool(self.now)), 0, self.steps, self.seconds)
+    def load(self) -> Stats:
+        return Stats(int(bool(self.now)), len(self.waiting), int(bool(self.now)), 0, self.steps, self.seconds)
 
     def _settings(self, job: Job) -> dict[str, Any]:
         """What pictures and text are drawn with, as far as it is known."""
@@ -390,26 +390,26 @@ class OneByOne(_Worker):
         if job.around is None:
             yield from self.engine.stream(job.prompt, output=job.output, **job.options)
         else:
-            yield self.engine.inpaint(job.around, said(job.prompt), job.mask, **job.options)
+            yield self.engine.inpaint(job.around, prompt_text(job.prompt), job.mask, **job.options)
 
 
-def said(document: Document) -> str:
+def prompt_text(document: Document) -> str:
     """The words of a document."""
     return " ".join(segment.text for segment in document.segments if segment.text)
 
 
-def work(receiver: Any, sender: Any, source: dict[str, Any], slots: int) -> None:
+def run_worker(receiver: Any, sender: Any, source: dict[str, Any], slots: int) -> None:
     """Load a model and answer until the other end is closed. source: of `unigen.load`. A model that cannot be loaded is
-    a `Refused` for no job."""
+    a `Rejected` for no job."""
     try:
         from unigen import loading
         from unigen.inference.engine import Engine
 
         engine = loading.load(**source)
-        worker: Any = Together(engine, slots) if isinstance(engine, Engine) else OneByOne(engine)
+        worker: Any = BatchedWorker(engine, slots) if isinstance(engine, Engine) else SequentialWorker(engine)
         sender.send((None, Ready(engine.info() | {"outputs": list(engine.outputs)})))
     except ValueError as error:
-        sender.send((None, Refused(" ".join(str(error).split()))))
+        sender.send((None, Rejected(" ".join(str(error).split()))))
         return
     told = time.monotonic()
     try:

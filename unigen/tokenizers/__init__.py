@@ -3,8 +3,8 @@
 The kind in a folder's config.json is the name of a module in this package ("vq" -> unigen/tokenizers/vq.py) that has
 `from_config(dict)`; there is no registry. Knows nothing of vocabularies, backbones or training.
 
-    from unigen.tokenizers import load_tokenizer, save_tokenizer
-    tokenizer = load_tokenizer("folder")
+    from unigen.tokenizers import load_image_tokenizer, save_tokenizer
+    tokenizer = load_image_tokenizer("folder")
     codes_Bhw = tokenizer.encode(x_BCHW)      # pixels in [-1, 1]
     x_BCHW = tokenizer.decode(codes_Bhw)
 
@@ -58,7 +58,7 @@ class ImageTokenizer(Protocol):
     def eval(self) -> Any: ...
 
 
-class Square:
+class SquareGridMixin:
     """The sizes of a tokenizer whose `settings` have an image_size and a stride (pixels a code along each side)."""
 
     settings: Any
@@ -84,7 +84,7 @@ def save_tokenizer(tokenizer: ImageTokenizer, folder: str | Path, dtype: torch.d
     return folder
 
 
-def load_tokenizer(folder: str | Path) -> Any:
+def load_image_tokenizer(folder: str | Path) -> Any:
     """The tokenizer saved in `folder`, in eval mode, fp32, on the CPU. ValueError when the folder does not hold one."""
     folder = Path(folder)
     config = hub.read_json(folder / CONFIG)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from unigen.config import from_dict, to_dict
-from unigen.tokenizers import Square
+from unigen.tokenizers import SquareGridMixin
 from unigen.tokenizers.vq import VQOutput
 
 
@@ -53,7 +53,7 @@ class KLConfig:
         return self.fold * 2 ** (len(self.channels) - 1)
 
 
-class KLTokenizer(Square, nn.Module):
+class KLTokenizer(SquareGridMixin, nn.Module):
     """encode / decode without gradient for use; forward with gradient for training."""
 
     def __init__(self, config: KLConfig | None = None) -> None:

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from unigen import hub
 from unigen.config import from_dict, to_dict
-from unigen.tokenizers import Square
-from unigen.tokenizers.quantize import LookupFree, check_finite
-from unigen.tokenizers.vqgan import rename
+from unigen.tokenizers import SquareGridMixin
+from unigen.tokenizers.quantize import LFQ, check_finite
+from unigen.tokenizers.vqgan import rename_key
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class MAGVIT2Config:
         return int(2 ** (len(self.encoder_channels) - 1))
 
 
-class MAGVIT2(Square, nn.Module):
+class MAGVIT2(SquareGridMixin, nn.Module):
     """encode / decode without gradient: it is used as it was published."""
 
     def __init__(self, config: MAGVIT2Config | None = None) -> None:
@@ -61,11 +61,11 @@ class MAGVIT2(Square, nn.Module):
         down, up = ("DownEncoderBlock2D",) * levels, ("UpDecoderBlock2D",) * levels
         self.encoder = Encoder(3, c.bits, down, c.encoder_channels, 1, double_z=False)
         self.decoder = Decoder(c.bits, 3, up, c.decoder_channels, 0)
-        deepen(self.encoder.down_blocks, c.encoder_blocks)
-        deepen(self.decoder.up_blocks, c.decoder_blocks[::-1])
+        add_resnet_blocks(self.encoder.down_blocks, c.encoder_blocks)
+        add_resnet_blocks(self.decoder.up_blocks, c.decoder_blocks[::-1])
         self.quant_conv = nn.Conv2d(c.bits, c.bits, 1)
         self.post_quant_conv = nn.Conv2d(c.bits, c.bits, 1)
-        self.quantizer = LookupFree(c.bits)
+        self.quantizer = LFQ(c.bits)
 
     @property
     def codebook_size(self) -> int:
@@ -88,7 +88,7 @@ class MAGVIT2(Square, nn.Module):
         return self.decoder(self.post_quant_conv(q_BDhw)).float().clamp(-1, 1)  # type: ignore[no-any-return]
 
 
-def deepen(levels: nn.ModuleList, depths: tuple[int, ...]) -> None:
+def add_resnet_blocks(levels: nn.ModuleList, depths: tuple[int, ...]) -> None:
     """Give each resolution, which has one residual block, so many."""
     from diffusers.models.resnet import ResnetBlock2D
 
@@ -103,7 +103,7 @@ def from_config(config: dict[str, Any]) -> MAGVIT2:
     return MAGVIT2(from_dict(MAGVIT2Config, config))
 
 
-TABLE = ("quantize.embedding", "quantize.power_vals")
+TABLE_KEYS = ("quantize.embedding", "quantize.power_vals")
 """What a public file has of the quantizer: the signs of each code's bits, and what each bit counts."""
 
 
@@ -119,15 +119,15 @@ def from_public(state: Mapping[str, Tensor], side: int) -> MAGVIT2:
             sizes[f"{coder}_blocks"] = [len(found) for found in blocks]
             sizes[f"{coder}_channels"] = [state[f"{path}.{i}.block.0.conv2.weight"].shape[0] for i in levels]
         bits = state["encoder.conv_out.weight"].shape[0]
-        table = [state.pop(name) for name in TABLE]
+        table = [state.pop(name) for name in TABLE_KEYS]
     except (KeyError, IndexError) as error:
         raise ValueError(f"these are not the tensors of MAGVIT-v2: {error} is missing") from error
     size = side * 2 ** (len(sizes["encoder_blocks"]) - 1)
     tokenizer = MAGVIT2(MAGVIT2Config(size, bits, **sizes))
-    if any(not torch.equal(theirs, ours.to(theirs)) for theirs, ours in zip(table, table_of(bits), strict=True)):
-        raise ValueError(f"{' or '.join(TABLE)} of the image tokenizer is not that of {bits} bits")
+    if any(not torch.equal(theirs, ours.to(theirs)) for theirs, ours in zip(table, sign_table(bits), strict=True)):
+        raise ValueError(f"{' or '.join(TABLE_KEYS)} of the image tokenizer is not that of {bits} bits")
     shapes = {name: tensor.shape for name, tensor in tokenizer.state_dict().items()}
-    renamed = {_renamed(name, tokenizer): tensor for name, tensor in state.items()}
+    renamed = {_rename_key(name, tokenizer): tensor for name, tensor in state.items()}
     # attention is a linear map here and a convolution of 1x1 there
     flat = {k: v.flatten(1) if k in shapes and v.ndim == 4 and len(shapes[k]) == 2 else v for k, v in renamed.items()}
     hub.load_strict(tokenizer, flat, "of the image tokenizer")
@@ -137,22 +137,22 @@ def from_public(state: Mapping[str, Tensor], side: int) -> MAGVIT2:
 def to_public(tokenizer: MAGVIT2) -> dict[str, Tensor]:
     """The tensors of the public file."""
     theirs = {
-        _renamed(k, tokenizer, public=True): v[:, :, None, None] if ".attentions." in k and v.ndim == 2 else v
+        _rename_key(k, tokenizer, public=True): v[:, :, None, None] if ".attentions." in k and v.ndim == 2 else v
         for k, v in tokenizer.state_dict().items()
     }
-    return theirs | dict(zip(TABLE, table_of(tokenizer.settings.bits), strict=True))
+    return theirs | dict(zip(TABLE_KEYS, sign_table(tokenizer.settings.bits), strict=True))
 
 
-def table_of(bits: int) -> tuple[Tensor, Tensor]:
+def sign_table(bits: int) -> tuple[Tensor, Tensor]:
     """The signs (K, D) of each code's bits, and what each of them counts (D,)."""
-    signs_KD = LookupFree(bits).vectors(torch.arange(2**bits)[None, None])[0, :, 0].flip(0).T
+    signs_KD = LFQ(bits).vectors(torch.arange(2**bits)[None, None])[0, :, 0].flip(0).T
     return signs_KD, 2 ** torch.arange(bits - 1, -1, -1)
 
 
-_OUTER = (("encoder.quant_conv.", "quant_conv."), ("decoder.post_quant_conv.", "post_quant_conv."))
+_OUTER_KEYS = (("encoder.quant_conv.", "quant_conv."), ("decoder.post_quant_conv.", "post_quant_conv."))
 
 
-def _renamed(name: str, tokenizer: MAGVIT2, public: bool = False) -> str:
+def _rename_key(name: str, tokenizer: MAGVIT2, public: bool = False) -> str:
     """A tensor's name here, of its public one; with public=True the other way."""
     levels = len(tokenizer.settings.encoder_channels)
-    return rename(hub.renamed(name, _OUTER, back=public), "taming", levels, public)
+    return rename_key(hub.rename_key(name, _OUTER_KEYS, back=public), "taming", levels, public)

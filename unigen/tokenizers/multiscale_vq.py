@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unigen.tokenizers.quantize import Quantized, VectorQuantizer, channels_last, straight_through
+from unigen.tokenizers.quantize import QuantizerOutput, VectorQuantizer, channels_last, straight_through
 
-NEAR = 16
+NUM_NEAREST = 16
 """Of how many codes beside the nearest one a mistake is."""
 
 
@@ -140,13 +140,16 @@ class MultiscaleQuantizer(VectorQuantizer):
 
     def corrected(self, f_BDhw: Tensor, share: float, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """Codes (B, P) of features to be predicted, and those that are read: of each picture a share of at most
-        `share`, drawn anew, are one of the `NEAR` next nearest codes, and later scales are of what is then missing."""
+        `share`, drawn anew, are one of the `NUM_NEAREST` next nearest codes, and later scales are of what is then
+        missing."""
         odds_B1 = torch.rand(len(f_BDhw), 1, generator=rng) * share
         table_VD = self.table().detach()
         read: list[Tensor] = []
 
         def mistaken(z_ND: Tensor, codes_Bn: Tensor) -> Tensor:
-            near = (table_VD.square().sum(-1) - 2 * z_ND @ table_VD.T).topk(min(NEAR + 1, self.size), largest=False)
+            near = (table_VD.square().sum(-1) - 2 * z_ND @ table_VD.T).topk(
+                min(NUM_NEAREST + 1, self.size), largest=False
+            )
             pick_N1 = torch.randint(1, near.indices.shape[1], (len(z_ND), 1), generator=rng).to(z_ND.device)
             wrong_Bn = (torch.rand(codes_Bn.shape, generator=rng) < odds_B1).to(z_ND.device)
             read.append(torch.where(wrong_Bn, near.indices.gather(1, pick_N1).view_as(codes_Bn), codes_Bn))
@@ -183,7 +186,7 @@ class MultiscaleQuantizer(VectorQuantizer):
             maps.append(self.shrink(seen_BDhw, k + 1).flatten(2).transpose(1, 2))
         return torch.cat(maps, 1) if maps else seen_BDhw.new_zeros(len(codes_BP), 0, self.dim)
 
-    def forward(self, z_BDhw: Tensor, rng: torch.Generator | None = None) -> Quantized:
+    def forward(self, z_BDhw: Tensor, rng: torch.Generator | None = None) -> QuantizerOutput:
         with torch.autocast(z_BDhw.device.type, enabled=False):
             f_BDhw = self.prepare(z_BDhw)
             codes, wanted, seen = self.walk(f_BDhw.detach())
@@ -198,8 +201,8 @@ class MultiscaleQuantizer(VectorQuantizer):
                 self.count(codes_BP)
             losses = {"codebook": (codebook, n), "commit": (self.beta * commit, n)}
             if learning and self.coarse and rng is not None:
-                return Quantized(self.cut(f_BDhw, seen, rng), codes_BP, losses)
-            return Quantized(straight_through(f_BDhw, seen[-1]), codes_BP, losses)
+                return QuantizerOutput(self.cut(f_BDhw, seen, rng), codes_BP, losses)
+            return QuantizerOutput(straight_through(f_BDhw, seen[-1]), codes_BP, losses)
 
     def cut(self, f_BDhw: Tensor, seen: list[Tensor], rng: torch.Generator) -> Tensor:
         """f_hat of all scales, and for a share `coarse` of the pictures that of the first k alone, any k < K alike. The

@@ -6,8 +6,8 @@ networks, optimizers or files. `forward` gives the straight-through vectors, the
 
   VectorQuantizer   nearest unit vector in a learned table (van den Oord et al. 2017; l2-normalised as in ViT-VQGAN,
                     Yu et al. 2022, and LlamaGen, Sun et al. 2024), with dead codes revived from the batch
-  FiniteScalar      a rounded tanh per channel (Mentzer et al. 2023, "FSQ: VQ-VAE made simple")
-  LookupFree        the sign per channel with an entropy loss (Yu et al. 2023, "Language model beats diffusion")
+  FSQ      a rounded tanh per channel (Mentzer et al. 2023, "FSQ: VQ-VAE made simple")
+  LFQ        the sign per channel with an entropy loss (Yu et al. 2023, "Language model beats diffusion")
 
 Shapes: B batch, D code dimension, h w grid, N = B h w positions, K codes.
 """
@@ -22,17 +22,18 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unigen.utils.numbers import NotFinite
+from unigen.utils.numbers import NonFiniteError
 
 
-class Quantized(NamedTuple):
+class QuantizerOutput(NamedTuple):
     vectors_BDhw: Tensor  # value: the code's vector; gradient: passed to the features unchanged
     codes_Bhw: Tensor  # int64 in [0, size)
     losses: dict[str, tuple[Tensor, int]]  # name -> (sum over positions, number of positions)
 
 
 class Quantizer(nn.Module):
-    """What the tokenizer needs: `size`, `dim`, `codes(features)`, `vectors(codes)`, and the training forward."""
+    """What the tokenizer needs: `size`, `dim`, `generate_codes(features)`, `vectors(codes)`, and the training
+    forward."""
 
     size: int
     dim: int
@@ -58,7 +59,7 @@ class Quantizer(nn.Module):
     def count(self, codes_Bhw: Tensor) -> None:
         """Called once a training step with the codes picked."""
 
-    def forward(self, z_BDhw: Tensor, rng: torch.Generator | None = None) -> Quantized:
+    def forward(self, z_BDhw: Tensor, rng: torch.Generator | None = None) -> QuantizerOutput:
         """`rng` picks replacements for dead codes; without it (or in eval mode) nothing is revived."""
         with torch.autocast(z_BDhw.device.type, enabled=False):
             z_BDhw = self.prepare(z_BDhw)
@@ -70,7 +71,7 @@ class Quantizer(nn.Module):
             losses = self.losses(z_BDhw, q_BDhw)
             if learning:
                 self.count(codes_Bhw)
-            return Quantized(straight_through(z_BDhw, q_BDhw), codes_Bhw, losses)
+            return QuantizerOutput(straight_through(z_BDhw, q_BDhw), codes_Bhw, losses)
 
     def check(self, codes_Bhw: Tensor) -> None:
         check_codes(codes_Bhw, self.size)
@@ -84,10 +85,10 @@ def check_codes(codes_Bhw: Tensor, size: int) -> None:
 
 
 def check_finite(features: Tensor) -> Tensor:
-    """The features of pictures. Raises NotFinite where one of them is infinite or nan: the code nearest to it would be
-    an accident."""
+    """The features of pictures. Raises NonFiniteError where one of them is infinite or nan: the code nearest to it
+    would be an accident."""
     if not bool(features.isfinite().all()):
-        raise NotFinite("features of pictures", features.dtype)
+        raise NonFiniteError("features of pictures", features.dtype)
     return features
 
 
@@ -96,7 +97,7 @@ def straight_through(z: Tensor, q: Tensor) -> Tensor:
     return z + (q - z).detach()
 
 
-def entropy_gap(logits_NK: Tensor) -> tuple[Tensor, Tensor]:
+def entropy_terms(logits_NK: Tensor) -> tuple[Tensor, Tensor]:
     """(mean entropy of each row's softmax, entropy of the mean softmax) in nats; LFQ's eq. 5 takes the difference."""
     log_p_NK = logits_NK.log_softmax(-1)
     p_NK = log_p_NK.exp()
@@ -162,7 +163,7 @@ class VectorQuantizer(Quantizer):
         commit = (z_BDhw - q_BDhw.detach()).square().sum()
         losses = {"codebook": (codebook, n), "commit": (self.beta * commit, n)}
         if self.entropy:
-            each, mean = entropy_gap(channels_last(z_BDhw).reshape(n, self.dim) @ self.table().T / 0.05)
+            each, mean = entropy_terms(channels_last(z_BDhw).reshape(n, self.dim) @ self.table().T / 0.05)
             losses["entropy"] = (self.entropy * (each - mean) * n, n)
         return losses
 
@@ -201,7 +202,7 @@ class VectorQuantizer(Quantizer):
         self.usage_K.lerp_(share_K / share_K.sum(), 1 - self.momentum)
 
 
-class FiniteScalar(Quantizer):
+class FSQ(Quantizer):
     """Each channel is squashed to (-L/2, L/2) and rounded to one of L levels; a code is their mixed-radix number."""
 
     def __init__(self, levels: Sequence[int]) -> None:
@@ -237,7 +238,7 @@ class FiniteScalar(Quantizer):
         return channels_first((digits - width) / width)
 
 
-class LookupFree(Quantizer):
+class LFQ(Quantizer):
     """The sign of each channel; code = the bits as a number. Loss: commitment + entropy (Yu et al. 2023, eq. 5)."""
 
     def __init__(self, bits: int, beta: float = 0.25, entropy: float = 0.1) -> None:
@@ -261,6 +262,6 @@ class LookupFree(Quantizer):
             # logits -|z - c|^2 over all codes c in {-1, 1}^D, up to a constant: 2 z.c
             all_codes = torch.arange(self.size, device=z_BDhw.device)[None, None]
             table_KD = channels_last(self.vectors(all_codes)).reshape(self.size, self.dim)
-            each, mean = entropy_gap(2 * channels_last(z_BDhw).reshape(n, self.dim) @ table_KD.T)
+            each, mean = entropy_terms(2 * channels_last(z_BDhw).reshape(n, self.dim) @ table_KD.T)
             losses["entropy"] = (self.entropy * (each - mean) * n, n)
         return losses

@@ -22,11 +22,11 @@ from unigen import hub
 from unigen.batch import Tokens
 from unigen.config import save_json
 
-FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
+TOKENIZER_FILE, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 
 
-def train(lines: Iterable[str], folder: str | Path, vocab_size: int, specials: tuple[str, ...]) -> None:
+def train_tokenizer(lines: Iterable[str], folder: str | Path, vocab_size: int, specials: tuple[str, ...]) -> None:
     """Train a unigram model of at most `vocab_size` pieces and write it as a Hugging Face tokenizer into `folder`.
 
     specials: symbols that are never split and never made from text pieces. Text with few words gives fewer pieces.
@@ -95,9 +95,9 @@ def load(folder: str | Path, newlines: bool = True) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     folder = Path(folder)
-    kind = PreTrainedTokenizerFast if (folder / FILE).is_file() else AutoTokenizer
+    kind = PreTrainedTokenizerFast if (folder / TOKENIZER_FILE).is_file() else AutoTokenizer
     try:
-        with hub.quiet():  # it warns of config.json's types that it does not know
+        with hub.silence_transformers():  # it warns of config.json's types that it does not know
             tokenizer = kind.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers package raises plain Exception
         raise ValueError(f"the text tokenizer in {folder} cannot be loaded: {hub.first_line(error)}") from error
@@ -117,9 +117,9 @@ class InferenceTokenizer:
 
         self.folder = folder
         self.chat_template: str | None = None
-        self.settings = hub.read_json(folder / SETTINGS)
+        self.settings = hub.read_json(folder / TOKENIZER_CONFIG)
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / FILE))
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_FILE))
         except Exception as error:  # the tokenizers package raises plain Exception
             raise ValueError(f"the text tokenizer in {folder} cannot be loaded: {hub.first_line(error)}") from error
         named = {name: self.settings.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
@@ -165,7 +165,7 @@ class InferenceTokenizer:
         tokenizer.save_pretrained(folder)
 
 
-SENTENCE = "Say 12 or 345:\n\n  a red apple, two dogs."
+ROUND_TRIP_SENTENCE = "Say 12 or 345:\n\n  a red apple, two dogs."
 """What every tokenizer has to give back."""
 
 
@@ -177,7 +177,7 @@ def check_round_trip(tokenizer: Any, source: str | Path, newlines: bool = True) 
         ids = tokenizer(letter, add_special_tokens=False)["input_ids"]
         return letter.isspace() or tokenizer.unk_token_id is None or tokenizer.unk_token_id not in ids
 
-    said = "".join(letter for letter in SENTENCE if known(letter))
+    said = "".join(letter for letter in ROUND_TRIP_SENTENCE if known(letter))
     said = (said if newlines else " ".join(said.split())).strip()
     ids = tokenizer(said, add_special_tokens=False)["input_ids"]
     back = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -188,7 +188,7 @@ def check_round_trip(tokenizer: Any, source: str | Path, newlines: bool = True) 
 def save(tokenizer: Any, folder: str | Path) -> None:
     """Write the tokenizer so that transformers 4 and 5 read tokenizer.json as it stands."""
     tokenizer.save_pretrained(folder)
-    path = Path(folder) / SETTINGS
+    path = Path(folder) / TOKENIZER_CONFIG
     settings = hub.read_json(path)
     if settings.get("tokenizer_class") == "TokenizersBackend":  # a name that transformers 4 does not know
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -196,15 +196,15 @@ def save(tokenizer: Any, folder: str | Path) -> None:
     save_json(path, {name: value for name, value in settings.items() if name not in left})
 
 
-def of_model(folder: Path, newlines: bool = True) -> Any:
+def load_from_model(folder: Path, newlines: bool = True) -> Any:
     """The same of a model's folder, whose settings have to be there: transformers would answer damaged ones with a
     traceback, or make a tokenizer of no words. Raises ValueError in one line."""
-    for name in (hub.CONFIG, FILE, SETTINGS):
+    for name in (hub.CONFIG, TOKENIZER_FILE, TOKENIZER_CONFIG):
         hub.read_json(folder / name)
     return load(folder, newlines)
 
 
-class Prompt:
+class PromptBuilder:
     """Ids of a prompt in the making. In a template's own text the names of special tokens are these tokens; in what a
     user says they are text. Text between two special tokens is cut into pieces as a whole, whoever says it. names: the
     special tokens that the template names; None is all that the tokenizer has."""
@@ -218,7 +218,7 @@ class Prompt:
         self._names = set(names)
         self._special = re.compile(f"({'|'.join(map(re.escape, names))})" if names else "(?!)")
 
-    def own(self, text: str, loss: bool = False) -> Prompt:
+    def own(self, text: str, loss: bool = False) -> PromptBuilder:
         """The template's words."""
         for number, piece in enumerate(self._special.split(text)):
             if number % 2:
@@ -227,7 +227,7 @@ class Prompt:
                 self.said(piece, loss)
         return self
 
-    def said(self, text: str, loss: bool = False) -> Prompt:
+    def said(self, text: str, loss: bool = False) -> PromptBuilder:
         """A user's words."""
         if text:
             if self._text and self._learnt != loss:
@@ -235,12 +235,12 @@ class Prompt:
             self._text, self._learnt = self._text + text, loss
         return self
 
-    def ids(self, ids: list[int], loss: bool = False) -> Prompt:
+    def ids(self, ids: list[int], loss: bool = False) -> PromptBuilder:
         self._flush()
         self._tokens.add(ids, loss)
         return self
 
-    def image(self, image: Any, length: int, loss: bool = False, writer: str = "next-token") -> Prompt:
+    def image(self, image: Any, length: int, loss: bool = False, writer: str = "next-token") -> PromptBuilder:
         """A picture's place of so many ids."""
         self._flush()
         self._tokens.add_image(image, length, loss, writer)
@@ -260,7 +260,7 @@ class Prompt:
         self._text = ""
 
 
-def with_system(messages: list[dict[str, Any]], render: Callable[[Any], str]) -> list[dict[str, Any]]:
+def merge_system_message(messages: list[dict[str, Any]], render: Callable[[Any], str]) -> list[dict[str, Any]]:
     """Messages as a chat template takes them: a system message that it has no place for opens the user's first one.
 
     Args:
@@ -272,7 +272,9 @@ def with_system(messages: list[dict[str, Any]], render: Callable[[Any], str]) ->
         return messages
     content = first["content"]
     said = content if isinstance(content, str) else content[0]["text"]
-    if said in (told := _rendered(render, messages)) and told != _rendered(render, [first | {"role": "user"}, *rest]):
+    if said in (told := _render_or_empty(render, messages)) and told != _render_or_empty(
+        render, [first | {"role": "user"}, *rest]
+    ):
         return messages
     if rest[0]["role"] != "user":
         return [first | {"role": "user"}, *rest]
@@ -280,7 +282,7 @@ def with_system(messages: list[dict[str, Any]], render: Callable[[Any], str]) ->
     return [rest[0] | {"content": opened}, *rest[1:]]
 
 
-def _rendered(render: Callable[[Any], str], messages: list[dict[str, Any]]) -> str:
+def _render_or_empty(render: Callable[[Any], str], messages: list[dict[str, Any]]) -> str:
     """What the template makes of messages, "" where it refuses their roles."""
     from jinja2 import TemplateError
 

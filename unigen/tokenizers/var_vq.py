@@ -17,10 +17,10 @@ from unigen import hub
 from unigen.config import from_dict, to_dict
 from unigen.tokenizers.multiscale_vq import MultiscaleQuantizer
 from unigen.tokenizers.quantize import check_finite
-from unigen.tokenizers.vqgan import VQGAN, VQGANConfig, rename
+from unigen.tokenizers.vqgan import VQGAN, VQGANConfig, rename_key
 
-PHIS = 4
-UNUSED = ("quantize.ema_vocab_hit_SV",)
+NUM_PHIS = 4
+UNUSED_KEYS = ("quantize.ema_vocab_hit_SV",)
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class VARVQ(nn.Module):
         self.net.quant_conv = nn.Conv2d(c.code_dim, c.code_dim, 3, padding=1)
         self.net.post_quant_conv = nn.Conv2d(c.code_dim, c.code_dim, 3, padding=1)
         self.net.quantize = nn.Identity()
-        self.quantizer = MultiscaleQuantizer(c.codes, c.code_dim, c.scales, phis=PHIS)
+        self.quantizer = MultiscaleQuantizer(c.codes, c.code_dim, c.scales, phis=NUM_PHIS)
         self._image_size = size
 
     @property
@@ -108,7 +108,7 @@ def from_public(state: Mapping[str, Tensor], scales: tuple[int, ...]) -> VARVQ:
     tokenizer = VARVQ(config)
     ours: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        if name in UNUSED:
+        if name in UNUSED_KEYS:
             continue
         if name == "quantize.embedding.weight":
             ours["quantizer.codebook"] = tensor
@@ -118,10 +118,10 @@ def from_public(state: Mapping[str, Tensor], scales: tuple[int, ...]) -> VARVQ:
             for part, third in zip(
                 "qkv", tensor.flatten(1).chunk(3) if tensor.ndim > 1 else tensor.chunk(3), strict=True
             ):
-                ours["net." + rename(name.replace(".qkv.", f".{part}."), "taming", levels)] = third
+                ours["net." + rename_key(name.replace(".qkv.", f".{part}."), "taming", levels)] = third
         else:
             linear = ".attn" in name and tensor.ndim == 4
-            ours["net." + rename(name, "taming", levels)] = tensor.flatten(1) if linear else tensor
+            ours["net." + rename_key(name, "taming", levels)] = tensor.flatten(1) if linear else tensor
     buffers = {k: v for k, v in tokenizer.state_dict().items() if k in ("quantizer.usage_K", "quantizer.steps")}
     hub.load_strict(tokenizer, buffers | ours, "of the image tokenizer")
     return tokenizer.eval()
@@ -136,7 +136,7 @@ def to_public(tokenizer: VARVQ) -> dict[str, Tensor]:
             theirs["quantize.quant_resi.qresi_ls." + name.removeprefix("quantizer.phis.")] = tensor
         if not name.startswith("net.") or ".to_k." in name or ".to_v." in name:
             continue
-        public = rename(name.removeprefix("net."), "taming", levels, public=True)
+        public = rename_key(name.removeprefix("net."), "taming", levels, public=True)
         if ".to_q." in name:
             tensor = torch.cat([state[name.replace(".to_q.", f".to_{part}.")] for part in "qkv"])
             public = public.replace(".q.", ".qkv.")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from unigen.config import from_dict, to_dict
 from unigen.nn.conv import STRIDE, Decoder, Encoder
 from unigen.tokenizers.multiscale_vq import MultiscaleQuantizer
-from unigen.tokenizers.quantize import FiniteScalar, LookupFree, Quantizer, VectorQuantizer, check_finite
+from unigen.tokenizers.quantize import FSQ, LFQ, Quantizer, VectorQuantizer, check_finite
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,9 @@ class VQConfig:
 
     def build_quantizer(self) -> Quantizer:
         if self.quantizer == "fsq":
-            return FiniteScalar(self.levels)
+            return FSQ(self.levels)
         if self.quantizer == "lfq":
-            return LookupFree(self.codes.bit_length() - 1, self.beta, self.entropy)
+            return LFQ(self.codes.bit_length() - 1, self.beta, self.entropy)
         if self.quantizer == "multiscale":
             options = (self.beta, self.revive_every, self.dead_below)
             return MultiscaleQuantizer(self.codes, self.code_dim, self.scales, *options, coarse=self.coarse)

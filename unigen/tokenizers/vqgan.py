@@ -5,7 +5,7 @@
 
 "taming"    Liquid, Chameleon, Lumina-mGPT: 8,192 codes of dimension 256
 "llamagen"  LlamaGen, Janus: 16,384 codes of dimension 8, z and e of unit length, attention at the lowest resolution
-Sizes are read off the tensors. `rename` gives each tensor's name in the other layout, in both directions. The file
+Sizes are read off the tensors. `rename_key` gives each tensor's name in the other layout, in both directions. The file
 refuses to know: families, training. Codes are found in fp32 always, since rounding changes them.
 
 Shapes: B batch, C=3 channels, H W pixels, D code dimension, h w grid of codes.
@@ -25,7 +25,7 @@ from torch.nn.functional import normalize
 
 from unigen import hub
 from unigen.config import from_dict, to_dict
-from unigen.tokenizers import Square
+from unigen.tokenizers import SquareGridMixin
 from unigen.tokenizers.quantize import check_codes, check_finite
 
 CHAMELEON, CHAMELEON_FILE = "GAIR/Anole-7b-v0.1", "vqgan.ckpt"
@@ -57,7 +57,7 @@ class VQGANConfig:
         return int(2 ** (len(self.channels) - 1))
 
 
-class VQGAN(Square, nn.Module):
+class VQGAN(SquareGridMixin, nn.Module):
     """encode / decode without gradient: it is used as it was published."""
 
     def __init__(self, config: VQGANConfig | None = None) -> None:
@@ -111,8 +111,8 @@ def from_config(config: dict[str, Any]) -> VQGAN:
     return VQGAN(from_dict(VQGANConfig, config))
 
 
-_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
-_NAMES = {
+_ATTENTION_KEYS = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+_KEY_RENAMES = {
     "taming": (
         ("encoder.down.{i}.block.{j}.", "encoder.down_blocks.{i}.resnets.{j}."),
         ("encoder.down.{i}.downsample.", "encoder.down_blocks.{i}.downsamplers.0."),
@@ -121,11 +121,11 @@ _NAMES = {
         *(
             (f"{here}.{{i}}.attn.{{j}}.{k}.", f"{there}.{{i}}.attentions.{{j}}.{v}.")
             for here, there in (("encoder.down", "encoder.down_blocks"), ("decoder.up", "decoder.up_blocks"))
-            for k, v in _ATTENTION.items()
+            for k, v in _ATTENTION_KEYS.items()
         ),
         (".mid.block_1.", ".mid_block.resnets.0."),
         (".mid.block_2.", ".mid_block.resnets.1."),
-        *((f".mid.attn_1.{k}.", f".mid_block.attentions.0.{v}.") for k, v in _ATTENTION.items()),
+        *((f".mid.attn_1.{k}.", f".mid_block.attentions.0.{v}.") for k, v in _ATTENTION_KEYS.items()),
         (".nin_shortcut.", ".conv_shortcut."),
         (".norm_out.", ".conv_norm_out."),
     ),
@@ -137,11 +137,11 @@ _NAMES = {
         *(
             (f"{coder}.conv_blocks.{{i}}.attn.{{j}}.{k}.", f"{coder}.{blocks}.{{i}}.attentions.{{j}}.{v}.")
             for coder, blocks in (("encoder", "down_blocks"), ("decoder", "up_blocks"))
-            for k, v in _ATTENTION.items()
+            for k, v in _ATTENTION_KEYS.items()
         ),
         (".mid.0.", ".mid_block.resnets.0."),
         (".mid.2.", ".mid_block.resnets.1."),
-        *((f".mid.1.{k}.", f".mid_block.attentions.0.{v}.") for k, v in _ATTENTION.items()),
+        *((f".mid.1.{k}.", f".mid_block.attentions.0.{v}.") for k, v in _ATTENTION_KEYS.items()),
         (".nin_shortcut.", ".conv_shortcut."),
         (".norm_out.", ".conv_norm_out."),
     ),
@@ -149,10 +149,10 @@ _NAMES = {
 """Of each layout: what a tensor is called there, and by diffusers."""
 
 
-def rename(name: str, layout: str, resolutions: int, public: bool = False) -> str:
+def rename_key(name: str, layout: str, resolutions: int, public: bool = False) -> str:
     """What diffusers calls a tensor of a public layout; with public=True what that calls one of diffusers'.
     resolutions: how many the network has; taming counts the decoder's from the other end."""
-    for theirs, diffusers in _NAMES[layout]:
+    for theirs, diffusers in _KEY_RENAMES[layout]:
         here, there = (diffusers, theirs) if public else (theirs, diffusers)
         pattern = re.escape(here).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{j\}", r"(?P<j>\d+)")
         if found := re.search(pattern, name):
@@ -185,22 +185,24 @@ def from_public(state: Mapping[str, Tensor], image_size: int, layout: str = "tam
         raise ValueError(f"these are not the tensors of a VQGAN: {error} is not among them") from error
     tokenizer = VQGAN(config)
     shapes = {name: tensor.shape for name, tensor in tokenizer.net.state_dict().items()}
-    renamed = {rename(name, layout, levels): tensor for name, tensor in state.items()}
+    renamed = {rename_key(name, layout, levels): tensor for name, tensor in state.items()}
     # attention is a linear map here and a convolution of 1x1 there
     flat = {k: v.flatten(1) if k in shapes and v.ndim == 4 and len(shapes[k]) == 2 else v for k, v in renamed.items()}
     hub.load_strict(tokenizer.net, flat, "of the image tokenizer")
     return tokenizer.eval()
 
 
-def of_chameleon(folder: Path, image_size: int) -> Any:
+def load_chameleon(folder: Path, image_size: int) -> Any:
     """Chameleon's tokenizer for the model in `folder`: in our layout there, in its file there, or else of the hub.
     image_size: of its pictures, where nothing says so."""
-    from unigen.tokenizers import load_tokenizer
+    from unigen.tokenizers import load_image_tokenizer
 
     if (folder / "image_tokenizer").is_dir():
-        return load_tokenizer(folder / "image_tokenizer")
+        return load_image_tokenizer(folder / "image_tokenizer")
     where = f"tokenizer/{CHAMELEON_FILE}"
-    path = hub.part(folder, CHAMELEON_FILE, "Chameleon's image tokenizer", lambda: hub.fetch(CHAMELEON, where))
+    path = hub.find_component(
+        folder, CHAMELEON_FILE, "Chameleon's image tokenizer", lambda: hub.fetch_file(CHAMELEON, where)
+    )
     return load_public(path, image_size)
 
 
@@ -241,6 +243,6 @@ def to_public(tokenizer: VQGAN, layout: str = "taming") -> dict[str, Tensor]:
     """The tensors in a public layout, as `from_public` takes them."""
     levels, state = len(tokenizer.settings.channels), tokenizer.net.state_dict()
     return {
-        rename(k, layout, levels, public=True): v[:, :, None, None] if ".attentions." in k and v.ndim == 2 else v
+        rename_key(k, layout, levels, public=True): v[:, :, None, None] if ".attentions." in k and v.ndim == 2 else v
         for k, v in state.items()
     }

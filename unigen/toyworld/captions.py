@@ -20,15 +20,15 @@ from unigen.toyworld.scenes import (
     BACKGROUNDS,
     COLORS,
     MAX_COUNT,
-    NUMBERS,
-    OBJECTS,
+    NUMBER_WORDS,
+    OBJECT_EMOJI,
     OPPOSITE,
     Group,
-    Item,
     Scene,
+    SceneObject,
     clear_relation,
     groups_of,
-    place,
+    place_objects,
     plural,
     singular,
 )
@@ -50,17 +50,17 @@ class Facts:
         turned with them.
         """
         split = 0 if self.relation is None else 2
-        first, rest = sorted(self.groups[:split], key=_order), sorted(self.groups[split:], key=_order)
+        first, rest = sorted(self.groups[:split], key=_group_sort_key), sorted(self.groups[split:], key=_group_sort_key)
         turned = self.relation is not None and first != list(self.groups[:2])
         relation = OPPOSITE[self.relation] if turned and self.relation is not None else self.relation
         return Facts((*first, *rest), self.background, relation, self.ground)
 
 
-def _order(group: Group) -> tuple[str, str, int]:
+def _group_sort_key(group: Group) -> tuple[str, str, int]:
     return group[0], group[1] or "", group[2]
 
 
-def facts(scene: Scene) -> Facts:
+def extract_facts(scene: Scene) -> Facts:
     """The facts of a scene; groups from left to right (top to bottom where the relation is vertical).
 
     A relation is stated only between two single objects, and only if it is unambiguous by GenEval's rule
@@ -74,18 +74,18 @@ def facts(scene: Scene) -> Facts:
     groups = tuple(sorted(groups, key=left))
     related = None
     if len(scene.items) == 2 and len(groups) == 2:
-        a, b = (_item(scene, group) for group in groups)
+        a, b = (_first_object(scene, group) for group in groups)
         related = clear_relation(a, b)
         if related == "below":
             groups, related = (groups[1], groups[0]), "above"
     return Facts(groups, scene.background, related, scene.ground)
 
 
-def _item(scene: Scene, group: Group) -> Item:
+def _first_object(scene: Scene, group: Group) -> SceneObject:
     return next(item for item in scene.items if (item.name, item.color) == group[:2])
 
 
-def compare(said: Facts, true: Facts) -> dict[str, bool]:
+def compare_facts(said: Facts, true: Facts) -> dict[str, bool]:
     """Which attributes of `said` are right: objects, counts, colors, background, relation. What is unsaid but true
     counts as wrong, and so does what is said but not among the true facts.
     """
@@ -103,7 +103,7 @@ def compare(said: Facts, true: Facts) -> dict[str, bool]:
 # --- writing --------------------------------------------------------------------------------------
 
 
-def noun(name: str, count: int = 1) -> str:
+def noun_form(name: str, count: int = 1) -> str:
     """The noun in the number that the count asks for."""
     return singular(name) if count == 1 else plural(name)
 
@@ -113,25 +113,25 @@ def with_article(words: str) -> str:
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
-def phrase(group: Group) -> str:
+def noun_phrase(group: Group) -> str:
     """As in "a blue horse", "three apples", "an owl"."""
     name, color, count = group
-    words = (color + " " if color else "") + noun(name, count)
-    return with_article(words) if count == 1 else f"{NUMBERS[count]} {words}"
+    words = (color + " " if color else "") + noun_form(name, count)
+    return with_article(words) if count == 1 else f"{NUMBER_WORDS[count]} {words}"
 
 
-def definite(group: Group, color: bool = True) -> str:
+def definite_phrase(group: Group, color: bool = True) -> str:
     """As in "the blue horse", "the apples"."""
-    return "the " + (group[1] + " " if color and group[1] else "") + noun(group[0], group[2])
+    return "the " + (group[1] + " " if color and group[1] else "") + noun_form(group[0], group[2])
 
 
-def listing(parts: list[str]) -> str:
+def join_phrases(parts: list[str]) -> str:
     """As in "a", "a and b", "a, b and c"."""
     return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
 
 
-_BETWEEN = {"left of": "to the left of", "right of": "to the right of", "above": "above", "below": "below"}
-_LOOSE = {
+_RELATION_PHRASES = {"left of": "to the left of", "right of": "to the right of", "above": "above", "below": "below"}
+_RELATION_VARIANTS = {
     "left of": ("to the left of", "left of", "on the left of"),
     "right of": ("to the right of", "right of", "on the right of"),
     "above": ("above", "over"),
@@ -143,20 +143,20 @@ def caption(said: Facts) -> str:
     """The canonical caption: "a blue horse to the left of a red dog on a green background" ("on a green ground" with
     a ground plane).
     """
-    parts = [phrase(group) for group in said.groups]
+    parts = [noun_phrase(group) for group in said.groups]
     if said.relation is not None:
-        parts[:2] = [f"{parts[0]} {_BETWEEN[said.relation]} {parts[1]}"]
-    text = listing(parts)
+        parts[:2] = [f"{parts[0]} {_RELATION_PHRASES[said.relation]} {parts[1]}"]
+    text = join_phrases(parts)
     if said.background is not None:
         text += f" on a {said.background} {'ground' if said.ground else 'background'}"
     return text
 
 
-def _pick(rng: np.random.Generator, choices: tuple[str, ...]) -> str:
+def choose(rng: np.random.Generator, choices: tuple[str, ...]) -> str:
     return choices[int(rng.integers(len(choices)))]
 
 
-def shuffled(said: Facts, rng: np.random.Generator) -> Facts:
+def reorder_facts(said: Facts, rng: np.random.Generator) -> Facts:
     """The same facts, told in another order."""
     if said.relation is not None:
         if rng.random() < 0.5:
@@ -171,21 +171,21 @@ def short_caption(scene: Scene, rng: np.random.Generator) -> str:
     """A prompt as people write it: with or without "a photo of", the relation, the background; in any order; all of
     it true.
     """
-    said = shuffled(facts(scene), rng)
-    parts = [phrase(group) for group in said.groups]
+    said = reorder_facts(extract_facts(scene), rng)
+    parts = [noun_phrase(group) for group in said.groups]
     if said.relation is not None and rng.random() < 0.5:
-        parts = [f"{parts[0]} {_pick(rng, _LOOSE[said.relation])} {parts[1]}"]
-    text = listing(parts)
+        parts = [f"{parts[0]} {choose(rng, _RELATION_VARIANTS[said.relation])} {parts[1]}"]
+    text = join_phrases(parts)
     if rng.random() < 0.35:
-        text = _pick(rng, ("a photo of ", "a picture of ", "an image of ", "draw ", "a drawing of ")) + text
+        text = choose(rng, ("a photo of ", "a picture of ", "an image of ", "draw ", "a drawing of ")) + text
     if rng.random() < 0.65:
         where = "ground" if said.ground and rng.random() < 0.5 else "background"
-        how = "on" if where == "ground" or rng.random() < 0.7 else _pick(rng, ("with", "against"))
+        how = "on" if where == "ground" or rng.random() < 0.7 else choose(rng, ("with", "against"))
         text += f" {how} a {said.background} {where}"
     return text
 
 
-def spot(item: Item, size: int) -> str:
+def position_phrase(item: SceneObject, size: int) -> str:
     """Where in the picture an object is, as in "at the top left"."""
     column = "left" if item.x < 0.38 * size else "right" if item.x > 0.62 * size else ""
     row = "top" if item.y < 0.38 * size else "bottom" if item.y > 0.62 * size else ""
@@ -198,26 +198,28 @@ def descriptive_caption(scene: Scene, rng: np.random.Generator) -> str:
     """Several sentences: what there is, how it stands, where single objects are and how large, and the background.
     `parse_caption` reads all facts back.
     """
-    said = shuffled(facts(scene), rng)
-    parts = [phrase(group) for group in said.groups]
+    said = reorder_facts(extract_facts(scene), rng)
+    parts = [noun_phrase(group) for group in said.groups]
     several = said.groups[0][2] > 1
     there = "there are " if several else "there is "
-    opening = _pick(rng, (there, "the picture shows ", "we see ", "this is a picture of "))
+    opening = choose(rng, (there, "the picture shows ", "we see ", "this is a picture of "))
     if said.relation is not None:
-        sentences = [f"{opening}{parts[0]} {_BETWEEN[said.relation]} {parts[1]}"]
+        sentences = [f"{opening}{parts[0]} {_RELATION_PHRASES[said.relation]} {parts[1]}"]
     else:
-        sentences = [opening + listing(parts)]
+        sentences = [opening + join_phrases(parts)]
     for group in said.groups:
         if group[2] == 1 and rng.random() < 0.7:
-            item = _item(scene, group)
+            item = _first_object(scene, group)
             large = "large" if item.size > scene.size * 0.52 else "small" if item.size < scene.size * 0.35 else ""
-            place = spot(item, scene.size)
-            sentences.append(f"{definite(group, color=False)} is " + (f"{large} and {place}" if large else place))
+            place = position_phrase(item, scene.size)
+            sentences.append(
+                f"{definite_phrase(group, color=False)} is " + (f"{large} and {place}" if large else place)
+            )
     if scene.ground:
-        sentences.append(_pick(rng, ("the ground and the background are {}", "the background is {} with a ground")))
+        sentences.append(choose(rng, ("the ground and the background are {}", "the background is {} with a ground")))
     else:
         sentences.append(
-            _pick(rng, ("the background is {}", "all on a {} background", "behind is a plain {} background"))
+            choose(rng, ("the background is {}", "all on a {} background", "behind is a plain {} background"))
         )
     return ". ".join(sentences).format(scene.background) + "."
 
@@ -231,18 +233,18 @@ def noisy_caption(scene: Scene, rng: np.random.Generator) -> str:
     """
     u = rng.random()
     if u < 0.12:
-        return " ".join(_pick(rng, _FILLER) for _ in range(1 + int(rng.integers(2)))) + f" {int(rng.integers(1000))}"
-    words = caption(facts(scene)).split(" on a ")[0].split() if u < 0.6 else short_caption(scene, rng).split()
+        return " ".join(choose(rng, _FILLER) for _ in range(1 + int(rng.integers(2)))) + f" {int(rng.integers(1000))}"
+    words = caption(extract_facts(scene)).split(" on a ")[0].split() if u < 0.6 else short_caption(scene, rng).split()
     kept = [word for word in words if rng.random() > 0.3] or words[-1:]
     if rng.random() < 0.5:
-        kept.insert(0 if rng.random() < 0.5 else len(kept), _pick(rng, _FILLER))
+        kept.insert(0 if rng.random() < 0.5 else len(kept), choose(rng, _FILLER))
     return " ".join(kept)
 
 
 # --- reading --------------------------------------------------------------------------------------
 
-_NOUNS = {singular(name): (name, False) for name in OBJECTS}
-_NOUNS |= {plural(name): (name, True) for name in OBJECTS if plural(name) != singular(name)}
+_NOUNS = {singular(name): (name, False) for name in OBJECT_EMOJI}
+_NOUNS |= {plural(name): (name, True) for name in OBJECT_EMOJI if plural(name) != singular(name)}
 _NOUNS |= {
     "fishes": ("fish", True),
     "bicycle": ("bike", False),
@@ -250,15 +252,20 @@ _NOUNS |= {
     "doughnut": ("donut", False),
 }
 _NOUNS |= {"doughnuts": ("donut", True), "cacti": ("cactus", True)}
-_COUNTS = {"a": 1, "an": 1, **{word: k for k, word in enumerate(NUMBERS)}, **{str(k): k for k in range(MAX_COUNT + 1)}}
-_SKIPPED = {"large", "small", "big", "little", "single", "natural"}
-_SIDES = {"left of": "left of", "right of": "right of", "above": "above", "over": "above", "below": "below"}
-_SIDES |= {"under": "below", "beneath": "below", "underneath": "below"}
+_COUNTS = {
+    "a": 1,
+    "an": 1,
+    **{word: k for k, word in enumerate(NUMBER_WORDS)},
+    **{str(k): k for k in range(MAX_COUNT + 1)},
+}
+_IGNORED_WORDS = {"large", "small", "big", "little", "single", "natural"}
+_RELATION_WORDS = {"left of": "left of", "right of": "right of", "above": "above", "over": "above", "below": "below"}
+_RELATION_WORDS |= {"under": "below", "beneath": "below", "underneath": "below"}
 _RELATION = re.compile(r"\b(left of|right of|above|over|below|underneath|under|beneath)\b")
-_SHADES = "|".join(BACKGROUNDS).replace("grey", "grey|gray")
-_BEHIND = re.compile(rf"\b({_SHADES}) (background|ground)\b")
-_BEHIND_IS = re.compile(
-    rf"\b(background|ground)(?: and the background)? (?:is|are) ({_SHADES})\b(?P<with> with a ground)?"
+_BACKGROUND_NAMES = "|".join(BACKGROUNDS).replace("grey", "grey|gray")
+_BACKGROUND_PATTERN = re.compile(rf"\b({_BACKGROUND_NAMES}) (background|ground)\b")
+_BACKGROUND_SENTENCE_PATTERN = re.compile(
+    rf"\b(background|ground)(?: and the background)? (?:is|are) ({_BACKGROUND_NAMES})\b(?P<with> with a ground)?"
 )
 
 
@@ -268,11 +275,11 @@ def parse_caption(text: str) -> Facts:
     """
     plain = " ".join(re.sub(r"[^a-z0-9 ]+", " ", text.lower()).split())
     background, ground = None, False
-    if match := _BEHIND.search(plain):
+    if match := _BACKGROUND_PATTERN.search(plain):
         background, ground = match[1], match[2] == "ground"
-    elif match := _BEHIND_IS.search(plain):
+    elif match := _BACKGROUND_SENTENCE_PATTERN.search(plain):
         background, ground = match[2], match[1] == "ground" or match["with"] is not None
-    plain = _BEHIND_IS.sub(" ", _BEHIND.sub(" ", plain))
+    plain = _BACKGROUND_SENTENCE_PATTERN.sub(" ", _BACKGROUND_PATTERN.sub(" ", plain))
 
     groups: list[Group] = []
     starts: list[int] = []  # where each group's noun stands in the text
@@ -290,7 +297,7 @@ def parse_caption(text: str) -> Facts:
         color, j = None, k - 1
         if j >= 0 and words[j] in COLORS:
             color, j = words[j], j - 1
-        while j >= 0 and words[j] in _SKIPPED:
+        while j >= 0 and words[j] in _IGNORED_WORDS:
             j -= 1
         before = words[j] if j >= 0 else ""
         if before in ("the", "is", "her", "his", "its") and any(name == group[0] for group in groups):
@@ -308,7 +315,7 @@ def parse_caption(text: str) -> Facts:
         if left and right:
             a, b = left[-1], right[0]
             rest = [group for k, group in enumerate(groups) if k not in (a, b)]
-            groups, relation = [groups[a], groups[b], *rest], _SIDES[match[1]]
+            groups, relation = [groups[a], groups[b], *rest], _RELATION_WORDS[match[1]]
             break
     if background == "gray":
         background = "grey"
@@ -320,5 +327,5 @@ def scene_from_facts(said: Facts, rng: np.random.Generator, size: int = 64) -> S
 
     ValueError for no object or more than four. A relation is honoured between single objects only."""
     related = said.relation is not None and len(said.groups) >= 2 and said.groups[0][2] == said.groups[1][2] == 1
-    background = said.background or _pick(rng, tuple(BACKGROUNDS))
-    return place(rng, said.groups, background, said.relation if related else None, said.ground, size)
+    background = said.background or choose(rng, tuple(BACKGROUNDS))
+    return place_objects(rng, said.groups, background, said.relation if related else None, said.ground, size)

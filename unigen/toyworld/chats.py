@@ -15,26 +15,26 @@ import numpy as np
 
 from unigen.document import Document, Segment
 from unigen.toyworld.language import (
-    QA,
+    QAPair,
     caption,
+    count_questions,
     descriptive_caption,
-    edits,
     expansion,
-    facts,
+    extract_facts,
     noisy_caption,
-    places,
+    position_questions,
     questions,
+    sample_edit,
+    sample_judgement,
     short_caption,
-    totals,
-    verdict,
 )
 from unigen.toyworld.scenes import Scene, groups_of, sample_scene
 from unigen.toyworld.stories import story
-from unigen.toyworld.world import World
+from unigen.toyworld.world import SceneRenderer
 
-DESCRIBE, DETAIL = "describe this picture", "describe this picture in detail"
-EXPAND, JUDGE = "say more: {}", "does this picture show {}?"
-MIXTURE = {
+CAPTION_PROMPT, DETAIL_REQUEST = "describe this picture", "describe this picture in detail"
+EXPAND_REQUEST, JUDGE_QUESTION = "say more: {}", "does this picture show {}?"
+DEFAULT_KIND_WEIGHTS = {
     "draw": 0.48,
     "describe": 0.16,
     "ask": 0.18,
@@ -46,19 +46,21 @@ MIXTURE = {
 }
 
 
-class Chats:
+class ChatSampler:
     """Draws documents: `chats(rng)` -> (document, kind). Training scenes only, unless heldout says otherwise.
 
-    world: renders the pictures. mixture: the share of each kind among documents; the kinds are those of `MIXTURE`, and
-    each is a method of this class. Raises ValueError for an unknown kind.
+    world: renders the pictures. mixture: the share of each kind among documents; the kinds are those of
+    `DEFAULT_KIND_WEIGHTS`, and each is a method of this class. Raises ValueError for an unknown kind.
     """
 
-    def __init__(self, world: World, mixture: Mapping[str, float] | None = None, heldout: bool | None = False) -> None:
-        mixture = MIXTURE if mixture is None else mixture
-        unknown = sorted(set(mixture) - set(MIXTURE))
+    def __init__(
+        self, world: SceneRenderer, mixture: Mapping[str, float] | None = None, heldout: bool | None = False
+    ) -> None:
+        mixture = DEFAULT_KIND_WEIGHTS if mixture is None else mixture
+        unknown = sorted(set(mixture) - set(DEFAULT_KIND_WEIGHTS))
         if unknown or min(mixture.values(), default=0) < 0 or not sum(mixture.values()) > 0:
             wrong = f"there is no {', '.join(unknown)}" if unknown else "each at least 0, not all of them 0"
-            raise ValueError(f"a mixture shares out {', '.join(MIXTURE)}: {wrong}")
+            raise ValueError(f"a mixture shares out {', '.join(DEFAULT_KIND_WEIGHTS)}: {wrong}")
         self.world, self.heldout = world, heldout
         self.kinds = list(mixture)
         self.shares = np.array([mixture[kind] for kind in self.kinds]) / sum(mixture.values())
@@ -72,14 +74,14 @@ class Chats:
     def draw(self, rng: np.random.Generator) -> list[Segment]:
         """A picture as asked; in a third of these chats the scene of two of which there is more to say."""
         scenes = [self._scene(rng) for _ in range(2 if rng.random() < 1 / 3 else 1)]
-        return self._drawn(max(scenes, key=_wealth), rng)
+        return self._drawn(max(scenes, key=_scene_complexity), rng)
 
     def describe(self, rng: np.random.Generator) -> list[Segment]:
         scene = self._scene(rng)
         detail = rng.random() < 0.25
-        answer = descriptive_caption(scene, rng) if detail else caption(facts(scene))
+        answer = descriptive_caption(scene, rng) if detail else caption(extract_facts(scene))
         asked = self._questions(scene, rng, int(rng.integers(0, 3)))  # before the caption, which would give them away
-        return [self._picture(scene), *asked, *_turn(DETAIL if detail else DESCRIBE, answer)]
+        return [self._picture(scene), *asked, *_question_answer(DETAIL_REQUEST if detail else CAPTION_PROMPT, answer)]
 
     def ask(self, rng: np.random.Generator) -> list[Segment]:
         """Questions; in three of five of these chats where two things are that stand in a clear relation, which few
@@ -91,19 +93,21 @@ class Chats:
         """
         scene = self._scene(rng)
         if rng.random() < 0.4:
-            whole = totals(scene, rng) if rng.random() < 0.5 else []
-            return [self._picture(scene), *_answered(whole), *self._questions(scene, rng, 6 - len(whole))]
-        while facts(scene).relation is None:
+            whole = count_questions(scene, rng) if rng.random() < 0.5 else []
+            return [self._picture(scene), *_qa_turns(whole), *self._questions(scene, rng, 6 - len(whole))]
+        while extract_facts(scene).relation is None:
             scene = self._scene(rng)
-        drawn = [qa for _ in range(2) for qa in questions(scene, rng) if qa.kind == "relation"] + places(scene, rng)
+        drawn = [qa for _ in range(2) for qa in questions(scene, rng) if qa.kind == "relation"] + position_questions(
+            scene, rng
+        )
         found = list({drawn[k].question: drawn[k] for k in rng.permutation(len(drawn))}.values())
         if rng.random() < 0.7:
             found.sort(key=lambda qa: not (qa.kind == "relation" and qa.question.startswith("where")))
-        return [self._picture(scene), *_answered(found[:6])]
+        return [self._picture(scene), *_qa_turns(found[:6])]
 
     def edit(self, rng: np.random.Generator) -> list[Segment]:
         scene = self._scene(rng)
-        edit = edits(scene, rng, heldout=self.heldout)
+        edit = sample_edit(scene, rng, heldout=self.heldout)
         return [self._picture(scene), Segment(text=edit.instruction), self._picture(edit.after, "assistant")]
 
     def story(self, rng: np.random.Generator) -> list[Segment]:
@@ -119,20 +123,24 @@ class Chats:
         scene = self._scene(rng)
         segments = [*self._drawn(scene, rng), *self._questions(scene, rng, int(rng.integers(1, 3)))]
         if rng.random() < 0.6:
-            edit = edits(scene, rng, heldout=self.heldout)
+            edit = sample_edit(scene, rng, heldout=self.heldout)
             segments += [Segment(text=edit.instruction), self._picture(edit.after, "assistant")]
             segments += self._questions(edit.after, rng, 1)
         return segments
 
     def expand(self, rng: np.random.Generator) -> list[Segment]:
         short, full = expansion(self._scene(rng), rng)
-        return _turn(EXPAND.format(short), full)
+        return _question_answer(EXPAND_REQUEST.format(short), full)
 
     def judge(self, rng: np.random.Generator) -> list[Segment]:
         scene = self._scene(rng)
-        prompt, ok, reason = verdict(scene, rng)
+        prompt, ok, reason = sample_judgement(scene, rng)
         answer = f"{'yes' if ok else 'no'}, {reason}"
-        return [self._picture(scene), *_turn(JUDGE.format(prompt), answer), *self._questions(scene, rng, 2)]
+        return [
+            self._picture(scene),
+            *_question_answer(JUDGE_QUESTION.format(prompt), answer),
+            *self._questions(scene, rng, 2),
+        ]
 
     # ---------------------------------------------------------------- parts
 
@@ -144,28 +152,28 @@ class Chats:
 
     def _drawn(self, scene: Scene, rng: np.random.Generator) -> list[Segment]:
         prompt = rng.choice(4, p=(0.5, 0.25, 0.15, 0.1))
-        text = (short_caption, _plain, descriptive_caption, noisy_caption)[prompt](scene, rng)
+        text = (short_caption, _canonical_caption, descriptive_caption, noisy_caption)[prompt](scene, rng)
         return [Segment(text=text), self._picture(scene, "assistant")]
 
     def _questions(self, scene: Scene, rng: np.random.Generator, count: int) -> list[Segment]:
         found = questions(scene, rng)[:count]
         if found and rng.random() < 0.3:
-            found[int(rng.integers(len(found)))] = (places(scene, rng) or found)[0]
-        return _answered(found)
+            found[int(rng.integers(len(found)))] = (position_questions(scene, rng) or found)[0]
+        return _qa_turns(found)
 
 
-def _answered(found: list[QA]) -> list[Segment]:
-    return [segment for qa in found for segment in _turn(qa.question, qa.answer)]
+def _qa_turns(found: list[QAPair]) -> list[Segment]:
+    return [segment for qa in found for segment in _question_answer(qa.question, qa.answer)]
 
 
-def _turn(question: str, answer: str) -> list[Segment]:
+def _question_answer(question: str, answer: str) -> list[Segment]:
     return [Segment(text=question), Segment(text=answer, role="assistant")]
 
 
-def _wealth(scene: Scene) -> int:
+def _scene_complexity(scene: Scene) -> int:
     """Objects and colours: what a picture can be wrong about."""
     return len(scene.items) + sum(color is not None for _, color, _ in groups_of(scene))
 
 
-def _plain(scene: Scene, rng: np.random.Generator) -> str:
-    return caption(facts(scene))
+def _canonical_caption(scene: Scene, rng: np.random.Generator) -> str:
+    return caption(extract_facts(scene))

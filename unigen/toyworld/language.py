@@ -1,7 +1,7 @@
 """The language of the rendered world beyond captions: questions, edits, verdicts, expansions of short prompts.
 
 Refuses to know: fonts, pixels, models. Every function is pure in its random generator. Captions are re-exported from
-`captions.py`.
+`judge_captions.py`.
 
     rng = np.random.default_rng(0)
     scene = sample_scene(rng)
@@ -17,64 +17,64 @@ import numpy as np
 from unigen.toyworld.captions import (
     Facts,
     caption,
-    compare,
-    definite,
+    compare_facts,
+    definite_phrase,
     descriptive_caption,
-    facts,
-    listing,
+    extract_facts,
+    join_phrases,
     noisy_caption,
-    noun,
+    noun_form,
+    noun_phrase,
     parse_caption,
-    phrase,
+    position_phrase,
+    reorder_facts,
     scene_from_facts,
     short_caption,
-    shuffled,
-    spot,
     with_article,
 )
 from unigen.toyworld.scenes import (
     BACKGROUNDS,
     COLORS,
     MAX_COUNT,
-    NUMBERS,
-    OBJECTS,
+    NUMBER_WORDS,
+    OBJECT_EMOJI,
     OPPOSITE,
     RELATIONS,
     Group,
     Scene,
+    allowed_colors,
     groups_of,
-    heldout_groups,
-    insert_item,
+    held_out_combinations,
+    insert_object,
     plural,
-    swap_items,
-    tints,
+    replace_objects,
 )
 
 __all__ = [
     "EDITS",
     "Edit",
     "Facts",
-    "QA",
-    "Verdict",
+    "QAPair",
+    "Judgement",
     "caption",
-    "compare",
-    "definite",
+    "compare_facts",
+    "definite_phrase",
     "descriptive_caption",
-    "edits",
+    "sample_edit",
     "expansion",
-    "facts",
-    "listing",
+    "extract_facts",
+    "join_phrases",
     "noisy_caption",
-    "noun",
+    "noun_form",
     "parse_caption",
-    "phrase",
-    "places",
+    "noun_phrase",
+    "position_questions",
     "questions",
     "scene_from_facts",
     "short_caption",
-    "shuffled",
-    "totals",
-    "verdict",
+    "reorder_facts",
+    "count_questions",
+    "sample_judgement",
     "with_article",
 ]
 
@@ -82,7 +82,7 @@ EDITS = ("replace", "add", "remove", "recolour", "background")
 
 
 @dataclass(frozen=True)
-class QA:
+class QAPair:
     """A question about a picture with its short answer; kind: presence, count, colour, background, relation, place."""
 
     question: str
@@ -100,7 +100,7 @@ class Edit:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Judgement:
     """Does the picture satisfy the prompt, and one clause that says why (not)."""
 
     prompt: str
@@ -115,111 +115,122 @@ def _pick(rng: np.random.Generator, choices: tuple[str, ...]) -> str:
     return choices[int(rng.integers(len(choices)))]
 
 
-def _absent(scene: Scene, rng: np.random.Generator) -> str:
+def _absent_object(scene: Scene, rng: np.random.Generator) -> str:
     there = {item.name for item in scene.items}
-    return _pick(rng, tuple(name for name in OBJECTS if name not in there))
+    return _pick(rng, tuple(name for name in OBJECT_EMOJI if name not in there))
 
 
 # --- questions ------------------------------------------------------------------------------------
 
 
-def questions(scene: Scene, rng: np.random.Generator) -> list[QA]:
+def questions(scene: Scene, rng: np.random.Generator) -> list[QAPair]:
     """Some questions of every kind that the scene allows, in random order; "yes" and "no" balanced, "one" and
     "natural" thinned out.
     """
-    said = facts(scene)
-    found = [*_presence(scene, said, rng), *_counts(scene, said, rng), *_colours(said, rng), *_relations(said, rng)]
+    said = extract_facts(scene)
+    found = [
+        *_presence_questions(scene, said, rng),
+        *_count_questions(scene, said, rng),
+        *_color_questions(said, rng),
+        *_relation_questions(said, rng),
+    ]
     return [found[k] for k in rng.permutation(len(found))]
 
 
-def _presence(scene: Scene, said: Facts, rng: np.random.Generator) -> list[QA]:
-    there, other = said.groups[int(rng.integers(len(said.groups)))], _absent(scene, rng)
+def _presence_questions(scene: Scene, said: Facts, rng: np.random.Generator) -> list[QAPair]:
+    there, other = said.groups[int(rng.integers(len(said.groups)))], _absent_object(scene, rng)
     colored = there[1] is not None and rng.random() < 0.5
-    yes = with_article(noun(there[0])) if not colored else f"a {there[1]} {noun(there[0])}"
-    no = with_article(noun(other))
+    yes = with_article(noun_form(there[0])) if not colored else f"a {there[1]} {noun_form(there[0])}"
+    no = with_article(noun_form(other))
     if colored and rng.random() < 0.5:  # the right object in a wrong colour
-        wrong = _pick(rng, tuple(color for color in tints(there[0]) if color != there[1]))
-        no = f"a {wrong} {noun(there[0])}"
+        wrong = _pick(rng, tuple(color for color in allowed_colors(there[0]) if color != there[1]))
+        no = f"a {wrong} {noun_form(there[0])}"
     form = _pick(rng, ("is there {}?", "do you see {}?", "does the picture show {}?"))
-    return [QA(form.format(yes), "yes", "presence"), QA(form.format(no), "no", "presence")]
+    return [QAPair(form.format(yes), "yes", "presence"), QAPair(form.format(no), "no", "presence")]
 
 
-def _counts(scene: Scene, said: Facts, rng: np.random.Generator) -> list[QA]:
+def _count_questions(scene: Scene, said: Facts, rng: np.random.Generator) -> list[QAPair]:
     totals: dict[str, int] = {}
     for name, _, count in said.groups:
         totals[name] = totals.get(name, 0) + count
     form = _pick(rng, ("how many {} are there?", "how many {}?", "how many {} do you see?"))
     found = [
-        QA(form.format(plural(name)), NUMBERS[count], "count")
+        QAPair(form.format(plural(name)), NUMBER_WORDS[count], "count")
         for name, count in totals.items()
         if count > 1 or rng.random() < 0.35
     ]
     if rng.random() < 0.12:
-        found.append(QA(form.format(plural(_absent(scene, rng))), "zero", "count"))
+        found.append(QAPair(form.format(plural(_absent_object(scene, rng))), "zero", "count"))
     if rng.random() < 0.2:
-        found.append(QA("how many objects are there?", NUMBERS[len(scene.items)], "count"))
+        found.append(QAPair("how many objects are there?", NUMBER_WORDS[len(scene.items)], "count"))
     return found
 
 
-def _colours(said: Facts, rng: np.random.Generator) -> list[QA]:
+def _color_questions(said: Facts, rng: np.random.Generator) -> list[QAPair]:
     found = []
     names = [name for name, _, _ in said.groups]
     for name, color, count in said.groups:
         if names.count(name) == 1 and (color is not None or rng.random() < 0.15):
             verb = "is" if count == 1 else "are"
-            found.append(QA(f"what color {verb} the {noun(name, count)}?", color or "natural", "colour"))
+            found.append(QAPair(f"what color {verb} the {noun_form(name, count)}?", color or "natural", "colour"))
     if rng.random() < 0.5 and said.background is not None:
         form = _pick(rng, ("what color is the background?", "what is the color of the background?"))
-        found.append(QA(form, said.background, "background"))
+        found.append(QAPair(form, said.background, "background"))
     return found
 
 
-def _relations(said: Facts, rng: np.random.Generator) -> list[QA]:
+def _relation_questions(said: Facts, rng: np.random.Generator) -> list[QAPair]:
     if said.relation is None:
         return []
-    told = shuffled(said, rng)
-    a, b, side = noun(told.groups[0][0]), noun(told.groups[1][0]), told.relation
+    told = reorder_facts(said, rng)
+    a, b, side = noun_form(told.groups[0][0]), noun_form(told.groups[1][0]), told.relation
     assert side is not None
     to = {"left of": "to the left of", "right of": "to the right of"}
-    found = [QA(f"where is the {a} as seen from the {b}?", side, "relation")]
+    found = [QAPair(f"where is the {a} as seen from the {b}?", side, "relation")]
     shown = side if rng.random() < 0.5 else OPPOSITE[side] if rng.random() < 0.6 else _pick(rng, RELATIONS)
     answer = "yes" if shown == side else "no"
-    found.append(QA(f"is the {a} {to.get(shown, shown)} the {b}?", answer, "relation"))
+    found.append(QAPair(f"is the {a} {to.get(shown, shown)} the {b}?", answer, "relation"))
     if rng.random() < 0.5:
-        found.append(QA(f"what is {to.get(side, side)} the {b}?", a, "relation"))
+        found.append(QAPair(f"what is {to.get(side, side)} the {b}?", a, "relation"))
     return found
 
 
-def totals(scene: Scene, rng: np.random.Generator) -> list[QA]:
+def count_questions(scene: Scene, rng: np.random.Generator) -> list[QAPair]:
     """How many objects there are, and how many of each colour, whatever they are; in random order, kind "count". Not of
     a colour that something there has by nature."""
     form = _pick(rng, ("how many {} are there?", "how many {}?", "how many {} do you see?"))
-    natural = [color for item in scene.items if item.color is None for color in COLORS if color not in tints(item.name)]
+    natural = [
+        color
+        for item in scene.items
+        if item.color is None
+        for color in COLORS
+        if color not in allowed_colors(item.name)
+    ]
     colors = [item.color for item in scene.items if item.color is not None and item.color not in natural]
     counts = {"objects": len(scene.items)} | {f"{color} objects": colors.count(color) for color in colors}
-    found = [QA(form.format(what), NUMBERS[count], "count") for what, count in counts.items()]
+    found = [QAPair(form.format(what), NUMBER_WORDS[count], "count") for what, count in counts.items()]
     return [found[k] for k in rng.permutation(len(found))]
 
 
-def places(scene: Scene, rng: np.random.Generator) -> list[QA]:
+def position_questions(scene: Scene, rng: np.random.Generator) -> list[QAPair]:
     """Where each object is that is the only one of its name, in random order; kind "place"."""
     names = [item.name for item in scene.items]
     single = [item for item in scene.items if names.count(item.name) == 1]
     form = _pick(rng, ("where is the {}?", "where do you see the {}?"))
-    found = [QA(form.format(noun(item.name)), spot(item, scene.size), "place") for item in single]
+    found = [QAPair(form.format(noun_form(item.name)), position_phrase(item, scene.size), "place") for item in single]
     return [found[k] for k in rng.permutation(len(found))]
 
 
 # --- edits ----------------------------------------------------------------------------------------
 
 
-def edits(scene: Scene, rng: np.random.Generator, kind: str | None = None, heldout: bool | None = False) -> Edit:
+def sample_edit(scene: Scene, rng: np.random.Generator, kind: str | None = None, heldout: bool | None = False) -> Edit:
     """One edit of the scene; all other objects stay where they are. `kind` is by lot when None, and replaced by
     another where the scene does not allow it. With heldout=False an edit of a training scene yields a training scene.
     """
     if kind is not None and kind not in EDITS:
         raise ValueError(f"unknown kind of edit {kind!r}: choose from {', '.join(EDITS)}")
-    keep = heldout is not None and not heldout_groups(groups_of(scene))
+    keep = heldout is not None and not held_out_combinations(groups_of(scene))
     order = [EDITS[k] for k in rng.permutation(len(EDITS))]
     if kind is not None:
         order = [kind] + [other for other in order if other != kind]
@@ -228,7 +239,7 @@ def edits(scene: Scene, rng: np.random.Generator, kind: str | None = None, heldo
             edit = _EDITORS[name](scene, rng)
             if edit is None:
                 break
-            if not keep or not heldout_groups(groups_of(edit.after)):
+            if not keep or not held_out_combinations(groups_of(edit.after)):
                 return edit
     raise AssertionError("a background can always be changed")
 
@@ -237,26 +248,26 @@ def _members(scene: Scene, group: Group) -> list[int]:
     return [k for k, item in enumerate(scene.items) if (item.name, item.color) == group[:2]]
 
 
-def _target(scene: Scene, rng: np.random.Generator) -> tuple[Group, str]:
+def _pick_group(scene: Scene, rng: np.random.Generator) -> tuple[Group, str]:
     """A group of the scene and how to call it."""
     groups = groups_of(scene)
     group = groups[int(rng.integers(len(groups)))]
     needs_color = [name for name, _, _ in groups].count(group[0]) > 1
-    return group, definite(group, color=needs_color or rng.random() < 0.5)
+    return group, definite_phrase(group, color=needs_color or rng.random() < 0.5)
 
 
 def _color(rng: np.random.Generator, name: str) -> str | None:
-    return _pick(rng, tints(name)) if rng.random() < 0.4 else None
+    return _pick(rng, allowed_colors(name)) if rng.random() < 0.4 else None
 
 
 def _replace(scene: Scene, rng: np.random.Generator) -> Edit | None:
-    group, called = _target(scene, rng)
+    group, called = _pick_group(scene, rng)
     for _ in range(12):
-        name = _absent(scene, rng)
+        name = _absent_object(scene, rng)
         color = _color(rng, name)
-        after = swap_items(scene, set(_members(scene, group)), name, color)
+        after = replace_objects(scene, set(_members(scene, group)), name, color)
         if after is not None:
-            new = phrase((name, color, group[2]))
+            new = noun_phrase((name, color, group[2]))
             new = new if group[2] == 1 else new.split(" ", 1)[1]  # "the apples with pizzas"
             form = _pick(rng, ("replace {} with {}", "swap {} for {}", "turn {} into {}"))
             return Edit(form.format(called, new), after, "replace")
@@ -266,18 +277,18 @@ def _replace(scene: Scene, rng: np.random.Generator) -> Edit | None:
 def _add(scene: Scene, rng: np.random.Generator) -> Edit | None:
     if len(scene.items) >= MAX_COUNT:
         return None
-    name = _absent(scene, rng)
+    name = _absent_object(scene, rng)
     color = _color(rng, name)
-    after = insert_item(scene, rng, name, color)
+    after = insert_object(scene, rng, name, color)
     if after is None:
         return None
-    return Edit(_pick(rng, ("add {}", "put {} in the picture")).format(phrase((name, color, 1))), after, "add")
+    return Edit(_pick(rng, ("add {}", "put {} in the picture")).format(noun_phrase((name, color, 1))), after, "add")
 
 
 def _remove(scene: Scene, rng: np.random.Generator) -> Edit | None:
     if len(groups_of(scene)) < 2:
         return None
-    group, called = _target(scene, rng)
+    group, called = _pick_group(scene, rng)
     gone = set(_members(scene, group))
     items = tuple(item for k, item in enumerate(scene.items) if k not in gone)
     return Edit(
@@ -285,10 +296,10 @@ def _remove(scene: Scene, rng: np.random.Generator) -> Edit | None:
     )
 
 
-def _recolour(scene: Scene, rng: np.random.Generator) -> Edit | None:
-    group, called = _target(scene, rng)
+def _recolor(scene: Scene, rng: np.random.Generator) -> Edit | None:
+    group, called = _pick_group(scene, rng)
     taken = {item.color for item in scene.items if item.name == group[0]}
-    color = _pick(rng, tuple(color for color in tints(group[0]) if color not in taken))
+    color = _pick(rng, tuple(color for color in allowed_colors(group[0]) if color not in taken))
     members = set(_members(scene, group))
     items = tuple(replace(item, color=color) if k in members else item for k, item in enumerate(scene.items))
     form = _pick(rng, ("make {} {}", "paint {} {}", "change the color of {} to {}"))
@@ -301,27 +312,29 @@ def _background(scene: Scene, rng: np.random.Generator) -> Edit | None:
     return Edit(form.format(color), replace(scene, background=color), "background")
 
 
-_EDITORS = {"replace": _replace, "add": _add, "remove": _remove, "recolour": _recolour, "background": _background}
+_EDITORS = {"replace": _replace, "add": _add, "remove": _remove, "recolour": _recolor, "background": _background}
 
 
 # --- verdicts and expansions ----------------------------------------------------------------------
 
 
-def verdict(scene: Scene, rng: np.random.Generator) -> Verdict:
+def sample_judgement(scene: Scene, rng: np.random.Generator) -> Judgement:
     """A prompt that the scene satisfies (half of the time) or misses in one attribute, and why in one clause."""
-    true = shuffled(facts(scene), rng)
+    true = reorder_facts(extract_facts(scene), rng)
     if rng.random() < 0.3:
         true = replace(true, background=None, ground=False)
     if rng.random() < 0.5:
-        return Verdict(caption(true), True, "the picture shows " + listing([phrase(group) for group in true.groups]))
-    keep = not heldout_groups(true.groups)
+        return Judgement(
+            caption(true), True, "the picture shows " + join_phrases([noun_phrase(group) for group in true.groups])
+        )
+    keep = not held_out_combinations(true.groups)
     while True:
-        wrong, reason = _spoil(true, rng)
-        if not keep or not heldout_groups(wrong.groups):
-            return Verdict(caption(wrong), False, reason)
+        wrong, reason = _corrupt_facts(true, rng)
+        if not keep or not held_out_combinations(wrong.groups):
+            return Judgement(caption(wrong), False, reason)
 
 
-def _spoil(true: Facts, rng: np.random.Generator) -> tuple[Facts, str]:
+def _corrupt_facts(true: Facts, rng: np.random.Generator) -> tuple[Facts, str]:
     """Facts that differ from the true ones in one attribute, and the difference in words."""
     k = int(rng.integers(len(true.groups)))
     name, color, count = true.groups[k]
@@ -334,23 +347,23 @@ def _spoil(true: Facts, rng: np.random.Generator) -> tuple[Facts, str]:
         return replace(true, background=other), f"the background is {true.background}, not {other}"
     if kind == "relation":
         assert true.relation is not None
-        a, b = (noun(group[0]) for group in true.groups[:2])
+        a, b = (noun_form(group[0]) for group in true.groups[:2])
         shown = OPPOSITE[true.relation]
         return replace(true, relation=shown), f"the {a} is {true.relation} the {b}, not {shown} it"
     if kind == "color":
-        other = _pick(rng, tuple(tint for tint in tints(name) if tint != color))
+        other = _pick(rng, tuple(tint for tint in allowed_colors(name) if tint != color))
         new: Group = (name, other, count)
-        reason = f"the {noun(name, count)} {is_are} {color}, not {other}"
+        reason = f"the {noun_form(name, count)} {is_are} {color}, not {other}"
     elif kind == "count":
         room = MAX_COUNT - sum(group[2] for group in true.groups) + count
         number = int(rng.choice([n for n in range(1, max(room, 2) + 1) if n != count]))
         new = (name, color, number)
-        reason = f"{there} {NUMBERS[count]} {noun(name, count)}, not {NUMBERS[number]}"
+        reason = f"{there} {NUMBER_WORDS[count]} {noun_form(name, count)}, not {NUMBER_WORDS[number]}"
     else:
         names = [group[0] for group in true.groups]
-        other = _pick(rng, tuple(choice for choice in OBJECTS if choice not in names))
-        new = (other, color if color in tints(other) else None, count)
-        reason = f"there is no {noun(other)}"
+        other = _pick(rng, tuple(choice for choice in OBJECT_EMOJI if choice not in names))
+        new = (other, color if color in allowed_colors(other) else None, count)
+        reason = f"there is no {noun_form(other)}"
     groups = tuple(new if j == k else group for j, group in enumerate(true.groups))
     relation = true.relation if all(group[2] == 1 for group in groups) else None
     return replace(true, groups=groups, relation=relation), reason
@@ -358,7 +371,7 @@ def _spoil(true: Facts, rng: np.random.Generator) -> tuple[Facts, str]:
 
 def expansion(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     """A short prompt and a descriptive one for the same picture (prompt expansion)."""
-    said = shuffled(facts(scene), rng)
+    said = reorder_facts(extract_facts(scene), rng)
     short = Facts(
         said.groups, said.background if rng.random() < 0.3 else None, said.relation if rng.random() < 0.7 else None
     )

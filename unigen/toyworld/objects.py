@@ -1,4 +1,4 @@
-"""The vocabulary of the rendered world: objects, tints, backgrounds, and the two records `Item` and `Scene`.
+"""The vocabulary of the rendered world: objects, tints, backgrounds, and the two records `Example` and `Scene`.
 
 Knows names, glyphs and geometry. Refuses to know: fonts and pixels (`world.py`), how scenes are drawn by lot
 (`scenes.py`), sentences (`language.py`). Needs nothing but the standard library, so that prompts and scenes are made on
@@ -66,7 +66,7 @@ _TABLE: dict[str, tuple[str, float, tuple[str, ...]]] = {
     "heart": ("❤️", 1.09, ("red",)),
     "bus": ("🚌", 1.47, ("blue",)),
 }
-OBJECTS: dict[str, str] = {name: row[0] for name, row in _TABLE.items()}
+OBJECT_EMOJI: dict[str, str] = {name: row[0] for name, row in _TABLE.items()}
 ASPECTS: dict[str, float] = {name: row[1] for name, row in _TABLE.items()}
 
 # the middle of each tint's ramp, sRGB 0-255
@@ -88,9 +88,9 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "pink": (255, 204, 222),
     "brown": (104, 72, 48),
 }
-NUMBERS = ("zero", "one", "two", "three", "four")
+NUMBER_WORDS = ("zero", "one", "two", "three", "four")
 MAX_COUNT = 4
-HORIZON = 0.45  # of the picture's height, from the top; the ground is below it
+HORIZON_HEIGHT = 0.45  # of the picture's height, from the top; the ground is below it
 
 _PLURALS = {
     "fish": "fish",
@@ -102,7 +102,7 @@ _PLURALS = {
 _PLURALS |= {"cactus": "cactuses", "bus": "buses"}
 
 
-def tints(name: str) -> tuple[str, ...]:
+def allowed_colors(name: str) -> tuple[str, ...]:
     """The colours in which this object may be painted: all but those close to its natural colour (a red apple is an
     apple).
     """
@@ -119,11 +119,11 @@ def plural(name: str) -> str:
     return _PLURALS.get(name, name + "s")
 
 
-PLURALS: dict[str, str] = {name: plural(name) for name in OBJECTS}
+PLURALS: dict[str, str] = {name: plural(name) for name in OBJECT_EMOJI}
 
 
 @dataclass(frozen=True)
-class Item:
+class SceneObject:
     """One object: centre (x, y) and longest side `size` of its upright box in pixels, `angle` in degrees
     counter-clockwise; `color` None is natural.
     """
@@ -154,7 +154,7 @@ class Scene:
     ground plane.
     """
 
-    items: tuple[Item, ...]
+    items: tuple[SceneObject, ...]
     background: str
     size: int = 64
     ground: bool = False

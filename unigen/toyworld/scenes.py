@@ -1,8 +1,8 @@
-"""The rendered world: scenes drawn by lot, the rule of relations, and the held-out split. Also re-exports `World` and
-the names.
+"""The rendered world: scenes drawn by lot, the rule of relations, and the held-out split. Also re-exports
+`SceneRenderer` and the names.
 
-Needs numpy and PIL only, and no font until a `World` is made. Refuses to know: language (`language.py`), models, torch.
-A scene is a pure function of its random generator:
+Needs numpy and PIL only, and no font until a `SceneRenderer` is made. Refuses to know: language (`language.py`),
+models, torch. A scene is a pure function of its random generator:
 
     rng = np.random.default_rng(0)
     scene = sample_scene(rng)
@@ -21,51 +21,51 @@ from unigen.toyworld.objects import (
     ASPECTS,
     BACKGROUNDS,
     COLORS,
-    HORIZON,
+    HORIZON_HEIGHT,
     MAX_COUNT,
-    NUMBERS,
-    OBJECTS,
+    NUMBER_WORDS,
+    OBJECT_EMOJI,
     PLURALS,
-    Item,
     Scene,
+    SceneObject,
+    allowed_colors,
     plural,
     singular,
-    tints,
 )
-from unigen.toyworld.world import Picture, World, find_font, ground_depth
+from unigen.toyworld.world import RenderedScene, SceneRenderer, find_font, ground_depth
 
 __all__ = [
     "ASPECTS",
     "BACKGROUNDS",
     "COLORS",
     "Group",
-    "HORIZON",
-    "Item",
+    "HORIZON_HEIGHT",
+    "SceneObject",
     "MAX_COUNT",
-    "NUMBERS",
-    "OBJECTS",
+    "NUMBER_WORDS",
+    "OBJECT_EMOJI",
     "OPPOSITE",
     "PLURALS",
-    "Picture",
+    "RenderedScene",
     "RELATIONS",
     "Scene",
-    "World",
+    "SceneRenderer",
     "clear_relation",
     "find_font",
     "ground_depth",
     "groups_of",
-    "heldout_groups",
-    "insert_item",
-    "is_heldout",
-    "place",
+    "held_out_combinations",
+    "insert_object",
+    "is_held_out",
+    "place_objects",
     "plural",
-    "relation",
+    "spatial_relations",
     "relation_of_boxes",
     "sample_groups",
     "sample_scene",
     "singular",
-    "swap_items",
-    "tints",
+    "replace_objects",
+    "allowed_colors",
 ]
 
 Group = tuple[str, str | None, int]  # name, colour or None (natural), count
@@ -75,10 +75,10 @@ OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "bel
 MIN_SIZE, MAX_SIZE = 18.0, 48.0  # pixels in a picture of 64
 _SIZES = {1: (26.0, 48.0), 2: (21.0, 34.0), 3: (18.0, 28.0), 4: (18.0, 25.0)}  # by the number of objects
 _OVERLAP = 0.15  # largest share of a box under the boxes in front of it; keeps what the glyph itself loses under 20%
-_NAMES = tuple(OBJECTS)
+_NAMES = tuple(OBJECT_EMOJI)
 
 
-def relation(a: Item, b: Item) -> tuple[str, ...]:
+def spatial_relations(a: SceneObject, b: SceneObject) -> tuple[str, ...]:
     """Where `a` is as seen from `b`, by GenEval's rule (Ghosh et al. 2023): the offset of centres, less 0.1 x (sum of
     the sides), over the length of the offset, is beyond 0.5. Zero, one or two of RELATIONS.
     """
@@ -89,7 +89,7 @@ def relation(a: Item, b: Item) -> tuple[str, ...]:
 def relation_of_boxes(
     a: tuple[float, float, float, float], b: tuple[float, float, float, float], limit: float = 0.5
 ) -> tuple[str, ...]:
-    """`relation` of two boxes given as (centre x, centre y, width, height) in pixels."""
+    """`spatial_relations` of two boxes given as (centre x, centre y, width, height) in pixels."""
     dx, dy = _offset(a, b)
     found = (("left of", dx < -limit), ("right of", dx > limit), ("above", dy < -limit), ("below", dy > limit))
     return tuple(name for name, holds in found if holds)
@@ -104,7 +104,7 @@ def _offset(a: tuple[float, float, float, float], b: tuple[float, float, float, 
     return float(dx), float(dy)
 
 
-def clear_relation(a: Item, b: Item) -> str | None:
+def clear_relation(a: SceneObject, b: SceneObject) -> str | None:
     """The relation that a caption may state: beyond 0.6 on one axis and within 0.4 on the other; None when it is not
     that clear.
     """
@@ -121,11 +121,11 @@ def clear_relation(a: Item, b: Item) -> str | None:
 
 
 @cache
-def _held(key: str) -> bool:
+def _is_held_out_key(key: str) -> bool:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=4).digest(), "big") % 10 == 0
 
 
-def heldout_groups(groups: tuple[Group, ...] | list[Group]) -> tuple[str, ...]:
+def held_out_combinations(groups: tuple[Group, ...] | list[Group]) -> tuple[str, ...]:
     """The held-out combinations among these groups, as keys like "pair:cat|dog", "color:cat|blue", "count:cat|3";
     empty in training.
     """
@@ -133,7 +133,7 @@ def heldout_groups(groups: tuple[Group, ...] | list[Group]) -> tuple[str, ...]:
     keys += [f"count:{name}|{count}" for name, _, count in groups if count >= 2]
     names = sorted({name for name, _, _ in groups})
     keys += [f"pair:{a}|{b}" for i, a in enumerate(names) for b in names[i + 1 :]]
-    return tuple(key for key in keys if _held(key))
+    return tuple(key for key in keys if _is_held_out_key(key))
 
 
 def groups_of(scene: Scene) -> tuple[Group, ...]:
@@ -144,11 +144,11 @@ def groups_of(scene: Scene) -> tuple[Group, ...]:
     return tuple((name, color, count) for (name, color), count in counts.items())
 
 
-def is_heldout(scene: Scene) -> bool:
+def is_held_out(scene: Scene) -> bool:
     """Does the scene hold a combination that never occurs in training (10% of pairs, of (object, colour), of (object,
     count >= 2))?
     """
-    return bool(heldout_groups(groups_of(scene)))
+    return bool(held_out_combinations(groups_of(scene)))
 
 
 # --- sampling -------------------------------------------------------------------------------------
@@ -169,12 +169,12 @@ def sample_groups(rng: np.random.Generator, heldout: bool | None = False) -> tup
         chosen = rng.choice(len(_NAMES), size=len(counts), replace=False)
         groups = tuple((_NAMES[k], _color(rng, _NAMES[k]), n) for k, n in zip(chosen, counts, strict=True))
         related = counts == (1, 1) and rng.random() < 0.65
-        if heldout is None or bool(heldout_groups(groups)) == heldout:
+        if heldout is None or bool(held_out_combinations(groups)) == heldout:
             return groups, related
 
 
 def _color(rng: np.random.Generator, name: str) -> str | None:
-    choices = tints(name)
+    choices = allowed_colors(name)
     return choices[int(rng.integers(len(choices)))] if rng.random() < 0.5 else None
 
 
@@ -183,10 +183,10 @@ def sample_scene(rng: np.random.Generator, size: int = 64, heldout: bool | None 
     groups, related = sample_groups(rng, heldout)
     wanted = RELATIONS[int(rng.integers(4))] if related else None
     background = tuple(BACKGROUNDS)[int(rng.integers(len(BACKGROUNDS)))]
-    return place(rng, groups, background, wanted, ground=bool(rng.random() < 0.3), size=size)
+    return place_objects(rng, groups, background, wanted, ground=bool(rng.random() < 0.3), size=size)
 
 
-def place(
+def place_objects(
     rng: np.random.Generator,
     groups: tuple[Group, ...],
     background: str,
@@ -204,19 +204,19 @@ def place(
     order = rng.permutation(len(names))
     for attempt in range(400):
         shrink = max(0.0, 1 - attempt / 200)  # the sizes move to the small end when they do not fit
-        draw = _on_ground if ground else _anywhere
+        draw = _sample_grounded if ground else _sample_floating
         items = [draw(rng, name, color, len(names), shrink, wanted, k, size) for k, (name, color) in enumerate(names)]
         if wanted is not None and clear_relation(items[0], items[1]) != wanted:
             continue
         stack = sorted(items, key=lambda item: item.box()[3]) if ground else [items[k] for k in order]
-        if all(_covered(stack, k) <= _OVERLAP for k in range(len(stack))):
+        if all(_covered_share(stack, k) <= _OVERLAP for k in range(len(stack))):
             return Scene(tuple(stack), background, size, ground)
     if ground:
-        return place(rng, groups, background, wanted, ground=False, size=size)
+        return place_objects(rng, groups, background, wanted, ground=False, size=size)
     raise AssertionError(f"no place found for {groups} {wanted}")
 
 
-def swap_items(scene: Scene, chosen: set[int], name: str, color: str | None) -> Scene | None:
+def replace_objects(scene: Scene, chosen: set[int], name: str, color: str | None) -> Scene | None:
     """The scene with other objects in the place of the chosen ones: same centre and size (on the ground: same base),
     moved only as far as the picture's edge asks; None where they would hide too much.
     """
@@ -230,27 +230,29 @@ def swap_items(scene: Scene, chosen: set[int], name: str, color: str | None) -> 
             return None
         items[k] = replace(new, x=min(max(old.x, w / 2), scene.size - w / 2), y=min(max(y, h / 2), scene.size - h / 2))
     return (
-        replace(scene, items=tuple(items)) if all(_covered(items, k) <= _OVERLAP for k in range(len(items))) else None
+        replace(scene, items=tuple(items))
+        if all(_covered_share(items, k) <= _OVERLAP for k in range(len(items)))
+        else None
     )
 
 
-def insert_item(scene: Scene, rng: np.random.Generator, name: str, color: str | None) -> Scene | None:
+def insert_object(scene: Scene, rng: np.random.Generator, name: str, color: str | None) -> Scene | None:
     """The scene with one more object that hides none and is hidden by none beyond the bound, all others unmoved; None
     without room.
     """
     n = len(scene.items) + 1
-    draw = _on_ground if scene.ground else _anywhere
+    draw = _sample_grounded if scene.ground else _sample_floating
     for attempt in range(60):
         item = draw(rng, name, color, n, 1 - attempt / 60, None, 0, scene.size)
         stack = [*scene.items, item]
         if scene.ground:
             stack.sort(key=lambda one: one.box()[3])
-        if all(_covered(stack, k) <= _OVERLAP for k in range(n)):
+        if all(_covered_share(stack, k) <= _OVERLAP for k in range(n)):
             return replace(scene, items=tuple(stack))
     return None
 
 
-def _covered(stack: list[Item], k: int) -> float:
+def _covered_share(stack: list[SceneObject], k: int) -> float:
     """Share of the box of item k under the boxes in front of it, an upper bound (overlaps are added)."""
     x0, y0, x1, y1 = stack[k].box()
     area = 0.0
@@ -260,7 +262,7 @@ def _covered(stack: list[Item], k: int) -> float:
     return area / ((x1 - x0) * (y1 - y0))
 
 
-def _inside(rng: np.random.Generator, extent: float, size: int, part: int) -> float:
+def _sample_center(rng: np.random.Generator, extent: float, size: int, part: int) -> float:
     """A centre such that the object is inside; part 0 anywhere, -1 in the half near zero, +1 in the other half, as
     far as it fits.
     """
@@ -273,7 +275,7 @@ def _inside(rng: np.random.Generator, extent: float, size: int, part: int) -> fl
     return float(rng.uniform(low, high))
 
 
-def _halves(wanted: str | None, index: int) -> tuple[int, int]:
+def _placement_halves(wanted: str | None, index: int) -> tuple[int, int]:
     """The half of the picture in x and in y to which a relation confines object 0 (and its opposite object 1)."""
     side = 1 if index == 0 else -1
     x = {"left of": -side, "right of": side}.get(wanted or "", 0)
@@ -281,7 +283,7 @@ def _halves(wanted: str | None, index: int) -> tuple[int, int]:
     return x, y
 
 
-def _anywhere(
+def _sample_floating(
     rng: np.random.Generator,
     name: str,
     color: str | None,
@@ -290,17 +292,17 @@ def _anywhere(
     wanted: str | None,
     index: int,
     size: int,
-) -> Item:
+) -> SceneObject:
     low, high = _SIZES[n]
     side = (low + (high - low) * shrink * rng.random()) * size / 64
-    at_origin = Item(name, color, 0.0, 0.0, float(side), float(rng.uniform(-10, 10)))
+    at_origin = SceneObject(name, color, 0.0, 0.0, float(side), float(rng.uniform(-10, 10)))
     w, h = at_origin.extent()
-    x_half, y_half = _halves(wanted, index)
-    x, y = _inside(rng, w, size, x_half), _inside(rng, h, size, y_half)
-    return Item(name, color, x, y, at_origin.size, at_origin.angle)
+    x_half, y_half = _placement_halves(wanted, index)
+    x, y = _sample_center(rng, w, size, x_half), _sample_center(rng, h, size, y_half)
+    return SceneObject(name, color, x, y, at_origin.size, at_origin.angle)
 
 
-def _on_ground(
+def _sample_grounded(
     rng: np.random.Generator,
     name: str,
     color: str | None,
@@ -309,20 +311,20 @@ def _on_ground(
     wanted: str | None,
     index: int,
     size: int,
-) -> Item:
+) -> SceneObject:
     """The base stands on the ground plane: it gives the depth, and the size falls with it (linear perspective, +-6%
     of natural spread).
     """
-    x_half, y_half = _halves(wanted, index)
-    horizon = HORIZON * size
-    base = _inside(rng, 0.0, size, 0) * (1 - HORIZON) + horizon
+    x_half, y_half = _placement_halves(wanted, index)
+    horizon = HORIZON_HEIGHT * size
+    base = _sample_center(rng, 0.0, size, 0) * (1 - HORIZON_HEIGHT) + horizon
     if y_half:
         base = horizon + (size - horizon) * (rng.uniform(0.6, 1.0) if y_half > 0 else rng.uniform(0.05, 0.4))
     base = min(base, size - 0.5)
     near = (24.0 + (_SIZES[n][1] - 24.0) * shrink) if n > 1 else rng.uniform(34.0, 50.0)
     side = near * (1 - 0.5 * ground_depth(base, size)) * rng.uniform(0.94, 1.06)
     side = min(max(side, MIN_SIZE), MAX_SIZE) * size / 64
-    at_origin = Item(name, color, 0.0, 0.0, float(side), float(rng.uniform(-10, 10)))
+    at_origin = SceneObject(name, color, 0.0, 0.0, float(side), float(rng.uniform(-10, 10)))
     w, h = at_origin.extent()
-    x = _inside(rng, w, size, x_half)
-    return Item(name, color, x, float(max(base - h / 2, h / 2)), at_origin.size, at_origin.angle)
+    x = _sample_center(rng, w, size, x_half)
+    return SceneObject(name, color, x, float(max(base - h / 2, h / 2)), at_origin.size, at_origin.angle)

@@ -1,7 +1,7 @@
 """Illustrated stories of 3-5 frames with recurring characters, and the text corpus of the whole world.
 
 Each frame's text names just what its picture shows: the characters with their colours, a prop, and a place that tells
-the background; `frame_facts` reads it back. Refuses to know: fonts, pixels, models.
+the background; `page_facts` reads it back. Refuses to know: fonts, pixels, models.
 
     tale = story(np.random.default_rng(0), references=2)
     tale.request, tale.references, tale.frames
@@ -18,17 +18,25 @@ from unigen.toyworld.language import (
     Facts,
     caption,
     descriptive_caption,
-    edits,
     expansion,
-    facts,
+    extract_facts,
     noisy_caption,
+    noun_phrase,
     parse_caption,
-    phrase,
     questions,
+    sample_edit,
+    sample_judgement,
     short_caption,
-    verdict,
 )
-from unigen.toyworld.scenes import BACKGROUNDS, Group, Scene, heldout_groups, place, sample_scene, tints
+from unigen.toyworld.scenes import (
+    BACKGROUNDS,
+    Group,
+    Scene,
+    allowed_colors,
+    held_out_combinations,
+    place_objects,
+    sample_scene,
+)
 
 Character = tuple[str, str | None]  # name, colour or None (natural)
 
@@ -36,13 +44,13 @@ CHARACTERS = tuple(
     "witch robot horse cat dog bird raven elephant penguin snowman butterfly turtle frog crab bee rabbit ghost cow "
     "dragon owl fish whale".split()
 )
-_FLIERS = {"witch", "bird", "raven", "butterfly", "bee", "ghost", "dragon", "owl"}
+_FLYING_CHARACTERS = {"witch", "bird", "raven", "butterfly", "bee", "ghost", "dragon", "owl"}
 _PROPS = tuple(
     "moon star tree house sunflower rose apple pizza mushroom cactus cake donut boat balloon key crown umbrella guitar "
     "fireworks castle hat heart rocket car bike plane bus pumpkin clock banana".split()
 )
-_ROOFS = tuple("moon star tree umbrella castle balloon plane rocket mushroom fireworks sunflower house".split())
-_NUMBERS = {3: "three", 4: "four", 5: "five"}
+_SHELTERS = tuple("moon star tree umbrella castle balloon plane rocket mushroom fireworks sunflower house".split())
+_NUMBER_WORDS = {3: "three", 4: "four", 5: "five"}
 
 # background: (how a text names it, has it a ground plane); the first word group names one background only
 PLACES: dict[str, tuple[tuple[str, bool], ...]] = {
@@ -59,7 +67,7 @@ assert set(PLACES) == set(BACKGROUNDS)
 
 
 @dataclass(frozen=True)
-class Beat:
+class StoryBeat:
     """What happens in one frame: texts, who is seen (indices of characters), from which props one is drawn, and where
     the first character is as seen from the prop.
     """
@@ -70,50 +78,57 @@ class Beat:
     relation: str | None = None
 
 
-_A, _B, _AB = (0,), (1,), (0, 1)
+_FIRST, _SECOND, _BOTH = (0,), (1,), (0, 1)
 _BEATS = {
-    "open": Beat(
-        ("once upon a time {a} lived {place}.", "one day {a} woke up {place}.", "this is the story of {a} {place}."), _A
+    "open": StoryBeat(
+        ("once upon a time {a} lived {place}.", "one day {a} woke up {place}.", "this is the story of {a} {place}."),
+        _FIRST,
     ),
-    "home": Beat(("once there was {a} with {prop} {place}.", "{a} lived near {prop} {place}."), _A, _PROPS),
-    "friends": Beat(("{a} and {b} were good friends {place}.", "once upon a time {a} and {b} lived {place}."), _AB),
-    "meet": Beat(("then {a} met {b} {place}.", "soon {a} saw {b} {place} and said hello."), _AB),
-    "find": Beat(
+    "home": StoryBeat(("once there was {a} with {prop} {place}.", "{a} lived near {prop} {place}."), _FIRST, _PROPS),
+    "friends": StoryBeat(
+        ("{a} and {b} were good friends {place}.", "once upon a time {a} and {b} lived {place}."), _BOTH
+    ),
+    "meet": StoryBeat(("then {a} met {b} {place}.", "soon {a} saw {b} {place} and said hello."), _BOTH),
+    "find": StoryBeat(
         ("{a} and {b} found {prop} {place}.", "{a} gave {prop} to {b} {place}.", "{a} showed {b} {prop} {place}."),
-        _AB,
+        _BOTH,
         _PROPS,
     ),
-    "play": Beat(
-        ("{a} and {b} played with {prop} all day {place}.", "{a} and {b} danced around {prop} {place}."), _AB, _PROPS
+    "play": StoryBeat(
+        ("{a} and {b} played with {prop} all day {place}.", "{a} and {b} danced around {prop} {place}."), _BOTH, _PROPS
     ),
-    "lose": Beat(("but then {a} was lost and alone {place}.", "{a} was sad and alone {place}."), _A),
-    "alone": Beat(("{b} waited alone {place}.", "{b} was lost {place} and cried."), _B),
-    "search": Beat(
-        ("{a} looked everywhere and came to {prop} {place}.", "{a} asked for help at {prop} {place}."), _A, _PROPS
+    "lose": StoryBeat(("but then {a} was lost and alone {place}.", "{a} was sad and alone {place}."), _FIRST),
+    "alone": StoryBeat(("{b} waited alone {place}.", "{b} was lost {place} and cried."), _SECOND),
+    "search": StoryBeat(
+        ("{a} looked everywhere and came to {prop} {place}.", "{a} asked for help at {prop} {place}."), _FIRST, _PROPS
     ),
-    "again": Beat(("at last {a} found {b} again {place}.", "{a} saw {b} {place} and was happy again."), _AB),
-    "over": Beat(("{a} {flew} over {prop} {place}.", "look, {a} {flew} over {prop} {place}!"), _A, _PROPS, "above"),
-    "discover": Beat(
+    "again": StoryBeat(("at last {a} found {b} again {place}.", "{a} saw {b} {place} and was happy again."), _BOTH),
+    "over": StoryBeat(
+        ("{a} {flew} over {prop} {place}.", "look, {a} {flew} over {prop} {place}!"), _FIRST, _PROPS, "above"
+    ),
+    "discover": StoryBeat(
         ("{a} found {prop} {place}.", "{a} wanted {prop} and got it {place}.", "{a} dreamed of {prop} {place}."),
-        _A,
+        _FIRST,
         _PROPS,
     ),
-    "rest": Beat(("{a} rested under {prop} {place}.", "{a} sat under {prop} {place} and sang."), _A, _ROOFS, "below"),
-    "end": Beat(
-        ("in the end {a} and {b} went to sleep {place}.", "{a} and {b} went home happy {place}. the end."), _AB
+    "rest": StoryBeat(
+        ("{a} rested under {prop} {place}.", "{a} sat under {prop} {place} and sang."), _FIRST, _SHELTERS, "below"
     ),
-    "party": Beat(
+    "end": StoryBeat(
+        ("in the end {a} and {b} went to sleep {place}.", "{a} and {b} went home happy {place}. the end."), _BOTH
+    ),
+    "party": StoryBeat(
         ("{a} and {b} had a party with {prop} {place}. the end.",),
-        _AB,
+        _BOTH,
         ("cake", "fireworks", "guitar", "pizza", "balloon"),
     ),
-    "sleep": Beat(
+    "sleep": StoryBeat(
         ("in the end {a} fell asleep under {prop} {place}.", "at night {a} slept under {prop} {place}."),
-        _A,
-        _ROOFS,
+        _FIRST,
+        _SHELTERS,
         "below",
     ),
-    "home again": Beat(("{a} went home happy {place}. the end.", "and {a} smiled {place}. the end."), _A),
+    "home again": StoryBeat(("{a} went home happy {place}. the end.", "and {a} smiled {place}. the end."), _FIRST),
 }
 _PLOTS = {
     1: (
@@ -165,37 +180,47 @@ def story(rng: np.random.Generator, references: int = 0, heldout: bool | None = 
     number = references or (2 if rng.random() < 0.75 else 1)
     while True:
         names = [CHARACTERS[k] for k in rng.choice(len(CHARACTERS), size=number, replace=False)]
-        cast = tuple((name, _pick(rng, tints(name)) if rng.random() < 0.5 else None) for name in names)
-        held = bool(heldout_groups([(name, color, 1) for name, color in cast]))
+        cast = tuple((name, _pick(rng, allowed_colors(name)) if rng.random() < 0.5 else None) for name in names)
+        held = bool(held_out_combinations([(name, color, 1) for name, color in cast]))
         if heldout is None or held == heldout:
             break
     plot = _PLOTS[number][int(rng.integers(len(_PLOTS[number])))]
     frames, told = [], set[int]()
     for beat in plot:
-        frames.append(_frame(_BEATS[beat], told, cast, rng, heldout, size))
+        frames.append(_make_page(_BEATS[beat], told, cast, rng, heldout, size))
         told.update(_BEATS[beat].cast)
     pictures = tuple(
-        place(rng, ((name, color, 1),), _pick(rng, tuple(BACKGROUNDS)), size=size) for name, color in cast[:references]
+        place_objects(rng, ((name, color, 1),), _pick(rng, tuple(BACKGROUNDS)), size=size)
+        for name, color in cast[:references]
     )
     return Story(_request(cast, references, len(plot), rng), cast, pictures, tuple(frames))
 
 
-def _frame(
-    beat: Beat, told: set[int], cast: tuple[Character, ...], rng: np.random.Generator, heldout: bool | None, size: int
+def _make_page(
+    beat: StoryBeat,
+    told: set[int],
+    cast: tuple[Character, ...],
+    rng: np.random.Generator,
+    heldout: bool | None,
+    size: int,
 ) -> tuple[str, Scene]:
     shown: list[Group] = [(*cast[k], 1) for k in beat.cast]
     background = _pick(rng, tuple(PLACES))
     where, ground = PLACES[background][int(rng.integers(2))]
-    words = {"a": _name(cast[0], 0 in told), "place": where, "flew": "flew" if cast[0][0] in _FLIERS else "jumped"}
+    words = {
+        "a": _name(cast[0], 0 in told),
+        "place": where,
+        "flew": "flew" if cast[0][0] in _FLYING_CHARACTERS else "jumped",
+    }
     if len(cast) > 1:
         words["b"] = _name(cast[1], 1 in told)
     while beat.props:
         prop: Group = (_pick(rng, beat.props), None, 1)
-        if heldout is not False or not heldout_groups([*shown, prop]):
+        if heldout is not False or not held_out_combinations([*shown, prop]):
             shown.append(prop)
-            words["prop"] = phrase(prop)
+            words["prop"] = noun_phrase(prop)
             break
-    scene = place(rng, tuple(shown), background, beat.relation, ground, size)
+    scene = place_objects(rng, tuple(shown), background, beat.relation, ground, size)
     if ground and not scene.ground:  # there was no room on the ground: tell the place without one
         words["place"] = next(text for text, flat in PLACES[background] if not flat)
     return _pick(rng, beat.texts).format(**words), scene
@@ -205,15 +230,15 @@ def _name(character: Character, known: bool) -> str:
     """As in "a blue witch", "the blue witch" once known: always with the colour, so that each frame can be drawn from
     its own text.
     """
-    indefinite = phrase((*character, 1))
+    indefinite = noun_phrase((*character, 1))
     return "the " + indefinite.split(" ", 1)[1] if known else indefinite
 
 
 def _request(cast: tuple[Character, ...], references: int, length: int, rng: np.random.Generator) -> str:
     asked = tuple((name, color if rng.random() < 0.75 else None) for name, color in cast)
-    who = phrase((*asked[0], 1))
+    who = noun_phrase((*asked[0], 1))
     if len(cast) == 2:
-        other = phrase((*asked[1], 1))
+        other = noun_phrase((*asked[1], 1))
         if rng.random() < 0.6:
             owner = "her" if cast[0][0] in ("witch", "cow") else _pick(rng, ("his", "her"))
             other = f"{owner} {other.split(' ', 1)[1]}"
@@ -230,10 +255,10 @@ def _request(cast: tuple[Character, ...], references: int, length: int, rng: np.
             rng, ("a story about {}", "a story about {}", "tell me a story about {}", "write a story about {}", "{}")
         )
         text = text.format(who)
-    return text + (f" in {_NUMBERS[length]} pictures" if rng.random() < 0.2 else "")
+    return text + (f" in {_NUMBER_WORDS[length]} pictures" if rng.random() < 0.2 else "")
 
 
-def frame_facts(text: str) -> Facts:
+def page_facts(text: str) -> Facts:
     """The facts that a frame's text states, its place read as background and ground."""
     for background, ways in PLACES.items():
         for where, ground in ways:
@@ -264,34 +289,34 @@ def text_corpus(n: int, seed: int = 0) -> Iterator[str]:
     """
     for i in range(n):
         rng = np.random.default_rng((seed, i))
-        yield _LINES[int(rng.integers(len(_LINES)))](rng)
+        yield _LINE_SAMPLERS[int(rng.integers(len(_LINE_SAMPLERS)))](rng)
 
 
-def _question(rng: np.random.Generator) -> str:
+def _question_line(rng: np.random.Generator) -> str:
     qa = questions(sample_scene(rng), rng)[0]
     return f"{qa.question} {qa.answer}"
 
 
-def _judgement(rng: np.random.Generator) -> str:
-    prompt, ok, reason = verdict(sample_scene(rng), rng)
+def _judgement_line(rng: np.random.Generator) -> str:
+    prompt, ok, reason = sample_judgement(sample_scene(rng), rng)
     return f"{prompt}? {'yes' if ok else 'no'}, {reason}."
 
 
-def _tale(rng: np.random.Generator) -> str:
+def _story_line(rng: np.random.Generator) -> str:
     tale = story(rng, references=int(rng.integers(3)))
     return " ".join([tale.request + ".", *(text for text, _ in tale.frames)])
 
 
-_LINES = (
-    lambda rng: caption(facts(sample_scene(rng))),
+_LINE_SAMPLERS = (
+    lambda rng: caption(extract_facts(sample_scene(rng))),
     lambda rng: short_caption(sample_scene(rng), rng),
     lambda rng: descriptive_caption(sample_scene(rng), rng),
     lambda rng: noisy_caption(sample_scene(rng), rng),
-    lambda rng: edits(sample_scene(rng), rng).instruction,
+    lambda rng: sample_edit(sample_scene(rng), rng).instruction,
     lambda rng: " : ".join(expansion(sample_scene(rng), rng)),
     lambda rng: _INSTRUCTIONS[int(rng.integers(len(_INSTRUCTIONS)))],
-    _question,
-    _judgement,
-    _tale,
-    _tale,
+    _question_line,
+    _judgement_line,
+    _story_line,
+    _story_line,
 )

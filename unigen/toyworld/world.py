@@ -1,9 +1,9 @@
-"""Rendering: a `Scene` becomes a `Picture` (pixels, visible masks, boxes, depth) drawn with the system's Noto Color
-Emoji.
+"""Rendering: a `Scene` becomes a `RenderedScene` (pixels, visible masks, boxes, depth) drawn with the system's Noto
+Color Emoji.
 
 Refuses to know: how scenes are sampled, language, torch. The font is never part of this project: it is found by
-fontconfig, or named by the environment variable UNIGEN_EMOJI_FONT. A `World` caches every glyph in a pyramid of sizes
-and every tint it has met; one affine transform per object turns, scales and places it.
+fontconfig, or named by the environment variable UNIGEN_EMOJI_FONT. A `SceneRenderer` caches every glyph in a pyramid of
+sizes and every tint it has met; one affine transform per object turns, scales and places it.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, features
 
-from unigen.toyworld.objects import BACKGROUNDS, COLORS, HORIZON, OBJECTS, Scene
+from unigen.toyworld.objects import BACKGROUNDS, COLORS, HORIZON_HEIGHT, OBJECT_EMOJI, Scene
 
-_FAMILY = "Noto Color Emoji"
-_PATHS = (
+_FONT_FAMILY = "Noto Color Emoji"
+_FONT_PATHS = (
     "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",
     "/usr/share/fonts/noto/NotoColorEmoji.ttf",
     "/usr/share/fonts/google-noto-emoji/NotoColorEmoji.ttf",
     "/usr/share/fonts/google-noto-color-emoji-fonts/NotoColorEmoji.ttf",
     "/usr/local/share/fonts/NotoColorEmoji.ttf",
 )
-_STRIKE = 109  # the only bitmap size in the font, in pixels per em
+_BITMAP_SIZE = 109  # the only bitmap size in the font, in pixels per em
 _PYRAMID = (128, 96, 64, 48, 32, 24)  # longest side in pixels of the cached glyphs
-_HELP = "install it (apt-get install fonts-noto-color-emoji) or name its file (UNIGEN_EMOJI_FONT=path)"
+_FONT_HELP = "install it (apt-get install fonts-noto-color-emoji) or name its file (UNIGEN_EMOJI_FONT=path)"
 
 
 @dataclass(frozen=True)
-class Picture:
+class RenderedScene:
     """A rendered scene with n items and H = W = scene.size.
 
     image uint8 (H, W, 3); masks bool (n, H, W), the visible pixels of each item; boxes float32 (n, 4), x0 y0 x1 y1 in
@@ -56,23 +56,23 @@ def find_font(font: str | None = None) -> Path:
     named = font or os.environ.get("UNIGEN_EMOJI_FONT")
     if named:
         if not Path(named).is_file():
-            raise ValueError(f"emoji font not found: {named}; {_HELP}")
+            raise ValueError(f"emoji font not found: {named}; {_FONT_HELP}")
         return Path(named)
     try:
-        command = ["fc-match", "--format=%{family}\n%{file}", _FAMILY]
+        command = ["fc-match", "--format=%{family}\n%{file}", _FONT_FAMILY]
         answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
         family, _, file = answer.partition("\n")
-        if _FAMILY in family and Path(file).is_file():
+        if _FONT_FAMILY in family and Path(file).is_file():
             return Path(file)
     except (OSError, subprocess.SubprocessError):
         pass
-    for path in _PATHS:
+    for path in _FONT_PATHS:
         if Path(path).is_file():
             return Path(path)
-    raise ValueError(f"the font {_FAMILY} is missing; {_HELP}")
+    raise ValueError(f"the font {_FONT_FAMILY} is missing; {_FONT_HELP}")
 
 
-class World:
+class SceneRenderer:
     """Draws scenes. `size` is only the default side of `sample`s made for it; each scene carries its own."""
 
     def __init__(self, size: int = 64, font: str | None = None):
@@ -81,15 +81,15 @@ class World:
         path = find_font(font)
         layout = ImageFont.Layout.RAQM if features.check("raqm") else ImageFont.Layout.BASIC
         try:
-            self._font = ImageFont.truetype(str(path), _STRIKE, layout_engine=layout)
+            self._font = ImageFont.truetype(str(path), _BITMAP_SIZE, layout_engine=layout)
         except OSError as error:
-            raise ValueError(f"cannot read the emoji font {path} ({error}); {_HELP}") from None
+            raise ValueError(f"cannot read the emoji font {path} ({error}); {_FONT_HELP}") from None
         self._glyphs: dict[tuple[str, str | None], list[Image.Image]] = {}
 
     def _pyramid(self, name: str, color: str | None) -> list[Image.Image]:
         key = (name, color)
         if key not in self._glyphs:
-            glyph = self._draw(OBJECTS[name])
+            glyph = self._draw(OBJECT_EMOJI[name])
             if color is not None:
                 glyph = _tint(glyph, COLORS[color])
             levels = []
@@ -101,14 +101,14 @@ class World:
         return self._glyphs[key]
 
     def _draw(self, emoji: str) -> Image.Image:
-        canvas = Image.new("RGBA", (4 * _STRIKE, 2 * _STRIKE))
+        canvas = Image.new("RGBA", (4 * _BITMAP_SIZE, 2 * _BITMAP_SIZE))
         ImageDraw.Draw(canvas).text((20, 20), emoji, font=self._font, embedded_color=True)
         box = canvas.getchannel("A").point(lambda a: 255 * (a > 24)).getbbox()
         if box is None:
-            raise ValueError(f"the font does not draw {emoji}; {_HELP}")
+            raise ValueError(f"the font does not draw {emoji}; {_FONT_HELP}")
         return canvas.crop(box)
 
-    def render(self, scene: Scene) -> Picture:
+    def render(self, scene: Scene) -> RenderedScene:
         """Picture of the scene: antialiased, deterministic."""
         size, n = scene.size, len(scene.items)
         backdrop, far = _backdrop(scene.background, size, scene.ground)
@@ -142,12 +142,12 @@ class World:
             columns, rows = np.flatnonzero(masks[i].any(0)), np.flatnonzero(masks[i].any(1))
             if len(columns):
                 boxes[i] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
-        return Picture(np.minimum(canvas, 255).astype(np.uint8), masks, boxes, depth, scene)
+        return RenderedScene(np.minimum(canvas, 255).astype(np.uint8), masks, boxes, depth, scene)
 
 
 def ground_depth(y: float, size: int) -> float:
     """Depth in [0, 0.9] of the point of the ground plane seen at height y (pixels from the top)."""
-    return 0.9 * min(1.0, max(0.0, (size - y) / (size * (1 - HORIZON))))
+    return 0.9 * min(1.0, max(0.0, (size - y) / (size * (1 - HORIZON_HEIGHT))))
 
 
 def _depth(scene: Scene, i: int) -> float:
@@ -164,8 +164,8 @@ def _backdrop(background: str, size: int, ground: bool) -> tuple[NDArray[np.uint
     shade = 1.0 - 0.06 * rows
     far = np.ones(size, dtype=np.float32)
     if ground:
-        below = rows > HORIZON
-        shade = np.where(below, 0.80 - 0.08 * (rows - HORIZON), shade).astype(np.float32)
+        below = rows > HORIZON_HEIGHT
+        shade = np.where(below, 0.80 - 0.08 * (rows - HORIZON_HEIGHT), shade).astype(np.float32)
         far = np.where(below, [ground_depth(float(r) * size, size) for r in rows], far).astype(np.float32)
     pixels = np.broadcast_to((color * shade[:, None])[:, None], (size, size, 3))
     return np.rint(pixels).astype(np.uint16), np.ascontiguousarray(np.broadcast_to(far[:, None], (size, size)))

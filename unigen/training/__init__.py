@@ -13,13 +13,15 @@ from unigen.config import OptimConfig, RunConfig
 
 if TYPE_CHECKING:
     from unigen.training.recipe import run_recipe
-    from unigen.training.trainer import Job, Objective, Trainer
+    from unigen.training.trainer import Objective, Trainer, TrainSpec
 
-__all__ = ["Job", "Objective", "OptimConfig", "RunConfig", "Trainer", "run_recipe"]
+__all__ = ["Objective", "OptimConfig", "RunConfig", "TrainSpec", "Trainer", "run_recipe"]
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
         home = "recipe" if name == "run_recipe" else "trainer"
         return getattr(importlib.import_module(f"unigen.training.{home}"), name)
+    if name == "Job":
+        raise ImportError("unigen.training.Job is called TrainSpec now")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -72,16 +72,16 @@ class Ema:
 # ---------------------------------------------------------------- checkpoints
 
 
-_CHECKPOINT = re.compile(r"step-\d{8,}\.pt")
+_CHECKPOINT_PATTERN = re.compile(r"step-\d{8,}\.pt")
 
 
-def _folder(run_dir: Path) -> Path:
+def _checkpoint_folder(run_dir: Path) -> Path:
     return run_dir / "checkpoints"
 
 
-def checkpoints(run_dir: Path) -> list[Path]:
+def list_checkpoints(run_dir: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first. Files of other names, such as copies, are nobody's concern."""
-    found = {path: _CHECKPOINT.fullmatch(path.name) for path in _folder(run_dir).glob("step-*.pt")}
+    found = {path: _CHECKPOINT_PATTERN.fullmatch(path.name) for path in _checkpoint_folder(run_dir).glob("step-*.pt")}
     return sorted((path for path, match in found.items() if match), key=lambda path: int(path.stem.rpartition("-")[2]))
 
 
@@ -90,9 +90,9 @@ def save_checkpoint(run_dir: Path, state: dict[str, Any], keep: int) -> Path:
 
     ValueError where the disk is full or cannot be written; the checkpoints already there are then untouched.
     """
-    path = _folder(run_dir) / f"step-{state['step']:08d}.pt"
+    path = _checkpoint_folder(run_dir) / f"step-{state['step']:08d}.pt"
     temporary = path.with_suffix(".tmp")
-    good = checkpoints(run_dir)
+    good = list_checkpoints(run_dir)
     last = f"the last good checkpoint is {good[-1]}" if good else "no checkpoint was saved before"
     with disk_errors(f"the checkpoint {path}", f"{last}; free some space and run the same command again"):
         try:
@@ -107,7 +107,7 @@ def save_checkpoint(run_dir: Path, state: dict[str, Any], keep: int) -> Path:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-    for old in checkpoints(run_dir)[:-keep]:
+    for old in list_checkpoints(run_dir)[:-keep]:
         old.unlink()
     return path
 
@@ -115,7 +115,7 @@ def save_checkpoint(run_dir: Path, state: dict[str, Any], keep: int) -> Path:
 def load_checkpoint(run_dir: Path) -> dict[str, Any] | None:
     """The newest checkpoint on the CPU, or None where the run has none. ValueError with one line where it is
     damaged."""
-    found = checkpoints(run_dir)
+    found = list_checkpoints(run_dir)
     if not found:
         return None
     path = found[-1]
@@ -167,45 +167,45 @@ def save_model(run_dir: Path, step: int, write: Callable[[Path], None]) -> None:
         with replacing_folder(folder) as scratch:
             write(scratch)
             files = sorted(str(path.relative_to(scratch)) for path in scratch.rglob("*") if path.is_file())
-        save_json(_model_step(run_dir), {"step": step, "files": files})
+        save_json(_model_record_path(run_dir), {"step": step, "files": files})
 
 
-def model_is_of(run_dir: Path, step: int) -> bool:
+def has_model_of_step(run_dir: Path, step: int) -> bool:
     """Whether run_dir/model was written at this step and has all its files: a run may have been killed between its
     checkpoint and its model, and a part of the model deleted."""
     folder = run_dir / "model"
     try:
-        written = load_json(_model_step(run_dir))
+        written = load_json(_model_record_path(run_dir))
         files = written.get("files", [])  # earlier versions noted the step alone
         return folder.is_dir() and written["step"] == step and all((folder / name).is_file() for name in files)
     except (ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
-def _model_step(run_dir: Path) -> Path:
-    return _folder(run_dir) / "model.json"
+def _model_record_path(run_dir: Path) -> Path:
+    return _checkpoint_folder(run_dir) / "model.json"
 
 
-def note_samples(run_dir: Path, step: int) -> None:
+def record_samples(run_dir: Path, step: int) -> None:
     """Note that the samples of a step are all there."""
-    save_json(_folder(run_dir) / "samples.json", {"step": step})
+    save_json(_checkpoint_folder(run_dir) / "samples.json", {"step": step})
 
 
-def sampled_at(run_dir: Path, step: int) -> bool:
+def has_samples_of_step(run_dir: Path, step: int) -> bool:
     """Whether the samples of a step are all there, and none are newer."""
     try:
-        return load_json(_folder(run_dir) / "samples.json") == {"step": step}
+        return load_json(_checkpoint_folder(run_dir) / "samples.json") == {"step": step}
     except ValueError:
         return False
 
 
 # ---------------------------------------------------------------- one process a folder
 
-RUNNING = ".running"
+LOCK_NOTE = ".running"
 """The file of a run folder that says which process trains there."""
-SCRATCH = ".unigen-"
+TEMP_PREFIX = ".unigen-"
 """With what the names of unfinished samples begin, as those of unfinished files of ours do."""
-_locked: set[Path] = set()
+_locked_folders: set[Path] = set()
 """Folders of runs that this process holds, as they are when links are followed."""
 
 
@@ -220,28 +220,28 @@ def lock_run(run_dir: str | Path, main: bool = True) -> Iterator[None]:
     Raises:
         ValueError: another run trains there, or the folder cannot be used; in one line.
     """
-    folder = _real(run_dir)
-    if folder in _locked or not main:
+    folder = _resolve(run_dir)
+    if folder in _locked_folders or not main:
         yield
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _check_kinds(folder)
-        handle = _lock(folder)
+        _check_run_paths(folder)
+        handle = _acquire_lock(folder)
     except OSError as error:
         raise ValueError(f"cannot use the run folder {run_dir}: {error.strerror}; choose another run_dir") from error
-    _locked.add(folder)
+    _locked_folders.add(folder)
     try:
-        _clear(folder)
+        _remove_temporary_files(folder)
         yield
     finally:
         with suppress(OSError):
-            (folder / RUNNING).unlink(missing_ok=True)
-        _locked.discard(folder)
+            (folder / LOCK_NOTE).unlink(missing_ok=True)
+        _locked_folders.discard(folder)
         unlock(handle)
 
 
-def _real(run_dir: str | Path) -> Path:
+def _resolve(run_dir: str | Path) -> Path:
     """The folder, links followed."""
     try:
         return Path(run_dir).resolve()
@@ -249,9 +249,9 @@ def _real(run_dir: str | Path) -> Path:
         raise ValueError(f"cannot use the run folder {str(run_dir)!r}: {error}; choose another run_dir") from error
 
 
-def _lock(run_dir: Path) -> int | None:
+def _acquire_lock(run_dir: Path) -> int | None:
     """What `unlock` takes. ValueError where another process has the folder."""
-    note, host, me = run_dir / RUNNING, socket.gethostname(), os.getpid()
+    note, host, me = run_dir / LOCK_NOTE, socket.gethostname(), os.getpid()
     who = note.read_text(encoding="utf-8", errors="replace").strip() if note.is_file() else ""
     advice = "wait until it ends, or choose another run_dir"
     try:
@@ -268,18 +268,18 @@ def _lock(run_dir: Path) -> int | None:
     return handle
 
 
-def _check_kinds(run_dir: Path) -> None:
+def _check_run_paths(run_dir: Path) -> None:
     """ValueError where a file stands in the place of a folder of the run, or a folder in the place of a file."""
     advice = "move it, or choose another run_dir"
     for path in (run_dir / name for name in ("checkpoints", "samples", "tensorboard", "model")):
         if path.exists() and not path.is_dir():
             raise ValueError(f"{path} is a file, where a run has a folder: {advice}")
-    for path in (run_dir / name for name in ("config.json", "metrics.jsonl", RUNNING)):
+    for path in (run_dir / name for name in ("config.json", "metrics.jsonl", LOCK_NOTE)):
         if path.is_dir():
             raise ValueError(f"{path} is a folder, where a run has a file: {advice}")
 
 
-def _clear(run_dir: Path) -> None:
+def _remove_temporary_files(run_dir: Path) -> None:
     """Remove what killed processes of this run left unfinished. What cannot be removed stays, since no run needs it
     gone; so do files and folders of other names, which are somebody else's."""
     with suppress(OSError):
@@ -288,7 +288,7 @@ def _clear(run_dir: Path) -> None:
         if (run_dir / "model.old").is_dir() and not (run_dir / "model").exists():  # as earlier versions named it
             os.replace(run_dir / "model.old", run_dir / "model")
     letters = "[a-z0-9_]" * 8  # as tempfile draws them
-    folders = "model.tmp", "model.old", f".model.{letters}.scratch", f".model.{letters}.old", f"samples/{SCRATCH}*"
+    folders = "model.tmp", "model.old", f".model.{letters}.scratch", f".model.{letters}.old", f"samples/{TEMP_PREFIX}*"
     for left in (left for pattern in folders for left in list(run_dir.glob(pattern))):
         if left.is_dir() and not left.is_symlink():
             shutil.rmtree(left, ignore_errors=True)
@@ -298,12 +298,12 @@ def _clear(run_dir: Path) -> None:
             left.unlink()
 
 
-def cpu_tree(tree: Any) -> Any:
+def tree_to_cpu(tree: Any) -> Any:
     """Nested dicts and lists with every tensor on the CPU, so that a checkpoint opens on any machine."""
     if isinstance(tree, Tensor):
         return tree.detach().cpu()
     if isinstance(tree, dict):
-        return {key: cpu_tree(value) for key, value in tree.items()}
+        return {key: tree_to_cpu(value) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return [cpu_tree(value) for value in tree]
+        return [tree_to_cpu(value) for value in tree]
     return tree

@@ -1,7 +1,7 @@
 """What recipes share that teach a model ways of writing pictures: shares by name, and the generators still to be made.
 
-    shares = shares_of({"next-token": 1.0, "flow": 1.0})                  # each 0.5
-    heads = new_heads(model, shares, {"kl": "runs/kl/model"}, {"flow": FlowConfig(layers=2)})
+    shares = normalize_generator_weights({"next-token": 1.0, "flow": 1.0})                  # each 0.5
+    heads = new_generators(model, shares, {"kl": "runs/kl/model"}, {"flow": FlowConfig(layers=2)})
 
 It refuses to know which generators there are."""
 
@@ -18,22 +18,22 @@ from unigen import generators, hub
 from unigen.config import to_dict
 from unigen.model.unified import UnifiedModel
 from unigen.models import tiny
-from unigen.tokenizers import load_tokenizer, text
+from unigen.tokenizers import load_image_tokenizer, text
 from unigen.training.trainer import main_process_first
 
 
-def shares_of(writers: Mapping[str, float]) -> dict[str, float]:
+def normalize_generator_weights(writers: Mapping[str, float]) -> dict[str, float]:
     """The share of each generator that is learnt, in all 1. ValueError for an unknown name, a share below 0, or where
     next-token, as which all pictures are read, has none."""
     for name in writers:
-        generators.find(name)
+        generators.find_generator(name)
     if min(writers.values(), default=0) < 0 or writers.get("next-token", 0) <= 0:
         raise ValueError("writers are shares of at least 0, and that of next-token, as which all are read, above 0")
     ordered = sorted(writers.items(), key=lambda item: (item[0] != "next-token", item[0]))  # however they were given
     return {name: share / sum(writers.values()) for name, share in ordered if share > 0}
 
 
-def text_tokenizer(folder: Path, lines: Iterable[str], pieces: int, specials: tuple[str, ...]) -> Any:
+def load_or_train_text_tokenizer(folder: Path, lines: Iterable[str], pieces: int, specials: tuple[str, ...]) -> Any:
     """The Hugging Face tokenizer in a folder, trained into it where there is none, by the main process of a run.
 
     Args:
@@ -44,11 +44,11 @@ def text_tokenizer(folder: Path, lines: Iterable[str], pieces: int, specials: tu
         if not (folder / "tokenizer.json").exists():
             print(f"{folder}: training a text tokenizer", flush=True)
             with hub.replacing_folder(folder) as scratch:
-                text.train(lines, scratch, pieces, specials)
+                text.train_tokenizer(lines, scratch, pieces, specials)
         return text.load(folder)
 
 
-def new_heads(
+def new_generators(
     model: UnifiedModel, shares: Mapping[str, float], folders: Mapping[str, str | None], settings: Mapping[str, Any]
 ) -> list[Any]:
     """The generators to be learnt that have weights of their own and are not in the model yet, untrained.
@@ -56,18 +56,18 @@ def new_heads(
     folders: of image tokenizers, by kind; settings: configurations (dataclasses) by generator. ValueError for a folder
     that is missing or not used, and for settings other than those of a generator that is there already.
     """
-    frame = tiny.frame_of(model.backbone.lm, model.text_tokenizer, model.image_tokenizer)
+    frame = tiny.build_context(model.backbone.lm, model.text_tokenizer, model.image_tokenizer)
     heads: list[Any] = []
     for name in shares:
-        generator, wanted = generators.find(name), settings.get(name)
+        generator, wanted = generators.find_generator(name), settings.get(name)
         if name in model.heads:
             if wanted is not None and wanted not in (type(wanted)(), model.heads[name].settings):
                 raise ValueError(f"the {name} of this model has another shape: leave its settings out")
         elif issubclass(generator, nn.Module):
             folder = folders.get(generator.own)
-            own = load_tokenizer(folder) if folder else None
+            own = load_image_tokenizer(folder) if folder else None
             made = replace(frame, tokenizer=own, settings={} if wanted is None else to_dict(wanted))
-            heads.append(tiny.new_generator(name, made))
+            heads.append(tiny.build_generator(name, made))
     used = {head.own for head in heads}
     if unused := [kind for kind, folder in folders.items() if folder and kind not in used]:
         raise ValueError(f"no new generator takes a tokenizer of kind {', '.join(unused)}: set its folder to none")

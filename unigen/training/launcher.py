@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-_OTHER_KINDS = {
+_UNSUPPORTED_PLUGINS = {
     "FSDP": ("--use_fsdp", "FSDP_"),
     "DEEPSPEED": ("--use_deepspeed", "ACCELERATE_DEEPSPEED_"),
     "MEGATRON_LM": ("--use_megatron_lm", "MEGATRON_LM_"),
@@ -18,8 +18,8 @@ _OTHER_KINDS = {
 }
 """Kinds of parallel training that `accelerate launch` offers: the option, and how variables of their settings begin."""
 
-_RANK = "RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"
-_WORLD = "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"
+_RANK_VARIABLES = "RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"
+_WORLD_SIZE_VARIABLES = "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"
 """Variables of torchrun, and of those launchers of MPI that accelerate reads, too."""
 
 _TRUE = "y", "yes", "t", "true", "on", "1"
@@ -37,12 +37,12 @@ def check_launcher(environment: Mapping[str, str] = os.environ) -> None:
             compiler is asked for; or several processes by a launcher that leaves out how they find each other; in one
             line.
     """
-    if launched_as(environment).world > 1 and not environment.get("MASTER_ADDR"):
+    if launch_info(environment).world > 1 and not environment.get("MASTER_ADDR"):
         raise ValueError(
-            f"{launched_as(environment).world} processes were launched without MASTER_ADDR, by which they find each "
+            f"{launch_info(environment).world} processes were launched without MASTER_ADDR, by which they find each "
             "other: launch by torchrun, which sets it"
         )
-    for kind, (option, prefix) in _OTHER_KINDS.items():
+    for kind, (option, prefix) in _UNSUPPORTED_PLUGINS.items():
         wanted = environment.get(f"ACCELERATE_USE_{kind}", "").lower() in _TRUE
         setting = next((name for name in sorted(environment) if name.startswith(prefix)), None)
         if wanted:
@@ -60,14 +60,14 @@ def check_launcher(environment: Mapping[str, str] = os.environ) -> None:
             raise ValueError(f"a run takes {ours}: leave {option} out, or unset ACCELERATE_{name}")
 
 
-class Launched(NamedTuple):
+class LaunchInfo(NamedTuple):
     """The place of this process in its run: rank, from 0 on, of world processes. Rank 0 is the main process."""
 
     rank: int
     world: int
 
 
-def launched_as(environment: Mapping[str, str] = os.environ) -> Launched:
+def launch_info(environment: Mapping[str, str] = os.environ) -> LaunchInfo:
     """What torchrun, `accelerate launch` or mpirun says of this process; rank 0 of 1 where there is no launcher.
 
     Args:
@@ -76,7 +76,9 @@ def launched_as(environment: Mapping[str, str] = os.environ) -> Launched:
     Raises:
         ValueError: one of the variables is no whole number; in one line.
     """
-    return Launched(_first_number(_RANK, environment, 0), _first_number(_WORLD, environment, 1))
+    return LaunchInfo(
+        _first_number(_RANK_VARIABLES, environment, 0), _first_number(_WORLD_SIZE_VARIABLES, environment, 1)
+    )
 
 
 def _first_number(names: Sequence[str], environment: Mapping[str, str], default: int) -> int:

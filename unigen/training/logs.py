@@ -1,6 +1,6 @@
 """What a training run says while it runs: a progress bar (plain lines without a terminal), metrics.jsonl, tensorboard.
 
-It refuses to know where numbers come from. `Totals` adds sums and counts; `Logs` writes means.
+It refuses to know where numbers come from. `MetricAccumulator` adds sums and counts; `TrainLogger` writes means.
 """
 
 import json
@@ -16,7 +16,7 @@ from torch import Tensor
 from unigen.utils.progress import visible
 
 
-class Totals:
+class MetricAccumulator:
     """Sums and counts since the last log line, kept on the device until they are asked for."""
 
     def __init__(self, device: torch.device) -> None:
@@ -50,8 +50,8 @@ class Totals:
             self.add(name, total if main else 0.0, count if main else 0.0, weight)
 
 
-def means(rows: dict[str, list[float]], seconds: float) -> dict[str, float]:
-    """{"loss", each name, "tokens/s" where "metric/tokens" is a name} of what `Totals.rows` gives."""
+def compute_means(rows: dict[str, list[float]], seconds: float) -> dict[str, float]:
+    """{"loss", each name, "tokens/s" where "metric/tokens" is a name} of what `MetricAccumulator.rows` gives."""
     each = {name.removeprefix("metric/"): total / max(count, 1e-12) for name, (total, count, _) in rows.items()}
     loss = sum(weight * each[name] for name, (*_, weight) in rows.items() if not name.startswith("metric/"))
     if "metric/tokens" in rows:
@@ -59,7 +59,7 @@ def means(rows: dict[str, list[float]], seconds: float) -> dict[str, float]:
     return {"loss": loss} | each
 
 
-class Logs:
+class TrainLogger:
     """Writes one line of metrics at a time; a context, so that files and the bar are closed. Lines after `step` are
     forgotten."""
 
@@ -68,7 +68,7 @@ class Logs:
 
         self.steps, self.start = steps, (progress, seconds)
         path = run_dir / "metrics.jsonl"
-        _drop_after(path, step)
+        _truncate_after(path, step)
         self.file = open(path, "a", encoding="utf-8")
         self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
         self.bar: Any = None
@@ -86,7 +86,7 @@ class Logs:
         """`progress` is the share of the run that is done; metrics hold "loss", "lr", "seconds", "rows/s" and whatever
         else."""
         done, since = progress - self.start[0], metrics["seconds"] - self.start[1]
-        left = clock(since * (1 - progress) / max(done, 1e-9))
+        left = format_duration(since * (1 - progress) / max(done, 1e-9))
         self.file.write(
             json.dumps({"step": step} | {k: v if math.isfinite(v) else None for k, v in metrics.items()}) + "\n"
         )
@@ -104,7 +104,7 @@ class Logs:
         head = f"step {step}/{self.steps}  loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}"
         print(f"{head}  {speed}  {left} left{detail}", flush=True)
 
-    def __enter__(self) -> "Logs":
+    def __enter__(self) -> "TrainLogger":
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -114,19 +114,19 @@ class Logs:
         self.board.close()
 
 
-def clock(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"
 
 
-def _drop_after(path: Path, step: int) -> None:
+def _truncate_after(path: Path, step: int) -> None:
     """Forget the lines of steps that are about to be done again, and one cut short by a kill. A file with other lines
     that cannot be read is kept beside, as it was."""
     if not path.exists():
         return
     lines = path.read_bytes().splitlines()
-    steps = [_step(line) for line in lines]
+    steps = [_step_of_line(line) for line in lines]
     if None in steps[:-1]:
         aside = path.with_suffix(".damaged.jsonl")
         shutil.copyfile(path, aside)
@@ -137,7 +137,7 @@ def _drop_after(path: Path, step: int) -> None:
     os.replace(temporary, path)
 
 
-def _step(line: bytes) -> float | None:
+def _step_of_line(line: bytes) -> float | None:
     """The step of a line; None where it cannot be read."""
     try:
         return float(json.loads(line)["step"])

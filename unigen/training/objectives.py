@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from unigen.batch import Batch
 from unigen.generators.base import Generator
-from unigen.generators.next_token import Causal
+from unigen.generators.next_token import CausalGenerator
 from unigen.model.unified import UnifiedModel
 
 
-class Mixture(nn.Module):
+class MultiGeneratorLoss(nn.Module):
     """The losses of a model's generators on packed documents, each a sum over its own targets with their count: nats,
     and for a flow squared errors.
 
@@ -53,10 +53,10 @@ class Mixture(nn.Module):
         with torch.no_grad():
             known_BLD = None if self.before is None else self.before.causal(batch)
         for name, generator in self.generators.items():
-            if known_BLD is not None and self.before is not None and isinstance(generator, Causal):
+            if known_BLD is not None and self.before is not None and isinstance(generator, CausalGenerator):
                 target_BL = generator.targets(batch)
                 table = generator.table(model.vocabulary)
-                moved = divergence(self.before, known_BLD, model, hidden_BLD, target_BL, table)
+                moved = kl_from_teacher(self.before, known_BLD, model, hidden_BLD, target_BL, table)
                 losses[name] = moved, target_BL.sum()
             else:
                 costs_T = generator.loss(model, batch, hidden_BLD, targets[name])
@@ -69,7 +69,7 @@ class Mixture(nn.Module):
         return {"metric/tokens": 1} | {name: g.count(batch) for name, g in self.generators.items()}
 
 
-def divergence(
+def kl_from_teacher(
     before: UnifiedModel, known_BLD: Tensor, model: UnifiedModel, hidden_BLD: Tensor, target_BL: Tensor, table: slice
 ) -> Tensor:
     """Sum of sum_v q(v) (log q(v) - log p(v)) in nats over the ids marked in `target_BL`, q being what the model

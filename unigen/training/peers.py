@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-GRACE = 2.0
+GRACE_SECONDS = 2.0
 """Seconds in which a collective may say it first."""
 
 
@@ -41,13 +41,13 @@ def watch_peers(advice: Callable[[], str]) -> Iterator[None]:
         os.write(2, f"unigen: error: process {rank} of the run ended: {advice()}\n".encode())
         os._exit(1)
 
-    with watching(here, end):
+    with watch_pids(here, end):
         yield
 
 
 @contextmanager
-def watching(
-    pids: Sequence[int], end: Callable[[int], None], every: float = 0.5, grace: float = GRACE
+def watch_pids(
+    pids: Sequence[int], end: Callable[[int], None], every: float = 0.5, grace: float = GRACE_SECONDS
 ) -> Iterator[None]:
     """Inside, `end` is called in a thread with the first of the processes that is gone for `grace` seconds."""
     done = threading.Event()

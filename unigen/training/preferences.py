@@ -36,10 +36,10 @@ from torch import Tensor, nn
 from unigen import generators
 from unigen.batch import Batch, Tokens, pack
 from unigen.document import Document, Segment
-from unigen.inference.scoring import as_drawn, log_likelihood
+from unigen.inference.scoring import has_guided_likelihood, log_likelihood
 from unigen.model.unified import UnifiedModel
 from unigen.samplers.guidance import Guidance
-from unigen.training.objectives import Mixture
+from unigen.training.objectives import MultiGeneratorLoss
 
 
 @dataclass
@@ -66,10 +66,10 @@ class PreferenceConfig:
             raise ValueError("preferences need beta and weight above 0, nll of at least 0 and at least 1 row of pairs")
 
 
-Own = Mapping[str, tuple[int, int]]
+NativeCodeShapes = Mapping[str, tuple[int, int]]
 
 
-class Judged(NamedTuple):
+class JudgedAnswers(NamedTuple):
     """The chats of one prompt whose answers are right, those whose are wrong, and the generator of answers that are
     pictures."""
 
@@ -78,7 +78,7 @@ class Judged(NamedTuple):
     writer: str
 
 
-class Pair(NamedTuple):
+class PreferencePair(NamedTuple):
     """Two chats that differ in their last segment, of which the first is right."""
 
     chosen: Document
@@ -87,40 +87,42 @@ class Pair(NamedTuple):
 
 
 def read_pairs(
-    files: Sequence[str | Path], seed: int, grid: tuple[int, int], codes: int, own: Own | None = None
-) -> list[Pair]:
+    files: Sequence[str | Path], seed: int, grid: tuple[int, int], codes: int, own: NativeCodeShapes | None = None
+) -> list[PreferencePair]:
     """Pairs of a right and a wrong answer to one prompt, in random order; each answer is used at most once.
 
     grid, codes: rows and columns of a picture, and how many codes there are; own: of generators with codes of their
     own, how many a picture has, and how many there are. Raises ValueError for a file that cannot be read, whose
     pictures are of another tokenizer, or without a prompt that has both."""
     rng = np.random.default_rng(seed)
-    pairs: list[Pair] = []
+    pairs: list[PreferencePair] = []
     for file in files:
         before = len(pairs)
-        for judged in read_judged(file, grid, codes, own):
+        for judged in read_judged_answers(file, grid, codes, own):
             right, wrong = ([chats[k] for k in rng.permutation(len(chats))] for chats in judged[:2])
-            pairs += [Pair(*both, judged.writer) for both in zip(right, wrong, strict=False)]
+            pairs += [PreferencePair(*both, judged.writer) for both in zip(right, wrong, strict=False)]
         if len(pairs) == before:
             raise ValueError(f"{file} has no prompt with a right and a wrong answer: judge more of them")
     return [pairs[k] for k in rng.permutation(len(pairs))]
 
 
-def read_judged(file: str | Path, grid: tuple[int, int], codes: int, own: Own | None = None) -> Iterator[Judged]:
+def read_judged_answers(
+    file: str | Path, grid: tuple[int, int], codes: int, own: NativeCodeShapes | None = None
+) -> Iterator[JudgedAnswers]:
     """What each line of a judged file holds. ValueError as in `read_pairs`."""
     read = 0
     try:
         with open(file, encoding="utf-8") as lines:
             for line in lines:
                 read += 1
-                yield _judged(line, grid, codes, own or {})
+                yield _parse_judged_line(line, grid, codes, own or {})
     except OSError as error:
         raise ValueError(f"cannot read {file}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"line {read} of {file} does not hold judged answers: {error}") from error
 
 
-def _judged(line: str, grid: tuple[int, int], codes: int, own: Own) -> Judged:
+def _parse_judged_line(line: str, grid: tuple[int, int], codes: int, own: NativeCodeShapes) -> JudgedAnswers:
     group = json.loads(line)
     prompt = Document.from_json(group["prompt"]).segments
     answers, marks = [Segment.from_json(answer) for answer in group["answers"]], group["right"]
@@ -128,7 +130,7 @@ def _judged(line: str, grid: tuple[int, int], codes: int, own: Own) -> Judged:
         raise ValueError("each answer is right or not")
     if any(answer.role != "assistant" for answer in answers):
         raise ValueError("the assistant answers")
-    writer = generators.find(group.get("writer", "next-token")).name
+    writer = generators.find_generator(group.get("writer", "next-token")).name
     pictures = [s.image for s in [*prompt, *answers] if s.image is not None]
     if len({picture.ndim if isinstance(picture, Tensor) else 0 for picture in pictures}) > 1:
         raise ValueError("its pictures are of several kinds: give all as codes, as the writer's own codes or as pixels")
@@ -143,10 +145,10 @@ def _judged(line: str, grid: tuple[int, int], codes: int, own: Own) -> Judged:
         if picture.min() < 0 or picture.max() >= size:
             raise ValueError(f"codes beyond the {size} there are")
     chats = [(Document([*prompt, answer]), mark) for answer, mark in zip(answers, marks, strict=True)]
-    return Judged([chat for chat, mark in chats if mark], [chat for chat, mark in chats if not mark], writer)
+    return JudgedAnswers([chat for chat, mark in chats if mark], [chat for chat, mark in chats if not mark], writer)
 
 
-class Sides(NamedTuple):
+class PairBatch(NamedTuple):
     """A pair's two chats as ids, or those of many pairs packed alike; and both for the second branch of guidance, which
     for texts is the first."""
 
@@ -156,7 +158,7 @@ class Sides(NamedTuple):
     blind_rejected: Any
 
 
-class ComparedRows:
+class PreferenceDataset:
     """Item i: row i of a mixture, and beside it rows of pairs of each kind: pictures in the model's codes and texts,
     pixels, a generator's own codes; a pair comes again only when all of its kind have come.
 
@@ -165,21 +167,21 @@ class ComparedRows:
     """
 
     def __init__(
-        self, mixture: Any, pairs: Sequence[Pair], encode: Callable[..., Tokens], length: int, rows: int
+        self, mixture: Any, pairs: Sequence[PreferencePair], encode: Callable[..., Tokens], length: int, rows: int
     ) -> None:
         self.mixture, self.rows = mixture, rows
-        kinds: dict[str, list[Pair]] = {}
+        kinds: dict[str, list[PreferencePair]] = {}
         for pair in pairs:
-            kinds.setdefault(_kind(pair), []).append(pair)
-        self.pairs = [_rows(kinds[name], encode, length) for name in sorted(kinds)]
+            kinds.setdefault(_pair_kind(pair), []).append(pair)
+        self.pairs = [_pack_pairs(kinds[name], encode, length) for name in sorted(kinds)]
 
-    def __getitem__(self, index: int) -> tuple[Any, list[list[list[Sides]]]]:
+    def __getitem__(self, index: int) -> tuple[Any, list[list[list[PairBatch]]]]:
         at = range(index * self.rows, (index + 1) * self.rows)
         return self.mixture[index], [[rows[k % len(rows)] for k in at] for rows in self.pairs]
 
 
-def _rows(pairs: Sequence[Pair], encode: Callable[..., Tokens], length: int) -> list[list[Sides]]:
-    made: list[list[Sides]] = []
+def _pack_pairs(pairs: Sequence[PreferencePair], encode: Callable[..., Tokens], length: int) -> list[list[PairBatch]]:
+    made: list[list[PairBatch]] = []
     room = 0
     for pair in pairs:
         draws = pair.chosen.segments[-1].image is not None
@@ -191,12 +193,12 @@ def _rows(pairs: Sequence[Pair], encode: Callable[..., Tokens], length: int) -> 
         if size > room:
             made.append([])
             room = length
-        made[-1].append(Sides(*sides))
+        made[-1].append(PairBatch(*sides))
         room -= size
     return made
 
 
-def _kind(pair: Pair) -> str:
+def _pair_kind(pair: PreferencePair) -> str:
     """Pictures of one kind make one batch."""
     pictures = [picture for chat in pair[:2] for picture in chat.images()]
     if any(not isinstance(picture, Tensor) for picture in pictures):
@@ -205,44 +207,50 @@ def _kind(pair: Pair) -> str:
 
 
 @dataclass
-class Compared:
+class PreferenceBatch:
     """mixture: packed documents; kinds: the packed pairs of each kind, of whose sides pair k is document k of all."""
 
     mixture: Batch
-    kinds: list[Sides]
+    kinds: list[PairBatch]
 
-    def to(self, device: torch.device | str) -> Compared:
-        return Compared(self.mixture.to(device), [Sides(*(side.to(device) for side in kind)) for kind in self.kinds])
+    def to(self, device: torch.device | str) -> PreferenceBatch:
+        return PreferenceBatch(
+            self.mixture.to(device), [PairBatch(*(side.to(device) for side in kind)) for kind in self.kinds]
+        )
 
-    def pin_memory(self) -> Compared:
-        return Compared(self.mixture.pin_memory(), [Sides(*(s.pin_memory() for s in kind)) for kind in self.kinds])
+    def pin_memory(self) -> PreferenceBatch:
+        return PreferenceBatch(
+            self.mixture.pin_memory(), [PairBatch(*(s.pin_memory() for s in kind)) for kind in self.kinds]
+        )
 
 
-class CollateCompared:
+class PreferenceCollator:
     def __init__(self, collate: Callable[[list[Any]], Batch], length: int, image_size: int) -> None:
         self.collate, self.length, self.image_size = collate, length, image_size
 
-    def __call__(self, items: list[tuple[Any, list[list[list[Sides]]]]]) -> Compared:
+    def __call__(self, items: list[tuple[Any, list[list[list[PairBatch]]]]]) -> PreferenceBatch:
         kinds = [[row for rows in kind for row in rows] for kind in zip(*(kinds for _, kinds in items), strict=True)]
-        return Compared(self.collate([row for row, _ in items]), [self._packed(rows) for rows in kinds])
+        return PreferenceBatch(self.collate([row for row, _ in items]), [self._packed(rows) for rows in kinds])
 
-    def _packed(self, rows: list[list[Sides]]) -> Sides:
-        sides = ([[pair[k] for pair in row] for row in rows] for k in range(len(Sides._fields)))
-        return Sides(*(pack(side, self.length, self.image_size) for side in sides))
+    def _packed(self, rows: list[list[PairBatch]]) -> PairBatch:
+        sides = ([[pair[k] for pair in row] for row in rows] for k in range(len(PairBatch._fields)))
+        return PairBatch(*(pack(side, self.length, self.image_size) for side in sides))
 
 
-class Preferences(nn.Module):
+class DPOObjective(nn.Module):
     """The losses of a mixture, and those of pairs: "preference", and "chosen", - log p of the chosen answers in nats an
     id. metric/accuracy: the share of pairs whose chosen answer has gained on the rejected one."""
 
-    def __init__(self, mixture: Mixture, reference: UnifiedModel, config: PreferenceConfig) -> None:
+    def __init__(self, mixture: MultiGeneratorLoss, reference: UnifiedModel, config: PreferenceConfig) -> None:
         super().__init__()
         self.mixture, self.beta = mixture, config.beta
         self.guidance, self.temperature = Guidance.of(config.guidance), config.temperature
         self.reference = reference.requires_grad_(False).eval()
         self.weights = mixture.weights | {"preference": config.weight, "chosen": config.nll}
 
-    def forward(self, model: Any, batch: Compared, rng: torch.Generator) -> dict[str, tuple[Tensor, Tensor | int]]:
+    def forward(
+        self, model: Any, batch: PreferenceBatch, rng: torch.Generator
+    ) -> dict[str, tuple[Tensor, Tensor | int]]:
         losses = self.mixture(model, batch.mixture, rng)
         found = [self._likelihoods(model, kind, rng) for kind in batch.kinds]
         chosen_P, margin_P = (torch.cat(parts) for parts in zip(*found, strict=True))
@@ -254,16 +262,16 @@ class Preferences(nn.Module):
         losses["metric/tokens"] = losses["metric/tokens"][0] + seen, 1
         return losses
 
-    def counts(self, batch: Compared, rng: torch.Generator) -> dict[str, Tensor | int]:
+    def counts(self, batch: PreferenceBatch, rng: torch.Generator) -> dict[str, Tensor | int]:
         return self.mixture.counts(batch.mixture, rng) | self._counts(batch)
 
-    def _likelihoods(self, model: Any, pairs: Sides, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _likelihoods(self, model: Any, pairs: PairBatch, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """log p of each pair's chosen answer (P,), and what this has gained on the reference more than the rejected."""
         state = rng.get_state()
 
         def log_p(one: Any, side: Batch, blind: Batch) -> Tensor:
             rng.set_state(state)  # all are asked the same, under one mask, one noise, one time
-            seen = one.fill(blind) if as_drawn(one, side) else None
+            seen = one.fill(blind) if has_guided_likelihood(one, side) else None
             return log_likelihood(one, one.fill(side), seen, self.guidance, self.temperature, rng)
 
         both = (pairs.chosen, pairs.blind_chosen), (pairs.rejected, pairs.blind_rejected)
@@ -272,7 +280,7 @@ class Preferences(nn.Module):
             chosen_before_P, rejected_before_P = (log_p(self.reference, *side) for side in both)
         return chosen_P, (chosen_P - chosen_before_P) - (rejected_P - rejected_before_P)
 
-    def _counts(self, batch: Compared) -> dict[str, Tensor | int]:
+    def _counts(self, batch: PreferenceBatch) -> dict[str, Tensor | int]:
         chosen = [kind.chosen for kind in batch.kinds]
         count = sum(int(side.segments_BL.amax(1).sum()) for side in chosen)
         empty = torch.stack([(side.spans_N3[:, 1] == side.spans_N3[:, 2]).sum() for side in chosen]).sum()

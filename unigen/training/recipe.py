@@ -2,8 +2,8 @@
 
     run_recipe("recipes/tiny.py", ["steps=100", "optim.lr=1e-4"])
 
-A recipe is a Python file with config(), which gives a RunConfig, and build(cfg), which gives a Job. It may say which
-of its fields name files or folders that something else makes, and by which command, in a plain table:
+A recipe is a Python file with config(), which gives a RunConfig, and build(cfg), which gives a TrainSpec. It may say
+which of its fields name files or folders that something else makes, and by which command, in a plain table:
 
     INPUTS = {"image_tokenizer": "unigen train recipes/tiny_vq.py run_dir=runs/vq"}
 """
@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from unigen.config import RunConfig, apply_overrides
-from unigen.training.launcher import check_launcher, launched_as
+from unigen.training.launcher import check_launcher, launch_info
 from unigen.utils import progress
 from unigen.utils.disk import check_input
-from unigen.utils.extras import require
+from unigen.utils.extras import require_extra
 
 T = TypeVar("T")
 
@@ -41,9 +41,9 @@ def run_recipe(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     except (SyntaxError, ValueError) as error:
         raise ValueError(f"the recipe {path} is not valid Python: {error}") from error
     check_launcher()
-    require("train", "accelerate", "tensorboard")
+    require_extra("train", "accelerate", "tensorboard")
     check_inputs(path, tree, overrides)
-    main = launched_as().rank == 0
+    main = launch_info().rank == 0
     name = f"unigen_recipe_{file.stem}"
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
@@ -59,11 +59,11 @@ def run_recipe(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
     from unigen.training.checkpoint import lock_run
     from unigen.training.stream import seed_all
-    from unigen.training.trainer import Job, Trainer
+    from unigen.training.trainer import Trainer, TrainSpec
 
     with lock_run(cfg.run_dir, main):
         seed_all(cfg.seed)  # so that the first weights are a function of the configuration
-        return Trainer(cfg, _call(path, "build(cfg)", Job, module.build, cfg)).run()
+        return Trainer(cfg, _call(path, "build(cfg)", TrainSpec, module.build, cfg)).run()
 
 
 def _call(path: str, call: str, kind: type[T], function: Callable[..., object], *given: object) -> T:

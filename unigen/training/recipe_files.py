@@ -15,13 +15,13 @@ from pathlib import Path
 
 from unigen.utils.text import did_you_mean
 
-PACKAGE = Path(__file__).parents[1]
+PACKAGE_ROOT = Path(__file__).parents[1]
 
 
 def shipped_recipes() -> dict[str, Path]:
     """The recipes of the package, by name: the Python files there that define `config` and `build`."""
-    installed = PACKAGE / "recipes"
-    folder = installed if installed.is_dir() else PACKAGE.parent / "recipes"
+    installed = PACKAGE_ROOT / "recipes"
+    folder = installed if installed.is_dir() else PACKAGE_ROOT.parent / "recipes"
     found: dict[str, Path] = {}
     for path in sorted(folder.glob("*.py")):
         functions = {node.name for node in ast.parse(path.read_text("utf-8")).body if isinstance(node, ast.FunctionDef)}

@@ -27,7 +27,7 @@ import torch
 import torch.utils.data
 
 
-def mix(*keys: int) -> int:
+def hash_seed(*keys: int) -> int:
     """63 well-mixed bits from integers (splitmix64's finalizer, folded over the keys)."""
     state = 0
     for key in keys:
@@ -38,7 +38,7 @@ def mix(*keys: int) -> int:
     return state >> 1
 
 
-def permuted(index: int, length: int, seed: int) -> int:
+def feistel_permutation(index: int, length: int, seed: int) -> int:
     """Where `index` goes in a seeded permutation of range(length): six Feistel rounds, walked until inside; no
     memory."""
     half = max((length - 1).bit_length() + 1, 2) // 2
@@ -46,7 +46,7 @@ def permuted(index: int, length: int, seed: int) -> int:
     while True:
         left, right = index >> half, index & mask
         for turn in range(6):
-            left, right = right, left ^ (mix(seed, turn, right) & mask)
+            left, right = right, left ^ (hash_seed(seed, turn, right) & mask)
         index = left << half | right
         if index < length:
             return index
@@ -60,7 +60,7 @@ def seed_all(seed: int) -> None:
 
 
 @dataclass
-class Failed:
+class WorkerError:
     """An exception on its way out of a worker: a ValueError is the user's to mend (one line), another our fault
     (traceback)."""
 
@@ -74,7 +74,7 @@ class Failed:
         raise RuntimeError(f"{self.where} failed:\n{self.text}")
 
 
-class _Stream(torch.utils.data.Dataset[Any]):
+class _SampleStream(torch.utils.data.Dataset[Any]):
     """position -> item, in order or shuffled anew each epoch."""
 
     def __init__(self, dataset: Any, seed: int, shuffle: bool) -> None:
@@ -89,12 +89,12 @@ class _Stream(torch.utils.data.Dataset[Any]):
         if self.length is not None:
             epoch, index = divmod(position, self.length)
             if self.shuffle:
-                index = permuted(index, self.length, mix(self.seed, epoch))
-        seed_all(mix(self.seed, position, 1))  # for datasets that draw from the global generators
+                index = feistel_permutation(index, self.length, hash_seed(self.seed, epoch))
+        seed_all(hash_seed(self.seed, position, 1))  # for datasets that draw from the global generators
         try:
             return self.dataset[index]
         except Exception as error:
-            return Failed(error, f"item {index} of the dataset", traceback.format_exc())
+            return WorkerError(error, f"item {index} of the dataset", traceback.format_exc())
 
 
 @dataclass
@@ -104,17 +104,17 @@ class _Collate:
     collate: Callable[[list[Any]], Any]
 
     def __call__(self, items: list[Any]) -> Any:
-        failed = next((item for item in items if isinstance(item, Failed)), None)
+        failed = next((item for item in items if isinstance(item, WorkerError)), None)
         if failed is None:
             try:
                 return self.collate(items)
             except Exception as error:
-                failed = Failed(error, "putting a batch together", traceback.format_exc())
+                failed = WorkerError(error, "putting a batch together", traceback.format_exc())
         try:
             pickle.loads(pickle.dumps(failed.error))
         except Exception:  # an exception that cannot travel would hang the worker; its text can
             kind = ValueError if isinstance(failed.error, ValueError) else RuntimeError
-            failed = Failed(kind(str(failed.error)), failed.where, failed.text)
+            failed = WorkerError(kind(str(failed.error)), failed.where, failed.text)
         return failed
 
 
@@ -128,7 +128,7 @@ def _start_worker(_: int) -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-class Batches:
+class BatchIterator:
     """The endless batches of a loader; `close` ends its workers within seconds, whatever they are doing."""
 
     def __init__(self, loader: Any) -> None:
@@ -158,7 +158,7 @@ class Batches:
         kill = threading.Timer(grace, self._kill)
         kill.start()
         try:
-            with _deaf_to_children():
+            with _ignore_sigchld():
                 shut_down()
         finally:
             kill.cancel()
@@ -169,7 +169,7 @@ class Batches:
 
 
 @contextmanager
-def _deaf_to_children() -> Iterator[None]:
+def _ignore_sigchld() -> Iterator[None]:
     """Inside, the end of a worker is no error, as which torch takes it."""
     try:
         old = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -194,11 +194,11 @@ def load(
     shuffle: bool,
     workers: int,
     pin: bool,
-) -> Batches:
+) -> BatchIterator:
     """Endless batches of `size` rows for process `rank`, the first at row first + rank * size, then every world * size
     rows.
 
-    A batch is what `collate` makes of the items, or a `Failed`. `pin` is for copies to a GPU.
+    A batch is what `collate` makes of the items, or a `WorkerError`. `pin` is for copies to a GPU.
     """
 
     def positions() -> Iterator[range]:
@@ -206,7 +206,7 @@ def load(
             yield range(start, start + size)
 
     loader = torch.utils.data.DataLoader(
-        _Stream(dataset, seed, shuffle),
+        _SampleStream(dataset, seed, shuffle),
         batch_sampler=positions(),  # type: ignore[arg-type]
         collate_fn=_Collate(collate or torch.utils.data.default_collate),
         num_workers=workers,
@@ -215,4 +215,4 @@ def load(
         pin_memory=pin,
         prefetch_factor=4 if workers else None,
     )
-    return Batches(loader)
+    return BatchIterator(loader)

@@ -26,24 +26,24 @@ from torch import Tensor, nn
 
 from unigen.config import OptimConfig, RunConfig, load_json, save_json, to_dict
 from unigen.training.checkpoint import (
-    SCRATCH,
+    TEMP_PREFIX,
     Ema,
-    checkpoints,
-    cpu_tree,
+    has_model_of_step,
+    has_samples_of_step,
+    list_checkpoints,
     load_checkpoint,
     lock_run,
-    model_is_of,
-    note_samples,
-    sampled_at,
+    record_samples,
     save_checkpoint,
     save_model,
+    tree_to_cpu,
 )
-from unigen.training.launcher import check_launcher, check_precision, launched_as
-from unigen.training.logs import Logs, Totals, clock, means
+from unigen.training.launcher import check_launcher, check_precision, launch_info
+from unigen.training.logs import MetricAccumulator, TrainLogger, compute_means, format_duration
 from unigen.training.peers import watch_peers
-from unigen.training.stream import Batches, Failed, load, mix, seed_all
+from unigen.training.stream import BatchIterator, WorkerError, hash_seed, load, seed_all
 from unigen.utils.disk import disk_errors
-from unigen.utils.extras import require
+from unigen.utils.extras import require_extra
 from unigen.utils.precision import train_precision
 
 Objective = Callable[[nn.Module, Any, torch.Generator], dict[str, tuple[Tensor, Tensor | int]]]
@@ -55,7 +55,7 @@ moved to the device."""
 
 
 @dataclass
-class Job:
+class TrainSpec:
     """What a recipe builds. `dataset` is map-style, a pure function of the index; without `__len__` it is endless and
     in order.
 
@@ -77,7 +77,7 @@ class Job:
 # ---------------------------------------------------------------- pure parts
 
 
-def lr_scale(optim: OptimConfig, step: int, progress: float) -> float:
+def lr_factor(optim: OptimConfig, step: int, progress: float) -> float:
     """The factor on lr at `step` (0-based): a linear warm-up times a decay over `progress` in [0, 1] from 1 to
     min_ratio."""
     warm = min(1.0, (step + 1) / optim.warmup) if optim.warmup else 1.0
@@ -128,7 +128,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return batch
 
 
-class _Step(nn.Module):
+class _ObjectiveModule(nn.Module):
     """Runs an objective inside one forward call, which is what DDP and autocast wrap."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -148,9 +148,9 @@ class Trainer:
     In run_dir: config.json (resolved), metrics.jsonl, tensorboard/, checkpoints/, samples/, model/ (what job.save
     wrote). SIGTERM and SIGINT end the run after the current step with a checkpoint; a second Ctrl-C ends it at once."""
 
-    def __init__(self, cfg: RunConfig, job: Job) -> None:
+    def __init__(self, cfg: RunConfig, job: TrainSpec) -> None:
         check_launcher()
-        require("train", "accelerate", "tensorboard")
+        require_extra("train", "accelerate", "tensorboard")
         from accelerate import Accelerator, DistributedDataParallelKwargs
         from accelerate.state import AcceleratorState
 
@@ -170,7 +170,7 @@ class Trainer:
                 f"the Trainer runs in one process or data parallel (torchrun), not {self.accelerator.distributed_type}"
             )
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
-        if (launched := launched_as().world) != self.world:
+        if (launched := launch_info().world) != self.world:
             raise ValueError(
                 f"{launched} processes were launched, which would not train together: launch by torchrun"
                 if launched > self.world
@@ -184,7 +184,7 @@ class Trainer:
         self.elapsed = 0.0  # seconds of training, earlier sessions included
         self._rows_per_step = cfg.batch_size * cfg.accumulate * self.world
         self.signal: int | None = None
-        self.totals = Totals(self.device)  # since the last log line,
+        self.totals = MetricAccumulator(self.device)  # since the last log line,
         self.logged = 0, 0.0  # which was at this step and time
         self.model = job.model.to(self.device)
         self.players = self._make_players()
@@ -196,7 +196,7 @@ class Trainer:
         if self.job.objectives:
             pairs = self.job.objectives
         else:
-            assert self.job.objective is not None, "a Job needs an objective"
+            assert self.job.objective is not None, "a TrainSpec needs an objective"
             build = self.job.optimizer
             pairs = [(self.job.objective, build(self.model, self.cfg) if build else list(self.model.parameters()))]
         players = []
@@ -232,13 +232,13 @@ class Trainer:
 
     def _run(self) -> dict[str, Any]:
         self._resume()
-        self._forward = self.accelerator.prepare(_Step(self.model))
+        self._forward = self.accelerator.prepare(_ObjectiveModule(self.model))
         self.model.train()
         began, before, first = time.monotonic(), self.elapsed, self.step
         last: dict[str, Any] = {}
-        batches: Batches | None = None
+        batches: BatchIterator | None = None
         start = self._progress()
-        logs = Logs(self.run_dir, self.cfg.steps, first, start, before) if self.main else None
+        logs = TrainLogger(self.run_dir, self.cfg.steps, first, start, before) if self.main else None
         # The watch ends before the loader does: joining workers takes longer in one process than in another.
         with self._signals(), logs or nullcontext(), ExitStack() as opened, watch_peers(self._goes_on):
             if first:
@@ -248,8 +248,8 @@ class Trainer:
                 progress = self._progress()
                 finished = progress >= 1
                 if self.step > first:
-                    saving = finished or _every(self.cfg.save_every, self.step)
-                    logging = saving or _every(self.cfg.log_every, self.step)
+                    saving = finished or _is_due(self.cfg.save_every, self.step)
+                    logging = saving or _is_due(self.cfg.log_every, self.step)
                     if logging or stop:
                         last = self._metrics()
                         if logging and logs:
@@ -260,7 +260,7 @@ class Trainer:
                             self.logged = self.step, self.elapsed
                     if saving or stop:
                         self._save()
-                    if (finished or _every(self.cfg.sample_every, self.step)) and not stop:
+                    if (finished or _is_due(self.cfg.sample_every, self.step)) and not stop:
                         self._sample()
                 if finished or stop:
                     break
@@ -271,14 +271,14 @@ class Trainer:
                     logs.tick()
         if self.main:
             word = "stopped by a signal (the same command goes on)" if stop else "finished"
-            print(f"{self.run_dir}: {word} at step {self.step} after {clock(self.elapsed)}", flush=True)
+            print(f"{self.run_dir}: {word} at step {self.step} after {format_duration(self.elapsed)}", flush=True)
         return last | {"step": self.step, "rows": self.rows, "seconds": self.elapsed, "finished": not stop}
 
     def _metrics(self) -> dict[str, float]:
         """The means since the last log line. All processes have to ask."""
         steps, seconds = self.step - self.logged[0], max(self.elapsed - self.logged[1], 1e-9)
         own = {"lr": self._lr(), "seconds": self.elapsed, "rows/s": steps * self._rows_per_step / seconds}
-        return means(self.totals.rows(self.world), seconds) | own
+        return compute_means(self.totals.rows(self.world), seconds) | own
 
     def _progress(self) -> float:
         """The share of the run that is done, in [0, 1], by steps or by the clock, whichever is further."""
@@ -310,7 +310,7 @@ class Trainer:
     def _train_step(self, batches: Iterator[Any], progress: float) -> None:
         cfg = self.cfg
         micro = [self._next(batches) for _ in range(cfg.accumulate)]
-        scale = lr_scale(cfg.optim, self.step, progress)
+        scale = lr_factor(cfg.optim, self.step, progress)
         for player, (objective, optimizer, parameters) in enumerate(self.players):
             if hasattr(objective, "step"):
                 objective.step = self.step
@@ -395,9 +395,9 @@ class Trainer:
     def _seed(self, player: int, index: int) -> torch.Generator:
         """Seed the global generators and return the objective's own, by (seed, step, slot, player); slots number the
         micro-batches of all processes, so that 2 processes draw what one with accumulate=2 draws."""
-        seed = mix(self.cfg.seed, self.step, index * self.world + self.rank, player, 2)
+        seed = hash_seed(self.cfg.seed, self.step, index * self.world + self.rank, player, 2)
         seed_all(seed)
-        return torch.Generator().manual_seed(mix(seed, 3))
+        return torch.Generator().manual_seed(hash_seed(seed, 3))
 
     @contextmanager
     def _only(self, player: int) -> Iterator[None]:
@@ -415,7 +415,7 @@ class Trainer:
     def _lr(self) -> float:
         return self.players[0][1].param_groups[0]["lr"]
 
-    def _batches(self) -> Batches:
+    def _batches(self) -> BatchIterator:
         """This process's micro-batches, endless, from the saved row on."""
         cfg = self.cfg
         return load(
@@ -433,7 +433,7 @@ class Trainer:
 
     def _next(self, batches: Iterator[Any]) -> Any:
         batch = next(batches)
-        if isinstance(batch, Failed):
+        if isinstance(batch, WorkerError):
             batch.throw()
         return to_device(batch, self.device)
 
@@ -453,7 +453,7 @@ class Trainer:
                 # stopped between two log lines: the next one is to be what it would have been
                 "unlogged": {"rows": rows, "step": self.logged[0], "seconds": self.logged[1]} if rows else None,
             }
-            save_checkpoint(self.run_dir, cpu_tree(state), self.cfg.keep)
+            save_checkpoint(self.run_dir, tree_to_cpu(state), self.cfg.keep)
             self._save_model()
         self.accelerator.wait_for_everyone()
 
@@ -467,15 +467,17 @@ class Trainer:
         """Do what a process that was killed or stopped at the step of the checkpoint had still to do: write the model
         of a finished run, and samples."""
         if self.main:
-            if finished and self.job.save is not None and not model_is_of(self.run_dir, self.step):
+            if finished and self.job.save is not None and not has_model_of_step(self.run_dir, self.step):
                 self._save_model()
                 print(f"{self.run_dir}: wrote the model of step {self.step}, which was missing", flush=True)
-            if (finished or _every(self.cfg.sample_every, self.step)) and not sampled_at(self.run_dir, self.step):
+            if (finished or _is_due(self.cfg.sample_every, self.step)) and not has_samples_of_step(
+                self.run_dir, self.step
+            ):
                 self._write_samples()
         self.accelerator.wait_for_everyone()
 
     def _goes_on(self) -> str:
-        good = checkpoints(self.run_dir)
+        good = list_checkpoints(self.run_dir)
         where = f"from {good[-1].name}" if good else "afresh"
         return f"what it said last says why; the same command goes on {where}"
 
@@ -492,11 +494,11 @@ class Trainer:
             return
         folder = self.run_dir / "samples"
         folder.mkdir(parents=True, exist_ok=True)
-        with self._averaged(), tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder) as scratch:
+        with self._averaged(), tempfile.TemporaryDirectory(prefix=TEMP_PREFIX, dir=folder) as scratch:
             self.job.sample(self.model, self.step, Path(scratch))
             for path in sorted(Path(scratch).iterdir()):  # none is there in part
                 os.replace(path, folder / path.name)
-        note_samples(self.run_dir, self.step)
+        record_samples(self.run_dir, self.step)
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -510,7 +512,7 @@ class Trainer:
         """Take up the run that run_dir holds, or start one; says which."""
         state = load_checkpoint(self.run_dir)
         saved = self._saved_config() if state is not None else {}
-        changes = list(_changes(saved, to_dict(self.cfg))) if saved else []
+        changes = list(_config_diff(saved, to_dict(self.cfg))) if saved else []
         if state is not None:
             self._load(state, changes)
         if self.main:
@@ -641,14 +643,14 @@ def _is_lost_peer(error: RuntimeError) -> bool:
     return any(sign in str(error).lower() for sign in signs)
 
 
-def _every(interval: int, step: int) -> bool:
+def _is_due(interval: int, step: int) -> bool:
     return bool(interval) and step % interval == 0
 
 
-def _changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def _config_diff(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     for key in [*new, *(k for k in old if k not in new)]:
         before, after = old.get(key), new.get(key)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
-            yield from _changes(before, after, f"{prefix}{key}.")
+            yield from _config_diff(before, after, f"{prefix}{key}.")
         elif before != after:
             yield f"{prefix}{key}: {before} -> {after}"

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from unigen.nn.conv import PatchDiscriminator
-from unigen.nn.perceptual import unit
+from unigen.nn.perceptual import unit_normalize
 from unigen.tokenizers.kl import KLTokenizer
 from unigen.tokenizers.measure import perplexity
 from unigen.tokenizers.vq import VQOutput, VQTokenizer
@@ -117,7 +117,7 @@ class VQObjective:
             losses["gan"] = (self.config.gan * weight * generator * n, n)
             losses["metric/gan_weight"] = (weight, 1)
         real, fake = judge(x_BCHW).float(), judge(y_BCHW.detach()).float()
-        losses["discriminator"] = (hinge(real, fake) * n, n)
+        losses["discriminator"] = (discriminator_hinge_loss(real, fake) * n, n)
         return losses
 
 
@@ -131,13 +131,13 @@ def pixel_loss(y_BCHW: Tensor, x_BCHW: Tensor, masks_B1HW: Tensor, c: VQLossConf
 def feature_distance(features: Callable[[Tensor], list[Tensor]], y_BCHW: Tensor, x_BCHW: Tensor) -> Tensor:
     """Mean squared distance of unit-normalised feature vectors, averaged over the maps; one number a picture (B,)."""
     with torch.no_grad():
-        wanted = [unit(map_BCHW) for map_BCHW in features(x_BCHW)]
-    got = [unit(map_BCHW) for map_BCHW in features(y_BCHW)]
+        wanted = [unit_normalize(map_BCHW) for map_BCHW in features(x_BCHW)]
+    got = [unit_normalize(map_BCHW) for map_BCHW in features(y_BCHW)]
     gaps = [(a - b).square().sum(1).mean((1, 2)) for a, b in zip(got, wanted, strict=True)]
     return torch.stack(gaps).mean(0)
 
 
-def hinge(real: Tensor, fake: Tensor) -> Tensor:
+def discriminator_hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
     """The discriminator's loss (Lim & Ye 2017): mean of relu(1 - real) and relu(1 + fake), halved."""
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 

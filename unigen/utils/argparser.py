@@ -12,14 +12,14 @@ from typing import Any, NoReturn
 from unigen.utils.text import did_you_mean
 
 
-def name(value: str) -> str:
+def non_empty(value: str) -> str:
     """The type of an argument that names a model, a file, a folder or a way to do something: all but nothing."""
     if not value.strip():
         raise argparse.ArgumentTypeError("it is empty; give a name, or leave it out")
     return value
 
 
-class Parser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
     """argparse that raises ValueError for bad arguments, in one line, and suggests the option that was meant."""
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]

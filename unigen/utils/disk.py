@@ -14,7 +14,7 @@ from pathlib import Path
 
 from unigen.utils.text import shorten
 
-DISK_FAULTS = frozenset(
+DISK_ERRNOS = frozenset(
     getattr(errno, name)
     for name in (
         *("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "ENAMETOOLONG"),
@@ -41,7 +41,7 @@ def disk_errors(what: str, advice: str) -> Iterator[None]:
         while chain is not None:  # torch, tokenizers and safetensors raise their own kinds about a failed write
             told = re.search(r"\(os error (\d+)\)", str(chain))
             number = chain.errno if isinstance(chain, OSError) else int(told[1]) if told else None
-            if number is not None and number in DISK_FAULTS:
+            if number is not None and number in DISK_ERRNOS:
                 raise DiskError(f"cannot write {what}: {os.strerror(number)}; {advice}") from error
             chain = chain.__cause__ or chain.__context__
         raise

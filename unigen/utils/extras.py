@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 
-MODULES = {
+EXTRA_MODULES = {
     "train": ("accelerate", "peft", "datasets", "tensorboard"),
     "serve": (
         "fastapi",
@@ -24,35 +24,35 @@ MODULES = {
     "quantization": ("bitsandbytes",),
 }
 """The top-level modules that are imported of each extra of pyproject.toml."""
-COMMANDS = ("train", "serve", "eval")
+EXTRA_COMMANDS = ("train", "serve", "eval")
 """Those of `unigen` that have an extra of their own name."""
 
 
-def require(extra: str, *modules: str) -> None:
+def require_extra(extra: str, *modules: str) -> None:
     """Check that packages of an extra are installed, without importing them.
 
     Args:
-        extra: a name in `MODULES`.
+        extra: a name in `EXTRA_MODULES`.
         modules: those of its modules that are needed now; none: all.
 
     Raises:
         ValueError: one is missing; says in one line how to install it.
     """
-    for module in modules or MODULES[extra]:
+    for module in modules or EXTRA_MODULES[extra]:
         try:
             found = importlib.util.find_spec(module) is not None
         except (ImportError, ValueError):
             found = False
         if not found:
-            raise ValueError(install(module, extra))
+            raise ValueError(install_hint(module, extra))
 
 
-def install(module: str, extra: str | None) -> str:
+def install_hint(module: str, extra: str | None) -> str:
     """The line that says how to install a missing module."""
     return f"{module} is not installed; run: pip install 'unigen{f'[{extra}]' if extra else ''}'"
 
 
-def missing(error: ModuleNotFoundError, command: str = "") -> str | None:
+def missing_module_message(error: ModuleNotFoundError, command: str = "") -> str | None:
     """The line for a module that could not be imported.
 
     Args:
@@ -65,6 +65,6 @@ def missing(error: ModuleNotFoundError, command: str = "") -> str | None:
     module = (error.name or "").partition(".")[0]
     if not module or module == "unigen":
         return None
-    extras = [extra for extra, modules in MODULES.items() if module in modules]
-    own = command if command in COMMANDS else None
-    return install(module, own if own in extras or not extras else extras[0])
+    extras = [extra for extra, modules in EXTRA_MODULES.items() if module in modules]
+    own = command if command in EXTRA_COMMANDS else None
+    return install_hint(module, own if own in extras or not extras else extras[0])

@@ -13,12 +13,12 @@ INTEGER = re.compile(r"-?[0-9]{1,30}")
 REAL = re.compile(r"-?([0-9]{1,30}(\.[0-9]{0,30})?|\.[0-9]{1,30})([eE][+-]?[0-9]{1,4})?")
 
 
-GROUPED = re.compile(r"(?<=[0-9])_(?=[0-9])")
+DIGIT_GROUP = re.compile(r"(?<=[0-9])_(?=[0-9])")
 
 
-def digits(text: str) -> str:
+def strip_digit_groups(text: str) -> str:
     """The same without the underscores by which Python groups digits: 1_000 is 1000."""
-    return GROUPED.sub("", text)
+    return DIGIT_GROUP.sub("", text)
 
 
 def parse_int(text: str) -> int:
@@ -35,7 +35,7 @@ def parse_float(text: str) -> float:
     return float(text)
 
 
-class NotFinite(ValueError):
+class NonFiniteError(ValueError):
     """A model's numbers are infinite or nan."""
 
     def __init__(self, what: str, dtype: torch.dtype) -> None:

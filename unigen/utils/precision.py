@@ -26,7 +26,7 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument("--quantization", choices=QUANTIZATIONS, help="of the language model's weights")
 
 
-def options_of(args: argparse.Namespace) -> dict[str, Any]:
+def load_options(args: argparse.Namespace) -> dict[str, Any]:
     """What `unigen.load` takes of them."""
     return {"device": args.device, "dtype": args.dtype, "quantization": args.quantization}
 

@@ -28,23 +28,23 @@ def in_notebook() -> bool:
     return running is not None and "IPKernelApp" in running.config
 
 
-_hidden = False
+_suppressed = False
 
 
 @contextmanager
-def hidden() -> Iterator[None]:
+def suppress_bars() -> Iterator[None]:
     """Show nothing while the block runs."""
-    global _hidden
-    before, _hidden = _hidden, True
+    global _suppressed
+    before, _suppressed = _suppressed, True
     try:
         yield
     finally:
-        _hidden = before
+        _suppressed = before
 
 
 def visible() -> bool:
     """Is there anybody to see a bar?"""
-    if _hidden or os.environ.get("TQDM_DISABLE", "0") not in ("", "0", "false", "False"):
+    if _suppressed or os.environ.get("TQDM_DISABLE", "0") not in ("", "0", "false", "False"):
         return False
     return in_notebook() or (sys.stderr is not None and sys.stderr.isatty())
 

@@ -24,7 +24,7 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def summary(file: Path) -> str:
+def docstring_summary(file: Path) -> str:
     """The first paragraph of a Python file's docstring, in one line, read without running it; '' if there is none."""
     text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
     return " ".join(text.split("\n\n")[0].split())

@@ -19,19 +19,19 @@ from PIL import Image
 from unigen.config import write_report
 from unigen.data import digits
 from unigen.evaluation.runner import (
-    Parser,
-    common_arguments,
-    draw,
+    OneLineParser,
+    generate_outputs,
     load_engine,
-    options_of,
-    parse,
+    make_parser,
+    parse_args,
+    sampling_options,
     write_outputs,
 )
-from unigen.evaluation.task import Item
-from unigen.limits import argument as limited
-from unigen.utils.extras import require
+from unigen.evaluation.task import Example
+from unigen.limits import limit_argument as limited
+from unigen.utils.extras import require_extra
 
-NEIGHBOURS = 3
+NUM_NEIGHBORS = 3
 
 
 class DigitsTask:
@@ -40,24 +40,24 @@ class DigitsTask:
     output: Literal["image", "text"] = "image"
 
     def __init__(self) -> None:
-        require("eval", "sklearn")
+        require_extra("eval", "sklearn")
         from sklearn.neighbors import KNeighborsClassifier
 
         images, labels = digits.load(held_out=False)
         self.known = images.reshape(len(images), -1).astype(np.float32)
-        self.reader = KNeighborsClassifier(NEIGHBOURS).fit(self.known, labels)
+        self.reader = KNeighborsClassifier(NUM_NEIGHBORS).fit(self.known, labels)
 
-    def items(self) -> list[Item]:
-        return [Item(i, name, {"label": i}) for i, name in enumerate(digits.NAMES)]
+    def items(self) -> list[Example]:
+        return [Example(i, name, {"label": i}) for i, name in enumerate(digits.NAMES)]
 
     def score_batch(self, items: Any, outputs: Any) -> list[dict[str, float]]:
-        read = self.reader.predict(np.stack([digits.digit(picture).ravel() for picture in outputs]))
+        read = self.reader.predict(np.stack([digits.to_digit(picture).ravel() for picture in outputs]))
         return [{"correct": float(r == item.meta["label"])} for item, r in zip(items, read, strict=True)]
 
-    def score(self, item: Item, output: Image.Image) -> dict[str, float]:
+    def score(self, item: Example, output: Image.Image) -> dict[str, float]:
         return self.score_batch([item], [output])[0]
 
-    def reward(self, item: Item, output: Image.Image) -> float:
+    def reward(self, item: Example, output: Image.Image) -> float:
         return self.score(item, output)["correct"]
 
     def nearness(self, vectors: np.ndarray) -> float:
@@ -67,8 +67,8 @@ class DigitsTask:
         return float(self.reader.kneighbors(vectors, 1)[0].mean() / true.mean())
 
 
-def arguments() -> Parser:
-    parser = common_arguments(
+def arguments() -> OneLineParser:
+    parser = make_parser(
         "digits",
         "Draw handwritten digits by class, and score the share that a nearest-neighbour classifier reads right.",
     )
@@ -78,11 +78,11 @@ def arguments() -> Parser:
 
 def main(args: list[str]) -> int:
     """`unigen eval digits ...`. ValueError for bad input."""
-    a = parse(arguments(), args)
+    a = parse_args(arguments(), args)
     start = time.perf_counter()
     task, engine = DigitsTask(), load_engine(a)
     items = task.items()
-    drawn = draw(engine, task, items, a.images, a.batch, a.seed, **options_of(a))
+    drawn = generate_outputs(engine, task, items, a.images, a.batch, a.seed, **sampling_options(a))
     scores = [task.score_batch([item] * a.images, row) for item, row in zip(items, drawn, strict=True)]
     by_class = {item.tag: float(np.mean([s["correct"] for s in row])) for item, row in zip(items, scores, strict=True)}
     under_next = [task.score_batch([items[(i + 1) % len(items)]] * a.images, row) for i, row in enumerate(drawn)]
@@ -91,7 +91,9 @@ def main(args: list[str]) -> int:
         "drawn": float(np.mean(list(by_class.values()))),
         "true, held out": float(task.reader.score(true.reshape(len(true), -1), labels)),
         "drawn, under the next class": float(np.mean([s["correct"] for row in under_next for s in row])),
-        "distance to training digits": task.nearness(np.stack([digits.digit(p).ravel() for row in drawn for p in row])),
+        "distance to training digits": task.nearness(
+            np.stack([digits.to_digit(p).ravel() for row in drawn for p in row])
+        ),
     }
     for name, value in figures.items():
         print(f"{name:<30} {value:.3f}")

@@ -22,25 +22,33 @@ from torch import Tensor, nn
 
 from unigen.config import write_report
 from unigen.evaluation import baselines
-from unigen.evaluation.baselines import Pictures
-from unigen.evaluation.call_counter import Watch
-from unigen.evaluation.detector import Detector
-from unigen.evaluation.runner import Parser, common_arguments, draw, load_engine, make_folder, options_of, parse
-from unigen.evaluation.tasks.scenes import PROMPTS, ScenesTask, score_pictures, summarise
-from unigen.limits import argument as limited
-from unigen.media.output import grid, save_picture
+from unigen.evaluation.baselines import ImageGroups
+from unigen.evaluation.call_counter import CallCounter
+from unigen.evaluation.detector import SceneDetector
+from unigen.evaluation.runner import (
+    OneLineParser,
+    generate_outputs,
+    load_engine,
+    make_folder,
+    make_parser,
+    parse_args,
+    sampling_options,
+)
+from unigen.evaluation.tasks.scenes import PROMPTS_PER_TAG, ScenesTask, score_pictures, summarize_scores
+from unigen.limits import limit_argument as limited
+from unigen.media.output import image_grid, save_image
 from unigen.media.pixels import to_pixels
-from unigen.toyworld.scenes import World
-from unigen.utils.extras import require
+from unigen.toyworld.scenes import SceneRenderer
+from unigen.utils.extras import require_extra
 
-BATCH = 16  # of the second timing
-TIMED = 4  # runs of each timing; the best counts
+TIMING_BATCH_SIZE = 16  # of the second timing
+TIMING_REPEATS = 4  # runs of each timing; the best counts
 
 
-class Features(nn.Module):
+class DetectorFeatures(nn.Module):
     """uint8 pictures (B, 3, H, W) -> (B, F): the means of the detector's coarsest maps, as torchmetrics wants them."""
 
-    def __init__(self, detector: Detector) -> None:
+    def __init__(self, detector: SceneDetector) -> None:
         super().__init__()
         self.detector = detector
         self.num_features = detector.config.widths[-1]
@@ -50,17 +58,17 @@ class Features(nn.Module):
         return self.detector.features(x_BCHW.float() / 127.5 - 1)[-1].mean((2, 3)).double()
 
 
-class Distances:
+class FeatureDistances:
     """FID and KID of pictures from the true ones. ValueError without torchmetrics, or for fewer than two pictures."""
 
-    def __init__(self, detector: Detector, true: list[Image.Image]) -> None:
-        require("eval", "torchmetrics", "scipy")
+    def __init__(self, detector: SceneDetector, true: list[Image.Image]) -> None:
+        require_extra("eval", "torchmetrics", "scipy")
         from torchmetrics.image.fid import FrechetInceptionDistance
         from torchmetrics.image.kid import KernelInceptionDistance
 
         if len(true) < 2:
             raise ValueError("FID and KID need at least two pictures")
-        self.size, features = detector.config.image_size, Features(detector)
+        self.size, features = detector.config.image_size, DetectorFeatures(detector)
         shape = (3, self.size, self.size)
         self.fid = FrechetInceptionDistance(features, reset_real_features=False, input_img_size=shape)
         subsets = {"subsets": 50, "subset_size": min(100, len(true))}
@@ -83,17 +91,17 @@ class Distances:
             self.kid.update(x_BCHW, real=real)
 
 
-def costs(engine: Any, writer: str, prompts: list[str], **options: Any) -> dict[str, float]:
+def measure_cost(engine: Any, writer: str, prompts: list[str], **options: Any) -> dict[str, float]:
     """Seconds a picture alone and in a batch, the best of several runs, and evaluations for one picture."""
     head = engine.model.heads[writer] if writer in engine.model.heads else None
     found: dict[str, float] = {}
-    with Watch(engine.model, "step") as step, ExitStack() as stack:
-        velocity = stack.enter_context(Watch(head, "velocity")) if hasattr(head, "velocity") else None
+    with CallCounter(engine.model, "step") as step, ExitStack() as stack:
+        velocity = stack.enter_context(CallCounter(head, "velocity")) if hasattr(head, "velocity") else None
         engine.generate_batch(prompts[:1], [0], generator=writer, **options)
         found |= {"backbone": step.calls, "head": velocity.calls if velocity else 0}
-    for name, batch in (("seconds alone", 1), (f"seconds in {BATCH}", BATCH)):
+    for name, batch in (("seconds alone", 1), (f"seconds in {TIMING_BATCH_SIZE}", TIMING_BATCH_SIZE)):
         times = []
-        for turn in range(TIMED):
+        for turn in range(TIMING_REPEATS):
             asked = [prompts[(turn + i) % len(prompts)] for i in range(batch)]
             began = time.perf_counter()
             engine.generate_batch(asked, range(batch), generator=writer, **options)
@@ -102,8 +110,8 @@ def costs(engine: Any, writer: str, prompts: list[str], **options: Any) -> dict[
     return found
 
 
-def arguments() -> Parser:
-    parser = common_arguments(
+def arguments() -> OneLineParser:
+    parser = make_parser(
         "generators",
         "Compare all of a model's generators on the same prompts: scenes score, FID and KID on the detector's "
         "features, seconds a picture.",
@@ -115,19 +123,19 @@ def arguments() -> Parser:
 
 def main(args: list[str]) -> int:
     """`unigen eval generators ...`: print the table, write the report and the grid. ValueError for bad input."""
-    a = parse(arguments(), args)
+    a = parse_args(arguments(), args)
     start = time.perf_counter()
-    task = ScenesTask(PROMPTS[a.quick], a.seed)
-    items, world, engine = task.items(), World(task.detector.config.image_size), load_engine(a)
-    true = baselines.oracle(items, a.images, a.seed, world)
-    distances = Distances(task.detector, [picture for row in true for picture in row])
-    columns = ("scenes", "fid", "kid", "seconds alone", f"seconds in {BATCH}", "backbone", "head")
+    task = ScenesTask(PROMPTS_PER_TAG[a.quick], a.seed)
+    items, world, engine = task.items(), SceneRenderer(task.detector.config.image_size), load_engine(a)
+    true = baselines.oracle_images(items, a.images, a.seed, world)
+    distances = FeatureDistances(task.detector, [picture for row in true for picture in row])
+    columns = ("scenes", "fid", "kid", "seconds alone", f"seconds in {TIMING_BATCH_SIZE}", "backbone", "head")
     units = dict(zip(columns, ("share", "", "", "s", "s", "evaluations", "evaluations"), strict=True))
     rows: list[dict[str, Any]] = []
     print(f"{'':<24}" + "".join(f"{column:>16}" for column in columns), flush=True)
 
-    def report(name: str, pictures: Pictures, cost: dict[str, float]) -> float:
-        overall = summarise(items, score_pictures(task, items, pictures), a.seed).overall.overall
+    def report(name: str, pictures: ImageGroups, cost: dict[str, float]) -> float:
+        overall = summarize_scores(items, score_pictures(task, items, pictures), a.seed).overall.overall
         fid, kid = distances([picture for row in pictures for picture in row])
         figures = {"scenes": overall, "fid": fid, "kid": kid} | cost
         print(
@@ -136,23 +144,23 @@ def main(args: list[str]) -> int:
         rows.extend({"name": f"{name}: {c}", "value": v, "unit": units[c]} for c, v in figures.items())
         return overall
 
-    again = baselines.oracle(items, a.images, a.seed + 1, world)
+    again = baselines.oracle_images(items, a.images, a.seed + 1, world)
     report("true pictures", again, {})
-    report("through the codes", baselines.reconstructions(engine.model.image_tokenizer, again), {})
-    wanted = options_of(a)
+    report("through the codes", baselines.reconstruct_images(engine.model.image_tokenizer, again), {})
+    wanted = sampling_options(a)
     names = [wanted.pop("generator")] if "generator" in wanted else engine.info()["generators"]
     scores, shown = {}, []
     for name in names:
         options = dict(wanted)
         if len(names) > 1:  # each takes what it can
             options = {k: v for k, v in wanted.items() if k == "guidance" or k in engine.model.generators[name].takes}
-        pictures = draw(engine, task, items, a.images, a.batch, a.seed, generator=name, **options)
-        cost = costs(engine, name, [str(item.prompt) for item in items], **options)
+        pictures = generate_outputs(engine, task, items, a.images, a.batch, a.seed, generator=name, **options)
+        cost = measure_cost(engine, name, [str(item.prompt) for item in items], **options)
         scores[name] = report(name, pictures, cost)
         shown.append([pictures[i][0] for i in range(0, len(items), max(1, len(items) // 18))])
     if a.out:
-        sheet = grid([picture for row in shown for picture in row], 0, len(shown[0]))
-        save_picture(make_folder(a.out) / "generators.png", sheet)
+        sheet = image_grid([picture for row in shown for picture in row], 0, len(shown[0]))
+        save_image(make_folder(a.out) / "generators.png", sheet)
     if a.json:
         write_report(
             a.json,

@@ -23,27 +23,36 @@ from PIL import Image
 
 from unigen.config import write_report
 from unigen.evaluation import baselines, geneval
-from unigen.evaluation.baselines import Pictures
-from unigen.evaluation.detector import Detector, Reading, load_detector
+from unigen.evaluation.baselines import ImageGroups
+from unigen.evaluation.detector import SceneDetections, SceneDetector, load_detector
 from unigen.evaluation.runner import (
-    Parser,
-    common_arguments,
-    draw,
+    OneLineParser,
+    generate_outputs,
     load_engine,
-    options_of,
-    parse,
+    make_parser,
+    parse_args,
+    sampling_options,
     write_outputs,
 )
-from unigen.evaluation.task import Item, Mean, mean_and_interval
-from unigen.limits import argument as limited
+from unigen.evaluation.task import Example, ScoreSummary, bootstrap_mean
+from unigen.limits import limit_argument as limited
 from unigen.media.pixels import to_pixels
 from unigen.toyworld.captions import Facts, caption
-from unigen.toyworld.scenes import BACKGROUNDS, MAX_COUNT, OBJECTS, RELATIONS, Group, World, heldout_groups, tints
+from unigen.toyworld.scenes import (
+    BACKGROUNDS,
+    MAX_COUNT,
+    OBJECT_EMOJI,
+    RELATIONS,
+    Group,
+    SceneRenderer,
+    allowed_colors,
+    held_out_combinations,
+)
 
 # ---------------------------------------------------------------- prompts
 
 
-def specification(tag: str, said: Facts) -> dict[str, Any]:
+def geneval_spec(tag: str, said: Facts) -> dict[str, Any]:
     """GenEval's clauses for these facts. In `position` the reference (the second group) is clause 0."""
     include: list[dict[str, Any]] = [{"class": name, "count": count} for name, _, count in said.groups]
     for clause, (_, color, _) in zip(include, said.groups, strict=True):
@@ -55,13 +64,13 @@ def specification(tag: str, said: Facts) -> dict[str, Any]:
     return {"tag": tag, "include": include, "exclude": exclude}
 
 
-def _draw(tag: str, rng: np.random.Generator, index: int) -> tuple[tuple[Group, ...], str | None]:
+def _sample_request(tag: str, rng: np.random.Generator, index: int) -> tuple[tuple[Group, ...], str | None]:
     """What one prompt asks for: its groups, and the relation of the first to the second."""
-    names = list(OBJECTS)
+    names = list(OBJECT_EMOJI)
     a, b = (names[int(k)] for k in rng.choice(len(names), 2, replace=False))
 
     def tint(name: str, *but: str | None) -> str:
-        left = [color for color in tints(name) if color not in but]
+        left = [color for color in allowed_colors(name) if color not in but]
         return left[int(rng.integers(len(left)))]
 
     if tag == "single_object":
@@ -77,26 +86,28 @@ def _draw(tag: str, rng: np.random.Generator, index: int) -> tuple[tuple[Group, 
     return ((a, None, 1), (b, None, 1)), relation
 
 
-def prompts(tag: str, count: int, seed: int) -> list[Item]:
+def make_prompts(tag: str, count: int, seed: int) -> list[Example]:
     """`count` different prompts of one of GenEval's tasks, always the same for a seed; 3 of 10 are held out where the
     task has combinations. ValueError when there are not that many."""
     rng = np.random.default_rng((seed, geneval.TAGS.index(tag)))
-    shuffle = rng.permutation(len(OBJECTS))
-    items: dict[str, Item] = {}
+    shuffle = rng.permutation(len(OBJECT_EMOJI))
+    items: dict[str, Example] = {}
     for k in range(100 * count):
         i = len(items)
         if i == count:
             break
         want = tag != "single_object" and i % 10 in (2, 5, 8)
-        groups, relation = _draw(tag, rng, int(shuffle[i // 2 % len(shuffle)]) if tag == "single_object" else i)
-        if bool(heldout_groups(groups)) != want:
+        groups, relation = _sample_request(
+            tag, rng, int(shuffle[i // 2 % len(shuffle)]) if tag == "single_object" else i
+        )
+        if bool(held_out_combinations(groups)) != want:
             continue
         behind = i % 2 == 1 if tag == "single_object" else i % 4 == 3
         crowded = k > 20 * count  # all without a background are used up
         background = list(BACKGROUNDS)[int(rng.integers(len(BACKGROUNDS)))] if behind or crowded else None
         said = Facts(groups, background, relation)
-        meta = {"spec": specification(tag, said), "background": background, "heldout": want, "groups": groups}
-        items.setdefault(caption(said), Item(caption(said), tag, meta | {"relation": relation}))
+        meta = {"spec": geneval_spec(tag, said), "background": background, "heldout": want, "groups": groups}
+        items.setdefault(caption(said), Example(caption(said), tag, meta | {"relation": relation}))
     if len(items) < count:
         raise ValueError(f"there are only {len(items)} different prompts for {tag}: ask for fewer than {count}")
     return list(items.values())
@@ -111,15 +122,15 @@ class ScenesTask:
 
     count: int = 100
     seed: int = 0
-    detector: Detector = field(default_factory=load_detector)
+    detector: SceneDetector = field(default_factory=load_detector)
     output: Literal["image", "text"] = "image"
 
-    def items(self) -> list[Item]:
-        return [item for tag in geneval.TAGS for item in prompts(tag, self.count, self.seed)]
+    def items(self) -> list[Example]:
+        return [item for tag in geneval.TAGS for item in make_prompts(tag, self.count, self.seed)]
 
-    def read(self, pictures: Sequence[Image.Image], batch: int = 128) -> list[Reading]:
+    def read(self, pictures: Sequence[Image.Image], batch: int = 128) -> list[SceneDetections]:
         """What the detector finds in each picture, resized to the size that it was trained on."""
-        found: list[Reading] = []
+        found: list[SceneDetections] = []
         for i in range(0, len(pictures), batch):
             x_BCHW = to_pixels(pictures[i : i + batch], self.detector.config.image_size)
             found += self.detector.detect(
@@ -127,26 +138,26 @@ class ScenesTask:
             )
         return found
 
-    def judge(self, item: Item, reading: Reading) -> dict[str, float]:
+    def judge(self, item: Example, reading: SceneDetections) -> dict[str, float]:
         """correct: GenEval's verdict; strict: and no surplus object; share of the clauses that hold; background,
         where the prompt names one."""
         config, spec = self.detector.config, item.meta["spec"]
         threshold = config.count_threshold if spec["tag"] == "counting" else config.threshold
-        found = geneval.by_class(reading.objects, threshold)
+        found = geneval.group_by_class(reading.objects, threshold)
         verdict = geneval.evaluate(spec, found)
-        strict = verdict.correct and not geneval.surplus(spec, found)
+        strict = verdict.correct and not geneval.count_surplus_objects(spec, found)
         scores = {"correct": float(verdict.correct), "strict": float(strict), "share": verdict.share}
         if item.meta["background"] is not None:
             scores["background"] = float(reading.background == item.meta["background"])
         return scores
 
-    def score_batch(self, items: Sequence[Item], outputs: Sequence[Image.Image]) -> list[dict[str, float]]:
+    def score_batch(self, items: Sequence[Example], outputs: Sequence[Image.Image]) -> list[dict[str, float]]:
         return [self.judge(item, reading) for item, reading in zip(items, self.read(outputs), strict=True)]
 
-    def score(self, item: Item, output: Image.Image) -> dict[str, float]:
+    def score(self, item: Example, output: Image.Image) -> dict[str, float]:
         return self.score_batch([item], [output])[0]
 
-    def reward(self, item: Item, output: Image.Image) -> float:
+    def reward(self, item: Example, output: Image.Image) -> float:
         """In [0, 1]: the mean of strict correctness, the share of clauses that hold and, where asked, the
         background."""
         scores = self.score(item, output)
@@ -154,21 +165,23 @@ class ScenesTask:
 
 
 @dataclass(frozen=True)
-class Result:
+class ScenesResult:
     """Scores of one set of pictures. `heldout` and `seen` split `overall` by what training could show."""
 
-    overall: Mean
-    strict: Mean
-    seen: Mean | None
-    heldout: Mean | None
+    overall: ScoreSummary
+    strict: ScoreSummary
+    seen: ScoreSummary | None
+    heldout: ScoreSummary | None
     background: float | None
     any_correct: float
 
 
-def summarise(items: Sequence[Item], scores: Sequence[Sequence[dict[str, float]]], seed: int = 0) -> Result:
+def summarize_scores(
+    items: Sequence[Example], scores: Sequence[Sequence[dict[str, float]]], seed: int = 0
+) -> ScenesResult:
     """`scores[i]` are those of the pictures of item i. Overall = unweighted mean of the tags, as GenEval's."""
 
-    def mean(name: str, heldout: bool | None = None) -> Mean | None:
+    def mean(name: str, heldout: bool | None = None) -> ScoreSummary | None:
         rows = [
             (item.tag, [s[name] for s in row])
             for item, row in zip(items, scores, strict=True)
@@ -176,25 +189,25 @@ def summarise(items: Sequence[Item], scores: Sequence[Sequence[dict[str, float]]
         ]
         if not rows:
             return None
-        return mean_and_interval([tag for tag, _ in rows], [v for _, v in rows], np.random.default_rng(seed))
+        return bootstrap_mean([tag for tag, _ in rows], [v for _, v in rows], np.random.default_rng(seed))
 
     overall, strict = mean("correct"), mean("strict")
     assert overall is not None and strict is not None
     behind = [s["background"] for row in scores for s in row if "background" in s]
     best = float(np.mean([max(s["correct"] for s in row) for row in scores]))
-    return Result(
+    return ScenesResult(
         overall, strict, mean("correct", False), mean("correct", True), float(np.mean(behind)) if behind else None, best
     )
 
 
-def score_pictures(task: ScenesTask, items: Sequence[Item], pictures: Pictures) -> list[list[dict[str, float]]]:
+def score_pictures(task: ScenesTask, items: Sequence[Example], pictures: ImageGroups) -> list[list[dict[str, float]]]:
     """Scores grouped as the pictures are."""
     flat = [(item, picture) for item, row in zip(items, pictures, strict=True) for picture in row]
     scores = iter(task.score_batch([item for item, _ in flat], [picture for _, picture in flat]))
     return [[next(scores) for _ in row] for row in pictures]
 
 
-def false_positives(task: ScenesTask, pictures: Sequence[Image.Image]) -> float:
+def false_positive_rate(task: ScenesTask, pictures: Sequence[Image.Image]) -> float:
     """The share of pictures in which any object is found, although there is none."""
     threshold = task.detector.config.threshold
     return float(np.mean([any(o.score > threshold for o in reading.objects) for reading in task.read(pictures)]))
@@ -202,12 +215,12 @@ def false_positives(task: ScenesTask, pictures: Sequence[Image.Image]) -> float:
 
 # ---------------------------------------------------------------- the command
 
-PROMPTS = {True: 20, False: 100}  # a task: --quick or not
-RUNGS = ("oracle", "reconstructions", "nearest", "shuffled")
+PROMPTS_PER_TAG = {True: 20, False: 100}  # a task: --quick or not
+BASELINES = ("oracle", "reconstructions", "nearest", "shuffled")
 
 
-def arguments() -> Parser:
-    parser = common_arguments(
+def arguments() -> OneLineParser:
+    parser = make_parser(
         "scenes",
         "Draw the prompts of GenEval's six tasks in the rendered world, and score the share of pictures in which a "
         "detector finds what was asked for. Baselines are printed beside the model's score.",
@@ -225,12 +238,12 @@ def arguments() -> Parser:
     return parser
 
 
-def line(name: str, result: Result) -> str:
+def format_row(name: str, result: ScenesResult) -> str:
     tags = " ".join(f"{result.overall.tags[tag]:.3f}".rjust(len(tag)) for tag in geneval.TAGS)
     return f"{name:<16} {result.overall.overall:.3f} [{result.overall.low:.3f}, {result.overall.high:.3f}]  {tags}"
 
 
-def rows_of(name: str, result: Result, batch: int | None = None) -> list[dict[str, Any]]:
+def report_rows(name: str, result: ScenesResult, batch: int | None = None) -> list[dict[str, Any]]:
     """The report's rows for one set of pictures."""
     values = {
         "": result.overall.overall,
@@ -249,56 +262,59 @@ def rows_of(name: str, result: Result, batch: int | None = None) -> list[dict[st
 
 def main(args: list[str], command: str = "") -> int:
     """`unigen eval scenes ...`: print the table, write the report. ValueError for bad input."""
-    a = parse(arguments(), args)
+    a = parse_args(arguments(), args)
     start = time.perf_counter()
-    chosen = [rung for rung in RUNGS if getattr(a, rung)]
-    rungs = chosen or list(RUNGS)
+    chosen = [rung for rung in BASELINES if getattr(a, rung)]
+    rungs = chosen or list(BASELINES)
     with_model = not chosen or "shuffled" in chosen
-    task = ScenesTask(PROMPTS[a.quick], a.seed)
+    task = ScenesTask(PROMPTS_PER_TAG[a.quick], a.seed)
     items = task.items()
-    world: World | None = None
+    world: SceneRenderer | None = None
     if set(rungs) & {"oracle", "reconstructions", "nearest"}:
         try:
-            world = World(task.detector.config.image_size)
+            world = SceneRenderer(task.detector.config.image_size)
         except ValueError as error:
             if chosen:
                 raise
             print(f"left out: oracle, reconstructions and nearest training pictures ({error})", file=sys.stderr)
     engine = load_engine(a) if with_model or "reconstructions" in rungs else None
 
-    results: dict[str, Result] = {}
+    results: dict[str, ScenesResult] = {}
     print(f"{'':<16} {'overall, 95% interval':<21}  {' '.join(geneval.TAGS)}", flush=True)
 
-    def report(name: str, pictures: Pictures) -> list[list[dict[str, float]]]:
+    def report(name: str, pictures: ImageGroups) -> list[list[dict[str, float]]]:
         scores = score_pictures(task, items, pictures)
-        results[name] = summarise(items, scores, a.seed)
-        print(line(name, results[name]), flush=True)
+        results[name] = summarize_scores(items, scores, a.seed)
+        print(format_row(name, results[name]), flush=True)
         return scores
 
-    drawn: Pictures = []
+    drawn: ImageGroups = []
     if with_model:
-        options = options_of(a) | ({"candidates": a.candidates} if a.candidates else {})
-        drawn = draw(engine, task, items, a.images, a.batch, a.seed, **options)
+        options = sampling_options(a) | ({"candidates": a.candidates} if a.candidates else {})
+        drawn = generate_outputs(engine, task, items, a.images, a.batch, a.seed, **options)
         scores = report("model", drawn)
         if a.out:
             write_outputs(a.out, items, drawn, scores)
-    true = baselines.oracle(items, a.images, a.seed, world) if world else []
+    true = baselines.oracle_images(items, a.images, a.seed, world) if world else []
     if "oracle" in rungs and world:
         report("oracle", true)
     if "reconstructions" in rungs and world and engine is not None:
-        report("reconstructions", baselines.reconstructions(engine.model.image_tokenizer, true))
+        report("reconstructions", baselines.reconstruct_images(engine.model.image_tokenizer, true))
     if "nearest" in rungs and world:
-        report("nearest", baselines.nearest(items, a.images, a.seed, world))
+        report("nearest", baselines.nearest_training_images(items, a.images, a.seed, world))
     if "shuffled" in rungs and drawn:
-        report("shuffled", baselines.shuffled(items, drawn, a.seed))
+        report("shuffled", baselines.shuffle_images(items, drawn, a.seed))
 
     sample = [row[0] for row in (true or drawn)]
-    noise = baselines.noise_pictures(200, task.detector.config.image_size, np.random.default_rng(a.seed))
-    nothing = {"noise": false_positives(task, noise), "blends": false_positives(task, baselines.blends(sample))}
+    noise = baselines.noise_images(200, task.detector.config.image_size, np.random.default_rng(a.seed))
+    nothing = {
+        "noise": false_positive_rate(task, noise),
+        "blends": false_positive_rate(task, baselines.blend_images(sample)),
+    }
     first = next(iter(results))
-    rows = [row for name, result in results.items() for row in rows_of(name, result, a.batch)]
+    rows = [row for name, result in results.items() for row in report_rows(name, result, a.batch)]
     rows += [{"name": f"objects found in {name}", "value": v, "unit": "share"} for name, v in nothing.items()]
-    for row in rows_of(first, results[first]):
+    for row in report_rows(first, results[first]):
         if row["name"].split()[-1] in ("strict", "seen", "heldout", "background", "prompt"):
             print(f"{row['name']}: {row['value']:.3f}")
     print(", ".join(f"objects found in {name}: {v:.3f} of the pictures" for name, v in nothing.items()))

@@ -13,26 +13,26 @@ import numpy as np
 import torch
 
 from unigen.config import write_report
-from unigen.evaluation.runner import Parser, common_arguments, load_engine, parse
-from unigen.limits import argument as limited
+from unigen.evaluation.runner import OneLineParser, load_engine, make_parser, parse_args
+from unigen.limits import limit_argument as limited
 from unigen.tokenizers.measure import evaluate_tokenizer
-from unigen.toyworld.scenes import World, sample_scene
+from unigen.toyworld.scenes import SceneRenderer, sample_scene
 
 UNITS = {"psnr": "dB", "psnr_objects": "dB", "usage": "share", "perplexity": "codes", "dead": "codes"}
-_STREAM = 7_800_000  # keeps these scenes apart from those of any training seed
+_SEED_OFFSET = 7_800_000  # keeps these scenes apart from those of any training seed
 
 
-def pictures(world: World, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def render_images(world: SceneRenderer, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """x (count, 3, H, W) in [-1, 1] and masks (count, 1, H, W), 1 where any object is."""
-    rng = np.random.default_rng((seed, _STREAM))
+    rng = np.random.default_rng((seed, _SEED_OFFSET))
     drawn = [world.render(sample_scene(rng, world.size)) for _ in range(count)]
     x_BHWC = torch.from_numpy(np.stack([picture.image for picture in drawn]))
     masks_BHW = torch.from_numpy(np.stack([picture.masks.any(0) for picture in drawn]))
     return x_BHWC.permute(0, 3, 1, 2).float() / 127.5 - 1, masks_BHW[:, None].float()
 
 
-def arguments() -> Parser:
-    parser = common_arguments(
+def arguments() -> OneLineParser:
+    parser = make_parser(
         "tokenizer",
         "Encode and decode rendered pictures with the image tokenizer: PSNR, and how much of the codebook is used.",
         sampled=False,
@@ -43,11 +43,11 @@ def arguments() -> Parser:
 
 def main(args: list[str]) -> int:
     """`unigen eval tokenizer ...`. ValueError for bad input."""
-    a = parse(arguments(), args)
+    a = parse_args(arguments(), args)
     start = time.perf_counter()
     engine = load_engine(a)
     tokenizer = engine.model.image_tokenizer
-    x_BCHW, masks_B1HW = pictures(World(tokenizer.image_size), a.count, a.seed)
+    x_BCHW, masks_B1HW = render_images(SceneRenderer(tokenizer.image_size), a.count, a.seed)
     device = engine.model.device
     figures = evaluate_tokenizer(tokenizer, x_BCHW.to(device), masks_B1HW.to(device), a.batch)
     for name, unit in UNITS.items():

@@ -19,35 +19,35 @@ from PIL import Image
 
 from unigen.config import write_report
 from unigen.evaluation.runner import (
-    Parser,
-    common_arguments,
-    draw,
+    OneLineParser,
+    generate_outputs,
     load_engine,
-    options_of,
-    parse,
+    make_parser,
+    parse_args,
+    sampling_options,
     write_outputs,
 )
-from unigen.evaluation.task import Item, mean_and_interval
-from unigen.inference.scoring import DESCRIBE
-from unigen.limits import argument as limited
-from unigen.toyworld.captions import Facts, compare, facts, parse_caption
+from unigen.evaluation.task import Example, bootstrap_mean
+from unigen.inference.scoring import CAPTION_PROMPT
+from unigen.limits import limit_argument as limited
+from unigen.toyworld.captions import Facts, compare_facts, extract_facts, parse_caption
 from unigen.toyworld.language import questions
-from unigen.toyworld.scenes import Scene, World, relation, sample_scene
+from unigen.toyworld.scenes import Scene, SceneRenderer, sample_scene, spatial_relations
 
 _STREAM = 7_700_000  # keeps these scenes apart from those of any training seed
 
 
-def true_relations(scene: Scene) -> dict[str, list[str]]:
+def relation_table(scene: Scene) -> dict[str, list[str]]:
     """ "a|b" -> where a lies as seen from b by GenEval's rule, for objects that occur once under their name."""
     single = [item for item in scene.items if sum(other.name == item.name for other in scene.items) == 1]
-    return {f"{a.name}|{b.name}": list(relation(a, b)) for a in single for b in single if a is not b}
+    return {f"{a.name}|{b.name}": list(spatial_relations(a, b)) for a in single for b in single if a is not b}
 
 
 def score_caption(text: str, true: Facts, relations: dict[str, list[str]]) -> dict[str, float]:
     """1 or 0 for each attribute, and `correct` when all are right: the same objects, counts and colours, the right
     background (captions state it: a missing one is wrong), and a relation, if stated, that is true."""
     said = parse_caption(text)
-    right = compare(said, true)
+    right = compare_facts(said, true)
     right["relation"] = True
     if said.relation is not None:
         (a, _, m), (b, _, n) = said.groups[:2]
@@ -56,7 +56,7 @@ def score_caption(text: str, true: Facts, relations: dict[str, list[str]]) -> di
     return {"correct": float(all(right.values())), **marks}
 
 
-def plain(text: str) -> str:
+def normalize_answer(text: str) -> str:
     """Lower case, single spaces, no full stop at the end."""
     return " ".join(text.lower().split()).rstrip(".")
 
@@ -66,45 +66,45 @@ class UnderstandingTask:
     """`count` scenes, one caption and up to `asked` questions each. heldout: do they hold a held-out combination? None:
     every second one."""
 
-    world: World
+    world: SceneRenderer
     count: int = 500
     seed: int = 0
     heldout: bool | None = None
     asked: int = 3
     output: Literal["image", "text"] = "text"
 
-    def items(self) -> list[Item]:
-        made: list[Item] = []
+    def items(self) -> list[Example]:
+        made: list[Example] = []
         for i in range(self.count):
             rng = np.random.default_rng((self.seed, _STREAM, i))
             heldout = i % 2 == 1 if self.heldout is None else self.heldout
             scene = sample_scene(rng, self.world.size, heldout=heldout)
             picture = Image.fromarray(self.world.render(scene).image)
-            true = facts(scene)
+            true = extract_facts(scene)
             meta: dict[str, Any] = {"groups": true.groups, "background": true.background, "relation": true.relation}
-            meta |= {"heldout": heldout, "relations": true_relations(scene)}
-            made.append(Item([picture, DESCRIBE], "caption", meta))
+            meta |= {"heldout": heldout, "relations": relation_table(scene)}
+            made.append(Example([picture, CAPTION_PROMPT], "caption", meta))
             for qa in questions(scene, rng)[: self.asked]:
-                made.append(Item([picture, qa.question], qa.kind, {"answer": qa.answer, "heldout": heldout}))
+                made.append(Example([picture, qa.question], qa.kind, {"answer": qa.answer, "heldout": heldout}))
         return made
 
-    def score(self, item: Item, output: str) -> dict[str, float]:
+    def score(self, item: Example, output: str) -> dict[str, float]:
         if item.tag != "caption":
-            return {"correct": float(plain(output) == plain(item.meta["answer"]))}
+            return {"correct": float(normalize_answer(output) == normalize_answer(item.meta["answer"]))}
         true = Facts(tuple(tuple(g) for g in item.meta["groups"]), item.meta["background"], item.meta["relation"])
         return score_caption(output, true, item.meta["relations"])
 
-    def score_batch(self, items: Sequence[Item], outputs: Sequence[str]) -> list[dict[str, float]]:
+    def score_batch(self, items: Sequence[Example], outputs: Sequence[str]) -> list[dict[str, float]]:
         return [self.score(item, output) for item, output in zip(items, outputs, strict=True)]
 
-    def reward(self, item: Item, output: str) -> float:
+    def reward(self, item: Example, output: str) -> float:
         """In [0, 1]: the share of attributes that are right, or whether the answer is."""
         scores = self.score(item, output)
         return float(np.mean([value for name, value in scores.items() if name != "correct" or item.tag != "caption"]))
 
 
 def summarise(
-    items: Sequence[Item], scores: Sequence[dict[str, float]], seed: int = 0
+    items: Sequence[Example], scores: Sequence[dict[str, float]], seed: int = 0
 ) -> dict[str, tuple[float, float, float]]:
     """{name: (mean, low, high)}: captions and questions of plain and of held-out scenes, each attribute, each kind of
     question."""
@@ -120,13 +120,13 @@ def summarise(
     rng = np.random.default_rng(seed)
     figures = {}
     for name in sorted(sets):
-        mean = mean_and_interval([name] * len(sets[name]), [[v] for v in sets[name]], rng)
+        mean = bootstrap_mean([name] * len(sets[name]), [[v] for v in sets[name]], rng)
         figures[name] = (mean.overall, mean.low, mean.high)
     return figures
 
 
-def arguments() -> Parser:
-    parser = common_arguments(
+def arguments() -> OneLineParser:
+    parser = make_parser(
         "understanding",
         "Caption rendered scenes and answer questions about them: the share of captions with every attribute right, "
         "and of right answers.",
@@ -141,17 +141,17 @@ def arguments() -> Parser:
 
 def main(args: list[str]) -> int:
     """`unigen eval understanding ...`. ValueError for bad input."""
-    a = parse(arguments(), args)
+    a = parse_args(arguments(), args)
     start = time.perf_counter()
     engine = load_engine(a)
-    task = UnderstandingTask(World(engine.model.image_tokenizer.image_size), a.count, a.seed, a.heldout or None)
+    task = UnderstandingTask(SceneRenderer(engine.model.image_tokenizer.image_size), a.count, a.seed, a.heldout or None)
     items = task.items()
-    options: dict[str, Any] = {"max_tokens": 96} | options_of(a)
+    options: dict[str, Any] = {"max_tokens": 96} | sampling_options(a)
     captions = {"candidates": engine.model.template.candidates if a.candidates is None else a.candidates}
     outputs: list[list[Any]] = [[] for _ in items]
     for asked, more in ((True, captions), (False, {})):
         numbers = [k for k, item in enumerate(items) if (item.tag == "caption") == asked]
-        drawn = draw(engine, task, [items[k] for k in numbers], 1, a.batch, a.seed, **options, **more)
+        drawn = generate_outputs(engine, task, [items[k] for k in numbers], 1, a.batch, a.seed, **options, **more)
         for k, output in zip(numbers, drawn, strict=True):
             outputs[k] = output
     scores = task.score_batch(items, [row[0] for row in outputs])

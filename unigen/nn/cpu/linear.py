@@ -4,9 +4,9 @@ Such a step is bound by reading the weights, and how they lie and which way roun
 fast they are read (`python scripts/bench.py decode` and `families` print it).
 
 oneDNN's own layout of the weights is read faster than theirs. It is a second copy of them, so only the first
-`MOST_BYTES` of a process have it. In bfloat16 the result is `nn.Linear`'s bit for bit, in float32 it differs by
-rounding. A few rows of float32 (`MOST`) are read yet faster by `W x^T`, for which no second copy is made: weights of
-layers that read the same are moved to lie one below another.
+`MAX_PACKED_BYTES` of a process have it. In bfloat16 the result is `nn.Linear`'s bit for bit, in float32 it differs by
+rounding. A few rows of float32 (`MAX_PASSAGE_TOKENS`) are read yet faster by `W x^T`, for which no second copy is made:
+weights of layers that read the same are moved to lie one below another.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-MOST = 3 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 16
+MAX_TRANSPOSED_ROWS = 3 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 16
 """Rows up to which `W x^T` is the faster way round in float32, and faster than oneDNN's layout."""
-MOST_BYTES = 4 << 30
+MAX_PACKED_BYTES = 4 << 30
 """Of weights that are kept in oneDNN's layout beside their own."""
 
-_packed = WeakIdKeyDictionary()
+_packed_weights = WeakIdKeyDictionary()
 """By weight, then by (weights joined to one, start, stop): what was packed (the tensors, and of each its version and
-its place in memory), and the packed rows (None: beyond `MOST_BYTES`). Each weight has its own part as an attribute,
-too, which is found faster."""
+its place in memory), and the packed rows (None: beyond `MAX_PACKED_BYTES`). Each weight has its own part as an
+attribute, too, which is found faster."""
 
 
-def few_rows_linear(
+def packed_linear(
     x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, start: int = 0, stop: int | None = None
 ) -> Tensor:
     """`linear(x, weight[start:stop], bias[start:stop])`; x is (..., I) with any number of rows."""
@@ -39,11 +39,11 @@ def few_rows_linear(
         part_OI, part_O = weight_OI[start:stop], None if bias_O is None else bias_O[start:stop]
     else:
         part_OI, part_O = weight_OI, bias_O
-    if rows <= MOST and x.dtype == torch.float32 and x.is_cpu:
+    if rows <= MAX_TRANSPOSED_ROWS and x.dtype == torch.float32 and x.is_cpu:
         y = _transposed_linear(x, part_OI, rows)
         return y if part_O is None else y + part_O
-    if _packs(x, rows) and weight_OI.dtype == x.dtype:
-        packed = _pack((weight_OI,), start, stop)
+    if _should_pack(x, rows) and weight_OI.dtype == x.dtype:
+        packed = _pack_weights((weight_OI,), start, stop)
         if packed is not None:
             return torch.ops.mkldnn._linear_pointwise(x, packed, part_O, "none", [], "")  # type: ignore[no-any-return]
     return nn.functional.linear(x, part_OI, part_O)
@@ -58,22 +58,22 @@ def _transposed_linear(x: Tensor, weight_OI: Tensor, rows: int) -> Tensor:
     return (weight_OI @ x_RI.t()).t().reshape(*x.shape[:-1], outputs)
 
 
-def side_by_side(x: Tensor, *groups: Sequence[nn.Module]) -> list[Tensor]:
+def fused_linears(x: Tensor, *groups: Sequence[nn.Module]) -> list[Tensor]:
     """What the layers of each group make of x, joined along the last dimension.
 
     Where the layers allow it, it is one product, which is faster than several small ones and gives the same up to
-    rounding in float32: for few rows where `use_few_rows` has laid their weights one below another, for more in
+    rounding in float32: for few rows where `pack_linears` has laid their weights one below another, for more in
     oneDNN's layout."""
     layers = [layer for group in groups for layer in group]
-    plain = [layer._parameters for layer in layers if type(layer) is FewRowsLinear]
+    plain = [layer._parameters for layer in layers if type(layer) is PackedLinear]
     if x.is_cpu and len(plain) == len(layers) and not any([own["bias"] is not None for own in plain]):
         weights, rows = [own["weight"] for own in plain], x.numel() // x.shape[-1]
         joined = None
-        if rows <= MOST and x.dtype == torch.float32 and not torch.is_grad_enabled():
+        if rows <= MAX_TRANSPOSED_ROWS and x.dtype == torch.float32 and not torch.is_grad_enabled():
             if (weight_OI := _view_as_one(weights)) is not None:  # type: ignore[arg-type]
                 joined = _transposed_linear(x, weight_OI, rows)
-        elif _packs(x, rows) and all(weight.dtype == x.dtype for weight in weights):  # type: ignore[union-attr]
-            if (packed := _pack(tuple(weights))) is not None:  # type: ignore[arg-type]
+        elif _should_pack(x, rows) and all(weight.dtype == x.dtype for weight in weights):  # type: ignore[union-attr]
+            if (packed := _pack_weights(tuple(weights))) is not None:  # type: ignore[arg-type]
                 joined = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
         if joined is not None:
             sizes = [sum([layer.out_features for layer in group]) for group in groups]
@@ -101,13 +101,13 @@ def _view_as_one(weights: Sequence[Tensor]) -> Tensor | None:
     return first._as_one[1]  # type: ignore[attr-defined,no-any-return]
 
 
-def _packs(x: Tensor, rows: int) -> bool:
+def _should_pack(x: Tensor, rows: int) -> bool:
     """Is this what a product in oneDNN's layout is faster for?"""
-    wide = x.dtype == torch.float32 and rows > MOST
+    wide = x.dtype == torch.float32 and rows > MAX_TRANSPOSED_ROWS
     return x.is_cpu and (wide or x.dtype == torch.bfloat16) and torch.is_inference_mode_enabled()
 
 
-def _pack(weights: tuple[Tensor, ...], start: int = 0, stop: int | None = None) -> Tensor | None:
+def _pack_weights(weights: tuple[Tensor, ...], start: int = 0, stop: int | None = None) -> Tensor | None:
     """Rows of the weights, one below another, in oneDNN's layout, made anew when one has changed; None where there is
     none. The first weight keeps it."""
     if any(weight.is_inference() for weight in weights):  # they have no version
@@ -118,31 +118,33 @@ def _pack(weights: tuple[Tensor, ...], start: int = 0, stop: int | None = None) 
         able = torch.ops.mkldnn._is_mkldnn_bf16_supported() if half else torch.backends.mkldnn.is_available()
         if not able:
             return None
-        kept = _packed[weights[0]] = weights[0]._packed = {}  # type: ignore[attr-defined]
+        kept = _packed_weights[weights[0]] = weights[0]._packed = {}  # type: ignore[attr-defined]
     key = len(weights), start, stop
     tensors, was, packed = kept.get(key, ((), None, None))
     now = [(weight._version, weight.data_ptr()) for weight in weights]  # `weight.data = other` leaves the version alone
     if was != now or any(tensor() is not weight for tensor, weight in zip(tensors, weights, strict=True)):
         rows_OI = (torch.cat(weights) if len(weights) > 1 else weights[0]).detach()[start:stop].contiguous()
-        others = sum(held.numel() for parts in _packed.values() for *_, held in parts.values() if held is not None)
-        room = (others + rows_OI.numel()) * rows_OI.itemsize <= MOST_BYTES
+        others = sum(
+            held.numel() for parts in _packed_weights.values() for *_, held in parts.values() if held is not None
+        )
+        room = (others + rows_OI.numel()) * rows_OI.itemsize <= MAX_PACKED_BYTES
         packed = torch.ops.mkldnn._reorder_linear_weight(rows_OI, 2) if room else None
         kept[key] = [weakref.ref(weight) for weight in weights], now, packed
     return packed  # type: ignore[no-any-return]
 
 
-class FewRowsLinear(nn.Linear):
-    """`nn.Linear` with the faster product; made of one in place by `use_few_rows`."""
+class PackedLinear(nn.Linear):
+    """`nn.Linear` with the faster product; made of one in place by `pack_linears`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return few_rows_linear(input, self.weight, self.bias)
+        return packed_linear(input, self.weight, self.bias)
 
 
-def use_few_rows(module: nn.Module) -> None:
+def pack_linears(module: nn.Module) -> None:
     """Let every `nn.Linear` inside use the faster product from now on. For inference."""
     for part in module.modules():
         if type(part) is nn.Linear:
-            part.__class__ = FewRowsLinear
+            part.__class__ = PackedLinear
     for part in module.modules():
         for names in FUSED_LAYERS:
             _store_as_one([getattr(part, name, None) for name in names])
@@ -154,7 +156,7 @@ FUSED_LAYERS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 def _store_as_one(layers: list[Any]) -> None:
     """Have the weights of plain layers in float32 on a CPU be parts of one tensor, one below another."""
-    if any(type(layer) is not FewRowsLinear or layer.bias is not None for layer in layers):
+    if any(type(layer) is not PackedLinear or layer.bias is not None for layer in layers):
         return
     weights = [layer.weight for layer in layers]
     if any(weight.dtype != torch.float32 or not weight.is_cpu or weight.is_inference() for weight in weights):

@@ -2,7 +2,7 @@
 
 A decoding step of a small model is bound by the number of its operations and calls, not by its weights. `llama_hidden`
 turns queries and keys together and calls only a layer's linear maps as modules, so that whatever stands in their place
-(adapters, quantised weights, faster products) still does. `LlamaLM` has the parameters of transformers'
+(adapters, quantised weights, faster products) still does. `InferenceLlama` has the parameters of transformers'
 `LlamaForCausalLM` under the same names; importing transformers' takes longer than drawing a picture.
 Does not depend on: masks, how a cache stores.
 
@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm, silu
 
-from unigen.nn.attention import Packing, packed_attention
-from unigen.nn.cpu.linear import side_by_side
+from unigen.nn.attention import PackedGroups, packed_attention
+from unigen.nn.cpu.linear import fused_linears
 
 
-def fits(decoder: Any) -> bool:
+def is_plain_llama(decoder: Any) -> bool:
     """Is this a plain Llama, as `llama_hidden` computes it?"""
     names = ("LlamaModel", "Emu3TextModel", "LlamaDecoder")
     return type(decoder).__name__ in names and decoder.config.hidden_act == "silu"
@@ -36,7 +36,7 @@ def llama_hidden(
     positions_BL: Tensor,
     mask: Tensor | None,
     cache: Any = None,
-    packing: Packing | None = None,
+    packing: PackedGroups | None = None,
 ) -> Tensor:
     """Hidden states (B, L, D) after the last norm. mask: additive (B, 1, L, keys); or packing: the documents of packed
     rows, which are read without a cache.
@@ -52,8 +52,8 @@ def llama_hidden(
     x_BLD = embeds_BLD
     for number, layer in enumerate(decoder.layers):
         part = layer.self_attn
-        normed_BLD = _norm(x_BLD, layer.input_layernorm.weight, eps)
-        both, value = side_by_side(normed_BLD, (part.q_proj, part.k_proj), (part.v_proj,))
+        normed_BLD = _rms_norm(x_BLD, layer.input_layernorm.weight, eps)
+        both, value = fused_linears(normed_BLD, (part.q_proj, part.k_proj), (part.v_proj,))
         both_BLHE = both.unflatten(-1, (-1, part.head_dim))
         # rotary positions (Su et al. 2021, arXiv 2104.09864, eq. 34), its pairs half a head apart
         both_BLHE = torch.addcmul(both_BLHE * cos_BL1E, both_BLHE.roll(half, -1), sin_BL1E)
@@ -66,13 +66,13 @@ def llama_hidden(
         mixed, _ = packed_attention(part, query_BHLE, keys, values, mask, part.scaling, packing=packing)
         x_BLD = x_BLD + part.o_proj(mixed.flatten(2))
         part = layer.mlp
-        normed_BLD = _norm(x_BLD, layer.post_attention_layernorm.weight, eps)
-        gate, up = side_by_side(normed_BLD, (part.gate_proj,), (part.up_proj,))
+        normed_BLD = _rms_norm(x_BLD, layer.post_attention_layernorm.weight, eps)
+        gate, up = fused_linears(normed_BLD, (part.gate_proj,), (part.up_proj,))
         x_BLD = x_BLD + part.down_proj(silu(gate) * up)
-    return _norm(x_BLD, decoder.norm.weight, eps)
+    return _rms_norm(x_BLD, decoder.norm.weight, eps)
 
 
-def _norm(x: Tensor, weight_D: Tensor, eps: Tensor) -> Tensor:
+def _rms_norm(x: Tensor, weight_D: Tensor, eps: Tensor) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019, arXiv 1910.07467, eq. 4). torch has no kernel of it
     for a CPU, and takes it apart into more steps than this."""
     if not x.is_cpu or x.dtype != torch.float32 or torch.is_grad_enabled():
@@ -85,7 +85,7 @@ def _norm(x: Tensor, weight_D: Tensor, eps: Tensor) -> Tensor:
 # --- modules --------------------------------------------------------------------------------------------------------
 
 
-class Norm(nn.Module):
+class RMSNorm(nn.Module):
     """The weight of an RMS norm."""
 
     def __init__(self, width: int) -> None:
@@ -93,7 +93,7 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
 
-class Rotary(nn.Module):
+class RotaryEmbedding(nn.Module):
     """Cosines and sines (B, L, E) of rotary positions: angle = position * base^(-2 i / E), of each pair at i
     and at i + E / 2 (Su et al. 2021, arXiv 2104.09864)."""
 
@@ -122,7 +122,7 @@ class Attention(nn.Module):
         self.o_proj = empty_linear(heads * self.head_dim, width, bias)
 
 
-class Mlp(nn.Module):
+class MLP(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
         width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
@@ -131,11 +131,11 @@ class Mlp(nn.Module):
         self.down_proj = empty_linear(inner, width, bias)
 
 
-class Layer(nn.Module):
+class DecoderLayer(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
-        self.self_attn, self.mlp = Attention(config), Mlp(config)
-        self.input_layernorm, self.post_attention_layernorm = Norm(config.hidden_size), Norm(config.hidden_size)
+        self.self_attn, self.mlp = Attention(config), MLP(config)
+        self.input_layernorm, self.post_attention_layernorm = RMSNorm(config.hidden_size), RMSNorm(config.hidden_size)
 
 
 class LlamaDecoder(nn.Module):
@@ -145,9 +145,9 @@ class LlamaDecoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = empty_embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        self.norm = Norm(config.hidden_size)
-        self.rotary_emb = Rotary(config.head_dim, config.rope_parameters["rope_theta"])
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size)
+        self.rotary_emb = RotaryEmbedding(config.head_dim, config.rope_parameters["rope_theta"])
 
     def forward(
         self,
@@ -156,7 +156,7 @@ class LlamaDecoder(nn.Module):
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
         use_cache: bool = False,
-        packing: Packing | None = None,
+        packing: PackedGroups | None = None,
     ) -> Any:
         """`last_hidden_state` (B, L, D), by the arguments of transformers' decoders."""
         cache = past_key_values if use_cache else None
@@ -164,7 +164,7 @@ class LlamaDecoder(nn.Module):
         return SimpleNamespace(last_hidden_state=states_BLD)
 
 
-class LlamaLM(nn.Module):
+class InferenceLlama(nn.Module):
     """A Llama language model that is read, not trained: transformers' `LlamaForCausalLM` with the same parameters.
 
     Args:
@@ -174,7 +174,7 @@ class LlamaLM(nn.Module):
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         self.stored = dict(config)
-        self.config = SimpleNamespace(**(DEFAULTS | self.stored))
+        self.config = SimpleNamespace(**(CONFIG_DEFAULTS | self.stored))
         self.config.get_text_config = lambda: self.config
         heads = self.config.num_attention_heads
         self.config.num_key_value_heads = self.config.num_key_value_heads or heads
@@ -221,7 +221,7 @@ class LlamaLM(nn.Module):
         self.to_transformers().save_pretrained(folder)
 
 
-DEFAULTS: dict[str, Any] = {
+CONFIG_DEFAULTS: dict[str, Any] = {
     "model_type": "llama",
     "num_key_value_heads": None,
     "head_dim": None,

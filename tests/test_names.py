@@ -1,0 +1,96 @@
+"""Names are the field's: what was renamed does not come back.
+
+Run: pytest tests/test_names.py
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+BANNED = {
+    "AdaptedPipeline": "ConnectedDiffusersEngine",
+    "Adapter": "Connector: an adapter is LoRA's",
+    "Asked": "FixedPromptTemplate",
+    "Begun": "Started",
+    "Busy": "QueueFull",
+    "Captions": "CaptionDataset",
+    "Down": "ModelUnavailable",
+    "Drawing": "GenerationFields",
+    "Ended": "Finished",
+    "FewRowsLinear": "PackedLinear",
+    "Frame": "BuildContext: a frame is a video's",
+    "Guard": "GuardMiddleware",
+    "LlamaLM": "InferenceLlama",
+    "Mixture": "MultiGeneratorLoss",
+    "NotFinite": "NonFiniteError",
+    "PAPER": "PAD_COLOR",
+    "PairedEngine": "ComposedEngine: a pair is DPO's",
+    "PipelineEngine": "DiffusersEngine",
+    "QA": "QAPair",
+    "Read": "StepInput",
+    "Refused": "Rejected",
+    "Running": "Scheduler",
+    "Sight": "VisionEncoder",
+    "Span": "SegmentSpec",
+    "Together": "BatchedWorker",
+    "Totals": "MetricAccumulator",
+    "TransformersReader": "TransformersEngine",
+    "Verdict": "Judgement",
+    "Watch": "CallCounter",
+    "World": "SceneRenderer",
+    "as_words": "as_text",
+    "assemble": "build_model",
+    "blends": "blend_images",
+    "checked": "build_request",
+    "closest": "rerank_captions",
+    "coarse_dct": "quantize_dct",
+    "damage_of": "wrap_load_errors",
+    "few_rows_linear": "packed_linear",
+    "frame_of": "build_context",
+    "keeping": "prepare_inpainting",
+    "likeliest": "argmax_ids",
+    "side_by_side": "fused_linears",
+    "spelt": "normalize_text",
+    "spoken": "serialize_segment",
+    "teach": "add_generators",
+    "told_before": "is_repeated",
+    "truest": "rerank_images",
+    "use_few_rows": "pack_linears",
+    "usual_output": "default_output",
+    "widen": "to_float32",
+}
+"""Identifiers of version 0.1, and the terms that took their place."""
+FOLDERS = ("unigen", "recipes", "data_tools", "scripts")
+
+
+def identifiers(source: str) -> set[str]:
+    """All names that a source defines, reads, or gives by keyword."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Name(id=name) | ast.arg(arg=name) | ast.Attribute(attr=name) | ast.alias(name=name):
+                found.add(name)
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                found.add(name)
+            case ast.keyword(arg=str(name)):
+                found.add(name)
+    return found
+
+
+def test_no_banned_name_is_used(root: Path) -> None:
+    sources = {path: path.read_text() for folder in FOLDERS for path in (root / folder).rglob("*.py")}
+    used = {(str(path.relative_to(root)), name) for path, s in sources.items() for name in identifiers(s) & set(BANNED)}
+    assert not used, {(where, name, BANNED[name]) for where, name in used}
+
+
+def test_a_banned_name_is_noticed() -> None:
+    lines = (
+        "def f(checked): ...",
+        "class World: ...",
+        "x.keeping()",
+        "f(truest=1)",
+        "from a import spoken",
+        "Busy = 1",
+    )
+    assert all(identifiers(line) & set(BANNED) for line in lines)
