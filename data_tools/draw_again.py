@@ -9,7 +9,7 @@ that a model draws say less, and pictures of them are blurred. Learnt from pairs
 what it is given (post-training of Qiu et al. 2025, arXiv 2509.12474, which likewise keeps a part of the true codes).
 Of each picture the first scales stay, as many as one of `--kept` says; later ones are drawn with the guidance and
 temperature that the model draws with by default, from what is left and the picture's caption. No scene holds a
-held-out combination. Exit 2 with one line for bad input. Refuses to know how a decoder learns.
+held-out combination. Exit 2 with one line for bad input. Does not depend on how a decoder learns.
 """
 
 from __future__ import annotations

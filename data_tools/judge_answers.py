@@ -13,7 +13,7 @@ they look, those of next-scale by its own codes: read again, nine in ten would b
 captions: of rendered scenes, at temperature 1; right by the rules of `unigen eval understanding`. The true caption
 is one more answer.
 No prompt or scene holds a held-out combination, and those of seed 0 are refused, which the evaluations use.
-Exit 2 with one line for bad input. Refuses to know how anything is learnt from the answers.
+Exit 2 with one line for bad input. Does not depend on how anything is learnt from the answers.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ and stories.
 
 Row i depends on (seed, i) only, whatever the number of shards: the world is infinite, and `--start N` goes on where a
 run of N rows ended (into another folder). Boxes, masks and items are in z-order, from back to front. Each shard is
-written under a temporary name, then renamed. Exit 2 with one line for bad input or a full disk. Refuses to know models
-and training.
+written under a temporary name, then renamed. Exit 2 with one line for bad input or a full disk. Does not depend on
+models and training.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
                   --model stable-diffusion-v1-5/stable-diffusion-v1-5 --adapter runs/adapter/model
     HARDWARE  one GPU that holds the language model and the whole pipeline, which draws the samples
     EXPECTED  the losses fall towards 0, where the pipeline draws what it would by its own text encoder
-    MEASURED  on small models with random weights only (tests/test_adapters.py), nothing larger has been trained
+    MEASURED  on small models with random weights only (tests/test_connector.py), nothing larger has been trained
 
 The loss is GILL's (Koh et al. 2023, arXiv 2305.17216): what the adapter makes of a caption of the rendered world, as
 the language model reads it, is to be what the pipeline's own text encoder makes of the caption. Each loss is a relative

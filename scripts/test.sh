@@ -29,7 +29,7 @@ if ! .venv/bin/python -c 'from unigen.toyworld.world import find_font; find_font
 fi
 
 if [ "${1:-}" = --processors ]; then
-  numeric=(tests/nn tests/generators tests/tokenizers tests/parity tests/test_engine.py tests/test_adapters.py tests/test_classes.py)
+  numeric=(tests/nn tests/generators tests/tokenizers tests/parity tests/test_engine.py tests/test_connector.py tests/test_classes.py)
   say "as on a processor without AVX, one thread a process"
   OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41 \
     .venv/bin/python -m pytest -q -n 2 "${numeric[@]}" "${@:2}"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import unigen
-from tests.pipelines import make_pipeline
+from tests.tiny_pipelines import make_pipeline
 from unigen import hub
 
 

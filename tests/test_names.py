@@ -61,6 +61,8 @@ BANNED = {
     "widen": "to_float32",
 }
 """Identifiers of version 0.1, and the terms that took their place."""
+PHRASES = {"refuses to know": "Does not depend on"}
+"""Words of the project's own, and plain English."""
 FOLDERS = ("unigen", "recipes", "data_tools", "scripts")
 
 
@@ -82,6 +84,21 @@ def test_no_banned_name_is_used(root: Path) -> None:
     sources = {path: path.read_text() for folder in FOLDERS for path in (root / folder).rglob("*.py")}
     used = {(str(path.relative_to(root)), name) for path, s in sources.items() for name in identifiers(s) & set(BANNED)}
     assert not used, {(where, name, BANNED[name]) for where, name in used}
+
+
+def test_no_banned_phrase_is_used(root: Path) -> None:
+    files = [
+        path
+        for folder in (*FOLDERS, "docs")
+        for kind in ("py", "md", "js")
+        for path in (root / folder).rglob(f"*.{kind}")
+    ]
+    texts = {path: " ".join(path.read_text().lower().split()) for path in [*files, root / "README.md"]}
+    assert len(texts) > 200
+    used = {
+        (str(path.relative_to(root)), phrase) for path, text in texts.items() for phrase in PHRASES if phrase in text
+    }
+    assert not {use for use in used if not use[0].startswith("docs/redesign")}
 
 
 def test_a_banned_name_is_noticed() -> None:

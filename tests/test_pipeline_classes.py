@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.pipelines import PIPELINES, flux_schnell, make_pipeline
+from tests.tiny_pipelines import PIPELINES, flux_schnell, make_pipeline
 from unigen.backends.diffusers_engine import DiffusersEngine, resize_to
 from unigen.backends.diffusers_support import call_parameters, compatible_schedulers, needs_image, supported_options
 

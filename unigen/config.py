@@ -1,6 +1,6 @@
 """Configurations as plain dataclasses: to and from JSON, strict overrides, atomic JSON files, reports of a run.
 
-It refuses to know what is configured: no torch, no models, no recipes. Importing it costs milliseconds.
+It does not depend on what is configured: no torch, no models, no recipes. Importing it costs milliseconds.
 
     cfg = apply_overrides(RunConfig(), ["optim.lr=1e-5", "steps=100"])
     save_json("run/config.json", to_dict(cfg))

@@ -4,7 +4,7 @@ A `Document` is a list of `Segment`s, each a run of text, one image or a class, 
 which row of the embedding table a text piece or an image code has; nothing else knows offsets. `pack` lays several
 documents, already turned into `Tokens` by a family's template, into rows of one length.
 
-This file refuses to know: tokenizers, templates, models, losses.
+Does not depend on: tokenizers, templates, models, losses.
 
 Shapes: B rows, L positions of a row, N images, h x w codes of an image.
 """

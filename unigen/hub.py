@@ -1,7 +1,7 @@
 """Finding and reading model folders: a shipped one, a folder, or a name on the Hugging Face hub. Readable errors.
 
 Tensors are read from safetensors, and from pickles by torch's reader that runs no code (`weights_only`). The file
-refuses to know what is in a model; its family does.
+does not depend on what is in a model; its family does.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """Headless Chromium for the tests of the page and for its screenshots: Debian's `chromium` and `chromium-driver`,
-driven by selenium. Knows where the browser is and what it logged; refuses to know the page.
+driven by selenium. Knows where the browser is and what it logged; does not depend on the page.
 
     with browser(tmp_path) as driver:
         driver.get(url)

@@ -1,7 +1,7 @@
 """Clients of the OpenAI ecosystem against a running server, each as its own documentation uses it.
 
 They come with the extra `clients`, but for instructor; what is not installed is skipped. What they send and read is
-also tested without them, in test_shapes.
+also tested without them, in test_schema.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.serving.test_doors import app, send
+from tests.serving.test_middleware import app, send
 from unigen.media.output import data_uri
 from unigen.serving import decoder as decoding
 from unigen.serving import pictures, server

@@ -8,7 +8,7 @@ by hidden states where an adapter is given (`unigen.backends.connector`).
     engine.generate("a story about a witch", "interleaved") # a passage, what its picture shows, the picture; and so on
 
 Either may be a model of this package's families; the one that reads may also be any model of transformers with a chat
-template, the one that draws any diffusers pipeline. The file refuses to know: how either does it.
+template, the one that draws any diffusers pipeline. Does not depend on: how either does it.
 """
 
 from __future__ import annotations

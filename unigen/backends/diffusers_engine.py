@@ -9,7 +9,7 @@ What a pipeline takes is read from its class (`unigen.backends.diffusers_support
 name, and a class that cannot draw here is refused before its weights are read. Editing and inpainting are the
 pipeline's own parts in diffusers' image-to-image and inpainting forms, where it has them; an edited picture keeps its
 size, and what is not marked of an inpainted one keeps its pixels. A picture's randomness is its own: it does not depend
-on the batch. The file refuses to know: schedules, networks, prompts' encoders.
+on the batch. Does not depend on: schedules, networks, prompts' encoders.
 """
 
 from __future__ import annotations

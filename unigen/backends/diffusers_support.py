@@ -5,7 +5,7 @@
     supported_options(pipe)        # {"steps": "num_inference_steps", "guidance": "guidance_scale", ...}
     compatible_schedulers(pipe)       # {"euler": EulerDiscreteScheduler, ...}
 
-An option that would change nothing is not in `supported_options`. The file refuses to know how pictures are drawn.
+An option that would change nothing is not in `supported_options`. Does not depend on how pictures are drawn.
 """
 
 from __future__ import annotations

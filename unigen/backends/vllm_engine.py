@@ -9,7 +9,7 @@ engine draws them: the same seed gives the same answer, whatever else runs. What
 generators than next-token, is written by the model itself, from the document so far, as in the local engine; only a
 model that has such generators is kept here beside vLLM's. vLLM runs in this process, unless
 VLLM_ENABLE_V1_MULTIPROCESSING=1 says otherwise; scripts/install_serve.sh makes an environment with it.
-The file refuses to know: how ids are drawn, HTTP, how a chat is laid out.
+Does not depend on: how ids are drawn, HTTP, how a chat is laid out.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ A span is one request of vLLM's for each branch of guidance, all of temperature 
 `unigen.generators.next_token`, from the span's own seed, and leaves one id to be chosen, the same for all branches.
 `GuidedScheduler` lets branches in together, lets them wait together, and drops what one made without the others, so
 that chunked prompts, a full cache and requests that arrive one after the other change nothing. Requests without
-`extra_args["unigen"]` are vLLM's own affair. The file refuses to know: templates, tokenizers, the engine.
+`extra_args["unigen"]` are vLLM's own affair. Does not depend on: templates, tokenizers, the engine.
 
 Shapes: R rows of vLLM's batch, V ids.
 """

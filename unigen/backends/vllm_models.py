@@ -6,7 +6,7 @@
 So vLLM runs such a folder in processes of its own too, where the package is installed. Our engine registers the classes
 itself. All are plain causal language models over all ids, of text and of codes, whose tensors keep the names that they
 have in transformers; pictures are not their affair.
-The file refuses to know: guidance, sampling, prompts.
+Does not depend on: guidance, sampling, prompts.
 
 Shapes: L positions, D width, H heads of width W, T pieces of text, K codes of width C.
 """

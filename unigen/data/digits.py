@@ -4,7 +4,7 @@
     picture = digits.picture(images[0], 32)                 # uint8 (32, 32, 3)
 
 A real-data anchor for models that draw classes (Alpaydin and Kaynak 1998, Optical Recognition of Handwritten Digits).
-It refuses to know models and training."""
+It does not depend on models and training."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """Endless packed rows of documents, each a pure function of (seed, index): any worker makes the same row, and a run
-resumes by its index alone. The file refuses to know what the documents are about and how they become ids.
+resumes by its index alone. Does not depend on what the documents are about and how they become ids.
 """
 
 from __future__ import annotations

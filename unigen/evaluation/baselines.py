@@ -2,7 +2,7 @@
 
 true pictures of the same prompts (the detector's own limit), their reconstructions (the tokenizer's limit), the
 training pictures with the nearest captions (memory alone), pictures under other prompts (chance), noise and blends
-(what the detector finds where nothing is). It refuses to know how the score is made and how the model draws; only
+(what the detector finds where nothing is). It does not depend on how the score is made and how the model draws; only
 what renders scenes (`oracle_images`, `nearest_training_images`) needs the emoji font, which their `world` has."""
 
 from __future__ import annotations

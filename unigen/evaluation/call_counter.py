@@ -2,7 +2,7 @@
 
     with Watch(engine.model, "step") as step: ...        # step.calls, step.seconds
 
-It refuses to know what it watches."""
+It does not depend on what it watches."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The scene detector: a small convolutional network that reads a picture back into objects, colours, boxes,
 background.
 
-It refuses to know the generative models: it is trained on rendered scenes only (`recipes/scene_detector.py`) and its
+It does not depend on the generative models: it is trained on rendered scenes only (`recipes/scene_detector.py`) and its
 thresholds are calibrated on rendered scenes only. Its weights ship with the package, so reading needs no font.
 
     detector = load_detector()                       # the shipped one, or load_detector(folder)

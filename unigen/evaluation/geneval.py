@@ -1,7 +1,7 @@
 """GenEval's verdict (Ghosh et al. 2023, arXiv 2310.11513) on detections: six tasks, exact rules, pure Python.
 
-It refuses to know pictures, detectors and models: it reads lists of objects with a class, a colour and a box. Checked
-against hand-made cases in `tests/evaluation/test_geneval.py`.
+It does not depend on pictures, detectors and models: it reads lists of objects with a class, a colour and a box.
+Checked against hand-made cases in `tests/evaluation/test_geneval.py`.
 
 A specification is {"tag", "include": [clause], "exclude": [clause]}; a clause is {"class", "count"} with optional
 "color" and "position": [relation, index of the reference clause]. The picture is correct when every include clause

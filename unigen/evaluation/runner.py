@@ -3,7 +3,7 @@
     unigen eval scenes --model unigen-tiny            # a task is a module of unigen/evaluation/tasks, found by its
     name
 
-It refuses to know any task's scoring and how an engine generates: it needs `generate_batch(prompts, seeds,
+It does not depend on any task's scoring and how an engine generates: it needs `generate_batch(prompts, seeds,
 output=...)`."""
 
 from __future__ import annotations

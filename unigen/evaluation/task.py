@@ -1,6 +1,7 @@
 """The contract of a task: documents + score + reward in one object, which serves evaluation, RL and best-of-n alike.
 
-It refuses to know engines, models and files. A task is a module in `unigen/evaluation/tasks`; there is no other list.
+It does not depend on engines, models and files. A task is a module in `unigen/evaluation/tasks`; there is no other
+list.
 
     items = task.items()                              # what to ask
     scores = task.score(items[0], picture_or_text)    # {"correct": 1.0, ...}, each in [0, 1]

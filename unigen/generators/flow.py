@@ -6,7 +6,7 @@ Esser et al. 2024 (SD3, arXiv 2403.03206), section 2 and eq. 19. The velocity's 
 backbone reads the chat up to the begin token once; the head takes its last hidden states as context, a fixed number
 filled up with zeros as in SD3, so that a picture does not depend on its batch; the state of the begin token comes last.
 The KL tokenizer is part of the generator.
-The file refuses to know: templates, caches, how a tokenizer is trained.
+Does not depend on: templates, caches, how a tokenizer is trained.
 
 Shapes: M images, S branches of guidance, Z latent channels, h w grid of latents, N context states, D width, B rows, L
 positions.

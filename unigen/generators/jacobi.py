@@ -13,8 +13,8 @@ above it, and its q_j is a point. p and q_j are what is really drawn from: after
            ordinary decoding draws them; a draft is accepted where the race gives the same code: so is the picture, up
            to rounding (a window's sums are of another order: in float32 it is, in half precision often another one)
 
-Each row goes on at its own pace, and what stands between rows of a picture is read in its place. The file refuses to
-know: caches, templates. Shapes: L positions asked for, W drafts, K codes.
+Each row goes on at its own pace, and what stands between rows of a picture is read in its place. Does not depend on:
+caches, templates. Shapes: L positions asked for, W drafts, K codes.
 """
 
 from __future__ import annotations

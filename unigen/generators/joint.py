@@ -7,7 +7,7 @@ Hu et al. 2023 (UniD3, arXiv 2211.14842) and Yang et al. 2025 (MMaDA, arXiv 2505
 rate; here each has a rate of its own, and one or the other is often given or wholly masked, as UniDiffuser has it of
 noise (Bao et al. 2023, arXiv 2303.06555): so one model writes an image to a text, a text to an image, and both from
 nothing. The blind branch of guidance reads the text masked; it counts for the codes alone.
-The file refuses to know: templates, tokenizers, caches.
+Does not depend on: templates, tokenizers, caches.
 
 Shapes: M images, N positions of a part, V rows of the table.
 """

@@ -2,7 +2,7 @@
 
     x_t = (1 - t) x + t noise,    v = noise - x,    t = sigmoid(normal), then shifted towards noise
 
-Rectified flow as in Esser et al. 2024 (SD3, arXiv 2403.03206), eq. 19 and 23. The file refuses to know: how a velocity
+Rectified flow as in Esser et al. 2024 (SD3, arXiv 2403.03206), eq. 19 and 23. Does not depend on: how a velocity
 is predicted.
 
 Shapes: M images, Z latent channels, h w grid of latents.

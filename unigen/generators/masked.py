@@ -6,7 +6,7 @@ Chang et al. 2022 (arXiv 2202.04200), section 3. Inside the image every position
 masked position predicts that position's own code (no shift). A picture is written in few steps: all masked codes are
 drawn, those of highest confidence stay, and the share still masked falls along the cosine. Codes that are given from
 the start stay as they are, so any part of a picture can be painted anew.
-The file refuses to know: templates, tokenizers, caches.
+Does not depend on: templates, tokenizers, caches.
 
 Shapes: M images, P positions of an image, K parts of it, N positions of a part, T masked ones in all images, B rows, L
 positions, D width, V rows of the table.

@@ -8,7 +8,7 @@ codes (no shift), each seeing its whole scale and all before it. Guidance grows 
 strength. With `mistakes` above 0 a share of the codes that training reads is wrong, and the later scales learn to mend
 it, as they have to where a scale was drawn badly (Infinity, Han et al. 2024, arXiv 2412.04431, section 3.4).
 The multi-scale tokenizer is part of the generator, as are the maps into and out of the backbone.
-The file refuses to know: templates, caches, how a tokenizer is trained.
+Does not depend on: templates, caches, how a tokenizer is trained.
 
 Shapes: M images, K scales, n_k codes of scale k, P = n_2 + .. + n_K positions, B rows, L positions of a row, C code
 dimension, D width, V codes.

@@ -4,7 +4,7 @@
 
 `Text` writes text and ends at one of the span's stops; `NextToken` writes exactly h x w codes, and what stands between
 the rows is read along with them and never drawn. That is the grammar of an image: complete or not there, and no image
-id in a text. The file refuses to know: templates, tokenizers, caches.
+id in a text. Does not depend on: templates, tokenizers, caches.
 Shapes: B rows, L positions, D width, T targets, V ids.
 """
 

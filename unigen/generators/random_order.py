@@ -5,7 +5,7 @@
 Pannatier et al. 2024 (sigma-GPT, arXiv 2404.09562), section 3: what is read at step i is the code of the last step with
 its place, and the place that comes next; its state predicts the code there (no shift). Codes that are given come first
 in the order, so that any part of a picture can be painted anew.
-The file refuses to know: templates, tokenizers, caches.
+Does not depend on: templates, tokenizers, caches.
 
 Shapes: M images, P codes of an image, B rows, L positions, D width.
 """

@@ -5,7 +5,7 @@
 Li et al. 2024 (MAR, arXiv 2406.11838), eq. 3 and its MLP with adaLN, on causal states as in Orthus (Kou et al. 2024,
 arXiv 2412.00127), with flow instead of DDPM. Each token is noised several times, since the MLP costs little. Guidance
 mixes the velocities of the branches' MLPs, not the states.
-The file refuses to know: templates, caches, how a tokenizer is trained.
+Does not depend on: templates, caches, how a tokenizer is trained.
 
 Shapes: M images, P tokens of Z latent channels, T tokens, R noisings of each, D width, B rows, L positions.
 """

@@ -5,7 +5,7 @@
 Zhou et al. 2024 (arXiv 2408.11039), section 3, with flow instead of DDPM: a patch is read as a linear map of its
 latents with its place and the image's time added; inside the image every position sees every other; a linear map of the
 last states gives the velocity. Later segments never see noise: the finished picture is read again as codes.
-The file refuses to know: templates, caches, how a tokenizer is trained.
+Does not depend on: templates, caches, how a tokenizer is trained.
 
 Shapes: M images, P patches of F values, Z latent channels, h w grid of latents, D width, B rows, L positions.
 """

@@ -5,7 +5,7 @@
     for part in engine.stream("a story about a witch and her raven", output="interleaved"): ...
 
 How answers are generated together is `unigen.inference.scheduler`.
-The file refuses to know: files, HTTP, templates, caches, how any generator works.
+Does not depend on: files, HTTP, templates, caches, how any generator works.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 
 A code is painted anew where the mask touches what it shows, or where the family's own rule says so. What is painted is
 scaled to the picture's size; pixels that are not marked stay as they were, not as the tokenizer would say them again.
-The file refuses to know: how a generator keeps codes (`takes` says whether it can), prompts.
+Does not depend on: how a generator keeps codes (`takes` says whether it can), prompts.
 Shapes: h x w codes of a picture of H x W pixels.
 """
 

@@ -1,6 +1,6 @@
 """What one row of the engine is asked for, checked against what its model can do.
 
-The file refuses to know: caches, how anything is generated. What is wrong is a ValueError in one line.
+Does not depend on: caches, how anything is generated. What is wrong is a ValueError in one line.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ Each request is a row of the batch with one cache slot for every branch of guida
 what its generator asks for, whatever it is writing, and the backbone runs once for all that read about as much: a
 prompt that joins does not make the others wait for padding. Rows end on their own, and a row's randomness is its own,
 so that a picture does not depend on the batch it was made in.
-The file refuses to know: files, HTTP, how a chat is laid out, how any generator works, what users call.
+Does not depend on: files, HTTP, how a chat is laid out, how any generator works, what users call.
 """
 
 from __future__ import annotations

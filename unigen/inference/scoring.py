@@ -8,9 +8,8 @@ Of captions that a model gives a picture, and of pictures that it draws of some 
 
 as in MMI-bidi (Li et al. 2016, arXiv 1510.03055) and other noisy channels: the model that reads pictures also draws
 them, and where it draws, a combination of words that it never saw is nothing unlikely; what it drew wrong, it may yet
-read right.
-Refuses to know how answers are drawn. Shapes: B rows, L positions, D documents, N pictures of M codes in raster order,
-P others of T costs.
+read right. Does not depend on how answers are drawn. Shapes: B rows, L positions, D documents, N pictures of M codes in
+raster order, P others of T costs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Writing results for people: pictures, grids and self-contained pages.
 
 Everything is written under a temporary name in the same folder and then renamed, so that a full disk or an interrupt
-never leaves half a file where a good one was. Refuses to know models: PIL images and strings in, files out.
+never leaves half a file where a good one was. Does not depend on models: PIL images and strings in, files out.
 
     from unigen.media.output import check_output, save_image
     path = check_output("out.png", PICTURES)        # before the work: a ValueError if nothing can be written there

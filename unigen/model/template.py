@@ -1,6 +1,6 @@
 """How a family lays documents out as ids: the protocol, and what templates of public models share.
 
-The file refuses to know: weights, how anything is generated. Families own their strings.
+Does not depend on: weights, how anything is generated. Families own their strings.
 """
 
 from __future__ import annotations

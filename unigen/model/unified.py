@@ -3,7 +3,7 @@
 A model folder is a plain `transformers` causal language model (`AutoModelForCausalLM.from_pretrained(folder)` loads it,
 the image codes being further rows of its vocabulary), with `image_tokenizer/`, a folder for each generator that has
 weights of its own, and `unigen.json` beside it.
-The file refuses to know: how a segment is written (generators), how a chat is laid out (the family's template).
+Does not depend on: how a segment is written (generators), how a chat is laid out (the family's template).
 
 Shapes: B rows, L positions, D width, N images, h x w codes.
 """

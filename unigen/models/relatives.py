@@ -1,6 +1,6 @@
 """What is said of public checkpoints that are near the families here and do not load: which repository does.
 
-Nothing is read but names of files and config.json. The file refuses to know: how any model is loaded.
+Nothing is read but names of files and config.json. Does not depend on: how any model is loaded.
 """
 
 from __future__ import annotations

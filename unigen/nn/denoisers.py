@@ -10,7 +10,7 @@
     unet         a U-Net with cross-attention to the context (LDM, Rombach et al. 2022, section 3.3): diffusers'
 
 The three DiT are those of Peebles and Xie 2023 (arXiv 2212.09748), section 3.2 and figure 3. Context states that are
-all zeros are padding, at which all but mm-dit do not look. It refuses to know: losses, samplers, tokenizers.
+all zeros are padding, at which all but mm-dit do not look. Does not depend on: losses, samplers, tokenizers.
 
 Shapes: M images, Z latent channels, h w grid of latents, P patches, N context states, D their width, E width inside.
 """

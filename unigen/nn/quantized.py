@@ -5,7 +5,7 @@
 8bit is LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339): rows of weights and of inputs in int8, but columns in which
 any input is beyond 6 in half precision, so that what stands in the batch beside a row may move it a little. 4bit is NF4
 (Dettmers et al. 2023, arXiv 2305.14314): blocks of 64 weights with a scale each, inputs as they are. For inference;
-nothing is calibrated. The file refuses to know: what the maps are part of, files.
+nothing is calibrated. Does not depend on: what the maps are part of, files.
 
 Shapes: O outputs, I inputs.
 """

@@ -1,7 +1,7 @@
 """Answers in the words of OpenAI's schema: the parts of whole ones, and the chunks of those that are streamed.
 
-Knows the events of jobs and the JSON that a client reads (docs/serving.md); refuses to know HTTP, and where the events
-come from.
+Knows the events of jobs and the JSON that a client reads (docs/serving.md); does not depend on HTTP, and where the
+events come from.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
 A file of some kilobytes may hold millions of pixels, and a damaged one may crash what decodes it. So neither the
 process that answers HTTP nor the one that holds the model decodes: a third does, within limits of memory and time, and
 is started anew where it ends. Its answers are sizes and bytes. Clients take turns, one picture each. Knows pictures and
-a process; refuses to know HTTP.
+a process; does not depend on HTTP.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     Job(Document.of("two apples"), "image", {"seed": 3})  ->  Begun, Part, Ended     (or Refused, or Failed)
 
-The file refuses to know: pipes, engines, HTTP; it loads nothing that models need.
+Does not depend on: pipes, engines, HTTP; it loads nothing that models need.
 """
 
 from __future__ import annotations

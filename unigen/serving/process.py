@@ -7,7 +7,7 @@
 Leaving the loop drops the job within a step. A process that dies, or sends no heartbeat, or stays in one step for
 longer than any answer may take, fails the jobs that it had and is started again, as often as is needed, with pauses
 between; what it has started ends with it.
-Knows pipes and processes; refuses to know HTTP, and what a job asks for.
+Knows pipes and processes; does not depend on HTTP, and what a job asks for.
 """
 
 from __future__ import annotations

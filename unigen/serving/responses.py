@@ -4,7 +4,7 @@
 
 `output` lists in order what was said, items `message`, and what was drawn, items `image_generation_call`. Pictures are
 drawn where the tool `image_generation` is given. Nothing is stored: a conversation is sent whole, as `input`. Knows the
-schema and the events of jobs; refuses to know HTTP.
+schema and the events of jobs; does not depend on HTTP.
 OpenAI's reference: https://platform.openai.com/docs/api-reference (responses).
 """
 

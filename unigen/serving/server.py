@@ -3,7 +3,8 @@
     unigen serve --model unigen-tiny --port 8000
     curl localhost:8000/v1/images/generations -H 'content-type: application/json' -d '{"prompt": "two apples"}'
 
-Turns requests into jobs and their events into answers. Knows HTTP and OpenAI's schema; refuses to know how anything is
+Turns requests into jobs and their events into answers. Knows HTTP and OpenAI's schema; does not depend on how anything
+is
 generated: that is behind anything with `answer(job)`, `info`, `ready`, `down`, `alive` and `most`, such as
 `process.EngineProcess`.
 """

@@ -3,8 +3,8 @@
     receiver, sender: the end of a pipe and a `process.Sender` (the server holds the other ends)
     work(receiver, sender, {"name": "unigen-tiny"}, slots=32)
 
-Knows engines, jobs and pipes; refuses to know HTTP. What a job says wrong is a `Rejected` in one line; what goes wrong
-while jobs run together is an `Error` for each of them, and the next ones are answered.
+Knows engines, jobs and pipes; does not depend on HTTP. What a job says wrong is a `Rejected` in one line; what goes
+wrong while jobs run together is an `Error` for each of them, and the next ones are answered.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The image tokenizer of Emu3: transformers' `Emu3VQVAE`, 8 pixels a code, pictures as one frame of a video.
 
-The file refuses to know: families, files, training. Shapes: B batch, C=3 channels, H W pixels, h w grid of codes.
+Does not depend on: families, files, training. Shapes: B batch, C=3 channels, H W pixels, h w grid of codes.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     code = sum_d [z_d > 0] 2^(D - 1 - d),   x' = decoder(2 [z_d > 0] - 1)   (Yu et al. 2023, arXiv 2310.05737, eq. 2-3)
 
 16 pixels a code along each side, 13 bits, so 8,192 codes; the first channel is the highest bit. The encoder and the
-decoder have channels and depths of their own at each resolution. Sizes are read off the tensors. The file refuses to
-know: families, training.
+decoder have channels and depths of their own at each resolution. Sizes are read off the tensors. Does not depend on:
+families, training.
 
 Shapes: B batch, C=3 channels, H W pixels, D bits, h w grid of codes.
 """

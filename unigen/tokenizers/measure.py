@@ -1,6 +1,6 @@
 """How well an image tokenizer keeps pictures: PSNR over all pixels and inside object masks, use of the codebook.
 
-It refuses to know where pictures come from and how the tokenizer was trained. `unigen eval tokenizer` prints these.
+It does not depend on where pictures come from and how the tokenizer was trained. `unigen eval tokenizer` prints these.
 
 Shapes: B batch, C=3 channels, H W pixels in [-1, 1], masks (B, 1, H, W) with 1 inside objects, K codes.
 """

@@ -5,7 +5,7 @@ prompts of public ones, in which a template speaks and a user does.
 
 Ids are exactly SentencePiece's and decoding gives the text back, because the model is trained without normalisation and
 without a dummy prefix, and bytes stand for what the pieces lack (sentencepiece, Kudo and Richardson 2018).
-This file refuses to know: what a template says, models.
+Does not depend on: what a template says, models.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """VAR's image tokenizer: a convolutional autoencoder (diffusers' `VQModel`) around the multi-scale residual quantizer.
 
-Pictures (B, 3, H, W) in [-1, 1] <-> codes (B, P), all scales in a row. The file refuses to know: families, training.
+Pictures (B, 3, H, W) in [-1, 1] <-> codes (B, P), all scales in a row. Does not depend on: families, training.
 Shapes: B batch, D code dimension, h w grid of the last scale, P codes of all scales.
 """
 

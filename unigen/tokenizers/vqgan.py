@@ -5,8 +5,8 @@
 
 "taming"    Liquid, Chameleon, Lumina-mGPT: 8,192 codes of dimension 256
 "llamagen"  LlamaGen, Janus: 16,384 codes of dimension 8, z and e of unit length, attention at the lowest resolution
-Sizes are read off the tensors. `rename_key` gives each tensor's name in the other layout, in both directions. The file
-refuses to know: families, training. Codes are found in fp32 always, since rounding changes them.
+Sizes are read off the tensors. `rename_key` gives each tensor's name in the other layout, in both directions. Does not
+depend on: families, training. Codes are found in fp32 always, since rounding changes them.
 
 Shapes: B batch, C=3 channels, H W pixels, D code dimension, h w grid of codes.
 """

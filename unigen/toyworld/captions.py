@@ -1,7 +1,7 @@
 """What a caption says: `Facts` of a scene, captions of several registers, their parser, and scenes made to match a
 prompt.
 
-Refuses to know: fonts, pixels, models. `parse_caption` is the inverse of `caption` and `descriptive_caption` and
+Does not depend on: fonts, pixels, models. `parse_caption` is the inverse of `caption` and `descriptive_caption` and
 tolerant of the rest, so that a caption written by a model is scored by comparing facts, and a prompt becomes an oracle
 scene:
 

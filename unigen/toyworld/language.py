@@ -1,6 +1,6 @@
 """The language of the rendered world beyond captions: questions, edits, verdicts, expansions of short prompts.
 
-Refuses to know: fonts, pixels, models. Every function is pure in its random generator. Captions are re-exported from
+Does not depend on: fonts, pixels, models. Every function is pure in its random generator. Captions are re-exported from
 `judge_captions.py`.
 
     rng = np.random.default_rng(0)

@@ -1,7 +1,7 @@
 """The rendered world: scenes drawn by lot, the rule of relations, and the held-out split. Also re-exports
 `SceneRenderer` and the names.
 
-Needs numpy and PIL only, and no font until a `SceneRenderer` is made. Refuses to know: language (`language.py`),
+Needs numpy and PIL only, and no font until a `SceneRenderer` is made. Does not depend on: language (`language.py`),
 models, torch. A scene is a pure function of its random generator:
 
     rng = np.random.default_rng(0)

@@ -1,7 +1,7 @@
 """Illustrated stories of 3-5 frames with recurring characters, and the text corpus of the whole world.
 
 Each frame's text names just what its picture shows: the characters with their colours, a prop, and a place that tells
-the background; `page_facts` reads it back. Refuses to know: fonts, pixels, models.
+the background; `page_facts` reads it back. Does not depend on: fonts, pixels, models.
 
     tale = story(np.random.default_rng(0), references=2)
     tale.request, tale.references, tale.frames

@@ -1,7 +1,7 @@
 """Rendering: a `Scene` becomes a `RenderedScene` (pixels, visible masks, boxes, depth) drawn with the system's Noto
 Color Emoji.
 
-Refuses to know: how scenes are sampled, language, torch. The font is never part of this project: it is found by
+Does not depend on: how scenes are sampled, language, torch. The font is never part of this project: it is found by
 fontconfig, or named by the environment variable UNIGEN_EMOJI_FONT. A `SceneRenderer` caches every glyph in a pyramid of
 sizes and every tint it has met; one affine transform per object turns, scales and places it.
 """

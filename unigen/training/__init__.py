@@ -1,6 +1,6 @@
 """Training: `run_recipe` loads a recipe file and trains it; `Trainer(cfg, job).run()` is what it calls.
 
-It refuses to know losses (an Objective does) and models (a recipe does). Nothing heavy is imported until a name is
+It does not depend on losses (an Objective does) and models (a recipe does). Nothing heavy is imported until a name is
 used.
 
     unigen train recipes/tiny.py steps=100 optim.lr=1e-4

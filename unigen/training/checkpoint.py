@@ -1,6 +1,6 @@
 """What a run leaves on disk: checkpoints, the averaged weights (EMA), the folder of the finished model.
 
-It refuses to know what is trained. Every file appears under a temporary name and is renamed when complete, so that a
+It does not depend on what is trained. Every file appears under a temporary name and is renamed when complete, so that a
 full disk or a kill leaves the last good one.
 
     save_checkpoint(run_dir, state, keep=2);  state = load_checkpoint(run_dir)   # None: a fresh run

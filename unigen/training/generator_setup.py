@@ -3,7 +3,7 @@
     shares = normalize_generator_weights({"next-token": 1.0, "flow": 1.0})                  # each 0.5
     heads = new_generators(model, shares, {"kl": "runs/kl/model"}, {"flow": FlowConfig(layers=2)})
 
-It refuses to know which generators there are."""
+It does not depend on which generators there are."""
 
 from __future__ import annotations
 

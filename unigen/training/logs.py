@@ -1,6 +1,6 @@
 """What a training run says while it runs: a progress bar (plain lines without a terminal), metrics.jsonl, tensorboard.
 
-It refuses to know where numbers come from. `MetricAccumulator` adds sums and counts; `TrainLogger` writes means.
+It does not depend on where numbers come from. `MetricAccumulator` adds sums and counts; `TrainLogger` writes means.
 """
 
 import json

@@ -17,7 +17,7 @@ tokenizer, those of next-scale its own codes in a row; or, of all but next-token
     {"prompt": {"segments": [{"role": "user", "text": "two apples"}]}, "writer": "masked",
      "answers": [{"role": "assistant", "image": {"codes": [[5, 7, ..], ..]}}, ..], "right": [true, ..]}
 
-The file refuses to know who gave the answers and who judged them. Shapes: P pairs.
+Does not depend on who gave the answers and who judged them. Shapes: P pairs.
 """
 
 from __future__ import annotations

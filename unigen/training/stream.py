@@ -1,6 +1,6 @@
 """The dataset as an endless stream of rows: which row stands at which position, and a loader that starts anywhere.
 
-It refuses to know what an item is. Row p of the stream is always the same item with the same random seeds, whichever
+It does not depend on what an item is. Row p of the stream is always the same item with the same random seeds, whichever
 process or worker makes it and whenever: resuming is starting at p.
 
     batches = load(dataset, collate, first=0, size=32, rank=0, world=1, seed=0, shuffle=True, workers=2, pin=False)

@@ -1,6 +1,6 @@
 """The Trainer: steps an optimizer over a stream of rows; saves, samples, logs, stops, resumes.
 
-It refuses to know any loss, model or data format: an Objective returns sums and counts, a recipe's Job supplies the
+It does not depend on any loss, model or data format: an Objective returns sums and counts, a recipe's Job supplies the
 rest. Every random draw is a function of (seed, position): items are seeded by their place in the stream and forward
 passes by (seed, step, slot), so that nothing random has to be saved, any number of workers gives the same run, and a
 resumed run equals an uninterrupted one bit for bit.

@@ -5,8 +5,8 @@
 A k-nearest-neighbours classifier, fitted on the true digits of the training part as 8x8 grey levels, reads what was
 drawn: the share that it takes for the class asked for. Beside it: what it makes of true digits that neither saw, and of
 the drawn ones under the next class; and how far the drawn ones are from the nearest training digit, over how far true
-digits are that were held out (near 1 is as it should be, far below 1 means copies). It refuses to know how a digit is
-drawn."""
+digits are that were held out (near 1 is as it should be, far below 1 means copies). It does not depend on how a digit
+is drawn."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ Prompts are in the words of the captions, drawn from the world by seed, with 30%
 object and colour, of object and count) and a background in 25% of the prompts (50% of single objects). Beside the
 model's score stands the ladder: true pictures of the same prompts, their reconstructions by the model's tokenizer,
 the training pictures with the nearest captions, the model's pictures under other prompts, and what is found in noise
-and blends. Only the true pictures need the emoji font. The file refuses to know engines beyond `generate_batch`."""
+and blends. Only the true pictures need the emoji font. Does not depend on engines beyond `generate_batch`."""
 
 from __future__ import annotations
 

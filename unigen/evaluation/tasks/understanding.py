@@ -5,7 +5,7 @@ never saw.
 
 Half of the scenes are plain (combinations of training, seeds of their own), half hold a held-out combination; the two
 are reported apart. Captions are read by the parser of the captions; answers must match exactly, after lower case and
-without the final stop. Needs the emoji font. The file refuses to know engines beyond `generate_batch`."""
+without the final stop. Needs the emoji font. Does not depend on engines beyond `generate_batch`."""
 
 from __future__ import annotations
 

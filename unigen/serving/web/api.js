@@ -1,5 +1,5 @@
 // The server as the page asks it: JSON and forms, streams, the key, and a second try where there are too many requests.
-// Knows the OpenAI API and ours beside it; refuses to know the page.
+// Knows the OpenAI API and ours beside it; does not depend on the page.
 
 const KEY = "unigen.key";
 const LONGEST_WAIT = 60; // seconds that a request is put off for

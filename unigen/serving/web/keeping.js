@@ -1,5 +1,5 @@
 // An answer on its way is kept as it comes, with what was asked, so that a page that is left or loaded anew loses neither.
-// Knows the history and the tab's storage; refuses to know what is kept.
+// Knows the history and the tab's storage; does not depend on what is kept.
 
 import * as past from "./history.js";
 

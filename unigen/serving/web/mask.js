@@ -1,5 +1,5 @@
 // A picture to paint a mask on, by mouse, finger or pen, or by the arrow keys and Space.
-// Knows pixels; refuses to know what the mask is for.
+// Knows pixels; does not depend on what the mask is for.
 
 import { el } from "./dom.js";
 import { image } from "./pictures.js";

@@ -13,7 +13,7 @@ import pytest
 from starlette.exceptions import HTTPException
 
 from tests.serving.test_fuzz import FakeImageEngine
-from tests.serving.test_parts import Counted, asked, door
+from tests.serving.test_serving_units import Counted, asked, door
 from unigen.commands.main import main
 from unigen.serving import body, connection
 from unigen.serving.middleware import GuardMiddleware, Limits, error_body

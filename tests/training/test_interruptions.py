@@ -1,6 +1,6 @@
 """A run that is killed, wherever that is: the same command goes on and ends as if nothing had happened.
 
-Run: pytest tests/training/test_kills.py
+Run: pytest tests/training/test_interruptions.py
 """
 
 from __future__ import annotations
