@@ -21,8 +21,12 @@ if str(ROOT) not in sys.path:  # recipes and scripts are imported from the repos
 
 
 @pytest.fixture(autouse=True)
-def environment() -> Iterator[None]:
-    """Fails a test that leaves a variable of the environment, or a handler of a signal, changed for the next ones."""
+def environment(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fails a test that leaves a variable of the environment, or a handler of a signal, changed for the next ones. Tests
+    that need vLLM are left alone: vLLM sets variables of its own."""
+    if request.node.get_closest_marker("serve"):
+        yield
+        return
 
     def state() -> dict[Any, Any]:
         variables = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
