@@ -22,8 +22,8 @@ if str(ROOT) not in sys.path:  # recipes and scripts are imported from the repos
 
 @pytest.fixture(autouse=True)
 def environment(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Fails a test that leaves a variable of the environment, or a handler of a signal, changed for the next ones. Tests
-    that need vLLM are left alone: vLLM sets variables of its own."""
+    """Fails a test that leaves a variable of the environment, or a handler of a signal, changed for the next ones. Not
+    tests that need vLLM, which sets variables of its own."""
     if request.node.get_closest_marker("serve"):
         yield
         return
