@@ -85,7 +85,9 @@ def judge_images(
 def judge_captions(engine: Any, task: UnderstandingTask, answers: int, seed: int) -> list[Any]:
     """A line of the judged file for each scene of the task: the true caption, and those that the model gives it."""
     items = task.items()
-    documents = [engine.model.read(Document.of(item.prompt)) for item in items]  # each picture is encoded once
+    documents = [
+        engine.model.encode_document(Document.of(item.prompt)) for item in items
+    ]  # each picture is encoded once
     asked = [document for document in documents for _ in range(answers)]
     seeds = [seed + k for k in range(len(asked))]
     said = engine.generate_batch(asked, seeds, "text", temperature=1.0, max_tokens=96)

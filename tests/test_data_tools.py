@@ -19,6 +19,8 @@ DRAW, JUDGE, WORDS, SCENES = (
     f"data_tools.{name}" for name in ("draw_again", "judge_answers", "train_tokenizer", "make_scenes")
 )
 VQ, FLOW, DETECTOR = (f"recipes.{name}" for name in ("tiny_vq", "flow_networks", "scene_detector"))
+WORK = {JUDGE: ("load_detector",), SCENES: ("make_row",)}
+"""What a program calls when it begins to work, besides loading a model."""
 DETECT = ["--detector", str(DEFAULT_FOLDER)]
 
 
@@ -36,9 +38,8 @@ def refused(
 
     def run(module: str, *given: str) -> str:
         program = importlib.import_module(module)
-        for name in ("load_tokenizer", "load_detector", "Trainer", "text_corpus", "row"):
-            if hasattr(program, name):
-                monkeypatch.setattr(program, name, too_late)
+        for name in WORK.get(module, ()):
+            monkeypatch.setattr(f"{module}.{name}", too_late)
         monkeypatch.setattr(sys, "argv", [module.rpartition(".")[2], *given])
         assert program.main() == 2
         said = capsys.readouterr().err

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from unigen.utils.moved import MOVED
+from unigen.utils.module_renames import MODULE_RENAMES
 
 # From bottom to top. What stands on one line does not import each other.
 LAYERS = [
@@ -183,7 +183,7 @@ def test_strings_name_modules_that_are_there(root: Path) -> None:
 
 def test_an_old_name_of_a_module_says_the_new_one(root: Path) -> None:
     sources = {name.removesuffix(".__init__") for name in modules(root)}
-    assert not sources & set(MOVED) and {new.split(" ")[0] for new in MOVED.values()} <= sources
+    assert not sources & set(MODULE_RENAMES) and {new.split(" ")[0] for new in MODULE_RENAMES.values()} <= sources
     with pytest.raises(ModuleNotFoundError, match="the module unigen.sequence is unigen.document"):
         importlib.import_module("unigen.sequence")
     with pytest.raises(ImportError, match="the module unigen.cli is unigen.commands.main now"):

@@ -15,13 +15,13 @@ from unigen.model.unified import VisionEncoder
 
 def test_what_is_far_too_long_is_never_read(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, read = engine.model, []
-    whole = type(model).read
+    whole = type(model).encode_document
 
     def noted(self: Any, document: Document) -> Document:
         read.append(document)
         return whole(self, document)
 
-    monkeypatch.setattr(type(model), "read", noted)
+    monkeypatch.setattr(type(model), "encode_document", noted)
     picture = Image.new("RGB", (16, 16))
     codes = model.image_tokenizer.grid[0] * model.image_tokenizer.grid[1]
     for prompt in (

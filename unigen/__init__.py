@@ -13,7 +13,7 @@ import logging
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from unigen.utils.moved import install
+from unigen.utils.module_renames import install
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else it warns of its speed, at import and at every product
 warnings.filterwarnings("ignore", message="IProgress not found")  # in notebooks without ipywidgets, bars are of text

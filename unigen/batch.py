@@ -72,7 +72,7 @@ class Layout:
         """How many ids the rows are."""
         return self.grid[0] * (self.grid[1] + len(self.row_end))
 
-    def lay(self, ids_hw: Tensor) -> list[int]:
+    def to_ids(self, ids_hw: Tensor) -> list[int]:
         """The ids of the rows."""
         return [id for row in ids_hw.tolist() for id in (*row, *self.row_end)]
 

@@ -1,7 +1,7 @@
 """The ranges of the numbers that users may give: one table for Python, the command line and the server.
 
-    check("steps", 20)         # 20, or a ValueError in one line: "steps must be a whole number from 1 to 1,000, not 0"
-    parse("steps", "20")       # the same of a text
+    check_limit("steps", 20)   # 20, or a ValueError in one line: "steps must be a whole number from 1 to 1,000, not 0"
+    parse_limit("steps", "20") # the same of a text
 
 Nothing heavy is imported here: `unigen --help` reads the table.
 """
@@ -88,7 +88,7 @@ def parse_limit(name: str, text: str, limits: Mapping[str, Limit] = LIMITS) -> A
 def limit_argument(name: str, limits: Mapping[str, Limit] = LIMITS) -> Callable[[str], Any]:
     """`parse_limit` as the type of an argument of argparse."""
 
-    def read(text: str) -> Any:
+    def parse_argument(text: str) -> Any:
         try:
             return parse_limit(name, text, limits)
         except ValueError:
@@ -96,7 +96,7 @@ def limit_argument(name: str, limits: Mapping[str, Limit] = LIMITS) -> Callable[
 
             raise ArgumentTypeError(f"{shorten(text)} is not {limits[name]}") from None
 
-    return read
+    return parse_argument
 
 
 def number_argument(low: int, high: int, whole: bool = True, above: bool = False) -> Callable[[str], Any]:

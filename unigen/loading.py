@@ -85,15 +85,27 @@ def load(
     joins = (
         None if adapter is None else load_connector(hub.resolve(adapter)[0])
     )  # the smallest of them before the others
-    reader = load_one(lmm, device, kind, quantization, reads=True, pair=True)
-    return ComposedEngine(reader, load_one(generator, device, kind, quantization, pair=True), joins)
+    reader = load_one(lmm, device, kind, quantization, reads=True, composed=True)
+    return ComposedEngine(reader, load_one(generator, device, kind, quantization, composed=True), joins)
 
 
 def load_one(
-    name: str, device: str, dtype: Any, quantization: str | None, *, reads: bool = False, pair: bool = False
+    name: str, device: str, dtype: Any, quantization: str | None, *, reads: bool = False, composed: bool = False
 ) -> Any:
-    """The engine of one model. reads: where nothing of ours knows its family, transformers may read with it. pair: it
-    is one of two, of which a pipeline needs no language model to quantise."""
+    """Load one model.
+
+    Args:
+        name: a shipped model, a folder, or `owner/name[@revision]` on the hub.
+        device, dtype: where the weights lie; dtype None is the model's default.
+        quantization: "8bit" or "4bit", of the language model's weights.
+        reads: the model answers in text for another that draws; transformers loads it where no family of ours does.
+        composed: it is one of two models. A pipeline then takes a quantization, which is meant for the other.
+
+    Returns:
+        An engine.
+    Raises:
+        ValueError: in one line, for a model that is unknown, damaged or cannot be quantised.
+    """
     import torch
 
     from unigen.backends import diffusers_engine
@@ -103,7 +115,7 @@ def load_one(
 
     folder, variant = resolve_model(name, reads, diffusers_engine.check_pipeline_class)
     if diffusers_engine.is_pipeline(folder):
-        if quantization is not None and not pair:
+        if quantization is not None and not composed:
             raise ValueError(f"{name} is a diffusers pipeline, which has no language model to quantise: leave it out")
         return diffusers_engine.load(folder, device, dtype)
     usual, why = load_dtype(folder, device) if dtype is None else (None, "")

@@ -52,7 +52,7 @@ def test_captions_of_pictures_of_several_shapes(folder: Path) -> None:
     told = engine.generate_batch(asked, [1, 2, 3], "text", **options)
     assert told == [engine.generate_batch([one], [n + 1], "text", **options)[0] for n, one in enumerate(asked)]
     documents = [Document([*Document.of(one).segments, Segment(text="a", role="assistant")]) for one in asked]
-    read = [engine.model.read(document) for document in documents]
+    read = [engine.model.encode_document(document) for document in documents]
     with torch.inference_mode():
         alone = torch.cat([_unpacked_log_likelihood(engine.model, [document]) for document in read])
         torch.testing.assert_close(_unpacked_log_likelihood(engine.model, read), alone, rtol=1e-4, atol=1e-4)
@@ -60,7 +60,9 @@ def test_captions_of_pictures_of_several_shapes(folder: Path) -> None:
 
 def test_a_picture_is_read_in_its_own_shape(folder: Path) -> None:
     model = unigen.load(str(folder), "cpu").model
-    read = model.read(Document([Segment(image=Image.new("RGB", (44, 20))), Segment(image=Image.new("RGB", (8, 8)))]))
+    read = model.encode_document(
+        Document([Segment(image=Image.new("RGB", (44, 20))), Segment(image=Image.new("RGB", (8, 8)))])
+    )
     assert [tuple(segment.image.shape) for segment in read.segments] == [(5, 11), (6, 6)]  # type: ignore[union-attr]
 
 

@@ -257,7 +257,9 @@ def test_the_table_in_the_docs(family: str, public: Path, root: Path) -> None:
         "edits": True,
     }
     try:
-        engine.model.template.prompt(engine.model.read(Document.of([picture, "make it red"])), output="image")
+        engine.model.template.prompt(
+            engine.model.encode_document(Document.of([picture, "make it red"])), output="image"
+        )
     except ValueError:
         able["edits"] = False
     assert {name: told[name] for name in able} == {name: "yes" if can else "no" for name, can in able.items()}

@@ -107,12 +107,12 @@ def test_layers_that_read_the_same_lie_together() -> None:
         setattr(part, name, nn.Linear(64, width, bias=False))
     layers = [part.q_proj, part.k_proj, part.v_proj]
     before = [layer.weight.clone() for layer in layers]
-    assert linear._view_as_one(tuple(layer.weight for layer in layers)) is None
+    assert linear._fused_view(tuple(layer.weight for layer in layers)) is None
     pack_linears(part)
-    joined = linear._view_as_one(tuple(layer.weight for layer in layers))
+    joined = linear._fused_view(tuple(layer.weight for layer in layers))
     assert joined is not None and torch.equal(joined, torch.cat(before))
     with torch.no_grad():
         part.k_proj.weight.mul_(2)
     assert torch.equal(joined[64:96], 2 * before[1])
     part.v_proj.weight.data = before[2]
-    assert linear._view_as_one(tuple(layer.weight for layer in layers)) is None
+    assert linear._fused_view(tuple(layer.weight for layer in layers)) is None

@@ -125,12 +125,14 @@ def rows(folder: Path) -> Iterator[ParityRow]:
     model, reference = engine.model, Reference(folder)
     template, begin, against = model.template, model.template.begins["next-token"], "transformers' Chameleon, unmasked"
     shown = Document([Segment(image=picture()), Segment(text=WORDS)])
-    read = model.read(shown)
+    read = model.encode_document(shown)
 
     official = reference.branches(reference.picture())
     made = [[*model.ids(template.prompt(read, output="image", blind=b)), begin] for b in range(3)]
     squeezed = Document([Segment(image=picture().resize((SIDE, SIDE))), Segment(text=WORDS)])
-    wrong = [[*model.ids(template.prompt(model.read(squeezed), output="image", blind=b)), begin] for b in range(3)]
+    wrong = [
+        [*model.ids(template.prompt(model.encode_document(squeezed), output="image", blind=b)), begin] for b in range(3)
+    ]
     flat, theirs, trapped = ([id for ids in rows for id in ids] for rows in (made, official, wrong))
     yield ParityRow(
         "chameleon prompt ids", mismatch_share(flat, theirs), mismatch_share(trapped, theirs), "a picture squeezed",

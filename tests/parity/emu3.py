@@ -184,7 +184,7 @@ def rows(folder: Path) -> Iterator[ParityRow]:
         "emu3 prompt ids", mismatch_share(here, theirs), mismatch_share(turned, theirs), "width*height", "Emu3Processor"
     )
 
-    asked = model.read(Document([Segment(image=picture()), Segment(text="What is it")]))
+    asked = model.encode_document(Document([Segment(image=picture()), Segment(text="What is it")]))
     ids = model.ids(template.prompt(asked, output="text"))
     with common.wrong_row_end(template, ()):
         bare = model.ids(template.prompt(asked, output="text"))

@@ -162,7 +162,7 @@ def rows(folder: Path) -> Iterator[ParityRow]:
     )
 
     asked = Document([Segment(image=picture()), Segment(text=PROMPTS[1])])
-    read = model.read(asked)
+    read = model.encode_document(asked)
     before, after = (
         reference.with_start("<start_of_turn>user\n<boi>"),
         reference.with_start(f"<eoi>\n{PROMPTS[1]}<end_of_turn>\n<start_of_turn>model\n")[1:],

@@ -263,7 +263,7 @@ def rows(folder: Path) -> Iterator[ParityRow]:
     )
     yield ParityRow("lumina pictures cut", cut, squared, "cut to squares", "the official processor (goldens)")
 
-    asked = model.read(Document([Segment(image=picture()), Segment(text="What is it")]))
+    asked = model.encode_document(Document([Segment(image=picture()), Segment(text="What is it")]))
     ids = model.ids(template.prompt(asked, output="text"))
     with common.wrong_row_end(template, ()):
         bare = model.ids(template.prompt(asked, output="text"))

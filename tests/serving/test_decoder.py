@@ -51,7 +51,7 @@ def decoder() -> Iterator[ImageDecoder]:
 
 
 def read(decoder: ImageDecoder, *files: bytes | str, copies: int = 1, area: int | None = None) -> list[Image.Image]:
-    return asyncio.run(decoder.read([EncodedImage(data) for data in files], copies, area))
+    return asyncio.run(decoder.decode([EncodedImage(data) for data in files], copies, area))
 
 
 def test_pictures_come_as_they_are(decoder: ImageDecoder) -> None:
@@ -60,7 +60,7 @@ def test_pictures_come_as_they_are(decoder: ImageDecoder) -> None:
     noise.save(buffer, "PNG")
     mask = file((4, 4), "RGBA", colour=(0, 0, 0, 0))
     files = [EncodedImage(buffer.getvalue()), EncodedImage(data_uri(noise)), EncodedImage(mask, mask=True)]
-    plain, uri, marks = asyncio.run(decoder.read(files))
+    plain, uri, marks = asyncio.run(decoder.decode(files))
     assert plain.tobytes() == uri.tobytes() == noise.tobytes() and plain.size == noise.size
     assert marks.mode == "L" and marks.getextrema() == (255, 255)
 
@@ -85,7 +85,7 @@ def test_what_cannot_be_decoded_is_named_and_the_next_can(decoder: ImageDecoder)
         assert error.value.place == 1 and "\n" not in str(error.value)
         assert len(read(decoder, good)) == 1
     with pytest.raises(ImageError, match="mask"):
-        asyncio.run(decoder.read([EncodedImage(cut, mask=True)]))
+        asyncio.run(decoder.decode([EncodedImage(cut, mask=True)]))
 
 
 class FakePipe:
@@ -187,9 +187,9 @@ def test_many_requests_of_one_do_not_hold_up_another(decoder: ImageDecoder, monk
     files = [EncodedImage(file((4, 4)))] * 10
 
     async def run() -> None:
-        first = [asyncio.create_task(decoder.read(files, client="a")) for _ in range(10)]
+        first = [asyncio.create_task(decoder.decode(files, client="a")) for _ in range(10)]
         await asyncio.sleep(0)
-        await decoder.read(files[:3], client="b")
+        await decoder.decode(files[:3], client="b")
         assert len(asked) <= 4 * 3 + 2
         await asyncio.gather(*first)
 
@@ -204,12 +204,12 @@ def test_who_leaves_has_no_more_decoded(decoder: ImageDecoder, monkeypatch: pyte
     monkeypatch.setattr(decoder, "_ask", lambda place, *request: asked.append(request[0]) or ask(place, *request))
 
     async def run() -> None:
-        task = asyncio.create_task(decoder.read([EncodedImage(file((1000, 1000)))] * 100, client="a"))
+        task = asyncio.create_task(decoder.decode([EncodedImage(file((1000, 1000)))] * 100, client="a"))
         while len(asked) < 3:
             await asyncio.sleep(0.001)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        await decoder.read([EncodedImage(file((4, 4)))], client="b")
+        await decoder.decode([EncodedImage(file((4, 4)))], client="b")
 
     asyncio.run(run())
     gc.collect()
@@ -341,7 +341,7 @@ def test_the_server_stops_when_the_client_leaves(path: str, monkeypatch: pytest.
             ends.append("cancelled")
             raise
 
-    monkeypatch.setattr(ImageDecoder, "read", decode)
+    monkeypatch.setattr(ImageDecoder, "decode", decode)
     png = file((4, 4))
     asked = httpx.Request("POST", "http://localhost", json=chat(data_uri(Image.open(io.BytesIO(png)))))
     if path.endswith("responses"):

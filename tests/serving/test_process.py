@@ -199,14 +199,14 @@ def test_pictures_of_a_job_that_has_ended_are_let_go_of(tmp_path: Path, monkeypa
         assert decoder.held == 0
 
     asked = []
-    read = decoder.read
+    read = decoder.decode
 
     async def noted(*given: Any) -> Any:
         found = await read(*given)
         asked.append(decoder.held)
         return found
 
-    monkeypatch.setattr(decoder, "read", noted)
+    monkeypatch.setattr(decoder, "decode", noted)
     try:
         with_engine(tmp_path, "", test)
     finally:

@@ -126,7 +126,7 @@ class ComposedEngine:
         said, own = instruction, options
         if not self.joined:
             asked, own = [picture, as_text(instruction), IMAGE_PROMPT_INSTRUCTION], self._drawing(options)
-            said = self._said(asked, seed, options, MAX_PASSAGE_TOKENS)
+            said = self._generate_text(asked, seed, options, MAX_PASSAGE_TOKENS)
         try:
             return self.painter.edit(picture, said, seed=seed, **own)
         except UnsupportedError:  # it draws the new picture whole
@@ -164,7 +164,7 @@ class ComposedEngine:
         self.check(prompt, output, seed=seed, **options)
         document = Document.of(prompt)
         if output == "text":
-            return self._said(document, seed, options)
+            return self._generate_text(document, seed, options)
         if output == "interleaved":
             with progress.bar(options.get("max_images", 4), "image") as bar:
                 parts = MediaList()
@@ -175,7 +175,7 @@ class ComposedEngine:
         document.segments = split_system_messages(document.segments)[1]
         if self.joined or not document.images():  # the one that reads says nothing
             return self.painter.generate(document, "image", seed=seed, **options)
-        said = self._said(
+        said = self._generate_text(
             Document([*document.segments, Segment(text=IMAGE_PROMPT_INSTRUCTION)]), seed, options, MAX_PASSAGE_TOKENS
         )
         return self.painter.generate(as_text(said), "image", seed=seed, **self._drawing(options))
@@ -193,7 +193,7 @@ class ComposedEngine:
             for attempt in range(MAX_RETRIES):
                 asked = Document([*told, Segment(text=PASSAGE_INSTRUCTION)])
                 passage = trim_to_sentence(
-                    self._said(asked, derive_seed(at, attempt) if attempt else at, options, MAX_PASSAGE_TOKENS)
+                    self._generate_text(asked, derive_seed(at, attempt) if attempt else at, options, MAX_PASSAGE_TOKENS)
                 )
                 if not passage:
                     return
@@ -204,12 +204,12 @@ class ComposedEngine:
             yield passage
             passages.append(passage)
             told.append(Segment(text=passage, role="assistant"))
-            shown = self._said(
+            shown = self._generate_text(
                 Document([*told, Segment(text=ILLUSTRATION_INSTRUCTION)]), at, options, MAX_PASSAGE_TOKENS
             )
             yield self.painter.generate(as_text(shown or passage), "image", seed=at, **own)
 
-    def _said(self, document: Any, seed: int, options: dict[str, Any], most: int | None = None) -> str:
+    def _generate_text(self, document: Any, seed: int, options: dict[str, Any], most: int | None = None) -> str:
         """most: tokens, where `max_tokens` does not say less."""
         mine = self.text_options(options)
         if most is not None:

@@ -1,7 +1,7 @@
 """What a class of diffusers' pipelines takes and gives, read from its signature, its components and its config.
 
     kind = pipeline_class({"_class_name": "StableDiffusionPipeline"})
-    refusal(kind)           # None, or the reason why the class cannot draw here
+    unsupported_reason(kind)  # None, or the reason why the class cannot draw here
     supported_options(pipe)        # {"steps": "num_inference_steps", "guidance": "guidance_scale", ...}
     compatible_schedulers(pipe)       # {"euler": EulerDiscreteScheduler, ...}
 

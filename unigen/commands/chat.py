@@ -1,7 +1,4 @@
-"""The command `chat`.
-
-unigen chat
-"""
+"""The command `chat`: `unigen chat`."""
 
 from __future__ import annotations
 

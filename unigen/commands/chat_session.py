@@ -121,7 +121,7 @@ class Chat:
         protocol = inline_protocol(os.environ) if out.isatty() else None
         if asks:
             print(HELP, file=out)
-        for line in self.read(lines, out, asks):
+        for line in self.read_lines(lines, out, asks):
             try:
                 if line.startswith("/"):
                     if not self.command(line, out):
@@ -137,7 +137,7 @@ class Chat:
                 print("\n(stopped; nothing of this turn is kept)", file=out)
 
     @staticmethod
-    def read(lines: TextIO, out: TextIO, asks: bool) -> Iterator[str]:
+    def read_lines(lines: TextIO, out: TextIO, asks: bool) -> Iterator[str]:
         if asks:
             try:
                 import readline  # noqa: F401  (arrow keys and history in input())

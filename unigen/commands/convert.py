@@ -1,7 +1,4 @@
-"""The command `convert`.
-
-unigen convert MODEL -o FOLDER
-"""
+"""The command `convert`: `unigen convert MODEL -o FOLDER`."""
 
 from __future__ import annotations
 

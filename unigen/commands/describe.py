@@ -1,7 +1,4 @@
-"""The command `describe`.
-
-unigen describe out.png -q "how many apples?"
-"""
+"""The command `describe`: `unigen describe out.png -q "how many apples?"`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The command `edit`.
-
-unigen edit out.png "replace the sunflower with a rose"
-"""
+"""The command `edit`: `unigen edit out.png "replace the sunflower with a rose"`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The command `eval`.
-
-unigen eval scenes --quick
-"""
+"""The command `eval`: `unigen eval scenes --quick`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The command `generate`.
-
-unigen generate "two apples on a blue background" -o out.png
-"""
+"""The command `generate`: `unigen generate "two apples on a blue background" -o out.png`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The command `info`.
-
-unigen info --model unigen-tiny
-"""
+"""The command `info`: `unigen info --model unigen-tiny`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The command `inpaint`.
-
-unigen inpaint out.png "two apples" --box 0,0,32,32
-"""
+"""The command `inpaint`: `unigen inpaint out.png "two apples" --box 0,0,32,32`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The command `pair`.
-
-unigen pair "two apples" -o out.png
-"""
+"""The command `pair`: `unigen pair "two apples" -o out.png`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The command `serve`.
-
-unigen serve --port 8000
-"""
+"""The command `serve`: `unigen serve --port 8000`."""
 
 from __future__ import annotations
 

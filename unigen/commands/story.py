@@ -1,7 +1,4 @@
-"""The command `story`.
-
-unigen story "a witch and her raven" -o story.html
-"""
+"""The command `story`: `unigen story "a witch and her raven" -o story.html`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The command `train`.
-
-unigen train tiny steps=1000
-"""
+"""The command `train`: `unigen train tiny steps=1000`."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ It does not depend on the generative models: it is trained on rendered scenes on
 thresholds are calibrated on rendered scenes only. Its weights ship with the package, so reading needs no font.
 
     detector = load_detector()                       # the shipped one, or load_detector(folder)
-    reading = detector.detect(x_BCHW)[0]             # Reading(objects=[Detection(...)], background="sky", ...)
+    reading = detector.detect(x_BCHW)[0]             # SceneDetections(objects=[Detection(...)], background="sky", ...)
 
 Centre-point detection as in CenterNet (Zhou et al. 2019, arXiv 1904.07850): per-class heat maps of object centres at
 stride 4 with the penalty-reduced focal loss (eq. 1), box sides and sub-cell offset at the centres; beside them a

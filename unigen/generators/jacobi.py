@@ -9,9 +9,10 @@ their places, which is the q_j that they are tested against next time. A draft n
 above it, and its q_j is a point. p and q_j are what is really drawn from: after guidance, temperature, top-k and top-p.
 
 "sjd"      as above: the distribution of a picture is that of ordinary decoding
-"jacobi"   one race of exponential variables for each place (`samplers.logits.race`), drawn in the order in which
-           ordinary decoding draws them; a draft is accepted where the race gives the same code: so is the picture, up
-           to rounding (a window's sums are of another order: in float32 it is, in half precision often another one)
+"jacobi"   one race of exponential variables for each place (`samplers.logits.exponential_race_sample`), drawn in the
+           order in which ordinary decoding draws them; a draft is accepted where the race gives the same code: so is
+           the picture, up to rounding (a window's sums are of another order: in float32 it is, in half precision often
+           another one)
 
 Each row goes on at its own pace, and what stands between rows of a picture is read in its place. Does not depend on:
 caches, templates. Shapes: L positions asked for, W drafts, K codes.

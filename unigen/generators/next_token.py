@@ -167,7 +167,7 @@ class NextToken(CausalGenerator):
         offset = model.vocabulary.first
         flat = torch.stack([branch[-1] for branches in hidden for branch in branches])
         logits_NV = model.logits(flat, offset, model.vocabulary.stop).float()
-        mixed_BV = combine_alike(logits_NV, [state.span.guidance for state in states])
+        mixed_BV = combine_grouped(logits_NV, [state.span.guidance for state in states])
         for rows, ids in sample_grouped(mixed_BV, states):
             for row, code in zip(rows, ids, strict=True):
                 state = states[row]
@@ -180,9 +180,12 @@ class NextToken(CausalGenerator):
         return read
 
 
-def combine_alike(logits_NV: Tensor, guidances: list[Guidance]) -> Tensor:
-    """Guided logits (B, V) of rows, whose branches lie one after another in `logits_NV` (N, V); rows with the same
-    guidance are combined together."""
+def combine_grouped(logits_NV: Tensor, guidances: list[Guidance]) -> Tensor:
+    """Guided logits (B, V) of B rows. Where all rows have the same guidance, they are combined in one operation.
+
+    Args:
+        logits_NV: logits (N, V) of the branches of all rows, row after row, the strongest condition of each first.
+        guidances: of each row."""
     if len(set(guidances)) == 1:
         return guidances[0].combine(logits_NV.unflatten(0, (len(guidances), -1)).unbind(1))
     split = logits_NV.split([guidance.branches for guidance in guidances])

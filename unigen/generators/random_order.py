@@ -27,7 +27,7 @@ from unigen.generators.base import (
     SegmentSpec,
     StepInput,
 )
-from unigen.generators.next_token import combine_alike, decode_ids, sample_grouped
+from unigen.generators.next_token import combine_grouped, decode_ids, sample_grouped
 
 Targets = tuple[Tensor, Tensor, Tensor]
 
@@ -133,7 +133,7 @@ class RandomOrder(GeneratorHead):
     def _draw(self, model: GeneratorModel, states: list[OrderState], last: list[list[Tensor]]) -> None:
         first = model.vocabulary.first
         logits = model.logits(torch.stack([s for branches in last for s in branches]), first, model.vocabulary.stop)
-        mixed_BV = combine_alike(logits, [state.span.guidance for state in states])
+        mixed_BV = combine_grouped(logits, [state.span.guidance for state in states])
         for rows, codes in sample_grouped(mixed_BV, list(states)):
             for row, code in zip(rows, codes, strict=True):
                 states[row].written.append(first + code)

@@ -170,9 +170,9 @@ class Engine:
         reject_unknown_options("inpaint", options, [name for name in GENERATE_OPTIONS if name != "fixed"])
         document = Document.of(as_text(prompt))
         check_name("generator", generator)
-        options, lay = prepare_inpainting(self.model, image, mask, generator, options)
+        options, composite = prepare_inpainting(self.model, image, mask, generator, options)
         painted = self.generate(document, "image", **options)
-        return MediaList(map(lay, painted)) if isinstance(painted, list) else lay(painted)
+        return MediaList(map(composite, painted)) if isinstance(painted, list) else composite(painted)
 
     @property
     def outputs(self) -> tuple[Output, ...]:
@@ -236,7 +236,7 @@ class Engine:
         """The document, read, and the requests of its candidates: the one that `candidates` = 1 would ask for and
         others, captions at temperature 1. Raises ValueError where the model cannot compare what they answer."""
         check_limit("candidates", candidates)
-        document = self.model.read(Document.of(prompt))
+        document = self.model.encode_document(Document.of(prompt))
         if not self.compares:
             raise ValueError("candidates are for models that read and draw pictures code by code: leave them out")
         own = self.request(document, output, seed=seed, **options)

@@ -1,7 +1,7 @@
 """A part of a picture painted anew: what of its codes stays, and how what is made is laid back into it.
 
-    options, lay = keeping(model, picture, mask, None, {"guidance": 3.0})
-    painted = lay(engine.generate("a red hat", **options))
+    options, composite = prepare_inpainting(model, picture, mask, None, {"guidance": 3.0})
+    painted = composite(engine.generate("a red hat", **options))
 
 A code is painted anew where the mask touches what it shows, or where the family's own rule says so. What is painted is
 scaled to the picture's size; pixels that are not marked stay as they were, not as the tokenizer would say them again.
@@ -58,12 +58,12 @@ def prepare_inpainting(
     cell_rows, cell_columns = (np.searchsorted(first, pixel, "right") - 1 for first in (rows, columns))
     anew = Image.fromarray(marked_HW & cells_hw[cell_rows][:, cell_columns])
 
-    def lay(made: Image.Image) -> Image.Image:
+    def composite(made: Image.Image) -> Image.Image:
         painted = given.copy()
         painted.paste(made.resize(seen.size, Image.Resampling.LANCZOS), window, anew)
         return painted
 
-    return options | {"generator": generator, "fixed": fixed}, lay
+    return options | {"generator": generator, "fixed": fixed}, composite
 
 
 def square_crop_box(mask: Image.Image) -> tuple[int, int, int, int]:

@@ -362,9 +362,9 @@ class Scheduler:
                     self.cache.keep(row.slots[:1], [-row.kept])
                     if 0 in row.states:
                         row.states[0] = row.states[0][: len(row.states[0]) - row.kept]
-                    request.document = row.document = self.model.read(row.document)
+                    request.document = row.document = self.model.encode_document(row.document)
                     ids_hw = self.model.vocabulary.image_ids(row.document.segments[-1].image)
-                    row.unread = [[template.begins[template.reader], *layout.opening, *layout.lay(ids_hw)]]
+                    row.unread = [[template.begins[template.reader], *layout.opening, *layout.to_ids(ids_hw)]]
                 row.unread[0] += layout.closing
                 row.before.update((*state.span.head, *layout.closing))
                 self._begin_text(row, row.unread[0].pop())
@@ -384,7 +384,7 @@ class Scheduler:
     def row(self, request: Request) -> Row:
         """A row for a request, its first span begun. Raises ValueError for what cannot fit the context."""
         self._check_length(request.document)
-        request.document = self.model.read(request.document)
+        request.document = self.model.encode_document(request.document)
         row = Row(request, request.document)
         row.features = self.model.features(row.document)
         wordless = request.output == "pair" and not self._opening(row)

@@ -57,7 +57,7 @@ def log_likelihood(
     guides = guidance is not None and guidance.branches > 1 and has_guided_likelihood(model, batch)
     start = None if rng is None else rng.get_state()
 
-    def read(side: Batch) -> tuple[Tensor, dict[str, Any]]:
+    def encode_side(side: Batch) -> tuple[Tensor, dict[str, Any]]:
         embeds_BLD, targets = model.embed(side.ids_BL), {}
         if rng is not None:
             rng.set_state(start)
@@ -66,11 +66,11 @@ def log_likelihood(
             embeds_BLD, targets[name] = generator.prepare(model, side, embeds_BLD, rng)
         return model.hidden(side, embeds_BLD), targets
 
-    hidden_BLD, targets = read(batch)
+    hidden_BLD, targets = encode_side(batch)
     unseen_BLD, unseen_targets = hidden_BLD, targets
     if guides:
         assert blind is not None, "guidance needs the blind branch"
-        unseen_BLD, unseen_targets = read(blind)
+        unseen_BLD, unseen_targets = encode_side(blind)
     rows, at = (batch.loss_BL & ~batch.inside()).nonzero(as_tuple=True)
     text = _token_log_probs(model.logits(hidden_BLD[rows, at - 1]), batch.ids_BL[rows, at])
     total_D = text.new_zeros(int(documents_B.sum())).index_add(0, number_BL[rows, at], text)
@@ -139,7 +139,7 @@ def rerank_captions(model: UnifiedModel, asked: Sequence[Document], captions: Se
 @torch.inference_mode()
 def rerank_images(model: UnifiedModel, words: Sequence[str], pictures: Sequence[Sequence[Any]]) -> list[Any]:
     """Of the pictures (PIL) of each text, the best; the first of equals."""
-    shown = [model.read(Document.of([picture, CAPTION_PROMPT])) for row in pictures for picture in row]
+    shown = [model.encode_document(Document.of([picture, CAPTION_PROMPT])) for row in pictures for picture in row]
     repeated = [text for text, row in zip(words, pictures, strict=True) for _ in row]
     return _argmax_per_group(pictures, mutual_score(model, shown, repeated, IMAGE_WEIGHT), model.dtype)
 

@@ -264,7 +264,7 @@ class UnifiedModel(nn.Module):
         ids_BL[spans_M3[:, :1], spans_M3[:, 2:] - back_P] = ids_MP  # a span may hold text before its codes
         return replace(batch, ids_BL=ids_BL)
 
-    def read(self, document: Document) -> Document:
+    def encode_document(self, document: Document) -> Document:
         """The document with its pictures as codes, or as features where they are read as such; all of them at once
         where they are of one size."""
         images = [s.image for s in document.segments if s.image is not None and not isinstance(s.image, Tensor)]
@@ -300,7 +300,7 @@ class UnifiedModel(nn.Module):
             if layout.rows != stop - start:
                 raise ValueError(f"a picture of {tuple(codes_hw.shape)} codes is of another size than this model reads")
             check_codes(codes_hw, self.vocabulary.image_size)
-            ids[start:stop] = layout.lay(self.vocabulary.image_ids(codes_hw))
+            ids[start:stop] = layout.to_ids(self.vocabulary.image_ids(codes_hw))
         return ids
 
     @staticmethod

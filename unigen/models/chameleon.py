@@ -83,18 +83,20 @@ class ChameleonTemplate(PretrainedTemplate):
         """blind: 1 sees pictures alone, 2 nothing."""
         if blind:
             seen = [s for s in document.segments if s.image is not None and blind == 1]
-            return self._said(seen, turns=False).tokens()
-        prompt = self._said(document.segments, turns=True)
+            return self._build_prompt(seen, turns=False).tokens()
+        prompt = self._build_prompt(document.segments, turns=True)
         ended = document.segments[-1].role == "user" and output not in self.unended
-        return (prompt.own(EOT) if ended else prompt).tokens()
+        return (prompt.add_template_text(EOT) if ended else prompt).tokens()
 
     def encode(self, document: Document, *, blind: bool = False, writer: str = "next-token") -> Tokens:
         """A whole document to learn from: what the assistant says and draws."""
         segments = [s for s in document.segments if s.image is not None or not blind]
-        prompt = self._said(segments, turns=not blind)
-        return (prompt.own(EOT, loss=True) if document.segments[-1].role == "assistant" else prompt).tokens()
+        prompt = self._build_prompt(segments, turns=not blind)
+        return (
+            prompt.add_template_text(EOT, loss=True) if document.segments[-1].role == "assistant" else prompt
+        ).tokens()
 
-    def _said(self, segments: Sequence[Segment], turns: bool, begins: bool = True) -> text.PromptBuilder:
+    def _build_prompt(self, segments: Sequence[Segment], turns: bool, begins: bool = True) -> text.PromptBuilder:
         prompt = text.PromptBuilder(self.tokenizer, self.special).ids([self.tokenizer.bos_token_id] if begins else [])
         before = None
         for segment in segments:
@@ -102,20 +104,22 @@ class ChameleonTemplate(PretrainedTemplate):
                 raise ValueError("this model follows no system messages: leave them out")
             learnt = segment.role == "assistant"
             if before is not None and before.role == segment.role:
-                prompt.said(" " if self.apart or (before.text and segment.text) else "", loss=learnt)
+                prompt.add_user_text(" " if self.apart or (before.text and segment.text) else "", loss=learnt)
             elif before is not None and turns:
-                prompt.own(EOT, loss=not learnt)
+                prompt.add_template_text(EOT, loss=not learnt)
             if segment.image is not None:
                 self._picture(prompt, segment.image, learnt)
             elif segment.label is not None:
                 raise ValueError("this model reads words, not classes: say it in words")
             else:
-                prompt.said((segment.text or "").strip(), loss=learnt)
+                prompt.add_user_text((segment.text or "").strip(), loss=learnt)
             before = segment
         return prompt
 
     def _picture(self, prompt: text.PromptBuilder, image: Any, learnt: bool) -> text.PromptBuilder:
-        return prompt.own(BOI, loss=learnt).image(image, self.positions, loss=learnt).own(EOI)
+        return (
+            prompt.add_template_text(BOI, loss=learnt).image(image, self.positions, loss=learnt).add_template_text(EOI)
+        )
 
 
 def owns(folder: Path, config: dict[str, Any]) -> bool:

@@ -80,7 +80,7 @@ class Emu3Template(PretrainedTemplate):
         if output == "image":
             return self._drawing(document.segments, bool(blind)).tokens()
         prompt = self._chat(document.segments)
-        return (prompt.own(" ASSISTANT:") if document.segments[-1].role == "user" else prompt).tokens()
+        return (prompt.add_template_text(" ASSISTANT:") if document.segments[-1].role == "user" else prompt).tokens()
 
     def encode(self, document: Document, *, blind: bool = False, writer: str = "next-token") -> Tokens:
         """A whole document to learn from: one that ends in a picture of the assistant's, with the words that it is
@@ -96,31 +96,39 @@ class Emu3Template(PretrainedTemplate):
             raise UnsupportedError("emu3 draws from words alone: leave pictures and classes out, or ask for text")
         prompt = text.PromptBuilder(self.tokenizer, self.names).ids([self.tokenizer.bos_token_id])
         words = " ".join((segment.text or "").strip() for segment in segments)
-        return prompt.own(NEGATIVE_PROMPT) if blind else prompt.said(words).own(QUALITY_SUFFIX)
+        return (
+            prompt.add_template_text(NEGATIVE_PROMPT)
+            if blind
+            else prompt.add_user_text(words).add_template_text(QUALITY_SUFFIX)
+        )
 
     def _chat(self, segments: Sequence[Segment]) -> text.PromptBuilder:
         told, segments = split_system_messages(segments)
         prompt = text.PromptBuilder(self.tokenizer, self.names).ids([self.tokenizer.bos_token_id])
-        prompt = prompt.said(f"{told} ") if told else prompt.own(SYSTEM_PROMPT)
+        prompt = prompt.add_user_text(f"{told} ") if told else prompt.add_template_text(SYSTEM_PROMPT)
         role, segments = None, images_first(segments)  # as its authors lay out a question
         for number, segment in enumerate(segments):
             if segment.label is not None:
                 raise ValueError("emu3 reads words, not classes: say it in words")
             if segment.role != role:
-                prompt.own("USER: " if segment.role == "user" else " ASSISTANT: " if role else "ASSISTANT: ")
+                prompt.add_template_text(
+                    "USER: " if segment.role == "user" else " ASSISTANT: " if role else "ASSISTANT: "
+                )
                 role = segment.role
             if segment.image is not None:
                 self._picture(prompt, segment)
                 continue
             follows = number and segments[number - 1].text and segments[number - 1].role == role
-            prompt.said(" " * bool(follows) + (segment.text or "").strip(), loss=role == "assistant")
+            prompt.add_user_text(" " * bool(follows) + (segment.text or "").strip(), loss=role == "assistant")
             if role == "user" and (number + 1 == len(segments) or segments[number + 1].role != "user"):
-                prompt.own(".")
+                prompt.add_template_text(".")
         return prompt
 
     def _picture(self, prompt: text.PromptBuilder, segment: Segment, learnt: bool = False) -> text.PromptBuilder:
         if not isinstance(segment.image, torch.Tensor):
-            raise ValueError("pictures stand in Emu3's prompts by their own size: give them as codes (model.read)")
+            raise ValueError(
+                "pictures stand in Emu3's prompts by their own size: give them as codes (model.encode_document)"
+            )
         height, width = segment.image.shape
         layout = self.layout((height, width))
         prompt.ids([self.special[BOI], *layout.opening]).image(segment.image, layout.rows, loss=learnt)

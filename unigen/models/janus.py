@@ -89,7 +89,7 @@ class JanusTemplate(PretrainedTemplate):
         drawing = output == "image"
         prompt = self._turns(document.segments, system="" if drawing else SYSTEM, seen=not drawing)
         if document.segments[-1].role == "user":
-            prompt.own(f"{self.roles[1]}:")
+            prompt.add_template_text(f"{self.roles[1]}:")
         tokens = prompt.tokens()
         return Tokens([tokens.ids[0]] + [self.special[PAD]] * (len(tokens) - 1)) if blind else tokens
 
@@ -108,25 +108,25 @@ class JanusTemplate(PretrainedTemplate):
         prompt = text.PromptBuilder(self.tokenizer, self.names).ids([self.tokenizer.bos_token_id])
         told, segments = split_system_messages(segments)
         if system and told:
-            prompt.said(told).own("\n\n")
+            prompt.add_user_text(told).add_template_text("\n\n")
         else:
-            prompt.own(f"{system}\n\n" if system else "")
+            prompt.add_template_text(f"{system}\n\n" if system else "")
         for number, segment in enumerate(segments):
             user, begins = segment.role == "user", number == 0 or segments[number - 1].role != segment.role
             ends = number + 1 == len(segments) or segments[number + 1].role != segment.role
-            prompt.own(f"{self.roles[0] if user else self.roles[1]}: " if begins else "\n")
+            prompt.add_template_text(f"{self.roles[0] if user else self.roles[1]}: " if begins else "\n")
             if segment.image is not None:
                 if not seen:
                     raise UnsupportedError(
                         "janus draws from words alone: leave the picture out, or ask for text about it"
                     )
-                prompt.own(BOI).image(segment.image, self.features).own(EOI)
+                prompt.add_template_text(BOI).image(segment.image, self.features).add_template_text(EOI)
             elif segment.label is not None:
                 raise ValueError("janus reads words, not classes: say it in words")
             else:
-                prompt.said((segment.text or "").strip())
+                prompt.add_user_text((segment.text or "").strip())
             if ends and user:
-                prompt.own("\n\n")
+                prompt.add_template_text("\n\n")
             elif ends and number + 1 < len(segments):
                 prompt.ids([self.tokenizer.eos_token_id])
         return prompt

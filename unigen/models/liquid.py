@@ -88,7 +88,11 @@ class LiquidTemplate(PretrainedTemplate):
         last = document.segments[-1]
         if last.image is None or last.role != "assistant":
             return self._chat(document.segments).tokens()
-        prompt = self._drawing(document.segments[:-1], blind).own(BOI).image(last.image, self.positions, loss=True)
+        prompt = (
+            self._drawing(document.segments[:-1], blind)
+            .add_template_text(BOI)
+            .image(last.image, self.positions, loss=True)
+        )
         return prompt.ids([self.image_end, self.tokenizer.eos_token_id], loss=True).tokens()
 
     def _drawing(self, segments: Sequence[Segment], blind: bool) -> text.PromptBuilder:
@@ -99,8 +103,10 @@ class LiquidTemplate(PretrainedTemplate):
         bos = self.tokenizer.bos_token_id
         prompt = text.PromptBuilder(self.tokenizer).ids([] if bos is None else [bos])  # Qwen's has none
         if blind:
-            return prompt.own(UNCOND)
-        return prompt.said(" ".join((segment.text or "").strip() for segment in segments)).own(INSTRUCTION)
+            return prompt.add_template_text(UNCOND)
+        return prompt.add_user_text(" ".join((segment.text or "").strip() for segment in segments)).add_template_text(
+            INSTRUCTION
+        )
 
     def _chat(self, segments: Sequence[Segment]) -> text.PromptBuilder:
         """Turns as the tokenizer's chat template lays them out, answered where the assistant speaks last."""
@@ -126,16 +132,18 @@ class LiquidTemplate(PretrainedTemplate):
         for number, piece in enumerate(_SEGMENT_PLACEHOLDER.split(rendered)):
             if number % 2 == 0:
                 ends = learnt and re.match(r"<[^>]+>", piece)
-                prompt.own(piece[: ends.end()] if ends else "", loss=True).own(piece[ends.end() if ends else 0 :])
+                prompt.add_template_text(piece[: ends.end()] if ends else "", loss=True).add_template_text(
+                    piece[ends.end() if ends else 0 :]
+                )
                 continue
             segment = segments[int(piece)]
             learnt = segment.role == "assistant"
             if segment.image is not None:
-                prompt.own(BOI).image(segment.image, self.positions).own(EOI)
+                prompt.add_template_text(BOI).image(segment.image, self.positions).add_template_text(EOI)
             elif segment.label is not None:
                 raise ValueError("liquid draws words, not classes: say it in words")
             else:
-                prompt.said((segment.text or "").strip(), loss=learnt)
+                prompt.add_user_text((segment.text or "").strip(), loss=learnt)
         return prompt
 
 

@@ -43,7 +43,8 @@ from unigen.tokenizers import load_image_tokenizer, text, vqgan
 
 ROPE_THETA = 10_000.0
 HEAD_DIMS = {768: 64, 1024: 64, 1280: 64, 1536: 64, 2048: 64, 2560: 64, 3200: 100, 4096: 128}
-"""By the width of the published models, B to XXXL and 1B to 7B; the checkpoints hold no number of heads."""
+"""Width of a head by the width of the model, for all published sizes (B to XXXL, 1B to 7B); the checkpoints do not
+store the number of heads."""
 TOKENIZERS = {"c2i": "vq_ds16_c2i.pt", "t2i": "vq_ds16_t2i.pt"}
 """Of models that draw classes, and words."""
 STRIDE = 16
@@ -240,7 +241,7 @@ class TextTemplate(ImageOnlyTemplate):
         if any(segment.label is not None for segment in document.segments):
             raise ValueError("this model draws words, not classes: say what to draw in words")
         words = clean_caption(" ".join((segment.text or "").strip() for segment in document.segments))
-        tokens = text.PromptBuilder(self.tokenizer).said(words).ids([self.end]).tokens()
+        tokens = text.PromptBuilder(self.tokenizer).add_user_text(words).ids([self.end]).tokens()
         if len(tokens) > self.most:
             raise ValueError(f"the prompt has {len(tokens)} pieces, the model reads {self.most}: shorten it")
         if blind:

@@ -104,21 +104,21 @@ class LuminaTemplate(ChameleonTemplate):
         drawn from; else a chat, of which the assistant's answers are learnt."""
         *asked, last = document.segments
         if blind:
-            prompt = self._said([last], turns=False, begins=False)
+            prompt = self._build_prompt([last], turns=False, begins=False)
         elif isinstance(last.image, Tensor) and last.role == "assistant" and is_user_text(asked):
             height, width = last.image.shape
             prompt = self._drawing(asked, (width * self.stride, height * self.stride))
             prompt = self._picture(prompt, last.image, learnt=True)
         else:
-            prompt = self._said(document.segments, turns=True)
-        return (prompt.own(EOT, loss=True) if last.role == "assistant" else prompt).tokens()
+            prompt = self._build_prompt(document.segments, turns=True)
+        return (prompt.add_template_text(EOT, loss=True) if last.role == "assistant" else prompt).tokens()
 
     def _drawing(self, segments: Sequence[Segment], size: tuple[int, int]) -> text.PromptBuilder:
         words = " ".join((segment.text or "").strip() for segment in segments)
         prompt = text.PromptBuilder(self.tokenizer, self.special).ids([self.tokenizer.bos_token_id])
-        return prompt.own(PROMPT_TEMPLATE.format(*size)).said(words).own(EOT)
+        return prompt.add_template_text(PROMPT_TEMPLATE.format(*size)).add_user_text(words).add_template_text(EOT)
 
-    def _said(self, segments: Sequence[Segment], turns: bool, begins: bool = True) -> text.PromptBuilder:
+    def _build_prompt(self, segments: Sequence[Segment], turns: bool, begins: bool = True) -> text.PromptBuilder:
         """Words before pictures where a user's turn begins with all of its pictures: so the model was tuned."""
         ordered: list[Segment] = []
         for role, turn in groupby(segments, key=lambda segment: segment.role):
@@ -126,15 +126,15 @@ class LuminaTemplate(ChameleonTemplate):
             first = next((n for n, segment in enumerate(said) if segment.image is None), len(said))
             alone = role == "user" and all(segment.image is None for segment in said[first:])
             ordered += said[first:] + said[:first] if alone else said
-        return super()._said(ordered, turns, begins)
+        return super()._build_prompt(ordered, turns, begins)
 
     def _picture(self, prompt: text.PromptBuilder, image: Any, learnt: bool) -> text.PromptBuilder:
         if not isinstance(image, Tensor):
             raise ValueError(
-                "pictures stand in this model's prompts by their own size: give them as codes (model.read)"
+                "pictures stand in this model's prompts by their own size: give them as codes (model.encode_document)"
             )
         layout = self.layout((image.shape[0], image.shape[1]))
-        prompt.own(BOI, loss=learnt).ids(list(layout.opening)).image(image, layout.rows, loss=learnt)
+        prompt.add_template_text(BOI, loss=learnt).ids(list(layout.opening)).image(image, layout.rows, loss=learnt)
         return prompt.ids(list(layout.closing))
 
 

@@ -139,7 +139,7 @@ class ShowoTemplate(PretrainedTemplate):
         words = "" if blind else " ".join((segment.text or "").strip() for segment in segments)
         prompt = text.PromptBuilder(self.tokenizer, self.special).ids([self.special[T2I], self.tokenizer.bos_token_id])
         tokens = Tokens()
-        tokens.add([*prompt.said(words).tokens().ids[: MAX_PROMPT_LEN - 1], self.tokenizer.eos_token_id])
+        tokens.add([*prompt.add_user_text(words).tokens().ids[: MAX_PROMPT_LEN - 1], self.tokenizer.eos_token_id])
         return tokens
 
     def _question(self, segments: Sequence[Segment]) -> Tokens:
@@ -149,7 +149,7 @@ class ShowoTemplate(PretrainedTemplate):
         prompt = text.PromptBuilder(self.tokenizer, self.special).ids([self.special[MMU], self.special[SOI]])
         prompt.image(pictures[0], self.codes).ids([self.special[EOI], self.tokenizer.bos_token_id])
         words = " ".join((segment.text or "").strip() for segment in segments if segment.image is None)
-        return prompt.own("USER: \n").said(words).own(" ASSISTANT:").tokens()
+        return prompt.add_template_text("USER: \n").add_user_text(words).add_template_text(" ASSISTANT:").tokens()
 
 
 def owns(folder: Path, config: dict[str, Any]) -> bool:

@@ -1,6 +1,6 @@
 """Networks that a flow may have for its velocity: they read noised latents, a time and the states of a chat.
 
-    network = painter("dit-adaln", channels=8, side=8, context=320, layers=4, heads=4, head_dim=48)
+    network = build_denoiser("dit-adaln", channels=8, side=8, context=320, layers=4, heads=4, head_dim=48)
     velocity_MZhw = network(x_MZhw, t_M, context_MND)             # t in [0, 1]; the last context state sums it up
 
     mm-dit       joint attention of patches and context (SD3, Esser et al. 2024, section 4): diffusers'

@@ -88,7 +88,7 @@ async def image_chunks(events: Events, model: str, kind: str, format: str, quali
     """Streamed pictures: OpenAI's events of this kind, with the picture's place among the n, and how it was made."""
     answers: defaultdict[int, AnswerBuilder] = defaultdict(AnswerBuilder)
 
-    async def said(i: int, what: str, picture: Image.Image, **more: Any) -> dict[str, Any]:
+    async def image_event(i: int, what: str, picture: Image.Image, **more: Any) -> dict[str, Any]:
         file = await asyncio.to_thread(pictures.encode_image, picture, format, quality)
         return {
             "type": f"{kind}.{what}",
@@ -107,10 +107,10 @@ async def image_chunks(events: Events, model: str, kind: str, format: str, quali
             answer = answers[i]
             answer.take(event)
             if isinstance(event, Preview):
-                yield await said(i, "partial_image", event.image, partial_image_index=event.number)
+                yield await image_event(i, "partial_image", event.image, partial_image_index=event.number)
             elif isinstance(event, Finished):
                 told = {"model": model, "settings": answer.settings, "usage": images_usage([answer])}
-                yield await said(i, "completed", answer.pictures[0], **told)
+                yield await image_event(i, "completed", answer.pictures[0], **told)
 
 
 async def image_part(picture: Image.Image) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Pictures of strangers are decoded in a process of its own: one at a time, counted before, made smaller at once.
 
-    async with Decoder() as decoder:
-        pictures = await decoder.read([File(data)], copies=1, area=AREA, client="10.0.0.1")
+    async with ImageDecoder() as decoder:
+        pictures = await decoder.decode([EncodedImage(data)], copies=1, area=AREA, client="10.0.0.1")
 
 A file of some kilobytes may hold millions of pixels, and a damaged one may crash what decodes it. So neither the
 process that answers HTTP nor the one that holds the model decodes: a third does, within limits of memory and time, and
@@ -136,7 +136,7 @@ class ImageDecoder:
         self._thread.shutdown(cancel_futures=True, wait=False)
         self._end()
 
-    async def read(
+    async def decode(
         self, files: list[EncodedImage], copies: int = 1, area: int | None = None, client: str = ""
     ) -> list[Image.Image]:
         """Decode the pictures of one request.
@@ -150,8 +150,8 @@ class ImageDecoder:
         Returns:
             The pictures in RGB, masks in L.
         Raises:
-            PictureError: for one that cannot be decoded, and where they are too many or too large together.
-            Full: what other requests hold leaves no room now, or the process cannot be started now.
+            ImageError: for one that cannot be decoded, and where they are too many or too large together.
+            DecoderBusy: what other requests hold leaves no room now, or the process cannot be started now.
         """
         if not files:
             return []

@@ -1,6 +1,6 @@
 """What the server and the process that holds the model say to each other: jobs one way, their events the other.
 
-    Job(Document.of("two apples"), "image", {"seed": 3})  ->  Begun, Part, Ended     (or Refused, or Failed)
+    Job(Document.of("two apples"), "image", {"seed": 3})  ->  Started, Part, Finished     (or Rejected, or Error)
 
 Does not depend on: pipes, engines, HTTP; it loads nothing that models need.
 """

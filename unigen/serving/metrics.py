@@ -12,7 +12,7 @@ SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
 class Metrics:
-    """engine: anything with `load` (of `jobs.Load`), `starts` and `ready`."""
+    """engine: anything with `load` (of `jobs.Stats`), `starts` and `ready`."""
 
     def __init__(self, engine: Any) -> None:
         self.registry = registry = CollectorRegistry()

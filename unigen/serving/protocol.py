@@ -454,7 +454,7 @@ BOOLEAN_FIELDS = {"stream"}
 def parse_form_fields(fields: dict[str, str]) -> dict[str, Any]:
     """A form's fields, all texts, as JSON would have them."""
 
-    def read(name: str, value: str) -> Any:
+    def parse_value(name: str, value: str) -> Any:
         if name in BOOLEAN_FIELDS:
             return {"true": True, "false": False}.get(value, value)
         for kind in (parse_int, parse_float):
@@ -465,5 +465,6 @@ def parse_form_fields(fields: dict[str, str]) -> dict[str, Any]:
         return value
 
     return {
-        name: read(name, value) if name in NUMERIC_FIELDS | BOOLEAN_FIELDS else value for name, value in fields.items()
+        name: parse_value(name, value) if name in NUMERIC_FIELDS | BOOLEAN_FIELDS else value
+        for name, value in fields.items()
     }

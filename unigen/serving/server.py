@@ -246,7 +246,7 @@ class Server:
     ) -> list[Image.Image]:
         """The pictures of a request for n answers; area: pixels to which they are made smaller, where they may be."""
         try:
-            return await self.decoder.read(files, n, area, request.scope["state"].get("client", ""))
+            return await self.decoder.decode(files, n, area, request.scope["state"].get("client", ""))
         except ImageError as wrong:
             raise HTTPError(400, str(wrong), param=places[wrong.place]) from None
         except DecoderBusy:

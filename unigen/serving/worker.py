@@ -1,7 +1,7 @@
 """The process that holds a model and answers jobs: they join while others run, and leave when they end or are dropped.
 
-    receiver, sender: the end of a pipe and a `process.Sender` (the server holds the other ends)
-    work(receiver, sender, {"name": "unigen-tiny"}, slots=32)
+    receiver, sender: the end of a pipe and a `process.EventSender` (the server holds the other ends)
+    run_worker(receiver, sender, {"name": "unigen-tiny"}, slots=32)
 
 Knows engines, jobs and pipes; does not depend on HTTP. What a job says wrong is a `Rejected` in one line; what goes
 wrong while jobs run together is an `Error` for each of them, and the next ones are answered.
@@ -93,7 +93,7 @@ class _ActiveJob:
 
     job: Job
     words: StopStringFilter
-    lay: Callable[[Image.Image], Image.Image]
+    composite: Callable[[Image.Image], Image.Image]
     best: Callable[[list[Any]], Any] | None = None
     heard: dict[int, list[Any]] = field(default_factory=dict)
     took: dict[int, Any] = field(default_factory=dict)
@@ -105,9 +105,9 @@ class _ActiveJob:
             return
         yield from self.rest()
         if isinstance(part, Preview):
-            yield replace(part, image=self.lay(part.image))
+            yield replace(part, image=self.composite(part.image))
         else:
-            yield Part(self.lay(part))
+            yield Part(self.composite(part))
 
     def chosen(self) -> Iterator[Event]:
         """The events of the best candidate; all that they took is of the answer."""
@@ -287,23 +287,23 @@ class BatchedWorker(_BaseWorker):
 
     def _checked(self, job: Job) -> tuple[list[Any], _ActiveJob]:
         """The requests of the job's candidates, mostly of one."""
-        options, lay = job.options, lambda picture: picture
+        options, composite = job.options, lambda picture: picture
         if job.around is not None:
             around: Any = job.around
             mask: Any = job.mask
             if job.vary is not None:
                 around, mask = random_mask(self.engine.model, around, job.vary, options.get("seed", 0))
             rest = {name: value for name, value in options.items() if name != "generator"}
-            options, lay = prepare_inpainting(self.engine.model, around, mask, options.get("generator"), rest)
+            options, composite = prepare_inpainting(self.engine.model, around, mask, options.get("generator"), rest)
         if job.candidates == 1:
             request = self.engine.request(job.prompt, job.output, previews=job.previews, **options)
-            return [request], _ActiveJob(job, StopStringFilter(job.stop), lay)
+            return [request], _ActiveJob(job, StopStringFilter(job.stop), composite)
         document, requests = self.engine.rivals(job.prompt, job.output, job.candidates, **options)
 
         def best(answers: list[Any]) -> Any:
             return self.engine.best([document], job.output, [answers])[0]
 
-        return requests, _ActiveJob(job, StopStringFilter(job.stop), lay, best)
+        return requests, _ActiveJob(job, StopStringFilter(job.stop), composite, best)
 
     def _settings(self, request: Any) -> dict[str, Any]:
         """As users name them; of what makes pictures only where there may be some."""

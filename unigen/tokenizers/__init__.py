@@ -46,7 +46,9 @@ class ImageTokenizer(Protocol):
 
     def decode(self, codes_Bhw: Tensor) -> Tensor: ...  # -> float in [-1, 1]
 
-    def config(self) -> dict[str, Any]: ...  # {"kind": ..., ...}: all that load_tokenizer needs beside the weights
+    def config(
+        self,
+    ) -> dict[str, Any]: ...  # {"kind": ..., ...}: all that load_image_tokenizer needs beside the weights
 
     # and of torch.nn.Module
     def state_dict(self) -> dict[str, Any]: ...

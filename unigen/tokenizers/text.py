@@ -38,7 +38,7 @@ def train_tokenizer(lines: Iterable[str], folder: str | Path, vocab_size: int, s
     model = io.BytesIO()
     faults: list[Exception] = []
 
-    def read() -> Iterator[str]:
+    def checked_lines() -> Iterator[str]:
         try:
             yield from lines
         except Exception as error:
@@ -47,7 +47,7 @@ def train_tokenizer(lines: Iterable[str], folder: str | Path, vocab_size: int, s
 
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=read(),
+            sentence_iterator=checked_lines(),
             model_writer=model,
             vocab_size=vocab_size,
             hard_vocab_limit=False,
@@ -218,16 +218,16 @@ class PromptBuilder:
         self._names = set(names)
         self._special = re.compile(f"({'|'.join(map(re.escape, names))})" if names else "(?!)")
 
-    def own(self, text: str, loss: bool = False) -> PromptBuilder:
+    def add_template_text(self, text: str, loss: bool = False) -> PromptBuilder:
         """The template's words."""
         for number, piece in enumerate(self._special.split(text)):
             if number % 2:
                 self.ids([self.tokenizer.convert_tokens_to_ids(piece)], loss)
             else:
-                self.said(piece, loss)
+                self.add_user_text(piece, loss)
         return self
 
-    def said(self, text: str, loss: bool = False) -> PromptBuilder:
+    def add_user_text(self, text: str, loss: bool = False) -> PromptBuilder:
         """A user's words."""
         if text:
             if self._text and self._learnt != loss:

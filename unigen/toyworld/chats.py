@@ -1,6 +1,6 @@
 """Scenes as chats: the documents from which one model learns to draw, describe, answer, edit, tell and judge.
 
-    chats = Chats(World(64), mixture={"draw": 0.5, "describe": 0.5})
+    chats = ChatSampler(SceneRenderer(64), mixture={"draw": 0.5, "describe": 0.5})
     document, kind = chats(np.random.default_rng(0))
 
 Knows what is asked and answered. Does not depend on: ids, templates, models.

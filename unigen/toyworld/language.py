@@ -5,7 +5,7 @@ Does not depend on: fonts, pixels, models. Every function is pure in its random 
 
     rng = np.random.default_rng(0)
     scene = sample_scene(rng)
-    questions(scene, rng), edits(scene, rng).instruction, verdict(scene, rng)
+    questions(scene, rng), sample_edit(scene, rng).instruction, sample_judgement(scene, rng)
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ models, torch. A scene is a pure function of its random generator:
 
     rng = np.random.default_rng(0)
     scene = sample_scene(rng)
-    picture = World().render(scene)
+    picture = SceneRenderer().render(scene)
 """
 
 from __future__ import annotations

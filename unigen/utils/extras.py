@@ -1,6 +1,6 @@
 """Packages that only a part of the project needs: which extra brings them, and the line where one is missing.
 
-require("serve")  # ValueError: fastapi is not installed; run: pip install 'unigen[serve]'
+require_extra("serve")  # ValueError: fastapi is not installed; run: pip install 'unigen[serve]'
 """
 
 from __future__ import annotations

@@ -128,7 +128,7 @@ class ScenesTask:
     def items(self) -> list[Example]:
         return [item for tag in geneval.TAGS for item in make_prompts(tag, self.count, self.seed)]
 
-    def read(self, pictures: Sequence[Image.Image], batch: int = 128) -> list[SceneDetections]:
+    def detect(self, pictures: Sequence[Image.Image], batch: int = 128) -> list[SceneDetections]:
         """What the detector finds in each picture, resized to the size that it was trained on."""
         found: list[SceneDetections] = []
         for i in range(0, len(pictures), batch):
@@ -152,7 +152,7 @@ class ScenesTask:
         return scores
 
     def score_batch(self, items: Sequence[Example], outputs: Sequence[Image.Image]) -> list[dict[str, float]]:
-        return [self.judge(item, reading) for item, reading in zip(items, self.read(outputs), strict=True)]
+        return [self.judge(item, reading) for item, reading in zip(items, self.detect(outputs), strict=True)]
 
     def score(self, item: Example, output: Image.Image) -> dict[str, float]:
         return self.score_batch([item], [output])[0]
@@ -210,7 +210,7 @@ def score_pictures(task: ScenesTask, items: Sequence[Example], pictures: ImageGr
 def false_positive_rate(task: ScenesTask, pictures: Sequence[Image.Image]) -> float:
     """The share of pictures in which any object is found, although there is none."""
     threshold = task.detector.config.threshold
-    return float(np.mean([any(o.score > threshold for o in reading.objects) for reading in task.read(pictures)]))
+    return float(np.mean([any(o.score > threshold for o in reading.objects) for reading in task.detect(pictures)]))
 
 
 # ---------------------------------------------------------------- the command

@@ -70,7 +70,7 @@ def fused_linears(x: Tensor, *groups: Sequence[nn.Module]) -> list[Tensor]:
         weights, rows = [own["weight"] for own in plain], x.numel() // x.shape[-1]
         joined = None
         if rows <= MAX_TRANSPOSED_ROWS and x.dtype == torch.float32 and not torch.is_grad_enabled():
-            if (weight_OI := _view_as_one(weights)) is not None:  # type: ignore[arg-type]
+            if (weight_OI := _fused_view(weights)) is not None:  # type: ignore[arg-type]
                 joined = _transposed_linear(x, weight_OI, rows)
         elif _should_pack(x, rows) and all(weight.dtype == x.dtype for weight in weights):  # type: ignore[union-attr]
             if (packed := _pack_weights(tuple(weights))) is not None:  # type: ignore[arg-type]
@@ -82,23 +82,23 @@ def fused_linears(x: Tensor, *groups: Sequence[nn.Module]) -> list[Tensor]:
     return [torch.cat(part, -1) if len(part) > 1 else part[0] for part in parts]
 
 
-def _view_as_one(weights: Sequence[Tensor]) -> Tensor | None:
-    """The weights as one, where each begins in memory where the one before it ends. The first keeps what was found."""
-    first = weights[0]
-    begins = [weight.data_ptr() for weight in weights]
-    kept: Any = getattr(first, "_as_one", None)
-    if kept is not None and kept[0] == begins:  # its memory cannot be another's, since the view holds it
-        return kept[1]  # type: ignore[no-any-return]
-    rows, width = 0, first.shape[1]
-    for begin, weight in zip(begins, weights, strict=True):
-        alike = weight.shape[1] == width and weight.dtype == first.dtype and weight.is_contiguous()
-        if not alike or begin != begins[0] + rows * width * weight.itemsize:
-            return None
-        rows += len(weight)
+def _fused_view(weights: Sequence[Tensor]) -> Tensor | None:
+    """The weights as one, where each begins in memory where the one before it ends. The check is kept for as long as
+    they stay where they are."""
+    first, begins = weights[0], [weight.data_ptr() for weight in weights]
+    known: Any = getattr(first, "_fused", None)
+    if known is None or known[0] != begins:
+        rows, width = 0, first.shape[1]
+        for begin, weight in zip(begins, weights, strict=True):
+            alike = weight.shape[1] == width and weight.dtype == first.dtype and weight.is_contiguous()
+            if not alike or begin != begins[0] + rows * width * weight.itemsize:
+                return None
+            rows += len(weight)
+        known = first._fused = begins, (rows, width)  # type: ignore[attr-defined]
+    rows, width = known[1]
     if (first.storage_offset() + rows * width) * first.itemsize > first.untyped_storage().nbytes():
         return None  # neighbours by chance
-    first._as_one = begins, first.detach().as_strided((rows, width), (width, 1))  # type: ignore[attr-defined]
-    return first._as_one[1]  # type: ignore[attr-defined,no-any-return]
+    return first.as_strided((rows, width), (width, 1))
 
 
 def _should_pack(x: Tensor, rows: int) -> bool:
@@ -147,21 +147,21 @@ def pack_linears(module: nn.Module) -> None:
             part.__class__ = PackedLinear
     for part in module.modules():
         for names in FUSED_LAYERS:
-            _store_as_one([getattr(part, name, None) for name in names])
+            _store_fused([getattr(part, name, None) for name in names])
 
 
 FUSED_LAYERS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers that read the same, by their names in transformers' decoders."""
 
 
-def _store_as_one(layers: list[Any]) -> None:
+def _store_fused(layers: list[Any]) -> None:
     """Have the weights of plain layers in float32 on a CPU be parts of one tensor, one below another."""
     if any(type(layer) is not PackedLinear or layer.bias is not None for layer in layers):
         return
     weights = [layer.weight for layer in layers]
     if any(weight.dtype != torch.float32 or not weight.is_cpu or weight.is_inference() for weight in weights):
         return
-    if _view_as_one(weights) is None:
+    if _fused_view(weights) is None:
         parts = torch.cat([weight.detach() for weight in weights]).split([len(weight) for weight in weights])
         for weight, part in zip(weights, parts, strict=True):
             weight.data = part

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-MOVED = {
+MODULE_RENAMES = {
     "adapters": "backends.connector",
     "arguments": "utils.argparser",
     "chat": "commands.chat_session",
@@ -55,12 +55,12 @@ MOVED = {
 """Modules of version 0.1 below `unigen`, and where what they held is."""
 
 
-class MovedFinder:
+class OldNameFinder:
     """A finder that Python asks for modules: it names the new one in the error."""
 
     @staticmethod
     def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> None:
-        new = MOVED.get(name.removeprefix("unigen.")) if name.startswith("unigen.") else None
+        new = MODULE_RENAMES.get(name.removeprefix("unigen.")) if name.startswith("unigen.") else None
         if new is not None:
             raise ModuleNotFoundError(
                 f"the module {name} is unigen.{new} now"
@@ -69,5 +69,5 @@ class MovedFinder:
 
 def install() -> None:
     """Tell who imports an old name the new one."""
-    if MovedFinder not in sys.meta_path:
-        sys.meta_path.insert(0, MovedFinder)  # type: ignore[arg-type]
+    if OldNameFinder not in sys.meta_path:
+        sys.meta_path.insert(0, OldNameFinder)  # type: ignore[arg-type]
