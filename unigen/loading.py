@@ -23,18 +23,27 @@ def load(
     engine: str = "local",
     vllm: dict[str, Any] | None = None,
 ) -> Any:
-    """An engine for a shipped model (unigen-tiny where no name is given), a folder, or `owner/name[@revision]` on the
-    Hugging Face hub: an `Engine`, for a diffusers pipeline one with the same methods. lmm, generator: instead of a
-    name, one model that reads and one that draws, joined by prompts (`unigen.backends.composed`), or, where the one
-    that draws is a pipeline and adapter a folder, by hidden states (`unigen.backends.connector`).
+    """Load a model, and return an engine that generates with it.
 
-    device: "cpu", "cuda", ...; None is a GPU where there is one. dtype: "float32", "bfloat16" or "float16"; None is
-    float32 for our own models and pipelines, and as stored for other public ones, but float32 on a CPU that is slow in
-    that (`unigen.utils.precision.load_dtype`). quantization: "8bit" or "4bit", the
-    weights of the language model (of a pair, of each of its language models); all else is as dtype says. engine:
-    "local", or "vllm", where vLLM runs the language model of one model (`unigen.backends.vllm_engine`); vllm: arguments
-    of vLLM's engine, such as {"max_model_len": 4096}. Raises ValueError in one line for an unknown model, a damaged
-    folder, or a device or package that is not there.
+    Args:
+        name: a shipped model ("unigen-tiny" where nothing is given), a folder, or `owner/name[@revision]` on the Hugging
+            Face hub: a model of ours, a public checkpoint, or a diffusers pipeline.
+        device: "cpu", "cuda", ...; None is a GPU where there is one.
+        dtype: "float32", "bfloat16" or "float16". None is float32 for our own models and for pipelines, and as stored for
+            other public models, but float32 on a CPU that is slow in that (`unigen.utils.precision.load_dtype`).
+        quantization: "8bit" or "4bit" for the weights of the language model; all else is as dtype says.
+        lmm: instead of `name`, a model that reads and answers in text; it writes the prompts for `generator`
+            (`unigen.backends.composed`).
+        generator: the model that draws for `lmm`.
+        adapter: a folder of a connector, by which a pipeline is conditioned on the hidden states of `lmm`
+            (`unigen.backends.connector`).
+        engine: "local", or "vllm" to run the language model of `name` on vLLM (`unigen.backends.vllm_engine`).
+        vllm: arguments of vLLM's engine, such as {"max_model_len": 4096}.
+
+    Returns:
+        `unigen.Engine`, or for pipelines, composed models and vLLM an engine with the same methods.
+    Raises:
+        ValueError: in one line, for an unknown model, a damaged folder, or a device or package that is not there.
     """
     import torch
 
