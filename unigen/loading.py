@@ -26,12 +26,13 @@ def load(
     """Load a model, and return an engine that generates with it.
 
     Args:
-        name: a shipped model ("unigen-tiny" where nothing is given), a folder, or `owner/name[@revision]` on the Hugging
-            Face hub: a model of ours, a public checkpoint, or a diffusers pipeline.
+        name: a shipped model ("unigen-tiny" where nothing is given), a folder, or `owner/name[@revision]` on the hub: a
+            model of ours, a public checkpoint, or a diffusers pipeline.
         device: "cpu", "cuda", ...; None is a GPU where there is one.
-        dtype: "float32", "bfloat16" or "float16". None is float32 for our own models and for pipelines, and as stored for
-            other public models, but float32 on a CPU that is slow in that (`unigen.utils.precision.load_dtype`).
-        quantization: "8bit" or "4bit" for the weights of the language model; all else is as dtype says.
+        dtype: "float32", "bfloat16" or "float16". None is float32 for our own models and for pipelines, and as stored
+            for other public models, but float32 on a CPU that is slow in that (`unigen.utils.precision.load_dtype`).
+        quantization: "8bit" or "4bit", for the weights of the language model, or of both composed ones; all else is as
+            dtype says.
         lmm: instead of `name`, a model that reads and answers in text; it writes the prompts for `generator`
             (`unigen.backends.composed`).
         generator: the model that draws for `lmm`.
