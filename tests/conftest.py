@@ -20,16 +20,17 @@ if str(ROOT) not in sys.path:  # recipes and scripts are imported from the repos
     sys.path.insert(0, str(ROOT))
 
 
+WATCHED = ("UNIGEN_", "TQDM_", "HF_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "COLUMNS", "PATH", "HOME")
+"""Beginnings of the variables of the environment that the project reads or sets. Libraries set others when they are
+imported, in whichever test comes first."""
+
+
 @pytest.fixture(autouse=True)
-def environment(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Fails a test that leaves a variable of the environment, or a handler of a signal, changed for the next ones. Not
-    tests that need vLLM, which sets variables of its own."""
-    if request.node.get_closest_marker("serve"):
-        yield
-        return
+def environment() -> Iterator[None]:
+    """Fails a test that leaves a variable of the environment, or a handler of a signal, changed for the next ones."""
 
     def state() -> dict[Any, Any]:
-        variables = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+        variables = {name: value for name, value in os.environ.items() if name.startswith(WATCHED)}
         return variables | {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
 
     before = state()
