@@ -173,7 +173,7 @@ class ConditionEncoder(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         there_BL = batch.segments_BL > 0
         if self.encoder is None:
-            return self.model.causal(batch) * there_BL[:, :, None]
+            return self.model.causal_hidden_states(batch) * there_BL[:, :, None]
         return self.encoder(input_ids=batch.ids_BL, attention_mask=there_BL).last_hidden_state
 
 
@@ -347,7 +347,7 @@ def generate_images(
     seen = []
     for blind in (False, True)[: guidance.branches]:
         batch = pack([[template.encode(chat, writer="flow", blind=blind)] for chat in chats], SEQ_LEN, size)
-        seen.append(flow.contexts(batch, condition(batch)))
+        seen.append(flow.context_states(batch, condition(batch)))
     states = [
         flow.start(SegmentSpec(0, SamplingOptions(), guidance, torch.Generator().manual_seed(seed))) for seed in seeds
     ]

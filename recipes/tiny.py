@@ -280,7 +280,7 @@ def build(cfg: TinyConfig) -> TrainSpec:
         raise ValueError("freeze=true is for writers with a head (writers.flow=1), and without retain: all else stays")
     reference = copy.deepcopy(model) if cfg.preferences.judged else None  # copied before it is compiled
     before = load(cfg.retain) if cfg.retain else None
-    if before is not None and not before.speaks_as(model):
+    if before is not None and not before.shares_vocabulary(model):
         raise ValueError(
             f"retain={cfg.retain} has another text or image tokenizer than the model that learns: name one it came from"
         )

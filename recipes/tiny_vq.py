@@ -152,7 +152,7 @@ class GeneratedCodesDataset:
                 raise ValueError(f"{file} has codes of another tokenizer than init_from: draw by the model it is of")
         self.pixels_N3HW, self.objects_N1HW, *codes = (torch.cat(arrays) for arrays in zip(*parts, strict=True))
         self.pixels_N3HW, self.objects_N1HW = self.pixels_N3HW.permute(0, 3, 1, 2), self.objects_N1HW[:, None]
-        self.drawn_NP, self.true_NP = codes
+        self.generated_codes_NP, self.true_codes_NP = codes
 
     @staticmethod
     def _read(file: str) -> list[Tensor]:
@@ -165,7 +165,7 @@ class GeneratedCodesDataset:
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
         rng = np.random.default_rng([self.seed, i])
         n, own = int(rng.integers(len(self.pixels_N3HW))), rng.random() < self.true
-        return self.pixels_N3HW[n], self.objects_N1HW[n], (self.true_NP if own else self.drawn_NP)[n]
+        return self.pixels_N3HW[n], self.objects_N1HW[n], (self.true_codes_NP if own else self.generated_codes_NP)[n]
 
 
 def collate(items: list[tuple[Tensor, ...]]) -> dict[str, Tensor]:

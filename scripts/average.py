@@ -33,7 +33,7 @@ def average(out: str, names: list[str], shares: list[float]) -> None:
             raise ValueError(
                 f"{name} has other weights than {names[0]}: average models of one training, that of most writers first"
             )
-        if not model.speaks_as(models[0]):
+        if not model.shares_vocabulary(models[0]):
             raise ValueError(f"{name} has another text or image tokenizer than {names[0]}: train both with one")
         own = [k for k, w in theirs.items() if k.startswith("heads.") and not w.requires_grad]  # heads' tokenizers
         if not all(torch.equal(theirs[k], weights[0][k]) for k in own):

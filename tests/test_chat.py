@@ -25,7 +25,7 @@ def test_pasted_pictures(name: str, tmp_path: Path) -> None:
     forms = [str(path), shlex.quote(str(path)), escaped, address, f"file://localhost{quote(str(path))}", f"'{address}'"]
     for form in forms:
         chat, out = Chat(tmp_path), io.StringIO()
-        assert chat.command(f"/image {form} ", out) and len(chat.attached) == 1, form
+        assert chat.command(f"/image {form} ", out) and len(chat.pending_images) == 1, form
         assert out.getvalue().strip() == f"attached {path}"
 
 
@@ -35,7 +35,7 @@ def test_several_pictures_and_none(tmp_path: Path) -> None:
         Image.new("RGB", (4, 4)).save(path)
     chat = Chat(tmp_path)
     chat.command("/image " + shlex.join(map(str, paths)), io.StringIO())
-    assert len(chat.attached) == 2
+    assert len(chat.pending_images) == 2
     with pytest.raises(ValueError, match="say /image and the path of a picture"):
         chat.command("/image", io.StringIO())
     for text, named in (("no such.png", "no such.png"), ("'no such.png'", "no such.png"), ("it's.png", "it's.png")):

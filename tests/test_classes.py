@@ -156,6 +156,6 @@ def test_the_recipe_and_its_score(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_copies_are_seen() -> None:
     task = DigitsTask()
-    assert task.nearness(task.known[:50]) == 0
+    assert task.relative_nearest_distance(task.known[:50]) == 0
     held = digits.load(held_out=True)[0].reshape(digits.NUM_HELD_OUT, -1).astype(np.float32)
-    assert 0.7 < task.nearness(held[:100]) < 1.3
+    assert 0.7 < task.relative_nearest_distance(held[:100]) < 1.3

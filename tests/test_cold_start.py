@@ -63,8 +63,8 @@ def test_it_is_the_model_that_is_trained(generator: str, tiny_folder: Path) -> N
 
 def test_heads_are_loaded_when_they_are_asked_for(tiny_folder: Path, tmp_path: Path) -> None:
     model = unigen.load(str(tiny_folder), "cpu", "bfloat16").model
-    assert set(model.generators.later) == {"flow"} and model.generators.takes("flow")[0] == "steps"
-    assert set(model.state_dict()) == set(load(tiny_folder).state_dict()) and not model.generators.later
+    assert set(model.generators.factories) == {"flow"} and model.generators.takes("flow")[0] == "steps"
+    assert set(model.state_dict()) == set(load(tiny_folder).state_dict()) and not model.generators.factories
     flow = next(model.heads["flow"].parameters())
     assert flow.dtype == torch.bfloat16 and not model.heads["flow"].training
     model = unigen.load(str(tiny_folder), "cpu").model

@@ -561,7 +561,7 @@ def test_a_system_message_is_read_before_all_else(causal_lm_folder: Path) -> Non
     reader = load_transformers(causal_lm_folder)
     system, asked = Segment(text="a blue hill", role="system"), Segment(text="a red dog")
     for said in ([system, asked], [asked, system]):
-        ids = reader._inputs(Document(said))["input_ids"][0]
+        ids = reader._build_inputs(Document(said))["input_ids"][0]
         assert reader.processor.decode(ids) == "systema blue hillusera red dogassistant"
     drawn: list[Any] = []
 

@@ -218,7 +218,7 @@ def test_pooled_embeddings_and_prompts_of_any_length(
     own, other = DiffusersEngine(made.painter.pipe), untrained(made)
     size = SMALL | ({"use_resolution_binning": False} if kind == "free_folder" else {})
     for asked, words in WORDS:
-        told = made.painter.adapter.adapt(made.lmm.states(asked))
+        told = made.painter.adapter.prompt_embeds(made.lmm.states(asked))
         assert len(told.embeds_LW) == len(encode_prompt(own.pipe, words).embeds_LW)
         true = own.generate(words, seed=3, **size)
         near, far = (distance(one.generate(asked, seed=3, **size), true) for one in (made, other))

@@ -92,7 +92,7 @@ def test_pictures_are_seen_as_transformers_shows_them(folder: Path) -> None:
     places = int(pixels["image_grid_thw"].prod()) // 4
     words = f"<|im_start|>user\n<|vision_start|>{'<|image_pad|>' * places}<|vision_end|>what is it<|im_end|>\n"
     true = Tokenizer.from_file(str(folder / text.TOKENIZER_FILE)).encode(f"{words}<|im_start|>assistant\n").ids
-    given = reader._inputs(unigen.Document.of([RED, "what is it"]))
+    given = reader._build_inputs(unigen.Document.of([RED, "what is it"]))
     assert given["input_ids"][0].tolist() == true
     assert torch.equal(given["pixel_values"], pixels["pixel_values"])
 
@@ -112,7 +112,7 @@ def test_a_reader_whose_files_name_another_tokenizer(tmp_path: Path) -> None:
     config = LlamaConfig(**SMALL, vocab_size=330, bos_token_id=0, eos_token_id=1)
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     reader = load_transformers(tmp_path)
-    ids = reader._inputs(unigen.Document.of("what is it\n12 dogs"))["input_ids"][0].tolist()
+    ids = reader._build_inputs(unigen.Document.of("what is it\n12 dogs"))["input_ids"][0].tolist()
     file = Tokenizer.from_file(str(tmp_path / text.TOKENIZER_FILE))
     assert ids == file.encode("<｜User｜>what is it\n12 dogs<｜Assistant｜>").ids
     assert isinstance(reader.generate("what is it", max_tokens=4), str)

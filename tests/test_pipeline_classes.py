@@ -67,7 +67,7 @@ def test_a_class_does_what_its_row_says(name: str, root: Path) -> None:
             assert drawn.size == (SIZE if task == "text" else picture.size)
         for option in supported_options(form):
             value = (96, 64) if option == "size" else OTHER[option]
-            if option == "strength" and engine.defaults(form)[option] != 1:
+            if option == "strength" and engine.default_values(form)[option] != 1:
                 value = 1.0  # of all steps: a share that is nearer to the usual one may be as many
             more = {"guidance": 5.0} if option == "negative" else {}
             changed, usual = ask(**given | more | {option: value}), ask(**given | more) if more else drawn

@@ -95,7 +95,7 @@ def test_muon_is_exact_in_float32_and_the_same_step_in_bfloat16(shape: tuple[int
         processor(flags)
         weight = torch.nn.Parameter(start.clone())
         optimizer = Muon([weight], lr=0.01, weight_decay=0.1)
-        assert optimizer.native is (name == "bf16")
+        assert optimizer.use_bfloat16 is (name == "bf16")
         for grad in grads:
             weight.grad = grad.clone()
             optimizer.step()

@@ -21,14 +21,14 @@ class Vocabulary:
 
     after the text, in order: id(code) = text_size + code        (Liquid, arXiv 2412.04332, section 3)
     else `first` is the first of them, and `order` names their codes    (Chameleon)
-    own_head: are codes scored by a head of their own, never beside text?
+    separate_head: are codes scored by a head of their own, never beside text?
     """
 
     text_size: int
     image_size: int
     start: int | None = None
     order: tuple[int, ...] | None = None
-    own_head: bool = False
+    separate_head: bool = False
 
     @property
     def size(self) -> int:
@@ -126,7 +126,7 @@ class Batch:
     def __len__(self) -> int:
         return len(self.ids_BL)
 
-    def written_by(self, name: str) -> Tensor:
+    def images_of(self, name: str) -> Tensor:
         """Numbers (M,) of the images laid out for this generator."""
         return torch.tensor([n for n, writer in enumerate(self.writers) if writer == name], dtype=torch.int64)
 

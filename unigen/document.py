@@ -157,10 +157,10 @@ class Document:
         if not isinstance(prompt, (list, tuple)):
             raise ValueError(f"a prompt is text, an image or a list of both, not {type(prompt).__name__}")
         document = cls([part if isinstance(part, Segment) else _to_segment(part) for part in prompt])
-        document.check_filled()
+        document.check_not_empty()
         return document
 
-    def check_filled(self) -> None:
+    def check_not_empty(self) -> None:
         """Raises ValueError where there is nothing but blanks."""
         if not any(s.image is not None or s.label is not None or (s.text or "").strip() for s in self.segments):
             raise ValueError("the prompt is empty: say what to draw or ask")

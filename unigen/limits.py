@@ -33,7 +33,7 @@ class Limit:
         bounds = f"above {self.low} and at most {self.high:,}" if self.above else f"from {self.low} to {self.high:,}"
         return f"{kind} {bounds}" + (f" ({self.note})" if self.note else "")
 
-    def holds(self, value: Any) -> bool:
+    def contains(self, value: Any) -> bool:
         if isinstance(value, bool) or not isinstance(value, Integral if self.whole else Real):
             return False
         return bool(self.low < value <= self.high or (value == self.low and not self.above))  # type: ignore[operator]
@@ -70,7 +70,7 @@ SERVER_LIMITS: Mapping[str, Limit] = {
 def check_limit(name: str, value: Any, limits: Mapping[str, Limit] = LIMITS) -> Any:
     """The value as an int or a float. Raises ValueError in one line where it is no number of the range of `name`."""
     limit = limits[name]
-    if not limit.holds(value):
+    if not limit.contains(value):
         raise ValueError(f"{name} must be {limit}, not {shorten(value)}")
     return int(value) if limit.whole else float(value)
 

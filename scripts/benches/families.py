@@ -130,7 +130,7 @@ def llamagen_b(dtype: str) -> UnifiedModel:
     template, none = ClassTemplate(CLASSES - 1, side * side), NoImageTokenizer(side, codes)
     writers: dict[str, Any] = {"next-token": NextToken((side, side))}
     model = UnifiedModel("llamagen", backbone, Vocabulary(CLASSES, codes), None, none, template, writers)  # type: ignore[arg-type]
-    model.sample_by("next-token", **llamagen.SAMPLING["c2i"])
+    model.set_default_sampling("next-token", **llamagen.SAMPLING["c2i"])
     return without_decoding(model)
 
 
@@ -189,7 +189,7 @@ def var_d16(dtype: str) -> UnifiedModel:
     writers: dict[str, Any] = {"next-scale": head}
     vocabulary = Vocabulary(CLASSES, tokenizer.codebook_size)
     model = UnifiedModel("var", var.VARBackbone(lm), vocabulary, None, tokenizer, template, writers)  # type: ignore[arg-type]
-    model.sample_by("next-scale", **var.SAMPLING)
+    model.set_default_sampling("next-scale", **var.SAMPLING)
     return model.eval()
 
 
@@ -330,7 +330,7 @@ def janus_1b(dtype: str) -> tuple[UnifiedModel, Any]:
     writers: dict[str, Any] = {"next-token": NextToken((side, side))}
     vocabulary = Vocabulary(text["vocab_size"], codes)  # type: ignore[arg-type]
     model = UnifiedModel("janus", backbone, vocabulary, None, NoImageTokenizer(side, codes), template, writers)  # type: ignore[arg-type]
-    model.sample_by("next-token", **janus.SAMPLING)
+    model.set_default_sampling("next-token", **janus.SAMPLING)
     return without_decoding(model), theirs
 
 

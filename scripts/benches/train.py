@@ -62,9 +62,9 @@ def main(args: list[str]) -> int:
     rows: list[dict[str, Any]] = []
     auto = train_precision("auto", device)
     for precision in ("fp32", "bf16"):
-        muon.native = precision == "bf16"
+        muon.use_bfloat16 = precision == "bf16"
         parts: dict[str, Callable[[], Any]] = {
-            "forward and backward": partial(passes, muon.native),
+            "forward and backward": partial(passes, muon.use_bfloat16),
             "Muon": muon.step,
             "AdamW": whole.step,
         }

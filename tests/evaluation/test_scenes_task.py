@@ -102,7 +102,7 @@ def test_summary(task: ScenesTask) -> None:
     assert result.overall.tags["single_object"] == 1 and result.overall.overall < 1
     assert result.strict.overall == 0 and result.background is None
     half = [[{"correct": 1.0, "strict": 1.0}, {"correct": 0.0, "strict": 0.0}] for _ in items]
-    assert summarize_scores(items, half).any_correct == 1 and summarize_scores(items, half).overall.overall == 0.5
+    assert summarize_scores(items, half).best_of_n_correct == 1 and summarize_scores(items, half).overall.overall == 0.5
 
 
 def test_shuffled_gives_everyone_anothers() -> None:

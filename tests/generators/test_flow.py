@@ -83,9 +83,9 @@ def test_sampling_sees_what_training_sees(tiny_folder: Path, monkeypatch: pytest
         engine.generate(document, generator="flow", guidance=1.0, steps=1)
         whole = Document([*document.segments, Segment(image=PICTURES[1], role="assistant")])
         batch = model.fill(pack([[model.template.encode(whole), model.template.encode(whole, writer="flow")]], 256, 16))
-        expected = flow.contexts(batch, model.hidden(batch))
+        expected = flow.context_states(batch, model.hidden(batch))
         torch.testing.assert_close(seen[-1], expected, atol=1e-5, rtol=1e-4)
-    begin = model.hidden(batch)[0, int(batch.spans_N3[batch.written_by("flow")][0, 1]) - 1]
+    begin = model.hidden(batch)[0, int(batch.spans_N3[batch.images_of("flow")][0, 1]) - 1]
     torch.testing.assert_close(expected[0, -1], begin)  # the pooled condition is the begin token's state
 
 

@@ -105,7 +105,7 @@ def test_what_is_given_stays_whatever_the_model_says(engine: Engine) -> None:
         list(engine.run([request]))
     finally:
         del generator.pictures
-    assert len(kept[0].text) == 32 and not set(kept[0].text) & set(generator.specials)
+    assert len(kept[0].text) == 32 and not set(kept[0].text) & set(generator.special_ids)
     pairs = engine.pair(TEXTS[1], n=3)
     assert [type(part) for part in pairs[2]] == [str, Image.Image] and pairs[0][0] == TEXTS[1] and len(pairs) == 3
     with pytest.raises(ValueError, match="the text is empty"):
@@ -115,21 +115,21 @@ def test_what_is_given_stays_whatever_the_model_says(engine: Engine) -> None:
 def test_the_blind_branch_reads_no_words(engine: Engine) -> None:
     model = engine.model
     generator = model.generators["joint"]
-    assert engine.outputs[-1] == "pair" and generator.specials  # type: ignore[attr-defined]
+    assert engine.outputs[-1] == "pair" and generator.special_ids  # type: ignore[attr-defined]
     request = engine.request(TEXTS[0], "image", generator="joint")
     row = engine.running().row(request)
     assert row.state is not None and isinstance(row.state, MaskedState)
     read = generator.ask(row.state)
     words = generator.text_length  # type: ignore[attr-defined]
     assert read.blind is not None and len(read.blind) == len(read.ids) == 1 + words + 4
-    assert read.ids[1 : 1 + words] == model.template.opening_text(request.document, "joint")
+    assert read.ids[1 : 1 + words] == model.template.prefix_text_ids(request.document, "joint")
     assert set(read.blind[1 : 1 + words]) == {generator.mask}  # type: ignore[attr-defined]
     pictures = [engine.generate(text, generator="joint", guidance=0.0, seed=5, temperature=1.5) for text in TEXTS]
     assert np.array_equal(*map(np.asarray, pictures))
 
 
 def test_parts_are_masked_by_shares_of_their_own() -> None:
-    ratios = Joint((2, 2), 0).ratios(4000, torch.Generator().manual_seed(0))
+    ratios = Joint((2, 2), 0).mask_ratios(4000, torch.Generator().manual_seed(0))
     assert ratios.shape == (4000, 2) and bool((ratios.amax(1) > 0).all())
     for column in ratios.T:
         assert abs(float((column == 1).float().mean()) - FULL_MASK_PROB) < 0.03

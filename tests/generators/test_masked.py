@@ -55,12 +55,12 @@ def test_inside_the_picture_all_see_all(engine: Engine) -> None:
     batch = model.fill(pack([[model.template.encode(chat, writer="masked"), model.template.encode(chat)]], 40, 16))
     hidden_BLD = model.hidden(batch)
     embeds_BLD = model.embed(batch.ids_BL)
-    mask = packed_mask(batch.segments_BL, model.reach(batch))
+    mask = packed_mask(batch.segments_BL, model.attend_until(batch))
     real = batch.segments_BL > 0
     full_BLD = model.backbone.hidden(embeds_BLD, batch.positions_BL, mask)
     torch.testing.assert_close(hidden_BLD[real], full_BLD[real], atol=1e-5, rtol=1e-4)
     for writer, sees in (("masked", True), ("next-token", False)):
-        [row], at = (x[0] for x in batch.places(batch.written_by(writer)))
+        [row], at = (x[0] for x in batch.places(batch.images_of(writer)))
         other = embeds_BLD.clone()
         other[row, at[-1]] += 1.0
         moved = model.hidden(batch, other) - hidden_BLD
@@ -78,7 +78,7 @@ def test_sampling_sees_what_training_sees(engine: Engine) -> None:
         request = engine.request("a blue horse", "image", fixed=fixed, **options)
         list(engine.run([request]))
         batch = model.fill(pack([[model.template.encode(request.document, writer="masked")]], 40, 16))
-        [row], at = (x[0] for x in batch.places(batch.written_by("masked")))
+        [row], at = (x[0] for x in batch.places(batch.images_of("masked")))
         batch.ids_BL[row, at[:2]] = model.generators["masked"].mask
         logits = model.logits(model.hidden(batch)[row, at[:2]], model.vocabulary.text_size, model.vocabulary.size)
         assert logits.argmax(-1).tolist() == request.document.segments[-1].image[0].tolist()

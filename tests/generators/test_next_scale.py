@@ -97,10 +97,12 @@ def test_a_scale_sees_itself_and_those_before(engine: Engine) -> None:
     rng = torch.Generator()
     embeds_BLD, _ = model.heads["next-scale"].prepare(model, batch, model.embed(batch.ids_BL), rng)
     hidden_BLD = model.hidden(batch, embeds_BLD)
-    full_BLD = model.backbone.hidden(embeds_BLD, batch.positions_BL, packed_mask(batch.segments_BL, model.reach(batch)))
+    full_BLD = model.backbone.hidden(
+        embeds_BLD, batch.positions_BL, packed_mask(batch.segments_BL, model.attend_until(batch))
+    )
     real = batch.segments_BL > 0
     torch.testing.assert_close(hidden_BLD[real], full_BLD[real], atol=1e-5, rtol=1e-4)
-    [row], at = (x[0] for x in batch.places(batch.written_by("next-scale")))
+    [row], at = (x[0] for x in batch.places(batch.images_of("next-scale")))
     second, third = at[:4], at[4:]
     for moved, same, other in ((second[-1], at[:1] - 1, at), (third[-1], second, third)):
         changed = embeds_BLD.clone()

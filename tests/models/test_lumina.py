@@ -89,7 +89,7 @@ def test_a_second_picture_is_guided_by_its_own_beginning(folder: Path, monkeypat
     def announces(_: Any, states: list[Any], hidden: list[list[torch.Tensor]]) -> list[int]:
         """A text of nothing, and then a picture while there may be one."""
         for state in states:
-            state.pending, state.done = [begin if begin in state.span.stops else state.span.stops[0]], True
+            state.pending_ids, state.done = [begin if begin in state.span.stops else state.span.stops[0]], True
         return [len(branches[0]) for branches in hidden]
 
     monkeypatch.setattr(model, "step", watched)

@@ -263,7 +263,7 @@ def test_the_table_in_the_docs(family: str, public: Path, root: Path) -> None:
     except ValueError:
         able["edits"] = False
     assert {name: told[name] for name in able} == {name: "yes" if can else "no" for name, can in able.items()}
-    assert told["sizes"] == ("any" if engine.model.template.free_size else "one")
+    assert told["sizes"] == ("any" if engine.model.template.variable_size else "one")
     assert re.search(r"`[\w.-]+/[\w.:-]+`", told["first command's `--model`"])
 
 
@@ -321,7 +321,7 @@ def test_half_precision(case: Any, public: Path, dtype: str) -> None:
     assert {p.dtype for p in engine.model.image_tokenizer.parameters()} == {torch.float32}
     together = engine.generate_batch([case.PROMPT] * 2, [1, 2], size=case.SIZE)
     assert together[0].size == case.SIZE and together[0].tobytes() != together[1].tobytes()
-    engine.model.decoding = nullcontext  # type: ignore[method-assign, assignment]
+    engine.model.decode_autocast = nullcontext  # type: ignore[method-assign, assignment]
     exact = engine.generate_batch([case.PROMPT] * 2, [1, 2], size=case.SIZE)
     levels = [np.abs(np.asarray(a, float) - np.asarray(b)) for a, b in zip(together, exact, strict=True)]
     assert np.mean(levels) < 5 and (np.max(levels) > 0) == (dtype == "bfloat16")
@@ -364,12 +364,15 @@ def test_the_loss_is_of_what_is_drawn(case: Any, public: Path) -> None:
         scores = model.backbone.lm.get_output_embeddings()(hidden_BLD[rows, at - 1][coded])
         expected += scores.logsumexp(-1) - logits_TV.logsumexp(-1)
     torch.testing.assert_close(nats[coded], expected, rtol=1e-4, atol=1e-4)
-    if model.vocabulary.own_head:  # what is kept of a model before is of the same scores
+    if model.vocabulary.separate_head:  # what is kept of a model before is of the same scores
         before = copy.deepcopy(model)
         with torch.no_grad():
             for p in before.backbone.lm.parameters():
                 p.mul_(1.2)
-            p, q = (m.logits(m.causal(batch)[rows, at - 1], first, first + len(logits_TV[0])) for m in (model, before))
+            p, q = (
+                m.logits(m.causal_hidden_states(batch)[rows, at - 1], first, first + len(logits_TV[0]))
+                for m in (model, before)
+            )
             found = MultiGeneratorLoss({"next-token": generator}, before=before)(model, batch, torch.Generator())
         gaps_T = (q.softmax(-1) * (q.log_softmax(-1) - p.log_softmax(-1))).sum(-1)
         torch.testing.assert_close(found["next-token"][0], gaps_T.sum(), rtol=1e-4, atol=1e-4)

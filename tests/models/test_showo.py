@@ -70,7 +70,7 @@ def test_what_is_learnt_sees_what_is_drawn(engine: Any) -> None:
     codes = torch.zeros(case.GRID, case.GRID, dtype=torch.int64)
     tokens = model.template.encode(Document([Segment(text=case.PROMPT), Segment(image=codes, role="assistant")]))
     batch = model.fill(pack([[tokens, tokens]], 2 * len(tokens), case.SIDE))
-    rows_M1, at_MP = batch.places(batch.written_by("masked"))
+    rows_M1, at_MP = batch.places(batch.images_of("masked"))
     batch.ids_BL[rows_M1, at_MP] = generator.mask
     with torch.no_grad():
         states_MPD = model.hidden(batch)[rows_M1, at_MP]
@@ -91,7 +91,7 @@ def test_a_part_of_a_picture_is_painted_anew(engine: Any) -> None:
 def test_a_mask_marks_the_codes_that_it_covers_by_half(engine: Any) -> None:
     """As the official script resizes it: a thin line over a code does not mark it, more than its half does."""
     cell, rows = case.SIDE // case.GRID, case.GRID
-    marks = engine.model.template.mask_cells
+    marks = engine.model.template.mask_to_cells
 
     def columns(first: int, last: int) -> list[int]:
         mask = np.zeros((case.SIDE, case.SIDE, 3), np.uint8)

@@ -49,7 +49,7 @@ def test_the_blind_rendering_keeps_only_pictures(tiny_folder: Path) -> None:
     model = load(tiny_folder)
     tokens = model.template.encode(chat(), blind=True)
     kept = [t for i, t in enumerate(tokens.ids) if not any(a <= i < b for a, b in tokens.spans)]
-    assert set(kept) <= {*model.template.special.values(), model.template.start, model.template.turn_end}
+    assert set(kept) <= {*model.template.special.values(), model.template.start, model.template.eos_id}
     assert len(tokens.spans) == 2 and sum(tokens.loss) == 4
 
 
@@ -89,7 +89,7 @@ def test_pictures_stand_before_the_words_of_their_message(tiny_folder: Path) -> 
 def test_special_tokens_typed_by_users_are_text(tiny_folder: Path) -> None:
     template = load(tiny_folder).template
     ids = template.text_ids("two <boi> </s> apples")
-    assert not set(ids) & {*template.special.values(), template.turn_end}
+    assert not set(ids) & {*template.special.values(), template.eos_id}
     assert template.decode(ids) == "two <boi> </s> apples"
 
 
@@ -122,7 +122,7 @@ def test_save_and_load_are_exact(tiny_folder: Path, tmp_path: Path) -> None:
 
 def test_a_model_says_how_it_is_drawn_from(tiny_folder: Path, tmp_path: Path) -> None:
     model = load(tiny_folder)
-    model.sample_by("next-token", guidance=2.5, top_p=0.6)
+    model.set_default_sampling("next-token", guidance=2.5, top_p=0.6)
     model.save(tmp_path / "model")
     again = load(tmp_path / "model")
     assert (

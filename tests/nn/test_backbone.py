@@ -115,8 +115,8 @@ def test_compiled_training_is_the_same_training() -> None:
 
 def test_groups_hold_each_real_position_once() -> None:
     packing, real = PackedGroups(segments()), segments().flatten() > 0
-    assert packing.places[packing.back[real]].tolist() == real.nonzero().flatten().tolist()
-    assert set(packing.back[~real].tolist()) == {len(packing.places)}
+    assert packing.places[packing.scatter_index[real]].tolist() == real.nonzero().flatten().tolist()
+    assert set(packing.scatter_index[~real].tolist()) == {len(packing.places)}
 
 
 @torch.no_grad()

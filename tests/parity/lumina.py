@@ -259,7 +259,7 @@ def rows(folder: Path) -> Iterator[ParityRow]:
     cuts = {size: golden[f"cut.{size[0]}x{size[1]}"] for size in SIZES}
     cut, squared = (
         sum(not torch.equal(pixels_of(frame(picture(size), 32)), cuts[size]) for size in SIZES) / len(SIZES)
-        for frame in (template.frame, super(lumina.LuminaTemplate, template).frame)
+        for frame in (template.preprocess, super(lumina.LuminaTemplate, template).preprocess)
     )
     yield ParityRow("lumina pictures cut", cut, squared, "cut to squares", "the official processor (goldens)")
 

@@ -60,7 +60,7 @@ def test_on_the_way_they_know_where_it_leads(sampler: str) -> None:
     way, ways = ODESolver(noise, 8, sampler), []
     while way.t is not None:
         way.go(noise - data)
-        ways.append(way.way)
+        ways.append(way.progress)
         torch.testing.assert_close(way.data, data, atol=1e-2, rtol=0)  # some begin at 0.999
     assert way.data is way.x
     assert ways == [(n, len(ways)) for n in range(1, len(ways) + 1)] and len(ways) == (15 if sampler == "heun" else 8)

@@ -48,14 +48,14 @@ def test_wrong_keys_are_slowed_for_their_address_alone(monkeypatch: pytest.Monke
     now = 0.0
     clock = SimpleNamespace(monotonic=lambda: now, perf_counter=time.perf_counter)
     monkeypatch.setattr("unigen.serving.middleware.time", clock)
-    guard = door(Limits(keys=("one",), wrong_keys=3))
+    guard = door(Limits(keys=("one",), invalid_keys_per_minute=3))
     assert [asked(guard, authorization=f"Bearer {i}")[0] for i in range(5)] == [401, 401, 401, 429, 429]
     status, headers = asked(guard, authorization="Bearer one")
     assert status == 429, "else the one key that is let in would be known by it"
     assert asked(guard, authorization="Bearer one", client="5.6.7.8")[0] == 200
     now += int(headers["retry-after"])
     assert asked(guard, authorization="Bearer one")[0] == 200
-    guard = door(Limits(keys=("one",), wrong_keys=3))
+    guard = door(Limits(keys=("one",), invalid_keys_per_minute=3))
     assert [asked(guard)[0] for _ in range(6)] == [401] * 6, "no key is no guess"
 
 
@@ -68,7 +68,7 @@ def test_a_client_of_ipv6_is_its_network() -> None:
 # ---------------------------------------------------------------- hosts and origins
 
 
-HERE = Limits(hosts=("unigen.example",), origins=("https://friend.example",))
+HERE = Limits(allowed_hosts=("unigen.example",), allowed_origins=("https://friend.example",))
 
 
 @pytest.mark.parametrize(
@@ -92,8 +92,8 @@ def test_without_a_key_only_own_names_are_answered(host: str, status: int) -> No
     assert asked(door(HERE), **given)[0] == status
     assert asked(door(HERE), "/", **given)[0] == status  # the page too
     assert asked(door(HERE), "/health", **given)[0] == 200  # and probes by whatever name
-    assert asked(door(Limits(hosts=("*",))), **given)[0] == 200
-    keyed = door(Limits(keys=("one",), hosts=()))
+    assert asked(door(Limits(allowed_hosts=("*",))), **given)[0] == 200
+    keyed = door(Limits(keys=("one",), allowed_hosts=()))
     assert asked(keyed, authorization="Bearer one", **given)[0] == 200
 
 
@@ -115,7 +115,7 @@ def test_without_a_key_only_own_names_are_answered(host: str, status: int) -> No
 )
 def test_without_a_key_pages_of_others_send_nothing(headers: dict[str, str], status: int) -> None:
     assert asked(door(HERE), "/v1/images/edits", host="localhost:8000", **headers)[0] == status
-    keyed = door(Limits(keys=("one",), hosts=()))
+    keyed = door(Limits(keys=("one",), allowed_hosts=()))
     assert asked(keyed, host="localhost:8000", authorization="Bearer one", **headers)[0] == 200
 
 
@@ -124,7 +124,7 @@ def test_without_a_key_pages_of_others_send_nothing(headers: dict[str, str], sta
 
 def test_a_body_that_trickles_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slow as it is said to be, it may take longer the more of it has come."""
-    limits = Limits(body_seconds=0.2, body_pace=10)
+    limits = Limits(body_timeout=0.2, min_body_bytes_per_second=10)
     caught: list[int] = []
 
     async def read(scope: Any, receive: Any, send: Any) -> None:
@@ -155,12 +155,12 @@ def test_a_body_that_trickles_is_given_up(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_bodies_together_have_a_limit() -> None:
     """What is held is counted, and given back when the requests end."""
-    guard = door(Limits(body=10, bodies=25))
+    guard = door(Limits(body=10, max_pending_body_bytes=25))
     for _ in range(3):
         assert asked(guard, body=(b"x" * 10,))[0] == 200
-    guard._bytes = 16  # others hold so many
-    assert asked(guard, body=(b"x" * 10,))[0] == 429 and guard._bytes == 16
-    guard._bytes = 15
+    guard._pending_bytes = 16  # others hold so many
+    assert asked(guard, body=(b"x" * 10,))[0] == 429 and guard._pending_bytes == 16
+    guard._pending_bytes = 15
     assert asked(guard, body=(b"x" * 10,))[0] == 200
 
 

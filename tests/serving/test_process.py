@@ -65,7 +65,7 @@ def with_engine(tmp_path: Path, kinds: str, test: Callable[[EngineProcess], Any]
     async def run() -> None:
         source = {"count": str(tmp_path / "count"), "lives": kinds}
         async with EngineProcess(source, target=is_running, **options) as engine:
-            engine._pause = 0.01
+            engine._restart_delay = 0.01
             await asyncio.wait_for(test(engine), 120)
 
     asyncio.run(run())
@@ -86,8 +86,8 @@ def test_a_restart_that_fails_is_tried_again(tmp_path: Path) -> None:
         await until(lambda: not engine.ready.is_set())
         assert engine.load == Stats(0, 0, 0, 0, 0, 0.0)
         assert b"unigen_jobs_running 0.0" in Metrics(engine).text()
-        await until(lambda: engine.fault is not None)
-        assert "no memory" in str(engine.down) and engine.refused is None
+        await until(lambda: engine.reload_error is not None)
+        assert "no memory" in str(engine.down) and engine.load_error is None
         with pytest.raises(ModelUnavailable, match="no memory"):
             await anext(engine.answer(JOB))
         await engine.ready.wait()
@@ -113,15 +113,15 @@ def test_a_process_that_cannot_be_started_is_tried_again(tmp_path: Path, monkeyp
         await until(lambda: not engine.ready.is_set())
         await engine.ready.wait()
         assert len(tries) == 3
-        assert engine._pause == pytest.approx(8 * 0.01)  # doubled each time
+        assert engine._restart_delay == pytest.approx(8 * 0.01)  # doubled each time
 
     with_engine(tmp_path, "", test)
 
 
 def test_a_model_that_cannot_be_loaded_at_first_is_not_tried_again(tmp_path: Path) -> None:
     async def test(engine: EngineProcess) -> None:
-        await engine.tried.wait()
-        assert engine.refused == "no memory" and engine.down == "no memory"
+        await engine.load_attempted.wait()
+        assert engine.load_error == "no memory" and engine.down == "no memory"
         await until(lambda: not engine._process.is_alive())
         await asyncio.sleep(0.2)
         assert engine.starts == 1
@@ -133,7 +133,7 @@ def test_liveness_ends_when_the_model_stays_away(tmp_path: Path) -> None:
     async def test(engine: EngineProcess) -> None:
         await engine.ready.wait()
         assert engine.alive
-        engine._pause = 0.5  # the next one is refused: away for longer than the patience
+        engine._restart_delay = 0.5  # the next one is refused: away for longer than the patience
         os.kill(engine._process.pid, signal.SIGKILL)
         await until(lambda: not engine.alive)
         await engine.ready.wait()
@@ -148,7 +148,7 @@ def test_a_process_that_hangs_is_started_again(tmp_path: Path, kind: str, option
 
     async def test(engine: EngineProcess) -> None:
         await engine.ready.wait()
-        engine._beats = True  # as of a process that has sent one
+        engine._has_heartbeat = True  # as of a process that has sent one
         (event,) = [event async for event in engine.answer(JOB)]
         assert isinstance(event, Error)
         await engine.ready.wait()
@@ -161,7 +161,7 @@ def test_a_process_that_hangs_is_started_again(tmp_path: Path, kind: str, option
 def test_a_process_that_is_stopped_is_started_again(tmp_path: Path) -> None:
     async def test(engine: EngineProcess) -> None:
         await engine.ready.wait()
-        await until(lambda: engine._beats)
+        await until(lambda: engine._has_heartbeat)
         os.kill(engine._process.pid, signal.SIGSTOP)
         await until(lambda: engine.starts == 2)
         await engine.ready.wait()
@@ -174,7 +174,7 @@ def test_a_long_step_with_heartbeats_is_left_alone(tmp_path: Path) -> None:
 
     async def test(engine: EngineProcess) -> None:
         await engine.ready.wait()
-        await until(lambda: engine._step > 0.5)
+        await until(lambda: engine._step_seconds > 0.5)
         assert engine.starts == 1 and engine.ready.is_set()
 
     with_engine(tmp_path, "l", test, silence=5.0, longest_step=600.0)

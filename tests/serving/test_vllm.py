@@ -186,7 +186,7 @@ def test_answers_are_the_local_engines(case: str, folder: Path, local: Any) -> N
         if case == "late":
             engine.llm = DelayedEngine(engine.llm)
         given = answers(engine, asked(count, longest))
-        dropped = scheduler(engine).dropped
+        dropped = scheduler(engine).num_dropped_ids
         assert not engine.llm.has_unfinished_requests()
     assert [one == other for one, other in zip(given, wanted, strict=True)] == [True] * len(wanted)
     pictures = [part for parts in wanted for part in parts if isinstance(part, list)]

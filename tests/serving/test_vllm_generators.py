@@ -168,7 +168,7 @@ def test_a_stream_that_is_left_in_a_picture_leaves_nothing(engine: Any) -> None:
     running = engine.running()
     options, *_ = stories("masked")
     number = running.add(engine.request(**options))
-    while running._sent[number].names:
+    while running._submitted_segments[number].names:
         running.step()
     running.step()
     assert number in running and running.cache.used == 2 and running.positions > 0

@@ -37,8 +37,8 @@ def quantizer(golden: dict[str, Tensor]) -> MultiscaleQuantizer:
 def test_equals_vars(quantizer: MultiscaleQuantizer, golden: dict[str, Tensor]) -> None:
     codes_BP = quantizer.codes(golden["features"])
     assert torch.equal(codes_BP, golden["codes"]) and codes_BP.unique().numel() >= 32
-    torch.testing.assert_close(quantizer.vectors(codes_BP), golden["picture"], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(quantizer.vectors(codes_BP[:, : 1 + 4 + 9]), golden["third"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(quantizer.to_vectors(codes_BP), golden["picture"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(quantizer.to_vectors(codes_BP[:, : 1 + 4 + 9]), golden["third"], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(quantizer.inputs(codes_BP), golden["inputs"], atol=1e-5, rtol=1e-5)
 
 
@@ -79,7 +79,7 @@ def test_scales_that_cannot_be() -> None:
     with pytest.raises(ValueError, match="end at the grid's side 8"):
         VQConfig(quantizer="multiscale", scales=(1, 2, 4))
     with pytest.raises(ValueError, match="whole scales"):
-        MultiscaleQuantizer(8, 4, (1, 2)).vectors(torch.zeros(1, 3, dtype=torch.int64))
+        MultiscaleQuantizer(8, 4, (1, 2)).to_vectors(torch.zeros(1, 3, dtype=torch.int64))
 
 
 def test_it_learns_and_its_dead_codes_are_revived() -> None:
@@ -126,9 +126,9 @@ def test_later_scales_mend_mistakes(quantizer: MultiscaleQuantizer, golden: dict
     f_BDhw = golden["features"].repeat(40, 1, 1, 1)
     rng = torch.Generator().manual_seed(0)
     plain_BP = quantizer.codes(f_BDhw)
-    for codes_BP in quantizer.corrected(f_BDhw, 0.0, rng):
+    for codes_BP in quantizer.encode_with_corruption(f_BDhw, 0.0, rng):
         assert torch.equal(codes_BP, plain_BP)
-    wanted_BP, read_BP = quantizer.corrected(f_BDhw, 0.6, rng)
+    wanted_BP, read_BP = quantizer.encode_with_corruption(f_BDhw, 0.6, rng)
     wrong_BP = wanted_BP != read_BP
     assert 0.2 < wrong_BP.float().mean() < 0.4
     assert wrong_BP.float().mean(1).std() > 0.1  # of some pictures more than of others
@@ -139,12 +139,12 @@ def test_later_scales_mend_mistakes(quantizer: MultiscaleQuantizer, golden: dict
     early_BP = read_BP[:, :-last]
 
     def gap(last_BP: Tensor) -> float:
-        seen_BDhw = quantizer.vectors(torch.cat([early_BP, last_BP], 1))
+        seen_BDhw = quantizer.to_vectors(torch.cat([early_BP, last_BP], 1))
         return float((seen_BDhw - f_BDhw).square().mean().detach())
 
     assert gap(wanted_BP[:, -last:]) < gap(plain_BP[:, -last:])
-    again = quantizer.corrected(f_BDhw, 0.6, torch.Generator().manual_seed(1))
-    assert all(map(torch.equal, again, quantizer.corrected(f_BDhw, 0.6, torch.Generator().manual_seed(1))))
+    again = quantizer.encode_with_corruption(f_BDhw, 0.6, torch.Generator().manual_seed(1))
+    assert all(map(torch.equal, again, quantizer.encode_with_corruption(f_BDhw, 0.6, torch.Generator().manual_seed(1))))
 
 
 def test_coarse_pictures_are_of_the_first_scales_alone(
@@ -153,7 +153,7 @@ def test_coarse_pictures_are_of_the_first_scales_alone(
     f_BDhw = golden["features"].repeat(20, 1, 1, 1).requires_grad_()
     codes_BP = quantizer.codes(f_BDhw)
     ends = torch.tensor(quantizer.lengths).cumsum(0).tolist()
-    cut = torch.stack([quantizer.vectors(codes_BP[:, :end]) for end in ends])  # (K, B, D, h, w)
+    cut = torch.stack([quantizer.to_vectors(codes_BP[:, :end]) for end in ends])  # (K, B, D, h, w)
 
     def scales_of(coarse: float) -> list[int]:
         quantizer.coarse = coarse

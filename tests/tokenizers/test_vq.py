@@ -58,7 +58,7 @@ def quantizers() -> list[Quantizer]:
 @pytest.mark.parametrize("quantizer", quantizers(), ids=lambda q: f"{type(q).__name__}-{q.size}")
 def test_every_code_is_its_own_vectors_code(quantizer: Quantizer) -> None:
     codes = torch.arange(quantizer.size).reshape(1, 1, -1)
-    vectors = quantizer.vectors(codes)
+    vectors = quantizer.to_vectors(codes)
     assert vectors.shape == (1, quantizer.dim, 1, quantizer.size)
     assert torch.equal(quantizer.codes(vectors), codes)
     assert len(channels_last(vectors).reshape(-1, quantizer.dim).unique(dim=0)) == quantizer.size
@@ -70,7 +70,7 @@ def test_straight_through(quantizer: Quantizer) -> None:
     z = torch.randn(2, quantizer.dim, 3, 3, generator=rng(), requires_grad=True)
     weight = torch.randn(2, quantizer.dim, 3, 3, generator=rng(1))
     out = quantizer(z)
-    torch.testing.assert_close(out.vectors_BDhw, quantizer.vectors(out.codes_Bhw))
+    torch.testing.assert_close(out.vectors_BDhw, quantizer.to_vectors(out.codes_Bhw))
     got = torch.autograd.grad((out.vectors_BDhw * weight).sum(), z)[0]
     wanted = torch.autograd.grad((quantizer.prepare(z) * weight).sum(), z)[0]
     torch.testing.assert_close(got, wanted)
@@ -81,7 +81,7 @@ def test_straight_through(quantizer: Quantizer) -> None:
 def test_codes_out_of_range_are_refused(quantizer: Quantizer) -> None:
     for bad in (-1, quantizer.size):
         with pytest.raises(ValueError, match="codes must be in"):
-            quantizer.vectors(torch.full((1, 2, 2), bad))
+            quantizer.to_vectors(torch.full((1, 2, 2), bad))
 
 
 def test_lookup_equals_brute_force_cosine() -> None:
@@ -110,7 +110,7 @@ def test_lookup_free_is_the_sign() -> None:
 
 def test_entropy_rewards_spread_codes() -> None:
     quantizer = LFQ(4, entropy=1.0)
-    spread = channels_last(quantizer.vectors(torch.arange(16).reshape(1, 4, 4))).permute(0, 3, 1, 2) * 3
+    spread = channels_last(quantizer.to_vectors(torch.arange(16).reshape(1, 4, 4))).permute(0, 3, 1, 2) * 3
     same = torch.full((1, 4, 4, 4), 3.0)
     (a, n), (b, _) = quantizer(spread).losses["entropy"], quantizer(same).losses["entropy"]
     assert a / n < b / n - 2  # log 16 = 2.77 nats apart at best

@@ -135,7 +135,7 @@ def likelihoods(
 ) -> torch.Tensor:
     """log p of chosen and rejected answers (P, 2), as Preferences asks for them."""
     pairs, found = batch.kinds[kind], []
-    for side, blind in ((pairs.chosen, pairs.blind_chosen), (pairs.rejected, pairs.blind_rejected)):
+    for side, blind in ((pairs.chosen, pairs.uncond_chosen), (pairs.rejected, pairs.uncond_rejected)):
         rng = torch.Generator().manual_seed(1)
         drawn = model.fill(side), model.fill(blind), guidance or Guidance((3.0,)), temperature, rng
         found.append(log_likelihood(model, *drawn))
@@ -162,7 +162,7 @@ def test_the_likelihood_of_an_answer_is_that_by_which_the_engine_draws_it(
             prompt = model.ids(template.prompt(before))
             if answer.text is not None:
                 said = model.ids(template.encode(chat))[len(prompt) :]
-                assert said[-1] == template.turn_end
+                assert said[-1] == template.eos_id
                 steps = [logits_after(prompt + said[:k]).log_softmax(-1)[id] for k, id in enumerate(said)]
             else:
                 unseen, begin = model.ids(template.prompt(before, blind=True)), template.begins["next-token"]
@@ -172,8 +172,8 @@ def test_the_likelihood_of_an_answer_is_that_by_which_the_engine_draws_it(
                     c, u = (logits_after([*ids, begin, *codes[:k]])[first:] for ids in (prompt, unseen))
                     steps.append(((u + scale * (c - u)) / temperature).log_softmax(-1)[code - first])
                 whole = model.ids(template.encode(chat))
-                assert whole[-2:] == [template.image_end, template.turn_end]  # the end of a picture is no choice
-                steps.append(logits_after(whole[:-1]).log_softmax(-1)[template.turn_end])
+                assert whole[-2:] == [template.image_end_id, template.eos_id]  # the end of a picture is no choice
+                steps.append(logits_after(whole[:-1]).log_softmax(-1)[template.eos_id])
             expected.append(torch.stack(steps).sum())
     torch.testing.assert_close(together_D, torch.stack(expected), rtol=1e-4, atol=1e-3)
 
@@ -224,7 +224,9 @@ def test_pictures_of_any_generator_are_compared(engine: Engine, writer: str) -> 
     total, count = objective(model, batch, torch.Generator().manual_seed(0))["preference"]
     assert count == 2 and math.isclose(float(total.detach()) / 2, math.log(2), rel_tol=1e-5)
     (sides,) = drawn
-    ends = (pack([[side]], len(side), 16) for side in (sides.chosen, sides.blind_chosen))  # no positions: it ends a row
+    ends = (
+        pack([[side]], len(side), 16) for side in (sides.chosen, sides.uncond_chosen)
+    )  # no positions: it ends a row
     guided = (*map(model.fill, ends), Guidance((3.0,)), 0.8)
     found = log_likelihood(model, *guided, rng=torch.Generator().manual_seed(1)).detach()
 

@@ -516,7 +516,7 @@ def test_ema_closed_form() -> None:
         ema.update()
         decay = min(0.3, (1 + n) / (10 + n))
         expected = decay * expected + (1 - decay) * (n + 1.0)
-    with ema.applied():
+    with ema.average_parameters():
         assert model.weight.item() == pytest.approx(expected)
     assert model.weight.item() == 8.0
 

@@ -266,7 +266,7 @@ class TransformersEngine:
         """What the model answers; greedy where temperature is 0. top_k, repetition_penalty: None is as transformers and
         the model have it. Raises ValueError where it cannot see a picture."""
         self.check(prompt, output, seed=seed, max_tokens=max_tokens, temperature=temperature, top_p=top_p)
-        inputs = self._inputs(Document.of(prompt)).to(self.model.device)
+        inputs = self._build_inputs(Document.of(prompt)).to(self.model.device)
         drawn: dict[str, Any] = {"do_sample": False}
         if temperature > 0:
             drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p}
@@ -308,13 +308,13 @@ class TransformersEngine:
     def states(self, prompt: Any) -> torch.Tensor:
         """What the model reads of a document before it would answer, as states (S, D) after its last norm. Raises
         NonFiniteError where they are no numbers."""
-        inputs = self._inputs(Document.of(prompt)).to(self.model.device)
+        inputs = self._build_inputs(Document.of(prompt)).to(self.model.device)
         states_SD: torch.Tensor = self.model.base_model(**inputs, use_cache=False).last_hidden_state[0]
         if not bool(states_SD.isfinite().all()):
             raise NonFiniteError("states", self.model.dtype)
         return states_SD
 
-    def _inputs(self, document: Document) -> Any:
+    def _build_inputs(self, document: Document) -> Any:
         self._check_segments(document)
         messages: list[dict[str, Any]] = []
         told, segments = split_system_messages(document.segments)

@@ -100,7 +100,7 @@ class Connector(nn.Module):
         return self.embeds(x_BLE), pooled_BP, counts_BL
 
     @torch.no_grad()
-    def adapt(self, states_SD: Tensor) -> PromptEmbeds:
+    def prompt_embeds(self, states_SD: Tensor) -> PromptEmbeds:
         """What one document tells the pipeline."""
         states_1SD = states_SD[None].to(self.queries)
         embeds_1LW, pooled_1P, counts_1L = self(states_1SD, states_1SD.new_ones(states_1SD.shape[:2], dtype=torch.bool))
@@ -150,8 +150,8 @@ class ConnectedDiffusersEngine(DiffusersEngine):
             raise ValueError(f"the adapter does not fit these models: {'; '.join(wrong)}")
 
     @torch.inference_mode()
-    def _conditions(self, document: Document) -> dict[str, Any]:
-        embeds_LW, pooled_P = self.adapter.adapt(self.lmm.states(document))
+    def _prompt_arguments(self, document: Document) -> dict[str, Any]:
+        embeds_LW, pooled_P = self.adapter.prompt_embeds(self.lmm.states(document))
         given: dict[str, Any] = {"prompt_embeds": embeds_LW[None].to(self.pipe.dtype)}
         if pooled_P is not None:
             given[POOLED_ARGUMENT] = pooled_P[None].to(self.pipe.dtype)

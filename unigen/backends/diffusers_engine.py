@@ -82,8 +82,8 @@ class DiffusersEngine:
         self.pipe = pipe
         self.usual: Any = getattr(pipe, "scheduler", None)
         self.takes = call_parameters(pipe)
-        self.forms: dict[str, Any] = {}
-        self.sampling = self.defaults(self._form_or_none("text") or pipe)
+        self.variants: dict[str, Any] = {}
+        self.sampling = self.default_values(self._variant_or_none("text") or pipe)
         """Options that have a value where nothing is asked for."""
         pipe.set_progress_bar_config(disable=True)
 
@@ -107,7 +107,7 @@ class DiffusersEngine:
         if output not in self.outputs:
             raise ValueError(f"this model cannot answer with {output}: it can with image")
         asked = zip_with_seeds(prompts, seeds)
-        given = [self._conditions(Document.of(prompt)) for prompt, _ in asked]
+        given = [self._prompt_arguments(Document.of(prompt)) for prompt, _ in asked]
         return self._draw(self._form("text"), given, [seed for _, seed in asked], options)
 
     def stream(self, prompt: Any, output: Output = "image", *, seed: int = 0, **options: Any) -> Iterator[Any]:
@@ -122,9 +122,9 @@ class DiffusersEngine:
         check_seed(seed)
         document = Document.of(prompt)
         if not self.sees:
-            self._conditions(document)
+            self._prompt_arguments(document)
         form = self._form("text")
-        _, sampler = self._arguments(form, options, False)
+        _, sampler = self._call_arguments(form, options, False)
         self._scheduler(form, sampler)
 
     def edit(
@@ -137,8 +137,8 @@ class DiffusersEngine:
         words = as_text(instruction)
         asked = Document.of([picture, words] if self.sees else words)
         size = options.pop("size", None)
-        seen, drawn_at = self._inside(form, picture, size)
-        given = self._conditions(asked) | {"image": [resize_to(picture, seen)]}
+        seen, drawn_at = self._render_sizes(form, picture, size)
+        given = self._prompt_arguments(asked) | {"image": [resize_to(picture, seen)]}
         options |= {"size": drawn_at, "strength": strength}
         drawn = self._draw(form, [given], [seed], options, own_size=True)[0]
         return resize_to(drawn, size or picture.size)
@@ -157,11 +157,11 @@ class DiffusersEngine:
         if picture.size != marked.size:
             raise ValueError(f"the mask is of {marked.size} pixels, the picture of {picture.size}: make them alike")
         form = self._form("inpaint")
-        seen, drawn_at = self._inside(form, picture, options.pop("size", None))
+        seen, drawn_at = self._render_sizes(form, picture, options.pop("size", None))
         given = {"image": [resize_to(picture, seen)], "mask_image": [marked.resize(seen, Image.Resampling.NEAREST)]}
         options |= {"size": drawn_at, "strength": strength}
         drawn = self._draw(
-            form, [self._conditions(Document.of(as_text(prompt))) | given], [seed], options, own_size=True
+            form, [self._prompt_arguments(Document.of(as_text(prompt))) | given], [seed], options, own_size=True
         )[0]
         return Image.composite(resize_to(drawn, picture.size), picture, marked)
 
@@ -172,7 +172,7 @@ class DiffusersEngine:
         """What this pipeline is and takes."""
         parts = {name: part for name, part in self.pipe.components.items() if isinstance(part, torch.nn.Module)}
         counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
-        forms = {task: self._form_or_none(task) for task in ("text", "edit", "inpaint")}
+        forms = {task: self._variant_or_none(task) for task in ("text", "edit", "inpaint")}
         drawn = "classes" if "class_labels" in self.takes else "words"
         facts = {
             "family": "diffusion pipeline",
@@ -204,13 +204,13 @@ class DiffusersEngine:
         """The names of the options that change what the pipeline draws."""
         return [*supported_options(pipe), *(["sampler"] if compatible_schedulers(pipe, self.usual) else [])]
 
-    def defaults(self, pipe: Any) -> dict[str, Any]:
+    def default_values(self, pipe: Any) -> dict[str, Any]:
         """The values of a pipeline's options where nothing is asked for."""
         takes = call_parameters(pipe)
         values = {name: takes[own].default for name, own in supported_options(pipe).items() if name != "size"}
         return {name: value for name, value in values.items() if isinstance(value, (int, float))}
 
-    def _conditions(self, document: Document) -> dict[str, Any]:
+    def _prompt_arguments(self, document: Document) -> dict[str, Any]:
         """The pipeline's own arguments for words or a class."""
         if document.images():
             raise ValueError("a pipeline draws from words: give a picture to `edit` or `inpaint`")
@@ -219,12 +219,12 @@ class DiffusersEngine:
         if "class_labels" in self.takes:
             if words or len(labels) != 1:
                 raise ValueError("this pipeline draws classes, not words: give one class by its number or name")
-            return {"class_labels": [self._class(labels[0])]}
+            return {"class_labels": [self._class_index(labels[0])]}
         if labels:
             raise ValueError("this pipeline draws words, not classes: say what to draw in words")
         return {"prompt": words}
 
-    def _class(self, label: Any) -> int:
+    def _class_index(self, label: Any) -> int:
         names = getattr(self.pipe, "labels", {}) or {}
         if label in names:
             return int(names[label])
@@ -235,7 +235,7 @@ class DiffusersEngine:
             raise ValueError(f"unknown class {label!r}: give a number from 0 to {count - 1}, or its name")
         return int(label)
 
-    def _form_or_none(self, task: str) -> Any:
+    def _variant_or_none(self, task: str) -> Any:
         try:
             return self._form(task)
         except UnsupportedError:
@@ -244,12 +244,12 @@ class DiffusersEngine:
     def _form(self, task: str) -> Any:
         """The pipeline's parts in the form that does a task: "text", "edit" or "inpaint". Raises Unable where it has
         none."""
-        if task not in self.forms:
-            self.forms[task] = self._made_form(task)
-            self.forms[task].set_progress_bar_config(disable=True)
-        return self.forms[task]
+        if task not in self.variants:
+            self.variants[task] = self._build_variant(task)
+            self.variants[task].set_progress_bar_config(disable=True)
+        return self.variants[task]
 
-    def _made_form(self, task: str) -> Any:
+    def _build_variant(self, task: str) -> Any:
         import diffusers
 
         paints, kind = "mask_image" in self.takes, type(self.pipe)
@@ -281,7 +281,7 @@ class DiffusersEngine:
         mask = " and a mask" if task == "inpaint" else ""
         raise UnsupportedError(f"{kind.__name__} has no form that takes a picture{mask}")
 
-    def _inside(self, form: Any, picture: Image.Image, size: Any) -> tuple[tuple[int, int], tuple[int, int]]:
+    def _render_sizes(self, form: Any, picture: Image.Image, size: Any) -> tuple[tuple[int, int], tuple[int, int]]:
         """The sizes at which a picture is read and drawn inside. size: what is asked for, or None: about the picture's
         own, at most twice as wide and high as the form's usual ones; for a form that begins with noise alone about as
         large as those."""
@@ -306,7 +306,7 @@ class DiffusersEngine:
         own_size: bool = False,
     ) -> list[Image.Image]:
         """own_size: the engine chose the size, so that a form without this option is not told it."""
-        named, sampler = self._arguments(pipe, options, own_size)
+        named, sampler = self._call_arguments(pipe, options, own_size)
         seeds = [check_seed(seed) for seed in seeds]
         if self.usual is not None:
             pipe.scheduler = self._scheduler(pipe, sampler)
@@ -333,7 +333,7 @@ class DiffusersEngine:
             made.append(picture)
         return MediaList(made)
 
-    def _arguments(self, pipe: Any, options: dict[str, Any], own_size: bool) -> tuple[dict[str, Any], str | None]:
+    def _call_arguments(self, pipe: Any, options: dict[str, Any], own_size: bool) -> tuple[dict[str, Any], str | None]:
         """The pipeline's own arguments, and the sampler, of what is asked for. Raises ValueError in one line for
         options that it does not take, that are out of their range, or that would change nothing."""
         own, takes, kind = supported_options(pipe), call_parameters(pipe), type(pipe).__name__
@@ -362,7 +362,7 @@ class DiffusersEngine:
             named |= {"width": size[0], "height": size[1]}
         self._check_guidance(kind, own, takes, named)
         steps, strength = (
-            named.get(own.get(name, ""), self.defaults(pipe).get(name)) for name in ("steps", "strength")
+            named.get(own.get(name, ""), self.default_values(pipe).get(name)) for name in ("steps", "strength")
         )
         if steps and strength and int(steps * strength) < 1:
             least = math.ceil(1 / strength)
@@ -468,7 +468,7 @@ class GlmImageEngine(DiffusersEngine):
         ):  # tokens are drawn by the global state, which it seeds
             return super()._draw(pipe, given, seeds, options | {"size": options.get("size") or GLM_SIZE}, own_size)
 
-    def _inside(self, form: Any, picture: Image.Image, size: Any) -> tuple[tuple[int, int], tuple[int, int]]:
+    def _render_sizes(self, form: Any, picture: Image.Image, size: Any) -> tuple[tuple[int, int], tuple[int, int]]:
         if max(picture.size) > 4 * min(picture.size):
             raise ValueError(f"GLM-Image reads pictures up to four times as long as wide, not {picture.size}: crop it")
         bounds = self.pipe.processor.image_processor.size

@@ -155,8 +155,8 @@ class VllmEngine(Engine):
         return self._info | {"context": self.model.context, "engine": f"vllm {__version__}"}
 
     @property
-    def compares(self) -> bool:
-        return self.local and super().compares
+    def can_rerank(self) -> bool:
+        return self.local and super().can_rerank
 
     def running(self) -> VllmScheduler:
         return VllmScheduler(self)
@@ -182,9 +182,9 @@ class VllmEngine(Engine):
         """The row's span as requests of vLLM's; one that is written here has all of `before` to read again, and leaves
         it so. before: what the main branch has read."""
         if not is_vllm_segment(row):
-            assert row.generator is not None and not row.generator.clean
-            row.unread[0] = before + row.unread[0]
-            return _SubmittedSegment([], [row.unread[0]])
+            assert row.generator is not None and not row.generator.cache_reusable
+            row.pending_ids[0] = before + row.pending_ids[0]
+            return _SubmittedSegment([], [row.pending_ids[0]])
         from vllm import SamplingParams
         from vllm.exceptions import VLLMError
         from vllm.sampling_params import RequestOutputKind
@@ -255,12 +255,12 @@ class VllmScheduler(Scheduler):
     def __init__(self, engine: VllmEngine) -> None:
         super().__init__(engine.model)
         self.engine = engine
-        self._sent: dict[int, _SubmittedSegment] = {}
+        self._submitted_segments: dict[int, _SubmittedSegment] = {}
 
     @property
     def positions(self) -> int:
         """How many the spans on their way hold, those that they share counted for each."""
-        there = (sent for sent in self._sent.values() if sent.names)
+        there = (sent for sent in self._submitted_segments.values() if sent.names)
         return super().positions + sum(len(prompt) + len(sent.ids) for sent in there for prompt in sent.prompts)
 
     def row(self, request: Request) -> Row:
@@ -285,36 +285,39 @@ class VllmScheduler(Scheduler):
     def join(self, row: Row) -> int:
         sent = self.engine.send(row, [])
         number = super().join(row)
-        self._sent[number] = sent
+        self._submitted_segments[number] = sent
         return number
 
     def drop(self, number: int) -> None:
         super().drop(number)
-        self.engine.stop(self._sent.pop(number))
+        self.engine.stop(self._submitted_segments.pop(number))
 
     @torch.inference_mode()
     def step(self) -> list[tuple[int, Any]]:
         """One step of vLLM for all that it writes, and one here for the others: (number, piece of text or picture)."""
-        moved = {number: self._rows[number] for number, sent in self._sent.items() if not sent.names}
+        moved = {number: self._sequences[number] for number, sent in self._submitted_segments.items() if not sent.names}
         if moved:
             self._write(list(moved.values()))
         # the other branches say the same as the first
-        number_of = {sent.names[0]: number for number, sent in self._sent.items() if sent.names}
+        number_of = {sent.names[0]: number for number, sent in self._submitted_segments.items() if sent.names}
         for name, output in self.engine.listen(list(number_of)) if number_of else ():
             number = number_of[name]
-            moved[number], sent = self._rows[number], self._sent[number]
+            moved[number], sent = self._sequences[number], self._submitted_segments[number]
             sent.ids += output.outputs[0].token_ids
             apply_output(moved[number], sent.ids, self.model.vocabulary)
         ended = {number: row for number, row in moved.items() if row.state and row.state.done}
         # a span has read all but its last id, with which the next one begins, or which has ended it; one that was
         # written here is taken back
-        read = {number: self._sent[number].prompts[0] + self._sent[number].ids[:-1] for number in ended}
-        parts = self._finish(list(moved.values()))
+        read = {
+            number: self._submitted_segments[number].prompts[0] + self._submitted_segments[number].ids[:-1]
+            for number in ended
+        }
+        parts = self._postprocess(list(moved.values()))
         for number, row in ended.items():
             if number in self:
-                self.engine.stop(self._sent[number])
-                self._fit(row, 0)
-                self._sent[number] = self.engine.send(row, read[number])
+                self.engine.stop(self._submitted_segments[number])
+                self._resize_slots(row, 0)
+                self._submitted_segments[number] = self.engine.send(row, read[number])
         return parts
 
 
@@ -327,7 +330,7 @@ def is_vllm_segment(row: Row) -> bool:
 def branch_prompts(row: Row, before: list[int]) -> list[list[int]]:
     """What each branch of the row's span reads before it writes. before: what the main one has read already."""
     assert row.state is not None
-    main, *others = [unread + row.state.pending for unread in row.unread]
+    main, *others = [unread + row.state.pending_ids for unread in row.pending_ids]
     return [before + main, *others]
 
 
@@ -348,7 +351,7 @@ def apply_output(row: Row, ids: list[int], vocabulary: Vocabulary) -> None:
     span = state.span
     if span.grid is None:
         stopped = bool(ids) and ids[-1] in span.stops
-        state.ids, state.pending = ids[: len(ids) - stopped], ids[-1:]
+        state.ids, state.pending_ids = ids[: len(ids) - stopped], ids[-1:]
         state.done = stopped or len(ids) >= span.max_tokens
         state.finite = not any(vocabulary.first <= id < vocabulary.stop for id in state.ids)
         return
@@ -356,5 +359,5 @@ def apply_output(row: Row, ids: list[int], vocabulary: Vocabulary) -> None:
         raise RuntimeError(f"vLLM ended a picture after {len(ids)} of {max_segment_tokens(row)} ids")
     width = span.grid[1]
     state.ids = [id for at, id in enumerate(ids) if at % (width + len(span.row_end)) < width]
-    state.pending, state.done = [ids[-1], *span.row_end], True
+    state.pending_ids, state.done = [ids[-1], *span.row_end], True
     state.finite = all(vocabulary.first <= id < vocabulary.stop for id in state.ids)

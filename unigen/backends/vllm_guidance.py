@@ -100,7 +100,7 @@ class Branch:
         self.span.rng.manual_seed(self.seed)
         self._drawn = 0
 
-    def forced(self) -> int | None:
+    def forced_id(self) -> int | None:
         """The next id where it is not drawn: what stands between the rows of a picture."""
         if self.span.grid is None:
             return None
@@ -122,7 +122,7 @@ class Branch:
         for _ in range(self._drawn, draws):
             sample(scores_1V, self.span.sampling, [self.span.rng])
         self._drawn = draws + 1
-        return GenerationState(self.span, pending=[], ids=list(self.ids))
+        return GenerationState(self.span, pending_ids=[], ids=list(self.ids))
 
 
 class GuidedSampler(LogitsProcessor):
@@ -168,7 +168,7 @@ class GuidedSampler(LogitsProcessor):
             first = self.rows[rows[0]]
             if len(rows) != first.branches or any(len(self.rows[row].ids) != len(first.ids) for row in rows):
                 continue
-            if (id := first.forced()) is not None:
+            if (id := first.forced_id()) is not None:
                 force_id(logits_RV, rows, id)
                 continue
             kind = (first.vocabulary, first.span.grid is None, tuple(first.forbidden))
@@ -180,7 +180,7 @@ class GuidedSampler(LogitsProcessor):
                 LogitsModel(vocabulary), states, [[logits_RV[row, None] for row in rows] for rows in together]
             )
             for rows, state in zip(together, states, strict=True):
-                force_id(logits_RV, rows, state.pending[0] if state.finite else non_finite_id(vocabulary, is_text))
+                force_id(logits_RV, rows, state.pending_ids[0] if state.finite else non_finite_id(vocabulary, is_text))
         return logits_RV
 
 
@@ -206,9 +206,9 @@ class GuidedScheduler(Scheduler):
             raise ValueError("guided spans need vLLM without async scheduling, speculation and KV connectors")
         self.groups: dict[str, dict[int, str]] = {}
         """Of spans of several branches: the request of each branch."""
-        self.group_of: dict[str, str] = {}
-        self.size_of: dict[str, int] = {}
-        self.dropped = self.preempted_along = 0
+        self.group_by_request: dict[str, str] = {}
+        self.group_size: dict[str, int] = {}
+        self.num_dropped_ids = self.num_sibling_preemptions = 0
 
     def add_request(self, request: Any) -> None:
         said = ((request.sampling_params.extra_args or {}) if request.sampling_params else {}).get(EXTRA_ARGS_KEY)
@@ -216,22 +216,22 @@ class GuidedScheduler(Scheduler):
             branches = Guidance(tuple(said["scales"])).branches
             if branches > 1:
                 self.groups.setdefault(said["group"], {})[int(said["branch"])] = request.request_id
-                self.group_of[request.request_id] = said["group"]
-                self.size_of[said["group"]] = branches
+                self.group_by_request[request.request_id] = said["group"]
+                self.group_size[said["group"]] = branches
         super().add_request(request)
 
-    def _others(self, request_id: str) -> list[str]:
+    def _sibling_ids(self, request_id: str) -> list[str]:
         """The other branches of its span that are here."""
-        group = self.groups.get(self.group_of.get(request_id, ""), {})
+        group = self.groups.get(self.group_by_request.get(request_id, ""), {})
         return [other for other in group.values() if other != request_id]
 
     def schedule(self, *args: Any, **options: Any) -> Any:
         if not self.groups:
             return super().schedule(*args, **options)
-        held = self._preempt_along()
+        held = self._preempt_siblings()
         theirs = self.waiting
         self.waiting = create_request_queue(self.policy)
-        let_in = self._let_in(list(theirs), held)
+        let_in = self._admissible_requests(list(theirs), held)
         for request in let_in:
             self.waiting.add_request(request)
         theirs.remove_requests(let_in)
@@ -242,7 +242,7 @@ class GuidedScheduler(Scheduler):
                 theirs.prepend_request(request)
             self.waiting = theirs
 
-    def _preempt_along(self) -> set[str]:
+    def _preempt_siblings(self) -> set[str]:
         """Preempt what runs while another branch of its span was preempted. Neither comes back in this step."""
         held: set[str] = set()
         for group in self.groups.values():
@@ -253,11 +253,11 @@ class GuidedScheduler(Scheduler):
                 if request.status == RequestStatus.RUNNING:
                     self.running.remove(request)
                     self._preempt_request(request, time.monotonic())
-                    self.preempted_along += 1
+                    self.num_sibling_preemptions += 1
                     held.update(group.values())
         return held
 
-    def _let_in(self, waiting: list[Any], held: set[str]) -> list[Any]:
+    def _admissible_requests(self, waiting: list[Any], held: set[str]) -> list[Any]:
         """Who may begin now: first come, first served, and all branches of a span or none."""
         by_id = {request.request_id: request for request in waiting}
         room = self.max_num_running_reqs - len(self.running)
@@ -267,9 +267,9 @@ class GuidedScheduler(Scheduler):
             if name in let_in:
                 continue
             comers = [request]
-            if name in self.group_of:
-                others = [self.requests[other] for other in self._others(name) if other in self.requests]
-                if name in held or 1 + len(others) < self.size_of[self.group_of[name]]:
+            if name in self.group_by_request:
+                others = [self.requests[other] for other in self._sibling_ids(name) if other in self.requests]
+                if name in held or 1 + len(others) < self.group_size[self.group_by_request[name]]:
                     continue
                 whole = [request, *others]
                 most = min(min(one.max_tokens, self.max_model_len - one.num_prompt_tokens) for one in whole)
@@ -293,24 +293,27 @@ class GuidedScheduler(Scheduler):
                 if request is not None and not request.is_finished() and request.status == RequestStatus.RUNNING:
                     made[row[id]] = []
                     request.num_computed_tokens -= 1  # its last position is computed again
-                    self.dropped += 1
+                    self.num_dropped_ids += 1
         result = super().update_from_output(scheduler_output, output)
-        self._forget()
+        self._remove_broken_groups()
         return result
 
     def finish_requests(self, request_ids: Any, *args: Any, **options: Any) -> Any:
         """Who ends one branch ends them all."""
         if request_ids is not None:
             named = [request_ids] if isinstance(request_ids, str) else list(request_ids)
-            request_ids = {*named, *(other for id in named for other in self._others(id) if other in self.requests)}
+            request_ids = {
+                *named,
+                *(other for id in named for other in self._sibling_ids(id) if other in self.requests),
+            }
         result = super().finish_requests(request_ids, *args, **options)
-        self._forget()
+        self._remove_broken_groups()
         return result
 
-    def _forget(self) -> None:
+    def _remove_broken_groups(self) -> None:
         """Spans of which a branch is gone: what is left would wait for it for ever."""
         for name, group in list(self.groups.items()):
             if any(id not in self.requests for id in group.values()):
                 for id in group.values():
-                    self.group_of.pop(id, None)
-                del self.groups[name], self.size_of[name]
+                    self.group_by_request.pop(id, None)
+                del self.groups[name], self.group_size[name]

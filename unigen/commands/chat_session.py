@@ -112,7 +112,7 @@ class Chat:
 
     def begin(self) -> None:
         self.document = Document([])
-        self.attached: list[Image] = []
+        self.pending_images: list[Image] = []
         self.turn = 0
 
     def run(self, engine: Any, lines: TextIO, out: TextIO) -> None:
@@ -172,7 +172,7 @@ class Chat:
             return False
         if name == "/image":
             paths = pasted_paths(rest)
-            self.attached += [read_image(path) for path in paths]
+            self.pending_images += [read_image(path) for path in paths]
             print(f"attached {', '.join(paths)}", file=out)
         elif name == "/seed":
             self.seed, self.turn = limits.parse_limit("seed", rest), 0
@@ -221,7 +221,7 @@ class Chat:
 
     def say(self, engine: Any, line: str, out: TextIO, protocol: str | None) -> None:
         """One turn: the user's pictures and words, then the engine's; kept only if the engine finishes its turn."""
-        asked = [*(Segment(image=image) for image in self.attached), Segment(text=line)]
+        asked = [*(Segment(image=image) for image in self.pending_images), Segment(text=line)]
         request = Document([*self.document.segments, *asked])
         answer: list[Segment] = []
         output = self.output or default_output(request, engine.outputs)
@@ -244,7 +244,7 @@ class Chat:
         if answer and answer[-1].text is not None:
             print(file=out)
         self.document = Document([*request.segments, *answer])
-        self.attached = []
+        self.pending_images = []
         self.turn += 1
 
     def save(self, image: Image) -> Path:

@@ -89,12 +89,14 @@ def run(args: argparse.Namespace) -> int:
     hosts = (*args.allow_host, args.host)
     settings = ServerConfig(
         model=args.name or args.model,
-        limits=Limits(keys, args.max_body << 20, rate=args.rate, hosts=hosts, origins=tuple(args.allow_origin)),
+        limits=Limits(
+            keys, args.max_body << 20, rate=args.rate, allowed_hosts=hosts, allowed_origins=tuple(args.allow_origin)
+        ),
         seconds=args.timeout,
         folder=Path(args.images_folder) if args.images_folder else None,
         fetch=args.allow_fetch,
         prompts=args.log_prompts,
-        origins=tuple(args.allow_origin),
+        allowed_origins=tuple(args.allow_origin),
         proxies=tuple(args.trusted_proxy),
         silence=args.heartbeat_timeout,
         patience=args.restart_timeout,

@@ -52,29 +52,29 @@ class ODESolver:
     def __init__(self, noise: Tensor, steps: int, sampler: str = "euler", shift: float = 1.0) -> None:
         self.x = noise
         self._scheduler = build_scheduler(sampler, steps, shift)
-        self._at = 0
-        self._last = noise, 0.0, noise  # x, t, and the velocity there
+        self._index = 0
+        self._last_evaluation = noise, 0.0, noise  # x, t, and the velocity there
 
     @property
-    def way(self) -> tuple[int, int]:
-        return self._at, len(self._scheduler.timesteps)
+    def progress(self) -> tuple[int, int]:
+        return self._index, len(self._scheduler.timesteps)
 
     @property
     def data(self) -> Tensor:
         """The data that the last velocity points at, x - t v; at the end x itself."""
-        x, t, velocity = self._last
+        x, t, velocity = self._last_evaluation
         return self.x if self.t is None else x - t * velocity
 
     @property
     def t(self) -> float | None:
         times = self._scheduler.timesteps
-        return float(times[self._at]) / 1000 if self._at < len(times) else None
+        return float(times[self._index]) / 1000 if self._index < len(times) else None
 
     def go(self, velocity: Tensor) -> None:
         """On, by the velocity (noise - data) at x and t."""
-        made, time = self._scheduler, self._scheduler.timesteps[self._at]
-        self._last = self.x, float(time) / 1000, velocity
-        self._at += 1
+        made, time = self._scheduler, self._scheduler.timesteps[self._index]
+        self._last_evaluation = self.x, float(time) / 1000, velocity
+        self._index += 1
         if self.t is None and made.sigmas[-1] > 0:  # deis would rest here, short of the data
             self.x = self.x - float(made.sigmas[-1]) * velocity
         else:

@@ -67,15 +67,15 @@ class GenerationState:
     show what there is of it: `Generator.pictures` then takes the state before it is done."""
 
     span: SegmentSpec
-    pending: list[int]
+    pending_ids: list[int]
     ids: list[int] = field(default_factory=list)
     text: list[int] = field(default_factory=list)
     done: bool = False
     finite: bool = True
-    way: tuple[int, int] = (0, 1)
+    progress: tuple[int, int] = (0, 1)
 
     @property
-    def own_codes(self) -> Tensor | None:
+    def native_codes(self) -> Tensor | None:
         """The codes (P,) of a finished image, where they are not the model's own."""
         return None
 
@@ -84,13 +84,13 @@ class GenerationState:
 class StepInput:
     """What every branch of a span reads in one step: ids, the last of them as embeddings (L, D) where given.
 
-    reach: the last of these positions that each of them sees; None is causal. blind: as many ids, which all branches
-    but the first read instead. No ids: a step without the backbone.
+    attend_until: the last of these positions that each of them sees; None is causal. blind: as many ids, which all
+    branches but the first read instead. No ids: a step without the backbone.
     """
 
     ids: list[int]
     embeds: Tensor | None = None
-    reach: list[int] | None = None
+    attend_until: list[int] | None = None
     blind: list[int] | None = None
 
 
@@ -105,7 +105,7 @@ class BuildContext:
     width: int
     tokenizer: Any = None
     settings: Mapping[str, Any] = field(default_factory=dict)
-    specials: tuple[int, ...] = ()
+    special_ids: tuple[int, ...] = ()
 
 
 class GeneratorModel(Protocol):
@@ -124,7 +124,7 @@ class Generator(Protocol):
 
     name: str
     own: str | None
-    clean: bool
+    cache_reusable: bool
     """Does the cache hold a finished picture as later segments read it? Else the engine reads it again."""
     takes: tuple[str, ...]
     """The options of a request that it heeds, beside guidance: of `SAMPLING_OPTION_NAMES`, steps, sampler,
@@ -133,14 +133,14 @@ class Generator(Protocol):
     """Are the ids of a picture in training codes of the model's image tokenizer? Else it is laid out from pixels."""
     text_length: int
     """How many positions of text a picture's span opens with."""
-    wants_context: bool
+    needs_context: bool
     """Does `advance` want the states of all that was read before, not only of what was asked?"""
 
     def positions(self) -> int:
         """How many positions a picture takes after its begin token."""
         ...
 
-    def reach(self) -> list[int] | None:
+    def attend_until(self) -> list[int] | None:
         """The last of a picture's positions that each of them sees, the first being 0; None is causal. Of more numbers
         than it has positions, as many are of what stands before it as of what stands after."""
         ...
@@ -166,13 +166,13 @@ class Generator(Protocol):
 
     def advance(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
         """hidden[i][b]: (L, D), what branch b of state i has for what it asked to read (for the prompt's last id where
-        it asked for nothing), or with `wants_context` for all that it has read. Returns how many of the positions asked
+        it asked for nothing), or with `needs_context` for all that it has read. Returns how many of the positions asked
         for stay in the cache, for each state."""
         ...
 
     def pictures(self, model: GeneratorModel, states: list[GenerationState]) -> Tensor:
         """Of finished images: codes int64 (N, h, w) of the model's image tokenizer, or pixels float (N, 3, H, W). Of
-        those that are not, where the state's `way` tells how far it is: what they would be as it looks now."""
+        those that are not, where the state's `progress` tells how far it is: what they would be as it looks now."""
         ...
 
 
@@ -182,8 +182,8 @@ class GeneratorHead(nn.Module):
 
     name: str
     own: str | None
-    clean, codes = False, False
-    in_sequence = True
+    cache_reusable, codes = False, False
+    uses_positions = True
     """Do pictures take positions of the sequence? Where they do not, `positions` is 0 whatever the settings."""
     text_length = 0
     edges: tuple[nn.Module, ...] = ()
@@ -211,7 +211,7 @@ class GeneratorHead(nn.Module):
 
     def pixels(self, batch: Batch, device: torch.device) -> Tensor:
         """The batch's pictures that this generator writes. ValueError where they are codes of another tokenizer."""
-        pixels = batch.images[batch.written_by(self.name)] if batch.images is not None else None
+        pixels = batch.images[batch.images_of(self.name)] if batch.images is not None else None
         if pixels is None or not pixels.is_floating_point():
             raise ValueError(
                 f"{self.name} learns from pixels, or its own codes: give the pictures of its documents as pictures"
@@ -221,5 +221,5 @@ class GeneratorHead(nn.Module):
     def encoded(self, batch: Batch, device: torch.device) -> Tensor:
         """The same, by the generator's own tokenizer; or the codes (M, P) in which it drew them."""
         if batch.images is not None and batch.images.ndim == 2:
-            return batch.images[batch.written_by(self.name)].to(device)
+            return batch.images[batch.images_of(self.name)].to(device)
         return self.tokenizer.encode(self.pixels(batch, device))

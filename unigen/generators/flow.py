@@ -55,15 +55,15 @@ class FlowConfig:
 class FlowState(DenoisingState):
     """seen_SND: the context of each branch of guidance, once the chat is read."""
 
-    seen_SND: Tensor | None = None
+    context_SND: Tensor | None = None
 
 
 class Flow(LatentFlowHead):
     """The latents of one image, by a flow from noise."""
 
     name = "flow"
-    wants_context = True
-    in_sequence = False
+    needs_context = True
+    uses_positions = False
 
     def __init__(self, tokenizer: Any, width: int, config: FlowConfig | None = None) -> None:
         super().__init__(tokenizer)
@@ -94,7 +94,7 @@ class Flow(LatentFlowHead):
     def positions(self) -> int:
         return 0
 
-    def reach(self) -> list[int] | None:
+    def attend_until(self) -> list[int] | None:
         return None
 
     def velocity(self, x_MZhw: Tensor, t_M: Tensor, context_MND: Tensor) -> Tensor:
@@ -116,14 +116,14 @@ class Flow(LatentFlowHead):
         mixed_MZhw, t_M, velocity_MZhw = targets
         if not self.count(batch):
             return self.nothing(hidden_BLD)
-        contexts_MND = self.contexts(batch, hidden_BLD).repeat_interleave(NOISE_SAMPLES_PER_IMAGE, 0)
+        contexts_MND = self.context_states(batch, hidden_BLD).repeat_interleave(NOISE_SAMPLES_PER_IMAGE, 0)
         with math_attention(hidden_BLD.device):
             gap = self.velocity(mixed_MZhw, t_M, contexts_MND).float() - velocity_MZhw
         return gap.square().mean((1, 2, 3)).unflatten(0, (-1, NOISE_SAMPLES_PER_IMAGE)).mean(1)
 
-    def contexts(self, batch: Batch, hidden_BLD: Tensor) -> Tensor:
+    def context_states(self, batch: Batch, hidden_BLD: Tensor) -> Tensor:
         """The last states up to each image's begin token, (M, N, D), zeros before the document's first."""
-        spans_M3 = batch.spans_N3[batch.written_by(self.name).to(batch.spans_N3.device)]
+        spans_M3 = batch.spans_N3[batch.images_of(self.name).to(batch.spans_N3.device)]
         rows_M1, begin_M1 = spans_M3[:, :1], spans_M3[:, 1:2] - 1
         back_N = torch.arange(self.settings.context_length - 1, -1, -1, device=begin_M1.device)
         there_MN = back_N <= batch.positions_BL[rows_M1, begin_M1]
@@ -137,25 +137,25 @@ class Flow(LatentFlowHead):
 
     def ask(self, state: GenerationState) -> StepInput:
         assert isinstance(state, FlowState)
-        return StepInput([state.span.begin] if state.seen_SND is None else [])
+        return StepInput([state.span.begin] if state.context_SND is None else [])
 
     def advance(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
         """One evaluation of the velocity, the first one after the begin token."""
         flowing = [state for state in states if isinstance(state, FlowState)]
-        kept = [int(state.seen_SND is None) for state in flowing]
+        kept = [int(state.context_SND is None) for state in flowing]
         for state, branches in zip(flowing, hidden, strict=True):
-            if state.seen_SND is None:
-                state.seen_SND = torch.stack([self._filled(branch) for branch in branches])
+            if state.context_SND is None:
+                state.context_SND = torch.stack([self._pad_context(branch) for branch in branches])
         counts = [len(branches) for branches in hidden]
         mixed = torch.cat([state.flow.x.expand(n, -1, -1, -1) for state, n in zip(flowing, counts, strict=True)])
         times = [state.flow.t for state, n in zip(flowing, counts, strict=True) for _ in range(n)]
-        seen = torch.cat([state.seen_SND for state in flowing if state.seen_SND is not None])
+        seen = torch.cat([state.context_SND for state in flowing if state.context_SND is not None])
         said = self.velocity(mixed, torch.tensor(times, dtype=mixed.dtype, device=mixed.device), seen)
         for state, parts in zip(flowing, said.split(counts), strict=True):
             state.go(parts.split(1))
         return kept
 
-    def _filled(self, states_LD: Tensor) -> Tensor:
+    def _pad_context(self, states_LD: Tensor) -> Tensor:
         last = states_LD[-self.settings.context_length :]
         return nn.functional.pad(last, (0, 0, self.settings.context_length - len(last), 0))
 

@@ -42,12 +42,12 @@ class SpeculativeState(GenerationState):
     offset: int = 0
     drafts: list[int] = field(default_factory=list)
     proposals: list[Tensor | None] = field(default_factory=list)
-    races: list[Tensor] = field(default_factory=list)
+    exponentials: list[Tensor] = field(default_factory=list)
 
 
 def prepare_step(state: SpeculativeState) -> StepInput:
     """What is pending, then the drafts, with what stands between rows."""
-    return StepInput([*state.pending, *(id for ids in _draft_ids(state) for id in ids)])
+    return StepInput([*state.pending_ids, *(id for ids in _draft_ids(state) for id in ids)])
 
 
 def step(model: GeneratorModel, state: SpeculativeState, hidden: list[Tensor]) -> int:
@@ -55,7 +55,7 @@ def step(model: GeneratorModel, state: SpeculativeState, hidden: list[Tensor]) -
     span, vocabulary = state.span, model.vocabulary
     state.offset = vocabulary.first
     read = _draft_ids(state)
-    before = [len(state.pending)]  # how many ids stand before each place
+    before = [len(state.pending_ids)]  # how many ids stand before each place
     for ids in read:
         before.append(before[-1] + len(ids))
     last = torch.tensor(before, device=hidden[0].device) - before[-1] - 1  # from the end: a prompt may open the picture
@@ -94,11 +94,11 @@ def _verify_drafts(state: SpeculativeState, told_WK: Tensor) -> tuple[int, int, 
 
 def _verify_by_race(state: SpeculativeState, told_WK: Tensor) -> tuple[int, int, list[int]]:
     """The same by races that stay with their places."""
-    for told_K in told_WK[len(state.races) :]:
-        state.races.append(torch.empty(len(told_K)).exponential_(generator=state.span.rng))
-    codes = exponential_race_sample(told_WK, torch.stack(state.races[: len(told_WK)])).tolist()
+    for told_K in told_WK[len(state.exponentials) :]:
+        state.exponentials.append(torch.empty(len(told_K)).exponential_(generator=state.span.rng))
+    codes = exponential_race_sample(told_WK, torch.stack(state.exponentials[: len(told_WK)])).tolist()
     accepted = next((j for j, code in enumerate(state.drafts) if codes[j] != code), len(state.drafts))
-    del state.races[: accepted + 1]
+    del state.exponentials[: accepted + 1]
     return accepted, codes[accepted], codes[accepted + 1 :]
 
 
@@ -112,7 +112,7 @@ def _append_codes(state: SpeculativeState, codes: list[int]) -> None:
     height, width = state.span.grid
     state.ids += [state.offset + code for code in codes]
     ended = len(state.ids) % width == 0
-    state.pending = [state.ids[-1], *(state.span.row_end if ended else ())]
+    state.pending_ids = [state.ids[-1], *(state.span.row_end if ended else ())]
     state.done = len(state.ids) == height * width
 
 

@@ -37,11 +37,11 @@ class Joint(Masked):
     def __init__(self, grid: tuple[int, int], mask: int, specials: tuple[int, ...] = ()) -> None:
         """specials: the ids that no text holds; the end of a turn, which fills it up, is none of them."""
         super().__init__(grid, mask)
-        self.specials = specials
+        self.special_ids = specials
 
     @classmethod
     def of(cls, frame: BuildContext) -> Joint:
-        return cls(frame.grid, frame.mask, frame.specials)
+        return cls(frame.grid, frame.mask, frame.special_ids)
 
     def parts(self) -> list[slice]:
         return [slice(0, self.text_length), slice(self.text_length, self.positions())]
@@ -49,12 +49,12 @@ class Joint(Masked):
     def table(self, part: int, vocabulary: Vocabulary) -> slice:
         return super().table(part, vocabulary) if part else slice(0, vocabulary.text_size)
 
-    def legal(self, logits_NV: Tensor) -> Tensor:
+    def mask_forbidden(self, logits_NV: Tensor) -> Tensor:
         logits_NV = logits_NV.clone()
-        logits_NV[:, list(self.specials)] = -math.inf
+        logits_NV[:, list(self.special_ids)] = -math.inf
         return logits_NV
 
-    def ratios(self, count: int, rng: torch.Generator) -> Tensor:
+    def mask_ratios(self, count: int, rng: torch.Generator) -> Tensor:
         """(M, 2), of text and codes; where both would be given, the codes are masked."""
         drawn_M2 = torch.cos(math.pi / 2 * torch.rand(count, 2, generator=rng))
         kind_M2 = torch.rand(count, 2, generator=rng)

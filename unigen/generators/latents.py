@@ -40,7 +40,7 @@ class DenoisingState(GenerationState):
         flow = self.flow
         assert flow.t is not None
         flow.go(guided_velocity(self.span.guidance, parts, flow.x, flow.t, self.memory))
-        self.way, self.done = flow.way, flow.t is None
+        self.progress, self.done = flow.progress, flow.t is None
 
 
 class LatentFlowHead(GeneratorHead):
@@ -66,7 +66,7 @@ class LatentFlowHead(GeneratorHead):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x_t (M, Z, h, w), t (M,) and noise - x of the batch's pictures that this generator writes, M being how many
         they are times `copies`: those of one picture follow each other, with noise and time of their own."""
-        count, empty = len(batch.written_by(self.name)), torch.zeros(0, device=device)
+        count, empty = len(batch.images_of(self.name)), torch.zeros(0, device=device)
         if not count:
             return empty, empty, empty
         x_MZhw = self.encoded(batch, device).repeat_interleave(copies, 0)
@@ -78,11 +78,11 @@ class LatentFlowHead(GeneratorHead):
         """Latents (M, Z, h, w), those of pictures or what is given as latents already."""
         shape = (self.tokenizer.latent_channels, *self.tokenizer.grid)
         if batch.images is not None and batch.images.shape[1:] == shape:
-            return batch.images[batch.written_by(self.name)].to(device)
+            return batch.images[batch.images_of(self.name)].to(device)
         return super().encoded(batch, device)
 
     def count(self, batch: Batch) -> int:
-        return len(batch.written_by(self.name))
+        return len(batch.images_of(self.name))
 
     def flow(self, span: SegmentSpec, shift: float) -> ODESolver:
         """The way of a span's latents from its own noise."""
@@ -101,11 +101,13 @@ class LatentFlowHead(GeneratorHead):
         for (steps, sampler, guidance), members in groups.items():
             condition = torch.stack([seen[i][b] for b in range(guidance.branches) for i in members])
             noise = torch.stack([torch.randn(shape, generator=states[i].span.rng) for i in members])
-            velocity = partial(self._guided, guidance, condition, {})
+            velocity = partial(self._guided_velocity, guidance, condition, {})
             found |= zip(members, solve(velocity, noise.to(condition.device), steps, sampler), strict=True)
         return [found[i] for i in range(len(states))]
 
-    def _guided(self, guidance: Guidance, condition: Tensor, memory: dict[str, Any], x: Tensor, t: float) -> Tensor:
+    def _guided_velocity(
+        self, guidance: Guidance, condition: Tensor, memory: dict[str, Any], x: Tensor, t: float
+    ) -> Tensor:
         """The velocity of all branches, one after the other in `condition`, as one."""
         times = torch.full((len(condition),), t, dtype=x.dtype, device=x.device)
         parts = self.velocity(torch.cat([x] * guidance.branches), times, condition).chunk(guidance.branches)

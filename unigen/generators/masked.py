@@ -45,7 +45,7 @@ class MaskedState(GenerationState):
     were at the start, part by part."""
 
     ids_P: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    drawn_P: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    predicted_P: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     unknown: list[int] = field(default_factory=list)
     step: int = 0
 
@@ -65,7 +65,7 @@ class Masked:
 
     name = "masked"
     own: str | None = None
-    clean, codes, wants_context = False, True, False
+    cache_reusable, codes, needs_context = False, True, False
     text_length = 0
     takes: tuple[str, ...] = (*SAMPLING_OPTION_NAMES, "steps", "fixed")
 
@@ -83,7 +83,7 @@ class Masked:
     def positions(self) -> int:
         return self.text_length + self.grid[0] * self.grid[1]
 
-    def reach(self) -> list[int] | None:
+    def attend_until(self) -> list[int] | None:
         return [self.positions() - 1] * self.positions()
 
     def parts(self) -> list[slice]:
@@ -96,17 +96,17 @@ class Masked:
 
     # ---------------------------------------------------------------- training
 
-    def ratios(self, count: int, rng: torch.Generator) -> Tensor:
+    def mask_ratios(self, count: int, rng: torch.Generator) -> Tensor:
         """The share of each of K parts (M, K) that is masked in training."""
         return torch.cos(math.pi / 2 * torch.rand(count, 1, generator=rng))
 
     def prepare(
         self, model: GeneratorModel, batch: Batch, embeds_BLD: Tensor, rng: torch.Generator
     ) -> tuple[Tensor, Targets]:
-        rows_M1, at_MP = batch.places(batch.written_by(self.name))
+        rows_M1, at_MP = batch.places(batch.images_of(self.name))
         ids_MP = batch.ids_BL[rows_M1, at_MP]
         masked_MP = torch.zeros(ids_MP.shape, dtype=torch.bool)
-        ratios_MK = self.ratios(len(ids_MP), rng)
+        ratios_MK = self.mask_ratios(len(ids_MP), rng)
         for part, ratio_M1 in zip(self.parts() if len(ids_MP) else (), ratios_MK.split(1, -1), strict=False):
             length = part.stop - part.start
             order_MN = torch.rand(len(ids_MP), length, generator=rng).argsort(-1).argsort(-1)
@@ -132,7 +132,7 @@ class Masked:
         return total_M
 
     def count(self, batch: Batch) -> int:
-        return len(batch.written_by(self.name))
+        return len(batch.images_of(self.name))
 
     # ---------------------------------------------------------------- sampling
 
@@ -146,7 +146,7 @@ class Masked:
         codes_P = torch.full((codes,), -1) if span.fixed is None else span.fixed.flatten().cpu()
         ids_P = torch.cat([text_T, codes_P])
         unknown = [int((ids_P[part] < 0).sum()) for part in self.parts()]
-        return MaskedState(span, [], ids_P=ids_P, drawn_P=ids_P.clone(), unknown=unknown)
+        return MaskedState(span, [], ids_P=ids_P, predicted_P=ids_P.clone(), unknown=unknown)
 
     def ask(self, state: GenerationState) -> StepInput:
         assert isinstance(state, MaskedState)
@@ -155,7 +155,7 @@ class Masked:
         blind_P = read_P.clone()
         blind_P[: self.text_length] = self.mask
         ids, blind = ([state.span.begin, *read.tolist()] for read in (read_P, blind_P))
-        return StepInput(ids, reach=[0] + [length] * length, blind=blind if self.text_length else None)
+        return StepInput(ids, attend_until=[0] + [length] * length, blind=blind if self.text_length else None)
 
     def left(self, state: MaskedState, number: int, steps: int) -> int:
         """How many ids of a part stay masked after this step."""
@@ -179,18 +179,18 @@ class Masked:
             flat = torch.stack([branch[1:][part] for branches in seen for branch in branches])
             logits = model.logits(flat.flatten(0, 1), table.start, table.stop).unflatten(0, flat.shape[:2])
             for i, split in zip(left, logits.split([len(branches) for branches in seen]), strict=True):
-                mixed_NV = states[i].span.guidance.combine(list(split)) if codes else self.legal(split[0])
+                mixed_NV = states[i].span.guidance.combine(list(split)) if codes else self.mask_forbidden(split[0])
                 self._write(states[i], number, mixed_NV, table.start)  # type: ignore[arg-type]
         for state in states:
             assert isinstance(state, MaskedState)
             state.step += 1
             state.done = not bool((state.ids_P < 0).any())
-            state.way = state.step, min(state.span.steps or self.steps, max(*state.unknown, 1))
-            state.text = state.drawn_P[: self.text_length].tolist()
-            state.ids = state.drawn_P[self.text_length :].tolist()
+            state.progress = state.step, min(state.span.steps or self.steps, max(*state.unknown, 1))
+            state.text = state.predicted_P[: self.text_length].tolist()
+            state.ids = state.predicted_P[self.text_length :].tolist()
         return [0] * len(states)
 
-    def legal(self, logits_NV: Tensor) -> Tensor:
+    def mask_forbidden(self, logits_NV: Tensor) -> Tensor:
         """The scores of text, without what no text holds."""
         return logits_NV
 
@@ -217,7 +217,7 @@ class Masked:
         masked_N = ids_N < 0
         again = sure_N.masked_fill(~masked_N, math.inf).argsort()[: self.left(state, number, steps)]
         ids_N = torch.where(masked_N, drawn_N + first, ids_N)
-        state.drawn_P[part] = ids_N
+        state.predicted_P[part] = ids_N
         ids_N[again] = -1
         state.ids_P[part] = ids_N
 

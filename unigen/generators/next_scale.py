@@ -43,12 +43,12 @@ Targets = tuple[Tensor, Tensor, Tensor]
 class ScaleState(GenerationState):
     """seen_1Chw: the picture so far, f_hat; codes: those written (n_k,), scale by scale; read: what comes next."""
 
-    seen_1Chw: Tensor = field(default_factory=lambda: torch.empty(0))
+    f_hat_1Chw: Tensor = field(default_factory=lambda: torch.empty(0))
     codes: list[Tensor] = field(default_factory=list)
-    read_LD: Tensor | None = None
+    input_LD: Tensor | None = None
 
     @property
-    def own_codes(self) -> Tensor:
+    def native_codes(self) -> Tensor:
         return torch.cat(self.codes).cpu()
 
 
@@ -57,7 +57,7 @@ class NextScale(GeneratorHead):
 
     name = "next-scale"
     own = "multiscale"
-    wants_context = False
+    needs_context = False
     takes: tuple[str, ...] = SAMPLING_OPTION_NAMES
 
     def __init__(self, tokenizer: Any, width: int) -> None:
@@ -95,7 +95,7 @@ class NextScale(GeneratorHead):
     def positions(self) -> int:
         return sum(self.lengths[1:])
 
-    def reach(self) -> list[int] | None:
+    def attend_until(self) -> list[int] | None:
         last, ends = -1, []
         for length in self.lengths[1:]:
             last += length
@@ -116,14 +116,14 @@ class NextScale(GeneratorHead):
     def prepare(
         self, model: GeneratorModel, batch: Batch, embeds_BLD: Tensor, rng: torch.Generator
     ) -> tuple[Tensor, Targets]:
-        rows_M1, at_MP = batch.places(batch.written_by(self.name))
+        rows_M1, at_MP = batch.places(batch.images_of(self.name))
         if not len(at_MP):
             return embeds_BLD, (rows_M1, at_MP, at_MP)
         quantizer = self.tokenizer.quantizer
         with torch.no_grad(), torch.autocast(embeds_BLD.device.type, enabled=False):
             if self.mistakes and batch.images is not None and batch.images.is_floating_point():
                 f_MChw = self.tokenizer.features(self.pixels(batch, embeds_BLD.device))
-                codes_MP, read_MP = quantizer.corrected(f_MChw, self.mistakes, rng)
+                codes_MP, read_MP = quantizer.encode_with_corruption(f_MChw, self.mistakes, rng)
             else:
                 codes_MP = read_MP = self.encoded(batch, embeds_BLD.device)
             maps_MPC = quantizer.inputs(read_MP)
@@ -157,19 +157,19 @@ class NextScale(GeneratorHead):
         return k / max(len(self.lengths) - 1, 1)
 
     def count(self, batch: Batch) -> int:
-        return len(batch.written_by(self.name)) * sum(self.lengths)
+        return len(batch.images_of(self.name)) * sum(self.lengths)
 
     # ---------------------------------------------------------------- sampling
 
     def start(self, span: SegmentSpec) -> GenerationState:
-        return ScaleState(span, [], seen_1Chw=self.tokenizer.quantizer.empty(1))
+        return ScaleState(span, [], f_hat_1Chw=self.tokenizer.quantizer.empty(1))
 
     def ask(self, state: GenerationState) -> StepInput:
         assert isinstance(state, ScaleState)
-        if state.read_LD is None:
+        if state.input_LD is None:
             return StepInput(state.span.head)
-        length = len(state.read_LD)
-        return StepInput([0] * length, embeds=state.read_LD, reach=[length - 1] * length)
+        length = len(state.input_LD)
+        return StepInput([0] * length, embeds=state.input_LD, attend_until=[length - 1] * length)
 
     def advance(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
         """All that was read stays in the cache: a scale sees the scales before it."""
@@ -177,7 +177,7 @@ class NextScale(GeneratorHead):
         for i, state in enumerate(states):
             assert isinstance(state, ScaleState)
             groups.setdefault(len(state.codes), []).append(i)
-        read = [len(s.span.head if s.read_LD is None else s.read_LD) for s in states]  # type: ignore[attr-defined]
+        read = [len(s.span.head if s.input_LD is None else s.input_LD) for s in states]  # type: ignore[attr-defined]
         for k, members in groups.items():
             flat = torch.stack([branch for i in members for branch in hidden[i]])
             split = self.head(flat.to(self.head.weight.dtype)).float().split([len(hidden[i]) for i in members])
@@ -193,15 +193,15 @@ class NextScale(GeneratorHead):
         for state, least in zip(states, codes_MN.amin(-1).tolist(), strict=True):
             state.finite = least >= 0
         codes_MN = codes_MN.clamp(min=0)
-        seen_MChw = torch.cat([state.seen_1Chw for state in states]).to(codes_MN.device)
+        seen_MChw = torch.cat([state.f_hat_1Chw for state in states]).to(codes_MN.device)
         seen_MChw = quantizer.grow(seen_MChw, codes_MN, k)
         last = k + 1 == len(self.lengths)
         if not last:
-            maps_MNC = quantizer.shrink(seen_MChw, k + 1).flatten(2).transpose(1, 2)
+            maps_MNC = quantizer.downsample(seen_MChw, k + 1).flatten(2).transpose(1, 2)
             read_MND = self.embed(maps_MNC, sum(self.lengths[: k + 1]))
         for i, state in enumerate(states):
-            state.seen_1Chw, state.done, state.way = seen_MChw[i : i + 1], last, (k + 1, len(self.lengths))
-            state.read_LD = None if last else read_MND[i]
+            state.f_hat_1Chw, state.done, state.progress = seen_MChw[i : i + 1], last, (k + 1, len(self.lengths))
+            state.input_LD = None if last else read_MND[i]
 
     def pictures(self, model: GeneratorModel, states: list[GenerationState]) -> Tensor:
         codes_MP = torch.stack([torch.cat(state.codes) for state in states if isinstance(state, ScaleState)])

@@ -40,12 +40,12 @@ def decode_ids(model: GeneratorModel, states: list[GenerationState]) -> Tensor:
 class CausalGenerator(ABC):
     """What text and codes in raster order share: ids are read as they are, and each is predicted by the one before."""
 
-    clean, codes, wants_context = True, True, False
+    cache_reusable, codes, needs_context = True, True, False
     text_length = 0
     own: str | None = None
     takes: tuple[str, ...] = SAMPLING_OPTION_NAMES
 
-    def reach(self) -> list[int] | None:
+    def attend_until(self) -> list[int] | None:
         return None
 
     def prepare(
@@ -72,7 +72,7 @@ class CausalGenerator(ABC):
         return self.targets(batch).sum()
 
     def ask(self, state: GenerationState) -> StepInput:
-        return StepInput(state.pending)
+        return StepInput(state.pending_ids)
 
     def pictures(self, model: GeneratorModel, states: list[GenerationState]) -> Tensor:
         return decode_ids(model, states)
@@ -95,7 +95,7 @@ class Text(CausalGenerator):
         return batch.loss_BL & ~batch.inside()
 
     def start(self, span: SegmentSpec) -> GenerationState:
-        return GenerationState(span, pending=[span.begin])
+        return GenerationState(span, pending_ids=[span.begin])
 
     def advance(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
         last_BD = torch.stack([branches[0][-1] for branches in hidden])
@@ -110,7 +110,7 @@ class Text(CausalGenerator):
         for rows, ids in sample_grouped(logits_BV, states):
             for row, id in zip(rows, ids, strict=True):
                 state = states[row]
-                state.pending = [id]
+                state.pending_ids = [id]
                 if id in state.span.stops:
                     state.done = True
                 else:
@@ -140,7 +140,7 @@ class NextToken(CausalGenerator):
         return batch.loss_BL & batch.inside(self.name)
 
     def table(self, vocabulary: Vocabulary) -> slice:
-        return slice(vocabulary.first, vocabulary.stop) if vocabulary.own_head else super().table(vocabulary)
+        return slice(vocabulary.first, vocabulary.stop) if vocabulary.separate_head else super().table(vocabulary)
 
     def start(self, span: SegmentSpec) -> GenerationState:
         assert span.grid is not None
@@ -153,11 +153,11 @@ class NextToken(CausalGenerator):
     def ask(self, state: GenerationState) -> StepInput:
         if isinstance(state, jacobi.SpeculativeState):
             return jacobi.prepare_step(state)
-        return StepInput(state.pending)
+        return StepInput(state.pending_ids)
 
     def advance(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
         plain = [row for row, state in enumerate(states) if not isinstance(state, jacobi.SpeculativeState)]
-        read = [len(state.pending) for state in states]
+        read = [len(state.pending_ids) for state in states]
         for row, state in enumerate(states):
             if isinstance(state, jacobi.SpeculativeState):
                 read[row] = jacobi.step(model, state, hidden[row])
@@ -175,7 +175,7 @@ class NextToken(CausalGenerator):
                 height, width = state.span.grid
                 state.ids.append(offset + code)
                 ended = len(state.ids) % width == 0
-                state.pending = [offset + code, *(state.span.row_end if ended else ())]
+                state.pending_ids = [offset + code, *(state.span.row_end if ended else ())]
                 state.done = len(state.ids) == height * width
         return read
 

@@ -39,7 +39,7 @@ class OrderState(GenerationState):
 
     order_P: Tensor = field(kw_only=True)
     written: list[int] = field(kw_only=True)
-    read_LD: Tensor | None = None
+    input_LD: Tensor | None = None
 
 
 class RandomOrder(GeneratorHead):
@@ -47,7 +47,7 @@ class RandomOrder(GeneratorHead):
 
     name = "random-order"
     own = None
-    codes, wants_context = True, False
+    codes, needs_context = True, False
     takes: tuple[str, ...] = (*SAMPLING_OPTION_NAMES, "fixed")
 
     def __init__(self, grid: tuple[int, int], width: int) -> None:
@@ -65,7 +65,7 @@ class RandomOrder(GeneratorHead):
     def positions(self) -> int:
         return self.grid[0] * self.grid[1]
 
-    def reach(self) -> list[int] | None:
+    def attend_until(self) -> list[int] | None:
         return None
 
     def embed(self, model: GeneratorModel, ids_MP: Tensor, order_MP: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class RandomOrder(GeneratorHead):
     def prepare(
         self, model: GeneratorModel, batch: Batch, embeds_BLD: Tensor, rng: torch.Generator
     ) -> tuple[Tensor, Targets]:
-        rows_M1, at_MP = batch.places(batch.written_by(self.name))
+        rows_M1, at_MP = batch.places(batch.images_of(self.name))
         order_MP = torch.rand(at_MP.shape, generator=rng).argsort(-1).to(at_MP.device)
         ids_MP = batch.ids_BL[rows_M1, at_MP].gather(-1, order_MP)
         if not len(ids_MP):
@@ -96,7 +96,7 @@ class RandomOrder(GeneratorHead):
         return nn.functional.cross_entropy(logits, ids_MP.flatten() - first, reduction="none")
 
     def count(self, batch: Batch) -> int:
-        return len(batch.written_by(self.name)) * self.positions()
+        return len(batch.images_of(self.name)) * self.positions()
 
     # ---------------------------------------------------------------- sampling
 
@@ -109,25 +109,25 @@ class RandomOrder(GeneratorHead):
 
     def ask(self, state: GenerationState) -> StepInput:
         assert isinstance(state, OrderState)
-        if state.read_LD is None:
+        if state.input_LD is None:
             return StepInput([state.span.begin])
-        return StepInput([0] * len(state.read_LD), embeds=state.read_LD)
+        return StepInput([0] * len(state.input_LD), embeds=state.input_LD)
 
     def advance(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
         """One code of each picture that has read more than its begin token; all that was read stays in the cache."""
         orders = [state for state in states if isinstance(state, OrderState)]
         last = {id(state): [branch[-1] for branch in h] for state, h in zip(orders, hidden, strict=True)}
-        if drawing := [state for state in orders if state.read_LD is not None]:
+        if drawing := [state for state in orders if state.input_LD is not None]:
             self._draw(model, drawing, [last[id(state)] for state in drawing])
         for state in orders:
-            count, seen = len(state.written), 0 if state.read_LD is None else len(state.written)
+            count, seen = len(state.written), 0 if state.input_LD is None else len(state.written)
             state.done = count == self.positions()
             if state.done:
                 state.ids = torch.tensor(state.written)[state.order_P.argsort()].tolist()
             else:
                 device = self.place.weight.device
                 ids_1P = torch.tensor([state.written], dtype=torch.int64, device=device)
-                state.read_LD = self.embed(model, ids_1P, state.order_P[None, : count + 1].to(device))[0, seen:]
+                state.input_LD = self.embed(model, ids_1P, state.order_P[None, : count + 1].to(device))[0, seen:]
         return [len(branches[0]) for branches in hidden]
 
     def _draw(self, model: GeneratorModel, states: list[OrderState], last: list[list[Tensor]]) -> None:

@@ -46,7 +46,7 @@ class TokenFlowState(GenerationState):
 
     written: list[Tensor] = field(default_factory=list)
     latents_Zhw: Tensor = field(default_factory=lambda: torch.empty(0))
-    read_1D: Tensor | None = None
+    input_1D: Tensor | None = None
 
 
 class AdaLNBlock(nn.Module):
@@ -69,7 +69,7 @@ class TokenFlow(LatentFlowHead):
     """The latents of one image, one token after the other."""
 
     name = "token-flow"
-    wants_context = False
+    needs_context = False
 
     def __init__(self, tokenizer: Any, width: int, config: TokenFlowConfig | None = None) -> None:
         super().__init__(tokenizer)
@@ -98,7 +98,7 @@ class TokenFlow(LatentFlowHead):
     def positions(self) -> int:
         return self.grid[0] * self.grid[1]
 
-    def reach(self) -> list[int] | None:
+    def attend_until(self) -> list[int] | None:
         return None
 
     def velocity(self, x_TZ: Tensor, t_T: Tensor, states_TD: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ class TokenFlow(LatentFlowHead):
         read_MPD = self.read(tokens_MPZ.to(self.read.weight.dtype)).to(embeds_BLD.dtype)
         x_TRZ = tokens_MPZ.flatten(0, 1)[:, None].expand(-1, self.settings.repeats, -1)
         noise_TRZ = torch.randn(x_TRZ.shape, generator=rng).to(x_TRZ)
-        embeds_BLD = embeds_BLD.index_put(batch.places(batch.written_by(self.name)), read_MPD)
+        embeds_BLD = embeds_BLD.index_put(batch.places(batch.images_of(self.name)), read_MPD)
         return embeds_BLD, (torch.stack((x_TRZ, noise_TRZ)), self.times(x_TRZ.shape[:2], rng).to(x_TRZ))
 
     def loss(self, model: GeneratorModel, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> Tensor:
@@ -130,7 +130,7 @@ class TokenFlow(LatentFlowHead):
         if not self.count(batch):
             return self.nothing(hidden_BLD)
         (x_TRZ, noise_TRZ), t_TR = targets
-        rows_M1, at_MP = batch.places(batch.written_by(self.name))
+        rows_M1, at_MP = batch.places(batch.images_of(self.name))
         states_TD = hidden_BLD[rows_M1, at_MP - 1].flatten(0, 1)
         mixed_TRZ = torch.lerp(x_TRZ, noise_TRZ, t_TR[..., None])
         states_TRD = states_TD[:, None].expand(-1, self.settings.repeats, -1)
@@ -139,7 +139,7 @@ class TokenFlow(LatentFlowHead):
         return gap.square().mean(-1).unflatten(0, (-1, self.settings.repeats)).mean(1)
 
     def count(self, batch: Batch) -> int:
-        return len(batch.written_by(self.name)) * self.positions()
+        return len(batch.images_of(self.name)) * self.positions()
 
     # ---------------------------------------------------------------- sampling
 
@@ -148,7 +148,7 @@ class TokenFlow(LatentFlowHead):
 
     def ask(self, state: GenerationState) -> StepInput:
         assert isinstance(state, TokenFlowState)
-        return StepInput([state.span.begin]) if state.read_1D is None else StepInput([0], embeds=state.read_1D)
+        return StepInput([state.span.begin]) if state.input_1D is None else StepInput([0], embeds=state.input_1D)
 
     def advance(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
         """The next token of each picture: a whole flow of the MLP."""
@@ -157,7 +157,7 @@ class TokenFlow(LatentFlowHead):
         for state, token_Z in zip(states, tokens, strict=True):
             assert isinstance(state, TokenFlowState)
             state.written.append(token_Z)
-            state.read_1D = self.read(token_Z[None].to(self.read.weight.dtype))
+            state.input_1D = self.read(token_Z[None].to(self.read.weight.dtype))
             state.done = len(state.written) == self.positions()
             if state.done:
                 state.latents_Zhw = torch.stack(state.written, 1).unflatten(1, self.grid)

@@ -48,7 +48,7 @@ class Transfusion(LatentFlowHead):
     """The latents of one image, by a flow in the backbone."""
 
     name = "transfusion"
-    wants_context = False
+    needs_context = False
 
     def __init__(self, tokenizer: Any, width: int, config: TransfusionConfig | None = None) -> None:
         super().__init__(tokenizer)
@@ -78,7 +78,7 @@ class Transfusion(LatentFlowHead):
     def positions(self) -> int:
         return self.sides[0] * self.sides[1]
 
-    def reach(self) -> list[int] | None:
+    def attend_until(self) -> list[int] | None:
         return [self.positions() - 1] * self.positions()
 
     def embed(self, x_MZhw: Tensor, t_M: Tensor) -> Tensor:
@@ -100,13 +100,13 @@ class Transfusion(LatentFlowHead):
         if not len(t_M):
             return embeds_BLD, t_M
         read_MPD = self.embed(mixed_MZhw, t_M).to(embeds_BLD.dtype)
-        return embeds_BLD.index_put(batch.places(batch.written_by(self.name)), read_MPD), velocity_MZhw
+        return embeds_BLD.index_put(batch.places(batch.images_of(self.name)), read_MPD), velocity_MZhw
 
     def loss(self, model: GeneratorModel, batch: Batch, hidden_BLD: Tensor, velocity_MZhw: Tensor) -> Tensor:
         """The mean squared error of each image's velocity, (M,)."""
         if not self.count(batch):
             return self.nothing(hidden_BLD)
-        gap = self.velocity(hidden_BLD[batch.places(batch.written_by(self.name))]) - velocity_MZhw
+        gap = self.velocity(hidden_BLD[batch.places(batch.images_of(self.name))]) - velocity_MZhw
         return gap.square().mean((1, 2, 3))
 
     # ---------------------------------------------------------------- sampling
@@ -119,8 +119,8 @@ class Transfusion(LatentFlowHead):
         count = self.positions()
         read_PD = self.embed(state.flow.x, torch.tensor([state.flow.t], device=state.flow.x.device))[0]
         if state.begun:
-            return StepInput([0] * count, embeds=read_PD, reach=[count - 1] * count)
-        return StepInput([state.span.begin] + [0] * count, embeds=read_PD, reach=[0] + [count] * count)
+            return StepInput([0] * count, embeds=read_PD, attend_until=[count - 1] * count)
+        return StepInput([state.span.begin] + [0] * count, embeds=read_PD, attend_until=[0] + [count] * count)
 
     def advance(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
         """One evaluation of the velocity; only the begin token stays in the cache."""

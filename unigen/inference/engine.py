@@ -90,12 +90,12 @@ class Engine:
             raise ValueError("previews come while a picture is made: ask stream for them")
         if candidates != 1:
             rivals = [self.rivals(p, output, candidates, seed=s, **options) for p, s in asked]
-            drawn = iter(self._answers([request for _, requests in rivals for request in requests], output))
+            drawn = iter(self._run_requests([request for _, requests in rivals for request in requests], output))
             answers = [[next(drawn) for _ in requests] for _, requests in rivals]
             return self.best([document for document, _ in rivals], output, answers)
-        return self._answers([self.request(p, output, seed=s, **options) for p, s in asked], output)
+        return self._run_requests([self.request(p, output, seed=s, **options) for p, s in asked], output)
 
-    def _answers(self, requests: Sequence[Request], output: Output) -> list[Any]:
+    def _run_requests(self, requests: Sequence[Request], output: Output) -> list[Any]:
         """What `generate` gives for each request."""
         parts: list[list[Any]] = [MediaList() for _ in requests]
         story = len(requests) == 1 and output == "interleaved"  # how long it will be is not known
@@ -129,7 +129,7 @@ class Engine:
         reject_unknown_options("describe", options, GENERATE_OPTIONS)
         if question is not None and not check_text("the question", question).strip():
             raise ValueError("the question is empty: ask something, or leave it out for a caption")
-        several = question is None and self.compares
+        several = question is None and self.can_rerank
         asked = {"candidates": self.model.template.candidates if several else 1} | options
         answer = self.generate([_as_image(image), as_text(question or CAPTION_PROMPT)], "text", **asked)
         return answer  # type: ignore[no-any-return]
@@ -188,7 +188,7 @@ class Engine:
             "backbone": f"{model.backbone.lm.config.model_type}, {count / 1e6:.1f}M parameters",
             "context": model.context,
             "image_size": model.image_tokenizer.image_size,
-            "sizes": "any" if model.template.free_size else "this one",
+            "sizes": "any" if model.template.variable_size else "this one",
             "tokens_per_image": model.image_tokenizer.grid[0] * model.image_tokenizer.grid[1],
             "vocabulary": {"text": model.vocabulary.text_size, "image": model.vocabulary.image_size},
             "generators": [name for name in model.generators if name != "text"],
@@ -196,7 +196,7 @@ class Engine:
             "sampling": {name: default_options(model, name) for name in model.generators if name != "text"}
             | {name: told for name, told in model.sampling.items() if name == "text"},
             "outputs": list(self.outputs),
-            "candidates": self.compares,
+            "candidates": self.can_rerank,
             "system": self.model.template.system,
             **({"classes": list(model.template.classes)} if model.template.classes else {}),
             "precision": describe_precision(model.backbone.lm, model.quantization),
@@ -225,7 +225,7 @@ class Engine:
         self.request(prompt, output, **options)
 
     @property
-    def compares(self) -> bool:
+    def can_rerank(self) -> bool:
         """Can the model say how well a picture and a text go together, so that one of some candidates is the best?"""
         model = self.model
         return model.sight is None and not model.template.classes and {"next-token", "text"} <= set(model.generators)
@@ -237,7 +237,7 @@ class Engine:
         others, captions at temperature 1. Raises ValueError where the model cannot compare what they answer."""
         check_limit("candidates", candidates)
         document = self.model.encode_document(Document.of(prompt))
-        if not self.compares:
+        if not self.can_rerank:
             raise ValueError("candidates are for models that read and draw pictures code by code: leave them out")
         own = self.request(document, output, seed=seed, **options)
         shown = {"text": 1, "image": 0}.get(output)
@@ -246,7 +246,7 @@ class Engine:
         more = options | ({"temperature": 1.0} if shown else {})
         others = [self.request(document, output, seed=seed, **more) for _ in range(1, candidates)]
         for number, other in enumerate(others, start=1):
-            other.candidate = number
+            other.candidate_index = number
         return document, [own, *others]
 
     def best(self, documents: Sequence[Document], output: Output, answers: Sequence[Sequence[Any]]) -> list[Any]:
@@ -266,10 +266,10 @@ class Engine:
         running = self.running()
         with torch.inference_mode():
             rows = [running.row(request) for request in requests]
-        return self._steps(running, rows, watch)
+        return self._run_to_completion(running, rows, watch)
 
     @staticmethod
-    def _steps(
+    def _run_to_completion(
         running: Scheduler, rows: Sequence[Row], watch: Callable[[float], object] | None
     ) -> Iterator[tuple[int, Any]]:
         try:

@@ -47,7 +47,7 @@ def prepare_inpainting(
     marked_HW = np.asarray(marked) >= 128
     rows, columns = (np.arange(n) * len(marked_HW) // n for n in grid)
     if isinstance(model.template, SupportsMaskCells):
-        cells_hw = model.template.mask_cells(marked, model.image_tokenizer.image_size, grid)
+        cells_hw = model.template.mask_to_cells(marked, model.image_tokenizer.image_size, grid)
     else:
         cells_hw = np.logical_or.reduceat(np.logical_or.reduceat(marked_HW, rows, 0), columns, 1)
     if not cells_hw.any():

@@ -52,7 +52,7 @@ class Request:
     fixed: torch.Tensor | None = None
     written: list[torch.Tensor | None] = field(default_factory=list)
     previews: int = 0
-    candidate: int = 0
+    candidate_index: int = 0
 
 
 def build_request(
@@ -167,9 +167,9 @@ def build_request(
     if any(is_codes(image) and image.ndim != 2 for image in document.images()):
         raise ValueError("codes of a picture in a prompt have two dimensions, rows and columns")
     if output != "pair":  # both parts of a pair may be left to the model
-        document.check_filled()
+        document.check_not_empty()
     grid = code_grid(model, document.size if size is None else size)
-    if model.template.free_size:
+    if model.template.variable_size:
         stride = model.image_tokenizer.image_size // model.image_tokenizer.grid[0]
         document.size = (grid[1] * stride, grid[0] * stride)
     return Request(
@@ -240,7 +240,7 @@ def check_size(size: Any) -> None:
     """Raises ValueError for what is no width and height."""
     limits = LIMITS["width"], LIMITS["height"]
     two = isinstance(size, (tuple, list)) and len(size) == 2
-    if not (two and all(limit.holds(n) for limit, n in zip(limits, size, strict=True))):
+    if not (two and all(limit.contains(n) for limit, n in zip(limits, size, strict=True))):
         most = f"at most {limits[0].high:,} each"
         raise ValueError(f"a size is two whole numbers, width and height in pixels, {most}, not {shorten(size)}")
 
@@ -254,7 +254,7 @@ def code_grid(model: UnifiedModel, size: tuple[int, int] | None) -> tuple[int, i
     check_size(size)
     if tuple(size) == (side, side):
         return tokenizer.grid
-    if not model.template.free_size:
+    if not model.template.variable_size:
         raise ValueError(f"this model draws pictures of {side}x{side} pixels alone: leave the size out")
     if min(size) < stride or any(length % stride for length in size):
         raise ValueError(f"a size is width and height in pixels, multiples of {stride}, not {size}")

@@ -54,7 +54,7 @@ class Row:
     document: Document
     number: int = -1
     slots: list[int] = field(default_factory=list)
-    unread: list[list[int]] = field(default_factory=list)
+    pending_ids: list[list[int]] = field(default_factory=list)
     state: GenerationState | None = None
     generator: Generator | None = None
     spans: int = 0
@@ -73,7 +73,7 @@ class Row:
 
     @property
     def branches(self) -> int:
-        return len(self.unread)
+        return len(self.pending_ids)
 
 
 @dataclass(frozen=True)
@@ -94,16 +94,16 @@ class Scheduler:
     def __init__(self, model: UnifiedModel) -> None:
         self.model = model
         self.cache = model.backbone.new_cache(0, model.device)
-        self._rows: dict[int, Row] = {}
+        self._sequences: dict[int, Row] = {}
         self._count = 0
         self.ended: dict[int, Usage] = {}
         self.failed: dict[int, NonFiniteError] = {}
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._sequences)
 
     def __contains__(self, number: int) -> bool:
-        return number in self._rows
+        return number in self._sequences
 
     @torch.inference_mode()
     def add(self, request: Request) -> int:
@@ -113,17 +113,17 @@ class Scheduler:
     def join(self, row: Row) -> int:
         """The same of a row that `row` made."""
         row.number, self._count = self._count, self._count + 1
-        self._rows[row.number] = row
+        self._sequences[row.number] = row
         return row.number
 
     @property
     def finished(self) -> float:
         """How many of the requests that were added have ended, and of those that ask for one picture their shares."""
-        return self._count - len(self._rows) + sum(map(_request_progress, self._rows.values()))
+        return self._count - len(self._sequences) + sum(map(_request_progress, self._sequences.values()))
 
     def clear(self) -> None:
         """Drop all that are running."""
-        for number in list(self._rows):
+        for number in list(self._sequences):
             self.drop(number)
 
     @property
@@ -134,23 +134,23 @@ class Scheduler:
     @torch.inference_mode()
     def drop(self, number: int) -> None:
         """Leave a request unfinished; its slots are free at once. KeyError where it is not running."""
-        self._fit(self._rows[number], 0)
-        del self._rows[number]
+        self._resize_slots(self._sequences[number], 0)
+        del self._sequences[number]
 
-    def _fit(self, row: Row, branches: int) -> None:
+    def _resize_slots(self, row: Row, branches: int) -> None:
         """Give a row as many slots as it has branches: those of guidance while it writes a picture."""
         while len(row.slots) > branches:
             slot = row.slots.pop()
             row.states.pop(len(row.slots), None)
             last = self.cache.leave(slot)
-            for other in self._rows.values():
+            for other in self._sequences.values():
                 other.slots = [slot if one == last else one for one in other.slots]
         while len(row.slots) < branches:
             row.slots.append(self.cache.take())
 
     def usage(self, number: int) -> Usage:
         """What a request that is running has taken so far. KeyError where it is not running."""
-        row = self._rows[number]
+        row = self._sequences[number]
         text = row.state.ids if row.state and isinstance(row.generator, Text) and not row.state.done else []
         codes = row.images * row.request.grid[0] * row.request.grid[1]
         return Usage(row.asked, row.said + len(text), codes, row.cut, row.seen)
@@ -159,20 +159,20 @@ class Scheduler:
     def step(self) -> list[tuple[int, Any]]:
         """One step of all: (number, piece of text or picture) of what it made. Those that are done or failed are gone
         afterwards. A row fails alone, where its numbers are not finite; the others go on."""
-        rows = list(self._rows.values())
+        rows = list(self._sequences.values())
         self._write(rows)
-        return self._finish(rows)
+        return self._postprocess(rows)
 
     @torch.no_grad()
     def states(self, request: Request) -> torch.Tensor:
         """What the backbone makes of a request's prompt, states (S, D). Nothing else may be on its way."""
         row = self.row(request)
-        assert row.generator is not None and row.state is not None and not self._rows
-        self._fit(row, row.branches)
-        hidden_of = self._pass([row], [row.generator.ask(row.state)])
-        self._fit(row, 0)
+        assert row.generator is not None and row.state is not None and not self._sequences
+        self._resize_slots(row, row.branches)
+        hidden_of = self._run_backbone([row], [row.generator.ask(row.state)])
+        self._resize_slots(row, 0)
         if not bool(hidden_of[0].isfinite().all()):
-            raise self._not_finite("states")
+            raise self._non_finite_error("states")
         return hidden_of[0]
 
     # ---------------------------------------------------------------- a step
@@ -180,32 +180,32 @@ class Scheduler:
     def _write(self, rows: list[Row]) -> None:
         """One step of each row's generator."""
         for row in rows:
-            self._fit(row, row.branches)
+            self._resize_slots(row, row.branches)
         asked = [row.generator.ask(row.state) for row in rows if row.generator and row.state]
-        lengths = [max(map(len, row.unread)) + len(read.ids) for row, read in zip(rows, asked, strict=True)]
+        lengths = [max(map(len, row.pending_ids)) + len(read.ids) for row, read in zip(rows, asked, strict=True)]
         for together in bucket_rows(lengths, [row.branches for row in rows]):
             some, reads = [rows[i] for i in together], [asked[i] for i in together]
             if lengths[together[0]]:
-                hidden_of = self._pass(some, reads)
+                hidden_of = self._run_backbone(some, reads)
             else:
                 nothing_LD = self.model.embed(torch.zeros(0, dtype=torch.int64, device=self.model.device))
                 hidden_of = {slot: nothing_LD for row in some for slot in row.slots}
-            self._advance(some, reads, hidden_of)
+            self._step_generators(some, reads, hidden_of)
 
-    def _pass(self, rows: list[Row], asked: list[StepInput]) -> dict[int, torch.Tensor]:
+    def _run_backbone(self, rows: list[Row], asked: list[StepInput]) -> dict[int, torch.Tensor]:
         """One pass of the backbone for these rows, in the order of their slots, which are read as they lie: the states
         (L, D) of each slot."""
-        lengths = [len(ids) + len(read.ids) for row, read in zip(rows, asked, strict=True) for ids in row.unread]
+        lengths = [len(ids) + len(read.ids) for row, read in zip(rows, asked, strict=True) for ids in row.pending_ids]
         slots = [slot for row in rows for slot in row.slots]
         order = sorted(range(len(slots)), key=slots.__getitem__)
-        embeds_BLD, reach_BL = self._inputs(rows, asked, max(lengths))
+        embeds_BLD, reach_BL = self._build_inputs(rows, asked, max(lengths))
         if order != list(range(len(order))):
             embeds_BLD, reach_BL = embeds_BLD[order], None if reach_BL is None else reach_BL[order]
         positions_BL, mask = self.cache.begin([slots[i] for i in order], max(lengths), reach_BL)
         found_BLD = self.model.step(embeds_BLD, positions_BL, mask, self.cache)
         return {slots[i]: found_BLD[at, : lengths[i]] for at, i in enumerate(order)}
 
-    def _advance(self, rows: list[Row], asked: list[StepInput], hidden_of: dict[int, torch.Tensor]) -> None:
+    def _step_generators(self, rows: list[Row], asked: list[StepInput], hidden_of: dict[int, torch.Tensor]) -> None:
         """Let the rows' generators go on, by the states (L, D) of each slot."""
         groups: dict[int, list[int]] = {}
         hidden: list[list[torch.Tensor]] = []
@@ -221,22 +221,24 @@ class Scheduler:
             for i, count in zip(members, counts, strict=True):
                 kept[i] = count
         for row, read, count in zip(rows, asked, kept, strict=True):
-            self.cache.keep(row.slots, [len(ids) + count for ids in row.unread])
+            self.cache.keep(row.slots, [len(ids) + count for ids in row.pending_ids])
             for branch, states_LD in row.states.items():
                 row.states[branch] = states_LD[: len(states_LD) - len(read.ids) + count]
-            row.unread = [[] for _ in row.unread]
+            row.pending_ids = [[] for _ in row.pending_ids]
             row.kept += count
 
-    def _inputs(self, rows: list[Row], asked: list[StepInput], length: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _build_inputs(
+        self, rows: list[Row], asked: list[StepInput], length: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What all branches read, (B, length, D), and how far each position sees, None where all are causal."""
         branches = [
             (ids, read, read.blind if b and read.blind else read.ids)
             for row, read in zip(rows, asked, strict=True)
-            for b, ids in enumerate(row.unread)
+            for b, ids in enumerate(row.pending_ids)
         ]
         padded = [ids + own + [0] * (length - len(ids) - len(own)) for ids, _, own in branches]
         ids_BL = torch.tensor(padded, device=self.model.device)
-        owners = [row for row in rows for _ in row.unread]
+        owners = [row for row in rows for _ in row.pending_ids]
         if any(row.features is not None for row in rows):
             beyond_BL = ids_BL - self.model.vocabulary.size
             embeds_BLD = self.model.embed(ids_BL.clamp(max=self.model.vocabulary.size - 1))
@@ -248,7 +250,7 @@ class Scheduler:
             embeds_BLD = self.model.embed(ids_BL)
         reach_BL = None
         prefixes = [self.model.template.prefix(ids) for ids, _, _ in branches]
-        if any(prefixes) or any(read.reach for read in asked):
+        if any(prefixes) or any(read.attend_until for read in asked):
             reach_BL = torch.arange(length).repeat(len(branches), 1)
         for b, (ids, read, _) in enumerate(branches):
             span = slice(len(ids), len(ids) + len(read.ids))
@@ -256,32 +258,32 @@ class Scheduler:
                 embeds_BLD[b, span.stop - len(read.embeds) : span.stop] = read.embeds
             if reach_BL is not None:
                 reach_BL[b, : prefixes[b]] = prefixes[b] - 1
-            if reach_BL is not None and read.reach:
-                reach_BL[b, span] = torch.tensor(read.reach) + len(ids)
+            if reach_BL is not None and read.attend_until:
+                reach_BL[b, span] = torch.tensor(read.attend_until) + len(ids)
         return embeds_BLD, reach_BL
 
     def _told(self, row: Row, states: list[torch.Tensor], asked: int) -> list[torch.Tensor]:
         """What the row's generator gets of each branch: the states of what it asked for, or of all that was read."""
         assert row.generator is not None
-        if self.model.generators[row.request.generator].wants_context:
+        if self.model.generators[row.request.generator].needs_context:
             for branch, states_LD in enumerate(states):
                 before = [row.states[branch]] if branch in row.states else []
                 row.states[branch] = torch.cat([*before, states_LD])
-        if row.generator.wants_context:
+        if row.generator.needs_context:
             return [row.states[branch] for branch, _ in enumerate(states)]
         return [states_LD[len(states_LD) - max(asked, 1) :] for states_LD in states]  # the prompt's last, if none
 
-    def _finish(self, rows: list[Row]) -> list[tuple[int, Any]]:
+    def _postprocess(self, rows: list[Row]) -> list[tuple[int, Any]]:
         """What this step made of these rows' answers; those that are done leave."""
         self.ended, self.failed = {}, {}
         for row in rows:
             if row.state and not row.state.finite:
-                self.failed[row.number] = self._not_finite("scores")
+                self.failed[row.number] = self._non_finite_error("scores")
         rows = [row for row in rows if row.number not in self.failed]
         ended = [row for row in rows if row.state and row.state.done]
         parts = [(row.number, part) for row, part in self._parts(ended, rows)]
         for number in self.failed:
-            self.cache.clear(self._rows[number].slots)
+            self.cache.clear(self._sequences[number].slots)
             self.drop(number)
         for row in ended:
             if row.state and row.state.done and row.number not in self.failed:
@@ -294,7 +296,7 @@ class Scheduler:
         text = self.model.generators.get("text")
         for row in rows:
             if row.generator is text and row.state is not None:
-                piece = self._new_text(row)
+                piece = self._text_delta(row)
                 if piece:
                     yield row, piece
             elif row.request.previews and (preview := self._preview(row)):
@@ -306,24 +308,24 @@ class Scheduler:
             try:
                 image, codes_hw = self._picture(generator, state)
             except NonFiniteError:
-                self.failed[row.number] = self._not_finite("pixels")
+                self.failed[row.number] = self._non_finite_error("pixels")
                 continue
             if row.request.output == "pair":
-                yield row, self._text_of(row)
+                yield row, self._joint_text(row)
             row.document.segments.append(Segment(image=image if codes_hw is None else codes_hw, role="assistant"))
-            row.request.written.append(state.own_codes)
+            row.request.written.append(state.native_codes)
             yield row, image
         for row in ended:
             if row.number not in self.failed:
-                self._go_on(row, drew=row.generator is not text)
+                self._start_next_segment(row, drew=row.generator is not text)
 
-    def _not_finite(self, what: str) -> NonFiniteError:
+    def _non_finite_error(self, what: str) -> NonFiniteError:
         return NonFiniteError(what, self.model.dtype)
 
     def _picture(self, generator: Generator, state: GenerationState) -> tuple[Image.Image, torch.Tensor | None]:
         """A span's picture, and its codes (h, w) where the model reads them as such. One by one: how a convolution
         rounds depends on how many there are."""
-        with self.model.decoding():
+        with self.model.decode_autocast():
             made = generator.pictures(self.model, [state])
             if made.is_floating_point():
                 return to_images(made.float())[0], None
@@ -333,7 +335,7 @@ class Scheduler:
         """The row's picture as it looks now, where so much more of it is done that it is to be shown."""
         generator, state = row.generator, row.state
         assert generator is not None and state is not None
-        taken, steps = state.way
+        taken, steps = state.progress
         shares = taken * (row.request.previews + 1) // steps
         if state.done or shares <= row.shares:
             return None
@@ -341,10 +343,10 @@ class Scheduler:
         try:
             return Preview(self._picture(generator, state)[0], row.images, row.previews - 1)
         except NonFiniteError:
-            self.failed[row.number] = self._not_finite("pixels")
+            self.failed[row.number] = self._non_finite_error("pixels")
             return None
 
-    def _go_on(self, row: Row, drew: bool) -> None:
+    def _start_next_segment(self, row: Row, drew: bool) -> None:
         """Begin the next span of a row whose span has ended, or leave the row done.
 
         A picture that the cache does not hold as later segments read it is taken back and read again.
@@ -356,28 +358,28 @@ class Scheduler:
             if request.output == "interleaved":
                 template = self.model.template
                 layout = template.layout(request.grid)
-                if row.generator is not None and row.generator.clean:
-                    row.unread = [list(state.pending)]
+                if row.generator is not None and row.generator.cache_reusable:
+                    row.pending_ids = [list(state.pending_ids)]
                 else:
                     self.cache.keep(row.slots[:1], [-row.kept])
                     if 0 in row.states:
                         row.states[0] = row.states[0][: len(row.states[0]) - row.kept]
                     request.document = row.document = self.model.encode_document(row.document)
                     ids_hw = self.model.vocabulary.image_ids(row.document.segments[-1].image)
-                    row.unread = [[template.begins[template.reader], *layout.opening, *layout.to_ids(ids_hw)]]
-                row.unread[0] += layout.closing
+                    row.pending_ids = [[template.begins[template.reader], *layout.opening, *layout.to_ids(ids_hw)]]
+                row.pending_ids[0] += layout.closing
                 row.before.update((*state.span.head, *layout.closing))
-                self._begin_text(row, row.unread[0].pop())
+                self._start_text(row, row.pending_ids[0].pop())
         else:
             if state.ids:
                 said = self.model.template.decode(state.ids)
                 row.document.segments.append(Segment(text=said, role="assistant"))
                 row.said += len(state.ids)
                 row.before.update(state.ids)
-            row.cut = not state.pending or state.pending[0] not in state.span.stops
-            if state.pending and state.pending[0] in self._image_begins:
-                row.unread = [[]]
-                self._begin_image(row)
+            row.cut = not state.pending_ids or state.pending_ids[0] not in state.span.stops
+            if state.pending_ids and state.pending_ids[0] in self._image_begin_ids:
+                row.pending_ids = [[]]
+                self._start_image(row)
 
     # ---------------------------------------------------------------- rows and their spans
 
@@ -387,18 +389,18 @@ class Scheduler:
         request.document = self.model.encode_document(request.document)
         row = Row(request, request.document)
         row.features = self.model.features(row.document)
-        wordless = request.output == "pair" and not self._opening(row)
+        wordless = request.output == "pair" and not self._prefix_text_ids(row)
         tokens = self.model.template.prompt(row.document, output=request.output, blind=wordless)
         ids, row.seen = self.model.ids(tokens), sum(stop - start for start, stop in tokens.spans)
         need = 1 if request.output == "text" else self._image_length(request)
-        row.unread, row.asked, row.before = [ids], len(ids), set(ids)
+        row.pending_ids, row.asked, row.before = [ids], len(ids), set(ids)
         if request.output in ("image", "pair"):
-            self._begin_image(row)
-        need += max(len(branch) for branch in row.unread)
+            self._start_image(row)
+        need += max(len(branch) for branch in row.pending_ids)
         if need > self.model.context:
             raise ValueError(f"the prompt needs {need} positions, the model has {self.model.context}: shorten it")
         if request.output not in ("image", "pair"):
-            self._begin_text(row, row.unread[0].pop())
+            self._start_text(row, row.pending_ids[0].pop())
         return row
 
     def _check_length(self, document: Document) -> None:
@@ -412,7 +414,7 @@ class Scheduler:
         if sight is not None:
             least = sight.positions
         else:
-            least = 1 if self.model.template.free_size else reads[0] * reads[1]
+            least = 1 if self.model.template.variable_size else reads[0] * reads[1]
         if pictures * least > context:
             raise ValueError(
                 f"the prompt has {pictures} pictures, the model reads {context:,} positions: leave some out"
@@ -426,7 +428,7 @@ class Scheduler:
         return max(len(layout) - (not opened), own)
 
     @property
-    def _image_begins(self) -> list[int]:
+    def _image_begin_ids(self) -> list[int]:
         """Whichever way of writing the text announces, the picture is written as the request says."""
         return [id for name, id in self.model.template.begins.items() if name in self.model.generators]
 
@@ -434,16 +436,16 @@ class Scheduler:
         """Each span draws from a generator of its own, made of the request's seed and the span's number."""
         row.spans += 1
         request = row.request
-        return make_rng(request.seed, *([request.candidate] if request.candidate else []), row.spans)
+        return make_rng(request.seed, *([request.candidate_index] if request.candidate_index else []), row.spans)
 
-    def _begin_image(self, row: Row) -> None:
+    def _start_image(self, row: Row) -> None:
         """The main branch goes on in its slot; the blind one is read anew, with the pictures made so far."""
         request = row.request
         if request.guidance.branches > 1:
             prompt = self.model.template.prompt
-            row.unread = [row.unread[0]]
+            row.pending_ids = [row.pending_ids[0]]
             for branch in range(1, request.guidance.branches):
-                row.unread.append(self.model.ids(prompt(row.document, output=request.output, blind=branch)))
+                row.pending_ids.append(self.model.ids(prompt(row.document, output=request.output, blind=branch)))
         row.generator = self.model.generators[request.generator]
         begin = self.model.template.begins.get(request.generator)  # None where the prompt opens the picture
         layout = self.model.template.layout(request.grid)
@@ -453,25 +455,25 @@ class Scheduler:
         span = SegmentSpec(begin or 0, request.image, request.guidance, self._rng(row), request.grid, fixed=fixed)
         span.opening, span.row_end = () if begin is None else (begin, *layout.opening), layout.row_end
         span.steps, span.sampler, span.accelerate = request.steps, request.sampler, request.accelerate
-        span.text_ids = self._opening(row)
+        span.text_ids = self._prefix_text_ids(row)
         row.state, row.kept = row.generator.start(span), 0
         row.shares = row.previews = 0
 
-    def _opening(self, row: Row) -> list[int] | None:
+    def _prefix_text_ids(self, row: Row) -> list[int] | None:
         """The ids of the text that a picture's span opens with; None where it has none, or is to write it."""
         template, generator = self.model.template, row.request.generator
         if generator not in template.text_lengths or not any((s.text or "").strip() for s in row.document.segments):
             return None
-        return template.opening_text(row.document, generator)
+        return template.prefix_text_ids(row.document, generator)
 
-    def _text_of(self, row: Row) -> str:
+    def _joint_text(self, row: Row) -> str:
         """What stands in the text of a finished span, up to its end."""
         assert row.state is not None
         ids = row.state.text
         ends = [n for n, id in enumerate(ids) if id in self.model.template.turn_ends]
         return self.model.template.decode(ids[: ends[0]] if ends else ids)
 
-    def _begin_text(self, row: Row, begin: int) -> None:
+    def _start_text(self, row: Row, begin: int) -> None:
         """Text may end in a picture while the answer may have more of them and the context has room for one."""
         request = row.request
         template = self.model.template
@@ -481,7 +483,7 @@ class Scheduler:
         stops = list(template.turn_ends)
         picture = self._image_length(request) + 1
         if request.output == "interleaved" and row.images < request.max_images and room > picture:
-            stops += self._image_begins
+            stops += self._image_begin_ids
             room -= picture
         limit = max(1, min(request.max_tokens - row.said, room))
         row.generator = self.model.generators["text"]
@@ -490,7 +492,7 @@ class Scheduler:
             span.before = frozenset(row.before)
         row.state = row.generator.start(span)
 
-    def _new_text(self, row: Row) -> str:
+    def _text_delta(self, row: Row) -> str:
         """What the row's text has gained since it was last shown; an unfinished character waits for its last byte."""
         assert row.state is not None
         text = self.model.template.decode(row.state.ids)
@@ -505,7 +507,7 @@ def _request_progress(row: Row) -> float:
     """The share of a request for one picture that is written, in [0, 1]; 0 where that is not known."""
     if row.state is None or row.request.output not in ("image", "pair"):
         return 0.0
-    taken, steps = row.state.way
+    taken, steps = row.state.progress
     if not taken:  # written code by code, in an order of their own some
         taken, steps = len(getattr(row.state, "written", row.state.ids)), row.request.grid[0] * row.request.grid[1]
     return min(taken / steps, 1.0)

@@ -76,7 +76,7 @@ def log_likelihood(
     total_D = text.new_zeros(int(documents_B.sum())).index_add(0, number_BL[rows, at], text)
 
     for name, generator in others.items():
-        row_P, start_P, _ = batch.spans_N3[batch.written_by(name).to(batch.spans_N3.device)].unbind(1)
+        row_P, start_P, _ = batch.spans_N3[batch.images_of(name).to(batch.spans_N3.device)].unbind(1)
         if guidance is not None and hasattr(generator, "guided_loss"):
             branches = [(hidden_BLD, targets[name]), (unseen_BLD, unseen_targets[name])][: guidance.branches]
             costs = generator.guided_loss(branches, guidance, temperature)
@@ -86,7 +86,7 @@ def log_likelihood(
         codes = math.prod(model.image_tokenizer.grid) if costs_PT.shape[1] == 1 else 1
         total_D = total_D.index_add(0, number_BL[row_P, start_P - 1], -codes * costs_PT.sum(1))
 
-    drawn = batch.written_by(model.template.reader).to(batch.spans_N3.device)
+    drawn = batch.images_of(model.template.reader).to(batch.spans_N3.device)
     drawn = drawn[batch.loss_BL[batch.spans_N3[drawn, 0], batch.spans_N3[drawn, 1]]]
     if len(drawn):
         first, stop = model.vocabulary.first, model.vocabulary.stop

@@ -77,9 +77,9 @@ class Template(Protocol):
     finished pictures stand in it; classes: the names of what a model draws that draws classes and not words, else none;
     text_lengths: how many positions of text the span of a picture opens with, of generators whose spans do; turn_ends:
     ids that end an answer; begins: the token that opens a picture, by generator, unless the prompt itself does;
-    free_size: may pictures be of any size? system: are system messages followed in text? candidates: among how many
+    variable_size: may pictures be of any size? system: are system messages followed in text? candidates: among how many
     captions a picture's is chosen, if nothing else is asked for; scales: of guidance, one less than the branches it
-    has (`blind` is a branch's number, 0 the one that sees all); frame: how pictures are brought to the pixels that the
+    has (`blind` is a branch's number, 0 the one that sees all); preprocess: how pictures are brought to the pixels that the
     model reads; settings: what a saved model has to say of it."""
 
     outputs: tuple[Output, ...]
@@ -87,14 +87,14 @@ class Template(Protocol):
     text_lengths: dict[str, int]
     classes: tuple[str, ...]
     turn_ends: tuple[int, ...]
-    free_size: bool
+    variable_size: bool
     scales: int
     system: bool
     settings: dict[str, Any]
     begins: dict[str, int]
     candidates: int
 
-    def frame(self, image: Image.Image, size: int) -> np.ndarray: ...
+    def preprocess(self, image: Image.Image, size: int) -> np.ndarray: ...
 
     def layout(self, grid: tuple[int, int]) -> Layout: ...
 
@@ -106,7 +106,7 @@ class Template(Protocol):
         """How many of a prompt's ids, the first, see each other, as in a prefix language model; 0 is causal."""
         ...
 
-    def opening_text(self, document: Document, writer: str) -> list[int]: ...
+    def prefix_text_ids(self, document: Document, writer: str) -> list[int]: ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
@@ -115,7 +115,7 @@ class Template(Protocol):
 class SupportsMaskCells(Protocol):
     """A template of a family that has a rule of its own for the codes that a mask marks."""
 
-    def mask_cells(self, mask: Image.Image, size: int, grid: tuple[int, int]) -> np.ndarray:
+    def mask_to_cells(self, mask: Image.Image, size: int, grid: tuple[int, int]) -> np.ndarray:
         """The codes (h, w), bool, that a mask marks, for pictures of `size` pixels along a side."""
         ...
 
@@ -126,7 +126,7 @@ class PretrainedTemplate:
     outputs: tuple[Output, ...] = ("image", "text")
     reader = "next-token"
     candidates = 1
-    free_size = False
+    variable_size = False
     scales = 1
     system = False
     classes: tuple[str, ...] = ()
@@ -138,13 +138,13 @@ class PretrainedTemplate:
         self.text_lengths: dict[str, int] = {}
         self.settings: dict[str, Any] = {}
 
-    def frame(self, image: Image.Image, size: int) -> np.ndarray:
+    def preprocess(self, image: Image.Image, size: int) -> np.ndarray:
         return center_crop_resize(image, size)
 
     def prefix(self, ids: Sequence[int]) -> int:
         return 0
 
-    def opening_text(self, document: Document, writer: str) -> list[int]:
+    def prefix_text_ids(self, document: Document, writer: str) -> list[int]:
         return []
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -54,27 +54,27 @@ class GeneratorDict(dict[str, Any]):
 
     Args:
         generators: by name, in order; None for one that is made later.
-        later: what makes those.
+        factories: what makes those.
     """
 
     def __init__(
         self, generators: Mapping[str, Generator | None], later: Mapping[str, Callable[[], Generator]] | None = None
     ) -> None:
         super().__init__(generators)
-        self.later = dict(later or {})
-        self.adopt: Callable[[str, Generator], None] = lambda name, generator: None
+        self.factories = dict(later or {})
+        self.on_build: Callable[[str, Generator], None] = lambda name, generator: None
 
     def __getitem__(self, name: str) -> Generator:
-        if name in self.later:
-            generator = self.later.pop(name)()
+        if name in self.factories:
+            generator = self.factories.pop(name)()
             self[name] = generator
-            self.adopt(name, generator)
+            self.on_build(name, generator)
         generator = super().__getitem__(name)
         return generator  # type: ignore[no-any-return]
 
     def takes(self, name: str) -> tuple[str, ...]:
         """The options that a generator heeds, without making it."""
-        taken: tuple[str, ...] = (find_generator(name) if name in self.later else self[name]).takes
+        taken: tuple[str, ...] = (find_generator(name) if name in self.factories else self[name]).takes
         return taken
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -110,10 +110,10 @@ class UnifiedModel(nn.Module):
         self.image_tokenizer = image_tokenizer
         self.template = template
         self.generators = generators if isinstance(generators, GeneratorDict) else GeneratorDict(generators)
-        self.generators.adopt = self._adopt
+        self.generators.on_build = self._register_generator
         self.sampling: dict[str, dict[str, Any]] = {}
         self.quantization: str | None = None
-        made = [name for name in self.generators if name not in self.generators.later]
+        made = [name for name in self.generators if name not in self.generators.factories]
         heads = {name: self.generators[name] for name in made if isinstance(self.generators[name], nn.Module)}
         self._modules["heads"] = nn.ModuleDict(heads)
         self.sight = sight
@@ -125,7 +125,7 @@ class UnifiedModel(nn.Module):
         self.generators.values()
         return self._modules["heads"]
 
-    def _adopt(self, name: str, generator: Generator) -> None:
+    def _register_generator(self, name: str, generator: Generator) -> None:
         """Take a generator that was made now among the modules: as trained or not, where and as the backbone is."""
         if isinstance(generator, nn.Module):
             weight = next(self.backbone.parameters())
@@ -160,7 +160,7 @@ class UnifiedModel(nn.Module):
         """Of the language model's tables."""
         return next(self.backbone.parameters()).dtype
 
-    def decoding(self) -> torch.autocast:
+    def decode_autocast(self) -> torch.autocast:
         """Pictures are decoded in bfloat16 inside, where the language model's tables are; codes are read in float32.
         float16 is too small for what some decoders add up."""
         half = self.dtype == torch.bfloat16
@@ -171,7 +171,7 @@ class UnifiedModel(nn.Module):
         """The most positions a sequence may have."""
         return int(self.backbone.lm.config.get_text_config().max_position_embeddings)
 
-    def speaks_as(self, other: UnifiedModel) -> bool:
+    def shares_vocabulary(self, other: UnifiedModel) -> bool:
         """Do ids mean the same to both, pieces of text and codes of pictures? How codes look may differ."""
         mine, theirs = (
             {name: tensor for name, tensor in model.image_tokenizer.state_dict().items() if "decoder." not in name}
@@ -184,7 +184,7 @@ class UnifiedModel(nn.Module):
             and all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
         )
 
-    def sample_by(self, generator: str, **options: Any) -> None:
+    def set_default_sampling(self, generator: str, **options: Any) -> None:
         """Say how this generator's pictures are drawn where nothing else is asked for: guidance, temperature, top_k,
         top_p; or how text is: these but guidance, and repetition_penalty. `save` writes it to unigen.json, where it may
         be changed. Raises ValueError for what it does not take."""
@@ -213,22 +213,22 @@ class UnifiedModel(nn.Module):
         """Hidden states (B, L, D) of packed rows whose ids are all known (see `fill`). embeds_BLD: what is read, where
         it is not the ids themselves."""
         embeds_BLD = self.embed(batch.ids_BL) if embeds_BLD is None else embeds_BLD
-        return self.backbone.packed(embeds_BLD, batch.positions_BL, batch.segments_BL, self.reach(batch))
+        return self.backbone.packed(embeds_BLD, batch.positions_BL, batch.segments_BL, self.attend_until(batch))
 
-    def causal(self, batch: Batch) -> Tensor:
+    def causal_hidden_states(self, batch: Batch) -> Tensor:
         """Hidden states (B, L, D) of packed ids, each position seeing what is before it, whoever wrote the pictures."""
         return self.backbone.packed(self.embed(batch.ids_BL), batch.positions_BL, batch.segments_BL)
 
-    def reach(self, batch: Batch) -> Tensor | None:
+    def attend_until(self, batch: Batch) -> Tensor | None:
         """The last position of its row that each position sees (B, L); None where all are causal."""
         reach_BL = None
         for name in sorted(set(batch.writers)):
-            offsets = self.generators[name].reach()
+            offsets = self.generators[name].attend_until()
             if offsets is None:
                 continue
             if reach_BL is None:
                 reach_BL = torch.arange(batch.ids_BL.shape[1], device=batch.ids_BL.device).repeat(len(batch), 1)
-            rows_M1, at_MP = batch.places(batch.written_by(name))
+            rows_M1, at_MP = batch.places(batch.images_of(name))
             around = (len(offsets) - at_MP.shape[1]) // 2
             at_ML = at_MP[:, :1] + torch.arange(-around, at_MP.shape[1] + around, device=at_MP.device)
             reach_BL[rows_M1, at_ML] = at_MP[:, :1] + torch.tensor(offsets, device=at_MP.device)
@@ -272,7 +272,7 @@ class UnifiedModel(nn.Module):
             return document
         if self.sight is not None:
             codes = iter(check_finite(self.sight.features(self.pixels(images))))
-        elif self.template.free_size:
+        elif self.template.variable_size:
             codes = iter([self.codes(self.pixels([image]))[0] for image in images])
         else:
             codes = iter(self.codes(self.pixels(images)))
@@ -286,7 +286,7 @@ class UnifiedModel(nn.Module):
 
     def pixels(self, images: Sequence[Any]) -> Tensor:
         """Pictures, all that `read_image` takes, as the model reads them: float32 (N, 3, H, W) in [-1, 1]."""
-        return to_pixels(images, self.image_tokenizer.image_size, self.template.frame)
+        return to_pixels(images, self.image_tokenizer.image_size, self.template.preprocess)
 
     def ids(self, tokens: Tokens) -> list[int]:
         """The ids of one document that has been read. A feature of a picture has an id beyond the vocabulary: its

@@ -50,7 +50,7 @@ def load_resolved(
             model = family.load(folder, dtype, **options)
     try:
         for generator, options in (manifest or {}).get("sampling", {}).items():
-            model.sample_by(generator, **options)
+            model.set_default_sampling(generator, **options)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"sampling in {folder / hub.MANIFEST}: {error}") from error
     if inference and torch.device(device).type == "cpu":

@@ -54,9 +54,9 @@ class ChameleonTemplate(PretrainedTemplate):
     outputs: tuple[Output, ...] = ("image", "text", "interleaved")
     scales = 2
     names: tuple[str, ...] = (BOI, EOI, EOT)
-    unended: tuple[Output, ...] = ("interleaved",)
+    open_turn_outputs: tuple[Output, ...] = ("interleaved",)
     """Outputs whose prompt does not end with the end of the user's turn, as in Anole's scripts."""
-    apart = False
+    space_around_images = False
     """Is there a space between a picture and the words beside it?"""
 
     def __init__(self, tokenizer: Any, positions: int) -> None:
@@ -71,7 +71,7 @@ class ChameleonTemplate(PretrainedTemplate):
     def layout(self, grid: tuple[int, int]) -> Layout:
         return Layout(grid, closing=(self.special[EOI],))
 
-    def frame(self, image: Image.Image, size: int) -> np.ndarray:
+    def preprocess(self, image: Image.Image, size: int) -> np.ndarray:
         """The centre of the picture, resized before it is cut."""
         scale = size / min(image.size)
         width, height = (round(scale * side) for side in image.size)
@@ -85,7 +85,7 @@ class ChameleonTemplate(PretrainedTemplate):
             seen = [s for s in document.segments if s.image is not None and blind == 1]
             return self._build_prompt(seen, turns=False).tokens()
         prompt = self._build_prompt(document.segments, turns=True)
-        ended = document.segments[-1].role == "user" and output not in self.unended
+        ended = document.segments[-1].role == "user" and output not in self.open_turn_outputs
         return (prompt.add_template_text(EOT) if ended else prompt).tokens()
 
     def encode(self, document: Document, *, blind: bool = False, writer: str = "next-token") -> Tokens:
@@ -104,7 +104,9 @@ class ChameleonTemplate(PretrainedTemplate):
                 raise ValueError("this model follows no system messages: leave them out")
             learnt = segment.role == "assistant"
             if before is not None and before.role == segment.role:
-                prompt.add_user_text(" " if self.apart or (before.text and segment.text) else "", loss=learnt)
+                prompt.add_user_text(
+                    " " if self.space_around_images or (before.text and segment.text) else "", loss=learnt
+                )
             elif before is not None and turns:
                 prompt.add_template_text(EOT, loss=not learnt)
             if segment.image is not None:
@@ -135,8 +137,8 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
     height, width = image_tokenizer.grid
     template = ChameleonTemplate(tokenizer, height * width)
     model = build_chameleon("chameleon", lm, image_tokenizer, template, template.special.values())
-    model.sample_by("next-token", **SAMPLING)
-    model.sample_by("text", **TEXT_SAMPLING)
+    model.set_default_sampling("next-token", **SAMPLING)
+    model.set_default_sampling("text", **TEXT_SAMPLING)
     return model
 
 

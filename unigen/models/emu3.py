@@ -49,7 +49,7 @@ SAMPLING = {"guidance": 3.0, "temperature": 1.0, "top_k": 2048}
 class Emu3Template(PretrainedTemplate):
     """limits: the least and the most pixels of a picture to be read; stride: pixels a code along each side."""
 
-    free_size = True
+    variable_size = True
     system = True
 
     def __init__(self, tokenizer: Any, stride: int, limits: tuple[int, int] = (MIN_PIXELS, MAX_PIXELS)) -> None:
@@ -69,7 +69,7 @@ class Emu3Template(PretrainedTemplate):
         closing = (self.special[EOF], self.special[EOI])
         return Layout(grid, (*size, self.special[IMG]), (self.special[EOL],), closing)
 
-    def frame(self, image: Image.Image, size: int) -> np.ndarray:
+    def preprocess(self, image: Image.Image, size: int) -> np.ndarray:
         """The picture in its own shape, as near its size as limits and stride allow."""
         from transformers.models.emu3.image_processing_emu3 import smart_resize
 
@@ -79,7 +79,7 @@ class Emu3Template(PretrainedTemplate):
     def prompt(self, document: Document, *, output: Output, blind: int = 0) -> Tokens:
         if output == "image":
             return self._drawing(document.segments, bool(blind)).tokens()
-        prompt = self._chat(document.segments)
+        prompt = self._chat_prompt(document.segments)
         return (prompt.add_template_text(" ASSISTANT:") if document.segments[-1].role == "user" else prompt).tokens()
 
     def encode(self, document: Document, *, blind: bool = False, writer: str = "next-token") -> Tokens:
@@ -87,7 +87,7 @@ class Emu3Template(PretrainedTemplate):
         drawn from; else a chat, of which the assistant's answers are learnt."""
         last = document.segments[-1]
         if last.image is None or last.role != "assistant":
-            return self._chat(document.segments).ids([self.tokenizer.eos_token_id], loss=True).tokens()
+            return self._chat_prompt(document.segments).ids([self.tokenizer.eos_token_id], loss=True).tokens()
         prompt = self._drawing(document.segments[:-1], blind)
         return self._picture(prompt, last, learnt=True).ids([self.tokenizer.eos_token_id]).tokens()
 
@@ -102,7 +102,7 @@ class Emu3Template(PretrainedTemplate):
             else prompt.add_user_text(words).add_template_text(QUALITY_SUFFIX)
         )
 
-    def _chat(self, segments: Sequence[Segment]) -> text.PromptBuilder:
+    def _chat_prompt(self, segments: Sequence[Segment]) -> text.PromptBuilder:
         told, segments = split_system_messages(segments)
         prompt = text.PromptBuilder(self.tokenizer, self.names).ids([self.tokenizer.bos_token_id])
         prompt = prompt.add_user_text(f"{told} ") if told else prompt.add_template_text(SYSTEM_PROMPT)
@@ -176,7 +176,7 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
         "next-token": NextToken(image_tokenizer.grid, row_end=1),
     }
     model = UnifiedModel("emu3", Backbone(lm), Vocabulary(first, codes), tokenizer, image_tokenizer, template, writers)
-    model.sample_by("next-token", **SAMPLING)
+    model.set_default_sampling("next-token", **SAMPLING)
     return model
 
 

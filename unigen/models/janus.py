@@ -76,7 +76,7 @@ class JanusTemplate(PretrainedTemplate):
     def layout(self, grid: tuple[int, int]) -> Layout:
         return Layout(grid, closing=(self.special[EOI],))
 
-    def frame(self, image: Image.Image, size: int) -> np.ndarray:
+    def preprocess(self, image: Image.Image, size: int) -> np.ndarray:
         """The whole picture, resized, in the middle of a square of `PAD_COLOR`."""
         longest = max(image.size)
         width, height = (max(14, int(side / longest * size)) for side in image.size)
@@ -354,11 +354,11 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
         "text": Text(sorted({*tokenizer.all_special_ids, *template.special.values()})),
         "next-token": NextToken(image_tokenizer.grid),
     }
-    vocabulary = Vocabulary(parts.backbone.text_size, codes, own_head=True)
+    vocabulary = Vocabulary(parts.backbone.text_size, codes, separate_head=True)
     model = UnifiedModel(
         "janus", parts.backbone, vocabulary, tokenizer, image_tokenizer, template, writers, parts.sight
     )
-    model.sample_by("next-token", **SAMPLING)
+    model.set_default_sampling("next-token", **SAMPLING)
     return model
 
 

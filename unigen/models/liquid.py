@@ -60,7 +60,7 @@ class LiquidTemplate(PretrainedTemplate):
         known = tokenizer.get_vocab()
         ends = [name for name in ("<end_of_turn>", "<|im_end|>", "<|eot_id|>", tokenizer.eos_token) if name in known]
         self.turn_ends = tuple(known[name] for name in dict.fromkeys(ends))
-        self.image_end: int = known[EOI]
+        self.image_end_id: int = known[EOI]
         self.begins = {self.reader: known[BOI]}
         if tokenizer.chat_template is None and "<start_of_turn>" in known:
             tokenizer.chat_template = CHAT_TEMPLATE
@@ -68,9 +68,9 @@ class LiquidTemplate(PretrainedTemplate):
             self.outputs = ("image",)
 
     def layout(self, grid: tuple[int, int]) -> Layout:
-        return Layout(grid, closing=(self.image_end,))
+        return Layout(grid, closing=(self.image_end_id,))
 
-    def frame(self, image: Image.Image, size: int) -> np.ndarray:
+    def preprocess(self, image: Image.Image, size: int) -> np.ndarray:
         """The whole picture on a square of `PAD_COLOR`, resized."""
         side = max(image.size)
         paper = Image.new("RGB", (side, side), PAD_COLOR)
@@ -80,20 +80,20 @@ class LiquidTemplate(PretrainedTemplate):
     def prompt(self, document: Document, *, output: Output, blind: int = 0) -> Tokens:
         if output == "image":
             return self._drawing(document.segments, bool(blind)).tokens()
-        return self._chat(document.segments).tokens()
+        return self._chat_prompt(document.segments).tokens()
 
     def encode(self, document: Document, *, blind: bool = False, writer: str = "next-token") -> Tokens:
         """A whole document to learn from: one that ends in a picture of the assistant's, with the words that it is
         drawn from; else a chat, of which the assistant's answers are learnt."""
         last = document.segments[-1]
         if last.image is None or last.role != "assistant":
-            return self._chat(document.segments).tokens()
+            return self._chat_prompt(document.segments).tokens()
         prompt = (
             self._drawing(document.segments[:-1], blind)
             .add_template_text(BOI)
             .image(last.image, self.positions, loss=True)
         )
-        return prompt.ids([self.image_end, self.tokenizer.eos_token_id], loss=True).tokens()
+        return prompt.ids([self.image_end_id, self.tokenizer.eos_token_id], loss=True).tokens()
 
     def _drawing(self, segments: Sequence[Segment], blind: bool) -> text.PromptBuilder:
         if any(segment.image is not None for segment in segments):
@@ -108,7 +108,7 @@ class LiquidTemplate(PretrainedTemplate):
             INSTRUCTION
         )
 
-    def _chat(self, segments: Sequence[Segment]) -> text.PromptBuilder:
+    def _chat_prompt(self, segments: Sequence[Segment]) -> text.PromptBuilder:
         """Turns as the tokenizer's chat template lays them out, answered where the assistant speaks last."""
         told, segments = split_system_messages(segments)
         segments = [Segment(text=told, role="system"), *segments] if told else segments
@@ -183,11 +183,11 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
     height, width = image_tokenizer.grid
     template = LiquidTemplate(tokenizer, height * width)
     writers: dict[str, Generator] = {
-        "text": Text(sorted(set(tokenizer.all_special_ids) | {*template.begins.values(), template.image_end})),
+        "text": Text(sorted(set(tokenizer.all_special_ids) | {*template.begins.values(), template.image_end_id})),
         "next-token": NextToken(image_tokenizer.grid),
     }
     model = UnifiedModel("liquid", Backbone(lm), vocabulary, tokenizer, image_tokenizer, template, writers)
-    model.sample_by("next-token", **SAMPLING)
+    model.set_default_sampling("next-token", **SAMPLING)
     return model
 
 

@@ -417,9 +417,9 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
         backbone.encoder.float()  # whose sums are too large for float16
     hub.load_strict(backbone, state, folder)
     writers: dict[str, Generator] = {"next-token": NextToken(image_tokenizer.grid)}
-    vocabulary = Vocabulary(backbone.before, image_tokenizer.codebook_size, own_head=True)
+    vocabulary = Vocabulary(backbone.before, image_tokenizer.codebook_size, separate_head=True)
     model = UnifiedModel("llamagen", backbone, vocabulary, tokenizer, image_tokenizer, template, writers)
-    model.sample_by("next-token", **SAMPLING[kind])
+    model.set_default_sampling("next-token", **SAMPLING[kind])
     return model
 
 

@@ -63,7 +63,7 @@ class LuminaTemplate(ChameleonTemplate):
 
     names = (BOI, EOI, EOT, EOL)
     free_size, scales, apart = True, 1, True
-    unended = ()
+    open_turn_outputs = ()
 
     def __init__(self, tokenizer: Any, stride: int, size: int) -> None:
         super().__init__(tokenizer, (size // stride) ** 2)
@@ -79,7 +79,7 @@ class LuminaTemplate(ChameleonTemplate):
         opening = tuple(self.sides[codes // CELL - 1] for codes in grid)
         return Layout(grid, opening, (self.special[EOL],), (self.special[EOI],))
 
-    def frame(self, image: Image.Image, size: int) -> np.ndarray:
+    def preprocess(self, image: Image.Image, size: int) -> np.ndarray:
         """The middle of the picture, in that shape of at most `size` squared pixels which leaves most of it."""
         width, height = max(
             crop_sizes(size, CELL * self.stride), key=lambda shape: (kept_fraction(image.size, shape), shape)
@@ -194,7 +194,7 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
     template = LuminaTemplate(tokenizer, size // image_tokenizer.grid[0], size)
     specials = (*template.special.values(), *template.sides)
     model = chameleon.build_chameleon("lumina", lm, image_tokenizer, template, specials, row_end=1)
-    model.sample_by("next-token", **SAMPLING)
+    model.set_default_sampling("next-token", **SAMPLING)
     return model
 
 

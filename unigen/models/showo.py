@@ -62,12 +62,12 @@ class ShowoMasked(Masked):
         super().__init__(grid, mask, STEPS, CHOICE_TEMPERATURE)
         self.end = end
 
-    def reach(self) -> list[int] | None:
+    def attend_until(self) -> list[int] | None:
         return [self.positions()] * (self.positions() + 2)
 
     def ask(self, state: GenerationState) -> StepInput:
         ids = [*super().ask(state).ids, self.end]
-        return StepInput(ids, reach=[len(ids) - 1] * len(ids))
+        return StepInput(ids, attend_until=[len(ids) - 1] * len(ids))
 
     def left(self, state: MaskedState, number: int, steps: int) -> int:
         """At least one, which is drawn anew, until the last step writes all."""
@@ -100,17 +100,17 @@ class ShowoTemplate(PretrainedTemplate):
     def layout(self, grid: tuple[int, int]) -> Layout:
         return Layout(grid, closing=(self.special[EOI],))
 
-    def frame(self, image: Image.Image, size: int) -> np.ndarray:
+    def preprocess(self, image: Image.Image, size: int) -> np.ndarray:
         """Resized by its shorter side, then its centre."""
         width, height = (size * side // min(image.size) for side in image.size)
         left, top = round((width - size) / 2), round((height - size) / 2)
         resized = image.resize((width, height), Image.Resampling.BICUBIC)
         return np.asarray(resized.crop((left, top, left + size, top + size)))
 
-    def mask_cells(self, mask: Image.Image, size: int, grid: tuple[int, int]) -> np.ndarray:
+    def mask_to_cells(self, mask: Image.Image, size: int, grid: tuple[int, int]) -> np.ndarray:
         """The codes (h, w) that a mask marks: those whose middle it covers by half and more, as the official script
         resizes it (bicubic, without smoothing)."""
-        marks_HW = torch.from_numpy(np.array(self.frame(mask.convert("L"), size))).float() / 255
+        marks_HW = torch.from_numpy(np.array(self.preprocess(mask.convert("L"), size))).float() / 255
         cells_hw = torch.nn.functional.interpolate(marks_HW[None, None], size=grid, mode="bicubic")[0, 0]
         return (cells_hw >= 0.5).numpy()
 
@@ -120,7 +120,7 @@ class ShowoTemplate(PretrainedTemplate):
     def prompt(self, document: Document, *, output: Output, blind: int = 0) -> Tokens:
         if output == "image":
             return self._drawing(document.segments, bool(blind))
-        return self._question(document.segments)
+        return self._question_prompt(document.segments)
 
     def encode(self, document: Document, *, blind: bool = False, writer: str = "masked") -> Tokens:
         """A whole document to learn from, which ends in a picture of the assistant's."""
@@ -142,7 +142,7 @@ class ShowoTemplate(PretrainedTemplate):
         tokens.add([*prompt.add_user_text(words).tokens().ids[: MAX_PROMPT_LEN - 1], self.tokenizer.eos_token_id])
         return tokens
 
-    def _question(self, segments: Sequence[Segment]) -> Tokens:
+    def _question_prompt(self, segments: Sequence[Segment]) -> Tokens:
         pictures = [segment.image for segment in segments if segment.image is not None]
         if len(pictures) != 1 or any(segment.label is not None or segment.role != "user" for segment in segments):
             raise UnsupportedError("showo answers one question about one picture: give a picture and words")
@@ -193,7 +193,7 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
         "masked": ShowoMasked(grid, vocabulary.stop, template.special[EOI]),
     }
     model = UnifiedModel("showo", Backbone(lm), vocabulary, tokenizer, image_tokenizer, template, writers)
-    model.sample_by("masked", **SAMPLING)
+    model.set_default_sampling("masked", **SAMPLING)
     return model
 
 

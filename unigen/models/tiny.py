@@ -79,7 +79,7 @@ class ChatTemplate:
 
     reader = CONTEXT_GENERATOR
     candidates = 16
-    free_size = False
+    variable_size = False
     scales = 1
     system = False
 
@@ -106,9 +106,9 @@ class ChatTemplate:
                 f"the text tokenizer has no {', '.join(missing)}: train a new one (data_tools/train_tokenizer.py)"
             )
         self.start: int = tokenizer.bos_token_id
-        self.turn_end: int = tokenizer.eos_token_id
-        self.turn_ends: tuple[int, ...] = (self.turn_end,)
-        self.image_end: int = self.special[EOI]
+        self.eos_id: int = tokenizer.eos_token_id
+        self.turn_ends: tuple[int, ...] = (self.eos_id,)
+        self.image_end_id: int = self.special[EOI]
         spare = [name for name in SPARE_TOKENS if name in self.special and name not in begins.values()]
         if len(unknown := [name for name in positions if name not in begins]) > len(spare):
             raise ValueError(
@@ -130,13 +130,13 @@ class ChatTemplate:
             return self._turns(Document(document.segments[: said[-1] + 1]), blind, writer)
         tokens = self._turns(document, blind)
         if document.segments[-1].role == "assistant":
-            tokens.add([self.turn_end], loss=not blind)
+            tokens.add([self.eos_id], loss=not blind)
         return tokens
 
     def layout(self, grid: tuple[int, int]) -> Layout:
-        return Layout(grid, closing=(self.image_end,))
+        return Layout(grid, closing=(self.image_end_id,))
 
-    def frame(self, image: Image.Image, size: int) -> np.ndarray:
+    def preprocess(self, image: Image.Image, size: int) -> np.ndarray:
         return center_crop_resize(image, size)
 
     def prefix(self, ids: Sequence[int]) -> int:
@@ -163,7 +163,7 @@ class ChatTemplate:
             if segment.role != role:
                 worded = False
                 if role == "assistant":
-                    tokens.add([self.turn_end], loss=not blind)
+                    tokens.add([self.eos_id], loss=not blind)
                 role = segment.role
                 tokens.add([self.special[USER if role == "user" else ASSISTANT]])
             learnt = role == "assistant"
@@ -174,25 +174,25 @@ class ChatTemplate:
                 tokens.add_image(segment.image, self.positions[name], loss=learnt, writer=name)
                 if name in self.text_lengths:
                     start = tokens.spans[-1][0]
-                    tokens.ids[start : start + self.text_lengths[name]] = self.opening_text(document, name)
+                    tokens.ids[start : start + self.text_lengths[name]] = self.prefix_text_ids(document, name)
                 if name == CONTEXT_GENERATOR:
-                    tokens.add([self.image_end])
+                    tokens.add([self.image_end_id])
             elif blind:
                 tokens.add([] if worded else [self.special[UNCOND]])  # one for the whole run of text
             elif segment.label is not None:
                 tokens.add([self.special[class_token(self.number(segment.label))]])
             elif self.classes:
-                raise ValueError(f"this model draws classes, not words: give {self.known_classes()}")
+                raise ValueError(f"this model draws classes, not words: give {self.describe_classes()}")
             else:
                 tokens.add(self.text_ids(segment.text or ""), loss=learnt)
             worded = segment.image is None
         return tokens
 
-    def opening_text(self, document: Document, writer: str) -> list[int]:
+    def prefix_text_ids(self, document: Document, writer: str) -> list[int]:
         """The ids of the last text, cut or filled up with ends of turn to the positions that this generator has."""
         said = [self.text_ids(segment.text) for segment in document.segments if segment.text]
         ids = said[-1][: self.text_lengths[writer]] if said else []
-        return ids + [self.turn_end] * (self.text_lengths[writer] - len(ids))
+        return ids + [self.eos_id] * (self.text_lengths[writer] - len(ids))
 
     def number(self, label: int | str) -> int:
         """Of a class, by its number or name. Raises ValueError naming the classes there are."""
@@ -202,10 +202,10 @@ class ChatTemplate:
             return self.classes.index(str(label))
         number = int(label) if str(label).isdecimal() else -1
         if not 0 <= number < len(self.classes):
-            raise ValueError(f"unknown class {label!r}: give {self.known_classes()}")
+            raise ValueError(f"unknown class {label!r}: give {self.describe_classes()}")
         return number
 
-    def known_classes(self) -> str:
+    def describe_classes(self) -> str:
         names = ", ".join(self.classes[:10]) + (", ..." if len(self.classes) > 10 else "")
         return f"a class from 0 to {len(self.classes) - 1}, or its name ({names})"
 
@@ -269,7 +269,7 @@ def build_context(lm: Any, tokenizer: Any, image_tokenizer: ImageTokenizer) -> B
     width = int(lm.config.get_text_config().hidden_size)
     known = tokenizer.convert_tokens_to_ids([name for name in SPECIAL_TOKENS if name in tokenizer.get_vocab()])
     specials = tuple(sorted({*tokenizer.all_special_ids, *known} - {tokenizer.eos_token_id}))
-    return BuildContext(image_tokenizer.grid, tokenizer.convert_tokens_to_ids(MASK), width, specials=specials)
+    return BuildContext(image_tokenizer.grid, tokenizer.convert_tokens_to_ids(MASK), width, special_ids=specials)
 
 
 def build_generator(name: str, frame: BuildContext) -> Generator:
@@ -366,7 +366,7 @@ def load(folder: Path, dtype: torch.dtype | None = None, inference: bool = False
     later = {
         name: partial(load_generator_lazily, folder / name, frame)
         for name in headed
-        if inference and not kinds[name].in_sequence and (folder / name).is_dir()
+        if inference and not kinds[name].uses_positions and (folder / name).is_dir()
     }
     heads = [load_generator(folder / name, frame) for name in headed if name not in later]
     begins, classes = manifest.get("begins"), manifest.get("classes", ())

@@ -255,7 +255,7 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
     vocabulary = Vocabulary(settings["classes"], tokenizer.codebook_size)
     backbone = VARBackbone(parts.lm)
     model = UnifiedModel("var", backbone, vocabulary, None, tokenizer, template, writers)
-    model.sample_by("next-scale", **SAMPLING)
+    model.set_default_sampling("next-scale", **SAMPLING)
     return model
 
 

@@ -79,7 +79,7 @@ class PackedGroups:
             at += len(filled)
             self.groups.append((len(alike), longest, hidden))
         self.places = torch.cat(places or [back[:0]]).to(device)
-        self.back = torch.where(back < 0, at, back).to(device)
+        self.scatter_index = torch.where(back < 0, at, back).to(device)
 
 
 def packed_attention(
@@ -144,7 +144,7 @@ def packed_attention(
             )
         mixed.append(mixed_NHLE.transpose(1, 2).flatten(0, 1))
     mixed.append(query_BHLE.new_zeros(1, heads, width))  # what padding reads
-    return torch.cat(mixed).index_select(0, packing.back).unflatten(0, (batch, length)), None
+    return torch.cat(mixed).index_select(0, packing.scatter_index).unflatten(0, (batch, length)), None
 
 
 def _single_query_attention(

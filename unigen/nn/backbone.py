@@ -48,7 +48,7 @@ class Backbone(nn.Module):
         dtype = embeds_BLD.dtype if cache is None or cache.dtype is None else cache.dtype  # of the keys
         decoder = self.lm.get_decoder()
         seen: Tensor | None = None  # where all keys may be seen: once, not in every layer
-        if cache is None or not cache.step.sees_all or not llama.is_plain_llama(decoder):
+        if cache is None or not cache.step.needs_no_mask or not llama.is_plain_llama(decoder):
             seen = embeds_BLD.new_zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
         if cache is not None and llama.is_plain_llama(decoder):
             return llama.llama_hidden(decoder, embeds_BLD, positions_BL, seen, cache)
@@ -139,7 +139,7 @@ class _StepPlan:
         self.at = self.lengths[0]
         self.aligned = self.contiguous and bool((lengths == lengths[0]).all())
         self.keys = int(lengths.max()) + queries
-        self.sees_all = self.aligned and queries == 1
+        self.needs_no_mask = self.aligned and queries == 1
         """Does every query see all keys that are read?"""
         self.rows_B = torch.tensor(rows, device=device)
         self.at_BL = (lengths[:, None] + torch.arange(queries)).to(device)

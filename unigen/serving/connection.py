@@ -59,32 +59,32 @@ class TimedConnection(H11Protocol):
         super().__init__(*arguments, **options)
         self._head: asyncio.TimerHandle | None = None
         self._read: asyncio.TimerHandle | None = None
-        self._who: str | None = None
-        self._pieces, self._bytes = 0, 0  # of the present body
-        self._next_event, self.conn.next_event = self.conn.next_event, self._counted_event  # type: ignore[method-assign]
+        self._client_id: str | None = None
+        self._num_chunks, self._pending_bytes = 0, 0  # of the present body
+        self._h11_next_event, self.conn.next_event = self.conn.next_event, self._next_checked_event  # type: ignore[method-assign]
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._expect_head()
+        self._start_header_timer()
         host = self.client[0] if self.client else ""
-        if not self._trusted(host):
-            self._who = client_id(host)
-            self.open[self._who] += 1
-            if self.open[self._who] > MAX_CONNECTIONS_PER_CLIENT:
+        if not self._is_trusted_proxy(host):
+            self._client_id = client_id(host)
+            self.open[self._client_id] += 1
+            if self.open[self._client_id] > MAX_CONNECTIONS_PER_CLIENT:
                 transport.write(_TOO_MANY_CONNECTIONS_RESPONSE)
                 transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop("_head", "_read")
-        if self._who is not None:
-            self.open[self._who] -= 1
-            if not self.open[self._who]:
-                del self.open[self._who]
-            self._who = None
+        if self._client_id is not None:
+            self.open[self._client_id] -= 1
+            if not self.open[self._client_id]:
+                del self.open[self._client_id]
+            self._client_id = None
         self.conn.__dict__.pop("next_event", None)  # of this object: it would keep itself
         super().connection_lost(exc)
 
-    def _trusted(self, host: str) -> bool:
+    def _is_trusted_proxy(self, host: str) -> bool:
         """Is this a proxy, through which many clients ask?"""
         try:
             address = ipaddress.ip_address(host)
@@ -94,13 +94,16 @@ class TimedConnection(H11Protocol):
         proxies = named if isinstance(named, list) else ()
         return any(address in ipaddress.ip_network(proxy, strict=False) for proxy in proxies)
 
-    def _counted_event(self) -> Any:
-        event = self._next_event()
+    def _next_checked_event(self) -> Any:
+        event = self._h11_next_event()
         if isinstance(event, h11.Request):
-            self._pieces, self._bytes = 0, 0
+            self._num_chunks, self._pending_bytes = 0, 0
         elif isinstance(event, h11.Data):
-            self._pieces, self._bytes = self._pieces + event.chunk_start, self._bytes + len(event.data)
-            if self._bytes < MIN_CHUNK_BYTES * (self._pieces - MAX_SMALL_CHUNKS):
+            self._num_chunks, self._pending_bytes = (
+                self._num_chunks + event.chunk_start,
+                self._pending_bytes + len(event.data),
+            )
+            if self._pending_bytes < MIN_CHUNK_BYTES * (self._num_chunks - MAX_SMALL_CHUNKS):
                 self.transport.abort()
                 return h11.NEED_DATA
         return event
@@ -112,44 +115,44 @@ class TimedConnection(H11Protocol):
             self._stop("_read")
         super().data_received(data)
         if self.cycle is None or self.cycle.response_complete:
-            self._expect_head()
+            self._start_header_timer()
         else:
             self._stop("_head")
 
     def on_response_complete(self) -> None:
-        self._expect_reading()
+        self._start_read_timer()
         super().on_response_complete()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._expect_reading()
+        self._start_read_timer()
 
     def resume_writing(self) -> None:
         super().resume_writing()
         self._stop("_read")
 
-    def _expect_head(self, left: int = CHECKS_PER_TIMEOUT) -> None:
+    def _start_header_timer(self, left: int = CHECKS_PER_TIMEOUT) -> None:
         """Counted in ticks of the server's own, which may have been stopped itself."""
         if not left:
             self.transport.abort()
         elif self._head is None:
-            self._head = self.loop.call_later(HEADER_TIMEOUT / CHECKS_PER_TIMEOUT, self._tick, left - 1)
+            self._head = self.loop.call_later(HEADER_TIMEOUT / CHECKS_PER_TIMEOUT, self._on_timer, left - 1)
 
-    def _tick(self, left: int) -> None:
+    def _on_timer(self, left: int) -> None:
         self._head = None
-        self._expect_head(left)
+        self._start_header_timer(left)
 
-    def _expect_reading(self) -> None:
+    def _start_read_timer(self) -> None:
         if self._read is None and (waits := self.transport.get_write_buffer_size()):
-            self._read = self.loop.call_later(CLIENT_READ_TIMEOUT, self._check_reading, waits)
+            self._read = self.loop.call_later(CLIENT_READ_TIMEOUT, self._check_client_reads, waits)
 
-    def _check_reading(self, before: int) -> None:
+    def _check_client_reads(self, before: int) -> None:
         """What waits is less by `MIN_CLIENT_READ_BYTES`, or the client is given up."""
         self._read = None
         if self.transport.get_write_buffer_size() > max(0, before - MIN_CLIENT_READ_BYTES):
             self.transport.abort()
         else:
-            self._expect_reading()
+            self._start_read_timer()
 
     def _stop(self, *names: str) -> None:
         for name in names:

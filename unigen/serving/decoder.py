@@ -77,12 +77,12 @@ class FairLock:
     """
 
     def __init__(self) -> None:
-        self._held = False
+        self._is_held = False
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # the next client first
 
     @asynccontextmanager
     async def acquire(self, client: str) -> AsyncIterator[None]:
-        if self._held:
+        if self._is_held:
             turn = asyncio.get_running_loop().create_future()
             self._waiting.setdefault(client, deque()).append(turn)
             try:
@@ -91,7 +91,7 @@ class FairLock:
                 if turn.done() and not turn.cancelled():  # it came at that very moment
                     self._pass_on()
                 raise
-        self._held = True
+        self._is_held = True
         try:
             yield
         finally:
@@ -107,7 +107,7 @@ class FairLock:
             if not turn.done():
                 turn.set_result(None)
                 return
-        self._held = False
+        self._is_held = False
 
 
 class ImageDecoder:
@@ -129,7 +129,7 @@ class ImageDecoder:
         self._pipe: Connection | None = None
 
     async def __aenter__(self) -> ImageDecoder:
-        self._thread.submit(self._started)
+        self._thread.submit(self._ensure_started)
         return self
 
     async def __aexit__(self, *_: Any) -> None:
@@ -192,7 +192,7 @@ class ImageDecoder:
 
     def _ask(self, place: int, *request: Any) -> Any:
         try:
-            pipe = self._started()
+            pipe = self._ensure_started()
         except OSError:  # no memory, no process or no file to be had now
             self._end()
             raise DecoderBusy from None
@@ -216,7 +216,7 @@ class ImageDecoder:
             raise ImageError(answer["wrong"], answer["place"])
         return answer
 
-    def _started(self) -> Connection:
+    def _ensure_started(self) -> Connection:
         if self._process is None or self._process.poll() is not None or self._pipe is None:
             self._end()
             self._pipe, theirs = Pipe()

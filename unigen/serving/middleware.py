@@ -40,14 +40,15 @@ class Limits:
     Args:
         keys: without one of them nothing but `PUBLIC_PATHS` is answered; none: all is. Printable ASCII without blanks.
         body: bytes of one request.
-        bodies: bytes of all requests that are being read or answered; at least of two of them.
+        max_pending_body_bytes: bytes of all requests that are being read or answered; at least of two of them.
         rate: requests a minute of one key or address; 0 is any number.
-        wrong_keys: a minute of one address; when they are used up, no key of that address is looked at.
-        hosts: names of this server beside localhost and addresses, "*" is any; other names in the header `Host` are
-            refused where there are no keys, and so are requests that pages of other origins send. None: neither is
+        invalid_keys_per_minute: of one address; when they are used up, no key of that address is looked at.
+        allowed_hosts: names of this server beside localhost and addresses, "*" is any; other names in the header
+            `Host` are refused where there are no keys, and so are requests that pages of other origins send. None: neither is
             checked.
-        origins: of pages that may send requests nevertheless, "*" is any.
-        body_seconds, body_pace: a body may take so many seconds, and one more for each `body_pace` bytes that came.
+        allowed_origins: of pages that may send requests nevertheless, "*" is any.
+        body_timeout: seconds that a body may take, and one more for each `min_body_bytes_per_second` bytes that came.
+        min_body_bytes_per_second: see `body_timeout`.
 
     Raises:
         ValueError: a key is empty, or has blanks or characters that no header carries.
@@ -55,13 +56,13 @@ class Limits:
 
     keys: tuple[str, ...] = ()
     body: int = 32 << 20
-    bodies: int = 256 << 20
+    max_pending_body_bytes: int = 256 << 20
     rate: int = 0
-    wrong_keys: int = 20
-    hosts: tuple[str, ...] | None = None
-    origins: tuple[str, ...] = ()
-    body_seconds: float = 20.0
-    body_pace: int = 32 << 10
+    invalid_keys_per_minute: int = 20
+    allowed_hosts: tuple[str, ...] | None = None
+    allowed_origins: tuple[str, ...] = ()
+    body_timeout: float = 20.0
+    min_body_bytes_per_second: int = 32 << 10
 
     def __post_init__(self) -> None:
         for key in self.keys:
@@ -90,17 +91,17 @@ class RateLimiter:
 
     def wait(self, who: str) -> int:
         """Seconds until this one may ask again; 0: now."""
-        left = self._refilled(who)
+        left = self._refill(who)
         return 0 if left >= 1 else math.ceil((1 - left) * 60 / self.rate)
 
     def take(self, who: str) -> None:
         """Count one request."""
-        self._left[who] = (self._refilled(who) - 1, time.monotonic())
+        self._left[who] = (self._refill(who) - 1, time.monotonic())
         self._left.move_to_end(who)
         if len(self._left) > MAX_TRACKED_CLIENTS:
             self._left.popitem(last=False)
 
-    def _refilled(self, who: str) -> float:
+    def _refill(self, who: str) -> float:
         left, then = self._left.get(who, (float(self.rate), 0.0))
         return min(self.rate, left + (time.monotonic() - then) * self.rate / 60)
 
@@ -108,8 +109,8 @@ class RateLimiter:
 class GuardMiddleware:
     def __init__(self, app: Any, limits: Limits, metrics: Any) -> None:
         self.app, self.limits, self.metrics = app, limits, metrics
-        self._requests, self._wrong_keys = RateLimiter(limits.rate), RateLimiter(limits.wrong_keys)
-        self._bytes = 0
+        self._requests, self._invalid_keys = RateLimiter(limits.rate), RateLimiter(limits.invalid_keys_per_minute)
+        self._pending_bytes = 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -131,7 +132,7 @@ class GuardMiddleware:
 
         self.metrics.open.inc()
         try:
-            refusal = self._refusal(scope, headers)
+            refusal = self._check_request(scope, headers)
             if refusal:
                 await _send_json(noted, *refusal)
             else:
@@ -141,7 +142,7 @@ class GuardMiddleware:
             if not status:
                 await _send_json(noted, 500, {}, error_body("a fault of the server", kind="server_error"))
         finally:
-            self._bytes -= body.bytes
+            self._pending_bytes -= body.bytes
             seconds = time.perf_counter() - start
             route = getattr(scope.get("route"), "path", "other")
             self.metrics.open.dec()
@@ -150,11 +151,15 @@ class GuardMiddleware:
             line = {"request": number, "method": scope["method"], "route": route, "status": status or 499}
             log.info(json.dumps(line | {"seconds": round(seconds, 4)} | scope["state"].get("log", {})))
 
-    def _refusal(self, scope: Any, headers: dict[str, str]) -> tuple[int, dict[str, str], Any] | None:
+    def _check_request(self, scope: Any, headers: dict[str, str]) -> tuple[int, dict[str, str], Any] | None:
         path, limits = scope["path"], self.limits
         if path in HEALTH_PATHS:
             return None
-        if not limits.keys and limits.hosts is not None and (stranger := self._stranger(scope["method"], headers)):
+        if (
+            not limits.keys
+            and limits.allowed_hosts is not None
+            and (stranger := self._check_origin(scope["method"], headers))
+        ):
             return 403, {}, error_body(stranger, code="forbidden")
         if path in PUBLIC_PATHS or path.startswith(WEB_PREFIX) or scope["method"] == "OPTIONS":
             return None
@@ -163,12 +168,12 @@ class GuardMiddleware:
         who = _client_address(scope)
         if limits.keys:
             kind, _, key = headers.get("authorization", "").partition(" ")
-            if wait := self._wrong_keys.wait(who):
+            if wait := self._invalid_keys.wait(who):
                 return _rate_limit_response(wait, f"too many wrong keys: try again in {wait} s")
             known = [one for one in limits.keys if hmac.compare_digest(one.encode(), key.strip().encode())]
             if kind.lower() != "bearer" or not known:
                 if key:
-                    self._wrong_keys.take(who)
+                    self._invalid_keys.take(who)
                 wrong = error_body("give an API key: Authorization: Bearer ...", code="invalid_api_key")
                 return 401, {"www-authenticate": "Bearer"}, wrong
             who = known[0]
@@ -179,32 +184,36 @@ class GuardMiddleware:
             self._requests.take(who)
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length[:20]) > limits.body:
-            return 413, {"connection": "close"}, error_body(self.too_long(), code="request_too_large")
+            return 413, {"connection": "close"}, error_body(self.too_large_message(), code="request_too_large")
         return None
 
-    def _stranger(self, method: str, headers: dict[str, str]) -> str | None:
+    def _check_origin(self, method: str, headers: dict[str, str]) -> str | None:
         """Why a browser that other pages lead here is refused: they could not read a key, but need none."""
         host, limits = headers.get("host", ""), self.limits
         name = _host_name(host)
-        if host and not _is_local_host(name) and not {name, "*"} & {_host_name(one) for one in limits.hosts or ()}:
+        if (
+            host
+            and not _is_local_host(name)
+            and not {name, "*"} & {_host_name(one) for one in limits.allowed_hosts or ()}
+        ):
             return f"this server is not asked as {name!r} without a key: start it with --allow-host {name} or --api-key"
         origin = headers.get("origin")
         if origin is None:
             crossed = method != "GET" and headers.get("sec-fetch-site") == "cross-site"
             return "pages of other sites may not send requests here: see --allow-origin" if crossed else None
-        if {origin, "*"} & set(limits.origins) or (host and origin.partition("://")[2].lower() == host.lower()):
+        if {origin, "*"} & set(limits.allowed_origins) or (host and origin.partition("://")[2].lower() == host.lower()):
             return None
         return (
             f"pages of {origin[:200]} may not send requests here: start the server with --allow-origin {origin[:200]}"
         )
 
-    def too_long(self) -> str:
+    def too_large_message(self) -> str:
         return f"the request is longer than {self.limits.body} bytes"
 
     def count(self, bytes: int) -> None:
         """Bytes of bodies that are held. Raises HTTPException where it is too many."""
-        self._bytes += bytes
-        if self._bytes > max(self.limits.bodies, 2 * self.limits.body):
+        self._pending_bytes += bytes
+        if self._pending_bytes > max(self.limits.max_pending_body_bytes, 2 * self.limits.body):
             raise HTTPException(429, "the server reads too many requests at a time: ask again", {"retry-after": "2"})
 
 
@@ -219,7 +228,7 @@ class _LimitedBody:
         if self.whole:  # what comes is that the client leaves
             return await self._receive()
         limits = self.guard.limits
-        end = self.start + limits.body_seconds + self.bytes / limits.body_pace
+        end = self.start + limits.body_timeout + self.bytes / limits.min_body_bytes_per_second
         try:
             async with asyncio.timeout(max(0, end - time.monotonic())):
                 message = await self._receive()
@@ -230,7 +239,7 @@ class _LimitedBody:
         self.bytes += length
         self.guard.count(length)
         if self.bytes > limits.body:
-            raise HTTPException(413, self.guard.too_long(), {"connection": "close"})
+            raise HTTPException(413, self.guard.too_large_message(), {"connection": "close"})
         return message
 
 

@@ -51,7 +51,7 @@ class EventSender:
         with self._lock:
             self._pipe.send(message)
 
-    def beat(self) -> None:
+    def send_heartbeats(self) -> None:
         """Heartbeats until the server is gone."""
         try:
             while True:
@@ -71,7 +71,7 @@ def _worker_main(jobs: Any, events: Any, *arguments: Any) -> None:
     multiprocessing.current_process().daemon = False  # else it could start none
     threading.Thread(target=_exit_with_parent, args=(multiprocessing.parent_process(),), daemon=True).start()
     sender = EventSender(events)
-    threading.Thread(target=sender.beat, daemon=True).start()
+    threading.Thread(target=sender.send_heartbeats, daemon=True).start()
     from unigen.serving.worker import run_worker
 
     run_worker(jobs, sender, *arguments)
@@ -121,41 +121,46 @@ class EngineProcess:
         self.source, self.slots, self.most = source, slots, most
         self.silence, self.longest_step, self.patience, self.target = silence, longest_step, patience, target
         self.info: dict[str, Any] = {}
-        self.ready, self.tried = asyncio.Event(), asyncio.Event()
-        self.refused: str | None = None
+        self.ready, self.load_attempted = asyncio.Event(), asyncio.Event()
+        self.load_error: str | None = None
         """Why the model could not be loaded at first; then it is not tried again."""
-        self.fault: str | None = None
+        self.reload_error: str | None = None
         """Why it could not be loaded again, where it could not; that is tried again."""
         self.load = EMPTY_STATS
         self.starts = 0
-        self._numbers = itertools.count()
+        self._job_ids = itertools.count()
         self._jobs: dict[int, asyncio.Queue[Event]] = {}
-        self._pause, self._mean = 1.0, 1.0
+        self._restart_delay, self._mean_job_seconds = 1.0, 1.0
         self._closing = False
         self._process: Any = None
         self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._again: asyncio.Task[None] | None = None
+        self._restart_task: asyncio.Task[None] | None = None
         self._down_since: float | None = None
-        self._runs, self._silent, self._beats, self._step = False, 0, False, 0.0  # silent: ticks without a message
+        self._is_running, self._silent_ticks, self._has_heartbeat, self._step_seconds = (
+            False,
+            0,
+            False,
+            0.0,
+        )  # silent: ticks without a message
 
     async def __aenter__(self) -> EngineProcess:
         self._loop = asyncio.get_running_loop()
         self._start()
-        self._watching = self._loop.create_task(self._watch())
+        self._watch_task = self._loop.create_task(self._watch())
         return self
 
     async def __aexit__(self, *_: Any) -> None:
         self._closing = True
-        self._watching.cancel()
-        if self._again:
-            self._again.cancel()
+        self._watch_task.cancel()
+        if self._restart_task:
+            self._restart_task.cancel()
         process = self._process
         self._outbox.put(None)
         await asyncio.to_thread(process.join, 5)
         if process.is_alive():
             process.kill()
             await asyncio.to_thread(process.join)
-        self._end_group()
+        self._kill_group()
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -165,8 +170,8 @@ class EngineProcess:
         """Why nothing can be answered now; None where it can."""
         if self.ready.is_set():
             return None
-        again = f"the model could not be loaded again ({self.fault}): that is tried again"
-        return self.refused or (again if self.fault else "the model is being loaded: ask again soon")
+        again = f"the model could not be loaded again ({self.reload_error}): that is tried again"
+        return self.load_error or (again if self.reload_error else "the model is being loaded: ask again soon")
 
     @property
     def alive(self) -> bool:
@@ -179,8 +184,8 @@ class EngineProcess:
         if self.down is not None:
             raise ModelUnavailable(self.down)
         if len(self._jobs) >= self.most:
-            raise QueueFull(max(1, round(self._mean * len(self._jobs) / self.slots)))
-        number, events = next(self._numbers), asyncio.Queue[Event]()
+            raise QueueFull(max(1, round(self._mean_job_seconds * len(self._jobs) / self.slots)))
+        number, events = next(self._job_ids), asyncio.Queue[Event]()
         self._jobs[number] = events
         began, over = self._loop.time(), False
         self._outbox.put((number, job))
@@ -190,7 +195,7 @@ class EngineProcess:
                 over = isinstance(event, (Finished, Rejected, Error))
                 yield event
             if isinstance(event, Finished):
-                self._mean += 0.1 * (self._loop.time() - began - self._mean)
+                self._mean_job_seconds += 0.1 * (self._loop.time() - began - self._mean_job_seconds)
         finally:
             if self._jobs.pop(number, None) and not over:
                 self._outbox.put((number, None))
@@ -201,7 +206,7 @@ class EngineProcess:
         self._process = context.Process(target=self.target, args=(jobs, tells, self.source, self.slots), daemon=True)
         self._process.start()
         self.starts += 1
-        self._runs, self._silent, self._beats, self._step = True, 0, False, 0.0
+        self._is_running, self._silent_ticks, self._has_heartbeat, self._step_seconds = True, 0, False, 0.0
         jobs.close()
         tells.close()
         self._outbox = queue.SimpleQueue()
@@ -227,53 +232,55 @@ class EngineProcess:
                     number, event = events.recv()
                 except (EOFError, OSError):
                     break
-                self._tell(self._heard, number, event)
-        self._tell(self._gone)
+                self._call_in_loop(self._heard, number, event)
+        self._call_in_loop(self._on_exit)
 
-    def _tell(self, what: Any, *arguments: Any) -> None:
+    def _call_in_loop(self, what: Any, *arguments: Any) -> None:
         try:
             self._loop.call_soon_threadsafe(what, *arguments)
         except RuntimeError:  # the loop is closed
             pass
 
     def _heard(self, number: int | None, event: Event) -> None:
-        self._silent = 0
+        self._silent_ticks = 0
         if isinstance(event, Heartbeat):
-            self._beats, self._step = True, event.step
+            self._has_heartbeat, self._step_seconds = True, event.step
         elif isinstance(event, Ready):
-            self.info, self.fault, self._down_since = event.info, None, None
+            self.info, self.reload_error, self._down_since = event.info, None, None
             self.ready.set()
-            self.tried.set()
+            self.load_attempted.set()
         elif isinstance(event, Stats):
             self.load = event
         elif number is None:
             assert isinstance(event, Rejected)
-            if self.tried.is_set():
-                self.fault = event.message
+            if self.load_attempted.is_set():
+                self.reload_error = event.message
                 log.error("the model could not be loaded again: %s", event.message)
             else:
-                self.refused = event.message
-                self.tried.set()
+                self.load_error = event.message
+                self.load_attempted.set()
         elif number in self._jobs:
             self._jobs[number].put_nowait(event)
             if isinstance(event, Started):
-                self._pause = 1.0
+                self._restart_delay = 1.0
 
-    def _gone(self) -> None:
+    def _on_exit(self) -> None:
         self.ready.clear()
-        self._runs, self.load = False, EMPTY_STATS
+        self._is_running, self.load = False, EMPTY_STATS
         self._outbox.put(None)
         if self._down_since is None:
             self._down_since = self._loop.time()
         for events in self._jobs.values():
             events.put_nowait(Error("the model's process ended while it answered: ask again"))
-        if self._closing or self.refused:
+        if self._closing or self.load_error:
             return
-        self._end_group()
-        log.error("the model's process ended (code %s); started again in %.0f s", self._process.exitcode, self._pause)
-        self._again = self._loop.create_task(self._restart())
+        self._kill_group()
+        log.error(
+            "the model's process ended (code %s); started again in %.0f s", self._process.exitcode, self._restart_delay
+        )
+        self._restart_task = self._loop.create_task(self._restart())
 
-    def _end_group(self) -> None:
+    def _kill_group(self) -> None:
         """End what the process has started and left."""
         try:
             os.killpg(self._process.pid, signal.SIGKILL)
@@ -282,30 +289,32 @@ class EngineProcess:
 
     async def _restart(self) -> None:
         while not self._closing:
-            await asyncio.sleep(self._pause)
-            self._pause = min(2 * self._pause, MAX_RESTART_DELAY)
+            await asyncio.sleep(self._restart_delay)
+            self._restart_delay = min(2 * self._restart_delay, MAX_RESTART_DELAY)
             try:
                 self._start()
                 return
             except OSError as error:  # no memory or no process to be had now
-                self.fault = str(error)
-                log.error("the model's process cannot be started: %s; tried again in %.0f s", error, self._pause)
+                self.reload_error = str(error)
+                log.error(
+                    "the model's process cannot be started: %s; tried again in %.0f s", error, self._restart_delay
+                )
 
     async def _watch(self) -> None:
         """End a process that hangs. Counted in ticks of the server's own, which may have been stopped itself."""
         while True:
             await asyncio.sleep(HEARTBEAT_INTERVAL)
-            if not self._runs:
+            if not self._is_running:
                 continue
-            self._silent += 1
-            limit = self.silence / HEARTBEAT_INTERVAL if self._beats else MAX_STARTUP_TICKS
-            if self._silent > limit:
-                self._kill(f"has sent no heartbeat for {self._silent * HEARTBEAT_INTERVAL:.0f} s")
-            elif self.longest_step is not None and self._step > self.longest_step:
-                self._kill(f"has been in one step for {self._step:.0f} s")
+            self._silent_ticks += 1
+            limit = self.silence / HEARTBEAT_INTERVAL if self._has_heartbeat else MAX_STARTUP_TICKS
+            if self._silent_ticks > limit:
+                self._kill(f"has sent no heartbeat for {self._silent_ticks * HEARTBEAT_INTERVAL:.0f} s")
+            elif self.longest_step is not None and self._step_seconds > self.longest_step:
+                self._kill(f"has been in one step for {self._step_seconds:.0f} s")
 
     def _kill(self, why: str) -> None:
         log.error("the model's process %s: it is ended", why)
-        self._runs = False
-        self._end_group()
+        self._is_running = False
+        self._kill_group()
         self._process.kill()

@@ -87,7 +87,7 @@ class GenerationFields(StrictModel):
     partial_images: int = bounded_field("previews", 0)
 
     @model_validator(mode="after")
-    def _within(self) -> Self:
+    def _check_counts(self) -> Self:
         if self.partial_images and not self.stream:
             raise ValueError("partial_images is for stream=true")
         if self.n * self.candidates > MAX_CHOICES:
@@ -179,7 +179,7 @@ class Message(StrictModel):
         return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
     @model_validator(mode="after")
-    def _complete(self) -> Message:
+    def _check_complete(self) -> Message:
         if self.role != "assistant":
             if "content" not in self.model_fields_set:
                 raise ValueError("a message needs its content")
@@ -202,10 +202,10 @@ class Message(StrictModel):
             found.append(("text", self.refusal, "refusal"))
         if self.images:
             words = "".join(said for kind, said, _ in found if kind == "text")
-            found = [*self._laid(words), *(part for part in found if part[0] == "image")]
+            found = [*self._interleave_images(words), *(part for part in found if part[0] == "image")]
         return [part for part in found if part[0] == "image" or part[1].strip()]
 
-    def _laid(self, words: str) -> Iterator[tuple[str, str, str]]:
+    def _interleave_images(self, words: str) -> Iterator[tuple[str, str, str]]:
         """The words with the images where they stood among them: at the end, where an image does not say."""
         places = [len(words) if image.offset is None else image.offset for image in self.images]
         start = 0
@@ -314,13 +314,13 @@ class ChatRequest(GenerationFields, ClientLabels):
 
     @field_validator("top_k", mode="before")
     @classmethod
-    def _off(cls, top_k: Any) -> Any:
+    def _normalize_top_k(cls, top_k: Any) -> Any:
         """vLLM's and llama.cpp's way to say that it is off."""
         return 0 if isinstance(top_k, int) and top_k == -1 else top_k
 
     @model_validator(mode="before")
     @classmethod
-    def _unused_tools(cls, data: Any) -> Any:
+    def _drop_disabled_tools(cls, data: Any) -> Any:
         """Tools that may not be called ask for nothing."""
         if isinstance(data, dict) and data.get("tool_choice") == "none":
             return {name: value for name, value in data.items() if name not in ("tools", "functions")}
@@ -328,11 +328,11 @@ class ChatRequest(GenerationFields, ClientLabels):
 
     @field_validator("stop", mode="before")
     @classmethod
-    def _stops(cls, stop: Any) -> Any:
+    def _stop_as_list(cls, stop: Any) -> Any:
         return [stop] if isinstance(stop, str) else stop
 
     @model_validator(mode="after")
-    def _once(self) -> ChatRequest:
+    def _check_consistent(self) -> ChatRequest:
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens and max_completion_tokens are the same: give one")
         if self.stream and self.content_format == "parts":
@@ -375,7 +375,7 @@ class ImagesRequest(GenerationFields):
     svg: Annotated[Any, accept_only(says="pictures are png, jpeg or webp here: leave it out")] = None
 
     @model_validator(mode="after")
-    def _carried(self) -> Self:
+    def _check_output_format(self) -> Self:
         if self.output_format == "png" and self.output_compression not in (None, 100):
             raise ValueError("output_compression is for output_format jpeg or webp")
         if self.stream and self.response_format != "b64_json":
@@ -390,7 +390,7 @@ class GenerationRequest(ImagesRequest):
     label: int | LabelText | None = None
 
     @model_validator(mode="after")
-    def _one(self) -> GenerationRequest:
+    def _check_prompt_or_label(self) -> GenerationRequest:
         if (self.prompt is None) == (self.label is None):
             raise ValueError("say what to draw: a prompt, or a label for a model that draws classes")
         if self.prompt is not None and not self.prompt.strip():

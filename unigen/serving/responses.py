@@ -102,7 +102,7 @@ class ResponsesRequest(GenerationFields, ClientLabels):
 
     @model_validator(mode="before")
     @classmethod
-    def _lifted(cls, data: Any) -> Any:
+    def _lift_tool_options(cls, data: Any) -> Any:
         """The size and the previews of the tool, as the request's own."""
         if not isinstance(data, dict) or not isinstance(data.get("tools"), list):
             return data
@@ -120,13 +120,13 @@ class ResponsesRequest(GenerationFields, ClientLabels):
 
     @field_validator("input", mode="before")
     @classmethod
-    def _messages(cls, given: Any) -> Any:
+    def _input_as_messages(cls, given: Any) -> Any:
         if isinstance(given, str):
             return [{"role": "user", "content": given}]
         return [_message(item) for item in given] if isinstance(given, list) else given
 
     @model_validator(mode="after")
-    def _answerable(self) -> ResponsesRequest:
+    def _check_answerable(self) -> ResponsesRequest:
         said = [message for message in self.input if message.role not in SYSTEM_ROLES]
         if not said or said[-1].role != "user":
             raise ValueError("the last message of input must be the user's")

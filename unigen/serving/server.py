@@ -78,7 +78,7 @@ class ServerConfig:
     folder: Path | None = None
     fetch: bool = False
     prompts: bool = False
-    origins: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
     proxies: tuple[str, ...] = ()
     silence: float = 30.0
     patience: float = 300.0
@@ -132,7 +132,7 @@ class Server:
         return {"object": "list", "data": [one | {"unigen": self.engine.info}]}
 
     async def model(self, name: str) -> Any:
-        self._named(name)
+        self._check_model(name)
         return (await self.models())["data"][0]
 
     async def metric(self) -> Response:
@@ -142,17 +142,17 @@ class Server:
 
     async def chat(self, request: Request, asked: protocol.ChatRequest) -> Any:
         """Text and pictures in, text and pictures out; see docs/serving.md for the form of the answer."""
-        self._named(asked.model)
-        document = await self._unless_gone(request, self._document(request, asked))
+        self._check_model(asked.model)
+        document = await self._cancel_on_disconnect(request, self._build_document(request, asked))
         self._log(request, document)
-        stop, output = tuple(asked.stop or ()), self._output(asked.modalities, document)
+        stop, output = tuple(asked.stop or ()), self._choose_output(asked.modalities, document)
         document, notes = self._without_system(document, output)
         jobs = self._jobs(asked, document, output, stop=stop, notes=notes)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.settings.model}
         if asked.stream:
             usage = asked.stream_options is not None and asked.stream_options.include_usage
-            return await self._streamed(request, chat_chunks(self._together(jobs), head, usage))
-        answers = await self._unless_gone(request, self._all(jobs))
+            return await self._stream(request, chat_chunks(self._merge_events(jobs), head, usage))
+        answers = await self._cancel_on_disconnect(request, self._collect(jobs))
         choices = [
             {
                 "index": i,
@@ -167,18 +167,18 @@ class Server:
 
     async def responses(self, request: Request, asked: ResponsesRequest) -> Any:
         """The same as items in order; see `unigen.serving.responses`."""
-        self._named(asked.model)
-        document = await self._unless_gone(request, self._document(request, asked, "input"))
+        self._check_model(asked.model)
+        document = await self._cancel_on_disconnect(request, self._build_document(request, asked, "input"))
         self._log(request, document)
         able = self.engine.info.get("outputs", ())
         if not asked.tools and able and "text" not in able:
             raise HTTPError(400, 'this model draws: give tools [{"type": "image_generation"}]', param="tools")
-        output = self._output(asked.modalities, document)
+        output = self._choose_output(asked.modalities, document)
         document, notes = self._without_system(document, output)
         jobs = self._jobs(asked, document, output, notes=notes)
-        events = response_events(self._together(jobs), asked, self.settings.model)
+        events = response_events(self._merge_events(jobs), asked, self.settings.model)
         if asked.stream:
-            return await self._streamed(request, events)
+            return await self._stream(request, events)
 
         async def last() -> Any:
             response = None
@@ -187,7 +187,7 @@ class Server:
                     response = event.get("response", response)
             return response
 
-        return await self._unless_gone(request, last())
+        return await self._cancel_on_disconnect(request, last())
 
     def _without_system(self, document: Document, output: str) -> tuple[Document, dict[str, Any]]:
         """Leave system messages out where the model does not follow them; the settings of the answer then note it."""
@@ -196,7 +196,7 @@ class Server:
             return Document(said), {"ignored": ["system"]}
         return document, {}
 
-    async def _document(
+    async def _build_document(
         self, request: Request, asked: protocol.ChatRequest | ResponsesRequest, field: str = "messages"
     ) -> Document:
         """The conversation as the model reads it; field: of the request, which holds it."""
@@ -212,7 +212,9 @@ class Server:
                 parts.append((role, part if kind == "text" else None, f"{field}.{m}.{place}"))
                 urls += [part] if kind == "image" else []
         places = [place for _, text, place in parts if text is None]
-        found = iter(await self._decoded(request, await self._files(urls, places), places, asked.n, MAX_READ_PIXELS))
+        found = iter(
+            await self._decode_images(request, await self._load_files(urls, places), places, asked.n, MAX_READ_PIXELS)
+        )
         return Document(
             [
                 Segment(image=next(found), role=role) if text is None else Segment(text=text, role=role)
@@ -220,7 +222,7 @@ class Server:
             ]
         )
 
-    async def _files(self, urls: list[str], places: list[str]) -> list[EncodedImage]:
+    async def _load_files(self, urls: list[str], places: list[str]) -> list[EncodedImage]:
         """The pictures' files, or what holds them; together they are no larger than a body may be."""
         if len(urls) > MAX_IMAGES:
             message = f"the request has {len(urls)} pictures: at most {MAX_IMAGES}"
@@ -241,7 +243,7 @@ class Server:
             left -= len(data)
         return files
 
-    async def _decoded(
+    async def _decode_images(
         self, request: Request, files: list[EncodedImage], places: Sequence[str], n: int, area: int | None = None
     ) -> list[Image.Image]:
         """The pictures of a request for n answers; area: pixels to which they are made smaller, where they may be."""
@@ -253,7 +255,7 @@ class Server:
             message = "the server cannot take more pictures now: ask again"
             raise HTTPError(429, message, code="busy", wait=2) from None
 
-    def _output(self, modalities: list[Any] | None, document: Document) -> str:
+    def _choose_output(self, modalities: list[Any] | None, document: Document) -> str:
         if self.engine.down is not None:  # what the model can do is known when it is there
             raise HTTPError(503, self.engine.down, code="not_ready", wait=1)
         able = self.engine.info["outputs"]
@@ -271,32 +273,36 @@ class Server:
     async def generations(self, request: Request, asked: protocol.GenerationRequest) -> Any:
         """Pictures of words, or of a class."""
         document = Document.of(Segment(label=asked.label) if asked.prompt is None else Segment(text=asked.prompt))
-        return await self._images(request, asked, "image_generation", document)
+        return await self._generate_images(request, asked, "image_generation", document)
 
     async def edits(self, request: Request) -> Any:
         """The picture changed as the prompt says; or, with a mask, painted anew where it marks."""
         asked, image, mask = await self._form(request, protocol.EditRequest)
         if mask is None:
-            return await self._images(request, asked, "image_edit", Document.of([image, Segment(text=asked.prompt)]))
+            return await self._generate_images(
+                request, asked, "image_edit", Document.of([image, Segment(text=asked.prompt)])
+            )
         painted: dict[str, Any] = {"around": image, "mask": mask}
-        return await self._images(request, asked, "image_edit", Document.of(Segment(text=asked.prompt)), **painted)
+        return await self._generate_images(
+            request, asked, "image_edit", Document.of(Segment(text=asked.prompt)), **painted
+        )
 
     async def variations(self, request: Request) -> Any:
         """The picture with a share of it drawn anew, by lot, as the model itself describes it."""
         asked, image, mask = await self._form(request, protocol.VariationRequest)
         if mask is not None:
             raise HTTPError(400, "a variation takes no mask: see /v1/images/edits", param="mask")
-        self._named(asked.model)
+        self._check_model(asked.model)
         question = Job(Document.of([image, "describe this picture"]), "text")
-        caption = (await self._unless_gone(request, self._all([question])))[0].parts
+        caption = (await self._cancel_on_disconnect(request, self._collect([question])))[0].parts
         document = Document.of(Segment(text=str(caption[0]) if caption else "a picture"))
-        return await self._images(request, asked, "image_variation", document, around=image, vary=asked.vary)
+        return await self._generate_images(request, asked, "image_variation", document, around=image, vary=asked.vary)
 
-    async def _images(
+    async def _generate_images(
         self, request: Request, asked: protocol.ImagesRequest, kind: str, document: Document, **job: Any
     ) -> Any:
         """The pictures of a request, whole or streamed; kind: as its events are named."""
-        self._named(asked.model)
+        self._check_model(asked.model)
         if asked.response_format == "url" and self.settings.folder is None:
             raise HTTPError(
                 400, "this server keeps no pictures (--images-folder): ask for b64_json", param="response_format"
@@ -307,16 +313,16 @@ class Server:
         self._log(request, document)
         if asked.stream:
             form = (asked.output_format, asked.output_compression)
-            drawn = image_chunks(self._together(jobs), self.settings.model, kind, *form)
-            return await self._streamed(request, drawn)
-        answers = await self._unless_gone(request, self._all(jobs))
+            drawn = image_chunks(self._merge_events(jobs), self.settings.model, kind, *form)
+            return await self._stream(request, drawn)
+        answers = await self._cancel_on_disconnect(request, self._collect(jobs))
         data = []
         for answer in answers:
             form = (asked.output_format, asked.output_compression)
             file = await asyncio.to_thread(pictures.encode_image, answer.pictures[0], *form)
             if asked.response_format == "url":
                 try:
-                    name = await asyncio.to_thread(self._kept, file, asked.output_format)
+                    name = await asyncio.to_thread(self._save_image, file, asked.output_format)
                 except ValueError as full:  # which names the file: the server's path is not told
                     reason = getattr(full.__cause__, "strerror", None) or "the disk refuses"
                     log.error("a picture cannot be kept: %s", full)
@@ -374,7 +380,7 @@ class Server:
             raise RequestValidationError([{**e, "loc": ("body", *e["loc"])} for e in wrong.errors()]) from None
         names = [name for name in ("image", "mask") if name in files]
         given = [EncodedImage(files[name], mask=name == "mask") for name in names]
-        found = await self._unless_gone(request, self._decoded(request, given, names, asked.n))
+        found = await self._cancel_on_disconnect(request, self._decode_images(request, given, names, asked.n))
         return asked, found[0], found[1] if "mask" in files else None
 
     def _check_folder(self, count: int) -> None:
@@ -385,7 +391,7 @@ class Server:
         except ValueError as full:
             raise HTTPError(507, f"{full}: ask for b64_json", param="response_format") from None
 
-    def _kept(self, file: bytes, format: str) -> str:
+    def _save_image(self, file: bytes, format: str) -> str:
         from unigen.media.output import write_atomically
 
         assert self.settings.folder is not None
@@ -402,7 +408,7 @@ class Server:
 
     # ---------------------------------------------------------------- jobs
 
-    async def _together(self, jobs: list[Job]) -> AsyncGenerator[tuple[int, Event], None]:
+    async def _merge_events(self, jobs: list[Job]) -> AsyncGenerator[tuple[int, Event], None]:
         """The events of all jobs as they come, with the job's place. Raises `HTTPError`; leaving drops what still
         runs."""
         merged: asyncio.Queue[tuple[int, Event | Exception | None]] = asyncio.Queue()
@@ -451,14 +457,14 @@ class Server:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _all(self, jobs: list[Job]) -> list[AnswerBuilder]:
+    async def _collect(self, jobs: list[Job]) -> list[AnswerBuilder]:
         answers = [AnswerBuilder() for _ in jobs]
-        async with aclosing(self._together(jobs)) as events:
+        async with aclosing(self._merge_events(jobs)) as events:
             async for i, event in events:
                 answers[i].take(event)
         return answers
 
-    async def _unless_gone(self, request: Request, work: Awaitable[T]) -> T:
+    async def _cancel_on_disconnect(self, request: Request, work: Awaitable[T]) -> T:
         """What the work gives; it is cancelled when the client leaves."""
         task = asyncio.ensure_future(work)
         gone = asyncio.create_task(_wait_for_disconnect(request))
@@ -472,10 +478,10 @@ class Server:
                 one.cancel()
             await asyncio.gather(task, gone, return_exceptions=True)
 
-    async def _streamed(self, request: Request, chunks: AsyncGenerator[dict[str, Any], None]) -> Response:
+    async def _stream(self, request: Request, chunks: AsyncGenerator[dict[str, Any], None]) -> Response:
         """Server-sent events. The first is awaited, so that what is refused has its status; what goes wrong later is an
         event with an error, and no [DONE] follows."""
-        first = await self._unless_gone(request, anext(chunks))
+        first = await self._cancel_on_disconnect(request, anext(chunks))
 
         async def events() -> AsyncIterator[str]:
             async with aclosing(chunks):
@@ -491,7 +497,7 @@ class Server:
 
     # ---------------------------------------------------------------- small things
 
-    def _named(self, name: str | None) -> None:
+    def _check_model(self, name: str | None) -> None:
         if name is not None and name != self.settings.model:
             raise HTTPError(
                 404, f"no model {name!r}: {self.settings.model!r} is served", param="model", code="model_not_found"
@@ -616,11 +622,11 @@ def create_app(engine: Any, settings: ServerConfig) -> Any:
         return JSONResponse(HTTPError(bad.status_code, message).body, bad.status_code, bad.headers)
 
     app.add_middleware(GuardMiddleware, limits=settings.limits, metrics=server.metrics)
-    if settings.origins:
+    if settings.allowed_origins:
         from starlette.middleware.cors import CORSMiddleware
 
         app.add_middleware(
-            CORSMiddleware, allow_origins=list(settings.origins), allow_methods=["*"], allow_headers=["*"]
+            CORSMiddleware, allow_origins=list(settings.allowed_origins), allow_methods=["*"], allow_headers=["*"]
         )
     return app
 
@@ -664,8 +670,8 @@ def run(source: dict[str, Any], settings: ServerConfig, host: str, port: int, sl
     server = uvicorn.Server(uvicorn_config(create_app(engine, settings), settings, host, port))
 
     async def watch() -> None:
-        await engine.tried.wait()
-        if engine.refused:
+        await engine.load_attempted.wait()
+        if engine.load_error:
             server.should_exit = True
         else:
             log.info(json.dumps({"ready": settings.model, "address": f"http://{host}:{port}"}))
@@ -680,8 +686,8 @@ def run(source: dict[str, Any], settings: ServerConfig, host: str, port: int, sl
 
     with bind_socket(host, port) as at:
         asyncio.run(serve(at))
-    if engine.refused:
-        raise ValueError(engine.refused)
+    if engine.load_error:
+        raise ValueError(engine.load_error)
 
 
 def check_space(folder: Path, size: int) -> None:

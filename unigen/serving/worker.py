@@ -33,20 +33,20 @@ class _StopStringMatcher:
 
     def __init__(self, text: str) -> None:
         self.text, self.begun = text, 0
-        self._shorter = [0]  # for each begin of the text, but the empty one: the longest one that it ends with
+        self._failure_table = [0]  # for each begin of the text, but the empty one: the longest one that it ends with
         for character in text[1:]:
-            self._shorter.append(self._next(self._shorter[-1], character))
+            self._failure_table.append(self._next(self._failure_table[-1], character))
 
     def feed(self, character: str) -> bool:
         """Is it whole with this character?"""
         if self.begun == len(self.text):
-            self.begun = self._shorter[-1]
+            self.begun = self._failure_table[-1]
         self.begun = self._next(self.begun, character)
         return self.begun == len(self.text)
 
     def _next(self, begun: int, character: str) -> int:
         while begun and self.text[begun] != character:
-            begun = self._shorter[begun - 1]
+            begun = self._failure_table[begun - 1]
         return begun + (self.text[begun] == character)
 
 
@@ -95,8 +95,8 @@ class _ActiveJob:
     words: StopStringFilter
     composite: Callable[[Image.Image], Image.Image]
     best: Callable[[list[Any]], Any] | None = None
-    heard: dict[int, list[Any]] = field(default_factory=dict)
-    took: dict[int, Any] = field(default_factory=dict)
+    candidate_parts: dict[int, list[Any]] = field(default_factory=dict)
+    candidate_usage: dict[int, Any] = field(default_factory=dict)
 
     def events(self, part: Any) -> Iterator[Event]:
         if isinstance(part, str):
@@ -112,17 +112,20 @@ class _ActiveJob:
     def chosen(self) -> Iterator[Event]:
         """The events of the best candidate; all that they took is of the answer."""
         assert self.best is not None
-        rows = sorted(self.took)
+        rows = sorted(self.candidate_usage)
         answers = [self._joined(row) for row in rows]
         best = self.best(answers)
         yield from self.events(best)
         yield from self.rest()
-        first, cut = self.took[rows[0]], self.took[rows[answers.index(best)]].cut and not self.words.stopped
-        text, image = (sum(getattr(took, name) for took in self.took.values()) for name in ("text", "image"))
+        first, cut = (
+            self.candidate_usage[rows[0]],
+            self.candidate_usage[rows[answers.index(best)]].cut and not self.words.stopped,
+        )
+        text, image = (sum(getattr(took, name) for took in self.candidate_usage.values()) for name in ("text", "image"))
         yield to_finished("length" if cut else "stop", replace(first, text=text, image=image))
 
     def _joined(self, row: int) -> Any:
-        parts = self.heard.get(row, [])
+        parts = self.candidate_parts.get(row, [])
         return "".join(parts).strip() if all(isinstance(part, str) for part in parts) else parts[0]
 
     def rest(self) -> Iterator[Event]:
@@ -173,9 +176,9 @@ class BatchedWorker(_BaseWorker):
         super().drop(number)
         if self.next and self.next[0] == number:
             self.next = None
-        self._drop_rows(number)
+        self._abort_sequences(number)
 
-    def _drop_rows(self, number: int) -> None:
+    def _abort_sequences(self, number: int) -> None:
         for row in [row for row, (job, *_) in self.answers.items() if job == number]:
             self.running.drop(row)
             del self.answers[row]
@@ -195,13 +198,13 @@ class BatchedWorker(_BaseWorker):
             yield from ((number, Error(f"{type(error).__name__} while it was answered")) for number in failed)
             return
         self.steps, self.seconds = self.steps + 1, self.seconds + time.perf_counter() - start
-        yield from self._given_up()
+        yield from self._failure_events()
         for row, part in parts:
             number, _, answer = self.answers.get(row, (None, 0, None))
             if number is None or answer is None:
                 continue
             if answer.best:
-                answer.heard.setdefault(row, []).append(part)
+                answer.candidate_parts.setdefault(row, []).append(part)
                 continue
             for event in answer.events(part):
                 yield number, event
@@ -215,15 +218,15 @@ class BatchedWorker(_BaseWorker):
             if row in self.answers:
                 number, _, answer = self.answers.pop(row)
                 if answer.best:
-                    answer.took[row] = usage
+                    answer.candidate_usage[row] = usage
                     if not any(job == number for job, *_ in self.answers.values()):
-                        yield from self._chosen(number, answer)
+                        yield from self._best_candidate_events(number, answer)
                     continue
                 for event in answer.rest():
                     yield number, event
                 yield number, to_finished("length" if usage.cut else "stop", usage)
 
-    def _given_up(self) -> Iterator[tuple[int, Event]]:
+    def _failure_events(self) -> Iterator[tuple[int, Event]]:
         """Failures of the jobs of which a row had to be given up; their other rows are dropped."""
         for row, error in self.running.failed.items():
             if row in self.answers:
@@ -235,7 +238,7 @@ class BatchedWorker(_BaseWorker):
                 print(f"unigen: {error}", file=sys.stderr)
                 yield number, Error(str(error), again=False)
 
-    def _chosen(self, number: int, answer: _ActiveJob) -> Iterator[tuple[int, Event]]:
+    def _best_candidate_events(self, number: int, answer: _ActiveJob) -> Iterator[tuple[int, Event]]:
         try:
             events = list(answer.chosen())
         except NonFiniteError as error:
@@ -257,7 +260,7 @@ class BatchedWorker(_BaseWorker):
             if not self.next:
                 number, job = self.waiting.popleft()
                 try:
-                    self.next = (number, *self._checked(job))
+                    self.next = (number, *self._build_requests(job))
                 except ValueError as error:
                     yield number, to_rejection(error)
                     continue
@@ -274,18 +277,18 @@ class BatchedWorker(_BaseWorker):
                 for request in requests:
                     self.answers[self.running.add(request)] = number, need, answer
             except ValueError as error:
-                self._drop_rows(number)
+                self._abort_sequences(number)
                 yield number, to_rejection(error)
                 continue
             except Exception as error:  # such as a GPU without memory for its pictures
                 traceback.print_exc()
-                self._drop_rows(number)
+                self._abort_sequences(number)
                 yield number, Error(f"{type(error).__name__} before it was answered")
                 continue
             chosen = {"candidates": len(requests)} if answer.best else {}
             yield number, Started(self._settings(requests[0]) | chosen)
 
-    def _checked(self, job: Job) -> tuple[list[Any], _ActiveJob]:
+    def _build_requests(self, job: Job) -> tuple[list[Any], _ActiveJob]:
         """The requests of the job's candidates, mostly of one."""
         options, composite = job.options, lambda picture: picture
         if job.around is not None:

@@ -94,13 +94,13 @@ class KLTokenizer(SquareGridMixin, nn.Module):
         posterior = self.vae.encode(pixel_unshuffle(x_BCHW, self.settings.fold)).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=rng).to(posterior.mean)
         if self.training:
-            self._observe(posterior.mean.detach().float())
+            self._update_latent_stats(posterior.mean.detach().float())
         y_BCHW = pixel_shuffle(self.vae.decode(posterior.mean + posterior.std * noise).sample, self.settings.fold)
         n = posterior.mean[:, 0].numel()
         return VQOutput(y_BCHW.float(), None, {"kl": (self.settings.beta * posterior.kl().float().sum(), n)})
 
     @torch.no_grad()
-    def _observe(self, z_BZhw: Tensor, momentum: float = 0.99) -> None:
+    def _update_latent_stats(self, z_BZhw: Tensor, momentum: float = 0.99) -> None:
         self.shift_Z.lerp_(z_BZhw.mean((0, 2, 3)), 1 - momentum)
         self.scale_Z.lerp_(z_BZhw.std((0, 2, 3)), 1 - momentum)
 

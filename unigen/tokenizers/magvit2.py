@@ -84,7 +84,7 @@ class MAGVIT2(SquareGridMixin, nn.Module):
     @torch.no_grad()
     def decode(self, codes_Bhw: Tensor) -> Tensor:
         """Codes (B, h, w) -> pixels in [-1, 1] (B, 3, H, W), fp32. ValueError for codes out of range."""
-        q_BDhw = self.quantizer.vectors(codes_Bhw).flip(1).to(self.post_quant_conv.weight.dtype)
+        q_BDhw = self.quantizer.to_vectors(codes_Bhw).flip(1).to(self.post_quant_conv.weight.dtype)
         return self.decoder(self.post_quant_conv(q_BDhw)).float().clamp(-1, 1)  # type: ignore[no-any-return]
 
 
@@ -145,7 +145,7 @@ def to_public(tokenizer: MAGVIT2) -> dict[str, Tensor]:
 
 def sign_table(bits: int) -> tuple[Tensor, Tensor]:
     """The signs (K, D) of each code's bits, and what each of them counts (D,)."""
-    signs_KD = LFQ(bits).vectors(torch.arange(2**bits)[None, None])[0, :, 0].flip(0).T
+    signs_KD = LFQ(bits).to_vectors(torch.arange(2**bits)[None, None])[0, :, 0].flip(0).T
     return signs_KD, 2 ** torch.arange(bits - 1, -1, -1)
 
 

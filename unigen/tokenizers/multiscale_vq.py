@@ -10,8 +10,9 @@ reads is the whole picture so far, area_down(f_hat_k, n_(k+1)), never the last m
 
 In training a share `coarse` of the pictures is decoded from their first k < K scales, as SoundStream drops quantizers
 (Zeghidour et al. 2021, arXiv 2107.03312, section III-C): else the last scale holds nearly all that there is to see, and
-its codes, drawn all at once, do not agree with each other. `corrected` is for models that learn from the codes: later
-scales are then what mends mistakes made in earlier ones (Infinity, Han et al. 2024, arXiv 2412.04431, section 3.4).
+its codes, drawn all at once, do not agree with each other. `encode_with_corruption` is for models that learn from the
+codes: later scales then correct mistakes made in earlier ones (Infinity, Han et al. 2024, arXiv 2412.04431, section
+3.4).
 It knows nothing of pictures, networks, optimizers or files; it stands in `VQTokenizer` like the other quantizers.
 
 Shapes: B batch, D code dimension, h w grid, K scales, n_k side of scale k, P = sum of n_k^2 positions, V codes.
@@ -90,7 +91,7 @@ class MultiscaleQuantizer(VectorQuantizer):
             map_BDnn = F.interpolate(map_BDnn, size=seen_BDhw.shape[-2:], mode="bicubic")
         return seen_BDhw + self.phi(k)(map_BDnn)
 
-    def shrink(self, f_BDhw: Tensor, k: int) -> Tensor:
+    def downsample(self, f_BDhw: Tensor, k: int) -> Tensor:
         """A map at the side of scale k."""
         side = self.scales[k]
         return f_BDhw if side == f_BDhw.shape[-1] else F.interpolate(f_BDhw, size=(side, side), mode="area")
@@ -126,7 +127,7 @@ class MultiscaleQuantizer(VectorQuantizer):
         seen_BDhw = torch.zeros_like(f_BDhw)
         codes, wanted, seen = [], [], []
         for k in range(len(self.scales)):
-            z_ND = channels_last(self.shrink(f_BDhw - seen_BDhw.detach(), k)).reshape(-1, self.dim)
+            z_ND = channels_last(self.downsample(f_BDhw - seen_BDhw.detach(), k)).reshape(-1, self.dim)
             codes_Bn = self.nearest(z_ND)[1].unflatten(0, (len(f_BDhw), -1))
             seen_BDhw = self.grow(seen_BDhw, taken(z_ND, codes_Bn) if taken else codes_Bn, k)
             codes.append(codes_Bn)
@@ -138,7 +139,7 @@ class MultiscaleQuantizer(VectorQuantizer):
         """Features (B, D, h, w) -> codes (B, P), int64."""
         return torch.cat(self.walk(z_BDhw)[0], 1)
 
-    def corrected(self, f_BDhw: Tensor, share: float, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    def encode_with_corruption(self, f_BDhw: Tensor, share: float, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """Codes (B, P) of features to be predicted, and those that are read: of each picture a share of at most
         `share`, drawn anew, are one of the `NUM_NEAREST` next nearest codes, and later scales are of what is then
         missing."""
@@ -157,7 +158,7 @@ class MultiscaleQuantizer(VectorQuantizer):
 
         return torch.cat(self.walk(f_BDhw, mistaken)[0], 1), torch.cat(read, 1)
 
-    def vectors(self, codes_BP: Tensor) -> Tensor:
+    def to_vectors(self, codes_BP: Tensor) -> Tensor:
         """Codes of all scales, or of the first few, (B, P) -> f_hat (B, D, h, w), fp32."""
         self.check(codes_BP)
         seen_BDhw = self.empty(len(codes_BP))
@@ -183,7 +184,7 @@ class MultiscaleQuantizer(VectorQuantizer):
         maps = []
         for k, codes_Bn in enumerate(self.split(codes_BP)[:-1]):
             seen_BDhw = self.grow(seen_BDhw, codes_Bn, k)
-            maps.append(self.shrink(seen_BDhw, k + 1).flatten(2).transpose(1, 2))
+            maps.append(self.downsample(seen_BDhw, k + 1).flatten(2).transpose(1, 2))
         return torch.cat(maps, 1) if maps else seen_BDhw.new_zeros(len(codes_BP), 0, self.dim)
 
     def forward(self, z_BDhw: Tensor, rng: torch.Generator | None = None) -> QuantizerOutput:
@@ -197,7 +198,7 @@ class MultiscaleQuantizer(VectorQuantizer):
             commit = sum(((s.detach() - f_BDhw).square().sum() for s in seen), start=f_BDhw.new_zeros(())) * share
             codes_BP = torch.cat(codes, 1)
             if learning:
-                self.observe(torch.cat(wanted)[:, :, None, None], rng)
+                self.on_training_step(torch.cat(wanted)[:, :, None, None], rng)
                 self.count(codes_BP)
             losses = {"codebook": (codebook, n), "commit": (self.beta * commit, n)}
             if learning and self.coarse and rng is not None:
@@ -214,6 +215,6 @@ class MultiscaleQuantizer(VectorQuantizer):
         for k in range(last):
             at = (k_B == k).nonzero()[:, 0].to(f_BDhw.device)
             if len(at):
-                low = F.interpolate(self.shrink(f_BDhw[at], k), size=f_BDhw.shape[-2:], mode="bicubic")
+                low = F.interpolate(self.downsample(f_BDhw[at], k), size=f_BDhw.shape[-2:], mode="bicubic")
                 cut_BDhw = cut_BDhw.index_copy(0, at, straight_through(low, seen[k][at]))
         return cut_BDhw

@@ -42,7 +42,7 @@ class Quantizer(nn.Module):
         """Features (B, D, h, w) as `prepare` gives them -> codes (B, h, w), int64."""
         raise TypeError("a quantizer defines codes()")
 
-    def vectors(self, codes_Bhw: Tensor) -> Tensor:
+    def to_vectors(self, codes_Bhw: Tensor) -> Tensor:
         """Codes (B, h, w) -> vectors (B, D, h, w), fp32. Out of range: ValueError."""
         raise TypeError("a quantizer defines vectors()")
 
@@ -53,7 +53,7 @@ class Quantizer(nn.Module):
         """Features as they are compared with codes (fp32)."""
         return z_BDhw.float()
 
-    def observe(self, z_BDhw: Tensor, rng: torch.Generator | None) -> None:
+    def on_training_step(self, z_BDhw: Tensor, rng: torch.Generator | None) -> None:
         """Called once a training step with what the codes stand for."""
 
     def count(self, codes_Bhw: Tensor) -> None:
@@ -65,9 +65,9 @@ class Quantizer(nn.Module):
             z_BDhw = self.prepare(z_BDhw)
             learning = self.training and torch.is_grad_enabled()
             if learning:
-                self.observe(z_BDhw.detach(), rng)
+                self.on_training_step(z_BDhw.detach(), rng)
             codes_Bhw = self.codes(z_BDhw.detach())
-            q_BDhw = self.vectors(codes_Bhw)
+            q_BDhw = self.to_vectors(codes_Bhw)
             losses = self.losses(z_BDhw, q_BDhw)
             if learning:
                 self.count(codes_Bhw)
@@ -153,7 +153,7 @@ class VectorQuantizer(Quantizer):
         # all unit vectors: the largest dot product is the smallest distance
         return (channels_last(z_BDhw) @ self.table().detach().T).argmax(-1)
 
-    def vectors(self, codes_Bhw: Tensor) -> Tensor:
+    def to_vectors(self, codes_Bhw: Tensor) -> Tensor:
         self.check(codes_Bhw)
         return channels_first(F.embedding(codes_Bhw, self.table()))
 
@@ -168,17 +168,17 @@ class VectorQuantizer(Quantizer):
         return losses
 
     @torch.no_grad()
-    def observe(self, z_BDhw: Tensor, rng: torch.Generator | None) -> None:
+    def on_training_step(self, z_BDhw: Tensor, rng: torch.Generator | None) -> None:
         self.steps += 1
         if self.revive_every and rng is not None and int(self.steps) % self.revive_every == 0:
-            self.revive(channels_last(z_BDhw).reshape(-1, self.dim), rng)
+            self.revive_dead_codes(channels_last(z_BDhw).reshape(-1, self.dim), rng)
 
     def errors(self, z_ND: Tensor) -> Tensor:
         """Squared distance of features (N, D) from the codebook."""
         return 2 - 2 * (z_ND @ self.table().T).amax(-1)
 
     @torch.no_grad()
-    def revive(self, z_ND: Tensor, rng: torch.Generator) -> int:
+    def revive_dead_codes(self, z_ND: Tensor, rng: torch.Generator) -> int:
         """Give the dead codes new places among the features (N, D); returns how many were dead."""
         dead_K = self.usage_K < self.dead_below / self.size
         count = min(int(dead_K.sum()), len(z_ND))
@@ -231,7 +231,7 @@ class FSQ(Quantizer):
         digits = (channels_last(z_BDhw) * width).round().long() + width
         return (digits * self.basis_D).sum(-1)
 
-    def vectors(self, codes_Bhw: Tensor) -> Tensor:
+    def to_vectors(self, codes_Bhw: Tensor) -> Tensor:
         self.check(codes_Bhw)
         width = self.levels_D // 2
         digits = codes_Bhw[..., None] // self.basis_D % self.levels_D
@@ -250,7 +250,7 @@ class LFQ(Quantizer):
     def codes(self, z_BDhw: Tensor) -> Tensor:
         return ((channels_last(z_BDhw) > 0).long() * self.basis_D).sum(-1)
 
-    def vectors(self, codes_Bhw: Tensor) -> Tensor:
+    def to_vectors(self, codes_Bhw: Tensor) -> Tensor:
         self.check(codes_Bhw)
         return channels_first((codes_Bhw[..., None] // self.basis_D % 2).float() * 2 - 1)
 
@@ -261,7 +261,7 @@ class LFQ(Quantizer):
         if self.entropy:
             # logits -|z - c|^2 over all codes c in {-1, 1}^D, up to a constant: 2 z.c
             all_codes = torch.arange(self.size, device=z_BDhw.device)[None, None]
-            table_KD = channels_last(self.vectors(all_codes)).reshape(self.size, self.dim)
+            table_KD = channels_last(self.to_vectors(all_codes)).reshape(self.size, self.dim)
             each, mean = entropy_terms(2 * channels_last(z_BDhw).reshape(n, self.dim) @ table_KD.T)
             losses["entropy"] = (self.entropy * (each - mean) * n, n)
         return losses

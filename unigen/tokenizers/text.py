@@ -212,7 +212,7 @@ class PromptBuilder:
     def __init__(self, tokenizer: Any, names: Iterable[str] | None = None) -> None:
         self.tokenizer = tokenizer
         self._tokens = Tokens()
-        self._text, self._learnt = "", False
+        self._text, self._loss = "", False
         names = tokenizer.get_added_vocab() if names is None else names
         names = sorted((name for name in names if name.strip()), key=len, reverse=True)
         self._names = set(names)
@@ -230,9 +230,9 @@ class PromptBuilder:
     def add_user_text(self, text: str, loss: bool = False) -> PromptBuilder:
         """A user's words."""
         if text:
-            if self._text and self._learnt != loss:
+            if self._text and self._loss != loss:
                 self._flush()
-            self._text, self._learnt = self._text + text, loss
+            self._text, self._loss = self._text + text, loss
         return self
 
     def ids(self, ids: list[int], loss: bool = False) -> PromptBuilder:
@@ -256,7 +256,7 @@ class PromptBuilder:
         for piece in self._special.sub(lambda found: f"{found[0][0]}\0{found[0][1:]}", self._text).split("\0"):
             if piece:
                 made = self.tokenizer(piece, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-                self._tokens.add(made, self._learnt)
+                self._tokens.add(made, self._loss)
         self._text = ""
 
 

@@ -82,7 +82,7 @@ class VARVQ(nn.Module):
     @torch.no_grad()
     def decode(self, codes_BP: Tensor) -> Tensor:
         """Codes (B, P), of all scales or of the first few -> pixels in [-1, 1] (B, 3, H, W), fp32."""
-        seen_BDhw = self.quantizer.vectors(codes_BP).to(self.net.post_quant_conv.weight.dtype)
+        seen_BDhw = self.quantizer.to_vectors(codes_BP).to(self.net.post_quant_conv.weight.dtype)
         return self.net.decode(seen_BDhw, force_not_quantize=True).sample.float().clamp(-1, 1)  # type: ignore[no-any-return]
 
 

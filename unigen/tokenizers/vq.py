@@ -127,7 +127,7 @@ class VQTokenizer(nn.Module):
         codes_Bhw: decoded in the place of the pictures' own, as frozen codes are: the decoder alone learns."""
         if self.codes_frozen or codes_Bhw is not None:
             codes_Bhw = self.encode(x_BCHW) if codes_Bhw is None else codes_Bhw
-            return VQOutput(self.decoder(self.quantizer.vectors(codes_Bhw)).float(), codes_Bhw, {})
+            return VQOutput(self.decoder(self.quantizer.to_vectors(codes_Bhw)).float(), codes_Bhw, {})
         quantized = self.quantizer(self.encoder(x_BCHW), rng)
         pixels_BCHW = self.decoder(quantized.vectors_BDhw)
         return VQOutput(pixels_BCHW.float(), quantized.codes_Bhw, quantized.losses)
@@ -158,7 +158,7 @@ class VQTokenizer(nn.Module):
     @torch.no_grad()
     def decode(self, codes_Bhw: Tensor) -> Tensor:
         """Codes (B, h, w) -> pixels in [-1, 1] (B, 3, 8h, 8w), fp32. ValueError for codes out of range."""
-        q_BDhw = self.quantizer.vectors(codes_Bhw)
+        q_BDhw = self.quantizer.to_vectors(codes_Bhw)
         return self.decoder(q_BDhw.to(self.decoder.last.weight.dtype)).float().clamp(-1, 1)
 
 

@@ -47,7 +47,7 @@ class Ema:
         torch._foreach_lerp_(list(self._average.values()), current, 1 - decay)
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
+    def average_parameters(self) -> Iterator[None]:
         """Inside, the model holds the averaged weights; afterwards its own again, bit for bit."""
         own = {name: p.detach().clone() for name, p in self._weights.items()}
         with torch.no_grad():

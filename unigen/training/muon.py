@@ -23,11 +23,11 @@ class Muon(torch.optim.Muon):
 
     def __init__(self, matrices: list[nn.Parameter], lr: float, weight_decay: float) -> None:
         super().__init__(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-        self.native = all(has_fast_bfloat16(p.device) for p in matrices)
+        self.use_bfloat16 = all(has_fast_bfloat16(p.device) for p in matrices)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        if self.native:
+        if self.use_bfloat16:
             return super().step(closure)
         assert closure is None
         for group in self.param_groups:

@@ -51,7 +51,7 @@ class MultiGeneratorLoss(nn.Module):
         hidden_BLD = model.hidden(batch, embeds_BLD)
         losses: dict[str, tuple[Tensor, Tensor | int]] = {}
         with torch.no_grad():
-            known_BLD = None if self.before is None else self.before.causal(batch)
+            known_BLD = None if self.before is None else self.before.causal_hidden_states(batch)
         for name, generator in self.generators.items():
             if known_BLD is not None and self.before is not None and isinstance(generator, CausalGenerator):
                 target_BL = generator.targets(batch)

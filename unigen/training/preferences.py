@@ -154,8 +154,8 @@ class PairBatch(NamedTuple):
 
     chosen: Any
     rejected: Any
-    blind_chosen: Any
-    blind_rejected: Any
+    uncond_chosen: Any
+    uncond_rejected: Any
 
 
 class PreferenceDataset:
@@ -274,7 +274,7 @@ class DPOObjective(nn.Module):
             seen = one.fill(blind) if has_guided_likelihood(one, side) else None
             return log_likelihood(one, one.fill(side), seen, self.guidance, self.temperature, rng)
 
-        both = (pairs.chosen, pairs.blind_chosen), (pairs.rejected, pairs.blind_rejected)
+        both = (pairs.chosen, pairs.uncond_chosen), (pairs.rejected, pairs.uncond_rejected)
         chosen_P, rejected_P = (log_p(model, *side) for side in both)
         with torch.no_grad():
             chosen_before_P, rejected_before_P = (log_p(self.reference, *side) for side in both)

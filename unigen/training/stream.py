@@ -68,7 +68,7 @@ class WorkerError:
     where: str
     text: str
 
-    def throw(self) -> None:
+    def reraise(self) -> None:
         if isinstance(self.error, ValueError):
             raise ValueError(f"{self.error} ({self.where})")
         raise RuntimeError(f"{self.where} failed:\n{self.text}")

@@ -182,15 +182,15 @@ class Trainer:
         self.step = 0  # steps done
         self.rows = 0  # rows of the stream read by all processes
         self.elapsed = 0.0  # seconds of training, earlier sessions included
-        self._rows_per_step = cfg.batch_size * cfg.accumulate * self.world
+        self._samples_per_step = cfg.batch_size * cfg.accumulate * self.world
         self.signal: int | None = None
         self.totals = MetricAccumulator(self.device)  # since the last log line,
         self.logged = 0, 0.0  # which was at this step and time
         self.model = job.model.to(self.device)
-        self.players = self._make_players()
+        self.players = self._make_optimizer_groups()
         self.ema = Ema(self.model, cfg.ema) if cfg.ema else None
 
-    def _make_players(self) -> list[tuple[Objective, torch.optim.Optimizer, list[nn.Parameter]]]:
+    def _make_optimizer_groups(self) -> list[tuple[Objective, torch.optim.Optimizer, list[nn.Parameter]]]:
         """(objective, optimizer, the parameters it may change) for each player."""
         pairs: Sequence[tuple[Objective, Any]]
         if self.job.objectives:
@@ -227,7 +227,7 @@ class Trainer:
                     if self.world == 1 or not _is_lost_peer(error):
                         raise
                     raise ValueError(
-                        f"process {self.rank} ends since another one of the run did: {self._goes_on()}"
+                        f"process {self.rank} ends since another one of the run did: {self._resume_hint()}"
                     ) from error
 
     def _run(self) -> dict[str, Any]:
@@ -240,11 +240,11 @@ class Trainer:
         start = self._progress()
         logs = TrainLogger(self.run_dir, self.cfg.steps, first, start, before) if self.main else None
         # The watch ends before the loader does: joining workers takes longer in one process than in another.
-        with self._signals(), logs or nullcontext(), ExitStack() as opened, watch_peers(self._goes_on):
+        with self._handle_signals(), logs or nullcontext(), ExitStack() as opened, watch_peers(self._resume_hint):
             if first:
-                self._catch_up(start >= 1)
+                self._write_missing_outputs(start >= 1)
             while True:
-                self.elapsed, stop = self._agree(before + time.monotonic() - began)
+                self.elapsed, stop = self._sync_clock_and_stop(before + time.monotonic() - began)
                 progress = self._progress()
                 finished = progress >= 1
                 if self.step > first:
@@ -277,7 +277,7 @@ class Trainer:
     def _metrics(self) -> dict[str, float]:
         """The means since the last log line. All processes have to ask."""
         steps, seconds = self.step - self.logged[0], max(self.elapsed - self.logged[1], 1e-9)
-        own = {"lr": self._lr(), "seconds": self.elapsed, "rows/s": steps * self._rows_per_step / seconds}
+        own = {"lr": self._lr(), "seconds": self.elapsed, "rows/s": steps * self._samples_per_step / seconds}
         return compute_means(self.totals.rows(self.world), seconds) | own
 
     def _progress(self) -> float:
@@ -298,7 +298,7 @@ class Trainer:
             torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MAX)
             assert ends[0] == -ends[1], "the processes' weights differ: something changes weights outside the optimizer"
 
-    def _agree(self, seconds: float) -> tuple[float, bool]:
+    def _sync_clock_and_stop(self, seconds: float) -> tuple[float, bool]:
         """All processes go by the latest clock, and stop when any was told to."""
         stop = float(self.signal is not None)
         if self.world > 1:
@@ -314,7 +314,7 @@ class Trainer:
         for player, (objective, optimizer, parameters) in enumerate(self.players):
             if hasattr(objective, "step"):
                 objective.step = self.step
-            with self._only(player):
+            with self._only_group(player):
                 self._backward(player, objective, micro)
             norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.optim.clip or math.inf)
             self.totals.add(f"metric/grad_norm{player or ''}", norm, 1)
@@ -325,7 +325,7 @@ class Trainer:
         if self.ema:
             self.ema.update()
         self.step += 1
-        self.rows += self._rows_per_step
+        self.rows += self._samples_per_step
 
     def _backward(self, player: int, objective: Objective, micro: list[Any]) -> None:
         """Gradients of sum(sums) / sum(counts) over the step's micro-batches and processes, name by name."""
@@ -354,17 +354,17 @@ class Trainer:
         a pass in training mode may change both, as dead codes that are revived do.
         """
         if hasattr(objective, "counts"):
-            return self._sum_over_processes(self._counted(player, objective, micro))
+            return self._sum_over_processes(self._count_targets(player, objective, micro))
         parts = [self.model, *([objective] if isinstance(objective, nn.Module) else [])]
         tensors = [tensor for part in parts for tensor in [*part.parameters(), *part.buffers()]]
         before = [tensor.detach().clone() for tensor in tensors]
-        counts = self._counted(player, objective, micro)
+        counts = self._count_targets(player, objective, micro)
         with torch.no_grad():
             for tensor, value in zip(tensors, before, strict=True):
                 tensor.copy_(value)
         return self._sum_over_processes(counts)
 
-    def _counted(self, player: int, objective: Any, micro: list[Any]) -> dict[str, Any]:
+    def _count_targets(self, player: int, objective: Any, micro: list[Any]) -> dict[str, Any]:
         total: dict[str, Any] = {}
         for index, batch in enumerate(micro):
             rng = self._seed(player, index)
@@ -400,7 +400,7 @@ class Trainer:
         return torch.Generator().manual_seed(hash_seed(seed, 3))
 
     @contextmanager
-    def _only(self, player: int) -> Iterator[None]:
+    def _only_group(self, player: int) -> Iterator[None]:
         """Inside, only this player's parameters take gradients."""
         own = {id(p) for p in self.players[player][2]}
         others = [p for _, _, ps in self.players for p in ps if id(p) not in own and p.requires_grad]
@@ -434,7 +434,7 @@ class Trainer:
     def _next(self, batches: Iterator[Any]) -> Any:
         batch = next(batches)
         if isinstance(batch, WorkerError):
-            batch.throw()
+            batch.reraise()
         return to_device(batch, self.device)
 
     # ------------------------------------------------ saving
@@ -460,10 +460,10 @@ class Trainer:
     def _save_model(self) -> None:
         if self.job.save is not None:
             save = self.job.save
-            with self._averaged():
+            with self._ema_weights():
                 save_model(self.run_dir, self.step, lambda folder: save(self.model, folder))
 
-    def _catch_up(self, finished: bool) -> None:
+    def _write_missing_outputs(self, finished: bool) -> None:
         """Do what a process that was killed or stopped at the step of the checkpoint had still to do: write the model
         of a finished run, and samples."""
         if self.main:
@@ -476,7 +476,7 @@ class Trainer:
                 self._write_samples()
         self.accelerator.wait_for_everyone()
 
-    def _goes_on(self) -> str:
+    def _resume_hint(self) -> str:
         good = list_checkpoints(self.run_dir)
         where = f"from {good[-1].name}" if good else "afresh"
         return f"what it said last says why; the same command goes on {where}"
@@ -494,17 +494,17 @@ class Trainer:
             return
         folder = self.run_dir / "samples"
         folder.mkdir(parents=True, exist_ok=True)
-        with self._averaged(), tempfile.TemporaryDirectory(prefix=TEMP_PREFIX, dir=folder) as scratch:
+        with self._ema_weights(), tempfile.TemporaryDirectory(prefix=TEMP_PREFIX, dir=folder) as scratch:
             self.job.sample(self.model, self.step, Path(scratch))
             for path in sorted(Path(scratch).iterdir()):  # none is there in part
                 os.replace(path, folder / path.name)
         record_samples(self.run_dir, self.step)
 
     @contextmanager
-    def _averaged(self) -> Iterator[None]:
+    def _ema_weights(self) -> Iterator[None]:
         """The model as it would be used: averaged weights, eval mode, no gradients."""
         self.model.eval()
-        with self.ema.applied() if self.ema else nullcontext(), torch.no_grad():
+        with self.ema.average_parameters() if self.ema else nullcontext(), torch.no_grad():
             yield
         self.model.train()
 
@@ -514,7 +514,7 @@ class Trainer:
         saved = self._saved_config() if state is not None else {}
         changes = list(_config_diff(saved, to_dict(self.cfg))) if saved else []
         if state is not None:
-            self._load(state, changes)
+            self._load_state(state, changes)
         if self.main:
             parameters = sum(p.numel() for p in self.model.parameters())
             verb = f"resuming at step {self.step}" if state else "a fresh run"
@@ -543,7 +543,7 @@ class Trainer:
             print(f"{reason}; it is written anew, and the run goes on from its checkpoint", flush=True)
         return {}
 
-    def _load(self, state: dict[str, Any], changes: Sequence[str]) -> None:
+    def _load_state(self, state: dict[str, Any], changes: Sequence[str]) -> None:
         """Take over what a checkpoint holds. ValueError where it is of another model or optimizer."""
         told = f" ({'; '.join(changes)})" if changes else ""
         other = "choose another run_dir, or give what the run had"
@@ -574,7 +574,7 @@ class Trainer:
             self.logged = unlogged["step"], unlogged["seconds"]
 
     @contextmanager
-    def _signals(self) -> Iterator[None]:
+    def _handle_signals(self) -> Iterator[None]:
         """SIGTERM and SIGINT set a flag, and the run stops after its step. More of them, as launchers send, change
         nothing; but Ctrl-C pressed again after a second ends the process at once."""
         old: dict[int, Any] = {}

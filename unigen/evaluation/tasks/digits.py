@@ -60,7 +60,7 @@ class DigitsTask:
     def reward(self, item: Example, output: Image.Image) -> float:
         return self.score(item, output)["correct"]
 
-    def nearness(self, vectors: np.ndarray) -> float:
+    def relative_nearest_distance(self, vectors: np.ndarray) -> float:
         """The mean distance to the nearest training digit, over that of the held-out digits; 0 for copies."""
         held, _ = digits.load(held_out=True)
         true = self.reader.kneighbors(held.reshape(len(held), -1).astype(np.float32), 1)[0]
@@ -91,7 +91,7 @@ def main(args: list[str]) -> int:
         "drawn": float(np.mean(list(by_class.values()))),
         "true, held out": float(task.reader.score(true.reshape(len(true), -1), labels)),
         "drawn, under the next class": float(np.mean([s["correct"] for row in under_next for s in row])),
-        "distance to training digits": task.nearness(
+        "distance to training digits": task.relative_nearest_distance(
             np.stack([digits.to_digit(p).ravel() for row in drawn for p in row])
         ),
     }

@@ -173,7 +173,7 @@ class ScenesResult:
     seen: ScoreSummary | None
     heldout: ScoreSummary | None
     background: float | None
-    any_correct: float
+    best_of_n_correct: float
 
 
 def summarize_scores(
@@ -253,7 +253,7 @@ def report_rows(name: str, result: ScenesResult, batch: int | None = None) -> li
         "seen": result.seen and result.seen.overall,
         "heldout": result.heldout and result.heldout.overall,
         "background": result.background,
-        "any of a prompt": result.any_correct,
+        "any of a prompt": result.best_of_n_correct,
         **result.overall.tags,
     }
     unit = {"unit": "share", "batch": batch}

@@ -173,8 +173,8 @@ class InferenceLlama(nn.Module):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
-        self.stored = dict(config)
-        self.config = SimpleNamespace(**(CONFIG_DEFAULTS | self.stored))
+        self.config_dict = dict(config)
+        self.config = SimpleNamespace(**(CONFIG_DEFAULTS | self.config_dict))
         self.config.get_text_config = lambda: self.config
         heads = self.config.num_attention_heads
         self.config.num_key_value_heads = self.config.num_key_value_heads or heads
@@ -213,7 +213,7 @@ class InferenceLlama(nn.Module):
         from transformers import LlamaConfig, LlamaForCausalLM
 
         dtype = self.lm_head.weight.dtype
-        lm = LlamaForCausalLM(LlamaConfig(**self.stored)).to(dtype)
+        lm = LlamaForCausalLM(LlamaConfig(**self.config_dict)).to(dtype)
         lm.load_state_dict(self.state_dict())
         return lm
 
