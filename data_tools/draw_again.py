@@ -100,15 +100,15 @@ def main() -> int:
     tokenizer = unigen.load(args.model, dtype="float32").model.heads[GENERATOR].tokenizer  # codes as training has them
     scales = len(model.heads[GENERATOR].lengths)
     try:
-        kept = [parse_int(part.strip()) for part in args.kept.split(",")]
+        fixed_counts = [parse_int(part.strip()) for part in args.kept.split(",")]
     except ValueError:
-        kept = [-1]
-    if not all(0 <= k < scales for k in kept):
+        fixed_counts = [-1]
+    if not all(0 <= k < scales for k in fixed_counts):
         raise ValueError(f"--kept is of counts from 0 to {scales - 1}, apart by commas, not {args.kept}")
     request = engine.request("a picture", "image", generator=GENERATOR)
     rng, noise = np.random.default_rng([args.seed, 1]), torch.Generator().manual_seed(args.seed)
     world = SceneRenderer(model.image_tokenizer.image_size)
-    found: list[dict[str, Any]] = []
+    chunks: list[dict[str, Any]] = []
     end, count = time.monotonic() + 60 * args.minutes, 0
     with suppress(KeyboardInterrupt):  # what has been drawn is kept
         while time.monotonic() < end and count < args.count:
@@ -117,17 +117,17 @@ def main() -> int:
             images = [picture.image for picture in pictures]
             true_NP = tokenizer.encode(to_pixels(images, world.size))
             prompts = [short_caption(scene, rng) for scene in scenes]
-            kept_N = torch.from_numpy(rng.choice(kept, len(scenes)))
+            kept_N = torch.from_numpy(rng.choice(fixed_counts, len(scenes)))
             drawn_NP = resample_scales(model, prompts, true_NP, kept_N, request.guidance, request.image, noise)
             objects_NHW = np.stack([picture.masks.any(0) for picture in pictures])
             codes = {"true": true_NP.numpy(), "drawn": drawn_NP.numpy()}
-            found.append({"pixels": np.stack(images), "objects": objects_NHW} | codes)
+            chunks.append({"pixels": np.stack(images), "objects": objects_NHW} | codes)
             count += len(scenes)
             print(f"\r{count} pictures", end="", flush=True)
     print()
-    if not found:
+    if not chunks:
         raise ValueError("nothing was drawn: give more minutes")
-    arrays = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+    arrays = {name: np.concatenate([part[name] for part in chunks]) for name in chunks[0]}
     write_atomically(out, lambda file: np.savez_compressed(file, **arrays))
     print(f"wrote {out}: {count} pictures")
     return 0

@@ -55,11 +55,11 @@ def sample_prompts(count: int, seed: int) -> list[Example]:
     all kinds."""
     items: list[Example] = []
     for tag, share in TAG_SHARES.items():
-        found: list[Example] = []
-        while len(found) < count * share:
-            more = make_prompts(tag, 100, seed + len(found))  # few at once, since 3 in 10 are to be held out
-            found += [item for item in more if not item.meta["heldout"]]
-        items += found[: round(count * share)]
+        tag_items: list[Example] = []
+        while len(tag_items) < count * share:
+            more = make_prompts(tag, 100, seed + len(tag_items))  # few at once, since 3 in 10 are to be held out
+            tag_items += [item for item in more if not item.meta["heldout"]]
+        items += tag_items[: round(count * share)]
     return [items[k] for k in np.random.default_rng(seed).permutation(len(items))]
 
 
@@ -67,19 +67,19 @@ def judge_images(
     engine: Any, task: ScenesTask, items: list[Example], answers: int, seed: int, **options: Any
 ) -> list[Any]:
     """A line of the judged file for each prompt; picture k of them all is drawn with `seed` + k."""
-    asked = [item for item in items for _ in range(answers)]
-    requests = [engine.request(item.prompt, "image", seed=seed + k, **options) for k, item in enumerate(asked)]
-    drawn = dict(engine.run(requests))
-    scores = task.score_batch(asked, [drawn[k] for k in range(len(asked))])
-    right = [s["strict"] == 1 and s.get("background", 1) == 1 for s in scores]
-    made = [request.document.segments for request in requests]
+    repeated_items = [item for item in items for _ in range(answers)]
+    requests = [engine.request(item.prompt, "image", seed=seed + k, **options) for k, item in enumerate(repeated_items)]
+    images = dict(engine.run(requests))
+    scores = task.score_batch(repeated_items, [images[k] for k in range(len(repeated_items))])
+    correct = [s["strict"] == 1 and s.get("background", 1) == 1 for s in scores]
+    request_segments = [request.document.segments for request in requests]
     given = [
         segments[-1] if request.written[-1] is None else Segment(image=request.written[-1], role="assistant")
-        for request, segments in zip(requests, made, strict=True)
+        for request, segments in zip(requests, request_segments, strict=True)
     ]
-    cuts = [slice(k, k + answers) for k in range(0, len(asked), answers)]
+    cuts = [slice(k, k + answers) for k in range(0, len(repeated_items), answers)]
     writer = {"writer": options["generator"]}
-    return [judged_record(made[cut.start][:-1], given[cut], right[cut]) | writer for cut in cuts]
+    return [judged_record(request_segments[cut.start][:-1], given[cut], correct[cut]) | writer for cut in cuts]
 
 
 def judge_captions(engine: Any, task: UnderstandingTask, answers: int, seed: int) -> list[Any]:
@@ -88,18 +88,18 @@ def judge_captions(engine: Any, task: UnderstandingTask, answers: int, seed: int
     documents = [
         engine.model.encode_document(Document.of(item.prompt)) for item in items
     ]  # each picture is encoded once
-    asked = [document for document in documents for _ in range(answers)]
-    seeds = [seed + k for k in range(len(asked))]
-    said = engine.generate_batch(asked, seeds, "text", temperature=1.0, max_tokens=96)
-    scores = task.score_batch([item for item in items for _ in range(answers)], said)
+    repeated_items = [document for document in documents for _ in range(answers)]
+    seeds = [seed + k for k in range(len(repeated_items))]
+    captions = engine.generate_batch(repeated_items, seeds, "text", temperature=1.0, max_tokens=96)
+    scores = task.score_batch([item for item in items for _ in range(answers)], captions)
     lines = []
     for i, (item, document) in enumerate(zip(items, documents, strict=True)):
         cut = slice(i * answers, (i + 1) * answers)
         groups = tuple(tuple(group) for group in item.meta["groups"])
         true = caption(Facts(groups, item.meta["background"], item.meta["relation"]))
-        given = [Segment(text=text, role="assistant") for text in (true, *said[cut])]
-        right = [True, *(score["correct"] == 1 for score in scores[cut])]
-        lines.append(judged_record(document.segments, given, right))
+        given = [Segment(text=text, role="assistant") for text in (true, *captions[cut])]
+        correct = [True, *(score["correct"] == 1 for score in scores[cut])]
+        lines.append(judged_record(document.segments, given, correct))
     return lines
 
 
@@ -137,10 +137,10 @@ def main() -> int:
         raise ValueError(f"--batch {args.batch} does not hold the {args.answers} answers to one prompt: give more")
     if (args.what == "pictures") != bool(args.detector):
         raise ValueError("a detector judges pictures and nothing else: give --detector FOLDER for them alone")
-    given = {"guidance": args.guidance, "temperature": args.temperature, "generator": args.generator}
-    given = {name: value for name, value in given.items() if value is not None}
-    if given and args.what == "captions":
-        raise ValueError(f"{', '.join(given)} is of pictures: leave it out for captions")
+    answers = {"guidance": args.guidance, "temperature": args.temperature, "generator": args.generator}
+    answers = {name: value for name, value in answers.items() if value is not None}
+    if answers and args.what == "captions":
+        raise ValueError(f"{', '.join(answers)} is of pictures: leave it out for captions")
     out = check_output(args.out, {".jsonl": "JSON lines"})
     find_font()
     if args.detector:
@@ -150,10 +150,10 @@ def main() -> int:
     world = SceneRenderer(engine.model.image_tokenizer.image_size)
     items = sample_prompts(args.prompts, args.seed) if detector else []
     scenes = ScenesTask(seed=args.seed, detector=detector) if detector else None
-    options: dict[str, Any] = {"generator": "next-token", "guidance": 3.0} | given
+    options: dict[str, Any] = {"generator": "next-token", "guidance": 3.0} | answers
     if options["generator"] not in engine.model.template.begins:
-        able = ", ".join(engine.model.template.begins)
-        raise ValueError(f"{args.model} does not draw by {options['generator']}: give one of {able}")
+        supported_names = ", ".join(engine.model.template.begins)
+        raise ValueError(f"{args.model} does not draw by {options['generator']}: give one of {supported_names}")
     if "temperature" in engine.model.generators[options["generator"]].takes:
         options = {"temperature": 0.8, "top_k": 0, "top_p": 1.0} | options
     end, each = time.monotonic() + 60 * args.minutes, args.batch // args.answers
@@ -168,8 +168,8 @@ def main() -> int:
             else:
                 task = UnderstandingTask(world, min(each, args.prompts - start), seed, heldout=False, asked=0)
                 lines += judge_captions(engine, task, args.answers, seed)
-            right = np.mean([mark for each_line in lines for mark in each_line["right"][-args.answers :]])
-            print(f"\r{len(lines)} prompts, {right:.3f} of the answers right", end="", flush=True)
+            correct = np.mean([mark for each_line in lines for mark in each_line["right"][-args.answers :]])
+            print(f"\r{len(lines)} prompts, {correct:.3f} of the answers right", end="", flush=True)
     print()
     if not lines:
         raise ValueError("nothing was answered: give more prompts or minutes")

@@ -90,7 +90,7 @@ def make_row(world: SceneRenderer, seed: int, index: int, size: int, heldout: bo
     scene = sample_scene(rng, size, heldout)
     picture = world.render(scene)
     edit = sample_edit(scene, rng, heldout=heldout)
-    judged = sample_judgement(scene, rng)
+    judgement = sample_judgement(scene, rng)
     short, long = expansion(scene, rng)
     tale = story(rng, references=int(rng.integers(3)), heldout=heldout, size=size)
 
@@ -114,7 +114,7 @@ def make_row(world: SceneRenderer, seed: int, index: int, size: int, heldout: bo
         "expansion": {"short": short, "long": long},
         "questions": [vars(qa) for qa in questions(scene, rng)],
         "edit": {"instruction": edit.instruction, "kind": edit.kind, "image": draw(edit.after)},
-        "verdict": vars(judged),
+        "verdict": vars(judgement),
         "story": {
             "request": tale.request,
             "references": [draw(one) for one in tale.references],

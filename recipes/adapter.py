@@ -107,19 +107,19 @@ class ConnectorObjective(nn.Module):
     def forward(
         self, adapter: Any, batch: list[tuple[Document, str]], rng: torch.Generator
     ) -> dict[str, tuple[Tensor, Tensor | int]]:
-        free, length = adapter.config.free, adapter.config.length
+        variable_length, length = adapter.config.free, adapter.config.length
         states = [self.lmm.states(document).float() for document, _ in batch]
-        told = [encode_prompt(self.pipe, words) for _, words in batch]
-        if not free and any(len(one.embeds_LW) != length for one in told):
+        targets = [encode_prompt(self.pipe, words) for _, words in batch]
+        if not variable_length and any(len(target.embeds_LW) != length for target in targets):
             raise ValueError(f"this pipeline's prompts are not all of {length} embeddings: an adapter cannot tell them")
-        embeds = [one.embeds_LW[:length] for one in told]
+        embeds = [target.embeds_LW[:length] for target in targets]
         mask_BL = padding_mask(embeds, length)
         made_BLW, pooled_BP, counts_BL = adapter(pad_sequence(states, batch_first=True), padding_mask(states))
         losses: dict[str, tuple[Tensor, Tensor | int]] = {
             "embeds": relative_squared_error(made_BLW[mask_BL], torch.cat(embeds))
         }
         if pooled_BP is not None:
-            losses["pooled"] = relative_squared_error(pooled_BP, torch.stack([one.pooled_P for one in told]))  # type: ignore[misc]
+            losses["pooled"] = relative_squared_error(pooled_BP, torch.stack([target.pooled_P for target in targets]))  # type: ignore[misc]
         if counts_BL is not None:
             losses["counts"] = cross_entropy(counts_BL, mask_BL.float(), reduction="sum"), counts_BL.numel()
         return losses
@@ -144,8 +144,8 @@ def new_or_loaded_connector(cfg: ConnectorRunConfig, lmm: Any, pipe: Any) -> Con
     adapter = load_connector(cfg.init_from)
     has = adapter.config
     names = ("width", "layers", "heads", *(["length"] if has.free else []))
-    if others := [f"{name}={getattr(has, name)}" for name in names if getattr(has, name) != getattr(cfg, name)]:
-        raise ValueError(f"the adapter {cfg.init_from} is of another size: give {' '.join(others)}")
+    if mismatches := [f"{name}={getattr(has, name)}" for name in names if getattr(has, name) != getattr(cfg, name)]:
+        raise ValueError(f"the adapter {cfg.init_from} is of another size: give {' '.join(mismatches)}")
     return adapter
 
 
@@ -154,8 +154,8 @@ def build(cfg: ConnectorRunConfig) -> TrainSpec:
         raise ValueError("name both models: lmm=, one that reads, and generator=, a diffusers pipeline")
     if not 0 <= cfg.pictures <= 1:
         raise ValueError(f"pictures is a share from 0 to 1, not {cfg.pictures}")
-    pair = unigen.load(device="cpu", lmm=cfg.lmm, generator=cfg.generator)  # the trainer takes them to its device
-    pipe, lmm = require_pipeline(pair.painter), pair.lmm
+    engine = unigen.load(device="cpu", lmm=cfg.lmm, generator=cfg.generator)  # the trainer takes them to its device
+    pipe, lmm = require_pipeline(engine.painter), engine.lmm
     torch.manual_seed(cfg.seed)
     adapter = new_or_loaded_connector(cfg, lmm, pipe)
     ConnectedDiffusersEngine(pipe, lmm, adapter)  # does it fit?
@@ -164,9 +164,9 @@ def build(cfg: ConnectorRunConfig) -> TrainSpec:
         """Held-out captions: above by the pipeline's own text encoder, below by the adapter."""
         assert isinstance(model, Connector)
         words = [CaptionDataset(cfg.seed + 1, 0.0)[i][1] for i in range(4)]
-        painters = DiffusersEngine(pipe), ConnectedDiffusersEngine(pipe, lmm, model)
-        drawn = [painter.generate(one, steps=20, seed=0) for painter in painters for one in words]
-        image_grid(drawn, 0, len(words)).save(folder / f"{step:06d}.png")
+        engines = DiffusersEngine(pipe), ConnectedDiffusersEngine(pipe, lmm, model)
+        images = [painter.generate(target, steps=20, seed=0) for painter in engines for target in words]
+        image_grid(images, 0, len(words)).save(folder / f"{step:06d}.png")
 
     return TrainSpec(
         model=adapter,

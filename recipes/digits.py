@@ -104,7 +104,7 @@ def new_model(cfg: DigitsConfig) -> UnifiedModel:
     image_tokenizer = load_image_tokenizer(cfg.image_tokenizer)
     classes = tuple(tiny.class_token(i) for i in range(len(digits.NAMES)))
     lines = [tiny.normalize_text(name) for name in digits.NAMES] * 20
-    words = load_or_train_text_tokenizer(
+    text_tokenizer = load_or_train_text_tokenizer(
         Path(cfg.run_dir) / "text_tokenizer", lines, 320, (*tiny.SPECIAL_TOKENS, *classes)
     )
     shape = LlamaConfig(
@@ -116,16 +116,16 @@ def new_model(cfg: DigitsConfig) -> UnifiedModel:
         tie_word_embeddings=True,
     )
     torch.manual_seed(cfg.seed)
-    return tiny.build_from_config(shape, words, image_tokenizer, classes=digits.NAMES)
+    return tiny.build_from_config(shape, text_tokenizer, image_tokenizer, classes=digits.NAMES)
 
 
 def build(cfg: DigitsConfig) -> TrainSpec:
     shares = normalize_generator_weights(cfg.writers)
     model = load(cfg.init_from) if cfg.init_from else new_model(cfg)
     torch.manual_seed(cfg.seed)
-    needed = {generators.find_generator(name).own for name in shares if name not in model.heads}
+    tokenizer_kinds = {generators.find_generator(name).own for name in shares if name not in model.heads}
     folders = {"multiscale": cfg.scale_tokenizer, "kl": cfg.kl_tokenizer}
-    folders = {kind: folder for kind, folder in folders.items() if kind in needed}
+    folders = {kind: folder for kind, folder in folders.items() if kind in tokenizer_kinds}
     model = tiny.add_generators(model, tuple(shares), new_generators(model, shares, folders, {"flow": cfg.flow}))
     size = model.image_tokenizer.image_size
     return TrainSpec(

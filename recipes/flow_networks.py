@@ -184,19 +184,19 @@ def template_of(model: UnifiedModel) -> Any:
 
 def span_corruption(ids: Sequence[int], first: int, end: int, rng: np.random.Generator) -> tuple[list[int], list[int]]:
     """T5's task: runs of about three ids, 15% of all, become sentinels first, first + 1, ..; and what they were."""
-    read: list[int] = []
-    wanted: list[int] = []
-    at = used = 0
-    while at < len(ids):
-        if used < SENTINELS and rng.random() < 0.05:
+    input_ids: list[int] = []
+    target_ids: list[int] = []
+    position = num_sentinels = 0
+    while position < len(ids):
+        if num_sentinels < SENTINELS and rng.random() < 0.05:
             length = int(rng.integers(1, 6))
-            read.append(first + used)
-            wanted += [first + used, *ids[at : at + length]]
-            at, used = at + length, used + 1
+            input_ids.append(first + num_sentinels)
+            target_ids += [first + num_sentinels, *ids[position : position + length]]
+            position, num_sentinels = position + length, num_sentinels + 1
         else:
-            read.append(ids[at])
-            at += 1
-    return read, [*wanted, end]
+            input_ids.append(ids[position])
+            position += 1
+    return input_ids, [*target_ids, end]
 
 
 def text_encoder(cfg: NetworksConfig, model: UnifiedModel) -> nn.Module:
@@ -204,16 +204,16 @@ def text_encoder(cfg: NetworksConfig, model: UnifiedModel) -> nn.Module:
     the template has them. ValueError where the folder holds one of another size."""
     from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
 
-    folder, tokenizer, like = Path(cfg.encoder), model.text_tokenizer, model.backbone.lm.config
+    folder, tokenizer, backbone_config = Path(cfg.encoder), model.text_tokenizer, model.backbone.lm.config
     first = len(tokenizer)
     shape = T5Config(
         vocab_size=first + SENTINELS,
-        d_model=like.hidden_size,
-        d_kv=like.hidden_size // like.num_attention_heads,
-        d_ff=like.intermediate_size,
-        num_layers=like.num_hidden_layers,
+        d_model=backbone_config.hidden_size,
+        d_kv=backbone_config.hidden_size // backbone_config.num_attention_heads,
+        d_ff=backbone_config.intermediate_size,
+        num_layers=backbone_config.num_hidden_layers,
         num_decoder_layers=2,
-        num_heads=like.num_attention_heads,
+        num_heads=backbone_config.num_attention_heads,
         feed_forward_proj="gated-gelu",
         dropout_rate=0.0,
         pad_token_id=tokenizer.pad_token_id,
@@ -232,12 +232,14 @@ def text_encoder(cfg: NetworksConfig, model: UnifiedModel) -> nn.Module:
             pairs = [
                 span_corruption([*chat, template.begins["flow"]], first, tokenizer.eos_token_id, rng) for chat in chats
             ]
-            read, wanted = (
+            input_ids, target_ids = (
                 nn.utils.rnn.pad_sequence([torch.tensor(pair[k]) for pair in pairs], True, fill)
                 for k, fill in enumerate((tokenizer.pad_token_id, -100))
             )
             with torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bfloat16()):
-                loss = t5(input_ids=read, attention_mask=read != tokenizer.pad_token_id, labels=wanted).loss
+                loss = t5(
+                    input_ids=input_ids, attention_mask=input_ids != tokenizer.pad_token_id, labels=target_ids
+                ).loss
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(t5.parameters(), 1.0)
@@ -260,19 +262,19 @@ def text_encoder(cfg: NetworksConfig, model: UnifiedModel) -> nn.Module:
 def encode_examples(template: Any, tokenizer: Any, seed: int, count: int, blind: float) -> list[Tokens]:
     """Prompts with their pictures, given as latents; the text of a share of them is dropped."""
     chats, rng = ChatSampler(SceneRenderer(tokenizer.image_size)), np.random.default_rng(seed)
-    made: list[Tokens] = []
-    while len(made) < count:
+    examples: list[Tokens] = []
+    while len(examples) < count:
         document = Document(chats.draw(rng))
         tokens = template.encode(document, blind=bool(rng.random() < blind), writer="flow")
         if len(tokens) <= SEQ_LEN:
-            made.append(tokens)
+            examples.append(tokens)
     for start in range(0, count, ENCODE_BATCH_SIZE):
-        some = made[start : start + ENCODE_BATCH_SIZE]
-        pictures = [picture for tokens in some for picture in tokens.images]
+        chunk = examples[start : start + ENCODE_BATCH_SIZE]
+        pictures = [picture for tokens in chunk for picture in tokens.images]
         latents_MZhw = tokenizer.encode(to_pixels(pictures, tokenizer.image_size))
-        for tokens, latents_Zhw in zip(some, latents_MZhw, strict=True):
+        for tokens, latents_Zhw in zip(chunk, latents_MZhw, strict=True):
             tokens.images = [latents_Zhw]
-    return made
+    return examples
 
 
 @dataclass
@@ -292,13 +294,13 @@ class ConditionedDataset:
         self.states: list[Tensor] = []
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bfloat16()):
             for start in range(0, len(documents), ENCODE_BATCH_SIZE):
-                some = documents[start : start + ENCODE_BATCH_SIZE]
-                states_BLD = condition(pack([[tokens] for tokens in some], SEQ_LEN, 0)).float()
-                self.states += [row[: len(tokens)].clone() for row, tokens in zip(states_BLD, some, strict=True)]
+                chunk = documents[start : start + ENCODE_BATCH_SIZE]
+                states_BLD = condition(pack([[tokens] for tokens in chunk], SEQ_LEN, 0)).float()
+                self.states += [row[: len(tokens)].clone() for row, tokens in zip(states_BLD, chunk, strict=True)]
 
     def __getitem__(self, index: int) -> tuple[Tokens, Tensor]:
-        turn, k = divmod(index, len(self.documents))
-        k = int(np.random.default_rng([self.seed, turn]).permutation(len(self.documents))[k])
+        epoch, k = divmod(index, len(self.documents))
+        k = int(np.random.default_rng([self.seed, epoch]).permutation(len(self.documents))[k])
         return self.documents[k], self.states[k]
 
 
@@ -344,14 +346,14 @@ def generate_images(
     template, size, guidance = template_of(condition.model), flow.tokenizer.image_size, Guidance.of(scale)
     blank = np.zeros((size, size, 3), dtype=np.uint8)
     chats = [Document([Segment(text=p), Segment(image=blank, role="assistant")]) for p in prompts]
-    seen = []
+    datasets_by_condition = []
     for blind in (False, True)[: guidance.branches]:
         batch = pack([[template.encode(chat, writer="flow", blind=blind)] for chat in chats], SEQ_LEN, size)
-        seen.append(flow.context_states(batch, condition(batch)))
+        datasets_by_condition.append(flow.context_states(batch, condition(batch)))
     states = [
         flow.start(SegmentSpec(0, SamplingOptions(), guidance, torch.Generator().manual_seed(seed))) for seed in seeds
     ]
-    branches = [list(pair) for pair in zip(*seen, strict=True)]
+    branches = [list(pair) for pair in zip(*datasets_by_condition, strict=True)]
     while not states[0].done:
         flow.advance(None, states, branches)  # type: ignore[arg-type]
     return to_images(flow.pictures(None, states))
@@ -375,45 +377,48 @@ def compare_networks(overrides: Sequence[str], out: str | None) -> list[dict[str
     shared = apply_overrides(config(), overrides)
     tokenizer: Any = load_image_tokenizer(shared.kl_tokenizer)
     # What is wrong with either is said before anything is rendered.
-    conditions = {told: ConditionEncoder(shared, told) for told in dict.fromkeys(told for _, told in VARIANTS)}
+    conditions = {
+        condition_kind: ConditionEncoder(shared, condition_kind)
+        for condition_kind in dict.fromkeys(condition_kind for _, condition_kind in VARIANTS)
+    }
     template = template_of(next(iter(conditions.values())).model)
     documents = encode_examples(template, tokenizer, shared.seed, shared.examples, shared.blind)
     new = encode_examples(template, tokenizer, HELD_OUT_SEED, min(512, shared.examples), 0.0)
-    seen: dict[str, tuple[ConditionedDataset, ConditionedDataset]] = {}
-    for network, told in VARIANTS:
-        condition = conditions[told]
-        seen[told] = seen.get(told) or (
+    datasets_by_condition: dict[str, tuple[ConditionedDataset, ConditionedDataset]] = {}
+    for network, condition_kind in VARIANTS:
+        condition = conditions[condition_kind]
+        datasets_by_condition[condition_kind] = datasets_by_condition.get(condition_kind) or (
             ConditionedDataset(documents, condition, shared.seed),
             ConditionedDataset(new, condition, 0),
         )
         with tempfile.TemporaryDirectory() as folder:
-            own = [f"network={network}", f"condition={told}", f"run_dir={folder}/run"]
-            cfg = apply_overrides(config(), [*overrides, *own])
+            row_overrides = [f"network={network}", f"condition={condition_kind}", f"run_dir={folder}/run"]
+            cfg = apply_overrides(config(), [*overrides, *row_overrides])
             flow = new_flow(cfg, condition.width)
-            ended = Trainer(cfg, make_train_spec(flow, seen[told][0])).run()
-            if not ended["finished"]:
+            run_result = Trainer(cfg, make_train_spec(flow, datasets_by_condition[condition_kind][0])).run()
+            if not run_result["finished"]:
                 raise ValueError("stopped by a signal: trainings that are cut short do not make a table")
         flow = flow.cpu().eval()
-        figures = {"seconds": ended["seconds"] / ended["step"]}
+        figures = {"seconds": run_result["seconds"] / run_result["step"]}
         figures["gflops"] = count_gflops(
             flow.head, flow.tokenizer.latent_channels, flow.tokenizer.grid[0], condition.width
         )
         figures["parameters"] = sum(p.numel() for p in flow.head.parameters()) / 1e6
-        figures["loss"] = held_out_loss(flow, seen[told][1])
+        figures["loss"] = held_out_loss(flow, datasets_by_condition[condition_kind][1])
         task = ScenesTask(cfg.prompts, cfg.seed)
         items = task.items()
         pictures: list[Any] = []
         for k in range(0, len(items), 30):
-            asked = [str(item.prompt) for item in items[k : k + 30]]
-            pictures += generate_images(flow, condition, asked, range(k, k + len(asked)), cfg.guidance)
+            prompts = [str(item.prompt) for item in items[k : k + 30]]
+            pictures += generate_images(flow, condition, prompts, range(k, k + len(prompts)), cfg.guidance)
         scores = score_pictures(task, items, [[picture] for picture in pictures])
         figures["scenes"] = summarize_scores(items, scores, cfg.seed).overall.overall
         first = first or figures
-        name = f"{network}, {told}"
+        name = f"{network}, {condition_kind}"
         print(f"{name:22}" + "".join(f"  {key} {figures[key]:.4g}" for key in units), flush=True)
         rows += [{"name": f"{name}: {k}", "value": figures[k], "unit": units[k], "baseline": first[k]} for k in units]
         if out:
-            save_image(Path(out) / f"{network}-{told}.png", image_grid(pictures[::5], 0, 8))
+            save_image(Path(out) / f"{network}-{condition_kind}.png", image_grid(pictures[::5], 0, 8))
     return rows
 
 
@@ -429,8 +434,10 @@ def main() -> int:
             check_output(options.json, {".json": "JSON"})
         if options.out:
             make_folder(options.out)
-        if own := [given for given in options.override if given.startswith(("network=", "condition=", "run_dir="))]:
-            raise ValueError(f"leave out {', '.join(own)}: every row has its own")
+        if row_overrides := [
+            override for override in options.override if override.startswith(("network=", "condition=", "run_dir="))
+        ]:
+            raise ValueError(f"leave out {', '.join(row_overrides)}: every row has its own")
         check_input(apply_overrides(config(), options.override).kl_tokenizer, INPUTS["kl_tokenizer"], "kl_tokenizer=")
         rows = compare_networks(options.override, options.out)
         if options.json:

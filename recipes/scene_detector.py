@@ -72,10 +72,10 @@ class DetectorRunConfig(RunConfig):
 def crowded_scene(rng: np.random.Generator, size: int) -> scenes.Scene:
     """0-6 objects anywhere, covering each other as they fall: what a model may draw and the world never does."""
     names = list(OBJECTS)
-    few = list(rng.choice(len(names), size=2))
+    num_small = list(rng.choice(len(names), size=2))
     items: list[scenes.SceneObject] = []
     for _ in range(int(rng.integers(0, MAX_OBJECTS + 1))):
-        name = names[few[int(rng.integers(2))]] if rng.random() < 0.5 else names[int(rng.integers(len(names)))]
+        name = names[num_small[int(rng.integers(2))]] if rng.random() < 0.5 else names[int(rng.integers(len(names)))]
         tints = scenes.allowed_colors(name)
         color = tints[int(rng.integers(len(tints)))] if rng.random() < 0.5 else None
         side, margin = rng.uniform(16, 40) * size / 64, 8 * size / 64
@@ -194,14 +194,14 @@ class DetectorLoss:
         self, model: nn.Module, batch: dict[str, Tensor], rng: torch.Generator
     ) -> dict[str, tuple[Tensor, Any]]:
         x, classes, background = batch["pixels"].clone(), batch["classes"].clone(), batch["background"].clone()
-        few = max(1, len(x) // 32)
-        many = 4 * few
-        mix = 0.35 + 0.3 * torch.rand(many, 1, 1, 1, generator=rng).to(x)
-        x[:many] = mix * x[:many] + (1 - mix) * x[many : 2 * many]
-        x[many : many + few] = shuffle_patches(x[many : many + few], rng)
-        x[many + few : many + 2 * few] = random_noise((few, *x.shape[1:]), rng).to(x)
-        nothing = many + 2 * few
-        classes[:nothing], background[:nothing] = -1, -1
+        num_small = max(1, len(x) // 32)
+        num_blends = 4 * num_small
+        blend_weight = 0.35 + 0.3 * torch.rand(num_blends, 1, 1, 1, generator=rng).to(x)
+        x[:num_blends] = blend_weight * x[:num_blends] + (1 - blend_weight) * x[num_blends : 2 * num_blends]
+        x[num_blends : num_blends + num_small] = shuffle_patches(x[num_blends : num_blends + num_small], rng)
+        x[num_blends + num_small : num_blends + 2 * num_small] = random_noise((num_small, *x.shape[1:]), rng).to(x)
+        num_negatives = num_blends + 2 * num_small
+        classes[:num_negatives], background[:num_negatives] = -1, -1
         out = model(degrade(x, rng))
         return dict(detector_losses(out, DetectorTargets(classes, batch["colors"], batch["boxes"], background)))
 
@@ -229,7 +229,7 @@ def calibrate(model: SceneDetector, seed: int = 1, pictures: int = 3000) -> None
     counting, most scenes with several objects of a kind, and never less than the other."""
     data, rng = SceneDataset(seed, model.config.image_size), torch.Generator().manual_seed(seed)
     grid = torch.arange(0.1, 0.81, 0.02)
-    right, several = torch.zeros(len(grid)), torch.zeros(len(grid))
+    num_correct, correct_with_repeats = torch.zeros(len(grid)), torch.zeros(len(grid))
     for start in range(0, pictures, 100):
         batch = collate([data[i] for i in range(start, start + 100)])
         readings = model.detect(degrade(batch["pixels"], rng), float(grid[0]))
@@ -237,13 +237,16 @@ def calibrate(model: SceneDetector, seed: int = 1, pictures: int = 3000) -> None
             truth = sorted(OBJECTS[int(k)] for k in row if k >= 0)
             for j, threshold in enumerate(grid):
                 exact = sorted(o.name for o in reading.objects if o.score > threshold) == truth
-                right[j] += exact
-                several[j] += exact and len(set(truth)) < len(truth)
+                num_correct[j] += exact
+                correct_with_repeats[j] += exact and len(set(truth)) < len(truth)
 
     def middle(score: Tensor) -> float:
         return round(float(grid[score >= 0.998 * score.max()].mean()), 2)
 
-    model.config.threshold, model.config.count_threshold = middle(right), max(middle(right), middle(several))
+    model.config.threshold, model.config.count_threshold = (
+        middle(num_correct),
+        max(middle(num_correct), middle(correct_with_repeats)),
+    )
 
 
 @one_line_errors

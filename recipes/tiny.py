@@ -199,12 +199,14 @@ class ChatDocumentSampler:
     def __call__(self, rng: np.random.Generator) -> Tokens:
         self.chats = self.chats or ChatSampler(SceneRenderer(self.size), self.mixture)
         document, kind = self.chats(rng)
-        draws = any(s.image is not None and s.role == "assistant" for s in document.segments)
-        writer = self.writers[int(rng.choice(len(self.shares), p=self.shares))] if draws else self.template.reader
+        generates_image = any(s.image is not None and s.role == "assistant" for s in document.segments)
+        writer = (
+            self.writers[int(rng.choice(len(self.shares), p=self.shares))] if generates_image else self.template.reader
+        )
         if kind == "draw" and self.answers and rng.random() < self.answered:
             document = self.answers(rng)
         blind = 0.5 if writer in self.template.text_lengths else self.blind  # whose span has the words, too
-        tokens = self.template.encode(document, blind=draws and rng.random() < blind, writer=writer)
+        tokens = self.template.encode(document, blind=generates_image and rng.random() < blind, writer=writer)
         for start, stop in tokens.spans if self.learn_shown else ():
             tokens.loss[start:stop] = [True] * (stop - start)
         return tokens
@@ -218,17 +220,19 @@ class SelfDistillationSamples:
 
     def __init__(self, files: Sequence[str], tokenizer: Any) -> None:
         self.tokenizer = copy.deepcopy(tokenizer)  # which stays on the CPU, where the model may not
-        right = [
+        correct_answers = [
             chat.segments
             for file in files
-            for judged in read_judged_answers(file, tokenizer.grid, tokenizer.codebook_size)
-            for chat in judged.right
+            for record in read_judged_answers(file, tokenizer.grid, tokenizer.codebook_size)
+            for chat in record.right
         ]
-        drawn = [segments for segments in right if [s.image is not None for s in segments] == [False, True]]
-        if not drawn:
+        image_answers = [
+            segments for segments in correct_answers if [s.image is not None for s in segments] == [False, True]
+        ]
+        if not image_answers:
             raise ValueError("answers hold no right picture: judge pictures (data_tools/judge_answers.py)")
-        self.prompts = [segments[:-1] for segments in drawn]
-        self.pictures: list[Any] = [segments[-1].image for segments in drawn]
+        self.prompts = [segments[:-1] for segments in image_answers]
+        self.pictures: list[Any] = [segments[-1].image for segments in image_answers]
 
     def __call__(self, rng: np.random.Generator) -> Document:
         k = int(rng.integers(len(self.prompts)))
@@ -272,21 +276,22 @@ def build(cfg: TinyConfig) -> TrainSpec:
         raise ValueError("mistakes are for next-scale to mend: add writers.next-scale=1, or leave them out")
     if "next-scale" in model.heads:
         model.heads["next-scale"].mistakes = cfg.mistakes
-    if cfg.freeze and (unheaded := shares.keys() - model.heads.keys() - {"next-token"}):
+    if cfg.freeze and (generators_without_weights := shares.keys() - model.heads.keys() - {"next-token"}):
         raise ValueError(
-            f"freeze=true lets heads alone learn, and {', '.join(sorted(unheaded))} has none: leave it out"
+            f"freeze=true lets heads alone learn, and {', '.join(sorted(generators_without_weights))} has "
+            f"none: leave it out"
         )
     if cfg.freeze and (not shares.keys() & model.heads.keys() or cfg.retain):
         raise ValueError("freeze=true is for writers with a head (writers.flow=1), and without retain: all else stays")
     reference = copy.deepcopy(model) if cfg.preferences.judged else None  # copied before it is compiled
-    before = load(cfg.retain) if cfg.retain else None
-    if before is not None and not before.shares_vocabulary(model):
+    teacher = load(cfg.retain) if cfg.retain else None
+    if teacher is not None and not teacher.shares_vocabulary(model):
         raise ValueError(
             f"retain={cfg.retain} has another text or image tokenizer than the model that learns: name one it came from"
         )
     if cfg.compile:
-        for one in filter(None, (model, reference, before)):
-            one.backbone.compile_packed()
+        for frozen_model in filter(None, (model, reference, teacher)):
+            frozen_model.backbone.compile_packed()
     size = model.image_tokenizer.image_size
     dataset: Any = PackedDataset(
         ChatDocumentSampler(model.template, model.image_tokenizer, cfg, shares), cfg.length, cfg.seed
@@ -295,23 +300,26 @@ def build(cfg: TinyConfig) -> TrainSpec:
     weights = shares | {"text": cfg.text_weight}
     if cfg.freeze:
         weights = {name: weight for name, weight in weights.items() if name in model.heads}
-    objective: Any = MultiGeneratorLoss(model.generators, weights, before)
+    objective: Any = MultiGeneratorLoss(model.generators, weights, teacher)
     if cfg.preferences.judged:
         assert reference is not None
         tokenizer: Any = model.image_tokenizer
         files = cfg.preferences.judged.split(",")
-        own = {head.name: head.own_shape for head in model.heads.values() if hasattr(head, "own_shape")}
-        pairs = read_pairs(files, cfg.seed, tokenizer.grid, tokenizer.codebook_size, own)
-        able = model.template.begins.keys() - model.template.text_lengths.keys()  # whose costs are of texts, too
-        if unable := {pair.writer for pair in pairs} - able:
+        native_codes = {head.name: head.own_shape for head in model.heads.values() if hasattr(head, "own_shape")}
+        pairs = read_pairs(files, cfg.seed, tokenizer.grid, tokenizer.codebook_size, native_codes)
+        comparable_generators = (
+            model.template.begins.keys() - model.template.text_lengths.keys()
+        )  # whose costs are of texts, too
+        if unsupported_generators := {pair.writer for pair in pairs} - comparable_generators:
             raise ValueError(
-                f"pictures by {', '.join(sorted(unable))} are not compared: judge those by {', '.join(sorted(able))}"
+                f"pictures by {', '.join(sorted(unsupported_generators))} are not compared: judge those by "
+                f"{', '.join(sorted(comparable_generators))}"
             )
         dataset = PreferenceDataset(dataset, pairs, model.template.encode, cfg.length, cfg.preferences.rows)
         collate = PreferenceCollator(collate, cfg.length, size)
         objective = DPOObjective(objective, reference, cfg.preferences)
-        once = " or ".join(f"{len(rows) / cfg.preferences.rows:.0f}" for rows in dataset.pairs)
-        print(f"{len(pairs)} pairs of answers: each is seen once in {once} rows of the mixture", flush=True)
+        epochs_hint = " or ".join(f"{len(rows) / cfg.preferences.rows:.0f}" for rows in dataset.pairs)
+        print(f"{len(pairs)} pairs of answers: each is seen once in {epochs_hint} rows of the mixture", flush=True)
     return TrainSpec(
         model=model,
         dataset=dataset,
@@ -335,7 +343,7 @@ def write_samples(model: nn.Module, step: int, folder: Path) -> None:
     ]
     count, sheet = len(SAMPLE_PROMPTS), image_grid(pictures, 0, len(SAMPLE_PROMPTS))
     sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.NEAREST).save(folder / f"{step:06d}.png")
-    asked = [[picture, "describe this picture"] for picture in pictures[:count]]
-    said = engine.generate_batch(asked, [0] * count, output="text", max_tokens=60)
-    lines = [f"{prompt} -> {answer}" for prompt, answer in zip(SAMPLE_PROMPTS, said, strict=True)]
+    questions = [[picture, "describe this picture"] for picture in pictures[:count]]
+    answers = engine.generate_batch(questions, [0] * count, output="text", max_tokens=60)
+    lines = [f"{prompt} -> {answer}" for prompt, answer in zip(SAMPLE_PROMPTS, answers, strict=True)]
     (folder / f"{step:06d}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

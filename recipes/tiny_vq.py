@@ -164,8 +164,12 @@ class GeneratedCodesDataset:
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
         rng = np.random.default_rng([self.seed, i])
-        n, own = int(rng.integers(len(self.pixels_N3HW))), rng.random() < self.true
-        return self.pixels_N3HW[n], self.objects_N1HW[n], (self.true_codes_NP if own else self.generated_codes_NP)[n]
+        n, use_true_codes = int(rng.integers(len(self.pixels_N3HW))), rng.random() < self.true
+        return (
+            self.pixels_N3HW[n],
+            self.objects_N1HW[n],
+            (self.true_codes_NP if use_true_codes else self.generated_codes_NP)[n],
+        )
 
 
 def collate(items: list[tuple[Tensor, ...]]) -> dict[str, Tensor]:
@@ -190,12 +194,12 @@ def new_or_loaded_tokenizer(cfg: VQRunConfig) -> VQTokenizer | KLTokenizer:
             raise ValueError("a kl tokenizer has no codes to freeze")
         if not cfg.init_from:
             return KLTokenizer(cfg.kl)
-        known = load_image_tokenizer(cfg.init_from)
-        if not isinstance(known, KLTokenizer) or known.settings != cfg.kl:
+        loaded_tokenizer = load_image_tokenizer(cfg.init_from)
+        if not isinstance(loaded_tokenizer, KLTokenizer) or loaded_tokenizer.settings != cfg.kl:
             raise ValueError(
                 f"init_from={cfg.init_from} is another network than kl.*: give its kl.*, or leave init_from out"
             )
-        return known
+        return loaded_tokenizer
     if cfg.freeze_codes and not cfg.init_from:
         raise ValueError("freeze_codes needs init_from=FOLDER, the tokenizer whose codes are kept")
     if not cfg.init_from:
@@ -204,8 +208,8 @@ def new_or_loaded_tokenizer(cfg: VQRunConfig) -> VQTokenizer | KLTokenizer:
     if not isinstance(tokenizer, VQTokenizer):
         raise ValueError(f"init_from={cfg.init_from} is no vq tokenizer: add kind=kl")
     if tokenizer.settings != cfg.model:
-        known, tokenizer = tokenizer, VQTokenizer(cfg.model)
-        if not copy_matching_weights(known, tokenizer, cfg.freeze_codes):
+        loaded_tokenizer, tokenizer = tokenizer, VQTokenizer(cfg.model)
+        if not copy_matching_weights(loaded_tokenizer, tokenizer, cfg.freeze_codes):
             may = "only model.decoder_* may differ" if cfg.freeze_codes else "only the quantizer may be another"
             raise ValueError(f"init_from={cfg.init_from} is another network than model.*; {may}")
     if cfg.freeze_codes:
@@ -222,13 +226,19 @@ def copy_matching_weights(known: VQTokenizer, tokenizer: VQTokenizer, freeze_cod
         return False  # as many weights, and yet other codes
     another = old.quantizer != new.quantizer
     left_out = "decoder." if freeze_codes else "quantizer." if another else ()
-    mine, theirs = (
-        {name: tensor for name, tensor in one.state_dict().items() if not name.startswith(left_out)}
-        for one in (tokenizer, known)
+    new_state, old_state = (
+        {name: tensor for name, tensor in module.state_dict().items() if not name.startswith(left_out)}
+        for module in (tokenizer, known)
     )
-    fits = {name: tensor for name, tensor in theirs.items() if name in mine and mine[name].shape == tensor.shape}
-    beside = {"encoder.head.weight", "encoder.head.bias", "decoder.stem.weight"} if left_out == "quantizer." else set()
-    if mine.keys() != theirs.keys() or not mine.keys() - fits.keys() <= beside:
+    fits = {
+        name: tensor
+        for name, tensor in old_state.items()
+        if name in new_state and new_state[name].shape == tensor.shape
+    }
+    quantizer_neighbors = (
+        {"encoder.head.weight", "encoder.head.bias", "decoder.stem.weight"} if left_out == "quantizer." else set()
+    )
+    if new_state.keys() != old_state.keys() or not new_state.keys() - fits.keys() <= quantizer_neighbors:
         return False
     tokenizer.load_state_dict(fits, strict=False)
     return True
@@ -239,20 +249,22 @@ def build(cfg: VQRunConfig) -> TrainSpec:
     tokenizer = new_or_loaded_tokenizer(cfg)
     lpips = LPIPS.from_file(cfg.lpips) if cfg.lpips else None
     size = tokenizer.image_size
-    drawn = GeneratedCodesDataset(cfg.drawn.split(","), cfg.seed, cfg.true, tokenizer) if cfg.drawn else None
+    generated_dataset = (
+        GeneratedCodesDataset(cfg.drawn.split(","), cfg.seed, cfg.true, tokenizer) if cfg.drawn else None
+    )
     held_out = make_image_dataset(cfg.pictures, 0, size, held_out=True)
-    shown = collate([held_out[i] for i in range(24)])["pixels"]
+    sample_pixels = collate([held_out[i] for i in range(24)])["pixels"]
 
     def sample(model: nn.Module, step: int, folder: Path) -> None:
         device = next(model.parameters()).device
-        save_grid(model.tokenizer, shown.to(device), folder / f"{step:06d}.png")
+        save_grid(model.tokenizer, sample_pixels.to(device), folder / f"{step:06d}.png")
 
     def save(model: nn.Module, folder: Path) -> None:
         save_tokenizer(model.tokenizer, folder)
 
     return TrainSpec(
         model=VQTraining(tokenizer, gan=cfg.loss.gan > 0).to(memory_format=torch.channels_last),
-        dataset=drawn or make_image_dataset(cfg.pictures, cfg.seed, size),
+        dataset=generated_dataset or make_image_dataset(cfg.pictures, cfg.seed, size),
         collate=collate,
         objective=VQObjective(cfg.loss, feature_network(cfg.features), lpips),
         sample=sample,
@@ -262,8 +274,13 @@ def build(cfg: VQRunConfig) -> TrainSpec:
 
 def save_grid(tokenizer: Any, x_BCHW: Tensor, path: Path, columns: int = 8, scale: int = 2) -> None:
     """PNG of rows of pictures, each above a row of their reconstructions."""
-    both = torch.cat([to_uint8(x_BCHW), to_uint8(tokenizer.decode(tokenizer.encode(x_BCHW)))], dim=1).cpu().numpy()
-    rows = [np.concatenate(list(both[i : i + columns]), axis=1) for i in range(0, len(both), columns)]
+    images_and_reconstructions = (
+        torch.cat([to_uint8(x_BCHW), to_uint8(tokenizer.decode(tokenizer.encode(x_BCHW)))], dim=1).cpu().numpy()
+    )
+    rows = [
+        np.concatenate(list(images_and_reconstructions[i : i + columns]), axis=1)
+        for i in range(0, len(images_and_reconstructions), columns)
+    ]
     rows = [np.pad(row, ((0, 0), (0, rows[0].shape[1] - row.shape[1]), (0, 0))) for row in rows]
     grid = Image.fromarray(np.concatenate(rows))
     grid.resize((grid.width * scale, grid.height * scale), Image.Resampling.NEAREST).save(path)
@@ -319,9 +336,9 @@ def run_ablation(steps: int, count: int, overrides: list[str]) -> list[dict[str,
 
 def main() -> int:
     parser = OneLineParser(description="Measure image tokenizers on held-out pictures of the rendered world.")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--evaluate", metavar="FOLDER", help="a saved tokenizer")
-    what.add_argument(
+    mode_group = parser.add_mutually_exclusive_group(required=True)
+    mode_group.add_argument("--evaluate", metavar="FOLDER", help="a saved tokenizer")
+    mode_group.add_argument(
         "--ablate",
         type=number_argument(1, 100_000_000),
         metavar="STEPS",

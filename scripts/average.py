@@ -26,17 +26,19 @@ def average(out: str, names: list[str], shares: list[float]) -> None:
     """Write the mean of these models, weighted by shares, to the folder `out`. ValueError where their parts differ."""
     models = [load(name) for name in names]
     weights = [dict(model.named_parameters()) for model in models]
-    shapes = [{name: w.shape for name, w in each.items()} for each in weights]
-    for name, model, other, theirs in zip(names[1:], models[1:], shapes[1:], weights[1:], strict=True):
+    shapes = [{name: w.shape for name, w in parameters.items()} for parameters in weights]
+    for name, model, shapes_of_model, theirs in zip(names[1:], models[1:], shapes[1:], weights[1:], strict=True):
         shared = {k: v for k, v in shapes[0].items() if not k.startswith("heads.") or k.split(".")[1] in model.heads}
-        if other != shared:
+        if shapes_of_model != shared:
             raise ValueError(
                 f"{name} has other weights than {names[0]}: average models of one training, that of most writers first"
             )
         if not model.shares_vocabulary(models[0]):
             raise ValueError(f"{name} has another text or image tokenizer than {names[0]}: train both with one")
-        own = [k for k, w in theirs.items() if k.startswith("heads.") and not w.requires_grad]  # heads' tokenizers
-        if not all(torch.equal(theirs[k], weights[0][k]) for k in own):
+        frozen_names = [
+            k for k, w in theirs.items() if k.startswith("heads.") and not w.requires_grad
+        ]  # heads' tokenizers
+        if not all(torch.equal(theirs[k], weights[0][k]) for k in frozen_names):
             raise ValueError(
                 f"a generator of {name} has another tokenizer than in {names[0]}: train both with one "
                 "scale_tokenizer and one kl_tokenizer"
@@ -47,9 +49,13 @@ def average(out: str, names: list[str], shares: list[float]) -> None:
     with torch.no_grad():
         for name, weight in weights[0].items():
             if weight.requires_grad:  # tokenizers are frozen
-                having = [(share, each[name]) for share, each in zip(shares, weights, strict=True) if name in each]
-                total = torch.stack([share * each for share, each in having]).sum(0)
-                weight.copy_(total / sum(share for share, _ in having))
+                weighted_params = [
+                    (share, parameters[name])
+                    for share, parameters in zip(shares, weights, strict=True)
+                    if name in parameters
+                ]
+                total = torch.stack([share * parameters for share, parameters in weighted_params]).sum(0)
+                weight.copy_(total / sum(share for share, _ in weighted_params))
     models[0].save(out)
 
 
@@ -65,14 +71,14 @@ def main() -> int:
     args = parser.parse_args()
     if len(args.models) < 2:
         raise ValueError("give at least two models")
-    given = args.weights.split(",") if args.weights else ["1"] * len(args.models)
+    weight_texts = args.weights.split(",") if args.weights else ["1"] * len(args.models)
     try:
-        shares = [float(text) for text in given]
+        shares = [float(text) for text in weight_texts]
     except ValueError:
         shares = []
     if len(shares) != len(args.models) or not all(map(math.isfinite, shares)) or sum(shares) <= 0:
-        wanted = f"{len(args.models)} numbers whose sum is above 0"
-        raise ValueError(f"--weights are {wanted}, apart by commas, not {args.weights}")
+        requirement_text = f"{len(args.models)} numbers whose sum is above 0"
+        raise ValueError(f"--weights are {requirement_text}, apart by commas, not {args.weights}")
     average(args.out, args.models, shares)
     print(f"wrote {args.out}: the mean of {len(args.models)} models")
     return 0

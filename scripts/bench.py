@@ -24,14 +24,14 @@ def find_benchmarks() -> dict[str, str]:
 
 
 def main(args: list[str]) -> int:
-    found = find_benchmarks()
+    benchmarks = find_benchmarks()
     if not args or args[0] in ("-h", "--help"):
         print("usage: python scripts/bench.py NAME ...\n")
-        print("\n".join(f"  {name:<10} {line}" for name, line in found.items()))
+        print("\n".join(f"  {name:<10} {line}" for name, line in benchmarks.items()))
         return 0
     try:
-        if args[0] not in found:
-            raise ValueError(f"no bench {args[0]!r}; there are: {', '.join(found) or 'none'}")
+        if args[0] not in benchmarks:
+            raise ValueError(f"no bench {args[0]!r}; there are: {', '.join(benchmarks) or 'none'}")
         sys.path.insert(0, str(ROOT))
         return importlib.import_module(f"scripts.benches.{args[0]}").main(args[1:])
     except ValueError as error:

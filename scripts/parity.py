@@ -38,7 +38,7 @@ def main() -> int:
     from tests.parity import common
     from unigen.config import write_report
 
-    found, started = [], time.monotonic()
+    parity_rows, started = [], time.monotonic()
     print(f"{'row':28} {'error':>9} {'control':>9}  {'':4}  against; control")
     for name in args.families or family_names():
         case = importlib.import_module(f"tests.parity.{name}")
@@ -51,7 +51,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as scratch:
             case.checkpoint(Path(scratch))
             for row in case.rows(Path(scratch)):
-                found.append(row)
+                parity_rows.append(row)
                 verdict = "-" if row.absent else "ok" if row.passed else "BAD"
                 why = row.absent or f"{row.against}; {row.trap}"
                 print(f"{row.name:28} {row.error:9.1e} {row.control:9.1e}  {verdict:4}  {why}", flush=True)
@@ -59,11 +59,11 @@ def main() -> int:
         rows = [
             {"name": row.name, "value": None if row.absent else row.error, "unit": "std", "control": row.control}
             | {"passed": row.passed, "against": row.absent or row.against, "mistake": row.trap}
-            for row in found
+            for row in parity_rows
         ]
         command = f"python scripts/parity.py {' '.join(sys.argv[1:])}"
         write_report(args.json, command=command, model="made here", rows=rows, seconds=time.monotonic() - started)
-    return int(any(not row.passed for row in found if not row.absent))
+    return int(any(not row.passed for row in parity_rows if not row.absent))
 
 
 if __name__ == "__main__":

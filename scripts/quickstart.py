@@ -84,23 +84,27 @@ class PageBuilder:
             make = functools.partial(self.engine.generate, prompt, output="image", **self.options)
             image, seconds = self.timed(prompt, make)
             self.keep(name, image)
-            again = self.command("generate", prompt, "-o", self.place(name))
+            command = self.command("generate", prompt, "-o", self.place(name))
             cards.append(
-                html_figure(image, f"<b>{html.escape(prompt)}</b>seed {self.seed}, {seconds:.1f} s<br>{again}", prompt)
+                html_figure(
+                    image, f"<b>{html.escape(prompt)}</b>seed {self.seed}, {seconds:.1f} s<br>{command}", prompt
+                )
             )
         self.section("Drawn from a sentence", "", f'<div class="row">{"".join(cards)}</div>')
 
     def ask(self) -> None:
         image = self.pictures["apples"]
-        said, seconds = self.timed("what does the picture show?", functools.partial(self.engine.describe, image))
-        again = self.command("describe", self.place("apples"), seeded=False)
-        rows = [f"<p><b>Describe it.</b> {html.escape(said)}<br><span class=note>{seconds:.1f} s</span> {again}</p>"]
+        answer, seconds = self.timed("what does the picture show?", functools.partial(self.engine.describe, image))
+        command = self.command("describe", self.place("apples"), seeded=False)
+        rows = [
+            f"<p><b>Describe it.</b> {html.escape(answer)}<br><span class=note>{seconds:.1f} s</span> {command}</p>"
+        ]
         for question in QUESTIONS:
-            said, seconds = self.timed(question, functools.partial(self.engine.describe, image, question))
-            again = self.command("describe", self.place("apples"), "-q", question, seeded=False)
+            answer, seconds = self.timed(question, functools.partial(self.engine.describe, image, question))
+            command = self.command("describe", self.place("apples"), "-q", question, seeded=False)
             rows.append(
-                f"<p><b>{html.escape(question)}</b> {html.escape(said)}<br>"
-                f"<span class=note>{seconds:.1f} s</span> {again}</p>"
+                f"<p><b>{html.escape(question)}</b> {html.escape(answer)}<br>"
+                f"<span class=note>{seconds:.1f} s</span> {command}</p>"
             )
         figure = html_figure(image, alt=PROMPTS["apples"])
         body = f'<div class="row top">{figure}<div class="wide">{"".join(rows)}</div></div>'
@@ -110,10 +114,10 @@ class PageBuilder:
         before = self.pictures["sunflower"]
         after, seconds = self.timed(EDIT, functools.partial(self.engine.edit, before, EDIT, **self.options))
         self.keep("edited", after)
-        again = self.command("edit", self.place("sunflower"), EDIT, "-o", self.place("edited"))
+        command = self.command("edit", self.place("sunflower"), EDIT, "-o", self.place("edited"))
         cards = [
             html_figure(before, f"<b>before</b>{html.escape(PROMPTS['sunflower'])}", "before"),
-            html_figure(after, f"<b>after</b>seed {self.seed}, {seconds:.1f} s<br>{again}", "after"),
+            html_figure(after, f"<b>after</b>seed {self.seed}, {seconds:.1f} s<br>{command}", "after"),
         ]
         self.section("Edited", f"“{EDIT}”", f'<div class="row">{"".join(cards)}</div>')
 
@@ -124,11 +128,13 @@ class PageBuilder:
         parts, seconds = self.timed(f"a story: {STORY}" + " from references" * bool(references), make)
         flags = [word for name in references for word in ("--reference", self.place(name))]
         name = "story-of-these.html" if references else "story.html"
-        again = self.command("story", STORY, *flags, "-o", str(self.folder / name))
+        command = self.command("story", STORY, *flags, "-o", str(self.folder / name))
         title = "A story about these two" if references else "A story"
-        shown = "".join(html_figure(self.pictures[name], f"<b>reference</b>{name}", name) for name in references)
-        shown = f'<div class="row">{shown}</div>' if shown else ""
-        body = f"{shown}{story_body(parts)}<p class=note>seed {self.seed}, {seconds:.1f} s {again}</p>"
+        reference_figures = "".join(
+            html_figure(self.pictures[name], f"<b>reference</b>{name}", name) for name in references
+        )
+        reference_figures = f'<div class="row">{reference_figures}</div>' if reference_figures else ""
+        body = f"{reference_figures}{story_body(parts)}<p class=note>seed {self.seed}, {seconds:.1f} s {command}</p>"
         self.section(title, f"“{STORY}”", body)
 
 
@@ -136,9 +142,9 @@ def footer(args: argparse.Namespace, info: dict[str, Any]) -> str:
     """What made the page, in sentences, and where to read on, as HTML."""
     size, device = info.get("image_size"), info.get("device", "cpu")
     draws = f" draws pictures of {size}x{size} pixels" if size else " ran"
-    made = f"{args.model} ({info.get('backbone', info['family'])}){draws} on {device}"
+    model_text = f"{args.model} ({info.get('backbone', info['family'])}){draws} on {device}"
     lines = [
-        f"{made}: {hardware_summary()}, {date.today()}, seed {args.seed}.",
+        f"{model_text}: {hardware_summary()}, {date.today()}, seed {args.seed}.",
         "Another page: scripts/quickstart.sh --seed 2. All commands: unigen --help. More: README.md and docs/guide.md.",
     ]
     return f"<footer>{'<br>'.join(map(html.escape, lines))}</footer>"

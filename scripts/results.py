@@ -39,13 +39,13 @@ def markdown_table(rows: list[dict[str, Any]]) -> list[str]:
 def section(title: str, run: dict[str, Any]) -> list[str]:
     """One run: its command, where and when it ran, and its figures."""
     seconds = run.get("seconds")
-    took = f", {seconds:.0f} s" if seconds else ""
+    duration = f", {seconds:.0f} s" if seconds else ""
     lines = [
         f"## {title}",
         "",
         f"`{run['command']}`",
         "",
-        f"{run['model']}; {run['hardware']}; {run['date']}{took}",
+        f"{run['model']}; {run['hardware']}; {run['date']}{duration}",
         "",
     ]
     if run.get("overall") is not None:

@@ -36,12 +36,14 @@ def main() -> int:
     model = load(args.folder)
     for name in args.without:
         if name not in model.heads:
-            able = ", ".join(model.heads) or "none"
-            raise ValueError(f"--without {name}: {args.folder} has no such generator with weights; it has {able}")
+            available = ", ".join(model.heads) or "none"
+            raise ValueError(f"--without {name}: {args.folder} has no such generator with weights; it has {available}")
         del model.heads[name], model.generators[name], model.template.begins[name]
         model.sampling.pop(name, None)
-    others = sum(asset_bytes(folder.name) for folder in hub.ASSETS.iterdir() if folder.is_dir() and folder != target)
-    total = others + 2 * sum(p.numel() for p in model.parameters())
+    other_bytes = sum(
+        asset_bytes(folder.name) for folder in hub.ASSETS.iterdir() if folder.is_dir() and folder != target
+    )
+    total = other_bytes + 2 * sum(p.numel() for p in model.parameters())
     if total > MAX_ASSET_BYTES:
         raise ValueError(f"the shipped weights would have {total / 1e6:.1f} MB, more than {MAX_ASSET_BYTES / 1e6:.0f}")
     card = (target / "README.md").read_text() if (target / "README.md").exists() else None

@@ -39,31 +39,31 @@ MAX_MEMORY_GROWTH = 0.05
 
 def make_requests(model: str, picture: str) -> dict[str, tuple[str, dict[str, Any]]]:
     """Name -> (path, body) of what is asked; all of it is seeded."""
-    asked: dict[str, tuple[str, dict[str, Any]]] = {}
+    requests: dict[str, tuple[str, dict[str, Any]]] = {}
     for i, thing in enumerate(PROMPTS):
         for generator in ("next-token", "masked", "next-scale"):
             body = {"model": model, "prompt": thing, "seed": i, "generator": generator, "n": 1 + i % 2}
-            asked[f"{generator} {thing}"] = ("/v1/images/generations", body)
-    seen = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}}
+            requests[f"{generator} {thing}"] = ("/v1/images/generations", body)
+    image_part = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}}
     for i, question in enumerate(("describe this picture", "how many apples?", "what color is the background?")):
-        messages = [{"role": "user", "content": [seen, {"type": "text", "text": question}]}]
+        messages = [{"role": "user", "content": [image_part, {"type": "text", "text": question}]}]
         body = {"model": model, "messages": messages, "seed": i, "modalities": ["text"]}
-        asked[question] = ("/v1/chat/completions", body | {"stream": i % 2 == 1})
+        requests[question] = ("/v1/chat/completions", body | {"stream": i % 2 == 1})
     messages = [{"role": "user", "content": "a story about a witch and her raven"}]
     for stream in (False, True):
         body = {"model": model, "messages": messages, "seed": 1, "max_images": 2, "stream": stream}
-        asked[f"story {stream}"] = ("/v1/chat/completions", body)
-    return asked
+        requests[f"story {stream}"] = ("/v1/chat/completions", body)
+    return requests
 
 
 def malform(rng: random.Random, path: str, body: dict[str, Any]) -> dict[str, Any]:
     """The body with one thing wrong."""
-    wrong: list[dict[str, Any]] = [{"n": 0}, {"seed": "x"}, {"banana": 1}, {"model": "nobody"}, {"temperature": -1}]
-    wrong += [{"guidance": "much"}, {"steps": 0}, {"size": "huge"}, {"generator": "crayon"}, {"top_p": 7}]
-    bad = {**body, **rng.choice(wrong)}
+    failures: list[dict[str, Any]] = [{"n": 0}, {"seed": "x"}, {"banana": 1}, {"model": "nobody"}, {"temperature": -1}]
+    failures += [{"guidance": "much"}, {"steps": 0}, {"size": "huge"}, {"generator": "crayon"}, {"top_p": 7}]
+    malformed_body = {**body, **rng.choice(failures)}
     if rng.random() < 0.2:
-        del bad["messages" if "messages" in bad else "prompt"]
-    return bad
+        del malformed_body["messages" if "messages" in malformed_body else "prompt"]
+    return malformed_body
 
 
 def comparable_answer(text: str, stream: bool) -> Any:
@@ -85,10 +85,12 @@ def comparable_answer(text: str, stream: bool) -> Any:
 def server_memory(port: int) -> int:
     """Bytes that the process that listens there and its children hold; 0 where this cannot be known."""
     try:
-        listed = subprocess.run(["ps", "-ww", "-eo", "pid=,ppid=,rss=,args="], capture_output=True, text=True).stdout
+        process_table = subprocess.run(
+            ["ps", "-ww", "-eo", "pid=,ppid=,rss=,args="], capture_output=True, text=True
+        ).stdout
     except OSError:
         return 0
-    rows = [line.split(None, 3) for line in listed.splitlines()]
+    rows = [line.split(None, 3) for line in process_table.splitlines()]
     first = [row[0] for row in rows if len(row) == 4 and "serve" in row[3] and f"--port {port}" in row[3]]
     return sum(1024 * int(row[2]) for row in rows if row[0] in first or row[1] in first)
 
@@ -97,7 +99,7 @@ async def run_stress_test(options: argparse.Namespace) -> dict[str, Any]:
     import httpx
 
     url = f"http://{options.host}:{options.port}"
-    rng, counts, wrong, sizes = random.Random(options.seed), Counter[str](), [], [(0.0, 0)]
+    rng, counts, failures, sizes = random.Random(options.seed), Counter[str](), [], [(0.0, 0)]
     limits = httpx.Limits(max_connections=options.clients)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
         try:
@@ -105,12 +107,12 @@ async def run_stress_test(options: argparse.Namespace) -> dict[str, Any]:
         except (httpx.HTTPError, KeyError, ValueError):
             raise ValueError(f"no unigen serve answers at {url}: start one") from None
         first = await client.post("/v1/images/generations", json={"prompt": PROMPTS[0], "seed": 3})
-        asked = make_requests(model, first.json()["data"][0]["b64_json"])
-        alone = {}
-        for name, (path, body) in asked.items():
+        requests = make_requests(model, first.json()["data"][0]["b64_json"])
+        expected_answers = {}
+        for name, (path, body) in requests.items():
             answer = await client.post(path, json=body)
             answer.raise_for_status()
-            alone[name] = comparable_answer(answer.text, body.get("stream", False))
+            expected_answers[name] = comparable_answer(answer.text, body.get("stream", False))
         start, end = time.monotonic(), time.monotonic() + 60 * options.minutes
         left = options.requests
 
@@ -118,16 +120,16 @@ async def run_stress_test(options: argparse.Namespace) -> dict[str, Any]:
             nonlocal left
             while left > 0 and time.monotonic() < end:
                 left -= 1
-                name, (path, body) = rng.choice(list(asked.items()))
-                lot = rng.random()
+                name, (path, body) = rng.choice(list(requests.items()))
+                draw = rng.random()
                 try:
-                    if lot < MALFORMED_SHARE:
+                    if draw < MALFORMED_SHARE:
                         status = (await client.post(path, json=malform(rng, path, body))).status_code
                         counts["malformed"] += 1
                         if not 400 <= status < 500:
-                            wrong.append(f"malformed {name}: {status}")
+                            failures.append(f"malformed {name}: {status}")
                         continue
-                    if lot < MALFORMED_SHARE + DISCONNECT_SHARE:
+                    if draw < MALFORMED_SHARE + DISCONNECT_SHARE:
                         counts["left"] += 1
                         await client.post(path, json=body, timeout=rng.random())
                         continue
@@ -135,15 +137,15 @@ async def run_stress_test(options: argparse.Namespace) -> dict[str, Any]:
                 except httpx.TimeoutException:
                     continue
                 except httpx.HTTPError as error:
-                    wrong.append(f"{name}: {error!r}")
+                    failures.append(f"{name}: {error!r}")
                     continue
                 counts[str(answer.status_code)] += 1
                 if answer.status_code == 429:
                     await asyncio.sleep(float(answer.headers["retry-after"]))
                 elif answer.status_code != 200:
-                    wrong.append(f"{name}: {answer.status_code} {answer.text[:200]}")
-                elif comparable_answer(answer.text, body.get("stream", False)) != alone[name]:
-                    wrong.append(f"{name}: another answer than alone")
+                    failures.append(f"{name}: {answer.status_code} {answer.text[:200]}")
+                elif comparable_answer(answer.text, body.get("stream", False)) != expected_answers[name]:
+                    failures.append(f"{name}: another answer than alone")
 
         async def watch() -> None:
             while True:
@@ -157,14 +159,14 @@ async def run_stress_test(options: argparse.Namespace) -> dict[str, Any]:
         await asyncio.sleep(2)
         ready = (await client.get("/ready")).json()
         metrics = (await client.get("/metrics")).text
-    held = [line for line in metrics.splitlines() if line.startswith(("unigen_jobs", "unigen_cache_positions"))]
-    if ready.get("starts") != 1 or any(not line.endswith(" 0.0") for line in held):
-        wrong.append(f"not at rest at the end: {ready}, {held}")
-    quarters = [[size for at, size in sizes if q / 4 <= at / seconds < (q + 1) / 4] or [1] for q in range(4)]
+    gauges = [line for line in metrics.splitlines() if line.startswith(("unigen_jobs", "unigen_cache_positions"))]
+    if ready.get("starts") != 1 or any(not line.endswith(" 0.0") for line in gauges):
+        failures.append(f"not at rest at the end: {ready}, {gauges}")
+    quarters = [[size for elapsed, size in sizes if q / 4 <= elapsed / seconds < (q + 1) / 4] or [1] for q in range(4)]
     held_in = [statistics.median(quarter) for quarter in quarters]
     growth = held_in[3] / held_in[2] - 1
     if growth > MAX_MEMORY_GROWTH:
-        wrong.append(f"memory grew by {growth:.1%} in the last quarter")
+        failures.append(f"memory grew by {growth:.1%} in the last quarter")
     done = options.requests - left
     return {
         "requests": done,
@@ -172,7 +174,7 @@ async def run_stress_test(options: argparse.Namespace) -> dict[str, Any]:
         "counts": counts,
         "growth": growth,
         "mb": [round(size / 1e6) for size in held_in],
-        "wrong": wrong,
+        "wrong": failures,
     }
 
 
@@ -187,18 +189,18 @@ def main() -> int:
     parser.add_argument("--seed", type=limited("seed"), default=0)
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
-    found = asyncio.run(run_stress_test(options))
-    counts = ", ".join(f"{count} {name}" for name, count in sorted(found["counts"].items()))
-    print(f"{found['requests']} requests of {options.clients} clients in {found['seconds']:.0f} s: {counts}")
-    print(f"memory by quarters {found['mb']} MB, {found['growth']:+.1%} in the last; wrong: {len(found['wrong'])}")
-    for line in found["wrong"][:20]:
+    report = asyncio.run(run_stress_test(options))
+    counts = ", ".join(f"{count} {name}" for name, count in sorted(report["counts"].items()))
+    print(f"{report['requests']} requests of {options.clients} clients in {report['seconds']:.0f} s: {counts}")
+    print(f"memory by quarters {report['mb']} MB, {report['growth']:+.1%} in the last; wrong: {len(report['wrong'])}")
+    for line in report["wrong"][:20]:
         print(line)
     if options.json:
-        row = {"name": "soak", "value": len(found["wrong"]), "unit": "wrong"}
-        row |= {name: found[name] for name in ("requests", "growth", "mb")} | {"counts": dict(found["counts"])}
+        row = {"name": "soak", "value": len(report["wrong"]), "unit": "wrong"}
+        row |= {name: report[name] for name in ("requests", "growth", "mb")} | {"counts": dict(report["counts"])}
         command = f"python scripts/soak.py {' '.join(sys.argv[1:])}".strip()
-        write_report(options.json, command=command, model="served", rows=[row], seconds=found["seconds"])
-    return 1 if found["wrong"] else 0
+        write_report(options.json, command=command, model="served", rows=[row], seconds=report["seconds"])
+    return 1 if report["wrong"] else 0
 
 
 if __name__ == "__main__":

@@ -66,8 +66,10 @@ def main() -> int:
     )
     for chunk in stream:
         if not chunk.choices:
-            used: Any = chunk.usage
-            print(f"\n{used.completion_tokens_details.image_tokens} of {used.completion_tokens} tokens are of pictures")
+            usage: Any = chunk.usage
+            print(
+                f"\n{usage.completion_tokens_details.image_tokens} of {usage.completion_tokens} tokens are of pictures"
+            )
             continue
         delta: Any = chunk.choices[0].delta
         print(delta.content or "", end="", flush=True)

@@ -89,13 +89,15 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tie_word_embeddings=True,
     )
     latents = KLTokenizer(KLConfig(image_size=16, channels=(16, 16), latent_channels=4))
-    own: dict[str, Any] = {"multiscale": scales, "kl": latents}
+    tokenizers_by_kind: dict[str, Any] = {"multiscale": scales, "kl": latents}
     settings: dict[str, Any] = {
         "flow": {"layers": 2, "heads": 2, "head_dim": 16, "context_length": 16},
         "token-flow": {"width": 32},
     }
     heads = [
-        tiny.build_generator(name, BuildContext((2, 2), 0, config.hidden_size, own[kind], settings.get(name, {})))
+        tiny.build_generator(
+            name, BuildContext((2, 2), 0, config.hidden_size, tokenizers_by_kind[kind], settings.get(name, {}))
+        )
         for name in generators.generator_names()
         if (kind := generators.find_generator(name).own)
     ]

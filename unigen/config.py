@@ -134,7 +134,7 @@ def _collect_override(changes: dict[str, Any], cfg: Any, path: list[str], text: 
     """Note one override of `cfg` in `changes`, field -> value, nested where the field is a dataclass."""
     hints = typing.get_type_hints(type(cfg))
     names = [f.name for f in dataclasses.fields(cfg)]
-    head, rest = path[0], path[1:]
+    head, tail = path[0], path[1:]
     if head not in names:
         prefix = full_key[: len(full_key) - len(".".join(path))]
         groups = [name for name in names if dataclasses.is_dataclass(getattr(cfg, name))]
@@ -142,14 +142,14 @@ def _collect_override(changes: dict[str, Any], cfg: Any, path: list[str], text: 
         raise ValueError(_unknown_key_message(full_key, prefix, head, names, inside))
     current = getattr(cfg, head)
     if dataclasses.is_dataclass(current):
-        _check(bool(rest), f"{full_key} is a group: set one of {_join_names(full_key + '.', _field_names(current))}")
-        _collect_override(changes.setdefault(head, {}), current, rest, text, full_key)
+        _check(bool(tail), f"{full_key} is a group: set one of {_join_names(full_key + '.', _field_names(current))}")
+        _collect_override(changes.setdefault(head, {}), current, tail, text, full_key)
     elif isinstance(current, dict):
-        _check(len(rest) == 1, f"{full_key} is a table: set an entry, as {head}.NAME=value")
+        _check(len(tail) == 1, f"{full_key} is a table: set an entry, as {head}.NAME=value")
         value = _parse(typing.get_args(hints[head])[1], text, full_key)
-        changes[head] = changes.get(head, current) | {rest[0]: value}
+        changes[head] = changes.get(head, current) | {tail[0]: value}
     else:
-        _check(not rest, f"unknown key {full_key!r}: {head!r} has no parts")
+        _check(not tail, f"unknown key {full_key!r}: {head!r} has no parts")
         changes[head] = _parse(hints[head], text, full_key)
 
 
@@ -172,8 +172,8 @@ def _join_names(prefix: str, names: Iterable[str]) -> str:
 
 def _unknown_key_message(full_key: str, prefix: str, name: str, names: list[str], inside: Iterable[str] = ()) -> str:
     """The message of an unknown key. inside: keys of groups that are called so."""
-    near = [*inside] or difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    hint = f"did you mean {_join_names(prefix, near)}?" if near else f"valid keys: {_join_names(prefix, names)}"
+    matches = [*inside] or difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    hint = f"did you mean {_join_names(prefix, matches)}?" if matches else f"valid keys: {_join_names(prefix, names)}"
     return f"unknown key {full_key!r}; {hint}"
 
 
@@ -193,7 +193,7 @@ def _parse(hint: Any, text: str, key: str) -> Any:
     if not text:
         none = type(None) in typing.get_args(hint)
         raise ValueError(f"{key} has no value: give one ({_type_name(hint)}){', such as none' if none else ''}")
-    wrong = ValueError(f"{key} expects {_type_name(hint)}, not {text!r}")
+    type_error = ValueError(f"{key} expects {_type_name(hint)}, not {text!r}")
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if type(None) in args and text.lower() in ("none", "null"):
@@ -203,30 +203,30 @@ def _parse(hint: Any, text: str, key: str) -> Any:
                 return _parse(option, text, key)
             except ValueError:
                 continue
-        raise wrong
+        raise type_error
     if origin is Literal:
         for choice in args:
             if text == str(choice):
                 return choice
-        raise wrong
+        raise type_error
     if origin in (tuple, list) or hint in (tuple, list):
         inner = text[1:-1] if text[:1] + text[-1:] in ("()", "[]") else text
         parts = [p.strip() for p in inner.split(",") if p.strip()]
         hints = _item_hints(origin or hint, args, len(parts))
         if hints is None:
-            raise wrong
+            raise type_error
         return (origin or hint)(_parse(h, p, key) for h, p in zip(hints, parts, strict=True))
     if hint is bool:
         if text.lower() not in ("true", "false"):
-            raise wrong
+            raise type_error
         return text.lower() == "true"
     if hint in (int, float):
         try:
             number = parse_int(strip_digit_groups(text)) if hint is int else parse_float(strip_digit_groups(text))
         except ValueError:
-            raise wrong from None
+            raise type_error from None
         if not math.isfinite(number):
-            raise wrong
+            raise type_error
         return number
     if hint is str:
         return text
@@ -251,19 +251,21 @@ def _build_dataclass(cls: Any, values: Any, prefix: str) -> Any:
     for name in values:
         if name not in names:
             raise ValueError(_unknown_key_message(prefix + name, prefix, name, names))
-    given = {name: _coerce(hints[name], value, prefix + name) for name, value in values.items()}
-    missing = [
+    values_by_name = {name: _coerce(hints[name], value, prefix + name) for name, value in values.items()}
+    missing_keys = [
         f.name
         for f in dataclasses.fields(cls)
-        if f.name not in given and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if f.name not in values_by_name
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
     ]
-    _check(not missing, f"missing keys: {_join_names(prefix, missing)}")
-    return cls(**given)
+    _check(not missing_keys, f"missing keys: {_join_names(prefix, missing_keys)}")
+    return cls(**values_by_name)
 
 
 def _coerce(hint: Any, value: Any, key: str) -> Any:
     """`value` as JSON has it, as a value of the type `hint`."""
-    wrong = ValueError(f"{key} expects {_type_name(hint)}, not {value!r}")
+    type_error = ValueError(f"{key} expects {_type_name(hint)}, not {value!r}")
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
@@ -275,26 +277,26 @@ def _coerce(hint: Any, value: Any, key: str) -> Any:
                 return _coerce(option, value, key)
             except ValueError:
                 continue
-        raise wrong
+        raise type_error
     if origin is Literal:
         if value not in args:
-            raise wrong
+            raise type_error
         return value
     if origin in (tuple, list) or hint in (tuple, list):
         hints = _item_hints(origin or hint, args, len(value)) if isinstance(value, (list, tuple)) else None
         if hints is None:
-            raise wrong
+            raise type_error
         return (origin or hint)(_coerce(h if args else Any, v, key) for h, v in zip(hints, value, strict=True))
     if origin is dict or hint is dict:
         if not isinstance(value, Mapping):
-            raise wrong
+            raise type_error
         return {k: _coerce(args[1] if args else Any, v, f"{key}.{k}") for k, v in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is Path and isinstance(value, str):
         return Path(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise wrong
+        raise type_error
     return value
 
 

@@ -64,36 +64,38 @@ def resolve(
     `owner/name[@revision]` on the Hugging Face hub, from whose cache it is taken where it is there. After a colon may
     follow the name of one of several models that are there. holdings: the files of each, by repository, for those of
     the hub that hold several. judge, loose: see `fetch_snapshot`. Raises ValueError naming what there is."""
-    place, _, variant = str(name).partition(":")
+    name_part, _, variant = str(name).partition(":")
     if len(str(name)) > MAX_NAME_LENGTH:
         raise ValueError(f"a model's name of {len(str(name))} letters is too long")
     if "://" in str(name) or HUB_URL.match(str(name)):
         page = HUB_URL.match(str(name))
         give = f"give {page[1]}" if page else "give owner/name on the Hugging Face hub, or the folder of a download"
         raise ValueError(f"{name} is a URL, and models are not read from URLs: {give}")
-    for folder, which in ((Path(name), None), (ASSETS / str(name), None), (Path(place), variant or None)):
+    for folder, variant_name in ((Path(name), None), (ASSETS / str(name), None), (Path(name_part), variant or None)):
         if os.path.isdir(folder) and folder != ASSETS:  # of a name that is too long it says no
-            return folder, which
+            return folder, variant_name
     if os.path.isfile(name):
         raise ValueError(f"{name} is a file: give the folder of a model, with its config.json")
-    named = HUB_NAME.fullmatch(place)
-    if place.startswith(("./", "../", "/", "~")) or (named is None and "/" in place):
-        raise ValueError(f"no folder {place} is here, so there is no model in it: check the path")
+    named = HUB_NAME.fullmatch(name_part)
+    if name_part.startswith(("./", "../", "/", "~")) or (named is None and "/" in name_part):
+        raise ValueError(f"no folder {name_part} is here, so there is no model in it: check the path")
     if named:
-        held = (holdings or {}).get(named["repo"])
-        if held is None and variant:
-            raise ValueError(f"{place} holds one model: leave out {variant!r}")
-        if held is None:
+        variants = (holdings or {}).get(named["repo"])
+        if variants is None and variant:
+            raise ValueError(f"{name_part} holds one model: leave out {variant!r}")
+        if variants is None:
             return fetch_snapshot(named["repo"], named["revision"], judge, loose), None
-        if variant not in held:
+        if variant not in variants:
             raise ValueError(
-                f"{place} holds several models: name one, as in {place}:{next(iter(held))} ({', '.join(held)})"
+                f"{name_part} holds several models: name one, as in {name_part}:{next(iter(variants))} "
+                f"({', '.join(variants)})"
             )
-        return _from_hub(named["repo"], named["revision"], held[variant]), variant
-    known = ", ".join(shipped_models()) or "none"
+        return _from_hub(named["repo"], named["revision"], variants[variant]), variant
+    shipped_names = ", ".join(shipped_models()) or "none"
     raise ValueError(
-        f"unknown model {str(name)!r}: neither a folder, nor a shipped model ({known}), nor owner/name on the hub"
-        f"{did_you_mean(place, shipped_models())}"
+        f"unknown model {str(name)!r}: neither a folder, nor a shipped model ({shipped_names}), nor "
+        f"owner/name on the hub"
+        f"{did_you_mean(name_part, shipped_models())}"
     )
 
 
@@ -115,11 +117,15 @@ def fetch_snapshot(
             (*METADATA_PATTERNS, *(f"*/{kind}" for kind in SAFETENSORS_PATTERNS)),
             DUPLICATE_WEIGHT_PATTERNS,
         )
-        bare = [config.parent for config in folder.glob(f"*/{CONFIG}") if not any(config.parent.glob("*.safetensors"))]
-        for name in WEIGHT_VARIANTS if bare else ():  # some have no others
+        folders_without_weights = [
+            config.parent for config in folder.glob(f"*/{CONFIG}") if not any(config.parent.glob("*.safetensors"))
+        ]
+        for name in WEIGHT_VARIANTS if folders_without_weights else ():  # some have no others
             kinds = ("safetensors", "json")  # an index is of the variant, too
-            folder = _from_hub(repo, revision, [f"{part.name}/*.{name}*.{kind}" for part in bare for kind in kinds])
-            if any(part.glob("*.safetensors") for part in bare):
+            folder = _from_hub(
+                repo, revision, [f"{part.name}/*.{name}*.{kind}" for part in folders_without_weights for kind in kinds]
+            )
+            if any(part.glob("*.safetensors") for part in folders_without_weights):
                 break
         return folder
     if (folder / MANIFEST).is_file():  # ours: the parts have folders, too
@@ -156,8 +162,8 @@ def shard_files(index: Path) -> list[str]:
         files = sorted(set(read_json(index)["weight_map"].values()))
     except (KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{index} is no index of weights: it has no weight_map") from error
-    if outside := [file for file in files if Path(file).is_absolute() or ".." in Path(file).parts]:
-        raise ValueError(f"{index} names {outside[0]}, which is not in its folder")
+    if outside_files := [file for file in files if Path(file).is_absolute() or ".." in Path(file).parts]:
+        raise ValueError(f"{index} names {outside_files[0]}, which is not in its folder")
     return files
 
 
@@ -202,8 +208,8 @@ def _from_hub(repo: str, revision: str | None, patterns: Sequence[str], left: Se
             f"{name}: no such folder, and no such model on the Hugging Face hub (or it is private)"
         ) from error
     except errors.LocalEntryNotFoundError as error:
-        how = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else "the Hugging Face hub cannot be reached"
-        raise ValueError(f"{name}: no such folder, it is not in the hub's cache, and {how}") from error
+        reason = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else "the Hugging Face hub cannot be reached"
+        raise ValueError(f"{name}: no such folder, it is not in the hub's cache, and {reason}") from error
     except (OSError, errors.HFValidationError) as error:
         raise ValueError(
             f"{name} cannot be had from the Hugging Face hub: {str(error).strip().splitlines()[0]}"
@@ -240,9 +246,9 @@ def image_processor_config(folder: Path) -> dict[str, Any]:
     """How a public model's pictures are read: preprocessor_config.json, or what transformers 5 writes in its place, the
     image processor's part of processor_config.json. Raises ValueError where both are missing."""
     path = folder / "processor_config.json"
-    said = read_json(path).get("image_processor") if path.is_file() else None
-    if isinstance(said, dict) and not (folder / "preprocessor_config.json").is_file():
-        return said
+    config = read_json(path).get("image_processor") if path.is_file() else None
+    if isinstance(config, dict) and not (folder / "preprocessor_config.json").is_file():
+        return config
     return read_json(folder / "preprocessor_config.json")
 
 
@@ -308,8 +314,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
             return {key: tensor for file in shard_files(index) for key, tensor in read_tensors(folder / file).items()}
         if (folder / name).is_file():
             return read_tensors(folder / name)
-    also = "; ONNX, GGUF, TensorFlow and Flax are not read"
-    raise ValueError(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin{also}")
+    hint = "; ONNX, GGUF, TensorFlow and Flax are not read"
+    raise ValueError(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin{hint}")
 
 
 def needs_unwrapping(folder: Path) -> bool:
@@ -339,18 +345,18 @@ def load_pretrained(kind: Any, folder: Path, dtype: torch.dtype | None, state: d
         if state is None and needs_unwrapping(folder):
             state = read_weights(folder)
         with silence_transformers():
-            given: dict[str, Any] = {}
+            overrides: dict[str, Any] = {}
             if state is not None:
                 config = getattr(kind, "config_class", AutoConfig).from_pretrained(folder)
                 kind = kind if hasattr(kind, "config_class") else kind._model_mapping[type(config)]
-                given = {"state_dict": state, "config": config}
+                overrides = {"state_dict": state, "config": config}
             model, report = kind.from_pretrained(
-                None if given else folder,
+                None if overrides else folder,
                 dtype=dtype or "auto",
                 local_files_only=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # which are named below
-                **given,
+                **overrides,
             )
     except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
         raise ValueError(f"model folder {folder} cannot be loaded: {first_line(error)}") from error
@@ -365,10 +371,10 @@ def strict_from_pretrained() -> Iterator[None]:
     another library loads it: transformers would go on with random ones."""
     from transformers import PreTrainedModel
 
-    usual = PreTrainedModel.__dict__["from_pretrained"]
+    original = PreTrainedModel.__dict__["from_pretrained"]
 
     def strict(cls: Any, folder: Any, *args: Any, **options: Any) -> Any:
-        model, report = usual.__func__(cls, folder, *args, **options | {"output_loading_info": True})
+        model, report = original.__func__(cls, folder, *args, **options | {"output_loading_info": True})
         kinds = (("missing", "missing_keys"), ("of another shape", "mismatched_keys"))
         _raise_differences(folder, [(kind, sorted(map(str, report[name]))) for kind, name in kinds])
         return model
@@ -377,7 +383,7 @@ def strict_from_pretrained() -> Iterator[None]:
     try:
         yield
     finally:
-        PreTrainedModel.from_pretrained = usual
+        PreTrainedModel.from_pretrained = original
 
 
 def with_architecture(lm: Any, architecture: str, **settings: Any) -> Any:
@@ -429,22 +435,22 @@ def rename_key(name: str, prefixes: KeyRenames, inside: KeyRenames = (), back: b
     with back=True the public one. A name that no prefix fits stays."""
     pairs = [(b, a) if back else (a, b) for a, b in prefixes]
     old, new = next((pair for pair in pairs if name.startswith(pair[0])), ("", ""))
-    for theirs, ours in reversed(inside) if back else inside:
-        name = name.replace(ours, theirs) if back else name.replace(theirs, ours)
+    for public_part, own_part in reversed(inside) if back else inside:
+        name = name.replace(own_part, public_part) if back else name.replace(public_part, own_part)
     return new + name[len(old) :]
 
 
 def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
     """Load every tensor of `state` into `module`, none missing, none left. Raises ValueError listing the difference."""
-    wanted = module.state_dict()
-    missing = [k for k in wanted if k not in state]
-    unknown = [k for k in state if k not in wanted]
+    expected = module.state_dict()
+    missing_keys = [k for k in expected if k not in state]
+    unknown_keys = [k for k in state if k not in expected]
     shapes = [
         f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}"
-        for k, v in wanted.items()
+        for k, v in expected.items()
         if k in state and state[k].shape != v.shape
     ]
-    _raise_differences(source, (("missing", missing), ("unknown", unknown), ("of another shape", shapes)))
+    _raise_differences(source, (("missing", missing_keys), ("unknown", unknown_keys), ("of another shape", shapes)))
     module.load_state_dict(state, strict=True)
 
 
@@ -493,19 +499,19 @@ def clear_scratch(folder: Path) -> None:
     `folder` had no name, its old contents come back."""
     folder = Path(os.path.realpath(folder))
     named = re.compile(rf"\.{re.escape(_scratch_name(folder))}\.(\w{{8}}\.scratch|\w{{8}}\.old|old\d+)")
-    for left in sorted(folder.parent.iterdir()):
-        if not named.fullmatch(left.name) or not left.is_dir():
+    for scratch_folder in sorted(folder.parent.iterdir()):
+        if not named.fullmatch(scratch_folder.name) or not scratch_folder.is_dir():
             continue
         try:
-            handle = lock(left)
+            handle = lock(scratch_folder)
         except OSError:
             continue
         if handle is None:  # nobody can say whether it is still written
             continue
-        if not left.name.endswith(".scratch") and not folder.exists():
-            os.replace(left, folder)
+        if not scratch_folder.name.endswith(".scratch") and not folder.exists():
+            os.replace(scratch_folder, folder)
         else:
-            shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(scratch_folder, ignore_errors=True)
         unlock(handle)
 
 
@@ -557,6 +563,6 @@ def write_tensors(path: Path, state: dict[str, Tensor], dtype: torch.dtype | Non
     """Write tensors as safetensors, floats cast to `dtype` (None: kept)."""
     from safetensors.torch import save_file
 
-    ready = {k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous() for k, v in state.items()}
-    save_file(ready, path)
+    tensors = {k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous() for k, v in state.items()}
+    save_file(tensors, path)
     path.chmod(0o644)  # safetensors makes files that only their owner can read

@@ -55,12 +55,12 @@ def load(
         dtype = str(dtype).removeprefix("torch.")
     if dtype is not None and not (isinstance(dtype, str) and dtype in DTYPES):
         raise ValueError(f"unknown dtype {shorten(dtype)}: one of {', '.join(DTYPES)}")
-    for what, given in (("name", name), ("lmm", lmm), ("generator", generator), ("adapter", adapter)):
-        if given is not None and (not isinstance(given, (str, Path)) or not str(given).strip()):
-            raise ValueError(f"{what} must name a model or a folder, not {shorten(given)}")
-    for what, given in (("device", device), ("quantization", quantization)):
-        if given is not None and not isinstance(given, (str, torch.device)):
-            raise ValueError(f"{what} must be a name (str), not {shorten(given)}")
+    for parameter_name, value in (("name", name), ("lmm", lmm), ("generator", generator), ("adapter", adapter)):
+        if value is not None and (not isinstance(value, (str, Path)) or not str(value).strip()):
+            raise ValueError(f"{parameter_name} must name a model or a folder, not {shorten(value)}")
+    for parameter_name, value in (("device", device), ("quantization", quantization)):
+        if value is not None and not isinstance(value, (str, torch.device)):
+            raise ValueError(f"{parameter_name} must be a name (str), not {shorten(value)}")
     if vllm is not None and not isinstance(vllm, dict):
         raise ValueError(f"vllm must be a dict of arguments of vLLM's engine, not {shorten(vllm)}")
     if device is None:
@@ -70,7 +70,7 @@ def load(
     except (RuntimeError, AssertionError) as error:
         reason = shorten(str(error).splitlines()[0], 200)
         raise ValueError(f"device {shorten(str(device))} is not available here: {reason}") from error
-    kind = getattr(torch, dtype) if dtype else None
+    torch_dtype = getattr(torch, dtype) if dtype else None
     if not isinstance(engine, str) or engine not in BACKENDS:
         raise ValueError(f"unknown engine {shorten(engine)}: one of {', '.join(BACKENDS)}")
     if engine == "vllm":
@@ -78,25 +78,25 @@ def load(
             raise ValueError("vLLM serves one model as it is: leave lmm, generator, adapter and quantization out")
         from unigen.backends import vllm_engine
 
-        return vllm_engine.load(name or "unigen-tiny", device, kind, vllm)
+        return vllm_engine.load(name or "unigen-tiny", device, torch_dtype, vllm)
     if vllm:
         raise ValueError("arguments of vLLM's engine are for engine vllm: leave them out")
     if quantization is not None:
         quantized.check_quantization(quantization, device)
 
     if lmm is None and generator is None and adapter is None:
-        return load_one(name or "unigen-tiny", device, kind, quantization)
+        return load_one(name or "unigen-tiny", device, torch_dtype, quantization)
     if lmm is None or generator is None or name is not None:
         raise ValueError("give one name, or both an lmm that reads and a generator that draws")
     from unigen import hub
     from unigen.backends.composed import ComposedEngine
     from unigen.backends.connector import load_connector
 
-    joins = (
+    connector = (
         None if adapter is None else load_connector(hub.resolve(adapter)[0])
     )  # the smallest of them before the others
-    reader = load_one(lmm, device, kind, quantization, reads=True, composed=True)
-    return ComposedEngine(reader, load_one(generator, device, kind, quantization, composed=True), joins)
+    reader = load_one(lmm, device, torch_dtype, quantization, reads=True, composed=True)
+    return ComposedEngine(reader, load_one(generator, device, torch_dtype, quantization, composed=True), connector)
 
 
 def load_one(

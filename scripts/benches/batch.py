@@ -22,12 +22,12 @@ from unigen.utils.argparser import OneLineParser
 def make_prompts(count: int) -> list[str]:
     """Different sentences of different lengths."""
     objects, colors, grounds = list(OBJECT_EMOJI), list(COLORS), list(BACKGROUNDS)
-    made = []
+    prompts = []
     for i in range(count):
         thing = f"a {colors[i % 6]} {objects[i % len(objects)]}"
-        other = f" and a {objects[(7 * i + 3) % len(objects)]}" if i % 2 else ""
-        made.append(thing + other + (f" on a {grounds[i % 8]} background" if i % 3 else ""))
-    return made
+        second_object = f" and a {objects[(7 * i + 3) % len(objects)]}" if i % 2 else ""
+        prompts.append(thing + second_object + (f" on a {grounds[i % 8]} background" if i % 3 else ""))
+    return prompts
 
 
 def generate_codes(engine: unigen.Engine, asked: list[str], seeds: list[int]) -> list[torch.Tensor]:
@@ -44,17 +44,22 @@ def main(args: list[str]) -> int:
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args(args)
     started = time.monotonic()
-    asked, seeds = make_prompts(options.count), list(range(options.count))
+    prompts, seeds = make_prompts(options.count), list(range(options.count))
     rows = []
     for dtype in ("float32", "bfloat16"):
         engine = unigen.load(options.model, dtype=dtype)
-        alone = [generate_codes(engine, [p], [s])[0] for p, s in zip(asked, seeds, strict=True)]
-        together: list[torch.Tensor] = []
-        for at in range(0, options.count, options.batch):
-            together += generate_codes(engine, asked[at : at + options.batch], seeds[at : at + options.batch])
-        same = sum(torch.equal(a, b) for a, b in zip(alone, together, strict=True)) / options.count
-        print(f"{dtype:<9} {same:.3f} of {options.count} pictures are the same alone and in batches of {options.batch}")
-        rows.append({"name": f"same in {dtype}", "value": same, "unit": "share", "batch": options.batch})
+        single_codes = [generate_codes(engine, [p], [s])[0] for p, s in zip(prompts, seeds, strict=True)]
+        batched_codes: list[torch.Tensor] = []
+        for offset in range(0, options.count, options.batch):
+            batched_codes += generate_codes(
+                engine, prompts[offset : offset + options.batch], seeds[offset : offset + options.batch]
+            )
+        equal_share = sum(torch.equal(a, b) for a, b in zip(single_codes, batched_codes, strict=True)) / options.count
+        print(
+            f"{dtype:<9} {equal_share:.3f} of {options.count} pictures are the same alone and in batches of "
+            f"{options.batch}"
+        )
+        rows.append({"name": f"same in {dtype}", "value": equal_share, "unit": "share", "batch": options.batch})
     if options.json:
         command = f"python scripts/bench.py batch {' '.join(args)}".strip()
         seconds = time.monotonic() - started

@@ -77,13 +77,13 @@ def prompt_ids(model: Any, batch: int) -> tuple[Tensor, Tensor]:
 def transformers_generate(model: Any, batch: int, guided: bool) -> Callable[[], int]:
     height, width = model.image_tokenizer.grid
     count = height * width
-    full, blind = prompt_ids(model, batch)
+    cond_ids, blind = prompt_ids(model, batch)
     options: dict[str, Any] = {"guidance_scale": 3.0, "negative_prompt_ids": blind} if guided else {}
 
     def run() -> int:
         model.backbone.lm.generate(
-            full,
-            attention_mask=torch.ones_like(full),
+            cond_ids,
+            attention_mask=torch.ones_like(cond_ids),
             do_sample=True,
             top_k=0,
             min_new_tokens=count,
@@ -103,16 +103,16 @@ def static_loop(model: Any, batch: int, guided: bool) -> Callable[[], int]:
     lm = model.backbone.lm
     height, width = model.image_tokenizer.grid
     count = height * width
-    full, blind = prompt_ids(model, batch)
-    pad = full.shape[1] - blind.shape[1]
-    rows = torch.cat([full, torch.nn.functional.pad(blind, (pad, 0))]) if guided else full
-    seen = torch.ones(len(rows), rows.shape[1] + count, dtype=torch.bool)
+    cond_ids, blind = prompt_ids(model, batch)
+    pad = cond_ids.shape[1] - blind.shape[1]
+    rows = torch.cat([cond_ids, torch.nn.functional.pad(blind, (pad, 0))]) if guided else cond_ids
+    attention_mask = torch.ones(len(rows), rows.shape[1] + count, dtype=torch.bool)
     if guided:
-        seen[batch:, :pad] = False
-    positions = seen.long().cumsum(-1) - 1
+        attention_mask[batch:, :pad] = False
+    positions = attention_mask.long().cumsum(-1) - 1
     total = rows.shape[1] + count
     causal = torch.ones(total, total, dtype=torch.bool).tril()
-    mask = causal & seen[:, None, None, :]
+    mask = causal & attention_mask[:, None, None, :]
 
     def forward(ids: Tensor, at: Tensor, mask: Tensor, cache: Any) -> Tensor:
         embeds = model.backbone.embed(ids)
@@ -176,21 +176,21 @@ def main(args: list[str]) -> int:
     rows = []
     print("row            batch    engine  generate  ratio    static  ratio     limit share")
     for name in names:
-        plain = load_model(name, dtype)
-        plain.backbone.lm.set_attn_implementation("sdpa")
+        reference_model = load_model(name, dtype)
+        reference_model.backbone.lm.set_attn_implementation("sdpa")
         model = load_model(name, dtype)  # the engine changes how its model multiplies; the others keep theirs
         size = sum(p.numel() for p in model.backbone.parameters()) * dtype.itemsize
         for guided in (True, False):
             for batch in map(int, options.batch.split(",")):
-                rivals = {
+                contenders = {
                     "engine": engine_runner(model, batch, guided),
-                    "generate": transformers_generate(plain, batch, guided),
+                    "generate": transformers_generate(reference_model, batch, guided),
                 }
                 if not options.no_compile:
-                    rivals["static"] = static_loop(plain, batch, guided)
-                best = best_rates(rivals, options.repeat)
-                read = [bandwidth(f, batch * (2 if guided else 1), dtype) for f in (linear, packed_linear)]
-                limit = max(read) / size * batch
+                    contenders["static"] = static_loop(reference_model, batch, guided)
+                best = best_rates(contenders, options.repeat)
+                bandwidths = [bandwidth(f, batch * (2 if guided else 1), dtype) for f in (linear, packed_linear)]
+                limit = max(bandwidths) / size * batch
                 label = f"{name} {'guided' if guided else 'unguided'}"
                 for rival in ("generate", "static"):
                     if rival in best:
@@ -211,7 +211,7 @@ def main(args: list[str]) -> int:
                     f"{label:<14} {batch:>5} {best['engine']:>9.1f} {best['generate']:>9.1f} "
                     f"{best['engine'] / best['generate']:>6.2f} {static:>9.1f} {best['engine'] / static:>6.2f} "
                     f"{limit:>9.1f} {best['engine'] / limit:.0%}   "
-                    f"(linear reads {read[0] / 1e9:.1f} GB/s, our product {read[1] / 1e9:.1f})",
+                    f"(linear reads {bandwidths[0] / 1e9:.1f} GB/s, our product {bandwidths[1] / 1e9:.1f})",
                     flush=True,
                 )
     if options.json:
@@ -224,10 +224,10 @@ def main(args: list[str]) -> int:
 def best_rates(rivals: dict[str, Callable[[], int]], repeat: int) -> dict[str, float]:
     """The best tokens/s of each contender; they take turns, after a warm-up of each."""
     best = dict.fromkeys(rivals, 0.0)
-    for turn in range(repeat + 1):
+    for repetition in range(repeat + 1):
         for name, run in rivals.items():
             begin = time.perf_counter()
             tokens = run()
-            if turn:
+            if repetition:
                 best[name] = max(best[name], tokens / (time.perf_counter() - begin))
     return best

@@ -127,16 +127,20 @@ def llamagen_b(dtype: str) -> UnifiedModel:
     )
     lm = LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
     backbone = llamagen.ClassBackbone(lm, CLASSES, side).to(getattr(torch, dtype))
-    template, none = ClassTemplate(CLASSES - 1, side * side), NoImageTokenizer(side, codes)
+    template, tokenizer_stub = ClassTemplate(CLASSES - 1, side * side), NoImageTokenizer(side, codes)
     writers: dict[str, Any] = {"next-token": NextToken((side, side))}
-    model = UnifiedModel("llamagen", backbone, Vocabulary(CLASSES, codes), None, none, template, writers)  # type: ignore[arg-type]
+    model = UnifiedModel("llamagen", backbone, Vocabulary(CLASSES, codes), None, tokenizer_stub, template, writers)  # type: ignore[arg-type]
     model.set_default_sampling("next-token", **llamagen.SAMPLING["c2i"])
     return without_decoding(model)
 
 
 def compare_llamagen(dtype: str, compiled: bool) -> Comparison:
-    model, plain, scale = llamagen_b(dtype), llamagen_b(dtype), 4.0  # the engine changes how its model multiplies
-    lm, codes = plain.backbone.lm, 256
+    model, reference_model, scale = (
+        llamagen_b(dtype),
+        llamagen_b(dtype),
+        4.0,
+    )  # the engine changes how its model multiplies
+    lm, codes = reference_model.backbone.lm, 256
     run, greedy = (
         engine_runner(model, Segment(label=LABEL), guidance=scale, **options) for options in ({}, {"temperature": 0.0})
     )
@@ -150,7 +154,7 @@ def compare_llamagen(dtype: str, compiled: bool) -> Comparison:
     from autoregressive.models import gpt
 
     torch.backends.cuda.sdp_kernel = lambda **_: nullcontext()  # the script sets CUDA's kernels
-    state = llamagen.to_public(plain.backbone.state_dict(), lm.config.head_dim)
+    state = llamagen.to_public(reference_model.backbone.state_dict(), lm.config.head_dim)
 
     def official(compile: bool, **options: Any) -> Callable[[], Tensor]:
         net = gpt.GPT_B(vocab_size=lm.config.vocab_size, block_size=codes, num_classes=CLASSES - 1)
@@ -241,15 +245,15 @@ class Compiled:
     made: bool = False
 
     def __call__(self) -> Any:
-        plain = [block.forward for block in self.net.blocks]
+        reference_model = [block.forward for block in self.net.blocks]
         if not self.made:
-            self.compiled, self.made = [torch.compile(forward, dynamic=True) for forward in plain], True
+            self.compiled, self.made = [torch.compile(forward, dynamic=True) for forward in reference_model], True
         for block, forward in zip(self.net.blocks, self.compiled, strict=True):
             block.forward = forward
         try:
             return self.draws()
         finally:
-            for block, forward in zip(self.net.blocks, plain, strict=True):
+            for block, forward in zip(self.net.blocks, reference_model, strict=True):
                 block.forward = forward
 
 
@@ -258,12 +262,12 @@ def argmax_agreement(model: UnifiedModel, net: Any) -> float:
     """The share of places at which both say that the same code is likeliest after the same codes, random ones."""
     head: Any = model.generators["next-scale"]
     codes_1P = torch.randint(4096, (1, sum(head.lengths)), generator=torch.Generator().manual_seed(0))
-    ours: list[Tensor] = []
+    engine_logits: list[Tensor] = []
     write = head._write
 
     def told(states: Any, logits: Any, k: int) -> None:
         """Note what is likeliest, and write what was given."""
-        ours.append(logits[0][0])
+        engine_logits.append(logits[0][0])
         given_N = codes_1P[0].split(head.lengths)[k]
         sure_NV = torch.nn.functional.one_hot(given_N, logits[0].shape[-1]).float()
         write(states, [torch.stack([sure_NV] * len(logits[0]))], k)
@@ -275,7 +279,7 @@ def argmax_agreement(model: UnifiedModel, net: Any) -> float:
         head._write = write
     maps = head.tokenizer.quantizer.inputs(codes_1P)
     theirs_PV = net(torch.tensor([LABEL]), maps.float())[0]
-    return float((torch.cat(ours).argmax(-1) == theirs_PV.argmax(-1)).float().mean())
+    return float((torch.cat(engine_logits).argmax(-1) == theirs_PV.argmax(-1)).float().mean())
 
 
 # ---------------------------------------------------------------- Janus-1B, 576 codes
@@ -309,47 +313,55 @@ def janus_1b(dtype: str) -> tuple[UnifiedModel, Any]:
     torch.set_default_dtype(getattr(torch, dtype))
     try:
         config = JanusConfig(text_config=text, vision_config=vision, vq_config=vq)
-        theirs = JanusForConditionalGeneration(config).eval()
+        reference_model = JanusForConditionalGeneration(config).eval()
         lm = LlamaForCausalLM(copy.deepcopy(config.text_config))
         backbone = janus.JanusBackbone(lm, codes, 8, width)
     finally:
         torch.set_default_dtype(torch.float32)
-    core = theirs.model
+    core = reference_model.model
     renamed = {
         "lm.model": core.language_model,
-        "lm.lm_head": theirs.lm_head,
+        "lm.lm_head": reference_model.lm_head,
         "table": core.generation_embeddings,
         "aligner.0": core.generation_aligner.fc1,
         "aligner.2": core.generation_aligner.hidden_layers[0],
         "head.0": core.generation_head.proj_out,
         "head.2": core.generation_head.vision_head,
     }
-    state = {f"{ours}.{name}": w for ours, part in renamed.items() for name, w in part.state_dict().items()}
+    state = {
+        f"{engine_logits}.{name}": w for engine_logits, part in renamed.items() for name, w in part.state_dict().items()
+    }
     backbone.load_state_dict(state, assign=True)
     template = FixedPromptTemplate(None, side * side)
     writers: dict[str, Any] = {"next-token": NextToken((side, side))}
     vocabulary = Vocabulary(text["vocab_size"], codes)  # type: ignore[arg-type]
     model = UnifiedModel("janus", backbone, vocabulary, None, NoImageTokenizer(side, codes), template, writers)  # type: ignore[arg-type]
     model.set_default_sampling("next-token", **janus.SAMPLING)
-    return without_decoding(model), theirs
+    return without_decoding(model), reference_model
 
 
 def compare_janus(dtype: str, compiled: bool) -> Comparison:
-    model, theirs = janus_1b(dtype)
+    model, reference_model = janus_1b(dtype)
     prompt, codes = "a shiba inu", 576
     ids = model.ids(model.template.prompt(Document.of(prompt), output="image"))
     backbone: Any = model.backbone
     run, greedy = (engine_runner(model, prompt, **options) for options in ({}, {"temperature": 0.0}))
-    read = [*backbone.lm.get_decoder().layers.parameters(), *backbone.head.parameters(), *backbone.aligner.parameters()]
-    contest = Comparison(run, weight_read_seconds(sum(p.numel() for p in read), codes, getattr(torch, dtype)))
-    settings = theirs.generation_config
+    read_parameters = [
+        *backbone.lm.get_decoder().layers.parameters(),
+        *backbone.head.parameters(),
+        *backbone.aligner.parameters(),
+    ]
+    contest = Comparison(
+        run, weight_read_seconds(sum(p.numel() for p in read_parameters), codes, getattr(torch, dtype))
+    )
+    settings = reference_model.generation_config
     settings.update(bos_token_id=ids[0], pad_token_id=FixedPromptTemplate.PAD, eos_token_id=1)
     settings.generation_kwargs = {"boi_token_id": ids[-1]}
 
     def draws(**options: Any) -> Tensor:
-        there = torch.tensor([ids])
-        return theirs.generate(  # type: ignore[no-any-return]
-            there, attention_mask=torch.ones_like(there), generation_mode="image", guidance_scale=5, **options
+        input_ids = torch.tensor([ids])
+        return reference_model.generate(  # type: ignore[no-any-return]
+            input_ids, attention_mask=torch.ones_like(input_ids), generation_mode="image", guidance_scale=5, **options
         )
 
     contest.rivals["official"] = lambda: draws(do_sample=True)
@@ -371,18 +383,18 @@ def main(args: list[str]) -> int:
     parser.add_argument("--no-compile", action="store_true", help="leave the compiled form out")
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args(args)
-    known = {f"{name} {dtype}" for name in COMPARISONS for dtype in ("float32", "bfloat16")}
-    if set(options.rows.split(",")) - known:
-        raise ValueError(f"--rows takes some of {', '.join(sorted(known))}")
+    valid_rows = {f"{name} {dtype}" for name in COMPARISONS for dtype in ("float32", "bfloat16")}
+    if set(options.rows.split(",")) - valid_rows:
+        raise ValueError(f"--rows takes some of {', '.join(sorted(valid_rows))}")
     started, rows = time.monotonic(), []
     print("row                      ours s  official s  ratio  compiled s  ratio   limit s  share  same")
     for row_name in options.rows.split(","):
         name, dtype = row_name.split()
         contest = COMPARISONS[name](dtype, not options.no_compile)
-        rivals = {"ours": contest.ours, **contest.rivals}
-        rates = best_rates({name: counted_once(draws) for name, draws in rivals.items()}, options.repeat)
+        references = {"ours": contest.ours, **contest.rivals}
+        rates = best_rates({name: counted_once(draws) for name, draws in references.items()}, options.repeat)
         best = {rival: 1 / rate for rival, rate in rates.items()}
-        same = contest.same() if contest.same else "-" if contest.rivals else "official code absent"
+        agreement = contest.same() if contest.same else "-" if contest.rivals else "official code absent"
         row: dict[str, Any] = {"name": row_name, "value": best["ours"], "unit": "s", "limit": contest.limit}
         for rival in contest.rivals:
             row |= {rival: best[rival], f"ratio {rival}": best[rival] / best["ours"]}
@@ -391,10 +403,10 @@ def main(args: list[str]) -> int:
             f"{row_name:<23} {best['ours']:>7.2f} {row.get('official', nan):>11.2f} "
             f"{row.get('ratio official', nan):>6.2f} {row.get('compiled', nan):>11.2f} "
             f"{row.get('ratio compiled', nan):>6.2f} {contest.limit:>9.2f} {contest.limit / best['ours']:>6.0%}  "
-            f"{same}",
+            f"{agreement}",
             flush=True,
         )
-        rows.append(row | {"ratio": row.get("ratio official"), "same": same})
+        rows.append(row | {"ratio": row.get("ratio official"), "same": agreement})
     if options.json:
         command = f"python scripts/bench.py families {' '.join(args)}".strip()
         seconds = time.monotonic() - started

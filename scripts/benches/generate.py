@@ -41,15 +41,17 @@ def make_model(side: int, writers: list[str], dtype: torch.dtype) -> Any:
     shape = copy.deepcopy(base.backbone.lm.config)
     shape.max_position_embeddings = 4096
     image_tokenizer = VQTokenizer(VQConfig(image_size=pixels))
-    own: dict[str, Any] = {
+    tokenizers: dict[str, Any] = {
         "multiscale": VQTokenizer(VQConfig(image_size=pixels, quantizer="multiscale", scales=SCALES[side])),
         "kl": KLTokenizer(KLConfig(image_size=pixels)),
     }
     frame = tiny.build_context(base.backbone.lm, base.text_tokenizer, image_tokenizer)
     kinds = {name: generators.find_generator(name).own for name in writers}
-    heads = [tiny.build_generator(name, replace(frame, tokenizer=own[kind])) for name, kind in kinds.items() if kind]
-    made = tiny.build_from_config(shape, base.text_tokenizer, image_tokenizer, writers, heads)
-    return made.to(dtype).eval()
+    heads = [
+        tiny.build_generator(name, replace(frame, tokenizer=tokenizers[kind])) for name, kind in kinds.items() if kind
+    ]
+    model = tiny.build_from_config(shape, base.text_tokenizer, image_tokenizer, writers, heads)
+    return model.to(dtype).eval()
 
 
 def main(args: list[str]) -> int:
@@ -63,10 +65,10 @@ def main(args: list[str]) -> int:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args(args)
-    known = {side * side: side for side in SCALES}
+    side_by_tokens = {side * side: side for side in SCALES}
     batches = options.batch.split(",")
-    if not {*options.tokens.split(",")} <= {*map(str, known)}:
-        raise ValueError(f"--tokens takes some of {','.join(map(str, known))}")
+    if not {*options.tokens.split(",")} <= {*map(str, side_by_tokens)}:
+        raise ValueError(f"--tokens takes some of {','.join(map(str, side_by_tokens))}")
     if not all(batch.isdigit() and int(batch) for batch in batches):
         raise ValueError("--batch takes whole numbers of at least 1")
     writers = list(dict.fromkeys(["next-token", *options.writers.split(",")]))
@@ -74,24 +76,24 @@ def main(args: list[str]) -> int:
     rows: list[dict[str, Any]] = []
     print("writer      tokens  batch  pictures/s  ratio   decode/s  backbone  head")
     for tokens in map(int, options.tokens.split(",")):
-        engine = Engine(make_model(known[tokens], writers, getattr(torch, options.dtype)))
+        engine = Engine(make_model(side_by_tokens[tokens], writers, getattr(torch, options.dtype)))
         step, heads = CallCounter(engine.model, "step"), engine.model.heads.values()
         velocities = [CallCounter(head, "velocity") for head in heads if hasattr(head, "velocity")]
         decoders = [CallCounter(engine.model, "pictures")]
-        own = {id(head.tokenizer): head.tokenizer for head in heads if head.tokenizer is not None}
-        decoders += [CallCounter(tokenizer, "decode") for tokenizer in own.values()]
+        tokenizers = {id(head.tokenizer): head.tokenizer for head in heads if head.tokenizer is not None}
+        decoders += [CallCounter(tokenizer, "decode") for tokenizer in tokenizers.values()]
         for batch in map(int, batches):
             best: dict[str, tuple[float, float, int, int]] = {}
-            for turn in range(options.repeat + 1):
+            for repetition in range(options.repeat + 1):
                 for writer in writers:
                     for watch in (step, *velocities):
                         watch.calls = 0
                     before = sum(d.seconds for d in decoders)
-                    began = time.perf_counter()
+                    start = time.perf_counter()
                     engine.generate_batch(["two apples on a blue background"] * batch, generator=writer)
-                    seconds = time.perf_counter() - began
+                    seconds = time.perf_counter() - start
                     decoding = sum(d.seconds for d in decoders) - before
-                    if turn and (writer not in best or seconds - decoding < best[writer][0]):
+                    if repetition and (writer not in best or seconds - decoding < best[writer][0]):
                         best[writer] = (seconds - decoding, decoding, step.calls, sum(v.calls for v in velocities))
             for writer in writers:
                 seconds, decoding, steps, evaluations = best[writer]
@@ -116,7 +118,7 @@ def main(args: list[str]) -> int:
                 )
     if options.json:
         command = f"python scripts/bench.py generate {' '.join(args)}".strip()
-        took = time.monotonic() - started
+        seconds_total = time.monotonic() - started
         shape = f"unigen-tiny shape, {options.dtype}"
-        write_report(options.json, command=command, model=shape, rows=rows, seconds=took)
+        write_report(options.json, command=command, model=shape, rows=rows, seconds=seconds_total)
     return 0

@@ -33,13 +33,13 @@ BATCH = 16
 
 def generate_codes(engine: unigen.Engine, asked: list[Segment]) -> list[Tensor]:
     """The codes (h, w) of greedy pictures."""
-    made: list[Any] = []
+    codes: list[Any] = []
     for start in range(0, len(asked), BATCH):
-        some = [Document([segment]) for segment in asked[start : start + BATCH]]
-        requests = [engine.request(d, "image", generator="next-token", temperature=0.0) for d in some]
+        documents = [Document([segment]) for segment in asked[start : start + BATCH]]
+        requests = [engine.request(d, "image", generator="next-token", temperature=0.0) for d in documents]
         list(engine.run(requests))
-        made += [request.document.segments[-1].image for request in requests]
-    return made
+        codes += [request.document.segments[-1].image for request in requests]
+    return codes
 
 
 @torch.inference_mode()
@@ -66,11 +66,11 @@ def main(args: list[str]) -> int:
     if "next-token" not in getattr(getattr(reference, "model", None), "generators", ()):
         raise ValueError(f"{options.model} does not draw by next-token")
     if reference.model.text_tokenizer is None:
-        asked = [Segment(label=str(n)) for n in range(options.count)]
+        segments = [Segment(label=str(n)) for n in range(options.count)]
     else:
-        asked = [Segment(text=text) for text in make_prompts(options.count)]
-    drawn = generate_codes(reference, asked)
-    true = torch.cat([code_logits(reference.model, *pair) for pair in zip(asked, drawn, strict=True)])
+        segments = [Segment(text=text) for text in make_prompts(options.count)]
+    reference_codes = generate_codes(reference, segments)
+    true = torch.cat([code_logits(reference.model, *pair) for pair in zip(segments, reference_codes, strict=True)])
     print(f"{'weights':<16} blocks MB  model MB    moved   same  drawn")
     for dtype, kind in (
         (options.dtype, None),
@@ -79,15 +79,21 @@ def main(args: list[str]) -> int:
     ):
         engine = unigen.load(options.model, options.device, dtype, quantization=kind)
         parts = engine.model.backbone.lm.get_decoder(), engine.model
-        blocks, whole = (count_parameters(part)[1] / 1e6 for part in parts)
-        logits = torch.cat([code_logits(engine.model, *pair) for pair in zip(asked, drawn, strict=True)])
-        moved = float((logits - true).square().mean().sqrt() / true.std())
-        same = float((logits.argmax(-1) == true.argmax(-1)).float().mean())
-        alone = float((torch.cat(generate_codes(engine, asked)) == torch.cat(drawn)).float().mean())
+        blocks, model_mb = (count_parameters(part)[1] / 1e6 for part in parts)
+        logits = torch.cat([code_logits(engine.model, *pair) for pair in zip(segments, reference_codes, strict=True)])
+        logit_rms = float((logits - true).square().mean().sqrt() / true.std())
+        argmax_share = float((logits.argmax(-1) == true.argmax(-1)).float().mean())
+        generated_share = float(
+            (torch.cat(generate_codes(engine, segments)) == torch.cat(reference_codes)).float().mean()
+        )
         name = f"{dtype} {kind}" if kind else dtype
-        print(f"{name:<16} {blocks:>9.1f} {whole:>9.1f} {moved:>8.4f} {same:>6.3f} {alone:>6.3f}", flush=True)
-        row = {"name": name, "value": moved, "unit": "std", "same": same, "drawn": alone}
-        rows.append(row | {"blocks MB": round(blocks, 1), "model MB": round(whole, 1)})
+        print(
+            f"{name:<16} {blocks:>9.1f} {model_mb:>9.1f} {logit_rms:>8.4f} {argmax_share:>6.3f} "
+            f"{generated_share:>6.3f}",
+            flush=True,
+        )
+        row = {"name": name, "value": logit_rms, "unit": "std", "same": argmax_share, "drawn": generated_share}
+        rows.append(row | {"blocks MB": round(blocks, 1), "model MB": round(model_mb, 1)})
     if options.json:
         command = f"python scripts/bench.py quantization {' '.join(args)}".strip()
         seconds = time.monotonic() - started

@@ -163,19 +163,20 @@ def main(args: list[str]) -> int:
             with start_server(engine, folder, options.dtype, 2 * max(levels), f"{folder}.log") as url:
                 asyncio.run(run_clients(url, "unguided picture", 1))
                 for kind, clients in itertools.product(kinds, levels):
-                    rate, first, theirs = 0.0, float("inf"), 0.0
+                    rate, first, baseline_rate = 0.0, float("inf"), 0.0
                     for _ in range(options.repeat):  # in turn, since a machine's speed drifts
                         now, soonest = asyncio.run(run_clients(url, kind, clients))
                         rate, first = max(rate, now), min(first, soonest)
-                        theirs = max(theirs, baseline(model, kind, clients))
+                        baseline_rate = max(baseline_rate, baseline(model, kind, clients))
                     unit = "tokens/s" if kind == "text" else "pictures/s"
                     print(
-                        f"{engine:<7} {kind:<17} {clients:>7}  {unit:<10} {rate:>6.2f} {first:>8.2f} {theirs:>13.2f} "
-                        f"{rate / theirs:>6.2f}",
+                        f"{engine:<7} {kind:<17} {clients:>7}  {unit:<10} {rate:>6.2f} {first:>8.2f} "
+                        f"{baseline_rate:>13.2f} "
+                        f"{rate / baseline_rate:>6.2f}",
                         flush=True,
                     )
                     row = {"name": f"{engine}, {kind}, {clients}", "value": rate, "unit": unit, "first": first}
-                    rows.append(row | {"baseline": theirs, "ratio": rate / theirs})
+                    rows.append(row | {"baseline": baseline_rate, "ratio": rate / baseline_rate})
             os.remove(f"{folder}.log")
     if options.json:
         command = f"python scripts/bench.py serve {' '.join(args)}".strip()

@@ -53,20 +53,22 @@ def main(args: list[str]) -> int:
         engine = Engine(load("unigen-tiny") if name == "tiny" else llamagen_b("float32"))
         # the image tokenizer's decoder is not timed
         engine.model.pictures = lambda codes: [None] * len(codes)  # type: ignore[assignment,return-value]
-        asked: list[Any] = make_prompts(options.count) if name == "tiny" else [207]
+        prompts: list[Any] = make_prompts(options.count) if name == "tiny" else [207]
         steps, seconds = {}, dict.fromkeys((None, *SPECULATIVE_METHODS), float("inf"))
         for _ in range(options.repeat):
             for kind in seconds:
                 begin = time.perf_counter()
-                requests = [engine.request(prompt, "image", seed=n, accelerate=kind) for n, prompt in enumerate(asked)]
-                steps[kind] = sum(count_steps(engine, request) for request in requests) / len(asked)
-                seconds[kind] = min(seconds[kind], (time.perf_counter() - begin) / len(asked))
+                requests = [
+                    engine.request(prompt, "image", seed=n, accelerate=kind) for n, prompt in enumerate(prompts)
+                ]
+                steps[kind] = sum(count_steps(engine, request) for request in requests) / len(prompts)
+                seconds[kind] = min(seconds[kind], (time.perf_counter() - begin) / len(prompts))
         for kind in SPECULATIVE_METHODS:
-            for what, unit, found in (("steps", "steps", steps), ("seconds", "s", seconds)):
-                label = f"{name} {what}" + (" jacobi" if kind == "jacobi" else "")
-                ratio = found[None] / found[kind]
-                print(f"{label:<23} {found[None]:>10.3f} {found[kind]:>10.3f} {ratio:>6.2f}", flush=True)
-                row = {"name": label, "value": found[kind], "unit": unit, "baseline": found[None], "ratio": ratio}
+            for metric, unit, values in (("steps", "steps", steps), ("seconds", "s", seconds)):
+                label = f"{name} {metric}" + (" jacobi" if kind == "jacobi" else "")
+                ratio = values[None] / values[kind]
+                print(f"{label:<23} {values[None]:>10.3f} {values[kind]:>10.3f} {ratio:>6.2f}", flush=True)
+                row = {"name": label, "value": values[kind], "unit": unit, "baseline": values[None], "ratio": ratio}
                 rows.append(row)
     if options.json:
         seconds_all = time.monotonic() - started

@@ -50,9 +50,9 @@ def main(args: list[str]) -> int:
     lm: Any = load(options.model, device).backbone.lm.train()
     ids = torch.randint(lm.config.vocab_size, (options.rows, options.length), device=device)
     optim = OptimConfig(lr=1e-6)
-    both = MuonAdamW(lm, optim)
-    muon = next(part for part in both.parts if isinstance(part, Muon))
-    whole = adamw(lm, optim)
+    optimizer = MuonAdamW(lm, optim)
+    muon = next(part for part in optimizer.parts if isinstance(part, Muon))
+    adamw_optimizer = adamw(lm, optim)
 
     def passes(half: bool) -> None:
         lm.zero_grad()
@@ -66,7 +66,7 @@ def main(args: list[str]) -> int:
         parts: dict[str, Callable[[], Any]] = {
             "forward and backward": partial(passes, muon.use_bfloat16),
             "Muon": muon.step,
-            "AdamW": whole.step,
+            "AdamW": adamw_optimizer.step,
         }
         for name, run in parts.items():
             seconds = best_seconds(run, options.repeat)

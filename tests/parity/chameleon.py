@@ -90,17 +90,17 @@ class Reference:
 
     def branches(self, picture: list[int] | None = None) -> list[list[int]]:
         """What the three branches read before the first code."""
-        shown = [] if picture is None else [self.names[chameleon.BOI], *picture, self.names[chameleon.EOI]]
+        image = [] if picture is None else [self.names[chameleon.BOI], *picture, self.names[chameleon.EOI]]
         words = self.tokenizer(WORDS)["input_ids"]
         start, end = self.names["<s>"], [self.names[chameleon.EOT], self.names[chameleon.BOI]]
-        return [[start, *shown, *words, *end], [start, *shown, end[1]], [start, end[1]]]
+        return [[start, *image, *words, *end], [start, *image, end[1]], [start, end[1]]]
 
     @torch.no_grad()
     def guided(self, branches: list[list[int]], codes: list[int]) -> Tensor:
         """Logits (K,) of the next code, in the order of ids, of which code k is the k-th drawn."""
         last = [self.model.model(torch.tensor([[*b, *self.ids[codes].tolist()]])).last_hidden_state[0, -1] for b in branches]  # fmt: skip  # noqa: E501
-        full, image, none = self.model.lm_head(torch.stack(last))
-        mixed = none + SCALES[0] * (full - image) + SCALES[1] * (image - none)
+        cond_ids, image, uncond_ids = self.model.lm_head(torch.stack(last))
+        mixed = uncond_ids + SCALES[0] * (cond_ids - image) + SCALES[1] * (image - uncond_ids)
         return mixed[self.ids.min() : self.ids.max() + 1]  # type: ignore[no-any-return]
 
     def codes(self, branches: list[list[int]], length: int, sampling: SamplingOptions, seed: int) -> list[int]:
@@ -109,14 +109,14 @@ class Reference:
         for _ in range(length):
             logits_K = self.guided(branches, codes)
             if sampling.temperature == 0:
-                drawn = int(logits_K.argmax())
+                sampled_ids = int(logits_K.argmax())
             else:
                 sorted_K, at_K = (logits_K / sampling.temperature).sort(descending=True)
                 above_K = sorted_K.softmax(-1).cumsum(-1) - sorted_K.softmax(-1) >= sampling.top_p
                 kept_K = (logits_K / sampling.temperature).index_fill(0, at_K[above_K], -torch.inf)
                 noise_K = torch.empty(CODES).exponential_(generator=rng)
-                drawn = int(exponential_race_sample(kept_K.softmax(-1)[None], noise_K[None]))
-            codes.append(int(order[drawn]))
+                sampled_ids = int(exponential_race_sample(kept_K.softmax(-1)[None], noise_K[None]))
+            codes.append(int(order[sampled_ids]))
         return codes
 
 
@@ -125,59 +125,66 @@ def rows(folder: Path) -> Iterator[ParityRow]:
     model, reference = engine.model, Reference(folder)
     template, begin, against = model.template, model.template.begins["next-token"], "transformers' Chameleon, unmasked"
     shown = Document([Segment(image=picture()), Segment(text=WORDS)])
-    read = model.encode_document(shown)
+    document = model.encode_document(shown)
 
     official = reference.branches(reference.picture())
-    made = [[*model.ids(template.prompt(read, output="image", blind=b)), begin] for b in range(3)]
+    outputs = [[*model.ids(template.prompt(document, output="image", blind=b)), begin] for b in range(3)]
     squeezed = Document([Segment(image=picture().resize((SIDE, SIDE))), Segment(text=WORDS)])
-    wrong = [
+    control = [
         [*model.ids(template.prompt(model.encode_document(squeezed), output="image", blind=b)), begin] for b in range(3)
     ]
-    flat, theirs, trapped = ([id for ids in rows for id in ids] for rows in (made, official, wrong))
+    flat, reference_output, trapped = ([id for ids in rows for id in ids] for rows in (outputs, official, control))
     yield ParityRow(
-        "chameleon prompt ids", mismatch_share(flat, theirs), mismatch_share(trapped, theirs), "a picture squeezed",
+        "chameleon prompt ids", mismatch_share(flat, reference_output), mismatch_share(trapped, reference_output),
+        "a picture squeezed",
         "the official strings, transformers' VQ encoder",
     )  # fmt: skip
 
     height, width = model.image_tokenizer.grid
     places = (0, 1, width - 1, height * width - 1)
     greedy = reference.codes(official, height * width, SamplingOptions(0.0), 0)
-    there = torch.stack([reference.guided(official, greedy[:at]) for at in places])
+    reference_values = torch.stack([reference.guided(official, greedy[:position]) for position in places])
     logits = {}
     for trap in (False, True):
         with without_image_branch(template, trap), common.record_logits(next_token) as steps:
             engine.generate(shown, temperature=0.0)
-        logits[trap] = torch.stack([steps[at][0] for at in places])
+        logits[trap] = torch.stack([steps[position][0] for position in places])
     trap_said = "no branch that sees the picture alone"
     yield ParityRow(
-        "chameleon logits", max_error(logits[False], there), max_error(logits[True], there), trap_said, against
+        "chameleon logits",
+        max_error(logits[False], reference_values),
+        max_error(logits[True], reference_values),
+        trap_said,
+        against,
     )
 
     for name, sampling, seed in (("greedy", SamplingOptions(0.0), 0), ("sampled", SamplingOptions(1.0, top_p=0.95), 5)):
         options = {"seed": seed, "temperature": sampling.temperature, "top_p": sampling.top_p}
-        right = reference.codes(official, height * width, sampling, seed)
-        right += reference.codes(reference.branches(), height * width, sampling, seed)
-        drawn: dict[bool, list[int]] = {False: [], True: []}
-        for trap, codes in drawn.items():
-            for asked in (shown, Document.of(WORDS)):
-                request = engine.request(asked, "image", **options)
+        expected_ids = reference.codes(official, height * width, sampling, seed)
+        expected_ids += reference.codes(reference.branches(), height * width, sampling, seed)
+        sampled_ids: dict[bool, list[int]] = {False: [], True: []}
+        for trap, codes in sampled_ids.items():
+            for prompt_document in (shown, Document.of(WORDS)):
+                request = engine.request(prompt_document, "image", **options)
                 with without_image_branch(template, trap):
                     list(engine.run([request]))
                 image = request.document.segments[-1].image
                 assert isinstance(image, Tensor)
                 codes += image.flatten().tolist()
-        assert len(set(right)) >= 32, f"too few different codes: {len(set(right))}"
-        share = mismatch_share(drawn[True][: height * width], right[: height * width])
-        yield ParityRow(f"chameleon {name} ids", mismatch_share(drawn[False], right), share, trap_said, against)
+        assert len(set(expected_ids)) >= 32, f"too few different codes: {len(set(expected_ids))}"
+        share = mismatch_share(sampled_ids[True][: height * width], expected_ids[: height * width])
+        yield ParityRow(
+            f"chameleon {name} ids", mismatch_share(sampled_ids[False], expected_ids), share, trap_said, against
+        )
 
     golden, tokenizer = load_file(common.GOLDENS / "liquid_vqgan.safetensors"), model.image_tokenizer
-    there = golden["pixels"].clamp(-1, 1)
+    reference_values = golden["pixels"].clamp(-1, 1)
     made_BCHW, wrong_BCHW = tokenizer.decode(golden["codes"]), tokenizer.decode(golden["codes"].transpose(1, 2))
     against = "the official VQModel (goldens)"
     yield ParityRow(
         "chameleon codes to pixels",
-        max_error(made_BCHW, there),
-        max_error(wrong_BCHW, there),
+        max_error(made_BCHW, reference_values),
+        max_error(wrong_BCHW, reference_values),
         "columns for rows",
         against,
     )

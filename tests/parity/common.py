@@ -61,15 +61,15 @@ def randomize_state(state: Mapping[str, Tensor], seed: int, scale: float = 1.0) 
     """Random values for every tensor: weights of standard deviation scale / sqrt(fan in), norms around 1, biases of
     0.1. The same whatever the order in which a module makes its tensors."""
     rng = torch.Generator().manual_seed(seed)
-    made = {}
+    random_state = {}
     for name in sorted(state):
-        like = state[name]
-        noise = torch.randn(like.shape, generator=rng)
-        if like.ndim > 1:
-            made[name] = noise * scale / max(1, like[0].numel()) ** 0.5
+        tensor = state[name]
+        noise = torch.randn(tensor.shape, generator=rng)
+        if tensor.ndim > 1:
+            random_state[name] = noise * scale / max(1, tensor[0].numel()) ** 0.5
         else:
-            made[name] = 0.1 * noise + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
-    return made
+            random_state[name] = 0.1 * noise + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
+    return random_state
 
 
 @contextmanager
@@ -128,9 +128,9 @@ def byte_level_tokenizer(folder: Path, lines: Sequence[str], specials: Sequence[
     tokenizer.save(str(folder / "tokenizer.json"))
     names = {f"{kind}_token": name for kind, name in zip(("bos", "eos", "pad"), specials, strict=False)}
     flags = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
-    said = {kind: {"__type": "AddedToken", "content": name} | flags for kind, name in names.items()}
+    special_tokens = {kind: {"__type": "AddedToken", "content": name} | flags for kind, name in names.items()}
     settings = {"tokenizer_class": "LlamaTokenizerFast", "legacy": True, "unk_token": None, "add_bos_token": True}
-    save_json(folder / "tokenizer_config.json", said | settings)
+    save_json(folder / "tokenizer_config.json", special_tokens | settings)
 
 
 class wrong_row_end:  # noqa: N801

@@ -65,9 +65,9 @@ def checkpoint(folder: Path) -> None:
     model = Emu3ForConditionalGeneration(config)
     # the norms of its VQ have running means and variances, which stay as they are
     state = {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
-    made = common.randomize_state(state, seed=4, scale=1.8)
-    kept = {name: value for name, value in model.state_dict().items() if "running" in name or name not in made}
-    model.load_state_dict(made | kept, strict=True)
+    outputs = common.randomize_state(state, seed=4, scale=1.8)
+    kept_files = {name: value for name, value in model.state_dict().items() if "running" in name or name not in outputs}
+    model.load_state_dict(outputs | kept_files, strict=True)
     model.save_pretrained(folder)
     save_json(folder / "preprocessor_config.json", PREPROCESSOR)
 
@@ -99,9 +99,9 @@ class Reference:
 
     def prompts(self, words: str) -> tuple[list[int], list[int]]:
         area = {"ratio": f"{WIDTH}:{HEIGHT}", "image_area": WIDTH * HEIGHT}
-        both = [words + " masterpiece, film grained, best quality.", emu3.NEGATIVE_PROMPT]
-        made = self.processor(text=both, return_for_image_generation=True, images_kwargs=area)
-        return tuple(made["input_ids"])  # type: ignore[return-value]
+        input_pair = [words + " masterpiece, film grained, best quality.", emu3.NEGATIVE_PROMPT]
+        outputs = self.processor(text=input_pair, return_for_image_generation=True, images_kwargs=area)
+        return tuple(outputs["input_ids"])  # type: ignore[return-value]
 
     def question(self, words: str) -> list[int]:
         text = f"You are a helpful assistant. USER: <image>{words}. ASSISTANT:"
@@ -134,14 +134,14 @@ class Reference:
 
         ids, negative = (torch.tensor([ids]) for ids in self.prompts(words))
         chain = [Guided(3.0, self.model, negative), PrefixConstrainedLogitsProcessor(self.allowed(ids.shape[1] - 1), 1)]
-        made = self.model.generate(
+        outputs = self.model.generate(
             ids, logits_processor=LogitsProcessorList(chain), do_sample=False, output_scores=True,
             return_dict_in_generate=True, max_new_tokens=(WIDTH // STRIDE + 1) * (HEIGHT // STRIDE) + 3,
         )  # fmt: skip
-        written = made.sequences[0, ids.shape[1] :]
+        written = outputs.sequences[0, ids.shape[1] :]
         visual = (written >= self.first).nonzero()[:, 0].tolist()
-        codes = [int(written[at]) - self.first for at in visual]
-        return codes, torch.stack([made.scores[at][0, self.first :] for at in visual])
+        codes = [int(written[position]) - self.first for position in visual]
+        return codes, torch.stack([outputs.scores[position][0, self.first :] for position in visual])
 
     @torch.no_grad()
     def sampled(self, words: str, sampling: SamplingOptions, seed: int) -> list[int]:
@@ -154,16 +154,16 @@ class Reference:
             if len(legal) == 1:
                 if legal[0] != self.tokenizer.convert_tokens_to_ids(emu3.EOL):
                     return codes
-                drawn = legal[0]
+                sampled_ids = legal[0]
             else:
-                full, negative = (self.model(input_ids=torch.tensor([row])).logits[0, -1].log_softmax(-1) for row in rows)  # fmt: skip  # noqa: E501
-                logits_K = (negative + 3.0 * (full - negative))[self.first :] / sampling.temperature
+                cond_ids, negative = (self.model(input_ids=torch.tensor([row])).logits[0, -1].log_softmax(-1) for row in rows)  # fmt: skip  # noqa: E501
+                logits_K = (negative + 3.0 * (cond_ids - negative))[self.first :] / sampling.temperature
                 logits_K[logits_K < logits_K.topk(sampling.top_k).values[-1]] = -torch.inf
                 noise_K = torch.empty(CODES).exponential_(generator=rng)
-                drawn = self.first + int(exponential_race_sample(logits_K.softmax(-1)[None], noise_K[None]))
-                codes.append(drawn - self.first)
+                sampled_ids = self.first + int(exponential_race_sample(logits_K.softmax(-1)[None], noise_K[None]))
+                codes.append(sampled_ids - self.first)
             for row in rows:
-                row.append(drawn)
+                row.append(sampled_ids)
 
 
 def rows(folder: Path) -> Iterator[ParityRow]:
@@ -174,20 +174,24 @@ def rows(folder: Path) -> Iterator[ParityRow]:
 
     def ours(words: str, grid: tuple[int, int]) -> list[int]:
         opening = [template.begins["next-token"], *template.layout(grid).opening]
-        made = [template.prompt(Document.of(words), output="image", blind=blind).ids for blind in (False, True)]
-        return [id for ids in made for id in (*ids, *opening)]
+        outputs = [template.prompt(Document.of(words), output="image", blind=blind).ids for blind in (False, True)]
+        return [id for ids in outputs for id in (*ids, *opening)]
 
-    theirs = [id for words in PROMPTS for ids in reference.prompts(words) for id in ids]
-    here = [id for words in PROMPTS for id in ours(words, grid)]
+    reference_output = [id for words in PROMPTS for ids in reference.prompts(words) for id in ids]
+    engine_values = [id for words in PROMPTS for id in ours(words, grid)]
     turned = [id for words in PROMPTS for id in ours(words, (grid[1], grid[0]))]
     yield ParityRow(
-        "emu3 prompt ids", mismatch_share(here, theirs), mismatch_share(turned, theirs), "width*height", "Emu3Processor"
+        "emu3 prompt ids",
+        mismatch_share(engine_values, reference_output),
+        mismatch_share(turned, reference_output),
+        "width*height",
+        "Emu3Processor",
     )
 
-    asked = model.encode_document(Document([Segment(image=picture()), Segment(text="What is it")]))
-    ids = model.ids(template.prompt(asked, output="text"))
+    prompt_document = model.encode_document(Document([Segment(image=picture()), Segment(text="What is it")]))
+    ids = model.ids(template.prompt(prompt_document, output="text"))
     with common.wrong_row_end(template, ()):
-        bare = model.ids(template.prompt(asked, output="text"))
+        bare = model.ids(template.prompt(prompt_document, output="text"))
     official = reference.question("What is it")
     trap = "no ends of rows"
     yield ParityRow(
@@ -200,48 +204,54 @@ def rows(folder: Path) -> Iterator[ParityRow]:
 
     codes, scores = reference.greedy(PROMPTS[0])
     places = [0, 1, grid[1] - 1, len(codes) - 1]
-    found = []
+    runs = []
     for row_end in (template.layout(grid).row_end, ()):
         with common.wrong_row_end(template, row_end), common.record_logits(next_token) as steps:
             request = engine.request(PROMPTS[0], "image", temperature=0.0, size=size)
             list(engine.run([request]))
-        found.append((torch.stack([steps[at][0] for at in places]), request.document.segments[-1].image))
-    there = center_crop(scores[places])
+        runs.append((torch.stack([steps[position][0] for position in places]), request.document.segments[-1].image))
+    reference_values = center_crop(scores[places])
     yield ParityRow(
         "emu3 logits",
-        max_error(center_crop(found[0][0]), there),
-        max_error(center_crop(found[1][0]), there),
+        max_error(center_crop(runs[0][0]), reference_values),
+        max_error(center_crop(runs[1][0]), reference_values),
         trap,
         against,
     )
 
-    right, greedy, control = list(codes), found[0][1].flatten().tolist(), found[1][1].flatten().tolist()
-    assert len(set(right)) >= 32, f"too few different codes: {len(set(right))}"
-    yield ParityRow("emu3 greedy ids", mismatch_share(greedy, right), mismatch_share(control, right), trap, against)
+    expected_ids, greedy, control = list(codes), runs[0][1].flatten().tolist(), runs[1][1].flatten().tolist()
+    assert len(set(expected_ids)) >= 32, f"too few different codes: {len(set(expected_ids))}"
+    yield ParityRow(
+        "emu3 greedy ids", mismatch_share(greedy, expected_ids), mismatch_share(control, expected_ids), trap, against
+    )
 
     sampling = SamplingOptions(1.0, 100)
-    drawn, right, control = [], [], []
+    sampled_ids, expected_ids, control = [], [], []
     for words in PROMPTS:
-        right += reference.sampled(words, sampling, seed=5)
-        for row_end, written in ((template.layout(grid).row_end, drawn), ((), control)):
+        expected_ids += reference.sampled(words, sampling, seed=5)
+        for row_end, written in ((template.layout(grid).row_end, sampled_ids), ((), control)):
             with common.wrong_row_end(template, row_end):
                 request = engine.request(words, "image", seed=5, temperature=1.0, top_k=100, size=size)
                 list(engine.run([request]))
             written += request.document.segments[-1].image.flatten().tolist()
     yield ParityRow(
-        "emu3 sampled ids", mismatch_share(drawn, right), mismatch_share(control, right), trap, "transformers' forward"
+        "emu3 sampled ids",
+        mismatch_share(sampled_ids, expected_ids),
+        mismatch_share(control, expected_ids),
+        trap,
+        "transformers' forward",
     )
 
-    made_Bhw = torch.tensor(right).unflatten(0, (2, *grid))
+    made_Bhw = torch.tensor(expected_ids).unflatten(0, (2, *grid))
     with torch.no_grad():
         pixels = [reference.model.decode_image_tokens(image_tokens=codes_in_order(reference, codes), height=grid[0], width=grid[1]) for codes in made_Bhw]  # fmt: skip  # noqa: E501
-    there = torch.cat(pixels).clamp(-1, 1)
-    here = model.image_tokenizer.decode(made_Bhw)
+    reference_values = torch.cat(pixels).clamp(-1, 1)
+    engine_values = model.image_tokenizer.decode(made_Bhw)
     turned = model.image_tokenizer.decode(made_Bhw.transpose(1, 2)).transpose(2, 3)
     yield ParityRow(
         "emu3 codes to pixels",
-        max_error(here, there),
-        max_error(turned, there),
+        max_error(engine_values, reference_values),
+        max_error(turned, reference_values),
         "columns for rows",
         "decode_image_tokens",
     )

@@ -104,9 +104,9 @@ def transformers_checkpoint(folder: Path, tied: bool = False, heads: int = 4) ->
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(lines * 4, 400, new_special_tokens=names)
     tokenizer.add_special_tokens({"bos_token": "<bos>", "pad_token": janus.PAD})
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    width, known = LANGUAGE["hidden_size"], tokenizer.get_vocab()
+    width, known_names = LANGUAGE["hidden_size"], tokenizer.get_vocab()
     config = JanusConfig(
-        text_config=LlamaConfig(**LANGUAGE, **ids, vocab_size=len(tokenizer), pad_token_id=known[janus.PAD]),
+        text_config=LlamaConfig(**LANGUAGE, **ids, vocab_size=len(tokenizer), pad_token_id=known_names[janus.PAD]),
         vision_config={
             "hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": heads, "image_size": SIDE,
             "patch_size": PATCH // 2, "projection_dim": width, "num_image_tokens": (SIDE // PATCH * 2) ** 2,
@@ -115,18 +115,18 @@ def transformers_checkpoint(folder: Path, tied: bool = False, heads: int = 4) ->
             "embed_dim": 8, "num_embeddings": CODES, "latent_channels": 16, "base_channels": 32,
             "channel_multiplier": [1, 1, 2], "projection_dim": width, "image_token_embed_dim": width,
         },
-        image_token_id=known["<image_placeholder>"], tie_word_embeddings=tied,
+        image_token_id=known_names["<image_placeholder>"], tie_word_embeddings=tied,
     )  # fmt: skip
     model = JanusForConditionalGeneration(config)
     model.load_state_dict(common.randomize_state(model.state_dict(), seed=2, scale=2.0))
     model.tie_weights()
     chosen = model.generation_config
-    chosen.guidance_scale, chosen.pad_token_id, chosen.boi_token_id = 5, known[janus.PAD], known[janus.BOI]
+    chosen.guidance_scale, chosen.pad_token_id, chosen.boi_token_id = 5, known_names[janus.PAD], known_names[janus.BOI]
     model.save_pretrained(folder)
-    said = {"image_token": "<image_placeholder>", "boi_token": janus.BOI, "eoi_token": janus.EOI}
+    texts = {"image_token": "<image_placeholder>", "boi_token": janus.BOI, "eoi_token": janus.EOI}
     tokenizer.save_pretrained(folder)
     settings = folder / "tokenizer_config.json"
-    save_json(settings, hub.read_json(settings) | {"extra_special_tokens": said})
+    save_json(settings, hub.read_json(settings) | {"extra_special_tokens": texts})
 
 
 def pixels() -> Tensor:
@@ -188,8 +188,8 @@ class Reference:
             read_BLD = torch.cat((read_BLD, drawn_PD.expand(2, -1, -1)), 1)
         last_BD = self.lm.model(inputs_embeds=read_BLD, use_cache=False).last_hidden_state[:, -1]
         projected = gelu(self.layer("gen_head.output_mlp_projector", last_BD))
-        full, blind = self.layer("gen_head.vision_head", projected)
-        return blind + scale * (full - blind)
+        cond_ids, blind = self.layer("gen_head.vision_head", projected)
+        return blind + scale * (cond_ids - blind)
 
     def codes(self, words: str, length: int, sampling: SamplingOptions, scale: float, seed: int) -> list[int]:
         rng = torch.Generator().manual_seed(seed * 1_000_003 + 1)
@@ -209,10 +209,10 @@ class Reference:
     def features(self, x_BCHW: Tensor) -> Tensor:
         """SigLIP (a plain vision transformer, pre-norm, gelu) and the aligner."""
         name = "vision_model.vision_tower."
-        at = lambda key: self.state[name + key]  # noqa: E731
-        x = conv2d(x_BCHW, at("patch_embed.proj.weight"), at("patch_embed.proj.bias"), stride=PATCH)
-        x = x.flatten(2).transpose(1, 2) + at("pos_embed")
-        norm = lambda x, key: layer_norm(x, (HIDDEN,), at(f"{key}.weight"), at(f"{key}.bias"), 1e-6)  # noqa: E731
+        position = lambda key: self.state[name + key]  # noqa: E731
+        x = conv2d(x_BCHW, position("patch_embed.proj.weight"), position("patch_embed.proj.bias"), stride=PATCH)
+        x = x.flatten(2).transpose(1, 2) + position("pos_embed")
+        norm = lambda x, key: layer_norm(x, (HIDDEN,), position(f"{key}.weight"), position(f"{key}.bias"), 1e-6)  # noqa: E731
         for block in ("blocks.0", "blocks.1"):
             qkv = self.layer(f"{name}{block}.attn.qkv", norm(x, f"{block}.norm1"))
             q, k, v = qkv.unflatten(-1, (3, HIDDEN // janus.HEAD_WIDTH, -1)).permute(2, 0, 3, 1, 4)
@@ -238,59 +238,69 @@ def rows(folder: Path) -> Iterator[ParityRow]:
     script = "the official loop over the public tensors"
 
     documents = [Document.of(words) for words in PROMPTS]
-    made = [[*template.prompt(document, output="image", blind=blind).ids, begin] for document in documents for blind in (False, True)]  # fmt: skip  # noqa: E501
-    ours = [id for ids in made for id in ids]
-    theirs = [id for words in PROMPTS for ids in reference.prompts(words) for id in ids]
+    outputs = [[*template.prompt(document, output="image", blind=blind).ids, begin] for document in documents for blind in (False, True)]  # fmt: skip  # noqa: E501
+    engine_output = [id for ids in outputs for id in ids]
+    reference_output = [id for words in PROMPTS for ids in reference.prompts(words) for id in ids]
     seen = [id for words in PROMPTS for ids in (reference.prompts(words)[0],) * 2 for id in ids]
     yield ParityRow(
         "janus prompt ids",
-        mismatch_share(ours, theirs),
-        mismatch_share(seen, theirs),
+        mismatch_share(engine_output, reference_output),
+        mismatch_share(seen, reference_output),
         "no padding",
         "the official strings",
     )
 
-    asked = Document([Segment(image=picture()), Segment(text="What is it")])
-    padded = Image.new("RGB", (SIDE, SIDE), (127, 127, 127))
-    padded.paste(picture(), (0, 8))
-    pixels_CHW = torch.tensor(list(padded.tobytes())).reshape(SIDE, SIDE, 3).permute(2, 0, 1) / 127.5 - 1
-    there = reference.answer("What is it", pixels_CHW)
-    found = []
-    for given in (asked, Document([Segment(image=picture().resize((SIDE, SIDE))), *asked.segments[1:]])):
+    prompt_document = Document([Segment(image=picture()), Segment(text="What is it")])
+    padded_ids = Image.new("RGB", (SIDE, SIDE), (127, 127, 127))
+    padded_ids.paste(picture(), (0, 8))
+    pixels_CHW = torch.tensor(list(padded_ids.tobytes())).reshape(SIDE, SIDE, 3).permute(2, 0, 1) / 127.5 - 1
+    reference_values = reference.answer("What is it", pixels_CHW)
+    runs = []
+    for text in (
+        prompt_document,
+        Document([Segment(image=picture().resize((SIDE, SIDE))), *prompt_document.segments[1:]]),
+    ):
         with common.record_logits(next_token) as steps:
-            engine.generate(given, "text", max_tokens=1)
-        found.append(steps[0][0])
-    legal = found[0].isfinite()
+            engine.generate(text, "text", max_tokens=1)
+        runs.append(steps[0][0])
+    legal = runs[0].isfinite()
     yield ParityRow(
-        "janus answer logits", max_error(found[0][legal], there[legal]), max_error(found[1][legal], there[legal]),
+        "janus answer logits", max_error(runs[0][legal], reference_values[legal]),
+        max_error(runs[1][legal], reference_values[legal]),
         "a picture stretched", "SigLIP written out, transformers' Llama",
     )  # fmt: skip
 
     height, width = model.image_tokenizer.grid
     places = (0, 1, width - 1, height * width - 1)
     greedy = reference.codes(PROMPTS[0], height * width, SamplingOptions(0.0), 5.0, 0)
-    there = torch.stack([reference.guided(PROMPTS[0], greedy[:at], 5.0) for at in places])
-    found = []
+    reference_values = torch.stack([reference.guided(PROMPTS[0], greedy[:position], 5.0) for position in places])
+    runs = []
     for trap in (False, True):
         with codes_as_text(model, trap), common.record_logits(next_token) as steps:
             engine.generate(PROMPTS[0], temperature=0.0)
-        found.append(torch.stack([steps[at][0] for at in places]))
+        runs.append(torch.stack([steps[position][0] for position in places]))
     trap_said = "codes through the text's table"
-    yield ParityRow("janus logits", max_error(found[0], there), max_error(found[1], there), trap_said, script)
+    yield ParityRow(
+        "janus logits", max_error(runs[0], reference_values), max_error(runs[1], reference_values), trap_said, script
+    )
 
     for name, sampling, seed in (("greedy", SamplingOptions(0.0), 0), ("sampled", SamplingOptions(1.0), 5)):
-        written, right, control = [], [], []
+        written, expected_ids, control = [], [], []
         for words in PROMPTS:
             options = {"seed": seed, "temperature": sampling.temperature}
-            right += reference.codes(words, height * width, sampling, 5.0, seed)
-            for trap, drawn in ((False, written), (True, control)):
+            expected_ids += reference.codes(words, height * width, sampling, 5.0, seed)
+            for trap, sampled_ids in ((False, written), (True, control)):
                 request = engine.request(words, "image", **options)
                 with codes_as_text(model, trap):
                     list(engine.run([request]))
-                drawn += request.document.segments[-1].image.flatten().tolist()
-        assert len(set(right)) >= 32, f"too few different codes: {len(set(right))}"
+                sampled_ids += request.document.segments[-1].image.flatten().tolist()
+        assert len(set(expected_ids)) >= 32, f"too few different codes: {len(set(expected_ids))}"
         yield ParityRow(
-            f"janus {name} ids", mismatch_share(written, right), mismatch_share(control, right), trap_said, script
+            f"janus {name} ids",
+            mismatch_share(written, expected_ids),
+            mismatch_share(control, expected_ids),
+            trap_said,
+            script,
         )
 
     golden, tokenizer = load_file(GOLDEN), model.image_tokenizer
@@ -300,10 +310,14 @@ def rows(folder: Path) -> Iterator[ParityRow]:
     wrong = float((long.encode(pixels()) != golden["codes"]).float().mean())
     against, trap_said = "the official VQ-16 (goldens)", "not of unit length"
     yield ParityRow("janus pixels to codes", share, wrong, trap_said, against)
-    there = golden["pixels"].clamp(-1, 1)
+    reference_values = golden["pixels"].clamp(-1, 1)
     made_BCHW, wrong_BCHW = tokenizer.decode(golden["codes"]), long.eval().decode(golden["codes"])
     yield ParityRow(
-        "janus codes to pixels", max_error(made_BCHW, there), max_error(wrong_BCHW, there), trap_said, against
+        "janus codes to pixels",
+        max_error(made_BCHW, reference_values),
+        max_error(wrong_BCHW, reference_values),
+        trap_said,
+        against,
     )
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -346,25 +360,25 @@ class Transformers:
         steps: list[Tensor] = []
 
         def watched(_: Tensor, scores_BK: Tensor) -> Tensor:
-            full, blind = scores_BK.double()
-            steps.append(blind + 5.0 * (full - blind))
+            cond_ids, blind = scores_BK.double()
+            steps.append(blind + 5.0 * (cond_ids - blind))
             return scores_BK
 
-        made = self.model.generate(
+        outputs = self.model.generate(
             **self.asked(words), generation_mode="image", generation_config=self.chosen(**options),
             logits_processor=[watched],
         )  # fmt: skip
-        return made[0].tolist(), torch.stack(steps)
+        return outputs[0].tolist(), torch.stack(steps)
 
     def answer(self, words: str, image: Image.Image, forbidden: list[int], length: int) -> tuple[list[int], Tensor]:
         """Ids of a greedy answer, and the logits (V,) of the first."""
-        asked = self.asked(words, image)
+        prompt_document = self.asked(words, image)
         chosen = self.chosen(
             max_new_tokens=length, max_length=None, suppress_tokens=forbidden, do_sample=False, output_logits=True,
             return_dict_in_generate=True,
         )  # fmt: skip
-        made = self.model.generate(**asked, generation_config=chosen)
-        return made.sequences[0, asked["input_ids"].shape[1] :].tolist(), made.logits[0][0]
+        outputs = self.model.generate(**prompt_document, generation_config=chosen)
+        return outputs.sequences[0, prompt_document["input_ids"].shape[1] :].tolist(), outputs.logits[0][0]
 
 
 def transformers_rows(folder: Path) -> Iterator[ParityRow]:
@@ -372,73 +386,95 @@ def transformers_rows(folder: Path) -> Iterator[ParityRow]:
     model, reference = engine.model, Transformers(folder)
     template, begin, against = model.template, model.template.begins["next-token"], "transformers' generate"
 
-    ours = [id for words in PROMPTS for id in (*template.prompt(Document.of(words), output="image").ids, begin)]
+    engine_output = [
+        id for words in PROMPTS for id in (*template.prompt(Document.of(words), output="image").ids, begin)
+    ]
     blind = [
         id for words in PROMPTS for id in (*template.prompt(Document.of(words), output="image", blind=1).ids, begin)
     ]
-    theirs = [id for words in PROMPTS for id in reference.asked(words)["input_ids"][0].tolist()]
+    reference_output = [id for words in PROMPTS for id in reference.asked(words)["input_ids"][0].tolist()]
     yield ParityRow(
-        "janus-hf prompt ids", mismatch_share(ours, theirs), mismatch_share(blind, theirs), "padding", "JanusProcessor"
+        "janus-hf prompt ids",
+        mismatch_share(engine_output, reference_output),
+        mismatch_share(blind, reference_output),
+        "padding",
+        "JanusProcessor",
     )
 
-    asked = Document([Segment(image=picture()), Segment(text="What is it")])
-    turned = Document([Segment(image=picture().resize((SIDE, SIDE))), *asked.segments[1:]])
+    prompt_document = Document([Segment(image=picture()), Segment(text="What is it")])
+    turned = Document([Segment(image=picture().resize((SIDE, SIDE))), *prompt_document.segments[1:]])
     forbidden = [id for id in model.generators["text"].forbidden if id not in template.turn_ends]
-    ids, there = reference.answer("What is it", picture(), forbidden, 16)
-    found = []
-    for given in (asked, turned):
+    ids, reference_values = reference.answer("What is it", picture(), forbidden, 16)
+    runs = []
+    for text in (prompt_document, turned):
         with common.record_logits(next_token) as steps:
-            request = engine.request(given, "text", max_tokens=16)
+            request = engine.request(text, "text", max_tokens=16)
             list(engine.run([request]))
-        said = template.tokenizer(request.document.segments[-1].text, add_special_tokens=False)["input_ids"]
-        found.append((steps[0][0], said))
-    legal, trap = found[0][0].isfinite(), "a picture stretched"
+        texts = template.tokenizer(request.document.segments[-1].text, add_special_tokens=False)["input_ids"]
+        runs.append((steps[0][0], texts))
+    legal, trap = runs[0][0].isfinite(), "a picture stretched"
     yield ParityRow(
-        "janus-hf answer logits", max_error(found[0][0][legal], there[legal]),
-        max_error(found[1][0][legal], there[legal]),
+        "janus-hf answer logits", max_error(runs[0][0][legal], reference_values[legal]),
+        max_error(runs[1][0][legal], reference_values[legal]),
         trap, against,
     )  # fmt: skip
     assert len(ids) == 16
-    told = template.tokenizer(template.decode(ids), add_special_tokens=False)["input_ids"]
+    decoded_text = template.tokenizer(template.decode(ids), add_special_tokens=False)["input_ids"]
     yield ParityRow(
-        "janus-hf answer ids", mismatch_share(found[0][1], told), mismatch_share(found[1][1], told), trap, against
+        "janus-hf answer ids",
+        mismatch_share(runs[0][1], decoded_text),
+        mismatch_share(runs[1][1], decoded_text),
+        trap,
+        against,
     )
 
     codes, steps_NK = reference.draw(PROMPTS[0], do_sample=False)
     places, trap = [0, 1, model.image_tokenizer.grid[1] - 1, len(codes) - 1], "codes through the text's table"
-    found = []
+    runs = []
     for trapped in (False, True):
         with codes_as_text(model, trapped), common.record_logits(next_token) as steps:
             request = engine.request(PROMPTS[0], "image", temperature=0.0)
             list(engine.run([request]))
-        found.append((torch.stack([steps[at][0] for at in places]), generated_codes(request)))
-    there = steps_NK[places]
-    yield ParityRow("janus-hf logits", max_error(found[0][0], there), max_error(found[1][0], there), trap, against)
+        runs.append((torch.stack([steps[position][0] for position in places]), generated_codes(request)))
+    reference_values = steps_NK[places]
+    yield ParityRow(
+        "janus-hf logits",
+        max_error(runs[0][0], reference_values),
+        max_error(runs[1][0], reference_values),
+        trap,
+        against,
+    )
     assert len(set(codes)) >= 32, f"too few different codes: {len(set(codes))}"
     yield ParityRow(
-        "janus-hf greedy ids", mismatch_share(found[0][1], codes), mismatch_share(found[1][1], codes), trap, against
+        "janus-hf greedy ids", mismatch_share(runs[0][1], codes), mismatch_share(runs[1][1], codes), trap, against
     )
 
-    drawn: dict[bool, list[int]] = {False: [], True: []}
-    right = []
+    sampled_ids: dict[bool, list[int]] = {False: [], True: []}
+    expected_ids = []
     for words in PROMPTS:
         torch.manual_seed(5 * 1_000_003 + 1)
-        right += reference.draw(words, do_sample=True, top_k=0)[0]
-        for trapped, written in drawn.items():
+        expected_ids += reference.draw(words, do_sample=True, top_k=0)[0]
+        for trapped, written in sampled_ids.items():
             request = engine.request(words, "image", seed=5)
             with codes_as_text(model, trapped):
                 list(engine.run([request]))
             written += generated_codes(request)
     yield ParityRow(
-        "janus-hf sampled ids", mismatch_share(drawn[False], right), mismatch_share(drawn[True], right), trap, against
+        "janus-hf sampled ids",
+        mismatch_share(sampled_ids[False], expected_ids),
+        mismatch_share(sampled_ids[True], expected_ids),
+        trap,
+        against,
     )
 
-    made_Bhw = torch.tensor(right).unflatten(0, (2, *model.image_tokenizer.grid))
+    made_Bhw = torch.tensor(expected_ids).unflatten(0, (2, *model.image_tokenizer.grid))
     with torch.no_grad():
-        there = reference.model.decode_image_tokens(made_Bhw.flatten(1)).permute(0, 3, 1, 2).clamp(-1, 1)
-    here, turned_BCHW = (model.image_tokenizer.decode(codes_Bhw) for codes_Bhw in (made_Bhw, made_Bhw.mT))
+        reference_values = reference.model.decode_image_tokens(made_Bhw.flatten(1)).permute(0, 3, 1, 2).clamp(-1, 1)
+    engine_values, turned_BCHW = (model.image_tokenizer.decode(codes_Bhw) for codes_Bhw in (made_Bhw, made_Bhw.mT))
     yield ParityRow(
-        "janus-hf codes to pixels", max_error(here, there), max_error(turned_BCHW.mT, there), "columns for rows",
+        "janus-hf codes to pixels", max_error(engine_values, reference_values),
+        max_error(turned_BCHW.mT, reference_values),
+        "columns for rows",
         "decode_image_tokens",
     )  # fmt: skip
 

@@ -146,33 +146,37 @@ def rows(folder: Path) -> Iterator[ParityRow]:
     against = "transformers' Gemma"
 
     documents = [Document.of(words) for words in PROMPTS]
-    ours = [
+    engine_output = [
         [*template.prompt(document, output="image", blind=blind).ids, begin]
         for document in documents
         for blind in (False, True)
     ]
-    flat = [id for ids in ours for id in ids]
-    theirs = [id for words in PROMPTS for ids in reference.prompts(words) for id in ids]
+    flat = [id for ids in engine_output for id in ids]
+    reference_output = [id for words in PROMPTS for ids in reference.prompts(words) for id in ids]
     empty = [
         id for words in PROMPTS for ids in (reference.prompts(words)[0], reference.with_start("<boi>")) for id in ids
     ]
     trap = "guidance against no words"
     yield ParityRow(
-        "liquid prompt ids", mismatch_share(flat, theirs), mismatch_share(flat, empty), trap, "the official strings"
+        "liquid prompt ids",
+        mismatch_share(flat, reference_output),
+        mismatch_share(flat, empty),
+        trap,
+        "the official strings",
     )
 
-    asked = Document([Segment(image=picture()), Segment(text=PROMPTS[1])])
-    read = model.encode_document(asked)
+    prompt_document = Document([Segment(image=picture()), Segment(text=PROMPTS[1])])
+    read = model.encode_document(prompt_document)
     before, after = (
         reference.with_start("<start_of_turn>user\n<boi>"),
         reference.with_start(f"<eoi>\n{PROMPTS[1]}<end_of_turn>\n<start_of_turn>model\n")[1:],
     )
-    padded = Image.new("RGB", (SIDE, SIDE), (122, 116, 104))
-    padded.paste(picture(), ((SIDE - 24) // 2, 0))
+    padded_ids = Image.new("RGB", (SIDE, SIDE), (122, 116, 104))
+    padded_ids.paste(picture(), ((SIDE - 24) // 2, 0))
     cropped = picture().crop((0, 4, 24, 28)).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
     shares = []
-    for given in (padded, cropped):
-        codes = model.image_tokenizer.encode(torch.tensor(list(given.tobytes())).reshape(1, SIDE, SIDE, 3).permute(0, 3, 1, 2) / 127.5 - 1)  # fmt: skip  # noqa: E501
+    for text in (padded_ids, cropped):
+        codes = model.image_tokenizer.encode(torch.tensor(list(text.tobytes())).reshape(1, SIDE, SIDE, 3).permute(0, 3, 1, 2) / 127.5 - 1)  # fmt: skip  # noqa: E501
         official = [*before, *(codes + reference.offset).flatten().tolist(), *after]
         shares.append(mismatch_share(model.ids(template.prompt(read, output="text")), official))
     yield ParityRow("liquid question ids", shares[0], shares[1], "the centre of the picture", "the official strings")
@@ -183,25 +187,35 @@ def rows(folder: Path) -> Iterator[ParityRow]:
     with common.record_logits(next_token) as steps:
         engine.generate(PROMPTS[0], temperature=0.0)
     greedy = reference.codes(PROMPTS[0], height * width, SamplingOptions(0.0), 7.0, 0)
-    there = torch.stack([reference.guided(PROMPTS[0], greedy[:at], 7.0)[reference.offset :] for at in places])
-    here = torch.stack([steps[at][0] for at in places])
+    reference_values = torch.stack(
+        [reference.guided(PROMPTS[0], greedy[:position], 7.0)[reference.offset :] for position in places]
+    )
+    engine_values = torch.stack([steps[position][0] for position in places])
     with without_embedding_scale(model), common.record_logits(next_token) as wrong:
         engine.generate(PROMPTS[0], temperature=0.0)
-    mistaken = torch.stack([wrong[at][0] for at in places])
+    mistaken = torch.stack([wrong[position][0] for position in places])
     yield ParityRow(
-        "liquid logits", max_error(here, there), max_error(mistaken, there), "codes not scaled by sqrt(width)", against
+        "liquid logits",
+        max_error(engine_values, reference_values),
+        max_error(mistaken, reference_values),
+        "codes not scaled by sqrt(width)",
+        against,
     )
 
     for name, sampling, seed in (("greedy", SamplingOptions(0.0), 0), ("sampled", SamplingOptions(1.0, 100, 0.96), 5)):
         options = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
-        written, right, control = [], [], []
+        written, expected_ids, control = [], [], []
         for words in PROMPTS:
             written += codes_of(engine, words, seed, **options)
-            right += reference.codes(words, height * width, sampling, 7.0, seed)
+            expected_ids += reference.codes(words, height * width, sampling, 7.0, seed)
             control += codes_of(engine, words, seed, **options, guidance=8.0)
-        assert len(set(right)) >= 32, f"too few different codes: {len(set(right))}"
+        assert len(set(expected_ids)) >= 32, f"too few different codes: {len(set(expected_ids))}"
         yield ParityRow(
-            f"liquid {name} ids", mismatch_share(written, right), mismatch_share(control, right), "1 + s for s", against
+            f"liquid {name} ids",
+            mismatch_share(written, expected_ids),
+            mismatch_share(control, expected_ids),
+            "1 + s for s",
+            against,
         )
 
     golden = load_file(common.GOLDENS / "liquid_vqgan.safetensors")
@@ -212,10 +226,10 @@ def rows(folder: Path) -> Iterator[ParityRow]:
     yield ParityRow(
         "liquid pixels to codes", share, control_share, "pixels in [0, 1]", "the official VQModel (goldens)"
     )
-    made = tokenizer.decode(official_codes)
+    outputs = tokenizer.decode(official_codes)
     turned = tokenizer.decode(official_codes.transpose(1, 2))
     yield ParityRow(
-        "liquid codes to pixels", max_error(made, official_pixels), max_error(turned, official_pixels),
+        "liquid codes to pixels", max_error(outputs, official_pixels), max_error(turned, official_pixels),
         "columns for rows",
         "the official VQModel (goldens)",
     )  # fmt: skip

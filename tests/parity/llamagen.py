@@ -80,23 +80,23 @@ def make_goldens(folder: Path) -> None:
     )
     model = gpt.Transformer(args).eval()
     model.load_state_dict(tensors())
-    made: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
     torch.backends.cuda.sdp_kernel = lambda **_: nullcontext()  # the script sets CUDA's kernels
     for label in LABELS:
         for name, options in (("greedy", {"sample_logits": False}), ("sampled", {"top_k": TOP_K, "top_p": TOP_P})):
             torch.manual_seed(SEED * 1_000_003 + 1)
             with torch.no_grad():
                 codes = sampler.generate(model, torch.tensor([label]), grid * grid, cfg_scale=SCALE, **options)
-            made[f"{name}.{label}"] = codes[0].long()
+            outputs[f"{name}.{label}"] = codes[0].long()
     for block in model.layers:
         block.attention.kv_cache = None
     with torch.no_grad():
-        codes = made[f"greedy.{LABELS[0]}"][:-1].repeat(2, 1)
+        codes = outputs[f"greedy.{LABELS[0]}"][:-1].repeat(2, 1)
         labels = torch.tensor([LABELS[0], CLASSES])
-        full, blind = model(codes, labels, torch.arange(grid * grid))[0]
-        made["logits"] = blind + SCALE * (full - blind)
-    made["pixels"] = official_pixels(folder, made[f"sampled.{LABELS[0]}"])
-    save_file(made, GOLDEN)
+        cond_ids, blind = model(codes, labels, torch.arange(grid * grid))[0]
+        outputs["logits"] = blind + SCALE * (cond_ids - blind)
+    outputs["pixels"] = official_pixels(folder, outputs[f"sampled.{LABELS[0]}"])
+    save_file(outputs, GOLDEN)
 
 
 @torch.no_grad()
@@ -116,12 +116,12 @@ def rows(folder: Path) -> Iterator[ParityRow]:
     trap, parts = "the condition turned like a code", ("greedy", "sampled")
     places = [0, 1, grid - 1, grid * grid - 1]
     logits: dict[bool, Tensor] = {}
-    drawn: dict[tuple[str, bool], list[int]] = {}
+    sampled_ids: dict[tuple[str, bool], list[int]] = {}
     for turned in (False, True):
         with with_wrong_rotary(engine.model, turned):
             with common.record_logits(next_token) as steps:
                 engine.generate(LABELS[0], temperature=0.0, guidance=SCALE)
-            logits[turned] = torch.stack([steps[at][0] for at in places])
+            logits[turned] = torch.stack([steps[position][0] for position in places])
             for part, options in zip(parts, ({"temperature": 0.0}, {"top_k": TOP_K, "top_p": TOP_P}), strict=True):
                 codes: list[int] = []
                 for label in LABELS:
@@ -130,21 +130,33 @@ def rows(folder: Path) -> Iterator[ParityRow]:
                     image = request.document.segments[-1].image
                     assert isinstance(image, Tensor)
                     codes += image.flatten().tolist()
-                drawn[part, turned] = codes
-    there = golden["logits"][places]
-    yield ParityRow("llamagen logits", max_error(logits[False], there), max_error(logits[True], there), trap, against)
+                sampled_ids[part, turned] = codes
+    reference_values = golden["logits"][places]
+    yield ParityRow(
+        "llamagen logits",
+        max_error(logits[False], reference_values),
+        max_error(logits[True], reference_values),
+        trap,
+        against,
+    )
     for part in parts:
-        right = [int(code) for label in LABELS for code in golden[f"{part}.{label}"]]
-        assert len(set(right)) >= 32, f"too few different codes: {len(set(right))}"
-        wrong = mismatch_share(drawn[part, True], right)
-        yield ParityRow(f"llamagen {part} ids", mismatch_share(drawn[part, False], right), wrong, trap, against)
+        expected_ids = [int(code) for label in LABELS for code in golden[f"{part}.{label}"]]
+        assert len(set(expected_ids)) >= 32, f"too few different codes: {len(set(expected_ids))}"
+        control = mismatch_share(sampled_ids[part, True], expected_ids)
+        yield ParityRow(
+            f"llamagen {part} ids", mismatch_share(sampled_ids[part, False], expected_ids), control, trap, against
+        )
     codes_1hw = golden[f"sampled.{LABELS[0]}"].reshape(1, grid, grid)
     tokenizer = engine.model.image_tokenizer
-    made, wrong_BCHW = tokenizer.decode(codes_1hw), tokenizer.decode(codes_1hw.transpose(1, 2))
-    there = golden["pixels"].clamp(-1, 1)
+    outputs, wrong_BCHW = tokenizer.decode(codes_1hw), tokenizer.decode(codes_1hw.transpose(1, 2))
+    reference_values = golden["pixels"].clamp(-1, 1)
     against = "the official VQ-16 (goldens)"
     yield ParityRow(
-        "llamagen codes to pixels", max_error(made, there), max_error(wrong_BCHW, there), "columns for rows", against
+        "llamagen codes to pixels",
+        max_error(outputs, reference_values),
+        max_error(wrong_BCHW, reference_values),
+        "columns for rows",
+        against,
     )
 
 

@@ -63,11 +63,11 @@ def text_tensors() -> dict[str, Tensor]:
     from transformers import T5Config, T5ForConditionalGeneration
 
     state = T5ForConditionalGeneration(T5Config(**T5)).state_dict()
-    kept = {k: v for k, v in state.items() if not k.startswith("decoder.block.") and "embed_tokens" not in k}
-    kept |= {"lm_head.weight": state["shared.weight"]}
-    made = common.randomize_state(kept, seed=3)
-    made["shared.weight"] *= FEATURES**0.5  # as T5's own: its attention is not scaled
-    return made
+    kept_files = {k: v for k, v in state.items() if not k.startswith("decoder.block.") and "embed_tokens" not in k}
+    kept_files |= {"lm_head.weight": state["shared.weight"]}
+    outputs = common.randomize_state(kept_files, seed=3)
+    outputs["shared.weight"] *= FEATURES**0.5  # as T5's own: its attention is not scaled
+    return outputs
 
 
 def checkpoint(folder: Path) -> None:
@@ -94,7 +94,7 @@ def cleaning() -> Iterator[None]:
     ftfy, bs4 = ModuleType("ftfy"), ModuleType("bs4")
     ftfy.fix_text = lambda words: words  # type: ignore[attr-defined]
     bs4.BeautifulSoup = lambda words, features: SimpleNamespace(text=words)  # type: ignore[attr-defined]
-    absent = {one.__name__: one for one in (ftfy, bs4) if importlib.util.find_spec(one.__name__) is None}
+    absent = {char.__name__: char for char in (ftfy, bs4) if importlib.util.find_spec(char.__name__) is None}
     sys.modules.update(absent)
     try:
         yield
@@ -117,8 +117,8 @@ def make_goldens(folder: Path) -> None:
             t5_model_kwargs={"dtype": torch.float32},
         )  # fmt: skip
         state = hub.read_tensors(Path(scratch) / f"t2i_T_stage1_{SIDE}.pt")
-    read: list[Tensor] = []
-    embedder.model.register_forward_pre_hook(lambda _, args, given: read.append(given["input_ids"]), with_kwargs=True)
+    document: list[Tensor] = []
+    embedder.model.register_forward_pre_hook(lambda _, args, text: document.append(text["input_ids"]), with_kwargs=True)
     grid = SIDE // 4
     args = gpt.ModelArgs(
         dim=WIDTH, n_layer=LAYERS, n_head=WIDTH // 64, vocab_size=CODES, block_size=grid * grid, model_type="t2i",
@@ -126,32 +126,35 @@ def make_goldens(folder: Path) -> None:
     )  # fmt: skip
     model = gpt.Transformer(args).eval()
     model.load_state_dict(state)
-    made: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
     torch.backends.cuda.sdp_kernel = lambda **_: nullcontext()  # the script sets CUDA's kernels
-    sample, told = sampler.sample, []
+    sample, decoded_text = sampler.sample, []
 
     def watched(logits: Tensor, **options: Any) -> Any:
-        told.append(logits[0, -1].clone())
+        decoded_text.append(logits[0, -1].clone())
         return sample(logits, **options)
 
     sampler.sample = watched
     for number, prompt in enumerate(PROMPTS):
         features_1LF, mask_1L = embedder.get_text_embeddings([prompt])
         count = int(mask_1L.sum())
-        made[f"ids.{number}"], made[f"features.{number}"] = read[-1][0, :count], features_1LF[0, :count].contiguous()
+        outputs[f"ids.{number}"], outputs[f"features.{number}"] = (
+            document[-1][0, :count],
+            features_1LF[0, :count].contiguous(),
+        )
         given_1LF = torch.cat((features_1LF[:, count:], features_1LF[:, :count]), 1)  # padding on the left
         mask_1L = mask_1L.flip(-1)
         for name, options in (("greedy", {"sample_logits": False}), ("sampled", {"top_k": TOP_K, "top_p": TOP_P})):
             torch.manual_seed(SEED * 1_000_003 + 1)
-            told.clear()
+            decoded_text.clear()
             codes = sampler.generate(
                 model, given_1LF * mask_1L[..., None], grid * grid, mask_1L, cfg_scale=SCALE, **options
             )
-            made[f"{name}.{number}"] = codes[0].long()
+            outputs[f"{name}.{number}"] = codes[0].long()
             if name == "greedy":
-                made[f"logits.{number}"] = torch.stack(told)
-    made["pixels"] = official_pixels(folder, made["sampled.0"])
-    save_file(made, GOLDEN)
+                outputs[f"logits.{number}"] = torch.stack(decoded_text)
+    outputs["pixels"] = official_pixels(folder, outputs["sampled.0"])
+    save_file(outputs, GOLDEN)
 
 
 def t5(state: dict[str, Tensor], ids: Tensor, heard: Tensor) -> Tensor:
@@ -171,16 +174,18 @@ def t5(state: dict[str, Tensor], ids: Tensor, heard: Tensor) -> Tensor:
     bucket_LL = bucket_LL + buckets * (away_LL > 0)
     bias_HLL = state["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"][bucket_LL].permute(2, 0, 1)
     for block in range(T5["num_layers"]):
-        own, wide = f"block.{block}.layer.0", f"block.{block}.layer.1"
-        y_LF = norm(x_LF, f"{own}.layer_norm")
+        native_tokenizer, wide = f"block.{block}.layer.0", f"block.{block}.layer.1"
+        y_LF = norm(x_LF, f"{native_tokenizer}.layer_norm")
         q, k, v = (
-            (y_LF @ state[f"encoder.{own}.SelfAttention.{part}.weight"].T).unflatten(1, (T5["num_heads"], -1))
+            (y_LF @ state[f"encoder.{native_tokenizer}.SelfAttention.{part}.weight"].T).unflatten(
+                1, (T5["num_heads"], -1)
+            )
             for part in "qkv"
         )
         scores_HLL = torch.einsum("ihe,jhe->hij", q, k) + bias_HLL
         shares_HLL = scores_HLL.masked_fill(~heard, -torch.inf).softmax(-1)
         mixed_LF = torch.einsum("hij,jhe->ihe", shares_HLL, v).flatten(1)
-        x_LF = x_LF + mixed_LF @ state[f"encoder.{own}.SelfAttention.o.weight"].T
+        x_LF = x_LF + mixed_LF @ state[f"encoder.{native_tokenizer}.SelfAttention.o.weight"].T
         y_LF = norm(x_LF, f"{wide}.layer_norm")
         up, gate, down = (state[f"encoder.{wide}.DenseReluDense.{part}.weight"].T for part in ("wi_1", "wi_0", "wo"))
         x_LF = x_LF + (gelu(y_LF @ gate, approximate="tanh") * (y_LF @ up)) @ down
@@ -197,43 +202,44 @@ def rows(folder: Path) -> Iterator[ParityRow]:
     branches: dict[str, list[int]] = {"ours": [], "right": [], "wrong": []}
     raw = model.text_tokenizer
     for number, prompt in enumerate(PROMPTS):
-        right = golden[f"ids.{number}"].tolist()
-        blind = list(range(PIECES + MOST - len(right), PIECES + MOST))  # what the padding leaves to be seen
+        expected_ids = golden[f"ids.{number}"].tolist()
+        blind = list(range(PIECES + MOST - len(expected_ids), PIECES + MOST))  # what the padding leaves to be seen
         for branch in (0, 1):
             branches["ours"] += model.template.prompt(Document.of(prompt), output="image", blind=branch).ids
-        branches["right"] += right + blind
+        branches["right"] += expected_ids + blind
         typed = raw(prompt).input_ids
-        branches["wrong"] += (typed + [0] * len(right))[: len(right)] + blind
-    made, wrong = (mismatch_share(branches[name], branches["right"]) for name in ("ours", "wrong"))
-    yield ParityRow("llamagen_t2i prompt ids", made, wrong, "words as they were typed", official)
+        branches["wrong"] += (typed + [0] * len(expected_ids))[: len(expected_ids)] + blind
+    outputs, control = (mismatch_share(branches[name], branches["right"]) for name in ("ours", "wrong"))
+    yield ParityRow("llamagen_t2i prompt ids", outputs, control, "words as they were typed", official)
 
     state = text_tensors()
     parts: list[list[Tensor]] = [[], [], []]
     for number in range(len(PROMPTS)):
         ids = golden[f"ids.{number}"]
-        padded, heard = torch.zeros(MOST, dtype=torch.int64), torch.arange(MOST) < len(ids)
-        padded[: len(ids)] = ids
+        padded_ids, prompt_mask = torch.zeros(MOST, dtype=torch.int64), torch.arange(MOST) < len(ids)
+        padded_ids[: len(ids)] = ids
         with torch.no_grad():
             parts[0].append(backbone.encoder(input_ids=ids[None]).last_hidden_state[0])
-        parts[1].append(t5(state, padded, heard)[: len(ids)])
-        parts[2].append(t5(state, padded, torch.ones_like(heard))[: len(ids)])
-    ours, written, unmasked = (torch.cat(part) for part in parts)
+        parts[1].append(t5(state, padded_ids, prompt_mask)[: len(ids)])
+        parts[2].append(t5(state, padded_ids, torch.ones_like(prompt_mask))[: len(ids)])
+    engine_output, written, unmasked = (torch.cat(part) for part in parts)
     yield ParityRow(
-        "llamagen_t2i text features", max_error(ours, written), max_error(unmasked, written), "T5 sees its padding",
+        "llamagen_t2i text features", max_error(engine_output, written), max_error(unmasked, written),
+        "T5 sees its padding",
         "T5's encoder written out, padded",
     )  # fmt: skip
-    there = torch.cat([golden[f"features.{number}"] for number in range(len(PROMPTS))])
+    reference_values = torch.cat([golden[f"features.{number}"] for number in range(len(PROMPTS))])
     yield ParityRow(
         "llamagen_t2i padded features",
-        max_error(ours, there),
-        max_error(unmasked, there),
+        max_error(engine_output, reference_values),
+        max_error(unmasked, reference_values),
         "T5 sees its padding",
         official,
     )
 
     places = [0, 1, grid - 1, grid * grid - 1]
     logits: dict[str, Tensor] = {}
-    drawn: dict[tuple[str, str], list[int]] = {}
+    sampled_ids: dict[tuple[str, str], list[int]] = {}
     kinds = {"greedy": {"temperature": 0.0}, "sampled": {"top_k": TOP_K, "top_p": TOP_P}}
     prompts = [Document.of(prompt) for prompt in PROMPTS]
     for case, wrongly in (
@@ -244,31 +250,36 @@ def rows(folder: Path) -> Iterator[ParityRow]:
         with wrongly:
             for kind, options in kinds.items():
                 with common.record_logits(next_token) as steps:
-                    together = [engine.request(p, "image", seed=SEED, guidance=SCALE, **options) for p in prompts]
-                    list(engine.run(together))  # prompts of several lengths
+                    logits_stack = [engine.request(p, "image", seed=SEED, guidance=SCALE, **options) for p in prompts]
+                    list(engine.run(logits_stack))  # prompts of several lengths
                 if kind == "greedy":
-                    logits[case] = torch.stack([steps[at] for at in places], 1)
-                drawn[case, kind] = [
+                    logits[case] = torch.stack([steps[position] for position in places], 1)
+                sampled_ids[case, kind] = [
                     int(code)
-                    for request in together
+                    for request in logits_stack
                     for code in request.document.segments[-1].image.flatten()  # type: ignore[union-attr]
                 ]
-    there = torch.stack([golden[f"logits.{number}"][places] for number in range(len(PROMPTS))])
+    reference_values = torch.stack([golden[f"logits.{number}"][places] for number in range(len(PROMPTS))])
     trap = "of the vectors of no words the first"
     yield ParityRow(
-        "llamagen_t2i logits", max_error(logits["ours"], there), max_error(logits["first"], there), trap, official
+        "llamagen_t2i logits",
+        max_error(logits["ours"], reference_values),
+        max_error(logits["first"], reference_values),
+        trap,
+        official,
     )
     trap = "the condition turned like a code"
     for kind in kinds:
-        right = [int(code) for number in range(len(PROMPTS)) for code in golden[f"{kind}.{number}"]]
-        assert len(set(right)) >= 32, f"too few different codes: {len(set(right))}"
-        made, wrong = (mismatch_share(drawn[case, kind], right) for case in ("ours", "turned"))
-        yield ParityRow(f"llamagen_t2i {kind} ids", made, wrong, trap, official)
+        expected_ids = [int(code) for number in range(len(PROMPTS)) for code in golden[f"{kind}.{number}"]]
+        assert len(set(expected_ids)) >= 32, f"too few different codes: {len(set(expected_ids))}"
+        outputs, control = (mismatch_share(sampled_ids[case, kind], expected_ids) for case in ("ours", "turned"))
+        yield ParityRow(f"llamagen_t2i {kind} ids", outputs, control, trap, official)
     codes_1hw = golden["sampled.0"].reshape(1, grid, grid)
     made_BCHW, wrong_BCHW = (model.image_tokenizer.decode(codes) for codes in (codes_1hw, codes_1hw.transpose(1, 2)))
-    there = golden["pixels"].clamp(-1, 1)
+    reference_values = golden["pixels"].clamp(-1, 1)
     yield ParityRow(
-        "llamagen_t2i codes to pixels", max_error(made_BCHW, there), max_error(wrong_BCHW, there), "columns for rows",
+        "llamagen_t2i codes to pixels", max_error(made_BCHW, reference_values), max_error(wrong_BCHW, reference_values),
+        "columns for rows",
         "the official VQ-16 (goldens)",
     )  # fmt: skip
 

@@ -73,8 +73,8 @@ def checkpoint(folder: Path) -> None:
         if "q_norm.weight" in name or "k_norm.weight" in name:
             state[name] = 1 + 0.2 * state[name]
     hub.write_tensors(folder / "model.safetensors", state)
-    said = {k: v for k, v in config.to_dict().items() if k != "rope_parameters"} | OFFICIAL
-    save_json(folder / "config.json", said | {"architectures": [lumina.PUBLIC_CLASS]})
+    texts = {k: v for k, v in config.to_dict().items() if k != "rope_parameters"} | OFFICIAL
+    save_json(folder / "config.json", texts | {"architectures": [lumina.PUBLIC_CLASS]})
     (folder / "tokenizer").mkdir()
     torch.save({"state_dict": vq_case.image_tokenizer_tensors()}, folder / "tokenizer" / "vqgan.ckpt")
     (folder / "tokenizer" / "vqgan.yaml").write_text("model:\n  params:\n    ddconfig:\n      resolution: 32\n")
@@ -113,7 +113,7 @@ def make_goldens(official: Path) -> None:
         del model.model.vqmodel
         model.load_state_dict(load_file(folder / "model.safetensors"))
         model.eval()
-        made: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
         for number, words in enumerate(PROMPTS):
             processors = official_processors(official, reference, model)
             ids, codes, steps = torch.tensor([reference.prompts(words)[0]]), [], []
@@ -126,17 +126,17 @@ def make_goldens(official: Path) -> None:
                 if int(ids[0, -1]) in reference.codes_of:
                     codes.append(reference.codes_of[int(ids[0, -1])])
                     steps.append(scores[0, reference.ids])
-            made[f"codes.{number}"] = torch.tensor(codes)
-            made[f"logits.{number}"] = torch.stack([steps[at] for at in PLACES])
+            outputs[f"codes.{number}"] = torch.tensor(codes)
+            outputs[f"logits.{number}"] = torch.stack([steps[position] for position in PLACES])
         for size in SIZES:
-            made[f"cut.{size[0]}x{size[1]}"] = pixels_of(official_cut(official, picture(size)))
+            outputs[f"cut.{size[0]}x{size[1]}"] = pixels_of(official_cut(official, picture(size)))
         arguments = {"ddconfig": vq_case.DDCONFIG, "n_embed": CODES, "embed_dim": 16}
         tokenizer = VQModel(**arguments).eval()
         tokenizer.load_state_dict(vq_case.image_tokenizer_tensors())
         with torch.no_grad():
             entries = tokenizer.quantize.get_codebook_entry(drawn_codes().flatten(), (1, *GRID, 16))
-            made["pixels"] = tokenizer.decode(entries)
-    save_file(made, GOLDEN)
+            outputs["pixels"] = tokenizer.decode(entries)
+    save_file(outputs, GOLDEN)
 
 
 PLACES = (0, 1, GRID[1] - 1, GRID[0] * GRID[1] - 1)
@@ -208,8 +208,10 @@ class Reference:
         """What both branches read before the first code."""
         side = 2 * STRIDE
         start = f"<racm3:break><reserved{8800 + HEIGHT // side:05d}><reserved{8800 + WIDTH // side:05d}>"
-        asked = f"<s>Generate an image of {WIDTH}x{HEIGHT} according to the following prompt:\n{words}<reserved08706>"
-        return self.string(asked + start), self.string(start)
+        prompt_document = (
+            f"<s>Generate an image of {WIDTH}x{HEIGHT} according to the following prompt:\n{words}<reserved08706>"
+        )
+        return self.string(prompt_document + start), self.string(start)
 
     def question(self, words: str, cut: Tensor) -> list[int]:
         """A picture, as it was cut (H, W, 3), after the words."""
@@ -228,14 +230,14 @@ class Reference:
         first, order = int(self.ids.min()), self.ids.argsort()
         while len(codes) < GRID[0] * GRID[1]:
             last = [self.model.model(torch.tensor([row])).last_hidden_state[0, -1] for row in rows]
-            full, blind = self.model.lm_head(torch.stack(last))[:, first : first + CODES]
-            logits_K = (blind + 4.0 * (full - blind)) / sampling.temperature
+            cond_ids, blind = self.model.lm_head(torch.stack(last))[:, first : first + CODES]
+            logits_K = (blind + 4.0 * (cond_ids - blind)) / sampling.temperature
             logits_K[logits_K < logits_K.topk(sampling.top_k).values[-1]] = -torch.inf
             noise_K = torch.empty(CODES).exponential_(generator=rng)
-            drawn = int(exponential_race_sample(logits_K.softmax(-1)[None], noise_K[None]))
-            codes.append(int(order[drawn]))
+            sampled_ids = int(exponential_race_sample(logits_K.softmax(-1)[None], noise_K[None]))
+            codes.append(int(order[sampled_ids]))
             for row in rows:
-                row += [first + drawn, *([self.names[lumina.EOL]] if len(codes) % GRID[1] == 0 else [])]
+                row += [first + sampled_ids, *([self.names[lumina.EOL]] if len(codes) % GRID[1] == 0 else [])]
         return codes
 
 
@@ -248,13 +250,13 @@ def rows(folder: Path) -> Iterator[ParityRow]:
         opening = [template.begins["next-token"], *template.layout(grid).opening]
         document = Document.of(words)
         document.size = SIZE
-        made = [template.prompt(document, output="image", blind=blind).ids for blind in (False, True)]
-        return [id for ids in made for id in (*ids, *opening)]
+        outputs = [template.prompt(document, output="image", blind=blind).ids for blind in (False, True)]
+        return [id for ids in outputs for id in (*ids, *opening)]
 
-    theirs = [id for words in PROMPTS for ids in reference.prompts(words) for id in ids]
-    here = [id for words in PROMPTS for id in ours(words, GRID)]
+    reference_output = [id for words in PROMPTS for ids in reference.prompts(words) for id in ids]
+    engine_values = [id for words in PROMPTS for id in ours(words, GRID)]
     turned = [id for words in PROMPTS for id in ours(words, (GRID[1], GRID[0]))]
-    yield ParityRow("lumina prompt ids", mismatch_share(here, theirs), mismatch_share(turned, theirs), "width, height", "the official strings")  # fmt: skip  # noqa: E501
+    yield ParityRow("lumina prompt ids", mismatch_share(engine_values, reference_output), mismatch_share(turned, reference_output), "width, height", "the official strings")  # fmt: skip  # noqa: E501
 
     cuts = {size: golden[f"cut.{size[0]}x{size[1]}"] for size in SIZES}
     cut, squared = (
@@ -263,16 +265,20 @@ def rows(folder: Path) -> Iterator[ParityRow]:
     )
     yield ParityRow("lumina pictures cut", cut, squared, "cut to squares", "the official processor (goldens)")
 
-    asked = model.encode_document(Document([Segment(image=picture()), Segment(text="What is it")]))
-    ids = model.ids(template.prompt(asked, output="text"))
+    prompt_document = model.encode_document(Document([Segment(image=picture()), Segment(text="What is it")]))
+    ids = model.ids(template.prompt(prompt_document, output="text"))
     with common.wrong_row_end(template, ()):
-        bare = model.ids(template.prompt(asked, output="text"))
-    there, trap = reference.question("What is it", cuts[(44, 20)]), "no ends of rows"
+        bare = model.ids(template.prompt(prompt_document, output="text"))
+    reference_values, trap = reference.question("What is it", cuts[(44, 20)]), "no ends of rows"
     yield ParityRow(
-        "lumina question ids", mismatch_share(ids, there), mismatch_share(bare, there), trap, "transformers' VQ encoder"
+        "lumina question ids",
+        mismatch_share(ids, reference_values),
+        mismatch_share(bare, reference_values),
+        trap,
+        "transformers' VQ encoder",
     )
 
-    found: dict[bool, tuple[list[Tensor], list[int]]] = {}
+    runs: dict[bool, tuple[list[Tensor], list[int]]] = {}
     for trapped in (False, True):
         logits, codes = [], []
         for words in PROMPTS:
@@ -280,34 +286,42 @@ def rows(folder: Path) -> Iterator[ParityRow]:
             with common.wrong_row_end(template, row_end), common.record_logits(next_token) as steps:
                 request = engine.request(words, "image", temperature=0.0, size=SIZE)
                 list(engine.run([request]))
-            logits.append(torch.stack([steps[at][0] for at in PLACES]))
+            logits.append(torch.stack([steps[position][0] for position in PLACES]))
             codes += drawn_of(request)
-        found[trapped] = (logits, codes)
+        runs[trapped] = (logits, codes)
     order = reference.ids.argsort()
     scores = torch.cat([golden[f"logits.{n}"][:, order] for n in range(len(PROMPTS))])
-    right = torch.cat([golden[f"codes.{n}"] for n in range(len(PROMPTS))]).tolist()
-    assert len(set(right)) >= 32, f"too few different codes: {len(set(right))}"
-    yield ParityRow("lumina logits", max_error(torch.cat(found[False][0]), scores), max_error(torch.cat(found[True][0]), scores), trap, solver)  # fmt: skip  # noqa: E501
+    expected_ids = torch.cat([golden[f"codes.{n}"] for n in range(len(PROMPTS))]).tolist()
+    assert len(set(expected_ids)) >= 32, f"too few different codes: {len(set(expected_ids))}"
+    yield ParityRow("lumina logits", max_error(torch.cat(runs[False][0]), scores), max_error(torch.cat(runs[True][0]), scores), trap, solver)  # fmt: skip  # noqa: E501
     yield ParityRow(
-        "lumina greedy ids", mismatch_share(found[False][1], right), mismatch_share(found[True][1], right), trap, solver
+        "lumina greedy ids",
+        mismatch_share(runs[False][1], expected_ids),
+        mismatch_share(runs[True][1], expected_ids),
+        trap,
+        solver,
     )
 
     sampling = SamplingOptions(1.0, 100)
-    drawn, right, control = [], [], []
+    sampled_ids, expected_ids, control = [], [], []
     for words in PROMPTS:
-        right += reference.sampled(words, sampling, seed=5)
-        for row_end, written in ((template.layout(GRID).row_end, drawn), ((), control)):
+        expected_ids += reference.sampled(words, sampling, seed=5)
+        for row_end, written in ((template.layout(GRID).row_end, sampled_ids), ((), control)):
             with common.wrong_row_end(template, row_end):
                 request = engine.request(words, "image", seed=5, temperature=1.0, top_k=100, size=SIZE)
                 list(engine.run([request]))
             written += drawn_of(request)
     yield ParityRow(
-        "lumina sampled ids", mismatch_share(drawn, right), mismatch_share(control, right), trap, "transformers' layers"
+        "lumina sampled ids",
+        mismatch_share(sampled_ids, expected_ids),
+        mismatch_share(control, expected_ids),
+        trap,
+        "transformers' layers",
     )
 
-    there, tokenizer = golden["pixels"].clamp(-1, 1), model.image_tokenizer
-    here, turned = tokenizer.decode(drawn_codes()), tokenizer.decode(drawn_codes().mT).mT
-    yield ParityRow("lumina codes to pixels", max_error(here, there), max_error(turned, there), "columns for rows", "the official VQModel (goldens)")  # fmt: skip  # noqa: E501
+    reference_values, tokenizer = golden["pixels"].clamp(-1, 1), model.image_tokenizer
+    engine_values, turned = tokenizer.decode(drawn_codes()), tokenizer.decode(drawn_codes().mT).mT
+    yield ParityRow("lumina codes to pixels", max_error(engine_values, reference_values), max_error(turned, reference_values), "columns for rows", "the official VQModel (goldens)")  # fmt: skip  # noqa: E501
 
 
 def drawn_of(request: Any) -> list[int]:

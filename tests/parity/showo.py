@@ -60,15 +60,15 @@ def tensors(pieces: int) -> dict[str, Tensor]:
     from transformers import PhiConfig, PhiForCausalLM
 
     lm = PhiForCausalLM(PhiConfig(**PHI, vocab_size=pieces + len(showo.ADDED_TOKENS) + CODES + 1, qk_layernorm=True))
-    made = common.randomize_state(
+    outputs = common.randomize_state(
         {f"showo.{name}": tensor for name, tensor in lm.state_dict().items()}, seed=2, scale=2.5
     )
-    for name, tensor in made.items():
+    for name, tensor in outputs.items():
         if "self_attn" in name and "_layernorm.weight" in name:
-            made[name] = 2 * tensor  # masked codes are told apart by attention to positions alone
+            outputs[name] = 2 * tensor  # masked codes are told apart by attention to positions alone
         elif name == "showo.lm_head.weight":
-            made[name] = tensor / 4  # else codes are certain
-    return made
+            outputs[name] = tensor / 4  # else codes are certain
+    return outputs
 
 
 def checkpoint(folder: Path) -> None:
@@ -81,14 +81,19 @@ def checkpoint(folder: Path) -> None:
     tokenizer.add_tokens(["  ", "   "])
     language, images = folder / "phi-1_5", folder / "magvitv2"
     tokenizer.save_pretrained(language)
-    named = {"model_type": "phi", "architectures": ["PhiForCausalLM"], "torch_dtype": "float16", "qk_layernorm": False}
-    save_json(language / "config.json", PHI | named | {"vocab_size": 512})
+    tensors_by_name = {
+        "model_type": "phi",
+        "architectures": ["PhiForCausalLM"],
+        "torch_dtype": "float16",
+        "qk_layernorm": False,
+    }
+    save_json(language / "config.json", PHI | tensors_by_name | {"vocab_size": 512})
     images.mkdir()
     save(image_tokenizer_tensors(), images / "pytorch_model.safetensors")
     save_json(images / "config.json", {"_class_name": "MAGVITv2"})
-    made = tensors(len(tokenizer))
-    save(made, folder / "model.safetensors")
-    rows, pieces = len(made["showo.lm_head.weight"]), len(tokenizer)
+    outputs = tensors(len(tokenizer))
+    save(outputs, folder / "model.safetensors")
+    rows, pieces = len(outputs["showo.lm_head.weight"]), len(tokenizer)
     config = {"_class_name": "Showo", "codebook_size": CODES, "llm_model_path": "microsoft/phi-1_5"}
     config |= {"llm_vocab_size": pieces, "mask_token_id": rows - 1, "num_vq_tokens": COUNT}
     save_json(folder / "config.json", config | {"load_from_showo": True, "vocab_size": rows, "w_clip_vit": False})
@@ -168,19 +173,19 @@ def official_showo(state: dict[str, Tensor]) -> Any:
 def make_goldens(folder: Path) -> None:
     """Ids of prompts, logits, codes and answers by the official model and prompts; codes and pixels by MAGVIT-v2."""
     with official(folder):
-        made = official_pictures()
-        made |= official_drawings(made["read"])
-        made |= official_answer(made["read"])
-    save_file({name: tensor.contiguous() for name, tensor in made.items()}, GOLDEN)
+        outputs = official_pictures()
+        outputs |= official_drawings(outputs["read"])
+        outputs |= official_answer(outputs["read"])
+    save_file({name: tensor.contiguous() for name, tensor in outputs.items()}, GOLDEN)
 
 
 def official_pictures() -> dict[str, Tensor]:
     """Codes (1, h, w) and pixels by MAGVIT-v2."""
     from models import modeling_magvitv2 as vq  # type: ignore[import-not-found]
 
-    images, own = nn.Module(), {"ch": 32, "z_channels": BITS, "resolution": SIDE}
-    images.encoder = vq.VQGANEncoder(ch_mult=[1, 2, 2], num_res_blocks=[2, 1, 2], **own)
-    images.decoder = vq.VQGANDecoder(ch_mult=[1, 1, 2], num_res_blocks=[1, 2, 2], **own)
+    images, native_tokenizer = nn.Module(), {"ch": 32, "z_channels": BITS, "resolution": SIDE}
+    images.encoder = vq.VQGANEncoder(ch_mult=[1, 2, 2], num_res_blocks=[2, 1, 2], **native_tokenizer)
+    images.decoder = vq.VQGANDecoder(ch_mult=[1, 1, 2], num_res_blocks=[1, 2, 2], **native_tokenizer)
     images.quantize = vq.LFQuantizer(codebook_dim=BITS)
     images.load_state_dict(image_tokenizer_tensors(), strict=True)
     codes_1P = vq.MAGVITv2.get_code(images, picture())
@@ -205,35 +210,39 @@ def official_drawings(read_1hw: Tensor) -> dict[str, Tensor]:
 
     prompts, special = official_prompts()
     pieces = len(prompts.text_tokenizer)
-    own = {"num_vq_tokens": COUNT, "num_new_special_tokens": len(showo.ADDED_TOKENS)}
-    parts = types.SimpleNamespace(showo=types.SimpleNamespace(**own, llm_vocab_size=pieces - len(showo.ADDED_TOKENS)))
+    native_tokenizer = {"num_vq_tokens": COUNT, "num_new_special_tokens": len(showo.ADDED_TOKENS)}
+    parts = types.SimpleNamespace(
+        showo=types.SimpleNamespace(**native_tokenizer, llm_vocab_size=pieces - len(showo.ADDED_TOKENS))
+    )
     lengths = types.SimpleNamespace(preprocessing=types.SimpleNamespace(max_seq_length=showo.MAX_PROMPT_LEN - 1))
     options: dict[str, Any] = {"timesteps": STEPS, "config": types.SimpleNamespace(model=parts, dataset=lengths)}
     model = official_showo(tensors(pieces - len(showo.ADDED_TOKENS)))
     pad, marks = special["<|pad|>"], {"soi_id": special["<|soi|>"], "eoi_id": special["<|eoi|>"]}
-    made: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
 
     def draw(number: int, codes: Tensor, scale: float, temperature: float) -> Tensor:
         ids_1P = torch.where(codes.flatten() < 0, model.config.mask_token_id, codes.flatten() + pieces)[None]
-        full, blind = (prompts(([words], ids_1P), "t2i_gen")[0] for words in (PROMPTS[number], ""))
-        both = torch.cat([full, blind])
-        made[f"ids.{number}"] = torch.cat([row[row != pad][: -COUNT - 1] for row in both])
-        mask = prompting_utils.create_attention_mask_predict_next(both, pad, **marks, rm_pad_in_image=True)
+        cond_ids, blind = (prompts(([words], ids_1P), "t2i_gen")[0] for words in (PROMPTS[number], ""))
+        input_pair = torch.cat([cond_ids, blind])
+        outputs[f"ids.{number}"] = torch.cat([row[row != pad][: -COUNT - 1] for row in input_pair])
+        mask = prompting_utils.create_attention_mask_predict_next(input_pair, pad, **marks, rm_pad_in_image=True)
         rng = torch.Generator().manual_seed(SEED * 1_000_003 + 1)
         model.seen.clear()
-        drawn = model.t2i_generate(full, blind, mask, temperature, guidance_scale=scale, generator=rng, **options)
-        return drawn[0]  # type: ignore[no-any-return]
+        sampled_ids = model.t2i_generate(
+            cond_ids, blind, mask, temperature, guidance_scale=scale, generator=rng, **options
+        )
+        return sampled_ids[0]  # type: ignore[no-any-return]
 
     nothing = torch.full((COUNT,), -1)
     for number in range(len(PROMPTS)):
         with patch("torch.multinomial", lambda weights, *_, **__: weights.argmax(-1, keepdim=True)):
-            made[f"greedy.{number}"] = draw(number, nothing, SCALE, 0.0)
+            outputs[f"greedy.{number}"] = draw(number, nothing, SCALE, 0.0)
         if number == 0:
-            full, blind = torch.stack(model.seen)[[0, 1, -1], :, -COUNT - 1 : -1, -CODES - 1 : -1].unbind(1)
-            made["logits"] = ((1 + SCALE) * full - SCALE * blind)[:, PLACES]
-        made[f"sampled.{number}"] = draw(number, nothing, SCALE, 1.0)
-        made[f"inpainted.{number}"] = draw(number, keep_file(read_1hw[0]), 1.75, 1.0)
-    return made
+            cond_ids, blind = torch.stack(model.seen)[[0, 1, -1], :, -COUNT - 1 : -1, -CODES - 1 : -1].unbind(1)
+            outputs["logits"] = ((1 + SCALE) * cond_ids - SCALE * blind)[:, PLACES]
+        outputs[f"sampled.{number}"] = draw(number, nothing, SCALE, 1.0)
+        outputs[f"inpainted.{number}"] = draw(number, keep_file(read_1hw[0]), 1.75, 1.0)
+    return outputs
 
 
 def official_answer(read_1hw: Tensor) -> dict[str, Tensor]:
@@ -248,12 +257,12 @@ def official_answer(read_1hw: Tensor) -> dict[str, Tensor]:
     words = tokenizer([f"USER: \n{QUESTION} ASSISTANT:"])["input_ids"]
     begin, end = [[special["<|mmu|>"], special["<|soi|>"]]], [[special["<|eoi|>"], special["<|sot|>"]]]
     codes = read_1hw.flatten(1) + len(tokenizer)
-    asked = torch.cat([torch.tensor(begin), codes, torch.tensor(end), torch.tensor(words)], 1)
-    mask = prompting_utils.create_attention_mask_for_mmu(asked, eoi_id=special["<|eoi|>"])
+    prompt_document = torch.cat([torch.tensor(begin), codes, torch.tensor(end), torch.tensor(words)], 1)
+    mask = prompting_utils.create_attention_mask_for_mmu(prompt_document, eoi_id=special["<|eoi|>"])
     stop = special["<|eot|>"]
-    answer = model.mmu_generate(asked, attention_mask=mask, max_new_tokens=WORDS, top_k=1, eot_token=stop)
+    answer = model.mmu_generate(prompt_document, attention_mask=mask, max_new_tokens=WORDS, top_k=1, eot_token=stop)
     logits = torch.stack([logits[0, -1, :pieces] for logits in model.seen])
-    return {"question": asked[0], "answer": torch.stack(answer), "answer logits": logits}
+    return {"question": prompt_document[0], "answer": torch.stack(answer), "answer logits": logits}
 
 
 # ---------------------------------------------------------------- rows
@@ -269,20 +278,24 @@ def rows(folder: Path) -> Iterator[ParityRow]:
         branches = [template.prompt(Document.of(words), output="image", blind=blind).ids for blind in (0, 1)]
         return [id for ids in branches for id in (*ids[:end], template.begins["masked"])]
 
-    there = [id for number in range(len(PROMPTS)) for id in golden[f"ids.{number}"].tolist()]
-    ours = [id for words in PROMPTS for id in asked(words)]
+    reference_values = [id for number in range(len(PROMPTS)) for id in golden[f"ids.{number}"].tolist()]
+    engine_output = [id for words in PROMPTS for id in asked(words)]
     trapped = [id for words in PROMPTS for id in asked(words, -1)]
     against = "the official UniversalPrompting (goldens)"
     yield ParityRow(
-        "showo prompt ids", mismatch_share(ours, there), mismatch_share(trapped, there), "no end of text", against
+        "showo prompt ids",
+        mismatch_share(engine_output, reference_values),
+        mismatch_share(trapped, reference_values),
+        "no end of text",
+        against,
     )
 
     official = golden["read"]
     share = float((model.codes(picture()) != official).float().mean())
     with bits_reversed(model):
-        wrong = float((model.codes(picture()) != official).float().mean())
+        control = float((model.codes(picture()) != official).float().mean())
     against, trap = "the official MAGVITv2 (goldens)", "the first bit as the lowest"
-    yield ParityRow("showo pixels to codes", share, wrong, trap, against)
+    yield ParityRow("showo pixels to codes", share, control, trap, against)
     pixels = model.image_tokenizer.decode(official)
     with bits_reversed(model):
         mixed = model.image_tokenizer.decode(official)
@@ -296,45 +309,71 @@ def rows(folder: Path) -> Iterator[ParityRow]:
         drawn(engine, options | {"guidance": SCALE}),
         drawn(engine, options, ask=lambda state: Masked.ask(generator, state)),
     )
-    trap, other = "guidance of g for 1 + g", "no token after the codes"
+    trap, other_output = "guidance of g for 1 + g", "no token after the codes"
     yield ParityRow(
-        "showo logits", max_error(first[1], golden["logits"]), max_error(causal[1], golden["logits"]), other, against
+        "showo logits",
+        max_error(first[1], golden["logits"]),
+        max_error(causal[1], golden["logits"]),
+        other_output,
+        against,
     )
-    right = golden["greedy.0"].tolist() + golden["greedy.1"].tolist()
-    assert len(set(right)) >= 32, f"too few different codes: {len(set(right))}"
-    yield ParityRow("showo greedy ids", mismatch_share(first[0], right), mismatch_share(blind[0], right), trap, against)
+    expected_ids = golden["greedy.0"].tolist() + golden["greedy.1"].tolist()
+    assert len(set(expected_ids)) >= 32, f"too few different codes: {len(set(expected_ids))}"
+    yield ParityRow(
+        "showo greedy ids",
+        mismatch_share(first[0], expected_ids),
+        mismatch_share(blind[0], expected_ids),
+        trap,
+        against,
+    )
 
     options |= {"temperature": 1.0}
-    plain = drawn(engine, options, heat=lambda step, steps: Masked.heat(generator, step, steps))
-    right = golden["sampled.0"].tolist() + golden["sampled.1"].tolist()
-    assert len(set(right)) >= 32, f"too few different codes: {len(set(right))}"
+    reference = drawn(engine, options, heat=lambda step, steps: Masked.heat(generator, step, steps))
+    expected_ids = golden["sampled.0"].tolist() + golden["sampled.1"].tolist()
+    assert len(set(expected_ids)) >= 32, f"too few different codes: {len(set(expected_ids))}"
     trap = "noise that cools once"
     ids = drawn(engine, options)[0]
-    yield ParityRow("showo sampled ids", mismatch_share(ids, right), mismatch_share(plain[0], right), trap, against)
+    yield ParityRow(
+        "showo sampled ids",
+        mismatch_share(ids, expected_ids),
+        mismatch_share(reference[0], expected_ids),
+        trap,
+        against,
+    )
 
     options |= {"guidance": 2.75, "fixed": keep_file(official[0])}
-    right = golden["inpainted.0"].tolist() + golden["inpainted.1"].tolist()
-    few = drawn(engine, options, left=lambda *rest: Masked.left(generator, *rest))
+    expected_ids = golden["inpainted.0"].tolist() + golden["inpainted.1"].tolist()
+    num_steps = drawn(engine, options, left=lambda *rest: Masked.left(generator, *rest))
     trap, ids = "a share of the unknown codes", drawn(engine, options)[0]
-    yield ParityRow("showo inpainted ids", mismatch_share(ids, right), mismatch_share(few[0], right), trap, against)
+    yield ParityRow(
+        "showo inpainted ids",
+        mismatch_share(ids, expected_ids),
+        mismatch_share(num_steps[0], expected_ids),
+        trap,
+        against,
+    )
 
     document = Document([Segment(image=official[0]), Segment(text=QUESTION)])
     turned = Document([Segment(image=official[0].T), Segment(text=QUESTION)])
-    ours, trapped = (model.ids(template.prompt(each, output="text")) for each in (document, turned))
-    there = golden["question"].tolist()
+    engine_output, trapped = (model.ids(template.prompt(each, output="text")) for each in (document, turned))
+    reference_values = golden["question"].tolist()
     against = "the official prompt of inference_mmu (goldens)"
     yield ParityRow(
-        "showo question ids", mismatch_share(ours, there), mismatch_share(trapped, there), "columns for rows", against
+        "showo question ids",
+        mismatch_share(engine_output, reference_values),
+        mismatch_share(trapped, reference_values),
+        "columns for rows",
+        against,
     )
 
-    said, logits = answer_ids(engine, document)
+    texts, logits = answer_ids(engine, document)
     with patch.object(template, "prefix", lambda ids: 0):
-        wrong, blind_TV = answer_ids(engine, document)
+        control, blind_TV = answer_ids(engine, document)
     against, trap = "the official mmu_generate (goldens)", "a picture read causally"
     there_TV = golden["answer logits"]
     yield ParityRow("showo answer logits", max_error(logits, there_TV), max_error(blind_TV, there_TV), trap, against)
-    told = model.text_tokenizer.decode(golden["answer"], skip_special_tokens=True).strip()
-    yield ParityRow("showo answer", float(said != told), float(wrong != told), trap, against)
+    decoded_text = model.text_tokenizer.decode(golden["answer"], skip_special_tokens=True).strip()
+    yield ParityRow("showo answer", float(texts != decoded_text), float(control != decoded_text), trap, against)
 
 
 def answer_ids(engine: Any, document: Document) -> tuple[str, Tensor]:
@@ -347,8 +386,8 @@ def answer_ids(engine: Any, document: Document) -> tuple[str, Tensor]:
         return logits
 
     with patch.object(engine.model.backbone, "logits", watched):
-        said = engine.generate(document, "text", max_tokens=WORDS)
-    return said, torch.stack(steps)
+        texts = engine.generate(document, "text", max_tokens=WORDS)
+    return texts, torch.stack(steps)
 
 
 def drawn(engine: Any, options: dict[str, Any], **mistakes: Any) -> tuple[list[int], Tensor]:

@@ -54,7 +54,7 @@ def tensors(shared: bool) -> dict[str, Tensor]:
     if shared:
         shapes |= {"shared_ada_lin.1.weight": (6 * WIDTH, WIDTH), "shared_ada_lin.1.bias": (6 * WIDTH,)}
     for block in range(LAYERS):
-        own: dict[str, tuple[int, ...]] = {
+        native_tokenizer: dict[str, tuple[int, ...]] = {
             "attn.mat_qkv.weight": (3 * WIDTH, WIDTH),
             "attn.q_bias": (WIDTH,),
             "attn.v_bias": (WIDTH,),
@@ -67,14 +67,14 @@ def tensors(shared: bool) -> dict[str, Tensor]:
             "ffn.fc2.bias": (WIDTH,),
         }
         if shared:
-            own["ada_gss"] = (1, 1, 6, WIDTH)
+            native_tokenizer["ada_gss"] = (1, 1, 6, WIDTH)
         else:
-            own |= {"ada_lin.1.weight": (6 * WIDTH, WIDTH), "ada_lin.1.bias": (6 * WIDTH,)}
-        shapes |= {f"blocks.{block}.{name}": shape for name, shape in own.items()}
-    made = common.randomize_state({name: torch.empty(shape) for name, shape in shapes.items()}, seed=2, scale=1.5)
+            native_tokenizer |= {"ada_lin.1.weight": (6 * WIDTH, WIDTH), "ada_lin.1.bias": (6 * WIDTH,)}
+        shapes |= {f"blocks.{block}.{name}": shape for name, shape in native_tokenizer.items()}
+    outputs = common.randomize_state({name: torch.empty(shape) for name, shape in shapes.items()}, seed=2, scale=1.5)
     for name, size in (("class_emb.weight", 0.3), ("pos_1LC", 1.0), ("word_embed.weight", 1.0)):
-        made[name] = size * made[name] / made[name].std()  # so that all parts of the sum are heard
-    return made
+        outputs[name] = size * outputs[name] / outputs[name].std()  # so that all parts of the sum are heard
+    return outputs
 
 
 def checkpoint(folder: Path, shared: bool = False) -> None:
@@ -90,15 +90,15 @@ def make_goldens(folder: Path) -> None:
         from models.vqvae import VQVAE  # type: ignore[import-not-found]
     vae = VQVAE(vocab_size=CODES, z_channels=16, ch=32, v_patch_nums=SCALES)
     vae.load_state_dict(vae.state_dict() | image_tokenizer_tensors())
-    made: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
     sample = official.sample_with_top_k_top_p_
     steps: list[tuple[Tensor, Tensor]] = []
 
     def watched(logits_BlV: Tensor, **options: Any) -> Tensor:
         before = logits_BlV.clone()
-        drawn: Tensor = sample(logits_BlV, **options)
-        steps.append((before[0], drawn[0, :, 0]))
-        return drawn
+        sampled_ids: Tensor = sample(logits_BlV, **options)
+        steps.append((before[0], sampled_ids[0, :, 0]))
+        return sampled_ids
 
     official.sample_with_top_k_top_p_ = watched
     for shared in (False, True):
@@ -113,14 +113,14 @@ def make_goldens(folder: Path) -> None:
                 seed = SEED * 1_000_003 + 1
                 pixels = model.autoregressive_infer_cfg(1, torch.tensor([label]), g_seed=seed, cfg=CFG, **options)
                 name = f"{'shared' if shared else 'own'}.{part}.{label}"
-                made[f"{name}.codes"] = torch.cat([codes for _, codes in steps])
+                outputs[f"{name}.codes"] = torch.cat([codes for _, codes in steps])
                 if part == "greedy" and label == LABELS[0]:
-                    made[f"{name}.logits"] = torch.cat([logits[[0, -1]] for logits, _ in steps])
+                    outputs[f"{name}.logits"] = torch.cat([logits[[0, -1]] for logits, _ in steps])
                 elif not shared and label == LABELS[0]:
-                    made["pixels"] = pixels * 2 - 1
+                    outputs["pixels"] = pixels * 2 - 1
     picture = torch.rand(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(3)) * 2 - 1
-    made["read"] = torch.cat(vae.img_to_idxBl(picture), 1)
-    save_file({name: tensor.contiguous() for name, tensor in made.items()}, GOLDEN)
+    outputs["read"] = torch.cat(vae.img_to_idxBl(picture), 1)
+    save_file({name: tensor.contiguous() for name, tensor in outputs.items()}, GOLDEN)
 
 
 def rows(folder: Path) -> Iterator[ParityRow]:
@@ -130,7 +130,7 @@ def rows(folder: Path) -> Iterator[ParityRow]:
     against, trap = "the official transformer and sampler (goldens)", "guidance that does not grow"
     for kind, place in (("own", folder), ("shared", folder / "shared")):
         engine = unigen.load(str(place), device="cpu")
-        drawn: dict[tuple[str, bool], list[int]] = {}
+        sampled_ids: dict[tuple[str, bool], list[int]] = {}
         logits: dict[bool, Tensor] = {}
         for constant in (False, True):
             for part, options in (("greedy", {"temperature": 0.0}), ("sampled", {"top_k": TOP_K, "top_p": TOP_P})):
@@ -142,29 +142,35 @@ def rows(folder: Path) -> Iterator[ParityRow]:
                     codes += [int(code) for _, written in steps for code in written]
                     if part == "greedy" and label == LABELS[0]:
                         logits[constant] = torch.cat([scores[[0, -1]] for scores, _ in steps])
-                drawn[part, constant] = codes
-        there = golden[f"{kind}.greedy.{LABELS[0]}.logits"]
+                sampled_ids[part, constant] = codes
+        reference_values = golden[f"{kind}.greedy.{LABELS[0]}.logits"]
         name = "var" if kind == "own" else "var shared"
         yield ParityRow(
-            f"{name} logits", max_error(logits[False], there), max_error(logits[True], there), trap, against
+            f"{name} logits",
+            max_error(logits[False], reference_values),
+            max_error(logits[True], reference_values),
+            trap,
+            against,
         )
         for part in ("greedy", "sampled"):
-            right = [int(code) for label in LABELS for code in golden[f"{kind}.{part}.{label}.codes"]]
-            assert len(set(right)) >= 32, f"too few different codes: {len(set(right))}"
-            share = mismatch_share(drawn[part, True], right)
-            yield ParityRow(f"{name} {part} ids", mismatch_share(drawn[part, False], right), share, trap, against)
+            expected_ids = [int(code) for label in LABELS for code in golden[f"{kind}.{part}.{label}.codes"]]
+            assert len(set(expected_ids)) >= 32, f"too few different codes: {len(set(expected_ids))}"
+            share = mismatch_share(sampled_ids[part, True], expected_ids)
+            yield ParityRow(
+                f"{name} {part} ids", mismatch_share(sampled_ids[part, False], expected_ids), share, trap, against
+            )
     tokenizer: Any = unigen.load(str(folder), device="cpu").model.image_tokenizer
     picture = torch.rand(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(3)) * 2 - 1
     share = float((tokenizer.encode(picture) != golden["read"]).float().mean())
-    wrong = float((tokenizer.encode((picture + 1) / 2) != golden["read"]).float().mean())
-    yield ParityRow("var pixels to codes", share, wrong, "pixels in [0, 1]", "the official VAE (goldens)")
+    control = float((tokenizer.encode((picture + 1) / 2) != golden["read"]).float().mean())
+    yield ParityRow("var pixels to codes", share, control, "pixels in [0, 1]", "the official VAE (goldens)")
     codes_1P = golden[f"own.sampled.{LABELS[0]}.codes"][None]
-    made, there = tokenizer.decode(codes_1P), golden["pixels"]
-    few = tokenizer.decode(codes_1P[:, : 1 + 4 + 16])
+    outputs, reference_values = tokenizer.decode(codes_1P), golden["pixels"]
+    num_steps = tokenizer.decode(codes_1P[:, : 1 + 4 + 16])
     yield ParityRow(
         "var codes to pixels",
-        max_error(made, there),
-        max_error(few, there),
+        max_error(outputs, reference_values),
+        max_error(num_steps, reference_values),
         "a scale left out",
         "the official VAE (goldens)",
     )

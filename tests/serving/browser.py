@@ -49,8 +49,8 @@ def browser(downloads: Path, width: int = 1100, height: int = 900, *, dark: bool
 def requested_urls(driver: Any) -> list[str]:
     """The addresses that were asked for since this was last called; pictures within the page are none."""
     events = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
-    sent = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
-    return [url for url in sent if urlsplit(url).scheme not in ("data", "blob")]
+    urls = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    return [url for url in urls if urlsplit(url).scheme not in ("data", "blob")]
 
 
 def console_messages(driver: Any) -> list[str]:

@@ -78,8 +78,8 @@ class ServerProcess:
     def client(self, **options: Any) -> Any:
         import openai
 
-        given: dict[str, Any] = {"base_url": self.url + "/v1", "api_key": "none", "max_retries": 0, "timeout": 120}
-        return openai.OpenAI(**given | options)
+        headers: dict[str, Any] = {"base_url": self.url + "/v1", "api_key": "none", "max_retries": 0, "timeout": 120}
+        return openai.OpenAI(**headers | options)
 
     def stop(self) -> int:
         if self.process.poll() is None:
@@ -100,8 +100,8 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
         return started[-1]
 
     yield start
-    for one in started:
-        one.stop()
+    for server in started:
+        server.stop()
 
 
 @pytest.fixture(scope="session")

@@ -61,13 +61,13 @@ VIEWS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 def main(folder: Path) -> None:
-    with tempfile.TemporaryDirectory() as there:
-        served = ServerProcess([], Path(there) / "log")
+    with tempfile.TemporaryDirectory() as page_url:
+        served = ServerProcess([], Path(page_url) / "log")
         try:
             served.wait()
             for name, (act, options) in VIEWS.items():
-                with browser(Path(there), **options) as driver:
-                    act(Page(driver, served.url + "/", Path(there)))
+                with browser(Path(page_url), **options) as driver:
+                    act(Page(driver, served.url + "/", Path(page_url)))
                     save(driver.get_screenshot_as_png(), folder / f"{name}.png")
         finally:
             served.stop()

@@ -100,20 +100,22 @@ class ComposedEngine:
         if output not in self.outputs:
             raise ValueError(f"this pair cannot answer with {output}: it can with {' or '.join(self.outputs)}")
         check_seed(seed)
-        document, reads, draws = Document.of(prompt), self.text_options(options), self._drawing(options)
-        if output == "text" and draws:
-            heard = f"it takes {', '.join(TEXT_OPTIONS)}"
-            raise ValueError(f"the model that reads does not take {', '.join(draws)}: leave that out ({heard})")
+        document, text_info, image_options = Document.of(prompt), self.text_options(options), self._drawing(options)
+        if output == "text" and image_options:
+            accepted = f"it takes {', '.join(TEXT_OPTIONS)}"
+            raise ValueError(
+                f"the model that reads does not take {', '.join(image_options)}: leave that out ({accepted})"
+            )
         if output == "interleaved":
-            check_limit("max_images", draws.pop("max_images", 4))
+            check_limit("max_images", image_options.pop("max_images", 4))
         if output == "image":
             document.segments = split_system_messages(document.segments)[1]
             if self.joined or not document.images():  # the one that reads says nothing
                 self.painter.check(document, "image", **options)
                 return
-        self.lmm.check(document, "text", **reads)
+        self.lmm.check(document, "text", **text_info)
         if output != "text":
-            self.painter.check("a", "image", **draws)
+            self.painter.check("a", "image", **image_options)
 
     def describe(self, image: Any, question: str | None = None, *, seed: int = 0, **options: Any) -> str:
         asked = [read_image(image), as_text(question or "Describe this picture.")]
@@ -137,9 +139,9 @@ class ComposedEngine:
         return self.painter.inpaint(image, prompt, mask, **options)
 
     def info(self) -> dict[str, Any]:
-        reads = self.lmm.info()
-        known = {"outputs": list(self.outputs), "system": reads.get("system", False)}
-        return known | {"reads": reads, "draws": self.painter.info()}
+        text_info = self.lmm.info()
+        facts = {"outputs": list(self.outputs), "system": text_info.get("system", False)}
+        return facts | {"reads": text_info, "draws": self.painter.info()}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(lmm={self.lmm!r}, generator={self.painter!r})"
@@ -157,8 +159,8 @@ class ComposedEngine:
     def text_options(self, options: dict[str, Any]) -> dict[str, Any]:
         """What the model that reads is told: its own of the options, over how it draws text where nothing is asked."""
         given = {name: value for name, value in options.items() if name in TEXT_OPTIONS and value is not None}
-        usual = self.text_sampling
-        return given if usual == FALLBACK_SAMPLING and "temperature" in given else usual | given
+        defaults = self.text_sampling
+        return given if defaults == FALLBACK_SAMPLING and "temperature" in given else defaults | given
 
     def _answer(self, prompt: Any, output: Output, seed: int, options: dict[str, Any]) -> Any:
         self.check(prompt, output, seed=seed, **options)
@@ -189,11 +191,13 @@ class ComposedEngine:
         told: list[Segment] = list(document.segments)
         passages: list[str] = []
         for number in range(count):
-            at = derive_seed(seed, number, factor=1_000)
+            part_seed = derive_seed(seed, number, factor=1_000)
             for attempt in range(MAX_RETRIES):
                 asked = Document([*told, Segment(text=PASSAGE_INSTRUCTION)])
                 passage = trim_to_sentence(
-                    self._generate_text(asked, derive_seed(at, attempt) if attempt else at, options, MAX_PASSAGE_TOKENS)
+                    self._generate_text(
+                        asked, derive_seed(part_seed, attempt) if attempt else part_seed, options, MAX_PASSAGE_TOKENS
+                    )
                 )
                 if not passage:
                     return
@@ -204,17 +208,17 @@ class ComposedEngine:
             yield passage
             passages.append(passage)
             told.append(Segment(text=passage, role="assistant"))
-            shown = self._generate_text(
-                Document([*told, Segment(text=ILLUSTRATION_INSTRUCTION)]), at, options, MAX_PASSAGE_TOKENS
+            image_prompt = self._generate_text(
+                Document([*told, Segment(text=ILLUSTRATION_INSTRUCTION)]), part_seed, options, MAX_PASSAGE_TOKENS
             )
-            yield self.painter.generate(as_text(shown or passage), "image", seed=at, **own)
+            yield self.painter.generate(as_text(image_prompt or passage), "image", seed=part_seed, **own)
 
     def _generate_text(self, document: Any, seed: int, options: dict[str, Any], most: int | None = None) -> str:
         """most: tokens, where `max_tokens` does not say less."""
-        mine = self.text_options(options)
+        text_options = self.text_options(options)
         if most is not None:
-            mine["max_tokens"] = min(most, mine.get("max_tokens", most))
-        return str(self.lmm.generate(Document.of(document), "text", seed=seed, **mine)).strip()
+            text_options["max_tokens"] = min(most, text_options.get("max_tokens", most))
+        return str(self.lmm.generate(Document.of(document), "text", seed=seed, **text_options)).strip()
 
     @staticmethod
     def _drawing(options: dict[str, Any]) -> dict[str, Any]:
@@ -267,16 +271,16 @@ class TransformersEngine:
         the model have it. Raises ValueError where it cannot see a picture."""
         self.check(prompt, output, seed=seed, max_tokens=max_tokens, temperature=temperature, top_p=top_p)
         inputs = self._build_inputs(Document.of(prompt)).to(self.model.device)
-        drawn: dict[str, Any] = {"do_sample": False}
+        sampling_kwargs: dict[str, Any] = {"do_sample": False}
         if temperature > 0:
-            drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p}
-            drawn |= {} if top_k is None else {"top_k": top_k}
-        drawn |= {} if repetition_penalty is None else {"repetition_penalty": repetition_penalty}
+            sampling_kwargs = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+            sampling_kwargs |= {} if top_k is None else {"top_k": top_k}
+        sampling_kwargs |= {} if repetition_penalty is None else {"repetition_penalty": repetition_penalty}
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(make_rng(check_seed(seed)).initial_seed())
             ids = self.model.generate(
-                **inputs, max_new_tokens=max_tokens, logits_processor=[self._check_finite], **drawn
+                **inputs, max_new_tokens=max_tokens, logits_processor=[self._check_finite], **sampling_kwargs
             )
         return str(self.processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
 
@@ -341,10 +345,10 @@ class TransformersEngine:
         )
 
     def info(self) -> dict[str, Any]:
-        (count, size), kind = count_parameters(self.model), self.model.config.model_type
+        (count, size), model_class = count_parameters(self.model), self.model.config.model_type
         return {
             "family": "transformers",
-            "model": f"{kind}, {count / 1e6:.1f}M parameters",
+            "model": f"{model_class}, {count / 1e6:.1f}M parameters",
             "sees": self.sees,
             "system": True,
             "text_sampling": self.text_sampling,
@@ -361,7 +365,7 @@ def load_transformers(
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as SEEING
 
     sees = str(hub.read_json(folder / hub.CONFIG).get("model_type")) in SEEING
-    kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    model_class = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     try:
         with hub.silence_transformers():
             processor = load_processor(folder) if sees else text.load(folder)
@@ -369,7 +373,7 @@ def load_transformers(
         raise ValueError(f"model folder {folder} cannot be loaded: {hub.first_line(error)}") from error
     if getattr(processor, "chat_template", None) is None:
         raise ValueError(f"{folder} has no chat template: give a model that was tuned to chat")
-    model = hub.load_pretrained(kind, folder, dtype)
+    model = hub.load_pretrained(model_class, folder, dtype)
     if torch.device(device).type == "cpu":
         to_float32(model, model)
     if quantization is not None:
@@ -385,8 +389,10 @@ def text_sampling_from(folder: Path, fallback: dict[str, Any] | None = None) -> 
     said = hub.read_json(path) if path.is_file() else {}
     own = {name: said[name] for name in ("top_p", "top_k", "repetition_penalty") if said.get(name) is not None}
     if said.get("do_sample") is None:
-        usual = FALLBACK_SAMPLING if fallback is None else fallback
-        own = usual | {name: value for name, value in own.items() if name in usual and name == "repetition_penalty"}
+        defaults = FALLBACK_SAMPLING if fallback is None else fallback
+        own = defaults | {
+            name: value for name, value in own.items() if name in defaults and name == "repetition_penalty"
+        }
     elif said["do_sample"]:
         own = {"temperature": 1.0 if said.get("temperature") is None else said["temperature"]} | own
     else:
@@ -408,11 +414,13 @@ def load_processor(folder: Path) -> Any:
     files = (folder / name for name in ("processor_config.json", "preprocessor_config.json", text.TOKENIZER_CONFIG))
     said = (hub.read_json(path).get("processor_class") for path in files if path.is_file())
     name = next((name for name in said if name), None)
-    kind = getattr(transformers, name, None) if name else None
-    kind = kind or PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(folder, local_files_only=True)), None)
-    if kind is None:
+    model_class = getattr(transformers, name, None) if name else None
+    model_class = model_class or PROCESSOR_MAPPING.get(
+        type(AutoConfig.from_pretrained(folder, local_files_only=True)), None
+    )
+    if model_class is None:
         raise ValueError(f"transformers has no processor {name or 'of its type of model'}")
-    processor = without_video_processor(kind).from_pretrained(folder, local_files_only=True)
+    processor = without_video_processor(model_class).from_pretrained(folder, local_files_only=True)
     if processor.chat_template is None:
         processor.chat_template = processor.tokenizer.chat_template
     return processor

@@ -137,26 +137,30 @@ class ConnectedDiffusersEngine(DiffusersEngine):
     def __init__(self, pipe: Any, lmm: Any, adapter: Connector) -> None:
         super().__init__(pipe)
         self.lmm, self.adapter = lmm, adapter.to(pipe.device)
-        mine = adapter.config
-        theirs = connector_config(lmm, pipe, mine.length)
-        figures = [
-            ("reads states of width", mine.states, theirs.states, "the lmm has"),
-            ("makes embeddings of width", mine.embeds, theirs.embeds, "the pipeline takes"),
-            ("makes so many of them:", mine.length, theirs.length, "the pipeline takes"),
-            ("makes a pooled one of width", mine.pooled, theirs.pooled, "the pipeline takes"),
-            ("says how many count:", mine.free, theirs.free, "for the pipeline it is"),
+        config = adapter.config
+        expected = connector_config(lmm, pipe, config.length)
+        requirements = [
+            ("reads states of width", config.states, expected.states, "the lmm has"),
+            ("makes embeddings of width", config.embeds, expected.embeds, "the pipeline takes"),
+            ("makes so many of them:", config.length, expected.length, "the pipeline takes"),
+            ("makes a pooled one of width", config.pooled, expected.pooled, "the pipeline takes"),
+            ("says how many count:", config.free, expected.free, "for the pipeline it is"),
         ]
-        if wrong := [f"it {does} {own}, {whose} {other}" for does, own, other, whose in figures if own != other]:
-            raise ValueError(f"the adapter does not fit these models: {'; '.join(wrong)}")
+        if mismatches := [
+            f"it {description} {actual}, {owner} {required}"
+            for description, actual, required, owner in requirements
+            if actual != required
+        ]:
+            raise ValueError(f"the adapter does not fit these models: {'; '.join(mismatches)}")
 
     @torch.inference_mode()
     def _prompt_arguments(self, document: Document) -> dict[str, Any]:
         embeds_LW, pooled_P = self.adapter.prompt_embeds(self.lmm.states(document))
-        given: dict[str, Any] = {"prompt_embeds": embeds_LW[None].to(self.pipe.dtype)}
+        arguments: dict[str, Any] = {"prompt_embeds": embeds_LW[None].to(self.pipe.dtype)}
         if pooled_P is not None:
-            given[POOLED_ARGUMENT] = pooled_P[None].to(self.pipe.dtype)
+            arguments[POOLED_ARGUMENT] = pooled_P[None].to(self.pipe.dtype)
         ones_1L = torch.ones(1, len(embeds_LW), dtype=torch.int64, device=embeds_LW.device)
-        return given | {name: ones_1L for name in MASK_ARGUMENTS if name in self.takes}
+        return arguments | {name: ones_1L for name in MASK_ARGUMENTS if name in self.takes}
 
     def info(self) -> dict[str, Any]:
         count, c = sum(p.numel() for p in self.adapter.parameters()), self.adapter.config
@@ -167,25 +171,25 @@ class ConnectedDiffusersEngine(DiffusersEngine):
 @torch.no_grad()
 def encode_prompt(pipe: Any, words: str) -> PromptEmbeds:
     """Words as a pipeline's own text encoder tells it them. Raises ValueError for a pipeline that is told otherwise."""
-    usual = {name: taken.default for name, taken in inspect.signature(pipe.__call__).parameters.items()}
+    defaults = {name: parameter.default for name, parameter in inspect.signature(pipe.__call__).parameters.items()}
     kind = type(pipe).__name__
-    others = [
-        name for name in usual if name.startswith(("prompt_embeds_", "prior_token")) and name not in MASK_ARGUMENTS
+    extra_arguments = [
+        name for name in defaults if name.startswith(("prompt_embeds_", "prior_token")) and name not in MASK_ARGUMENTS
     ]
-    if "prompt_embeds" not in usual or others or not hasattr(pipe, "encode_prompt"):
+    if "prompt_embeds" not in defaults or extra_arguments or not hasattr(pipe, "encode_prompt"):
         raise ValueError(f"{kind} is not told by prompt embeddings alone: an adapter cannot tell it what to draw")
-    given = usual | ENCODE_PROMPT_ARGUMENTS | {"prompt": [words], "device": pipe.device}
-    heard = inspect.signature(pipe.encode_prompt).parameters
-    made = pipe.encode_prompt(**{name: value for name, value in given.items() if name in heard})
-    embeds, *rest = made if isinstance(made, tuple) else (made,)
+    arguments = defaults | ENCODE_PROMPT_ARGUMENTS | {"prompt": [words], "device": pipe.device}
+    accepted = inspect.signature(pipe.encode_prompt).parameters
+    outputs = pipe.encode_prompt(**{name: value for name, value in arguments.items() if name in accepted})
+    embeds, *extras = outputs if isinstance(outputs, tuple) else (outputs,)
     if not isinstance(embeds, Tensor) or embeds.ndim != 3:
         raise ValueError(f"{kind} has prompt embeddings of a kind of its own: an adapter cannot tell it what to draw")
-    flat = [part for part in rest if isinstance(part, Tensor) and part.ndim == 2]
-    pooled = [part[0] for part in flat if POOLED_ARGUMENT in usual]
+    pooled_outputs = [part for part in extras if isinstance(part, Tensor) and part.ndim == 2]
+    pooled = [part[0] for part in pooled_outputs if POOLED_ARGUMENT in defaults]
     masks = [
         part[0].bool()
-        for part in flat
-        if part.shape == embeds.shape[:2] and not usual.keys().isdisjoint(MASK_ARGUMENTS)
+        for part in pooled_outputs
+        if part.shape == embeds.shape[:2] and not defaults.keys().isdisjoint(MASK_ARGUMENTS)
     ]
     return PromptEmbeds(embeds[0, masks[0]] if masks else embeds[0], pooled[0] if pooled else None)
 
@@ -193,7 +197,7 @@ def encode_prompt(pipe: Any, words: str) -> PromptEmbeds:
 def connector_config(lmm: Any, pipe: Any, length: int) -> ConnectorConfig:
     """An adapter's figures that the two models set. length: of a prompt at most, where the pipeline takes any. Raises
     ValueError for models that none can join."""
-    told = encode_prompt(pipe, "a")
+    reference = encode_prompt(pipe, "a")
     try:
         states = lmm.states("a").shape[1]
     except UnsupportedError as error:
@@ -201,9 +205,9 @@ def connector_config(lmm: Any, pipe: Any, length: int) -> ConnectorConfig:
     free = any(name in DiffusersEngine(pipe).takes for name in MASK_ARGUMENTS)
     return ConnectorConfig(
         states=states,
-        embeds=told.embeds_LW.shape[1],
-        length=length if free else len(told.embeds_LW),
-        pooled=0 if told.pooled_P is None else len(told.pooled_P),
+        embeds=reference.embeds_LW.shape[1],
+        length=length if free else len(reference.embeds_LW),
+        pooled=0 if reference.pooled_P is None else len(reference.pooled_P),
         free=free,
     )
 

@@ -123,9 +123,9 @@ class DiffusersEngine:
         document = Document.of(prompt)
         if not self.sees:
             self._prompt_arguments(document)
-        form = self._form("text")
-        _, sampler = self._call_arguments(form, options, False)
-        self._scheduler(form, sampler)
+        variant = self._form("text")
+        _, sampler = self._call_arguments(variant, options, False)
+        self._scheduler(variant, sampler)
 
     def edit(
         self, image: Any, instruction: str, *, strength: float | None = None, seed: int = 0, **options: Any
@@ -133,14 +133,14 @@ class DiffusersEngine:
         """The picture drawn anew from where noise has covered a share of it (`strength`, from 0 to 1), or as the
         pipeline's own way of editing has it. It keeps its size where no other is asked for."""
         check_prompt_text("the instruction", instruction, "say what to change")
-        picture, form = read_image(image), self._form("edit")
+        picture, variant = read_image(image), self._form("edit")
         words = as_text(instruction)
         asked = Document.of([picture, words] if self.sees else words)
         size = options.pop("size", None)
-        seen, drawn_at = self._render_sizes(form, picture, size)
-        given = self._prompt_arguments(asked) | {"image": [resize_to(picture, seen)]}
-        options |= {"size": drawn_at, "strength": strength}
-        drawn = self._draw(form, [given], [seed], options, own_size=True)[0]
+        input_size, output_size = self._render_sizes(variant, picture, size)
+        given = self._prompt_arguments(asked) | {"image": [resize_to(picture, input_size)]}
+        options |= {"size": output_size, "strength": strength}
+        drawn = self._draw(variant, [given], [seed], options, own_size=True)[0]
         return resize_to(drawn, size or picture.size)
 
     def inpaint(
@@ -153,17 +153,20 @@ class DiffusersEngine:
         size.
         """
         check_prompt_text("the prompt", prompt, "say what the picture is to show")
-        picture, marked = read_image(image), read_mask(mask)
-        if picture.size != marked.size:
-            raise ValueError(f"the mask is of {marked.size} pixels, the picture of {picture.size}: make them alike")
-        form = self._form("inpaint")
-        seen, drawn_at = self._render_sizes(form, picture, options.pop("size", None))
-        given = {"image": [resize_to(picture, seen)], "mask_image": [marked.resize(seen, Image.Resampling.NEAREST)]}
-        options |= {"size": drawn_at, "strength": strength}
+        picture, mask_image = read_image(image), read_mask(mask)
+        if picture.size != mask_image.size:
+            raise ValueError(f"the mask is of {mask_image.size} pixels, the picture of {picture.size}: make them alike")
+        variant = self._form("inpaint")
+        input_size, output_size = self._render_sizes(variant, picture, options.pop("size", None))
+        given = {
+            "image": [resize_to(picture, input_size)],
+            "mask_image": [mask_image.resize(input_size, Image.Resampling.NEAREST)],
+        }
+        options |= {"size": output_size, "strength": strength}
         drawn = self._draw(
-            form, [self._prompt_arguments(Document.of(as_text(prompt))) | given], [seed], options, own_size=True
+            variant, [self._prompt_arguments(Document.of(as_text(prompt))) | given], [seed], options, own_size=True
         )[0]
-        return Image.composite(resize_to(drawn, picture.size), picture, marked)
+        return Image.composite(resize_to(drawn, picture.size), picture, mask_image)
 
     def describe(self, image: Any, question: str | None = None, **options: Any) -> str:
         raise ValueError("this model cannot answer with text: pair it with one that reads (--lmm)")
@@ -183,7 +186,7 @@ class DiffusersEngine:
         }
         for name, task in (("edits", "edit"), ("inpaints", "inpaint")):
             facts[name] = type(forms[task]).__name__ if forms[task] else "no"
-        main = next((form for form in forms.values() if form), self.pipe)
+        main = next((variant for variant in forms.values() if variant), self.pipe)
         return facts | {
             "takes": self.options(main),
             "samplers": list(compatible_schedulers(main, self.usual)),
@@ -229,8 +232,8 @@ class DiffusersEngine:
         if label in names:
             return int(names[label])
         network = network_config(self.pipe)
-        known = network.get("num_class_embeds") or network.get("num_embeds_ada_norm") or 1000
-        count = max(names.values(), default=known - 1) + 1
+        num_classes = network.get("num_class_embeds") or network.get("num_embeds_ada_norm") or 1000
+        count = max(names.values(), default=num_classes - 1) + 1
         if not str(label).isdecimal() or int(label) >= count:
             raise ValueError(f"unknown class {label!r}: give a number from 0 to {count - 1}, or its name")
         return int(label)
@@ -252,32 +255,34 @@ class DiffusersEngine:
     def _build_variant(self, task: str) -> Any:
         import diffusers
 
-        paints, kind = "mask_image" in self.takes, type(self.pipe)
+        is_inpainting, kind = "mask_image" in self.takes, type(self.pipe)
         own = {
             "text": not needs_image(kind),
-            "edit": "image" in self.takes and not paints,
-            "inpaint": paints,
+            "edit": "image" in self.takes and not is_inpainting,
+            "inpaint": is_inpainting,
         }
         if own[task]:
             return self.pipe
-        wanted = {"text": "AutoPipelineForText2Image", "edit": "AutoPipelineForImage2Image"}
+        auto_classes = {"text": "AutoPipelineForText2Image", "edit": "AutoPipelineForImage2Image"}
         vae: Any = getattr(self.pipe, "vae", None)
         own_channels = vae.config.get("latent_channels") if vae is not None and hasattr(self.pipe, "unet") else None
         if own_channels and needs_image(kind) and network_config(self.pipe).get("in_channels") != own_channels:
-            form = None  # its network reads the picture, so that it does this task alone
+            variant = None  # its network reads the picture, so that it does this task alone
         else:
             try:
-                form = getattr(diffusers, wanted.get(task, "AutoPipelineForInpainting")).from_pipe(self.pipe)
+                variant = getattr(diffusers, auto_classes.get(task, "AutoPipelineForInpainting")).from_pipe(self.pipe)
             except ValueError:
-                form = None
-        channels = INPAINT_CHANNELS.get(type(form).__name__)
-        if channels is not None and network_config(form).get("in_channels") != channels:
-            form = None
-        if form is not None and unsupported_reason(type(form)) is None:
-            return form
+                variant = None
+        channels = INPAINT_CHANNELS.get(type(variant).__name__)
+        if channels is not None and network_config(variant).get("in_channels") != channels:
+            variant = None
+        if variant is not None and unsupported_reason(type(variant)) is None:
+            return variant
         if task == "text":
-            does = "paints parts of a picture: use `inpaint`" if paints else "changes a picture: use `edit`"
-            raise UnsupportedError(f"{kind.__name__} draws nothing from words alone; it {does}")
+            alternative = (
+                "paints parts of a picture: use `inpaint`" if is_inpainting else "changes a picture: use `edit`"
+            )
+            raise UnsupportedError(f"{kind.__name__} draws nothing from words alone; it {alternative}")
         mask = " and a mask" if task == "inpaint" else ""
         raise UnsupportedError(f"{kind.__name__} has no form that takes a picture{mask}")
 
@@ -306,70 +311,70 @@ class DiffusersEngine:
         own_size: bool = False,
     ) -> list[Image.Image]:
         """own_size: the engine chose the size, so that a form without this option is not told it."""
-        named, sampler = self._call_arguments(pipe, options, own_size)
+        call_arguments, sampler = self._call_arguments(pipe, options, own_size)
         seeds = [check_seed(seed) for seed in seeds]
         if self.usual is not None:
             pipe.scheduler = self._scheduler(pipe, sampler)
         takes, kind = call_parameters(pipe), type(pipe).__name__
-        unchecked = named.keys() - ENGINE_ARGUMENTS - {*supported_options(pipe).values()}
+        unchecked = call_arguments.keys() - ENGINE_ARGUMENTS - {*supported_options(pipe).values()}
         faults: tuple[type[Exception], ...] = (
             (*PIPELINE_ERRORS, AttributeError, KeyError) if unchecked else PIPELINE_ERRORS
         )
         if "output_type" in takes:
-            named["output_type"] = "np"
+            call_arguments["output_type"] = "np"
         pipe.set_progress_bar_config(disable=not progress.visible(), leave=False)
-        made = []
-        for one, seed in zip(given, seeds, strict=True):  # one at a time: a picture does not depend on the batch
+        images = []
+        for arguments, seed in zip(given, seeds, strict=True):  # one at a time: a picture does not depend on the batch
             try:
-                result = pipe(**one, **named, generator=[make_rng(seed)])
+                result = pipe(**arguments, **call_arguments, generator=[make_rng(seed)])
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{kind}: {hub.first_line(error)}") from error
             except faults as error:
-                said = f"{type(error).__name__}: {hub.first_line(error)}"
-                raise ValueError(f"{kind} cannot draw this with these options ({said})") from error
+                reason = f"{type(error).__name__}: {hub.first_line(error)}"
+                raise ValueError(f"{kind} cannot draw this with these options ({reason})") from error
             picture = output_image(result, kind, pipe.dtype)
-            if "width" in named:  # some draw the nearest size that they can
-                picture = resize_to(picture, (named["width"], named["height"]))
-            made.append(picture)
-        return MediaList(made)
+            if "width" in call_arguments:  # some draw the nearest size that they can
+                picture = resize_to(picture, (call_arguments["width"], call_arguments["height"]))
+            images.append(picture)
+        return MediaList(images)
 
     def _call_arguments(self, pipe: Any, options: dict[str, Any], own_size: bool) -> tuple[dict[str, Any], str | None]:
         """The pipeline's own arguments, and the sampler, of what is asked for. Raises ValueError in one line for
         options that it does not take, that are out of their range, or that would change nothing."""
         own, takes, kind = supported_options(pipe), call_parameters(pipe), type(pipe).__name__
-        ours = {theirs: name for name, theirs in own.items() if name != "size"}
-        asked = {ours.get(name, name): value for name, value in options.items() if value is not None}
+        option_by_argument = {pipeline_arguments: name for name, pipeline_arguments in own.items() if name != "size"}
+        asked = {option_by_argument.get(name, name): value for name, value in options.items() if value is not None}
         sampler, size = asked.pop("sampler", None), asked.pop("size", None)
         if own_size and "size" not in own:
             size = None
-        theirs = takes.keys() - ENGINE_ARGUMENTS
-        unheard = [name for name in asked if name not in own and name not in theirs]
+        pipeline_arguments = takes.keys() - ENGINE_ARGUMENTS
+        unsupported = [name for name in asked if name not in own and name not in pipeline_arguments]
         if size is not None and "size" not in own:
-            unheard.append("size")
+            unsupported.append("size")
         if sampler is not None and not compatible_schedulers(pipe, self.usual):
-            unheard.append("sampler")
-        if unheard:
-            heard = ", ".join(self.options(pipe)) or "no options"
-            raise ValueError(f"{kind} does not take {', '.join(unheard)}: leave that out (it takes {heard})")
+            unsupported.append("sampler")
+        if unsupported:
+            supported = ", ".join(self.options(pipe)) or "no options"
+            raise ValueError(f"{kind} does not take {', '.join(unsupported)}: leave that out (it takes {supported})")
         check_option_ranges(asked)
-        named = {own.get(name, name): value for name, value in asked.items()}
+        call_arguments = {own.get(name, name): value for name, value in asked.items()}
         if size is not None:
             check_size(size)
             if size[0] * size[1] > MAX_OUTPUT_PIXELS:
                 raise ValueError(
                     f"a picture of {size[0]}x{size[1]} pixels is too large: at most {MAX_OUTPUT_PIXELS:,} pixels"
                 )
-            named |= {"width": size[0], "height": size[1]}
-        self._check_guidance(kind, own, takes, named)
+            call_arguments |= {"width": size[0], "height": size[1]}
+        self._check_guidance(kind, own, takes, call_arguments)
         steps, strength = (
-            named.get(own.get(name, ""), self.default_values(pipe).get(name)) for name in ("steps", "strength")
+            call_arguments.get(own.get(name, ""), self.default_values(pipe).get(name)) for name in ("steps", "strength")
         )
         if steps and strength and int(steps * strength) < 1:
-            least = math.ceil(1 / strength)
-            most = least > LIMITS["steps"].high
-            advice = "give a greater strength" if most else f"take at least {least} steps"
+            min_steps = math.ceil(1 / strength)
+            exceeds_limit = min_steps > LIMITS["steps"].high
+            advice = "give a greater strength" if exceeds_limit else f"take at least {min_steps} steps"
             raise ValueError(f"{steps} steps at strength {strength:g} leave none to draw: {advice}")
-        return named, sampler
+        return call_arguments, sampler
 
     @staticmethod
     def _check_guidance(kind: str, own: dict[str, str], takes: dict[str, Any], named: dict[str, Any]) -> None:
@@ -443,15 +448,15 @@ class GlmImageEngine(DiffusersEngine):
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
-        reader = pipe.vision_language_encoder
-        tokens = type(reader).get_image_tokens
+        vision_language_model = pipe.vision_language_encoder
+        original_get_tokens = type(vision_language_model).get_image_tokens
 
         def get_image_tokens(features: Any, grids: Any = None) -> Any:
             """transformers wants a list of pictures (C, h, w), of which diffusers gives the one without its list."""
-            alone = isinstance(features, torch.Tensor) and features.ndim == 3
-            return tokens(reader, [features] if alone else features, grids)
+            is_single_image = isinstance(features, torch.Tensor) and features.ndim == 3
+            return original_get_tokens(vision_language_model, [features] if is_single_image else features, grids)
 
-        reader.get_image_tokens = get_image_tokens
+        vision_language_model.get_image_tokens = get_image_tokens
 
     def _draw(
         self,
@@ -472,8 +477,8 @@ class GlmImageEngine(DiffusersEngine):
         if max(picture.size) > 4 * min(picture.size):
             raise ValueError(f"GLM-Image reads pictures up to four times as long as wide, not {picture.size}: crop it")
         bounds = self.pipe.processor.image_processor.size
-        least, most = bounds["shortest_edge"] ** 0.5, bounds["longest_edge"] ** 0.5
-        scale = min(max(1.0, least / min(picture.size)), most / max(picture.size))
+        min_steps, exceeds_limit = bounds["shortest_edge"] ** 0.5, bounds["longest_edge"] ** 0.5
+        scale = min(max(1.0, min_steps / min(picture.size)), exceeds_limit / max(picture.size))
         width, height = (max(GLM_STRIDE, round(side * scale / GLM_STRIDE) * GLM_STRIDE) for side in picture.size)
         return (width, height), size or (width, height)
 
@@ -499,9 +504,9 @@ def check_components(folder: Path, kind: Any) -> None:
         if name.startswith("_") or not isinstance(part, list) or len(part) != 2 or not isinstance(part[1], str):
             continue
         if not (folder / name).is_dir():
-            spare = name in kind._optional_components
-            also = f", or write [null, null] for {name} in {MODEL_INDEX} to do without" if spare else ""
-            raise ValueError(f"{folder} has no folder {name}/ with its {part[1]}: fetch it{also}")
+            is_optional = name in kind._optional_components
+            hint = f", or write [null, null] for {name} in {MODEL_INDEX} to do without" if is_optional else ""
+            raise ValueError(f"{folder} has no folder {name}/ with its {part[1]}: fetch it{hint}")
         if (folder / name / hub.CONFIG).is_file() and not any((folder / name).glob(hub.SAFETENSORS_PATTERNS[0])):
             raise ValueError(f"{folder / name} has no weights in safetensors, and no pickles are read for pipelines")
 
@@ -515,8 +520,10 @@ def check_all_loaded(pipe: Any) -> None:
     """Raises ValueError for weights that diffusers has left out, since they are not in the folder."""
     for name, part in pipe.components.items():
         weights = part.named_parameters() if isinstance(part, torch.nn.Module) else ()
-        if missing := [weight for weight, value in weights if value.is_meta]:
-            raise ValueError(f"its {name} lacks {len(missing)} tensors ({', '.join(missing[:4])}): download it again")
+        if missing_weights := [weight for weight, value in weights if value.is_meta]:
+            raise ValueError(
+                f"its {name} lacks {len(missing_weights)} tensors ({', '.join(missing_weights[:4])}): download it again"
+            )
 
 
 def load(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> DiffusersEngine:

@@ -69,36 +69,36 @@ def unsupported_reason(kind: Any) -> str | None:
     """Why pipelines of this class can neither draw a picture of words or a class here, nor change one; else None."""
     import diffusers
 
-    takes, gives = call_parameters(kind), _output_fields(kind)
+    call_params, output_fields = call_parameters(kind), _output_fields(kind)
     parts = inspect.signature(kind.__init__).parameters
-    if gives & {"frames", "video"} or takes.keys() & {"num_frames", "video_length"}:
+    if output_fields & {"frames", "video"} or call_params.keys() & {"num_frames", "video_length"}:
         return "it makes video, and only still pictures are drawn here"
-    if "audios" in gives:
+    if "audios" in output_fields:
         return "it makes sound, and only pictures are drawn here"
-    if gives and not gives & {"images", "image"}:
-        return f"it gives {', '.join(sorted(gives))} and no picture: give the whole pipeline that draws"
-    if {"controlnet", "adapter"} & parts.keys() or takes.keys() & {"control_image", "hint"}:
+    if output_fields and not output_fields & {"images", "image"}:
+        return f"it gives {', '.join(sorted(output_fields))} and no picture: give the whole pipeline that draws"
+    if {"controlnet", "adapter"} & parts.keys() or call_params.keys() & {"control_image", "hint"}:
         return "it is steered by a control picture, which cannot be given here"
     for part, task in UNSUPPORTED_TASKS.items():
         if part in kind.__name__:
             return f"it {task}, and only drawing and editing is done here"
-    required = [name for name, one in takes.items() if one.default is one.empty and name not in ENGINE_INPUTS]
-    if "mask_image" in takes and "image" not in takes:
+    required = [name for name, one in call_params.items() if one.default is one.empty and name not in ENGINE_INPUTS]
+    if "mask_image" in call_params and "image" not in call_params:
         required.append("image_latents")
     if required:
         return f"it needs {', '.join(required)}, which cannot be given here: give the whole pipeline that draws"
     if parts.get("vqgan") is not None and not hasattr(diffusers, "PaellaVQModel"):
         return f"diffusers {diffusers.__version__} cannot load its image decoder, PaellaVQModel, from a folder"
-    if not takes.keys() & {"prompt", "class_labels"}:
+    if not call_params.keys() & {"prompt", "class_labels"}:
         return "it takes neither words nor a class, so that it cannot be told what to draw"
     return None
 
 
 def call_parameters(pipe: Any) -> dict[str, inspect.Parameter]:
     """The named parameters of a pipeline's, or a class's, `__call__`."""
-    taken = inspect.signature(pipe.__call__).parameters
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return {name: one for name, one in taken.items() if name != "self" and one.kind in named}
+    signature_params = inspect.signature(pipe.__call__).parameters
+    named_kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {name: one for name, one in signature_params.items() if name != "self" and one.kind in named_kinds}
 
 
 def needs_image(kind: Any) -> bool:
@@ -111,19 +111,19 @@ def needs_image(kind: Any) -> bool:
 def supported_options(pipe: Any) -> dict[str, str]:
     """The options that change what this pipeline draws: their names here, and what the pipeline calls them. A size is
     its height and width; `negative` is heard only where guidance is above 1."""
-    takes, own = call_parameters(pipe), {}
-    guidance, negative = _guidance_argument(pipe, takes)
-    if "num_inference_steps" in takes:
-        own["steps"] = "num_inference_steps"
+    call_params, options = call_parameters(pipe), {}
+    guidance, negative = _guidance_argument(pipe, call_params)
+    if "num_inference_steps" in call_params:
+        options["steps"] = "num_inference_steps"
     if guidance is not None:
-        own["guidance"] = guidance
+        options["guidance"] = guidance
     if negative:
-        own["negative"] = "negative_prompt"
-    if {"height", "width"} <= takes.keys():
-        own["size"] = "height"
-    if "strength" in takes:
-        own["strength"] = "strength"
-    return own
+        options["negative"] = "negative_prompt"
+    if {"height", "width"} <= call_params.keys():
+        options["size"] = "height"
+    if "strength" in call_params:
+        options["strength"] = "strength"
+    return options
 
 
 def _guidance_argument(pipe: Any, takes: Mapping[str, Any]) -> tuple[str | None, bool]:
@@ -132,17 +132,21 @@ def _guidance_argument(pipe: Any, takes: Mapping[str, Any]) -> tuple[str | None,
     Guidance is classifier-free, of two branches, or a number that a distilled network reads. A class may take both
     (`true_cfg_scale` beside `guidance_scale`), and its network says which of them counts."""
     network = network_config(pipe)
-    embedded = bool(network.get("guidance_embeds")) or network.get("time_cond_proj_dim") is not None
+    has_guidance_embedding = bool(network.get("guidance_embeds")) or network.get("time_cond_proj_dim") is not None
     negative, call = "negative_prompt" in takes, inspect.getsource(type(pipe).__call__)
     if pipe.config.get("is_distilled"):
         return None, False
     if "guidance_scale" in takes and "classifier_free" in call:
-        return "guidance_scale", negative and not embedded
+        return "guidance_scale", negative and not has_guidance_embedding
     if "true_cfg_scale" in takes:
-        return ("guidance_scale", False) if embedded and "guidance_scale" in takes else ("true_cfg_scale", negative)
+        return (
+            ("guidance_scale", False)
+            if has_guidance_embedding and "guidance_scale" in takes
+            else ("true_cfg_scale", negative)
+        )
     if "guidance_scale" in takes:
         if "guidance_embeds" in inspect.getsource(type(pipe)):
-            return ("guidance_scale" if embedded else None), False
+            return ("guidance_scale" if has_guidance_embedding else None), False
         return "guidance_scale", negative
     return None, negative
 
@@ -160,14 +164,14 @@ def compatible_schedulers(pipe: Any, scheduler: Any) -> dict[str, Any]:
     import diffusers
 
     call = inspect.getsource(type(pipe).__call__)
-    told, flow = _scheduler_arguments(call), type(scheduler).__name__.startswith("FlowMatch")
-    if scheduler is None or told is None:
+    scheduler_arguments, flow = _scheduler_arguments(call), type(scheduler).__name__.startswith("FlowMatch")
+    if scheduler is None or scheduler_arguments is None:
         return {}
     calls = [node for node in ast.walk(ast.parse(textwrap.dedent(call))) if isinstance(node, ast.Call)]
     steps = [node for node in calls if getattr(node.func, "attr", "") == "step"]
-    stepped = {keyword.arg for node in steps for keyword in node.keywords if keyword.arg}
+    step_arguments = {keyword.arg for node in steps for keyword in node.keywords if keyword.arg}
     if scheduler.config.get("use_dynamic_shifting") and flow:
-        told.add("mu")
+        scheduler_arguments.add("mu")
     compatible = {one.__name__ for one in scheduler.compatibles}
     found = {}
     for name, kind in (FLOW_SCHEDULERS if flow else SCHEDULERS).items():
@@ -179,16 +183,16 @@ def compatible_schedulers(pipe: Any, scheduler: Any) -> dict[str, Any]:
             continue
         if not flow and name in ("euler", "heun") and "scale_model_input" not in call:
             continue  # these scale what the network reads, and the pipeline would not ask for it
-        learned = str(scheduler.config.get("variance_type")).startswith("learned")
-        if learned and not _accepts(one.__init__, "variance_type"):
+        has_learned_variance = str(scheduler.config.get("variance_type")).startswith("learned")
+        if has_learned_variance and not _accepts(one.__init__, "variance_type"):
             continue  # it would not know which half of what the network says is the variance
         if scheduler.config.get("prediction_type") == "flow_prediction" and not _accepts(
             one.__init__, "use_flow_sigmas"
         ):
             continue
-        if not all(_accepts(one.step, argument) for argument in stepped):
+        if not all(_accepts(one.step, argument) for argument in step_arguments):
             continue
-        if all(_accepts(one.set_timesteps, argument) for argument in told):
+        if all(_accepts(one.set_timesteps, argument) for argument in scheduler_arguments):
             found[name] = one
     return found
 
@@ -208,7 +212,7 @@ def _scheduler_arguments(call: str) -> set[str] | None:
         for target in node.targets
         if isinstance(target, ast.Name)
     }
-    told: set[str] = set()
+    scheduler_arguments: set[str] = set()
     found = False
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
@@ -217,11 +221,11 @@ def _scheduler_arguments(call: str) -> set[str] | None:
         if name not in ("retrieve_timesteps", "set_timesteps"):
             continue
         found = True
-        told |= {keyword.arg for keyword in node.keywords if keyword.arg}
+        scheduler_arguments |= {keyword.arg for keyword in node.keywords if keyword.arg}
         if name == "retrieve_timesteps" and len(node.args) > 4:
-            told.add("sigmas")
-    told -= {"num_inference_steps", "device", "timesteps"}
-    return told - ({"sigmas"} - assigned) if found else None
+            scheduler_arguments.add("sigmas")
+    scheduler_arguments -= {"num_inference_steps", "device", "timesteps"}
+    return scheduler_arguments - ({"sigmas"} - assigned) if found else None
 
 
 def _output_fields(kind: Any) -> set[str]:
@@ -231,8 +235,10 @@ def _output_fields(kind: Any) -> set[str]:
         tree = ast.parse(textwrap.dedent(inspect.getsource(kind.__call__)))
     except (OSError, TypeError):
         return set()
-    made = [node.value for node in ast.walk(tree) if isinstance(node, ast.Return) and isinstance(node.value, ast.Call)]
-    names = [call.func.id for call in made if isinstance(call.func, ast.Name)]
+    return_values = [
+        node.value for node in ast.walk(tree) if isinstance(node, ast.Return) and isinstance(node.value, ast.Call)
+    ]
+    names = [call.func.id for call in return_values if isinstance(call.func, ast.Name)]
     return {field for name in names for field in getattr(getattr(module, name, None), "__dataclass_fields__", {})}
 
 
@@ -240,8 +246,8 @@ def size_multiple(pipe: Any) -> int:
     """Pixels of which the height and the width of a picture have to be multiples."""
     processor = getattr(getattr(pipe, "image_processor", None), "config", {})
     factor, patch = getattr(pipe, "vae_scale_factor", 8), network_config(pipe).get("patch_size", 1)
-    whole = [n for n in (processor.get("vae_scale_factor", 1), factor * patch if isinstance(patch, int) else factor)]
-    return math.lcm(8, *whole)
+    factors = [n for n in (processor.get("vae_scale_factor", 1), factor * patch if isinstance(patch, int) else factor)]
+    return math.lcm(8, *factors)
 
 
 def native_area(pipe: Any) -> int:

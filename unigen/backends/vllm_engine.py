@@ -97,20 +97,22 @@ def create_llm_engine(
     from unigen.backends.vllm_models import register
 
     register()
-    ours = ENGINE_ARGS | {"model": str(folder), "dtype": str(dtype).removeprefix("torch.")}
-    ours |= {"enable_prompt_embeds": True} if features else {}
-    usual: dict[str, Any] = {"max_model_len": context, "enable_prefix_caching": True, "use_tqdm_on_load": False}
+    fixed_args = ENGINE_ARGS | {"model": str(folder), "dtype": str(dtype).removeprefix("torch.")}
+    fixed_args |= {"enable_prompt_embeds": True} if features else {}
+    default_args: dict[str, Any] = {"max_model_len": context, "enable_prefix_caching": True, "use_tqdm_on_load": False}
     if current_platform.is_cpu():
-        usual["block_size"] = 32  # of 128 otherwise, and only whole blocks are found again
+        default_args["block_size"] = 32  # of 128 otherwise, and only whole blocks are found again
     if unknown := sorted(set(options) - {field.name for field in fields(EngineArgs)}):
         raise ValueError(f"vLLM's engine has no argument {', '.join(unknown)}: vllm.EngineArgs lists those it has")
-    if taken := sorted(set(options) & set(ours)):
-        raise ValueError(f"{', '.join(taken)} of vLLM's engine is given by us: leave it out")
+    if conflicting_args := sorted(set(options) & set(fixed_args)):
+        raise ValueError(f"{', '.join(conflicting_args)} of vLLM's engine is given by us: leave it out")
     try:
-        return LLMEngine.from_engine_args(EngineArgs(**usual | options | ours))
+        return LLMEngine.from_engine_args(EngineArgs(**default_args | options | fixed_args))
     except (ValueError, TypeError, VLLMError) as error:
-        told = [one["msg"] for one in error.errors()] if isinstance(error, ValidationError) else [str(error)]
-        raise ValueError(f"vLLM cannot serve {folder}: {'; '.join(told)}") from error
+        error_messages = (
+            [entry["msg"] for entry in error.errors()] if isinstance(error, ValidationError) else [str(error)]
+        )
+        raise ValueError(f"vLLM cannot serve {folder}: {'; '.join(error_messages)}") from error
 
 
 @dataclass
@@ -195,41 +197,41 @@ class VllmEngine(Engine):
         span, vocabulary, group = row.state.span, self.model.vocabulary, f"span{next(self._names)}"
         text = self.model.generators["text"]
         forbidden = text.forbidden if isinstance(text, Text) else []
-        whole = span.grid is not None  # a picture comes when it is finished, text as it is written
-        sent = _SubmittedSegment([], branch_prompts(row, before))
-        for branch, prompt in enumerate(sent.prompts):
+        is_image = span.grid is not None  # a picture comes when it is finished, text as it is written
+        segment = _SubmittedSegment([], branch_prompts(row, before))
+        for branch, prompt in enumerate(segment.prompts):
             params = SamplingParams(
                 temperature=0.0,
                 max_tokens=max_segment_tokens(row),
                 stop_token_ids=list(span.stops),
                 ignore_eos=True,
                 detokenize=False,
-                output_kind=RequestOutputKind.FINAL_ONLY if whole else RequestOutputKind.DELTA,
+                output_kind=RequestOutputKind.FINAL_ONLY if is_image else RequestOutputKind.DELTA,
                 extra_args={EXTRA_ARGS_KEY: serialize_segment(span, vocabulary, forbidden, group, branch)},
             )
             name = f"{group}-{branch}"
             try:
                 self.llm.add_request(name, self._read(prompt, row.features), params)
             except VLLMError as error:
-                self.stop(sent)
+                self.stop(segment)
                 raise ValueError(f"vLLM refuses what is asked: {error}") from error
             self._heard[name] = []
-            sent.names.append(name)
-        return sent
+            segment.names.append(name)
+        return segment
 
     def _read(self, prompt: list[int], features_PD: torch.Tensor | None) -> Any:
         """Ids as vLLM reads them, those beyond the vocabulary as features of pictures."""
         from vllm.inputs.engine import embeds_input, tokens_input
 
         size = self.model.vocabulary.size
-        known = [id < size for id in prompt]
-        if all(known):
+        is_token_id = [id < size for id in prompt]
+        if all(is_token_id):
             return tokens_input(prompt)
         assert features_PD is not None
         embeds_LD = features_PD.new_zeros(len(prompt), features_PD.shape[1], dtype=self.dtype, device="cpu")
-        embeds_LD[~torch.tensor(known)] = features_PD[[id - size for id in prompt if id >= size]].to(embeds_LD)
-        ids = [id if there else 0 for id, there in zip(prompt, known, strict=True)]
-        return embeds_input(embeds_LD, prompt_token_ids=ids, is_token_ids=known)
+        embeds_LD[~torch.tensor(is_token_id)] = features_PD[[id - size for id in prompt if id >= size]].to(embeds_LD)
+        ids = [id if there else 0 for id, there in zip(prompt, is_token_id, strict=True)]
+        return embeds_input(embeds_LD, prompt_token_ids=ids, is_token_ids=is_token_id)
 
     def stop(self, sent: _SubmittedSegment) -> None:
         """Leave a span unfinished."""
@@ -260,8 +262,10 @@ class VllmScheduler(Scheduler):
     @property
     def positions(self) -> int:
         """How many the spans on their way hold, those that they share counted for each."""
-        there = (sent for sent in self._submitted_segments.values() if sent.names)
-        return super().positions + sum(len(prompt) + len(sent.ids) for sent in there for prompt in sent.prompts)
+        there = (segment for segment in self._submitted_segments.values() if segment.names)
+        return super().positions + sum(
+            len(prompt) + len(segment.ids) for segment in there for prompt in segment.prompts
+        )
 
     def row(self, request: Request) -> Row:
         """Refuses, too, what vLLM's batch or cache cannot hold."""
@@ -283,9 +287,9 @@ class VllmScheduler(Scheduler):
         return row
 
     def join(self, row: Row) -> int:
-        sent = self.engine.send(row, [])
+        segment = self.engine.send(row, [])
         number = super().join(row)
-        self._submitted_segments[number] = sent
+        self._submitted_segments[number] = segment
         return number
 
     def drop(self, number: int) -> None:
@@ -295,29 +299,31 @@ class VllmScheduler(Scheduler):
     @torch.inference_mode()
     def step(self) -> list[tuple[int, Any]]:
         """One step of vLLM for all that it writes, and one here for the others: (number, piece of text or picture)."""
-        moved = {number: self._sequences[number] for number, sent in self._submitted_segments.items() if not sent.names}
-        if moved:
-            self._write(list(moved.values()))
+        updated_sequences = {
+            number: self._sequences[number] for number, segment in self._submitted_segments.items() if not segment.names
+        }
+        if updated_sequences:
+            self._write(list(updated_sequences.values()))
         # the other branches say the same as the first
-        number_of = {sent.names[0]: number for number, sent in self._submitted_segments.items() if sent.names}
+        number_of = {segment.names[0]: number for number, segment in self._submitted_segments.items() if segment.names}
         for name, output in self.engine.listen(list(number_of)) if number_of else ():
             number = number_of[name]
-            moved[number], sent = self._sequences[number], self._submitted_segments[number]
-            sent.ids += output.outputs[0].token_ids
-            apply_output(moved[number], sent.ids, self.model.vocabulary)
-        ended = {number: row for number, row in moved.items() if row.state and row.state.done}
+            updated_sequences[number], segment = self._sequences[number], self._submitted_segments[number]
+            segment.ids += output.outputs[0].token_ids
+            apply_output(updated_sequences[number], segment.ids, self.model.vocabulary)
+        finished_sequences = {number: row for number, row in updated_sequences.items() if row.state and row.state.done}
         # a span has read all but its last id, with which the next one begins, or which has ended it; one that was
         # written here is taken back
-        read = {
+        prefix_ids = {
             number: self._submitted_segments[number].prompts[0] + self._submitted_segments[number].ids[:-1]
-            for number in ended
+            for number in finished_sequences
         }
-        parts = self._postprocess(list(moved.values()))
-        for number, row in ended.items():
+        parts = self._postprocess(list(updated_sequences.values()))
+        for number, row in finished_sequences.items():
             if number in self:
                 self.engine.stop(self._submitted_segments[number])
                 self._resize_slots(row, 0)
-                self._submitted_segments[number] = self.engine.send(row, read[number])
+                self._submitted_segments[number] = self.engine.send(row, prefix_ids[number])
         return parts
 
 
@@ -350,14 +356,14 @@ def apply_output(row: Row, ids: list[int], vocabulary: Vocabulary) -> None:
     assert state is not None
     span = state.span
     if span.grid is None:
-        stopped = bool(ids) and ids[-1] in span.stops
-        state.ids, state.pending_ids = ids[: len(ids) - stopped], ids[-1:]
-        state.done = stopped or len(ids) >= span.max_tokens
+        has_stop_id = bool(ids) and ids[-1] in span.stops
+        state.ids, state.pending_ids = ids[: len(ids) - has_stop_id], ids[-1:]
+        state.done = has_stop_id or len(ids) >= span.max_tokens
         state.finite = not any(vocabulary.first <= id < vocabulary.stop for id in state.ids)
         return
     if len(ids) != max_segment_tokens(row):
         raise RuntimeError(f"vLLM ended a picture after {len(ids)} of {max_segment_tokens(row)} ids")
     width = span.grid[1]
-    state.ids = [id for at, id in enumerate(ids) if at % (width + len(span.row_end)) < width]
+    state.ids = [id for index, id in enumerate(ids) if index % (width + len(span.row_end)) < width]
     state.pending_ids, state.done = [ids[-1], *span.row_end], True
     state.finite = all(vocabulary.first <= id < vocabulary.stop for id in state.ids)

@@ -134,15 +134,17 @@ class GuidedSampler(LogitsProcessor):
     @classmethod
     def validate_params(cls, params: Any) -> None:
         """Raises ValueError for a request that cannot be drawn."""
-        said = (params.extra_args or {}).get(EXTRA_ARGS_KEY)
-        if said is None:
+        payload = (params.extra_args or {}).get(EXTRA_ARGS_KEY)
+        if payload is None:
             return
         try:
-            Branch(said, [])
+            Branch(payload, [])
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"extra_args[{EXTRA_ARGS_KEY!r}] is no span: {type(error).__name__}: {error}") from error
-        plain = params.temperature == 0 and params.repetition_penalty == 1 and not params.allowed_token_ids
-        if not plain or params.presence_penalty or params.frequency_penalty:
+        has_default_sampling = (
+            params.temperature == 0 and params.repetition_penalty == 1 and not params.allowed_token_ids
+        )
+        if not has_default_sampling or params.presence_penalty or params.frequency_penalty:
             raise ValueError("a span is drawn by its own sampling: leave vLLM's at temperature 0, without penalties")
 
     def is_argmax_invariant(self) -> bool:
@@ -211,40 +213,40 @@ class GuidedScheduler(Scheduler):
         self.num_dropped_ids = self.num_sibling_preemptions = 0
 
     def add_request(self, request: Any) -> None:
-        said = ((request.sampling_params.extra_args or {}) if request.sampling_params else {}).get(EXTRA_ARGS_KEY)
-        if said is not None and request.request_id not in self.requests and len(said["scales"]) > 0:
-            branches = Guidance(tuple(said["scales"])).branches
+        payload = ((request.sampling_params.extra_args or {}) if request.sampling_params else {}).get(EXTRA_ARGS_KEY)
+        if payload is not None and request.request_id not in self.requests and len(payload["scales"]) > 0:
+            branches = Guidance(tuple(payload["scales"])).branches
             if branches > 1:
-                self.groups.setdefault(said["group"], {})[int(said["branch"])] = request.request_id
-                self.group_by_request[request.request_id] = said["group"]
-                self.group_size[said["group"]] = branches
+                self.groups.setdefault(payload["group"], {})[int(payload["branch"])] = request.request_id
+                self.group_by_request[request.request_id] = payload["group"]
+                self.group_size[payload["group"]] = branches
         super().add_request(request)
 
     def _sibling_ids(self, request_id: str) -> list[str]:
         """The other branches of its span that are here."""
         group = self.groups.get(self.group_by_request.get(request_id, ""), {})
-        return [other for other in group.values() if other != request_id]
+        return [sibling_id for sibling_id in group.values() if sibling_id != request_id]
 
     def schedule(self, *args: Any, **options: Any) -> Any:
         if not self.groups:
             return super().schedule(*args, **options)
-        held = self._preempt_siblings()
-        theirs = self.waiting
+        preempted_ids = self._preempt_siblings()
+        waiting_queue = self.waiting
         self.waiting = create_request_queue(self.policy)
-        let_in = self._admissible_requests(list(theirs), held)
+        let_in = self._admissible_requests(list(waiting_queue), preempted_ids)
         for request in let_in:
             self.waiting.add_request(request)
-        theirs.remove_requests(let_in)
+        waiting_queue.remove_requests(let_in)
         try:
             return super().schedule(*args, **options)
         finally:
             for request in reversed(list(self.waiting)):  # `prepend_requests` would turn their order round
-                theirs.prepend_request(request)
-            self.waiting = theirs
+                waiting_queue.prepend_request(request)
+            self.waiting = waiting_queue
 
     def _preempt_siblings(self) -> set[str]:
         """Preempt what runs while another branch of its span was preempted. Neither comes back in this step."""
-        held: set[str] = set()
+        preempted_ids: set[str] = set()
         for group in self.groups.values():
             requests = [self.requests[id] for id in group.values() if id in self.requests]
             if not any(request.status == RequestStatus.PREEMPTED for request in requests):
@@ -254,8 +256,8 @@ class GuidedScheduler(Scheduler):
                     self.running.remove(request)
                     self._preempt_request(request, time.monotonic())
                     self.num_sibling_preemptions += 1
-                    held.update(group.values())
-        return held
+                    preempted_ids.update(group.values())
+        return preempted_ids
 
     def _admissible_requests(self, waiting: list[Any], held: set[str]) -> list[Any]:
         """Who may begin now: first come, first served, and all branches of a span or none."""
@@ -268,14 +270,18 @@ class GuidedScheduler(Scheduler):
                 continue
             comers = [request]
             if name in self.group_by_request:
-                others = [self.requests[other] for other in self._sibling_ids(name) if other in self.requests]
-                if name in held or 1 + len(others) < self.group_size[self.group_by_request[name]]:
+                siblings = [
+                    self.requests[sibling_id] for sibling_id in self._sibling_ids(name) if sibling_id in self.requests
+                ]
+                if name in held or 1 + len(siblings) < self.group_size[self.group_by_request[name]]:
                     continue
-                whole = [request, *others]
-                most = min(min(one.max_tokens, self.max_model_len - one.num_prompt_tokens) for one in whole)
-                for one in whole:  # all end in the same step
-                    one.max_tokens = most
-                comers += [one for one in others if one.request_id in by_id]
+                group_requests = [request, *siblings]
+                max_tokens = min(
+                    min(one.max_tokens, self.max_model_len - one.num_prompt_tokens) for one in group_requests
+                )
+                for one in group_requests:  # all end in the same step
+                    one.max_tokens = max_tokens
+                comers += [one for one in siblings if one.request_id in by_id]
             if len(comers) > room:
                 break
             let_in.update((one.request_id, one) for one in comers)
@@ -283,15 +289,19 @@ class GuidedScheduler(Scheduler):
         return list(let_in.values())
 
     def update_from_output(self, scheduler_output: Any, output: Any) -> Any:
-        made, row = output.sampled_token_ids, output.req_id_to_index
-        for group in self.groups.values() if made else ():
-            scheduled = [id for id in group.values() if id in scheduler_output.num_scheduled_tokens and made[row[id]]]
-            if len(scheduled) == len(group) and all(made[row[id]] == made[row[scheduled[0]]] for id in scheduled):
+        sampled_ids, row = output.sampled_token_ids, output.req_id_to_index
+        for group in self.groups.values() if sampled_ids else ():
+            scheduled = [
+                id for id in group.values() if id in scheduler_output.num_scheduled_tokens and sampled_ids[row[id]]
+            ]
+            if len(scheduled) == len(group) and all(
+                sampled_ids[row[id]] == sampled_ids[row[scheduled[0]]] for id in scheduled
+            ):
                 continue
             for id in scheduled:
                 request = self.requests.get(id)
                 if request is not None and not request.is_finished() and request.status == RequestStatus.RUNNING:
-                    made[row[id]] = []
+                    sampled_ids[row[id]] = []
                     request.num_computed_tokens -= 1  # its last position is computed again
                     self.num_dropped_ids += 1
         result = super().update_from_output(scheduler_output, output)
@@ -301,10 +311,15 @@ class GuidedScheduler(Scheduler):
     def finish_requests(self, request_ids: Any, *args: Any, **options: Any) -> Any:
         """Who ends one branch ends them all."""
         if request_ids is not None:
-            named = [request_ids] if isinstance(request_ids, str) else list(request_ids)
+            requested_ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
             request_ids = {
-                *named,
-                *(other for id in named for other in self._sibling_ids(id) if other in self.requests),
+                *requested_ids,
+                *(
+                    sibling_id
+                    for id in requested_ids
+                    for sibling_id in self._sibling_ids(id)
+                    if sibling_id in self.requests
+                ),
             }
         result = super().finish_requests(request_ids, *args, **options)
         self._remove_broken_groups()

@@ -118,8 +118,10 @@ class UnigenJanusForCausalLM(LlamaForCausalLM):
             nn.GELU(),
             nn.Linear(config.head_width, config.vocab_size - config.text_size),
         )
-        beside = DefaultModelLoader.Source(told.model, told.revision, subfolder="backbone", prefix=BACKBONE_PREFIX)
-        self.secondary_weights = (beside,)
+        backbone_source = DefaultModelLoader.Source(
+            told.model, told.revision, subfolder="backbone", prefix=BACKBONE_PREFIX
+        )
+        self.secondary_weights = (backbone_source,)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         scores = super().compute_logits(hidden_states)
@@ -130,44 +132,44 @@ class UnigenJanusForCausalLM(LlamaForCausalLM):
 
     def _joined(self, weights: Weights) -> Iterator[tuple[str, Tensor]]:
         """The tensors by their names here, those of codes as rows of the table."""
-        table, own = "model.embed_tokens.weight", dict[str, Tensor]()
+        table, code_weights = "model.embed_tokens.weight", dict[str, Tensor]()
         for name, tensor in weights:
             if name == table or name.startswith((f"{BACKBONE_PREFIX}table.", f"{BACKBONE_PREFIX}aligner.")):
-                own[name.removeprefix(BACKBONE_PREFIX)] = tensor
+                code_weights[name.removeprefix(BACKBONE_PREFIX)] = tensor
             else:
                 yield name.removeprefix(BACKBONE_PREFIX), tensor
         try:
-            text_TD, codes_KC = own.pop(table), own.pop("table.weight")
-            wide_KD = gelu(linear(codes_KC, own.pop("aligner.0.weight"), own.pop("aligner.0.bias")))
-            codes_KD = linear(wide_KD, own.pop("aligner.2.weight"), own.pop("aligner.2.bias"))
+            text_TD, codes_KC = code_weights.pop(table), code_weights.pop("table.weight")
+            wide_KD = gelu(linear(codes_KC, code_weights.pop("aligner.0.weight"), code_weights.pop("aligner.0.bias")))
+            codes_KD = linear(wide_KD, code_weights.pop("aligner.2.weight"), code_weights.pop("aligner.2.bias"))
         except KeyError as error:
             raise ValueError(f"the model lacks {error.args[0]}: it is not whole") from error
         yield table, torch.cat((text_TD, codes_KD))
         if self.config.tie_word_embeddings:
             yield "lm_head.weight", text_TD
-        yield from own.items()
+        yield from code_weights.items()
 
 
 def load_weights_strict(model: Any, load: Callable[[Weights], set[str]], weights: Weights) -> set[str]:
     """Load tensors, and raise ValueError where one is missing. vLLM does for one that is left over, and for a
     parameter of which nothing came, but not for a part of one."""
-    seen: set[str] = set()
+    weight_names: set[str] = set()
 
     def told() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in weights:
-            seen.add(name)
+            weight_names.add(name)
             yield name, tensor
 
-    loaded = load(told())
+    loaded_names = load(told())
     parts: dict[str, list[str]] = {}
     mapper: WeightsMapper = model.hf_to_vllm_mapper
-    for part, (whole, _) in mapper.orig_to_new_stacked.items():
-        parts.setdefault(whole, []).append(part)
-    wanted: set[str] = set()
+    for part, (fused_name, _) in mapper.orig_to_new_stacked.items():
+        parts.setdefault(fused_name, []).append(part)
+    required_names: set[str] = set()
     for name, _ in model.named_parameters():
-        whole = next((whole for whole in parts if f"{whole}." in name), "")
-        wanted |= {name.replace(whole, part) for part in parts[whole]} if whole else {name}
-    if model.model.quant_config is None and (missing := sorted(wanted - seen)):
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise ValueError(f"the model lacks {', '.join(missing[:3])}{more}: it is not whole")
-    return loaded
+        fused_name = next((fused_name for fused_name in parts if f"{fused_name}." in name), "")
+        required_names |= {name.replace(fused_name, part) for part in parts[fused_name]} if fused_name else {name}
+    if model.model.quant_config is None and (KEEP := sorted(required_names - weight_names)):
+        more = f" and {len(KEEP) - 3} more" if len(KEEP) > 3 else ""
+        raise ValueError(f"the model lacks {', '.join(KEEP[:3])}{more}: it is not whole")
+    return loaded_names

@@ -29,9 +29,9 @@ def float_range(low: float, high: float = math.inf, *, open_low: bool = False) -
         except ValueError:
             value = math.nan
         if not math.isfinite(value) or not low <= value <= high or (open_low and value == low):
-            least = f"above {low:g}" if open_low else f"of at least {low:g}"
-            most = "" if high == math.inf else f" and at most {high:g}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a finite number {least}{most}")
+            lower = f"above {low:g}" if open_low else f"of at least {low:g}"
+            upper = "" if high == math.inf else f" and at most {high:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a finite number {lower}{upper}")
         return value
 
     return parse
@@ -70,9 +70,9 @@ def parse_size(value: str) -> tuple[int, int]:
     try:
         return limits.parse_limit("width", width), limits.parse_limit("height", height)
     except ValueError:
-        most = limits.LIMITS["width"].high
+        upper = limits.LIMITS["width"].high
         raise argparse.ArgumentTypeError(
-            f"{limits.shorten(value)} is not a size like 512x768: width and height in pixels, {most:,} at most"
+            f"{limits.shorten(value)} is not a size like 512x768: width and height in pixels, {upper:,} at most"
         ) from None
 
 
@@ -199,8 +199,11 @@ def generation_options(args: argparse.Namespace) -> dict[str, Any]:
 def report_size_change(given: tuple[int, int], made: Any) -> None:
     """Says on stderr where a picture comes back in another size than it was given."""
     if made.size != given:
-        theirs, ours = ("x".join(map(str, size)) for size in (given, made.size))
-        print(f"note: your picture of {theirs} pixels comes back as {ours}, as this model draws", file=sys.stderr)
+        input_size, output_size = ("x".join(map(str, size)) for size in (given, made.size))
+        print(
+            f"note: your picture of {input_size} pixels comes back as {output_size}, as this model draws",
+            file=sys.stderr,
+        )
 
 
 def print_paths(args: argparse.Namespace, paths: list[Path]) -> None:

@@ -159,30 +159,30 @@ class Chat:
 
     def command(self, line: str, out: TextIO) -> bool:
         """Obeys a slash command; False to end."""
-        name, _, rest = line.partition(" ")
-        rest = rest.strip()
+        name, _, arguments = line.partition(" ")
+        arguments = arguments.strip()
         if name not in COMMANDS:
             named = os.path.isfile(os.path.expanduser(line))
             hint = f"; to attach a picture: /image {line}" if named else did_you_mean(name, COMMANDS)
             name = name if len(name) <= 80 else f"{name[:77]}..."
             raise ValueError(f"unknown command {name}{hint} (commands: {' '.join(COMMANDS)})")
-        if name in ("/save", "/load") and not rest:
+        if name in ("/save", "/load") and not arguments:
             raise ValueError(f"say {name} {COMMANDS[name]}")
         if name == "/quit":
             return False
         if name == "/image":
-            paths = pasted_paths(rest)
+            paths = pasted_paths(arguments)
             self.pending_images += [read_image(path) for path in paths]
             print(f"attached {', '.join(paths)}", file=out)
         elif name == "/seed":
-            self.seed, self.turn = limits.parse_limit("seed", rest), 0
+            self.seed, self.turn = limits.parse_limit("seed", arguments), 0
         elif name == "/save":
-            path = check_output(os.path.expanduser(rest), {".json": "JSON"})
+            path = check_output(os.path.expanduser(arguments), {".json": "JSON"})
             write_text(path, json.dumps(self.to_json(), indent=1) + "\n")
             print(f"saved {path}", file=out)
         elif name == "/load":
-            turns = self.load(os.path.expanduser(rest))
-            print(f"loaded {rest}: {turns} turn{'s' * (turns != 1)}", file=out)
+            turns = self.load(os.path.expanduser(arguments))
+            print(f"loaded {arguments}: {turns} turn{'s' * (turns != 1)}", file=out)
         elif name == "/new":
             self.begin()
         else:

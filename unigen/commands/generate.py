@@ -67,25 +67,25 @@ def run(args: argparse.Namespace) -> int:
     seed = options.pop("seed")
     batch = 1 if getattr(engine, "one_by_one", False) else BATCH_SIZE
     images: list[Any] = []
-    written: list[Path] = []
+    saved_paths: list[Path] = []
     try:
         with progress.bar(args.n, "image", silent=args.n <= batch) as bar:
-            for first in range(0, args.n, batch):
-                n = min(batch, args.n - first)
-                made = engine.generate(asked, output="image", n=n, seed=offset_seed(seed, first), **options)
+            for start_index in range(0, args.n, batch):
+                n = min(batch, args.n - start_index)
+                made = engine.generate(asked, output="image", n=n, seed=offset_seed(seed, start_index), **options)
                 images += made if n > 1 else [made]
                 bar.clear()
                 if not args.grid:  # each batch is saved as it is finished
-                    for target, image in zip(paths[first : first + n], images, strict=True):
+                    for target, image in zip(paths[start_index : start_index + n], images, strict=True):
                         save_image(target, image)
-                        written.append(target)
-                    print_paths(args, paths[first : first + n])
+                        saved_paths.append(target)
+                    print_paths(args, paths[start_index : start_index + n])
                     images = []
                 bar.update(n)
         if args.grid:
             save_image(path, image_grid(images))
             print_paths(args, paths)
     except KeyboardInterrupt:
-        print(f"\nstopped: {len(written)} of {len(paths)} files were written", file=sys.stderr)
+        print(f"\nstopped: {len(saved_paths)} of {len(paths)} files were written", file=sys.stderr)
         return 130
     return print_elapsed(args, [], start)

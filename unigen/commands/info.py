@@ -31,10 +31,10 @@ def run(args: argparse.Namespace) -> int:
     if isinstance(engine, Engine):  # of one of the families
         from unigen.models import vllm_unsupported_reason
 
-        why = vllm_unsupported_reason(facts["family"])
-        others = [name for name in facts["generators"] if name != "next-token"]
-        beside = f"; {', '.join(others)} beside it" if others else ""
-        facts["vllm"] = f"no, {why}" if why else f"yes, its next-token and text{beside}"
+        vllm_reason = vllm_unsupported_reason(facts["family"])
+        other_generators = [name for name in facts["generators"] if name != "next-token"]
+        suffix = f"; {', '.join(other_generators)} beside it" if other_generators else ""
+        facts["vllm"] = f"no, {vllm_reason}" if vllm_reason else f"yes, its next-token and text{suffix}"
     for key, value in facts.items():
         print(f"{key:<20} {format_value(value)}")
     if path is not None:

@@ -63,14 +63,14 @@ def run(args: argparse.Namespace) -> int:
         image, mask = random_mask(engine.model, image, args.vary, args.seed)
     else:
         left, top, right, bottom = args.box or args.around
-        inside = np.zeros((image.height, image.width), dtype=bool)
-        inside[top:bottom, left:right] = True
-        mask = inside if args.box else ~inside
+        box_mask = np.zeros((image.height, image.width), dtype=bool)
+        box_mask[top:bottom, left:right] = True
+        mask = box_mask if args.box else ~box_mask
     engine = engine or load(args)
     start = time.perf_counter()
-    painted = engine.inpaint(image, args.prompt, mask, **generation_options(args))
-    save_image(path, painted)
-    report_size_change(given, painted)
+    result = engine.inpaint(image, args.prompt, mask, **generation_options(args))
+    save_image(path, result)
+    report_size_change(given, result)
     if isinstance(getattr(engine, "painter", engine), Engine) and (window := limiting_window(mask)):
         left, top, right, bottom = window
         where = f"{right - left}x{bottom - top} pixels at {left},{top}"

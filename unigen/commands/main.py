@@ -92,13 +92,13 @@ def dispatch(argv: list[str]) -> int:
 
         print(f"unigen {version('unigen')}")
         return 0
-    name, rest = argv[0], argv[1:]
+    name, arguments = argv[0], argv[1:]
     if name not in COMMANDS:
         raise ValueError(f"no command {name!r}{did_you_mean(name, COMMANDS)} (commands: {', '.join(COMMANDS)})")
     command = COMMANDS[name]
     if not hasattr(command, "add_arguments"):
-        return int(command.run(rest))
-    args = build_parser(name).parse_args(rest)
+        return int(command.run(arguments))
+    args = build_parser(name).parse_args(arguments)
     args.line = shlex.join(["unigen", *argv])
     args.piped = False
     for option, suffix in getattr(command, "STDOUT", {}).items():

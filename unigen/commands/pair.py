@@ -37,8 +37,8 @@ def run(args: argparse.Namespace) -> int:
     path = check_output(args.output or "out.png", IMAGE_FORMATS)
     engine = load(args)
     start = time.perf_counter()
-    said, picture = engine.pair(args.text, image, **generation_options(args))
-    print(said)  # on stderr where the picture goes to stdout
+    caption, picture = engine.pair(args.text, image, **generation_options(args))
+    print(caption)  # on stderr where the picture goes to stdout
     if image is not None:
         return 0
     save_image(path, picture)

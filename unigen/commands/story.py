@@ -41,8 +41,8 @@ def run(args: argparse.Namespace) -> int:
         output="interleaved",
         **generation_options(args),
     )
-    written = write_story(path, args.prompt, parts, made=args.line)
-    return print_elapsed(args, written, start)
+    saved_paths = write_story(path, args.prompt, parts, made=args.line)
+    return print_elapsed(args, saved_paths, start)
 
 
 def story_prompt(prompt: str, references: int) -> str:
@@ -50,5 +50,5 @@ def story_prompt(prompt: str, references: int) -> str:
     asked = prompt if "story" in prompt.lower().split() else f"a story about {prompt}"
     if not references:
         return asked
-    these = "this image" if references == 1 else f"these {references if references > 2 else 'two'} images"
-    return f"follow the identity of {these}: {asked}"
+    reference_words = "this image" if references == 1 else f"these {references if references > 2 else 'two'} images"
+    return f"follow the identity of {reference_words}: {asked}"

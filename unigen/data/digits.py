@@ -26,9 +26,9 @@ def _load_all() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     require_extra("eval", "sklearn")
     from sklearn.datasets import load_digits
 
-    found = load_digits()
-    order = np.random.default_rng(0).permutation(len(found.target))
-    return found.images[order].astype(np.uint8), found.target[order].astype(np.int64)
+    dataset = load_digits()
+    order = np.random.default_rng(0).permutation(len(dataset.target))
+    return dataset.images[order].astype(np.uint8), dataset.target[order].astype(np.int64)
 
 
 def load(held_out: bool) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

@@ -26,14 +26,14 @@ class PackedDataset:
     def __getitem__(self, index: int) -> list[Tokens]:
         rng = np.random.default_rng([self.seed, index])
         row: list[Tokens] = []
-        room, misses = self.length, 0
+        free_length, misses = self.length, 0
         while misses < self.patience:
             tokens = self.make(rng)
             if len(tokens) > self.length:
                 raise ValueError(f"a document of {len(tokens)} ids exceeds a row of {self.length}: raise `length`")
-            if len(tokens) <= room:
+            if len(tokens) <= free_length:
                 row.append(tokens)
-                room -= len(tokens)
+                free_length -= len(tokens)
             else:
                 misses += 1
         return row

@@ -28,21 +28,23 @@ def build_scheduler(sampler: str, steps: int, shift: float = 1.0) -> Any:
     if sampler not in SOLVERS:
         raise ValueError(f"unknown sampler {sampler!r}: one of {', '.join(SOLVERS)}")
     if sampler == "euler":
-        made = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
-        made.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist())  # by steps alone they are shifted twice
-        return made
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+        scheduler.set_timesteps(
+            sigmas=np.linspace(1, 1 / steps, steps).tolist()
+        )  # by steps alone they are shifted twice
+        return scheduler
     if sampler == "heun":
-        made = diffusers.FlowMatchHeunDiscreteScheduler(shift=shift)
-        made.set_timesteps(steps)
-        return made
-    kinds = {
+        scheduler = diffusers.FlowMatchHeunDiscreteScheduler(shift=shift)
+        scheduler.set_timesteps(steps)
+        return scheduler
+    scheduler_classes = {
         "dpm++": diffusers.DPMSolverMultistepScheduler,
         "unipc": diffusers.UniPCMultistepScheduler,
         "deis": diffusers.DEISMultistepScheduler,
     }
-    made = kinds[sampler](prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
-    made.set_timesteps(steps)
-    return made
+    scheduler = scheduler_classes[sampler](prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+    scheduler.set_timesteps(steps)
+    return scheduler
 
 
 class ODESolver:
@@ -72,20 +74,20 @@ class ODESolver:
 
     def go(self, velocity: Tensor) -> None:
         """On, by the velocity (noise - data) at x and t."""
-        made, time = self._scheduler, self._scheduler.timesteps[self._index]
+        scheduler, time = self._scheduler, self._scheduler.timesteps[self._index]
         self._last_evaluation = self.x, float(time) / 1000, velocity
         self._index += 1
-        if self.t is None and made.sigmas[-1] > 0:  # deis would rest here, short of the data
-            self.x = self.x - float(made.sigmas[-1]) * velocity
+        if self.t is None and scheduler.sigmas[-1] > 0:  # deis would rest here, short of the data
+            self.x = self.x - float(scheduler.sigmas[-1]) * velocity
         else:
-            self.x = made.step(velocity, time, self.x, return_dict=False)[0]
+            self.x = scheduler.step(velocity, time, self.x, return_dict=False)[0]
 
 
 def solve(
     velocity: Callable[[Tensor, float], Tensor], noise: Tensor, steps: int, sampler: str = "euler", shift: float = 1.0
 ) -> Tensor:
     """Data from noise (B, ...). velocity(x, t): noise - data at time t in [0, 1], of x's shape."""
-    way = ODESolver(noise, steps, sampler, shift)
-    while way.t is not None:
-        way.go(velocity(way.x, way.t))
-    return way.x
+    trajectory = ODESolver(noise, steps, sampler, shift)
+    while trajectory.t is not None:
+        trajectory.go(velocity(trajectory.x, trajectory.t))
+    return trajectory.x

@@ -28,10 +28,10 @@ def oracle_images(items: Sequence[Example], n: int, seed: int, world: SceneRende
     rng = np.random.default_rng((seed, 1))
     pictures: ImageGroups = []
     for item in items:
-        said = Facts(tuple(tuple(g) for g in item.meta["groups"]), item.meta["background"], item.meta["relation"])
+        facts = Facts(tuple(tuple(g) for g in item.meta["groups"]), item.meta["background"], item.meta["relation"])
         row = []
         for _ in range(n):
-            ground = Facts(said.groups, said.background, said.relation, bool(rng.random() < 0.3))
+            ground = Facts(facts.groups, facts.background, facts.relation, bool(rng.random() < 0.3))
             row.append(Image.fromarray(world.render(scene_from_facts(ground, rng, world.size)).image))
         pictures.append(row)
     return pictures
@@ -42,12 +42,12 @@ def reconstruct_images(tokenizer: Any, pictures: ImageGroups, batch: int = 64) -
     """The pictures through an image tokenizer: encoded and decoded again."""
     flat = [picture for row in pictures for picture in row]
     device = next((p.device for p in tokenizer.parameters()), torch.device("cpu"))
-    again: list[Image.Image] = []
+    reconstructions: list[Image.Image] = []
     for i in range(0, len(flat), batch):
         x_BCHW = to_pixels(flat[i : i + batch], tokenizer.image_size).to(device)
-        again += to_images(tokenizer.decode(tokenizer.encode(x_BCHW)))
-    rest = iter(again)
-    return [[next(rest) for _ in row] for row in pictures]
+        reconstructions += to_images(tokenizer.decode(tokenizer.encode(x_BCHW)))
+    num_remaining = iter(reconstructions)
+    return [[next(num_remaining) for _ in row] for row in pictures]
 
 
 def nearest_training_images(
@@ -56,8 +56,8 @@ def nearest_training_images(
     """For each prompt the n training pictures, of `pool`, whose captions are nearest to it (cosine of word counts
     weighted by inverse document frequency): the score of a model that can only remember."""
     rng = np.random.default_rng((seed, 2))
-    known = [sample_scene(rng, world.size) for _ in range(pool)]
-    texts = [caption(extract_facts(scene)) for scene in known]
+    training_scenes = [sample_scene(rng, world.size) for _ in range(pool)]
+    texts = [caption(extract_facts(scene)) for scene in training_scenes]
     words = Counter(word for text in texts for word in set(text.split()))
     column = {word: k for k, word in enumerate(words)}
     weight = np.log(pool / np.array(list(words.values())))
@@ -72,7 +72,7 @@ def nearest_training_images(
 
     likeness = vectors([str(item.prompt) for item in items]) @ vectors(texts).T
     best = np.argsort(-likeness, axis=1, kind="stable")[:, :n]
-    return [[Image.fromarray(world.render(known[k]).image) for k in row] for row in best]
+    return [[Image.fromarray(world.render(training_scenes[k]).image) for k in row] for row in best]
 
 
 def shuffle_images(items: Sequence[Example], pictures: ImageGroups, seed: int) -> ImageGroups:
@@ -81,19 +81,19 @@ def shuffle_images(items: Sequence[Example], pictures: ImageGroups, seed: int) -
         raise ValueError("pictures cannot be shuffled among fewer than two prompts")
     order = np.random.default_rng((seed, 3)).permutation(len(items))
     mixed: ImageGroups = [[] for _ in items]
-    for here, there in zip(order, np.roll(order, 1), strict=True):
-        mixed[here] = pictures[there]
+    for target_index, source_index in zip(order, np.roll(order, 1), strict=True):
+        mixed[target_index] = pictures[source_index]
     return mixed
 
 
 def noise_images(count: int, size: int, rng: np.random.Generator) -> list[Image.Image]:
     """Uniform noise of four coarsenesses, from one pixel to an eighth of the side."""
-    made = []
+    images = []
     for i in range(count):
         side = max(size >> (i % 4), 8)
         grid = Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
-        made.append(grid.resize((size, size), Image.Resampling.BILINEAR))
-    return made
+        images.append(grid.resize((size, size), Image.Resampling.BILINEAR))
+    return images
 
 
 def blend_images(pictures: Sequence[Image.Image]) -> list[Image.Image]:

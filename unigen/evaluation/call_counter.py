@@ -23,7 +23,7 @@ class CallCounter:
         delattr(self.owner, self.name)  # the owner's class has the function
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        began = time.perf_counter()
+        start = time.perf_counter()
         result = self.function(*args, **kwargs)
-        self.calls, self.seconds = self.calls + 1, self.seconds + time.perf_counter() - began
+        self.calls, self.seconds = self.calls + 1, self.seconds + time.perf_counter() - start
         return result

@@ -162,15 +162,15 @@ def decode_detections(
         w, h = 16 * log_w.clamp(-3, 3).exp(), 16 * log_h.clamp(-3, 3).exp()
         x, y = (c + 0.5 + dx) * STRIDE, (r + 0.5 + dy) * STRIDE
         color = out["color"][i, :, r, c].argmax(0)
-        kept: list[Detection] = []
+        detections: list[Detection] = []
         for j in range(len(score)):
             xj, yj, wj, hj = (float(v[j]) for v in (x, y, w, h))
-            if any(_is_same_object(xj, yj, min(wj, hj), other.box) for other in kept):
+            if any(_is_same_object(xj, yj, min(wj, hj), kept_detection.box) for kept_detection in detections):
                 continue
             box = (xj - wj / 2, yj - hj / 2, xj + wj / 2, yj + hj / 2)
-            kept.append(Detection(config.objects[int(k[j])], config.colors[int(color[j])], float(score[j]), box))
+            detections.append(Detection(config.objects[int(k[j])], config.colors[int(color[j])], float(score[j]), box))
         best = int(background[i].argmax())
-        readings.append(SceneDetections(kept[:limit], config.backgrounds[best], float(background[i, best])))
+        readings.append(SceneDetections(detections[:limit], config.backgrounds[best], float(background[i, best])))
     return readings
 
 
@@ -219,13 +219,13 @@ def detector_losses(out: dict[str, Tensor], target: DetectorTargets) -> dict[str
     want = torch.cat([(side / 16).log(), center - cell - 0.5], -1)[valid]
     got = out["shape"].float()[rows, :, cy, cx]
     color = F.cross_entropy(out["color"].float()[rows, :, cy, cx], target.colors[valid], reduction="sum")
-    asked = target.background >= 0
+    has_background = target.background >= 0
     ground = F.cross_entropy(out["background"].float(), target.background, ignore_index=-1, reduction="sum")
     return {
         "heat": (loss.sum(), torch.maximum(count, torch.ones_like(count))),
         "shape": ((got - want).abs().sum(), count),
         "color": (color, count),
-        "background": (ground, asked.sum()),
+        "background": (ground, has_background.sum()),
     }
 
 

@@ -53,11 +53,11 @@ def relations(box_a: Box, box_b: Box) -> set[str]:
 
 def group_by_class(objects: Iterable[DetectedObject], threshold: float) -> dict[str, list[DetectedObject]]:
     """Objects above the threshold per class, by falling confidence, at most 16 of a class."""
-    found: dict[str, list[DetectedObject]] = {}
+    objects_by_class: dict[str, list[DetectedObject]] = {}
     for thing in sorted(objects, key=lambda o: -o.score):
-        if thing.score > threshold and len(found.setdefault(thing.name, [])) < MAX_PER_CLASS:
-            found[thing.name].append(thing)
-    return found
+        if thing.score > threshold and len(objects_by_class.setdefault(thing.name, [])) < MAX_PER_CLASS:
+            objects_by_class[thing.name].append(thing)
+    return objects_by_class
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,10 @@ def evaluate(spec: Mapping[str, Any], found: Mapping[str, list[DetectedObject]])
             reasons.append(f"expected {name}>={count}, found {len(group)}")
         else:
             if "color" in clause:
-                right = sum(thing.color == clause["color"] for thing in group)
-                if right < count:
+                num_correct = sum(obj.color == clause["color"] for obj in group)
+                if num_correct < count:
                     holds = False
-                    reasons.append(f"expected {clause['color']} {name}>={count}, found {right}")
+                    reasons.append(f"expected {clause['color']} {name}>={count}, found {num_correct}")
             if "position" in clause and holds:
                 relation, index = clause["position"]
                 target = groups[index]
@@ -96,19 +96,19 @@ def evaluate(spec: Mapping[str, Any], found: Mapping[str, list[DetectedObject]])
                     holds = False
                     reasons.append(f"expected {name} {relation} target")
         groups.append(group if holds else None)
-    holding = sum(group is not None for group in groups)
+    num_satisfied = sum(group is not None for group in groups)
     for clause in spec.get("exclude", []):
-        seen = len(found.get(clause["class"], []))
-        if seen >= clause["count"]:
-            reasons.append(f"expected {clause['class']}<{clause['count']}, found {seen}")
+        num_excluded = len(found.get(clause["class"], []))
+        if num_excluded >= clause["count"]:
+            reasons.append(f"expected {clause['class']}<{clause['count']}, found {num_excluded}")
         else:
-            holding += 1
-    return GenEvalResult(not reasons, "; ".join(reasons), holding / (len(groups) + len(spec.get("exclude", []))))
+            num_satisfied += 1
+    return GenEvalResult(not reasons, "; ".join(reasons), num_satisfied / (len(groups) + len(spec.get("exclude", []))))
 
 
 def count_surplus_objects(spec: Mapping[str, Any], found: Mapping[str, list[DetectedObject]]) -> int:
     """Objects beyond what the include clauses ask for, of any class: the strict score fails a picture with any."""
-    asked: dict[str, int] = {}
+    requested_counts: dict[str, int] = {}
     for clause in spec["include"]:
-        asked[clause["class"]] = asked.get(clause["class"], 0) + clause["count"]
-    return sum(max(0, len(group) - asked.get(name, 0)) for name, group in found.items())
+        requested_counts[clause["class"]] = requested_counts.get(clause["class"], 0) + clause["count"]
+    return sum(max(0, len(group) - requested_counts.get(name, 0)) for name, group in found.items())

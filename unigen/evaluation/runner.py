@@ -102,8 +102,8 @@ def generate_outputs(
         for start in range(0, len(flat), batch):
             part = flat[start : start + batch]
             prompts = [items[i].prompt for i, _ in part]
-            made = engine.generate_batch(prompts, [s for _, s in part], output=task.output, **options)
-            for (i, _), output in zip(part, made, strict=True):
+            batch_outputs = engine.generate_batch(prompts, [s for _, s in part], output=task.output, **options)
+            for (i, _), output in zip(part, batch_outputs, strict=True):
                 outputs[i].append(output)
             bar.update(len(part))
     return outputs
@@ -123,10 +123,14 @@ def write_outputs(
 
     folder = make_folder(folder)
     lines = []
-    for item, row, marks in zip(items, outputs, scores, strict=True):
-        shown = [output for output in row if isinstance(output, str)]
-        asked = [p for p in item.prompt if isinstance(p, str)] if isinstance(item.prompt, list) else item.prompt
-        lines.append(json.dumps({"prompt": asked, "tag": item.tag, "scores": list(marks), "texts": shown} | item.meta))
+    for item, row, item_scores in zip(items, outputs, scores, strict=True):
+        texts = [output for output in row if isinstance(output, str)]
+        prompt_texts = [p for p in item.prompt if isinstance(p, str)] if isinstance(item.prompt, list) else item.prompt
+        lines.append(
+            json.dumps(
+                {"prompt": prompt_texts, "tag": item.tag, "scores": list(item_scores), "texts": texts} | item.meta
+            )
+        )
     write_text(folder / "outputs.jsonl", "\n".join(lines) + "\n")
     for tag in dict.fromkeys(item.tag for item in items):
         group = [(i, o, s) for i, o, s in zip(items, outputs, scores, strict=True) if i.tag == tag]
@@ -138,8 +142,8 @@ def contact_sheet(rows: Sequence[tuple[Example, Sequence[Any], Sequence[dict[str
     """Each prompt above its pictures; a green frame where the picture is correct, else a red one."""
     from PIL import Image, ImageDraw
 
-    side, line, frame = max(p.width for _, row, _ in rows for p in row), 14, 2
-    cell = side + 2 * frame
+    side, line, border = max(p.width for _, row, _ in rows for p in row), 14, 2
+    cell = side + 2 * border
     width, height = max(200, max(len(row) for _, row, _ in rows) * cell + 8), cell + line
     sheet = Image.new("RGB", (columns * width, -(-len(rows) // columns) * height), "white")
     pen = ImageDraw.Draw(sheet)
@@ -148,7 +152,7 @@ def contact_sheet(rows: Sequence[tuple[Example, Sequence[Any], Sequence[dict[str
         for j, (picture, mark) in enumerate(zip(row, marks, strict=True)):
             x, color = left + j * cell, "#2a9d4e" if mark["correct"] else "#d43a2f"
             pen.rectangle((x, top + line, x + cell - 1, top + line + cell - 1), fill=color)
-            sheet.paste(picture, (x + frame, top + line + frame))
+            sheet.paste(picture, (x + border, top + line + border))
         label = str(item.prompt)
         while label and pen.textlength(label) > width - 8:
             label = label[:-1]
@@ -173,8 +177,8 @@ def help_text() -> str:
 
     lines = ["usage: unigen eval TASK ...", "", "Score a model.", "", "tasks:"]
     for task in task_names():
-        what = docstring_summary(Path(package.__path__[0], f"{task}.py")).partition(": ")[2]
-        lines += textwrap.wrap(what, 100, initial_indent=f"  {task:<14} ", subsequent_indent=" " * 17)
+        description = docstring_summary(Path(package.__path__[0], f"{task}.py")).partition(": ")[2]
+        lines += textwrap.wrap(description, 100, initial_indent=f"  {task:<14} ", subsequent_indent=" " * 17)
     return "\n".join([*lines, "", "unigen eval TASK --help lists a task's options."])
 
 

@@ -21,8 +21,8 @@ def generator_names() -> list[str]:
 def find_generator(name: str) -> Any:
     """The class of the generator of this name. Raises ValueError naming those there are."""
     file = name.replace("-", "_")
-    known = file.isidentifier() and importlib.util.find_spec(f"{__name__}.{file}") is not None
-    generator = getattr(_module(file), "GENERATOR", None) if known else None
+    exists = file.isidentifier() and importlib.util.find_spec(f"{__name__}.{file}") is not None
+    generator = getattr(_module(file), "GENERATOR", None) if exists else None
     if generator is None or generator.name != name:
         raise ValueError(f"unknown generator {name!r}: one of {', '.join(generator_names())}")
     return generator

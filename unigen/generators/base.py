@@ -206,8 +206,8 @@ class GeneratorHead(nn.Module):
 
     def nothing(self, hidden_BLD: Tensor) -> Tensor:
         """The costs (0,) of no picture, of which all weights have gradients of zero: a batch may hold none."""
-        learnt = [p.flatten()[:0] for p in self.parameters() if p.requires_grad]
-        return torch.cat([hidden_BLD[:0].flatten().float(), *learnt])
+        trainable_params = [p.flatten()[:0] for p in self.parameters() if p.requires_grad]
+        return torch.cat([hidden_BLD[:0].flatten().float(), *trainable_params])
 
     def pixels(self, batch: Batch, device: torch.device) -> Tensor:
         """The batch's pictures that this generator writes. ValueError where they are codes of another tokenizer."""

@@ -113,22 +113,22 @@ class Flow(LatentFlowHead):
 
     def loss(self, model: GeneratorModel, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> Tensor:
         """The mean squared error of each image's velocity, (M,)."""
-        mixed_MZhw, t_M, velocity_MZhw = targets
+        x_t_MZhw, t_M, velocity_MZhw = targets
         if not self.count(batch):
             return self.nothing(hidden_BLD)
         contexts_MND = self.context_states(batch, hidden_BLD).repeat_interleave(NOISE_SAMPLES_PER_IMAGE, 0)
         with math_attention(hidden_BLD.device):
-            gap = self.velocity(mixed_MZhw, t_M, contexts_MND).float() - velocity_MZhw
-        return gap.square().mean((1, 2, 3)).unflatten(0, (-1, NOISE_SAMPLES_PER_IMAGE)).mean(1)
+            error = self.velocity(x_t_MZhw, t_M, contexts_MND).float() - velocity_MZhw
+        return error.square().mean((1, 2, 3)).unflatten(0, (-1, NOISE_SAMPLES_PER_IMAGE)).mean(1)
 
     def context_states(self, batch: Batch, hidden_BLD: Tensor) -> Tensor:
         """The last states up to each image's begin token, (M, N, D), zeros before the document's first."""
         spans_M3 = batch.spans_N3[batch.images_of(self.name).to(batch.spans_N3.device)]
         rows_M1, begin_M1 = spans_M3[:, :1], spans_M3[:, 1:2] - 1
         back_N = torch.arange(self.settings.context_length - 1, -1, -1, device=begin_M1.device)
-        there_MN = back_N <= batch.positions_BL[rows_M1, begin_M1]
+        valid_MN = back_N <= batch.positions_BL[rows_M1, begin_M1]
         states_MND = hidden_BLD[rows_M1, (begin_M1 - back_N).clamp(min=0)]
-        return states_MND * there_MN[:, :, None]
+        return states_MND * valid_MN[:, :, None]
 
     # ---------------------------------------------------------------- sampling
 
@@ -141,23 +141,23 @@ class Flow(LatentFlowHead):
 
     def advance(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
         """One evaluation of the velocity, the first one after the begin token."""
-        flowing = [state for state in states if isinstance(state, FlowState)]
-        kept = [int(state.context_SND is None) for state in flowing]
-        for state, branches in zip(flowing, hidden, strict=True):
+        flow_states = [state for state in states if isinstance(state, FlowState)]
+        num_kept = [int(state.context_SND is None) for state in flow_states]
+        for state, branches in zip(flow_states, hidden, strict=True):
             if state.context_SND is None:
                 state.context_SND = torch.stack([self._pad_context(branch) for branch in branches])
         counts = [len(branches) for branches in hidden]
-        mixed = torch.cat([state.flow.x.expand(n, -1, -1, -1) for state, n in zip(flowing, counts, strict=True)])
-        times = [state.flow.t for state, n in zip(flowing, counts, strict=True) for _ in range(n)]
-        seen = torch.cat([state.context_SND for state in flowing if state.context_SND is not None])
-        said = self.velocity(mixed, torch.tensor(times, dtype=mixed.dtype, device=mixed.device), seen)
-        for state, parts in zip(flowing, said.split(counts), strict=True):
+        x_t = torch.cat([state.flow.x.expand(n, -1, -1, -1) for state, n in zip(flow_states, counts, strict=True)])
+        times = [state.flow.t for state, n in zip(flow_states, counts, strict=True) for _ in range(n)]
+        contexts = torch.cat([state.context_SND for state in flow_states if state.context_SND is not None])
+        velocities = self.velocity(x_t, torch.tensor(times, dtype=x_t.dtype, device=x_t.device), contexts)
+        for state, parts in zip(flow_states, velocities.split(counts), strict=True):
             state.go(parts.split(1))
-        return kept
+        return num_kept
 
     def _pad_context(self, states_LD: Tensor) -> Tensor:
-        last = states_LD[-self.settings.context_length :]
-        return nn.functional.pad(last, (0, 0, self.settings.context_length - len(last), 0))
+        last_states = states_LD[-self.settings.context_length :]
+        return nn.functional.pad(last_states, (0, 0, self.settings.context_length - len(last_states), 0))
 
 
 GENERATOR = Flow

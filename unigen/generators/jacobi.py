@@ -54,26 +54,28 @@ def step(model: GeneratorModel, state: SpeculativeState, hidden: list[Tensor]) -
     """Accept, draw, draft anew. Returns how many of the positions asked for stay in the cache."""
     span, vocabulary = state.span, model.vocabulary
     state.offset = vocabulary.first
-    read = _draft_ids(state)
-    before = [len(state.pending_ids)]  # how many ids stand before each place
-    for ids in read:
-        before.append(before[-1] + len(ids))
-    last = torch.tensor(before, device=hidden[0].device) - before[-1] - 1  # from the end: a prompt may open the picture
-    parts = [model.logits(states_LD[last], vocabulary.first, vocabulary.stop).float() for states_LD in hidden]
-    told_WK = probabilities(span.guidance.combine(parts), span.sampling).cpu()
-    if told_WK[:, 0].isnan().any():  # then all of the row's are
+    draft_ids = _draft_ids(state)
+    prefix_lengths = [len(state.pending_ids)]  # how many ids stand before each place
+    for ids in draft_ids:
+        prefix_lengths.append(prefix_lengths[-1] + len(ids))
+    from_end = (
+        torch.tensor(prefix_lengths, device=hidden[0].device) - prefix_lengths[-1] - 1
+    )  # from the end: a prompt may open the picture
+    parts = [model.logits(states_LD[from_end], vocabulary.first, vocabulary.stop).float() for states_LD in hidden]
+    target_probs_WK = probabilities(span.guidance.combine(parts), span.sampling).cpu()
+    if target_probs_WK[:, 0].isnan().any():  # then all of the row's are
         state.finite = False
-        return before[0]
+        return prefix_lengths[0]
     if state.kind == "jacobi":
-        accepted, code, drafts = _verify_by_race(state, told_WK)
+        num_accepted, code, drafts = _verify_by_race(state, target_probs_WK)
         proposals: list[Tensor | None] = [None] * len(drafts)
     else:
-        accepted, code, drafts = _verify_drafts(state, told_WK)
-        proposals = list(told_WK[accepted + 1 : accepted + 1 + len(drafts)])
-    _append_codes(state, [*state.drafts[:accepted], code])
+        num_accepted, code, drafts = _verify_drafts(state, target_probs_WK)
+        proposals = list(target_probs_WK[num_accepted + 1 : num_accepted + 1 + len(drafts)])
+    _append_codes(state, [*state.drafts[:num_accepted], code])
     state.drafts, state.proposals = drafts, proposals
     _extend_drafts(state)
-    return before[accepted]
+    return prefix_lengths[num_accepted]
 
 
 def _verify_drafts(state: SpeculativeState, told_WK: Tensor) -> tuple[int, int, list[int]]:
@@ -85,21 +87,25 @@ def _verify_drafts(state: SpeculativeState, told_WK: Tensor) -> tuple[int, int, 
             proposal_K[code] = 1.0
         if torch.rand((), generator=rng) * proposal_K[code] < told_WK[j, code]:
             continue
-        rest_K = (told_WK[j] - proposal_K).clamp(min=0)
-        if not rest_K.any():  # equal but for rounding
-            rest_K = told_WK[j]
-        return j, _sample_weights(rest_K, rng), [_sample_weights(told_K, rng) for told_K in told_WK[j + 1 :]]
+        residual_K = (told_WK[j] - proposal_K).clamp(min=0)
+        if not residual_K.any():  # equal but for rounding
+            residual_K = told_WK[j]
+        return (
+            j,
+            _sample_weights(residual_K, rng),
+            [_sample_weights(target_probs_K, rng) for target_probs_K in told_WK[j + 1 :]],
+        )
     return len(state.drafts), _sample_weights(told_WK[-1], rng), []
 
 
 def _verify_by_race(state: SpeculativeState, told_WK: Tensor) -> tuple[int, int, list[int]]:
     """The same by races that stay with their places."""
-    for told_K in told_WK[len(state.exponentials) :]:
-        state.exponentials.append(torch.empty(len(told_K)).exponential_(generator=state.span.rng))
+    for target_probs_K in told_WK[len(state.exponentials) :]:
+        state.exponentials.append(torch.empty(len(target_probs_K)).exponential_(generator=state.span.rng))
     codes = exponential_race_sample(told_WK, torch.stack(state.exponentials[: len(told_WK)])).tolist()
-    accepted = next((j for j, code in enumerate(state.drafts) if codes[j] != code), len(state.drafts))
-    del state.exponentials[: accepted + 1]
-    return accepted, codes[accepted], codes[accepted + 1 :]
+    num_accepted = next((j for j, code in enumerate(state.drafts) if codes[j] != code), len(state.drafts))
+    del state.exponentials[: num_accepted + 1]
+    return num_accepted, codes[num_accepted], codes[num_accepted + 1 :]
 
 
 def _sample_weights(weights_K: Tensor, rng: torch.Generator) -> int:
@@ -111,8 +117,8 @@ def _append_codes(state: SpeculativeState, codes: list[int]) -> None:
     assert state.span.grid is not None
     height, width = state.span.grid
     state.ids += [state.offset + code for code in codes]
-    ended = len(state.ids) % width == 0
-    state.pending_ids = [state.ids[-1], *(state.span.row_end if ended else ())]
+    row_complete = len(state.ids) % width == 0
+    state.pending_ids = [state.ids[-1], *(state.span.row_end if row_complete else ())]
     state.done = len(state.ids) == height * width
 
 
@@ -120,9 +126,9 @@ def _extend_drafts(state: SpeculativeState) -> None:
     """Draft up to the window, or to the last place but one, by the codes above (in the first row, those before)."""
     assert state.span.grid is not None
     height, width = state.span.grid
-    room = min(WINDOW_SIZE, height * width - len(state.ids) - 1)
-    del state.drafts[max(0, room) :], state.proposals[max(0, room) :]
-    while len(state.drafts) < room:
+    num_drafts = min(WINDOW_SIZE, height * width - len(state.ids) - 1)
+    del state.drafts[max(0, num_drafts) :], state.proposals[max(0, num_drafts) :]
+    while len(state.drafts) < num_drafts:
         codes = [id - state.offset for id in state.ids[-width:]] + state.drafts
         state.drafts.append(codes[-width] if len(codes) >= width else codes[-1])
         state.proposals.append(None)

@@ -56,10 +56,12 @@ class Joint(Masked):
 
     def mask_ratios(self, count: int, rng: torch.Generator) -> Tensor:
         """(M, 2), of text and codes; where both would be given, the codes are masked."""
-        drawn_M2 = torch.cos(math.pi / 2 * torch.rand(count, 2, generator=rng))
+        sampled_M2 = torch.cos(math.pi / 2 * torch.rand(count, 2, generator=rng))
         kind_M2 = torch.rand(count, 2, generator=rng)
-        ratios_M2 = torch.where(kind_M2 < FULL_MASK_PROB, 0.0, torch.where(kind_M2 > 1 - FULL_MASK_PROB, 1.0, drawn_M2))
-        ratios_M2[:, 1] = torch.where(ratios_M2.amax(1) > 0, ratios_M2[:, 1], drawn_M2[:, 1])
+        ratios_M2 = torch.where(
+            kind_M2 < FULL_MASK_PROB, 0.0, torch.where(kind_M2 > 1 - FULL_MASK_PROB, 1.0, sampled_M2)
+        )
+        ratios_M2[:, 1] = torch.where(ratios_M2.amax(1) > 0, ratios_M2[:, 1], sampled_M2[:, 1])
         return ratios_M2
 
 

@@ -97,13 +97,13 @@ class LatentFlowHead(GeneratorHead):
         for i, state in enumerate(states):
             span = state.span
             groups.setdefault((span.steps or self.steps, span.sampler or self.sampler, span.guidance), []).append(i)
-        found: dict[int, Tensor] = {}
+        results: dict[int, Tensor] = {}
         for (steps, sampler, guidance), members in groups.items():
             condition = torch.stack([seen[i][b] for b in range(guidance.branches) for i in members])
             noise = torch.stack([torch.randn(shape, generator=states[i].span.rng) for i in members])
             velocity = partial(self._guided_velocity, guidance, condition, {})
-            found |= zip(members, solve(velocity, noise.to(condition.device), steps, sampler), strict=True)
-        return [found[i] for i in range(len(states))]
+            results |= zip(members, solve(velocity, noise.to(condition.device), steps, sampler), strict=True)
+        return [results[i] for i in range(len(states))]
 
     def _guided_velocity(
         self, guidance: Guidance, condition: Tensor, memory: dict[str, Any], x: Tensor, t: float

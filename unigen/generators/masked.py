@@ -103,8 +103,8 @@ class Masked:
     def prepare(
         self, model: GeneratorModel, batch: Batch, embeds_BLD: Tensor, rng: torch.Generator
     ) -> tuple[Tensor, Targets]:
-        rows_M1, at_MP = batch.places(batch.images_of(self.name))
-        ids_MP = batch.ids_BL[rows_M1, at_MP]
+        rows_M1, positions_MP = batch.places(batch.images_of(self.name))
+        ids_MP = batch.ids_BL[rows_M1, positions_MP]
         masked_MP = torch.zeros(ids_MP.shape, dtype=torch.bool)
         ratios_MK = self.mask_ratios(len(ids_MP), rng)
         for part, ratio_M1 in zip(self.parts() if len(ids_MP) else (), ratios_MK.split(1, -1), strict=False):
@@ -112,23 +112,23 @@ class Masked:
             order_MN = torch.rand(len(ids_MP), length, generator=rng).argsort(-1).argsort(-1)
             masked_MP[:, part] = order_MN < (length * ratio_M1).ceil()
         masked_MP = masked_MP.to(ids_MP.device)
-        read_MPD = model.embed(ids_MP.masked_fill(masked_MP, self.mask)).to(embeds_BLD.dtype)
-        return embeds_BLD.index_put((rows_M1, at_MP), read_MPD), (rows_M1, at_MP, ids_MP, masked_MP)
+        input_MPD = model.embed(ids_MP.masked_fill(masked_MP, self.mask)).to(embeds_BLD.dtype)
+        return embeds_BLD.index_put((rows_M1, positions_MP), input_MPD), (rows_M1, positions_MP, ids_MP, masked_MP)
 
     def loss(self, model: GeneratorModel, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> Tensor:
         """The mean over each image's masked codes, (M,), summed over its parts."""
-        rows_M1, at_MP, ids_MP, masked_MP = targets
+        rows_M1, positions_MP, ids_MP, masked_MP = targets
         if not len(ids_MP):
             return hidden_BLD[:0].flatten()
         total_M = hidden_BLD.new_zeros(len(ids_MP), dtype=torch.float32)
         for number, part in enumerate(self.parts()):
             masked_MN, table = masked_MP[:, part], self.table(number, model.vocabulary)
-            states_TD = hidden_BLD[rows_M1, at_MP[:, part]][masked_MN]
+            states_TD = hidden_BLD[rows_M1, positions_MP[:, part]][masked_MN]
             logits_TV = model.logits(states_TD, table.start, table.stop).float()
-            wanted_T = ids_MP[:, part][masked_MN] - table.start
-            nats_T = torch.nn.functional.cross_entropy(logits_TV, wanted_T, reduction="none")
-            share_MN = (1 / masked_MN.sum(-1, keepdim=True).clamp(min=1)).expand(masked_MN.shape)
-            total_M = total_M.index_add(0, masked_MN.nonzero()[:, 0], nats_T * share_MN[masked_MN])
+            target_T = ids_MP[:, part][masked_MN] - table.start
+            nats_T = torch.nn.functional.cross_entropy(logits_TV, target_T, reduction="none")
+            mask_share_MN = (1 / masked_MN.sum(-1, keepdim=True).clamp(min=1)).expand(masked_MN.shape)
+            total_M = total_M.index_add(0, masked_MN.nonzero()[:, 0], nats_T * mask_share_MN[masked_MN])
         return total_M
 
     def count(self, batch: Batch) -> int:
@@ -151,10 +151,10 @@ class Masked:
     def ask(self, state: GenerationState) -> StepInput:
         assert isinstance(state, MaskedState)
         length = self.positions()
-        read_P = torch.where(state.ids_P < 0, self.mask, state.ids_P)
-        blind_P = read_P.clone()
-        blind_P[: self.text_length] = self.mask
-        ids, blind = ([state.span.begin, *read.tolist()] for read in (read_P, blind_P))
+        input_P = torch.where(state.ids_P < 0, self.mask, state.ids_P)
+        uncond_P = input_P.clone()
+        uncond_P[: self.text_length] = self.mask
+        ids, blind = ([state.span.begin, *branch_ids.tolist()] for branch_ids in (input_P, uncond_P))
         return StepInput(ids, attend_until=[0] + [length] * length, blind=blind if self.text_length else None)
 
     def left(self, state: MaskedState, number: int, steps: int) -> int:
@@ -172,15 +172,15 @@ class Masked:
     def advance(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
         for number, part in enumerate(self.parts()):
             codes, table = number == len(self.parts()) - 1, self.table(number, model.vocabulary)
-            left = [i for i, state in enumerate(states) if bool((state.ids_P[part] < 0).any())]  # type: ignore[attr-defined]
-            if not left:
+            unfinished = [i for i, state in enumerate(states) if bool((state.ids_P[part] < 0).any())]  # type: ignore[attr-defined]
+            if not unfinished:
                 continue
-            seen = [hidden[i] if codes else hidden[i][:1] for i in left]  # guidance is of the codes
-            flat = torch.stack([branch[1:][part] for branches in seen for branch in branches])
+            branch_hidden = [hidden[i] if codes else hidden[i][:1] for i in unfinished]  # guidance is of the codes
+            flat = torch.stack([branch[1:][part] for branches in branch_hidden for branch in branches])
             logits = model.logits(flat.flatten(0, 1), table.start, table.stop).unflatten(0, flat.shape[:2])
-            for i, split in zip(left, logits.split([len(branches) for branches in seen]), strict=True):
-                mixed_NV = states[i].span.guidance.combine(list(split)) if codes else self.mask_forbidden(split[0])
-                self._write(states[i], number, mixed_NV, table.start)  # type: ignore[arg-type]
+            for i, split in zip(unfinished, logits.split([len(branches) for branches in branch_hidden]), strict=True):
+                guided_NV = states[i].span.guidance.combine(list(split)) if codes else self.mask_forbidden(split[0])
+                self._write(states[i], number, guided_NV, table.start)  # type: ignore[arg-type]
         for state in states:
             assert isinstance(state, MaskedState)
             state.step += 1
@@ -200,25 +200,25 @@ class Masked:
         ids_N = state.ids_P[part]
         if span.sampling.temperature == 0:
             weights_NV, noise = logits_NV.float().softmax(-1), 0.0
-            drawn_N = argmax_ids(logits_NV).cpu()
+            sampled_N = argmax_ids(logits_NV).cpu()
         else:
             weights_NV = warp(logits_NV, span.sampling).softmax(-1)
-            drawn_N = exponential_race_sample(
+            sampled_N = exponential_race_sample(
                 weights_NV, torch.empty(logits_NV.shape).exponential_(generator=span.rng)
             ).cpu()
             codes = number == len(self.parts()) - 1  # what comes first in a text is what is surest, as in LLaDA
             noise = self.heat(state.step, steps) if codes else 0.0
-        if bool((drawn_N < 0).any()):
+        if bool((sampled_N < 0).any()):
             state.finite = False
             return
         # confidence = log p(drawn) + noise * Gumbel
-        gumbel_N = self.gumbel(len(drawn_N), span.rng)
-        sure_N = weights_NV.cpu().gather(-1, drawn_N[:, None])[:, 0].log() + noise * gumbel_N
+        gumbel_N = self.gumbel(len(sampled_N), span.rng)
+        confidence_N = weights_NV.cpu().gather(-1, sampled_N[:, None])[:, 0].log() + noise * gumbel_N
         masked_N = ids_N < 0
-        again = sure_N.masked_fill(~masked_N, math.inf).argsort()[: self.left(state, number, steps)]
-        ids_N = torch.where(masked_N, drawn_N + first, ids_N)
+        remasked = confidence_N.masked_fill(~masked_N, math.inf).argsort()[: self.left(state, number, steps)]
+        ids_N = torch.where(masked_N, sampled_N + first, ids_N)
         state.predicted_P[part] = ids_N
-        ids_N[again] = -1
+        ids_N[remasked] = -1
         state.ids_P[part] = ids_N
 
     def pictures(self, model: GeneratorModel, states: list[GenerationState]) -> Tensor:

@@ -96,19 +96,19 @@ class NextScale(GeneratorHead):
         return sum(self.lengths[1:])
 
     def attend_until(self) -> list[int] | None:
-        last, ends = -1, []
+        last_position, attend_until = -1, []
         for length in self.lengths[1:]:
-            last += length
-            ends += [last] * length
-        return ends
+            last_position += length
+            attend_until += [last_position] * length
+        return attend_until
 
     def embed(self, maps_MPC: Tensor, first: int) -> Tensor:
         """What the backbone reads for maps of positions first.. of all scales: their vectors, scale and place."""
-        at = slice(first, first + maps_MPC.shape[1])
+        positions = slice(first, first + maps_MPC.shape[1])
         return (
             self.project(maps_MPC.to(self.project.weight.dtype))
-            + self.scale_embedding(self.numbers[at])
-            + self.position_embedding.weight[at]
+            + self.scale_embedding(self.numbers[positions])
+            + self.position_embedding.weight[positions]
         )
 
     # ---------------------------------------------------------------- training
@@ -116,19 +116,19 @@ class NextScale(GeneratorHead):
     def prepare(
         self, model: GeneratorModel, batch: Batch, embeds_BLD: Tensor, rng: torch.Generator
     ) -> tuple[Tensor, Targets]:
-        rows_M1, at_MP = batch.places(batch.images_of(self.name))
-        if not len(at_MP):
-            return embeds_BLD, (rows_M1, at_MP, at_MP)
+        rows_M1, positions_MP = batch.places(batch.images_of(self.name))
+        if not len(positions_MP):
+            return embeds_BLD, (rows_M1, positions_MP, positions_MP)
         quantizer = self.tokenizer.quantizer
         with torch.no_grad(), torch.autocast(embeds_BLD.device.type, enabled=False):
             if self.mistakes and batch.images is not None and batch.images.is_floating_point():
                 f_MChw = self.tokenizer.features(self.pixels(batch, embeds_BLD.device))
-                codes_MP, read_MP = quantizer.encode_with_corruption(f_MChw, self.mistakes, rng)
+                codes_MP, input_codes_MP = quantizer.encode_with_corruption(f_MChw, self.mistakes, rng)
             else:
-                codes_MP = read_MP = self.encoded(batch, embeds_BLD.device)
-            maps_MPC = quantizer.inputs(read_MP)
-        read_MPD = self.embed(maps_MPC, self.lengths[0]).to(embeds_BLD.dtype)
-        return embeds_BLD.index_put((rows_M1, at_MP), read_MPD), (rows_M1, at_MP, codes_MP)
+                codes_MP = input_codes_MP = self.encoded(batch, embeds_BLD.device)
+            maps_MPC = quantizer.inputs(input_codes_MP)
+        input_MPD = self.embed(maps_MPC, self.lengths[0]).to(embeds_BLD.dtype)
+        return embeds_BLD.index_put((rows_M1, positions_MP), input_MPD), (rows_M1, positions_MP, codes_MP)
 
     def loss(self, model: GeneratorModel, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> Tensor:
         if not len(targets[1]):
@@ -138,9 +138,9 @@ class NextScale(GeneratorHead):
 
     def logits(self, hidden_BLD: Tensor, targets: Targets) -> Tensor:
         """Of the codes of all scales (M, n_1 + P, V)."""
-        rows_M1, at_MP, _ = targets
-        at_MP = torch.cat([at_MP[:, :1] - 1, at_MP], 1)
-        return self.head(hidden_BLD[rows_M1, at_MP]).float()
+        rows_M1, positions_MP, _ = targets
+        positions_MP = torch.cat([positions_MP[:, :1] - 1, positions_MP], 1)
+        return self.head(hidden_BLD[rows_M1, positions_MP]).float()
 
     def guided_loss(self, branches: Sequence[tuple[Tensor, Targets]], guidance: Guidance, temperature: float) -> Tensor:
         """`loss` of what is drawn with guidance at a temperature. branches: states and targets of each."""
@@ -177,31 +177,35 @@ class NextScale(GeneratorHead):
         for i, state in enumerate(states):
             assert isinstance(state, ScaleState)
             groups.setdefault(len(state.codes), []).append(i)
-        read = [len(s.span.head if s.input_LD is None else s.input_LD) for s in states]  # type: ignore[attr-defined]
+        num_read = [len(s.span.head if s.input_LD is None else s.input_LD) for s in states]  # type: ignore[attr-defined]
         for k, members in groups.items():
             flat = torch.stack([branch for i in members for branch in hidden[i]])
             split = self.head(flat.to(self.head.weight.dtype)).float().split([len(hidden[i]) for i in members])
             self._write([states[i] for i in members], split, k)  # type: ignore[misc]
-        return read
+        return num_read
 
     def _write(self, states: list[ScaleState], logits: Sequence[Tensor], k: int) -> None:
         """Scale k of each, from the logits of its branches; and what the next scale reads."""
         for state, split in zip(states, logits, strict=True):
-            mixed_NV = state.span.guidance.combine(list(split), self.share(k))
-            state.codes.append(sample_shared_rng(mixed_NV, state.span.sampling, state.span.rng))
+            guided_NV = state.span.guidance.combine(list(split), self.share(k))
+            state.codes.append(sample_shared_rng(guided_NV, state.span.sampling, state.span.rng))
         quantizer, codes_MN = self.tokenizer.quantizer, torch.stack([state.codes[k] for state in states])
-        for state, least in zip(states, codes_MN.amin(-1).tolist(), strict=True):
-            state.finite = least >= 0
+        for state, min_code in zip(states, codes_MN.amin(-1).tolist(), strict=True):
+            state.finite = min_code >= 0
         codes_MN = codes_MN.clamp(min=0)
-        seen_MChw = torch.cat([state.f_hat_1Chw for state in states]).to(codes_MN.device)
-        seen_MChw = quantizer.grow(seen_MChw, codes_MN, k)
-        last = k + 1 == len(self.lengths)
-        if not last:
-            maps_MNC = quantizer.downsample(seen_MChw, k + 1).flatten(2).transpose(1, 2)
-            read_MND = self.embed(maps_MNC, sum(self.lengths[: k + 1]))
+        f_hat_MChw = torch.cat([state.f_hat_1Chw for state in states]).to(codes_MN.device)
+        f_hat_MChw = quantizer.grow(f_hat_MChw, codes_MN, k)
+        last_position = k + 1 == len(self.lengths)
+        if not last_position:
+            maps_MNC = quantizer.downsample(f_hat_MChw, k + 1).flatten(2).transpose(1, 2)
+            next_input_MND = self.embed(maps_MNC, sum(self.lengths[: k + 1]))
         for i, state in enumerate(states):
-            state.f_hat_1Chw, state.done, state.progress = seen_MChw[i : i + 1], last, (k + 1, len(self.lengths))
-            state.input_LD = None if last else read_MND[i]
+            state.f_hat_1Chw, state.done, state.progress = (
+                f_hat_MChw[i : i + 1],
+                last_position,
+                (k + 1, len(self.lengths)),
+            )
+            state.input_LD = None if last_position else next_input_MND[i]
 
     def pictures(self, model: GeneratorModel, states: list[GenerationState]) -> Tensor:
         codes_MP = torch.stack([torch.cat(state.codes) for state in states if isinstance(state, ScaleState)])

@@ -63,10 +63,12 @@ class CausalGenerator(ABC):
 
     def loss(self, model: GeneratorModel, batch: Batch, hidden_BLD: Tensor, targets: Tensor) -> Tensor:
         """-log p of each id to be predicted, from the state before it."""
-        rows, at = targets.nonzero(as_tuple=True)
+        rows, positions = targets.nonzero(as_tuple=True)
         table = self.table(model.vocabulary)
-        logits_TV = model.logits(hidden_BLD[rows, at - 1], table.start, table.stop).float()
-        return torch.nn.functional.cross_entropy(logits_TV, batch.ids_BL[rows, at] - table.start, reduction="none")
+        logits_TV = model.logits(hidden_BLD[rows, positions - 1], table.start, table.stop).float()
+        return torch.nn.functional.cross_entropy(
+            logits_TV, batch.ids_BL[rows, positions] - table.start, reduction="none"
+        )
 
     def count(self, batch: Batch) -> Tensor:
         return self.targets(batch).sum()
@@ -98,13 +100,13 @@ class Text(CausalGenerator):
         return GenerationState(span, pending_ids=[span.begin])
 
     def advance(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
-        last_BD = torch.stack([branches[0][-1] for branches in hidden])
+        last_hidden_BD = torch.stack([branches[0][-1] for branches in hidden])
         vocabulary = model.vocabulary
-        logits_BV = model.logits(last_BD, 0, vocabulary.text_size)
+        logits_BV = model.logits(last_hidden_BD, 0, vocabulary.text_size)
         logits_BV[:, vocabulary.first : vocabulary.stop] = -torch.inf  # where codes stand among the text
         for row, state in enumerate(states):
-            illegal = [i for i in self.forbidden if i not in state.span.stops]
-            logits_BV[row, illegal] = -torch.inf
+            forbidden = [i for i in self.forbidden if i not in state.span.stops]
+            logits_BV[row, forbidden] = -torch.inf
             if (penalty := state.span.sampling.repetition_penalty) != 1:
                 apply_repetition_penalty(logits_BV[row], {*state.span.before, *state.ids}, penalty)
         for rows, ids in sample_grouped(logits_BV, states):
@@ -156,28 +158,28 @@ class NextToken(CausalGenerator):
         return StepInput(state.pending_ids)
 
     def advance(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
-        plain = [row for row, state in enumerate(states) if not isinstance(state, jacobi.SpeculativeState)]
-        read = [len(state.pending_ids) for state in states]
+        ordinary_rows = [row for row, state in enumerate(states) if not isinstance(state, jacobi.SpeculativeState)]
+        num_read = [len(state.pending_ids) for state in states]
         for row, state in enumerate(states):
             if isinstance(state, jacobi.SpeculativeState):
-                read[row] = jacobi.step(model, state, hidden[row])
-        if not plain:
-            return read
-        states, hidden = [states[row] for row in plain], [hidden[row] for row in plain]
+                num_read[row] = jacobi.step(model, state, hidden[row])
+        if not ordinary_rows:
+            return num_read
+        states, hidden = [states[row] for row in ordinary_rows], [hidden[row] for row in ordinary_rows]
         offset = model.vocabulary.first
         flat = torch.stack([branch[-1] for branches in hidden for branch in branches])
         logits_NV = model.logits(flat, offset, model.vocabulary.stop).float()
-        mixed_BV = combine_grouped(logits_NV, [state.span.guidance for state in states])
-        for rows, ids in sample_grouped(mixed_BV, states):
+        guided_BV = combine_grouped(logits_NV, [state.span.guidance for state in states])
+        for rows, ids in sample_grouped(guided_BV, states):
             for row, code in zip(rows, ids, strict=True):
                 state = states[row]
                 assert state.span.grid is not None
                 height, width = state.span.grid
                 state.ids.append(offset + code)
-                ended = len(state.ids) % width == 0
-                state.pending_ids = [offset + code, *(state.span.row_end if ended else ())]
+                row_complete = len(state.ids) % width == 0
+                state.pending_ids = [offset + code, *(state.span.row_end if row_complete else ())]
                 state.done = len(state.ids) == height * width
-        return read
+        return num_read
 
 
 def combine_grouped(logits_NV: Tensor, guidances: list[Guidance]) -> Tensor:

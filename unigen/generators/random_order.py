@@ -70,30 +70,30 @@ class RandomOrder(GeneratorHead):
 
     def embed(self, model: GeneratorModel, ids_MP: Tensor, order_MP: Tensor) -> Tensor:
         """What the backbone reads at every step but the last of ids in their order, (M, P, D): P - 1 ids, P places."""
-        read_MPD = self.next(order_MP)
-        known_MPD = model.embed(ids_MP) + self.place(order_MP[:, :-1])
-        return torch.cat((read_MPD[:, :1], read_MPD[:, 1:] + known_MPD), 1)
+        input_MPD = self.next(order_MP)
+        previous_MPD = model.embed(ids_MP) + self.place(order_MP[:, :-1])
+        return torch.cat((input_MPD[:, :1], input_MPD[:, 1:] + previous_MPD), 1)
 
     # ---------------------------------------------------------------- training
 
     def prepare(
         self, model: GeneratorModel, batch: Batch, embeds_BLD: Tensor, rng: torch.Generator
     ) -> tuple[Tensor, Targets]:
-        rows_M1, at_MP = batch.places(batch.images_of(self.name))
-        order_MP = torch.rand(at_MP.shape, generator=rng).argsort(-1).to(at_MP.device)
-        ids_MP = batch.ids_BL[rows_M1, at_MP].gather(-1, order_MP)
+        rows_M1, positions_MP = batch.places(batch.images_of(self.name))
+        order_MP = torch.rand(positions_MP.shape, generator=rng).argsort(-1).to(positions_MP.device)
+        ids_MP = batch.ids_BL[rows_M1, positions_MP].gather(-1, order_MP)
         if not len(ids_MP):
-            return embeds_BLD, (rows_M1, at_MP, ids_MP)
-        read_MPD = self.embed(model, ids_MP[:, :-1], order_MP).to(embeds_BLD.dtype)
-        return embeds_BLD.index_put((rows_M1, at_MP), read_MPD), (rows_M1, at_MP, ids_MP)
+            return embeds_BLD, (rows_M1, positions_MP, ids_MP)
+        input_MPD = self.embed(model, ids_MP[:, :-1], order_MP).to(embeds_BLD.dtype)
+        return embeds_BLD.index_put((rows_M1, positions_MP), input_MPD), (rows_M1, positions_MP, ids_MP)
 
     def loss(self, model: GeneratorModel, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> Tensor:
-        rows_M1, at_MP, ids_MP = targets
+        rows_M1, positions_MP, ids_MP = targets
         if not len(ids_MP):
             return self.nothing(hidden_BLD)
-        first, stop = model.vocabulary.first, model.vocabulary.stop
-        logits = model.logits(hidden_BLD[rows_M1, at_MP].flatten(0, 1), first, stop).float()
-        return nn.functional.cross_entropy(logits, ids_MP.flatten() - first, reduction="none")
+        id_offset, stop = model.vocabulary.first, model.vocabulary.stop
+        logits = model.logits(hidden_BLD[rows_M1, positions_MP].flatten(0, 1), id_offset, stop).float()
+        return nn.functional.cross_entropy(logits, ids_MP.flatten() - id_offset, reduction="none")
 
     def count(self, batch: Batch) -> int:
         return len(batch.images_of(self.name)) * self.positions()
@@ -101,10 +101,10 @@ class RandomOrder(GeneratorHead):
     # ---------------------------------------------------------------- sampling
 
     def start(self, span: SegmentSpec) -> GenerationState:
-        known_P = torch.full((self.positions(),), -1) if span.fixed is None else span.fixed.flatten().cpu()
+        fixed_P = torch.full((self.positions(),), -1) if span.fixed is None else span.fixed.flatten().cpu()
         chance_P = torch.rand(self.positions(), generator=span.rng)
-        order_P = (chance_P + (known_P < 0)).argsort()  # what is given comes first
-        written = [int(id) for id in known_P[order_P] if id >= 0]
+        order_P = (chance_P + (fixed_P < 0)).argsort()  # what is given comes first
+        written = [int(id) for id in fixed_P[order_P] if id >= 0]
         return OrderState(span, [], order_P=order_P, written=written)
 
     def ask(self, state: GenerationState) -> StepInput:
@@ -116,27 +116,27 @@ class RandomOrder(GeneratorHead):
     def advance(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
         """One code of each picture that has read more than its begin token; all that was read stays in the cache."""
         orders = [state for state in states if isinstance(state, OrderState)]
-        last = {id(state): [branch[-1] for branch in h] for state, h in zip(orders, hidden, strict=True)}
-        if drawing := [state for state in orders if state.input_LD is not None]:
-            self._draw(model, drawing, [last[id(state)] for state in drawing])
+        last_hidden = {id(state): [branch[-1] for branch in h] for state, h in zip(orders, hidden, strict=True)}
+        if active := [state for state in orders if state.input_LD is not None]:
+            self._draw(model, active, [last_hidden[id(state)] for state in active])
         for state in orders:
-            count, seen = len(state.written), 0 if state.input_LD is None else len(state.written)
+            count, num_cached = len(state.written), 0 if state.input_LD is None else len(state.written)
             state.done = count == self.positions()
             if state.done:
                 state.ids = torch.tensor(state.written)[state.order_P.argsort()].tolist()
             else:
                 device = self.place.weight.device
                 ids_1P = torch.tensor([state.written], dtype=torch.int64, device=device)
-                state.input_LD = self.embed(model, ids_1P, state.order_P[None, : count + 1].to(device))[0, seen:]
+                state.input_LD = self.embed(model, ids_1P, state.order_P[None, : count + 1].to(device))[0, num_cached:]
         return [len(branches[0]) for branches in hidden]
 
     def _draw(self, model: GeneratorModel, states: list[OrderState], last: list[list[Tensor]]) -> None:
-        first = model.vocabulary.first
-        logits = model.logits(torch.stack([s for branches in last for s in branches]), first, model.vocabulary.stop)
-        mixed_BV = combine_grouped(logits, [state.span.guidance for state in states])
-        for rows, codes in sample_grouped(mixed_BV, list(states)):
+        id_offset = model.vocabulary.first
+        logits = model.logits(torch.stack([s for branches in last for s in branches]), id_offset, model.vocabulary.stop)
+        guided_BV = combine_grouped(logits, [state.span.guidance for state in states])
+        for rows, codes in sample_grouped(guided_BV, list(states)):
             for row, code in zip(rows, codes, strict=True):
-                states[row].written.append(first + code)
+                states[row].written.append(id_offset + code)
 
     def pictures(self, model: GeneratorModel, states: list[GenerationState]) -> Tensor:
         return decode_ids(model, states)

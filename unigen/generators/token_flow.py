@@ -103,9 +103,9 @@ class TokenFlow(LatentFlowHead):
 
     def velocity(self, x_TZ: Tensor, t_T: Tensor, states_TD: Tensor) -> Tensor:
         """noise - data of tokens at their times, fp32."""
-        kind = self.enter.weight.dtype
-        condition = self.condition(states_TD.to(kind)) + self.time(t_T)
-        h = self.enter(x_TZ.to(kind))
+        dtype = self.enter.weight.dtype
+        condition = self.condition(states_TD.to(dtype)) + self.time(t_T)
+        h = self.enter(x_TZ.to(dtype))
         for block in self.blocks:
             h = block(h, condition)
         return self.leave(self.norm(h)).float()
@@ -119,10 +119,10 @@ class TokenFlow(LatentFlowHead):
         if not self.count(batch):
             return embeds_BLD, (embeds_BLD.new_zeros(0), embeds_BLD.new_zeros(0))
         tokens_MPZ = self.encoded(batch, embeds_BLD.device).flatten(2).transpose(1, 2)
-        read_MPD = self.read(tokens_MPZ.to(self.read.weight.dtype)).to(embeds_BLD.dtype)
+        input_MPD = self.read(tokens_MPZ.to(self.read.weight.dtype)).to(embeds_BLD.dtype)
         x_TRZ = tokens_MPZ.flatten(0, 1)[:, None].expand(-1, self.settings.repeats, -1)
         noise_TRZ = torch.randn(x_TRZ.shape, generator=rng).to(x_TRZ)
-        embeds_BLD = embeds_BLD.index_put(batch.places(batch.images_of(self.name)), read_MPD)
+        embeds_BLD = embeds_BLD.index_put(batch.places(batch.images_of(self.name)), input_MPD)
         return embeds_BLD, (torch.stack((x_TRZ, noise_TRZ)), self.times(x_TRZ.shape[:2], rng).to(x_TRZ))
 
     def loss(self, model: GeneratorModel, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> Tensor:
@@ -130,13 +130,13 @@ class TokenFlow(LatentFlowHead):
         if not self.count(batch):
             return self.nothing(hidden_BLD)
         (x_TRZ, noise_TRZ), t_TR = targets
-        rows_M1, at_MP = batch.places(batch.images_of(self.name))
-        states_TD = hidden_BLD[rows_M1, at_MP - 1].flatten(0, 1)
-        mixed_TRZ = torch.lerp(x_TRZ, noise_TRZ, t_TR[..., None])
+        rows_M1, positions_MP = batch.places(batch.images_of(self.name))
+        states_TD = hidden_BLD[rows_M1, positions_MP - 1].flatten(0, 1)
+        x_t_TRZ = torch.lerp(x_TRZ, noise_TRZ, t_TR[..., None])
         states_TRD = states_TD[:, None].expand(-1, self.settings.repeats, -1)
-        said = self.velocity(mixed_TRZ.flatten(0, 1), t_TR.flatten(), states_TRD.flatten(0, 1))
-        gap = said - (noise_TRZ - x_TRZ).flatten(0, 1)
-        return gap.square().mean(-1).unflatten(0, (-1, self.settings.repeats)).mean(1)
+        velocity = self.velocity(x_t_TRZ.flatten(0, 1), t_TR.flatten(), states_TRD.flatten(0, 1))
+        error = velocity - (noise_TRZ - x_TRZ).flatten(0, 1)
+        return error.square().mean(-1).unflatten(0, (-1, self.settings.repeats)).mean(1)
 
     def count(self, batch: Batch) -> int:
         return len(batch.images_of(self.name)) * self.positions()
@@ -152,8 +152,8 @@ class TokenFlow(LatentFlowHead):
 
     def advance(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
         """The next token of each picture: a whole flow of the MLP."""
-        last = [[branch[-1] for branch in branches] for branches in hidden]
-        tokens = self.solved(states, last, (self.tokenizer.latent_channels,))
+        last_hidden = [[branch[-1] for branch in branches] for branches in hidden]
+        tokens = self.solved(states, last_hidden, (self.tokenizer.latent_channels,))
         for state, token_Z in zip(states, tokens, strict=True):
             assert isinstance(state, TokenFlowState)
             state.written.append(token_Z)

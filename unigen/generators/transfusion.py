@@ -96,18 +96,18 @@ class Transfusion(LatentFlowHead):
         self, model: GeneratorModel, batch: Batch, embeds_BLD: Tensor, rng: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """The velocities to be learnt, and x_t where the backbone reads."""
-        mixed_MZhw, t_M, velocity_MZhw = self.noised(batch, embeds_BLD.device, rng, self.settings.shift)
+        x_t_MZhw, t_M, velocity_MZhw = self.noised(batch, embeds_BLD.device, rng, self.settings.shift)
         if not len(t_M):
             return embeds_BLD, t_M
-        read_MPD = self.embed(mixed_MZhw, t_M).to(embeds_BLD.dtype)
-        return embeds_BLD.index_put(batch.places(batch.images_of(self.name)), read_MPD), velocity_MZhw
+        input_MPD = self.embed(x_t_MZhw, t_M).to(embeds_BLD.dtype)
+        return embeds_BLD.index_put(batch.places(batch.images_of(self.name)), input_MPD), velocity_MZhw
 
     def loss(self, model: GeneratorModel, batch: Batch, hidden_BLD: Tensor, velocity_MZhw: Tensor) -> Tensor:
         """The mean squared error of each image's velocity, (M,)."""
         if not self.count(batch):
             return self.nothing(hidden_BLD)
-        gap = self.velocity(hidden_BLD[batch.places(batch.images_of(self.name))]) - velocity_MZhw
-        return gap.square().mean((1, 2, 3))
+        error = self.velocity(hidden_BLD[batch.places(batch.images_of(self.name))]) - velocity_MZhw
+        return error.square().mean((1, 2, 3))
 
     # ---------------------------------------------------------------- sampling
 
@@ -117,21 +117,21 @@ class Transfusion(LatentFlowHead):
     def ask(self, state: GenerationState) -> StepInput:
         assert isinstance(state, TransfusionState) and state.flow.t is not None
         count = self.positions()
-        read_PD = self.embed(state.flow.x, torch.tensor([state.flow.t], device=state.flow.x.device))[0]
+        input_PD = self.embed(state.flow.x, torch.tensor([state.flow.t], device=state.flow.x.device))[0]
         if state.begun:
-            return StepInput([0] * count, embeds=read_PD, attend_until=[count - 1] * count)
-        return StepInput([state.span.begin] + [0] * count, embeds=read_PD, attend_until=[0] + [count] * count)
+            return StepInput([0] * count, embeds=input_PD, attend_until=[count - 1] * count)
+        return StepInput([state.span.begin] + [0] * count, embeds=input_PD, attend_until=[0] + [count] * count)
 
     def advance(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
         """One evaluation of the velocity; only the begin token stays in the cache."""
         patches = torch.stack([branch[-self.positions() :] for branches in hidden for branch in branches])
-        said, kept = iter(self.velocity(patches).split(1)), []
+        velocities, num_kept = iter(self.velocity(patches).split(1)), []
         for state, branches in zip(states, hidden, strict=True):
             assert isinstance(state, TransfusionState)
-            state.go([next(said) for _ in branches])
-            kept.append(0 if state.begun else 1)
+            state.go([next(velocities) for _ in branches])
+            num_kept.append(0 if state.begun else 1)
             state.begun = True
-        return kept
+        return num_kept
 
 
 GENERATOR = Transfusion

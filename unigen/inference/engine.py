@@ -89,23 +89,27 @@ class Engine:
         if check_limit("previews", options.get("previews", 0)):
             raise ValueError("previews come while a picture is made: ask stream for them")
         if candidates != 1:
-            rivals = [self.rivals(p, output, candidates, seed=s, **options) for p, s in asked]
-            drawn = iter(self._run_requests([request for _, requests in rivals for request in requests], output))
-            answers = [[next(drawn) for _ in requests] for _, requests in rivals]
-            return self.best([document for document, _ in rivals], output, answers)
+            candidate_sets = [self.rivals(p, output, candidates, seed=s, **options) for p, s in asked]
+            drawn = iter(
+                self._run_requests([request for _, requests in candidate_sets for request in requests], output)
+            )
+            answers = [[next(drawn) for _ in requests] for _, requests in candidate_sets]
+            return self.best([document for document, _ in candidate_sets], output, answers)
         return self._run_requests([self.request(p, output, seed=s, **options) for p, s in asked], output)
 
     def _run_requests(self, requests: Sequence[Request], output: Output) -> list[Any]:
         """What `generate` gives for each request."""
         parts: list[list[Any]] = [MediaList() for _ in requests]
-        story = len(requests) == 1 and output == "interleaved"  # how long it will be is not known
-        with progress.bar(None if story else len(requests), "image", fractions=not story) as bar:
-            for row, part in self.run(requests, lambda done: bar.update(0 if story else done - bar.n)):
-                if isinstance(part, str) and parts[row] and isinstance(parts[row][-1], str):
-                    parts[row][-1] += part
+        is_interleaved = len(requests) == 1 and output == "interleaved"  # how long it will be is not known
+        with progress.bar(None if is_interleaved else len(requests), "image", fractions=not is_interleaved) as bar:
+            for request_index, part in self.run(
+                requests, lambda done: bar.update(0 if is_interleaved else done - bar.n)
+            ):
+                if isinstance(part, str) and parts[request_index] and isinstance(parts[request_index][-1], str):
+                    parts[request_index][-1] += part
                 else:
-                    parts[row].append(part)
-                if story and not isinstance(part, str):
+                    parts[request_index].append(part)
+                if is_interleaved and not isinstance(part, str):
                     bar.update(1)
         for answer in parts:
             answer[:] = [p.strip() if isinstance(p, str) else p for p in answer]
@@ -129,8 +133,8 @@ class Engine:
         reject_unknown_options("describe", options, GENERATE_OPTIONS)
         if question is not None and not check_text("the question", question).strip():
             raise ValueError("the question is empty: ask something, or leave it out for a caption")
-        several = question is None and self.can_rerank
-        asked = {"candidates": self.model.template.candidates if several else 1} | options
+        use_candidates = question is None and self.can_rerank
+        asked = {"candidates": self.model.template.candidates if use_candidates else 1} | options
         answer = self.generate([_as_image(image), as_text(question or CAPTION_PROMPT)], "text", **asked)
         return answer  # type: ignore[no-any-return]
 
@@ -154,10 +158,10 @@ class Engine:
             if "fixed" in options:
                 raise ValueError("give the picture or its codes, not both")
             pixels = self.model.pixels([read_image(image)])
-            chosen = {"temperature": 0.0, "guidance": 1.0} | options  # no code is left to be guided
-            options = chosen | {"fixed": self.model.codes(pixels)[0].cpu()}
-        made = self.generate(document, "pair", **{"generator": "joint"} | options)
-        return tuple(made) if options.get("n", 1) == 1 else MediaList(tuple(pair) for pair in made)
+            defaults = {"temperature": 0.0, "guidance": 1.0} | options  # no code is left to be guided
+            options = defaults | {"fixed": self.model.codes(pixels)[0].cpu()}
+        results = self.generate(document, "pair", **{"generator": "joint"} | options)
+        return tuple(results) if options.get("n", 1) == 1 else MediaList(tuple(pair) for pair in results)
 
     def inpaint(self, image: Any, prompt: str, mask: Any, *, generator: str | None = None, **options: Any) -> Any:
         """The picture, in its own size, with what the mask marks painted anew as the prompt says; all else stays as it
@@ -171,8 +175,8 @@ class Engine:
         document = Document.of(as_text(prompt))
         check_name("generator", generator)
         options, composite = prepare_inpainting(self.model, image, mask, generator, options)
-        painted = self.generate(document, "image", **options)
-        return MediaList(map(composite, painted)) if isinstance(painted, list) else composite(painted)
+        images = self.generate(document, "image", **options)
+        return MediaList(map(composite, images)) if isinstance(images, list) else composite(images)
 
     @property
     def outputs(self) -> tuple[Output, ...]:
@@ -194,7 +198,7 @@ class Engine:
             "generators": [name for name in model.generators if name != "text"],
             "takes": {name: list(model.generators.takes(name)) for name in model.generators if name != "text"},
             "sampling": {name: default_options(model, name) for name in model.generators if name != "text"}
-            | {name: told for name, told in model.sampling.items() if name == "text"},
+            | {name: options for name, options in model.sampling.items() if name == "text"},
             "outputs": list(self.outputs),
             "candidates": self.can_rerank,
             "system": self.model.template.system,
@@ -239,15 +243,15 @@ class Engine:
         document = self.model.encode_document(Document.of(prompt))
         if not self.can_rerank:
             raise ValueError("candidates are for models that read and draw pictures code by code: leave them out")
-        own = self.request(document, output, seed=seed, **options)
-        shown = {"text": 1, "image": 0}.get(output)
-        if len(document.images()) != shown or (not shown and len(document.segments) != 1):
+        first_request = self.request(document, output, seed=seed, **options)
+        num_images = {"text": 1, "image": 0}.get(output)
+        if len(document.images()) != num_images or (not num_images and len(document.segments) != 1):
             raise ValueError("candidates are captions of one picture, or pictures of words: ask for one of these")
-        more = options | ({"temperature": 1.0} if shown else {})
-        others = [self.request(document, output, seed=seed, **more) for _ in range(1, candidates)]
-        for number, other in enumerate(others, start=1):
-            other.candidate_index = number
-        return document, [own, *others]
+        candidate_options = options | ({"temperature": 1.0} if num_images else {})
+        extra_requests = [self.request(document, output, seed=seed, **candidate_options) for _ in range(1, candidates)]
+        for number, request in enumerate(extra_requests, start=1):
+            request.candidate_index = number
+        return document, [first_request, *extra_requests]
 
     def best(self, documents: Sequence[Document], output: Output, answers: Sequence[Sequence[Any]]) -> list[Any]:
         """Of the answers of each document's `rivals` the best."""
@@ -274,8 +278,8 @@ class Engine:
     ) -> Iterator[tuple[int, Any]]:
         try:
             with torch.inference_mode():
-                for row in rows:
-                    running.join(row)
+                for request_index in rows:
+                    running.join(request_index)
             while running:
                 yield from running.step()
                 for error in running.failed.values():

@@ -32,36 +32,36 @@ def prepare_inpainting(
     mask: of the image's shape, white where to paint (`unigen.media.images.read_mask`). generator: None takes `masked`,
     or else the first that can. Raises ValueError where the mask marks nothing, and for a generator that cannot keep
     codes."""
-    able = [name for name in model.generators if "fixed" in model.generators.takes(name)]
-    if not able:
+    capable_generators = [name for name in model.generators if "fixed" in model.generators.takes(name)]
+    if not capable_generators:
         raise ValueError("this model cannot keep a part of a picture: train it with writers.masked=1")
-    generator = generator or ("masked" if "masked" in able else able[0])
-    if generator in model.generators and generator not in able:
-        raise ValueError(f"{generator} cannot keep a part of a picture: choose {' or '.join(able)}")
+    generator = generator or ("masked" if "masked" in capable_generators else capable_generators[0])
+    if generator in model.generators and generator not in capable_generators:
+        raise ValueError(f"{generator} cannot keep a part of a picture: choose {' or '.join(capable_generators)}")
     grid = model.image_tokenizer.grid
-    given, marks = read_image(image), read_mask(mask)
-    if given.size != marks.size:
-        raise ValueError(f"the mask is of {marks.size} pixels, the picture of {given.size}: make them alike")
-    window = square_crop_box(marks)
-    seen, marked = given.crop(window), marks.crop(window)
-    marked_HW = np.asarray(marked) >= 128
-    rows, columns = (np.arange(n) * len(marked_HW) // n for n in grid)
+    original, mask_image = read_image(image), read_mask(mask)
+    if original.size != mask_image.size:
+        raise ValueError(f"the mask is of {mask_image.size} pixels, the picture of {original.size}: make them alike")
+    crop_box = square_crop_box(mask_image)
+    crop, crop_mask = original.crop(crop_box), mask_image.crop(crop_box)
+    mask_HW = np.asarray(crop_mask) >= 128
+    rows, columns = (np.arange(n) * len(mask_HW) // n for n in grid)
     if isinstance(model.template, SupportsMaskCells):
-        cells_hw = model.template.mask_to_cells(marked, model.image_tokenizer.image_size, grid)
+        cells_hw = model.template.mask_to_cells(crop_mask, model.image_tokenizer.image_size, grid)
     else:
-        cells_hw = np.logical_or.reduceat(np.logical_or.reduceat(marked_HW, rows, 0), columns, 1)
+        cells_hw = np.logical_or.reduceat(np.logical_or.reduceat(mask_HW, rows, 0), columns, 1)
     if not cells_hw.any():
         raise ValueError("the mask marks nothing: paint white what is to be made anew")
-    codes_hw = model.codes(model.pixels([seen]))[0].cpu()
+    codes_hw = model.codes(model.pixels([crop]))[0].cpu()
     fixed = torch.where(torch.from_numpy(cells_hw), -1, codes_hw)
-    pixel = np.arange(len(marked_HW))
-    cell_rows, cell_columns = (np.searchsorted(first, pixel, "right") - 1 for first in (rows, columns))
-    anew = Image.fromarray(marked_HW & cells_hw[cell_rows][:, cell_columns])
+    pixel = np.arange(len(mask_HW))
+    cell_rows, cell_columns = (np.searchsorted(start, pixel, "right") - 1 for start in (rows, columns))
+    paste_mask = Image.fromarray(mask_HW & cells_hw[cell_rows][:, cell_columns])
 
     def composite(made: Image.Image) -> Image.Image:
-        painted = given.copy()
-        painted.paste(made.resize(seen.size, Image.Resampling.LANCZOS), window, anew)
-        return painted
+        result = original.copy()
+        result.paste(made.resize(crop.size, Image.Resampling.LANCZOS), crop_box, paste_mask)
+        return result
 
     return options | {"generator": generator, "fixed": fixed}, composite
 
@@ -72,25 +72,25 @@ def square_crop_box(mask: Image.Image) -> tuple[int, int, int, int]:
     side = min(mask.size)
     left, top, right, bottom = mask.getbbox() or (0, 0, *mask.size)
     x, y = (
-        min(max((first + last - side) // 2, 0), length - side)
-        for first, last, length in ((left, right, mask.width), (top, bottom, mask.height))
+        min(max((start + stop - side) // 2, 0), length - side)
+        for start, stop, length in ((left, right, mask.width), (top, bottom, mask.height))
     )
     return x, y, x + side, y + side
 
 
 def limiting_window(mask: Any) -> tuple[int, int, int, int] | None:
     """The window of a mask, where the mask also marks pixels outside it, which stay as they are; else None."""
-    marks = read_mask(mask)
-    window = square_crop_box(marks)
-    marks.paste(0, window)
-    return window if marks.getbbox() else None
+    mask_image = read_mask(mask)
+    crop_box = square_crop_box(mask_image)
+    mask_image.paste(0, crop_box)
+    return crop_box if mask_image.getbbox() else None
 
 
 def random_mask(model: UnifiedModel, image: Any, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """The picture as the model frames it, and a mask of so large a share of its cells, at least one, drawn by lot."""
     tokenizer = model.image_tokenizer
     (height, width), size = tokenizer.grid, tokenizer.image_size
-    drawn = np.random.default_rng(seed).random((height, width, 1))
-    cells = drawn < max(share, np.nextafter(drawn.min(), 1))  # one at least
+    noise = np.random.default_rng(seed).random((height, width, 1))
+    cells = noise < max(share, np.nextafter(noise.min(), 1))  # one at least
     mask = np.where(cells, 255, 0).astype(np.uint8).repeat(size // height, 0).repeat(size // width, 1)
     return center_crop_resize(read_image(image), size), mask.repeat(3, 2)

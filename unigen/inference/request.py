@@ -96,22 +96,27 @@ def build_request(
     outputs = model.template.outputs
     if not isinstance(output, str) or output not in OUTPUTS:
         raise ValueError(f"unknown output {shorten(output)}: one of {', '.join(OUTPUTS)}")
-    named = {"generator": generator, "sampler": sampler, "guidance_kind": guidance_kind, "accelerate": accelerate}
-    for name, value in named.items():
+    name_options = {
+        "generator": generator,
+        "sampler": sampler,
+        "guidance_kind": guidance_kind,
+        "accelerate": accelerate,
+    }
+    for name, value in name_options.items():
         check_name(name, value)
     for name, number in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p)):
         if number is not None:
             check_limit(name, number)
     generator = default_generator(model) if generator is None else generator
     if output == "pair" and generator not in model.template.text_lengths:
-        able = " or ".join(model.template.text_lengths) or "none here does: train with writers.joint=1"
-        raise ValueError(f"a text and a picture at once need a generator that writes both ({able})")
+        capable_generators = " or ".join(model.template.text_lengths) or "none here does: train with writers.joint=1"
+        raise ValueError(f"a text and a picture at once need a generator that writes both ({capable_generators})")
     if output not in outputs:
         raise ValueError(f"this model cannot answer with {output}: it can with {' or '.join(outputs)}")
     if generator not in model.generators or generator == "text":
-        able = ", ".join(name for name in model.generators if name != "text")
-        near = did_you_mean(str(generator), model.generators)
-        raise ValueError(f"this model has no generator {generator!r}: it has {able}{near}")
+        capable_generators = ", ".join(name for name in model.generators if name != "text")
+        suggestion = did_you_mean(str(generator), model.generators)
+        raise ValueError(f"this model has no generator {generator!r}: it has {capable_generators}{suggestion}")
     seed, max_tokens = check_limit("seed", seed), check_limit("max_tokens", max_tokens)
     max_images, previews = check_limit("max_images", max_images), check_limit("previews", previews)
     if sampler is not None and sampler not in SOLVERS:
@@ -119,51 +124,57 @@ def build_request(
     if steps is not None:
         steps = check_limit("steps", steps)
     default = DEFAULT_SAMPLING | model.sampling.get(generator, {})
-    usual, scales = Guidance.of(default["guidance"]), model.template.scales
-    guidance = usual if guidance is None else Guidance.of(guidance)
+    default_guidance, scales = Guidance.of(default["guidance"]), model.template.scales
+    guidance = default_guidance if guidance is None else Guidance.of(guidance)
     if scales > 1 and len(guidance.scales) == 1:  # of the words alone; the others are as usual, or all are off
-        off = guidance.scales[0] == 1
-        guidance = replace(guidance, scales=guidance.scales + ((1.0,) * (scales - 1) if off else usual.scales[1:]))
-    chosen = {"steps": steps, "sampler": sampler, "guidance_kind": guidance_kind, "fixed": fixed}
-    chosen["accelerate"] = accelerate
+        guidance_off = guidance.scales[0] == 1
+        guidance = replace(
+            guidance, scales=guidance.scales + ((1.0,) * (scales - 1) if guidance_off else default_guidance.scales[1:])
+        )
+    given_options = {"steps": steps, "sampler": sampler, "guidance_kind": guidance_kind, "fixed": fixed}
+    given_options["accelerate"] = accelerate
     if accelerate is not None and accelerate not in SPECULATIVE_METHODS:
         raise ValueError(f"unknown acceleration {accelerate!r}: one of {', '.join(SPECULATIVE_METHODS)}")
     if output in ("image", "pair"):  # else they are of its text as well
-        chosen |= {"temperature": temperature, "top_k": top_k or None, "top_p": top_p if top_p != 1 else None}
-        chosen["repetition_penalty"] = repetition_penalty
-    takes = model.generators.takes(generator)
-    if unheard := [name for name, value in chosen.items() if value is not None and name not in takes]:
-        heard = f" (it takes {', '.join(takes)})" if takes else ""
-        raise ValueError(f"{generator} does not take {', '.join(unheard)}: leave that out{heard}")
+        given_options |= {"temperature": temperature, "top_k": top_k or None, "top_p": top_p if top_p != 1 else None}
+        given_options["repetition_penalty"] = repetition_penalty
+    supported_options = model.generators.takes(generator)
+    if unsupported := [
+        name for name, value in given_options.items() if value is not None and name not in supported_options
+    ]:
+        supported = f" (it takes {', '.join(supported_options)})" if supported_options else ""
+        raise ValueError(f"{generator} does not take {', '.join(unsupported)}: leave that out{supported}")
     if guidance_kind is not None:
         guidance = replace(guidance, kind=guidance_kind)
-    if "sampler" in takes and steps is not None:
+    if "sampler" in supported_options and steps is not None:
         if steps > MAX_STEPS:
             raise ValueError(f"steps of {generator} must be a whole number from 1 to {MAX_STEPS}, not {steps}")
         if guidance.kind == "cfg-zero" and steps == 1:
             raise ValueError("cfg-zero rests in its first step: take at least 2 steps")
-    if "guidance_kind" not in takes and guidance != Guidance(guidance.scales):
+    if "guidance_kind" not in supported_options and guidance != Guidance(guidance.scales):
         raise ValueError(f"{generator} does not take a kind or an interval of guidance: give a scale")
-    shape, most = model.image_tokenizer.grid, model.vocabulary.image_size
-    whole = isinstance(fixed, torch.Tensor) and not (fixed.is_floating_point() or fixed.is_complex())
-    if fixed is not None and not (whole and fixed.shape == shape and -1 <= int(fixed.min()) <= int(fixed.max()) < most):
+    shape, codebook_size = model.image_tokenizer.grid, model.vocabulary.image_size
+    is_integer = isinstance(fixed, torch.Tensor) and not (fixed.is_floating_point() or fixed.is_complex())
+    if fixed is not None and not (
+        is_integer and fixed.shape == shape and -1 <= int(fixed.min()) <= int(fixed.max()) < codebook_size
+    ):
         raise ValueError(f"fixed must be codes of the shape {model.image_tokenizer.grid}, -1 where to write")
     if len(guidance.scales) != scales:
         count = "one scale" if scales == 1 else f"{scales} scales, or that of the words"
         raise ValueError(f"this model has {scales + 1} branches of guidance: give {count}")
-    drawn = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    codes: dict[str, Any] = {k: default[k] if value is None else value for k, value in drawn.items()}
-    written = {"temperature": temperature, "top_p": top_p, "repetition_penalty": repetition_penalty}
+    code_options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    codes: dict[str, Any] = {k: default[k] if value is None else value for k, value in code_options.items()}
+    text_options = {"temperature": temperature, "top_p": top_p, "repetition_penalty": repetition_penalty}
     texts = {"temperature": 0.8 if output == "interleaved" else 0.0} | model.sampling.get("text", {})
     if output == "text":
-        written["top_k"] = top_k
-    texts |= {name: value for name, value in written.items() if value is not None}
+        text_options["top_k"] = top_k
+    texts |= {name: value for name, value in text_options.items() if value is not None}
     document = Document.of(prompt)
-    told, said = split_system_messages(document.segments)
-    if told and not model.template.system:
+    system_text, dialogue = split_system_messages(document.segments)
+    if system_text and not model.template.system:
         raise ValueError("this model follows no system messages: leave them out, or say it as the user")
-    if told:  # pictures are drawn from what the user says
-        document.segments = said if output == "image" else [Segment(text=told, role="system"), *said]
+    if system_text:  # pictures are drawn from what the user says
+        document.segments = dialogue if output == "image" else [Segment(text=system_text, role="system"), *dialogue]
     if any(is_codes(image) and image.ndim != 2 for image in document.images()):
         raise ValueError("codes of a picture in a prompt have two dimensions, rows and columns")
     if output != "pair":  # both parts of a pair may be left to the model
@@ -204,30 +215,30 @@ def default_generator(model: UnifiedModel) -> str:
 def zip_with_seeds(prompts: Sequence[Any], seeds: Sequence[int] | None = None) -> list[tuple[Any, int]]:
     """Each prompt with its seed; 0, 1, .. where none are given. Raises ValueError for what is no list of prompts, or no
     list of as many seeds."""
-    one = isinstance(prompts, (str, Document, Segment, dict)) or is_image(prompts)
-    if one or not isinstance(prompts, Iterable):
+    is_single_prompt = isinstance(prompts, (str, Document, Segment, dict)) or is_image(prompts)
+    if is_single_prompt or not isinstance(prompts, Iterable):
         what = shorten(prompts) if isinstance(prompts, (str, bytes)) else type(prompts).__name__
         raise ValueError(
             f"the prompts must be a list, with one answer each, not {what}: give [prompt], or ask generate"
         )
-    listed = list(prompts)
+    prompt_list = list(prompts)
     if seeds is None:
-        return [(prompt, i) for i, prompt in enumerate(listed)]
+        return [(prompt, i) for i, prompt in enumerate(prompt_list)]
     unordered = isinstance(seeds, (str, bytes, dict, set, frozenset, torch.Tensor))
     if unordered or not isinstance(seeds, Iterable) or getattr(seeds, "ndim", 1) != 1:
         raise ValueError(f"the seeds must be a list of whole numbers, one for each prompt, not {shorten(seeds)}")
     numbers = [check_limit("seed", seed) for seed in list(seeds)]
-    if len(numbers) != len(listed):
-        raise ValueError(f"{len(listed)} prompts need as many seeds, not {len(numbers)}")
-    return list(zip(listed, numbers, strict=True))
+    if len(numbers) != len(prompt_list):
+        raise ValueError(f"{len(prompt_list)} prompts need as many seeds, not {len(numbers)}")
+    return list(zip(prompt_list, numbers, strict=True))
 
 
 def reject_unknown_options(what: str, options: Iterable[str], known: Sequence[str]) -> None:
     """Raises ValueError where an option is not among those known, with the one that may have been meant."""
     for name in options:
         if name not in known:
-            near = did_you_mean(name, known) or f": it takes {', '.join(known)}"
-            raise ValueError(f"{what} has no option {name!r}{near}")
+            suggestion = did_you_mean(name, known) or f": it takes {', '.join(known)}"
+            raise ValueError(f"{what} has no option {name!r}{suggestion}")
 
 
 def check_name(what: str, name: Any) -> None:
@@ -239,10 +250,12 @@ def check_name(what: str, name: Any) -> None:
 def check_size(size: Any) -> None:
     """Raises ValueError for what is no width and height."""
     limits = LIMITS["width"], LIMITS["height"]
-    two = isinstance(size, (tuple, list)) and len(size) == 2
-    if not (two and all(limit.contains(n) for limit, n in zip(limits, size, strict=True))):
-        most = f"at most {limits[0].high:,} each"
-        raise ValueError(f"a size is two whole numbers, width and height in pixels, {most}, not {shorten(size)}")
+    is_size = isinstance(size, (tuple, list)) and len(size) == 2
+    if not (is_size and all(limit.contains(n) for limit, n in zip(limits, size, strict=True))):
+        codebook_size = f"at most {limits[0].high:,} each"
+        raise ValueError(
+            f"a size is two whole numbers, width and height in pixels, {codebook_size}, not {shorten(size)}"
+        )
 
 
 def code_grid(model: UnifiedModel, size: tuple[int, int] | None) -> tuple[int, int]:
@@ -264,6 +277,6 @@ def code_grid(model: UnifiedModel, size: tuple[int, int] | None) -> tuple[int, i
 def default_options(model: UnifiedModel, generator: str) -> dict[str, Any]:
     """How pictures are drawn where nothing else is asked for: guidance, and what else the generator takes."""
     writer = model.generators[generator]
-    own = {name: getattr(writer, name) for name in ("steps", "sampler") if name in writer.takes}
-    default = DEFAULT_SAMPLING | own | model.sampling.get(generator, {})
+    generator_defaults = {name: getattr(writer, name) for name in ("steps", "sampler") if name in writer.takes}
+    default = DEFAULT_SAMPLING | generator_defaults | model.sampling.get(generator, {})
     return {name: default[name] for name in default if name in ("guidance", *writer.takes)}

@@ -142,35 +142,39 @@ class Scheduler:
         while len(row.slots) > branches:
             slot = row.slots.pop()
             row.states.pop(len(row.slots), None)
-            last = self.cache.leave(slot)
-            for other in self._sequences.values():
-                other.slots = [slot if one == last else one for one in other.slots]
+            moved_slot = self.cache.leave(slot)
+            for sequence in self._sequences.values():
+                sequence.slots = [slot if one == moved_slot else one for one in sequence.slots]
         while len(row.slots) < branches:
             row.slots.append(self.cache.take())
 
     def usage(self, number: int) -> Usage:
         """What a request that is running has taken so far. KeyError where it is not running."""
-        row = self._sequences[number]
-        text = row.state.ids if row.state and isinstance(row.generator, Text) and not row.state.done else []
-        codes = row.images * row.request.grid[0] * row.request.grid[1]
-        return Usage(row.asked, row.said + len(text), codes, row.cut, row.seen)
+        sequence = self._sequences[number]
+        text = (
+            sequence.state.ids
+            if sequence.state and isinstance(sequence.generator, Text) and not sequence.state.done
+            else []
+        )
+        codes = sequence.images * sequence.request.grid[0] * sequence.request.grid[1]
+        return Usage(sequence.asked, sequence.said + len(text), codes, sequence.cut, sequence.seen)
 
     @torch.inference_mode()
     def step(self) -> list[tuple[int, Any]]:
         """One step of all: (number, piece of text or picture) of what it made. Those that are done or failed are gone
         afterwards. A row fails alone, where its numbers are not finite; the others go on."""
-        rows = list(self._sequences.values())
-        self._write(rows)
-        return self._postprocess(rows)
+        sequences = list(self._sequences.values())
+        self._write(sequences)
+        return self._postprocess(sequences)
 
     @torch.no_grad()
     def states(self, request: Request) -> torch.Tensor:
         """What the backbone makes of a request's prompt, states (S, D). Nothing else may be on its way."""
-        row = self.row(request)
-        assert row.generator is not None and row.state is not None and not self._sequences
-        self._resize_slots(row, row.branches)
-        hidden_of = self._run_backbone([row], [row.generator.ask(row.state)])
-        self._resize_slots(row, 0)
+        sequence = self.row(request)
+        assert sequence.generator is not None and sequence.state is not None and not self._sequences
+        self._resize_slots(sequence, sequence.branches)
+        hidden_of = self._run_backbone([sequence], [sequence.generator.ask(sequence.state)])
+        self._resize_slots(sequence, 0)
         if not bool(hidden_of[0].isfinite().all()):
             raise self._non_finite_error("states")
         return hidden_of[0]
@@ -179,96 +183,105 @@ class Scheduler:
 
     def _write(self, rows: list[Row]) -> None:
         """One step of each row's generator."""
-        for row in rows:
-            self._resize_slots(row, row.branches)
-        asked = [row.generator.ask(row.state) for row in rows if row.generator and row.state]
-        lengths = [max(map(len, row.pending_ids)) + len(read.ids) for row, read in zip(rows, asked, strict=True)]
-        for together in bucket_rows(lengths, [row.branches for row in rows]):
-            some, reads = [rows[i] for i in together], [asked[i] for i in together]
-            if lengths[together[0]]:
-                hidden_of = self._run_backbone(some, reads)
+        for sequence in rows:
+            self._resize_slots(sequence, sequence.branches)
+        step_inputs = [
+            sequence.generator.ask(sequence.state) for sequence in rows if sequence.generator and sequence.state
+        ]
+        lengths = [
+            max(map(len, sequence.pending_ids)) + len(step_input.ids)
+            for sequence, step_input in zip(rows, step_inputs, strict=True)
+        ]
+        for bucket in bucket_rows(lengths, [sequence.branches for sequence in rows]):
+            bucket_sequences, reads = [rows[i] for i in bucket], [step_inputs[i] for i in bucket]
+            if lengths[bucket[0]]:
+                hidden_of = self._run_backbone(bucket_sequences, reads)
             else:
-                nothing_LD = self.model.embed(torch.zeros(0, dtype=torch.int64, device=self.model.device))
-                hidden_of = {slot: nothing_LD for row in some for slot in row.slots}
-            self._step_generators(some, reads, hidden_of)
+                empty_LD = self.model.embed(torch.zeros(0, dtype=torch.int64, device=self.model.device))
+                hidden_of = {slot: empty_LD for sequence in bucket_sequences for slot in sequence.slots}
+            self._step_generators(bucket_sequences, reads, hidden_of)
 
     def _run_backbone(self, rows: list[Row], asked: list[StepInput]) -> dict[int, torch.Tensor]:
         """One pass of the backbone for these rows, in the order of their slots, which are read as they lie: the states
         (L, D) of each slot."""
-        lengths = [len(ids) + len(read.ids) for row, read in zip(rows, asked, strict=True) for ids in row.pending_ids]
-        slots = [slot for row in rows for slot in row.slots]
+        lengths = [
+            len(ids) + len(step_input.ids)
+            for sequence, step_input in zip(rows, asked, strict=True)
+            for ids in sequence.pending_ids
+        ]
+        slots = [slot for sequence in rows for slot in sequence.slots]
         order = sorted(range(len(slots)), key=slots.__getitem__)
-        embeds_BLD, reach_BL = self._build_inputs(rows, asked, max(lengths))
+        embeds_BLD, attend_until_BL = self._build_inputs(rows, asked, max(lengths))
         if order != list(range(len(order))):
-            embeds_BLD, reach_BL = embeds_BLD[order], None if reach_BL is None else reach_BL[order]
-        positions_BL, mask = self.cache.begin([slots[i] for i in order], max(lengths), reach_BL)
-        found_BLD = self.model.step(embeds_BLD, positions_BL, mask, self.cache)
-        return {slots[i]: found_BLD[at, : lengths[i]] for at, i in enumerate(order)}
+            embeds_BLD, attend_until_BL = embeds_BLD[order], None if attend_until_BL is None else attend_until_BL[order]
+        positions_BL, mask = self.cache.begin([slots[i] for i in order], max(lengths), attend_until_BL)
+        hidden_BLD = self.model.step(embeds_BLD, positions_BL, mask, self.cache)
+        return {slots[i]: hidden_BLD[index, : lengths[i]] for index, i in enumerate(order)}
 
     def _step_generators(self, rows: list[Row], asked: list[StepInput], hidden_of: dict[int, torch.Tensor]) -> None:
         """Let the rows' generators go on, by the states (L, D) of each slot."""
         groups: dict[int, list[int]] = {}
         hidden: list[list[torch.Tensor]] = []
-        for i, row in enumerate(rows):
-            hidden.append(self._told(row, [hidden_of[slot] for slot in row.slots], len(asked[i].ids)))
-            groups.setdefault(id(row.generator), []).append(i)
-        kept = [0] * len(rows)
+        for i, sequence in enumerate(rows):
+            hidden.append(self._told(sequence, [hidden_of[slot] for slot in sequence.slots], len(asked[i].ids)))
+            groups.setdefault(id(sequence.generator), []).append(i)
+        num_kept = [0] * len(rows)
         for members in groups.values():
             generator = rows[members[0]].generator
             assert generator is not None
             states = [rows[i].state for i in members]
             counts = generator.advance(self.model, states, [hidden[i] for i in members])  # type: ignore[arg-type]
             for i, count in zip(members, counts, strict=True):
-                kept[i] = count
-        for row, read, count in zip(rows, asked, kept, strict=True):
-            self.cache.keep(row.slots, [len(ids) + count for ids in row.pending_ids])
-            for branch, states_LD in row.states.items():
-                row.states[branch] = states_LD[: len(states_LD) - len(read.ids) + count]
-            row.pending_ids = [[] for _ in row.pending_ids]
-            row.kept += count
+                num_kept[i] = count
+        for sequence, step_input, count in zip(rows, asked, num_kept, strict=True):
+            self.cache.keep(sequence.slots, [len(ids) + count for ids in sequence.pending_ids])
+            for branch, states_LD in sequence.states.items():
+                sequence.states[branch] = states_LD[: len(states_LD) - len(step_input.ids) + count]
+            sequence.pending_ids = [[] for _ in sequence.pending_ids]
+            sequence.kept += count
 
     def _build_inputs(
         self, rows: list[Row], asked: list[StepInput], length: int
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What all branches read, (B, length, D), and how far each position sees, None where all are causal."""
         branches = [
-            (ids, read, read.blind if b and read.blind else read.ids)
-            for row, read in zip(rows, asked, strict=True)
-            for b, ids in enumerate(row.pending_ids)
+            (ids, step_input, step_input.blind if b and step_input.blind else step_input.ids)
+            for sequence, step_input in zip(rows, asked, strict=True)
+            for b, ids in enumerate(sequence.pending_ids)
         ]
         padded = [ids + own + [0] * (length - len(ids) - len(own)) for ids, _, own in branches]
         ids_BL = torch.tensor(padded, device=self.model.device)
-        owners = [row for row in rows for _ in row.pending_ids]
-        if any(row.features is not None for row in rows):
-            beyond_BL = ids_BL - self.model.vocabulary.size
+        sequences = [sequence for sequence in rows for _ in sequence.pending_ids]
+        if any(sequence.features is not None for sequence in rows):
+            feature_index_BL = ids_BL - self.model.vocabulary.size
             embeds_BLD = self.model.embed(ids_BL.clamp(max=self.model.vocabulary.size - 1))
-            for b, row in enumerate(owners):
-                if row.features is not None:
-                    seen_L = beyond_BL[b] >= 0
-                    embeds_BLD[b, seen_L] = row.features[beyond_BL[b, seen_L]].to(embeds_BLD)
+            for b, sequence in enumerate(sequences):
+                if sequence.features is not None:
+                    is_feature_L = feature_index_BL[b] >= 0
+                    embeds_BLD[b, is_feature_L] = sequence.features[feature_index_BL[b, is_feature_L]].to(embeds_BLD)
         else:
             embeds_BLD = self.model.embed(ids_BL)
-        reach_BL = None
+        attend_until_BL = None
         prefixes = [self.model.template.prefix(ids) for ids, _, _ in branches]
-        if any(prefixes) or any(read.attend_until for read in asked):
-            reach_BL = torch.arange(length).repeat(len(branches), 1)
-        for b, (ids, read, _) in enumerate(branches):
-            span = slice(len(ids), len(ids) + len(read.ids))
-            if read.embeds is not None:
-                embeds_BLD[b, span.stop - len(read.embeds) : span.stop] = read.embeds
-            if reach_BL is not None:
-                reach_BL[b, : prefixes[b]] = prefixes[b] - 1
-            if reach_BL is not None and read.attend_until:
-                reach_BL[b, span] = torch.tensor(read.attend_until) + len(ids)
-        return embeds_BLD, reach_BL
+        if any(prefixes) or any(step_input.attend_until for step_input in asked):
+            attend_until_BL = torch.arange(length).repeat(len(branches), 1)
+        for b, (ids, step_input, _) in enumerate(branches):
+            spec = slice(len(ids), len(ids) + len(step_input.ids))
+            if step_input.embeds is not None:
+                embeds_BLD[b, spec.stop - len(step_input.embeds) : spec.stop] = step_input.embeds
+            if attend_until_BL is not None:
+                attend_until_BL[b, : prefixes[b]] = prefixes[b] - 1
+            if attend_until_BL is not None and step_input.attend_until:
+                attend_until_BL[b, spec] = torch.tensor(step_input.attend_until) + len(ids)
+        return embeds_BLD, attend_until_BL
 
     def _told(self, row: Row, states: list[torch.Tensor], asked: int) -> list[torch.Tensor]:
         """What the row's generator gets of each branch: the states of what it asked for, or of all that was read."""
         assert row.generator is not None
         if self.model.generators[row.request.generator].needs_context:
             for branch, states_LD in enumerate(states):
-                before = [row.states[branch]] if branch in row.states else []
-                row.states[branch] = torch.cat([*before, states_LD])
+                previous = [row.states[branch]] if branch in row.states else []
+                row.states[branch] = torch.cat([*previous, states_LD])
         if row.generator.needs_context:
             return [row.states[branch] for branch, _ in enumerate(states)]
         return [states_LD[len(states_LD) - max(asked, 1) :] for states_LD in states]  # the prompt's last, if none
@@ -276,48 +289,48 @@ class Scheduler:
     def _postprocess(self, rows: list[Row]) -> list[tuple[int, Any]]:
         """What this step made of these rows' answers; those that are done leave."""
         self.ended, self.failed = {}, {}
-        for row in rows:
-            if row.state and not row.state.finite:
-                self.failed[row.number] = self._non_finite_error("scores")
-        rows = [row for row in rows if row.number not in self.failed]
-        ended = [row for row in rows if row.state and row.state.done]
-        parts = [(row.number, part) for row, part in self._parts(ended, rows)]
+        for sequence in rows:
+            if sequence.state and not sequence.state.finite:
+                self.failed[sequence.number] = self._non_finite_error("scores")
+        rows = [sequence for sequence in rows if sequence.number not in self.failed]
+        finished = [sequence for sequence in rows if sequence.state and sequence.state.done]
+        parts = [(sequence.number, part) for sequence, part in self._parts(finished, rows)]
         for number in self.failed:
             self.cache.clear(self._sequences[number].slots)
             self.drop(number)
-        for row in ended:
-            if row.state and row.state.done and row.number not in self.failed:
-                self.ended[row.number] = self.usage(row.number)
-                self.drop(row.number)
+        for sequence in finished:
+            if sequence.state and sequence.state.done and sequence.number not in self.failed:
+                self.ended[sequence.number] = self.usage(sequence.number)
+                self.drop(sequence.number)
         return parts
 
     def _parts(self, ended: list[Row], rows: list[Row]) -> Iterator[tuple[Row, Any]]:
         """Text as it comes, previews that are due, and the pictures of the spans that ended, which then go on."""
         text = self.model.generators.get("text")
-        for row in rows:
-            if row.generator is text and row.state is not None:
-                piece = self._text_delta(row)
+        for sequence in rows:
+            if sequence.generator is text and sequence.state is not None:
+                piece = self._text_delta(sequence)
                 if piece:
-                    yield row, piece
-            elif row.request.previews and (preview := self._preview(row)):
-                yield row, preview
-        for row in ended:
-            generator, state = row.generator, row.state
+                    yield sequence, piece
+            elif sequence.request.previews and (preview := self._preview(sequence)):
+                yield sequence, preview
+        for sequence in ended:
+            generator, state = sequence.generator, sequence.state
             if generator is None or generator is text or state is None:
                 continue
             try:
                 image, codes_hw = self._picture(generator, state)
             except NonFiniteError:
-                self.failed[row.number] = self._non_finite_error("pixels")
+                self.failed[sequence.number] = self._non_finite_error("pixels")
                 continue
-            if row.request.output == "pair":
-                yield row, self._joint_text(row)
-            row.document.segments.append(Segment(image=image if codes_hw is None else codes_hw, role="assistant"))
-            row.request.written.append(state.native_codes)
-            yield row, image
-        for row in ended:
-            if row.number not in self.failed:
-                self._start_next_segment(row, drew=row.generator is not text)
+            if sequence.request.output == "pair":
+                yield sequence, self._joint_text(sequence)
+            sequence.document.segments.append(Segment(image=image if codes_hw is None else codes_hw, role="assistant"))
+            sequence.request.written.append(state.native_codes)
+            yield sequence, image
+        for sequence in ended:
+            if sequence.number not in self.failed:
+                self._start_next_segment(sequence, drew=sequence.generator is not text)
 
     def _non_finite_error(self, what: str) -> NonFiniteError:
         return NonFiniteError(what, self.model.dtype)
@@ -326,20 +339,20 @@ class Scheduler:
         """A span's picture, and its codes (h, w) where the model reads them as such. One by one: how a convolution
         rounds depends on how many there are."""
         with self.model.decode_autocast():
-            made = generator.pictures(self.model, [state])
-            if made.is_floating_point():
-                return to_images(made.float())[0], None
-            return self.model.pictures(made)[0], made[0]
+            decoded = generator.pictures(self.model, [state])
+            if decoded.is_floating_point():
+                return to_images(decoded.float())[0], None
+            return self.model.pictures(decoded)[0], decoded[0]
 
     def _preview(self, row: Row) -> Preview | None:
         """The row's picture as it looks now, where so much more of it is done that it is to be shown."""
         generator, state = row.generator, row.state
         assert generator is not None and state is not None
-        taken, steps = state.progress
-        shares = taken * (row.request.previews + 1) // steps
-        if state.done or shares <= row.shares:
+        steps_done, steps = state.progress
+        milestone = steps_done * (row.request.previews + 1) // steps
+        if state.done or milestone <= row.shares:
             return None
-        row.shares, row.previews = shares, row.previews + 1
+        row.shares, row.previews = milestone, row.previews + 1
         try:
             return Preview(self._picture(generator, state)[0], row.images, row.previews - 1)
         except NonFiniteError:
@@ -372,8 +385,8 @@ class Scheduler:
                 self._start_text(row, row.pending_ids[0].pop())
         else:
             if state.ids:
-                said = self.model.template.decode(state.ids)
-                row.document.segments.append(Segment(text=said, role="assistant"))
+                text = self.model.template.decode(state.ids)
+                row.document.segments.append(Segment(text=text, role="assistant"))
                 row.said += len(state.ids)
                 row.before.update(state.ids)
             row.cut = not state.pending_ids or state.pending_ids[0] not in state.span.stops
@@ -387,35 +400,37 @@ class Scheduler:
         """A row for a request, its first span begun. Raises ValueError for what cannot fit the context."""
         self._check_length(request.document)
         request.document = self.model.encode_document(request.document)
-        row = Row(request, request.document)
-        row.features = self.model.features(row.document)
-        wordless = request.output == "pair" and not self._prefix_text_ids(row)
-        tokens = self.model.template.prompt(row.document, output=request.output, blind=wordless)
-        ids, row.seen = self.model.ids(tokens), sum(stop - start for start, stop in tokens.spans)
-        need = 1 if request.output == "text" else self._image_length(request)
-        row.pending_ids, row.asked, row.before = [ids], len(ids), set(ids)
+        sequence = Row(request, request.document)
+        sequence.features = self.model.features(sequence.document)
+        uncond = request.output == "pair" and not self._prefix_text_ids(sequence)
+        tokens = self.model.template.prompt(sequence.document, output=request.output, blind=uncond)
+        ids, sequence.seen = self.model.ids(tokens), sum(stop - start for start, stop in tokens.spans)
+        num_positions = 1 if request.output == "text" else self._image_length(request)
+        sequence.pending_ids, sequence.asked, sequence.before = [ids], len(ids), set(ids)
         if request.output in ("image", "pair"):
-            self._start_image(row)
-        need += max(len(branch) for branch in row.pending_ids)
-        if need > self.model.context:
-            raise ValueError(f"the prompt needs {need} positions, the model has {self.model.context}: shorten it")
+            self._start_image(sequence)
+        num_positions += max(len(branch) for branch in sequence.pending_ids)
+        if num_positions > self.model.context:
+            raise ValueError(
+                f"the prompt needs {num_positions} positions, the model has {self.model.context}: shorten it"
+            )
         if request.output not in ("image", "pair"):
-            self._start_text(row, row.pending_ids[0].pop())
-        return row
+            self._start_text(sequence, sequence.pending_ids[0].pop())
+        return sequence
 
     def _check_length(self, document: Document) -> None:
         """Refuse what is far too long before its texts are split into tokens and its pictures encoded."""
-        context, reads = self.model.context, self.model.image_tokenizer.grid
+        context, step_inputs = self.model.context, self.model.image_tokenizer.grid
         if (characters := document.characters()) > MAX_CHARS_PER_POSITION * context:
             raise ValueError(
                 f"the prompt has {characters:,} characters, the model reads {context:,} positions: shorten it"
             )
         pictures, sight = len(document.images()), self.model.sight
         if sight is not None:
-            least = sight.positions
+            min_tokens = sight.positions
         else:
-            least = 1 if self.model.template.variable_size else reads[0] * reads[1]
-        if pictures * least > context:
+            min_tokens = 1 if self.model.template.variable_size else step_inputs[0] * step_inputs[1]
+        if pictures * min_tokens > context:
             raise ValueError(
                 f"the prompt has {pictures} pictures, the model reads {context:,} positions: leave some out"
             )
@@ -423,9 +438,9 @@ class Scheduler:
     def _image_length(self, request: Request) -> int:
         """Positions that a picture needs, written and read back."""
         layout, name = self.model.template.layout(request.grid), request.generator
-        opened = name in self.model.template.begins
-        own = 0 if name == "next-token" else self.model.generators[name].positions() + 2 * opened
-        return max(len(layout) - (not opened), own)
+        has_begin_token = name in self.model.template.begins
+        own = 0 if name == "next-token" else self.model.generators[name].positions() + 2 * has_begin_token
+        return max(len(layout) - (not has_begin_token), own)
 
     @property
     def _image_begin_ids(self) -> list[int]:
@@ -452,11 +467,11 @@ class Scheduler:
         fixed = request.fixed
         if fixed is not None:
             fixed = torch.where(fixed < 0, fixed, self.model.vocabulary.image_ids(fixed))
-        span = SegmentSpec(begin or 0, request.image, request.guidance, self._rng(row), request.grid, fixed=fixed)
-        span.opening, span.row_end = () if begin is None else (begin, *layout.opening), layout.row_end
-        span.steps, span.sampler, span.accelerate = request.steps, request.sampler, request.accelerate
-        span.text_ids = self._prefix_text_ids(row)
-        row.state, row.kept = row.generator.start(span), 0
+        spec = SegmentSpec(begin or 0, request.image, request.guidance, self._rng(row), request.grid, fixed=fixed)
+        spec.opening, spec.row_end = () if begin is None else (begin, *layout.opening), layout.row_end
+        spec.steps, spec.sampler, spec.accelerate = request.steps, request.sampler, request.accelerate
+        spec.text_ids = self._prefix_text_ids(row)
+        row.state, row.kept = row.generator.start(spec), 0
         row.shares = row.previews = 0
 
     def _prefix_text_ids(self, row: Row) -> list[int] | None:
@@ -478,19 +493,19 @@ class Scheduler:
         request = row.request
         template = self.model.template
         row.shown = ""
-        used = len(template.prompt(row.document, output=request.output)) + 1
-        room = self.model.context - used - 1
+        positions_used = len(template.prompt(row.document, output=request.output)) + 1
+        positions_left = self.model.context - positions_used - 1
         stops = list(template.turn_ends)
         picture = self._image_length(request) + 1
-        if request.output == "interleaved" and row.images < request.max_images and room > picture:
+        if request.output == "interleaved" and row.images < request.max_images and positions_left > picture:
             stops += self._image_begin_ids
-            room -= picture
-        limit = max(1, min(request.max_tokens - row.said, room))
+            positions_left -= picture
+        limit = max(1, min(request.max_tokens - row.said, positions_left))
         row.generator = self.model.generators["text"]
-        span = SegmentSpec(begin, request.text, Guidance((1.0,)), self._rng(row), stops=tuple(stops), max_tokens=limit)
+        spec = SegmentSpec(begin, request.text, Guidance((1.0,)), self._rng(row), stops=tuple(stops), max_tokens=limit)
         if request.text.repetition_penalty != 1:
-            span.before = frozenset(row.before)
-        row.state = row.generator.start(span)
+            spec.before = frozenset(row.before)
+        row.state = row.generator.start(spec)
 
     def _text_delta(self, row: Row) -> str:
         """What the row's text has gained since it was last shown; an unfinished character waits for its last byte."""
@@ -507,10 +522,10 @@ def _request_progress(row: Row) -> float:
     """The share of a request for one picture that is written, in [0, 1]; 0 where that is not known."""
     if row.state is None or row.request.output not in ("image", "pair"):
         return 0.0
-    taken, steps = row.state.progress
-    if not taken:  # written code by code, in an order of their own some
-        taken, steps = len(getattr(row.state, "written", row.state.ids)), row.request.grid[0] * row.request.grid[1]
-    return min(taken / steps, 1.0)
+    steps_done, steps = row.state.progress
+    if not steps_done:  # written code by code, in an order of their own some
+        steps_done, steps = len(getattr(row.state, "written", row.state.ids)), row.request.grid[0] * row.request.grid[1]
+    return min(steps_done / steps, 1.0)
 
 
 def bucket_rows(lengths: list[int], branches: list[int]) -> list[list[int]]:
@@ -518,10 +533,12 @@ def bucket_rows(lengths: list[int], branches: list[int]) -> list[list[int]]:
     there is nothing to read."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     passes, begin = [], 0
-    for at in range(1, len(order)):
-        rest = sum(branches[i] for i in order[at:])
-        spared = lengths[order[begin]] - lengths[order[at]]
-        if (spared * rest > PADDING_COST and 2 * spared > lengths[order[begin]]) or (spared and not lengths[order[at]]):
-            passes.append(order[begin:at])
-            begin = at
-    return [sorted(rows) for rows in [*passes, order[begin:]]]
+    for index in range(1, len(order)):
+        remaining = sum(branches[i] for i in order[index:])
+        saved_positions = lengths[order[begin]] - lengths[order[index]]
+        if (saved_positions * remaining > PADDING_COST and 2 * saved_positions > lengths[order[begin]]) or (
+            saved_positions and not lengths[order[index]]
+        ):
+            passes.append(order[begin:index])
+            begin = index
+    return [sorted(sequences) for sequences in [*passes, order[begin:]]]

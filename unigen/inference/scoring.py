@@ -51,58 +51,60 @@ def log_likelihood(
     guidance. batch: filled; blind: the same, for guidance.
     """
     documents_B = batch.segments_BL.amax(1)
-    first_B = documents_B.cumsum(0) - documents_B
-    number_BL = first_B[:, None] + batch.segments_BL - 1
-    others = {name: model.generators[name] for name in sorted({*batch.writers} - {model.template.reader})}
-    guides = guidance is not None and guidance.branches > 1 and has_guided_likelihood(model, batch)
+    first_index_B = documents_B.cumsum(0) - documents_B
+    number_BL = first_index_B[:, None] + batch.segments_BL - 1
+    image_generators = {name: model.generators[name] for name in sorted({*batch.writers} - {model.template.reader})}
+    is_guided = guidance is not None and guidance.branches > 1 and has_guided_likelihood(model, batch)
     start = None if rng is None else rng.get_state()
 
     def encode_side(side: Batch) -> tuple[Tensor, dict[str, Any]]:
         embeds_BLD, targets = model.embed(side.ids_BL), {}
         if rng is not None:
             rng.set_state(start)
-        for name, generator in others.items():
+        for name, generator in image_generators.items():
             assert rng is not None, f"what {name} learns from is drawn"
             embeds_BLD, targets[name] = generator.prepare(model, side, embeds_BLD, rng)
         return model.hidden(side, embeds_BLD), targets
 
     hidden_BLD, targets = encode_side(batch)
-    unseen_BLD, unseen_targets = hidden_BLD, targets
-    if guides:
+    uncond_hidden_BLD, uncond_targets = hidden_BLD, targets
+    if is_guided:
         assert blind is not None, "guidance needs the blind branch"
-        unseen_BLD, unseen_targets = encode_side(blind)
-    rows, at = (batch.loss_BL & ~batch.inside()).nonzero(as_tuple=True)
-    text = _token_log_probs(model.logits(hidden_BLD[rows, at - 1]), batch.ids_BL[rows, at])
-    total_D = text.new_zeros(int(documents_B.sum())).index_add(0, number_BL[rows, at], text)
+        uncond_hidden_BLD, uncond_targets = encode_side(blind)
+    rows, positions = (batch.loss_BL & ~batch.inside()).nonzero(as_tuple=True)
+    text = _token_log_probs(model.logits(hidden_BLD[rows, positions - 1]), batch.ids_BL[rows, positions])
+    total_D = text.new_zeros(int(documents_B.sum())).index_add(0, number_BL[rows, positions], text)
 
-    for name, generator in others.items():
-        row_P, start_P, _ = batch.spans_N3[batch.images_of(name).to(batch.spans_N3.device)].unbind(1)
+    for name, generator in image_generators.items():
+        rows_P, start_P, _ = batch.spans_N3[batch.images_of(name).to(batch.spans_N3.device)].unbind(1)
         if guidance is not None and hasattr(generator, "guided_loss"):
-            branches = [(hidden_BLD, targets[name]), (unseen_BLD, unseen_targets[name])][: guidance.branches]
+            branches = [(hidden_BLD, targets[name]), (uncond_hidden_BLD, uncond_targets[name])][: guidance.branches]
             costs = generator.guided_loss(branches, guidance, temperature)
         else:
             costs = generator.loss(model, batch, hidden_BLD, targets[name])
-        costs_PT = costs.unflatten(0, (len(row_P), -1))
+        costs_PT = costs.unflatten(0, (len(rows_P), -1))
         codes = math.prod(model.image_tokenizer.grid) if costs_PT.shape[1] == 1 else 1
-        total_D = total_D.index_add(0, number_BL[row_P, start_P - 1], -codes * costs_PT.sum(1))
+        total_D = total_D.index_add(0, number_BL[rows_P, start_P - 1], -codes * costs_PT.sum(1))
 
     drawn = batch.images_of(model.template.reader).to(batch.spans_N3.device)
     drawn = drawn[batch.loss_BL[batch.spans_N3[drawn, 0], batch.spans_N3[drawn, 1]]]
     if len(drawn):
-        first, stop = model.vocabulary.first, model.vocabulary.stop
-        rows_N1, at_NM = batch.places(drawn)
-        coded_M = model.vocabulary.is_image(batch.ids_BL[rows_N1, at_NM])[0]  # and not what ends a row
-        at_NM = at_NM[:, coded_M]
-        logits = model.logits(hidden_BLD[rows_N1, at_NM - 1], first, stop).float()
-        if guides:
+        image_start, image_stop = model.vocabulary.first, model.vocabulary.stop
+        rows_N1, positions_NM = batch.places(drawn)
+        is_code_M = model.vocabulary.is_image(batch.ids_BL[rows_N1, positions_NM])[0]  # and not what ends a row
+        positions_NM = positions_NM[:, is_code_M]
+        logits = model.logits(hidden_BLD[rows_N1, positions_NM - 1], image_start, image_stop).float()
+        if is_guided:
             assert guidance is not None and blind is not None
-            blind_N1, unseen_NM = blind.places(drawn)
-            unseen_NM = unseen_NM[:, coded_M]
-            unseen = model.logits(unseen_BLD[blind_N1, unseen_NM - 1], first, stop).float()
-            logits = guidance.combine([logits, unseen])
-        ids_NM = batch.ids_BL[rows_N1, at_NM] - first
+            uncond_rows_N1, uncond_positions_NM = blind.places(drawn)
+            uncond_positions_NM = uncond_positions_NM[:, is_code_M]
+            uncond_logits = model.logits(
+                uncond_hidden_BLD[uncond_rows_N1, uncond_positions_NM - 1], image_start, image_stop
+            ).float()
+            logits = guidance.combine([logits, uncond_logits])
+        ids_NM = batch.ids_BL[rows_N1, positions_NM] - image_start
         total_D = total_D.index_add(
-            0, number_BL[rows_N1, at_NM][:, 0], _token_log_probs(logits / temperature, ids_NM).sum(-1)
+            0, number_BL[rows_N1, positions_NM][:, 0], _token_log_probs(logits / temperature, ids_NM).sum(-1)
         )
     return total_D
 
@@ -119,29 +121,35 @@ def _token_log_probs(logits: Tensor, ids: Tensor) -> Tensor:
 
 def mutual_score(model: UnifiedModel, asked: Sequence[Document], texts: Sequence[str], weight: float) -> Tensor:
     """How well each text (D,) goes with the document's one picture, given as codes: the sum, w being `weight`."""
-    told: list[Document] = []
+    answered_documents: list[Document] = []
     drawn: list[Document] = []
     for document, text in zip(asked, texts, strict=True):
         picture = next(segment.image for segment in document.segments if segment.image is not None)
-        told.append(Document([*document.segments, Segment(text=text, role="assistant")]))
+        answered_documents.append(Document([*document.segments, Segment(text=text, role="assistant")]))
         drawn.append(Document([Segment(text=text), Segment(image=picture, role="assistant")]))
-    return _unpacked_log_likelihood(model, told) + weight * _unpacked_log_likelihood(model, drawn)
+    return _unpacked_log_likelihood(model, answered_documents) + weight * _unpacked_log_likelihood(model, drawn)
 
 
 @torch.inference_mode()
 def rerank_captions(model: UnifiedModel, asked: Sequence[Document], captions: Sequence[Sequence[str]]) -> list[str]:
     """Of the captions of each document's one picture, given as codes, the best; the first of equals."""
-    repeated = [document for document, texts in zip(asked, captions, strict=True) for _ in texts]
-    scores = mutual_score(model, repeated, [text for texts in captions for text in texts], CAPTION_WEIGHT)
+    repeated_documents = [document for document, texts in zip(asked, captions, strict=True) for _ in texts]
+    scores = mutual_score(model, repeated_documents, [text for texts in captions for text in texts], CAPTION_WEIGHT)
     return _argmax_per_group(captions, scores, model.dtype)
 
 
 @torch.inference_mode()
 def rerank_images(model: UnifiedModel, words: Sequence[str], pictures: Sequence[Sequence[Any]]) -> list[Any]:
     """Of the pictures (PIL) of each text, the best; the first of equals."""
-    shown = [model.encode_document(Document.of([picture, CAPTION_PROMPT])) for row in pictures for picture in row]
-    repeated = [text for text, row in zip(words, pictures, strict=True) for _ in row]
-    return _argmax_per_group(pictures, mutual_score(model, shown, repeated, IMAGE_WEIGHT), model.dtype)
+    caption_documents = [
+        model.encode_document(Document.of([picture, CAPTION_PROMPT]))
+        for candidates in pictures
+        for picture in candidates
+    ]
+    repeated_documents = [text for text, candidates in zip(words, pictures, strict=True) for _ in candidates]
+    return _argmax_per_group(
+        pictures, mutual_score(model, caption_documents, repeated_documents, IMAGE_WEIGHT), model.dtype
+    )
 
 
 def _argmax_per_group(answers: Sequence[Sequence[Any]], scores: Tensor, dtype: torch.dtype) -> list[Any]:
@@ -149,22 +157,22 @@ def _argmax_per_group(answers: Sequence[Sequence[Any]], scores: Tensor, dtype: t
     none."""
     if not bool(scores.isfinite().all()):
         raise NonFiniteError("scores of candidates", dtype)
-    parts = scores.split([len(row) for row in answers])
-    return [row[int(part.argmax())] for row, part in zip(answers, parts, strict=True)]
+    parts = scores.split([len(candidates) for candidates in answers])
+    return [candidates[int(part.argmax())] for candidates, part in zip(answers, parts, strict=True)]
 
 
 def _unpacked_log_likelihood(model: UnifiedModel, documents: Sequence[Document], batch: int = 64) -> Tensor:
     """log p (D,) of what the assistant says in documents whose pictures are codes, a row each; together are those of
     pictures of one shape."""
     tokens = [model.template.encode(document) for document in documents]
-    alike: dict[tuple[torch.Size, ...], list[int]] = {}
-    for number, row in enumerate(tokens):
-        alike.setdefault(tuple(codes.shape for codes in row.images), []).append(number)
+    by_shape: dict[tuple[torch.Size, ...], list[int]] = {}
+    for number, candidates in enumerate(tokens):
+        by_shape.setdefault(tuple(codes.shape for codes in candidates.images), []).append(number)
     parts, order = [], []
-    for numbers in alike.values():
+    for numbers in by_shape.values():
         for start in range(0, len(numbers), batch):
             rows = [tokens[number] for number in numbers[start : start + batch]]
-            packed = pack([[row] for row in rows], max(map(len, rows)), model.image_tokenizer.image_size)
+            packed = pack([[candidates] for candidates in rows], max(map(len, rows)), model.image_tokenizer.image_size)
             parts.append(log_likelihood(model, model.fill(packed.to(model.device))))
         order += numbers
     return torch.cat(parts)[torch.tensor(order).argsort().to(model.device)]

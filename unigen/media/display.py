@@ -58,8 +58,8 @@ def format_value(value: Any) -> str:
     if not isinstance(value, Mapping):
         return str(value)
     return ", ".join(
-        f"{name} ({format_value(inner)})" if isinstance(inner, Mapping | list) else f"{name} {inner}"
-        for name, inner in value.items()
+        f"{name} ({format_value(nested)})" if isinstance(nested, Mapping | list) else f"{name} {nested}"
+        for name, nested in value.items()
     )
 
 
@@ -67,19 +67,19 @@ class MediaList(list[Any]):
     """A list of pictures and texts. A notebook shows what is in it; everywhere else it is a plain list."""
 
     def __getitem__(self, index: SupportsIndex | slice) -> Any:
-        found = super().__getitem__(index)
-        return type(self)(found) if isinstance(index, slice) else found
+        items = super().__getitem__(index)
+        return type(self)(items) if isinstance(index, slice) else items
 
     def _repr_html_(self) -> str:
-        more = f"<div>and {len(self) - MAX_PARTS} more</div>" if len(self) > MAX_PARTS else ""
-        return part_html(list(self)[:MAX_PARTS]) + more
+        remainder_html = f"<div>and {len(self) - MAX_PARTS} more</div>" if len(self) > MAX_PARTS else ""
+        return part_html(list(self)[:MAX_PARTS]) + remainder_html
 
 
 def turns_html(turns: Iterable[tuple[str, Any]]) -> str:
     """A conversation, (role, part) by (role, part), as HTML."""
-    rows, last = [], None
+    rows, previous_role = [], None
     for role, part in turns:
-        head = f"<b>{html.escape(role)}</b>" if role != last else ""
+        head = f"<b>{html.escape(role)}</b>" if role != previous_role else ""
         rows.append(f'<div style="margin:4px 0">{head}{part_html(part)}</div>')
-        last = role
+        previous_role = role
     return "".join(rows)

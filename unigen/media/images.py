@@ -76,12 +76,12 @@ def read_image(
     Raises:
         ImageError: a ValueError in one line, for what is missing, damaged, too large or not a picture.
     """
-    colour, alpha = _decode_source(source, name or image_name(source), max_pixels, formats, srgb=True)
+    rgb, alpha = _decode_source(source, name or image_name(source), max_pixels, formats, srgb=True)
     if alpha is None:
-        return colour
-    paper = Image.new("RGB", colour.size, "white")
-    paper.paste(colour, mask=alpha)
-    return paper
+        return rgb
+    background = Image.new("RGB", rgb.size, "white")
+    background.paste(rgb, mask=alpha)
+    return background
 
 
 def read_mask(
@@ -111,19 +111,19 @@ def read_mask(
     source = _to_array(source, name) if _is_tensor(source) else source
     if isinstance(source, np.ndarray) and source.dtype.kind in "iu" and source.size and 0 <= source.min():
         source = source.astype(bool) if source.max() <= 1 else source
-    colour, alpha = _decode_source(source, name, max_pixels, formats, srgb=False)
+    rgb, alpha = _decode_source(source, name, max_pixels, formats, srgb=False)
     if transparent_marks and alpha is not None and alpha.getextrema()[0] == 0:
         return alpha.point(lambda value: 255 * (value == 0))
-    coverage = colour.convert("L")
+    coverage = rgb.convert("L")
     if alpha is not None:
-        if _has_transparent_hole(colour, alpha):
+        if _has_transparent_hole(rgb, alpha):
             hint = "what is transparent marks nothing, paint white what is to be made anew"
             raise ImageError(f"{name} is a picture with a hole, and not a mask: {hint}")
         coverage = ImageChops.multiply(coverage, alpha)
     brightest = coverage.getextrema()[1]
     if brightest < 128:  # type: ignore[operator]
-        least = f"its brightest opaque pixel is {brightest} of 255, a mark is at least 128"
-        raise ImageError(f"{name} marks nothing: paint white what is to be made anew ({least})")
+        limits_text = f"its brightest opaque pixel is {brightest} of 255, a mark is at least 128"
+        raise ImageError(f"{name} marks nothing: paint white what is to be made anew ({limits_text})")
     return coverage.point(lambda value: 255 * (value >= 128))
 
 
@@ -153,8 +153,8 @@ def missing_file_message(source: Any, name: str | None = None) -> str:
 
 def is_image(value: Any) -> bool:
     """Whether a value is of a type that `read_image` takes, text apart."""
-    kinds = (os.PathLike, bytes, bytearray, Image.Image, np.ndarray)
-    return isinstance(value, kinds) or _is_tensor(value) or (hasattr(value, "read") and hasattr(value, "seek"))
+    image_types = (os.PathLike, bytes, bytearray, Image.Image, np.ndarray)
+    return isinstance(value, image_types) or _is_tensor(value) or (hasattr(value, "read") and hasattr(value, "seek"))
 
 
 def _decode_source(
@@ -162,8 +162,8 @@ def _decode_source(
 ) -> tuple[Image.Image, Image.Image | None]:
     """The colours (RGB) and, where anything is transparent, the alpha (L) of an upright picture, both new images."""
     if not is_image(source) and not isinstance(source, str):
-        kinds = "a path, the bytes of a file, a PIL image, an array or a tensor"
-        raise ImageError(f"a picture is {kinds}, not {type(source).__name__}")
+        image_types = "a path, the bytes of a file, a PIL image, an array or a tensor"
+        raise ImageError(f"a picture is {image_types}, not {type(source).__name__}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL's, about files that it reads nevertheless
@@ -187,11 +187,11 @@ def _decode_source(
     except IsADirectoryError as error:
         raise ImageError(f"{name} is a folder: give a picture file in it") from error
     except Exception as error:  # plugins raise whatever a damaged file leads them to
-        known = "PNG or JPEG" if formats is None else ", ".join(formats)
-        why = "" if isinstance(error, UnidentifiedImageError) else f" ({_reason(error)})"
+        format_names = "PNG or JPEG" if formats is None else ", ".join(formats)
+        reason = "" if isinstance(error, UnidentifiedImageError) else f" ({_reason(error)})"
         if isinstance(source, str) and source[:5].lower() == "data:":  # longer than a name may be
             raise ImageError(missing_file_message(source, name)) from error
-        raise ImageError(f"{name} cannot be read: is it a {known} file?{why}") from error
+        raise ImageError(f"{name} cannot be read: is it a {format_names} file?{reason}") from error
 
 
 def _decode(image: Any, name: str, max_pixels: int, srgb: bool) -> tuple[Image.Image, Image.Image | None]:
@@ -201,7 +201,7 @@ def _decode(image: Any, name: str, max_pixels: int, srgb: bool) -> tuple[Image.I
     _check_size(image, name, max_pixels)  # some formats know their size only now
     tags = getattr(image, "tag_v2", {})
     bits, inverted = tags.get(BITS_PER_SAMPLE, (16,))[0], tags.get(PHOTOMETRIC) == WHITE_IS_ZERO
-    profile, turn = image.info.get("icc_profile") if srgb else None, _exif_transpose(image)
+    profile, transpose = image.info.get("icc_profile") if srgb else None, _exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         grey, alpha = _to_uint8(image, name, bits, inverted)
     else:
@@ -212,11 +212,11 @@ def _decode(image: Any, name: str, max_pixels: int, srgb: bool) -> tuple[Image.I
             grey, alpha = rgba.convert("RGB"), rgba.getchannel("A")
     if grey.mode in ("1", "P"):
         grey = grey.convert("RGB")
-    colour = _to_srgb(grey, profile) if profile else grey.convert("RGB")
-    if turn is not None:
-        colour, alpha = colour.transpose(turn), alpha and alpha.transpose(turn)
-    colour.info = {}
-    return colour, alpha
+    rgb = _to_srgb(grey, profile) if profile else grey.convert("RGB")
+    if transpose is not None:
+        rgb, alpha = rgb.transpose(transpose), alpha and alpha.transpose(transpose)
+    rgb.info = {}
+    return rgb, alpha
 
 
 def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
@@ -246,8 +246,8 @@ def _to_uint8(image: Image.Image, name: str, bits: int, inverted: bool) -> tuple
         low, high = int(values.min()), int(values.max())
         if low < 0 or high > 65535:
             raise ImageError(f"{name} holds values from {low} to {high}: save it with 8 or 16 bits, 0 to 65535")
-        eight = image.mode == "I" and high <= 255
-        grey = (values >> (0 if eight else min(bits, 16) - 8)).astype(np.uint8)
+        values_uint8 = image.mode == "I" and high <= 255
+        grey = (values >> (0 if values_uint8 else min(bits, 16) - 8)).astype(np.uint8)
     key = image.info.get("transparency")
     alpha = None if key is None else Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8))
     return Image.fromarray(255 - grey if inverted else grey), alpha
@@ -259,8 +259,8 @@ def _floats_to_uint8(values: np.ndarray, name: str) -> np.ndarray:
     low, high = float(values.min()), float(values.max())
     if low < -FLOAT_TOLERANCE or high > 1 + FLOAT_TOLERANCE:
         raise ImageError(f"{name} holds floats from {low:g} to {high:g}: scale them to 0 to 1")
-    eight: np.ndarray = (values.clip(0, 1) * 255).round().astype(np.uint8)
-    return eight
+    values_uint8: np.ndarray = (values.clip(0, 1) * 255).round().astype(np.uint8)
+    return values_uint8
 
 
 def _scale_transparency_key(image: Image.Image, tile: Any) -> Image.Image:
@@ -280,11 +280,11 @@ def _scale_transparency_key(image: Image.Image, tile: Any) -> Image.Image:
 def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     """The picture's colours by its ICC profile; a damaged profile, or one for other pictures, says nothing."""
     try:
-        own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if "sRGB" not in ImageCms.getProfileDescription(own):
+        source_profile = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" not in ImageCms.getProfileDescription(source_profile):
             target = ImageCms.createProfile("sRGB")
-            made = ImageCms.profileToProfile(image, own, target, outputMode="RGB")
-            return image.convert("RGB") if made is None else made
+            converted = ImageCms.profileToProfile(image, source_profile, target, outputMode="RGB")
+            return image.convert("RGB") if converted is None else converted
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         pass
     return image.convert("RGB")
@@ -319,27 +319,27 @@ def _from_array(values: np.ndarray, name: str) -> Image.Image:
     if values.ndim == 3 and values.shape[2] not in (1, 3, 4) and values.shape[0] in (1, 3, 4):
         values = values.transpose(1, 2, 0)
     if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in (1, 3, 4)):
-        kinds = "(H, W), (H, W, C) or (C, H, W) with C of 1, 3 or 4"
-        raise ImageError(f"{name} is an array of shape {shape}: one picture is {kinds}")
+        image_types = "(H, W), (H, W, C) or (C, H, W) with C of 1, 3 or 4"
+        raise ImageError(f"{name} is an array of shape {shape}: one picture is {image_types}")
     if not values.size:
         raise ImageError(f"{name} has no pixels: it is an array of shape {shape}")
     if values.ndim == 3 and values.shape[2] == 1:
         values = values[..., 0]
     kind = values.dtype.kind
     if kind == "f":
-        eight = _floats_to_uint8(values, name)
+        values_uint8 = _floats_to_uint8(values, name)
     elif kind == "b":
-        eight = np.where(values, 255, 0).astype(np.uint8)
+        values_uint8 = np.where(values, 255, 0).astype(np.uint8)
     elif values.dtype == np.uint16:
-        eight = (values >> 8).astype(np.uint8)
+        values_uint8 = (values >> 8).astype(np.uint8)
     elif kind in "iu":
         low, high = int(values.min()), int(values.max())
         if low < 0 or high > 255:
             raise ImageError(f"{name} holds {values.dtype} from {low} to {high}: give uint8, uint16, or 0 to 255")
-        eight = values.astype(np.uint8)
+        values_uint8 = values.astype(np.uint8)
     else:
         raise ImageError(f"{name} is an array of {values.dtype}: give uint8, uint16, bool or floats of 0 to 1")
-    return Image.fromarray(np.ascontiguousarray(eight))
+    return Image.fromarray(np.ascontiguousarray(values_uint8))
 
 
 def image_name(source: Any, what: str = "image") -> str:

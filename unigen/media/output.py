@@ -71,26 +71,28 @@ def check_output(path: str | Path, kinds: dict[str, str]) -> Path:
     """The path, if a file of one of `kinds` (suffix -> format) can be written there now; else a ValueError."""
     if "\0" in str(path):
         raise ValueError(f"cannot write {shorten(str(path))}: the name holds a zero byte; choose another name")
-    path, shown = Path(path), shorten(str(path), 120)
+    path, display_path = Path(path), shorten(str(path), 120)
     if path.suffix.lower() not in kinds:
-        raise ValueError(f"cannot write {shown}: the name must end in one of {', '.join(kinds)}")
+        raise ValueError(f"cannot write {display_path}: the name must end in one of {', '.join(kinds)}")
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as error:  # of a name or a path that is too long, or a folder that may not be entered
-        raise ValueError(f"cannot write {shown}: {error.strerror}; choose another name") from error
+        raise ValueError(f"cannot write {display_path}: {error.strerror}; choose another name") from error
     if path.is_dir():
-        raise ValueError(f"cannot write {shown}: it is a folder; name a file in it")
+        raise ValueError(f"cannot write {display_path}: it is a folder; name a file in it")
     if path.parent.exists() and not path.parent.is_dir():
-        raise ValueError(f"cannot write {shown}: {str(path.parent)!r} is a file and no folder; choose another folder")
+        raise ValueError(
+            f"cannot write {display_path}: {str(path.parent)!r} is a file and no folder; choose another folder"
+        )
     if not path.parent.is_dir():
-        raise ValueError(f"cannot write {shown}: no folder {str(path.parent)!r}; make it first")
+        raise ValueError(f"cannot write {display_path}: no folder {str(path.parent)!r}; make it first")
     try:
         with tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path))):
             pass
     except OSError as error:
-        raise ValueError(f"cannot write {shown}: {error.strerror}; choose another folder") from error
+        raise ValueError(f"cannot write {display_path}: {error.strerror}; choose another folder") from error
     return path
 
 
@@ -110,23 +112,23 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 def write_all_atomically(writes: Mapping[Path, Callable[[IO[bytes]], object]]) -> None:
     """The same of several files, none of which is renamed before all are written. A temporary file's name is short,
     whatever the final one is. A symbolic link stays one: the file to which it points is written."""
-    made: dict[Path, str] = {}
+    temporary_files: dict[Path, str] = {}
     path = Path()
     try:
         for path, write in writes.items():
             folder = os.path.dirname(os.path.realpath(path))
             _clear_scratch(Path(folder))
             with tempfile.NamedTemporaryFile(dir=folder, prefix=".unigen-", suffix=".tmp", delete=False) as file:
-                made[path] = file.name
+                temporary_files[path] = file.name
                 write(file)
                 os.chmod(file.name, 0o666 & ~_umask())
-        for path in list(made):
-            os.replace(made[path], os.path.realpath(path))
-            del made[path]
+        for path in list(temporary_files):
+            os.replace(temporary_files[path], os.path.realpath(path))
+            del temporary_files[path]
     except OSError as error:
         raise ValueError(f"cannot write {shorten(str(path), 120)}: {error.strerror or error}") from error
     finally:
-        for name in made.values():
+        for name in temporary_files.values():
             os.unlink(name)
 
 
@@ -134,10 +136,13 @@ def write_all_atomically(writes: Mapping[Path, Callable[[IO[bytes]], object]]) -
 def _clear_scratch(folder: Path) -> None:
     """Remove, once a process, the temporary files that killed processes left in a folder: those of an hour ago, since
     writing one takes seconds."""
-    for left in folder.glob(".unigen-*.tmp"):
+    for stale_file in folder.glob(".unigen-*.tmp"):
         with suppress(OSError):
-            if re.fullmatch(r"\.unigen-\w{8}\.tmp", left.name) and time.time() - left.lstat().st_mtime > 3600:
-                left.unlink()
+            if (
+                re.fullmatch(r"\.unigen-\w{8}\.tmp", stale_file.name)
+                and time.time() - stale_file.lstat().st_mtime > 3600
+            ):
+                stale_file.unlink()
 
 
 def _umask() -> int:
@@ -199,8 +204,8 @@ def html_page(title: str, body: str) -> str:
 
 def html_figure(image: Image, caption: str = "", alt: str = "") -> str:
     """A picture in a card; `caption` is HTML, `alt` is text."""
-    below = f"<figcaption>{caption}</figcaption>" if caption else ""
-    return f'<figure><img src="{data_uri(image)}" alt="{html.escape(alt)}">{below}</figure>'
+    caption_html = f"<figcaption>{caption}</figcaption>" if caption else ""
+    return f'<figure><img src="{data_uri(image)}" alt="{html.escape(alt)}">{caption_html}</figure>'
 
 
 def story_body(parts: Sequence[str | Image]) -> str:
@@ -242,8 +247,8 @@ def write_story(path: Path, title: str, parts: Sequence[str | Image], made: str)
 
 def markdown_code(text: str) -> str:
     """A text as code in Markdown, between more backticks than follow each other in it."""
-    runs = max((len(run) for run in re.findall("`+", text)), default=0)
-    fence, space = "`" * (runs + 1), " " if runs else ""
+    longest_run = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence, space = "`" * (longest_run + 1), " " if longest_run else ""
     return f"{fence}{space}{text}{space}{fence}"
 
 

@@ -37,8 +37,8 @@ def images_first(segments: Sequence[Segment]) -> list[Segment]:
 
 def split_system_messages(segments: Sequence[Segment]) -> tuple[str, list[Segment]]:
     """The text of all system messages, "" where there are none, and what the user and the assistant say."""
-    told = [(segment.text or "").strip() for segment in segments if segment.role == "system"]
-    return "\n\n".join(told), [segment for segment in segments if segment.role != "system"]
+    system_texts = [(segment.text or "").strip() for segment in segments if segment.role == "system"]
+    return "\n\n".join(system_texts), [segment for segment in segments if segment.role != "system"]
 
 
 _POLITE_PREFIX = re.compile(r"^(?:please\b[\s,]*|(?:can|could|would|will) you\b\s*)+", re.IGNORECASE)
@@ -54,9 +54,9 @@ def is_question(text: str) -> bool:
     """Do English words ask for words: "what is this", "Describe the image.", "a dog, right?"? What is asked for
     politely is what is asked for: "can you make it red?" does not."""
     for sentence in re.split(r"(?<=[.!?？؟])\s+|\n", text):
-        plain = _POLITE_PREFIX.sub("", sentence.strip())
-        polite = plain != sentence.strip()
-        if _QUESTION_START.match(plain) or (not polite and plain.endswith(("?", "？", "؟"))):
+        sentence_body = _POLITE_PREFIX.sub("", sentence.strip())
+        is_polite = sentence_body != sentence.strip()
+        if _QUESTION_START.match(sentence_body) or (not is_polite and sentence_body.endswith(("?", "？", "؟"))):
             return True
     return False
 
@@ -79,8 +79,8 @@ class Template(Protocol):
     ids that end an answer; begins: the token that opens a picture, by generator, unless the prompt itself does;
     variable_size: may pictures be of any size? system: are system messages followed in text? candidates: among how many
     captions a picture's is chosen, if nothing else is asked for; scales: of guidance, one less than the branches it
-    has (`blind` is a branch's number, 0 the one that sees all); preprocess: how pictures are brought to the pixels that the
-    model reads; settings: what a saved model has to say of it."""
+    has (`blind` is a branch's number, 0 the one that sees all); preprocess: how pictures are brought to the pixels that
+    the model reads; settings: what a saved model has to say of it."""
 
     outputs: tuple[Output, ...]
     reader: str
@@ -170,8 +170,8 @@ class ImageOnlyTemplate(PretrainedTemplate):
 
     def encode(self, document: Document, *, blind: bool = False, writer: str = "next-token") -> Tokens:
         """What is asked for, and the picture of it."""
-        *asked, last = document.segments
-        tokens = self.prompt(Document(asked), output="image", blind=blind)
+        *prompt_segments, last = document.segments
+        tokens = self.prompt(Document(prompt_segments), output="image", blind=blind)
         tokens.add_image(last.image, self.codes, loss=True)
         return tokens
 

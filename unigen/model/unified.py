@@ -74,8 +74,8 @@ class GeneratorDict(dict[str, Any]):
 
     def takes(self, name: str) -> tuple[str, ...]:
         """The options that a generator heeds, without making it."""
-        taken: tuple[str, ...] = (find_generator(name) if name in self.factories else self[name]).takes
-        return taken
+        options: tuple[str, ...] = (find_generator(name) if name in self.factories else self[name]).takes
+        return options
 
     def get(self, name: str, default: Any = None) -> Any:
         return self[name] if name in self else default
@@ -113,8 +113,8 @@ class UnifiedModel(nn.Module):
         self.generators.on_build = self._register_generator
         self.sampling: dict[str, dict[str, Any]] = {}
         self.quantization: str | None = None
-        made = [name for name in self.generators if name not in self.generators.factories]
-        heads = {name: self.generators[name] for name in made if isinstance(self.generators[name], nn.Module)}
+        built = [name for name in self.generators if name not in self.generators.factories]
+        heads = {name: self.generators[name] for name in built if isinstance(self.generators[name], nn.Module)}
         self._modules["heads"] = nn.ModuleDict(heads)
         self.sight = sight
         image_tokenizer.requires_grad_(False)
@@ -163,8 +163,8 @@ class UnifiedModel(nn.Module):
     def decode_autocast(self) -> torch.autocast:
         """Pictures are decoded in bfloat16 inside, where the language model's tables are; codes are read in float32.
         float16 is too small for what some decoders add up."""
-        half = self.dtype == torch.bfloat16
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=half)
+        is_bfloat16 = self.dtype == torch.bfloat16
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=is_bfloat16)
 
     @property
     def context(self) -> int:
@@ -173,15 +173,15 @@ class UnifiedModel(nn.Module):
 
     def shares_vocabulary(self, other: UnifiedModel) -> bool:
         """Do ids mean the same to both, pieces of text and codes of pictures? How codes look may differ."""
-        mine, theirs = (
+        own_state, other_state = (
             {name: tensor for name, tensor in model.image_tokenizer.state_dict().items() if "decoder." not in name}
             for model in (self, other)
         )
         return (
             self.vocabulary == other.vocabulary
             and self.text_tokenizer.get_vocab() == other.text_tokenizer.get_vocab()
-            and mine.keys() == theirs.keys()
-            and all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
+            and own_state.keys() == other_state.keys()
+            and all(torch.equal(tensor, other_state[name]) for name, tensor in own_state.items())
         )
 
     def set_default_sampling(self, generator: str, **options: Any) -> None:
@@ -192,8 +192,8 @@ class UnifiedModel(nn.Module):
             raise ValueError(f"the model has no generator {generator!r}")
         takes = ("guidance", *(name for name in SAMPLING_OPTION_NAMES if name in self.generators.takes(generator)))
         takes = self.generators.takes(generator) if generator == "text" else takes
-        if unknown := [name for name in options if name not in takes]:
-            raise ValueError(f"{generator} does not take {', '.join(unknown)}: it takes {', '.join(takes)}")
+        if unknown_options := [name for name in options if name not in takes]:
+            raise ValueError(f"{generator} does not take {', '.join(unknown_options)}: it takes {', '.join(takes)}")
         scales = Guidance.of(options.get("guidance", [1.0] * self.template.scales)).scales
         if len(scales) != self.template.scales:
             raise ValueError(f"{generator} takes {self.template.scales} scales of guidance, not {len(scales)}")
@@ -228,10 +228,12 @@ class UnifiedModel(nn.Module):
                 continue
             if reach_BL is None:
                 reach_BL = torch.arange(batch.ids_BL.shape[1], device=batch.ids_BL.device).repeat(len(batch), 1)
-            rows_M1, at_MP = batch.places(batch.images_of(name))
-            around = (len(offsets) - at_MP.shape[1]) // 2
-            at_ML = at_MP[:, :1] + torch.arange(-around, at_MP.shape[1] + around, device=at_MP.device)
-            reach_BL[rows_M1, at_ML] = at_MP[:, :1] + torch.tensor(offsets, device=at_MP.device)
+            rows_M1, positions_MP = batch.places(batch.images_of(name))
+            margin = (len(offsets) - positions_MP.shape[1]) // 2
+            positions_ML = positions_MP[:, :1] + torch.arange(
+                -margin, positions_MP.shape[1] + margin, device=positions_MP.device
+            )
+            reach_BL[rows_M1, positions_ML] = positions_MP[:, :1] + torch.tensor(offsets, device=positions_MP.device)
         return reach_BL
 
     def step(self, embeds_BLD: Tensor, positions_BL: Tensor, mask: Tensor, cache: SlotCache) -> Tensor:
@@ -251,7 +253,7 @@ class UnifiedModel(nn.Module):
 
     def fill(self, batch: Batch) -> Batch:
         """The batch with the codes of its images put where they belong, for those that are written as codes."""
-        images_M = torch.tensor([n for n, writer in enumerate(batch.writers) if self.generators[writer].codes])
+        images_M = torch.tensor([n for n, generator in enumerate(batch.writers) if self.generators[generator].codes])
         if batch.images is None or not len(images_M):
             return batch
         ids_Mhw = self.vocabulary.image_ids(self.codes(batch.images[images_M.to(batch.images.device)]))
@@ -259,9 +261,9 @@ class UnifiedModel(nn.Module):
         ends = row_end.to(ids_Mhw.device).expand(*ids_Mhw.shape[:2], -1)
         ids_MP = torch.cat((ids_Mhw, ends), 2).flatten(1)
         spans_M3 = batch.spans_N3[images_M.to(batch.spans_N3.device)]
-        back_P = torch.arange(ids_MP.shape[1], 0, -1, device=spans_M3.device)
+        from_end_P = torch.arange(ids_MP.shape[1], 0, -1, device=spans_M3.device)
         ids_BL = batch.ids_BL.clone()
-        ids_BL[spans_M3[:, :1], spans_M3[:, 2:] - back_P] = ids_MP  # a span may hold text before its codes
+        ids_BL[spans_M3[:, :1], spans_M3[:, 2:] - from_end_P] = ids_MP  # a span may hold text before its codes
         return replace(batch, ids_BL=ids_BL)
 
     def encode_document(self, document: Document) -> Document:
@@ -291,10 +293,10 @@ class UnifiedModel(nn.Module):
     def ids(self, tokens: Tokens) -> list[int]:
         """The ids of one document that has been read. A feature of a picture has an id beyond the vocabulary: its
         number among the document's `features`."""
-        ids, seen = list(tokens.ids), self.vocabulary.size
+        ids, next_feature_id = list(tokens.ids), self.vocabulary.size
         for (start, stop), codes_hw in zip(tokens.spans, tokens.images, strict=True):
             if codes_hw.is_floating_point():
-                ids[start:stop] = range(seen, seen := seen + len(codes_hw))
+                ids[start:stop] = range(next_feature_id, next_feature_id := next_feature_id + len(codes_hw))
                 continue
             layout = self.template.layout((codes_hw.shape[0], codes_hw.shape[1]))
             if layout.rows != stop - start:
@@ -335,10 +337,10 @@ class UnifiedModel(nn.Module):
             if self.text_tokenizer is not None:
                 text.save(self.text_tokenizer, scratch)
             save_tokenizer(self.image_tokenizer, scratch / "image_tokenizer", dtype=dtype)
-            beside = {k: v for k, v in self.backbone.state_dict().items() if not k.startswith("lm.")}
-            if beside:
+            extra_state = {k: v for k, v in self.backbone.state_dict().items() if not k.startswith("lm.")}
+            if extra_state:
                 (scratch / "backbone").mkdir()
-                hub.write_tensors(scratch / "backbone" / "model.safetensors", beside, dtype)
+                hub.write_tensors(scratch / "backbone" / "model.safetensors", extra_state, dtype)
             if self.sight is not None:
                 (scratch / "sight").mkdir()
                 hub.write_tensors(scratch / "sight" / "model.safetensors", self.sight.state_dict(), dtype)
@@ -347,8 +349,8 @@ class UnifiedModel(nn.Module):
                 (scratch / name).mkdir()
                 if head.tokenizer is not None and head.tokenizer is not self.image_tokenizer:
                     save_tokenizer(head.tokenizer, scratch / name / "tokenizer", dtype=dtype)
-                own = {k: v for k, v in head.state_dict().items() if not k.startswith("tokenizer.")}
-                hub.write_tensors(scratch / name / "model.safetensors", own, dtype)
+                head_state = {k: v for k, v in head.state_dict().items() if not k.startswith("tokenizer.")}
+                hub.write_tensors(scratch / name / "model.safetensors", head_state, dtype)
                 save_json(scratch / name / "config.json", head.config())
             save_json(
                 scratch / hub.MANIFEST,

@@ -91,8 +91,8 @@ def resolve_model(
             if not reads:
                 raise
 
-    loose = [pattern for module in families() for pattern in getattr(module, "FILES", ())]
-    return hub.resolve(name, multi_model_repos(), judge, loose)
+    weight_patterns = [pattern for module in families() for pattern in getattr(module, "FILES", ())]
+    return hub.resolve(name, multi_model_repos(), judge, weight_patterns)
 
 
 def convert(name: str | Path, folder: str | Path, layout: str = "unigen") -> None:
@@ -121,8 +121,8 @@ def convert(name: str | Path, folder: str | Path, layout: str = "unigen") -> Non
 def causal_lm(model: UnifiedModel) -> Any:
     """The language model as vLLM serves it: one table and one head for text and codes, of a class of transformers, or
     named as one of `unigen.backends.vllm_models`. Raises ValueError saying why a family has none."""
-    if why := vllm_unsupported_reason(model.family):
-        raise ValueError(f"vLLM cannot serve {model.family}: {why}")
+    if reason := vllm_unsupported_reason(model.family):
+        raise ValueError(f"vLLM cannot serve {model.family}: {reason}")
     return importlib.import_module(f"{__name__}.{model.family}").causal_lm(model)
 
 
@@ -136,8 +136,8 @@ def find_family(folder: Path, manifest: dict[str, Any] | None) -> Any:
     """The module of the folder's family."""
     if manifest is not None:
         family = str(manifest.get("family"))
-        named = family.isidentifier() and not family.startswith("_")
-        if not named or importlib.util.find_spec(f"{__name__}.{family}") is None:
+        is_valid_name = family.isidentifier() and not family.startswith("_")
+        if not is_valid_name or importlib.util.find_spec(f"{__name__}.{family}") is None:
             raise ValueError(f"{folder / hub.MANIFEST} names the family {family!r}, which this version does not have")
         return importlib.import_module(f"{__name__}.{family}")
     config = hub.read_json(folder / hub.CONFIG) if (folder / hub.CONFIG).is_file() else {}
@@ -146,8 +146,8 @@ def find_family(folder: Path, manifest: dict[str, Any] | None) -> Any:
             if hasattr(module, "refuse"):
                 module.refuse(folder, config)
             return module
-    if why := explain_unsupported(folder, config):
-        raise ValueError(why)
+    if reason := explain_unsupported(folder, config):
+        raise ValueError(reason)
     if (folder / "model_index.json").is_file():
         raise UnknownModelError(
             f"{folder} is a diffusers pipeline: it is loaded by unigen.load, and has no other layout"
@@ -156,8 +156,8 @@ def find_family(folder: Path, manifest: dict[str, Any] | None) -> Any:
         raise ValueError(f"folder {folder} holds neither {hub.MANIFEST} nor {hub.CONFIG}, so it is no model")
     kind = config.get("model_type") or config.get("_class_name") or "unknown"
     names = ", ".join(module.__name__.rpartition(".")[2] for module in families())
-    also = ": as a model that reads it can be joined to one that draws, by --lmm" if is_language_model(kind) else ""
-    raise UnknownModelError(f"{folder} is a model of type {kind!r}, which is of no family known here ({names}){also}")
+    hint = ": as a model that reads it can be joined to one that draws, by --lmm" if is_language_model(kind) else ""
+    raise UnknownModelError(f"{folder} is a model of type {kind!r}, which is of no family known here ({names}){hint}")
 
 
 def is_language_model(kind: str) -> bool:
@@ -170,10 +170,10 @@ def is_language_model(kind: str) -> bool:
 
 def families() -> list[Any]:
     """The modules of all families: those of this package but `relatives`."""
-    names = [found.name for found in pkgutil.iter_modules(__path__) if found.name != "relatives"]
+    names = [module_info.name for module_info in pkgutil.iter_modules(__path__) if module_info.name != "relatives"]
     return [importlib.import_module(f"{__name__}.{name}") for name in names]
 
 
 def multi_model_repos() -> dict[str, Any]:
     """Repositories of the hub that hold several models: the files of each."""
-    return {repo: held for module in families() for repo, held in getattr(module, "REPOSITORIES", {}).items()}
+    return {repo: variants for module in families() for repo, variants in getattr(module, "REPOSITORIES", {}).items()}

@@ -82,11 +82,11 @@ class ChameleonTemplate(PretrainedTemplate):
     def prompt(self, document: Document, *, output: Output, blind: int = 0) -> Tokens:
         """blind: 1 sees pictures alone, 2 nothing."""
         if blind:
-            seen = [s for s in document.segments if s.image is not None and blind == 1]
-            return self._build_prompt(seen, turns=False).tokens()
+            image_segments = [s for s in document.segments if s.image is not None and blind == 1]
+            return self._build_prompt(image_segments, turns=False).tokens()
         prompt = self._build_prompt(document.segments, turns=True)
-        ended = document.segments[-1].role == "user" and output not in self.open_turn_outputs
-        return (prompt.add_template_text(EOT) if ended else prompt).tokens()
+        closes_turn = document.segments[-1].role == "user" and output not in self.open_turn_outputs
+        return (prompt.add_template_text(EOT) if closes_turn else prompt).tokens()
 
     def encode(self, document: Document, *, blind: bool = False, writer: str = "next-token") -> Tokens:
         """A whole document to learn from: what the assistant says and draws."""
@@ -157,11 +157,11 @@ def build_chameleon(
     if missing := [name for name in names if name not in known]:
         raise ValueError(f"the text tokenizer lacks {len(missing)} image codes, {missing[0]} among them")
     ids = [known[name] for name in names]
-    first = min(ids)
-    if max(ids) - first + 1 != len(ids):
+    first_id = min(ids)
+    if max(ids) - first_id + 1 != len(ids):
         raise ValueError("the ids of the image codes are not in a row")
     order = tuple(torch.tensor(ids).argsort().tolist())
-    vocabulary = Vocabulary(lm.config.vocab_size, len(ids), first, order)
+    vocabulary = Vocabulary(lm.config.vocab_size, len(ids), first_id, order)
     writers: dict[str, Generator] = {
         "text": Text(sorted({*tokenizer.all_special_ids, *specials} - set(ids))),
         "next-token": NextToken(image_tokenizer.grid, row_end),

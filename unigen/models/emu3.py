@@ -150,19 +150,23 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
         llama = hub.read_json(folder / hub.CONFIG).get("model_type") == "llama"  # written by `causal_lm`
         lm = hub.load_pretrained(LlamaForCausalLM if llama else Emu3ForCausalLM, folder, dtype)
         image_tokenizer = load_image_tokenizer(folder / "image_tokenizer")
-        limits = hub.read_json(folder / hub.MANIFEST).get("template", {})
+        image_config = hub.read_json(folder / hub.MANIFEST).get("template", {})
     else:
-        whole = hub.load_pretrained(Emu3ForConditionalGeneration, folder, dtype)
+        full_model = hub.load_pretrained(Emu3ForConditionalGeneration, folder, dtype)
         with torch.device("meta"):
-            lm = Emu3ForCausalLM(whole.config.text_config)
-        lm.model, lm.lm_head, lm.generation_config = whole.model.text_model, whole.lm_head, whole.generation_config
-        image_tokenizer = Emu3VQ(whole.model.vqmodel.float(), IMAGE_SIZE)
-        limits = hub.image_processor_config(folder)
-        if any(value != 0.5 for name in ("image_mean", "image_std") for value in limits.get(name, (0.5,))):
+            lm = Emu3ForCausalLM(full_model.config.text_config)
+        lm.model, lm.lm_head, lm.generation_config = (
+            full_model.model.text_model,
+            full_model.lm_head,
+            full_model.generation_config,
+        )
+        image_tokenizer = Emu3VQ(full_model.model.vqmodel.float(), IMAGE_SIZE)
+        image_config = hub.image_processor_config(folder)
+        if any(value != 0.5 for name in ("image_mean", "image_std") for value in image_config.get(name, (0.5,))):
             raise ValueError(f"{folder}: pictures are read in [-1, 1], of mean and std 0.5")
     stride = image_tokenizer.image_size // image_tokenizer.grid[0]
     template = Emu3Template(
-        tokenizer, stride, (limits.get("min_pixels", MIN_PIXELS), limits.get("max_pixels", MAX_PIXELS))
+        tokenizer, stride, (image_config.get("min_pixels", MIN_PIXELS), image_config.get("max_pixels", MAX_PIXELS))
     )
     codes = image_tokenizer.codebook_size
     first = tokenizer.convert_tokens_to_ids(visual_token(0))
@@ -210,10 +214,14 @@ def save_public(model: UnifiedModel, folder: Path) -> None:
         text_config=lm.config, vq_config=image_tokenizer.net.config, vocabulary_map=model.text_tokenizer.get_vocab()
     )
     with torch.device("meta"):
-        whole = Emu3ForConditionalGeneration(config)
-    whole.model.text_model, whole.lm_head, whole.model.vqmodel = lm.model, lm.lm_head, image_tokenizer.net
+        full_model = Emu3ForConditionalGeneration(config)
+    full_model.model.text_model, full_model.lm_head, full_model.model.vqmodel = (
+        lm.model,
+        lm.lm_head,
+        image_tokenizer.net,
+    )
     with hub.silence_transformers():
-        whole.save_pretrained(folder)
+        full_model.save_pretrained(folder)
     text.save(model.text_tokenizer, folder)
     settings = template.settings | {"spatial_factor": template.stride, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     save_json(folder / "preprocessor_config.json", {"image_processor_type": "Emu3ImageProcessor"} | settings)

@@ -78,16 +78,16 @@ class JanusTemplate(PretrainedTemplate):
 
     def preprocess(self, image: Image.Image, size: int) -> np.ndarray:
         """The whole picture, resized, in the middle of a square of `PAD_COLOR`."""
-        longest = max(image.size)
-        width, height = (max(14, int(side / longest * size)) for side in image.size)
-        paper = Image.new("RGB", (size, size), PAD_COLOR)
+        long_side = max(image.size)
+        width, height = (max(14, int(side / long_side * size)) for side in image.size)
+        canvas = Image.new("RGB", (size, size), PAD_COLOR)
         resized = image.resize((width, height), Image.Resampling.BICUBIC)
-        paper.paste(resized, ((size - width) // 2, (size - height) // 2))
-        return np.asarray(paper)
+        canvas.paste(resized, ((size - width) // 2, (size - height) // 2))
+        return np.asarray(canvas)
 
     def prompt(self, document: Document, *, output: Output, blind: int = 0) -> Tokens:
-        drawing = output == "image"
-        prompt = self._turns(document.segments, system="" if drawing else SYSTEM, seen=not drawing)
+        is_image = output == "image"
+        prompt = self._turns(document.segments, system="" if is_image else SYSTEM, seen=not is_image)
         if document.segments[-1].role == "user":
             prompt.add_template_text(f"{self.roles[1]}:")
         tokens = prompt.tokens()
@@ -144,11 +144,11 @@ class JanusBackbone(Backbone):
 
     def embed(self, ids_BL: Tensor) -> Tensor:
         codes_BL = ids_BL - self.text_size
-        drawn_BL1 = (codes_BL >= 0)[..., None]
-        if not drawn_BL1.any():
+        is_code_BL1 = (codes_BL >= 0)[..., None]
+        if not is_code_BL1.any():
             return super().embed(ids_BL)
         embeds_BLD = self.aligner(self.table(codes_BL.clamp(min=0)))
-        return torch.where(drawn_BL1, embeds_BLD, super().embed(ids_BL.clamp(max=self.text_size - 1)))
+        return torch.where(is_code_BL1, embeds_BLD, super().embed(ids_BL.clamp(max=self.text_size - 1)))
 
     def logits(self, hidden: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         if start < self.text_size:
@@ -176,8 +176,8 @@ class JanusVisionEncoder(VisionEncoder):
     @torch.no_grad()
     def features(self, x_BCHW: Tensor) -> Tensor:
         weight = self.aligner[0].weight
-        seen_BPD = self.encoder(x_BCHW.to(weight.device, weight.dtype)).last_hidden_state
-        return self.aligner[1](gelu(self.aligner[0](seen_BPD)))  # type: ignore[no-any-return]
+        features_BPD = self.encoder(x_BCHW.to(weight.device, weight.dtype)).last_hidden_state
+        return self.aligner[1](gelu(self.aligner[0](features_BPD)))  # type: ignore[no-any-return]
 
 
 # what a tensor is called in a public folder, and here: in the authors' layout, then in transformers'
@@ -233,8 +233,8 @@ def from_public(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         name = hub.rename_key(name, _NAMES, _BLOCK if ".blocks." in name else ())
         if ".qkv." in name:
-            for part, third in zip("qkv", tensor.chunk(3), strict=True):
-                ours[name.replace(".qkv.", f".{part}_proj.")] = third
+            for part, projection in zip("qkv", tensor.chunk(3), strict=True):
+                ours[name.replace(".qkv.", f".{part}_proj.")] = projection
         else:
             ours[name] = tensor[0] if name.endswith("position_embedding.weight") else tensor
     return ours
@@ -292,9 +292,9 @@ def chat_roles(folder: Path, config: Mapping[str, Any], tokenizer: Any) -> tuple
                 return (USER, ASSISTANT) if USER in template else PLAIN_ROLES
     path = folder / "processor_config.json"
     said = hub.read_json(path).get("sft_format") if path.is_file() else None
-    named = FIRST_JANUS_NAME.search(f"{folder.absolute()} {config.get('_name_or_path', '')}")
-    plain = named or said == SFT_FORMATS[PLAIN_ROLES] or USER not in tokenizer.get_vocab()
-    return PLAIN_ROLES if plain else (USER, ASSISTANT)
+    is_first_janus = FIRST_JANUS_NAME.search(f"{folder.absolute()} {config.get('_name_or_path', '')}")
+    use_plain_roles = is_first_janus or said == SFT_FORMATS[PLAIN_ROLES] or USER not in tokenizer.get_vocab()
+    return PLAIN_ROLES if use_plain_roles else (USER, ASSISTANT)
 
 
 def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
@@ -305,8 +305,10 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
     tokenizer = text.load_from_model(folder)
     config = hub.read_json(folder / hub.CONFIG)
     if (folder / hub.MANIFEST).is_file():
-        first, second = hub.read_json(folder / hub.MANIFEST).get("template", {}).get("roles", (USER, ASSISTANT))
-        roles = (str(first), str(second))
+        user_role, assistant_role = (
+            hub.read_json(folder / hub.MANIFEST).get("template", {}).get("roles", (USER, ASSISTANT))
+        )
+        roles = (str(user_role), str(assistant_role))
         image_tokenizer = load_image_tokenizer(folder / "image_tokenizer")
         state = {f"backbone.lm.{name}": tensor for name, tensor in hub.read_weights(folder).items()}
         for part in ("backbone", "sight"):
@@ -327,14 +329,16 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
             state = from_public(hub.read_weights(folder))
             size, heads = int(hub.image_processor_config(folder).get("image_size", IMAGE_SIZE)), None
             config = config["language_config"]
-        coded = {k.removeprefix("image_tokenizer."): v for k, v in state.items() if k.startswith("image_tokenizer.")}
-        image_tokenizer = vqgan.from_public(coded, size, "llamagen")
+        tokenizer_state = {
+            k.removeprefix("image_tokenizer."): v for k, v in state.items() if k.startswith("image_tokenizer.")
+        }
+        image_tokenizer = vqgan.from_public(tokenizer_state, size, "llamagen")
         vision = vision_settings(state, size, heads)
-    own = {name: tensor for name, tensor in state.items() if not name.startswith("image_tokenizer.")}
+    model_state = {name: tensor for name, tensor in state.items() if not name.startswith("image_tokenizer.")}
     try:
-        codes, code_dim = own["backbone.table.weight"].shape
-        head_width = own["backbone.head.0.weight"].shape[0]
-        table = tuple(own[EMBEDDINGS_KEY].shape)
+        codes, code_dim = model_state["backbone.table.weight"].shape
+        head_width = model_state["backbone.head.0.weight"].shape[0]
+        table = tuple(model_state[EMBEDDINGS_KEY].shape)
     except KeyError as error:
         raise ValueError(f"checkpoint {folder} has no {error.args[0]}: it is not whole") from error
     lm_config = LlamaConfig(**config)
@@ -347,7 +351,7 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
         lm = LlamaForCausalLM._from_config(lm_config, attn_implementation="sdpa")
         parts.backbone = JanusBackbone(lm, codes, code_dim, head_width)
         parts.sight = JanusVisionEncoder(vision, parts.backbone.width)
-    hub.load_strict(parts.to(dtype or own["backbone.table.weight"].dtype), own, folder)
+    hub.load_strict(parts.to(dtype or model_state["backbone.table.weight"].dtype), model_state, folder)
     codes_of_a_picture = image_tokenizer.grid[0] * image_tokenizer.grid[1]
     template = JanusTemplate(tokenizer, parts.sight.positions, codes_of_a_picture, roles)
     writers: dict[str, Generator] = {
@@ -376,7 +380,7 @@ def vision_settings(state: Mapping[str, Tensor], size: int, heads: int | None = 
     try:
         patch = state["sight.encoder.embeddings.patch_embedding.weight"]
         hidden = patch.shape[0]
-        wide = state["sight.encoder.encoder.layers.0.mlp.fc1.weight"].shape[0]
+        mlp_width = state["sight.encoder.encoder.layers.0.mlp.fc1.weight"].shape[0]
     except KeyError as error:
         raise ValueError(f"these are not the tensors of Janus: {error.args[0]} is not among them") from error
     layers = {name.split(".")[4] for name in state if name.startswith("sight.encoder.encoder.layers.")}
@@ -384,7 +388,7 @@ def vision_settings(state: Mapping[str, Tensor], size: int, heads: int | None = 
         "hidden_size": hidden,
         "num_hidden_layers": len(layers),
         "num_attention_heads": heads or default_num_heads(hidden),
-        "mlp_ratio": wide / hidden,
+        "mlp_ratio": mlp_width / hidden,
         "image_size": size,
         "patch_size": patch.shape[-1],
     }

@@ -163,9 +163,11 @@ def refuse(folder: Path, config: dict[str, Any]) -> None:
     windowed = "sliding_attention" in (getattr(text_config, "layer_types", None) or ())
     capped = getattr(text_config, "final_logit_softcapping", None)
     if windowed or capped or getattr(text_config, "logit_scale", None) not in (None, 1.0):
-        how = "attends in windows" if windowed else "caps or scales its logits"
+        reason = "attends in windows" if windowed else "caps or scales its logits"
         kind = text_config.model_type
-        raise ValueError(f"{folder} is Liquid on {kind}, which {how} and is not supported: Gemma, Llama and Qwen are")
+        raise ValueError(
+            f"{folder} is Liquid on {kind}, which {reason} and is not supported: Gemma, Llama and Qwen are"
+        )
 
 
 def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:

@@ -77,20 +77,20 @@ class Rotary2D(nn.Module):
 
     def __init__(self, side: int, width: int) -> None:
         super().__init__()
-        half = width // 2
-        theta = ROPE_THETA ** (-torch.arange(0, half, 2).float() / half)
+        half_width = width // 2
+        theta = ROPE_THETA ** (-torch.arange(0, half_width, 2).float() / half_width)
         turns = torch.outer(torch.arange(side).float(), theta)  # (side, E/4)
         rows, columns = turns[:, None].expand(-1, side, -1), turns[None].expand(side, -1, -1)
         angles = torch.cat((rows, columns), -1).flatten(0, 1)  # (side * side, E/2)
         angles = torch.cat((angles, angles), -1)
-        nothing = torch.zeros(1, width)
-        self.register_buffer("cos", torch.cat((nothing, angles.cos())), persistent=False)
-        self.register_buffer("sin", torch.cat((nothing, angles.sin())), persistent=False)
+        zeros = torch.zeros(1, width)
+        self.register_buffer("cos", torch.cat((zeros, angles.cos())), persistent=False)
+        self.register_buffer("sin", torch.cat((zeros, angles.sin())), persistent=False)
 
     @torch.no_grad()
     def forward(self, x_BLD: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        at_BL = position_ids.clamp(max=len(self.cos) - 1)  # rows that are done go on reading
-        return self.cos[at_BL].to(x_BLD.dtype), self.sin[at_BL].to(x_BLD.dtype)
+        positions_BL = position_ids.clamp(max=len(self.cos) - 1)  # rows that are done go on reading
+        return self.cos[positions_BL].to(x_BLD.dtype), self.sin[positions_BL].to(x_BLD.dtype)
 
 
 class LlamaGenBackbone(Backbone):
@@ -149,19 +149,19 @@ class TextBackbone(LlamaGenBackbone):
     def condition(self, ids_BL: Tensor) -> Tensor:
         f_BLF = self.wordless((ids_BL - self.pieces).clamp(0, self.most - 1))
         for row, start, stop in self.prompts(ids_BL):
-            read_1LF = self.encoder(input_ids=ids_BL[row : row + 1, start:stop]).last_hidden_state
-            f_BLF[row, start:stop] = read_1LF[0].to(f_BLF.dtype)
+            encoded_1LF = self.encoder(input_ids=ids_BL[row : row + 1, start:stop]).last_hidden_state
+            f_BLF[row, start:stop] = encoded_1LF[0].to(f_BLF.dtype)
         return self.project(f_BLF)  # type: ignore[no-any-return]
 
     def prompts(self, ids_BL: Tensor) -> Iterator[tuple[int, int, int]]:
         """Row, start and stop of every run of pieces that has an end; what has none is padding."""
         for row, ids in enumerate(ids_BL.tolist()):
             start = 0
-            for at, id in enumerate(ids):
+            for index, id in enumerate(ids):
                 if id == self.end:
-                    yield row, start, at + 1
+                    yield row, start, index + 1
                 if id == self.end or id >= self.pieces:
-                    start = at + 1
+                    start = index + 1
 
     def hidden(self, embeds_BLD: Tensor, positions_BL: Tensor, mask: Tensor, cache: SlotCache | None = None) -> Tensor:
         """Codes are counted from the end of the prompt. That is what a slot held when it was first read again."""
@@ -169,8 +169,8 @@ class TextBackbone(LlamaGenBackbone):
         for row, length in zip(cache.step.rows, cache.step.lengths, strict=True):
             if length:
                 cache.notes.setdefault(row, torch.tensor(length))
-        now = torch.tensor(positions_BL.shape[1])  # a prompt that is being read ends with the step
-        prompts_B = torch.stack([cache.notes.get(row, now) for row in cache.step.rows]).to(positions_BL.device)
+        step_end = torch.tensor(positions_BL.shape[1])  # a prompt that is being read ends with the step
+        prompts_B = torch.stack([cache.notes.get(row, step_end) for row in cache.step.rows]).to(positions_BL.device)
         places_BL = (positions_BL - prompts_B[:, None] + 1).clamp(min=0)
         return super().hidden(embeds_BLD, places_BL, mask, cache)
 
@@ -216,13 +216,13 @@ def clean_caption(words: str) -> str:
     repaired."""
     for _ in range(2):  # as in training
         words = unquote_plus(words).strip().lower()
-        for pattern, instead in _MARKS:
-            words = re.sub(pattern, instead, words)
+        for pattern, replacement in _MARKS:
+            words = re.sub(pattern, replacement, words)
         if len(re.findall(r"[-_]", words)) > 3:
             words = re.sub(r"[-_]", " ", words)
         words = words.strip()
-        for pattern, instead in (*_SPACES, *_ENDS):
-            words = re.sub(pattern, instead, words)
+        for pattern, replacement in (*_SPACES, *_ENDS):
+            words = re.sub(pattern, replacement, words)
         words = words.strip()
     return words
 
@@ -240,8 +240,8 @@ class TextTemplate(ImageOnlyTemplate):
             raise UnsupportedError("llamagen draws from words alone: leave the picture out")
         if any(segment.label is not None for segment in document.segments):
             raise ValueError("this model draws words, not classes: say what to draw in words")
-        words = clean_caption(" ".join((segment.text or "").strip() for segment in document.segments))
-        tokens = text.PromptBuilder(self.tokenizer).add_user_text(words).ids([self.end]).tokens()
+        text_folder = clean_caption(" ".join((segment.text or "").strip() for segment in document.segments))
+        tokens = text.PromptBuilder(self.tokenizer).add_user_text(text_folder).ids([self.end]).tokens()
         if len(tokens) > self.most:
             raise ValueError(f"the prompt has {len(tokens)} pieces, the model reads {self.most}: shorten it")
         if blind:
@@ -335,8 +335,10 @@ def to_public(state: Mapping[str, Tensor], head_dim: int) -> dict[str, Tensor]:
 
 def owns(folder: Path, config: dict[str, Any]) -> bool:
     """A folder with a file of a model, or of its image tokenizer, and without the config.json of another."""
-    named = any(list(folder.glob(f"{kind}_*.pt")) or (folder / file).is_file() for kind, file in TOKENIZERS.items())
-    return named and config.get("model_type") in (None, "llamagen")
+    has_weight_file = any(
+        list(folder.glob(f"{kind}_*.pt")) or (folder / file).is_file() for kind, file in TOKENIZERS.items()
+    )
+    return has_weight_file and config.get("model_type") in (None, "llamagen")
 
 
 def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) -> UnifiedModel:
@@ -345,7 +347,7 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.initialization import no_init_weights
 
-    words, tokenizer = folder, None
+    text_folder, tokenizer = folder, None
     if (folder / hub.MANIFEST).is_file():
         image_tokenizer = load_image_tokenizer(folder / "image_tokenizer")
         config = LlamaConfig(**hub.read_json(folder / hub.CONFIG))
@@ -365,7 +367,7 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
             wide = state["layers.0.feed_forward.w1.weight"].shape[0]
             table = "embedding_table.weight" if kind == "c2i" else "uncond_embedding"
             before = 1 if kind == "c2i" else len(state[f"cls_embedding.{table}"])
-            mixed = len(state["layers.0.attention.wqkv.weight"])
+            qkv_rows = len(state["layers.0.attention.wqkv.weight"])
         except KeyError as error:
             raise ValueError(f"checkpoint {path} has no {error.args[0]}: it is no LlamaGen ({kind})") from error
         size = re.search(r"_(\d+)$", path.stem)
@@ -374,8 +376,8 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
         image_tokenizer = vqgan.from_public(hub.read_tensors(folder / TOKENIZERS[kind]), int(size[1]), "llamagen")
         said = hub.read_json(folder / hub.CONFIG) if (folder / hub.CONFIG).is_file() else {}
         head_dim = infer_head_dim(state, said, path)
-        if width % head_dim or (mixed - width) % (2 * head_dim) or not width < mixed <= 3 * width:
-            raise ValueError(f"{path}: queries, keys and values of {mixed} rows are of no heads {head_dim} wide")
+        if width % head_dim or (qkv_rows - width) % (2 * head_dim) or not width < qkv_rows <= 3 * width:
+            raise ValueError(f"{path}: queries, keys and values of {qkv_rows} rows are of no heads {head_dim} wide")
         layers = len({name.split(".")[1] for name in state if name.startswith("layers.")})
         config = LlamaConfig(
             vocab_size=state["tok_embeddings.weight"].shape[0],
@@ -383,7 +385,7 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
             intermediate_size=wide,
             num_hidden_layers=layers,
             num_attention_heads=width // head_dim,
-            num_key_value_heads=(mixed - width) // (2 * head_dim),
+            num_key_value_heads=(qkv_rows - width) // (2 * head_dim),
             head_dim=head_dim,
             rms_norm_eps=1e-5,
             max_position_embeddings=before + image_tokenizer.grid[0] ** 2,
@@ -391,15 +393,15 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
         )
         state = from_public(state, head_dim)
         if kind == "t2i":
-            words = hub.find_component(
+            text_folder = hub.find_component(
                 folder, f"{TEXT_FOLDER}/", "the text encoder", lambda: hub.fetch_snapshot(TEXT_ENCODER)
             )
-            config.t5 = hub.read_json(words / hub.CONFIG)
+            config.t5 = hub.read_json(text_folder / hub.CONFIG)
             if "d_model" not in config.t5:
-                raise ValueError(f"{words / hub.CONFIG} has no d_model: it is no T5's, or damaged")
-            state |= load_text_encoder_state(words)
+                raise ValueError(f"{text_folder / hub.CONFIG} has no d_model: it is no T5's, or damaged")
+            state |= load_text_encoder_state(text_folder)
     side = image_tokenizer.grid[0]
-    stored = state["lm.lm_head.weight"].dtype
+    stored_dtype = state["lm.lm_head.weight"].dtype
     template: ClassTemplate | TextTemplate
     with no_init_weights():
         lm = LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
@@ -407,13 +409,13 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
             backbone: LlamaGenBackbone = ClassBackbone(lm, len(state["classes.weight"]), side)
             template = ClassTemplate(backbone.before - 1, side * side)
         else:
-            hub.read_json(words / "tokenizer.json")  # without it a tokenizer of no words would be made
-            tokenizer = text.load(words, newlines=False)
-            most = len(state["wordless.weight"])
-            backbone = TextBackbone(lm, config.t5, most, side)
-            template = TextTemplate(tokenizer, backbone.end, backbone.pieces, most, side * side)
-    backbone.to(dtype or stored)
-    if kind == "t2i" and (dtype or stored) == torch.float16:
+            hub.read_json(text_folder / "tokenizer.json")  # without it a tokenizer of no words would be made
+            tokenizer = text.load(text_folder, newlines=False)
+            max_prompt_length = len(state["wordless.weight"])
+            backbone = TextBackbone(lm, config.t5, max_prompt_length, side)
+            template = TextTemplate(tokenizer, backbone.end, backbone.pieces, max_prompt_length, side * side)
+    backbone.to(dtype or stored_dtype)
+    if kind == "t2i" and (dtype or stored_dtype) == torch.float16:
         backbone.encoder.float()  # whose sums are too large for float16
     hub.load_strict(backbone, state, folder)
     writers: dict[str, Generator] = {"next-token": NextToken(image_tokenizer.grid)}
@@ -425,9 +427,9 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
 
 def load_text_encoder_state(folder: Path) -> dict[str, Tensor]:
     """The encoder's tensors of a folder with T5 by their names here; its decoder's are left."""
-    left = ("decoder.", "lm_head.", "encoder.embed_tokens.")  # the last are the shared ones once more
+    dropped_keys = ("decoder.", "lm_head.", "encoder.embed_tokens.")  # the last are the shared ones once more
     state = hub.read_weights(folder)
-    return {hub.rename_key(name, _WORDS): tensor for name, tensor in state.items() if not name.startswith(left)}
+    return {hub.rename_key(name, _WORDS): tensor for name, tensor in state.items() if not name.startswith(dropped_keys)}
 
 
 def save_public(model: UnifiedModel, folder: Path) -> None:
@@ -441,10 +443,11 @@ def save_public(model: UnifiedModel, folder: Path) -> None:
     heads = backbone.lm.config.num_attention_heads
     save_json(folder / hub.CONFIG, {"model_type": "llamagen", "n_head": heads})
     if isinstance(backbone, TextBackbone):
-        words = folder / TEXT_FOLDER
-        text.save(model.text_tokenizer, words)
-        save_json(words / hub.CONFIG, backbone.lm.config.t5)
-        read = {f"encoder.{name}": tensor for name, tensor in backbone.encoder.state_dict().items()}
+        text_folder = folder / TEXT_FOLDER
+        text.save(model.text_tokenizer, text_folder)
+        save_json(text_folder / hub.CONFIG, backbone.lm.config.t5)
+        encoder_state = {f"encoder.{name}": tensor for name, tensor in backbone.encoder.state_dict().items()}
         hub.write_tensors(
-            words / "model.safetensors", {hub.rename_key(k, _WORDS, back=True): v for k, v in read.items()}
+            text_folder / "model.safetensors",
+            {hub.rename_key(k, _WORDS, back=True): v for k, v in encoder_state.items()},
         )

@@ -74,8 +74,10 @@ class LuminaTemplate(ChameleonTemplate):
     def layout(self, grid: tuple[int, int]) -> Layout:
         if any(codes % CELL or codes // CELL > len(self.sides) for codes in grid):
             side, (height, width) = CELL * self.stride, (codes * self.stride for codes in grid)
-            most = f"up to {len(self.sides) * side}"
-            raise ValueError(f"a size is width and height in pixels, multiples of {side} {most}, not {width}x{height}")
+            max_cells = f"up to {len(self.sides) * side}"
+            raise ValueError(
+                f"a size is width and height in pixels, multiples of {side} {max_cells}, not {width}x{height}"
+            )
         opening = tuple(self.sides[codes // CELL - 1] for codes in grid)
         return Layout(grid, opening, (self.special[EOL],), (self.special[EOI],))
 
@@ -123,9 +125,9 @@ class LuminaTemplate(ChameleonTemplate):
         ordered: list[Segment] = []
         for role, turn in groupby(segments, key=lambda segment: segment.role):
             said = list(turn)
-            first = next((n for n, segment in enumerate(said) if segment.image is None), len(said))
-            alone = role == "user" and all(segment.image is None for segment in said[first:])
-            ordered += said[first:] + said[:first] if alone else said
+            first_text = next((n for n, segment in enumerate(said) if segment.image is None), len(said))
+            images_lead_turn = role == "user" and all(segment.image is None for segment in said[first_text:])
+            ordered += said[first_text:] + said[:first_text] if images_lead_turn else said
         return super()._build_prompt(ordered, turns, begins)
 
     def _picture(self, prompt: text.PromptBuilder, image: Any, learnt: bool) -> text.PromptBuilder:
@@ -146,15 +148,17 @@ def is_user_text(segments: Sequence[Segment]) -> bool:
 def crop_sizes(size: int, side: int) -> list[tuple[int, int]]:
     """Widths and heights in pixels of pictures to be read: multiples of `side`, of no more pixels than `size` squared,
     for each width the greatest heights, at most `MAX_ASPECT_RATIO` times as long as wide."""
-    most = (size // side) ** 2
-    found = {(w, h) for w in range(1, most + 1) for h in range(most // (w + 1), most // w + 1) if h}
-    return [(w * side, h * side) for w, h in found if max(w, h) <= MAX_ASPECT_RATIO * min(w, h)]
+    max_cells = (size // side) ** 2
+    cell_sizes = {(w, h) for w in range(1, max_cells + 1) for h in range(max_cells // (w + 1), max_cells // w + 1) if h}
+    return [(w * side, h * side) for w, h in cell_sizes if max(w, h) <= MAX_ASPECT_RATIO * min(w, h)]
 
 
 def kept_fraction(size: tuple[int, int], shape: tuple[int, int]) -> float:
     """The share of a picture that is left when it is cut to a shape."""
-    across, down = (there / here for there, here in zip(shape, size, strict=True))
-    return min(across, down) / max(across, down)
+    width_scale, height_scale = (
+        target_side / source_side for target_side, source_side in zip(shape, size, strict=True)
+    )
+    return min(width_scale, height_scale) / max(width_scale, height_scale)
 
 
 def owns(folder: Path, config: dict[str, Any]) -> bool:
@@ -217,8 +221,8 @@ def to_public(state: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
     theirs = {}
     for name, tensor in state.items():
         if _NORM.search(name):
-            tensor, shared = tensor.unflatten(0, (rows, -1))[:, 0], tensor
-            if not torch.equal(tensor.repeat_interleave(len(shared) // rows, 0), shared):
+            tensor, repeated = tensor.unflatten(0, (rows, -1))[:, 0], tensor
+            if not torch.equal(tensor.repeat_interleave(len(repeated) // rows, 0), repeated):
                 raise ValueError(f"{name}: its heads have norms of their own, which the public layout cannot hold")
         if not name.startswith(VISION_PREFIX):
             theirs[name] = tensor

@@ -41,15 +41,15 @@ def explain_unsupported(folder: Path, config: Mapping[str, Any]) -> str | None:
     if (folder / "adapter_config.json").is_file():
         return f"{folder} {_explain_lora(folder)}"
     kind, name = str(config.get("model_type")), str(config.get("_class_name"))
-    said = BY_MODEL_TYPE.get(kind)
+    message = BY_MODEL_TYPE.get(kind)
     if kind == "Emu3" and (
         config.get("vocab_size", EMU3_VOCAB_SIZE) != EMU3_VOCAB_SIZE or "Emu3.5" in str(folder.absolute())
     ):
-        said = "is Emu3.5, which is not supported; Emu3 is: Emu3-community/Emu3-Gen-hf"
-    said = said or next((line for begin, line in BY_CLASS_PREFIX.items() if name.startswith(begin)), None)
-    if said is None and not config:
-        said = next((line for pattern, line in FILES.items() if next(folder.glob(pattern), None)), None)
-    return said and f"{folder} {said}"
+        message = "is Emu3.5, which is not supported; Emu3 is: Emu3-community/Emu3-Gen-hf"
+    message = message or next((line for begin, line in BY_CLASS_PREFIX.items() if name.startswith(begin)), None)
+    if message is None and not config:
+        message = next((line for pattern, line in FILES.items() if next(folder.glob(pattern), None)), None)
+    return message and f"{folder} {message}"
 
 
 def _explain_lora(folder: Path) -> str:
@@ -59,5 +59,7 @@ def _explain_lora(folder: Path) -> str:
         base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError):
         base = None
-    of = f" of {base}" if isinstance(base, str) and base else ""
-    return f"holds an adapter (LoRA){of}, not a model: merge it into its model (peft: merge_and_unload), save that"
+    base_text = f" of {base}" if isinstance(base, str) and base else ""
+    return (
+        f"holds an adapter (LoRA){base_text}, not a model: merge it into its model (peft: merge_and_unload), save that"
+    )

@@ -73,15 +73,15 @@ class ShowoMasked(Masked):
         """At least one, which is drawn anew, until the last step writes all."""
         if state.step + 1 >= steps:
             return 0
-        share = torch.cos(torch.tensor((state.step + 1) / steps) * math.pi * 0.5)  # in fp32, as rounding counts
-        return max(1, min(int((state.ids_P < 0).sum()) - 1, int(self.positions() * share)))
+        ratio = torch.cos(torch.tensor((state.step + 1) / steps) * math.pi * 0.5)  # in fp32, as rounding counts
+        return max(1, min(int((state.ids_P < 0).sum()) - 1, int(self.positions() * ratio)))
 
     def heat(self, step: int, steps: int) -> float:
         return self.choice_temperature * math.prod(1 - (s + 1) / steps for s in range(step + 1))
 
     def gumbel(self, count: int, rng: torch.Generator) -> Tensor:
-        drawn = torch.empty(count).uniform_(generator=rng).clamp(min=1e-20)
-        return -(-drawn.log()).clamp(min=1e-20).log()
+        uniform = torch.empty(count).uniform_(generator=rng).clamp(min=1e-20)
+        return -(-uniform.log()).clamp(min=1e-20).log()
 
 
 class ShowoTemplate(PretrainedTemplate):

@@ -95,8 +95,8 @@ class ChatTemplate:
         self.positions, self.text_lengths = dict(positions), dict(text_lengths or {})
         self.classes = tuple(classes)
         self.settings: dict[str, Any] = {}
-        words: tuple[Output, ...] = tuple(name for name in OUTPUTS if name != "pair" or self.text_lengths)
-        self.outputs = ("image",) if classes else words
+        outputs: tuple[Output, ...] = tuple(name for name in OUTPUTS if name != "pair" or self.text_lengths)
+        self.outputs = ("image",) if classes else outputs
         begins = BEGIN_TOKENS | dict(begins or {})
         needed = [*REQUIRED_TOKENS, *begins.values(), *map(class_token, range(len(self.classes)))]
         known = {name: tokenizer.convert_tokens_to_ids(name) for name in (*SPECIAL_TOKENS, *needed)}
@@ -109,13 +109,14 @@ class ChatTemplate:
         self.eos_id: int = tokenizer.eos_token_id
         self.turn_ends: tuple[int, ...] = (self.eos_id,)
         self.image_end_id: int = self.special[EOI]
-        spare = [name for name in SPARE_TOKENS if name in self.special and name not in begins.values()]
-        if len(unknown := [name for name in positions if name not in begins]) > len(spare):
+        spare_tokens = [name for name in SPARE_TOKENS if name in self.special and name not in begins.values()]
+        if len(new_names := [name for name in positions if name not in begins]) > len(spare_tokens):
             raise ValueError(
-                f"no begin token is left for {', '.join(unknown)}: the text tokenizer has {len(spare)} spare ones; "
+                f"no begin token is left for {', '.join(new_names)}: the text tokenizer has "
+                f"{len(spare_tokens)} spare ones; "
                 f"teach fewer ways of writing, or begin with a new text tokenizer (leave init_from out)"
             )
-        begins |= dict(zip(unknown, spare, strict=False))
+        begins |= dict(zip(new_names, spare_tokens, strict=False))
         self.begins: dict[str, int] = {name: self.special[begins[name]] for name in positions}
 
     def encode(self, document: Document, *, blind: bool = False, writer: str = CONTEXT_GENERATOR) -> Tokens:
@@ -156,12 +157,12 @@ class ChatTemplate:
     def _turns(self, document: Document, blind: bool, writer: str = CONTEXT_GENERATOR) -> Tokens:
         tokens = Tokens()
         tokens.add([self.start])
-        role, worded = None, False
+        role, after_text = None, False
         for number, segment in enumerate(images_first(document.segments), start=1):
             if segment.role == "system":
                 raise ValueError("this model follows no system messages: leave them out")
             if segment.role != role:
-                worded = False
+                after_text = False
                 if role == "assistant":
                     tokens.add([self.eos_id], loss=not blind)
                 role = segment.role
@@ -178,14 +179,14 @@ class ChatTemplate:
                 if name == CONTEXT_GENERATOR:
                     tokens.add([self.image_end_id])
             elif blind:
-                tokens.add([] if worded else [self.special[UNCOND]])  # one for the whole run of text
+                tokens.add([] if after_text else [self.special[UNCOND]])  # one for the whole run of text
             elif segment.label is not None:
                 tokens.add([self.special[class_token(self.number(segment.label))]])
             elif self.classes:
                 raise ValueError(f"this model draws classes, not words: give {self.describe_classes()}")
             else:
                 tokens.add(self.text_ids(segment.text or ""), loss=learnt)
-            worded = segment.image is None
+            after_text = segment.image is None
         return tokens
 
     def prefix_text_ids(self, document: Document, writer: str) -> list[int]:
@@ -240,20 +241,22 @@ def build_model(
             f"({image_tokenizer.codebook_size}) need {vocabulary.size}"
         )
     tokenizer.chat_template = CHAT_TEMPLATE
-    frame, ready = build_context(lm, tokenizer, image_tokenizer), {head.name: head for head in heads}
+    context, heads_by_name = build_context(lm, tokenizer, image_tokenizer), {head.name: head for head in heads}
     for head in heads:
         if head.tokenizer is not None and head.tokenizer.image_size != image_tokenizer.image_size:
             sizes = f"{head.tokenizer.image_size} pixels, the model's {image_tokenizer.image_size}"
             raise ValueError(f"the tokenizer of {head.name} is for pictures of {sizes}: train one for that size")
-    names, later = dict.fromkeys([*writers, *ready]), later or {}
-    made: dict[str, Generator] = {
-        name: ready[name] if name in ready else build_generator(name, frame) for name in names if name not in later
+    names, later = dict.fromkeys([*writers, *heads_by_name]), later or {}
+    built: dict[str, Generator] = {
+        name: heads_by_name[name] if name in heads_by_name else build_generator(name, context)
+        for name in names
+        if name not in later
     }
-    positions = {name: made[name].positions() if name in made else 0 for name in names}
-    text_lengths = {name: generator.text_length for name, generator in made.items() if generator.text_length}
+    positions = {name: built[name].positions() if name in built else 0 for name in names}
+    text_lengths = {name: generator.text_length for name, generator in built.items() if generator.text_length}
     template = ChatTemplate(tokenizer, positions, begins, classes, text_lengths)
     text: Generator = Text(sorted({*tokenizer.all_special_ids, *template.special.values()}))
-    ordered = GeneratorDict({text.name: text} | {name: made.get(name) for name in names}, later)
+    ordered = GeneratorDict({text.name: text} | {name: built.get(name) for name in names}, later)
     return UnifiedModel("tiny", Backbone(lm), vocabulary, tokenizer, image_tokenizer, template, ordered)
 
 
@@ -276,8 +279,10 @@ def build_generator(name: str, frame: BuildContext) -> Generator:
     """An untrained generator. Raises ValueError for an unknown name, or where it needs a tokenizer and has none."""
     kind = generators.find_generator(name)
     if kind.own is not None and frame.tokenizer is None:
-        how = "kind=kl" if kind.own == "kl" else f"model.quantizer={kind.own}"
-        raise ValueError(f"{name} needs an image tokenizer of its own: unigen train recipes/tiny_vq.py {how} makes one")
+        kind_option = "kind=kl" if kind.own == "kl" else f"model.quantizer={kind.own}"
+        raise ValueError(
+            f"{name} needs an image tokenizer of its own: unigen train recipes/tiny_vq.py {kind_option} makes one"
+        )
     generator: Generator = kind.of(frame)
     return generator
 
@@ -309,10 +314,10 @@ def add_generators(model: UnifiedModel, writers: Sequence[str], heads: Sequence[
     """The same parts as a model that writes pictures in these ways too; training has to follow."""
     parts = model.backbone.lm, model.text_tokenizer, model.image_tokenizer, model.vocabulary.text_size
     names = [name for name in dict.fromkeys([*model.generators, *writers]) if name != "text"]
-    made = dict(model.heads) | {head.name: head for head in heads}
-    taught = build_model(*parts, names, list(made.values()), model.begin_tokens(), model.template.classes)
-    taught.sampling = dict(model.sampling)
-    return taught
+    built = dict(model.heads) | {head.name: head for head in heads}
+    extended_model = build_model(*parts, names, list(built.values()), model.begin_tokens(), model.template.classes)
+    extended_model.sampling = dict(model.sampling)
+    return extended_model
 
 
 def extend_vocabulary(lm: Any, tokenizer: Any, image_tokenizer: ImageTokenizer) -> UnifiedModel:
@@ -360,15 +365,15 @@ def load(folder: Path, dtype: torch.dtype | None = None, inference: bool = False
         state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
     hub.load_strict(lm, state, folder / "model.safetensors")
     writers = [name for name in manifest["generators"] if name != "text"]
-    frame = build_context(lm, tokenizer, image_tokenizer)
-    kinds = {name: generators.find_generator(name) for name in writers}
-    headed = [name for name, kind in kinds.items() if issubclass(kind, nn.Module)]
+    context = build_context(lm, tokenizer, image_tokenizer)
+    generator_classes = {name: generators.find_generator(name) for name in writers}
+    with_weights = [name for name, kind in generator_classes.items() if issubclass(kind, nn.Module)]
     later = {
-        name: partial(load_generator_lazily, folder / name, frame)
-        for name in headed
-        if inference and not kinds[name].uses_positions and (folder / name).is_dir()
+        name: partial(load_generator_lazily, folder / name, context)
+        for name in with_weights
+        if inference and not generator_classes[name].uses_positions and (folder / name).is_dir()
     }
-    heads = [load_generator(folder / name, frame) for name in headed if name not in later]
+    heads = [load_generator(folder / name, context) for name in with_weights if name not in later]
     begins, classes = manifest.get("begins"), manifest.get("classes", ())
     text_size = int(manifest["text_size"])
     model = build_model(lm.float(), tokenizer, image_tokenizer, text_size, writers, heads, begins, classes, later)
@@ -387,8 +392,8 @@ load_for_inference = partial(load, inference=True)
 def load_generator(folder: Path, frame: BuildContext) -> Any:
     """A generator with weights, saved by `UnifiedModel.save`; the folder has its name."""
     settings = hub.read_json(folder / "config.json")
-    own = load_image_tokenizer(folder / "tokenizer") if generators.find_generator(folder.name).own else None
-    head: Any = build_generator(folder.name, replace(frame, tokenizer=own, settings=settings))
-    frozen = {} if own is None else {f"tokenizer.{name}": value for name, value in own.state_dict().items()}
+    tokenizer = load_image_tokenizer(folder / "tokenizer") if generators.find_generator(folder.name).own else None
+    head: Any = build_generator(folder.name, replace(frame, tokenizer=tokenizer, settings=settings))
+    frozen = {} if tokenizer is None else {f"tokenizer.{name}": value for name, value in tokenizer.state_dict().items()}
     hub.load_strict(head, frozen | hub.read_tensors(folder / "model.safetensors"), folder / "model.safetensors")
     return head

@@ -66,14 +66,14 @@ class VARBlock(nn.Module):
     def forward(self, x_BLD: Tensor, given_BD: Tensor, mask: Tensor | None, cache: SlotCache, number: int) -> Tensor:
         """given_BD: silu of the class's vector; of shared norms what all blocks make of it, (B, 6 D)."""
         if self.condition is not None:
-            six = self.condition(given_BD).unflatten(-1, (6, self.width))
+            modulation = self.condition(given_BD).unflatten(-1, (6, self.width))
         else:
-            six = given_BD.unflatten(-1, (6, self.width)) + self.own
-        gate1, gate2, scale1, scale2, shift1, shift2 = six[:, None].unbind(2)
-        inner_BLD = (layer_norm_no_affine(x_BLD) * (1 + scale1) + shift1).to(given_BD.dtype)
-        x_BLD = x_BLD + gate1 * self.attention(inner_BLD, mask, cache, number)
-        inner_BLD = (layer_norm_no_affine(x_BLD) * (1 + scale2) + shift2).to(given_BD.dtype)
-        return x_BLD + gate2 * self.down(gelu(self.up(inner_BLD), approximate="tanh"))
+            modulation = given_BD.unflatten(-1, (6, self.width)) + self.own
+        gate1, gate2, scale1, scale2, shift1, shift2 = modulation[:, None].unbind(2)
+        modulated_BLD = (layer_norm_no_affine(x_BLD) * (1 + scale1) + shift1).to(given_BD.dtype)
+        x_BLD = x_BLD + gate1 * self.attention(modulated_BLD, mask, cache, number)
+        modulated_BLD = (layer_norm_no_affine(x_BLD) * (1 + scale2) + shift2).to(given_BD.dtype)
+        return x_BLD + gate2 * self.down(gelu(self.up(modulated_BLD), approximate="tanh"))
 
     def attention(self, x_BLD: Tensor, mask: Tensor | None, cache: SlotCache, number: int) -> Tensor:
         parts = self.query_key_value(x_BLD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -82,8 +82,8 @@ class VARBlock(nn.Module):
         value = value + self.value_bias.unflatten(0, (self.heads, 1, -1))
         query = normalize(query, dim=-1) * self.temperature.clamp(max=MAX_LOG_SCALE).exp()[:, None, None]
         keys, values = cache.update(normalize(key, dim=-1), value, number)
-        mixed = scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=1.0)
-        return self.out(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        attended = scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=1.0)
+        return self.out(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
 def layer_norm_no_affine(x_BLD: Tensor) -> Tensor:
@@ -135,18 +135,18 @@ class VARBackbone(Backbone):
     def hidden(self, embeds_BLD: Tensor, positions_BL: Tensor, mask: Tensor, cache: SlotCache | None = None) -> Tensor:
         assert cache is not None, "VAR's transformer is for inference"
         lm, rows = self.lm, cache.step.rows
-        begins_B = positions_BL[:, 0] == 0
-        for row, begins, vector_D in zip(rows, begins_B.tolist(), embeds_BLD[:, 0], strict=True):
-            if begins:
+        is_start_B = positions_BL[:, 0] == 0
+        for row, is_start, vector_D in zip(rows, is_start_B.tolist(), embeds_BLD[:, 0], strict=True):
+            if is_start:
                 cache.notes[row] = vector_D
         given_BD = torch.stack([cache.notes[row] for row in rows])
         x_BLD = embeds_BLD.float().clone()
-        x_BLD[begins_B, 0] = x_BLD[begins_B, 0] + lm.start + lm.first
-        seen = None if bool(mask.all()) else x_BLD.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
+        x_BLD[is_start_B, 0] = x_BLD[is_start_B, 0] + lm.start + lm.first
+        additive_mask = None if bool(mask.all()) else x_BLD.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
         active_BD = silu(given_BD)
         block_BD = active_BD if lm.shared is None else lm.shared(active_BD)
         for number, block in enumerate(lm.blocks):
-            x_BLD = block(x_BLD, block_BD, seen, cache, number)
+            x_BLD = block(x_BLD, block_BD, additive_mask, cache, number)
         scale, shift = lm.last(active_BD).unflatten(-1, (2, -1))[:, None].unbind(2)
         return layer_norm_no_affine(x_BLD) * (1 + scale) + shift
 
@@ -187,8 +187,8 @@ def from_public(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             ours["head.position_embedding.weight"] = tensor[0]
         else:
             name = hub.rename_key(name, _NAMES, _BLOCK if name.startswith("blocks.") else ())
-            flat = tensor.flatten() if name.endswith(".temperature") else tensor
-            ours[name] = flat[0, 0] if name.endswith(".own") else flat
+            flattened = tensor.flatten() if name.endswith(".temperature") else tensor
+            ours[name] = flattened[0, 0] if name.endswith(".own") else flattened
     if "head.scale_embedding.weight" in ours and "head.position_embedding.weight" in ours:
         ours["lm.first"] = ours["head.scale_embedding.weight"][0] + ours["head.position_embedding.weight"][0]
     return ours
@@ -223,8 +223,8 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
         settings = {k: v for k, v in hub.read_json(folder / hub.CONFIG).items() if k != "model_type"}
         tokenizer = load_image_tokenizer(folder / "image_tokenizer")
         state = {f"lm.{name}": tensor for name, tensor in hub.read_weights(folder).items()}
-        written = hub.read_tensors(folder / "next-scale" / "model.safetensors")
-        state |= {f"head.{name}": tensor for name, tensor in written.items()}
+        head_state = hub.read_tensors(folder / "next-scale" / "model.safetensors")
+        state |= {f"head.{name}": tensor for name, tensor in head_state.items()}
     else:
         path = hub.select_checkpoint(folder, FILES[0], variant)
         public = hub.read_tensors(path)
@@ -238,8 +238,8 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
                 f"checkpoint {path} has no {error.args[0]}: it is no VAR of unit queries and keys"
             ) from error
         layers = len({name.split(".")[2] for name in state if name.startswith("lm.blocks.")})
-        shared = "lm.shared.weight" in state
-        settings = {"classes": classes, "width": width, "layers": layers, "positions": codes, "shared": shared}
+        is_shared = "lm.shared.weight" in state
+        settings = {"classes": classes, "width": width, "layers": layers, "positions": codes, "shared": is_shared}
         scales = infer_scales(public, codes)
         tokenizer = var_vq.from_public(hub.read_tensors(folder / TOKENIZER_FILE), scales)
     parts = nn.Module()
@@ -262,17 +262,17 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
 def infer_scales(public: Mapping[str, Tensor], codes: int) -> tuple[int, ...]:
     """The sides of the scales (patch_nums): of `lvl_1L`, which says the scale of each code, or of the mask of training,
     else of the published models, else 1, 2, 4, ... Raises ValueError for what are no squares."""
-    counts = None
+    codes_per_scale = None
     if (levels_1L := public.get("lvl_1L")) is not None:
-        counts = torch.bincount(levels_1L.flatten().long()).tolist()
+        codes_per_scale = torch.bincount(levels_1L.flatten().long()).tolist()
     elif (mask_11LL := public.get("attn_bias_for_masking")) is not None:  # a code sees all scales up to its own
         ends = (mask_11LL[0, 0] == 0).sum(-1).unique().tolist()
-        counts = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
-    if counts is not None:
-        scales = tuple(math.isqrt(count) for count in counts)
-        if [side * side for side in scales] == counts and sum(counts) == codes:
+        codes_per_scale = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+    if codes_per_scale is not None:
+        scales = tuple(math.isqrt(count) for count in codes_per_scale)
+        if [side * side for side in scales] == codes_per_scale and sum(codes_per_scale) == codes:
             return scales
-        raise ValueError(f"the file has {counts} codes by scale, of {codes}: a scale is a square")
+        raise ValueError(f"the file has {codes_per_scale} codes by scale, of {codes}: a scale is a square")
     if codes in SCALES_BY_LENGTH:
         return SCALES_BY_LENGTH[codes]
     scales = tuple(2**k for k in range(codes.bit_length()))

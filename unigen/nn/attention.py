@@ -23,12 +23,12 @@ from torch.nn.functional import scaled_dot_product_attention
 def packed_mask(segments_BL: Tensor, reach_BL: Tensor | None = None) -> Tensor:
     """Inside each packed document up to the reach (in positions of the row; None is causal), nothing across documents;
     padding (segment 0) looks only at itself."""
-    at_L = torch.arange(segments_BL.shape[1], device=segments_BL.device)
-    reach_BL = at_L.expand_as(segments_BL) if reach_BL is None else reach_BL
+    positions_L = torch.arange(segments_BL.shape[1], device=segments_BL.device)
+    reach_BL = positions_L.expand_as(segments_BL) if reach_BL is None else reach_BL
     same_BLL = segments_BL[:, :, None] == segments_BL[:, None, :]
     padding_BL1 = (segments_BL == 0)[:, :, None]
-    itself_LL = at_L[:, None] == at_L
-    return torch.where(padding_BL1, itself_LL, same_BLL & (at_L <= reach_BL[:, :, None]))[:, None]
+    diagonal_LL = positions_L[:, None] == positions_L
+    return torch.where(padding_BL1, diagonal_LL, same_BLL & (positions_L <= reach_BL[:, :, None]))[:, None]
 
 
 def cached_mask(lengths_B: Tensor, queries: int, keys: int, reach_BQ: Tensor | None = None) -> Tensor:
@@ -36,8 +36,8 @@ def cached_mask(lengths_B: Tensor, queries: int, keys: int, reach_BQ: Tensor | N
 
     lengths_B: int64 on the CPU, cached positions of each row before this step. keys: the length of the cache as read.
     """
-    last_BQ = lengths_B[:, None] + (torch.arange(queries) if reach_BQ is None else reach_BQ)
-    return (torch.arange(keys) <= last_BQ[:, :, None])[:, None]
+    last_key_BQ = lengths_B[:, None] + (torch.arange(queries) if reach_BQ is None else reach_BQ)
+    return (torch.arange(keys) <= last_key_BQ[:, :, None])[:, None]
 
 
 class PackedGroups:
@@ -53,33 +53,33 @@ class PackedGroups:
     def __init__(self, segments_BL: Tensor, reach_BL: Tensor | None = None, waste: float = 0.15) -> None:
         rows, length = segments_BL.shape
         device = segments_BL.device
-        flat = (segments_BL + torch.arange(rows, device=device)[:, None] * (length + 1)).flatten().cpu()
-        _, counts = torch.unique_consecutive(flat, return_counts=True)
+        flat_segments = (segments_BL + torch.arange(rows, device=device)[:, None] * (length + 1)).flatten().cpu()
+        _, counts = torch.unique_consecutive(flat_segments, return_counts=True)
         starts = counts.cumsum(0) - counts
-        real = segments_BL.flatten().cpu()[starts] > 0
-        documents = sorted(zip(counts[real].tolist(), starts[real].tolist(), strict=True), reverse=True)
+        is_document = segments_BL.flatten().cpu()[starts] > 0
+        documents = sorted(zip(counts[is_document].tolist(), starts[is_document].tolist(), strict=True), reverse=True)
         reach = None if reach_BL is None else (reach_BL.cpu() + torch.arange(rows)[:, None] * length).flatten()
         self.groups: list[tuple[int, int, Tensor | None]] = []
-        places, back, at = [], torch.full((rows * length,), -1), 0
+        places, back, offset = [], torch.full((rows * length,), -1), 0
         while documents:
             longest = documents[0][0]
-            alike = [d for d in documents if d[0] >= (1 - waste) * longest]
-            documents = documents[len(alike) :]
-            sizes, begins = (torch.tensor(column)[:, None] for column in zip(*alike, strict=True))
+            group = [d for d in documents if d[0] >= (1 - waste) * longest]
+            documents = documents[len(group) :]
+            sizes, begins = (torch.tensor(column)[:, None] for column in zip(*group, strict=True))
             within = torch.arange(longest)
             places_NL = begins + torch.minimum(within, sizes - 1)
-            hidden = None
+            masked = None
             if reach is not None:
                 reach_NL = reach[places_NL] - begins
                 if not torch.equal(reach_NL, torch.minimum(within, sizes - 1)):
-                    hidden = (within > reach_NL[:, :, None])[:, None].to(device)
-            filled = (within < sizes).flatten()
+                    masked = (within > reach_NL[:, :, None])[:, None].to(device)
+            is_real = (within < sizes).flatten()
             places.append(places_NL.flatten())
-            back[places[-1][filled]] = at + filled.nonzero()[:, 0]
-            at += len(filled)
-            self.groups.append((len(alike), longest, hidden))
+            back[places[-1][is_real]] = offset + is_real.nonzero()[:, 0]
+            offset += len(is_real)
+            self.groups.append((len(group), longest, masked))
         self.places = torch.cat(places or [back[:0]]).to(device)
-        self.scatter_index = torch.where(back < 0, at, back).to(device)
+        self.scatter_index = torch.where(back < 0, offset, back).to(device)
 
 
 def packed_attention(
@@ -102,19 +102,19 @@ def packed_attention(
         if attention_mask is not None and attention_mask.is_floating_point():
             attention_mask = attention_mask.to(key_BHLE.dtype)
         query = query_BHLE.to(key_BHLE.dtype)
-        mixed_BLHE, _ = packed_attention(
+        output_BLHE, _ = packed_attention(
             module, query, key_BHLE, value_BHLE, attention_mask, scaling, dropout, packing, **kwargs
         )
-        return mixed_BLHE.to(query_BHLE.dtype), None
-    one = query_BHLE.is_cpu and query_BHLE.shape[2] == 1 and query_BHLE.shape[1] == key_BHLE.shape[1]
-    if packing is None and one and (attention_mask is None or attention_mask.is_floating_point()):
+        return output_BLHE.to(query_BHLE.dtype), None
+    is_single_query = query_BHLE.is_cpu and query_BHLE.shape[2] == 1 and query_BHLE.shape[1] == key_BHLE.shape[1]
+    if packing is None and is_single_query and (attention_mask is None or attention_mask.is_floating_point()):
         scale = query_BHLE.shape[-1] ** -0.5 if scaling is None else scaling
         return _single_query_attention(query_BHLE, key_BHLE, value_BHLE, attention_mask, scale), None
     if packing is None:
         groups = query_BHLE.shape[1] // key_BHLE.shape[1]
         if groups > 1 and attention_mask is not None:  # a GPU's fused kernels take a mask or groups of heads
             key_BHLE, value_BHLE = (x.repeat_interleave(groups, 1) for x in (key_BHLE, value_BHLE))
-        mixed_BHLE = scaled_dot_product_attention(
+        output_BHLE = scaled_dot_product_attention(
             query_BHLE,
             key_BHLE,
             value_BHLE,
@@ -124,7 +124,7 @@ def packed_attention(
             scale=scaling,
             enable_gqa=key_BHLE.shape[1] != query_BHLE.shape[1],
         )
-        return mixed_BHLE.transpose(1, 2).contiguous(), None
+        return output_BHLE.transpose(1, 2).contiguous(), None
     batch, heads, length, width = query_BHLE.shape
     grouped = key_BHLE.shape[1] != heads
     sizes = [count * longest for count, longest, _ in packing.groups]
@@ -132,19 +132,19 @@ def packed_attention(
         x.transpose(1, 2).flatten(0, 1).index_select(0, packing.places).split(sizes)
         for x in (query_BHLE, key_BHLE, value_BHLE)
     ]
-    mixed = []
-    for (count, longest, hidden_N1LL), *qkv in zip(packing.groups, *parts, strict=True):
+    output = []
+    for (count, longest, masked_N1LL), *qkv in zip(packing.groups, *parts, strict=True):
         q, k, v = (x.unflatten(0, (count, longest)).transpose(1, 2) for x in qkv)
         if query_BHLE.device.type == "cpu" and not grouped:
-            mixed_NHLE = _explicit_attention(q, k, v, hidden_N1LL, scaling or width**-0.5, dropout)
+            output_NHLE = _explicit_attention(q, k, v, masked_N1LL, scaling or width**-0.5, dropout)
         else:
-            seen = {"is_causal": True} if hidden_N1LL is None else {"attn_mask": ~hidden_N1LL}
-            mixed_NHLE = scaled_dot_product_attention(
-                q, k, v, dropout_p=dropout, scale=scaling, enable_gqa=grouped, **seen
+            mask_arguments = {"is_causal": True} if masked_N1LL is None else {"attn_mask": ~masked_N1LL}
+            output_NHLE = scaled_dot_product_attention(
+                q, k, v, dropout_p=dropout, scale=scaling, enable_gqa=grouped, **mask_arguments
             )
-        mixed.append(mixed_NHLE.transpose(1, 2).flatten(0, 1))
-    mixed.append(query_BHLE.new_zeros(1, heads, width))  # what padding reads
-    return torch.cat(mixed).index_select(0, packing.scatter_index).unflatten(0, (batch, length)), None
+        output.append(output_NHLE.transpose(1, 2).flatten(0, 1))
+    output.append(query_BHLE.new_zeros(1, heads, width))  # what padding reads
+    return torch.cat(output).index_select(0, packing.scatter_index).unflatten(0, (batch, length)), None
 
 
 def _single_query_attention(
@@ -156,8 +156,8 @@ def _single_query_attention(
     scores_N1L = torch.bmm((q_BH1E * scale).flatten(0, 1), k_BHLE.flatten(0, 1).transpose(1, 2))
     if mask_B11L is not None:
         scores_N1L.unflatten(0, (rows, heads)).add_(mask_B11L)
-    mixed_N1E = torch.bmm(scores_N1L.softmax(-1), v_BHLE.flatten(0, 1))
-    return mixed_N1E.view(rows, 1, heads, -1)
+    output_N1E = torch.bmm(scores_N1L.softmax(-1), v_BHLE.flatten(0, 1))
+    return output_N1E.view(rows, 1, heads, -1)
 
 
 def _explicit_attention(

@@ -47,15 +47,15 @@ class Backbone(nn.Module):
         """Hidden states (B, L, D) after the last norm. mask: bool (B, 1, L, K), True where a key may be seen."""
         dtype = embeds_BLD.dtype if cache is None or cache.dtype is None else cache.dtype  # of the keys
         decoder = self.lm.get_decoder()
-        seen: Tensor | None = None  # where all keys may be seen: once, not in every layer
+        additive_mask: Tensor | None = None  # where all keys may be seen: once, not in every layer
         if cache is None or not cache.step.needs_no_mask or not llama.is_plain_llama(decoder):
-            seen = embeds_BLD.new_zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
+            additive_mask = embeds_BLD.new_zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
         if cache is not None and llama.is_plain_llama(decoder):
-            return llama.llama_hidden(decoder, embeds_BLD, positions_BL, seen, cache)
+            return llama.llama_hidden(decoder, embeds_BLD, positions_BL, additive_mask, cache)
         output = decoder(
             inputs_embeds=embeds_BLD,
             position_ids=positions_BL,
-            attention_mask=seen,
+            attention_mask=additive_mask,
             past_key_values=cache,
             use_cache=cache is not None,
         )
@@ -105,8 +105,8 @@ class _SlotLayer:
             self.keys = key_BHLE.new_zeros(slots, heads, capacity, key_BHLE.shape[-1], dtype=dtype)
             self.values = value_BHLE.new_zeros(slots, heads, capacity, value_BHLE.shape[-1], dtype=dtype)
         elif capacity > self.keys.shape[2] or slots > len(self.keys):
-            grown = (0, 0, 0, capacity - self.keys.shape[2], 0, 0, 0, slots - len(self.keys))
-            self.keys, self.values = nn.functional.pad(self.keys, grown), nn.functional.pad(self.values, grown)
+            padding = (0, 0, 0, capacity - self.keys.shape[2], 0, 0, 0, slots - len(self.keys))
+            self.keys, self.values = nn.functional.pad(self.keys, padding), nn.functional.pad(self.values, padding)
 
     def update(self, key_BHLE: Tensor, value_BHLE: Tensor) -> tuple[Tensor, Tensor]:
         self.reserve(key_BHLE, value_BHLE)
@@ -123,8 +123,8 @@ class _SlotLayer:
         for tensor, new_BHLE in ((self.keys, key_BHLE), (self.values, value_BHLE)):
             tensor.view(-1, tensor.shape[-1]).index_copy_(0, places, new_BHLE.flatten(0, 2).to(tensor.dtype))
         if step.contiguous:
-            some = slice(step.first, step.first + rows)
-            return self.keys[some, :, : step.keys], self.values[some, :, : step.keys]
+            slot_range = slice(step.first, step.first + rows)
+            return self.keys[slot_range, :, : step.keys], self.values[slot_range, :, : step.keys]
         return self.keys[step.rows_B, :, : step.keys], self.values[step.rows_B, :, : step.keys]
 
 
@@ -205,27 +205,27 @@ class SlotCache:
         """One slot more, an empty one: its number, after all that are in use."""
         self.used += 1
         if self.used > self.slots:
-            more = max(self.used, self.slots + self.slots // 2) - self.slots
-            self.lengths = nn.functional.pad(self.lengths, (0, more))
-            self.slots += more
+            num_new = max(self.used, self.slots + self.slots // 2) - self.slots
+            self.lengths = nn.functional.pad(self.lengths, (0, num_new))
+            self.slots += num_new
         return self.used - 1
 
     def leave(self, slot: int) -> int:
         """The slot is given back, and the last one moves to its place, so that those in use stay in a row: the number
         that the last one had."""
         self.used -= 1
-        last, length = self.used, int(self.lengths[self.used])
-        if slot != last:
+        last_slot, length = self.used, int(self.lengths[self.used])
+        if slot != last_slot:
             for layer in self.layers if length else ():
                 for tensor in (layer.keys, layer.values):
-                    tensor[slot, :, :length] = tensor[last, :, :length]
+                    tensor[slot, :, :length] = tensor[last_slot, :, :length]
             self.lengths[slot] = length
             self.notes.pop(slot, None)
-            if last in self.notes:
-                self.notes[slot] = self.notes[last]
-        self.lengths[last] = 0
-        self.notes.pop(last, None)
-        return last
+            if last_slot in self.notes:
+                self.notes[slot] = self.notes[last_slot]
+        self.lengths[last_slot] = 0
+        self.notes.pop(last_slot, None)
+        return last_slot
 
     def begin(self, rows: list[int], queries: int, reach_BQ: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Prepare a step of `queries` positions for these slots: their positions (B, L) and the mask.
@@ -240,5 +240,5 @@ class SlotCache:
         return self.step.at_BL, cached_mask(lengths, queries, self.step.keys, reach_BQ).to(self.device)
 
     def keep(self, rows: list[int], counts: list[int]) -> None:
-        for row, count in zip(rows, counts, strict=True):
-            self.lengths[row] += count
+        for slot, count in zip(rows, counts, strict=True):
+            self.lengths[slot] += count

@@ -52,8 +52,8 @@ class MapAttention(nn.Module):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         b, c, h, w = x_BCHW.shape
         qkv = self.qkv(self.norm(x_BCHW)).reshape(b, 3, self.heads, c // self.heads, h * w).transpose(-1, -2)
-        mixed = F.scaled_dot_product_attention(qkv[:, 0], qkv[:, 1], qkv[:, 2])
-        return x_BCHW + self.out(mixed.transpose(-1, -2).reshape(b, c, h, w))
+        attended = F.scaled_dot_product_attention(qkv[:, 0], qkv[:, 1], qkv[:, 2])
+        return x_BCHW + self.out(attended.transpose(-1, -2).reshape(b, c, h, w))
 
 
 class Encoder(nn.Module):

@@ -143,15 +143,16 @@ class DiTBlock(nn.Module):
         from diffusers.models.attention import FeedForward
         from diffusers.models.attention_processor import Attention
 
-        plain, crossed = kind != "dit-adaln", kind == "dit-cross"
+        is_unmodulated, has_cross_attention = kind != "dit-adaln", kind == "dit-cross"
         self.norms = nn.ModuleList(
-            nn.LayerNorm(width, eps=1e-6, elementwise_affine=plain) for _ in range(3 if crossed else 2)
+            nn.LayerNorm(width, eps=1e-6, elementwise_affine=is_unmodulated)
+            for _ in range(3 if has_cross_attention else 2)
         )
         shape: dict[str, Any] = {"heads": heads, "dim_head": width // heads, "bias": True}
         self.attention = Attention(width, **shape)
-        self.cross = Attention(width, cross_attention_dim=width, **shape) if crossed else None
+        self.cross = Attention(width, cross_attention_dim=width, **shape) if has_cross_attention else None
         self.mlp = FeedForward(width, activation_fn="gelu-approximate")
-        self.modulation = None if plain else nn.Linear(width, 6 * width)
+        self.modulation = None if is_unmodulated else nn.Linear(width, 6 * width)
         if self.modulation is not None:
             nn.init.zeros_(self.modulation.weight)
             nn.init.zeros_(self.modulation.bias)
@@ -209,14 +210,14 @@ class DiT(nn.Module):
     def forward(self, x_MZhw: Tensor, t_M: Tensor, context_MND: Tensor) -> Tensor:
         h_MPE = self.enter(to_patches(x_MZhw, self.patch))
         h_MPE, time_ME = h_MPE + self.places_PE.to(h_MPE.dtype), self.time(t_M)
-        seen_MNE = torch.cat((time_ME[:, None], self.context(context_MND)), 1)
-        there_MN = nn.functional.pad((context_MND != 0).any(-1), (1, 0), value=True)
-        condition_ME, count, mask = time_ME + seen_MNE[:, -1], h_MPE.shape[1], there_MN
+        context_MNE = torch.cat((time_ME[:, None], self.context(context_MND)), 1)
+        valid_MN = nn.functional.pad((context_MND != 0).any(-1), (1, 0), value=True)
+        condition_ME, count, mask = time_ME + context_MNE[:, -1], h_MPE.shape[1], valid_MN
         if self.kind == "dit-context":
-            h_MPE = torch.cat((h_MPE, seen_MNE), 1)
-            mask = nn.functional.pad(there_MN, (count, 0), value=True)
+            h_MPE = torch.cat((h_MPE, context_MNE), 1)
+            mask = nn.functional.pad(valid_MN, (count, 0), value=True)
         for block in self.blocks:
-            h_MPE = block(h_MPE, condition_ME, seen_MNE, mask[:, None])
+            h_MPE = block(h_MPE, condition_ME, context_MNE, mask[:, None])
         h_MPE = self.norm(h_MPE[:, :count])
         if self.modulation is not None:
             shift, scale = self.modulation(nn.functional.silu(condition_ME))[:, None].chunk(2, -1)

@@ -54,19 +54,19 @@ class LPIPS(nn.Module):
                 tensors = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # every reader has its own errors; all mean the same to the user
             raise ValueError(f"LPIPS weights cannot be read from {path}: {error}") from error
-        named = {}
+        renamed_tensors = {}
         for name, tensor in tensors.items():
-            if found := re.search(r"(?:^|\.)features\.(\d+\.(?:weight|bias))$", name):
-                named[f"features.{found[1]}"] = tensor
-            elif found := re.search(r"(?:^|\.)lins?\.?(\d)(?:\.model\.1)?(?:\.weight)?$", name):
-                named[f"lins.{found[1]}"] = tensor
+            if match := re.search(r"(?:^|\.)features\.(\d+\.(?:weight|bias))$", name):
+                renamed_tensors[f"features.{match[1]}"] = tensor
+            elif match := re.search(r"(?:^|\.)lins?\.?(\d)(?:\.model\.1)?(?:\.weight)?$", name):
+                renamed_tensors[f"lins.{match[1]}"] = tensor
         lpips = cls()
-        missing = sorted(lpips.state_dict().keys() - named.keys())
-        if missing:
+        missing_keys = sorted(lpips.state_dict().keys() - renamed_tensors.keys())
+        if missing_keys:
             raise ValueError(
-                f"LPIPS weights in {path} lack {missing[:3]}: VGG-16 and the five linear weights are needed"
+                f"LPIPS weights in {path} lack {missing_keys[:3]}: VGG-16 and the five linear weights are needed"
             )
-        lpips.load_state_dict({name: named[name].float() for name in lpips.state_dict()})
+        lpips.load_state_dict({name: renamed_tensors[name].float() for name in lpips.state_dict()})
         return lpips
 
     def stages(self, x_BCHW: Tensor) -> list[Tensor]:
@@ -84,8 +84,8 @@ class LPIPS(nn.Module):
         """Distance of each pair (B,)."""
         total = torch.zeros(len(x_BCHW), device=x_BCHW.device)
         for lin, a, b in zip(self.lins, self.stages(x_BCHW), self.stages(y_BCHW), strict=True):
-            gap = (unit_normalize(a) - unit_normalize(b)).square()
-            total = total + (gap * lin).sum(1).mean((1, 2))
+            squared_difference = (unit_normalize(a) - unit_normalize(b)).square()
+            total = total + (squared_difference * lin).sum(1).mean((1, 2))
         return total
 
 

@@ -63,30 +63,32 @@ def _replace_linears(module: nn.Module, kind: str, device: str | torch.device) -
     from transformers.integrations import replace_with_bnb_linear
     from transformers.pytorch_utils import Conv1D
 
-    how: dict[str, Any] = {"load_in_8bit": True}
+    bnb_options: dict[str, Any] = {"load_in_8bit": True}
     if kind == "4bit":
         dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())
-        how = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
-    before = dict(module.named_modules())
-    maps = {name: part for name, part in before.items() if isinstance(part, nn.Linear | Conv1D)}
-    left = [name for name, part in maps.items() if type(part) not in QUANTIZABLE or not _is_quantizable(part, kind)]
-    if len(left) == len(maps):
+        bnb_options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+    old_modules = dict(module.named_modules())
+    linears = {name: part for name, part in old_modules.items() if isinstance(part, nn.Linear | Conv1D)}
+    skipped = [
+        name for name, part in linears.items() if type(part) not in QUANTIZABLE or not _is_quantizable(part, kind)
+    ]
+    if len(skipped) == len(linears):
         return 0
-    for name in maps.keys() - set(left):
-        maps[name].__class__ = nn.Linear
-    replace_with_bnb_linear(module, left, BitsAndBytesConfig(**how))
+    for name in linears.keys() - set(skipped):
+        linears[name].__class__ = nn.Linear
+    replace_with_bnb_linear(module, skipped, BitsAndBytesConfig(**bnb_options))
     count = 0
     for name, new in module.named_modules():
-        old: Any = before.pop(name)  # so that no two of them are held at once
+        old: Any = old_modules.pop(name)  # so that no two of them are held at once
         if new is not old:
-            kept_OI = type(new.weight)(old.weight.detach(), requires_grad=False, **vars(new.weight))
-            new.weight, new.bias = kept_OI.to(device), old.bias
+            quantized_OI = type(new.weight)(old.weight.detach(), requires_grad=False, **vars(new.weight))
+            new.weight, new.bias = quantized_OI.to(device), old.bias
             count += 1
     return count
 
 
 def _is_quantizable(linear: nn.Linear, kind: str) -> bool:
-    return not any(size % whole for size, whole in zip(linear.weight.shape, SIZE_MULTIPLES[kind], strict=True))
+    return not any(size % multiple for size, multiple in zip(linear.weight.shape, SIZE_MULTIPLES[kind], strict=True))
 
 
 def describe_precision(lm: Any, kind: str | None) -> str:
@@ -99,8 +101,8 @@ def count_parameters(module: nn.Module) -> tuple[int, int]:
     """How many weights a module has, and bytes that they take, with the scales of those that are quantised."""
     count = size = 0
     for p in module.parameters():
-        packed = getattr(p, "quant_state", None)
-        count += p.numel() if packed is None else packed.shape.numel()
-        size += p.nbytes + (0 if packed is None else packed.absmax.nbytes)
+        quant_state = getattr(p, "quant_state", None)
+        count += p.numel() if quant_state is None else quant_state.shape.numel()
+        size += p.nbytes + (0 if quant_state is None else quant_state.absmax.nbytes)
         size += 4 * len(p) if p.dtype == torch.int8 else 0
     return count, size

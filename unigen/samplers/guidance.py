@@ -43,12 +43,14 @@ class Guidance:
         if self.kind != "cfg" and len(self.scales) != 1:
             raise ValueError(f"guidance of kind {self.kind} has two branches: give one scale")
         object.__setattr__(self, "scales", tuple(check_limit("guidance", scale) for scale in self.scales))
-        at = self.interval
+        interval = self.interval
         if not (
-            isinstance(at, (tuple, list)) and len(at) == 2 and all(isinstance(t, Real) and 0 <= t <= 1 for t in at)
+            isinstance(interval, (tuple, list))
+            and len(interval) == 2
+            and all(isinstance(t, Real) and 0 <= t <= 1 for t in interval)
         ):
-            raise ValueError(f"interval of guidance must be two times in [0, 1], not {shorten(at)}")
-        object.__setattr__(self, "interval", tuple(at))
+            raise ValueError(f"interval of guidance must be two times in [0, 1], not {shorten(interval)}")
+        object.__setattr__(self, "interval", tuple(interval))
 
     @classmethod
     def of(cls, value: float | Sequence[float] | Guidance) -> Guidance:
@@ -82,7 +84,7 @@ def guided_velocity(guidance: Guidance, parts: Sequence[Tensor], x: Tensor, t: f
     cfg-zero  u scaled by its best fit to c, and no velocity at the first evaluation    (Fan et al. 2025, CFG-Zero*)
     All but cfg are diffusers' own. memory: empty at the start of a trajectory, and the same in all of its steps.
     """
-    first = not memory
+    is_first_step = not memory
     memory.setdefault("begun", True)
     if len(parts) == 1 or not guidance.interval[0] <= t <= guidance.interval[1]:
         return parts[0]
@@ -96,7 +98,7 @@ def guided_velocity(guidance: Guidance, parts: Sequence[Tensor], x: Tensor, t: f
     if guidance.kind == "cfg-zero":
         from diffusers.guiders.classifier_free_zero_star_guidance import cfg_zero_star_scale
 
-        if first:
+        if is_first_step:
             return torch.zeros_like(c)
         u = u * cfg_zero_star_scale(c.flatten(1), u.flatten(1)).reshape(-1, *[1] * (c.ndim - 1))
         return guidance.combine((c, u))

@@ -46,14 +46,14 @@ def warp(logits_BV: Tensor, sampling: SamplingOptions) -> Tensor:
     """Log-weights after temperature, top-k and top-p; what is cut is -inf. Needs temperature > 0."""
     logits_BV = logits_BV.float() / sampling.temperature
     if 0 < sampling.top_k < logits_BV.shape[-1]:
-        least_B1 = logits_BV.kthvalue(logits_BV.shape[-1] - sampling.top_k + 1, dim=-1, keepdim=True).values
-        logits_BV = logits_BV.masked_fill(logits_BV < least_B1, -math.inf)
+        threshold_B1 = logits_BV.kthvalue(logits_BV.shape[-1] - sampling.top_k + 1, dim=-1, keepdim=True).values
+        logits_BV = logits_BV.masked_fill(logits_BV < threshold_B1, -math.inf)
     if sampling.top_p < 1:
         sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True)
         probabilities_BV = sorted_BV.softmax(dim=-1)
-        cut_BV = probabilities_BV.cumsum(dim=-1) - probabilities_BV >= sampling.top_p
-        cut_BV[..., 0] = False  # a top_p that float32 holds as 0 keeps the likeliest
-        logits_BV = logits_BV.masked_fill(cut_BV.scatter(-1, order_BV, cut_BV), -math.inf)
+        removed_BV = probabilities_BV.cumsum(dim=-1) - probabilities_BV >= sampling.top_p
+        removed_BV[..., 0] = False  # a top_p that float32 holds as 0 keeps the likeliest
+        logits_BV = logits_BV.masked_fill(removed_BV.scatter(-1, order_BV, removed_BV), -math.inf)
     return logits_BV
 
 
@@ -101,5 +101,5 @@ def argmax_ids(logits_BV: Tensor) -> Tensor:
 def _mask_non_finite(values_BV: Tensor, ids_B: Tensor) -> Tensor:
     """The ids, -1 where the value at the id is not finite: the greatest of a row is nan where any of it is, and so are
     all of its weights after a softmax. It costs no look at the whole row, and a GPU is not waited for."""
-    chosen_B = values_BV.gather(-1, ids_B[..., None])[..., 0]
-    return torch.where(chosen_B.isfinite(), ids_B, -1)
+    selected_B = values_BV.gather(-1, ids_B[..., None])[..., 0]
+    return torch.where(selected_B.isfinite(), ids_B, -1)

@@ -26,12 +26,12 @@ NUM_SEEDS = LIMITS["seed"].high + 1
 def derive_seed(seed: int, *numbers: int, factor: int = SEED_FACTOR) -> int:
     """The seed, in [0, 2**63), of a part of what `seed` draws: with numbers a, b it is (seed * factor + a) * factor + b
     where the seed is below 2**32, and its low 32 bits differ from those of other seeds."""
-    mixed = seed & ((1 << LOW_BITS) - 1)
+    mixed_seed = seed & ((1 << LOW_BITS) - 1)
     for number in numbers:
-        mixed = mixed * factor + number
+        mixed_seed = mixed_seed * factor + number
     if high := seed >> LOW_BITS:
-        mixed ^= int.from_bytes(hashlib.blake2b(high.to_bytes(8, "little"), digest_size=8).digest(), "little")
-    return mixed % (1 << 63)
+        mixed_seed ^= int.from_bytes(hashlib.blake2b(high.to_bytes(8, "little"), digest_size=8).digest(), "little")
+    return mixed_seed % (1 << 63)
 
 
 def make_rng(seed: int, *numbers: int) -> torch.Generator:

@@ -123,8 +123,8 @@ async def assistant_message(parts: list[str | Image.Image], as_parts: bool = Fal
     where there are pictures."""
     told: dict[str, Any] = {"role": "assistant", "content": "", "refusal": None}
     if as_parts and not all(isinstance(part, str) for part in parts):
-        listed = [{"type": "text", "text": p} if isinstance(p, str) else await image_part(p) for p in parts]
-        return told | {"content": listed}
+        content_parts = [{"type": "text", "text": p} if isinstance(p, str) else await image_part(p) for p in parts]
+        return told | {"content": content_parts}
     images: list[dict[str, Any]] = []
     for number, part in enumerate(parts):
         if isinstance(part, str):
@@ -141,11 +141,11 @@ def paragraph_break(before: list[str | Image.Image]) -> str:
 
 def chat_usage(answers: list[AnswerBuilder]) -> dict[str, Any] | None:
     """Tokens read and written, the codes of pictures among the latter; None where the model does not count."""
-    ended = [answer.ended for answer in answers]
-    if any(one.prompt is None for one in ended):
+    finishes = [answer.ended for answer in answers]
+    if any(finish.prompt is None for finish in finishes):
         return None
-    text, image = (sum(getattr(one, name) for one in ended) for name in ("text", "image"))
-    prompt = ended[0].prompt or 0
+    text, image = (sum(getattr(finish, name) for finish in finishes) for name in ("text", "image"))
+    prompt = finishes[0].prompt or 0
     details = {"text_tokens": text, "image_tokens": image}
     return {
         "prompt_tokens": prompt,
@@ -160,10 +160,10 @@ def images_usage(answers: list[AnswerBuilder]) -> dict[str, Any] | None:
     usage = chat_usage(answers)
     if usage is None:
         return None
-    read, seen = usage["prompt_tokens"], answers[0].ended.seen
+    prompt_tokens, image_tokens = usage["prompt_tokens"], answers[0].ended.seen
     return {
-        "input_tokens": read,
-        "input_tokens_details": {"text_tokens": read - seen, "image_tokens": seen},
+        "input_tokens": prompt_tokens,
+        "input_tokens_details": {"text_tokens": prompt_tokens - image_tokens, "image_tokens": image_tokens},
         "output_tokens": usage["completion_tokens"],
         "total_tokens": usage["total_tokens"],
     }

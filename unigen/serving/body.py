@@ -49,17 +49,17 @@ def parse_json(data: bytes) -> Any:
 
 
 def _check_size(value: Any) -> None:
-    left, values, characters = [value], 0, 0
-    while left:
-        one = left.pop()
+    stack, values, characters = [value], 0, 0
+    while stack:
+        one = stack.pop()
         values += 1
         if isinstance(one, str):
             characters += len(one)
         elif isinstance(one, dict):
-            left += one.keys()
-            left += ["" if _is_image_data(name, inner) else inner for name, inner in one.items()]
+            stack += one.keys()
+            stack += ["" if _is_image_data(name, inner) else inner for name, inner in one.items()]
         elif isinstance(one, list):
-            left += one
+            stack += one
     if values > MAX_JSON_VALUES:
         raise HTTPException(400, f"the body holds {values:,} values: at most {MAX_JSON_VALUES:,}")
     if characters > MAX_TEXT_CHARACTERS:

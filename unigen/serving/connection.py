@@ -27,8 +27,8 @@ MIN_CHUNK_BYTES = 64
 
 
 def _too_many_requests_response(message: str) -> bytes:
-    told = {"message": message, "type": "rate_limit_error", "param": None, "code": "too_many_connections"}
-    body = json.dumps({"error": told}).encode()
+    error = {"message": message, "type": "rate_limit_error", "param": None, "code": "too_many_connections"}
+    body = json.dumps({"error": error}).encode()
     head = "HTTP/1.1 429 Too Many Requests\r\ncontent-type: application/json\r\nretry-after: 5\r\nconnection: close\r\n"
     return f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
 
@@ -90,8 +90,8 @@ class TimedConnection(H11Protocol):
             address = ipaddress.ip_address(host)
         except ValueError:
             return False
-        named = self.config.forwarded_allow_ips
-        proxies = named if isinstance(named, list) else ()
+        allowed_proxies = self.config.forwarded_allow_ips
+        proxies = allowed_proxies if isinstance(allowed_proxies, list) else ()
         return any(address in ipaddress.ip_network(proxy, strict=False) for proxy in proxies)
 
     def _next_checked_event(self) -> Any:

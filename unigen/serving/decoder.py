@@ -83,12 +83,12 @@ class FairLock:
     @asynccontextmanager
     async def acquire(self, client: str) -> AsyncIterator[None]:
         if self._is_held:
-            turn = asyncio.get_running_loop().create_future()
-            self._waiting.setdefault(client, deque()).append(turn)
+            future = asyncio.get_running_loop().create_future()
+            self._waiting.setdefault(client, deque()).append(future)
             try:
-                await turn
+                await future
             except asyncio.CancelledError:
-                if turn.done() and not turn.cancelled():  # it came at that very moment
+                if future.done() and not future.cancelled():  # it came at that very moment
                     self._pass_on()
                 raise
         self._is_held = True
@@ -101,11 +101,11 @@ class FairLock:
         while self._waiting:
             client, waiting = next(iter(self._waiting.items()))
             del self._waiting[client]
-            turn = waiting.popleft()
+            future = waiting.popleft()
             if waiting:
                 self._waiting[client] = waiting
-            if not turn.done():
-                turn.set_result(None)
+            if not future.done():
+                future.set_result(None)
                 return
         self._is_held = False
 
@@ -161,21 +161,21 @@ class ImageDecoder:
             area = max(1, min(area, MAX_TOTAL_READ_PIXELS // (len(files) * copies)))
         async with self._turns.acquire(client):
             sizes = await self._in_thread(self._count, files, copies, area)
-        left = sum(sizes) * copies
-        if self.held + left > self.most_held:
+        reserved_pixels = sum(sizes) * copies
+        if self.held + reserved_pixels > self.most_held:
             raise DecoderBusy
-        self.held += left
-        found: list[Image.Image] = []
+        self.held += reserved_pixels
+        images: list[Image.Image] = []
         try:
             for place, (file, size) in enumerate(zip(files, sizes, strict=True)):
                 async with self._turns.acquire(client):
                     image = await self._in_thread(self._decode, file, area, place)
                 weakref.finalize(image, self._release, size * copies)
-                left -= size * copies
-                found.append(image)
+                reserved_pixels -= size * copies
+                images.append(image)
         finally:
-            self.held -= left
-        return found
+            self.held -= reserved_pixels
+        return images
 
     async def _in_thread(self, call: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call, *arguments)
@@ -258,8 +258,8 @@ def run_decoder(pipe: Connection, work: float) -> None:
         signal.setitimer(signal.ITIMER_PROF, work)  # whose signal ends the process
         try:
             calls[name](pipe, *arguments)
-        except ImageError as wrong:
-            pipe.send_bytes(json.dumps({"wrong": str(wrong), "place": wrong.place}).encode())
+        except ImageError as error:
+            pipe.send_bytes(json.dumps({"wrong": str(error), "place": error.place}).encode())
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 
@@ -269,16 +269,16 @@ def _open(file: EncodedImage) -> Image.Image:
 
 
 def _count(pipe: Connection, files: list[EncodedImage], copies: int, area: int | None) -> None:
-    counted, kept = 0, []
+    counted, image_pixels = 0, []
     for place, file in enumerate(files):
         with _index_errors(place):
             width, height = _open(file).size
             counted += width * height
             if counted > MAX_REQUEST_PIXELS or (area is None and counted * copies > MAX_REQUEST_PIXELS):
-                most = f"at most {MAX_REQUEST_PIXELS // (copies if area is None else 1):,} in all"
-                raise ValueError(f"the pictures of this request have too many pixels: {most}")
-            kept.append(width * height if area is None else min(area, width * height))
-    pipe.send_bytes(json.dumps({"pixels": kept}).encode())
+                limit_text = f"at most {MAX_REQUEST_PIXELS // (copies if area is None else 1):,} in all"
+                raise ValueError(f"the pictures of this request have too many pixels: {limit_text}")
+            image_pixels.append(width * height if area is None else min(area, width * height))
+    pipe.send_bytes(json.dumps({"pixels": image_pixels}).encode())
 
 
 def _decode(pipe: Connection, file: EncodedImage, area: int | None, place: int) -> None:

@@ -43,8 +43,8 @@ class Metrics:
             "unigen_engine_starts": ("How often the model's process was started", lambda: engine.starts),
             "unigen_ready": ("Is the model there?", lambda: int(engine.ready.is_set())),
         }
-        for name, (help, read) in gauges.items():
-            Gauge(name, help, registry=registry).set_function(read)
+        for name, (help, get_value) in gauges.items():
+            Gauge(name, help, registry=registry).set_function(get_value)
 
     def count(self, event: Event) -> None:
         """A picture when it is made, and what an answer took when it has ended."""

@@ -44,8 +44,8 @@ class Limits:
         rate: requests a minute of one key or address; 0 is any number.
         invalid_keys_per_minute: of one address; when they are used up, no key of that address is looked at.
         allowed_hosts: names of this server beside localhost and addresses, "*" is any; other names in the header
-            `Host` are refused where there are no keys, and so are requests that pages of other origins send. None: neither is
-            checked.
+            `Host` are refused where there are no keys, and so are requests that pages of other origins send. None:
+            neither is checked.
         allowed_origins: of pages that may send requests nevertheless, "*" is any.
         body_timeout: seconds that a body may take, and one more for each `min_body_bytes_per_second` bytes that came.
         min_body_bytes_per_second: see `body_timeout`.
@@ -78,8 +78,8 @@ def error_body(
     message: str, *, kind: str = "invalid_request_error", param: str | None = None, code: str | None = None
 ) -> Any:
     """OpenAI's form of an error; halves of characters, which JSON can name and UTF-8 cannot, become question marks."""
-    whole = {"message": message, "type": kind, "param": param, "code": code}
-    return {"error": {name: text and text.encode("utf-8", "replace").decode() for name, text in whole.items()}}
+    fields = {"message": message, "type": kind, "param": param, "code": code}
+    return {"error": {name: text and text.encode("utf-8", "replace").decode() for name, text in fields.items()}}
 
 
 class RateLimiter:
@@ -91,8 +91,8 @@ class RateLimiter:
 
     def wait(self, who: str) -> int:
         """Seconds until this one may ask again; 0: now."""
-        left = self._refill(who)
-        return 0 if left >= 1 else math.ceil((1 - left) * 60 / self.rate)
+        tokens = self._refill(who)
+        return 0 if tokens >= 1 else math.ceil((1 - tokens) * 60 / self.rate)
 
     def take(self, who: str) -> None:
         """Count one request."""
@@ -102,8 +102,8 @@ class RateLimiter:
             self._left.popitem(last=False)
 
     def _refill(self, who: str) -> float:
-        left, then = self._left.get(who, (float(self.rate), 0.0))
-        return min(self.rate, left + (time.monotonic() - then) * self.rate / 60)
+        tokens, then = self._left.get(who, (float(self.rate), 0.0))
+        return min(self.rate, tokens + (time.monotonic() - then) * self.rate / 60)
 
 
 class GuardMiddleware:
@@ -170,13 +170,13 @@ class GuardMiddleware:
             kind, _, key = headers.get("authorization", "").partition(" ")
             if wait := self._invalid_keys.wait(who):
                 return _rate_limit_response(wait, f"too many wrong keys: try again in {wait} s")
-            known = [one for one in limits.keys if hmac.compare_digest(one.encode(), key.strip().encode())]
-            if kind.lower() != "bearer" or not known:
+            matching_keys = [one for one in limits.keys if hmac.compare_digest(one.encode(), key.strip().encode())]
+            if kind.lower() != "bearer" or not matching_keys:
                 if key:
                     self._invalid_keys.take(who)
-                wrong = error_body("give an API key: Authorization: Bearer ...", code="invalid_api_key")
-                return 401, {"www-authenticate": "Bearer"}, wrong
-            who = known[0]
+                body = error_body("give an API key: Authorization: Bearer ...", code="invalid_api_key")
+                return 401, {"www-authenticate": "Bearer"}, body
+            who = matching_keys[0]
         scope["state"]["client"] = who
         if limits.rate:
             if wait := self._requests.wait(who):
@@ -194,7 +194,7 @@ class GuardMiddleware:
         if (
             host
             and not _is_local_host(name)
-            and not {name, "*"} & {_host_name(one) for one in limits.allowed_hosts or ()}
+            and not {name, "*"} & {_host_name(key) for key in limits.allowed_hosts or ()}
         ):
             return f"this server is not asked as {name!r} without a key: start it with --allow-host {name} or --api-key"
         origin = headers.get("origin")
@@ -268,13 +268,13 @@ def _is_local_host(name: str) -> bool:
 
 
 def _rate_limit_response(wait: int, message: str) -> tuple[int, dict[str, str], Any]:
-    told = error_body(message, kind="rate_limit_error", code="rate_limit_exceeded")
-    return 429, {"retry-after": str(wait)}, told
+    body = error_body(message, kind="rate_limit_error", code="rate_limit_exceeded")
+    return 429, {"retry-after": str(wait)}, body
 
 
 async def _send_json(send: Any, status: int, headers: dict[str, str], body: Any) -> None:
     data = json.dumps(body).encode()
-    given = {"content-type": "application/json", "content-length": str(len(data)), **headers}
-    listed = [(name.encode(), value.encode()) for name, value in given.items()]
-    await send({"type": "http.response.start", "status": status, "headers": listed})
+    all_headers = {"content-type": "application/json", "content-length": str(len(data)), **headers}
+    raw_headers = [(name.encode(), value.encode()) for name, value in all_headers.items()]
+    await send({"type": "http.response.start", "status": status, "headers": raw_headers})
     await send({"type": "http.response.body", "body": data})

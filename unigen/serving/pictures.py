@@ -108,8 +108,8 @@ def bytes_from_data_uri(url: str) -> bytes:
     broken and the padding may lack. Raises ValueError."""
     head, comma, _ = url[:200].partition(",")
     kind, *parameters = head.lower().split(";")
-    known = kind.startswith("data:image/") or kind in ("data:", "data:application/octet-stream")
-    if not (comma and known and parameters and parameters[-1].strip() == "base64"):
+    is_known_type = kind.startswith("data:image/") or kind in ("data:", "data:application/octet-stream")
+    if not (comma and is_known_type and parameters and parameters[-1].strip() == "base64"):
         raise ValueError("a picture is given as data:image/png;base64,... (or jpeg, webp, gif)")
     letters = url[len(head) + 1 :].encode("ascii", "replace").translate(BASE64_URL_SAFE, BASE64_WHITESPACE).rstrip(b"=")
     try:
@@ -134,18 +134,23 @@ async def _fetch_image(url: str, most: int) -> bytes:
     async with httpx.AsyncClient(timeout=FETCH_TIMEOUT, follow_redirects=False, trust_env=False) as client:
         try:
             for _ in range(MAX_REDIRECTS + 1):
-                named: Any = httpx.URL(url)
-                host = named.raw_host.decode()  # in ASCII, whatever its letters
-                if named.scheme not in ("http", "https") or not host or named.userinfo:
+                parsed_url: Any = httpx.URL(url)
+                host = parsed_url.raw_host.decode()  # in ASCII, whatever its letters
+                if parsed_url.scheme not in ("http", "https") or not host or parsed_url.userinfo:
                     raise ValueError("a picture's address is http or https, without a user")
-                if (named.port or 0) >= 1 << 16:
+                if (parsed_url.port or 0) >= 1 << 16:
                     raise httpx.InvalidURL("port")
                 # to the very address that is checked, so that the name cannot mean another one by now
-                address = await _resolve_public_address(host, named.port or (443 if named.scheme == "https" else 80))
-                asked = named.copy_with(host=address)
-                headers = {"Host": named.netloc.decode(), "Accept-Encoding": "identity"}  # packed bytes may become many
+                address = await _resolve_public_address(
+                    host, parsed_url.port or (443 if parsed_url.scheme == "https" else 80)
+                )
+                resolved_url = parsed_url.copy_with(host=address)
+                headers = {
+                    "Host": parsed_url.netloc.decode(),
+                    "Accept-Encoding": "identity",
+                }  # packed bytes may become many
                 extensions = {"sni_hostname": host}
-                async with client.stream("GET", asked, headers=headers, extensions=extensions) as answer:
+                async with client.stream("GET", resolved_url, headers=headers, extensions=extensions) as answer:
                     if answer.is_redirect:
                         url = urljoin(url, answer.headers["location"])
                         continue
@@ -168,10 +173,10 @@ async def _resolve_public_address(host: str, port: int) -> str:
     """An address of the host; ValueError where any of its addresses is not for everyone."""
     try:
         ask = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
-        found = await asyncio.get_running_loop().run_in_executor(DNS_EXECUTOR, ask)
+        address_infos = await asyncio.get_running_loop().run_in_executor(DNS_EXECUTOR, ask)
     except (OSError, UnicodeError):
         raise ValueError("the picture's address cannot be found") from None
-    addresses = [str(entry[4][0]).partition("%")[0] for entry in found]
+    addresses = [str(entry[4][0]).partition("%")[0] for entry in address_infos]
     if not all(_is_public_address(ipaddress.ip_address(address)) for address in addresses):
         raise ValueError("the picture's address is a private one")
     return addresses[0]

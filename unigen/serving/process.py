@@ -170,8 +170,8 @@ class EngineProcess:
         """Why nothing can be answered now; None where it can."""
         if self.ready.is_set():
             return None
-        again = f"the model could not be loaded again ({self.reload_error}): that is tried again"
-        return self.load_error or (again if self.reload_error else "the model is being loaded: ask again soon")
+        retry_message = f"the model could not be loaded again ({self.reload_error}): that is tried again"
+        return self.load_error or (retry_message if self.reload_error else "the model is being loaded: ask again soon")
 
     @property
     def alive(self) -> bool:
@@ -187,30 +187,32 @@ class EngineProcess:
             raise QueueFull(max(1, round(self._mean_job_seconds * len(self._jobs) / self.slots)))
         number, events = next(self._job_ids), asyncio.Queue[Event]()
         self._jobs[number] = events
-        began, over = self._loop.time(), False
+        start, is_final = self._loop.time(), False
         self._outbox.put((number, job))
         try:
-            while not over:
+            while not is_final:
                 event = await events.get()
-                over = isinstance(event, (Finished, Rejected, Error))
+                is_final = isinstance(event, (Finished, Rejected, Error))
                 yield event
             if isinstance(event, Finished):
-                self._mean_job_seconds += 0.1 * (self._loop.time() - began - self._mean_job_seconds)
+                self._mean_job_seconds += 0.1 * (self._loop.time() - start - self._mean_job_seconds)
         finally:
-            if self._jobs.pop(number, None) and not over:
+            if self._jobs.pop(number, None) and not is_final:
                 self._outbox.put((number, None))
 
     def _start(self) -> None:
         context: Any = multiprocessing.get_context(START_METHOD)
-        (jobs, asks), (events, tells) = context.Pipe(duplex=False), context.Pipe(duplex=False)
-        self._process = context.Process(target=self.target, args=(jobs, tells, self.source, self.slots), daemon=True)
+        (jobs, jobs_end), (events, events_end) = context.Pipe(duplex=False), context.Pipe(duplex=False)
+        self._process = context.Process(
+            target=self.target, args=(jobs, events_end, self.source, self.slots), daemon=True
+        )
         self._process.start()
         self.starts += 1
         self._is_running, self._silent_ticks, self._has_heartbeat, self._step_seconds = True, 0, False, 0.0
         jobs.close()
-        tells.close()
+        events_end.close()
         self._outbox = queue.SimpleQueue()
-        threading.Thread(target=self._write, args=(asks, self._outbox), daemon=True).start()
+        threading.Thread(target=self._write, args=(jobs_end, self._outbox), daemon=True).start()
         threading.Thread(target=self._read, args=(events,), daemon=True).start()
 
     @staticmethod
@@ -218,9 +220,9 @@ class EngineProcess:
         """In a thread of its own, since a pipe that is full makes one wait: jobs, until None or the process is gone."""
         with asks:
             try:
-                while (said := outbox.get()) is not None:
-                    asks.send(said)
-                    del said  # else its pictures are held until the next job comes
+                while (message := outbox.get()) is not None:
+                    asks.send(message)
+                    del message  # else its pictures are held until the next job comes
             except OSError:
                 pass
 

@@ -41,7 +41,10 @@ def accept_only(*values: Any, says: str) -> AfterValidator:
     """A field that is accepted at these values, at which it asks for nothing; says: what to do about all others."""
 
     def check(value: Any) -> None:
-        if not any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in values):
+        if not any(
+            value == accepted_value and isinstance(value, bool) == isinstance(accepted_value, bool)
+            for accepted_value in values
+        ):
             raise ValueError(says)
 
     return AfterValidator(check)
@@ -98,11 +101,11 @@ class GenerationFields(StrictModel):
         """What was given, as the engine takes it; the seed and the form of the answer apart."""
         form = {"n", "candidates", "stream", "partial_images"}
         names = set(GenerationFields.model_fields) - form - {"seed", "size"}
-        given = {name: value for name in sorted(names) if (value := getattr(self, name)) is not None}
+        options = {name: value for name in sorted(names) if (value := getattr(self, name)) is not None}
         if self.size not in (None, "auto"):
             width, _, height = str(self.size).partition("x")
-            given["size"] = (int(width), int(height))
-        return given
+            options["size"] = (int(width), int(height))
+        return options
 
 
 # ---------------------------------------------------------------- /v1/chat/completions
@@ -191,19 +194,19 @@ class Message(StrictModel):
 
     def parts(self) -> list[tuple[str, str, str]]:
         """What was said, in order, without blank texts: the kind, "text" or "image"; the text or url; its place."""
-        found: list[tuple[str, str, str]] = []
+        parts: list[tuple[str, str, str]] = []
         for number, part in enumerate(self.content):
             place = f"content.{number}"
             if isinstance(part, ImagePart):
-                found.append(("image", part.image_url.url, f"{place}.image_url.url"))
+                parts.append(("image", part.image_url.url, f"{place}.image_url.url"))
             else:
-                found.append(("text", part.text if isinstance(part, TextPart) else part.refusal, place))
-        if not found and self.refusal:
-            found.append(("text", self.refusal, "refusal"))
+                parts.append(("text", part.text if isinstance(part, TextPart) else part.refusal, place))
+        if not parts and self.refusal:
+            parts.append(("text", self.refusal, "refusal"))
         if self.images:
-            words = "".join(said for kind, said, _ in found if kind == "text")
-            found = [*self._interleave_images(words), *(part for part in found if part[0] == "image")]
-        return [part for part in found if part[0] == "image" or part[1].strip()]
+            words = "".join(said for kind, said, _ in parts if kind == "text")
+            parts = [*self._interleave_images(words), *(part for part in parts if part[0] == "image")]
+        return [part for part in parts if part[0] == "image" or part[1].strip()]
 
     def _interleave_images(self, words: str) -> Iterator[tuple[str, str, str]]:
         """The words with the images where they stood among them: at the end, where an image does not say."""
@@ -345,9 +348,9 @@ class ChatRequest(GenerationFields, ClientLabels):
         return self
 
     def options(self) -> dict[str, Any]:
-        most = self.max_tokens or self.max_completion_tokens
-        given = {"max_tokens": most, "max_images": self.max_images}
-        return super().options() | {name: value for name, value in given.items() if value is not None}
+        max_tokens = self.max_tokens or self.max_completion_tokens
+        options = {"max_tokens": max_tokens, "max_images": self.max_images}
+        return super().options() | {name: value for name, value in options.items() if value is not None}
 
 
 # ---------------------------------------------------------------- /v1/images/...

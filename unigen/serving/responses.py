@@ -127,13 +127,13 @@ class ResponsesRequest(GenerationFields, ClientLabels):
 
     @model_validator(mode="after")
     def _check_answerable(self) -> ResponsesRequest:
-        said = [message for message in self.input if message.role not in SYSTEM_ROLES]
-        if not said or said[-1].role != "user":
+        turns = [message for message in self.input if message.role not in SYSTEM_ROLES]
+        if not turns or turns[-1].role != "user":
             raise ValueError("the last message of input must be the user's")
-        named = self.tool_choice.get("type") if isinstance(self.tool_choice, dict) else None
-        if isinstance(self.tool_choice, dict) and named != IMAGE_TOOL:
+        forced_tool = self.tool_choice.get("type") if isinstance(self.tool_choice, dict) else None
+        if isinstance(self.tool_choice, dict) and forced_tool != IMAGE_TOOL:
             raise ValueError(f"tool_choice: {NO_TOOLS}, but for {IMAGE_TOOL}")
-        if (named or self.tool_choice == "required") and not self.tools:
+        if (forced_tool or self.tool_choice == "required") and not self.tools:
             raise ValueError(f'tool_choice is for tools: give [{{"type": "{IMAGE_TOOL}"}}]')
         return self
 
@@ -177,14 +177,14 @@ def _part(part: Any) -> Any:
     """A part of a message's content as chats have it."""
     if not isinstance(part, dict):
         return part
-    rest = {name: value for name, value in part.items() if name not in ("annotations", "logprobs")}
-    if rest.get("type") in ("input_text", "output_text"):
-        return rest | {"type": "text"}
-    if rest.get("type") == "input_image":
-        if rest.pop("file_id", None) is not None or not isinstance(rest.get("image_url"), str):
+    fields = {name: value for name, value in part.items() if name not in ("annotations", "logprobs")}
+    if fields.get("type") in ("input_text", "output_text"):
+        return fields | {"type": "text"}
+    if fields.get("type") == "input_image":
+        if fields.pop("file_id", None) is not None or not isinstance(fields.get("image_url"), str):
             raise ValueError("an input_image needs its image_url: files are not stored here")
-        image = {"url": rest["image_url"], "detail": rest.pop("detail", None) or "auto"}
-        return rest | {"type": "image_url", "image_url": image}
+        image = {"url": fields["image_url"], "detail": fields.pop("detail", None) or "auto"}
+        return fields | {"type": "image_url", "image_url": image}
     return part
 
 
@@ -236,8 +236,8 @@ async def response_events(events: Events, asked: ResponsesRequest, model: str) -
     call = f"{IMAGE_TOOL}_call"
     async with aclosing(events):
         async for _, event in events:
-            drawn = isinstance(event, Preview) or (isinstance(event, Part) and not isinstance(event.part, str))
-            if isinstance(event, Finished) or (drawn and item is not None and item["type"] == "message"):
+            is_image = isinstance(event, Preview) or (isinstance(event, Part) and not isinstance(event.part, str))
+            if isinstance(event, Finished) or (is_image and item is not None and item["type"] == "message"):
                 for one in finish_message():
                     yield one
             answer.take(event)
@@ -246,18 +246,18 @@ async def response_events(events: Events, asked: ResponsesRequest, model: str) -
                 yield event_of("created", response=dict(response))
                 yield event_of("in_progress", response=dict(response))
             elif isinstance(event, (Preview, Part)) and item is None:
-                for one in start_item(call if drawn else "message"):
+                for one in start_item(call if is_image else "message"):
                     yield one
             if isinstance(event, Part) and isinstance(event.part, str):
                 yield item_event("output_text.delta", content_index=0, delta=event.part, logprobs=[])
             elif isinstance(event, Preview):
-                shown = {"partial_image_index": event.number, "partial_image_b64": await encoded(event.image)}
+                preview_fields = {"partial_image_index": event.number, "partial_image_b64": await encoded(event.image)}
                 size = "{}x{}".format(*event.image.size)
-                yield item_event(f"{call}.partial_image", size=size, output_format=form.output_format, **shown)
+                yield item_event(f"{call}.partial_image", size=size, output_format=form.output_format, **preview_fields)
             elif isinstance(event, Part):
                 assert item is not None and not isinstance(event.part, str)
-                made = {"result": await encoded(event.part), "size": "{}x{}".format(*event.part.size)}
-                item = item | {"status": "completed", "output_format": form.output_format, **made}
+                result_fields = {"result": await encoded(event.part), "size": "{}x{}".format(*event.part.size)}
+                item = item | {"status": "completed", "output_format": form.output_format, **result_fields}
                 yield item_event(f"{call}.completed")
                 yield event_of("output_item.done", output_index=len(output), item=item)
                 output.append(item)

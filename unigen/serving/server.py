@@ -170,8 +170,8 @@ class Server:
         self._check_model(asked.model)
         document = await self._cancel_on_disconnect(request, self._build_document(request, asked, "input"))
         self._log(request, document)
-        able = self.engine.info.get("outputs", ())
-        if not asked.tools and able and "text" not in able:
+        supported_outputs = self.engine.info.get("outputs", ())
+        if not asked.tools and supported_outputs and "text" not in supported_outputs:
             raise HTTPError(400, 'this model draws: give tools [{"type": "image_generation"}]', param="tools")
         output = self._choose_output(asked.modalities, document)
         document, notes = self._without_system(document, output)
@@ -191,8 +191,8 @@ class Server:
 
     def _without_system(self, document: Document, output: str) -> tuple[Document, dict[str, Any]]:
         """Leave system messages out where the model does not follow them; the settings of the answer then note it."""
-        told, said = split_system_messages(document.segments)
-        if told and (output == "image" or not self.engine.info.get("system")):
+        system_text, said = split_system_messages(document.segments)
+        if system_text and (output == "image" or not self.engine.info.get("system")):
             return Document(said), {"ignored": ["system"]}
         return document, {}
 
@@ -212,12 +212,12 @@ class Server:
                 parts.append((role, part if kind == "text" else None, f"{field}.{m}.{place}"))
                 urls += [part] if kind == "image" else []
         places = [place for _, text, place in parts if text is None]
-        found = iter(
+        images = iter(
             await self._decode_images(request, await self._load_files(urls, places), places, asked.n, MAX_READ_PIXELS)
         )
         return Document(
             [
-                Segment(image=next(found), role=role) if text is None else Segment(text=text, role=role)
+                Segment(image=next(images), role=role) if text is None else Segment(text=text, role=role)
                 for role, text, _ in parts
             ]
         )
@@ -238,8 +238,8 @@ class Server:
                 if time.monotonic() > end:
                     raise ValueError("the pictures' addresses take too long")
                 files.append(EncodedImage(data := await pictures.fetch_image(url, left)))
-            except ValueError as wrong:
-                raise HTTPError(400, str(wrong), param=place) from None
+            except ValueError as error:
+                raise HTTPError(400, str(error), param=place) from None
             left -= len(data)
         return files
 
@@ -249,8 +249,8 @@ class Server:
         """The pictures of a request for n answers; area: pixels to which they are made smaller, where they may be."""
         try:
             return await self.decoder.decode(files, n, area, request.scope["state"].get("client", ""))
-        except ImageError as wrong:
-            raise HTTPError(400, str(wrong), param=places[wrong.place]) from None
+        except ImageError as error:
+            raise HTTPError(400, str(error), param=places[error.place]) from None
         except DecoderBusy:
             message = "the server cannot take more pictures now: ask again"
             raise HTTPError(429, message, code="busy", wait=2) from None
@@ -258,13 +258,15 @@ class Server:
     def _choose_output(self, modalities: list[Any] | None, document: Document) -> str:
         if self.engine.down is not None:  # what the model can do is known when it is there
             raise HTTPError(503, self.engine.down, code="not_ready", wait=1)
-        able = self.engine.info["outputs"]
+        supported_outputs = self.engine.info["outputs"]
         if modalities is None:
-            return default_output(document, able)
+            return default_output(document, supported_outputs)
         output = "interleaved" if len(set(modalities)) == 2 else modalities[0]
-        if output not in able:
+        if output not in supported_outputs:
             raise HTTPError(
-                400, f"this model cannot answer with {output}: it can with {' or '.join(able)}", param="modalities"
+                400,
+                f"this model cannot answer with {output}: it can with {' or '.join(supported_outputs)}",
+                param="modalities",
             )
         return str(output)
 
@@ -277,26 +279,26 @@ class Server:
 
     async def edits(self, request: Request) -> Any:
         """The picture changed as the prompt says; or, with a mask, painted anew where it marks."""
-        asked, image, mask = await self._form(request, protocol.EditRequest)
+        body, image, mask = await self._form(request, protocol.EditRequest)
         if mask is None:
             return await self._generate_images(
-                request, asked, "image_edit", Document.of([image, Segment(text=asked.prompt)])
+                request, body, "image_edit", Document.of([image, Segment(text=body.prompt)])
             )
         painted: dict[str, Any] = {"around": image, "mask": mask}
         return await self._generate_images(
-            request, asked, "image_edit", Document.of(Segment(text=asked.prompt)), **painted
+            request, body, "image_edit", Document.of(Segment(text=body.prompt)), **painted
         )
 
     async def variations(self, request: Request) -> Any:
         """The picture with a share of it drawn anew, by lot, as the model itself describes it."""
-        asked, image, mask = await self._form(request, protocol.VariationRequest)
+        body, image, mask = await self._form(request, protocol.VariationRequest)
         if mask is not None:
             raise HTTPError(400, "a variation takes no mask: see /v1/images/edits", param="mask")
-        self._check_model(asked.model)
+        self._check_model(body.model)
         question = Job(Document.of([image, "describe this picture"]), "text")
         caption = (await self._cancel_on_disconnect(request, self._collect([question])))[0].parts
         document = Document.of(Segment(text=str(caption[0]) if caption else "a picture"))
-        return await self._generate_images(request, asked, "image_variation", document, around=image, vary=asked.vary)
+        return await self._generate_images(request, body, "image_variation", document, around=image, vary=body.vary)
 
     async def _generate_images(
         self, request: Request, asked: protocol.ImagesRequest, kind: str, document: Document, **job: Any
@@ -313,8 +315,8 @@ class Server:
         self._log(request, document)
         if asked.stream:
             form = (asked.output_format, asked.output_compression)
-            drawn = image_chunks(self._merge_events(jobs), self.settings.model, kind, *form)
-            return await self._stream(request, drawn)
+            chunks = image_chunks(self._merge_events(jobs), self.settings.model, kind, *form)
+            return await self._stream(request, chunks)
         answers = await self._cancel_on_disconnect(request, self._collect(jobs))
         data = []
         for answer in answers:
@@ -323,9 +325,9 @@ class Server:
             if asked.response_format == "url":
                 try:
                     name = await asyncio.to_thread(self._save_image, file, asked.output_format)
-                except ValueError as full:  # which names the file: the server's path is not told
-                    reason = getattr(full.__cause__, "strerror", None) or "the disk refuses"
-                    log.error("a picture cannot be kept: %s", full)
+                except ValueError as error:  # which names the file: the server's path is not told
+                    reason = getattr(error.__cause__, "strerror", None) or "the disk refuses"
+                    log.error("a picture cannot be kept: %s", error)
                     raise HTTPError(507, f"this server cannot keep pictures now ({reason}): ask for b64_json") from None
                 data.append({"url": str(request.url_for("picture", name=name)), "settings": answer.settings})
             else:
@@ -350,10 +352,10 @@ class Server:
             raise HTTPError(499, "the client left") from None
         except OSError as full:  # large files of a form are laid on the disk
             raise HTTPError(507, f"this server cannot take files now: {full.strerror}") from None
-        except HTTPException as bad:
-            if bad.status_code != 400:  # of the door
+        except HTTPException as error:
+            if error.status_code != 400:  # of the door
                 raise
-            raise HTTPError(400, f"the form cannot be read: {bad.detail}") from None
+            raise HTTPError(400, f"the form cannot be read: {error.detail}") from None
         except ValueError:  # a charset such as "undefined"
             raise HTTPError(400, "the form cannot be read: send it as UTF-8") from None
         files, fields = {}, {}
@@ -375,21 +377,21 @@ class Server:
         if "image" not in files:
             raise HTTPError(400, "the form has no file named image", param="image")
         try:
-            asked = kinds.model_validate(protocol.parse_form_fields(fields))
+            body = kinds.model_validate(protocol.parse_form_fields(fields))
         except ValidationError as wrong:
             raise RequestValidationError([{**e, "loc": ("body", *e["loc"])} for e in wrong.errors()]) from None
         names = [name for name in ("image", "mask") if name in files]
-        given = [EncodedImage(files[name], mask=name == "mask") for name in names]
-        found = await self._cancel_on_disconnect(request, self._decode_images(request, given, names, asked.n))
-        return asked, found[0], found[1] if "mask" in files else None
+        encoded_images = [EncodedImage(files[name], mask=name == "mask") for name in names]
+        images = await self._cancel_on_disconnect(request, self._decode_images(request, encoded_images, names, body.n))
+        return body, images[0], images[1] if "mask" in files else None
 
     def _check_folder(self, count: int) -> None:
         """Before so many pictures are drawn for it."""
         assert self.settings.folder is not None
         try:
             check_space(self.settings.folder, count * MIN_FREE_BYTES_PER_IMAGE)
-        except ValueError as full:
-            raise HTTPError(507, f"{full}: ask for b64_json", param="response_format") from None
+        except ValueError as error:
+            raise HTTPError(507, f"{error}: ask for b64_json", param="response_format") from None
 
     def _save_image(self, file: bytes, format: str) -> str:
         from unigen.media.output import write_atomically
@@ -419,15 +421,15 @@ class Server:
                     async for event in events:
                         merged.put_nowait((i, event))
                 merged.put_nowait((i, None))
-            except Exception as wrong:
-                merged.put_nowait((i, wrong))
+            except Exception as error:
+                merged.put_nowait((i, error))
 
         tasks = [asyncio.create_task(one(i, job)) for i, job in enumerate(jobs)]
         left, start, first = len(jobs), time.perf_counter(), True
         try:
             while left:
-                rest = start + self.settings.seconds - time.perf_counter()
-                i, event = await asyncio.wait_for(merged.get(), rest)
+                seconds_left = start + self.settings.seconds - time.perf_counter()
+                i, event = await asyncio.wait_for(merged.get(), seconds_left)
                 if event is None:
                     left -= 1
                 elif isinstance(event, Exception):
@@ -467,16 +469,16 @@ class Server:
     async def _cancel_on_disconnect(self, request: Request, work: Awaitable[T]) -> T:
         """What the work gives; it is cancelled when the client leaves."""
         task = asyncio.ensure_future(work)
-        gone = asyncio.create_task(_wait_for_disconnect(request))
+        disconnect_task = asyncio.create_task(_wait_for_disconnect(request))
         try:
-            await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([task, disconnect_task], return_when=asyncio.FIRST_COMPLETED)
             if task.done():
                 return task.result()
             raise HTTPError(499, "the client left")
         finally:
-            for one in (task, gone):
+            for one in (task, disconnect_task):
                 one.cancel()
-            await asyncio.gather(task, gone, return_exceptions=True)
+            await asyncio.gather(task, disconnect_task, return_exceptions=True)
 
     async def _stream(self, request: Request, chunks: AsyncGenerator[dict[str, Any], None]) -> Response:
         """Server-sent events. The first is awaited, so that what is refused has its status; what goes wrong later is an
@@ -490,8 +492,8 @@ class Server:
                     async for chunk in chunks:
                         yield _server_sent_event(chunk)
                     yield "data: [DONE]\n\n"
-                except HTTPError as wrong:
-                    yield _server_sent_event(wrong.body)
+                except HTTPError as error:
+                    yield _server_sent_event(error.body)
 
         return StreamingResponse(events(), media_type="text/event-stream", headers={"cache-control": "no-cache"})
 
@@ -594,11 +596,11 @@ def create_app(engine: Any, settings: ServerConfig) -> Any:
         server.edits: protocol.form_schema(protocol.EditRequest, "image", "mask"),
         server.variations: protocol.form_schema(protocol.VariationRequest, "image"),
     }
-    wrongs: dict[int | str, Any] = {
+    error_responses: dict[int | str, Any] = {
         status: {"model": protocol.ErrorResponse, "description": "What is wrong"} for status in ("4XX", "5XX")
     }
     for method, path, route in routes:
-        more: Any = {"responses": wrongs, "openapi_extra": forms.get(route)}
+        more: Any = {"responses": error_responses, "openapi_extra": forms.get(route)}
         app.add_api_route(path, route, methods=[method], name=route.__name__, response_model=None, **more)
     add_page(app)
 
@@ -704,11 +706,11 @@ def check_space(folder: Path, size: int) -> None:
 def bind_socket(host: str, port: int) -> socket.socket:
     """A socket on that address. Raises ValueError."""
     kind = socket.AF_INET6 if ":" in host else socket.AF_INET
-    made = socket.socket(kind, socket.SOCK_STREAM)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock = socket.socket(kind, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        made.bind((host, port))
-    except (OSError, OverflowError) as wrong:
-        made.close()
-        raise ValueError(f"cannot listen on {host}:{port}: {wrong}; choose another --host or --port") from None
-    return made
+        sock.bind((host, port))
+    except (OSError, OverflowError) as error:
+        sock.close()
+        raise ValueError(f"cannot listen on {host}:{port}: {error}; choose another --host or --port") from None
+    return sock

@@ -66,14 +66,14 @@ class StopStringFilter:
         if not self.held and not self.shown:
             piece = piece.lstrip()
         for i, character in enumerate(piece):
-            found = [len(stop.text) for stop in self.stops if stop.feed(character)]
-            if found:
+            match_lengths = [len(stop.text) for stop in self.stops if stop.feed(character)]
+            if match_lengths:
                 text = self.held + piece[: i + 1]
-                self.held, self.stopped = text[: len(text) - max(found)], True
+                self.held, self.stopped = text[: len(text) - max(match_lengths)], True
                 return self.end()
         self.held += piece
-        begun = max((stop.begun for stop in self.stops), default=0)
-        said = self.held[: len(self.held) - begun].rstrip()
+        match_length = max((stop.begun for stop in self.stops), default=0)
+        said = self.held[: len(self.held) - match_length].rstrip()
         self.held = self.held[len(said) :]
         self.shown |= bool(said)
         return said
@@ -155,7 +155,7 @@ class _BaseWorker:
         self.waiting.append((number, job))
 
     def drop(self, number: int) -> None:
-        self.waiting = deque(one for one in self.waiting if one[0] != number)
+        self.waiting = deque(entry for entry in self.waiting if entry[0] != number)
 
 
 class BatchedWorker(_BaseWorker):
@@ -231,10 +231,10 @@ class BatchedWorker(_BaseWorker):
         for row, error in self.running.failed.items():
             if row in self.answers:
                 number = self.answers[row][0]
-                for other in [at for at, (job, *_) in self.answers.items() if job == number]:
-                    del self.answers[other]
-                    if other in self.running:
-                        self.running.drop(other)
+                for sequence_id in [at for at, (job, *_) in self.answers.items() if job == number]:
+                    del self.answers[sequence_id]
+                    if sequence_id in self.running:
+                        self.running.drop(sequence_id)
                 print(f"unigen: {error}", file=sys.stderr)
                 yield number, Error(str(error), again=False)
 
@@ -296,8 +296,10 @@ class BatchedWorker(_BaseWorker):
             mask: Any = job.mask
             if job.vary is not None:
                 around, mask = random_mask(self.engine.model, around, job.vary, options.get("seed", 0))
-            rest = {name: value for name, value in options.items() if name != "generator"}
-            options, composite = prepare_inpainting(self.engine.model, around, mask, options.get("generator"), rest)
+            remaining_options = {name: value for name, value in options.items() if name != "generator"}
+            options, composite = prepare_inpainting(
+                self.engine.model, around, mask, options.get("generator"), remaining_options
+            )
         if job.candidates == 1:
             request = self.engine.request(job.prompt, job.output, previews=job.previews, **options)
             return [request], _ActiveJob(job, StopStringFilter(job.stop), composite)
@@ -317,13 +319,15 @@ class BatchedWorker(_BaseWorker):
                 said["text"]["repetition_penalty"] = request.text.repetition_penalty
             said["max_tokens"] = request.max_tokens
         if request.output != "text":
-            usual, scales = default_options(self.engine.model, request.generator), request.guidance.scales
+            defaults, scales = default_options(self.engine.model, request.generator), request.guidance.scales
             said |= {"generator": request.generator, "guidance": scales[0] if len(scales) == 1 else list(scales)}
-            known = {name: getattr(request.image, name) for name in SAMPLING_OPTION_NAMES}
-            known |= {name: getattr(request, name) or usual.get(name) for name in ("steps", "sampler", "accelerate")}
-            known |= {"guidance_kind": request.guidance.kind}
+            options = {name: getattr(request.image, name) for name in SAMPLING_OPTION_NAMES}
+            options |= {
+                name: getattr(request, name) or defaults.get(name) for name in ("steps", "sampler", "accelerate")
+            }
+            options |= {"guidance_kind": request.guidance.kind}
             takes = self.engine.model.generators[request.generator].takes
-            said |= {name: value for name, value in known.items() if name in takes and value is not None}
+            said |= {name: value for name, value in options.items() if name in takes and value is not None}
         return said
 
 
@@ -382,11 +386,11 @@ class SequentialWorker(_BaseWorker):
 
     def _settings(self, job: Job) -> dict[str, Any]:
         """What pictures and text are drawn with, as far as it is known."""
-        usual = {} if job.output == "text" else dict(self.usual)
+        defaults = {} if job.output == "text" else dict(self.usual)
         if job.output != "image" and hasattr(self.engine, "text_options"):
             text = self.engine.text_options(job.options)
-            usual["text"] = {name: value for name, value in text.items() if name != "max_tokens"}
-        return usual | job.options
+            defaults["text"] = {name: value for name, value in text.items() if name != "max_tokens"}
+        return defaults | job.options
 
     def _parts(self, job: Job) -> Iterator[Any]:
         """The parts of the answer; its options are checked when the first is taken."""
@@ -414,7 +418,7 @@ def run_worker(receiver: Any, sender: Any, source: dict[str, Any], slots: int) -
     except ValueError as error:
         sender.send((None, Rejected(" ".join(str(error).split()))))
         return
-    told = time.monotonic()
+    last_stats_time = time.monotonic()
     try:
         while True:
             receiver.poll(0 if worker.busy else None)  # wait where there is nothing to do
@@ -429,9 +433,9 @@ def run_worker(receiver: Any, sender: Any, source: dict[str, Any], slots: int) -
             for number, event in worker.step():
                 sender.send((number, event))
             sender.step = None
-            if not worker.busy or time.monotonic() - told > 0.25:
+            if not worker.busy or time.monotonic() - last_stats_time > 0.25:
                 sender.send((None, worker.load()))
-                told = time.monotonic()
+                last_stats_time = time.monotonic()
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
     finally:

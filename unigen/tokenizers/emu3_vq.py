@@ -41,9 +41,9 @@ class Emu3VQ(nn.Module):
         """Pixels in [-1, 1] (B, 3, H, W) -> codes (B, h, w)."""
         sizes = [x_BCHW.shape[2:]] * len(x_BCHW)
         with torch.autocast(x_BCHW.device.type, enabled=False):
-            found = self.net.encode(x_BCHW, sizes)
-        check_finite(found.last_hidden_state)
-        return torch.stack(found.image_tokens).long()
+            output = self.net.encode(x_BCHW, sizes)
+        check_finite(output.last_hidden_state)
+        return torch.stack(output.image_tokens).long()
 
     @torch.no_grad()
     def decode(self, codes_Bhw: Tensor) -> Tensor:

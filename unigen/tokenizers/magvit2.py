@@ -94,8 +94,8 @@ def add_resnet_blocks(levels: nn.ModuleList, depths: tuple[int, ...]) -> None:
 
     for level, depth in zip(levels, depths, strict=True):
         width = level.resnets[-1].out_channels
-        more = (ResnetBlock2D(in_channels=width, temb_channels=None, eps=1e-6) for _ in range(depth - 1))
-        level.resnets.extend(more)
+        extra_blocks = (ResnetBlock2D(in_channels=width, temb_channels=None, eps=1e-6) for _ in range(depth - 1))
+        level.resnets.extend(extra_blocks)
 
 
 def from_config(config: dict[str, Any]) -> MAGVIT2:
@@ -116,7 +116,7 @@ def from_public(state: Mapping[str, Tensor], side: int) -> MAGVIT2:
         for coder, path in (("encoder", "encoder.down"), ("decoder", "decoder.up")):
             levels = range(len({name.split(".")[2] for name in state if name.startswith(f"{path}.")}))
             blocks = [{name.split(".")[4] for name in state if name.startswith(f"{path}.{i}.block.")} for i in levels]
-            sizes[f"{coder}_blocks"] = [len(found) for found in blocks]
+            sizes[f"{coder}_blocks"] = [len(block_indices) for block_indices in blocks]
             sizes[f"{coder}_channels"] = [state[f"{path}.{i}.block.0.conv2.weight"].shape[0] for i in levels]
         bits = state["encoder.conv_out.weight"].shape[0]
         table = [state.pop(name) for name in TABLE_KEYS]
@@ -124,23 +124,28 @@ def from_public(state: Mapping[str, Tensor], side: int) -> MAGVIT2:
         raise ValueError(f"these are not the tensors of MAGVIT-v2: {error} is missing") from error
     size = side * 2 ** (len(sizes["encoder_blocks"]) - 1)
     tokenizer = MAGVIT2(MAGVIT2Config(size, bits, **sizes))
-    if any(not torch.equal(theirs, ours.to(theirs)) for theirs, ours in zip(table, sign_table(bits), strict=True)):
+    if any(
+        not torch.equal(public_state, own_table.to(public_state))
+        for public_state, own_table in zip(table, sign_table(bits), strict=True)
+    ):
         raise ValueError(f"{' or '.join(TABLE_KEYS)} of the image tokenizer is not that of {bits} bits")
     shapes = {name: tensor.shape for name, tensor in tokenizer.state_dict().items()}
     renamed = {_rename_key(name, tokenizer): tensor for name, tensor in state.items()}
     # attention is a linear map here and a convolution of 1x1 there
-    flat = {k: v.flatten(1) if k in shapes and v.ndim == 4 and len(shapes[k]) == 2 else v for k, v in renamed.items()}
-    hub.load_strict(tokenizer, flat, "of the image tokenizer")
+    flattened_state = {
+        k: v.flatten(1) if k in shapes and v.ndim == 4 and len(shapes[k]) == 2 else v for k, v in renamed.items()
+    }
+    hub.load_strict(tokenizer, flattened_state, "of the image tokenizer")
     return tokenizer.eval()
 
 
 def to_public(tokenizer: MAGVIT2) -> dict[str, Tensor]:
     """The tensors of the public file."""
-    theirs = {
+    public_state = {
         _rename_key(k, tokenizer, public=True): v[:, :, None, None] if ".attentions." in k and v.ndim == 2 else v
         for k, v in tokenizer.state_dict().items()
     }
-    return theirs | dict(zip(TABLE_KEYS, sign_table(tokenizer.settings.bits), strict=True))
+    return public_state | dict(zip(TABLE_KEYS, sign_table(tokenizer.settings.bits), strict=True))
 
 
 def sign_table(bits: int) -> tuple[Tensor, Tensor]:

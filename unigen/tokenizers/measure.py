@@ -31,29 +31,29 @@ def evaluate_tokenizer(tokenizer: Any, x_BCHW: Tensor, masks_B1HW: Tensor, batch
     psnr over all pixels and psnr_objects inside the masks (errors pooled over pictures, reconstruction in 8 bits);
     where there are codes, usage = share of them that occur, dead = codes that do not, and their perplexity.
     """
-    total = inside = 0.0
+    total = masked_error = 0.0
     count_K = torch.zeros(getattr(tokenizer, "codebook_size", 0))
     for x, mask in zip(x_BCHW.split(batch), masks_B1HW.split(batch), strict=True):
         codes = tokenizer.encode(x)
         y = ((tokenizer.decode(codes) + 1) * 127.5).round() / 127.5 - 1
         squared = (y - x).square() / 4
         total += float(squared.sum())
-        inside += float((squared * mask).sum())
+        masked_error += float((squared * mask).sum())
         if len(count_K):
             count_K += torch.bincount(codes.reshape(-1), minlength=len(count_K)).cpu()
-    figures = {
+    metrics = {
         "psnr": psnr(total / x_BCHW.numel()),
-        "psnr_objects": psnr(inside / max(3 * float(masks_B1HW.sum()), 1.0)),
+        "psnr_objects": psnr(masked_error / max(3 * float(masks_B1HW.sum()), 1.0)),
         "pictures": float(len(x_BCHW)),
     }
     if len(count_K):
-        used = int((count_K > 0).sum())
-        figures |= {
-            "usage": used / len(count_K),
-            "dead": float(len(count_K) - used),
+        num_used = int((count_K > 0).sum())
+        metrics |= {
+            "usage": num_used / len(count_K),
+            "dead": float(len(count_K) - num_used),
             "perplexity": float(perplexity(count_K / count_K.sum())),
         }
-    return figures
+    return metrics
 
 
 @torch.no_grad()

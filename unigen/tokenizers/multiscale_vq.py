@@ -113,8 +113,8 @@ class MultiscaleQuantizer(VectorQuantizer):
     def nearest(self, z_ND: Tensor) -> tuple[Tensor, Tensor]:
         """(squared distance to the nearest code, its number) of each vector."""
         table_VD = self.table().detach()
-        best = (table_VD.square().sum(-1) - 2 * z_ND @ table_VD.T).min(-1)
-        return z_ND.square().sum(-1) + best.values, best.indices
+        minimum = (table_VD.square().sum(-1) - 2 * z_ND @ table_VD.T).min(-1)
+        return z_ND.square().sum(-1) + minimum.values, minimum.indices
 
     def errors(self, z_ND: Tensor) -> Tensor:
         return self.nearest(z_ND)[0]
@@ -124,16 +124,16 @@ class MultiscaleQuantizer(VectorQuantizer):
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Scale by scale: the codes (B, n_k^2), what they stand for (B n_k^2, D), and f_hat after them; taken: of the
         last two, the codes that f_hat grows by, where it is not by themselves."""
-        seen_BDhw = torch.zeros_like(f_BDhw)
-        codes, wanted, seen = [], [], []
+        f_hat_BDhw = torch.zeros_like(f_BDhw)
+        codes, scale_features, f_hats = [], [], []
         for k in range(len(self.scales)):
-            z_ND = channels_last(self.downsample(f_BDhw - seen_BDhw.detach(), k)).reshape(-1, self.dim)
+            z_ND = channels_last(self.downsample(f_BDhw - f_hat_BDhw.detach(), k)).reshape(-1, self.dim)
             codes_Bn = self.nearest(z_ND)[1].unflatten(0, (len(f_BDhw), -1))
-            seen_BDhw = self.grow(seen_BDhw, taken(z_ND, codes_Bn) if taken else codes_Bn, k)
+            f_hat_BDhw = self.grow(f_hat_BDhw, taken(z_ND, codes_Bn) if taken else codes_Bn, k)
             codes.append(codes_Bn)
-            wanted.append(z_ND)
-            seen.append(seen_BDhw)
-        return codes, wanted, seen
+            scale_features.append(z_ND)
+            f_hats.append(f_hat_BDhw)
+        return codes, scale_features, f_hats
 
     def codes(self, z_BDhw: Tensor) -> Tensor:
         """Features (B, D, h, w) -> codes (B, P), int64."""
@@ -143,28 +143,30 @@ class MultiscaleQuantizer(VectorQuantizer):
         """Codes (B, P) of features to be predicted, and those that are read: of each picture a share of at most
         `share`, drawn anew, are one of the `NUM_NEAREST` next nearest codes, and later scales are of what is then
         missing."""
-        odds_B1 = torch.rand(len(f_BDhw), 1, generator=rng) * share
+        corruption_rate_B1 = torch.rand(len(f_BDhw), 1, generator=rng) * share
         table_VD = self.table().detach()
-        read: list[Tensor] = []
+        corrupted_codes: list[Tensor] = []
 
         def mistaken(z_ND: Tensor, codes_Bn: Tensor) -> Tensor:
-            near = (table_VD.square().sum(-1) - 2 * z_ND @ table_VD.T).topk(
+            nearest = (table_VD.square().sum(-1) - 2 * z_ND @ table_VD.T).topk(
                 min(NUM_NEAREST + 1, self.size), largest=False
             )
-            pick_N1 = torch.randint(1, near.indices.shape[1], (len(z_ND), 1), generator=rng).to(z_ND.device)
-            wrong_Bn = (torch.rand(codes_Bn.shape, generator=rng) < odds_B1).to(z_ND.device)
-            read.append(torch.where(wrong_Bn, near.indices.gather(1, pick_N1).view_as(codes_Bn), codes_Bn))
-            return read[-1]
+            pick_N1 = torch.randint(1, nearest.indices.shape[1], (len(z_ND), 1), generator=rng).to(z_ND.device)
+            is_corrupted_Bn = (torch.rand(codes_Bn.shape, generator=rng) < corruption_rate_B1).to(z_ND.device)
+            corrupted_codes.append(
+                torch.where(is_corrupted_Bn, nearest.indices.gather(1, pick_N1).view_as(codes_Bn), codes_Bn)
+            )
+            return corrupted_codes[-1]
 
-        return torch.cat(self.walk(f_BDhw, mistaken)[0], 1), torch.cat(read, 1)
+        return torch.cat(self.walk(f_BDhw, mistaken)[0], 1), torch.cat(corrupted_codes, 1)
 
     def to_vectors(self, codes_BP: Tensor) -> Tensor:
         """Codes of all scales, or of the first few, (B, P) -> f_hat (B, D, h, w), fp32."""
         self.check(codes_BP)
-        seen_BDhw = self.empty(len(codes_BP))
+        f_hat_BDhw = self.empty(len(codes_BP))
         for k, codes_Bn in enumerate(self.split(codes_BP)):
-            seen_BDhw = self.grow(seen_BDhw, codes_Bn, k)
-        return seen_BDhw
+            f_hat_BDhw = self.grow(f_hat_BDhw, codes_Bn, k)
+        return f_hat_BDhw
 
     def split(self, codes_BP: Tensor) -> list[Tensor]:
         """The codes of each scale there is; ValueError where a scale is cut."""
@@ -180,41 +182,41 @@ class MultiscaleQuantizer(VectorQuantizer):
 
     def inputs(self, codes_BP: Tensor) -> Tensor:
         """What scales 2..K read in training, (B, P - n_1^2, D): the picture so far at the side of each scale."""
-        seen_BDhw = self.empty(len(codes_BP))
+        f_hat_BDhw = self.empty(len(codes_BP))
         maps = []
         for k, codes_Bn in enumerate(self.split(codes_BP)[:-1]):
-            seen_BDhw = self.grow(seen_BDhw, codes_Bn, k)
-            maps.append(self.downsample(seen_BDhw, k + 1).flatten(2).transpose(1, 2))
-        return torch.cat(maps, 1) if maps else seen_BDhw.new_zeros(len(codes_BP), 0, self.dim)
+            f_hat_BDhw = self.grow(f_hat_BDhw, codes_Bn, k)
+            maps.append(self.downsample(f_hat_BDhw, k + 1).flatten(2).transpose(1, 2))
+        return torch.cat(maps, 1) if maps else f_hat_BDhw.new_zeros(len(codes_BP), 0, self.dim)
 
     def forward(self, z_BDhw: Tensor, rng: torch.Generator | None = None) -> QuantizerOutput:
         with torch.autocast(z_BDhw.device.type, enabled=False):
             f_BDhw = self.prepare(z_BDhw)
-            codes, wanted, seen = self.walk(f_BDhw.detach())
-            learning = self.training and torch.is_grad_enabled()
+            codes, scale_features, f_hats = self.walk(f_BDhw.detach())
+            is_training = self.training and torch.is_grad_enabled()
             n = f_BDhw.numel() // self.dim
             share = 1 / len(self.scales)
-            codebook = sum(((s - f_BDhw.detach()).square().sum() for s in seen), start=f_BDhw.new_zeros(())) * share
-            commit = sum(((s.detach() - f_BDhw).square().sum() for s in seen), start=f_BDhw.new_zeros(())) * share
+            codebook = sum(((s - f_BDhw.detach()).square().sum() for s in f_hats), start=f_BDhw.new_zeros(())) * share
+            commit = sum(((s.detach() - f_BDhw).square().sum() for s in f_hats), start=f_BDhw.new_zeros(())) * share
             codes_BP = torch.cat(codes, 1)
-            if learning:
-                self.on_training_step(torch.cat(wanted)[:, :, None, None], rng)
+            if is_training:
+                self.on_training_step(torch.cat(scale_features)[:, :, None, None], rng)
                 self.count(codes_BP)
             losses = {"codebook": (codebook, n), "commit": (self.beta * commit, n)}
-            if learning and self.coarse and rng is not None:
-                return QuantizerOutput(self.cut(f_BDhw, seen, rng), codes_BP, losses)
-            return QuantizerOutput(straight_through(f_BDhw, seen[-1]), codes_BP, losses)
+            if is_training and self.coarse and rng is not None:
+                return QuantizerOutput(self.cut(f_BDhw, f_hats, rng), codes_BP, losses)
+            return QuantizerOutput(straight_through(f_BDhw, f_hats[-1]), codes_BP, losses)
 
     def cut(self, f_BDhw: Tensor, seen: list[Tensor], rng: torch.Generator) -> Tensor:
         """f_hat of all scales, and for a share `coarse` of the pictures that of the first k alone, any k < K alike. The
         gradient passes straight through to as much of f as scale k can show."""
-        last, count = len(seen) - 1, len(f_BDhw)
-        few_B = torch.rand(count, generator=rng) < self.coarse
-        k_B = torch.where(few_B, torch.randint(max(last, 1), (count,), generator=rng), last)
-        cut_BDhw = straight_through(f_BDhw, seen[-1])
-        for k in range(last):
-            at = (k_B == k).nonzero()[:, 0].to(f_BDhw.device)
-            if len(at):
-                low = F.interpolate(self.downsample(f_BDhw[at], k), size=f_BDhw.shape[-2:], mode="bicubic")
-                cut_BDhw = cut_BDhw.index_copy(0, at, straight_through(low, seen[k][at]))
-        return cut_BDhw
+        last_scale, count = len(seen) - 1, len(f_BDhw)
+        is_dropped_B = torch.rand(count, generator=rng) < self.coarse
+        k_B = torch.where(is_dropped_B, torch.randint(max(last_scale, 1), (count,), generator=rng), last_scale)
+        truncated_BDhw = straight_through(f_BDhw, seen[-1])
+        for k in range(last_scale):
+            indices = (k_B == k).nonzero()[:, 0].to(f_BDhw.device)
+            if len(indices):
+                low = F.interpolate(self.downsample(f_BDhw[indices], k), size=f_BDhw.shape[-2:], mode="bicubic")
+                truncated_BDhw = truncated_BDhw.index_copy(0, indices, straight_through(low, seen[k][indices]))
+        return truncated_BDhw

@@ -80,8 +80,10 @@ class Quantizer(nn.Module):
 def check_codes(codes_Bhw: Tensor, size: int) -> None:
     """ValueError for codes that are not in 0..size - 1."""
     if codes_Bhw.numel() and (int(codes_Bhw.min()) < 0 or int(codes_Bhw.max()) >= size):
-        found = f"{int(codes_Bhw.min())}..{int(codes_Bhw.max())}"
-        raise ValueError(f"image codes must be in 0..{size - 1}, got {found}; were they made by another tokenizer?")
+        code_range = f"{int(codes_Bhw.min())}..{int(codes_Bhw.max())}"
+        raise ValueError(
+            f"image codes must be in 0..{size - 1}, got {code_range}; were they made by another tokenizer?"
+        )
 
 
 def check_finite(features: Tensor) -> Tensor:
@@ -163,8 +165,10 @@ class VectorQuantizer(Quantizer):
         commit = (z_BDhw - q_BDhw.detach()).square().sum()
         losses = {"codebook": (codebook, n), "commit": (self.beta * commit, n)}
         if self.entropy:
-            each, mean = entropy_terms(channels_last(z_BDhw).reshape(n, self.dim) @ self.table().T / 0.05)
-            losses["entropy"] = (self.entropy * (each - mean) * n, n)
+            row_entropy, mean_entropy = entropy_terms(
+                channels_last(z_BDhw).reshape(n, self.dim) @ self.table().T / 0.05
+            )
+            losses["entropy"] = (self.entropy * (row_entropy - mean_entropy) * n, n)
         return losses
 
     @torch.no_grad()
@@ -185,13 +189,13 @@ class VectorQuantizer(Quantizer):
         if count == 0:
             return 0
         error_N = self.errors(z_ND).clamp_min(0) + 1e-6
-        picks = torch.multinomial(error_N.cpu(), count, generator=rng).to(z_ND.device)
-        rows_nD = z_ND[picks].to(self.codebook.dtype)
+        feature_indices = torch.multinomial(error_N.cpu(), count, generator=rng).to(z_ND.device)
+        rows_nD = z_ND[feature_indices].to(self.codebook.dtype)
         if dist.is_available() and dist.is_initialized():
             dist.broadcast(rows_nD, 0)
-        places = dead_K.nonzero()[:count, 0]
-        self.codebook[places] = rows_nD
-        self.usage_K[places] = 1.0 / self.size
+        dead_indices = dead_K.nonzero()[:count, 0]
+        self.codebook[dead_indices] = rows_nD
+        self.usage_K[dead_indices] = 1.0 / self.size
         return count
 
     @torch.no_grad()
@@ -220,10 +224,10 @@ class FSQ(Quantizer):
 
     def prepare(self, z_BDhw: Tensor) -> Tensor:
         """tanh(z + shift) * half - offset: rounds to exactly L values, odd or even (Mentzer et al. 2023)."""
-        half = (self.levels_D - 1) * (1 + 1e-3) / 2
+        half_range = (self.levels_D - 1) * (1 + 1e-3) / 2
         offset = torch.where(self.levels_D % 2 == 0, 0.5, 0.0)
-        shift = torch.atanh(offset / half)
-        bounded = torch.tanh(channels_last(z_BDhw.float()) + shift) * half - offset
+        shift = torch.atanh(offset / half_range)
+        bounded = torch.tanh(channels_last(z_BDhw.float()) + shift) * half_range - offset
         return channels_first(bounded / (self.levels_D // 2))
 
     def codes(self, z_BDhw: Tensor) -> Tensor:
@@ -262,6 +266,6 @@ class LFQ(Quantizer):
             # logits -|z - c|^2 over all codes c in {-1, 1}^D, up to a constant: 2 z.c
             all_codes = torch.arange(self.size, device=z_BDhw.device)[None, None]
             table_KD = channels_last(self.to_vectors(all_codes)).reshape(self.size, self.dim)
-            each, mean = entropy_terms(2 * channels_last(z_BDhw).reshape(n, self.dim) @ table_KD.T)
-            losses["entropy"] = (self.entropy * (each - mean) * n, n)
+            row_entropy, mean_entropy = entropy_terms(2 * channels_last(z_BDhw).reshape(n, self.dim) @ table_KD.T)
+            losses["entropy"] = (self.entropy * (row_entropy - mean_entropy) * n, n)
         return losses

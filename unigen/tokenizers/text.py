@@ -36,13 +36,13 @@ def train_tokenizer(lines: Iterable[str], folder: str | Path, vocab_size: int, s
     from transformers import LlamaTokenizer
 
     model = io.BytesIO()
-    faults: list[Exception] = []
+    errors: list[Exception] = []
 
     def checked_lines() -> Iterator[str]:
         try:
             yield from lines
         except Exception as error:
-            faults.append(error)
+            errors.append(error)
             raise
 
     try:
@@ -66,8 +66,8 @@ def train_tokenizer(lines: Iterable[str], folder: str | Path, vocab_size: int, s
             num_threads=1,
         )
     except RuntimeError as error:
-        if faults:  # of the lines, as which SentencePiece does not tell it
-            raise faults[0] from None
+        if errors:  # of the lines, as which SentencePiece does not tell it
+            raise errors[0] from None
         reason = str(error).strip().splitlines()[-1]
         raise ValueError(f"cannot train a text tokenizer of {vocab_size} pieces: {reason}") from error
     with tempfile.TemporaryDirectory() as scratch:
@@ -122,13 +122,19 @@ class InferenceTokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_FILE))
         except Exception as error:  # the tokenizers package raises plain Exception
             raise ValueError(f"the text tokenizer in {folder} cannot be loaded: {hub.first_line(error)}") from error
-        named = {name: self.settings.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        special = [token["content"] if isinstance(token, dict) else token for token in named.values()]
+        special_tokens = {
+            name: self.settings.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")
+        }
+        special = [token["content"] if isinstance(token, dict) else token for token in special_tokens.values()]
         self.bos_token_id, self.eos_token_id, self.pad_token_id, self.unk_token_id = (
             None if token is None else self._tokenizer.token_to_id(token) for token in special
         )
-        more = self.settings.get("extra_special_tokens") or self.settings.get("additional_special_tokens") or []
-        ids = [self._tokenizer.token_to_id(token) for token in dict.fromkeys([*special, *more]) if token is not None]
+        extra_tokens = self.settings.get("extra_special_tokens") or self.settings.get("additional_special_tokens") or []
+        ids = [
+            self._tokenizer.token_to_id(token)
+            for token in dict.fromkeys([*special, *extra_tokens])
+            if token is not None
+        ]
         self.all_special_ids = [id for id in dict.fromkeys(ids) if id is not None]
         check_round_trip(self, folder)
 
@@ -180,9 +186,11 @@ def check_round_trip(tokenizer: Any, source: str | Path, newlines: bool = True) 
     said = "".join(letter for letter in ROUND_TRIP_SENTENCE if known(letter))
     said = (said if newlines else " ".join(said.split())).strip()
     ids = tokenizer(said, add_special_tokens=False)["input_ids"]
-    back = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    if not said or back.strip() != said:
-        raise ValueError(f"{source}: the text tokenizer gives {said!r} back as {back!r}, so prompts would be misread")
+    decoded = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    if not said or decoded.strip() != said:
+        raise ValueError(
+            f"{source}: the text tokenizer gives {said!r} back as {decoded!r}, so prompts would be misread"
+        )
 
 
 def save(tokenizer: Any, folder: str | Path) -> None:
@@ -192,8 +200,8 @@ def save(tokenizer: Any, folder: str | Path) -> None:
     settings = hub.read_json(path)
     if settings.get("tokenizer_class") == "TokenizersBackend":  # a name that transformers 4 does not know
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    left = ("is_local", "local_files_only")
-    save_json(path, {name: value for name, value in settings.items() if name not in left})
+    dropped_keys = ("is_local", "local_files_only")
+    save_json(path, {name: value for name, value in settings.items() if name not in dropped_keys})
 
 
 def load_from_model(folder: Path, newlines: bool = True) -> Any:
@@ -253,10 +261,10 @@ class PromptBuilder:
     def _flush(self) -> None:
         # a special token's name that is left in the text is a user's: broken after its first letter it is text, even
         # where the tokenizer would not split it
-        for piece in self._special.sub(lambda found: f"{found[0][0]}\0{found[0][1:]}", self._text).split("\0"):
+        for piece in self._special.sub(lambda match: f"{match[0][0]}\0{match[0][1:]}", self._text).split("\0"):
             if piece:
-                made = self.tokenizer(piece, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-                self._tokens.add(made, self._loss)
+                piece_ids = self.tokenizer(piece, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+                self._tokens.add(piece_ids, self._loss)
         self._text = ""
 
 
@@ -267,19 +275,23 @@ def merge_system_message(messages: list[dict[str, Any]], render: Callable[[Any],
         messages: of which the first may be of the role system; their contents are texts, or lists of parts.
         render: what the chat template makes of messages.
     """
-    first, *rest = messages
-    if first["role"] != "system" or not rest:
+    first, *other_messages = messages
+    if first["role"] != "system" or not other_messages:
         return messages
     content = first["content"]
     said = content if isinstance(content, str) else content[0]["text"]
-    if said in (told := _render_or_empty(render, messages)) and told != _render_or_empty(
-        render, [first | {"role": "user"}, *rest]
+    if said in (rendered := _render_or_empty(render, messages)) and rendered != _render_or_empty(
+        render, [first | {"role": "user"}, *other_messages]
     ):
         return messages
-    if rest[0]["role"] != "user":
-        return [first | {"role": "user"}, *rest]
-    opened = f"{said}\n\n{rest[0]['content']}" if isinstance(content, str) else [*content, *rest[0]["content"]]
-    return [rest[0] | {"content": opened}, *rest[1:]]
+    if other_messages[0]["role"] != "user":
+        return [first | {"role": "user"}, *other_messages]
+    merged_content = (
+        f"{said}\n\n{other_messages[0]['content']}"
+        if isinstance(content, str)
+        else [*content, *other_messages[0]["content"]]
+    )
+    return [other_messages[0] | {"content": merged_content}, *other_messages[1:]]
 
 
 def _render_or_empty(render: Callable[[Any], str], messages: list[dict[str, Any]]) -> str:

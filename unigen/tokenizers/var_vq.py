@@ -82,8 +82,8 @@ class VARVQ(nn.Module):
     @torch.no_grad()
     def decode(self, codes_BP: Tensor) -> Tensor:
         """Codes (B, P), of all scales or of the first few -> pixels in [-1, 1] (B, 3, H, W), fp32."""
-        seen_BDhw = self.quantizer.to_vectors(codes_BP).to(self.net.post_quant_conv.weight.dtype)
-        return self.net.decode(seen_BDhw, force_not_quantize=True).sample.float().clamp(-1, 1)  # type: ignore[no-any-return]
+        f_hat_BDhw = self.quantizer.to_vectors(codes_BP).to(self.net.post_quant_conv.weight.dtype)
+        return self.net.decode(f_hat_BDhw, force_not_quantize=True).sample.float().clamp(-1, 1)  # type: ignore[no-any-return]
 
 
 def from_config(config: dict[str, Any]) -> VARVQ:
@@ -106,39 +106,39 @@ def from_public(state: Mapping[str, Tensor], scales: tuple[int, ...]) -> VARVQ:
     except (KeyError, IndexError) as error:
         raise ValueError(f"these are not the tensors of VAR's tokenizer: {error} is not among them") from error
     tokenizer = VARVQ(config)
-    ours: dict[str, Tensor] = {}
+    own_state: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if name in UNUSED_KEYS:
             continue
         if name == "quantize.embedding.weight":
-            ours["quantizer.codebook"] = tensor
+            own_state["quantizer.codebook"] = tensor
         elif name.startswith("quantize.quant_resi.qresi_ls."):
-            ours["quantizer.phis." + name.split(".", 3)[3]] = tensor
+            own_state["quantizer.phis." + name.split(".", 3)[3]] = tensor
         elif ".qkv." in name:
-            for part, third in zip(
+            for part, projection in zip(
                 "qkv", tensor.flatten(1).chunk(3) if tensor.ndim > 1 else tensor.chunk(3), strict=True
             ):
-                ours["net." + rename_key(name.replace(".qkv.", f".{part}."), "taming", levels)] = third
+                own_state["net." + rename_key(name.replace(".qkv.", f".{part}."), "taming", levels)] = projection
         else:
             linear = ".attn" in name and tensor.ndim == 4
-            ours["net." + rename_key(name, "taming", levels)] = tensor.flatten(1) if linear else tensor
+            own_state["net." + rename_key(name, "taming", levels)] = tensor.flatten(1) if linear else tensor
     buffers = {k: v for k, v in tokenizer.state_dict().items() if k in ("quantizer.usage_K", "quantizer.steps")}
-    hub.load_strict(tokenizer, buffers | ours, "of the image tokenizer")
+    hub.load_strict(tokenizer, buffers | own_state, "of the image tokenizer")
     return tokenizer.eval()
 
 
 def to_public(tokenizer: VARVQ) -> dict[str, Tensor]:
     """The tensors of the public file, without what counts usage in its training."""
     levels, state = len(tokenizer.settings.channels), tokenizer.state_dict()
-    theirs = {"quantize.embedding.weight": state["quantizer.codebook"]}
+    public_state = {"quantize.embedding.weight": state["quantizer.codebook"]}
     for name, tensor in state.items():
         if name.startswith("quantizer.phis."):
-            theirs["quantize.quant_resi.qresi_ls." + name.removeprefix("quantizer.phis.")] = tensor
+            public_state["quantize.quant_resi.qresi_ls." + name.removeprefix("quantizer.phis.")] = tensor
         if not name.startswith("net.") or ".to_k." in name or ".to_v." in name:
             continue
         public = rename_key(name.removeprefix("net."), "taming", levels, public=True)
         if ".to_q." in name:
             tensor = torch.cat([state[name.replace(".to_q.", f".to_{part}.")] for part in "qkv"])
             public = public.replace(".q.", ".qkv.")
-        theirs[public] = tensor[:, :, None, None] if ".attn" in public and tensor.ndim == 2 else tensor
-    return theirs
+        public_state[public] = tensor[:, :, None, None] if ".attn" in public and tensor.ndim == 2 else tensor
+    return public_state

@@ -65,10 +65,10 @@ class VQGAN(SquareGridMixin, nn.Module):
         from diffusers import VQModel
 
         self.settings = c = config or VQGANConfig()
-        higher, kind = len(c.channels) - 1, "Attn" if c.attention else ""
+        num_higher, kind = len(c.channels) - 1, "Attn" if c.attention else ""
         self.net = VQModel(
-            down_block_types=("DownEncoderBlock2D",) * higher + (f"{kind}DownEncoderBlock2D",),
-            up_block_types=(f"{kind}UpDecoderBlock2D",) + ("UpDecoderBlock2D",) * higher,
+            down_block_types=("DownEncoderBlock2D",) * num_higher + (f"{kind}DownEncoderBlock2D",),
+            up_block_types=(f"{kind}UpDecoderBlock2D",) + ("UpDecoderBlock2D",) * num_higher,
             block_out_channels=c.channels,
             layers_per_block=c.blocks,
             latent_channels=c.latent_channels,
@@ -152,29 +152,29 @@ _KEY_RENAMES = {
 def rename_key(name: str, layout: str, resolutions: int, public: bool = False) -> str:
     """What diffusers calls a tensor of a public layout; with public=True what that calls one of diffusers'.
     resolutions: how many the network has; taming counts the decoder's from the other end."""
-    for theirs, diffusers in _KEY_RENAMES[layout]:
-        here, there = (diffusers, theirs) if public else (theirs, diffusers)
-        pattern = re.escape(here).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{j\}", r"(?P<j>\d+)")
-        if found := re.search(pattern, name):
-            numbers = {key: int(value) for key, value in found.groupdict().items()}
-            if theirs.startswith("decoder.up"):
+    for public_key, diffusers in _KEY_RENAMES[layout]:
+        source_key, target_key = (diffusers, public_key) if public else (public_key, diffusers)
+        pattern = re.escape(source_key).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{j\}", r"(?P<j>\d+)")
+        if match := re.search(pattern, name):
+            numbers = {key: int(value) for key, value in match.groupdict().items()}
+            if public_key.startswith("decoder.up"):
                 numbers["i"] = resolutions - 1 - numbers["i"]
-            name = name.replace(found[0], there.format(**numbers))
+            name = name.replace(match[0], target_key.format(**numbers))
     return name
 
 
 def from_public(state: Mapping[str, Tensor], image_size: int, layout: str = "taming") -> VQGAN:
     """The tokenizer whose tensors are in a public layout, in eval mode. Its size is read off them; what belongs to its
     training is left. Raises ValueError listing the difference where they are not those of such a network."""
-    left = ("loss.", "quantize.codebook_used")
-    state = {name: tensor for name, tensor in state.items() if not name.startswith(left)}
-    first = {"taming": "encoder.down.{i}.block.", "llamagen": "encoder.conv_blocks.{i}.res."}[layout]
+    dropped_keys = ("loss.", "quantize.codebook_used")
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(dropped_keys)}
+    first_block_key = {"taming": "encoder.down.{i}.block.", "llamagen": "encoder.conv_blocks.{i}.res."}[layout]
     try:
-        levels = len({name.split(".")[2] for name in state if name.startswith(first.split("{")[0])})
+        levels = len({name.split(".")[2] for name in state if name.startswith(first_block_key.split("{")[0])})
         config = VQGANConfig(
             image_size=image_size,
-            channels=tuple(state[f"{first.format(i=i)}0.conv2.weight"].shape[0] for i in range(levels)),
-            blocks=len({name.split(".")[4] for name in state if name.startswith(first.format(i=0))}),
+            channels=tuple(state[f"{first_block_key.format(i=i)}0.conv2.weight"].shape[0] for i in range(levels)),
+            blocks=len({name.split(".")[4] for name in state if name.startswith(first_block_key.format(i=0))}),
             latent_channels=state["encoder.conv_out.weight"].shape[0],
             code_dim=state["quantize.embedding.weight"].shape[1],
             codes=state["quantize.embedding.weight"].shape[0],
@@ -187,8 +187,10 @@ def from_public(state: Mapping[str, Tensor], image_size: int, layout: str = "tam
     shapes = {name: tensor.shape for name, tensor in tokenizer.net.state_dict().items()}
     renamed = {rename_key(name, layout, levels): tensor for name, tensor in state.items()}
     # attention is a linear map here and a convolution of 1x1 there
-    flat = {k: v.flatten(1) if k in shapes and v.ndim == 4 and len(shapes[k]) == 2 else v for k, v in renamed.items()}
-    hub.load_strict(tokenizer.net, flat, "of the image tokenizer")
+    flattened_state = {
+        k: v.flatten(1) if k in shapes and v.ndim == 4 and len(shapes[k]) == 2 else v for k, v in renamed.items()
+    }
+    hub.load_strict(tokenizer.net, flattened_state, "of the image tokenizer")
     return tokenizer.eval()
 
 
@@ -199,9 +201,9 @@ def load_chameleon(folder: Path, image_size: int) -> Any:
 
     if (folder / "image_tokenizer").is_dir():
         return load_image_tokenizer(folder / "image_tokenizer")
-    where = f"tokenizer/{CHAMELEON_FILE}"
+    hub_path = f"tokenizer/{CHAMELEON_FILE}"
     path = hub.find_component(
-        folder, CHAMELEON_FILE, "Chameleon's image tokenizer", lambda: hub.fetch_file(CHAMELEON, where)
+        folder, CHAMELEON_FILE, "Chameleon's image tokenizer", lambda: hub.fetch_file(CHAMELEON, hub_path)
     )
     return load_public(path, image_size)
 

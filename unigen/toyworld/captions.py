@@ -50,10 +50,13 @@ class Facts:
         turned with them.
         """
         split = 0 if self.relation is None else 2
-        first, rest = sorted(self.groups[:split], key=_group_sort_key), sorted(self.groups[split:], key=_group_sort_key)
+        first, other_groups = (
+            sorted(self.groups[:split], key=_group_sort_key),
+            sorted(self.groups[split:], key=_group_sort_key),
+        )
         turned = self.relation is not None and first != list(self.groups[:2])
         relation = OPPOSITE[self.relation] if turned and self.relation is not None else self.relation
-        return Facts((*first, *rest), self.background, relation, self.ground)
+        return Facts((*first, *other_groups), self.background, relation, self.ground)
 
 
 def _group_sort_key(group: Group) -> tuple[str, str, int]:
@@ -171,17 +174,17 @@ def short_caption(scene: Scene, rng: np.random.Generator) -> str:
     """A prompt as people write it: with or without "a photo of", the relation, the background; in any order; all of
     it true.
     """
-    said = reorder_facts(extract_facts(scene), rng)
-    parts = [noun_phrase(group) for group in said.groups]
-    if said.relation is not None and rng.random() < 0.5:
-        parts = [f"{parts[0]} {choose(rng, _RELATION_VARIANTS[said.relation])} {parts[1]}"]
+    facts = reorder_facts(extract_facts(scene), rng)
+    parts = [noun_phrase(group) for group in facts.groups]
+    if facts.relation is not None and rng.random() < 0.5:
+        parts = [f"{parts[0]} {choose(rng, _RELATION_VARIANTS[facts.relation])} {parts[1]}"]
     text = join_phrases(parts)
     if rng.random() < 0.35:
         text = choose(rng, ("a photo of ", "a picture of ", "an image of ", "draw ", "a drawing of ")) + text
     if rng.random() < 0.65:
-        where = "ground" if said.ground and rng.random() < 0.5 else "background"
-        how = "on" if where == "ground" or rng.random() < 0.7 else choose(rng, ("with", "against"))
-        text += f" {how} a {said.background} {where}"
+        noun = "ground" if facts.ground and rng.random() < 0.5 else "background"
+        preposition = "on" if noun == "ground" or rng.random() < 0.7 else choose(rng, ("with", "against"))
+        text += f" {preposition} a {facts.background} {noun}"
     return text
 
 
@@ -198,16 +201,16 @@ def descriptive_caption(scene: Scene, rng: np.random.Generator) -> str:
     """Several sentences: what there is, how it stands, where single objects are and how large, and the background.
     `parse_caption` reads all facts back.
     """
-    said = reorder_facts(extract_facts(scene), rng)
-    parts = [noun_phrase(group) for group in said.groups]
-    several = said.groups[0][2] > 1
-    there = "there are " if several else "there is "
-    opening = choose(rng, (there, "the picture shows ", "we see ", "this is a picture of "))
-    if said.relation is not None:
-        sentences = [f"{opening}{parts[0]} {_RELATION_PHRASES[said.relation]} {parts[1]}"]
+    facts = reorder_facts(extract_facts(scene), rng)
+    parts = [noun_phrase(group) for group in facts.groups]
+    several = facts.groups[0][2] > 1
+    opening_verb = "there are " if several else "there is "
+    opening = choose(rng, (opening_verb, "the picture shows ", "we see ", "this is a picture of "))
+    if facts.relation is not None:
+        sentences = [f"{opening}{parts[0]} {_RELATION_PHRASES[facts.relation]} {parts[1]}"]
     else:
         sentences = [opening + join_phrases(parts)]
-    for group in said.groups:
+    for group in facts.groups:
         if group[2] == 1 and rng.random() < 0.7:
             item = _first_object(scene, group)
             large = "large" if item.size > scene.size * 0.52 else "small" if item.size < scene.size * 0.35 else ""
@@ -273,27 +276,27 @@ def parse_caption(text: str) -> Facts:
     """The facts that a caption states; never fails, but what it does not know is missing. "the horse" repeats a group
     named before; a plural without a number counts as two.
     """
-    plain = " ".join(re.sub(r"[^a-z0-9 ]+", " ", text.lower()).split())
+    words_text = " ".join(re.sub(r"[^a-z0-9 ]+", " ", text.lower()).split())
     background, ground = None, False
-    if match := _BACKGROUND_PATTERN.search(plain):
+    if match := _BACKGROUND_PATTERN.search(words_text):
         background, ground = match[1], match[2] == "ground"
-    elif match := _BACKGROUND_SENTENCE_PATTERN.search(plain):
+    elif match := _BACKGROUND_SENTENCE_PATTERN.search(words_text):
         background, ground = match[2], match[1] == "ground" or match["with"] is not None
-    plain = _BACKGROUND_SENTENCE_PATTERN.sub(" ", _BACKGROUND_PATTERN.sub(" ", plain))
+    words_text = _BACKGROUND_SENTENCE_PATTERN.sub(" ", _BACKGROUND_PATTERN.sub(" ", words_text))
 
     groups: list[Group] = []
     starts: list[int] = []  # where each group's noun stands in the text
     position = 0
-    words = plain.split()
+    words = words_text.split()
     offsets = []
-    plain = " ".join(words)
+    words_text = " ".join(words)
     for word in words:
         offsets.append(position)
         position += len(word) + 1
     for k, word in enumerate(words):
         if word not in _NOUNS:
             continue
-        name, many = _NOUNS[word]
+        name, is_plural = _NOUNS[word]
         color, j = None, k - 1
         if j >= 0 and words[j] in COLORS:
             color, j = words[j], j - 1
@@ -302,20 +305,20 @@ def parse_caption(text: str) -> Facts:
         before = words[j] if j >= 0 else ""
         if before in ("the", "is", "her", "his", "its") and any(name == group[0] for group in groups):
             continue
-        count = _COUNTS.get(before, 2 if many else 1)
+        count = _COUNTS.get(before, 2 if is_plural else 1)
         if count == 0 or (name, color) in [group[:2] for group in groups]:
             continue
         groups.append((name, color, count))
         starts.append(offsets[k])
 
     relation = None
-    for match in _RELATION.finditer(plain):
+    for match in _RELATION.finditer(words_text):
         left = [k for k, start in enumerate(starts) if start < match.start()]
-        right = [k for k, start in enumerate(starts) if start > match.start()]
-        if left and right:
-            a, b = left[-1], right[0]
-            rest = [group for k, group in enumerate(groups) if k not in (a, b)]
-            groups, relation = [groups[a], groups[b], *rest], _RELATION_WORDS[match[1]]
+        after = [k for k, start in enumerate(starts) if start > match.start()]
+        if left and after:
+            a, b = left[-1], after[0]
+            other_groups = [group for k, group in enumerate(groups) if k not in (a, b)]
+            groups, relation = [groups[a], groups[b], *other_groups], _RELATION_WORDS[match[1]]
             break
     if background == "gray":
         background = "grey"

@@ -59,8 +59,8 @@ class ChatSampler:
         mixture = DEFAULT_KIND_WEIGHTS if mixture is None else mixture
         unknown = sorted(set(mixture) - set(DEFAULT_KIND_WEIGHTS))
         if unknown or min(mixture.values(), default=0) < 0 or not sum(mixture.values()) > 0:
-            wrong = f"there is no {', '.join(unknown)}" if unknown else "each at least 0, not all of them 0"
-            raise ValueError(f"a mixture shares out {', '.join(DEFAULT_KIND_WEIGHTS)}: {wrong}")
+            reason = f"there is no {', '.join(unknown)}" if unknown else "each at least 0, not all of them 0"
+            raise ValueError(f"a mixture shares out {', '.join(DEFAULT_KIND_WEIGHTS)}: {reason}")
         self.world, self.heldout = world, heldout
         self.kinds = list(mixture)
         self.shares = np.array([mixture[kind] for kind in self.kinds]) / sum(mixture.values())
@@ -80,8 +80,14 @@ class ChatSampler:
         scene = self._scene(rng)
         detail = rng.random() < 0.25
         answer = descriptive_caption(scene, rng) if detail else caption(extract_facts(scene))
-        asked = self._questions(scene, rng, int(rng.integers(0, 3)))  # before the caption, which would give them away
-        return [self._picture(scene), *asked, *_question_answer(DETAIL_REQUEST if detail else CAPTION_PROMPT, answer)]
+        question_turns = self._questions(
+            scene, rng, int(rng.integers(0, 3))
+        )  # before the caption, which would give them away
+        return [
+            self._picture(scene),
+            *question_turns,
+            *_question_answer(DETAIL_REQUEST if detail else CAPTION_PROMPT, answer),
+        ]
 
     def ask(self, rng: np.random.Generator) -> list[Segment]:
         """Questions; in three of five of these chats where two things are that stand in a clear relation, which few
@@ -97,10 +103,14 @@ class ChatSampler:
             return [self._picture(scene), *_qa_turns(whole), *self._questions(scene, rng, 6 - len(whole))]
         while extract_facts(scene).relation is None:
             scene = self._scene(rng)
-        drawn = [qa for _ in range(2) for qa in questions(scene, rng) if qa.kind == "relation"] + position_questions(
-            scene, rng
+        relation_questions = [
+            qa for _ in range(2) for qa in questions(scene, rng) if qa.kind == "relation"
+        ] + position_questions(scene, rng)
+        found = list(
+            {
+                relation_questions[k].question: relation_questions[k] for k in rng.permutation(len(relation_questions))
+            }.values()
         )
-        found = list({drawn[k].question: drawn[k] for k in rng.permutation(len(drawn))}.values())
         if rng.random() < 0.7:
             found.sort(key=lambda qa: not (qa.kind == "relation" and qa.question.startswith("where")))
         return [self._picture(scene), *_qa_turns(found[:6])]
@@ -112,9 +122,9 @@ class ChatSampler:
 
     def story(self, rng: np.random.Generator) -> list[Segment]:
         references = int(rng.choice(3, p=(0.6, 0.2, 0.2)))
-        told = story(rng, references=references, heldout=self.heldout)
-        segments = [*(self._picture(scene) for scene in told.references), Segment(text=told.request)]
-        for text, scene in told.frames:
+        story_sample = story(rng, references=references, heldout=self.heldout)
+        segments = [*(self._picture(scene) for scene in story_sample.references), Segment(text=story_sample.request)]
+        for text, scene in story_sample.frames:
             segments += [Segment(text=text, role="assistant"), self._picture(scene, "assistant")]
         return segments
 
@@ -129,8 +139,8 @@ class ChatSampler:
         return segments
 
     def expand(self, rng: np.random.Generator) -> list[Segment]:
-        short, full = expansion(self._scene(rng), rng)
-        return _question_answer(EXPAND_REQUEST.format(short), full)
+        short, expanded_prompt = expansion(self._scene(rng), rng)
+        return _question_answer(EXPAND_REQUEST.format(short), expanded_prompt)
 
     def judge(self, rng: np.random.Generator) -> list[Segment]:
         scene = self._scene(rng)

@@ -116,8 +116,8 @@ def _pick(rng: np.random.Generator, choices: tuple[str, ...]) -> str:
 
 
 def _absent_object(scene: Scene, rng: np.random.Generator) -> str:
-    there = {item.name for item in scene.items}
-    return _pick(rng, tuple(name for name in OBJECT_EMOJI if name not in there))
+    present_names = {item.name for item in scene.items}
+    return _pick(rng, tuple(name for name in OBJECT_EMOJI if name not in present_names))
 
 
 # --- questions ------------------------------------------------------------------------------------
@@ -127,24 +127,30 @@ def questions(scene: Scene, rng: np.random.Generator) -> list[QAPair]:
     """Some questions of every kind that the scene allows, in random order; "yes" and "no" balanced, "one" and
     "natural" thinned out.
     """
-    said = extract_facts(scene)
+    facts = extract_facts(scene)
     found = [
-        *_presence_questions(scene, said, rng),
-        *_count_questions(scene, said, rng),
-        *_color_questions(said, rng),
-        *_relation_questions(said, rng),
+        *_presence_questions(scene, facts, rng),
+        *_count_questions(scene, facts, rng),
+        *_color_questions(facts, rng),
+        *_relation_questions(facts, rng),
     ]
     return [found[k] for k in rng.permutation(len(found))]
 
 
 def _presence_questions(scene: Scene, said: Facts, rng: np.random.Generator) -> list[QAPair]:
-    there, other = said.groups[int(rng.integers(len(said.groups)))], _absent_object(scene, rng)
-    colored = there[1] is not None and rng.random() < 0.5
-    yes = with_article(noun_form(there[0])) if not colored else f"a {there[1]} {noun_form(there[0])}"
-    no = with_article(noun_form(other))
+    present_names, alternative = said.groups[int(rng.integers(len(said.groups)))], _absent_object(scene, rng)
+    colored = present_names[1] is not None and rng.random() < 0.5
+    yes = (
+        with_article(noun_form(present_names[0]))
+        if not colored
+        else f"a {present_names[1]} {noun_form(present_names[0])}"
+    )
+    no = with_article(noun_form(alternative))
     if colored and rng.random() < 0.5:  # the right object in a wrong colour
-        wrong = _pick(rng, tuple(color for color in allowed_colors(there[0]) if color != there[1]))
-        no = f"a {wrong} {noun_form(there[0])}"
+        corrupted_facts = _pick(
+            rng, tuple(color for color in allowed_colors(present_names[0]) if color != present_names[1])
+        )
+        no = f"a {corrupted_facts} {noun_form(present_names[0])}"
     form = _pick(rng, ("is there {}?", "do you see {}?", "does the picture show {}?"))
     return [QAPair(form.format(yes), "yes", "presence"), QAPair(form.format(no), "no", "presence")]
 
@@ -182,14 +188,14 @@ def _color_questions(said: Facts, rng: np.random.Generator) -> list[QAPair]:
 def _relation_questions(said: Facts, rng: np.random.Generator) -> list[QAPair]:
     if said.relation is None:
         return []
-    told = reorder_facts(said, rng)
-    a, b, side = noun_form(told.groups[0][0]), noun_form(told.groups[1][0]), told.relation
+    facts = reorder_facts(said, rng)
+    a, b, side = noun_form(facts.groups[0][0]), noun_form(facts.groups[1][0]), facts.relation
     assert side is not None
     to = {"left of": "to the left of", "right of": "to the right of"}
     found = [QAPair(f"where is the {a} as seen from the {b}?", side, "relation")]
-    shown = side if rng.random() < 0.5 else OPPOSITE[side] if rng.random() < 0.6 else _pick(rng, RELATIONS)
-    answer = "yes" if shown == side else "no"
-    found.append(QAPair(f"is the {a} {to.get(shown, shown)} the {b}?", answer, "relation"))
+    stated_relation = side if rng.random() < 0.5 else OPPOSITE[side] if rng.random() < 0.6 else _pick(rng, RELATIONS)
+    answer = "yes" if stated_relation == side else "no"
+    found.append(QAPair(f"is the {a} {to.get(stated_relation, stated_relation)} the {b}?", answer, "relation"))
     if rng.random() < 0.5:
         found.append(QAPair(f"what is {to.get(side, side)} the {b}?", a, "relation"))
     return found
@@ -208,7 +214,7 @@ def count_questions(scene: Scene, rng: np.random.Generator) -> list[QAPair]:
     ]
     colors = [item.color for item in scene.items if item.color is not None and item.color not in natural]
     counts = {"objects": len(scene.items)} | {f"{color} objects": colors.count(color) for color in colors}
-    found = [QAPair(form.format(what), NUMBER_WORDS[count], "count") for what, count in counts.items()]
+    found = [QAPair(form.format(subject), NUMBER_WORDS[count], "count") for subject, count in counts.items()]
     return [found[k] for k in rng.permutation(len(found))]
 
 
@@ -233,7 +239,7 @@ def sample_edit(scene: Scene, rng: np.random.Generator, kind: str | None = None,
     keep = heldout is not None and not held_out_combinations(groups_of(scene))
     order = [EDITS[k] for k in rng.permutation(len(EDITS))]
     if kind is not None:
-        order = [kind] + [other for other in order if other != kind]
+        order = [kind] + [alternative for alternative in order if alternative != kind]
     for name in order:
         for _ in range(12):
             edit = _EDITORS[name](scene, rng)
@@ -289,8 +295,8 @@ def _remove(scene: Scene, rng: np.random.Generator) -> Edit | None:
     if len(groups_of(scene)) < 2:
         return None
     group, called = _pick_group(scene, rng)
-    gone = set(_members(scene, group))
-    items = tuple(item for k, item in enumerate(scene.items) if k not in gone)
+    removed_indices = set(_members(scene, group))
+    items = tuple(item for k, item in enumerate(scene.items) if k not in removed_indices)
     return Edit(
         _pick(rng, ("remove {}", "take {} away", "delete {}")).format(called), replace(scene, items=items), "remove"
     )
@@ -298,8 +304,8 @@ def _remove(scene: Scene, rng: np.random.Generator) -> Edit | None:
 
 def _recolor(scene: Scene, rng: np.random.Generator) -> Edit | None:
     group, called = _pick_group(scene, rng)
-    taken = {item.color for item in scene.items if item.name == group[0]}
-    color = _pick(rng, tuple(color for color in allowed_colors(group[0]) if color not in taken))
+    used_colors = {item.color for item in scene.items if item.name == group[0]}
+    color = _pick(rng, tuple(color for color in allowed_colors(group[0]) if color not in used_colors))
     members = set(_members(scene, group))
     items = tuple(replace(item, color=color) if k in members else item for k, item in enumerate(scene.items))
     form = _pick(rng, ("make {} {}", "paint {} {}", "change the color of {} to {}"))
@@ -329,41 +335,41 @@ def sample_judgement(scene: Scene, rng: np.random.Generator) -> Judgement:
         )
     keep = not held_out_combinations(true.groups)
     while True:
-        wrong, reason = _corrupt_facts(true, rng)
-        if not keep or not held_out_combinations(wrong.groups):
-            return Judgement(caption(wrong), False, reason)
+        corrupted_facts, reason = _corrupt_facts(true, rng)
+        if not keep or not held_out_combinations(corrupted_facts.groups):
+            return Judgement(caption(corrupted_facts), False, reason)
 
 
 def _corrupt_facts(true: Facts, rng: np.random.Generator) -> tuple[Facts, str]:
     """Facts that differ from the true ones in one attribute, and the difference in words."""
     k = int(rng.integers(len(true.groups)))
     name, color, count = true.groups[k]
-    is_are, there = ("is", "there is") if count == 1 else ("are", "there are")
+    is_are, present_names = ("is", "there is") if count == 1 else ("are", "there are")
     kinds = ["object", "count"] + ["color"] * (color is not None)
     kinds += ["background"] * (true.background is not None) + ["relation"] * (2 * (true.relation is not None))
     kind = kinds[int(rng.integers(len(kinds)))]
     if kind == "background":
-        other = _pick(rng, tuple(shade for shade in BACKGROUNDS if shade != true.background))
-        return replace(true, background=other), f"the background is {true.background}, not {other}"
+        alternative = _pick(rng, tuple(shade for shade in BACKGROUNDS if shade != true.background))
+        return replace(true, background=alternative), f"the background is {true.background}, not {alternative}"
     if kind == "relation":
         assert true.relation is not None
         a, b = (noun_form(group[0]) for group in true.groups[:2])
-        shown = OPPOSITE[true.relation]
-        return replace(true, relation=shown), f"the {a} is {true.relation} the {b}, not {shown} it"
+        stated_relation = OPPOSITE[true.relation]
+        return replace(true, relation=stated_relation), f"the {a} is {true.relation} the {b}, not {stated_relation} it"
     if kind == "color":
-        other = _pick(rng, tuple(tint for tint in allowed_colors(name) if tint != color))
-        new: Group = (name, other, count)
-        reason = f"the {noun_form(name, count)} {is_are} {color}, not {other}"
+        alternative = _pick(rng, tuple(tint for tint in allowed_colors(name) if tint != color))
+        new: Group = (name, alternative, count)
+        reason = f"the {noun_form(name, count)} {is_are} {color}, not {alternative}"
     elif kind == "count":
         room = MAX_COUNT - sum(group[2] for group in true.groups) + count
         number = int(rng.choice([n for n in range(1, max(room, 2) + 1) if n != count]))
         new = (name, color, number)
-        reason = f"{there} {NUMBER_WORDS[count]} {noun_form(name, count)}, not {NUMBER_WORDS[number]}"
+        reason = f"{present_names} {NUMBER_WORDS[count]} {noun_form(name, count)}, not {NUMBER_WORDS[number]}"
     else:
         names = [group[0] for group in true.groups]
-        other = _pick(rng, tuple(choice for choice in OBJECT_EMOJI if choice not in names))
-        new = (other, color if color in allowed_colors(other) else None, count)
-        reason = f"there is no {noun_form(other)}"
+        alternative = _pick(rng, tuple(choice for choice in OBJECT_EMOJI if choice not in names))
+        new = (alternative, color if color in allowed_colors(alternative) else None, count)
+        reason = f"there is no {noun_form(alternative)}"
     groups = tuple(new if j == k else group for j, group in enumerate(true.groups))
     relation = true.relation if all(group[2] == 1 for group in groups) else None
     return replace(true, groups=groups, relation=relation), reason
@@ -371,8 +377,8 @@ def _corrupt_facts(true: Facts, rng: np.random.Generator) -> tuple[Facts, str]:
 
 def expansion(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     """A short prompt and a descriptive one for the same picture (prompt expansion)."""
-    said = reorder_facts(extract_facts(scene), rng)
+    facts = reorder_facts(extract_facts(scene), rng)
     short = Facts(
-        said.groups, said.background if rng.random() < 0.3 else None, said.relation if rng.random() < 0.7 else None
+        facts.groups, facts.background if rng.random() < 0.3 else None, facts.relation if rng.random() < 0.7 else None
     )
     return caption(short), descriptive_caption(scene, rng)

@@ -91,8 +91,8 @@ def relation_of_boxes(
 ) -> tuple[str, ...]:
     """`spatial_relations` of two boxes given as (centre x, centre y, width, height) in pixels."""
     dx, dy = _offset(a, b)
-    found = (("left of", dx < -limit), ("right of", dx > limit), ("above", dy < -limit), ("below", dy > limit))
-    return tuple(name for name, holds in found if holds)
+    relations = (("left of", dx < -limit), ("right of", dx > limit), ("above", dy < -limit), ("below", dy > limit))
+    return tuple(name for name, holds in relations if holds)
 
 
 def _offset(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> tuple[float, float]:
@@ -181,9 +181,9 @@ def _color(rng: np.random.Generator, name: str) -> str | None:
 def sample_scene(rng: np.random.Generator, size: int = 64, heldout: bool | None = False) -> Scene:
     """A scene of 1-4 objects. heldout: False never yields a held-out combination, True always, None as they come."""
     groups, related = sample_groups(rng, heldout)
-    wanted = RELATIONS[int(rng.integers(4))] if related else None
+    target_relation = RELATIONS[int(rng.integers(4))] if related else None
     background = tuple(BACKGROUNDS)[int(rng.integers(len(BACKGROUNDS)))]
-    return place_objects(rng, groups, background, wanted, ground=bool(rng.random() < 0.3), size=size)
+    return place_objects(rng, groups, background, target_relation, ground=bool(rng.random() < 0.3), size=size)
 
 
 def place_objects(

@@ -181,14 +181,14 @@ def story(rng: np.random.Generator, references: int = 0, heldout: bool | None = 
     while True:
         names = [CHARACTERS[k] for k in rng.choice(len(CHARACTERS), size=number, replace=False)]
         cast = tuple((name, _pick(rng, allowed_colors(name)) if rng.random() < 0.5 else None) for name in names)
-        held = bool(held_out_combinations([(name, color, 1) for name, color in cast]))
-        if heldout is None or held == heldout:
+        is_held_out = bool(held_out_combinations([(name, color, 1) for name, color in cast]))
+        if heldout is None or is_held_out == heldout:
             break
     plot = _PLOTS[number][int(rng.integers(len(_PLOTS[number])))]
-    frames, told = [], set[int]()
+    frames, introduced_ids = [], set[int]()
     for beat in plot:
-        frames.append(_make_page(_BEATS[beat], told, cast, rng, heldout, size))
-        told.update(_BEATS[beat].cast)
+        frames.append(_make_page(_BEATS[beat], introduced_ids, cast, rng, heldout, size))
+        introduced_ids.update(_BEATS[beat].cast)
     pictures = tuple(
         place_objects(rng, ((name, color, 1),), _pick(rng, tuple(BACKGROUNDS)), size=size)
         for name, color in cast[:references]
@@ -204,23 +204,23 @@ def _make_page(
     heldout: bool | None,
     size: int,
 ) -> tuple[str, Scene]:
-    shown: list[Group] = [(*cast[k], 1) for k in beat.cast]
+    groups: list[Group] = [(*cast[k], 1) for k in beat.cast]
     background = _pick(rng, tuple(PLACES))
-    where, ground = PLACES[background][int(rng.integers(2))]
+    place_phrase, ground = PLACES[background][int(rng.integers(2))]
     words = {
         "a": _name(cast[0], 0 in told),
-        "place": where,
+        "place": place_phrase,
         "flew": "flew" if cast[0][0] in _FLYING_CHARACTERS else "jumped",
     }
     if len(cast) > 1:
         words["b"] = _name(cast[1], 1 in told)
     while beat.props:
         prop: Group = (_pick(rng, beat.props), None, 1)
-        if heldout is not False or not held_out_combinations([*shown, prop]):
-            shown.append(prop)
+        if heldout is not False or not held_out_combinations([*groups, prop]):
+            groups.append(prop)
             words["prop"] = noun_phrase(prop)
             break
-    scene = place_objects(rng, tuple(shown), background, beat.relation, ground, size)
+    scene = place_objects(rng, tuple(groups), background, beat.relation, ground, size)
     if ground and not scene.ground:  # there was no room on the ground: tell the place without one
         words["place"] = next(text for text, flat in PLACES[background] if not flat)
     return _pick(rng, beat.texts).format(**words), scene
@@ -235,18 +235,18 @@ def _name(character: Character, known: bool) -> str:
 
 
 def _request(cast: tuple[Character, ...], references: int, length: int, rng: np.random.Generator) -> str:
-    asked = tuple((name, color if rng.random() < 0.75 else None) for name, color in cast)
-    who = noun_phrase((*asked[0], 1))
+    requested_characters = tuple((name, color if rng.random() < 0.75 else None) for name, color in cast)
+    names = noun_phrase((*requested_characters[0], 1))
     if len(cast) == 2:
-        other = noun_phrase((*asked[1], 1))
+        second_name = noun_phrase((*requested_characters[1], 1))
         if rng.random() < 0.6:
             owner = "her" if cast[0][0] in ("witch", "cow") else _pick(rng, ("his", "her"))
-            other = f"{owner} {other.split(' ', 1)[1]}"
-        who += f" and {other}"
+            second_name = f"{owner} {second_name.split(' ', 1)[1]}"
+        names += f" and {second_name}"
     if references:
-        many = references == 2
-        these = "these two images" if many else "this image"
-        them = who if rng.random() < 0.3 else ("them" if many else "it")
+        is_plural = references == 2
+        these = "these two images" if is_plural else "this image"
+        them = names if rng.random() < 0.3 else ("them" if is_plural else "it")
         text = _pick(
             rng, (f"follow the identity of {these}: a story about {them}", f"{these}: tell me a story about {them}")
         )
@@ -254,17 +254,17 @@ def _request(cast: tuple[Character, ...], references: int, length: int, rng: np.
         text = _pick(
             rng, ("a story about {}", "a story about {}", "tell me a story about {}", "write a story about {}", "{}")
         )
-        text = text.format(who)
+        text = text.format(names)
     return text + (f" in {_NUMBER_WORDS[length]} pictures" if rng.random() < 0.2 else "")
 
 
 def page_facts(text: str) -> Facts:
     """The facts that a frame's text states, its place read as background and ground."""
     for background, ways in PLACES.items():
-        for where, ground in ways:
-            if where in text.lower():
-                said = parse_caption(text.lower().replace(where, " "))
-                return replace(said, background=background, ground=ground)
+        for place_phrase, ground in ways:
+            if place_phrase in text.lower():
+                facts = parse_caption(text.lower().replace(place_phrase, " "))
+                return replace(facts, background=background, ground=ground)
     return parse_caption(text)
 
 

@@ -53,11 +53,11 @@ def find_font(font: str | None = None) -> Path:
     """The file of Noto Color Emoji: `font`, else $UNIGEN_EMOJI_FONT, else fontconfig, else known places. ValueError
     when missing.
     """
-    named = font or os.environ.get("UNIGEN_EMOJI_FONT")
-    if named:
-        if not Path(named).is_file():
-            raise ValueError(f"emoji font not found: {named}; {_FONT_HELP}")
-        return Path(named)
+    font_path = font or os.environ.get("UNIGEN_EMOJI_FONT")
+    if font_path:
+        if not Path(font_path).is_file():
+            raise ValueError(f"emoji font not found: {font_path}; {_FONT_HELP}")
+        return Path(font_path)
     try:
         command = ["fc-match", "--format=%{family}\n%{file}", _FONT_FAMILY]
         answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
@@ -162,13 +162,13 @@ def _backdrop(background: str, size: int, ground: bool) -> tuple[NDArray[np.uint
     color = np.array(BACKGROUNDS[background], dtype=np.float32)
     rows = (np.arange(size, dtype=np.float32) + 0.5) / size
     shade = 1.0 - 0.06 * rows
-    far = np.ones(size, dtype=np.float32)
+    depth = np.ones(size, dtype=np.float32)
     if ground:
         below = rows > HORIZON_HEIGHT
         shade = np.where(below, 0.80 - 0.08 * (rows - HORIZON_HEIGHT), shade).astype(np.float32)
-        far = np.where(below, [ground_depth(float(r) * size, size) for r in rows], far).astype(np.float32)
+        depth = np.where(below, [ground_depth(float(r) * size, size) for r in rows], depth).astype(np.float32)
     pixels = np.broadcast_to((color * shade[:, None])[:, None], (size, size, 3))
-    return np.rint(pixels).astype(np.uint16), np.ascontiguousarray(np.broadcast_to(far[:, None], (size, size)))
+    return np.rint(pixels).astype(np.uint16), np.ascontiguousarray(np.broadcast_to(depth[:, None], (size, size)))
 
 
 def _tint(glyph: Image.Image, color: tuple[int, int, int]) -> Image.Image:

@@ -49,7 +49,7 @@ class Ema:
     @contextmanager
     def average_parameters(self) -> Iterator[None]:
         """Inside, the model holds the averaged weights; afterwards its own again, bit for bit."""
-        own = {name: p.detach().clone() for name, p in self._weights.items()}
+        original = {name: p.detach().clone() for name, p in self._weights.items()}
         with torch.no_grad():
             for name, p in self._weights.items():
                 p.copy_(self._average[name])
@@ -58,7 +58,7 @@ class Ema:
         finally:
             with torch.no_grad():
                 for name, p in self._weights.items():
-                    p.copy_(own[name])
+                    p.copy_(original[name])
 
     def state_dict(self) -> dict[str, Any]:
         return {"updates": self.updates, "average": dict(self._average)}
@@ -81,8 +81,8 @@ def _checkpoint_folder(run_dir: Path) -> Path:
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first. Files of other names, such as copies, are nobody's concern."""
-    found = {path: _CHECKPOINT_PATTERN.fullmatch(path.name) for path in _checkpoint_folder(run_dir).glob("step-*.pt")}
-    return sorted((path for path, match in found.items() if match), key=lambda path: int(path.stem.rpartition("-")[2]))
+    paths = {path: _CHECKPOINT_PATTERN.fullmatch(path.name) for path in _checkpoint_folder(run_dir).glob("step-*.pt")}
+    return sorted((path for path, match in paths.items() if match), key=lambda path: int(path.stem.rpartition("-")[2]))
 
 
 def save_checkpoint(run_dir: Path, state: dict[str, Any], keep: int) -> Path:
@@ -115,16 +115,16 @@ def save_checkpoint(run_dir: Path, state: dict[str, Any], keep: int) -> Path:
 def load_checkpoint(run_dir: Path) -> dict[str, Any] | None:
     """The newest checkpoint on the CPU, or None where the run has none. ValueError with one line where it is
     damaged."""
-    found = list_checkpoints(run_dir)
-    if not found:
+    paths = list_checkpoints(run_dir)
+    if not paths:
         return None
-    path = found[-1]
+    path = paths[-1]
     try:
         _verify(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        rest = f"the run goes on from {found[-2].name}" if len(found) > 1 else "the run starts afresh"
-        raise ValueError(f"the checkpoint {path} is damaged or unreadable; delete it and {rest}") from error
+        hint = f"the run goes on from {paths[-2].name}" if len(paths) > 1 else "the run starts afresh"
+        raise ValueError(f"the checkpoint {path} is damaged or unreadable; delete it and {hint}") from error
 
 
 class _HashingWriter:
@@ -252,17 +252,17 @@ def _resolve(run_dir: str | Path) -> Path:
 def _acquire_lock(run_dir: Path) -> int | None:
     """What `unlock` takes. ValueError where another process has the folder."""
     note, host, me = run_dir / LOCK_NOTE, socket.gethostname(), os.getpid()
-    who = note.read_text(encoding="utf-8", errors="replace").strip() if note.is_file() else ""
+    owner = note.read_text(encoding="utf-8", errors="replace").strip() if note.is_file() else ""
     advice = "wait until it ends, or choose another run_dir"
     try:
         handle = lock(run_dir)
     except BlockingIOError as error:
-        raise ValueError(f"{run_dir} is in use by {who or 'another process'}: {advice}") from error
-    if handle is None and (match := re.fullmatch(r"process (\d+) on (\S+)", who)):  # a file system without locks
+        raise ValueError(f"{run_dir} is in use by {owner or 'another process'}: {advice}") from error
+    if handle is None and (match := re.fullmatch(r"process (\d+) on (\S+)", owner)):  # a file system without locks
         if match[2] != host:
-            print(f"{run_dir} was last used by {who}: make sure that it has ended", flush=True)
+            print(f"{run_dir} was last used by {owner}: make sure that it has ended", flush=True)
         elif int(match[1]) != me and is_alive(int(match[1])):
-            raise ValueError(f"{run_dir} is in use by {who}: {advice}")
+            raise ValueError(f"{run_dir} is in use by {owner}: {advice}")
     with suppress(OSError):  # a full disk is told where something has to be written
         note.write_text(f"process {me} on {host}", encoding="utf-8")
     return handle
@@ -289,13 +289,13 @@ def _remove_temporary_files(run_dir: Path) -> None:
             os.replace(run_dir / "model.old", run_dir / "model")
     letters = "[a-z0-9_]" * 8  # as tempfile draws them
     folders = "model.tmp", "model.old", f".model.{letters}.scratch", f".model.{letters}.old", f"samples/{TEMP_PREFIX}*"
-    for left in (left for pattern in folders for left in list(run_dir.glob(pattern))):
-        if left.is_dir() and not left.is_symlink():
-            shutil.rmtree(left, ignore_errors=True)
+    for stale_path in (stale_path for pattern in folders for stale_path in list(run_dir.glob(pattern))):
+        if stale_path.is_dir() and not stale_path.is_symlink():
+            shutil.rmtree(stale_path, ignore_errors=True)
     files = "metrics.tmp", ".config.json.*.tmp", ".unigen-*.tmp", "checkpoints/step-*.tmp", "checkpoints/.unigen-*.tmp"
-    for left in (left for pattern in files for left in list(run_dir.glob(pattern))):
+    for stale_path in (stale_path for pattern in files for stale_path in list(run_dir.glob(pattern))):
         with suppress(OSError):  # a folder, or a file of somebody else
-            left.unlink()
+            stale_path.unlink()
 
 
 def tree_to_cpu(tree: Any) -> Any:

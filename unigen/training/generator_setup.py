@@ -59,16 +59,18 @@ def new_generators(
     frame = tiny.build_context(model.backbone.lm, model.text_tokenizer, model.image_tokenizer)
     heads: list[Any] = []
     for name in shares:
-        generator, wanted = generators.find_generator(name), settings.get(name)
+        generator, config = generators.find_generator(name), settings.get(name)
         if name in model.heads:
-            if wanted is not None and wanted not in (type(wanted)(), model.heads[name].settings):
+            if config is not None and config not in (type(config)(), model.heads[name].settings):
                 raise ValueError(f"the {name} of this model has another shape: leave its settings out")
         elif issubclass(generator, nn.Module):
             folder = folders.get(generator.own)
-            own = load_image_tokenizer(folder) if folder else None
-            made = replace(frame, tokenizer=own, settings={} if wanted is None else to_dict(wanted))
-            heads.append(tiny.build_generator(name, made))
-    used = {head.own for head in heads}
-    if unused := [kind for kind, folder in folders.items() if folder and kind not in used]:
-        raise ValueError(f"no new generator takes a tokenizer of kind {', '.join(unused)}: set its folder to none")
+            tokenizer = load_image_tokenizer(folder) if folder else None
+            context = replace(frame, tokenizer=tokenizer, settings={} if config is None else to_dict(config))
+            heads.append(tiny.build_generator(name, context))
+    used_kinds = {head.own for head in heads}
+    if unused_kinds := [kind for kind, folder in folders.items() if folder and kind not in used_kinds]:
+        raise ValueError(
+            f"no new generator takes a tokenizer of kind {', '.join(unused_kinds)}: set its folder to none"
+        )
     return heads

@@ -43,21 +43,21 @@ def check_launcher(environment: Mapping[str, str] = os.environ) -> None:
             "other: launch by torchrun, which sets it"
         )
     for kind, (option, prefix) in _UNSUPPORTED_PLUGINS.items():
-        wanted = environment.get(f"ACCELERATE_USE_{kind}", "").lower() in _TRUE
+        is_requested = environment.get(f"ACCELERATE_USE_{kind}", "").lower() in _TRUE
         setting = next((name for name in sorted(environment) if name.startswith(prefix)), None)
-        if wanted:
+        if is_requested:
             raise ValueError(f"the Trainer runs in one process or data parallel: leave {option} out, or use torchrun")
         if setting is not None and setting != _SET_BY_LIBRARIES:
             raise ValueError(
                 f"the Trainer runs in one process or data parallel, but the environment sets {setting}: unset it"
             )
-    for name, option, harmless, ours in (
+    for name, option, harmless, equivalent in (
         ("GRADIENT_ACCUMULATION_STEPS", "--gradient_accumulation_steps", ("", "1"), "accumulate=N"),
         ("GRADIENT_CLIPPING", "--gradient_clipping", ("", "none"), "optim.clip=NORM"),
         ("DYNAMO_BACKEND", "--dynamo_backend", ("", "no"), "compile=true, where a recipe has it"),
     ):
         if environment.get(f"ACCELERATE_{name}", "").lower() not in harmless:
-            raise ValueError(f"a run takes {ours}: leave {option} out, or unset ACCELERATE_{name}")
+            raise ValueError(f"a run takes {equivalent}: leave {option} out, or unset ACCELERATE_{name}")
 
 
 class LaunchInfo(NamedTuple):
@@ -104,9 +104,9 @@ def check_precision(precision: str, environment: Mapping[str, str] = os.environ)
     Raises:
         ValueError: they differ; in one line.
     """
-    asked = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    if asked not in ("", "no", precision):
+    launcher_precision = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if launcher_precision not in ("", "no", precision):
         raise ValueError(
-            f"the launcher asks for mixed precision {asked}, and the run trains in {precision}: leave "
+            f"the launcher asks for mixed precision {launcher_precision}, and the run trains in {precision}: leave "
             "--mixed_precision out, and say precision=bf16 or precision=fp32 to the run"
         )

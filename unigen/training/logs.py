@@ -38,10 +38,10 @@ class MetricAccumulator:
     def rows(self, world: int) -> dict[str, list[float]]:
         """Name -> [sum, count, weight], over all processes; each of them has to ask."""
         names = sorted(self._sums)
-        both = torch.stack([torch.stack([self._sums[name], self._counts[name]]) for name in names])
+        sums_and_counts = torch.stack([torch.stack([self._sums[name], self._counts[name]]) for name in names])
         if world > 1:
-            torch.distributed.all_reduce(both)
-        return {name: [*row, self._weights[name]] for name, row in zip(names, both.tolist(), strict=True)}
+            torch.distributed.all_reduce(sums_and_counts)
+        return {name: [*row, self._weights[name]] for name, row in zip(names, sums_and_counts.tolist(), strict=True)}
 
     def load(self, rows: dict[str, list[float]], main: bool) -> None:
         """Go on from what `rows` gave, in the main process; the others add nothing to it."""
@@ -86,7 +86,7 @@ class TrainLogger:
         """`progress` is the share of the run that is done; metrics hold "loss", "lr", "seconds", "rows/s" and whatever
         else."""
         done, since = progress - self.start[0], metrics["seconds"] - self.start[1]
-        left = format_duration(since * (1 - progress) / max(done, 1e-9))
+        time_left = format_duration(since * (1 - progress) / max(done, 1e-9))
         self.file.write(
             json.dumps({"step": step} | {k: v if math.isfinite(v) else None for k, v in metrics.items()}) + "\n"
         )
@@ -96,13 +96,13 @@ class TrainLogger:
         self.board.flush()
         speed = f"{metrics['tokens/s']:.0f} tokens/s" if "tokens/s" in metrics else f"{metrics['rows/s']:.1f} rows/s"
         if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {speed}, {left} left")
+            self.bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {speed}, {time_left} left")
             return
-        usual = {"loss", "lr", "seconds", "tokens", "tokens/s", "rows/s", "grad_norm"}
-        others = [name for name in metrics if name not in usual]
-        detail = "  " + " ".join(f"{name} {metrics[name]:.4g}" for name in others) if len(others) > 1 else ""
+        standard_names = {"loss", "lr", "seconds", "tokens", "tokens/s", "rows/s", "grad_norm"}
+        other_names = [name for name in metrics if name not in standard_names]
+        detail = "  " + " ".join(f"{name} {metrics[name]:.4g}" for name in other_names) if len(other_names) > 1 else ""
         head = f"step {step}/{self.steps}  loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}"
-        print(f"{head}  {speed}  {left} left{detail}", flush=True)
+        print(f"{head}  {speed}  {time_left} left{detail}", flush=True)
 
     def __enter__(self) -> "TrainLogger":
         return self
@@ -115,9 +115,9 @@ class TrainLogger:
 
 
 def format_duration(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
+    minutes, seconds_left = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds_left:02d}s"
 
 
 def _truncate_after(path: Path, step: int) -> None:
@@ -132,8 +132,12 @@ def _truncate_after(path: Path, step: int) -> None:
         shutil.copyfile(path, aside)
         print(f"{path} is damaged: {steps.count(None)} lines are left out; as it was, it is {aside}", flush=True)
     temporary = path.with_suffix(".tmp")
-    kept = [line + b"\n" for line, at in zip(lines, steps, strict=True) if at is not None and at <= step]
-    temporary.write_bytes(b"".join(kept))
+    valid_lines = [
+        line + b"\n"
+        for line, line_step in zip(lines, steps, strict=True)
+        if line_step is not None and line_step <= step
+    ]
+    temporary.write_bytes(b"".join(valid_lines))
     os.replace(temporary, path)
 
 

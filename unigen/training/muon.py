@@ -48,13 +48,13 @@ def orthogonalize(x_OI: Tensor, coefficients: tuple[float, float, float], steps:
     """Nearly U V^T of x = U S V^T, in the precision of x: `steps` times x <- a x + b (x x^T) x + c (x x^T)^2 x, which
     takes every singular value in (0, 1] to about 1 (Newton-Schulz; Jordan et al. 2024)."""
     a, b, c = coefficients
-    wide = x_OI.shape[0] <= x_OI.shape[1]
-    x = x_OI if wide else x_OI.T
+    is_wide = x_OI.shape[0] <= x_OI.shape[1]
+    x = x_OI if is_wide else x_OI.T
     x = x / x.norm().clamp(min=eps)
     for _ in range(steps):
         square = x @ x.T
         x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
-    return x if wide else x.T
+    return x if is_wide else x.T
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -64,29 +64,29 @@ class MuonAdamW(torch.optim.Optimizer):
     """
 
     def __init__(self, model: nn.Module, optim: OptimConfig) -> None:
-        edges = {
+        io_layer_ids = {
             id(part) for module in model.modules() for edge in getattr(module, "edges", ()) for part in edge.modules()
         }
         matrices: list[nn.Parameter] = []
-        others: list[nn.Parameter] = []
+        adamw_params: list[nn.Parameter] = []
         for module in model.modules():
             for p in module.parameters(recurse=False):
                 if p.requires_grad:
                     (
                         matrices
-                        if isinstance(module, nn.Linear) and p.ndim == 2 and id(module) not in edges
-                        else others
+                        if isinstance(module, nn.Linear) and p.ndim == 2 and id(module) not in io_layer_ids
+                        else adamw_params
                     ).append(p)
-        shared = {id(p) for p in others}  # a head tied to the embeddings is an embedding
+        shared = {id(p) for p in adamw_params}  # a head tied to the embeddings is an embedding
         matrices = [p for p in matrices if id(p) not in shared]
-        others = list({id(p): p for p in others}.values())
+        adamw_params = list({id(p): p for p in adamw_params}.values())
         self.parts: list[torch.optim.Optimizer] = []
         if matrices:
             self.parts.append(Muon(matrices, optim.lr, optim.weight_decay))
-        if others:
+        if adamw_params:
             adamw = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps, "weight_decay": 0.0, "fused": True}
-            self.parts.append(torch.optim.AdamW(others, **adamw))
-        super().__init__([{"params": part} for part in (matrices, others) if part], {"lr": optim.lr})
+            self.parts.append(torch.optim.AdamW(adamw_params, **adamw))
+        super().__init__([{"params": part} for part in (matrices, adamw_params) if part], {"lr": optim.lr})
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]

@@ -51,13 +51,13 @@ class MultiGeneratorLoss(nn.Module):
         hidden_BLD = model.hidden(batch, embeds_BLD)
         losses: dict[str, tuple[Tensor, Tensor | int]] = {}
         with torch.no_grad():
-            known_BLD = None if self.before is None else self.before.causal_hidden_states(batch)
+            teacher_hidden_BLD = None if self.before is None else self.before.causal_hidden_states(batch)
         for name, generator in self.generators.items():
-            if known_BLD is not None and self.before is not None and isinstance(generator, CausalGenerator):
+            if teacher_hidden_BLD is not None and self.before is not None and isinstance(generator, CausalGenerator):
                 target_BL = generator.targets(batch)
                 table = generator.table(model.vocabulary)
-                moved = kl_from_teacher(self.before, known_BLD, model, hidden_BLD, target_BL, table)
-                losses[name] = moved, target_BL.sum()
+                kl_sum = kl_from_teacher(self.before, teacher_hidden_BLD, model, hidden_BLD, target_BL, table)
+                losses[name] = kl_sum, target_BL.sum()
             else:
                 costs_T = generator.loss(model, batch, hidden_BLD, targets[name])
                 losses[name] = costs_T.sum(), len(costs_T)
@@ -74,8 +74,8 @@ def kl_from_teacher(
 ) -> Tensor:
     """Sum of sum_v q(v) (log q(v) - log p(v)) in nats over the ids marked in `target_BL`, q being what the model
     before says of each from its states `known_BLD`, p what the model says, v the ids of `table`."""
-    rows, at = target_BL.nonzero(as_tuple=True)
+    rows, positions = target_BL.nonzero(as_tuple=True)
     with torch.no_grad():
-        log_q_TV = before.logits(known_BLD[rows, at - 1], table.start, table.stop).float().log_softmax(-1)
-    log_p_TV = model.logits(hidden_BLD[rows, at - 1], table.start, table.stop).float().log_softmax(-1)
+        log_q_TV = before.logits(known_BLD[rows, positions - 1], table.start, table.stop).float().log_softmax(-1)
+    log_p_TV = model.logits(hidden_BLD[rows, positions - 1], table.start, table.stop).float().log_softmax(-1)
     return nn.functional.kl_div(log_p_TV, log_q_TV, reduction="sum", log_target=True)

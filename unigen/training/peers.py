@@ -32,16 +32,18 @@ def watch_peers(advice: Callable[[], str]) -> Iterator[None]:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         yield
         return
-    told: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(told, (socket.gethostname(), os.getpid()))
-    here = [pid for host, pid in told if host == socket.gethostname() and pid != os.getpid() and is_alive(pid)]
+    hosts_and_pids: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(hosts_and_pids, (socket.gethostname(), os.getpid()))
+    local_pids = [
+        pid for host, pid in hosts_and_pids if host == socket.gethostname() and pid != os.getpid() and is_alive(pid)
+    ]
 
     def end(pid: int) -> None:
-        rank = [pid for _, pid in told].index(pid)
+        rank = [pid for _, pid in hosts_and_pids].index(pid)
         os.write(2, f"unigen: error: process {rank} of the run ended: {advice()}\n".encode())
         os._exit(1)
 
-    with watch_pids(here, end):
+    with watch_pids(local_pids, end):
         yield
 
 

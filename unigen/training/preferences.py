@@ -98,9 +98,9 @@ def read_pairs(
     pairs: list[PreferencePair] = []
     for file in files:
         before = len(pairs)
-        for judged in read_judged_answers(file, grid, codes, own):
-            right, wrong = ([chats[k] for k in rng.permutation(len(chats))] for chats in judged[:2])
-            pairs += [PreferencePair(*both, judged.writer) for both in zip(right, wrong, strict=False)]
+        for record in read_judged_answers(file, grid, codes, own):
+            correct, incorrect = ([chats[k] for k in rng.permutation(len(chats))] for chats in record[:2])
+            pairs += [PreferencePair(*both, record.writer) for both in zip(correct, incorrect, strict=False)]
         if len(pairs) == before:
             raise ValueError(f"{file} has no prompt with a right and a wrong answer: judge more of them")
     return [pairs[k] for k in rng.permutation(len(pairs))]
@@ -110,16 +110,16 @@ def read_judged_answers(
     file: str | Path, grid: tuple[int, int], codes: int, own: NativeCodeShapes | None = None
 ) -> Iterator[JudgedAnswers]:
     """What each line of a judged file holds. ValueError as in `read_pairs`."""
-    read = 0
+    line_number = 0
     try:
         with open(file, encoding="utf-8") as lines:
             for line in lines:
-                read += 1
+                line_number += 1
                 yield _parse_judged_line(line, grid, codes, own or {})
     except OSError as error:
         raise ValueError(f"cannot read {file}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"line {read} of {file} does not hold judged answers: {error}") from error
+        raise ValueError(f"line {line_number} of {file} does not hold judged answers: {error}") from error
 
 
 def _parse_judged_line(line: str, grid: tuple[int, int], codes: int, own: NativeCodeShapes) -> JudgedAnswers:
@@ -176,12 +176,12 @@ class PreferenceDataset:
         self.pairs = [_pack_pairs(kinds[name], encode, length) for name in sorted(kinds)]
 
     def __getitem__(self, index: int) -> tuple[Any, list[list[list[PairBatch]]]]:
-        at = range(index * self.rows, (index + 1) * self.rows)
-        return self.mixture[index], [[rows[k % len(rows)] for k in at] for rows in self.pairs]
+        row_indices = range(index * self.rows, (index + 1) * self.rows)
+        return self.mixture[index], [[rows[k % len(rows)] for k in row_indices] for rows in self.pairs]
 
 
 def _pack_pairs(pairs: Sequence[PreferencePair], encode: Callable[..., Tokens], length: int) -> list[list[PairBatch]]:
-    made: list[list[PairBatch]] = []
+    rows: list[list[PairBatch]] = []
     room = 0
     for pair in pairs:
         draws = pair.chosen.segments[-1].image is not None
@@ -191,11 +191,11 @@ def _pack_pairs(pairs: Sequence[PreferencePair], encode: Callable[..., Tokens], 
         if size > length:
             raise ValueError(f"an answer of {size} ids exceeds a row of {length}: raise `length`")
         if size > room:
-            made.append([])
+            rows.append([])
             room = length
-        made[-1].append(PairBatch(*sides))
+        rows[-1].append(PairBatch(*sides))
         room -= size
-    return made
+    return rows
 
 
 def _pair_kind(pair: PreferencePair) -> str:
@@ -252,8 +252,8 @@ class DPOObjective(nn.Module):
         self, model: Any, batch: PreferenceBatch, rng: torch.Generator
     ) -> dict[str, tuple[Tensor, Tensor | int]]:
         losses = self.mixture(model, batch.mixture, rng)
-        found = [self._likelihoods(model, kind, rng) for kind in batch.kinds]
-        chosen_P, margin_P = (torch.cat(parts) for parts in zip(*found, strict=True))
+        likelihoods = [self._likelihoods(model, kind, rng) for kind in batch.kinds]
+        chosen_P, margin_P = (torch.cat(parts) for parts in zip(*likelihoods, strict=True))
         counts = self._counts(batch)
         losses["preference"] = -nn.functional.logsigmoid(self.beta * margin_P).sum(), counts["preference"]
         losses["chosen"] = -chosen_P.sum(), counts["chosen"]
@@ -277,8 +277,8 @@ class DPOObjective(nn.Module):
         both = (pairs.chosen, pairs.uncond_chosen), (pairs.rejected, pairs.uncond_rejected)
         chosen_P, rejected_P = (log_p(model, *side) for side in both)
         with torch.no_grad():
-            chosen_before_P, rejected_before_P = (log_p(self.reference, *side) for side in both)
-        return chosen_P, (chosen_P - chosen_before_P) - (rejected_P - rejected_before_P)
+            chosen_ref_P, rejected_before_P = (log_p(self.reference, *side) for side in both)
+        return chosen_P, (chosen_P - chosen_ref_P) - (rejected_P - rejected_before_P)
 
     def _counts(self, batch: PreferenceBatch) -> dict[str, Tensor | int]:
         chosen = [kind.chosen for kind in batch.kinds]

@@ -80,10 +80,10 @@ def check_inputs(path: str, tree: ast.Module, overrides: Sequence[str]) -> None:
 
     Read from the text of the recipe, before its imports. What is not given by an override is the field's default,
     which a model to begin from (init_from) or another choice of writers may do without: `build` says that."""
-    given = {key.strip(): value.strip() for key, _, value in (item.partition("=") for item in overrides)}
-    chosen = any(key == "init_from" or key.startswith("writers.") for key in given)
+    overrides_by_key = {key.strip(): value.strip() for key, _, value in (item.partition("=") for item in overrides)}
+    has_source = any(key == "init_from" or key.startswith("writers.") for key in overrides_by_key)
     for key, command in _inputs(path, tree).items():
-        value = given.get(key, "none" if chosen else _default(tree, key))
+        value = overrides_by_key.get(key, "none" if has_source else _default(tree, key))
         paths = [value] if os.path.exists(value) else value.split(",")
         for given_path in paths if value.lower() not in ("none", "null", "") else ():
             check_input(given_path, command, f"{key}=")

@@ -22,12 +22,12 @@ def shipped_recipes() -> dict[str, Path]:
     """The recipes of the package, by name: the Python files there that define `config` and `build`."""
     installed = PACKAGE_ROOT / "recipes"
     folder = installed if installed.is_dir() else PACKAGE_ROOT.parent / "recipes"
-    found: dict[str, Path] = {}
+    recipes: dict[str, Path] = {}
     for path in sorted(folder.glob("*.py")):
         functions = {node.name for node in ast.parse(path.read_text("utf-8")).body if isinstance(node, ast.FunctionDef)}
         if {"config", "build"} <= functions:
-            found[path.stem] = path
-    return found
+            recipes[path.stem] = path
+    return recipes
 
 
 def find_recipe(name: str) -> Path:
@@ -45,6 +45,9 @@ def find_recipe(name: str) -> Path:
     shipped = shipped_recipes()
     if path.stem in shipped and path in (Path(path.stem), Path(f"{path.stem}.py"), Path(f"recipes/{path.stem}.py")):
         return shipped[path.stem]
-    known = f" (shipped recipes: {', '.join(shipped)})" if shipped else ""
-    shown = name if len(name) <= 120 else f"{name[:117]}..."
-    raise ValueError(f"no recipe {shown}: give the path of a recipe file or a name{did_you_mean(name, shipped)}{known}")
+    recipe_list = f" (shipped recipes: {', '.join(shipped)})" if shipped else ""
+    shortened_name = name if len(name) <= 120 else f"{name[:117]}..."
+    raise ValueError(
+        f"no recipe {shortened_name}: give the path of a recipe file or a "
+        f"name{did_you_mean(name, shipped)}{recipe_list}"
+    )

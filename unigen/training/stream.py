@@ -45,8 +45,8 @@ def feistel_permutation(index: int, length: int, seed: int) -> int:
     mask = (1 << half) - 1
     while True:
         left, right = index >> half, index & mask
-        for turn in range(6):
-            left, right = right, left ^ (hash_seed(seed, turn, right) & mask)
+        for round_index in range(6):
+            left, right = right, left ^ (hash_seed(seed, round_index, right) & mask)
         index = left << half | right
         if index < length:
             return index

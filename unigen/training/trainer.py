@@ -84,28 +84,28 @@ def lr_factor(optim: OptimConfig, step: int, progress: float) -> float:
     progress = min(max(progress, 0.0), 1.0)
     if optim.schedule == "constant":
         return warm
-    left = 1 - progress if optim.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-    return warm * (optim.min_ratio + (1 - optim.min_ratio) * left)
+    decay = 1 - progress if optim.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return warm * (optim.min_ratio + (1 - optim.min_ratio) * decay)
 
 
 def adamw(
     model: nn.Module, optim: OptimConfig, parameters: Iterable[nn.Parameter] | None = None
 ) -> torch.optim.Optimizer:
     """AdamW with weight decay on matrices only: not on embeddings, norms, biases or other vectors."""
-    wanted = {id(p) for p in (model.parameters() if parameters is None else parameters) if p.requires_grad}
+    trainable_ids = {id(p) for p in (model.parameters() if parameters is None else parameters) if p.requires_grad}
     decay: dict[int, nn.Parameter] = {}
-    plain: dict[int, nn.Parameter] = {}
+    no_decay: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for p in module.parameters(recurse=False):
-            if id(p) in wanted:
+            if id(p) in trainable_ids:
                 vector = p.ndim < 2 or isinstance(module, nn.Embedding) or "norm" in type(module).__name__.lower()
-                (plain if vector else decay)[id(p)] = p
-    for shared in plain.keys() & decay.keys():  # tied weights count as embeddings
+                (no_decay if vector else decay)[id(p)] = p
+    for shared in no_decay.keys() & decay.keys():  # tied weights count as embeddings
         del decay[shared]
-    assert wanted == plain.keys() | decay.keys(), "an objective's parameters must belong to the model"
+    assert trainable_ids == no_decay.keys() | decay.keys(), "an objective's parameters must belong to the model"
     groups = [
         {"params": list(decay.values()), "weight_decay": optim.weight_decay},
-        {"params": list(plain.values()), "weight_decay": 0.0},
+        {"params": list(no_decay.values()), "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         [g for g in groups if g["params"]], lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True
@@ -123,8 +123,8 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, (list, tuple)):
         return type(batch)(to_device(value, device) for value in batch)
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        moved = {f.name: to_device(getattr(batch, f.name), device) for f in dataclasses.fields(batch) if f.init}
-        return dataclasses.replace(batch, **moved)
+        fields = {f.name: to_device(getattr(batch, f.name), device) for f in dataclasses.fields(batch) if f.init}
+        return dataclasses.replace(batch, **fields)
     return batch
 
 
@@ -287,10 +287,11 @@ class Trainer:
 
     def _check(self, metrics: Mapping[str, float]) -> None:
         """Every loss is a number, and data parallel copies of the weights are still the same."""
-        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
-        if bad:
+        non_finite_names = [name for name, value in metrics.items() if not math.isfinite(value)]
+        if non_finite_names:
             raise ValueError(
-                f"{', '.join(bad)} is not finite at step {self.step}: lower optim.lr, or use precision=fp32"
+                f"{', '.join(non_finite_names)} is not finite at step {self.step}: lower optim.lr, or use "
+                f"precision=fp32"
             )
         if self.world > 1:
             total = torch.stack([p.detach().double().abs().sum() for p in self.model.parameters()]).sum()
@@ -302,9 +303,9 @@ class Trainer:
         """All processes go by the latest clock, and stop when any was told to."""
         stop = float(self.signal is not None)
         if self.world > 1:
-            both = torch.tensor([seconds, stop], dtype=torch.float64, device=self.device)
-            torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX)
-            seconds, stop = both.tolist()
+            values = torch.tensor([seconds, stop], dtype=torch.float64, device=self.device)
+            torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
+            seconds, stop = values.tolist()
         return seconds, bool(stop)
 
     def _train_step(self, batches: Iterator[Any], progress: float) -> None:
@@ -332,8 +333,8 @@ class Trainer:
         counts = self._counts(player, objective, micro) if len(micro) > 1 else None
         weights: Mapping[str, float] = getattr(objective, "weights", {})
         for index, batch in enumerate(micro):
-            quiet = index + 1 < len(micro)
-            with self.accelerator.no_sync(self._forward) if quiet else nullcontext():
+            skip_sync = index + 1 < len(micro)
+            with self.accelerator.no_sync(self._forward) if skip_sync else nullcontext():
                 rng = self._seed(player, index)
                 result = self._forward(objective, batch, rng)
                 if counts is None:
@@ -384,12 +385,14 @@ class Trainer:
         if self.world > 1:
             # A fixed size, so that processes that disagree about the names are noticed instead of waiting for each
             # other.
-            padded = torch.zeros(64, dtype=torch.float64, device=self.device)
-            padded[0], padded[1 : 1 + len(names)] = zlib.crc32(" ".join(names).encode()), flat
-            mine = padded[0].clone()
-            torch.distributed.all_reduce(padded)
-            assert padded[0] == mine * self.world, f"processes return different losses; this one: {', '.join(names)}"
-            flat = padded[1 : 1 + len(names)]
+            buffer = torch.zeros(64, dtype=torch.float64, device=self.device)
+            buffer[0], buffer[1 : 1 + len(names)] = zlib.crc32(" ".join(names).encode()), flat
+            local_checksum = buffer[0].clone()
+            torch.distributed.all_reduce(buffer)
+            assert buffer[0] == local_checksum * self.world, (
+                f"processes return different losses; this one: {', '.join(names)}"
+            )
+            flat = buffer[1 : 1 + len(names)]
         return dict(zip(names, flat.float(), strict=True))
 
     def _seed(self, player: int, index: int) -> torch.Generator:
@@ -403,13 +406,13 @@ class Trainer:
     def _only_group(self, player: int) -> Iterator[None]:
         """Inside, only this player's parameters take gradients."""
         own = {id(p) for p in self.players[player][2]}
-        others = [p for _, _, ps in self.players for p in ps if id(p) not in own and p.requires_grad]
-        for p in others:
+        other_params = [p for _, _, ps in self.players for p in ps if id(p) not in own and p.requires_grad]
+        for p in other_params:
             p.requires_grad_(False)
         try:
             yield
         finally:
-            for p in others:
+            for p in other_params:
                 p.requires_grad_(True)
 
     def _lr(self) -> float:
@@ -478,8 +481,8 @@ class Trainer:
 
     def _resume_hint(self) -> str:
         good = list_checkpoints(self.run_dir)
-        where = f"from {good[-1].name}" if good else "afresh"
-        return f"what it said last says why; the same command goes on {where}"
+        checkpoint_text = f"from {good[-1].name}" if good else "afresh"
+        return f"what it said last says why; the same command goes on {checkpoint_text}"
 
     def _optimizer_names(self) -> list[str]:
         return [type(optimizer).__name__ for _, optimizer, _ in self.players]
@@ -545,17 +548,22 @@ class Trainer:
 
     def _load_state(self, state: dict[str, Any], changes: Sequence[str]) -> None:
         """Take over what a checkpoint holds. ValueError where it is of another model or optimizer."""
-        told = f" ({'; '.join(changes)})" if changes else ""
-        other = "choose another run_dir, or give what the run had"
+        change_text = f" ({'; '.join(changes)})" if changes else ""
+        advice = "choose another run_dir, or give what the run had"
         try:
             self.model.load_state_dict(state["model"])
         except (KeyError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise ValueError(f"{self.run_dir} holds a run of another model{told}: {other} ({reason})") from error
-        had, has = state.get("optimizer_names", self._optimizer_names()), self._optimizer_names()
-        if had != has:
-            both = f"{' and '.join(had)}, not {' and '.join(has)}"
-            raise ValueError(f"{self.run_dir} holds a run by the optimizer {both}{told}: {other}")
+            raise ValueError(
+                f"{self.run_dir} holds a run of another model{change_text}: {advice} ({reason})"
+            ) from error
+        saved_optimizers, current_optimizers = (
+            state.get("optimizer_names", self._optimizer_names()),
+            self._optimizer_names(),
+        )
+        if saved_optimizers != current_optimizers:
+            values = f"{' and '.join(saved_optimizers)}, not {' and '.join(current_optimizers)}"
+            raise ValueError(f"{self.run_dir} holds a run by the optimizer {values}{change_text}: {advice}")
         try:
             for (_, optimizer, _), saved_optimizer in zip(self.players, state["optimizers"], strict=True):
                 options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
@@ -564,7 +572,9 @@ class Trainer:
                     group.update(option)  # lr and the like are the configuration's to say, also when it changed
         except (KeyError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise ValueError(f"{self.run_dir} holds a run by another optimizer{told}: {other} ({reason})") from error
+            raise ValueError(
+                f"{self.run_dir} holds a run by another optimizer{change_text}: {advice} ({reason})"
+            ) from error
         if self.ema and state["ema"]:
             self.ema.load_state_dict(state["ema"])
         self.step, self.rows, self.elapsed = state["step"], state["rows"], state["elapsed"]
@@ -614,25 +624,25 @@ def main_process_first() -> Iterator[None]:
     from accelerate.utils import broadcast_object_list
 
     main = PartialState(cpu=not torch.cuda.is_available()).is_main_process
-    fault: list[str | None] = [None]
+    error_message: list[str | None] = [None]
     if main:
         try:
             yield
         except Exception as error:
-            fault = [" ".join(f"{error}".split()) or type(error).__name__]
+            error_message = [" ".join(f"{error}".split()) or type(error).__name__]
             with suppress(RuntimeError):  # a process that has ended need not be told
-                broadcast_object_list(fault)
+                broadcast_object_list(error_message)
             raise
     try:
-        broadcast_object_list(fault)
+        broadcast_object_list(error_message)
     except RuntimeError as error:
         if not _is_lost_peer(error):
             raise
         raise ValueError(
             "another process of the run ended while this one waited for it: what it said last says why"
         ) from error
-    if fault[0] is not None:
-        raise ValueError(f"the main process of the run failed, on which this one waited: {fault[0]}")
+    if error_message[0] is not None:
+        raise ValueError(f"the main process of the run failed, on which this one waited: {error_message[0]}")
     if not main:
         yield
 

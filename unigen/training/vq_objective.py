@@ -83,15 +83,15 @@ class VQObjective:
             raise ValueError("loss.lpips needs LPIPS weights; give their file or set loss.lpips=0")
 
     def __call__(self, model: Any, batch: Mapping[str, Tensor], rng: torch.Generator) -> Losses:
-        c, x_BCHW, masks_B1HW = self.config, batch["pixels"], batch["masks"]
+        config, x_BCHW, masks_B1HW = self.config, batch["pixels"], batch["masks"]
         out: VQOutput = model(x_BCHW, rng, *([batch["codes"]] if "codes" in batch else []))
         y_BCHW, b = out.pixels_BCHW, len(x_BCHW)
-        losses: Losses = {"pixels": pixel_loss(y_BCHW, x_BCHW, masks_B1HW, c)}
-        if c.feature and self.features is not None:
-            losses["feature"] = (c.feature * feature_distance(self.features, y_BCHW, x_BCHW).sum(), b)
-        if c.lpips and self.lpips is not None:
-            losses["lpips"] = (c.lpips * self.lpips(y_BCHW, x_BCHW).sum(), b)
-        if c.gan:
+        losses: Losses = {"pixels": pixel_loss(y_BCHW, x_BCHW, masks_B1HW, config)}
+        if config.feature and self.features is not None:
+            losses["feature"] = (config.feature * feature_distance(self.features, y_BCHW, x_BCHW).sum(), b)
+        if config.lpips and self.lpips is not None:
+            losses["lpips"] = (config.lpips * self.lpips(y_BCHW, x_BCHW).sum(), b)
+        if config.gan:
             reconstruction = sum(total / count for total, count in losses.values())
             losses |= self._gan(model, x_BCHW, y_BCHW, reconstruction)
         losses |= out.losses
@@ -106,17 +106,17 @@ class VQObjective:
         return losses
 
     def _gan(self, model: Any, x_BCHW: Tensor, y_BCHW: Tensor, reconstruction: Any) -> Losses:
-        judge = model.discriminator
-        assert judge is not None, "VQTraining(gan=True) is needed for loss.gan"
+        discriminator = model.discriminator
+        assert discriminator is not None, "VQTraining(gan=True) is needed for loss.gan"
         n = len(x_BCHW)
         losses: Losses = {}
         if self.step >= self.config.gan_start and torch.is_grad_enabled():
-            frozen = {name: tensor.detach() for name, tensor in judge.named_parameters()}
-            generator = -functional_call(judge, frozen, (y_BCHW,)).float().mean()
+            frozen = {name: tensor.detach() for name, tensor in discriminator.named_parameters()}
+            generator = -functional_call(discriminator, frozen, (y_BCHW,)).float().mean()
             weight = adaptive_weight(reconstruction, generator, model.tokenizer.last)
             losses["gan"] = (self.config.gan * weight * generator * n, n)
             losses["metric/gan_weight"] = (weight, 1)
-        real, fake = judge(x_BCHW).float(), judge(y_BCHW.detach()).float()
+        real, fake = discriminator(x_BCHW).float(), discriminator(y_BCHW.detach()).float()
         losses["discriminator"] = (discriminator_hinge_loss(real, fake) * n, n)
         return losses
 
@@ -131,9 +131,9 @@ def pixel_loss(y_BCHW: Tensor, x_BCHW: Tensor, masks_B1HW: Tensor, c: VQLossConf
 def feature_distance(features: Callable[[Tensor], list[Tensor]], y_BCHW: Tensor, x_BCHW: Tensor) -> Tensor:
     """Mean squared distance of unit-normalised feature vectors, averaged over the maps; one number a picture (B,)."""
     with torch.no_grad():
-        wanted = [unit_normalize(map_BCHW) for map_BCHW in features(x_BCHW)]
+        target_maps = [unit_normalize(map_BCHW) for map_BCHW in features(x_BCHW)]
     got = [unit_normalize(map_BCHW) for map_BCHW in features(y_BCHW)]
-    gaps = [(a - b).square().sum(1).mean((1, 2)) for a, b in zip(got, wanted, strict=True)]
+    gaps = [(a - b).square().sum(1).mean((1, 2)) for a, b in zip(got, target_maps, strict=True)]
     return torch.stack(gaps).mean(0)
 
 

@@ -23,18 +23,18 @@ class OneLineParser(argparse.ArgumentParser):
     """argparse that raises ValueError for bad arguments, in one line, and suggests the option that was meant."""
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        found, rest = self.parse_known_args(args, namespace)
-        if rest:
-            option = next((word.partition("=")[0] for word in rest if word.startswith("-")), None)
+        found, unrecognized = self.parse_known_args(args, namespace)
+        if unrecognized:
+            option = next((word.partition("=")[0] for word in unrecognized if word.startswith("-")), None)
             if option is None:
                 hint = "; put a sentence in quotes"
             else:
                 hint = did_you_mean(option, self._option_string_actions)
-            self.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+            self.error(f"unrecognized arguments: {' '.join(unrecognized)}{hint}")
         for action in self._actions:
-            given = getattr(found, action.dest, None)
-            if action.nargs is None and given is not action.default and isinstance(given, list):
-                if not given or [] in given:  # Python 3.11 reads --name=-- as an empty list
+            value = getattr(found, action.dest, None)
+            if action.nargs is None and value is not action.default and isinstance(value, list):
+                if not value or [] in value:  # Python 3.11 reads --name=-- as an empty list
                     self.error(f"argument {'/'.join(action.option_strings)}: expected one argument")
         return found
 

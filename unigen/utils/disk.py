@@ -39,8 +39,8 @@ def disk_errors(what: str, advice: str) -> Iterator[None]:
     except Exception as error:
         chain: BaseException | None = error
         while chain is not None:  # torch, tokenizers and safetensors raise their own kinds about a failed write
-            told = re.search(r"\(os error (\d+)\)", str(chain))
-            number = chain.errno if isinstance(chain, OSError) else int(told[1]) if told else None
+            match = re.search(r"\(os error (\d+)\)", str(chain))
+            number = chain.errno if isinstance(chain, OSError) else int(match[1]) if match else None
             if number is not None and number in DISK_ERRNOS:
                 raise DiskError(f"cannot write {what}: {os.strerror(number)}; {advice}") from error
             chain = chain.__cause__ or chain.__context__
@@ -56,13 +56,13 @@ def check_input(path: str | Path, command: str = "", name: str = "") -> Path:
         command: makes it.
         name: of the option that names it, as "--text" or "image_tokenizer=".
     """
-    shown = f"{name} {path}".strip() if name.startswith("-") else f"{name}{path}"
-    shown = shown if len(shown) <= 200 else f"{shown[:197]}..."
+    display_path = f"{name} {path}".strip() if name.startswith("-") else f"{name}{path}"
+    display_path = display_path if len(display_path) <= 200 else f"{display_path[:197]}..."
     if not str(path) or not os.path.exists(path):
         hint = f"make it by `{command}`, or name another" if command else "name one that is"
-        raise ValueError(f"{shown} is not there: {hint}")
+        raise ValueError(f"{display_path} is not there: {hint}")
     if not os.access(path, os.R_OK):
-        raise ValueError(f"{shown} may not be read: change its permissions, or name another")
+        raise ValueError(f"{display_path} may not be read: change its permissions, or name another")
     return Path(path)
 
 
@@ -74,7 +74,7 @@ def check_folder(folder: str | Path, *, replaced: bool = True) -> Path:
     if "\0" in str(folder):
         raise ValueError("the name of the folder holds a zero byte: choose another name")
     folder = Path(folder).absolute()
-    shown = shorten(str(folder), 120)
+    display_path = shorten(str(folder), 120)
     try:
         for path in (folder, *folder.parents):
             try:
@@ -82,15 +82,18 @@ def check_folder(folder: str | Path, *, replaced: bool = True) -> Path:
             except FileNotFoundError:
                 continue
             if not path.is_dir():
-                raise ValueError(f"{shown} cannot be a folder: {shorten(str(path), 120)} is a file")
-            beside = Path(os.path.realpath(path)).parent  # of a symbolic link: beside what it names
-            for place in (path, beside) if path == folder and replaced else (path,):
-                if not os.access(place, os.W_OK | os.X_OK):
-                    named = shorten(str(place), 120)
-                    raise ValueError(f"cannot write the folder {shown}: {named} may not be written; choose another one")
+                raise ValueError(f"{display_path} cannot be a folder: {shorten(str(path), 120)} is a file")
+            parent = Path(os.path.realpath(path)).parent  # of a symbolic link: beside what it names
+            for directory in (path, parent) if path == folder and replaced else (path,):
+                if not os.access(directory, os.W_OK | os.X_OK):
+                    display_place = shorten(str(directory), 120)
+                    raise ValueError(
+                        f"cannot write the folder {display_path}: {display_place} may not be written; choose "
+                        f"another one"
+                    )
             break
     except NotADirectoryError as error:
-        raise ValueError(f"{shown} cannot be a folder: a part of its path is a file") from error
+        raise ValueError(f"{display_path} cannot be a folder: a part of its path is a file") from error
     except OSError as error:
-        raise ValueError(f"cannot write the folder {shown}: {error.strerror}; choose another name") from error
+        raise ValueError(f"cannot write the folder {display_path}: {error.strerror}; choose another name") from error
     return folder

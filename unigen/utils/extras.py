@@ -40,10 +40,10 @@ def require_extra(extra: str, *modules: str) -> None:
     """
     for module in modules or EXTRA_MODULES[extra]:
         try:
-            found = importlib.util.find_spec(module) is not None
+            is_installed = importlib.util.find_spec(module) is not None
         except (ImportError, ValueError):
-            found = False
-        if not found:
+            is_installed = False
+        if not is_installed:
             raise ValueError(install_hint(module, extra))
 
 
@@ -66,5 +66,5 @@ def missing_module_message(error: ModuleNotFoundError, command: str = "") -> str
     if not module or module == "unigen":
         return None
     extras = [extra for extra, modules in EXTRA_MODULES.items() if module in modules]
-    own = command if command in EXTRA_COMMANDS else None
-    return install_hint(module, own if own in extras or not extras else extras[0])
+    preferred = command if command in EXTRA_COMMANDS else None
+    return install_hint(module, preferred if preferred in extras or not extras else extras[0])

@@ -45,8 +45,8 @@ def has_fast_bfloat16(device: Any = "cpu") -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if kind != "cpu":
         return True
-    has = torch.cpu.get_capabilities()
-    return any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 
 
 def fast_dtype() -> str:
@@ -70,12 +70,12 @@ def load_dtype(folder: Path, device: str) -> tuple[str | None, str]:
     Returns: "float32", or None for as it is stored; and a line that says why, empty where there is nothing to say."""
     if device.partition(":")[0] != "cpu" or has_fast_bfloat16() or stored_dtype(folder) != "bfloat16":
         return None, ""
-    size, room = 2 * sum(file.stat().st_size for file in folder.glob("*.safetensors")), available_memory()
-    slow = f"{folder.name} is stored in bfloat16, which is slow on this processor"
-    if room is not None and size > room:
-        needs = f"{size / 1e9:.0f} GB, and {room / 1e9:.0f} GB are free"
-        return None, f"{slow}: held so nevertheless, since float32 needs {needs}"
-    return "float32", f"{slow}: held in float32, in twice the memory (--dtype bfloat16 keeps it)"
+    needed_bytes, free_bytes = 2 * sum(file.stat().st_size for file in folder.glob("*.safetensors")), available_memory()
+    reason = f"{folder.name} is stored in bfloat16, which is slow on this processor"
+    if free_bytes is not None and needed_bytes > free_bytes:
+        needs = f"{needed_bytes / 1e9:.0f} GB, and {free_bytes / 1e9:.0f} GB are free"
+        return None, f"{reason}: held so nevertheless, since float32 needs {needs}"
+    return "float32", f"{reason}: held in float32, in twice the memory (--dtype bfloat16 keeps it)"
 
 
 def stored_dtype(folder: Path) -> str | None:
@@ -85,18 +85,18 @@ def stored_dtype(folder: Path) -> str | None:
     try:
         for file in folder.glob("*.safetensors"):
             with open(file, "rb") as stream:
-                head = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-            for name, tensor in head.items():
+                header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+            for name, tensor in header.items():
                 if name != "__metadata__":
                     start, stop = tensor["data_offsets"]
                     sizes[tensor["dtype"]] += stop - start
         if sizes:
             return {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(sizes.most_common(1)[0][0])
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        said = [
+        dtypes = [
             part.get("dtype") or part.get("torch_dtype") for part in (config, *config.values()) if hasattr(part, "get")
         ]
-        return next((dtype for dtype in said if dtype in DTYPES), None)
+        return next((dtype for dtype in dtypes if dtype in DTYPES), None)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError):
         return None  # whoever reads the weights says what is wrong with them
 

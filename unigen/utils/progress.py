@@ -35,11 +35,11 @@ _suppressed = False
 def suppress_bars() -> Iterator[None]:
     """Show nothing while the block runs."""
     global _suppressed
-    before, _suppressed = _suppressed, True
+    previous, _suppressed = _suppressed, True
     try:
         yield
     finally:
-        _suppressed = before
+        _suppressed = previous
 
 
 def visible() -> bool:
@@ -60,20 +60,22 @@ def bar(total: int | None, unit: str, *, fractions: bool = False, silent: bool =
     """
     from tqdm.auto import tqdm
 
-    form = "{l_bar}{bar}| [{elapsed}<{remaining}]" if fractions else None
+    bar_format = "{l_bar}{bar}| [{elapsed}<{remaining}]" if fractions else None
     if total is None:
-        form = "{n} {unit}s [{elapsed}]"
-    return tqdm(total=total, unit=unit, delay=DELAY, leave=False, disable=silent or not visible(), bar_format=form)
+        bar_format = "{n} {unit}s [{elapsed}]"
+    return tqdm(
+        total=total, unit=unit, delay=DELAY, leave=False, disable=silent or not visible(), bar_format=bar_format
+    )
 
 
 @contextmanager
 def status(text: str) -> Iterator[None]:
     """A line on a terminal's stderr while the block runs; it is wiped afterwards."""
-    shown = visible() and not in_notebook()
-    if shown:
+    is_visible = visible() and not in_notebook()
+    if is_visible:
         print(f"{text} ...", end="", file=sys.stderr, flush=True)
     try:
         yield
     finally:
-        if shown:
+        if is_visible:
             print("\r\033[K", end="", file=sys.stderr, flush=True)

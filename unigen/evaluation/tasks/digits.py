@@ -51,8 +51,8 @@ class DigitsTask:
         return [Example(i, name, {"label": i}) for i, name in enumerate(digits.NAMES)]
 
     def score_batch(self, items: Any, outputs: Any) -> list[dict[str, float]]:
-        read = self.reader.predict(np.stack([digits.to_digit(picture).ravel() for picture in outputs]))
-        return [{"correct": float(r == item.meta["label"])} for item, r in zip(items, read, strict=True)]
+        predictions = self.reader.predict(np.stack([digits.to_digit(picture).ravel() for picture in outputs]))
+        return [{"correct": float(r == item.meta["label"])} for item, r in zip(items, predictions, strict=True)]
 
     def score(self, item: Example, output: Image.Image) -> dict[str, float]:
         return self.score_batch([item], [output])[0]
@@ -62,8 +62,8 @@ class DigitsTask:
 
     def relative_nearest_distance(self, vectors: np.ndarray) -> float:
         """The mean distance to the nearest training digit, over that of the held-out digits; 0 for copies."""
-        held, _ = digits.load(held_out=True)
-        true = self.reader.kneighbors(held.reshape(len(held), -1).astype(np.float32), 1)[0]
+        held_out_images, _ = digits.load(held_out=True)
+        true = self.reader.kneighbors(held_out_images.reshape(len(held_out_images), -1).astype(np.float32), 1)[0]
         return float(self.reader.kneighbors(vectors, 1)[0].mean() / true.mean())
 
 
@@ -82,24 +82,24 @@ def main(args: list[str]) -> int:
     start = time.perf_counter()
     task, engine = DigitsTask(), load_engine(a)
     items = task.items()
-    drawn = generate_outputs(engine, task, items, a.images, a.batch, a.seed, **sampling_options(a))
-    scores = [task.score_batch([item] * a.images, row) for item, row in zip(items, drawn, strict=True)]
+    images = generate_outputs(engine, task, items, a.images, a.batch, a.seed, **sampling_options(a))
+    scores = [task.score_batch([item] * a.images, row) for item, row in zip(items, images, strict=True)]
     by_class = {item.tag: float(np.mean([s["correct"] for s in row])) for item, row in zip(items, scores, strict=True)}
-    under_next = [task.score_batch([items[(i + 1) % len(items)]] * a.images, row) for i, row in enumerate(drawn)]
+    under_next = [task.score_batch([items[(i + 1) % len(items)]] * a.images, row) for i, row in enumerate(images)]
     true, labels = digits.load(held_out=True)
     figures = {
         "drawn": float(np.mean(list(by_class.values()))),
         "true, held out": float(task.reader.score(true.reshape(len(true), -1), labels)),
         "drawn, under the next class": float(np.mean([s["correct"] for row in under_next for s in row])),
         "distance to training digits": task.relative_nearest_distance(
-            np.stack([digits.to_digit(p).ravel() for row in drawn for p in row])
+            np.stack([digits.to_digit(p).ravel() for row in images for p in row])
         ),
     }
     for name, value in figures.items():
         print(f"{name:<30} {value:.3f}")
     print("by class: " + " ".join(f"{name} {value:.2f}" for name, value in by_class.items()))
     if a.out:
-        write_outputs(a.out, items, drawn, scores)
+        write_outputs(a.out, items, images, scores)
     if a.json:
         write_report(
             a.json,

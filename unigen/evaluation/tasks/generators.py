@@ -94,20 +94,20 @@ class FeatureDistances:
 def measure_cost(engine: Any, writer: str, prompts: list[str], **options: Any) -> dict[str, float]:
     """Seconds a picture alone and in a batch, the best of several runs, and evaluations for one picture."""
     head = engine.model.heads[writer] if writer in engine.model.heads else None
-    found: dict[str, float] = {}
+    figures: dict[str, float] = {}
     with CallCounter(engine.model, "step") as step, ExitStack() as stack:
         velocity = stack.enter_context(CallCounter(head, "velocity")) if hasattr(head, "velocity") else None
         engine.generate_batch(prompts[:1], [0], generator=writer, **options)
-        found |= {"backbone": step.calls, "head": velocity.calls if velocity else 0}
+        figures |= {"backbone": step.calls, "head": velocity.calls if velocity else 0}
     for name, batch in (("seconds alone", 1), (f"seconds in {TIMING_BATCH_SIZE}", TIMING_BATCH_SIZE)):
         times = []
-        for turn in range(TIMING_REPEATS):
-            asked = [prompts[(turn + i) % len(prompts)] for i in range(batch)]
-            began = time.perf_counter()
-            engine.generate_batch(asked, range(batch), generator=writer, **options)
-            times.append((time.perf_counter() - began) / batch)
-        found[name] = min(times)
-    return found
+        for repetition in range(TIMING_REPEATS):
+            batch_prompts = [prompts[(repetition + i) % len(prompts)] for i in range(batch)]
+            start = time.perf_counter()
+            engine.generate_batch(batch_prompts, range(batch), generator=writer, **options)
+            times.append((time.perf_counter() - start) / batch)
+        figures[name] = min(times)
+    return figures
 
 
 def arguments() -> OneLineParser:
@@ -144,12 +144,12 @@ def main(args: list[str]) -> int:
         rows.extend({"name": f"{name}: {c}", "value": v, "unit": units[c]} for c, v in figures.items())
         return overall
 
-    again = baselines.oracle_images(items, a.images, a.seed + 1, world)
-    report("true pictures", again, {})
-    report("through the codes", baselines.reconstruct_images(engine.model.image_tokenizer, again), {})
+    reference_images = baselines.oracle_images(items, a.images, a.seed + 1, world)
+    report("true pictures", reference_images, {})
+    report("through the codes", baselines.reconstruct_images(engine.model.image_tokenizer, reference_images), {})
     wanted = sampling_options(a)
     names = [wanted.pop("generator")] if "generator" in wanted else engine.info()["generators"]
-    scores, shown = {}, []
+    scores, sheet_rows = {}, []
     for name in names:
         options = dict(wanted)
         if len(names) > 1:  # each takes what it can
@@ -157,9 +157,9 @@ def main(args: list[str]) -> int:
         pictures = generate_outputs(engine, task, items, a.images, a.batch, a.seed, generator=name, **options)
         cost = measure_cost(engine, name, [str(item.prompt) for item in items], **options)
         scores[name] = report(name, pictures, cost)
-        shown.append([pictures[i][0] for i in range(0, len(items), max(1, len(items) // 18))])
+        sheet_rows.append([pictures[i][0] for i in range(0, len(items), max(1, len(items) // 18))])
     if a.out:
-        sheet = image_grid([picture for row in shown for picture in row], 0, len(shown[0]))
+        sheet = image_grid([picture for row in sheet_rows for picture in row], 0, len(sheet_rows[0]))
         save_image(make_folder(a.out) / "generators.png", sheet)
     if a.json:
         write_report(

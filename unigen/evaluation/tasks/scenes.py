@@ -70,8 +70,8 @@ def _sample_request(tag: str, rng: np.random.Generator, index: int) -> tuple[tup
     a, b = (names[int(k)] for k in rng.choice(len(names), 2, replace=False))
 
     def tint(name: str, *but: str | None) -> str:
-        left = [color for color in allowed_colors(name) if color not in but]
-        return left[int(rng.integers(len(left)))]
+        colors = [color for color in allowed_colors(name) if color not in but]
+        return colors[int(rng.integers(len(colors)))]
 
     if tag == "single_object":
         return ((names[index % len(names)], None, 1),), None
@@ -102,12 +102,14 @@ def make_prompts(tag: str, count: int, seed: int) -> list[Example]:
         )
         if bool(held_out_combinations(groups)) != want:
             continue
-        behind = i % 2 == 1 if tag == "single_object" else i % 4 == 3
-        crowded = k > 20 * count  # all without a background are used up
-        background = list(BACKGROUNDS)[int(rng.integers(len(BACKGROUNDS)))] if behind or crowded else None
-        said = Facts(groups, background, relation)
-        meta = {"spec": geneval_spec(tag, said), "background": background, "heldout": want, "groups": groups}
-        items.setdefault(caption(said), Example(caption(said), tag, meta | {"relation": relation}))
+        has_background = i % 2 == 1 if tag == "single_object" else i % 4 == 3
+        prompts_exhausted = k > 20 * count  # all without a background are used up
+        background = (
+            list(BACKGROUNDS)[int(rng.integers(len(BACKGROUNDS)))] if has_background or prompts_exhausted else None
+        )
+        facts = Facts(groups, background, relation)
+        meta = {"spec": geneval_spec(tag, facts), "background": background, "heldout": want, "groups": groups}
+        items.setdefault(caption(facts), Example(caption(facts), tag, meta | {"relation": relation}))
     if len(items) < count:
         raise ValueError(f"there are only {len(items)} different prompts for {tag}: ask for fewer than {count}")
     return list(items.values())
@@ -130,22 +132,22 @@ class ScenesTask:
 
     def detect(self, pictures: Sequence[Image.Image], batch: int = 128) -> list[SceneDetections]:
         """What the detector finds in each picture, resized to the size that it was trained on."""
-        found: list[SceneDetections] = []
+        readings: list[SceneDetections] = []
         for i in range(0, len(pictures), batch):
             x_BCHW = to_pixels(pictures[i : i + batch], self.detector.config.image_size)
-            found += self.detector.detect(
+            readings += self.detector.detect(
                 x_BCHW, min(self.detector.config.threshold, self.detector.config.count_threshold)
             )
-        return found
+        return readings
 
     def judge(self, item: Example, reading: SceneDetections) -> dict[str, float]:
         """correct: GenEval's verdict; strict: and no surplus object; share of the clauses that hold; background,
         where the prompt names one."""
         config, spec = self.detector.config, item.meta["spec"]
         threshold = config.count_threshold if spec["tag"] == "counting" else config.threshold
-        found = geneval.group_by_class(reading.objects, threshold)
-        verdict = geneval.evaluate(spec, found)
-        strict = verdict.correct and not geneval.count_surplus_objects(spec, found)
+        readings = geneval.group_by_class(reading.objects, threshold)
+        verdict = geneval.evaluate(spec, readings)
+        strict = verdict.correct and not geneval.count_surplus_objects(spec, readings)
         scores = {"correct": float(verdict.correct), "strict": float(strict), "share": verdict.share}
         if item.meta["background"] is not None:
             scores["background"] = float(reading.background == item.meta["background"])
@@ -193,10 +195,15 @@ def summarize_scores(
 
     overall, strict = mean("correct"), mean("strict")
     assert overall is not None and strict is not None
-    behind = [s["background"] for row in scores for s in row if "background" in s]
+    has_background = [s["background"] for row in scores for s in row if "background" in s]
     best = float(np.mean([max(s["correct"] for s in row) for row in scores]))
     return ScenesResult(
-        overall, strict, mean("correct", False), mean("correct", True), float(np.mean(behind)) if behind else None, best
+        overall,
+        strict,
+        mean("correct", False),
+        mean("correct", True),
+        float(np.mean(has_background)) if has_background else None,
+        best,
     )
 
 
@@ -264,9 +271,9 @@ def main(args: list[str], command: str = "") -> int:
     """`unigen eval scenes ...`: print the table, write the report. ValueError for bad input."""
     a = parse_args(arguments(), args)
     start = time.perf_counter()
-    chosen = [rung for rung in BASELINES if getattr(a, rung)]
-    rungs = chosen or list(BASELINES)
-    with_model = not chosen or "shuffled" in chosen
+    selected_baselines = [rung for rung in BASELINES if getattr(a, rung)]
+    rungs = selected_baselines or list(BASELINES)
+    with_model = not selected_baselines or "shuffled" in selected_baselines
     task = ScenesTask(PROMPTS_PER_TAG[a.quick], a.seed)
     items = task.items()
     world: SceneRenderer | None = None
@@ -274,7 +281,7 @@ def main(args: list[str], command: str = "") -> int:
         try:
             world = SceneRenderer(task.detector.config.image_size)
         except ValueError as error:
-            if chosen:
+            if selected_baselines:
                 raise
             print(f"left out: oracle, reconstructions and nearest training pictures ({error})", file=sys.stderr)
     engine = load_engine(a) if with_model or "reconstructions" in rungs else None
@@ -288,13 +295,13 @@ def main(args: list[str], command: str = "") -> int:
         print(format_row(name, results[name]), flush=True)
         return scores
 
-    drawn: ImageGroups = []
+    images: ImageGroups = []
     if with_model:
         options = sampling_options(a) | ({"candidates": a.candidates} if a.candidates else {})
-        drawn = generate_outputs(engine, task, items, a.images, a.batch, a.seed, **options)
-        scores = report("model", drawn)
+        images = generate_outputs(engine, task, items, a.images, a.batch, a.seed, **options)
+        scores = report("model", images)
         if a.out:
-            write_outputs(a.out, items, drawn, scores)
+            write_outputs(a.out, items, images, scores)
     true = baselines.oracle_images(items, a.images, a.seed, world) if world else []
     if "oracle" in rungs and world:
         report("oracle", true)
@@ -302,22 +309,24 @@ def main(args: list[str], command: str = "") -> int:
         report("reconstructions", baselines.reconstruct_images(engine.model.image_tokenizer, true))
     if "nearest" in rungs and world:
         report("nearest", baselines.nearest_training_images(items, a.images, a.seed, world))
-    if "shuffled" in rungs and drawn:
-        report("shuffled", baselines.shuffle_images(items, drawn, a.seed))
+    if "shuffled" in rungs and images:
+        report("shuffled", baselines.shuffle_images(items, images, a.seed))
 
-    sample = [row[0] for row in (true or drawn)]
+    sample = [row[0] for row in (true or images)]
     noise = baselines.noise_images(200, task.detector.config.image_size, np.random.default_rng(a.seed))
-    nothing = {
+    false_positive_rates = {
         "noise": false_positive_rate(task, noise),
         "blends": false_positive_rate(task, baselines.blend_images(sample)),
     }
     first = next(iter(results))
     rows = [row for name, result in results.items() for row in report_rows(name, result, a.batch)]
-    rows += [{"name": f"objects found in {name}", "value": v, "unit": "share"} for name, v in nothing.items()]
+    rows += [
+        {"name": f"objects found in {name}", "value": v, "unit": "share"} for name, v in false_positive_rates.items()
+    ]
     for row in report_rows(first, results[first]):
         if row["name"].split()[-1] in ("strict", "seen", "heldout", "background", "prompt"):
             print(f"{row['name']}: {row['value']:.3f}")
-    print(", ".join(f"objects found in {name}: {v:.3f} of the pictures" for name, v in nothing.items()))
+    print(", ".join(f"objects found in {name}: {v:.3f} of the pictures" for name, v in false_positive_rates.items()))
     if a.json:
         overall = results[first].overall
         write_report(

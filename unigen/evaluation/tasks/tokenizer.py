@@ -25,9 +25,9 @@ _SEED_OFFSET = 7_800_000  # keeps these scenes apart from those of any training 
 def render_images(world: SceneRenderer, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """x (count, 3, H, W) in [-1, 1] and masks (count, 1, H, W), 1 where any object is."""
     rng = np.random.default_rng((seed, _SEED_OFFSET))
-    drawn = [world.render(sample_scene(rng, world.size)) for _ in range(count)]
-    x_BHWC = torch.from_numpy(np.stack([picture.image for picture in drawn]))
-    masks_BHW = torch.from_numpy(np.stack([picture.masks.any(0) for picture in drawn]))
+    rendered_scenes = [world.render(sample_scene(rng, world.size)) for _ in range(count)]
+    x_BHWC = torch.from_numpy(np.stack([picture.image for picture in rendered_scenes]))
+    masks_BHW = torch.from_numpy(np.stack([picture.masks.any(0) for picture in rendered_scenes]))
     return x_BHWC.permute(0, 3, 1, 2).float() / 127.5 - 1, masks_BHW[:, None].float()
 
 

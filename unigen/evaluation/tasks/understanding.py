@@ -39,21 +39,21 @@ _STREAM = 7_700_000  # keeps these scenes apart from those of any training seed
 
 def relation_table(scene: Scene) -> dict[str, list[str]]:
     """ "a|b" -> where a lies as seen from b by GenEval's rule, for objects that occur once under their name."""
-    single = [item for item in scene.items if sum(other.name == item.name for other in scene.items) == 1]
+    single = [item for item in scene.items if sum(other_object.name == item.name for other_object in scene.items) == 1]
     return {f"{a.name}|{b.name}": list(spatial_relations(a, b)) for a in single for b in single if a is not b}
 
 
 def score_caption(text: str, true: Facts, relations: dict[str, list[str]]) -> dict[str, float]:
     """1 or 0 for each attribute, and `correct` when all are right: the same objects, counts and colours, the right
     background (captions state it: a missing one is wrong), and a relation, if stated, that is true."""
-    said = parse_caption(text)
-    right = compare_facts(said, true)
-    right["relation"] = True
-    if said.relation is not None:
-        (a, _, m), (b, _, n) = said.groups[:2]
-        right["relation"] = m == n == 1 and said.relation in relations.get(f"{a}|{b}", [])
-    marks = {name: float(value) for name, value in right.items()}
-    return {"correct": float(all(right.values())), **marks}
+    caption_facts = parse_caption(text)
+    correct_attributes = compare_facts(caption_facts, true)
+    correct_attributes["relation"] = True
+    if caption_facts.relation is not None:
+        (a, _, m), (b, _, n) = caption_facts.groups[:2]
+        correct_attributes["relation"] = m == n == 1 and caption_facts.relation in relations.get(f"{a}|{b}", [])
+    marks = {name: float(value) for name, value in correct_attributes.items()}
+    return {"correct": float(all(correct_attributes.values())), **marks}
 
 
 def normalize_answer(text: str) -> str:
@@ -74,7 +74,7 @@ class UnderstandingTask:
     output: Literal["image", "text"] = "text"
 
     def items(self) -> list[Example]:
-        made: list[Example] = []
+        examples: list[Example] = []
         for i in range(self.count):
             rng = np.random.default_rng((self.seed, _STREAM, i))
             heldout = i % 2 == 1 if self.heldout is None else self.heldout
@@ -83,10 +83,10 @@ class UnderstandingTask:
             true = extract_facts(scene)
             meta: dict[str, Any] = {"groups": true.groups, "background": true.background, "relation": true.relation}
             meta |= {"heldout": heldout, "relations": relation_table(scene)}
-            made.append(Example([picture, CAPTION_PROMPT], "caption", meta))
+            examples.append(Example([picture, CAPTION_PROMPT], "caption", meta))
             for qa in questions(scene, rng)[: self.asked]:
-                made.append(Example([picture, qa.question], qa.kind, {"answer": qa.answer, "heldout": heldout}))
-        return made
+                examples.append(Example([picture, qa.question], qa.kind, {"answer": qa.answer, "heldout": heldout}))
+        return examples
 
     def score(self, item: Example, output: str) -> dict[str, float]:
         if item.tag != "caption":
@@ -110,13 +110,13 @@ def summarise(
     question."""
     sets: dict[str, list[float]] = {}
     for item, score in zip(items, scores, strict=True):
-        what = "captions" if item.tag == "caption" else "questions"
+        task_name = "captions" if item.tag == "caption" else "questions"
         kind = "heldout" if item.meta["heldout"] else "plain"
-        sets.setdefault(what, []).append(score["correct"])
-        sets.setdefault(f"{what} {kind}", []).append(score["correct"])
+        sets.setdefault(task_name, []).append(score["correct"])
+        sets.setdefault(f"{task_name} {kind}", []).append(score["correct"])
         parts = {k: v for k, v in score.items() if k != "correct"} or {item.tag: score["correct"]}
         for name, value in parts.items():
-            sets.setdefault(f"{what}: {name}", []).append(value)
+            sets.setdefault(f"{task_name}: {name}", []).append(value)
     rng = np.random.default_rng(seed)
     figures = {}
     for name in sorted(sets):
@@ -149,10 +149,12 @@ def main(args: list[str]) -> int:
     options: dict[str, Any] = {"max_tokens": 96} | sampling_options(a)
     captions = {"candidates": engine.model.template.candidates if a.candidates is None else a.candidates}
     outputs: list[list[Any]] = [[] for _ in items]
-    for asked, more in ((True, captions), (False, {})):
-        numbers = [k for k, item in enumerate(items) if (item.tag == "caption") == asked]
-        drawn = generate_outputs(engine, task, [items[k] for k in numbers], 1, a.batch, a.seed, **options, **more)
-        for k, output in zip(numbers, drawn, strict=True):
+    for is_caption, more in ((True, captions), (False, {})):
+        numbers = [k for k, item in enumerate(items) if (item.tag == "caption") == is_caption]
+        group_outputs = generate_outputs(
+            engine, task, [items[k] for k in numbers], 1, a.batch, a.seed, **options, **more
+        )
+        for k, output in zip(numbers, group_outputs, strict=True):
             outputs[k] = output
     scores = task.score_batch(items, [row[0] for row in outputs])
     figures = summarise(items, scores, a.seed)

@@ -43,9 +43,9 @@ def packed_linear(
         y = _transposed_linear(x, part_OI, rows)
         return y if part_O is None else y + part_O
     if _should_pack(x, rows) and weight_OI.dtype == x.dtype:
-        packed = _pack_weights((weight_OI,), start, stop)
-        if packed is not None:
-            return torch.ops.mkldnn._linear_pointwise(x, packed, part_O, "none", [], "")  # type: ignore[no-any-return]
+        packed_weight = _pack_weights((weight_OI,), start, stop)
+        if packed_weight is not None:
+            return torch.ops.mkldnn._linear_pointwise(x, packed_weight, part_O, "none", [], "")  # type: ignore[no-any-return]
     return nn.functional.linear(x, part_OI, part_O)
 
 
@@ -68,16 +68,16 @@ def fused_linears(x: Tensor, *groups: Sequence[nn.Module]) -> list[Tensor]:
     plain = [layer._parameters for layer in layers if type(layer) is PackedLinear]
     if x.is_cpu and len(plain) == len(layers) and not any([own["bias"] is not None for own in plain]):
         weights, rows = [own["weight"] for own in plain], x.numel() // x.shape[-1]
-        joined = None
+        fused = None
         if rows <= MAX_TRANSPOSED_ROWS and x.dtype == torch.float32 and not torch.is_grad_enabled():
             if (weight_OI := _fused_view(weights)) is not None:  # type: ignore[arg-type]
-                joined = _transposed_linear(x, weight_OI, rows)
+                fused = _transposed_linear(x, weight_OI, rows)
         elif _should_pack(x, rows) and all(weight.dtype == x.dtype for weight in weights):  # type: ignore[union-attr]
-            if (packed := _pack_weights(tuple(weights))) is not None:  # type: ignore[arg-type]
-                joined = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
-        if joined is not None:
+            if (packed_weight := _pack_weights(tuple(weights))) is not None:  # type: ignore[arg-type]
+                fused = torch.ops.mkldnn._linear_pointwise(x, packed_weight, None, "none", [], "")
+        if fused is not None:
             sizes = [sum([layer.out_features for layer in group]) for group in groups]
-            return list(joined.split_with_sizes(sizes, -1))  # type: ignore[arg-type]
+            return list(fused.split_with_sizes(sizes, -1))  # type: ignore[arg-type]
     parts = [[layer(x) for layer in group] for group in groups]
     return [torch.cat(part, -1) if len(part) > 1 else part[0] for part in parts]
 
@@ -85,26 +85,26 @@ def fused_linears(x: Tensor, *groups: Sequence[nn.Module]) -> list[Tensor]:
 def _fused_view(weights: Sequence[Tensor]) -> Tensor | None:
     """The weights as one, where each begins in memory where the one before it ends. The check is kept for as long as
     they stay where they are."""
-    first, begins = weights[0], [weight.data_ptr() for weight in weights]
-    known: Any = getattr(first, "_fused", None)
+    first_weight, begins = weights[0], [weight.data_ptr() for weight in weights]
+    known: Any = getattr(first_weight, "_fused", None)
     if known is None or known[0] != begins:
-        rows, width = 0, first.shape[1]
+        rows, width = 0, first_weight.shape[1]
         for begin, weight in zip(begins, weights, strict=True):
-            alike = weight.shape[1] == width and weight.dtype == first.dtype and weight.is_contiguous()
-            if not alike or begin != begins[0] + rows * width * weight.itemsize:
+            is_compatible = weight.shape[1] == width and weight.dtype == first_weight.dtype and weight.is_contiguous()
+            if not is_compatible or begin != begins[0] + rows * width * weight.itemsize:
                 return None
             rows += len(weight)
-        known = first._fused = begins, (rows, width)  # type: ignore[attr-defined]
+        known = first_weight._fused = begins, (rows, width)  # type: ignore[attr-defined]
     rows, width = known[1]
-    if (first.storage_offset() + rows * width) * first.itemsize > first.untyped_storage().nbytes():
+    if (first_weight.storage_offset() + rows * width) * first_weight.itemsize > first_weight.untyped_storage().nbytes():
         return None  # neighbours by chance
-    return first.as_strided((rows, width), (width, 1))
+    return first_weight.as_strided((rows, width), (width, 1))
 
 
 def _should_pack(x: Tensor, rows: int) -> bool:
     """Is this what a product in oneDNN's layout is faster for?"""
-    wide = x.dtype == torch.float32 and rows > MAX_TRANSPOSED_ROWS
-    return x.is_cpu and (wide or x.dtype == torch.bfloat16) and torch.is_inference_mode_enabled()
+    many_rows = x.dtype == torch.float32 and rows > MAX_TRANSPOSED_ROWS
+    return x.is_cpu and (many_rows or x.dtype == torch.bfloat16) and torch.is_inference_mode_enabled()
 
 
 def _pack_weights(weights: tuple[Tensor, ...], start: int = 0, stop: int | None = None) -> Tensor | None:
@@ -112,25 +112,31 @@ def _pack_weights(weights: tuple[Tensor, ...], start: int = 0, stop: int | None 
     none. The first weight keeps it."""
     if any(weight.is_inference() for weight in weights):  # they have no version
         return None
-    kept: Any = getattr(weights[0], "_packed", None)
-    if kept is None:
-        half = weights[0].dtype == torch.bfloat16
-        able = torch.ops.mkldnn._is_mkldnn_bf16_supported() if half else torch.backends.mkldnn.is_available()
-        if not able:
+    cache: Any = getattr(weights[0], "_packed", None)
+    if cache is None:
+        is_bfloat16 = weights[0].dtype == torch.bfloat16
+        is_supported = (
+            torch.ops.mkldnn._is_mkldnn_bf16_supported() if is_bfloat16 else torch.backends.mkldnn.is_available()
+        )
+        if not is_supported:
             return None
-        kept = _packed_weights[weights[0]] = weights[0]._packed = {}  # type: ignore[attr-defined]
+        cache = _packed_weights[weights[0]] = weights[0]._packed = {}  # type: ignore[attr-defined]
     key = len(weights), start, stop
-    tensors, was, packed = kept.get(key, ((), None, None))
-    now = [(weight._version, weight.data_ptr()) for weight in weights]  # `weight.data = other` leaves the version alone
-    if was != now or any(tensor() is not weight for tensor, weight in zip(tensors, weights, strict=True)):
+    tensors, packed_versions, packed_weight = cache.get(key, ((), None, None))
+    versions = [
+        (weight._version, weight.data_ptr()) for weight in weights
+    ]  # `weight.data = other` leaves the version alone
+    if packed_versions != versions or any(
+        tensor() is not weight for tensor, weight in zip(tensors, weights, strict=True)
+    ):
         rows_OI = (torch.cat(weights) if len(weights) > 1 else weights[0]).detach()[start:stop].contiguous()
-        others = sum(
+        packed_numel = sum(
             held.numel() for parts in _packed_weights.values() for *_, held in parts.values() if held is not None
         )
-        room = (others + rows_OI.numel()) * rows_OI.itemsize <= MAX_PACKED_BYTES
-        packed = torch.ops.mkldnn._reorder_linear_weight(rows_OI, 2) if room else None
-        kept[key] = [weakref.ref(weight) for weight in weights], now, packed
-    return packed  # type: ignore[no-any-return]
+        fits = (packed_numel + rows_OI.numel()) * rows_OI.itemsize <= MAX_PACKED_BYTES
+        packed_weight = torch.ops.mkldnn._reorder_linear_weight(rows_OI, 2) if fits else None
+        cache[key] = [weakref.ref(weight) for weight in weights], versions, packed_weight
+    return packed_weight  # type: ignore[no-any-return]
 
 
 class PackedLinear(nn.Linear):

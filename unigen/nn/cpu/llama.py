@@ -46,25 +46,25 @@ def llama_hidden(
     """
     eps = torch.tensor(decoder.config.rms_norm_eps)
     cos_BLE, sin_BLE = decoder.rotary_emb(embeds_BLD, positions_BL)
-    half = sin_BLE.shape[-1] // 2
+    half_width = sin_BLE.shape[-1] // 2
     cos_BL1E = cos_BLE[:, :, None]
-    sin_BL1E = torch.cat((-sin_BLE[..., :half], sin_BLE[..., half:]), -1)[:, :, None]
+    sin_BL1E = torch.cat((-sin_BLE[..., :half_width], sin_BLE[..., half_width:]), -1)[:, :, None]
     x_BLD = embeds_BLD
     for number, layer in enumerate(decoder.layers):
         part = layer.self_attn
         normed_BLD = _rms_norm(x_BLD, layer.input_layernorm.weight, eps)
-        both, value = fused_linears(normed_BLD, (part.q_proj, part.k_proj), (part.v_proj,))
-        both_BLHE = both.unflatten(-1, (-1, part.head_dim))
+        query_key, value = fused_linears(normed_BLD, (part.q_proj, part.k_proj), (part.v_proj,))
+        query_key_BLHE = query_key.unflatten(-1, (-1, part.head_dim))
         # rotary positions (Su et al. 2021, arXiv 2104.09864, eq. 34), its pairs half a head apart
-        both_BLHE = torch.addcmul(both_BLHE * cos_BL1E, both_BLHE.roll(half, -1), sin_BL1E)
+        query_key_BLHE = torch.addcmul(query_key_BLHE * cos_BL1E, query_key_BLHE.roll(half_width, -1), sin_BL1E)
         key_heads = value.shape[-1] // part.head_dim
-        query_BHLE, key_BKLE = both_BLHE.transpose(1, 2).split_with_sizes(
-            (both_BLHE.shape[2] - key_heads, key_heads), 1
+        query_BHLE, key_BKLE = query_key_BLHE.transpose(1, 2).split_with_sizes(
+            (query_key_BLHE.shape[2] - key_heads, key_heads), 1
         )
         value_BKLE = value.unflatten(-1, (-1, part.head_dim)).transpose(1, 2)
         keys, values = (key_BKLE, value_BKLE) if cache is None else cache.update(key_BKLE, value_BKLE, number)
-        mixed, _ = packed_attention(part, query_BHLE, keys, values, mask, part.scaling, packing=packing)
-        x_BLD = x_BLD + part.o_proj(mixed.flatten(2))
+        attended, _ = packed_attention(part, query_BHLE, keys, values, mask, part.scaling, packing=packing)
+        x_BLD = x_BLD + part.o_proj(attended.flatten(2))
         part = layer.mlp
         normed_BLD = _rms_norm(x_BLD, layer.post_attention_layernorm.weight, eps)
         gate, up = fused_linears(normed_BLD, (part.gate_proj,), (part.up_proj,))
