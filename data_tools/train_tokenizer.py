@@ -15,7 +15,7 @@ from unigen import hub
 from unigen.limits import limit_argument as limited
 from unigen.limits import number_argument
 from unigen.media.output import one_line_errors
-from unigen.models.tiny import SPECIAL_TOKENS, normalize_text
+from unigen.model.chat_template import SPECIAL_TOKENS, normalize_text
 from unigen.tokenizers import text
 from unigen.utils.argparser import OneLineParser
 from unigen.utils.disk import check_folder

@@ -39,8 +39,9 @@ from unigen.document import Document, Segment
 from unigen.generators.flow import FlowConfig
 from unigen.inference.engine import Engine
 from unigen.media.output import image_grid
+from unigen.model import assembly, chat_template
 from unigen.model.unified import Template, UnifiedModel
-from unigen.models import load, tiny
+from unigen.models import load
 from unigen.tokenizers import load_image_tokenizer
 from unigen.training.generator_setup import load_or_train_text_tokenizer, new_generators, normalize_generator_weights
 from unigen.training.muon import MuonAdamW
@@ -102,10 +103,10 @@ class DigitDocumentSampler:
 
 def new_model(cfg: DigitsConfig) -> UnifiedModel:
     image_tokenizer = load_image_tokenizer(cfg.image_tokenizer)
-    classes = tuple(tiny.class_token(i) for i in range(len(digits.NAMES)))
-    lines = [tiny.normalize_text(name) for name in digits.NAMES] * 20
+    classes = tuple(chat_template.class_token(i) for i in range(len(digits.NAMES)))
+    lines = [chat_template.normalize_text(name) for name in digits.NAMES] * 20
     text_tokenizer = load_or_train_text_tokenizer(
-        Path(cfg.run_dir) / "text_tokenizer", lines, 320, (*tiny.SPECIAL_TOKENS, *classes)
+        Path(cfg.run_dir) / "text_tokenizer", lines, 320, (*chat_template.SPECIAL_TOKENS, *classes)
     )
     shape = LlamaConfig(
         hidden_size=cfg.width,
@@ -116,7 +117,7 @@ def new_model(cfg: DigitsConfig) -> UnifiedModel:
         tie_word_embeddings=True,
     )
     torch.manual_seed(cfg.seed)
-    return tiny.build_from_config(shape, text_tokenizer, image_tokenizer, classes=digits.NAMES)
+    return assembly.build_from_config(shape, text_tokenizer, image_tokenizer, classes=digits.NAMES)
 
 
 def build(cfg: DigitsConfig) -> TrainSpec:
@@ -126,7 +127,7 @@ def build(cfg: DigitsConfig) -> TrainSpec:
     tokenizer_kinds = {generators.find_generator(name).own for name in shares if name not in model.heads}
     folders = {"multiscale": cfg.scale_tokenizer, "kl": cfg.kl_tokenizer}
     folders = {kind: folder for kind, folder in folders.items() if kind in tokenizer_kinds}
-    model = tiny.add_generators(model, tuple(shares), new_generators(model, shares, folders, {"flow": cfg.flow}))
+    model = assembly.add_generators(model, tuple(shares), new_generators(model, shares, folders, {"flow": cfg.flow}))
     size = model.image_tokenizer.image_size
     return TrainSpec(
         model=model,

@@ -40,8 +40,9 @@ from unigen.generators.base import SegmentSpec
 from unigen.generators.flow import Flow, FlowConfig
 from unigen.media.output import check_output, image_grid, save_image
 from unigen.media.pixels import to_images, to_pixels
+from unigen.model import chat_template
 from unigen.model.unified import UnifiedModel
-from unigen.models import load, tiny
+from unigen.models import load
 from unigen.nn.denoisers import DenoiserKind, build_denoiser
 from unigen.samplers.guidance import Guidance
 from unigen.samplers.logits import SamplingOptions
@@ -179,7 +180,7 @@ class ConditionEncoder(nn.Module):
 
 def template_of(model: UnifiedModel) -> Any:
     """Chats whose pictures are written by a flow after a begin token that the backbone knows."""
-    return tiny.ChatTemplate(model.text_tokenizer, {"flow": 0}, {"flow": tiny.BOI})
+    return chat_template.ChatTemplate(model.text_tokenizer, {"flow": 0}, {"flow": chat_template.BOI})
 
 
 def span_corruption(ids: Sequence[int], first: int, end: int, rng: np.random.Generator) -> tuple[list[int], list[int]]:

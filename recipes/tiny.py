@@ -77,8 +77,9 @@ from unigen.generators.transfusion import TransfusionConfig
 from unigen.inference.engine import Engine
 from unigen.media.output import image_grid
 from unigen.media.pixels import to_images
+from unigen.model import assembly, chat_template
 from unigen.model.unified import Template, UnifiedModel
-from unigen.models import load, tiny
+from unigen.models import load
 from unigen.tokenizers import load_image_tokenizer
 from unigen.toyworld.chats import DEFAULT_KIND_WEIGHTS, ChatSampler
 from unigen.toyworld.stories import text_corpus
@@ -246,9 +247,9 @@ def new_model(cfg: TinyConfig) -> UnifiedModel:
     from transformers import LlamaConfig
 
     image_tokenizer = load_image_tokenizer(cfg.image_tokenizer)
-    lines = map(tiny.normalize_text, text_corpus(20_000, cfg.seed))
+    lines = map(chat_template.normalize_text, text_corpus(20_000, cfg.seed))
     words = load_or_train_text_tokenizer(
-        Path(cfg.run_dir) / "text_tokenizer", lines, cfg.text_pieces, tiny.SPECIAL_TOKENS
+        Path(cfg.run_dir) / "text_tokenizer", lines, cfg.text_pieces, chat_template.SPECIAL_TOKENS
     )
     shape = LlamaConfig(
         hidden_size=cfg.backbone.hidden,
@@ -259,7 +260,7 @@ def new_model(cfg: TinyConfig) -> UnifiedModel:
         tie_word_embeddings=True,
     )
     torch.manual_seed(cfg.seed)
-    return tiny.build_from_config(shape, words, image_tokenizer)
+    return assembly.build_from_config(shape, words, image_tokenizer)
 
 
 def build(cfg: TinyConfig) -> TrainSpec:
@@ -270,7 +271,7 @@ def build(cfg: TinyConfig) -> TrainSpec:
     torch.manual_seed(cfg.seed)
     folders = {"multiscale": cfg.scale_tokenizer, "kl": cfg.kl_tokenizer}
     settings = {"flow": cfg.flow, "transfusion": cfg.transfusion, "token-flow": cfg.token_flow}
-    model = tiny.add_generators(model, tuple(shares), new_generators(model, shares, folders, settings))
+    model = assembly.add_generators(model, tuple(shares), new_generators(model, shares, folders, settings))
     model.backbone.requires_grad_(not cfg.freeze)
     if cfg.mistakes and "next-scale" not in shares:
         raise ValueError("mistakes are for next-scale to mend: add writers.next-scale=1, or leave them out")

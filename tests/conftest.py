@@ -64,8 +64,9 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import LlamaConfig
 
     from unigen import generators
+    from unigen.generators import build
     from unigen.generators.base import BuildContext
-    from unigen.models import tiny
+    from unigen.model import assembly, chat_template
     from unigen.tokenizers import text
     from unigen.tokenizers.kl import KLConfig, KLTokenizer
     from unigen.tokenizers.vq import VQConfig, VQTokenizer
@@ -74,7 +75,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     words = "a the blue red horse dog apple apples two three on background how many story about witch and raven".split()
     lines = [" " + " ".join(words[i:] + words[:i]) for i in range(len(words))] * 4
-    text.train_tokenizer(lines, folder / "text", 312, tiny.SPECIAL_TOKENS)
+    text.train_tokenizer(lines, folder / "text", 312, chat_template.SPECIAL_TOKENS)
     small: dict[str, Any] = {"image_size": 16, "codes": 32, "channels": 16, "decoder_channels": 16, "wide": 16}
     small |= {"encoder_blocks": (1, 1), "decoder_blocks": (1, 1)}
     image_tokenizer = VQTokenizer(VQConfig(**small))
@@ -95,14 +96,14 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "token-flow": {"width": 32},
     }
     heads = [
-        tiny.build_generator(
+        build.build_generator(
             name, BuildContext((2, 2), 0, config.hidden_size, tokenizers_by_kind[kind], settings.get(name, {}))
         )
         for name in generators.generator_names()
         if (kind := generators.find_generator(name).own)
     ]
     writers = ("next-token", *generators.generator_names())
-    model = tiny.build_from_config(config, text.load(folder / "text"), image_tokenizer, writers, heads)
+    model = assembly.build_from_config(config, text.load(folder / "text"), image_tokenizer, writers, heads)
     model.save(folder / "model")
     return folder / "model"
 

@@ -15,7 +15,8 @@ from unigen.commands.main import main
 from unigen.data import digits
 from unigen.document import Document, Segment
 from unigen.evaluation.tasks.digits import DigitsTask
-from unigen.models import load, tiny
+from unigen.model import assembly, chat_template
+from unigen.models import load
 from unigen.tokenizers import load_image_tokenizer, text
 
 NAMES = ("ant", "bee", "cow")
@@ -25,12 +26,14 @@ NAMES = ("ant", "bee", "cow")
 def class_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of three classes with random weights."""
     folder = tmp_path_factory.mktemp("classes")
-    specials = (*tiny.SPECIAL_TOKENS, *(tiny.class_token(i) for i in range(3)))
+    specials = (*chat_template.SPECIAL_TOKENS, *(chat_template.class_token(i) for i in range(3)))
     text.train_tokenizer([" ant bee cow"] * 20, folder / "text", 310, specials)
     shape = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
     torch.manual_seed(0)
     codes = load_image_tokenizer(tiny_folder / "image_tokenizer")
-    model = tiny.build_from_config(shape, text.load(folder / "text"), codes, ("next-token", "masked"), classes=NAMES)
+    model = assembly.build_from_config(
+        shape, text.load(folder / "text"), codes, ("next-token", "masked"), classes=NAMES
+    )
     for p in model.backbone.parameters():
         if p.ndim > 1:
             torch.nn.init.normal_(p, 0, 0.3)
@@ -62,16 +65,16 @@ def test_the_layout_and_the_folder(class_folder: Path) -> None:
     assert names[:5] == ["<s>", "<user>", "<class:2>", "<assistant>", "<boi>"] and names[-1] == "</s>"
     blind = model.text_tokenizer.convert_ids_to_tokens(model.template.encode(drawn, blind=True).ids)
     assert blind[2] == "<uncond>"
-    assert tiny.add_generators(model, ("next-token",)).template.classes == NAMES
+    assert assembly.add_generators(model, ("next-token",)).template.classes == NAMES
 
 
 def test_a_text_tokenizer_without_the_classes_is_named(tiny_folder: Path) -> None:
     model = load(tiny_folder)
     parts = model.backbone.lm, model.text_tokenizer, model.image_tokenizer, model.vocabulary.text_size
     with pytest.raises(ValueError, match=r"the text tokenizer has no <class:0>, <class:1>"):
-        tiny.build_model(*parts, classes=("a", "b"))
+        assembly.build_model(*parts, classes=("a", "b"))
     with pytest.raises(ValueError, match="of kind vq, of one scale"):
-        tiny.build_model(*parts[:2], model.heads["next-scale"].tokenizer, parts[3])
+        assembly.build_model(*parts[:2], model.heads["next-scale"].tokenizer, parts[3])
 
 
 def test_a_class_is_drawn_and_words_are_refused(class_folder: Path) -> None:

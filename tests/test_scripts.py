@@ -13,7 +13,8 @@ import torch
 from scripts import average, bench, quickstart, results, ship
 from unigen import hub
 from unigen.config import write_report
-from unigen.models import load, tiny
+from unigen.model import assembly
+from unigen.models import load
 
 
 def test_the_table_of_benches(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,7 +111,9 @@ def test_average_is_the_mean_of_weights(
     monkeypatch.setattr(sys, "argv", ["average", str(tmp_path / "out"), *both, "--weights=-0.5,1.5"])
     assert average.main() == 0
     torch.testing.assert_close(dict(load(tmp_path / "out").named_parameters())[lm], first[lm] + 1.5)
-    fewer = tiny.build_model(model.backbone.lm, model.text_tokenizer, model.image_tokenizer, model.vocabulary.text_size)
+    fewer = assembly.build_model(
+        model.backbone.lm, model.text_tokenizer, model.image_tokenizer, model.vocabulary.text_size
+    )
     fewer.save(tmp_path / "fewer")
     monkeypatch.setattr(sys, "argv", ["average", str(tmp_path / "out"), str(tiny_folder), str(tmp_path / "fewer")])
     assert average.main() == 0

@@ -23,7 +23,8 @@ from unigen.config import write_report
 from unigen.document import Document
 from unigen.inference.engine import Engine
 from unigen.limits import number_argument
-from unigen.models import load, tiny
+from unigen.model import assembly
+from unigen.models import load
 from unigen.nn.cpu.linear import packed_linear
 from unigen.utils.argparser import OneLineParser
 
@@ -48,7 +49,7 @@ def load_model(name: str, dtype: torch.dtype) -> Any:
         max_position_embeddings=1024,
         tie_word_embeddings=True,
     )
-    model = tiny.build_from_config(shape, base.text_tokenizer, VQTokenizer(VQConfig(image_size=128)))
+    model = assembly.build_from_config(shape, base.text_tokenizer, VQTokenizer(VQConfig(image_size=128)))
     return model.to(dtype).eval()
 
 

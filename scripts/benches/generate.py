@@ -21,9 +21,11 @@ import torch
 from unigen import generators
 from unigen.config import write_report
 from unigen.evaluation.call_counter import CallCounter
+from unigen.generators import build
 from unigen.inference.engine import Engine
 from unigen.limits import number_argument
-from unigen.models import load, tiny
+from unigen.model import assembly
+from unigen.models import load
 from unigen.tokenizers.kl import KLConfig, KLTokenizer
 from unigen.tokenizers.vq import VQConfig, VQTokenizer
 from unigen.utils.argparser import OneLineParser
@@ -45,12 +47,12 @@ def make_model(side: int, writers: list[str], dtype: torch.dtype) -> Any:
         "multiscale": VQTokenizer(VQConfig(image_size=pixels, quantizer="multiscale", scales=SCALES[side])),
         "kl": KLTokenizer(KLConfig(image_size=pixels)),
     }
-    frame = tiny.build_context(base.backbone.lm, base.text_tokenizer, image_tokenizer)
+    frame = assembly.build_context(base.backbone.lm, base.text_tokenizer, image_tokenizer)
     kinds = {name: generators.find_generator(name).own for name in writers}
     heads = [
-        tiny.build_generator(name, replace(frame, tokenizer=tokenizers[kind])) for name, kind in kinds.items() if kind
+        build.build_generator(name, replace(frame, tokenizer=tokenizers[kind])) for name, kind in kinds.items() if kind
     ]
-    model = tiny.build_from_config(shape, base.text_tokenizer, image_tokenizer, writers, heads)
+    model = assembly.build_from_config(shape, base.text_tokenizer, image_tokenizer, writers, heads)
     return model.to(dtype).eval()
 
 

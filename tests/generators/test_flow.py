@@ -20,7 +20,8 @@ from unigen.generators.token_flow import TokenFlowConfig
 from unigen.generators.transfusion import Transfusion, TransfusionConfig
 from unigen.inference.engine import Engine
 from unigen.media.pixels import to_pixels
-from unigen.models import load, tiny
+from unigen.model import assembly
+from unigen.models import load
 from unigen.nn.denoisers import DENOISERS as KINDS_OF_NETWORK
 from unigen.samplers.guidance import GUIDANCE_KINDS, RESCALE_FACTOR, Guidance, guided_velocity
 from unigen.training.objectives import MultiGeneratorLoss
@@ -150,7 +151,7 @@ def test_every_network_learns_and_draws(tiny_folder: Path, network: Any) -> None
     model = load(tiny_folder)
     torch.manual_seed(0)
     config = FlowConfig(network=network, layers=2, heads=2, head_dim=16, context_length=16)
-    model = tiny.add_generators(model, ["next-token"], [Flow(model.heads["flow"].tokenizer, 32, config)]).train()
+    model = assembly.add_generators(model, ["next-token"], [Flow(model.heads["flow"].tokenizer, 32, config)]).train()
     batch = pack([[model.template.encode(chat("a dog", PICTURES[0]), writer="flow")] * 4], 100, 16)
     optimizer = torch.optim.AdamW([p for p in model.heads["flow"].parameters() if p.requires_grad], lr=3e-3)
     objective, rng, losses = MultiGeneratorLoss(model.generators, {"flow": 1.0}), torch.Generator().manual_seed(0), []

@@ -14,7 +14,8 @@ from unigen.batch import pack
 from unigen.document import Document, Segment
 from unigen.generators.next_scale import NextScale
 from unigen.inference.engine import Engine
-from unigen.models import load, tiny
+from unigen.model import assembly
+from unigen.models import load
 from unigen.nn.attention import packed_mask
 from unigen.samplers.guidance import Guidance
 from unigen.tokenizers.vq import VQConfig, VQTokenizer
@@ -33,9 +34,9 @@ def engine(tiny_folder: Path) -> Engine:
     reader = VQTokenizer(VQConfig(image_size=32, codes=32, **small)).eval()
     head = NextScale(scales.eval(), known.backbone.width)
     parts = known.backbone.lm, known.text_tokenizer, reader, known.vocabulary.text_size
-    model = tiny.build_model(*parts, heads=[head]).eval()
+    model = assembly.build_model(*parts, heads=[head]).eval()
     with pytest.raises(ValueError, match="is for pictures of 32 pixels, the model's 16"):
-        tiny.add_generators(known, (), [head])
+        assembly.add_generators(known, (), [head])
     for module in (model.backbone, model.heads["next-scale"].project, model.heads["next-scale"].head):
         for p in module.parameters():
             if p.ndim > 1:

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
 from unigen.document import Document, Segment
 from unigen.inference.engine import Engine
-from unigen.models import load, tiny
+from unigen.model import assembly
+from unigen.models import load
 from unigen.samplers.logits import SamplingOptions
 from unigen.tokenizers import load_image_tokenizer, text
 
@@ -127,7 +128,7 @@ def test_a_model_says_how_it_is_drawn_from(tiny_folder: Path, tmp_path: Path) ->
     again = load(tmp_path / "model")
     assert (
         again.sampling
-        == tiny.add_generators(again, ("next-token",)).sampling
+        == assembly.add_generators(again, ("next-token",)).sampling
         == {"next-token": {"guidance": 2.5, "top_p": 0.6}}
     )
     engine = Engine(again)
@@ -208,6 +209,6 @@ def test_a_pretrained_language_model_grows_by_image_codes(tiny_folder: Path) -> 
     )
     lm = AutoModelForCausalLM.from_config(shape)
     before = lm.get_input_embeddings().weight[: len(tokenizer)].clone()
-    model = tiny.extend_vocabulary(lm, tokenizer, load_image_tokenizer(tiny_folder / "image_tokenizer"))
+    model = assembly.extend_vocabulary(lm, tokenizer, load_image_tokenizer(tiny_folder / "image_tokenizer"))
     assert model.vocabulary.size == len(tokenizer) + 32 == lm.get_output_embeddings().weight.shape[0]
     assert torch.equal(lm.get_input_embeddings().weight[: len(before)], before)

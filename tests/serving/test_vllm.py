@@ -43,11 +43,11 @@ LLAMA |= {"max_position_embeddings": 512, "tie_word_embeddings": True}
 
 def pieces(folder: Path) -> Any:
     """A text tokenizer of these words, trained there."""
-    from unigen.models import tiny
+    from unigen.model import chat_template
     from unigen.tokenizers import text
 
     lines = [" " + " ".join(WORDS[i:] + WORDS[:i]) for i in range(len(WORDS))] * 4
-    text.train_tokenizer(lines, folder, 312, tiny.SPECIAL_TOKENS)
+    text.train_tokenizer(lines, folder, 312, chat_template.SPECIAL_TOKENS)
     return text.load(folder)
 
 
@@ -56,13 +56,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of random weights, spread so that what is drawn depends on what was read: 8x8 codes out of 512."""
     from transformers import LlamaConfig
 
-    from unigen.models import tiny
+    from unigen.model import assembly
     from unigen.tokenizers.vq import VQConfig, VQTokenizer
 
     torch.manual_seed(0)
     scratch = tmp_path_factory.mktemp("wide")
     text, image_tokenizer = pieces(scratch / "text"), VQTokenizer(VQConfig(**SMALL))
-    model = tiny.build_from_config(LlamaConfig(**LLAMA), text, image_tokenizer)
+    model = assembly.build_from_config(LlamaConfig(**LLAMA), text, image_tokenizer)
     for p in model.backbone.parameters():
         if p.ndim > 1:
             p.data.normal_(0, 0.3)

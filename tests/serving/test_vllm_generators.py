@@ -33,8 +33,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import LlamaConfig
 
     from unigen import generators
+    from unigen.generators import build
     from unigen.generators.base import BuildContext
-    from unigen.models import tiny
+    from unigen.model import assembly
     from unigen.tokenizers.kl import KLConfig, KLTokenizer
     from unigen.tokenizers.vq import VQConfig, VQTokenizer
 
@@ -47,11 +48,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings: dict[str, Any] = {"flow": {"layers": 2, "heads": 2, "head_dim": 16, "context_length": 64}}
     config = LlamaConfig(**LLAMA)
     heads = [
-        tiny.build_generator(name, BuildContext((8, 8), 0, config.hidden_size, own[kind], settings.get(name, {})))
+        build.build_generator(name, BuildContext((8, 8), 0, config.hidden_size, own[kind], settings.get(name, {})))
         for name in WRITERS
         if (kind := generators.find_generator(name).own)
     ]
-    model = tiny.build_from_config(config, pieces(scratch / "text"), VQTokenizer(VQConfig(**SMALL)), WRITERS, heads)
+    model = assembly.build_from_config(config, pieces(scratch / "text"), VQTokenizer(VQConfig(**SMALL)), WRITERS, heads)
     for parameter in model.parameters():
         if parameter.ndim > 1 and parameter.requires_grad:
             parameter.data.normal_(0, 0.3)

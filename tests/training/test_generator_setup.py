@@ -8,7 +8,8 @@ import pytest
 
 from unigen.generators.flow import FlowConfig
 from unigen.generators.token_flow import TokenFlowConfig
-from unigen.models import load, tiny
+from unigen.model import assembly
+from unigen.models import load
 from unigen.tokenizers import save_tokenizer
 from unigen.training.generator_setup import new_generators, normalize_generator_weights
 
@@ -29,12 +30,12 @@ def test_shares_add_up_in_one_order() -> None:
 def test_heads_are_made_by_their_settings(tiny_folder: Path, tmp_path: Path) -> None:
     whole = load(tiny_folder)
     parts = whole.backbone.lm, whole.text_tokenizer, whole.image_tokenizer, whole.vocabulary.text_size
-    model = tiny.build_model(*parts)
+    model = assembly.build_model(*parts)
     kl = str(save_tokenizer(whole.heads["flow"].tokenizer, tmp_path / "kl"))
     shares = normalize_generator_weights({"next-token": 1.0, "token-flow": 1.0})
     heads = new_generators(model, shares, {"kl": kl, "multiscale": None}, {"token-flow": TokenFlowConfig(width=64)})
     assert [head.name for head in heads] == ["token-flow"] and heads[0].settings.width == 64
-    taught = tiny.add_generators(model, tuple(shares), heads)
+    taught = assembly.add_generators(model, tuple(shares), heads)
     assert list(taught.heads) == ["token-flow"] and taught.begin_tokens()["token-flow"] == "<spare:0>"
     assert new_generators(taught, shares, {}, {"token-flow": TokenFlowConfig()}) == []
     with pytest.raises(ValueError, match="another shape"):
@@ -49,10 +50,12 @@ def test_begin_tokens_survive_saving(tiny_folder: Path, tmp_path: Path) -> None:
     """A generator keeps its spare token when others are taught before it in order."""
     whole = load(tiny_folder)
     parts = whole.backbone.lm, whole.text_tokenizer, whole.image_tokenizer, whole.vocabulary.text_size
-    model = tiny.build_model(*parts, ["next-token"], [whole.heads["transfusion"]])
+    model = assembly.build_model(*parts, ["next-token"], [whole.heads["transfusion"]])
     assert model.begin_tokens()["transfusion"] == "<spare:0>"
     model.save(tmp_path / "model")
-    taught = tiny.add_generators(load(tmp_path / "model"), ["next-token", "token-flow"], [whole.heads["token-flow"]])
+    taught = assembly.add_generators(
+        load(tmp_path / "model"), ["next-token", "token-flow"], [whole.heads["token-flow"]]
+    )
     assert taught.begin_tokens() == {"next-token": "<boi>", "transfusion": "<spare:0>", "token-flow": "<spare:1>"}
 
 

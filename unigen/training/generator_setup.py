@@ -16,8 +16,9 @@ from torch import nn
 
 from unigen import generators, hub
 from unigen.config import to_dict
+from unigen.generators import build
+from unigen.model import assembly
 from unigen.model.unified import UnifiedModel
-from unigen.models import tiny
 from unigen.tokenizers import load_image_tokenizer, text
 from unigen.training.trainer import main_process_first
 
@@ -56,7 +57,7 @@ def new_generators(
     folders: of image tokenizers, by kind; settings: configurations (dataclasses) by generator. ValueError for a folder
     that is missing or not used, and for settings other than those of a generator that is there already.
     """
-    frame = tiny.build_context(model.backbone.lm, model.text_tokenizer, model.image_tokenizer)
+    frame = assembly.build_context(model.backbone.lm, model.text_tokenizer, model.image_tokenizer)
     heads: list[Any] = []
     for name in shares:
         generator, config = generators.find_generator(name), settings.get(name)
@@ -67,7 +68,7 @@ def new_generators(
             folder = folders.get(generator.own)
             tokenizer = load_image_tokenizer(folder) if folder else None
             context = replace(frame, tokenizer=tokenizer, settings={} if config is None else to_dict(config))
-            heads.append(tiny.build_generator(name, context))
+            heads.append(build.build_generator(name, context))
     used_kinds = {head.own for head in heads}
     if unused_kinds := [kind for kind, folder in folders.items() if folder and kind not in used_kinds]:
         raise ValueError(

@@ -1,0 +1,48 @@
+"""Generators built or loaded by their names, for a model of given parts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from unigen import generators, hub
+from unigen.generators.base import BuildContext, Generator
+from unigen.tokenizers import load_image_tokenizer
+
+
+def build_generator(name: str, context: BuildContext) -> Generator:
+    """An untrained generator.
+
+    Args:
+        name: as users write it, "next-token".
+        context: the sizes and ids of the model that it is for.
+
+    Raises:
+        ValueError: the name is unknown, or the generator needs an image tokenizer of its own and `context` has none.
+    """
+    generator_class = generators.find_generator(name)
+    kind = generator_class.own
+    if kind is not None and context.tokenizer is None:
+        option = "kind=kl" if kind == "kl" else f"model.quantizer={kind}"
+        raise ValueError(
+            f"{name} needs an image tokenizer of its own: unigen train recipes/tiny_vq.py {option} makes one"
+        )
+    generator: Generator = generator_class.of(context)
+    return generator
+
+
+def load_generator(folder: Path, context: BuildContext) -> Any:
+    """A generator with weights, as `UnifiedModel.save` wrote it. The name of the folder is the generator's."""
+    settings = hub.read_json(folder / "config.json")
+    tokenizer = load_image_tokenizer(folder / "tokenizer") if generators.find_generator(folder.name).own else None
+    head: Any = build_generator(folder.name, replace(context, tokenizer=tokenizer, settings=settings))
+    frozen = {} if tokenizer is None else {f"tokenizer.{name}": value for name, value in tokenizer.state_dict().items()}
+    hub.load_strict(head, frozen | hub.read_tensors(folder / "model.safetensors"), folder / "model.safetensors")
+    return head
+
+
+def load_generator_lazily(folder: Path, context: BuildContext) -> Any:
+    """`load_generator` for a factory that runs after the model is loaded: errors name the folder."""
+    with hub.wrap_load_errors(folder):
+        return load_generator(folder, context)

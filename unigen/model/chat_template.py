@@ -1,0 +1,202 @@
+"""The chat template of models assembled here: special tokens, and documents as ids and back.
+
+    <s><user> two apples on a blue background<assistant><boi> 64 codes <eoi></s>
+    <s><user><boi> 64 codes <eoi> how many apples?<assistant> two</s>
+
+A document is a chat. What the assistant says is learnt. The pictures of a user's message stand before its words, in
+whatever order they were given, since models were trained on that order. In the unconditional rendering, the second
+branch of guidance, every run of text is the one token <uncond> while the images stay: this is what training shows where
+it drops captions. A model may draw classes instead of words: <s><user><class:7><assistant><boi> 64 codes <eoi></s>.
+Text is lower case and each run opens with a space, so that a word has one spelling wherever it stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from unigen.batch import Layout, Tokens
+from unigen.document import Document
+from unigen.media.pixels import center_crop_resize
+from unigen.model.template import OUTPUTS, Output, images_first
+
+USER, ASSISTANT, BOI, EOI = "<user>", "<assistant>", "<boi>", "<eoi>"
+IMAGE, UNCOND, MASK = "<image>", "<uncond>", "<mask>"
+BEGIN_TOKENS = {"next-token": BOI, "next-scale": "<boi:scale>", "masked": "<boi:masked>", "flow": "<boi:flow>"}
+"""The begin token of each generator: it tells the backbone which generator writes the picture. Generators that are not
+listed take a spare token."""
+CONTEXT_GENERATOR = "next-token"
+"""The generator as which finished pictures stand in a chat: as codes in raster order."""
+SPARE_TOKENS = tuple(f"<spare:{i}>" for i in range(8))
+REQUIRED_TOKENS = (USER, ASSISTANT, EOI, IMAGE, UNCOND, MASK, *BEGIN_TOKENS.values())
+SPECIAL_TOKENS = (*REQUIRED_TOKENS, *SPARE_TOKENS)
+
+CHAT_TEMPLATE = (
+    "{{ '<s>' }}{% for message in messages %}{{ '<user>' if message['role'] == 'user' else '<assistant>' }}"
+    "{% if message['content'] is string %}{{ ' ' + message['content'] | trim | lower }}"
+    "{% elif message['role'] == 'user' %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<boi><image><eoi>' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] != 'image' %}{{ ' ' + part['text'] | trim | lower }}{% endfor %}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<boi><image><eoi>' }}"
+    "{% else %}{{ ' ' + part['text'] | trim | lower }}{% endif %}"
+    "{% endfor %}{% endif %}"
+    "{% if message['role'] == 'assistant' %}{{ '</s>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+
+
+def class_token(number: int) -> str:
+    """The special token of a class; the text tokenizer of a model that draws classes is trained with them."""
+    return f"<class:{number}>"
+
+
+def normalize_text(text: str) -> str:
+    """Text as the model reads it: lower case, single spaces, opening with one."""
+    return " " + " ".join(text.lower().split())
+
+
+class ChatTemplate:
+    """Documents as ids and back. positions: how many stand for a picture, by the generator that writes it, and words:
+    how many of them, the first, for the text before it; begins: the begin tokens of generators that are known
+    already; classes: the names of those that the model draws, if it does."""
+
+    reader = CONTEXT_GENERATOR
+    candidates = 16
+    variable_size = False
+    scales = 1
+    system = False
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        positions: Mapping[str, int],
+        begins: Mapping[str, str] | None = None,
+        classes: Sequence[str] = (),
+        text_lengths: Mapping[str, int] | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.positions, self.text_lengths = dict(positions), dict(text_lengths or {})
+        self.classes = tuple(classes)
+        self.settings: dict[str, Any] = {}
+        outputs: tuple[Output, ...] = tuple(name for name in OUTPUTS if name != "pair" or self.text_lengths)
+        self.outputs = ("image",) if classes else outputs
+        begins = BEGIN_TOKENS | dict(begins or {})
+        needed = [*REQUIRED_TOKENS, *begins.values(), *map(class_token, range(len(self.classes)))]
+        known = {name: tokenizer.convert_tokens_to_ids(name) for name in (*SPECIAL_TOKENS, *needed)}
+        self.special = {name: id for name, id in known.items() if id not in (None, tokenizer.unk_token_id)}
+        if missing := [name for name in needed if name not in self.special]:
+            raise ValueError(
+                f"the text tokenizer has no {', '.join(missing)}: train a new one (data_tools/train_tokenizer.py)"
+            )
+        self.start: int = tokenizer.bos_token_id
+        self.eos_id: int = tokenizer.eos_token_id
+        self.turn_ends: tuple[int, ...] = (self.eos_id,)
+        self.image_end_id: int = self.special[EOI]
+        spare_tokens = [name for name in SPARE_TOKENS if name in self.special and name not in begins.values()]
+        if len(new_names := [name for name in positions if name not in begins]) > len(spare_tokens):
+            raise ValueError(
+                f"no begin token is left for {', '.join(new_names)}: the text tokenizer has "
+                f"{len(spare_tokens)} spare ones; "
+                f"teach fewer ways of writing, or begin with a new text tokenizer (leave init_from out)"
+            )
+        begins |= dict(zip(new_names, spare_tokens, strict=False))
+        self.begins: dict[str, int] = {name: self.special[begins[name]] for name in positions}
+
+    def encode(self, document: Document, *, blind: bool = False, writer: str = CONTEXT_GENERATOR) -> Tokens:
+        """A whole chat, its last turn ended where the assistant speaks last.
+
+        writer: the generator that writes the assistant's last picture. Where it is not the one that pictures are read
+        back by, the chat ends with that picture, since nothing later would see it as it was written.
+        """
+        if writer != CONTEXT_GENERATOR:
+            said = [i for i, s in enumerate(document.segments) if s.image is not None and s.role == "assistant"]
+            assert said, "no picture is written in this chat"
+            return self._turns(Document(document.segments[: said[-1] + 1]), blind, writer)
+        tokens = self._turns(document, blind)
+        if document.segments[-1].role == "assistant":
+            tokens.add([self.eos_id], loss=not blind)
+        return tokens
+
+    def layout(self, grid: tuple[int, int]) -> Layout:
+        return Layout(grid, closing=(self.image_end_id,))
+
+    def preprocess(self, image: Image.Image, size: int) -> np.ndarray:
+        return center_crop_resize(image, size)
+
+    def prefix(self, ids: Sequence[int]) -> int:
+        return 0
+
+    def prompt(self, document: Document, *, output: Output = "image", blind: int = 0) -> Tokens:
+        """A chat up to where the assistant goes on, whether it has begun its answer or not, whatever is asked for."""
+        tokens = self._turns(document, bool(blind))
+        if document.segments[-1].role == "user":
+            tokens.add([self.special[ASSISTANT]])
+        return tokens
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, as the user reads it."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+
+    def _turns(self, document: Document, blind: bool, writer: str = CONTEXT_GENERATOR) -> Tokens:
+        tokens = Tokens()
+        tokens.add([self.start])
+        role, after_text = None, False
+        for number, segment in enumerate(images_first(document.segments), start=1):
+            if segment.role == "system":
+                raise ValueError("this model follows no system messages: leave them out")
+            if segment.role != role:
+                after_text = False
+                if role == "assistant":
+                    tokens.add([self.eos_id], loss=not blind)
+                role = segment.role
+                tokens.add([self.special[USER if role == "user" else ASSISTANT]])
+            learnt = role == "assistant"
+            if segment.image is not None:
+                last = number == len(document.segments)
+                name = writer if last else CONTEXT_GENERATOR
+                tokens.add([self.begins[name]], loss=learnt and not blind)
+                tokens.add_image(segment.image, self.positions[name], loss=learnt, writer=name)
+                if name in self.text_lengths:
+                    start = tokens.spans[-1][0]
+                    tokens.ids[start : start + self.text_lengths[name]] = self.prefix_text_ids(document, name)
+                if name == CONTEXT_GENERATOR:
+                    tokens.add([self.image_end_id])
+            elif blind:
+                tokens.add([] if after_text else [self.special[UNCOND]])  # one for the whole run of text
+            elif segment.label is not None:
+                tokens.add([self.special[class_token(self.number(segment.label))]])
+            elif self.classes:
+                raise ValueError(f"this model draws classes, not words: give {self.describe_classes()}")
+            else:
+                tokens.add(self.text_ids(segment.text or ""), loss=learnt)
+            after_text = segment.image is None
+        return tokens
+
+    def prefix_text_ids(self, document: Document, writer: str) -> list[int]:
+        """The ids of the last text, cut or filled up with ends of turn to the positions that this generator has."""
+        said = [self.text_ids(segment.text) for segment in document.segments if segment.text]
+        ids = said[-1][: self.text_lengths[writer]] if said else []
+        return ids + [self.eos_id] * (self.text_lengths[writer] - len(ids))
+
+    def number(self, label: int | str) -> int:
+        """Of a class, by its number or name. Raises ValueError naming the classes there are."""
+        if not self.classes:
+            raise ValueError("this model draws words, not classes: say what to draw in words")
+        if label in self.classes:
+            return self.classes.index(str(label))
+        number = int(label) if str(label).isdecimal() else -1
+        if not 0 <= number < len(self.classes):
+            raise ValueError(f"unknown class {label!r}: give {self.describe_classes()}")
+        return number
+
+    def describe_classes(self) -> str:
+        names = ", ".join(self.classes[:10]) + (", ..." if len(self.classes) > 10 else "")
+        return f"a class from 0 to {len(self.classes) - 1}, or its name ({names})"
+
+    def text_ids(self, text: str) -> list[int]:
+        """Ids of one run of text; a special token's name typed by a user is text, never the token."""
+        return self.tokenizer(normalize_text(text), add_special_tokens=False, split_special_tokens=True)["input_ids"]
