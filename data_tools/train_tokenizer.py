@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from typing import TextIO
 
-from unigen import hub
+from unigen.hub.folders import replacing_folder
 from unigen.limits import limit_argument as limited
 from unigen.limits import number_argument
 from unigen.media.output import one_line_errors
@@ -60,7 +60,7 @@ def main() -> int:
     if folder.exists() and any(folder.iterdir()) and not (folder / "tokenizer.json").is_file():
         raise ValueError(f"{folder} is there and holds no tokenizer: choose another folder")
     lines = read_sentences(args.text, args.sentences, args.seed)
-    with hub.replacing_folder(folder) as scratch:
+    with replacing_folder(folder) as scratch:
         text.train_tokenizer(lines, scratch, args.vocab_size, SPECIAL_TOKENS)
     print(f"wrote {args.folder}")
     return 0

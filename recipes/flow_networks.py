@@ -30,7 +30,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from unigen import hub
 from unigen.batch import Batch, Tokens, pack
 from unigen.config import OptimConfig, RunConfig, apply_overrides, write_report
 from unigen.document import Document, Segment
@@ -38,6 +37,7 @@ from unigen.evaluation.runner import make_folder
 from unigen.evaluation.tasks.scenes import ScenesTask, score_pictures, summarize_scores
 from unigen.generators.base import SegmentSpec
 from unigen.generators.flow import Flow, FlowConfig
+from unigen.hub.folders import replacing_folder
 from unigen.media.output import check_output, image_grid, save_image
 from unigen.media.pixels import to_images, to_pixels
 from unigen.model import chat_template
@@ -247,7 +247,7 @@ def text_encoder(cfg: NetworksConfig, model: UnifiedModel) -> nn.Module:
             optimizer.step()
             if (step + 1) % 250 == 0:
                 print(f"text encoder: step {step + 1}/{cfg.encoder_steps}  loss {float(loss.detach()):.3f}", flush=True)
-        with hub.replacing_folder(folder) as scratch:
+        with replacing_folder(folder) as scratch:
             t5.save_pretrained(scratch)
     encoder: Any = T5EncoderModel.from_pretrained(folder, local_files_only=True)
     names = ("d_model", "vocab_size", "num_layers", "d_ff", "num_heads")

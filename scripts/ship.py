@@ -13,7 +13,7 @@ import sys
 
 import torch
 
-from unigen import hub
+from unigen.hub.resolve import ASSETS
 from unigen.media.output import one_line_errors
 from unigen.models import load
 
@@ -22,7 +22,7 @@ MAX_ASSET_BYTES = 40_000_000
 
 
 def asset_bytes(folder: str) -> int:
-    return sum(file.stat().st_size for file in (hub.ASSETS / folder).rglob("*.safetensors"))
+    return sum(file.stat().st_size for file in (ASSETS / folder).rglob("*.safetensors"))
 
 
 @one_line_errors
@@ -32,7 +32,7 @@ def main() -> int:
     parser.add_argument("name", help="the name it is loaded by, such as unigen-tiny")
     parser.add_argument("--without", metavar="NAME", action="append", default=[], help="a generator to leave out")
     args = parser.parse_args()
-    target = hub.ASSETS / args.name
+    target = ASSETS / args.name
     model = load(args.folder)
     for name in args.without:
         if name not in model.heads:
@@ -40,9 +40,7 @@ def main() -> int:
             raise ValueError(f"--without {name}: {args.folder} has no such generator with weights; it has {available}")
         del model.heads[name], model.generators[name], model.template.begins[name]
         model.sampling.pop(name, None)
-    other_bytes = sum(
-        asset_bytes(folder.name) for folder in hub.ASSETS.iterdir() if folder.is_dir() and folder != target
-    )
+    other_bytes = sum(asset_bytes(folder.name) for folder in ASSETS.iterdir() if folder.is_dir() and folder != target)
     total = other_bytes + 2 * sum(p.numel() for p in model.parameters())
     if total > MAX_ASSET_BYTES:
         raise ValueError(f"the shipped weights would have {total / 1e6:.1f} MB, more than {MAX_ASSET_BYTES / 1e6:.0f}")

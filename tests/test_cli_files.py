@@ -22,11 +22,12 @@ import pytest
 from PIL import Image
 
 from tests.test_cli import FakeEngine, engine, files, picture, raise_invalid  # noqa: F401
-from unigen import hub
 from unigen.commands.main import main
 from unigen.document import Document
+from unigen.hub.folders import replacing_folder
 from unigen.media import output
 from unigen.media.output import markdown_code, write_story
+from unigen.model import unified
 from unigen.utils.disk import check_folder, disk_errors
 
 LONGEST = 255
@@ -263,7 +264,7 @@ def test_folders_that_may_not_be_written_are_refused_before_the_work(
 @pytest.mark.parametrize("name", ["a" * 255, "雪" * 85, "model"])
 def test_folders_of_the_longest_names_are_replaced(tmp_path: Path, name: str) -> None:
     for text in ("old", "new"):
-        with hub.replacing_folder(tmp_path / name) as scratch:
+        with replacing_folder(tmp_path / name) as scratch:
             (scratch / "file").write_text(text)
     assert (tmp_path / name / "file").read_text() == "new" and files(tmp_path) == {name}
 
@@ -314,7 +315,7 @@ def test_a_full_disk_while_a_model_is_converted(
         "ours": RuntimeError("a bug"),
     }
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hub, "write_tensors", raised(kinds[error]))
+    monkeypatch.setattr(unified, "write_tensors", raised(kinds[error]))
     if error == "ours":
         with pytest.raises(RuntimeError, match="a bug"):
             main(["convert", str(tiny_folder), "-o", "new"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import unigen
-from unigen import hub
+from unigen.hub.resolve import MANIFEST, read_json
 from unigen.inference.engine import Engine
 from unigen.models import load
 
@@ -81,4 +81,4 @@ def test_a_damaged_head_is_one_line_when_it_is_asked_for(tiny_folder: Path, tmp_
     with pytest.raises(ValueError) as error:
         engine.generate("a dog", generator="flow")
     assert "flow" in str(error.value) and "\n" not in str(error.value)
-    assert hub.read_json(tmp_path / "model" / hub.MANIFEST)["format"] == 1
+    assert read_json(tmp_path / "model" / MANIFEST)["format"] == 1

@@ -15,12 +15,13 @@ from PIL import Image
 
 import unigen
 from tests.parity import llamagen as llamagen_case
-from unigen import hub
 from unigen.backends.composed import FALLBACK_SAMPLING, MAX_PASSAGE_TOKENS, ComposedEngine, load_transformers
 from unigen.backends.connector import encode_prompt
 from unigen.backends.diffusers_engine import DiffusersEngine
 from unigen.commands import main as cli
 from unigen.document import Document, Segment
+from unigen.hub.resolve import weights_variant
+from unigen.hub.weights import read_tensors, write_tensors
 from unigen.serving.jobs import Error, Finished, Job, Part, Rejected, Started
 from unigen.serving.worker import SequentialWorker
 from unigen.utils.numbers import NonFiniteError
@@ -684,9 +685,9 @@ def keep_half(folder: Path, parts: str) -> None:
 
 def lose(folder: Path, part: str, name: str) -> None:
     path = next((folder / part).glob("*.safetensors"))
-    state = hub.read_tensors(path)
+    state = read_tensors(path)
     del state[next(key for key in state if key.endswith(name))]
-    hub.write_tensors(path, state)
+    write_tensors(path, state)
 
 
 @pytest.mark.parametrize("parts", ["*", "unet", "text_encoder"])
@@ -694,7 +695,7 @@ def test_weights_of_a_variant_are_read_where_there_are_no_others(
     parts: str, stable_diffusion_folder: Path, words_engine: DiffusersEngine, tmp_path: Path
 ) -> None:
     shutil.copytree(stable_diffusion_folder, tmp_path / "half")
-    assert hub.weights_variant(tmp_path / "half") is None
+    assert weights_variant(tmp_path / "half") is None
     keep_half(tmp_path / "half", parts)
     drawn = unigen.load(str(tmp_path / "half"), "cpu").generate("a", **SMALL)
     assert drawn.tobytes() == words_engine.generate("a", **SMALL).tobytes()

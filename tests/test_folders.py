@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from unigen import hub
+from unigen.hub import folders
 
 
 def write(folder: Path, text: str) -> None:
-    with hub.replacing_folder(folder) as scratch:
+    with folders.replacing_folder(folder) as scratch:
         (scratch / "weights").write_text(text)
 
 
@@ -47,12 +47,12 @@ def test_a_kill_leaves_a_whole_folder(exchange: bool, tmp_path: Path, monkeypatc
     write(folder, "old")
     assert not beside(folder)
     if not exchange:  # as on systems that cannot
-        monkeypatch.setattr(hub, "_swap_paths", lambda *_: False)
-    elif not hub._swap_paths(*map(tmp_path.joinpath, "model model".split())):
+        monkeypatch.setattr(folders, "_swap_paths", lambda *_: False)
+    elif not folders._swap_paths(*map(tmp_path.joinpath, "model model".split())):
         pytest.skip("this file system cannot exchange folders")
 
     def before(here: Callable[[], None]) -> None:
-        with hub.replacing_folder(folder) as scratch:
+        with folders.replacing_folder(folder) as scratch:
             (scratch / "weights").write_text("new")
             here()
 
@@ -60,7 +60,7 @@ def test_a_kill_leaves_a_whole_folder(exchange: bool, tmp_path: Path, monkeypatc
         """Killed as soon as the folder has another name, or is another one."""
         real = os.replace
         if exchange:
-            monkeypatch.setattr(hub.shutil, "rmtree", lambda *_, **__: here())
+            monkeypatch.setattr(folders.shutil, "rmtree", lambda *_, **__: here())
         else:
             monkeypatch.setattr(os, "replace", lambda a, b: (real(a, b), here()))
         write(folder, "new")
@@ -71,7 +71,7 @@ def test_a_kill_leaves_a_whole_folder(exchange: bool, tmp_path: Path, monkeypatc
     assert not beside(folder)
     killed(after)
     assert folder.exists() is exchange
-    with hub.replacing_folder(folder):
+    with folders.replacing_folder(folder):
         assert (folder / "weights").read_text() == ("new" if exchange else "old"), "it has come back"
     assert not beside(folder) and not list(folder.iterdir())
 
@@ -81,7 +81,7 @@ def test_what_others_still_write_stays(tmp_path: Path) -> None:
     strangers = ".model.previous", ".model.ab12cd_9.txt", ".model2.ab12cd_9.scratch"
     for name in strangers:
         (tmp_path / name).mkdir()
-    with hub.replacing_folder(folder) as one:
+    with folders.replacing_folder(folder) as one:
         (one / "weights").write_text("one")
         write(folder, "two")
         assert (one / "weights").exists()
@@ -98,22 +98,22 @@ def test_a_link_stays_and_what_it_names_is_replaced(tmp_path: Path) -> None:
         assert not beside(link) and not beside(real)
     left = real.parent / ".v1.ab12cd_9.scratch"
     left.mkdir()
-    hub.clear_scratch(link)
+    folders.clear_scratch(link)
     assert not left.exists()
 
 
 def test_a_lock_ends_with_its_process_and_not_with_its_children(tmp_path: Path) -> None:
     def parent(here: Callable[[], None]) -> None:
-        assert hub.lock(tmp_path)
+        assert folders.lock(tmp_path)
         if os.fork() == 0:
             time.sleep(3)
             os._exit(0)
         with pytest.raises(BlockingIOError):
-            hub.lock(tmp_path)
+            folders.lock(tmp_path)
         here()
 
     killed(parent)
-    handle = hub.lock(tmp_path)
+    handle = folders.lock(tmp_path)
     assert handle is not None
-    hub.unlock(handle)
-    hub.unlock(hub.lock(tmp_path))
+    folders.unlock(handle)
+    folders.unlock(folders.lock(tmp_path))

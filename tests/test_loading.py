@@ -10,7 +10,8 @@ import pytest
 
 import unigen
 from tests.tiny_pipelines import make_pipeline
-from unigen import hub
+from unigen.hub.resolve import CONFIG, read_json
+from unigen.hub.weights import load_pretrained
 
 
 def test_a_pipeline_without_a_part_that_its_class_wants(tmp_path: Path) -> None:
@@ -25,8 +26,8 @@ def test_a_pipeline_without_a_part_that_its_class_wants(tmp_path: Path) -> None:
 
 def test_json_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
     for mark in (b"\xef\xbb\xbf", b""):
-        (tmp_path / hub.CONFIG).write_bytes(mark + '{"name": "é"}'.encode())
-        assert hub.read_json(tmp_path / hub.CONFIG) == {"name": "é"}
+        (tmp_path / CONFIG).write_bytes(mark + '{"name": "é"}'.encode())
+        assert read_json(tmp_path / CONFIG) == {"name": "é"}
 
 
 def test_a_config_of_other_sizes_names_the_tensors(causal_lm_folder: Path, tmp_path: Path) -> None:
@@ -34,9 +35,9 @@ def test_a_config_of_other_sizes_names_the_tensors(causal_lm_folder: Path, tmp_p
 
     folder = tmp_path / "model"
     shutil.copytree(causal_lm_folder, folder)
-    assert hub.load_pretrained(AutoModelForCausalLM, folder, None)
-    config = json.loads((folder / hub.CONFIG).read_text())
-    (folder / hub.CONFIG).write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 7}))
+    assert load_pretrained(AutoModelForCausalLM, folder, None)
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 7}))
     with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight") as error:
-        hub.load_pretrained(AutoModelForCausalLM, folder, None)
+        load_pretrained(AutoModelForCausalLM, folder, None)
     assert "\n" not in str(error.value) and "above" not in str(error.value)

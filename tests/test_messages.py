@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from unigen import hub
 from unigen.commands.main import COMMANDS, main
+from unigen.hub import resolve
 from unigen.training.recipe_files import find_recipe
 from unigen.utils.text import did_you_mean
 
@@ -134,7 +134,7 @@ def test_models_that_are_not_there(name: str, told: str, tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     Path("weights.safetensors").touch()
     with pytest.raises(ValueError) as raised:
-        hub.resolve(name)
+        resolve.resolve(name)
     said = str(raised.value)
     assert told in said and ("hub" not in said or "owner/name" in said)
 
@@ -151,10 +151,10 @@ def test_a_path_is_never_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> No
         asked.append((repo, revision))
         return Path(".")
 
-    monkeypatch.setattr(hub, "fetch_snapshot", snapshot)
+    monkeypatch.setattr(resolve, "fetch_snapshot", snapshot)
     for name in ("./nofolder", "../nofolder", "~/nofolder"):
         with pytest.raises(ValueError):
-            hub.resolve(name)
+            resolve.resolve(name)
     assert asked == []
-    hub.resolve("owner/name@refs/pr/1")
+    resolve.resolve("owner/name@refs/pr/1")
     assert asked == [("owner/name", "refs/pr/1")]

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from scripts import average, bench, quickstart, results, ship
-from unigen import hub
 from unigen.config import write_report
 from unigen.model import assembly
 from unigen.models import load
@@ -77,7 +76,7 @@ def test_ship_refuses_what_is_no_model(root: Path, tmp_path: Path) -> None:
 def test_ship_leaves_out_what_is_not_good_enough(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(hub, "ASSETS", tmp_path)
+    monkeypatch.setattr(ship, "ASSETS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["ship", str(tiny_folder), "some", "--without", "flow", "--without", "next-scale"])
     assert ship.main() == 0
     shipped, whole = load(tmp_path / "some"), load(tiny_folder)

@@ -88,12 +88,12 @@ def load(
         return load_one(name or "unigen-tiny", device, torch_dtype, quantization)
     if lmm is None or generator is None or name is not None:
         raise ValueError("give one name, or both an lmm that reads and a generator that draws")
-    from unigen import hub
     from unigen.backends.composed import ComposedEngine
     from unigen.backends.connector import load_connector
+    from unigen.hub.resolve import resolve
 
     connector = (
-        None if adapter is None else load_connector(hub.resolve(adapter)[0])
+        None if adapter is None else load_connector(resolve(adapter)[0])
     )  # the smallest of them before the others
     reader = load_one(lmm, device, torch_dtype, quantization, reads=True, composed=True)
     return ComposedEngine(reader, load_one(generator, device, torch_dtype, quantization, composed=True), connector)

@@ -12,10 +12,10 @@ from PIL import Image
 
 import unigen
 from tests.parity import emu3 as case
-from unigen import hub
 from unigen.commands import main as cli
 from unigen.config import save_json
 from unigen.document import Document, Segment
+from unigen.hub.resolve import read_json
 from unigen.inference.scoring import _unpacked_log_likelihood
 
 
@@ -69,7 +69,7 @@ def test_a_picture_is_read_in_its_own_shape(folder: Path) -> None:
 def test_a_folder_as_transformers_5_saves_it(folder: Path, tmp_path: Path) -> None:
     """The settings of the image processor stand in processor_config.json alone."""
     shutil.copytree(folder, tmp_path / "saved")
-    settings = hub.read_json(tmp_path / "saved" / "preprocessor_config.json")
+    settings = read_json(tmp_path / "saved" / "preprocessor_config.json")
     (tmp_path / "saved" / "preprocessor_config.json").unlink()
     save_json(tmp_path / "saved" / "processor_config.json", {"image_processor": settings})
     first, second = (unigen.load(str(place), "cpu") for place in (folder, tmp_path / "saved"))

@@ -14,9 +14,10 @@ from tokenizers import Tokenizer
 
 import unigen
 from tests.parity import janus as case
-from unigen import hub
 from unigen.config import save_json
 from unigen.document import Document, Segment
+from unigen.hub.resolve import read_json
+from unigen.hub.weights import read_tensors, write_tensors
 from unigen.models import convert, janus
 
 
@@ -30,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pickled(folder: Path, to: Path, shards: int) -> Path:
     """The folder with its weights as Janus-Pro's are published: pickles, in shards where there are several."""
     shutil.copytree(folder, to)
-    state = hub.read_tensors(to / "model.safetensors")
+    state = read_tensors(to / "model.safetensors")
     (to / "model.safetensors").unlink()
     names = sorted(state)
     if shards == 1:
@@ -53,7 +54,7 @@ def named(folder: Path, to: Path, harm: dict[str, dict[str, Any]] | None = None)
     """A copy of the folder, whose files of settings say more."""
     shutil.copytree(folder, to)
     for file, more in (harm or {}).items():
-        said = hub.read_json(to / file) if (to / file).is_file() else {}
+        said = read_json(to / file) if (to / file).is_file() else {}
         save_json(to / file, said | more)
     return to
 
@@ -119,7 +120,7 @@ def test_pictures_are_read_alone_as_in_a_batch(folder: Path) -> None:
 def test_the_layout_of_transformers(tmp_path: Path, tied: bool) -> None:
     """Read with a head of its own or with the embeddings as its head, and written in the authors' layout."""
     case.transformers_checkpoint(tmp_path / "theirs", tied, heads=2)
-    stored = hub.read_tensors(tmp_path / "theirs" / "model.safetensors")
+    stored = read_tensors(tmp_path / "theirs" / "model.safetensors")
     assert ("lm_head.weight" in stored) == (not tied)
     first = unigen.load(str(tmp_path / "theirs"), "cpu")
     head, table = (first.model.state_dict()[f"backbone.lm.{name}.weight"] for name in ("lm_head", "model.embed_tokens"))
@@ -144,9 +145,9 @@ def test_the_layout_of_transformers_damaged(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=reason):
             unigen.load(str(tmp_path), "cpu")
     (tmp_path / "config.json").write_text(json.dumps(config))
-    state = hub.read_tensors(tmp_path / "model.safetensors")
+    state = read_tensors(tmp_path / "model.safetensors")
     for name in ("model.generation_embeddings.weight", "model.aligner.fc1.weight", "model.vqmodel.quant_conv.bias"):
-        hub.write_tensors(tmp_path / "model.safetensors", {k: v for k, v in state.items() if k != name})
+        write_tensors(tmp_path / "model.safetensors", {k: v for k, v in state.items() if k != name})
         with pytest.raises(ValueError, match="missing|not whole|not among them"):
             unigen.load(str(tmp_path), "cpu")
 

@@ -13,9 +13,9 @@ from PIL import Image
 import unigen
 from tests.parity import chameleon as other
 from tests.parity import lumina as case
-from unigen import hub
 from unigen.commands import main as cli
 from unigen.document import Document, Segment
+from unigen.hub.weights import read_tensors, write_tensors
 from unigen.models import convert, find_family, load, lumina
 
 
@@ -34,7 +34,7 @@ def test_whose_folder_it_is(folder: Path, tmp_path: Path) -> None:
 
 def test_the_public_layout_is_written_as_it_was_read(folder: Path, tmp_path: Path) -> None:
     convert(folder, tmp_path / "public", "public")
-    before, after = (hub.read_tensors(place / "model.safetensors") for place in (folder, tmp_path / "public"))
+    before, after = (read_tensors(place / "model.safetensors") for place in (folder, tmp_path / "public"))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     engine = unigen.load(str(folder), "cpu")
     norm = engine.model.backbone.lm.model.layers[0].self_attn.q_norm
@@ -113,8 +113,6 @@ def test_sizes_that_cannot_be(
 
 def test_weights_stay_as_they_are_stored(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "half")
-    hub.write_tensors(
-        tmp_path / "half" / "model.safetensors", hub.read_tensors(folder / "model.safetensors"), torch.bfloat16
-    )
+    write_tensors(tmp_path / "half" / "model.safetensors", read_tensors(folder / "model.safetensors"), torch.bfloat16)
     model = load(tmp_path / "half")
     assert {p.dtype for p in model.backbone.parameters()} == {torch.bfloat16}

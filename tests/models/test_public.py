@@ -19,11 +19,12 @@ from PIL import Image
 import unigen
 from scripts.parity import family_names
 from tests.parity.common import record_logits
-from unigen import hub
 from unigen.batch import pack
 from unigen.commands import main as cli
 from unigen.document import Document, Segment
 from unigen.generators import next_token
+from unigen.hub.resolve import MANIFEST, read_json
+from unigen.hub.weights import read_tensors, read_weights, write_tensors
 from unigen.media.pixels import to_pixels
 from unigen.models import convert
 from unigen.nn.backbone import Backbone
@@ -128,7 +129,7 @@ def test_a_system_message_is_followed_or_refused(case: Any, public: Path) -> Non
 
 def test_conversion_there_and_back_changes_nothing(case: Any, public: Path, tmp_path: Path) -> None:
     convert(public, tmp_path / "ours")
-    assert (tmp_path / "ours" / hub.MANIFEST).is_file()
+    assert (tmp_path / "ours" / MANIFEST).is_file()
     convert(tmp_path / "ours", tmp_path / "public", "public")
     first, *others = (unigen.load(str(folder), "cpu") for folder in (public, tmp_path / "ours", tmp_path / "public"))
     picture = first.generate(case.PROMPT, size=case.SIZE)
@@ -146,14 +147,14 @@ def test_weights_as_trainers_write_them(case: Any, public: Path, tmp_path: Path,
     files = list((tmp_path / "other").glob("*.safetensors"))
     if not files:
         return
-    state = {f"_orig_mod.{name}": tensor for name, tensor in hub.read_weights(tmp_path / "other").items()}
+    state = {f"_orig_mod.{name}": tensor for name, tensor in read_weights(tmp_path / "other").items()}
     for path in files:
         path.unlink()
     if file.endswith(".bin"):
         state = {f"module.{name}": tensor for name, tensor in state.items()}
         torch.save({"state_dict": state, "epoch": 3}, tmp_path / "other" / file)
     else:
-        hub.write_tensors(tmp_path / "other" / file, state)
+        write_tensors(tmp_path / "other" / file, state)
     mine, theirs = (unigen.load(str(f), "cpu").model.state_dict() for f in (public, tmp_path / "other"))
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
@@ -170,10 +171,10 @@ def cut(path: Path) -> None:
 
 
 def forget(path: Path) -> None:
-    state = hub.read_tensors(path)
+    state = read_tensors(path)
     name = sorted(state)[min(3, len(state) - 1)]
     del state[name]
-    hub.write_tensors(path, state) if path.suffix == ".safetensors" else torch.save({"state_dict": state}, path)
+    write_tensors(path, state) if path.suffix == ".safetensors" else torch.save({"state_dict": state}, path)
 
 
 class Evil:
@@ -204,7 +205,7 @@ def test_a_damaged_folder_is_one_clear_line(
 ) -> None:
     kinds = (".safetensors", ".ckpt", ".pt", ".pth")
     files = [path.relative_to(public) for path in public.rglob("*") if path.suffix in kinds]
-    spare = hub.read_json(public / "config.json").keys() <= {"n_head"} if (public / "config.json").is_file() else False
+    spare = read_json(public / "config.json").keys() <= {"n_head"} if (public / "config.json").is_file() else False
     for file in [*files, *([Path("config.json")] if (public / "config.json").is_file() else [])]:
         reason = safe if file.suffix in (".safetensors", ".json") else pickled
         if not reason or (file.suffix == ".json" and (harm is forget or (spare and harm is Path.unlink))):

@@ -16,11 +16,12 @@ from torch import Tensor
 
 import unigen
 from tests.parity import showo as case
-from unigen import hub
 from unigen.batch import pack
 from unigen.commands import main as cli
 from unigen.config import save_json
 from unigen.document import Document, Segment
+from unigen.hub.resolve import read_json
+from unigen.hub.weights import read_tensors, write_tensors
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def engine(folder: Path) -> Any:
 def test_pickles(engine: Any, folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "pickled")
     for path in sorted((tmp_path / "pickled").rglob("*.safetensors")):
-        torch.save(hub.read_tensors(path), path.with_name("pytorch_model.bin"))
+        torch.save(read_tensors(path), path.with_name("pytorch_model.bin"))
         path.unlink()
     second = unigen.load(str(tmp_path / "pickled"), "cpu")
     assert second.generate(case.PROMPT, steps=2).tobytes() == engine.generate(case.PROMPT, steps=2).tobytes()
@@ -48,10 +49,10 @@ def test_frequencies_that_are_computed_may_be_stored(engine: Any, folder: Path, 
     """As older versions of transformers wrote them."""
     shutil.copytree(folder, tmp_path / "old")
     (path,) = (path for path in (tmp_path / "old").glob("*.safetensors"))
-    state = hub.read_tensors(path)
+    state = read_tensors(path)
     first = next(name for name in state if "layers.0.self_attn" in name)
     name = first.partition("self_attn")[0] + "self_attn.rotary_emb.inv_freq"
-    hub.write_tensors(path, state | {name: torch.ones(4)})
+    write_tensors(path, state | {name: torch.ones(4)})
     second = unigen.load(str(tmp_path / "old"), "cpu")
     assert second.generate(case.PROMPT, steps=2).tobytes() == engine.generate(case.PROMPT, steps=2).tobytes()
 
@@ -153,13 +154,13 @@ def test_what_it_refuses(engine: Any) -> None:
 
 
 def clip(folder: Path) -> None:
-    save_json(folder / "config.json", hub.read_json(folder / "config.json") | {"w_clip_vit": True})
+    save_json(folder / "config.json", read_json(folder / "config.json") | {"w_clip_vit": True})
 
 
 def more_codes(folder: Path) -> None:
     path = folder / "magvitv2" / "pytorch_model.safetensors"
-    state = hub.read_tensors(path)
-    hub.write_tensors(path, state | {"quantize.embedding": -state["quantize.embedding"]})
+    state = read_tensors(path)
+    write_tensors(path, state | {"quantize.embedding": -state["quantize.embedding"]})
 
 
 def no_images(folder: Path) -> None:
@@ -172,7 +173,7 @@ def no_language(folder: Path) -> None:
 
 def other_words(folder: Path) -> None:
     shutil.copytree(folder / "phi-1_5", folder / "kept")
-    tokenizer = hub.read_json(folder / "kept" / "tokenizer.json")
+    tokenizer = read_json(folder / "kept" / "tokenizer.json")
     tokenizer["added_tokens"] = tokenizer["added_tokens"][:-1]
     save_json(folder / "phi-1_5" / "tokenizer.json", tokenizer)
 

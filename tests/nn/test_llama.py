@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
-from unigen import hub
+from unigen.hub.resolve import read_json
+from unigen.hub.weights import load_strict
 from unigen.nn.backbone import Backbone, SlotCache
 from unigen.nn.cpu import llama
 
@@ -59,10 +60,10 @@ def test_our_modules_are_transformers(kind: str, tied: bool, tmp_path: Path) -> 
     for p in theirs.parameters():
         torch.nn.init.normal_(p, 0.0, 0.2)
     theirs.save_pretrained(tmp_path / "theirs")
-    stored = hub.read_json(tmp_path / "theirs" / "config.json")
+    stored = read_json(tmp_path / "theirs" / "config.json")
     assert llama.InferenceLlama.readable(stored)
     ours = llama.InferenceLlama(stored)
-    hub.load_strict(ours, theirs.state_dict(), "made here")
+    load_strict(ours, theirs.state_dict(), "made here")
     segments_BL = torch.tensor([[1, 1, 1, 2, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1, 1, 1]])
     positions_BL, ids_BL = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0], [*range(8)]]), torch.randint(1, 64, (2, 8))
     found = []

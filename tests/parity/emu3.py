@@ -13,10 +13,10 @@ from torch import Tensor
 import unigen
 from tests.parity import common
 from tests.parity.common import ParityRow, max_error, mismatch_share
-from unigen import hub
 from unigen.config import save_json
 from unigen.document import Document, Segment
 from unigen.generators import next_token
+from unigen.hub.resolve import read_json
 from unigen.models import emu3
 from unigen.samplers.logits import SamplingOptions, exponential_race_sample
 
@@ -57,7 +57,7 @@ def checkpoint(folder: Path) -> None:
     tokenizer.add_special_tokens({"additional_special_tokens": names[1:]})
     tokenizer.save_pretrained(folder)
     settings = folder / "tokenizer_config.json"
-    save_json(settings, hub.read_json(settings) | {"extra_special_tokens": special})
+    save_json(settings, read_json(settings) | {"extra_special_tokens": special})
     vocab = tokenizer.get_vocab()
     ids = {"pad_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
     text_config = TEXT | ids | {"bos_token_id": tokenizer.bos_token_id, "vocab_size": len(tokenizer)}

@@ -22,10 +22,11 @@ from torch.nn.functional import conv2d, embedding, gelu, layer_norm, linear, sca
 import unigen
 from tests.parity import common
 from tests.parity.common import ParityRow, max_error, mismatch_share
-from unigen import hub
 from unigen.config import save_json
 from unigen.document import Document, Segment
 from unigen.generators import next_token
+from unigen.hub.resolve import read_json
+from unigen.hub.weights import write_tensors
 from unigen.models import janus
 from unigen.samplers.logits import SamplingOptions, exponential_race_sample
 from unigen.tokenizers import vqgan
@@ -76,7 +77,7 @@ def checkpoint(folder: Path) -> None:
 
     lines = [f"a red apple on a blue table two dogs What is it {janus.SYSTEM} User: Assistant:\n\n"]
     common.byte_level_tokenizer(folder, lines * 4, SPECIALS)
-    size = len(hub.read_json(folder / "tokenizer.json")["model"]["vocab"])
+    size = len(read_json(folder / "tokenizer.json")["model"]["vocab"])
     width, head = LANGUAGE["hidden_size"], 48
     language = LANGUAGE | {"vocab_size": size}
     state = {f"language_model.{k}": v for k, v in LlamaForCausalLM(LlamaConfig(**language)).state_dict().items()}
@@ -89,7 +90,7 @@ def checkpoint(folder: Path) -> None:
         state |= {f"{name}.weight": torch.empty(rows, columns), f"{name}.bias": torch.empty(rows)}
     state = common.randomize_state(state, seed=2, scale=2.0)
     state |= {f"gen_vision_model.{name}": tensor for name, tensor in image_tokenizer_tensors().items()}
-    hub.write_tensors(folder / "model.safetensors", state)
+    write_tensors(folder / "model.safetensors", state)
     save_json(folder / "config.json", {"model_type": "multi_modality", "language_config": language})
     save_json(folder / "preprocessor_config.json", {"image_size": SIDE})
 
@@ -126,7 +127,7 @@ def transformers_checkpoint(folder: Path, tied: bool = False, heads: int = 4) ->
     texts = {"image_token": "<image_placeholder>", "boi_token": janus.BOI, "eoi_token": janus.EOI}
     tokenizer.save_pretrained(folder)
     settings = folder / "tokenizer_config.json"
-    save_json(settings, hub.read_json(settings) | {"extra_special_tokens": texts})
+    save_json(settings, read_json(settings) | {"extra_special_tokens": texts})
 
 
 def pixels() -> Tensor:
@@ -162,7 +163,7 @@ class Reference:
 
         self.state = load_file(folder / "model.safetensors")
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        config = LlamaConfig(**hub.read_json(folder / "config.json")["language_config"], attn_implementation="eager")
+        config = LlamaConfig(**read_json(folder / "config.json")["language_config"], attn_implementation="eager")
         self.lm = LlamaForCausalLM(config).eval()
         language = {k.removeprefix("language_model."): v for k, v in self.state.items() if k.startswith("language_")}
         self.lm.load_state_dict(language)

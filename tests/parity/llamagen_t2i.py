@@ -39,10 +39,11 @@ from tests.parity.llamagen import (
     tensors,
     with_wrong_rotary,
 )
-from unigen import hub
 from unigen.config import save_json
 from unigen.document import Document
 from unigen.generators import next_token
+from unigen.hub.resolve import CONFIG
+from unigen.hub.weights import read_tensors, write_tensors
 from unigen.models import llamagen
 
 SIZE, PROMPT = (SIDE, SIDE), "a red apple"
@@ -84,8 +85,8 @@ def checkpoint(folder: Path) -> None:
     tokenizer = T5Tokenizer(pieces, extra_ids=0)  # a tokenizer that is trained is another every time
     words = folder / llamagen.TEXT_FOLDER
     tokenizer.save_pretrained(words)
-    save_json(words / hub.CONFIG, T5)
-    hub.write_tensors(words / "model.safetensors", text_tensors())
+    save_json(words / CONFIG, T5)
+    write_tensors(words / "model.safetensors", text_tensors())
 
 
 @contextmanager
@@ -116,7 +117,7 @@ def make_goldens(folder: Path) -> None:
             "cpu", llamagen.TEXT_FOLDER, local_cache=True, cache_dir=scratch, model_max_length=MOST,
             t5_model_kwargs={"dtype": torch.float32},
         )  # fmt: skip
-        state = hub.read_tensors(Path(scratch) / f"t2i_T_stage1_{SIDE}.pt")
+        state = read_tensors(Path(scratch) / f"t2i_T_stage1_{SIDE}.pt")
     document: list[Tensor] = []
     embedder.model.register_forward_pre_hook(lambda _, args, text: document.append(text["input_ids"]), with_kwargs=True)
     grid = SIDE // 4

@@ -24,10 +24,11 @@ from tests.parity import common
 from tests.parity import liquid as vq_case
 from tests.parity.chameleon import VQ
 from tests.parity.common import ParityRow, max_error, mismatch_share
-from unigen import hub
 from unigen.config import save_json
 from unigen.document import Document, Segment
 from unigen.generators import next_token
+from unigen.hub.resolve import read_json
+from unigen.hub.weights import write_tensors
 from unigen.models import chameleon, lumina
 from unigen.samplers.logits import SamplingOptions, exponential_race_sample
 
@@ -72,7 +73,7 @@ def checkpoint(folder: Path) -> None:
     for name in state:
         if "q_norm.weight" in name or "k_norm.weight" in name:
             state[name] = 1 + 0.2 * state[name]
-    hub.write_tensors(folder / "model.safetensors", state)
+    write_tensors(folder / "model.safetensors", state)
     texts = {k: v for k, v in config.to_dict().items() if k != "rope_parameters"} | OFFICIAL
     save_json(folder / "config.json", texts | {"architectures": [lumina.PUBLIC_CLASS]})
     (folder / "tokenizer").mkdir()
@@ -105,9 +106,7 @@ def make_goldens(official: Path) -> None:
             from model.chameleon import ChameleonForConditionalGeneration as Official
             from model.chameleon_vae_ori.vqgan import VQModel  # type: ignore[import-not-found]
         reference = Reference(folder)
-        config = ChameleonConfig(
-            **{k: v for k, v in hub.read_json(folder / "config.json").items() if k != "model_type"}
-        )
+        config = ChameleonConfig(**{k: v for k, v in read_json(folder / "config.json").items() if k != "model_type"})
         config.rope_scaling = None  # as it was before transformers 5
         model = Official(config)
         del model.model.vqmodel

@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 
-from unigen import hub
 from unigen.backends.connector import ConnectedDiffusersEngine, Connector, require_pipeline
 from unigen.backends.diffusers_engine import check_prompt_text, check_seed
 from unigen.document import Document, Segment, as_text
+from unigen.hub.resolve import CONFIG, read_json
+from unigen.hub.weights import load_pretrained, silence_transformers
 from unigen.inference.request import zip_with_seeds
 from unigen.limits import check_limit
 from unigen.media.display import MediaList, table_html
@@ -37,6 +38,7 @@ from unigen.samplers.seeds import derive_seed, make_rng, offset_seed
 from unigen.tokenizers import text
 from unigen.utils import progress
 from unigen.utils.numbers import NonFiniteError
+from unigen.utils.text import first_line
 
 IMAGE_PROMPT_INSTRUCTION = (
     "Say in one sentence what the picture that is asked for shows, as a prompt for a painter. Only the sentence."
@@ -364,16 +366,16 @@ def load_transformers(
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as SEEING
 
-    sees = str(hub.read_json(folder / hub.CONFIG).get("model_type")) in SEEING
+    sees = str(read_json(folder / CONFIG).get("model_type")) in SEEING
     model_class = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     try:
-        with hub.silence_transformers():
+        with silence_transformers():
             processor = load_processor(folder) if sees else text.load(folder)
     except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"model folder {folder} cannot be loaded: {hub.first_line(error)}") from error
+        raise ValueError(f"model folder {folder} cannot be loaded: {first_line(error)}") from error
     if getattr(processor, "chat_template", None) is None:
         raise ValueError(f"{folder} has no chat template: give a model that was tuned to chat")
-    model = hub.load_pretrained(model_class, folder, dtype)
+    model = load_pretrained(model_class, folder, dtype)
     if torch.device(device).type == "cpu":
         to_float32(model, model)
     if quantization is not None:
@@ -386,7 +388,7 @@ def text_sampling_from(folder: Path, fallback: dict[str, Any] | None = None) -> 
     whether to sample, else by `fallback` (`FALLBACK_SAMPLING` where it is None), with the penalty that it names. Raises
     ValueError for numbers of the file that are out of their ranges."""
     path = folder / "generation_config.json"
-    said = hub.read_json(path) if path.is_file() else {}
+    said = read_json(path) if path.is_file() else {}
     own = {name: said[name] for name in ("top_p", "top_k", "repetition_penalty") if said.get(name) is not None}
     if said.get("do_sample") is None:
         defaults = FALLBACK_SAMPLING if fallback is None else fallback
@@ -412,7 +414,7 @@ def load_processor(folder: Path) -> Any:
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
     files = (folder / name for name in ("processor_config.json", "preprocessor_config.json", text.TOKENIZER_CONFIG))
-    said = (hub.read_json(path).get("processor_class") for path in files if path.is_file())
+    said = (read_json(path).get("processor_class") for path in files if path.is_file())
     name = next((name for name in said if name), None)
     model_class = getattr(transformers, name, None) if name else None
     model_class = model_class or PROCESSOR_MAPPING.get(

@@ -27,10 +27,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from unigen import hub
 from unigen.backends.diffusers_engine import DiffusersEngine
 from unigen.config import from_dict, save_json
 from unigen.document import Document
+from unigen.hub.folders import replacing_folder
+from unigen.hub.resolve import CONFIG, read_json
+from unigen.hub.weights import load_strict, read_tensors, write_tensors
 from unigen.model.template import UnsupportedError
 
 MASK_ARGUMENTS = ("prompt_attention_mask", "prompt_embeds_mask")
@@ -111,21 +113,21 @@ class Connector(nn.Module):
 
     def save(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors."""
-        with hub.replacing_folder(folder) as scratch:
-            save_json(scratch / hub.CONFIG, asdict(self.config))
-            hub.write_tensors(scratch / "model.safetensors", self.state_dict())
+        with replacing_folder(folder) as scratch:
+            save_json(scratch / CONFIG, asdict(self.config))
+            write_tensors(scratch / "model.safetensors", self.state_dict())
 
 
 def load_connector(folder: str | Path) -> Connector:
     """The adapter in a folder, strictly. Raises ValueError in one line."""
     folder = Path(folder)
-    settings = hub.read_json(folder / hub.CONFIG)
+    settings = read_json(folder / CONFIG)
     try:
         config = from_dict(ConnectorConfig, settings)
     except ValueError as error:
-        raise ValueError(f"{folder / hub.CONFIG} is not an adapter's: {error}") from error
+        raise ValueError(f"{folder / CONFIG} is not an adapter's: {error}") from error
     adapter = Connector(config)
-    hub.load_strict(adapter, hub.read_tensors(folder / "model.safetensors"), folder)
+    load_strict(adapter, read_tensors(folder / "model.safetensors"), folder)
     return adapter.eval()
 
 

@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from unigen import hub
 from unigen.backends.diffusers_support import (
     INPAINT_CHANNELS,
     call_parameters,
@@ -37,6 +36,8 @@ from unigen.backends.diffusers_support import (
     unsupported_reason,
 )
 from unigen.document import Document, as_text, check_text
+from unigen.hub.resolve import CONFIG, SAFETENSORS_PATTERNS, read_json, weights_variant
+from unigen.hub.weights import silence_transformers, strict_from_pretrained
 from unigen.inference.request import check_size, zip_with_seeds
 from unigen.limits import LIMITS, check_limit
 from unigen.media.display import MediaList, table_html
@@ -45,6 +46,7 @@ from unigen.model.template import Output, UnsupportedError
 from unigen.samplers.seeds import make_rng, offset_seed
 from unigen.utils import progress
 from unigen.utils.numbers import NonFiniteError
+from unigen.utils.text import first_line
 
 MODEL_INDEX = "model_index.json"
 MAX_OUTPUT_PIXELS = 4096 * 4096
@@ -328,9 +330,9 @@ class DiffusersEngine:
             try:
                 result = pipe(**arguments, **call_arguments, generator=[make_rng(seed)])
             except (ValueError, TypeError) as error:
-                raise ValueError(f"{kind}: {hub.first_line(error)}") from error
+                raise ValueError(f"{kind}: {first_line(error)}") from error
             except faults as error:
-                reason = f"{type(error).__name__}: {hub.first_line(error)}"
+                reason = f"{type(error).__name__}: {first_line(error)}"
                 raise ValueError(f"{kind} cannot draw this with these options ({reason})") from error
             picture = output_image(result, kind, pipe.dtype)
             if "width" in call_arguments:  # some draw the nearest size that they can
@@ -468,7 +470,7 @@ class GlmImageEngine(DiffusersEngine):
     ) -> list[Image.Image]:
         devices = [pipe.device] if pipe.device.type == "cuda" else []
         with (
-            hub.silence_transformers(),
+            silence_transformers(),
             torch.random.fork_rng(devices),
         ):  # tokens are drawn by the global state, which it seeds
             return super()._draw(pipe, given, seeds, options | {"size": options.get("size") or GLM_SIZE}, own_size)
@@ -491,7 +493,7 @@ def is_pipeline(folder: Path) -> bool:
 def check_pipeline_class(folder: Path) -> Any:
     """The class of the pipeline in `folder`, read from its index alone, without its weights. Raises ValueError where
     diffusers has no such class, or pipelines of this class cannot draw here."""
-    kind = pipeline_class(hub.read_json(folder / MODEL_INDEX))
+    kind = pipeline_class(read_json(folder / MODEL_INDEX))
     if reason := unsupported_reason(kind):
         raise ValueError(f"{kind.__name__} cannot be used here: {reason}")
     return kind
@@ -500,20 +502,20 @@ def check_pipeline_class(folder: Path) -> Any:
 def check_components(folder: Path, kind: Any) -> None:
     """Raises ValueError for a part that the index names and that has no folder, since some of them diffusers would make
     up, and for one without weights in safetensors."""
-    for name, part in hub.read_json(folder / MODEL_INDEX).items():
+    for name, part in read_json(folder / MODEL_INDEX).items():
         if name.startswith("_") or not isinstance(part, list) or len(part) != 2 or not isinstance(part[1], str):
             continue
         if not (folder / name).is_dir():
             is_optional = name in kind._optional_components
             hint = f", or write [null, null] for {name} in {MODEL_INDEX} to do without" if is_optional else ""
             raise ValueError(f"{folder} has no folder {name}/ with its {part[1]}: fetch it{hint}")
-        if (folder / name / hub.CONFIG).is_file() and not any((folder / name).glob(hub.SAFETENSORS_PATTERNS[0])):
+        if (folder / name / CONFIG).is_file() and not any((folder / name).glob(SAFETENSORS_PATTERNS[0])):
             raise ValueError(f"{folder / name} has no weights in safetensors, and no pickles are read for pipelines")
 
 
 def disabled_components(folder: Path) -> dict[str, None]:
     """The parts for which the index says [null, null], such as the T5 of Stable Diffusion 3."""
-    return {name: None for name, part in hub.read_json(folder / MODEL_INDEX).items() if part == [None, None]}
+    return {name: None for name, part in read_json(folder / MODEL_INDEX).items() if part == [None, None]}
 
 
 def check_all_loaded(pipe: Any) -> None:
@@ -534,7 +536,7 @@ def load(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | 
     check_components(folder, check_pipeline_class(folder))
     level = logging.get_verbosity()
     try:
-        with hub.silence_transformers(), hub.strict_from_pretrained():
+        with silence_transformers(), strict_from_pretrained():
             logging.disable_progress_bar()
             logging.set_verbosity(logging.CRITICAL)
             pipe = DiffusionPipeline.from_pretrained(
@@ -542,12 +544,12 @@ def load(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | 
                 dtype=dtype or torch.float32,
                 local_files_only=True,
                 use_safetensors=True,
-                variant=hub.weights_variant(folder),
+                variant=weights_variant(folder),
                 **disabled_components(folder),
             )
             check_all_loaded(pipe)
     except Exception as error:  # whatever a damaged part makes its own library raise
-        raise ValueError(f"pipeline {folder} cannot be loaded: {hub.first_line(error)}") from error
+        raise ValueError(f"pipeline {folder} cannot be loaded: {first_line(error)}") from error
     finally:
         logging.set_verbosity(level)
     kind = GlmImageEngine if type(pipe).__name__ == "GlmImagePipeline" else DiffusersEngine

@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 
-from unigen import hub
 from unigen.batch import Vocabulary
 from unigen.generators.next_token import Text
+from unigen.hub.resolve import CONFIG, read_json
 from unigen.inference.engine import Engine
 from unigen.inference.request import Request
 from unigen.inference.scheduler import Row, Scheduler
@@ -58,7 +58,7 @@ def load(name: str, device: str, dtype: torch.dtype | None = None, options: dict
         raise ValueError(f"vLLM cannot serve {name}: it is a diffusers pipeline")
     model = load_resolved(folder, variant, device, dtype)
     kind = type(causal_lm(model)).__name__
-    if hub.read_json(folder / hub.CONFIG).get("architectures") != [kind]:
+    if read_json(folder / CONFIG).get("architectures") != [kind]:
         raise ValueError(f"{name} is not laid out for vLLM: give what unigen convert {name} --to vllm -o FOLDER writes")
     return VllmEngine(model, folder, options or {})
 

@@ -23,7 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unigen.config import save_json
-from unigen.hub import load_strict, read_json, read_tensors, replacing_folder, write_tensors
+from unigen.hub.folders import replacing_folder
+from unigen.hub.resolve import read_json
+from unigen.hub.weights import load_strict, read_tensors, write_tensors
 
 STRIDE = 4
 DEFAULT_FOLDER = Path(__file__).resolve().parent.parent / "assets" / "scene-detector"

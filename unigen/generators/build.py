@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from unigen import generators, hub
+from unigen import generators
 from unigen.generators.base import BuildContext, Generator
+from unigen.hub.resolve import read_json, wrap_load_errors
+from unigen.hub.weights import load_strict, read_tensors
 from unigen.tokenizers import load_image_tokenizer
 
 
@@ -34,15 +36,15 @@ def build_generator(name: str, context: BuildContext) -> Generator:
 
 def load_generator(folder: Path, context: BuildContext) -> Any:
     """A generator with weights, as `UnifiedModel.save` wrote it. The name of the folder is the generator's."""
-    settings = hub.read_json(folder / "config.json")
+    settings = read_json(folder / "config.json")
     tokenizer = load_image_tokenizer(folder / "tokenizer") if generators.find_generator(folder.name).own else None
     head: Any = build_generator(folder.name, replace(context, tokenizer=tokenizer, settings=settings))
     frozen = {} if tokenizer is None else {f"tokenizer.{name}": value for name, value in tokenizer.state_dict().items()}
-    hub.load_strict(head, frozen | hub.read_tensors(folder / "model.safetensors"), folder / "model.safetensors")
+    load_strict(head, frozen | read_tensors(folder / "model.safetensors"), folder / "model.safetensors")
     return head
 
 
 def load_generator_lazily(folder: Path, context: BuildContext) -> Any:
     """`load_generator` for a factory that runs after the model is loaded: errors name the folder."""
-    with hub.wrap_load_errors(folder):
+    with wrap_load_errors(folder):
         return load_generator(folder, context)

@@ -18,11 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unigen import hub
 from unigen.batch import Batch, Tokens, Vocabulary
 from unigen.document import Document, Segment
 from unigen.generators import find_generator
 from unigen.generators.base import SAMPLING_OPTION_NAMES, Generator
+from unigen.hub.folders import replacing_folder
+from unigen.hub.resolve import MANIFEST
+from unigen.hub.weights import silence_transformers, write_tensors
 from unigen.media.pixels import to_images, to_pixels
 from unigen.model.template import Template
 from unigen.nn import quantized
@@ -328,11 +330,11 @@ class UnifiedModel(nn.Module):
 
         from unigen.config import save_json
 
-        with hub.replacing_folder(folder) as scratch:
+        with replacing_folder(folder) as scratch:
             lm = self.backbone.lm
             if dtype is not None:
                 lm = copy.deepcopy(lm).to(dtype)
-            with hub.silence_transformers():
+            with silence_transformers():
                 lm.save_pretrained(scratch)
             if self.text_tokenizer is not None:
                 text.save(self.text_tokenizer, scratch)
@@ -340,20 +342,20 @@ class UnifiedModel(nn.Module):
             extra_state = {k: v for k, v in self.backbone.state_dict().items() if not k.startswith("lm.")}
             if extra_state:
                 (scratch / "backbone").mkdir()
-                hub.write_tensors(scratch / "backbone" / "model.safetensors", extra_state, dtype)
+                write_tensors(scratch / "backbone" / "model.safetensors", extra_state, dtype)
             if self.sight is not None:
                 (scratch / "sight").mkdir()
-                hub.write_tensors(scratch / "sight" / "model.safetensors", self.sight.state_dict(), dtype)
+                write_tensors(scratch / "sight" / "model.safetensors", self.sight.state_dict(), dtype)
                 save_json(scratch / "sight" / "config.json", self.sight.config())
             for name, head in self.heads.items():
                 (scratch / name).mkdir()
                 if head.tokenizer is not None and head.tokenizer is not self.image_tokenizer:
                     save_tokenizer(head.tokenizer, scratch / name / "tokenizer", dtype=dtype)
                 head_state = {k: v for k, v in head.state_dict().items() if not k.startswith("tokenizer.")}
-                hub.write_tensors(scratch / name / "model.safetensors", head_state, dtype)
+                write_tensors(scratch / name / "model.safetensors", head_state, dtype)
                 save_json(scratch / name / "config.json", head.config())
             save_json(
-                scratch / hub.MANIFEST,
+                scratch / MANIFEST,
                 {
                     "format": 1,
                     "family": self.family,

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from unigen import hub
+from unigen.hub.folders import replacing_folder
+from unigen.hub.resolve import CONFIG, MANIFEST, read_json, resolve, wrap_load_errors
 from unigen.model.unified import UnifiedModel
 from unigen.models.relatives import explain_unsupported
 from unigen.utils.disk import check_folder, disk_errors
@@ -38,12 +39,12 @@ def load_resolved(
         quantization: see `UnifiedModel.quantize`.
         inference: may it be a model that only reads and answers, where its family has a faster way to load one?
     """
-    manifest = hub.read_json(folder / hub.MANIFEST) if (folder / hub.MANIFEST).is_file() else None
+    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
     family = find_family(folder, manifest)
     if variant is not None and (manifest is not None or not hasattr(family, "REPOSITORIES")):
         raise ValueError(f"{folder} holds one model: leave out {variant!r}")
     options = {} if variant is None else {"variant": variant}
-    with hub.wrap_load_errors(folder):
+    with wrap_load_errors(folder):
         if inference and quantization is None and hasattr(family, "load_for_inference"):
             model: UnifiedModel = family.load_for_inference(folder, dtype, **options)
         else:
@@ -52,7 +53,7 @@ def load_resolved(
         for generator, options in (manifest or {}).get("sampling", {}).items():
             model.set_default_sampling(generator, **options)
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"sampling in {folder / hub.MANIFEST}: {error}") from error
+        raise ValueError(f"sampling in {folder / MANIFEST}: {error}") from error
     if inference and torch.device(device).type == "cpu":
         to_float32(model, model.backbone)
     if quantization is not None:
@@ -84,15 +85,15 @@ def resolve_model(
             if check_pipeline is not None:
                 check_pipeline(folder)
             return
-        manifest = folder / hub.MANIFEST
+        manifest = folder / MANIFEST
         try:
-            find_family(folder, hub.read_json(manifest) if manifest.is_file() else None)
+            find_family(folder, read_json(manifest) if manifest.is_file() else None)
         except UnknownModelError:
             if not reads:
                 raise
 
     weight_patterns = [pattern for module in families() for pattern in getattr(module, "FILES", ())]
-    return hub.resolve(name, multi_model_repos(), judge, weight_patterns)
+    return resolve(name, multi_model_repos(), judge, weight_patterns)
 
 
 def convert(name: str | Path, folder: str | Path, layout: str = "unigen") -> None:
@@ -101,7 +102,7 @@ def convert(name: str | Path, folder: str | Path, layout: str = "unigen") -> Non
     is whole. Raises ValueError."""
     folder = check_folder(folder)
     weights = any(path.suffix in (".safetensors", ".pt", ".pth") for path in folder.glob("*"))
-    if folder.exists() and any(folder.iterdir()) and not (weights and (folder / hub.CONFIG).is_file()):
+    if folder.exists() and any(folder.iterdir()) and not (weights and (folder / CONFIG).is_file()):
         raise ValueError(f"{folder} is there and holds no model: choose another folder")
     model = load(name)
     if layout == "vllm":
@@ -114,7 +115,7 @@ def convert(name: str | Path, folder: str | Path, layout: str = "unigen") -> Non
     if not hasattr(module, "save_public"):
         raise ValueError(f"{model.family} has no public layout: its models are in ours")
     with disk_errors(f"the folder {folder}", "free some space, or choose another folder"):
-        with hub.replacing_folder(folder) as scratch:
+        with replacing_folder(folder) as scratch:
             module.save_public(model, scratch)
 
 
@@ -138,9 +139,9 @@ def find_family(folder: Path, manifest: dict[str, Any] | None) -> Any:
         family = str(manifest.get("family"))
         is_valid_name = family.isidentifier() and not family.startswith("_")
         if not is_valid_name or importlib.util.find_spec(f"{__name__}.{family}") is None:
-            raise ValueError(f"{folder / hub.MANIFEST} names the family {family!r}, which this version does not have")
+            raise ValueError(f"{folder / MANIFEST} names the family {family!r}, which this version does not have")
         return importlib.import_module(f"{__name__}.{family}")
-    config = hub.read_json(folder / hub.CONFIG) if (folder / hub.CONFIG).is_file() else {}
+    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     for module in families():
         if module.owns(folder, config):
             if hasattr(module, "refuse"):
@@ -153,7 +154,7 @@ def find_family(folder: Path, manifest: dict[str, Any] | None) -> Any:
             f"{folder} is a diffusers pipeline: it is loaded by unigen.load, and has no other layout"
         )
     if not config:
-        raise ValueError(f"folder {folder} holds neither {hub.MANIFEST} nor {hub.CONFIG}, so it is no model")
+        raise ValueError(f"folder {folder} holds neither {MANIFEST} nor {CONFIG}, so it is no model")
     kind = config.get("model_type") or config.get("_class_name") or "unknown"
     names = ", ".join(module.__name__.rpartition(".")[2] for module in families())
     hint = ": as a model that reads it can be joined to one that draws, by --lmm" if is_language_model(kind) else ""

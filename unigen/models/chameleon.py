@@ -25,11 +25,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from unigen import hub
 from unigen.batch import Layout, Tokens, Vocabulary
 from unigen.document import Document, Segment
 from unigen.generators.base import Generator
 from unigen.generators.next_token import NextToken, Text
+from unigen.hub.weights import load_pretrained, silence_transformers, with_architecture
 from unigen.model.template import Output, PretrainedTemplate
 from unigen.model.unified import UnifiedModel
 from unigen.nn.backbone import Backbone
@@ -133,7 +133,7 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
     from transformers import ChameleonForConditionalGeneration
 
     tokenizer, image_tokenizer = load_tokenizers(folder)
-    lm = hub.load_pretrained(ChameleonForConditionalGeneration, folder, dtype)
+    lm = load_pretrained(ChameleonForConditionalGeneration, folder, dtype)
     height, width = image_tokenizer.grid
     template = ChameleonTemplate(tokenizer, height * width)
     model = build_chameleon("chameleon", lm, image_tokenizer, template, template.special.values())
@@ -171,14 +171,14 @@ def build_chameleon(
 
 def causal_lm(model: UnifiedModel) -> Any:
     """All of it, for the class of ours that vLLM finds by this name (`unigen.backends.vllm_models`)."""
-    return hub.with_architecture(model.backbone.lm, "UnigenChameleonForCausalLM")
+    return with_architecture(model.backbone.lm, "UnigenChameleonForCausalLM")
 
 
 def save_public(model: UnifiedModel, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
     """Write the files of transformers' layout, and Chameleon's image tokenizer beside them. state: the tensors, where
     they are not transformers'."""
     assert isinstance(model.image_tokenizer, vqgan.VQGAN)
-    with hub.silence_transformers():
+    with silence_transformers():
         model.backbone.lm.save_pretrained(folder, state_dict=state)
     text.save(model.text_tokenizer, folder)
     vqgan.save_public(model.image_tokenizer, folder / "tokenizer")

@@ -20,12 +20,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from unigen import hub
 from unigen.batch import Layout, Tokens, Vocabulary
 from unigen.config import save_json
 from unigen.document import Document, Segment
 from unigen.generators.base import Generator
 from unigen.generators.next_token import NextToken, Text
+from unigen.hub.resolve import CONFIG, MANIFEST, image_processor_config, read_json
+from unigen.hub.weights import load_pretrained, silence_transformers
 from unigen.model.template import Output, PretrainedTemplate, UnsupportedError, images_first, split_system_messages
 from unigen.model.unified import UnifiedModel
 from unigen.nn.backbone import Backbone
@@ -143,16 +144,16 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
     """The model in `folder`, in transformers' layout or in ours, strictly. dtype: None is as it is stored."""
     from transformers import Emu3ForCausalLM, Emu3ForConditionalGeneration, LlamaForCausalLM
 
-    hub.read_json(folder / "tokenizer_config.json")
+    read_json(folder / "tokenizer_config.json")
     tokenizer = text.load(folder)
     image_tokenizer: Emu3VQ
-    if (folder / hub.MANIFEST).is_file():
-        llama = hub.read_json(folder / hub.CONFIG).get("model_type") == "llama"  # written by `causal_lm`
-        lm = hub.load_pretrained(LlamaForCausalLM if llama else Emu3ForCausalLM, folder, dtype)
+    if (folder / MANIFEST).is_file():
+        llama = read_json(folder / CONFIG).get("model_type") == "llama"  # written by `causal_lm`
+        lm = load_pretrained(LlamaForCausalLM if llama else Emu3ForCausalLM, folder, dtype)
         image_tokenizer = load_image_tokenizer(folder / "image_tokenizer")
-        image_config = hub.read_json(folder / hub.MANIFEST).get("template", {})
+        image_config = read_json(folder / MANIFEST).get("template", {})
     else:
-        full_model = hub.load_pretrained(Emu3ForConditionalGeneration, folder, dtype)
+        full_model = load_pretrained(Emu3ForConditionalGeneration, folder, dtype)
         with torch.device("meta"):
             lm = Emu3ForCausalLM(full_model.config.text_config)
         lm.model, lm.lm_head, lm.generation_config = (
@@ -161,7 +162,7 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
             full_model.generation_config,
         )
         image_tokenizer = Emu3VQ(full_model.model.vqmodel.float(), IMAGE_SIZE)
-        image_config = hub.image_processor_config(folder)
+        image_config = image_processor_config(folder)
         if any(value != 0.5 for name in ("image_mean", "image_std") for value in image_config.get(name, (0.5,))):
             raise ValueError(f"{folder}: pictures are read in [-1, 1], of mean and std 0.5")
     stride = image_tokenizer.image_size // image_tokenizer.grid[0]
@@ -220,7 +221,7 @@ def save_public(model: UnifiedModel, folder: Path) -> None:
         lm.lm_head,
         image_tokenizer.net,
     )
-    with hub.silence_transformers():
+    with silence_transformers():
         full_model.save_pretrained(folder)
     text.save(model.text_tokenizer, folder)
     settings = template.settings | {"spatial_factor": template.stride, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}

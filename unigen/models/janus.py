@@ -25,12 +25,13 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from unigen import hub
 from unigen.batch import Layout, Tokens, Vocabulary
 from unigen.config import save_json
 from unigen.document import Document, Segment
 from unigen.generators.base import Generator
 from unigen.generators.next_token import NextToken, Text
+from unigen.hub.resolve import CONFIG, MANIFEST, image_processor_config, read_json
+from unigen.hub.weights import load_strict, read_tensors, read_weights, rename_key, with_architecture, write_tensors
 from unigen.model.template import Output, PretrainedTemplate, UnsupportedError, split_system_messages
 from unigen.model.unified import UnifiedModel, VisionEncoder
 from unigen.nn.backbone import Backbone
@@ -231,7 +232,7 @@ def from_public(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in state.items():
         if name.startswith("vision_model.vision_tower.attn_pool.") or name.endswith("rotary_emb.inv_freq"):
             continue
-        name = hub.rename_key(name, _NAMES, _BLOCK if ".blocks." in name else ())
+        name = rename_key(name, _NAMES, _BLOCK if ".blocks." in name else ())
         if ".qkv." in name:
             for part, projection in zip("qkv", tensor.chunk(3), strict=True):
                 ours[name.replace(".qkv.", f".{part}_proj.")] = projection
@@ -243,9 +244,7 @@ def from_public(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def from_transformers(state: Mapping[str, Tensor], tied: bool) -> dict[str, Tensor]:
     """The tensors of a folder in transformers' layout by their names here. tied: is the head, where there is none, the
     embeddings?"""
-    ours = {
-        hub.rename_key(k, _TRANSFORMERS, _VQ if k.startswith("model.vqmodel.") else ()): v for k, v in state.items()
-    }
+    ours = {rename_key(k, _TRANSFORMERS, _VQ if k.startswith("model.vqmodel.") else ()): v for k, v in state.items()}
     if tied and EMBEDDINGS_KEY in ours:
         ours.setdefault("backbone.lm.lm_head.weight", ours[EMBEDDINGS_KEY])
     return ours
@@ -260,7 +259,7 @@ def to_public(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name.startswith("sight.") and ".q_proj." in name:
             tensor = torch.cat([state[name.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"])
             name = name.replace(".q_proj.", ".qkv.")
-        public = hub.rename_key(name, _NAMES, _BLOCK if ".encoder.layers." in name else (), back=True)
+        public = rename_key(name, _NAMES, _BLOCK if ".encoder.layers." in name else (), back=True)
         theirs[public] = tensor[None] if public.endswith("pos_embed") else tensor
     return theirs
 
@@ -291,7 +290,7 @@ def chat_roles(folder: Path, config: Mapping[str, Any], tokenizer: Any) -> tuple
             if USER in template or f"{PLAIN_ROLES[0]}: " in template:
                 return (USER, ASSISTANT) if USER in template else PLAIN_ROLES
     path = folder / "processor_config.json"
-    said = hub.read_json(path).get("sft_format") if path.is_file() else None
+    said = read_json(path).get("sft_format") if path.is_file() else None
     is_first_janus = FIRST_JANUS_NAME.search(f"{folder.absolute()} {config.get('_name_or_path', '')}")
     use_plain_roles = is_first_janus or said == SFT_FORMATS[PLAIN_ROLES] or USER not in tokenizer.get_vocab()
     return PLAIN_ROLES if use_plain_roles else (USER, ASSISTANT)
@@ -303,18 +302,16 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
     from transformers.initialization import no_init_weights
 
     tokenizer = text.load_from_model(folder)
-    config = hub.read_json(folder / hub.CONFIG)
-    if (folder / hub.MANIFEST).is_file():
-        user_role, assistant_role = (
-            hub.read_json(folder / hub.MANIFEST).get("template", {}).get("roles", (USER, ASSISTANT))
-        )
+    config = read_json(folder / CONFIG)
+    if (folder / MANIFEST).is_file():
+        user_role, assistant_role = read_json(folder / MANIFEST).get("template", {}).get("roles", (USER, ASSISTANT))
         roles = (str(user_role), str(assistant_role))
         image_tokenizer = load_image_tokenizer(folder / "image_tokenizer")
-        state = {f"backbone.lm.{name}": tensor for name, tensor in hub.read_weights(folder).items()}
+        state = {f"backbone.lm.{name}": tensor for name, tensor in read_weights(folder).items()}
         for part in ("backbone", "sight"):
-            tensors = hub.read_tensors(folder / part / "model.safetensors")
+            tensors = read_tensors(folder / part / "model.safetensors")
             state |= {f"{part}.{name}": tensor for name, tensor in tensors.items()}
-        vision = hub.read_json(folder / "sight" / hub.CONFIG)
+        vision = read_json(folder / "sight" / CONFIG)
         if "text_size" in config:  # written by `causal_lm`
             config = {name: value for name, value in config.items() if name not in ("text_size", "head_width")} | {
                 "vocab_size": config["text_size"]
@@ -322,12 +319,12 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
     else:
         roles = chat_roles(folder, config, tokenizer)
         if config["model_type"] == "janus":
-            state = from_transformers(hub.read_weights(folder), config.get("tie_word_embeddings", True))
+            state = from_transformers(read_weights(folder), config.get("tie_word_embeddings", True))
             said, config = config["vision_config"], config["text_config"]
             size, heads = int(said.get("image_size", IMAGE_SIZE)), said.get("num_attention_heads", HEADS)
         else:
-            state = from_public(hub.read_weights(folder))
-            size, heads = int(hub.image_processor_config(folder).get("image_size", IMAGE_SIZE)), None
+            state = from_public(read_weights(folder))
+            size, heads = int(image_processor_config(folder).get("image_size", IMAGE_SIZE)), None
             config = config["language_config"]
         tokenizer_state = {
             k.removeprefix("image_tokenizer."): v for k, v in state.items() if k.startswith("image_tokenizer.")
@@ -344,14 +341,14 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
     lm_config = LlamaConfig(**config)
     if table != (lm_config.vocab_size, lm_config.hidden_size):  # a class's defaults are a model of billions
         said = f"{lm_config.vocab_size} pieces of width {lm_config.hidden_size}"
-        raise ValueError(f"{folder / hub.CONFIG} says {said}, the tensors {table[0]} of {table[1]}: it is damaged")
+        raise ValueError(f"{folder / CONFIG} says {said}, the tensors {table[0]} of {table[1]}: it is damaged")
     lm_config.bos_token_id, lm_config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     parts = nn.Module()
     with no_init_weights():
         lm = LlamaForCausalLM._from_config(lm_config, attn_implementation="sdpa")
         parts.backbone = JanusBackbone(lm, codes, code_dim, head_width)
         parts.sight = JanusVisionEncoder(vision, parts.backbone.width)
-    hub.load_strict(parts.to(dtype or model_state["backbone.table.weight"].dtype), model_state, folder)
+    load_strict(parts.to(dtype or model_state["backbone.table.weight"].dtype), model_state, folder)
     codes_of_a_picture = image_tokenizer.grid[0] * image_tokenizer.grid[1]
     template = JanusTemplate(tokenizer, parts.sight.positions, codes_of_a_picture, roles)
     writers: dict[str, Generator] = {
@@ -372,7 +369,7 @@ def causal_lm(model: UnifiedModel) -> Any:
     assert isinstance(model.backbone, JanusBackbone)
     text_size, head_width = model.backbone.text_size, model.backbone.head[0].out_features
     sizes = {"vocab_size": model.vocabulary.size, "text_size": text_size, "head_width": head_width}
-    return hub.with_architecture(model.backbone.lm, "UnigenJanusForCausalLM", **sizes)
+    return with_architecture(model.backbone.lm, "UnigenJanusForCausalLM", **sizes)
 
 
 def vision_settings(state: Mapping[str, Tensor], size: int, heads: int | None = None) -> dict[str, Any]:
@@ -409,10 +406,10 @@ def save_public(model: UnifiedModel, folder: Path) -> None:
     assert isinstance(tokenizer, vqgan.VQGAN) and isinstance(model.backbone, JanusBackbone)
     state = {k: v for k, v in model.state_dict().items() if k.startswith(("backbone.", "sight."))}
     state |= {f"image_tokenizer.{k}": v for k, v in vqgan.to_public(tokenizer, "llamagen").items()}
-    hub.write_tensors(folder / "model.safetensors", to_public(state))
+    write_tensors(folder / "model.safetensors", to_public(state))
     text.save(model.text_tokenizer, folder)
     language = model.backbone.lm.config.to_diff_dict()
-    save_json(folder / hub.CONFIG, {"model_type": "multi_modality", "language_config": language})
+    save_json(folder / CONFIG, {"model_type": "multi_modality", "language_config": language})
     assert isinstance(model.template, JanusTemplate)
     said = {"processor_class": "VLChatProcessor", "num_image_tokens": model.template.features}
     save_json(folder / "processor_config.json", said | {"sft_format": SFT_FORMATS[model.template.roles]})

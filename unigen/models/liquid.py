@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from unigen import hub
 from unigen.batch import Layout, Tokens, Vocabulary
 from unigen.document import Document, Segment
 from unigen.generators.base import Generator
 from unigen.generators.next_token import NextToken, Text
+from unigen.hub.weights import load_pretrained, silence_transformers
 from unigen.media.pixels import center_crop_resize
 from unigen.model.template import Output, PretrainedTemplate, UnsupportedError, split_system_messages
 from unigen.model.unified import UnifiedModel
@@ -176,7 +176,7 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
 
     tokenizer = text.load(folder)
     image_tokenizer = vqgan.load_chameleon(folder, IMAGE_SIZE)
-    lm = hub.load_pretrained(AutoModelForCausalLM, folder, dtype)
+    lm = load_pretrained(AutoModelForCausalLM, folder, dtype)
     # id(code) = len(tokenizer) + code, even where a table was padded before it was grown
     vocabulary = Vocabulary(len(tokenizer), image_tokenizer.codebook_size)
     if lm.config.vocab_size < vocabulary.size:
@@ -200,7 +200,7 @@ def causal_lm(model: UnifiedModel) -> Any:
 
 def save_public(model: UnifiedModel, folder: Path) -> None:
     """Write the files of the public layout, the image tokenizer's beside them."""
-    with hub.silence_transformers():
+    with silence_transformers():
         model.backbone.lm.save_pretrained(folder)
     text.save(model.text_tokenizer, folder)
     assert isinstance(model.image_tokenizer, vqgan.VQGAN)

@@ -30,12 +30,13 @@ from urllib.parse import unquote_plus
 import torch
 from torch import Tensor, nn
 
-from unigen import hub
 from unigen.batch import Tokens, Vocabulary
 from unigen.config import save_json
 from unigen.document import Document
 from unigen.generators.base import Generator
 from unigen.generators.next_token import NextToken
+from unigen.hub.resolve import CONFIG, MANIFEST, fetch_snapshot, find_component, read_json
+from unigen.hub.weights import load_strict, read_tensors, read_weights, rename_key, select_checkpoint, write_tensors
 from unigen.model.template import ClassTemplate, ImageOnlyTemplate, Output, UnsupportedError
 from unigen.model.unified import UnifiedModel
 from unigen.nn.backbone import Backbone, SlotCache
@@ -289,7 +290,7 @@ def infer_head_dim(state: Mapping[str, Tensor], config: Mapping[str, Any], sourc
     if "n_head" in config:
         heads = config["n_head"]
         if not isinstance(heads, int) or heads < 1 or width % heads:
-            raise ValueError(f"{source.parent / hub.CONFIG}: n_head {heads!r} does not divide a width of {width}")
+            raise ValueError(f"{source.parent / CONFIG}: n_head {heads!r} does not divide a width of {width}")
         return width // heads
     if width not in HEAD_DIMS:
         warnings.warn(
@@ -306,7 +307,7 @@ def from_public(state: Mapping[str, Tensor], head_dim: int) -> dict[str, Tensor]
     for name, tensor in state.items():
         if name == "freqs_cis":
             continue
-        name = hub.rename_key(name, _NAMES, _LAYER)
+        name = rename_key(name, _NAMES, _LAYER)
         if ".qkv_proj." in name:
             queries = tensor.shape[1]
             query, key, value = tensor.split([queries, *[(len(tensor) - queries) // 2] * 2])
@@ -329,7 +330,7 @@ def to_public(state: Mapping[str, Tensor], head_dim: int) -> dict[str, Tensor]:
                 (permute_rotary(tensor, head_dim, back=True), permute_rotary(key, head_dim, back=True), value)
             )
             name = name.replace("q_proj", "qkv_proj")
-        theirs[hub.rename_key(name, _NAMES, _LAYER, back=True)] = tensor
+        theirs[rename_key(name, _NAMES, _LAYER, back=True)] = tensor
     return theirs
 
 
@@ -348,20 +349,20 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
     from transformers.initialization import no_init_weights
 
     text_folder, tokenizer = folder, None
-    if (folder / hub.MANIFEST).is_file():
+    if (folder / MANIFEST).is_file():
         image_tokenizer = load_image_tokenizer(folder / "image_tokenizer")
-        config = LlamaConfig(**hub.read_json(folder / hub.CONFIG))
-        if "hidden_size" not in hub.read_json(folder / hub.CONFIG):  # a class's defaults are a model of billions
-            raise ValueError(f"{folder / hub.CONFIG} has no hidden_size: it is damaged")
-        state = {f"lm.{name}": tensor for name, tensor in hub.read_weights(folder).items()}
-        state |= hub.read_tensors(folder / "backbone" / "model.safetensors")
+        config = LlamaConfig(**read_json(folder / CONFIG))
+        if "hidden_size" not in read_json(folder / CONFIG):  # a class's defaults are a model of billions
+            raise ValueError(f"{folder / CONFIG} has no hidden_size: it is damaged")
+        state = {f"lm.{name}": tensor for name, tensor in read_weights(folder).items()}
+        state |= read_tensors(folder / "backbone" / "model.safetensors")
         kind = "c2i" if "classes.weight" in state else "t2i"
     else:
         if not list(folder.glob(FILES[0])):
             raise ValueError(f"{folder} has no model beside its image tokenizer: a file named like c2i_B_256.pt")
-        path = hub.select_checkpoint(folder, FILES[0], variant)
+        path = select_checkpoint(folder, FILES[0], variant)
         kind = path.stem[:3]
-        state = hub.read_tensors(path)
+        state = read_tensors(path)
         try:
             width = state["tok_embeddings.weight"].shape[1]
             wide = state["layers.0.feed_forward.w1.weight"].shape[0]
@@ -373,8 +374,8 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
         size = re.search(r"_(\d+)$", path.stem)
         if not size or int(size[1]) % STRIDE:
             raise ValueError(f"{path.name}: the size of its pictures has to end the name, as in c2i_B_256.pt")
-        image_tokenizer = vqgan.from_public(hub.read_tensors(folder / TOKENIZERS[kind]), int(size[1]), "llamagen")
-        said = hub.read_json(folder / hub.CONFIG) if (folder / hub.CONFIG).is_file() else {}
+        image_tokenizer = vqgan.from_public(read_tensors(folder / TOKENIZERS[kind]), int(size[1]), "llamagen")
+        said = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
         head_dim = infer_head_dim(state, said, path)
         if width % head_dim or (qkv_rows - width) % (2 * head_dim) or not width < qkv_rows <= 3 * width:
             raise ValueError(f"{path}: queries, keys and values of {qkv_rows} rows are of no heads {head_dim} wide")
@@ -393,12 +394,12 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
         )
         state = from_public(state, head_dim)
         if kind == "t2i":
-            text_folder = hub.find_component(
-                folder, f"{TEXT_FOLDER}/", "the text encoder", lambda: hub.fetch_snapshot(TEXT_ENCODER)
+            text_folder = find_component(
+                folder, f"{TEXT_FOLDER}/", "the text encoder", lambda: fetch_snapshot(TEXT_ENCODER)
             )
-            config.t5 = hub.read_json(text_folder / hub.CONFIG)
+            config.t5 = read_json(text_folder / CONFIG)
             if "d_model" not in config.t5:
-                raise ValueError(f"{text_folder / hub.CONFIG} has no d_model: it is no T5's, or damaged")
+                raise ValueError(f"{text_folder / CONFIG} has no d_model: it is no T5's, or damaged")
             state |= load_text_encoder_state(text_folder)
     side = image_tokenizer.grid[0]
     stored_dtype = state["lm.lm_head.weight"].dtype
@@ -409,7 +410,7 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
             backbone: LlamaGenBackbone = ClassBackbone(lm, len(state["classes.weight"]), side)
             template = ClassTemplate(backbone.before - 1, side * side)
         else:
-            hub.read_json(text_folder / "tokenizer.json")  # without it a tokenizer of no words would be made
+            read_json(text_folder / "tokenizer.json")  # without it a tokenizer of no words would be made
             tokenizer = text.load(text_folder, newlines=False)
             max_prompt_length = len(state["wordless.weight"])
             backbone = TextBackbone(lm, config.t5, max_prompt_length, side)
@@ -417,7 +418,7 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
     backbone.to(dtype or stored_dtype)
     if kind == "t2i" and (dtype or stored_dtype) == torch.float16:
         backbone.encoder.float()  # whose sums are too large for float16
-    hub.load_strict(backbone, state, folder)
+    load_strict(backbone, state, folder)
     writers: dict[str, Generator] = {"next-token": NextToken(image_tokenizer.grid)}
     vocabulary = Vocabulary(backbone.before, image_tokenizer.codebook_size, separate_head=True)
     model = UnifiedModel("llamagen", backbone, vocabulary, tokenizer, image_tokenizer, template, writers)
@@ -428,8 +429,8 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
 def load_text_encoder_state(folder: Path) -> dict[str, Tensor]:
     """The encoder's tensors of a folder with T5 by their names here; its decoder's are left."""
     dropped_keys = ("decoder.", "lm_head.", "encoder.embed_tokens.")  # the last are the shared ones once more
-    state = hub.read_weights(folder)
-    return {hub.rename_key(name, _WORDS): tensor for name, tensor in state.items() if not name.startswith(dropped_keys)}
+    state = read_weights(folder)
+    return {rename_key(name, _WORDS): tensor for name, tensor in state.items() if not name.startswith(dropped_keys)}
 
 
 def save_public(model: UnifiedModel, folder: Path) -> None:
@@ -441,13 +442,13 @@ def save_public(model: UnifiedModel, folder: Path) -> None:
     torch.save({"model": state}, folder / f"{kind}_model_{tokenizer.image_size}.pt")
     torch.save({"model": vqgan.to_public(tokenizer, "llamagen")}, folder / TOKENIZERS[kind])
     heads = backbone.lm.config.num_attention_heads
-    save_json(folder / hub.CONFIG, {"model_type": "llamagen", "n_head": heads})
+    save_json(folder / CONFIG, {"model_type": "llamagen", "n_head": heads})
     if isinstance(backbone, TextBackbone):
         text_folder = folder / TEXT_FOLDER
         text.save(model.text_tokenizer, text_folder)
-        save_json(text_folder / hub.CONFIG, backbone.lm.config.t5)
+        save_json(text_folder / CONFIG, backbone.lm.config.t5)
         encoder_state = {f"encoder.{name}": tensor for name, tensor in backbone.encoder.state_dict().items()}
-        hub.write_tensors(
+        write_tensors(
             text_folder / "model.safetensors",
-            {hub.rename_key(k, _WORDS, back=True): v for k, v in encoder_state.items()},
+            {rename_key(k, _WORDS, back=True): v for k, v in encoder_state.items()},
         )

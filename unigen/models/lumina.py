@@ -32,10 +32,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unigen import hub
 from unigen.batch import Layout, Tokens
 from unigen.config import save_json
 from unigen.document import Document, Segment
+from unigen.hub.resolve import CONFIG, MANIFEST, read_json
+from unigen.hub.weights import load_pretrained, read_weights
 from unigen.model.template import Output
 from unigen.model.unified import UnifiedModel
 from unigen.models import chameleon
@@ -183,17 +184,17 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
     from transformers import ChameleonForConditionalGeneration
 
     tokenizer, image_tokenizer = chameleon.load_tokenizers(folder)
-    if (folder / hub.MANIFEST).is_file():
-        lm = hub.load_pretrained(ChameleonForConditionalGeneration, folder, dtype)
+    if (folder / MANIFEST).is_file():
+        lm = load_pretrained(ChameleonForConditionalGeneration, folder, dtype)
     else:
         if sizes := SIZE_IN_NAME.findall(str(folder.absolute())):
             image_tokenizer.settings = replace(image_tokenizer.settings, image_size=int(sizes[-1]))
-        state = from_public(hub.read_weights(folder), hub.read_json(folder / hub.CONFIG))
+        state = from_public(read_weights(folder), read_json(folder / CONFIG))
         # transformers' class has an encoder of pictures, which is that of the image tokenizer
         for name, tensor in vqgan.to_public(image_tokenizer).items():
             if not name.startswith("decoder."):
                 state.setdefault(f"{VISION_PREFIX}{name}", tensor)
-        lm = hub.load_pretrained(ChameleonForConditionalGeneration, folder, dtype, state)
+        lm = load_pretrained(ChameleonForConditionalGeneration, folder, dtype, state)
     size = image_tokenizer.image_size
     template = LuminaTemplate(tokenizer, size // image_tokenizer.grid[0], size)
     specials = (*template.special.values(), *template.sides)
@@ -236,5 +237,5 @@ def save_public(model: UnifiedModel, folder: Path) -> None:
     """Write the files of the public layout, and Chameleon's image tokenizer beside them."""
     lm = model.backbone.lm
     chameleon.save_public(model, folder, to_public(lm.state_dict(), lm.config.model_parallel_size))
-    config = hub.read_json(folder / hub.CONFIG)
-    save_json(folder / hub.CONFIG, config | {"architectures": [PUBLIC_CLASS], MASK_LOGITS_KEY: False})
+    config = read_json(folder / CONFIG)
+    save_json(folder / CONFIG, config | {"architectures": [PUBLIC_CLASS], MASK_LOGITS_KEY: False})

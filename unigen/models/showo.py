@@ -27,13 +27,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unigen import hub
 from unigen.batch import Layout, Tokens, Vocabulary
 from unigen.config import save_json
 from unigen.document import Document, Segment
 from unigen.generators.base import GenerationState, Generator, StepInput
 from unigen.generators.masked import Masked, MaskedState
 from unigen.generators.next_token import Text
+from unigen.hub.resolve import CONFIG, MANIFEST, fetch_metadata, fetch_snapshot, find_component, read_json
+from unigen.hub.weights import load_pretrained, load_strict, read_weights, write_tensors
 from unigen.model.template import Output, PretrainedTemplate, UnsupportedError
 from unigen.model.unified import UnifiedModel
 from unigen.nn.backbone import Backbone
@@ -169,18 +170,18 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
     """The model in `folder`, in the public layout or in ours, strictly. dtype: None is as it is stored."""
     from transformers import PhiForCausalLM
 
-    if (folder / hub.MANIFEST).is_file():
+    if (folder / MANIFEST).is_file():
         tokenizer = text.load_from_model(folder)
         image_tokenizer = load_image_tokenizer(folder / "image_tokenizer")
-        lm = hub.load_pretrained(PhiForCausalLM, folder, dtype)
+        lm = load_pretrained(PhiForCausalLM, folder, dtype)
     else:
-        config = hub.read_json(folder / hub.CONFIG)
-        language = find_component(folder, LANGUAGE, hub.fetch_metadata)
+        config = read_json(folder / CONFIG)
+        language = find_part(folder, LANGUAGE, fetch_metadata)
         tokenizer = text.load_from_model(language)
         tokenizer.add_special_tokens({"pad_token": PAD, "additional_special_tokens": list(ADDED_TOKENS[1:])})
-        images = hub.read_weights(find_component(folder, IMAGES, hub.fetch_snapshot))
+        images = read_weights(find_part(folder, IMAGES, fetch_snapshot))
         image_tokenizer = magvit2.from_public(images, math.isqrt(config["num_vq_tokens"]))
-        lm = build_phi(hub.read_weights(folder), hub.read_json(language / hub.CONFIG), folder, dtype)
+        lm = build_phi(read_weights(folder), read_json(language / CONFIG), folder, dtype)
     vocabulary = Vocabulary(len(tokenizer), image_tokenizer.codebook_size)
     if lm.config.vocab_size != vocabulary.stop + 1:
         sizes = f"{len(tokenizer)} pieces of text, {image_tokenizer.codebook_size} image codes and the mask"
@@ -197,9 +198,9 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
     return model
 
 
-def find_component(folder: Path, repo: str, fetch: Any) -> Path:
+def find_part(folder: Path, repo: str, fetch: Any) -> Path:
     """The folder of a part that another repository brings."""
-    return hub.find_component(folder, f"{repo.partition('/')[2]}/", "a part of Show-o", lambda: fetch(repo))
+    return find_component(folder, f"{repo.partition('/')[2]}/", "a part of Show-o", lambda: fetch(repo))
 
 
 def build_phi(state: dict[str, Tensor], settings: dict[str, Any], folder: Path, dtype: torch.dtype | None) -> Any:
@@ -215,7 +216,7 @@ def build_phi(state: dict[str, Tensor], settings: dict[str, Any], folder: Path, 
     config = PhiConfig(**settings | {"vocab_size": len(table), "qk_layernorm": True})
     with no_init_weights():
         lm = PhiForCausalLM._from_config(config, attn_implementation="sdpa")
-    hub.load_strict(lm.to(dtype or table.dtype), ours, folder)
+    load_strict(lm.to(dtype or table.dtype), ours, folder)
     return lm
 
 
@@ -224,14 +225,14 @@ def save_public(model: UnifiedModel, folder: Path) -> None:
     lm, tokenizer, vocabulary = model.backbone.lm, model.image_tokenizer, model.vocabulary
     assert isinstance(tokenizer, magvit2.MAGVIT2)
     weights = "pytorch_model.safetensors"
-    hub.write_tensors(folder / weights, {WEIGHT_PREFIX + name: tensor for name, tensor in lm.state_dict().items()})
+    write_tensors(folder / weights, {WEIGHT_PREFIX + name: tensor for name, tensor in lm.state_dict().items()})
     config = {"codebook_size": vocabulary.image_size, "llm_model_path": LANGUAGE, "load_from_showo": True}
     config |= {"llm_vocab_size": vocabulary.text_size - len(ADDED_TOKENS), "num_vq_tokens": math.prod(tokenizer.grid)}
     config |= {"mask_token_id": vocabulary.stop, "vocab_size": vocabulary.stop + 1, "w_clip_vit": False}
-    save_json(folder / hub.CONFIG, {"_class_name": "Showo"} | config)
+    save_json(folder / CONFIG, {"_class_name": "Showo"} | config)
     language, images = (folder / repo.partition("/")[2] for repo in (LANGUAGE, IMAGES))
     images.mkdir()
-    hub.write_tensors(images / weights, magvit2.to_public(tokenizer))
-    save_json(images / hub.CONFIG, {"_class_name": "MAGVITv2"})
+    write_tensors(images / weights, magvit2.to_public(tokenizer))
+    save_json(images / CONFIG, {"_class_name": "MAGVITv2"})
     lm.config.save_pretrained(language)
     text.save(model.text_tokenizer, language)

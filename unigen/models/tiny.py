@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from unigen import generators, hub
+from unigen import generators
 from unigen.generators.build import load_generator, load_generator_lazily
 from unigen.generators.next_token import Text
+from unigen.hub.resolve import CONFIG, MANIFEST, read_json
+from unigen.hub.weights import load_strict, read_tensors
 from unigen.model.assembly import build_context, build_model
 from unigen.model.unified import UnifiedModel
 from unigen.nn.cpu.llama import InferenceLlama
@@ -39,10 +41,10 @@ def load(folder: Path, dtype: torch.dtype | None = None, inference: bool = False
         inference: may it be a model that only reads and answers? transformers is then not imported where its language
             model is a Llama, and generators with weights are loaded when they are first asked for.
     """
-    manifest = hub.read_json(folder / hub.MANIFEST)
+    manifest = read_json(folder / MANIFEST)
     image_tokenizer = load_image_tokenizer(folder / "image_tokenizer")
-    state = hub.read_tensors(folder / "model.safetensors")
-    config = hub.read_json(folder / hub.CONFIG)
+    state = read_tensors(folder / "model.safetensors")
+    config = read_json(folder / CONFIG)
     lm: Any
     if inference and InferenceLlama.readable(config):
         tokenizer: Any = text_tokenizers.InferenceTokenizer(folder)
@@ -55,7 +57,7 @@ def load(folder: Path, dtype: torch.dtype | None = None, inference: bool = False
         lm = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     if lm.config.tie_word_embeddings:
         state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
-    hub.load_strict(lm, state, folder / "model.safetensors")
+    load_strict(lm, state, folder / "model.safetensors")
     names = [name for name in manifest["generators"] if name != Text.name]
     context = build_context(lm, tokenizer, image_tokenizer)
     generator_classes = {name: generators.find_generator(name) for name in names}

@@ -23,11 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, normalize, scaled_dot_product_attention, silu
 
-from unigen import hub
 from unigen.batch import Vocabulary
 from unigen.config import save_json
 from unigen.generators.base import Generator
 from unigen.generators.next_scale import NextScale
+from unigen.hub.resolve import CONFIG, MANIFEST, read_json
+from unigen.hub.weights import load_strict, read_tensors, read_weights, rename_key, select_checkpoint, write_tensors
 from unigen.model.template import ClassTemplate
 from unigen.model.unified import UnifiedModel
 from unigen.nn.backbone import Backbone, SlotCache
@@ -120,8 +121,8 @@ class VARTransformer(nn.Module):
         return self.classes
 
     def save_pretrained(self, folder: Path) -> None:
-        hub.write_tensors(Path(folder) / "model.safetensors", self.state_dict())
-        save_json(Path(folder) / hub.CONFIG, {"model_type": "var", **self.settings})
+        write_tensors(Path(folder) / "model.safetensors", self.state_dict())
+        save_json(Path(folder) / CONFIG, {"model_type": "var", **self.settings})
 
 
 class VARBackbone(Backbone):
@@ -186,7 +187,7 @@ def from_public(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif name == "pos_1LC":
             ours["head.position_embedding.weight"] = tensor[0]
         else:
-            name = hub.rename_key(name, _NAMES, _BLOCK if name.startswith("blocks.") else ())
+            name = rename_key(name, _NAMES, _BLOCK if name.startswith("blocks.") else ())
             flattened = tensor.flatten() if name.endswith(".temperature") else tensor
             ours[name] = flattened[0, 0] if name.endswith(".own") else flattened
     if "head.scale_embedding.weight" in ours and "head.position_embedding.weight" in ours:
@@ -207,7 +208,7 @@ def to_public(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 tensor = tensor[None, :, None, None]
             if name.endswith(".own"):
                 tensor = tensor[None, None]
-            theirs[hub.rename_key(name, _NAMES, _BLOCK if name.startswith("lm.blocks.") else (), back=True)] = tensor
+            theirs[rename_key(name, _NAMES, _BLOCK if name.startswith("lm.blocks.") else (), back=True)] = tensor
     return theirs
 
 
@@ -219,15 +220,15 @@ def owns(folder: Path, config: dict[str, Any]) -> bool:
 def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) -> UnifiedModel:
     """The model in `folder`, in the public layout or in ours, strictly. dtype: None is as it is stored. variant: the
     name of the file, where there are several."""
-    if (folder / hub.MANIFEST).is_file():
-        settings = {k: v for k, v in hub.read_json(folder / hub.CONFIG).items() if k != "model_type"}
+    if (folder / MANIFEST).is_file():
+        settings = {k: v for k, v in read_json(folder / CONFIG).items() if k != "model_type"}
         tokenizer = load_image_tokenizer(folder / "image_tokenizer")
-        state = {f"lm.{name}": tensor for name, tensor in hub.read_weights(folder).items()}
-        head_state = hub.read_tensors(folder / "next-scale" / "model.safetensors")
+        state = {f"lm.{name}": tensor for name, tensor in read_weights(folder).items()}
+        head_state = read_tensors(folder / "next-scale" / "model.safetensors")
         state |= {f"head.{name}": tensor for name, tensor in head_state.items()}
     else:
-        path = hub.select_checkpoint(folder, FILES[0], variant)
-        public = hub.read_tensors(path)
+        path = select_checkpoint(folder, FILES[0], variant)
+        public = read_tensors(path)
         state = from_public(public)
         try:
             classes, width = state["lm.classes.weight"].shape
@@ -241,12 +242,12 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
         is_shared = "lm.shared.weight" in state
         settings = {"classes": classes, "width": width, "layers": layers, "positions": codes, "shared": is_shared}
         scales = infer_scales(public, codes)
-        tokenizer = var_vq.from_public(hub.read_tensors(folder / TOKENIZER_FILE), scales)
+        tokenizer = var_vq.from_public(read_tensors(folder / TOKENIZER_FILE), scales)
     parts = nn.Module()
     parts.lm, parts.head = VARTransformer(**settings), NextScale(tokenizer, settings["width"])
     frozen = {f"head.tokenizer.{name}": value for name, value in tokenizer.state_dict().items()}
     stored = dtype or state["lm.classes.weight"].dtype
-    hub.load_strict(parts, frozen | state, folder)
+    load_strict(parts, frozen | state, folder)
     parts.lm.to(stored)
     for layer in (parts.head.project, parts.head.scale_embedding, parts.head.position_embedding):  # scores: float32
         layer.to(stored)
@@ -292,4 +293,4 @@ def save_public(model: UnifiedModel, folder: Path) -> None:
     derived = {"lvl_1L": torch.cat(levels)[None]}
     torch.save(to_public(state) | derived, folder / f"var_d{model.backbone.lm.settings['layers']}.pth")
     torch.save(var_vq.to_public(tokenizer), folder / TOKENIZER_FILE)
-    save_json(folder / hub.CONFIG, {"model_type": "var"})
+    save_json(folder / CONFIG, {"model_type": "var"})

@@ -20,8 +20,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from unigen import hub
 from unigen.config import save_json
+from unigen.hub.resolve import read_json
+from unigen.hub.weights import load_strict, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +81,7 @@ def save_tokenizer(tokenizer: ImageTokenizer, folder: str | Path, dtype: torch.d
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / (WEIGHTS + ".part")
-    hub.write_tensors(partial, tokenizer.state_dict(), dtype)
+    write_tensors(partial, tokenizer.state_dict(), dtype)
     os.replace(partial, folder / WEIGHTS)
     save_json(folder / CONFIG, tokenizer.config())
     return folder
@@ -89,7 +90,7 @@ def save_tokenizer(tokenizer: ImageTokenizer, folder: str | Path, dtype: torch.d
 def load_image_tokenizer(folder: str | Path) -> Any:
     """The tokenizer saved in `folder`, in eval mode, fp32, on the CPU. ValueError when the folder does not hold one."""
     folder = Path(folder)
-    config = hub.read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG)
     kind = str(config.pop("kind", None))
     if not kind.isidentifier() or importlib.util.find_spec(f"{__name__}.{kind}") is None:
         raise ValueError(f"{folder / CONFIG}: no image tokenizer of kind {kind!r}; is this version of unigen too old?")
@@ -97,5 +98,5 @@ def load_image_tokenizer(folder: str | Path) -> Any:
         tokenizer = importlib.import_module(f"{__name__}.{kind}").from_config(config)
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from error
-    hub.load_strict(tokenizer, hub.read_tensors(folder / WEIGHTS), folder / WEIGHTS)
+    load_strict(tokenizer, read_tensors(folder / WEIGHTS), folder / WEIGHTS)
     return tokenizer.eval()

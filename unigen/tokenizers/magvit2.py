@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unigen import hub
 from unigen.config import from_dict, to_dict
+from unigen.hub.weights import load_strict, rename_key
 from unigen.tokenizers import SquareGridMixin
 from unigen.tokenizers.quantize import LFQ, check_finite
-from unigen.tokenizers.vqgan import rename_key
+from unigen.tokenizers.vqgan import rename_key as rename_vqgan_key
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def from_public(state: Mapping[str, Tensor], side: int) -> MAGVIT2:
     flattened_state = {
         k: v.flatten(1) if k in shapes and v.ndim == 4 and len(shapes[k]) == 2 else v for k, v in renamed.items()
     }
-    hub.load_strict(tokenizer, flattened_state, "of the image tokenizer")
+    load_strict(tokenizer, flattened_state, "of the image tokenizer")
     return tokenizer.eval()
 
 
@@ -160,4 +160,4 @@ _OUTER_KEYS = (("encoder.quant_conv.", "quant_conv."), ("decoder.post_quant_conv
 def _rename_key(name: str, tokenizer: MAGVIT2, public: bool = False) -> str:
     """A tensor's name here, of its public one; with public=True the other way."""
     levels = len(tokenizer.settings.encoder_channels)
-    return rename_key(hub.rename_key(name, _OUTER_KEYS, back=public), "taming", levels, public)
+    return rename_vqgan_key(rename_key(name, _OUTER_KEYS, back=public), "taming", levels, public)

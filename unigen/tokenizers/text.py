@@ -18,9 +18,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from unigen import hub
 from unigen.batch import Tokens
 from unigen.config import save_json
+from unigen.hub.resolve import CONFIG, read_json
+from unigen.hub.weights import silence_transformers
+from unigen.utils.text import first_line
 
 TOKENIZER_FILE, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
@@ -97,10 +99,10 @@ def load(folder: str | Path, newlines: bool = True) -> Any:
     folder = Path(folder)
     kind = PreTrainedTokenizerFast if (folder / TOKENIZER_FILE).is_file() else AutoTokenizer
     try:
-        with hub.silence_transformers():  # it warns of config.json's types that it does not know
+        with silence_transformers():  # it warns of config.json's types that it does not know
             tokenizer = kind.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers package raises plain Exception
-        raise ValueError(f"the text tokenizer in {folder} cannot be loaded: {hub.first_line(error)}") from error
+        raise ValueError(f"the text tokenizer in {folder} cannot be loaded: {first_line(error)}") from error
     check_round_trip(tokenizer, folder, newlines)
     return tokenizer
 
@@ -117,11 +119,11 @@ class InferenceTokenizer:
 
         self.folder = folder
         self.chat_template: str | None = None
-        self.settings = hub.read_json(folder / TOKENIZER_CONFIG)
+        self.settings = read_json(folder / TOKENIZER_CONFIG)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_FILE))
         except Exception as error:  # the tokenizers package raises plain Exception
-            raise ValueError(f"the text tokenizer in {folder} cannot be loaded: {hub.first_line(error)}") from error
+            raise ValueError(f"the text tokenizer in {folder} cannot be loaded: {first_line(error)}") from error
         special_tokens = {
             name: self.settings.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")
         }
@@ -197,7 +199,7 @@ def save(tokenizer: Any, folder: str | Path) -> None:
     """Write the tokenizer so that transformers 4 and 5 read tokenizer.json as it stands."""
     tokenizer.save_pretrained(folder)
     path = Path(folder) / TOKENIZER_CONFIG
-    settings = hub.read_json(path)
+    settings = read_json(path)
     if settings.get("tokenizer_class") == "TokenizersBackend":  # a name that transformers 4 does not know
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     dropped_keys = ("is_local", "local_files_only")
@@ -207,8 +209,8 @@ def save(tokenizer: Any, folder: str | Path) -> None:
 def load_from_model(folder: Path, newlines: bool = True) -> Any:
     """The same of a model's folder, whose settings have to be there: transformers would answer damaged ones with a
     traceback, or make a tokenizer of no words. Raises ValueError in one line."""
-    for name in (hub.CONFIG, TOKENIZER_FILE, TOKENIZER_CONFIG):
-        hub.read_json(folder / name)
+    for name in (CONFIG, TOKENIZER_FILE, TOKENIZER_CONFIG):
+        read_json(folder / name)
     return load(folder, newlines)
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unigen import hub
 from unigen.config import from_dict, to_dict
+from unigen.hub.weights import load_strict
 from unigen.tokenizers.multiscale_vq import MultiscaleQuantizer
 from unigen.tokenizers.quantize import check_finite
 from unigen.tokenizers.vqgan import VQGAN, VQGANConfig, rename_key
@@ -123,7 +123,7 @@ def from_public(state: Mapping[str, Tensor], scales: tuple[int, ...]) -> VARVQ:
             linear = ".attn" in name and tensor.ndim == 4
             own_state["net." + rename_key(name, "taming", levels)] = tensor.flatten(1) if linear else tensor
     buffers = {k: v for k, v in tokenizer.state_dict().items() if k in ("quantizer.usage_K", "quantizer.steps")}
-    hub.load_strict(tokenizer, buffers | own_state, "of the image tokenizer")
+    load_strict(tokenizer, buffers | own_state, "of the image tokenizer")
     return tokenizer.eval()
 
 

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from unigen import hub
 from unigen.config import from_dict, to_dict
+from unigen.hub.resolve import fetch_file, find_component
+from unigen.hub.weights import load_strict, read_tensors
 from unigen.tokenizers import SquareGridMixin
 from unigen.tokenizers.quantize import check_codes, check_finite
 
@@ -190,7 +191,7 @@ def from_public(state: Mapping[str, Tensor], image_size: int, layout: str = "tam
     flattened_state = {
         k: v.flatten(1) if k in shapes and v.ndim == 4 and len(shapes[k]) == 2 else v for k, v in renamed.items()
     }
-    hub.load_strict(tokenizer.net, flattened_state, "of the image tokenizer")
+    load_strict(tokenizer.net, flattened_state, "of the image tokenizer")
     return tokenizer.eval()
 
 
@@ -202,8 +203,8 @@ def load_chameleon(folder: Path, image_size: int) -> Any:
     if (folder / "image_tokenizer").is_dir():
         return load_image_tokenizer(folder / "image_tokenizer")
     hub_path = f"tokenizer/{CHAMELEON_FILE}"
-    path = hub.find_component(
-        folder, CHAMELEON_FILE, "Chameleon's image tokenizer", lambda: hub.fetch_file(CHAMELEON, hub_path)
+    path = find_component(
+        folder, CHAMELEON_FILE, "Chameleon's image tokenizer", lambda: fetch_file(CHAMELEON, hub_path)
     )
     return load_public(path, image_size)
 
@@ -213,7 +214,7 @@ def load_public(path: Path, image_size: int) -> VQGAN:
     file say so."""
     settings = path.with_suffix(".yaml")
     size = re.search(r"^\s*resolution:\s*(\d+)", settings.read_text(), re.M) if settings.is_file() else None
-    return from_public(hub.read_tensors(path), int(size[1]) if size else image_size)
+    return from_public(read_tensors(path), int(size[1]) if size else image_size)
 
 
 def save_public(tokenizer: VQGAN, folder: Path) -> None:

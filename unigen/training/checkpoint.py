@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from unigen.config import load_json, save_json
-from unigen.hub import clear_scratch, lock, replacing_folder, unlock
+from unigen.hub.folders import clear_scratch, lock, replacing_folder, unlock
 from unigen.training.peers import is_alive
 from unigen.utils.disk import disk_errors
 

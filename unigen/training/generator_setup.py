@@ -14,9 +14,10 @@ from typing import Any
 
 from torch import nn
 
-from unigen import generators, hub
+from unigen import generators
 from unigen.config import to_dict
 from unigen.generators import build
+from unigen.hub.folders import replacing_folder
 from unigen.model import assembly
 from unigen.model.unified import UnifiedModel
 from unigen.tokenizers import load_image_tokenizer, text
@@ -44,7 +45,7 @@ def load_or_train_text_tokenizer(folder: Path, lines: Iterable[str], pieces: int
     with main_process_first():
         if not (folder / "tokenizer.json").exists():
             print(f"{folder}: training a text tokenizer", flush=True)
-            with hub.replacing_folder(folder) as scratch:
+            with replacing_folder(folder) as scratch:
                 text.train_tokenizer(lines, scratch, pieces, specials)
         return text.load(folder)
 

@@ -28,3 +28,7 @@ def docstring_summary(file: Path) -> str:
     """The first paragraph of a Python file's docstring, in one line, read without running it; '' if there is none."""
     text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
     return " ".join(text.split("\n\n")[0].split())
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

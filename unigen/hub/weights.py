@@ -1,0 +1,234 @@
+"""Weights: reading safetensors and pickles, renaming tensors, strict loading, writing.
+
+Pickles are read by torch's reader that runs no code (`weights_only`). Does not depend on what is in a model; its family
+does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from unigen.hub.resolve import CONFIG, WEIGHT_FILES, read_json, shard_files
+from unigen.utils.text import first_line
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, or of a pickle of torch's. Raises ValueError in one line where it is missing,
+    cut off or damaged, or where the pickle holds more than tensors and plain values."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return strip_wrapper_prefixes(load_file(path)) if path.suffix == ".safetensors" else _load_pickle(path)
+    except (FileNotFoundError, SafetensorError, OSError, RuntimeError, EOFError) as error:
+        raise ValueError(f"checkpoint {path} cannot be read (missing, cut off or damaged): {error}") from error
+
+
+STATE_DICT_KEYS = ("state_dict", "model", "module", "trainer", "var_wo_ddp", "ema")
+"""What checkpoints hold their tensors under: torch's trainers, deepspeed, VAR's."""
+PICKLE_SAFE_TYPES: list[Callable[..., object]] = [
+    argparse.Namespace,
+    np.dtype,
+    cast(Callable[..., object], np.float64(0).__reduce__()[0]),
+    np.dtypes.Float64DType,
+    np.dtypes.Float32DType,
+    np.dtypes.Int64DType,
+]
+"""What trainers keep beside tensors, and what runs no code: their arguments, and numbers of numpy."""
+WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+"""What parallel and compiled modules put before the names of their tensors."""
+
+
+def _load_pickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, wherever in it they are: in that of a trainer under `STATE_DICT_KEYS`."""
+    from pickle import UnpicklingError
+
+    try:
+        with torch.serialization.safe_globals(PICKLE_SAFE_TYPES):
+            data = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise ValueError(f"checkpoint {path} is damaged, or holds objects that might run code") from error
+    for name in STATE_DICT_KEYS:
+        inner = data.get(name) if isinstance(data, dict) else None
+        data = inner if isinstance(inner, dict) else data
+    state = {name: value for name, value in data.items() if isinstance(value, Tensor)} if isinstance(data, dict) else {}
+    return strip_wrapper_prefixes(state)
+
+
+def strip_wrapper_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without the prefixes that parallel and compiled modules put before all of their names."""
+    while prefix := next((p for p in WRAPPER_PREFIXES if state and all(name.startswith(p) for name in state)), None):
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
+
+
+def select_checkpoint(folder: Path, pattern: str, name: str | None) -> Path:
+    """The file of this pattern, the one of this name where there are several."""
+    found = {path.stem: path for path in sorted(folder.glob(pattern))}
+    if name is None and len(found) == 1:
+        return next(iter(found.values()))
+    if name not in found:
+        raise ValueError(f"{folder} holds {', '.join(found) or 'no model'}: name one after a colon")
+    return found[name]
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a model folder: of model.safetensors or pytorch_model.bin, whole or in shards."""
+    for name in WEIGHT_FILES:
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            return {key: tensor for file in shard_files(index) for key, tensor in read_tensors(folder / file).items()}
+        if (folder / name).is_file():
+            return read_tensors(folder / name)
+    hint = "; ONNX, GGUF, TensorFlow and Flax are not read"
+    raise ValueError(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin{hint}")
+
+
+def needs_unwrapping(folder: Path) -> bool:
+    """Are the weights of a model folder in a pickle, which may hold more than tensors, or all under a prefix?"""
+    from safetensors import safe_open
+
+    path = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if any((folder / f"{name}.index.json").is_file() for name in WEIGHT_FILES) or path is None:
+        return False
+    if path.suffix == ".bin":
+        return True
+    with safe_open(path, "pt") as file:
+        names = list(file.keys())
+    return any(names and all(name.startswith(prefix) for name in names) for prefix in WRAPPER_PREFIXES)
+
+
+def load_pretrained(kind: Any, folder: Path, dtype: torch.dtype | None, state: dict[str, Tensor] | None = None) -> Any:
+    """`kind.from_pretrained` of a folder (whole or sharded), strictly; dtype: None is as it is stored; state: the
+    tensors, where they are not as they stand there. Raises ValueError in one line where tensors are missing, left over
+    or of another shape, and where a file is damaged."""
+    from safetensors import SafetensorError
+    from transformers import AutoConfig
+
+    if not read_json(folder / CONFIG).get("model_type"):  # a class's defaults are a model of billions
+        raise ValueError(f"{folder / CONFIG} names no type of model: it is damaged")
+    try:
+        if state is None and needs_unwrapping(folder):
+            state = read_weights(folder)
+        with silence_transformers():
+            overrides: dict[str, Any] = {}
+            if state is not None:
+                config = getattr(kind, "config_class", AutoConfig).from_pretrained(folder)
+                kind = kind if hasattr(kind, "config_class") else kind._model_mapping[type(config)]
+                overrides = {"state_dict": state, "config": config}
+            model, report = kind.from_pretrained(
+                None if overrides else folder,
+                dtype=dtype or "auto",
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # which are named below
+                **overrides,
+            )
+    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
+        raise ValueError(f"model folder {folder} cannot be loaded: {first_line(error)}") from error
+    kinds = (("missing", "missing_keys"), ("unknown", "unexpected_keys"), ("of another shape", "mismatched_keys"))
+    _raise_differences(folder, [(kind, sorted(map(str, report[name]))) for kind, name in kinds])
+    return model
+
+
+@contextmanager
+def strict_from_pretrained() -> Iterator[None]:
+    """Inside, a model of transformers whose folder lacks some of its weights is a ValueError in one line, also where
+    another library loads it: transformers would go on with random ones."""
+    from transformers import PreTrainedModel
+
+    original = PreTrainedModel.__dict__["from_pretrained"]
+
+    def strict(cls: Any, folder: Any, *args: Any, **options: Any) -> Any:
+        model, report = original.__func__(cls, folder, *args, **options | {"output_loading_info": True})
+        kinds = (("missing", "missing_keys"), ("of another shape", "mismatched_keys"))
+        _raise_differences(folder, [(kind, sorted(map(str, report[name]))) for kind, name in kinds])
+        return model
+
+    PreTrainedModel.from_pretrained = classmethod(strict)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        PreTrainedModel.from_pretrained = original
+
+
+def with_architecture(lm: Any, architecture: str, **settings: Any) -> Any:
+    """The same language model, to be written: its config.json names another class, and says more."""
+    other = copy.copy(lm)
+    other.__class__ = type(architecture, (type(lm),), {})
+    other.config = copy.deepcopy(lm.config)
+    other.config.update(settings)
+    return other
+
+
+@contextmanager
+def silence_transformers() -> Iterator[None]:
+    """transformers without its bars and its table of what a checkpoint lacks: we say that ourselves, in one line."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _raise_differences(source: str | Path, differences: Sequence[tuple[str, Sequence[str]]]) -> None:
+    """Raise ValueError in one line where there is a difference."""
+    problems = [
+        f"{len(names)} {kind}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+        for kind, names in differences
+        if names
+    ]
+    if problems:
+        raise ValueError(f"checkpoint {source} does not fit the model: {'; '.join(problems)}")
+
+
+KeyRenames = Sequence[tuple[str, str]]
+"""What tensors are called in a public file, and here."""
+
+
+def rename_key(name: str, prefixes: KeyRenames, inside: KeyRenames = (), back: bool = False) -> str:
+    """A tensor's name here, of its public one: the first prefix that fits is exchanged, and of `inside` each in turn;
+    with back=True the public one. A name that no prefix fits stays."""
+    pairs = [(b, a) if back else (a, b) for a, b in prefixes]
+    old, new = next((pair for pair in pairs if name.startswith(pair[0])), ("", ""))
+    for public_part, own_part in reversed(inside) if back else inside:
+        name = name.replace(own_part, public_part) if back else name.replace(public_part, own_part)
+    return new + name[len(old) :]
+
+
+def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
+    """Load every tensor of `state` into `module`, none missing, none left. Raises ValueError listing the difference."""
+    expected = module.state_dict()
+    missing_keys = [k for k in expected if k not in state]
+    unknown_keys = [k for k in state if k not in expected]
+    shapes = [
+        f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}"
+        for k, v in expected.items()
+        if k in state and state[k].shape != v.shape
+    ]
+    _raise_differences(source, (("missing", missing_keys), ("unknown", unknown_keys), ("of another shape", shapes)))
+    module.load_state_dict(state, strict=True)
+
+
+def write_tensors(path: Path, state: dict[str, Tensor], dtype: torch.dtype | None = None) -> None:
+    """Write tensors as safetensors, floats cast to `dtype` (None: kept)."""
+    from safetensors.torch import save_file
+
+    tensors = {k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous() for k, v in state.items()}
+    save_file(tensors, path)
+    path.chmod(0o644)  # safetensors makes files that only their owner can read
