@@ -40,7 +40,7 @@ def test_what_another_package_needs_is_of_the_commands_extra() -> None:
         return missing_module_message(ModuleNotFoundError(f"No module named {name!r}", name=name), command)
 
     assert "unigen[serve]" in str(line("anyio.abc", "serve")) and "unigen[serve]" in str(line("starlette", "info"))
-    assert "unigen[eval]" in str(line("datasets", "eval")) and "unigen[train]" in str(line("datasets", "train"))
+    assert "unigen[train]" in str(line("datasets", "eval")) and "unigen[train]" in str(line("datasets", "train"))
     assert "'unigen'" in str(line("torch", "generate")) and line("unigen.nothing", "serve") is None
 
 

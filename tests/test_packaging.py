@@ -78,6 +78,7 @@ def test_the_wheel_runs_outside_of_the_checkout(root: Path, tmp_path: Path) -> N
     [wheel] = wheels.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
+        assert "unigen/py.typed" in names
         archive.extractall(place)
     for top in ("unigen/assets", "unigen/serving/web", "recipes", "data_tools"):
         files = [path for path in (root / top).rglob("*") if path.is_file() and "__pycache__" not in path.parts]

@@ -20,7 +20,7 @@ warnings.filterwarnings("ignore", message="IProgress not found")  # in notebooks
 
 install()
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Document", "Engine", "Guidance", "Preview", "Segment", "load"]
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 
 EXTRA_MODULES = {
-    "train": ("accelerate", "peft", "datasets", "tensorboard"),
+    "train": ("accelerate", "datasets", "tensorboard"),
     "serve": (
         "fastapi",
         "starlette",
@@ -19,7 +19,7 @@ EXTRA_MODULES = {
         "python_multipart",
         "httpx",
     ),
-    "eval": ("torchmetrics", "sklearn", "scipy", "datasets", "matplotlib"),
+    "eval": ("torchmetrics", "sklearn", "scipy"),
     "browser": ("selenium",),
     "quantization": ("bitsandbytes",),
 }
