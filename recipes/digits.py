@@ -143,7 +143,7 @@ def build(cfg: DigitsConfig) -> TrainSpec:
 def sample(model: nn.Module, step: int, folder: Path) -> None:
     """All digits, a row for each way of writing."""
     assert isinstance(model, UnifiedModel)
-    engine, count = Engine(model), len(digits.NAMES)
+    engine, count = Engine(model.inference_copy()), len(digits.NAMES)
     rows = [
         engine.generate_batch(range(count), [0] * count, generator=name, guidance=2.0)
         for name in engine.info()["generators"]

@@ -335,7 +335,7 @@ def build(cfg: TinyConfig) -> TrainSpec:
 def write_samples(model: nn.Module, step: int, folder: Path) -> None:
     """Guided pictures, one column a prompt, two rows a way of writing; and what the model says of the uppermost row."""
     assert isinstance(model, UnifiedModel)
-    engine = Engine(model)
+    engine = Engine(model.inference_copy())
     rows = [(name, seed) for name in engine.info()["generators"] for seed in (0, 1)]
     pictures = [
         picture

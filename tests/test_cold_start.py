@@ -14,6 +14,7 @@ import unigen
 from unigen.hub.resolve import MANIFEST, read_json
 from unigen.inference.engine import Engine
 from unigen.models import load
+from unigen.nn.cpu.linear import PackedLinear
 
 SLOW = ("transformers", "diffusers", "torch._dynamo", "torch._inductor", "sympy", "sklearn", "scipy", "pandas")
 SCRIPT = """
@@ -59,6 +60,8 @@ def test_it_is_the_model_that_is_trained(generator: str, tiny_folder: Path) -> N
         assert np.array_equal(*map(np.asarray, pictures))
         assert quick.describe(pictures[0], "how many") == whole.describe(pictures[0], "how many")
     assert quick.info() == whole.info()
+    linears = [[type(m) is PackedLinear for m in e.model.backbone.modules()] for e in (quick, whole)]
+    assert any(linears[0]) and not any(linears[1])  # packed by whoever loads for inference
 
 
 def test_heads_are_loaded_when_they_are_asked_for(tiny_folder: Path, tmp_path: Path) -> None:

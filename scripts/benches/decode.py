@@ -25,7 +25,7 @@ from unigen.inference.engine import Engine
 from unigen.limits import number_argument
 from unigen.model import assembly
 from unigen.models import load
-from unigen.nn.cpu.linear import packed_linear
+from unigen.nn.cpu.linear import pack_linears, packed_linear
 from unigen.utils.argparser import OneLineParser
 
 PROMPT = "two apples on a blue background"
@@ -55,6 +55,7 @@ def load_model(name: str, dtype: torch.dtype) -> Any:
 
 def engine_runner(model: Any, batch: int, guided: bool) -> Callable[[], int]:
     """The engine itself, without the tokenizer's decoder, which the others do not run either."""
+    pack_linears(model.backbone)
     engine = Engine(model)
     height, width = model.image_tokenizer.grid
     model.pictures = lambda codes: [None] * len(codes)

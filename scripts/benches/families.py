@@ -41,7 +41,7 @@ from unigen.limits import number_argument
 from unigen.model.template import ClassTemplate, ImageOnlyTemplate
 from unigen.model.unified import UnifiedModel
 from unigen.models import janus, llamagen, var
-from unigen.nn.cpu.linear import packed_linear
+from unigen.nn.cpu.linear import pack_linears, packed_linear
 from unigen.tokenizers import var_vq
 from unigen.utils.argparser import OneLineParser
 
@@ -76,6 +76,7 @@ def without_decoding(model: UnifiedModel) -> UnifiedModel:
 
 def engine_runner(model: UnifiedModel, prompt: Any, **options: Any) -> Callable[[], Any]:
     """The engine draws one picture: its codes, where they are the model's."""
+    pack_linears(model.backbone)
     engine = Engine(model)
 
     def run() -> Any:

@@ -26,6 +26,7 @@ from unigen.inference.engine import Engine
 from unigen.limits import number_argument
 from unigen.model import assembly
 from unigen.models import load
+from unigen.nn.cpu.linear import pack_linears
 from unigen.tokenizers.kl import KLConfig, KLTokenizer
 from unigen.tokenizers.vq import VQConfig, VQTokenizer
 from unigen.utils.argparser import OneLineParser
@@ -78,7 +79,9 @@ def main(args: list[str]) -> int:
     rows: list[dict[str, Any]] = []
     print("writer      tokens  batch  pictures/s  ratio   decode/s  backbone  head")
     for tokens in map(int, options.tokens.split(",")):
-        engine = Engine(make_model(side_by_tokens[tokens], writers, getattr(torch, options.dtype)))
+        model = make_model(side_by_tokens[tokens], writers, getattr(torch, options.dtype))
+        pack_linears(model.backbone)
+        engine = Engine(model)
         step, heads = CallCounter(engine.model, "step"), engine.model.heads.values()
         velocities = [CallCounter(head, "velocity") for head in heads if hasattr(head, "velocity")]
         decoders = [CallCounter(engine.model, "pictures")]

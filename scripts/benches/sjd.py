@@ -20,6 +20,7 @@ from unigen.generators.jacobi import SPECULATIVE_METHODS
 from unigen.inference.engine import Engine
 from unigen.limits import number_argument
 from unigen.models import load
+from unigen.nn.cpu.linear import pack_linears
 from unigen.utils.argparser import OneLineParser
 
 
@@ -50,7 +51,9 @@ def main(args: list[str]) -> int:
     started, rows = time.monotonic(), []
     print("row                     one a step    several  ratio")
     for name in names:
-        engine = Engine(load("unigen-tiny") if name == "tiny" else llamagen_b("float32"))
+        model = load("unigen-tiny") if name == "tiny" else llamagen_b("float32")
+        pack_linears(model.backbone)
+        engine = Engine(model)
         # the image tokenizer's decoder is not timed
         engine.model.pictures = lambda codes: [None] * len(codes)  # type: ignore[assignment,return-value]
         prompts: list[Any] = make_prompts(options.count) if name == "tiny" else [207]

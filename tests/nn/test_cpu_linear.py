@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from unigen.nn.cpu import linear
-from unigen.nn.cpu.linear import PackedLinear, fused_linears, pack_linears, packed_linear
+from unigen.nn.cpu.linear import PackedLinear, fused_linears, pack_linears, packed_copy, packed_linear
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 5])
@@ -29,6 +29,22 @@ def test_modules_are_changed_in_place() -> None:
     pack_linears(model)
     assert sum(isinstance(m, PackedLinear) for m in model.modules()) == 2 and list(model.state_dict()) == names
     torch.testing.assert_close(model(x), before)
+
+
+def test_a_copy_shares_its_tensors_and_leaves_the_original() -> None:
+    """Also where two modules share a weight; what the original learns, the copy computes with."""
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.BatchNorm1d(8), nn.Linear(8, 8, bias=False)).eval()
+    model[2].weight = model[0].weight
+    places = [p.data_ptr() for p in model.parameters()]
+    twin = packed_copy(model)
+    assert [type(part) for part in model] == [nn.Linear, nn.BatchNorm1d, nn.Linear]
+    assert [type(part) for part in twin] == [PackedLinear, nn.BatchNorm1d, PackedLinear]
+    assert all(one is other for one, other in zip(model.parameters(), twin.parameters(), strict=True))
+    assert all(one is other for one, other in zip(model.buffers(), twin.buffers(), strict=True))
+    assert [p.data_ptr() for p in model.parameters()] == places
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    torch.testing.assert_close(twin(torch.ones(2, 8)), model(torch.ones(2, 8)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -14,6 +14,8 @@ from unigen.batch import Batch, pack
 from unigen.commands.main import main
 from unigen.document import Document, Segment
 from unigen.inference.engine import Engine
+from unigen.models import load
+from unigen.nn.cpu.linear import PackedLinear, pack_linears
 from unigen.training.objectives import MultiGeneratorLoss
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
@@ -32,6 +34,46 @@ def losses(model: Any, before: Any = None) -> dict[str, torch.Tensor]:
         model, batch_of(model), torch.Generator().manual_seed(0)
     )
     return {name: total for name, (total, _) in found.items() if not name.startswith("metric")}
+
+
+def state_of(model: Any) -> tuple[list[type], list[tuple[torch.Tensor, int, int]], dict[str, torch.Tensor]]:
+    """What sampling may not change: classes, parameters with their versions and places in memory, and losses."""
+    parameters = [(p.detach().clone(), p._version, p.data_ptr()) for p in model.parameters()]
+    return [type(module) for module in model.modules()], parameters, losses(model)
+
+
+def is_unchanged(model: Any, before: tuple[Any, Any, Any]) -> bool:
+    classes, parameters, old_losses = before
+    now = state_of(model)
+    same = [a[1:] == b[1:] and torch.equal(a[0], b[0]) for a, b in zip(parameters, now[1], strict=True)]
+    return classes == now[0] and all(same) and all(torch.equal(now[2][name], old_losses[name]) for name in old_losses)
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["inference copy", "the model itself"])
+def test_sampling_leaves_a_model_in_training_as_it_is(shared: bool, tiny_folder: Path) -> None:
+    model = load(tiny_folder)
+    before = state_of(model)
+    engine = Engine(model.inference_copy() if shared else model)
+    packed = [type(module) is PackedLinear for module in engine.model.backbone.modules()]
+    assert any(packed) == shared
+    picture = engine.generate("a red dog", temperature=0.5)
+    assert isinstance(engine.generate([picture, "what is it?"], "text", max_tokens=4), str)
+    assert is_unchanged(model, before)
+    pack_linears(model.backbone)  # the control
+    assert not is_unchanged(model, before)
+
+
+def test_an_inference_copy_computes_with_what_was_learnt(tiny_folder: Path) -> None:
+    model = load(tiny_folder)
+    twin = model.inference_copy()
+    assert list(twin.state_dict()) == list(model.state_dict()) and twin.heads is model.heads
+    with torch.no_grad():
+        for p in model.backbone.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * 0.1)
+    ids_BL = torch.tensor([[1, 5, 9]])
+    positions_BL, segments_BL = torch.arange(3)[None], torch.ones_like(ids_BL)
+    states = [m.backbone.packed(m.embed(ids_BL), positions_BL, segments_BL) for m in (model, twin)]
+    torch.testing.assert_close(*states, atol=1e-5, rtol=1e-5)
 
 
 def test_what_a_model_says_stays_and_what_is_new_is_learnt(engine: Engine) -> None:

@@ -52,6 +52,7 @@ def load(name: str, device: str, dtype: torch.dtype | None = None, options: dict
         raise ValueError("vLLM is not installed here: run scripts/install_serve.sh, which makes .venv-serve with it")
     from unigen.backends import diffusers_engine
     from unigen.models import causal_lm, load_resolved, resolve_model
+    from unigen.nn.cpu.linear import pack_linears
 
     folder, variant = resolve_model(name)
     if diffusers_engine.is_pipeline(folder):
@@ -60,6 +61,7 @@ def load(name: str, device: str, dtype: torch.dtype | None = None, options: dict
     kind = type(causal_lm(model)).__name__
     if read_json(folder / CONFIG).get("architectures") != [kind]:
         raise ValueError(f"{name} is not laid out for vLLM: give what unigen convert {name} --to vllm -o FOLDER writes")
+    pack_linears(model.backbone)
     return VllmEngine(model, folder, options or {})
 
 

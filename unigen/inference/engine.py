@@ -33,7 +33,6 @@ from unigen.media.display import MediaList, table_html
 from unigen.media.images import read_image
 from unigen.model.template import Output
 from unigen.model.unified import UnifiedModel
-from unigen.nn.cpu.linear import pack_linears
 from unigen.nn.quantized import count_parameters, describe_precision
 from unigen.samplers.seeds import offset_seed
 from unigen.utils import progress
@@ -43,13 +42,16 @@ GENERATE_OPTIONS = ("n", "candidates", *REQUEST_OPTIONS)
 
 
 class Engine:
-    """Generates with one model. Not safe to share between threads."""
+    """Generates with one model, which it does not change. Not safe to share between threads.
+
+    Args:
+        model: in evaluation mode, as `unigen.load` and `UnifiedModel.inference_copy` give it: with `pack_linears`.
+    """
 
     def __init__(self, model: UnifiedModel) -> None:
         self.model = model
         self.text_sampling: dict[str, Any] = {}
         """How a pair has it write text where nothing is asked for, as far as its checkpoint says."""
-        pack_linears(model.backbone)
 
     # ---------------------------------------------------------------- what users call
 

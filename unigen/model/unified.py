@@ -10,6 +10,7 @@ Shapes: B rows, L positions, D width, N images, h x w codes.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from unigen.media.pixels import to_images, to_pixels
 from unigen.model.template import Template
 from unigen.nn import quantized
 from unigen.nn.backbone import Backbone, SlotCache
+from unigen.nn.cpu.linear import packed_copy
 from unigen.samplers.guidance import Guidance
 from unigen.samplers.logits import SamplingOptions
 from unigen.tokenizers import ImageTokenizer, save_tokenizer, text
@@ -208,6 +210,13 @@ class UnifiedModel(nn.Module):
         quantized.quantize(self.backbone.lm.get_decoder(), kind, device)
         self.quantization = kind
 
+    def inference_copy(self) -> UnifiedModel:
+        """The model as an engine wants it, for samples during training: its backbone is a copy with packed linear maps
+        and the same tensors (`unigen.nn.cpu.linear.packed_copy`); all else is shared. Training goes on unchanged."""
+        twin = copy.copy(self)
+        twin._modules = self._modules | {"backbone": packed_copy(self.backbone)}
+        return twin
+
     def embed(self, ids: Tensor) -> Tensor:
         return self.backbone.embed(ids)
 
@@ -326,8 +335,6 @@ class UnifiedModel(nn.Module):
         """Write the model folder; the old one, if any, is replaced only when the new one is whole."""
         if self.quantization is not None:
             raise ValueError(f"{self.quantization} weights are not saved: load the model without quantization")
-        import copy
-
         from unigen.config import save_json
 
         with replacing_folder(folder) as scratch:

@@ -16,6 +16,7 @@ from unigen.hub.folders import replacing_folder
 from unigen.hub.resolve import CONFIG, MANIFEST, read_json, resolve, wrap_load_errors
 from unigen.model.unified import UnifiedModel
 from unigen.models.relatives import explain_unsupported
+from unigen.nn.cpu.linear import pack_linears
 from unigen.utils.disk import check_folder, disk_errors
 
 
@@ -37,7 +38,8 @@ def load_resolved(
 
     Args:
         quantization: see `UnifiedModel.quantize`.
-        inference: may it be a model that only reads and answers, where its family has a faster way to load one?
+        inference: the model is not to be trained. Where its family has a faster way to load such a model, that is
+            taken, and its linear maps are packed (`unigen.nn.cpu.linear.pack_linears`).
     """
     manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
     family = find_family(folder, manifest)
@@ -58,7 +60,10 @@ def load_resolved(
         to_float32(model, model.backbone)
     if quantization is not None:
         model.quantize(quantization, device)
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    if inference:
+        pack_linears(model.backbone)
+    return model
 
 
 def to_float32(model: torch.nn.Module, language: torch.nn.Module) -> None:

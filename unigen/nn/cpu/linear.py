@@ -11,9 +11,11 @@ weights of layers that read the same are moved to lie one below another.
 
 from __future__ import annotations
 
+import copy
+import itertools
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,8 @@ MAX_TRANSPOSED_ROWS = 3 if torch.backends.cpu.get_cpu_capability() == "AVX512" e
 """Rows up to which `W x^T` is the faster way round in float32, and faster than oneDNN's layout."""
 MAX_PACKED_BYTES = 4 << 30
 """Of weights that are kept in oneDNN's layout beside their own."""
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 _packed_weights = WeakIdKeyDictionary()
 """By weight, then by (weights joined to one, start, stop): what was packed (the tensors, and of each its version and
@@ -147,13 +151,38 @@ class PackedLinear(nn.Linear):
 
 
 def pack_linears(module: nn.Module) -> None:
-    """Let every `nn.Linear` inside use the faster product from now on. For inference."""
-    for part in module.modules():
-        if type(part) is nn.Linear:
-            part.__class__ = PackedLinear
+    """Give every `nn.Linear` inside the faster product, in place, and store the weights of `FUSED_LAYERS` one below
+    another. For a module that is loaded for inference; of one in training take `packed_copy`.
+
+    Args:
+        module: such as a backbone. Call this when it is on its device and quantised.
+    """
+    _use_packed_linears(module)
     for part in module.modules():
         for names in FUSED_LAYERS:
             _store_fused([getattr(part, name, None) for name in names])
+
+
+def packed_copy(module: ModuleT) -> ModuleT:
+    """A copy of a module for inference: it has modules of its own, with the faster product, and the tensors of the
+    original. The original keeps its classes and where its tensors lie.
+
+    Args:
+        module: such as the backbone of a model in training.
+
+    Returns:
+        The copy. Its parameters are those of the original, so it always computes with their present values.
+    """
+    shared_tensors = {id(tensor): tensor for tensor in itertools.chain(module.parameters(), module.buffers())}
+    twin = copy.deepcopy(module, shared_tensors)  # type: ignore[arg-type]
+    _use_packed_linears(twin)
+    return twin
+
+
+def _use_packed_linears(module: nn.Module) -> None:
+    for part in module.modules():
+        if type(part) is nn.Linear:
+            part.__class__ = PackedLinear
 
 
 FUSED_LAYERS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
