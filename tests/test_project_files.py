@@ -14,11 +14,7 @@ import unigen
 from unigen.utils.extras import EXTRA_MODULES
 from unigen.utils.module_renames import MODULE_RENAMES
 
-INDIRECT = {
-    "bitsandbytes": "transformers quantizes with it",
-    "python_multipart": "starlette reads forms with it",
-    "h11": "uvicorn speaks HTTP with it",
-}
+INDIRECT = {"python_multipart": "starlette reads forms with it"}
 """Packages of an extra that another package imports."""
 
 
