@@ -175,7 +175,9 @@ def test_openapi_document() -> None:
     pytest.importorskip("fastapi")
     from tests.serving.test_fuzz import APP
 
-    same_text("openapi.json", json.dumps(APP.openapi(), indent=1, sort_keys=True) + "\n")
+    document = APP.openapi()
+    document["info"].pop("version")
+    same_text("openapi.json", json.dumps(document, indent=1, sort_keys=True) + "\n")
 
 
 def same_text(name: str, text: str) -> None:
