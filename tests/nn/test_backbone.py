@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GemmaConfig, GPT2Config, LlamaConfig, PhiConfig, Qwen3Config
 
-from unigen.nn.attention import PackedGroups, packed_mask
+from unigen.nn.attention import packed_mask
 from unigen.nn.backbone import Backbone, SlotCache
+from unigen.nn.packed_attention import DocumentGroups
 
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
 CONFIGS: dict[str, Any] = {
@@ -114,9 +115,9 @@ def test_compiled_training_is_the_same_training() -> None:
 
 
 def test_groups_hold_each_real_position_once() -> None:
-    packing, real = PackedGroups(segments()), segments().flatten() > 0
-    assert packing.places[packing.scatter_index[real]].tolist() == real.nonzero().flatten().tolist()
-    assert set(packing.scatter_index[~real].tolist()) == {len(packing.places)}
+    packing, real = DocumentGroups(segments()), segments().flatten() > 0
+    assert packing.gather_index[packing.scatter_index[real]].tolist() == real.nonzero().flatten().tolist()
+    assert set(packing.scatter_index[~real].tolist()) == {len(packing.gather_index)}
 
 
 @torch.no_grad()

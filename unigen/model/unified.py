@@ -232,20 +232,22 @@ class UnifiedModel(nn.Module):
 
     def attend_until(self, batch: Batch) -> Tensor | None:
         """The last position of its row that each position sees (B, L); None where all are causal."""
-        reach_BL = None
+        attend_until_BL = None
         for name in sorted(set(batch.writers)):
             offsets = self.generators[name].attend_until()
             if offsets is None:
                 continue
-            if reach_BL is None:
-                reach_BL = torch.arange(batch.ids_BL.shape[1], device=batch.ids_BL.device).repeat(len(batch), 1)
+            if attend_until_BL is None:
+                attend_until_BL = torch.arange(batch.ids_BL.shape[1], device=batch.ids_BL.device).repeat(len(batch), 1)
             rows_M1, positions_MP = batch.places(batch.images_of(name))
             margin = (len(offsets) - positions_MP.shape[1]) // 2
             positions_ML = positions_MP[:, :1] + torch.arange(
                 -margin, positions_MP.shape[1] + margin, device=positions_MP.device
             )
-            reach_BL[rows_M1, positions_ML] = positions_MP[:, :1] + torch.tensor(offsets, device=positions_MP.device)
-        return reach_BL
+            attend_until_BL[rows_M1, positions_ML] = positions_MP[:, :1] + torch.tensor(
+                offsets, device=positions_MP.device
+            )
+        return attend_until_BL
 
     def step(self, embeds_BLD: Tensor, positions_BL: Tensor, mask: Tensor, cache: SlotCache) -> Tensor:
         """Hidden states (B, L, D) of what each cached row reads now."""

@@ -176,12 +176,12 @@ class TextBackbone(LlamaGenBackbone):
         return super().hidden(embeds_BLD, places_BL, mask, cache)
 
     def packed(
-        self, embeds_BLD: Tensor, positions_BL: Tensor, segments_BL: Tensor, reach_BL: Tensor | None = None
+        self, embeds_BLD: Tensor, positions_BL: Tensor, segments_BL: Tensor, attend_until_BL: Tensor | None = None
     ) -> Tensor:
         """The same of documents that end in a whole picture."""
         lengths_BL = (segments_BL[:, :, None] == segments_BL[:, None]).sum(-1)
         places_BL = (positions_BL - lengths_BL + self.codes + 1).clamp(min=0)
-        return super().packed(embeds_BLD, places_BL, segments_BL, reach_BL)
+        return super().packed(embeds_BLD, places_BL, segments_BL, attend_until_BL)
 
 
 _ENDING = r"(?:[\w-]+\.)*(?:com|co|ru|net|org|edu|gov|it|png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4)"

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unigen.nn.attention import PackedGroups, cached_mask, packed_mask, register_attention
+from unigen.nn.attention import cached_mask, packed_mask, register_attention
 from unigen.nn.cpu import llama
 from unigen.nn.cpu.linear import packed_linear
+from unigen.nn.packed_attention import pack_documents
 
 
 class Backbone(nn.Module):
@@ -62,16 +63,25 @@ class Backbone(nn.Module):
         return output.last_hidden_state
 
     def packed(
-        self, embeds_BLD: Tensor, positions_BL: Tensor, segments_BL: Tensor, reach_BL: Tensor | None = None
+        self, embeds_BLD: Tensor, positions_BL: Tensor, segments_BL: Tensor, attend_until_BL: Tensor | None = None
     ) -> Tensor:
-        """Hidden states (B, L, D) of packed rows: up to the reach inside each document (None is causal), nothing across
-        documents."""
+        """The forward pass of packed rows.
+
+        Args:
+            embeds_BLD: what is read.
+            positions_BL: each position in its document, from 0.
+            segments_BL: the document of each position, from 1; 0 is padding.
+            attend_until_BL: the last position of its row that each position sees; None is causal.
+
+        Returns:
+            Hidden states (B, L, D) after the last norm.
+        """
         output = self.lm.get_decoder()(
             inputs_embeds=embeds_BLD,
             position_ids=positions_BL,
             attention_mask=packed_mask(segments_BL[:, :1]),  # not read: `packing` says it all
             use_cache=False,
-            packing=PackedGroups(segments_BL, reach_BL),
+            packing=pack_documents(segments_BL, attend_until_BL),
         )
         return output.last_hidden_state
 
@@ -227,17 +237,17 @@ class SlotCache:
         self.notes.pop(last_slot, None)
         return last_slot
 
-    def begin(self, rows: list[int], queries: int, reach_BQ: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def begin(self, rows: list[int], queries: int, attend_until_BQ: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Prepare a step of `queries` positions for these slots: their positions (B, L) and the mask.
 
-        reach_BQ: the last of the step's positions that each of them sees; None is causal.
+        attend_until_BQ: the last of the step's positions that each of them sees; None is causal.
         """
         lengths = self.lengths[rows]
         needed = int(lengths.max()) + queries
         if needed > self.capacity:
             self.capacity = max(needed, 2 * self.capacity, 128)
         self.step = _StepPlan(rows, lengths, queries, self.device)
-        return self.step.at_BL, cached_mask(lengths, queries, self.step.keys, reach_BQ).to(self.device)
+        return self.step.at_BL, cached_mask(lengths, queries, self.step.keys, attend_until_BQ).to(self.device)
 
     def keep(self, rows: list[int], counts: list[int]) -> None:
         for slot, count in zip(rows, counts, strict=True):

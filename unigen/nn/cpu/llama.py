@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm, silu
 
-from unigen.nn.attention import PackedGroups, packed_attention
+from unigen.nn.attention import PackedDocuments, attention_forward
 from unigen.nn.cpu.linear import fused_linears
 
 
@@ -36,7 +36,7 @@ def llama_hidden(
     positions_BL: Tensor,
     mask: Tensor | None,
     cache: Any = None,
-    packing: PackedGroups | None = None,
+    packing: PackedDocuments | None = None,
 ) -> Tensor:
     """Hidden states (B, L, D) after the last norm. mask: additive (B, 1, L, keys); or packing: the documents of packed
     rows, which are read without a cache.
@@ -63,7 +63,7 @@ def llama_hidden(
         )
         value_BKLE = value.unflatten(-1, (-1, part.head_dim)).transpose(1, 2)
         keys, values = (key_BKLE, value_BKLE) if cache is None else cache.update(key_BKLE, value_BKLE, number)
-        attended, _ = packed_attention(part, query_BHLE, keys, values, mask, part.scaling, packing=packing)
+        attended, _ = attention_forward(part, query_BHLE, keys, values, mask, part.scaling, packing=packing)
         x_BLD = x_BLD + part.o_proj(attended.flatten(2))
         part = layer.mlp
         normed_BLD = _rms_norm(x_BLD, layer.post_attention_layernorm.weight, eps)
@@ -156,7 +156,7 @@ class LlamaDecoder(nn.Module):
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
         use_cache: bool = False,
-        packing: PackedGroups | None = None,
+        packing: PackedDocuments | None = None,
     ) -> Any:
         """`last_hidden_state` (B, L, D), by the arguments of transformers' decoders."""
         cache = past_key_values if use_cache else None
