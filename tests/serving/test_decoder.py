@@ -50,8 +50,10 @@ def decoder() -> Iterator[ImageDecoder]:
     asyncio.run(made.__aexit__())
 
 
-def read(decoder: ImageDecoder, *files: bytes | str, copies: int = 1, area: int | None = None) -> list[Image.Image]:
-    return asyncio.run(decoder.decode([EncodedImage(data) for data in files], copies, area))
+def read(
+    decoder: ImageDecoder, *files: bytes | str, copies: int = 1, max_pixels: int | None = None
+) -> list[Image.Image]:
+    return asyncio.run(decoder.decode([EncodedImage(data) for data in files], copies, max_pixels))
 
 
 def test_pictures_come_as_they_are(decoder: ImageDecoder) -> None:
@@ -82,7 +84,7 @@ def test_what_cannot_be_decoded_is_named_and_the_next_can(decoder: ImageDecoder)
     ):
         with pytest.raises(ImageError) as error:
             read(decoder, good, bad)
-        assert error.value.place == 1 and "\n" not in str(error.value)
+        assert error.value.index == 1 and "\n" not in str(error.value)
         assert len(read(decoder, good)) == 1
     with pytest.raises(ImageError, match="mask"):
         asyncio.run(decoder.decode([EncodedImage(cut, mask=True)]))
@@ -100,19 +102,23 @@ class FakePipe:
 
 def test_pixels_are_counted_before_any_are_decoded(decoder: ImageDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    ask = decoder._ask
-    monkeypatch.setattr(decoder, "_ask", lambda place, *request: asked.append(request[0]) or ask(place, *request))
+    ask = decoder._call_process
+    monkeypatch.setattr(decoder, "_call_process", lambda index, *call: asked.append(call[0]) or ask(index, *call))
     with pytest.raises(ImageError, match="too many pixels"):
-        read(decoder, *[BOMB] * 5, area=MAX_READ_PIXELS)
+        read(decoder, *[BOMB] * 5, max_pixels=MAX_READ_PIXELS)
     assert asked == ["count"]
     assert len(read(decoder, file((4, 4)), file((5, 5)))) == 2 and asked == ["count", "count", "decode", "decode"]
     decoded: list[Any] = []
     monkeypatch.setattr(pictures, "decode_image", lambda *given: decoded.append(given) or Image.new("RGB", (1, 1)))
     many = MAX_REQUEST_PIXELS // 5656**2 + 1
-    for files, copies, area in (([BOMB] * many, 1, MAX_READ_PIXELS), ([BOMB] * many, 1, None), ([BOMB], many, None)):
+    for files, copies, max_pixels in (
+        ([BOMB] * many, 1, MAX_READ_PIXELS),
+        ([BOMB] * many, 1, None),
+        ([BOMB], many, None),
+    ):
         pipe = FakePipe()
         with pytest.raises(ImageError, match="too many pixels"):
-            decoding._count(pipe, [EncodedImage(data) for data in files], copies, area)  # type: ignore[arg-type]
+            decoding._count(pipe, [EncodedImage(data) for data in files], copies, max_pixels)  # type: ignore[arg-type]
         assert not decoded and not pipe.sent
     with pytest.raises(ImageError, match="too large"):
         decoding._count(FakePipe(), [EncodedImage(file((6000, 6000), "1"))], 1, MAX_READ_PIXELS)  # type: ignore[arg-type]
@@ -128,7 +134,7 @@ def test_what_is_looked_at_is_made_smaller_at_once(decoder: ImageDecoder) -> Non
     width, height = json.loads(head)["size"]
     assert MAX_READ_PIXELS / 4 < width * height == len(pixels) / 3 <= MAX_READ_PIXELS
     long = file((4000, 100), "L", "JPEG", 200)
-    (small,) = read(decoder, long, area=10_000)
+    (small,) = read(decoder, long, max_pixels=10_000)
     assert abs(small.width / small.height - 40) < 3 and small.width * small.height <= 10_000
     assert np.abs(np.asarray(small, int) - 200).max() <= 2
     (whole,) = read(decoder, long)
@@ -144,7 +150,7 @@ def test_what_is_made_smaller_looks_alike(mode: str, side: int) -> None:
     exif, buffer = Image.Exif(), io.BytesIO()
     exif[0x0112] = 6  # a quarter to the right
     whole.convert(mode).save(buffer, "PNG", exif=exif)
-    small = pictures.decode_image(buffer.getvalue(), area=2000)
+    small = pictures.decode_image(buffer.getvalue(), max_pixels=2000)
     assert small.width < small.height and 500 <= small.width * small.height <= 2000
     places = (small.width // 2, small.height // 8), (small.width // 2, small.height * 7 // 8)
     assert [small.getpixel(place) for place in places] == [(0, 0, 0), (255, 255, 255)]
@@ -152,7 +158,7 @@ def test_what_is_made_smaller_looks_alike(mode: str, side: int) -> None:
 
 def test_many_are_made_smaller_still(decoder: ImageDecoder) -> None:
     big = file((1600, 1600), "1")
-    found = read(decoder, *[big] * 10, copies=16, area=MAX_READ_PIXELS)
+    found = read(decoder, *[big] * 10, copies=16, max_pixels=MAX_READ_PIXELS)
     assert sum(one.width * one.height for one in found) * 16 <= decoding.MAX_TOTAL_READ_PIXELS
     with pytest.raises(ImageError, match=str(MAX_IMAGES)):
         read(decoder, *[big] * (MAX_IMAGES + 1))
@@ -162,18 +168,18 @@ def test_clients_take_turns() -> None:
     """Of those who wait, whoever had it longest ago is next; who leaves is passed over."""
     order: list[str] = []
 
-    async def take(turns: FairLock, client: str) -> None:
-        async with turns.acquire(client):
+    async def take(lock: FairLock, client: str) -> None:
+        async with lock.hold(client):
             order.append(client)
             await asyncio.sleep(0)
 
     async def run() -> None:
-        turns = FairLock()
-        tasks = [asyncio.create_task(take(turns, client)) for client in "aaaabxc"]
+        lock = FairLock()
+        tasks = [asyncio.create_task(take(lock, client)) for client in "aaaabxc"]
         await asyncio.sleep(0)
         tasks[5].cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await take(turns, "d")
+        await take(lock, "d")
 
     asyncio.run(run())
     assert order == list("aabcaad")
@@ -182,8 +188,8 @@ def test_clients_take_turns() -> None:
 def test_many_requests_of_one_do_not_hold_up_another(decoder: ImageDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of its turns waits for one or two of the other's, however many requests that one sends."""
     asked: list[str] = []
-    ask = decoder._ask
-    monkeypatch.setattr(decoder, "_ask", lambda place, *request: asked.append(request[0]) or ask(place, *request))
+    ask = decoder._call_process
+    monkeypatch.setattr(decoder, "_call_process", lambda index, *call: asked.append(call[0]) or ask(index, *call))
     files = [EncodedImage(file((4, 4)))] * 10
 
     async def run() -> None:
@@ -200,8 +206,8 @@ def test_many_requests_of_one_do_not_hold_up_another(decoder: ImageDecoder, monk
 def test_who_leaves_has_no_more_decoded(decoder: ImageDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
     gc.collect()
     asked: list[str] = []
-    ask, held = decoder._ask, decoder.held
-    monkeypatch.setattr(decoder, "_ask", lambda place, *request: asked.append(request[0]) or ask(place, *request))
+    ask, held = decoder._call_process, decoder.held_pixels
+    monkeypatch.setattr(decoder, "_call_process", lambda index, *call: asked.append(call[0]) or ask(index, *call))
 
     async def run() -> None:
         task = asyncio.create_task(decoder.decode([EncodedImage(file((1000, 1000)))] * 100, client="a"))
@@ -213,29 +219,29 @@ def test_who_leaves_has_no_more_decoded(decoder: ImageDecoder, monkeypatch: pyte
 
     asyncio.run(run())
     gc.collect()
-    assert len(asked) < 20 and decoder.held == held
+    assert len(asked) < 20 and decoder.held_pixels == held
 
 
 def test_what_is_held_is_counted_until_it_is_let_go() -> None:
-    small = ImageDecoder(most_held=40_000)
+    small = ImageDecoder(max_held_pixels=40_000)
     try:
         first = read(small, file((100, 100)), copies=2)
-        assert small.held == 20_000
+        assert small.held_pixels == 20_000
         with pytest.raises(DecoderBusy):
             read(small, file((150, 150)))
-        assert small.held == 20_000
+        assert small.held_pixels == 20_000
         second = read(small, file((100, 100)), copies=2)
-        assert small.held == 40_000
+        assert small.held_pixels == 40_000
         del first, second
         gc.collect()
-        assert small.held == 0 and len(read(small, file((200, 200)))) == 1
+        assert small.held_pixels == 0 and len(read(small, file((200, 200)))) == 1
     finally:
         asyncio.run(small.__aexit__())
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_process_that_ends_or_hangs_is_one_error_and_a_new_process(signal_number: int) -> None:
-    fragile = ImageDecoder(seconds=60)
+    fragile = ImageDecoder(wall_timeout=60)
     try:
         assert len(read(fragile, file((4, 4)))) == 1
         assert fragile._process is not None
@@ -254,13 +260,13 @@ def test_a_process_that_ends_or_hangs_is_one_error_and_a_new_process(signal_numb
 
 def test_too_much_work_is_one_error() -> None:
     """Comments of a GIF, each of which is laid behind all before: some megabytes, and minutes of a processor."""
-    patient = ImageDecoder(seconds=600, work=1.0)
+    patient = ImageDecoder(wall_timeout=600, cpu_timeout=1.0)
     gif = file((4, 4), "P", "GIF")
     start = gif.rindex(b",")
     try:
         with pytest.raises(ImageError, match="time") as error:
             read(patient, file((4, 4)), gif[:start] + b"\x21\xfe" + b"\x01a" * 10_000_000 + b"\0" + gif[start:])
-        assert error.value.place == 0 and len(read(patient, file((4, 4)), gif)) == 2
+        assert error.value.index == 0 and len(read(patient, file((4, 4)), gif)) == 2
     finally:
         asyncio.run(patient.__aexit__())
 
@@ -295,7 +301,7 @@ def test_the_process_has_one_thread_of_each_library(decoder: ImageDecoder) -> No
 
 
 def test_too_much_memory_is_one_error() -> None:
-    poor = ImageDecoder(memory=150 << 20)
+    poor = ImageDecoder(max_memory=150 << 20)
     try:
         with pytest.raises(ImageError, match="memory"):
             read(poor, BOMB)

@@ -12,19 +12,20 @@ import pytest
 from tests.serving.test_fuzz import FakeImageEngine
 from unigen.document import Document
 from unigen.inference.engine import Engine
+from unigen.serving.app import create_app
+from unigen.serving.config import ServerConfig
 from unigen.serving.jobs import Error, Event, Job
-from unigen.serving.server import ServerConfig, create_app
 from unigen.serving.worker import BatchedWorker
 
 
 @pytest.mark.parametrize(("again", "status"), [(True, 503), (False, 500)])
 def test_the_status_says_whether_to_ask_again(again: bool, status: int) -> None:
     class Failing(FakeImageEngine):
-        async def answer(self, job: Job) -> AsyncGenerator[Event, None]:
+        async def run_job(self, job: Job) -> AsyncGenerator[Event, None]:
             yield Error("scores of this model are not finite", again)
 
     async def ask() -> httpx.Response:
-        transport = httpx.ASGITransport(create_app(Failing(), ServerConfig(model="m")))
+        transport = httpx.ASGITransport(create_app(Failing(), ServerConfig(model_name="m")))
         async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
             return await client.post("/v1/images/generations", json={"model": "m", "prompt": "a"})
 

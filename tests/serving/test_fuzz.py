@@ -14,22 +14,23 @@ from PIL import Image
 
 from unigen.document import Preview
 from unigen.media.output import data_uri
+from unigen.serving.app import create_app
+from unigen.serving.config import ServerConfig
 from unigen.serving.jobs import Event, Finished, Job, Part, Started, Stats
-from unigen.serving.server import ServerConfig, create_app
 
 
 class FakeImageEngine:
     """Stands where the model's process would: answers at once, and keeps the jobs."""
 
     info = {"outputs": ["image", "text", "interleaved"]}
-    load, starts, refused, down, alive, most = Stats(0, 0, 0, 0, 0, 0.0), 1, None, None, True, 24
+    stats, num_starts, unavailable_reason, is_alive, max_jobs = Stats(0, 0, 0, 0, 0, 0.0), 1, None, True, 24
 
     def __init__(self) -> None:
         self.ready = asyncio.Event()
         self.ready.set()
         self.jobs: list[Job] = []
 
-    async def answer(self, job: Job) -> AsyncGenerator[Event, None]:
+    async def run_job(self, job: Job) -> AsyncGenerator[Event, None]:
         self.jobs.append(job)
         yield Started({"seed": job.options.get("seed")})
         if job.output != "image":
@@ -42,7 +43,7 @@ class FakeImageEngine:
 
 
 PAINTER = FakeImageEngine()
-APP = create_app(PAINTER, ServerConfig(model="m"))
+APP = create_app(PAINTER, ServerConfig(model_name="m"))
 
 
 def post(path: str, **options: Any) -> Any:

@@ -16,14 +16,16 @@ from tests.serving.test_fuzz import FakeImageEngine
 from tests.serving.test_serving_units import Counted, asked, door
 from unigen.commands.main import main
 from unigen.serving import body, connection
-from unigen.serving.middleware import GuardMiddleware, Limits, error_body
+from unigen.serving.app import create_app, uvicorn_config
+from unigen.serving.config import RequestLimits, ServerConfig
+from unigen.serving.errors import error_body
+from unigen.serving.middleware import GuardMiddleware
 from unigen.serving.protocol import MAX_STOP_LENGTH, parse_form_fields
-from unigen.serving.server import ServerConfig, create_app, uvicorn_config
 
 
 def app(**settings: Any) -> tuple[FakeImageEngine, Any]:
     painter = FakeImageEngine()
-    return painter, create_app(painter, ServerConfig(model="m", **settings))
+    return painter, create_app(painter, ServerConfig(model_name="m", **settings))
 
 
 def send(app: Any, method: str, path: str, **options: Any) -> httpx.Response:
@@ -41,26 +43,26 @@ def send(app: Any, method: str, path: str, **options: Any) -> httpx.Response:
 @pytest.mark.parametrize("key", ["", " ", "\n", "a b", "clé", "a\x00"])
 def test_a_key_that_protects_nothing_is_refused(key: str) -> None:
     with pytest.raises(ValueError, match="API key"):
-        Limits(keys=("good", key))
+        RequestLimits(api_keys=("good", key))
 
 
 def test_wrong_keys_are_slowed_for_their_address_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     clock = SimpleNamespace(monotonic=lambda: now, perf_counter=time.perf_counter)
     monkeypatch.setattr("unigen.serving.middleware.time", clock)
-    guard = door(Limits(keys=("one",), invalid_keys_per_minute=3))
+    guard = door(RequestLimits(api_keys=("one",), invalid_keys_per_minute=3))
     assert [asked(guard, authorization=f"Bearer {i}")[0] for i in range(5)] == [401, 401, 401, 429, 429]
     status, headers = asked(guard, authorization="Bearer one")
     assert status == 429, "else the one key that is let in would be known by it"
     assert asked(guard, authorization="Bearer one", client="5.6.7.8")[0] == 200
     now += int(headers["retry-after"])
     assert asked(guard, authorization="Bearer one")[0] == 200
-    guard = door(Limits(keys=("one",), invalid_keys_per_minute=3))
+    guard = door(RequestLimits(api_keys=("one",), invalid_keys_per_minute=3))
     assert [asked(guard)[0] for _ in range(6)] == [401] * 6, "no key is no guess"
 
 
 def test_a_client_of_ipv6_is_its_network() -> None:
-    guard = door(Limits(rate=2))
+    guard = door(RequestLimits(requests_per_minute=2))
     statuses = [asked(guard, client=f"2001:db8:1:2::{i}")[0] for i in range(1, 5)]
     assert statuses == [200, 200, 429, 429] and asked(guard, client="2001:db8:1:3::1")[0] == 200
 
@@ -68,7 +70,7 @@ def test_a_client_of_ipv6_is_its_network() -> None:
 # ---------------------------------------------------------------- hosts and origins
 
 
-HERE = Limits(allowed_hosts=("unigen.example",), allowed_origins=("https://friend.example",))
+HERE = RequestLimits(allowed_hosts=("unigen.example",), allowed_origins=("https://friend.example",))
 
 
 @pytest.mark.parametrize(
@@ -92,8 +94,8 @@ def test_without_a_key_only_own_names_are_answered(host: str, status: int) -> No
     assert asked(door(HERE), **given)[0] == status
     assert asked(door(HERE), "/", **given)[0] == status  # the page too
     assert asked(door(HERE), "/health", **given)[0] == 200  # and probes by whatever name
-    assert asked(door(Limits(allowed_hosts=("*",))), **given)[0] == 200
-    keyed = door(Limits(keys=("one",), allowed_hosts=()))
+    assert asked(door(RequestLimits(allowed_hosts=("*",))), **given)[0] == 200
+    keyed = door(RequestLimits(api_keys=("one",), allowed_hosts=()))
     assert asked(keyed, authorization="Bearer one", **given)[0] == 200
 
 
@@ -115,7 +117,7 @@ def test_without_a_key_only_own_names_are_answered(host: str, status: int) -> No
 )
 def test_without_a_key_pages_of_others_send_nothing(headers: dict[str, str], status: int) -> None:
     assert asked(door(HERE), "/v1/images/edits", host="localhost:8000", **headers)[0] == status
-    keyed = door(Limits(keys=("one",), allowed_hosts=()))
+    keyed = door(RequestLimits(api_keys=("one",), allowed_hosts=()))
     assert asked(keyed, host="localhost:8000", authorization="Bearer one", **headers)[0] == 200
 
 
@@ -124,7 +126,7 @@ def test_without_a_key_pages_of_others_send_nothing(headers: dict[str, str], sta
 
 def test_a_body_that_trickles_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slow as it is said to be, it may take longer the more of it has come."""
-    limits = Limits(body_timeout=0.2, min_body_bytes_per_second=10)
+    limits = RequestLimits(body_timeout=0.2, min_body_bytes_per_second=10)
     caught: list[int] = []
 
     async def read(scope: Any, receive: Any, send: Any) -> None:
@@ -155,7 +157,7 @@ def test_a_body_that_trickles_is_given_up(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_bodies_together_have_a_limit() -> None:
     """What is held is counted, and given back when the requests end."""
-    guard = door(Limits(body=10, max_pending_body_bytes=25))
+    guard = door(RequestLimits(max_body_bytes=10, max_pending_body_bytes=25))
     for _ in range(3):
         assert asked(guard, body=(b"x" * 10,))[0] == 200
     guard._pending_bytes = 16  # others hold so many
@@ -355,7 +357,7 @@ def test_a_form_has_numbers() -> None:
 
 def test_more_answers_than_may_ever_run_are_no_question_of_time() -> None:
     painter, served = app()
-    painter.most = 3
+    painter.max_jobs = 3
     answer = send(served, "POST", "/v1/images/generations", json={"prompt": "a", "n": 4})
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "n", answer.text
     assert send(served, "POST", "/v1/images/generations", json={"prompt": "a", "n": 3}).status_code == 200
@@ -391,35 +393,35 @@ def test_what_is_imported_is_not_looked_through_at_each_request(monkeypatch: pyt
     """By the garbage collector, which a body of many small lists starts again and again: /health waits for it."""
     import uvicorn
 
-    from unigen.serving import server
+    from unigen.serving import app as serving_app
 
     frozen: list[str] = []
-    monkeypatch.setattr(server.gc, "freeze", lambda: frozen.append("freeze"))
+    monkeypatch.setattr(serving_app.gc, "freeze", lambda: frozen.append("freeze"))
 
     async def serve(self: Any, sockets: Any) -> None:
         frozen.append("serve")
 
     monkeypatch.setattr(uvicorn.Server, "serve", serve)
-    server.run({}, ServerConfig(model="m"), "127.0.0.1", 0, 1, 1)
+    serving_app.run({}, ServerConfig(model_name="m"), "127.0.0.1", 0, 1, 1)
     assert frozen == ["freeze", "serve"]
 
 
 def test_liveness_fails_when_the_model_stays_away() -> None:
     painter, served = app()
     assert send(served, "GET", "/health").status_code == 200
-    painter.alive, painter.down = False, "no memory"
+    painter.is_alive, painter.unavailable_reason = False, "no memory"
     answer = send(served, "GET", "/health")
     assert answer.status_code == 503 and "no memory" in answer.json()["reason"]
 
 
 def test_a_folder_that_takes_no_pictures_is_found_before_they_are_drawn(tmp_path: Any) -> None:
     asked_for = {"prompt": "a", "response_format": "url"}
-    painter, served = app(folder=tmp_path / "new")
+    painter, served = app(images_folder=tmp_path / "new")
     answer = send(served, "POST", "/v1/images/generations", json=asked_for)
     assert answer.status_code == 200 and answer.json()["data"][0]["url"].startswith("http://localhost/images/")
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "inside"):
-        painter, served = app(folder=folder)
+        painter, served = app(images_folder=folder)
         answer = send(served, "POST", "/v1/images/generations", json=asked_for)
         assert answer.status_code == 507 and "folder" in answer.json()["error"]["message"] and not painter.jobs
 
@@ -429,7 +431,7 @@ def test_a_full_disk_is_found_before_pictures_are_drawn(tmp_path: Any, monkeypat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.posix_fallocate", full)
-    painter, served = app(folder=tmp_path)
+    painter, served = app(images_folder=tmp_path)
     answer = send(served, "POST", "/v1/images/generations", json={"prompt": "a", "response_format": "url"})
     assert answer.status_code == 507 and "No space left" in answer.json()["error"]["message"] and not painter.jobs
     assert not list(tmp_path.iterdir())
@@ -440,7 +442,7 @@ def test_a_disk_that_fills_while_pictures_are_drawn(tmp_path: Any, monkeypatch: 
         raise OSError(28, "No space left on device", str(tmp_path))
 
     monkeypatch.setattr("unigen.media.output.tempfile.NamedTemporaryFile", full)
-    painter, served = app(folder=tmp_path)
+    painter, served = app(images_folder=tmp_path)
     answer = send(served, "POST", "/v1/images/generations", json={"prompt": "a", "response_format": "url"})
     said = answer.json()["error"]["message"]
     assert answer.status_code == 507 and "No space left" in said and "\n" not in said and painter.jobs
@@ -449,7 +451,7 @@ def test_a_disk_that_fills_while_pictures_are_drawn(tmp_path: Any, monkeypatch: 
 
 @pytest.mark.parametrize("asked_for", [{"prompt": "a"}, {"label": "dog"}, {"label": 7}])
 def test_prompts_are_logged_as_what_they_are(asked_for: Any, caplog: pytest.LogCaptureFixture) -> None:
-    _, served = app(prompts=True)
+    _, served = app(log_prompts=True)
     with caplog.at_level("INFO", "unigen.serving"):
         assert send(served, "POST", "/v1/images/generations", json=asked_for).status_code == 200
     (line,) = [json.loads(record.message) for record in caplog.records if "prompt" in record.message]
@@ -511,7 +513,7 @@ def test_an_empty_key_of_the_environment_lets_nobody_in(
 
 
 def test_a_proxy_is_an_address_or_a_network() -> None:
-    ServerConfig(model="m", proxies=("10.0.0.0/8", "::1"))
+    ServerConfig(model_name="m", trusted_proxies=("10.0.0.0/8", "::1"))
 
 
 # ---------------------------------------------------------------- connections
@@ -532,7 +534,9 @@ def test_who_asks_is_what_a_trusted_proxy_says_alone(proxies: tuple[str, ...], w
         await send({"type": "http.response.body", "body": b""})
 
     async def ask() -> None:
-        server = uvicorn.Server(uvicorn_config(app, ServerConfig(model="m", proxies=proxies), "127.0.0.1", 0))
+        server = uvicorn.Server(
+            uvicorn_config(app, ServerConfig(model_name="m", trusted_proxies=proxies), "127.0.0.1", 0)
+        )
         server.config.lifespan = "off"
         task = asyncio.create_task(server.serve())
         while not server.started:
@@ -652,7 +656,7 @@ def test_one_address_has_so_many_connections(monkeypatch: pytest.MonkeyPatch, tr
         await task
 
     asyncio.run(attack())
-    assert not connection.TimedConnection.open
+    assert not connection.TimedConnection.open_connections
 
 
 def test_a_server_that_was_stopped_itself_waits_for_heads(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,8 @@ from PIL import Image
 from unigen.document import Document
 from unigen.media.output import data_uri
 from unigen.serving import server
+from unigen.serving.app import create_app
+from unigen.serving.config import ServerConfig
 from unigen.serving.decoder import ImageDecoder
 from unigen.serving.jobs import Error, Finished, Heartbeat, Job, Ready, Rejected, Started, Stats
 from unigen.serving.metrics import Metrics
@@ -55,7 +57,7 @@ def is_running(jobs: Any, events: Any, source: dict[str, Any], slots: int) -> No
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("unigen.serving.process.HEARTBEAT_INTERVAL", 0.05)
-    monkeypatch.setattr("unigen.serving.process.START_METHOD", "forkserver")  # which has imported all that it needs
+    monkeypatch.setattr("unigen.serving.process.PROCESS_CONTEXT", multiprocessing.get_context("forkserver"))
     multiprocessing.set_forkserver_preload(["unigen.serving.metrics", "unigen.serving.process"])
 
 
@@ -81,18 +83,18 @@ def test_a_restart_that_fails_is_tried_again(tmp_path: Path) -> None:
 
     async def test(engine: EngineProcess) -> None:
         await engine.ready.wait()
-        await until(lambda: engine.load.running == 3)
+        await until(lambda: engine.stats.num_running == 3)
         os.kill(engine._process.pid, signal.SIGKILL)
         await until(lambda: not engine.ready.is_set())
-        assert engine.load == Stats(0, 0, 0, 0, 0, 0.0)
-        assert b"unigen_jobs_running 0.0" in Metrics(engine).text()
+        assert engine.stats == Stats(0, 0, 0, 0, 0, 0.0)
+        assert b"unigen_jobs_running 0.0" in Metrics(engine).render()
         await until(lambda: engine.reload_error is not None)
-        assert "no memory" in str(engine.down) and engine.load_error is None
+        assert "no memory" in str(engine.unavailable_reason) and engine.load_error is None
         with pytest.raises(ModelUnavailable, match="no memory"):
-            await anext(engine.answer(JOB))
+            await anext(engine.run_job(JOB))
         await engine.ready.wait()
-        assert engine.starts == 4 and engine.down is None and engine.alive
-        assert [type(event) async for event in engine.answer(JOB)] == [Started, Finished]
+        assert engine.num_starts == 4 and engine.unavailable_reason is None and engine.is_alive
+        assert [type(event) async for event in engine.run_job(JOB)] == [Started, Finished]
 
     with_engine(tmp_path, "grd", test)
 
@@ -121,10 +123,10 @@ def test_a_process_that_cannot_be_started_is_tried_again(tmp_path: Path, monkeyp
 def test_a_model_that_cannot_be_loaded_at_first_is_not_tried_again(tmp_path: Path) -> None:
     async def test(engine: EngineProcess) -> None:
         await engine.load_attempted.wait()
-        assert engine.load_error == "no memory" and engine.down == "no memory"
+        assert engine.load_error == "no memory" and engine.unavailable_reason == "no memory"
         await until(lambda: not engine._process.is_alive())
         await asyncio.sleep(0.2)
-        assert engine.starts == 1
+        assert engine.num_starts == 1
 
     with_engine(tmp_path, "r", test)
 
@@ -132,28 +134,28 @@ def test_a_model_that_cannot_be_loaded_at_first_is_not_tried_again(tmp_path: Pat
 def test_liveness_ends_when_the_model_stays_away(tmp_path: Path) -> None:
     async def test(engine: EngineProcess) -> None:
         await engine.ready.wait()
-        assert engine.alive
+        assert engine.is_alive
         engine._restart_delay = 0.5  # the next one is refused: away for longer than the patience
         os.kill(engine._process.pid, signal.SIGKILL)
-        await until(lambda: not engine.alive)
+        await until(lambda: not engine.is_alive)
         await engine.ready.wait()
-        assert engine.alive, "and it is alive again when the model is back"
+        assert engine.is_alive, "and it is alive again when the model is back"
 
-    with_engine(tmp_path, "gr", test, patience=0.3)
+    with_engine(tmp_path, "gr", test, unavailable_timeout=0.3)
 
 
-@pytest.mark.parametrize(("kind", "options"), [("s", {"silence": 0.5}), ("l", {"longest_step": 0.5})])
+@pytest.mark.parametrize(("kind", "options"), [("s", {"heartbeat_timeout": 0.5}), ("l", {"step_timeout": 0.5})])
 def test_a_process_that_hangs_is_started_again(tmp_path: Path, kind: str, options: dict[str, float]) -> None:
     """It sends nothing, or is in one step for ever; what was asked of it is told so."""
 
     async def test(engine: EngineProcess) -> None:
         await engine.ready.wait()
         engine._has_heartbeat = True  # as of a process that has sent one
-        (event,) = [event async for event in engine.answer(JOB)]
+        (event,) = [event async for event in engine.run_job(JOB)]
         assert isinstance(event, Error)
         await engine.ready.wait()
-        assert engine.starts == 2
-        assert [type(event) async for event in engine.answer(JOB)] == [Started, Finished]
+        assert engine.num_starts == 2
+        assert [type(event) async for event in engine.run_job(JOB)] == [Started, Finished]
 
     with_engine(tmp_path, kind, test, **options)
 
@@ -163,10 +165,10 @@ def test_a_process_that_is_stopped_is_started_again(tmp_path: Path) -> None:
         await engine.ready.wait()
         await until(lambda: engine._has_heartbeat)
         os.kill(engine._process.pid, signal.SIGSTOP)
-        await until(lambda: engine.starts == 2)
+        await until(lambda: engine.num_starts == 2)
         await engine.ready.wait()
 
-    with_engine(tmp_path, "", test, silence=1.0)
+    with_engine(tmp_path, "", test, heartbeat_timeout=1.0)
 
 
 def test_a_long_step_with_heartbeats_is_left_alone(tmp_path: Path) -> None:
@@ -175,9 +177,9 @@ def test_a_long_step_with_heartbeats_is_left_alone(tmp_path: Path) -> None:
     async def test(engine: EngineProcess) -> None:
         await engine.ready.wait()
         await until(lambda: engine._step_seconds > 0.5)
-        assert engine.starts == 1 and engine.ready.is_set()
+        assert engine.num_starts == 1 and engine.ready.is_set()
 
-    with_engine(tmp_path, "l", test, silence=5.0, longest_step=600.0)
+    with_engine(tmp_path, "l", test, heartbeat_timeout=5.0, step_timeout=600.0)
 
 
 def test_pictures_of_a_job_that_has_ended_are_let_go_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,19 +193,19 @@ def test_pictures_of_a_job_that_has_ended_are_let_go_of(tmp_path: Path, monkeypa
     async def test(engine: EngineProcess) -> None:
         await engine.ready.wait()
         engine.info = {"outputs": ["text"]}
-        transport = httpx.ASGITransport(server.create_app(engine, server.ServerConfig(model="m")))
+        transport = httpx.ASGITransport(create_app(engine, ServerConfig(model_name="m")))
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             answer = await client.post("/v1/chat/completions", json=body)
         assert answer.status_code == 200, answer.text
         gc.collect()
-        assert decoder.held == 0
+        assert decoder.held_pixels == 0
 
     asked = []
     read = decoder.decode
 
     async def noted(*given: Any) -> Any:
         found = await read(*given)
-        asked.append(decoder.held)
+        asked.append(decoder.held_pixels)
         return found
 
     monkeypatch.setattr(decoder, "decode", noted)

@@ -15,8 +15,9 @@ from PIL import Image
 
 from tests.serving.test_fuzz import FakeImageEngine
 from unigen.media.output import data_uri
+from unigen.serving.app import create_app
+from unigen.serving.config import ServerConfig
 from unigen.serving.jobs import Error, Event, Finished, Job, Part, Started
-from unigen.serving.server import ServerConfig, create_app
 
 DRAWS: Any = [{"type": "image_generation"}]
 PICTURE = Image.new("RGB", (4, 4), "red")
@@ -27,7 +28,7 @@ def with_client(test: Callable[[Any], Awaitable[Any]], painter: FakeImageEngine 
     painter = painter or FakeImageEngine()
 
     async def run() -> Any:
-        transport = httpx.ASGITransport(create_app(painter, ServerConfig(model="m")))
+        transport = httpx.ASGITransport(create_app(painter, ServerConfig(model_name="m")))
         web = httpx.AsyncClient(transport=transport)
         async with openai.AsyncOpenAI(base_url="http://localhost/v1", api_key="none", http_client=web) as client:
             return await test(client)
@@ -55,7 +56,7 @@ def opened(data: str) -> Image.Image:
 
 
 class Cut(FakeImageEngine):
-    async def answer(self, job: Job) -> AsyncGenerator[Event, None]:
+    async def run_job(self, job: Job) -> AsyncGenerator[Event, None]:
         self.jobs.append(job)
         yield Started({})
         for piece in ("on", "e"):
@@ -66,7 +67,7 @@ class Cut(FakeImageEngine):
 
 
 class Broken(FakeImageEngine):
-    async def answer(self, job: Job) -> AsyncGenerator[Event, None]:
+    async def run_job(self, job: Job) -> AsyncGenerator[Event, None]:
         yield Started({})
         yield Part("one")
         yield Error("it broke")

@@ -17,9 +17,10 @@ from tests.serving.test_fuzz import FakeImageEngine
 from unigen.media.output import data_uri
 from unigen.model.template import default_output, is_question
 from unigen.serving import protocol
+from unigen.serving.app import create_app
+from unigen.serving.config import ServerConfig
 from unigen.serving.pictures import encode_image
 from unigen.serving.responses import ResponsesRequest
-from unigen.serving.server import ServerConfig, create_app
 
 CHAT, DRAW, EDIT, VARY = (
     f"/v1/{name}" for name in ("chat/completions", "images/generations", "images/edits", "images/variations")
@@ -37,7 +38,7 @@ class FixedImageEngine(FakeImageEngine):
 
 
 ENGINE = FixedImageEngine()
-APP = create_app(ENGINE, ServerConfig(model="m"))
+APP = create_app(ENGINE, ServerConfig(model_name="m"))
 
 
 def post(path: str, body: Any = None, **options: Any) -> tuple[int, Any]:

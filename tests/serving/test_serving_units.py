@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 
 from unigen.serving import pictures
-from unigen.serving.middleware import GuardMiddleware, Limits
+from unigen.serving.config import RequestLimits
+from unigen.serving.middleware import GuardMiddleware
 from unigen.serving.worker import StopStringFilter
 
 CLIENT = httpx.AsyncClient
@@ -346,7 +347,7 @@ def asked(
     return sent[0]["status"], {name.decode(): value.decode() for name, value in sent[0]["headers"]}
 
 
-def door(limits: Limits) -> GuardMiddleware:
+def door(limits: RequestLimits) -> GuardMiddleware:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         from starlette.exceptions import HTTPException
 
@@ -364,21 +365,21 @@ def door(limits: Limits) -> GuardMiddleware:
 
 
 def test_the_door_asks_for_a_key() -> None:
-    guard = door(Limits(keys=("one", "two")))
+    guard = door(RequestLimits(api_keys=("one", "two")))
     assert asked(guard)[0] == 401 and asked(guard, authorization="Bearer three")[0] == 401
     assert asked(guard, authorization="Basic one")[0] == 401 and asked(guard, authorization="Bearer")[0] == 401
     assert asked(guard, authorization="Bearer two")[0] == 200 and asked(guard, "/health")[0] == 200
 
 
 def test_the_door_counts_bytes_whatever_is_said() -> None:
-    guard = door(Limits(body=10))
+    guard = door(RequestLimits(max_body_bytes=10))
     assert asked(guard, content_length="11")[0] == 413
     assert asked(guard, body=(b"x" * 6, b"x" * 6), content_length="6")[0] == 413
     assert asked(guard, body=(b"x" * 5, b"x" * 5))[0] == 200
 
 
 def test_the_door_lets_in_so_many_a_minute() -> None:
-    guard = door(Limits(rate=3))
+    guard = door(RequestLimits(requests_per_minute=3))
     assert [asked(guard)[0] for _ in range(5)] == [200, 200, 200, 429, 429]
     assert 1 <= int(asked(guard)[1]["retry-after"]) <= 20
     assert asked(guard, "/ready")[0] == 200
@@ -389,7 +390,7 @@ def test_who_waits_as_long_as_told_is_let_in(monkeypatch: pytest.MonkeyPatch, ra
     now = 0.0
     clock = SimpleNamespace(monotonic=lambda: now, perf_counter=time.perf_counter)
     monkeypatch.setattr("unigen.serving.middleware.time", clock)
-    guard = door(Limits(rate=rate))
+    guard = door(RequestLimits(requests_per_minute=rate))
     assert [asked(guard)[0] for _ in range(rate + 1)] == [200] * rate + [429]
     now += int(asked(guard)[1]["retry-after"])
     assert asked(guard)[0] == 200

@@ -80,26 +80,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     require_extra("serve")
-    from unigen.serving import server
-    from unigen.serving.middleware import Limits
-    from unigen.serving.server import ServerConfig
+    from unigen.serving import app
+    from unigen.serving.config import RequestLimits, ServerConfig
 
-    given = load_arguments(args)
+    load_options = load_arguments(args)
     keys = (*args.api_key, *(os.environ[name] for name in ["UNIGEN_API_KEY"] if name in os.environ))
-    hosts = (*args.allow_host, args.host)
-    settings = ServerConfig(
-        model=args.name or args.model,
-        limits=Limits(
-            keys, args.max_body << 20, rate=args.rate, allowed_hosts=hosts, allowed_origins=tuple(args.allow_origin)
-        ),
-        seconds=args.timeout,
-        folder=Path(args.images_folder) if args.images_folder else None,
-        fetch=args.allow_fetch,
-        prompts=args.log_prompts,
+    limits = RequestLimits(
+        api_keys=keys,
+        max_body_bytes=args.max_body << 20,
+        requests_per_minute=args.rate,
+        allowed_hosts=(*args.allow_host, args.host),
         allowed_origins=tuple(args.allow_origin),
-        proxies=tuple(args.trusted_proxy),
-        silence=args.heartbeat_timeout,
-        patience=args.restart_timeout,
     )
-    server.run(given, settings, args.host, args.port, args.slots, args.queue)
+    config = ServerConfig(
+        model_name=args.name or args.model,
+        limits=limits,
+        request_timeout=args.timeout,
+        images_folder=Path(args.images_folder) if args.images_folder else None,
+        allow_fetch=args.allow_fetch,
+        log_prompts=args.log_prompts,
+        allowed_origins=tuple(args.allow_origin),
+        trusted_proxies=tuple(args.trusted_proxy),
+        heartbeat_timeout=args.heartbeat_timeout,
+        unavailable_timeout=args.restart_timeout,
+    )
+    app.run(load_options, config, args.host, args.port, args.slots, args.queue)
     return 0

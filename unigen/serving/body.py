@@ -1,41 +1,43 @@
-"""JSON bodies of strangers: bounded by counting before they are read, and read beside the event loop.
+"""JSON bodies of requests: their size is checked before they are parsed, and they are parsed outside the event loop.
 
-What is counted here is what makes reading slow: values, nesting, and characters that are not of a picture. What a field
-means is checked by `unigen.serving.protocol`.
+What makes parsing slow is counted: values, nesting, and characters outside of image data. The meaning of the fields is
+checked by `unigen.serving.protocol`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from fastapi import Request
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.responses import Response
 
 MAX_DELIMITERS = 200_000
 """Brackets and commas in a body; those within texts count too."""
 MAX_JSON_VALUES = 20_000
 """Objects, lists, names, texts and numbers in a body."""
 MAX_TEXT_CHARACTERS = 1_000_000
-"""Of all texts together; pictures apart, which are data URIs in `url` or `image_url`, and base64 in `result`."""
+"""Of all texts together, without image data: data URIs in `url` or `image_url`, and base64 in `result`."""
 
 
-def parse_json(data: bytes) -> Any:
-    """The value of a JSON body.
+def parse_json(data: bytes) -> object:
+    """Return the value of a JSON body.
 
     Raises:
-        json.JSONDecodeError: it is no JSON.
-        HTTPException: it holds more than the limits above, or what is no text.
+        json.JSONDecodeError: it is not JSON.
+        HTTPException: it exceeds the limits above, is nested too deeply, or is not UTF-8 (status 400).
     """
     if sum(data.count(mark) for mark in (b"[", b"{", b",")) > MAX_DELIMITERS:
         raise HTTPException(400, f"the body holds too many values: at most {MAX_JSON_VALUES:,}")
-    blanks = sum(data.count(mark) for mark in (b" ", b"\n", b"\r", b"\t"))
-    if max(blanks, data.count(b"\\")) > 2 * MAX_TEXT_CHARACTERS:  # a character is two escapes at most
+    num_blanks = sum(data.count(mark) for mark in (b" ", b"\n", b"\r", b"\t"))
+    if max(num_blanks, data.count(b"\\")) > 2 * MAX_TEXT_CHARACTERS:  # a character is at most two escapes
         raise HTTPException(400, f"the body holds too many characters of text: at most {MAX_TEXT_CHARACTERS:,}")
     try:
-        value = json.loads(data)
+        value: object = json.loads(data)
     except json.JSONDecodeError:
         raise
     except RecursionError:
@@ -48,34 +50,35 @@ def parse_json(data: bytes) -> Any:
     return value
 
 
-def _check_size(value: Any) -> None:
-    stack, values, characters = [value], 0, 0
+def _check_size(body: object) -> None:
+    stack, num_values, num_characters = [body], 0, 0
     while stack:
-        one = stack.pop()
-        values += 1
-        if isinstance(one, str):
-            characters += len(one)
-        elif isinstance(one, dict):
-            stack += one.keys()
-            stack += ["" if _is_image_data(name, inner) else inner for name, inner in one.items()]
-        elif isinstance(one, list):
-            stack += one
-    if values > MAX_JSON_VALUES:
-        raise HTTPException(400, f"the body holds {values:,} values: at most {MAX_JSON_VALUES:,}")
-    if characters > MAX_TEXT_CHARACTERS:
-        raise HTTPException(400, f"the body holds {characters:,} characters of text: at most {MAX_TEXT_CHARACTERS:,}")
+        value = stack.pop()
+        num_values += 1
+        if isinstance(value, str):
+            num_characters += len(value)
+        elif isinstance(value, dict):
+            stack += value.keys()
+            stack += ["" if _is_image_data(name, inner) else inner for name, inner in value.items()]
+        elif isinstance(value, list):
+            stack += value
+    if num_values > MAX_JSON_VALUES:
+        raise HTTPException(400, f"the body holds {num_values:,} values: at most {MAX_JSON_VALUES:,}")
+    if num_characters > MAX_TEXT_CHARACTERS:
+        message = f"the body holds {num_characters:,} characters of text: at most {MAX_TEXT_CHARACTERS:,}"
+        raise HTTPException(400, message)
 
 
-def _is_image_data(name: str, value: Any) -> bool:
+def _is_image_data(name: str, value: object) -> bool:
     if not isinstance(value, str):
         return False
     return name == "result" or (name in ("url", "image_url") and value[:5].lower() == "data:")
 
 
 class BoundedRequest(Request):
-    """Its JSON is read in a thread, within the limits."""
+    """A request whose JSON is parsed in a thread, within the limits."""
 
-    async def json(self) -> Any:
+    async def json(self) -> object:
         if not hasattr(self, "_json"):
             data = await self.body()
             self._json = await asyncio.to_thread(parse_json, data)
@@ -83,12 +86,12 @@ class BoundedRequest(Request):
 
 
 class BoundedRoute(APIRoute):
-    """A route whose bodies are read so."""
+    """A route that reads its body as `BoundedRequest` does."""
 
-    def get_route_handler(self) -> Any:
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
 
-        async def bounded(request: Request) -> Any:
+        async def handle_bounded(request: Request) -> Response:
             return await handler(BoundedRequest(request.scope, request.receive))
 
-        return bounded
+        return handle_bounded

@@ -1,105 +1,174 @@
-"""What the server and the process that holds the model say to each other: jobs one way, their events the other.
+"""What the server and the model's process send to each other: jobs one way, their events the other.
 
     Job(Document.of("two apples"), "image", {"seed": 3})  ->  Started, Part, Finished     (or Rejected, or Error)
 
-Does not depend on: pipes, engines, HTTP; it loads nothing that models need.
+Does not depend on: pipes, engines, HTTP; it imports nothing that models need.
 """
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 from PIL import Image
 
 from unigen.document import Document, Preview
 
+if TYPE_CHECKING:
+    from unigen.model.template import Output
+
 
 @dataclass
 class Job:
-    """One answer to be made. output, options: as of `Engine.request`. stop: texts before which the answer ends.
-    around: a picture that is painted in where the mask is white; vary: instead of a mask, the share of it that is drawn
-    anew, by lot. previews: of each picture, where the model has some. candidates: of which the answer is the
-    best. notes: what its settings say besides."""
+    """One answer that is to be generated."""
 
     prompt: Document
-    output: Any
+    output: Output
     options: dict[str, Any] = field(default_factory=dict)
+    """Keywords of `Engine.generate`."""
     stop: tuple[str, ...] = ()
+    """Texts before which the answer ends."""
     around: Image.Image | None = None
+    """The image that is inpainted."""
     mask: Image.Image | None = None
+    """Where it is inpainted: white."""
     vary: float | None = None
+    """Instead of a mask: the share of the image that is drawn anew, at random positions; (0, 1]."""
     previews: int = 0
+    """Previews of each image, where the model has some."""
     candidates: int = 1
-    notes: dict[str, Any] = field(default_factory=dict)
+    """The answer is the best of so many."""
+    notes: dict[str, object] = field(default_factory=dict)
+    """What the settings of the answer say besides, such as what was ignored."""
 
 
 @dataclass
 class Ready:
-    """The model is there. info: as of `Engine.info`."""
+    """The model is loaded."""
 
-    info: dict[str, Any]
+    info: ServedModelInfo
+    """`Engine.info`, and the outputs that the model can generate."""
 
 
 @dataclass
 class Started:
-    """The job runs. settings: how its pictures and texts are made, defaults filled in."""
+    """The job runs."""
 
-    settings: dict[str, Any]
+    settings: dict[str, object]
+    """How its images and texts are made, defaults filled in."""
 
 
 @dataclass
 class Part:
-    """A piece of text or a finished picture."""
+    """A piece of text or a finished image."""
 
-    part: str | Image.Image
+    content: str | Image.Image
 
 
 @dataclass
 class Finished:
-    """reason: "stop" or "length". prompt, text, image: ids read, ids of text and codes of pictures written; None where
-    the model does not count. seen: of the ids read, those of pictures."""
+    """The answer is complete. Token counts are None where the model does not count."""
 
-    reason: str
-    prompt: int | None = None
-    text: int | None = None
-    image: int | None = None
-    seen: int = 0
+    finish_reason: str
+    """ "stop" or "length"."""
+    prompt_tokens: int | None = None
+    text_tokens: int | None = None
+    """Generated text tokens."""
+    image_tokens: int | None = None
+    """Generated image codes."""
+    prompt_image_tokens: int = 0
+    """Tokens of the prompt that are of images."""
 
 
 @dataclass
 class Rejected:
-    """The job asks for what cannot be; nothing was made."""
+    """The job asks for something that is not possible; nothing was generated."""
 
     message: str
 
 
 @dataclass
 class Error:
-    """A fault that is not the job's own. again: may it be answered when it is asked again?"""
+    """A fault that is not the job's own."""
 
     message: str
     again: bool = True
+    """Whether the same job may succeed when it is sent again."""
 
 
 @dataclass
 class Stats:
-    """What the process is doing: jobs that run and that wait, sequences in the batch, positions that the cache holds;
-    since it began: steps, and seconds in them."""
+    """What the process is doing."""
 
-    running: int
-    waiting: int
-    rows: int
-    positions: int
-    steps: int
-    seconds: float
+    num_running: int
+    """Jobs in the batch."""
+    num_waiting: int
+    """Jobs that wait."""
+    num_sequences: int
+    """Sequences in the batch, one for each branch of guidance."""
+    num_cached_tokens: int
+    """Positions of the cache in use."""
+    num_steps: int
+    """Steps of the model since the process started."""
+    step_seconds: float
+    """Seconds in these steps."""
 
 
 @dataclass
 class Heartbeat:
-    """The process runs. step: seconds for which the model has been in its present step; 0: in none."""
+    """The process is alive."""
 
-    step: float
+    step_seconds: float
+    """For how long the model has been in its present step; 0 between steps."""
 
 
 Event = Ready | Started | Part | Preview | Finished | Rejected | Error | Stats | Heartbeat
+
+
+class ServedModelInfo(TypedDict, total=False):
+    """Description of the served model: the keys of `Engine.info` that the server reads. Others pass through."""
+
+    outputs: list[Output]
+    """What the model can answer with."""
+    system: bool
+    """Whether it follows system messages."""
+    sizes: str
+    """ "any", or "this one": `image_size` alone."""
+    image_size: int
+
+
+class JobEngine(Protocol):
+    """What the server needs of the model: `process.EngineProcess` satisfies it."""
+
+    info: ServedModelInfo
+    ready: asyncio.Event
+    """Set while the model is loaded."""
+    max_jobs: int
+    """Jobs that may run and wait."""
+    num_starts: int
+    """How often the model's process was started."""
+    stats: Stats
+
+    @property
+    def unavailable_reason(self) -> str | None:
+        """Why no job can run now; None where it can."""
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the model is loaded or may still come back."""
+
+    def run_job(self, job: Job) -> AsyncGenerator[Event, None]:
+        """Run a job.
+
+        Yields:
+            Its events, the last one `Finished`, `Rejected` or `Error`. Closing the generator drops the job.
+        Raises:
+            QueueFull: too many jobs wait.
+            ModelUnavailable: the model is being loaded.
+        """
+
+    async def __aenter__(self) -> object: ...
+
+    async def __aexit__(self, *exception: object) -> None: ...

@@ -1,7 +1,7 @@
-"""The door of the server, before any route: keys, hosts, sizes, rates and time, and a line of log and counters for each
-request.
+"""Checks of a request before any route: keys, hosts, sizes, rates and time; and its log line and counters.
 
-A pure ASGI middleware, so that streams pass unbuffered and a route sees its client leave. Knows no route and no model.
+A pure ASGI middleware: streams pass unbuffered, and a route sees its client disconnect. Does not depend on: routes, the
+model.
 """
 
 from __future__ import annotations
@@ -15,192 +15,183 @@ import math
 import time
 import uuid
 from collections import OrderedDict
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from unigen.serving.config import RequestLimits
 from unigen.serving.connection import client_id
+from unigen.serving.errors import ErrorObject, error_body
+from unigen.serving.metrics import Metrics
 
 log = logging.getLogger("unigen.serving")
 
 HEALTH_PATHS = ("/health", "/ready")
-"""Answered to whoever asks, under whatever name of the host."""
+"""Paths that are answered to everyone, under any host name."""
 PUBLIC_PATHS = (*HEALTH_PATHS, "/", "/favicon.ico")
 WEB_PREFIX = "/web/"
-"""Asked for without a key, and at any rate: these paths, and what the page at / is made of."""
+"""These paths, and the files of the page at /, need no key and have no rate limit."""
 MAX_TRACKED_CLIENTS = 10_000
-"""Whose rates are remembered."""
+"""Clients whose rates are remembered."""
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What the door lets in.
+class ErrorReply:
+    """The response to a request that is rejected."""
 
-    Args:
-        keys: without one of them nothing but `PUBLIC_PATHS` is answered; none: all is. Printable ASCII without blanks.
-        body: bytes of one request.
-        max_pending_body_bytes: bytes of all requests that are being read or answered; at least of two of them.
-        rate: requests a minute of one key or address; 0 is any number.
-        invalid_keys_per_minute: of one address; when they are used up, no key of that address is looked at.
-        allowed_hosts: names of this server beside localhost and addresses, "*" is any; other names in the header
-            `Host` are refused where there are no keys, and so are requests that pages of other origins send. None:
-            neither is checked.
-        allowed_origins: of pages that may send requests nevertheless, "*" is any.
-        body_timeout: seconds that a body may take, and one more for each `min_body_bytes_per_second` bytes that came.
-        min_body_bytes_per_second: see `body_timeout`.
-
-    Raises:
-        ValueError: a key is empty, or has blanks or characters that no header carries.
-    """
-
-    keys: tuple[str, ...] = ()
-    body: int = 32 << 20
-    max_pending_body_bytes: int = 256 << 20
-    rate: int = 0
-    invalid_keys_per_minute: int = 20
-    allowed_hosts: tuple[str, ...] | None = None
-    allowed_origins: tuple[str, ...] = ()
-    body_timeout: float = 20.0
-    min_body_bytes_per_second: int = 32 << 10
-
-    def __post_init__(self) -> None:
-        for key in self.keys:
-            if not key.strip():
-                raise ValueError(
-                    "an API key is empty (--api-key, UNIGEN_API_KEY) and would let all in: give one, or leave it out"
-                )
-            if not (key.isascii() and key.isprintable()) or " " in key:
-                raise ValueError("an API key holds blanks or characters beyond ASCII, which no header carries")
-
-
-def error_body(
-    message: str, *, kind: str = "invalid_request_error", param: str | None = None, code: str | None = None
-) -> Any:
-    """OpenAI's form of an error; halves of characters, which JSON can name and UTF-8 cannot, become question marks."""
-    fields = {"message": message, "type": kind, "param": param, "code": code}
-    return {"error": {name: text and text.encode("utf-8", "replace").decode() for name, text in fields.items()}}
+    status: int
+    body: ErrorObject
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 class RateLimiter:
-    """So many requests a minute of each one, given out again as time passes."""
+    """A token bucket for each client: so many requests a minute, refilled continuously.
+
+    Args:
+        rate: requests a minute.
+    """
 
     def __init__(self, rate: int) -> None:
         self.rate = rate
-        self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()  # who: requests left, when that was
+        self._tokens: OrderedDict[str, tuple[float, float]] = OrderedDict()  # by client: tokens, and when that was
 
-    def wait(self, who: str) -> int:
-        """Seconds until this one may ask again; 0: now."""
-        tokens = self._refill(who)
+    def retry_after(self, client: str) -> int:
+        """Return the seconds until this client may send its next request; 0 is now."""
+        tokens = self._refill(client)
         return 0 if tokens >= 1 else math.ceil((1 - tokens) * 60 / self.rate)
 
-    def take(self, who: str) -> None:
-        """Count one request."""
-        self._left[who] = (self._refill(who) - 1, time.monotonic())
-        self._left.move_to_end(who)
-        if len(self._left) > MAX_TRACKED_CLIENTS:
-            self._left.popitem(last=False)
+    def consume(self, client: str) -> None:
+        """Count one request of this client."""
+        self._tokens[client] = (self._refill(client) - 1, time.monotonic())
+        self._tokens.move_to_end(client)
+        if len(self._tokens) > MAX_TRACKED_CLIENTS:
+            self._tokens.popitem(last=False)
 
-    def _refill(self, who: str) -> float:
-        tokens, then = self._left.get(who, (float(self.rate), 0.0))
+    def _refill(self, client: str) -> float:
+        tokens, then = self._tokens.get(client, (float(self.rate), 0.0))
         return min(self.rate, tokens + (time.monotonic() - then) * self.rate / 60)
 
 
 class GuardMiddleware:
-    def __init__(self, app: Any, limits: Limits, metrics: Any) -> None:
+    """Rejects requests beyond the limits, and logs and counts every request.
+
+    Args:
+        app: the next ASGI app.
+        limits: what a request must satisfy.
+        metrics: counters of the server.
+    """
+
+    def __init__(self, app: ASGIApp, limits: RequestLimits, metrics: Metrics) -> None:
         self.app, self.limits, self.metrics = app, limits, metrics
-        self._requests, self._invalid_keys = RateLimiter(limits.rate), RateLimiter(limits.invalid_keys_per_minute)
+        self._requests, self._invalid_keys = (
+            RateLimiter(limits.requests_per_minute),
+            RateLimiter(limits.invalid_keys_per_minute),
+        )
         self._pending_bytes = 0
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        start, number, status = time.perf_counter(), uuid.uuid4().hex, 0
-        scope = {**scope, "state": {**scope.get("state", {}), "request": number}}
+        start, request_id, status = time.perf_counter(), uuid.uuid4().hex, 0
+        scope = {**scope, "state": {**scope.get("state", {}), "request": request_id}}
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        if scope["method"] == "HEAD":  # as GET: whoever sends the answer leaves its body out
+        if scope["method"] == "HEAD":  # answered as GET; uvicorn leaves the body out
             scope["method"] = "GET"
         body = _LimitedBody(self, receive)
 
-        async def noted(message: Any) -> None:
+        async def send_and_record(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", number.encode())]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
             await send(message)
 
-        self.metrics.open.inc()
+        self.metrics.open_requests.inc()
         try:
-            refusal = self._check_request(scope, headers)
-            if refusal:
-                await _send_json(noted, *refusal)
+            rejection = self._check_request(scope, headers)
+            if rejection:
+                await _send_error(send_and_record, rejection)
             else:
-                await self.app(scope, body.receive, noted)
+                await self.app(scope, body.receive, send_and_record)
         except Exception:
             log.exception("a fault while a request was answered")
             if not status:
-                await _send_json(noted, 500, {}, error_body("a fault of the server", kind="server_error"))
+                fault = error_body("a fault of the server", kind="server_error")
+                await _send_error(send_and_record, ErrorReply(500, fault))
         finally:
-            self._pending_bytes -= body.bytes
-            seconds = time.perf_counter() - start
-            route = getattr(scope.get("route"), "path", "other")
-            self.metrics.open.dec()
-            self.metrics.requests.labels(route, str(status or 499)).inc()
-            self.metrics.seconds.labels(route).observe(seconds)
-            line = {"request": number, "method": scope["method"], "route": route, "status": status or 499}
-            log.info(json.dumps(line | {"seconds": round(seconds, 4)} | scope["state"].get("log", {})))
+            self._pending_bytes -= body.num_bytes
+            self._record(scope, status or 499, time.perf_counter() - start)
 
-    def _check_request(self, scope: Any, headers: dict[str, str]) -> tuple[int, dict[str, str], Any] | None:
+    def _record(self, scope: Scope, status: int, seconds: float) -> None:
+        """Count a request and write its log line."""
+        route = getattr(scope.get("route"), "path", "other")
+        self.metrics.open_requests.dec()
+        self.metrics.requests.labels(route, str(status)).inc()
+        self.metrics.seconds.labels(route).observe(seconds)
+        line = {"request": scope["state"]["request"], "method": scope["method"], "route": route, "status": status}
+        log.info(json.dumps(line | {"seconds": round(seconds, 4)} | scope["state"].get("log", {})))
+
+    def _check_request(self, scope: Scope, headers: Mapping[str, str]) -> ErrorReply | None:
+        """Return the response to a request that is rejected; None for one that may pass."""
         path, limits = scope["path"], self.limits
         if path in HEALTH_PATHS:
             return None
-        if (
-            not limits.keys
-            and limits.allowed_hosts is not None
-            and (stranger := self._check_origin(scope["method"], headers))
-        ):
-            return 403, {}, error_body(stranger, code="forbidden")
+        if not limits.api_keys and limits.allowed_hosts is not None:
+            message = self._check_origin(scope["method"], headers)
+            if message:
+                return ErrorReply(403, error_body(message, code="forbidden"))
         if path in PUBLIC_PATHS or path.startswith(WEB_PREFIX) or scope["method"] == "OPTIONS":
             return None
         if headers.get("content-encoding", "identity").lower() not in ("identity", ""):
-            return 415, {}, error_body("bodies are read as they are: send it without content-encoding")
-        who = _client_address(scope)
-        if limits.keys:
-            kind, _, key = headers.get("authorization", "").partition(" ")
-            if wait := self._invalid_keys.wait(who):
-                return _rate_limit_response(wait, f"too many wrong keys: try again in {wait} s")
-            matching_keys = [one for one in limits.keys if hmac.compare_digest(one.encode(), key.strip().encode())]
-            if kind.lower() != "bearer" or not matching_keys:
-                if key:
-                    self._invalid_keys.take(who)
-                body = error_body("give an API key: Authorization: Bearer ...", code="invalid_api_key")
-                return 401, {"www-authenticate": "Bearer"}, body
-            who = matching_keys[0]
-        scope["state"]["client"] = who
-        if limits.rate:
-            if wait := self._requests.wait(who):
-                return _rate_limit_response(wait, f"too many requests: ask again in {wait} s")
-            self._requests.take(who)
+            return ErrorReply(415, error_body("bodies are read as they are: send it without content-encoding"))
+        client = _client_address(scope)
+        if limits.api_keys:
+            key_or_rejection = self._check_key(client, headers.get("authorization", ""))
+            if isinstance(key_or_rejection, ErrorReply):
+                return key_or_rejection
+            client = key_or_rejection
+        scope["state"]["client"] = client
+        if limits.requests_per_minute:
+            if seconds := self._requests.retry_after(client):
+                return _rate_limit_error(seconds, f"too many requests: ask again in {seconds} s")
+            self._requests.consume(client)
         length = headers.get("content-length", "")
-        if length.isdecimal() and int(length[:20]) > limits.body:
-            return 413, {"connection": "close"}, error_body(self.too_large_message(), code="request_too_large")
+        if length.isdecimal() and int(length[:20]) > limits.max_body_bytes:
+            body = error_body(self.too_large_message(), code="request_too_large")
+            return ErrorReply(413, body, {"connection": "close"})
         return None
 
-    def _check_origin(self, method: str, headers: dict[str, str]) -> str | None:
-        """Why a browser that other pages lead here is refused: they could not read a key, but need none."""
+    def _check_key(self, address: str, authorization: str) -> ErrorReply | str:
+        """Return the API key of the request, or the response to a request without a valid one."""
+        if seconds := self._invalid_keys.retry_after(address):
+            return _rate_limit_error(seconds, f"too many wrong keys: try again in {seconds} s")
+        scheme, _, key = authorization.partition(" ")
+        given = key.strip().encode()
+        matching_keys = [api_key for api_key in self.limits.api_keys if hmac.compare_digest(api_key.encode(), given)]
+        if scheme.lower() == "bearer" and matching_keys:
+            return matching_keys[0]
+        if key:
+            self._invalid_keys.consume(address)
+        body = error_body("give an API key: Authorization: Bearer ...", code="invalid_api_key")
+        return ErrorReply(401, body, {"www-authenticate": "Bearer"})
+
+    def _check_origin(self, method: str, headers: Mapping[str, str]) -> str | None:
+        """Return why a request is rejected that a page of another site made a browser send; None where it may pass.
+
+        Without API keys such a page, which could not know a key, could use the server through the browser.
+        """
         host, limits = headers.get("host", ""), self.limits
         name = _host_name(host)
-        if (
-            host
-            and not _is_local_host(name)
-            and not {name, "*"} & {_host_name(key) for key in limits.allowed_hosts or ()}
-        ):
+        allowed_names = {_host_name(allowed) for allowed in limits.allowed_hosts or ()}
+        if host and not _is_local_host(name) and not {name, "*"} & allowed_names:
             return f"this server is not asked as {name!r} without a key: start it with --allow-host {name} or --api-key"
         origin = headers.get("origin")
         if origin is None:
-            crossed = method != "GET" and headers.get("sec-fetch-site") == "cross-site"
-            return "pages of other sites may not send requests here: see --allow-origin" if crossed else None
+            is_cross_site = method != "GET" and headers.get("sec-fetch-site") == "cross-site"
+            return "pages of other sites may not send requests here: see --allow-origin" if is_cross_site else None
         if {origin, "*"} & set(limits.allowed_origins) or (host and origin.partition("://")[2].lower() == host.lower()):
             return None
         return (
@@ -208,56 +199,66 @@ class GuardMiddleware:
         )
 
     def too_large_message(self) -> str:
-        return f"the request is longer than {self.limits.body} bytes"
+        return f"the request is longer than {self.limits.max_body_bytes} bytes"
 
-    def count(self, bytes: int) -> None:
-        """Bytes of bodies that are held. Raises HTTPException where it is too many."""
-        self._pending_bytes += bytes
-        if self._pending_bytes > max(self.limits.max_pending_body_bytes, 2 * self.limits.body):
+    def reserve_bytes(self, num_bytes: int) -> None:
+        """Count bytes of bodies that are held in memory.
+
+        Raises:
+            HTTPException: they are too many (status 429).
+        """
+        self._pending_bytes += num_bytes
+        if self._pending_bytes > max(self.limits.max_pending_body_bytes, 2 * self.limits.max_body_bytes):
             raise HTTPException(429, "the server reads too many requests at a time: ask again", {"retry-after": "2"})
 
 
 class _LimitedBody:
-    """A request's body: no more bytes than are allowed, whatever its length was said to be, and in time."""
+    """The body of a request: at most as many bytes as are allowed, whatever its header says, and in time."""
 
-    def __init__(self, guard: GuardMiddleware, receive: Any) -> None:
+    def __init__(self, guard: GuardMiddleware, receive: Receive) -> None:
         self.guard, self._receive = guard, receive
-        self.bytes, self.whole, self.start = 0, False, time.monotonic()
+        self.num_bytes, self.is_complete, self.start = 0, False, time.monotonic()
 
-    async def receive(self) -> Any:
-        if self.whole:  # what comes is that the client leaves
+    async def receive(self) -> Message:
+        """Receive the next ASGI message.
+
+        Raises:
+            HTTPException: the body is too slow (status 408) or too large (413, 429).
+        """
+        if self.is_complete:  # the next message is the disconnect
             return await self._receive()
         limits = self.guard.limits
-        end = self.start + limits.body_timeout + self.bytes / limits.min_body_bytes_per_second
+        end = self.start + limits.body_timeout + self.num_bytes / limits.min_body_bytes_per_second
         try:
             async with asyncio.timeout(max(0, end - time.monotonic())):
                 message = await self._receive()
         except TimeoutError:
             raise HTTPException(408, "the body of the request came too slowly", {"connection": "close"}) from None
-        self.whole = not message.get("more_body", False)
+        self.is_complete = not message.get("more_body", False)
         length = len(message.get("body", b""))
-        self.bytes += length
-        self.guard.count(length)
-        if self.bytes > limits.body:
+        self.num_bytes += length
+        self.guard.reserve_bytes(length)
+        if self.num_bytes > limits.max_body_bytes:
             raise HTTPException(413, self.guard.too_large_message(), {"connection": "close"})
         return message
 
 
-def _client_address(scope: Any) -> str:
+def _client_address(scope: Scope) -> str:
     return client_id(str((scope.get("client") or ("?",))[0]))
 
 
 def _host_name(host: str) -> str:
-    """The name in a header `Host`, without its port."""
+    """Return the name in a header `Host`, without its port."""
     host = host.strip().lower()
-    name = (
-        host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0] if host.count(":") < 2 else host
-    )
+    if host.startswith("["):
+        name = host[1:].partition("]")[0]
+    else:
+        name = host.partition(":")[0] if host.count(":") < 2 else host
     return name.rstrip(".")[:200]
 
 
 def _is_local_host(name: str) -> bool:
-    """A name that no page of another site can have: addresses are not resolved, and localhost is here."""
+    """Is it a name that no page of another site can have? Addresses are not resolved, and localhost is this machine."""
     if name == "localhost" or name.endswith(".localhost"):
         return True
     try:
@@ -267,14 +268,14 @@ def _is_local_host(name: str) -> bool:
     return True
 
 
-def _rate_limit_response(wait: int, message: str) -> tuple[int, dict[str, str], Any]:
+def _rate_limit_error(retry_after: int, message: str) -> ErrorReply:
     body = error_body(message, kind="rate_limit_error", code="rate_limit_exceeded")
-    return 429, {"retry-after": str(wait)}, body
+    return ErrorReply(429, body, {"retry-after": str(retry_after)})
 
 
-async def _send_json(send: Any, status: int, headers: dict[str, str], body: Any) -> None:
-    data = json.dumps(body).encode()
-    all_headers = {"content-type": "application/json", "content-length": str(len(data)), **headers}
-    raw_headers = [(name.encode(), value.encode()) for name, value in all_headers.items()]
-    await send({"type": "http.response.start", "status": status, "headers": raw_headers})
+async def _send_error(send: Send, error: ErrorReply) -> None:
+    data = json.dumps(error.body).encode()
+    headers = {"content-type": "application/json", "content-length": str(len(data)), **error.headers}
+    raw_headers = [(name.encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": raw_headers})
     await send({"type": "http.response.body", "body": data})

@@ -1,14 +1,15 @@
-"""The web page of `unigen serve`: the files in web/, read once, each a route of its own with the headers it goes with.
+"""The web page of `unigen serve`: the files of web/ are read once, and each is a route with its headers.
 
-Knows no API and no model: the page asks for itself. No path from a request is ever opened.
+Does not depend on: the API, the model; the page calls the API itself. No path of a request is ever opened.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
 
+from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -32,7 +33,7 @@ CONTENT_SECURITY_POLICY = {
     "require-trusted-types-for": "'script'",
     "trusted-types": "'none'",
 }
-"""Nothing from elsewhere, nothing inline, no text that becomes markup."""
+"""Nothing from other origins, nothing inline, no text that becomes markup."""
 HEADERS = {
     "content-security-policy": "; ".join(f"{name} {value}" for name, value in CONTENT_SECURITY_POLICY.items()),
     "x-content-type-options": "nosniff",
@@ -41,26 +42,26 @@ HEADERS = {
 }
 
 
-def add_page(app: Any) -> None:
-    """The page at /, and what it is made of under /web."""
+def add_page(app: Starlette) -> None:
+    """Serve the page at / and its files under /web.
+
+    Args:
+        app: gets one route for each file.
+    """
     for path in sorted(FOLDER.iterdir()):
         if path.suffix in CONTENT_TYPES:
             route = "/" if path.name == INDEX else f"/web/{path.name}"
-            app.add_route(
-                route,
-                _file_route(path.read_bytes(), CONTENT_TYPES[path.suffix]),
-                methods=["GET"],
-                include_in_schema=False,
-            )
+            handler = _file_route(path.read_bytes(), CONTENT_TYPES[path.suffix])
+            app.add_route(route, handler, methods=["GET"], include_in_schema=False)
 
 
-def _file_route(data: bytes, kind: str) -> Any:
-    tag = f'"{hashlib.sha256(data).hexdigest()[:16]}"'
-    headers = {**HEADERS, "etag": tag}
+def _file_route(data: bytes, content_type: str) -> Callable[[Request], Awaitable[Response]]:
+    etag = f'"{hashlib.sha256(data).hexdigest()[:16]}"'
+    headers = {**HEADERS, "etag": etag}
 
     async def answer(request: Request) -> Response:
-        if request.headers.get("if-none-match") == tag:
+        if request.headers.get("if-none-match") == etag:
             return Response(None, 304, headers)
-        return Response(data, 200, {**headers, "content-type": kind})
+        return Response(data, 200, {**headers, "content-type": content_type})
 
     return answer

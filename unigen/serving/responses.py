@@ -1,10 +1,11 @@
-"""OpenAI's `/v1/responses`: what is asked there, and its answer, streamed or whole.
+"""OpenAI's `/v1/responses`: the request, and its answer, streamed or whole.
 
     client.responses.create(model="unigen-tiny", input="two apples", tools=[{"type": "image_generation"}])
 
-`output` lists in order what was said, items `message`, and what was drawn, items `image_generation_call`. Pictures are
-drawn where the tool `image_generation` is given. Nothing is stored: a conversation is sent whole, as `input`. Knows the
-schema and the events of jobs; does not depend on HTTP.
+`output` lists texts (items `message`) and images (items `image_generation_call`) in order. Images are drawn if the tool
+`image_generation` is given. Nothing is stored: the client sends the whole conversation as `input`.
+
+Does not depend on: HTTP, engines.
 OpenAI's reference: https://platform.openai.com/docs/api-reference (responses).
 """
 
@@ -18,12 +19,13 @@ import uuid
 from contextlib import aclosing
 from typing import Annotated, Any, Literal
 
+from PIL import Image
 from pydantic import Field, field_validator, model_validator
 
 from unigen.document import Preview
 from unigen.serving import pictures
-from unigen.serving.answers import AnswerBuilder, Chunks, Events, chat_usage
-from unigen.serving.jobs import Finished, Part, Started
+from unigen.serving.answers import AnswerBuilder, Chunks, Events, JSONObject, chat_usage
+from unigen.serving.jobs import Event, Finished, Part, Started
 from unigen.serving.protocol import (
     NO_REASONING,
     NO_TOOLS,
@@ -40,12 +42,14 @@ from unigen.serving.protocol import (
 )
 
 IMAGE_TOOL = "image_generation"
-"""The one tool that there is."""
+"""The only tool."""
+IMAGE_CALL = "image_generation_call"
+"""Type of an item of `output` that is an image."""
 STATELESS = "nothing is stored here: send the whole conversation as input"
 
 
 class ImageTool(StrictModel):
-    """How pictures are made; size and partial_images count as those of the request."""
+    """How images are made; `size` and `partial_images` count as those of the request."""
 
     type: Literal["image_generation"]
     model: LabelText | None = None
@@ -53,30 +57,31 @@ class ImageTool(StrictModel):
     partial_images: int | None = bounded_field("previews")
     output_format: Literal["png", "jpeg", "webp"] = "png"
     output_compression: int | None = Field(None, ge=0, le=100)
-    action: Annotated[Any, accept_only("auto", says="the model decides: leave it out")] = None
-    background: Annotated[Any, accept_only("auto", "opaque", says="pictures are opaque here: leave it out")] = None
-    input_fidelity: Annotated[Any, accept_only("low", says="there is one fidelity: leave it out")] = None
-    input_image_mask: Annotated[Any, accept_only(says="see /v1/images/edits: leave it out")] = None
-    moderation: Annotated[Any, accept_only("auto", "low", says="nothing is moderated here: leave it out")] = None
-    quality: Annotated[Any, accept_only("auto", says="there is one quality: leave it out")] = None
+    action: Annotated[object, accept_only("auto", says="the model decides: leave it out")] = None
+    background: Annotated[object, accept_only("auto", "opaque", says="pictures are opaque here: leave it out")] = None
+    input_fidelity: Annotated[object, accept_only("low", says="there is one fidelity: leave it out")] = None
+    input_image_mask: Annotated[object, accept_only(says="see /v1/images/edits: leave it out")] = None
+    moderation: Annotated[object, accept_only("auto", "low", says="nothing is moderated here: leave it out")] = None
+    quality: Annotated[object, accept_only("auto", says="there is one quality: leave it out")] = None
 
 
 class TextFormat(StrictModel):
-    format: Annotated[Any, accept_only({"type": "text"}, says='text alone is written here: {"type": "text"}')] = None
-    verbosity: Annotated[Any, accept_only("medium", says="the model chooses its length: leave it out")] = None
+    format: Annotated[object, accept_only({"type": "text"}, says='text alone is written here: {"type": "text"}')] = None
+    verbosity: Annotated[object, accept_only("medium", says="the model chooses its length: leave it out")] = None
 
 
 class ResponseStreamOptions(StrictModel):
-    include_obfuscation: Annotated[Any, accept_only(False, says="streams are not padded here: leave it out")] = None
+    include_obfuscation: Annotated[object, accept_only(False, says="streams are not padded here: leave it out")] = None
 
 
 class ResponsesRequest(GenerationFields, ClientLabels):
-    """input: a text, or messages and earlier pictures in order, as `output` listed them. instructions: a system
-    message before them. All that draws takes the options of `GenerationFields` too."""
+    """Body of `/v1/responses`; the options of `GenerationFields` are beside OpenAI's fields."""
 
     model: str
     input: list[Message] = Field(min_length=1, max_length=1000)
+    """A text, or messages and earlier images in order, as `output` listed them."""
     instructions: PromptText | None = None
+    """A system message before the input."""
     tools: list[ImageTool] | None = Field(None, max_length=1)
     tool_choice: Literal["auto", "none", "required"] | dict[LabelText, LabelText] | None = None
     n: Literal[1] = 1
@@ -85,25 +90,25 @@ class ResponsesRequest(GenerationFields, ClientLabels):
     text: TextFormat | None = None
     stream_options: ResponseStreamOptions | None = None
     include: list[Literal["reasoning.encrypted_content", "message.input_image.image_url"]] | None = None
-    # what clients send though they ask for nothing by it
-    access_programs: Annotated[Any, accept_only({}, says="there are none here: leave it out")] = None
-    background: Annotated[Any, accept_only(False, says=STATELESS)] = None
-    context_management: Annotated[Any, accept_only([], says="messages are read as they are: leave it out")] = None
-    conversation: Annotated[Any, accept_only(says=STATELESS)] = None
-    image: Annotated[Any, accept_only({}, says="messages are read as they are: leave it out")] = None
-    moderation: Annotated[Any, accept_only(says="nothing is moderated here: leave it out")] = None
-    previous_response_id: Annotated[Any, accept_only(says=STATELESS)] = None
-    prompt: Annotated[Any, accept_only(says=STATELESS)] = None
-    reasoning: Annotated[Any, accept_only({}, {"effort": "none"}, {"effort": "minimal"}, says=NO_REASONING)] = None
-    service_tier: Annotated[Any, accept_only("auto", "default", says="there is one tier: leave it out")] = None
-    store: Annotated[Any, accept_only(False, says=NOT_STORED)] = None
-    top_logprobs: Annotated[Any, accept_only(0, says="no probabilities are given here: leave it out")] = None
-    truncation: Annotated[Any, accept_only("disabled", says="messages are read as they are: leave it out")] = None
+    # fields of clients that are accepted at the values at which they change nothing
+    access_programs: Annotated[object, accept_only({}, says="there are none here: leave it out")] = None
+    background: Annotated[object, accept_only(False, says=STATELESS)] = None
+    context_management: Annotated[object, accept_only([], says="messages are read as they are: leave it out")] = None
+    conversation: Annotated[object, accept_only(says=STATELESS)] = None
+    image: Annotated[object, accept_only({}, says="messages are read as they are: leave it out")] = None
+    moderation: Annotated[object, accept_only(says="nothing is moderated here: leave it out")] = None
+    previous_response_id: Annotated[object, accept_only(says=STATELESS)] = None
+    prompt: Annotated[object, accept_only(says=STATELESS)] = None
+    reasoning: Annotated[object, accept_only({}, {"effort": "none"}, {"effort": "minimal"}, says=NO_REASONING)] = None
+    service_tier: Annotated[object, accept_only("auto", "default", says="there is one tier: leave it out")] = None
+    store: Annotated[object, accept_only(False, says=NOT_STORED)] = None
+    top_logprobs: Annotated[object, accept_only(0, says="no probabilities are given here: leave it out")] = None
+    truncation: Annotated[object, accept_only("disabled", says="messages are read as they are: leave it out")] = None
 
     @model_validator(mode="before")
     @classmethod
-    def _lift_tool_options(cls, data: Any) -> Any:
-        """The size and the previews of the tool, as the request's own."""
+    def _lift_tool_options(cls, data: object) -> object:
+        """Copy the size and the previews of the tool to the request."""
         if not isinstance(data, dict) or not isinstance(data.get("tools"), list):
             return data
         if data.get("tool_choice") == "none":
@@ -120,10 +125,10 @@ class ResponsesRequest(GenerationFields, ClientLabels):
 
     @field_validator("input", mode="before")
     @classmethod
-    def _input_as_messages(cls, given: Any) -> Any:
-        if isinstance(given, str):
-            return [{"role": "user", "content": given}]
-        return [_message(item) for item in given] if isinstance(given, list) else given
+    def _input_as_messages(cls, value: object) -> object:
+        if isinstance(value, str):
+            return [{"role": "user", "content": value}]
+        return [_to_chat_message(item) for item in value] if isinstance(value, list) else value
 
     @model_validator(mode="after")
     def _check_answerable(self) -> ResponsesRequest:
@@ -139,42 +144,46 @@ class ResponsesRequest(GenerationFields, ClientLabels):
 
     @property
     def messages(self) -> list[Message]:
-        """The places of `input` keep their numbers: the instructions are the last."""
+        """The conversation. The instructions come last, so that errors name the items of `input` by their index."""
         if not self.instructions:
             return self.input
         return [*self.input, Message.model_validate({"role": "system", "content": self.instructions})]
 
     @property
     def modalities(self) -> list[str] | None:
-        """What the answer may hold; None is left to the model."""
+        """What the answer may contain; None leaves it to the model."""
         if not self.tools:
             return ["text"]
         return None if self.tool_choice in (None, "auto") else ["image"]
 
     def options(self) -> dict[str, Any]:
-        given = {"max_tokens": self.max_output_tokens, "max_images": self.max_tool_calls}
-        return super().options() | {name: value for name, value in given.items() if value is not None}
+        options = {"max_tokens": self.max_output_tokens, "max_images": self.max_tool_calls}
+        return super().options() | {name: value for name, value in options.items() if value is not None}
 
 
-def _message(item: Any) -> Any:
-    """An item of `input` as a message of a chat."""
+def _to_chat_message(item: object) -> JSONObject:
+    """Return an item of `input` as a message of `protocol.Message`.
+
+    Raises:
+        ValueError: it is an item of another kind.
+    """
     if not isinstance(item, dict):
         raise ValueError("its items are objects, such as messages")
     kind = item.get("type") or "message"
-    if kind == f"{IMAGE_TOOL}_call":
+    if kind == IMAGE_CALL:
         if not isinstance(item.get("result"), str):
             raise ValueError(f"an item of type {kind} needs its result, the picture in base64")
         return {"role": "assistant", "images": [{"image_url": {"url": "data:image/png;base64," + item["result"]}}]}
     if kind != "message":
-        raise ValueError(f"its items are messages and {IMAGE_TOOL}_call, not {str(kind)[:100]!r}")
+        raise ValueError(f"its items are messages and {IMAGE_CALL}, not {str(kind)[:100]!r}")
     message = {name: value for name, value in item.items() if name not in ("type", "id", "status", "phase")}
     if isinstance(message.get("content"), list):
-        message["content"] = [_part(part) for part in message["content"]]
+        message["content"] = [_to_chat_part(part) for part in message["content"]]
     return message
 
 
-def _part(part: Any) -> Any:
-    """A part of a message's content as chats have it."""
+def _to_chat_part(part: object) -> object:
+    """Return a part of a message's content as a part of a chat message."""
     if not isinstance(part, dict):
         return part
     fields = {name: value for name, value in part.items() if name not in ("annotations", "logprobs")}
@@ -188,94 +197,134 @@ def _part(part: Any) -> Any:
     return part
 
 
-async def response_events(events: Events, asked: ResponsesRequest, model: str) -> Chunks:
-    """The events of one answer, in OpenAI's order; the last one holds the whole response."""
-    numbers, answer, output = itertools.count(), AnswerBuilder(), list[dict[str, Any]]()
-    form = asked.tools[0] if asked.tools else ImageTool.model_validate({"type": IMAGE_TOOL})
-    response = _response(asked, model)
-    item: dict[str, Any] | None = None  # not yet finished
+async def response_events(events: Events, body: ResponsesRequest, model: str) -> Chunks:
+    """Yield OpenAI's events of one answer; the last one contains the whole response.
 
-    def event_of(kind: str, **more: Any) -> dict[str, Any]:
-        return {"type": f"response.{kind}", "sequence_number": next(numbers), **more}
-
-    def item_event(kind: str, **more: Any) -> dict[str, Any]:
-        assert item is not None
-        return event_of(kind, item_id=item["id"], output_index=len(output), **more)
-
-    def start_item(kind: str) -> list[dict[str, Any]]:
-        nonlocal item
-        if kind == "message":
-            item = {"id": f"msg_{uuid.uuid4().hex}", "type": kind, "role": "assistant", "content": []}
-        else:
-            item = {"id": f"ig_{uuid.uuid4().hex}", "type": kind, "result": None}
-        item["status"] = "in_progress"
-        events = [event_of("output_item.added", output_index=len(output), item=dict(item))]
-        if kind == "message":
-            return [*events, item_event("content_part.added", content_index=0, part=_text(""))]
-        return [*events, item_event(f"{kind}.in_progress"), item_event(f"{kind}.generating")]
-
-    def finish_message() -> list[dict[str, Any]]:
-        nonlocal item
-        if item is None:
-            return []
-        text = _text(str(answer.parts[-1]))
-        item = item | {"status": "completed", "content": [text]}
-        events = [
-            item_event("output_text.done", content_index=0, text=text["text"], logprobs=[]),
-            item_event("content_part.done", content_index=0, part=text),
-            event_of("output_item.done", output_index=len(output), item=item),
-        ]
-        output.append(item)
-        item = None
-        return events
-
-    async def encoded(picture: Any) -> str:
-        file = await asyncio.to_thread(pictures.encode_image, picture, form.output_format, form.output_compression)
-        return base64.b64encode(file).decode()
-
-    call = f"{IMAGE_TOOL}_call"
+    Args:
+        events: of one job.
+        body: the request.
+        model: name of the model.
+    """
+    builder = _ResponseBuilder(body, model)
     async with aclosing(events):
         async for _, event in events:
-            is_image = isinstance(event, Preview) or (isinstance(event, Part) and not isinstance(event.part, str))
-            if isinstance(event, Finished) or (is_image and item is not None and item["type"] == "message"):
-                for one in finish_message():
-                    yield one
-            answer.take(event)
-            if isinstance(event, Started):
-                response["settings"] = event.settings
-                yield event_of("created", response=dict(response))
-                yield event_of("in_progress", response=dict(response))
-            elif isinstance(event, (Preview, Part)) and item is None:
-                for one in start_item(call if is_image else "message"):
-                    yield one
-            if isinstance(event, Part) and isinstance(event.part, str):
-                yield item_event("output_text.delta", content_index=0, delta=event.part, logprobs=[])
-            elif isinstance(event, Preview):
-                preview_fields = {"partial_image_index": event.number, "partial_image_b64": await encoded(event.image)}
-                size = "{}x{}".format(*event.image.size)
-                yield item_event(f"{call}.partial_image", size=size, output_format=form.output_format, **preview_fields)
-            elif isinstance(event, Part):
-                assert item is not None and not isinstance(event.part, str)
-                result_fields = {"result": await encoded(event.part), "size": "{}x{}".format(*event.part.size)}
-                item = item | {"status": "completed", "output_format": form.output_format, **result_fields}
-                yield item_event(f"{call}.completed")
-                yield event_of("output_item.done", output_index=len(output), item=item)
-                output.append(item)
-                item = None
-            elif isinstance(event, Finished):
-                cut = event.reason == "length"
-                response |= {"status": "incomplete" if cut else "completed", "output": output}
-                response |= {"usage": _usage(answer), "completed_at": None if cut else time.time()}
-                response["incomplete_details"] = {"reason": "max_output_tokens"} if cut else None
-                yield event_of("incomplete" if cut else "completed", response=response)
+            for response_event in await builder.add_event(event):
+                yield response_event
 
 
-def _text(text: str) -> dict[str, Any]:
+class _ResponseBuilder:
+    """A response, built from the events of its job. At most one item of `output` is open at a time."""
+
+    def __init__(self, body: ResponsesRequest, model: str) -> None:
+        self.tool = body.tools[0] if body.tools else ImageTool.model_validate({"type": IMAGE_TOOL})
+        self.response = _empty_response(body, model)
+        self.output: list[JSONObject] = []
+        self.answer = AnswerBuilder()
+        self._item: JSONObject | None = None  # in progress
+        self._sequence_numbers = itertools.count()
+
+    async def add_event(self, event: Event) -> list[JSONObject]:
+        """Add an event of the job.
+
+        Returns:
+            The events of the response that it causes, in order.
+        """
+        content = event.content if isinstance(event, Part) else None
+        is_image = isinstance(event, Preview) or isinstance(content, Image.Image)
+        made: list[JSONObject] = []
+        if isinstance(event, Finished) or (is_image and self._item is not None and self._item["type"] == "message"):
+            made += self._finish_message()
+        self.answer.add_event(event)
+        if isinstance(event, (Preview, Part)) and self._item is None:
+            made += self._start_item(IMAGE_CALL if is_image else "message")
+        if isinstance(event, Started):
+            self.response["settings"] = event.settings
+            made += [self._event(name, response=dict(self.response)) for name in ("created", "in_progress")]
+        elif isinstance(event, Preview):
+            made.append(await self._preview_event(event))
+        elif isinstance(content, str):
+            made.append(self._item_event("output_text.delta", content_index=0, delta=content, logprobs=[]))
+        elif content is not None:
+            made += await self._finish_image(content)
+        elif isinstance(event, Finished):
+            made.append(self._finish_response(event))
+        return made
+
+    def _event(self, kind: str, **fields: object) -> JSONObject:
+        return {"type": f"response.{kind}", "sequence_number": next(self._sequence_numbers), **fields}
+
+    def _item_event(self, kind: str, **fields: object) -> JSONObject:
+        assert self._item is not None
+        return self._event(kind, item_id=self._item["id"], output_index=len(self.output), **fields)
+
+    def _start_item(self, kind: str) -> list[JSONObject]:
+        if kind == "message":
+            self._item = {"id": f"msg_{uuid.uuid4().hex}", "type": kind, "role": "assistant", "content": []}
+        else:
+            self._item = {"id": f"ig_{uuid.uuid4().hex}", "type": kind, "result": None}
+        self._item["status"] = "in_progress"
+        added = self._event("output_item.added", output_index=len(self.output), item=dict(self._item))
+        if kind == "message":
+            return [added, self._item_event("content_part.added", content_index=0, part=_output_text(""))]
+        return [added, self._item_event(f"{kind}.in_progress"), self._item_event(f"{kind}.generating")]
+
+    def _finish_item(self, **fields: object) -> JSONObject:
+        """Complete the open item with these fields, and return its last event."""
+        assert self._item is not None
+        item = self._item | {"status": "completed", **fields}
+        event = self._event("output_item.done", output_index=len(self.output), item=item)
+        self.output.append(item)
+        self._item = None
+        return event
+
+    def _finish_message(self) -> list[JSONObject]:
+        if self._item is None:
+            return []
+        text = str(self.answer.parts[-1])
+        part = _output_text(text)
+        return [
+            self._item_event("output_text.done", content_index=0, text=text, logprobs=[]),
+            self._item_event("content_part.done", content_index=0, part=part),
+            self._finish_item(content=[part]),
+        ]
+
+    async def _preview_event(self, preview: Preview) -> JSONObject:
+        return self._item_event(
+            f"{IMAGE_CALL}.partial_image",
+            size="{}x{}".format(*preview.image.size),
+            output_format=self.tool.output_format,
+            partial_image_index=preview.number,
+            partial_image_b64=await self._encode_base64(preview.image),
+        )
+
+    async def _finish_image(self, image: Image.Image) -> list[JSONObject]:
+        result, size = await self._encode_base64(image), "{}x{}".format(*image.size)
+        completed = self._item_event(f"{IMAGE_CALL}.completed")
+        return [completed, self._finish_item(output_format=self.tool.output_format, result=result, size=size)]
+
+    async def _encode_base64(self, image: Image.Image) -> str:
+        options = (self.tool.output_format, self.tool.output_compression)
+        return base64.b64encode(await asyncio.to_thread(pictures.encode_image, image, *options)).decode()
+
+    def _finish_response(self, event: Finished) -> JSONObject:
+        is_truncated = event.finish_reason == "length"
+        status = "incomplete" if is_truncated else "completed"
+        self.response |= {
+            "status": status,
+            "output": self.output,
+            "usage": _response_usage(self.answer),
+            "completed_at": None if is_truncated else time.time(),
+            "incomplete_details": {"reason": "max_output_tokens"} if is_truncated else None,
+        }
+        return self._event(status, response=self.response)
+
+
+def _output_text(text: str) -> JSONObject:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
-def _response(asked: ResponsesRequest, model: str) -> dict[str, Any]:
-    """Before anything is said: what was asked is told again, as OpenAI does."""
+def _empty_response(body: ResponsesRequest, model: str) -> JSONObject:
+    """Return the response before anything is generated; like OpenAI's it repeats fields of the request."""
     return {
         "id": f"resp_{uuid.uuid4().hex}",
         "object": "response",
@@ -283,33 +332,35 @@ def _response(asked: ResponsesRequest, model: str) -> dict[str, Any]:
         "status": "in_progress",
         "error": None,
         "incomplete_details": None,
-        "instructions": asked.instructions,
-        "max_output_tokens": asked.max_output_tokens,
-        "metadata": asked.metadata or {},
+        "instructions": body.instructions,
+        "max_output_tokens": body.max_output_tokens,
+        "metadata": body.metadata or {},
         "model": model,
         "output": [],
-        "parallel_tool_calls": asked.parallel_tool_calls is not False,
+        "parallel_tool_calls": body.parallel_tool_calls is not False,
         "previous_response_id": None,
         "reasoning": {"effort": None, "summary": None},
         "store": False,
-        "temperature": asked.temperature,
+        "temperature": body.temperature,
         "text": {"format": {"type": "text"}},
-        "tool_choice": asked.tool_choice or "auto",
-        "tools": [tool.model_dump(exclude_none=True) for tool in asked.tools or ()],
-        "top_p": asked.top_p,
+        "tool_choice": body.tool_choice or "auto",
+        "tools": [tool.model_dump(exclude_none=True) for tool in body.tools or ()],
+        "top_p": body.top_p,
         "truncation": "disabled",
         "usage": None,
-        "user": asked.user,
+        "user": body.user,
     }
 
 
-def _usage(answer: AnswerBuilder) -> dict[str, Any] | None:
+def _response_usage(answer: AnswerBuilder) -> JSONObject | None:
+    """Return `chat_usage` under the names of the responses API."""
     usage = chat_usage([answer])
     if usage is None:
         return None
+    image_tokens = answer.finish.prompt_image_tokens
     return {
         "input_tokens": usage["prompt_tokens"],
-        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0, "image_tokens": answer.ended.seen},
+        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0, "image_tokens": image_tokens},
         "output_tokens": usage["completion_tokens"],
         "output_tokens_details": {"reasoning_tokens": 0, **usage["completion_tokens_details"]},
         "total_tokens": usage["total_tokens"],
