@@ -357,7 +357,7 @@ def generate_images(
     branches = [list(pair) for pair in zip(*datasets_by_condition, strict=True)]
     while not states[0].done:
         flow.advance(None, states, branches)  # type: ignore[arg-type]
-    return to_images(flow.pictures(None, states))
+    return to_images(flow.pictures(None, states))  # type: ignore[arg-type]
 
 
 @torch.inference_mode()

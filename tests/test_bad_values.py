@@ -120,7 +120,7 @@ def calls(engine: Engine) -> dict[str, Callable[[Any], Any]]:
     found["Segment.from_json png"] = lambda data: Segment.from_json({"image": {"png": data}})
     found["Segment.from_json codes"] = lambda data: Segment.from_json({"image": {"codes": data}})
     found["Guidance.scales"] = lambda scales: unigen.Guidance(scales).combine([torch.zeros(1)] * 2)
-    add("Guidance", unigen.Guidance, "kind interval")
+    add("Guidance", unigen.Guidance, "guider interval")
     for name in "device dtype quantization lmm generator adapter engine vllm".split():
         found[f"load.{name}"] = lambda value, name=name: unigen.load(**{"name": "./nonesuch", name: value})  # type: ignore[misc]
     found["load.name"] = lambda name: name is None or unigen.load(name)

@@ -30,7 +30,7 @@ from unigen.batch import pack
 from unigen.commands.main import COMMANDS, main
 from unigen.diffusion.solvers import SOLVERS
 from unigen.document import Document, Segment
-from unigen.samplers.guidance import GUIDANCE_KINDS
+from unigen.samplers.guiders import GUIDERS
 from unigen.training.objectives import MultiGeneratorLoss
 
 FOLDER = Path(__file__).parent / "fingerprints"
@@ -91,7 +91,7 @@ def test_what_random_weights_answer(engine: Any) -> None:
                     engine.generate("a red dog", generator=name, seed=seed, guidance=guidance)
                 )
         found[f"{name} batch"] = digest(engine.generate_batch(["a dog", "two apples"], [5, 6], generator=name))
-    for kind in GUIDANCE_KINDS:
+    for kind in GUIDERS:
         for sampler in SOLVERS:
             options = {"generator": "flow", "steps": 4, "guidance": 3.0}
             found[f"flow {sampler} {kind}"] = digest(

@@ -14,6 +14,7 @@ from torch import Tensor
 import unigen
 from unigen import generators
 from unigen.batch import pack
+from unigen.diffusion.solvers import SOLVERS
 from unigen.document import Document, Segment
 from unigen.generators.flow import NOISE_SAMPLES_PER_IMAGE, Flow, FlowConfig
 from unigen.generators.token_flow import TokenFlowConfig
@@ -23,7 +24,7 @@ from unigen.media.pixels import to_pixels
 from unigen.model import assembly
 from unigen.models import load
 from unigen.nn.denoisers import DENOISERS as KINDS_OF_NETWORK
-from unigen.samplers.guidance import GUIDANCE_KINDS, RESCALE_FACTOR, Guidance, guided_velocity
+from unigen.samplers.guiders import GUIDERS, Guider
 from unigen.training.objectives import MultiGeneratorLoss
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (2, 2, 2, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
@@ -106,7 +107,7 @@ def test_a_step_in_the_backbone_is_that_of_training(tiny_folder: Path, monkeypat
     batch = pack([[model.template.encode(whole), model.template.encode(whole, writer="transfusion")]], 256, 16)
 
     def packed(x: Tensor, t: Tensor) -> Tensor:
-        monkeypatch.setattr(head, "noised", lambda *args: (x, t, x))
+        monkeypatch.setattr(head, "add_noise", lambda *args: (x, t, x))
         embeds_BLD, targets = head.prepare(model, model.fill(batch), model.embed(model.fill(batch).ids_BL), None)
         head.loss(model, batch, model.hidden(model.fill(batch), embeds_BLD), targets)
         return said[-1]
@@ -196,45 +197,6 @@ def test_the_target_is_noise_less_data(tiny_folder: Path) -> None:
     assert not torch.equal(*(mixed + (1 - t) * target)[:2])  # each copy has noise of its own
 
 
-@pytest.mark.parametrize("kind", GUIDANCE_KINDS)
-def test_guidance_at_one_is_off(kind: str) -> None:
-    c, u, x = torch.randn(3, 2, 4, 8, 8).unbind()
-    guidance = Guidance((1.0,), kind)
-    assert guidance.branches == 1
-    assert torch.equal(guided_velocity(guidance, [c], x, 0.5, {}), c)
-    far = Guidance((5.0,), kind, interval=(0.2, 0.6))
-    assert torch.equal(guided_velocity(far, [c, u], x, 0.7, {}), c)
-    assert not torch.equal(guided_velocity(far, [c, u], x, 0.5, {}), c)
-
-
-def test_guidance_is_that_of_the_papers() -> None:
-    c, u, x = torch.randn(3, 2, 4, 8, 8, dtype=torch.float64).unbind()
-
-    def dot(a: Tensor, b: Tensor) -> Tensor:
-        return (a * b).sum((1, 2, 3), keepdim=True)
-
-    # APG on clean predictions: c is left out of the difference, whose running sum has momentum -0.5
-    memory: dict[str, Any] = {}
-    running = torch.zeros_like(c)
-    for t in (0.9, 0.6, 0.3):
-        ours = x - t * guided_velocity(Guidance((4.0,), "apg"), [c, u], x, t, memory)
-        clean, other = x - t * c, x - t * u
-        running = clean - other - 0.5 * running
-        across = running - dot(running, clean) / dot(clean, clean) * clean
-        torch.testing.assert_close(ours, clean + 3 * across)
-        velocities = c - u - dot(c - u, c) / dot(c, c) * c  # the control: the same made of velocities
-        assert (ours - (x - t * (c + 3 * velocities))).abs().max() > 1e-2
-    mixed = u + 4 * (c - u)
-    ratio = c.std((1, 2, 3), keepdim=True) / mixed.std((1, 2, 3), keepdim=True)
-    ours = guided_velocity(Guidance((4.0,), "rescale"), [c, u], x, 0.5, {})
-    torch.testing.assert_close(ours, RESCALE_FACTOR * mixed * ratio + (1 - RESCALE_FACTOR) * mixed)
-    memory = {}
-    assert not guided_velocity(Guidance((4.0,), "cfg-zero"), [c, u], x, 1.0, memory).any()  # the first step rests
-    fit = dot(c, u) / dot(u, u)
-    ours = guided_velocity(Guidance((4.0,), "cfg-zero"), [c, u], x, 0.9, memory)
-    torch.testing.assert_close(ours, fit * u + 4 * (c - fit * u), atol=1e-5, rtol=1e-5)
-
-
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpm++"])
 @pytest.mark.parametrize("writer", ["flow", "transfusion"])
 def test_steps_and_samplers_are_heard(tiny_folder: Path, writer: str, sampler: str) -> None:
@@ -253,3 +215,19 @@ def test_steps_and_samplers_are_heard(tiny_folder: Path, writer: str, sampler: s
     assert isinstance(picture, Image.Image) and calls == (9 if sampler == "heun" else 5)
     with pytest.raises(ValueError, match="unknown sampler 'rk9'"):
         engine.generate("a dog", generator=writer, sampler="rk9")
+
+
+def test_a_new_solver_and_a_new_guider_are_heard(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entered in their tables they can be asked for, and nothing else names them."""
+    engine = unigen.load(str(tiny_folder), device="cpu")
+    monkeypatch.setitem(SOLVERS, "twice", lambda steps, shift: SOLVERS["euler"](2 * steps, shift))
+    middle = Guider("middle", lambda predictions, scales, state: (predictions[0] + predictions[1]) / 2)
+    monkeypatch.setitem(GUIDERS, "middle", middle)
+    options: dict[str, Any] = {"generator": "flow", "seed": 3}
+    assert np.array_equal(
+        engine.generate("a dog", steps=2, sampler="twice", **options), engine.generate("a dog", steps=4, **options)
+    )
+    assert np.array_equal(
+        engine.generate("a dog", guidance=3.0, guidance_kind="middle", **options),
+        engine.generate("a dog", guidance=0.5, **options),
+    )

@@ -120,9 +120,9 @@ def test_guidance_grows_with_the_scales(engine: Engine) -> None:
     seen: list[float] = []
 
     class Watching(Guidance):
-        def combine(self, predictions: Any, strength: float = 1.0) -> Tensor:
-            seen.append(strength)
-            return super().combine(predictions, strength)
+        def combine(self, predictions: Any, weight: float = 1.0) -> Tensor:
+            seen.append(weight)
+            return super().combine(predictions, weight)
 
     request = engine.request("a dog", "image", generator="next-scale")
     request.guidance = Watching((3.0,))

@@ -204,7 +204,7 @@ class with_constant_guidance:  # noqa: N801
     def __enter__(self) -> None:
         if self.on:
             combine = self.combine
-            Guidance.combine = lambda self, parts, strength=1.0: combine(self, parts)  # type: ignore[method-assign]
+            Guidance.combine = lambda self, parts, weight=1.0: combine(self, parts)  # type: ignore[method-assign]
 
     def __exit__(self, *_: Any) -> None:
         Guidance.combine = self.combine  # type: ignore[method-assign]

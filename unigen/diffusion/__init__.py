@@ -1,1 +1,1 @@
-"""From noise to data: solvers of the flow's equation."""
+"""Diffusion and flow matching: paths, solvers, denoisers, and the loop that joins them."""

@@ -1,93 +1,186 @@
-"""From noise to data along a learnt velocity: diffusers' samplers, in one call (`solve`) or velocity by velocity
-(`ODESolver`).
+"""Solvers: how x goes from noise to data, one evaluation of the network at a time. Found by name in `SOLVERS`.
+
+    solver = build_solver("heun", steps=20, shift=3.0)
+    for index, t in enumerate(solver.timesteps):
+        x_t = solver.step(network(x_t, t), index, x_t).x_next
+
+A new solver is one function here with `@solver(name)` that returns a `Solver`. Those of this file are schedulers of
+diffusers and follow the velocity of the linear path,
 
     x_t = (1 - t) data + t noise,    velocity = noise - data,    t from 1 (noise) to 0 (data)
 
-Resolution shift (Esser et al. 2024, SD3, eq. 23): t' = a t / (1 + (a - 1) t), applied once.
+at times with the resolution shift of Esser et al. 2024 (SD3, eq. 23), t' = a t / (1 + (a - 1) t), applied once.
+Does not depend on: guidance, networks, paths. torch, numpy and diffusers are imported where a solver is built, so that
+the command line can list the names without them.
+
+Shapes: x and predictions are (M, ...) of one shape; K evaluations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
 
-import numpy as np
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from diffusers import SchedulerMixin
+    from torch import Tensor
 
-SOLVERS = ("euler", "heun", "dpm++", "unipc", "deis")
 MAX_STEPS = 250
-"""Steps; with more, the whole-numbered times of some samplers meet."""
+"""Most steps; with more, the whole-numbered times of some solvers meet."""
 
 
-def build_scheduler(sampler: str, steps: int, shift: float = 1.0) -> Any:
-    """A diffusers scheduler with its times set. ValueError for an unknown sampler or number of steps."""
-    import diffusers
+@dataclass(frozen=True)
+class StepResult:
+    """One step of a solver."""
 
+    x_next: Tensor
+    """x (M, ...) at the next time."""
+    mean: Tensor | None = None
+    """Mean (M, ...) of the distribution that x_next was drawn from; None where the step draws nothing."""
+    std: Tensor | None = None
+    """Its standard deviation (M, 1, ...)."""
+    logprob: Tensor | None = None
+    """Log-density (M,) of x_next in nats, summed over its values."""
+
+
+class Solver(Protocol):
+    """One way from noise to data. It may remember earlier steps: build a new one for each trajectory."""
+
+    prediction_type: Literal["velocity", "data", "noise", "score"]
+    """Kind of prediction that `step` takes."""
+    timesteps: Sequence[float]
+    """Times (K,) in [0, 1] at which the network is evaluated, in order."""
+
+    def step(self, prediction: Tensor, index: int, x_t: Tensor, rng: torch.Generator | None = None) -> StepResult:
+        """One step.
+
+        Args:
+            prediction: (M, ...), of the network at x_t and `timesteps[index]`.
+            index: number of this evaluation, from 0, one after the other.
+            x_t: (M, ...).
+            rng: randomness of a solver that draws; solvers of an ODE do not look at it.
+
+        Returns:
+            Where the step leads, at `timesteps[index + 1]`, in the end at 0.
+        """
+        ...
+
+
+SolverFactory = Callable[[int, float], Solver]
+"""Builds a solver from a number of steps, from 1 to MAX_STEPS, and the resolution shift."""
+SOLVERS: dict[str, SolverFactory] = {}
+"""All solvers by name, in the order in which they are listed to users."""
+
+
+def solver(name: str) -> Callable[[SolverFactory], SolverFactory]:
+    """A decorator that enters a function in `SOLVERS` and returns it as it is."""
+
+    def enter(factory: SolverFactory) -> SolverFactory:
+        SOLVERS[name] = factory
+        return factory
+
+    return enter
+
+
+def build_solver(name: str, steps: int, shift: float = 1.0) -> Solver:
+    """A new solver.
+
+    Args:
+        name: one of `SOLVERS`.
+        steps: from 1 to MAX_STEPS. heun evaluates the network 2 steps - 1 times, the others once a step.
+        shift: of the times towards noise, above 0; 1 is none.
+
+    Raises:
+        ValueError: for an unknown solver or a number of steps out of range.
+    """
     if not 1 <= steps <= MAX_STEPS:
         raise ValueError(f"steps must be from 1 to {MAX_STEPS}, not {steps}")
-    if sampler not in SOLVERS:
-        raise ValueError(f"unknown sampler {sampler!r}: one of {', '.join(SOLVERS)}")
-    if sampler == "euler":
-        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
-        scheduler.set_timesteps(
-            sigmas=np.linspace(1, 1 / steps, steps).tolist()
-        )  # by steps alone they are shifted twice
-        return scheduler
-    if sampler == "heun":
-        scheduler = diffusers.FlowMatchHeunDiscreteScheduler(shift=shift)
-        scheduler.set_timesteps(steps)
-        return scheduler
-    scheduler_classes = {
-        "dpm++": diffusers.DPMSolverMultistepScheduler,
-        "unipc": diffusers.UniPCMultistepScheduler,
-        "deis": diffusers.DEISMultistepScheduler,
-    }
-    scheduler = scheduler_classes[sampler](prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+    if name not in SOLVERS:
+        raise ValueError(f"unknown sampler {name!r}: one of {', '.join(SOLVERS)}")
+    return SOLVERS[name](steps, shift)
+
+
+class SchedulerSolver:
+    """A scheduler of diffusers, its times set, as a solver."""
+
+    def __init__(
+        self, scheduler: SchedulerMixin, prediction_type: Literal["velocity", "data", "noise"] = "velocity"
+    ) -> None:
+        """
+        Args:
+            scheduler: with its timesteps set, at which no step has been taken.
+            prediction_type: what it takes; `velocity` is noise - data for a flow scheduler, else diffusers'
+                "v_prediction".
+        """
+        self.scheduler = scheduler
+        self.prediction_type: Literal["velocity", "data", "noise", "score"] = prediction_type
+        num_train_timesteps = scheduler.config.num_train_timesteps
+        self.timesteps: Sequence[float] = [float(t) / num_train_timesteps for t in scheduler.timesteps]
+
+    def step(self, prediction: Tensor, index: int, x_t: Tensor, rng: torch.Generator | None = None) -> StepResult:
+        """As `Solver.step`."""
+        x_next = self.scheduler.step(prediction, self.scheduler.timesteps[index], x_t, return_dict=False)[0]
+        return StepResult(x_next)
+
+
+class ToDataSolver(SchedulerSolver):
+    """The same, for a scheduler of a flow that would rest short of the data: its last step goes on to t = 0."""
+
+    def step(self, prediction: Tensor, index: int, x_t: Tensor, rng: torch.Generator | None = None) -> StepResult:
+        last_t = float(self.scheduler.sigmas[-1])
+        if index + 1 == len(self.timesteps) and last_t > 0:
+            return StepResult(x_t - last_t * prediction)
+        return super().step(prediction, index, x_t, rng)
+
+
+@solver("euler")
+def euler(steps: int, shift: float) -> Solver:
+    """Order 1: x + (t_next - t) velocity."""
+    import numpy as np
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist())  # by steps alone they are shifted twice
+    return SchedulerSolver(scheduler)
+
+
+@solver("heun")
+def heun(steps: int, shift: float) -> Solver:
+    """Order 2: the mean of the velocities at both ends of a step, the last step euler's."""
+    from diffusers import FlowMatchHeunDiscreteScheduler
+
+    scheduler = FlowMatchHeunDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(steps)
-    return scheduler
+    return SchedulerSolver(scheduler)
 
 
-class ODESolver:
-    """A way from noise to data that waits for each velocity. x: where it is; t: the time there, in [0, 1], or None at
-    the end; way: velocities taken, and of how many: heun's are 2 steps - 1, the others' as many as there are steps."""
+@solver("dpm++")
+def dpm_plus_plus(steps: int, shift: float) -> Solver:
+    """DPM-Solver++ of order 2, multistep (Lu et al. 2022, arXiv 2211.01095)."""
+    from diffusers import DPMSolverMultistepScheduler
 
-    def __init__(self, noise: Tensor, steps: int, sampler: str = "euler", shift: float = 1.0) -> None:
-        self.x = noise
-        self._scheduler = build_scheduler(sampler, steps, shift)
-        self._index = 0
-        self._last_evaluation = noise, 0.0, noise  # x, t, and the velocity there
-
-    @property
-    def progress(self) -> tuple[int, int]:
-        return self._index, len(self._scheduler.timesteps)
-
-    @property
-    def data(self) -> Tensor:
-        """The data that the last velocity points at, x - t v; at the end x itself."""
-        x, t, velocity = self._last_evaluation
-        return self.x if self.t is None else x - t * velocity
-
-    @property
-    def t(self) -> float | None:
-        times = self._scheduler.timesteps
-        return float(times[self._index]) / 1000 if self._index < len(times) else None
-
-    def go(self, velocity: Tensor) -> None:
-        """On, by the velocity (noise - data) at x and t."""
-        scheduler, time = self._scheduler, self._scheduler.timesteps[self._index]
-        self._last_evaluation = self.x, float(time) / 1000, velocity
-        self._index += 1
-        if self.t is None and scheduler.sigmas[-1] > 0:  # deis would rest here, short of the data
-            self.x = self.x - float(scheduler.sigmas[-1]) * velocity
-        else:
-            self.x = scheduler.step(velocity, time, self.x, return_dict=False)[0]
+    scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+    scheduler.set_timesteps(steps)
+    return SchedulerSolver(scheduler)
 
 
-def solve(
-    velocity: Callable[[Tensor, float], Tensor], noise: Tensor, steps: int, sampler: str = "euler", shift: float = 1.0
-) -> Tensor:
-    """Data from noise (B, ...). velocity(x, t): noise - data at time t in [0, 1], of x's shape."""
-    trajectory = ODESolver(noise, steps, sampler, shift)
-    while trajectory.t is not None:
-        trajectory.go(velocity(trajectory.x, trajectory.t))
-    return trajectory.x
+@solver("unipc")
+def unipc(steps: int, shift: float) -> Solver:
+    """UniPC of order 2 (Zhao et al. 2023, arXiv 2302.04867)."""
+    from diffusers import UniPCMultistepScheduler
+
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+    scheduler.set_timesteps(steps)
+    return SchedulerSolver(scheduler)
+
+
+@solver("deis")
+def deis(steps: int, shift: float) -> Solver:
+    """DEIS of order 2 (Zhang and Chen 2022, arXiv 2204.13902)."""
+    from diffusers import DEISMultistepScheduler
+
+    scheduler = DEISMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+    scheduler.set_timesteps(steps)
+    return ToDataSolver(scheduler)

@@ -2,9 +2,10 @@
 
     loss = E |v(x_t, t, hidden) - (noise - x)|^2,    x_t = (1 - t) x + t noise
 
-Esser et al. 2024 (SD3, arXiv 2403.03206), section 2 and eq. 19. The velocity's network is one of `nn/painters.py`. The
-backbone reads the chat up to the begin token once; the head takes its last hidden states as context, a fixed number
-filled up with zeros as in SD3, so that a picture does not depend on its batch; the state of the begin token comes last.
+Esser et al. 2024 (SD3, arXiv 2403.03206), section 2 and eq. 19. The velocity's network is one of
+`unigen.nn.denoisers`. The backbone reads the chat up to the begin token once; the head takes its last hidden states as
+context, a fixed number filled up with zeros as in SD3, so that a picture does not depend on its batch; the state of the
+begin token comes last.
 The KL tokenizer is part of the generator.
 Does not depend on: templates, caches, how a tokenizer is trained.
 
@@ -22,12 +23,12 @@ from torch import Tensor, nn
 
 from unigen.batch import Batch
 from unigen.config import from_dict, to_dict
+from unigen.diffusion.path import LinearPath, PathSample
 from unigen.generators.base import BuildContext, GenerationState, GeneratorModel, SegmentSpec, StepInput
 from unigen.generators.latents import DenoisingState, LatentFlowHead
 from unigen.nn.attention import math_attention
 from unigen.nn.denoisers import DenoiserKind, build_denoiser
 
-Targets = tuple[Tensor, Tensor, Tensor]
 NOISE_SAMPLES_PER_IMAGE = 4
 """Noised copies of a picture that are learnt from at once, since the chat is read but once for all of them (as in MAR,
 Li et al. 2024, arXiv 2406.11838)."""
@@ -35,16 +36,22 @@ Li et al. 2024, arXiv 2406.11838)."""
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """The head. network: one of `painters.KINDS`; a U-Net takes no patch. shift: of the times towards noise, in
-    training and sampling alike (SD3, eq. 23); 1 is none."""
+    """Settings of the head."""
 
     network: DenoiserKind = "mm-dit"
+    """The network that predicts the velocity (`unigen.nn.denoisers`)."""
     layers: int = 4
+    """Blocks of a transformer; residual blocks in all on the way down of a U-Net."""
     heads: int = 4
+    """Heads of attention."""
     head_dim: int = 48
+    """Width of a head."""
     patch: int = 1
-    context_length: int = 64  # hidden states that the head sees
+    """Side of a patch in latents; a U-Net takes no patch."""
+    context_length: int = 64
+    """Hidden states of the backbone that the network sees."""
     shift: float = 1.0
+    """Shift of the times towards noise, in training and sampling alike (SD3, eq. 23); 1 is none."""
 
     def __post_init__(self) -> None:
         if min(self.layers, self.heads, self.head_dim, self.patch, self.context_length) < 1 or not self.shift > 0:
@@ -68,6 +75,7 @@ class Flow(LatentFlowHead):
     def __init__(self, tokenizer: Any, width: int, config: FlowConfig | None = None) -> None:
         super().__init__(tokenizer)
         self.settings = c = config or FlowConfig()
+        self.path = LinearPath(c.shift)
         self.head = build_denoiser(
             c.network,
             channels=tokenizer.latent_channels,
@@ -107,11 +115,11 @@ class Flow(LatentFlowHead):
 
     def prepare(
         self, model: GeneratorModel, batch: Batch, embeds_BLD: Tensor, rng: torch.Generator
-    ) -> tuple[Tensor, Targets]:
+    ) -> tuple[Tensor, PathSample]:
         """x_t, t and the velocity to be learnt."""
-        return embeds_BLD, self.noised(batch, embeds_BLD.device, rng, self.settings.shift, NOISE_SAMPLES_PER_IMAGE)
+        return embeds_BLD, self.add_noise(batch, embeds_BLD.device, rng, NOISE_SAMPLES_PER_IMAGE)
 
-    def loss(self, model: GeneratorModel, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> Tensor:
+    def loss(self, model: GeneratorModel, batch: Batch, hidden_BLD: Tensor, targets: PathSample) -> Tensor:
         """The mean squared error of each image's velocity, (M,)."""
         x_t_MZhw, t_M, velocity_MZhw = targets
         if not self.count(batch):
@@ -133,7 +141,7 @@ class Flow(LatentFlowHead):
     # ---------------------------------------------------------------- sampling
 
     def start(self, span: SegmentSpec) -> GenerationState:
-        return FlowState(span, [], flow=self.flow(span, self.settings.shift))
+        return FlowState(span, [], trajectory=self.new_trajectory(span))
 
     def ask(self, state: GenerationState) -> StepInput:
         assert isinstance(state, FlowState)
@@ -147,12 +155,13 @@ class Flow(LatentFlowHead):
             if state.context_SND is None:
                 state.context_SND = torch.stack([self._pad_context(branch) for branch in branches])
         counts = [len(branches) for branches in hidden]
-        x_t = torch.cat([state.flow.x.expand(n, -1, -1, -1) for state, n in zip(flow_states, counts, strict=True)])
-        times = [state.flow.t for state, n in zip(flow_states, counts, strict=True) for _ in range(n)]
+        trajectories = [state.trajectory for state in flow_states]
+        x_t = torch.cat([one.x_t.expand(n, -1, -1, -1) for one, n in zip(trajectories, counts, strict=True)])
+        times = [one.t for one, n in zip(trajectories, counts, strict=True) for _ in range(n)]
         contexts = torch.cat([state.context_SND for state in flow_states if state.context_SND is not None])
         velocities = self.velocity(x_t, torch.tensor(times, dtype=x_t.dtype, device=x_t.device), contexts)
         for state, parts in zip(flow_states, velocities.split(counts), strict=True):
-            state.go(parts.split(1))
+            state.step(parts.split(1))
         return num_kept
 
     def _pad_context(self, states_LD: Tensor) -> Tensor:

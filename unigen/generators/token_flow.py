@@ -13,6 +13,7 @@ Shapes: M images, P tokens of Z latent channels, T tokens, R noisings of each, D
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,9 +21,12 @@ from torch import Tensor, nn
 
 from unigen.batch import Batch
 from unigen.config import from_dict, to_dict
+from unigen.diffusion.sampling import sample
+from unigen.diffusion.solvers import build_solver
 from unigen.generators.base import BuildContext, GenerationState, GeneratorModel, SegmentSpec, StepInput
 from unigen.generators.latents import LatentFlowHead
 from unigen.nn.denoisers import TimestepEmbedder
+from unigen.samplers.guidance import Guidance
 
 Targets = tuple[Tensor, Tensor]
 
@@ -123,7 +127,7 @@ class TokenFlow(LatentFlowHead):
         x_TRZ = tokens_MPZ.flatten(0, 1)[:, None].expand(-1, self.settings.repeats, -1)
         noise_TRZ = torch.randn(x_TRZ.shape, generator=rng).to(x_TRZ)
         embeds_BLD = embeds_BLD.index_put(batch.places(batch.images_of(self.name)), input_MPD)
-        return embeds_BLD, (torch.stack((x_TRZ, noise_TRZ)), self.times(x_TRZ.shape[:2], rng).to(x_TRZ))
+        return embeds_BLD, (torch.stack((x_TRZ, noise_TRZ)), self.path.sample_times(x_TRZ.shape[:2], rng).to(x_TRZ))
 
     def loss(self, model: GeneratorModel, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> Tensor:
         """The mean squared error of each token's velocity, (T,)."""
@@ -132,10 +136,10 @@ class TokenFlow(LatentFlowHead):
         (x_TRZ, noise_TRZ), t_TR = targets
         rows_M1, positions_MP = batch.places(batch.images_of(self.name))
         states_TD = hidden_BLD[rows_M1, positions_MP - 1].flatten(0, 1)
-        x_t_TRZ = torch.lerp(x_TRZ, noise_TRZ, t_TR[..., None])
+        x_t_TRZ = self.path.add_noise(x_TRZ, noise_TRZ, t_TR)
         states_TRD = states_TD[:, None].expand(-1, self.settings.repeats, -1)
         velocity = self.velocity(x_t_TRZ.flatten(0, 1), t_TR.flatten(), states_TRD.flatten(0, 1))
-        error = velocity - (noise_TRZ - x_TRZ).flatten(0, 1)
+        error = velocity - self.path.target(x_TRZ, noise_TRZ, t_TR).flatten(0, 1)
         return error.square().mean(-1).unflatten(0, (-1, self.settings.repeats)).mean(1)
 
     def count(self, batch: Batch) -> int:
@@ -152,8 +156,7 @@ class TokenFlow(LatentFlowHead):
 
     def advance(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
         """The next token of each picture: a whole flow of the MLP."""
-        last_hidden = [[branch[-1] for branch in branches] for branches in hidden]
-        tokens = self.solved(states, last_hidden, (self.tokenizer.latent_channels,))
+        tokens = self._sample_tokens(states, [[branch[-1] for branch in branches] for branches in hidden])
         for state, token_Z in zip(states, tokens, strict=True):
             assert isinstance(state, TokenFlowState)
             state.written.append(token_Z)
@@ -162,6 +165,36 @@ class TokenFlow(LatentFlowHead):
             if state.done:
                 state.latents_Zhw = torch.stack(state.written, 1).unflatten(1, self.grid)
         return [len(branches[0]) for branches in hidden]
+
+    def _sample_tokens(self, states: list[GenerationState], conditions: list[list[Tensor]]) -> list[Tensor]:
+        """A token (Z,) of each state, from noise of its own segment. States alike in steps, solver and guidance go
+        together.
+
+        Args:
+            states: N of them.
+            conditions: `conditions[i][b]` (D,) is the last hidden state of branch b of state i.
+        """
+        groups: dict[tuple[int, str, Guidance], list[int]] = {}
+        for i, state in enumerate(states):
+            spec = state.span
+            groups.setdefault((spec.steps or self.steps, spec.sampler or self.sampler, spec.guidance), []).append(i)
+        tokens: dict[int, Tensor] = {}
+        for (steps, solver, guidance), members in groups.items():
+            condition_ND = torch.stack([conditions[i][b] for b in range(guidance.branches) for i in members])
+            noise_MZ = torch.stack(
+                [torch.randn(self.tokenizer.latent_channels, generator=states[i].span.rng) for i in members]
+            )
+            predict = partial(self._branch_velocities, condition_ND, guidance.branches)
+            solver_of_group = build_solver(solver, steps, self.path.shift)
+            data_MZ = sample(predict, noise_MZ.to(condition_ND.device), solver_of_group, guidance)
+            tokens |= zip(members, data_MZ, strict=True)
+        return [tokens[i] for i in range(len(states))]
+
+    def _branch_velocities(self, condition_ND: Tensor, branches: int, x_MZ: Tensor, t: float) -> tuple[Tensor, ...]:
+        """The velocity (M, Z) of each branch; `condition_ND` holds the M states of one branch after those of the
+        other."""
+        times_N = torch.full((len(condition_ND),), t, dtype=x_MZ.dtype, device=x_MZ.device)
+        return self.velocity(torch.cat([x_MZ] * branches), times_N, condition_ND).chunk(branches)
 
 
 GENERATOR = TokenFlow

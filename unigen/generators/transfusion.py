@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from unigen.batch import Batch
 from unigen.config import from_dict, to_dict
+from unigen.diffusion.path import LinearPath
 from unigen.generators.base import BuildContext, GenerationState, GeneratorModel, SegmentSpec, StepInput
 from unigen.generators.latents import DenoisingState, LatentFlowHead
 from unigen.nn.denoisers import TimestepEmbedder, from_patches, to_patches
@@ -53,6 +54,7 @@ class Transfusion(LatentFlowHead):
     def __init__(self, tokenizer: Any, width: int, config: TransfusionConfig | None = None) -> None:
         super().__init__(tokenizer)
         self.settings = c = config or TransfusionConfig()
+        self.path = LinearPath(c.shift)
         height, columns = tokenizer.grid
         if height % c.patch or columns % c.patch:
             raise ValueError(f"patch must divide the grid of latents {height} x {columns}, got {c.patch}")
@@ -96,7 +98,7 @@ class Transfusion(LatentFlowHead):
         self, model: GeneratorModel, batch: Batch, embeds_BLD: Tensor, rng: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """The velocities to be learnt, and x_t where the backbone reads."""
-        x_t_MZhw, t_M, velocity_MZhw = self.noised(batch, embeds_BLD.device, rng, self.settings.shift)
+        x_t_MZhw, t_M, velocity_MZhw = self.add_noise(batch, embeds_BLD.device, rng)
         if not len(t_M):
             return embeds_BLD, t_M
         input_MPD = self.embed(x_t_MZhw, t_M).to(embeds_BLD.dtype)
@@ -112,12 +114,12 @@ class Transfusion(LatentFlowHead):
     # ---------------------------------------------------------------- sampling
 
     def start(self, span: SegmentSpec) -> GenerationState:
-        return TransfusionState(span, [], flow=self.flow(span, self.settings.shift))
+        return TransfusionState(span, [], trajectory=self.new_trajectory(span))
 
     def ask(self, state: GenerationState) -> StepInput:
-        assert isinstance(state, TransfusionState) and state.flow.t is not None
-        count = self.positions()
-        input_PD = self.embed(state.flow.x, torch.tensor([state.flow.t], device=state.flow.x.device))[0]
+        assert isinstance(state, TransfusionState) and state.trajectory.t is not None
+        count, x_t_1Zhw = self.positions(), state.trajectory.x_t
+        input_PD = self.embed(x_t_1Zhw, torch.tensor([state.trajectory.t], device=x_t_1Zhw.device))[0]
         if state.begun:
             return StepInput([0] * count, embeds=input_PD, attend_until=[count - 1] * count)
         return StepInput([state.span.begin] + [0] * count, embeds=input_PD, attend_until=[0] + [count] * count)
@@ -128,7 +130,7 @@ class Transfusion(LatentFlowHead):
         velocities, num_kept = iter(self.velocity(patches).split(1)), []
         for state, branches in zip(states, hidden, strict=True):
             assert isinstance(state, TransfusionState)
-            state.go([next(velocities) for _ in branches])
+            state.step([next(velocities) for _ in branches])
             num_kept.append(0 if state.begun else 1)
             state.begun = True
         return num_kept

@@ -20,6 +20,7 @@ from unigen.media.images import is_image
 from unigen.model.template import OUTPUTS, Output, split_system_messages
 from unigen.model.unified import UnifiedModel
 from unigen.samplers.guidance import Guidance
+from unigen.samplers.guiders import GUIDERS
 from unigen.samplers.logits import SamplingOptions
 from unigen.utils.text import did_you_mean, shorten
 
@@ -145,12 +146,12 @@ def build_request(
         supported = f" (it takes {', '.join(supported_options)})" if supported_options else ""
         raise ValueError(f"{generator} does not take {', '.join(unsupported)}: leave that out{supported}")
     if guidance_kind is not None:
-        guidance = replace(guidance, kind=guidance_kind)
+        guidance = replace(guidance, guider=guidance_kind)
     if "sampler" in supported_options and steps is not None:
         if steps > MAX_STEPS:
             raise ValueError(f"steps of {generator} must be a whole number from 1 to {MAX_STEPS}, not {steps}")
-        if guidance.kind == "cfg-zero" and steps == 1:
-            raise ValueError("cfg-zero rests in its first step: take at least 2 steps")
+        if steps < (min_steps := GUIDERS[guidance.guider].min_steps):
+            raise ValueError(f"{guidance.guider} needs at least {min_steps} steps, not {steps}")
     if "guidance_kind" not in supported_options and guidance != Guidance(guidance.scales):
         raise ValueError(f"{generator} does not take a kind or an interval of guidance: give a scale")
     shape, codebook_size = model.image_tokenizer.grid, model.vocabulary.image_size

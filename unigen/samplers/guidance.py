@@ -1,47 +1,50 @@
-"""Guidance: one prediction from several branches of the same context. Pure functions.
+"""Guidance: how much the condition counts, and by which guider the branches of one context are combined.
 
-A family renders the branches, strongest condition first; each generator combines its own predictions.
+A family renders the branches, strongest condition first; each generator combines its own predictions: logits here with
+`Guidance.combine`, predictions of a flow in `unigen.diffusion.sampling` with one of `unigen.samplers.guiders`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from numbers import Real
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from unigen.limits import check_limit
+from unigen.samplers.guiders import GUIDERS, combine_chain
 from unigen.utils.text import shorten
 
-GUIDANCE_KINDS = ("cfg", "rescale", "apg", "cfg-zero")
-"""How branches of a flow are combined: see `guided_velocity`."""
-RESCALE_FACTOR = 0.7  # the share of the rescaled prediction (Lin et al. 2024)
-APG_MOMENTUM = -0.5  # of APG's running difference (Sadat et al. 2024)
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Guidance:
     """Classifier-free guidance: u + s (c - u), off at s = 1 (Ho and Salimans 2022, eq. 6, written with s = 1 + w).
 
-    With more branches p_1 .. p_n: p_n + sum_i s_i (p_i - p_(i+1)), InstructPix2Pix's and Chameleon's chain.
-    scales: one for each branch but the last. kind, interval: of a flow only; outside the interval of times guidance is
-    off (Kynkaanniemi et al. 2024). Raises ValueError for a scale or an interval outside its range, or an unknown kind.
+    With more branches p_1 .. p_n: p_n + sum_i s_i (p_i - p_(i+1)), InstructPix2Pix's and Chameleon's chain. Raises
+    ValueError for a scale or an interval outside its range, or an unknown guider.
     """
 
     scales: tuple[float, ...] = (3.0,)
-    kind: str = "cfg"
+    """One for each branch but the last, from 0 to 100."""
+    guider: str = "cfg"
+    """Name of a guider (`unigen.samplers.guiders`); all but cfg are of a flow only."""
     interval: tuple[float, float] = (0.0, 1.0)
+    """Times of a flow, from 0 (data) to 1 (noise), outside which guidance is off (Kynkaanniemi et al. 2024)."""
+    kind: InitVar[object] = None
+    """Former name of `guider`; refused with the new one."""
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.kind, str) or self.kind not in GUIDANCE_KINDS:
-            raise ValueError(f"unknown kind of guidance {shorten(self.kind)}: one of {', '.join(GUIDANCE_KINDS)}")
+    def __post_init__(self, kind: object) -> None:
+        if kind is not None:
+            raise ValueError("the kind of Guidance is now called guider: write Guidance(scales, guider=...)")
+        if not isinstance(self.guider, str) or self.guider not in GUIDERS:
+            raise ValueError(f"unknown kind of guidance {shorten(self.guider)}: one of {', '.join(GUIDERS)}")
         if not isinstance(self.scales, (tuple, list)) or not self.scales:
             raise ValueError(f"scales of guidance must be a tuple of numbers, not {shorten(self.scales)}")
-        if self.kind != "cfg" and len(self.scales) != 1:
-            raise ValueError(f"guidance of kind {self.kind} has two branches: give one scale")
+        if len(self.scales) != 1 and not GUIDERS[self.guider].combines_chains:
+            raise ValueError(f"guidance of kind {self.guider} has two branches: give one scale")
         object.__setattr__(self, "scales", tuple(check_limit("guidance", scale) for scale in self.scales))
         interval = self.interval
         if not (
@@ -54,6 +57,14 @@ class Guidance:
 
     @classmethod
     def of(cls, value: float | Sequence[float] | Guidance) -> Guidance:
+        """The guidance that a user's value means.
+
+        Args:
+            value: one scale, several, or a `Guidance`, which is returned as it is.
+
+        Raises:
+            ValueError: for a scale outside its range.
+        """
         if isinstance(value, Guidance):
             return value
         return cls(tuple(value) if isinstance(value, (list, tuple)) else (value,))  # type: ignore[arg-type]
@@ -63,49 +74,20 @@ class Guidance:
         """How many branches have to be computed: one where guidance is off."""
         return 1 if all(scale == 1 for scale in self.scales) else len(self.scales) + 1
 
-    def combine(self, predictions: Sequence[Tensor], strength: float = 1.0) -> Tensor:
-        """predictions: one tensor a branch, all of one shape, strongest condition first. strength: the share of the
-        guidance that counts, from 0 (scales of 1) to 1, for generators that raise it on the way."""
+    def combine(self, predictions: Sequence[Tensor], weight: float = 1.0) -> Tensor:
+        """The guided logits of a generator of codes.
+
+        Args:
+            predictions: one tensor a branch, all of one shape, strongest condition first.
+            weight: share of the guidance that counts, from 0 (scales of 1) to 1, for generators that raise it on the
+                way.
+
+        Returns:
+            A tensor of the same shape.
+        """
         assert len(predictions) == self.branches
-        result = predictions[-1]
-        if len(predictions) > 1:
-            for scale, strong, weak in zip(self.scales, predictions, predictions[1:], strict=False):
-                result = result + (1 + (scale - 1) * strength) * (strong - weak)
-        return result
+        return combine_chain(predictions, self.scales, weight)
 
-
-def guided_velocity(guidance: Guidance, parts: Sequence[Tensor], x: Tensor, t: float, memory: dict[str, Any]) -> Tensor:
-    """One velocity (B, ...) of a flow from those of its branches, at x and time t (1 noise, 0 data).
-
-    cfg       u + s (c - u)
-    rescale   cfg, its standard deviation drawn towards that of c                  (Lin et al. 2024, eq. 15 and 16)
-    apg       of the clean prediction x - t v: what is parallel to c is left out of c - u, with negative momentum
-              (Sadat et al. 2024, arXiv 2410.02416, algorithm 1 with eta 0 and no threshold on the norm)
-    cfg-zero  u scaled by its best fit to c, and no velocity at the first evaluation    (Fan et al. 2025, CFG-Zero*)
-    All but cfg are diffusers' own. memory: empty at the start of a trajectory, and the same in all of its steps.
-    """
-    is_first_step = not memory
-    memory.setdefault("begun", True)
-    if len(parts) == 1 or not guidance.interval[0] <= t <= guidance.interval[1]:
-        return parts[0]
-    if guidance.kind == "cfg":
-        return guidance.combine(parts)
-    c, u = parts
-    if guidance.kind == "rescale":
-        from diffusers.guiders.guider_utils import rescale_noise_cfg
-
-        return rescale_noise_cfg(guidance.combine(parts), c, RESCALE_FACTOR)
-    if guidance.kind == "cfg-zero":
-        from diffusers.guiders.classifier_free_zero_star_guidance import cfg_zero_star_scale
-
-        if is_first_step:
-            return torch.zeros_like(c)
-        u = u * cfg_zero_star_scale(c.flatten(1), u.flatten(1)).reshape(-1, *[1] * (c.ndim - 1))
-        return guidance.combine((c, u))
-    from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
-
-    momentum = memory.setdefault("momentum", MomentumBuffer(APG_MOMENTUM))
-    clean = normalized_guidance(
-        x - t * c, x - t * u, guidance.scales[0] - 1, momentum, eta=0.0, use_original_formulation=True
-    )
-    return (x - clean) / t
+    def applies_at(self, t: float) -> bool:
+        """Is guidance on at time t of a flow, from 0 (data) to 1 (noise)?"""
+        return self.branches > 1 and self.interval[0] <= t <= self.interval[1]

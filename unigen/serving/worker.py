@@ -325,7 +325,7 @@ class BatchedWorker(_BaseWorker):
             options |= {
                 name: getattr(request, name) or defaults.get(name) for name in ("steps", "sampler", "accelerate")
             }
-            options |= {"guidance_kind": request.guidance.kind}
+            options |= {"guidance_kind": request.guidance.guider}
             takes = self.engine.model.generators[request.generator].takes
             said |= {name: value for name, value in options.items() if name in takes and value is not None}
         return said
