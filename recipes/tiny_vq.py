@@ -44,7 +44,7 @@ from unigen.data import digits
 from unigen.limits import limit_argument as limited
 from unigen.limits import number_argument
 from unigen.media.output import check_output
-from unigen.nn.conv import to_uint8
+from unigen.nn.conv import to_channels_last, to_uint8
 from unigen.nn.perceptual import LPIPS
 from unigen.tokenizers import load_image_tokenizer, save_tokenizer
 from unigen.tokenizers.kl import KLConfig, KLTokenizer
@@ -263,7 +263,7 @@ def build(cfg: VQRunConfig) -> TrainSpec:
         save_tokenizer(model.tokenizer, folder)
 
     return TrainSpec(
-        model=VQTraining(tokenizer, gan=cfg.loss.gan > 0).to(memory_format=torch.channels_last),
+        model=to_channels_last(VQTraining(tokenizer, gan=cfg.loss.gan > 0)),
         dataset=generated_dataset or make_image_dataset(cfg.pictures, cfg.seed, size),
         collate=collate,
         objective=VQObjective(cfg.loss, feature_network(cfg.features), lpips),

@@ -4,7 +4,7 @@ Shapes: B rows, L positions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -145,11 +145,22 @@ class Batch:
         return inside_BL
 
     def to(self, device: torch.device | str) -> Batch:
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.__dict__.items()}
-        return Batch(**moved)
+        return self._map(lambda tensor: tensor.to(device))
 
     def pin_memory(self) -> Batch:
-        return Batch(**{k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in self.__dict__.items()})
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch with every tensor replaced by what the function makes of it."""
+        return Batch(
+            function(self.ids_BL),
+            function(self.positions_BL),
+            function(self.segments_BL),
+            function(self.loss_BL),
+            function(self.spans_N3),
+            None if self.images is None else function(self.images),
+            self.writers,
+        )
 
 
 def pack(rows: Sequence[Sequence[Tokens]], length: int, image_size: int) -> Batch:

@@ -26,6 +26,7 @@ from unigen.config import save_json
 from unigen.hub.folders import replacing_folder
 from unigen.hub.resolve import read_json
 from unigen.hub.weights import load_strict, read_tensors, write_tensors
+from unigen.nn.conv import to_channels_last
 
 STRIDE = 4
 DEFAULT_FOLDER = Path(__file__).resolve().parent.parent / "assets" / "scene-detector"
@@ -105,10 +106,10 @@ class SceneDetector(nn.Module):
         self.shape = nn.Conv2d(a * 2, 4, 1)
         self.color = nn.Conv2d(a * 2, len(config.colors), 1)
         self.background = nn.Sequential(nn.Linear(2 * a + 2 * c, 96), nn.SiLU(), nn.Linear(96, len(config.backgrounds)))
-        nn.init.constant_(
-            self.heat.bias, -4.6
-        )  # every cell starts at 1% (RetinaNet's prior): the first steps stay sane
-        self.to(memory_format=torch.channels_last)
+        assert self.heat.bias is not None
+        # every cell starts at 1% (RetinaNet's prior): the first steps stay sane
+        nn.init.constant_(self.heat.bias, -4.6)
+        to_channels_last(self)
 
     def features(self, x_BCHW: Tensor) -> list[Tensor]:
         """Maps at strides 4, 8, 16 before the way up: a frozen feature network for a perceptual loss or an FID."""

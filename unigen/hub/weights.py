@@ -35,7 +35,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 STATE_DICT_KEYS = ("state_dict", "model", "module", "trainer", "var_wo_ddp", "ema")
 """What checkpoints hold their tensors under: torch's trainers, deepspeed, VAR's."""
-PICKLE_SAFE_TYPES: list[Callable[..., object]] = [
+PICKLE_SAFE_TYPES: list[Callable[..., object] | tuple[Callable[..., object], str]] = [
     argparse.Namespace,
     np.dtype,
     cast(Callable[..., object], np.float64(0).__reduce__()[0]),
@@ -154,11 +154,11 @@ def strict_from_pretrained() -> Iterator[None]:
         _raise_differences(folder, [(kind, sorted(map(str, report[name]))) for kind, name in kinds])
         return model
 
-    PreTrainedModel.from_pretrained = classmethod(strict)  # type: ignore[assignment]
+    setattr(PreTrainedModel, "from_pretrained", classmethod(strict))  # noqa: B010  # mypy lets no method be assigned
     try:
         yield
     finally:
-        PreTrainedModel.from_pretrained = original
+        setattr(PreTrainedModel, "from_pretrained", original)  # noqa: B010
 
 
 def with_architecture(lm: Any, architecture: str, **settings: Any) -> Any:

@@ -59,7 +59,7 @@ def log_likelihood(
 
     def encode_side(side: Batch) -> tuple[Tensor, dict[str, Any]]:
         embeds_BLD, targets = model.embed(side.ids_BL), {}
-        if rng is not None:
+        if rng is not None and start is not None:
             rng.set_state(start)
         for name, generator in image_generators.items():
             assert rng is not None, f"what {name} learns from is drawn"

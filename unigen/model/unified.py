@@ -118,7 +118,7 @@ class UnifiedModel(nn.Module):
         self.sampling: dict[str, dict[str, Any]] = {}
         self.quantization: str | None = None
         built = [name for name in self.generators if name not in self.generators.factories]
-        heads = {name: self.generators[name] for name in built if isinstance(self.generators[name], nn.Module)}
+        heads = {name: head for name in built if isinstance(head := self.generators[name], nn.Module)}
         self._modules["heads"] = nn.ModuleDict(heads)
         self.sight = sight
         image_tokenizer.requires_grad_(False)

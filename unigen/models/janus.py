@@ -176,7 +176,7 @@ class JanusVisionEncoder(VisionEncoder):
 
     @torch.no_grad()
     def features(self, x_BCHW: Tensor) -> Tensor:
-        weight = self.aligner[0].weight
+        weight = next(self.aligner.parameters())
         features_BPD = self.encoder(x_BCHW.to(weight.device, weight.dtype)).last_hidden_state
         return self.aligner[1](gelu(self.aligner[0](features_BPD)))  # type: ignore[no-any-return]
 

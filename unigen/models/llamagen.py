@@ -87,6 +87,8 @@ class Rotary2D(nn.Module):
         zeros = torch.zeros(1, width)
         self.register_buffer("cos", torch.cat((zeros, angles.cos())), persistent=False)
         self.register_buffer("sin", torch.cat((zeros, angles.sin())), persistent=False)
+        self.cos: Tensor
+        self.sin: Tensor
 
     @torch.no_grad()
     def forward(self, x_BLD: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,6 +139,8 @@ class TextBackbone(LlamaGenBackbone):
         from transformers import T5Config, T5EncoderModel
 
         config = T5Config(**{**settings, "dropout_rate": 0.0})
+        if not isinstance(config.eos_token_id, int):
+            raise ValueError(f"the config of T5 has no id of its end (eos_token_id): {config.eos_token_id!r}")
         self.pieces, self.most, self.end, self.codes = config.vocab_size, most, config.eos_token_id, side * side
         super().__init__(lm, self.pieces + most, side)
         self.encoder = T5EncoderModel(config).encoder.requires_grad_(False)

@@ -99,10 +99,9 @@ class VARTransformer(nn.Module):
 
         super().__init__()
         self.settings = {"classes": classes, "width": width, "layers": layers, "positions": positions, "shared": shared}
-        self.config = PretrainedConfig(
-            hidden_size=width, num_hidden_layers=layers, max_position_embeddings=positions, vocab_size=classes
-        )
-        self.config.model_type = "var"
+        sizes = {"hidden_size": width, "num_hidden_layers": layers, "max_position_embeddings": positions}
+        self.config = PretrainedConfig.from_dict({**sizes, "vocab_size": classes})
+        setattr(self.config, "model_type", "var")  # noqa: B010  # of a class of configurations, which this has none of
         self.classes = nn.Embedding(classes, width)
         self.start = nn.Parameter(torch.zeros(width))
         self.first = nn.Parameter(torch.zeros(width))
@@ -244,17 +243,18 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
         scales = infer_scales(public, codes)
         tokenizer = var_vq.from_public(read_tensors(folder / TOKENIZER_FILE), scales)
     parts = nn.Module()
-    parts.lm, parts.head = VARTransformer(**settings), NextScale(tokenizer, settings["width"])
+    lm, head = VARTransformer(**settings), NextScale(tokenizer, settings["width"])
+    parts.lm, parts.head = lm, head
     frozen = {f"head.tokenizer.{name}": value for name, value in tokenizer.state_dict().items()}
     stored = dtype or state["lm.classes.weight"].dtype
     load_strict(parts, frozen | state, folder)
-    parts.lm.to(stored)
-    for layer in (parts.head.project, parts.head.scale_embedding, parts.head.position_embedding):  # scores: float32
+    lm.to(stored)
+    for layer in (head.project, head.scale_embedding, head.position_embedding):  # scores: float32
         layer.to(stored)
-    template = ClassTemplate(settings["classes"] - 1, parts.head.positions())
-    writers: dict[str, Generator] = {"next-scale": parts.head}
+    template = ClassTemplate(settings["classes"] - 1, head.positions())
+    writers: dict[str, Generator] = {"next-scale": head}
     vocabulary = Vocabulary(settings["classes"], tokenizer.codebook_size)
-    backbone = VARBackbone(parts.lm)
+    backbone = VARBackbone(lm)
     model = UnifiedModel("var", backbone, vocabulary, None, tokenizer, template, writers)
     model.set_default_sampling("next-scale", **SAMPLING)
     return model

@@ -9,11 +9,20 @@ Shapes: B batch, C channels, H W pixels, h w the map at the resolution of the co
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
 STRIDE = 8  # pixels per code along each side: 4 by the stem, 2 by one strided convolution
+
+
+def to_channels_last(module: ModuleT) -> ModuleT:
+    """The module itself, with the weights of its convolutions in the memory format that is fast on a CPU."""
+    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]  # torch's stub
 
 
 def group_norm(channels: int) -> nn.GroupNorm:

@@ -58,7 +58,7 @@ class MMDiT(nn.Module):
         self, channels: int, side: int, context: int, layers: int, heads: int, head_dim: int, patch: int
     ) -> None:
         super().__init__()
-        from diffusers import SD3Transformer2DModel
+        from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 
         self.model = SD3Transformer2DModel(
             sample_size=side,
@@ -87,7 +87,7 @@ class UNet(nn.Module):
 
     def __init__(self, channels: int, side: int, context: int, layers: int, heads: int, head_dim: int) -> None:
         super().__init__()
-        from diffusers import UNet2DConditionModel
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
         width = heads * head_dim
         self.model = UNet2DConditionModel(

@@ -34,8 +34,9 @@ def check_quantization(kind: str, device: str | torch.device) -> None:
     if kind not in QUANTIZATIONS:
         raise ValueError(f"unknown quantization {kind[:60]!r}: one of {', '.join(QUANTIZATIONS)}")
     require_extra("quantization")
-    small = nn.Sequential(nn.utils.skip_init(nn.Linear, 64, 32))
-    nn.init.ones_(small[0].weight)
+    linear = nn.Linear(64, 32, device="meta").to_empty(device="cpu")  # without a draw of the global generator
+    small = nn.Sequential(linear)
+    nn.init.ones_(linear.weight)
     try:
         _replace_linears(small, kind, device)
         small.to(device).eval()(torch.ones(1, 1, 64, device=device))
@@ -69,9 +70,7 @@ def _replace_linears(module: nn.Module, kind: str, device: str | torch.device) -
         bnb_options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
     old_modules = dict(module.named_modules())
     linears = {name: part for name, part in old_modules.items() if isinstance(part, nn.Linear | Conv1D)}
-    skipped = [
-        name for name, part in linears.items() if type(part) not in QUANTIZABLE or not _is_quantizable(part, kind)
-    ]
+    skipped = [name for name, part in linears.items() if not _is_quantizable(part, kind)]
     if len(skipped) == len(linears):
         return 0
     for name in linears.keys() - set(skipped):
@@ -87,8 +86,10 @@ def _replace_linears(module: nn.Module, kind: str, device: str | torch.device) -
     return count
 
 
-def _is_quantizable(linear: nn.Linear, kind: str) -> bool:
-    return not any(size % multiple for size, multiple in zip(linear.weight.shape, SIZE_MULTIPLES[kind], strict=True))
+def _is_quantizable(part: nn.Module, kind: str) -> bool:
+    if type(part) not in QUANTIZABLE or not isinstance(part, nn.Linear):
+        return False
+    return not any(size % multiple for size, multiple in zip(part.weight.shape, SIZE_MULTIPLES[kind], strict=True))
 
 
 def describe_precision(lm: Any, kind: str | None) -> str:

@@ -58,7 +58,7 @@ class KLTokenizer(SquareGridMixin, nn.Module):
 
     def __init__(self, config: KLConfig | None = None) -> None:
         super().__init__()
-        from diffusers import AutoencoderKL
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
         self.settings = c = config or KLConfig()
         pixels = 3 * c.fold**2

@@ -91,11 +91,16 @@ class MAGVIT2(SquareGridMixin, nn.Module):
 def add_resnet_blocks(levels: nn.ModuleList, depths: tuple[int, ...]) -> None:
     """Give each resolution, which has one residual block, so many."""
     from diffusers.models.resnet import ResnetBlock2D
+    from diffusers.models.unets.unet_2d_blocks import DownEncoderBlock2D, UpDecoderBlock2D
 
     for level, depth in zip(levels, depths, strict=True):
-        width = level.resnets[-1].out_channels
-        extra_blocks = (ResnetBlock2D(in_channels=width, temb_channels=None, eps=1e-6) for _ in range(depth - 1))
-        level.resnets.extend(extra_blocks)
+        assert isinstance(level, DownEncoderBlock2D | UpDecoderBlock2D)
+        first = level.resnets[-1]
+        assert isinstance(first, ResnetBlock2D)
+        level.resnets.extend(
+            ResnetBlock2D(in_channels=first.out_channels, temb_channels=None, eps=1e-6)  # type: ignore[arg-type]
+            for _ in range(depth - 1)
+        )  # without an embedding of time, as diffusers' own blocks are made
 
 
 def from_config(config: dict[str, Any]) -> MAGVIT2:

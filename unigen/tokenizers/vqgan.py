@@ -63,7 +63,7 @@ class VQGAN(SquareGridMixin, nn.Module):
 
     def __init__(self, config: VQGANConfig | None = None) -> None:
         super().__init__()
-        from diffusers import VQModel
+        from diffusers.models.autoencoders.vq_model import VQModel
 
         self.settings = c = config or VQGANConfig()
         num_higher, kind = len(c.channels) - 1, "Attn" if c.attention else ""

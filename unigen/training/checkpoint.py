@@ -14,7 +14,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +99,7 @@ def save_checkpoint(run_dir: Path, state: dict[str, Any], keep: int) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "wb") as file:
                 hashing = _HashingWriter(file)
-                torch.save(state, hashing)
+                torch.save(state, cast(IO[bytes], hashing))  # of which torch writes and flushes alone
                 file.write(hashing.digest())
                 file.flush()
                 os.fsync(file.fileno())
@@ -130,10 +130,10 @@ def load_checkpoint(run_dir: Path) -> dict[str, Any] | None:
 class _HashingWriter:
     """A write-only file that hashes what passes through: a zip's own checksums are not verified when torch reads it."""
 
-    def __init__(self, file: Any) -> None:
+    def __init__(self, file: BinaryIO) -> None:
         self._file, self._hash = file, hashlib.blake2b(digest_size=32)
 
-    def write(self, data: Any) -> int:
+    def write(self, data: bytes) -> int:
         self._hash.update(data)
         return self._file.write(data)
 

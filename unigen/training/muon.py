@@ -84,8 +84,11 @@ class MuonAdamW(torch.optim.Optimizer):
         if matrices:
             self.parts.append(Muon(matrices, optim.lr, optim.weight_decay))
         if adamw_params:
-            adamw = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps, "weight_decay": 0.0, "fused": True}
-            self.parts.append(torch.optim.AdamW(adamw_params, **adamw))
+            self.parts.append(
+                torch.optim.AdamW(
+                    adamw_params, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=0.0, fused=True
+                )
+            )
         super().__init__([{"params": part} for part in (matrices, adamw_params) if part], {"lr": optim.lr})
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 

@@ -62,7 +62,7 @@ def _transposed_linear(x: Tensor, weight_OI: Tensor, rows: int) -> Tensor:
     return (weight_OI @ x_RI.t()).t().reshape(*x.shape[:-1], outputs)
 
 
-def fused_linears(x: Tensor, *groups: Sequence[nn.Module]) -> list[Tensor]:
+def fused_linears(x: Tensor, *groups: Sequence[nn.Linear]) -> list[Tensor]:
     """What the layers of each group make of x, joined along the last dimension.
 
     Where the layers allow it, it is one product, which is faster than several small ones and gives the same up to

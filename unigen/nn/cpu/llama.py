@@ -213,7 +213,8 @@ class InferenceLlama(nn.Module):
         from transformers import LlamaConfig, LlamaForCausalLM
 
         dtype = self.lm_head.weight.dtype
-        lm = LlamaForCausalLM(LlamaConfig(**self.config_dict)).to(dtype)
+        lm = LlamaForCausalLM(LlamaConfig(**self.config_dict))
+        nn.Module.to(lm, dtype)  # transformers' own `to` hides its type
         lm.load_state_dict(self.state_dict())
         return lm
 
@@ -247,12 +248,12 @@ class _EmptyEmbedding(nn.Embedding):
 
 def empty_linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:
     """A linear map without values. `nn.utils.skip_init` makes the same, but imports torch's compiler."""
-    layer = _EmptyLinear(inputs, outputs, bias=bias)
+    layer: nn.Linear = _EmptyLinear(inputs, outputs, bias=bias)
     layer.__class__ = nn.Linear
     return layer
 
 
 def empty_embedding(rows: int, width: int) -> nn.Embedding:
-    table = _EmptyEmbedding(rows, width)
+    table: nn.Embedding = _EmptyEmbedding(rows, width)
     table.__class__ = nn.Embedding
     return table
