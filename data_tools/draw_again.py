@@ -71,10 +71,10 @@ def scale_hidden_states(model: Any, prompts: list[str], codes_NP: Tensor, blind:
     rows: list[list[Tokens]] = []
     for prompt, codes_P in zip(prompts, codes_NP, strict=True):
         chat = Document([Segment(text=prompt), Segment(image=codes_P, role="assistant")])
-        rows.append([model.template.encode(chat, blind=blind, writer=GENERATOR)])
-    batch = model.fill(pack(rows, max(len(tokens) for (tokens,) in rows), model.image_tokenizer.image_size))
+        rows.append([model.template.encode(chat, uncond=blind, generator=GENERATOR)])
+    batch = model.insert_image_ids(pack(rows, max(len(tokens) for (tokens,) in rows), model.image_tokenizer.image_size))
     embeds_BLD, targets = model.heads[GENERATOR].prepare(model, batch, model.embed(batch.ids_BL), torch.Generator())
-    return model.hidden(batch, embeds_BLD), targets
+    return model.hidden_states(batch, embeds_BLD), targets
 
 
 @one_line_errors

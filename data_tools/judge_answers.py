@@ -151,8 +151,8 @@ def main() -> int:
     items = sample_prompts(args.prompts, args.seed) if detector else []
     scenes = ScenesTask(seed=args.seed, detector=detector) if detector else None
     options: dict[str, Any] = {"generator": "next-token", "guidance": 3.0} | answers
-    if options["generator"] not in engine.model.template.begins:
-        supported_names = ", ".join(engine.model.template.begins)
+    if options["generator"] not in engine.model.template.begin_ids:
+        supported_names = ", ".join(engine.model.template.begin_ids)
         raise ValueError(f"{args.model} does not draw by {options['generator']}: give one of {supported_names}")
     if "temperature" in engine.model.generators[options["generator"]].takes:
         options = {"temperature": 0.8, "top_k": 0, "top_p": 1.0} | options

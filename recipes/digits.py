@@ -98,7 +98,7 @@ class DigitDocumentSampler:
         picture = Segment(image=digits.to_rgb_image(self.images[i], self.size), role="assistant")
         document = Document([Segment(label=int(self.labels[i])), picture])
         writer = self.writers[int(rng.choice(len(self.shares), p=self.shares))]
-        return self.template.encode(document, blind=bool(rng.random() < self.blind), writer=writer)
+        return self.template.encode(document, uncond=bool(rng.random() < self.blind), generator=writer)
 
 
 def new_model(cfg: DigitsConfig) -> UnifiedModel:

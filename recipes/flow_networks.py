@@ -231,7 +231,8 @@ def text_encoder(cfg: NetworksConfig, model: UnifiedModel) -> nn.Module:
             optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, (step + 1) / 100) * (1 - step / cfg.encoder_steps)
             chats = [template.prompt(Document([Segment(text=next(lines))])).ids[:SEQ_LEN] for _ in range(32)]
             pairs = [
-                span_corruption([*chat, template.begins["flow"]], first, tokenizer.eos_token_id, rng) for chat in chats
+                span_corruption([*chat, template.begin_ids["flow"]], first, tokenizer.eos_token_id, rng)
+                for chat in chats
             ]
             input_ids, target_ids = (
                 nn.utils.rnn.pad_sequence([torch.tensor(pair[k]) for pair in pairs], True, fill)
@@ -266,7 +267,7 @@ def encode_examples(template: Any, tokenizer: Any, seed: int, count: int, blind:
     examples: list[Tokens] = []
     while len(examples) < count:
         document = Document(chats.draw(rng))
-        tokens = template.encode(document, blind=bool(rng.random() < blind), writer="flow")
+        tokens = template.encode(document, uncond=bool(rng.random() < blind), generator="flow")
         if len(tokens) <= SEQ_LEN:
             examples.append(tokens)
     for start in range(0, count, ENCODE_BATCH_SIZE):
@@ -349,7 +350,7 @@ def generate_images(
     chats = [Document([Segment(text=p), Segment(image=blank, role="assistant")]) for p in prompts]
     datasets_by_condition = []
     for blind in (False, True)[: guidance.branches]:
-        batch = pack([[template.encode(chat, writer="flow", blind=blind)] for chat in chats], SEQ_LEN, size)
+        batch = pack([[template.encode(chat, generator="flow", uncond=blind)] for chat in chats], SEQ_LEN, size)
         datasets_by_condition.append(flow.context_states(batch, condition(batch)))
     states = [
         flow.start(SegmentSpec(0, SamplingOptions(), guidance, torch.Generator().manual_seed(seed))) for seed in seeds

@@ -202,12 +202,14 @@ class ChatDocumentSampler:
         document, kind = self.chats(rng)
         generates_image = any(s.image is not None and s.role == "assistant" for s in document.segments)
         writer = (
-            self.writers[int(rng.choice(len(self.shares), p=self.shares))] if generates_image else self.template.reader
+            self.writers[int(rng.choice(len(self.shares), p=self.shares))]
+            if generates_image
+            else self.template.context_generator
         )
         if kind == "draw" and self.answers and rng.random() < self.answered:
             document = self.answers(rng)
         blind = 0.5 if writer in self.template.text_lengths else self.blind  # whose span has the words, too
-        tokens = self.template.encode(document, blind=generates_image and rng.random() < blind, writer=writer)
+        tokens = self.template.encode(document, uncond=generates_image and rng.random() < blind, generator=writer)
         for start, stop in tokens.spans if self.learn_shown else ():
             tokens.loss[start:stop] = [True] * (stop - start)
         return tokens
@@ -266,7 +268,7 @@ def new_model(cfg: TinyConfig) -> UnifiedModel:
 def build(cfg: TinyConfig) -> TrainSpec:
     model = load(cfg.init_from) if cfg.init_from else new_model(cfg)
     shares = normalize_generator_weights(
-        {"next-token": 1.0} | (cfg.writers or dict.fromkeys(model.template.begins, 1.0))
+        {"next-token": 1.0} | (cfg.writers or dict.fromkeys(model.template.begin_ids, 1.0))
     )
     torch.manual_seed(cfg.seed)
     folders = {"multiscale": cfg.scale_tokenizer, "kl": cfg.kl_tokenizer}
@@ -309,7 +311,7 @@ def build(cfg: TinyConfig) -> TrainSpec:
         native_codes = {head.name: head.own_shape for head in model.heads.values() if hasattr(head, "own_shape")}
         pairs = read_pairs(files, cfg.seed, tokenizer.grid, tokenizer.codebook_size, native_codes)
         comparable_generators = (
-            model.template.begins.keys() - model.template.text_lengths.keys()
+            model.template.begin_ids.keys() - model.template.text_lengths.keys()
         )  # whose costs are of texts, too
         if unsupported_generators := {pair.writer for pair in pairs} - comparable_generators:
             raise ValueError(

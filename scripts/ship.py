@@ -38,8 +38,8 @@ def main() -> int:
         if name not in model.heads:
             available = ", ".join(model.heads) or "none"
             raise ValueError(f"--without {name}: {args.folder} has no such generator with weights; it has {available}")
-        del model.heads[name], model.generators[name], model.template.begins[name]
-        model.sampling.pop(name, None)
+        del model.heads[name], model.generators[name], model.template.begin_ids[name]
+        model.default_sampling.pop(name, None)
     other_bytes = sum(asset_bytes(folder.name) for folder in ASSETS.iterdir() if folder.is_dir() and folder != target)
     total = other_bytes + 2 * sum(p.numel() for p in model.parameters())
     if total > MAX_ASSET_BYTES:

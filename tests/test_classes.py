@@ -63,7 +63,7 @@ def test_the_layout_and_the_folder(class_folder: Path) -> None:
     drawn = Document([Segment(label="cow"), Segment(image=torch.zeros(2, 2, dtype=torch.int64), role="assistant")])
     names = model.text_tokenizer.convert_ids_to_tokens(model.template.encode(drawn).ids)
     assert names[:5] == ["<s>", "<user>", "<class:2>", "<assistant>", "<boi>"] and names[-1] == "</s>"
-    blind = model.text_tokenizer.convert_ids_to_tokens(model.template.encode(drawn, blind=True).ids)
+    blind = model.text_tokenizer.convert_ids_to_tokens(model.template.encode(drawn, uncond=True).ids)
     assert blind[2] == "<uncond>"
     assert assembly.add_generators(model, ("next-token",)).template.classes == NAMES
 

@@ -67,7 +67,7 @@ def test_interleaved_output_keeps_the_grammar(engine: Engine) -> None:
             if segment.image is not None:  # complete, and made of image codes only
                 assert segment.image.shape == (2, 2) and 0 <= segment.image.min() and segment.image.max() < 32
         text = "".join(p for p in parts if isinstance(p, str))
-        assert not any(name in text for name in engine.model.template.special)
+        assert not any(name in text for name in engine.model.template.special_ids)
         seen += len(pictures)
     assert seen > 0
 
@@ -155,8 +155,10 @@ def test_nothing_is_decoded_that_nobody_sees(engine: Engine, monkeypatch: pytest
 def test_text_goes_on_between_the_steps_of_a_flow(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """And what the flow does not read costs no pass of the backbone."""
     passes: list[int] = []
-    step = engine.model.step
-    monkeypatch.setattr(engine.model, "step", lambda embeds, *rest: passes.append(len(embeds)) or step(embeds, *rest))
+    step = engine.model.cached_hidden_states
+    monkeypatch.setattr(
+        engine.model, "cached_hidden_states", lambda embeds, *rest: passes.append(len(embeds)) or step(embeds, *rest)
+    )
     drawn = engine.request("a dog", "image", generator="flow", steps=8, guidance=3.0)
     told = engine.request("a story", "text", temperature=1.0, max_tokens=60, seed=1)
     running = engine.running()
@@ -177,7 +179,7 @@ def test_guidance_of_zero_ignores_the_prompt(engine: Engine) -> None:
 def test_a_picture_in_the_prompt_is_read(engine: Engine) -> None:
     light, dark = (Image.new("RGB", (16, 16), shade) for shade in ("white", "black"))
     options: dict[str, Any] = {"temperature": 1.0, "max_tokens": 16, "seed": 0}
-    codes = engine.model.codes(torch.stack([torch.ones(3, 16, 16), -torch.ones(3, 16, 16)]))
+    codes = engine.model.encode_images(torch.stack([torch.ones(3, 16, 16), -torch.ones(3, 16, 16)]))
     assert not torch.equal(codes[0], codes[1])
     assert engine.describe(light, **options) != engine.describe(dark, **options)
     assert engine.edit(light, "a dog", seed=1).size == (16, 16)
@@ -251,9 +253,9 @@ def test_cached_decoding_equals_the_full_forward(engine: Engine) -> None:
     request = engine.request("a blue horse", "image", temperature=0.0, guidance=1.0)
     list(engine.run([request]))
     with torch.inference_mode():
-        batch = model.fill(pack([[model.template.encode(request.document)]], 64, 16))
+        batch = model.insert_image_ids(pack([[model.template.encode(request.document)]], 64, 16))
         row, start, stop = batch.spans_N3[0].tolist()
-        hidden_BLD = model.hidden(batch)
+        hidden_BLD = model.hidden_states(batch)
         logits = model.logits(hidden_BLD[row, start - 1 : stop - 1], model.vocabulary.text_size)
     assert logits.argmax(-1).tolist() == model.vocabulary.codes(batch.ids_BL[row, start:stop]).tolist()
 
@@ -276,7 +278,7 @@ def test_a_model_that_has_learnt_one_batch_gives_it_back(tiny_folder: Path) -> N
         ),
     ]
     batch = pack(
-        [[model.template.encode(d) for d in documents], [model.template.encode(documents[0], blind=True)]], 96, 16
+        [[model.template.encode(d) for d in documents], [model.template.encode(documents[0], uncond=True)]], 96, 16
     )
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     objective = MultiGeneratorLoss(model.generators)
@@ -410,7 +412,7 @@ def test_numbers_that_are_not_finite_end_their_row_alone(
     running = engine.running()
     bad = running.add(engine.request("a blue horse", seed=3, **request))
     good = running.add(engine.request("the dog", seed=3, **request))
-    step = engine.model.step
+    step = engine.model.cached_hidden_states
 
     def overflow(embeds: Any, *rest: Any) -> Any:
         hidden = step(embeds, *rest).clone()
@@ -420,7 +422,7 @@ def test_numbers_that_are_not_finite_end_their_row_alone(
                 layer.keys[running._sequences[bad].slots] = layer.values[running._sequences[bad].slots] = float("nan")
         return hidden
 
-    monkeypatch.setattr(engine.model, "step", overflow)
+    monkeypatch.setattr(engine.model, "cached_hidden_states", overflow)
     failed: dict[int, str] = {}
     parts = []
     while running:

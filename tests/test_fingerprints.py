@@ -126,8 +126,8 @@ def test_what_random_weights_lose(engine: Any) -> None:
     for name in engine.info()["generators"]:
         if name != "joint":
             drawn = Document([Segment(text="two apples"), Segment(image=PICTURES[0], role="assistant")])
-            encoded = [model.template.encode(drawn, writer=name), model.template.encode(stories[0])]
-            batch = pack([encoded, [model.template.encode(drawn, blind=True)]], 96, 16)
+            encoded = [model.template.encode(drawn, generator=name), model.template.encode(stories[0])]
+            batch = pack([encoded, [model.template.encode(drawn, uncond=True)]], 96, 16)
             losses = MultiGeneratorLoss(model.generators)(model, batch, torch.Generator().manual_seed(0))
             for loss, (total, count) in losses.items():
                 if loss in ("text", name):

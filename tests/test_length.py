@@ -25,15 +25,15 @@ def test_what_is_far_too_long_is_never_read(engine: Any, monkeypatch: pytest.Mon
     picture = Image.new("RGB", (16, 16))
     codes = model.image_tokenizer.grid[0] * model.image_tokenizer.grid[1]
     for prompt in (
-        "ab " * (MAX_CHARS_PER_POSITION * model.context),
-        [picture] * (model.context // codes + 1) + ["what is it?"],
+        "ab " * (MAX_CHARS_PER_POSITION * model.max_length),
+        [picture] * (model.max_length // codes + 1) + ["what is it?"],
     ):
-        with pytest.raises(ValueError, match=f"the model reads {model.context:,} positions"):
+        with pytest.raises(ValueError, match=f"the model reads {model.max_length:,} positions"):
             engine.running().row(engine.request(prompt, "text"))
         assert not read
     with pytest.raises(ValueError, match="positions"):  # what is near the limit is counted as before
-        engine.running().row(engine.request("ab " * model.context, "text"))
-    engine.running().row(engine.request([picture, "a" + " " * MAX_CHARS_PER_POSITION * model.context + "b"], "text"))
+        engine.running().row(engine.request("ab " * model.max_length, "text"))
+    engine.running().row(engine.request([picture, "a" + " " * MAX_CHARS_PER_POSITION * model.max_length + "b"], "text"))
     assert len(read) == 2, "the control: blanks are one"
 
 
@@ -49,9 +49,9 @@ def test_pictures_that_are_seen_as_features_are_counted_before(engine: Any, monk
             raise ValueError("seen")
 
     monkeypatch.setattr(model, "sight", Eyes())
-    picture, most = Image.new("RGB", (16, 16)), model.context // 100
+    picture, most = Image.new("RGB", (16, 16)), model.max_length // 100
     assert most >= 2
-    with pytest.raises(ValueError, match=f"{most + 1} pictures, the model reads {model.context:,} positions"):
+    with pytest.raises(ValueError, match=f"{most + 1} pictures, the model reads {model.max_length:,} positions"):
         engine.running().row(engine.request([picture] * (most + 1) + ["what is it?"], "text"))
     assert not seen
     with pytest.raises(ValueError, match="^seen$"):  # the control: as many as fit are looked at

@@ -24,7 +24,7 @@ ASKED = Document([Segment(image=CODES), Segment(text="describe this picture")])
 def alone(engine: Engine, document: Document) -> float:
     model = engine.model
     tokens = model.template.encode(document)
-    return log_likelihood(model, model.fill(pack([[tokens]], len(tokens), 16))).item()
+    return log_likelihood(model, model.insert_image_ids(pack([[tokens]], len(tokens), 16))).item()
 
 
 def test_the_caption_is_that_of_the_greatest_sum(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,8 +78,8 @@ def test_a_picture_is_chosen_among_others(engine: Engine, monkeypatch: pytest.Mo
     for k, text in enumerate(words):
         codes = [document.images()[0] for document in asked[3 * k : 3 * k + 3]]
         alone = engine.generate(text, seed=3 + k, **options)
-        assert torch.equal(codes[0], engine.model.codes(engine.model.pixels([alone]))[0])
-        chosen = engine.model.codes(engine.model.pixels([best[k]]))[0]
+        assert torch.equal(codes[0], engine.model.encode_images(engine.model.preprocess_images([alone]))[0])
+        chosen = engine.model.encode_images(engine.model.preprocess_images([best[k]]))[0]
         assert torch.equal(chosen, codes[int(scores[3 * k : 3 * k + 3].argmax())])
     assert engine.generate(words[1], seed=4, candidates=3, **options).tobytes() == best[1].tobytes()
 
@@ -105,8 +105,8 @@ def test_candidates_whose_scores_are_not_finite(engine: Engine, monkeypatch: pyt
     """None of them is the best. They are compared by passes of their own, so that each may have been drawn well."""
     prompt = [Image.new("RGB", (16, 16)), "describe this picture"] if output == "text" else "a dog"
     options: dict[str, Any] = {"output": output, "candidates": 2} | ({"max_tokens": 4} if output == "text" else {})
-    hidden = engine.model.hidden
-    monkeypatch.setattr(engine.model, "hidden", lambda *inputs: hidden(*inputs) * float("nan"))
+    hidden = engine.model.hidden_states
+    monkeypatch.setattr(engine.model, "hidden_states", lambda *inputs: hidden(*inputs) * float("nan"))
     with pytest.raises(NonFiniteError, match="scores of candidates of this model are not finite"):
         engine.generate(prompt, **options)
     worker, events = BatchedWorker(engine, 8), list[Any]()

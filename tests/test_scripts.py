@@ -81,7 +81,7 @@ def test_ship_leaves_out_what_is_not_good_enough(
     assert ship.main() == 0
     shipped, whole = load(tmp_path / "some"), load(tiny_folder)
     assert whole.generators.keys() - shipped.generators.keys() == {"flow", "next-scale"}
-    assert not (tmp_path / "some" / "flow").exists() and "flow" not in shipped.template.begins
+    assert not (tmp_path / "some" / "flow").exists() and "flow" not in shipped.template.begin_ids
     monkeypatch.setattr(sys, "argv", ["ship", str(tmp_path / "some"), "other", "--without", "flow"])
     assert ship.main() == 2
     assert "--without flow" in capsys.readouterr().err and not (tmp_path / "other").exists()

@@ -58,7 +58,7 @@ def engine_runner(model: Any, batch: int, guided: bool) -> Callable[[], int]:
     pack_linears(model.backbone)
     engine = Engine(model)
     height, width = model.image_tokenizer.grid
-    model.pictures = lambda codes: [None] * len(codes)
+    model.decode_images = lambda codes: [None] * len(codes)
     options = {"guidance": 3.0 if guided else 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
     def run() -> int:
@@ -71,8 +71,8 @@ def engine_runner(model: Any, batch: int, guided: bool) -> Callable[[], int]:
 def prompt_ids(model: Any, batch: int) -> tuple[Tensor, Tensor]:
     """The ids of the conditional and the blind branch, each ending in the begin token: (batch, L)."""
     template, document = model.template, Document.of(PROMPT)
-    begin = template.begins["next-token"]
-    rows = [[*model.ids(template.prompt(document, blind=blind)), begin] for blind in (False, True)]
+    begin = template.begin_ids["next-token"]
+    rows = [[*model.token_ids(template.prompt(document, branch=blind)), begin] for blind in (False, True)]
     return torch.tensor([rows[0]] * batch), torch.tensor([rows[1]] * batch)
 
 

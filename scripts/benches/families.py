@@ -70,7 +70,7 @@ class NoImageTokenizer(torch.nn.Module):
 
 
 def without_decoding(model: UnifiedModel) -> UnifiedModel:
-    setattr(model, "pictures", lambda codes: [None] * len(codes))  # noqa: B010  # mypy lets no method be assigned
+    setattr(model, "decode_images", lambda codes: [None] * len(codes))  # noqa: B010  # mypy lets no method be assigned
     return model.eval()
 
 
@@ -131,7 +131,7 @@ def llamagen_b(dtype: str) -> UnifiedModel:
     template, tokenizer_stub = ClassTemplate(CLASSES - 1, side * side), NoImageTokenizer(side, codes)
     writers: dict[str, Any] = {"next-token": NextToken((side, side))}
     model = UnifiedModel("llamagen", backbone, Vocabulary(CLASSES, codes), None, tokenizer_stub, template, writers)  # type: ignore[arg-type]
-    model.set_default_sampling("next-token", **llamagen.SAMPLING["c2i"])
+    model.set_default_sampling("next-token", **llamagen.DEFAULT_SAMPLING["c2i"])
     return without_decoding(model)
 
 
@@ -194,7 +194,7 @@ def var_d16(dtype: str) -> UnifiedModel:
     writers: dict[str, Any] = {"next-scale": head}
     vocabulary = Vocabulary(CLASSES, tokenizer.codebook_size)
     model = UnifiedModel("var", var.VARBackbone(lm), vocabulary, None, tokenizer, template, writers)  # type: ignore[arg-type]
-    model.set_default_sampling("next-scale", **var.SAMPLING)
+    model.set_default_sampling("next-scale", **var.DEFAULT_SAMPLING)
     return model.eval()
 
 
@@ -291,8 +291,8 @@ class FixedPromptTemplate(ImageOnlyTemplate):
 
     PAD, BEGIN, LENGTH = 2, 102, 16
 
-    def prompt(self, document: Document, *, output: Any, blind: int = 0) -> Tokens:
-        return Tokens([0] + [self.PAD if blind else 5] * (self.LENGTH - 2) + [self.BEGIN])
+    def prompt(self, document: Document, *, output: Any, branch: int = 0) -> Tokens:
+        return Tokens([0] + [self.PAD if branch else 5] * (self.LENGTH - 2) + [self.BEGIN])
 
 
 def janus_1b(dtype: str) -> tuple[UnifiedModel, Any]:
@@ -337,14 +337,14 @@ def janus_1b(dtype: str) -> tuple[UnifiedModel, Any]:
     writers: dict[str, Any] = {"next-token": NextToken((side, side))}
     vocabulary = Vocabulary(text["vocab_size"], codes)  # type: ignore[arg-type]
     model = UnifiedModel("janus", backbone, vocabulary, None, NoImageTokenizer(side, codes), template, writers)  # type: ignore[arg-type]
-    model.set_default_sampling("next-token", **janus.SAMPLING)
+    model.set_default_sampling("next-token", **janus.DEFAULT_SAMPLING)
     return without_decoding(model), reference_model
 
 
 def compare_janus(dtype: str, compiled: bool) -> Comparison:
     model, reference_model = janus_1b(dtype)
     prompt, codes = "a shiba inu", 576
-    ids = model.ids(model.template.prompt(Document.of(prompt), output="image"))
+    ids = model.token_ids(model.template.prompt(Document.of(prompt), output="image"))
     backbone: Any = model.backbone
     run, greedy = (engine_runner(model, prompt, **options) for options in ({}, {"temperature": 0.0}))
     read_parameters = [

@@ -82,9 +82,9 @@ def main(args: list[str]) -> int:
         model = make_model(side_by_tokens[tokens], writers, getattr(torch, options.dtype))
         pack_linears(model.backbone)
         engine = Engine(model)
-        step, heads = CallCounter(engine.model, "step"), engine.model.heads.values()
+        step, heads = CallCounter(engine.model, "cached_hidden_states"), engine.model.heads.values()
         velocities = [CallCounter(head, "velocity") for head in heads if hasattr(head, "velocity")]
-        decoders = [CallCounter(engine.model, "pictures")]
+        decoders = [CallCounter(engine.model, "decode_images")]
         tokenizers = {id(head.tokenizer): head.tokenizer for head in heads if head.tokenizer is not None}
         decoders += [CallCounter(tokenizer, "decode") for tokenizer in tokenizers.values()]
         for batch in map(int, batches):

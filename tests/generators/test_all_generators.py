@@ -51,7 +51,7 @@ def codes_in_order(engine: Engine, writer: str) -> list[Any]:
     """The codes of `IMAGE_WEIGHT` as they are read back after this generator has written them."""
     generator, pixels = engine.model.generators[writer], to_pixels(list(PICTURES), 16)
     if generator.codes:
-        return engine.model.codes(pixels).tolist()
+        return engine.model.encode_images(pixels).tolist()
     pixels = generator.tokenizer.decode(generator.tokenizer.encode(pixels))
     return [to_lists(picture) for picture in to_images(pixels)]
 
@@ -112,8 +112,8 @@ def test_loss_and_sampler_mirror_each_other(tiny_folder: Path, writer: str) -> N
         ),
     ]
     first = Document(chats[2].segments[:3])  # what is written is the last picture, so the first is learnt here
-    rows = [[model.template.encode(chat, writer=writer) for chat in (*chats, first)]]
-    rows.append([model.template.encode(chats[0], writer=writer, blind=True), model.template.encode(chats[2])])
+    rows = [[model.template.encode(chat, generator=writer) for chat in (*chats, first)]]
+    rows.append([model.template.encode(chats[0], generator=writer, uncond=True), model.template.encode(chats[2])])
     batch = pack(rows, 256, 16)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     objective, rng = MultiGeneratorLoss(model.generators), torch.Generator().manual_seed(0)
@@ -133,7 +133,7 @@ def test_loss_and_sampler_mirror_each_other(tiny_folder: Path, writer: str) -> N
     said = [s.text or to_lists(s.image) for s in request.document.segments[1:]]
     if not engine.model.generators[writer].codes:  # in a story each picture is read again, as codes
         pixels = to_pixels([np.array(picture, dtype=np.uint8) for picture in (first_codes, third_codes)], 16)
-        first_codes, third_codes = engine.model.codes(pixels).tolist()
+        first_codes, third_codes = engine.model.encode_images(pixels).tolist()
     assert said == ["a witch", third_codes, "and raven", first_codes]
 
 
@@ -142,7 +142,7 @@ def test_loss_and_sampler_mirror_each_other(tiny_folder: Path, writer: str) -> N
 def test_counts_are_known_before_the_pictures(engine: Engine, writer: str) -> None:
     model, rng = engine.model, torch.Generator()
     chat = Document([Segment(text="a dog"), Segment(image=PICTURES[0], role="assistant")])
-    batch = pack([[model.template.encode(chat, writer=writer), model.template.encode(chat)]], 64, 16)
+    batch = pack([[model.template.encode(chat, generator=writer), model.template.encode(chat)]], 64, 16)
     objective = MultiGeneratorLoss(model.generators)
     found = {name: int(count) for name, (_, count) in objective(model, batch, rng).items()}
     assert found == {name: int(count) for name, count in objective.counts(batch, rng).items()}

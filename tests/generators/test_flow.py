@@ -43,7 +43,7 @@ def test_what_is_learnt_is_drawn(tiny_folder: Path, writer: str) -> None:
     torch.manual_seed(0)
     flow = model.heads[writer]
     words = ("a red dog", "two apples on a blue background")
-    rows = [[model.template.encode(chat(w, p), writer=writer) for w, p in zip(words, PICTURES, strict=True)] * 4]
+    rows = [[model.template.encode(chat(w, p), generator=writer) for w, p in zip(words, PICTURES, strict=True)] * 4]
     batch = pack(rows, 256, 16)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     objective, rng = MultiGeneratorLoss(model.generators, {writer: 1.0}), torch.Generator().manual_seed(0)
@@ -84,10 +84,12 @@ def test_sampling_sees_what_training_sees(tiny_folder: Path, monkeypatch: pytest
         document = Document([*before, Segment(text=words)])
         engine.generate(document, generator="flow", guidance=1.0, steps=1)
         whole = Document([*document.segments, Segment(image=PICTURES[1], role="assistant")])
-        batch = model.fill(pack([[model.template.encode(whole), model.template.encode(whole, writer="flow")]], 256, 16))
-        expected = flow.context_states(batch, model.hidden(batch))
+        batch = model.insert_image_ids(
+            pack([[model.template.encode(whole), model.template.encode(whole, generator="flow")]], 256, 16)
+        )
+        expected = flow.context_states(batch, model.hidden_states(batch))
         torch.testing.assert_close(seen[-1], expected, atol=1e-5, rtol=1e-4)
-    begin = model.hidden(batch)[0, int(batch.spans_N3[batch.images_of("flow")][0, 1]) - 1]
+    begin = model.hidden_states(batch)[0, int(batch.spans_N3[batch.images_of("flow")][0, 1]) - 1]
     torch.testing.assert_close(expected[0, -1], begin)  # the pooled condition is the begin token's state
 
 
@@ -104,12 +106,14 @@ def test_a_step_in_the_backbone_is_that_of_training(tiny_folder: Path, monkeypat
     before = [Segment(image=PICTURES[0]), Segment(text="a red dog")]
     engine.generate(Document(before), generator="transfusion", guidance=1.0, steps=3)
     whole = Document([*before, Segment(image=PICTURES[1], role="assistant")])
-    batch = pack([[model.template.encode(whole), model.template.encode(whole, writer="transfusion")]], 256, 16)
+    batch = pack([[model.template.encode(whole), model.template.encode(whole, generator="transfusion")]], 256, 16)
 
     def packed(x: Tensor, t: Tensor) -> Tensor:
         monkeypatch.setattr(head, "add_noise", lambda *args: (x, t, x))
-        embeds_BLD, targets = head.prepare(model, model.fill(batch), model.embed(model.fill(batch).ids_BL), None)
-        head.loss(model, batch, model.hidden(model.fill(batch), embeds_BLD), targets)
+        embeds_BLD, targets = head.prepare(
+            model, model.insert_image_ids(batch), model.embed(model.insert_image_ids(batch).ids_BL), None
+        )
+        head.loss(model, batch, model.hidden_states(model.insert_image_ids(batch), embeds_BLD), targets)
         return said[-1]
 
     for (x, t), expected in list(zip(read, said, strict=True)):
@@ -136,12 +140,12 @@ def test_a_token_is_drawn_from_the_state_of_training(tiny_folder: Path, monkeypa
     engine.generate(Document(before), generator="token-flow", guidance=1.0, steps=1)
     sampled = torch.cat(seen)
     whole = Document([*before, Segment(image=PICTURES[1], role="assistant")])
-    batch = model.fill(
-        pack([[model.template.encode(whole), model.template.encode(whole, writer="token-flow")]], 256, 16)
+    batch = model.insert_image_ids(
+        pack([[model.template.encode(whole), model.template.encode(whole, generator="token-flow")]], 256, 16)
     )
     monkeypatch.setattr(head, "encoded", lambda *args: latents[0])
     embeds_BLD, targets = head.prepare(model, batch, model.embed(batch.ids_BL), torch.Generator())
-    head.loss(model, batch, model.hidden(batch, embeds_BLD), targets)
+    head.loss(model, batch, model.hidden_states(batch, embeds_BLD), targets)
     packed = seen[-1].unflatten(0, (4, -1))[:, 0]
     torch.testing.assert_close(packed, sampled, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(packed.roll(1, 0), sampled, atol=1e-3)
@@ -153,7 +157,7 @@ def test_every_network_learns_and_draws(tiny_folder: Path, network: Any) -> None
     torch.manual_seed(0)
     config = FlowConfig(network=network, layers=2, heads=2, head_dim=16, context_length=16)
     model = assembly.add_generators(model, ["next-token"], [Flow(model.heads["flow"].tokenizer, 32, config)]).train()
-    batch = pack([[model.template.encode(chat("a dog", PICTURES[0]), writer="flow")] * 4], 100, 16)
+    batch = pack([[model.template.encode(chat("a dog", PICTURES[0]), generator="flow")] * 4], 100, 16)
     optimizer = torch.optim.AdamW([p for p in model.heads["flow"].parameters() if p.requires_grad], lr=3e-3)
     objective, rng, losses = MultiGeneratorLoss(model.generators, {"flow": 1.0}), torch.Generator().manual_seed(0), []
     for _ in range(40):
@@ -187,7 +191,7 @@ def test_settings_that_cannot_work_are_refused(settings: Any, values: dict[str, 
 def test_the_target_is_noise_less_data(tiny_folder: Path) -> None:
     model = load(tiny_folder)
     flow = model.heads["flow"]
-    batch = pack([[model.template.encode(chat("a dog", PICTURES[0]), writer="flow")]], 32, 16)
+    batch = pack([[model.template.encode(chat("a dog", PICTURES[0]), generator="flow")]], 32, 16)
     embeds_BLD = model.embed(batch.ids_BL)
     same, (mixed, t, target) = flow.prepare(model, batch, embeds_BLD, torch.Generator().manual_seed(3))
     assert same is embeds_BLD and len(t) == NOISE_SAMPLES_PER_IMAGE == len(t.unique()) and 0 < t.min() and t.max() < 1

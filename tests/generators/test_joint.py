@@ -41,8 +41,8 @@ def trained_toy(tiny_folder: Path) -> Engine:
     chats = [
         Document([Segment(text=t), Segment(image=p, role="assistant")]) for t, p in zip(SHORT, PICTURES, strict=True)
     ]
-    seen = [model.template.encode(chat, writer="joint") for chat in chats]
-    batch = pack([[*seen, model.template.encode(chat, writer="joint", blind=True)] for chat in chats], 64, 16)
+    seen = [model.template.encode(chat, generator="joint") for chat in chats]
+    batch = pack([[*seen, model.template.encode(chat, generator="joint", uncond=True)] for chat in chats], 64, 16)
     optimizer = torch.optim.AdamW(learns, lr=5e-3, betas=(0.9, 0.95))
     objective = MultiGeneratorLoss(model.generators, {"joint": 1.0})
     for step in range(STEPS):
@@ -55,7 +55,7 @@ def trained_toy(tiny_folder: Path) -> Engine:
 
 
 def codes(engine: Engine, picture: Any) -> list[list[int]]:
-    found: list[list[int]] = engine.model.codes(to_pixels([np.asarray(picture)], 16))[0].tolist()
+    found: list[list[int]] = engine.model.encode_images(to_pixels([np.asarray(picture)], 16))[0].tolist()
     return found
 
 

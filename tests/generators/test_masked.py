@@ -52,8 +52,10 @@ def test_inside_the_picture_all_see_all(engine: Engine) -> None:
     """Packed training equals one full mask, and what is read last changes what is said first."""
     model = engine.model
     chat = Document([Segment(text="a dog"), Segment(image=torch.tensor([[1, 2], [3, 4]]), role="assistant")])
-    batch = model.fill(pack([[model.template.encode(chat, writer="masked"), model.template.encode(chat)]], 40, 16))
-    hidden_BLD = model.hidden(batch)
+    batch = model.insert_image_ids(
+        pack([[model.template.encode(chat, generator="masked"), model.template.encode(chat)]], 40, 16)
+    )
+    hidden_BLD = model.hidden_states(batch)
     embeds_BLD = model.embed(batch.ids_BL)
     mask = packed_mask(batch.segments_BL, model.attend_until(batch))
     real = batch.segments_BL > 0
@@ -63,7 +65,7 @@ def test_inside_the_picture_all_see_all(engine: Engine) -> None:
         [row], at = (x[0] for x in batch.places(batch.images_of(writer)))
         other = embeds_BLD.clone()
         other[row, at[-1]] += 1.0
-        moved = model.hidden(batch, other) - hidden_BLD
+        moved = model.hidden_states(batch, other) - hidden_BLD
         assert bool(moved[row, at[0]].abs().max() > 1e-4) == sees
         assert moved[row, at[0] - 1].abs().max() < 1e-6  # the begin token never sees the picture
 
@@ -77,10 +79,12 @@ def test_sampling_sees_what_training_sees(engine: Engine) -> None:
         fixed = torch.tensor([[-1, -1], given])
         request = engine.request("a blue horse", "image", fixed=fixed, **options)
         list(engine.run([request]))
-        batch = model.fill(pack([[model.template.encode(request.document, writer="masked")]], 40, 16))
+        batch = model.insert_image_ids(pack([[model.template.encode(request.document, generator="masked")]], 40, 16))
         [row], at = (x[0] for x in batch.places(batch.images_of("masked")))
         batch.ids_BL[row, at[:2]] = model.generators["masked"].mask
-        logits = model.logits(model.hidden(batch)[row, at[:2]], model.vocabulary.text_size, model.vocabulary.size)
+        logits = model.logits(
+            model.hidden_states(batch)[row, at[:2]], model.vocabulary.text_size, model.vocabulary.size
+        )
         assert logits.argmax(-1).tolist() == request.document.segments[-1].image[0].tolist()
 
 
@@ -135,7 +139,7 @@ def test_inpainting_keeps_the_size_of_a_photograph(engine: Engine, height: int, 
     assert painted.size == (width, height) and changed[mask].all() and not changed[~mask].any()
     x, y, right, bottom = window
     seen = Image.fromarray(photo).crop(window)
-    fixed = engine.model.codes(engine.model.pixels([seen]))[0].cpu()
+    fixed = engine.model.encode_images(engine.model.preprocess_images([seen]))[0].cpu()
     for column in (left + 150, left + 151):  # in the middle of the window they are of two codes
         fixed[(70 - y) * 2 // 160, (column - x) * 2 // 160] = -1
     drawn = engine.generate("a dog", generator="masked", fixed=fixed, **request).resize(
@@ -153,11 +157,11 @@ def test_more_steps_than_codes_are_as_many_as_codes(engine: Engine) -> None:
         calls += 1
         return step(*args)
 
-    step, engine.model.step = engine.model.step, counted  # type: ignore[method-assign]
+    step, engine.model.cached_hidden_states = engine.model.cached_hidden_states, counted  # type: ignore[method-assign]
     try:
         engine.generate("a dog", generator="masked", steps=50)
         assert calls == 4
         engine.generate("a dog", generator="masked", steps=1)
         assert calls == 5
     finally:
-        engine.model.step = step  # type: ignore[method-assign]
+        engine.model.cached_hidden_states = step  # type: ignore[method-assign]

@@ -63,11 +63,11 @@ def test_the_cache_of_scales_equals_teacher_forcing(engine: Engine, monkeypatch:
     list(engine.run([engine.request("a blue horse", "image", generator="next-scale", temperature=0.0, guidance=1.0)]))
     assert len(written[0]) == 1 + 4 + 16 and written[0].unique().numel() > 4
     monkeypatch.setattr(head.tokenizer, "encode", lambda pixels: written[0][None])
-    batch = pack([[model.template.encode(chat(), writer="next-scale")]], 64, 32)
+    batch = pack([[model.template.encode(chat(), generator="next-scale")]], 64, 32)
     logits: list[Tensor] = []
     hook = head.head.register_forward_hook(lambda module, inputs, output: logits.append(output))
     embeds_BLD, targets = head.prepare(model, batch, model.embed(batch.ids_BL), torch.Generator())
-    head.loss(model, batch, model.hidden(batch, embeds_BLD), targets)
+    head.loss(model, batch, model.hidden_states(batch, embeds_BLD), targets)
     hook.remove()
     assert torch.equal(logits[0][0].argmax(-1), written[0])
 
@@ -76,7 +76,7 @@ def test_the_cache_of_scales_equals_teacher_forcing(engine: Engine, monkeypatch:
 def test_mistakes_are_read_and_mended(engine: Engine) -> None:
     """With mistakes later scales read another picture and have other targets; the first scale's are the true ones."""
     model, head = engine.model, engine.model.heads["next-scale"]
-    batch = pack([[model.template.encode(chat(), writer="next-scale")] for _ in range(20)], 64, 32)
+    batch = pack([[model.template.encode(chat(), generator="next-scale")] for _ in range(20)], 64, 32)
     embeds_BLD = model.embed(batch.ids_BL)
     plain_BLD, (rows_M1, at_MP, plain_MP) = head.prepare(model, batch, embeds_BLD, torch.Generator().manual_seed(0))
     try:
@@ -94,10 +94,10 @@ def test_mistakes_are_read_and_mended(engine: Engine) -> None:
 @torch.inference_mode()
 def test_a_scale_sees_itself_and_those_before(engine: Engine) -> None:
     model = engine.model
-    batch = pack([[model.template.encode(chat(), writer="next-scale")]], 64, 32)
+    batch = pack([[model.template.encode(chat(), generator="next-scale")]], 64, 32)
     rng = torch.Generator()
     embeds_BLD, _ = model.heads["next-scale"].prepare(model, batch, model.embed(batch.ids_BL), rng)
-    hidden_BLD = model.hidden(batch, embeds_BLD)
+    hidden_BLD = model.hidden_states(batch, embeds_BLD)
     full_BLD = model.backbone.hidden(
         embeds_BLD, batch.positions_BL, packed_mask(batch.segments_BL, model.attend_until(batch))
     )
@@ -108,7 +108,7 @@ def test_a_scale_sees_itself_and_those_before(engine: Engine) -> None:
     for moved, same, other in ((second[-1], at[:1] - 1, at), (third[-1], second, third)):
         changed = embeds_BLD.clone()
         changed[row, moved] += 1.0
-        difference = (model.hidden(batch, changed) - hidden_BLD)[row].abs().amax(-1)
+        difference = (model.hidden_states(batch, changed) - hidden_BLD)[row].abs().amax(-1)
         assert difference[same].max() < 1e-6 and difference[other].min() > 1e-6
 
 
@@ -133,7 +133,7 @@ def test_guidance_grows_with_the_scales(engine: Engine) -> None:
 def test_it_needs_pixels_and_a_first_scale_of_one(engine: Engine) -> None:
     model = engine.model
     codes = Document([Segment(text="a dog"), Segment(image=torch.zeros(4, 4, dtype=torch.int64), role="assistant")])
-    batch = pack([[model.template.encode(codes, writer="next-scale")]], 64, 32)
+    batch = pack([[model.template.encode(codes, generator="next-scale")]], 64, 32)
     with pytest.raises(ValueError, match="learns from pixels"):
         model.heads["next-scale"].prepare(model, batch, model.embed(batch.ids_BL), torch.Generator())
     with pytest.raises(ValueError, match="needs a multi-scale tokenizer"):

@@ -23,12 +23,12 @@ def test_the_loss_is_that_of_its_order(tiny_folder: Path) -> None:
     model = load(tiny_folder)
     head: Any = model.heads["random-order"]
     codes_hw = torch.tensor([[3, 7], [11, 2]])
-    tokens = model.template.encode(chat(codes_hw), writer="random-order")
-    batch = model.fill(pack([[tokens]], len(tokens), 16))
+    tokens = model.template.encode(chat(codes_hw), generator="random-order")
+    batch = model.insert_image_ids(pack([[tokens]], len(tokens), 16))
     totals = set()
     for seed in range(4):
         embeds_BLD, targets = head.prepare(model, batch, model.embed(batch.ids_BL), torch.Generator().manual_seed(seed))
-        nats_T = head.loss(model, batch, model.hidden(batch, embeds_BLD), targets)
+        nats_T = head.loss(model, batch, model.hidden_states(batch, embeds_BLD), targets)
         order = torch.rand(1, 4, generator=torch.Generator().manual_seed(seed)).argsort(-1)[0].tolist()
         ids = [model.vocabulary.text_size + int(codes_hw.flatten()[place]) for place in order]
         begin = model.embed(batch.ids_BL[0, : tokens.spans[0][0]])

@@ -47,7 +47,7 @@ def scores(engine: Any, ids_1L: torch.Tensor) -> torch.Tensor:
     ones = torch.ones_like(ids_1L)
     batch = Batch(ids_1L, ones.cumsum(1) - 1, ones, ones.bool(), torch.zeros(0, 3, dtype=torch.int64))
     with torch.no_grad():
-        return engine.model.logits(engine.model.hidden(batch))[0]
+        return engine.model.logits(engine.model.hidden_states(batch))[0]
 
 
 @pytest.mark.parametrize("exported", sorted(PLAIN), indirect=True)
@@ -61,7 +61,7 @@ def test_transformers_reads_it_as_a_plain_language_model(exported: Any) -> None:
     assert type(lm).__module__.startswith("transformers.models.")
     request = engine.request(asked["prompt"], "image", size=asked["size"], seed=1)
     list(engine.run([request]))
-    ids_1L = torch.tensor([engine.model.ids(engine.model.template.encode(request.document))])
+    ids_1L = torch.tensor([engine.model.token_ids(engine.model.template.encode(request.document))])
     assert engine.model.vocabulary.is_image(ids_1L).sum() >= 4
     with torch.no_grad():
         theirs_LV = lm(ids_1L).logits[0]
@@ -122,6 +122,6 @@ def test_info_says_what_is_made_beside_vllm(tiny_folder: Path, capsys: pytest.Ca
 def test_the_control_of_unserved_families(monkeypatch: pytest.MonkeyPatch) -> None:
     from unigen.models import var
 
-    monkeypatch.delattr(var, "UNSERVED")
+    monkeypatch.delattr(var, "VLLM_UNSUPPORTED")
     with pytest.raises(AttributeError):
         vllm_unsupported_reason("var")

@@ -46,7 +46,7 @@ def test_three_branches(folder: Path) -> None:
     engine = unigen.load(str(folder), "cpu")
     template = engine.model.template
     asked = Document([Segment(image=torch.zeros(8, 8, dtype=torch.int64)), Segment(text="draw it")])
-    lengths = [len(template.prompt(asked, output="image", blind=branch)) for branch in range(3)]
+    lengths = [len(template.prompt(asked, output="image", branch=branch)) for branch in range(3)]
     assert lengths[2] == 1 and lengths[1] == 1 + 66 and lengths[0] > lengths[1]
     assert engine.request("a", "image").guidance.scales == (3.0, 1.2)
     assert engine.request("a", "image", guidance=5.0).guidance.scales == (5.0, 1.2)

@@ -50,7 +50,7 @@ def test_names_of_special_tokens_are_text_to_a_user(liquid_folder: Path) -> None
     template = unigen.load(str(liquid_folder), "cpu").model.template
     for output in ("image", "text"):
         ids = template.prompt(Document.of("a red <boi> apple"), output=output).ids  # type: ignore[arg-type]
-        assert template.begins["next-token"] not in ids
+        assert template.begin_ids["next-token"] not in ids
 
 
 def test_what_is_learnt(liquid_folder: Path) -> None:
@@ -95,7 +95,7 @@ def test_liquid_on_a_model_without_a_first_token(tmp_path: Path) -> None:
     said = Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode("a red apple" + liquid.INSTRUCTION).ids
     template = engine.model.template
     assert template.prompt(Document.of("a red apple"), output="image").ids == said
-    blind = template.prompt(Document.of("a red apple"), output="image", blind=1).ids
+    blind = template.prompt(Document.of("a red apple"), output="image", branch=1).ids
     assert blind == [tokenizer.convert_tokens_to_ids(liquid.UNCOND)]
     assert engine.generate("a red apple").size == (case.SIDE, case.SIDE)
 

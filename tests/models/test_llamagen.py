@@ -246,9 +246,9 @@ def test_a_prompt_is_read_alike_step_by_step_and_packed(words: Path) -> None:
         model.template.encode(Document([*prompt.segments, Segment(image=codes, role="assistant")]))
         for prompt, codes in zip(prompts, drawn, strict=True)
     ]
-    batch = model.fill(pack([documents], sum(map(len, documents)) + 3, 32))
+    batch = model.insert_image_ids(pack([documents], sum(map(len, documents)) + 3, 32))
     with torch.no_grad():
-        hidden_BLD = model.hidden(batch)
+        hidden_BLD = model.hidden_states(batch)
         rows, at = batch.loss_BL.nonzero(as_tuple=True)
         logits_TV = model.logits(hidden_BLD[rows, at - 1], model.vocabulary.first, model.vocabulary.stop)
     assert torch.allclose(logits_TV.unflatten(0, (3, -1)).transpose(0, 1), torch.stack(steps), atol=1e-3)

@@ -56,12 +56,12 @@ def test_what_an_answer_and_an_edit_read(folder: Path) -> None:
     model = unigen.load(str(folder), "cpu").model
     codes = torch.zeros(2, 4, dtype=torch.int64)
     asked = Document([Segment(image=codes), Segment(text="make it red")])
-    ids = model.ids(model.template.prompt(asked, output="image"))
+    ids = model.token_ids(model.template.prompt(asked, output="image"))
     names = model.text_tokenizer.convert_ids_to_tokens(ids)
     assert "".join(names[1:13]).replace("Ġ", " ") == "make it red "
     row = [*["IMGIMGAZ"] * 4, lumina.EOL]
     assert names[13:] == [lumina.BOI, "<reserved08801>", "<reserved08802>", *row * 2, lumina.EOI, lumina.EOT]
-    assert len(model.template.prompt(asked, output="image", blind=1)) == 0
+    assert len(model.template.prompt(asked, output="image", branch=1)) == 0
     between = Document([Segment(image=codes), Segment(text="and"), Segment(image=codes)])
     first = model.template.prompt(between, output="text").spans[0]
     assert first[0] < len(names) - 13  # a picture between words stays where it is
@@ -79,8 +79,8 @@ def test_pictures_of_several_sizes_in_one_batch(folder: Path) -> None:
 def test_a_second_picture_is_guided_by_its_own_beginning(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blind branch reads no word, and nothing of the first picture."""
     engine = unigen.load(str(folder), "cpu")
-    model, begin, starts = engine.model, engine.model.template.begins["next-token"], []
-    step = model.step
+    model, begin, starts = engine.model, engine.model.template.begin_ids["next-token"], []
+    step = model.cached_hidden_states
 
     def watched(embeds_BLD: Any, positions_BL: Any, mask: Any, cache: Any) -> Any:
         starts.extend(positions_BL[1:, 0].tolist())
@@ -92,7 +92,7 @@ def test_a_second_picture_is_guided_by_its_own_beginning(folder: Path, monkeypat
             state.pending_ids, state.done = [begin if begin in state.span.stops else state.span.stops[0]], True
         return [len(branches[0]) for branches in hidden]
 
-    monkeypatch.setattr(model, "step", watched)
+    monkeypatch.setattr(model, "cached_hidden_states", watched)
     monkeypatch.setattr(model.generators["text"], "advance", announces)
     parts = engine.generate("a", "interleaved", max_images=2, size=(16, 8))
     assert [type(part) for part in parts] == [Image.Image] * 2 and starts.count(0) == 2

@@ -112,7 +112,7 @@ def test_a_system_message_is_followed_or_refused(case: Any, public: Path) -> Non
     engine = unigen.load(str(public), "cpu")
     template = engine.model.template
     system, asked = Segment(text="a red apple", role="system"), Segment(text="red")
-    if not template.system:
+    if not template.supports_system:
         with pytest.raises(ValueError, match="system"):
             engine.request([system, asked], engine.outputs[0])
         return
@@ -298,11 +298,11 @@ def test_what_is_learnt_is_what_is_read(case: Any, public: Path) -> None:
     width, height = case.SIZE
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     asked = Segment(label=case.PROMPT) if isinstance(case.PROMPT, int) else Segment(text=case.PROMPT)
-    codes = model.codes(to_pixels([pixels], width) if width == height else model.pixels([pixels]))[0]
+    codes = model.encode_images(to_pixels([pixels], width) if width == height else model.preprocess_images([pixels]))[0]
     document = Document([asked, Segment(image=codes, role="assistant")])
     tokens = model.template.encode(document)
-    batch = model.fill(pack([[tokens]], len(tokens), width))
-    assert batch.ids_BL[0].tolist() == model.ids(tokens)
+    batch = model.insert_image_ids(pack([[tokens]], len(tokens), width))
+    assert batch.ids_BL[0].tolist() == model.token_ids(tokens)
     assert bool(model.vocabulary.is_image(batch.ids_BL[batch.loss_BL]).any())
 
 
@@ -352,9 +352,9 @@ def test_the_loss_is_of_what_is_drawn(case: Any, public: Path) -> None:
     codes = model.vocabulary.codes(ids_T).unflatten(0, (height // stride, width // stride))
     asked = Segment(label=case.PROMPT) if isinstance(case.PROMPT, int) else Segment(text=case.PROMPT)
     tokens = model.template.encode(Document([asked, Segment(image=codes, role="assistant")]))
-    batch = model.fill(pack([[tokens]], len(tokens), width))
+    batch = model.insert_image_ids(pack([[tokens]], len(tokens), width))
     with torch.no_grad():
-        hidden_BLD = model.hidden(batch)
+        hidden_BLD = model.hidden_states(batch)
         targets = generator.prepare(model, batch, model.embed(batch.ids_BL), torch.Generator())[1]
         nats = generator.loss(model, batch, hidden_BLD, targets)
     rows, at = targets.nonzero(as_tuple=True)
@@ -386,5 +386,5 @@ def test_pictures_that_are_far_too_long(public: Path, tmp_path: Path) -> None:
     Image.new("RGB", (20_000, 2)).save(tmp_path / "long.png")
     for picture in (tmp_path / "long.png", np.zeros((20_000, 2, 3), np.uint8)):
         with pytest.raises(ValueError, match="pixels is too long: at most 50 to 1"):
-            model.pixels([picture])
-    assert model.pixels([Image.new("RGB", (50, 1))]).ndim == 4
+            model.preprocess_images([picture])
+    assert model.preprocess_images([Image.new("RGB", (50, 1))]).ndim == 4

@@ -178,7 +178,7 @@ def test_no_weights_of_a_pipeline_that_cannot_be_used(hub: Any) -> None:
 
 def test_a_model_that_reads_may_be_any_of_transformers(hub: Any) -> None:
     one = hub({"config.json": json.dumps(KNOWN["qwen"][0]), "model.safetensors": ""} | COPIES)
-    resolve_model("someone/something", reads=True)
+    resolve_model("someone/something", allow_language_model=True)
     assert one.weights == {"model.safetensors"}
 
 

@@ -70,11 +70,11 @@ def test_what_is_learnt_sees_what_is_drawn(engine: Any) -> None:
         engine.generate(case.PROMPT, guidance=1.0, steps=1)
     codes = torch.zeros(case.GRID, case.GRID, dtype=torch.int64)
     tokens = model.template.encode(Document([Segment(text=case.PROMPT), Segment(image=codes, role="assistant")]))
-    batch = model.fill(pack([[tokens, tokens]], 2 * len(tokens), case.SIDE))
+    batch = model.insert_image_ids(pack([[tokens, tokens]], 2 * len(tokens), case.SIDE))
     rows_M1, at_MP = batch.places(batch.images_of("masked"))
     batch.ids_BL[rows_M1, at_MP] = generator.mask
     with torch.no_grad():
-        states_MPD = model.hidden(batch)[rows_M1, at_MP]
+        states_MPD = model.hidden_states(batch)[rows_M1, at_MP]
         logits_MPV = model.logits(states_MPD, model.vocabulary.first, model.vocabulary.stop)
     for logits_PV in logits_MPV:
         torch.testing.assert_close(logits_PV, seen[0], atol=1e-4, rtol=1e-4)
@@ -121,7 +121,7 @@ def test_what_is_kept_is_read_as_all_pictures_are(engine: Any, monkeypatch: pyte
     monkeypatch.setattr(engine, "generate", lambda *a, fixed, **o: seen.append(fixed) or generate(*a, fixed=fixed, **o))
     painted = np.asarray(engine.inpaint(given, case.PROMPT, mask, steps=4))
     square = given.crop((0, 0, 3 * case.SIDE, 3 * case.SIDE))
-    read = engine.model.codes(engine.model.pixels([square]))[0]
+    read = engine.model.encode_images(engine.model.preprocess_images([square]))[0]
     assert seen[0].flatten()[0] == -1 and torch.equal(seen[0].flatten()[1:], read.flatten()[1:])
     assert (painted[~mask] == np.asarray(given)[~mask]).all() and (painted[mask] != np.asarray(given)[mask]).any()
 

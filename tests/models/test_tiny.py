@@ -48,9 +48,9 @@ def test_the_layout_of_a_chat(tiny_folder: Path) -> None:
 
 def test_the_blind_rendering_keeps_only_pictures(tiny_folder: Path) -> None:
     model = load(tiny_folder)
-    tokens = model.template.encode(chat(), blind=True)
+    tokens = model.template.encode(chat(), uncond=True)
     kept = [t for i, t in enumerate(tokens.ids) if not any(a <= i < b for a, b in tokens.spans)]
-    assert set(kept) <= {*model.template.special.values(), model.template.start, model.template.eos_id}
+    assert set(kept) <= {*model.template.special_ids.values(), model.template.bos_id, model.template.eos_id}
     assert len(tokens.spans) == 2 and sum(tokens.loss) == 4
 
 
@@ -80,17 +80,17 @@ def test_pictures_stand_before_the_words_of_their_message(tiny_folder: Path) -> 
     wanted = [picture, other, first, second]
     for given in ([first, picture, other, second], [picture, first, second, other], [first, second, picture, other]):
         for blind in (0, 1):
-            ids = template.prompt(Document([*given, *told, *given]), blind=blind).ids
-            assert ids == template.prompt(Document([*wanted, *told, *wanted]), blind=blind).ids
+            ids = template.prompt(Document([*given, *told, *given]), branch=blind).ids
+            assert ids == template.prompt(Document([*wanted, *told, *wanted]), branch=blind).ids
     assert template.prompt(Document([first, *told])).ids != template.prompt(Document([first, *told[::-1]])).ids
-    blind = template.prompt(Document(wanted), blind=1).ids
-    assert blind.count(template.special["<uncond>"]) == 1  # as one text has it
+    blind = template.prompt(Document(wanted), branch=1).ids
+    assert blind.count(template.special_ids["<uncond>"]) == 1  # as one text has it
 
 
 def test_special_tokens_typed_by_users_are_text(tiny_folder: Path) -> None:
     template = load(tiny_folder).template
     ids = template.text_ids("two <boi> </s> apples")
-    assert not set(ids) & {*template.special.values(), template.eos_id}
+    assert not set(ids) & {*template.special_ids.values(), template.eos_id}
     assert template.decode(ids) == "two <boi> </s> apples"
 
 
@@ -127,8 +127,8 @@ def test_a_model_says_how_it_is_drawn_from(tiny_folder: Path, tmp_path: Path) ->
     model.save(tmp_path / "model")
     again = load(tmp_path / "model")
     assert (
-        again.sampling
-        == assembly.add_generators(again, ("next-token",)).sampling
+        again.default_sampling
+        == assembly.add_generators(again, ("next-token",)).default_sampling
         == {"next-token": {"guidance": 2.5, "top_p": 0.6}}
     )
     engine = Engine(again)

@@ -123,15 +123,20 @@ class Reference:
 def rows(folder: Path) -> Iterator[ParityRow]:
     engine = unigen.load(str(folder), device="cpu")
     model, reference = engine.model, Reference(folder)
-    template, begin, against = model.template, model.template.begins["next-token"], "transformers' Chameleon, unmasked"
+    template, begin, against = (
+        model.template,
+        model.template.begin_ids["next-token"],
+        "transformers' Chameleon, unmasked",
+    )
     shown = Document([Segment(image=picture()), Segment(text=WORDS)])
     document = model.encode_document(shown)
 
     official = reference.branches(reference.picture())
-    outputs = [[*model.ids(template.prompt(document, output="image", blind=b)), begin] for b in range(3)]
+    outputs = [[*model.token_ids(template.prompt(document, output="image", branch=b)), begin] for b in range(3)]
     squeezed = Document([Segment(image=picture().resize((SIDE, SIDE))), Segment(text=WORDS)])
     control = [
-        [*model.ids(template.prompt(model.encode_document(squeezed), output="image", blind=b)), begin] for b in range(3)
+        [*model.token_ids(template.prompt(model.encode_document(squeezed), output="image", branch=b)), begin]
+        for b in range(3)
     ]
     flat, reference_output, trapped = ([id for ids in rows for id in ids] for rows in (outputs, official, control))
     yield ParityRow(
@@ -199,7 +204,9 @@ class without_image_branch:  # noqa: N801
     def __enter__(self) -> None:
         if self.on:
             prompt = self.template.prompt
-            self.template.prompt = lambda document, output, blind=0: prompt(document, output=output, blind=blind and 2)
+            self.template.prompt = lambda document, output, branch=0: prompt(
+                document, output=output, branch=branch and 2
+            )
 
     def __exit__(self, *_: Any) -> None:
         if self.on:

@@ -173,8 +173,8 @@ def rows(folder: Path) -> Iterator[ParityRow]:
     size, against = (WIDTH, HEIGHT), "transformers' generate with guidance and grammar"
 
     def ours(words: str, grid: tuple[int, int]) -> list[int]:
-        opening = [template.begins["next-token"], *template.layout(grid).opening]
-        outputs = [template.prompt(Document.of(words), output="image", blind=blind).ids for blind in (False, True)]
+        opening = [template.begin_ids["next-token"], *template.layout(grid).opening]
+        outputs = [template.prompt(Document.of(words), output="image", branch=blind).ids for blind in (False, True)]
         return [id for ids in outputs for id in (*ids, *opening)]
 
     reference_output = [id for words in PROMPTS for ids in reference.prompts(words) for id in ids]
@@ -189,9 +189,9 @@ def rows(folder: Path) -> Iterator[ParityRow]:
     )
 
     prompt_document = model.encode_document(Document([Segment(image=picture()), Segment(text="What is it")]))
-    ids = model.ids(template.prompt(prompt_document, output="text"))
+    ids = model.token_ids(template.prompt(prompt_document, output="text"))
     with common.wrong_row_end(template, ()):
-        bare = model.ids(template.prompt(prompt_document, output="text"))
+        bare = model.token_ids(template.prompt(prompt_document, output="text"))
     official = reference.question("What is it")
     trap = "no ends of rows"
     yield ParityRow(

@@ -216,7 +216,7 @@ class Reference:
         norm = lambda x, key: layer_norm(x, (HIDDEN,), position(f"{key}.weight"), position(f"{key}.bias"), 1e-6)  # noqa: E731
         for block in ("blocks.0", "blocks.1"):
             qkv = self.layer(f"{name}{block}.attn.qkv", norm(x, f"{block}.norm1"))
-            q, k, v = qkv.unflatten(-1, (3, HIDDEN // janus.HEAD_WIDTH, -1)).permute(2, 0, 3, 1, 4)
+            q, k, v = qkv.unflatten(-1, (3, HIDDEN // janus.VISION_HEAD_DIM, -1)).permute(2, 0, 3, 1, 4)
             mixed = scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
             x = x + self.layer(f"{name}{block}.attn.proj", mixed)
             x = x + self.layer(f"{name}{block}.mlp.fc2", gelu(self.layer(f"{name}{block}.mlp.fc1", norm(x, f"{block}.norm2"))))  # fmt: skip  # noqa: E501
@@ -235,11 +235,11 @@ class Reference:
 def rows(folder: Path) -> Iterator[ParityRow]:
     engine = unigen.load(str(folder), device="cpu")
     model, reference = engine.model, Reference(folder)
-    template, begin = model.template, model.template.begins["next-token"]
+    template, begin = model.template, model.template.begin_ids["next-token"]
     script = "the official loop over the public tensors"
 
     documents = [Document.of(words) for words in PROMPTS]
-    outputs = [[*template.prompt(document, output="image", blind=blind).ids, begin] for document in documents for blind in (False, True)]  # fmt: skip  # noqa: E501
+    outputs = [[*template.prompt(document, output="image", branch=blind).ids, begin] for document in documents for blind in (False, True)]  # fmt: skip  # noqa: E501
     engine_output = [id for ids in outputs for id in ids]
     reference_output = [id for words in PROMPTS for ids in reference.prompts(words) for id in ids]
     seen = [id for words in PROMPTS for ids in (reference.prompts(words)[0],) * 2 for id in ids]
@@ -385,13 +385,13 @@ class Transformers:
 def transformers_rows(folder: Path) -> Iterator[ParityRow]:
     engine = unigen.load(str(folder), device="cpu")
     model, reference = engine.model, Transformers(folder)
-    template, begin, against = model.template, model.template.begins["next-token"], "transformers' generate"
+    template, begin, against = model.template, model.template.begin_ids["next-token"], "transformers' generate"
 
     engine_output = [
         id for words in PROMPTS for id in (*template.prompt(Document.of(words), output="image").ids, begin)
     ]
     blind = [
-        id for words in PROMPTS for id in (*template.prompt(Document.of(words), output="image", blind=1).ids, begin)
+        id for words in PROMPTS for id in (*template.prompt(Document.of(words), output="image", branch=1).ids, begin)
     ]
     reference_output = [id for words in PROMPTS for id in reference.asked(words)["input_ids"][0].tolist()]
     yield ParityRow(
@@ -404,7 +404,7 @@ def transformers_rows(folder: Path) -> Iterator[ParityRow]:
 
     prompt_document = Document([Segment(image=picture()), Segment(text="What is it")])
     turned = Document([Segment(image=picture().resize((SIDE, SIDE))), *prompt_document.segments[1:]])
-    forbidden = [id for id in model.generators["text"].forbidden if id not in template.turn_ends]
+    forbidden = [id for id in model.generators["text"].forbidden if id not in template.stop_token_ids]
     ids, reference_values = reference.answer("What is it", picture(), forbidden, 16)
     runs = []
     for text in (prompt_document, turned):

@@ -142,12 +142,12 @@ class Reference:
 def rows(folder: Path) -> Iterator[ParityRow]:
     engine = unigen.load(str(folder), device="cpu")
     model, reference = engine.model, Reference(folder)
-    template, begin = model.template, model.template.begins["next-token"]
+    template, begin = model.template, model.template.begin_ids["next-token"]
     against = "transformers' Gemma"
 
     documents = [Document.of(words) for words in PROMPTS]
     engine_output = [
-        [*template.prompt(document, output="image", blind=blind).ids, begin]
+        [*template.prompt(document, output="image", branch=blind).ids, begin]
         for document in documents
         for blind in (False, True)
     ]
@@ -178,7 +178,7 @@ def rows(folder: Path) -> Iterator[ParityRow]:
     for text in (padded_ids, cropped):
         codes = model.image_tokenizer.encode(torch.tensor(list(text.tobytes())).reshape(1, SIDE, SIDE, 3).permute(0, 3, 1, 2) / 127.5 - 1)  # fmt: skip  # noqa: E501
         official = [*before, *(codes + reference.offset).flatten().tolist(), *after]
-        shares.append(mismatch_share(model.ids(template.prompt(read, output="text")), official))
+        shares.append(mismatch_share(model.token_ids(template.prompt(read, output="text")), official))
     yield ParityRow("liquid question ids", shares[0], shares[1], "the centre of the picture", "the official strings")
 
     # logits after guidance and legality: the first, the second, at the end of a row and the last

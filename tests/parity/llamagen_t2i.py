@@ -206,7 +206,7 @@ def rows(folder: Path) -> Iterator[ParityRow]:
         expected_ids = golden[f"ids.{number}"].tolist()
         blind = list(range(PIECES + MOST - len(expected_ids), PIECES + MOST))  # what the padding leaves to be seen
         for branch in (0, 1):
-            branches["ours"] += model.template.prompt(Document.of(prompt), output="image", blind=branch).ids
+            branches["ours"] += model.template.prompt(Document.of(prompt), output="image", branch=branch).ids
         branches["right"] += expected_ids + blind
         typed = raw(prompt).input_ids
         branches["wrong"] += (typed + [0] * len(expected_ids))[: len(expected_ids)] + blind
@@ -290,9 +290,9 @@ def first_vectors(model: Any) -> Iterator[None]:
     """The trap: guidance's other branch reads the first vectors of no words, not those that padding would leave."""
     prompt = model.template.prompt
 
-    def wrong(document: Document, *, output: Any, blind: int = 0) -> Any:
-        tokens = prompt(document, output=output, blind=blind)
-        if blind:
+    def wrong(document: Document, *, output: Any, branch: int = 0) -> Any:
+        tokens = prompt(document, output=output, branch=branch)
+        if branch:
             tokens.ids = list(range(PIECES, PIECES + len(tokens)))
         return tokens
 

@@ -246,10 +246,10 @@ def rows(folder: Path) -> Iterator[ParityRow]:
     template, solver = model.template, "the official layers and processors (goldens)"
 
     def ours(words: str, grid: tuple[int, int]) -> list[int]:
-        opening = [template.begins["next-token"], *template.layout(grid).opening]
+        opening = [template.begin_ids["next-token"], *template.layout(grid).opening]
         document = Document.of(words)
         document.size = SIZE
-        outputs = [template.prompt(document, output="image", blind=blind).ids for blind in (False, True)]
+        outputs = [template.prompt(document, output="image", branch=blind).ids for blind in (False, True)]
         return [id for ids in outputs for id in (*ids, *opening)]
 
     reference_output = [id for words in PROMPTS for ids in reference.prompts(words) for id in ids]
@@ -265,9 +265,9 @@ def rows(folder: Path) -> Iterator[ParityRow]:
     yield ParityRow("lumina pictures cut", cut, squared, "cut to squares", "the official processor (goldens)")
 
     prompt_document = model.encode_document(Document([Segment(image=picture()), Segment(text="What is it")]))
-    ids = model.ids(template.prompt(prompt_document, output="text"))
+    ids = model.token_ids(template.prompt(prompt_document, output="text"))
     with common.wrong_row_end(template, ()):
-        bare = model.ids(template.prompt(prompt_document, output="text"))
+        bare = model.token_ids(template.prompt(prompt_document, output="text"))
     reference_values, trap = reference.question("What is it", cuts[(44, 20)]), "no ends of rows"
     yield ParityRow(
         "lumina question ids",

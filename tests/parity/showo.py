@@ -275,8 +275,8 @@ def rows(folder: Path) -> Iterator[ParityRow]:
     generator: Any = model.generators["masked"]
 
     def asked(words: str, end: int | None = None) -> list[int]:
-        branches = [template.prompt(Document.of(words), output="image", blind=blind).ids for blind in (0, 1)]
-        return [id for ids in branches for id in (*ids[:end], template.begins["masked"])]
+        branches = [template.prompt(Document.of(words), output="image", branch=blind).ids for blind in (0, 1)]
+        return [id for ids in branches for id in (*ids[:end], template.begin_ids["masked"])]
 
     reference_values = [id for number in range(len(PROMPTS)) for id in golden[f"ids.{number}"].tolist()]
     engine_output = [id for words in PROMPTS for id in asked(words)]
@@ -291,9 +291,9 @@ def rows(folder: Path) -> Iterator[ParityRow]:
     )
 
     official = golden["read"]
-    share = float((model.codes(picture()) != official).float().mean())
+    share = float((model.encode_images(picture()) != official).float().mean())
     with bits_reversed(model):
-        control = float((model.codes(picture()) != official).float().mean())
+        control = float((model.encode_images(picture()) != official).float().mean())
     against, trap = "the official MAGVITv2 (goldens)", "the first bit as the lowest"
     yield ParityRow("showo pixels to codes", share, control, trap, against)
     pixels = model.image_tokenizer.decode(official)
@@ -355,7 +355,7 @@ def rows(folder: Path) -> Iterator[ParityRow]:
 
     document = Document([Segment(image=official[0]), Segment(text=QUESTION)])
     turned = Document([Segment(image=official[0].T), Segment(text=QUESTION)])
-    engine_output, trapped = (model.ids(template.prompt(each, output="text")) for each in (document, turned))
+    engine_output, trapped = (model.token_ids(template.prompt(each, output="text")) for each in (document, turned))
     reference_values = golden["question"].tolist()
     against = "the official prompt of inference_mmu (goldens)"
     yield ParityRow(
@@ -367,7 +367,7 @@ def rows(folder: Path) -> Iterator[ParityRow]:
     )
 
     texts, logits = answer_ids(engine, document)
-    with patch.object(template, "prefix", lambda ids: 0):
+    with patch.object(template, "bidirectional_prefix", lambda ids: 0):
         control, blind_TV = answer_ids(engine, document)
     against, trap = "the official mmu_generate (goldens)", "a picture read causally"
     there_TV = golden["answer logits"]

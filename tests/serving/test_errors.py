@@ -36,8 +36,8 @@ def test_the_status_says_whether_to_ask_again(again: bool, status: int) -> None:
 
 
 def test_numbers_that_are_not_finite_are_not_asked_for_again(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = engine.model.step
-    monkeypatch.setattr(engine.model, "step", lambda *inputs: step(*inputs) * float("nan"))
+    step = engine.model.cached_hidden_states
+    monkeypatch.setattr(engine.model, "cached_hidden_states", lambda *inputs: step(*inputs) * float("nan"))
     worker, events = BatchedWorker(engine, 4), list[Any]()
     worker.ask(0, Job(Document.of("a dog"), "image"))
     while worker.busy:

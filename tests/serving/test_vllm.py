@@ -247,7 +247,9 @@ def test_vllm_alone_reads_what_is_exported(folder: Path, local: Any, tmp_path: P
     vllm_engine.set_environment()
     convert(folder, tmp_path / "vllm", "vllm")
     lm = AutoModelForCausalLM.from_pretrained(tmp_path / "vllm", dtype=torch.float32)
-    prompt_1L = torch.tensor([local.model.ids(local.model.template.prompt(Document.of("a red dog"), output="image"))])
+    prompt_1L = torch.tensor(
+        [local.model.token_ids(local.model.template.prompt(Document.of("a red dog"), output="image"))]
+    )
     wanted = lm.generate(prompt_1L, do_sample=False, max_new_tokens=32, min_new_tokens=32)[0, prompt_1L.shape[1] :]
     llm = LLM(str(tmp_path / "vllm"), dtype="float32", enforce_eager=True)
     greedy = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, min_tokens=32)

@@ -202,7 +202,7 @@ def test_vllm_finds_our_classes_by_itself(tmp_path: Path, root: Path, monkeypatc
     """As a plugin of the installed package, in processes of its own; the control is a package without it."""
     _, public, folder = exported("chameleon", tmp_path, monkeypatch)
     model = unigen.load(str(public), "cpu", "float32").model
-    ids = model.ids(model.template.prompt(Document.of("a red apple"), output="image"))
+    ids = model.token_ids(model.template.prompt(Document.of("a red apple"), output="image"))
     with torch.no_grad():
         lm, wanted_1L = model.backbone.lm, torch.tensor([ids])
         for _ in range(32):

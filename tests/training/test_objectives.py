@@ -25,7 +25,7 @@ def batch_of(model: Any) -> Batch:
     said = Document([Segment(image=PICTURES[1]), Segment(text="a red dog", role="assistant")])
     drawn = Document([Segment(text="two apples"), Segment(image=PICTURES[0], role="assistant")])
     encode = model.template.encode
-    rows = [[encode(said), encode(drawn)], [encode(drawn, writer="masked"), encode(drawn, writer="next-scale")]]
+    rows = [[encode(said), encode(drawn)], [encode(drawn, generator="masked"), encode(drawn, generator="next-scale")]]
     return pack(rows, 64, 16)
 
 
@@ -93,9 +93,9 @@ def test_moving_from_it_costs_the_divergence(engine: Engine) -> None:
     with torch.no_grad():
         for p in model.backbone.parameters():
             p.mul_(1.2)
-    found, batch = losses(model, before), model.fill(batch_of(model))
+    found, batch = losses(model, before), model.insert_image_ids(batch_of(model))
     with torch.no_grad():
-        p, q = (m.logits(m.hidden(batch)).log_softmax(-1) for m in (model, before))
+        p, q = (m.logits(m.hidden_states(batch)).log_softmax(-1) for m in (model, before))
     gaps_BL = (q.exp() * (q - p)).sum(-1)
     for name, inside_BL in (("text", ~batch.inside()), ("next-token", batch.inside("next-token"))):
         at_BL = (batch.loss_BL & inside_BL)[:, 1:]

@@ -137,7 +137,13 @@ def likelihoods(
     pairs, found = batch.kinds[kind], []
     for side, blind in ((pairs.chosen, pairs.uncond_chosen), (pairs.rejected, pairs.uncond_rejected)):
         rng = torch.Generator().manual_seed(1)
-        drawn = model.fill(side), model.fill(blind), guidance or Guidance((3.0,)), temperature, rng
+        drawn = (
+            model.insert_image_ids(side),
+            model.insert_image_ids(blind),
+            guidance or Guidance((3.0,)),
+            temperature,
+            rng,
+        )
         found.append(log_likelihood(model, *drawn))
     return torch.stack(found, -1)
 
@@ -153,25 +159,25 @@ def test_the_likelihood_of_an_answer_is_that_by_which_the_engine_draws_it(
 
     def logits_after(ids: list[int]) -> torch.Tensor:
         alone = pack([[Tokens(ids, [False] * len(ids))]], len(ids), 16)
-        return model.logits(model.hidden(alone)[0, -1])
+        return model.logits(model.hidden_states(alone)[0, -1])
 
     expected = []
     for pair in read_pairs([judged_file], 0, (2, 2), 32):
         for chat in pair[:2]:
             before, answer = Document(chat.segments[:-1]), chat.segments[-1]
-            prompt = model.ids(template.prompt(before))
+            prompt = model.token_ids(template.prompt(before))
             if answer.text is not None:
-                said = model.ids(template.encode(chat))[len(prompt) :]
+                said = model.token_ids(template.encode(chat))[len(prompt) :]
                 assert said[-1] == template.eos_id
                 steps = [logits_after(prompt + said[:k]).log_softmax(-1)[id] for k, id in enumerate(said)]
             else:
-                unseen, begin = model.ids(template.prompt(before, blind=True)), template.begins["next-token"]
+                unseen, begin = model.token_ids(template.prompt(before, branch=True)), template.begin_ids["next-token"]
                 codes = model.vocabulary.image_ids(answer.image).flatten().tolist()
                 steps = [logits_after(prompt).log_softmax(-1)[begin]]
                 for k, code in enumerate(codes):
                     c, u = (logits_after([*ids, begin, *codes[:k]])[first:] for ids in (prompt, unseen))
                     steps.append(((u + scale * (c - u)) / temperature).log_softmax(-1)[code - first])
-                whole = model.ids(template.encode(chat))
+                whole = model.token_ids(template.encode(chat))
                 assert whole[-2:] == [template.image_end_id, template.eos_id]  # the end of a picture is no choice
                 steps.append(logits_after(whole[:-1]).log_softmax(-1)[template.eos_id])
             expected.append(torch.stack(steps).sum())
@@ -227,7 +233,7 @@ def test_pictures_of_any_generator_are_compared(engine: Engine, writer: str) -> 
     ends = (
         pack([[side]], len(side), 16) for side in (sides.chosen, sides.uncond_chosen)
     )  # no positions: it ends a row
-    guided = (*map(model.fill, ends), Guidance((3.0,)), 0.8)
+    guided = (*map(model.insert_image_ids, ends), Guidance((3.0,)), 0.8)
     found = log_likelihood(model, *guided, rng=torch.Generator().manual_seed(1)).detach()
 
     def pictures() -> torch.Tensor:
@@ -279,13 +285,13 @@ def test_next_scale_is_as_likely_as_its_codes(engine: Engine) -> None:
     model, encode = engine.model, engine.model.template.encode
     pictures = np.random.default_rng(1).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
     chats = [Document([Segment(text="a dog"), Segment(image=p, role="assistant")]) for p in pictures]
-    together = pack([[encode(chat, writer="next-scale") for chat in chats]], 64, 16)
+    together = pack([[encode(chat, generator="next-scale") for chat in chats]], 64, 16)
     found_2 = log_likelihood(model, together, rng=torch.Generator())
     head: Any = model.heads["next-scale"]
     for chat, found in zip(chats, found_2, strict=True):
-        alone = pack([[encode(chat, writer="next-scale")]], 32, 16)
+        alone = pack([[encode(chat, generator="next-scale")]], 32, 16)
         embeds_BLD, targets = head.prepare(model, alone, model.embed(alone.ids_BL), torch.Generator())
-        states_LD = model.hidden(alone, embeds_BLD)[0]
+        states_LD = model.hidden_states(alone, embeds_BLD)[0]
         begin = int(alone.spans_N3[0, 1]) - 1
         scores = head.head(states_LD[begin : begin + 5]).log_softmax(-1)
         opened = model.logits(states_LD[begin - 1]).log_softmax(-1)[alone.ids_BL[0, begin]]
@@ -312,15 +318,15 @@ def test_next_scale_is_as_likely_as_it_is_drawn(
         list(engine.run([request]))
     chats = [Document.of(["a dog", Segment(image=r.written[0], role="assistant")]) for r in requests]
     sides = [
-        pack([[template.encode(chat, blind=blind, writer="next-scale") for chat in chats]], 64, 16)
+        pack([[template.encode(chat, uncond=blind, generator="next-scale") for chat in chats]], 64, 16)
         for blind in (False, True)
     ]
     rng, scales = torch.Generator(), len(model.heads["next-scale"].lengths)
     found_2 = log_likelihood(model, *sides, Guidance.of(scale), temperature, rng)
     expected_2 = torch.stack(drawn).view(2, scales).sum(1)
     asked = pack([[template.prompt(Document.of("a dog"))]], 32, 16)
-    states_LD = model.hidden(asked)[0]
-    opened = model.logits(states_LD[int(asked.segments_BL.sum()) - 1]).log_softmax(-1)[template.begins["next-scale"]]
+    states_LD = model.hidden_states(asked)[0]
+    opened = model.logits(states_LD[int(asked.segments_BL.sum()) - 1]).log_softmax(-1)[template.begin_ids["next-scale"]]
     torch.testing.assert_close(found_2, opened + expected_2, rtol=1e-4, atol=1e-3)
     otherwise_2 = log_likelihood(model, *sides, Guidance.of(1.5), temperature, rng)
     assert (otherwise_2 - found_2).abs().min() > 0.1
@@ -368,7 +374,7 @@ def test_a_model_draws_is_judged_and_learns(
         return [{"strict": float(np.asarray(picture).mean() > level)} for picture in pictures]
 
     model = load(tiny_folder)
-    level = np.mean([np.asarray(picture).mean() for picture in model.pictures(torch.arange(32).reshape(8, 2, 2))])
+    level = np.mean([np.asarray(picture).mean() for picture in model.decode_images(torch.arange(32).reshape(8, 2, 2))])
     monkeypatch.setattr(ScenesTask, "score_batch", by_brightness)
     drawn = judged_file.with_name("drawn.jsonl")
     command = [
@@ -387,7 +393,7 @@ def test_a_model_draws_is_judged_and_learns(
     assert 8 <= len(groups) <= 12 and any(any(g["right"]) for g in groups) and not all(all(g["right"]) for g in groups)
     for group in groups:
         codes = torch.tensor([answer["image"]["codes"] for answer in group["answers"]])
-        bright = [np.asarray(picture).mean() > level for picture in model.pictures(codes)]
+        bright = [np.asarray(picture).mean() > level for picture in model.decode_images(codes)]
         assert group["right"] == bright and len(bright) == 2
     monkeypatch.setattr(sys, "argv", [*command, "--answers", "1"])
     assert judge_answers.main() == 2

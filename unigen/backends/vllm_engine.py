@@ -139,7 +139,7 @@ class VllmEngine(Engine):
         self.dtype = next(model.backbone.parameters()).dtype
         for weight in () if self.local else model.backbone.parameters():  # vLLM has its own
             weight.data = weight.new_empty(0)
-        self.llm = create_llm_engine(folder, self.dtype, model.context, options, features=model.sight is not None)
+        self.llm = create_llm_engine(folder, self.dtype, model.max_length, options, features=model.sight is not None)
         vllm = self.llm.vllm_config
         # what vLLM holds is the context now, which may be less than the model's
         model.backbone.lm.config.get_text_config().max_position_embeddings = vllm.model_config.max_model_len
@@ -156,7 +156,7 @@ class VllmEngine(Engine):
     def info(self) -> dict[str, Any]:
         from vllm import __version__
 
-        return self._info | {"context": self.model.context, "engine": f"vllm {__version__}"}
+        return self._info | {"context": self.model.max_length, "engine": f"vllm {__version__}"}
 
     @property
     def can_rerank(self) -> bool:
@@ -278,11 +278,11 @@ class VllmScheduler(Scheduler):
         if branches > engine.most:
             raise ValueError(f"guidance takes {branches} sequences, vLLM runs {engine.most}: raise max_num_seqs")
         if request.output == "interleaved":
-            lengths = [self.model.context] * branches
+            lengths = [self.model.max_length] * branches
         else:
             lengths = [len(prompt) + max_segment_tokens(row) for prompt in branch_prompts(row, [])]
-        if max(lengths) > self.model.context:
-            raise ValueError(f"the answer needs {max(lengths)} positions, vLLM has {self.model.context}: shorten it")
+        if max(lengths) > self.model.max_length:
+            raise ValueError(f"the answer needs {max(lengths)} positions, vLLM has {self.model.max_length}: shorten it")
         if (need := sum(-(-length // engine.block) for length in lengths)) > engine.blocks:
             have = f"vLLM's cache has {engine.blocks * engine.block}: give it more (VLLM_CPU_KVCACHE_SPACE in GiB)"
             raise ValueError(f"the answer's {branches} branches take {need * engine.block} positions, {have}")

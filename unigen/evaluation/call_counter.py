@@ -1,6 +1,6 @@
 """Counts calls of a function and the time spent in it, by standing in its place.
 
-    with CallCounter(engine.model, "step") as step: ...        # step.calls, step.seconds
+    with CallCounter(engine.model, "cached_hidden_states") as step: ...        # step.calls, step.seconds
 
 It does not depend on what it watches."""
 

@@ -136,7 +136,7 @@ class Engine:
         if question is not None and not check_text("the question", question).strip():
             raise ValueError("the question is empty: ask something, or leave it out for a caption")
         use_candidates = question is None and self.can_rerank
-        asked = {"candidates": self.model.template.candidates if use_candidates else 1} | options
+        asked = {"candidates": self.model.template.num_candidates if use_candidates else 1} | options
         answer = self.generate([_as_image(image), as_text(question or CAPTION_PROMPT)], "text", **asked)
         return answer  # type: ignore[no-any-return]
 
@@ -159,9 +159,9 @@ class Engine:
         if image is not None:
             if "fixed" in options:
                 raise ValueError("give the picture or its codes, not both")
-            pixels = self.model.pixels([read_image(image)])
+            pixels = self.model.preprocess_images([read_image(image)])
             defaults = {"temperature": 0.0, "guidance": 1.0} | options  # no code is left to be guided
-            options = defaults | {"fixed": self.model.codes(pixels)[0].cpu()}
+            options = defaults | {"fixed": self.model.encode_images(pixels)[0].cpu()}
         results = self.generate(document, "pair", **{"generator": "joint"} | options)
         return tuple(results) if options.get("n", 1) == 1 else MediaList(tuple(pair) for pair in results)
 
@@ -192,7 +192,7 @@ class Engine:
         return {
             "family": model.family,
             "backbone": f"{model.backbone.lm.config.model_type}, {count / 1e6:.1f}M parameters",
-            "context": model.context,
+            "context": model.max_length,
             "image_size": model.image_tokenizer.image_size,
             "sizes": "any" if model.template.variable_size else "this one",
             "tokens_per_image": model.image_tokenizer.grid[0] * model.image_tokenizer.grid[1],
@@ -200,10 +200,10 @@ class Engine:
             "generators": [name for name in model.generators if name != "text"],
             "takes": {name: list(model.generators.takes(name)) for name in model.generators if name != "text"},
             "sampling": {name: default_options(model, name) for name in model.generators if name != "text"}
-            | {name: options for name, options in model.sampling.items() if name == "text"},
+            | {name: options for name, options in model.default_sampling.items() if name == "text"},
             "outputs": list(self.outputs),
             "candidates": self.can_rerank,
-            "system": self.model.template.system,
+            "system": self.model.template.supports_system,
             **({"classes": list(model.template.classes)} if model.template.classes else {}),
             "precision": describe_precision(model.backbone.lm, model.quantization),
             "weights_mb": round(count_parameters(model)[1] / 1e6, 1),

@@ -52,7 +52,7 @@ def prepare_inpainting(
         cells_hw = np.logical_or.reduceat(np.logical_or.reduceat(mask_HW, rows, 0), columns, 1)
     if not cells_hw.any():
         raise ValueError("the mask marks nothing: paint white what is to be made anew")
-    codes_hw = model.codes(model.pixels([crop]))[0].cpu()
+    codes_hw = model.encode_images(model.preprocess_images([crop]))[0].cpu()
     fixed = torch.where(torch.from_numpy(cells_hw), -1, codes_hw)
     pixel = np.arange(len(mask_HW))
     cell_rows, cell_columns = (np.searchsorted(start, pixel, "right") - 1 for start in (rows, columns))

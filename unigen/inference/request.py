@@ -124,8 +124,8 @@ def build_request(
         raise ValueError(f"unknown sampler {sampler!r}: one of {', '.join(SOLVERS)}")
     if steps is not None:
         steps = check_limit("steps", steps)
-    default = DEFAULT_SAMPLING | model.sampling.get(generator, {})
-    default_guidance, scales = Guidance.of(default["guidance"]), model.template.scales
+    default = DEFAULT_SAMPLING | model.default_sampling.get(generator, {})
+    default_guidance, scales = Guidance.of(default["guidance"]), model.template.num_guidance_scales
     guidance = default_guidance if guidance is None else Guidance.of(guidance)
     if scales > 1 and len(guidance.scales) == 1:  # of the words alone; the others are as usual, or all are off
         guidance_off = guidance.scales[0] == 1
@@ -166,13 +166,13 @@ def build_request(
     code_options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     codes: dict[str, Any] = {k: default[k] if value is None else value for k, value in code_options.items()}
     text_options = {"temperature": temperature, "top_p": top_p, "repetition_penalty": repetition_penalty}
-    texts = {"temperature": 0.8 if output == "interleaved" else 0.0} | model.sampling.get("text", {})
+    texts = {"temperature": 0.8 if output == "interleaved" else 0.0} | model.default_sampling.get("text", {})
     if output == "text":
         text_options["top_k"] = top_k
     texts |= {name: value for name, value in text_options.items() if value is not None}
     document = Document.of(prompt)
     system_text, dialogue = split_system_messages(document.segments)
-    if system_text and not model.template.system:
+    if system_text and not model.template.supports_system:
         raise ValueError("this model follows no system messages: leave them out, or say it as the user")
     if system_text:  # pictures are drawn from what the user says
         document.segments = dialogue if output == "image" else [Segment(text=system_text, role="system"), *dialogue]
@@ -279,5 +279,5 @@ def default_options(model: UnifiedModel, generator: str) -> dict[str, Any]:
     """How pictures are drawn where nothing else is asked for: guidance, and what else the generator takes."""
     writer = model.generators[generator]
     generator_defaults = {name: getattr(writer, name) for name in ("steps", "sampler") if name in writer.takes}
-    default = DEFAULT_SAMPLING | generator_defaults | model.sampling.get(generator, {})
+    default = DEFAULT_SAMPLING | generator_defaults | model.default_sampling.get(generator, {})
     return {name: default[name] for name in default if name in ("guidance", *writer.takes)}

@@ -215,7 +215,7 @@ class Scheduler:
         if order != list(range(len(order))):
             embeds_BLD, attend_until_BL = embeds_BLD[order], None if attend_until_BL is None else attend_until_BL[order]
         positions_BL, mask = self.cache.begin([slots[i] for i in order], max(lengths), attend_until_BL)
-        hidden_BLD = self.model.step(embeds_BLD, positions_BL, mask, self.cache)
+        hidden_BLD = self.model.cached_hidden_states(embeds_BLD, positions_BL, mask, self.cache)
         return {slots[i]: hidden_BLD[index, : lengths[i]] for index, i in enumerate(order)}
 
     def _step_generators(self, rows: list[Row], asked: list[StepInput], hidden_of: dict[int, torch.Tensor]) -> None:
@@ -262,7 +262,7 @@ class Scheduler:
         else:
             embeds_BLD = self.model.embed(ids_BL)
         attend_until_BL = None
-        prefixes = [self.model.template.prefix(ids) for ids, _, _ in branches]
+        prefixes = [self.model.template.bidirectional_prefix(ids) for ids, _, _ in branches]
         if any(prefixes) or any(step_input.attend_until for step_input in asked):
             attend_until_BL = torch.arange(length).repeat(len(branches), 1)
         for b, (ids, step_input, _) in enumerate(branches):
@@ -342,7 +342,7 @@ class Scheduler:
             decoded = generator.pictures(self.model, [state])
             if decoded.is_floating_point():
                 return to_images(decoded.float())[0], None
-            return self.model.pictures(decoded)[0], decoded[0]
+            return self.model.decode_images(decoded)[0], decoded[0]
 
     def _preview(self, row: Row) -> Preview | None:
         """The row's picture as it looks now, where so much more of it is done that it is to be shown."""
@@ -379,7 +379,9 @@ class Scheduler:
                         row.states[0] = row.states[0][: len(row.states[0]) - row.kept]
                     request.document = row.document = self.model.encode_document(row.document)
                     ids_hw = self.model.vocabulary.image_ids(row.document.segments[-1].image)
-                    row.pending_ids = [[template.begins[template.reader], *layout.opening, *layout.to_ids(ids_hw)]]
+                    row.pending_ids = [
+                        [template.begin_ids[template.context_generator], *layout.opening, *layout.to_ids(ids_hw)]
+                    ]
                 row.pending_ids[0] += layout.closing
                 row.before.update((*state.span.head, *layout.closing))
                 self._start_text(row, row.pending_ids[0].pop())
@@ -401,18 +403,18 @@ class Scheduler:
         self._check_length(request.document)
         request.document = self.model.encode_document(request.document)
         sequence = Row(request, request.document)
-        sequence.features = self.model.features(sequence.document)
+        sequence.features = self.model.image_features(sequence.document)
         uncond = request.output == "pair" and not self._prefix_text_ids(sequence)
-        tokens = self.model.template.prompt(sequence.document, output=request.output, blind=uncond)
-        ids, sequence.seen = self.model.ids(tokens), sum(stop - start for start, stop in tokens.spans)
+        tokens = self.model.template.prompt(sequence.document, output=request.output, branch=uncond)
+        ids, sequence.seen = self.model.token_ids(tokens), sum(stop - start for start, stop in tokens.spans)
         num_positions = 1 if request.output == "text" else self._image_length(request)
         sequence.pending_ids, sequence.asked, sequence.before = [ids], len(ids), set(ids)
         if request.output in ("image", "pair"):
             self._start_image(sequence)
         num_positions += max(len(branch) for branch in sequence.pending_ids)
-        if num_positions > self.model.context:
+        if num_positions > self.model.max_length:
             raise ValueError(
-                f"the prompt needs {num_positions} positions, the model has {self.model.context}: shorten it"
+                f"the prompt needs {num_positions} positions, the model has {self.model.max_length}: shorten it"
             )
         if request.output not in ("image", "pair"):
             self._start_text(sequence, sequence.pending_ids[0].pop())
@@ -420,7 +422,7 @@ class Scheduler:
 
     def _check_length(self, document: Document) -> None:
         """Refuse what is far too long before its texts are split into tokens and its pictures encoded."""
-        context, step_inputs = self.model.context, self.model.image_tokenizer.grid
+        context, step_inputs = self.model.max_length, self.model.image_tokenizer.grid
         if (characters := document.characters()) > MAX_CHARS_PER_POSITION * context:
             raise ValueError(
                 f"the prompt has {characters:,} characters, the model reads {context:,} positions: shorten it"
@@ -438,14 +440,14 @@ class Scheduler:
     def _image_length(self, request: Request) -> int:
         """Positions that a picture needs, written and read back."""
         layout, name = self.model.template.layout(request.grid), request.generator
-        has_begin_token = name in self.model.template.begins
+        has_begin_token = name in self.model.template.begin_ids
         own = 0 if name == "next-token" else self.model.generators[name].positions() + 2 * has_begin_token
         return max(len(layout) - (not has_begin_token), own)
 
     @property
     def _image_begin_ids(self) -> list[int]:
         """Whichever way of writing the text announces, the picture is written as the request says."""
-        return [id for name, id in self.model.template.begins.items() if name in self.model.generators]
+        return [id for name, id in self.model.template.begin_ids.items() if name in self.model.generators]
 
     def _rng(self, row: Row) -> torch.Generator:
         """Each span draws from a generator of its own, made of the request's seed and the span's number."""
@@ -460,9 +462,9 @@ class Scheduler:
             prompt = self.model.template.prompt
             row.pending_ids = [row.pending_ids[0]]
             for branch in range(1, request.guidance.branches):
-                row.pending_ids.append(self.model.ids(prompt(row.document, output=request.output, blind=branch)))
+                row.pending_ids.append(self.model.token_ids(prompt(row.document, output=request.output, branch=branch)))
         row.generator = self.model.generators[request.generator]
-        begin = self.model.template.begins.get(request.generator)  # None where the prompt opens the picture
+        begin = self.model.template.begin_ids.get(request.generator)  # None where the prompt opens the picture
         layout = self.model.template.layout(request.grid)
         fixed = request.fixed
         if fixed is not None:
@@ -485,7 +487,7 @@ class Scheduler:
         """What stands in the text of a finished span, up to its end."""
         assert row.state is not None
         ids = row.state.text
-        ends = [n for n, id in enumerate(ids) if id in self.model.template.turn_ends]
+        ends = [n for n, id in enumerate(ids) if id in self.model.template.stop_token_ids]
         return self.model.template.decode(ids[: ends[0]] if ends else ids)
 
     def _start_text(self, row: Row, begin: int) -> None:
@@ -494,8 +496,8 @@ class Scheduler:
         template = self.model.template
         row.shown = ""
         positions_used = len(template.prompt(row.document, output=request.output)) + 1
-        positions_left = self.model.context - positions_used - 1
-        stops = list(template.turn_ends)
+        positions_left = self.model.max_length - positions_used - 1
+        stops = list(template.stop_token_ids)
         picture = self._image_length(request) + 1
         if request.output == "interleaved" and row.images < request.max_images and positions_left > picture:
             stops += self._image_begin_ids

@@ -53,7 +53,9 @@ def log_likelihood(
     documents_B = batch.segments_BL.amax(1)
     first_index_B = documents_B.cumsum(0) - documents_B
     number_BL = first_index_B[:, None] + batch.segments_BL - 1
-    image_generators = {name: model.generators[name] for name in sorted({*batch.writers} - {model.template.reader})}
+    image_generators = {
+        name: model.generators[name] for name in sorted({*batch.writers} - {model.template.context_generator})
+    }
     is_guided = guidance is not None and guidance.branches > 1 and has_guided_likelihood(model, batch)
     start = None if rng is None else rng.get_state()
 
@@ -64,7 +66,7 @@ def log_likelihood(
         for name, generator in image_generators.items():
             assert rng is not None, f"what {name} learns from is drawn"
             embeds_BLD, targets[name] = generator.prepare(model, side, embeds_BLD, rng)
-        return model.hidden(side, embeds_BLD), targets
+        return model.hidden_states(side, embeds_BLD), targets
 
     hidden_BLD, targets = encode_side(batch)
     uncond_hidden_BLD, uncond_targets = hidden_BLD, targets
@@ -86,7 +88,7 @@ def log_likelihood(
         codes = math.prod(model.image_tokenizer.grid) if costs_PT.shape[1] == 1 else 1
         total_D = total_D.index_add(0, number_BL[rows_P, start_P - 1], -codes * costs_PT.sum(1))
 
-    drawn = batch.images_of(model.template.reader).to(batch.spans_N3.device)
+    drawn = batch.images_of(model.template.context_generator).to(batch.spans_N3.device)
     drawn = drawn[batch.loss_BL[batch.spans_N3[drawn, 0], batch.spans_N3[drawn, 1]]]
     if len(drawn):
         image_start, image_stop = model.vocabulary.first, model.vocabulary.stop
@@ -112,7 +114,7 @@ def log_likelihood(
 def has_guided_likelihood(model: UnifiedModel, batch: Batch) -> bool:
     """Are there pictures in it whose likelihood is that by which they are drawn, guidance and all?"""
     guided = {name for name, generator in model.generators.items() if hasattr(generator, "guided_loss")}
-    return not {*batch.writers}.isdisjoint({model.template.reader, *guided})
+    return not {*batch.writers}.isdisjoint({model.template.context_generator, *guided})
 
 
 def _token_log_probs(logits: Tensor, ids: Tensor) -> Tensor:
@@ -173,6 +175,6 @@ def _unpacked_log_likelihood(model: UnifiedModel, documents: Sequence[Document],
         for start in range(0, len(numbers), batch):
             rows = [tokens[number] for number in numbers[start : start + batch]]
             packed = pack([[candidates] for candidates in rows], max(map(len, rows)), model.image_tokenizer.image_size)
-            parts.append(log_likelihood(model, model.fill(packed.to(model.device))))
+            parts.append(log_likelihood(model, model.insert_image_ids(packed.to(model.device))))
         order += numbers
     return torch.cat(parts)[torch.tensor(order).argsort().to(model.device)]

@@ -66,7 +66,7 @@ def build_model(
     image_lengths = {name: built[name].positions() if name in built else 0 for name in names}
     text_lengths = {name: generator.text_length for name, generator in built.items() if generator.text_length}
     template = ChatTemplate(tokenizer, image_lengths, begin_tokens, classes, text_lengths)
-    text: Generator = Text(sorted({*tokenizer.all_special_ids, *template.special.values()}))
+    text: Generator = Text(sorted({*tokenizer.all_special_ids, *template.special_ids.values()}))
     ordered = GeneratorDict({text.name: text} | {name: built.get(name) for name in names}, factories)
     return UnifiedModel(FAMILY, Backbone(lm), vocabulary, tokenizer, image_tokenizer, template, ordered)
 
@@ -139,7 +139,7 @@ def add_generators(model: UnifiedModel, generator_names: Sequence[str], heads: S
     names = [name for name in dict.fromkeys([*model.generators, *generator_names]) if name != Text.name]
     built = dict(model.heads) | {head.name: head for head in heads}
     extended_model = build_model(*parts, names, list(built.values()), model.begin_tokens(), model.template.classes)
-    extended_model.sampling = dict(model.sampling)
+    extended_model.default_sampling = dict(model.default_sampling)
     return extended_model
 
 

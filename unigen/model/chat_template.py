@@ -64,61 +64,61 @@ class ChatTemplate:
     how many of them, the first, for the text before it; begins: the begin tokens of generators that are known
     already; classes: the names of those that the model draws, if it does."""
 
-    reader = CONTEXT_GENERATOR
-    candidates = 16
+    context_generator = CONTEXT_GENERATOR
+    num_candidates = 16
     variable_size = False
-    scales = 1
-    system = False
+    num_guidance_scales = 1
+    supports_system = False
 
     def __init__(
         self,
         tokenizer: Any,
-        positions: Mapping[str, int],
-        begins: Mapping[str, str] | None = None,
+        image_lengths: Mapping[str, int],
+        begin_tokens: Mapping[str, str] | None = None,
         classes: Sequence[str] = (),
         text_lengths: Mapping[str, int] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self.positions, self.text_lengths = dict(positions), dict(text_lengths or {})
+        self.image_lengths, self.text_lengths = dict(image_lengths), dict(text_lengths or {})
         self.classes = tuple(classes)
         self.settings: dict[str, Any] = {}
         outputs: tuple[Output, ...] = tuple(name for name in OUTPUTS if name != "pair" or self.text_lengths)
         self.outputs = ("image",) if classes else outputs
-        begins = BEGIN_TOKENS | dict(begins or {})
-        needed = [*REQUIRED_TOKENS, *begins.values(), *map(class_token, range(len(self.classes)))]
+        begin_tokens = BEGIN_TOKENS | dict(begin_tokens or {})
+        needed = [*REQUIRED_TOKENS, *begin_tokens.values(), *map(class_token, range(len(self.classes)))]
         known = {name: tokenizer.convert_tokens_to_ids(name) for name in (*SPECIAL_TOKENS, *needed)}
-        self.special = {name: id for name, id in known.items() if id not in (None, tokenizer.unk_token_id)}
-        if missing := [name for name in needed if name not in self.special]:
+        self.special_ids = {name: id for name, id in known.items() if id not in (None, tokenizer.unk_token_id)}
+        if missing := [name for name in needed if name not in self.special_ids]:
             raise ValueError(
                 f"the text tokenizer has no {', '.join(missing)}: train a new one (data_tools/train_tokenizer.py)"
             )
-        self.start: int = tokenizer.bos_token_id
+        self.bos_id: int = tokenizer.bos_token_id
         self.eos_id: int = tokenizer.eos_token_id
-        self.turn_ends: tuple[int, ...] = (self.eos_id,)
-        self.image_end_id: int = self.special[EOI]
-        spare_tokens = [name for name in SPARE_TOKENS if name in self.special and name not in begins.values()]
-        if len(new_names := [name for name in positions if name not in begins]) > len(spare_tokens):
+        self.stop_token_ids: tuple[int, ...] = (self.eos_id,)
+        self.image_end_id: int = self.special_ids[EOI]
+        spare_tokens = [name for name in SPARE_TOKENS if name in self.special_ids and name not in begin_tokens.values()]
+        if len(new_names := [name for name in image_lengths if name not in begin_tokens]) > len(spare_tokens):
             raise ValueError(
                 f"no begin token is left for {', '.join(new_names)}: the text tokenizer has "
                 f"{len(spare_tokens)} spare ones; "
                 f"teach fewer ways of writing, or begin with a new text tokenizer (leave init_from out)"
             )
-        begins |= dict(zip(new_names, spare_tokens, strict=False))
-        self.begins: dict[str, int] = {name: self.special[begins[name]] for name in positions}
+        begin_tokens |= dict(zip(new_names, spare_tokens, strict=False))
+        self.begin_ids: dict[str, int] = {name: self.special_ids[begin_tokens[name]] for name in image_lengths}
 
-    def encode(self, document: Document, *, blind: bool = False, writer: str = CONTEXT_GENERATOR) -> Tokens:
+    def encode(self, document: Document, *, uncond: bool = False, generator: str = CONTEXT_GENERATOR) -> Tokens:
         """A whole chat, its last turn ended where the assistant speaks last.
 
         writer: the generator that writes the assistant's last picture. Where it is not the one that pictures are read
         back by, the chat ends with that picture, since nothing later would see it as it was written.
         """
-        if writer != CONTEXT_GENERATOR:
+        if generator != CONTEXT_GENERATOR:
             said = [i for i, s in enumerate(document.segments) if s.image is not None and s.role == "assistant"]
             assert said, "no picture is written in this chat"
-            return self._turns(Document(document.segments[: said[-1] + 1]), blind, writer)
-        tokens = self._turns(document, blind)
+            return self._dialogue(Document(document.segments[: said[-1] + 1]), uncond, generator)
+        tokens = self._dialogue(document, uncond)
         if document.segments[-1].role == "assistant":
-            tokens.add([self.eos_id], loss=not blind)
+            tokens.add([self.eos_id], loss=not uncond)
         return tokens
 
     def layout(self, grid: tuple[int, int]) -> Layout:
@@ -127,23 +127,23 @@ class ChatTemplate:
     def preprocess(self, image: Image.Image, size: int) -> np.ndarray:
         return center_crop_resize(image, size)
 
-    def prefix(self, ids: Sequence[int]) -> int:
+    def bidirectional_prefix(self, ids: Sequence[int]) -> int:
         return 0
 
-    def prompt(self, document: Document, *, output: Output = "image", blind: int = 0) -> Tokens:
+    def prompt(self, document: Document, *, output: Output = "image", branch: int = 0) -> Tokens:
         """A chat up to where the assistant goes on, whether it has begun its answer or not, whatever is asked for."""
-        tokens = self._turns(document, bool(blind))
+        tokens = self._dialogue(document, bool(branch))
         if document.segments[-1].role == "user":
-            tokens.add([self.special[ASSISTANT]])
+            tokens.add([self.special_ids[ASSISTANT]])
         return tokens
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, as the user reads it."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
-    def _turns(self, document: Document, blind: bool, writer: str = CONTEXT_GENERATOR) -> Tokens:
+    def _dialogue(self, document: Document, uncond: bool, generator: str = CONTEXT_GENERATOR) -> Tokens:
         tokens = Tokens()
-        tokens.add([self.start])
+        tokens.add([self.bos_id])
         role, after_text = None, False
         for number, segment in enumerate(images_first(document.segments), start=1):
             if segment.role == "system":
@@ -151,24 +151,24 @@ class ChatTemplate:
             if segment.role != role:
                 after_text = False
                 if role == "assistant":
-                    tokens.add([self.eos_id], loss=not blind)
+                    tokens.add([self.eos_id], loss=not uncond)
                 role = segment.role
-                tokens.add([self.special[USER if role == "user" else ASSISTANT]])
+                tokens.add([self.special_ids[USER if role == "user" else ASSISTANT]])
             learnt = role == "assistant"
             if segment.image is not None:
                 last = number == len(document.segments)
-                name = writer if last else CONTEXT_GENERATOR
-                tokens.add([self.begins[name]], loss=learnt and not blind)
-                tokens.add_image(segment.image, self.positions[name], loss=learnt, writer=name)
+                name = generator if last else CONTEXT_GENERATOR
+                tokens.add([self.begin_ids[name]], loss=learnt and not uncond)
+                tokens.add_image(segment.image, self.image_lengths[name], loss=learnt, writer=name)
                 if name in self.text_lengths:
                     start = tokens.spans[-1][0]
                     tokens.ids[start : start + self.text_lengths[name]] = self.prefix_text_ids(document, name)
                 if name == CONTEXT_GENERATOR:
                     tokens.add([self.image_end_id])
-            elif blind:
-                tokens.add([] if after_text else [self.special[UNCOND]])  # one for the whole run of text
+            elif uncond:
+                tokens.add([] if after_text else [self.special_ids[UNCOND]])  # one for the whole run of text
             elif segment.label is not None:
-                tokens.add([self.special[class_token(self.number(segment.label))]])
+                tokens.add([self.special_ids[class_token(self.class_index(segment.label))]])
             elif self.classes:
                 raise ValueError(f"this model draws classes, not words: give {self.describe_classes()}")
             else:
@@ -176,13 +176,13 @@ class ChatTemplate:
             after_text = segment.image is None
         return tokens
 
-    def prefix_text_ids(self, document: Document, writer: str) -> list[int]:
+    def prefix_text_ids(self, document: Document, generator: str) -> list[int]:
         """The ids of the last text, cut or filled up with ends of turn to the positions that this generator has."""
         said = [self.text_ids(segment.text) for segment in document.segments if segment.text]
-        ids = said[-1][: self.text_lengths[writer]] if said else []
-        return ids + [self.eos_id] * (self.text_lengths[writer] - len(ids))
+        ids = said[-1][: self.text_lengths[generator]] if said else []
+        return ids + [self.eos_id] * (self.text_lengths[generator] - len(ids))
 
-    def number(self, label: int | str) -> int:
+    def class_index(self, label: int | str) -> int:
         """Of a class, by its number or name. Raises ValueError naming the classes there are."""
         if not self.classes:
             raise ValueError("this model draws words, not classes: say what to draw in words")

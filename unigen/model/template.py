@@ -83,30 +83,30 @@ class Template(Protocol):
     the model reads; settings: what a saved model has to say of it."""
 
     outputs: tuple[Output, ...]
-    reader: str
+    context_generator: str
     text_lengths: dict[str, int]
     classes: tuple[str, ...]
-    turn_ends: tuple[int, ...]
+    stop_token_ids: tuple[int, ...]
     variable_size: bool
-    scales: int
-    system: bool
+    num_guidance_scales: int
+    supports_system: bool
     settings: dict[str, Any]
-    begins: dict[str, int]
-    candidates: int
+    begin_ids: dict[str, int]
+    num_candidates: int
 
     def preprocess(self, image: Image.Image, size: int) -> np.ndarray: ...
 
     def layout(self, grid: tuple[int, int]) -> Layout: ...
 
-    def encode(self, document: Document, *, blind: bool = False, writer: str = "next-token") -> Tokens: ...
+    def encode(self, document: Document, *, uncond: bool = False, generator: str = "next-token") -> Tokens: ...
 
-    def prompt(self, document: Document, *, output: Output, blind: int = 0) -> Tokens: ...
+    def prompt(self, document: Document, *, output: Output, branch: int = 0) -> Tokens: ...
 
-    def prefix(self, ids: Sequence[int]) -> int:
+    def bidirectional_prefix(self, ids: Sequence[int]) -> int:
         """How many of a prompt's ids, the first, see each other, as in a prefix language model; 0 is causal."""
         ...
 
-    def prefix_text_ids(self, document: Document, writer: str) -> list[int]: ...
+    def prefix_text_ids(self, document: Document, generator: str) -> list[int]: ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
@@ -124,14 +124,14 @@ class PretrainedTemplate:
     """What templates of public models share: next-token, no text in a picture's span, special tokens by name."""
 
     outputs: tuple[Output, ...] = ("image", "text")
-    reader = "next-token"
-    candidates = 1
+    context_generator = "next-token"
+    num_candidates = 1
     variable_size = False
-    scales = 1
-    system = False
+    num_guidance_scales = 1
+    supports_system = False
     classes: tuple[str, ...] = ()
-    turn_ends: tuple[int, ...]
-    begins: dict[str, int]
+    stop_token_ids: tuple[int, ...]
+    begin_ids: dict[str, int]
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -141,10 +141,10 @@ class PretrainedTemplate:
     def preprocess(self, image: Image.Image, size: int) -> np.ndarray:
         return center_crop_resize(image, size)
 
-    def prefix(self, ids: Sequence[int]) -> int:
+    def bidirectional_prefix(self, ids: Sequence[int]) -> int:
         return 0
 
-    def prefix_text_ids(self, document: Document, writer: str) -> list[int]:
+    def prefix_text_ids(self, document: Document, generator: str) -> list[int]:
         return []
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -156,23 +156,23 @@ class ImageOnlyTemplate(PretrainedTemplate):
 
     outputs: tuple[Output, ...] = ("image",)
 
-    def __init__(self, tokenizer: Any, codes: int) -> None:
+    def __init__(self, tokenizer: Any, num_codes: int) -> None:
         super().__init__(tokenizer)
-        self.codes = codes
-        self.turn_ends = ()
-        self.begins = {}
+        self.num_codes = num_codes
+        self.stop_token_ids = ()
+        self.begin_ids = {}
 
     def layout(self, grid: tuple[int, int]) -> Layout:
         return Layout(grid)
 
-    def prompt(self, document: Document, *, output: Output, blind: int = 0) -> Tokens:
+    def prompt(self, document: Document, *, output: Output, branch: int = 0) -> Tokens:
         raise TypeError("a template of a model that draws defines prompt()")
 
-    def encode(self, document: Document, *, blind: bool = False, writer: str = "next-token") -> Tokens:
+    def encode(self, document: Document, *, uncond: bool = False, generator: str = "next-token") -> Tokens:
         """What is asked for, and the picture of it."""
         *prompt_segments, last = document.segments
-        tokens = self.prompt(Document(prompt_segments), output="image", blind=blind)
-        tokens.add_image(last.image, self.codes, loss=True)
+        tokens = self.prompt(Document(prompt_segments), output="image", branch=uncond)
+        tokens.add_image(last.image, self.num_codes, loss=True)
         return tokens
 
 
@@ -180,11 +180,11 @@ class ClassTemplate(ImageOnlyTemplate):
     """Of models that draw classes: a prompt is the class's id, guidance's other branch the id after the last of
     them."""
 
-    def __init__(self, count: int, codes: int) -> None:
-        super().__init__(None, codes)
+    def __init__(self, count: int, num_codes: int) -> None:
+        super().__init__(None, num_codes)
         self.classes = tuple(map(str, range(count)))
 
-    def prompt(self, document: Document, *, output: Output, blind: int = 0) -> Tokens:
+    def prompt(self, document: Document, *, output: Output, branch: int = 0) -> Tokens:
         count = len(self.classes)
         labels = [segment.label for segment in document.segments]
         if len(labels) != 1 or labels[0] is None:
@@ -192,7 +192,7 @@ class ClassTemplate(ImageOnlyTemplate):
         if str(labels[0]) not in self.classes:
             raise ValueError(f"unknown class {labels[0]!r}: give a number from 0 to {count - 1}")
         tokens = Tokens()
-        tokens.add([count if blind else int(labels[0])])
+        tokens.add([count if branch else int(labels[0])])
         return tokens
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -115,7 +115,7 @@ class UnifiedModel(nn.Module):
         self.template = template
         self.generators = generators if isinstance(generators, GeneratorDict) else GeneratorDict(generators)
         self.generators.on_build = self._register_generator
-        self.sampling: dict[str, dict[str, Any]] = {}
+        self.default_sampling: dict[str, dict[str, Any]] = {}
         self.quantization: str | None = None
         built = [name for name in self.generators if name not in self.generators.factories]
         heads = {name: head for name in built if isinstance(head := self.generators[name], nn.Module)}
@@ -171,7 +171,7 @@ class UnifiedModel(nn.Module):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=is_bfloat16)
 
     @property
-    def context(self) -> int:
+    def max_length(self) -> int:
         """The most positions a sequence may have."""
         return int(self.backbone.lm.config.get_text_config().max_position_embeddings)
 
@@ -198,11 +198,13 @@ class UnifiedModel(nn.Module):
         takes = self.generators.takes(generator) if generator == "text" else takes
         if unknown_options := [name for name in options if name not in takes]:
             raise ValueError(f"{generator} does not take {', '.join(unknown_options)}: it takes {', '.join(takes)}")
-        scales = Guidance.of(options.get("guidance", [1.0] * self.template.scales)).scales
-        if len(scales) != self.template.scales:
-            raise ValueError(f"{generator} takes {self.template.scales} scales of guidance, not {len(scales)}")
+        scales = Guidance.of(options.get("guidance", [1.0] * self.template.num_guidance_scales)).scales
+        if len(scales) != self.template.num_guidance_scales:
+            raise ValueError(
+                f"{generator} takes {self.template.num_guidance_scales} scales of guidance, not {len(scales)}"
+            )
         SamplingOptions(**{name: value for name, value in options.items() if name != "guidance"})  # type: ignore[arg-type]
-        self.sampling[generator] = dict(options)
+        self.default_sampling[generator] = dict(options)
 
     def quantize(self, kind: str, device: str | torch.device) -> None:
         """Keep the weights of the language model's blocks in "8bit" or "4bit", on the device (`unigen.nn.quantized`).
@@ -220,7 +222,7 @@ class UnifiedModel(nn.Module):
     def embed(self, ids: Tensor) -> Tensor:
         return self.backbone.embed(ids)
 
-    def hidden(self, batch: Batch, embeds_BLD: Tensor | None = None) -> Tensor:
+    def hidden_states(self, batch: Batch, embeds_BLD: Tensor | None = None) -> Tensor:
         """Hidden states (B, L, D) of packed rows whose ids are all known (see `fill`). embeds_BLD: what is read, where
         it is not the ids themselves."""
         embeds_BLD = self.embed(batch.ids_BL) if embeds_BLD is None else embeds_BLD
@@ -249,7 +251,7 @@ class UnifiedModel(nn.Module):
             )
         return attend_until_BL
 
-    def step(self, embeds_BLD: Tensor, positions_BL: Tensor, mask: Tensor, cache: SlotCache) -> Tensor:
+    def cached_hidden_states(self, embeds_BLD: Tensor, positions_BL: Tensor, mask: Tensor, cache: SlotCache) -> Tensor:
         """Hidden states (B, L, D) of what each cached row reads now."""
         return self.backbone.hidden(embeds_BLD, positions_BL, mask, cache)
 
@@ -257,19 +259,19 @@ class UnifiedModel(nn.Module):
         return self.backbone.logits(hidden, start, stop)
 
     @torch.no_grad()
-    def codes(self, images: Tensor) -> Tensor:
+    def encode_images(self, images: Tensor) -> Tensor:
         """Codes (N, h, w) of pixels (N, 3, H, W); codes are returned as they are."""
         if not images.is_floating_point():
             return images.to(self.device)
         weight = next(self.image_tokenizer.parameters())
         return self.image_tokenizer.encode(images.to(weight.device, weight.dtype))
 
-    def fill(self, batch: Batch) -> Batch:
+    def insert_image_ids(self, batch: Batch) -> Batch:
         """The batch with the codes of its images put where they belong, for those that are written as codes."""
         images_M = torch.tensor([n for n, generator in enumerate(batch.writers) if self.generators[generator].codes])
         if batch.images is None or not len(images_M):
             return batch
-        ids_Mhw = self.vocabulary.image_ids(self.codes(batch.images[images_M.to(batch.images.device)]))
+        ids_Mhw = self.vocabulary.image_ids(self.encode_images(batch.images[images_M.to(batch.images.device)]))
         row_end = torch.tensor(self.template.layout((ids_Mhw.shape[1], ids_Mhw.shape[2])).row_end, dtype=ids_Mhw.dtype)
         ends = row_end.to(ids_Mhw.device).expand(*ids_Mhw.shape[:2], -1)
         ids_MP = torch.cat((ids_Mhw, ends), 2).flatten(1)
@@ -286,11 +288,11 @@ class UnifiedModel(nn.Module):
         if not images:
             return document
         if self.sight is not None:
-            codes = iter(check_finite(self.sight.features(self.pixels(images))))
+            codes = iter(check_finite(self.sight.features(self.preprocess_images(images))))
         elif self.template.variable_size:
-            codes = iter([self.codes(self.pixels([image]))[0] for image in images])
+            codes = iter([self.encode_images(self.preprocess_images([image]))[0] for image in images])
         else:
-            codes = iter(self.codes(self.pixels(images)))
+            codes = iter(self.encode_images(self.preprocess_images(images)))
         return Document(
             [
                 s if s.image is None or isinstance(s.image, Tensor) else Segment(image=next(codes), role=s.role)
@@ -299,11 +301,11 @@ class UnifiedModel(nn.Module):
             document.size,
         )
 
-    def pixels(self, images: Sequence[Any]) -> Tensor:
+    def preprocess_images(self, images: Sequence[Any]) -> Tensor:
         """Pictures, all that `read_image` takes, as the model reads them: float32 (N, 3, H, W) in [-1, 1]."""
         return to_pixels(images, self.image_tokenizer.image_size, self.template.preprocess)
 
-    def ids(self, tokens: Tokens) -> list[int]:
+    def token_ids(self, tokens: Tokens) -> list[int]:
         """The ids of one document that has been read. A feature of a picture has an id beyond the vocabulary: its
         number among the document's `features`."""
         ids, next_feature_id = list(tokens.ids), self.vocabulary.size
@@ -319,19 +321,19 @@ class UnifiedModel(nn.Module):
         return ids
 
     @staticmethod
-    def features(document: Document) -> Tensor | None:
+    def image_features(document: Document) -> Tensor | None:
         """The features (P, D) of all pictures of a document that are read as such, in its order."""
         images = [s.image for s in document.segments if isinstance(s.image, Tensor) and s.image.is_floating_point()]
         return torch.cat(images) if images else None
 
     @torch.no_grad()
-    def pictures(self, codes_Nhw: Tensor) -> list[Any]:
+    def decode_images(self, codes_Nhw: Tensor) -> list[Any]:
         """PIL images of codes (N, h, w)."""
         return to_images(self.image_tokenizer.decode(codes_Nhw.to(self.device)))
 
     def begin_tokens(self) -> dict[str, str]:
         """The begin token of each way of writing pictures."""
-        return {name: self.text_tokenizer.convert_ids_to_tokens(id) for name, id in self.template.begins.items()}
+        return {name: self.text_tokenizer.convert_ids_to_tokens(id) for name, id in self.template.begin_ids.items()}
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write the model folder; the old one, if any, is replaced only when the new one is whole."""
@@ -373,7 +375,7 @@ class UnifiedModel(nn.Module):
                     "generators": sorted(self.generators),
                     "begins": self.begin_tokens(),
                     "classes": list(self.template.classes),
-                    "sampling": self.sampling,
+                    "sampling": self.default_sampling,
                     **({"template": self.template.settings} if self.template.settings else {}),
                 },
             )

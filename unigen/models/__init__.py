@@ -1,5 +1,5 @@
 """One file per family of models. A folder's `unigen.json` names its file; a public folder belongs to the family that
-says so of its config.json (`owns`). There is no registry to edit."""
+says so of its config.json (`matches`). There is no registry to edit."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def load_resolved(
     """
     manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
     family = find_family(folder, manifest)
-    if variant is not None and (manifest is not None or not hasattr(family, "REPOSITORIES")):
+    if variant is not None and (manifest is not None or not hasattr(family, "MULTI_MODEL_REPOS")):
         raise ValueError(f"{folder} holds one model: leave out {variant!r}")
     options = {} if variant is None else {"variant": variant}
     with wrap_load_errors(folder):
@@ -79,7 +79,7 @@ class UnknownModelError(ValueError):
 
 
 def resolve_model(
-    name: str | Path, reads: bool = False, check_pipeline: Callable[[Path], Any] | None = None
+    name: str | Path, allow_language_model: bool = False, check_pipeline: Callable[[Path], Any] | None = None
 ) -> tuple[Path, str | None]:
     """The folder of a name, and which of several models there is meant. Of a repository of the hub weights are fetched
     when its small files say that it can be loaded. reads: may it be any model of transformers that reads?
@@ -94,10 +94,10 @@ def resolve_model(
         try:
             find_family(folder, read_json(manifest) if manifest.is_file() else None)
         except UnknownModelError:
-            if not reads:
+            if not allow_language_model:
                 raise
 
-    weight_patterns = [pattern for module in families() for pattern in getattr(module, "FILES", ())]
+    weight_patterns = [pattern for module in families() for pattern in getattr(module, "WEIGHT_PATTERNS", ())]
     return resolve(name, multi_model_repos(), judge, weight_patterns)
 
 
@@ -133,9 +133,9 @@ def causal_lm(model: UnifiedModel) -> Any:
 
 
 def vllm_unsupported_reason(family: str) -> str | None:
-    """Why vLLM cannot serve a family, None where it can: a family's file defines `causal_lm`, or says `UNSERVED`."""
+    """Why vLLM cannot serve it; None where it can. A family's module defines `causal_lm` or `VLLM_UNSUPPORTED`."""
     module = importlib.import_module(f"{__name__}.{family}")
-    return None if hasattr(module, "causal_lm") else str(module.UNSERVED)
+    return None if hasattr(module, "causal_lm") else str(module.VLLM_UNSUPPORTED)
 
 
 def find_family(folder: Path, manifest: dict[str, Any] | None) -> Any:
@@ -148,9 +148,9 @@ def find_family(folder: Path, manifest: dict[str, Any] | None) -> Any:
         return importlib.import_module(f"{__name__}.{family}")
     config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     for module in families():
-        if module.owns(folder, config):
-            if hasattr(module, "refuse"):
-                module.refuse(folder, config)
+        if module.matches(folder, config):
+            if hasattr(module, "check_supported"):
+                module.check_supported(folder, config)
             return module
     if reason := explain_unsupported(folder, config):
         raise ValueError(reason)
@@ -182,4 +182,6 @@ def families() -> list[Any]:
 
 def multi_model_repos() -> dict[str, Any]:
     """Repositories of the hub that hold several models: the files of each."""
-    return {repo: variants for module in families() for repo, variants in getattr(module, "REPOSITORIES", {}).items()}
+    return {
+        repo: variants for module in families() for repo, variants in getattr(module, "MULTI_MODEL_REPOS", {}).items()
+    }

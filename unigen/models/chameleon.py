@@ -40,7 +40,7 @@ CODE_TOKEN = "IMGIMG{}Z"
 MASK_LOGITS_KEY = "mask_image_logits"
 """What the configs of Lumina-mGPT say more than those of transformers."""
 IMAGE_SIZE = 512
-SAMPLING: dict[str, Any] = {"guidance": [3.0, 1.2], "temperature": 0.7, "top_p": 0.9}
+DEFAULT_SAMPLING: dict[str, Any] = {"guidance": [3.0, 1.2], "temperature": 0.7, "top_p": 0.9}
 TEXT_SAMPLING = {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.2}
 """How Anole's scripts draw text."""
 
@@ -52,24 +52,24 @@ def code_token(code: int) -> str:
 
 class ChameleonTemplate(PretrainedTemplate):
     outputs: tuple[Output, ...] = ("image", "text", "interleaved")
-    scales = 2
-    names: tuple[str, ...] = (BOI, EOI, EOT)
+    num_guidance_scales = 2
+    special_tokens: tuple[str, ...] = (BOI, EOI, EOT)
     open_turn_outputs: tuple[Output, ...] = ("interleaved",)
     """Outputs whose prompt does not end with the end of the user's turn, as in Anole's scripts."""
     space_around_images = False
     """Is there a space between a picture and the words beside it?"""
 
-    def __init__(self, tokenizer: Any, positions: int) -> None:
+    def __init__(self, tokenizer: Any, image_length: int) -> None:
         super().__init__(tokenizer)
         known = tokenizer.get_vocab()
-        if missing := [name for name in self.names if name not in known]:
+        if missing := [name for name in self.special_tokens if name not in known]:
             raise ValueError(f"the text tokenizer has no {', '.join(missing)}: it is not this family's")
-        self.positions, self.special = positions, {name: known[name] for name in self.names}
-        self.turn_ends = (self.special[EOT], tokenizer.eos_token_id)
-        self.begins = {self.reader: self.special[BOI]}
+        self.image_length, self.special_ids = image_length, {name: known[name] for name in self.special_tokens}
+        self.stop_token_ids = (self.special_ids[EOT], tokenizer.eos_token_id)
+        self.begin_ids = {self.context_generator: self.special_ids[BOI]}
 
     def layout(self, grid: tuple[int, int]) -> Layout:
-        return Layout(grid, closing=(self.special[EOI],))
+        return Layout(grid, closing=(self.special_ids[EOI],))
 
     def preprocess(self, image: Image.Image, size: int) -> np.ndarray:
         """The centre of the picture, resized before it is cut."""
@@ -79,25 +79,29 @@ class ChameleonTemplate(PretrainedTemplate):
         resized = image.resize((width, height), Image.Resampling.LANCZOS)
         return np.asarray(resized.crop((left, top, left + size, top + size)))
 
-    def prompt(self, document: Document, *, output: Output, blind: int = 0) -> Tokens:
+    def prompt(self, document: Document, *, output: Output, branch: int = 0) -> Tokens:
         """blind: 1 sees pictures alone, 2 nothing."""
-        if blind:
-            image_segments = [s for s in document.segments if s.image is not None and blind == 1]
-            return self._build_prompt(image_segments, turns=False).tokens()
-        prompt = self._build_prompt(document.segments, turns=True)
+        if branch:
+            image_segments = [s for s in document.segments if s.image is not None and branch == 1]
+            return self._build_prompt(image_segments, add_turn_ends=False).tokens()
+        prompt = self._build_prompt(document.segments, add_turn_ends=True)
         closes_turn = document.segments[-1].role == "user" and output not in self.open_turn_outputs
         return (prompt.add_template_text(EOT) if closes_turn else prompt).tokens()
 
-    def encode(self, document: Document, *, blind: bool = False, writer: str = "next-token") -> Tokens:
+    def encode(self, document: Document, *, uncond: bool = False, generator: str = "next-token") -> Tokens:
         """A whole document to learn from: what the assistant says and draws."""
-        segments = [s for s in document.segments if s.image is not None or not blind]
-        prompt = self._build_prompt(segments, turns=not blind)
+        segments = [s for s in document.segments if s.image is not None or not uncond]
+        prompt = self._build_prompt(segments, add_turn_ends=not uncond)
         return (
             prompt.add_template_text(EOT, loss=True) if document.segments[-1].role == "assistant" else prompt
         ).tokens()
 
-    def _build_prompt(self, segments: Sequence[Segment], turns: bool, begins: bool = True) -> text.PromptBuilder:
-        prompt = text.PromptBuilder(self.tokenizer, self.special).ids([self.tokenizer.bos_token_id] if begins else [])
+    def _build_prompt(
+        self, segments: Sequence[Segment], add_turn_ends: bool, add_bos: bool = True
+    ) -> text.PromptBuilder:
+        prompt = text.PromptBuilder(self.tokenizer, self.special_ids).ids(
+            [self.tokenizer.bos_token_id] if add_bos else []
+        )
         before = None
         for segment in segments:
             if segment.role == "system":
@@ -107,10 +111,10 @@ class ChameleonTemplate(PretrainedTemplate):
                 prompt.add_user_text(
                     " " if self.space_around_images or (before.text and segment.text) else "", loss=learnt
                 )
-            elif before is not None and turns:
+            elif before is not None and add_turn_ends:
                 prompt.add_template_text(EOT, loss=not learnt)
             if segment.image is not None:
-                self._picture(prompt, segment.image, learnt)
+                self._add_image(prompt, segment.image, learnt)
             elif segment.label is not None:
                 raise ValueError("this model reads words, not classes: say it in words")
             else:
@@ -118,13 +122,13 @@ class ChameleonTemplate(PretrainedTemplate):
             before = segment
         return prompt
 
-    def _picture(self, prompt: text.PromptBuilder, image: Any, learnt: bool) -> text.PromptBuilder:
+    def _add_image(self, prompt: text.PromptBuilder, image: Any, loss: bool) -> text.PromptBuilder:
         return (
-            prompt.add_template_text(BOI, loss=learnt).image(image, self.positions, loss=learnt).add_template_text(EOI)
+            prompt.add_template_text(BOI, loss=loss).image(image, self.image_length, loss=loss).add_template_text(EOI)
         )
 
 
-def owns(folder: Path, config: dict[str, Any]) -> bool:
+def matches(folder: Path, config: dict[str, Any]) -> bool:
     return config.get("model_type") == "chameleon" and MASK_LOGITS_KEY not in config
 
 
@@ -136,8 +140,8 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
     lm = load_pretrained(ChameleonForConditionalGeneration, folder, dtype)
     height, width = image_tokenizer.grid
     template = ChameleonTemplate(tokenizer, height * width)
-    model = build_chameleon("chameleon", lm, image_tokenizer, template, template.special.values())
-    model.set_default_sampling("next-token", **SAMPLING)
+    model = build_chameleon("chameleon", lm, image_tokenizer, template, template.special_ids.values())
+    model.set_default_sampling("next-token", **DEFAULT_SAMPLING)
     model.set_default_sampling("text", **TEXT_SAMPLING)
     return model
 

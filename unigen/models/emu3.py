@@ -44,68 +44,68 @@ SYSTEM_PROMPT = "You are a helpful assistant. "
 IMAGE_SIZE = 720
 MIN_PIXELS, MAX_PIXELS = 512 * 512, 1024 * 1024
 """Pixels of a picture to be read, where the folder's preprocessor_config.json does not say."""
-SAMPLING = {"guidance": 3.0, "temperature": 1.0, "top_k": 2048}
+DEFAULT_SAMPLING = {"guidance": 3.0, "temperature": 1.0, "top_k": 2048}
 
 
 class Emu3Template(PretrainedTemplate):
     """limits: the least and the most pixels of a picture to be read; stride: pixels a code along each side."""
 
     variable_size = True
-    system = True
+    supports_system = True
 
-    def __init__(self, tokenizer: Any, stride: int, limits: tuple[int, int] = (MIN_PIXELS, MAX_PIXELS)) -> None:
+    def __init__(self, tokenizer: Any, stride: int, pixel_limits: tuple[int, int] = (MIN_PIXELS, MAX_PIXELS)) -> None:
         super().__init__(tokenizer)
-        self.stride, self.limits = stride, limits
-        self.names = (BOI, IMG, EOI, EOL, EOF)
-        known = {name: tokenizer.convert_tokens_to_ids(name) for name in self.names}
+        self.stride, self.pixel_limits = stride, pixel_limits
+        self.special_tokens = (BOI, IMG, EOI, EOL, EOF)
+        known = {name: tokenizer.convert_tokens_to_ids(name) for name in self.special_tokens}
         if missing := [name for name, id in known.items() if id in (None, tokenizer.unk_token_id)]:
             raise ValueError(f"the text tokenizer has no {', '.join(missing)}: it is not Emu3's")
-        self.special = known
-        self.turn_ends: tuple[int, ...] = (tokenizer.eos_token_id,)
-        self.settings = {"min_pixels": limits[0], "max_pixels": limits[1]}
-        self.begins = {self.reader: known[BOI]}
+        self.special_ids = known
+        self.stop_token_ids: tuple[int, ...] = (tokenizer.eos_token_id,)
+        self.settings = {"min_pixels": pixel_limits[0], "max_pixels": pixel_limits[1]}
+        self.begin_ids = {self.context_generator: known[BOI]}
 
     def layout(self, grid: tuple[int, int]) -> Layout:
         size = self.tokenizer(f"{grid[0]}*{grid[1]}", add_special_tokens=False)["input_ids"]
-        closing = (self.special[EOF], self.special[EOI])
-        return Layout(grid, (*size, self.special[IMG]), (self.special[EOL],), closing)
+        closing = (self.special_ids[EOF], self.special_ids[EOI])
+        return Layout(grid, (*size, self.special_ids[IMG]), (self.special_ids[EOL],), closing)
 
     def preprocess(self, image: Image.Image, size: int) -> np.ndarray:
         """The picture in its own shape, as near its size as limits and stride allow."""
         from transformers.models.emu3.image_processing_emu3 import smart_resize
 
-        height, width = smart_resize(image.height, image.width, self.stride, *self.limits)
+        height, width = smart_resize(image.height, image.width, self.stride, *self.pixel_limits)
         return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
 
-    def prompt(self, document: Document, *, output: Output, blind: int = 0) -> Tokens:
+    def prompt(self, document: Document, *, output: Output, branch: int = 0) -> Tokens:
         if output == "image":
-            return self._drawing(document.segments, bool(blind)).tokens()
+            return self._image_prompt(document.segments, bool(branch)).tokens()
         prompt = self._chat_prompt(document.segments)
         return (prompt.add_template_text(" ASSISTANT:") if document.segments[-1].role == "user" else prompt).tokens()
 
-    def encode(self, document: Document, *, blind: bool = False, writer: str = "next-token") -> Tokens:
+    def encode(self, document: Document, *, uncond: bool = False, generator: str = "next-token") -> Tokens:
         """A whole document to learn from: one that ends in a picture of the assistant's, with the words that it is
         drawn from; else a chat, of which the assistant's answers are learnt."""
         last = document.segments[-1]
         if last.image is None or last.role != "assistant":
             return self._chat_prompt(document.segments).ids([self.tokenizer.eos_token_id], loss=True).tokens()
-        prompt = self._drawing(document.segments[:-1], blind)
-        return self._picture(prompt, last, learnt=True).ids([self.tokenizer.eos_token_id]).tokens()
+        prompt = self._image_prompt(document.segments[:-1], uncond)
+        return self._add_image(prompt, last, loss=True).ids([self.tokenizer.eos_token_id]).tokens()
 
-    def _drawing(self, segments: Sequence[Segment], blind: bool) -> text.PromptBuilder:
+    def _image_prompt(self, segments: Sequence[Segment], uncond: bool) -> text.PromptBuilder:
         if any(segment.text is None for segment in segments):
             raise UnsupportedError("emu3 draws from words alone: leave pictures and classes out, or ask for text")
-        prompt = text.PromptBuilder(self.tokenizer, self.names).ids([self.tokenizer.bos_token_id])
+        prompt = text.PromptBuilder(self.tokenizer, self.special_tokens).ids([self.tokenizer.bos_token_id])
         words = " ".join((segment.text or "").strip() for segment in segments)
         return (
             prompt.add_template_text(NEGATIVE_PROMPT)
-            if blind
+            if uncond
             else prompt.add_user_text(words).add_template_text(QUALITY_SUFFIX)
         )
 
     def _chat_prompt(self, segments: Sequence[Segment]) -> text.PromptBuilder:
         told, segments = split_system_messages(segments)
-        prompt = text.PromptBuilder(self.tokenizer, self.names).ids([self.tokenizer.bos_token_id])
+        prompt = text.PromptBuilder(self.tokenizer, self.special_tokens).ids([self.tokenizer.bos_token_id])
         prompt = prompt.add_user_text(f"{told} ") if told else prompt.add_template_text(SYSTEM_PROMPT)
         role, segments = None, images_first(segments)  # as its authors lay out a question
         for number, segment in enumerate(segments):
@@ -117,7 +117,7 @@ class Emu3Template(PretrainedTemplate):
                 )
                 role = segment.role
             if segment.image is not None:
-                self._picture(prompt, segment)
+                self._add_image(prompt, segment)
                 continue
             follows = number and segments[number - 1].text and segments[number - 1].role == role
             prompt.add_user_text(" " * bool(follows) + (segment.text or "").strip(), loss=role == "assistant")
@@ -125,18 +125,18 @@ class Emu3Template(PretrainedTemplate):
                 prompt.add_template_text(".")
         return prompt
 
-    def _picture(self, prompt: text.PromptBuilder, segment: Segment, learnt: bool = False) -> text.PromptBuilder:
+    def _add_image(self, prompt: text.PromptBuilder, segment: Segment, loss: bool = False) -> text.PromptBuilder:
         if not isinstance(segment.image, torch.Tensor):
             raise ValueError(
                 "pictures stand in Emu3's prompts by their own size: give them as codes (model.encode_document)"
             )
         height, width = segment.image.shape
         layout = self.layout((height, width))
-        prompt.ids([self.special[BOI], *layout.opening]).image(segment.image, layout.rows, loss=learnt)
-        return prompt.ids(list(layout.closing), loss=learnt)
+        prompt.ids([self.special_ids[BOI], *layout.opening]).image(segment.image, layout.rows, loss=loss)
+        return prompt.ids(list(layout.closing), loss=loss)
 
 
-def owns(folder: Path, config: dict[str, Any]) -> bool:
+def matches(folder: Path, config: dict[str, Any]) -> bool:
     return config.get("model_type") == "emu3"
 
 
@@ -175,13 +175,13 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
         raise ValueError(f"{folder}: the text tokenizer does not name the {codes} image codes in a row")
     if first + codes != lm.config.vocab_size:
         raise ValueError(f"{folder}: the image codes are not the last of the {lm.config.vocab_size} rows")
-    forbidden = {*tokenizer.all_special_ids, *template.special.values()}
+    forbidden = {*tokenizer.all_special_ids, *template.special_ids.values()}
     writers: dict[str, Generator] = {
         "text": Text(sorted(id for id in forbidden if id < first)),
         "next-token": NextToken(image_tokenizer.grid, row_end=1),
     }
     model = UnifiedModel("emu3", Backbone(lm), Vocabulary(first, codes), tokenizer, image_tokenizer, template, writers)
-    model.set_default_sampling("next-token", **SAMPLING)
+    model.set_default_sampling("next-token", **DEFAULT_SAMPLING)
     return model
 
 

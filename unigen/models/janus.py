@@ -52,30 +52,32 @@ PAD_COLOR = (127, 127, 127)
 """What a picture to be read is laid on to make it square."""
 EMBEDDINGS_KEY = "backbone.lm.model.embed_tokens.weight"
 IMAGE_SIZE = 384
-HEADS, HEAD_WIDTH = 16, 64
+DEFAULT_NUM_HEADS, VISION_HEAD_DIM = 16, 64
 """Of the vision encoder's attention, SigLIP's."""
-SAMPLING = {"guidance": 5.0, "temperature": 1.0}
+DEFAULT_SAMPLING = {"guidance": 5.0, "temperature": 1.0}
 
 
 class JanusTemplate(PretrainedTemplate):
     """features, codes: positions of a picture that is read, and drawn. roles: names of the user and the assistant."""
 
-    system = True
+    supports_system = True
 
-    def __init__(self, tokenizer: Any, features: int, codes: int, roles: tuple[str, str] = (USER, ASSISTANT)) -> None:
+    def __init__(
+        self, tokenizer: Any, num_features: int, num_codes: int, roles: tuple[str, str] = (USER, ASSISTANT)
+    ) -> None:
         super().__init__(tokenizer)
-        self.features, self.codes, self.roles = features, codes, roles
+        self.num_features, self.num_codes, self.roles = num_features, num_codes, roles
         self.settings = {"roles": list(roles)}
         known = tokenizer.get_vocab()
-        self.names = [name for name in (USER, ASSISTANT, BOI, EOI, PAD) if name in known]
-        self.special: dict[str, int] = {name: known[name] for name in self.names}
+        self.special_tokens = [name for name in (USER, ASSISTANT, BOI, EOI, PAD) if name in known]
+        self.special_ids: dict[str, int] = {name: known[name] for name in self.special_tokens}
         if missing := [name for name in (BOI, EOI, PAD) if name not in known]:
             raise ValueError(f"the text tokenizer has no {', '.join(missing)}: it is not Janus's")
-        self.turn_ends: tuple[int, ...] = (tokenizer.eos_token_id,)
-        self.begins = {self.reader: self.special[BOI]}
+        self.stop_token_ids: tuple[int, ...] = (tokenizer.eos_token_id,)
+        self.begin_ids = {self.context_generator: self.special_ids[BOI]}
 
     def layout(self, grid: tuple[int, int]) -> Layout:
-        return Layout(grid, closing=(self.special[EOI],))
+        return Layout(grid, closing=(self.special_ids[EOI],))
 
     def preprocess(self, image: Image.Image, size: int) -> np.ndarray:
         """The whole picture, resized, in the middle of a square of `PAD_COLOR`."""
@@ -86,27 +88,27 @@ class JanusTemplate(PretrainedTemplate):
         canvas.paste(resized, ((size - width) // 2, (size - height) // 2))
         return np.asarray(canvas)
 
-    def prompt(self, document: Document, *, output: Output, blind: int = 0) -> Tokens:
+    def prompt(self, document: Document, *, output: Output, branch: int = 0) -> Tokens:
         is_image = output == "image"
-        prompt = self._turns(document.segments, system="" if is_image else SYSTEM, seen=not is_image)
+        prompt = self._dialogue(document.segments, system="" if is_image else SYSTEM, allow_images=not is_image)
         if document.segments[-1].role == "user":
             prompt.add_template_text(f"{self.roles[1]}:")
         tokens = prompt.tokens()
-        return Tokens([tokens.ids[0]] + [self.special[PAD]] * (len(tokens) - 1)) if blind else tokens
+        return Tokens([tokens.ids[0]] + [self.special_ids[PAD]] * (len(tokens) - 1)) if branch else tokens
 
-    def encode(self, document: Document, *, blind: bool = False, writer: str = "next-token") -> Tokens:
+    def encode(self, document: Document, *, uncond: bool = False, generator: str = "next-token") -> Tokens:
         """A whole document to learn from, which ends in a picture of the assistant's. What the vision encoder reads is
         not learnt here."""
         last = document.segments[-1]
         if last.image is None or last.role != "assistant":
             raise ValueError("janus learns to draw here: give documents that end in a picture of the assistant's")
-        tokens = self.prompt(Document(document.segments[:-1]), output="image", blind=blind)
-        tokens.add([self.special[BOI]])
-        tokens.add_image(last.image, self.codes, loss=True)
+        tokens = self.prompt(Document(document.segments[:-1]), output="image", branch=uncond)
+        tokens.add([self.special_ids[BOI]])
+        tokens.add_image(last.image, self.num_codes, loss=True)
         return tokens
 
-    def _turns(self, segments: Sequence[Segment], system: str, seen: bool) -> text.PromptBuilder:
-        prompt = text.PromptBuilder(self.tokenizer, self.names).ids([self.tokenizer.bos_token_id])
+    def _dialogue(self, segments: Sequence[Segment], system: str, allow_images: bool) -> text.PromptBuilder:
+        prompt = text.PromptBuilder(self.tokenizer, self.special_tokens).ids([self.tokenizer.bos_token_id])
         told, segments = split_system_messages(segments)
         if system and told:
             prompt.add_user_text(told).add_template_text("\n\n")
@@ -117,11 +119,11 @@ class JanusTemplate(PretrainedTemplate):
             ends = number + 1 == len(segments) or segments[number + 1].role != segment.role
             prompt.add_template_text(f"{self.roles[0] if user else self.roles[1]}: " if begins else "\n")
             if segment.image is not None:
-                if not seen:
+                if not allow_images:
                     raise UnsupportedError(
                         "janus draws from words alone: leave the picture out, or ask for text about it"
                     )
-                prompt.add_template_text(BOI).image(segment.image, self.features).add_template_text(EOI)
+                prompt.add_template_text(BOI).image(segment.image, self.num_features).add_template_text(EOI)
             elif segment.label is not None:
                 raise ValueError("janus reads words, not classes: say it in words")
             else:
@@ -136,12 +138,12 @@ class JanusTemplate(PretrainedTemplate):
 class JanusBackbone(Backbone):
     """A language model whose image codes have a table, an aligner and a head of their own."""
 
-    def __init__(self, lm: Any, codes: int, code_dim: int, head_width: int) -> None:
+    def __init__(self, lm: Any, num_codes: int, code_dim: int, head_width: int) -> None:
         super().__init__(lm)
         self.text_size = int(lm.config.vocab_size)
-        self.table = nn.Embedding(codes, code_dim)
+        self.table = nn.Embedding(num_codes, code_dim)
         self.aligner = nn.Sequential(nn.Linear(code_dim, self.width), nn.GELU(), nn.Linear(self.width, self.width))
-        self.head = nn.Sequential(nn.Linear(self.width, head_width), nn.GELU(), nn.Linear(head_width, codes))
+        self.head = nn.Sequential(nn.Linear(self.width, head_width), nn.GELU(), nn.Linear(head_width, num_codes))
 
     def embed(self, ids_BL: Tensor) -> Tensor:
         codes_BL = ids_BL - self.text_size
@@ -182,7 +184,7 @@ class JanusVisionEncoder(VisionEncoder):
 
 
 # what a tensor is called in a public folder, and here: in the authors' layout, then in transformers'
-_NAMES = (
+_KEY_RENAMES = (
     ("gen_embed.", "backbone.table."),
     ("gen_aligner.layers.", "backbone.aligner."),
     ("gen_head.output_mlp_projector.", "backbone.head.0."),
@@ -196,13 +198,13 @@ _NAMES = (
     ("vision_model.vision_tower.blocks.", "sight.encoder.encoder.layers."),
     ("vision_model.vision_tower.norm.", "sight.encoder.post_layernorm."),
 )
-_BLOCK = (
+_BLOCK_KEYS = (
     (".norm1.", ".layer_norm1."),
     (".norm2.", ".layer_norm2."),
     (".attn.", ".self_attn."),
     (".self_attn.proj.", ".self_attn.projection_layer."),
 )
-_TRANSFORMERS = (
+_TRANSFORMERS_KEYS = (
     ("lm_head.", "backbone.lm.lm_head."),
     ("model.language_model.", "backbone.lm.model."),
     ("model.generation_embeddings.", "backbone.table."),
@@ -215,7 +217,7 @@ _TRANSFORMERS = (
     ("model.vision_model.", "sight.encoder."),
     ("model.vqmodel.", "image_tokenizer."),
 )
-_VQ = (
+_VQ_KEYS = (
     (".down.", ".conv_blocks."),
     (".up.", ".conv_blocks."),
     (".block.", ".res."),
@@ -232,7 +234,7 @@ def from_public(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in state.items():
         if name.startswith("vision_model.vision_tower.attn_pool.") or name.endswith("rotary_emb.inv_freq"):
             continue
-        name = rename_key(name, _NAMES, _BLOCK if ".blocks." in name else ())
+        name = rename_key(name, _KEY_RENAMES, _BLOCK_KEYS if ".blocks." in name else ())
         if ".qkv." in name:
             for part, projection in zip("qkv", tensor.chunk(3), strict=True):
                 ours[name.replace(".qkv.", f".{part}_proj.")] = projection
@@ -241,11 +243,14 @@ def from_public(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return ours
 
 
-def from_transformers(state: Mapping[str, Tensor], tied: bool) -> dict[str, Tensor]:
+def from_transformers(state: Mapping[str, Tensor], tied_embeddings: bool) -> dict[str, Tensor]:
     """The tensors of a folder in transformers' layout by their names here. tied: is the head, where there is none, the
     embeddings?"""
-    ours = {rename_key(k, _TRANSFORMERS, _VQ if k.startswith("model.vqmodel.") else ()): v for k, v in state.items()}
-    if tied and EMBEDDINGS_KEY in ours:
+    ours = {
+        rename_key(k, _TRANSFORMERS_KEYS, _VQ_KEYS if k.startswith("model.vqmodel.") else ()): v
+        for k, v in state.items()
+    }
+    if tied_embeddings and EMBEDDINGS_KEY in ours:
         ours.setdefault("backbone.lm.lm_head.weight", ours[EMBEDDINGS_KEY])
     return ours
 
@@ -259,16 +264,16 @@ def to_public(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name.startswith("sight.") and ".q_proj." in name:
             tensor = torch.cat([state[name.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"])
             name = name.replace(".q_proj.", ".qkv.")
-        public = rename_key(name, _NAMES, _BLOCK if ".encoder.layers." in name else (), back=True)
+        public = rename_key(name, _KEY_RENAMES, _BLOCK_KEYS if ".encoder.layers." in name else (), back=True)
         theirs[public] = tensor[None] if public.endswith("pos_embed") else tensor
     return theirs
 
 
-def owns(folder: Path, config: dict[str, Any]) -> bool:
+def matches(folder: Path, config: dict[str, Any]) -> bool:
     return config.get("model_type") in ("multi_modality", "janus")
 
 
-def refuse(folder: Path, config: dict[str, Any]) -> None:
+def check_supported(folder: Path, config: dict[str, Any]) -> None:
     """Raise ValueError for a relative that is not here."""
     if any(name.startswith(("vision_gen_", "vision_und_")) for name in config):
         raise ValueError(
@@ -321,7 +326,7 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
         if config["model_type"] == "janus":
             state = from_transformers(read_weights(folder), config.get("tie_word_embeddings", True))
             said, config = config["vision_config"], config["text_config"]
-            size, heads = int(said.get("image_size", IMAGE_SIZE)), said.get("num_attention_heads", HEADS)
+            size, heads = int(said.get("image_size", IMAGE_SIZE)), said.get("num_attention_heads", DEFAULT_NUM_HEADS)
         else:
             state = from_public(read_weights(folder))
             size, heads = int(image_processor_config(folder).get("image_size", IMAGE_SIZE)), None
@@ -352,14 +357,14 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
     codes_of_a_picture = image_tokenizer.grid[0] * image_tokenizer.grid[1]
     template = JanusTemplate(tokenizer, parts.sight.positions, codes_of_a_picture, roles)
     writers: dict[str, Generator] = {
-        "text": Text(sorted({*tokenizer.all_special_ids, *template.special.values()})),
+        "text": Text(sorted({*tokenizer.all_special_ids, *template.special_ids.values()})),
         "next-token": NextToken(image_tokenizer.grid),
     }
     vocabulary = Vocabulary(parts.backbone.text_size, codes, separate_head=True)
     model = UnifiedModel(
         "janus", parts.backbone, vocabulary, tokenizer, image_tokenizer, template, writers, parts.sight
     )
-    model.set_default_sampling("next-token", **SAMPLING)
+    model.set_default_sampling("next-token", **DEFAULT_SAMPLING)
     return model
 
 
@@ -393,7 +398,7 @@ def vision_settings(state: Mapping[str, Tensor], size: int, heads: int | None = 
 
 def default_num_heads(width: int) -> int:
     """Of a vision encoder that nothing else is said of."""
-    return max(1, width // HEAD_WIDTH)
+    return max(1, width // VISION_HEAD_DIM)
 
 
 def save_public(model: UnifiedModel, folder: Path) -> None:
@@ -411,7 +416,7 @@ def save_public(model: UnifiedModel, folder: Path) -> None:
     language = model.backbone.lm.config.to_diff_dict()
     save_json(folder / CONFIG, {"model_type": "multi_modality", "language_config": language})
     assert isinstance(model.template, JanusTemplate)
-    said = {"processor_class": "VLChatProcessor", "num_image_tokens": model.template.features}
+    said = {"processor_class": "VLChatProcessor", "num_image_tokens": model.template.num_features}
     save_json(folder / "processor_config.json", said | {"sft_format": SFT_FORMATS[model.template.roles]})
     save_json(
         folder / "preprocessor_config.json", {"image_size": size, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}

@@ -37,7 +37,7 @@ INSTRUCTION = " Generate an image based on this description."
 PAD_COLOR = (122, 116, 104)
 """What a picture to be read is laid on to make it square."""
 IMAGE_SIZE = 512
-SAMPLING = {"guidance": 7.0, "temperature": 0.99, "top_k": 4096, "top_p": 0.96}
+DEFAULT_SAMPLING = {"guidance": 7.0, "temperature": 0.99, "top_k": 4096, "top_p": 0.96}
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else 'user') + '\n' + message['content'] }}"
@@ -52,16 +52,16 @@ _SEGMENT_PLACEHOLDER = re.compile("\ue000(\\d+)\ue001")
 class LiquidTemplate(PretrainedTemplate):
     """Pictures are drawn from words alone; answers are given to a chat of words and pictures."""
 
-    system = True
+    supports_system = True
 
-    def __init__(self, tokenizer: Any, positions: int) -> None:
+    def __init__(self, tokenizer: Any, image_length: int) -> None:
         super().__init__(tokenizer)
-        self.positions = positions
+        self.image_length = image_length
         known = tokenizer.get_vocab()
         ends = [name for name in ("<end_of_turn>", "<|im_end|>", "<|eot_id|>", tokenizer.eos_token) if name in known]
-        self.turn_ends = tuple(known[name] for name in dict.fromkeys(ends))
+        self.stop_token_ids = tuple(known[name] for name in dict.fromkeys(ends))
         self.image_end_id: int = known[EOI]
-        self.begins = {self.reader: known[BOI]}
+        self.begin_ids = {self.context_generator: known[BOI]}
         if tokenizer.chat_template is None and "<start_of_turn>" in known:
             tokenizer.chat_template = CHAT_TEMPLATE
         if tokenizer.chat_template is None:
@@ -77,32 +77,32 @@ class LiquidTemplate(PretrainedTemplate):
         paper.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         return center_crop_resize(paper, size)
 
-    def prompt(self, document: Document, *, output: Output, blind: int = 0) -> Tokens:
+    def prompt(self, document: Document, *, output: Output, branch: int = 0) -> Tokens:
         if output == "image":
-            return self._drawing(document.segments, bool(blind)).tokens()
+            return self._image_prompt(document.segments, bool(branch)).tokens()
         return self._chat_prompt(document.segments).tokens()
 
-    def encode(self, document: Document, *, blind: bool = False, writer: str = "next-token") -> Tokens:
+    def encode(self, document: Document, *, uncond: bool = False, generator: str = "next-token") -> Tokens:
         """A whole document to learn from: one that ends in a picture of the assistant's, with the words that it is
         drawn from; else a chat, of which the assistant's answers are learnt."""
         last = document.segments[-1]
         if last.image is None or last.role != "assistant":
             return self._chat_prompt(document.segments).tokens()
         prompt = (
-            self._drawing(document.segments[:-1], blind)
+            self._image_prompt(document.segments[:-1], uncond)
             .add_template_text(BOI)
-            .image(last.image, self.positions, loss=True)
+            .image(last.image, self.image_length, loss=True)
         )
         return prompt.ids([self.image_end_id, self.tokenizer.eos_token_id], loss=True).tokens()
 
-    def _drawing(self, segments: Sequence[Segment], blind: bool) -> text.PromptBuilder:
+    def _image_prompt(self, segments: Sequence[Segment], uncond: bool) -> text.PromptBuilder:
         if any(segment.image is not None for segment in segments):
             raise UnsupportedError("liquid draws from words alone: leave the picture out, or ask for text about it")
         if any(segment.label is not None for segment in segments):
             raise ValueError("liquid draws words, not classes: say what to draw in words")
         bos = self.tokenizer.bos_token_id
         prompt = text.PromptBuilder(self.tokenizer).ids([] if bos is None else [bos])  # Qwen's has none
-        if blind:
+        if uncond:
             return prompt.add_template_text(UNCOND)
         return prompt.add_user_text(" ".join((segment.text or "").strip() for segment in segments)).add_template_text(
             INSTRUCTION
@@ -139,7 +139,7 @@ class LiquidTemplate(PretrainedTemplate):
             segment = segments[int(piece)]
             learnt = segment.role == "assistant"
             if segment.image is not None:
-                prompt.add_template_text(BOI).image(segment.image, self.positions).add_template_text(EOI)
+                prompt.add_template_text(BOI).image(segment.image, self.image_length).add_template_text(EOI)
             elif segment.label is not None:
                 raise ValueError("liquid draws words, not classes: say it in words")
             else:
@@ -147,7 +147,7 @@ class LiquidTemplate(PretrainedTemplate):
         return prompt
 
 
-def owns(folder: Path, config: dict[str, Any]) -> bool:
+def matches(folder: Path, config: dict[str, Any]) -> bool:
     """Is this a causal language model whose tokenizer has Liquid's three tokens?"""
     if not str(next(iter(config.get("architectures") or []), "")).endswith("ForCausalLM"):
         return False
@@ -155,7 +155,7 @@ def owns(folder: Path, config: dict[str, Any]) -> bool:
     return path.is_file() and all(f'"{name}"' in path.read_text(encoding="utf-8") for name in (BOI, EOI, UNCOND))
 
 
-def refuse(folder: Path, config: dict[str, Any]) -> None:
+def check_supported(folder: Path, config: dict[str, Any]) -> None:
     """Raise ValueError for a language model that is not computed here as it should be."""
     from transformers import AutoConfig
 
@@ -185,11 +185,11 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
     height, width = image_tokenizer.grid
     template = LiquidTemplate(tokenizer, height * width)
     writers: dict[str, Generator] = {
-        "text": Text(sorted(set(tokenizer.all_special_ids) | {*template.begins.values(), template.image_end_id})),
+        "text": Text(sorted(set(tokenizer.all_special_ids) | {*template.begin_ids.values(), template.image_end_id})),
         "next-token": NextToken(image_tokenizer.grid),
     }
     model = UnifiedModel("liquid", Backbone(lm), vocabulary, tokenizer, image_tokenizer, template, writers)
-    model.set_default_sampling("next-token", **SAMPLING)
+    model.set_default_sampling("next-token", **DEFAULT_SAMPLING)
     return model
 
 

@@ -51,12 +51,12 @@ TOKENIZERS = {"c2i": "vq_ds16_c2i.pt", "t2i": "vq_ds16_t2i.pt"}
 STRIDE = 16
 TEXT_ENCODER, TEXT_FOLDER = "google/flan-t5-xl", "flan-t5-xl"
 """Where the hub has what reads words, and where a model's folder may have it."""
-SAMPLING = {
+DEFAULT_SAMPLING = {
     "c2i": {"guidance": 4.0, "temperature": 1.0, "top_k": 2000},
     "t2i": {"guidance": 7.5, "temperature": 1.0, "top_k": 1000},
 }
-UNSERVED = "its rotary positions have two axes, which no class of vLLM has"
-REPOSITORIES = {
+VLLM_UNSUPPORTED = "its rotary positions have two axes, which no class of vLLM has"
+MULTI_MODEL_REPOS = {
     "FoundationVision/LlamaGen": {
         name: (f"{name}.pt", TOKENIZERS["c2i"])
         for name in ("c2i_B_256", "c2i_B_384", "c2i_L_256", "c2i_L_384", "c2i_XL_384", "c2i_XXL_384", "c2i_3B_384")
@@ -66,7 +66,7 @@ REPOSITORIES = {
     },
 }
 """Repositories of the hub that hold several models: the files of each."""
-FILES = ("[ct]2i_*.pt", *TOKENIZERS.values())
+WEIGHT_PATTERNS = ("[ct]2i_*.pt", *TOKENIZERS.values())
 """Files by which a folder is known."""
 
 
@@ -100,24 +100,26 @@ class LlamaGenBackbone(Backbone):
     """A Llama whose table and head are of codes alone. before: how many ids, of what pictures are drawn from, stand
     before them."""
 
-    def __init__(self, lm: Any, before: int, side: int) -> None:
+    def __init__(self, lm: Any, num_condition_ids: int, side: int) -> None:
         super().__init__(lm)
-        self.before = before
+        self.num_condition_ids = num_condition_ids
         lm.model.rotary_emb = Rotary2D(side, lm.config.head_dim)
 
-    def condition(self, ids_BL: Tensor) -> Tensor:
+    def embed_condition(self, ids_BL: Tensor) -> Tensor:
         """Embeddings (B, L, D) of the ids before the codes; of codes anything."""
         raise TypeError("a backbone of LlamaGen's defines condition()")
 
     def embed(self, ids_BL: Tensor) -> Tensor:
-        codes_BL = ids_BL - self.before
+        codes_BL = ids_BL - self.num_condition_ids
         table = self.lm.get_input_embeddings()
         if bool((codes_BL >= 0).all()):
             return table(codes_BL)  # type: ignore[no-any-return]
-        return torch.where((codes_BL >= 0)[..., None], table(codes_BL.clamp(min=0)), self.condition(ids_BL))
+        return torch.where((codes_BL >= 0)[..., None], table(codes_BL.clamp(min=0)), self.embed_condition(ids_BL))
 
     def logits(self, hidden: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        return super().logits(hidden, max(0, start - self.before), None if stop is None else stop - self.before)
+        return super().logits(
+            hidden, max(0, start - self.num_condition_ids), None if stop is None else stop - self.num_condition_ids
+        )
 
 
 class ClassBackbone(LlamaGenBackbone):
@@ -127,45 +129,46 @@ class ClassBackbone(LlamaGenBackbone):
         super().__init__(lm, classes, side)
         self.classes = nn.Embedding(classes, self.width)
 
-    def condition(self, ids_BL: Tensor) -> Tensor:
-        return self.classes(ids_BL.clamp(max=self.before - 1))  # type: ignore[no-any-return]
+    def embed_condition(self, ids_BL: Tensor) -> Tensor:
+        return self.classes(ids_BL.clamp(max=self.num_condition_ids - 1))  # type: ignore[no-any-return]
 
 
 class TextBackbone(LlamaGenBackbone):
     """Before the codes stand the pieces of T5, whose encoder reads each prompt up to its end, and `most` vectors that
     are read where there are no words; two layers take what T5 makes of them to the Llama. T5 is frozen."""
 
-    def __init__(self, lm: Any, settings: Mapping[str, Any], most: int, side: int) -> None:
+    def __init__(self, lm: Any, settings: Mapping[str, Any], max_prompt_length: int, side: int) -> None:
         from transformers import T5Config, T5EncoderModel
 
         config = T5Config(**{**settings, "dropout_rate": 0.0})
         if not isinstance(config.eos_token_id, int):
             raise ValueError(f"the config of T5 has no id of its end (eos_token_id): {config.eos_token_id!r}")
-        self.pieces, self.most, self.end, self.codes = config.vocab_size, most, config.eos_token_id, side * side
-        super().__init__(lm, self.pieces + most, side)
+        self.text_vocab_size, self.max_prompt_length = config.vocab_size, max_prompt_length
+        self.eos_id, self.num_codes = config.eos_token_id, side * side
+        super().__init__(lm, self.text_vocab_size + max_prompt_length, side)
         self.encoder = T5EncoderModel(config).encoder.requires_grad_(False)
-        self.wordless = nn.Embedding(most, config.d_model).requires_grad_(False)
+        self.wordless = nn.Embedding(max_prompt_length, config.d_model).requires_grad_(False)
         self.project = nn.Sequential(
             nn.Linear(config.d_model, self.width, bias=False),
             nn.GELU("tanh"),
             nn.Linear(self.width, self.width, bias=False),
         )
 
-    def condition(self, ids_BL: Tensor) -> Tensor:
-        f_BLF = self.wordless((ids_BL - self.pieces).clamp(0, self.most - 1))
-        for row, start, stop in self.prompts(ids_BL):
+    def embed_condition(self, ids_BL: Tensor) -> Tensor:
+        f_BLF = self.wordless((ids_BL - self.text_vocab_size).clamp(0, self.max_prompt_length - 1))
+        for row, start, stop in self.prompt_spans(ids_BL):
             encoded_1LF = self.encoder(input_ids=ids_BL[row : row + 1, start:stop]).last_hidden_state
             f_BLF[row, start:stop] = encoded_1LF[0].to(f_BLF.dtype)
         return self.project(f_BLF)  # type: ignore[no-any-return]
 
-    def prompts(self, ids_BL: Tensor) -> Iterator[tuple[int, int, int]]:
+    def prompt_spans(self, ids_BL: Tensor) -> Iterator[tuple[int, int, int]]:
         """Row, start and stop of every run of pieces that has an end; what has none is padding."""
         for row, ids in enumerate(ids_BL.tolist()):
             start = 0
             for index, id in enumerate(ids):
-                if id == self.end:
+                if id == self.eos_id:
                     yield row, start, index + 1
-                if id == self.end or id >= self.pieces:
+                if id == self.eos_id or id >= self.text_vocab_size:
                     start = index + 1
 
     def hidden(self, embeds_BLD: Tensor, positions_BL: Tensor, mask: Tensor, cache: SlotCache | None = None) -> Tensor:
@@ -184,13 +187,13 @@ class TextBackbone(LlamaGenBackbone):
     ) -> Tensor:
         """The same of documents that end in a whole picture."""
         lengths_BL = (segments_BL[:, :, None] == segments_BL[:, None]).sum(-1)
-        places_BL = (positions_BL - lengths_BL + self.codes + 1).clamp(min=0)
+        places_BL = (positions_BL - lengths_BL + self.num_codes + 1).clamp(min=0)
         return super().packed(embeds_BLD, places_BL, segments_BL, attend_until_BL)
 
 
-_ENDING = r"(?:[\w-]+\.)*(?:com|co|ru|net|org|edu|gov|it|png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4)"
+_DOMAIN_SUFFIX = r"(?:[\w-]+\.)*(?:com|co|ru|net|org|edu|gov|it|png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4)"
 """What follows a dot in an address, and in the name of a file."""
-_MARKS = (
+_PUNCTUATION_RULES = (
     (r"[-\u2010-\u2015]+", "-"),
     (r"[`´«»“”¨]", '"'),
     (r"[‘’]", "'"),
@@ -199,12 +202,12 @@ _MARKS = (
     (r"[#®•©™&@·º½¾¿¡§~(){}|\\/*\[\]]+", " "),
     (r"\s+\.\s+", " "),
 )
-_SPACES = (
+_SPACE_RULES = (
     (r"\b\s+:\s+", ": "),
-    (rf"(\D(?:,|\.(?!{_ENDING}\b)))\b", r"\1 "),
+    (rf"(\D(?:,|\.(?!{_DOMAIN_SUFFIX}\b)))\b", r"\1 "),
     (r"\s+", " "),
 )
-_ENDS = (
+_EDGE_RULES = (
     (r"^[\"'](.+)[\"']$", r"\1"),
     (r"^['_,:;-]", ""),
     (r"['_,:+-]$", ""),
@@ -221,12 +224,12 @@ def clean_caption(words: str) -> str:
     repaired."""
     for _ in range(2):  # as in training
         words = unquote_plus(words).strip().lower()
-        for pattern, replacement in _MARKS:
+        for pattern, replacement in _PUNCTUATION_RULES:
             words = re.sub(pattern, replacement, words)
         if len(re.findall(r"[-_]", words)) > 3:
             words = re.sub(r"[-_]", " ", words)
         words = words.strip()
-        for pattern, replacement in (*_SPACES, *_ENDS):
+        for pattern, replacement in (*_SPACE_RULES, *_EDGE_RULES):
             words = re.sub(pattern, replacement, words)
         words = words.strip()
     return words
@@ -236,27 +239,31 @@ class TextTemplate(ImageOnlyTemplate):
     """Of models that draw words: a prompt is T5's pieces and its end, at most `most`; guidance's other branch as many
     of the vectors that stand after the pieces, the last ones."""
 
-    def __init__(self, tokenizer: Any, end: int, pieces: int, most: int, codes: int) -> None:
-        super().__init__(tokenizer, codes)
-        self.end, self.pieces, self.most = end, pieces, most
+    def __init__(
+        self, tokenizer: Any, eos_id: int, text_vocab_size: int, max_prompt_length: int, num_codes: int
+    ) -> None:
+        super().__init__(tokenizer, num_codes)
+        self.eos_id, self.text_vocab_size, self.max_prompt_length = eos_id, text_vocab_size, max_prompt_length
 
-    def prompt(self, document: Document, *, output: Output, blind: int = 0) -> Tokens:
+    def prompt(self, document: Document, *, output: Output, branch: int = 0) -> Tokens:
         if any(segment.image is not None for segment in document.segments):
             raise UnsupportedError("llamagen draws from words alone: leave the picture out")
         if any(segment.label is not None for segment in document.segments):
             raise ValueError("this model draws words, not classes: say what to draw in words")
         text_folder = clean_caption(" ".join((segment.text or "").strip() for segment in document.segments))
-        tokens = text.PromptBuilder(self.tokenizer).add_user_text(text_folder).ids([self.end]).tokens()
-        if len(tokens) > self.most:
-            raise ValueError(f"the prompt has {len(tokens)} pieces, the model reads {self.most}: shorten it")
-        if blind:
-            last = self.pieces + self.most
+        tokens = text.PromptBuilder(self.tokenizer).add_user_text(text_folder).ids([self.eos_id]).tokens()
+        if len(tokens) > self.max_prompt_length:
+            raise ValueError(
+                f"the prompt has {len(tokens)} pieces, the model reads {self.max_prompt_length}: shorten it"
+            )
+        if branch:
+            last = self.text_vocab_size + self.max_prompt_length
             tokens.ids = list(range(last - len(tokens), last))
         return tokens
 
 
 # what a tensor is called in a public file, and here
-_NAMES = (
+_KEY_RENAMES = (
     ("cls_embedding.embedding_table.", "classes."),
     ("cls_embedding.uncond_embedding", "wordless.weight"),
     ("cls_embedding.cap_proj.fc1.", "project.0."),
@@ -266,7 +273,7 @@ _NAMES = (
     ("norm.", "lm.model.norm."),
     ("layers.", "lm.model.layers."),
 )
-_LAYER = (
+_LAYER_KEYS = (
     (".attention_norm.", ".input_layernorm."),
     (".ffn_norm.", ".post_attention_layernorm."),
     (".attention.wo.", ".self_attn.o_proj."),
@@ -275,7 +282,7 @@ _LAYER = (
     (".feed_forward.w3.", ".mlp.up_proj."),
     (".feed_forward.w2.", ".mlp.down_proj."),
 )
-_WORDS = (("shared.", "encoder.embed_tokens."),)
+_T5_KEYS = (("shared.", "encoder.embed_tokens."),)
 """Of T5, in its own folder and here."""
 
 
@@ -311,7 +318,7 @@ def from_public(state: Mapping[str, Tensor], head_dim: int) -> dict[str, Tensor]
     for name, tensor in state.items():
         if name == "freqs_cis":
             continue
-        name = rename_key(name, _NAMES, _LAYER)
+        name = rename_key(name, _KEY_RENAMES, _LAYER_KEYS)
         if ".qkv_proj." in name:
             queries = tensor.shape[1]
             query, key, value = tensor.split([queries, *[(len(tensor) - queries) // 2] * 2])
@@ -334,11 +341,11 @@ def to_public(state: Mapping[str, Tensor], head_dim: int) -> dict[str, Tensor]:
                 (permute_rotary(tensor, head_dim, back=True), permute_rotary(key, head_dim, back=True), value)
             )
             name = name.replace("q_proj", "qkv_proj")
-        theirs[rename_key(name, _NAMES, _LAYER, back=True)] = tensor
+        theirs[rename_key(name, _KEY_RENAMES, _LAYER_KEYS, back=True)] = tensor
     return theirs
 
 
-def owns(folder: Path, config: dict[str, Any]) -> bool:
+def matches(folder: Path, config: dict[str, Any]) -> bool:
     """A folder with a file of a model, or of its image tokenizer, and without the config.json of another."""
     has_weight_file = any(
         list(folder.glob(f"{kind}_*.pt")) or (folder / file).is_file() for kind, file in TOKENIZERS.items()
@@ -362,9 +369,9 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
         state |= read_tensors(folder / "backbone" / "model.safetensors")
         kind = "c2i" if "classes.weight" in state else "t2i"
     else:
-        if not list(folder.glob(FILES[0])):
+        if not list(folder.glob(WEIGHT_PATTERNS[0])):
             raise ValueError(f"{folder} has no model beside its image tokenizer: a file named like c2i_B_256.pt")
-        path = select_checkpoint(folder, FILES[0], variant)
+        path = select_checkpoint(folder, WEIGHT_PATTERNS[0], variant)
         kind = path.stem[:3]
         state = read_tensors(path)
         try:
@@ -412,21 +419,23 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
         lm = LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
         if kind == "c2i":
             backbone: LlamaGenBackbone = ClassBackbone(lm, len(state["classes.weight"]), side)
-            template = ClassTemplate(backbone.before - 1, side * side)
+            template = ClassTemplate(backbone.num_condition_ids - 1, side * side)
         else:
             read_json(text_folder / "tokenizer.json")  # without it a tokenizer of no words would be made
             tokenizer = text.load(text_folder, newlines=False)
             max_prompt_length = len(state["wordless.weight"])
             backbone = TextBackbone(lm, config.t5, max_prompt_length, side)
-            template = TextTemplate(tokenizer, backbone.end, backbone.pieces, max_prompt_length, side * side)
+            template = TextTemplate(
+                tokenizer, backbone.eos_id, backbone.text_vocab_size, max_prompt_length, side * side
+            )
     backbone.to(dtype or stored_dtype)
     if kind == "t2i" and (dtype or stored_dtype) == torch.float16:
         backbone.encoder.float()  # whose sums are too large for float16
     load_strict(backbone, state, folder)
     writers: dict[str, Generator] = {"next-token": NextToken(image_tokenizer.grid)}
-    vocabulary = Vocabulary(backbone.before, image_tokenizer.codebook_size, separate_head=True)
+    vocabulary = Vocabulary(backbone.num_condition_ids, image_tokenizer.codebook_size, separate_head=True)
     model = UnifiedModel("llamagen", backbone, vocabulary, tokenizer, image_tokenizer, template, writers)
-    model.set_default_sampling("next-token", **SAMPLING[kind])
+    model.set_default_sampling("next-token", **DEFAULT_SAMPLING[kind])
     return model
 
 
@@ -434,7 +443,7 @@ def load_text_encoder_state(folder: Path) -> dict[str, Tensor]:
     """The encoder's tensors of a folder with T5 by their names here; its decoder's are left."""
     dropped_keys = ("decoder.", "lm_head.", "encoder.embed_tokens.")  # the last are the shared ones once more
     state = read_weights(folder)
-    return {rename_key(name, _WORDS): tensor for name, tensor in state.items() if not name.startswith(dropped_keys)}
+    return {rename_key(name, _T5_KEYS): tensor for name, tensor in state.items() if not name.startswith(dropped_keys)}
 
 
 def save_public(model: UnifiedModel, folder: Path) -> None:
@@ -454,5 +463,5 @@ def save_public(model: UnifiedModel, folder: Path) -> None:
         encoder_state = {f"encoder.{name}": tensor for name, tensor in backbone.encoder.state_dict().items()}
         write_tensors(
             text_folder / "model.safetensors",
-            {rename_key(k, _WORDS, back=True): v for k, v in encoder_state.items()},
+            {rename_key(k, _T5_KEYS, back=True): v for k, v in encoder_state.items()},
         )

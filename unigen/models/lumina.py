@@ -56,31 +56,33 @@ SIZE_IN_NAME = re.compile(r"mGPT-\d+B-(\d+)")
 LUMINA2_VOCAB_SIZE = 171_385
 """Ids of Lumina-mGPT 2.0."""
 PUBLIC_CLASS = "ChameleonXLLMXForConditionalGeneration"
-SAMPLING: dict[str, Any] = {"guidance": 4.0, "temperature": 1.0, "top_k": 2000}
+DEFAULT_SAMPLING: dict[str, Any] = {"guidance": 4.0, "temperature": 1.0, "top_k": 2000}
 
 
 class LuminaTemplate(ChameleonTemplate):
     """stride: pixels a code along each side; size: along each side of a picture, where nothing says so."""
 
-    names = (BOI, EOI, EOT, EOL)
-    free_size, scales, apart = True, 1, True
+    special_tokens = (BOI, EOI, EOT, EOL)
+    variable_size, num_guidance_scales, space_around_images = True, 1, True
     open_turn_outputs = ()
 
     def __init__(self, tokenizer: Any, stride: int, size: int) -> None:
         super().__init__(tokenizer, (size // stride) ** 2)
         self.stride, self.size = stride, size
         known = tokenizer.get_vocab()
-        self.sides = [known[name] for n in range(1, MAX_CELLS + 1) if (name := f"<reserved{8800 + n:05d}>") in known]
+        self.size_token_ids = [
+            known[name] for n in range(1, MAX_CELLS + 1) if (name := f"<reserved{8800 + n:05d}>") in known
+        ]
 
     def layout(self, grid: tuple[int, int]) -> Layout:
-        if any(codes % CELL or codes // CELL > len(self.sides) for codes in grid):
+        if any(codes % CELL or codes // CELL > len(self.size_token_ids) for codes in grid):
             side, (height, width) = CELL * self.stride, (codes * self.stride for codes in grid)
-            max_cells = f"up to {len(self.sides) * side}"
+            max_cells = f"up to {len(self.size_token_ids) * side}"
             raise ValueError(
                 f"a size is width and height in pixels, multiples of {side} {max_cells}, not {width}x{height}"
             )
-        opening = tuple(self.sides[codes // CELL - 1] for codes in grid)
-        return Layout(grid, opening, (self.special[EOL],), (self.special[EOI],))
+        opening = tuple(self.size_token_ids[codes // CELL - 1] for codes in grid)
+        return Layout(grid, opening, (self.special_ids[EOL],), (self.special_ids[EOI],))
 
     def preprocess(self, image: Image.Image, size: int) -> np.ndarray:
         """The middle of the picture, in that shape of at most `size` squared pixels which leaves most of it."""
@@ -94,34 +96,36 @@ class LuminaTemplate(ChameleonTemplate):
         left, top = (image.width - width) // 2, (image.height - height) // 2
         return np.asarray(image.crop((left, top, left + width, top + height)))
 
-    def prompt(self, document: Document, *, output: Output, blind: int = 0) -> Tokens:
+    def prompt(self, document: Document, *, output: Output, branch: int = 0) -> Tokens:
         segments = document.segments
-        if blind:
+        if branch:
             return Tokens()
         if output == "image" and is_user_text(segments):
-            return self._drawing(segments, document.size or (self.size, self.size)).tokens()
+            return self._image_prompt(segments, document.size or (self.size, self.size)).tokens()
         return super().prompt(document, output=output)
 
-    def encode(self, document: Document, *, blind: bool = False, writer: str = "next-token") -> Tokens:
+    def encode(self, document: Document, *, uncond: bool = False, generator: str = "next-token") -> Tokens:
         """A whole document to learn from: one that ends in a picture of the assistant's, with the words that it is
         drawn from; else a chat, of which the assistant's answers are learnt."""
         *asked, last = document.segments
-        if blind:
-            prompt = self._build_prompt([last], turns=False, begins=False)
+        if uncond:
+            prompt = self._build_prompt([last], add_turn_ends=False, add_bos=False)
         elif isinstance(last.image, Tensor) and last.role == "assistant" and is_user_text(asked):
             height, width = last.image.shape
-            prompt = self._drawing(asked, (width * self.stride, height * self.stride))
-            prompt = self._picture(prompt, last.image, learnt=True)
+            prompt = self._image_prompt(asked, (width * self.stride, height * self.stride))
+            prompt = self._add_image(prompt, last.image, loss=True)
         else:
-            prompt = self._build_prompt(document.segments, turns=True)
+            prompt = self._build_prompt(document.segments, add_turn_ends=True)
         return (prompt.add_template_text(EOT, loss=True) if last.role == "assistant" else prompt).tokens()
 
-    def _drawing(self, segments: Sequence[Segment], size: tuple[int, int]) -> text.PromptBuilder:
+    def _image_prompt(self, segments: Sequence[Segment], size: tuple[int, int]) -> text.PromptBuilder:
         words = " ".join((segment.text or "").strip() for segment in segments)
-        prompt = text.PromptBuilder(self.tokenizer, self.special).ids([self.tokenizer.bos_token_id])
+        prompt = text.PromptBuilder(self.tokenizer, self.special_ids).ids([self.tokenizer.bos_token_id])
         return prompt.add_template_text(PROMPT_TEMPLATE.format(*size)).add_user_text(words).add_template_text(EOT)
 
-    def _build_prompt(self, segments: Sequence[Segment], turns: bool, begins: bool = True) -> text.PromptBuilder:
+    def _build_prompt(
+        self, segments: Sequence[Segment], add_turn_ends: bool, add_bos: bool = True
+    ) -> text.PromptBuilder:
         """Words before pictures where a user's turn begins with all of its pictures: so the model was tuned."""
         ordered: list[Segment] = []
         for role, turn in groupby(segments, key=lambda segment: segment.role):
@@ -129,15 +133,15 @@ class LuminaTemplate(ChameleonTemplate):
             first_text = next((n for n, segment in enumerate(said) if segment.image is None), len(said))
             images_lead_turn = role == "user" and all(segment.image is None for segment in said[first_text:])
             ordered += said[first_text:] + said[:first_text] if images_lead_turn else said
-        return super()._build_prompt(ordered, turns, begins)
+        return super()._build_prompt(ordered, add_turn_ends, add_bos)
 
-    def _picture(self, prompt: text.PromptBuilder, image: Any, learnt: bool) -> text.PromptBuilder:
+    def _add_image(self, prompt: text.PromptBuilder, image: Any, loss: bool) -> text.PromptBuilder:
         if not isinstance(image, Tensor):
             raise ValueError(
                 "pictures stand in this model's prompts by their own size: give them as codes (model.encode_document)"
             )
         layout = self.layout((image.shape[0], image.shape[1]))
-        prompt.add_template_text(BOI, loss=learnt).ids(list(layout.opening)).image(image, layout.rows, loss=learnt)
+        prompt.add_template_text(BOI, loss=loss).ids(list(layout.opening)).image(image, layout.rows, loss=loss)
         return prompt.ids(list(layout.closing))
 
 
@@ -162,12 +166,12 @@ def kept_fraction(size: tuple[int, int], shape: tuple[int, int]) -> float:
     return min(width_scale, height_scale) / max(width_scale, height_scale)
 
 
-def owns(folder: Path, config: dict[str, Any]) -> bool:
+def matches(folder: Path, config: dict[str, Any]) -> bool:
     """Is this Chameleon by Lumina's own class? transformers' configs do not say whether codes are forbidden."""
     return config.get("model_type") == "chameleon" and MASK_LOGITS_KEY in config
 
 
-def refuse(folder: Path, config: dict[str, Any]) -> None:
+def check_supported(folder: Path, config: dict[str, Any]) -> None:
     """Raise ValueError for a relative that is not here."""
     if (
         config.get("vocab_size") == LUMINA2_VOCAB_SIZE
@@ -197,14 +201,14 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
         lm = load_pretrained(ChameleonForConditionalGeneration, folder, dtype, state)
     size = image_tokenizer.image_size
     template = LuminaTemplate(tokenizer, size // image_tokenizer.grid[0], size)
-    specials = (*template.special.values(), *template.sides)
+    specials = (*template.special_ids.values(), *template.size_token_ids)
     model = chameleon.build_chameleon("lumina", lm, image_tokenizer, template, specials, row_end=1)
-    model.set_default_sampling("next-token", **SAMPLING)
+    model.set_default_sampling("next-token", **DEFAULT_SAMPLING)
     return model
 
 
 VISION_PREFIX = "model.vqmodel."
-_NORM = re.compile(r"\.self_attn\.([qk])_norm\.(weight|bias)$")
+_QK_NORM = re.compile(r"\.self_attn\.([qk])_norm\.(weight|bias)$")
 
 
 def from_public(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -212,7 +216,7 @@ def from_public(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[
     queries = config["num_attention_heads"]
     heads = {"q": queries, "k": config.get("num_key_value_heads") or queries}
     return {
-        name: tensor.repeat_interleave(heads[norm[1]] // len(tensor), 0) if (norm := _NORM.search(name)) else tensor
+        name: tensor.repeat_interleave(heads[norm[1]] // len(tensor), 0) if (norm := _QK_NORM.search(name)) else tensor
         for name, tensor in state.items()
     }
 
@@ -221,7 +225,7 @@ def to_public(state: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
     """The same tensors in the public layout. ValueError where heads that share a norm no longer have the same."""
     theirs = {}
     for name, tensor in state.items():
-        if _NORM.search(name):
+        if _QK_NORM.search(name):
             tensor, repeated = tensor.unflatten(0, (rows, -1))[:, 0], tensor
             if not torch.equal(tensor.repeat_interleave(len(repeated) // rows, 0), repeated):
                 raise ValueError(f"{name}: its heads have norms of their own, which the public layout cannot hold")

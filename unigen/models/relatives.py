@@ -21,7 +21,7 @@ BY_CLASS_PREFIX = {
     "MAGVITv2": "is Show-o's image tokenizer alone; the model loads: showlab/show-o-512x512",
 }
 """By how _class_name begins."""
-FILES = {
+BY_FILE = {
     "consolidate_params.json": "is Chameleon in its authors' layout; that of transformers loads: facebook/chameleon-7b "
     "answers, leloy/Anole-7b-v0.1-hf draws, too",
     "params.json": "is in the layout of Meta's code, as GAIR/Anole-7b-v0.1, which is not read; Anole in that of "
@@ -48,7 +48,7 @@ def explain_unsupported(folder: Path, config: Mapping[str, Any]) -> str | None:
         message = "is Emu3.5, which is not supported; Emu3 is: Emu3-community/Emu3-Gen-hf"
     message = message or next((line for begin, line in BY_CLASS_PREFIX.items() if name.startswith(begin)), None)
     if message is None and not config:
-        message = next((line for pattern, line in FILES.items() if next(folder.glob(pattern), None)), None)
+        message = next((line for pattern, line in BY_FILE.items() if next(folder.glob(pattern), None)), None)
     return message and f"{folder} {message}"
 
 

@@ -40,7 +40,7 @@ from unigen.model.unified import UnifiedModel
 from unigen.nn.backbone import Backbone
 from unigen.tokenizers import load_image_tokenizer, magvit2, text
 
-LANGUAGE, IMAGES = "microsoft/phi-1_5", "showlab/magvitv2"
+LANGUAGE_MODEL_REPO, IMAGE_TOKENIZER_REPO = "microsoft/phi-1_5", "showlab/magvitv2"
 """Where the hub has what Show-o's repositories do not bring along."""
 PAD, SOI, EOI, T2I, MMU = "[PAD]", "<|soi|>", "<|eoi|>", "<|t2i|>", "<|mmu|>"
 ADDED_TOKENS = (PAD, SOI, EOI, "<|sov|>", "<|eov|>", T2I, MMU, "<|t2v|>", "<|v2v|>", "<|lvg|>")
@@ -48,8 +48,8 @@ ADDED_TOKENS = (PAD, SOI, EOI, "<|sov|>", "<|eov|>", T2I, MMU, "<|t2v|>", "<|v2v
 MAX_PROMPT_LEN = 129
 """Ids of what a picture is drawn from; longer words are cut off, as in training."""
 STEPS, CHOICE_TEMPERATURE = 50, 1.0
-SAMPLING = {"guidance": 6.0, "temperature": 1.0}
-UNSERVED = "it writes pictures by masked prediction, not one code after another"
+DEFAULT_SAMPLING = {"guidance": 6.0, "temperature": 1.0}
+VLLM_UNSUPPORTED = "it writes pictures by masked prediction, not one code after another"
 WEIGHT_PREFIX = "showo."
 
 
@@ -58,16 +58,16 @@ class ShowoMasked(Masked):
     and are seen; step s (from 1) of S leaves floor(cos(pi s / 2S)) of all codes masked, given ones too; the noise's
     temperature is multiplied by 1 - s / S each time, so that it falls as their product."""
 
-    def __init__(self, grid: tuple[int, int], mask: int, end: int) -> None:
+    def __init__(self, grid: tuple[int, int], mask: int, end_id: int) -> None:
         """end: the id after the codes."""
         super().__init__(grid, mask, STEPS, CHOICE_TEMPERATURE)
-        self.end = end
+        self.end_id = end_id
 
     def attend_until(self) -> list[int] | None:
         return [self.positions()] * (self.positions() + 2)
 
     def ask(self, state: GenerationState) -> StepInput:
-        ids = [*super().ask(state).ids, self.end]
+        ids = [*super().ask(state).ids, self.end_id]
         return StepInput(ids, attend_until=[len(ids) - 1] * len(ids))
 
     def left(self, state: MaskedState, number: int, steps: int) -> int:
@@ -88,18 +88,18 @@ class ShowoMasked(Masked):
 class ShowoTemplate(PretrainedTemplate):
     """codes: how many a picture has."""
 
-    def __init__(self, tokenizer: Any, codes: int) -> None:
+    def __init__(self, tokenizer: Any, num_codes: int) -> None:
         super().__init__(tokenizer)
-        self.codes = codes
+        self.num_codes = num_codes
         known = tokenizer.get_vocab()
         if missing := [name for name in ADDED_TOKENS if name not in known]:
             raise ValueError(f"the text tokenizer has no {', '.join(missing)}: it is not Show-o's")
-        self.special: dict[str, int] = {name: known[name] for name in ADDED_TOKENS}
-        self.turn_ends: tuple[int, ...] = (tokenizer.eos_token_id,)
-        self.begins = {"masked": self.special[SOI]}
+        self.special_ids: dict[str, int] = {name: known[name] for name in ADDED_TOKENS}
+        self.stop_token_ids: tuple[int, ...] = (tokenizer.eos_token_id,)
+        self.begin_ids = {"masked": self.special_ids[SOI]}
 
     def layout(self, grid: tuple[int, int]) -> Layout:
-        return Layout(grid, closing=(self.special[EOI],))
+        return Layout(grid, closing=(self.special_ids[EOI],))
 
     def preprocess(self, image: Image.Image, size: int) -> np.ndarray:
         """Resized by its shorter side, then its centre."""
@@ -115,30 +115,32 @@ class ShowoTemplate(PretrainedTemplate):
         cells_hw = torch.nn.functional.interpolate(marks_HW[None, None], size=grid, mode="bicubic")[0, 0]
         return (cells_hw >= 0.5).numpy()
 
-    def prefix(self, ids: Sequence[int]) -> int:
-        return ids.index(self.special[EOI]) + 1 if self.special[EOI] in ids else 0
+    def bidirectional_prefix(self, ids: Sequence[int]) -> int:
+        return ids.index(self.special_ids[EOI]) + 1 if self.special_ids[EOI] in ids else 0
 
-    def prompt(self, document: Document, *, output: Output, blind: int = 0) -> Tokens:
+    def prompt(self, document: Document, *, output: Output, branch: int = 0) -> Tokens:
         if output == "image":
-            return self._drawing(document.segments, bool(blind))
+            return self._image_prompt(document.segments, bool(branch))
         return self._question_prompt(document.segments)
 
-    def encode(self, document: Document, *, blind: bool = False, writer: str = "masked") -> Tokens:
+    def encode(self, document: Document, *, uncond: bool = False, generator: str = "masked") -> Tokens:
         """A whole document to learn from, which ends in a picture of the assistant's."""
         last = document.segments[-1]
         if last.image is None or last.role != "assistant":
             raise ValueError("showo learns to draw here: give documents that end in a picture of the assistant's")
-        tokens = self._drawing(document.segments[:-1], blind)
-        tokens.add([self.special[SOI]])
-        tokens.add_image(last.image, self.codes, loss=True, writer=writer)
-        tokens.add([self.special[EOI]])
+        tokens = self._image_prompt(document.segments[:-1], uncond)
+        tokens.add([self.special_ids[SOI]])
+        tokens.add_image(last.image, self.num_codes, loss=True, writer=generator)
+        tokens.add([self.special_ids[EOI]])
         return tokens
 
-    def _drawing(self, segments: Sequence[Segment], blind: bool) -> Tokens:
+    def _image_prompt(self, segments: Sequence[Segment], uncond: bool) -> Tokens:
         if any(segment.text is None for segment in segments):
             raise UnsupportedError("showo draws from words alone: leave pictures and classes out, or ask for text")
-        words = "" if blind else " ".join((segment.text or "").strip() for segment in segments)
-        prompt = text.PromptBuilder(self.tokenizer, self.special).ids([self.special[T2I], self.tokenizer.bos_token_id])
+        words = "" if uncond else " ".join((segment.text or "").strip() for segment in segments)
+        prompt = text.PromptBuilder(self.tokenizer, self.special_ids).ids(
+            [self.special_ids[T2I], self.tokenizer.bos_token_id]
+        )
         tokens = Tokens()
         tokens.add([*prompt.add_user_text(words).tokens().ids[: MAX_PROMPT_LEN - 1], self.tokenizer.eos_token_id])
         return tokens
@@ -147,17 +149,19 @@ class ShowoTemplate(PretrainedTemplate):
         pictures = [segment.image for segment in segments if segment.image is not None]
         if len(pictures) != 1 or any(segment.label is not None or segment.role != "user" for segment in segments):
             raise UnsupportedError("showo answers one question about one picture: give a picture and words")
-        prompt = text.PromptBuilder(self.tokenizer, self.special).ids([self.special[MMU], self.special[SOI]])
-        prompt.image(pictures[0], self.codes).ids([self.special[EOI], self.tokenizer.bos_token_id])
+        prompt = text.PromptBuilder(self.tokenizer, self.special_ids).ids(
+            [self.special_ids[MMU], self.special_ids[SOI]]
+        )
+        prompt.image(pictures[0], self.num_codes).ids([self.special_ids[EOI], self.tokenizer.bos_token_id])
         words = " ".join((segment.text or "").strip() for segment in segments if segment.image is None)
         return prompt.add_template_text("USER: \n").add_user_text(words).add_template_text(" ASSISTANT:").tokens()
 
 
-def owns(folder: Path, config: dict[str, Any]) -> bool:
+def matches(folder: Path, config: dict[str, Any]) -> bool:
     return config.get("_class_name") == "Showo"
 
 
-def refuse(folder: Path, config: dict[str, Any]) -> None:
+def check_supported(folder: Path, config: dict[str, Any]) -> None:
     """Raise ValueError for a relative that is not here."""
     if config.get("w_clip_vit"):
         raise ValueError(
@@ -176,10 +180,10 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
         lm = load_pretrained(PhiForCausalLM, folder, dtype)
     else:
         config = read_json(folder / CONFIG)
-        language = find_part(folder, LANGUAGE, fetch_metadata)
+        language = find_part(folder, LANGUAGE_MODEL_REPO, fetch_metadata)
         tokenizer = text.load_from_model(language)
         tokenizer.add_special_tokens({"pad_token": PAD, "additional_special_tokens": list(ADDED_TOKENS[1:])})
-        images = read_weights(find_part(folder, IMAGES, fetch_snapshot))
+        images = read_weights(find_part(folder, IMAGE_TOKENIZER_REPO, fetch_snapshot))
         image_tokenizer = magvit2.from_public(images, math.isqrt(config["num_vq_tokens"]))
         lm = build_phi(read_weights(folder), read_json(language / CONFIG), folder, dtype)
     vocabulary = Vocabulary(len(tokenizer), image_tokenizer.codebook_size)
@@ -190,11 +194,11 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
     grid = image_tokenizer.grid
     template = ShowoTemplate(tokenizer, grid[0] * grid[1])
     writers: dict[str, Generator] = {
-        "text": Text(sorted({*tokenizer.all_special_ids, *template.special.values()})),
-        "masked": ShowoMasked(grid, vocabulary.stop, template.special[EOI]),
+        "text": Text(sorted({*tokenizer.all_special_ids, *template.special_ids.values()})),
+        "masked": ShowoMasked(grid, vocabulary.stop, template.special_ids[EOI]),
     }
     model = UnifiedModel("showo", Backbone(lm), vocabulary, tokenizer, image_tokenizer, template, writers)
-    model.set_default_sampling("masked", **SAMPLING)
+    model.set_default_sampling("masked", **DEFAULT_SAMPLING)
     return model
 
 
@@ -226,11 +230,11 @@ def save_public(model: UnifiedModel, folder: Path) -> None:
     assert isinstance(tokenizer, magvit2.MAGVIT2)
     weights = "pytorch_model.safetensors"
     write_tensors(folder / weights, {WEIGHT_PREFIX + name: tensor for name, tensor in lm.state_dict().items()})
-    config = {"codebook_size": vocabulary.image_size, "llm_model_path": LANGUAGE, "load_from_showo": True}
+    config = {"codebook_size": vocabulary.image_size, "llm_model_path": LANGUAGE_MODEL_REPO, "load_from_showo": True}
     config |= {"llm_vocab_size": vocabulary.text_size - len(ADDED_TOKENS), "num_vq_tokens": math.prod(tokenizer.grid)}
     config |= {"mask_token_id": vocabulary.stop, "vocab_size": vocabulary.stop + 1, "w_clip_vit": False}
     save_json(folder / CONFIG, {"_class_name": "Showo"} | config)
-    language, images = (folder / repo.partition("/")[2] for repo in (LANGUAGE, IMAGES))
+    language, images = (folder / repo.partition("/")[2] for repo in (LANGUAGE_MODEL_REPO, IMAGE_TOKENIZER_REPO))
     images.mkdir()
     write_tensors(images / weights, magvit2.to_public(tokenizer))
     save_json(images / CONFIG, {"_class_name": "MAGVITv2"})

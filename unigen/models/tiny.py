@@ -28,7 +28,7 @@ def causal_lm(model: UnifiedModel) -> Any:
     return model.backbone.lm
 
 
-def owns(folder: Path, config: Mapping[str, Any]) -> bool:
+def matches(folder: Path, config: Mapping[str, Any]) -> bool:
     """Its folders say so in their unigen.json."""
     return False
 

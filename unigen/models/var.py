@@ -40,13 +40,13 @@ HEAD_DIM = 64
 LAYER_NORM_EPS = 1e-6
 MAX_LOG_SCALE = math.log(100)
 TOKENIZER_FILE = "vae_ch160v4096z32.pth"
-SAMPLING = {"guidance": 5.0, "temperature": 1.0, "top_k": 900, "top_p": 0.96}
-UNSERVED = "it writes pictures scale by scale, not one code after another"
-REPOSITORIES = {
+DEFAULT_SAMPLING = {"guidance": 5.0, "temperature": 1.0, "top_k": 900, "top_p": 0.96}
+VLLM_UNSUPPORTED = "it writes pictures scale by scale, not one code after another"
+MULTI_MODEL_REPOS = {
     "FoundationVision/var": {f"var_d{depth}": (f"var_d{depth}.pth", TOKENIZER_FILE) for depth in (16, 20, 24, 30, 36)}
 }
 """Repositories of the hub that hold several models: the files of each."""
-FILES = ("var_d*.pth", TOKENIZER_FILE)
+WEIGHT_PATTERNS = ("var_d*.pth", TOKENIZER_FILE)
 """Files by which a folder is known."""
 
 
@@ -64,16 +64,18 @@ class VARBlock(nn.Module):
         self.own = nn.Parameter(torch.zeros(6, width)) if shared else None
         self.condition = None if shared else nn.Linear(width, 6 * width)
 
-    def forward(self, x_BLD: Tensor, given_BD: Tensor, mask: Tensor | None, cache: SlotCache, number: int) -> Tensor:
+    def forward(
+        self, x_BLD: Tensor, condition_BD: Tensor, mask: Tensor | None, cache: SlotCache, number: int
+    ) -> Tensor:
         """given_BD: silu of the class's vector; of shared norms what all blocks make of it, (B, 6 D)."""
         if self.condition is not None:
-            modulation = self.condition(given_BD).unflatten(-1, (6, self.width))
+            modulation = self.condition(condition_BD).unflatten(-1, (6, self.width))
         else:
-            modulation = given_BD.unflatten(-1, (6, self.width)) + self.own
+            modulation = condition_BD.unflatten(-1, (6, self.width)) + self.own
         gate1, gate2, scale1, scale2, shift1, shift2 = modulation[:, None].unbind(2)
-        modulated_BLD = (layer_norm_no_affine(x_BLD) * (1 + scale1) + shift1).to(given_BD.dtype)
+        modulated_BLD = (layer_norm_no_affine(x_BLD) * (1 + scale1) + shift1).to(condition_BD.dtype)
         x_BLD = x_BLD + gate1 * self.attention(modulated_BLD, mask, cache, number)
-        modulated_BLD = (layer_norm_no_affine(x_BLD) * (1 + scale2) + shift2).to(given_BD.dtype)
+        modulated_BLD = (layer_norm_no_affine(x_BLD) * (1 + scale2) + shift2).to(condition_BD.dtype)
         return x_BLD + gate2 * self.down(gelu(self.up(modulated_BLD), approximate="tanh"))
 
     def attention(self, x_BLD: Tensor, mask: Tensor | None, cache: SlotCache, number: int) -> Tensor:
@@ -152,7 +154,7 @@ class VARBackbone(Backbone):
 
 
 # what a tensor is called in a public file, and here
-_NAMES = (
+_KEY_RENAMES = (
     ("class_emb.", "lm.classes."),
     ("shared_ada_lin.1.", "lm.shared."),
     ("head_nm.ada_lin.1.", "lm.last."),
@@ -161,7 +163,7 @@ _NAMES = (
     ("lvl_embed.", "head.scale_embedding."),
     ("head.", "head.head."),
 )
-_BLOCK = (
+_BLOCK_KEYS = (
     (".attn.mat_qkv.", ".query_key_value."),
     (".attn.q_bias", ".query_bias"),
     (".attn.v_bias", ".value_bias"),
@@ -172,21 +174,21 @@ _BLOCK = (
     (".ada_lin.1.", ".condition."),
     (".ada_gss", ".own"),
 )
-_DERIVED = ("lvl_1L", "attn_bias_for_masking")
+_DERIVED_KEYS = ("lvl_1L", "attn_bias_for_masking")
 
 
 def from_public(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a public file by their names here."""
     ours: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        if name in _DERIVED or name.endswith(".zero_k_bias"):
+        if name in _DERIVED_KEYS or name.endswith(".zero_k_bias"):
             continue
         if name == "pos_start":
             ours["lm.start"] = tensor[0, 0]
         elif name == "pos_1LC":
             ours["head.position_embedding.weight"] = tensor[0]
         else:
-            name = rename_key(name, _NAMES, _BLOCK if name.startswith("blocks.") else ())
+            name = rename_key(name, _KEY_RENAMES, _BLOCK_KEYS if name.startswith("blocks.") else ())
             flattened = tensor.flatten() if name.endswith(".temperature") else tensor
             ours[name] = flattened[0, 0] if name.endswith(".own") else flattened
     if "head.scale_embedding.weight" in ours and "head.position_embedding.weight" in ours:
@@ -207,13 +209,15 @@ def to_public(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 tensor = tensor[None, :, None, None]
             if name.endswith(".own"):
                 tensor = tensor[None, None]
-            theirs[rename_key(name, _NAMES, _BLOCK if name.startswith("lm.blocks.") else (), back=True)] = tensor
+            theirs[rename_key(name, _KEY_RENAMES, _BLOCK_KEYS if name.startswith("lm.blocks.") else (), back=True)] = (
+                tensor
+            )
     return theirs
 
 
-def owns(folder: Path, config: dict[str, Any]) -> bool:
+def matches(folder: Path, config: dict[str, Any]) -> bool:
     """A folder with a file of a model and that of its image tokenizer; without the latter, one without config.json."""
-    return any(folder.glob(FILES[0])) and ((folder / TOKENIZER_FILE).is_file() or not config)
+    return any(folder.glob(WEIGHT_PATTERNS[0])) and ((folder / TOKENIZER_FILE).is_file() or not config)
 
 
 def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) -> UnifiedModel:
@@ -226,7 +230,7 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
         head_state = read_tensors(folder / "next-scale" / "model.safetensors")
         state |= {f"head.{name}": tensor for name, tensor in head_state.items()}
     else:
-        path = select_checkpoint(folder, FILES[0], variant)
+        path = select_checkpoint(folder, WEIGHT_PATTERNS[0], variant)
         public = read_tensors(path)
         state = from_public(public)
         try:
@@ -256,7 +260,7 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
     vocabulary = Vocabulary(settings["classes"], tokenizer.codebook_size)
     backbone = VARBackbone(lm)
     model = UnifiedModel("var", backbone, vocabulary, None, tokenizer, template, writers)
-    model.set_default_sampling("next-scale", **SAMPLING)
+    model.set_default_sampling("next-scale", **DEFAULT_SAMPLING)
     return model
 
 

@@ -43,12 +43,12 @@ class MultiGeneratorLoss(nn.Module):
 
     def forward(self, model: Any, batch: Batch, rng: torch.Generator) -> dict[str, tuple[Tensor, Tensor | int]]:
         assert isinstance(model, UnifiedModel)
-        batch = model.fill(batch)
+        batch = model.insert_image_ids(batch)
         embeds_BLD = model.embed(batch.ids_BL)
         targets = {}
         for name, generator in self.generators.items():
             embeds_BLD, targets[name] = generator.prepare(model, batch, embeds_BLD, rng)
-        hidden_BLD = model.hidden(batch, embeds_BLD)
+        hidden_BLD = model.hidden_states(batch, embeds_BLD)
         losses: dict[str, tuple[Tensor, Tensor | int]] = {}
         with torch.no_grad():
             teacher_hidden_BLD = None if self.before is None else self.before.causal_hidden_states(batch)

@@ -185,8 +185,8 @@ def _pack_pairs(pairs: Sequence[PreferencePair], encode: Callable[..., Tokens], 
     room = 0
     for pair in pairs:
         draws = pair.chosen.segments[-1].image is not None
-        options = {"writer": pair.writer} if draws else {}
-        sides = [encode(chat, blind=blind, **options) for blind in (False, draws) for chat in pair[:2]]
+        options = {"generator": pair.writer} if draws else {}
+        sides = [encode(chat, uncond=blind, **options) for blind in (False, draws) for chat in pair[:2]]
         size = max(map(len, sides))
         if size > length:
             raise ValueError(f"an answer of {size} ids exceeds a row of {length}: raise `length`")
@@ -271,8 +271,8 @@ class DPOObjective(nn.Module):
 
         def log_p(one: Any, side: Batch, blind: Batch) -> Tensor:
             rng.set_state(state)  # all are asked the same, under one mask, one noise, one time
-            seen = one.fill(blind) if has_guided_likelihood(one, side) else None
-            return log_likelihood(one, one.fill(side), seen, self.guidance, self.temperature, rng)
+            seen = one.insert_image_ids(blind) if has_guided_likelihood(one, side) else None
+            return log_likelihood(one, one.insert_image_ids(side), seen, self.guidance, self.temperature, rng)
 
         both = (pairs.chosen, pairs.uncond_chosen), (pairs.rejected, pairs.uncond_rejected)
         chosen_P, rejected_P = (log_p(model, *side) for side in both)

@@ -95,7 +95,7 @@ def measure_cost(engine: Any, writer: str, prompts: list[str], **options: Any) -
     """Seconds a picture alone and in a batch, the best of several runs, and evaluations for one picture."""
     head = engine.model.heads[writer] if writer in engine.model.heads else None
     figures: dict[str, float] = {}
-    with CallCounter(engine.model, "step") as step, ExitStack() as stack:
+    with CallCounter(engine.model, "cached_hidden_states") as step, ExitStack() as stack:
         velocity = stack.enter_context(CallCounter(head, "velocity")) if hasattr(head, "velocity") else None
         engine.generate_batch(prompts[:1], [0], generator=writer, **options)
         figures |= {"backbone": step.calls, "head": velocity.calls if velocity else 0}

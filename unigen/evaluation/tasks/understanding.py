@@ -147,7 +147,7 @@ def main(args: list[str]) -> int:
     task = UnderstandingTask(SceneRenderer(engine.model.image_tokenizer.image_size), a.count, a.seed, a.heldout or None)
     items = task.items()
     options: dict[str, Any] = {"max_tokens": 96} | sampling_options(a)
-    captions = {"candidates": engine.model.template.candidates if a.candidates is None else a.candidates}
+    captions = {"candidates": engine.model.template.num_candidates if a.candidates is None else a.candidates}
     outputs: list[list[Any]] = [[] for _ in items]
     for is_caption, more in ((True, captions), (False, {})):
         numbers = [k for k, item in enumerate(items) if (item.tag == "caption") == is_caption]
