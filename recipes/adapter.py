@@ -42,7 +42,7 @@ from unigen.config import OptimConfig, RunConfig
 from unigen.document import Document
 from unigen.media.output import image_grid
 from unigen.toyworld import captions, scenes
-from unigen.training.trainer import TrainSpec
+from unigen.training.train_spec import TrainSpec
 
 SIZE = 256
 """Of the rendered pictures in pixels."""
@@ -173,6 +173,6 @@ def build(cfg: ConnectorRunConfig) -> TrainSpec:
         dataset=CaptionDataset(cfg.seed, cfg.pictures),
         collate=list,
         objective=ConnectorObjective(lmm, pipe),
-        sample=sample,
-        save=lambda model, folder: model.save(folder),  # type: ignore[operator]
+        write_samples=sample,
+        save_model=lambda model, folder: model.save(folder),  # type: ignore[operator]
     )

@@ -46,7 +46,7 @@ from unigen.tokenizers import load_image_tokenizer
 from unigen.training.generator_setup import load_or_train_text_tokenizer, new_generators, normalize_generator_weights
 from unigen.training.muon import MuonAdamW
 from unigen.training.objectives import MultiGeneratorLoss
-from unigen.training.trainer import TrainSpec
+from unigen.training.train_spec import TrainSpec
 
 INPUTS = {
     "image_tokenizer": "unigen train recipes/tiny_vq.py pictures=digits model.image_size=32 time_limit=120 "
@@ -134,9 +134,9 @@ def build(cfg: DigitsConfig) -> TrainSpec:
         dataset=PackedDataset(DigitDocumentSampler(model.template, size, cfg), 256, cfg.seed),
         collate=PackCollator(256, size),
         objective=MultiGeneratorLoss(model.generators, shares),
-        optimizer=lambda model, cfg: MuonAdamW(model, cfg.optim),
-        sample=sample,
-        save=lambda model, folder: model.save(folder),  # type: ignore[attr-defined]
+        make_optimizer=lambda model, cfg: MuonAdamW(model, cfg.optim),
+        write_samples=sample,
+        save_model=lambda model, folder: model.save(folder),  # type: ignore[attr-defined]
     )
 
 

@@ -50,7 +50,8 @@ from unigen.tokenizers import load_image_tokenizer
 from unigen.toyworld.chats import ChatSampler
 from unigen.toyworld.stories import text_corpus
 from unigen.toyworld.world import SceneRenderer
-from unigen.training.trainer import Trainer, TrainSpec
+from unigen.training.train_spec import TrainSpec
+from unigen.training.trainer import Trainer
 from unigen.utils.argparser import OneLineParser
 from unigen.utils.disk import check_input
 from unigen.utils.precision import has_fast_bfloat16

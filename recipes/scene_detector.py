@@ -42,7 +42,7 @@ from unigen.evaluation.detector import (
 from unigen.media.output import one_line_errors
 from unigen.toyworld import scenes
 from unigen.toyworld.world import find_font
-from unigen.training.trainer import TrainSpec
+from unigen.training.train_spec import TrainSpec
 from unigen.utils.argparser import OneLineParser
 from unigen.utils.disk import check_folder, check_input
 
@@ -217,7 +217,7 @@ def build(cfg: DetectorRunConfig) -> TrainSpec:
     else:
         model = SceneDetector(DetectorConfig(OBJECTS, COLORS, BACKGROUNDS, image_size=cfg.image_size))
     data = SceneDataset(cfg.seed, cfg.image_size)
-    return TrainSpec(model=model, dataset=data, collate=collate, objective=DetectorLoss(), save=save_detector)
+    return TrainSpec(model=model, dataset=data, collate=collate, objective=DetectorLoss(), save_model=save_detector)
 
 
 # ---------------------------------------------------------------- calibration

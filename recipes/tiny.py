@@ -95,7 +95,7 @@ from unigen.training.preferences import (
     read_judged_answers,
     read_pairs,
 )
-from unigen.training.trainer import TrainSpec
+from unigen.training.train_spec import TrainSpec
 
 INPUTS = {
     "image_tokenizer": "unigen train recipes/tiny_vq.py run_dir=runs/vq",
@@ -328,9 +328,9 @@ def build(cfg: TinyConfig) -> TrainSpec:
         dataset=dataset,
         collate=collate,
         objective=objective,
-        optimizer=(lambda model, cfg: MuonAdamW(model, cfg.optim)) if cfg.muon else None,
-        sample=write_samples,
-        save=lambda model, folder: model.save(folder),  # type: ignore[attr-defined]
+        make_optimizer=(lambda model, cfg: MuonAdamW(model, cfg.optim)) if cfg.muon else None,
+        write_samples=write_samples,
+        save_model=lambda model, folder: model.save(folder),  # type: ignore[attr-defined]
     )
 
 

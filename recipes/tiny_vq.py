@@ -52,7 +52,8 @@ from unigen.tokenizers.measure import evaluate_scales, evaluate_tokenizer
 from unigen.tokenizers.multiscale_vq import MultiscaleQuantizer
 from unigen.tokenizers.vq import VQConfig, VQTokenizer
 from unigen.toyworld.scenes import SceneRenderer, sample_scene
-from unigen.training.trainer import Trainer, TrainSpec
+from unigen.training.train_spec import TrainSpec
+from unigen.training.trainer import Trainer
 from unigen.training.vq_objective import VQLossConfig, VQObjective, VQTraining
 from unigen.utils.argparser import OneLineParser
 from unigen.utils.disk import check_input
@@ -267,8 +268,8 @@ def build(cfg: VQRunConfig) -> TrainSpec:
         dataset=generated_dataset or make_image_dataset(cfg.pictures, cfg.seed, size),
         collate=collate,
         objective=VQObjective(cfg.loss, feature_network(cfg.features), lpips),
-        sample=sample,
-        save=save,
+        write_samples=sample,
+        save_model=save,
     )
 
 

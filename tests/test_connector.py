@@ -148,7 +148,7 @@ def train(recipe: ModuleType) -> Callable[..., dict[str, Any]]:
         given = [*BRIEF, f"lmm={lmm}", f"generator={generator}", f"run_dir={run_dir}", *more]
         cfg = apply_overrides(recipe.config(), given)
         rows = [(Document.of(read), words) for read, words in asked]
-        return Trainer(cfg, replace(recipe.build(cfg), dataset=rows, sample=None)).run()
+        return Trainer(cfg, replace(recipe.build(cfg), dataset=rows, write_samples=None)).run()
 
     return run
 

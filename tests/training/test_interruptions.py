@@ -32,7 +32,16 @@ def sample(model: Any, step: int, folder: Path) -> None:
 
 def short_run(folder: Path) -> None:
     """6 steps, saved every other, with a model and samples."""
-    train(folder, "steps=6", "save_every=2", "sample_every=3", "log_every=1", "workers=0", save=save, sample=sample)
+    train(
+        folder,
+        "steps=6",
+        "save_every=2",
+        "sample_every=3",
+        "log_every=1",
+        "workers=0",
+        save_model=save,
+        write_samples=sample,
+    )
 
 
 def run_killed_at(folder: Path, event: int) -> bool:

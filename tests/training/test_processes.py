@@ -20,9 +20,9 @@ import torch
 
 from tests.training.test_trainer import DenoisingObjective, plain, train
 from unigen.training import generator_setup, peers
+from unigen.training.peers import main_process_first
 from unigen.training.recipe import run_recipe
 from unigen.training.stream import BatchIterator
-from unigen.training.trainer import main_process_first
 
 
 def ranks(work: Callable[[int], None], folder: Path, world: int = 2) -> list[int]:
@@ -162,7 +162,7 @@ def test_a_recipe_by_a_launcher_of_mpi(tmp_path: Path) -> None:
     (tmp_path / "recipe.py").write_text(
         "from unigen.config import RunConfig\n"
         "from tests.training.test_trainer import DenoisingObjective, NoisyDataset, plain\n"
-        "from unigen.training.trainer import TrainSpec\n"
+        "from unigen.training.train_spec import TrainSpec\n"
         f"def config(): return RunConfig(run_dir={str(tmp_path / 'run')!r}, steps=2, batch_size=4, workers=0)\n"
         "def build(cfg): return TrainSpec(plain(), NoisyDataset(), objective=DenoisingObjective())\n"
     )

@@ -25,6 +25,7 @@ from unigen.config import load_json
         (RECIPE.replace("return Config(", "Config(").encode(), "config() of the recipe"),
         (RECIPE.replace("return Config(", "return dict(").encode(), "must return a RunConfig, not a dict"),
         (RECIPE.replace("return TrainSpec(", "TrainSpec(").encode(), "must return a TrainSpec, not a NoneType"),
+        (RECIPE.replace("None, objective", "save=None").encode(), "gives TrainSpec save=, which is save_model= now"),
     ],
 )
 def test_files_that_are_no_recipes(

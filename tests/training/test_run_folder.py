@@ -105,7 +105,7 @@ def test_what_cannot_be_removed_holds_no_run(tmp_path: Path, monkeypatch: pytest
 def test_a_file_in_the_place_of_a_folder_is_told_before_the_work(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("mine")
     with pytest.raises(ValueError, match=f"{name} is a file, where a run has a folder: move it") as error:
-        train(tmp_path, save=save)
+        train(tmp_path, save_model=save)
     one_line(error)
     assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "mine"
 
@@ -114,7 +114,7 @@ def test_a_file_in_the_place_of_a_folder_is_told_before_the_work(name: str, tmp_
 def test_a_folder_in_the_place_of_a_file_is_told_before_the_work(name: str, tmp_path: Path) -> None:
     (tmp_path / name).mkdir()
     with pytest.raises(ValueError, match=f"{name} is a folder, where a run has a file: move it") as error:
-        train(tmp_path, save=save)
+        train(tmp_path, save_model=save)
     one_line(error)
 
 
@@ -128,17 +128,17 @@ def test_run_folders_that_cannot_be(tmp_path: Path) -> None:
 
 
 def test_a_model_of_which_a_part_is_gone_is_written_again(tmp_path: Path) -> None:
-    train(tmp_path, "steps=2", save=save)
+    train(tmp_path, "steps=2", save_model=save)
     weights = torch.load(tmp_path / "model" / "weights.pt")
     for lost in ("config.json", "weights.pt", "."):
         path = tmp_path / "model" / lost
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-        train(tmp_path, "steps=2", save=save)
+        train(tmp_path, "steps=2", save_model=save)
         again = torch.load(tmp_path / "model" / "weights.pt")
         assert (tmp_path / "model" / "config.json").exists()
         assert all(torch.equal(again[name], weights[name]) for name in weights)
     (tmp_path / "model" / "README.md").write_text("mine")
-    train(tmp_path, "steps=2", save=save)
+    train(tmp_path, "steps=2", save_model=save)
     assert (tmp_path / "model" / "README.md").exists(), "a whole model is left as it is"
 
 

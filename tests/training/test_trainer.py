@@ -27,12 +27,14 @@ from torch import Tensor, nn
 from unigen.config import OptimConfig, RunConfig, apply_overrides, load_json
 from unigen.tokenizers.quantize import VectorQuantizer
 from unigen.training import checkpoint
-from unigen.training.checkpoint import Ema, list_checkpoints, load_checkpoint, lock_run
+from unigen.training.checkpoint import EMA, list_checkpoints, load_checkpoint, lock_run
 from unigen.training.muon import MuonAdamW
+from unigen.training.optim import adamw, lr_factor
 from unigen.training.peers import is_alive, watch_pids
 from unigen.training.recipe import run_recipe
 from unigen.training.stream import feistel_permutation
-from unigen.training.trainer import Trainer, TrainSpec, adamw, lr_factor
+from unigen.training.train_spec import TrainSpec
+from unigen.training.trainer import Trainer
 
 
 class NoisyDataset:
@@ -140,7 +142,7 @@ def test_resume_would_differ_without(
     lost: str, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if lost == "dropout":  # dropout's generator runs on instead of being a function of the step
-        monkeypatch.setattr(Trainer, "_seed", lambda self, *_: torch.Generator().manual_seed(self.step))
+        monkeypatch.setattr(Trainer, "_seed_objective", lambda self, *_: torch.Generator().manual_seed(self.state.step))
         straight = tmp_path / "straight"
         train(straight)
     interrupted(tmp_path)
@@ -159,7 +161,7 @@ def test_resume_would_differ_without(
             state["model"]["1.running_mean"].zero_()
         return state
 
-    monkeypatch.setattr("unigen.training.trainer.load_checkpoint", forgetful)
+    monkeypatch.setattr("unigen.training.run_state.load_checkpoint", forgetful)
     train(tmp_path)
     assert losses(straight)[:6] == losses(tmp_path)[:6] and not same(straight, tmp_path)
 
@@ -208,7 +210,7 @@ def test_more_signals_do_not_lose_the_checkpoint(tmp_path: Path) -> None:
     stopped = DenoisingObjective(
         4, lambda: [os.kill(os.getpid(), number) for number in (signal.SIGTERM, signal.SIGINT)]
     )
-    assert train(tmp_path, objective=stopped, save=save)["step"] == 5
+    assert train(tmp_path, objective=stopped, save_model=save)["step"] == 5
     assert (tmp_path / "model" / "weights").read_text() == "whole"
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000005.pt"]
 
@@ -482,7 +484,7 @@ def test_what_a_run_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         torch.save(model.state_dict(), folder / "weights.pt")
 
     model = network()
-    train(tmp_path, "sample_every=5", "save_every=4", "keep=1", model=model, sample=sample, save=save)
+    train(tmp_path, "sample_every=5", "save_every=4", "keep=1", model=model, write_samples=sample, save_model=save)
     assert [p.name for p in sorted((tmp_path / "samples").iterdir())] == [f"{s:08d}.png" for s in (5, 10, 12)]
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000012.pt"]
     state = load_checkpoint(tmp_path)
@@ -510,7 +512,7 @@ def test_lines_without_a_terminal(straight: Path, tmp_path: Path, capsys: pytest
 def test_ema_closed_form() -> None:
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)
-    ema, expected = Ema(model, 0.3), 0.0
+    ema, expected = EMA(model, 0.3), 0.0
     for n in range(8):
         nn.init.constant_(model.weight, n + 1.0)
         ema.update()
@@ -570,9 +572,9 @@ def test_a_full_disk_keeps_the_last_model(tmp_path: Path) -> None:
         (folder / "weights").write_text("ha")
         raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    train(tmp_path, "steps=2", save=save)
+    train(tmp_path, "steps=2", save_model=save)
     with pytest.raises(ValueError) as error:
-        train(tmp_path, "steps=3", save=full)
+        train(tmp_path, "steps=3", save_model=full)
     assert f"cannot write {tmp_path / 'model'}: No space left on device; what was saved before" in one_line(error)
     assert (tmp_path / "model" / "weights").read_text() == "whole" and not (tmp_path / "model.tmp").exists()
 
@@ -588,7 +590,7 @@ def test_a_full_disk_anywhere_is_one_line(part: str, tmp_path: Path, monkeypatch
     elif part == "tensorboard":
         monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full)
     with pytest.raises(ValueError, match=f"files of the run {tmp_path}: No space left on device; free some") as error:
-        train(tmp_path, "steps=4", "workers=0", sample=full)
+        train(tmp_path, "steps=4", "workers=0", write_samples=full)
     one_line(error)
     monkeypatch.undo()
     assert train(tmp_path, "steps=4", "workers=0")["step"] == 4
@@ -622,23 +624,23 @@ def test_a_finished_run_that_was_killed_before_its_model_writes_it(
             raise Interrupted
         torch.save(model.state_dict(), folder / "weights.pt")
 
-    train(tmp_path, "steps=2", save=save)
+    train(tmp_path, "steps=2", save_model=save)
     old = torch.load(tmp_path / "model" / "weights.pt")["0.weight"]
     killed = True
     with pytest.raises(Interrupted):
-        train(tmp_path, "steps=4", save=save)
+        train(tmp_path, "steps=4", save_model=save)
     assert torch.equal(torch.load(tmp_path / "model" / "weights.pt")["0.weight"], old)
     killed = False
-    assert train(tmp_path, "steps=4", save=save)["finished"]
+    assert train(tmp_path, "steps=4", save_model=save)["finished"]
     state = load_checkpoint(tmp_path)
     assert state is not None and state["step"] == 4
     found = torch.load(tmp_path / "model" / "weights.pt")["0.weight"]
     assert torch.equal(found, state["ema"]["average"]["0.weight"]) and not torch.equal(found, old)
     assert "wrote the model of step 4" in capsys.readouterr().out
-    train(tmp_path, "steps=4", save=save)
+    train(tmp_path, "steps=4", save_model=save)
     assert "wrote the model" not in capsys.readouterr().out
     shutil.rmtree(tmp_path / "model")  # killed between two renames, by a system that cannot exchange folders
-    train(tmp_path, "steps=4", save=save)
+    train(tmp_path, "steps=4", save_model=save)
     assert torch.equal(torch.load(tmp_path / "model" / "weights.pt")["0.weight"], found)
 
 
@@ -705,14 +707,14 @@ def test_another_optimizer_is_called_so(tmp_path: Path) -> None:
 
     train(tmp_path, "steps=1")
     with pytest.raises(ValueError, match="holds a run by the optimizer AdamW, not SGD") as error:
-        train(tmp_path, "steps=2", "keep=3", optimizer=plain_sgd)
+        train(tmp_path, "steps=2", "keep=3", make_optimizer=plain_sgd)
     assert "keep: 2 -> 3" in one_line(error)
     state = load_checkpoint(tmp_path)
     assert state is not None
     del state["optimizer_names"]  # as earlier versions wrote it
     checkpoint.save_checkpoint(tmp_path, state, 1)
     with pytest.raises(ValueError, match="by another optimizer") as error:
-        train(tmp_path, "steps=2", optimizer=lambda model, cfg: MuonAdamW(model, cfg.optim))
+        train(tmp_path, "steps=2", make_optimizer=lambda model, cfg: MuonAdamW(model, cfg.optim))
     one_line(error)
 
 

@@ -1,4 +1,4 @@
-"""Training: `run_recipe` loads a recipe file and trains it; `Trainer(cfg, job).run()` is what it calls.
+"""Training: `run_recipe` loads a recipe file and trains it; `Trainer(cfg, spec).run()` is what it calls.
 
 It does not depend on losses (an Objective does) and models (a recipe does). Nothing heavy is imported until a name is
 used.
@@ -13,14 +13,15 @@ from unigen.config import OptimConfig, RunConfig
 
 if TYPE_CHECKING:
     from unigen.training.recipe import run_recipe
-    from unigen.training.trainer import Objective, Trainer, TrainSpec
+    from unigen.training.train_spec import Objective, TrainSpec
+    from unigen.training.trainer import Trainer
 
 __all__ = ["Objective", "OptimConfig", "RunConfig", "TrainSpec", "Trainer", "run_recipe"]
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        home = "recipe" if name == "run_recipe" else "trainer"
+        home = {"run_recipe": "recipe", "Trainer": "trainer"}.get(name, "train_spec")
         return getattr(importlib.import_module(f"unigen.training.{home}"), name)
     if name == "Job":
         raise ImportError("unigen.training.Job is called TrainSpec now")

@@ -25,7 +25,7 @@ from unigen.training.peers import is_alive
 from unigen.utils.disk import disk_errors
 
 
-class Ema:
+class EMA:
     """Exponential moving average of the trained weights, in fp32: w <- d w + (1 - d) p, d = min(decay, (1 + n) / (10 +
     n)).
 
@@ -35,16 +35,16 @@ class Ema:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.updates = 0
+        self.num_updates = 0
         self._weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._average = {name: p.detach().float().clone() for name, p in self._weights.items()}
+        self._shadow = {name: p.detach().float().clone() for name, p in self._weights.items()}
 
     @torch.no_grad()
     def update(self) -> None:
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        self.updates += 1
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        self.num_updates += 1
         current = [p.detach().float() for p in self._weights.values()]
-        torch._foreach_lerp_(list(self._average.values()), current, 1 - decay)
+        torch._foreach_lerp_(list(self._shadow.values()), current, 1 - decay)
 
     @contextmanager
     def average_parameters(self) -> Iterator[None]:
@@ -52,7 +52,7 @@ class Ema:
         original = {name: p.detach().clone() for name, p in self._weights.items()}
         with torch.no_grad():
             for name, p in self._weights.items():
-                p.copy_(self._average[name])
+                p.copy_(self._shadow[name])
         try:
             yield
         finally:
@@ -61,11 +61,11 @@ class Ema:
                     p.copy_(original[name])
 
     def state_dict(self) -> dict[str, Any]:
-        return {"updates": self.updates, "average": dict(self._average)}
+        return {"updates": self.num_updates, "average": dict(self._shadow)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.updates = state["updates"]
-        for name, average in self._average.items():
+        self.num_updates = state["updates"]
+        for name, average in self._shadow.items():
             average.copy_(state["average"][name])
 
 

@@ -21,7 +21,7 @@ from unigen.hub.folders import replacing_folder
 from unigen.model import assembly
 from unigen.model.unified import UnifiedModel
 from unigen.tokenizers import load_image_tokenizer, text
-from unigen.training.trainer import main_process_first
+from unigen.training.peers import main_process_first
 
 
 def normalize_generator_weights(writers: Mapping[str, float]) -> dict[str, float]:

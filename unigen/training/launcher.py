@@ -37,10 +37,10 @@ def check_launcher(environment: Mapping[str, str] = os.environ) -> None:
             compiler is asked for; or several processes by a launcher that leaves out how they find each other; in one
             line.
     """
-    if launch_info(environment).world > 1 and not environment.get("MASTER_ADDR"):
+    if launch_info(environment).world_size > 1 and not environment.get("MASTER_ADDR"):
         raise ValueError(
-            f"{launch_info(environment).world} processes were launched without MASTER_ADDR, by which they find each "
-            "other: launch by torchrun, which sets it"
+            f"{launch_info(environment).world_size} processes were launched without MASTER_ADDR, by which they find "
+            "each other: launch by torchrun, which sets it"
         )
     for kind, (option, prefix) in _UNSUPPORTED_PLUGINS.items():
         is_requested = environment.get(f"ACCELERATE_USE_{kind}", "").lower() in _TRUE
@@ -61,10 +61,12 @@ def check_launcher(environment: Mapping[str, str] = os.environ) -> None:
 
 
 class LaunchInfo(NamedTuple):
-    """The place of this process in its run: rank, from 0 on, of world processes. Rank 0 is the main process."""
+    """The place of this process in its run."""
 
     rank: int
-    world: int
+    """From 0 on; rank 0 is the main process."""
+    world_size: int
+    """Processes of the run."""
 
 
 def launch_info(environment: Mapping[str, str] = os.environ) -> LaunchInfo:

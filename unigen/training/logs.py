@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,27 +36,27 @@ class MetricAccumulator:
         self._counts[name] = self._counts[name] + count if name in self._counts else count
         self._weights[name] = weight
 
-    def rows(self, world: int) -> dict[str, list[float]]:
+    def reduce(self, world_size: int) -> dict[str, list[float]]:
         """Name -> [sum, count, weight], over all processes; each of them has to ask."""
         names = sorted(self._sums)
         sums_and_counts = torch.stack([torch.stack([self._sums[name], self._counts[name]]) for name in names])
-        if world > 1:
+        if world_size > 1:
             torch.distributed.all_reduce(sums_and_counts)
         return {name: [*row, self._weights[name]] for name, row in zip(names, sums_and_counts.tolist(), strict=True)}
 
-    def load(self, rows: dict[str, list[float]], main: bool) -> None:
-        """Go on from what `rows` gave, in the main process; the others add nothing to it."""
+    def load_sums(self, sums: Mapping[str, list[float]], is_main: bool) -> None:
+        """Go on from what `reduce` gave, in the main process; the others add nothing to it."""
         self.reset()
-        for name, (total, count, weight) in rows.items():
-            self.add(name, total if main else 0.0, count if main else 0.0, weight)
+        for name, (total, count, weight) in sums.items():
+            self.add(name, total if is_main else 0.0, count if is_main else 0.0, weight)
 
 
-def compute_means(rows: dict[str, list[float]], seconds: float) -> dict[str, float]:
-    """{"loss", each name, "tokens/s" where "metric/tokens" is a name} of what `MetricAccumulator.rows` gives."""
-    each = {name.removeprefix("metric/"): total / max(count, 1e-12) for name, (total, count, _) in rows.items()}
-    loss = sum(weight * each[name] for name, (*_, weight) in rows.items() if not name.startswith("metric/"))
-    if "metric/tokens" in rows:
-        each["tokens/s"] = rows["metric/tokens"][0] / max(seconds, 1e-9)
+def compute_means(sums: Mapping[str, list[float]], seconds: float) -> dict[str, float]:
+    """{"loss", each name, "tokens/s" where "metric/tokens" is a name} of what `MetricAccumulator.reduce` gives."""
+    each = {name.removeprefix("metric/"): total / max(count, 1e-12) for name, (total, count, _) in sums.items()}
+    loss = sum(weight * each[name] for name, (*_, weight) in sums.items() if not name.startswith("metric/"))
+    if "metric/tokens" in sums:
+        each["tokens/s"] = sums["metric/tokens"][0] / max(seconds, 1e-9)
     return {"loss": loss} | each
 
 
@@ -70,17 +71,17 @@ class TrainLogger:
         path = run_dir / "metrics.jsonl"
         _truncate_after(path, step)
         self.file = open(path, "a", encoding="utf-8")
-        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
-        self.bar: Any = None
+        self.tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+        self.progress_bar: Any = None
         if visible():
             from tqdm.auto import tqdm
 
             form = "{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{postfix}"
-            self.bar = tqdm(total=steps, initial=step, dynamic_ncols=True, bar_format=form)
+            self.progress_bar = tqdm(total=steps, initial=step, dynamic_ncols=True, bar_format=form)
 
-    def tick(self) -> None:
-        if self.bar is not None:
-            self.bar.update(1)
+    def advance(self) -> None:
+        if self.progress_bar is not None:
+            self.progress_bar.update(1)
 
     def write(self, step: int, metrics: dict[str, float], progress: float) -> None:
         """`progress` is the share of the run that is done; metrics hold "loss", "lr", "seconds", "rows/s" and whatever
@@ -92,11 +93,11 @@ class TrainLogger:
         )
         self.file.flush()
         for name, value in metrics.items():
-            self.board.add_scalar(name, value, step)
-        self.board.flush()
+            self.tensorboard.add_scalar(name, value, step)
+        self.tensorboard.flush()
         speed = f"{metrics['tokens/s']:.0f} tokens/s" if "tokens/s" in metrics else f"{metrics['rows/s']:.1f} rows/s"
-        if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {speed}, {time_left} left")
+        if self.progress_bar is not None:
+            self.progress_bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {speed}, {time_left} left")
             return
         standard_names = {"loss", "lr", "seconds", "tokens", "tokens/s", "rows/s", "grad_norm"}
         other_names = [name for name in metrics if name not in standard_names]
@@ -108,10 +109,10 @@ class TrainLogger:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        if self.progress_bar is not None:
+            self.progress_bar.close()
         self.file.close()
-        self.board.close()
+        self.tensorboard.close()
 
 
 def format_duration(seconds: float) -> str:

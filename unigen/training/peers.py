@@ -13,7 +13,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +83,44 @@ def is_alive(pid: int) -> bool:
     except OSError:
         pass
     return True
+
+
+@contextmanager
+def main_process_first() -> Iterator[None]:
+    """Inside, the main process of a run goes first and the others wait for it: for a file that all of them read and one
+    of them makes.
+
+    Raises:
+        ValueError: in the others, where the main process failed inside, with what it said, or has ended; in one line.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    main = PartialState(cpu=not torch.cuda.is_available()).is_main_process
+    error_message: list[str | None] = [None]
+    if main:
+        try:
+            yield
+        except Exception as error:
+            error_message = [" ".join(f"{error}".split()) or type(error).__name__]
+            with suppress(RuntimeError):  # a process that has ended need not be told
+                broadcast_object_list(error_message)
+            raise
+    try:
+        broadcast_object_list(error_message)
+    except RuntimeError as error:
+        if not is_lost_peer(error):
+            raise
+        raise ValueError(
+            "another process of the run ended while this one waited for it: what it said last says why"
+        ) from error
+    if error_message[0] is not None:
+        raise ValueError(f"the main process of the run failed, on which this one waited: {error_message[0]}")
+    if not main:
+        yield
+
+
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed since another process is gone, as gloo and NCCL tell it."""
+    signs = "connection closed by peer", "connection reset", "broken pipe", "remote process"
+    return any(sign in str(error).lower() for sign in signs)

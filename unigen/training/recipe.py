@@ -13,6 +13,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -55,20 +56,33 @@ def run_recipe(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     for needed in ("config", "build"):
         if not callable(getattr(module, needed, None)):
             raise ValueError(f"the recipe {path} has no function {needed}(); it needs config() and build(cfg)")
-    cfg = apply_overrides(_call(path, "config()", RunConfig, module.config), overrides)
+    cfg = apply_overrides(_call_checked(path, "config()", RunConfig, module.config), overrides)
 
     from unigen.training.checkpoint import lock_run
     from unigen.training.stream import seed_all
-    from unigen.training.trainer import Trainer, TrainSpec
+    from unigen.training.train_spec import TrainSpec
+    from unigen.training.trainer import Trainer
 
     with lock_run(cfg.run_dir, main):
         seed_all(cfg.seed)  # so that the first weights are a function of the configuration
-        return Trainer(cfg, _call(path, "build(cfg)", TrainSpec, module.build, cfg)).run()
+        return Trainer(cfg, _call_checked(path, "build(cfg)", TrainSpec, module.build, cfg)).run()
 
 
-def _call(path: str, call: str, kind: type[T], function: Callable[..., object], *given: object) -> T:
+SPEC_RENAMES = {"sample": "write_samples", "save": "save_model", "optimizer": "make_optimizer"}
+"""Fields of a TrainSpec as version 0.1 called them, and their names now."""
+
+
+def _call_checked(path: str, call: str, kind: type[T], function: Callable[..., object], *arguments: object) -> T:
     """What a function of the recipe at `path` returns. ValueError where it is not of the kind."""
-    result = function(*given)
+    try:
+        result = function(*arguments)
+    except TypeError as error:
+        old = re.search(r"TrainSpec.*unexpected keyword argument '(\w+)'", str(error))
+        if old is None or old[1] not in SPEC_RENAMES:
+            raise
+        raise ValueError(
+            f"the recipe {path} gives TrainSpec {old[1]}=, which is {SPEC_RENAMES[old[1]]}= now"
+        ) from error
     if not isinstance(result, kind):
         raise ValueError(f"{call} of the recipe {path} must return a {kind.__name__}, not a {type(result).__name__}")
     return result

@@ -3,7 +3,8 @@
 It does not depend on what an item is. Row p of the stream is always the same item with the same random seeds, whichever
 process or worker makes it and whenever: resuming is starting at p.
 
-    batches = load(dataset, collate, first=0, size=32, rank=0, world=1, seed=0, shuffle=True, workers=2, pin=False)
+    batches = make_loader(dataset, collate, first_sample=0, batch_size=32, rank=0, world_size=1, seed=0, shuffle=True,
+                          num_workers=2, pin_memory=False)
     batch = next(batches)
 """
 
@@ -65,13 +66,16 @@ class WorkerError:
     (traceback)."""
 
     error: Exception
-    where: str
-    text: str
+    """The exception, or one of the same text that can be pickled."""
+    source: str
+    """Where it was raised, in words."""
+    traceback_text: str
+    """As Python prints it."""
 
     def reraise(self) -> None:
         if isinstance(self.error, ValueError):
-            raise ValueError(f"{self.error} ({self.where})")
-        raise RuntimeError(f"{self.where} failed:\n{self.text}")
+            raise ValueError(f"{self.error} ({self.source})")
+        raise RuntimeError(f"{self.source} failed:\n{self.traceback_text}")
 
 
 class _SampleStream(torch.utils.data.Dataset[Any]):
@@ -114,7 +118,7 @@ class _Collate:
             pickle.loads(pickle.dumps(failed.error))
         except Exception:  # an exception that cannot travel would hang the worker; its text can
             kind = ValueError if isinstance(failed.error, ValueError) else RuntimeError
-            failed = WorkerError(kind(str(failed.error)), failed.where, failed.text)
+            failed = WorkerError(kind(str(failed.error)), failed.source, failed.traceback_text)
         return failed
 
 
@@ -155,7 +159,7 @@ class BatchIterator:
         shut_down = getattr(self._batches, "_shutdown_workers", None)  # without workers there is none
         if shut_down is None:
             return
-        kill = threading.Timer(grace, self._kill)
+        kill = threading.Timer(grace, self._kill_workers)
         kill.start()
         try:
             with _ignore_sigchld():
@@ -163,7 +167,7 @@ class BatchIterator:
         finally:
             kill.cancel()
 
-    def _kill(self) -> None:
+    def _kill_workers(self) -> None:
         for worker in self._workers:
             worker.kill()
 
@@ -182,37 +186,54 @@ def _ignore_sigchld() -> Iterator[None]:
         signal.signal(signal.SIGCHLD, old)
 
 
-def load(
+def make_loader(
     dataset: Any,
     collate: Callable[[list[Any]], Any] | None,
     *,
-    first: int,
-    size: int,
+    first_sample: int,
+    batch_size: int,
     rank: int,
-    world: int,
+    world_size: int,
     seed: int,
     shuffle: bool,
-    workers: int,
-    pin: bool,
+    num_workers: int,
+    pin_memory: bool,
 ) -> BatchIterator:
-    """Endless batches of `size` rows for process `rank`, the first at row first + rank * size, then every world * size
-    rows.
+    """Endless batches of one process, from any sample of the stream on.
 
-    A batch is what `collate` makes of the items, or a `WorkerError`. `pin` is for copies to a GPU.
+    Args:
+        dataset: map-style; without `__len__` it is endless and read in order.
+        collate: makes a batch of a list of items; None: torch's default.
+        first_sample: position in the stream of the run's next sample.
+        batch_size: samples a batch.
+        rank: this process. Its first batch begins at `first_sample + rank * batch_size`, the next ones
+            `world_size * batch_size` further each.
+        world_size: processes of the run.
+        seed: of the order and of the items' random draws.
+        shuffle: whether each epoch has another order.
+        num_workers: processes that make batches; 0: this one.
+        pin_memory: whether batches are in memory from which a GPU copies.
+
+    Returns:
+        Batches as `collate` makes them, or a `WorkerError` in the place of one that failed.
+
+    Raises:
+        ValueError: the data set is empty.
     """
 
     def positions() -> Iterator[range]:
-        for start in itertools.count(first + rank * size, world * size):
-            yield range(start, start + size)
+        for start in itertools.count(first_sample + rank * batch_size, world_size * batch_size):
+            yield range(start, start + batch_size)
 
+    fork = "fork" if num_workers and hasattr(os, "fork") else None  # recipes need not be importable
     loader = torch.utils.data.DataLoader(
         _SampleStream(dataset, seed, shuffle),
         batch_sampler=positions(),  # type: ignore[arg-type]
         collate_fn=_Collate(collate or torch.utils.data.default_collate),
-        num_workers=workers,
+        num_workers=num_workers,
         worker_init_fn=_start_worker,
-        multiprocessing_context="fork" if workers and hasattr(os, "fork") else None,  # recipes need not be importable
-        pin_memory=pin,
-        prefetch_factor=4 if workers else None,
+        multiprocessing_context=fork,
+        pin_memory=pin_memory,
+        prefetch_factor=4 if num_workers else None,
     )
     return BatchIterator(loader)

@@ -1,0 +1,266 @@
+"""A run in memory and on disk: what a checkpoint holds, resuming, and the outputs of a run folder.
+
+It does not depend on how a step is made. Keys of checkpoints: step, rows (samples seen by all processes), elapsed
+(seconds), model, optimizers, optimizer_names, ema, unlogged (the sums since the last log line).
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from unigen.config import RunConfig, load_json, save_json, to_dict
+from unigen.training.checkpoint import (
+    EMA,
+    TEMP_PREFIX,
+    has_model_of_step,
+    has_samples_of_step,
+    list_checkpoints,
+    load_checkpoint,
+    record_samples,
+    save_checkpoint,
+    save_model,
+    tree_to_cpu,
+)
+from unigen.training.logs import MetricAccumulator
+from unigen.training.train_spec import TrainSpec
+
+
+@dataclass
+class RunState:
+    """What a checkpoint holds of a run."""
+
+    model: nn.Module
+    """The model that is trained."""
+    optimizers: Sequence[torch.optim.Optimizer]
+    """One for each objective, in order."""
+    ema: EMA | None
+    """The averaged weights."""
+    metrics: MetricAccumulator
+    """Sums since the last log line."""
+    step: int = 0
+    """Steps done."""
+    samples_seen: int = 0
+    """Samples of the stream that all processes have read."""
+    elapsed: float = 0.0
+    """Seconds of training, earlier sessions included."""
+    last_log: tuple[int, float] = (0, 0.0)
+    """Step and seconds of the last log line."""
+
+    def reset_metrics(self) -> None:
+        """Begin new sums, after a log line."""
+        self.metrics.reset()
+        self.last_log = self.step, self.elapsed
+
+    def optimizer_names(self) -> list[str]:
+        """The class of each optimizer, as checkpoints name it."""
+        return [type(optimizer).__name__ for optimizer in self.optimizers]
+
+    def state_dict(self, unlogged: Mapping[str, list[float]]) -> dict[str, Any]:
+        """What a checkpoint holds.
+
+        Args:
+            unlogged: what `metrics.reduce` gives of the steps since the last log line; {} where there are none.
+        """
+        step, seconds = self.last_log
+        return {
+            "step": self.step,
+            "rows": self.samples_seen,
+            "elapsed": self.elapsed,
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "optimizer_names": self.optimizer_names(),
+            "ema": self.ema.state_dict() if self.ema else None,
+            # stopped between two log lines: the next one is to be what it would have been
+            "unlogged": {"rows": unlogged, "step": step, "seconds": seconds} if unlogged else None,
+        }
+
+    def load_optimizers(self, states: Sequence[dict[str, Any]]) -> None:
+        """Take over momentum and the like. Learning rate, weight decay and other options stay the configuration's.
+
+        Raises:
+            KeyError, RuntimeError, ValueError: the states are of other optimizers, or of other parameters.
+        """
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+            optimizer.load_state_dict(state)
+            for group, option in zip(optimizer.param_groups, options, strict=True):
+                group.update(option)
+
+    def load_progress(self, state: Mapping[str, Any], is_main: bool) -> None:
+        """Take over averages, counters and the sums since the last log line, which only the main process adds to.
+
+        Args:
+            state: a checkpoint.
+            is_main: whether this is the main process of the run.
+        """
+        if self.ema and state["ema"]:
+            self.ema.load_state_dict(state["ema"])
+        self.step, self.samples_seen, self.elapsed = state["step"], state["rows"], state["elapsed"]
+        self.last_log = self.step, self.elapsed
+        if unlogged := state.get("unlogged"):
+            self.metrics.load_sums(unlogged["rows"], is_main)
+            self.last_log = unlogged["step"], unlogged["seconds"]
+
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """Inside, the model is as it would be used: averaged weights, eval mode, no gradients."""
+        self.model.eval()
+        with self.ema.average_parameters() if self.ema else nullcontext(), torch.no_grad():
+            yield
+        self.model.train()
+
+
+class RunFolder:
+    """The folder of a run: config.json, checkpoints/, samples/, model/. Only the main process writes."""
+
+    def __init__(self, cfg: RunConfig, spec: TrainSpec, state: RunState, is_main: bool) -> None:
+        """
+        Args:
+            cfg: names the folder; what a fresh run writes to config.json.
+            spec: writes samples and the model.
+            state: saved and restored.
+            is_main: whether this is the main process of the run.
+        """
+        self.cfg, self.spec, self.state, self.is_main = cfg, spec, state, is_main
+        self.path = Path(cfg.run_dir)
+
+    def resume(self, machine: str) -> None:
+        """Take up the run that the folder holds, or start one; says which.
+
+        Args:
+            machine: processes, device and precision, in words.
+
+        Raises:
+            ValueError: the checkpoint is damaged, or of another model or optimizer; in one line.
+        """
+        checkpoint = load_checkpoint(self.path)
+        saved = self._saved_config() if checkpoint is not None else {}
+        changes = list(_config_diff(saved, to_dict(self.cfg))) if saved else []
+        if checkpoint is not None:
+            self._load(checkpoint, changes)
+        if self.is_main:
+            millions = sum(p.numel() for p in self.state.model.parameters()) / 1e6
+            verb = f"resuming at step {self.state.step}" if checkpoint else "a fresh run"
+            source = f", from {self.cfg.init_from}" if self.cfg.init_from and not checkpoint else ""
+            print(f"{self.path}: {verb}, {millions:.2f}M parameters, {machine}{source}", flush=True)
+            for line in changes:
+                print(f"  changed since the run began: {line}", flush=True)
+            save_json(self.path / "config.json", to_dict(self.cfg))
+
+    def resume_hint(self) -> str:
+        """The end of a message that says why a run ended."""
+        good = list_checkpoints(self.path)
+        place = f"from {good[-1].name}" if good else "afresh"
+        return f"what it said last says why; the same command goes on {place}"
+
+    def save(self, unlogged: Mapping[str, list[float]]) -> None:
+        """Write a checkpoint and the model, in the main process.
+
+        Args:
+            unlogged: as `RunState.state_dict`.
+        """
+        if self.is_main:
+            save_checkpoint(self.path, tree_to_cpu(self.state.state_dict(unlogged)), self.cfg.keep)
+            self._save_model()
+
+    def write_samples(self) -> None:
+        """Let the recipe write its samples, in the main process; none is there in part."""
+        write = self.spec.write_samples
+        if write is None or not self.is_main:
+            return
+        folder = self.path / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        with self.state.ema_weights(), tempfile.TemporaryDirectory(prefix=TEMP_PREFIX, dir=folder) as scratch:
+            write(self.state.model, self.state.step, Path(scratch))
+            for path in sorted(Path(scratch).iterdir()):
+                os.replace(path, folder / path.name)
+        record_samples(self.path, self.state.step)
+
+    def write_missing_outputs(self, finished: bool) -> None:
+        """Do what a process that ended at the step of the checkpoint had still to do.
+
+        Args:
+            finished: whether the run has reached its end: its model and samples are due.
+        """
+        step = self.state.step
+        if not self.is_main:
+            return
+        if finished and self.spec.save_model is not None and not has_model_of_step(self.path, step):
+            self._save_model()
+            print(f"{self.path}: wrote the model of step {step}, which was missing", flush=True)
+        if (finished or is_due(self.cfg.sample_every, step)) and not has_samples_of_step(self.path, step):
+            self.write_samples()
+
+    def _save_model(self) -> None:
+        if self.spec.save_model is not None:
+            write = self.spec.save_model
+            with self.state.ema_weights():
+                save_model(self.path, self.state.step, lambda folder: write(self.state.model, folder))
+
+    def _saved_config(self) -> dict[str, Any]:
+        """The configuration that the run had; without one, or with a damaged one, the checkpoint says all it needs."""
+        path = self.path / "config.json"
+        if not path.exists():
+            return {}
+        try:
+            saved = load_json(path)
+            if isinstance(saved, dict):
+                return saved
+            reason = f"{path} holds no table of keys"
+        except ValueError as error:
+            reason = str(error)
+        if self.is_main:
+            print(f"{reason}; it is written anew, and the run goes on from its checkpoint", flush=True)
+        return {}
+
+    def _load(self, checkpoint: dict[str, Any], changes: Sequence[str]) -> None:
+        """Take over a checkpoint. ValueError where it is of another model or optimizer, which names the `changes` of
+        the configuration."""
+        change_text = f" ({'; '.join(changes)})" if changes else ""
+        advice = "choose another run_dir, or give what the run had"
+        try:
+            self.state.model.load_state_dict(checkpoint["model"])
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(
+                f"{self.path} holds a run of another model{change_text}: {advice} ({_shorten(error)})"
+            ) from error
+        current = self.state.optimizer_names()
+        saved = checkpoint.get("optimizer_names", current)
+        if saved != current:
+            names = f"{' and '.join(saved)}, not {' and '.join(current)}"
+            raise ValueError(f"{self.path} holds a run by the optimizer {names}{change_text}: {advice}")
+        try:
+            self.state.load_optimizers(checkpoint["optimizers"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"{self.path} holds a run by another optimizer{change_text}: {advice} ({_shorten(error)})"
+            ) from error
+        self.state.load_progress(checkpoint, self.is_main)
+
+
+def is_due(interval: int, step: int) -> bool:
+    """Whether something that is done every `interval` steps, or never (0), is done after this one."""
+    return bool(interval) and step % interval == 0
+
+
+def _shorten(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _config_diff(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """A line for each key that differs."""
+    for key in [*new, *(k for k in old if k not in new)]:
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            yield from _config_diff(before, after, f"{prefix}{key}.")
+        elif before != after:
+            yield f"{prefix}{key}: {before} -> {after}"
