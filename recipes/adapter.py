@@ -160,9 +160,8 @@ def build(cfg: ConnectorRunConfig) -> TrainSpec:
     adapter = new_or_loaded_connector(cfg, lmm, pipe)
     ConnectedDiffusersEngine(pipe, lmm, adapter)  # does it fit?
 
-    def sample(model: nn.Module, step: int, folder: Path) -> None:
+    def sample(model: Connector, step: int, folder: Path) -> None:
         """Held-out captions: above by the pipeline's own text encoder, below by the adapter."""
-        assert isinstance(model, Connector)
         words = [CaptionDataset(cfg.seed + 1, 0.0)[i][1] for i in range(4)]
         engines = DiffusersEngine(pipe), ConnectedDiffusersEngine(pipe, lmm, model)
         images = [painter.generate(target, steps=20, seed=0) for painter in engines for target in words]

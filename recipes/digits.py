@@ -27,7 +27,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
 from transformers import LlamaConfig
 
 from unigen import generators
@@ -136,13 +135,12 @@ def build(cfg: DigitsConfig) -> TrainSpec:
         objective=MultiGeneratorLoss(model.generators, shares),
         make_optimizer=lambda model, cfg: MuonAdamW(model, cfg.optim),
         write_samples=sample,
-        save_model=lambda model, folder: model.save(folder),  # type: ignore[attr-defined]
+        save_model=lambda model, folder: model.save(folder),
     )
 
 
-def sample(model: nn.Module, step: int, folder: Path) -> None:
+def sample(model: UnifiedModel, step: int, folder: Path) -> None:
     """All digits, a row for each way of writing."""
-    assert isinstance(model, UnifiedModel)
     engine, count = Engine(model.inference_copy()), len(digits.NAMES)
     rows = [
         engine.generate_batch(range(count), [0] * count, generator=name, guidance=2.0)

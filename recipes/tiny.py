@@ -65,7 +65,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
 
 from unigen.batch import Tokens
 from unigen.config import OptimConfig, RunConfig
@@ -330,13 +329,12 @@ def build(cfg: TinyConfig) -> TrainSpec:
         objective=objective,
         make_optimizer=(lambda model, cfg: MuonAdamW(model, cfg.optim)) if cfg.muon else None,
         write_samples=write_samples,
-        save_model=lambda model, folder: model.save(folder),  # type: ignore[attr-defined]
+        save_model=lambda model, folder: model.save(folder),
     )
 
 
-def write_samples(model: nn.Module, step: int, folder: Path) -> None:
+def write_samples(model: UnifiedModel, step: int, folder: Path) -> None:
     """Guided pictures, one column a prompt, two rows a way of writing; and what the model says of the uppermost row."""
-    assert isinstance(model, UnifiedModel)
     engine = Engine(model.inference_copy())
     rows = [(name, seed) for name in engine.info()["generators"] for seed in (0, 1)]
     pictures = [

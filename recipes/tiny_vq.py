@@ -37,7 +37,7 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from unigen.config import OptimConfig, RunConfig, apply_overrides, write_report
 from unigen.data import digits
@@ -256,11 +256,11 @@ def build(cfg: VQRunConfig) -> TrainSpec:
     held_out = make_image_dataset(cfg.pictures, 0, size, held_out=True)
     sample_pixels = collate([held_out[i] for i in range(24)])["pixels"]
 
-    def sample(model: nn.Module, step: int, folder: Path) -> None:
+    def sample(model: VQTraining, step: int, folder: Path) -> None:
         device = next(model.parameters()).device
         save_grid(model.tokenizer, sample_pixels.to(device), folder / f"{step:06d}.png")
 
-    def save(model: nn.Module, folder: Path) -> None:
+    def save(model: VQTraining, folder: Path) -> None:
         save_tokenizer(model.tokenizer, folder)
 
     return TrainSpec(

@@ -20,12 +20,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import SchedulerMixin
+    from diffusers.schedulers.scheduling_deis_multistep import DEISMultistepScheduler
+    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+    from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHeunDiscreteScheduler
+    from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
     from torch import Tensor
+
+    Scheduler = (
+        FlowMatchEulerDiscreteScheduler
+        | FlowMatchHeunDiscreteScheduler
+        | DPMSolverMultistepScheduler
+        | UniPCMultistepScheduler
+        | DEISMultistepScheduler
+    )
 
 MAX_STEPS = 250
 """Most steps; with more, the whole-numbered times of some solvers meet."""
@@ -106,7 +118,7 @@ class SchedulerSolver:
     """A scheduler of diffusers, its times set, as a solver."""
 
     def __init__(
-        self, scheduler: SchedulerMixin, prediction_type: Literal["velocity", "data", "noise"] = "velocity"
+        self, scheduler: Scheduler, prediction_type: Literal["velocity", "data", "noise"] = "velocity"
     ) -> None:
         """
         Args:
@@ -116,12 +128,13 @@ class SchedulerSolver:
         """
         self.scheduler = scheduler
         self.prediction_type: Literal["velocity", "data", "noise", "score"] = prediction_type
-        num_train_timesteps = scheduler.config.num_train_timesteps
+        num_train_timesteps = scheduler.config["num_train_timesteps"]
         self.timesteps: Sequence[float] = [float(t) / num_train_timesteps for t in scheduler.timesteps]
 
     def step(self, prediction: Tensor, index: int, x_t: Tensor, rng: torch.Generator | None = None) -> StepResult:
         """As `Solver.step`."""
-        x_next = self.scheduler.step(prediction, self.scheduler.timesteps[index], x_t, return_dict=False)[0]
+        step = cast("Callable[..., tuple[Tensor, ...]]", self.scheduler.step)  # some are typed for a FloatTensor
+        x_next = step(prediction, self.scheduler.timesteps[index], x_t, return_dict=False)[0]
         return StepResult(x_next)
 
 
@@ -139,7 +152,7 @@ class ToDataSolver(SchedulerSolver):
 def euler(steps: int, shift: float) -> Solver:
     """Order 1: x + (t_next - t) velocity."""
     import numpy as np
-    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist())  # by steps alone they are shifted twice
@@ -149,7 +162,7 @@ def euler(steps: int, shift: float) -> Solver:
 @solver("heun")
 def heun(steps: int, shift: float) -> Solver:
     """Order 2: the mean of the velocities at both ends of a step, the last step euler's."""
-    from diffusers import FlowMatchHeunDiscreteScheduler
+    from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHeunDiscreteScheduler
 
     scheduler = FlowMatchHeunDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(steps)
@@ -159,7 +172,7 @@ def heun(steps: int, shift: float) -> Solver:
 @solver("dpm++")
 def dpm_plus_plus(steps: int, shift: float) -> Solver:
     """DPM-Solver++ of order 2, multistep (Lu et al. 2022, arXiv 2211.01095)."""
-    from diffusers import DPMSolverMultistepScheduler
+    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
     scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
     scheduler.set_timesteps(steps)
@@ -169,7 +182,7 @@ def dpm_plus_plus(steps: int, shift: float) -> Solver:
 @solver("unipc")
 def unipc(steps: int, shift: float) -> Solver:
     """UniPC of order 2 (Zhao et al. 2023, arXiv 2302.04867)."""
-    from diffusers import UniPCMultistepScheduler
+    from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
     scheduler.set_timesteps(steps)
@@ -179,7 +192,7 @@ def unipc(steps: int, shift: float) -> Solver:
 @solver("deis")
 def deis(steps: int, shift: float) -> Solver:
     """DEIS of order 2 (Zhang and Chen 2022, arXiv 2204.13902)."""
-    from diffusers import DEISMultistepScheduler
+    from diffusers.schedulers.scheduling_deis_multistep import DEISMultistepScheduler
 
     scheduler = DEISMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
     scheduler.set_timesteps(steps)

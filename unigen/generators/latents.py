@@ -49,7 +49,7 @@ class DenoisingState(GenerationState):
 class LatentFlowHead(GeneratorHead):
     """The latents of one image. `pictures` takes them from a state's `latents_Zhw`."""
 
-    own = "kl"
+    own: str | None = "kl"
     takes: tuple[str, ...] = ("steps", "sampler", "guidance_kind")
     steps, sampler = 20, "euler"
     """Where a request does not say."""

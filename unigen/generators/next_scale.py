@@ -56,7 +56,7 @@ class NextScale(GeneratorHead):
     """The codes of one image, scale by scale."""
 
     name = "next-scale"
-    own = "multiscale"
+    own: str | None = "multiscale"
     needs_context = False
     takes: tuple[str, ...] = SAMPLING_OPTION_NAMES
 

@@ -132,8 +132,8 @@ def build_request(
         guidance = replace(
             guidance, scales=guidance.scales + ((1.0,) * (scales - 1) if guidance_off else default_guidance.scales[1:])
         )
-    given_options = {"steps": steps, "sampler": sampler, "guidance_kind": guidance_kind, "fixed": fixed}
-    given_options["accelerate"] = accelerate
+    given_options: dict[str, object] = {"steps": steps, "sampler": sampler, "guidance_kind": guidance_kind}
+    given_options |= {"fixed": fixed, "accelerate": accelerate}
     if accelerate is not None and accelerate not in SPECULATIVE_METHODS:
         raise ValueError(f"unknown acceleration {accelerate!r}: one of {', '.join(SPECULATIVE_METHODS)}")
     if output in ("image", "pair"):  # else they are of its text as well

@@ -378,7 +378,9 @@ class Scheduler:
                     if 0 in row.states:
                         row.states[0] = row.states[0][: len(row.states[0]) - row.kept]
                     request.document = row.document = self.model.encode_document(row.document)
-                    ids_hw = self.model.vocabulary.image_ids(row.document.segments[-1].image)
+                    codes_hw = row.document.segments[-1].image
+                    assert isinstance(codes_hw, torch.Tensor), "encode_document gives codes"
+                    ids_hw = self.model.vocabulary.image_ids(codes_hw)
                     row.pending_ids = [
                         [template.begin_ids[template.context_generator], *layout.opening, *layout.to_ids(ids_hw)]
                     ]

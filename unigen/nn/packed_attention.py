@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -196,7 +196,9 @@ def _flex_attention(compiled: bool) -> Callable[..., Tensor]:
     """FlexAttention, as a kernel of its own where no graph around it is being compiled."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return _compiled_flex_attention() if compiled and not torch.compiler.is_compiling() else flex_attention
+    if compiled and not torch.compiler.is_compiling():
+        return _compiled_flex_attention()
+    return cast(Callable[..., Tensor], flex_attention)
 
 
 @functools.cache

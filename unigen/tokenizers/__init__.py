@@ -31,7 +31,15 @@ if TYPE_CHECKING:
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
-class ImageTokenizer(Protocol):
+class StoredTokenizer(Protocol):
+    """What writing a tokenizer needs of it."""
+
+    def config(self) -> dict[str, Any]: ...  # {"kind": ..., ...}: all that builds it again beside the weights
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+
+class ImageTokenizer(StoredTokenizer, Protocol):
     """What everything above needs of an image tokenizer."""
 
     @property
@@ -47,13 +55,7 @@ class ImageTokenizer(Protocol):
 
     def decode(self, codes_Bhw: Tensor) -> Tensor: ...  # -> float in [-1, 1]
 
-    def config(
-        self,
-    ) -> dict[str, Any]: ...  # {"kind": ..., ...}: all that load_image_tokenizer needs beside the weights
-
     # and of torch.nn.Module
-    def state_dict(self) -> dict[str, Any]: ...
-
     def parameters(self) -> Iterator[Any]: ...
 
     def requires_grad_(self, requires_grad: bool = True) -> Any: ...
@@ -76,7 +78,7 @@ class SquareGridMixin:
         return side, side
 
 
-def save_tokenizer(tokenizer: ImageTokenizer, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
+def save_tokenizer(tokenizer: StoredTokenizer, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
     """Writes model.safetensors and config.json; floats cast to `dtype` (None: kept). Each file is replaced whole."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,11 +9,13 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+ModelT = TypeVar("ModelT", bound=nn.Module)
+LossModelT = TypeVar("LossModelT", bound=nn.Module, contravariant=True)
 Sample: TypeAlias = Any
 """One item of a data set. The Trainer does not look inside."""
 CollatedBatch: TypeAlias = Any
@@ -22,7 +24,7 @@ LossSums: TypeAlias = dict[str, tuple[Tensor, Tensor | int]]
 """Name -> (sum, count) of one micro-batch."""
 
 
-class Objective(Protocol):
+class Objective(Protocol[LossModelT]):
     """A loss: sums and counts by name.
 
     The loss of a step is sum over names of weights[name] * sum / count, over all its micro-batches and processes. Names
@@ -35,7 +37,7 @@ class Objective(Protocol):
     - `step`: an int, set to the index of the step before each.
     """
 
-    def __call__(self, model: nn.Module, batch: CollatedBatch, rng: torch.Generator, /) -> LossSums:
+    def __call__(self, model: LossModelT, batch: CollatedBatch, rng: torch.Generator, /) -> LossSums:
         """Losses of one micro-batch.
 
         Args:
@@ -49,25 +51,25 @@ class Objective(Protocol):
 
 
 @dataclass
-class TrainSpec:
+class TrainSpec(Generic[ModelT]):
     """What a recipe's `build(cfg)` returns."""
 
-    model: nn.Module
+    model: ModelT
     """The model to be trained. Parameters that take no gradient are neither trained nor averaged."""
     dataset: Any
     """Map-style: `dataset[index]` is a pure function of the index. Without `__len__` it is endless and read in
     order."""
     collate: Callable[[list[Sample]], CollatedBatch] | None = None
     """Makes a batch of samples; None: torch's default."""
-    objective: Objective | None = None
+    objective: Objective[ModelT] | None = None
     """The loss; None where `objectives` are given."""
-    write_samples: Callable[[nn.Module, int, Path], None] | None = None
+    write_samples: Callable[[ModelT, int, Path], None] | None = None
     """`write_samples(model, step, folder)` writes pictures, with the averaged weights in eval mode."""
-    save_model: Callable[[nn.Module, Path], None] | None = None
+    save_model: Callable[[ModelT, Path], None] | None = None
     """`save_model(model, folder)` writes the finished model, with the averaged weights in eval mode."""
-    make_optimizer: Callable[[nn.Module, Any], torch.optim.Optimizer] | None = None
+    make_optimizer: Callable[[ModelT, Any], torch.optim.Optimizer] | None = None
     """`make_optimizer(model, cfg)`; None: `optim.adamw`."""
-    objectives: Sequence[tuple[Objective, Iterable[nn.Parameter] | torch.optim.Optimizer]] = ()
+    objectives: Sequence[tuple[Objective[ModelT], Iterable[nn.Parameter] | torch.optim.Optimizer]] = ()
     """Instead of `objective`, several that step in turn on the same batch, as a generator and a critic do: each with
     the parameters of the model that it may change, or its own optimizer over them."""
 

@@ -71,9 +71,10 @@ class FeatureDistances:
         self.size, features = detector.config.image_size, DetectorFeatures(detector)
         shape = (3, self.size, self.size)
         self.fid = FrechetInceptionDistance(features, reset_real_features=False, input_img_size=shape)
-        subsets = {"subsets": 50, "subset_size": min(100, len(true))}
         with warnings.catch_warnings(action="ignore"):  # that it keeps all features in memory
-            self.kid = KernelInceptionDistance(features, reset_real_features=False, **subsets)
+            self.kid = KernelInceptionDistance(
+                features, subsets=50, subset_size=min(100, len(true)), reset_real_features=False
+            )
         self._update(true, real=True)
 
     def __call__(self, pictures: list[Image.Image]) -> tuple[float, float]:
