@@ -56,7 +56,7 @@ def read(
     return asyncio.run(decoder.decode([EncodedImage(data) for data in files], copies, max_pixels))
 
 
-def test_pictures_come_as_they_are(decoder: ImageDecoder) -> None:
+def test_decoded_images_equal_the_files(decoder: ImageDecoder) -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (9, 7, 3), np.uint8))
     buffer = io.BytesIO()
     noise.save(buffer, "PNG")
@@ -67,7 +67,7 @@ def test_pictures_come_as_they_are(decoder: ImageDecoder) -> None:
     assert marks.mode == "L" and marks.getextrema() == (255, 255)
 
 
-def test_what_cannot_be_decoded_is_named_and_the_next_can(decoder: ImageDecoder) -> None:
+def test_error_names_the_damaged_image_and_decoder_survives(decoder: ImageDecoder) -> None:
     good = file((4, 4))
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 4), np.uint8))
     buffer = io.BytesIO()
@@ -100,7 +100,7 @@ class FakePipe:
         self.sent.append(data)
 
 
-def test_pixels_are_counted_before_any_are_decoded(decoder: ImageDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pixels_are_counted_before_decoding(decoder: ImageDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     ask = decoder._call_process
     monkeypatch.setattr(decoder, "_call_process", lambda index, *call: asked.append(call[0]) or ask(index, *call))
@@ -127,7 +127,7 @@ def test_pixels_are_counted_before_any_are_decoded(decoder: ImageDecoder, monkey
     assert json.loads(pipe.sent[0])["pixels"] == [MAX_READ_PIXELS] * (many - 1), "and fewer are let in"
 
 
-def test_what_is_looked_at_is_made_smaller_at_once(decoder: ImageDecoder) -> None:
+def test_read_images_are_reduced_while_decoded(decoder: ImageDecoder) -> None:
     pipe = FakePipe()
     decoding._decode(pipe, EncodedImage(BOMB), MAX_READ_PIXELS, 0)  # type: ignore[arg-type]
     head, pixels = pipe.sent
@@ -143,7 +143,7 @@ def test_what_is_looked_at_is_made_smaller_at_once(decoder: ImageDecoder) -> Non
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA"])
 @pytest.mark.parametrize("side", [100, 150, 400])
-def test_what_is_made_smaller_looks_alike(mode: str, side: int) -> None:
+def test_reduced_image_looks_like_the_original(mode: str, side: int) -> None:
     """Whatever its mode, turned as its EXIF says; also where it is only a little larger."""
     whole = Image.new("RGB", (side, side // 2), "white")
     whole.paste("black", (0, 0, side // 2, side // 2))
@@ -156,7 +156,7 @@ def test_what_is_made_smaller_looks_alike(mode: str, side: int) -> None:
     assert [small.getpixel(place) for place in places] == [(0, 0, 0), (255, 255, 255)]
 
 
-def test_many_are_made_smaller_still(decoder: ImageDecoder) -> None:
+def test_many_images_share_the_pixel_limit(decoder: ImageDecoder) -> None:
     big = file((1600, 1600), "1")
     found = read(decoder, *[big] * 10, copies=16, max_pixels=MAX_READ_PIXELS)
     assert sum(one.width * one.height for one in found) * 16 <= decoding.MAX_TOTAL_READ_PIXELS
@@ -185,7 +185,9 @@ def test_clients_take_turns() -> None:
     assert order == list("aabcaad")
 
 
-def test_many_requests_of_one_do_not_hold_up_another(decoder: ImageDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_requests_of_one_client_do_not_block_another(
+    decoder: ImageDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each of its turns waits for one or two of the other's, however many requests that one sends."""
     asked: list[str] = []
     ask = decoder._call_process
@@ -203,7 +205,7 @@ def test_many_requests_of_one_do_not_hold_up_another(decoder: ImageDecoder, monk
     assert len(asked) == 10 * 11 + 4
 
 
-def test_who_leaves_has_no_more_decoded(decoder: ImageDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_stops_when_the_client_disconnects(decoder: ImageDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
     gc.collect()
     asked: list[str] = []
     ask, held = decoder._call_process, decoder.held_pixels
@@ -222,7 +224,7 @@ def test_who_leaves_has_no_more_decoded(decoder: ImageDecoder, monkeypatch: pyte
     assert len(asked) < 20 and decoder.held_pixels == held
 
 
-def test_what_is_held_is_counted_until_it_is_let_go() -> None:
+def test_held_pixels_are_counted_until_freed() -> None:
     small = ImageDecoder(max_held_pixels=40_000)
     try:
         first = read(small, file((100, 100)), copies=2)
@@ -240,7 +242,7 @@ def test_what_is_held_is_counted_until_it_is_let_go() -> None:
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_process_that_ends_or_hangs_is_one_error_and_a_new_process(signal_number: int) -> None:
+def test_dead_or_hanging_process_is_one_error_and_is_restarted(signal_number: int) -> None:
     fragile = ImageDecoder(wall_timeout=60)
     try:
         assert len(read(fragile, file((4, 4)))) == 1
@@ -258,7 +260,7 @@ def test_a_process_that_ends_or_hangs_is_one_error_and_a_new_process(signal_numb
         asyncio.run(fragile.__aexit__())
 
 
-def test_too_much_work_is_one_error() -> None:
+def test_cpu_timeout_is_one_error() -> None:
     """Comments of a GIF, each of which is laid behind all before: some megabytes, and minutes of a processor."""
     patient = ImageDecoder(wall_timeout=600, cpu_timeout=1.0)
     gif = file((4, 4), "P", "GIF")
@@ -272,9 +274,7 @@ def test_too_much_work_is_one_error() -> None:
 
 
 @pytest.mark.parametrize("name", ["subprocess.Popen", "Pipe"])
-def test_a_process_that_cannot_be_started_is_no_fault_of_the_picture(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_start_of_the_process_is_429(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> Any:
         raise OSError(12, "Cannot allocate memory")
 
@@ -292,7 +292,7 @@ def test_a_process_that_cannot_be_started_is_no_fault_of_the_picture(
         asyncio.run(decoder.__aexit__())
 
 
-def test_the_process_has_one_thread_of_each_library(decoder: ImageDecoder) -> None:
+def test_process_uses_one_thread_per_library(decoder: ImageDecoder) -> None:
     """Whose buffers count as its memory, on any number of cores."""
     read(decoder, file((4, 4)))
     assert decoder._process is not None
@@ -300,7 +300,7 @@ def test_the_process_has_one_thread_of_each_library(decoder: ImageDecoder) -> No
     assert {b"OMP_NUM_THREADS=1", b"OPENBLAS_NUM_THREADS=1"} <= set(environment)
 
 
-def test_too_much_memory_is_one_error() -> None:
+def test_memory_limit_is_one_error() -> None:
     poor = ImageDecoder(max_memory=150 << 20)
     try:
         with pytest.raises(ImageError, match="memory"):
@@ -319,24 +319,24 @@ def chat(*uris: str, **more: Any) -> dict[str, Any]:
     return {"model": "m", "messages": [{"role": "user", "content": content}], "modalities": ["text"], **more}
 
 
-def test_the_server_decodes_nothing_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_process_decodes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> Any:
         raise AssertionError("decoded in the server")
 
     load: Callable[..., Any] = Image.Image.load
     monkeypatch.setattr(pictures, "decode_image", fail)
     monkeypatch.setattr(pictures, "decode_mask", fail)
-    painter, served = app()
+    fake_engine, served = app()
     uri, png = data_uri(Image.new("RGB", (4, 4), "red")), file((4, 4), colour=(255, 0, 0))
     assert send(served, "POST", "/v1/chat/completions", json=chat(uri)).status_code == 200
-    assert painter.jobs[-1].prompt.images()[0].getpixel((0, 0)) == (255, 0, 0)
+    assert fake_engine.jobs[-1].prompt.images()[0].getpixel((0, 0)) == (255, 0, 0)
     files = {"image": ("a.png", png), "mask": ("b.png", file((4, 4), "L", colour=255))}
     assert send(served, "POST", "/v1/images/edits", files=files, data={"prompt": "a"}).status_code == 200
-    assert painter.jobs[-1].mask is not None and load is Image.Image.load
+    assert fake_engine.jobs[-1].mask is not None and load is Image.Image.load
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/v1/images/edits"])
-def test_the_server_stops_when_the_client_leaves(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_stops_when_the_client_disconnects(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """While its pictures are decoded."""
     ends: list[str] = []
 
@@ -371,10 +371,10 @@ def test_the_server_stops_when_the_client_leaves(path: str, monkeypatch: pytest.
     assert ends == ["cancelled"] and sent[0]["status"] == 499
 
 
-def test_the_server_refuses_bombs_by_name() -> None:
+def test_server_rejects_decompression_bombs_by_name() -> None:
     import base64
 
-    painter, served = app()
+    fake_engine, served = app()
     uri = "data:image/png;base64," + base64.b64encode(BOMB).decode()
     for uris in ([uri] * 20, [uri] * (MAX_IMAGES + 1)):
         answer = send(served, "POST", "/v1/chat/completions", json=chat(*uris))
@@ -382,4 +382,4 @@ def test_the_server_refuses_bombs_by_name() -> None:
     files = {"image": ("a.png", BOMB)}
     answer = send(served, "POST", "/v1/images/edits", files=files, data={"prompt": "a", "n": "16"})
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "image"
-    assert not painter.jobs
+    assert not fake_engine.jobs

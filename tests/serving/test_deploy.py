@@ -28,7 +28,7 @@ def entry(folder: Path) -> list[str]:
     return words[2:]
 
 
-def test_composed_replicas_are_those_of_the_router(folder: Path) -> None:
+def test_compose_replicas_match_the_router(folder: Path) -> None:
     services = yaml.safe_load((folder / "compose.yaml").read_text())["services"]
     replicas = [services[name] for name in ("one", "two")]
     options = [build_parser("serve").parse_args([*entry(folder), *one["command"]]) for one in replicas]
@@ -44,13 +44,13 @@ def test_composed_replicas_are_those_of_the_router(folder: Path) -> None:
     assert listens and listens[1] in router and listens[2] == "listen 8000"
 
 
-def test_the_router_says_whole_addresses(folder: Path) -> None:
+def test_router_forwards_host_with_port(folder: Path) -> None:
     router = (folder / "nginx.conf").read_text()
     assert re.search(r"proxy_set_header Host \$http_host;", router), "$host would drop the port"
     assert re.search(r"X-Forwarded-For \$proxy_add_x_forwarded_for;", router)
 
 
-def test_the_cluster_asks_what_the_server_answers_without_a_key(folder: Path) -> None:
+def test_kubernetes_probes_use_public_paths(folder: Path) -> None:
     deployment, service = yaml.safe_load_all((folder / "kubernetes.yaml").read_text())
     pod: Any = deployment["spec"]["template"]
     (container,) = pod["spec"]["containers"]
@@ -63,7 +63,7 @@ def test_the_cluster_asks_what_the_server_answers_without_a_key(folder: Path) ->
     assert deployment["spec"]["selector"]["matchLabels"] == pod["metadata"]["labels"]
 
 
-def test_the_cluster_gives_a_replica_no_more_than_it_needs(folder: Path) -> None:
+def test_kubernetes_pods_have_minimal_privileges(folder: Path) -> None:
     deployment, _ = yaml.safe_load_all((folder / "kubernetes.yaml").read_text())
     pod = deployment["spec"]["template"]["spec"]
     (container,) = pod["containers"]
@@ -76,7 +76,7 @@ def test_the_cluster_gives_a_replica_no_more_than_it_needs(folder: Path) -> None
     assert {mount["name"] for mount in container["volumeMounts"]} <= written
 
 
-def test_the_scrape_passes_the_key(folder: Path) -> None:
+def test_monitor_sends_the_api_key(folder: Path) -> None:
     deployment, _ = yaml.safe_load_all((folder / "kubernetes.yaml").read_text())
     monitor = yaml.safe_load((folder / "monitor.yaml").read_text())
     (container,) = deployment["spec"]["template"]["spec"]["containers"]

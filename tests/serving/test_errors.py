@@ -19,7 +19,7 @@ from unigen.serving.worker import BatchedWorker
 
 
 @pytest.mark.parametrize(("again", "status"), [(True, 503), (False, 500)])
-def test_the_status_says_whether_to_ask_again(again: bool, status: int) -> None:
+def test_status_says_whether_to_retry(again: bool, status: int) -> None:
     class Failing(FakeImageEngine):
         async def run_job(self, job: Job) -> AsyncGenerator[Event, None]:
             yield Error("scores of this model are not finite", again)
@@ -35,7 +35,7 @@ def test_the_status_says_whether_to_ask_again(again: bool, status: int) -> None:
     assert ("retry-after" in answer.headers) == again and (error["code"] == "try_again") == again
 
 
-def test_numbers_that_are_not_finite_are_not_asked_for_again(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_non_finite_numbers_are_not_retryable(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     step = engine.model.cached_hidden_states
     monkeypatch.setattr(engine.model, "cached_hidden_states", lambda *inputs: step(*inputs) * float("nan"))
     worker, events = BatchedWorker(engine, 4), list[Any]()

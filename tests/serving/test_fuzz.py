@@ -42,8 +42,8 @@ class FakeImageEngine:
         yield Finished("stop", 1, 1, 1)
 
 
-PAINTER = FakeImageEngine()
-APP = create_app(PAINTER, ServerConfig(model_name="m"))
+FAKE_ENGINE = FakeImageEngine()
+APP = create_app(FAKE_ENGINE, ServerConfig(model_name="m"))
 
 
 def post(path: str, **options: Any) -> Any:
@@ -95,7 +95,7 @@ def changed(value: Any, path: tuple[Any, ...], new: Any) -> Any:
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
-def test_no_body_is_a_fault(data: Any) -> None:
+def test_no_json_body_causes_a_server_error(data: Any) -> None:
     path = data.draw(st.sampled_from(sorted(GOOD)))
     body: Any = GOOD[path]
     for _ in range(data.draw(st.integers(0, 2))):
@@ -116,26 +116,26 @@ def test_no_body_is_a_fault(data: Any) -> None:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.binary(max_size=60), st.sampled_from(sorted([*GOOD, "/v1/images/edits", "/v1/images/variations"])), st.data())
-def test_no_bytes_are_a_fault(body: bytes, path: str, data: Any) -> None:
+def test_no_bytes_cause_a_server_error(body: bytes, path: str, data: Any) -> None:
     kind = data.draw(st.sampled_from(["application/json", "multipart/form-data; boundary=x", "text/plain", ""]))
     if "multipart" in kind:
         body = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n' + body + b"\r\n--x--\r\n"
     assert 400 <= post(path, content=body, headers={"content-type": kind}).status_code < 500
 
 
-def test_what_is_good_is_answered() -> None:
+def test_valid_bodies_are_answered() -> None:
     """The bodies that the others break are whole: the control of the tests above."""
     for path, body in GOOD.items():
         assert post(path, json=body).status_code == 200, path
 
 
-def test_a_form_becomes_a_job() -> None:
+def test_form_becomes_a_job() -> None:
     picture = Image.new("RGB", (4, 4), "red")
     from unigen.serving.pictures import encode_image
 
     files = {"image": ("a.png", encode_image(picture))}
     assert post("/v1/images/edits", files=files, data={"prompt": "b", "seed": "3", "guidance": "2"}).status_code == 200
-    job = PAINTER.jobs[-1]
+    job = FAKE_ENGINE.jobs[-1]
     assert job.options == {"seed": 3, "guidance": 2} and job.output == "image" and job.around is None
     assert [s.text or s.image.getpixel((0, 0)) for s in job.prompt.segments] == [(255, 0, 0), "b"]
     shown = {"prompt": "b", "stream": "true", "partial_images": "2"}
@@ -145,7 +145,7 @@ def test_a_form_becomes_a_job() -> None:
     assert post("/v1/images/edits", files=files | {"more": ("b", b"")}, data={"prompt": "b"}).status_code == 400
 
 
-def test_the_document_of_the_api_says_what_is_there() -> None:
+def test_openapi_document_lists_the_routes() -> None:
     document = APP.openapi()
     assert {"/v1/chat/completions", "/v1/images/generations", "/v1/models", "/health"} <= set(document["paths"])
     fields = document["components"]["schemas"]["ChatRequest"]

@@ -13,7 +13,7 @@ import pytest
 from starlette.exceptions import HTTPException
 
 from tests.serving.test_fuzz import FakeImageEngine
-from tests.serving.test_serving_units import Counted, asked, door
+from tests.serving.test_serving_units import FakeMetrics, call_guard, make_guard
 from unigen.commands.main import main
 from unigen.serving import body, connection
 from unigen.serving.app import create_app, uvicorn_config
@@ -24,8 +24,8 @@ from unigen.serving.protocol import MAX_STOP_LENGTH, parse_form_fields
 
 
 def app(**settings: Any) -> tuple[FakeImageEngine, Any]:
-    painter = FakeImageEngine()
-    return painter, create_app(painter, ServerConfig(model_name="m", **settings))
+    fake_engine = FakeImageEngine()
+    return fake_engine, create_app(fake_engine, ServerConfig(model_name="m", **settings))
 
 
 def send(app: Any, method: str, path: str, **options: Any) -> httpx.Response:
@@ -41,30 +41,30 @@ def send(app: Any, method: str, path: str, **options: Any) -> httpx.Response:
 
 
 @pytest.mark.parametrize("key", ["", " ", "\n", "a b", "clé", "a\x00"])
-def test_a_key_that_protects_nothing_is_refused(key: str) -> None:
+def test_unusable_api_key_is_rejected(key: str) -> None:
     with pytest.raises(ValueError, match="API key"):
         RequestLimits(api_keys=("good", key))
 
 
-def test_wrong_keys_are_slowed_for_their_address_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_keys_are_limited_per_address(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     clock = SimpleNamespace(monotonic=lambda: now, perf_counter=time.perf_counter)
     monkeypatch.setattr("unigen.serving.middleware.time", clock)
-    guard = door(RequestLimits(api_keys=("one",), invalid_keys_per_minute=3))
-    assert [asked(guard, authorization=f"Bearer {i}")[0] for i in range(5)] == [401, 401, 401, 429, 429]
-    status, headers = asked(guard, authorization="Bearer one")
+    guard = make_guard(RequestLimits(api_keys=("one",), invalid_keys_per_minute=3))
+    assert [call_guard(guard, authorization=f"Bearer {i}")[0] for i in range(5)] == [401, 401, 401, 429, 429]
+    status, headers = call_guard(guard, authorization="Bearer one")
     assert status == 429, "else the one key that is let in would be known by it"
-    assert asked(guard, authorization="Bearer one", client="5.6.7.8")[0] == 200
+    assert call_guard(guard, authorization="Bearer one", client="5.6.7.8")[0] == 200
     now += int(headers["retry-after"])
-    assert asked(guard, authorization="Bearer one")[0] == 200
-    guard = door(RequestLimits(api_keys=("one",), invalid_keys_per_minute=3))
-    assert [asked(guard)[0] for _ in range(6)] == [401] * 6, "no key is no guess"
+    assert call_guard(guard, authorization="Bearer one")[0] == 200
+    guard = make_guard(RequestLimits(api_keys=("one",), invalid_keys_per_minute=3))
+    assert [call_guard(guard)[0] for _ in range(6)] == [401] * 6, "no key is no guess"
 
 
-def test_a_client_of_ipv6_is_its_network() -> None:
-    guard = door(RequestLimits(requests_per_minute=2))
-    statuses = [asked(guard, client=f"2001:db8:1:2::{i}")[0] for i in range(1, 5)]
-    assert statuses == [200, 200, 429, 429] and asked(guard, client="2001:db8:1:3::1")[0] == 200
+def test_ipv6_client_is_its_network() -> None:
+    guard = make_guard(RequestLimits(requests_per_minute=2))
+    statuses = [call_guard(guard, client=f"2001:db8:1:2::{i}")[0] for i in range(1, 5)]
+    assert statuses == [200, 200, 429, 429] and call_guard(guard, client="2001:db8:1:3::1")[0] == 200
 
 
 # ---------------------------------------------------------------- hosts and origins
@@ -89,14 +89,14 @@ HERE = RequestLimits(allowed_hosts=("unigen.example",), allowed_origins=("https:
         ("", 200),  # HTTP/1.0, no browser
     ],
 )
-def test_without_a_key_only_own_names_are_answered(host: str, status: int) -> None:
+def test_without_keys_only_allowed_hosts_are_answered(host: str, status: int) -> None:
     given = {"host": host} if host else {}
-    assert asked(door(HERE), **given)[0] == status
-    assert asked(door(HERE), "/", **given)[0] == status  # the page too
-    assert asked(door(HERE), "/health", **given)[0] == 200  # and probes by whatever name
-    assert asked(door(RequestLimits(allowed_hosts=("*",))), **given)[0] == 200
-    keyed = door(RequestLimits(api_keys=("one",), allowed_hosts=()))
-    assert asked(keyed, authorization="Bearer one", **given)[0] == 200
+    assert call_guard(make_guard(HERE), **given)[0] == status
+    assert call_guard(make_guard(HERE), "/", **given)[0] == status  # the page too
+    assert call_guard(make_guard(HERE), "/health", **given)[0] == 200  # and probes by whatever name
+    assert call_guard(make_guard(RequestLimits(allowed_hosts=("*",))), **given)[0] == 200
+    keyed = make_guard(RequestLimits(api_keys=("one",), allowed_hosts=()))
+    assert call_guard(keyed, authorization="Bearer one", **given)[0] == 200
 
 
 @pytest.mark.parametrize(
@@ -115,16 +115,16 @@ def test_without_a_key_only_own_names_are_answered(host: str, status: int) -> No
         ({"sec_fetch_site": "same-origin"}, 200),
     ],
 )
-def test_without_a_key_pages_of_others_send_nothing(headers: dict[str, str], status: int) -> None:
-    assert asked(door(HERE), "/v1/images/edits", host="localhost:8000", **headers)[0] == status
-    keyed = door(RequestLimits(api_keys=("one",), allowed_hosts=()))
-    assert asked(keyed, host="localhost:8000", authorization="Bearer one", **headers)[0] == 200
+def test_without_keys_requests_of_other_origins_are_rejected(headers: dict[str, str], status: int) -> None:
+    assert call_guard(make_guard(HERE), "/v1/images/edits", host="localhost:8000", **headers)[0] == status
+    keyed = make_guard(RequestLimits(api_keys=("one",), allowed_hosts=()))
+    assert call_guard(keyed, host="localhost:8000", authorization="Bearer one", **headers)[0] == 200
 
 
 # ---------------------------------------------------------------- bodies
 
 
-def test_a_body_that_trickles_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_body_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slow as it is said to be, it may take longer the more of it has come."""
     limits = RequestLimits(body_timeout=0.2, min_body_bytes_per_second=10)
     caught: list[int] = []
@@ -146,7 +146,7 @@ def test_a_body_that_trickles_is_given_up(monkeypatch: pytest.MonkeyPatch) -> No
 
         async def ask() -> None:
             scope = {"type": "http", "path": "/v1/models", "method": "POST", "client": ("1.2.3.4", 1), "headers": []}
-            await asyncio.wait_for(GuardMiddleware(read, limits, Counted())(scope, receive, None), 30)
+            await asyncio.wait_for(GuardMiddleware(read, limits, FakeMetrics())(scope, receive, None), 30)
 
         asyncio.run(ask())
         return list(caught)
@@ -155,15 +155,15 @@ def test_a_body_that_trickles_is_given_up(monkeypatch: pytest.MonkeyPatch) -> No
     assert served([b"x" * 100] * 10, 0.05) == []
 
 
-def test_bodies_together_have_a_limit() -> None:
+def test_pending_bodies_have_a_total_limit() -> None:
     """What is held is counted, and given back when the requests end."""
-    guard = door(RequestLimits(max_body_bytes=10, max_pending_body_bytes=25))
+    guard = make_guard(RequestLimits(max_body_bytes=10, max_pending_body_bytes=25))
     for _ in range(3):
-        assert asked(guard, body=(b"x" * 10,))[0] == 200
+        assert call_guard(guard, body=(b"x" * 10,))[0] == 200
     guard._pending_bytes = 16  # others hold so many
-    assert asked(guard, body=(b"x" * 10,))[0] == 429 and guard._pending_bytes == 16
+    assert call_guard(guard, body=(b"x" * 10,))[0] == 429 and guard._pending_bytes == 16
     guard._pending_bytes = 15
-    assert asked(guard, body=(b"x" * 10,))[0] == 200
+    assert call_guard(guard, body=(b"x" * 10,))[0] == 200
 
 
 @pytest.mark.parametrize(
@@ -178,18 +178,18 @@ def test_bodies_together_have_a_limit() -> None:
         ({"messages": [{"role": "user", "content": " " * 3_000_000}]}, "characters"),
     ],
 )
-def test_what_is_too_much_is_refused_before_it_is_looked_at(wrong: dict[str, Any], says: str) -> None:
+def test_too_large_json_is_rejected_before_validation(wrong: dict[str, Any], says: str) -> None:
     """Its fields are not checked, and no model hears of it."""
-    painter, served = app()
+    fake_engine, served = app()
     answer = send(served, "POST", "/v1/chat/completions", json={"model": "m", **wrong})
     assert answer.status_code == 400 and says in answer.json()["error"]["message"], answer.text[:300]
-    assert len(answer.text) < 1000 and not painter.jobs
+    assert len(answer.text) < 1000 and not fake_engine.jobs
 
 
 @pytest.mark.parametrize(
     "data", [b"[]," * 100_001, b" " * 2_000_001, b"\r\n" * 1_000_001, b'"' + b"\\n" * 2_000_001 + b'"']
 )
-def test_what_is_far_too_much_is_not_even_read(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_far_too_large_json_is_not_parsed(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise AssertionError("it was read")
 
@@ -200,7 +200,7 @@ def test_what_is_far_too_much_is_not_even_read(data: bytes, monkeypatch: pytest.
         body.parse_json(data[: len(data) // 2])
 
 
-def test_bodies_are_read_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_json_is_parsed_outside_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     import threading
 
     threads: list[Any] = []
@@ -216,16 +216,16 @@ def test_bodies_are_read_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("start", ["data:image/png;base64,", "data:", ""])
-def test_a_text_that_looks_like_a_picture_is_counted(start: str) -> None:
+def test_text_that_looks_like_an_image_is_counted(start: str) -> None:
     """Only where pictures stand may there be more."""
     text = start + "a" * 90_000
-    painter, served = app()
+    fake_engine, served = app()
     many = {"model": "m", "messages": [{"role": "user", "content": text}] * 12}
     answer = send(served, "POST", "/v1/chat/completions", json=many)
-    assert answer.status_code == 400 and "characters" in answer.json()["error"]["message"] and not painter.jobs
+    assert answer.status_code == 400 and "characters" in answer.json()["error"]["message"] and not fake_engine.jobs
 
 
-def test_pictures_are_no_characters() -> None:
+def test_image_data_is_not_counted_as_text() -> None:
     """Up to a million of them may stand beside pictures, wherever these are."""
     from unigen.serving.body import parse_json
 
@@ -245,7 +245,7 @@ def test_pictures_are_no_characters() -> None:
 
 
 @pytest.mark.parametrize("name", ["banana", "messages.0.banana"])
-def test_halves_of_characters_are_no_fault(name: str) -> None:
+def test_lone_surrogates_in_names_are_no_server_error(name: str) -> None:
     """JSON can name them, UTF-8 cannot: not even in the answer that says what is wrong."""
     body: dict[str, Any] = {"model": "\ud800", "messages": [{"role": "user", "content": "a"}]}
     _, served = app()
@@ -265,7 +265,7 @@ def test_halves_of_characters_are_no_fault(name: str) -> None:
 
 
 @pytest.mark.parametrize("where", ["metadata", "name", "tool_choice", "user", "instructions", "label"])
-def test_halves_of_characters_are_refused_where_they_would_be_said_again(where: str) -> None:
+def test_lone_surrogates_in_values_are_rejected(where: str) -> None:
     half, path = "\ud800", "/v1/images/generations" if where == "label" else "/v1/responses"
     body: dict[str, Any] = {"model": "m"} if where == "label" else {"model": "m", "input": "a"}
     body |= {"metadata": {"a": half}} if where == "metadata" else {"metadata": {half: "a"}} if where == "name" else {}
@@ -285,7 +285,7 @@ def test_halves_of_characters_are_refused_where_they_would_be_said_again(where: 
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "", "é"])
-def test_what_is_sent_as_something_else_than_json_is_told_so(kind: str) -> None:
+def test_wrong_content_type_is_explained(kind: str) -> None:
     """As curl does with -d, unless it is told."""
     _, served = app()
     headers = {"content-type": kind.encode("latin-1")} if kind else {}
@@ -298,7 +298,7 @@ def test_what_is_sent_as_something_else_than_json_is_told_so(kind: str) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "br", "Deflate", "zstd, gzip"])
-def test_packed_bodies_are_told_so(encoding: str) -> None:
+def test_compressed_bodies_are_rejected(encoding: str) -> None:
     _, served = app()
     for given, status in ((encoding, 415), ("identity", 200), ("", 200)):
         headers = {"content-encoding": given, "content-type": "application/json"}
@@ -307,7 +307,7 @@ def test_packed_bodies_are_told_so(encoding: str) -> None:
 
 
 @pytest.mark.parametrize("charset", ["undefined", "a\0", "utf-16", "nope", "idna", "\xe9"])
-def test_a_form_of_an_odd_charset_is_no_fault(charset: str) -> None:
+def test_unknown_charset_of_a_form_is_no_server_error(charset: str) -> None:
     _, served = app()
     kind = f"multipart/form-data; boundary=x; charset={charset}".encode("latin-1")
     part = b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\na\r\n--x--\r\n'
@@ -316,13 +316,13 @@ def test_a_form_of_an_odd_charset_is_no_fault(charset: str) -> None:
 
 
 @pytest.mark.parametrize("data", [b"[" * 100_000, b'{"n": ' + b"1" * 5000 + b"}", b'"\xff"', b"{", b""])
-def test_no_json_is_one_line(data: bytes) -> None:
+def test_invalid_json_is_a_one_line_error(data: bytes) -> None:
     _, served = app()
     answer = send(served, "POST", "/v1/images/generations", content=data, headers={"content-type": "application/json"})
     assert answer.status_code == 400 and "\n" not in answer.json()["error"]["message"]
 
 
-def test_stops_have_a_length() -> None:
+def test_stop_strings_have_a_maximum_length() -> None:
     _, served = app()
 
     def ask(stop: Any) -> int:
@@ -336,7 +336,7 @@ def test_stops_have_a_length() -> None:
 @pytest.mark.parametrize(
     "text", ["1_0", " 1", "1 ", "+1", "\u0661", "\uff11", "0x1", "1e", "", "nan", "inf", "1.", "-"]
 )
-def test_a_form_has_numbers_as_json_has_them(text: str) -> None:
+def test_form_numbers_follow_json_syntax(text: str) -> None:
     _, served = app()
     from PIL import Image
 
@@ -347,7 +347,7 @@ def test_a_form_has_numbers_as_json_has_them(text: str) -> None:
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "n", answer.text
 
 
-def test_a_form_has_numbers() -> None:
+def test_form_fields_are_parsed_as_numbers() -> None:
     given = {"n": "2", "guidance": "2.5", "temperature": "1e-1", "seed": "-1", "prompt": "1"}
     assert parse_form_fields(given) == {"n": 2, "guidance": 2.5, "temperature": 0.1, "seed": -1, "prompt": "1"}
 
@@ -355,15 +355,15 @@ def test_a_form_has_numbers() -> None:
 # ---------------------------------------------------------------- routes
 
 
-def test_more_answers_than_may_ever_run_are_no_question_of_time() -> None:
-    painter, served = app()
-    painter.max_jobs = 3
+def test_n_above_the_queue_is_400() -> None:
+    fake_engine, served = app()
+    fake_engine.max_jobs = 3
     answer = send(served, "POST", "/v1/images/generations", json={"prompt": "a", "n": 4})
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "n", answer.text
     assert send(served, "POST", "/v1/images/generations", json={"prompt": "a", "n": 3}).status_code == 200
 
 
-def test_head_is_answered_and_nothing_loads_from_elsewhere() -> None:
+def test_head_requests_and_no_external_docs_pages() -> None:
     _, served = app()
     for path in ("/health", "/ready", "/", "/v1/models"):
         assert send(served, "HEAD", path).status_code == 200, path
@@ -381,7 +381,7 @@ def test_head_is_answered_and_nothing_loads_from_elsewhere() -> None:
         ("GET", "/" + "a" * 5000, 404),
     ],
 )
-def test_who_asks_elsewhere_is_told_where(method: str, path: str, status: int) -> None:
+def test_unknown_route_lists_the_routes(method: str, path: str, status: int) -> None:
     _, served = app()
     answer = send(served, method, path)
     message = answer.json()["error"]["message"]
@@ -389,7 +389,7 @@ def test_who_asks_elsewhere_is_told_where(method: str, path: str, status: int) -
     assert send(served, "GET", "/v1/models?api-version=2024-02-01").status_code == 200
 
 
-def test_what_is_imported_is_not_looked_through_at_each_request(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_imported_objects_are_frozen_for_the_garbage_collector(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the garbage collector, which a body of many small lists starts again and again: /health waits for it."""
     import uvicorn
 
@@ -406,51 +406,51 @@ def test_what_is_imported_is_not_looked_through_at_each_request(monkeypatch: pyt
     assert frozen == ["freeze", "serve"]
 
 
-def test_liveness_fails_when_the_model_stays_away() -> None:
-    painter, served = app()
+def test_health_fails_without_a_model() -> None:
+    fake_engine, served = app()
     assert send(served, "GET", "/health").status_code == 200
-    painter.is_alive, painter.unavailable_reason = False, "no memory"
+    fake_engine.is_alive, fake_engine.unavailable_reason = False, "no memory"
     answer = send(served, "GET", "/health")
     assert answer.status_code == 503 and "no memory" in answer.json()["reason"]
 
 
-def test_a_folder_that_takes_no_pictures_is_found_before_they_are_drawn(tmp_path: Any) -> None:
+def test_unwritable_images_folder_is_found_before_generation(tmp_path: Any) -> None:
     asked_for = {"prompt": "a", "response_format": "url"}
-    painter, served = app(images_folder=tmp_path / "new")
+    fake_engine, served = app(images_folder=tmp_path / "new")
     answer = send(served, "POST", "/v1/images/generations", json=asked_for)
     assert answer.status_code == 200 and answer.json()["data"][0]["url"].startswith("http://localhost/images/")
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "inside"):
-        painter, served = app(images_folder=folder)
+        fake_engine, served = app(images_folder=folder)
         answer = send(served, "POST", "/v1/images/generations", json=asked_for)
-        assert answer.status_code == 507 and "folder" in answer.json()["error"]["message"] and not painter.jobs
+        assert answer.status_code == 507 and "folder" in answer.json()["error"]["message"] and not fake_engine.jobs
 
 
-def test_a_full_disk_is_found_before_pictures_are_drawn(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_found_before_generation(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.posix_fallocate", full)
-    painter, served = app(images_folder=tmp_path)
+    fake_engine, served = app(images_folder=tmp_path)
     answer = send(served, "POST", "/v1/images/generations", json={"prompt": "a", "response_format": "url"})
-    assert answer.status_code == 507 and "No space left" in answer.json()["error"]["message"] and not painter.jobs
+    assert answer.status_code == 507 and "No space left" in answer.json()["error"]["message"] and not fake_engine.jobs
     assert not list(tmp_path.iterdir())
 
 
-def test_a_disk_that_fills_while_pictures_are_drawn(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_that_fills_during_generation_is_507(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device", str(tmp_path))
 
     monkeypatch.setattr("unigen.media.output.tempfile.NamedTemporaryFile", full)
-    painter, served = app(images_folder=tmp_path)
+    fake_engine, served = app(images_folder=tmp_path)
     answer = send(served, "POST", "/v1/images/generations", json={"prompt": "a", "response_format": "url"})
     said = answer.json()["error"]["message"]
-    assert answer.status_code == 507 and "No space left" in said and "\n" not in said and painter.jobs
+    assert answer.status_code == 507 and "No space left" in said and "\n" not in said and fake_engine.jobs
     assert str(tmp_path) not in answer.text and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("asked_for", [{"prompt": "a"}, {"label": "dog"}, {"label": 7}])
-def test_prompts_are_logged_as_what_they_are(asked_for: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_prompts_are_logged_as_text(asked_for: Any, caplog: pytest.LogCaptureFixture) -> None:
     _, served = app(log_prompts=True)
     with caplog.at_level("INFO", "unigen.serving"):
         assert send(served, "POST", "/v1/images/generations", json=asked_for).status_code == 200
@@ -460,7 +460,7 @@ def test_prompts_are_logged_as_what_they_are(asked_for: Any, caplog: pytest.LogC
 
 
 @pytest.mark.parametrize("path", ["/v1/images/edits", "/v1/images/variations", "/v1/images/generations"])
-def test_a_client_that_leaves_while_it_sends_is_no_fault(path: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_disconnect_during_upload_is_no_server_error(path: str, caplog: pytest.LogCaptureFixture) -> None:
     messages: list[Any] = [{"type": "http.request", "body": b"--x\r\n", "more_body": True}, {"type": "http.disconnect"}]
     sent: list[Any] = []
 
@@ -491,7 +491,7 @@ def test_a_client_that_leaves_while_it_sends_is_no_fault(path: str, caplog: pyte
         (["--timeout", "1_0"], "finite number"),
     ],
 )
-def test_a_server_that_cannot_be_as_it_is_told_is_not_started(
+def test_server_with_impossible_options_does_not_start(
     arguments: list[str],
     says: str,
     tmp_path: Any,
@@ -505,14 +505,14 @@ def test_a_server_that_cannot_be_as_it_is_told_is_not_started(
     assert said.count("\n") == 1 and says in said
 
 
-def test_an_empty_key_of_the_environment_lets_nobody_in(
+def test_empty_key_in_the_environment_is_rejected(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("UNIGEN_API_KEY", "")
     assert main(["serve"]) == 2 and "UNIGEN_API_KEY" in capsys.readouterr().err
 
 
-def test_a_proxy_is_an_address_or_a_network() -> None:
+def test_trusted_proxy_is_an_address_or_a_network() -> None:
     ServerConfig(model_name="m", trusted_proxies=("10.0.0.0/8", "::1"))
 
 
@@ -522,7 +522,7 @@ def test_a_proxy_is_an_address_or_a_network() -> None:
 @pytest.mark.parametrize(
     ("proxies", "who"), [((), "127.0.0.1"), (("127.0.0.1",), "9.9.9.9"), (("127.0.0.5/8",), "9.9.9.9")]
 )
-def test_who_asks_is_what_a_trusted_proxy_says_alone(proxies: tuple[str, ...], who: str) -> None:
+def test_forwarded_for_is_used_from_trusted_proxies_only(proxies: tuple[str, ...], who: str) -> None:
     """The address beside a key's or page's rate: not what anyone writes into a header, and of a chain the last one."""
     import uvicorn
 
@@ -570,7 +570,7 @@ async def serving(monkeypatch: pytest.MonkeyPatch, answer: bytes) -> Any:
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\n", b"GET / HTTP/1.1\r\nhost: a\r\n\r\nGET / HT"])
-def test_a_head_that_does_not_come_closes_the_connection(monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
+def test_missing_request_head_closes_the_connection(monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
     """Whether nothing comes, or a little now and then."""
     monkeypatch.setattr(connection, "HEADER_TIMEOUT", 0.3)
 
@@ -601,7 +601,7 @@ async def left_open(server: Any) -> None:
         await asyncio.sleep(0.01)
 
 
-def test_bodies_in_tiny_pieces_close_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiny_chunks_close_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thousand may come as they like."""
     head = b"POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n"
 
@@ -629,7 +629,7 @@ def test_bodies_in_tiny_pieces_close_the_connection(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("trusted", [False, True])
-def test_one_address_has_so_many_connections(monkeypatch: pytest.MonkeyPatch, trusted: bool) -> None:
+def test_connections_per_address_are_limited(monkeypatch: pytest.MonkeyPatch, trusted: bool) -> None:
     """Others are let in meanwhile, and so is who has closed some; a proxy that is trusted has any number."""
     monkeypatch.setattr(connection, "MAX_CONNECTIONS_PER_CLIENT", 3)
 
@@ -659,7 +659,7 @@ def test_one_address_has_so_many_connections(monkeypatch: pytest.MonkeyPatch, tr
     assert not connection.TimedConnection.open_connections
 
 
-def test_a_server_that_was_stopped_itself_waits_for_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_head_timeout_ignores_time_in_which_the_server_was_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     """As with its machine: the clock went on, and the client had no time either."""
     monkeypatch.setattr(connection, "HEADER_TIMEOUT", 2.0)
 
@@ -681,7 +681,7 @@ def test_a_server_that_was_stopped_itself_waits_for_heads(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("reads", [False, True])
-def test_an_answer_that_nobody_reads_closes_the_connection(monkeypatch: pytest.MonkeyPatch, reads: bool) -> None:
+def test_unread_answer_closes_the_connection(monkeypatch: pytest.MonkeyPatch, reads: bool) -> None:
     monkeypatch.setattr(connection, "CLIENT_READ_TIMEOUT", 0.5)
     size = 30 << 20
 

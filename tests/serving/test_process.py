@@ -78,7 +78,7 @@ async def until(true: Callable[[], bool]) -> None:
         await asyncio.sleep(0.01)
 
 
-def test_a_restart_that_fails_is_tried_again(tmp_path: Path) -> None:
+def test_failed_restart_is_retried(tmp_path: Path) -> None:
     """Refused, dead before it was ready, and good at last; what was measured of the old one is forgotten at once."""
 
     async def test(engine: EngineProcess) -> None:
@@ -99,7 +99,7 @@ def test_a_restart_that_fails_is_tried_again(tmp_path: Path) -> None:
     with_engine(tmp_path, "grd", test)
 
 
-def test_a_process_that_cannot_be_started_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_process_start_is_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def test(engine: EngineProcess) -> None:
         await engine.ready.wait()
         start, tries = engine._start, []
@@ -120,7 +120,7 @@ def test_a_process_that_cannot_be_started_is_tried_again(tmp_path: Path, monkeyp
     with_engine(tmp_path, "", test)
 
 
-def test_a_model_that_cannot_be_loaded_at_first_is_not_tried_again(tmp_path: Path) -> None:
+def test_failed_first_load_is_not_retried(tmp_path: Path) -> None:
     async def test(engine: EngineProcess) -> None:
         await engine.load_attempted.wait()
         assert engine.load_error == "no memory" and engine.unavailable_reason == "no memory"
@@ -131,7 +131,7 @@ def test_a_model_that_cannot_be_loaded_at_first_is_not_tried_again(tmp_path: Pat
     with_engine(tmp_path, "r", test)
 
 
-def test_liveness_ends_when_the_model_stays_away(tmp_path: Path) -> None:
+def test_is_alive_ends_after_the_unavailable_timeout(tmp_path: Path) -> None:
     async def test(engine: EngineProcess) -> None:
         await engine.ready.wait()
         assert engine.is_alive
@@ -145,7 +145,7 @@ def test_liveness_ends_when_the_model_stays_away(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("kind", "options"), [("s", {"heartbeat_timeout": 0.5}), ("l", {"step_timeout": 0.5})])
-def test_a_process_that_hangs_is_started_again(tmp_path: Path, kind: str, options: dict[str, float]) -> None:
+def test_hanging_process_is_restarted(tmp_path: Path, kind: str, options: dict[str, float]) -> None:
     """It sends nothing, or is in one step for ever; what was asked of it is told so."""
 
     async def test(engine: EngineProcess) -> None:
@@ -160,7 +160,7 @@ def test_a_process_that_hangs_is_started_again(tmp_path: Path, kind: str, option
     with_engine(tmp_path, kind, test, **options)
 
 
-def test_a_process_that_is_stopped_is_started_again(tmp_path: Path) -> None:
+def test_stopped_process_is_restarted(tmp_path: Path) -> None:
     async def test(engine: EngineProcess) -> None:
         await engine.ready.wait()
         await until(lambda: engine._has_heartbeat)
@@ -171,7 +171,7 @@ def test_a_process_that_is_stopped_is_started_again(tmp_path: Path) -> None:
     with_engine(tmp_path, "", test, heartbeat_timeout=1.0)
 
 
-def test_a_long_step_with_heartbeats_is_left_alone(tmp_path: Path) -> None:
+def test_long_step_with_heartbeats_is_no_hang(tmp_path: Path) -> None:
     """A pipeline may draw for minutes."""
 
     async def test(engine: EngineProcess) -> None:
@@ -182,7 +182,7 @@ def test_a_long_step_with_heartbeats_is_left_alone(tmp_path: Path) -> None:
     with_engine(tmp_path, "l", test, heartbeat_timeout=5.0, step_timeout=600.0)
 
 
-def test_pictures_of_a_job_that_has_ended_are_let_go_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_of_a_finished_job_are_freed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While nothing else is asked: else the server would hold as many as it may, and refuse the next ones."""
     decoder = ImageDecoder()
     monkeypatch.setattr(server, "ImageDecoder", lambda: decoder)

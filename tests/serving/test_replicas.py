@@ -46,7 +46,7 @@ def router(start_server: Any, tiny_folder: Path, root: Path, tmp_path: Path) -> 
     process.wait(10)
 
 
-def test_no_request_is_lost_but_what_ran_where_one_died(router: Any) -> None:
+def test_only_running_requests_of_a_dead_replica_are_lost(router: Any) -> None:
     (first, second), url = router
     ask, url = first.ask, url + "/v1/images/generations"
     body = {"model": "small", "prompt": "a", "n": 16}
@@ -64,7 +64,7 @@ def test_no_request_is_lost_but_what_ran_where_one_died(router: Any) -> None:
     assert second.metric("unigen_images_total") > 16 * 10
 
 
-def test_a_conversation_stays_with_one_replica(router: Any) -> None:
+def test_conversation_stays_on_one_replica(router: Any) -> None:
     replicas, url = router
     for _ in range(6):
         assert replicas[0].ask(url + "/v1/models", headers={"x-conversation": "seven"})[0] == 200
@@ -72,7 +72,7 @@ def test_a_conversation_stays_with_one_replica(router: Any) -> None:
     assert sorted(counts) == [0, 6]
 
 
-def test_a_pictures_address_leads_to_any_replica(router: Any) -> None:
+def test_image_urls_work_on_any_replica(router: Any) -> None:
     """With the router's port, though the replicas listen on others."""
     replicas, url = router
     body = {"model": "small", "prompt": "a", "response_format": "url"}

@@ -23,32 +23,34 @@ DRAWS: Any = [{"type": "image_generation"}]
 PICTURE = Image.new("RGB", (4, 4), "red")
 
 
-def with_client(test: Callable[[Any], Awaitable[Any]], painter: FakeImageEngine | None = None) -> tuple[Any, list[Job]]:
+def with_client(
+    test: Callable[[Any], Awaitable[Any]], fake_engine: FakeImageEngine | None = None
+) -> tuple[Any, list[Job]]:
     """What the test gives, and the jobs that the model had."""
-    painter = painter or FakeImageEngine()
+    fake_engine = fake_engine or FakeImageEngine()
 
     async def run() -> Any:
-        transport = httpx.ASGITransport(create_app(painter, ServerConfig(model_name="m")))
+        transport = httpx.ASGITransport(create_app(fake_engine, ServerConfig(model_name="m")))
         web = httpx.AsyncClient(transport=transport)
         async with openai.AsyncOpenAI(base_url="http://localhost/v1", api_key="none", http_client=web) as client:
             return await test(client)
 
-    return asyncio.run(run()), painter.jobs
+    return asyncio.run(run()), fake_engine.jobs
 
 
-def create(painter: FakeImageEngine | None = None, **asked: Any) -> tuple[Any, Job]:
+def create(fake_engine: FakeImageEngine | None = None, **asked: Any) -> tuple[Any, Job]:
     """The response, and the job."""
     answer, (job,) = with_client(
-        lambda client: client.responses.create(**{"model": "m", "input": "a"} | asked), painter
+        lambda client: client.responses.create(**{"model": "m", "input": "a"} | asked), fake_engine
     )
     return answer, job
 
 
-def streamed(painter: FakeImageEngine | None = None, **asked: Any) -> list[Any]:
+def streamed(fake_engine: FakeImageEngine | None = None, **asked: Any) -> list[Any]:
     async def ask(client: Any) -> Any:
         return [event async for event in await client.responses.create(model="m", input="a", stream=True, **asked)]
 
-    return with_client(ask, painter)[0]
+    return with_client(ask, fake_engine)[0]
 
 
 def opened(data: str) -> Image.Image:
@@ -73,7 +75,7 @@ class Broken(FakeImageEngine):
         yield Error("it broke")
 
 
-def test_an_answer_in_text() -> None:
+def test_text_answer() -> None:
     answer, job = create(instructions="be kind", metadata={"a": "b"}, max_output_tokens=9, temperature=0.5)
     assert answer.output_text == "said" and [item.type for item in answer.output] == ["message"]
     assert (answer.object, answer.status, answer.model, answer.error) == ("response", "completed", "m", None)
@@ -83,7 +85,7 @@ def test_an_answer_in_text() -> None:
     assert answer.settings["ignored"] == ["system"] and [s.text for s in job.prompt.segments] == ["a"]
 
 
-def test_pictures_are_drawn_where_the_tool_is_given() -> None:
+def test_images_are_generated_with_the_tool() -> None:
     for choice, output in ((None, "interleaved"), ("auto", "interleaved"), ("required", "image"), (DRAWS[0], "image")):
         more = {} if choice is None else {"tool_choice": choice}
         answer, job = create(tools=DRAWS, extra_body={"seed": 3, "guidance": 2.0}, **more)
@@ -99,7 +101,7 @@ def test_pictures_are_drawn_where_the_tool_is_given() -> None:
     assert job.options["size"] == (8, 4) and opened(answer.output[0].result).format == "WEBP" and job.previews == 0
 
 
-def test_an_answer_that_is_cut_is_incomplete() -> None:
+def test_truncated_answer_is_incomplete() -> None:
     """Its items are in the order in which they were made."""
     answer, _ = create(Cut(), tools=DRAWS)
     assert answer.status == "incomplete" and answer.incomplete_details.reason == "max_output_tokens"
@@ -112,7 +114,7 @@ def test_an_answer_that_is_cut_is_incomplete() -> None:
     assert len({item.id for item in answer.output}) == 3
 
 
-def test_a_stream_has_openais_events_in_order() -> None:
+def test_stream_has_openai_events_in_order() -> None:
     events = streamed(tools=[DRAWS[0] | {"partial_images": 2}])
     assert [event.sequence_number for event in events] == list(range(len(events)))
     assert [event.type.removeprefix("response.") for event in events] == [
@@ -147,7 +149,7 @@ def test_a_stream_has_openais_events_in_order() -> None:
     assert cut[-1].type == "response.incomplete" and len(cut[-1].response.output) == 3
 
 
-def test_the_clients_own_reader_follows_a_stream() -> None:
+def test_openai_client_reads_the_stream() -> None:
     async def ask(client: Any) -> Any:
         async with client.responses.stream(model="m", input="a", tools=DRAWS) as stream:
             said = [event.snapshot async for event in stream if event.type == "response.output_text.delta"]
@@ -157,12 +159,12 @@ def test_the_clients_own_reader_follows_a_stream() -> None:
     assert said == ["said"] and whole.output_text == "said" and len(whole.output) == 2
 
 
-def test_what_breaks_in_a_stream_is_an_error() -> None:
+def test_failure_in_a_stream_is_an_error_event() -> None:
     with pytest.raises(openai.APIError, match="it broke"):
         streamed(Broken())
 
 
-def test_a_conversation_is_given_back_as_it_came() -> None:
+def test_conversation_can_be_sent_back() -> None:
     """As the client's own objects, and as dictionaries."""
     seen = {"type": "input_image", "image_url": data_uri(PICTURE), "detail": "auto"}
     asked = [
@@ -218,14 +220,14 @@ def test_a_conversation_is_given_back_as_it_came() -> None:
         ({"model": "other"}, "other"),
     ],
 )
-def test_what_cannot_be_is_named(asked: dict[str, Any], names: str) -> None:
-    painter = FakeImageEngine()
+def test_unsupported_fields_are_named(asked: dict[str, Any], names: str) -> None:
+    fake_engine = FakeImageEngine()
     with pytest.raises((openai.BadRequestError, openai.NotFoundError)) as error:
-        create(painter, **asked)
-    assert names in str(error.value.body) and "\n" not in error.value.message and not painter.jobs
+        create(fake_engine, **asked)
+    assert names in str(error.value.body) and "\n" not in error.value.message and not fake_engine.jobs
 
 
-def test_a_model_that_draws_alone_asks_for_the_tool() -> None:
+def test_image_only_model_requires_the_tool() -> None:
     class Draws(FakeImageEngine):
         info = {"outputs": ["image"]}
 

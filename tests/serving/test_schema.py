@@ -68,7 +68,7 @@ def fields_of(method: Any) -> set[str]:
         (openai.resources.images.Images.create_variation, protocol.VariationRequest),
     ],
 )
-def test_each_field_of_the_official_client_is_known(method: Any, kind: Any) -> None:
+def test_every_field_of_the_openai_client_is_known(method: Any, kind: Any) -> None:
     assert fields_of(method) <= set(kind.model_fields)
 
 
@@ -215,7 +215,7 @@ REFUSED_VALUES: dict[str, dict[str, list[Any]]] = {
 
 
 @pytest.mark.parametrize("path", NEUTRAL_VALUES)
-def test_what_asks_for_nothing_is_accepted_and_what_cannot_be_is_named(path: str) -> None:
+def test_neutral_values_are_accepted_and_others_named(path: str) -> None:
     whole = CHAT_BODY if path == CHAT else IMAGE_BODY
     kind: Any = protocol.ChatRequest if path == CHAT else protocol.GenerationRequest
     _, plain = post(path, whole)
@@ -237,24 +237,24 @@ def test_what_asks_for_nothing_is_accepted_and_what_cannot_be_is_named(path: str
     assert post(path, whole | {"banana": None})[0] == 400 and set(plain) == set(post(path, whole)[1])
 
 
-def test_a_top_k_of_minus_one_is_off() -> None:
+def test_top_k_minus_one_is_off() -> None:
     assert post(CHAT, CHAT_BODY | {"top_k": -1})[0] == 200 and ENGINE.jobs[-1].options["top_k"] == 0
 
 
-def test_tools_that_may_not_be_called_are_accepted() -> None:
+def test_disabled_tools_are_accepted() -> None:
     tools = {"tools": [{"type": "function", "function": {"name": "f"}}]}
     assert post(CHAT, CHAT_BODY | tools | {"tool_choice": "none"})[0] == 200
     assert post(CHAT, CHAT_BODY | tools | {"tool_choice": "auto"})[0] == 400
 
 
-def test_the_size_of_a_menu_becomes_the_one_that_is_drawn() -> None:
+def test_common_size_becomes_the_models_size() -> None:
     for size, sent, told in (("1024x1024", None, "4x4"), ("auto", None, "4x4"), ("4x4", (4, 4), None)):
         _, answer = post(DRAW, IMAGE_BODY | {"size": size})
         assert ENGINE.jobs[-1].options.get("size") == sent and answer["size"] == "4x4"
         assert answer["data"][0]["settings"].get("size") == told
 
 
-def test_pictures_are_compressed_as_asked() -> None:
+def test_output_compression() -> None:
     noise = Image.effect_noise((64, 64), 90).convert("RGB")
     assert len(encode_image(noise, "jpeg", 10)) < len(encode_image(noise, "jpeg", 90)) / 2
     assert len(encode_image(noise, "webp", 10)) < len(encode_image(noise, "webp", 90)) / 2
@@ -270,7 +270,7 @@ def segments(messages: list[Any]) -> list[tuple[str, Any]]:
     return [(s.role, True if s.image is not None else s.text) for s in ENGINE.jobs[-1].prompt.segments]
 
 
-def test_messages_as_clients_have_them() -> None:
+def test_message_formats_of_clients() -> None:
     part = {"type": "image_url", "image_url": {"url": URI, "detail": "original"}}
     cached = {"type": "text", "text": "b", "cache_control": {"type": "ephemeral"}}
     told = segments(
@@ -313,7 +313,7 @@ def test_messages_as_clients_have_them() -> None:
         assert status == 400 and names in str(answer["error"]), (wrong, answer)
 
 
-def test_an_answer_may_be_given_back_as_it_came() -> None:
+def test_answer_can_be_sent_back() -> None:
     """With all that the official client makes of it, and each picture at its place among the words."""
     _, answer = post(CHAT, CHAT_BODY | {"modalities": ["text", "image"]})
     given = openai.types.chat.ChatCompletion.model_validate(answer).choices[0].message
@@ -399,7 +399,7 @@ LIBRECHAT = {
 
 
 @pytest.mark.parametrize("body", [OPEN_WEBUI, OPEN_WEBUI_TITLE, LIBRECHAT])
-def test_chats_of_web_interfaces(body: dict[str, Any]) -> None:
+def test_chat_requests_of_web_interfaces(body: dict[str, Any]) -> None:
     status, answer = post(CHAT, body)
     assert status == 200
     if body["stream"]:
@@ -409,7 +409,7 @@ def test_chats_of_web_interfaces(body: dict[str, Any]) -> None:
         assert ENGINE.jobs[-1].output == "text"  # a question about a picture
 
 
-def test_pictures_of_web_interfaces() -> None:
+def test_image_requests_of_web_interfaces() -> None:
     """Open WebUI draws with a size of its menu; it and the official client edit with `image[]`."""
     asked = {"model": "m", "prompt": "a", "n": 1, "size": "512x512", "response_format": "b64_json"}
     assert post(DRAW, asked)[0] == 200
@@ -457,7 +457,7 @@ a red house
 """
 
 
-def test_a_question_about_a_picture_is_answered_in_text() -> None:
+def test_question_about_an_image_is_answered_in_text() -> None:
     from unigen.document import Document, Segment
 
     questions, orders = QUESTIONS.strip().split("\n"), ORDERS.strip().split("\n")

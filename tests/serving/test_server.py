@@ -69,7 +69,7 @@ def child_pid(served: Any) -> str:
     return child
 
 
-def test_a_picture_is_the_engines_own_alone_and_under_load(tiny_server: Any, engine: Any, apples: Any) -> None:
+def test_images_equal_the_engines_alone_and_under_load(tiny_server: Any, engine: Any, apples: Any) -> None:
     """To the last bit of every pixel, whatever joins and leaves meanwhile."""
     client = tiny_server.client()
 
@@ -90,7 +90,7 @@ def test_a_picture_is_the_engines_own_alone_and_under_load(tiny_server: Any, eng
         assert pixels(open_image(answer.data[0].b64_json)) == pixels(engine.generate(APPLES, seed=seed)), seed
 
 
-def test_a_conversation_in_text_and_pictures(tiny_server: Any, engine: Any, apples: Image.Image) -> None:
+def test_conversation_with_text_and_images(tiny_server: Any, engine: Any, apples: Image.Image) -> None:
     client = tiny_server.client()
     chat = client.chat.completions.create
     answer = chat(model=MODEL, messages=chat_text("describe this picture", apples), modalities=["text"], seed=0)
@@ -114,7 +114,7 @@ def test_a_conversation_in_text_and_pictures(tiny_server: Any, engine: Any, appl
     assert answer.choices[0].message.content == engine.generate(asked, "text")
 
 
-def test_a_whole_story_is_text_and_images_whose_order_is_known(tiny_server: Any, engine: Any) -> None:
+def test_story_has_text_and_images_in_known_order(tiny_server: Any, engine: Any) -> None:
     """As parts, as a text with the places of its images, and given back: the same story."""
     prompt = "a story about a witch and her raven"
     asked: dict[str, Any] = {"model": MODEL, "messages": chat_text(prompt), "seed": 1, "max_images": 2}
@@ -143,7 +143,7 @@ def test_a_whole_story_is_text_and_images_whose_order_is_known(tiny_server: Any,
 
 
 @pytest.mark.parametrize("question", ["What's in this image?", "how many apples are there?", "Describe the image."])
-def test_a_question_about_a_picture_is_answered(tiny_server: Any, apples: Any, question: str) -> None:
+def test_question_about_an_image_is_answered(tiny_server: Any, apples: Any, question: str) -> None:
     """Wherever the picture stands in its message, and though nobody says that the answer shall be text."""
     (message,) = chat_text(question, apples)
     answers = [
@@ -160,7 +160,7 @@ def test_a_question_about_a_picture_is_answered(tiny_server: Any, apples: Any, q
     assert status == 200 and answer["choices"][0]["message"]["images"]
 
 
-def test_a_story_is_streamed_part_by_part(tiny_server: Any, engine: Any) -> None:
+def test_story_is_streamed_part_by_part(tiny_server: Any, engine: Any) -> None:
     prompt = "a story about a witch and her raven"
     stream = tiny_server.client().chat.completions.create(
         model=MODEL, messages=chat_text(prompt), seed=1, stream=True, stream_options={"include_usage": True}
@@ -193,7 +193,7 @@ def test_a_story_is_streamed_part_by_part(tiny_server: Any, engine: Any) -> None
 
 
 @pytest.mark.slow
-def test_a_story_and_an_answer_as_responses(tiny_server: Any, engine: Any, apples: Image.Image) -> None:
+def test_story_and_answer_with_responses_api(tiny_server: Any, engine: Any, apples: Image.Image) -> None:
     """Whole and streamed they are what the model says alone."""
     client, prompt = tiny_server.client(), "a story about a witch and her raven"
     asked: dict[str, Any] = {"model": MODEL, "input": prompt, "extra_body": {"seed": 1}}
@@ -216,7 +216,7 @@ NUM_PREVIEWS = {"next-scale": 3, "flow": 3, "masked": 3, "next-token": 0}
 
 
 @pytest.mark.parametrize("generator", NUM_PREVIEWS)
-def test_pictures_are_seen_while_they_are_made(tiny_server: Any, engine: Any, generator: str) -> None:
+def test_image_previews(tiny_server: Any, engine: Any, generator: str) -> None:
     """The official client reads the stream; the last picture is the one that is made without."""
     told = {"seed": 3, "generator": generator}
     stream = tiny_server.client().images.generate(
@@ -241,7 +241,7 @@ def test_pictures_are_seen_while_they_are_made(tiny_server: Any, engine: Any, ge
         )
 
 
-def test_edits_are_seen_while_they_are_made(tiny_server: Any, engine: Any, apples: Image.Image) -> None:
+def test_edit_previews(tiny_server: Any, engine: Any, apples: Image.Image) -> None:
     """What is painted into a picture is seen inside it."""
     client, files = tiny_server.client(), []
     mask = Image.new("RGB", apples.size)
@@ -266,7 +266,7 @@ def test_edits_are_seen_while_they_are_made(tiny_server: Any, engine: Any, apple
         assert pixels(open_image(event.b64_json)) != pixels(open_image(made.b64_json))
 
 
-def test_a_chat_shows_unfinished_pictures_to_those_who_ask(tiny_server: Any) -> None:
+def test_chat_previews_on_request(tiny_server: Any) -> None:
     """Marked, before the finished one, and after the text before it."""
     body: dict[str, Any] = {"generator": "masked", "max_images": 2}
     prompt = chat_text("a story about a witch and her raven")
@@ -292,7 +292,7 @@ def test_a_chat_shows_unfinished_pictures_to_those_who_ask(tiny_server: Any) -> 
     assert [texts[0], texts[3]] == plain[::2][:2] and texts[1] == texts[2] == ""
 
 
-def test_an_answer_may_be_the_best_of_some(tiny_server: Any, engine: Any, apples: Image.Image) -> None:
+def test_best_of_several_candidates(tiny_server: Any, engine: Any, apples: Image.Image) -> None:
     """The engine's own choice, alone, beside others and in a stream; what the others took is counted."""
     client, asked = tiny_server.client(), {"seed": 3, "candidates": 4}
     words = "a red dog left of a house"
@@ -321,7 +321,7 @@ def test_an_answer_may_be_the_best_of_some(tiny_server: Any, engine: Any, apples
     assert tiny_server.jobs == 0 and tiny_server.metric("unigen_batch_sequences") == 0
 
 
-def test_a_picture_left_while_it_is_made_frees_its_slot(tiny_server: Any) -> None:
+def test_disconnect_from_an_image_stream_frees_its_slot(tiny_server: Any) -> None:
     before = tiny_server.metric("unigen_images_total")
     options = {"generator": "flow", "steps": 250, "seed": 1}
     stream = tiny_server.client().images.generate(
@@ -334,7 +334,7 @@ def test_a_picture_left_while_it_is_made_frees_its_slot(tiny_server: Any) -> Non
     assert tiny_server.metric("unigen_images_total") == before
 
 
-def test_answers_end_where_they_are_told_to(tiny_server: Any, engine: Any, apples: Image.Image) -> None:
+def test_stop_strings_and_max_tokens(tiny_server: Any, engine: Any, apples: Image.Image) -> None:
     chat = tiny_server.client().chat.completions.create
     whole = engine.describe(apples, candidates=1)
     messages = chat_text("describe this picture", apples)
@@ -368,7 +368,7 @@ def test_edits_inpainting_and_variations(tiny_server: Any, engine: Any, apples: 
     assert varied.data[0].settings["generator"] == "masked"
 
 
-def test_words_never_name_the_servers_files(tiny_server: Any, engine: Any, apples: Image.Image, tmp_path: Path) -> None:
+def test_prompts_never_open_server_files(tiny_server: Any, engine: Any, apples: Image.Image, tmp_path: Path) -> None:
     """What a stranger writes is words, even where it is the path of a picture that the server could read."""
     path, file = tmp_path / "a.png", io.BytesIO()
     apples.save(path)
@@ -385,7 +385,7 @@ def test_words_never_name_the_servers_files(tiny_server: Any, engine: Any, apple
     )
 
 
-def test_a_damaged_or_huge_picture_or_mask_is_refused(tiny_server: Any) -> None:
+def test_damaged_or_huge_image_or_mask_is_rejected(tiny_server: Any) -> None:
     def file(image: Image.Image) -> bytes:
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
@@ -409,7 +409,7 @@ def test_a_damaged_or_huge_picture_or_mask_is_refused(tiny_server: Any) -> None:
         assert error.value.param == names and "BytesIO" not in str(error.value)
 
 
-def test_pictures_by_url(tiny_server: Any) -> None:
+def test_images_by_url(tiny_server: Any) -> None:
     made = tiny_server.client().images.generate(model=MODEL, prompt="a rose", response_format="url")
     path = made.data[0].url.removeprefix(tiny_server.url)
     import urllib.request
@@ -456,7 +456,7 @@ INVALID_REQUESTS: list[tuple[str, Any, str, int]] = [
 
 
 @pytest.mark.parametrize(("path", "body", "names", "status"), INVALID_REQUESTS)
-def test_what_is_wrong_is_said_in_one_line(tiny_server: Any, path: str, body: Any, names: str, status: int) -> None:
+def test_errors_are_one_line(tiny_server: Any, path: str, body: Any, names: str, status: int) -> None:
     got, answer = tiny_server.get(path, body)
     assert got == status and set(answer) == {"error"} and names in answer["error"]["message"], answer
     assert "\n" not in answer["error"]["message"]
@@ -466,14 +466,14 @@ def test_what_is_wrong_is_said_in_one_line(tiny_server: Any, path: str, body: An
     "url",
     ["data:image/png;base64,@@", "data:image/png;base64,AAAA", "/etc/passwd", "file:///etc/passwd", "http://a/b.png"],
 )
-def test_no_picture_is_one_line(tiny_server: Any, url: str) -> None:
+def test_invalid_image_is_a_one_line_error(tiny_server: Any, url: str) -> None:
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "what is it?"}]
     with pytest.raises(openai.BadRequestError) as error:
         tiny_server.client().chat.completions.create(model=MODEL, messages=[{"role": "user", "content": content}])
     assert error.value.param == "messages.0.content.0.image_url.url"
 
 
-def test_a_client_that_leaves_frees_its_slot(tiny_server: Any) -> None:
+def test_disconnect_frees_the_slot(tiny_server: Any) -> None:
     before = tiny_server.metric("unigen_images_total")
     stream = tiny_server.client().chat.completions.create(
         model=MODEL, messages=chat_text("a story about a witch and her raven"), stream=True, n=8, temperature=1.0
@@ -488,7 +488,7 @@ def test_a_client_that_leaves_frees_its_slot(tiny_server: Any) -> None:
     assert tiny_server.metric("unigen_images_total") < before + 16
 
 
-def test_more_than_may_wait_are_told_so(tiny_server: Any) -> None:
+def test_full_queue_is_429(tiny_server: Any) -> None:
     def draw(_: int) -> Any:
         return tiny_server.get("/v1/images/generations", {"prompt": "a rose", "n": 16})
 
@@ -499,7 +499,7 @@ def test_more_than_may_wait_are_told_so(tiny_server: Any) -> None:
     assert next(answer for status, answer in answers if status == 429)["error"]["code"] == "busy"
 
 
-def test_a_picture_that_cannot_be_finished_says_so_in_its_stream(tiny_server: Any) -> None:
+def test_failed_image_is_an_error_event(tiny_server: Any) -> None:
     """After what was seen of it comes an error, and no end."""
     options = {"generator": "flow", "steps": 250, "seed": 1}
     stream = tiny_server.client().images.generate(
@@ -514,7 +514,7 @@ def test_a_picture_that_cannot_be_finished_says_so_in_its_stream(tiny_server: An
     tiny_server.wait()
 
 
-def test_a_model_that_dies_is_started_again(tiny_server: Any) -> None:
+def test_dead_model_process_is_restarted(tiny_server: Any) -> None:
     child = child_pid(tiny_server)
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(tiny_server.get, "/v1/images/generations", {"prompt": "a rose", "n": 16})
@@ -528,9 +528,7 @@ def test_a_model_that_dies_is_started_again(tiny_server: Any) -> None:
     assert tiny_server.get("/v1/images/generations", {"prompt": "a rose"})[0] == 200
 
 
-def test_a_server_whose_model_is_not_there_yet_says_so_and_finishes_what_runs(
-    start_server: Any, tiny_folder: Any
-) -> None:
+def test_loading_is_503_and_shutdown_finishes_running_answers(start_server: Any, tiny_folder: Any) -> None:
     served = start_server("--model", str(tiny_folder), "--name", "small", "--api-key", "one", "--api-key", "two")
     key = {"authorization": "Bearer two"}
     wait_until(lambda: served.get("/health")[0] == 200)
@@ -564,7 +562,7 @@ if any("spawn_main" in word for word in sys.orig_argv):
 
 
 @pytest.mark.slow
-def test_what_the_models_process_has_started_ends_with_it(
+def test_child_processes_of_the_model_process_end_with_it(
     start_server: Any, tiny_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Though it ends by itself for nobody: when the model's process is killed, and when the server is."""
@@ -586,7 +584,7 @@ def group(leader: int) -> list[str]:
     return [pid for pgid, state, pid in rows if int(pgid) == leader and not state.startswith("Z")]
 
 
-def test_what_cannot_be_served_is_one_line(start_server: Any, tiny_server: Any) -> None:
+def test_unservable_model_is_a_one_line_error(start_server: Any, tiny_server: Any) -> None:
     for arguments, says in (
         (["--model", "/nowhere"], "/nowhere"),
         (["--port", str(tiny_server.port)], "--port"),

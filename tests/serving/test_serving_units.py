@@ -31,7 +31,7 @@ def filter_pieces(pieces: list[str], *stops: str) -> tuple[list[str], bool]:
     return [part for part in said if part], words.stopped
 
 
-def test_words_are_shown_as_soon_as_they_are_sure() -> None:
+def test_text_is_emitted_as_soon_as_no_stop_can_match() -> None:
     assert filter_pieces([" a", " b", " "]) == (["a", " b"], False)
     assert filter_pieces(["  ", " a ", "b", "\n"]) == (["a", " b"], False)
     assert filter_pieces(["a b", " ST", "AY", " c"], " STOP") == (["a b", " STAY", " c"], False)
@@ -40,7 +40,7 @@ def test_words_are_shown_as_soon_as_they_are_sure() -> None:
     assert filter_pieces(["x one two"], "two", "one") == (["x"], True)
 
 
-def test_words_are_the_same_however_they_come() -> None:
+def test_filtered_text_does_not_depend_on_chunks() -> None:
     text = "  the red house, the red horse; the red h"
     for stop in ("the red horse", "house,", "no", "h"):
         whole = "".join(filter_pieces([text], stop)[0])
@@ -50,7 +50,7 @@ def test_words_are_the_same_however_they_come() -> None:
 
 
 @pytest.mark.parametrize("stop", ["aab", "abab", "aaaa", "ab"])
-def test_a_stop_is_found_where_it_first_ends(stop: str) -> None:
+def test_stop_string_matches_at_its_first_end(stop: str) -> None:
     """In all short texts of two letters, however they come; what stands before it is shown."""
     for text in map("".join, itertools.product("ab", repeat=7)):
         for size in (1, 3, 7):
@@ -58,7 +58,7 @@ def test_a_stop_is_found_where_it_first_ends(stop: str) -> None:
             assert ("".join(said), stopped) == (text.split(stop)[0], stop in text), (text, size)
 
 
-def test_long_stops_cost_what_short_ones_cost() -> None:
+def test_long_stop_strings_cost_as_much_as_short_ones() -> None:
     """Steps are counted, in no seconds: at most two for each character and stop, whatever was nearly a stop."""
     steps = 0
 
@@ -74,7 +74,7 @@ def test_long_stops_cost_what_short_ones_cost() -> None:
     assert steps <= 4 * 3 * 10_000 and not words.stopped and len(text) == 8000
 
 
-def test_pictures_of_strangers() -> None:
+def test_image_file_checks() -> None:
     def file(format: str, mode: str = "RGB", size: tuple[int, int] = (8, 8)) -> bytes:
         buffer = io.BytesIO()
         Image.new(mode, size).save(buffer, format)
@@ -93,7 +93,7 @@ def test_pictures_of_strangers() -> None:
     assert pictures.decode_image(pictures.encode_image(Image.new("RGB", (4, 4)), "webp")).size == (4, 4)
 
 
-def test_data_uris_as_clients_write_them() -> None:
+def test_data_uri_formats_of_clients() -> None:
     """What kind of picture it is, its bytes say; lines broken, padding left out, the letters of addresses."""
     noise = Image.effect_noise((40, 40), 90)
     buffer = io.BytesIO()
@@ -138,7 +138,7 @@ def test_data_uris_as_clients_write_them() -> None:
         assert not isinstance(error.value, UnicodeError), bad[:60]
 
 
-def test_a_mask_marks_by_transparency_or_by_white() -> None:
+def test_mask_from_transparency_or_white() -> None:
     def marks(mode: str, ground: Any, mark: Any) -> Image.Image:
         picture, buffer = Image.new(mode, (4, 4), ground), io.BytesIO()
         picture.paste(mark, (0, 0, 2, 4))
@@ -184,13 +184,13 @@ def test_a_mask_marks_by_transparency_or_by_white() -> None:
         "http://",
     ],
 )
-def test_private_addresses_are_not_asked(url: str) -> None:
+def test_private_addresses_are_not_fetched(url: str) -> None:
     with pytest.raises(ValueError) as error:
         asyncio.run(pictures.fetch_image(url, 1000))
     assert str(error.value).startswith("the picture's address") or "http or https" in str(error.value)
 
 
-def test_addresses_that_hold_private_ones_are_private() -> None:
+def test_addresses_that_embed_private_ones_are_private() -> None:
     for address in (
         "127.0.0.1 10.0.0.1 100.64.0.1 169.254.169.254 192.88.99.1 198.18.0.1 224.0.0.1 240.0.0.1 255.255.255.255 ::1"
         " ::127.0.0.1 ::8.8.8.8 ::ffff:127.0.0.1 ::ffff:0:127.0.0.1 64:ff9b::7f00:1 64:ff9b::808:808 64:ff9b:1::808:808"
@@ -200,14 +200,18 @@ def test_addresses_that_hold_private_ones_are_private() -> None:
         assert not pictures._is_public_address(ipaddress.ip_address(address)), address
 
 
-def test_public_addresses_are_asked() -> None:
+def test_public_addresses_are_accepted() -> None:
     """The control: of both versions, and as one in the other."""
     for address in ("8.8.8.8", "93.184.215.14", "2a00:1450:4001:82a::200e", "2606:4700::1111", "::ffff:8.8.8.8"):
         assert pictures._is_public_address(ipaddress.ip_address(address)), address
 
 
 def answers(monkeypatch: pytest.MonkeyPatch, *pages: Any) -> list[tuple[str, str]]:
-    """A net in which the names are public and asking gives these pages, one after the other; what is asked, of whom."""
+    """Replace the network: all names are public, and requests get these pages in order.
+
+    Returns:
+        The address and the host name of each request.
+    """
     seen: list[tuple[str, str]] = []
     left = list(pages)
 
@@ -228,7 +232,7 @@ def answers(monkeypatch: pytest.MonkeyPatch, *pages: Any) -> list[tuple[str, str
     return seen
 
 
-def test_a_redirect_is_checked_as_the_first_address_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_redirects_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     """And the connection is made to the address that was checked."""
 
     async def file() -> Any:
@@ -251,7 +255,7 @@ def test_a_redirect_is_checked_as_the_first_address_is(monkeypatch: pytest.Monke
         ("HTTP://a.example", "a.example"),
     ],
 )
-def test_addresses_of_any_letters_are_asked(monkeypatch: pytest.MonkeyPatch, url: str, host: str) -> None:
+def test_international_addresses_are_fetched(monkeypatch: pytest.MonkeyPatch, url: str, host: str) -> None:
     async def file() -> Any:
         yield b"x"
 
@@ -270,14 +274,14 @@ def test_addresses_of_any_letters_are_asked(monkeypatch: pytest.MonkeyPatch, url
         "http://\ud800/",
     ],
 )
-def test_addresses_that_are_none_are_one_line(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+def test_malformed_addresses_are_a_one_line_error(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     seen = answers(monkeypatch)
     with pytest.raises(ValueError, match="the picture's address cannot be read") as error:
         asyncio.run(pictures.fetch_image(url, 10))
     assert "\n" not in str(error.value) and not isinstance(error.value, UnicodeError) and not seen
 
 
-def test_a_picture_in_many_pieces_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunked_download_is_complete(monkeypatch: pytest.MonkeyPatch) -> None:
     """And is refused where it is too large."""
     whole = bytes(range(256)) * 4
 
@@ -295,7 +299,7 @@ def test_a_picture_in_many_pieces_is_whole(monkeypatch: pytest.MonkeyPatch) -> N
         asyncio.run(pictures.fetch_image("http://a.example/", len(whole) - 1))
 
 
-def test_a_picture_that_trickles_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_download_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each piece in time, and all of them not."""
     monkeypatch.setattr(pictures, "FETCH_TIMEOUT", 0.3)
 
@@ -310,7 +314,7 @@ def test_a_picture_that_trickles_is_given_up(monkeypatch: pytest.MonkeyPatch) ->
         asyncio.run(pictures.fetch_image("http://a.example/", 10_000))
 
 
-class Counted:
+class FakeMetrics:
     """Stands where the metrics are."""
 
     def __getattr__(self, name: str) -> Any:
@@ -324,7 +328,7 @@ class Counted:
     dec = observe = inc
 
 
-def asked(
+def call_guard(
     guard: GuardMiddleware,
     path: str = "/v1/models",
     body: tuple[bytes, ...] = (b"",),
@@ -347,7 +351,7 @@ def asked(
     return sent[0]["status"], {name.decode(): value.decode() for name, value in sent[0]["headers"]}
 
 
-def door(limits: RequestLimits) -> GuardMiddleware:
+def make_guard(limits: RequestLimits) -> GuardMiddleware:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         from starlette.exceptions import HTTPException
 
@@ -361,36 +365,38 @@ def door(limits: RequestLimits) -> GuardMiddleware:
             status = error.status_code
         await send({"type": "http.response.start", "status": status, "headers": []})
 
-    return GuardMiddleware(app, limits, Counted())
+    return GuardMiddleware(app, limits, FakeMetrics())
 
 
-def test_the_door_asks_for_a_key() -> None:
-    guard = door(RequestLimits(api_keys=("one", "two")))
-    assert asked(guard)[0] == 401 and asked(guard, authorization="Bearer three")[0] == 401
-    assert asked(guard, authorization="Basic one")[0] == 401 and asked(guard, authorization="Bearer")[0] == 401
-    assert asked(guard, authorization="Bearer two")[0] == 200 and asked(guard, "/health")[0] == 200
+def test_api_key_is_required() -> None:
+    guard = make_guard(RequestLimits(api_keys=("one", "two")))
+    assert call_guard(guard)[0] == 401 and call_guard(guard, authorization="Bearer three")[0] == 401
+    assert (
+        call_guard(guard, authorization="Basic one")[0] == 401 and call_guard(guard, authorization="Bearer")[0] == 401
+    )
+    assert call_guard(guard, authorization="Bearer two")[0] == 200 and call_guard(guard, "/health")[0] == 200
 
 
-def test_the_door_counts_bytes_whatever_is_said() -> None:
-    guard = door(RequestLimits(max_body_bytes=10))
-    assert asked(guard, content_length="11")[0] == 413
-    assert asked(guard, body=(b"x" * 6, b"x" * 6), content_length="6")[0] == 413
-    assert asked(guard, body=(b"x" * 5, b"x" * 5))[0] == 200
+def test_body_size_is_counted_whatever_the_header_says() -> None:
+    guard = make_guard(RequestLimits(max_body_bytes=10))
+    assert call_guard(guard, content_length="11")[0] == 413
+    assert call_guard(guard, body=(b"x" * 6, b"x" * 6), content_length="6")[0] == 413
+    assert call_guard(guard, body=(b"x" * 5, b"x" * 5))[0] == 200
 
 
-def test_the_door_lets_in_so_many_a_minute() -> None:
-    guard = door(RequestLimits(requests_per_minute=3))
-    assert [asked(guard)[0] for _ in range(5)] == [200, 200, 200, 429, 429]
-    assert 1 <= int(asked(guard)[1]["retry-after"]) <= 20
-    assert asked(guard, "/ready")[0] == 200
+def test_rate_limit() -> None:
+    guard = make_guard(RequestLimits(requests_per_minute=3))
+    assert [call_guard(guard)[0] for _ in range(5)] == [200, 200, 200, 429, 429]
+    assert 1 <= int(call_guard(guard)[1]["retry-after"]) <= 20
+    assert call_guard(guard, "/ready")[0] == 200
 
 
 @pytest.mark.parametrize("rate", [1, 7, 11, 45])
-def test_who_waits_as_long_as_told_is_let_in(monkeypatch: pytest.MonkeyPatch, rate: int) -> None:
+def test_request_after_retry_after_is_accepted(monkeypatch: pytest.MonkeyPatch, rate: int) -> None:
     now = 0.0
     clock = SimpleNamespace(monotonic=lambda: now, perf_counter=time.perf_counter)
     monkeypatch.setattr("unigen.serving.middleware.time", clock)
-    guard = door(RequestLimits(requests_per_minute=rate))
-    assert [asked(guard)[0] for _ in range(rate + 1)] == [200] * rate + [429]
-    now += int(asked(guard)[1]["retry-after"])
-    assert asked(guard)[0] == 200
+    guard = make_guard(RequestLimits(requests_per_minute=rate))
+    assert [call_guard(guard)[0] for _ in range(rate + 1)] == [200] * rate + [429]
+    now += int(call_guard(guard)[1]["retry-after"])
+    assert call_guard(guard)[0] == 200

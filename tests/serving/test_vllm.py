@@ -89,9 +89,7 @@ def on_vllm(folder: Path, **options: Any) -> Iterator[Any]:
 
 
 @pytest.mark.timeout(600)
-def test_the_server_in_two_processes(
-    folder: Path, local: Any, start_server: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_server_in_two_processes(folder: Path, local: Any, start_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its process has those of vLLM as children, each with its share of every layer; all end when it is killed, whether
     by itself or with the server."""
     monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)  # of one process, where others have run before
@@ -179,7 +177,7 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_answers_are_the_local_engines(case: str, folder: Path, local: Any) -> None:
+def test_answers_equal_the_local_engine(case: str, folder: Path, local: Any) -> None:
     count, longest, options = CASES[case]
     wanted = answers(local, asked(count, longest))
     with on_vllm(folder, **options) as engine:
@@ -194,7 +192,7 @@ def test_answers_are_the_local_engines(case: str, folder: Path, local: Any) -> N
     assert case not in ("chunked", "preempted", "late") or dropped > 0, "nothing came apart"
 
 
-def test_those_that_leave_change_nothing_for_others(folder: Path, local: Any) -> None:
+def test_aborted_requests_change_nothing_for_others(folder: Path, local: Any) -> None:
     """Half of all leave at some step, guided pairs too; nothing of theirs stays, and the others end as alone."""
     options, rng = asked(12, 60), random.Random(2)
     wanted = answers(local, options)
@@ -216,7 +214,7 @@ def test_those_that_leave_change_nothing_for_others(folder: Path, local: Any) ->
                 assert [s.text if s.image is None else s.image.tolist() for s in said] == wanted[number]
 
 
-def test_the_control_of_the_scheduler(folder: Path, local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_control_of_the_scheduler(folder: Path, local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM's own scheduler lets branches come apart: what one writes alone is not even a code."""
     options = [one for one in asked(12, 60) if one["output"] == "image" and one["guidance"] != 1]
     wanted = answers(local, options)
@@ -237,7 +235,7 @@ def test_the_control_of_the_scheduler(folder: Path, local: Any, monkeypatch: pyt
     assert sum(one == other for one, other in zip(given, wanted, strict=True)) < len(wanted) / 2
 
 
-def test_vllm_alone_reads_what_is_exported(folder: Path, local: Any, tmp_path: Path) -> None:
+def test_plain_vllm_reads_exported_folders(folder: Path, local: Any, tmp_path: Path) -> None:
     """Without a line of ours: the ids of transformers."""
     from transformers import AutoModelForCausalLM
     from vllm import LLM, SamplingParams
@@ -258,7 +256,7 @@ def test_vllm_alone_reads_what_is_exported(folder: Path, local: Any, tmp_path: P
     llm.llm_engine.engine_core.shutdown()
 
 
-def test_a_span_finds_what_was_read_before(engine: Any) -> None:
+def test_segment_uses_the_prefix_cache(engine: Any) -> None:
     """All whole blocks of its prompt are in vLLM's cache, of every span but the first."""
     spans: list[tuple[str, int, int]] = []
 
@@ -283,7 +281,7 @@ def test_a_span_finds_what_was_read_before(engine: Any) -> None:
     assert main[-1][1] > 2 * engine.block
 
 
-def test_it_is_an_engine(engine: Any, local: Any) -> None:
+def test_vllm_engine_has_the_engine_api(engine: Any, local: Any) -> None:
     """The methods of `Engine`, and the answers that they give."""
     picture = local.generate("a red dog", seed=5)
     assert engine.generate("a red dog", seed=5).tobytes() == picture.tobytes()
@@ -298,7 +296,7 @@ def test_it_is_an_engine(engine: Any, local: Any) -> None:
     assert info["backbone"] == local.info()["backbone"]
 
 
-def test_a_stream_that_is_left_leaves_nothing(engine: Any) -> None:
+def test_closed_stream_leaves_nothing_behind(engine: Any) -> None:
     stream = engine.stream("a story", max_tokens=200, seed=1)
     next(stream)
     assert engine.llm.has_unfinished_requests()
@@ -306,7 +304,7 @@ def test_a_stream_that_is_left_leaves_nothing(engine: Any) -> None:
     assert not engine.llm.has_unfinished_requests() and not scheduler(engine).groups and not engine._heard
 
 
-def test_streams_side_by_side(engine: Any, local: Any) -> None:
+def test_concurrent_streams(engine: Any, local: Any) -> None:
     told: dict[str, Any] = {"max_tokens": 20, "max_images": 1}
     alone = [list(local.stream("a story", seed=seed, **told)) for seed in (1, 2)]
     streams = [engine.stream("a story", seed=seed, **told) for seed in (1, 2)]
@@ -327,14 +325,14 @@ def test_streams_side_by_side(engine: Any, local: Any) -> None:
         ({"output": "text", "max_tokens": 0}, "max_tokens must be"),
     ],
 )
-def test_what_cannot_be_is_refused(options: dict[str, Any], line: str, engine: Any) -> None:
+def test_unsupported_options_are_rejected(options: dict[str, Any], line: str, engine: Any) -> None:
     given = {"prompt": "a dog", **options}
     with pytest.raises(ValueError, match=line):
         list(engine.run([engine.request("a dog", "image"), engine.request(**given)]))
     assert not engine.llm.has_unfinished_requests()
 
 
-def test_what_vllm_alone_cannot_do_is_refused(engine: Any) -> None:
+def test_unsupported_features_of_vllm_are_rejected(engine: Any) -> None:
     """Of a model that has next-token only, nothing stays here."""
     paper = Image.new("RGB", (64, 64))
     for call in (
@@ -348,7 +346,7 @@ def test_what_vllm_alone_cannot_do_is_refused(engine: Any) -> None:
     assert not any(weight.numel() for weight in engine.model.backbone.parameters())
 
 
-def test_what_vllm_cannot_hold_is_refused_at_the_door(folder: Path, local: Any) -> None:
+def test_too_long_requests_are_rejected_early(folder: Path, local: Any) -> None:
     picture = {"prompt": "a dog", "output": "image", "guidance": 2.0, "temperature": 0.0}
     with on_vllm(folder, num_gpu_blocks_override=7, max_model_len=160) as engine:  # 192 positions for requests
         assert answers(engine, [picture]) == answers(local, [picture])
@@ -366,7 +364,7 @@ def test_what_vllm_cannot_hold_is_refused_at_the_door(folder: Path, local: Any) 
         pass
 
 
-def test_draws_are_the_same_however_often_they_are_made(engine: Any) -> None:
+def test_random_draws_are_reproducible(engine: Any) -> None:
     """What is dropped is drawn again; the control is a draw that goes on."""
     from unigen.backends.vllm_guidance import Branch, serialize_segment
     from unigen.samplers.logits import sample
@@ -389,7 +387,7 @@ def test_draws_are_the_same_however_often_they_are_made(engine: Any) -> None:
 @pytest.mark.parametrize(
     "harm", [{"branch": 2}, {"scales": []}, {"seed": None}, {"sampling": {"temperature": -1}}, {"grid": [1]}]
 )
-def test_a_request_that_is_no_span_is_refused(engine: Any, harm: dict[str, Any]) -> None:
+def test_request_without_segment_is_rejected(engine: Any, harm: dict[str, Any]) -> None:
     from vllm import SamplingParams
     from vllm.exceptions import VLLMValidationError
 
@@ -408,7 +406,7 @@ def test_a_request_that_is_no_span_is_refused(engine: Any, harm: dict[str, Any])
     assert not engine.llm.has_unfinished_requests()
 
 
-def test_the_commands(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+def test_commands(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     line = ["--model", str(folder), "--device", "cpu"]
     vllm = ["--engine", "vllm", "--vllm", "enforce_eager=true"]
@@ -428,7 +426,7 @@ def test_the_commands(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         assert told in capsys.readouterr().err
 
 
-def test_the_server(folder: Path, local: Any, start_server: Any) -> None:
+def test_server(folder: Path, local: Any, start_server: Any) -> None:
     """The same server, and the same picture alone and among others."""
     served = start_server("--model", str(folder), "--device", "cpu", "--engine", "vllm", "--vllm", "enforce_eager=true")
     served.wait()

@@ -99,7 +99,7 @@ def test_stories(generator: str, guidance: float, engine: Any, local: Any) -> No
     assert any([type(part) for part in parts[:4]] == [str, list, str, list] for parts in wanted[:6])
 
 
-def test_the_control_of_stories(engine: Any, local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_control_of_stories(engine: Any, local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is written here without what vLLM has read."""
     wanted = answers(local, stories("masked"))
     send = type(engine).send
@@ -119,7 +119,7 @@ def test_pictures(generator: str, engine: Any, local: Any) -> None:
     assert assert_unchanged(engine)
 
 
-def test_a_flows_story(engine: Any, local: Any) -> None:
+def test_story_of_a_flow(engine: Any, local: Any) -> None:
     """Its head wants the states of all that was read, of which vLLM says nothing."""
     options, *_ = stories("flow", steps=3, guidance=2.0)
     given, wanted = (list(one.stream(**options)) for one in (engine, local))
@@ -132,7 +132,7 @@ def test_a_flows_story(engine: Any, local: Any) -> None:
     assert assert_unchanged(engine)
 
 
-def test_what_else_the_model_can_do(engine: Any, local: Any) -> None:
+def test_other_capabilities(engine: Any, local: Any) -> None:
     """Pairs, painting and captions chosen among candidates, whose scores are the model's here."""
     paper = local.generate("a red dog", seed=5)
     mask = Image.new("L", (64, 64), 0)
@@ -152,7 +152,7 @@ def test_what_else_the_model_can_do(engine: Any, local: Any) -> None:
         engine.generate("a dog", accelerate="sjd")
 
 
-def test_the_control_of_candidates(engine: Any, local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_control_of_candidates(engine: Any, local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A weight of the model here that is not the one that vLLM has."""
     paper = local.generate("a red dog", seed=5)
     wanted = [local.describe(paper, candidates=6, max_tokens=12, seed=seed) for seed in range(3)]
@@ -165,7 +165,7 @@ def test_the_control_of_candidates(engine: Any, local: Any, monkeypatch: pytest.
         embeddings.data.copy_(kept)
 
 
-def test_a_stream_that_is_left_in_a_picture_leaves_nothing(engine: Any) -> None:
+def test_stream_closed_within_an_image_leaves_nothing_behind(engine: Any) -> None:
     running = engine.running()
     options, *_ = stories("masked")
     number = running.add(engine.request(**options))
@@ -177,7 +177,7 @@ def test_a_stream_that_is_left_in_a_picture_leaves_nothing(engine: Any) -> None:
     assert running.cache.used == 0 and running.positions == 0 and assert_unchanged(engine)
 
 
-def test_pictures_need_no_room_at_vllm(folder: Path, local: Any) -> None:
+def test_images_need_no_space_in_vllm(folder: Path, local: Any) -> None:
     """Its limits are those of text then; next-token's are as they were."""
     with on_vllm(folder, max_num_seqs=1) as engine:
         given = engine.generate("a red dog", generator="masked", guidance=2.0)
@@ -186,7 +186,7 @@ def test_pictures_need_no_room_at_vllm(folder: Path, local: Any) -> None:
             engine.generate("a red dog", guidance=2.0)
 
 
-def test_the_server(folder: Path, local: Any, start_server: Any) -> None:
+def test_server(folder: Path, local: Any, start_server: Any) -> None:
     """Pictures by other generators and text at once, each as alone."""
     served = start_server("--model", str(folder), "--device", "cpu", "--engine", "vllm", "--vllm", "enforce_eager=true")
     served.wait()

@@ -152,7 +152,7 @@ def test_janus(tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         ("janus", "backbone", None, "aligner.4.bias", "aligner"),
     ],
 )
-def test_a_folder_that_is_not_whole_is_refused(
+def test_incomplete_folder_is_rejected(
     family: str,
     file: str,
     gone: str | None,
@@ -198,7 +198,7 @@ def entry_points(root: Path) -> dict[str, dict[str, str]]:
 
 
 @pytest.mark.timeout(600)
-def test_vllm_finds_our_classes_by_itself(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_finds_the_plugin_classes(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a plugin of the installed package, in processes of its own; the control is a package without it."""
     _, public, folder = exported("chameleon", tmp_path, monkeypatch)
     model = unigen.load(str(public), "cpu", "float32").model
@@ -221,7 +221,9 @@ def test_vllm_finds_our_classes_by_itself(tmp_path: Path, root: Path, monkeypatc
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("family", ["chameleon", "janus"])
-def test_in_two_processes(family: str, tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensor_parallel_in_two_processes(
+    family: str, tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each with its share of every layer."""
     case, public, folder = exported(family, tmp_path, monkeypatch, num_key_value_heads=2)
     core = min(os.sched_getaffinity(0))

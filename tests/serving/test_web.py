@@ -38,7 +38,7 @@ def fetched(url: str) -> tuple[Any, bytes]:
         return answer.headers, answer.read()
 
 
-def test_the_page_and_its_files_are_served_under_a_strict_policy(tiny_server: Any) -> None:
+def test_page_and_files_have_a_strict_content_policy(tiny_server: Any) -> None:
     headers, index = fetched(tiny_server.url + "/")
     names = re.findall(r'(?:href|src)="(web/[^"]+)"', index.decode())
     assert {"web/page.css", "web/page.js", "web/icon.svg"} <= set(names) and index.count(b"<h1>") == 1
@@ -53,13 +53,13 @@ def test_the_page_and_its_files_are_served_under_a_strict_policy(tiny_server: An
         assert tiny_server.get("/" + name, headers={"if-none-match": headers["etag"]})[0] == 304
 
 
-def test_nothing_but_the_pages_files_is_served(tiny_server: Any) -> None:
+def test_only_page_files_are_served(tiny_server: Any) -> None:
     for path in ("/web/", "/web/index.html", "/web/../page.py", "/web/..%2fpage.py", "/web/%2e%2e/page.py", "/page.py"):
         assert tiny_server.get(path)[0] == 404, path
     assert tiny_server.get("/", {"a": 1})[0] == 405
 
 
-def test_the_files_ask_for_nothing_elsewhere_and_make_no_markup_of_text() -> None:
+def test_files_use_no_external_urls_and_no_markup_sinks() -> None:
     files = {path.name: path.read_text() for path in page.FOLDER.iterdir()}
     assert set(Path(name).suffix for name in files) <= set(page.CONTENT_TYPES)
     for name, text in files.items():
@@ -70,7 +70,7 @@ def test_the_files_ask_for_nothing_elsewhere_and_make_no_markup_of_text() -> Non
     assert not re.search(r"\sstyle=|\son\w+=|<script>|<style", files["index.html"])
 
 
-def test_the_page_is_open_where_a_key_is_asked_for(keyed: Any) -> None:
+def test_page_is_public_with_api_keys(keyed: Any) -> None:
     assert keyed.get("/")[0] == keyed.get("/web/page.js")[0] == 200
     assert keyed.get("/v1/models")[0] == keyed.get("/metrics")[0] == 401
 
@@ -128,7 +128,7 @@ class Page:
         self.ended(view)
 
     def ended(self, view: str) -> None:
-        self.until(lambda: not self.all(f"#{view} [aria-busy]") and self.one(f"#{view} .go").is_displayed())
+        self.until(lambda: not self.all(f"#{view} [aria-busy]") and self.one(f"#{view} .submit").is_displayed())
 
     def pictures(self, css: str) -> list[Image.Image]:
         found = [element.get_attribute("src") for element in self.all(css)]
@@ -192,7 +192,7 @@ def open_page(tmp_path: Path) -> Iterator[Open]:
 
 
 @needs_browser
-def test_a_chat_in_text_and_pictures(tiny_server: Any, open_page: Open) -> None:
+def test_chat_with_text_and_images(tiny_server: Any, open_page: Open) -> None:
     seen = open_page(tiny_server)
     seen.view("chat")
     seen.one("#chat summary").click()
@@ -204,27 +204,27 @@ def test_a_chat_in_text_and_pictures(tiny_server: Any, open_page: Open) -> None:
     width = shown.size["width"]
     assert width == shown.size["height"] and width % 64 == 0 and width >= 192
     assert shown.value_of_css_property("image-rendering") == "pixelated"
-    assert "seed 3 · next-token · guidance 3" in seen.one("#chat .assistant .used").text
+    assert "seed 3 · next-token · guidance 3" in seen.one("#chat .assistant .settings").text
     seen.one("#chat .assistant a[download]").click()
     saved = Image.open(seen.saved("two-apples-on-a-blue-background-3.png"))
     assert saved.size == (64, 64) and saved.convert("RGB").tobytes() == drawn.tobytes()
     seen.one("#chat [name=output] [value=text]").click()
     seen.say("chat", "how many apples are there?")
-    assert seen.all("#chat .assistant .words")[0].text == "two"
-    seen.one("#chat .new").click()
+    assert seen.all("#chat .assistant .text")[0].text == "two"
+    seen.one("#chat .new-chat").click()
     assert not seen.all("#chat .turn")
 
 
 @needs_browser
 @pytest.mark.slow
-def test_a_chat_about_pictures_of_ones_own(tiny_server: Any, open_page: Open, tmp_path: Path) -> None:
+def test_chat_about_own_images(tiny_server: Any, open_page: Open, tmp_path: Path) -> None:
     """Chosen as a file, dropped, pasted; and taken away again."""
     seen = open_page(tiny_server)
     seen.view("chat")
     Image.new("RGB", (2000, 50), "red").save(tmp_path / "large.jpg")
     seen.one("#chat .file").send_keys(str(tmp_path / "large.jpg"))
-    seen.until(lambda: len(seen.all("#chat .thumb")) == 1)
-    assert seen.pictures("#chat .thumb img")[0].size == (1024, 26)
+    seen.until(lambda: len(seen.all("#chat .thumbnail")) == 1)
+    assert seen.pictures("#chat .thumbnail img")[0].size == (1024, 26)
     hand_over = """
         const [kind, made] = [arguments[0], new DataTransfer()];
         const canvas = Object.assign(document.createElement("canvas"), { width: 9, height: 9 });
@@ -239,16 +239,16 @@ def test_a_chat_about_pictures_of_ones_own(tiny_server: Any, open_page: Open, tm
     """
     for count, kind in ((2, "drop"), (3, "paste")):
         seen.script(hand_over, kind)
-        seen.until(lambda: len(seen.all("#chat .thumb")) == count)  # noqa: B023
+        seen.until(lambda: len(seen.all("#chat .thumbnail")) == count)  # noqa: B023
     for _ in range(2):
-        seen.one("#chat .thumb button").click()
-    assert [picture.size for picture in seen.pictures("#chat .thumb img")] == [(9, 9)]
+        seen.one("#chat .thumbnail button").click()
+    assert [picture.size for picture in seen.pictures("#chat .thumbnail img")] == [(9, 9)]
     (tmp_path / "none.png").write_text("no picture")
     seen.one("#chat .file").send_keys(str(tmp_path / "none.png"))
     assert seen.error("chat").startswith("none.png is no picture")
     seen.one("#chat [name=output] [value=text]").click()
     seen.say("chat", "describe this picture")
-    assert len(seen.all("#chat .user img")) == 1 and seen.one("#chat .assistant .words").text
+    assert len(seen.all("#chat .user img")) == 1 and seen.one("#chat .assistant .text").text
 
 
 @needs_browser
@@ -258,12 +258,12 @@ def test_markup_is_text(tiny_server: Any, open_page: Open) -> None:
     seen.view("chat")
     evil = "<img src=x onerror=\"document.title='had'\"><script>document.title='had'</script>"
     seen.say("chat", evil)
-    assert seen.one("#chat .user .words").text == evil and seen.script("return document.title") == "unigen"
+    assert seen.one("#chat .user .text").text == evil and seen.script("return document.title") == "unigen"
 
 
 @needs_browser
 @pytest.mark.slow
-def test_a_story_page_by_page(tiny_server: Any, open_page: Open) -> None:
+def test_story_page_by_page(tiny_server: Any, open_page: Open) -> None:
     seen = open_page(tiny_server)
     seen.view("story")
     seen.one("#story summary").click()
@@ -278,18 +278,18 @@ def test_a_story_page_by_page(tiny_server: Any, open_page: Open) -> None:
         model="unigen-tiny", messages=[{"role": "user", "content": f"a story about {RAVEN}"}], seed=1
     )
     texts = told.choices[0].message.content.split("\n\n")
-    assert [words.text for words in seen.all("#story .page .words")] == texts
+    assert [words.text for words in seen.all("#story .page .text")] == texts
     seen.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
     assert seen.one("#story .page").is_displayed() and not seen.one("#story form").is_displayed()
     seen.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
-    seen.use("#story .page .menu", "Tell a story of it")
+    seen.use("#story .page .menu", "Tell a story about it")
     seen.say("story", RAVEN)
     assert len(seen.all("#story .references img")) == 1 and len(seen.all("#story .page")) >= 3
 
 
 @needs_browser
 @pytest.mark.slow
-def test_escape_and_the_button_stop_an_answer(tiny_server: Any, open_page: Open) -> None:
+def test_escape_and_stop_button_abort_an_answer(tiny_server: Any, open_page: Open) -> None:
     seen = open_page(tiny_server)
     for view, stop in (("chat", None), ("story", None), ("studio", None), ("studio", ".stop")):
         seen.view(view)
@@ -310,7 +310,7 @@ def test_escape_and_the_button_stop_an_answer(tiny_server: Any, open_page: Open)
 
 @needs_browser
 @pytest.mark.slow
-def test_the_studio_draws_edits_varies_and_says_how(tiny_server: Any, open_page: Open) -> None:
+def test_studio_draws_edits_varies_and_shows_settings(tiny_server: Any, open_page: Open) -> None:
     seen = open_page(tiny_server)
     seen.view("studio")
     seen.one("#studio [name=generator] [value=flow]").click()
@@ -325,31 +325,31 @@ def test_the_studio_draws_edits_varies_and_says_how(tiny_server: Any, open_page:
     made = seen.one("#studio .run").text
     assert "flow · guidance 2 · steps 3" in made and all(f"seed {seed}" in made for seed in range(5, 11))
     seen.use("#studio .run .menu", "Edit")
-    assert seen.one("#studio .asked").text == "What to change"
+    assert seen.one("#studio .prompt-label").text == "What to change"
     for name, value in {"n": "1", "guidance": "", "seed": "1"}.items():
         seen.fill(f"#studio [name={name}]", value)
-    given = seen.pictures("#studio .thumb img")
+    given = seen.pictures("#studio .thumbnail img")
     seen.say("studio", "make the background red")
-    assert seen.one("#studio .run .used").text.startswith("seed 1 · next-token · guidance 3")
+    assert seen.one("#studio .run .settings").text.startswith("seed 1 · next-token · guidance 3")
     assert seen.pictures("#studio .run img")[0] != given[0]
     seen.use("#studio .run .menu", "Vary")
     seen.fill("#studio [name=vary]", "0.2")
-    seen.one("#studio .go").click()
+    seen.one("#studio .submit").click()
     seen.ended("studio")
-    assert len(seen.all("#studio .run")) == 3 and "masked" in seen.one("#studio .run .used").text
+    assert len(seen.all("#studio .run")) == 3 and "masked" in seen.one("#studio .run .settings").text
 
 
 @needs_browser
 @pytest.mark.slow
-def test_the_studio_shows_pictures_while_they_are_made(tiny_server: Any, open_page: Open) -> None:
+def test_studio_shows_previews(tiny_server: Any, open_page: Open) -> None:
     """In their places, each becoming clearer; those that are finished wait for the others."""
     seen = open_page(tiny_server)
     seen.view("studio")
     watch = """
         window.told = [];
         new MutationObserver(() => {
-            const frames = [...document.querySelectorAll("#studio .run[aria-busy] .frame")];
-            told.push(frames.map((one) => [one.querySelector("img")?.src ?? "", one.classList.contains("made")]));
+            const frames = [...document.querySelectorAll("#studio .run[aria-busy] .placeholder")];
+            told.push(frames.map((one) => [one.querySelector("img")?.src ?? "", one.classList.contains("finished")]));
         }).observe(document.querySelector("#studio .runs"), { childList: true, subtree: true, attributes: true });
     """
     seen.script(watch)
@@ -365,12 +365,12 @@ def test_the_studio_shows_pictures_while_they_are_made(tiny_server: Any, open_pa
             shown = list(dict.fromkeys(tuple(state[place]) for state in told if state and state[place][0]))
             looks = [url for url, done in shown if not done and url != made[place]]
             assert len(set(looks)) == previews and (made[place], True) in shown
-        assert len(made) == len(set(made)) == 2 and not seen.all("#studio .frame")
+        assert len(made) == len(set(made)) == 2 and not seen.all("#studio .placeholder")
 
 
 @needs_browser
 @pytest.mark.slow
-def test_the_studio_keeps_the_best_of_some(tiny_server: Any, open_page: Open) -> None:
+def test_studio_best_of_several(tiny_server: Any, open_page: Open) -> None:
     seen = open_page(tiny_server)
     seen.view("studio")
     for name, value in {"n": "2", "seed": "3", "candidates": "2"}.items():
@@ -383,25 +383,25 @@ def test_the_studio_keeps_the_best_of_some(tiny_server: Any, open_page: Open) ->
 
 @needs_browser
 @pytest.mark.slow
-def test_a_part_of_a_picture_is_painted_anew(tiny_server: Any, open_page: Open) -> None:
+def test_studio_inpaints(tiny_server: Any, open_page: Open) -> None:
     seen = open_page(tiny_server, refused="400")
     seen.view("studio")
     seen.fill("#studio [name=n]", "1")
     seen.fill("#studio [name=seed]", "3")
     seen.say("studio", APPLES)
     seen.use("#studio .run .menu", "Inpaint")
-    seen.until(lambda: seen.script("return document.querySelector('.canvas canvas').width") == 64)
+    seen.until(lambda: seen.script("return document.querySelector('.mask-canvas canvas').width") == 64)
     seen.say("studio", "two roses on a blue background")
     assert "the mask marks nothing" in seen.error("studio")
-    seen.paint("#studio .canvas canvas", (0.1, 0.1), (0.1, 0.9))
+    seen.paint("#studio .mask-canvas canvas", (0.1, 0.1), (0.1, 0.9))
     seen.say("studio", "two roses on a blue background")
     new, old = seen.pictures("#studio .run img")
     left, right = (0, 0, 24, 64), (32, 0, 64, 64)
     assert new.crop(left).tobytes() != old.crop(left).tobytes()
     difference = sum(abs(a - b) for a, b in zip(new.crop(right).tobytes(), old.crop(right).tobytes(), strict=True))
     assert difference / (32 * 64 * 3) < 8  # as it was, through the image tokenizer
-    seen.one("#studio .wipe").click()
-    canvas = seen.one("#studio .canvas canvas")
+    seen.one("#studio .clear-mask").click()
+    canvas = seen.one("#studio .mask-canvas canvas")
     canvas.send_keys("\ue014\ue014 ")  # by the keys: twice to the right, and Space
     marked = "const c = arguments[0]; return c.getContext('2d').getImageData(0, 0, 64, 64).data.filter(Boolean).length"
     assert seen.script(marked, canvas) > 100
@@ -409,7 +409,7 @@ def test_a_part_of_a_picture_is_painted_anew(tiny_server: Any, open_page: Open) 
 
 @needs_browser
 @pytest.mark.slow
-def test_what_is_refused_is_said_and_marked(tiny_server: Any, open_page: Open) -> None:
+def test_errors_are_shown_and_fields_marked(tiny_server: Any, open_page: Open) -> None:
     seen = open_page(tiny_server, refused="400")
     seen.view("studio")
     for name, value, says in (("guidance", "lots", "number"), ("n", "17", "16"), ("seed", "-1", "0")):
@@ -433,7 +433,7 @@ def test_what_is_refused_is_said_and_marked(tiny_server: Any, open_page: Open) -
 
 @needs_browser
 @pytest.mark.slow
-def test_the_key_is_asked_for_and_kept_in_the_tab(keyed: Any, open_page: Open) -> None:
+def test_api_key_is_asked_for_and_kept_in_the_tab(keyed: Any, open_page: Open) -> None:
     seen = open_page(keyed, refused="401")
     seen.until(lambda: seen.one("#key").is_displayed())
     assert not seen.one("main").text
@@ -448,7 +448,7 @@ def test_the_key_is_asked_for_and_kept_in_the_tab(keyed: Any, open_page: Open) -
 
 @needs_browser
 @pytest.mark.slow
-def test_too_many_requests_are_asked_again_once(keyed: Any, open_page: Open) -> None:
+def test_rate_limited_request_is_retried_once(keyed: Any, open_page: Open) -> None:
     seen = open_page(keyed, refused="4")
     seen.until(lambda: seen.one("#key").is_displayed())
     seen.fill("#key input", "sesame").send_keys("\ue007")
@@ -458,10 +458,10 @@ def test_too_many_requests_are_asked_again_once(keyed: Any, open_page: Open) -> 
     while keyed.get("/v1/models", headers={"authorization": "Bearer sesame"})[0] != 429:
         pass
     field.send_keys("\ue007")
-    seen.until(lambda: "asking again in" in seen.one("#studio .said").text)
+    seen.until(lambda: "asking again in" in seen.one("#studio .status").text)
     seen.ended("studio")
     assert len(seen.all("#studio .run img")) == 1, seen.one("#studio .error").text
-    assert not seen.one("#studio .said").is_displayed()
+    assert not seen.one("#studio .status").is_displayed()
 
 
 @needs_browser
@@ -503,9 +503,7 @@ def test_history_is_kept_opened_exported_and_cleared(tiny_server: Any, open_page
 @needs_browser
 @pytest.mark.slow
 @pytest.mark.parametrize("view", ["chat", "story", "studio"])
-def test_a_page_that_is_loaded_anew_keeps_the_answer_and_what_was_asked(
-    tiny_server: Any, open_page: Open, view: str
-) -> None:
+def test_reloaded_page_keeps_request_and_partial_answer(tiny_server: Any, open_page: Open, view: str) -> None:
     """As far as it came; it says that it was interrupted, and asks again in its place."""
     prompt = f"a story about {RAVEN}"
     seen = open_page(tiny_server)
@@ -515,30 +513,30 @@ def test_a_page_that_is_loaded_anew_keeps_the_answer_and_what_was_asked(
         for name, value in {"n": "16", "steps": "250", "seed": "3"}.items():
             seen.fill(f"#studio [name={name}]", value)
     seen.fill(f"#{view} textarea", prompt).send_keys("\ue007")
-    made = {"chat": ".assistant .picture", "story": ".page .picture", "studio": ".frame"}[view]
+    made = {"chat": ".assistant .picture", "story": ".page .picture", "studio": ".placeholder"}[view]
     seen.until(lambda: seen.all(f"#{view} {made}"))
     before = len(seen.all(f"#{view} {made}"))
     sizes = """
         const done = arguments[0];
-        import("/web/history.js").then(async (past) => done((await past.list()).map((one) => one.size)));
+        import("/web/history.js").then(async (history) => done((await history.list()).map((entry) => entry.size)));
     """
     least = 200 if view == "studio" else 3000 * before  # characters: its pictures are there
     seen.until(lambda: (seen.driver.execute_async_script(sizes) or [0])[0] > least)
     seen.driver.refresh()
-    seen.until(lambda: seen.all(f"#{view} .broken"))
-    assert "Interrupted" in seen.one(f"#{view} .broken").text and prompt in seen.one(f"#{view}").text.lower()
+    seen.until(lambda: seen.all(f"#{view} .interrupted"))
+    assert "Interrupted" in seen.one(f"#{view} .interrupted").text and prompt in seen.one(f"#{view}").text.lower()
     if view == "studio":
         assert not seen.one("#studio [name=steps]").get_attribute("value")
     else:
         assert len(seen.all(f"#{view} {made}")) >= before
     seen.until(lambda: tiny_server.jobs == 0)  # the server has seen that the page left: else its queue may be full
-    seen.one(f"#{view} .broken button").click()
+    seen.one(f"#{view} .interrupted button").click()
     if view == "studio":
-        seen.until(lambda: len(seen.all("#studio .frame")) == 16)
+        seen.until(lambda: len(seen.all("#studio .placeholder")) == 16)
         assert seen.one("#studio [name=steps]").get_attribute("value") == "250"
         seen.one("#studio .stop").click()
     seen.ended(view)
-    assert not seen.all(f"#{view} .broken") and len(seen.all("#chat .turn")) == 2 * (view == "chat")
+    assert not seen.all(f"#{view} .interrupted") and len(seen.all("#chat .turn")) == 2 * (view == "chat")
     assert seen.script("return sessionStorage.length") == 0
     seen.one("#open-history").click()
     kept = seen.until(lambda: seen.all("#history li"))
@@ -547,18 +545,18 @@ def test_a_page_that_is_loaded_anew_keeps_the_answer_and_what_was_asked(
 
 FILL_HISTORY = """
     const [done, entries] = [arguments[arguments.length - 1], arguments[0]];
-    import("/web/history.js").then(async (past) => {
+    import("/web/history.js").then(async (history) => {
         for (const { characters, ...entry } of entries) {
-            await past.put({ at: Date.now(), ...entry, ...(characters ? { data: "x".repeat(characters) } : {}) });
+            await history.put({ at: Date.now(), ...entry, ...(characters ? { data: "x".repeat(characters) } : {}) });
         }
-        done((await past.list()).map((one) => one.id));
+        done((await history.list()).map((one) => one.id));
     }).catch((error) => done(String(error)));
 """
 
 
 @needs_browser
 @pytest.mark.slow
-def test_damaged_entries_are_said_to_be_and_kept_aside(tiny_server: Any, open_page: Open) -> None:
+def test_damaged_history_entries_are_marked_and_kept(tiny_server: Any, open_page: Open) -> None:
     seen = open_page(tiny_server)
     seen.view("chat")
     turns = [{"role": "user", "parts": [{"text": "a"}]}, {"role": "assistant", "parts": [{"text": "b"}]}]
@@ -592,7 +590,7 @@ def test_damaged_entries_are_said_to_be_and_kept_aside(tiny_server: Any, open_pa
 
 @needs_browser
 @pytest.mark.slow
-def test_a_large_entry_takes_nothing_from_the_others(tiny_server: Any, open_page: Open) -> None:
+def test_large_history_entry_displaces_no_others(tiny_server: Any, open_page: Open) -> None:
     seen = open_page(tiny_server)
     seen.view("chat")
 
@@ -608,7 +606,7 @@ def test_a_large_entry_takes_nothing_from_the_others(tiny_server: Any, open_page
 
 @needs_browser
 @pytest.mark.slow
-def test_a_phone_shows_all_of_it_without_scrolling_sideways(tiny_server: Any, open_page: Open) -> None:
+def test_phone_needs_no_horizontal_scrolling(tiny_server: Any, open_page: Open) -> None:
     seen = open_page(tiny_server, width=320, height=640)
 
     def fits() -> None:
@@ -635,7 +633,7 @@ def test_a_phone_shows_all_of_it_without_scrolling_sideways(tiny_server: Any, op
 
 @needs_browser
 @pytest.mark.slow
-def test_what_a_model_cannot_is_not_offered(start_server: Any, dit_folder: Any, open_page: Open) -> None:
+def test_unsupported_features_are_not_offered(start_server: Any, dit_folder: Any, open_page: Open) -> None:
     served = start_server("--model", str(dit_folder), "--name", "digits")
     served.wait()
     seen = open_page(served)
@@ -651,22 +649,22 @@ def test_what_a_model_cannot_is_not_offered(start_server: Any, dit_folder: Any, 
 TRACK = """
 const done = arguments[0];
 (async () => {
-  const { tracker, interrupted } = await import(new URL("web/keeping.js", location).href);
-  const track = tracker(() => {});
+  const { createTracker, takeInterruptedId } = await import(new URL("web/storage.js", location).href);
+  const track = createTracker(() => {});
   const entry = () => ({ view: "chat", title: "a", data: {} });
   const first = track("first", entry), second = track("second", entry);
   first.finish({ ...entry(), at: 1 });
-  const later = interrupted();
+  const later = takeInterruptedId();
   const third = track("third", entry);
   third.finish({ ...entry(), at: 1 });
-  second.drop();
-  done([later, interrupted()]);
+  second.discard();
+  done([later, takeInterruptedId()]);
 })();
 """
 
 
 @needs_browser
-def test_an_answer_that_ends_leaves_the_name_of_another(tiny_server: Any, open_page: Open) -> None:
+def test_finished_answer_keeps_the_id_of_a_later_one(tiny_server: Any, open_page: Open) -> None:
     """Of the one whose answer is still being made when the tab is loaded anew."""
     seen = open_page(tiny_server)
     assert seen.driver.execute_async_script(TRACK) == ["second", None]

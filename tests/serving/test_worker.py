@@ -32,7 +32,7 @@ class Pipeline:
 
 
 @pytest.mark.parametrize("waits", [False, True])
-def test_a_job_may_be_dropped_where_nothing_waits(waits: bool) -> None:
+def test_job_can_be_dropped_when_nothing_waits(waits: bool) -> None:
     worker = SequentialWorker(Pipeline())
     if waits:
         worker.ask(0, Job(Document.of("a"), "text"))
@@ -65,7 +65,7 @@ def until(heard: Any, kind: type) -> list[tuple[int | None, Any]]:
     return events
 
 
-def test_a_client_that_leaves_does_not_end_the_process(worker_pipes: Any) -> None:
+def test_disconnect_does_not_end_the_worker(worker_pipes: Any) -> None:
     """Its job has ended by then, as the message comes that drops it."""
     send, heard = worker_pipes
     send.send((0, None))
@@ -74,7 +74,7 @@ def test_a_client_that_leaves_does_not_end_the_process(worker_pipes: Any) -> Non
     assert {number for number, _ in until(heard, Finished)} == {1}
 
 
-def test_a_job_that_has_ended_is_let_go_of(worker_pipes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_job_is_freed(worker_pipes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     ask = SequentialWorker.ask
 
@@ -91,7 +91,7 @@ def test_a_job_that_has_ended_is_let_go_of(worker_pipes: Any, monkeypatch: pytes
     assert len(asked) == 1 and asked[0]() is None
 
 
-def test_a_fault_before_an_answer_is_of_its_job_alone(
+def test_failure_before_an_answer_affects_its_job_only(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """As of a GPU without memory for its pictures, at any of its candidates: their rows are gone, others go on."""

@@ -1,106 +1,138 @@
-// Elements, and forms that do one thing at a time. Text gets onto the page as text alone, never as markup.
-// Knows no view and no request.
+// Elements, and forms that run one task at a time. Text is inserted as text, never as markup.
+// Does not depend on: views, requests.
 
-/** An element. What is named `on...` listens, all else are attributes; strings among the children are text. */
+/**
+ * Create an element.
+ * @param {string} tag
+ * @param {object} [attributes] functions named `on...` are event listeners, booleans toggle an attribute
+ * @param {...(Node | string)} children strings are text
+ */
 export function el(tag, attributes = {}, ...children) {
-  const made = document.createElement(tag);
+  const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
-    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
-    else if (typeof value === "boolean") made.toggleAttribute(name, value);
-    else if (value !== undefined) made.setAttribute(name, value);
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (typeof value === "boolean") element.toggleAttribute(name, value);
+    else if (value !== undefined) element.setAttribute(name, value);
   }
-  made.append(...children);
-  return made;
-}
-
-/** A button that is no form's. */
-export function button(text, act, attributes = {}) {
-  return el("button", { type: "button", class: "plain", onclick: act, ...attributes }, text);
+  element.append(...children);
+  return element;
 }
 
 /**
- * Let a form do its work: Enter or its button starts it, Escape or the button that takes its place stops it.
- * work(signal, notice): what is thrown is said in one line, and the field marked that it names.
+ * Create a button that submits no form.
+ * @param {string} text
+ * @param {(event: Event) => void} onClick
+ * @param {object} [attributes]
  */
-export function working(form, work) {
-  const [go, stop] = [form.querySelector(".go"), form.querySelector(".stop")];
-  let running = null;
+export function button(text, onClick, attributes = {}) {
+  return el("button", { type: "button", class: "plain", onclick: onClick, ...attributes }, text);
+}
 
-  const shown = (on) => {
-    const moved = document.activeElement === (on ? go : stop);
-    [go.hidden, stop.hidden] = [on, !on];
-    if (moved) (on ? stop : go).focus();
+/**
+ * Run a task when a form is submitted, one at a time. Enter or the submit button starts it; Escape or the stop button,
+ * which takes the place of the submit button, aborts it.
+ * @param {HTMLFormElement} form
+ * @param {(signal: AbortSignal, notify: (text: string) => void) => Promise<void>} task what it throws is shown in the
+ *   form, and the field that the error names is marked
+ * @returns {{ stop: () => void }}
+ */
+export function bindForm(form, task) {
+  const [submitButton, stopButton] = [form.querySelector(".submit"), form.querySelector(".stop")];
+  let controller = null;
+
+  const showRunning = (isRunning) => {
+    const hadFocus = document.activeElement === (isRunning ? submitButton : stopButton);
+    [submitButton.hidden, stopButton.hidden] = [isRunning, !isRunning];
+    if (hadFocus) (isRunning ? stopButton : submitButton).focus();
   };
-  const notice = (text) => {
-    const line = form.querySelector(".said");
+  const notify = (text) => {
+    const line = form.querySelector(".status");
     [line.textContent, line.hidden] = [text, !text];
   };
 
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
-    if (running) return;
-    unmark(form);
-    running = new AbortController();
-    shown(true);
+    if (controller) return;
+    clearError(form);
+    controller = new AbortController();
+    showRunning(true);
     try {
-      await work(running.signal, notice);
+      await task(controller.signal, notify);
     } catch (error) {
-      if (error.name !== "AbortError") mark(form, error);
+      if (error.name !== "AbortError") showError(form, error);
     } finally {
-      running = null;
-      notice("");
-      shown(false);
+      controller = null;
+      notify("");
+      showRunning(false);
     }
   });
   form.addEventListener("keydown", (event) => {
     if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.target.tagName !== "TEXTAREA") return;
     event.preventDefault();
-    form.requestSubmit(go);
+    form.requestSubmit(submitButton);
   });
   document.addEventListener("keydown", (event) => {
-    if (event.key === "Escape" && !document.querySelector("dialog[open]") && form.checkVisibility()) running?.abort();
+    if (event.key === "Escape" && !document.querySelector("dialog[open]") && form.checkVisibility()) controller?.abort();
   });
-  stop.addEventListener("click", () => running?.abort());
-  for (const area of form.querySelectorAll("textarea")) area.addEventListener("input", () => fit(area));
-  return { stop: () => running?.abort() };
+  stopButton.addEventListener("click", () => controller?.abort());
+  for (const textarea of form.querySelectorAll("textarea")) textarea.addEventListener("input", () => autosize(textarea));
+  return { stop: () => controller?.abort() };
 }
 
-/** Says that an answer was broken off, with a button that asks for it again. */
-export function broken(text, again) {
-  return el("p", { class: "broken quiet" }, `Interrupted: ${text} `, button("Ask again", again));
+/**
+ * A note that an answer was interrupted, with a button that requests it again.
+ * @param {string} text why
+ * @param {() => void} retry
+ */
+export function interruptedNote(text, retry) {
+  return el("p", { class: "interrupted muted" }, `Interrupted: ${text} `, button("Ask again", retry));
 }
 
-/** As high as what stands in it. */
-export function fit(area) {
-  area.style.height = "auto";
-  if (area.scrollHeight) area.style.height = `${area.scrollHeight + 2}px`;
+/**
+ * Make a text area as high as its text.
+ * @param {HTMLTextAreaElement} textarea
+ */
+export function autosize(textarea) {
+  textarea.style.height = "auto";
+  if (textarea.scrollHeight) textarea.style.height = `${textarea.scrollHeight + 2}px`;
 }
 
-/** Say what is wrong, and mark the field that the error names by its parameter, or in its words. */
-export function mark(form, error) {
+/**
+ * Show an error in a form, and mark the field that it names by its `param` or in its message.
+ * @param {HTMLFormElement} form
+ * @param {Error & { param?: string }} error
+ */
+export function showError(form, error) {
   const line = form.querySelector(".error");
   [line.textContent, line.hidden] = [error.message, false];
   line.scrollIntoView({ block: "nearest" });
-  const words = error.param ? error.param.split(".") : error.message.split(/[^\w-]+/);
-  const field = [...form.elements].find((one) => one.name && one.checkVisibility() && words.includes(one.name));
+  const names = error.param ? error.param.split(".") : error.message.split(/[^\w-]+/);
+  const isNamed = (element) => element.name && element.checkVisibility() && names.includes(element.name);
+  const field = [...form.elements].find(isNamed);
   if (!field) return;
   field.setAttribute("aria-invalid", "true");
   field.focus({ preventScroll: true });
 }
 
-export function unmark(form) {
+function clearError(form) {
   form.querySelector(".error").hidden = true;
   for (const field of form.querySelectorAll("[aria-invalid]")) field.removeAttribute("aria-invalid");
 }
 
-/** What was filled in of these fields, numbers as numbers; what is none goes as it stands, for the server to refuse. */
-export function filled(form, names) {
-  const given = {};
+/**
+ * The filled-in values of these fields. Numbers are numbers; a text in a field for numbers stays as it is, so that the
+ * server names it in its error.
+ * @param {HTMLFormElement} form
+ * @param {string[]} names
+ * @returns {Object<string, string | number>}
+ */
+export function formValues(form, names) {
+  const values = {};
   for (const name of names) {
     const field = form.elements[name];
     const text = field.value.trim();
     if (!text || field.closest("[hidden]")) continue;
-    given[name] = field.inputMode && Number.isFinite(Number(text)) ? Number(text) : text;
+    values[name] = field.inputMode && Number.isFinite(Number(text)) ? Number(text) : text;
   }
-  return given;
+  return values;
 }

@@ -1,111 +1,132 @@
-// What was asked and answered, in this browser's IndexedDB: at most so many entries and so many characters, the oldest
-// forgotten first. An entry is { id, view, title, at, data }; lists are read without the data, which hold pictures.
-// One whose answer is still being made, or was when the page was left, has `running`; one that could not be opened has
-// `broken`, which says why, and is kept aside until it is forgotten by hand.
-// Knows nothing of what the data are.
+// The history of requests and answers, in this browser's IndexedDB. The oldest entries are deleted first.
+//
+// An entry is { id, view, title, at, data }. It also has
+//   running: true, while its answer is being generated, and where the page was left meanwhile;
+//   broken: why it could not be opened. Such an entry is kept until the user deletes it.
+// A list of entries comes without the data, which contain images.
+// Does not depend on: the contents of the data.
 
-const MOST_ENTRIES = 100;
-const MOST_CHARACTERS = 60e6;
-const LARGE = MOST_CHARACTERS / 4; // entries above have a room of their own, so that they take nothing from the others
+const MAX_ENTRIES = 100;
+const MAX_CHARACTERS = 60e6;
+const LARGE_ENTRY = MAX_CHARACTERS / 4; // larger entries have a quota of their own, so that they displace no others
 
-let opened;
+let database;
 
-function open() {
-  opened ??= new Promise((resolve, reject) => {
-    const asked = indexedDB.open("unigen", 1);
-    asked.onupgradeneeded = () => {
-      asked.result.createObjectStore("list", { keyPath: "id" });
-      asked.result.createObjectStore("data");
+function openDatabase() {
+  database ??= new Promise((resolve, reject) => {
+    const request = indexedDB.open("unigen", 1);
+    request.onupgradeneeded = () => {
+      request.result.createObjectStore("list", { keyPath: "id" });
+      request.result.createObjectStore("data");
     };
-    asked.onsuccess = () => resolve(asked.result);
-    asked.onerror = () => reject(asked.error);
+    request.onsuccess = () => resolve(request.result);
+    request.onerror = () => reject(request.error);
   });
-  return opened;
+  return database;
 }
 
-function done(asked) {
+function requestResult(request) {
   return new Promise((resolve, reject) => {
-    asked.onsuccess = () => resolve(asked.result);
-    asked.onerror = () => reject(asked.error);
+    request.onsuccess = () => resolve(request.result);
+    request.onerror = () => reject(request.error);
   });
 }
 
-/** A transaction, its stores, and a promise for its end. */
-async function stores(mode) {
-  const transaction = (await open()).transaction(["list", "data"], mode);
-  const end = new Promise((resolve, reject) => {
+/** Begin a transaction: its stores of headers (entries without data) and of data, and a promise for its end. */
+async function beginTransaction(mode) {
+  const transaction = (await openDatabase()).transaction(["list", "data"], mode);
+  const completed = new Promise((resolve, reject) => {
     transaction.oncomplete = resolve;
     transaction.onabort = transaction.onerror = () => reject(transaction.error ?? new Error("the browser refused it"));
   });
-  end.catch(() => {}); // whoever waits for it hears of it
-  return { lines: transaction.objectStore("list"), contents: transaction.objectStore("data"), end };
+  completed.catch(() => {}); // the caller that awaits it handles the error
+  return { headers: transaction.objectStore("list"), contents: transaction.objectStore("data"), completed };
 }
 
-/** Is there such a thing here? Not in every private window. */
-export async function kept() {
-  return open().then(() => true, () => false);
+/**
+ * Is there a history? Some private windows have no IndexedDB.
+ * @returns {Promise<boolean>}
+ */
+export async function isAvailable() {
+  return openDatabase().then(() => true, () => false);
 }
 
-/** A name for a new entry; crypto's are for pages from https alone. */
-export function name() {
+/** An id for a new entry; crypto.randomUUID exists on https pages only. */
+export function newId() {
   return `${Date.now()}-${Math.random().toString(36).slice(2)}`;
 }
 
-/** Keep an entry, in the place of one with the same id. Rejects where the browser has no room for it. */
+/**
+ * Store an entry, in the place of one with the same id. Rejects where the browser has no space for it.
+ * @param {object} entry
+ */
 export async function put(entry) {
-  const { data, ...line } = entry;
+  const { data, ...header } = entry;
   const size = JSON.stringify(data).length;
-  const { lines, contents, end } = await stores("readwrite");
-  lines.put({ ...line, size });
-  contents.put(data, line.id);
-  const rooms = { small: { count: 0, total: 0 }, large: { count: 0, total: 0 } };
-  for (const one of newest(await done(lines.getAll()))) {
-    if (one.broken) continue;
-    const room = rooms[one.size > LARGE ? "large" : "small"];
-    room.total += one.size || 0;
-    if (room.count++ && (room.count > MOST_ENTRIES || room.total > MOST_CHARACTERS)) {
-      lines.delete(one.id);
-      contents.delete(one.id);
+  const { headers, contents, completed } = await beginTransaction("readwrite");
+  headers.put({ ...header, size });
+  contents.put(data, header.id);
+  const quotas = { small: { count: 0, size: 0 }, large: { count: 0, size: 0 } };
+  for (const stored of newestFirst(await requestResult(headers.getAll()))) {
+    if (stored.broken) continue;
+    const quota = quotas[stored.size > LARGE_ENTRY ? "large" : "small"];
+    quota.size += stored.size || 0;
+    quota.count += 1;
+    if (quota.count > 1 && (quota.count > MAX_ENTRIES || quota.size > MAX_CHARACTERS)) {
+      headers.delete(stored.id);
+      contents.delete(stored.id);
     }
   }
-  await end;
+  await completed;
 }
 
-/** All entries, newest first, without their data. */
+/**
+ * All entries, newest first, without their data.
+ * @returns {Promise<object[]>}
+ */
 export async function list() {
-  const { lines } = await stores("readonly");
-  return newest(await done(lines.getAll()));
+  const { headers } = await beginTransaction("readonly");
+  return newestFirst(await requestResult(headers.getAll()));
 }
 
-/** One entry with its data; undefined where there is none. */
-export async function entry(id) {
-  const { lines, contents } = await stores("readonly");
-  const [line, data] = await Promise.all([done(lines.get(id)), done(contents.get(id))]);
-  return line && { ...line, data };
+/**
+ * One entry with its data; undefined where there is none of that id.
+ * @param {string} id
+ */
+export async function get(id) {
+  const { headers, contents } = await beginTransaction("readonly");
+  const [header, data] = await Promise.all([requestResult(headers.get(id)), requestResult(contents.get(id))]);
+  return header && { ...header, data };
 }
 
-/** Say why an entry cannot be opened; its data stay as they are. */
-export async function putAside(id, broken) {
-  const { lines, end } = await stores("readwrite");
-  const line = await done(lines.get(id));
-  if (line) lines.put({ ...line, broken });
-  await end;
+/**
+ * Note why an entry cannot be opened; its data stay as they are.
+ * @param {string} id
+ * @param {string} reason
+ */
+export async function markBroken(id, reason) {
+  const { headers, completed } = await beginTransaction("readwrite");
+  const header = await requestResult(headers.get(id));
+  if (header) headers.put({ ...header, broken: reason });
+  await completed;
 }
 
+/** @param {string} id */
 export async function remove(id) {
-  const { lines, contents, end } = await stores("readwrite");
-  lines.delete(id);
+  const { headers, contents, completed } = await beginTransaction("readwrite");
+  headers.delete(id);
   contents.delete(id);
-  await end;
+  await completed;
 }
 
+/** Delete all entries. */
 export async function clear() {
-  const { lines, contents, end } = await stores("readwrite");
-  lines.clear();
+  const { headers, contents, completed } = await beginTransaction("readwrite");
+  headers.clear();
   contents.clear();
-  await end;
+  await completed;
 }
 
-function newest(entries) {
+function newestFirst(entries) {
   return entries.sort((a, b) => (b.at || 0) - (a.at || 0));
 }

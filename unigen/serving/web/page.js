@@ -1,41 +1,49 @@
-// The page: which views there are for the model that is served, and what was done before.
-// Asks the server what its model can; what it cannot is not offered.
+// The page: starts the views that the served model supports, and shows the history.
 
-import * as api from "./api.js";
+import { request, setApiKey } from "./api.js";
 import * as chat from "./chat.js";
 import { button, el } from "./dom.js";
-import * as past from "./history.js";
-import { interrupted, tracker } from "./keeping.js";
+import * as history from "./history.js";
+import { createTracker, takeInterruptedId } from "./storage.js";
 import * as story from "./story.js";
 import * as studio from "./studio.js";
 
+const RETRY_INTERVAL = 1000; // milliseconds between two checks whether the model is loaded
 const VIEWS = { chat, story, studio };
-const started = {};
-const state = document.getElementById("state");
-const key = document.getElementById("key");
+const startedViews = {};
+const stateLine = document.getElementById("state");
+const keyForm = document.getElementById("key");
 
-/** What a model can do, by what /v1/models says of it: an engine, a pipeline, or a pair that reads and draws. */
-function abilities(info) {
-  const draws = info.draws?.outputs ? info.draws : info;
-  const outputs = info.outputs;
-  const listed = Array.isArray(draws.takes); // of a pipeline, which has no generators
-  const free = draws.sizes === "any" ? ["size"] : [];
-  const generators = draws.generators ?? [];
-  const keeping = generators.filter((name) => draws.takes[name].includes("fixed"));
-  const reads = outputs.includes("text") && info.reads?.sees !== false;
-  const drawsClasses = Boolean(draws.classes) || draws.draws === "classes";
-  const may = { draw: true, edit: reads, inpaint: keeping.length, vary: keeping.length && reads && draws === info };
+/**
+ * What the served model can do, from its description in /v1/models. The description of a composed model has those of
+ * its two parts: `reads` and `draws`.
+ * @param {object} info
+ */
+function capabilitiesOf(info) {
+  const imageInfo = info.draws?.outputs ? info.draws : info;
+  const { outputs } = info;
+  const isPipeline = Array.isArray(imageInfo.takes); // a diffusers pipeline has no generators
+  const sizeOption = imageInfo.sizes === "any" ? ["size"] : [];
+  const generators = imageInfo.generators ?? [];
+  const inpaintGenerators = generators.filter((name) => imageInfo.takes[name].includes("fixed"));
+  const readsImages = outputs.includes("text") && info.reads?.sees !== false;
+  const modes = {
+    draw: true,
+    edit: readsImages,
+    inpaint: inpaintGenerators.length > 0,
+    vary: inpaintGenerators.length > 0 && readsImages && imageInfo === info,
+  };
   return {
     outputs,
-    reads,
+    readsImages,
     generators,
-    keeping,
-    compares: Boolean(info.candidates),
-    drawsClasses,
-    classes: draws.classes ?? [],
-    modes: Object.keys(may).filter((name) => may[name]),
-    takes: (name) => (listed ? draws.takes : ["guidance", ...draws.takes[name], ...free]),
-    usual: (name) => draws.sampling?.[name] ?? {},
+    inpaintGenerators,
+    canRerank: Boolean(info.candidates),
+    drawsClasses: Boolean(imageInfo.classes) || imageInfo.draws === "classes",
+    classes: imageInfo.classes ?? [],
+    modes: Object.keys(modes).filter((name) => modes[name]),
+    optionsOf: (name) => (isPipeline ? imageInfo.takes : ["guidance", ...imageInfo.takes[name], ...sizeOption]),
+    defaultsOf: (name) => imageInfo.sampling?.[name] ?? {},
     views: {
       chat: outputs.includes("text") || outputs.includes("interleaved"),
       story: outputs.includes("interleaved"),
@@ -44,132 +52,142 @@ function abilities(info) {
   };
 }
 
-/** Ask for the model until it is there; then show its views. */
-async function begin() {
-  if (Object.keys(started).length) return;
+/** Wait until the model is loaded, then start its views. */
+async function startViews() {
+  if (Object.keys(startedViews).length) return;
   try {
     const ready = await fetch("ready", { cache: "no-store" }).catch(() => null);
     if (!ready?.ok) {
       const reason = ready && (await ready.json()).reason;
-      state.textContent = ready ? `Not ready yet: ${reason}.` : "The server cannot be reached; trying again.";
-      setTimeout(begin, 1000);
+      stateLine.textContent = ready ? `Not ready yet: ${reason}.` : "The server cannot be reached; trying again.";
+      setTimeout(startViews, RETRY_INTERVAL);
       return;
     }
-    const [{ id, unigen }] = (await (await api.ask("v1/models")).json()).data;
-    const able = abilities(unigen);
-    document.getElementById("model").textContent = id;
+    const [{ id: model, unigen: info }] = (await (await request("v1/models")).json()).data;
+    const capabilities = capabilitiesOf(info);
+    document.getElementById("model").textContent = model;
     for (const [name, view] of Object.entries(VIEWS)) {
-      if (!able.views[name]) continue;
-      started[name] = view.start({ model: id, able, track: tracker(say), go: () => (location.hash = name) });
-      document.querySelector(`nav a[href="#${name}"]`).hidden = false;
+      if (!capabilities.views[name]) continue;
+      const activate = () => (location.hash = name);
+      startedViews[name] = view.start({ model, capabilities, track: createTracker(showState), activate });
+      navLink(name).hidden = false;
     }
-    state.hidden = true;
-    key.hidden = true;
-    show();
-    const left = interrupted();
-    if (left) await reopen(left);
+    stateLine.hidden = true;
+    keyForm.hidden = true;
+    showView();
+    const interruptedId = takeInterruptedId();
+    if (interruptedId) await openEntry(interruptedId);
   } catch (error) {
-    state.textContent = error.message;
+    stateLine.textContent = error.message;
   }
 }
 
-/** The view that the address names, or the first. */
-function show() {
-  const names = Object.keys(started);
+/** Show the view that the address names, or the first one. */
+function showView() {
+  const names = Object.keys(startedViews);
   if (!names.length) return;
-  const asked = location.hash.slice(1);
-  const now = names.includes(asked) ? asked : names[0];
+  const requested = location.hash.slice(1);
+  const active = names.includes(requested) ? requested : names[0];
   for (const name of Object.keys(VIEWS)) {
-    document.getElementById(name).hidden = name !== now;
-    const link = document.querySelector(`nav a[href="#${name}"]`);
-    if (name === now) link.setAttribute("aria-current", "page");
-    else link.removeAttribute("aria-current");
+    document.getElementById(name).hidden = name !== active;
+    if (name === active) navLink(name).setAttribute("aria-current", "page");
+    else navLink(name).removeAttribute("aria-current");
   }
-  if (matchMedia("(pointer: fine)").matches) started[now].focus();
+  if (matchMedia("(pointer: fine)").matches) startedViews[active].focus();
 }
 
-// ---------------------------------------------------------------- the key
+function navLink(view) {
+  return document.querySelector(`nav a[href="#${view}"]`);
+}
+
+function showState(text) {
+  [stateLine.textContent, stateLine.hidden] = [text, false];
+}
+
+// ---------------------------------------------------------------- the API key
 
 document.addEventListener("unigen:key", () => {
-  key.hidden = false;
-  key.elements.key.focus();
+  keyForm.hidden = false;
+  keyForm.elements.key.focus();
 });
-key.addEventListener("submit", (event) => {
+keyForm.addEventListener("submit", (event) => {
   event.preventDefault();
-  api.useKey(key.elements.key.value.trim());
-  key.elements.key.value = "";
-  key.hidden = true;
-  begin();
+  setApiKey(keyForm.elements.key.value.trim());
+  keyForm.elements.key.value = "";
+  keyForm.hidden = true;
+  startViews();
 });
 
 // ---------------------------------------------------------------- the history
 
-const panel = document.getElementById("history");
-const clear = panel.querySelector(".clear");
+const historyDialog = document.getElementById("history");
+const clearButton = historyDialog.querySelector(".clear");
 
-function say(text) {
-  [state.textContent, state.hidden] = [text, false];
-}
-
-/** Show what was kept, in its view. What cannot be shown is put aside; returns why, or null. */
-async function reopen(id) {
+/**
+ * Show an entry in its view; one that cannot be shown is marked as broken.
+ * @param {string} id
+ * @returns {Promise<string | null>} why it cannot be shown
+ */
+async function openEntry(id) {
   try {
-    const entry = await past.entry(id);
-    if (!entry || !started[entry.view]) return null;
+    const entry = await history.get(id);
+    if (!entry || !startedViews[entry.view]) return null;
     if (entry.data === undefined) throw new Error("its content is missing");
-    started[entry.view].open(entry);
+    startedViews[entry.view].open(entry);
     location.hash = entry.view;
     return null;
   } catch (error) {
-    await past.putAside(id, error.message).catch(() => {});
+    await history.markBroken(id, error.message).catch(() => {});
     return error.message;
   }
 }
 
-async function fill() {
-  const list = panel.querySelector(".entries");
-  let [entries, empty] = [[], "Nothing yet."];
+async function renderHistory() {
+  const list = historyDialog.querySelector(".entries");
+  let [entries, emptyText] = [[], "Nothing yet."];
   try {
-    if (await past.kept()) entries = await past.list();
-    else empty = "This browser keeps nothing here.";
+    if (await history.isAvailable()) entries = await history.list();
+    else emptyText = "This browser keeps nothing here.";
   } catch (error) {
-    empty = `The history cannot be read: ${error.message}.`;
+    emptyText = `The history cannot be read: ${error.message}.`;
   }
-  list.replaceChildren(...(entries.length ? entries.map(line) : [el("li", { class: "quiet" }, empty)]));
-  for (const one of panel.querySelectorAll(".export, .clear")) one.disabled = !entries.length;
-  clear.textContent = "Clear";
+  const items = entries.length ? entries.map(historyItem) : [el("li", { class: "muted" }, emptyText)];
+  list.replaceChildren(...items);
+  for (const control of historyDialog.querySelectorAll(".export, .clear")) control.disabled = !entries.length;
+  clearButton.textContent = "Clear";
 }
 
-function line(entry) {
-  const when = new Date(entry.at).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
+function historyItem(entry) {
+  const date = new Date(entry.at).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
   const title = typeof entry.title === "string" && entry.title ? entry.title : "without a title";
-  const open = button(title, async () => {
-    if (await reopen(entry.id)) await fill(); // which says why
-    else panel.close();
+  const openButton = button(title, async () => {
+    if (await openEntry(entry.id)) await renderHistory(); // which shows why it is broken
+    else historyDialog.close();
   });
-  const drop = button("×", () => past.remove(entry.id).then(fill), { "aria-label": `Forget ${title}` });
-  open.disabled = Boolean(entry.broken) || !started[entry.view];
-  const about = [entry.view, when, entry.running ? "interrupted" : ""].filter(Boolean).join(", ");
-  const kept = entry.broken ? `damaged, cannot be opened (${entry.broken}); kept aside, also in the export` : about;
-  return el("li", {}, open, el("span", { class: "quiet" }, kept), drop);
+  openButton.disabled = Boolean(entry.broken) || !startedViews[entry.view];
+  const remove = () => history.remove(entry.id).then(renderHistory);
+  const removeButton = button("×", remove, { "aria-label": `Delete ${title}` });
+  const details = [entry.view, date, entry.running ? "interrupted" : ""].filter(Boolean).join(", ");
+  const damage = `damaged, cannot be opened (${entry.broken}); kept until you delete it, and part of the export`;
+  return el("li", {}, openButton, el("span", { class: "muted" }, entry.broken ? damage : details), removeButton);
 }
 
 document.getElementById("open-history").addEventListener("click", async () => {
-  await fill();
-  panel.showModal();
+  await renderHistory();
+  historyDialog.showModal();
 });
-clear.addEventListener("click", async () => {
-  if (clear.textContent === "Clear") {
-    clear.textContent = "Clear all of it?";
+clearButton.addEventListener("click", async () => {
+  if (clearButton.textContent === "Clear") {
+    clearButton.textContent = "Clear everything?";
     return;
   }
-  await past.clear();
-  await fill();
+  await history.clear();
+  await renderHistory();
 });
-panel.querySelector(".export").addEventListener("click", async () => {
+historyDialog.querySelector(".export").addEventListener("click", async () => {
   const entries = [];
-  for (const line of await past.list()) {
-    entries.push(await past.entry(line.id).catch((error) => ({ ...line, broken: error.message })));
+  for (const header of await history.list()) {
+    entries.push(await history.get(header.id).catch((error) => ({ ...header, broken: error.message })));
   }
   const file = new Blob([JSON.stringify({ entries }, null, 1)], { type: "application/json" });
   const url = URL.createObjectURL(file);
@@ -177,8 +195,8 @@ panel.querySelector(".export").addEventListener("click", async () => {
   setTimeout(() => URL.revokeObjectURL(url), 10_000);
 });
 
-// ---------------------------------------------------------------- the page
+// ---------------------------------------------------------------- start
 
-window.addEventListener("hashchange", show);
+window.addEventListener("hashchange", showView);
 for (const name of ["dragover", "drop"]) document.addEventListener(name, (event) => event.preventDefault());
-begin();
+startViews();

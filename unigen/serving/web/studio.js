@@ -1,218 +1,249 @@
-// The studio: pictures drawn, edited as told, painted anew where a mask says, or varied, with every option by hand.
+// The studio view: images are generated, edited, inpainted under a mask or varied, with every option as a field.
 
-import * as api from "./api.js";
-import { broken, el, filled, fit, working } from "./dom.js";
-import { Mask } from "./mask.js";
-import { figure, frame, image, offer, Tray, used } from "./pictures.js";
+import { streamImages } from "./api.js";
+import { autosize, bindForm, el, formValues, interruptedNote } from "./dom.js";
+import { addImageAction, figureElement, imageElement, ImageTray, placeholder, settingsText } from "./images.js";
+import { MaskCanvas } from "./mask.js";
 
 const MODES = {
-  draw: { verb: "Draw", asked: "What to draw", path: "v1/images/generations", hint: "two apples on a blue background" },
-  edit: { verb: "Edit", asked: "What to change", path: "v1/images/edits", hint: "replace the apples with roses" },
-  inpaint: { verb: "Inpaint", asked: "What the whole picture shall show", path: "v1/images/edits", hint: "a rose" },
-  vary: { verb: "Vary", path: "v1/images/variations" },
+  draw: { verb: "Draw", promptLabel: "What to draw", path: "v1/images/generations", hint: "two apples on a table" },
+  edit: { verb: "Edit", promptLabel: "What to change", path: "v1/images/edits", hint: "replace the apples with roses" },
+  inpaint: { verb: "Inpaint", promptLabel: "What the whole image shows", path: "v1/images/edits", hint: "a rose" },
+  vary: { verb: "Vary", path: "v1/images/variations" }, // takes no prompt
 };
-const OPTIONS = ["guidance", "steps", "temperature", "top_p", "seed", "size", "n", "candidates"];
-const [LARGER, SMALLER] = [256, 128]; // how wide a picture is shown
-const MASKED = 320; // and how wide to paint on
-const PREVIEWS = 3; // of each picture while it is made, where the generator has any
+const GENERATOR_OPTIONS = ["guidance", "steps", "temperature", "top_p"]; // fields that are hidden where they do not apply
+const OPTIONS = [...GENERATOR_OPTIONS, "seed", "size", "n", "candidates"];
+const [LARGE_SIZE, SMALL_SIZE] = [256, 128]; // CSS pixels of a generated image
+const MASK_SIZE = 320; // CSS pixels of the image that is painted on
+const NUM_PREVIEWS = 3; // of each image, where the generator has any
+const MAX_IMAGES = 16;
 
-/** As of chat.js. */
-export function start({ model, able, track, go }) {
+/** Start the view; parameters and result as in chat.js. */
+export function start({ model, capabilities, track, activate }) {
   const view = document.getElementById("studio");
   const form = view.querySelector("form");
-  const runs = view.querySelector(".runs");
-  const [given, easel, brushes] = [".given", ".easel", ".brushes"].map((name) => form.querySelector(name));
+  const runList = view.querySelector(".runs");
+  const [inputImage, maskEditor, brushTools] = [".input-image", ".mask-editor", ".brush-tools"].map((selector) =>
+    form.querySelector(selector),
+  );
   const { prompt, label, generator, brush } = form.elements;
-  const tray = new Tray(form, { most: 1, changed: lay });
+  const tray = new ImageTray(form, { max: 1, onChange: updateMaskEditor });
   let mask = null;
-  let replaced; // in the history: a run that was broken off, in whose place the next one comes
+  let replacedId; // in the history: the interrupted run that the next one replaces
 
-  const modes = Object.keys(MODES).filter((name) => able.modes.includes(name));
-  for (const radio of form.querySelectorAll("[name=mode]")) {
-    radio.parentElement.hidden = !modes.includes(radio.value);
-    radio.addEventListener("change", arrange);
-  }
-  form.querySelector(".modes").hidden = modes.length < 2;
-  document.getElementById("classes").append(...able.classes.map((name) => el("option", { value: name })));
-  generator.addEventListener("change", fields);
-  form.querySelector(".wipe").addEventListener("click", () => mask?.wipe());
-  for (const name of modes.filter((name) => name !== "draw")) {
-    offer(MODES[name].verb, (picture) => {
-      choose(name);
-      tray.add(picture);
-      go();
-      form.scrollIntoView({ block: "start" });
-      if (name !== "vary") prompt.focus();
-    });
-  }
+  const modes = Object.keys(MODES).filter((name) => capabilities.modes.includes(name));
+  setUpForm();
+  setMode(modes[0]);
 
-  const mode = () => form.elements.mode.value;
-
-  function choose(name) {
-    form.elements.mode.value = name;
-    arrange();
-  }
-
-  /** What this way of working needs, and no more. */
-  function arrange() {
-    const { verb, asked, hint } = MODES[mode()];
-    const keeps = mode() === "inpaint" || mode() === "vary";
-    const named = able.drawsClasses && mode() === "draw";
-    given.hidden = mode() === "draw";
-    prompt.parentElement.hidden = !asked || named;
-    label.parentElement.hidden = !named;
-    form.elements.vary.parentElement.hidden = mode() !== "vary";
-    form.elements.candidates.parentElement.hidden = mode() === "edit" || !able.compares;
-    form.querySelector(".asked").textContent = asked ?? "";
-    form.querySelector(".go").textContent = verb;
-    prompt.placeholder = hint ?? "";
-    const names = keeps ? able.keeping : able.generators;
-    const usual = keeps ? "masked" : "next-token";
-    generator.replaceChildren(...names.map((name) => el("option", { value: name }, name)));
-    if (names.includes(usual)) generator.value = usual;
-    generator.parentElement.hidden = !names.length;
-    fields();
-    lay();
-    fit(prompt);
-  }
-
-  /** The options that the chosen generator takes, with what it does where nothing is said. */
-  function fields() {
-    const takes = able.takes(generator.value);
-    for (const name of ["guidance", "steps", "temperature", "top_p"]) {
-      form.elements[name].parentElement.hidden = !takes.includes(name);
-      form.elements[name].placeholder = [able.usual(generator.value)[name] ?? "model’s"].flat().join(", ");
-    }
-    form.elements.size.parentElement.hidden = !takes.includes("size");
-  }
-
-  /** The given picture, to be painted on where that is wanted. */
-  function lay() {
-    const picture = tray.pictures[0];
-    const paints = mode() === "inpaint" && picture !== undefined;
-    tray.thumbs.hidden = paints;
-    easel.hidden = brushes.hidden = !paints;
-    if (!paints) mask = null;
-    else if (mask?.url !== picture.url) {
-      mask = new Mask(picture.url, MASKED, () => Number(brush.value));
-      mask.url = picture.url;
-      mask.shown.addEventListener("load", ({ target }) => {
-        brush.max = Math.ceil(target.naturalWidth / 4);
-        brush.value = Math.ceil(target.naturalWidth / 12);
-      });
-    }
-    easel.replaceChildren(...(mask ? [mask.element] : []));
-  }
-
-  const { stop } = working(form, async (signal, notice) => {
-    const { path, verb, asked } = MODES[mode()];
-    const fields = { model, stream: true, partial_images: PREVIEWS, ...filled(form, ["generator", ...OPTIONS]) };
-    if (!label.parentElement.hidden) fields.label = labelled(label.value.trim());
-    else if (asked) fields.prompt = prompt.value.trim();
-    let body = fields;
-    if (mode() !== "draw") {
-      if (!tray.pictures.length) throw new Error("choose a picture: add, drop or paste one, or use one that was made");
-      body = new FormData();
-      for (const [name, value] of Object.entries({ ...fields, ...filled(form, ["vary"]) })) body.set(name, value);
-      body.set("image", fileOf(tray.pictures[0].url), "image.png");
-      if (mask) body.set("mask", await mask.file(), "mask.png");
-    }
-    const title = String(fields.prompt || (fields.label ?? tray.pictures[0]?.title ?? verb));
-    const count = Math.min(16, Math.max(1, Number(fields.n) || 1));
+  const { stop } = bindForm(form, async (signal, notify) => {
+    const { path, verb } = MODES[currentMode()];
+    const fields = requestFields();
+    const body = currentMode() === "draw" ? fields : await toFormData({ ...fields, ...formValues(form, ["vary"]) });
+    const image = tray.images[0];
+    const title = String(fields.prompt || (fields.label ?? image?.title ?? verb));
+    const count = Math.min(MAX_IMAGES, Math.max(1, Number(fields.n) || 1));
+    const size = imageSize(count);
+    const placeholders = Array.from({ length: count }, () => placeholder(size));
     const run = el("section", { class: "run", "aria-busy": "true" });
-    const side = sideOf(count);
-    const frames = Array.from({ length: count }, () => frame(side));
-    lineUp(run, { verb, title }, side, frames);
-    runs.prepend(run);
-    const pictures = [];
-    const given = tray.pictures[0];
-    const asked_for = { mode: mode(), fields: { ...fields, ...filled(form, ["vary"]) }, given: given && { ...given } };
-    const running = track(replaced, () => {
-      return { view: "studio", title, data: { verb, title, pictures: pictures.filter(Boolean), asked: asked_for } };
+    renderRun(run, { verb, title }, size, placeholders);
+    runList.prepend(run);
+    const images = [];
+    const retryRequest = {
+      mode: currentMode(),
+      fields: { ...fields, ...formValues(form, ["vary"]) },
+      given: image && { ...image },
+    };
+    // `pictures`, `asked` and `given` are names in stored histories
+    const tracked = track(replacedId, () => {
+      return { view: "studio", title, data: { verb, title, pictures: images.filter(Boolean), asked: retryRequest } };
     });
-    replaced = undefined;
-    if (runs.offsetTop > form.offsetTop) run.scrollIntoView({ block: "nearest" }); // below the form, on a phone
+    replacedId = undefined;
+    if (runList.offsetTop > form.offsetTop) run.scrollIntoView({ block: "nearest" }); // below the form, on a phone
     try {
-      for await (const { index, url, settings } of api.pictures(path, body, { signal, notice })) {
-        frames[index]?.replaceChildren(image(url, title, side));
-        frames[index]?.classList.toggle("made", Boolean(settings));
+      for await (const { index, url, settings } of streamImages(path, body, { signal, notify })) {
+        placeholders[index]?.replaceChildren(imageElement(url, title, size));
+        placeholders[index]?.classList.toggle("finished", Boolean(settings));
         if (!settings) continue;
-        pictures[index] = { url, title, settings };
-        running.changed(true);
+        images[index] = { url, title, settings };
+        tracked.changed(true);
       }
-      show(run, { verb, title, pictures });
-      running.finish({ view: "studio", title, data: { verb, title, pictures } });
+      renderFinishedRun(run, { verb, title, pictures: images });
+      tracked.finish({ view: "studio", title, data: { verb, title, pictures: images } });
     } catch (error) {
       run.remove();
-      running.drop();
+      tracked.discard();
       throw error;
     }
   });
 
-  /** Fill in what was asked for, and ask once more; a mask is to be painted first. */
-  function again(run, id, { mode, fields: asked, given }) {
-    replaced = id;
-    choose(mode);
-    tray.set(given ? [given] : []);
-    for (const [name, value] of Object.entries(asked)) {
+  /** Offer what the model can do. */
+  function setUpForm() {
+    for (const radio of form.querySelectorAll("[name=mode]")) {
+      radio.parentElement.hidden = !modes.includes(radio.value);
+      radio.addEventListener("change", updateForm);
+    }
+    form.querySelector(".modes").hidden = modes.length < 2;
+    document.getElementById("classes").append(...capabilities.classes.map((name) => el("option", { value: name })));
+    generator.addEventListener("change", updateOptions);
+    form.querySelector(".clear-mask").addEventListener("click", () => mask?.clear());
+    for (const name of modes.filter((mode) => mode !== "draw")) {
+      addImageAction(MODES[name].verb, (image) => {
+        setMode(name);
+        tray.add(image);
+        activate();
+        form.scrollIntoView({ block: "start" });
+        if (name !== "vary") prompt.focus();
+      });
+    }
+  }
+
+  function currentMode() {
+    return form.elements.mode.value;
+  }
+
+  function setMode(name) {
+    form.elements.mode.value = name;
+    updateForm();
+  }
+
+  /** Show the fields of the current mode. */
+  function updateForm() {
+    const mode = currentMode();
+    const { verb, promptLabel, hint } = MODES[mode];
+    const keepsPixels = mode === "inpaint" || mode === "vary"; // all but those under the mask
+    const takesClass = capabilities.drawsClasses && mode === "draw";
+    inputImage.hidden = mode === "draw";
+    prompt.parentElement.hidden = !promptLabel || takesClass;
+    label.parentElement.hidden = !takesClass;
+    form.elements.vary.parentElement.hidden = mode !== "vary";
+    form.elements.candidates.parentElement.hidden = mode === "edit" || !capabilities.canRerank;
+    form.querySelector(".prompt-label").textContent = promptLabel ?? "";
+    form.querySelector(".submit").textContent = verb;
+    prompt.placeholder = hint ?? "";
+    const names = keepsPixels ? capabilities.inpaintGenerators : capabilities.generators;
+    const defaultName = keepsPixels ? "masked" : "next-token";
+    generator.replaceChildren(...names.map((name) => el("option", { value: name }, name)));
+    if (names.includes(defaultName)) generator.value = defaultName;
+    generator.parentElement.hidden = !names.length;
+    updateOptions();
+    updateMaskEditor();
+    autosize(prompt);
+  }
+
+  /** Show the options of the chosen generator, with its defaults as placeholders. */
+  function updateOptions() {
+    const names = capabilities.optionsOf(generator.value);
+    const defaults = capabilities.defaultsOf(generator.value);
+    for (const name of GENERATOR_OPTIONS) {
+      form.elements[name].parentElement.hidden = !names.includes(name);
+      form.elements[name].placeholder = [defaults[name] ?? "model’s"].flat().join(", ");
+    }
+    form.elements.size.parentElement.hidden = !names.includes("size");
+  }
+
+  /** Show the input image to paint on where a mask is needed. */
+  function updateMaskEditor() {
+    const image = tray.images[0];
+    const needsMask = currentMode() === "inpaint" && image !== undefined;
+    tray.thumbnails.hidden = needsMask;
+    maskEditor.hidden = brushTools.hidden = !needsMask;
+    if (!needsMask) mask = null;
+    else if (mask?.url !== image.url) {
+      mask = new MaskCanvas(image.url, MASK_SIZE, () => Number(brush.value));
+      mask.image.addEventListener("load", ({ target }) => {
+        brush.max = Math.ceil(target.naturalWidth / 4);
+        brush.value = Math.ceil(target.naturalWidth / 12);
+      });
+    }
+    maskEditor.replaceChildren(...(mask ? [mask.element] : []));
+  }
+
+  /** The fields of the request, without its files. */
+  function requestFields() {
+    const options = formValues(form, ["generator", ...OPTIONS]);
+    const fields = { model, stream: true, partial_images: NUM_PREVIEWS, ...options };
+    if (!label.parentElement.hidden) fields.label = parseLabel(label.value.trim());
+    else if (MODES[currentMode()].promptLabel) fields.prompt = prompt.value.trim();
+    return fields;
+  }
+
+  /** The fields and the input image as a form, with the mask where one is painted. */
+  async function toFormData(fields) {
+    if (!tray.images.length) throw new Error("choose a picture: add, drop or paste one, or use one that was made");
+    const body = new FormData();
+    for (const [name, value] of Object.entries(fields)) body.set(name, value);
+    body.set("image", toBlob(tray.images[0].url), "image.png");
+    if (mask) body.set("mask", await mask.toFile(), "mask.png");
+    return body;
+  }
+
+  /** Fill in an interrupted request and send it again; where it had a mask, the user paints that first. */
+  function retry(run, id, { mode, fields, given: image }) {
+    replacedId = id;
+    setMode(mode);
+    tray.set(image ? [image] : []);
+    for (const [name, value] of Object.entries(fields)) {
       if (form.elements[name]) form.elements[name].value = value;
     }
-    fields();
+    updateOptions();
     run.remove();
     if (mode !== "inpaint") form.requestSubmit();
   }
 
-  /** A class as it is asked for: by its name, or else by its number. */
-  function labelled(text) {
-    return !text || able.classes.includes(text) || !Number.isInteger(Number(text)) ? text : Number(text);
+  /** A class as the server takes it: by its name, or else by its number. */
+  function parseLabel(text) {
+    const isName = !text || capabilities.classes.includes(text) || !Number.isInteger(Number(text));
+    return isName ? text : Number(text);
   }
 
-  function show(run, { verb, title, pictures }) {
-    const side = sideOf(pictures.length);
-    const alone = pictures.length < 2 || side > SMALLER;
-    const common = alone ? {} : shared(pictures.map((picture) => picture.settings));
-    const own = (settings) => Object.fromEntries(Object.entries(settings).filter(([name]) => !(name in common)));
-    const figures = pictures.map((one) => figure({ ...one, shown: own(one.settings) }, side));
-    lineUp(run, { verb, title, common }, side, figures);
+  function renderFinishedRun(run, { verb, title, pictures: images }) {
+    const size = imageSize(images.length);
+    const isGrouped = images.length > 1 && size === SMALL_SIZE; // settings that all have in common are shown once
+    const common = isGrouped ? commonSettings(images.map((image) => image.settings)) : {};
+    const specificSettings = (settings) =>
+      Object.fromEntries(Object.entries(settings).filter(([name]) => !(name in common)));
+    const figures = images.map((image) => figureElement(image, size, specificSettings(image.settings)));
+    renderRun(run, { verb, title, common }, size, figures);
     run.removeAttribute("aria-busy");
   }
 
-  /** How wide each of so many pictures is shown here. */
-  function sideOf(count) {
-    return count === 1 || (count <= 4 && runs.clientWidth > 2 * LARGER) ? LARGER : SMALLER;
+  /** The width at which each of so many images is shown, in CSS pixels. */
+  function imageSize(count) {
+    return count === 1 || (count <= 4 && runList.clientWidth > 2 * LARGE_SIZE) ? LARGE_SIZE : SMALL_SIZE;
   }
 
-  choose(modes[0]);
   return {
     open({ id, data, running }) {
-      if (!data.pictures.every((one) => typeof one.url === "string" && one.settings)) throw new Error("a picture is damaged");
+      const isImage = ({ url, settings }) => typeof url === "string" && settings;
+      if (!data.pictures.every(isImage)) throw new Error("a picture is damaged");
       stop();
       const run = el("section", { class: "run" });
-      show(run, data);
-      if (running) run.append(broken("the page was left while this was drawn.", () => again(run, id, data.asked)));
-      runs.prepend(run);
+      renderFinishedRun(run, data);
+      const retryRun = () => retry(run, id, data.asked);
+      if (running) run.append(interruptedNote("the page was left while this was drawn.", retryRun));
+      runList.prepend(run);
     },
     focus: () => prompt.focus(),
   };
 }
 
-/** A run of pictures on the page; what they have in common is said once, above them. */
-function lineUp(run, { verb, title, common = {} }, side, figures) {
-  run.replaceChildren(el("h2", {}, el("span", { class: "quiet" }, `${verb} `), title));
-  if (Object.keys(common).length) run.append(el("p", { class: "used quiet" }, used(common)));
+/** Show a run: its title, the settings that its images have in common, and the images in a grid. */
+function renderRun(run, { verb, title, common = {} }, size, figures) {
+  run.replaceChildren(el("h2", {}, el("span", { class: "muted" }, `${verb} `), title));
+  if (Object.keys(common).length) run.append(el("p", { class: "settings muted" }, settingsText(common)));
   const grid = el("div", { class: "grid" }, ...figures);
-  grid.style.setProperty("--side", `${side}px`);
+  grid.style.setProperty("--image-size", `${size}px`);
   run.append(grid);
 }
 
 /** The settings that are the same in all of these. */
-function shared([first, ...others]) {
-  const same = ([name, value]) => others.every((one) => String(one[name]) === String(value));
-  return Object.fromEntries(Object.entries(first).filter(same));
+function commonSettings([first, ...others]) {
+  const isCommon = ([name, value]) => others.every((settings) => String(settings[name]) === String(value));
+  return Object.fromEntries(Object.entries(first).filter(isCommon));
 }
 
-/** The file of a data URI. */
-function fileOf(url) {
+/** The file in a data URI. */
+function toBlob(url) {
   const [head, data] = url.split(",");
   const bytes = Uint8Array.from(atob(data), (character) => character.charCodeAt(0));
   return new Blob([bytes], { type: head.slice("data:".length, head.indexOf(";")) });
