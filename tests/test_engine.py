@@ -76,7 +76,7 @@ def test_max_images_and_max_tokens_hold(engine: Engine) -> None:
     most = 0
     for seed in range(6):
         request = engine.request("a story", "interleaved", seed=seed, temperature=1.5, max_tokens=10, max_images=1)
-        row = engine.running().row(request)
+        row = engine.running().new_sequence(request)
         parts = [part for _, part in engine.run([request])]
         assert sum(isinstance(p, Image.Image) for p in parts) <= 1
         assert row.state is not None and row.state.span.max_tokens == 10
@@ -162,9 +162,9 @@ def test_text_goes_on_between_the_steps_of_a_flow(engine: Engine, monkeypatch: p
     drawn = engine.request("a dog", "image", generator="flow", steps=8, guidance=3.0)
     told = engine.request("a story", "text", temperature=1.0, max_tokens=60, seed=1)
     running = engine.running()
-    picture, text = running.add(drawn), running.add(told)
+    picture, text = running.add_request(drawn), running.add_request(told)
     for count in range(1, 9):
-        assert (picture in running) and running.usage(text).text == count - 1
+        assert (picture in running) and running.usage(text).text_tokens == count - 1
         running.step()
     assert picture not in running and text in running
     assert passes == [3] + [1] * 7  # the flow's two branches have read once
@@ -308,7 +308,7 @@ def test_a_model_that_has_learnt_one_batch_gives_it_back(tiny_folder: Path) -> N
 def test_keys_and_values_are_freed_with_what_was_running(engine: Engine) -> None:
     """At once, not when cycles are next collected: hundreds of megabytes for many pictures at a time."""
     running = engine.running()
-    running.add(engine.request("a dog", "image"))
+    running.add_request(engine.request("a dog", "image"))
     while running:
         running.step()
     cache = weakref.ref(running.cache)
@@ -343,10 +343,10 @@ def test_requests_join_and_leave(engine: Engine) -> None:
     while waiting or running:
         if waiting and (not running or rng.random() < 0.3):
             k = waiting.pop(0)
-            number[running.add(engine.request(**options[k]))] = k
+            number[running.add_request(engine.request(**options[k]))] = k
         elif len(dropped) < 3 and len(running) > 2 and rng.random() < 0.1:
             (left,) = rng.choice([n for n in number if n in running], 1)
-            running.drop(int(left))
+            running.abort(int(left))
             dropped.add(number[int(left)])
         for n, part in running.step():
             parts[number[n]].append(part)
@@ -361,9 +361,9 @@ def test_requests_join_and_leave(engine: Engine) -> None:
 def test_what_does_not_fit_does_not_join(engine: Engine) -> None:
     running = engine.running()
     with pytest.raises(ValueError, match="shorten it"):
-        running.add(engine.request("a blue horse " * 500, "image"))
+        running.add_request(engine.request("a blue horse " * 500, "image"))
     assert not running
-    number = running.add(engine.request("a blue horse", "image"))
+    number = running.add_request(engine.request("a blue horse", "image"))
     while running:
         parts = running.step()
     assert [n for n, _ in parts] == [number] and same(parts[0][1], engine.generate("a blue horse"))
@@ -384,7 +384,7 @@ def test_all_seeds_draw_and_none_as_another(engine: Engine) -> None:
 def test_candidates_of_seeds_are_not_those_of_others(engine: Engine) -> None:
     first, second = (engine.rivals("a dog", "image", 3, seed=seed)[1] for seed in (0, 2**32))
     running = engine.running()
-    seeds = [running.row(request).state.span.rng.initial_seed() for request in (*first, *second)]  # type: ignore[union-attr]
+    seeds = [running.new_sequence(request).state.span.rng.initial_seed() for request in (*first, *second)]  # type: ignore[union-attr]
     assert len({seed % 2**32 for seed in seeds}) == 6
     assert seeds[:3] == [1, 1_000_004, 2_000_007], "as they were before seeds had 64 bits"
 
@@ -410,8 +410,8 @@ def test_numbers_that_are_not_finite_end_their_row_alone(
     (alone,) = [part for part in engine.stream("the dog", seed=3, **request) if isinstance(part, Image.Image)] or [""]
     words = "".join(part for part in engine.stream("the dog", seed=3, **request) if isinstance(part, str))
     running = engine.running()
-    bad = running.add(engine.request("a blue horse", seed=3, **request))
-    good = running.add(engine.request("the dog", seed=3, **request))
+    bad = running.add_request(engine.request("a blue horse", seed=3, **request))
+    good = running.add_request(engine.request("the dog", seed=3, **request))
     step = engine.model.cached_hidden_states
 
     def overflow(embeds: Any, *rest: Any) -> Any:
@@ -433,7 +433,7 @@ def test_numbers_that_are_not_finite_end_their_row_alone(
     assert list(failed) == [bad] and failed[bad].startswith(("scores", "pixels"))
     assert "".join(part for part in parts if isinstance(part, str)) == words
     pictures = [part for part in parts if isinstance(part, Image.Image)]
-    assert running.positions == 0 and len(pictures) == (writer != "text")
+    assert running.num_cached_tokens == 0 and len(pictures) == (writer != "text")
     if pictures:  # a flow's is a level of 255 off where sums are rounded otherwise in a batch
         levels = np.abs(np.asarray(pictures[0], int) - np.asarray(alone, int))
         assert levels.max() <= (writer in ("flow", "transfusion", "token-flow"))

@@ -311,13 +311,13 @@ def test_best_of_several_candidates(tiny_server: Any, engine: Any, apples: Image
     )
     running, ended = engine.running(), []
     for request in engine.rivals([apples, "describe this picture"], "text", 4, seed=3)[1]:
-        running.add(request)
+        running.add_request(request)
     while running:
         running.step()
-        ended += running.ended.values()
+        ended += running.finished.values()
     assert told.choices[0].message.content == engine.describe(apples, candidates=4, seed=3)
     assert told.choices[0].finish_reason == "stop"
-    assert told.usage.completion_tokens == sum(usage.text for usage in ended)
+    assert told.usage.completion_tokens == sum(usage.text_tokens for usage in ended)
     assert tiny_server.jobs == 0 and tiny_server.metric("unigen_batch_sequences") == 0
 
 

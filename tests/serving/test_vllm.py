@@ -198,13 +198,15 @@ def test_aborted_requests_change_nothing_for_others(folder: Path, local: Any) ->
     wanted = answers(local, options)
     with on_vllm(folder, max_num_batched_tokens=64, max_num_seqs=16) as engine:
         requests, running = [engine.request(**one) for one in options], engine.running()
-        leaving = {running.add(request): rng.randrange(1, 60) if i % 2 else 0 for i, request in enumerate(requests)}
+        leaving = {
+            running.add_request(request): rng.randrange(1, 60) if i % 2 else 0 for i, request in enumerate(requests)
+        }
         left, steps = set(), 0
         while running:
             running.step()
             steps += 1
             for number in [n for n, at in leaving.items() if at == steps and n in running]:
-                running.drop(number)
+                running.abort(number)
                 left.add(number)
         assert len(left) > len(requests) // 4 and not engine.llm.has_unfinished_requests()
         assert not scheduler(engine).groups and not engine._heard
@@ -369,7 +371,7 @@ def test_random_draws_are_reproducible(engine: Any) -> None:
     from unigen.backends.vllm_guidance import Branch, serialize_segment
     from unigen.samplers.logits import sample
 
-    row = engine.running().row(engine.request("a dog", "image", temperature=1.0, guidance=2.0))
+    row = engine.running().new_sequence(engine.request("a dog", "image", temperature=1.0, guidance=2.0))
     ids: list[int] = []
     branch = Branch(serialize_segment(row.state.span, engine.model.vocabulary, [], "span", 0), ids)
     scores = torch.zeros(1, engine.model.vocabulary.image_size)
@@ -393,7 +395,7 @@ def test_request_without_segment_is_rejected(engine: Any, harm: dict[str, Any]) 
 
     from unigen.backends.vllm_guidance import EXTRA_ARGS_KEY, serialize_segment
 
-    row = engine.running().row(engine.request("a dog", "image", guidance=2.0))
+    row = engine.running().new_sequence(engine.request("a dog", "image", guidance=2.0))
     said = serialize_segment(row.state.span, engine.model.vocabulary, [], "span", 0)
     with pytest.raises(VLLMValidationError, match="no span"):
         engine.llm.add_request(

@@ -168,13 +168,13 @@ def test_control_of_candidates(engine: Any, local: Any, monkeypatch: pytest.Monk
 def test_stream_closed_within_an_image_leaves_nothing_behind(engine: Any) -> None:
     running = engine.running()
     options, *_ = stories("masked")
-    number = running.add(engine.request(**options))
+    number = running.add_request(engine.request(**options))
     while running._submitted_segments[number].names:
         running.step()
     running.step()
-    assert number in running and running.cache.used == 2 and running.positions > 0
-    running.clear()
-    assert running.cache.used == 0 and running.positions == 0 and assert_unchanged(engine)
+    assert number in running and running.cache.used == 2 and running.num_cached_tokens > 0
+    running.abort_all()
+    assert running.cache.used == 0 and running.num_cached_tokens == 0 and assert_unchanged(engine)
 
 
 def test_images_need_no_space_in_vllm(folder: Path, local: Any) -> None:

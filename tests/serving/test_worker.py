@@ -98,7 +98,7 @@ def test_failure_before_an_answer_affects_its_job_only(
     worker = BatchedWorker(engine, 8)
     worker.ask(0, Job(Document.of("a dog"), "text", {"max_tokens": 4}))
     list(worker.step())
-    rows, add = set(worker.answers), worker.running.add
+    rows, add = set(worker.answers), worker.running.add_request
     left = [None, RuntimeError("CUDA out of memory")]
 
     def fail(request: Any) -> int:

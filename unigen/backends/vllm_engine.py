@@ -30,7 +30,8 @@ from unigen.generators.next_token import Text
 from unigen.hub.resolve import CONFIG, read_json
 from unigen.inference.engine import Engine
 from unigen.inference.request import Request
-from unigen.inference.scheduler import Row, Scheduler
+from unigen.inference.scheduler import Scheduler
+from unigen.inference.sequence import SequenceState
 from unigen.model.template import Output
 from unigen.model.unified import UnifiedModel
 
@@ -182,7 +183,7 @@ class VllmEngine(Engine):
             raise ValueError("vLLM does not tell its hidden states: use --engine local")
         return super().states(prompt)
 
-    def send(self, row: Row, before: list[int]) -> _SubmittedSegment:
+    def send(self, row: SequenceState, before: list[int]) -> _SubmittedSegment:
         """The row's span as requests of vLLM's; one that is written here has all of `before` to read again, and leaves
         it so. before: what the main branch has read."""
         if not is_vllm_segment(row):
@@ -262,16 +263,16 @@ class VllmScheduler(Scheduler):
         self._submitted_segments: dict[int, _SubmittedSegment] = {}
 
     @property
-    def positions(self) -> int:
+    def num_cached_tokens(self) -> int:
         """How many the spans on their way hold, those that they share counted for each."""
         there = (segment for segment in self._submitted_segments.values() if segment.names)
-        return super().positions + sum(
+        return super().num_cached_tokens + sum(
             len(prompt) + len(segment.ids) for segment in there for prompt in segment.prompts
         )
 
-    def row(self, request: Request) -> Row:
+    def new_sequence(self, request: Request) -> SequenceState:
         """Refuses, too, what vLLM's batch or cache cannot hold."""
-        row, engine = super().row(request), self.engine
+        row, engine = super().new_sequence(request), self.engine
         if not is_vllm_segment(row):
             return row
         branches = request.guidance.branches if request.output != "text" and request.generator in VLLM_GENERATORS else 1
@@ -288,14 +289,14 @@ class VllmScheduler(Scheduler):
             raise ValueError(f"the answer's {branches} branches take {need * engine.block} positions, {have}")
         return row
 
-    def join(self, row: Row) -> int:
+    def add_sequence(self, row: SequenceState) -> int:
         segment = self.engine.send(row, [])
-        number = super().join(row)
+        number = super().add_sequence(row)
         self._submitted_segments[number] = segment
         return number
 
-    def drop(self, number: int) -> None:
-        super().drop(number)
+    def abort(self, number: int) -> None:
+        super().abort(number)
         self.engine.stop(self._submitted_segments.pop(number))
 
     @torch.inference_mode()
@@ -305,7 +306,7 @@ class VllmScheduler(Scheduler):
             number: self._sequences[number] for number, segment in self._submitted_segments.items() if not segment.names
         }
         if updated_sequences:
-            self._write(list(updated_sequences.values()))
+            self._step_all(list(updated_sequences.values()))
         # the other branches say the same as the first
         number_of = {segment.names[0]: number for number, segment in self._submitted_segments.items() if segment.names}
         for name, output in self.engine.listen(list(number_of)) if number_of else ():
@@ -329,20 +330,20 @@ class VllmScheduler(Scheduler):
         return parts
 
 
-def is_vllm_segment(row: Row) -> bool:
+def is_vllm_segment(row: SequenceState) -> bool:
     """Is the row's span one that vLLM writes?"""
     assert row.generator is not None
     return row.generator.name in VLLM_GENERATORS
 
 
-def branch_prompts(row: Row, before: list[int]) -> list[list[int]]:
+def branch_prompts(row: SequenceState, before: list[int]) -> list[list[int]]:
     """What each branch of the row's span reads before it writes. before: what the main one has read already."""
     assert row.state is not None
     main, *others = [unread + row.state.pending_ids for unread in row.pending_ids]
     return [before + main, *others]
 
 
-def max_segment_tokens(row: Row) -> int:
+def max_segment_tokens(row: SequenceState) -> int:
     """How many ids the row's span may write: all of a picture's, but for the end of its last row."""
     assert row.state is not None
     span = row.state.span
@@ -351,7 +352,7 @@ def max_segment_tokens(row: Row) -> int:
     return span.grid[0] * (span.grid[1] + len(span.row_end)) - len(span.row_end)
 
 
-def apply_output(row: Row, ids: list[int], vocabulary: Vocabulary) -> None:
+def apply_output(row: SequenceState, ids: list[int], vocabulary: Vocabulary) -> None:
     """Put what vLLM has written of a span into its state. A picture comes whole. An id that cannot be there says that
     the scores were not finite (`vllm_guidance.non_finite_id`)."""
     state = row.state

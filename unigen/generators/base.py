@@ -75,6 +75,11 @@ class GenerationState:
     progress: tuple[int, int] = (0, 1)
 
     @property
+    def num_written(self) -> int:
+        """Ids written so far, of those that are written one by one."""
+        return len(self.ids)
+
+    @property
     def native_codes(self) -> Tensor | None:
         """The codes (P,) of a finished image, where they are not the model's own."""
         return None

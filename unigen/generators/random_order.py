@@ -41,6 +41,10 @@ class OrderState(GenerationState):
     written: list[int] = field(kw_only=True)
     input_LD: Tensor | None = None
 
+    @property
+    def num_written(self) -> int:
+        return len(self.written)
+
 
 class RandomOrder(GeneratorHead):
     """The codes of one image in a random order."""

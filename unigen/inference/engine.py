@@ -26,8 +26,9 @@ from unigen.inference.request import (
     reject_unknown_options,
     zip_with_seeds,
 )
-from unigen.inference.scheduler import Row, Scheduler
+from unigen.inference.scheduler import Scheduler
 from unigen.inference.scoring import CAPTION_PROMPT, rerank_captions, rerank_images
+from unigen.inference.sequence import SequenceState
 from unigen.limits import LIMITS, check_limit
 from unigen.media.display import MediaList, table_html
 from unigen.media.images import read_image
@@ -219,7 +220,7 @@ class Engine:
 
     def states(self, prompt: Any) -> torch.Tensor:
         """What the model reads of a document before it would answer in text, as states (S, D) after its last norm."""
-        return self.running().states(self.request(prompt, "text"))
+        return self.running().hidden_states(self.request(prompt, "text"))
 
     def request(self, prompt: Any, output: Output, **options: Any) -> Request:
         """A checked request (`unigen.inference.request`, which lists the options)."""
@@ -271,25 +272,25 @@ class Engine:
         for what cannot fit the context, and where a model's numbers are not finite when that shows."""
         running = self.running()
         with torch.inference_mode():
-            rows = [running.row(request) for request in requests]
+            rows = [running.new_sequence(request) for request in requests]
         return self._run_to_completion(running, rows, watch)
 
     @staticmethod
     def _run_to_completion(
-        running: Scheduler, rows: Sequence[Row], watch: Callable[[float], object] | None
+        running: Scheduler, rows: Sequence[SequenceState], watch: Callable[[float], object] | None
     ) -> Iterator[tuple[int, Any]]:
         try:
             with torch.inference_mode():
                 for request_index in rows:
-                    running.join(request_index)
+                    running.add_sequence(request_index)
             while running:
                 yield from running.step()
                 for error in running.failed.values():
                     raise error
                 if watch is not None:
-                    watch(running.finished)
+                    watch(running.num_completed)
         finally:
-            running.clear()
+            running.abort_all()
 
     def running(self) -> Scheduler:
         """Requests on their way with this model: none yet."""

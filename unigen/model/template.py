@@ -19,6 +19,8 @@ from unigen.media.pixels import center_crop_resize
 
 Output = Literal["image", "text", "interleaved", "pair"]
 OUTPUTS: tuple[Output, ...] = ("image", "text", "interleaved", "pair")
+IMAGE_OUTPUTS: tuple[Output, ...] = ("image", "pair")
+"""Outputs that are one picture, in "pair" with the text that is written with it."""
 
 
 class UnsupportedError(ValueError):

@@ -140,7 +140,7 @@ def to_rejection(error: ValueError) -> Rejected | Error:
 
 
 def to_finished(reason: str, usage: Any) -> Finished:
-    return Finished(reason, usage.read, usage.text, usage.image, usage.seen)
+    return Finished(reason, usage.prompt_tokens, usage.text_tokens, usage.image_tokens, usage.image_prompt_tokens)
 
 
 class _BaseWorker:
@@ -180,7 +180,7 @@ class BatchedWorker(_BaseWorker):
 
     def _abort_sequences(self, number: int) -> None:
         for row in [row for row, (job, *_) in self.answers.items() if job == number]:
-            self.running.drop(row)
+            self.running.abort(row)
             del self.answers[row]
 
     def step(self) -> Iterator[tuple[int, Event]]:
@@ -193,7 +193,7 @@ class BatchedWorker(_BaseWorker):
         except Exception as error:
             traceback.print_exc()
             failed = [number for number, *_ in self.answers.values()]
-            self.running.clear()
+            self.running.abort_all()
             self.answers, self.running = {}, self.engine.running()
             yield from ((number, Error(f"{type(error).__name__} while it was answered")) for number in failed)
             return
@@ -209,12 +209,12 @@ class BatchedWorker(_BaseWorker):
             for event in answer.events(part):
                 yield number, event
             if answer.words.stopped:
-                usage = self.running.ended.get(row) or self.running.usage(row)
+                usage = self.running.finished.get(row) or self.running.usage(row)
                 yield number, to_finished("stop", usage)
                 del self.answers[row]
                 if row in self.running:
-                    self.running.drop(row)
-        for row, usage in self.running.ended.items():
+                    self.running.abort(row)
+        for row, usage in self.running.finished.items():
             if row in self.answers:
                 number, _, answer = self.answers.pop(row)
                 if answer.best:
@@ -224,7 +224,7 @@ class BatchedWorker(_BaseWorker):
                     continue
                 for event in answer.rest():
                     yield number, event
-                yield number, to_finished("length" if usage.cut else "stop", usage)
+                yield number, to_finished("length" if usage.truncated else "stop", usage)
 
     def _failure_events(self) -> Iterator[tuple[int, Event]]:
         """Failures of the jobs of which a row had to be given up; their other rows are dropped."""
@@ -234,7 +234,7 @@ class BatchedWorker(_BaseWorker):
                 for sequence_id in [at for at, (job, *_) in self.answers.items() if job == number]:
                     del self.answers[sequence_id]
                     if sequence_id in self.running:
-                        self.running.drop(sequence_id)
+                        self.running.abort(sequence_id)
                 print(f"unigen: {error}", file=sys.stderr)
                 yield number, Error(str(error), again=False)
 
@@ -252,7 +252,7 @@ class BatchedWorker(_BaseWorker):
         rows = sum(slots for _, slots, _ in self.answers.values())
         waiting = len(self.waiting) + (self.next is not None)
         running = len({number for number, *_ in self.answers.values()})
-        return Stats(running, waiting, rows, self.running.positions, self.steps, self.seconds)
+        return Stats(running, waiting, rows, self.running.num_cached_tokens, self.steps, self.seconds)
 
     def _admit(self) -> Iterator[tuple[int, Event]]:
         """Jobs in the order in which they came, as long as there are slots."""
@@ -275,7 +275,7 @@ class BatchedWorker(_BaseWorker):
             self.next = None
             try:
                 for request in requests:
-                    self.answers[self.running.add(request)] = number, need, answer
+                    self.answers[self.running.add_request(request)] = number, need, answer
             except ValueError as error:
                 self._abort_sequences(number)
                 yield number, to_rejection(error)

@@ -1,0 +1,89 @@
+"""The state of one answer that is being generated, and what it has taken so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from unigen.document import Document
+from unigen.generators.base import GenerationState, Generator
+from unigen.inference.request import Request
+from unigen.model.template import IMAGE_OUTPUTS
+
+
+@dataclass
+class SequenceState:
+    """One answer on its way. Segments are written one after another; each branch of guidance reads in a cache slot of
+    its own."""
+
+    request: Request
+    document: Document
+    """The prompt and the segments that are finished."""
+    request_id: int = -1
+    """The scheduler's number of the request."""
+    slots: list[int] = field(default_factory=list)
+    """Cache slots, one for each branch."""
+    pending_ids: list[list[int]] = field(default_factory=list)
+    """By branch, the ids that it reads before what the generator reads."""
+    generator: Generator | None = None
+    """Writes the current segment."""
+    state: GenerationState | None = None
+    """The current segment."""
+    num_segments: int = 0
+    """Segments that were begun."""
+    num_images: int = 0
+    """Segments that ended as pictures."""
+    num_text_tokens: int = 0
+    """Ids of the texts that have ended."""
+    num_cached: int = 0
+    """Positions of the current segment that the cache holds."""
+    streamed_text: str = ""
+    """Text of the current segment that was given out."""
+    preview_milestones: int = 0
+    """How many of the times for a preview of the current picture have passed."""
+    num_previews: int = 0
+    """Previews of the current picture that were given out."""
+    prompt_tokens: int = 0
+    """Ids of the prompt."""
+    image_prompt_tokens: int = 0
+    """Ids of the prompt that stand for pictures."""
+    truncated: bool = False
+    """Did the last text end at its limit?"""
+    features: torch.Tensor | None = None
+    """Features of pictures of the prompt that are not read as codes."""
+    context_ids: set[int] = field(default_factory=set)
+    """Ids of the prompt and of the segments that have ended: a penalty on repetition counts them."""
+    hidden_states: dict[int, torch.Tensor] = field(default_factory=dict)
+    """By branch, the hidden states (S, D) of all that was read, where a generator needs them."""
+
+    @property
+    def num_branches(self) -> int:
+        return len(self.pending_ids)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a request has taken."""
+
+    prompt_tokens: int
+    """Ids read as the prompt."""
+    text_tokens: int
+    """Ids of text written."""
+    image_tokens: int
+    """Codes of pictures written."""
+    truncated: bool
+    """Did its text end at the limit of the request or of the model's context, and not by itself?"""
+    image_prompt_tokens: int
+    """Ids of the prompt that stand for pictures."""
+
+
+def sequence_progress(sequence: SequenceState) -> float:
+    """The share of a request for one picture that is written, in [0, 1]; 0 where that is not known."""
+    if sequence.state is None or sequence.request.output not in IMAGE_OUTPUTS:
+        return 0.0
+    steps_done, steps = sequence.state.progress
+    if not steps_done:  # written code by code
+        height, width = sequence.request.grid
+        steps_done, steps = sequence.state.num_written, height * width
+    return min(steps_done / steps, 1.0)
