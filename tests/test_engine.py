@@ -417,7 +417,7 @@ def test_numbers_that_are_not_finite_end_their_row_alone(
     def overflow(embeds: Any, *rest: Any) -> Any:
         hidden = step(embeds, *rest).clone()
         if bad in running:
-            hidden[: running._sequences[bad].branches] = float("nan")  # its slots are the first
+            hidden[: running._sequences[bad].num_branches] = float("nan")  # its slots are the first
             for layer in running.cache.layers:  # what the rows beside it get to read when it has left its slots
                 layer.keys[running._sequences[bad].slots] = layer.values[running._sequences[bad].slots] = float("nan")
         return hidden
