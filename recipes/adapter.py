@@ -110,16 +110,17 @@ class ConnectorObjective(nn.Module):
         variable_length, length = adapter.config.free, adapter.config.length
         states = [self.lmm.states(document).float() for document, _ in batch]
         targets = [encode_prompt(self.pipe, words) for _, words in batch]
-        if not variable_length and any(len(target.embeds_LW) != length for target in targets):
+        if not variable_length and any(target.embeds_MND.shape[1] != length for target in targets):
             raise ValueError(f"this pipeline's prompts are not all of {length} embeddings: an adapter cannot tell them")
-        embeds = [target.embeds_LW[:length] for target in targets]
+        embeds = [target.embeds_MND[0, :length] for target in targets]
         mask_BL = padding_mask(embeds, length)
         made_BLW, pooled_BP, counts_BL = adapter(pad_sequence(states, batch_first=True), padding_mask(states))
         losses: dict[str, tuple[Tensor, Tensor | int]] = {
             "embeds": relative_squared_error(made_BLW[mask_BL], torch.cat(embeds))
         }
         if pooled_BP is not None:
-            losses["pooled"] = relative_squared_error(pooled_BP, torch.stack([target.pooled_P for target in targets]))  # type: ignore[misc]
+            pooled = [target.pooled_MP for target in targets if target.pooled_MP is not None]
+            losses["pooled"] = relative_squared_error(pooled_BP, torch.cat(pooled))
         if counts_BL is not None:
             losses["counts"] = cross_entropy(counts_BL, mask_BL.float(), reduction="sum"), counts_BL.numel()
         return losses

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from unigen.batch import Batch, Tokens, pack
 from unigen.config import OptimConfig, RunConfig, apply_overrides, write_report
+from unigen.diffusion.denoiser import PromptEmbeds
 from unigen.document import Document, Segment
 from unigen.evaluation.runner import make_folder
 from unigen.evaluation.tasks.scenes import ScenesTask, score_pictures, summarize_scores
@@ -127,7 +128,7 @@ def count_gflops(network: nn.Module, channels: int, side: int, context: int) -> 
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    x, t, states = torch.zeros(1, channels, side, side), torch.zeros(1), torch.ones(1, SEQ_LEN, context)
+    x, t, states = torch.zeros(1, channels, side, side), torch.zeros(1), PromptEmbeds(torch.ones(1, SEQ_LEN, context))
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         network(x, t, states)
     return counter.get_total_flops() / 1e9
@@ -141,7 +142,10 @@ def config_for_flops(
     def cost(head_dim: int) -> float:
         shape = {"layers": layers, "heads": 4, "head_dim": head_dim}
         return count_gflops(
-            build_denoiser(kind, channels=channels, side=side, context=context, **shape), channels, side, context
+            build_denoiser(kind, channels=channels, sample_size=side, context_dim=context, **shape),
+            channels,
+            side,
+            context,
         )
 
     step = 4 if kind == "unet" else 2  # its norms want widths that 16 divides
@@ -349,14 +353,16 @@ def generate_images(
     template, size, guidance = template_of(condition.model), flow.tokenizer.image_size, Guidance.of(scale)
     blank = np.zeros((size, size, 3), dtype=np.uint8)
     chats = [Document([Segment(text=p), Segment(image=blank, role="assistant")]) for p in prompts]
-    datasets_by_condition = []
+    states_by_branch = []
     for blind in (False, True)[: guidance.branches]:
         batch = pack([[template.encode(chat, generator="flow", uncond=blind)] for chat in chats], SEQ_LEN, size)
-        datasets_by_condition.append(flow.context_states(batch, condition(batch)))
+        context = flow.context_states(batch, condition(batch))
+        assert context.mask_MN is not None
+        states_by_branch.append([row[mask] for row, mask in zip(context.embeds_MND, context.mask_MN, strict=True)])
     states = [
         flow.start(SegmentSpec(0, SamplingOptions(), guidance, torch.Generator().manual_seed(seed))) for seed in seeds
     ]
-    branches = [list(pair) for pair in zip(*datasets_by_condition, strict=True)]
+    branches = [list(pair) for pair in zip(*states_by_branch, strict=True)]
     while not states[0].done:
         flow.advance(None, states, branches)  # type: ignore[arg-type]
     return to_images(flow.pictures(None, states))  # type: ignore[arg-type]

@@ -219,7 +219,7 @@ def test_pooled_embeddings_and_prompts_of_any_length(
     size = SMALL | ({"use_resolution_binning": False} if kind == "free_folder" else {})
     for asked, words in WORDS:
         told = made.painter.adapter.prompt_embeds(made.lmm.states(asked))
-        assert len(told.embeds_LW) == len(encode_prompt(own.pipe, words).embeds_LW)
+        assert told.embeds_MND.shape == encode_prompt(own.pipe, words).embeds_MND.shape
         true = own.generate(words, seed=3, **size)
         near, far = (distance(one.generate(asked, seed=3, **size), true) for one in (made, other))
         assert far > 10 * near, (near, far)

@@ -52,7 +52,7 @@ def test_a_tokenizer_begins_with_the_weights_of_another(tmp_path: Path, capsys: 
 
 @pytest.mark.parametrize("kind", ["unet", "dit-cross", "mm-dit"])
 def test_a_network_is_sized_by_what_it_costs(networks: ModuleType, kind: str) -> None:
-    shape = {"channels": 4, "side": 4, "context": 32}
+    shape = {"channels": 4, "sample_size": 4, "context_dim": 32}
     costs = []
     for gflops in (0.01, 0.04):
         found = networks.config_for_flops(kind, gflops, 2, *shape.values())

@@ -14,6 +14,7 @@ from torch import Tensor
 import unigen
 from unigen import generators
 from unigen.batch import pack
+from unigen.diffusion.denoiser import PromptEmbeds
 from unigen.diffusion.solvers import SOLVERS
 from unigen.document import Document, Segment
 from unigen.generators.flow import NOISE_SAMPLES_PER_IMAGE, Flow, FlowConfig
@@ -71,12 +72,12 @@ def test_sampling_sees_what_training_sees(tiny_folder: Path, monkeypatch: pytest
     """The context of a cached prompt, in a chat with a picture before it, is that of the packed forward."""
     engine = unigen.load(str(tiny_folder), device="cpu")
     model, flow = engine.model, engine.model.heads["flow"]
-    seen: list[Tensor] = []
+    seen: list[PromptEmbeds] = []
     velocity = flow.velocity
 
-    def watched(x: Tensor, t: Tensor, contexts: Tensor) -> Tensor:
-        seen.append(contexts)
-        return velocity(x, t, contexts)
+    def watched(x: Tensor, t: Tensor, context: PromptEmbeds) -> Tensor:
+        seen.append(context)
+        return velocity(x, t, context)
 
     monkeypatch.setattr(flow, "velocity", watched)
     before = [Segment(image=PICTURES[0]), Segment(text="a")]
@@ -88,9 +89,11 @@ def test_sampling_sees_what_training_sees(tiny_folder: Path, monkeypatch: pytest
             pack([[model.template.encode(whole), model.template.encode(whole, generator="flow")]], 256, 16)
         )
         expected = flow.context_states(batch, model.hidden_states(batch))
-        torch.testing.assert_close(seen[-1], expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(seen[-1].embeds_MND, expected.embeds_MND, atol=1e-5, rtol=1e-4)
+        assert expected.mask_MN is not None and torch.equal(seen[-1].mask_MN, expected.mask_MN)
+        assert not expected.embeds_MND[~expected.mask_MN].any()
     begin = model.hidden_states(batch)[0, int(batch.spans_N3[batch.images_of("flow")][0, 1]) - 1]
-    torch.testing.assert_close(expected[0, -1], begin)  # the pooled condition is the begin token's state
+    torch.testing.assert_close(expected.embeds_MND[0, -1], begin)  # the pooled condition is the begin token's state
 
 
 @torch.inference_mode()

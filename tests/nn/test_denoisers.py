@@ -7,18 +7,28 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from unigen.diffusion.denoiser import PromptEmbeds
 from unigen.nn.attention import math_attention
 from unigen.nn.denoisers import DENOISERS, DenoiserKind, build_denoiser, from_patches, to_patches
 
-SHAPE: dict[str, Any] = {"channels": 4, "side": 4, "context": 24, "layers": 2, "heads": 2, "head_dim": 16}
+SHAPE: dict[str, Any] = {"channels": 4, "sample_size": 4, "context_dim": 24, "layers": 2, "heads": 2, "head_dim": 16}
 
 
-def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def inputs() -> tuple[torch.Tensor, torch.Tensor, PromptEmbeds]:
     rng = torch.Generator().manual_seed(0)
     x, context = torch.randn(2, 4, 4, 4, generator=rng), torch.randn(2, 5, 24, generator=rng)
-    context[0, :3] = 0  # padding
-    return x, torch.tensor([0.2, 0.7]), context
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    mask[0, :3] = False  # padding
+    return x, torch.tensor([0.2, 0.7]), PromptEmbeds(context * mask[:, :, None], mask)
+
+
+def changed(condition: PromptEmbeds, position: int) -> PromptEmbeds:
+    """The same but for one context state of each sample."""
+    embeds = condition.embeds_MND.clone()
+    embeds[:, position] += 1
+    return PromptEmbeds(embeds, condition.mask_MN)
 
 
 def network(kind: DenoiserKind, spread: float = 0.2, **changes: Any) -> Any:
@@ -41,17 +51,20 @@ def test_what_it_depends_on(kind: DenoiserKind) -> None:
     x, t, context = inputs()
     v = model(x, t, context)
     assert v.shape == x.shape
-    torch.testing.assert_close(model(x[1:], t[1:], context[1:]), v[1:], atol=1e-4, rtol=1e-4)  # alone as in a batch
+    alone = PromptEmbeds(context.embeds_MND[1:])  # none of its states is padding
+    torch.testing.assert_close(model(x[1:], t[1:], alone), v[1:], atol=1e-4, rtol=1e-4)
     assert min(gap(model(x, t + 0.1, context), v)) > 1e-3
     assert min(gap(model(x + 0.1, t, context), v)) > 1e-3
-    last, middle = context.clone(), context.clone()
-    last[:, -1] += 1
-    middle[:, 3] += 1
-    assert min(gap(model(x, t, last), v)) > 1e-3
-    looks = max(gap(model(x, t, middle), v)) > 1e-3
+    assert min(gap(model(x, t, changed(context, -1)), v)) > 1e-3
+    looks = max(gap(model(x, t, changed(context, 3)), v)) > 1e-3
     assert looks == (kind != "dit-adaln")  # which has one vector only
-    longer = torch.cat((torch.zeros(2, 3, 24), context), 1)
+    assert context.mask_MN is not None
+    longer = PromptEmbeds(
+        nn.functional.pad(context.embeds_MND, (0, 0, 3, 0), value=2.0), nn.functional.pad(context.mask_MN, (3, 0))
+    )
     assert (max(gap(model(x, t, longer), v)) < 1e-4) == (kind != "mm-dit")
+    unmasked = gap(model(x, t, PromptEmbeds(longer.embeds_MND)), v)  # the control: the same without a mask
+    assert (max(unmasked) > 1e-3) == (kind != "dit-adaln")
 
 
 @pytest.mark.parametrize("kind", DENOISERS)
@@ -63,7 +76,15 @@ def test_every_weight_learns(kind: DenoiserKind) -> None:
     # keys' biases do not change a softmax; mm-dit's last block throws away what its context asks for
     excused = ("to_k.bias", "add_k_proj.bias", "blocks.1.attn.add_q_proj", "blocks.1.attn.norm_added_q")
     assert [name for name in still if not any(part in name for part in excused)] == []
-    assert all(any(edge is module for module in model.modules()) for edge in model.edges)
+    assert all(any(layer is module for module in model.modules()) for layer in model.io_layers)
+
+
+def test_what_no_network_reads_is_refused() -> None:
+    model, (x, t, context) = network("dit-cross"), inputs()
+    with pytest.raises(ValueError, match="DiT reads no mask of a region"):
+        model(x, t, context, torch.ones(2, 1, 4, 4))
+    with pytest.raises(ValueError, match="DiT reads no guidance"):
+        model(x, t, context, guidance=torch.ones(2))
 
 
 @pytest.mark.parametrize("kind", ["dit-adaln", "dit-cross", "dit-context"])
@@ -89,9 +110,9 @@ def test_patches_of_two() -> None:
     torch.testing.assert_close(from_patches(to_patches(x, 2), (4, 4), 2), x)
     for kind in ("mm-dit", "dit-cross"):
         x, t, context = inputs()
-        assert network(kind, patch=2)(x, t, context).shape == x.shape
+        assert network(kind, patch_size=2)(x, t, context).shape == x.shape
         with pytest.raises(ValueError, match="patch must divide"):
-            network(kind, patch=3)
+            network(kind, patch_size=3)
 
 
 def test_unfused_attention_changes_nothing_but_the_kernel() -> None:

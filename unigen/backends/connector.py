@@ -22,13 +22,14 @@ from __future__ import annotations
 import inspect
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from unigen.backends.diffusers_engine import DiffusersEngine
 from unigen.config import from_dict, save_json
+from unigen.diffusion.denoiser import PromptEmbeds
 from unigen.document import Document
 from unigen.hub.folders import replacing_folder
 from unigen.hub.resolve import CONFIG, read_json
@@ -41,13 +42,6 @@ POOLED_ARGUMENT = "pooled_prompt_embeds"
 ENCODE_PROMPT_ARGUMENTS = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False, "clean_caption": False}
 """Of a pipeline's `encode_prompt`: one prompt as it is, without guidance. What else it takes is as its `__call__` has
 it."""
-
-
-class PromptEmbeds(NamedTuple):
-    """One prompt as a pipeline is told it, without padding."""
-
-    embeds_LW: Tensor
-    pooled_P: Tensor | None
 
 
 @dataclass
@@ -103,13 +97,13 @@ class Connector(nn.Module):
 
     @torch.no_grad()
     def prompt_embeds(self, states_SD: Tensor) -> PromptEmbeds:
-        """What one document tells the pipeline."""
+        """What one document tells the pipeline: one sample without padding."""
         states_1SD = states_SD[None].to(self.queries)
         embeds_1LW, pooled_1P, counts_1L = self(states_1SD, states_1SD.new_ones(states_1SD.shape[:2], dtype=torch.bool))
         length = self.config.length
         if counts_1L is not None:
             length = max(1, int((counts_1L[0] > 0).long().cumprod(0).sum()))
-        return PromptEmbeds(embeds_1LW[0, :length], None if pooled_1P is None else pooled_1P[0])
+        return PromptEmbeds(embeds_1LW[:, :length], pooled_MP=pooled_1P)
 
     def save(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors."""
@@ -157,11 +151,11 @@ class ConnectedDiffusersEngine(DiffusersEngine):
 
     @torch.inference_mode()
     def _prompt_arguments(self, document: Document) -> dict[str, Any]:
-        embeds_LW, pooled_P = self.adapter.prompt_embeds(self.lmm.states(document))
-        arguments: dict[str, Any] = {"prompt_embeds": embeds_LW[None].to(self.pipe.dtype)}
-        if pooled_P is not None:
-            arguments[POOLED_ARGUMENT] = pooled_P[None].to(self.pipe.dtype)
-        ones_1L = torch.ones(1, len(embeds_LW), dtype=torch.int64, device=embeds_LW.device)
+        prompt = self.adapter.prompt_embeds(self.lmm.states(document))
+        arguments: dict[str, Any] = {"prompt_embeds": prompt.embeds_MND.to(self.pipe.dtype)}
+        if prompt.pooled_MP is not None:
+            arguments[POOLED_ARGUMENT] = prompt.pooled_MP.to(self.pipe.dtype)
+        ones_1L = torch.ones(prompt.embeds_MND.shape[:2], dtype=torch.int64, device=prompt.embeds_MND.device)
         return arguments | {name: ones_1L for name in MASK_ARGUMENTS if name in self.takes}
 
     def info(self) -> dict[str, Any]:
@@ -172,7 +166,8 @@ class ConnectedDiffusersEngine(DiffusersEngine):
 
 @torch.no_grad()
 def encode_prompt(pipe: Any, words: str) -> PromptEmbeds:
-    """Words as a pipeline's own text encoder tells it them. Raises ValueError for a pipeline that is told otherwise."""
+    """Words as a pipeline's own text encoder gives them: one sample without padding. Raises ValueError for a pipeline
+    that is told otherwise."""
     defaults = {name: parameter.default for name, parameter in inspect.signature(pipe.__call__).parameters.items()}
     kind = type(pipe).__name__
     extra_arguments = [
@@ -187,13 +182,13 @@ def encode_prompt(pipe: Any, words: str) -> PromptEmbeds:
     if not isinstance(embeds, Tensor) or embeds.ndim != 3:
         raise ValueError(f"{kind} has prompt embeddings of a kind of its own: an adapter cannot tell it what to draw")
     pooled_outputs = [part for part in extras if isinstance(part, Tensor) and part.ndim == 2]
-    pooled = [part[0] for part in pooled_outputs if POOLED_ARGUMENT in defaults]
+    pooled = [part for part in pooled_outputs if POOLED_ARGUMENT in defaults]
     masks = [
         part[0].bool()
         for part in pooled_outputs
         if part.shape == embeds.shape[:2] and not defaults.keys().isdisjoint(MASK_ARGUMENTS)
     ]
-    return PromptEmbeds(embeds[0, masks[0]] if masks else embeds[0], pooled[0] if pooled else None)
+    return PromptEmbeds(embeds[:, masks[0]] if masks else embeds, pooled_MP=pooled[0] if pooled else None)
 
 
 def connector_config(lmm: Any, pipe: Any, length: int) -> ConnectorConfig:
@@ -207,9 +202,9 @@ def connector_config(lmm: Any, pipe: Any, length: int) -> ConnectorConfig:
     free = any(name in DiffusersEngine(pipe).takes for name in MASK_ARGUMENTS)
     return ConnectorConfig(
         states=states,
-        embeds=reference.embeds_LW.shape[1],
-        length=length if free else len(reference.embeds_LW),
-        pooled=0 if reference.pooled_P is None else len(reference.pooled_P),
+        embeds=reference.embeds_MND.shape[2],
+        length=length if free else reference.embeds_MND.shape[1],
+        pooled=0 if reference.pooled_MP is None else reference.pooled_MP.shape[1],
         free=free,
     )
 

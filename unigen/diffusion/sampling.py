@@ -1,6 +1,7 @@
 """From noise to data: a solver, a guider and a path joined, evaluation by evaluation (`Trajectory`) or in one call.
 
-    data = sample(lambda x_t, t: [network(x_t, t, cond), network(x_t, t, uncond)], noise, solver, Guidance((3.0,)))
+    predict = predict_branches(denoiser, [prompt_embeds, empty_prompt_embeds])
+    data = sample(predict, noise, build_solver("euler", 20), Guidance((3.0,)))
 
 Of the three none knows the others: predictions are converted here to the kind that each of them takes.
 
@@ -14,6 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from unigen.diffusion.denoiser import Denoiser, PromptEmbeds
 from unigen.diffusion.path import LinearPath, Path, PredictionType
 from unigen.diffusion.solvers import Solver, StepResult
 from unigen.samplers.guidance import Guidance
@@ -102,6 +104,31 @@ class Trajectory:
             result = self._path.convert(guided, x_t, t, space, self._prediction_type)
         self._guider_state.num_evaluations += 1
         return result
+
+
+def predict_branches(
+    denoiser: Denoiser,
+    conditions: Sequence[PromptEmbeds],
+    *,
+    mask: Tensor | None = None,
+    guidance: Tensor | None = None,
+) -> PredictFunction:
+    """A denoiser's predictions of the branches of guidance, one evaluation a branch.
+
+    Args:
+        denoiser: of the network.
+        conditions: of each branch, strongest first.
+        mask, guidance: as `Denoiser` takes them, of all branches.
+
+    Returns:
+        What `sample` takes.
+    """
+
+    def predict(x_t: Tensor, t: float) -> Sequence[Tensor]:
+        t_M = torch.full((len(x_t),), t, dtype=x_t.dtype, device=x_t.device)
+        return [denoiser(x_t, t_M, condition, mask, guidance) for condition in conditions]
+
+    return predict
 
 
 def sample(

@@ -183,7 +183,7 @@ class Generator(Protocol):
 
 class GeneratorHead(nn.Module):
     """What generators with weights share: an image tokenizer of their own where they have one, frozen whatever the
-    mode, and learning from pixels. `edges` are their layers that are no hidden matrices, for optimizers that tell."""
+    mode, and learning from pixels."""
 
     name: str
     own: str | None
@@ -191,7 +191,8 @@ class GeneratorHead(nn.Module):
     uses_positions = True
     """Do pictures take positions of the sequence? Where they do not, `positions` is 0 whatever the settings."""
     text_length = 0
-    edges: tuple[nn.Module, ...] = ()
+    io_layers: tuple[nn.Module, ...] = ()
+    """Layers that are no hidden matrices, for optimizers that tell."""
 
     def __init__(self, tokenizer: Any = None) -> None:
         super().__init__()

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from unigen.batch import Batch
 from unigen.config import from_dict, to_dict
+from unigen.diffusion.denoiser import PromptEmbeds
 from unigen.diffusion.path import LinearPath, PathSample
 from unigen.generators.base import BuildContext, GenerationState, GeneratorModel, SegmentSpec, StepInput
 from unigen.generators.latents import DenoisingState, LatentFlowHead
@@ -60,9 +61,10 @@ class FlowConfig:
 
 @dataclass
 class FlowState(DenoisingState):
-    """seen_SND: the context of each branch of guidance, once the chat is read."""
+    """A picture on its way, with what the head sees of the chat."""
 
-    context_SND: Tensor | None = None
+    context: PromptEmbeds | None = None
+    """Of each of S branches of guidance, (S, N, D), once the chat is read."""
 
 
 class Flow(LatentFlowHead):
@@ -79,12 +81,12 @@ class Flow(LatentFlowHead):
         self.head = build_denoiser(
             c.network,
             channels=tokenizer.latent_channels,
-            side=tokenizer.grid[0],
-            context=width,
+            sample_size=tokenizer.grid[0],
+            context_dim=width,
             layers=c.layers,
             heads=c.heads,
             head_dim=c.head_dim,
-            patch=c.patch,
+            patch_size=c.patch,
         )
         self.norm = nn.LayerNorm(width)
 
@@ -93,8 +95,8 @@ class Flow(LatentFlowHead):
         return cls(frame.tokenizer, frame.width, from_dict(FlowConfig, frame.settings))
 
     @property
-    def edges(self) -> tuple[nn.Module, ...]:  # type: ignore[override]
-        return self.head.edges  # type: ignore[return-value]
+    def io_layers(self) -> tuple[nn.Module, ...]:  # type: ignore[override]
+        return self.head.io_layers
 
     def config(self) -> dict[str, Any]:
         return to_dict(self.settings)
@@ -105,11 +107,22 @@ class Flow(LatentFlowHead):
     def attend_until(self) -> list[int] | None:
         return None
 
-    def velocity(self, x_MZhw: Tensor, t_M: Tensor, context_MND: Tensor) -> Tensor:
-        """noise - data as the head sees it, in x's dtype (fp32 whatever the model is); the last context state is the
-        begin token's."""
-        context_MND = self.norm(context_MND) * (context_MND != 0).any(-1, keepdim=True)
-        return self.head(x_MZhw.to(context_MND.dtype), t_M, context_MND).to(x_MZhw.dtype)
+    def velocity(self, x_MZhw: Tensor, t_M: Tensor, context: PromptEmbeds) -> Tensor:
+        """noise - data as the head sees it.
+
+        Args:
+            x_MZhw: noised latents.
+            t_M: times in [0, 1].
+            context: hidden states of the backbone, the last of each sample the begin token's.
+
+        Returns:
+            (M, Z, h, w), in x's dtype: fp32 whatever the model is.
+        """
+        normed_MND = self.norm(context.embeds_MND)
+        if context.mask_MN is not None:
+            normed_MND = normed_MND * context.mask_MN[:, :, None]
+        condition = PromptEmbeds(normed_MND, context.mask_MN)
+        return self.head(x_MZhw.to(normed_MND.dtype), t_M, condition).to(x_MZhw.dtype)
 
     # ---------------------------------------------------------------- training
 
@@ -124,19 +137,20 @@ class Flow(LatentFlowHead):
         x_t_MZhw, t_M, velocity_MZhw = targets
         if not self.count(batch):
             return self.nothing(hidden_BLD)
-        contexts_MND = self.context_states(batch, hidden_BLD).repeat_interleave(NOISE_SAMPLES_PER_IMAGE, 0)
+        context = self.context_states(batch, hidden_BLD).repeat_interleave(NOISE_SAMPLES_PER_IMAGE)
         with math_attention(hidden_BLD.device):
-            error = self.velocity(x_t_MZhw, t_M, contexts_MND).float() - velocity_MZhw
+            error = self.velocity(x_t_MZhw, t_M, context).float() - velocity_MZhw
         return error.square().mean((1, 2, 3)).unflatten(0, (-1, NOISE_SAMPLES_PER_IMAGE)).mean(1)
 
-    def context_states(self, batch: Batch, hidden_BLD: Tensor) -> Tensor:
-        """The last states up to each image's begin token, (M, N, D), zeros before the document's first."""
+    def context_states(self, batch: Batch, hidden_BLD: Tensor) -> PromptEmbeds:
+        """The last states up to each image's begin token, (M, N, D); before the document's first they are zeros and
+        masked."""
         spans_M3 = batch.spans_N3[batch.images_of(self.name).to(batch.spans_N3.device)]
         rows_M1, begin_M1 = spans_M3[:, :1], spans_M3[:, 1:2] - 1
         back_N = torch.arange(self.settings.context_length - 1, -1, -1, device=begin_M1.device)
         valid_MN = back_N <= batch.positions_BL[rows_M1, begin_M1]
         states_MND = hidden_BLD[rows_M1, (begin_M1 - back_N).clamp(min=0)]
-        return states_MND * valid_MN[:, :, None]
+        return PromptEmbeds(states_MND * valid_MN[:, :, None], valid_MN)
 
     # ---------------------------------------------------------------- sampling
 
@@ -145,28 +159,32 @@ class Flow(LatentFlowHead):
 
     def ask(self, state: GenerationState) -> StepInput:
         assert isinstance(state, FlowState)
-        return StepInput([state.span.begin] if state.context_SND is None else [])
+        return StepInput([state.span.begin] if state.context is None else [])
 
     def advance(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
         """One evaluation of the velocity, the first one after the begin token."""
         flow_states = [state for state in states if isinstance(state, FlowState)]
-        num_kept = [int(state.context_SND is None) for state in flow_states]
+        num_kept = [int(state.context is None) for state in flow_states]
         for state, branches in zip(flow_states, hidden, strict=True):
-            if state.context_SND is None:
-                state.context_SND = torch.stack([self._pad_context(branch) for branch in branches])
+            if state.context is None:
+                state.context = PromptEmbeds.cat([self._pad_context(branch) for branch in branches])
         counts = [len(branches) for branches in hidden]
         trajectories = [state.trajectory for state in flow_states]
         x_t = torch.cat([one.x_t.expand(n, -1, -1, -1) for one, n in zip(trajectories, counts, strict=True)])
         times = [one.t for one, n in zip(trajectories, counts, strict=True) for _ in range(n)]
-        contexts = torch.cat([state.context_SND for state in flow_states if state.context_SND is not None])
-        velocities = self.velocity(x_t, torch.tensor(times, dtype=x_t.dtype, device=x_t.device), contexts)
+        context = PromptEmbeds.cat([state.context for state in flow_states if state.context is not None])
+        velocities = self.velocity(x_t, torch.tensor(times, dtype=x_t.dtype, device=x_t.device), context)
         for state, parts in zip(flow_states, velocities.split(counts), strict=True):
             state.step(parts.split(1))
         return num_kept
 
-    def _pad_context(self, states_LD: Tensor) -> Tensor:
-        last_states = states_LD[-self.settings.context_length :]
-        return nn.functional.pad(last_states, (0, 0, self.settings.context_length - len(last_states), 0))
+    def _pad_context(self, states_LD: Tensor) -> PromptEmbeds:
+        """The last of the states as one sample (1, N, D), filled up with zeros in front, which are masked."""
+        length = self.settings.context_length
+        last_states = states_LD[-length:]
+        padding = length - len(last_states)
+        mask_N = torch.arange(length, device=states_LD.device) >= padding
+        return PromptEmbeds(nn.functional.pad(last_states, (0, 0, padding, 0))[None], mask_N[None])
 
 
 GENERATOR = Flow

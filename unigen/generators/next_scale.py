@@ -84,7 +84,7 @@ class NextScale(GeneratorHead):
         return cls(frame.tokenizer, frame.width)
 
     @property
-    def edges(self) -> tuple[nn.Module, ...]:  # type: ignore[override]
+    def io_layers(self) -> tuple[nn.Module, ...]:  # type: ignore[override]
         return self.project, self.head
 
     @property

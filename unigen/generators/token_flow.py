@@ -93,7 +93,7 @@ class TokenFlow(LatentFlowHead):
         return cls(frame.tokenizer, frame.width, from_dict(TokenFlowConfig, frame.settings))
 
     @property
-    def edges(self) -> tuple[nn.Module, ...]:  # type: ignore[override]
+    def io_layers(self) -> tuple[nn.Module, ...]:  # type: ignore[override]
         return self.read, self.time, self.enter, self.leave
 
     def config(self) -> dict[str, Any]:

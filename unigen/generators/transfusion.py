@@ -71,7 +71,7 @@ class Transfusion(LatentFlowHead):
         return cls(frame.tokenizer, frame.width, from_dict(TransfusionConfig, frame.settings))
 
     @property
-    def edges(self) -> tuple[nn.Module, ...]:  # type: ignore[override]
+    def io_layers(self) -> tuple[nn.Module, ...]:  # type: ignore[override]
         return self.read, self.time, self.say
 
     def config(self) -> dict[str, Any]:

@@ -60,12 +60,15 @@ def orthogonalize(x_OI: Tensor, coefficients: tuple[float, float, float], steps:
 class MuonAdamW(torch.optim.Optimizer):
     """Steps two optimizers as one; its groups and state are theirs.
 
-    A module's `edges`, where it has them, are its layers next to what goes in and comes out: AdamW steps those.
+    A module's `io_layers`, where it has them, are its layers next to what goes in and comes out: AdamW steps those.
     """
 
     def __init__(self, model: nn.Module, optim: OptimConfig) -> None:
         io_layer_ids = {
-            id(part) for module in model.modules() for edge in getattr(module, "edges", ()) for part in edge.modules()
+            id(part)
+            for module in model.modules()
+            for layer in getattr(module, "io_layers", ())
+            for part in layer.modules()
         }
         matrices: list[nn.Parameter] = []
         adamw_params: list[nn.Parameter] = []
