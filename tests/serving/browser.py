@@ -1,9 +1,8 @@
 """Headless Chromium for the tests of the page and for its screenshots: Debian's `chromium` and `chromium-driver`,
-driven by selenium. Knows where the browser is and what it logged; does not depend on the page.
+driven by selenium. Does not depend on: the page.
 
     with browser(tmp_path) as driver:
-        driver.get(url)
-"""
+        driver.get(url)"""
 
 from __future__ import annotations
 
@@ -22,7 +21,14 @@ CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
 
 @contextmanager
 def browser(downloads: Path, width: int = 1100, height: int = 900, *, dark: bool = False) -> Iterator[Any]:
-    """A browser that leaves nothing behind. downloads: where it saves; width, height: of the page, in pixels."""
+    """Start a browser with an empty profile.
+
+    Args:
+        downloads: folder in which it saves files.
+        width: of the page, in CSS pixels.
+        height: of the page, in CSS pixels.
+        dark: whether it prefers dark colors.
+    """
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
@@ -47,12 +53,12 @@ def browser(downloads: Path, width: int = 1100, height: int = 900, *, dark: bool
 
 
 def requested_urls(driver: Any) -> list[str]:
-    """The addresses that were asked for since this was last called; pictures within the page are none."""
+    """The URLs that the page requested since the last call, without data and blob URLs."""
     events = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
     urls = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
     return [url for url in urls if urlsplit(url).scheme not in ("data", "blob")]
 
 
 def console_messages(driver: Any) -> list[str]:
-    """What was said on the console since this was last called."""
+    """The messages on the console since the last call."""
     return [entry["message"] for entry in driver.get_log("browser")]

@@ -1,4 +1,4 @@
-"""A server with unigen-tiny behind it, as a user starts it."""
+"""Fixtures: servers of unigen-tiny, started as users start them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ Start = Callable[..., "ServerProcess"]
 
 
 def send_request(url: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, Any]:
-    """Status and answer, as JSON where it is; a body is posted, bytes as they are. Status 0: nobody is there."""
+    """Send a request: a body is posted, as JSON unless it is bytes. Returns the status (0: no connection) and the
+    answer."""
     data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
     given = {"content-type": "application/json", **(headers or {})}
     try:
@@ -39,7 +40,7 @@ def send_request(url: str, body: Any = None, headers: dict[str, str] | None = No
 
 
 class ServerProcess:
-    """A running `unigen serve`. url: where; process: what was started."""
+    """A running `unigen serve`."""
 
     def __init__(self, arguments: list[str], log: Path) -> None:
         with socket.socket() as free:
@@ -53,7 +54,7 @@ class ServerProcess:
             )
 
     def wait(self, seconds: float = 240) -> None:
-        """Until the model is there."""
+        """Wait until the model is loaded."""
         for _ in range(int(seconds / 0.1)):
             if self.process.poll() is not None:
                 raise AssertionError(self.log.read_text())
@@ -92,7 +93,7 @@ class ServerProcess:
 
 @pytest.fixture(scope="session")
 def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    """Starts servers; they end with the tests."""
+    """Start servers, which end with the test session."""
     started: list[ServerProcess] = []
 
     def start(*arguments: str) -> ServerProcess:

@@ -1,7 +1,6 @@
-"""The pictures of the page in docs/pictures, taken of a server of unigen-tiny in headless Chromium.
+"""Take the screenshots of the page in docs/pictures, with unigen-tiny and headless Chromium.
 
-python -m tests.serving.screenshots [FOLDER]
-"""
+python -m tests.serving.screenshots [FOLDER]"""
 
 from __future__ import annotations
 
@@ -74,7 +73,7 @@ def main(folder: Path) -> None:
 
 
 def save(file: bytes, path: Path) -> None:
-    """With 256 colours, which these pictures hardly exceed."""
+    """Save a screenshot with 256 colors, which lose almost nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.open(io.BytesIO(file)).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
     print(path, path.stat().st_size, "bytes")

@@ -1,8 +1,8 @@
-"""Clients of the OpenAI ecosystem against a running server, each as its own documentation uses it.
+"""Clients of the OpenAI ecosystem with a running server, each used as in its own documentation.
 
-They come with the extra `clients`, but for instructor; what is not installed is skipped. What they send and read is
-also tested without them, in test_schema.
-"""
+They are in the extra `clients`, except instructor. Tests of clients that are not installed are skipped; test_schema
+tests
+what they send and read without them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def picture(tiny_server: Any) -> bytes:
 
 @pytest.fixture(scope="module")
 def question(picture: bytes) -> list[dict[str, Any]]:
-    """Text before the picture, as OpenAI's documentation has it, after a system message."""
+    """Text before the image, as in OpenAI's documentation, after a system message."""
     url = data_uri(Image.open(io.BytesIO(picture)))
     parts = [{"type": "text", "text": HOW_MANY}, {"type": "image_url", "image_url": {"url": url}}]
     return [{"role": "system", "content": "Be brief."}, {"role": "user", "content": parts}]
@@ -45,7 +45,7 @@ def question(picture: bytes) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def story(tiny_server: Any) -> dict[str, Any]:
-    """The message that the server itself answers to STORY with one picture."""
+    """The server's own answer to STORY, with one image."""
     body = {"model": MODEL, "messages": [{"role": "user", "content": STORY}], "seed": 1, "max_images": 1}
     message: dict[str, Any] = tiny_server.get("/v1/chat/completions", body)[1]["choices"][0]["message"]
     assert message["content"] and len(message["images"]) == 1
@@ -114,7 +114,7 @@ def test_llm(tiny_server: Any, picture: bytes, story: dict[str, Any]) -> None:
 
 
 def test_instructor(tiny_server: Any, question: Any) -> None:
-    """Without tools: whole answers, and objects from the text of a model that writes JSON, which this one does not."""
+    """Without tools: whole answers, and objects parsed from JSON text, which unigen-tiny does not write."""
     instructor = pytest.importorskip("instructor", reason="pip install instructor, without constraints.txt")
     from instructor.core import InstructorRetryException
     from pydantic import BaseModel

@@ -1,4 +1,5 @@
-"""Pictures of strangers: counted before they are decoded, elsewhere, one at a time, and let go of."""
+"""Images of requests: their pixels are counted before decoding, another process decodes them one at a time, and they
+are freed."""
 
 from __future__ import annotations
 
@@ -91,7 +92,7 @@ def test_error_names_the_damaged_image_and_decoder_survives(decoder: ImageDecode
 
 
 class FakePipe:
-    """Stands where the pipe is: keeps what is sent."""
+    """A pipe that keeps what is sent."""
 
     def __init__(self) -> None:
         self.sent: list[bytes] = []
@@ -144,7 +145,7 @@ def test_read_images_are_reduced_while_decoded(decoder: ImageDecoder) -> None:
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA"])
 @pytest.mark.parametrize("side", [100, 150, 400])
 def test_reduced_image_looks_like_the_original(mode: str, side: int) -> None:
-    """Whatever its mode, turned as its EXIF says; also where it is only a little larger."""
+    """In every mode, with the EXIF orientation, and if it is only slightly larger."""
     whole = Image.new("RGB", (side, side // 2), "white")
     whole.paste("black", (0, 0, side // 2, side // 2))
     exif, buffer = Image.Exif(), io.BytesIO()
@@ -165,7 +166,7 @@ def test_many_images_share_the_pixel_limit(decoder: ImageDecoder) -> None:
 
 
 def test_clients_take_turns() -> None:
-    """Of those who wait, whoever had it longest ago is next; who leaves is passed over."""
+    """The client that held the lock longest ago is next; one that disconnects is skipped."""
     order: list[str] = []
 
     async def take(lock: FairLock, client: str) -> None:
@@ -188,7 +189,7 @@ def test_clients_take_turns() -> None:
 def test_many_requests_of_one_client_do_not_block_another(
     decoder: ImageDecoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each of its turns waits for one or two of the other's, however many requests that one sends."""
+    """A client waits for at most two images of another client, however many requests that one sends."""
     asked: list[str] = []
     ask = decoder._call_process
     monkeypatch.setattr(decoder, "_call_process", lambda index, *call: asked.append(call[0]) or ask(index, *call))
@@ -261,7 +262,7 @@ def test_dead_or_hanging_process_is_one_error_and_is_restarted(signal_number: in
 
 
 def test_cpu_timeout_is_one_error() -> None:
-    """Comments of a GIF, each of which is laid behind all before: some megabytes, and minutes of a processor."""
+    """A GIF with many comments: appending each to those before takes minutes for a few megabytes."""
     patient = ImageDecoder(wall_timeout=600, cpu_timeout=1.0)
     gif = file((4, 4), "P", "GIF")
     start = gif.rindex(b",")
@@ -293,7 +294,7 @@ def test_failed_start_of_the_process_is_429(name: str, monkeypatch: pytest.Monke
 
 
 def test_process_uses_one_thread_per_library(decoder: ImageDecoder) -> None:
-    """Whose buffers count as its memory, on any number of cores."""
+    """Buffers of further threads would count as its memory, on machines with many cores."""
     read(decoder, file((4, 4)))
     assert decoder._process is not None
     environment = Path(f"/proc/{decoder._process.pid}/environ").read_bytes().split(b"\0")
@@ -337,7 +338,7 @@ def test_server_process_decodes_nothing(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/v1/images/edits"])
 def test_server_stops_when_the_client_disconnects(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While its pictures are decoded."""
+    """While its images are decoded."""
     ends: list[str] = []
 
     async def decode(*_: Any) -> Any:

@@ -1,5 +1,4 @@
-"""The files by which replicas are started: well formed, with commands that `unigen serve` takes, and nothing open that
-need not be."""
+"""The deployment files: well formed, with options that `unigen serve` has, and with minimal privileges."""
 
 from __future__ import annotations
 

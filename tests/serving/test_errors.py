@@ -1,4 +1,4 @@
-"""What a client is told of an answer that fails: 503 where it may be asked again, 500 where it would fail again."""
+"""Status of an answer that fails: 503 if a retry may succeed, 500 if not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever is sent: what is well formed is answered, all else is a 4xx that says why, and nothing is a fault."""
+"""Random requests: valid ones are answered, others are a 4xx with a reason, and none causes a server error."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from unigen.serving.jobs import Event, Finished, Job, Part, Started, Stats
 
 
 class FakeImageEngine:
-    """Stands where the model's process would: answers at once, and keeps the jobs."""
+    """A `JobEngine` in the place of the model's process: it answers at once, and keeps the jobs."""
 
     info = {"outputs": ["image", "text", "interleaved"]}
     stats, num_starts, unavailable_reason, is_alive, max_jobs = Stats(0, 0, 0, 0, 0, 0.0), 1, None, True, 24
@@ -80,7 +80,7 @@ GOOD: dict[str, dict[str, Any]] = {
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Of everything inside, where it is."""
+    """The paths of all values within a JSON value."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [path, *(place for key, one in inner for place in places(one, (*path, key)))]
 
@@ -124,7 +124,7 @@ def test_no_bytes_cause_a_server_error(body: bytes, path: str, data: Any) -> Non
 
 
 def test_valid_bodies_are_answered() -> None:
-    """The bodies that the others break are whole: the control of the tests above."""
+    """Negative control of the tests above: the bodies are valid before they are changed."""
     for path, body in GOOD.items():
         assert post(path, json=body).status_code == 200, path
 

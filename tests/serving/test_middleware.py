@@ -1,4 +1,4 @@
-"""What the server lets in: hosts, origins, keys, bodies and times, each as an attacker would try it."""
+"""What the server accepts: hosts, origins, keys, bodies and times, each tested as an attacker would try it."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_without_keys_requests_of_other_origins_are_rejected(headers: dict[str, 
 
 
 def test_slow_body_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slow as it is said to be, it may take longer the more of it has come."""
+    """The time limit grows with the bytes received."""
     limits = RequestLimits(body_timeout=0.2, min_body_bytes_per_second=10)
     caught: list[int] = []
 
@@ -156,7 +156,7 @@ def test_slow_body_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_pending_bodies_have_a_total_limit() -> None:
-    """What is held is counted, and given back when the requests end."""
+    """Bytes are counted, and subtracted when their requests end."""
     guard = make_guard(RequestLimits(max_body_bytes=10, max_pending_body_bytes=25))
     for _ in range(3):
         assert call_guard(guard, body=(b"x" * 10,))[0] == 200
@@ -179,7 +179,7 @@ def test_pending_bodies_have_a_total_limit() -> None:
     ],
 )
 def test_too_large_json_is_rejected_before_validation(wrong: dict[str, Any], says: str) -> None:
-    """Its fields are not checked, and no model hears of it."""
+    """Its fields are not checked, and no job is made."""
     fake_engine, served = app()
     answer = send(served, "POST", "/v1/chat/completions", json={"model": "m", **wrong})
     assert answer.status_code == 400 and says in answer.json()["error"]["message"], answer.text[:300]
@@ -217,7 +217,7 @@ def test_json_is_parsed_outside_the_event_loop(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("start", ["data:image/png;base64,", "data:", ""])
 def test_text_that_looks_like_an_image_is_counted(start: str) -> None:
-    """Only where pictures stand may there be more."""
+    """Only fields of images may be longer."""
     text = start + "a" * 90_000
     fake_engine, served = app()
     many = {"model": "m", "messages": [{"role": "user", "content": text}] * 12}
@@ -226,7 +226,7 @@ def test_text_that_looks_like_an_image_is_counted(start: str) -> None:
 
 
 def test_image_data_is_not_counted_as_text() -> None:
-    """Up to a million of them may stand beside pictures, wherever these are."""
+    """A million characters may stand beside images, wherever these are."""
     from unigen.serving.body import parse_json
 
     picture = "Data:image/png;base64," + "A" * 2_000_000
@@ -246,7 +246,7 @@ def test_image_data_is_not_counted_as_text() -> None:
 
 @pytest.mark.parametrize("name", ["banana", "messages.0.banana"])
 def test_lone_surrogates_in_names_are_no_server_error(name: str) -> None:
-    """JSON can name them, UTF-8 cannot: not even in the answer that says what is wrong."""
+    """JSON can express them and UTF-8 cannot, so the error must not contain them either."""
     body: dict[str, Any] = {"model": "\ud800", "messages": [{"role": "user", "content": "a"}]}
     _, served = app()
     content = json.dumps(body).encode()
@@ -286,7 +286,7 @@ def test_lone_surrogates_in_values_are_rejected(where: str) -> None:
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "", "é"])
 def test_wrong_content_type_is_explained(kind: str) -> None:
-    """As curl does with -d, unless it is told."""
+    """As sent by `curl -d` without a header."""
     _, served = app()
     headers = {"content-type": kind.encode("latin-1")} if kind else {}
     answer = send(served, "POST", "/v1/images/generations", content=b'{"prompt": "a"}', headers=headers)
@@ -390,7 +390,7 @@ def test_unknown_route_lists_the_routes(method: str, path: str, status: int) -> 
 
 
 def test_imported_objects_are_frozen_for_the_garbage_collector(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the garbage collector, which a body of many small lists starts again and again: /health waits for it."""
+    """A body with many small lists triggers the collector again and again, and /health waits for it."""
     import uvicorn
 
     from unigen.serving import app as serving_app
@@ -523,7 +523,7 @@ def test_trusted_proxy_is_an_address_or_a_network() -> None:
     ("proxies", "who"), [((), "127.0.0.1"), (("127.0.0.1",), "9.9.9.9"), (("127.0.0.5/8",), "9.9.9.9")]
 )
 def test_forwarded_for_is_used_from_trusted_proxies_only(proxies: tuple[str, ...], who: str) -> None:
-    """The address beside a key's or page's rate: not what anyone writes into a header, and of a chain the last one."""
+    """The header of any other client is ignored, and of a chain the last address counts."""
     import uvicorn
 
     seen: list[Any] = []
@@ -571,7 +571,7 @@ async def serving(monkeypatch: pytest.MonkeyPatch, answer: bytes) -> Any:
 
 @pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\n", b"GET / HTTP/1.1\r\nhost: a\r\n\r\nGET / HT"])
 def test_missing_request_head_closes_the_connection(monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
-    """Whether nothing comes, or a little now and then."""
+    """Whether nothing comes, or a few bytes now and then."""
     monkeypatch.setattr(connection, "HEADER_TIMEOUT", 0.3)
 
     async def attack() -> None:
@@ -602,7 +602,7 @@ async def left_open(server: Any) -> None:
 
 
 def test_tiny_chunks_close_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thousand may come as they like."""
+    """The first thousand chunks may be of any size."""
     head = b"POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n"
 
     async def ask(pieces: int, size: int) -> bytes:
@@ -630,7 +630,7 @@ def test_tiny_chunks_close_the_connection(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("trusted", [False, True])
 def test_connections_per_address_are_limited(monkeypatch: pytest.MonkeyPatch, trusted: bool) -> None:
-    """Others are let in meanwhile, and so is who has closed some; a proxy that is trusted has any number."""
+    """Other addresses are accepted, and so is one that has closed connections; a trusted proxy has no limit."""
     monkeypatch.setattr(connection, "MAX_CONNECTIONS_PER_CLIENT", 3)
 
     async def attack() -> None:
@@ -660,7 +660,7 @@ def test_connections_per_address_are_limited(monkeypatch: pytest.MonkeyPatch, tr
 
 
 def test_head_timeout_ignores_time_in_which_the_server_was_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with its machine: the clock went on, and the client had no time either."""
+    """For example with its machine: the client could not send in that time either."""
     monkeypatch.setattr(connection, "HEADER_TIMEOUT", 2.0)
 
     async def ask() -> bytes:

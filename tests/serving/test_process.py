@@ -1,4 +1,4 @@
-"""The model's process ends, hangs and comes back, with a stand-in for what it runs that each test tells what to do."""
+"""The model's process ends, hangs and is restarted; each test gives a script to a fake worker."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ JOB = Job(Document.of("a"), "text")
 
 
 def is_running(jobs: Any, events: Any, source: dict[str, Any], slots: int) -> None:
-    """The lives of a process, one letter each: r(efused), d(ies), s(ilent), l(ong step), g(ood, as is the last)."""
+    """A fake worker. Each letter of `lives` is one start: r(ejects), d(ies), s(ilent), l(ong step), g(ood); the last is
+    good."""
     os.setsid()
     count = Path(source["count"])
     life = len(count.read_text())
@@ -79,7 +80,7 @@ async def until(true: Callable[[], bool]) -> None:
 
 
 def test_failed_restart_is_retried(tmp_path: Path) -> None:
-    """Refused, dead before it was ready, and good at last; what was measured of the old one is forgotten at once."""
+    """It fails to load, dies while loading, and succeeds; the statistics of the dead process are reset at once."""
 
     async def test(engine: EngineProcess) -> None:
         await engine.ready.wait()
@@ -146,7 +147,7 @@ def test_is_alive_ends_after_the_unavailable_timeout(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("kind", "options"), [("s", {"heartbeat_timeout": 0.5}), ("l", {"step_timeout": 0.5})])
 def test_hanging_process_is_restarted(tmp_path: Path, kind: str, options: dict[str, float]) -> None:
-    """It sends nothing, or is in one step for ever; what was asked of it is told so."""
+    """It sends nothing, or stays in one step; its jobs fail."""
 
     async def test(engine: EngineProcess) -> None:
         await engine.ready.wait()
@@ -172,7 +173,7 @@ def test_stopped_process_is_restarted(tmp_path: Path) -> None:
 
 
 def test_long_step_with_heartbeats_is_no_hang(tmp_path: Path) -> None:
-    """A pipeline may draw for minutes."""
+    """A step of a diffusers pipeline may take minutes."""
 
     async def test(engine: EngineProcess) -> None:
         await engine.ready.wait()
@@ -183,7 +184,7 @@ def test_long_step_with_heartbeats_is_no_hang(tmp_path: Path) -> None:
 
 
 def test_images_of_a_finished_job_are_freed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While nothing else is asked: else the server would hold as many as it may, and refuse the next ones."""
+    """Also without further requests: otherwise the server would reach its limit and reject the next ones."""
     decoder = ImageDecoder()
     monkeypatch.setattr(server, "ImageDecoder", lambda: decoder)
     parts: list[Any] = [{"type": "image_url", "image_url": {"url": data_uri(Image.new("RGB", (40, 40)))}}]

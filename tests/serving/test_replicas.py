@@ -1,4 +1,4 @@
-"""Two replicas behind nginx, as docs/deploy/nginx.conf has them, one of them killed under load."""
+"""Two replicas behind nginx with docs/deploy/nginx.conf; one of them is killed under load."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_conversation_stays_on_one_replica(router: Any) -> None:
 
 
 def test_image_urls_work_on_any_replica(router: Any) -> None:
-    """With the router's port, though the replicas listen on others."""
+    """They have the router's port, although the replicas listen on others."""
     replicas, url = router
     body = {"model": "small", "prompt": "a", "response_format": "url"}
     status, made = replicas[0].ask(url + "/v1/images/generations", body)

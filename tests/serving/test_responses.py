@@ -1,4 +1,4 @@
-"""`/v1/responses`, asked by the official client: whole and streamed, texts and pictures, and what is refused."""
+"""`/v1/responses` with the official client: whole and streamed, texts and images, and rejected requests."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PICTURE = Image.new("RGB", (4, 4), "red")
 def with_client(
     test: Callable[[Any], Awaitable[Any]], fake_engine: FakeImageEngine | None = None
 ) -> tuple[Any, list[Job]]:
-    """What the test gives, and the jobs that the model had."""
+    """Run the test with a client. Returns its result, and the jobs of the model."""
     fake_engine = fake_engine or FakeImageEngine()
 
     async def run() -> Any:
@@ -102,7 +102,7 @@ def test_images_are_generated_with_the_tool() -> None:
 
 
 def test_truncated_answer_is_incomplete() -> None:
-    """Its items are in the order in which they were made."""
+    """Its items are in the order in which they were generated."""
     answer, _ = create(Cut(), tools=DRAWS)
     assert answer.status == "incomplete" and answer.incomplete_details.reason == "max_output_tokens"
     assert [getattr(item, "content", [None])[0] and item.content[0].text for item in answer.output] == [

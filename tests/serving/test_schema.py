@@ -1,4 +1,4 @@
-"""What ordinary clients send beside what they ask for: followed, accepted where it is nothing, or refused by name."""
+"""Further fields that common clients send: followed, accepted without effect, or rejected by name."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ IMAGE_BODY: dict[str, Any] = {"model": "m", "prompt": "a"}
 
 
 class FixedImageEngine(FakeImageEngine):
-    """Draws one size."""
+    """An engine with one image size."""
 
     info = FakeImageEngine.info | {"sizes": "this one", "image_size": 4}
 
@@ -52,7 +52,7 @@ def post(path: str, body: Any = None, **options: Any) -> tuple[int, Any]:
 
 
 def fields_of(method: Any) -> set[str]:
-    """What the official client sends with this method."""
+    """The fields that the official client sends with this method."""
     return set(inspect.signature(method).parameters) - {
         *("self", "extra_headers", "extra_query", "extra_body", "timeout", "image", "mask", "markup"),
     }
@@ -264,7 +264,7 @@ def test_output_compression() -> None:
 
 
 def segments(messages: list[Any]) -> list[tuple[str, Any]]:
-    """Of the job that these messages become: roles, and texts or True for pictures."""
+    """The segments of the job that these messages become: roles, and texts or True for images."""
     status, answer = post(CHAT, CHAT_BODY | {"messages": messages})
     assert status == 200, answer
     return [(s.role, True if s.image is not None else s.text) for s in ENGINE.jobs[-1].prompt.segments]
@@ -314,7 +314,7 @@ def test_message_formats_of_clients() -> None:
 
 
 def test_answer_can_be_sent_back() -> None:
-    """With all that the official client makes of it, and each picture at its place among the words."""
+    """With all fields that the official client adds, and each image at its place in the text."""
     _, answer = post(CHAT, CHAT_BODY | {"modalities": ["text", "image"]})
     given = openai.types.chat.ChatCompletion.model_validate(answer).choices[0].message
     assert given.content == "said" and given.images[0]["offset"] == 4  # type: ignore[attr-defined]
@@ -410,7 +410,7 @@ def test_chat_requests_of_web_interfaces(body: dict[str, Any]) -> None:
 
 
 def test_image_requests_of_web_interfaces() -> None:
-    """Open WebUI draws with a size of its menu; it and the official client edit with `image[]`."""
+    """Open WebUI sends a size of its menu; it and the official client send `image[]` for edits."""
     asked = {"model": "m", "prompt": "a", "n": 1, "size": "512x512", "response_format": "b64_json"}
     assert post(DRAW, asked)[0] == 200
     libre = {"model": "m", "prompt": "a", "size": "1024x1024", "quality": "standard", "style": "vivid", "n": 1}

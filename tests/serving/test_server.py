@@ -1,4 +1,4 @@
-"""The server as its users see it: the official openai client, and whoever sends something else."""
+"""The server as its users see it: with the official openai client, and with wrong requests."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def open_image(file: str) -> Image.Image:
 
 
 def assert_close(event: Any, image: Image.Image) -> bool:
-    """Is it the picture, but for what two flows side by side round differently?"""
+    """Are the images equal up to one level? Two flows in one batch round their sums differently."""
     return bool(np.abs(np.asarray(open_image(event.b64_json), int) - np.asarray(image)).max() <= 1)
 
 
@@ -63,14 +63,14 @@ def wait_until(true: Callable[[], bool], seconds: float = 60) -> None:
 
 
 def child_pid(served: Any) -> str:
-    """The process that holds the model."""
+    """The id of the model's process."""
     listed = subprocess.run(["ps", "-ww", "-o", "pid=,args=", "--ppid", str(served.process.pid)], capture_output=True)
     (child,) = [line.split()[0] for line in listed.stdout.decode().splitlines() if "spawn_main" in line]
     return child
 
 
 def test_images_equal_the_engines_alone_and_under_load(tiny_server: Any, engine: Any, apples: Any) -> None:
-    """To the last bit of every pixel, whatever joins and leaves meanwhile."""
+    """Every pixel is equal, whatever joins and leaves the batch."""
     client = tiny_server.client()
 
     def draw(seed: int) -> Any:
@@ -115,7 +115,7 @@ def test_conversation_with_text_and_images(tiny_server: Any, engine: Any, apples
 
 
 def test_story_has_text_and_images_in_known_order(tiny_server: Any, engine: Any) -> None:
-    """As parts, as a text with the places of its images, and given back: the same story."""
+    """As parts, as text with offsets of the images, and sent back: the same story."""
     prompt = "a story about a witch and her raven"
     asked: dict[str, Any] = {"model": MODEL, "messages": chat_text(prompt), "seed": 1, "max_images": 2}
     story = engine.generate(prompt, "interleaved", seed=1, max_images=2)
@@ -144,7 +144,7 @@ def test_story_has_text_and_images_in_known_order(tiny_server: Any, engine: Any)
 
 @pytest.mark.parametrize("question", ["What's in this image?", "how many apples are there?", "Describe the image."])
 def test_question_about_an_image_is_answered(tiny_server: Any, apples: Any, question: str) -> None:
-    """Wherever the picture stands in its message, and though nobody says that the answer shall be text."""
+    """Wherever the image stands in its message, and without modalities."""
     (message,) = chat_text(question, apples)
     answers = [
         tiny_server.get("/v1/chat/completions", {"model": MODEL, "messages": [message | {"content": content}], **more})
@@ -194,7 +194,7 @@ def test_story_is_streamed_part_by_part(tiny_server: Any, engine: Any) -> None:
 
 @pytest.mark.slow
 def test_story_and_answer_with_responses_api(tiny_server: Any, engine: Any, apples: Image.Image) -> None:
-    """Whole and streamed they are what the model says alone."""
+    """Whole and streamed, they equal the answers of the engine."""
     client, prompt = tiny_server.client(), "a story about a witch and her raven"
     asked: dict[str, Any] = {"model": MODEL, "input": prompt, "extra_body": {"seed": 1}}
     asked["tools"] = [{"type": "image_generation"}]
@@ -217,7 +217,7 @@ NUM_PREVIEWS = {"next-scale": 3, "flow": 3, "masked": 3, "next-token": 0}
 
 @pytest.mark.parametrize("generator", NUM_PREVIEWS)
 def test_image_previews(tiny_server: Any, engine: Any, generator: str) -> None:
-    """The official client reads the stream; the last picture is the one that is made without."""
+    """The official client reads the stream; the last image equals the one without previews."""
     told = {"seed": 3, "generator": generator}
     stream = tiny_server.client().images.generate(
         model=MODEL, prompt=APPLES, stream=True, partial_images=3, n=2, extra_body=told
@@ -242,7 +242,7 @@ def test_image_previews(tiny_server: Any, engine: Any, generator: str) -> None:
 
 
 def test_edit_previews(tiny_server: Any, engine: Any, apples: Image.Image) -> None:
-    """What is painted into a picture is seen inside it."""
+    """Previews of an inpainted area are composited into the image."""
     client, files = tiny_server.client(), []
     mask = Image.new("RGB", apples.size)
     mask.paste("white", (0, 0, 32, 64))
@@ -267,7 +267,7 @@ def test_edit_previews(tiny_server: Any, engine: Any, apples: Image.Image) -> No
 
 
 def test_chat_previews_on_request(tiny_server: Any) -> None:
-    """Marked, before the finished one, and after the text before it."""
+    """Marked as partial, before the finished image, and after the text before it."""
     body: dict[str, Any] = {"generator": "masked", "max_images": 2}
     prompt = chat_text("a story about a witch and her raven")
 
@@ -293,7 +293,7 @@ def test_chat_previews_on_request(tiny_server: Any) -> None:
 
 
 def test_best_of_several_candidates(tiny_server: Any, engine: Any, apples: Image.Image) -> None:
-    """The engine's own choice, alone, beside others and in a stream; what the others took is counted."""
+    """The engine's own choice, alone, with other requests and in a stream; the tokens of all candidates are counted."""
     client, asked = tiny_server.client(), {"seed": 3, "candidates": 4}
     words = "a red dog left of a house"
     best = engine.generate_batch([words] * 4, range(3, 7), candidates=4)
@@ -369,7 +369,7 @@ def test_edits_inpainting_and_variations(tiny_server: Any, engine: Any, apples: 
 
 
 def test_prompts_never_open_server_files(tiny_server: Any, engine: Any, apples: Image.Image, tmp_path: Path) -> None:
-    """What a stranger writes is words, even where it is the path of a picture that the server could read."""
+    """A prompt is text, even if it is the path of an image that the server could read."""
     path, file = tmp_path / "a.png", io.BytesIO()
     apples.save(path)
     apples.save(file, "PNG")
@@ -500,7 +500,7 @@ def test_full_queue_is_429(tiny_server: Any) -> None:
 
 
 def test_failed_image_is_an_error_event(tiny_server: Any) -> None:
-    """After what was seen of it comes an error, and no end."""
+    """After its previews comes an error, and no [DONE]."""
     options = {"generator": "flow", "steps": 250, "seed": 1}
     stream = tiny_server.client().images.generate(
         model=MODEL, prompt=APPLES, stream=True, partial_images=3, extra_body=options
@@ -565,7 +565,7 @@ if any("spawn_main" in word for word in sys.orig_argv):
 def test_child_processes_of_the_model_process_end_with_it(
     start_server: Any, tiny_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Though it ends by itself for nobody: when the model's process is killed, and when the server is."""
+    """Although nothing else ends them: when the model's process is killed, and when the server is."""
     (tmp_path / "sitecustomize.py").write_text(LEAVES_ONE)  # read when a Python begins
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
     served = start_server("--model", str(tiny_folder), "--name", "small")

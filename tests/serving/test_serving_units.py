@@ -1,4 +1,4 @@
-"""What the server is made of, each part alone: words, pictures of strangers, the door."""
+"""Parts of the server on their own: stop strings, image files, addresses, the middleware."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_filtered_text_does_not_depend_on_chunks() -> None:
 
 @pytest.mark.parametrize("stop", ["aab", "abab", "aaaa", "ab"])
 def test_stop_string_matches_at_its_first_end(stop: str) -> None:
-    """In all short texts of two letters, however they come; what stands before it is shown."""
+    """For all short texts of two letters, in any chunks; the text before the stop is emitted."""
     for text in map("".join, itertools.product("ab", repeat=7)):
         for size in (1, 3, 7):
             said, stopped = filter_pieces([text[i : i + size] for i in range(0, 7, size)], stop)
@@ -59,7 +59,7 @@ def test_stop_string_matches_at_its_first_end(stop: str) -> None:
 
 
 def test_long_stop_strings_cost_as_much_as_short_ones() -> None:
-    """Steps are counted, in no seconds: at most two for each character and stop, whatever was nearly a stop."""
+    """Counted in steps: at most two for each character and stop string, whatever partial matches there are."""
     steps = 0
 
     class Counting(str):
@@ -94,7 +94,7 @@ def test_image_file_checks() -> None:
 
 
 def test_data_uri_formats_of_clients() -> None:
-    """What kind of picture it is, its bytes say; lines broken, padding left out, the letters of addresses."""
+    """The bytes determine the format; line breaks, missing padding and the URL-safe alphabet are accepted."""
     noise = Image.effect_noise((40, 40), 90)
     buffer = io.BytesIO()
     noise.save(buffer, "PNG")
@@ -201,7 +201,7 @@ def test_addresses_that_embed_private_ones_are_private() -> None:
 
 
 def test_public_addresses_are_accepted() -> None:
-    """The control: of both versions, and as one in the other."""
+    """Negative control: both versions of IP, and IPv4 within IPv6."""
     for address in ("8.8.8.8", "93.184.215.14", "2a00:1450:4001:82a::200e", "2606:4700::1111", "::ffff:8.8.8.8"):
         assert pictures._is_public_address(ipaddress.ip_address(address)), address
 
@@ -282,7 +282,7 @@ def test_malformed_addresses_are_a_one_line_error(monkeypatch: pytest.MonkeyPatc
 
 
 def test_chunked_download_is_complete(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And is refused where it is too large."""
+    """And it is rejected if it is too large."""
     whole = bytes(range(256)) * 4
 
     async def pieces() -> Any:
@@ -300,7 +300,7 @@ def test_chunked_download_is_complete(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_slow_download_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each piece in time, and all of them not."""
+    """Each chunk comes in time, but not all of them."""
     monkeypatch.setattr(pictures, "FETCH_TIMEOUT", 0.3)
 
     async def trickle() -> Any:
@@ -315,7 +315,7 @@ def test_slow_download_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class FakeMetrics:
-    """Stands where the metrics are."""
+    """Metrics that count nothing."""
 
     def __getattr__(self, name: str) -> Any:
         return self
@@ -335,7 +335,7 @@ def call_guard(
     client: str = "1.2.3.4",
     **headers: str,
 ) -> tuple[int, Any]:
-    """Status and headers of what the door answers."""
+    """Status and headers of the response to a request."""
     scope = {"type": "http", "path": path, "method": "POST", "client": (client, 1)}
     scope["headers"] = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
     parts = [{"type": "http.request", "body": part, "more_body": True} for part in body]

@@ -1,7 +1,6 @@
-"""The engine on vLLM gives the local engine's answers, id for id, whatever vLLM does meanwhile. On a CPU, in float32.
+"""The engine on vLLM gives the same token ids as the local engine, whatever else vLLM computes. On a CPU, in float32.
 
-Run: scripts/test.sh --serve
-"""
+Run: scripts/test.sh --serve"""
 
 from __future__ import annotations
 
@@ -42,7 +41,7 @@ LLAMA |= {"max_position_embeddings": 512, "tie_word_embeddings": True}
 
 
 def pieces(folder: Path) -> Any:
-    """A text tokenizer of these words, trained there."""
+    """A text tokenizer that is trained on these words."""
     from unigen.model import chat_template
     from unigen.tokenizers import text
 
@@ -53,7 +52,8 @@ def pieces(folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of random weights, spread so that what is drawn depends on what was read: 8x8 codes out of 512."""
+    """A model with random weights of a large variance, so that its output depends on its input: 8x8 codes out of
+    512."""
     from transformers import LlamaConfig
 
     from unigen.model import assembly
@@ -90,8 +90,9 @@ def on_vllm(folder: Path, **options: Any) -> Iterator[Any]:
 
 @pytest.mark.timeout(600)
 def test_server_in_two_processes(folder: Path, local: Any, start_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its process has those of vLLM as children, each with its share of every layer; all end when it is killed, whether
-    by itself or with the server."""
+    """The processes of vLLM, each with a shard of every layer, are children of the model's process. All end when it is
+    killed,
+    whether alone or with the server."""
     monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)  # of one process, where others have run before
     vllm = ["--engine", "vllm", "--vllm", "enforce_eager=true", "--vllm", "tensor_parallel_size=2"]
     served = start_server("--model", str(folder), "--device", "cpu", *vllm)
@@ -123,7 +124,7 @@ def scheduler(engine: Any) -> Any:
 
 
 def asked(count: int, longest: int) -> list[dict[str, Any]]:
-    """Pictures with and without guidance, greedy and drawn, prompts that share a beginning, text between them."""
+    """Images with and without guidance, greedy and sampled, prompts with a common prefix, and text between them."""
     rng, made = random.Random(0), list[dict[str, Any]]()
     for i in range(count):
         words = " ".join(rng.choices(WORDS, k=rng.randint(3, longest)))
@@ -138,7 +139,7 @@ def asked(count: int, longest: int) -> list[dict[str, Any]]:
 
 
 def answers(engine: Any, options: list[dict[str, Any]]) -> list[list[Any]]:
-    """What each is answered with: texts, and pictures as codes."""
+    """The answers: texts, and images as codes."""
     requests = [engine.request(**one) for one in options]
     list(engine.run(requests))
     return [
@@ -148,7 +149,8 @@ def answers(engine: Any, options: list[dict[str, Any]]) -> list[list[Any]]:
 
 
 class DelayedEngine:
-    """vLLM's engine whose requests arrive one a step, in any order: branches come steps apart."""
+    """vLLM's engine, but requests arrive one per step in random order, so that guidance branches start at different
+    steps."""
 
     def __init__(self, llm: Any) -> None:
         self.llm, self.rng = llm, random.Random(1)
@@ -193,7 +195,8 @@ def test_answers_equal_the_local_engine(case: str, folder: Path, local: Any) -> 
 
 
 def test_aborted_requests_change_nothing_for_others(folder: Path, local: Any) -> None:
-    """Half of all leave at some step, guided pairs too; nothing of theirs stays, and the others end as alone."""
+    """Half of all requests, with and without guidance, are aborted at some step; nothing of them remains, and the
+    others end as when alone."""
     options, rng = asked(12, 60), random.Random(2)
     wanted = answers(local, options)
     with on_vllm(folder, max_num_batched_tokens=64, max_num_seqs=16) as engine:
@@ -217,7 +220,7 @@ def test_aborted_requests_change_nothing_for_others(folder: Path, local: Any) ->
 
 
 def test_control_of_the_scheduler(folder: Path, local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM's own scheduler lets branches come apart: what one writes alone is not even a code."""
+    """With vLLM's own scheduler, guidance branches get out of step: what one generates alone is not even a code."""
     options = [one for one in asked(12, 60) if one["output"] == "image" and one["guidance"] != 1]
     wanted = answers(local, options)
     from unigen.backends import vllm_engine
@@ -238,7 +241,7 @@ def test_control_of_the_scheduler(folder: Path, local: Any, monkeypatch: pytest.
 
 
 def test_plain_vllm_reads_exported_folders(folder: Path, local: Any, tmp_path: Path) -> None:
-    """Without a line of ours: the ids of transformers."""
+    """Without our classes, it generates the same ids as transformers."""
     from transformers import AutoModelForCausalLM
     from vllm import LLM, SamplingParams
 
@@ -259,7 +262,7 @@ def test_plain_vllm_reads_exported_folders(folder: Path, local: Any, tmp_path: P
 
 
 def test_segment_uses_the_prefix_cache(engine: Any) -> None:
-    """All whole blocks of its prompt are in vLLM's cache, of every span but the first."""
+    """For every segment but the first, all complete blocks of its prompt are in vLLM's prefix cache."""
     spans: list[tuple[str, int, int]] = []
 
     class Heard(DelayedEngine):
@@ -284,7 +287,7 @@ def test_segment_uses_the_prefix_cache(engine: Any) -> None:
 
 
 def test_vllm_engine_has_the_engine_api(engine: Any, local: Any) -> None:
-    """The methods of `Engine`, and the answers that they give."""
+    """The methods of `Engine`, and their results."""
     picture = local.generate("a red dog", seed=5)
     assert engine.generate("a red dog", seed=5).tobytes() == picture.tobytes()
     assert [p.tobytes() for p in engine.generate("a dog", n=2)] == [p.tobytes() for p in local.generate("a dog", n=2)]
@@ -335,7 +338,7 @@ def test_unsupported_options_are_rejected(options: dict[str, Any], line: str, en
 
 
 def test_unsupported_features_of_vllm_are_rejected(engine: Any) -> None:
-    """Of a model that has next-token only, nothing stays here."""
+    """A model with next-token only keeps no local copy for other generators."""
     paper = Image.new("RGB", (64, 64))
     for call in (
         lambda: engine.generate("a dog", accelerate="sjd"),
@@ -367,7 +370,7 @@ def test_too_long_requests_are_rejected_early(folder: Path, local: Any) -> None:
 
 
 def test_random_draws_are_reproducible(engine: Any) -> None:
-    """What is dropped is drawn again; the control is a draw that goes on."""
+    """A draw that is discarded is repeated; the negative control is a generator that goes on."""
     from unigen.backends.vllm_guidance import Branch, serialize_segment
     from unigen.samplers.logits import sample
 
@@ -429,7 +432,7 @@ def test_commands(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_server(folder: Path, local: Any, start_server: Any) -> None:
-    """The same server, and the same picture alone and among others."""
+    """The server on vLLM: the same image alone and with other requests."""
     served = start_server("--model", str(folder), "--device", "cpu", "--engine", "vllm", "--vllm", "enforce_eager=true")
     served.wait()
     asked = {"prompt": "a red dog", "seed": 5}

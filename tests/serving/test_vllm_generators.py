@@ -1,7 +1,6 @@
-"""Pictures by other generators than next-token, behind vLLM's text, are the local engine's. On a CPU, in float32.
+"""Images of other generators than next-token, with text by vLLM, equal those of the local engine. On a CPU, in float32.
 
-Run: scripts/test.sh --serve
-"""
+Run: scripts/test.sh --serve"""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ WRITERS = ("next-token", "masked", "next-scale", "flow", "joint")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of random weights that writes in many ways: 8x8 codes out of 512, in four scales, or latents."""
+    """A model with random weights and several generators: 8x8 codes out of 512, in four scales, or latents."""
     from transformers import LlamaConfig
 
     from unigen import generators
@@ -72,12 +71,12 @@ def engine(folder: Path) -> Iterator[Any]:
 
 
 def assert_same(one: Any, other: Any) -> bool:
-    """The same pictures, but for what a flow's sums round differently where they are read in other passes."""
+    """The images are equal, up to the rounding of sums of a flow that is computed in other passes."""
     return bool(np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1)
 
 
 def assert_unchanged(engine: Any) -> bool:
-    """Is nothing on its way at vLLM?"""
+    """Has vLLM no requests left?"""
     return not engine.llm.has_unfinished_requests() and not scheduler(engine).groups and not engine._heard
 
 
@@ -89,7 +88,8 @@ def stories(generator: str, **options: Any) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("generator", ["masked", "next-scale"])
 def test_stories(generator: str, guidance: float, engine: Any, local: Any) -> None:
-    """Text by vLLM, pictures here, side by side with a story that vLLM writes alone; greedy pictures too."""
+    """Text by vLLM and images by the local model, together with a story that vLLM generates alone; also greedy
+    images."""
     options = [*stories(generator, guidance=guidance), *stories("next-token", guidance=guidance)]
     wanted = answers(local, options)
     assert answers(engine, options) == wanted and assert_unchanged(engine)
@@ -100,7 +100,7 @@ def test_stories(generator: str, guidance: float, engine: Any, local: Any) -> No
 
 
 def test_control_of_stories(engine: Any, local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is written here without what vLLM has read."""
+    """The local model's images without the context that vLLM has read."""
     wanted = answers(local, stories("masked"))
     send = type(engine).send
     monkeypatch.setattr(
@@ -111,7 +111,7 @@ def test_control_of_stories(engine: Any, local: Any, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("generator", WRITERS)
 def test_pictures(generator: str, engine: Any, local: Any) -> None:
-    """The same seed, the same picture."""
+    """The same seed gives the same image."""
     for options in ({"guidance": 1.0}, {"guidance": 2.0, "seed": 4}):
         given, wanted = (one.generate("a red dog", generator=generator, **options) for one in (engine, local))
         assert assert_same(given, wanted)
@@ -120,7 +120,7 @@ def test_pictures(generator: str, engine: Any, local: Any) -> None:
 
 
 def test_story_of_a_flow(engine: Any, local: Any) -> None:
-    """Its head wants the states of all that was read, of which vLLM says nothing."""
+    """Its head needs the hidden states of the whole context, which vLLM does not return."""
     options, *_ = stories("flow", steps=3, guidance=2.0)
     given, wanted = (list(one.stream(**options)) for one in (engine, local))
     texts = ["".join(part for part in parts if isinstance(part, str)) for parts in (given, wanted)]
@@ -133,7 +133,7 @@ def test_story_of_a_flow(engine: Any, local: Any) -> None:
 
 
 def test_other_capabilities(engine: Any, local: Any) -> None:
-    """Pairs, painting and captions chosen among candidates, whose scores are the model's here."""
+    """Joint generation, inpainting, and captions chosen among candidates by scores of the local model."""
     paper = local.generate("a red dog", seed=5)
     mask = Image.new("L", (64, 64), 0)
     mask.paste(255, (0, 0, 32, 64))
@@ -153,7 +153,7 @@ def test_other_capabilities(engine: Any, local: Any) -> None:
 
 
 def test_control_of_candidates(engine: Any, local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A weight of the model here that is not the one that vLLM has."""
+    """One weight of the local model differs from that of vLLM."""
     paper = local.generate("a red dog", seed=5)
     wanted = [local.describe(paper, candidates=6, max_tokens=12, seed=seed) for seed in range(3)]
     embeddings = engine.model.backbone.lm.get_input_embeddings().weight
@@ -178,7 +178,7 @@ def test_stream_closed_within_an_image_leaves_nothing_behind(engine: Any) -> Non
 
 
 def test_images_need_no_space_in_vllm(folder: Path, local: Any) -> None:
-    """Its limits are those of text then; next-token's are as they were."""
+    """Only text counts for its limits then; with next-token the limits are as before."""
     with on_vllm(folder, max_num_seqs=1) as engine:
         given = engine.generate("a red dog", generator="masked", guidance=2.0)
         assert assert_same(given, local.generate("a red dog", generator="masked", guidance=2.0))
@@ -187,7 +187,7 @@ def test_images_need_no_space_in_vllm(folder: Path, local: Any) -> None:
 
 
 def test_server(folder: Path, local: Any, start_server: Any) -> None:
-    """Pictures by other generators and text at once, each as alone."""
+    """Images of other generators and text in one batch equal those alone."""
     served = start_server("--model", str(folder), "--device", "cpu", "--engine", "vllm", "--vllm", "enforce_eager=true")
     served.wait()
     chat = {"model": str(folder), "messages": [{"role": "user", "content": "how many"}], "max_tokens": 20, "seed": 1}

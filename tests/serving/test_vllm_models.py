@@ -1,7 +1,6 @@
-"""Public families on vLLM, by its own classes and by ours, give the local engine's answers, id for id, in float32.
+"""Public families on vLLM, with its own classes and with ours, give the same token ids as the local engine, in float32.
 
-Run: scripts/test.sh --serve
-"""
+Run: scripts/test.sh --serve"""
 
 from __future__ import annotations
 
@@ -33,7 +32,7 @@ SIZES = {"liquid": "GEMMA", "emu3": "TEXT", "chameleon": "LM", "lumina": "LM", "
 
 
 def exported(family: str, scratch: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> tuple[Any, Path, Path]:
-    """Its parity case, the public folder, and what is converted of it."""
+    """Its parity case, the public folder, and the folder that is converted from it."""
     case = importlib.import_module(f"tests.parity.{family}")
     size = getattr(case, SIZES[family])
     wide = {"num_attention_heads": 2, "num_key_value_heads": 1}  # vLLM's attention on a CPU has no heads of 16
@@ -52,7 +51,7 @@ def picture(size: tuple[int, int]) -> Image.Image:
 
 
 def asked(case: Any) -> list[dict[str, Any]]:
-    """Pictures, greedy and drawn at temperature 1, guided and not, and what one shows."""
+    """Images, greedy and at temperature 1, with and without guidance, and a question about one."""
     drawn: list[dict[str, Any]] = [
         {"temperature": 0.0},
         {"temperature": 1.0, "top_p": 1.0, "seed": 1},
@@ -63,13 +62,13 @@ def asked(case: Any) -> list[dict[str, Any]]:
 
 
 def varied(drawn: list[list[Any]]) -> int:
-    """How many different codes a picture at temperature 1 has."""
+    """The number of different codes of an image at temperature 1."""
     return len({code for row in drawn[1][-1] for code in row})
 
 
 @pytest.mark.parametrize("family", SIZES)
 def test_public_families(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Gemma's tied table, a Llama whose pictures have ends of rows, and classes of ours."""
+    """A Gemma with tied embeddings, a Llama whose images have end-of-row tokens, and our own classes."""
     case, public, folder = exported(family, tmp_path, monkeypatch)
     wanted = answers(unigen.load(str(public), "cpu", "float32"), asked(case))
     with on_vllm(folder) as engine:
@@ -83,7 +82,7 @@ def test_public_families(family: str, tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("family", ["chameleon", "janus"])
 def test_compiled(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As vLLM runs by itself. The others spare the minute that it takes."""
+    """With compilation, which is the default of vLLM; the other tests save the minute that it takes."""
     case, public, folder = exported(family, tmp_path, monkeypatch)
     wanted = answers(unigen.load(str(public), "cpu", "float32"), asked(case))
     with on_vllm(folder, enforce_eager=False) as engine:
@@ -92,8 +91,8 @@ def test_compiled(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("norm", ["before", "after"])
 def test_chameleon(norm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three branches with a picture in the prompt, and an answer of both, by the layers of 7B and of 34B. The control:
-    heads that are not normed."""
+    """Three guidance branches with an image in the prompt, and an interleaved answer, with the layers of 7B and of 34B.
+    Negative control: heads without norms."""
     from unigen.backends.vllm_models import HeadNorm
 
     case, public, folder = exported("chameleon", tmp_path, monkeypatch, swin_norm=norm == "after")
@@ -116,8 +115,9 @@ def test_chameleon(norm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_janus(tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures to be read come as features: one or two of them, in parts, and one like another but for its pixels. The
-    control: features of another picture. From transformers' layout, its head its own or the embeddings."""
+    """Input images come as features: one or two of them, in parts, and two that differ in their pixels only. Negative
+    control:
+    features of another image. In the layout of transformers, with a head of its own or with tied embeddings."""
     case = importlib.import_module("tests.parity.janus")
     for name, value in {"num_attention_heads": 2, "num_key_value_heads": 1}.items():
         monkeypatch.setitem(case.LANGUAGE, name, value)
@@ -161,7 +161,7 @@ def test_incomplete_folder_is_rejected(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By the class itself, which is all that `vllm serve` has. Ours looks before."""
+    """By the class itself, which is all that `vllm serve` uses; our engine checks earlier."""
     _, _, folder = exported(family, tmp_path, monkeypatch)
     path = folder / file / "model.safetensors"
     state = {name: tensor for name, tensor in load_file(path).items() if name != gone}
@@ -182,7 +182,7 @@ if __name__ == "__main__":
 
 
 def environment(scratch: Path, root: Path, points: dict[str, dict[str, str]]) -> dict[str, str]:
-    """Of a process in which the package is installed with these entry points; vLLM is in others."""
+    """The environment of a process in which the package is installed with these entry points; vLLM is in others."""
     info = scratch / "unigen-0.dist-info"  # found before what is installed
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: unigen\nVersion: 0\n")
@@ -199,7 +199,7 @@ def entry_points(root: Path) -> dict[str, dict[str, str]]:
 
 @pytest.mark.timeout(600)
 def test_vllm_finds_the_plugin_classes(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a plugin of the installed package, in processes of its own; the control is a package without it."""
+    """As a plugin of the installed package, in its own processes. Negative control: a package without the plugin."""
     _, public, folder = exported("chameleon", tmp_path, monkeypatch)
     model = unigen.load(str(public), "cpu", "float32").model
     ids = model.token_ids(model.template.prompt(Document.of("a red apple"), output="image"))
@@ -224,7 +224,7 @@ def test_vllm_finds_the_plugin_classes(tmp_path: Path, root: Path, monkeypatch: 
 def test_tensor_parallel_in_two_processes(
     family: str, tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each with its share of every layer."""
+    """Each has a shard of every layer."""
     case, public, folder = exported(family, tmp_path, monkeypatch, num_key_value_heads=2)
     core = min(os.sched_getaffinity(0))
     given = environment(tmp_path / "with", root, entry_points(root)) | {"VLLM_CPU_OMP_THREADS_BIND": f"{core}|{core}"}

@@ -1,7 +1,6 @@
-"""The page of the server: as it is served, and in headless Chromium as its users see it.
+"""The page of the server: its files, and the page in headless Chromium as its users see it.
 
-What needs the browser is skipped where there is none: apt-get install chromium chromium-driver; the extra `browser`.
-"""
+Tests that need a browser are skipped without one: apt-get install chromium chromium-driver; the extra `browser`."""
 
 from __future__ import annotations
 
@@ -86,7 +85,7 @@ def keyed(start_server: Any, tiny_folder: Any) -> Any:
 
 
 class Page:
-    """The page in a browser. downloads: where that saves."""
+    """The page in a browser."""
 
     def __init__(self, driver: Any, url: str, downloads: Path) -> None:
         self.driver, self.url, self.downloads = driver, url.replace("127.0.0.1", chromium.HOST), downloads
@@ -136,7 +135,7 @@ class Page:
         return [Image.open(io.BytesIO(file)).convert("RGB") for file in files]
 
     def use(self, css: str, what: str) -> None:
-        """Choose from the menu under a picture."""
+        """Choose an action from the menu of an image."""
         menu = self.one(css)
         menu.find_element("css selector", "summary").click()
         next(button for button in menu.find_elements("css selector", "button") if button.text == what).click()
@@ -149,7 +148,7 @@ class Page:
         return self.downloads / name
 
     def paint(self, css: str, start: tuple[float, float], end: tuple[float, float]) -> None:
-        """Drag from one place to another, in shares of the element's sides."""
+        """Drag from one point to another, in fractions of the element's sides."""
         from selenium.webdriver import ActionChains
 
         canvas = self.one(css)
@@ -165,8 +164,9 @@ Open = Callable[..., Page]
 
 @pytest.fixture
 def open_page(tmp_path: Path) -> Iterator[Open]:
-    """Opens pages, at any size. At the end: nothing was asked for elsewhere, and nothing stands on the console but
-    what was said to be refused."""
+    """Open pages, at any size. At the end, checks that they requested nothing from elsewhere, and that the console has
+    no
+    messages but those of expected errors."""
     running: list[Any] = []
     opened: list[tuple[Page, str]] = []
 
@@ -218,7 +218,7 @@ def test_chat_with_text_and_images(tiny_server: Any, open_page: Open) -> None:
 @needs_browser
 @pytest.mark.slow
 def test_chat_about_own_images(tiny_server: Any, open_page: Open, tmp_path: Path) -> None:
-    """Chosen as a file, dropped, pasted; and taken away again."""
+    """Chosen as a file, dropped, pasted; and removed."""
     seen = open_page(tiny_server)
     seen.view("chat")
     Image.new("RGB", (2000, 50), "red").save(tmp_path / "large.jpg")
@@ -342,7 +342,7 @@ def test_studio_draws_edits_varies_and_shows_settings(tiny_server: Any, open_pag
 @needs_browser
 @pytest.mark.slow
 def test_studio_shows_previews(tiny_server: Any, open_page: Open) -> None:
-    """In their places, each becoming clearer; those that are finished wait for the others."""
+    """In their places, each clearer than the one before; finished images wait for the others."""
     seen = open_page(tiny_server)
     seen.view("studio")
     watch = """
@@ -504,7 +504,7 @@ def test_history_is_kept_opened_exported_and_cleared(tiny_server: Any, open_page
 @pytest.mark.slow
 @pytest.mark.parametrize("view", ["chat", "story", "studio"])
 def test_reloaded_page_keeps_request_and_partial_answer(tiny_server: Any, open_page: Open, view: str) -> None:
-    """As far as it came; it says that it was interrupted, and asks again in its place."""
+    """It says that the answer was interrupted, and a click generates it again in its place."""
     prompt = f"a story about {RAVEN}"
     seen = open_page(tiny_server)
     seen.view(view)
@@ -665,6 +665,6 @@ const done = arguments[0];
 
 @needs_browser
 def test_finished_answer_keeps_the_id_of_a_later_one(tiny_server: Any, open_page: Open) -> None:
-    """Of the one whose answer is still being made when the tab is loaded anew."""
+    """The id of the answer that is still being generated when the tab is reloaded."""
     seen = open_page(tiny_server)
     assert seen.driver.execute_async_script(TRACK) == ["second", None]

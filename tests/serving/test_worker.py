@@ -1,4 +1,4 @@
-"""The model's process as it answers: what is dropped, what fails before it is answered, what is let go of."""
+"""The worker in the model's process: dropped jobs, failures before an answer, freed jobs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from unigen.serving.worker import BatchedWorker, SequentialWorker, run_worker
 
 
 class Pipeline:
-    """Stands where a pipeline is: says each prompt again."""
+    """An engine in the place of a pipeline: it repeats each prompt."""
 
     outputs = ("text",)
 
@@ -44,7 +44,7 @@ def test_job_can_be_dropped_when_nothing_waits(waits: bool) -> None:
 
 @pytest.fixture
 def worker_pipes(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Any]]:
-    """The server's ends of the pipes of a process that answers with the stand-in, in a thread."""
+    """The server's ends of the pipes of a worker that runs the fake engine in a thread."""
     monkeypatch.setattr("unigen.loading.load", lambda **_: Pipeline())
     (receiver, asks), (heard, tells) = multiprocessing.Pipe(duplex=False), multiprocessing.Pipe(duplex=False)
     thread = threading.Thread(target=run_worker, args=(receiver, EventSender(tells), {}, 1), daemon=True)
@@ -57,7 +57,7 @@ def worker_pipes(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Any]]:
 
 
 def until(heard: Any, kind: type) -> list[tuple[int | None, Any]]:
-    """What is heard up to the first event of this kind."""
+    """The events up to the first one of this type."""
     events: list[Any] = []
     while not events or not isinstance(events[-1][1], kind):
         assert heard.poll(60), events
@@ -66,7 +66,7 @@ def until(heard: Any, kind: type) -> list[tuple[int | None, Any]]:
 
 
 def test_disconnect_does_not_end_the_worker(worker_pipes: Any) -> None:
-    """Its job has ended by then, as the message comes that drops it."""
+    """Its job has finished when the message comes that drops it."""
     send, heard = worker_pipes
     send.send((0, None))
     until(heard, Stats)
@@ -94,7 +94,8 @@ def test_finished_job_is_freed(worker_pipes: Any, monkeypatch: pytest.MonkeyPatc
 def test_failure_before_an_answer_affects_its_job_only(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """As of a GPU without memory for its pictures, at any of its candidates: their rows are gone, others go on."""
+    """For example on a GPU without memory for its images, at any of its candidates: their sequences are aborted, others
+    continue."""
     worker = BatchedWorker(engine, 8)
     worker.ask(0, Job(Document.of("a dog"), "text", {"max_tokens": 4}))
     list(worker.step())
