@@ -15,10 +15,11 @@ import base64
 import binascii
 import io
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, TypeGuard, TypeVar
 
 import numpy as np
 import torch
@@ -26,9 +27,11 @@ from PIL import Image
 from torch import Tensor
 
 from unigen.media.display import png_bytes, turns_html
-from unigen.media.images import is_image, is_image_path, missing_file_message, read_image
+from unigen.media.images import ImageSource, is_image, is_image_path, missing_file_message, read_image
 from unigen.utils.text import shorten
 
+SegmentImage = Image.Image | np.ndarray | str | Path | Tensor
+"""An image as a segment holds it: pixels, the path of a file, or codes."""
 Role = Literal["user", "assistant", "system"]
 ROLES: tuple[Role, ...] = ("user", "assistant", "system")
 """system: text that says how to answer, for models that follow it (`Template.system`)."""
@@ -49,12 +52,13 @@ def check_text(name: str, text: Any) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Preview:
-    """An image of an answer before it is finished, as it looks now. picture: which of the answer's images; number: of
-    its previews. Both begin at 0."""
+    """An image of an answer before it is finished, as it looks now."""
 
     image: Image.Image
     picture: int
+    """Index of the image in the answer, from 0."""
     number: int
+    """Index of the preview among those of the image, from 0."""
 
     def _repr_png_(self) -> bytes:
         return png_bytes(self.image)
@@ -62,13 +66,19 @@ class Preview:
 
 @dataclass(eq=False)
 class Segment:
-    """A run of text; or one image: a path, a PIL image, an array or tensor of pixels, or codes int64 (h, w), of a
-    generator with a tokenizer of its own (P,); or, for models that draw classes, a class by its number or name."""
+    """One part of a document: a text, an image or a class label, and exactly one of them.
+
+    Raises:
+        ValueError: for none or several of them, a value of another type, or an unknown role.
+    """
 
     text: str | None = None
-    image: Image.Image | np.ndarray | str | Path | Tensor | None = None
+    image: SegmentImage | None = None
+    """A path, a PIL image, an array or tensor of pixels, or codes: int64 (h, w), or (P,) of a generator with an image
+    tokenizer of its own."""
     role: Role = "user"
     label: int | str | None = None
+    """Number or name of a class, for models that draw classes."""
 
     def __post_init__(self) -> None:
         if sum(part is not None for part in (self.text, self.image, self.label)) != 1:
@@ -86,7 +96,8 @@ class Segment:
         if isinstance(self.image, Tensor) and (self.image.ndim > 2 or self.image.dtype == torch.uint8):
             self.image = read_image(self.image)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
+        """The segment as plain values for `json.dump`: an image as its path, its codes, or a PNG in base64."""
         if self.text is not None:
             return {"role": self.role, "text": self.text}
         if self.label is not None:
@@ -101,7 +112,12 @@ class Segment:
         return {"role": self.role, "image": {"png": base64.b64encode(buffer.getvalue()).decode()}}
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Segment:
+    def from_json(cls, data: Mapping[str, Any]) -> Segment:
+        """The segment that `to_json` wrote.
+
+        Raises:
+            ValueError: the data has another form, or an image in it cannot be read.
+        """
         if not isinstance(data, dict):
             raise ValueError(f"a segment in JSON is an object with a text, an image or a label, not {shorten(data)}")
         image = data.get("image")
@@ -109,7 +125,7 @@ class Segment:
             return cls(text=data.get("text"), role=data.get("role", "user"), label=data.get("label"))
         match image:
             case {"codes": codes}:
-                value: Any = _codes_from_json(codes)
+                value: SegmentImage = _codes_from_json(codes)
             case {"path": str(path)}:
                 value = path
             case {"png": str(png)}:
@@ -124,11 +140,15 @@ class Segment:
 
 @dataclass(eq=False)
 class Document:
-    """Interleaved text and images with chat roles. In training, what the assistant says is learnt. size: width and
-    height in pixels of the pictures that it asks for, of models that draw any."""
+    """Text and images in order, each with a role of a chat. In training, the segments of the assistant are learnt.
+
+    Raises:
+        ValueError: `segments` is no list of `Segment`.
+    """
 
     segments: list[Segment] = field(default_factory=list)
     size: tuple[int, int] | None = None
+    """Width and height in pixels of the images to be drawn, for models that draw several sizes."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.segments, list) or not all(isinstance(one, Segment) for one in self.segments):
@@ -138,7 +158,7 @@ class Document:
             )
 
     @classmethod
-    def of(cls, prompt: Any) -> Document:
+    def of(cls, prompt: Prompt) -> Document:
         """A document from what users pass: a string, an image, a list of both, the number of a class, or a document
         (which is copied).
 
@@ -152,11 +172,12 @@ class Document:
         """
         if isinstance(prompt, Document):
             return cls(list(prompt.segments), prompt.size)
+        parts: object = prompt
         if isinstance(prompt, (str, Segment)) or is_class_index(prompt) or is_image(prompt):
-            prompt = [prompt]
-        if not isinstance(prompt, (list, tuple)):
+            parts = [prompt]
+        if not isinstance(parts, (list, tuple)):
             raise ValueError(f"a prompt is text, an image or a list of both, not {type(prompt).__name__}")
-        document = cls([part if isinstance(part, Segment) else _to_segment(part) for part in prompt])
+        document = cls([part if isinstance(part, Segment) else _to_segment(part) for part in parts])
         document.check_not_empty()
         return document
 
@@ -169,18 +190,25 @@ class Document:
         """How many characters its texts have, blanks in a row as one."""
         return sum(len(" ".join(segment.text.split())) for segment in self.segments if segment.text)
 
-    def images(self) -> list[Any]:
+    def images(self) -> list[SegmentImage]:
+        """The images of the segments, in order, as they were given."""
         return [s.image for s in self.segments if s.image is not None]
 
-    def to_json(self) -> dict[str, Any]:
-        size = {} if self.size is None else {"size": list(self.size)}
-        return {"segments": [segment.to_json() for segment in self.segments]} | size
+    def to_json(self) -> dict[str, object]:
+        """The document as plain values for `json.dump`; `from_json` reads it again."""
+        data: dict[str, object] = {"segments": [segment.to_json() for segment in self.segments]}
+        return data if self.size is None else data | {"size": list(self.size)}
 
     def _repr_html_(self) -> str:
         return turns_html((segment.role, _display_value(segment)) for segment in self.segments)
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Document:
+    def from_json(cls, data: Mapping[str, Any]) -> Document:
+        """The document that `to_json` wrote.
+
+        Raises:
+            ValueError: the data has another form, or an image in it cannot be read.
+        """
         if not isinstance(data, dict) or not isinstance(data.get("segments"), list):
             raise ValueError(f"a document in JSON is an object with a list of segments, not {shorten(data)}")
         size = data.get("size")
@@ -191,10 +219,14 @@ class Document:
         )
 
 
-def _display_value(segment: Segment) -> Any:
+Prompt: TypeAlias = "str | int | Segment | Document | ImageSource | Sequence[str | int | Segment | ImageSource]"
+"""What `Document.of` makes a document from."""
+
+
+def _display_value(segment: Segment) -> Image.Image | str:
     """A segment as a notebook shows it: a picture, or text."""
     if segment.image is None:
-        return f"class {segment.label}" if segment.text is None else segment.text
+        return segment.text if segment.text is not None else f"class {segment.label}"
     if isinstance(segment.image, Tensor):
         return f"image given as {'x'.join(map(str, segment.image.shape))} codes"
     try:
@@ -203,7 +235,7 @@ def _display_value(segment: Segment) -> Any:
         return str(error)
 
 
-def _to_segment(part: Any) -> Segment:
+def _to_segment(part: object) -> Segment:
     """A part of a prompt that is no segment yet."""
     if isinstance(part, str):
         if not is_image_path(part):
@@ -222,15 +254,15 @@ def _to_segment(part: Any) -> Segment:
     raise ValueError(f"a prompt is text, an image or a list of both, not {type(part).__name__}")
 
 
-def is_class_index(value: Any) -> bool:
+def is_class_index(value: object) -> TypeGuard[int]:
     """Whether a value is a whole number, and no truth value."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def _codes_from_json(rows: Any) -> Tensor:
+def _codes_from_json(rows: object) -> Tensor:
     """Codes that stand in JSON."""
     try:
-        codes = np.asarray(rows)
+        codes: np.ndarray = np.asarray(rows)
     except ValueError:  # rows of different lengths
         codes = np.zeros(0)
     if codes.dtype.kind not in "iu" or codes.ndim not in (1, 2) or not codes.size:
@@ -238,12 +270,15 @@ def _codes_from_json(rows: Any) -> Tensor:
     return torch.from_numpy(codes.astype(np.int64))
 
 
-def as_text(prompt: Any) -> Any:
+PromptT = TypeVar("PromptT")
+
+
+def as_text(prompt: str | PromptT) -> Segment | PromptT:
     """A string as words, whatever it ends in; anything else as it is."""
     return Segment(text=prompt) if isinstance(prompt, str) else prompt
 
 
-def is_codes(image: Any) -> bool:
+def is_codes(image: object) -> TypeGuard[Tensor]:
     """Whether an image is given as its codes (h, w) or (P,), integers of any type but uint8, and not as pixels."""
     kinds = (torch.int64, torch.int32, torch.int16)
     return isinstance(image, Tensor) and image.ndim in (1, 2) and image.dtype in kinds

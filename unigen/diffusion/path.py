@@ -65,7 +65,8 @@ class Path(ABC):
         """x_t = alpha_t data + sigma_t noise.
 
         Args:
-            data, noise: (M, ...).
+            data: (M, ...).
+            noise: (M, ...).
             t: (M,), or one number.
 
         Returns:
@@ -80,7 +81,8 @@ class Path(ABC):
         """What a network has to predict of x_t.
 
         Args:
-            data, noise: (M, ...).
+            data: (M, ...).
+            noise: (M, ...).
             t: (M,), or one number.
             prediction_type: what the network predicts.
 
@@ -99,7 +101,8 @@ class Path(ABC):
             prediction: (M, ...), of the kind `source`.
             x_t: (M, ...), where it was made.
             t: (M,), or one number.
-            source, target: kinds of prediction.
+            source: kind of the prediction.
+            target: kind that is wanted.
 
         Returns:
             (M, ...); `prediction` itself where source and target are the same; not finite where the one does not

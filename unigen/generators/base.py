@@ -118,9 +118,13 @@ class GeneratorModel(Protocol):
 
     vocabulary: Vocabulary
 
-    def embed(self, ids: Tensor) -> Tensor: ...
+    def embed(self, ids: Tensor) -> Tensor:
+        """Ids (...) -> what the backbone reads for them (..., D)."""
+        ...
 
-    def logits(self, hidden: Tensor, start: int = 0, stop: int | None = None) -> Tensor: ...
+    def logits(self, hidden: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """Hidden states (..., D) -> scores of the ids from `start` up to `stop` (..., stop - start)."""
+        ...
 
 
 class Generator(Protocol):
@@ -165,14 +169,18 @@ class Generator(Protocol):
         """How many targets `loss` will have, known before the pictures are encoded."""
         ...
 
-    def start(self, span: SegmentSpec) -> GenerationState: ...
+    def start(self, span: SegmentSpec) -> GenerationState:
+        """The state of a segment of which nothing is written yet."""
+        ...
 
-    def ask(self, state: GenerationState) -> StepInput: ...
+    def ask(self, state: GenerationState) -> StepInput:
+        """What every branch reads in the next step."""
+        ...
 
     def advance(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
-        """hidden[i][b]: (L, D), what branch b of state i has for what it asked to read (for the prompt's last id where
-        it asked for nothing), or with `needs_context` for all that it has read. Returns how many of the positions asked
-        for stay in the cache, for each state."""
+        """`hidden[i][b]`: (L, D), what branch b of state i has for what it asked to read (for the prompt's last id
+        where it asked for nothing), or with `needs_context` for all that it has read. Returns how many of the positions
+        asked for stay in the cache, for each state."""
         ...
 
     def pictures(self, model: GeneratorModel, states: list[GenerationState]) -> Tensor:

@@ -14,7 +14,7 @@ import io
 import os
 import sys
 import warnings
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, TypeGuard
 
 import numpy as np
 from PIL import Image, ImageChops, ImageCms, UnidentifiedImageError
@@ -151,7 +151,7 @@ def missing_file_message(source: Any, name: str | None = None) -> str:
     return f"{name} is an address, not a file: download it first" if "://" in text else f"{name} does not exist"
 
 
-def is_image(value: Any) -> bool:
+def is_image(value: object) -> TypeGuard[ImageSource]:
     """Whether a value is of a type that `read_image` takes, text apart."""
     image_types = (os.PathLike, bytes, bytearray, Image.Image, np.ndarray)
     return isinstance(value, image_types) or _is_tensor(value) or (hasattr(value, "read") and hasattr(value, "seek"))

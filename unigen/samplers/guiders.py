@@ -36,18 +36,20 @@ class GuiderState:
 
 
 class CombineFunction(Protocol):
-    """Combines the predictions of the branches, strongest condition first.
+    """Combines the predictions of the branches, strongest condition first."""
 
-    Args:
-        predictions: two or more tensors (M, ...) of the kind that `Guider.space` names.
-        scales: one for each prediction but the last.
-        state: of this trajectory; the function may change it.
+    def __call__(self, predictions: Sequence[Tensor], scales: Sequence[float], state: GuiderState) -> Tensor:
+        """Combine the predictions.
 
-    Returns:
-        The guided prediction (M, ...), of the same kind.
-    """
+        Args:
+            predictions: two or more tensors (M, ...) of the kind that `Guider.space` names.
+            scales: one for each prediction but the last.
+            state: of this trajectory; the function may change it.
 
-    def __call__(self, predictions: Sequence[Tensor], scales: Sequence[float], state: GuiderState) -> Tensor: ...
+        Returns:
+            The guided prediction (M, ...), of the same kind.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,10 @@ def guider(
     """Enter a function in `GUIDERS`.
 
     Args:
-        name, space, combines_chains, min_steps: fields of `Guider`.
+        name: as users write it.
+        space: kind of prediction that it combines; None is whatever the network predicts.
+        combines_chains: does it combine more than two branches?
+        min_steps: fewest steps of a solver with which it gives a picture.
 
     Returns:
         A decorator that returns the function as it is.

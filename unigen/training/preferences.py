@@ -201,9 +201,10 @@ def _pack_pairs(pairs: Sequence[PreferencePair], encode: Callable[..., Tokens], 
 def _pair_kind(pair: PreferencePair) -> str:
     """Pictures of one kind make one batch."""
     pictures = [picture for chat in pair[:2] for picture in chat.images()]
-    if any(not isinstance(picture, Tensor) for picture in pictures):
+    codes = [picture for picture in pictures if isinstance(picture, Tensor)]
+    if len(codes) < len(pictures):
         return "pixels"
-    return f"codes of {pair.writer}" if any(picture.ndim == 1 for picture in pictures) else "codes"
+    return f"codes of {pair.writer}" if any(image_codes.ndim == 1 for image_codes in codes) else "codes"
 
 
 @dataclass
