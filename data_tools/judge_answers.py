@@ -58,7 +58,7 @@ def sample_prompts(count: int, seed: int) -> list[Example]:
         tag_items: list[Example] = []
         while len(tag_items) < count * share:
             more = make_prompts(tag, 100, seed + len(tag_items))  # few at once, since 3 in 10 are to be held out
-            tag_items += [item for item in more if not item.meta["heldout"]]
+            tag_items += [item for item in more if not item.metadata["heldout"]]
         items += tag_items[: round(count * share)]
     return [items[k] for k in np.random.default_rng(seed).permutation(len(items))]
 
@@ -84,7 +84,7 @@ def judge_images(
 
 def judge_captions(engine: Any, task: UnderstandingTask, answers: int, seed: int) -> list[Any]:
     """A line of the judged file for each scene of the task: the true caption, and those that the model gives it."""
-    items = task.items()
+    items = task.examples()
     documents = [
         engine.model.encode_document(Document.of(item.prompt)) for item in items
     ]  # each picture is encoded once
@@ -95,8 +95,8 @@ def judge_captions(engine: Any, task: UnderstandingTask, answers: int, seed: int
     lines = []
     for i, (item, document) in enumerate(zip(items, documents, strict=True)):
         cut = slice(i * answers, (i + 1) * answers)
-        groups = tuple(tuple(group) for group in item.meta["groups"])
-        true = caption(Facts(groups, item.meta["background"], item.meta["relation"]))
+        groups = tuple(tuple(group) for group in item.metadata["groups"])
+        true = caption(Facts(groups, item.metadata["background"], item.metadata["relation"]))
         given = [Segment(text=text, role="assistant") for text in (true, *captions[cut])]
         correct = [True, *(score["correct"] == 1 for score in scores[cut])]
         lines.append(judged_record(document.segments, given, correct))
@@ -166,7 +166,9 @@ def main() -> int:
             if scenes:
                 lines += judge_images(engine, scenes, items[start : start + each], args.answers, seed, **options)
             else:
-                task = UnderstandingTask(world, min(each, args.prompts - start), seed, heldout=False, asked=0)
+                task = UnderstandingTask(
+                    world, min(each, args.prompts - start), seed, held_out=False, questions_per_scene=0
+                )
                 lines += judge_captions(engine, task, args.answers, seed)
             correct = np.mean([mark for each_line in lines for mark in each_line["right"][-args.answers :]])
             print(f"\r{len(lines)} prompts, {correct:.3f} of the answers right", end="", flush=True)

@@ -34,8 +34,9 @@ from unigen.batch import Batch, Tokens, pack
 from unigen.config import OptimConfig, RunConfig, apply_overrides, write_report
 from unigen.diffusion.denoiser import PromptEmbeds
 from unigen.document import Document, Segment
-from unigen.evaluation.runner import make_folder
-from unigen.evaluation.tasks.scenes import ScenesTask, score_pictures, summarize_scores
+from unigen.evaluation.report import make_folder
+from unigen.evaluation.runner import score_all
+from unigen.evaluation.tasks.scenes import ScenesTask, summarize_scores
 from unigen.generators.base import SegmentSpec
 from unigen.generators.flow import Flow, FlowConfig
 from unigen.hub.folders import replacing_folder
@@ -415,13 +416,13 @@ def compare_networks(overrides: Sequence[str], out: str | None) -> list[dict[str
         figures["parameters"] = sum(p.numel() for p in flow.head.parameters()) / 1e6
         figures["loss"] = held_out_loss(flow, datasets_by_condition[condition_kind][1])
         task = ScenesTask(cfg.prompts, cfg.seed)
-        items = task.items()
+        examples = task.examples()
         pictures: list[Any] = []
-        for k in range(0, len(items), 30):
-            prompts = [str(item.prompt) for item in items[k : k + 30]]
+        for k in range(0, len(examples), 30):
+            prompts = [str(example.prompt) for example in examples[k : k + 30]]
             pictures += generate_images(flow, condition, prompts, range(k, k + len(prompts)), cfg.guidance)
-        scores = score_pictures(task, items, [[picture] for picture in pictures])
-        figures["scenes"] = summarize_scores(items, scores, cfg.seed).overall.overall
+        scores = score_all(task, examples, [[picture] for picture in pictures])
+        figures["scenes"] = summarize_scores(examples, scores, cfg.seed).overall.overall
         first = first or figures
         name = f"{network}, {condition_kind}"
         print(f"{name:22}" + "".join(f"  {key} {figures[key]:.4g}" for key in units), flush=True)

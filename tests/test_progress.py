@@ -192,19 +192,21 @@ def test_what_cannot_go_to_stdout(
 
 
 def test_figures_on_stdout(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from unigen.config import write_report
     from unigen.evaluation import runner
+    from unigen.evaluation.report import Report
 
-    def score(args: list[str]) -> int:
-        a = runner.parse_args(runner.make_parser("digits", ""), args)
-        print("a table")
-        if a.json:
-            write_report(a.json, command="unigen eval digits " + " ".join(args), model=a.model, overall=0.5)
-        return 0
+    class TableTask(runner.EvaluationTask):
+        description = ""
 
-    task = types.ModuleType("unigen.evaluation.tasks.digits")
-    task.main = score  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, task.__name__, task)
+        @classmethod
+        def create(cls, run: runner.EvaluationRun) -> TableTask:
+            return cls()
+
+        def run(self, run: runner.EvaluationRun) -> Report:
+            print("a table")
+            return Report(0.5, {}, [])
+
+    monkeypatch.setattr(runner, "find_task", lambda name: TableTask)
     assert main(["eval", "digits", "--json", "-"]) == 0
     shown = capfd.readouterr()
     found = json.loads(shown.out)

@@ -62,8 +62,10 @@ def check_unigen(words: list[str]) -> None:
     name, rest = words[0], words[1:]
     assert name in COMMANDS, name
     if name == "eval":
-        task = importlib.import_module(f"unigen.evaluation.tasks.{rest[0]}")
-        task.arguments().parse_args(rest[1:])
+        from unigen.commands import eval as eval_command
+        from unigen.evaluation.runner import find_task
+
+        eval_command.build_parser(rest[0], find_task(rest[0])).parse_args(rest[1:])
         return
     args = build_parser(name).parse_args(rest)
     if name == "train":

@@ -103,8 +103,8 @@ def test_position_clause_0_is_the_reference() -> None:
     assert not verdict(spec, thing("horse", 10, 30))  # no target
     assert verdict(spec, thing("horse", 10, 10), thing("dog", 45, 45))  # diagonal: left of AND above
     found = evaluate(spec, group_by_class([thing("horse", 50, 30), thing("dog", 10, 30)], 0.3))
-    assert found.share == 0.5 and "expected horse left of target" in found.why
-    assert "no target" in evaluate(spec, group_by_class([thing("horse", 10, 30)], 0.3)).why
+    assert found.clause_share == 0.5 and "expected horse left of target" in found.reason
+    assert "no target" in evaluate(spec, group_by_class([thing("horse", 10, 30)], 0.3)).reason
 
 
 def test_no_more_than_sixteen_of_a_class() -> None:

@@ -10,18 +10,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unigen.evaluation import baselines, geneval
+from unigen.commands.main import main
+from unigen.evaluation import baselines, geneval, runner
 from unigen.evaluation.detector import Detection, SceneDetections
+from unigen.evaluation.runner import score_all
 from unigen.evaluation.task import Example
 from unigen.evaluation.tasks import scenes
-from unigen.evaluation.tasks.scenes import ScenesTask, make_prompts, score_pictures, summarize_scores
+from unigen.evaluation.tasks.scenes import ScenesTask, make_prompts, summarize_scores
 from unigen.toyworld.captions import Facts, parse_caption, scene_from_facts
 from unigen.toyworld.scenes import SceneRenderer, held_out_combinations, is_held_out
 
 
 @pytest.fixture(scope="module")
 def task() -> ScenesTask:
-    return ScenesTask(count=8)
+    return ScenesTask(prompts_per_tag=8)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,7 @@ def world() -> SceneRenderer:
 
 def true_reading(item: Example) -> SceneDetections:
     """What a perfect detector reads in a true picture of the prompt."""
-    said = Facts(item.meta["groups"], item.meta["background"], item.meta["relation"])
+    said = Facts(item.metadata["groups"], item.metadata["background"], item.metadata["relation"])
     scene = scene_from_facts(said, np.random.default_rng(0))
     things = [Detection(thing.name, thing.color or "natural", 0.9, thing.box()) for thing in scene.items]
     return SceneDetections(things, scene.background, 1.0)
@@ -46,27 +48,27 @@ def test_prompts(tag: str) -> None:
     assert [i.prompt for i in items] == [i.prompt for i in make_prompts(tag, 100, 0)]
     assert [i.prompt for i in items] != [i.prompt for i in make_prompts(tag, 100, 1)]
     assert len({i.prompt for i in items}) == 100
-    assert sum(i.meta["heldout"] for i in items) == (0 if tag == "single_object" else 30)
-    assert 25 <= sum(i.meta["background"] is not None for i in items) <= 50
+    assert sum(i.metadata["heldout"] for i in items) == (0 if tag == "single_object" else 30)
+    assert 25 <= sum(i.metadata["background"] is not None for i in items) <= 50
     for item in items:
-        assert bool(held_out_combinations(item.meta["groups"])) == item.meta["heldout"]
+        assert bool(held_out_combinations(item.metadata["groups"])) == item.metadata["heldout"]
         said = parse_caption(str(item.prompt))  # the words say what is scored, no more and no less
-        assert said.groups == item.meta["groups"]
-        assert (said.background, said.relation) == (item.meta["background"], item.meta["relation"])
-    assert json.loads(json.dumps(items[0].meta))["spec"] == items[0].meta["spec"]
+        assert said.groups == item.metadata["groups"]
+        assert (said.background, said.relation) == (item.metadata["background"], item.metadata["relation"])
+    assert json.loads(json.dumps(items[0].metadata))["spec"] == items[0].metadata["spec"]
 
 
 def test_true_scenes_pass_and_wrong_ones_fail(task: ScenesTask) -> None:
-    items = task.items()
+    items = task.examples()
     assert len(items) == 48
     readings = [true_reading(item) for item in items]
     for item, reading in zip(items, readings, strict=True):
-        scores = task.judge(item, reading)
+        scores = task.score_detections(item, reading)
         assert all(value == 1.0 for value in scores.values()), (item.prompt, scores)
-        assert ("background" in scores) == (item.meta["background"] is not None)
+        assert ("background" in scores) == (item.metadata["background"] is not None)
     for item, reading in zip(items, readings[8:] + readings[:8], strict=True):  # the pictures of another task
-        assert task.judge(item, reading)["correct"] == 0 or item.tag == "single_object"
-    empty = [task.judge(item, SceneDetections())["correct"] for item in items]
+        assert task.score_detections(item, reading)["correct"] == 0 or item.tag == "single_object"
+    empty = [task.score_detections(item, SceneDetections())["correct"] for item in items]
     assert sum(empty) == 0
 
 
@@ -74,7 +76,7 @@ def test_surplus_fails_only_the_strict_score(task: ScenesTask) -> None:
     item = make_prompts("two_object", 3, 0)[0]
     reading = true_reading(item)
     reading.objects.append(Detection("cactus", "natural", 0.9, (0, 0, 9, 9)))
-    scores = task.judge(item, reading)
+    scores = task.score_detections(item, reading)
     assert scores["correct"] == 1 and scores["strict"] == 0
 
 
@@ -82,23 +84,23 @@ def test_wrong_color_relation_and_background_fail(task: ScenesTask) -> None:
     item = make_prompts("color_attr", 8, 0)[0]
     a, b = true_reading(item).objects
     swapped = [Detection(a.name, b.color, 0.9, a.box), Detection(b.name, a.color, 0.9, b.box)]
-    assert task.judge(item, SceneDetections(swapped))["correct"] == 0
+    assert task.score_detections(item, SceneDetections(swapped))["correct"] == 0
     item = make_prompts("position", 8, 0)[0]
     a, b = true_reading(item).objects
     moved = [Detection(a.name, a.color, 0.9, b.box), Detection(b.name, b.color, 0.9, a.box)]
-    assert task.judge(item, SceneDetections(moved))["correct"] == 0
-    assert task.judge(item, SceneDetections(moved))["share"] == 0.5
-    item = next(i for i in make_prompts("colors", 8, 0) if i.meta["background"])
+    assert task.score_detections(item, SceneDetections(moved))["correct"] == 0
+    assert task.score_detections(item, SceneDetections(moved))["share"] == 0.5
+    item = next(i for i in make_prompts("colors", 8, 0) if i.metadata["background"])
     reading = SceneDetections(true_reading(item).objects, "nowhere")
-    assert task.judge(item, reading)["background"] == 0
+    assert task.score_detections(item, reading)["background"] == 0
 
 
 def test_summary(task: ScenesTask) -> None:
-    items = task.items()
-    wrong_when_held = [[{"correct": float(not i.meta["heldout"]), "strict": 0.0}] for i in items]
+    items = task.examples()
+    wrong_when_held = [[{"correct": float(not i.metadata["heldout"]), "strict": 0.0}] for i in items]
     result = summarize_scores(items, wrong_when_held)
-    assert result.seen is not None and result.seen.overall == 1
-    assert result.heldout is not None and result.heldout.overall == 0
+    assert result.in_distribution is not None and result.in_distribution.overall == 1
+    assert result.held_out is not None and result.held_out.overall == 0
     assert result.overall.tags["single_object"] == 1 and result.overall.overall < 1
     assert result.strict.overall == 0 and result.background is None
     half = [[{"correct": 1.0, "strict": 1.0}, {"correct": 0.0, "strict": 0.0}] for _ in items]
@@ -143,18 +145,16 @@ class TrueEngine:
 
 
 def test_the_shipped_detector_reads_true_pictures(task: ScenesTask, world: SceneRenderer) -> None:
-    items = task.items()
+    items = task.examples()
     true = baselines.oracle_images(items, 2, 0, world)
-    result = summarize_scores(items, score_pictures(task, items, true))
+    result = summarize_scores(items, score_all(task, items, true))
     assert result.overall.overall >= 0.95
     assert result.background is not None and result.background >= 0.95
-    mixed = summarize_scores(items, score_pictures(task, items, baselines.shuffle_images(items, true, 0)))
+    mixed = summarize_scores(items, score_all(task, items, baselines.shuffle_images(items, true, 0)))
     assert mixed.overall.overall <= 0.15  # the same pictures under other prompts
     noise = baselines.noise_images(40, 64, np.random.default_rng(0))
-    assert scenes.false_positive_rate(task, noise) <= 0.1
-    assert (
-        scenes.false_positive_rate(task, [row[0] for row in true]) > 0.9
-    )  # the same measure sees objects where they are
+    assert task.false_positive_rate(noise) <= 0.1
+    assert task.false_positive_rate([row[0] for row in true]) > 0.9  # the same measure sees objects where they are
     reward = task.reward(items[0], true[0][0])
     assert reward > task.reward(items[0], noise[0]) and 0 <= reward <= 1
 
@@ -169,10 +169,11 @@ def test_command(
 
     engine = TrueEngine(world, colors=False)
     engine.model = type("Model", (), {"image_tokenizer": Tokenizer()})()  # type: ignore[attr-defined]
-    monkeypatch.setattr(scenes, "load_engine", lambda args: engine)
+    monkeypatch.setattr("unigen.commands.eval.load", lambda args: engine)
+    monkeypatch.setattr(runner, "_local_model", lambda engine: engine.model)
     monkeypatch.setattr(scenes, "PROMPTS_PER_TAG", {True: 5, False: 5})
     report, out = tmp_path / "r.json", tmp_path / "out"
-    assert scenes.main(["--images", "1", "--quick", "--json", str(report), "--out", str(out)]) == 0
+    assert main(["eval", "scenes", "--images", "1", "--quick", "--json", str(report), "--out", str(out)]) == 0
     found = json.loads(report.read_text())
     values = {row["name"]: row["value"] for row in found["rows"]}
     assert found["tasks"]["colors"] < 0.3 and found["tasks"]["two_object"] > 0.7  # the fault of this engine shows
@@ -180,7 +181,34 @@ def test_command(
     assert values["shuffled"] < 0.2 and values["nearest"] < values["oracle"]
     assert {"objects found in noise", "objects found in blends"} <= set(values)
     assert (out / "position.png").exists() and len((out / "outputs.jsonl").read_text().splitlines()) == 30
-    assert scenes.main(["--images", "1", "--oracle"]) == 0
+    assert main(["eval", "scenes", "--images", "1", "--oracle"]) == 0
     assert "oracle" in capsys.readouterr().out.splitlines()[-5]
-    with pytest.raises(ValueError, match="--images"):
-        scenes.main(["--images", "0"])
+    assert main(["eval", "scenes", "--images", "0"]) == 2 and "--images" in capsys.readouterr().err
+
+
+def test_the_command_on_pipelines_and_composed_models(
+    stable_diffusion_folder: Path,
+    causal_lm_folder: Path,
+    emoji_font: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Their images are scored as a model's are; they have no image tokenizer, and no parts that tasks could measure."""
+    monkeypatch.setattr(scenes, "PROMPTS_PER_TAG", {True: 1})
+    pipeline = ["--model", str(stable_diffusion_folder), "--device", "cpu"]
+    composed = [*pipeline, "--lmm", str(causal_lm_folder)]
+    out = tmp_path / "out"
+    outputs = ["--steps", "1", "--json", str(tmp_path / "r.json"), "--out", str(out)]
+    for model in (pipeline, composed):
+        shared = ["eval", "scenes", *model, "--quick", "--images", "1"]
+        assert main([*shared, "--shuffled", *outputs]) == 0
+        found = json.loads((tmp_path / "r.json").read_text())
+        assert {"model strict", "shuffled"} <= {row["name"] for row in found["rows"]} and found["prompts"] == 6
+        assert found["model"] == " + ".join(reversed(model[1::2][::2]))
+        assert Image.open(out / "colors.png").size == (3 * 200, 32 + 4 + 14)
+        capsys.readouterr()
+        assert main([*shared, "--reconstructions"]) == 2
+        assert "has no image tokenizer here: leave --reconstructions out" in capsys.readouterr().err
+        assert main(["eval", "tokenizer", *model, "--count", "1"]) == 2
+        assert "this task measures the parts of a model of ours" in capsys.readouterr().err

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+import sys
+import types
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from unigen.evaluation import runner
-from unigen.evaluation.task import Example, bootstrap_mean
+from unigen.commands.main import main
+from unigen.evaluation import report, runner
+from unigen.evaluation.runner import EvaluationRun, GenerationTask
+from unigen.evaluation.task import Example, Scores, bootstrap_mean
 
 
 def rng() -> np.random.Generator:
@@ -89,19 +97,103 @@ def test_written_outputs(tmp_path: Path) -> None:
     ]
     outputs = [[picture, picture], ["two"]]
     marks = [[{"correct": 1.0}, {"correct": 0.0}], [{"correct": 0.0}]]
-    runner.write_outputs(tmp_path / "out", items, outputs, marks)
+    report.write_outputs(tmp_path / "out", items, outputs, marks)
     assert (tmp_path / "out" / "single.png").exists() and not (tmp_path / "out" / "count.png").exists()
     lines = (tmp_path / "out" / "outputs.jsonl").read_text().splitlines()
     assert len(lines) == 2 and '"texts": ["two"]' in lines[1]
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot write"):
-        runner.write_outputs(tmp_path / "file" / "below", items, outputs, marks)
+        report.write_outputs(tmp_path / "file" / "below", items, outputs, marks)
+
+
+def test_large_images_are_reduced_on_the_sheet() -> None:
+    wide, marks = Image.new("RGB", (512, 256)), [{"correct": 1.0}]
+    small = report.contact_sheet([(Example("a horse", "a"), [Image.new("RGB", (64, 64))], marks)])
+    large = report.contact_sheet([(Example("a horse", "a"), [wide], marks)])
+    assert small.size == (3 * 200, 64 + 4 + 14) and large.size == (3 * 200, report.MAX_SHEET_SIDE + 4 + 14)
+    assert wide.size == (512, 256)
+
+
+class CountTask(GenerationTask[str]):
+    """Asks for words; an answer is correct where it is long enough."""
+
+    description = "Count letters."
+    output = "text"
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--letters", type=int, default=3)
+
+    @classmethod
+    def create(cls, run: EvaluationRun) -> CountTask:
+        return cls()
+
+    def examples(self) -> list[Example]:
+        return [Example("a", "short"), Example("b", "long"), Example("c", "short")]
+
+    def generation_options(self, run: EvaluationRun, example: Example) -> dict[str, Any]:
+        return {"max_tokens": 9} if example.tag == "long" else {}
+
+    def score_batch(self, examples: Sequence[Example], outputs: Sequence[str]) -> list[Scores]:
+        return [{"correct": float(len(output) > 3)} for output in outputs]
+
+    def summarize(
+        self, run: EvaluationRun, examples: Sequence[Example], outputs: list[list[str]], scores: list[list[Scores]]
+    ) -> report.Report:
+        print(outputs)
+        mean = float(np.mean([mark["correct"] for row in scores for mark in row]))
+        return report.Report(
+            mean, {"all": mean}, [{"name": "letters", "value": run.args.letters, "unit": ""}], {"k": 1}
+        )
+
+
+@pytest.fixture
+def count_task(monkeypatch: pytest.MonkeyPatch) -> EchoEngine:
+    """The task above as a module beside the others, and the engine that it gets."""
+    module = types.ModuleType("unigen.evaluation.tasks.count")
+    task = type("CountTask", (CountTask,), {"__module__": module.__name__})
+    module.CountTask = task  # type: ignore[attr-defined]
+    module.Other = CountTask  # type: ignore[attr-defined]  # imported: it is not the module's own
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(runner, "task_names", lambda: ["count"])
+    engine = EchoEngine()
+    monkeypatch.setattr("unigen.commands.eval.load", lambda args: engine)
+    return engine
+
+
+def test_a_task_declares_and_the_runner_does_the_rest(
+    count_task: EchoEngine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["eval", "count", "--letters", "5", "--seed", "2", "--temperature", "0.5", "--batch", "2"]
+    assert main([*line, "--json", str(tmp_path / "r.json"), "--out", str(tmp_path / "out")]) == 0
+    given = "text {'temperature': 0.5}"  # examples with the same options are asked for together, each with its number
+    assert capsys.readouterr().out == f"{[[f'a 2000000 {given}'], [LONG], [f'c 2000001 {given}']]}\n"
+    assert count_task.sizes == [2, 1]
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["overall"] == 1 and found["tasks"] == {"all": 1} and found["rows"][0]["value"] == 5 and found["k"] == 1
+    assert found["model"] == "unigen-tiny" and found["command"].startswith("unigen eval count --letters 5")
+    assert len((tmp_path / "out" / "outputs.jsonl").read_text().splitlines()) == 3
+    with pytest.raises(SystemExit):
+        main(["eval", "count", "--help"])
+    shown = capsys.readouterr().out
+    assert "Count letters." in shown and "--letters" in shown and "--temperature" in shown and "--lmm" in shown
+
+
+LONG = "b 2000000 text {'max_tokens': 9, 'temperature': 0.5}"
+
+
+def test_a_task_that_measures_a_model_refuses_other_engines(
+    count_task: EchoEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.modules["unigen.evaluation.tasks.count"].CountTask, "needs_local_model", True)
+    assert main(["eval", "count", "--model", "some-pipeline"]) == 2
+    assert "parts of a model of ours, and some-pipeline is none" in capsys.readouterr().err
 
 
 def test_tasks_are_found_by_module_name() -> None:
     assert {"scenes", "understanding"} <= set(runner.task_names())
+    assert all(runner.find_task(name).description for name in runner.task_names())
     with pytest.raises(ValueError, match="unknown task 'nothing' \\(tasks: .*scenes"):
-        runner.main(["nothing"])
-    with pytest.raises(ValueError, match="--count"):
-        runner.main(["understanding", "--count", "many"])
-    assert runner.main([]) == 0
+        runner.find_task("nothing")
+    with pytest.raises(ValueError, match="the task writers is called generators now"):
+        runner.find_task("writers")

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from unigen.evaluation.tasks import understanding
-from unigen.evaluation.tasks.understanding import UnderstandingTask, relation_table, score_caption, summarise
+from unigen.commands.main import main
+from unigen.evaluation import runner
+from unigen.evaluation.tasks.understanding import UnderstandingTask, relation_table, score_caption, summarize_scores
 from unigen.toyworld.captions import Facts, caption
 from unigen.toyworld.scenes import Scene, SceneRenderer
 from unigen.toyworld.scenes import SceneObject as Thing
@@ -60,8 +61,8 @@ class OracleEngine:
 
     def __init__(self, task: UnderstandingTask, always: str | None = None) -> None:
         self.answers = {}
-        for item in task.items():
-            meta, key = item.meta, (item.prompt[0].tobytes(), item.prompt[1])
+        for item in task.examples():
+            meta, key = item.metadata, (item.prompt[0].tobytes(), item.prompt[1])
             said = Facts(meta["groups"], meta["background"], meta["relation"]) if item.tag == "caption" else None
             self.answers[key] = (
                 (caption(said) if said else f" {meta['answer'].upper()}. ") if always is None else always
@@ -73,24 +74,24 @@ class OracleEngine:
 
 
 def test_items_are_the_same_for_a_seed_and_half_held_out(world: SceneRenderer) -> None:
-    items = UnderstandingTask(world, 20).items()
-    again = UnderstandingTask(world, 20).items()
+    items = UnderstandingTask(world, 20).examples()
+    again = UnderstandingTask(world, 20).examples()
     assert [i.prompt[1] for i in items] == [i.prompt[1] for i in again]
     captions = [i for i in items if i.tag == "caption"]
-    assert len(captions) == 20 and sum(i.meta["heldout"] for i in captions) == 10
+    assert len(captions) == 20 and sum(i.metadata["heldout"] for i in captions) == 10
     assert {"presence", "count", "colour"} <= {i.tag for i in items}
     for heldout in (True, False):
-        assert all(i.meta["heldout"] == heldout for i in UnderstandingTask(world, 6, heldout=heldout).items())
+        assert all(i.metadata["heldout"] == heldout for i in UnderstandingTask(world, 6, held_out=heldout).examples())
 
 
 def test_scores_of_engines_that_know_and_guess(world: SceneRenderer) -> None:
     task = UnderstandingTask(world, 20)
-    items = task.items()
+    items = task.examples()
 
     def figures(always: str | None) -> dict[str, float]:
         answers = OracleEngine(task, always).generate_batch([i.prompt for i in items], [0] * len(items), "text")
         marks = task.score_batch(items, answers)
-        return {name: mean for name, (mean, _, _) in summarise(items, marks).items()}
+        return {name: mean for name, (mean, _, _) in summarize_scores(items, marks).items()}
 
     knows, says_yes = figures(None), figures("yes")
     assert knows["captions"] == knows["questions"] == knows["captions heldout"] == 1
@@ -99,15 +100,20 @@ def test_scores_of_engines_that_know_and_guess(world: SceneRenderer) -> None:
     assert task.reward(items[0], "nothing") < task.reward(items[0], "a cat on a white background") + 0.6
 
 
-def test_command(world: SceneRenderer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_command(
+    world: SceneRenderer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     engine = OracleEngine(UnderstandingTask(world, 6))
-    parts = {"image_tokenizer": SimpleNamespace(image_size=64), "template": SimpleNamespace(candidates=8)}
+    parts = {"image_tokenizer": SimpleNamespace(image_size=64), "template": SimpleNamespace(num_candidates=8)}
     engine.model = SimpleNamespace(**parts)  # type: ignore[attr-defined]
-    monkeypatch.setattr(understanding, "load_engine", lambda args: engine)
+    monkeypatch.setattr("unigen.commands.eval.load", lambda args: engine)
+    monkeypatch.setattr(runner, "_local_model", lambda engine: engine.model)
     report = tmp_path / "r.json"
-    assert understanding.main(["--count", "6", "--json", str(report), "--out", str(tmp_path / "o")]) == 0
+    line = ["eval", "understanding", "--count", "6"]
+    assert main([*line, "--json", str(report), "--out", str(tmp_path / "o")]) == 0
     found = json.loads(report.read_text())
     assert found["overall"] == 1 and found["tasks"]["captions heldout"] == 1
     assert (tmp_path / "o" / "outputs.jsonl").exists()
-    with pytest.raises(ValueError, match="--count"):
-        understanding.main(["--count", "0"])
+    monkeypatch.setattr(runner, "_local_model", lambda engine: None)  # an engine that reads images of any size
+    assert main(line) == 0
+    assert main(["eval", "understanding", "--count", "0"]) == 2 and "--count" in capsys.readouterr().err

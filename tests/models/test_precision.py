@@ -22,7 +22,8 @@ from scripts import bench
 from scripts.parity import family_names
 from unigen.backends.composed import load_transformers
 from unigen.commands import main as cli
-from unigen.evaluation.runner import make_parser
+from unigen.commands.eval import build_parser
+from unigen.evaluation.runner import find_task
 from unigen.nn.quantized import count_parameters, quantize
 from unigen.utils.precision import QUANTIZATIONS
 
@@ -221,6 +222,6 @@ def test_without_the_package(kind: str, monkeypatch: pytest.MonkeyPatch, capsys:
 
 def test_every_command_that_loads_a_model_takes_it() -> None:
     parsers = [cli.build_parser(name) for name, command in cli.COMMANDS.items() if hasattr(command, "add_arguments")]
-    for parser in [*parsers, make_parser("x", "y")]:
+    for parser in [*parsers, build_parser("scenes", find_task("scenes"))]:
         takes = {action.dest for action in parser._actions}
         assert ("dtype" in takes) == ("quantization" in takes) == ("device" in takes), parser.prog

@@ -1,15 +1,16 @@
-"""The ladder beside a model's score: what the same measure says of pictures whose worth is known.
+"""Images whose worth is known, for the same measure beside a model's score.
 
-true pictures of the same prompts (the detector's own limit), their reconstructions (the tokenizer's limit), the
-training pictures with the nearest captions (memory alone), pictures under other prompts (chance), noise and blends
-(what the detector finds where nothing is). It does not depend on how the score is made and how the model draws; only
-what renders scenes (`oracle_images`, `nearest_training_images`) needs the emoji font, which their `world` has."""
+True images of the same prompts (the detector's own limit), their reconstructions (the tokenizer's limit), the training
+images with the nearest captions (memory alone), images under other prompts (chance), noise and blends (what the
+detector finds where nothing is). Only what renders scenes (`oracle_images`, `nearest_training_images`) needs the emoji
+font, which its renderer has. Does not depend on: how the score is made, how the model draws.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -17,46 +18,70 @@ from PIL import Image
 
 from unigen.evaluation.task import Example
 from unigen.media.pixels import to_images, to_pixels
+from unigen.tokenizers import ImageTokenizer
 from unigen.toyworld.captions import Facts, caption, extract_facts, scene_from_facts
 from unigen.toyworld.scenes import SceneRenderer, sample_scene
 
-ImageGroups = list[list[Image.Image]]  # several of each prompt, in the order of the items
+ImageGroups: TypeAlias = list[list[Image.Image]]
+"""Several images of each prompt, in the order of the examples."""
 
 
-def oracle_images(items: Sequence[Example], n: int, seed: int, world: SceneRenderer) -> ImageGroups:
-    """n true pictures of each prompt; 30% have a ground plane, as in training. Needs the font."""
+def oracle_images(examples: Sequence[Example], n: int, seed: int, renderer: SceneRenderer) -> ImageGroups:
+    """True images of prompts; 30% have a ground plane, as in training.
+
+    Args:
+        examples: of the task `scenes`.
+        n: images of each.
+        seed: of the scenes.
+        renderer: draws them.
+
+    Returns:
+        n images of each example.
+    """
     rng = np.random.default_rng((seed, 1))
     pictures: ImageGroups = []
-    for item in items:
-        facts = Facts(tuple(tuple(g) for g in item.meta["groups"]), item.meta["background"], item.meta["relation"])
+    for example in examples:
+        metadata = example.metadata
+        facts = Facts(tuple(tuple(g) for g in metadata["groups"]), metadata["background"], metadata["relation"])
         row = []
         for _ in range(n):
             ground = Facts(facts.groups, facts.background, facts.relation, bool(rng.random() < 0.3))
-            row.append(Image.fromarray(world.render(scene_from_facts(ground, rng, world.size)).image))
+            row.append(Image.fromarray(renderer.render(scene_from_facts(ground, rng, renderer.size)).image))
         pictures.append(row)
     return pictures
 
 
 @torch.no_grad()
-def reconstruct_images(tokenizer: Any, pictures: ImageGroups, batch: int = 64) -> ImageGroups:
-    """The pictures through an image tokenizer: encoded and decoded again."""
-    flat = [picture for row in pictures for picture in row]
+def reconstruct_images(tokenizer: ImageTokenizer, images: ImageGroups, batch: int = 64) -> ImageGroups:
+    """Images through an image tokenizer: encoded and decoded again, `batch` at a time."""
+    flat = [image for row in images for image in row]
     device = next((p.device for p in tokenizer.parameters()), torch.device("cpu"))
     reconstructions: list[Image.Image] = []
     for i in range(0, len(flat), batch):
         x_BCHW = to_pixels(flat[i : i + batch], tokenizer.image_size).to(device)
         reconstructions += to_images(tokenizer.decode(tokenizer.encode(x_BCHW)))
-    num_remaining = iter(reconstructions)
-    return [[next(num_remaining) for _ in row] for row in pictures]
+    remaining = iter(reconstructions)
+    return [[next(remaining) for _ in row] for row in images]
 
 
 def nearest_training_images(
-    items: Sequence[Example], n: int, seed: int, world: SceneRenderer, pool: int = 10_000
+    examples: Sequence[Example], n: int, seed: int, renderer: SceneRenderer, pool: int = 10_000
 ) -> ImageGroups:
-    """For each prompt the n training pictures, of `pool`, whose captions are nearest to it (cosine of word counts
-    weighted by inverse document frequency): the score of a model that can only remember."""
+    """The training images whose captions are nearest to each prompt (cosine of word counts weighted by inverse document
+    frequency): the score of a model that can only remember.
+
+    Args:
+        examples: with prompts in the words of captions.
+        n: images of each.
+        seed: of the training scenes.
+        renderer: draws them.
+        pool: how many training scenes there are to choose from.
+
+    Returns:
+        n images of each example.
+    """
     rng = np.random.default_rng((seed, 2))
-    training_scenes = [sample_scene(rng, world.size) for _ in range(pool)]
+    training_scenes = [sample_scene(rng, renderer.size) for _ in range(pool)]
     texts = [caption(extract_facts(scene)) for scene in training_scenes]
     words = Counter(word for text in texts for word in set(text.split()))
     column = {word: k for k, word in enumerate(words)}
@@ -70,19 +95,19 @@ def nearest_training_images(
                     rows[i, column[word]] = count * weight[column[word]]
         return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
 
-    likeness = vectors([str(item.prompt) for item in items]) @ vectors(texts).T
+    likeness = vectors([str(example.prompt) for example in examples]) @ vectors(texts).T
     best = np.argsort(-likeness, axis=1, kind="stable")[:, :n]
-    return [[Image.fromarray(world.render(training_scenes[k]).image) for k in row] for row in best]
+    return [[Image.fromarray(renderer.render(training_scenes[k]).image) for k in row] for row in best]
 
 
-def shuffle_images(items: Sequence[Example], pictures: ImageGroups, seed: int) -> ImageGroups:
-    """Each prompt gets the pictures of another prompt."""
-    if len(items) < 2:
+def shuffle_images(examples: Sequence[Example], images: ImageGroups, seed: int) -> ImageGroups:
+    """Each prompt gets the images of another prompt. Raises ValueError for fewer than two prompts."""
+    if len(examples) < 2:
         raise ValueError("pictures cannot be shuffled among fewer than two prompts")
-    order = np.random.default_rng((seed, 3)).permutation(len(items))
-    mixed: ImageGroups = [[] for _ in items]
+    order = np.random.default_rng((seed, 3)).permutation(len(examples))
+    mixed: ImageGroups = [[] for _ in examples]
     for target_index, source_index in zip(order, np.roll(order, 1), strict=True):
-        mixed[target_index] = pictures[source_index]
+        mixed[target_index] = images[source_index]
     return mixed
 
 

@@ -1,7 +1,7 @@
 """GenEval's verdict (Ghosh et al. 2023, arXiv 2310.11513) on detections: six tasks, exact rules, pure Python.
 
-It does not depend on pictures, detectors and models: it reads lists of objects with a class, a colour and a box.
-Checked against hand-made cases in `tests/evaluation/test_geneval.py`.
+Reads lists of objects with a class, a colour and a box. Checked against hand-made cases in
+`tests/evaluation/test_geneval.py`. Does not depend on: pictures, detectors, models.
 
 A specification is {"tag", "include": [clause], "exclude": [clause]}; a clause is {"class", "count"} with optional
 "color" and "position": [relation, index of the reference clause]. The picture is correct when every include clause
@@ -62,21 +62,31 @@ def group_by_class(objects: Iterable[DetectedObject], threshold: float) -> dict[
 
 @dataclass(frozen=True)
 class GenEvalResult:
-    """`correct` is GenEval's; `why` lists what fails; `share` of the clauses that hold, in [0, 1] (a denser
-    reward)."""
+    """The verdict on one picture."""
 
     correct: bool
-    why: str
-    share: float
+    """GenEval's score."""
+    reason: str
+    """What fails; empty where nothing does."""
+    clause_share: float
+    """The share of the clauses that hold, in [0, 1]: a denser reward."""
 
 
-def evaluate(spec: Mapping[str, Any], found: Mapping[str, list[DetectedObject]]) -> GenEvalResult:
-    """`found` is `group_by_class`'s answer at the tag's threshold (counting has a stricter one)."""
+def evaluate(spec: Mapping[str, Any], objects_by_class: Mapping[str, list[DetectedObject]]) -> GenEvalResult:
+    """GenEval's verdict.
+
+    Args:
+        spec: the specification.
+        objects_by_class: `group_by_class` at the tag's threshold (counting has a stricter one).
+
+    Returns:
+        The verdict.
+    """
     reasons: list[str] = []
     groups: list[list[DetectedObject] | None] = []
     for clause in spec["include"]:
         name, count = clause["class"], clause["count"]
-        group = found.get(name, [])[:count]
+        group = objects_by_class.get(name, [])[:count]
         holds = len(group) >= count
         if not holds:
             reasons.append(f"expected {name}>={count}, found {len(group)}")
@@ -98,7 +108,7 @@ def evaluate(spec: Mapping[str, Any], found: Mapping[str, list[DetectedObject]])
         groups.append(group if holds else None)
     num_satisfied = sum(group is not None for group in groups)
     for clause in spec.get("exclude", []):
-        num_excluded = len(found.get(clause["class"], []))
+        num_excluded = len(objects_by_class.get(clause["class"], []))
         if num_excluded >= clause["count"]:
             reasons.append(f"expected {clause['class']}<{clause['count']}, found {num_excluded}")
         else:
@@ -106,9 +116,9 @@ def evaluate(spec: Mapping[str, Any], found: Mapping[str, list[DetectedObject]])
     return GenEvalResult(not reasons, "; ".join(reasons), num_satisfied / (len(groups) + len(spec.get("exclude", []))))
 
 
-def count_surplus_objects(spec: Mapping[str, Any], found: Mapping[str, list[DetectedObject]]) -> int:
+def count_surplus_objects(spec: Mapping[str, Any], objects_by_class: Mapping[str, list[DetectedObject]]) -> int:
     """Objects beyond what the include clauses ask for, of any class: the strict score fails a picture with any."""
     requested_counts: dict[str, int] = {}
     for clause in spec["include"]:
         requested_counts[clause["class"]] = requested_counts.get(clause["class"], 0) + clause["count"]
-    return sum(max(0, len(group) - requested_counts.get(name, 0)) for name, group in found.items())
+    return sum(max(0, len(group) - requested_counts.get(name, 0)) for name, group in objects_by_class.items())

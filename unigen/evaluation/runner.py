@@ -1,107 +1,240 @@
-"""The runner: asks an engine a task's items in batches, shows progress, and writes what came out.
+"""The runner of `unigen eval`: loads the engine, asks it for a task's examples in batches, scores and reports.
 
-    unigen eval scenes --model unigen-tiny            # a task is a module of unigen/evaluation/tasks, found by its
-    name
+    unigen eval scenes --model unigen-tiny
 
-It does not depend on any task's scoring and how an engine generates: it needs `generate_batch(prompts, seeds,
-output=...)`."""
+A task is a module of `unigen/evaluation/tasks`, found by its name, with one subclass of `EvaluationTask` (or
+`GenerationTask`, which most are). Does not depend on: any task's scoring, how an engine generates.
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import json
+import inspect
 import pkgutil
-import sys
 import textwrap
-from collections.abc import Sequence
-from contextlib import redirect_stdout
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, Literal, Protocol, Self
 
-from unigen.evaluation.task import Example, Task
-from unigen.limits import limit_argument as limited
+from unigen.config import write_report
+from unigen.evaluation.report import Report, make_folder, write_outputs
+from unigen.evaluation.task import Example, OutputT, Scores, Task
+from unigen.limits import limit_argument
+from unigen.model.unified import UnifiedModel
 from unigen.samplers.seeds import derive_seed
-from unigen.utils import precision, progress
-from unigen.utils.argparser import OneLineParser, non_empty
+from unigen.utils import progress
+from unigen.utils.argparser import non_empty
 from unigen.utils.text import did_you_mean, docstring_summary
 
+RENAMED = {"writers": "generators"}
+"""Tasks that had another name."""
+SAMPLING_OPTIONS = ("generator", "guidance", "temperature", "top_k", "top_p", "steps", "sampler", "guidance_kind")
 
-def make_parser(task: str, description: str, sampled: bool = True) -> OneLineParser:
-    """What every task understands; `sampled`: the engine draws pictures or texts for it."""
-    parser = OneLineParser(prog=f"unigen eval {task}", description=description)
-    parser.add_argument(
-        "--model", type=non_empty, default="unigen-tiny", help="a name or a folder (default: %(default)s)"
-    )
-    precision.add_arguments(parser)
-    parser.add_argument("--seed", type=limited("seed"), default=0, help="of prompts and pictures (default: 0)")
-    parser.add_argument("--batch", type=limited("n"), default=32, help="how many at a time (default: 32)")
-    parser.add_argument(
-        "--json", type=non_empty, metavar="FILE", help="write the figures as one JSON object; - is stdout"
-    )
-    if sampled:
-        parser.add_argument("--generator", type=non_empty, help="how pictures are written (default: the engine's)")
-        parser.add_argument(
-            "--guidance", type=limited("guidance"), help="scale of guidance, 1 is off (default: the engine's)"
+
+class BatchGenerator(Protocol):
+    """What the runner asks of an engine."""
+
+    def generate_batch(
+        self, prompts: Sequence[Any], seeds: Sequence[int], output: Literal["image", "text"], **options: Any
+    ) -> Sequence[Any]:
+        """One output a prompt."""
+        ...
+
+
+class EvaluationRun:
+    """One run of a task: its arguments, its engine, and where outputs go.
+
+    Args:
+        task: the class of the task.
+        args: the command's arguments.
+        load: loads the engine.
+    """
+
+    def __init__(self, task: type[EvaluationTask], args: argparse.Namespace, load: Callable[[], Any]) -> None:
+        self.task, self.args, self._load = task, args, load
+
+    @cached_property
+    def engine(self) -> Any:
+        """The engine, loaded when it is first asked for. Raises ValueError where the task needs another."""
+        engine = self._load()
+        if self.task.needs_local_model and _local_model(engine) is None:
+            raise ValueError(
+                f"this task measures the parts of a model of ours, and {self.model_name} is none: give another model"
+            )
+        return engine
+
+    @property
+    def local_model(self) -> UnifiedModel | None:
+        """The model whose parts are here; None of a pipeline and of composed models."""
+        return _local_model(self.engine)
+
+    @property
+    def model_name(self) -> str:
+        """What was asked to be scored."""
+        return " + ".join(filter(None, [self.args.lmm, self.args.model]))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of the generation that were given."""
+        return {name: value for name in SAMPLING_OPTIONS if (value := getattr(self.args, name, None)) is not None}
+
+    def generate(
+        self, task: Task[OutputT], examples: Sequence[Example], n: int = 1, **options: Any
+    ) -> list[list[OutputT]]:
+        """Ask the engine for n outputs of each example, with the options that were given over `options`.
+
+        Args:
+            task: whose examples they are.
+            examples: what to ask for.
+            n: outputs of each.
+            options: of the generation.
+
+        Returns:
+            The outputs of each example.
+        """
+        return generate_outputs(
+            self.engine, task, examples, n, self.args.batch, self.args.seed, **{**options, **self.options}
         )
-        parser.add_argument("--temperature", type=limited("temperature"), help="default: the engine's")
-        parser.add_argument("--top-k", type=limited("top_k"), help="default: the engine's")
-        parser.add_argument("--top-p", type=limited("top_p"), help="default: the engine's")
-        parser.add_argument("--steps", type=limited("steps"), help="of a generator that can choose how many")
-        parser.add_argument("--sampler", type=non_empty, help="of a flow")
-        parser.add_argument("--guidance-kind", type=non_empty, help="of a flow")
-        parser.add_argument(
-            "--out", type=non_empty, metavar="FOLDER", help="write a contact sheet a group and outputs.jsonl"
-        )
-    return parser
+
+    def write_outputs(
+        self, examples: Sequence[Example], outputs: Sequence[Sequence[Any]], scores: Sequence[Sequence[Scores]]
+    ) -> None:
+        """Write the outputs and their scores where --out says, if it does."""
+        if self.args.out:
+            write_outputs(self.args.out, examples, outputs, scores)
 
 
-def parse_args(parser: OneLineParser, args: list[str]) -> argparse.Namespace:
-    """The arguments; ValueError before any work where what is asked for cannot be written."""
-    from unigen.media.output import check_output
+class EvaluationTask(ABC):
+    """What `unigen eval NAME` measures."""
 
-    found = parser.parse_args(args)
-    if found.json and found.json != "-":
-        check_output(found.json, {".json": "JSON"})
-    if getattr(found, "out", None):
-        make_folder(found.out)
-    return found
+    description: ClassVar[str]
+    """What it does, for --help."""
+    generates: ClassVar[bool] = True
+    """Whether the engine generates for it, and the command takes options of a generation."""
+    needs_local_model: ClassVar[bool] = False
+    """Whether it measures the parts of a model of ours, and not only outputs."""
 
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """Add the task's own arguments to those of `add_arguments`."""
+        return None
 
-def make_folder(folder: str | Path) -> Path:
-    """The folder, made where it is not there yet; ValueError where that cannot be."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"cannot write into {folder}: {error}") from error
-    return Path(folder)
+    @classmethod
+    @abstractmethod
+    def create(cls, run: EvaluationRun) -> Self:
+        """The task as the arguments have it. Raises ValueError for bad input, before the engine is loaded if it can."""
 
-
-def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The engine's options that were given."""
-    names = ("generator", "guidance", "temperature", "top_k", "top_p", "steps", "sampler", "guidance_kind")
-    return {name: value for name in names if (value := getattr(args, name)) is not None}
+    @abstractmethod
+    def run(self, run: EvaluationRun) -> Report:
+        """Measure, print a table, and return the figures."""
 
 
-def load_engine(args: argparse.Namespace) -> Any:
-    from unigen import loading
+class GenerationTask(EvaluationTask, Generic[OutputT]):
+    """A task (`unigen.evaluation.task.Task`) of which each example is asked for and each output scored."""
 
-    return loading.load(args.model, **precision.load_options(args))
+    output: ClassVar[Literal["image", "text"]]
+    """What the engine generates for an example."""
+
+    @abstractmethod
+    def examples(self) -> list[Example]:
+        """What to ask for; the same each time."""
+
+    @abstractmethod
+    def score_batch(self, examples: Sequence[Example], outputs: Sequence[OutputT]) -> list[Scores]:
+        """The scores of one output for each example."""
+
+    def summarize(
+        self, run: EvaluationRun, examples: Sequence[Example], outputs: list[list[OutputT]], scores: list[list[Scores]]
+    ) -> Report:
+        """Print a table of the outputs' scores, and return the figures: the last part of `run`."""
+        raise NotImplementedError
+
+    def score(self, example: Example, output: OutputT) -> Scores:
+        """The scores of one output."""
+        return self.score_batch([example], [output])[0]
+
+    def reward(self, example: Example, output: OutputT) -> float:
+        """One number for an output; larger is better."""
+        return self.score(example, output)["correct"]
+
+    def num_outputs(self, run: EvaluationRun) -> int:
+        """Outputs of each example."""
+        return 1
+
+    def generation_options(self, run: EvaluationRun, example: Example) -> dict[str, Any]:
+        """Options of the generation for an example, where no others are given."""
+        return {}
+
+    def run(self, run: EvaluationRun) -> Report:
+        examples = self.examples()
+        outputs = self.generate_all(run, examples)
+        scores = score_all(self, examples, outputs)
+        run.write_outputs(examples, outputs, scores)
+        return self.summarize(run, examples, outputs, scores)
+
+    def generate_all(self, run: EvaluationRun, examples: Sequence[Example]) -> list[list[OutputT]]:
+        """The outputs of all examples; those with the same options are generated together."""
+        groups: list[tuple[dict[str, Any], list[int]]] = []
+        for index, example in enumerate(examples):
+            options = self.generation_options(run, example)
+            group = next((indices for known, indices in groups if known == options), None)
+            if group is None:
+                groups.append((options, group := []))
+            group.append(index)
+        outputs: list[list[OutputT]] = [[] for _ in examples]
+        for options, indices in groups:
+            rows = run.generate(self, [examples[index] for index in indices], self.num_outputs(run), **options)
+            for index, row in zip(indices, rows, strict=True):
+                outputs[index] = row
+        return outputs
+
+
+def score_all(
+    task: Task[OutputT], examples: Sequence[Example], outputs: Sequence[Sequence[OutputT]]
+) -> list[list[Scores]]:
+    """Scores grouped as the outputs are."""
+    flat = [(example, output) for example, row in zip(examples, outputs, strict=True) for output in row]
+    scores = iter(task.score_batch([example for example, _ in flat], [output for _, output in flat]))
+    return [[next(scores) for _ in row] for row in outputs]
 
 
 def generate_outputs(
-    engine: Any, task: Task, items: Sequence[Example], n: int, batch: int, seed: int, **options: Any
-) -> list[list[Any]]:
-    """n outputs for each item, in order. Output j of item i has the seed `seed * 1,000,000 + i * n + j` whatever the
-    batch is."""
+    engine: BatchGenerator,
+    task: Task[OutputT],
+    examples: Sequence[Example],
+    n: int,
+    batch: int,
+    seed: int,
+    **options: Any,
+) -> list[list[OutputT]]:
+    """Ask an engine for n outputs of each example.
+
+    Args:
+        engine: generates.
+        task: says what.
+        examples: what to ask for.
+        n: outputs of each.
+        batch: how many at a time.
+        seed: output j of example i has the seed `seed * 1,000,000 + i * n + j`, whatever the batch is.
+        options: of the generation.
+
+    Returns:
+        The outputs of each example.
+    Raises:
+        ValueError: for an n or a batch below 1, and what the engine raises.
+    """
     if n < 1 or batch < 1:
         raise ValueError("outputs a prompt and the batch size must be at least 1")
-    flat = [(i, derive_seed(seed, i * n + j, factor=1_000_000)) for i in range(len(items)) for j in range(n)]
-    outputs: list[list[Any]] = [[] for _ in items]
+    flat = [(i, derive_seed(seed, i * n + j, factor=1_000_000)) for i in range(len(examples)) for j in range(n)]
+    outputs: list[list[OutputT]] = [[] for _ in examples]
     with progress.bar(len(flat), task.output) as bar:
         for start in range(0, len(flat), batch):
             part = flat[start : start + batch]
-            prompts = [items[i].prompt for i, _ in part]
+            prompts = [examples[i].prompt for i, _ in part]
             batch_outputs = engine.generate_batch(prompts, [s for _, s in part], output=task.output, **options)
             for (i, _), output in zip(part, batch_outputs, strict=True):
                 outputs[i].append(output)
@@ -109,66 +242,41 @@ def generate_outputs(
     return outputs
 
 
-def write_outputs(
-    folder: str | Path,
-    items: Sequence[Example],
-    outputs: Sequence[Sequence[Any]],
-    scores: Sequence[Sequence[dict[str, float]]],
-) -> None:
-    """outputs.jsonl (prompt, tag, scores, text outputs) and, for pictures, a contact sheet for each tag. ValueError
-    where the folder cannot be written."""
-    from PIL import Image
-
-    from unigen.media.output import save_image, write_text
-
-    folder = make_folder(folder)
-    lines = []
-    for item, row, item_scores in zip(items, outputs, scores, strict=True):
-        texts = [output for output in row if isinstance(output, str)]
-        prompt_texts = [p for p in item.prompt if isinstance(p, str)] if isinstance(item.prompt, list) else item.prompt
-        lines.append(
-            json.dumps(
-                {"prompt": prompt_texts, "tag": item.tag, "scores": list(item_scores), "texts": texts} | item.meta
-            )
-        )
-    write_text(folder / "outputs.jsonl", "\n".join(lines) + "\n")
-    for tag in dict.fromkeys(item.tag for item in items):
-        group = [(i, o, s) for i, o, s in zip(items, outputs, scores, strict=True) if i.tag == tag]
-        if all(isinstance(picture, Image.Image) for _, row, _ in group for picture in row):
-            save_image(folder / f"{tag}.png", contact_sheet(group))
+def _local_model(engine: Any) -> UnifiedModel | None:
+    model = getattr(engine, "model", None)
+    return model if isinstance(model, UnifiedModel) else None
 
 
-def contact_sheet(rows: Sequence[tuple[Example, Sequence[Any], Sequence[dict[str, float]]]], columns: int = 3) -> Any:
-    """Each prompt above its pictures; a green frame where the picture is correct, else a red one."""
-    from PIL import Image, ImageDraw
-
-    side, line, border = max(p.width for _, row, _ in rows for p in row), 14, 2
-    cell = side + 2 * border
-    width, height = max(200, max(len(row) for _, row, _ in rows) * cell + 8), cell + line
-    sheet = Image.new("RGB", (columns * width, -(-len(rows) // columns) * height), "white")
-    pen = ImageDraw.Draw(sheet)
-    for k, (item, row, marks) in enumerate(rows):
-        left, top = k % columns * width, k // columns * height
-        for j, (picture, mark) in enumerate(zip(row, marks, strict=True)):
-            x, color = left + j * cell, "#2a9d4e" if mark["correct"] else "#d43a2f"
-            pen.rectangle((x, top + line, x + cell - 1, top + line + cell - 1), fill=color)
-            sheet.paste(picture, (x + border, top + line + border))
-        label = str(item.prompt)
-        while label and pen.textlength(label) > width - 8:
-            label = label[:-1]
-        pen.text((left + 2, top + 1), label, fill="black")
-    return sheet
-
-
-RENAMED = {"writers": "generators"}
-"""Tasks that had another name."""
+# ---------------------------------------------------------------- the command
 
 
 def task_names() -> list[str]:
-    """The names of the tasks: the modules in `unigen/evaluation/tasks`."""
+    """The names of the tasks: the modules of `unigen/evaluation/tasks`."""
     import unigen.evaluation.tasks as package
 
     return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+
+
+def find_task(name: str) -> type[EvaluationTask]:
+    """The class of a task.
+
+    Args:
+        name: of its module.
+
+    Returns:
+        The class of `EvaluationTask` that the module defines.
+    Raises:
+        ValueError: for an unknown name.
+    """
+    names = task_names()
+    if name in RENAMED:
+        raise ValueError(f"the task {name} is called {RENAMED[name]} now")
+    if name not in names:
+        raise ValueError(f"unknown task {name!r}{did_you_mean(name, names)} (tasks: {', '.join(names)})")
+    module = importlib.import_module(f"unigen.evaluation.tasks.{name}")
+    defined = [value for value in vars(module).values() if getattr(value, "__module__", "") == module.__name__]
+    (task,) = (value for value in defined if inspect.isclass(value) and issubclass(value, EvaluationTask))
+    return task
 
 
 def help_text() -> str:
@@ -182,20 +290,92 @@ def help_text() -> str:
     return "\n".join([*lines, "", "unigen eval TASK --help lists a task's options."])
 
 
-def main(args: list[str]) -> int:
-    """`unigen eval TASK ...`. ValueError for bad input."""
-    names = task_names()
-    if not args or args[0] in ("-h", "--help"):
-        print(help_text())
-        return 0
-    if args[0] in RENAMED:
-        raise ValueError(f"the task {args[0]} is called {RENAMED[args[0]]} now")
-    if args[0] not in names:
-        raise ValueError(f"unknown task {args[0]!r}{did_you_mean(args[0], names)} (tasks: {', '.join(names)})")
-    task = importlib.import_module(f"unigen.evaluation.tasks.{args[0]}")
-    json_only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    json_only.add_argument("--json", nargs="?")
-    if json_only.parse_known_args(args[1:])[0].json == "-":  # nothing else goes to stdout then
-        with redirect_stdout(sys.stderr):
-            return int(task.main(args[1:]))
-    return int(task.main(args[1:]))
+def add_arguments(parser: argparse.ArgumentParser, task: type[EvaluationTask]) -> None:
+    """Add what every task takes, and the task's own arguments.
+
+    Args:
+        parser: of the command.
+        task: the class of the task.
+    """
+    parser.add_argument("--seed", type=limit_argument("seed"), default=0, help="of prompts and pictures (default: 0)")
+    parser.add_argument("--batch", type=limit_argument("n"), default=32, help="how many at a time (default: 32)")
+    parser.add_argument(
+        "--json", type=non_empty, metavar="FILE", help="write the figures as one JSON object; - is stdout"
+    )
+    if task.generates:
+        parser.add_argument(
+            "--out", type=non_empty, metavar="FOLDER", help="write a contact sheet a group and outputs.jsonl"
+        )
+        _add_sampling_arguments(parser)
+    task.add_arguments(parser)
+
+
+def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--generator", type=non_empty, help="how pictures are written (default: the engine's)")
+    parser.add_argument(
+        "--guidance", type=limit_argument("guidance"), help="scale of guidance, 1 is off (default: the engine's)"
+    )
+    parser.add_argument("--temperature", type=limit_argument("temperature"), help="default: the engine's")
+    parser.add_argument("--top-k", type=limit_argument("top_k"), help="default: the engine's")
+    parser.add_argument("--top-p", type=limit_argument("top_p"), help="default: the engine's")
+    parser.add_argument("--steps", type=limit_argument("steps"), help="of a generator that can choose how many")
+    parser.add_argument("--sampler", type=non_empty, help="of a flow")
+    parser.add_argument("--guidance-kind", type=non_empty, help="of a flow")
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raises ValueError, before any work, where what the arguments ask for cannot be written."""
+    from unigen.media.output import check_output
+
+    if args.json and args.json != "-":
+        check_output(args.json, {".json": "JSON"})
+    if getattr(args, "out", None):
+        make_folder(args.out)
+
+
+def run_task(task: type[EvaluationTask], args: argparse.Namespace, load: Callable[[], Any], command: str) -> Report:
+    """Run a task, and write its report where --json says.
+
+    Args:
+        task: the class of the task.
+        args: the command's arguments.
+        load: loads the engine.
+        command: the line that repeats the run.
+
+    Returns:
+        The figures.
+    Raises:
+        ValueError: in one line, for bad input.
+    """
+    start = time.perf_counter()
+    run = EvaluationRun(task, args, load)
+    report = task.create(run).run(run)
+    if args.json:
+        write_report(
+            args.json,
+            command=command,
+            model=report.model or run.model_name,
+            overall=report.overall,
+            tasks=report.tasks,
+            rows=report.rows,
+            seconds=time.perf_counter() - start,
+            **report.details,
+        )
+    return report
+
+
+def report_rows(
+    figures: Mapping[str, float], units: Mapping[str, str] | str, batch: int | None = None
+) -> list[dict[str, object]]:
+    """The rows of a report.
+
+    Args:
+        figures: by name.
+        units: of all of them, or by name.
+        batch: how many were generated at a time.
+
+    Returns:
+        One row a figure.
+    """
+    unit_of = units.get if isinstance(units, Mapping) else lambda name: units
+    return [{"name": name, "value": value, "unit": unit_of(name), "batch": batch} for name, value in figures.items()]

@@ -6,43 +6,48 @@ For each: the overall score of task `scenes`; FID (Heusel et al. 2017) and KID (
 pictures of the same prompts, on the scene detector's own features, so that they compare here only; seconds a picture
 alone and in a batch of 16; and the evaluations of the backbone and of a flow's velocity for one picture. True pictures
 of another seed, and those through the codes, say what FID and KID there can be. --out writes a grid, a row for each
-way. Needs the emoji font. It does not depend on how anything is written."""
+way. Needs the emoji font. Does not depend on: how anything is written."""
 
 from __future__ import annotations
 
+import argparse
 import time
 import warnings
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from unigen.config import write_report
 from unigen.evaluation import baselines
 from unigen.evaluation.baselines import ImageGroups
 from unigen.evaluation.call_counter import CallCounter
 from unigen.evaluation.detector import SceneDetector
-from unigen.evaluation.runner import (
-    OneLineParser,
-    generate_outputs,
-    load_engine,
-    make_folder,
-    make_parser,
-    parse_args,
-    sampling_options,
-)
-from unigen.evaluation.tasks.scenes import PROMPTS_PER_TAG, ScenesTask, score_pictures, summarize_scores
-from unigen.limits import limit_argument as limited
+from unigen.evaluation.report import Report, make_folder
+from unigen.evaluation.runner import EvaluationRun, EvaluationTask, generate_outputs, score_all
+from unigen.evaluation.tasks.scenes import ScenesTask, add_size_arguments, summarize_scores
+from unigen.inference.engine import Engine
 from unigen.media.output import image_grid, save_image
 from unigen.media.pixels import to_pixels
 from unigen.toyworld.scenes import SceneRenderer
 from unigen.utils.extras import require_extra
 
-TIMING_BATCH_SIZE = 16  # of the second timing
-TIMING_REPEATS = 4  # runs of each timing; the best counts
+TIMING_BATCH_SIZE = 16
+"""Of the second timing."""
+TIMING_REPEATS = 4
+"""Runs of each timing, of which the best counts."""
+UNITS = {
+    "scenes": "share",
+    "fid": "",
+    "kid": "",
+    "seconds alone": "s",
+    f"seconds in {TIMING_BATCH_SIZE}": "s",
+    "backbone": "evaluations",
+    "head": "evaluations",
+}
+"""Of each column."""
 
 
 class DetectorFeatures(nn.Module):
@@ -59,7 +64,15 @@ class DetectorFeatures(nn.Module):
 
 
 class FeatureDistances:
-    """FID and KID of pictures from the true ones. ValueError without torchmetrics, or for fewer than two pictures."""
+    """FID and KID of images from true ones.
+
+    Args:
+        detector: gives the features.
+        true: the true images.
+
+    Raises:
+        ValueError: without torchmetrics, or for fewer than two images.
+    """
 
     def __init__(self, detector: SceneDetector, true: list[Image.Image]) -> None:
         require_extra("eval", "torchmetrics", "scipy")
@@ -77,102 +90,128 @@ class FeatureDistances:
             )
         self._update(true, real=True)
 
-    def __call__(self, pictures: list[Image.Image]) -> tuple[float, float]:
+    def __call__(self, images: list[Image.Image]) -> tuple[float, float]:
+        """FID and KID of these images."""
         self.fid.reset()
         self.kid.reset()
-        self._update(pictures, real=False)
+        self._update(images, real=False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # KID draws its subsets
             return float(self.fid.compute()), float(self.kid.compute()[0])
 
-    def _update(self, pictures: list[Image.Image], real: bool) -> None:
-        for i in range(0, len(pictures), 100):
-            x_BCHW = ((to_pixels(pictures[i : i + 100], self.size) + 1) * 127.5).round().to(torch.uint8)
+    def _update(self, images: list[Image.Image], real: bool) -> None:
+        for i in range(0, len(images), 100):
+            x_BCHW = ((to_pixels(images[i : i + 100], self.size) + 1) * 127.5).round().to(torch.uint8)
             self.fid.update(x_BCHW, real=real)
             self.kid.update(x_BCHW, real=real)
 
 
-def measure_cost(engine: Any, writer: str, prompts: list[str], **options: Any) -> dict[str, float]:
-    """Seconds a picture alone and in a batch, the best of several runs, and evaluations for one picture."""
-    head = engine.model.heads[writer] if writer in engine.model.heads else None
+def measure_cost(engine: Engine, generator: str, prompts: list[str], **options: Any) -> dict[str, float]:
+    """What one image costs.
+
+    Args:
+        engine: of the model.
+        generator: by its name.
+        prompts: to be drawn in turn.
+        options: of the generation.
+
+    Returns:
+        Seconds an image alone and in a batch, the best of several runs, and evaluations of the backbone and of a flow's
+        velocity for one image.
+    """
+    head = engine.model.heads[generator] if generator in engine.model.heads else None
     figures: dict[str, float] = {}
     with CallCounter(engine.model, "cached_hidden_states") as step, ExitStack() as stack:
         velocity = stack.enter_context(CallCounter(head, "velocity")) if hasattr(head, "velocity") else None
-        engine.generate_batch(prompts[:1], [0], generator=writer, **options)
+        engine.generate_batch(prompts[:1], [0], generator=generator, **options)
         figures |= {"backbone": step.calls, "head": velocity.calls if velocity else 0}
     for name, batch in (("seconds alone", 1), (f"seconds in {TIMING_BATCH_SIZE}", TIMING_BATCH_SIZE)):
         times = []
         for repetition in range(TIMING_REPEATS):
             batch_prompts = [prompts[(repetition + i) % len(prompts)] for i in range(batch)]
             start = time.perf_counter()
-            engine.generate_batch(batch_prompts, range(batch), generator=writer, **options)
+            engine.generate_batch(batch_prompts, range(batch), generator=generator, **options)
             times.append((time.perf_counter() - start) / batch)
         figures[name] = min(times)
     return figures
 
 
-def arguments() -> OneLineParser:
-    parser = make_parser(
-        "generators",
+class GeneratorsTask(EvaluationTask):
+    """The task `scenes` for each generator of a model, with distances and costs.
+
+    Args:
+        scenes: prompts and their score.
+        renderer: draws true images.
+        n: images of each prompt.
+        seed: of the true images.
+    """
+
+    description = (
         "Compare all of a model's generators on the same prompts: scenes score, FID and KID on the detector's "
-        "features, seconds a picture.",
+        "features, seconds a picture."
     )
-    parser.add_argument("--quick", action="store_true", help="20 prompts a task instead of 100")
-    parser.add_argument("--images", type=limited("n"), default=4, metavar="N", help="pictures a prompt (default: 4)")
-    return parser
+    needs_local_model = True
 
+    def __init__(self, scenes: ScenesTask, renderer: SceneRenderer, n: int, seed: int) -> None:
+        self.scenes, self.renderer, self.n, self.seed = scenes, renderer, n, seed
+        self.examples = scenes.examples()
+        self.rows: list[dict[str, object]] = []
 
-def main(args: list[str]) -> int:
-    """`unigen eval generators ...`: print the table, write the report and the grid. ValueError for bad input."""
-    a = parse_args(arguments(), args)
-    start = time.perf_counter()
-    task = ScenesTask(PROMPTS_PER_TAG[a.quick], a.seed)
-    items, world, engine = task.items(), SceneRenderer(task.detector.config.image_size), load_engine(a)
-    true = baselines.oracle_images(items, a.images, a.seed, world)
-    distances = FeatureDistances(task.detector, [picture for row in true for picture in row])
-    columns = ("scenes", "fid", "kid", "seconds alone", f"seconds in {TIMING_BATCH_SIZE}", "backbone", "head")
-    units = dict(zip(columns, ("share", "", "", "s", "s", "evaluations", "evaluations"), strict=True))
-    rows: list[dict[str, Any]] = []
-    print(f"{'':<24}" + "".join(f"{column:>16}" for column in columns), flush=True)
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        add_size_arguments(parser)
 
-    def report(name: str, pictures: ImageGroups, cost: dict[str, float]) -> float:
-        overall = summarize_scores(items, score_pictures(task, items, pictures), a.seed).overall.overall
-        fid, kid = distances([picture for row in pictures for picture in row])
-        figures = {"scenes": overall, "fid": fid, "kid": kid} | cost
-        print(
-            f"{name:<24}" + "".join(f"{figures[c]:>16.4g}" if c in figures else " " * 16 for c in columns), flush=True
-        )
-        rows.extend({"name": f"{name}: {c}", "value": v, "unit": units[c]} for c, v in figures.items())
+    @classmethod
+    def create(cls, run: EvaluationRun) -> Self:
+        scenes = ScenesTask.create(run)
+        return cls(scenes, SceneRenderer(scenes.detector.config.image_size), run.args.images, run.args.seed)
+
+    def run(self, run: EvaluationRun) -> Report:
+        engine, examples = run.engine, self.examples
+        true = baselines.oracle_images(examples, self.n, self.seed, self.renderer)
+        distances = FeatureDistances(self.scenes.detector, [image for row in true for image in row])
+        print(f"{'':<24}" + "".join(f"{column:>16}" for column in UNITS), flush=True)
+        references = baselines.oracle_images(examples, self.n, self.seed + 1, self.renderer)
+        self._report("true pictures", references, distances)
+        reconstructions = baselines.reconstruct_images(engine.model.image_tokenizer, references)
+        self._report("through the codes", reconstructions, distances)
+        overall, sheet_rows = {}, []
+        for name, options in self._generators(run):
+            batch, more = run.args.batch, {"generator": name, **options}
+            images = generate_outputs(engine, self.scenes, examples, self.n, batch, self.seed, **more)
+            cost = measure_cost(engine, name, [str(example.prompt) for example in examples], **options)
+            overall[name] = self._report(name, images, distances, cost)
+            sheet_rows.append([images[i][0] for i in range(0, len(examples), max(1, len(examples) // 18))])
+        if run.args.out:
+            sheet = image_grid([image for row in sheet_rows for image in row], 0, len(sheet_rows[0]))
+            save_image(make_folder(run.args.out) / "generators.png", sheet)
+        details = {
+            "prompts": len(examples),
+            "images": self.n,
+            "features": "scene-detector, means at stride 16",
+        }
+        return Report(float(np.max(list(overall.values()))), overall, self.rows, details)
+
+    def _generators(self, run: EvaluationRun) -> list[tuple[str, dict[str, Any]]]:
+        """The generators to be compared, each with those of the given options that it takes."""
+        options = run.options
+        if "generator" in options:
+            return [(options.pop("generator"), options)]
+        names = run.engine.info()["generators"]
+        if len(names) == 1:
+            return [(names[0], options)]
+        takes = {name: {"guidance", *run.engine.model.generators[name].takes} for name in names}
+        return [(name, {key: value for key, value in options.items() if key in takes[name]}) for name in names]
+
+    def _report(
+        self, name: str, images: ImageGroups, distances: FeatureDistances, cost: dict[str, float] | None = None
+    ) -> float:
+        """Print and keep the figures of some images; their scenes score."""
+        scores = score_all(self.scenes, self.examples, images)
+        overall = summarize_scores(self.examples, scores, self.seed).overall.overall
+        fid, kid = distances([image for row in images for image in row])
+        figures = {"scenes": overall, "fid": fid, "kid": kid} | (cost or {})
+        cells = (f"{figures[column]:>16.4g}" if column in figures else " " * 16 for column in UNITS)
+        print(f"{name:<24}" + "".join(cells), flush=True)
+        self.rows += [{"name": f"{name}: {c}", "value": value, "unit": UNITS[c]} for c, value in figures.items()]
         return overall
-
-    reference_images = baselines.oracle_images(items, a.images, a.seed + 1, world)
-    report("true pictures", reference_images, {})
-    report("through the codes", baselines.reconstruct_images(engine.model.image_tokenizer, reference_images), {})
-    wanted = sampling_options(a)
-    names = [wanted.pop("generator")] if "generator" in wanted else engine.info()["generators"]
-    scores, sheet_rows = {}, []
-    for name in names:
-        options = dict(wanted)
-        if len(names) > 1:  # each takes what it can
-            options = {k: v for k, v in wanted.items() if k == "guidance" or k in engine.model.generators[name].takes}
-        pictures = generate_outputs(engine, task, items, a.images, a.batch, a.seed, generator=name, **options)
-        cost = measure_cost(engine, name, [str(item.prompt) for item in items], **options)
-        scores[name] = report(name, pictures, cost)
-        sheet_rows.append([pictures[i][0] for i in range(0, len(items), max(1, len(items) // 18))])
-    if a.out:
-        sheet = image_grid([picture for row in sheet_rows for picture in row], 0, len(sheet_rows[0]))
-        save_image(make_folder(a.out) / "generators.png", sheet)
-    if a.json:
-        write_report(
-            a.json,
-            command="unigen eval generators " + " ".join(args),
-            model=a.model,
-            overall=float(np.max(list(scores.values()))),
-            tasks=scores,
-            rows=rows,
-            seconds=time.perf_counter() - start,
-            prompts=len(items),
-            images=a.images,
-            features="scene-detector, means at stride 16",
-        )
-    return 0

@@ -8,34 +8,26 @@ Prompts are in the words of the captions, drawn from the world by seed, with 30%
 object and colour, of object and count) and a background in 25% of the prompts (50% of single objects). Beside the
 model's score stands the ladder: true pictures of the same prompts, their reconstructions by the model's tokenizer,
 the training pictures with the nearest captions, the model's pictures under other prompts, and what is found in noise
-and blends. Only the true pictures need the emoji font. Does not depend on engines beyond `generate_batch`."""
+and blends. Only the true pictures need the emoji font. Does not depend on: engines beyond `generate_batch`."""
 
 from __future__ import annotations
 
+import argparse
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from PIL import Image
 
-from unigen.config import write_report
 from unigen.evaluation import baselines, geneval
 from unigen.evaluation.baselines import ImageGroups
 from unigen.evaluation.detector import SceneDetections, SceneDetector, load_detector
-from unigen.evaluation.runner import (
-    OneLineParser,
-    generate_outputs,
-    load_engine,
-    make_parser,
-    parse_args,
-    sampling_options,
-    write_outputs,
-)
-from unigen.evaluation.task import Example, ScoreSummary, bootstrap_mean
-from unigen.limits import limit_argument as limited
+from unigen.evaluation.report import Report
+from unigen.evaluation.runner import EvaluationRun, GenerationTask, report_rows, score_all
+from unigen.evaluation.task import Example, Scores, ScoreSummary, bootstrap_mean
+from unigen.limits import limit_argument
 from unigen.media.pixels import to_pixels
 from unigen.toyworld.captions import Facts, caption
 from unigen.toyworld.scenes import (
@@ -52,15 +44,15 @@ from unigen.toyworld.scenes import (
 # ---------------------------------------------------------------- prompts
 
 
-def geneval_spec(tag: str, said: Facts) -> dict[str, Any]:
+def geneval_spec(tag: str, facts: Facts) -> dict[str, Any]:
     """GenEval's clauses for these facts. In `position` the reference (the second group) is clause 0."""
-    include: list[dict[str, Any]] = [{"class": name, "count": count} for name, _, count in said.groups]
-    for clause, (_, color, _) in zip(include, said.groups, strict=True):
+    include: list[dict[str, Any]] = [{"class": name, "count": count} for name, _, count in facts.groups]
+    for clause, (_, color, _) in zip(include, facts.groups, strict=True):
         if color is not None:
             clause["color"] = color
-    exclude = [{"class": name, "count": count + 1} for name, _, count in said.groups if tag == "counting"]
-    if said.relation is not None:
-        include = [include[1], include[0] | {"position": [said.relation, 0]}]
+    exclude = [{"class": name, "count": count + 1} for name, _, count in facts.groups if tag == "counting"]
+    if facts.relation is not None:
+        include = [include[1], include[0] | {"position": [facts.relation, 0]}]
     return {"tag": tag, "include": include, "exclude": exclude}
 
 
@@ -69,8 +61,8 @@ def _sample_request(tag: str, rng: np.random.Generator, index: int) -> tuple[tup
     names = list(OBJECT_EMOJI)
     a, b = (names[int(k)] for k in rng.choice(len(names), 2, replace=False))
 
-    def tint(name: str, *but: str | None) -> str:
-        colors = [color for color in allowed_colors(name) if color not in but]
+    def sample_color(name: str, *excluded: str | None) -> str:
+        colors = [color for color in allowed_colors(name) if color not in excluded]
         return colors[int(rng.integers(len(colors)))]
 
     if tag == "single_object":
@@ -78,22 +70,32 @@ def _sample_request(tag: str, rng: np.random.Generator, index: int) -> tuple[tup
     if tag == "counting":
         return ((a, None, int(rng.integers(2, MAX_COUNT + 1))),), None
     if tag == "colors":
-        return ((a, tint(a), 1),), None
+        return ((a, sample_color(a), 1),), None
     if tag == "color_attr":
-        first = tint(a)
-        return ((a, first, 1), (b, tint(b, first), 1)), None
+        first = sample_color(a)
+        return ((a, first, 1), (b, sample_color(b, first), 1)), None
     relation = RELATIONS[int(rng.integers(4))] if tag == "position" else None
     return ((a, None, 1), (b, None, 1)), relation
 
 
 def make_prompts(tag: str, count: int, seed: int) -> list[Example]:
-    """`count` different prompts of one of GenEval's tasks, always the same for a seed; 3 of 10 are held out where the
-    task has combinations. ValueError when there are not that many."""
+    """Different prompts of one of GenEval's tasks; 3 of 10 are held out where the task has combinations.
+
+    Args:
+        tag: the task, one of `geneval.TAGS`.
+        count: how many.
+        seed: the same seed gives the same prompts.
+
+    Returns:
+        The examples, with GenEval's clauses in their metadata.
+    Raises:
+        ValueError: when there are not that many.
+    """
     rng = np.random.default_rng((seed, geneval.TAGS.index(tag)))
     shuffle = rng.permutation(len(OBJECT_EMOJI))
-    items: dict[str, Example] = {}
+    examples: dict[str, Example] = {}
     for k in range(100 * count):
-        i = len(items)
+        i = len(examples)
         if i == count:
             break
         want = tag != "single_object" and i % 10 in (2, 5, 8)
@@ -108,86 +110,154 @@ def make_prompts(tag: str, count: int, seed: int) -> list[Example]:
             list(BACKGROUNDS)[int(rng.integers(len(BACKGROUNDS)))] if has_background or prompts_exhausted else None
         )
         facts = Facts(groups, background, relation)
-        meta = {"spec": geneval_spec(tag, facts), "background": background, "heldout": want, "groups": groups}
-        items.setdefault(caption(facts), Example(caption(facts), tag, meta | {"relation": relation}))
-    if len(items) < count:
-        raise ValueError(f"there are only {len(items)} different prompts for {tag}: ask for fewer than {count}")
-    return list(items.values())
+        metadata = {"spec": geneval_spec(tag, facts), "background": background, "heldout": want, "groups": groups}
+        examples.setdefault(caption(facts), Example(caption(facts), tag, metadata | {"relation": relation}))
+    if len(examples) < count:
+        raise ValueError(f"there are only {len(examples)} different prompts for {tag}: ask for fewer than {count}")
+    return list(examples.values())
 
 
 # ---------------------------------------------------------------- the task
 
+BASELINES = ("oracle", "reconstructions", "nearest", "shuffled")
+
 
 @dataclass
-class ScenesTask:
-    """GenEval on the rendered world: `count` prompts for each of the six tags."""
+class ScenesTask(GenerationTask[Image.Image]):
+    """GenEval on the rendered world."""
 
-    count: int = 100
+    prompts_per_tag: int = 100
+    """Prompts of each of the six tags."""
     seed: int = 0
+    """Of the prompts."""
     detector: SceneDetector = field(default_factory=load_detector)
-    output: Literal["image", "text"] = "image"
+    """Reads the images."""
 
-    def items(self) -> list[Example]:
-        return [item for tag in geneval.TAGS for item in make_prompts(tag, self.count, self.seed)]
+    description: ClassVar[str] = (
+        "Draw the prompts of GenEval's six tasks in the rendered world, and score the share of pictures in which a "
+        "detector finds what was asked for. Baselines are printed beside the model's score."
+    )
+    output: ClassVar[Literal["image", "text"]] = "image"
 
-    def detect(self, pictures: Sequence[Image.Image], batch: int = 128) -> list[SceneDetections]:
-        """What the detector finds in each picture, resized to the size that it was trained on."""
-        readings: list[SceneDetections] = []
-        for i in range(0, len(pictures), batch):
-            x_BCHW = to_pixels(pictures[i : i + batch], self.detector.config.image_size)
-            readings += self.detector.detect(
-                x_BCHW, min(self.detector.config.threshold, self.detector.config.count_threshold)
-            )
-        return readings
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        add_size_arguments(parser)
+        parser.add_argument(
+            "--candidates", type=limit_argument("candidates"), help="draw so many for each, keep the best as it reads"
+        )
+        group = parser.add_argument_group("the ladder (without any of these flags: the model and the whole ladder)")
+        group.add_argument("--oracle", action="store_true", help="only true pictures of the prompts; needs no model")
+        group.add_argument("--reconstructions", action="store_true", help="only true pictures through the tokenizer")
+        group.add_argument("--nearest", action="store_true", help="only training pictures with the nearest captions")
+        group.add_argument("--shuffled", action="store_true", help="the model, and its pictures under other prompts")
 
-    def judge(self, item: Example, reading: SceneDetections) -> dict[str, float]:
-        """correct: GenEval's verdict; strict: and no surplus object; share of the clauses that hold; background,
-        where the prompt names one."""
-        config, spec = self.detector.config, item.meta["spec"]
+    @classmethod
+    def create(cls, run: EvaluationRun) -> Self:
+        return cls(PROMPTS_PER_TAG[run.args.quick], run.args.seed)
+
+    def num_outputs(self, run: EvaluationRun) -> int:
+        return int(run.args.images)
+
+    def generation_options(self, run: EvaluationRun, example: Example) -> dict[str, Any]:
+        return {"candidates": run.args.candidates} if run.args.candidates else {}
+
+    def examples(self) -> list[Example]:
+        return [example for tag in geneval.TAGS for example in make_prompts(tag, self.prompts_per_tag, self.seed)]
+
+    def detect(self, images: Sequence[Image.Image], batch: int = 128) -> list[SceneDetections]:
+        """What the detector finds in each image, resized to the size that it was trained on."""
+        config, detections = self.detector.config, []
+        for i in range(0, len(images), batch):
+            x_BCHW = to_pixels(images[i : i + batch], config.image_size)
+            detections += self.detector.detect(x_BCHW, min(config.threshold, config.count_threshold))
+        return detections
+
+    def score_detections(self, example: Example, detections: SceneDetections) -> Scores:
+        """Score what was found in an image of an example.
+
+        Args:
+            example: what was asked for.
+            detections: what the detector found.
+
+        Returns:
+            "correct", GenEval's verdict; "strict", where there is no surplus object either; "share" of the clauses that
+            hold; "background", where the prompt names one.
+        """
+        config, spec = self.detector.config, example.metadata["spec"]
         threshold = config.count_threshold if spec["tag"] == "counting" else config.threshold
-        readings = geneval.group_by_class(reading.objects, threshold)
-        verdict = geneval.evaluate(spec, readings)
-        strict = verdict.correct and not geneval.count_surplus_objects(spec, readings)
-        scores = {"correct": float(verdict.correct), "strict": float(strict), "share": verdict.share}
-        if item.meta["background"] is not None:
-            scores["background"] = float(reading.background == item.meta["background"])
+        objects_by_class = geneval.group_by_class(detections.objects, threshold)
+        verdict = geneval.evaluate(spec, objects_by_class)
+        strict = verdict.correct and not geneval.count_surplus_objects(spec, objects_by_class)
+        scores = {"correct": float(verdict.correct), "strict": float(strict), "share": verdict.clause_share}
+        if example.metadata["background"] is not None:
+            scores["background"] = float(detections.background == example.metadata["background"])
         return scores
 
-    def score_batch(self, items: Sequence[Example], outputs: Sequence[Image.Image]) -> list[dict[str, float]]:
-        return [self.judge(item, reading) for item, reading in zip(items, self.detect(outputs), strict=True)]
+    def score_batch(self, examples: Sequence[Example], outputs: Sequence[Image.Image]) -> list[Scores]:
+        pairs = zip(examples, self.detect(outputs), strict=True)
+        return [self.score_detections(example, detections) for example, detections in pairs]
 
-    def score(self, item: Example, output: Image.Image) -> dict[str, float]:
-        return self.score_batch([item], [output])[0]
-
-    def reward(self, item: Example, output: Image.Image) -> float:
+    def reward(self, example: Example, output: Image.Image) -> float:
         """In [0, 1]: the mean of strict correctness, the share of clauses that hold and, where asked, the
         background."""
-        scores = self.score(item, output)
+        scores = self.score(example, output)
         return float(np.mean([scores[name] for name in ("strict", "share", "background") if name in scores]))
+
+    def false_positive_rate(self, images: Sequence[Image.Image]) -> float:
+        """The share of images in which any object is found, although there is none."""
+        threshold = self.detector.config.threshold
+        found = [any(one.score > threshold for one in detections.objects) for detections in self.detect(images)]
+        return float(np.mean(found))
+
+    def run(self, run: EvaluationRun) -> Report:
+        return _Comparison(self, run).run_all()
+
+
+PROMPTS_PER_TAG = {True: 20, False: 100}
+"""With --quick or not."""
+
+
+def add_size_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add how many prompts and images there are."""
+    parser.add_argument("--quick", action="store_true", help="20 prompts a task instead of 100")
+    parser.add_argument(
+        "--images", type=limit_argument("n"), default=4, metavar="N", help="pictures a prompt (default: 4)"
+    )
 
 
 @dataclass(frozen=True)
 class ScenesResult:
-    """Scores of one set of pictures. `heldout` and `seen` split `overall` by what training could show."""
+    """Scores of one set of images."""
 
     overall: ScoreSummary
     strict: ScoreSummary
-    seen: ScoreSummary | None
-    heldout: ScoreSummary | None
+    in_distribution: ScoreSummary | None
+    """Of prompts whose combinations training could show."""
+    held_out: ScoreSummary | None
+    """Of the others."""
     background: float | None
+    """The share of right backgrounds, where prompts name one."""
     best_of_n_correct: float
+    """The share of prompts of which any image is correct."""
 
 
-def summarize_scores(
-    items: Sequence[Example], scores: Sequence[Sequence[dict[str, float]]], seed: int = 0
-) -> ScenesResult:
-    """`scores[i]` are those of the pictures of item i. Overall = unweighted mean of the tags, as GenEval's."""
+def summarize_scores(examples: Sequence[Example], scores: Sequence[Sequence[Scores]], seed: int = 0) -> ScenesResult:
+    """The means of all scores.
 
-    def mean(name: str, heldout: bool | None = None) -> ScoreSummary | None:
+    Args:
+        examples: what was asked for.
+        scores: of the images of each example.
+        seed: of the intervals.
+
+    Returns:
+        The means; overall is the unweighted mean of the tags, as GenEval's.
+    """
+
+    def mean(name: str, held_out: bool | None = None) -> ScoreSummary | None:
         rows = [
-            (item.tag, [s[name] for s in row])
-            for item, row in zip(items, scores, strict=True)
-            if heldout is None or item.meta["heldout"] == heldout
+            (example.tag, [s[name] for s in row])
+            for example, row in zip(examples, scores, strict=True)
+            if held_out is None or example.metadata["heldout"] == held_out
         ]
         if not rows:
             return None
@@ -207,138 +277,116 @@ def summarize_scores(
     )
 
 
-def score_pictures(task: ScenesTask, items: Sequence[Example], pictures: ImageGroups) -> list[list[dict[str, float]]]:
-    """Scores grouped as the pictures are."""
-    flat = [(item, picture) for item, row in zip(items, pictures, strict=True) for picture in row]
-    scores = iter(task.score_batch([item for item, _ in flat], [picture for _, picture in flat]))
-    return [[next(scores) for _ in row] for row in pictures]
-
-
-def false_positive_rate(task: ScenesTask, pictures: Sequence[Image.Image]) -> float:
-    """The share of pictures in which any object is found, although there is none."""
-    threshold = task.detector.config.threshold
-    return float(np.mean([any(o.score > threshold for o in reading.objects) for reading in task.detect(pictures)]))
-
-
-# ---------------------------------------------------------------- the command
-
-PROMPTS_PER_TAG = {True: 20, False: 100}  # a task: --quick or not
-BASELINES = ("oracle", "reconstructions", "nearest", "shuffled")
-
-
-def arguments() -> OneLineParser:
-    parser = make_parser(
-        "scenes",
-        "Draw the prompts of GenEval's six tasks in the rendered world, and score the share of pictures in which a "
-        "detector finds what was asked for. Baselines are printed beside the model's score.",
-    )
-    parser.add_argument("--quick", action="store_true", help="20 prompts a task instead of 100")
-    parser.add_argument("--images", type=limited("n"), default=4, metavar="N", help="pictures a prompt (default: 4)")
-    parser.add_argument(
-        "--candidates", type=limited("candidates"), help="draw so many for each, keep the best as it reads"
-    )
-    group = parser.add_argument_group("the ladder (without any of these flags: the model and the whole ladder)")
-    group.add_argument("--oracle", action="store_true", help="only true pictures of the prompts; needs no model")
-    group.add_argument("--reconstructions", action="store_true", help="only true pictures through the tokenizer")
-    group.add_argument("--nearest", action="store_true", help="only training pictures with the nearest captions")
-    group.add_argument("--shuffled", action="store_true", help="the model, and its pictures under other prompts")
-    return parser
-
-
 def format_row(name: str, result: ScenesResult) -> str:
     tags = " ".join(f"{result.overall.tags[tag]:.3f}".rjust(len(tag)) for tag in geneval.TAGS)
     return f"{name:<16} {result.overall.overall:.3f} [{result.overall.low:.3f}, {result.overall.high:.3f}]  {tags}"
 
 
-def report_rows(name: str, result: ScenesResult, batch: int | None = None) -> list[dict[str, Any]]:
-    """The report's rows for one set of pictures."""
+def result_rows(name: str, result: ScenesResult, batch: int | None = None) -> list[dict[str, object]]:
+    """The report's rows for one set of images; batch: how many were generated at a time."""
     values = {
         "": result.overall.overall,
         "low": result.overall.low,
         "high": result.overall.high,
         "strict": result.strict.overall,
-        "seen": result.seen and result.seen.overall,
-        "heldout": result.heldout and result.heldout.overall,
+        "seen": None if result.in_distribution is None else result.in_distribution.overall,
+        "heldout": None if result.held_out is None else result.held_out.overall,
         "background": result.background,
         "any of a prompt": result.best_of_n_correct,
         **result.overall.tags,
     }
-    unit = {"unit": "share", "batch": batch}
+    unit: dict[str, object] = {"unit": "share", "batch": batch}
     return [{"name": f"{name} {key}".strip(), "value": v} | unit for key, v in values.items() if v is not None]
 
 
-def main(args: list[str], command: str = "") -> int:
-    """`unigen eval scenes ...`: print the table, write the report. ValueError for bad input."""
-    a = parse_args(arguments(), args)
-    start = time.perf_counter()
-    selected_baselines = [rung for rung in BASELINES if getattr(a, rung)]
-    rungs = selected_baselines or list(BASELINES)
-    with_model = not selected_baselines or "shuffled" in selected_baselines
-    task = ScenesTask(PROMPTS_PER_TAG[a.quick], a.seed)
-    items = task.items()
-    world: SceneRenderer | None = None
-    if set(rungs) & {"oracle", "reconstructions", "nearest"}:
+class _Comparison:
+    """The score of the model and of the baselines beside it.
+
+    Args:
+        task: scores images.
+        run: says which of the baselines are asked for.
+    """
+
+    def __init__(self, task: ScenesTask, run: EvaluationRun) -> None:
+        self.task, self.run, self.examples = task, run, task.examples()
+        selected = [name for name in BASELINES if getattr(run.args, name)]
+        self.is_selection = bool(selected)
+        self.names = selected or list(BASELINES)
+        self.with_model = not selected or "shuffled" in selected
+        self.results: dict[str, ScenesResult] = {}
+        self.renderer = self._make_renderer()
+
+    def run_all(self) -> Report:
+        """Score the model, then the baselines."""
+        task, run, examples = self.task, self.run, self.examples
+        if self.with_model or "reconstructions" in self.names:
+            _ = run.engine  # is loaded before the table begins
+        print(f"{'':<16} {'overall, 95% interval':<21}  {' '.join(geneval.TAGS)}", flush=True)
+        images: ImageGroups = []
+        if self.with_model:
+            images = task.generate_all(run, examples)
+            run.write_outputs(examples, images, self._report("model", images))
+        true: ImageGroups = []
+        if self.renderer is not None:
+            true = baselines.oracle_images(examples, run.args.images, run.args.seed, self.renderer)
+            self._report_rendered(self.renderer, true)
+        if "shuffled" in self.names and images:
+            self._report("shuffled", baselines.shuffle_images(examples, images, run.args.seed))
+        return self._summarize([row[0] for row in (true or images)])
+
+    def _make_renderer(self) -> SceneRenderer | None:
+        """What draws true images, where it is needed and there is a font. ValueError where it was asked for."""
+        if not set(self.names) & {"oracle", "reconstructions", "nearest"}:
+            return None
         try:
-            world = SceneRenderer(task.detector.config.image_size)
+            return SceneRenderer(self.task.detector.config.image_size)
         except ValueError as error:
-            if selected_baselines:
+            if self.is_selection:
                 raise
             print(f"left out: oracle, reconstructions and nearest training pictures ({error})", file=sys.stderr)
-    engine = load_engine(a) if with_model or "reconstructions" in rungs else None
+        return None
 
-    results: dict[str, ScenesResult] = {}
-    print(f"{'':<16} {'overall, 95% interval':<21}  {' '.join(geneval.TAGS)}", flush=True)
-
-    def report(name: str, pictures: ImageGroups) -> list[list[dict[str, float]]]:
-        scores = score_pictures(task, items, pictures)
-        results[name] = summarize_scores(items, scores, a.seed)
-        print(format_row(name, results[name]), flush=True)
+    def _report(self, name: str, images: ImageGroups) -> list[list[Scores]]:
+        scores = score_all(self.task, self.examples, images)
+        self.results[name] = summarize_scores(self.examples, scores, self.run.args.seed)
+        print(format_row(name, self.results[name]), flush=True)
         return scores
 
-    images: ImageGroups = []
-    if with_model:
-        options = sampling_options(a) | ({"candidates": a.candidates} if a.candidates else {})
-        images = generate_outputs(engine, task, items, a.images, a.batch, a.seed, **options)
-        scores = report("model", images)
-        if a.out:
-            write_outputs(a.out, items, images, scores)
-    true = baselines.oracle_images(items, a.images, a.seed, world) if world else []
-    if "oracle" in rungs and world:
-        report("oracle", true)
-    if "reconstructions" in rungs and world and engine is not None:
-        report("reconstructions", baselines.reconstruct_images(engine.model.image_tokenizer, true))
-    if "nearest" in rungs and world:
-        report("nearest", baselines.nearest_training_images(items, a.images, a.seed, world))
-    if "shuffled" in rungs and images:
-        report("shuffled", baselines.shuffle_images(items, images, a.seed))
+    def _report_rendered(self, renderer: SceneRenderer, true: ImageGroups) -> None:
+        """The baselines of rendered images."""
+        args = self.run.args
+        if "oracle" in self.names:
+            self._report("oracle", true)
+        if "reconstructions" in self.names:
+            model = self.run.local_model
+            if model is not None:
+                self._report("reconstructions", baselines.reconstruct_images(model.image_tokenizer, true))
+            elif self.is_selection:
+                raise ValueError(f"{self.run.model_name} has no image tokenizer here: leave --reconstructions out")
+            else:
+                print(f"left out: reconstructions ({self.run.model_name} has no image tokenizer here)", file=sys.stderr)
+        if "nearest" in self.names:
+            images = baselines.nearest_training_images(self.examples, args.images, args.seed, renderer)
+            self._report("nearest", images)
 
-    sample = [row[0] for row in (true or images)]
-    noise = baselines.noise_images(200, task.detector.config.image_size, np.random.default_rng(a.seed))
-    false_positive_rates = {
-        "noise": false_positive_rate(task, noise),
-        "blends": false_positive_rate(task, baselines.blend_images(sample)),
-    }
-    first = next(iter(results))
-    rows = [row for name, result in results.items() for row in report_rows(name, result, a.batch)]
-    rows += [
-        {"name": f"objects found in {name}", "value": v, "unit": "share"} for name, v in false_positive_rates.items()
-    ]
-    for row in report_rows(first, results[first]):
-        if row["name"].split()[-1] in ("strict", "seen", "heldout", "background", "prompt"):
-            print(f"{row['name']}: {row['value']:.3f}")
-    print(", ".join(f"objects found in {name}: {v:.3f} of the pictures" for name, v in false_positive_rates.items()))
-    if a.json:
-        overall = results[first].overall
-        write_report(
-            a.json,
-            command=command or "unigen eval scenes " + " ".join(args),
-            model=str(a.model) if with_model else first,
-            overall=overall.overall,
-            tasks=overall.tags,
-            rows=rows,
-            seconds=time.perf_counter() - start,
-            interval=[overall.low, overall.high],
-            prompts=overall.prompts,
-            images=a.images,
-        )
-    return 0
+    def _summarize(self, sample: list[Image.Image]) -> Report:
+        task, args = self.task, self.run.args
+        noise = baselines.noise_images(200, task.detector.config.image_size, np.random.default_rng(args.seed))
+        false_positives = {
+            "noise": task.false_positive_rate(noise),
+            "blends": task.false_positive_rate(baselines.blend_images(sample)),
+        }
+        first = next(iter(self.results))
+        for row in result_rows(first, self.results[first]):
+            if str(row["name"]).split()[-1] in ("strict", "seen", "heldout", "background", "prompt"):
+                print(f"{row['name']}: {row['value']:.3f}")
+        print(", ".join(f"objects found in {name}: {v:.3f} of the pictures" for name, v in false_positives.items()))
+        rows = [row for name, result in self.results.items() for row in result_rows(name, result, args.batch)]
+        rows += report_rows({f"objects found in {name}": value for name, value in false_positives.items()}, "share")
+        overall = self.results[first].overall
+        details = {
+            "interval": [overall.low, overall.high],
+            "prompts": overall.num_prompts,
+            "images": args.images,
+        }
+        return Report(overall.overall, overall.tags, rows, details, None if self.with_model else first)

@@ -9,31 +9,27 @@ without the final stop. Needs the emoji font. Does not depend on engines beyond 
 
 from __future__ import annotations
 
-import time
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from PIL import Image
 
-from unigen.config import write_report
-from unigen.evaluation.runner import (
-    OneLineParser,
-    generate_outputs,
-    load_engine,
-    make_parser,
-    parse_args,
-    sampling_options,
-    write_outputs,
-)
-from unigen.evaluation.task import Example, bootstrap_mean
+from unigen.evaluation.report import Report
+from unigen.evaluation.runner import EvaluationRun, GenerationTask, report_rows
+from unigen.evaluation.task import Example, Scores, bootstrap_mean
 from unigen.inference.scoring import CAPTION_PROMPT
-from unigen.limits import limit_argument as limited
+from unigen.limits import limit_argument
 from unigen.toyworld.captions import Facts, compare_facts, extract_facts, parse_caption
 from unigen.toyworld.language import questions
 from unigen.toyworld.scenes import Scene, SceneRenderer, sample_scene, spatial_relations
 
+DEFAULT_IMAGE_SIZE = 64
+"""Pixels along a side of scenes for an engine that reads images of any size."""
+MAX_TOKENS = 96
+"""Of a caption or an answer."""
 _STREAM = 7_700_000  # keeps these scenes apart from those of any training seed
 
 
@@ -43,11 +39,20 @@ def relation_table(scene: Scene) -> dict[str, list[str]]:
     return {f"{a.name}|{b.name}": list(spatial_relations(a, b)) for a in single for b in single if a is not b}
 
 
-def score_caption(text: str, true: Facts, relations: dict[str, list[str]]) -> dict[str, float]:
-    """1 or 0 for each attribute, and `correct` when all are right: the same objects, counts and colours, the right
-    background (captions state it: a missing one is wrong), and a relation, if stated, that is true."""
+def score_caption(text: str, target: Facts, relations: dict[str, list[str]]) -> Scores:
+    """Score each attribute of a caption: the same objects, counts and colours, the right background (captions state it:
+    a missing one is wrong), and a relation, if stated, that is true.
+
+    Args:
+        text: the caption.
+        target: the scene's facts.
+        relations: `relation_table` of the scene.
+
+    Returns:
+        1 or 0 for each attribute, and "correct" where all are right.
+    """
     caption_facts = parse_caption(text)
-    correct_attributes = compare_facts(caption_facts, true)
+    correct_attributes = compare_facts(caption_facts, target)
     correct_attributes["relation"] = True
     if caption_facts.relation is not None:
         (a, _, m), (b, _, n) = caption_facts.groups[:2]
@@ -62,59 +67,123 @@ def normalize_answer(text: str) -> str:
 
 
 @dataclass
-class UnderstandingTask:
-    """`count` scenes, one caption and up to `asked` questions each. heldout: do they hold a held-out combination? None:
-    every second one."""
+class UnderstandingTask(GenerationTask[str]):
+    """Rendered scenes, one caption and some questions each."""
 
-    world: SceneRenderer
+    renderer: SceneRenderer
+    """Draws the scenes."""
     count: int = 500
+    """Scenes."""
     seed: int = 0
-    heldout: bool | None = None
-    asked: int = 3
-    output: Literal["image", "text"] = "text"
+    """Of the scenes and the questions."""
+    held_out: bool | None = None
+    """Whether they hold a held-out combination; None: every second one."""
+    questions_per_scene: int = 3
+    """Questions of a scene, at most."""
+    candidates: int | None = None
+    """Captions of which the best is taken; None is as the model's template says."""
 
-    def items(self) -> list[Example]:
+    description: ClassVar[str] = (
+        "Caption rendered scenes and answer questions about them: the share of captions with every attribute right, "
+        "and of right answers."
+    )
+    output: ClassVar[Literal["image", "text"]] = "text"
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--count", type=limit_argument("count"), default=500, help="scenes (default: 500)")
+        parser.add_argument(
+            "--candidates",
+            type=limit_argument("candidates"),
+            help="captions to choose from (default: as `unigen describe`)",
+        )
+        parser.add_argument("--heldout", action="store_true", help="only scenes with a held-out combination")
+
+    @classmethod
+    def create(cls, run: EvaluationRun) -> Self:
+        model, args = run.local_model, run.args
+        size = DEFAULT_IMAGE_SIZE if model is None else model.image_tokenizer.image_size
+        return cls(SceneRenderer(size), args.count, args.seed, args.heldout or None, candidates=args.candidates)
+
+    def examples(self) -> list[Example]:
         examples: list[Example] = []
         for i in range(self.count):
             rng = np.random.default_rng((self.seed, _STREAM, i))
-            heldout = i % 2 == 1 if self.heldout is None else self.heldout
-            scene = sample_scene(rng, self.world.size, heldout=heldout)
-            picture = Image.fromarray(self.world.render(scene).image)
-            true = extract_facts(scene)
-            meta: dict[str, Any] = {"groups": true.groups, "background": true.background, "relation": true.relation}
-            meta |= {"heldout": heldout, "relations": relation_table(scene)}
-            examples.append(Example([picture, CAPTION_PROMPT], "caption", meta))
-            for qa in questions(scene, rng)[: self.asked]:
-                examples.append(Example([picture, qa.question], qa.kind, {"answer": qa.answer, "heldout": heldout}))
+            held_out = i % 2 == 1 if self.held_out is None else self.held_out
+            scene = sample_scene(rng, self.renderer.size, heldout=held_out)
+            image = Image.fromarray(self.renderer.render(scene).image)
+            facts = extract_facts(scene)
+            metadata: dict[str, Any] = {
+                "groups": facts.groups,
+                "background": facts.background,
+                "relation": facts.relation,
+                "heldout": held_out,
+                "relations": relation_table(scene),
+            }
+            examples.append(Example([image, CAPTION_PROMPT], "caption", metadata))
+            for qa in questions(scene, rng)[: self.questions_per_scene]:
+                examples.append(Example([image, qa.question], qa.kind, {"answer": qa.answer, "heldout": held_out}))
         return examples
 
-    def score(self, item: Example, output: str) -> dict[str, float]:
-        if item.tag != "caption":
-            return {"correct": float(normalize_answer(output) == normalize_answer(item.meta["answer"]))}
-        true = Facts(tuple(tuple(g) for g in item.meta["groups"]), item.meta["background"], item.meta["relation"])
-        return score_caption(output, true, item.meta["relations"])
+    def generation_options(self, run: EvaluationRun, example: Example) -> dict[str, Any]:
+        candidates = 1
+        if example.tag == "caption":
+            model = run.local_model
+            candidates = self.candidates or (1 if model is None else model.template.num_candidates)
+        return {"max_tokens": MAX_TOKENS, **({"candidates": candidates} if candidates > 1 else {})}
 
-    def score_batch(self, items: Sequence[Example], outputs: Sequence[str]) -> list[dict[str, float]]:
-        return [self.score(item, output) for item, output in zip(items, outputs, strict=True)]
+    def score_batch(self, examples: Sequence[Example], outputs: Sequence[str]) -> list[Scores]:
+        return [self._score(example, output) for example, output in zip(examples, outputs, strict=True)]
 
-    def reward(self, item: Example, output: str) -> float:
+    def _score(self, example: Example, output: str) -> Scores:
+        metadata = example.metadata
+        if example.tag != "caption":
+            return {"correct": float(normalize_answer(output) == normalize_answer(metadata["answer"]))}
+        target = Facts(tuple(tuple(g) for g in metadata["groups"]), metadata["background"], metadata["relation"])
+        return score_caption(output, target, metadata["relations"])
+
+    def reward(self, example: Example, output: str) -> float:
         """In [0, 1]: the share of attributes that are right, or whether the answer is."""
-        scores = self.score(item, output)
-        return float(np.mean([value for name, value in scores.items() if name != "correct" or item.tag != "caption"]))
+        scores = self.score(example, output)
+        values = [value for name, value in scores.items() if name != "correct" or example.tag != "caption"]
+        return float(np.mean(values))
+
+    def summarize(
+        self, run: EvaluationRun, examples: Sequence[Example], outputs: list[list[str]], scores: list[list[Scores]]
+    ) -> Report:
+        figures = summarize_scores(examples, [row[0] for row in scores], self.seed)
+        for name, (mean, low, high) in figures.items():
+            print(f"{name:<24} {mean:.3f} [{low:.3f}, {high:.3f}]")
+        means = {name: mean for name, (mean, _, _) in figures.items()}
+        intervals = {name: [low, high] for name, (_, low, high) in figures.items()}
+        return Report(
+            float(np.mean([means["captions"], means["questions"]])),
+            means,
+            report_rows(means, "share", run.args.batch),
+            {"intervals": intervals, "pictures": self.count},
+        )
 
 
-def summarise(
-    items: Sequence[Example], scores: Sequence[dict[str, float]], seed: int = 0
+def summarize_scores(
+    examples: Sequence[Example], scores: Sequence[Scores], seed: int = 0
 ) -> dict[str, tuple[float, float, float]]:
-    """{name: (mean, low, high)}: captions and questions of plain and of held-out scenes, each attribute, each kind of
-    question."""
+    """Means of captions and questions of plain and of held-out scenes, of each attribute, each kind of question.
+
+    Args:
+        examples: what was asked for.
+        scores: of the output of each.
+        seed: of the intervals.
+
+    Returns:
+        Mean, low and high by name.
+    """
     sets: dict[str, list[float]] = {}
-    for item, score in zip(items, scores, strict=True):
-        task_name = "captions" if item.tag == "caption" else "questions"
-        kind = "heldout" if item.meta["heldout"] else "plain"
+    for example, score in zip(examples, scores, strict=True):
+        task_name = "captions" if example.tag == "caption" else "questions"
+        kind = "heldout" if example.metadata["heldout"] else "plain"
         sets.setdefault(task_name, []).append(score["correct"])
         sets.setdefault(f"{task_name} {kind}", []).append(score["correct"])
-        parts = {k: v for k, v in score.items() if k != "correct"} or {item.tag: score["correct"]}
+        parts = {k: v for k, v in score.items() if k != "correct"} or {example.tag: score["correct"]}
         for name, value in parts.items():
             sets.setdefault(f"{task_name}: {name}", []).append(value)
     rng = np.random.default_rng(seed)
@@ -123,55 +192,3 @@ def summarise(
         mean = bootstrap_mean([name] * len(sets[name]), [[v] for v in sets[name]], rng)
         figures[name] = (mean.overall, mean.low, mean.high)
     return figures
-
-
-def arguments() -> OneLineParser:
-    parser = make_parser(
-        "understanding",
-        "Caption rendered scenes and answer questions about them: the share of captions with every attribute right, "
-        "and of right answers.",
-    )
-    parser.add_argument("--count", type=limited("count"), default=500, help="scenes (default: 500)")
-    parser.add_argument(
-        "--candidates", type=limited("candidates"), help="captions to choose from (default: as `unigen describe`)"
-    )
-    parser.add_argument("--heldout", action="store_true", help="only scenes with a held-out combination")
-    return parser
-
-
-def main(args: list[str]) -> int:
-    """`unigen eval understanding ...`. ValueError for bad input."""
-    a = parse_args(arguments(), args)
-    start = time.perf_counter()
-    engine = load_engine(a)
-    task = UnderstandingTask(SceneRenderer(engine.model.image_tokenizer.image_size), a.count, a.seed, a.heldout or None)
-    items = task.items()
-    options: dict[str, Any] = {"max_tokens": 96} | sampling_options(a)
-    captions = {"candidates": engine.model.template.num_candidates if a.candidates is None else a.candidates}
-    outputs: list[list[Any]] = [[] for _ in items]
-    for is_caption, more in ((True, captions), (False, {})):
-        numbers = [k for k, item in enumerate(items) if (item.tag == "caption") == is_caption]
-        group_outputs = generate_outputs(
-            engine, task, [items[k] for k in numbers], 1, a.batch, a.seed, **options, **more
-        )
-        for k, output in zip(numbers, group_outputs, strict=True):
-            outputs[k] = output
-    scores = task.score_batch(items, [row[0] for row in outputs])
-    figures = summarise(items, scores, a.seed)
-    for name, (mean, low, high) in figures.items():
-        print(f"{name:<24} {mean:.3f} [{low:.3f}, {high:.3f}]")
-    if a.out:
-        write_outputs(a.out, items, outputs, [[s] for s in scores])
-    if a.json:
-        write_report(
-            a.json,
-            command="unigen eval understanding " + " ".join(args),
-            model=a.model,
-            overall=float(np.mean([figures["captions"][0], figures["questions"][0]])),
-            tasks={name: mean for name, (mean, _, _) in figures.items()},
-            rows=[{"name": n, "value": m, "unit": "share", "batch": a.batch} for n, (m, _, _) in figures.items()],
-            seconds=time.perf_counter() - start,
-            intervals={name: [low, high] for name, (_, low, high) in figures.items()},
-            pictures=a.count,
-        )
-    return 0
