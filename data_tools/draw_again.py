@@ -73,8 +73,8 @@ def scale_hidden_states(model: Any, prompts: list[str], codes_NP: Tensor, blind:
         chat = Document([Segment(text=prompt), Segment(image=codes_P, role="assistant")])
         rows.append([model.template.encode(chat, uncond=blind, generator=GENERATOR)])
     batch = model.insert_image_ids(pack(rows, max(len(tokens) for (tokens,) in rows), model.image_tokenizer.image_size))
-    embeds_BLD, targets = model.heads[GENERATOR].prepare(model, batch, model.embed(batch.ids_BL), torch.Generator())
-    return model.hidden_states(batch, embeds_BLD), targets
+    spans, targets = model.heads[GENERATOR].prepare(model, batch, torch.Generator())
+    return model.hidden_states(batch, spans), targets
 
 
 @one_line_errors

@@ -318,7 +318,7 @@ def collate(examples: Sequence[tuple[Tokens, Tensor]]) -> ConditionedBatch:
 
 
 def flow_objective(flow: Flow, given: ConditionedBatch, rng: torch.Generator) -> LossSums:
-    _, targets = flow.prepare(None, given.batch, given.states_BLD, rng)  # type: ignore[arg-type]
+    _, targets = flow.prepare(None, given.batch, rng)  # type: ignore[arg-type]
     costs_M = flow.loss(None, given.batch, given.states_BLD, targets)  # type: ignore[arg-type]
     return {"flow": (costs_M.sum(), len(costs_M))}
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from unigen.document import Document
 from unigen.inference.segments import MAX_CHARS_PER_POSITION
-from unigen.model.unified import VisionEncoder
+from unigen.model.readers import VisionEncoder
 
 
 def test_what_is_far_too_long_is_never_read(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,13 +44,13 @@ def test_pictures_that_are_seen_as_features_are_counted_before(engine: Any, monk
     model, seen = engine.model, []
 
     class Eyes(VisionEncoder):
-        positions = 100
+        num_tokens = 100
 
-        def features(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-            seen.append(len(x_BCHW))
+        def forward(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
+            seen.append(len(pixels_NCHW))
             raise ValueError("seen")
 
-    monkeypatch.setattr(model, "sight", Eyes())
+    monkeypatch.setattr(model, "vision_encoder", Eyes())
     picture, most = Image.new("RGB", (16, 16)), model.max_length // 100
     assert most >= 2
     with pytest.raises(ValueError, match=f"{most + 1} pictures, the model reads {model.max_length:,} positions"):

@@ -163,6 +163,20 @@ class Batch:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class InputSpan:
+    """What some positions of packed rows or of a step read, and how far they see."""
+
+    rows: Tensor | int
+    """Rows (M, 1) of M spans, or the row of one span."""
+    positions: Tensor | slice
+    """Positions (M, P) in these rows, or those of one span."""
+    embeds: Tensor | None = None
+    """Vectors (M, P, D) or (P, D) that are read in place of embeddings of ids; None: the ids are read."""
+    attend_until: Tensor | int | None = None
+    """The last position of its row that each position sees, (M, P) or (P,); None: each sees those before it."""
+
+
 def pack(rows: Sequence[Sequence[Tokens]], length: int, image_size: int) -> Batch:
     """Lay documents end to end, each list of them in a row of `length` positions.
 

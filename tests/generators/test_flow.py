@@ -113,10 +113,8 @@ def test_a_step_in_the_backbone_is_that_of_training(tiny_folder: Path, monkeypat
 
     def packed(x: Tensor, t: Tensor) -> Tensor:
         monkeypatch.setattr(head, "add_noise", lambda *args: (x, t, x))
-        embeds_BLD, targets = head.prepare(
-            model, model.insert_image_ids(batch), model.embed(model.insert_image_ids(batch).ids_BL), None
-        )
-        head.loss(model, batch, model.hidden_states(model.insert_image_ids(batch), embeds_BLD), targets)
+        spans, targets = head.prepare(model, model.insert_image_ids(batch), None)
+        head.loss(model, batch, model.hidden_states(model.insert_image_ids(batch), spans), targets)
         return said[-1]
 
     for (x, t), expected in list(zip(read, said, strict=True)):
@@ -147,8 +145,8 @@ def test_a_token_is_drawn_from_the_state_of_training(tiny_folder: Path, monkeypa
         pack([[model.template.encode(whole), model.template.encode(whole, generator="token-flow")]], 256, 16)
     )
     monkeypatch.setattr(head, "encoded", lambda *args: latents[0])
-    embeds_BLD, targets = head.prepare(model, batch, model.embed(batch.ids_BL), torch.Generator())
-    head.loss(model, batch, model.hidden_states(batch, embeds_BLD), targets)
+    spans, targets = head.prepare(model, batch, torch.Generator())
+    head.loss(model, batch, model.hidden_states(batch, spans), targets)
     packed = seen[-1].unflatten(0, (4, -1))[:, 0]
     torch.testing.assert_close(packed, sampled, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(packed.roll(1, 0), sampled, atol=1e-3)
@@ -195,9 +193,8 @@ def test_the_target_is_noise_less_data(tiny_folder: Path) -> None:
     model = load(tiny_folder)
     flow = model.heads["flow"]
     batch = pack([[model.template.encode(chat("a dog", PICTURES[0]), generator="flow")]], 32, 16)
-    embeds_BLD = model.embed(batch.ids_BL)
-    same, (mixed, t, target) = flow.prepare(model, batch, embeds_BLD, torch.Generator().manual_seed(3))
-    assert same is embeds_BLD and len(t) == NOISE_SAMPLES_PER_IMAGE == len(t.unique()) and 0 < t.min() and t.max() < 1
+    spans, (mixed, t, target) = flow.prepare(model, batch, torch.Generator().manual_seed(3))
+    assert not spans and len(t) == NOISE_SAMPLES_PER_IMAGE == len(t.unique()) and 0 < t.min() and t.max() < 1
     data, t = flow.tokenizer.encode(batch.images).expand_as(mixed), t[:, None, None, None]
     torch.testing.assert_close(mixed - t * target, data)  # x_t - t (noise - data) = data
     torch.testing.assert_close(mixed + (1 - t) * target, target + data)

@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from unigen.batch import pack
+from unigen.batch import InputSpan, pack
 from unigen.document import Document, Segment
 from unigen.generators.masked import mask_schedule
 from unigen.inference.engine import Engine
 from unigen.inference.inpainting import square_crop_box
-from unigen.model.unified import GeneratorDict
+from unigen.model.generators import GeneratorDict
 from unigen.nn.attention import packed_mask
 
 
@@ -56,16 +56,16 @@ def test_inside_the_picture_all_see_all(engine: Engine) -> None:
         pack([[model.template.encode(chat, generator="masked"), model.template.encode(chat)]], 40, 16)
     )
     hidden_BLD = model.hidden_states(batch)
-    embeds_BLD = model.embed(batch.ids_BL)
-    mask = packed_mask(batch.segments_BL, model.attend_until(batch))
+    inputs = model.batch_inputs(batch)
+    mask = packed_mask(batch.segments_BL, inputs.attend_until_BL)
     real = batch.segments_BL > 0
-    full_BLD = model.backbone.hidden(embeds_BLD, batch.positions_BL, mask)
+    full_BLD = model.backbone.hidden(inputs.embeds_BLD, batch.positions_BL, mask)
     torch.testing.assert_close(hidden_BLD[real], full_BLD[real], atol=1e-5, rtol=1e-4)
     for writer, sees in (("masked", True), ("next-token", False)):
         [row], at = (x[0] for x in batch.places(batch.images_of(writer)))
-        other = embeds_BLD.clone()
-        other[row, at[-1]] += 1.0
-        moved = model.hidden_states(batch, other) - hidden_BLD
+        last = int(at[-1])
+        other = InputSpan(int(row), slice(last, last + 1), inputs.embeds_BLD[row, last] + 1.0)
+        moved = model.hidden_states(batch, [other]) - hidden_BLD
         assert bool(moved[row, at[0]].abs().max() > 1e-4) == sees
         assert moved[row, at[0] - 1].abs().max() < 1e-6  # the begin token never sees the picture
 

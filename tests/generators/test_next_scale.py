@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from unigen.batch import pack
+from unigen.batch import InputSpan, pack
 from unigen.document import Document, Segment
 from unigen.generators.next_scale import NextScale
 from unigen.inference.engine import Engine
@@ -66,8 +66,8 @@ def test_the_cache_of_scales_equals_teacher_forcing(engine: Engine, monkeypatch:
     batch = pack([[model.template.encode(chat(), generator="next-scale")]], 64, 32)
     logits: list[Tensor] = []
     hook = head.head.register_forward_hook(lambda module, inputs, output: logits.append(output))
-    embeds_BLD, targets = head.prepare(model, batch, model.embed(batch.ids_BL), torch.Generator())
-    head.loss(model, batch, model.hidden_states(batch, embeds_BLD), targets)
+    spans, targets = head.prepare(model, batch, torch.Generator())
+    head.loss(model, batch, model.hidden_states(batch, spans), targets)
     hook.remove()
     assert torch.equal(logits[0][0].argmax(-1), written[0])
 
@@ -77,18 +77,17 @@ def test_mistakes_are_read_and_mended(engine: Engine) -> None:
     """With mistakes later scales read another picture and have other targets; the first scale's are the true ones."""
     model, head = engine.model, engine.model.heads["next-scale"]
     batch = pack([[model.template.encode(chat(), generator="next-scale")] for _ in range(20)], 64, 32)
-    embeds_BLD = model.embed(batch.ids_BL)
-    plain_BLD, (rows_M1, at_MP, plain_MP) = head.prepare(model, batch, embeds_BLD, torch.Generator().manual_seed(0))
+    [plain], (rows_M1, at_MP, plain_MP) = head.prepare(model, batch, torch.Generator().manual_seed(0))
     try:
         head.mistakes = 0.9
-        read_BLD, (_, _, codes_MP) = head.prepare(model, batch, embeds_BLD, torch.Generator().manual_seed(0))
+        [read], (_, _, codes_MP) = head.prepare(model, batch, torch.Generator().manual_seed(0))
     finally:
         head.mistakes = 0.0
     assert torch.equal(codes_MP[:, :1], plain_MP[:, :1]) and (codes_MP != plain_MP).any(1).float().mean() > 0.5
-    changed_M = (read_BLD - plain_BLD)[rows_M1, at_MP].abs().amax((1, 2)) > 1e-4
+    changed_M = (read.embeds - plain.embeds).abs().amax((1, 2)) > 1e-4
     assert changed_M.float().mean() > 0.5
-    plain_BLD[rows_M1, at_MP] = read_BLD[rows_M1, at_MP]
-    assert torch.equal(plain_BLD, read_BLD)  # nothing else is touched
+    for span in (plain, read):  # nothing else is touched
+        assert torch.equal(span.rows, rows_M1) and torch.equal(span.positions, at_MP) and span.attend_until is None
 
 
 @torch.inference_mode()
@@ -96,19 +95,17 @@ def test_a_scale_sees_itself_and_those_before(engine: Engine) -> None:
     model = engine.model
     batch = pack([[model.template.encode(chat(), generator="next-scale")]], 64, 32)
     rng = torch.Generator()
-    embeds_BLD, _ = model.heads["next-scale"].prepare(model, batch, model.embed(batch.ids_BL), rng)
-    hidden_BLD = model.hidden_states(batch, embeds_BLD)
-    full_BLD = model.backbone.hidden(
-        embeds_BLD, batch.positions_BL, packed_mask(batch.segments_BL, model.attend_until(batch))
-    )
+    spans, _ = model.heads["next-scale"].prepare(model, batch, rng)
+    hidden_BLD, inputs = model.hidden_states(batch, spans), model.batch_inputs(batch, spans)
+    mask = packed_mask(batch.segments_BL, inputs.attend_until_BL)
+    full_BLD = model.backbone.hidden(inputs.embeds_BLD, batch.positions_BL, mask)
     real = batch.segments_BL > 0
     torch.testing.assert_close(hidden_BLD[real], full_BLD[real], atol=1e-5, rtol=1e-4)
     [row], at = (x[0] for x in batch.places(batch.images_of("next-scale")))
     second, third = at[:4], at[4:]
     for moved, same, other in ((second[-1], at[:1] - 1, at), (third[-1], second, third)):
-        changed = embeds_BLD.clone()
-        changed[row, moved] += 1.0
-        difference = (model.hidden_states(batch, changed) - hidden_BLD)[row].abs().amax(-1)
+        changed = InputSpan(int(row), slice(int(moved), int(moved) + 1), inputs.embeds_BLD[row, moved] + 1.0)
+        difference = (model.hidden_states(batch, [*spans, changed]) - hidden_BLD)[row].abs().amax(-1)
         assert difference[same].max() < 1e-6 and difference[other].min() > 1e-6
 
 
@@ -135,7 +132,7 @@ def test_it_needs_pixels_and_a_first_scale_of_one(engine: Engine) -> None:
     codes = Document([Segment(text="a dog"), Segment(image=torch.zeros(4, 4, dtype=torch.int64), role="assistant")])
     batch = pack([[model.template.encode(codes, generator="next-scale")]], 64, 32)
     with pytest.raises(ValueError, match="learns from pixels"):
-        model.heads["next-scale"].prepare(model, batch, model.embed(batch.ids_BL), torch.Generator())
+        model.heads["next-scale"].prepare(model, batch, torch.Generator())
     with pytest.raises(ValueError, match="needs a multi-scale tokenizer"):
         NextScale(VQTokenizer(VQConfig(image_size=32)), 8)
     with pytest.raises(ValueError, match="first scale is 1"):

@@ -27,8 +27,8 @@ def test_the_loss_is_that_of_its_order(tiny_folder: Path) -> None:
     batch = model.insert_image_ids(pack([[tokens]], len(tokens), 16))
     totals = set()
     for seed in range(4):
-        embeds_BLD, targets = head.prepare(model, batch, model.embed(batch.ids_BL), torch.Generator().manual_seed(seed))
-        nats_T = head.loss(model, batch, model.hidden_states(batch, embeds_BLD), targets)
+        spans, targets = head.prepare(model, batch, torch.Generator().manual_seed(seed))
+        nats_T = head.loss(model, batch, model.hidden_states(batch, spans), targets)
         order = torch.rand(1, 4, generator=torch.Generator().manual_seed(seed)).argsort(-1)[0].tolist()
         ids = [model.vocabulary.text_size + int(codes_hw.flatten()[place]) for place in order]
         begin = model.embed(batch.ids_BL[0, : tokens.spans[0][0]])

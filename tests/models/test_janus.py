@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 import unigen
 from tests.parity import janus as case
+from unigen.batch import Batch, pack
 from unigen.config import save_json
 from unigen.document import Document, Segment
 from unigen.hub.resolve import read_json
@@ -160,3 +161,56 @@ def test_what_it_refuses(folder: Path) -> None:
         engine.model.template.encode(Document([Segment(text="a"), Segment(text="b", role="assistant")]))
     with pytest.raises(ValueError, match="32x32 pixels alone"):
         engine.generate(case.PROMPT, size=(64, 64))
+
+
+QUESTION = [Image.new("RGB", (32, 20), "red"), "What is it"]
+
+
+def question_batch(model: Any) -> Batch:
+    """A question about a picture as a packed row, as training reads it."""
+    tokens = model.template.prompt(Document.of(QUESTION), output="text")
+    assert tokens.writers == ["vision"]
+    return pack([[tokens]], len(tokens) + 2, model.image_tokenizer.image_size)
+
+
+def test_training_reads_pictures_as_inference_does(folder: Path) -> None:
+    """One builder of inputs: hidden states of a packed row are those of the scheduler, and gradients reach the vision
+    encoder. The control: without its features the states are others."""
+    model = (engine := unigen.load(str(folder), "cpu")).model
+    batch = question_batch(model)
+    batch.images = model.preprocess_images(QUESTION[:1])
+    expected_SD = engine.states(QUESTION)
+    with torch.no_grad():
+        found_LD = model.hidden_states(model.insert_image_ids(batch))[0]
+        ids_only_LD = model.backbone.packed(model.embed(batch.ids_BL), batch.positions_BL, batch.segments_BL)[0]
+    torch.testing.assert_close(found_LD[: len(expected_SD)], expected_SD, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(ids_only_LD[: len(expected_SD)], expected_SD, atol=1e-3)
+    model.hidden_states(batch).square().sum().backward()
+    gradients = [weight.grad for weight in model.vision_encoder.parameters()]
+    assert any(gradient is not None and bool(gradient.abs().sum() > 0) for gradient in gradients)
+
+
+def test_features_of_a_picture_are_no_ids(folder: Path) -> None:
+    """Their positions hold id 0, which a penalty on repetition does not count. The control: it is among the ids."""
+    engine = unigen.load(str(folder), "cpu")
+    sequence = engine.running().new_sequence(engine.request(QUESTION, "text", repetition_penalty=1.5))
+    ids, [span] = sequence.pending_ids[0], sequence.prompt_spans[0]
+    assert set(ids[span.start : span.stop]) == {0} and len(span.features_PD) == span.stop - span.start
+    assert 0 not in ids[: span.start] + ids[span.stop :], "else this test shows nothing"
+    assert sequence.state is not None and sequence.state.span.before == frozenset(sequence.context_ids)
+    assert 0 not in sequence.context_ids and set(ids) - {0} <= {*sequence.context_ids, sequence.state.span.begin}
+    assert max(ids) < engine.model.vocabulary.size
+
+
+def test_a_folder_of_version_0_1(folder: Path, tmp_path: Path) -> None:
+    """Its vision encoder stands in another folder, and its weights have other names in checkpoints."""
+    convert(folder, tmp_path / "new")
+    assert not (tmp_path / "new" / "sight").exists()
+    first = unigen.load(str(tmp_path / "new"), "cpu")
+    (tmp_path / "new" / "vision_encoder").rename(tmp_path / "new" / "sight")
+    second = unigen.load(str(tmp_path / "new"), "cpu")
+    assert first.generate(QUESTION, "text", max_tokens=8) == second.generate(QUESTION, "text", max_tokens=8)
+    state = first.model.state_dict()
+    old_state = {name.replace("vision_encoder.", "sight.", 1): weight for name, weight in state.items()}
+    assert old_state.keys() != state.keys()
+    assert second.model.load_state_dict(old_state, strict=True)

@@ -80,7 +80,7 @@ def test_pictures_whose_features_are_not_finite_are_not_read(case: Any, public: 
     if "text" not in engine.outputs:
         return
     request = engine.request([picture, "what is it"], "text")
-    for weight in (model.sight or model.image_tokenizer).parameters():
+    for weight in (model.vision_encoder or model.image_tokenizer).parameters():
         weight.data.fill_(float("inf"))
     reason = "features of pictures of this model are not finite in float32: its checkpoint may be damaged"
     with pytest.raises(NonFiniteError, match=reason):
@@ -310,7 +310,7 @@ def test_captions_are_chosen_by_the_picture(public: Path, tmp_path: Path, capsys
     engine = unigen.load(str(public), "cpu")
     Image.new("RGB", (32, 32), "red").save(tmp_path / "in.png")
     where = ["--model", str(public), "--device", "cpu"]
-    able = "text" in engine.outputs and engine.model.sight is None and "next-token" in engine.model.generators
+    able = "text" in engine.outputs and engine.model.vision_encoder is None and "next-token" in engine.model.generators
     assert cli.main(["describe", str(tmp_path / "in.png"), "--candidates", "2", *where]) == (0 if able else 2)
     assert "Traceback" not in capsys.readouterr().err
 
@@ -355,7 +355,7 @@ def test_the_loss_is_of_what_is_drawn(case: Any, public: Path) -> None:
     batch = model.insert_image_ids(pack([[tokens]], len(tokens), width))
     with torch.no_grad():
         hidden_BLD = model.hidden_states(batch)
-        targets = generator.prepare(model, batch, model.embed(batch.ids_BL), torch.Generator())[1]
+        targets = generator.prepare(model, batch, torch.Generator())[1]
         nats = generator.loss(model, batch, hidden_BLD, targets)
     rows, at = targets.nonzero(as_tuple=True)
     coded = model.vocabulary.is_image(batch.ids_BL[rows, at])

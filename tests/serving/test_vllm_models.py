@@ -136,8 +136,8 @@ def test_janus(tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with on_vllm(tmp_path / "vllm", **tight) as engine:
         assert answers(engine, said + drawn) == wanted
         assert answers(engine, said) == wanted[: len(said)]  # found in the prefix cache
-        sight = engine.model.sight.features
-        monkeypatch.setattr(engine.model.sight, "features", lambda x_BCHW: sight(x_BCHW.flip(-1)))
+        encode = engine.model.vision_encoder.encode
+        monkeypatch.setattr(engine.model.vision_encoder, "encode", lambda pixels_NCHW: encode(pixels_NCHW.flip(-1)))
         assert answers(engine, said[:1]) != wanted[:1]
 
 

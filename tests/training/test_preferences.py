@@ -290,8 +290,8 @@ def test_next_scale_is_as_likely_as_its_codes(engine: Engine) -> None:
     head: Any = model.heads["next-scale"]
     for chat, found in zip(chats, found_2, strict=True):
         alone = pack([[encode(chat, generator="next-scale")]], 32, 16)
-        embeds_BLD, targets = head.prepare(model, alone, model.embed(alone.ids_BL), torch.Generator())
-        states_LD = model.hidden_states(alone, embeds_BLD)[0]
+        spans, targets = head.prepare(model, alone, torch.Generator())
+        states_LD = model.hidden_states(alone, spans)[0]
         begin = int(alone.spans_N3[0, 1]) - 1
         scores = head.head(states_LD[begin : begin + 5]).log_softmax(-1)
         opened = model.logits(states_LD[begin - 1]).log_softmax(-1)[alone.ids_BL[0, begin]]

@@ -18,7 +18,7 @@ import importlib.util
 import itertools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from unigen.inference.engine import Engine
 from unigen.inference.request import Request
 from unigen.inference.scheduler import Scheduler
 from unigen.inference.sequence import SequenceState
+from unigen.model.inputs import PromptSpan
 from unigen.model.template import Output
 from unigen.model.unified import UnifiedModel
 
@@ -140,7 +141,9 @@ class VllmEngine(Engine):
         self.dtype = next(model.backbone.parameters()).dtype
         for weight in () if self.local else model.backbone.parameters():  # vLLM has its own
             weight.data = weight.new_empty(0)
-        self.llm = create_llm_engine(folder, self.dtype, model.max_length, options, features=model.sight is not None)
+        self.llm = create_llm_engine(
+            folder, self.dtype, model.max_length, options, features=model.vision_encoder is not None
+        )
         vllm = self.llm.vllm_config
         # what vLLM holds is the context now, which may be less than the model's
         model.backbone.lm.config.get_text_config().max_position_embeddings = vllm.model_config.max_model_len
@@ -214,7 +217,7 @@ class VllmEngine(Engine):
             )
             name = f"{group}-{branch}"
             try:
-                self.llm.add_request(name, self._read(prompt, row.features), params)
+                self.llm.add_request(name, self._read(prompt, row.prompt_spans[branch]), params)
             except VLLMError as error:
                 self.stop(segment)
                 raise ValueError(f"vLLM refuses what is asked: {error}") from error
@@ -222,19 +225,19 @@ class VllmEngine(Engine):
             segment.names.append(name)
         return segment
 
-    def _read(self, prompt: list[int], features_PD: torch.Tensor | None) -> Any:
-        """Ids as vLLM reads them, those beyond the vocabulary as features of pictures."""
+    def _read(self, prompt: list[int], spans: Sequence[PromptSpan]) -> Any:
+        """A branch's prompt as vLLM reads it: ids, and vectors where spans say so."""
         from vllm.inputs.engine import embeds_input, tokens_input
 
-        size = self.model.vocabulary.size
-        is_token_id = [id < size for id in prompt]
-        if all(is_token_id):
+        if not spans:
             return tokens_input(prompt)
-        assert features_PD is not None
-        embeds_LD = features_PD.new_zeros(len(prompt), features_PD.shape[1], dtype=self.dtype, device="cpu")
-        embeds_LD[~torch.tensor(is_token_id)] = features_PD[[id - size for id in prompt if id >= size]].to(embeds_LD)
-        ids = [id if there else 0 for id, there in zip(prompt, is_token_id, strict=True)]
-        return embeds_input(embeds_LD, prompt_token_ids=ids, is_token_ids=is_token_id)
+        width = spans[0].features_PD.shape[1]
+        embeds_LD = torch.zeros(len(prompt), width, dtype=self.dtype)
+        is_token_id = [True] * len(prompt)
+        for span in spans:
+            embeds_LD[span.start : span.stop] = span.features_PD.to(embeds_LD)
+            is_token_id[span.start : span.stop] = [False] * (span.stop - span.start)
+        return embeds_input(embeds_LD, prompt_token_ids=prompt, is_token_ids=is_token_id)
 
     def stop(self, sent: _SubmittedSegment) -> None:
         """Leave a span unfinished."""

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from unigen.batch import Batch, Vocabulary
+from unigen.batch import Batch, InputSpan, Vocabulary
 from unigen.samplers.guidance import Guidance
 from unigen.samplers.logits import SamplingOptions
 
@@ -154,10 +154,17 @@ class Generator(Protocol):
         than it has positions, as many are of what stands before it as of what stands after."""
         ...
 
-    def prepare(
-        self, model: GeneratorModel, batch: Batch, embeds_BLD: Tensor, rng: torch.Generator
-    ) -> tuple[Tensor, Any]:
-        """The embeddings with what is read where this generator writes, and the targets for `loss`."""
+    def prepare(self, model: GeneratorModel, batch: Batch, rng: torch.Generator) -> tuple[list[InputSpan], Any]:
+        """Lay out what the backbone reads where this generator writes.
+
+        Args:
+            model: the model in training.
+            batch: packed rows whose ids are known.
+            rng: the randomness of masks, orders, times and noise.
+
+        Returns:
+            Spans of vectors that are read in place of ids, and the targets for `loss`.
+        """
         ...
 
     def loss(self, model: GeneratorModel, batch: Batch, hidden_BLD: Tensor, targets: Any) -> Tensor:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unigen.batch import Batch
+from unigen.batch import Batch, InputSpan
 from unigen.config import from_dict, to_dict
 from unigen.diffusion.denoiser import PromptEmbeds
 from unigen.diffusion.path import LinearPath, PathSample
@@ -126,11 +126,9 @@ class Flow(LatentFlowHead):
 
     # ---------------------------------------------------------------- training
 
-    def prepare(
-        self, model: GeneratorModel, batch: Batch, embeds_BLD: Tensor, rng: torch.Generator
-    ) -> tuple[Tensor, PathSample]:
+    def prepare(self, model: GeneratorModel, batch: Batch, rng: torch.Generator) -> tuple[list[InputSpan], PathSample]:
         """x_t, t and the velocity to be learnt."""
-        return embeds_BLD, self.add_noise(batch, embeds_BLD.device, rng, NOISE_SAMPLES_PER_IMAGE)
+        return [], self.add_noise(batch, batch.ids_BL.device, rng, NOISE_SAMPLES_PER_IMAGE)
 
     def loss(self, model: GeneratorModel, batch: Batch, hidden_BLD: Tensor, targets: PathSample) -> Tensor:
         """The mean squared error of each image's velocity, (M,)."""

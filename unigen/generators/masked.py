@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from unigen.batch import Batch, Vocabulary
+from unigen.batch import Batch, InputSpan, Vocabulary
 from unigen.generators.base import (
     SAMPLING_OPTION_NAMES,
     BuildContext,
@@ -100,9 +100,7 @@ class Masked:
         """The share of each of K parts (M, K) that is masked in training."""
         return torch.cos(math.pi / 2 * torch.rand(count, 1, generator=rng))
 
-    def prepare(
-        self, model: GeneratorModel, batch: Batch, embeds_BLD: Tensor, rng: torch.Generator
-    ) -> tuple[Tensor, Targets]:
+    def prepare(self, model: GeneratorModel, batch: Batch, rng: torch.Generator) -> tuple[list[InputSpan], Targets]:
         rows_M1, positions_MP = batch.places(batch.images_of(self.name))
         ids_MP = batch.ids_BL[rows_M1, positions_MP]
         masked_MP = torch.zeros(ids_MP.shape, dtype=torch.bool)
@@ -112,8 +110,8 @@ class Masked:
             order_MN = torch.rand(len(ids_MP), length, generator=rng).argsort(-1).argsort(-1)
             masked_MP[:, part] = order_MN < (length * ratio_M1).ceil()
         masked_MP = masked_MP.to(ids_MP.device)
-        input_MPD = model.embed(ids_MP.masked_fill(masked_MP, self.mask)).to(embeds_BLD.dtype)
-        return embeds_BLD.index_put((rows_M1, positions_MP), input_MPD), (rows_M1, positions_MP, ids_MP, masked_MP)
+        input_MPD = model.embed(ids_MP.masked_fill(masked_MP, self.mask))
+        return [InputSpan(rows_M1, positions_MP, input_MPD)], (rows_M1, positions_MP, ids_MP, masked_MP)
 
     def loss(self, model: GeneratorModel, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> Tensor:
         """The mean over each image's masked codes, (M,), summed over its parts."""

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unigen.batch import Batch
+from unigen.batch import Batch, InputSpan
 from unigen.generators.base import (
     SAMPLING_OPTION_NAMES,
     BuildContext,
@@ -113,22 +113,20 @@ class NextScale(GeneratorHead):
 
     # ---------------------------------------------------------------- training
 
-    def prepare(
-        self, model: GeneratorModel, batch: Batch, embeds_BLD: Tensor, rng: torch.Generator
-    ) -> tuple[Tensor, Targets]:
+    def prepare(self, model: GeneratorModel, batch: Batch, rng: torch.Generator) -> tuple[list[InputSpan], Targets]:
         rows_M1, positions_MP = batch.places(batch.images_of(self.name))
         if not len(positions_MP):
-            return embeds_BLD, (rows_M1, positions_MP, positions_MP)
+            return [], (rows_M1, positions_MP, positions_MP)
         quantizer = self.tokenizer.quantizer
-        with torch.no_grad(), torch.autocast(embeds_BLD.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(batch.ids_BL.device.type, enabled=False):
             if self.mistakes and batch.images is not None and batch.images.is_floating_point():
-                f_MChw = self.tokenizer.features(self.pixels(batch, embeds_BLD.device))
+                f_MChw = self.tokenizer.features(self.pixels(batch, batch.ids_BL.device))
                 codes_MP, input_codes_MP = quantizer.encode_with_corruption(f_MChw, self.mistakes, rng)
             else:
-                codes_MP = input_codes_MP = self.encoded(batch, embeds_BLD.device)
+                codes_MP = input_codes_MP = self.encoded(batch, batch.ids_BL.device)
             maps_MPC = quantizer.inputs(input_codes_MP)
-        input_MPD = self.embed(maps_MPC, self.lengths[0]).to(embeds_BLD.dtype)
-        return embeds_BLD.index_put((rows_M1, positions_MP), input_MPD), (rows_M1, positions_MP, codes_MP)
+        input_MPD = self.embed(maps_MPC, self.lengths[0])
+        return [InputSpan(rows_M1, positions_MP, input_MPD)], (rows_M1, positions_MP, codes_MP)
 
     def loss(self, model: GeneratorModel, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> Tensor:
         if not len(targets[1]):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unigen.batch import Batch, Vocabulary
+from unigen.batch import Batch, InputSpan, Vocabulary
 from unigen.generators import jacobi
 from unigen.generators.base import (
     SAMPLING_OPTION_NAMES,
@@ -48,10 +48,8 @@ class CausalGenerator(ABC):
     def attend_until(self) -> list[int] | None:
         return None
 
-    def prepare(
-        self, model: GeneratorModel, batch: Batch, embeds_BLD: Tensor, rng: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        return embeds_BLD, self.targets(batch)
+    def prepare(self, model: GeneratorModel, batch: Batch, rng: torch.Generator) -> tuple[list[InputSpan], Tensor]:
+        return [], self.targets(batch)
 
     @abstractmethod
     def targets(self, batch: Batch) -> Tensor:

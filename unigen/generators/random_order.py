@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from unigen.batch import Batch
+from unigen.batch import Batch, InputSpan
 from unigen.generators.base import (
     SAMPLING_OPTION_NAMES,
     BuildContext,
@@ -80,16 +80,14 @@ class RandomOrder(GeneratorHead):
 
     # ---------------------------------------------------------------- training
 
-    def prepare(
-        self, model: GeneratorModel, batch: Batch, embeds_BLD: Tensor, rng: torch.Generator
-    ) -> tuple[Tensor, Targets]:
+    def prepare(self, model: GeneratorModel, batch: Batch, rng: torch.Generator) -> tuple[list[InputSpan], Targets]:
         rows_M1, positions_MP = batch.places(batch.images_of(self.name))
         order_MP = torch.rand(positions_MP.shape, generator=rng).argsort(-1).to(positions_MP.device)
         ids_MP = batch.ids_BL[rows_M1, positions_MP].gather(-1, order_MP)
         if not len(ids_MP):
-            return embeds_BLD, (rows_M1, positions_MP, ids_MP)
-        input_MPD = self.embed(model, ids_MP[:, :-1], order_MP).to(embeds_BLD.dtype)
-        return embeds_BLD.index_put((rows_M1, positions_MP), input_MPD), (rows_M1, positions_MP, ids_MP)
+            return [], (rows_M1, positions_MP, ids_MP)
+        input_MPD = self.embed(model, ids_MP[:, :-1], order_MP)
+        return [InputSpan(rows_M1, positions_MP, input_MPD)], (rows_M1, positions_MP, ids_MP)
 
     def loss(self, model: GeneratorModel, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> Tensor:
         rows_M1, positions_MP, ids_MP = targets

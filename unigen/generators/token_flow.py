@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unigen.batch import Batch
+from unigen.batch import Batch, InputSpan
 from unigen.config import from_dict, to_dict
 from unigen.diffusion.sampling import sample
 from unigen.diffusion.solvers import build_solver
@@ -116,18 +116,18 @@ class TokenFlow(LatentFlowHead):
 
     # ---------------------------------------------------------------- training
 
-    def prepare(
-        self, model: GeneratorModel, batch: Batch, embeds_BLD: Tensor, rng: torch.Generator
-    ) -> tuple[Tensor, Targets]:
+    def prepare(self, model: GeneratorModel, batch: Batch, rng: torch.Generator) -> tuple[list[InputSpan], Targets]:
         """The clean tokens are read; they, repeated, are what is noised in the loss."""
         if not self.count(batch):
-            return embeds_BLD, (embeds_BLD.new_zeros(0), embeds_BLD.new_zeros(0))
-        tokens_MPZ = self.encoded(batch, embeds_BLD.device).flatten(2).transpose(1, 2)
-        input_MPD = self.read(tokens_MPZ.to(self.read.weight.dtype)).to(embeds_BLD.dtype)
+            empty = torch.zeros(0, device=batch.ids_BL.device)
+            return [], (empty, empty)
+        tokens_MPZ = self.encoded(batch, batch.ids_BL.device).flatten(2).transpose(1, 2)
+        input_MPD = self.read(tokens_MPZ.to(self.read.weight.dtype))
         x_TRZ = tokens_MPZ.flatten(0, 1)[:, None].expand(-1, self.settings.repeats, -1)
         noise_TRZ = torch.randn(x_TRZ.shape, generator=rng).to(x_TRZ)
-        embeds_BLD = embeds_BLD.index_put(batch.places(batch.images_of(self.name)), input_MPD)
-        return embeds_BLD, (torch.stack((x_TRZ, noise_TRZ)), self.path.sample_times(x_TRZ.shape[:2], rng).to(x_TRZ))
+        t_TR = self.path.sample_times(x_TRZ.shape[:2], rng).to(x_TRZ)
+        rows_M1, positions_MP = batch.places(batch.images_of(self.name))
+        return [InputSpan(rows_M1, positions_MP, input_MPD)], (torch.stack((x_TRZ, noise_TRZ)), t_TR)
 
     def loss(self, model: GeneratorModel, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> Tensor:
         """The mean squared error of each token's velocity, (T,)."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unigen.batch import Batch
+from unigen.batch import Batch, InputSpan
 from unigen.config import from_dict, to_dict
 from unigen.diffusion.path import LinearPath
 from unigen.generators.base import BuildContext, GenerationState, GeneratorModel, SegmentSpec, StepInput
@@ -94,15 +94,13 @@ class Transfusion(LatentFlowHead):
 
     # ---------------------------------------------------------------- training
 
-    def prepare(
-        self, model: GeneratorModel, batch: Batch, embeds_BLD: Tensor, rng: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
+    def prepare(self, model: GeneratorModel, batch: Batch, rng: torch.Generator) -> tuple[list[InputSpan], Tensor]:
         """The velocities to be learnt, and x_t where the backbone reads."""
-        x_t_MZhw, t_M, velocity_MZhw = self.add_noise(batch, embeds_BLD.device, rng)
+        x_t_MZhw, t_M, velocity_MZhw = self.add_noise(batch, batch.ids_BL.device, rng)
         if not len(t_M):
-            return embeds_BLD, t_M
-        input_MPD = self.embed(x_t_MZhw, t_M).to(embeds_BLD.dtype)
-        return embeds_BLD.index_put(batch.places(batch.images_of(self.name)), input_MPD), velocity_MZhw
+            return [], t_M
+        rows_M1, positions_MP = batch.places(batch.images_of(self.name))
+        return [InputSpan(rows_M1, positions_MP, self.embed(x_t_MZhw, t_M))], velocity_MZhw
 
     def loss(self, model: GeneratorModel, batch: Batch, hidden_BLD: Tensor, velocity_MZhw: Tensor) -> Tensor:
         """The mean squared error of each image's velocity, (M,)."""

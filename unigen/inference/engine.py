@@ -235,7 +235,11 @@ class Engine:
     def can_rerank(self) -> bool:
         """Can the model say how well a picture and a text go together, so that one of some candidates is the best?"""
         model = self.model
-        return model.sight is None and not model.template.classes and {"next-token", "text"} <= set(model.generators)
+        return (
+            model.vision_encoder is None
+            and not model.template.classes
+            and {"next-token", "text"} <= set(model.generators)
+        )
 
     def rivals(
         self, prompt: Any, output: Output, candidates: int, *, seed: int = 0, **options: Any

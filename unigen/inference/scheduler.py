@@ -22,11 +22,13 @@ from collections.abc import Iterator
 import torch
 from PIL import Image
 
+from unigen.batch import InputSpan
 from unigen.document import Preview, Segment
 from unigen.generators.base import GenerationState, StepInput
 from unigen.inference import segments
 from unigen.inference.request import Request
 from unigen.inference.sequence import SequenceState, Usage, sequence_progress
+from unigen.model.inputs import ModelInputs, PromptSpan, build_inputs
 from unigen.model.unified import UnifiedModel
 from unigen.utils.numbers import NonFiniteError
 
@@ -182,47 +184,32 @@ class Scheduler:
         ]
         slots = [slot for sequence in sequences for slot in sequence.slots]
         order = sorted(range(len(slots)), key=slots.__getitem__)
-        embeds_BLD, attend_until_BL = self._build_inputs(sequences, step_inputs, max(lengths))
+        inputs = self._build_inputs(sequences, step_inputs, max(lengths))
+        embeds_BLD, attend_until_BL = inputs.embeds_BLD, inputs.attend_until_BL
         if order != list(range(len(order))):
             embeds_BLD, attend_until_BL = embeds_BLD[order], None if attend_until_BL is None else attend_until_BL[order]
         positions_BL, mask = self.cache.begin([slots[i] for i in order], max(lengths), attend_until_BL)
         hidden_BLD = self.model.cached_hidden_states(embeds_BLD, positions_BL, mask, self.cache)
         return {slots[i]: hidden_BLD[index, : lengths[i]] for index, i in enumerate(order)}
 
-    def _build_inputs(
-        self, sequences: list[SequenceState], step_inputs: list[StepInput], length: int
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What all branches read (B, L, D), and the last position that each sees (B, L), None where all are causal."""
-        branches = [
-            (ids, step_input, step_input.blind if b and step_input.blind else step_input.ids)
-            for sequence, step_input in zip(sequences, step_inputs, strict=True)
-            for b, ids in enumerate(sequence.pending_ids)
-        ]
-        padded = [ids + own + [0] * (length - len(ids) - len(own)) for ids, _, own in branches]
-        ids_BL = torch.tensor(padded, device=self.model.device)
-        sequence_of_branch = [sequence for sequence in sequences for _ in sequence.pending_ids]
-        if any(sequence.features is not None for sequence in sequences):
-            feature_index_BL = ids_BL - self.model.vocabulary.size
-            embeds_BLD = self.model.embed(ids_BL.clamp(max=self.model.vocabulary.size - 1))
-            for b, sequence in enumerate(sequence_of_branch):
-                if sequence.features is not None:
-                    is_feature_L = feature_index_BL[b] >= 0
-                    embeds_BLD[b, is_feature_L] = sequence.features[feature_index_BL[b, is_feature_L]].to(embeds_BLD)
-        else:
-            embeds_BLD = self.model.embed(ids_BL)
-        attend_until_BL = None
-        prefixes = [self.model.template.bidirectional_prefix(ids) for ids, _, _ in branches]
-        if any(prefixes) or any(step_input.attend_until for step_input in step_inputs):
-            attend_until_BL = torch.arange(length).repeat(len(branches), 1)
-        for b, (ids, step_input, _) in enumerate(branches):
-            span = slice(len(ids), len(ids) + len(step_input.ids))
-            if step_input.embeds is not None:
-                embeds_BLD[b, span.stop - len(step_input.embeds) : span.stop] = step_input.embeds
-            if attend_until_BL is not None:
-                attend_until_BL[b, : prefixes[b]] = prefixes[b] - 1
-            if attend_until_BL is not None and step_input.attend_until:
-                attend_until_BL[b, span] = torch.tensor(step_input.attend_until) + len(ids)
-        return embeds_BLD, attend_until_BL
+    def _build_inputs(self, sequences: list[SequenceState], step_inputs: list[StepInput], length: int) -> ModelInputs:
+        """What all branches read: ids that are pending, with features of the prompt's pictures, then what the generator
+        asks for."""
+        padded_ids: list[list[int]] = []
+        spans: list[InputSpan] = []
+        for sequence, step_input in zip(sequences, step_inputs, strict=True):
+            for branch, pending_ids in enumerate(sequence.pending_ids):
+                row = len(padded_ids)
+                step_ids = step_input.blind if branch and step_input.blind else step_input.ids
+                padded_ids.append(pending_ids + step_ids + [0] * (length - len(pending_ids) - len(step_ids)))
+                if sequence.prompt_spans[branch]:
+                    start = int(self.cache.lengths[sequence.slots[branch]])
+                    spans += prompt_spans(sequence.prompt_spans[branch], row, start, start + len(pending_ids))
+                if prefix := self.model.template.bidirectional_prefix(pending_ids):
+                    spans.append(InputSpan(row, slice(0, prefix), attend_until=prefix - 1))
+                spans += step_spans(step_input, row, len(pending_ids))
+        ids_BL = torch.tensor(padded_ids, device=self.model.device)
+        return build_inputs(self.model, ids_BL, spans, mask_device=torch.device("cpu"))
 
     def _step_generators(
         self, sequences: list[SequenceState], step_inputs: list[StepInput], hidden_of: dict[int, torch.Tensor]
@@ -330,6 +317,25 @@ class Scheduler:
 
     def _non_finite_error(self, what: str) -> NonFiniteError:
         return NonFiniteError(what, self.model.dtype)
+
+
+def prompt_spans(spans: list[PromptSpan], row: int, start: int, stop: int) -> list[InputSpan]:
+    """The spans of a prompt that stand in its positions `start` to `stop`, which row `row` of a step reads first."""
+    return [
+        InputSpan(row, slice(span.start - start, span.stop - start), span.features_PD)
+        for span in spans
+        if start <= span.start and span.stop <= stop
+    ]
+
+
+def step_spans(step_input: StepInput, row: int, start: int) -> list[InputSpan]:
+    """What a generator asks for, from position `start` of row `row` on."""
+    spans, stop = [], start + len(step_input.ids)
+    if step_input.embeds is not None:
+        spans.append(InputSpan(row, slice(stop - len(step_input.embeds), stop), step_input.embeds))
+    if step_input.attend_until:
+        spans.append(InputSpan(row, slice(start, stop), attend_until=torch.tensor(step_input.attend_until) + start))
+    return spans
 
 
 def bucket_rows(lengths: list[int], branches: list[int]) -> list[list[int]]:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unigen.batch import Batch, pack
+from unigen.batch import Batch, InputSpan, pack
 from unigen.document import Document, Segment
 from unigen.model.unified import UnifiedModel
 from unigen.samplers.guidance import Guidance
@@ -54,19 +54,22 @@ def log_likelihood(
     first_index_B = documents_B.cumsum(0) - documents_B
     number_BL = first_index_B[:, None] + batch.segments_BL - 1
     image_generators = {
-        name: model.generators[name] for name in sorted({*batch.writers} - {model.template.context_generator})
+        name: model.generators[name]
+        for name in sorted({*batch.writers} & {*model.generators} - {model.template.context_generator})
     }
     is_guided = guidance is not None and guidance.branches > 1 and has_guided_likelihood(model, batch)
     start = None if rng is None else rng.get_state()
 
     def encode_side(side: Batch) -> tuple[Tensor, dict[str, Any]]:
-        embeds_BLD, targets = model.embed(side.ids_BL), {}
+        spans: list[InputSpan] = []
+        targets = {}
         if rng is not None and start is not None:
             rng.set_state(start)
         for name, generator in image_generators.items():
             assert rng is not None, f"what {name} learns from is drawn"
-            embeds_BLD, targets[name] = generator.prepare(model, side, embeds_BLD, rng)
-        return model.hidden_states(side, embeds_BLD), targets
+            generator_spans, targets[name] = generator.prepare(model, side, rng)
+            spans += generator_spans
+        return model.hidden_states(side, spans), targets
 
     hidden_BLD, targets = encode_side(batch)
     uncond_hidden_BLD, uncond_targets = hidden_BLD, targets

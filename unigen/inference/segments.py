@@ -33,12 +33,13 @@ def new_sequence(model: UnifiedModel, request: Request) -> SequenceState:
     _check_length(model, request.document)
     request.document = model.encode_document(request.document)
     sequence = SequenceState(request, request.document)
-    sequence.features = model.image_features(sequence.document)
     uncond = request.output == "pair" and not _prefix_text_ids(model, sequence)
     tokens = model.template.prompt(sequence.document, output=request.output, branch=uncond)
-    ids, sequence.image_prompt_tokens = model.token_ids(tokens), sum(stop - start for start, stop in tokens.spans)
+    prompt = model.prompt_ids(tokens)
+    sequence.image_prompt_tokens = sum(stop - start for start, stop in tokens.spans)
     num_positions = 1 if request.output == "text" else _image_length(model, request)
-    sequence.pending_ids, sequence.prompt_tokens, sequence.context_ids = [ids], len(ids), set(ids)
+    sequence.pending_ids, sequence.prompt_spans = [prompt.ids], [prompt.spans]
+    sequence.prompt_tokens, sequence.context_ids = len(prompt.ids), prompt.vocabulary_ids()
     if request.output in IMAGE_OUTPUTS:
         _start_image(model, sequence)
     num_positions += max(len(branch) for branch in sequence.pending_ids)
@@ -131,10 +132,7 @@ def _check_length(model: UnifiedModel, document: Document) -> None:
             f"the prompt has {characters:,} characters, the model reads {model.max_length:,} positions: shorten it"
         )
     pictures, grid = len(document.images()), model.image_tokenizer.grid
-    if model.sight is not None:
-        min_tokens = model.sight.positions
-    else:
-        min_tokens = 1 if model.template.variable_size else grid[0] * grid[1]
+    min_tokens = 1 if model.template.variable_size else model.context_reader.num_positions(grid)
     if pictures * min_tokens > model.max_length:
         raise ValueError(
             f"the prompt has {pictures} pictures, the model reads {model.max_length:,} positions: leave some out"
@@ -165,10 +163,11 @@ def _start_image(model: UnifiedModel, sequence: SequenceState) -> None:
     """The main branch goes on in its slot. The others read their prompts anew, with the pictures made so far."""
     request = sequence.request
     others = [
-        model.token_ids(model.template.prompt(sequence.document, output=request.output, branch=branch))
+        model.prompt_ids(model.template.prompt(sequence.document, output=request.output, branch=branch))
         for branch in range(1, request.guidance.branches)
     ]
-    sequence.pending_ids = [sequence.pending_ids[0], *others]
+    sequence.pending_ids = [sequence.pending_ids[0], *(prompt.ids for prompt in others)]
+    sequence.prompt_spans = [sequence.prompt_spans[0], *(prompt.spans for prompt in others)]
     sequence.generator = model.generators[request.generator]
     begin = model.template.begin_ids.get(request.generator)  # None where the prompt opens the picture
     layout = model.template.layout(request.grid)

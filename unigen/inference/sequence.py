@@ -9,6 +9,7 @@ import torch
 from unigen.document import Document
 from unigen.generators.base import GenerationState, Generator
 from unigen.inference.request import Request
+from unigen.model.inputs import PromptSpan
 from unigen.model.template import IMAGE_OUTPUTS
 
 
@@ -50,8 +51,8 @@ class SequenceState:
     """Ids of the prompt that stand for pictures."""
     truncated: bool = False
     """Did the last text end at its limit?"""
-    features: torch.Tensor | None = None
-    """Features of pictures of the prompt that are not read as codes."""
+    prompt_spans: list[list[PromptSpan]] = field(default_factory=list)
+    """By branch, the positions of its prompt that read features of pictures."""
     context_ids: set[int] = field(default_factory=set)
     """Ids of the prompt and of the segments that have ended: a penalty on repetition counts them."""
     hidden_states: dict[int, torch.Tensor] = field(default_factory=dict)

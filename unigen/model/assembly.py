@@ -17,7 +17,8 @@ from unigen.generators.base import BuildContext, Generator
 from unigen.generators.build import build_generator
 from unigen.generators.next_token import Text
 from unigen.model.chat_template import CHAT_TEMPLATE, CONTEXT_GENERATOR, MASK, SPECIAL_TOKENS, ChatTemplate
-from unigen.model.unified import GeneratorDict, UnifiedModel
+from unigen.model.generators import GeneratorDict
+from unigen.model.unified import UnifiedModel
 from unigen.nn.backbone import Backbone
 from unigen.tokenizers import ImageTokenizer
 from unigen.tokenizers import text as text_tokenizers

@@ -32,8 +32,10 @@ from unigen.generators.base import Generator
 from unigen.generators.next_token import NextToken, Text
 from unigen.hub.resolve import CONFIG, MANIFEST, image_processor_config, read_json
 from unigen.hub.weights import load_strict, read_tensors, read_weights, rename_key, with_architecture, write_tensors
+from unigen.model.readers import VisionEncoder
+from unigen.model.saving import vision_folder
 from unigen.model.template import Output, PretrainedTemplate, UnsupportedError, split_system_messages
-from unigen.model.unified import UnifiedModel, VisionEncoder
+from unigen.model.unified import UnifiedModel
 from unigen.nn.backbone import Backbone
 from unigen.tokenizers import load_image_tokenizer, text, vqgan
 
@@ -123,7 +125,8 @@ class JanusTemplate(PretrainedTemplate):
                     raise UnsupportedError(
                         "janus draws from words alone: leave the picture out, or ask for text about it"
                     )
-                prompt.add_template_text(BOI).image(segment.image, self.num_features).add_template_text(EOI)
+                prompt.add_template_text(BOI)
+                prompt.image(segment.image, self.num_features, writer=JanusVisionEncoder.name).add_template_text(EOI)
             elif segment.label is not None:
                 raise ValueError("janus reads words, not classes: say it in words")
             else:
@@ -169,18 +172,17 @@ class JanusVisionEncoder(VisionEncoder):
 
         super().__init__()
         self.settings = dict(settings)
-        self.positions = (self.settings["image_size"] // self.settings["patch_size"]) ** 2
+        self.num_tokens = (self.settings["image_size"] // self.settings["patch_size"]) ** 2
         self.aligner = nn.ModuleList([nn.Linear(self.settings["hidden_size"], width), nn.Linear(width, width)])
         self.encoder = JanusVisionModel(JanusVisionConfig(**self.settings))
 
     def config(self) -> dict[str, Any]:
         return self.settings
 
-    @torch.no_grad()
-    def features(self, x_BCHW: Tensor) -> Tensor:
+    def forward(self, pixels_NCHW: Tensor) -> Tensor:
         weight = next(self.aligner.parameters())
-        features_BPD = self.encoder(x_BCHW.to(weight.device, weight.dtype)).last_hidden_state
-        return self.aligner[1](gelu(self.aligner[0](features_BPD)))  # type: ignore[no-any-return]
+        features_NPD = self.encoder(pixels_NCHW.to(weight.device, weight.dtype)).last_hidden_state
+        return self.aligner[1](gelu(self.aligner[0](features_NPD)))  # type: ignore[no-any-return]
 
 
 # what a tensor is called in a public folder, and here: in the authors' layout, then in transformers'
@@ -189,14 +191,14 @@ _KEY_RENAMES = (
     ("gen_aligner.layers.", "backbone.aligner."),
     ("gen_head.output_mlp_projector.", "backbone.head.0."),
     ("gen_head.vision_head.", "backbone.head.2."),
-    ("aligner.layers.0.", "sight.aligner.0."),
-    ("aligner.layers.2.", "sight.aligner.1."),
+    ("aligner.layers.0.", "vision_encoder.aligner.0."),
+    ("aligner.layers.2.", "vision_encoder.aligner.1."),
     ("gen_vision_model.", "image_tokenizer."),
     ("language_model.", "backbone.lm."),
-    ("vision_model.vision_tower.pos_embed", "sight.encoder.embeddings.position_embedding.weight"),
-    ("vision_model.vision_tower.patch_embed.proj.", "sight.encoder.embeddings.patch_embedding."),
-    ("vision_model.vision_tower.blocks.", "sight.encoder.encoder.layers."),
-    ("vision_model.vision_tower.norm.", "sight.encoder.post_layernorm."),
+    ("vision_model.vision_tower.pos_embed", "vision_encoder.encoder.embeddings.position_embedding.weight"),
+    ("vision_model.vision_tower.patch_embed.proj.", "vision_encoder.encoder.embeddings.patch_embedding."),
+    ("vision_model.vision_tower.blocks.", "vision_encoder.encoder.encoder.layers."),
+    ("vision_model.vision_tower.norm.", "vision_encoder.encoder.post_layernorm."),
 )
 _BLOCK_KEYS = (
     (".norm1.", ".layer_norm1."),
@@ -212,9 +214,9 @@ _TRANSFORMERS_KEYS = (
     ("model.generation_aligner.hidden_layers.0.", "backbone.aligner.2."),
     ("model.generation_head.proj_out.", "backbone.head.0."),
     ("model.generation_head.vision_head.", "backbone.head.2."),
-    ("model.aligner.fc1.", "sight.aligner.0."),
-    ("model.aligner.hidden_layers.0.", "sight.aligner.1."),
-    ("model.vision_model.", "sight.encoder."),
+    ("model.aligner.fc1.", "vision_encoder.aligner.0."),
+    ("model.aligner.hidden_layers.0.", "vision_encoder.aligner.1."),
+    ("model.vision_model.", "vision_encoder.encoder."),
     ("model.vqmodel.", "image_tokenizer."),
 )
 _VQ_KEYS = (
@@ -259,9 +261,9 @@ def to_public(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors by their public names."""
     theirs: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        if re.search(r"\.[kv]_proj\.", name) and name.startswith("sight."):
+        if re.search(r"\.[kv]_proj\.", name) and name.startswith("vision_encoder."):
             continue  # goes with the queries
-        if name.startswith("sight.") and ".q_proj." in name:
+        if name.startswith("vision_encoder.") and ".q_proj." in name:
             tensor = torch.cat([state[name.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"])
             name = name.replace(".q_proj.", ".qkv.")
         public = rename_key(name, _KEY_RENAMES, _BLOCK_KEYS if ".encoder.layers." in name else (), back=True)
@@ -313,10 +315,10 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
         roles = (str(user_role), str(assistant_role))
         image_tokenizer = load_image_tokenizer(folder / "image_tokenizer")
         state = {f"backbone.lm.{name}": tensor for name, tensor in read_weights(folder).items()}
-        for part in ("backbone", "sight"):
-            tensors = read_tensors(folder / part / "model.safetensors")
+        for part, part_folder in {"backbone": folder / "backbone", "vision_encoder": vision_folder(folder)}.items():
+            tensors = read_tensors(part_folder / "model.safetensors")
             state |= {f"{part}.{name}": tensor for name, tensor in tensors.items()}
-        vision = read_json(folder / "sight" / CONFIG)
+        vision = read_json(vision_folder(folder) / CONFIG)
         if "text_size" in config:  # written by `causal_lm`
             config = {name: value for name, value in config.items() if name not in ("text_size", "head_width")} | {
                 "vocab_size": config["text_size"]
@@ -352,17 +354,17 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
     with no_init_weights():
         lm = LlamaForCausalLM._from_config(lm_config, attn_implementation="sdpa")
         parts.backbone = JanusBackbone(lm, codes, code_dim, head_width)
-        parts.sight = JanusVisionEncoder(vision, parts.backbone.width)
+        parts.vision_encoder = JanusVisionEncoder(vision, parts.backbone.width)
     load_strict(parts.to(dtype or model_state["backbone.table.weight"].dtype), model_state, folder)
     codes_of_a_picture = image_tokenizer.grid[0] * image_tokenizer.grid[1]
-    template = JanusTemplate(tokenizer, parts.sight.positions, codes_of_a_picture, roles)
+    template = JanusTemplate(tokenizer, parts.vision_encoder.num_tokens, codes_of_a_picture, roles)
     writers: dict[str, Generator] = {
         "text": Text(sorted({*tokenizer.all_special_ids, *template.special_ids.values()})),
         "next-token": NextToken(image_tokenizer.grid),
     }
     vocabulary = Vocabulary(parts.backbone.text_size, codes, separate_head=True)
     model = UnifiedModel(
-        "janus", parts.backbone, vocabulary, tokenizer, image_tokenizer, template, writers, parts.sight
+        "janus", parts.backbone, vocabulary, tokenizer, image_tokenizer, template, writers, parts.vision_encoder
     )
     model.set_default_sampling("next-token", **DEFAULT_SAMPLING)
     return model
@@ -380,12 +382,12 @@ def causal_lm(model: UnifiedModel) -> Any:
 def vision_settings(state: Mapping[str, Tensor], size: int, heads: int | None = None) -> dict[str, Any]:
     """Of the vision encoder, read off its tensors: the authors' folders name it and do not describe it."""
     try:
-        patch = state["sight.encoder.embeddings.patch_embedding.weight"]
+        patch = state["vision_encoder.encoder.embeddings.patch_embedding.weight"]
         hidden = patch.shape[0]
-        mlp_width = state["sight.encoder.encoder.layers.0.mlp.fc1.weight"].shape[0]
+        mlp_width = state["vision_encoder.encoder.encoder.layers.0.mlp.fc1.weight"].shape[0]
     except KeyError as error:
         raise ValueError(f"these are not the tensors of Janus: {error.args[0]} is not among them") from error
-    layers = {name.split(".")[4] for name in state if name.startswith("sight.encoder.encoder.layers.")}
+    layers = {name.split(".")[4] for name in state if name.startswith("vision_encoder.encoder.encoder.layers.")}
     return {
         "hidden_size": hidden,
         "num_hidden_layers": len(layers),
@@ -403,13 +405,13 @@ def default_num_heads(width: int) -> int:
 
 def save_public(model: UnifiedModel, folder: Path) -> None:
     """Write the files of the authors' layout. ValueError for a vision encoder that it cannot describe."""
-    assert isinstance(model.sight, JanusVisionEncoder)
-    width, heads = (model.sight.settings[name] for name in ("hidden_size", "num_attention_heads"))
+    assert isinstance(model.vision_encoder, JanusVisionEncoder)
+    width, heads = (model.vision_encoder.settings[name] for name in ("hidden_size", "num_attention_heads"))
     if heads != default_num_heads(width):
         raise ValueError(f"the authors' layout has no word for a vision encoder with heads of width {width // heads}")
     tokenizer, size = model.image_tokenizer, model.image_tokenizer.image_size
     assert isinstance(tokenizer, vqgan.VQGAN) and isinstance(model.backbone, JanusBackbone)
-    state = {k: v for k, v in model.state_dict().items() if k.startswith(("backbone.", "sight."))}
+    state = {k: v for k, v in model.state_dict().items() if k.startswith(("backbone.", "vision_encoder."))}
     state |= {f"image_tokenizer.{k}": v for k, v in vqgan.to_public(tokenizer, "llamagen").items()}
     write_tensors(folder / "model.safetensors", to_public(state))
     text.save(model.text_tokenizer, folder)

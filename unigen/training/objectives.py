@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unigen.batch import Batch
+from unigen.batch import Batch, InputSpan
 from unigen.generators.base import Generator
 from unigen.generators.next_token import CausalGenerator
 from unigen.model.unified import UnifiedModel
@@ -44,11 +44,12 @@ class MultiGeneratorLoss(nn.Module):
     def forward(self, model: Any, batch: Batch, rng: torch.Generator) -> dict[str, tuple[Tensor, Tensor | int]]:
         assert isinstance(model, UnifiedModel)
         batch = model.insert_image_ids(batch)
-        embeds_BLD = model.embed(batch.ids_BL)
+        spans: list[InputSpan] = []
         targets = {}
         for name, generator in self.generators.items():
-            embeds_BLD, targets[name] = generator.prepare(model, batch, embeds_BLD, rng)
-        hidden_BLD = model.hidden_states(batch, embeds_BLD)
+            generator_spans, targets[name] = generator.prepare(model, batch, rng)
+            spans += generator_spans
+        hidden_BLD = model.hidden_states(batch, spans)
         losses: dict[str, tuple[Tensor, Tensor | int]] = {}
         with torch.no_grad():
             teacher_hidden_BLD = None if self.before is None else self.before.causal_hidden_states(batch)

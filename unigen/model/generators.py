@@ -1,0 +1,56 @@
+"""The generators of a model by name. Some may be built when they are first used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from unigen.generators import find_generator
+from unigen.generators.base import Generator
+
+
+class GeneratorDict(dict[str, Any]):
+    """Generators by name, in order. Those with a factory are built when they are first used, so that a model that
+    never uses them does not import what they need."""
+
+    def __init__(
+        self,
+        generators: Mapping[str, Generator | None],
+        factories: Mapping[str, Callable[[], Generator]] | None = None,
+    ) -> None:
+        """
+        Args:
+            generators: by name; None for one that a factory builds.
+            factories: by name, what builds the others.
+        """
+        super().__init__(generators)
+        self.factories = dict(factories or {})
+        """Of generators that are not built yet."""
+        self.on_build: Callable[[str, Generator], None] = lambda name, generator: None
+        """Called with each generator that a factory built."""
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self.factories:
+            generator = self.factories.pop(name)()
+            self[name] = generator
+            self.on_build(name, generator)
+        return super().__getitem__(name)
+
+    def takes(self, name: str) -> tuple[str, ...]:
+        """The options that a generator takes, without building it."""
+        options: tuple[str, ...] = (find_generator(name) if name in self.factories else self[name]).takes
+        return options
+
+    def build_all(self) -> None:
+        """Build all generators that are not built yet."""
+        for name in list(self.factories):
+            self[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in self else default
+
+    def values(self) -> Any:
+        return [self[name] for name in self]
+
+    def items(self) -> Any:
+        return [(name, self[name]) for name in self]
