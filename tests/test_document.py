@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 
 from unigen.batch import Tokens, Vocabulary, pack
-from unigen.document import Document, Segment, read_image
+from unigen.document import Condition, Document, Segment, read_image
 from unigen.media.pixels import to_images, to_pixels
 from unigen.models import load
 from unigen.training.objectives import MultiGeneratorLoss
@@ -157,3 +158,61 @@ def test_codes_and_pixels_do_not_mix() -> None:
     tokens.add_image(torch.zeros(2, 2, dtype=torch.int64), 4)
     with pytest.raises(ValueError, match="mixes"):
         pack([[tokens]], 16, 16)
+
+
+def test_conditions_survive_json(tmp_path: Path) -> None:
+    depth, boxes = Image.new("RGB", (8, 4), "gray"), [(0, 0.25, 0.5, 1)]
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    document = Document.of("a red dog")
+    document.conditions = {
+        "depth": Condition("depth", depth),
+        "where": Condition("boxes", boxes),
+        "look": Condition("reference", tmp_path / "a.png"),
+    }
+    again = Document.from_json(json.loads(json.dumps(document.to_json())))
+    assert {name: c.kind for name, c in again.conditions.items()} == {
+        "depth": "depth",
+        "where": "boxes",
+        "look": "reference",
+    }
+    assert again.conditions["depth"].value.tobytes() == depth.tobytes()
+    assert again.conditions["where"].value == [(0.0, 0.25, 0.5, 1.0)]
+    assert again.conditions["look"].value == str(tmp_path / "a.png")
+    assert Document.of(again).conditions == again.conditions and Document.of(again).conditions is not again.conditions
+    assert "conditions" not in Document.of("a red dog").to_json()
+
+
+@pytest.mark.parametrize(
+    ("make", "line"),
+    [
+        (lambda: Condition("pose", Image.new("L", (4, 4))), "unknown condition 'pose': one of mask, boxes"),
+        (lambda: Condition("depth", 3), "condition depth is a picture, not int"),
+        (lambda: Condition("boxes", "a"), "boxes are a list"),
+        (lambda: Condition("boxes", [(0, 0, 1)]), "a box is four numbers"),
+        (lambda: Condition("boxes", [(0, 0, True, 1)]), "a box is four numbers"),
+        (lambda: Condition("boxes", [(0.5, 0, 0.25, 1)]), "left < right"),
+        (lambda: Condition("boxes", [(0, 0, 2, 1)]), "shares of width and height"),
+        (lambda: Condition.from_json({"kind": "boxes"}), "a kind and boxes or an image"),
+        (lambda: Condition.from_json({"kind": "mask", "image": {"png": "?"}}), "not base64|cannot"),
+        (lambda: Document([], conditions=["depth"]), "a dict of Condition"),
+        (lambda: Document.from_json({"segments": [], "conditions": []}), "an object by name"),
+    ],
+)
+def test_conditions_that_are_none(make: Any, line: str) -> None:
+    with pytest.raises(ValueError, match=line):
+        make()
+
+
+def test_conditions_are_refused_by_who_takes_none(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = Document.of("a dog")
+    document.conditions["depth"] = Condition("depth", Image.new("L", (8, 8)))
+    for name in (name for name in engine.model.generators if name != "text"):
+        with pytest.raises(ValueError, match=f"{name} takes no condition depth: leave that out, it takes none"):
+            engine.request(document, "image", generator=name)
+    with pytest.raises(ValueError, match="text takes no condition depth"):
+        engine.generate(document, "text")
+    monkeypatch.setattr(engine.model.generators["masked"], "conditions", frozenset({"depth"}), raising=False)
+    assert engine.request(document, "image", generator="masked").document.conditions == document.conditions
+    document.conditions["where"] = Condition("boxes", [(0, 0, 1, 1)])
+    with pytest.raises(ValueError, match="masked takes no condition boxes: leave that out, it takes depth"):
+        engine.request(document, "image", generator="masked")

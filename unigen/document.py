@@ -15,9 +15,9 @@ import base64
 import binascii
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeGuard, TypeVar
 
@@ -102,14 +102,8 @@ class Segment:
             return {"role": self.role, "text": self.text}
         if self.label is not None:
             return {"role": self.role, "label": self.label}
-        if isinstance(self.image, Tensor):
-            return {"role": self.role, "image": {"codes": self.image.tolist()}}
-        if isinstance(self.image, (str, Path)):
-            return {"role": self.role, "image": {"path": str(self.image)}}
-        buffer = io.BytesIO()
         assert self.image is not None
-        read_image(self.image).save(buffer, format="PNG")
-        return {"role": self.role, "image": {"png": base64.b64encode(buffer.getvalue()).decode()}}
+        return {"role": self.role, "image": _image_to_json(self.image)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Segment:
@@ -123,19 +117,53 @@ class Segment:
         image = data.get("image")
         if image is None:
             return cls(text=data.get("text"), role=data.get("role", "user"), label=data.get("label"))
-        match image:
-            case {"codes": codes}:
-                value: SegmentImage = _codes_from_json(codes)
-            case {"path": str(path)}:
-                value = path
-            case {"png": str(png)}:
-                try:
-                    value = read_image(base64.b64decode(png))
-                except binascii.Error as error:
-                    raise ValueError(f"the png of an image in JSON is not base64: {error}") from error
-            case _:
-                raise ValueError("an image in JSON is one of {'path': ...}, {'png': base64} or {'codes': [[...]]}")
-        return cls(image=value, role=data.get("role", "user"))
+        return cls(image=_image_from_json(image), role=data.get("role", "user"))
+
+
+ConditionKind = Literal["mask", "boxes", "depth", "reference"]
+CONDITION_KINDS: tuple[ConditionKind, ...] = ("mask", "boxes", "depth", "reference")
+Box = tuple[float, float, float, float]
+"""Left, top, right and bottom, as shares of width and height in [0, 1]."""
+
+
+@dataclass(eq=False)
+class Condition:
+    """What a picture has to follow beside the words: a mask, boxes, a depth map or a reference picture. A generator
+    says which kinds it takes (`Generator.conditions`).
+
+    Raises:
+        ValueError: for an unknown kind, or a value of another type.
+    """
+
+    kind: ConditionKind
+    value: SegmentImage | list[Box]
+    """Boxes for "boxes", else a picture: all that `unigen.media.images.read_image` takes."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.kind, str) or self.kind not in CONDITION_KINDS:
+            raise ValueError(f"unknown condition {shorten(self.kind)}: one of {', '.join(CONDITION_KINDS)}")
+        if self.kind == "boxes":
+            self.value = _to_boxes(self.value)
+        elif not (isinstance(self.value, str) or is_image(self.value)):
+            raise ValueError(f"the condition {self.kind} is a picture, not {type(self.value).__name__}")
+
+    def to_json(self) -> dict[str, object]:
+        """The condition as plain values for `json.dump`."""
+        if isinstance(self.value, list):
+            return {"kind": self.kind, "boxes": [list(box) for box in self.value]}
+        return {"kind": self.kind, "image": _image_to_json(self.value)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Condition:
+        """The condition that `to_json` wrote.
+
+        Raises:
+            ValueError: the data has another form, or an image in it cannot be read.
+        """
+        if not isinstance(data, dict) or ("boxes" in data) == ("image" in data):
+            raise ValueError(f"a condition in JSON is an object with a kind and boxes or an image, not {shorten(data)}")
+        value = data["boxes"] if "boxes" in data else _image_from_json(data["image"])
+        return cls(data.get("kind", ""), value)
 
 
 @dataclass(eq=False)
@@ -149,8 +177,12 @@ class Document:
     segments: list[Segment] = field(default_factory=list)
     size: tuple[int, int] | None = None
     """Width and height in pixels of the images to be drawn, for models that draw several sizes."""
+    conditions: dict[str, Condition] = field(default_factory=dict)
+    """By a name of the user's, what the images to be drawn have to follow."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.conditions, dict) or not all(isinstance(c, Condition) for c in self.conditions.values()):
+            raise ValueError(f"conditions of a document are a dict of Condition, not {shorten(self.conditions)}")
         if not isinstance(self.segments, list) or not all(isinstance(one, Segment) for one in self.segments):
             what = shorten(self.segments)
             raise ValueError(
@@ -171,7 +203,7 @@ class Document:
                 given in Python as a picture and cannot be read as one.
         """
         if isinstance(prompt, Document):
-            return cls(list(prompt.segments), prompt.size)
+            return cls(list(prompt.segments), prompt.size, dict(prompt.conditions))
         parts: object = prompt
         if isinstance(prompt, (str, Segment)) or is_class_index(prompt) or is_image(prompt):
             parts = [prompt]
@@ -186,6 +218,20 @@ class Document:
         if not any(s.image is not None or s.label is not None or (s.text or "").strip() for s in self.segments):
             raise ValueError("the prompt is empty: say what to draw or ask")
 
+    def check_conditions(self, name: str, supported: Collection[str] = ()) -> None:
+        """Refuse conditions that are not supported.
+
+        Args:
+            name: of what draws or answers, for the error.
+            supported: the kinds of conditions that it takes.
+
+        Raises:
+            ValueError: the document has a condition of another kind.
+        """
+        if unsupported := {c.kind: None for c in self.conditions.values() if c.kind not in supported}:
+            takes = f"it takes {', '.join(sorted(supported))}" if supported else "it takes none"
+            raise ValueError(f"{name} takes no condition {', '.join(unsupported)}: leave that out, {takes}")
+
     def characters(self) -> int:
         """How many characters its texts have, blanks in a row as one."""
         return sum(len(" ".join(segment.text.split())) for segment in self.segments if segment.text)
@@ -197,7 +243,11 @@ class Document:
     def to_json(self) -> dict[str, object]:
         """The document as plain values for `json.dump`; `from_json` reads it again."""
         data: dict[str, object] = {"segments": [segment.to_json() for segment in self.segments]}
-        return data if self.size is None else data | {"size": list(self.size)}
+        if self.size is not None:
+            data["size"] = list(self.size)
+        if self.conditions:
+            data["conditions"] = {name: condition.to_json() for name, condition in self.conditions.items()}
+        return data
 
     def _repr_html_(self) -> str:
         return turns_html((segment.role, _display_value(segment)) for segment in self.segments)
@@ -214,8 +264,13 @@ class Document:
         size = data.get("size")
         if size is not None and not (isinstance(size, (list, tuple)) and len(size) == 2):
             raise ValueError(f"the size of a document is a width and a height, not {shorten(size)}")
+        conditions = data.get("conditions", {})
+        if not isinstance(conditions, dict):
+            raise ValueError(f"conditions of a document in JSON are an object by name, not {shorten(conditions)}")
         return cls(
-            [Segment.from_json(segment) for segment in data["segments"]], None if size is None else (size[0], size[1])
+            [Segment.from_json(segment) for segment in data["segments"]],
+            None if size is None else (size[0], size[1]),
+            {name: Condition.from_json(condition) for name, condition in conditions.items()},
         )
 
 
@@ -257,6 +312,48 @@ def _to_segment(part: object) -> Segment:
 def is_class_index(value: object) -> TypeGuard[int]:
     """Whether a value is a whole number, and no truth value."""
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _to_boxes(boxes: object) -> list[Box]:
+    """Boxes as tuples. Raises ValueError for what are none."""
+    if not isinstance(boxes, (list, tuple)):
+        raise ValueError(f"boxes are a list of (left, top, right, bottom), not {shorten(boxes)}")
+    checked: list[Box] = []
+    for box in boxes:
+        is_box = isinstance(box, (list, tuple)) and len(box) == 4
+        if not is_box or not all(isinstance(side, Real) and not isinstance(side, bool) for side in box):
+            raise ValueError(f"a box is four numbers, left, top, right and bottom, not {shorten(box)}")
+        left, top, right, bottom = map(float, box)
+        if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+            raise ValueError(f"a box is given in shares of width and height, left < right and top < bottom, not {box}")
+        checked.append((left, top, right, bottom))
+    return checked
+
+
+def _image_to_json(image: SegmentImage) -> dict[str, object]:
+    """An image as its path, its codes, or a PNG in base64."""
+    if isinstance(image, Tensor) and image.ndim <= 2 and image.dtype != torch.uint8:
+        return {"codes": image.tolist()}
+    if isinstance(image, (str, Path)):
+        return {"path": str(image)}
+    buffer = io.BytesIO()
+    read_image(image).save(buffer, format="PNG")
+    return {"png": base64.b64encode(buffer.getvalue()).decode()}
+
+
+def _image_from_json(image: object) -> SegmentImage:
+    match image:
+        case {"codes": codes}:
+            return _codes_from_json(codes)
+        case {"path": str(path)}:
+            return path
+        case {"png": str(png)}:
+            try:
+                return read_image(base64.b64decode(png))
+            except binascii.Error as error:
+                raise ValueError(f"the png of an image in JSON is not base64: {error}") from error
+        case _:
+            raise ValueError("an image in JSON is one of {'path': ...}, {'png': base64} or {'codes': [[...]]}")
 
 
 def _codes_from_json(rows: object) -> Tensor:

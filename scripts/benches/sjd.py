@@ -55,7 +55,7 @@ def main(args: list[str]) -> int:
         pack_linears(model.backbone)
         engine = Engine(model)
         # the image tokenizer's decoder is not timed
-        engine.model.decode_images = lambda codes: [None] * len(codes)  # type: ignore[assignment,return-value]
+        engine.model.decode_images = lambda codes: [None] * len(codes)  # type: ignore[assignment,list-item,return-value]
         prompts: list[Any] = make_prompts(options.count) if name == "tiny" else [207]
         steps, seconds = {}, dict.fromkeys((None, *SPECULATIVE_METHODS), float("inf"))
         for _ in range(options.repeat):

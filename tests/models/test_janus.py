@@ -19,6 +19,7 @@ from unigen.config import save_json
 from unigen.document import Document, Segment
 from unigen.hub.resolve import read_json
 from unigen.hub.weights import read_tensors, write_tensors
+from unigen.model.inputs import PromptIds
 from unigen.models import convert, janus
 
 
@@ -196,10 +197,14 @@ def test_features_of_a_picture_are_no_ids(folder: Path) -> None:
     sequence = engine.running().new_sequence(engine.request(QUESTION, "text", repetition_penalty=1.5))
     ids, [span] = sequence.pending_ids[0], sequence.prompt_spans[0]
     assert set(ids[span.start : span.stop]) == {0} and len(span.features_PD) == span.stop - span.start
-    assert 0 not in ids[: span.start] + ids[span.stop :], "else this test shows nothing"
-    assert sequence.state is not None and sequence.state.span.before == frozenset(sequence.context_ids)
-    assert 0 not in sequence.context_ids and set(ids) - {0} <= {*sequence.context_ids, sequence.state.span.begin}
     assert max(ids) < engine.model.vocabulary.size
+    assert sequence.state is not None and sequence.state.span.before == frozenset(sequence.context_ids)
+    begin = sequence.state.span.begin
+    assert sequence.context_ids == {*ids[: span.start], *ids[span.stop :], begin}
+    renamed = PromptIds(
+        [id or 1 for id in ids[: span.start]] + ids[span.start :] + [begin], [span]
+    )  # id 0 is <bos>, too
+    assert 0 in renamed.ids and 0 not in renamed.vocabulary_ids()
 
 
 def test_a_folder_of_version_0_1(folder: Path, tmp_path: Path) -> None:

@@ -103,6 +103,7 @@ class ComposedEngine:
             raise ValueError(f"this pair cannot answer with {output}: it can with {' or '.join(self.outputs)}")
         check_seed(seed)
         document, text_info, image_options = Document.of(prompt), self.text_options(options), self._drawing(options)
+        document.check_conditions("a composed model")
         if output == "text" and image_options:
             accepted = f"it takes {', '.join(TEXT_OPTIONS)}"
             raise ValueError(
@@ -297,6 +298,7 @@ class TransformersEngine:
 
     def _check_segments(self, document: Document) -> None:
         """Raises ValueError for what the model cannot read."""
+        document.check_conditions("this model")
         for segment in document.segments:
             if segment.label is not None:
                 raise ValueError("this model reads words, not classes: say it in words")

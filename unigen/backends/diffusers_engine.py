@@ -123,6 +123,7 @@ class DiffusersEngine:
             raise ValueError(f"this model cannot answer with {output}: it can with image")
         check_seed(seed)
         document = Document.of(prompt)
+        document.check_conditions("a pipeline")
         if not self.sees:
             self._prompt_arguments(document)
         variant = self._form("text")
@@ -217,6 +218,7 @@ class DiffusersEngine:
 
     def _prompt_arguments(self, document: Document) -> dict[str, Any]:
         """The pipeline's own arguments for words or a class."""
+        document.check_conditions("a pipeline")
         if document.images():
             raise ValueError("a pipeline draws from words: give a picture to `edit` or `inpaint`")
         words = " ".join((s.text or "").strip() for s in document.segments if s.text)

@@ -138,6 +138,8 @@ class Generator(Protocol):
     takes: tuple[str, ...]
     """The options of a request that it heeds, beside guidance: of `SAMPLING_OPTION_NAMES`, steps, sampler,
     guidance_kind, fixed."""
+    conditions: frozenset[str]
+    """The kinds of conditions of a document (`unigen.document.Condition`) that it takes."""
     codes: bool
     """Are the ids of a picture in training codes of the model's image tokenizer? Else it is laid out from pixels."""
     text_length: int
@@ -206,6 +208,7 @@ class GeneratorHead(nn.Module):
     uses_positions = True
     """Do pictures take positions of the sequence? Where they do not, `positions` is 0 whatever the settings."""
     text_length = 0
+    conditions: frozenset[str] = frozenset()
     io_layers: tuple[nn.Module, ...] = ()
     """Layers that are no hidden matrices, for optimizers that tell."""
 

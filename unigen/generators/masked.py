@@ -67,6 +67,7 @@ class Masked:
     own: str | None = None
     cache_reusable, codes, needs_context = False, True, False
     text_length = 0
+    conditions: frozenset[str] = frozenset()
     takes: tuple[str, ...] = (*SAMPLING_OPTION_NAMES, "steps", "fixed")
 
     def __init__(

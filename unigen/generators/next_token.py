@@ -42,6 +42,7 @@ class CausalGenerator(ABC):
 
     cache_reusable, codes, needs_context = True, True, False
     text_length = 0
+    conditions: frozenset[str] = frozenset()
     own: str | None = None
     takes: tuple[str, ...] = SAMPLING_OPTION_NAMES
 

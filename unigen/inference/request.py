@@ -171,6 +171,8 @@ def build_request(
         text_options["top_k"] = top_k
     texts |= {name: value for name, value in text_options.items() if value is not None}
     document = Document.of(prompt)
+    writer = "text" if output == "text" else generator
+    document.check_conditions(writer, model.generators.conditions(writer))
     system_text, dialogue = split_system_messages(document.segments)
     if system_text and not model.template.supports_system:
         raise ValueError("this model follows no system messages: leave them out, or say it as the user")

@@ -41,6 +41,11 @@ class GeneratorDict(dict[str, Any]):
         options: tuple[str, ...] = (find_generator(name) if name in self.factories else self[name]).takes
         return options
 
+    def conditions(self, name: str) -> frozenset[str]:
+        """The kinds of conditions that a generator takes, without building it."""
+        kinds: frozenset[str] = (find_generator(name) if name in self.factories else self[name]).conditions
+        return kinds
+
     def build_all(self) -> None:
         """Build all generators that are not built yet."""
         for name in list(self.factories):

@@ -74,7 +74,7 @@ def build_inputs(
     for span in spans:
         if span.embeds is not None:
             embeds = span.embeds.to(embeds_BLD)
-            if isinstance(span.rows, Tensor):
+            if isinstance(span.rows, Tensor) and isinstance(span.positions, Tensor):
                 embeds_BLD = embeds_BLD.index_put((span.rows, span.positions), embeds)
             else:
                 embeds_BLD[span.rows, span.positions] = embeds
