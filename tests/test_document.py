@@ -88,7 +88,7 @@ def test_liquids_layout() -> None:
     vocabulary = Vocabulary(100, 32)
     ids = vocabulary.image_ids(torch.tensor([0, 31]))
     assert ids.tolist() == [100, 131] and vocabulary.size == 132
-    assert vocabulary.codes(ids).tolist() == [0, 31]
+    assert vocabulary.image_codes(ids).tolist() == [0, 31]
     assert vocabulary.is_image(torch.tensor([99, 100])).tolist() == [False, True]
 
 

@@ -257,7 +257,7 @@ def test_cached_decoding_equals_the_full_forward(engine: Engine) -> None:
         row, start, stop = batch.spans_N3[0].tolist()
         hidden_BLD = model.hidden_states(batch)
         logits = model.logits(hidden_BLD[row, start - 1 : stop - 1], model.vocabulary.text_size)
-    assert logits.argmax(-1).tolist() == model.vocabulary.codes(batch.ids_BL[row, start:stop]).tolist()
+    assert logits.argmax(-1).tolist() == model.vocabulary.image_codes(batch.ids_BL[row, start:stop]).tolist()
 
 
 def test_a_model_that_has_learnt_one_batch_gives_it_back(tiny_folder: Path) -> None:
@@ -322,7 +322,7 @@ def test_keys_and_values_are_freed_with_what_was_running(engine: Engine) -> None
 
 def test_codes_that_are_not_codes_are_noticed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control of the grammar: ids taken for codes are refused by the tokenizer, not clamped."""
-    monkeypatch.setattr(Vocabulary, "codes", lambda self, ids: ids)
+    monkeypatch.setattr(Vocabulary, "image_codes", lambda self, ids: ids)
     with pytest.raises(ValueError, match="another tokenizer"):
         engine.generate("a dog")
 

@@ -26,35 +26,35 @@ class Vocabulary:
 
     text_size: int
     image_size: int
-    start: int | None = None
-    order: tuple[int, ...] | None = None
+    image_offset: int | None = None
+    code_order: tuple[int, ...] | None = None
     separate_head: bool = False
 
     @property
     def size(self) -> int:
-        return max(self.text_size, self.stop)
+        return max(self.text_size, self.image_stop)
 
     @property
-    def first(self) -> int:
+    def image_start(self) -> int:
         """The first id of an image code."""
-        return self.text_size if self.start is None else self.start
+        return self.text_size if self.image_offset is None else self.image_offset
 
     @property
-    def stop(self) -> int:
+    def image_stop(self) -> int:
         """The id after the last image code."""
-        return self.first + self.image_size
+        return self.image_start + self.image_size
 
     def image_ids(self, codes: Tensor) -> Tensor:
-        if self.order is not None:
-            codes = torch.tensor(self.order, device=codes.device).argsort()[codes]
-        return codes + self.first
+        if self.code_order is not None:
+            codes = torch.tensor(self.code_order, device=codes.device).argsort()[codes]
+        return codes + self.image_start
 
-    def codes(self, ids: Tensor) -> Tensor:
-        codes = ids - self.first
-        return codes if self.order is None else torch.tensor(self.order, device=ids.device)[codes]
+    def image_codes(self, ids: Tensor) -> Tensor:
+        codes = ids - self.image_start
+        return codes if self.code_order is None else torch.tensor(self.code_order, device=ids.device)[codes]
 
     def is_image(self, ids: Tensor) -> Tensor:
-        return (ids >= self.first) & (ids < self.stop)
+        return (ids >= self.image_start) & (ids < self.image_stop)
 
 
 @dataclass(frozen=True)
@@ -63,22 +63,22 @@ class Layout:
     then `closing`."""
 
     grid: tuple[int, int]
-    opening: tuple[int, ...] = ()
-    row_end: tuple[int, ...] = ()
-    closing: tuple[int, ...] = ()
+    prefix: tuple[int, ...] = ()
+    row_end_ids: tuple[int, ...] = ()
+    suffix: tuple[int, ...] = ()
 
     @property
-    def rows(self) -> int:
+    def num_ids(self) -> int:
         """How many ids the rows are."""
-        return self.grid[0] * (self.grid[1] + len(self.row_end))
+        return self.grid[0] * (self.grid[1] + len(self.row_end_ids))
 
     def to_ids(self, ids_hw: Tensor) -> list[int]:
         """The ids of the rows."""
-        return [id for row in ids_hw.tolist() for id in (*row, *self.row_end)]
+        return [id for row in ids_hw.tolist() for id in (*row, *self.row_end_ids)]
 
     def __len__(self) -> int:
         """Of all ids, the begin token among them."""
-        return 1 + len(self.opening) + self.rows + len(self.closing)
+        return 1 + len(self.prefix) + self.num_ids + len(self.suffix)
 
 
 @dataclass
@@ -130,13 +130,13 @@ class Batch:
         """Numbers (M,) of the images laid out for this generator."""
         return torch.tensor([n for n, writer in enumerate(self.writers) if writer == name], dtype=torch.int64)
 
-    def places(self, images_M: Tensor) -> tuple[Tensor, Tensor]:
+    def span_positions(self, images_M: Tensor) -> tuple[Tensor, Tensor]:
         """Rows (M, 1) and positions (M, P) of images whose spans have one length."""
         spans_M3 = self.spans_N3[images_M.to(self.spans_N3.device)]
         length = int(spans_M3[0, 2] - spans_M3[0, 1]) if len(spans_M3) else 0
         return spans_M3[:, :1], spans_M3[:, 1:2] + torch.arange(length, device=spans_M3.device)
 
-    def inside(self, name: str | None = None) -> Tensor:
+    def image_mask(self, name: str | None = None) -> Tensor:
         """Which positions (B, L) lie in images: in all of them, or in those of one generator."""
         inside_BL = torch.zeros_like(self.loss_BL)
         for (row, start, stop), writer in zip(self.spans_N3.tolist(), self.writers, strict=True):

@@ -232,7 +232,7 @@ class Document:
             takes = f"it takes {', '.join(sorted(supported))}" if supported else "it takes none"
             raise ValueError(f"{name} takes no condition {', '.join(unsupported)}: leave that out, {takes}")
 
-    def characters(self) -> int:
+    def num_characters(self) -> int:
         """How many characters its texts have, blanks in a row as one."""
         return sum(len(" ".join(segment.text.split())) for segment in self.segments if segment.text)
 

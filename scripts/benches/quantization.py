@@ -47,10 +47,10 @@ def code_logits(model: UnifiedModel, asked: Segment, codes_hw: Tensor) -> Tensor
     """Logits (h w, codes) of a picture's codes, each after those before it, without guidance."""
     tokens = model.template.encode(Document([asked, Segment(image=codes_hw, role="assistant")]))
     batch = model.insert_image_ids(pack([[tokens]], len(tokens), model.image_tokenizer.image_size).to(model.device))
-    row, at_1P = batch.places(torch.tensor([0]))
+    row, at_1P = batch.span_positions(torch.tensor([0]))
     at_P = at_1P[0, model.vocabulary.is_image(batch.ids_BL[0, at_1P[0]])]  # and not what ends a row
     hidden_PD = model.hidden_states(batch)[0, at_P - 1]
-    return model.logits(hidden_PD, model.vocabulary.first, model.vocabulary.stop).float()
+    return model.logits(hidden_PD, model.vocabulary.image_start, model.vocabulary.image_stop).float()
 
 
 def main(args: list[str]) -> int:

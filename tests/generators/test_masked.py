@@ -62,7 +62,7 @@ def test_inside_the_picture_all_see_all(engine: Engine) -> None:
     full_BLD = model.backbone.hidden(inputs.embeds_BLD, batch.positions_BL, mask)
     torch.testing.assert_close(hidden_BLD[real], full_BLD[real], atol=1e-5, rtol=1e-4)
     for writer, sees in (("masked", True), ("next-token", False)):
-        [row], at = (x[0] for x in batch.places(batch.images_of(writer)))
+        [row], at = (x[0] for x in batch.span_positions(batch.images_of(writer)))
         last = int(at[-1])
         other = InputSpan(int(row), slice(last, last + 1), inputs.embeds_BLD[row, last] + 1.0)
         moved = model.hidden_states(batch, [other]) - hidden_BLD
@@ -80,7 +80,7 @@ def test_sampling_sees_what_training_sees(engine: Engine) -> None:
         request = engine.request("a blue horse", "image", fixed=fixed, **options)
         list(engine.run([request]))
         batch = model.insert_image_ids(pack([[model.template.encode(request.document, generator="masked")]], 40, 16))
-        [row], at = (x[0] for x in batch.places(batch.images_of("masked")))
+        [row], at = (x[0] for x in batch.span_positions(batch.images_of("masked")))
         batch.ids_BL[row, at[:2]] = model.generators["masked"].mask
         logits = model.logits(
             model.hidden_states(batch)[row, at[:2]], model.vocabulary.text_size, model.vocabulary.size

@@ -101,7 +101,7 @@ def test_a_scale_sees_itself_and_those_before(engine: Engine) -> None:
     full_BLD = model.backbone.hidden(inputs.embeds_BLD, batch.positions_BL, mask)
     real = batch.segments_BL > 0
     torch.testing.assert_close(hidden_BLD[real], full_BLD[real], atol=1e-5, rtol=1e-4)
-    [row], at = (x[0] for x in batch.places(batch.images_of("next-scale")))
+    [row], at = (x[0] for x in batch.span_positions(batch.images_of("next-scale")))
     second, third = at[:4], at[4:]
     for moved, same, other in ((second[-1], at[:1] - 1, at), (third[-1], second, third)):
         changed = InputSpan(int(row), slice(int(moved), int(moved) + 1), inputs.embeds_BLD[row, moved] + 1.0)

@@ -32,7 +32,7 @@ def test_codes_that_spell_themselves(folder: Path) -> None:
     ids_hw = model.vocabulary.image_ids(codes_hw)
     names = model.text_tokenizer.convert_ids_to_tokens(ids_hw.flatten().tolist())
     assert names == [chameleon.code_token(int(code)) for code in codes_hw.flatten()]
-    assert torch.equal(model.vocabulary.codes(ids_hw), codes_hw) and bool(model.vocabulary.is_image(ids_hw).all())
+    assert torch.equal(model.vocabulary.image_codes(ids_hw), codes_hw) and bool(model.vocabulary.is_image(ids_hw).all())
 
 
 def test_a_vocabulary_with_codes_among_the_text() -> None:

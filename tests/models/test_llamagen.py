@@ -250,7 +250,7 @@ def test_a_prompt_is_read_alike_step_by_step_and_packed(words: Path) -> None:
     with torch.no_grad():
         hidden_BLD = model.hidden_states(batch)
         rows, at = batch.loss_BL.nonzero(as_tuple=True)
-        logits_TV = model.logits(hidden_BLD[rows, at - 1], model.vocabulary.first, model.vocabulary.stop)
+        logits_TV = model.logits(hidden_BLD[rows, at - 1], model.vocabulary.image_start, model.vocabulary.image_stop)
     assert torch.allclose(logits_TV.unflatten(0, (3, -1)).transpose(0, 1), torch.stack(steps), atol=1e-3)
 
 

@@ -347,9 +347,9 @@ def test_the_loss_is_of_what_is_drawn(case: Any, public: Path) -> None:
     with record_logits(next_token) as steps:
         engine.generate(case.PROMPT, seed=3, **options)
     ids_T, logits_TV = torch.tensor(drawn[0]), torch.cat(steps)
-    first, (width, height) = model.vocabulary.first, case.SIZE
+    first, (width, height) = model.vocabulary.image_start, case.SIZE
     stride = model.image_tokenizer.image_size // model.image_tokenizer.grid[0]
-    codes = model.vocabulary.codes(ids_T).unflatten(0, (height // stride, width // stride))
+    codes = model.vocabulary.image_codes(ids_T).unflatten(0, (height // stride, width // stride))
     asked = Segment(label=case.PROMPT) if isinstance(case.PROMPT, int) else Segment(text=case.PROMPT)
     tokens = model.template.encode(Document([asked, Segment(image=codes, role="assistant")]))
     batch = model.insert_image_ids(pack([[tokens]], len(tokens), width))

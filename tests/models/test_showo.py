@@ -71,11 +71,11 @@ def test_what_is_learnt_sees_what_is_drawn(engine: Any) -> None:
     codes = torch.zeros(case.GRID, case.GRID, dtype=torch.int64)
     tokens = model.template.encode(Document([Segment(text=case.PROMPT), Segment(image=codes, role="assistant")]))
     batch = model.insert_image_ids(pack([[tokens, tokens]], 2 * len(tokens), case.SIDE))
-    rows_M1, at_MP = batch.places(batch.images_of("masked"))
+    rows_M1, at_MP = batch.span_positions(batch.images_of("masked"))
     batch.ids_BL[rows_M1, at_MP] = generator.mask
     with torch.no_grad():
         states_MPD = model.hidden_states(batch)[rows_M1, at_MP]
-        logits_MPV = model.logits(states_MPD, model.vocabulary.first, model.vocabulary.stop)
+        logits_MPV = model.logits(states_MPD, model.vocabulary.image_start, model.vocabulary.image_stop)
     for logits_PV in logits_MPV:
         torch.testing.assert_close(logits_PV, seen[0], atol=1e-4, rtol=1e-4)
 

@@ -141,7 +141,7 @@ class wrong_row_end:  # noqa: N801
 
     def __enter__(self) -> None:
         layout = self.template.layout
-        self.template.layout = lambda grid: Layout(grid, layout(grid).opening, self.row_end, layout(grid).closing)
+        self.template.layout = lambda grid: Layout(grid, layout(grid).prefix, self.row_end, layout(grid).suffix)
 
     def __exit__(self, *_: Any) -> None:
         del self.template.layout

@@ -173,7 +173,7 @@ def rows(folder: Path) -> Iterator[ParityRow]:
     size, against = (WIDTH, HEIGHT), "transformers' generate with guidance and grammar"
 
     def ours(words: str, grid: tuple[int, int]) -> list[int]:
-        opening = [template.begin_ids["next-token"], *template.layout(grid).opening]
+        opening = [template.begin_ids["next-token"], *template.layout(grid).prefix]
         outputs = [template.prompt(Document.of(words), output="image", branch=blind).ids for blind in (False, True)]
         return [id for ids in outputs for id in (*ids, *opening)]
 
@@ -205,7 +205,7 @@ def rows(folder: Path) -> Iterator[ParityRow]:
     codes, scores = reference.greedy(PROMPTS[0])
     places = [0, 1, grid[1] - 1, len(codes) - 1]
     runs = []
-    for row_end in (template.layout(grid).row_end, ()):
+    for row_end in (template.layout(grid).row_end_ids, ()):
         with common.wrong_row_end(template, row_end), common.record_logits(next_token) as steps:
             request = engine.request(PROMPTS[0], "image", temperature=0.0, size=size)
             list(engine.run([request]))
@@ -229,7 +229,7 @@ def rows(folder: Path) -> Iterator[ParityRow]:
     sampled_ids, expected_ids, control = [], [], []
     for words in PROMPTS:
         expected_ids += reference.sampled(words, sampling, seed=5)
-        for row_end, written in ((template.layout(grid).row_end, sampled_ids), ((), control)):
+        for row_end, written in ((template.layout(grid).row_end_ids, sampled_ids), ((), control)):
             with common.wrong_row_end(template, row_end):
                 request = engine.request(words, "image", seed=5, temperature=1.0, top_k=100, size=size)
                 list(engine.run([request]))

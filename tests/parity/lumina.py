@@ -246,7 +246,7 @@ def rows(folder: Path) -> Iterator[ParityRow]:
     template, solver = model.template, "the official layers and processors (goldens)"
 
     def ours(words: str, grid: tuple[int, int]) -> list[int]:
-        opening = [template.begin_ids["next-token"], *template.layout(grid).opening]
+        opening = [template.begin_ids["next-token"], *template.layout(grid).prefix]
         document = Document.of(words)
         document.size = SIZE
         outputs = [template.prompt(document, output="image", branch=blind).ids for blind in (False, True)]
@@ -281,7 +281,7 @@ def rows(folder: Path) -> Iterator[ParityRow]:
     for trapped in (False, True):
         logits, codes = [], []
         for words in PROMPTS:
-            row_end = () if trapped else template.layout(GRID).row_end
+            row_end = () if trapped else template.layout(GRID).row_end_ids
             with common.wrong_row_end(template, row_end), common.record_logits(next_token) as steps:
                 request = engine.request(words, "image", temperature=0.0, size=SIZE)
                 list(engine.run([request]))
@@ -305,7 +305,7 @@ def rows(folder: Path) -> Iterator[ParityRow]:
     sampled_ids, expected_ids, control = [], [], []
     for words in PROMPTS:
         expected_ids += reference.sampled(words, sampling, seed=5)
-        for row_end, written in ((template.layout(GRID).row_end, sampled_ids), ((), control)):
+        for row_end, written in ((template.layout(GRID).row_end_ids, sampled_ids), ((), control)):
             with common.wrong_row_end(template, row_end):
                 request = engine.request(words, "image", seed=5, temperature=1.0, top_k=100, size=SIZE)
                 list(engine.run([request]))

@@ -97,7 +97,7 @@ def test_moving_from_it_costs_the_divergence(engine: Engine) -> None:
     with torch.no_grad():
         p, q = (m.logits(m.hidden_states(batch)).log_softmax(-1) for m in (model, before))
     gaps_BL = (q.exp() * (q - p)).sum(-1)
-    for name, inside_BL in (("text", ~batch.inside()), ("next-token", batch.inside("next-token"))):
+    for name, inside_BL in (("text", ~batch.image_mask()), ("next-token", batch.image_mask("next-token"))):
         at_BL = (batch.loss_BL & inside_BL)[:, 1:]
         if name == "next-token":  # the packed rows are causal but for masked and next-scale, which end their chats
             assert int(at_BL.sum()) == 4

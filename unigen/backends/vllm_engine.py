@@ -365,11 +365,11 @@ def apply_output(row: SequenceState, ids: list[int], vocabulary: Vocabulary) -> 
         has_stop_id = bool(ids) and ids[-1] in span.stops
         state.ids, state.pending_ids = ids[: len(ids) - has_stop_id], ids[-1:]
         state.done = has_stop_id or len(ids) >= span.max_tokens
-        state.finite = not any(vocabulary.first <= id < vocabulary.stop for id in state.ids)
+        state.finite = not any(vocabulary.image_start <= id < vocabulary.image_stop for id in state.ids)
         return
     if len(ids) != max_segment_tokens(row):
         raise RuntimeError(f"vLLM ended a picture after {len(ids)} of {max_segment_tokens(row)} ids")
     width = span.grid[1]
     state.ids = [id for index, id in enumerate(ids) if index % (width + len(span.row_end)) < width]
     state.pending_ids, state.done = [ids[-1], *span.row_end], True
-    state.finite = all(vocabulary.first <= id < vocabulary.stop for id in state.ids)
+    state.finite = all(vocabulary.image_start <= id < vocabulary.image_stop for id in state.ids)

@@ -49,7 +49,7 @@ def serialize_segment(
         "scales": list(span.guidance.scales) if span.guidance.branches > 1 else [1.0],
         "sampling": asdict(span.sampling),
         "seed": span.rng.initial_seed(),
-        "vocabulary": [vocabulary.text_size, vocabulary.first, vocabulary.image_size],
+        "vocabulary": [vocabulary.text_size, vocabulary.image_start, vocabulary.image_size],
         "grid": None if span.grid is None else list(span.grid),
         "row_end": list(span.row_end),
         "stops": list(span.stops),
@@ -188,7 +188,7 @@ class GuidedSampler(LogitsProcessor):
 
 def non_finite_id(vocabulary: Vocabulary, is_text: bool) -> int:
     """The id that stands for scores that are not finite: a code in a text, an id that is no code in a picture."""
-    return vocabulary.first if is_text else 0 if vocabulary.first > 0 else vocabulary.stop
+    return vocabulary.image_start if is_text else 0 if vocabulary.image_start > 0 else vocabulary.image_stop
 
 
 def force_id(logits_RV: Tensor, rows: list[int], id: int) -> None:

@@ -53,7 +53,7 @@ def prepare_step(state: SpeculativeState) -> StepInput:
 def step(model: GeneratorModel, state: SpeculativeState, hidden: list[Tensor]) -> int:
     """Accept, draw, draft anew. Returns how many of the positions asked for stay in the cache."""
     span, vocabulary = state.span, model.vocabulary
-    state.offset = vocabulary.first
+    state.offset = vocabulary.image_start
     draft_ids = _draft_ids(state)
     prefix_lengths = [len(state.pending_ids)]  # how many ids stand before each place
     for ids in draft_ids:
@@ -61,7 +61,9 @@ def step(model: GeneratorModel, state: SpeculativeState, hidden: list[Tensor]) -
     from_end = (
         torch.tensor(prefix_lengths, device=hidden[0].device) - prefix_lengths[-1] - 1
     )  # from the end: a prompt may open the picture
-    parts = [model.logits(states_LD[from_end], vocabulary.first, vocabulary.stop).float() for states_LD in hidden]
+    parts = [
+        model.logits(states_LD[from_end], vocabulary.image_start, vocabulary.image_stop).float() for states_LD in hidden
+    ]
     target_probs_WK = probabilities(span.guidance.combine(parts), span.sampling).cpu()
     if target_probs_WK[:, 0].isnan().any():  # then all of the row's are
         state.finite = False

@@ -93,7 +93,7 @@ class Masked:
 
     def table(self, part: int, vocabulary: Vocabulary) -> slice:
         """The rows of the table that this part's ids are of: the codes are its last part."""
-        return slice(vocabulary.first, vocabulary.stop)
+        return slice(vocabulary.image_start, vocabulary.image_stop)
 
     # ---------------------------------------------------------------- training
 
@@ -102,7 +102,7 @@ class Masked:
         return torch.cos(math.pi / 2 * torch.rand(count, 1, generator=rng))
 
     def prepare(self, model: GeneratorModel, batch: Batch, rng: torch.Generator) -> tuple[list[InputSpan], Targets]:
-        rows_M1, positions_MP = batch.places(batch.images_of(self.name))
+        rows_M1, positions_MP = batch.span_positions(batch.images_of(self.name))
         ids_MP = batch.ids_BL[rows_M1, positions_MP]
         masked_MP = torch.zeros(ids_MP.shape, dtype=torch.bool)
         ratios_MK = self.mask_ratios(len(ids_MP), rng)

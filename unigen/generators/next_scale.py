@@ -114,7 +114,7 @@ class NextScale(GeneratorHead):
     # ---------------------------------------------------------------- training
 
     def prepare(self, model: GeneratorModel, batch: Batch, rng: torch.Generator) -> tuple[list[InputSpan], Targets]:
-        rows_M1, positions_MP = batch.places(batch.images_of(self.name))
+        rows_M1, positions_MP = batch.span_positions(batch.images_of(self.name))
         if not len(positions_MP):
             return [], (rows_M1, positions_MP, positions_MP)
         quantizer = self.tokenizer.quantizer

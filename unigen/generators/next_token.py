@@ -34,7 +34,7 @@ def decode_ids(model: GeneratorModel, states: list[GenerationState]) -> Tensor:
     """Codes (N, h, w) of spans whose ids are codes of the model's image tokenizer in raster order."""
     grid = states[0].span.grid
     assert grid is not None
-    return model.vocabulary.codes(torch.tensor([state.ids for state in states])).unflatten(1, grid)
+    return model.vocabulary.image_codes(torch.tensor([state.ids for state in states])).unflatten(1, grid)
 
 
 class CausalGenerator(ABC):
@@ -93,7 +93,7 @@ class Text(CausalGenerator):
         return 0
 
     def targets(self, batch: Batch) -> Tensor:
-        return batch.loss_BL & ~batch.inside()
+        return batch.loss_BL & ~batch.image_mask()
 
     def start(self, span: SegmentSpec) -> GenerationState:
         return GenerationState(span, pending_ids=[span.begin])
@@ -102,7 +102,7 @@ class Text(CausalGenerator):
         last_hidden_BD = torch.stack([branches[0][-1] for branches in hidden])
         vocabulary = model.vocabulary
         logits_BV = model.logits(last_hidden_BD, 0, vocabulary.text_size)
-        logits_BV[:, vocabulary.first : vocabulary.stop] = -torch.inf  # where codes stand among the text
+        logits_BV[:, vocabulary.image_start : vocabulary.image_stop] = -torch.inf  # where codes stand among the text
         for row, state in enumerate(states):
             forbidden = [i for i in self.forbidden if i not in state.span.stops]
             logits_BV[row, forbidden] = -torch.inf
@@ -138,10 +138,14 @@ class NextToken(CausalGenerator):
         return self.grid[0] * (self.grid[1] + self.row_end)
 
     def targets(self, batch: Batch) -> Tensor:
-        return batch.loss_BL & batch.inside(self.name)
+        return batch.loss_BL & batch.image_mask(self.name)
 
     def table(self, vocabulary: Vocabulary) -> slice:
-        return slice(vocabulary.first, vocabulary.stop) if vocabulary.separate_head else super().table(vocabulary)
+        return (
+            slice(vocabulary.image_start, vocabulary.image_stop)
+            if vocabulary.separate_head
+            else super().table(vocabulary)
+        )
 
     def start(self, span: SegmentSpec) -> GenerationState:
         assert span.grid is not None
@@ -165,9 +169,9 @@ class NextToken(CausalGenerator):
         if not ordinary_rows:
             return num_read
         states, hidden = [states[row] for row in ordinary_rows], [hidden[row] for row in ordinary_rows]
-        offset = model.vocabulary.first
+        offset = model.vocabulary.image_start
         flat = torch.stack([branch[-1] for branches in hidden for branch in branches])
-        logits_NV = model.logits(flat, offset, model.vocabulary.stop).float()
+        logits_NV = model.logits(flat, offset, model.vocabulary.image_stop).float()
         guided_BV = combine_grouped(logits_NV, [state.span.guidance for state in states])
         for rows, ids in sample_grouped(guided_BV, states):
             for row, code in zip(rows, ids, strict=True):

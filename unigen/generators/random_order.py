@@ -81,7 +81,7 @@ class RandomOrder(GeneratorHead):
     # ---------------------------------------------------------------- training
 
     def prepare(self, model: GeneratorModel, batch: Batch, rng: torch.Generator) -> tuple[list[InputSpan], Targets]:
-        rows_M1, positions_MP = batch.places(batch.images_of(self.name))
+        rows_M1, positions_MP = batch.span_positions(batch.images_of(self.name))
         order_MP = torch.rand(positions_MP.shape, generator=rng).argsort(-1).to(positions_MP.device)
         ids_MP = batch.ids_BL[rows_M1, positions_MP].gather(-1, order_MP)
         if not len(ids_MP):
@@ -93,7 +93,7 @@ class RandomOrder(GeneratorHead):
         rows_M1, positions_MP, ids_MP = targets
         if not len(ids_MP):
             return self.nothing(hidden_BLD)
-        id_offset, stop = model.vocabulary.first, model.vocabulary.stop
+        id_offset, stop = model.vocabulary.image_start, model.vocabulary.image_stop
         logits = model.logits(hidden_BLD[rows_M1, positions_MP].flatten(0, 1), id_offset, stop).float()
         return nn.functional.cross_entropy(logits, ids_MP.flatten() - id_offset, reduction="none")
 
@@ -133,8 +133,10 @@ class RandomOrder(GeneratorHead):
         return [len(branches[0]) for branches in hidden]
 
     def _draw(self, model: GeneratorModel, states: list[OrderState], last: list[list[Tensor]]) -> None:
-        id_offset = model.vocabulary.first
-        logits = model.logits(torch.stack([s for branches in last for s in branches]), id_offset, model.vocabulary.stop)
+        id_offset = model.vocabulary.image_start
+        logits = model.logits(
+            torch.stack([s for branches in last for s in branches]), id_offset, model.vocabulary.image_stop
+        )
         guided_BV = combine_grouped(logits, [state.span.guidance for state in states])
         for rows, codes in sample_grouped(guided_BV, list(states)):
             for row, code in zip(rows, codes, strict=True):

@@ -126,7 +126,7 @@ class TokenFlow(LatentFlowHead):
         x_TRZ = tokens_MPZ.flatten(0, 1)[:, None].expand(-1, self.settings.repeats, -1)
         noise_TRZ = torch.randn(x_TRZ.shape, generator=rng).to(x_TRZ)
         t_TR = self.path.sample_times(x_TRZ.shape[:2], rng).to(x_TRZ)
-        rows_M1, positions_MP = batch.places(batch.images_of(self.name))
+        rows_M1, positions_MP = batch.span_positions(batch.images_of(self.name))
         return [InputSpan(rows_M1, positions_MP, input_MPD)], (torch.stack((x_TRZ, noise_TRZ)), t_TR)
 
     def loss(self, model: GeneratorModel, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> Tensor:
@@ -134,7 +134,7 @@ class TokenFlow(LatentFlowHead):
         if not self.count(batch):
             return self.nothing(hidden_BLD)
         (x_TRZ, noise_TRZ), t_TR = targets
-        rows_M1, positions_MP = batch.places(batch.images_of(self.name))
+        rows_M1, positions_MP = batch.span_positions(batch.images_of(self.name))
         states_TD = hidden_BLD[rows_M1, positions_MP - 1].flatten(0, 1)
         x_t_TRZ = self.path.add_noise(x_TRZ, noise_TRZ, t_TR)
         states_TRD = states_TD[:, None].expand(-1, self.settings.repeats, -1)

@@ -99,14 +99,14 @@ class Transfusion(LatentFlowHead):
         x_t_MZhw, t_M, velocity_MZhw = self.add_noise(batch, batch.ids_BL.device, rng)
         if not len(t_M):
             return [], t_M
-        rows_M1, positions_MP = batch.places(batch.images_of(self.name))
+        rows_M1, positions_MP = batch.span_positions(batch.images_of(self.name))
         return [InputSpan(rows_M1, positions_MP, self.embed(x_t_MZhw, t_M))], velocity_MZhw
 
     def loss(self, model: GeneratorModel, batch: Batch, hidden_BLD: Tensor, velocity_MZhw: Tensor) -> Tensor:
         """The mean squared error of each image's velocity, (M,)."""
         if not self.count(batch):
             return self.nothing(hidden_BLD)
-        error = self.velocity(hidden_BLD[batch.places(batch.images_of(self.name))]) - velocity_MZhw
+        error = self.velocity(hidden_BLD[batch.span_positions(batch.images_of(self.name))]) - velocity_MZhw
         return error.square().mean((1, 2, 3))
 
     # ---------------------------------------------------------------- sampling

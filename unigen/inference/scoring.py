@@ -76,7 +76,7 @@ def log_likelihood(
     if is_guided:
         assert blind is not None, "guidance needs the blind branch"
         uncond_hidden_BLD, uncond_targets = encode_side(blind)
-    rows, positions = (batch.loss_BL & ~batch.inside()).nonzero(as_tuple=True)
+    rows, positions = (batch.loss_BL & ~batch.image_mask()).nonzero(as_tuple=True)
     text = _token_log_probs(model.logits(hidden_BLD[rows, positions - 1]), batch.ids_BL[rows, positions])
     total_D = text.new_zeros(int(documents_B.sum())).index_add(0, number_BL[rows, positions], text)
 
@@ -94,14 +94,14 @@ def log_likelihood(
     drawn = batch.images_of(model.template.context_generator).to(batch.spans_N3.device)
     drawn = drawn[batch.loss_BL[batch.spans_N3[drawn, 0], batch.spans_N3[drawn, 1]]]
     if len(drawn):
-        image_start, image_stop = model.vocabulary.first, model.vocabulary.stop
-        rows_N1, positions_NM = batch.places(drawn)
+        image_start, image_stop = model.vocabulary.image_start, model.vocabulary.image_stop
+        rows_N1, positions_NM = batch.span_positions(drawn)
         is_code_M = model.vocabulary.is_image(batch.ids_BL[rows_N1, positions_NM])[0]  # and not what ends a row
         positions_NM = positions_NM[:, is_code_M]
         logits = model.logits(hidden_BLD[rows_N1, positions_NM - 1], image_start, image_stop).float()
         if is_guided:
             assert guidance is not None and blind is not None
-            uncond_rows_N1, uncond_positions_NM = blind.places(drawn)
+            uncond_rows_N1, uncond_positions_NM = blind.span_positions(drawn)
             uncond_positions_NM = uncond_positions_NM[:, is_code_M]
             uncond_logits = model.logits(
                 uncond_hidden_BLD[uncond_rows_N1, uncond_positions_NM - 1], image_start, image_stop

@@ -127,7 +127,7 @@ def next_preview(model: UnifiedModel, sequence: SequenceState) -> Preview | None
 
 def _check_length(model: UnifiedModel, document: Document) -> None:
     """Refuse what is far too long before its texts are split into tokens and its pictures encoded."""
-    if (characters := document.characters()) > MAX_CHARS_PER_POSITION * model.max_length:
+    if (characters := document.num_characters()) > MAX_CHARS_PER_POSITION * model.max_length:
         raise ValueError(
             f"the prompt has {characters:,} characters, the model reads {model.max_length:,} positions: shorten it"
         )
@@ -175,7 +175,7 @@ def _start_image(model: UnifiedModel, sequence: SequenceState) -> None:
     if fixed is not None:
         fixed = torch.where(fixed < 0, fixed, model.vocabulary.image_ids(fixed))
     spec = SegmentSpec(begin or 0, request.image, request.guidance, _next_rng(sequence), request.grid, fixed=fixed)
-    spec.opening, spec.row_end = () if begin is None else (begin, *layout.opening), layout.row_end
+    spec.opening, spec.row_end = () if begin is None else (begin, *layout.prefix), layout.row_end_ids
     spec.steps, spec.sampler, spec.accelerate = request.steps, request.sampler, request.accelerate
     spec.text_ids = _prefix_text_ids(model, sequence)
     sequence.state, sequence.num_cached = sequence.generator.start(spec), 0
@@ -207,9 +207,9 @@ def _read_back_image(model: UnifiedModel, sequence: SequenceState, cache: SlotCa
         assert isinstance(codes_hw, torch.Tensor), "encode_document gives codes"
         ids_hw = model.vocabulary.image_ids(codes_hw)
         begin = template.begin_ids[template.context_generator]
-        sequence.pending_ids = [[begin, *layout.opening, *layout.to_ids(ids_hw)]]
-    sequence.pending_ids[0] += layout.closing
-    sequence.context_ids.update((*state.span.head, *layout.closing))
+        sequence.pending_ids = [[begin, *layout.prefix, *layout.to_ids(ids_hw)]]
+    sequence.pending_ids[0] += layout.suffix
+    sequence.context_ids.update((*state.span.head, *layout.suffix))
 
 
 def _start_text(model: UnifiedModel, sequence: SequenceState, begin: int) -> None:

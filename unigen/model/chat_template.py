@@ -122,7 +122,7 @@ class ChatTemplate:
         return tokens
 
     def layout(self, grid: tuple[int, int]) -> Layout:
-        return Layout(grid, closing=(self.image_end_id,))
+        return Layout(grid, suffix=(self.image_end_id,))
 
     def preprocess(self, image: Image.Image, size: int) -> np.ndarray:
         return center_crop_resize(image, size)

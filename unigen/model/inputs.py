@@ -98,7 +98,7 @@ def prompt_ids(tokens: Tokens, vocabulary: Vocabulary, template: Template) -> Pr
             spans.append(PromptSpan(start, stop, image))
             continue
         layout = template.layout((image.shape[0], image.shape[1]))
-        if layout.rows != stop - start:
+        if layout.num_ids != stop - start:
             raise ValueError(f"a picture of {tuple(image.shape)} codes is of another size than this model reads")
         check_codes(image, vocabulary.image_size)
         ids[start:stop] = layout.to_ids(vocabulary.image_ids(image))
@@ -128,7 +128,7 @@ def attention_span(batch: Batch, generator: Generator) -> InputSpan | None:
     offsets = generator.attend_until()
     if offsets is None:
         return None
-    rows_M1, positions_MP = batch.places(batch.images_of(generator.name))
+    rows_M1, positions_MP = batch.span_positions(batch.images_of(generator.name))
     margin = (len(offsets) - positions_MP.shape[1]) // 2
     around_L = torch.arange(-margin, positions_MP.shape[1] + margin, device=positions_MP.device)
     attend_until_ML = positions_MP[:, :1] + torch.tensor(offsets, device=positions_MP.device)

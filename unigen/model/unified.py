@@ -210,7 +210,7 @@ class UnifiedModel(nn.Module):
             if len(images_M):
                 assert batch.images is not None and batch.images.is_floating_point()
                 embeds_MPD = reader.embed(reader.encode(batch.images[images_M.to(batch.images.device)]))
-                spans.append(InputSpan(*batch.places(images_M), embeds=embeds_MPD))
+                spans.append(InputSpan(*batch.span_positions(images_M), embeds=embeds_MPD))
         return spans
 
     def _attention_spans(self, batch: Batch) -> list[InputSpan]:
@@ -238,7 +238,7 @@ class UnifiedModel(nn.Module):
         if batch.images is None or not len(images_M):
             return batch
         ids_Mhw = self.vocabulary.image_ids(self.encode_images(batch.images[images_M.to(batch.images.device)]))
-        row_end = self.template.layout((ids_Mhw.shape[1], ids_Mhw.shape[2])).row_end
+        row_end = self.template.layout((ids_Mhw.shape[1], ids_Mhw.shape[2])).row_end_ids
         return place_image_ids(batch, images_M, ids_Mhw, row_end)
 
     @property

@@ -69,7 +69,7 @@ class ChameleonTemplate(PretrainedTemplate):
         self.begin_ids = {self.context_generator: self.special_ids[BOI]}
 
     def layout(self, grid: tuple[int, int]) -> Layout:
-        return Layout(grid, closing=(self.special_ids[EOI],))
+        return Layout(grid, suffix=(self.special_ids[EOI],))
 
     def preprocess(self, image: Image.Image, size: int) -> np.ndarray:
         """The centre of the picture, resized before it is cut."""

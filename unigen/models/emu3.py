@@ -132,8 +132,8 @@ class Emu3Template(PretrainedTemplate):
             )
         height, width = segment.image.shape
         layout = self.layout((height, width))
-        prompt.ids([self.special_ids[BOI], *layout.opening]).image(segment.image, layout.rows, loss=loss)
-        return prompt.ids(list(layout.closing), loss=loss)
+        prompt.ids([self.special_ids[BOI], *layout.prefix]).image(segment.image, layout.num_ids, loss=loss)
+        return prompt.ids(list(layout.suffix), loss=loss)
 
 
 def matches(folder: Path, config: dict[str, Any]) -> bool:

@@ -79,7 +79,7 @@ class JanusTemplate(PretrainedTemplate):
         self.begin_ids = {self.context_generator: self.special_ids[BOI]}
 
     def layout(self, grid: tuple[int, int]) -> Layout:
-        return Layout(grid, closing=(self.special_ids[EOI],))
+        return Layout(grid, suffix=(self.special_ids[EOI],))
 
     def preprocess(self, image: Image.Image, size: int) -> np.ndarray:
         """The whole picture, resized, in the middle of a square of `PAD_COLOR`."""

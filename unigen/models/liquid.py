@@ -68,7 +68,7 @@ class LiquidTemplate(PretrainedTemplate):
             self.outputs = ("image",)
 
     def layout(self, grid: tuple[int, int]) -> Layout:
-        return Layout(grid, closing=(self.image_end_id,))
+        return Layout(grid, suffix=(self.image_end_id,))
 
     def preprocess(self, image: Image.Image, size: int) -> np.ndarray:
         """The whole picture on a square of `PAD_COLOR`, resized."""

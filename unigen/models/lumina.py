@@ -141,8 +141,8 @@ class LuminaTemplate(ChameleonTemplate):
                 "pictures stand in this model's prompts by their own size: give them as codes (model.encode_document)"
             )
         layout = self.layout((image.shape[0], image.shape[1]))
-        prompt.add_template_text(BOI, loss=loss).ids(list(layout.opening)).image(image, layout.rows, loss=loss)
-        return prompt.ids(list(layout.closing))
+        prompt.add_template_text(BOI, loss=loss).ids(list(layout.prefix)).image(image, layout.num_ids, loss=loss)
+        return prompt.ids(list(layout.suffix))
 
 
 def is_user_text(segments: Sequence[Segment]) -> bool:

@@ -99,7 +99,7 @@ class ShowoTemplate(PretrainedTemplate):
         self.begin_ids = {"masked": self.special_ids[SOI]}
 
     def layout(self, grid: tuple[int, int]) -> Layout:
-        return Layout(grid, closing=(self.special_ids[EOI],))
+        return Layout(grid, suffix=(self.special_ids[EOI],))
 
     def preprocess(self, image: Image.Image, size: int) -> np.ndarray:
         """Resized by its shorter side, then its centre."""
@@ -187,7 +187,7 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
         image_tokenizer = magvit2.from_public(images, math.isqrt(config["num_vq_tokens"]))
         lm = build_phi(read_weights(folder), read_json(language / CONFIG), folder, dtype)
     vocabulary = Vocabulary(len(tokenizer), image_tokenizer.codebook_size)
-    if lm.config.vocab_size != vocabulary.stop + 1:
+    if lm.config.vocab_size != vocabulary.image_stop + 1:
         sizes = f"{len(tokenizer)} pieces of text, {image_tokenizer.codebook_size} image codes and the mask"
         raise ValueError(f"{folder}: a table of {lm.config.vocab_size} rows is not that of {sizes}")
     lm.config.bos_token_id, lm.config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -195,7 +195,7 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
     template = ShowoTemplate(tokenizer, grid[0] * grid[1])
     writers: dict[str, Generator] = {
         "text": Text(sorted({*tokenizer.all_special_ids, *template.special_ids.values()})),
-        "masked": ShowoMasked(grid, vocabulary.stop, template.special_ids[EOI]),
+        "masked": ShowoMasked(grid, vocabulary.image_stop, template.special_ids[EOI]),
     }
     model = UnifiedModel("showo", Backbone(lm), vocabulary, tokenizer, image_tokenizer, template, writers)
     model.set_default_sampling("masked", **DEFAULT_SAMPLING)
@@ -232,7 +232,7 @@ def save_public(model: UnifiedModel, folder: Path) -> None:
     write_tensors(folder / weights, {WEIGHT_PREFIX + name: tensor for name, tensor in lm.state_dict().items()})
     config = {"codebook_size": vocabulary.image_size, "llm_model_path": LANGUAGE_MODEL_REPO, "load_from_showo": True}
     config |= {"llm_vocab_size": vocabulary.text_size - len(ADDED_TOKENS), "num_vq_tokens": math.prod(tokenizer.grid)}
-    config |= {"mask_token_id": vocabulary.stop, "vocab_size": vocabulary.stop + 1, "w_clip_vit": False}
+    config |= {"mask_token_id": vocabulary.image_stop, "vocab_size": vocabulary.image_stop + 1, "w_clip_vit": False}
     save_json(folder / CONFIG, {"_class_name": "Showo"} | config)
     language, images = (folder / repo.partition("/")[2] for repo in (LANGUAGE_MODEL_REPO, IMAGE_TOKENIZER_REPO))
     images.mkdir()
