@@ -132,7 +132,7 @@ def test_packed_loss_is_the_sum_of_the_unpacked(tiny_folder: Path) -> None:
             joined.loss += t.loss
             joined.spans += [(at + a, at + b) for a, b in t.spans]
             joined.images += t.images
-            joined.writers += t.writers
+            joined.handlers += t.handlers
         assert losses(tiny_folder, [[joined]])[name] != pytest.approx(losses(tiny_folder, [tokens])[name], rel=1e-5)
 
 

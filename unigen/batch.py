@@ -16,19 +16,21 @@ from unigen.media.pixels import stack_images
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Which id an image code has: text_size pieces of text and specials, among them or after them the image codes, in a
-    row but in any order.
+    """Which id a piece of text or an image code has. Ids of image codes are one range, after or among the text's.
 
-    after the text, in order: id(code) = text_size + code        (Liquid, arXiv 2412.04332, section 3)
-    else `first` is the first of them, and `order` names their codes    (Chameleon)
-    separate_head: are codes scored by a head of their own, never beside text?
+    id(code) = text_size + code        (Liquid, arXiv 2412.04332, section 3)
     """
 
     text_size: int
+    """Ids of pieces of text and special tokens."""
     image_size: int
+    """Image codes."""
     image_offset: int | None = None
+    """The first id of an image code; None: after the text."""
     code_order: tuple[int, ...] | None = None
+    """The code of each id of the range, where it is not in order (Chameleon)."""
     separate_head: bool = False
+    """Are codes scored by a head of their own, never beside text?"""
 
     @property
     def size(self) -> int:
@@ -59,13 +61,16 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a picture of h x w codes stands among ids: a begin token, `opening`, its rows, each with `row_end` after it,
-    then `closing`."""
+    """How a picture of h x w codes stands among ids: begin token, prefix, rows of codes, suffix."""
 
     grid: tuple[int, int]
+    """Rows and columns of codes."""
     prefix: tuple[int, ...] = ()
+    """Ids between the begin token and the first row."""
     row_end_ids: tuple[int, ...] = ()
+    """Ids after each row."""
     suffix: tuple[int, ...] = ()
+    """Ids after the last row."""
 
     @property
     def num_ids(self) -> int:
@@ -83,23 +88,27 @@ class Layout:
 
 @dataclass
 class Tokens:
-    """One document as ids. `loss[i]`: id i is a target. `images[k]` fills the ids of `spans[k] = (start, stop)`, laid
-    out as the generator `writers[k]` writes it."""
+    """One document as ids, with places for its images."""
 
     ids: list[int] = field(default_factory=list)
+    """0 in the places of images."""
     loss: list[bool] = field(default_factory=list)
+    """Is the id a target of training?"""
     spans: list[tuple[int, int]] = field(default_factory=list)
+    """Start and stop of each image's place."""
     images: list[Any] = field(default_factory=list)
-    writers: list[str] = field(default_factory=list)
+    """As the segments hold them, or encoded."""
+    handlers: list[str] = field(default_factory=list)
+    """For each image, the generator that writes it or the reader that reads it: its place is laid out for that."""
 
     def add(self, ids: Sequence[int], loss: bool = False) -> None:
         self.ids.extend(ids)
         self.loss.extend([loss] * len(ids))
 
-    def add_image(self, image: Any, length: int, loss: bool = False, writer: str = "next-token") -> None:
+    def add_image(self, image: Any, length: int, loss: bool = False, handler: str = "next-token") -> None:
         self.spans.append((len(self.ids), len(self.ids) + length))
         self.images.append(image)
-        self.writers.append(writer)
+        self.handlers.append(handler)
         self.add([0] * length, loss)
 
     def __len__(self) -> int:
@@ -108,27 +117,29 @@ class Tokens:
 
 @dataclass
 class Batch:
-    """Packed rows. Segment id 0 is padding; positions restart with each document; the first id of none is a target.
-
-    ids_BL int64; positions_BL int64; segments_BL int64; loss_BL bool (id i is predicted from position i-1);
-    spans_N3 int64: row, start and stop of image n; images: the N pictures, as pixels or codes, in the same order;
-    writers: the N generators that they are laid out for.
-    """
+    """Packed rows of documents."""
 
     ids_BL: Tensor
+    """int64."""
     positions_BL: Tensor
+    """int64; they begin at 0 in each document."""
     segments_BL: Tensor
+    """int64, the number of the document in its row, from 1; 0 is padding."""
     loss_BL: Tensor
+    """bool: is the id a target, predicted from the position before it? The first id of a document is none."""
     spans_N3: Tensor
+    """int64: row, start and stop of each image."""
     images: Tensor | None = None
-    writers: tuple[str, ...] = ()
+    """The N images in this order: pixels, codes or latents."""
+    handlers: tuple[str, ...] = ()
+    """For each image, the generator or the reader that its place is laid out for."""
 
     def __len__(self) -> int:
         return len(self.ids_BL)
 
     def images_of(self, name: str) -> Tensor:
-        """Numbers (M,) of the images laid out for this generator."""
-        return torch.tensor([n for n, writer in enumerate(self.writers) if writer == name], dtype=torch.int64)
+        """Numbers (M,) of the images laid out for this generator or reader."""
+        return torch.tensor([n for n, handler in enumerate(self.handlers) if handler == name], dtype=torch.int64)
 
     def span_positions(self, images_M: Tensor) -> tuple[Tensor, Tensor]:
         """Rows (M, 1) and positions (M, P) of images whose spans have one length."""
@@ -139,8 +150,8 @@ class Batch:
     def image_mask(self, name: str | None = None) -> Tensor:
         """Which positions (B, L) lie in images: in all of them, or in those of one generator."""
         inside_BL = torch.zeros_like(self.loss_BL)
-        for (row, start, stop), writer in zip(self.spans_N3.tolist(), self.writers, strict=True):
-            if name in (None, writer):
+        for (row, start, stop), handler in zip(self.spans_N3.tolist(), self.handlers, strict=True):
+            if name in (None, handler):
                 inside_BL[row, start:stop] = True
         return inside_BL
 
@@ -159,7 +170,7 @@ class Batch:
             function(self.loss_BL),
             function(self.spans_N3),
             None if self.images is None else function(self.images),
-            self.writers,
+            self.handlers,
         )
 
 
@@ -188,7 +199,7 @@ def pack(rows: Sequence[Sequence[Tokens]], length: int, image_size: int) -> Batc
     loss = torch.zeros(len(rows), length, dtype=torch.bool)
     spans: list[tuple[int, int, int]] = []
     images: list[Any] = []
-    writers: list[str] = []
+    handlers: list[str] = []
     for b, documents in enumerate(rows):
         at = 0
         for number, tokens in enumerate(documents, start=1):
@@ -201,8 +212,8 @@ def pack(rows: Sequence[Sequence[Tokens]], length: int, image_size: int) -> Batc
             segments[b, at:stop] = number
             spans += [(b, at + first, at + last) for first, last in tokens.spans]
             images += tokens.images
-            writers += tokens.writers
+            handlers += tokens.handlers
             at = stop
     spans_N3 = torch.tensor(spans, dtype=torch.int64).reshape(-1, 3)
     stacked = stack_images(images, image_size) if images else None
-    return Batch(ids, positions, segments, loss, spans_N3, stacked, tuple(writers))
+    return Batch(ids, positions, segments, loss, spans_N3, stacked, tuple(handlers))

@@ -170,7 +170,7 @@ QUESTION = [Image.new("RGB", (32, 20), "red"), "What is it"]
 def question_batch(model: Any) -> Batch:
     """A question about a picture as a packed row, as training reads it."""
     tokens = model.template.prompt(Document.of(QUESTION), output="text")
-    assert tokens.writers == ["vision"]
+    assert tokens.handlers == ["vision"]
     return pack([[tokens]], len(tokens) + 2, model.image_tokenizer.image_size)
 
 

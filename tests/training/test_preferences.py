@@ -224,7 +224,7 @@ def test_pictures_of_any_generator_are_compared(engine: Engine, writer: str) -> 
         [[encode(right)]], [PreferencePair(right, wrong, writer), PreferencePair(told[0], told[1])], encode, 1024, 1
     )
     (texts,), (drawn,) = rows.pairs
-    assert [side.writers for sides in (*texts, *drawn) for side in sides[:2]] == [[], [], [writer], [writer]]
+    assert [side.handlers for sides in (*texts, *drawn) for side in sides[:2]] == [[], [], [writer], [writer]]
     batch = PreferenceCollator(PackCollator(1024, 16), 1024, 16)([rows[0]])
     objective = DPOObjective(MultiGeneratorLoss(model.generators), copy.deepcopy(model), PreferenceConfig())
     total, count = objective(model, batch, torch.Generator().manual_seed(0))["preference"]
@@ -357,7 +357,7 @@ def test_codes_of_next_scale_are_checked_and_compared(engine: Engine, tmp_path: 
         read_pairs([tmp_path / "g"], 0, (2, 2), 32, own)
     pairs = read_pairs([tmp_path / "f"], 0, (2, 2), 32, own)
     rows = PreferenceDataset([[]], pairs, engine.model.template.encode, 128, 1)
-    assert [sides.chosen.writers for kind in rows.pairs for row in kind for sides in row] == [
+    assert [sides.chosen.handlers for kind in rows.pairs for row in kind for sides in row] == [
         ["next-token"],
         ["next-scale"],
     ]

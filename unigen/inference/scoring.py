@@ -55,7 +55,7 @@ def log_likelihood(
     number_BL = first_index_B[:, None] + batch.segments_BL - 1
     image_generators = {
         name: model.generators[name]
-        for name in sorted({*batch.writers} & {*model.generators} - {model.template.context_generator})
+        for name in sorted({*batch.handlers} & {*model.generators} - {model.template.context_generator})
     }
     is_guided = guidance is not None and guidance.branches > 1 and has_guided_likelihood(model, batch)
     start = None if rng is None else rng.get_state()
@@ -117,7 +117,7 @@ def log_likelihood(
 def has_guided_likelihood(model: UnifiedModel, batch: Batch) -> bool:
     """Are there pictures in it whose likelihood is that by which they are drawn, guidance and all?"""
     guided = {name for name, generator in model.generators.items() if hasattr(generator, "guided_loss")}
-    return not {*batch.writers}.isdisjoint({model.template.context_generator, *guided})
+    return not {*batch.handlers}.isdisjoint({model.template.context_generator, *guided})
 
 
 def _token_log_probs(logits: Tensor, ids: Tensor) -> Tensor:

@@ -60,9 +60,7 @@ def normalize_text(text: str) -> str:
 
 
 class ChatTemplate:
-    """Documents as ids and back. positions: how many stand for a picture, by the generator that writes it, and words:
-    how many of them, the first, for the text before it; begins: the begin tokens of generators that are known
-    already; classes: the names of those that the model draws, if it does."""
+    """Documents as ids and back; a `Template`."""
 
     context_generator = CONTEXT_GENERATOR
     num_candidates = 16
@@ -78,6 +76,17 @@ class ChatTemplate:
         classes: Sequence[str] = (),
         text_lengths: Mapping[str, int] | None = None,
     ) -> None:
+        """
+        Args:
+            tokenizer: the text tokenizer, with the special tokens.
+            image_lengths: by generator, the positions of a picture.
+            begin_tokens: by generator, begin tokens that are given already.
+            classes: names of the classes that the model draws, where it draws classes and not words.
+            text_lengths: by generator, how many of a picture's positions, the first, hold text.
+
+        Raises:
+            ValueError: the tokenizer has no special token, or none that is left for a generator.
+        """
         self.tokenizer = tokenizer
         self.image_lengths, self.text_lengths = dict(image_lengths), dict(text_lengths or {})
         self.classes = tuple(classes)
@@ -107,10 +116,13 @@ class ChatTemplate:
         self.begin_ids: dict[str, int] = {name: self.special_ids[begin_tokens[name]] for name in image_lengths}
 
     def encode(self, document: Document, *, uncond: bool = False, generator: str = CONTEXT_GENERATOR) -> Tokens:
-        """A whole chat, its last turn ended where the assistant speaks last.
+        """A whole chat for training. Its last turn is ended where the assistant speaks last.
 
-        writer: the generator that writes the assistant's last picture. Where it is not the one that pictures are read
-        back by, the chat ends with that picture, since nothing later would see it as it was written.
+        Args:
+            document: the chat.
+            uncond: leave out its words, for guidance's other branch.
+            generator: writes the assistant's last picture. Where it is not CONTEXT_GENERATOR, the chat ends with that
+                picture, since nothing later would see it as it was written.
         """
         if generator != CONTEXT_GENERATOR:
             said = [i for i, s in enumerate(document.segments) if s.image is not None and s.role == "assistant"]
@@ -159,7 +171,7 @@ class ChatTemplate:
                 last = number == len(document.segments)
                 name = generator if last else CONTEXT_GENERATOR
                 tokens.add([self.begin_ids[name]], loss=learnt and not uncond)
-                tokens.add_image(segment.image, self.image_lengths[name], loss=learnt, writer=name)
+                tokens.add_image(segment.image, self.image_lengths[name], loss=learnt, handler=name)
                 if name in self.text_lengths:
                     start = tokens.spans[-1][0]
                     tokens.ids[start : start + self.text_lengths[name]] = self.prefix_text_ids(document, name)

@@ -75,42 +75,70 @@ def default_output(document: Document, outputs: Sequence[Output]) -> Output:
 
 
 class Template(Protocol):
-    """How a family lays a document out as ids. outputs: what it can be asked for; reader: the generator as which
-    finished pictures stand in it; classes: the names of what a model draws that draws classes and not words, else none;
-    text_lengths: how many positions of text the span of a picture opens with, of generators whose spans do; turn_ends:
-    ids that end an answer; begins: the token that opens a picture, by generator, unless the prompt itself does;
-    variable_size: may pictures be of any size? system: are system messages followed in text? candidates: among how many
-    captions a picture's is chosen, if nothing else is asked for; scales: of guidance, one less than the branches it
-    has (`blind` is a branch's number, 0 the one that sees all); preprocess: how pictures are brought to the pixels that
-    the model reads; settings: what a saved model has to say of it."""
+    """How a family lays a document out as ids, and reads ids as text."""
 
     outputs: tuple[Output, ...]
+    """What the model can be asked for."""
     context_generator: str
+    """The generator as which finished pictures stand in a document."""
     text_lengths: dict[str, int]
+    """By generator, positions of text that a picture's segment opens with, where it does."""
     classes: tuple[str, ...]
+    """Names of the classes that the model draws; empty where it draws words."""
     stop_token_ids: tuple[int, ...]
+    """Ids that end an answer."""
     variable_size: bool
+    """May pictures be of any size?"""
     num_guidance_scales: int
+    """One less than the branches that guidance has."""
     supports_system: bool
+    """Are system messages followed in text?"""
     settings: dict[str, Any]
+    """What unigen.json stores of the template."""
     begin_ids: dict[str, int]
+    """By generator, the token that begins a picture; without it the prompt itself does."""
     num_candidates: int
+    """Captions of which the best is chosen, if nothing else is asked for."""
 
-    def preprocess(self, image: Image.Image, size: int) -> np.ndarray: ...
+    def preprocess(self, image: Image.Image, size: int) -> np.ndarray:
+        """A picture as pixels (H, W, 3), uint8, of `size` along a side."""
+        ...
 
-    def layout(self, grid: tuple[int, int]) -> Layout: ...
+    def layout(self, grid: tuple[int, int]) -> Layout:
+        """How a picture of so many rows and columns of codes stands among ids."""
+        ...
 
-    def encode(self, document: Document, *, uncond: bool = False, generator: str = "next-token") -> Tokens: ...
+    def encode(self, document: Document, *, uncond: bool = False, generator: str = "next-token") -> Tokens:
+        """A whole document for training.
 
-    def prompt(self, document: Document, *, output: Output, branch: int = 0) -> Tokens: ...
+        Args:
+            document: ends with what the assistant says or draws.
+            uncond: lay it out for guidance's other branch.
+            generator: writes the assistant's last picture.
+        """
+        ...
+
+    def prompt(self, document: Document, *, output: Output, branch: int = 0) -> Tokens:
+        """A document up to where the model goes on.
+
+        Args:
+            document: the prompt.
+            output: what is asked for.
+            branch: of guidance; 0 sees all.
+        """
+        ...
 
     def bidirectional_prefix(self, ids: Sequence[int]) -> int:
         """How many of a prompt's ids, the first, see each other, as in a prefix language model; 0 is causal."""
         ...
 
-    def prefix_text_ids(self, document: Document, generator: str) -> list[int]: ...
+    def prefix_text_ids(self, document: Document, generator: str) -> list[int]:
+        """The ids of the text that a picture's segment of this generator opens with."""
+        ...
 
-    def decode(self, ids: Sequence[int]) -> str: ...
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, as the user reads it."""
+        ...
 
 
 @runtime_checkable

@@ -215,7 +215,7 @@ class UnifiedModel(nn.Module):
 
     def _attention_spans(self, batch: Batch) -> list[InputSpan]:
         """How far the positions of the batch's pictures see, of generators that are not causal."""
-        names = sorted({*batch.writers} & {*self.generators})
+        names = sorted({*batch.handlers} & {*self.generators})
         spans = [attention_span(batch, self.generators[name]) for name in names]
         return [span for span in spans if span is not None]
 
@@ -233,8 +233,8 @@ class UnifiedModel(nn.Module):
 
     def insert_image_ids(self, batch: Batch) -> Batch:
         """The batch with the codes of its images in their places, for those that are laid out as codes."""
-        as_codes = {name for name in batch.writers if name in self.generators and self.generators[name].codes}
-        images_M = torch.tensor([number for number, name in enumerate(batch.writers) if name in as_codes])
+        as_codes = {name for name in batch.handlers if name in self.generators and self.generators[name].codes}
+        images_M = torch.tensor([number for number, name in enumerate(batch.handlers) if name in as_codes])
         if batch.images is None or not len(images_M):
             return batch
         ids_Mhw = self.vocabulary.image_ids(self.encode_images(batch.images[images_M.to(batch.images.device)]))

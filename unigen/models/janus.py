@@ -126,7 +126,7 @@ class JanusTemplate(PretrainedTemplate):
                         "janus draws from words alone: leave the picture out, or ask for text about it"
                     )
                 prompt.add_template_text(BOI)
-                prompt.image(segment.image, self.num_features, writer=JanusVisionEncoder.name).add_template_text(EOI)
+                prompt.image(segment.image, self.num_features, handler=JanusVisionEncoder.name).add_template_text(EOI)
             elif segment.label is not None:
                 raise ValueError("janus reads words, not classes: say it in words")
             else:

@@ -130,7 +130,7 @@ class ShowoTemplate(PretrainedTemplate):
             raise ValueError("showo learns to draw here: give documents that end in a picture of the assistant's")
         tokens = self._image_prompt(document.segments[:-1], uncond)
         tokens.add([self.special_ids[SOI]])
-        tokens.add_image(last.image, self.num_codes, loss=True, writer=generator)
+        tokens.add_image(last.image, self.num_codes, loss=True, handler=generator)
         tokens.add([self.special_ids[EOI]])
         return tokens
 

@@ -250,10 +250,10 @@ class PromptBuilder:
         self._tokens.add(ids, loss)
         return self
 
-    def image(self, image: Any, length: int, loss: bool = False, writer: str = "next-token") -> PromptBuilder:
+    def image(self, image: Any, length: int, loss: bool = False, handler: str = "next-token") -> PromptBuilder:
         """A picture's place of so many ids."""
         self._flush()
-        self._tokens.add_image(image, length, loss, writer)
+        self._tokens.add_image(image, length, loss, handler)
         return self
 
     def tokens(self) -> Tokens:
