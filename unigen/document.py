@@ -318,7 +318,7 @@ def _to_boxes(boxes: object) -> list[Box]:
     """Boxes as tuples. Raises ValueError for what are none."""
     if not isinstance(boxes, (list, tuple)):
         raise ValueError(f"boxes are a list of (left, top, right, bottom), not {shorten(boxes)}")
-    checked: list[Box] = []
+    result: list[Box] = []
     for box in boxes:
         is_box = isinstance(box, (list, tuple)) and len(box) == 4
         if not is_box or not all(isinstance(side, Real) and not isinstance(side, bool) for side in box):
@@ -326,8 +326,8 @@ def _to_boxes(boxes: object) -> list[Box]:
         left, top, right, bottom = map(float, box)
         if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
             raise ValueError(f"a box is given in shares of width and height, left < right and top < bottom, not {box}")
-        checked.append((left, top, right, bottom))
-    return checked
+        result.append((left, top, right, bottom))
+    return result
 
 
 def _image_to_json(image: SegmentImage) -> dict[str, object]:
