@@ -58,7 +58,7 @@ class Server:
     # ---------------------------------------------------------------- state
 
     async def health(self) -> Response:
-        """Is the server alive? Not when its model has been away for too long: then only a new start may help."""
+        """Whether the server is alive. It is not after too long a time without a model: a restart may help then."""
         if self.engine.is_alive:
             return JSONResponse({"status": "ok"})
         timeout = self.config.unavailable_timeout
@@ -66,17 +66,18 @@ class Server:
         return JSONResponse({"status": "failing", "reason": reason}, 503)
 
     async def ready(self) -> Response:
-        """Is the model there?"""
+        """Whether the model is loaded."""
         state: JSONObject = {"starts": self.engine.num_starts}
         if self.engine.ready.is_set():
             return JSONResponse({"status": "ready"} | state)
         return JSONResponse({"status": "not ready", "reason": self.engine.unavailable_reason} | state, 503)
 
     async def models(self) -> JSONObject:
-        """The one model that is served, and what it can do."""
+        """The served model and its capabilities."""
         return {"object": "list", "data": [self._model_object()]}
 
     async def model(self, name: str) -> JSONObject:
+        """The served model, by its name."""
         self._check_model(name)
         return self._model_object()
 
@@ -85,12 +86,13 @@ class Server:
         return model | {"unigen": self.engine.info}
 
     async def prometheus_metrics(self) -> Response:
+        """Counters in the format of Prometheus."""
         return Response(self.metrics.render(), media_type="text/plain; version=0.0.4")
 
     # ---------------------------------------------------------------- chat
 
     async def chat(self, request: Request, body: protocol.ChatRequest) -> Response | JSONObject:
-        """Text and pictures in, text and pictures out; see docs/serving.md for the form of the answer."""
+        """Text and images in, text and images out; docs/serving.md describes the format of the answer."""
         self._check_model(body.model)
         document = await cancel_on_disconnect(request, self._build_document(request, body))
         self._log_prompt(request, document)
@@ -119,7 +121,7 @@ class Server:
         return {**head, "object": "chat.completion", "choices": choices, "usage": chat_usage(answers)}
 
     async def responses(self, request: Request, body: ResponsesRequest) -> object:
-        """The same as items in order; see `unigen.serving.responses`."""
+        """A conversation as items in order, as in OpenAI's responses API."""
         self._check_model(body.model)
         document = await cancel_on_disconnect(request, self._build_document(request, body, "input"))
         self._log_prompt(request, document)
@@ -195,12 +197,12 @@ class Server:
     # ---------------------------------------------------------------- images
 
     async def generations(self, request: Request, body: protocol.GenerationRequest) -> Response | JSONObject:
-        """Pictures of words, or of a class."""
+        """Images of a prompt, or of a class."""
         document = Document.of(Segment(label=body.label) if body.prompt is None else Segment(text=body.prompt))
         return await self._generate_images(request, body, "image_generation", Job(document, "image"))
 
     async def edits(self, request: Request) -> Response | JSONObject:
-        """The picture changed as the prompt says; or, with a mask, painted anew where it marks."""
+        """The image changed as the prompt says, or, with a mask, redrawn in the marked area."""
         body, image, mask = await self.image_loader.parse_form(request, protocol.EditRequest)
         prompt = Segment(text=body.prompt)
         if mask is None:
@@ -210,7 +212,7 @@ class Server:
         return await self._generate_images(request, body, "image_edit", job)
 
     async def variations(self, request: Request) -> Response | JSONObject:
-        """The picture with a share of it drawn anew, by lot, as the model itself describes it."""
+        """The image with a random share of it redrawn, with the model's own description as the prompt."""
         body, image, mask = await self.image_loader.parse_form(request, protocol.VariationRequest)
         if mask is not None:
             raise HTTPError(400, "a variation takes no mask: see /v1/images/edits", param="mask")
@@ -259,7 +261,7 @@ class Server:
         }
 
     async def saved_image(self, name: str) -> Response:
-        """A picture that was asked for by url."""
+        """An image that was requested by URL."""
         path = None if self.image_store is None else self.image_store.find(name)
         if path is None:
             raise HTTPError(404, "no such picture")
