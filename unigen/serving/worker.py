@@ -119,10 +119,11 @@ class _ActiveJob:
         yield from self.rest()
         first, cut = (
             self.candidate_usage[rows[0]],
-            self.candidate_usage[rows[answers.index(best)]].cut and not self.words.stopped,
+            self.candidate_usage[rows[answers.index(best)]].truncated and not self.words.stopped,
         )
-        text, image = (sum(getattr(took, name) for took in self.candidate_usage.values()) for name in ("text", "image"))
-        yield to_finished("length" if cut else "stop", replace(first, text=text, image=image))
+        usages = list(self.candidate_usage.values())
+        text, image = sum(usage.text_tokens for usage in usages), sum(usage.image_tokens for usage in usages)
+        yield to_finished("length" if cut else "stop", replace(first, text_tokens=text, image_tokens=image))
 
     def _joined(self, row: int) -> Any:
         parts = self.candidate_parts.get(row, [])
