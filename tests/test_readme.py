@@ -20,7 +20,7 @@ import unigen
 from unigen.commands.main import COMMANDS, build_parser
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
@@ -44,6 +44,8 @@ def check_command(line: str) -> None:
         assert (ROOT / program).stat().st_mode & 0o111, f"{program} cannot be run"
     elif program == "python" and rest[0] == "-m":
         assert importlib.util.find_spec(rest[1]), f"there is no {rest[1]}"
+    elif program == "make":
+        assert re.search(rf"^{rest[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), f"make has no {rest[0]}"
     elif program == "apt-get":
         assert rest[0] == "install" and len(rest) > 1
     elif program == "python":
@@ -151,6 +153,18 @@ def test_links_and_folders_exist() -> None:
     where = (ROOT / "docs" / "guide.md").read_text().split("## Where things are")[1]
     rows = re.findall(r"^\| `([\w/.]+)` \|", where, re.MULTILINE)
     assert len(rows) > 5 and all((ROOT / row).exists() for row in rows)
+
+
+def missing_paths(page: str) -> set[str]:
+    """Files and folders in backticks that do not exist, but those made up for an example: my_..., or in capitals."""
+    paths = re.findall(r"`((?:unigen|tests|recipes|scripts|docs|examples)/[\w./-]+)`", page)
+    return {path for path in paths if not re.search(r"my_|[A-Z]{3}", path) and not (ROOT / path).exists()}
+
+
+def test_what_contributors_are_told_exists() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    assert not missing_paths(page)
+    assert missing_paths(page.replace("unigen/models/liquid.py", "unigen/models/gone.py")) == {"unigen/models/gone.py"}
 
 
 def test_the_readme_counts_the_world_right() -> None:

@@ -46,4 +46,5 @@ class PackCollator:
         self.length, self.image_size = length, image_size
 
     def __call__(self, rows: list[list[Tokens]]) -> Batch:
+        """Rows of documents as one batch."""
         return pack(rows, self.length, self.image_size)

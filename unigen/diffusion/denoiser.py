@@ -201,7 +201,9 @@ class Pipeline(Protocol):
     """What is read of a pipeline of diffusers."""
 
     @property
-    def components(self) -> dict[str, Any]: ...
+    def components(self) -> dict[str, Any]:
+        """Networks, tokenizers and schedulers by name."""
+        ...
 
 
 def pipeline_denoiser(pipe: Pipeline) -> DiffusersDenoiser:

@@ -146,12 +146,15 @@ class LinearPath(Path):
     """Resolution shift of the times towards noise (SD3, eq. 23): t' = shift t / (1 + (shift - 1) t); 1 is none."""
 
     def alpha(self, t: Tensor) -> Tensor:
+        """See `Path.alpha`."""
         return 1 - t
 
     def sigma(self, t: Tensor) -> Tensor:
+        """See `Path.sigma`."""
         return t
 
     def velocity_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Path.velocity_coefficients`."""
         return -torch.ones_like(t), torch.ones_like(t)
 
     def sample_times(self, shape: Sequence[int], rng: torch.Generator) -> Tensor:
@@ -168,11 +171,13 @@ class LinearPath(Path):
         return self.shift * t / (1 + (self.shift - 1) * t)
 
     def add_noise(self, data: Tensor, noise: Tensor, t: Tensor | float) -> Tensor:
+        """See `Path.add_noise`."""
         return torch.lerp(data, noise, times_like(t, data))
 
     def target(
         self, data: Tensor, noise: Tensor, t: Tensor | float, prediction_type: PredictionType = "velocity"
     ) -> Tensor:
+        """See `Path.target`."""
         return noise - data if prediction_type == "velocity" else super().target(data, noise, t, prediction_type)
 
     def convert(
@@ -202,12 +207,15 @@ class VariancePreservingPath(Path):
         self.log_alphas_cumprod = alphas_cumprod.double().log()
 
     def alpha(self, t: Tensor) -> Tensor:
+        """See `Path.alpha`."""
         return (self._log_alpha_cumprod(t) / 2).exp().to(t.dtype)
 
     def sigma(self, t: Tensor) -> Tensor:
+        """See `Path.sigma`."""
         return (-self._log_alpha_cumprod(t).expm1()).sqrt().to(t.dtype)
 
     def velocity_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Path.velocity_coefficients`."""
         return -self.sigma(t), self.alpha(t)
 
     def _log_alpha_cumprod(self, t: Tensor) -> Tensor:

@@ -118,7 +118,8 @@ def predict_branches(
     Args:
         denoiser: of the network.
         conditions: of each branch, strongest first.
-        mask, guidance: as `Denoiser` takes them, of all branches.
+        mask: as `Denoiser` takes it, of all branches.
+        guidance: as `Denoiser` takes it, of all branches.
 
     Returns:
         What `sample` takes.
@@ -145,7 +146,12 @@ def sample(
 
     Args:
         predict: the network's predictions of all branches.
-        noise, solver, guidance, path, prediction_type, rng: as `Trajectory` takes them.
+        noise: (M, ...), where it begins.
+        solver: a new one.
+        guidance: how the branches are combined.
+        path: between data and noise; None is the linear one.
+        prediction_type: what the network predicts.
+        rng: for solvers that draw.
 
     Returns:
         Data (M, ...).

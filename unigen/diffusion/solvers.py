@@ -142,6 +142,7 @@ class ToDataSolver(SchedulerSolver):
     """The same, for a scheduler of a flow that would rest short of the data: its last step goes on to t = 0."""
 
     def step(self, prediction: Tensor, index: int, x_t: Tensor, rng: torch.Generator | None = None) -> StepResult:
+        """See `Solver.step`."""
         last_t = float(self.scheduler.sigmas[-1])
         if index + 1 == len(self.timesteps) and last_t > 0:
             return StepResult(x_t - last_t * prediction)

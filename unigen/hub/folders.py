@@ -38,6 +38,7 @@ def lock(path: str | Path) -> int | None:
 
 
 def unlock(handle: int | None) -> None:
+    """Give a lock of `lock` back; None is none."""
     if handle is not None:
         _held_locks.discard(handle)
         os.close(handle)

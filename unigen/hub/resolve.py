@@ -217,6 +217,7 @@ def wrap_load_errors(folder: Path) -> Iterator[None]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model folder. Raises ValueError in one line where it is missing or damaged."""
     try:
         data = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:

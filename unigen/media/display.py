@@ -22,12 +22,14 @@ MAX_PARTS = 64
 
 
 def png_bytes(image: Image) -> bytes:
+    """An image as a PNG file."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue()
 
 
 def data_uri(image: Image) -> str:
+    """An image as a `data:` address of a PNG, for pages that hold their images."""
     return "data:image/png;base64," + base64.b64encode(png_bytes(image)).decode()
 
 

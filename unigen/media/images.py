@@ -71,8 +71,10 @@ def read_image(
         name: what messages call the picture; by default its file's name.
         max_pixels: larger pictures are refused before their pixels are decoded.
         formats: PIL's names of the file formats that are read; by default all.
+
     Returns:
         A new 8-bit RGB image without metadata, upright, transparency laid on white.
+
     Raises:
         ImageError: a ValueError in one line, for what is missing, damaged, too large or not a picture.
     """
@@ -100,9 +102,13 @@ def read_mask(
     Args:
         source: as of `read_image`.
         transparent_marks: OpenAI's convention, for masks that hold fully transparent pixels: these mark, and no others.
-        name, max_pixels, formats: as of `read_image`.
+        name: as of `read_image`.
+        max_pixels: as of `read_image`.
+        formats: as of `read_image`.
+
     Returns:
         A new image of mode L, 255 where to paint and 0 elsewhere.
+
     Raises:
         ImageError: as `read_image`, and for a mask that marks nothing or is a coloured picture with a transparent part,
             as OpenAI's API takes it.

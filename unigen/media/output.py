@@ -154,10 +154,12 @@ def _umask() -> int:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a text as UTF-8. The file is replaced whole."""
     write_atomically(path, _text_writer(text))
 
 
 def save_image(path: Path, image: Image) -> None:
+    """Write an image in the format of the file's suffix. The file is replaced whole."""
     write_atomically(path, _image_writer(path, image))
 
 

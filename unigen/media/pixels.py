@@ -34,6 +34,9 @@ def to_pixels(images: Sequence[Any], size: int, frame: ImagePreprocess = center_
 
     Args:
         images: all that `read_image` takes; uint8 arrays (size, size, 3) are taken as they are, without a frame.
+        size: of the result, in pixels along a side.
+        frame: brings an image to this size.
+
     Raises:
         ValueError: for what cannot be read, and for a picture that is far too long: a frame may resize the whole of it
             before it cuts.

@@ -156,6 +156,7 @@ def caption(said: Facts) -> str:
 
 
 def choose(rng: np.random.Generator, choices: tuple[str, ...]) -> str:
+    """One of the choices, each as likely as another."""
     return choices[int(rng.integers(len(choices)))]
 
 

@@ -66,6 +66,7 @@ class ChatSampler:
         self.shares = np.array([mixture[kind] for kind in self.kinds]) / sum(mixture.values())
 
     def __call__(self, rng: np.random.Generator) -> tuple[Document, str]:
+        """A chat and its kind, a key of the mixture."""
         kind = self.kinds[int(rng.choice(len(self.kinds), p=self.shares))]
         return Document(getattr(self, kind)(rng)), kind
 
@@ -77,6 +78,7 @@ class ChatSampler:
         return self._drawn(max(scenes, key=_scene_complexity), rng)
 
     def describe(self, rng: np.random.Generator) -> list[Segment]:
+        """Questions about a picture, then a caption."""
         scene = self._scene(rng)
         detail = rng.random() < 0.25
         answer = descriptive_caption(scene, rng) if detail else caption(extract_facts(scene))
@@ -116,11 +118,13 @@ class ChatSampler:
         return [self._picture(scene), *_qa_turns(found[:6])]
 
     def edit(self, rng: np.random.Generator) -> list[Segment]:
+        """A picture, an instruction, and the picture after it."""
         scene = self._scene(rng)
         edit = sample_edit(scene, rng, heldout=self.heldout)
         return [self._picture(scene), Segment(text=edit.instruction), self._picture(edit.after, "assistant")]
 
     def story(self, rng: np.random.Generator) -> list[Segment]:
+        """A request, with pictures of its characters or without, and an illustrated story."""
         references = int(rng.choice(3, p=(0.6, 0.2, 0.2)))
         story_sample = story(rng, references=references, heldout=self.heldout)
         segments = [*(self._picture(scene) for scene in story_sample.references), Segment(text=story_sample.request)]
@@ -139,10 +143,12 @@ class ChatSampler:
         return segments
 
     def expand(self, rng: np.random.Generator) -> list[Segment]:
+        """A short prompt, and the long one that it is expanded to."""
         short, expanded_prompt = expansion(self._scene(rng), rng)
         return _question_answer(EXPAND_REQUEST.format(short), expanded_prompt)
 
     def judge(self, rng: np.random.Generator) -> list[Segment]:
+        """Whether a picture is what a prompt says, and why."""
         scene = self._scene(rng)
         prompt, ok, reason = sample_judgement(scene, rng)
         answer = f"{'yes' if ok else 'no'}, {reason}"

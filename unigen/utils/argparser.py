@@ -23,6 +23,7 @@ class OneLineParser(argparse.ArgumentParser):
     """argparse that raises ValueError for bad arguments, in one line, and suggests the option that was meant."""
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Parse; ValueError in one line for words that are left over."""
         found, unrecognized = self.parse_known_args(args, namespace)
         if unrecognized:
             option = next((word.partition("=")[0] for word in unrecognized if word.startswith("-")), None)
@@ -39,7 +40,9 @@ class OneLineParser(argparse.ArgumentParser):
         return found
 
     def print_help(self, file: Any = None) -> None:
+        """Print the help, and let errors of the output through."""
         print(self.format_help(), end="", file=file)  # argparse hides what goes wrong while it writes
 
     def error(self, message: str) -> NoReturn:
+        """Raise ValueError in one line instead of leaving the program."""
         raise ValueError(f"{message}; see {self.prog} --help")

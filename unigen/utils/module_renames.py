@@ -60,6 +60,7 @@ class OldNameFinder:
 
     @staticmethod
     def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> None:
+        """Raise ModuleNotFoundError with the new name for a module of version 0.1; find nothing else."""
         new = MODULE_RENAMES.get(name.removeprefix("unigen.")) if name.startswith("unigen.") else None
         if new is not None:
             raise ModuleNotFoundError(

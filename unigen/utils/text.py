@@ -31,4 +31,5 @@ def docstring_summary(file: Path) -> str:
 
 
 def first_line(error: Exception) -> str:
+    """The first line of an error's message, or the name of its class."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
