@@ -25,7 +25,7 @@ def run_notebook(notebook: dict[str, Any], folder: Path, monkeypatch: pytest.Mon
     pytest.importorskip("ipykernel")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("IPYTHONDIR", str(folder / "ipython"))
-    cells = nbformat.from_dict(notebook)
+    cells = nbformat.reads(json.dumps(notebook), as_version=4)
     resources = {"metadata": {"path": str(folder)}}
     nbclient.NotebookClient(cells, timeout=240, kernel_name="python3", resources=resources).execute()
 
