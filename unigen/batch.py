@@ -34,6 +34,7 @@ class Vocabulary:
 
     @property
     def size(self) -> int:
+        """Rows of the embedding table: text, image codes, and what lies between."""
         return max(self.text_size, self.image_stop)
 
     @property
@@ -47,15 +48,18 @@ class Vocabulary:
         return self.image_start + self.image_size
 
     def image_ids(self, codes: Tensor) -> Tensor:
+        """Ids of codes, of the same shape."""
         if self.code_order is not None:
             codes = torch.tensor(self.code_order, device=codes.device).argsort()[codes]
         return codes + self.image_start
 
     def image_codes(self, ids: Tensor) -> Tensor:
+        """Codes of ids of images, of the same shape: the inverse of `image_ids`."""
         codes = ids - self.image_start
         return codes if self.code_order is None else torch.tensor(self.code_order, device=ids.device)[codes]
 
     def is_image(self, ids: Tensor) -> Tensor:
+        """Which ids are image codes: a bool tensor of the same shape."""
         return (ids >= self.image_start) & (ids < self.image_stop)
 
 
@@ -102,10 +106,12 @@ class Tokens:
     """For each image, the generator that writes it or the reader that reads it: its place is laid out for that."""
 
     def add(self, ids: Sequence[int], loss: bool = False) -> None:
+        """Append ids; `loss` says whether they are predicted."""
         self.ids.extend(ids)
         self.loss.extend([loss] * len(ids))
 
     def add_image(self, image: Any, length: int, loss: bool = False, handler: str = "next-token") -> None:
+        """Append an image as a span of `length` positions, laid out for one generator."""
         self.spans.append((len(self.ids), len(self.ids) + length))
         self.images.append(image)
         self.handlers.append(handler)
@@ -156,9 +162,11 @@ class Batch:
         return inside_BL
 
     def to(self, device: torch.device | str) -> Batch:
+        """The batch on another device."""
         return self._map(lambda tensor: tensor.to(device))
 
     def pin_memory(self) -> Batch:
+        """The batch in page-locked memory, for copies to a GPU."""
         return self._map(Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
