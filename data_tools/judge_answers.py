@@ -73,13 +73,16 @@ def judge_images(
     scores = task.score_batch(repeated_items, [images[k] for k in range(len(repeated_items))])
     correct = [s["strict"] == 1 and s.get("background", 1) == 1 for s in scores]
     request_segments = [request.document.segments for request in requests]
-    given = [
+    given_answers = [
         segments[-1] if request.written[-1] is None else Segment(image=request.written[-1], role="assistant")
         for request, segments in zip(requests, request_segments, strict=True)
     ]
-    cuts = [slice(k, k + answers) for k in range(0, len(repeated_items), answers)]
-    writer = {"writer": options["generator"]}
-    return [judged_record(request_segments[cut.start][:-1], given[cut], correct[cut]) | writer for cut in cuts]
+    slices = [slice(k, k + answers) for k in range(0, len(repeated_items), answers)]
+    generator = {"generator": options["generator"]}
+    return [
+        judged_record(request_segments[part.start][:-1], given_answers[part], correct[part]) | generator
+        for part in slices
+    ]
 
 
 def judge_captions(engine: Any, task: UnderstandingTask, answers: int, seed: int) -> list[Any]:
@@ -103,14 +106,14 @@ def judge_captions(engine: Any, task: UnderstandingTask, answers: int, seed: int
     return lines
 
 
-def judged_record(prompt: list[Segment], answers: list[Segment], right: list[bool]) -> dict[str, Any]:
-    return {"prompt": Document(prompt).to_json(), "answers": [a.to_json() for a in answers], "right": right}
+def judged_record(prompt: list[Segment], answers: list[Segment], correct: list[bool]) -> dict[str, Any]:
+    return {"prompt": Document(prompt).to_json(), "answers": [a.to_json() for a in answers], "correct": correct}
 
 
 @one_line_errors
 def main() -> int:
     parser = OneLineParser(description="Answer each prompt several times and judge the answers.")
-    parser.add_argument("what", choices=["pictures", "captions"])
+    parser.add_argument("kind", choices=["pictures", "captions"])
     parser.add_argument("model")
     parser.add_argument("out", help="a .jsonl file: a prompt, its answers, which are right")
     parser.add_argument("--detector", metavar="FOLDER", help="the judge of pictures")
@@ -135,11 +138,11 @@ def main() -> int:
     args = parser.parse_args()
     if args.batch < args.answers:
         raise ValueError(f"--batch {args.batch} does not hold the {args.answers} answers to one prompt: give more")
-    if (args.what == "pictures") != bool(args.detector):
+    if (args.kind == "pictures") != bool(args.detector):
         raise ValueError("a detector judges pictures and nothing else: give --detector FOLDER for them alone")
     answers = {"guidance": args.guidance, "temperature": args.temperature, "generator": args.generator}
     answers = {name: value for name, value in answers.items() if value is not None}
-    if answers and args.what == "captions":
+    if answers and args.kind == "captions":
         raise ValueError(f"{', '.join(answers)} is of pictures: leave it out for captions")
     out = check_output(args.out, {".jsonl": "JSON lines"})
     find_font()
@@ -170,7 +173,7 @@ def main() -> int:
                     world, min(each, args.prompts - start), seed, held_out=False, questions_per_scene=0
                 )
                 lines += judge_captions(engine, task, args.answers, seed)
-            correct = np.mean([mark for each_line in lines for mark in each_line["right"][-args.answers :]])
+            correct = np.mean([mark for each_line in lines for mark in each_line["correct"][-args.answers :]])
             print(f"\r{len(lines)} prompts, {correct:.3f} of the answers right", end="", flush=True)
     print()
     if not lines:

@@ -1,8 +1,8 @@
 """A model that draws classes, on real data that needs no download: handwritten digits, by next-scale and by flow.
 
-    COMMAND   DIGITS="pictures=digits model.image_size=32 kl.image_size=32 time_limit=120"
+    COMMAND   DIGITS="image_source=digits model.image_size=32 kl.image_size=32 time_limit=120"
               unigen train recipes/tiny_vq.py $DIGITS run_dir=runs/digits-vq
-              unigen train recipes/tiny_vq.py $DIGITS kind=kl run_dir=runs/digits-kl
+              unigen train recipes/tiny_vq.py $DIGITS tokenizer_kind=kl run_dir=runs/digits-kl
               unigen train recipes/tiny_vq.py $DIGITS model.quantizer=multiscale model.scales=1,2,4 model.code_dim=16
                   run_dir=runs/digits-scales
               unigen train recipes/digits.py run_dir=runs/digits
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -48,36 +49,52 @@ from unigen.training.objectives import MultiGeneratorLoss
 from unigen.training.train_spec import TrainSpec
 
 INPUTS = {
-    "image_tokenizer": "unigen train recipes/tiny_vq.py pictures=digits model.image_size=32 time_limit=120 "
+    "image_tokenizer": "unigen train recipes/tiny_vq.py image_source=digits model.image_size=32 time_limit=120 "
     "run_dir=runs/digits-vq",
-    "scale_tokenizer": "unigen train recipes/tiny_vq.py pictures=digits model.image_size=32 time_limit=120 "
+    "scale_tokenizer": "unigen train recipes/tiny_vq.py image_source=digits model.image_size=32 time_limit=120 "
     "model.quantizer=multiscale model.scales=1,2,4 model.code_dim=16 run_dir=runs/digits-scales",
-    "kl_tokenizer": "unigen train recipes/tiny_vq.py pictures=digits kl.image_size=32 time_limit=120 kind=kl "
+    "kl_tokenizer": "unigen train recipes/tiny_vq.py image_source=digits kl.image_size=32 time_limit=120 "
+    "tokenizer_kind=kl "
     "run_dir=runs/digits-kl",
 }
 """Folders that fields name, and the commands that make them."""
+INPUTS_OPTIONAL_WITH = ("init_from", "generators")
+"""Keys with which the defaults of INPUTS need not be there."""
 
 
 @dataclass
-class DigitsConfig(RunConfig):
+class DigitsRunConfig(RunConfig):
+    """A run of this recipe."""
+
+    RENAMED: ClassVar[dict[str, str]] = {"writers": "generators", "blind": "uncond_prob"}
+    """Keys of version 0.1, and their names now."""
+
     image_tokenizer: str = "runs/digits-vq/model"
+    """Folder of the tokenizer whose codes next-token and masked write."""
     scale_tokenizer: str | None = "runs/digits-scales/model"
+    """Folder of a multi-scale tokenizer, for next-scale."""
     kl_tokenizer: str | None = "runs/digits-kl/model"
+    """Folder of a KL tokenizer, for flow, transfusion and token-flow."""
     flow: FlowConfig = field(default_factory=lambda: FlowConfig(layers=3, heads=4, head_dim=32, context_length=8))
+    """The head of flow."""
     width: int = 128
+    """Of the backbone."""
     layers: int = 4
-    writers: dict[str, float] = field(default_factory=lambda: {"next-token": 1.0, "next-scale": 1.0, "flow": 1.0})
-    blind: float = 0.1  # share of documents whose class is dropped
+    """Of the backbone."""
+    generators: dict[str, float] = field(default_factory=lambda: {"next-token": 1.0, "next-scale": 1.0, "flow": 1.0})
+    """Share of the documents that each generator writes."""
+    uncond_prob: float = 0.1
+    """Share of the documents whose class is dropped, for guidance."""
 
 
-def config() -> DigitsConfig:
-    return DigitsConfig(
+def config() -> DigitsRunConfig:
+    return DigitsRunConfig(
         steps=100_000,
         time_limit=480.0,
         batch_size=4,
-        optim=OptimConfig(lr=2e-3, warmup=100, min_ratio=0.02, schedule="linear"),
+        optim=OptimConfig(lr=2e-3, warmup_steps=100, min_lr_ratio=0.02, schedule="linear"),
         precision="auto",
-        workers=1,
+        num_workers=1,
         save_every=500,
         sample_every=500,
         run_dir="runs/digits",
@@ -87,20 +104,20 @@ def config() -> DigitsConfig:
 class DigitDocumentSampler:
     """A class and one of its pictures."""
 
-    def __init__(self, template: Template, size: int, cfg: DigitsConfig) -> None:
-        self.template, self.size, self.blind = template, size, cfg.blind
-        self.writers, self.shares = zip(*normalize_generator_weights(cfg.writers).items(), strict=True)
+    def __init__(self, template: Template, size: int, cfg: DigitsRunConfig) -> None:
+        self.template, self.size, self.uncond_prob = template, size, cfg.uncond_prob
+        self.generators, self.generator_probs = zip(*normalize_generator_weights(cfg.generators).items(), strict=True)
         self.images, self.labels = digits.load(held_out=False)
 
     def __call__(self, rng: np.random.Generator) -> Tokens:
         i = int(rng.integers(len(self.labels)))
         picture = Segment(image=digits.to_rgb_image(self.images[i], self.size), role="assistant")
         document = Document([Segment(label=int(self.labels[i])), picture])
-        writer = self.writers[int(rng.choice(len(self.shares), p=self.shares))]
-        return self.template.encode(document, uncond=bool(rng.random() < self.blind), generator=writer)
+        generator = self.generators[int(rng.choice(len(self.generator_probs), p=self.generator_probs))]
+        return self.template.encode(document, uncond=bool(rng.random() < self.uncond_prob), generator=generator)
 
 
-def new_model(cfg: DigitsConfig) -> UnifiedModel:
+def new_model(cfg: DigitsRunConfig) -> UnifiedModel:
     image_tokenizer = load_image_tokenizer(cfg.image_tokenizer)
     classes = tuple(chat_template.class_token(i) for i in range(len(digits.NAMES)))
     lines = [chat_template.normalize_text(name) for name in digits.NAMES] * 20
@@ -119,8 +136,8 @@ def new_model(cfg: DigitsConfig) -> UnifiedModel:
     return assembly.build_from_config(shape, text_tokenizer, image_tokenizer, classes=digits.NAMES)
 
 
-def build(cfg: DigitsConfig) -> TrainSpec:
-    shares = normalize_generator_weights(cfg.writers)
+def build(cfg: DigitsRunConfig) -> TrainSpec:
+    shares = normalize_generator_weights(cfg.generators)
     model = load(cfg.init_from) if cfg.init_from else new_model(cfg)
     torch.manual_seed(cfg.seed)
     tokenizer_kinds = {generators.find_generator(name).own for name in shares if name not in model.heads}

@@ -24,7 +24,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -77,43 +77,70 @@ VARIANTS = (
 
 
 @dataclass
-class NetworksConfig(RunConfig):
-    model: str = "unigen-tiny"  # whose backbone and text tokenizer
+class NetworksRunConfig(RunConfig):
+    """A run of this recipe."""
+
+    RENAMED: ClassVar[dict[str, str]] = {
+        "blind": "uncond_prob",
+        "examples": "num_examples",
+        "prompts": "prompts_per_tag",
+    }
+    """Keys of version 0.1, and their names now."""
+
+    model: str = "unigen-tiny"
+    """The model whose backbone and text tokenizer are used."""
     kl_tokenizer: str = "runs/kl/model"
+    """Folder of the KL tokenizer whose latents are drawn."""
     network: DenoiserKind = "mm-dit"
+    """The denoiser."""
     condition: Literal["backbone", "encoder"] = "backbone"
-    examples: int = 8192  # pictures with their words, seen in turn
-    gflops: float = 0.17  # of one evaluation for one picture
+    """What reads the text."""
+    num_examples: int = 8192
+    """Pictures with their words, seen in turn."""
+    gflops: float = 0.17
+    """Of one evaluation of the denoiser for one picture."""
     layers: int = 4
-    encoder: str = "runs/text-encoder"  # trained there if it is not there yet
+    """Of the denoiser."""
+    encoder: str = "runs/text-encoder"
+    """Folder of the text encoder, which is trained into it where it is not there."""
     encoder_steps: int = 600
-    blind: float = 0.1  # share of examples whose text is dropped
-    guidance: float = 3.0  # with which the table's pictures are drawn
-    prompts: int = 20  # of each of the six kinds in the table
+    """Of that training."""
+    uncond_prob: float = 0.1
+    """Share of the examples whose text is dropped, for guidance."""
+    guidance: float = 3.0
+    """With which the table's pictures are drawn."""
+    prompts_per_tag: int = 20
+    """Of each of the six kinds in the table."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.gflops < 1000 or min(self.layers, self.encoder_steps, self.prompts, self.examples) < 1:
+        if (
+            not 0 < self.gflops < 1000
+            or min(self.layers, self.encoder_steps, self.prompts_per_tag, self.num_examples) < 1
+        ):
             raise ValueError(
-                "gflops must be above 0 and below 1000, layers, examples, encoder_steps and prompts at least 1"
+                "gflops must be above 0 and below 1000, layers, num_examples, encoder_steps and prompts_per_tag "
+                "at least 1"
             )
-        if not 0 <= self.blind <= 1:
-            raise ValueError(f"blind is a share from 0 to 1, not {self.blind}")
+        if not 0 <= self.uncond_prob <= 1:
+            raise ValueError(f"uncond_prob is a share from 0 to 1, not {self.uncond_prob}")
         if self.seed >= HELD_OUT_SEED:
             raise ValueError(f"seed must be below {HELD_OUT_SEED}: seeds from there on are held out for evaluation")
-        if self.ema or self.init_from:
-            raise ValueError("networks are compared as they were trained, from nothing: leave ema and init_from out")
+        if self.ema_decay or self.init_from:
+            raise ValueError(
+                "networks are compared as they were trained, from nothing: leave ema_decay and init_from out"
+            )
         Guidance.of(self.guidance)
 
 
-def config() -> NetworksConfig:
-    return NetworksConfig(
+def config() -> NetworksRunConfig:
+    return NetworksRunConfig(
         steps=500,
         batch_size=32,
-        optim=OptimConfig(lr=2e-3, warmup=50, weight_decay=0.01, min_ratio=0.02, schedule="linear"),
+        optim=OptimConfig(lr=2e-3, warmup_steps=50, weight_decay=0.01, min_lr_ratio=0.02, schedule="linear"),
         precision="auto",
-        workers=0,
-        ema=0.0,
+        num_workers=0,
+        ema_decay=0.0,
         log_every=100,
         save_every=0,
         sample_every=0,
@@ -166,7 +193,7 @@ def config_for_flops(
 class ConditionEncoder(nn.Module):
     """The last states (B, L, D) of rows that hold one document each, of a frozen backbone or text encoder."""
 
-    def __init__(self, cfg: NetworksConfig, told: str) -> None:
+    def __init__(self, cfg: NetworksRunConfig, told: str) -> None:
         super().__init__()
         self.model = load(cfg.model)
         self.encoder = text_encoder(cfg, self.model) if told == "encoder" else None
@@ -206,7 +233,7 @@ def span_corruption(ids: Sequence[int], first: int, end: int, rng: np.random.Gen
     return input_ids, [*target_ids, end]
 
 
-def text_encoder(cfg: NetworksConfig, model: UnifiedModel) -> nn.Module:
+def text_encoder(cfg: NetworksRunConfig, model: UnifiedModel) -> nn.Module:
     """The encoder of a T5 as wide and deep as the model's backbone, from its folder or trained into it on prompts as
     the template has them. ValueError where the folder holds one of another size."""
     from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
@@ -267,13 +294,13 @@ def text_encoder(cfg: NetworksConfig, model: UnifiedModel) -> nn.Module:
 
 
 @torch.inference_mode()
-def encode_examples(template: Any, tokenizer: Any, seed: int, count: int, blind: float) -> list[Tokens]:
+def encode_examples(template: Any, tokenizer: Any, seed: int, count: int, uncond_prob: float) -> list[Tokens]:
     """Prompts with their pictures, given as latents; the text of a share of them is dropped."""
     chats, rng = ChatSampler(SceneRenderer(tokenizer.image_size)), np.random.default_rng(seed)
     examples: list[Tokens] = []
     while len(examples) < count:
         document = Document(chats.draw(rng))
-        tokens = template.encode(document, uncond=bool(rng.random() < blind), generator="flow")
+        tokens = template.encode(document, uncond=bool(rng.random() < uncond_prob), generator="flow")
         if len(tokens) <= SEQ_LEN:
             examples.append(tokens)
     for start in range(0, count, ENCODE_BATCH_SIZE):
@@ -323,7 +350,7 @@ def flow_objective(flow: Flow, given: ConditionedBatch, rng: torch.Generator) ->
     return {"flow": (costs_M.sum(), len(costs_M))}
 
 
-def new_flow(cfg: NetworksConfig, width: int) -> Flow:
+def new_flow(cfg: NetworksRunConfig, width: int) -> Flow:
     """width: of the states."""
     tokenizer: Any = load_image_tokenizer(cfg.kl_tokenizer)
     shape = tokenizer.latent_channels, tokenizer.grid[0], width
@@ -332,10 +359,12 @@ def new_flow(cfg: NetworksConfig, width: int) -> Flow:
     return Flow(tokenizer, width, settings)
 
 
-def build(cfg: NetworksConfig) -> TrainSpec:
+def build(cfg: NetworksRunConfig) -> TrainSpec:
     condition = ConditionEncoder(cfg, cfg.condition)
     flow = new_flow(cfg, condition.width)
-    documents = encode_examples(template_of(condition.model), flow.tokenizer, cfg.seed, cfg.examples, cfg.blind)
+    documents = encode_examples(
+        template_of(condition.model), flow.tokenizer, cfg.seed, cfg.num_examples, cfg.uncond_prob
+    )
     return make_train_spec(flow, ConditionedDataset(documents, condition, cfg.seed))
 
 
@@ -355,8 +384,8 @@ def generate_images(
     blank = np.zeros((size, size, 3), dtype=np.uint8)
     chats = [Document([Segment(text=p), Segment(image=blank, role="assistant")]) for p in prompts]
     states_by_branch = []
-    for blind in (False, True)[: guidance.branches]:
-        batch = pack([[template.encode(chat, generator="flow", uncond=blind)] for chat in chats], SEQ_LEN, size)
+    for uncond in (False, True)[: guidance.branches]:
+        batch = pack([[template.encode(chat, generator="flow", uncond=uncond)] for chat in chats], SEQ_LEN, size)
         context = flow.context_states(batch, condition(batch))
         assert context.mask_MN is not None
         states_by_branch.append([row[mask] for row, mask in zip(context.embeds_MND, context.mask_MN, strict=True)])
@@ -392,8 +421,8 @@ def compare_networks(overrides: Sequence[str], out: str | None) -> list[dict[str
         for condition_kind in dict.fromkeys(condition_kind for _, condition_kind in VARIANTS)
     }
     template = template_of(next(iter(conditions.values())).model)
-    documents = encode_examples(template, tokenizer, shared.seed, shared.examples, shared.blind)
-    new = encode_examples(template, tokenizer, HELD_OUT_SEED, min(512, shared.examples), 0.0)
+    documents = encode_examples(template, tokenizer, shared.seed, shared.num_examples, shared.uncond_prob)
+    new = encode_examples(template, tokenizer, HELD_OUT_SEED, min(512, shared.num_examples), 0.0)
     datasets_by_condition: dict[str, tuple[ConditionedDataset, ConditionedDataset]] = {}
     for network, condition_kind in VARIANTS:
         condition = conditions[condition_kind]
@@ -415,7 +444,7 @@ def compare_networks(overrides: Sequence[str], out: str | None) -> list[dict[str
         )
         figures["parameters"] = sum(p.numel() for p in flow.head.parameters()) / 1e6
         figures["loss"] = held_out_loss(flow, datasets_by_condition[condition_kind][1])
-        task = ScenesTask(cfg.prompts, cfg.seed)
+        task = ScenesTask(cfg.prompts_per_tag, cfg.seed)
         examples = task.examples()
         pictures: list[Any] = []
         for k in range(0, len(examples), 30):

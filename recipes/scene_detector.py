@@ -54,19 +54,20 @@ MAX_OBJECTS = 6
 
 @dataclass
 class DetectorRunConfig(RunConfig):
-    """`image_size` in pixels; the schedule follows `time_limit` where that is shorter than `steps`."""
+    """A run of this recipe. The schedule follows `time_limit` where that is shorter than `steps`."""
 
     steps: int = 4000
     batch_size: int = 64
     optim: OptimConfig = field(
-        default_factory=lambda: OptimConfig(lr=2e-3, warmup=200, min_ratio=0.01, weight_decay=0.02)
+        default_factory=lambda: OptimConfig(lr=2e-3, warmup_steps=200, min_lr_ratio=0.01, weight_decay=0.02)
     )
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    workers: int = 1
+    num_workers: int = 1
     save_every: int = 1000
     sample_every: int = 0
     run_dir: str = "runs/detector"
     image_size: int = 64
+    """Pixels along a side."""
 
 
 def crowded_scene(rng: np.random.Generator, size: int) -> scenes.Scene:

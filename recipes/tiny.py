@@ -21,37 +21,42 @@ from comparisons of its own answers:
 
               python data_tools/judge_answers.py pictures runs/tiny/model runs/judged.jsonl
                   --detector runs/judge/calibrated
-              unigen train recipes/tiny.py init_from=runs/tiny/model preferences.judged=runs/judged.jsonl
-                  preferences.weight=10 preferences.nll=3 text_weight=10 batch_size=4 steps=130 time_limit=none
-                  optim.lr=1e-4 optim.warmup=10 run_dir=runs/preferred
+              unigen train recipes/tiny.py init_from=runs/tiny/model preferences.answers=runs/judged.jsonl
+                  preferences.weight=10 preferences.nll_weight=3 text_weight=10 batch_size=4 steps=130 time_limit=none
+                  optim.lr=1e-4 optim.warmup_steps=10 run_dir=runs/preferred
 
 New ways of writing are learnt beside next-token, which stays as it was by `retain`, from true pictures and from
 right ones of the model's own; the mean with the model that it began from gives back a part of what is lost yet:
 
               unigen train recipes/tiny_vq.py init_from=unigen/assets/unigen-tiny/image_tokenizer
                   model.quantizer=multiscale model.code_dim=16 model.scales=1,2,4,6,8 model.coarse=0.5
-                  loss.feature=0.5 features=runs/judge/calibrated optim.lr=1e-3 time_limit=3300 run_dir=runs/scales
-              unigen train recipes/tiny_vq.py kind=kl kl.channels=48,96 loss.feature=0.5 features=runs/judge/calibrated
+                  loss.feature=0.5 feature_network=runs/judge/calibrated optim.lr=1e-3 time_limit=3300
+                  run_dir=runs/scales
+              unigen train recipes/tiny_vq.py tokenizer_kind=kl kl.channels=48,96 loss.feature=0.5
+              feature_network=runs/judge/calibrated
                   optim.lr=1.5e-3 time_limit=780 run_dir=runs/kl
-              unigen train recipes/tiny.py init_from=runs/tiny/model retain=runs/tiny/model
+              unigen train recipes/tiny.py init_from=runs/tiny/model lwf_teacher=runs/tiny/model
                   scale_tokenizer=runs/scales/model kl_tokenizer=runs/kl/model flow.layers=5 flow.head_dim=32
-                  writers.next-token=0.28 writers.masked=0.25 writers.next-scale=0.25 writers.flow=0.22 mixture.draw=1.5
-                  answers=runs/judged.jsonl optim.lr=1.4e-3 time_limit=5400 run_dir=runs/four
+                  generators.next-token=0.28 generators.masked=0.25 generators.next-scale=0.25 generators.flow=0.22
+                  mixture.draw=1.5 self_distill_files=runs/judged.jsonl optim.lr=1.4e-3 time_limit=5400
+                  run_dir=runs/four
               python scripts/average.py runs/mean runs/four/model runs/tiny/model --weights 0.8,0.2
 
 The flow's head then learns on alone, from many more pictures in an hour than beside the others:
 
-              unigen train recipes/tiny.py init_from=runs/mean freeze=true writers.flow=1 writers.next-token=0.01
-                  answers=runs/judged.jsonl mixture.draw=8 mixture.describe=0 mixture.ask=0 mixture.chat=0
-                  mixture.judge=0 batch_size=1 ema=0.998 optim.lr=2e-3 time_limit=2040 run_dir=runs/flow
+              unigen train recipes/tiny.py init_from=runs/mean freeze_backbone=true generators.flow=1
+              generators.next-token=0.01
+                  self_distill_files=runs/judged.jsonl mixture.draw=8 mixture.describe=0 mixture.ask=0 mixture.chat=0
+                  mixture.judge=0 batch_size=1 ema_decay=0.998 optim.lr=2e-3 time_limit=2040 run_dir=runs/flow
 
 Last of all the decoder of next-scale's tokenizer learns from what the model draws (half an hour: 0.681 to 0.802 of all
 pictures of `unigen eval scenes --generator next-scale`):
 
-              python data_tools/draw_again.py runs/mean runs/drawn.npz --minutes 20
+              python data_tools/generate_codes.py runs/mean runs/drawn.npz --minutes 20
               unigen train recipes/tiny_vq.py init_from=runs/mean/next-scale/tokenizer freeze_codes=true
-                  drawn=runs/drawn.npz model.quantizer=multiscale model.code_dim=16 model.scales=1,2,4,6,8
-                  model.coarse=0.5 loss.feature=1 features=runs/judge/calibrated time_limit=1920 run_dir=runs/sharp
+                  generated_codes=runs/drawn.npz model.quantizer=multiscale model.code_dim=16 model.scales=1,2,4,6,8
+                  model.coarse=0.5 loss.feature=1 feature_network=runs/judge/calibrated time_limit=1920
+                  run_dir=runs/sharp
 """
 
 from __future__ import annotations
@@ -60,7 +65,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -100,12 +105,15 @@ INPUTS = {
     "image_tokenizer": "unigen train recipes/tiny_vq.py run_dir=runs/vq",
     "scale_tokenizer": "unigen train recipes/tiny_vq.py model.quantizer=multiscale model.code_dim=16 "
     "run_dir=runs/scales",
-    "kl_tokenizer": "unigen train recipes/tiny_vq.py kind=kl run_dir=runs/kl",
-    "answers": "python data_tools/judge_answers.py pictures MODEL runs/judged.jsonl --detector runs/judge/calibrated",
-    "preferences.judged": "python data_tools/judge_answers.py pictures MODEL runs/judged.jsonl "
+    "kl_tokenizer": "unigen train recipes/tiny_vq.py tokenizer_kind=kl run_dir=runs/kl",
+    "self_distill_files": "python data_tools/judge_answers.py pictures MODEL runs/judged.jsonl --detector "
+    "runs/judge/calibrated",
+    "preferences.answers": "python data_tools/judge_answers.py pictures MODEL runs/judged.jsonl "
     "--detector runs/judge/calibrated",
 }
 """Files and folders that fields name, and the commands that make them."""
+INPUTS_OPTIONAL_WITH = ("init_from", "generators")
+"""Keys with which the defaults of INPUTS need not be there."""
 
 SAMPLE_PROMPTS = (
     "a horse",
@@ -121,61 +129,108 @@ SAMPLE_PROMPTS = (
 
 @dataclass
 class BackboneConfig:
+    """The Llama."""
+
     hidden: int = 320
+    """Width."""
     layers: int = 6
     heads: int = 5
     feed_forward: int = 864
+    """Width of the MLP."""
     context: int = 1024
+    """Positions."""
 
 
 @dataclass
-class TinyConfig(RunConfig):
+class TinyRunConfig(RunConfig):
+    """A run of this recipe."""
+
+    RENAMED: ClassVar[dict[str, str]] = {
+        "writers": "generators",
+        "blind": "uncond_prob",
+        "learn_shown": "loss_on_user_images",
+        "mistakes": "token_corruption",
+        "retain": "lwf_teacher",
+        "answers": "self_distill_files",
+        "answered": "self_distill_share",
+        "freeze": "freeze_backbone",
+        "text_pieces": "text_vocab_size",
+        "length": "seq_len",
+    }
+    """Keys of version 0.1, and their names now."""
+
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    """Of a new model."""
     image_tokenizer: str = "runs/vq/model"
-    scale_tokenizer: str | None = None  # folder of a multi-scale tokenizer, for next-scale
-    kl_tokenizer: str | None = None  # folder of a KL tokenizer, for flow, transfusion and token-flow
+    """Folder of the tokenizer whose codes next-token and masked write, of a new model."""
+    scale_tokenizer: str | None = None
+    """Folder of a multi-scale tokenizer, for next-scale."""
+    kl_tokenizer: str | None = None
+    """Folder of a KL tokenizer, for flow, transfusion and token-flow."""
     flow: FlowConfig = field(default_factory=FlowConfig)
+    """The head of a new flow."""
     transfusion: TransfusionConfig = field(default_factory=TransfusionConfig)
+    """A new transfusion."""
     token_flow: TokenFlowConfig = field(default_factory=TokenFlowConfig)
-    text_pieces: int = 1024
-    length: int = 1024  # positions of a packed row; the longest story fits
-    muon: bool = True  # false: AdamW for all weights
-    compile: bool = False  # faster by torch.compile; on a CPU it needs a C++ compiler
-    writers: dict[str, float] = field(default_factory=dict)
-    """How pictures are written: the shares of generators among the documents that draw one, next-token's 1 where it is
-    not given. A model learns those above 0, also ones that it could not write by before; where none is given, all that
-    it writes by, alike."""
-    mixture: dict[str, float] = field(default_factory=lambda: dict(DEFAULT_KIND_WEIGHTS))  # shares of kinds of chats
-    blind: float = 0.1  # share of documents whose text is dropped
-    learn_shown: bool = True  # also the pictures that the user shows: a caption says little of what is in their codes
+    """The head of a new token-flow."""
+    text_vocab_size: int = 1024
+    """Tokens of text, of a new model."""
+    seq_len: int = 1024
+    """Positions of a packed row; the longest story fits."""
+    muon: bool = True
+    """Muon for matrices; false: AdamW for all weights."""
+    compile: bool = False
+    """Faster by torch.compile; on a CPU it needs a C++ compiler."""
+    generators: dict[str, float] = field(default_factory=dict)
+    """Shares of generators among the documents in which an image is written, next-token's 1 where it is not given. The
+    model learns those above 0, also ones that it did not have; where none is given, all that it has, alike."""
+    mixture: dict[str, float] = field(default_factory=lambda: dict(DEFAULT_KIND_WEIGHTS))
+    """Shares of the kinds of chats."""
+    uncond_prob: float = 0.1
+    """Share of the documents whose text is dropped, for guidance."""
+    loss_on_user_images: bool = True
+    """Whether the codes of images that the user shows are targets, too: a caption says little of them."""
     text_weight: float = 1.0
-    mistakes: float = 0.0  # the most that next-scale reads wrong of a picture's codes in training, to learn to mend it
-    freeze: bool = False  # the backbone stays as it is, and only heads beside it learn: far quicker for those of flow
-    retain: str | None = None  # a model: text and next-token are learnt from what it says, not from the data
-    answers: str | None = None  # judged files, apart by commas, of whose right pictures is learnt as well
-    answered: float = 0.5  # their share among the chats in which one picture is drawn
+    """Weight of the loss of text."""
+    token_corruption: float = 0.0
+    """The largest share of an image's codes that next-scale reads as near ones in training, to learn to correct
+    them."""
+    freeze_backbone: bool = False
+    """The backbone stays as it is and only heads learn: far quicker for those of flow."""
+    lwf_teacher: str | None = None
+    """A model whose predictions are the targets of text and next-token, in place of the data (learning without
+    forgetting)."""
+    self_distill_files: str | None = None
+    """Judged files, apart by commas, whose right images are learnt as well."""
+    self_distill_share: float = 0.5
+    """Their share among the chats in which one image is drawn."""
     preferences: PreferenceConfig = field(default_factory=PreferenceConfig)
+    """Comparisons of answers."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not all(0 <= share <= 1 for share in (self.blind, self.answered, self.mistakes)):
-            raise ValueError("blind, answered and mistakes are shares from 0 to 1")
-        if self.answers and not (self.answered and self.mixture.get("draw")):
-            raise ValueError("answers take the place of chats that draw: give answered and mixture.draw above 0")
-        if self.mistakes and self.preferences.judged:
-            raise ValueError("answers are compared as they were drawn: leave mistakes out, or preferences.judged")
-        if self.preferences.judged and not self.init_from:
+        if not all(0 <= share <= 1 for share in (self.uncond_prob, self.self_distill_share, self.token_corruption)):
+            raise ValueError("uncond_prob, self_distill_share and token_corruption are shares from 0 to 1")
+        if self.self_distill_files and not (self.self_distill_share and self.mixture.get("draw")):
+            raise ValueError(
+                "self_distill_files take the place of chats that draw: give self_distill_share and mixture.draw above 0"
+            )
+        if self.token_corruption and self.preferences.answers:
+            raise ValueError(
+                "answers are compared as they were drawn: leave token_corruption out, or preferences.answers"
+            )
+        if self.preferences.answers and not self.init_from:
             raise ValueError("preferences are of a model's own pictures: say whose by init_from=FOLDER")
 
 
-def config() -> TinyConfig:
-    return TinyConfig(
+def config() -> TinyRunConfig:
+    return TinyRunConfig(
         steps=1_000_000,
         time_limit=4500.0,
         batch_size=8,
-        optim=OptimConfig(lr=2.5e-3, warmup=100, weight_decay=0.05, min_ratio=0.02, schedule="linear"),
+        optim=OptimConfig(lr=2.5e-3, warmup_steps=100, weight_decay=0.05, min_lr_ratio=0.02, schedule="linear"),
         precision="auto",
-        workers=1,
+        num_workers=1,
         log_every=20,
         save_every=200,
         sample_every=400,
@@ -186,30 +241,37 @@ def config() -> TinyConfig:
 class ChatDocumentSampler:
     """Draws a document and lays it out as ids; made anew in each worker, since a font cannot travel."""
 
-    def __init__(self, template: Template, tokenizer: Any, cfg: TinyConfig, shares: Mapping[str, float]) -> None:
+    def __init__(self, template: Template, tokenizer: Any, cfg: TinyRunConfig, shares: Mapping[str, float]) -> None:
         size = tokenizer.image_size
         ChatSampler(SceneRenderer(size), cfg.mixture)  # a missing font or a wrong mixture is said at once
-        self.answers = SelfDistillationSamples(cfg.answers.split(","), tokenizer) if cfg.answers else None
-        self.answered = cfg.answered
-        self.template, self.size, self.blind, self.learn_shown = template, size, cfg.blind, cfg.learn_shown
+        self.self_distill = (
+            SelfDistillationSamples(cfg.self_distill_files.split(","), tokenizer) if cfg.self_distill_files else None
+        )
+        self.self_distill_share = cfg.self_distill_share
+        self.template, self.size, self.uncond_prob, self.loss_on_user_images = (
+            template,
+            size,
+            cfg.uncond_prob,
+            cfg.loss_on_user_images,
+        )
         self.mixture = cfg.mixture
-        self.writers, self.shares = zip(*shares.items(), strict=True)
+        self.generators, self.generator_probs = zip(*shares.items(), strict=True)
         self.chats: ChatSampler | None = None
 
     def __call__(self, rng: np.random.Generator) -> Tokens:
         self.chats = self.chats or ChatSampler(SceneRenderer(self.size), self.mixture)
         document, kind = self.chats(rng)
         generates_image = any(s.image is not None and s.role == "assistant" for s in document.segments)
-        writer = (
-            self.writers[int(rng.choice(len(self.shares), p=self.shares))]
+        generator = (
+            self.generators[int(rng.choice(len(self.generator_probs), p=self.generator_probs))]
             if generates_image
             else self.template.context_generator
         )
-        if kind == "draw" and self.answers and rng.random() < self.answered:
-            document = self.answers(rng)
-        blind = 0.5 if writer in self.template.text_lengths else self.blind  # whose span has the words, too
-        tokens = self.template.encode(document, uncond=generates_image and rng.random() < blind, generator=writer)
-        for start, stop in tokens.spans if self.learn_shown else ():
+        if kind == "draw" and self.self_distill and rng.random() < self.self_distill_share:
+            document = self.self_distill(rng)
+        blind = 0.5 if generator in self.template.text_lengths else self.uncond_prob  # whose span has the words, too
+        tokens = self.template.encode(document, uncond=generates_image and rng.random() < blind, generator=generator)
+        for start, stop in tokens.spans if self.loss_on_user_images else ():
             tokens.loss[start:stop] = [True] * (stop - start)
         return tokens
 
@@ -226,13 +288,13 @@ class SelfDistillationSamples:
             chat.segments
             for file in files
             for record in read_judged_answers(file, tokenizer.grid, tokenizer.codebook_size)
-            for chat in record.right
+            for chat in record.correct
         ]
         image_answers = [
             segments for segments in correct_answers if [s.image is not None for s in segments] == [False, True]
         ]
         if not image_answers:
-            raise ValueError("answers hold no right picture: judge pictures (data_tools/judge_answers.py)")
+            raise ValueError("self_distill_files hold no right picture: judge pictures (data_tools/judge_answers.py)")
         self.prompts = [segments[:-1] for segments in image_answers]
         self.pictures: list[Any] = [segments[-1].image for segments in image_answers]
 
@@ -244,13 +306,13 @@ class SelfDistillationSamples:
         return Document([*self.prompts[k], Segment(image=picture, role="assistant")])
 
 
-def new_model(cfg: TinyConfig) -> UnifiedModel:
+def new_model(cfg: TinyRunConfig) -> UnifiedModel:
     from transformers import LlamaConfig
 
     image_tokenizer = load_image_tokenizer(cfg.image_tokenizer)
     lines = map(chat_template.normalize_text, text_corpus(20_000, cfg.seed))
     words = load_or_train_text_tokenizer(
-        Path(cfg.run_dir) / "text_tokenizer", lines, cfg.text_pieces, chat_template.SPECIAL_TOKENS
+        Path(cfg.run_dir) / "text_tokenizer", lines, cfg.text_vocab_size, chat_template.SPECIAL_TOKENS
     )
     shape = LlamaConfig(
         hidden_size=cfg.backbone.hidden,
@@ -264,63 +326,67 @@ def new_model(cfg: TinyConfig) -> UnifiedModel:
     return assembly.build_from_config(shape, words, image_tokenizer)
 
 
-def build(cfg: TinyConfig) -> TrainSpec:
+def build(cfg: TinyRunConfig) -> TrainSpec:
     model = load(cfg.init_from) if cfg.init_from else new_model(cfg)
     shares = normalize_generator_weights(
-        {"next-token": 1.0} | (cfg.writers or dict.fromkeys(model.template.begin_ids, 1.0))
+        {"next-token": 1.0} | (cfg.generators or dict.fromkeys(model.template.begin_ids, 1.0))
     )
     torch.manual_seed(cfg.seed)
     folders = {"multiscale": cfg.scale_tokenizer, "kl": cfg.kl_tokenizer}
     settings = {"flow": cfg.flow, "transfusion": cfg.transfusion, "token-flow": cfg.token_flow}
     model = assembly.add_generators(model, tuple(shares), new_generators(model, shares, folders, settings))
-    model.backbone.requires_grad_(not cfg.freeze)
-    if cfg.mistakes and "next-scale" not in shares:
-        raise ValueError("mistakes are for next-scale to mend: add writers.next-scale=1, or leave them out")
+    model.backbone.requires_grad_(not cfg.freeze_backbone)
+    if cfg.token_corruption and "next-scale" not in shares:
+        raise ValueError("token_corruption is for next-scale to correct: add generators.next-scale=1, or leave it out")
     if "next-scale" in model.heads:
-        model.heads["next-scale"].mistakes = cfg.mistakes
-    if cfg.freeze and (generators_without_weights := shares.keys() - model.heads.keys() - {"next-token"}):
+        model.heads["next-scale"].mistakes = cfg.token_corruption
+    if cfg.freeze_backbone and (generators_without_weights := shares.keys() - model.heads.keys() - {"next-token"}):
         raise ValueError(
-            f"freeze=true lets heads alone learn, and {', '.join(sorted(generators_without_weights))} has "
+            f"freeze_backbone=true lets heads alone learn, and {', '.join(sorted(generators_without_weights))} has "
             f"none: leave it out"
         )
-    if cfg.freeze and (not shares.keys() & model.heads.keys() or cfg.retain):
-        raise ValueError("freeze=true is for writers with a head (writers.flow=1), and without retain: all else stays")
-    reference = copy.deepcopy(model) if cfg.preferences.judged else None  # copied before it is compiled
-    teacher = load(cfg.retain) if cfg.retain else None
+    if cfg.freeze_backbone and (not shares.keys() & model.heads.keys() or cfg.lwf_teacher):
+        raise ValueError(
+            "freeze_backbone=true is for generators with a head (generators.flow=1), and without lwf_teacher: "
+            "all else stays"
+        )
+    reference = copy.deepcopy(model) if cfg.preferences.answers else None  # copied before it is compiled
+    teacher = load(cfg.lwf_teacher) if cfg.lwf_teacher else None
     if teacher is not None and not teacher.shares_vocabulary(model):
         raise ValueError(
-            f"retain={cfg.retain} has another text or image tokenizer than the model that learns: name one it came from"
+            f"lwf_teacher={cfg.lwf_teacher} has another text or image tokenizer than the model that learns: "
+            f"name one it came from"
         )
     if cfg.compile:
         for frozen_model in filter(None, (model, reference, teacher)):
             frozen_model.backbone.compile_packed()
     size = model.image_tokenizer.image_size
     dataset: Any = PackedDataset(
-        ChatDocumentSampler(model.template, model.image_tokenizer, cfg, shares), cfg.length, cfg.seed
+        ChatDocumentSampler(model.template, model.image_tokenizer, cfg, shares), cfg.seq_len, cfg.seed
     )
-    collate: Any = PackCollator(cfg.length, size)
+    collate: Any = PackCollator(cfg.seq_len, size)
     weights = shares | {"text": cfg.text_weight}
-    if cfg.freeze:
+    if cfg.freeze_backbone:
         weights = {name: weight for name, weight in weights.items() if name in model.heads}
     objective: Any = MultiGeneratorLoss(model.generators, weights, teacher)
-    if cfg.preferences.judged:
+    if cfg.preferences.answers:
         assert reference is not None
         tokenizer: Any = model.image_tokenizer
-        files = cfg.preferences.judged.split(",")
+        files = cfg.preferences.answers.split(",")
         native_codes = {head.name: head.own_shape for head in model.heads.values() if hasattr(head, "own_shape")}
         pairs = read_pairs(files, cfg.seed, tokenizer.grid, tokenizer.codebook_size, native_codes)
         comparable_generators = (
             model.template.begin_ids.keys() - model.template.text_lengths.keys()
         )  # whose costs are of texts, too
-        if unsupported_generators := {pair.writer for pair in pairs} - comparable_generators:
+        if unsupported_generators := {pair.generator for pair in pairs} - comparable_generators:
             raise ValueError(
                 f"pictures by {', '.join(sorted(unsupported_generators))} are not compared: judge those by "
                 f"{', '.join(sorted(comparable_generators))}"
             )
-        dataset = PreferenceDataset(dataset, pairs, model.template.encode, cfg.length, cfg.preferences.rows)
-        collate = PreferenceCollator(collate, cfg.length, size)
+        dataset = PreferenceDataset(dataset, pairs, model.template.encode, cfg.seq_len, cfg.preferences.rows_per_sample)
+        collate = PreferenceCollator(collate, cfg.seq_len, size)
         objective = DPOObjective(objective, reference, cfg.preferences)
-        epochs_hint = " or ".join(f"{len(rows) / cfg.preferences.rows:.0f}" for rows in dataset.pairs)
+        epochs_hint = " or ".join(f"{len(rows) / cfg.preferences.rows_per_sample:.0f}" for rows in dataset.pair_rows)
         print(f"{len(pairs)} pairs of answers: each is seen once in {epochs_hint} rows of the mixture", flush=True)
     return TrainSpec(
         model=model,

@@ -1,7 +1,7 @@
 """The image tokenizer of unigen-tiny: 64x64 pictures of the rendered world <-> 8x8 codes of 1,024.
 
     COMMAND   unigen train recipes/tiny_vq.py run_dir=runs/vq                 (needs the font fonts-noto-color-emoji)
-              python recipes/tiny_vq.py --evaluate runs/vq/model [--pictures digits] [--count 1000] [--json FILE]
+              python recipes/tiny_vq.py --evaluate runs/vq/model [--image-source digits] [--count 1000] [--json FILE]
               python recipes/tiny_vq.py --ablate 2000 [--json FILE] [key=value ...]
     HARDWARE  2 CPU cores, AVX-512 bf16: 250 pictures a second when the machine is quiet
     TIME      25 minutes
@@ -12,14 +12,14 @@
               20.03 dB inside masks, 25.27 dB overall
 
 It knows where pictures come from and which losses are on; the losses are unigen/training/vq_objective.py, the network
-unigen/tokenizers/vq.py. Options: `loss.gan=0.5`, `loss.feature=1 features=FOLDER` (a scene detector, but not the
-one that evaluates: a judge that one trains against is no judge), `loss.lpips=1 lpips=FILE`, `model.quantizer=fsq`,
-`model.image_size=96`. `model.quantizer=multiscale model.code_dim=16` trains the tokenizer of next-scale prediction,
-which may begin with encoder and decoder of a vq one (`init_from=FOLDER`); `model.coarse=0.5` has its first scales say
-more, which a model that draws needs; and --evaluate adds its health by scale;
-`kind=kl` trains that of the flow. `init_from=FOLDER freeze_codes=true` betters the decoder alone: models trained on the
-codes stay valid. With `drawn=FILE` (data_tools/draw_again.py) it learns to make pictures of codes as a model draws
-them. `pictures=digits` is for recipes/digits.py.
+unigen/tokenizers/vq.py. Options: `loss.gan=0.5`, `loss.feature=1 feature_network=FOLDER` (a scene detector, but not the
+one that evaluates: a judge that one trains against is no judge), `loss.lpips=1 lpips_weights=FILE`,
+`model.quantizer=fsq`, `model.image_size=96`. `model.quantizer=multiscale model.code_dim=16` trains the tokenizer of
+next-scale prediction, which may begin with encoder and decoder of a vq one (`init_from=FOLDER`); `model.coarse=0.5` has
+its first scales say more, which a model that draws needs; and --evaluate adds its health by scale;
+`tokenizer_kind=kl` trains that of the flow. `init_from=FOLDER freeze_codes=true` betters the decoder alone: models
+trained on the codes stay valid. With `generated_codes=FILE` (data_tools/generate_codes.py) it learns to make pictures
+of codes as a model draws them. `image_source=digits` is for recipes/digits.py.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 from zipfile import BadZipFile
 
 import numpy as np
@@ -59,9 +59,9 @@ from unigen.utils.argparser import OneLineParser
 from unigen.utils.disk import check_input
 
 INPUTS = {
-    "features": "unigen train recipes/scene_detector.py run_dir=runs/judge seed=2 && "
+    "feature_network": "unigen train recipes/scene_detector.py run_dir=runs/judge seed=2 && "
     "python recipes/scene_detector.py runs/judge/model runs/judge/calibrated",
-    "drawn": "python data_tools/draw_again.py MODEL runs/drawn.npz",
+    "generated_codes": "python data_tools/generate_codes.py MODEL runs/drawn.npz",
 }
 """Files and folders that fields name, and the commands that make them."""
 
@@ -70,25 +70,48 @@ HELD_OUT_SEED = 1_000_000  # training seeds are below; item i of seed s draws fr
 
 @dataclass
 class VQRunConfig(RunConfig):
-    kind: Literal["vq", "kl"] = "vq"
-    pictures: Literal["scenes", "digits"] = "scenes"
+    """A run of this recipe."""
+
+    RENAMED: ClassVar[dict[str, str]] = {
+        "kind": "tokenizer_kind",
+        "pictures": "image_source",
+        "features": "feature_network",
+        "lpips": "lpips_weights",
+        "drawn": "generated_codes",
+        "true": "true_codes_share",
+    }
+    """Keys of version 0.1, and their names now."""
+
+    tokenizer_kind: Literal["vq", "kl"] = "vq"
+    """Codes, or continuous latents."""
+    image_source: Literal["scenes", "digits"] = "scenes"
+    """What it is trained on: the rendered world, or handwritten digits."""
     kl: KLConfig = field(default_factory=KLConfig)
+    """The network with tokenizer_kind=kl."""
     model: VQConfig = field(default_factory=VQConfig)
+    """The network with tokenizer_kind=vq."""
     loss: VQLossConfig = field(default_factory=VQLossConfig)
-    features: str | None = None  # folder of a frozen scene detector for loss.feature
-    freeze_codes: bool = False  # with init_from: train the decoder alone (it may be another); the codes stay valid
-    lpips: str | None = None  # file with LPIPS (VGG-16) weights for loss.lpips
-    drawn: str | None = None  # with freeze_codes: files of data_tools/draw_again.py, apart by commas: codes as drawn
-    true: float = 0.2  # share of pictures that are decoded from their own codes nevertheless
+    """Which losses are on."""
+    feature_network: str | None = None
+    """Folder of a frozen scene detector for loss.feature."""
+    freeze_codes: bool = False
+    """With init_from: train the decoder alone, which may be another one; the codes stay valid."""
+    lpips_weights: str | None = None
+    """File with LPIPS (VGG-16) weights for loss.lpips."""
+    generated_codes: str | None = None
+    """With freeze_codes: files of data_tools/generate_codes.py, apart by commas: images with the codes that a model
+    drew for them."""
+    true_codes_share: float = 0.2
+    """With generated_codes: share of the images that are decoded from their own codes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.seed >= HELD_OUT_SEED:
             raise ValueError(f"seed must be below {HELD_OUT_SEED}: seeds from there on are held out for evaluation")
-        if self.drawn and not self.freeze_codes:
-            raise ValueError("drawn is for a decoder alone: add init_from=FOLDER freeze_codes=true")
-        if not 0 <= self.true <= 1:
-            raise ValueError(f"true is a share from 0 to 1, not {self.true}")
+        if self.generated_codes and not self.freeze_codes:
+            raise ValueError("generated_codes is for a decoder alone: add init_from=FOLDER freeze_codes=true")
+        if not 0 <= self.true_codes_share <= 1:
+            raise ValueError(f"true_codes_share is from 0 to 1, not {self.true_codes_share}")
 
 
 def config() -> VQRunConfig:
@@ -96,9 +119,9 @@ def config() -> VQRunConfig:
         steps=1_000_000,
         time_limit=1500.0,
         batch_size=32,
-        optim=OptimConfig(lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0, warmup=100, min_ratio=0.02),
+        optim=OptimConfig(lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0, warmup_steps=100, min_lr_ratio=0.02),
         precision="auto",
-        workers=1,
+        num_workers=1,
         log_every=100,
         save_every=1000,
         sample_every=1000,
@@ -141,11 +164,11 @@ def make_image_dataset(kind: str, seed: int, size: int, held_out: bool = False) 
 
 
 class GeneratedCodesDataset:
-    """Endless pictures of files of `data_tools/draw_again.py`; item i is as in `ImageGroups`, and codes (P,) that a
-    model drew for it, or in a share `true` of the items its own."""
+    """Endless pictures of files of `data_tools/generate_codes.py`; item i is as in `ImageGroups`, and codes (P,) that a
+    model drew for it, or in a share `true_codes_share` of the items its own."""
 
-    def __init__(self, files: Sequence[str], seed: int, true: float, tokenizer: Any) -> None:
-        self.seed, self.true = seed, true
+    def __init__(self, files: Sequence[str], seed: int, true_codes_share: float, tokenizer: Any) -> None:
+        self.seed, self.true_codes_share = seed, true_codes_share
         size, length = tokenizer.image_size, sum(getattr(tokenizer.quantizer, "lengths", []))
         parts = [self._read(file) for file in files]
         for file, (pixels_NHWC, _, *codes) in zip(files, parts, strict=True):
@@ -159,13 +182,14 @@ class GeneratedCodesDataset:
     def _read(file: str) -> list[Tensor]:
         try:
             with np.load(file) as arrays:
-                return [torch.from_numpy(arrays[name]) for name in ("pixels", "objects", "drawn", "true")]
+                codes = "generated" if "generated" in arrays else "drawn"  # as version 0.1 called it
+                return [torch.from_numpy(arrays[name]) for name in ("pixels", "objects", codes, "true")]
         except (OSError, EOFError, ValueError, KeyError, BadZipFile) as error:
-            raise ValueError(f"{file} cannot be read ({error}): make one by data_tools/draw_again.py") from error
+            raise ValueError(f"{file} cannot be read ({error}): make one by data_tools/generate_codes.py") from error
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
         rng = np.random.default_rng([self.seed, i])
-        n, use_true_codes = int(rng.integers(len(self.pixels_N3HW))), rng.random() < self.true
+        n, use_true_codes = int(rng.integers(len(self.pixels_N3HW))), rng.random() < self.true_codes_share
         return (
             self.pixels_N3HW[n],
             self.objects_N1HW[n],
@@ -180,7 +204,7 @@ def collate(items: list[tuple[Tensor, ...]]) -> dict[str, Tensor]:
     return batch | ({"codes": torch.stack([item[2] for item in items])} if len(items[0]) > 2 else {})
 
 
-def feature_network(folder: str | None) -> Callable[[Tensor], list[Tensor]] | None:
+def load_feature_network(folder: str | None) -> Callable[[Tensor], list[Tensor]] | None:
     if folder is None:
         return None
     from unigen.evaluation.detector import load_detector
@@ -190,7 +214,7 @@ def feature_network(folder: str | None) -> Callable[[Tensor], list[Tensor]] | No
 
 def new_or_loaded_tokenizer(cfg: VQRunConfig) -> VQTokenizer | KLTokenizer:
     """A new tokenizer, or the one of init_from to go on from."""
-    if cfg.kind == "kl":
+    if cfg.tokenizer_kind == "kl":
         if cfg.freeze_codes:
             raise ValueError("a kl tokenizer has no codes to freeze")
         if not cfg.init_from:
@@ -207,7 +231,7 @@ def new_or_loaded_tokenizer(cfg: VQRunConfig) -> VQTokenizer | KLTokenizer:
         return VQTokenizer(cfg.model)
     tokenizer = load_image_tokenizer(cfg.init_from)
     if not isinstance(tokenizer, VQTokenizer):
-        raise ValueError(f"init_from={cfg.init_from} is no vq tokenizer: add kind=kl")
+        raise ValueError(f"init_from={cfg.init_from} is no vq tokenizer: add tokenizer_kind=kl")
     if tokenizer.settings != cfg.model:
         loaded_tokenizer, tokenizer = tokenizer, VQTokenizer(cfg.model)
         if not copy_matching_weights(loaded_tokenizer, tokenizer, cfg.freeze_codes):
@@ -248,12 +272,14 @@ def copy_matching_weights(known: VQTokenizer, tokenizer: VQTokenizer, freeze_cod
 def build(cfg: VQRunConfig) -> TrainSpec:
     torch.manual_seed(cfg.seed)
     tokenizer = new_or_loaded_tokenizer(cfg)
-    lpips = LPIPS.from_file(cfg.lpips) if cfg.lpips else None
+    lpips = LPIPS.from_file(cfg.lpips_weights) if cfg.lpips_weights else None
     size = tokenizer.image_size
     generated_dataset = (
-        GeneratedCodesDataset(cfg.drawn.split(","), cfg.seed, cfg.true, tokenizer) if cfg.drawn else None
+        GeneratedCodesDataset(cfg.generated_codes.split(","), cfg.seed, cfg.true_codes_share, tokenizer)
+        if cfg.generated_codes
+        else None
     )
-    held_out = make_image_dataset(cfg.pictures, 0, size, held_out=True)
+    held_out = make_image_dataset(cfg.image_source, 0, size, held_out=True)
     sample_pixels = collate([held_out[i] for i in range(24)])["pixels"]
 
     def sample(model: VQTraining, step: int, folder: Path) -> None:
@@ -265,9 +291,9 @@ def build(cfg: VQRunConfig) -> TrainSpec:
 
     return TrainSpec(
         model=to_channels_last(VQTraining(tokenizer, gan=cfg.loss.gan > 0)),
-        dataset=generated_dataset or make_image_dataset(cfg.pictures, cfg.seed, size),
+        dataset=generated_dataset or make_image_dataset(cfg.image_source, cfg.seed, size),
         collate=collate,
-        objective=VQObjective(cfg.loss, feature_network(cfg.features), lpips),
+        objective=VQObjective(cfg.loss, load_feature_network(cfg.feature_network), lpips),
         write_samples=sample,
         save_model=save,
     )
@@ -315,10 +341,10 @@ def run_ablation(steps: int, count: int, overrides: list[str]) -> list[dict[str,
         "vq without revival": ["model.revive_every=0"],
         "multi-scale": ["model.quantizer=multiscale", "model.code_dim=16"],
     }
-    if any(override.startswith("features=") for override in overrides):
+    if any(override.startswith("feature_network=") for override in overrides):
         variants["vq + feature loss"] = ["loss.feature=1"]
     else:
-        print("the feature loss is left out: name a scene detector by features=FOLDER to compare it too")
+        print("the feature loss is left out: name a scene detector by feature_network=FOLDER to compare it too")
     shared = [f"steps={steps}", "time_limit=none", "save_every=0", "sample_every=0", f"log_every={max(steps // 4, 1)}"]
     rows: list[dict[str, Any]] = []
     baseline: dict[str, float] = {}
@@ -346,7 +372,7 @@ def main() -> int:
         help="train every variant that long and compare",
     )
     parser.add_argument("--count", type=limited("count"), default=1000, help="pictures (1000)")
-    parser.add_argument("--pictures", choices=["scenes", "digits"], default="scenes", help="with --evaluate")
+    parser.add_argument("--image-source", choices=["scenes", "digits"], default="scenes", help="with --evaluate")
     parser.add_argument(
         "--grid", metavar="PNG", help="with --evaluate: also write pictures above their reconstructions"
     )
@@ -365,7 +391,7 @@ def main() -> int:
             if options.override:
                 raise ValueError(f"{options.override[0]} is of a training: give it with --ablate")
             check_input(options.evaluate, "unigen train recipes/tiny_vq.py run_dir=runs/vq", "--evaluate")
-            figures = evaluate(options.evaluate, options.count, options.grid, options.pictures)
+            figures = evaluate(options.evaluate, options.count, options.grid, options.image_source)
             rows: list[dict[str, Any]] = [
                 {"name": name, "value": value, "unit": METRIC_UNITS.get(name.split()[-1], "")}
                 for name, value in figures.items()

@@ -122,7 +122,7 @@ def test_digits_and_back() -> None:
 
 def test_the_recipe_and_its_score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Three tokenizers and the model, a few steps each; then the score."""
-    small = ["pictures=digits", "steps=2", "batch_size=4", "workers=0", "time_limit=none", "precision=fp32"]
+    small = ["image_source=digits", "steps=2", "batch_size=4", "num_workers=0", "time_limit=none", "precision=fp32"]
     small += [
         "model.image_size=16",
         "model.codes=32",
@@ -133,13 +133,15 @@ def test_the_recipe_and_its_score(tmp_path: Path, capsys: pytest.CaptureFixture[
     kinds = {
         "vq": [],
         "scales": ["model.quantizer=multiscale", "model.scales=1,2", "model.code_dim=4"],
-        "kl": ["kind=kl", "kl.image_size=16", "kl.channels=16,16", "kl.latent_channels=4"],
+        "kl": ["tokenizer_kind=kl", "kl.image_size=16", "kl.channels=16,16", "kl.latent_channels=4"],
     }
     for name, more in kinds.items():
         assert main(["train", "recipes/tiny_vq.py", *small, *more, f"run_dir={tmp_path / name}"]) == 0
     names = {"image_tokenizer": "vq", "scale_tokenizer": "scales", "kl_tokenizer": "kl"}
     folders = [f"{key}={tmp_path / name / 'model'}" for key, name in names.items()]
-    assert main(["train", "recipes/digits.py", "steps=2", "workers=0", *folders, f"run_dir={tmp_path / 'run'}"]) == 0
+    assert (
+        main(["train", "recipes/digits.py", "steps=2", "num_workers=0", *folders, f"run_dir={tmp_path / 'run'}"]) == 0
+    )
     model = str(tmp_path / "run" / "model")
     assert load(model).template.classes == digits.NAMES
     capsys.readouterr()
@@ -147,10 +149,11 @@ def test_the_recipe_and_its_score(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert main(["eval", "digits", "--model", model, "--generator", generator, "--images", "2"]) == 0
         said = capsys.readouterr().out
         assert "true, held out                 0.9" in said and "by class: zero" in said
-    more = [f"init_from={model}", "steps=1", "workers=0", "scale_tokenizer=none", "kl_tokenizer=none"]
+    more = [f"init_from={model}", "steps=1", "num_workers=0", "scale_tokenizer=none", "kl_tokenizer=none"]
     assert main(["train", "recipes/digits.py", *more, f"run_dir={tmp_path / 'more'}"]) == 0
     assert (
-        main(["train", "recipes/digits.py", *folders, "writers.flow=0", "steps=1", f"run_dir={tmp_path / 'two'}"]) == 0
+        main(["train", "recipes/digits.py", *folders, "generators.flow=0", "steps=1", f"run_dir={tmp_path / 'two'}"])
+        == 0
     )
     capsys.readouterr()
     assert main(["eval", "digits", "--model", "unigen-tiny", "--images", "1"]) == 2

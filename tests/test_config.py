@@ -3,6 +3,8 @@
 Run: pytest tests/test_config.py
 """
 
+import dataclasses
+import importlib
 import json
 import subprocess
 import sys
@@ -19,6 +21,8 @@ from unigen.config import (
     apply_overrides,
     from_dict,
     load_json,
+    rename_stored_keys,
+    renamed_keys,
     save_json,
     to_dict,
     write_report,
@@ -76,7 +80,7 @@ def test_overrides_are_read_by_type() -> None:
         ("run_dir=", "run_dir has no value"),
         ("inner.sizes=", "inner.sizes has no value"),
         ("seed=18446744073709551616", "seed must be 0 or more, and at most 18446744073709551615"),
-        ("workers=100000", "workers must be 0 or more, and at most 256"),
+        ("num_workers=100000", "num_workers must be 0 or more, and at most 256"),
         ("batch_size=0", "batch_size must be 1 or more"),
         ("time_limit=1e999", "time_limit expects float or none"),
         ("=5", "not of the form key=value"),
@@ -93,7 +97,7 @@ def test_overrides_are_read_by_type() -> None:
         ("steps", "not of the form key=value"),
         ("steps=0", "steps must be 1 or more"),
         ("optim.lr=-1", "optim.lr must be above 0"),
-        ("ema=1.5", "ema must lie in"),
+        ("ema_decay=1.5", "ema_decay must lie in"),
         ("time_limit=0", "time_limit must be above 0"),
     ],
 )
@@ -158,6 +162,33 @@ def test_report_has_every_field(tmp_path: Path) -> None:
         "name", "value", "unit", "baseline", "ratio", "batch",
     }  # fmt: skip
     assert report["hardware"] and report["date"].startswith("20")
+
+
+@pytest.mark.parametrize(
+    ("override", "new"),
+    [("accumulate=2", "accumulation_steps"), ("optim.warmup=5", "optim.warmup_steps"), ("ema=0", "ema_decay")],
+)
+def test_a_key_of_version_0_1_says_its_new_name(override: str, new: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown key .*; it is called {new} now"):
+        apply_overrides(Outer(), [override])
+    with pytest.raises(ValueError, match="unknown key 'acumulate'; did you mean"):
+        apply_overrides(Outer(), ["acumulate=2"])
+
+
+def test_a_configuration_of_version_0_1_is_read() -> None:
+    stored = {"keep": 5, "optim": {"clip": 2.0, "lr": 0.1}, "flag": True, "unknown": 1}
+    expected = {"keep_checkpoints": 5, "optim": {"grad_clip": 2.0, "lr": 0.1}, "flag": True, "unknown": 1}
+    assert rename_stored_keys(Outer, stored) == expected
+    assert from_dict(OptimConfig, {"clip": 2.0}) == OptimConfig(grad_clip=2.0)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny_vq", "digits", "flow_networks", "connector", "scene_detector"])
+def test_renamed_keys_name_fields(name: str) -> None:
+    """A new name is a field, and an old one is not."""
+    cls = type(importlib.import_module(f"recipes.{name}").config())
+    names = {f.name for f in dataclasses.fields(cls)}
+    renamed = renamed_keys(cls)
+    assert {"keep", "ema"} <= renamed.keys() and set(renamed.values()) <= names and not renamed.keys() & names
 
 
 def test_importing_it_loads_nothing_heavy() -> None:

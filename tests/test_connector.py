@@ -44,8 +44,16 @@ ASKED: list[tuple[Any, str]] = [
 ]
 """What is read, and the words of which the pipeline's own embeddings are to come out."""
 SMALL: dict[str, Any] = {"steps": 3, "size": (32, 32), "guidance": 4.0}
-BRIEF = ["width=64", "layers=2", "heads=4", "optim.lr=3e-3", "optim.warmup=10", "optim.weight_decay=0", "ema=0"]
-BRIEF += ["sample_every=0", "save_every=0", "workers=0", "batch_size=4", "log_every=100"]
+BRIEF = [
+    "width=64",
+    "layers=2",
+    "heads=4",
+    "optim.lr=3e-3",
+    "optim.warmup_steps=10",
+    "optim.weight_decay=0",
+    "ema_decay=0",
+]
+BRIEF += ["sample_every=0", "save_every=0", "num_workers=0", "batch_size=4", "log_every=100"]
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +140,7 @@ def free_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def recipe() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("adapter_recipe", "recipes/adapter.py")
+    spec = importlib.util.spec_from_file_location("connector_recipe", "recipes/connector.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -145,7 +153,7 @@ def train(recipe: ModuleType) -> Callable[..., dict[str, Any]]:
     """The recipe on a few documents; gives the last metrics."""
 
     def run(lmm: Path, generator: Path, run_dir: Path, *more: str, asked: Any = ASKED) -> dict[str, Any]:
-        given = [*BRIEF, f"lmm={lmm}", f"generator={generator}", f"run_dir={run_dir}", *more]
+        given = [*BRIEF, f"lmm={lmm}", f"image_model={generator}", f"run_dir={run_dir}", *more]
         cfg = apply_overrides(recipe.config(), given)
         rows = [(Document.of(read), words) for read, words in asked]
         return Trainer(cfg, replace(recipe.build(cfg), dataset=rows, write_samples=None)).run()
@@ -212,7 +220,7 @@ def test_pooled_embeddings_and_prompts_of_any_length(
 ) -> None:
     """Two text encoders and a pooled embedding; a mask, and as many embeddings as the words have pieces."""
     lmm, folder = request.getfixturevalue(reads), request.getfixturevalue(kind)
-    metrics = train(lmm, folder, tmp_path, "steps=120", "length=24", asked=WORDS)
+    metrics = train(lmm, folder, tmp_path, "steps=120", "max_prompt_length=24", asked=WORDS)
     assert ("pooled" in metrics) == (kind == "pooled_folder") and ("counts" in metrics) == (kind == "free_folder")
     made = unigen.load(device="cpu", lmm=str(lmm), generator=str(folder), adapter=str(tmp_path / "model"))
     own, other = DiffusersEngine(made.painter.pipe), untrained(made)
@@ -245,7 +253,7 @@ def test_a_run_goes_on_where_it_stopped(
     recipe: ModuleType, seeing_folder: Path, stable_diffusion_folder: Path, tmp_path: Path
 ) -> None:
     """On the rendered world's captions, bit for bit; a new run begins from the adapter."""
-    models = [f"lmm={seeing_folder}", f"generator={stable_diffusion_folder}", *BRIEF, "optim.schedule=constant"]
+    models = [f"lmm={seeing_folder}", f"image_model={stable_diffusion_folder}", *BRIEF, "optim.schedule=constant"]
     for name, steps in (("halves", 2), ("halves", 4), ("whole", 4)):
         cfg = apply_overrides(recipe.config(), [*models, f"run_dir={tmp_path / name}", f"steps={steps}"])
         assert Trainer(cfg, recipe.build(cfg)).run()["step"] == steps
@@ -262,7 +270,12 @@ def test_a_run_that_begins_from_an_adapter_of_another_size(
     recipe: ModuleType, seeing_folder: Path, stable_diffusion_folder: Path, tmp_path: Path
 ) -> None:
     Connector(ConnectorConfig(states=32, embeds=32, length=77, width=16, heads=2, layers=1)).save(tmp_path / "a")
-    models = [f"lmm={seeing_folder}", f"generator={stable_diffusion_folder}", f"init_from={tmp_path / 'a'}", "heads=2"]
+    models = [
+        f"lmm={seeing_folder}",
+        f"image_model={stable_diffusion_folder}",
+        f"init_from={tmp_path / 'a'}",
+        "heads=2",
+    ]
     with pytest.raises(ValueError, match="of another size: give width=16 layers=1$"):
         recipe.build(apply_overrides(recipe.config(), models))
     recipe.build(apply_overrides(recipe.config(), [*models, "width=16", "layers=1"]))  # length: the pipeline says
@@ -375,7 +388,7 @@ def test_what_cannot_be_joined(
     with pytest.raises(ValueError, match="cannot be the lmm of an adapter: it reads no words without a picture"):
         unigen.load(device="cpu", lmm=str(tmp_path), generator=str(stable_diffusion_folder), adapter=str(composed))
     with pytest.raises(ValueError, match="cannot be the lmm of an adapter"):
-        recipe.build(apply_overrides(recipe.config(), [f"lmm={tmp_path}", f"generator={stable_diffusion_folder}"]))
-    for wrong, reason in (([], "name both models"), ([f"generator={janus_folder}"], "diffusers pipeline")):
+        recipe.build(apply_overrides(recipe.config(), [f"lmm={tmp_path}", f"image_model={stable_diffusion_folder}"]))
+    for wrong, reason in (([], "name both models"), ([f"image_model={janus_folder}"], "diffusers pipeline")):
         with pytest.raises(ValueError, match=reason):
             recipe.build(apply_overrides(recipe.config(), [*wrong, *([f"lmm={causal_lm_folder}"] if wrong else [])]))

@@ -16,7 +16,7 @@ import pytest
 from unigen.evaluation.detector import DEFAULT_FOLDER
 
 DRAW, JUDGE, WORDS, SCENES = (
-    f"data_tools.{name}" for name in ("draw_again", "judge_answers", "train_tokenizer", "make_scenes")
+    f"data_tools.{name}" for name in ("generate_codes", "judge_answers", "train_tokenizer", "make_scenes")
 )
 VQ, FLOW, DETECTOR = (f"recipes.{name}" for name in ("tiny_vq", "flow_networks", "scene_detector"))
 WORK = {JUDGE: ("load_detector",), SCENES: ("make_row",)}
@@ -95,8 +95,16 @@ def test_bad_numbers_and_options(module: str, given: list[str], option: str, ref
         (WORDS, ["out", "--text", "latin.txt"], "latin.txt is not in UTF-8"),
         (VQ, ["--evaluate", "none"], "none is not there: make it by `unigen train recipes/tiny_vq.py run_dir=runs/vq`"),
         (VQ, ["--evaluate", ""], "is not there"),
-        (VQ, ["--ablate", "5", "features=none"], "features=none is not there: make it by `unigen train recipes/scene_"),
-        (FLOW, [], "kl_tokenizer=runs/kl/model is not there: make it by `unigen train recipes/tiny_vq.py kind=kl"),
+        (
+            VQ,
+            ["--ablate", "5", "feature_network=none"],
+            "feature_network=none is not there: make it by `unigen train recipes/scene_",
+        ),
+        (
+            FLOW,
+            [],
+            "kl_tokenizer=runs/kl/model is not there: make it by `unigen train recipes/tiny_vq.py tokenizer_kind=kl",
+        ),
         (DETECTOR, ["none", "out"], "none is not there: make it by `unigen train recipes/scene_detector.py"),
     ],
 )

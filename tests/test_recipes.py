@@ -18,7 +18,15 @@ from unigen.nn.denoisers import build_denoiser
 from unigen.tokenizers import load_image_tokenizer
 
 SMALL = ["model.image_size=16", "model.codes=32", "model.channels=16", "model.decoder_channels=16", "model.wide=16"]
-BRIEF = ["pictures=digits", "steps=1", "time_limit=none", "batch_size=2", "workers=0", "sample_every=0", "save_every=0"]
+BRIEF = [
+    "image_source=digits",
+    "steps=1",
+    "time_limit=none",
+    "batch_size=2",
+    "num_workers=0",
+    "sample_every=0",
+    "save_every=0",
+]
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +91,7 @@ def test_the_table(
 ) -> None:
     """Every row is trained, scored and written; the sampler works on whatever tells the words."""
     given = [f"model={tiny_folder}", f"kl_tokenizer={tiny_folder / 'flow' / 'tokenizer'}", "gflops=0.001", "layers=1"]
-    given += ["steps=1", "batch_size=2", "workers=0", "prompts=1", "examples=3"]
+    given += ["steps=1", "batch_size=2", "num_workers=0", "prompts=1", "examples=3"]
     given += ["encoder_steps=2", f"encoder={tmp_path / 'encoder'}"]
     command = ["flow_networks.py", "--json", str(tmp_path / "table.json"), "--out", str(tmp_path / "sheets"), *given]
     monkeypatch.setattr(sys, "argv", command)
@@ -102,14 +110,24 @@ def test_the_table(
 def test_heads_alone_learn_beside_a_frozen_backbone(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train = ["train", "recipes/tiny.py", "batch_size=1", "length=512", "workers=0", "steps=2", "time_limit=none"]
-    train += [f"init_from={tiny_folder}", "freeze=true", "sample_every=0", "optim.warmup=0", "writers.next-token=0.01"]
-    assert main([*train, "writers.flow=1", f"run_dir={tmp_path}"]) == 0
+    train = ["train", "recipes/tiny.py", "batch_size=1", "seq_len=512", "num_workers=0", "steps=2", "time_limit=none"]
+    train += [
+        f"init_from={tiny_folder}",
+        "freeze_backbone=true",
+        "sample_every=0",
+        "optim.warmup_steps=0",
+        "generators.next-token=0.01",
+    ]
+    assert main([*train, "generators.flow=1", f"run_dir={tmp_path}"]) == 0
     old, new = ({k: v for k, v in load(folder).state_dict().items()} for folder in (tiny_folder, tmp_path / "model"))
     moved = {name.split(".")[1] for name in old if not torch.equal(old[name], new[name].to(old[name]))}
     assert moved == {"flow"}
-    rare = ["writers.random-order=1", "writers.next-token=1000", f"run_dir={tmp_path / 'rare'}"]
+    rare = ["generators.random-order=1", "generators.next-token=1000", f"run_dir={tmp_path / 'rare'}"]
     assert main([*train, *rare]) == 0  # no picture of its, and no hidden matrix
-    for wrong in ([], ["writers.flow=1", "writers.masked=1"], ["writers.flow=1", f"retain={tiny_folder}"]):
+    for wrong in (
+        [],
+        ["generators.flow=1", "generators.masked=1"],
+        ["generators.flow=1", f"lwf_teacher={tiny_folder}"],
+    ):
         assert main([*train, *wrong, f"run_dir={tmp_path / 'no'}"]) == 2
-        assert "freeze=true" in capsys.readouterr().err
+        assert "freeze_backbone=true" in capsys.readouterr().err

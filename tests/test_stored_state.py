@@ -41,10 +41,10 @@ def unpack(name: str, folder: Path) -> Path:
 
 
 OVERRIDES = """
-    image_tokenizer=vq kl_tokenizer=kl scale_tokenizer=none writers.next-token=1 writers.next-scale=0 writers.flow=0
-    writers.random-order=1 writers.masked=1 writers.transfusion=1 width=8 layers=1 steps=4 time_limit=none save_every=2
-    sample_every=0 log_every=1 keep=5 precision=fp32 workers=0 batch_size=1 accumulate=2 ema=0.99 run_dir=run
-    optim.lr=0.01 optim.warmup=2
+    image_tokenizer=vq kl_tokenizer=kl scale_tokenizer=none generators.next-token=1 generators.next-scale=0
+    generators.flow=0 generators.random-order=1 generators.masked=1 generators.transfusion=1 width=8 layers=1 steps=4
+    time_limit=none save_every=2 sample_every=0 log_every=1 keep_checkpoints=5 precision=fp32 num_workers=0
+    batch_size=1 accumulation_steps=2 ema_decay=0.99 run_dir=run optim.lr=0.01 optim.warmup_steps=2
 """.split()
 
 

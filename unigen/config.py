@@ -20,7 +20,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from unigen.utils.numbers import parse_float, parse_int, strip_digit_groups
 
@@ -32,66 +32,99 @@ T = TypeVar("T")
 
 @dataclass
 class OptimConfig:
-    """AdamW and its schedule. `warmup` is in steps, `min_ratio` the share of `lr` left at the end; `clip` 0 is off."""
+    """AdamW and its schedule."""
+
+    RENAMED: ClassVar[Mapping[str, str]] = {"warmup": "warmup_steps", "clip": "grad_clip", "min_ratio": "min_lr_ratio"}
+    """Keys of version 0.1, and their names now."""
 
     lr: float = 3e-4
+    """The highest learning rate, after the warm-up; above 0."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the averages of gradients and of their squares, each in [0, 1)."""
     eps: float = 1e-8
+    """Added to the denominator of a step."""
     weight_decay: float = 0.05
-    warmup: int = 100
+    """Of matrices only; 0 or more."""
+    warmup_steps: int = 100
+    """Steps in which the learning rate rises linearly; 0 is none."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    min_ratio: float = 0.1
-    clip: float = 1.0
+    """The shape of the decay over the run."""
+    min_lr_ratio: float = 0.1
+    """The share of `lr` that is left at the end, in [0, 1]."""
+    grad_clip: float = 1.0
+    """The largest norm of the gradient; 0 is off."""
 
     def __post_init__(self) -> None:
         _check(self.lr > 0, "optim.lr must be above 0")
         _check(all(0 <= b < 1 for b in self.betas), "optim.betas must lie in [0, 1)")
-        _check(self.warmup >= 0, "optim.warmup must be 0 or more")
-        _check(0 <= self.min_ratio <= 1, "optim.min_ratio must lie in [0, 1]")
-        _check(self.clip >= 0, "optim.clip must be 0 (off) or more")
+        _check(self.warmup_steps >= 0, "optim.warmup_steps must be 0 or more")
+        _check(0 <= self.min_lr_ratio <= 1, "optim.min_lr_ratio must lie in [0, 1]")
+        _check(self.grad_clip >= 0, "optim.grad_clip must be 0 (off) or more")
         _check(self.weight_decay >= 0, "optim.weight_decay must be 0 or more")
 
 
 @dataclass
 class RunConfig:
-    """What the Trainer reads. A recipe subclasses it to add its own plain fields.
+    """What the Trainer reads. A recipe subclasses it to add plain fields of its own.
 
-    `batch_size` is rows per micro-batch and process: one step reads batch_size * accumulate * processes rows.
-    With `time_limit` (seconds of training, over all sessions of the run) the run ends at `steps` or at the limit,
-    whichever is first, and the schedule follows the same clock. `ema` 0 and `save_every` / `sample_every` 0 are off
-    (the end of a run is always saved). `keep` is how many checkpoints stay on disk. `precision` auto is bf16 where the
-    GPU or the processor is fast in it, else fp32."""
+    A subclass or a nested configuration whose fields change name says so in a table RENAMED of its own.
+    """
+
+    RENAMED: ClassVar[Mapping[str, str]] = {
+        "accumulate": "accumulation_steps",
+        "keep": "keep_checkpoints",
+        "workers": "num_workers",
+        "ema": "ema_decay",
+    }
+    """Keys of version 0.1, and their names now."""
 
     steps: int = 1000
+    """Optimizer steps of the run, 1 or more."""
     batch_size: int = 32
-    accumulate: int = 1
+    """Samples of a micro-batch and process: a step reads batch_size * accumulation_steps * processes samples."""
+    accumulation_steps: int = 1
+    """Micro-batches of a step."""
     optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer and schedule."""
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
-    ema: float = 0.999
+    """Of the forward pass; auto is bf16 where the GPU or the processor is fast in it, else fp32."""
+    ema_decay: float = 0.999
+    """Of the averaged weights, in [0, 1); 0 is off."""
     seed: int = 0
-    workers: int = 2
+    """From 0 to 2**64 - 1. Every random draw of the run is a function of it and of a position."""
+    num_workers: int = 2
+    """Processes that make batches; 0: the training process itself."""
     shuffle: bool = True
+    """Whether each epoch of a data set with a length has another order."""
     log_every: int = 20
+    """Steps between two lines of metrics."""
     save_every: int = 500
+    """Steps between two checkpoints; 0 is off. The end of a run is always saved."""
     sample_every: int = 500
-    keep: int = 2
+    """Steps between two calls of the recipe's `write_samples`; 0 is off."""
+    keep_checkpoints: int = 2
+    """Checkpoints that stay on disk, 1 or more."""
     run_dir: str = "runs/default"
+    """The folder of the run."""
     init_from: str | None = None
+    """A model to begin from, for recipes that read it."""
     time_limit: float | None = None
+    """Seconds of training, over all sessions of the run: it ends at `steps` or at the limit, whichever is first, and
+    the schedule follows the same clock."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "log_every", "keep"):
+        for name in ("steps", "log_every", "keep_checkpoints"):
             _check(getattr(self, name) >= 1, f"{name} must be 1 or more")
         for name in ("save_every", "sample_every"):
             _check(getattr(self, name) >= 0, f"{name} must be 0 or more")
         for name, low, high in (
             ("batch_size", 1, 1_000_000),
-            ("accumulate", 1, 1_000_000),
-            ("workers", 0, 256),
+            ("accumulation_steps", 1, 1_000_000),
+            ("num_workers", 0, 256),
             ("seed", 0, 2**64 - 1),
         ):
             _check(low <= getattr(self, name) <= high, f"{name} must be {low} or more, and at most {high}")
-        _check(0 <= self.ema < 1, "ema must lie in [0, 1); 0 is off")
+        _check(0 <= self.ema_decay < 1, "ema_decay must lie in [0, 1); 0 is off")
         _check(self.time_limit is None or self.time_limit > 0, "time_limit must be above 0 seconds")
         _check(bool(self.run_dir), "run_dir must name a folder")
 
@@ -111,8 +144,8 @@ def to_dict(cfg: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
-    """The dataclass `cls` from nested dicts. Missing keys take the default; ValueError for an unknown key or a wrong
-    type."""
+    """The dataclass `cls` from nested dicts. Missing keys take the default, keys that have changed name are read;
+    ValueError for an unknown key or a wrong type."""
     return _build_dataclass(cls, values, "")
 
 
@@ -136,6 +169,9 @@ def _collect_override(changes: dict[str, Any], cfg: Any, path: list[str], text: 
     names = [f.name for f in dataclasses.fields(cfg)]
     head, tail = path[0], path[1:]
     if head not in names:
+        if head in (renamed := renamed_keys(type(cfg))):
+            new = ".".join([full_key.removesuffix(".".join(path)) + renamed[head], *tail])
+            raise ValueError(f"unknown key {full_key!r}; it is called {new} now")
         prefix = full_key[: len(full_key) - len(".".join(path))]
         groups = [name for name in names if dataclasses.is_dataclass(getattr(cfg, name))]
         inside = [f"{group}.{head}" for group in groups if head in _field_names(getattr(cfg, group))]
@@ -160,6 +196,30 @@ def _replace_nested(cfg: Any, changes: dict[str, Any]) -> Any:
         for name, value in changes.items()
     }
     return dataclasses.replace(cfg, **values)
+
+
+def renamed_keys(cls: type) -> dict[str, str]:
+    """The keys of a configuration that have changed name, old -> new: those of its RENAMED and of its bases'."""
+    return {old: new for base in reversed(cls.__mro__) for old, new in base.__dict__.get("RENAMED", {}).items()}
+
+
+def rename_stored_keys(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored configuration with today's keys.
+
+    Args:
+        cls: the dataclass whose keys they are.
+        values: nested dicts, as an earlier version may have written them.
+
+    Returns:
+        The same values under today's keys; keys that are not known stay.
+    """
+    renamed, hints = renamed_keys(cls), typing.get_type_hints(cls)
+    result = {}
+    for old, value in values.items():
+        name = renamed.get(old, old)
+        nested = dataclasses.is_dataclass(hints.get(name)) and isinstance(value, Mapping)
+        result[name] = rename_stored_keys(hints[name], value) if nested else value
+    return result
 
 
 def _field_names(cfg: Any) -> list[str]:
@@ -246,6 +306,8 @@ def _item_hints(origin: Any, args: tuple[Any, ...], count: int) -> list[Any] | N
 
 def _build_dataclass(cls: Any, values: Any, prefix: str) -> Any:
     _check(isinstance(values, Mapping), f"{prefix.rstrip('.') or 'the configuration'} must be a table of keys")
+    renamed = renamed_keys(cls)
+    values = {renamed.get(name, name): value for name, value in values.items()}
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
     for name in values:

@@ -69,18 +69,18 @@ def engine_runner(model: Any, batch: int, guided: bool) -> Callable[[], int]:
 
 
 def prompt_ids(model: Any, batch: int) -> tuple[Tensor, Tensor]:
-    """The ids of the conditional and the blind branch, each ending in the begin token: (batch, L)."""
+    """The ids of the conditional and the unconditional branch, each ending in the begin token: (batch, L)."""
     template, document = model.template, Document.of(PROMPT)
     begin = template.begin_ids["next-token"]
-    rows = [[*model.token_ids(template.prompt(document, branch=blind)), begin] for blind in (False, True)]
+    rows = [[*model.token_ids(template.prompt(document, branch=uncond)), begin] for uncond in (False, True)]
     return torch.tensor([rows[0]] * batch), torch.tensor([rows[1]] * batch)
 
 
 def transformers_generate(model: Any, batch: int, guided: bool) -> Callable[[], int]:
     height, width = model.image_tokenizer.grid
     count = height * width
-    cond_ids, blind = prompt_ids(model, batch)
-    options: dict[str, Any] = {"guidance_scale": 3.0, "negative_prompt_ids": blind} if guided else {}
+    cond_ids, uncond_ids = prompt_ids(model, batch)
+    options: dict[str, Any] = {"guidance_scale": 3.0, "negative_prompt_ids": uncond_ids} if guided else {}
 
     def run() -> int:
         model.backbone.lm.generate(
@@ -105,9 +105,9 @@ def static_loop(model: Any, batch: int, guided: bool) -> Callable[[], int]:
     lm = model.backbone.lm
     height, width = model.image_tokenizer.grid
     count = height * width
-    cond_ids, blind = prompt_ids(model, batch)
-    pad = cond_ids.shape[1] - blind.shape[1]
-    rows = torch.cat([cond_ids, torch.nn.functional.pad(blind, (pad, 0))]) if guided else cond_ids
+    cond_ids, uncond_ids = prompt_ids(model, batch)
+    pad = cond_ids.shape[1] - uncond_ids.shape[1]
+    rows = torch.cat([cond_ids, torch.nn.functional.pad(uncond_ids, (pad, 0))]) if guided else cond_ids
     attention_mask = torch.ones(len(rows), rows.shape[1] + count, dtype=torch.bool)
     if guided:
         attention_mask[batch:, :pad] = False

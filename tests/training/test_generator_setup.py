@@ -42,7 +42,7 @@ def test_heads_are_made_by_their_settings(tiny_folder: Path, tmp_path: Path) -> 
         new_generators(taught, shares, {}, {"token-flow": TokenFlowConfig(width=32)})
     with pytest.raises(ValueError, match="kind multiscale: set its folder to none"):
         new_generators(model, shares, {"kl": kl, "multiscale": kl}, {})
-    with pytest.raises(ValueError, match="flow needs an image tokenizer of its own: .* kind=kl"):
+    with pytest.raises(ValueError, match="flow needs an image tokenizer of its own: .* tokenizer_kind=kl"):
         new_generators(model, normalize_generator_weights({"next-token": 1.0, "flow": 1.0}), {}, {"flow": FlowConfig()})
 
 

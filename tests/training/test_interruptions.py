@@ -38,7 +38,7 @@ def short_run(folder: Path) -> None:
         "save_every=2",
         "sample_every=3",
         "log_every=1",
-        "workers=0",
+        "num_workers=0",
         save_model=save,
         write_samples=sample,
     )

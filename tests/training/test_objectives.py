@@ -106,5 +106,5 @@ def test_moving_from_it_costs_the_divergence(engine: Engine) -> None:
 
 
 def test_what_is_kept_has_the_same_vocabulary(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "recipes/tiny.py", "init_from=unigen-tiny", f"retain={tiny_folder}"]) == 2
+    assert main(["train", "recipes/tiny.py", "init_from=unigen-tiny", f"lwf_teacher={tiny_folder}"]) == 2
     assert "has another text or image tokenizer than the model that learns" in capsys.readouterr().err

@@ -120,7 +120,7 @@ def preference_batch(engine: Engine, judged: Path) -> PreferenceBatch:
     pairs = read_pairs([judged], 0, (2, 2), 32)
     longest = max(len(template.encode(chat)) for pair in pairs for chat in pair[:2])
     rows = PreferenceDataset([replay] * 9, pairs, template.encode, 2 * longest, rows=1)
-    (of_codes,) = rows.pairs
+    (of_codes,) = rows.pair_rows
     assert len(of_codes) == 2 and sum(map(len, of_codes)) == 4
     laid = [side.ids for row in of_codes for sides in row for side in sides[:2]]
     assert laid == [template.encode(chat).ids for pair in pairs for chat in pair[:2]]
@@ -134,12 +134,12 @@ def likelihoods(
     model: Any, batch: PreferenceBatch, guidance: Guidance | None = None, temperature: float = 0.8, kind: int = 0
 ) -> torch.Tensor:
     """log p of chosen and rejected answers (P, 2), as Preferences asks for them."""
-    pairs, found = batch.kinds[kind], []
-    for side, blind in ((pairs.chosen, pairs.uncond_chosen), (pairs.rejected, pairs.uncond_rejected)):
+    pairs, found = batch.pairs_by_kind[kind], []
+    for side, uncond in ((pairs.chosen, pairs.uncond_chosen), (pairs.rejected, pairs.uncond_rejected)):
         rng = torch.Generator().manual_seed(1)
         drawn = (
             model.insert_image_ids(side),
-            model.insert_image_ids(blind),
+            model.insert_image_ids(uncond),
             guidance or Guidance((3.0,)),
             temperature,
             rng,
@@ -152,7 +152,7 @@ def likelihoods(
 def test_the_likelihood_of_an_answer_is_that_by_which_the_engine_draws_it(
     engine: Engine, judged_file: Path, scale: float, temperature: float
 ) -> None:
-    """A picture's codes one by one from its own prompt and the blind one; a text's ids, its end among them."""
+    """A picture's codes one by one from its own prompt and the unconditional one; a text's ids, its end among them."""
     model, batch = engine.model, preference_batch(engine, judged_file)
     template, first = model.template, model.vocabulary.text_size
     together_D = likelihoods(model, batch, Guidance.of(scale), temperature).detach().flatten()
@@ -223,7 +223,7 @@ def test_pictures_of_any_generator_are_compared(engine: Engine, writer: str) -> 
     rows = PreferenceDataset(
         [[encode(right)]], [PreferencePair(right, wrong, writer), PreferencePair(told[0], told[1])], encode, 1024, 1
     )
-    (texts,), (drawn,) = rows.pairs
+    (texts,), (drawn,) = rows.pair_rows
     assert [side.handlers for sides in (*texts, *drawn) for side in sides[:2]] == [[], [], [writer], [writer]]
     batch = PreferenceCollator(PackCollator(1024, 16), 1024, 16)([rows[0]])
     objective = DPOObjective(MultiGeneratorLoss(model.generators), copy.deepcopy(model), PreferenceConfig())
@@ -274,7 +274,7 @@ def test_both_answers_of_a_pair_are_asked_the_same(engine: Engine, writer: str) 
     with torch.no_grad():
         for p in other.parameters():
             p.add_(0.01)
-    _, margin_P = objective._likelihoods(other, batch.kinds[0], torch.Generator().manual_seed(0))
+    _, margin_P = objective._likelihoods(other, batch.pairs_by_kind[0], torch.Generator().manual_seed(0))
     torch.testing.assert_close(margin_P.detach(), torch.zeros(3))
     ids = objective._counts(batch)["chosen"]
     assert int(ids) >= 3 * 4  # of 2x2 codes, whatever the picture's positions are
@@ -318,8 +318,8 @@ def test_next_scale_is_as_likely_as_it_is_drawn(
         list(engine.run([request]))
     chats = [Document.of(["a dog", Segment(image=r.written[0], role="assistant")]) for r in requests]
     sides = [
-        pack([[template.encode(chat, uncond=blind, generator="next-scale") for chat in chats]], 64, 16)
-        for blind in (False, True)
+        pack([[template.encode(chat, uncond=uncond, generator="next-scale") for chat in chats]], 64, 16)
+        for uncond in (False, True)
     ]
     rng, scales = torch.Generator(), len(model.heads["next-scale"].lengths)
     found_2 = log_likelihood(model, *sides, Guidance.of(scale), temperature, rng)
@@ -357,7 +357,7 @@ def test_codes_of_next_scale_are_checked_and_compared(engine: Engine, tmp_path: 
         read_pairs([tmp_path / "g"], 0, (2, 2), 32, own)
     pairs = read_pairs([tmp_path / "f"], 0, (2, 2), 32, own)
     rows = PreferenceDataset([[]], pairs, engine.model.template.encode, 128, 1)
-    assert [sides.chosen.handlers for kind in rows.pairs for row in kind for sides in row] == [
+    assert [sides.chosen.handlers for kind in rows.pair_rows for row in kind for sides in row] == [
         ["next-token"],
         ["next-scale"],
     ]
@@ -390,11 +390,13 @@ def test_a_model_draws_is_judged_and_learns(
     monkeypatch.setattr(sys, "argv", [*command, "--answers", "2", "--batch", "4", "--dtype", "float32"])
     assert judge_answers.main() == 0
     groups = [json.loads(text) for text in drawn.read_text().splitlines()]
-    assert 8 <= len(groups) <= 12 and any(any(g["right"]) for g in groups) and not all(all(g["right"]) for g in groups)
+    assert (
+        8 <= len(groups) <= 12 and any(any(g["correct"]) for g in groups) and not all(all(g["correct"]) for g in groups)
+    )
     for group in groups:
         codes = torch.tensor([answer["image"]["codes"] for answer in group["answers"]])
         bright = [np.asarray(picture).mean() > level for picture in model.decode_images(codes)]
-        assert group["right"] == bright and len(bright) == 2
+        assert group["correct"] == bright and len(bright) == 2
     monkeypatch.setattr(sys, "argv", [*command, "--answers", "1"])
     assert judge_answers.main() == 2
 
@@ -403,25 +405,36 @@ def test_a_model_draws_is_judged_and_learns(
     monkeypatch.setattr(sys, "argv", [*command, "--answers", "2", "--dtype", "float32"])
     assert judge_answers.main() == 0
     groups = [json.loads(text) for text in said.read_text().splitlines()]
-    assert [group["right"] for group in groups] == [[True, False, False]] * 3  # the model has learnt no words
+    assert [group["correct"] for group in groups] == [[True, False, False]] * 3  # the model has learnt no words
     assert len({group["answers"][0]["text"] for group in groups}) == 3
     for refused in (["--seed", "0"], ["--detector", str(DEFAULT_FOLDER)]):
         monkeypatch.setattr(sys, "argv", [*command, *refused])
         assert judge_answers.main() == 2
 
-    shared = ["train", "recipes/tiny.py", "batch_size=1", "length=512", "workers=0", "precision=fp32", "steps=2"]
+    shared = ["train", "recipes/tiny.py", "batch_size=1", "seq_len=512", "num_workers=0", "precision=fp32", "steps=2"]
     shared += ["time_limit=none", "sample_every=0", "log_every=1", f"run_dir={judged_file.parent / 'run'}"]
-    shared += [f"preferences.judged={judged_file},{said}"]
+    shared += [f"preferences.answers={judged_file},{said}"]
     assert main([*shared, f"init_from={tiny_folder}"]) == 0
     printed = capsys.readouterr().out
     assert "7 pairs of answers" in printed and "preference 0." in printed and "accuracy" in printed
     assert main([*shared, "init_from=none"]) == 2
     assert "say whose by init_from" in capsys.readouterr().err
 
-    kept = ["train", "recipes/tiny.py", "batch_size=2", "length=512", "workers=0", "precision=fp32", "steps=2"]
-    kept += ["time_limit=none", "sample_every=0", "log_every=1", f"init_from={tiny_folder}", f"retain={tiny_folder}"]
-    kept += ["writers.masked=3", "mixture.draw=9", f"answers={drawn}", f"run_dir={judged_file.parent / 'kept'}"]
-    assert main([*kept, "answered=1"]) == 0
+    kept = ["train", "recipes/tiny.py", "batch_size=2", "seq_len=512", "num_workers=0", "precision=fp32", "steps=2"]
+    kept += [
+        "time_limit=none",
+        "sample_every=0",
+        "log_every=1",
+        f"init_from={tiny_folder}",
+        f"lwf_teacher={tiny_folder}",
+    ]
+    kept += [
+        "generators.masked=3",
+        "mixture.draw=9",
+        f"self_distill_files={drawn}",
+        f"run_dir={judged_file.parent / 'kept'}",
+    ]
+    assert main([*kept, "self_distill_share=1"]) == 0
     printed = capsys.readouterr().out
     assert "masked 3." in printed  # nats of one of 32 codes
     assert all(float(nats) < 0.1 for nats in re.findall(r"(?:text|next-token) (\S+)", printed))  # nothing has moved
@@ -446,9 +459,9 @@ def test_a_model_draws_is_judged_and_learns(
     assert judge_answers.main() == 0
     assert {"png"} == {k for text in looked.open() for answer in json.loads(text)["answers"] for k in answer["image"]}
     seen = [part for part in shared if not part.startswith(("preferences", "run_dir"))]
-    seen += [f"init_from={tiny_folder}", f"run_dir={judged_file.parent / 'seen'}", f"preferences.judged={looked}"]
-    assert {json.loads(text)["writer"] for text in looked.open()} == {"flow"}
-    assert main([*seen, f"preferences.judged={looked},{said}"]) == 0
+    seen += [f"init_from={tiny_folder}", f"run_dir={judged_file.parent / 'seen'}", f"preferences.answers={looked}"]
+    assert {json.loads(text)["generator"] for text in looked.open()} == {"flow"}
+    assert main([*seen, f"preferences.answers={looked},{said}"]) == 0
     assert "preference 0." in capsys.readouterr().out
     for wrong, message in (
         ("text", "does not draw by text"),
@@ -457,16 +470,16 @@ def test_a_model_draws_is_judged_and_learns(
         monkeypatch.setattr(sys, "argv", [*command, *wrong.split()])
         assert judge_answers.main() == 2 and message in capsys.readouterr().err
     other = looked.with_name("other.jsonl")
-    other.write_text(looked.read_text().replace('"writer": "flow"', '"writer": "text"'))
-    assert main([*seen, f"preferences.judged={other}"]) == 2
+    other.write_text(looked.read_text().replace('"generator": "flow"', '"generator": "text"'))
+    assert main([*seen, f"preferences.answers={other}"]) == 2
     assert "unknown generator 'text'" in capsys.readouterr().err
     for wrong, message in (
-        (f"answers={said}", "answers hold no right picture"),
-        ("answered=2", "shares from 0 to 1"),
-        ("mistakes=2", "shares from 0 to 1"),
-        ("mistakes=0.2", "mistakes are for next-scale to mend"),
-        (f"preferences.judged={judged_file} mistakes=0.2", "answers are compared as they were drawn"),
-        ("answered=0", "above 0"),
+        (f"self_distill_files={said}", "self_distill_files hold no right picture"),
+        ("self_distill_share=2", "shares from 0 to 1"),
+        ("token_corruption=2", "shares from 0 to 1"),
+        ("token_corruption=0.2", "token_corruption is for next-scale to correct"),
+        (f"preferences.answers={judged_file} token_corruption=0.2", "answers are compared as they were drawn"),
+        ("self_distill_share=0", "above 0"),
         ("mixture.draw=-1", "a mixture shares out"),
     ):
         assert main([*kept, *wrong.split(), f"run_dir={judged_file.parent / 'no'}"]) == 2

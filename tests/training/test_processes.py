@@ -152,7 +152,7 @@ def test_a_process_that_closes_its_loader_late_ends_well(tmp_path: Path, monkeyp
     monkeypatch.setattr(BatchIterator, "close", close)
 
     def work(rank: int) -> None:
-        train(tmp_path / "run", "steps=2", "batch_size=4", "workers=0", "precision=fp32", model=plain())
+        train(tmp_path / "run", "steps=2", "batch_size=4", "num_workers=0", "precision=fp32", model=plain())
 
     assert [finished(pid) for pid in ranks(work, tmp_path)] == [0, 0], (tmp_path / "1.out").read_text()
 
@@ -163,7 +163,7 @@ def test_a_recipe_by_a_launcher_of_mpi(tmp_path: Path) -> None:
         "from unigen.config import RunConfig\n"
         "from tests.training.test_trainer import DenoisingObjective, NoisyDataset, plain\n"
         "from unigen.training.train_spec import TrainSpec\n"
-        f"def config(): return RunConfig(run_dir={str(tmp_path / 'run')!r}, steps=2, batch_size=4, workers=0)\n"
+        f"def config(): return RunConfig(run_dir={str(tmp_path / 'run')!r}, steps=2, batch_size=4, num_workers=0)\n"
         "def build(cfg): return TrainSpec(plain(), NoisyDataset(), objective=DenoisingObjective())\n"
     )
 
@@ -189,7 +189,7 @@ def test_waiting_for_processes_that_end_early_fails(tmp_path: Path) -> None:
 def test_two_processes_train_one_model(tmp_path: Path) -> None:
     def work(rank: int) -> None:
         model = plain()
-        train(tmp_path / "run", "steps=3", "batch_size=4", "workers=0", "precision=fp32", model=model)
+        train(tmp_path / "run", "steps=3", "batch_size=4", "num_workers=0", "precision=fp32", model=model)
         torch.save(model.state_dict(), tmp_path / f"{rank}.pt")
 
     assert [finished(pid) for pid in ranks(work, tmp_path)] == [0, 0], (tmp_path / "1.out").read_text()
@@ -213,7 +213,7 @@ def test_where_one_process_is_killed_the_other_says_so_and_ends(victim: int, bus
             return super().__call__(*given)
 
     def work(rank: int) -> None:
-        train(tmp_path / "run", "steps=100000", "workers=1", "batch_size=4", "log_every=1000", model=plain(),
+        train(tmp_path / "run", "steps=100000", "num_workers=1", "batch_size=4", "log_every=1000", model=plain(),
               objective=Reporting())  # fmt: skip
 
     pids = ranks(work, tmp_path)
@@ -228,8 +228,8 @@ def test_where_one_process_is_killed_the_other_says_so_and_ends(victim: int, bus
 
 def test_processes_that_would_not_train_together_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a launcher says 2 and accelerate finds 1, each would train alone into one folder."""
-    train(tmp_path / "one", "steps=1", "workers=0")
+    train(tmp_path / "one", "steps=1", "num_workers=0")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes were launched, which would not train together"):
-        train(tmp_path / "two", "steps=1", "workers=0")
+        train(tmp_path / "two", "steps=1", "num_workers=0")

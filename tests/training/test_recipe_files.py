@@ -26,6 +26,7 @@ from unigen.config import load_json
         (RECIPE.replace("return Config(", "return dict(").encode(), "must return a RunConfig, not a dict"),
         (RECIPE.replace("return TrainSpec(", "TrainSpec(").encode(), "must return a TrainSpec, not a NoneType"),
         (RECIPE.replace("None, objective", "save=None").encode(), "gives TrainSpec save=, which is save_model= now"),
+        (RECIPE.replace("num_workers=", "workers=").encode(), "gives Config workers=, which is num_workers= now"),
     ],
 )
 def test_files_that_are_no_recipes(
@@ -48,6 +49,24 @@ def test_names_of_no_recipe(
     said = capsys.readouterr().err
     assert "no recipe" in said and said.count("\n") == 1 and len(said) < 500
     assert name != "tinny" or "did you mean 'tiny'?" in said
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("adapter", "the recipe adapter is called connector now"),
+        ("recipes/adapter.py", "the recipe adapter is called connector now"),
+        ("tiny writers.flow=1", "unknown key 'writers.flow'; it is called generators.flow now"),
+        ("tiny image_tokenizer=none preferences.judged=a", "it is called preferences.answers now"),
+        ("tiny_vq pictures=digits", "unknown key 'pictures'; it is called image_source now"),
+    ],
+)
+def test_names_of_version_0_1_say_the_new_ones(
+    command: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *command.split()]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_recipe_is_run_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,12 +143,12 @@ def test_a_model_of_which_a_part_is_gone_is_written_again(tmp_path: Path) -> Non
 
 
 def test_other_files_beside_checkpoints_are_left_alone(tmp_path: Path) -> None:
-    train(tmp_path, "steps=2", "save_every=1", "keep=1")
+    train(tmp_path, "steps=2", "save_every=1", "keep_checkpoints=1")
     (kept,) = list_checkpoints(tmp_path)
     for name in ("step-best.pt", "step-00000001 (copy).pt", "step-00000009.pt.bak"):
         shutil.copyfile(kept, kept.with_name(name))
     assert list_checkpoints(tmp_path) == [kept]
-    train(tmp_path, "steps=4", "keep=1")
+    train(tmp_path, "steps=4", "keep_checkpoints=1")
     assert len(list((tmp_path / "checkpoints").glob("step-*"))) == 4
     for step in (99_999_999, 100_000_000):
         shutil.copyfile(list_checkpoints(tmp_path)[0], kept.with_name(f"step-{step}.pt"))

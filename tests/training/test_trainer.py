@@ -78,8 +78,10 @@ def plain() -> nn.Module:
 
 
 def settings(folder: Path, *overrides: str) -> RunConfig:
-    base = RunConfig(steps=12, batch_size=8, log_every=1, save_every=6, sample_every=0, precision="bf16", ema=0.99)
-    base.optim = OptimConfig(lr=1e-2, warmup=3)
+    base = RunConfig(
+        steps=12, batch_size=8, log_every=1, save_every=6, sample_every=0, precision="bf16", ema_decay=0.99
+    )
+    base.optim = OptimConfig(lr=1e-2, warmup_steps=3)
     return apply_overrides(base, [f"run_dir={folder}", *overrides])
 
 
@@ -167,7 +169,7 @@ def test_resume_would_differ_without(
 
 
 def test_the_number_of_workers_changes_nothing(straight: Path, tmp_path: Path) -> None:
-    train(tmp_path, "workers=0")
+    train(tmp_path, "num_workers=0")
     assert same(straight, tmp_path)
 
 
@@ -220,7 +222,7 @@ def test_ctrl_c_pressed_again_ends_at_once(tmp_path: Path, monkeypatch: pytest.M
     stopped = DenoisingObjective(4, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
     monkeypatch.setattr("unigen.training.trainer.time.monotonic", lambda: next(clock))
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, "workers=0", objective=stopped)
+        train(tmp_path, "num_workers=0", objective=stopped)
     assert not list_checkpoints(tmp_path)
 
 
@@ -246,7 +248,7 @@ def test_a_signal_to_the_whole_group_stops_cleanly(number: int, tmp_path: Path, 
 
 def weights_after(folder: Path, *overrides: str, **job: Any) -> Tensor:
     model = job.pop("model", None) or plain()
-    options = ["precision=fp32", "steps=4", "ema=0", "save_every=0", "shuffle=false", *overrides]
+    options = ["precision=fp32", "steps=4", "ema_decay=0", "save_every=0", "shuffle=false", *overrides]
     train(folder, *options, model=model, **job)
     return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
 
@@ -270,10 +272,10 @@ class MeanOfMeans(DenoisingObjective):
 
 def test_accumulation_gives_the_same_number(tmp_path: Path) -> None:
     whole = weights_after(tmp_path / "a", "batch_size=8", objective=DenoisingObjective(noise=0))
-    split = weights_after(tmp_path / "b", "batch_size=2", "accumulate=4", objective=DenoisingObjective(noise=0))
+    split = weights_after(tmp_path / "b", "batch_size=2", "accumulation_steps=4", objective=DenoisingObjective(noise=0))
     counted = CountedObjective(noise=0)
-    known = weights_after(tmp_path / "c", "batch_size=2", "accumulate=4", objective=counted)
-    wrong = weights_after(tmp_path / "d", "batch_size=2", "accumulate=4", objective=MeanOfMeans(noise=0))
+    known = weights_after(tmp_path / "c", "batch_size=2", "accumulation_steps=4", objective=counted)
+    wrong = weights_after(tmp_path / "d", "batch_size=2", "accumulation_steps=4", objective=MeanOfMeans(noise=0))
     torch.testing.assert_close(split, whole, rtol=1e-5, atol=1e-6)
     assert torch.equal(split, known) and counted.asked == 16
     assert (wrong - whole).abs().max() > 1e-3, "the mean of means is another number"
@@ -283,8 +285,8 @@ def test_accumulation_gives_the_same_number(tmp_path: Path) -> None:
 
 def test_counting_leaves_no_trace_in_buffers(tmp_path: Path) -> None:
     model, known = network(), network()
-    weights_after(tmp_path / "a", "batch_size=4", "accumulate=2", model=model, objective=DenoisingObjective())
-    weights_after(tmp_path / "b", "batch_size=4", "accumulate=2", model=known, objective=CountedObjective())
+    weights_after(tmp_path / "a", "batch_size=4", "accumulation_steps=2", model=model, objective=DenoisingObjective())
+    weights_after(tmp_path / "b", "batch_size=4", "accumulation_steps=2", model=known, objective=CountedObjective())
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), known.buffers(), strict=True))
     assert model[1].num_batches_tracked == 8
 
@@ -316,7 +318,7 @@ class RevivedCounted:
 
 
 def test_counting_leaves_no_trace_in_weights(tmp_path: Path) -> None:
-    options = "batch_size=4", "accumulate=2"
+    options = "batch_size=4", "accumulation_steps=2"
     one = weights_after(tmp_path / "a", *options, model=RevivingModel(), objective=revived)
     known = weights_after(tmp_path / "b", *options, model=RevivingModel(), objective=RevivedCounted())
     assert torch.equal(one, known) and losses_of(tmp_path / "a") == losses_of(tmp_path / "b")
@@ -339,7 +341,7 @@ sys.path[:0] = [{root!r}, {here!r}]
 import test_trainer as t, torch
 from pathlib import Path
 from unigen.training.trainer import Trainer
-w = t.weights_after(Path({folder!r}), "batch_size=4", "workers=1", model=t.dropping())
+w = t.weights_after(Path({folder!r}), "batch_size=4", "num_workers=1", model=t.dropping())
 torch.save(w, {folder!r} + f"/weights-{{torch.distributed.get_rank()}}.pt")
 """
 
@@ -377,7 +379,7 @@ def slow():
     print("slow", flush=True)
     time.sleep(100)
 
-t.weights_after(Path({folder!r}), "batch_size=4", "workers=1", objective=t.Denoise(2, slow))
+t.weights_after(Path({folder!r}), "batch_size=4", "num_workers=1", objective=t.Denoise(2, slow))
 """
 
 
@@ -413,7 +415,7 @@ def test_one_process_is_killed_and_the_other_ends_soon(victim: int, tmp_path: Pa
 
 @pytest.mark.slow
 def test_two_processes_equal_one_with_accumulation(tmp_path: Path, root: Path) -> None:
-    one = weights_after(tmp_path / "one", "batch_size=4", "accumulate=2", model=dropping())
+    one = weights_after(tmp_path / "one", "batch_size=4", "accumulation_steps=2", model=dropping())
     wrong = weights_after(tmp_path / "wrong", "batch_size=4", model=dropping())
     folder = tmp_path / "two"
     folder.mkdir()
@@ -455,15 +457,15 @@ def test_each_objective_changes_its_own_parameters(tmp_path: Path) -> None:
 
 
 def test_time_limit_ends_the_run_and_anneals(tmp_path: Path) -> None:
-    result = train(tmp_path, "steps=1000000", "time_limit=1.5", "save_every=0", "optim.min_ratio=0", "workers=0")
+    result = train(tmp_path, "steps=1000000", "time_limit=1.5", "save_every=0", "optim.min_lr_ratio=0", "num_workers=0")
     assert result["finished"] and 1.5 <= result["seconds"] < 9 and 3 < result["step"] < 1000000
     assert result["lr"] < 3e-3, "the schedule follows the clock"
-    again = train(tmp_path, "steps=1000000", "time_limit=1.5", "save_every=0", "workers=0")
+    again = train(tmp_path, "steps=1000000", "time_limit=1.5", "save_every=0", "num_workers=0")
     assert again["step"] == result["step"], "the time of earlier sessions counts"
 
 
 def test_schedule() -> None:
-    optim = OptimConfig(warmup=4, min_ratio=0.1)
+    optim = OptimConfig(warmup_steps=4, min_lr_ratio=0.1)
     assert [lr_factor(optim, s, 0.0) for s in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert lr_factor(optim, 99, 1.0) == pytest.approx(0.1) and lr_factor(optim, 99, 0.5) == pytest.approx(0.55)
     optim.schedule = "constant"
@@ -484,7 +486,15 @@ def test_what_a_run_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         torch.save(model.state_dict(), folder / "weights.pt")
 
     model = network()
-    train(tmp_path, "sample_every=5", "save_every=4", "keep=1", model=model, write_samples=sample, save_model=save)
+    train(
+        tmp_path,
+        "sample_every=5",
+        "save_every=4",
+        "keep_checkpoints=1",
+        model=model,
+        write_samples=sample,
+        save_model=save,
+    )
     assert [p.name for p in sorted((tmp_path / "samples").iterdir())] == [f"{s:08d}.png" for s in (5, 10, 12)]
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000012.pt"]
     state = load_checkpoint(tmp_path)
@@ -590,10 +600,10 @@ def test_a_full_disk_anywhere_is_one_line(part: str, tmp_path: Path, monkeypatch
     elif part == "tensorboard":
         monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full)
     with pytest.raises(ValueError, match=f"files of the run {tmp_path}: No space left on device; free some") as error:
-        train(tmp_path, "steps=4", "workers=0", write_samples=full)
+        train(tmp_path, "steps=4", "num_workers=0", write_samples=full)
     one_line(error)
     monkeypatch.undo()
-    assert train(tmp_path, "steps=4", "workers=0")["step"] == 4
+    assert train(tmp_path, "steps=4", "num_workers=0")["step"] == 4
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "text"])
@@ -707,7 +717,7 @@ def test_another_optimizer_is_called_so(tmp_path: Path) -> None:
 
     train(tmp_path, "steps=1")
     with pytest.raises(ValueError, match="holds a run by the optimizer AdamW, not SGD") as error:
-        train(tmp_path, "steps=2", "keep=3", make_optimizer=plain_sgd)
+        train(tmp_path, "steps=2", "keep_checkpoints=3", make_optimizer=plain_sgd)
     assert "keep: 2 -> 3" in one_line(error)
     state = load_checkpoint(tmp_path)
     assert state is not None
@@ -735,7 +745,7 @@ class Slow:
 def test_a_fault_ends_the_workers_at_once(tmp_path: Path) -> None:
     began = time.monotonic()
     with pytest.raises(RuntimeError, match="the power went out"):
-        train(tmp_path, "workers=2", dataset=Slow(), objective=DenoisingObjective(2, crash))
+        train(tmp_path, "num_workers=2", dataset=Slow(), objective=DenoisingObjective(2, crash))
     assert time.monotonic() - began < 30
     assert not multiprocessing.active_children()
 
@@ -753,8 +763,8 @@ class Deadly:
 
 
 def test_a_worker_that_is_killed_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="a process that loads data was killed, .* fewer workers") as error:
-        train(tmp_path, "workers=2", dataset=Deadly())
+    with pytest.raises(ValueError, match="a process that loads data was killed, .* fewer num_workers") as error:
+        train(tmp_path, "num_workers=2", dataset=Deadly())
     one_line(error)
     assert not multiprocessing.active_children()
 
@@ -767,7 +777,7 @@ def test_what_the_trainer_cannot_do_is_refused(variable: str, tmp_path: Path, mo
     one_line(error)
     monkeypatch.setenv(f"ACCELERATE_USE_{variable}", "false")
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
-    with pytest.raises(ValueError, match="accumulate=N"):
+    with pytest.raises(ValueError, match="accumulation_steps=N"):
         train(tmp_path)
 
 
@@ -808,11 +818,11 @@ class Unpicklable(Exception):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_failure_in_a_worker_is_told(workers: int, tmp_path: Path) -> None:
     with pytest.raises(ValueError) as error:
-        train(tmp_path, f"workers={workers}", dataset=Failing(ValueError))
+        train(tmp_path, f"num_workers={workers}", dataset=Failing(ValueError))
     assert one_line(error) == "no emoji font is installed (item 13 of the dataset)"
     for kind in (KeyError, Unpicklable):
         with pytest.raises(RuntimeError, match="item 13 of the dataset failed") as fault:
-            train(tmp_path, f"workers={workers}", dataset=Failing(kind))
+            train(tmp_path, f"num_workers={workers}", dataset=Failing(kind))
         assert "in __getitem__" in str(fault.value), "our own faults come with their traceback"
 
 
@@ -827,7 +837,7 @@ class Config(RunConfig):
     width: int = 4
 
 def config():
-    return Config(steps=2, batch_size=2, workers=0)
+    return Config(steps=2, batch_size=2, num_workers=0)
 
 def objective(model, batch, rng):
     return {"loss": (model(batch).square().sum(), batch.numel())}

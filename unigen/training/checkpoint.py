@@ -3,7 +3,7 @@
 It does not depend on what is trained. Every file appears under a temporary name and is renamed when complete, so that a
 full disk or a kill leaves the last good one.
 
-    save_checkpoint(run_dir, state, keep=2);  state = load_checkpoint(run_dir)   # None: a fresh run
+    save_checkpoint(run_dir, state, keep_checkpoints=2);  state = load_checkpoint(run_dir)   # None: a fresh run
 """
 
 import hashlib

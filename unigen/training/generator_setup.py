@@ -24,54 +24,57 @@ from unigen.tokenizers import load_image_tokenizer, text
 from unigen.training.peers import main_process_first
 
 
-def normalize_generator_weights(writers: Mapping[str, float]) -> dict[str, float]:
+def normalize_generator_weights(weights: Mapping[str, float]) -> dict[str, float]:
     """The share of each generator that is learnt, in all 1. ValueError for an unknown name, a share below 0, or where
     next-token, as which all pictures are read, has none."""
-    for name in writers:
+    for name in weights:
         generators.find_generator(name)
-    if min(writers.values(), default=0) < 0 or writers.get("next-token", 0) <= 0:
-        raise ValueError("writers are shares of at least 0, and that of next-token, as which all are read, above 0")
-    ordered = sorted(writers.items(), key=lambda item: (item[0] != "next-token", item[0]))  # however they were given
-    return {name: share / sum(writers.values()) for name, share in ordered if share > 0}
+    if min(weights.values(), default=0) < 0 or weights.get("next-token", 0) <= 0:
+        raise ValueError("generators are shares of at least 0, and that of next-token, as which all are read, above 0")
+    ordered = sorted(weights.items(), key=lambda item: (item[0] != "next-token", item[0]))  # however they were given
+    return {name: share / sum(weights.values()) for name, share in ordered if share > 0}
 
 
-def load_or_train_text_tokenizer(folder: Path, lines: Iterable[str], pieces: int, specials: tuple[str, ...]) -> Any:
+def load_or_train_text_tokenizer(folder: Path, lines: Iterable[str], vocab_size: int, specials: tuple[str, ...]) -> Any:
     """The Hugging Face tokenizer in a folder, trained into it where there is none, by the main process of a run.
 
     Args:
         lines: what it is trained on.
-        pieces: the most that it has of text.
+        vocab_size: the most tokens of text.
         specials: symbols that are never split."""
     with main_process_first():
         if not (folder / "tokenizer.json").exists():
             print(f"{folder}: training a text tokenizer", flush=True)
             with replacing_folder(folder) as scratch:
-                text.train_tokenizer(lines, scratch, pieces, specials)
+                text.train_tokenizer(lines, scratch, vocab_size, specials)
         return text.load(folder)
 
 
 def new_generators(
-    model: UnifiedModel, shares: Mapping[str, float], folders: Mapping[str, str | None], settings: Mapping[str, Any]
+    model: UnifiedModel,
+    generator_weights: Mapping[str, float],
+    tokenizer_folders: Mapping[str, str | None],
+    generator_configs: Mapping[str, Any],
 ) -> list[Any]:
     """The generators to be learnt that have weights of their own and are not in the model yet, untrained.
 
     folders: of image tokenizers, by kind; settings: configurations (dataclasses) by generator. ValueError for a folder
     that is missing or not used, and for settings other than those of a generator that is there already.
     """
-    frame = assembly.build_context(model.backbone.lm, model.text_tokenizer, model.image_tokenizer)
+    context = assembly.build_context(model.backbone.lm, model.text_tokenizer, model.image_tokenizer)
     heads: list[Any] = []
-    for name in shares:
-        generator, config = generators.find_generator(name), settings.get(name)
+    for name in generator_weights:
+        generator, config = generators.find_generator(name), generator_configs.get(name)
         if name in model.heads:
             if config is not None and config not in (type(config)(), model.heads[name].settings):
                 raise ValueError(f"the {name} of this model has another shape: leave its settings out")
         elif issubclass(generator, nn.Module):
-            folder = folders.get(generator.own)
+            folder = tokenizer_folders.get(generator.own)
             tokenizer = load_image_tokenizer(folder) if folder else None
-            context = replace(frame, tokenizer=tokenizer, settings={} if config is None else to_dict(config))
-            heads.append(build.build_generator(name, context))
+            own_context = replace(context, tokenizer=tokenizer, settings={} if config is None else to_dict(config))
+            heads.append(build.build_generator(name, own_context))
     used_kinds = {head.own for head in heads}
-    if unused_kinds := [kind for kind, folder in folders.items() if folder and kind not in used_kinds]:
+    if unused_kinds := [kind for kind, folder in tokenizer_folders.items() if folder and kind not in used_kinds]:
         raise ValueError(
             f"no new generator takes a tokenizer of kind {', '.join(unused_kinds)}: set its folder to none"
         )

@@ -52,8 +52,8 @@ def check_launcher(environment: Mapping[str, str] = os.environ) -> None:
                 f"the Trainer runs in one process or data parallel, but the environment sets {setting}: unset it"
             )
     for name, option, harmless, equivalent in (
-        ("GRADIENT_ACCUMULATION_STEPS", "--gradient_accumulation_steps", ("", "1"), "accumulate=N"),
-        ("GRADIENT_CLIPPING", "--gradient_clipping", ("", "none"), "optim.clip=NORM"),
+        ("GRADIENT_ACCUMULATION_STEPS", "--gradient_accumulation_steps", ("", "1"), "accumulation_steps=N"),
+        ("GRADIENT_CLIPPING", "--gradient_clipping", ("", "none"), "optim.grad_clip=NORM"),
         ("DYNAMO_BACKEND", "--dynamo_backend", ("", "no"), "compile=true, where a recipe has it"),
     ):
         if environment.get(f"ACCELERATE_{name}", "").lower() not in harmless:

@@ -12,7 +12,7 @@ from unigen.config import OptimConfig
 
 
 def lr_factor(optim: OptimConfig, step: int, progress: float) -> float:
-    """The factor on the learning rate at a step: a linear warm-up times a decay from 1 to `min_ratio`.
+    """The factor on the learning rate at a step: a linear warm-up times a decay from 1 to `min_lr_ratio`.
 
     Args:
         optim: warm-up in steps, the shape of the decay, and its end.
@@ -22,12 +22,12 @@ def lr_factor(optim: OptimConfig, step: int, progress: float) -> float:
     Returns:
         A factor in (0, 1].
     """
-    warmup_factor = min(1.0, (step + 1) / optim.warmup) if optim.warmup else 1.0
+    warmup_factor = min(1.0, (step + 1) / optim.warmup_steps) if optim.warmup_steps else 1.0
     progress = min(max(progress, 0.0), 1.0)
     if optim.schedule == "constant":
         return warmup_factor
     decay = 1 - progress if optim.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-    return warmup_factor * (optim.min_ratio + (1 - optim.min_ratio) * decay)
+    return warmup_factor * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * decay)
 
 
 def adamw(

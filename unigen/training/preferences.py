@@ -5,17 +5,18 @@
 is DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7) with w chosen, l rejected, c the prompt and p_ref the model as
 training began. An answer is a picture or a text, and log p the sum over its ids. p is what answers are drawn from: of
 text the prediction itself, of codes what guidance and temperature make of it, softmax((u + s (c - u)) / T) with the
-blind branch u. Compared without guidance, both branches move, and what is drawn with it need not get better; yet so
-are pictures compared that other generators write than next-token and next-scale, by their own loss (`likelihood.py`).
-Beside it stand the losses of a mixture, which draw the model back towards true pictures, and - log p(w|c), by the id,
-lest both become unlikely together (as in RPO, Pang et al. 2024, arXiv 2404.19733, eq. 2).
+unconditional branch u. Compared without guidance, both branches move, and what is drawn with it need not get better;
+yet so are pictures compared that other generators write than next-token and next-scale, by their own loss
+(`inference/scoring.py`). Beside it stand the losses of a mixture, which draw the model back towards true pictures, and
+- log p(w|c), by the id, lest both become unlikely together (as in RPO, Pang et al. 2024, arXiv 2404.19733, eq. 2).
 
 A line of the judged file is a prompt (`Document.to_json`), its answers (`Segment.to_json`), which are right, and of
 pictures the generator that they are learnt as, next-token if none is named. Pictures are codes of the model's image
-tokenizer, those of next-scale its own codes in a row; or, of all but next-token and the like, pixels:
+tokenizer, those of next-scale its own codes in a row; or, of all but next-token and the like, pixels. Version 0.1 wrote
+"right" and "writer" in the place of "correct" and "generator", which are read, too:
 
-    {"prompt": {"segments": [{"role": "user", "text": "two apples"}]}, "writer": "masked",
-     "answers": [{"role": "assistant", "image": {"codes": [[5, 7, ..], ..]}}, ..], "right": [true, ..]}
+    {"prompt": {"segments": [{"role": "user", "text": "two apples"}]}, "generator": "masked",
+     "answers": [{"role": "assistant", "image": {"codes": [[5, 7, ..], ..]}}, ..], "correct": [true, ..]}
 
 Does not depend on who gave the answers and who judged them. Shapes: P pairs.
 """
@@ -27,7 +28,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -44,50 +45,68 @@ from unigen.training.objectives import MultiGeneratorLoss
 
 @dataclass
 class PreferenceConfig:
-    """judged: the files of answers to compare (`data_tools/judge_answers.py`), apart by commas; none: nothing is
-    compared."""
+    """Comparisons beside the losses of a mixture."""
 
-    judged: str | None = None
+    RENAMED: ClassVar[dict[str, str]] = {"judged": "answers", "nll": "nll_weight", "rows": "rows_per_sample"}
+    """Keys of version 0.1, and their names now."""
+
+    answers: str | None = None
+    """Files of judged answers (`data_tools/judge_answers.py`), apart by commas; none: nothing is compared."""
     beta: float = 0.1
+    """The factor in the loss; above 0."""
     weight: float = 1.0
-    nll: float = 0.3
+    """Weight of the loss of comparisons; above 0."""
+    nll_weight: float = 0.3
     """Weight of - log p of the chosen answers, in nats an id."""
-    rows: int = 1
+    rows_per_sample: int = 1
     """Rows of pairs of each kind beside each row of the mixture."""
     guidance: float = 3.0
-    temperature: float = 0.8
     """As the codes of next-token and next-scale were drawn."""
+    temperature: float = 0.8
+    """As the codes of next-token and next-scale were drawn; above 0."""
 
     def __post_init__(self) -> None:
         Guidance.of(self.guidance)
         if not self.temperature > 0:
             raise ValueError(f"preferences need a temperature above 0, not {self.temperature}")
-        if not (self.beta > 0 and self.weight > 0 and self.nll >= 0 and self.rows >= 1):
-            raise ValueError("preferences need beta and weight above 0, nll of at least 0 and at least 1 row of pairs")
+        if not (self.beta > 0 and self.weight > 0 and self.nll_weight >= 0 and self.rows_per_sample >= 1):
+            raise ValueError(
+                "preferences need beta and weight above 0, nll_weight of at least 0 and at least 1 row of pairs"
+            )
 
 
 NativeCodeShapes = Mapping[str, tuple[int, int]]
+"""Of generators with codes of their own: how many an image has, and how many there are."""
 
 
 class JudgedAnswers(NamedTuple):
-    """The chats of one prompt whose answers are right, those whose are wrong, and the generator of answers that are
-    pictures."""
+    """The chats of one prompt, each with one answer."""
 
-    right: list[Document]
-    wrong: list[Document]
-    writer: str
+    correct: list[Document]
+    """Those whose answer is right."""
+    incorrect: list[Document]
+    """Those whose answer is wrong."""
+    generator: str
+    """That answers which are images are learnt as."""
 
 
 class PreferencePair(NamedTuple):
-    """Two chats that differ in their last segment, of which the first is right."""
+    """Two chats that differ in their last segment."""
 
     chosen: Document
+    """The one whose answer is right."""
     rejected: Document
-    writer: str = "next-token"
+    """The other one."""
+    generator: str = "next-token"
+    """That answers which are images are learnt as."""
 
 
 def read_pairs(
-    files: Sequence[str | Path], seed: int, grid: tuple[int, int], codes: int, own: NativeCodeShapes | None = None
+    files: Sequence[str | Path],
+    seed: int,
+    grid: tuple[int, int],
+    codes: int,
+    native_codes: NativeCodeShapes | None = None,
 ) -> list[PreferencePair]:
     """Pairs of a right and a wrong answer to one prompt, in random order; each answer is used at most once.
 
@@ -98,16 +117,16 @@ def read_pairs(
     pairs: list[PreferencePair] = []
     for file in files:
         before = len(pairs)
-        for record in read_judged_answers(file, grid, codes, own):
+        for record in read_judged_answers(file, grid, codes, native_codes):
             correct, incorrect = ([chats[k] for k in rng.permutation(len(chats))] for chats in record[:2])
-            pairs += [PreferencePair(*both, record.writer) for both in zip(correct, incorrect, strict=False)]
+            pairs += [PreferencePair(*sides, record.generator) for sides in zip(correct, incorrect, strict=False)]
         if len(pairs) == before:
             raise ValueError(f"{file} has no prompt with a right and a wrong answer: judge more of them")
     return [pairs[k] for k in rng.permutation(len(pairs))]
 
 
 def read_judged_answers(
-    file: str | Path, grid: tuple[int, int], codes: int, own: NativeCodeShapes | None = None
+    file: str | Path, grid: tuple[int, int], codes: int, native_codes: NativeCodeShapes | None = None
 ) -> Iterator[JudgedAnswers]:
     """What each line of a judged file holds. ValueError as in `read_pairs`."""
     line_number = 0
@@ -115,37 +134,41 @@ def read_judged_answers(
         with open(file, encoding="utf-8") as lines:
             for line in lines:
                 line_number += 1
-                yield _parse_judged_line(line, grid, codes, own or {})
+                yield _parse_judged_line(line, grid, codes, native_codes or {})
     except OSError as error:
         raise ValueError(f"cannot read {file}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"line {line_number} of {file} does not hold judged answers: {error}") from error
 
 
-def _parse_judged_line(line: str, grid: tuple[int, int], codes: int, own: NativeCodeShapes) -> JudgedAnswers:
-    group = json.loads(line)
-    prompt = Document.from_json(group["prompt"]).segments
-    answers, marks = [Segment.from_json(answer) for answer in group["answers"]], group["right"]
-    if len(answers) != len(marks) or not all(isinstance(mark, bool) for mark in marks):
+def _parse_judged_line(line: str, grid: tuple[int, int], codes: int, native_codes: NativeCodeShapes) -> JudgedAnswers:
+    record = json.loads(line)
+    prompt = Document.from_json(record["prompt"]).segments
+    answers = [Segment.from_json(answer) for answer in record["answers"]]
+    is_correct = record["correct"] if "correct" in record else record["right"]
+    if len(answers) != len(is_correct) or not all(isinstance(mark, bool) for mark in is_correct):
         raise ValueError("each answer is right or not")
     if any(answer.role != "assistant" for answer in answers):
         raise ValueError("the assistant answers")
-    writer = generators.find_generator(group.get("writer", "next-token")).name
+    named = record.get("generator", record.get("writer", "next-token"))
+    generator = generators.find_generator(named).name
     pictures = [s.image for s in [*prompt, *answers] if s.image is not None]
     if len({picture.ndim if isinstance(picture, Tensor) else 0 for picture in pictures}) > 1:
-        raise ValueError("its pictures are of several kinds: give all as codes, as the writer's own codes or as pixels")
+        raise ValueError(
+            "its pictures are of several kinds: give all as codes, as the generator's own codes or as pixels"
+        )
     for picture in (picture for picture in pictures if isinstance(picture, Tensor)):
-        if picture.ndim == 1 and writer not in own:
-            raise ValueError(f"codes of {writer}'s own are for comparisons, of a model that has it")
-        if picture.ndim == 2 and writer in own:
-            raise ValueError(f"pictures by {writer} are compared by its own codes, or as pixels")
-        length, size = own[writer] if picture.ndim == 1 else (0, codes)
+        if picture.ndim == 1 and generator not in native_codes:
+            raise ValueError(f"codes of {generator}'s own are for comparisons, of a model that has it")
+        if picture.ndim == 2 and generator in native_codes:
+            raise ValueError(f"pictures by {generator} are compared by its own codes, or as pixels")
+        length, size = native_codes[generator] if picture.ndim == 1 else (0, codes)
         if picture.shape != ((length,) if length else grid):
             raise ValueError(f"a picture is not {length or f'{grid[0]} x {grid[1]}'} codes")
         if picture.min() < 0 or picture.max() >= size:
             raise ValueError(f"codes beyond the {size} there are")
-    chats = [(Document([*prompt, answer]), mark) for answer, mark in zip(answers, marks, strict=True)]
-    return JudgedAnswers([chat for chat, mark in chats if mark], [chat for chat, mark in chats if not mark], writer)
+    chats = [(Document([*prompt, answer]), mark) for answer, mark in zip(answers, is_correct, strict=True)]
+    return JudgedAnswers([chat for chat, mark in chats if mark], [chat for chat, mark in chats if not mark], generator)
 
 
 class PairBatch(NamedTuple):
@@ -162,39 +185,39 @@ class PreferenceDataset:
     """Item i: row i of a mixture, and beside it rows of pairs of each kind: pictures in the model's codes and texts,
     pixels, a generator's own codes; a pair comes again only when all of its kind have come.
 
-    encode: a document as ids, also blind. length: positions of a row, which holds either side of its pairs. rows: of
-    pairs, of each kind, in an item. `pairs`: rows of pairs in all, by kind.
+    encode: a document as ids, with or without its condition. length: positions of a row, which holds either side of its
+    pairs. rows: of pairs, of each kind, in an item. `pairs`: rows of pairs in all, by kind.
     """
 
     def __init__(
-        self, mixture: Any, pairs: Sequence[PreferencePair], encode: Callable[..., Tokens], length: int, rows: int
+        self, dataset: Any, pairs: Sequence[PreferencePair], encode: Callable[..., Tokens], length: int, rows: int
     ) -> None:
-        self.mixture, self.rows = mixture, rows
+        self.dataset, self.rows = dataset, rows
         kinds: dict[str, list[PreferencePair]] = {}
         for pair in pairs:
             kinds.setdefault(_pair_kind(pair), []).append(pair)
-        self.pairs = [_pack_pairs(kinds[name], encode, length) for name in sorted(kinds)]
+        self.pair_rows = [_pack_pairs(kinds[name], encode, length) for name in sorted(kinds)]
 
     def __getitem__(self, index: int) -> tuple[Any, list[list[list[PairBatch]]]]:
         row_indices = range(index * self.rows, (index + 1) * self.rows)
-        return self.mixture[index], [[rows[k % len(rows)] for k in row_indices] for rows in self.pairs]
+        return self.dataset[index], [[rows[k % len(rows)] for k in row_indices] for rows in self.pair_rows]
 
 
 def _pack_pairs(pairs: Sequence[PreferencePair], encode: Callable[..., Tokens], length: int) -> list[list[PairBatch]]:
     rows: list[list[PairBatch]] = []
-    room = 0
+    free_length = 0
     for pair in pairs:
-        draws = pair.chosen.segments[-1].image is not None
-        options = {"generator": pair.writer} if draws else {}
-        sides = [encode(chat, uncond=blind, **options) for blind in (False, draws) for chat in pair[:2]]
+        is_image = pair.chosen.segments[-1].image is not None
+        options = {"generator": pair.generator} if is_image else {}
+        sides = [encode(chat, uncond=uncond, **options) for uncond in (False, is_image) for chat in pair[:2]]
         size = max(map(len, sides))
         if size > length:
             raise ValueError(f"an answer of {size} ids exceeds a row of {length}: raise `length`")
-        if size > room:
+        if size > free_length:
             rows.append([])
-            room = length
+            free_length = length
         rows[-1].append(PairBatch(*sides))
-        room -= size
+        free_length -= size
     return rows
 
 
@@ -204,24 +227,26 @@ def _pair_kind(pair: PreferencePair) -> str:
     codes = [picture for picture in pictures if isinstance(picture, Tensor)]
     if len(codes) < len(pictures):
         return "pixels"
-    return f"codes of {pair.writer}" if any(image_codes.ndim == 1 for image_codes in codes) else "codes"
+    return f"codes of {pair.generator}" if any(image_codes.ndim == 1 for image_codes in codes) else "codes"
 
 
 @dataclass
 class PreferenceBatch:
-    """mixture: packed documents; kinds: the packed pairs of each kind, of whose sides pair k is document k of all."""
+    """Packed documents, and packed pairs beside them."""
 
-    mixture: Batch
-    kinds: list[PairBatch]
+    documents: Batch
+    """Of the mixture."""
+    pairs_by_kind: list[PairBatch]
+    """The pairs of each kind: pair k is document k of each side."""
 
     def to(self, device: torch.device | str) -> PreferenceBatch:
         return PreferenceBatch(
-            self.mixture.to(device), [PairBatch(*(side.to(device) for side in kind)) for kind in self.kinds]
+            self.documents.to(device), [PairBatch(*(side.to(device) for side in kind)) for kind in self.pairs_by_kind]
         )
 
     def pin_memory(self) -> PreferenceBatch:
         return PreferenceBatch(
-            self.mixture.pin_memory(), [PairBatch(*(s.pin_memory() for s in kind)) for kind in self.kinds]
+            self.documents.pin_memory(), [PairBatch(*(s.pin_memory() for s in kind)) for kind in self.pairs_by_kind]
         )
 
 
@@ -231,9 +256,9 @@ class PreferenceCollator:
 
     def __call__(self, items: list[tuple[Any, list[list[list[PairBatch]]]]]) -> PreferenceBatch:
         kinds = [[row for rows in kind for row in rows] for kind in zip(*(kinds for _, kinds in items), strict=True)]
-        return PreferenceBatch(self.collate([row for row, _ in items]), [self._packed(rows) for rows in kinds])
+        return PreferenceBatch(self.collate([row for row, _ in items]), [self._pack(rows) for rows in kinds])
 
-    def _packed(self, rows: list[list[PairBatch]]) -> PairBatch:
+    def _pack(self, rows: list[list[PairBatch]]) -> PairBatch:
         sides = ([[pair[k] for pair in row] for row in rows] for k in range(len(PairBatch._fields)))
         return PairBatch(*(pack(side, self.length, self.image_size) for side in sides))
 
@@ -242,47 +267,49 @@ class DPOObjective(nn.Module):
     """The losses of a mixture, and those of pairs: "preference", and "chosen", - log p of the chosen answers in nats an
     id. metric/accuracy: the share of pairs whose chosen answer has gained on the rejected one."""
 
-    def __init__(self, mixture: MultiGeneratorLoss, reference: UnifiedModel, config: PreferenceConfig) -> None:
+    def __init__(self, base_loss: MultiGeneratorLoss, reference: UnifiedModel, config: PreferenceConfig) -> None:
         super().__init__()
-        self.mixture, self.beta = mixture, config.beta
+        self.base_loss, self.beta = base_loss, config.beta
         self.guidance, self.temperature = Guidance.of(config.guidance), config.temperature
         self.reference = reference.requires_grad_(False).eval()
-        self.weights = mixture.weights | {"preference": config.weight, "chosen": config.nll}
+        self.weights = base_loss.weights | {"preference": config.weight, "chosen": config.nll_weight}
 
     def forward(
         self, model: Any, batch: PreferenceBatch, rng: torch.Generator
     ) -> dict[str, tuple[Tensor, Tensor | int]]:
-        losses = self.mixture(model, batch.mixture, rng)
-        likelihoods = [self._likelihoods(model, kind, rng) for kind in batch.kinds]
+        losses = self.base_loss(model, batch.documents, rng)
+        likelihoods = [self._likelihoods(model, kind, rng) for kind in batch.pairs_by_kind]
         chosen_P, margin_P = (torch.cat(parts) for parts in zip(*likelihoods, strict=True))
         counts = self._counts(batch)
         losses["preference"] = -nn.functional.logsigmoid(self.beta * margin_P).sum(), counts["preference"]
         losses["chosen"] = -chosen_P.sum(), counts["chosen"]
         losses["metric/accuracy"] = (margin_P > 0).sum(), counts["metric/accuracy"]
-        seen = sum((side.segments_BL > 0).sum() for kind in batch.kinds for side in kind[:2])
-        losses["metric/tokens"] = losses["metric/tokens"][0] + seen, 1
+        num_tokens = sum((side.segments_BL > 0).sum() for kind in batch.pairs_by_kind for side in kind[:2])
+        losses["metric/tokens"] = losses["metric/tokens"][0] + num_tokens, 1
         return losses
 
     def counts(self, batch: PreferenceBatch, rng: torch.Generator) -> dict[str, Tensor | int]:
-        return self.mixture.counts(batch.mixture, rng) | self._counts(batch)
+        return self.base_loss.counts(batch.documents, rng) | self._counts(batch)
 
     def _likelihoods(self, model: Any, pairs: PairBatch, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """log p of each pair's chosen answer (P,), and what this has gained on the reference more than the rejected."""
         state = rng.get_state()
 
-        def log_p(one: Any, side: Batch, blind: Batch) -> Tensor:
+        def log_p(model: Any, side: Batch, uncond: Batch) -> Tensor:
             rng.set_state(state)  # all are asked the same, under one mask, one noise, one time
-            seen = one.insert_image_ids(blind) if has_guided_likelihood(one, side) else None
-            return log_likelihood(one, one.insert_image_ids(side), seen, self.guidance, self.temperature, rng)
+            uncond_batch = model.insert_image_ids(uncond) if has_guided_likelihood(model, side) else None
+            return log_likelihood(
+                model, model.insert_image_ids(side), uncond_batch, self.guidance, self.temperature, rng
+            )
 
-        both = (pairs.chosen, pairs.uncond_chosen), (pairs.rejected, pairs.uncond_rejected)
-        chosen_P, rejected_P = (log_p(model, *side) for side in both)
+        sides = (pairs.chosen, pairs.uncond_chosen), (pairs.rejected, pairs.uncond_rejected)
+        chosen_P, rejected_P = (log_p(model, *side) for side in sides)
         with torch.no_grad():
-            chosen_ref_P, rejected_before_P = (log_p(self.reference, *side) for side in both)
-        return chosen_P, (chosen_P - chosen_ref_P) - (rejected_P - rejected_before_P)
+            chosen_ref_P, rejected_ref_P = (log_p(self.reference, *side) for side in sides)
+        return chosen_P, (chosen_P - chosen_ref_P) - (rejected_P - rejected_ref_P)
 
     def _counts(self, batch: PreferenceBatch) -> dict[str, Tensor | int]:
-        chosen = [kind.chosen for kind in batch.kinds]
+        chosen = [kind.chosen for kind in batch.pairs_by_kind]
         count = sum(int(side.segments_BL.amax(1).sum()) for side in chosen)
         empty = torch.stack([(side.spans_N3[:, 1] == side.spans_N3[:, 2]).sum() for side in chosen]).sum()
         ids = torch.stack([side.loss_BL.sum() for side in chosen]).sum()

@@ -6,6 +6,7 @@ A recipe is a Python file with config(), which gives a RunConfig, and build(cfg)
 which of its fields name files or folders that something else makes, and by which command, in a plain table:
 
     INPUTS = {"image_tokenizer": "unigen train recipes/tiny_vq.py run_dir=runs/vq"}
+    INPUTS_OPTIONAL_WITH = ("init_from", "generators")    # an override of one of these: the defaults may be missing
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from unigen.config import RunConfig, apply_overrides
+from unigen.config import OptimConfig, RunConfig, apply_overrides, renamed_keys
 from unigen.training.launcher import check_launcher, launch_info
 from unigen.utils import progress
 from unigen.utils.disk import check_input
@@ -68,8 +69,12 @@ def run_recipe(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         return Trainer(cfg, _call_checked(path, "build(cfg)", TrainSpec, module.build, cfg)).run()
 
 
-SPEC_RENAMES = {"sample": "write_samples", "save": "save_model", "optimizer": "make_optimizer"}
-"""Fields of a TrainSpec as version 0.1 called them, and their names now."""
+ARGUMENT_RENAMES = {
+    "TrainSpec": {"sample": "write_samples", "save": "save_model", "optimizer": "make_optimizer"},
+    "RunConfig": renamed_keys(RunConfig),
+    "OptimConfig": renamed_keys(OptimConfig),
+}
+"""Arguments that recipes gave in version 0.1, and their names now, by class."""
 
 
 def _call_checked(path: str, call: str, kind: type[T], function: Callable[..., object], *arguments: object) -> T:
@@ -77,27 +82,40 @@ def _call_checked(path: str, call: str, kind: type[T], function: Callable[..., o
     try:
         result = function(*arguments)
     except TypeError as error:
-        old = re.search(r"TrainSpec.*unexpected keyword argument '(\w+)'", str(error))
-        if old is None or old[1] not in SPEC_RENAMES:
+        match = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+        known = ARGUMENT_RENAMES.get(match[1], ARGUMENT_RENAMES["RunConfig"]) if match else {}
+        if match is None or match[2] not in known:
             raise
-        raise ValueError(
-            f"the recipe {path} gives TrainSpec {old[1]}=, which is {SPEC_RENAMES[old[1]]}= now"
-        ) from error
+        raise ValueError(f"the recipe {path} gives {match[1]} {match[2]}=, which is {known[match[2]]}= now") from error
     if not isinstance(result, kind):
         raise ValueError(f"{call} of the recipe {path} must return a {kind.__name__}, not a {type(result).__name__}")
     return result
 
 
 def check_inputs(path: str, tree: ast.Module, overrides: Sequence[str]) -> None:
-    """ValueError where a file or folder of the INPUTS of the recipe at `path` is missing, naming the command that makes
-    it.
+    """Check the INPUTS of a recipe, from its text, before its imports.
 
-    Read from the text of the recipe, before its imports. What is not given by an override is the field's default,
-    which a model to begin from (init_from) or another choice of writers may do without: `build` says that."""
+    What no override gives is the field's default, which need not be there where an override gives one of the keys in
+    INPUTS_OPTIONAL_WITH: `build` says what is missing then.
+
+    Args:
+        path: of the recipe, for messages.
+        tree: of the recipe.
+        overrides: `key=value` texts.
+
+    Raises:
+        ValueError: a file or folder is missing, with the command that makes it; or a key has changed name.
+    """
     overrides_by_key = {key.strip(): value.strip() for key, _, value in (item.partition("=") for item in overrides)}
-    has_source = any(key == "init_from" or key.startswith("writers.") for key in overrides_by_key)
+    renamed = _renamed_fields(tree)
+    for key in overrides_by_key:
+        head, dot, tail = key.partition(".")
+        if head in renamed:
+            raise ValueError(f"unknown key {key!r}; it is called {renamed[head]}{dot}{tail} now")
+    _, alternatives = _constant(tree, "INPUTS_OPTIONAL_WITH", ("init_from",))
+    has_alternative = isinstance(alternatives, tuple) and any(k.split(".")[0] in alternatives for k in overrides_by_key)
     for key, command in _inputs(path, tree).items():
-        value = overrides_by_key.get(key, "none" if has_source else _default(tree, key))
+        value = overrides_by_key.get(key, "none" if has_alternative else _default(tree, key))
         paths = [value] if os.path.exists(value) else value.split(",")
         for given_path in paths if value.lower() not in ("none", "null", "") else ():
             check_input(given_path, command, f"{key}=")
@@ -105,22 +123,38 @@ def check_inputs(path: str, tree: ast.Module, overrides: Sequence[str]) -> None:
 
 def _inputs(path: str, tree: ast.Module) -> dict[str, str]:
     """INPUTS of the recipe at `path`; {} where it has none. ValueError where it is no plain table of texts."""
+    line, inputs = _constant(tree, "INPUTS", {})
+    if not isinstance(inputs, dict) or not all(isinstance(text, str) for pair in inputs.items() for text in pair):
+        raise ValueError(
+            f"INPUTS of the recipe {path}, in line {line}, must be a dict of plain texts, as "
+            '{"field": "the command that makes it"}, since it is read before the recipe is run'
+        )
+    return inputs
+
+
+def _constant(tree: ast.Module, name: str, default: object) -> tuple[int, object]:
+    """Line and value of a constant of a recipe, read from its text: None where it is no literal, `default` where it is
+    missing."""
     for node in tree.body:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         value = node.value if isinstance(node, (ast.Assign, ast.AnnAssign)) else None
-        if value is None or [t.id for t in targets if isinstance(t, ast.Name)] != ["INPUTS"]:
+        if value is None or [t.id for t in targets if isinstance(t, ast.Name)] != [name]:
             continue
         try:
-            inputs = ast.literal_eval(value)
+            return node.lineno, ast.literal_eval(value)
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # all that its documentation names
-            inputs = None
-        if not isinstance(inputs, dict) or not all(isinstance(text, str) for pair in inputs.items() for text in pair):
-            raise ValueError(
-                f"INPUTS of the recipe {path}, in line {node.lineno}, must be a dict of plain texts, as "
-                '{"field": "the command that makes it"}, since it is read before the recipe is run'
-            )
-        return inputs
-    return {}
+            return node.lineno, None
+    return 0, default
+
+
+def _renamed_fields(tree: ast.Module) -> dict[str, str]:
+    """Old and new names of fields: RENAMED of the recipe's classes, read from its text."""
+    renamed: dict[str, str] = {}
+    for node in (inner for outer in tree.body if isinstance(outer, ast.ClassDef) for inner in outer.body):
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "RENAMED" and node.value is not None:
+            with suppress(ValueError):
+                renamed |= ast.literal_eval(node.value)
+    return renamed
 
 
 def _default(tree: ast.Module, field: str) -> str:

@@ -16,6 +16,8 @@ from pathlib import Path
 from unigen.utils.text import did_you_mean
 
 PACKAGE_ROOT = Path(__file__).parents[1]
+RENAMED = {"adapter": "connector"}
+"""Shipped recipes of version 0.1 whose name has changed."""
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -45,6 +47,8 @@ def find_recipe(name: str) -> Path:
     shipped = shipped_recipes()
     if path.stem in shipped and path in (Path(path.stem), Path(f"{path.stem}.py"), Path(f"recipes/{path.stem}.py")):
         return shipped[path.stem]
+    if path.stem in RENAMED and path in (Path(path.stem), Path(f"{path.stem}.py"), Path(f"recipes/{path.stem}.py")):
+        raise ValueError(f"the recipe {path.stem} is called {RENAMED[path.stem]} now")
     recipe_list = f" (shipped recipes: {', '.join(shipped)})" if shipped else ""
     shortened_name = name if len(name) <= 120 else f"{name[:117]}..."
     raise ValueError(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from unigen.config import RunConfig, load_json, save_json, to_dict
+from unigen.config import RunConfig, load_json, rename_stored_keys, save_json, to_dict
 from unigen.training.checkpoint import (
     EMA,
     TEMP_PREFIX,
@@ -169,7 +169,7 @@ class RunFolder:
             unlogged: as `RunState.state_dict`.
         """
         if self.is_main:
-            save_checkpoint(self.path, tree_to_cpu(self.state.state_dict(unlogged)), self.cfg.keep)
+            save_checkpoint(self.path, tree_to_cpu(self.state.state_dict(unlogged)), self.cfg.keep_checkpoints)
             self._save_model()
 
     def write_samples(self) -> None:
@@ -214,7 +214,7 @@ class RunFolder:
         try:
             saved = load_json(path)
             if isinstance(saved, dict):
-                return saved
+                return rename_stored_keys(type(self.cfg), saved)
             reason = f"{path} holds no table of keys"
         except ValueError as error:
             reason = str(error)

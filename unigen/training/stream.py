@@ -150,7 +150,7 @@ class BatchIterator:
             if "exited unexpectedly" not in str(error) and "killed by signal" not in str(error):
                 raise
             raise ValueError(
-                "a process that loads data was killed, most often since memory was short: give fewer workers, or a "
+                "a process that loads data was killed, most often since memory was short: give fewer num_workers, or a "
                 "smaller batch_size"
             ) from error
 

@@ -90,13 +90,13 @@ class Trainer:
         _check_world_size(self.world_size)
         self.is_main = self.accelerator.is_main_process
         self.device = self.accelerator.device
-        self._samples_per_step = cfg.batch_size * cfg.accumulate * self.world_size
+        self._samples_per_step = cfg.batch_size * cfg.accumulation_steps * self.world_size
         self.model = spec.model.to(self.device)
         self.optimizer_groups = self._make_optimizer_groups()
         self.state = RunState(
             self.model,
             [group.optimizer for group in self.optimizer_groups],
-            EMA(self.model, cfg.ema) if cfg.ema else None,
+            EMA(self.model, cfg.ema_decay) if cfg.ema_decay else None,
             MetricAccumulator(self.device),
         )
         self.folder = RunFolder(self.cfg, spec, self.state, self.is_main)
@@ -260,7 +260,7 @@ class Trainer:
             world_size=self.world_size,
             seed=cfg.seed,
             shuffle=cfg.shuffle,
-            num_workers=cfg.workers,
+            num_workers=cfg.num_workers,
             pin_memory=self.device.type == "cuda",
         )
 
@@ -274,14 +274,14 @@ class Trainer:
 
     def _train_step(self, batches: Iterator[CollatedBatch], progress: float) -> None:
         cfg, state = self.cfg, self.state
-        micro_batches = [self._next_batch(batches) for _ in range(cfg.accumulate)]
+        micro_batches = [self._next_batch(batches) for _ in range(cfg.accumulation_steps)]
         factor = lr_factor(cfg.optim, state.step, progress)
         for group_index, (objective, optimizer, parameters) in enumerate(self.optimizer_groups):
             if hasattr(objective, "step"):
                 objective.step = state.step
             with self._only_group(group_index):
                 self._backward(group_index, objective, micro_batches)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.optim.clip or math.inf)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.optim.grad_clip or math.inf)
             state.metrics.add(f"metric/grad_norm{group_index or ''}", norm, 1)
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_tools import draw_again
+from data_tools import generate_codes
 from unigen.commands.main import main
 from unigen.inference.engine import Engine
 from unigen.samplers.guidance import Guidance
@@ -29,7 +29,7 @@ def test_what_follows_the_kept_scales_is_what_the_engine_draws(engine: Engine) -
     rng, kept_2 = torch.Generator(), torch.tensor([0, 1])
 
     def drawn_on(codes_2P: torch.Tensor, kept_2: torch.Tensor, guidance: float) -> torch.Tensor:
-        return draw_again.resample_scales(
+        return generate_codes.resample_scales(
             engine.model, PROMPTS, codes_2P, kept_2, Guidance.of(guidance), SamplingOptions(0.0), rng
         )
 
@@ -46,31 +46,31 @@ def test_a_decoder_learns_from_what_was_drawn(
     tiny_folder: Path, tmp_path: Path, emoji_font: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
     file = tmp_path / "drawn.npz"
-    command = ["draw_again", str(tiny_folder), str(file), "--count", "5", "--batch", "3", "--dtype", "float32"]
-    monkeypatch.setattr(sys, "argv", [*command, "--kept", "1"])
-    assert draw_again.main() == 0
+    command = ["generate_codes", str(tiny_folder), str(file), "--count", "5", "--batch", "3", "--dtype", "float32"]
+    monkeypatch.setattr(sys, "argv", [*command, "--fixed-scales", "1"])
+    assert generate_codes.main() == 0
     assert "5 pictures" in capsys.readouterr().out
     with np.load(file) as arrays:
         drawn = dict(arrays)
     tokenizer: Any = load_image_tokenizer(tiny_folder / "next-scale" / "tokenizer")
     pixels = torch.from_numpy(drawn["pixels"]).permute(0, 3, 1, 2) / 127.5 - 1
     assert np.array_equal(tokenizer.encode(pixels), drawn["true"])
-    assert (drawn["drawn"][:, 0] == drawn["true"][:, 0]).all() and (drawn["drawn"] != drawn["true"]).any()
+    assert (drawn["generated"][:, 0] == drawn["true"][:, 0]).all() and (drawn["generated"] != drawn["true"]).any()
 
     settings = [
         f"model.{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
         for name, value in vars(tokenizer.settings).items()
     ]
     train = ["train", "recipes/tiny_vq.py", *settings, f"init_from={tiny_folder / 'next-scale' / 'tokenizer'}"]
-    train += ["batch_size=4", "workers=0", "time_limit=none", "precision=fp32", "save_every=0", "sample_every=0"]
+    train += ["batch_size=4", "num_workers=0", "time_limit=none", "precision=fp32", "save_every=0", "sample_every=0"]
     learn = [
         *train,
         "freeze_codes=true",
-        f"drawn={file},{file}",
-        "true=0",
+        f"generated_codes={file},{file}",
+        "true_codes_share=0",
         "steps=60",
         "optim.lr=3e-3",
-        "optim.warmup=1",
+        "optim.warmup_steps=1",
     ]
     assert main([*learn, f"run_dir={tmp_path / 'run'}"]) == 0
     learnt = load_image_tokenizer(tmp_path / "run" / "model")
@@ -79,30 +79,31 @@ def test_a_decoder_learns_from_what_was_drawn(
     def gap(one: Any, codes: str) -> float:
         return float((one.decode(torch.from_numpy(drawn[codes])) - pixels).square().mean())
 
-    assert gap(learnt, "drawn") < 0.5 * gap(tokenizer, "drawn")
-    assert main([*learn, "true=1", f"run_dir={tmp_path / 'own'}"]) == 0
+    assert gap(learnt, "generated") < 0.5 * gap(tokenizer, "generated")
+    assert main([*learn, "true_codes_share=1", f"run_dir={tmp_path / 'own'}"]) == 0
     own = load_image_tokenizer(tmp_path / "own" / "model")
-    assert gap(own, "true") < gap(learnt, "true") and gap(own, "drawn") > gap(learnt, "drawn")
+    assert gap(own, "true") < gap(learnt, "true") and gap(own, "generated") > gap(learnt, "generated")
 
-    np.savez(tmp_path / "other.npz", **(drawn | {"drawn": drawn["drawn"][:, 1:], "true": drawn["true"][:, 1:]}))
+    fewer = {"drawn": drawn.pop("generated")[:, 1:], "true": drawn["true"][:, 1:]}  # as version 0.1 named them
+    np.savez(tmp_path / "other.npz", **(drawn | fewer))
     np.savez(tmp_path / "part.npz", pixels=drawn["pixels"])
     (tmp_path / "cut.npz").write_bytes(file.read_bytes()[:500])
     (tmp_path / "empty.npz").write_bytes(b"")
     for wrong, message in (
-        ([*train, f"drawn={file}"], "drawn is for a decoder alone"),
-        ([*learn, "true=2"], "a share from 0 to 1"),
+        ([*train, f"generated_codes={file}"], "generated_codes is for a decoder alone"),
+        ([*learn, "true_codes_share=2"], "true_codes_share is from 0 to 1"),
         *(
-            ([*learn, f"drawn={file},{tmp_path / name}"], f"{name} cannot be read")
+            ([*learn, f"generated_codes={file},{tmp_path / name}"], f"{name} cannot be read")
             for name in ("part.npz", "cut.npz", "empty.npz")
         ),
-        ([*learn, f"drawn={file},{tmp_path / 'none.npz'}"], "none.npz is not there: make it by"),
-        ([*learn, f"drawn={tmp_path / 'other.npz'}"], "codes of another tokenizer"),
+        ([*learn, f"generated_codes={file},{tmp_path / 'none.npz'}"], "none.npz is not there: make it by"),
+        ([*learn, f"generated_codes={tmp_path / 'other.npz'}"], "codes of another tokenizer"),
     ):
         assert main([*wrong, f"run_dir={tmp_path / 'no'}"]) == 2
         assert message in capsys.readouterr().err
     for wrong, message in (
-        (["--kept", "7"], "--kept is of counts"),
+        (["--fixed-scales", "7"], "--fixed-scales is of counts"),
         (["--seed", "0"], "--seed: '0' is not a whole number from 1"),
     ):
         monkeypatch.setattr(sys, "argv", [*command, *wrong])
-        assert draw_again.main() == 2 and message in capsys.readouterr().err
+        assert generate_codes.main() == 2 and message in capsys.readouterr().err

@@ -1,17 +1,17 @@
 """A small network that joins a model that reads to a diffusers pipeline by hidden states; both are frozen.
 
-    COMMAND   unigen train recipes/adapter.py lmm=Qwen/Qwen3-VL-2B-Instruct
-                  generator=stable-diffusion-v1-5/stable-diffusion-v1-5 run_dir=runs/adapter
+    COMMAND   unigen train recipes/connector.py lmm=Qwen/Qwen3-VL-2B-Instruct
+                  image_model=stable-diffusion-v1-5/stable-diffusion-v1-5 run_dir=runs/connector
               unigen generate "two apples" --lmm Qwen/Qwen3-VL-2B-Instruct
-                  --model stable-diffusion-v1-5/stable-diffusion-v1-5 --adapter runs/adapter/model
+                  --model stable-diffusion-v1-5/stable-diffusion-v1-5 --adapter runs/connector/model
     HARDWARE  one GPU that holds the language model and the whole pipeline, which draws the samples
     EXPECTED  the losses fall towards 0, where the pipeline draws what it would by its own text encoder
     MEASURED  on small models with random weights only (tests/test_connector.py), nothing larger has been trained
 
-The loss is GILL's (Koh et al. 2023, arXiv 2305.17216): what the adapter makes of a caption of the rendered world, as
+The loss is GILL's (Koh et al. 2023, arXiv 2305.17216): what the connector makes of a caption of the rendered world, as
 the language model reads it, is to be what the pipeline's own text encoder makes of the caption. Each loss is a relative
 squared error, sum (y - y*)^2 / sum y*^2, so that encoders of any scale learn alike. No picture is drawn and no
-gradient goes through either model, so it is cheap. With `pictures` above 0 a share of the captions is read as the
+gradient goes through either model, so it is cheap. With `image_share` above 0 a share of the captions is read as the
 pictures that they describe.
 """
 
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -50,73 +50,87 @@ SIZE = 256
 
 @dataclass
 class ConnectorRunConfig(RunConfig):
-    """lmm, generator: names or folders. pictures: share of the captions that are read as pictures. length: of a prompt
-    at most, for pipelines that take any. width, layers, heads: of the adapter, which with `init_from` has to have them.
-    """
+    """A run of this recipe. With `init_from`, `width`, `layers` and `heads` have to be that connector's."""
+
+    RENAMED: ClassVar[dict[str, str]] = {
+        "generator": "image_model",
+        "pictures": "image_share",
+        "length": "max_prompt_length",
+    }
+    """Keys of version 0.1, and their names now."""
 
     lmm: str = ""
-    generator: str = ""
-    pictures: float = 0.0
-    length: int = 128
+    """Name or folder of the model that reads."""
+    image_model: str = ""
+    """Name or folder of the diffusers pipeline."""
+    image_share: float = 0.0
+    """Share of the captions that are read as images, in [0, 1]."""
+    max_prompt_length: int = 128
+    """Embeddings of a prompt, for pipelines that take any number."""
     width: int = 512
+    """Of the connector."""
     layers: int = 4
+    """Of the connector."""
     heads: int = 8
+    """Of the connector."""
 
 
 def config() -> ConnectorRunConfig:
     return ConnectorRunConfig(
         steps=20_000,
         batch_size=16,
-        optim=OptimConfig(lr=3e-4, warmup=200, min_ratio=0.05),
+        optim=OptimConfig(lr=3e-4, warmup_steps=200, min_lr_ratio=0.05),
         precision="fp32",
-        workers=1,
+        num_workers=1,
         save_every=1000,
         sample_every=1000,
-        run_dir="runs/adapter",
+        run_dir="runs/connector",
     )
 
 
 class CaptionDataset:
     """What is read, and in which words it is told; endless, a function of the seed and the index."""
 
-    def __init__(self, seed: int, pictures: float) -> None:
-        self.seed, self.pictures = seed, pictures
+    def __init__(self, seed: int, image_share: float) -> None:
+        self.seed, self.image_share = seed, image_share
         self.world: scenes.SceneRenderer | None = None
 
     def __getitem__(self, index: int) -> tuple[Document, str]:
         rng = np.random.default_rng((self.seed, index))
         scene = scenes.sample_scene(rng, SIZE)
-        write = captions.short_caption if rng.random() < 0.5 else captions.descriptive_caption
-        words = write(scene, rng)
-        if rng.random() >= self.pictures:
+        write_caption = captions.short_caption if rng.random() < 0.5 else captions.descriptive_caption
+        words = write_caption(scene, rng)
+        if rng.random() >= self.image_share:
             return Document.of(words), words
         self.world = self.world or scenes.SceneRenderer(SIZE)
         return Document.of(Image.fromarray(self.world.render(scene).image)), words
 
 
 class ConnectorObjective(nn.Module):
-    """Relative squared error of the adapter's embeddings, and of the pooled ones, where the pipeline's own count, and
+    """Relative squared error of the connector's embeddings, and of the pooled ones, where the pipeline's own count, and
     the cross entropy (nats) of which count, where that is not all of them."""
 
     def __init__(self, lmm: Any, pipe: Any) -> None:
         super().__init__()
         self.lmm, self.pipe = lmm, pipe
         parts = [lmm.model, *pipe.components.values()]
-        self.frozen = nn.ModuleList(part for part in parts if isinstance(part, nn.Module)).requires_grad_(False).eval()
+        self.frozen_modules = (
+            nn.ModuleList(part for part in parts if isinstance(part, nn.Module)).requires_grad_(False).eval()
+        )
 
     def forward(
-        self, adapter: Any, batch: list[tuple[Document, str]], rng: torch.Generator
+        self, connector: Any, batch: list[tuple[Document, str]], rng: torch.Generator
     ) -> dict[str, tuple[Tensor, Tensor | int]]:
-        variable_length, length = adapter.config.free, adapter.config.length
+        variable_length, length = connector.config.free, connector.config.length
         states = [self.lmm.states(document).float() for document, _ in batch]
         targets = [encode_prompt(self.pipe, words) for _, words in batch]
         if not variable_length and any(target.embeds_MND.shape[1] != length for target in targets):
-            raise ValueError(f"this pipeline's prompts are not all of {length} embeddings: an adapter cannot tell them")
+            raise ValueError(f"this pipeline's prompts are not all of {length} embeddings: a connector cannot tell them")
         embeds = [target.embeds_MND[0, :length] for target in targets]
         mask_BL = padding_mask(embeds, length)
-        made_BLW, pooled_BP, counts_BL = adapter(pad_sequence(states, batch_first=True), padding_mask(states))
+        prediction_BLW, pooled_BP, counts_BL = connector(pad_sequence(states, batch_first=True), padding_mask(states))
         losses: dict[str, tuple[Tensor, Tensor | int]] = {
-            "embeds": relative_squared_error(made_BLW[mask_BL], torch.cat(embeds))
+            "embeds": relative_squared_error(prediction_BLW[mask_BL], torch.cat(embeds))
         }
         if pooled_BP is not None:
             pooled = [target.pooled_MP for target in targets if target.pooled_MP is not None]
@@ -132,45 +146,50 @@ def padding_mask(parts: list[Tensor], length: int | None = None) -> Tensor:
     return torch.arange(length or int(counts_B1.max()), device=parts[0].device) < counts_B1
 
 
-def relative_squared_error(made: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    return (made.float() - wanted.float()).square().sum(), wanted.float().square().sum()
+def relative_squared_error(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    return (prediction.float() - target.float()).square().sum(), target.float().square().sum()
 
 
 def new_or_loaded_connector(cfg: ConnectorRunConfig, lmm: Any, pipe: Any) -> Connector:
-    """The adapter that `init_from` names, or a new one of the models' widths."""
+    """The connector that `init_from` names, or a new one of the models' widths."""
     if not cfg.init_from:
         return Connector(
-            replace(connector_config(lmm, pipe, cfg.length), width=cfg.width, layers=cfg.layers, heads=cfg.heads)
+            replace(
+                connector_config(lmm, pipe, cfg.max_prompt_length), width=cfg.width, layers=cfg.layers, heads=cfg.heads
+            )
         )
-    adapter = load_connector(cfg.init_from)
-    has = adapter.config
-    names = ("width", "layers", "heads", *(["length"] if has.free else []))
-    if mismatches := [f"{name}={getattr(has, name)}" for name in names if getattr(has, name) != getattr(cfg, name)]:
-        raise ValueError(f"the adapter {cfg.init_from} is of another size: give {' '.join(mismatches)}")
-    return adapter
+    connector = load_connector(cfg.init_from)
+    config = connector.config
+    keys = {"width": "width", "layers": "layers", "heads": "heads"}
+    keys |= {"length": "max_prompt_length"} if config.free else {}
+    if mismatches := [
+        f"{key}={getattr(config, name)}" for name, key in keys.items() if getattr(config, name) != getattr(cfg, key)
+    ]:
+        raise ValueError(f"the connector {cfg.init_from} is of another size: give {' '.join(mismatches)}")
+    return connector
 
 
 def build(cfg: ConnectorRunConfig) -> TrainSpec:
-    if not cfg.lmm or not cfg.generator:
-        raise ValueError("name both models: lmm=, one that reads, and generator=, a diffusers pipeline")
-    if not 0 <= cfg.pictures <= 1:
-        raise ValueError(f"pictures is a share from 0 to 1, not {cfg.pictures}")
-    engine = unigen.load(device="cpu", lmm=cfg.lmm, generator=cfg.generator)  # the trainer takes them to its device
+    if not cfg.lmm or not cfg.image_model:
+        raise ValueError("name both models: lmm=, one that reads, and image_model=, a diffusers pipeline")
+    if not 0 <= cfg.image_share <= 1:
+        raise ValueError(f"image_share is from 0 to 1, not {cfg.image_share}")
+    engine = unigen.load(device="cpu", lmm=cfg.lmm, generator=cfg.image_model)  # the trainer takes them to its device
     pipe, lmm = require_pipeline(engine.painter), engine.lmm
     torch.manual_seed(cfg.seed)
-    adapter = new_or_loaded_connector(cfg, lmm, pipe)
-    ConnectedDiffusersEngine(pipe, lmm, adapter)  # does it fit?
+    connector = new_or_loaded_connector(cfg, lmm, pipe)
+    ConnectedDiffusersEngine(pipe, lmm, connector)  # does it fit?
 
     def sample(model: Connector, step: int, folder: Path) -> None:
-        """Held-out captions: above by the pipeline's own text encoder, below by the adapter."""
+        """Held-out captions: above by the pipeline's own text encoder, below by the connector."""
         words = [CaptionDataset(cfg.seed + 1, 0.0)[i][1] for i in range(4)]
         engines = DiffusersEngine(pipe), ConnectedDiffusersEngine(pipe, lmm, model)
         images = [painter.generate(target, steps=20, seed=0) for painter in engines for target in words]
         image_grid(images, 0, len(words)).save(folder / f"{step:06d}.png")
 
     return TrainSpec(
-        model=adapter,
-        dataset=CaptionDataset(cfg.seed, cfg.pictures),
+        model=connector,
+        dataset=CaptionDataset(cfg.seed, cfg.image_share),
         collate=list,
         objective=ConnectorObjective(lmm, pipe),
         write_samples=sample,
