@@ -1,18 +1,19 @@
 """A small network that joins a model that reads to a diffusers pipeline by hidden states; both are frozen.
 
-    COMMAND   unigen train recipes/connector.py lmm=Qwen/Qwen3-VL-2B-Instruct
-                  image_model=stable-diffusion-v1-5/stable-diffusion-v1-5 run_dir=runs/connector
-              unigen generate "two apples" --lmm Qwen/Qwen3-VL-2B-Instruct
-                  --model stable-diffusion-v1-5/stable-diffusion-v1-5 --adapter runs/connector/model
-    HARDWARE  one GPU that holds the language model and the whole pipeline, which draws the samples
-    EXPECTED  the losses fall towards 0, where the pipeline draws what it would by its own text encoder
-    MEASURED  on small models with random weights only (tests/test_connector.py), nothing larger has been trained
+    unigen train recipes/connector.py lmm=Qwen/Qwen3-VL-2B-Instruct
+        image_model=stable-diffusion-v1-5/stable-diffusion-v1-5 run_dir=runs/connector
+    unigen generate "two apples" --lmm Qwen/Qwen3-VL-2B-Instruct
+        --model stable-diffusion-v1-5/stable-diffusion-v1-5 --adapter runs/connector/model
+
+It needs one GPU that holds the language model and the whole pipeline, which draws the samples. The losses fall towards
+0, where the pipeline draws what it would by its own text encoder. Only small models with random weights have been
+trained (tests/test_connector.py).
 
 The loss is GILL's (Koh et al. 2023, arXiv 2305.17216): what the connector makes of a caption of the rendered world, as
 the language model reads it, is to be what the pipeline's own text encoder makes of the caption. Each loss is a relative
-squared error, sum (y - y*)^2 / sum y*^2, so that encoders of any scale learn alike. No picture is drawn and no
-gradient goes through either model, so it is cheap. With `image_share` above 0 a share of the captions is read as the
-pictures that they describe.
+squared error, sum (y - y*)^2 / sum y*^2, so that encoders of any scale learn alike. No image is drawn and no gradient
+goes through either model, so it is cheap. With `image_share` above 0 a share of the captions is read as the images that
+they describe.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
 """Networks of a flow at equal FLOPs, and what tells them the words: the architecture table of diffusion decoders.
 
-    COMMAND   unigen train recipes/tiny_vq.py kind=kl run_dir=runs/kl                                (latents, once)
-              python recipes/flow_networks.py [--json FILE] [--out FOLDER] [key=value ...]
-    HARDWARE  2 CPU cores
-    TIME      80 minutes on one of them beside other work, all that is trained included
+    unigen train recipes/tiny_vq.py tokenizer_kind=kl run_dir=runs/kl                                (latents, once)
+    python recipes/flow_networks.py [--json FILE] [--out FOLDER] [key=value ...]              (80 minutes on one core)
 
 A U-Net, three DiT that take the condition by adaLN-Zero, by cross-attention or in context, and MM-DiT
 (`unigen/nn/denoisers.py`), each of the width at which one evaluation costs `gflops`, on the last states of a frozen

@@ -1,13 +1,10 @@
 """The scene detector that reads generated pictures back (`unigen/evaluation/detector.py`), trained on rendered scenes
 only.
 
-    COMMAND   unigen train recipes/scene_detector.py run_dir=runs/detector seed=1 time_limit=1200
-              python recipes/scene_detector.py runs/detector/model unigen/assets/scene-detector
-    HARDWARE  one thread of a 2-core CPU
-    TIME      20 minutes at 130 pictures/s (the shipped weights shared their thread with another training: 68 minutes)
-    EXPECTED  unigen eval scenes --oracle: 1.000 overall, strict 0.995; objects found in 0.5% of noise pictures and
-              11.3% of even blends (156k pictures seen)
+    unigen train recipes/scene_detector.py run_dir=runs/detector seed=1 time_limit=1200
+    python recipes/scene_detector.py runs/detector/model unigen/assets/scene-detector
 
+20 minutes on one thread of a CPU; docs/training.md has figures.
 The second command calibrates the thresholds on rendered scenes, never on a model's pictures. The image tokenizer's
 feature loss (recipes/tiny_vq.py) uses a network of this recipe too, but one of another seed, which is not shipped and
 scores nothing: a tokenizer that has learnt to please a network must not be judged by it.

@@ -1,62 +1,17 @@
 """unigen-tiny: one small model that draws, describes, answers, edits and tells stories of the rendered world.
 
-    COMMAND   unigen train recipes/tiny_vq.py run_dir=runs/vq
-              unigen train recipes/tiny.py image_tokenizer=runs/vq/model run_dir=runs/tiny
-    HARDWARE  2 CPU cores
-    TIME      75 minutes
-    MEASURED  an earlier mixture, time_limit=4700 (3,358 steps of 5,120 positions): unigen eval scenes 0.442, captions
-              0.163, questions 0.632; from there init_from=unigen-tiny time_limit=7380 seed=1 on a busy machine (3,515
-              steps): 0.640, 0.630, 0.829; from there time_limit=8300 seed=2 compile=true optim.lr=1.4e-3 text_weight=3
-              (5,242 steps, not all of them so): 0.720, 0.757, 0.924; from there 55 minutes more and rounds of
-              comparisons, averaged: 0.876, 0.787 (0.850 as the best of 8), 0.936; four hours of new ways
-              beside it (stages in the model card): 0.851, 0.787 as the best of 8, 0.923; five hours more on one
-              core: 0.839, 0.810 as the best of 8, 0.935; two and a half more
-              and two rounds of comparisons: 0.845, 0.837 as the best of 16, 0.936; one round more and half an hour
-              of the mixture, at guidance 3: 0.860, 0.857 as the best of 16, 0.942
+    unigen train recipes/tiny_vq.py run_dir=runs/vq
+    unigen train recipes/tiny.py image_tokenizer=runs/vq/model run_dir=runs/tiny
 
 An 8M Llama with random weights reads and writes text and the codes of the image tokenizer (Liquid's layout), on a
-mixture of chats that are rendered while it trains and never repeat. In a tenth of them the text is dropped, for
-guidance. Training goes on from a model by `init_from=FOLDER`, which brings its tokenizers along, and beside the mixture
-from comparisons of its own answers:
+mixture of chats that are rendered while it trains and never repeat; 75 minutes on 2 CPU cores. In a tenth of them the
+text is dropped, for guidance.
 
-              python data_tools/judge_answers.py pictures runs/tiny/model runs/judged.jsonl
-                  --detector runs/judge/calibrated
-              unigen train recipes/tiny.py init_from=runs/tiny/model preferences.answers=runs/judged.jsonl
-                  preferences.weight=10 preferences.nll_weight=3 text_weight=10 batch_size=4 steps=130 time_limit=none
-                  optim.lr=1e-4 optim.warmup_steps=10 run_dir=runs/preferred
-
-New ways of writing are learnt beside next-token, which stays as it was by `retain`, from true pictures and from
-right ones of the model's own; the mean with the model that it began from gives back a part of what is lost yet:
-
-              unigen train recipes/tiny_vq.py init_from=unigen/assets/unigen-tiny/image_tokenizer
-                  model.quantizer=multiscale model.code_dim=16 model.scales=1,2,4,6,8 model.coarse=0.5
-                  loss.feature=0.5 feature_network=runs/judge/calibrated optim.lr=1e-3 time_limit=3300
-                  run_dir=runs/scales
-              unigen train recipes/tiny_vq.py tokenizer_kind=kl kl.channels=48,96 loss.feature=0.5
-              feature_network=runs/judge/calibrated
-                  optim.lr=1.5e-3 time_limit=780 run_dir=runs/kl
-              unigen train recipes/tiny.py init_from=runs/tiny/model lwf_teacher=runs/tiny/model
-                  scale_tokenizer=runs/scales/model kl_tokenizer=runs/kl/model flow.layers=5 flow.head_dim=32
-                  generators.next-token=0.28 generators.masked=0.25 generators.next-scale=0.25 generators.flow=0.22
-                  mixture.draw=1.5 self_distill_files=runs/judged.jsonl optim.lr=1.4e-3 time_limit=5400
-                  run_dir=runs/four
-              python scripts/average.py runs/mean runs/four/model runs/tiny/model --weights 0.8,0.2
-
-The flow's head then learns on alone, from many more pictures in an hour than beside the others:
-
-              unigen train recipes/tiny.py init_from=runs/mean freeze_backbone=true generators.flow=1
-              generators.next-token=0.01
-                  self_distill_files=runs/judged.jsonl mixture.draw=8 mixture.describe=0 mixture.ask=0 mixture.chat=0
-                  mixture.judge=0 batch_size=1 ema_decay=0.998 optim.lr=2e-3 time_limit=2040 run_dir=runs/flow
-
-Last of all the decoder of next-scale's tokenizer learns from what the model draws (half an hour: 0.681 to 0.802 of all
-pictures of `unigen eval scenes --generator next-scale`):
-
-              python data_tools/generate_codes.py runs/mean runs/drawn.npz --minutes 20
-              unigen train recipes/tiny_vq.py init_from=runs/mean/next-scale/tokenizer freeze_codes=true
-                  generated_codes=runs/drawn.npz model.quantizer=multiscale model.code_dim=16 model.scales=1,2,4,6,8
-                  model.coarse=0.5 loss.feature=1 feature_network=runs/judge/calibrated time_limit=1920
-                  run_dir=runs/sharp
+Training goes on from a model by `init_from=FOLDER`, which brings its tokenizers along. Beside the mixture stand
+comparisons of the model's own answers (`preferences.answers`), more generators (`generators.NAME=SHARE`), whose heads
+may learn beside a frozen backbone (`freeze_backbone`), the predictions of an earlier model as targets (`lwf_teacher`),
+and images that a model drew and a judge found right (`self_distill_files`). docs/training.md has the commands of each
+stage and what they scored.
 """
 
 from __future__ import annotations

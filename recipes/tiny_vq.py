@@ -1,25 +1,21 @@
-"""The image tokenizer of unigen-tiny: 64x64 pictures of the rendered world <-> 8x8 codes of 1,024.
+"""The image tokenizer of unigen-tiny: 64x64 images of the rendered world <-> 8x8 codes of 1,024.
 
-    COMMAND   unigen train recipes/tiny_vq.py run_dir=runs/vq                 (needs the font fonts-noto-color-emoji)
-              python recipes/tiny_vq.py --evaluate runs/vq/model [--image-source digits] [--count 1000] [--json FILE]
-              python recipes/tiny_vq.py --ablate 2000 [--json FILE] [key=value ...]
-    HARDWARE  2 CPU cores, AVX-512 bf16: 250 pictures a second when the machine is quiet
-    TIME      25 minutes
-    EXPECTED  PSNR inside object masks at least 20 dB, at least 60% of the codebook in use, on pictures never trained on
-    MEASURED  37 minutes on a busy machine, 231k pictures, loss.feature=0.5 from step 2147 and 1.0 from step 4212:
-              19.65 dB inside masks, 25.19 dB overall, 100% of the codebook in use, perplexity 744 (1,000 held-out);
-              then the decoder alone for 8 minutes (freeze_codes=true loss.l2=4 loss.feature=0.5 optim.lr=5e-4):
-              20.03 dB inside masks, 25.27 dB overall
+    unigen train recipes/tiny_vq.py run_dir=runs/vq                            (needs the font fonts-noto-color-emoji)
+    python recipes/tiny_vq.py --evaluate runs/vq/model [--image-source digits] [--count 1000] [--json FILE]
+    python recipes/tiny_vq.py --ablate 2000 [--json FILE] [key=value ...]
 
-It knows where pictures come from and which losses are on; the losses are unigen/training/vq_objective.py, the network
-unigen/tokenizers/vq.py. Options: `loss.gan=0.5`, `loss.feature=1 feature_network=FOLDER` (a scene detector, but not the
-one that evaluates: a judge that one trains against is no judge), `loss.lpips=1 lpips_weights=FILE`,
-`model.quantizer=fsq`, `model.image_size=96`. `model.quantizer=multiscale model.code_dim=16` trains the tokenizer of
-next-scale prediction, which may begin with encoder and decoder of a vq one (`init_from=FOLDER`); `model.coarse=0.5` has
-its first scales say more, which a model that draws needs; and --evaluate adds its health by scale;
-`tokenizer_kind=kl` trains that of the flow. `init_from=FOLDER freeze_codes=true` betters the decoder alone: models
-trained on the codes stay valid. With `generated_codes=FILE` (data_tools/generate_codes.py) it learns to make pictures
-of codes as a model draws them. `image_source=digits` is for recipes/digits.py.
+25 minutes on 2 CPU cores. It says where images come from and which losses are on; the losses are
+unigen/training/vq_objective.py, the network is unigen/tokenizers/vq.py. docs/training.md has figures.
+
+- `loss.gan=0.5`, `loss.lpips=1 lpips_weights=FILE`, `loss.feature=1 feature_network=FOLDER`: more losses. The last is a
+  scene detector, but not the one that evaluates: a judge that one trains against is no judge.
+- `model.quantizer=fsq`, `model.image_size=96`: another network. `model.quantizer=multiscale model.code_dim=16` is the
+  tokenizer of next-scale prediction, which may begin with encoder and decoder of a vq one (`init_from=FOLDER`). With
+  `model.coarse=0.5` its first scales say more, which a model that draws needs. --evaluate adds its health by scale.
+- `tokenizer_kind=kl`: continuous latents, for flow.
+- `init_from=FOLDER freeze_codes=true`: the decoder alone; models trained on the codes stay valid. With
+  `generated_codes=FILE` (data_tools/generate_codes.py) it learns to decode codes as a model draws them.
+- `image_source=digits`: for recipes/digits.py.
 """
 
 from __future__ import annotations

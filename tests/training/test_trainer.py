@@ -379,7 +379,7 @@ def slow():
     print("slow", flush=True)
     time.sleep(100)
 
-t.weights_after(Path({folder!r}), "batch_size=4", "num_workers=1", objective=t.Denoise(2, slow))
+t.weights_after(Path({folder!r}), "batch_size=4", "num_workers=1", objective=t.DenoisingObjective(2, slow))
 """
 
 
