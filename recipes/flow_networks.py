@@ -56,7 +56,7 @@ from unigen.utils.argparser import OneLineParser
 from unigen.utils.disk import check_input
 from unigen.utils.precision import has_fast_bfloat16
 
-INPUTS = {"kl_tokenizer": "unigen train recipes/tiny_vq.py kind=kl run_dir=runs/kl"}
+INPUTS = {"kl_tokenizer": "unigen train recipes/tiny_vq.py tokenizer_kind=kl run_dir=runs/kl"}
 """Folders that fields name, and the commands that make them."""
 
 SEQ_LEN = 64  # positions of a document: a prompt up to the begin token

@@ -61,7 +61,7 @@ def test_help_and_errors_list_the_recipes(capsys: pytest.CaptureFixture[str]) ->
     shown = capsys.readouterr().out
     assert "tiny_vq" in shown and "scene_detector" in shown
     assert main(["train", "tinny"]) == 2
-    assert "did you mean 'tiny'? (shipped recipes: adapter, " in capsys.readouterr().err
+    assert "did you mean 'tiny'? (shipped recipes: connector, " in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -91,7 +91,7 @@ def test_the_table(
 ) -> None:
     """Every row is trained, scored and written; the sampler works on whatever tells the words."""
     given = [f"model={tiny_folder}", f"kl_tokenizer={tiny_folder / 'flow' / 'tokenizer'}", "gflops=0.001", "layers=1"]
-    given += ["steps=1", "batch_size=2", "num_workers=0", "prompts=1", "examples=3"]
+    given += ["steps=1", "batch_size=2", "num_workers=0", "prompts_per_tag=1", "num_examples=3"]
     given += ["encoder_steps=2", f"encoder={tmp_path / 'encoder'}"]
     command = ["flow_networks.py", "--json", str(tmp_path / "table.json"), "--out", str(tmp_path / "sheets"), *given]
     monkeypatch.setattr(sys, "argv", command)

@@ -51,7 +51,7 @@ def main(args: list[str]) -> int:
     ids = torch.randint(lm.config.vocab_size, (options.rows, options.length), device=device)
     optim = OptimConfig(lr=1e-6)
     optimizer = MuonAdamW(lm, optim)
-    muon = next(part for part in optimizer.parts if isinstance(part, Muon))
+    muon = next(part for part in optimizer.optimizers if isinstance(part, Muon))
     adamw_optimizer = adamw(lm, optim)
 
     def passes(half: bool) -> None:

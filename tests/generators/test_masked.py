@@ -116,7 +116,7 @@ def test_inpainting_keeps_what_is_not_marked(engine: Engine, monkeypatch: pytest
     with pytest.raises(ValueError, match="next-token cannot keep"):
         engine.inpaint(image, "a dog", mask, generator="next-token")
     generators = engine.model.generators
-    for names, said in (({"next-token"}, "train it with writers.masked=1"), ({"next-token", "random-order"}, None)):
+    for names, said in (({"next-token"}, "train it with generators.masked=1"), ({"next-token", "random-order"}, None)):
         some = GeneratorDict({name: generators[name] for name in generators if name in names | {"text"}})
         monkeypatch.setattr(engine.model, "generators", some)
         if said:

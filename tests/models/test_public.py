@@ -374,7 +374,7 @@ def test_the_loss_is_of_what_is_drawn(case: Any, public: Path) -> None:
                 m.logits(m.causal_hidden_states(batch)[rows, at - 1], first, first + len(logits_TV[0]))
                 for m in (model, before)
             )
-            found = MultiGeneratorLoss({"next-token": generator}, before=before)(model, batch, torch.Generator())
+            found = MultiGeneratorLoss({"next-token": generator}, teacher=before)(model, batch, torch.Generator())
         gaps_T = (q.softmax(-1) * (q.log_softmax(-1) - p.log_softmax(-1))).sum(-1)
         torch.testing.assert_close(found["next-token"][0], gaps_T.sum(), rtol=1e-4, atol=1e-4)
         assert float(gaps_T.sum()) > 0.01

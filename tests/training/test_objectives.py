@@ -30,7 +30,7 @@ def batch_of(model: Any) -> Batch:
 
 
 def losses(model: Any, before: Any = None) -> dict[str, torch.Tensor]:
-    found = MultiGeneratorLoss(model.generators, before=before)(
+    found = MultiGeneratorLoss(model.generators, teacher=before)(
         model, batch_of(model), torch.Generator().manual_seed(0)
     )
     return {name: total for name, (total, _) in found.items() if not name.startswith("metric")}

@@ -142,7 +142,7 @@ def test_an_end_of_the_first_process_is_told_by_the_others(tmp_path: Path) -> No
 
 def test_a_process_that_closes_its_loader_late_ends_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other one is gone by then."""
-    monkeypatch.setattr(peers, "watch_pids", functools.partial(peers.watch_pids, every=0.05, grace=0.1))
+    monkeypatch.setattr(peers, "watch_pids", functools.partial(peers.watch_pids, interval=0.05, grace=0.1))
     real = BatchIterator.close
 
     def close(batches: BatchIterator) -> None:

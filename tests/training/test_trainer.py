@@ -357,14 +357,14 @@ def test_the_end_of_another_process_is_noticed() -> None:
     child = os.fork()
     if child == 0:
         time.sleep(600)
-    with watch_pids([child], gone.put, every=0.05, grace=0.1):
+    with watch_pids([child], gone.put, interval=0.05, grace=0.1):
         time.sleep(0.5)
         assert is_alive(child) and gone.empty()
         os.kill(child, signal.SIGKILL)
         assert gone.get(timeout=60) == child
     os.waitpid(child, 0)
     assert not is_alive(child)
-    with watch_pids([child], gone.put, every=0.05, grace=60):
+    with watch_pids([child], gone.put, interval=0.05, grace=60):
         time.sleep(0.5)
     assert gone.empty(), "where the run ends meanwhile, all is well"
 

@@ -26,7 +26,7 @@ def build_generator(name: str, context: BuildContext) -> Generator:
     generator_class = generators.find_generator(name)
     kind = generator_class.own
     if kind is not None and context.tokenizer is None:
-        option = "kind=kl" if kind == "kl" else f"model.quantizer={kind}"
+        option = "tokenizer_kind=kl" if kind == "kl" else f"model.quantizer={kind}"
         raise ValueError(
             f"{name} needs an image tokenizer of its own: unigen train recipes/tiny_vq.py {option} makes one"
         )

@@ -58,7 +58,7 @@ class LatentFlowHead(GeneratorHead):
 
     def __init__(self, tokenizer: Any) -> None:
         if not hasattr(tokenizer, "latent_channels"):
-            raise ValueError(f"{self.name} needs a tokenizer of continuous latents (kind=kl)")
+            raise ValueError(f"{self.name} needs a tokenizer of continuous latents (tokenizer_kind=kl)")
         super().__init__(tokenizer)
 
     def add_noise(self, batch: Batch, device: torch.device, rng: torch.Generator, copies: int = 1) -> PathSample:

@@ -18,11 +18,20 @@ _held_locks: set[int] = set()
 
 
 def lock(path: str | Path) -> int | None:
-    """Take the lock of a file or folder that exists, without waiting. It ends with this process, however that ends;
-    processes that are forked do not have it.
+    """Take the lock of a file or folder, without waiting.
 
-    Returns: what `unlock` takes; None where the file system has no locks. Raises BlockingIOError where another process
-    has it, and OSError where there is no such file."""
+    It ends with this process, however that ends; processes that are forked do not have it.
+
+    Args:
+        path: must exist.
+
+    Returns:
+        What `unlock` takes; None where the file system has no locks.
+
+    Raises:
+        BlockingIOError: another process has it.
+        OSError: there is no such file.
+    """
     import fcntl
 
     handle = os.open(path, os.O_RDONLY)
@@ -38,7 +47,7 @@ def lock(path: str | Path) -> int | None:
 
 
 def unlock(handle: int | None) -> None:
-    """Give a lock of `lock` back; None is none."""
+    """Give a lock back; None is no lock."""
     if handle is not None:
         _held_locks.discard(handle)
         os.close(handle)
@@ -84,11 +93,20 @@ def _scratch_name(folder: Path) -> str:
 
 @contextmanager
 def replacing_folder(folder: str | Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `folder` when the block ends well; else nothing is changed. Where
-    `folder` is a symbolic link, what it names is replaced and the link stays.
+    """A temporary folder that takes the place of `folder` when the block ends well; else nothing is changed.
 
     A process that is killed leaves a whole `folder`, the old or the new one, and beside it a scratch folder that the
-    next call removes. Raises ValueError where the folder cannot be written."""
+    next call removes.
+
+    Args:
+        folder: need not exist. Where it is a symbolic link, what it names is replaced and the link stays.
+
+    Yields:
+        The temporary folder, beside `folder`.
+
+    Raises:
+        ValueError: the folder cannot be written; in one line.
+    """
     folder = Path(os.path.realpath(folder))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -112,8 +130,8 @@ def replacing_folder(folder: str | Path) -> Iterator[Path]:
         unlock(handle)
 
 
-def _swap_paths(one: Path, other: Path) -> bool:
+def _swap_paths(first: Path, second: Path) -> bool:
     """Let two paths swap what they name, in one step. False where the system cannot; Linux can."""
     swap = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return swap is not None and swap(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+    at_fdcwd, rename_exchange = -100, 2
+    return swap is not None and swap(at_fdcwd, os.fsencode(first), at_fdcwd, os.fsencode(second), rename_exchange) == 0

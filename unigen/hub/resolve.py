@@ -14,21 +14,28 @@ from typing import Any
 from unigen.utils.text import did_you_mean, first_line
 
 ASSETS = Path(__file__).parents[1] / "assets"
+"""The models that come with the package, a folder each."""
 MANIFEST = "unigen.json"
+"""The file by which a folder is a model of ours."""
 CONFIG = "config.json"
+"""Settings of a model or of a part of it."""
 HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 HUB_URL = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)")
 MAX_NAME_LENGTH = 1000
 METADATA_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", "*.yaml")
+"""Small files, which say what a model is."""
 DUPLICATE_WEIGHT_PATTERNS = tuple(
     f"*{name}*" for name in (".fp16", ".bf16", ".fp32", ".non_ema", ".int8", "flax", "openvino", "onnx")
 )
 """The same weights of a pipeline's part once more, whole or in shards."""
 WEIGHT_VARIANTS = ("fp16", "bf16")
-"""Of weights of pipelines, which are read where there are no others."""
+"""Variants of a pipeline's weights, which are read where there are no others."""
 SAFETENSORS_PATTERNS = ("*.safetensors",)
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin")
-"""A model's weights, the first that is there; `.index.json` after the name lists the shards."""
+"""Names of a model's weights, of which the first that is there is read; `.index.json` after the name lists shards."""
+
+FolderCheck = Callable[[Path], None]
+"""Raises ValueError for a folder, of which only the small files are there, whose model cannot be loaded."""
 
 
 def shipped_models() -> list[str]:
@@ -36,20 +43,27 @@ def shipped_models() -> list[str]:
     return sorted(p.parent.name for p in ASSETS.glob(f"*/{MANIFEST}"))
 
 
-FolderCheck = Callable[[Path], None]
-"""Raises ValueError for a folder, of which only the small files are there, whose model is not to be had."""
-
-
 def resolve(
     name: str | Path,
-    holdings: Mapping[str, Mapping[str, Sequence[str]]] | None = None,
-    judge: FolderCheck | None = None,
-    loose: Sequence[str] = (),
+    multi_model_repos: Mapping[str, Mapping[str, Sequence[str]]] | None = None,
+    check: FolderCheck | None = None,
+    weight_patterns: Sequence[str] = (),
 ) -> tuple[Path, str | None]:
-    """The folder of a model, and which of several it is: by the name of a shipped one, by its path, or by
-    `owner/name[@revision]` on the Hugging Face hub, from whose cache it is taken where it is there. After a colon may
-    follow the name of one of several models that are there. holdings: the files of each, by repository, for those of
-    the hub that hold several. judge, loose: see `fetch_snapshot`. Raises ValueError naming what there is."""
+    """Find the folder of a model.
+
+    Args:
+        name: a shipped model, a path, or `owner/name[@revision]` on the Hugging Face hub, which is taken from its cache
+            where it is there. After a colon may follow the name of one of several models that are there.
+        multi_model_repos: for repositories of the hub that hold several models, the files of each by its name.
+        check: as in `fetch_snapshot`.
+        weight_patterns: as in `fetch_snapshot`.
+
+    Returns:
+        The folder, and the name after the colon, None where there is none.
+
+    Raises:
+        ValueError: there is no such model; in one line that names what there is.
+    """
     name_part, _, variant = str(name).partition(":")
     if len(str(name)) > MAX_NAME_LENGTH:
         raise ValueError(f"a model's name of {len(str(name))} letters is too long")
@@ -66,11 +80,11 @@ def resolve(
     if name_part.startswith(("./", "../", "/", "~")) or (named is None and "/" in name_part):
         raise ValueError(f"no folder {name_part} is here, so there is no model in it: check the path")
     if named:
-        variants = (holdings or {}).get(named["repo"])
+        variants = (multi_model_repos or {}).get(named["repo"])
         if variants is None and variant:
             raise ValueError(f"{name_part} holds one model: leave out {variant!r}")
         if variants is None:
-            return fetch_snapshot(named["repo"], named["revision"], judge, loose), None
+            return fetch_snapshot(named["repo"], named["revision"], check, weight_patterns), None
         if variant not in variants:
             raise ValueError(
                 f"{name_part} holds several models: name one, as in {name_part}:{next(iter(variants))} "
@@ -86,16 +100,27 @@ def resolve(
 
 
 def fetch_snapshot(
-    repo: str, revision: str | None = None, judge: FolderCheck | None = None, loose: Sequence[str] = ()
+    repo: str, revision: str | None = None, check: FolderCheck | None = None, weight_patterns: Sequence[str] = ()
 ) -> Path:
-    """The folder of a repository of the hub with each weight once: safetensors where it has them, else pickles. judge:
-    asked when the small files are there, before weights are fetched. loose: files by which a model is known that has no
-    settings beside it."""
+    """Fetch a repository of the hub with each weight once: safetensors where it has them, else pickles.
+
+    Args:
+        repo: `owner/name`.
+        revision: branch, tag or commit; None: the default branch.
+        check: called when the small files are there, before weights are fetched.
+        weight_patterns: files by which a model is known that has no settings beside it.
+
+    Returns:
+        The folder in the hub's cache.
+
+    Raises:
+        ValueError: it cannot be fetched, or `check` says that it cannot be loaded; in one line.
+    """
     folder = _from_hub(repo, revision, METADATA_PATTERNS)
-    if loose and not any((folder / name).is_file() for name in (CONFIG, MANIFEST, "model_index.json")):
-        folder = _from_hub(repo, revision, (*METADATA_PATTERNS, *loose))
-    if judge is not None:
-        judge(folder)
+    if weight_patterns and not any((folder / name).is_file() for name in (CONFIG, MANIFEST, "model_index.json")):
+        folder = _from_hub(repo, revision, (*METADATA_PATTERNS, *weight_patterns))
+    if check is not None:
+        check(folder)
     if (folder / "model_index.json").is_file():  # a pipeline: its parts' folders, and not what stands beside them
         folder = _from_hub(
             repo,
@@ -127,8 +152,14 @@ def fetch_snapshot(
 
 
 def weights_variant(folder: Path) -> str | None:
-    """Which of the weights of a pipeline's parts are read where a part has no others than those of a variant: "fp16" or
-    "bf16"; None where all have plain ones."""
+    """Which variant of the weights is read where a part of a pipeline has no others.
+
+    Args:
+        folder: of a pipeline.
+
+    Returns:
+        "fp16" or "bf16"; None where all parts have plain weights.
+    """
     for name in WEIGHT_VARIANTS:
         for config in folder.glob(f"*/{CONFIG}"):
             files = [path.name for path in config.parent.glob("*.safetensors")]
@@ -138,12 +169,22 @@ def weights_variant(folder: Path) -> str | None:
 
 
 def is_default_weights(file: str) -> bool:
-    """Is it a file of weights, and of no variant?"""
+    """Whether a file holds weights that are no variant, by its name."""
     return file.endswith(".safetensors") and not any(fnmatch(file, pattern) for pattern in DUPLICATE_WEIGHT_PATTERNS)
 
 
 def shard_files(index: Path) -> list[str]:
-    """The files that an index of weights names. Raises ValueError for what is no such index."""
+    """Files of sharded weights.
+
+    Args:
+        index: the JSON file that lists them.
+
+    Returns:
+        Names relative to its folder, sorted.
+
+    Raises:
+        ValueError: it is no such index, or names a file outside its folder.
+    """
     try:
         files = sorted(set(read_json(index)["weight_map"].values()))
     except (KeyError, AttributeError, TypeError) as error:
@@ -154,37 +195,64 @@ def shard_files(index: Path) -> list[str]:
 
 
 def fetch_metadata(repo: str) -> Path:
-    """The folder of a repository of the hub, without its weights."""
+    """Fetch a repository of the hub without its weights, and return its folder. Raises ValueError as
+    `fetch_snapshot`."""
     return _from_hub(repo, None, METADATA_PATTERNS)
 
 
 def fetch_file(repo: str, file: str) -> Path:
-    """One file of a repository of the hub, with the settings that stand beside it."""
+    """Fetch one file of a repository of the hub, with the settings that stand beside it (.yaml).
+
+    Args:
+        repo: `owner/name`.
+        file: its path in the repository.
+
+    Returns:
+        Where it is.
+
+    Raises:
+        ValueError: it is not there, or cannot be fetched; in one line.
+    """
     path = _from_hub(repo, None, [file, str(Path(file).with_suffix(".yaml"))]) / file
     if not path.is_file():
         raise ValueError(f"{repo} on the Hugging Face hub has no {file}")
     return path
 
 
-def find_component(folder: Path, name: str, what: str, fetch: Callable[[], Path]) -> Path:
-    """What a model's repository does not bring along: the file or folder (name/) of this name in the model's folder,
-    else what is fetched. what: it is, as people read it. Raises ValueError in one line where there is neither."""
+def find_component(folder: Path, name: str, description: str, fetch: Callable[[], Path]) -> Path:
+    """Find a part that a model's repository may not bring along.
+
+    Args:
+        folder: of the model.
+        name: of the file, or of the folder with a slash at the end.
+        description: what it is, in words.
+        fetch: gets it from elsewhere where the folder has none.
+
+    Returns:
+        The file or folder.
+
+    Raises:
+        ValueError: there is neither; in one line.
+    """
     here = sorted(folder.rglob(name.rstrip("/")))
     try:
         return here[0] if here else fetch()
     except ValueError as error:
-        raise ValueError(f"{folder} has no {name} ({what}), and {error}") from error
+        raise ValueError(f"{folder} has no {name} ({description}), and {error}") from error
 
 
-def _from_hub(repo: str, revision: str | None, patterns: Sequence[str], left: Sequence[str] = ()) -> Path:
+def _from_hub(repo: str, revision: str | None, patterns: Sequence[str], ignore_patterns: Sequence[str] = ()) -> Path:
     """The cached folder with the files of these patterns. ValueError in one line for what the hub answers."""
     from huggingface_hub import errors, snapshot_download
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
     name = repo if revision is None else f"{repo}@{revision}"
     try:
-        found = snapshot_download(repo, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(left))
-        return Path(found)
+        return Path(
+            snapshot_download(
+                repo, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(ignore_patterns)
+            )
+        )
     except errors.GatedRepoError as error:
         raise ValueError(f"{name} is gated: accept its licence on huggingface.co, then run `hf auth login`") from error
     except errors.RevisionNotFoundError as error:
@@ -204,8 +272,14 @@ def _from_hub(repo: str, revision: str | None, patterns: Sequence[str], left: Se
 
 @contextmanager
 def wrap_load_errors(folder: Path) -> Iterator[None]:
-    """Inside, what files with the wrong things in them make libraries raise, each its own way, is a ValueError in one
-    line that names the folder."""
+    """Inside, the errors that libraries raise for damaged files become a ValueError in one line that names the folder.
+
+    Args:
+        folder: of the model that is loaded.
+
+    Raises:
+        ValueError: in the place of a KeyError, RuntimeError and the like.
+    """
     from huggingface_hub.errors import StrictDataclassError
 
     kinds = (KeyError, IndexError, TypeError, AttributeError, ArithmeticError, OSError, RuntimeError)
@@ -217,7 +291,7 @@ def wrap_load_errors(folder: Path) -> Iterator[None]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a model folder. Raises ValueError in one line where it is missing or damaged."""
+    """Read a JSON object of a model folder. Raises ValueError in one line where it is missing, damaged or no object."""
     try:
         data = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
@@ -230,8 +304,18 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def image_processor_config(folder: Path) -> dict[str, Any]:
-    """How a public model's pictures are read: preprocessor_config.json, or what transformers 5 writes in its place, the
-    image processor's part of processor_config.json. Raises ValueError where both are missing."""
+    """How a public model's images are read: preprocessor_config.json, or what transformers 5 writes in its place, the
+    image processor's part of processor_config.json.
+
+    Args:
+        folder: of the model.
+
+    Returns:
+        The settings.
+
+    Raises:
+        ValueError: both are missing.
+    """
     path = folder / "processor_config.json"
     config = read_json(path).get("image_processor") if path.is_file() else None
     if isinstance(config, dict) and not (folder / "preprocessor_config.json").is_file():

@@ -22,8 +22,18 @@ from unigen.utils.text import first_line
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, or of a pickle of torch's. Raises ValueError in one line where it is missing,
-    cut off or damaged, or where the pickle holds more than tensors and plain values."""
+    """Read the tensors of a safetensors file, or of a pickle of torch's.
+
+    Args:
+        path: of the file; the suffix .safetensors tells which it is.
+
+    Returns:
+        Tensors on the CPU by name, without the prefixes of wrappers.
+
+    Raises:
+        ValueError: it is missing, cut off or damaged, or the pickle holds more than tensors and plain values; in one
+            line.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -34,7 +44,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 STATE_DICT_KEYS = ("state_dict", "model", "module", "trainer", "var_wo_ddp", "ema")
-"""What checkpoints hold their tensors under: torch's trainers, deepspeed, VAR's."""
+"""Keys under which checkpoints hold their tensors: torch's trainers, deepspeed, VAR's."""
 PICKLE_SAFE_TYPES: list[Callable[..., object] | tuple[Callable[..., object], str]] = [
     argparse.Namespace,
     np.dtype,
@@ -43,9 +53,9 @@ PICKLE_SAFE_TYPES: list[Callable[..., object] | tuple[Callable[..., object], str
     np.dtypes.Float32DType,
     np.dtypes.Int64DType,
 ]
-"""What trainers keep beside tensors, and what runs no code: their arguments, and numbers of numpy."""
+"""Types that trainers keep beside tensors and that run no code: their arguments, and numbers of numpy."""
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
-"""What parallel and compiled modules put before the names of their tensors."""
+"""Prefixes of tensors in parallel and compiled modules."""
 
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:
@@ -72,7 +82,16 @@ def strip_wrapper_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def select_checkpoint(folder: Path, pattern: str, name: str | None) -> Path:
-    """The file of this pattern, the one of this name where there are several."""
+    """The checkpoint of a folder that may hold several.
+
+    Args:
+        folder: where they are.
+        pattern: of the files.
+        name: the file's name without its suffix; None where there is one.
+
+    Raises:
+        ValueError: there are several, or none of this name.
+    """
     found = {path.stem: path for path in sorted(folder.glob(pattern))}
     if name is None and len(found) == 1:
         return next(iter(found.values()))
@@ -82,7 +101,8 @@ def select_checkpoint(folder: Path, pattern: str, name: str | None) -> Path:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a model folder: of model.safetensors or pytorch_model.bin, whole or in shards."""
+    """All tensors of a model folder, of model.safetensors or pytorch_model.bin, whole or in shards. Raises ValueError
+    where there are none."""
     for name in WEIGHT_FILES:
         index = folder / f"{name}.index.json"
         if index.is_file():
@@ -94,7 +114,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def needs_unwrapping(folder: Path) -> bool:
-    """Are the weights of a model folder in a pickle, which may hold more than tensors, or all under a prefix?"""
+    """Whether the weights of a model folder are in a pickle, which may hold more than tensors, or all under a
+    prefix."""
     from safetensors import safe_open
 
     path = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
@@ -107,10 +128,23 @@ def needs_unwrapping(folder: Path) -> bool:
     return any(names and all(name.startswith(prefix) for name in names) for prefix in WRAPPER_PREFIXES)
 
 
-def load_pretrained(kind: Any, folder: Path, dtype: torch.dtype | None, state: dict[str, Tensor] | None = None) -> Any:
-    """`kind.from_pretrained` of a folder (whole or sharded), strictly; dtype: None is as it is stored; state: the
-    tensors, where they are not as they stand there. Raises ValueError in one line where tensors are missing, left over
-    or of another shape, and where a file is damaged."""
+def load_pretrained(
+    model_class: Any, folder: Path, dtype: torch.dtype | None, state: dict[str, Tensor] | None = None
+) -> Any:
+    """`model_class.from_pretrained` of a folder (whole or sharded), strictly.
+
+    Args:
+        model_class: a class of transformers, or one of its auto classes.
+        folder: of the model.
+        dtype: of the weights; None: as they are stored.
+        state: the tensors, where they are not as they stand in the folder.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: tensors are missing, left over or of another shape, or a file is damaged; in one line.
+    """
     from safetensors import SafetensorError
     from transformers import AutoConfig
 
@@ -122,10 +156,11 @@ def load_pretrained(kind: Any, folder: Path, dtype: torch.dtype | None, state: d
         with silence_transformers():
             overrides: dict[str, Any] = {}
             if state is not None:
-                config = getattr(kind, "config_class", AutoConfig).from_pretrained(folder)
-                kind = kind if hasattr(kind, "config_class") else kind._model_mapping[type(config)]
+                config = getattr(model_class, "config_class", AutoConfig).from_pretrained(folder)
+                if not hasattr(model_class, "config_class"):
+                    model_class = model_class._model_mapping[type(config)]
                 overrides = {"state_dict": state, "config": config}
-            model, report = kind.from_pretrained(
+            model, report = model_class.from_pretrained(
                 None if overrides else folder,
                 dtype=dtype or "auto",
                 local_files_only=True,
@@ -162,7 +197,16 @@ def strict_from_pretrained() -> Iterator[None]:
 
 
 def with_architecture(lm: Any, architecture: str, **settings: Any) -> Any:
-    """The same language model, to be written: its config.json names another class, and says more."""
+    """The same language model, to be written with another class in its config.json.
+
+    Args:
+        lm: a model of transformers; it is not changed.
+        architecture: the class that config.json names.
+        **settings: what config.json says beside.
+
+    Returns:
+        A copy that shares the weights.
+    """
     other = copy.copy(lm)
     other.__class__ = type(architecture, (type(lm),), {})
     other.config = copy.deepcopy(lm.config)
@@ -172,7 +216,7 @@ def with_architecture(lm: Any, architecture: str, **settings: Any) -> Any:
 
 @contextmanager
 def silence_transformers() -> Iterator[None]:
-    """transformers without its bars and its table of what a checkpoint lacks: we say that ourselves, in one line."""
+    """Inside, transformers shows neither progress bars nor its table of missing tensors: errors here name them."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -198,21 +242,39 @@ def _raise_differences(source: str | Path, differences: Sequence[tuple[str, Sequ
 
 
 KeyRenames = Sequence[tuple[str, str]]
-"""What tensors are called in a public file, and here."""
+"""Pairs of a name in a public file and the name here."""
 
 
-def rename_key(name: str, prefixes: KeyRenames, inside: KeyRenames = (), back: bool = False) -> str:
-    """A tensor's name here, of its public one: the first prefix that fits is exchanged, and of `inside` each in turn;
-    with back=True the public one. A name that no prefix fits stays."""
-    pairs = [(b, a) if back else (a, b) for a, b in prefixes]
+def rename_key(name: str, prefixes: KeyRenames, substitutions: KeyRenames = (), inverse: bool = False) -> str:
+    """Translate a tensor's public name to the name here, or back.
+
+    Args:
+        name: of the tensor.
+        prefixes: the first one that fits is exchanged.
+        substitutions: parts of the name, each of which is exchanged in turn.
+        inverse: from the name here to the public one.
+
+    Returns:
+        The other name; a prefix that is not in the table stays.
+    """
+    pairs = [(b, a) if inverse else (a, b) for a, b in prefixes]
     old, new = next((pair for pair in pairs if name.startswith(pair[0])), ("", ""))
-    for public_part, own_part in reversed(inside) if back else inside:
-        name = name.replace(own_part, public_part) if back else name.replace(public_part, own_part)
+    for public_part, own_part in reversed(substitutions) if inverse else substitutions:
+        name = name.replace(own_part, public_part) if inverse else name.replace(public_part, own_part)
     return new + name[len(old) :]
 
 
 def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
-    """Load every tensor of `state` into `module`, none missing, none left. Raises ValueError listing the difference."""
+    """Load tensors into a module, none missing, none left over.
+
+    Args:
+        module: whose `state_dict` names them.
+        state: tensors by name.
+        source: where they come from, for the message.
+
+    Raises:
+        ValueError: they differ in names or shapes; in one line that lists the first differences.
+    """
     expected = module.state_dict()
     missing_keys = [k for k in expected if k not in state]
     unknown_keys = [k for k in state if k not in expected]
@@ -226,7 +288,13 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path)
 
 
 def write_tensors(path: Path, state: dict[str, Tensor], dtype: torch.dtype | None = None) -> None:
-    """Write tensors as safetensors, floats cast to `dtype` (None: kept)."""
+    """Write tensors as safetensors, readable for all.
+
+    Args:
+        path: of the file.
+        state: tensors by name, on any device.
+        dtype: to which floats are cast; None: as they are.
+    """
     from safetensors.torch import save_file
 
     tensors = {k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous() for k, v in state.items()}

@@ -34,7 +34,7 @@ def prepare_inpainting(
     codes."""
     capable_generators = [name for name in model.generators if "fixed" in model.generators.takes(name)]
     if not capable_generators:
-        raise ValueError("this model cannot keep a part of a picture: train it with writers.masked=1")
+        raise ValueError("this model cannot keep a part of a picture: train it with generators.masked=1")
     generator = generator or ("masked" if "masked" in capable_generators else capable_generators[0])
     if generator in model.generators and generator not in capable_generators:
         raise ValueError(f"{generator} cannot keep a part of a picture: choose {' or '.join(capable_generators)}")

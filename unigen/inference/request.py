@@ -110,7 +110,7 @@ def build_request(
             check_limit(name, number)
     generator = default_generator(model) if generator is None else generator
     if output == "pair" and generator not in model.template.text_lengths:
-        capable_generators = " or ".join(model.template.text_lengths) or "none here does: train with writers.joint=1"
+        capable_generators = " or ".join(model.template.text_lengths) or "none here does: train with generators.joint=1"
         raise ValueError(f"a text and a picture at once need a generator that writes both ({capable_generators})")
     if output not in outputs:
         raise ValueError(f"this model cannot answer with {output}: it can with {' or '.join(outputs)}")

@@ -266,7 +266,7 @@ def to_public(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name.startswith("vision_encoder.") and ".q_proj." in name:
             tensor = torch.cat([state[name.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"])
             name = name.replace(".q_proj.", ".qkv.")
-        public = rename_key(name, _KEY_RENAMES, _BLOCK_KEYS if ".encoder.layers." in name else (), back=True)
+        public = rename_key(name, _KEY_RENAMES, _BLOCK_KEYS if ".encoder.layers." in name else (), inverse=True)
         theirs[public] = tensor[None] if public.endswith("pos_embed") else tensor
     return theirs
 

@@ -341,7 +341,7 @@ def to_public(state: Mapping[str, Tensor], head_dim: int) -> dict[str, Tensor]:
                 (permute_rotary(tensor, head_dim, back=True), permute_rotary(key, head_dim, back=True), value)
             )
             name = name.replace("q_proj", "qkv_proj")
-        theirs[rename_key(name, _KEY_RENAMES, _LAYER_KEYS, back=True)] = tensor
+        theirs[rename_key(name, _KEY_RENAMES, _LAYER_KEYS, inverse=True)] = tensor
     return theirs
 
 
@@ -463,5 +463,5 @@ def save_public(model: UnifiedModel, folder: Path) -> None:
         encoder_state = {f"encoder.{name}": tensor for name, tensor in backbone.encoder.state_dict().items()}
         write_tensors(
             text_folder / "model.safetensors",
-            {rename_key(k, _T5_KEYS, back=True): v for k, v in encoder_state.items()},
+            {rename_key(k, _T5_KEYS, inverse=True): v for k, v in encoder_state.items()},
         )

@@ -209,9 +209,8 @@ def to_public(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 tensor = tensor[None, :, None, None]
             if name.endswith(".own"):
                 tensor = tensor[None, None]
-            theirs[rename_key(name, _KEY_RENAMES, _BLOCK_KEYS if name.startswith("lm.blocks.") else (), back=True)] = (
-                tensor
-            )
+            substitutions = _BLOCK_KEYS if name.startswith("lm.blocks.") else ()
+            theirs[rename_key(name, _KEY_RENAMES, substitutions, inverse=True)] = tensor
     return theirs
 
 

@@ -5,7 +5,7 @@
 4x4 pixels are folded into channels first, since full-resolution convolutions are what makes a tokenizer slow on a CPU;
 the autoencoder then halves the map once for each block of channels but the first. shift and scale are the running mean
 and standard deviation of each latent channel in training, so that latents are near N(0, 1) whatever the data.
-Knows no losses but its own, no data and no files. Trained by recipes/tiny_vq.py (kind=kl).
+Knows no losses but its own, no data and no files. Trained by recipes/tiny_vq.py (tokenizer_kind=kl).
 
 Shapes: B batch, C=3 channels, H W pixels, Z latent channels, h w grid of latents.
 """

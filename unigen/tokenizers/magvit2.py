@@ -165,4 +165,4 @@ _OUTER_KEYS = (("encoder.quant_conv.", "quant_conv."), ("decoder.post_quant_conv
 def _rename_key(name: str, tokenizer: MAGVIT2, public: bool = False) -> str:
     """A tensor's name here, of its public one; with public=True the other way."""
     levels = len(tokenizer.settings.encoder_channels)
-    return rename_vqgan_key(rename_key(name, _OUTER_KEYS, back=public), "taming", levels, public)
+    return rename_vqgan_key(rename_key(name, _OUTER_KEYS, inverse=public), "taming", levels, public)

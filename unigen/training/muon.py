@@ -83,27 +83,27 @@ class MuonAdamW(torch.optim.Optimizer):
         shared = {id(p) for p in adamw_params}  # a head tied to the embeddings is an embedding
         matrices = [p for p in matrices if id(p) not in shared]
         adamw_params = list({id(p): p for p in adamw_params}.values())
-        self.parts: list[torch.optim.Optimizer] = []
+        self.optimizers: list[torch.optim.Optimizer] = []
         if matrices:
-            self.parts.append(Muon(matrices, optim.lr, optim.weight_decay))
+            self.optimizers.append(Muon(matrices, optim.lr, optim.weight_decay))
         if adamw_params:
-            self.parts.append(
+            self.optimizers.append(
                 torch.optim.AdamW(
                     adamw_params, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=0.0, fused=True
                 )
             )
         super().__init__([{"params": part} for part in (matrices, adamw_params) if part], {"lr": optim.lr})
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
+        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         assert closure is None
-        for part in self.parts:
-            part.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"parts": [part.state_dict() for part in self.parts]}
+        return {"parts": [optimizer.state_dict() for optimizer in self.optimizers]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for part, state in zip(self.parts, state_dict["parts"], strict=True):
-            part.load_state_dict(state)
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
+        for optimizer, state in zip(self.optimizers, state_dict["parts"], strict=True):
+            optimizer.load_state_dict(state)
+        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]

@@ -1,7 +1,7 @@
 """The processes of one run: where one of them ends, the others end too, with the reason.
 
 A collective fails when its peer is gone, but a step may take minutes until the next one. So each process looks after
-those of its machine. The file knows nothing of what is trained.
+those of its machine. Does not depend on what is trained.
 
     with watch_peers(lambda: "the same command goes on from step-00000020.pt"):
         ...
@@ -49,16 +49,23 @@ def watch_peers(advice: Callable[[], str]) -> Iterator[None]:
 
 @contextmanager
 def watch_pids(
-    pids: Sequence[int], end: Callable[[int], None], every: float = 0.5, grace: float = GRACE_SECONDS
+    pids: Sequence[int], on_exit: Callable[[int], None], interval: float = 0.5, grace: float = GRACE_SECONDS
 ) -> Iterator[None]:
-    """Inside, `end` is called in a thread with the first of the processes that is gone for `grace` seconds."""
+    """Inside, a thread watches processes, and calls back with the first that is gone.
+
+    Args:
+        pids: of the processes.
+        on_exit: is called once, in the thread, with the process id.
+        interval: seconds between two looks.
+        grace: seconds for which it has to be gone.
+    """
     done = threading.Event()
 
     def watch() -> None:
-        while not done.wait(every):
+        while not done.wait(interval):
             for pid in pids:
                 if not is_alive(pid) and not done.wait(grace):
-                    return end(pid)
+                    return on_exit(pid)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
