@@ -126,7 +126,9 @@ class ConnectorObjective(nn.Module):
         states = [self.lmm.states(document).float() for document, _ in batch]
         targets = [encode_prompt(self.pipe, words) for _, words in batch]
         if not variable_length and any(target.embeds_MND.shape[1] != length for target in targets):
-            raise ValueError(f"this pipeline's prompts are not all of {length} embeddings: a connector cannot tell them")
+            raise ValueError(
+                f"this pipeline's prompts are not all of {length} embeddings: a connector cannot tell them"
+            )
         embeds = [target.embeds_MND[0, :length] for target in targets]
         mask_BL = padding_mask(embeds, length)
         prediction_BLW, pooled_BP, counts_BL = connector(pad_sequence(states, batch_first=True), padding_mask(states))

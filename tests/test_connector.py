@@ -262,7 +262,7 @@ def test_a_run_goes_on_where_it_stopped(
     cfg = apply_overrides(recipe.config(), [*models, f"init_from={tmp_path / 'whole' / 'model'}"])
     job = recipe.build(cfg)
     assert all(torch.equal(tensor, whole[name]) for name, tensor in job.model.state_dict().items())
-    job.sample(job.model, 7, tmp_path)
+    job.write_samples(job.model, 7, tmp_path)
     assert (tmp_path / "000007.png").exists()
 
 

@@ -718,7 +718,7 @@ def test_another_optimizer_is_called_so(tmp_path: Path) -> None:
     train(tmp_path, "steps=1")
     with pytest.raises(ValueError, match="holds a run by the optimizer AdamW, not SGD") as error:
         train(tmp_path, "steps=2", "keep_checkpoints=3", make_optimizer=plain_sgd)
-    assert "keep: 2 -> 3" in one_line(error)
+    assert "keep_checkpoints: 2 -> 3" in one_line(error)
     state = load_checkpoint(tmp_path)
     assert state is not None
     del state["optimizer_names"]  # as earlier versions wrote it
