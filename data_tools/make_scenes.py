@@ -163,7 +163,7 @@ def make_shards(folder: Path, count: int, shards: int, seed: int, size: int, hel
         raise ValueError(f"--shards {shards} is more than --count {count}: every shard needs a row")
     require_extra("train", "datasets")
     world = SceneRenderer(size)
-    folder = check_folder(folder, replaced=False)
+    folder = check_folder(folder, replace=False)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"scenes-{k:05d}-of-{shards:05d}.parquet" for k in range(shards)]
     strangers = sorted(set(folder.glob("*.parquet")) - set(paths))

@@ -258,7 +258,7 @@ def test_folders_that_may_not_be_written_are_refused_before_the_work(
         assert f"{str(shut)!r} may not be written" in raise_invalid(
             capsys, "convert", "unigen-tiny", "-o", "elsewhere/link"
         )
-        assert check_folder("there/model", replaced=False) == tmp_path / "there/model"
+        assert check_folder("there/model", replace=False) == tmp_path / "there/model"
 
 
 @pytest.mark.parametrize("name", ["a" * 255, "雪" * 85, "model"])

@@ -30,8 +30,16 @@ class DiskError(ValueError):
 
 
 @contextmanager
-def disk_errors(what: str, advice: str) -> Iterator[None]:
-    """A disk that is full or may not be written becomes one DiskError; every other exception passes unchanged."""
+def disk_errors(target: str, advice: str) -> Iterator[None]:
+    """Inside, a disk that is full or may not be written is a DiskError; every other exception passes unchanged.
+
+    Args:
+        target: what is written, in words.
+        advice: how to mend it.
+
+    Raises:
+        DiskError: in the place of the system's error, and of those that torch, tokenizers and safetensors raise.
+    """
     try:
         yield
     except DiskError:
@@ -42,19 +50,24 @@ def disk_errors(what: str, advice: str) -> Iterator[None]:
             match = re.search(r"\(os error (\d+)\)", str(chain))
             number = chain.errno if isinstance(chain, OSError) else int(match[1]) if match else None
             if number is not None and number in DISK_ERRNOS:
-                raise DiskError(f"cannot write {what}: {os.strerror(number)}; {advice}") from error
+                raise DiskError(f"cannot write {target}: {os.strerror(number)}; {advice}") from error
             chain = chain.__cause__ or chain.__context__
         raise
 
 
 def check_input(path: str | Path, command: str = "", name: str = "") -> Path:
-    """The path of a file or folder that is read. Raises ValueError, before any work, where it is not there or may not
-    be read.
+    """Check a file or folder that is read, before any work.
 
     Args:
         path: of the file or folder.
         command: makes it.
         name: of the option that names it, as "--text" or "image_tokenizer=".
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: it is not there, or may not be read; in one line.
     """
     display_path = f"{name} {path}".strip() if name.startswith("-") else f"{name}{path}"
     display_path = display_path if len(display_path) <= 200 else f"{display_path[:197]}..."
@@ -66,11 +79,19 @@ def check_input(path: str | Path, command: str = "", name: str = "") -> Path:
     return Path(path)
 
 
-def check_folder(folder: str | Path, *, replaced: bool = True) -> Path:
-    """The absolute path of a folder that is to be written. Raises ValueError, before any work, where that cannot be: a
-    name that is too long, a file of that name, no right to write there.
+def check_folder(folder: str | Path, *, replace: bool = True) -> Path:
+    """Check a folder that is to be written, before any work.
 
-    replaced: is a folder that is there replaced by a new one, which needs the right to write beside it?"""
+    Args:
+        folder: need not exist.
+        replace: whether a new folder takes its place, which needs the right to write beside it.
+
+    Returns:
+        Its absolute path.
+
+    Raises:
+        ValueError: it cannot be written: a name that is too long, a file of that name, no right to; in one line.
+    """
     if "\0" in str(folder):
         raise ValueError("the name of the folder holds a zero byte: choose another name")
     folder = Path(folder).absolute()
@@ -84,7 +105,7 @@ def check_folder(folder: str | Path, *, replaced: bool = True) -> Path:
             if not path.is_dir():
                 raise ValueError(f"{display_path} cannot be a folder: {shorten(str(path), 120)} is a file")
             parent = Path(os.path.realpath(path)).parent  # of a symbolic link: beside what it names
-            for directory in (path, parent) if path == folder and replaced else (path,):
+            for directory in (path, parent) if path == folder and replace else (path,):
                 if not os.access(directory, os.W_OK | os.X_OK):
                     display_place = shorten(str(directory), 120)
                     raise ValueError(

@@ -9,7 +9,10 @@ import argparse
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
 
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZATIONS = ("8bit", "4bit")
@@ -56,18 +59,32 @@ def fast_dtype() -> str:
     return "bfloat16" if has_fast_bfloat16("cuda" if torch.cuda.is_available() else "cpu") else "float32"
 
 
-def train_precision(asked: Literal["auto", "fp32", "bf16"], device: Any) -> Literal["fp32", "bf16"]:
-    """What to train in: auto is bf16 where the device is fast in it, else fp32."""
-    if asked != "auto":
-        return asked
+def train_precision(requested: Literal["auto", "fp32", "bf16"], device: str | torch.device) -> Literal["fp32", "bf16"]:
+    """The precision of a training.
+
+    Args:
+        requested: "auto" is bf16 where the device is fast in it, else fp32.
+        device: where it runs.
+
+    Returns:
+        "fp32" or "bf16".
+    """
+    if requested != "auto":
+        return requested
     return "bf16" if has_fast_bfloat16(device) else "fp32"
 
 
 def load_dtype(folder: Path, device: str) -> tuple[str | None, str]:
-    """In what a public checkpoint is held where nobody says: as it is stored, but in float32 where that is bfloat16 and
+    """The dtype of a public checkpoint where none is requested: as it is stored, but float32 where that is bfloat16 and
     the processor is slow in it.
 
-    Returns: "float32", or None for as it is stored; and a line that says why, empty where there is nothing to say."""
+    Args:
+        folder: of the model.
+        device: where it runs, "cpu" or "cuda".
+
+    Returns:
+        "float32", or None for as it is stored; and a line that says why, empty where there is nothing to say.
+    """
     if device.partition(":")[0] != "cpu" or has_fast_bfloat16() or stored_dtype(folder) != "bfloat16":
         return None, ""
     needed_bytes, free_bytes = 2 * sum(file.stat().st_size for file in folder.glob("*.safetensors")), available_memory()
@@ -79,8 +96,14 @@ def load_dtype(folder: Path, device: str) -> tuple[str | None, str]:
 
 
 def stored_dtype(folder: Path) -> str | None:
-    """ "float32", "bfloat16" or "float16": of most of the weights in a model's folder, as its safetensors or its
-    config.json say; None where they do not."""
+    """The dtype of most of the weights in a model's folder, as its safetensors or its config.json say.
+
+    Args:
+        folder: of the model.
+
+    Returns:
+        "float32", "bfloat16" or "float16"; None where they do not say.
+    """
     sizes: Counter[str] = Counter()
     try:
         for file in folder.glob("*.safetensors"):

@@ -1,4 +1,4 @@
-"""Words for people: short forms of values, near misses of names, the first sentences of a file."""
+"""Text for people: short forms of values, near misses of names, the first sentences of a file."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import ast
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 
-def shorten(value: Any, most: int = 60) -> str:
-    """What a value looks like, in one line that is not long."""
+def shorten(value: object, most: int = 60) -> str:
+    """The repr of a value in one line of at most `most` letters."""
     try:
         shown = " ".join(repr(value).split())
     except Exception:  # a number of more digits than Python writes out, an object whose repr is broken
@@ -31,5 +30,5 @@ def docstring_summary(file: Path) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message, or the name of its class."""
+    """The first line of an error's text, the name of its class where it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
