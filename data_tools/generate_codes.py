@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import unigen
 from unigen.batch import Tokens, pack
 from unigen.document import Document, Segment
 from unigen.limits import number_argument
+from unigen.loading import load_local
 from unigen.media.output import check_output, one_line_errors, write_atomically
 from unigen.media.pixels import to_pixels
 from unigen.samplers.guidance import Guidance
@@ -94,11 +94,11 @@ def main() -> int:
     args = parser.parse_args()
     out = check_output(args.out, {".npz": "arrays"})
     find_font()
-    engine = unigen.load(args.model, dtype=args.dtype or precision.fast_dtype())
+    engine = load_local(args.model, dtype=args.dtype or precision.fast_dtype())
     model = engine.model
     if GENERATOR not in model.heads:
         raise ValueError(f"{args.model} has no scales: give a model that draws by {GENERATOR}")
-    tokenizer = unigen.load(args.model, dtype="float32").model.heads[GENERATOR].tokenizer  # codes as training has them
+    tokenizer = load_local(args.model, dtype="float32").model.heads[GENERATOR].tokenizer  # codes as training has them
     scales = len(model.heads[GENERATOR].lengths)
     try:
         fixed_counts = [parse_int(part.strip()) for part in args.fixed_scales.split(",")]

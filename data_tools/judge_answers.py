@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 
-import unigen
 from unigen.document import Document, Segment
 from unigen.evaluation.detector import load_detector
 from unigen.evaluation.task import Example
@@ -34,6 +33,7 @@ from unigen.evaluation.tasks.scenes import ScenesTask, make_prompts
 from unigen.evaluation.tasks.understanding import UnderstandingTask
 from unigen.limits import limit_argument as limited
 from unigen.limits import number_argument
+from unigen.loading import load_local
 from unigen.media.output import check_output, one_line_errors, write_atomically
 from unigen.toyworld.captions import Facts, caption
 from unigen.toyworld.world import SceneRenderer, find_font
@@ -149,7 +149,7 @@ def main() -> int:
     if args.detector:
         check_input(args.detector, DETECTOR_COMMANDS, "--detector")
     detector = load_detector(args.detector) if args.detector else None
-    engine = unigen.load(args.model, dtype=args.dtype or precision.fast_dtype())
+    engine = load_local(args.model, dtype=args.dtype or precision.fast_dtype())
     world = SceneRenderer(engine.model.image_tokenizer.image_size)
     items = sample_prompts(args.prompts, args.seed) if detector else []
     scenes = ScenesTask(seed=args.seed, detector=detector) if detector else None

@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
-import unigen
 from unigen.backends.connector import (
     ConnectedDiffusersEngine,
     Connector,
@@ -41,6 +40,7 @@ from unigen.backends.connector import (
 from unigen.backends.diffusers_engine import DiffusersEngine
 from unigen.config import OptimConfig, RunConfig
 from unigen.document import Document
+from unigen.loading import load_composed
 from unigen.media.output import image_grid
 from unigen.toyworld import captions, scenes
 from unigen.training.train_spec import TrainSpec
@@ -123,7 +123,7 @@ class ConnectorObjective(nn.Module):
         self, connector: Any, batch: list[tuple[Document, str]], rng: torch.Generator
     ) -> dict[str, tuple[Tensor, Tensor | int]]:
         variable_length, length = connector.config.free, connector.config.length
-        states = [self.lmm.states(document).float() for document, _ in batch]
+        states = [self.lmm.hidden_states(document).float() for document, _ in batch]
         targets = [encode_prompt(self.pipe, words) for _, words in batch]
         if not variable_length and any(target.embeds_MND.shape[1] != length for target in targets):
             raise ValueError(
@@ -177,8 +177,8 @@ def build(cfg: ConnectorRunConfig) -> TrainSpec:
         raise ValueError("name both models: lmm=, one that reads, and image_model=, a diffusers pipeline")
     if not 0 <= cfg.image_share <= 1:
         raise ValueError(f"image_share is from 0 to 1, not {cfg.image_share}")
-    engine = unigen.load(device="cpu", lmm=cfg.lmm, generator=cfg.image_model)  # the trainer takes them to its device
-    pipe, lmm = require_pipeline(engine.painter), engine.lmm
+    engine = load_composed(cfg.lmm, cfg.image_model, device="cpu")  # the trainer takes them to its device
+    pipe, lmm = require_pipeline(engine.image_engine), engine.text_engine
     torch.manual_seed(cfg.seed)
     connector = new_or_loaded_connector(cfg, lmm, pipe)
     ConnectedDiffusersEngine(pipe, lmm, connector)  # does it fit?

@@ -365,7 +365,7 @@ def write_samples(model: UnifiedModel, step: int, folder: Path) -> None:
     ]
     count, sheet = len(SAMPLE_PROMPTS), image_grid(pictures, 0, len(SAMPLE_PROMPTS))
     sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.NEAREST).save(folder / f"{step:06d}.png")
-    questions = [[picture, "describe this picture"] for picture in pictures[:count]]
+    questions: list[list[Image.Image | str]] = [[picture, "describe this picture"] for picture in pictures[:count]]
     answers = engine.generate_batch(questions, [0] * count, output="text", max_tokens=60)
     lines = [f"{prompt} -> {answer}" for prompt, answer in zip(SAMPLE_PROMPTS, answers, strict=True)]
     (folder / f"{step:06d}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -68,7 +68,7 @@ RIGHT = {
     "blank": {"Segment.text", "Segment.image", "Segment.label"},
     "text": {
         *("generate.prompt", "stream.prompt", "describe.question", "edit.instruction", "inpaint.prompt", "pair.text"),
-        *("states.prompt", "Document.of", "Segment.text", "Segment.image", "Segment.label"),
+        *("hidden_states.prompt", "Document.of", "Segment.text", "Segment.image", "Segment.label"),
     },
     "long": {"Document.of", "Segment.text", "Segment.image", "Segment.label"},
     "half": {"Segment.image", "Segment.label"},
@@ -108,7 +108,7 @@ def calls(engine: Engine) -> dict[str, Callable[[Any], Any]]:
     add("edit", engine.edit, "image instruction", image=picture, instruction="turn")
     add("inpaint", engine.inpaint, "image prompt mask generator", image=picture, prompt="a dog", mask=mask)
     add("pair", engine.pair, "text image")
-    add("states", engine.states, "prompt")
+    add("hidden_states", engine.hidden_states, "prompt")
     add("Segment", Segment, "text image label")
     add("Segment", Segment, "role", text="a")
     add("Document", Document, "segments")

@@ -22,13 +22,15 @@ from PIL import Image
 from unigen.commands.chat_session import Chat, inline, inline_protocol
 from unigen.commands.main import main
 from unigen.document import Document
+from unigen.inference.base import BaseEngine
 from unigen.media.output import image_grid
 
 
-class FakeEngine:
+class FakeEngine(BaseEngine):
     """Remembers what it was asked; a picture's red is its seed."""
 
     outputs = ("image", "text", "interleaved")
+    batched = True
 
     def __init__(self) -> None:
         self.asked: list[tuple[Any, dict[str, Any]]] = []
@@ -36,6 +38,12 @@ class FakeEngine:
     @staticmethod
     def draw(seed: int) -> Image.Image:
         return Image.new("RGB", (16, 16), (seed % 256, 120, 40))
+
+    def generate_results(self, *_: Any, **__: Any) -> Any:
+        raise NotImplementedError
+
+    def check(self, *_: Any, **__: Any) -> None:
+        pass
 
     def generate(self, prompt: Any, output: str = "image", n: int = 1, seed: int = 0, **options: Any) -> Any:
         self.asked.append((prompt, {"output": output, "n": n, "seed": seed, **options}))

@@ -15,13 +15,16 @@ from PIL import Image
 
 import unigen
 from tests.parity import llamagen as llamagen_case
-from unigen.backends.composed import FALLBACK_SAMPLING, MAX_PASSAGE_TOKENS, ComposedEngine, load_transformers
+from unigen.backends.composed import MAX_PASSAGE_TOKENS, ComposedEngine
 from unigen.backends.connector import encode_prompt
 from unigen.backends.diffusers_engine import DiffusersEngine
+from unigen.backends.transformers_engine import FALLBACK_SAMPLING, load_transformers
 from unigen.commands import main as cli
 from unigen.document import Document, Segment
 from unigen.hub.resolve import weights_variant
 from unigen.hub.weights import read_tensors, write_tensors
+from unigen.inference.base import BaseEngine
+from unigen.inference.results import RECORD_NOTHING, GenerationResult, Record
 from unigen.serving.jobs import Error, Finished, Job, Part, Rejected, Started
 from unigen.serving.worker import SequentialWorker
 from unigen.utils.numbers import NonFiniteError
@@ -378,7 +381,7 @@ def test_pipelines_and_pairs_are_served(janus_folder: Path, stable_diffusion_fol
         events = []
         while worker.busy:
             events += list(worker.step())
-        (picture,) = [event.part for number, event in events if isinstance(event, Part)]
+        (picture,) = [event.content for number, event in events if isinstance(event, Part)]
         assert picture.tobytes() == engine.generate("a red dog", "image", seed=3, **SMALL).tobytes()
         assert [number for number, event in events if isinstance(event, Finished)] == [0]
         assert [number for number, event in events if isinstance(event, Started)] == [0, 2]
@@ -391,7 +394,7 @@ def test_pipelines_and_pairs_are_served(janus_folder: Path, stable_diffusion_fol
 def test_what_a_pair_says_and_draws(causal_lm_folder: Path, dit_folder: Path, stable_diffusion_folder: Path) -> None:
     """A language model of transformers: the same seed says the same; what the pair cannot do is said."""
     pair = unigen.load(device="cpu", lmm=str(causal_lm_folder), generator=str(stable_diffusion_folder))
-    assert isinstance(pair, ComposedEngine) and isinstance(pair.painter, DiffusersEngine)
+    assert isinstance(pair, ComposedEngine) and isinstance(pair.image_engine, DiffusersEngine)
     said = [pair.generate("a red dog", "text", seed=seed, temperature=1.0, max_tokens=12) for seed in (1, 1, 2)]
     assert said[0] == said[1] != said[2]
     with pytest.raises(ValueError, match="cannot see pictures"):
@@ -402,7 +405,29 @@ def test_what_a_pair_says_and_draws(causal_lm_folder: Path, dit_folder: Path, st
         unigen.load(device="cpu", lmm=str(causal_lm_folder))
 
 
-class FakeLanguageModel:
+class FakeEngine(BaseEngine):
+    """Answers what its `answer` does."""
+
+    def check(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def info(self) -> Any:
+        return {}
+
+    def answer(self, document: Document, **options: Any) -> Any:
+        raise NotImplementedError
+
+    def generate_results(
+        self, prompts: Any, seeds: Any = None, output: Any = "image", *, record: Record = RECORD_NOTHING, **options: Any
+    ) -> list[GenerationResult]:
+        documents = [Document.of(prompt) for prompt in prompts]
+        return [
+            GenerationResult(self.answer(document, seed=seed, **options), document, seed)
+            for document, seed in zip(documents, seeds, strict=True)
+        ]
+
+
+class FakeLanguageModel(FakeEngine):
     """A model that reads: remembers what it was asked, and says what it is told to."""
 
     outputs = ("text",)
@@ -410,25 +435,19 @@ class FakeLanguageModel:
     def __init__(self, *answers: str) -> None:
         self.answers, self.asked, self.options = list(answers), [], []  # type: ignore[var-annotated]
 
-    def check(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def generate(self, document: Document, output: str, **options: Any) -> str:
+    def answer(self, document: Document, **options: Any) -> str:
         self.asked.append([s.text for s in document.segments if s.text])
         self.options.append(options)
         return self.answers.pop(0)
 
 
-class FakeImageEngine:
+class FakeImageEngine(FakeEngine):
     """A model that draws words alone: a picture as wide as its prompt is long."""
 
     outputs = ("image",)
 
-    def check(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def generate(self, prompt: Any, output: str, **options: Any) -> Image.Image:
-        words = " ".join(s.text or "" for s in Document.of(prompt).segments)
+    def answer(self, document: Document, **options: Any) -> Image.Image:
+        words = " ".join(s.text or "" for s in document.segments)
         return Image.new("RGB", (len(words), 1))
 
     def edit(self, *_: Any, **__: Any) -> Image.Image:
@@ -566,14 +585,11 @@ def test_a_system_message_is_read_before_all_else(causal_lm_folder: Path) -> Non
         assert reader.processor.decode(ids) == "systema blue hillusera red dogassistant"
     drawn: list[Any] = []
 
-    class Painter:
+    class Painter(FakeEngine):
         outputs = ("image",)
 
-        def check(self, *_: Any, **__: Any) -> None:
-            pass
-
-        def generate(self, prompt: Any, *_: Any, **__: Any) -> None:
-            drawn.append(prompt)
+        def answer(self, document: Document, **options: Any) -> None:
+            drawn.append(document)
 
     ComposedEngine(reader, Painter()).generate([system, asked], "image")
     assert [segment.text for segment in drawn[0].segments] == ["a red dog"]
@@ -609,7 +625,7 @@ def test_a_stream_refuses_at_once(
 ) -> None:
     """At the call, as that of one model: nothing is taken of it, and nobody is asked."""
     pair = ComposedEngine(load_transformers(causal_lm_folder), words_engine)
-    monkeypatch.setattr(pair.lmm.model, "generate", lambda **_: pytest.fail("the reader was asked"))
+    monkeypatch.setattr(pair.text_engine.model, "generate", lambda **_: pytest.fail("the reader was asked"))
     for engine in [pair, words_engine] if call in BAD_STREAMS.values() else [pair]:
         with pytest.raises(ValueError, match=reason) as caught:
             call(engine)
@@ -632,12 +648,12 @@ def test_one_prompt_is_no_list_of_letters(words_engine: DiffusersEngine) -> None
 def test_a_reader_whose_numbers_are_not_finite(causal_lm_folder: Path) -> None:
     """Greedily it would say the first id for ever, and drawn torch would raise an error of its own."""
     reader = load_transformers(causal_lm_folder)
-    assert isinstance(reader.generate("a", max_tokens=2), str)
+    assert isinstance(reader.generate("a", "text", max_tokens=2), str)
     reader.model.model.layers[0].mlp.down_proj.weight.data.fill_(float("inf"))
     for call in (
-        lambda: reader.generate("a", max_tokens=2),
-        lambda: reader.generate("a", max_tokens=2, temperature=1.0),
-        lambda: reader.states("a"),
+        lambda: reader.generate("a", "text", max_tokens=2),
+        lambda: reader.generate("a", "text", max_tokens=2, temperature=1.0),
+        lambda: reader.hidden_states("a"),
     ):
         with pytest.raises(NonFiniteError, match="of this model are not finite in float32"):
             call()
@@ -660,14 +676,14 @@ def test_text_of_our_families_is_drawn_as_their_folder_says(
         (tmp_path / "janus" / "generation_config.json").write_text(json.dumps(said))
     pair = unigen.load(device="cpu", lmm=str(tmp_path / "janus"), generator=str(dit_folder))
     asked: list[Any] = []
-    request = pair.lmm.request
-    pair.lmm.request = lambda *given, **options: asked.append(request(*given, **options)) or asked[-1]
+    request = pair.text_engine.request
+    pair.text_engine.request = lambda *given, **options: asked.append(request(*given, **options)) or asked[-1]
     pair.generate("what is it", "text", max_tokens=2)
     usual = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
     assert vars(asked[-1].text) == usual | sampling
     pair.generate("what is it", "text", max_tokens=2, temperature=0.0)
     assert asked[-1].text.temperature == 0.0
-    assert pair.text_sampling == sampling
+    assert pair.default_options("text") == sampling
 
 
 def test_numbers_of_a_folder_that_are_out_of_range_are_named(janus_folder: Path, tmp_path: Path) -> None:

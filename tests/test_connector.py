@@ -178,7 +178,9 @@ def engines(seeing_folder: Path, stable_diffusion_folder: Path, composed: Path) 
 
 def untrained(pair: Any) -> ConnectedDiffusersEngine:
     torch.manual_seed(1)
-    return ConnectedDiffusersEngine(pair.painter.pipe, pair.lmm, Connector(pair.painter.adapter.config).eval())
+    return ConnectedDiffusersEngine(
+        pair.image_engine.pipe, pair.text_engine, Connector(pair.image_engine.connector.config).eval()
+    )
 
 
 def distance(one: Image.Image, other: Image.Image) -> float:
@@ -188,7 +190,7 @@ def distance(one: Image.Image, other: Image.Image) -> float:
 
 def test_an_adapter_draws_what_the_text_encoder_does(engines: Any) -> None:
     """Of words and of pictures; an untrained one does not."""
-    own, other = DiffusersEngine(engines.painter.pipe), untrained(engines)
+    own, other = DiffusersEngine(engines.image_engine.pipe), untrained(engines)
     for more in ({}, {"negative": "a blue dog"}):  # guidance's other branch is the pipeline's own
         for asked, words in ASKED:
             true = own.generate(words, seed=3, **SMALL, **more)
@@ -199,7 +201,7 @@ def test_an_adapter_draws_what_the_text_encoder_does(engines: Any) -> None:
 def test_a_picture_is_part_of_what_is_asked(engines: Any) -> None:
     red, blue = (engines.generate([picture, "a dog"], seed=3, **SMALL) for picture in (RED, BLUE))
     assert distance(red, blue) > 10 * distance(
-        red, DiffusersEngine(engines.painter.pipe).generate(ASKED[2][1], seed=3, **SMALL)
+        red, DiffusersEngine(engines.image_engine.pipe).generate(ASKED[2][1], seed=3, **SMALL)
     )
     drawn = [engines.edit(picture, "a dog", strength=0.8, steps=4, seed=1) for picture in (RED, BLUE, RED)]
     assert drawn[0].tobytes() == drawn[2].tobytes() != drawn[1].tobytes()
@@ -223,10 +225,10 @@ def test_pooled_embeddings_and_prompts_of_any_length(
     metrics = train(lmm, folder, tmp_path, "steps=120", "max_prompt_length=24", asked=WORDS)
     assert ("pooled" in metrics) == (kind == "pooled_folder") and ("counts" in metrics) == (kind == "free_folder")
     made = unigen.load(device="cpu", lmm=str(lmm), generator=str(folder), adapter=str(tmp_path / "model"))
-    own, other = DiffusersEngine(made.painter.pipe), untrained(made)
+    own, other = DiffusersEngine(made.image_engine.pipe), untrained(made)
     size = SMALL | ({"use_resolution_binning": False} if kind == "free_folder" else {})
     for asked, words in WORDS:
-        told = made.painter.adapter.prompt_embeds(made.lmm.states(asked))
+        told = made.image_engine.connector.prompt_embeds(made.text_engine.hidden_states(asked))
         assert told.embeds_MND.shape == encode_prompt(own.pipe, words).embeds_MND.shape
         true = own.generate(words, seed=3, **size)
         near, far = (distance(one.generate(asked, seed=3, **size), true) for one in (made, other))
@@ -239,14 +241,16 @@ def test_the_states_are_those_that_an_answer_begins_with(
     """Of a model of ours and of one of transformers: the last of them says the first token."""
     engine = unigen.load(str(janus_folder), "cpu")
     asked = [RED, "what is it"]
-    first = engine.model.logits(engine.states(asked)[-1:], 0, engine.model.vocabulary.text_size).argmax()
+    first = engine.model.logits(engine.hidden_states(asked)[-1:], 0, engine.model.vocabulary.text_size).argmax()
     assert engine.model.template.decode([int(first)]) == engine.generate(asked, "text", max_tokens=1)
     made, new = [], engine.model.backbone.new_cache
     monkeypatch.setattr(engine.model.backbone, "new_cache", lambda *a: made.append(new(*a)) or made[-1])
-    engine.states(asked)
+    engine.hidden_states(asked)
     assert len(made) == 1 and made[0].capacity > 0, "of the precision that all caches have"
-    first = engines.lmm.model.lm_head(engines.lmm.states(asked)[-1]).argmax()
-    assert engines.lmm.processor.decode([int(first)]).strip() == engines.lmm.generate(asked, max_tokens=1)
+    first = engines.text_engine.model.lm_head(engines.text_engine.hidden_states(asked)[-1]).argmax()
+    assert engines.text_engine.processor.decode([int(first)]).strip() == engines.text_engine.generate(
+        asked, "text", max_tokens=1
+    )
 
 
 def test_a_run_goes_on_where_it_stopped(

@@ -76,7 +76,7 @@ def test_max_images_and_max_tokens_hold(engine: Engine) -> None:
     most = 0
     for seed in range(6):
         request = engine.request("a story", "interleaved", seed=seed, temperature=1.5, max_tokens=10, max_images=1)
-        row = engine.running().new_sequence(request)
+        row = engine.new_scheduler().new_sequence(request)
         parts = [part for _, part in engine.run([request])]
         assert sum(isinstance(p, Image.Image) for p in parts) <= 1
         assert row.state is not None and row.state.span.max_tokens == 10
@@ -161,7 +161,7 @@ def test_text_goes_on_between_the_steps_of_a_flow(engine: Engine, monkeypatch: p
     )
     drawn = engine.request("a dog", "image", generator="flow", steps=8, guidance=3.0)
     told = engine.request("a story", "text", temperature=1.0, max_tokens=60, seed=1)
-    running = engine.running()
+    running = engine.new_scheduler()
     picture, text = running.add_request(drawn), running.add_request(told)
     for count in range(1, 9):
         assert (picture in running) and running.usage(text).text_tokens == count - 1
@@ -307,7 +307,7 @@ def test_a_model_that_has_learnt_one_batch_gives_it_back(tiny_folder: Path) -> N
 
 def test_keys_and_values_are_freed_with_what_was_running(engine: Engine) -> None:
     """At once, not when cycles are next collected: hundreds of megabytes for many pictures at a time."""
-    running = engine.running()
+    running = engine.new_scheduler()
     running.add_request(engine.request("a dog", "image"))
     while running:
         running.step()
@@ -336,7 +336,7 @@ def test_requests_join_and_leave(engine: Engine) -> None:
     ]
     options = [one | ({} if one["output"] == "image" else {"max_tokens": 12}) for one in outputs]
     alone = [[part for _, part in engine.run([engine.request(**one)])] for one in options]
-    running, rng, waiting = engine.running(), np.random.default_rng(0), list(range(len(asked)))
+    running, rng, waiting = engine.new_scheduler(), np.random.default_rng(0), list(range(len(asked)))
     parts: dict[int, list[Any]] = {k: [] for k in waiting}
     number: dict[int, int] = {}
     dropped: set[int] = set()
@@ -359,7 +359,7 @@ def test_requests_join_and_leave(engine: Engine) -> None:
 
 
 def test_what_does_not_fit_does_not_join(engine: Engine) -> None:
-    running = engine.running()
+    running = engine.new_scheduler()
     with pytest.raises(ValueError, match="shorten it"):
         running.add_request(engine.request("a blue horse " * 500, "image"))
     assert not running
@@ -382,8 +382,8 @@ def test_all_seeds_draw_and_none_as_another(engine: Engine) -> None:
 
 
 def test_candidates_of_seeds_are_not_those_of_others(engine: Engine) -> None:
-    first, second = (engine.rivals("a dog", "image", 3, seed=seed)[1] for seed in (0, 2**32))
-    running = engine.running()
+    first, second = (engine.prepare("a dog", "image", candidates=3, seed=seed).requests for seed in (0, 2**32))
+    running = engine.new_scheduler()
     seeds = [running.new_sequence(request).state.span.rng.initial_seed() for request in (*first, *second)]  # type: ignore[union-attr]
     assert len({seed % 2**32 for seed in seeds}) == 6
     assert seeds[:3] == [1, 1_000_004, 2_000_007], "as they were before seeds had 64 bits"
@@ -409,7 +409,7 @@ def test_numbers_that_are_not_finite_end_their_row_alone(
         pytest.skip("it draws no codes")
     (alone,) = [part for part in engine.stream("the dog", seed=3, **request) if isinstance(part, Image.Image)] or [""]
     words = "".join(part for part in engine.stream("the dog", seed=3, **request) if isinstance(part, str))
-    running = engine.running()
+    running = engine.new_scheduler()
     bad = running.add_request(engine.request("a blue horse", seed=3, **request))
     good = running.add_request(engine.request("the dog", seed=3, **request))
     step = engine.model.cached_hidden_states
@@ -448,7 +448,11 @@ def test_what_to_do_about_numbers_that_are_not_finite(tiny_folder: Path, dtype: 
     for name, weight in engine.model.backbone.named_parameters():
         if "layers.1.mlp" in name:
             weight.data.fill_(3e38)
-    calls = [lambda: engine.generate("a dog"), lambda: engine.generate("a dog", "text"), lambda: engine.states("a")]
+    calls = [
+        lambda: engine.generate("a dog"),
+        lambda: engine.generate("a dog", "text"),
+        lambda: engine.hidden_states("a"),
+    ]
     calls.append(lambda: list(engine.stream("a dog", "interleaved")))
     for call in calls:
         with pytest.raises(ValueError, match=f"not finite in {dtype}: .*{advice}") as caught:

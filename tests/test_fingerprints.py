@@ -114,7 +114,7 @@ def test_what_random_weights_answer(engine: Any) -> None:
     found["pair of a picture"] = digest(engine.pair(image=picture))
     found["story"] = digest(engine.generate("a story", "interleaved", max_tokens=12, max_images=2, seed=1))
     found["parts"] = digest([getattr(p, "image", p) for p in engine.stream("a dog", output="image", previews=2)])
-    found["states"] = digest(engine.states("a dog"))
+    found["states"] = digest(engine.hidden_states("a dog"))
     compare("random", found)
 
 

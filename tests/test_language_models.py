@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 import unigen
 from tests.parity.common import byte_level_tokenizer
-from unigen.backends.composed import load_transformers
+from unigen.backends.transformers_engine import load_transformers
 from unigen.tokenizers import text
 
 RED, BLUE = (Image.new("RGB", (64, 48), color) for color in ("red", "blue"))
@@ -86,7 +86,7 @@ def test_pictures_are_seen_as_transformers_shows_them(folder: Path) -> None:
     from transformers import AutoImageProcessor
 
     reader = load_transformers(folder)
-    states = [reader.states([picture, "what is it"]) for picture in (RED, BLUE)]
+    states = [reader.hidden_states([picture, "what is it"]) for picture in (RED, BLUE)]
     assert states[0].shape == states[1].shape and not torch.allclose(states[0], states[1], atol=1e-3)
     pixels = AutoImageProcessor.from_pretrained(folder)([RED], return_tensors="pt")
     places = int(pixels["image_grid_thw"].prod()) // 4
@@ -115,7 +115,7 @@ def test_a_reader_whose_files_name_another_tokenizer(tmp_path: Path) -> None:
     ids = reader._build_inputs(unigen.Document.of("what is it\n12 dogs"))["input_ids"][0].tolist()
     file = Tokenizer.from_file(str(tmp_path / text.TOKENIZER_FILE))
     assert ids == file.encode("<｜User｜>what is it\n12 dogs<｜Assistant｜>").ids
-    assert isinstance(reader.generate("what is it", max_tokens=4), str)
+    assert isinstance(reader.generate("what is it", "text", max_tokens=4), str)
 
 
 def test_a_folder_without_its_image_processor(folder: Path, tmp_path: Path) -> None:

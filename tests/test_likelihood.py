@@ -48,7 +48,7 @@ def test_describe_chooses_among_what_the_engine_says(engine: Engine, monkeypatch
         seen.extend(captions)
         return [max(texts, key=len) for texts in captions]
 
-    monkeypatch.setattr("unigen.inference.engine.rerank_captions", longest)
+    monkeypatch.setattr("unigen.inference.candidates.rerank_captions", longest)
     said = engine.describe(picture, **options)
     assert len(seen) == 1 and 2 <= len(seen[0]) <= 16 and said == max(seen[0], key=len)
     assert seen[0][0] == engine.describe(picture, candidates=1, **options)

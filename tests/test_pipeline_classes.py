@@ -35,7 +35,7 @@ def row(engine: DiffusersEngine) -> str:
 
 
 def words_of(engine: DiffusersEngine) -> Any:
-    return 3 if "class_labels" in engine.takes else "a red dog"
+    return 3 if "class_labels" in engine.call_parameters else "a red dog"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -57,7 +57,7 @@ def test_a_class_does_what_its_row_says(name: str, root: Path) -> None:
         tasks.append(("inpaint", lambda **more: engine.inpaint(picture, "a hill", mask, seed=3, **more)))
     assert tasks
     for task, ask in tasks:
-        form = engine._form(task)
+        form = engine._as_variant(task)
         given = base(engine, task)
         drawn = ask(**given)
         if task == "inpaint":
@@ -72,13 +72,16 @@ def test_a_class_does_what_its_row_says(name: str, root: Path) -> None:
             more = {"guidance": 5.0} if option == "negative" else {}
             changed, usual = ask(**given | more | {option: value}), ask(**given | more) if more else drawn
             assert changed.tobytes() != usual.tobytes(), f"{option} of {task} changes nothing"
-        for sampler in compatible_schedulers(form, engine.usual):
-            same = type(engine.usual).__name__ == compatible_schedulers(form, engine.usual)[sampler].__name__
+        for sampler in compatible_schedulers(form, engine.default_scheduler):
+            same = (
+                type(engine.default_scheduler).__name__
+                == compatible_schedulers(form, engine.default_scheduler)[sampler].__name__
+            )
             assert same or ask(**given | {"sampler": sampler}).tobytes() != drawn.tobytes(), sampler
 
 
 def base(engine: DiffusersEngine, task: str) -> dict[str, Any]:
-    own = supported_options(engine._form(task))
+    own = supported_options(engine._as_variant(task))
     few: dict[str, Any] = {"steps": 2 if task == "text" else 5, "size": SIZE}
     if task != "text":
         few.pop("size")
@@ -87,7 +90,7 @@ def base(engine: DiffusersEngine, task: str) -> dict[str, Any]:
     few = {name: value for name, value in few.items() if name in own}
     more = {"prior_num_inference_steps": 2, "max_area": SIZE[0] * SIZE[1], "_auto_resize": False}
     more["use_resolution_binning"] = False  # which would draw sizes of real models
-    takes = call_parameters(engine._form(task))
+    takes = call_parameters(engine._as_variant(task))
     return few | {name: value for name, value in more.items() if name in takes}
 
 
@@ -96,7 +99,7 @@ def diffusers_draws(engine: DiffusersEngine) -> Image.Image:
     import torch
 
     name = type(engine.pipe).__name__
-    pipe = engine._form("text") if needs_image(type(engine.pipe)) else make_pipeline(name)
+    pipe = engine._as_variant("text") if needs_image(type(engine.pipe)) else make_pipeline(name)
     own, given = supported_options(pipe), base(engine, "text")
     named = {own.get(key, key): value for key, value in given.items() if key != "size"}
     if "size" in given:

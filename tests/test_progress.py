@@ -139,13 +139,13 @@ def test_pictures_are_saved_batch_by_batch(
 
 
 def test_engines_that_draw_one_by_one_save_one_by_one(fake: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fake, "one_by_one", True, raising=False)
+    monkeypatch.setattr(fake, "batched", False)
     assert main(["generate", "x", "-n", "3", "-o", "a.png"]) == 0
     assert [options["n"] for _, options in fake.asked] == [1, 1, 1]
     from unigen.backends.composed import ComposedEngine
     from unigen.backends.diffusers_engine import DiffusersEngine
 
-    assert ComposedEngine.one_by_one and DiffusersEngine.one_by_one and not hasattr(unigen.Engine, "one_by_one")
+    assert unigen.Engine.batched and not ComposedEngine.batched and not DiffusersEngine.batched
 
 
 # --- stdout as the output -------------------------------------------------------------------------------------------

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from unigen.utils.text import shorten
 
+if TYPE_CHECKING:
+    import torch
+
+    from unigen.backends.composed import ComposedEngine
+    from unigen.inference.engine import Engine
+    from unigen.inference.protocol import InferenceEngine
+
 BACKENDS = ("local", "vllm")
+DEFAULT_MODEL = "unigen-tiny"
+"""The shipped model."""
 
 
 def load(
@@ -22,7 +32,7 @@ def load(
     adapter: str | None = None,
     engine: str = "local",
     vllm: dict[str, Any] | None = None,
-) -> Any:
+) -> InferenceEngine:
     """Load a model, and return an engine that generates with it.
 
     Args:
@@ -42,35 +52,15 @@ def load(
         vllm: arguments of vLLM's engine, such as {"max_model_len": 4096}.
 
     Returns:
-        `unigen.Engine`, or for pipelines, composed models and vLLM an engine with the same methods.
+        An engine: `unigen.Engine` for one model of ours or a public family, or another that keeps the same contract.
     Raises:
         ValueError: in one line, for an unknown model, a damaged folder, or a device or package that is not there.
     """
-    import torch
-
-    from unigen.nn import quantized
-    from unigen.utils.precision import DTYPES
-
-    if isinstance(dtype, torch.dtype):
-        dtype = str(dtype).removeprefix("torch.")
-    if dtype is not None and not (isinstance(dtype, str) and dtype in DTYPES):
-        raise ValueError(f"unknown dtype {shorten(dtype)}: one of {', '.join(DTYPES)}")
-    for parameter_name, value in (("name", name), ("lmm", lmm), ("generator", generator), ("adapter", adapter)):
-        if value is not None and (not isinstance(value, (str, Path)) or not str(value).strip()):
-            raise ValueError(f"{parameter_name} must name a model or a folder, not {shorten(value)}")
-    for parameter_name, value in (("device", device), ("quantization", quantization)):
-        if value is not None and not isinstance(value, (str, torch.device)):
-            raise ValueError(f"{parameter_name} must be a name (str), not {shorten(value)}")
+    check_dtype(dtype)
+    check_names(name=name, lmm=lmm, generator=generator, adapter=adapter)
     if vllm is not None and not isinstance(vllm, dict):
         raise ValueError(f"vllm must be a dict of arguments of vLLM's engine, not {shorten(vllm)}")
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = shorten(str(error).splitlines()[0], 200)
-        raise ValueError(f"device {shorten(str(device))} is not available here: {reason}") from error
-    torch_dtype = getattr(torch, dtype) if dtype else None
+    placement = resolve_placement(device, dtype, quantization)
     if not isinstance(engine, str) or engine not in BACKENDS:
         raise ValueError(f"unknown engine {shorten(engine)}: one of {', '.join(BACKENDS)}")
     if engine == "vllm":
@@ -78,36 +68,120 @@ def load(
             raise ValueError("vLLM serves one model as it is: leave lmm, generator, adapter and quantization out")
         from unigen.backends import vllm_engine
 
-        return vllm_engine.load(name or "unigen-tiny", device, torch_dtype, vllm)
+        return vllm_engine.load(name or DEFAULT_MODEL, placement.device, placement.dtype, vllm)
     if vllm:
         raise ValueError("arguments of vLLM's engine are for engine vllm: leave them out")
-    if quantization is not None:
-        quantized.check_quantization(quantization, device)
-
+    placement.check_quantization()
     if lmm is None and generator is None and adapter is None:
-        return load_one(name or "unigen-tiny", device, torch_dtype, quantization)
+        return load_one(name or DEFAULT_MODEL, placement)
     if lmm is None or generator is None or name is not None:
         raise ValueError("give one name, or both an lmm that reads and a generator that draws")
-    from unigen.backends.composed import ComposedEngine
-    from unigen.backends.connector import load_connector
-    from unigen.hub.resolve import resolve
-
-    connector = (
-        None if adapter is None else load_connector(resolve(adapter)[0])
-    )  # the smallest of them before the others
-    reader = load_one(lmm, device, torch_dtype, quantization, reads=True, composed=True)
-    return ComposedEngine(reader, load_one(generator, device, torch_dtype, quantization, composed=True), connector)
+    return _load_composed(lmm, generator, adapter, placement)
 
 
-def load_one(
-    name: str, device: str, dtype: Any, quantization: str | None, *, reads: bool = False, composed: bool = False
-) -> Any:
+def load_local(
+    name: str = DEFAULT_MODEL, device: str | None = None, dtype: str | None = None, *, quantization: str | None = None
+) -> Engine:
+    """Load one model of ours or of a public family as `unigen.Engine`, for what works on the model itself.
+
+    Args:
+        name: a shipped model, a folder, or `owner/name[@revision]` on the hub.
+        device, dtype, quantization: see `load`.
+
+    Returns:
+        The engine, whose `model` is the loaded one.
+    Raises:
+        ValueError: in one line, for an unknown model or a pipeline, a damaged folder, or a device that is not there.
+    """
+    from unigen.backends.diffusers_loading import check_pipeline_class, is_pipeline
+    from unigen.models import resolve_model
+
+    check_dtype(dtype)
+    check_names(name=name)
+    placement = resolve_placement(device, dtype, quantization)
+    placement.check_quantization()
+    folder, variant = resolve_model(name, False, check_pipeline_class)
+    if is_pipeline(folder):
+        raise ValueError(f"{name} is a diffusers pipeline: give a model that writes codes or latents itself")
+    return _load_engine(folder, variant, placement)
+
+
+def load_composed(
+    lmm: str, generator: str, adapter: str | None = None, device: str | None = None, dtype: str | None = None
+) -> ComposedEngine:
+    """Load two models composed into one engine, for what works on its parts.
+
+    Args:
+        lmm, generator, adapter, device, dtype: see `load`.
+
+    Returns:
+        The engine, with its `text_engine` and its `image_engine`.
+    Raises:
+        ValueError: as `load`.
+    """
+    check_dtype(dtype)
+    check_names(lmm=lmm, generator=generator, adapter=adapter)
+    return _load_composed(lmm, generator, adapter, resolve_placement(device, dtype, None))
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the weights of a model lie, and as what."""
+
+    device: str
+    dtype: torch.dtype | None
+    """None is the model's default."""
+    quantization: str | None = None
+    """"8bit" or "4bit", of the language model's weights."""
+
+    def check_quantization(self) -> None:
+        """Raises ValueError in one line for an unknown quantization, or one that cannot be used on the device."""
+        from unigen.nn.quantized import check_quantization
+
+        if self.quantization is not None:
+            check_quantization(self.quantization, self.device)
+
+
+def check_dtype(dtype: str | torch.dtype | None) -> None:
+    """Raises ValueError in one line for what is no dtype of a model."""
+    from unigen.utils.precision import DTYPES
+
+    name = str(dtype).removeprefix("torch.")
+    if dtype is not None and name not in DTYPES:
+        raise ValueError(f"unknown dtype {shorten(dtype)}: one of {', '.join(DTYPES)}")
+
+
+def check_names(**names: str | None) -> None:
+    """Raises ValueError in one line for what is given as a model or a folder and is no name."""
+    for parameter_name, value in names.items():
+        if value is not None and (not isinstance(value, (str, Path)) or not str(value).strip()):
+            raise ValueError(f"{parameter_name} must name a model or a folder, not {shorten(value)}")
+
+
+def resolve_placement(device: str | None, dtype: str | torch.dtype | None, quantization: str | None) -> Placement:
+    """Where a model is to be placed. Raises ValueError in one line for a device that is not available."""
+    import torch
+
+    for parameter_name, value in (("device", device), ("quantization", quantization)):
+        if value is not None and not isinstance(value, (str, torch.device)):
+            raise ValueError(f"{parameter_name} must be a name (str), not {shorten(value)}")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = shorten(str(error).splitlines()[0], 200)
+        raise ValueError(f"device {shorten(str(device))} is not available here: {reason}") from error
+    name = str(dtype).removeprefix("torch.")
+    return Placement(device, None if dtype is None else getattr(torch, name), quantization)
+
+
+def load_one(name: str, placement: Placement, *, reads: bool = False, composed: bool = False) -> InferenceEngine:
     """Load one model.
 
     Args:
         name: a shipped model, a folder, or `owner/name[@revision]` on the hub.
-        device, dtype: where the weights lie; dtype None is the model's default.
-        quantization: "8bit" or "4bit", of the language model's weights.
+        placement: where its weights lie.
         reads: the model answers in text for another that draws; transformers loads it where no family of ours does.
         composed: it is one of two models. A pipeline then takes a quantization, which is meant for the other.
 
@@ -116,33 +190,59 @@ def load_one(
     Raises:
         ValueError: in one line, for a model that is unknown, damaged or cannot be quantised.
     """
-    import torch
+    from unigen.backends import diffusers_loading
+    from unigen.backends.transformers_engine import load_transformers
+    from unigen.models import UnknownModelError, resolve_model
 
-    from unigen.backends import diffusers_engine
-    from unigen.inference.engine import Engine
-    from unigen.models import UnknownModelError, load_resolved, resolve_model
-    from unigen.utils.precision import load_dtype
-
-    folder, variant = resolve_model(name, reads, diffusers_engine.check_pipeline_class)
-    if diffusers_engine.is_pipeline(folder):
-        if quantization is not None and not composed:
+    folder, variant = resolve_model(name, reads, diffusers_loading.check_pipeline_class)
+    if diffusers_loading.is_pipeline(folder):
+        if placement.quantization is not None and not composed:
             raise ValueError(f"{name} is a diffusers pipeline, which has no language model to quantise: leave it out")
-        return diffusers_engine.load(folder, device, dtype)
-    usual, why = load_dtype(folder, device) if dtype is None else (None, "")
-    own = getattr(torch, usual) if usual else dtype
+        return diffusers_loading.load(folder, placement.device, placement.dtype)
     try:
-        engine: Any = Engine(load_resolved(folder, variant, device, own, quantization, inference=True))
-        if reads and engine.model.family != "tiny":  # which says in its manifest how it writes
-            from unigen.backends.composed import text_sampling_from
-
-            engine.text_sampling = text_sampling_from(folder, {})
+        return _load_engine(folder, variant, placement, reads=reads)
     except UnknownModelError:
         if not reads:
             raise
-        from unigen.backends.composed import load_transformers
-
-        engine = load_transformers(folder, device, own, quantization)
-    ours = isinstance(engine, Engine) and engine.model.family == "tiny"  # held in float32 wherever it is
-    if why and not ours:
-        print(why, file=sys.stderr)
+    dtype, note = _load_dtype(folder, placement)
+    engine = load_transformers(folder, placement.device, dtype, placement.quantization)
+    if note:
+        print(note, file=sys.stderr)
     return engine
+
+
+def _load_engine(folder: Path, variant: str | None, placement: Placement, *, reads: bool = False) -> Engine:
+    """The local engine of a model of ours or of a public family."""
+    from unigen.backends.transformers_engine import text_sampling_from
+    from unigen.inference.engine import Engine
+    from unigen.models import family_module, load_resolved
+
+    dtype, note = _load_dtype(folder, placement)
+    model = load_resolved(folder, variant, placement.device, dtype, placement.quantization, inference=True)
+    family = family_module(model.family)
+    text_sampling = text_sampling_from(folder, {}) if reads and not family.SAMPLING_FROM_MANIFEST else {}
+    if note and not family.DTYPE_FIXED:
+        print(note, file=sys.stderr)
+    return Engine(model, text_sampling)
+
+
+def _load_dtype(folder: Path, placement: Placement) -> tuple[torch.dtype | None, str]:
+    """The dtype as which a folder's weights are loaded, and a note where that is not as they are stored."""
+    import torch
+
+    from unigen.utils.precision import load_dtype
+
+    if placement.dtype is not None:
+        return placement.dtype, ""
+    name, note = load_dtype(folder, placement.device)
+    return getattr(torch, name) if name else None, note
+
+
+def _load_composed(lmm: str, generator: str, adapter: str | None, placement: Placement) -> ComposedEngine:
+    from unigen.backends.composed import ComposedEngine
+    from unigen.backends.connector import load_connector
+    from unigen.hub.resolve import resolve
+
+    connector = None if adapter is None else load_connector(resolve(adapter)[0])  # the smallest of them first
+    text_engine = load_one(lmm, placement, reads=True, composed=True)
+    return ComposedEngine(text_engine, load_one(generator, placement, composed=True), connector)

@@ -15,6 +15,7 @@ import torch
 import unigen
 from unigen.config import write_report
 from unigen.limits import number_argument
+from unigen.loading import load_local
 from unigen.toyworld.scenes import BACKGROUNDS, COLORS, OBJECT_EMOJI
 from unigen.utils.argparser import OneLineParser
 
@@ -47,7 +48,7 @@ def main(args: list[str]) -> int:
     prompts, seeds = make_prompts(options.count), list(range(options.count))
     rows = []
     for dtype in ("float32", "bfloat16"):
-        engine = unigen.load(options.model, dtype=dtype)
+        engine = load_local(options.model, dtype=dtype)
         single_codes = [generate_codes(engine, [p], [s])[0] for p, s in zip(prompts, seeds, strict=True)]
         batched_codes: list[torch.Tensor] = []
         for offset in range(0, options.count, options.batch):

@@ -23,6 +23,7 @@ from unigen.batch import pack
 from unigen.config import write_report
 from unigen.document import Document, Segment
 from unigen.limits import number_argument
+from unigen.loading import load_local
 from unigen.model.unified import UnifiedModel
 from unigen.nn.quantized import count_parameters
 from unigen.utils import precision
@@ -62,7 +63,7 @@ def main(args: list[str]) -> int:
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args(args)
     started, rows = time.monotonic(), []
-    reference = unigen.load(options.model, options.device, options.dtype)
+    reference = load_local(options.model, options.device, options.dtype)
     if "next-token" not in getattr(getattr(reference, "model", None), "generators", ()):
         raise ValueError(f"{options.model} does not draw by next-token")
     if reference.model.text_tokenizer is None:
@@ -77,7 +78,7 @@ def main(args: list[str]) -> int:
         ("bfloat16", None),
         *((options.dtype, kind) for kind in precision.QUANTIZATIONS),
     ):
-        engine = unigen.load(options.model, options.device, dtype, quantization=kind)
+        engine = load_local(options.model, options.device, dtype, quantization=kind)
         parts = engine.model.backbone.lm.get_decoder(), engine.model
         blocks, model_mb = (count_parameters(part)[1] / 1e6 for part in parts)
         logits = torch.cat([code_logits(engine.model, *pair) for pair in zip(segments, reference_codes, strict=True)])

@@ -26,7 +26,7 @@ from unigen.utils.argparser import OneLineParser
 
 def count_steps(engine: Engine, request: Any) -> int:
     """Draw a picture; how many steps it took."""
-    running, steps = engine.running(), 0
+    running, steps = engine.new_scheduler(), 0
     running.add_request(request)
     while running:
         running.step()

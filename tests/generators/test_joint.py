@@ -117,7 +117,7 @@ def test_the_blind_branch_reads_no_words(engine: Engine) -> None:
     generator = model.generators["joint"]
     assert engine.outputs[-1] == "pair" and generator.special_ids  # type: ignore[attr-defined]
     request = engine.request(TEXTS[0], "image", generator="joint")
-    row = engine.running().new_sequence(request)
+    row = engine.new_scheduler().new_sequence(request)
     assert row.state is not None and isinstance(row.state, MaskedState)
     read = generator.ask(row.state)
     words = generator.text_length  # type: ignore[attr-defined]

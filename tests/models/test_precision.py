@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import unigen
 from scripts import bench
 from scripts.parity import family_names
-from unigen.backends.composed import load_transformers
+from unigen.backends.transformers_engine import load_transformers
 from unigen.commands import main as cli
 from unigen.commands.eval import build_parser
 from unigen.evaluation.runner import find_task

@@ -404,7 +404,7 @@ def transformers_rows(folder: Path) -> Iterator[ParityRow]:
 
     prompt_document = Document([Segment(image=picture()), Segment(text="What is it")])
     turned = Document([Segment(image=picture().resize((SIDE, SIDE))), *prompt_document.segments[1:]])
-    forbidden = [id for id in model.generators["text"].forbidden if id not in template.stop_token_ids]
+    forbidden = [id for id in model.generators["text"].forbidden_ids if id not in template.stop_token_ids]
     ids, reference_values = reference.answer("What is it", picture(), forbidden, 16)
     runs = []
     for text in (prompt_document, turned):

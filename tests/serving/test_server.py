@@ -309,8 +309,8 @@ def test_best_of_several_candidates(tiny_server: Any, engine: Any, apples: Image
     told = client.chat.completions.create(
         model=MODEL, messages=chat_text("describe this picture", apples), modalities=["text"], extra_body=asked
     )
-    running, ended = engine.running(), []
-    for request in engine.rivals([apples, "describe this picture"], "text", 4, seed=3)[1]:
+    running, ended = engine.new_scheduler(), []
+    for request in engine.prepare([apples, "describe this picture"], "text", candidates=4, seed=3).requests:
         running.add_request(request)
     while running:
         running.step()

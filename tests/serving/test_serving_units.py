@@ -18,7 +18,7 @@ from PIL import Image
 from unigen.serving import pictures
 from unigen.serving.config import RequestLimits
 from unigen.serving.middleware import GuardMiddleware
-from unigen.serving.worker import StopStringFilter
+from unigen.serving.stop_strings import StopStringFilter
 
 CLIENT = httpx.AsyncClient
 

@@ -200,7 +200,7 @@ def test_aborted_requests_change_nothing_for_others(folder: Path, local: Any) ->
     options, rng = asked(12, 60), random.Random(2)
     wanted = answers(local, options)
     with on_vllm(folder, max_num_batched_tokens=64, max_num_seqs=16) as engine:
-        requests, running = [engine.request(**one) for one in options], engine.running()
+        requests, running = [engine.request(**one) for one in options], engine.new_scheduler()
         leaving = {
             running.add_request(request): rng.randrange(1, 60) if i % 2 else 0 for i, request in enumerate(requests)
         }
@@ -344,7 +344,7 @@ def test_unsupported_features_of_vllm_are_rejected(engine: Any) -> None:
         lambda: engine.generate("a dog", accelerate="sjd"),
         lambda: engine.describe(paper, candidates=2),
         lambda: engine.generate("a dog", candidates=2),
-        lambda: engine.states("a dog"),
+        lambda: engine.hidden_states("a dog"),
     ):
         with pytest.raises(ValueError, match="use --engine local"):
             call()
@@ -374,7 +374,7 @@ def test_random_draws_are_reproducible(engine: Any) -> None:
     from unigen.backends.vllm_guidance import Branch, serialize_segment
     from unigen.samplers.logits import sample
 
-    row = engine.running().new_sequence(engine.request("a dog", "image", temperature=1.0, guidance=2.0))
+    row = engine.new_scheduler().new_sequence(engine.request("a dog", "image", temperature=1.0, guidance=2.0))
     ids: list[int] = []
     branch = Branch(serialize_segment(row.state.span, engine.model.vocabulary, [], "span", 0), ids)
     scores = torch.zeros(1, engine.model.vocabulary.image_size)
@@ -398,7 +398,7 @@ def test_request_without_segment_is_rejected(engine: Any, harm: dict[str, Any]) 
 
     from unigen.backends.vllm_guidance import EXTRA_ARGS_KEY, serialize_segment
 
-    row = engine.running().new_sequence(engine.request("a dog", "image", guidance=2.0))
+    row = engine.new_scheduler().new_sequence(engine.request("a dog", "image", guidance=2.0))
     said = serialize_segment(row.state.span, engine.model.vocabulary, [], "span", 0)
     with pytest.raises(VLLMValidationError, match="no span"):
         engine.llm.add_request(

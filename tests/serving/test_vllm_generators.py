@@ -145,7 +145,7 @@ def test_other_capabilities(engine: Any, local: Any) -> None:
     assert engine.describe(paper, max_tokens=12) == local.describe(paper, max_tokens=12)
     drawn = {"candidates": 3, "seed": 2}
     assert engine.generate("a blue horse", **drawn).tobytes() == local.generate("a blue horse", **drawn).tobytes()
-    torch.testing.assert_close(engine.states("a dog"), local.states("a dog"))
+    torch.testing.assert_close(engine.hidden_states("a dog"), local.hidden_states("a dog"))
     told, known = engine.info(), local.info()
     assert all(told[name] == known[name] for name in ("generators", "takes", "sampling", "outputs"))
     with pytest.raises(ValueError, match="leave accelerate out"):
@@ -166,7 +166,7 @@ def test_control_of_candidates(engine: Any, local: Any, monkeypatch: pytest.Monk
 
 
 def test_stream_closed_within_an_image_leaves_nothing_behind(engine: Any) -> None:
-    running = engine.running()
+    running = engine.new_scheduler()
     options, *_ = stories("masked")
     number = running.add_request(engine.request(**options))
     while running._submitted_segments[number].names:

@@ -28,12 +28,14 @@ import torch
 from torch import Tensor, nn
 
 from unigen.backends.diffusers_engine import DiffusersEngine
+from unigen.backends.diffusers_support import call_parameters
 from unigen.config import from_dict, save_json
 from unigen.diffusion.denoiser import PromptEmbeds
 from unigen.document import Document
 from unigen.hub.folders import replacing_folder
 from unigen.hub.resolve import CONFIG, read_json
 from unigen.hub.weights import load_strict, read_tensors, write_tensors
+from unigen.inference.protocol import EngineInfo, InferenceEngine
 from unigen.model.template import UnsupportedError
 
 MASK_ARGUMENTS = ("prompt_attention_mask", "prompt_embeds_mask")
@@ -128,13 +130,22 @@ def load_connector(folder: str | Path) -> Connector:
 class ConnectedDiffusersEngine(DiffusersEngine):
     """Draws documents, pictures among them, as an LMM reads them and an adapter tells the pipeline."""
 
-    sees = True
+    accepts_images = True
 
-    def __init__(self, pipe: Any, lmm: Any, adapter: Connector) -> None:
+    def __init__(self, pipe: Any, text_engine: InferenceEngine, connector: Connector) -> None:
+        """An engine of a pipeline that a connector conditions.
+
+        Args:
+            pipe: a pipeline that takes prompt embeddings.
+            text_engine: reads the prompts and gives its hidden states.
+            connector: maps these states to prompt embeddings.
+        Raises:
+            ValueError: where the connector's widths are not those of the two models.
+        """
         super().__init__(pipe)
-        self.lmm, self.adapter = lmm, adapter.to(pipe.device)
-        config = adapter.config
-        expected = connector_config(lmm, pipe, config.length)
+        self.text_engine, self.connector = text_engine, connector.to(pipe.device)
+        config = connector.config
+        expected = connector_config(text_engine, pipe, config.length)
         requirements = [
             ("reads states of width", config.states, expected.states, "the lmm has"),
             ("makes embeddings of width", config.embeds, expected.embeds, "the pipeline takes"),
@@ -151,17 +162,19 @@ class ConnectedDiffusersEngine(DiffusersEngine):
 
     @torch.inference_mode()
     def _prompt_arguments(self, document: Document) -> dict[str, Any]:
-        prompt = self.adapter.prompt_embeds(self.lmm.states(document))
+        prompt = self.connector.prompt_embeds(self.text_engine.hidden_states(document))
         arguments: dict[str, Any] = {"prompt_embeds": prompt.embeds_MND.to(self.pipe.dtype)}
         if prompt.pooled_MP is not None:
             arguments[POOLED_ARGUMENT] = prompt.pooled_MP.to(self.pipe.dtype)
         ones_1L = torch.ones(prompt.embeds_MND.shape[:2], dtype=torch.int64, device=prompt.embeds_MND.device)
-        return arguments | {name: ones_1L for name in MASK_ARGUMENTS if name in self.takes}
+        return arguments | {name: ones_1L for name in MASK_ARGUMENTS if name in self.call_parameters}
 
-    def info(self) -> dict[str, Any]:
-        count, c = sum(p.numel() for p in self.adapter.parameters()), self.adapter.config
+    def info(self) -> EngineInfo:
+        """See `InferenceEngine.info`."""
+        count, c = sum(p.numel() for p in self.connector.parameters()), self.connector.config
         most = "at most " if c.free else ""
-        return super().info() | {"adapter": f"{count / 1e6:.1f}M parameters, {most}{c.length} embeddings of {c.embeds}"}
+        size = f"{count / 1e6:.1f}M parameters, {most}{c.length} embeddings of {c.embeds}"
+        return {**super().info(), "adapter": size}
 
 
 @torch.no_grad()
@@ -191,15 +204,15 @@ def encode_prompt(pipe: Any, words: str) -> PromptEmbeds:
     return PromptEmbeds(embeds[:, masks[0]] if masks else embeds, pooled_MP=pooled[0] if pooled else None)
 
 
-def connector_config(lmm: Any, pipe: Any, length: int) -> ConnectorConfig:
+def connector_config(text_engine: InferenceEngine, pipe: Any, length: int) -> ConnectorConfig:
     """An adapter's figures that the two models set. length: of a prompt at most, where the pipeline takes any. Raises
     ValueError for models that none can join."""
     reference = encode_prompt(pipe, "a")
     try:
-        states = lmm.states("a").shape[1]
+        states = text_engine.hidden_states("a").shape[1]
     except UnsupportedError as error:
         raise ValueError("this model cannot be the lmm of an adapter: it reads no words without a picture") from error
-    free = any(name in DiffusersEngine(pipe).takes for name in MASK_ARGUMENTS)
+    free = any(name in call_parameters(pipe) for name in MASK_ARGUMENTS)
     return ConnectorConfig(
         states=states,
         embeds=reference.embeds_MND.shape[2],
@@ -209,8 +222,8 @@ def connector_config(lmm: Any, pipe: Any, length: int) -> ConnectorConfig:
     )
 
 
-def require_pipeline(painter: Any) -> Any:
-    """The pipeline that an adapter tells what to draw. Raises ValueError for a painter that is none."""
-    if not isinstance(painter, DiffusersEngine):
+def require_pipeline(engine: InferenceEngine) -> Any:
+    """The pipeline that a connector conditions. Raises ValueError for an engine without one."""
+    if engine.pipeline is None:
         raise ValueError("an adapter tells a diffusers pipeline what to draw: give one as generator, or no adapter")
-    return painter.pipe
+    return engine.pipeline

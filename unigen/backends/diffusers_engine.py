@@ -15,8 +15,7 @@ on the batch. Does not depend on: schedules, networks, prompts' encoders.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,25 +29,24 @@ from unigen.backends.diffusers_support import (
     native_area,
     needs_image,
     network_config,
-    pipeline_class,
     size_multiple,
     supported_options,
     unsupported_reason,
 )
-from unigen.document import Document, as_text, check_text
-from unigen.hub.resolve import CONFIG, SAFETENSORS_PATTERNS, read_json, weights_variant
-from unigen.hub.weights import silence_transformers, strict_from_pretrained
+from unigen.document import Document, Preview, Prompt, Segment, as_text, check_text
+from unigen.inference.base import BaseEngine, check_record
+from unigen.inference.protocol import EngineInfo, OptionValue
 from unigen.inference.request import check_size, zip_with_seeds
+from unigen.inference.results import RECORD_NOTHING, GenerationResult, Record
 from unigen.limits import LIMITS, check_limit
 from unigen.media.display import MediaList, table_html
-from unigen.media.images import read_image, read_mask
+from unigen.media.images import ImageSource, read_image, read_mask
 from unigen.model.template import Output, UnsupportedError
-from unigen.samplers.seeds import make_rng, offset_seed
+from unigen.samplers.seeds import make_rng
 from unigen.utils import progress
 from unigen.utils.numbers import NonFiniteError
 from unigen.utils.text import first_line
 
-MODEL_INDEX = "model_index.json"
 MAX_OUTPUT_PIXELS = 4096 * 4096
 """Of a picture that is asked for."""
 ENGINE_ARGUMENTS = {
@@ -67,132 +65,156 @@ PIPELINE_ERRORS = (RuntimeError, IndexError, AssertionError, ArithmeticError, Im
 """What pipelines raise for arguments that they cannot work with, beside ValueError and TypeError; for their own
 arguments, which nothing here checks, AttributeError and KeyError too."""
 
-GLM_SIZE, GLM_STRIDE = (1024, 1024), 32
-"""Of GLM-Image's pictures where no size is asked for, and what sizes are multiples of; in pixels."""
 
-
-class DiffusersEngine:
-    """Draws with one pipeline. Not safe to share between threads."""
+class DiffusersEngine(BaseEngine):
+    """Generates images with one pipeline. Not safe to share between threads."""
 
     outputs: tuple[Output, ...] = ("image",)
-    one_by_one = True
-    """Are several pictures drawn one after another, and not together?"""
-    sees = False
-    """May a picture be part of what is asked?"""
 
     def __init__(self, pipe: Any) -> None:
-        self.pipe = pipe
-        self.usual: Any = getattr(pipe, "scheduler", None)
-        self.takes = call_parameters(pipe)
+        """An engine of a loaded pipeline of diffusers."""
+        self.pipe = self.pipeline = pipe
+        self.default_scheduler: Any = getattr(pipe, "scheduler", None)
+        self.call_parameters = call_parameters(pipe)
         self.variants: dict[str, Any] = {}
         self.sampling = self.default_values(self._variant_or_none("text") or pipe)
-        """Options that have a value where nothing is asked for."""
+        """The values of options where a request does not say."""
         pipe.set_progress_bar_config(disable=True)
 
     # ---------------------------------------------------------------- what users call
 
-    def generate(self, prompt: Any, output: Output = "image", *, n: int = 1, seed: int = 0, **options: Any) -> Any:
-        """A PIL image of words, or of a class by its number; n > 1 gives a list, with seeds seed, seed + 1 ..
+    def generate_results(
+        self,
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int] | None = None,
+        output: Output = "image",
+        *,
+        record: Record = RECORD_NOTHING,
+        **options: Any,
+    ) -> list[GenerationResult]:
+        """See `InferenceEngine.generate_results`: an image of words, or of a class by its number.
 
-        options, as far as the pipeline takes them: steps (1 to 1000), guidance (0 to 100), sampler, size (width, height
-        in pixels), negative (words for what it shall not be), and what its own `__call__` takes besides. Raises
-        ValueError in one line for bad input.
+        Args:
+            prompts: what is asked for.
+            seeds: one for each prompt; None is 0, 1, ...
+            output: "image".
+            record: nothing.
+            options: as far as the pipeline takes them: steps (1 to 1000), guidance (0 to 100), sampler, size (width,
+                height in pixels), negative (words for what it shall not be), and what its own `__call__` takes besides.
         """
-        n, seed = check_limit("n", n), check_seed(seed)
-        drawn = self.generate_batch([prompt] * n, [offset_seed(seed, i) for i in range(n)], output, **options)
-        return drawn[0] if n == 1 else drawn
-
-    def generate_batch(
-        self, prompts: Sequence[Any], seeds: Sequence[int] | None = None, output: Output = "image", **options: Any
-    ) -> list[Any]:
-        """One picture a prompt; each is what `generate` gives for that prompt and seed alone."""
         if output not in self.outputs:
             raise ValueError(f"this model cannot answer with {output}: it can with image")
-        asked = zip_with_seeds(prompts, seeds)
-        given = [self._prompt_arguments(Document.of(prompt)) for prompt, _ in asked]
-        return self._draw(self._form("text"), given, [seed for _, seed in asked], options)
+        prompts_and_seeds = zip_with_seeds(prompts, seeds)
+        check_record(record, Record(), "a pipeline gives its images alone")
+        documents = [Document.of(prompt) for prompt, _ in prompts_and_seeds]
+        arguments = [self._prompt_arguments(document) for document in documents]
+        image_seeds = [seed for _, seed in prompts_and_seeds]
+        images = self._run_pipeline(self._as_variant("text"), arguments, image_seeds, options)
+        settings = self.default_options(output) | {name: value for name, value in options.items() if value is not None}
+        return [
+            GenerationResult(
+                image,
+                Document([*document.segments, Segment(image=image, role="assistant")]),
+                seed,
+                codes=[None],
+                settings=dict(settings),
+            )
+            for image, document, seed in zip(images, documents, image_seeds, strict=True)
+        ]
 
-    def stream(self, prompt: Any, output: Output = "image", *, seed: int = 0, **options: Any) -> Iterator[Any]:
-        """The picture, when it is finished. Raises ValueError at once for bad input."""
-        self.check(prompt, output, seed=seed, **options)
-        return map(lambda _: self.generate(prompt, output, seed=seed, **options), range(1))
+    def stream(
+        self, prompt: Prompt, output: Output = "image", *, seed: int = 0, **options: Any
+    ) -> Iterator[str | Image.Image | Preview]:
+        """See `InferenceEngine.stream`: the image, when it is finished."""
+        return super().stream(prompt, output, seed=seed, **options)
 
-    def check(self, prompt: Any, output: Output = "image", *, seed: int = 0, **options: Any) -> None:
-        """Raises ValueError in one line for what `generate` would refuse before it draws."""
+    def check(self, prompt: Prompt, output: Output = "image", *, seed: int = 0, **options: Any) -> None:
+        """See `InferenceEngine.check`."""
         if output not in self.outputs:
             raise ValueError(f"this model cannot answer with {output}: it can with image")
         check_seed(seed)
         document = Document.of(prompt)
         document.check_conditions("a pipeline")
-        if not self.sees:
+        if not self.accepts_images:
             self._prompt_arguments(document)
-        variant = self._form("text")
+        variant = self._as_variant("text")
         _, sampler = self._call_arguments(variant, options, False)
         self._scheduler(variant, sampler)
 
-    def edit(
-        self, image: Any, instruction: str, *, strength: float | None = None, seed: int = 0, **options: Any
-    ) -> Any:
-        """The picture drawn anew from where noise has covered a share of it (`strength`, from 0 to 1), or as the
-        pipeline's own way of editing has it. It keeps its size where no other is asked for."""
+    def default_options(self, output: Output, given: Mapping[str, OptionValue] | None = None) -> dict[str, OptionValue]:
+        """See `InferenceEngine.default_options`."""
+        return dict(self.sampling) if output == "image" else {}
+
+    def edit(self, image: ImageSource, instruction: str, *, seed: int = 0, **options: Any) -> Image.Image:
+        """See `InferenceEngine.edit`. The image keeps its size where no other is given. strength: the share of noise
+        from which it is generated anew, from 0 to 1, where the pipeline edits so."""
         check_prompt_text("the instruction", instruction, "say what to change")
-        picture, variant = read_image(image), self._form("edit")
+        picture, variant = read_image(image), self._as_variant("edit")
         words = as_text(instruction)
-        asked = Document.of([picture, words] if self.sees else words)
+        asked = Document.of([picture, words] if self.accepts_images else words)
         size = options.pop("size", None)
         input_size, output_size = self._render_sizes(variant, picture, size)
         given = self._prompt_arguments(asked) | {"image": [resize_to(picture, input_size)]}
-        options |= {"size": output_size, "strength": strength}
-        drawn = self._draw(variant, [given], [seed], options, own_size=True)[0]
+        options |= {"size": output_size}
+        drawn = self._run_pipeline(variant, [given], [seed], options, auto_size=True)[0]
         return resize_to(drawn, size or picture.size)
 
     def inpaint(
-        self, image: Any, prompt: str, mask: Any, *, strength: float | None = None, seed: int = 0, **options: Any
-    ) -> Any:
-        """The picture with what is white in the mask painted anew; all other pixels stay as they are.
+        self,
+        image: ImageSource,
+        prompt: str,
+        mask: ImageSource | None = None,
+        *,
+        variation: float | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> Image.Image:
+        """See `InferenceEngine.inpaint`: all pixels that are not marked stay.
 
-        mask: of the image's shape, white where to paint (`unigen.media.images.read_mask`). strength: the share of the
-        noise that covers what is painted anew, from 0 to 1. size: at which it is painted; the result has the picture's
-        size.
+        Args:
+            image: a path, a PIL image, or all else that `read_image` takes.
+            prompt: what the image is to show.
+            mask: of the image's size, white where to generate (`unigen.media.images.read_mask`).
+            variation: is refused.
+            seed: of the image's randomness.
+            options: of the pipeline. strength: the share of the noise that covers what is generated anew, from 0 to 1.
+                size: that at which it is generated; the result has the image's own.
         """
+        if variation is not None or mask is None:
+            raise UnsupportedError("this model does not vary pictures: give a mask of what to paint anew")
         check_prompt_text("the prompt", prompt, "say what the picture is to show")
         picture, mask_image = read_image(image), read_mask(mask)
         if picture.size != mask_image.size:
             raise ValueError(f"the mask is of {mask_image.size} pixels, the picture of {picture.size}: make them alike")
-        variant = self._form("inpaint")
+        variant = self._as_variant("inpaint")
         input_size, output_size = self._render_sizes(variant, picture, options.pop("size", None))
         given = {
             "image": [resize_to(picture, input_size)],
             "mask_image": [mask_image.resize(input_size, Image.Resampling.NEAREST)],
         }
-        options |= {"size": output_size, "strength": strength}
-        drawn = self._draw(
-            variant, [self._prompt_arguments(Document.of(as_text(prompt))) | given], [seed], options, own_size=True
+        options |= {"size": output_size}
+        drawn = self._run_pipeline(
+            variant, [self._prompt_arguments(Document.of(as_text(prompt))) | given], [seed], options, auto_size=True
         )[0]
         return Image.composite(resize_to(drawn, picture.size), picture, mask_image)
 
-    def describe(self, image: Any, question: str | None = None, **options: Any) -> str:
-        raise ValueError("this model cannot answer with text: pair it with one that reads (--lmm)")
-
-    def info(self) -> dict[str, Any]:
-        """What this pipeline is and takes."""
+    def info(self) -> EngineInfo:
+        """See `InferenceEngine.info`."""
         parts = {name: part for name, part in self.pipe.components.items() if isinstance(part, torch.nn.Module)}
         counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
-        forms = {task: self._variant_or_none(task) for task in ("text", "edit", "inpaint")}
-        drawn = "classes" if "class_labels" in self.takes else "words"
-        facts = {
+        variants = {task: self._variant_or_none(task) for task in ("text", "edit", "inpaint")}
+        main = next((variant for variant in variants.values() if variant), self.pipe)
+        prompt_type = "classes" if "class_labels" in self.call_parameters else "words"
+        return {
             "family": "diffusion pipeline",
             "pipeline": type(self.pipe).__name__,
             "parts": {name: f"{count / 1e6:.1f}M parameters" for name, count in counts.items()},
-            "scheduler": type(self.usual).__name__,
-            "draws": drawn if forms["text"] else "no: it changes pictures",
-        }
-        for name, task in (("edits", "edit"), ("inpaints", "inpaint")):
-            facts[name] = type(forms[task]).__name__ if forms[task] else "no"
-        main = next((variant for variant in forms.values() if variant), self.pipe)
-        return facts | {
+            "scheduler": type(self.default_scheduler).__name__,
+            "draws": prompt_type if variants["text"] else "no: it changes pictures",
+            "edits": type(variants["edit"]).__name__ if variants["edit"] else "no",
+            "inpaints": type(variants["inpaint"]).__name__ if variants["inpaint"] else "no",
             "takes": self.options(main),
-            "samplers": list(compatible_schedulers(main, self.usual)),
+            "samplers": list(compatible_schedulers(main, self.default_scheduler)),
             "sampling": self.sampling,
             "outputs": list(self.outputs),
             "device": str(self.pipe.device),
@@ -208,7 +230,7 @@ class DiffusersEngine:
 
     def options(self, pipe: Any) -> list[str]:
         """The names of the options that change what the pipeline draws."""
-        return [*supported_options(pipe), *(["sampler"] if compatible_schedulers(pipe, self.usual) else [])]
+        return [*supported_options(pipe), *(["sampler"] if compatible_schedulers(pipe, self.default_scheduler) else [])]
 
     def default_values(self, pipe: Any) -> dict[str, Any]:
         """The values of a pipeline's options where nothing is asked for."""
@@ -223,7 +245,7 @@ class DiffusersEngine:
             raise ValueError("a pipeline draws from words: give a picture to `edit` or `inpaint`")
         words = " ".join((s.text or "").strip() for s in document.segments if s.text)
         labels = [s.label for s in document.segments if s.label is not None]
-        if "class_labels" in self.takes:
+        if "class_labels" in self.call_parameters:
             if words or len(labels) != 1:
                 raise ValueError("this pipeline draws classes, not words: give one class by its number or name")
             return {"class_labels": [self._class_index(labels[0])]}
@@ -244,11 +266,11 @@ class DiffusersEngine:
 
     def _variant_or_none(self, task: str) -> Any:
         try:
-            return self._form(task)
+            return self._as_variant(task)
         except UnsupportedError:
             return None
 
-    def _form(self, task: str) -> Any:
+    def _as_variant(self, task: str) -> Any:
         """The pipeline's parts in the form that does a task: "text", "edit" or "inpaint". Raises Unable where it has
         none."""
         if task not in self.variants:
@@ -259,10 +281,10 @@ class DiffusersEngine:
     def _build_variant(self, task: str) -> Any:
         import diffusers
 
-        is_inpainting, kind = "mask_image" in self.takes, type(self.pipe)
+        is_inpainting, kind = "mask_image" in self.call_parameters, type(self.pipe)
         own = {
             "text": not needs_image(kind),
-            "edit": "image" in self.takes and not is_inpainting,
+            "edit": "image" in self.call_parameters and not is_inpainting,
             "inpaint": is_inpainting,
         }
         if own[task]:
@@ -306,18 +328,18 @@ class DiffusersEngine:
     # ---------------------------------------------------------------- how it is done
 
     @torch.inference_mode()
-    def _draw(
+    def _run_pipeline(
         self,
         pipe: Any,
         given: Sequence[dict[str, Any]],
         seeds: Sequence[int],
         options: dict[str, Any],
-        own_size: bool = False,
+        auto_size: bool = False,
     ) -> list[Image.Image]:
-        """own_size: the engine chose the size, so that a form without this option is not told it."""
-        call_arguments, sampler = self._call_arguments(pipe, options, own_size)
+        """auto_size: the engine chose the size, so that a form without this option is not told it."""
+        call_arguments, sampler = self._call_arguments(pipe, options, auto_size)
         seeds = [check_seed(seed) for seed in seeds]
-        if self.usual is not None:
+        if self.default_scheduler is not None:
             pipe.scheduler = self._scheduler(pipe, sampler)
         takes, kind = call_parameters(pipe), type(pipe).__name__
         unchecked = call_arguments.keys() - ENGINE_ARGUMENTS - {*supported_options(pipe).values()}
@@ -342,20 +364,20 @@ class DiffusersEngine:
             images.append(picture)
         return MediaList(images)
 
-    def _call_arguments(self, pipe: Any, options: dict[str, Any], own_size: bool) -> tuple[dict[str, Any], str | None]:
+    def _call_arguments(self, pipe: Any, options: dict[str, Any], auto_size: bool) -> tuple[dict[str, Any], str | None]:
         """The pipeline's own arguments, and the sampler, of what is asked for. Raises ValueError in one line for
         options that it does not take, that are out of their range, or that would change nothing."""
         own, takes, kind = supported_options(pipe), call_parameters(pipe), type(pipe).__name__
         option_by_argument = {pipeline_arguments: name for name, pipeline_arguments in own.items() if name != "size"}
         asked = {option_by_argument.get(name, name): value for name, value in options.items() if value is not None}
         sampler, size = asked.pop("sampler", None), asked.pop("size", None)
-        if own_size and "size" not in own:
+        if auto_size and "size" not in own:
             size = None
         pipeline_arguments = takes.keys() - ENGINE_ARGUMENTS
         unsupported = [name for name in asked if name not in own and name not in pipeline_arguments]
         if size is not None and "size" not in own:
             unsupported.append("size")
-        if sampler is not None and not compatible_schedulers(pipe, self.usual):
+        if sampler is not None and not compatible_schedulers(pipe, self.default_scheduler):
             unsupported.append("sampler")
         if unsupported:
             supported = ", ".join(self.options(pipe)) or "no options"
@@ -394,11 +416,11 @@ class DiffusersEngine:
 
     def _scheduler(self, pipe: Any, sampler: str | None) -> Any:
         if sampler is None:
-            return self.usual
-        kinds = compatible_schedulers(pipe, self.usual)
+            return self.default_scheduler
+        kinds = compatible_schedulers(pipe, self.default_scheduler)
         if sampler not in kinds:
             raise ValueError(f"unknown sampler {sampler!r} for this pipeline: one of {', '.join(kinds)}")
-        return kinds[sampler].from_config(self.usual.config)
+        return kinds[sampler].from_config(self.default_scheduler.config)
 
 
 def check_option_ranges(asked: dict[str, Any]) -> None:
@@ -444,115 +466,3 @@ def output_image(result: Any, kind: str, dtype: torch.dtype) -> Image.Image:
 def resize_to(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     """The picture at a size; itself where it has it."""
     return picture if picture.size == tuple(size) else picture.resize(size, Image.Resampling.LANCZOS)
-
-
-class GlmImageEngine(DiffusersEngine):
-    """GLM-Image: a language model writes a picture's tokens, a DiT draws them. Its pipeline has to be told every size,
-    and a picture to edit has to be as large as its processor would make it."""
-
-    def __init__(self, pipe: Any) -> None:
-        super().__init__(pipe)
-        vision_language_model = pipe.vision_language_encoder
-        original_get_tokens = type(vision_language_model).get_image_tokens
-
-        def get_image_tokens(features: Any, grids: Any = None) -> Any:
-            """transformers wants a list of pictures (C, h, w), of which diffusers gives the one without its list."""
-            is_single_image = isinstance(features, torch.Tensor) and features.ndim == 3
-            return original_get_tokens(vision_language_model, [features] if is_single_image else features, grids)
-
-        vision_language_model.get_image_tokens = get_image_tokens
-
-    def _draw(
-        self,
-        pipe: Any,
-        given: Sequence[dict[str, Any]],
-        seeds: Sequence[int],
-        options: dict[str, Any],
-        own_size: bool = False,
-    ) -> list[Image.Image]:
-        devices = [pipe.device] if pipe.device.type == "cuda" else []
-        with (
-            silence_transformers(),
-            torch.random.fork_rng(devices),
-        ):  # tokens are drawn by the global state, which it seeds
-            return super()._draw(pipe, given, seeds, options | {"size": options.get("size") or GLM_SIZE}, own_size)
-
-    def _render_sizes(self, form: Any, picture: Image.Image, size: Any) -> tuple[tuple[int, int], tuple[int, int]]:
-        if max(picture.size) > 4 * min(picture.size):
-            raise ValueError(f"GLM-Image reads pictures up to four times as long as wide, not {picture.size}: crop it")
-        bounds = self.pipe.processor.image_processor.size
-        min_steps, exceeds_limit = bounds["shortest_edge"] ** 0.5, bounds["longest_edge"] ** 0.5
-        scale = min(max(1.0, min_steps / min(picture.size)), exceeds_limit / max(picture.size))
-        width, height = (max(GLM_STRIDE, round(side * scale / GLM_STRIDE) * GLM_STRIDE) for side in picture.size)
-        return (width, height), size or (width, height)
-
-
-def is_pipeline(folder: Path) -> bool:
-    """Does the folder hold a diffusers pipeline?"""
-    return (folder / MODEL_INDEX).is_file()
-
-
-def check_pipeline_class(folder: Path) -> Any:
-    """The class of the pipeline in `folder`, read from its index alone, without its weights. Raises ValueError where
-    diffusers has no such class, or pipelines of this class cannot draw here."""
-    kind = pipeline_class(read_json(folder / MODEL_INDEX))
-    if reason := unsupported_reason(kind):
-        raise ValueError(f"{kind.__name__} cannot be used here: {reason}")
-    return kind
-
-
-def check_components(folder: Path, kind: Any) -> None:
-    """Raises ValueError for a part that the index names and that has no folder, since some of them diffusers would make
-    up, and for one without weights in safetensors."""
-    for name, part in read_json(folder / MODEL_INDEX).items():
-        if name.startswith("_") or not isinstance(part, list) or len(part) != 2 or not isinstance(part[1], str):
-            continue
-        if not (folder / name).is_dir():
-            is_optional = name in kind._optional_components
-            hint = f", or write [null, null] for {name} in {MODEL_INDEX} to do without" if is_optional else ""
-            raise ValueError(f"{folder} has no folder {name}/ with its {part[1]}: fetch it{hint}")
-        if (folder / name / CONFIG).is_file() and not any((folder / name).glob(SAFETENSORS_PATTERNS[0])):
-            raise ValueError(f"{folder / name} has no weights in safetensors, and no pickles are read for pipelines")
-
-
-def disabled_components(folder: Path) -> dict[str, None]:
-    """The parts for which the index says [null, null], such as the T5 of Stable Diffusion 3."""
-    return {name: None for name, part in read_json(folder / MODEL_INDEX).items() if part == [None, None]}
-
-
-def check_all_loaded(pipe: Any) -> None:
-    """Raises ValueError for weights that diffusers has left out, since they are not in the folder."""
-    for name, part in pipe.components.items():
-        weights = part.named_parameters() if isinstance(part, torch.nn.Module) else ()
-        if missing_weights := [weight for weight, value in weights if value.is_meta]:
-            raise ValueError(
-                f"its {name} lacks {len(missing_weights)} tensors ({', '.join(missing_weights[:4])}): download it again"
-            )
-
-
-def load(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> DiffusersEngine:
-    """The pipeline in `folder`, from safetensors alone; no code of the folder is run. Raises ValueError in one line."""
-    from diffusers import DiffusionPipeline
-    from diffusers.utils import logging
-
-    check_components(folder, check_pipeline_class(folder))
-    level = logging.get_verbosity()
-    try:
-        with silence_transformers(), strict_from_pretrained():
-            logging.disable_progress_bar()
-            logging.set_verbosity(logging.CRITICAL)
-            pipe = DiffusionPipeline.from_pretrained(
-                folder,
-                dtype=dtype or torch.float32,
-                local_files_only=True,
-                use_safetensors=True,
-                variant=weights_variant(folder),
-                **disabled_components(folder),
-            )
-            check_all_loaded(pipe)
-    except Exception as error:  # whatever a damaged part makes its own library raise
-        raise ValueError(f"pipeline {folder} cannot be loaded: {first_line(error)}") from error
-    finally:
-        logging.set_verbosity(level)
-    kind = GlmImageEngine if type(pipe).__name__ == "GlmImagePipeline" else DiffusersEngine
-    return kind(pipe.to(device))

@@ -26,14 +26,18 @@ from typing import Any
 import torch
 
 from unigen.batch import Vocabulary
-from unigen.generators.next_token import Text
+from unigen.document import Document
 from unigen.hub.resolve import CONFIG, read_json
+from unigen.inference.base import check_record
+from unigen.inference.candidates import PreparedRequest
 from unigen.inference.engine import Engine
+from unigen.inference.protocol import EngineInfo
 from unigen.inference.request import Request
+from unigen.inference.results import Record, Score
 from unigen.inference.scheduler import Scheduler
 from unigen.inference.sequence import SequenceState
 from unigen.model.inputs import PromptSpan
-from unigen.model.template import Output
+from unigen.model.template import Output, UnsupportedError
 from unigen.model.unified import UnifiedModel
 
 ENGINE_ARGS: dict[str, Any] = {
@@ -52,12 +56,12 @@ def load(name: str, device: str, dtype: torch.dtype | None = None, options: dict
     of vLLM's EngineArgs. Raises ValueError in one line where vLLM is missing, or cannot serve the model."""
     if importlib.util.find_spec("vllm") is None:
         raise ValueError("vLLM is not installed here: run scripts/install_serve.sh, which makes .venv-serve with it")
-    from unigen.backends import diffusers_engine
+    from unigen.backends.diffusers_loading import is_pipeline
     from unigen.models import causal_lm, load_resolved, resolve_model
     from unigen.nn.cpu.linear import pack_linears
 
     folder, variant = resolve_model(name)
-    if diffusers_engine.is_pipeline(folder):
+    if is_pipeline(folder):
         raise ValueError(f"vLLM cannot serve {name}: it is a diffusers pipeline")
     model = load_resolved(folder, variant, device, dtype)
     kind = type(causal_lm(model)).__name__
@@ -157,16 +161,16 @@ class VllmEngine(Engine):
         """Give vLLM's memory back."""
         self.llm.engine_core.shutdown()
 
-    def info(self) -> dict[str, Any]:
+    def info(self) -> EngineInfo:
         from vllm import __version__
 
-        return self._info | {"context": self.model.max_length, "engine": f"vllm {__version__}"}
+        return {**self._info, "context": self.model.max_length, "engine": f"vllm {__version__}"}
 
     @property
     def can_rerank(self) -> bool:
         return self.local and super().can_rerank
 
-    def running(self) -> VllmScheduler:
+    def new_scheduler(self) -> VllmScheduler:
         return VllmScheduler(self)
 
     def request(self, prompt: Any, output: Output, **options: Any) -> Request:
@@ -176,15 +180,23 @@ class VllmEngine(Engine):
             raise ValueError("vLLM writes one code a step: leave accelerate out, or use --engine local")
         return request
 
-    def rivals(self, *asked: Any, **options: Any) -> Any:
-        if not self.local:
-            raise ValueError("candidates are compared by the local engine: leave them out, or use --engine local")
-        return super().rivals(*asked, **options)
+    def prepare(self, prompt: Any, output: Output, *, candidates: int = 1, **options: Any) -> PreparedRequest:
+        """See `BatchedEngine.prepare`. Candidates are compared by the model beside vLLM, where there is one."""
+        if candidates != 1 and not self.local:
+            raise UnsupportedError("candidates are compared by the local engine: leave them out, or use --engine local")
+        check_record(options.get("record", Record()), Record(), "use --engine local")
+        return super().prepare(prompt, output, candidates=candidates, **options)
 
-    def states(self, prompt: Any) -> torch.Tensor:
+    def score(self, documents: Sequence[Document], *, per_token: bool = False) -> list[Score]:
+        """See `InferenceEngine.score`: by the model beside vLLM, where there is one."""
         if not self.local:
-            raise ValueError("vLLM does not tell its hidden states: use --engine local")
-        return super().states(prompt)
+            raise UnsupportedError("documents are scored by the local engine: use --engine local")
+        return super().score(documents, per_token=per_token)
+
+    def hidden_states(self, prompt: Any) -> torch.Tensor:
+        if not self.local:
+            raise UnsupportedError("vLLM does not tell its hidden states: use --engine local")
+        return super().hidden_states(prompt)
 
     def send(self, row: SequenceState, before: list[int]) -> _SubmittedSegment:
         """The row's span as requests of vLLM's; one that is written here has all of `before` to read again, and leaves
@@ -201,8 +213,7 @@ class VllmEngine(Engine):
 
         assert row.state is not None
         span, vocabulary, group = row.state.span, self.model.vocabulary, f"span{next(self._names)}"
-        text = self.model.generators["text"]
-        forbidden = text.forbidden if isinstance(text, Text) else []
+        forbidden = list(self.model.generators["text"].forbidden_ids)
         is_image = span.grid is not None  # a picture comes when it is finished, text as it is written
         segment = _SubmittedSegment([], branch_prompts(row, before))
         for branch, prompt in enumerate(segment.prompts):

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     options = generation_options(args) | ({} if args.candidates is None else {"candidates": args.candidates})
     seed = options.pop("seed")
-    batch = 1 if getattr(engine, "one_by_one", False) else BATCH_SIZE
+    batch = BATCH_SIZE if engine.batched else 1
     images: list[Any] = []
     saved_paths: list[Path] = []
     try:

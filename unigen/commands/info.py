@@ -21,20 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from unigen.inference.engine import Engine
     from unigen.media.display import format_value
     from unigen.media.output import check_output, write_text
 
     path = check_output(args.json, {".json": "JSON"}) if args.json else None
     engine = load(args)
     facts = engine.info()
-    if isinstance(engine, Engine):  # of one of the families
-        from unigen.models import vllm_unsupported_reason
-
-        vllm_reason = vllm_unsupported_reason(facts["family"])
-        other_generators = [name for name in facts["generators"] if name != "next-token"]
-        suffix = f"; {', '.join(other_generators)} beside it" if other_generators else ""
-        facts["vllm"] = f"no, {vllm_reason}" if vllm_reason else f"yes, its next-token and text{suffix}"
     for key, value in facts.items():
         print(f"{key:<20} {format_value(value)}")
     if path is not None:

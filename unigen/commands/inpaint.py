@@ -46,32 +46,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import numpy as np
 
-    from unigen.inference.engine import Engine
-    from unigen.inference.inpainting import limiting_window, random_mask
     from unigen.media.images import read_image, read_mask
     from unigen.media.output import IMAGE_FORMATS, check_output, save_image
 
     path = check_output(args.output, IMAGE_FORMATS)
     image: Any = read_image(args.image)
-    engine, given = None, image.size
     if args.mask:
         mask: Any = read_mask(args.mask)
     elif args.vary:
-        engine = load(args)
-        if not isinstance(engine, Engine):
-            raise ValueError("--vary is for models that write codes: give this one a --mask")
-        image, mask = random_mask(engine.model, image, args.vary, args.seed)
+        mask = None
     else:
         left, top, right, bottom = args.box or args.around
         box_mask = np.zeros((image.height, image.width), dtype=bool)
         box_mask[top:bottom, left:right] = True
         mask = box_mask if args.box else ~box_mask
-    engine = engine or load(args)
+    engine = load(args)
     start = time.perf_counter()
-    result = engine.inpaint(image, args.prompt, mask, **generation_options(args))
+    result = engine.inpaint(image, args.prompt, mask, variation=args.vary, **generation_options(args))
     save_image(path, result)
-    report_size_change(given, result)
-    if isinstance(getattr(engine, "painter", engine), Engine) and (window := limiting_window(mask)):
+    report_size_change(image.size, result)
+    if mask is not None and (window := engine.inpaint_window(mask)):
         left, top, right, bottom = window
         where = f"{right - left}x{bottom - top} pixels at {left},{top}"
         print(f"note: this model painted in a square of {where} of your picture; all else stays", file=sys.stderr)

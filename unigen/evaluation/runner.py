@@ -23,6 +23,7 @@ from typing import Any, ClassVar, Generic, Literal, Protocol, Self
 from unigen.config import write_report
 from unigen.evaluation.report import Report, make_folder, write_outputs
 from unigen.evaluation.task import Example, OutputT, Scores, Task
+from unigen.inference.protocol import InferenceEngine
 from unigen.limits import limit_argument
 from unigen.model.unified import UnifiedModel
 from unigen.samplers.seeds import derive_seed
@@ -242,9 +243,8 @@ def generate_outputs(
     return outputs
 
 
-def _local_model(engine: Any) -> UnifiedModel | None:
-    model = getattr(engine, "model", None)
-    return model if isinstance(model, UnifiedModel) else None
+def _local_model(engine: InferenceEngine) -> UnifiedModel | None:
+    return engine.local_model
 
 
 # ---------------------------------------------------------------- the command

@@ -9,7 +9,7 @@ Shapes: B rows, L positions, P positions of a picture, D width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -52,6 +52,10 @@ class SegmentSpec:
     accelerate: str | None = None
     text_ids: list[int] | None = None
     before: frozenset[int] = frozenset()
+    record_logprobs: bool = False
+    """Whether log-probabilities of the drawn ids are kept (`GenerationState.logprobs`)."""
+    record_trajectory: bool = False
+    """Whether each x_t of a flow is kept (`GenerationState.recorded_trajectory`)."""
 
     @property
     def head(self) -> list[int]:
@@ -73,6 +77,18 @@ class GenerationState:
     done: bool = False
     finite: bool = True
     progress: tuple[int, int] = (0, 1)
+    logprobs: list[float] = field(default_factory=list)
+    """Log-probabilities, nats, of `drawn_ids` of a finished segment, where the segment records them."""
+
+    @property
+    def latents(self) -> Tensor | None:
+        """The latents (Z, h, w) of a finished image, where it has some."""
+        return None
+
+    @property
+    def recorded_trajectory(self) -> tuple[Tensor, Tensor] | None:
+        """x_t (K, Z, h, w) and t (K,) of a finished image, from noise to data, where they were recorded."""
+        return None
 
     @property
     def num_written(self) -> int:
@@ -83,6 +99,16 @@ class GenerationState:
     def native_codes(self) -> Tensor | None:
         """The codes (P,) of a finished image, where they are not the model's own."""
         return None
+
+    @property
+    def drawn_ids(self) -> list[int]:
+        """What was drawn of a finished segment: ids of text with the id that ended it, codes of an image in raster
+        order, or codes of the generator's own tokenizer."""
+        if self.native_codes is not None:
+            return [int(code) for code in self.native_codes.tolist()]
+        if self.span.grid is not None:
+            return [*self.text, *self.ids]
+        return [*self.ids, *(id for id in self.pending_ids if id in self.span.stops)]
 
 
 @dataclass
@@ -127,6 +153,10 @@ class GeneratorModel(Protocol):
         ...
 
 
+GuidedLoss = Callable[[Sequence[tuple[Tensor, Any]], Guidance, float], Tensor]
+"""Losses (T,) from hidden states (B, L, D) and targets of each branch, guidance, and temperature."""
+
+
 class Generator(Protocol):
     """`name` as users write it, and its file. own: the kind of the image tokenizer that is part of it ("multiscale",
     "kl"), None where it writes the codes by which the model reads."""
@@ -142,10 +172,21 @@ class Generator(Protocol):
     """The kinds of conditions of a document (`unigen.document.Condition`) that it takes."""
     codes: bool
     """Are the ids of a picture in training codes of the model's image tokenizer? Else it is laid out from pixels."""
+    is_text: bool
+    """Whether it writes text, and not pictures."""
+    forbidden_ids: Sequence[int]
+    """Ids of the text table that it never writes, except a segment's stops."""
+    is_causal: bool
+    """Whether each of its ids is read as it is and predicted by the one before."""
     text_length: int
     """How many positions of text a picture's span opens with."""
     needs_context: bool
     """Does `advance` want the states of all that was read before, not only of what was asked?"""
+
+    @property
+    def guided_loss(self) -> GuidedLoss | None:
+        """`loss` of what is drawn with guidance at a temperature; None where the generator has none."""
+        ...
 
     def positions(self) -> int:
         """How many positions a picture takes after its begin token."""
@@ -204,9 +245,11 @@ class GeneratorHead(nn.Module):
 
     name: str
     own: str | None
-    cache_reusable, codes = False, False
+    cache_reusable, codes, is_text, is_causal = False, False, False, False
+    guided_loss: GuidedLoss | None = None
     uses_positions = True
     """Do pictures take positions of the sequence? Where they do not, `positions` is 0 whatever the settings."""
+    forbidden_ids: Sequence[int] = ()
     text_length = 0
     conditions: frozenset[str] = frozenset()
     io_layers: tuple[nn.Module, ...] = ()

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from unigen.generators.base import GenerationState, GeneratorModel, StepInput
-from unigen.samplers.logits import exponential_race_sample, probabilities
+from unigen.samplers.logits import exponential_race_sample, log_probabilities, probabilities
 
 SPECULATIVE_METHODS = ("sjd", "jacobi")
 WINDOW_SIZE = 8
@@ -64,7 +64,8 @@ def step(model: GeneratorModel, state: SpeculativeState, hidden: list[Tensor]) -
     parts = [
         model.logits(states_LD[from_end], vocabulary.image_start, vocabulary.image_stop).float() for states_LD in hidden
     ]
-    target_probs_WK = probabilities(span.guidance.combine(parts), span.sampling).cpu()
+    guided_WK = span.guidance.combine(parts)
+    target_probs_WK = probabilities(guided_WK, span.sampling).cpu()
     if target_probs_WK[:, 0].isnan().any():  # then all of the row's are
         state.finite = False
         return prefix_lengths[0]
@@ -74,7 +75,10 @@ def step(model: GeneratorModel, state: SpeculativeState, hidden: list[Tensor]) -
     else:
         num_accepted, code, drafts = _verify_drafts(state, target_probs_WK)
         proposals = list(target_probs_WK[num_accepted + 1 : num_accepted + 1 + len(drafts)])
-    _append_codes(state, [*state.drafts[:num_accepted], code])
+    codes = [*state.drafts[:num_accepted], code]
+    if span.record_logprobs:
+        state.logprobs += log_probabilities(guided_WK[: len(codes)], span.sampling, torch.tensor(codes)).tolist()
+    _append_codes(state, codes)
     state.drafts, state.proposals = drafts, proposals
     _extend_drafts(state)
     return prefix_lengths[num_accepted]

@@ -30,11 +30,24 @@ class DenoisingState(GenerationState):
 
     trajectory: Trajectory = field(kw_only=True)
     """Of its latents (1, Z, h, w)."""
+    x_t_history: list[tuple[Tensor, float]] = field(default_factory=list)
+    """x_t (1, Z, h, w) and t of each evaluation, where they are recorded."""
 
     @property
     def latents_Zhw(self) -> Tensor:
         """The latents that the last velocity points at; of a finished image its own."""
         return self.trajectory.denoised[0]
+
+    @property
+    def latents(self) -> Tensor:
+        return self.latents_Zhw
+
+    @property
+    def recorded_trajectory(self) -> tuple[Tensor, Tensor] | None:
+        if not self.x_t_history:
+            return None
+        x_t, times = zip(*self.x_t_history, (self.trajectory.x_t, 0.0), strict=True)
+        return torch.cat(x_t).cpu(), torch.tensor(times)
 
     def step(self, velocities: Sequence[Tensor]) -> None:
         """One step on.
@@ -42,6 +55,8 @@ class DenoisingState(GenerationState):
         Args:
             velocities: (1, Z, h, w) of each branch of guidance, strongest condition first.
         """
+        if self.span.record_trajectory and self.trajectory.t is not None:
+            self.x_t_history.append((self.trajectory.x_t, self.trajectory.t))
         self.trajectory.step(velocities)
         self.progress, self.done = self.trajectory.progress, self.trajectory.t is None
 

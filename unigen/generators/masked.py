@@ -15,6 +15,7 @@ positions, D width, V rows of the table.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -48,6 +49,8 @@ class MaskedState(GenerationState):
     predicted_P: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     unknown: list[int] = field(default_factory=list)
     step: int = 0
+    logprobs_P: Tensor = field(default_factory=lambda: torch.empty(0))
+    """Log-probabilities (P,) of the ids when they were last drawn; 0 of those that were given."""
 
 
 def mask_schedule(unknown: int, left: int, step: int, steps: int) -> int:
@@ -66,6 +69,9 @@ class Masked:
     name = "masked"
     own: str | None = None
     cache_reusable, codes, needs_context = False, True, False
+    guided_loss = None
+    is_text, is_causal = False, False
+    forbidden_ids: Sequence[int] = ()
     text_length = 0
     conditions: frozenset[str] = frozenset()
     takes: tuple[str, ...] = (*SAMPLING_OPTION_NAMES, "steps", "fixed")
@@ -145,7 +151,9 @@ class Masked:
         codes_P = torch.full((codes,), -1) if span.fixed is None else span.fixed.flatten().cpu()
         ids_P = torch.cat([text_T, codes_P])
         unknown = [int((ids_P[part] < 0).sum()) for part in self.parts()]
-        return MaskedState(span, [], ids_P=ids_P, predicted_P=ids_P.clone(), unknown=unknown)
+        return MaskedState(
+            span, [], ids_P=ids_P, predicted_P=ids_P.clone(), unknown=unknown, logprobs_P=torch.zeros(len(ids_P))
+        )
 
     def ask(self, state: GenerationState) -> StepInput:
         assert isinstance(state, MaskedState)
@@ -187,6 +195,8 @@ class Masked:
             state.progress = state.step, min(state.span.steps or self.steps, max(*state.unknown, 1))
             state.text = state.predicted_P[: self.text_length].tolist()
             state.ids = state.predicted_P[self.text_length :].tolist()
+            if state.span.record_logprobs:
+                state.logprobs = state.logprobs_P.tolist()
         return [0] * len(states)
 
     def mask_forbidden(self, logits_NV: Tensor) -> Tensor:
@@ -212,13 +222,16 @@ class Masked:
             return
         # confidence = log p(drawn) + noise * Gumbel
         gumbel_N = self.gumbel(len(sampled_N), span.rng)
-        confidence_N = weights_NV.cpu().gather(-1, sampled_N[:, None])[:, 0].log() + noise * gumbel_N
+        logprobs_N = weights_NV.cpu().gather(-1, sampled_N[:, None])[:, 0].log()
+        confidence_N = logprobs_N + noise * gumbel_N
         masked_N = ids_N < 0
         remasked = confidence_N.masked_fill(~masked_N, math.inf).argsort()[: self.left(state, number, steps)]
         ids_N = torch.where(masked_N, sampled_N + first, ids_N)
         state.predicted_P[part] = ids_N
         ids_N[remasked] = -1
         state.ids_P[part] = ids_N
+        if span.record_logprobs:
+            state.logprobs_P[part] = torch.where(masked_N, logprobs_N, state.logprobs_P[part])
 
     def pictures(self, model: GeneratorModel, states: list[GenerationState]) -> Tensor:
         return decode_ids(model, states)

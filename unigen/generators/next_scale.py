@@ -34,7 +34,7 @@ from unigen.generators.base import (
     StepInput,
 )
 from unigen.samplers.guidance import Guidance
-from unigen.samplers.logits import sample_shared_rng
+from unigen.samplers.logits import log_probabilities, sample_shared_rng
 
 Targets = tuple[Tensor, Tensor, Tensor]
 
@@ -186,7 +186,10 @@ class NextScale(GeneratorHead):
         """Scale k of each, from the logits of its branches; and what the next scale reads."""
         for state, split in zip(states, logits, strict=True):
             guided_NV = state.span.guidance.combine(list(split), self.share(k))
-            state.codes.append(sample_shared_rng(guided_NV, state.span.sampling, state.span.rng))
+            codes_N = sample_shared_rng(guided_NV, state.span.sampling, state.span.rng)
+            state.codes.append(codes_N)
+            if state.span.record_logprobs:
+                state.logprobs += log_probabilities(guided_NV, state.span.sampling, codes_N.clamp(min=0)).tolist()
         quantizer, codes_MN = self.tokenizer.quantizer, torch.stack([state.codes[k] for state in states])
         for state, min_code in zip(states, codes_MN.amin(-1).tolist(), strict=True):
             state.finite = min_code >= 0

@@ -11,7 +11,8 @@ Shapes: B rows, L positions, D width, T targets, V ids.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -22,12 +23,13 @@ from unigen.generators.base import (
     SAMPLING_OPTION_NAMES,
     BuildContext,
     GenerationState,
+    Generator,
     GeneratorModel,
     SegmentSpec,
     StepInput,
 )
 from unigen.samplers.guidance import Guidance
-from unigen.samplers.logits import apply_repetition_penalty, sample
+from unigen.samplers.logits import apply_repetition_penalty, log_probabilities, sample
 
 
 def decode_ids(model: GeneratorModel, states: list[GenerationState]) -> Tensor:
@@ -41,6 +43,9 @@ class CausalGenerator(ABC):
     """What text and codes in raster order share: ids are read as they are, and each is predicted by the one before."""
 
     cache_reusable, codes, needs_context = True, True, False
+    guided_loss = None
+    is_text, is_causal = False, True
+    forbidden_ids: Sequence[int] = ()
     text_length = 0
     conditions: frozenset[str] = frozenset()
     own: str | None = None
@@ -79,14 +84,20 @@ class CausalGenerator(ABC):
         return decode_ids(model, states)
 
 
+def is_causal(generator: Generator) -> TypeGuard[CausalGenerator]:
+    """Whether a generator's ids are read as they are and predicted by those before."""
+    return generator.is_causal
+
+
 class Text(CausalGenerator):
     """Text pieces until one of the span's stops."""
 
     name = "text"
+    is_text = True
     takes: tuple[str, ...] = ("temperature", "top_k", "top_p", "repetition_penalty")
 
-    def __init__(self, forbidden: list[int]) -> None:
-        self.forbidden = forbidden
+    def __init__(self, forbidden: Sequence[int]) -> None:
+        self.forbidden_ids = forbidden
         """Specials of the text table that are never written, except a span's stops."""
 
     def positions(self) -> int:
@@ -104,7 +115,7 @@ class Text(CausalGenerator):
         logits_BV = model.logits(last_hidden_BD, 0, vocabulary.text_size)
         logits_BV[:, vocabulary.image_start : vocabulary.image_stop] = -torch.inf  # where codes stand among the text
         for row, state in enumerate(states):
-            forbidden = [i for i in self.forbidden if i not in state.span.stops]
+            forbidden = [i for i in self.forbidden_ids if i not in state.span.stops]
             logits_BV[row, forbidden] = -torch.inf
             if (penalty := state.span.sampling.repetition_penalty) != 1:
                 apply_repetition_penalty(logits_BV[row], {*state.span.before, *state.ids}, penalty)
@@ -210,6 +221,10 @@ def sample_grouped(logits_BV: Tensor, states: list[GenerationState]) -> list[tup
         ids = ids_B.tolist()
         for row, id in zip(rows, ids, strict=True):
             states[row].finite &= id >= 0
+        if any(states[row].span.record_logprobs for row in rows):
+            logprobs = log_probabilities(some_BV, sampling, ids_B.clamp(min=0)).tolist()
+            for row, logprob in zip(rows, logprobs, strict=True):
+                states[row].logprobs.append(logprob)
         result.append((rows, [max(id, 0) for id in ids]))
     return result
 

@@ -125,7 +125,11 @@ class RandomOrder(GeneratorHead):
             count, num_cached = len(state.written), 0 if state.input_LD is None else len(state.written)
             state.done = count == self.positions()
             if state.done:
-                state.ids = torch.tensor(state.written)[state.order_P.argsort()].tolist()
+                raster_P = state.order_P.argsort()
+                state.ids = torch.tensor(state.written)[raster_P].tolist()
+                if state.span.record_logprobs:
+                    given = [0.0] * (count - len(state.logprobs))  # these come first
+                    state.logprobs = torch.tensor([*given, *state.logprobs])[raster_P].tolist()
             else:
                 device = self.place.weight.device
                 ids_1P = torch.tensor([state.written], dtype=torch.int64, device=device)

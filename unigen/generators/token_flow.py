@@ -52,6 +52,14 @@ class TokenFlowState(GenerationState):
     latents_Zhw: Tensor = field(default_factory=lambda: torch.empty(0))
     input_1D: Tensor | None = None
 
+    @property
+    def num_written(self) -> int:
+        return len(self.written)
+
+    @property
+    def latents(self) -> Tensor:
+        return self.latents_Zhw
+
 
 class AdaLNBlock(nn.Module):
     """h + gate * mlp(scale * norm(h) + shift), all three of the condition; the gate begins at zero (adaLN-Zero)."""

@@ -20,7 +20,6 @@ from PIL import Image
 
 from unigen.media.images import read_image, read_mask
 from unigen.media.pixels import center_crop_resize
-from unigen.model.template import SupportsMaskCells
 from unigen.model.unified import UnifiedModel
 
 
@@ -46,10 +45,7 @@ def prepare_inpainting(
     crop, crop_mask = original.crop(crop_box), mask_image.crop(crop_box)
     mask_HW = np.asarray(crop_mask) >= 128
     rows, columns = (np.arange(n) * len(mask_HW) // n for n in grid)
-    if isinstance(model.template, SupportsMaskCells):
-        cells_hw = model.template.mask_to_cells(crop_mask, model.image_tokenizer.image_size, grid)
-    else:
-        cells_hw = np.logical_or.reduceat(np.logical_or.reduceat(mask_HW, rows, 0), columns, 1)
+    cells_hw = model.template.mask_to_cells(crop_mask, model.image_tokenizer.image_size, grid)
     if not cells_hw.any():
         raise ValueError("the mask marks nothing: paint white what is to be made anew")
     codes_hw = model.encode_images(model.preprocess_images([crop]))[0].cpu()

@@ -14,7 +14,9 @@ import torch
 
 from unigen.diffusion.solvers import MAX_STEPS, SOLVERS
 from unigen.document import Document, Segment, is_codes
+from unigen.generators.base import SAMPLING_OPTION_NAMES
 from unigen.generators.jacobi import SPECULATIVE_METHODS
+from unigen.inference.results import Record
 from unigen.limits import LIMITS, check_limit
 from unigen.media.images import is_image
 from unigen.model.template import OUTPUTS, Output, split_system_messages
@@ -54,6 +56,8 @@ class Request:
     written: list[torch.Tensor | None] = field(default_factory=list)
     previews: int = 0
     candidate_index: int = 0
+    record: Record = Record()
+    """What is kept of the generation beside ids and codes."""
 
 
 def build_request(
@@ -283,3 +287,22 @@ def default_options(model: UnifiedModel, generator: str) -> dict[str, Any]:
     generator_defaults = {name: getattr(writer, name) for name in ("steps", "sampler") if name in writer.takes}
     default = DEFAULT_SAMPLING | generator_defaults | model.default_sampling.get(generator, {})
     return {name: default[name] for name in default if name in ("guidance", *writer.takes)}
+
+
+def report_settings(model: UnifiedModel, request: Request) -> dict[str, Any]:
+    """How an answer is made, by the options' names; of what makes images only where there may be some."""
+    settings: dict[str, Any] = {"seed": request.seed}
+    if request.output != "image":
+        settings["text"] = {"temperature": request.text.temperature, "top_p": request.text.top_p}
+        if request.text.repetition_penalty != 1:
+            settings["text"]["repetition_penalty"] = request.text.repetition_penalty
+        settings["max_tokens"] = request.max_tokens
+    if request.output != "text":
+        defaults, scales = default_options(model, request.generator), request.guidance.scales
+        settings |= {"generator": request.generator, "guidance": scales[0] if len(scales) == 1 else list(scales)}
+        options = {name: getattr(request.image, name) for name in SAMPLING_OPTION_NAMES}
+        options |= {name: getattr(request, name) or defaults.get(name) for name in ("steps", "sampler", "accelerate")}
+        options |= {"guidance_kind": request.guidance.guider}
+        takes = model.generators[request.generator].takes
+        settings |= {name: value for name, value in options.items() if name in takes and value is not None}
+    return settings

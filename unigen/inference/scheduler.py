@@ -1,6 +1,6 @@
 """The only loop that calls the backbone to generate: requests join, are batched, and leave.
 
-    scheduler = engine.running()
+    scheduler = engine.new_scheduler()
     scheduler.add_request(engine.request("two apples", "image"))
     while scheduler:
         for request_id, part in scheduler.step(): ...
@@ -27,7 +27,8 @@ from unigen.document import Preview, Segment
 from unigen.generators.base import GenerationState, StepInput
 from unigen.inference import segments
 from unigen.inference.request import Request
-from unigen.inference.sequence import SequenceState, Usage, sequence_progress
+from unigen.inference.results import Usage
+from unigen.inference.sequence import SequenceState, record_segment, sequence_progress
 from unigen.model.inputs import ModelInputs, PromptSpan, build_inputs
 from unigen.model.unified import UnifiedModel
 from unigen.utils.numbers import NonFiniteError
@@ -270,7 +271,7 @@ class Scheduler:
             self.abort(request_id)
         for sequence, _ in ended:
             if sequence.state and sequence.state.done and sequence.request_id not in self.failed:
-                self.finished[sequence.request_id] = self.usage(sequence.request_id)
+                self.finished[sequence.request_id] = sequence.record.usage = self.usage(sequence.request_id)
                 self.abort(sequence.request_id)
         return parts
 
@@ -303,6 +304,8 @@ class Scheduler:
             yield sequence, segments.joint_text(self.model, sequence)
         sequence.document.segments.append(Segment(image=image if codes_hw is None else codes_hw, role="assistant"))
         sequence.request.written.append(state.native_codes)
+        sequence.record.codes.append(codes_hw if state.native_codes is None else state.native_codes)
+        record_segment(sequence, state)
         yield sequence, image
 
     def _next_preview(self, sequence: SequenceState) -> Preview | None:

@@ -15,7 +15,8 @@ raster order, P others of T costs.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 
 from unigen.batch import Batch, InputSpan, pack
 from unigen.document import Document, Segment
+from unigen.generators.base import Generator
+from unigen.inference.results import Score
 from unigen.model.unified import UnifiedModel
 from unigen.samplers.guidance import Guidance
 from unigen.utils.numbers import NonFiniteError
@@ -59,64 +62,132 @@ def log_likelihood(
     }
     is_guided = guidance is not None and guidance.branches > 1 and has_guided_likelihood(model, batch)
     start = None if rng is None else rng.get_state()
-
-    def encode_side(side: Batch) -> tuple[Tensor, dict[str, Any]]:
-        spans: list[InputSpan] = []
-        targets = {}
-        if rng is not None and start is not None:
-            rng.set_state(start)
-        for name, generator in image_generators.items():
-            assert rng is not None, f"what {name} learns from is drawn"
-            generator_spans, targets[name] = generator.prepare(model, side, rng)
-            spans += generator_spans
-        return model.hidden_states(side, spans), targets
-
-    hidden_BLD, targets = encode_side(batch)
-    uncond_hidden_BLD, uncond_targets = hidden_BLD, targets
+    sides = [_encode(model, batch, image_generators, rng)]
     if is_guided:
         assert blind is not None, "guidance needs the blind branch"
-        uncond_hidden_BLD, uncond_targets = encode_side(blind)
-    rows, positions = (batch.loss_BL & ~batch.image_mask()).nonzero(as_tuple=True)
-    text = _token_log_probs(model.logits(hidden_BLD[rows, positions - 1]), batch.ids_BL[rows, positions])
+        if rng is not None and start is not None:
+            rng.set_state(start)
+        sides.append(_encode(model, blind, image_generators, rng))
+    rows, positions, text = _text_log_probs(model, sides[0])
     total_D = text.new_zeros(int(documents_B.sum())).index_add(0, number_BL[rows, positions], text)
 
     for name, generator in image_generators.items():
         rows_P, start_P, _ = batch.spans_N3[batch.images_of(name).to(batch.spans_N3.device)].unbind(1)
-        if guidance is not None and hasattr(generator, "guided_loss"):
-            branches = [(hidden_BLD, targets[name]), (uncond_hidden_BLD, uncond_targets[name])][: guidance.branches]
+        if guidance is not None and generator.guided_loss is not None:
+            branches = [(side.hidden_BLD, side.targets[name]) for side in (*sides, sides[-1])][: guidance.branches]
             costs = generator.guided_loss(branches, guidance, temperature)
         else:
-            costs = generator.loss(model, batch, hidden_BLD, targets[name])
+            costs = generator.loss(model, batch, sides[0].hidden_BLD, sides[0].targets[name])
         costs_PT = costs.unflatten(0, (len(rows_P), -1))
         codes = math.prod(model.image_tokenizer.grid) if costs_PT.shape[1] == 1 else 1
         total_D = total_D.index_add(0, number_BL[rows_P, start_P - 1], -codes * costs_PT.sum(1))
 
-    drawn = batch.images_of(model.template.context_generator).to(batch.spans_N3.device)
-    drawn = drawn[batch.loss_BL[batch.spans_N3[drawn, 0], batch.spans_N3[drawn, 1]]]
+    drawn = _drawn_images(model, batch)
     if len(drawn):
-        image_start, image_stop = model.vocabulary.image_start, model.vocabulary.image_stop
-        rows_N1, positions_NM = batch.span_positions(drawn)
-        is_code_M = model.vocabulary.is_image(batch.ids_BL[rows_N1, positions_NM])[0]  # and not what ends a row
-        positions_NM = positions_NM[:, is_code_M]
-        logits = model.logits(hidden_BLD[rows_N1, positions_NM - 1], image_start, image_stop).float()
-        if is_guided:
-            assert guidance is not None and blind is not None
-            uncond_rows_N1, uncond_positions_NM = blind.span_positions(drawn)
-            uncond_positions_NM = uncond_positions_NM[:, is_code_M]
-            uncond_logits = model.logits(
-                uncond_hidden_BLD[uncond_rows_N1, uncond_positions_NM - 1], image_start, image_stop
-            ).float()
-            logits = guidance.combine([logits, uncond_logits])
-        ids_NM = batch.ids_BL[rows_N1, positions_NM] - image_start
-        total_D = total_D.index_add(
-            0, number_BL[rows_N1, positions_NM][:, 0], _token_log_probs(logits / temperature, ids_NM).sum(-1)
-        )
+        rows_N1, positions_NM, log_probs_NM = _code_log_probs(model, sides, drawn, guidance, temperature)
+        total_D = total_D.index_add(0, number_BL[rows_N1, positions_NM][:, 0], log_probs_NM.sum(-1))
     return total_D
+
+
+@dataclass(frozen=True)
+class _EncodedBatch:
+    """A batch and what the backbone makes of it."""
+
+    batch: Batch
+    hidden_BLD: Tensor
+    targets: dict[str, Any]
+    """What each generator compares with, by its name."""
+
+
+def _encode(
+    model: UnifiedModel, batch: Batch, generators: Mapping[str, Generator], rng: torch.Generator | None
+) -> _EncodedBatch:
+    """The batch with what generators lay out in it, whose randomness is `rng`."""
+    spans: list[InputSpan] = []
+    targets: dict[str, Any] = {}
+    for name, generator in generators.items():
+        assert rng is not None, f"what {name} learns from is drawn"
+        generator_spans, targets[name] = generator.prepare(model, batch, rng)
+        spans += generator_spans
+    return _EncodedBatch(batch, model.hidden_states(batch, spans), targets)
+
+
+def _text_log_probs(model: UnifiedModel, side: _EncodedBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, positions and log-probabilities (T,) of the ids of text that are learnt."""
+    batch = side.batch
+    rows, positions = (batch.loss_BL & ~batch.image_mask()).nonzero(as_tuple=True)
+    logits_TV = model.logits(side.hidden_BLD[rows, positions - 1])
+    return rows, positions, _token_log_probs(logits_TV, batch.ids_BL[rows, positions])
+
+
+def _drawn_images(model: UnifiedModel, batch: Batch) -> Tensor:
+    """The numbers (N,) of the images that are learnt as codes in raster order."""
+    drawn = batch.images_of(model.template.context_generator).to(batch.spans_N3.device)
+    return drawn[batch.loss_BL[batch.spans_N3[drawn, 0], batch.spans_N3[drawn, 1]]]
+
+
+def _code_log_probs(
+    model: UnifiedModel,
+    sides: Sequence[_EncodedBatch],
+    drawn: Tensor,
+    guidance: Guidance | None = None,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows (N, 1), positions (N, M) and log-probabilities (N, M) of the codes of images, with guidance where there are
+    two sides."""
+    image_start, image_stop = model.vocabulary.image_start, model.vocabulary.image_stop
+    batch = sides[0].batch
+    rows_N1, positions_NM = batch.span_positions(drawn)
+    is_code_M = model.vocabulary.is_image(batch.ids_BL[rows_N1, positions_NM])[0]  # and not what ends a row
+    branches = []
+    for side in sides:
+        side_rows_N1, side_positions_NM = side.batch.span_positions(drawn)
+        states = side.hidden_BLD[side_rows_N1, side_positions_NM[:, is_code_M] - 1]
+        branches.append(model.logits(states, image_start, image_stop).float())
+    logits = branches[0]
+    if len(branches) > 1:
+        assert guidance is not None
+        logits = guidance.combine(branches)
+    positions_NM = positions_NM[:, is_code_M]
+    ids_NM = batch.ids_BL[rows_N1, positions_NM] - image_start
+    return rows_N1, positions_NM, _token_log_probs(logits / temperature, ids_NM)
+
+
+@torch.inference_mode()
+def score_document(model: UnifiedModel, document: Document, per_token: bool = False) -> Score:
+    """How likely a model finds what the assistant says in a document: text by all ids, codes of images among codes.
+
+    Args:
+        model: gives the likelihoods.
+        document: with at least one segment of the assistant; its images are images or codes.
+        per_token: whether to give the log-probability of each id.
+
+    Returns:
+        The score of the ids that are learnt of such a document in training: the end of a turn is one of them.
+    Raises:
+        ValueError: where the assistant says nothing.
+    """
+    if not any(segment.role == "assistant" for segment in document.segments):
+        raise ValueError("the assistant says nothing in this document: there is nothing to score")
+    tokens = model.template.encode(model.encode_document(document))
+    batch = model.insert_image_ids(pack([[tokens]], len(tokens), model.image_tokenizer.image_size).to(model.device))
+    side = _encode(model, batch, {}, None)
+    log_probs_L = side.hidden_BLD.new_full((len(tokens),), math.nan, dtype=torch.float32)
+    _, positions, text = _text_log_probs(model, side)
+    log_probs_L[positions] = text
+    drawn = _drawn_images(model, batch)
+    if len(drawn):
+        _, positions_NM, codes_NM = _code_log_probs(model, [side], drawn)
+        log_probs_L[positions_NM] = codes_NM
+    scored_L = ~log_probs_L.isnan()
+    log_probs_T = log_probs_L[scored_L].cpu()
+    ids = batch.ids_BL[0, : len(tokens)][scored_L].tolist()
+    return Score(float(log_probs_T.sum()), ids, log_probs_T if per_token else None)
 
 
 def has_guided_likelihood(model: UnifiedModel, batch: Batch) -> bool:
     """Are there pictures in it whose likelihood is that by which they are drawn, guidance and all?"""
-    guided = {name for name, generator in model.generators.items() if hasattr(generator, "guided_loss")}
+    guided = {name for name, generator in model.generators.items() if generator.guided_loss is not None}
     return not {*batch.handlers}.isdisjoint({model.template.context_generator, *guided})
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from unigen.document import Document, Preview, Segment
 from unigen.generators.base import GenerationState, Generator, SegmentSpec
 from unigen.inference.request import Request
-from unigen.inference.sequence import SequenceState
+from unigen.inference.sequence import SequenceState, record_segment
 from unigen.media.pixels import to_images
 from unigen.model.template import IMAGE_OUTPUTS
 from unigen.model.unified import UnifiedModel
@@ -63,6 +63,7 @@ def start_next_segment(model: UnifiedModel, sequence: SequenceState, cache: Slot
             _read_back_image(model, sequence, cache)
             _start_text(model, sequence, sequence.pending_ids[0].pop())
         return
+    record_segment(sequence, state)
     if state.ids:
         text = model.template.decode(state.ids)
         sequence.document.segments.append(Segment(text=text, role="assistant"))
@@ -178,6 +179,7 @@ def _start_image(model: UnifiedModel, sequence: SequenceState) -> None:
     spec.opening, spec.row_end = () if begin is None else (begin, *layout.prefix), layout.row_end_ids
     spec.steps, spec.sampler, spec.accelerate = request.steps, request.sampler, request.accelerate
     spec.text_ids = _prefix_text_ids(model, sequence)
+    spec.record_logprobs, spec.record_trajectory = request.record.logprobs, request.record.trajectory
     sequence.state, sequence.num_cached = sequence.generator.start(spec), 0
     sequence.preview_milestones = sequence.num_previews = 0
 
@@ -228,6 +230,7 @@ def _start_text(model: UnifiedModel, sequence: SequenceState, begin: int) -> Non
     sequence.generator = model.generators["text"]
     rng = _next_rng(sequence)
     spec = SegmentSpec(begin, request.text, Guidance((1.0,)), rng, stops=tuple(stops), max_tokens=limit)
+    spec.record_logprobs = request.record.logprobs
     if request.text.repetition_penalty != 1:
         spec.before = frozenset(sequence.context_ids)
     sequence.state = sequence.generator.start(spec)

@@ -9,6 +9,7 @@ import torch
 from unigen.document import Document
 from unigen.generators.base import GenerationState, Generator
 from unigen.inference.request import Request
+from unigen.inference.results import SequenceRecord, TrajectoryRecord
 from unigen.model.inputs import PromptSpan
 from unigen.model.template import IMAGE_OUTPUTS
 
@@ -57,26 +58,23 @@ class SequenceState:
     """Ids of the prompt and of the segments that have ended: a penalty on repetition counts them."""
     hidden_states: dict[int, torch.Tensor] = field(default_factory=dict)
     """By branch, the hidden states (S, D) of all that was read, where a generator needs them."""
+    record: SequenceRecord = field(default_factory=SequenceRecord)
+    """What is kept of the answer for its `GenerationResult`."""
 
     @property
     def num_branches(self) -> int:
         return len(self.pending_ids)
 
 
-@dataclass(frozen=True)
-class Usage:
-    """What a request has taken."""
-
-    prompt_tokens: int
-    """Ids read as the prompt."""
-    text_tokens: int
-    """Ids of text written."""
-    image_tokens: int
-    """Codes of pictures written."""
-    truncated: bool
-    """Did its text end at the limit of the request or of the model's context, and not by itself?"""
-    image_prompt_tokens: int
-    """Ids of the prompt that stand for pictures."""
+def record_segment(sequence: SequenceState, state: GenerationState) -> None:
+    """Keep what a segment that has ended drew, and what else the request records of it."""
+    record, wanted = sequence.record, sequence.request.record
+    record.token_ids += state.drawn_ids
+    record.logprobs += state.logprobs
+    if wanted.latents and state.latents is not None:
+        record.latents.append(state.latents.cpu())
+    if state.recorded_trajectory is not None:
+        record.trajectories.append(TrajectoryRecord(*state.recorded_trajectory))
 
 
 def sequence_progress(sequence: SequenceState) -> float:

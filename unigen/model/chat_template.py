@@ -21,7 +21,7 @@ from PIL import Image
 from unigen.batch import Layout, Tokens
 from unigen.document import Document
 from unigen.media.pixels import center_crop_resize
-from unigen.model.template import OUTPUTS, Output, images_first
+from unigen.model.template import OUTPUTS, Output, images_first, touched_cells
 
 USER, ASSISTANT, BOI, EOI = "<user>", "<assistant>", "<boi>", "<eoi>"
 IMAGE, UNCOND, MASK = "<image>", "<uncond>", "<mask>"
@@ -148,6 +148,9 @@ class ChatTemplate:
         if document.segments[-1].role == "user":
             tokens.add([self.special_ids[ASSISTANT]])
         return tokens
+
+    def mask_to_cells(self, mask: Image.Image, size: int, grid: tuple[int, int]) -> np.ndarray:
+        return touched_cells(mask, grid)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, as the user reads it."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from PIL import Image
@@ -140,14 +140,21 @@ class Template(Protocol):
         """The text of ids, as the user reads it."""
         ...
 
-
-@runtime_checkable
-class SupportsMaskCells(Protocol):
-    """A template of a family that has a rule of its own for the codes that a mask marks."""
-
     def mask_to_cells(self, mask: Image.Image, size: int, grid: tuple[int, int]) -> np.ndarray:
         """The codes (h, w), bool, that a mask marks, for pictures of `size` pixels along a side."""
         ...
+
+
+def touched_cells(mask: Image.Image, grid: tuple[int, int]) -> np.ndarray:
+    """The codes (h, w), bool, of which the mask marks any pixel.
+
+    Args:
+        mask: square, white (128 and above) where it marks.
+        grid: rows and columns of codes.
+    """
+    mask_HW = np.asarray(mask) >= 128
+    rows, columns = (np.arange(n) * len(mask_HW) // n for n in grid)
+    return np.logical_or.reduceat(np.logical_or.reduceat(mask_HW, rows, 0), columns, 1)
 
 
 class PretrainedTemplate:
@@ -176,6 +183,9 @@ class PretrainedTemplate:
 
     def prefix_text_ids(self, document: Document, generator: str) -> list[int]:
         return []
+
+    def mask_to_cells(self, mask: Image.Image, size: int, grid: tuple[int, int]) -> np.ndarray:
+        return touched_cells(mask, grid)
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()

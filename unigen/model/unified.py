@@ -72,6 +72,8 @@ class UnifiedModel(nn.Module):
         self.generators.on_build = self._register_generator
         self.default_sampling: dict[str, dict[str, Any]] = {}
         self.quantization: str | None = None
+        self.vllm_support = ""
+        """Whether vLLM can serve the model, where its loader says."""
         built = [name for name in self.generators if name not in self.generators.factories]
         heads = {name: head for name in built if isinstance(head := self.generators[name], nn.Module)}
         self._modules["heads"] = nn.ModuleDict(heads)

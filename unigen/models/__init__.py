@@ -61,6 +61,7 @@ def load_resolved(
     if quantization is not None:
         model.quantize(quantization, device)
     model = model.to(device).eval()
+    model.vllm_support = describe_vllm_support(model)
     if inference:
         pack_linears(model.backbone)
     return model
@@ -134,8 +135,25 @@ def causal_lm(model: UnifiedModel) -> Any:
 
 def vllm_unsupported_reason(family: str) -> str | None:
     """Why vLLM cannot serve it; None where it can. A family's module defines `causal_lm` or `VLLM_UNSUPPORTED`."""
-    module = importlib.import_module(f"{__name__}.{family}")
+    module = family_module(family)
     return None if hasattr(module, "causal_lm") else str(module.VLLM_UNSUPPORTED)
+
+
+def describe_vllm_support(model: UnifiedModel) -> str:
+    """Whether vLLM can serve a model, and which of its generators it runs."""
+    if reason := vllm_unsupported_reason(model.family):
+        return f"no, {reason}"
+    beside = [name for name in model.generators if name not in ("text", "next-token")]
+    return "yes, its next-token and text" + (f"; {', '.join(beside)} beside it" if beside else "")
+
+
+def family_module(family: str) -> Any:
+    """The module of a family. Where it does not say otherwise, its models take any dtype (`DTYPE_FIXED`), and the text
+    of their checkpoints is sampled as generation_config.json says (`SAMPLING_FROM_MANIFEST`)."""
+    module = importlib.import_module(f"{__name__}.{family}")
+    for name in ("DTYPE_FIXED", "SAMPLING_FROM_MANIFEST"):
+        vars(module).setdefault(name, False)
+    return module
 
 
 def find_family(folder: Path, manifest: dict[str, Any] | None) -> Any:

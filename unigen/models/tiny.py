@@ -22,6 +22,11 @@ from unigen.nn.cpu.llama import InferenceLlama
 from unigen.tokenizers import load_image_tokenizer
 from unigen.tokenizers import text as text_tokenizers
 
+DTYPE_FIXED = True
+"""Whether models are held in float32 whatever the machine is fast in."""
+SAMPLING_FROM_MANIFEST = True
+"""Whether unigen.json says how text is sampled, and not generation_config.json."""
+
 
 def causal_lm(model: UnifiedModel) -> Any:
     """It is one: codes are further rows of its table."""

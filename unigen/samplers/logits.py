@@ -87,6 +87,23 @@ def sample_shared_rng(logits_NV: Tensor, sampling: SamplingOptions, rng: torch.G
     )
 
 
+def log_probabilities(logits_BV: Tensor, sampling: SamplingOptions, ids_B: Tensor) -> Tensor:
+    """Log-probabilities (B,) of ids under the distribution that they are drawn from.
+
+    Args:
+        logits_BV: guided logits (B, V), -inf for ids that are not allowed.
+        sampling: temperature, top-k and top-p. At temperature 0, where nothing is drawn, those of temperature 1.
+        ids_B: drawn ids (B,).
+
+    Returns:
+        Nats, float32, on the CPU.
+    """
+    if sampling.temperature > 0:
+        logits_BV = warp(logits_BV, sampling)
+    logprobs_BV = logits_BV.float().log_softmax(dim=-1)
+    return logprobs_BV.gather(-1, ids_B.to(logits_BV.device)[:, None])[:, 0].cpu()
+
+
 def exponential_race_sample(weights_BV: Tensor, race_BV: Tensor) -> Tensor:
     """The exponential race: argmax_v p_v / E_v with E_v ~ Exp(1) is a sample of p. int64 (B,), -1 where p is not
     finite."""

@@ -13,120 +13,70 @@ import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 from PIL import Image
 
 from unigen.document import Document, Preview
-from unigen.generators.base import SAMPLING_OPTION_NAMES
-from unigen.inference.inpainting import prepare_inpainting, random_mask
-from unigen.inference.request import default_options
-from unigen.serving.jobs import Error, Event, Finished, Job, Part, Ready, Rejected, Started, Stats
+from unigen.inference.candidates import PreparedRequest, identity
+from unigen.inference.protocol import BatchedEngine, InferenceEngine, is_batched
+from unigen.inference.results import Usage
+from unigen.serving.jobs import Error, Event, Finished, Job, Part, Ready, Rejected, ServedModelInfo, Started, Stats
+from unigen.serving.stop_strings import StopStringFilter
 from unigen.utils.numbers import NonFiniteError
-
-
-class _StopStringMatcher:
-    """Finds a text in another that comes character by character, in steps as many as characters, however long it is
-    (Knuth, Morris and Pratt). begun: how many of its characters the other ends with."""
-
-    def __init__(self, text: str) -> None:
-        self.text, self.begun = text, 0
-        self._failure_table = [0]  # for each begin of the text, but the empty one: the longest one that it ends with
-        for character in text[1:]:
-            self._failure_table.append(self._next(self._failure_table[-1], character))
-
-    def feed(self, character: str) -> bool:
-        """Is it whole with this character?"""
-        if self.begun == len(self.text):
-            self.begun = self._failure_table[-1]
-        self.begun = self._next(self.begun, character)
-        return self.begun == len(self.text)
-
-    def _next(self, begun: int, character: str) -> int:
-        while begun and self.text[begun] != character:
-            begun = self._failure_table[begun - 1]
-        return begun + (self.text[begun] == character)
-
-
-class StopStringFilter:
-    """A text as it is shown: without blanks at its ends, and without what follows a stop.
-
-    What may yet turn out to be the begin of a stop, or blanks at the end, is held back until more is known."""
-
-    def __init__(self, stops: tuple[str, ...] = ()) -> None:
-        self.stops = [_StopStringMatcher(stop) for stop in stops]
-        self.held, self.shown, self.stopped = "", False, False
-
-    def feed(self, piece: str) -> str:
-        """What of the text is sure to be shown now; nothing more after a stop."""
-        if self.stopped:
-            return ""
-        if not self.held and not self.shown:
-            piece = piece.lstrip()
-        for i, character in enumerate(piece):
-            match_lengths = [len(stop.text) for stop in self.stops if stop.feed(character)]
-            if match_lengths:
-                text = self.held + piece[: i + 1]
-                self.held, self.stopped = text[: len(text) - max(match_lengths)], True
-                return self.end()
-        self.held += piece
-        match_length = max((stop.begun for stop in self.stops), default=0)
-        said = self.held[: len(self.held) - match_length].rstrip()
-        self.held = self.held[len(said) :]
-        self.shown |= bool(said)
-        return said
-
-    def end(self) -> str:
-        """What is left when the text ends."""
-        said, self.held, self.shown = self.held.rstrip(), "", False
-        for stop in self.stops:
-            stop.begun = 0
-        return said
 
 
 @dataclass
 class _ActiveJob:
-    """A job on its way, and what lays its picture into another one. best: of its candidates' answers, where it has
-    some; heard: their parts and what each took, by its row."""
+    """A job on its way."""
 
     job: Job
     words: StopStringFilter
-    composite: Callable[[Image.Image], Image.Image]
-    best: Callable[[list[Any]], Any] | None = None
+    """Its text as it is shown."""
+    prepared: PreparedRequest | None = None
+    """Its sequences, where it is batched."""
     candidate_parts: dict[int, list[Any]] = field(default_factory=dict)
-    candidate_usage: dict[int, Any] = field(default_factory=dict)
+    """What each of several candidates has generated, by its number in the batch."""
+    candidate_usage: dict[int, Usage] = field(default_factory=dict)
+    """How many tokens each of them took, by its number in the batch, when it has ended."""
 
-    def events(self, part: Any) -> Iterator[Event]:
+    @property
+    def has_candidates(self) -> bool:
+        return self.prepared is not None and len(self.prepared.requests) > 1
+
+    def events(self, part: str | Image.Image | Preview) -> Iterator[Event]:
         if isinstance(part, str):
             if said := self.words.feed(part):
                 yield Part(said)
             return
         yield from self.rest()
+        composite = identity if self.prepared is None else self.prepared.composite
         if isinstance(part, Preview):
-            yield replace(part, image=self.composite(part.image))
+            yield replace(part, image=composite(part.image))
         else:
-            yield Part(self.composite(part))
+            yield Part(composite(part))
 
-    def chosen(self) -> Iterator[Event]:
-        """The events of the best candidate; all that they took is of the answer."""
-        assert self.best is not None
-        rows = sorted(self.candidate_usage)
-        answers = [self._joined(row) for row in rows]
-        best = self.best(answers)
-        yield from self.events(best)
+    def best_events(self, engine: BatchedEngine) -> Iterator[Event]:
+        """The events of the best candidate. The tokens of all candidates are the answer's."""
+        assert self.prepared is not None
+        numbers = sorted(self.candidate_usage)
+        answers = [self._join_parts(number) for number in numbers]
+        (index,) = engine.select_best([self.prepared], [answers])
+        yield from self.events(answers[index])
         yield from self.rest()
-        first, cut = (
-            self.candidate_usage[rows[0]],
-            self.candidate_usage[rows[answers.index(best)]].truncated and not self.words.stopped,
-        )
         usages = list(self.candidate_usage.values())
-        text, image = sum(usage.text_tokens for usage in usages), sum(usage.image_tokens for usage in usages)
-        yield to_finished("length" if cut else "stop", replace(first, text_tokens=text, image_tokens=image))
+        truncated = self.candidate_usage[numbers[index]].truncated and not self.words.stopped
+        total = replace(
+            self.candidate_usage[numbers[0]],
+            text_tokens=sum(usage.text_tokens for usage in usages),
+            image_tokens=sum(usage.image_tokens for usage in usages),
+        )
+        yield to_finished("length" if truncated else "stop", total)
 
-    def _joined(self, row: int) -> Any:
-        parts = self.candidate_parts.get(row, [])
+    def _join_parts(self, number: int) -> Any:
+        parts = self.candidate_parts.get(number, [])
         return "".join(parts).strip() if all(isinstance(part, str) for part in parts) else parts[0]
 
     def rest(self) -> Iterator[Event]:
@@ -140,15 +90,14 @@ def to_rejection(error: ValueError) -> Rejected | Error:
     return Error(line, again=False) if isinstance(error, NonFiniteError) else Rejected(line)
 
 
-def to_finished(reason: str, usage: Any) -> Finished:
+def to_finished(reason: str, usage: Usage) -> Finished:
     return Finished(reason, usage.prompt_tokens, usage.text_tokens, usage.image_tokens, usage.image_prompt_tokens)
 
 
 class _BaseWorker:
     """Jobs that wait for an engine, by number, and what it has done."""
 
-    def __init__(self, engine: Any) -> None:
-        self.engine = engine
+    def __init__(self) -> None:
         self.waiting: deque[tuple[int, Job]] = deque()
         self.steps, self.seconds = 0, 0.0
 
@@ -160,13 +109,13 @@ class _BaseWorker:
 
 
 class BatchedWorker(_BaseWorker):
-    """Answers with an `Engine`: all jobs that there are slots for, in one batch. slots: sequences in the cache, of
+    """Answers with a batched engine: all jobs that there are slots for, in one batch. slots: sequences in the cache, of
     which a job with guidance takes one a branch."""
 
-    def __init__(self, engine: Any, slots: int) -> None:
-        super().__init__(engine)
-        self.slots, self.running = slots, engine.running()
-        self.next: tuple[int, list[Any], _ActiveJob] | None = None  # checked, and waits for slots
+    def __init__(self, engine: BatchedEngine, slots: int) -> None:
+        super().__init__()
+        self.engine, self.slots, self.running = engine, slots, engine.new_scheduler()
+        self.next: tuple[int, _ActiveJob] | None = None  # checked, and waits for slots
         self.answers: dict[int, tuple[int, int, _ActiveJob]] = {}  # by number in the batch: number of the job, slots
 
     @property
@@ -195,7 +144,7 @@ class BatchedWorker(_BaseWorker):
             traceback.print_exc()
             failed = [number for number, *_ in self.answers.values()]
             self.running.abort_all()
-            self.answers, self.running = {}, self.engine.running()
+            self.answers, self.running = {}, self.engine.new_scheduler()
             yield from ((number, Error(f"{type(error).__name__} while it was answered")) for number in failed)
             return
         self.steps, self.seconds = self.steps + 1, self.seconds + time.perf_counter() - start
@@ -204,7 +153,7 @@ class BatchedWorker(_BaseWorker):
             number, _, answer = self.answers.get(row, (None, 0, None))
             if number is None or answer is None:
                 continue
-            if answer.best:
+            if answer.has_candidates:
                 answer.candidate_parts.setdefault(row, []).append(part)
                 continue
             for event in answer.events(part):
@@ -218,7 +167,7 @@ class BatchedWorker(_BaseWorker):
         for row, usage in self.running.finished.items():
             if row in self.answers:
                 number, _, answer = self.answers.pop(row)
-                if answer.best:
+                if answer.has_candidates:
                     answer.candidate_usage[row] = usage
                     if not any(job == number for job, *_ in self.answers.values()):
                         yield from self._best_candidate_events(number, answer)
@@ -241,7 +190,7 @@ class BatchedWorker(_BaseWorker):
 
     def _best_candidate_events(self, number: int, answer: _ActiveJob) -> Iterator[tuple[int, Event]]:
         try:
-            events = list(answer.chosen())
+            events = list(answer.best_events(self.engine))
         except NonFiniteError as error:
             events = [to_rejection(error)]
         except Exception as error:
@@ -261,7 +210,7 @@ class BatchedWorker(_BaseWorker):
             if not self.next:
                 number, job = self.waiting.popleft()
                 try:
-                    self.next = (number, *self._build_requests(job))
+                    self.next = number, self._prepare(job)
                 except ValueError as error:
                     yield number, to_rejection(error)
                     continue
@@ -269,7 +218,9 @@ class BatchedWorker(_BaseWorker):
                     traceback.print_exc()
                     yield number, Error(f"{type(error).__name__} before it was answered")
                     continue
-            number, requests, answer = self.next
+            number, answer = self.next
+            assert answer.prepared is not None
+            requests = answer.prepared.requests
             need = 1 if answer.job.output == "text" else requests[0].guidance.branches
             if self.answers and need * len(requests) + sum(slots for _, slots, _ in self.answers.values()) > self.slots:
                 return
@@ -286,59 +237,32 @@ class BatchedWorker(_BaseWorker):
                 self._abort_sequences(number)
                 yield number, Error(f"{type(error).__name__} before it was answered")
                 continue
-            chosen = {"candidates": len(requests)} if answer.best else {}
-            yield number, Started(self._settings(requests[0]) | chosen)
+            chosen = {"candidates": len(requests)} if answer.has_candidates else {}
+            yield number, Started(answer.prepared.settings | chosen)
 
-    def _build_requests(self, job: Job) -> tuple[list[Any], _ActiveJob]:
-        """The requests of the job's candidates, mostly of one."""
-        options, composite = job.options, lambda picture: picture
-        if job.around is not None:
-            around: Any = job.around
-            mask: Any = job.mask
-            if job.vary is not None:
-                around, mask = random_mask(self.engine.model, around, job.vary, options.get("seed", 0))
-            remaining_options = {name: value for name, value in options.items() if name != "generator"}
-            options, composite = prepare_inpainting(
-                self.engine.model, around, mask, options.get("generator"), remaining_options
-            )
-        if job.candidates == 1:
-            request = self.engine.request(job.prompt, job.output, previews=job.previews, **options)
-            return [request], _ActiveJob(job, StopStringFilter(job.stop), composite)
-        document, requests = self.engine.rivals(job.prompt, job.output, job.candidates, **options)
-
-        def best(answers: list[Any]) -> Any:
-            return self.engine.best([document], job.output, [answers])[0]
-
-        return requests, _ActiveJob(job, StopStringFilter(job.stop), composite, best)
-
-    def _settings(self, request: Any) -> dict[str, Any]:
-        """As users name them; of what makes pictures only where there may be some."""
-        said: dict[str, Any] = {"seed": request.seed}
-        if request.output != "image":
-            said["text"] = {"temperature": request.text.temperature, "top_p": request.text.top_p}
-            if request.text.repetition_penalty != 1:
-                said["text"]["repetition_penalty"] = request.text.repetition_penalty
-            said["max_tokens"] = request.max_tokens
-        if request.output != "text":
-            defaults, scales = default_options(self.engine.model, request.generator), request.guidance.scales
-            said |= {"generator": request.generator, "guidance": scales[0] if len(scales) == 1 else list(scales)}
-            options = {name: getattr(request.image, name) for name in SAMPLING_OPTION_NAMES}
-            options |= {
-                name: getattr(request, name) or defaults.get(name) for name in ("steps", "sampler", "accelerate")
-            }
-            options |= {"guidance_kind": request.guidance.guider}
-            takes = self.engine.model.generators[request.generator].takes
-            said |= {name: value for name, value in options.items() if name in takes and value is not None}
-        return said
+    def _prepare(self, job: Job) -> _ActiveJob:
+        """The job's sequences, one a candidate."""
+        options = job.options | ({"previews": job.previews} if job.candidates == 1 else {})
+        prepared = self.engine.prepare(
+            job.prompt,
+            job.output,
+            candidates=job.candidates,
+            image=job.around,
+            mask=job.mask,
+            variation=job.vary,
+            **options,
+        )
+        return _ActiveJob(job, StopStringFilter(job.stop), prepared)
 
 
 class SequentialWorker(_BaseWorker):
-    """Answers with what is no `Engine`, a pipeline or a pair: one job after the other, each by its stream."""
+    """Answers with an engine that is not batched, a pipeline or a composed model: one job after the other, each by its
+    stream."""
 
-    def __init__(self, engine: Any) -> None:
-        super().__init__(engine)
+    def __init__(self, engine: InferenceEngine) -> None:
+        super().__init__()
+        self.engine = engine
         self.now: tuple[int, Iterator[Any], _ActiveJob] | None = None
-        self.usual: dict[str, Any] = getattr(getattr(engine, "painter", engine), "sampling", {})
 
     @property
     def busy(self) -> bool:
@@ -360,7 +284,7 @@ class SequentialWorker(_BaseWorker):
             if job.vary is not None:
                 yield number, Rejected("this model does not vary pictures: say what to draw")
                 return
-            self.now = number, self._parts(job), _ActiveJob(job, StopStringFilter(job.stop), lambda picture: picture)
+            self.now = number, self._parts(job), _ActiveJob(job, StopStringFilter(job.stop))
             yield number, Started(self._settings(job))
         number, parts, answer = self.now
         start = time.perf_counter()
@@ -387,10 +311,10 @@ class SequentialWorker(_BaseWorker):
 
     def _settings(self, job: Job) -> dict[str, Any]:
         """What pictures and text are drawn with, as far as it is known."""
-        defaults = {} if job.output == "text" else dict(self.usual)
-        if job.output != "image" and hasattr(self.engine, "text_options"):
-            text = self.engine.text_options(job.options)
-            defaults["text"] = {name: value for name, value in text.items() if name != "max_tokens"}
+        defaults = {} if job.output == "text" else self.engine.default_options("image", job.options)
+        if job.output != "image":
+            given = {name: job.options[name] for name in ("temperature", "top_p") if job.options.get(name) is not None}
+            defaults["text"] = self.engine.default_options("text", given) | given
         return defaults | job.options
 
     def _parts(self, job: Job) -> Iterator[Any]:
@@ -411,11 +335,10 @@ def run_worker(receiver: Any, sender: Any, source: dict[str, Any], slots: int) -
     a `Rejected` for no job."""
     try:
         from unigen import loading
-        from unigen.inference.engine import Engine
 
         engine = loading.load(**source)
-        worker: Any = BatchedWorker(engine, slots) if isinstance(engine, Engine) else SequentialWorker(engine)
-        sender.send((None, Ready(engine.info() | {"outputs": list(engine.outputs)})))
+        worker = BatchedWorker(engine, slots) if is_batched(engine) else SequentialWorker(engine)
+        sender.send((None, Ready(cast(ServedModelInfo, {**engine.info(), "outputs": list(engine.outputs)}))))
     except ValueError as error:
         sender.send((None, Rejected(" ".join(str(error).split()))))
         return

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from unigen.batch import Batch, InputSpan
 from unigen.generators.base import Generator
-from unigen.generators.next_token import CausalGenerator
+from unigen.generators.next_token import is_causal
 from unigen.model.unified import UnifiedModel
 
 
@@ -60,7 +60,7 @@ class MultiGeneratorLoss(nn.Module):
         with torch.no_grad():
             teacher_hidden_BLD = None if self.teacher is None else self.teacher.causal_hidden_states(batch)
         for name, generator in self.generators.items():
-            if teacher_hidden_BLD is not None and self.teacher is not None and isinstance(generator, CausalGenerator):
+            if teacher_hidden_BLD is not None and self.teacher is not None and is_causal(generator):
                 target_BL = generator.targets(batch)
                 table = generator.table(model.vocabulary)
                 kl_sum = kl_from_teacher(self.teacher, teacher_hidden_BLD, model, hidden_BLD, target_BL, table)

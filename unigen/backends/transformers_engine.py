@@ -1,0 +1,324 @@
+"""Language models of transformers with a chat template, as an engine that answers with text.
+
+    engine = load_transformers(folder)
+    engine.generate("what is a fjord?", "text")
+
+Does not depend on: composed models, diffusers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unigen.document import Document, Prompt, Segment, as_text
+from unigen.hub.resolve import CONFIG, read_json
+from unigen.hub.weights import load_pretrained, silence_transformers
+from unigen.inference.base import BaseEngine, check_record
+from unigen.inference.protocol import EngineInfo, OptionValue
+from unigen.inference.request import reject_unknown_options, zip_with_seeds
+from unigen.inference.results import RECORD_NOTHING, GenerationResult, Record, Usage
+from unigen.limits import check_limit
+from unigen.media.images import ImageSource, read_image
+from unigen.model.template import Output, split_system_messages
+from unigen.models import to_float32
+from unigen.nn.quantized import count_parameters, describe_precision, quantize
+from unigen.samplers.logits import SamplingOptions
+from unigen.samplers.seeds import make_rng
+from unigen.tokenizers import text
+from unigen.utils.numbers import NonFiniteError
+from unigen.utils.text import first_line
+
+TEXT_OPTIONS = ("max_tokens", "temperature", "top_p", "top_k", "repetition_penalty")
+"""The options of a generation."""
+FALLBACK_SAMPLING = {"temperature": 0.7, "top_p": 1.0, "repetition_penalty": 1.1}
+"""How a model of transformers draws text whose generation_config does not say: greedily it would repeat itself."""
+
+
+class TransformersEngine(BaseEngine):
+    """Answers with text by a language model of transformers with a chat template. Not safe to share between threads."""
+
+    outputs: tuple[Output, ...] = ("text",)
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        accepts_images: bool,
+        quantization: str | None = None,
+        text_sampling: dict[str, Any] | None = None,
+    ) -> None:
+        """An engine of a loaded model.
+
+        Args:
+            model: a causal language model, or one of images and text, of transformers.
+            processor: its tokenizer, or its processor where it reads images, with a chat template.
+            accepts_images: whether the model reads images.
+            quantization: "8bit" or "4bit" where its weights are quantized.
+            text_sampling: how text is sampled in a composed engine where a request does not say
+                (`text_sampling_from`).
+        """
+        self.model, self.processor, self.quantization = model.eval(), processor, quantization
+        self.accepts_images, self.text_sampling = accepts_images, text_sampling or {}
+
+    def generate_results(
+        self,
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int] | None = None,
+        output: Output = "image",
+        *,
+        record: Record = RECORD_NOTHING,
+        **options: Any,
+    ) -> list[GenerationResult]:
+        """See `InferenceEngine.generate_results`, one after another. options: see `check`."""
+        check_record(record, Record(logprobs=True), "it writes text alone")
+        for prompt, seed in (pairs := zip_with_seeds(prompts, seeds)):
+            self.check(prompt, output, seed=seed, **options)
+        return [self._generate_one(Document.of(prompt), seed, record, **options) for prompt, seed in pairs]
+
+    @torch.inference_mode()
+    def _generate_one(
+        self,
+        document: Document,
+        seed: int,
+        record: Record,
+        *,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int | None = None,
+        repetition_penalty: float | None = None,
+    ) -> GenerationResult:
+        inputs = self._build_inputs(document).to(self.model.device)
+        sampling_kwargs: dict[str, Any] = {"do_sample": False}
+        if temperature > 0:
+            sampling_kwargs = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+            sampling_kwargs |= {} if top_k is None else {"top_k": top_k}
+        sampling_kwargs |= {} if repetition_penalty is None else {"repetition_penalty": repetition_penalty}
+        if record.logprobs:
+            sampling_kwargs |= {"output_scores": True, "return_dict_in_generate": True}
+        devices = [self.model.device] if self.model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(make_rng(seed).initial_seed())
+            generated = self.model.generate(
+                **inputs,
+                max_new_tokens=max_tokens,
+                logits_processor=[self._check_finite],
+                **sampling_kwargs,
+            )
+        num_prompt = inputs["input_ids"].shape[1]
+        ids_T = (generated.sequences if record.logprobs else generated)[0, num_prompt:]
+        answer = str(self.processor.decode(ids_T, skip_special_tokens=True)).strip()
+        truncated = len(ids_T) == max_tokens and int(ids_T[-1]) not in self._end_ids()
+        settings: dict[str, object] = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
+        return GenerationResult(
+            answer,
+            Document([*document.segments, Segment(text=answer, role="assistant")]),
+            seed,
+            token_ids=ids_T.tolist(),
+            logprobs=_token_logprobs(generated.scores, ids_T) if record.logprobs else None,
+            usage=Usage(num_prompt, len(ids_T), 0, truncated, 0),
+            finish_reason="length" if truncated else "stop",
+            settings=settings,
+        )
+
+    def _end_ids(self) -> set[int]:
+        """The ids that end an answer."""
+        end = self.model.generation_config.eos_token_id
+        return set() if end is None else {end} if isinstance(end, int) else set(end)
+
+    def check(self, prompt: Prompt, output: Output, *, seed: int = 0, **options: Any) -> None:
+        """See `InferenceEngine.check`.
+
+        Args:
+            prompt: what would be asked for.
+            output: "text".
+            seed: of the answer's randomness.
+            options: max_tokens; temperature, 0 is greedy; top_p; top_k and repetition_penalty, None is as transformers
+                and the model have it.
+        Raises:
+            ValueError: in one line, for bad values, options that it does not take, and images that it cannot read.
+        """
+        if output != "text":
+            raise ValueError(f"this model cannot answer with {output}: it can with text")
+        reject_unknown_options("this model", options, TEXT_OPTIONS)
+        check_limit("seed", seed)
+        SamplingOptions(options.get("temperature", 0.0), 0, options.get("top_p", 1.0))
+        check_limit("max_tokens", options.get("max_tokens", 1))
+        self._check_segments(Document.of(prompt))
+
+    def describe(
+        self, image: ImageSource, question: str | None = None, *, seed: int = 0, **options: Any
+    ) -> str | list[str]:
+        """See `InferenceEngine.describe`."""
+        prompt: Prompt = [read_image(image), as_text(question or "Describe this picture.")]
+        return self.generate(prompt, "text", seed=seed, **options)
+
+    def default_options(self, output: Output, given: Mapping[str, OptionValue] | None = None) -> dict[str, OptionValue]:
+        """See `InferenceEngine.default_options`."""
+        return dict(self.text_sampling) if output == "text" else {}
+
+    def _check_segments(self, document: Document) -> None:
+        """Raises ValueError for what the model cannot read."""
+        document.check_conditions("this model")
+        for segment in document.segments:
+            if segment.label is not None:
+                raise ValueError("this model reads words, not classes: say it in words")
+            if segment.image is not None and not self.accepts_images:
+                raise ValueError("this model cannot see pictures: pair with one that can, or leave the picture out")
+
+    def _check_finite(self, ids_BL: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
+        """The scores of the next id. Raises NonFiniteError where that would be an accident, or its scores are no
+        numbers."""
+        if not bool(scores_BV.amax(-1).isfinite().all()):
+            raise NonFiniteError("scores", self.model.dtype)
+        return scores_BV
+
+    @torch.no_grad()
+    def hidden_states(self, prompt: Prompt) -> torch.Tensor:
+        """What the model reads of a document before it would answer, as states (S, D) after its last norm. Raises
+        NonFiniteError where they are no numbers."""
+        inputs = self._build_inputs(Document.of(prompt)).to(self.model.device)
+        states_SD: torch.Tensor = self.model.base_model(**inputs, use_cache=False).last_hidden_state[0]
+        if not bool(states_SD.isfinite().all()):
+            raise NonFiniteError("states", self.model.dtype)
+        return states_SD
+
+    def _build_inputs(self, document: Document) -> Any:
+        self._check_segments(document)
+        messages: list[dict[str, Any]] = []
+        told, segments = split_system_messages(document.segments)
+        for segment in [Segment(text=told, role="system"), *segments] if told else segments:
+            if not messages or messages[-1]["role"] != segment.role:
+                messages.append({"role": segment.role, "content": []})
+            if segment.image is not None:
+                messages[-1]["content"].append({"type": "image", "image": read_image(segment.image)})  # type: ignore[arg-type]
+            else:
+                messages[-1]["content"].append({"type": "text", "text": segment.text})
+        if not self.accepts_images:
+            for message in messages:
+                message["content"] = "\n".join(part["text"] for part in message["content"])
+
+        def render(messages: Any) -> str:
+            return str(self.processor.apply_chat_template(messages, tokenize=False))
+
+        return self.processor.apply_chat_template(
+            text.merge_system_message(messages, render),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+
+    def info(self) -> EngineInfo:
+        """See `InferenceEngine.info`."""
+        (count, size), model_class = count_parameters(self.model), self.model.config.model_type
+        return {
+            "family": "transformers",
+            "model": f"{model_class}, {count / 1e6:.1f}M parameters",
+            "sees": self.accepts_images,
+            "system": True,
+            "text_sampling": self.text_sampling,
+            "precision": describe_precision(self.model, self.quantization),
+            "weights_mb": round(size / 1e6, 1),
+        }
+
+
+def _token_logprobs(scores: Sequence[torch.Tensor], ids_T: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities (T,) of ids under the distributions of these scores, T of (1, V)."""
+    logits_TV = torch.cat(list(scores)).float()
+    return logits_TV.log_softmax(-1).gather(-1, ids_T[:, None].to(logits_TV.device))[:, 0].cpu()
+
+
+def load_transformers(
+    folder: Path, device: str = "cpu", dtype: torch.dtype | None = None, quantization: str | None = None
+) -> TransformersEngine:
+    """The model of transformers in `folder`, strictly; no code of the folder is run. Raises ValueError in one line."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as SEEING
+
+    sees = str(read_json(folder / CONFIG).get("model_type")) in SEEING
+    model_class = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    try:
+        with silence_transformers():
+            processor = load_processor(folder) if sees else text.load(folder)
+    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"model folder {folder} cannot be loaded: {first_line(error)}") from error
+    if getattr(processor, "chat_template", None) is None:
+        raise ValueError(f"{folder} has no chat template: give a model that was tuned to chat")
+    model = load_pretrained(model_class, folder, dtype)
+    if torch.device(device).type == "cpu":
+        to_float32(model, model)
+    if quantization is not None:
+        quantize(model.get_decoder(), quantization, device)
+    return TransformersEngine(model.to(device), processor, sees, quantization, text_sampling_from(folder))
+
+
+def text_sampling_from(folder: Path, fallback: dict[str, Any] | None = None) -> dict[str, Any]:
+    """How a model draws text where nothing is asked for: by the generation_config.json of its folder where that says
+    whether to sample, else by `fallback` (`FALLBACK_SAMPLING` where it is None), with the penalty that it names. Raises
+    ValueError for numbers of the file that are out of their ranges."""
+    path = folder / "generation_config.json"
+    said = read_json(path) if path.is_file() else {}
+    own = {name: said[name] for name in ("top_p", "top_k", "repetition_penalty") if said.get(name) is not None}
+    if said.get("do_sample") is None:
+        defaults = FALLBACK_SAMPLING if fallback is None else fallback
+        own = defaults | {
+            name: value for name, value in own.items() if name in defaults and name == "repetition_penalty"
+        }
+    elif said["do_sample"]:
+        own = {"temperature": 1.0 if said.get("temperature") is None else said["temperature"]} | own
+    else:
+        own = {"temperature": 0.0} | {name: value for name, value in own.items() if name == "repetition_penalty"}
+    try:
+        SamplingOptions(**own)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return own
+
+
+def load_processor(folder: Path) -> Any:
+    """The processor of a model of transformers that sees: its image processor, tokenizer and chat template. Videos are
+    not read here, so its video processor, which needs torchvision, is left out."""
+    import transformers
+    from transformers import AutoConfig
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+    files = (folder / name for name in ("processor_config.json", "preprocessor_config.json", text.TOKENIZER_CONFIG))
+    said = (read_json(path).get("processor_class") for path in files if path.is_file())
+    name = next((name for name in said if name), None)
+    model_class = getattr(transformers, name, None) if name else None
+    model_class = model_class or PROCESSOR_MAPPING.get(
+        type(AutoConfig.from_pretrained(folder, local_files_only=True)), None
+    )
+    if model_class is None:
+        raise ValueError(f"transformers has no processor {name or 'of its type of model'}")
+    processor = without_video_processor(model_class).from_pretrained(folder, local_files_only=True)
+    if processor.chat_template is None:
+        processor.chat_template = processor.tokenizer.chat_template
+    return processor
+
+
+def without_video_processor(kind: Any) -> Any:
+    """The processor class, its tokenizer loaded by `text.load` and its video processor None."""
+    from transformers.processing_utils import MODALITY_TO_AUTOPROCESSOR_MAPPING as LOADERS
+
+    def load_parts(cls: Any, folder: Path, *_: Any, **__: Any) -> list[Any]:
+        parts: list[Any] = []
+        for name in cls.get_attributes():
+            if "tokenizer" in name:
+                parts.append(text.load(folder))
+            elif "video" in name:
+                parts.append(None)
+            else:
+                parts.append(LOADERS[name].from_pretrained(folder, local_files_only=True))
+        return parts
+
+    def check(self: Any, name: str, part: Any) -> Any:
+        return None if part is None else kind.check_argument_for_proper_class(self, name, part)
+
+    methods = {"_get_arguments_from_pretrained": classmethod(load_parts), "check_argument_for_proper_class": check}
+    return type(kind.__name__, (kind,), methods)

@@ -1,0 +1,428 @@
+"""The contract of engines: what `unigen.load` returns, whatever runs behind it.
+
+    engine: InferenceEngine = unigen.load("unigen-tiny")
+    image = engine.generate("two apples")
+
+Every engine has every method. One that an engine cannot do raises `UnsupportedError`, a ValueError, in one line.
+`unigen.inference.base.BaseEngine` holds what all implementations share. Does not depend on: any implementation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, TypedDict, TypeGuard, overload
+
+from PIL.Image import Image
+
+from unigen.document import Document, Preview, Prompt
+from unigen.inference.results import RECORD_NOTHING, Answer, GenerationResult, Record, Score
+from unigen.media.images import ImageSource
+from unigen.model.template import Output
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from unigen.inference.candidates import PreparedRequest
+    from unigen.inference.scheduler import Scheduler
+    from unigen.model.unified import UnifiedModel
+
+OptionValue: TypeAlias = object
+"""The value of an option of a generation, which the engine checks."""
+
+
+class EngineInfo(TypedDict, total=False):
+    """What an engine is and can do: the keys of `unigen info`. Each engine has those that apply."""
+
+    family: str
+    """The family of a model of ours, "diffusion pipeline" or "transformers"."""
+    backbone: str
+    model: str
+    pipeline: str
+    parts: dict[str, str]
+    """Of a pipeline: its networks and their sizes."""
+    scheduler: str
+    context: int
+    """Positions of a sequence, at most."""
+    image_size: int
+    """Pixels along a side of the images that it draws."""
+    sizes: str
+    """"any", or "this one": whether images of other sizes can be drawn."""
+    tokens_per_image: int
+    vocabulary: dict[str, int]
+    generators: list[str]
+    takes: dict[str, list[str]] | list[str]
+    """The options of each generator, or of the pipeline."""
+    samplers: list[str]
+    sampling: dict[str, dict[str, OptionValue]] | dict[str, OptionValue]
+    """The values of options where a request does not say, of each generator, or of the pipeline."""
+    text_sampling: dict[str, OptionValue]
+    outputs: list[str]
+    candidates: bool
+    """Whether it can draw several candidates and choose the best."""
+    system: bool
+    """Whether system messages are followed."""
+    classes: list[str]
+    sees: bool
+    edits: str
+    inpaints: str
+    draws: str | EngineInfo
+    """Of a pipeline "words" or "classes"; of a composed model the info of the engine that draws."""
+    reads: EngineInfo
+    """Of a composed model: the info of the engine that reads."""
+    adapter: str
+    precision: str
+    weights_mb: float
+    device: str
+    engine: str
+    """"vllm" and its version."""
+    vllm: str
+    """Whether vLLM can serve the model."""
+
+
+class InferenceEngine(Protocol):
+    """Generates text and images. Not safe to share between threads."""
+
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        """What it can answer with."""
+        ...
+
+    @property
+    def batched(self) -> bool:
+        """Whether answers are made together, as a `BatchedEngine` does, and not one after another."""
+        ...
+
+    @property
+    def accepts_images(self) -> bool:
+        """Whether the prompt of an image may hold images."""
+        ...
+
+    @property
+    def local_model(self) -> UnifiedModel | None:
+        """The unified model behind it, where one is held in this process."""
+        ...
+
+    @property
+    def pipeline(self) -> object | None:
+        """The pipeline of diffusers behind it, where there is one."""
+        ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Prompt,
+        output: Literal["image"] = "image",
+        *,
+        n: Literal[1] = 1,
+        seed: int = 0,
+        **options: OptionValue,
+    ) -> Image: ...
+    @overload
+    def generate(
+        self, prompt: Prompt, output: Literal["text"], *, n: Literal[1] = 1, seed: int = 0, **options: OptionValue
+    ) -> str: ...
+    @overload
+    def generate(
+        self,
+        prompt: Prompt,
+        output: Literal["interleaved", "pair"],
+        *,
+        n: Literal[1] = 1,
+        seed: int = 0,
+        **options: OptionValue,
+    ) -> list[Image | str]: ...
+    @overload
+    def generate(
+        self, prompt: Prompt, output: Output = "image", *, n: int = 1, seed: int = 0, **options: OptionValue
+    ) -> Answer | list[Answer]: ...
+    def generate(self, prompt, output="image", *, n=1, seed=0, **options):  # type: ignore[no-untyped-def]
+        """Answer a prompt.
+
+        Args:
+            prompt: what is asked for.
+            output: what the answer is to hold.
+            n: how many answers, with seeds seed, seed + 1, ...
+            seed: of the answer's randomness; the same seed gives the same answer.
+            options: options of the generation.
+        Returns:
+            A PIL image, a string, or a list of both for "interleaved" and "pair"; a list of n answers where n > 1.
+        Raises:
+            ValueError: in one line, for bad input.
+        """
+        ...
+
+    @overload
+    def generate_batch(
+        self,
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int] | None = None,
+        output: Literal["image"] = "image",
+        **options: OptionValue,
+    ) -> list[Image]: ...
+    @overload
+    def generate_batch(
+        self,
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int] | None = None,
+        *,
+        output: Literal["text"],
+        **options: OptionValue,
+    ) -> list[str]: ...
+    @overload
+    def generate_batch(
+        self,
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int] | None = None,
+        output: Output = "image",
+        **options: OptionValue,
+    ) -> list[Answer]: ...
+    def generate_batch(self, prompts, seeds=None, output="image", **options):  # type: ignore[no-untyped-def]
+        """One answer a prompt, each as `generate` gives it for that prompt and seed alone.
+
+        Args:
+            prompts: what is asked for.
+            seeds: one for each prompt; None is 0, 1, ...
+            output: what the answers are to hold.
+            options: options of the generation.
+        Returns:
+            The answers, in the prompts' order.
+        Raises:
+            ValueError: in one line, for bad input.
+        """
+        ...
+
+    def generate_results(
+        self,
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int] | None = None,
+        output: Output = "image",
+        *,
+        record: Record = RECORD_NOTHING,
+        **options: OptionValue,
+    ) -> list[GenerationResult]:
+        """The answers of `generate_batch` with what is known of how they came about.
+
+        Args:
+            prompts: what is asked for.
+            seeds: one for each prompt; None is 0, 1, ...
+            output: what the answers are to hold.
+            record: what to keep beside ids and codes.
+            options: options of the generation.
+        Returns:
+            One result a prompt, in the prompts' order.
+        Raises:
+            ValueError: in one line, for bad input, and where the engine cannot record what is asked for.
+        """
+        ...
+
+    def stream(
+        self, prompt: Prompt, output: Output = "interleaved", *, seed: int = 0, **options: OptionValue
+    ) -> Iterator[str | Image | Preview]:
+        """The parts of one answer as they are made.
+
+        Args:
+            prompt: what is asked for.
+            output: what the answer is to hold.
+            seed: of the answer's randomness.
+            options: options of the generation.
+        Returns:
+            Pieces of text, finished images, and before an image its previews, where some are asked for.
+        Raises:
+            ValueError: in one line, at once, for bad input.
+        """
+        ...
+
+    def describe(
+        self, image: ImageSource, question: str | None = None, *, seed: int = 0, **options: OptionValue
+    ) -> str | list[str]:
+        """Describe an image, or answer a question about it.
+
+        Args:
+            image: a path, a PIL image, or all else that `read_image` takes.
+            question: None asks for a caption.
+            seed: of the answer's randomness.
+            options: options of the generation; n > 1 gives a list.
+        Returns:
+            The text.
+        Raises:
+            ValueError: in one line, for bad input, and where the engine does not answer with text.
+        """
+        ...
+
+    def edit(
+        self, image: ImageSource, instruction: str, *, seed: int = 0, **options: OptionValue
+    ) -> Image | list[Image]:
+        """Change an image as an instruction says.
+
+        Args:
+            image: a path, a PIL image, or all else that `read_image` takes.
+            instruction: what to change.
+            seed: of the image's randomness.
+            options: options of the generation.
+        Returns:
+            The changed image.
+        Raises:
+            ValueError: in one line, for bad input, and where the engine does not edit.
+        """
+        ...
+
+    def inpaint(
+        self,
+        image: ImageSource,
+        prompt: str,
+        mask: ImageSource | None = None,
+        *,
+        variation: float | None = None,
+        seed: int = 0,
+        **options: OptionValue,
+    ) -> Image | list[Image]:
+        """Generate a part of an image anew; the rest stays.
+
+        Args:
+            image: a path, a PIL image, or all else that `read_image` takes.
+            prompt: what the image is to show.
+            mask: of the image's size, white where to generate.
+            variation: instead of a mask, the share in (0, 1] of the image, drawn at random, that is generated anew.
+            seed: of the image's randomness, and of the variation's.
+            options: options of the generation.
+        Returns:
+            The image.
+        Raises:
+            ValueError: in one line, for bad input, and where the engine does not inpaint.
+        """
+        ...
+
+    def inpaint_window(self, mask: ImageSource) -> tuple[int, int, int, int] | None:
+        """The part of an image that inpainting is limited to: left, top, right, bottom in pixels.
+
+        Args:
+            mask: as of `inpaint`.
+        Returns:
+            The window where the mask marks pixels outside it, else None.
+        """
+        ...
+
+    def pair(
+        self, text: str | None = None, image: ImageSource | None = None, **options: OptionValue
+    ) -> tuple[str, Image] | list[tuple[str, Image]]:
+        """A text and an image that belong together, written at once.
+
+        Args:
+            text: given text, which stays; None is written.
+            image: a given image, which stays as its codes; None is written.
+            options: options of the generation; n > 1 gives a list.
+        Returns:
+            The text and the image.
+        Raises:
+            ValueError: in one line, for bad input, and where no generator writes both.
+        """
+        ...
+
+    def score(self, documents: Sequence[Document], *, per_token: bool = False) -> list[Score]:
+        """How likely the model finds what the assistant says in documents.
+
+        Args:
+            documents: each with at least one segment of the assistant.
+            per_token: whether to give the log-probability of each id.
+        Returns:
+            One score a document.
+        Raises:
+            ValueError: in one line, for bad input, and where the engine does not score.
+        """
+        ...
+
+    def hidden_states(self, prompt: Prompt) -> Tensor:
+        """Hidden states (S, D) of a prompt, after the last norm.
+
+        Args:
+            prompt: what is read.
+        Returns:
+            One state a position of the prompt.
+        Raises:
+            ValueError: in one line, for bad input, and where the engine does not give them.
+        """
+        ...
+
+    def info(self) -> EngineInfo:
+        """What the engine is and can do."""
+        ...
+
+    def check(self, prompt: Prompt, output: Output, *, seed: int = 0, **options: OptionValue) -> None:
+        """Check a request without answering it.
+
+        Args:
+            prompt: what would be asked for.
+            output: what the answer would hold.
+            seed: of the answer's randomness.
+            options: options of the generation.
+        Raises:
+            ValueError: in one line, for what `generate` would refuse before it begins.
+        """
+        ...
+
+    def default_options(self, output: Output, given: Mapping[str, OptionValue] | None = None) -> dict[str, OptionValue]:
+        """The values of options where a request does not say.
+
+        Args:
+            output: what the answer is to hold: "text", or what holds images.
+            given: options that a request gives, where some defaults depend on them.
+        Returns:
+            The values by the options' names, as far as they are known.
+        """
+        ...
+
+
+class BatchedEngine(InferenceEngine, Protocol):
+    """An engine whose requests run together and join while others run: what a server batches."""
+
+    def prepare(
+        self,
+        prompt: Prompt,
+        output: Output,
+        *,
+        seed: int = 0,
+        candidates: int = 1,
+        image: ImageSource | None = None,
+        mask: ImageSource | None = None,
+        variation: float | None = None,
+        record: Record = RECORD_NOTHING,
+        **options: OptionValue,
+    ) -> PreparedRequest:
+        """Validate a request.
+
+        Args:
+            prompt: what is asked for.
+            output: what the answer is to hold.
+            seed: of the answer's randomness.
+            candidates: how many answers are drawn, of which the best is kept.
+            image: an image to be inpainted.
+            mask: of the image's size, white where to generate.
+            variation: instead of a mask, the share in (0, 1] of the image that is generated anew.
+            record: what to keep beside ids and codes.
+            options: options of the generation.
+        Returns:
+            The sequences to be run, and how the answer is made of theirs.
+        Raises:
+            ValueError: in one line, for bad input.
+        """
+        ...
+
+    def select_best(self, prepared: Sequence[PreparedRequest], answers: Sequence[Sequence[Answer]]) -> list[int]:
+        """Choose among the candidates' answers of each prepared request.
+
+        Args:
+            prepared: requests of several candidates each.
+            answers: their candidates' answers.
+        Returns:
+            Of each request the index of the best answer.
+        """
+        ...
+
+    def new_scheduler(self) -> Scheduler:
+        """A scheduler of this engine's sequences: none runs yet."""
+        ...
+
+
+def is_batched(engine: InferenceEngine) -> TypeGuard[BatchedEngine]:
+    """Whether the engine's requests can be scheduled together."""
+    return engine.batched
