@@ -21,17 +21,32 @@ warnings.filterwarnings("ignore", message="IProgress not found")  # in notebooks
 install()
 
 __version__ = "0.2.0"
-__all__ = ["Document", "Engine", "Guidance", "Preview", "Segment", "load"]
+__all__ = [
+    "Document",
+    "Engine",
+    "GenerationResult",
+    "Guidance",
+    "InferenceEngine",
+    "Preview",
+    "Record",
+    "Segment",
+    "load",
+]
 
 if TYPE_CHECKING:
     from unigen.document import Document, Preview, Segment
     from unigen.inference.engine import Engine
+    from unigen.inference.protocol import InferenceEngine
+    from unigen.inference.results import GenerationResult, Record
     from unigen.loading import load
     from unigen.samplers.guidance import Guidance
 
 _LAZY_IMPORTS = {
     "load": "unigen.loading",
     "Engine": "unigen.inference.engine",
+    "InferenceEngine": "unigen.inference.protocol",
+    "GenerationResult": "unigen.inference.results",
+    "Record": "unigen.inference.results",
     "Guidance": "unigen.samplers.guidance",
     "Document": "unigen.document",
     "Preview": "unigen.document",

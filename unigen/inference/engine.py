@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from PIL.Image import Image
 
-from unigen.document import Document, Segment, as_text, check_text, is_codes
+from unigen.document import Document, Prompt, Segment, as_text, check_text, is_codes
 from unigen.inference.base import BaseEngine
 from unigen.inference.candidates import PreparedRequest, can_rerank, expand_candidates, identity, select_best
 from unigen.inference.inpainting import limiting_window, prepare_inpainting, random_mask
@@ -32,12 +33,12 @@ from unigen.inference.request import (
     zip_with_seeds,
 )
 from unigen.inference.results import RECORD_NOTHING, Answer, GenerationResult, Record, Score
-from unigen.inference.scheduler import Scheduler
+from unigen.inference.scheduler import Part, Scheduler
 from unigen.inference.scoring import CAPTION_PROMPT, score_document
 from unigen.inference.sequence import SequenceState
 from unigen.limits import LIMITS, check_limit
 from unigen.media.display import MediaList
-from unigen.media.images import read_image
+from unigen.media.images import ImageSource, read_image
 from unigen.model.template import Output
 from unigen.model.unified import UnifiedModel
 from unigen.nn.quantized import count_parameters, describe_precision
@@ -79,7 +80,7 @@ class Engine(BaseEngine):
 
     def generate_results(
         self,
-        prompts: Sequence[Any],
+        prompts: Sequence[Prompt],
         seeds: Sequence[int] | None = None,
         output: Output = "image",
         *,
@@ -154,14 +155,18 @@ class Engine(BaseEngine):
     def _check_option_names(self, method: str, options: Mapping[str, OptionValue]) -> None:
         reject_unknown_options(method, options, METHOD_OPTIONS[method])
 
-    def stream(self, prompt: Any, output: Output = "interleaved", *, seed: int = 0, **options: Any) -> Iterator[Any]:
+    def stream(
+        self, prompt: Prompt, output: Output = "interleaved", *, seed: int = 0, **options: Any
+    ) -> Iterator[Part]:
         """See `InferenceEngine.stream`. Before an image come as many previews as `previews` asks for, where its
         generator has any."""
         self._check_option_names("stream", options)
         parts = self.run([self.request(prompt, output, seed=seed, **options)])
         return (part for _, part in parts)
 
-    def describe(self, image: Any, question: str | None = None, *, seed: int = 0, **options: Any) -> str | list[str]:
+    def describe(
+        self, image: ImageSource, question: str | None = None, *, seed: int = 0, **options: Any
+    ) -> str | list[str]:
         """A caption of the picture, the best of as many `candidates` as suit the model, or the answer to a question;
         with n > 1 a list of them.
 
@@ -172,17 +177,20 @@ class Engine(BaseEngine):
             raise ValueError("the question is empty: ask something, or leave it out for a caption")
         use_candidates = question is None and self.can_rerank
         asked = {"candidates": self.model.template.num_candidates if use_candidates else 1} | options
-        prompt = [_as_image(image), as_text(question or CAPTION_PROMPT)]
+        prompt: Prompt = [_as_image(image), as_text(question or CAPTION_PROMPT)]
         return self.generate(prompt, "text", seed=seed, **asked)
 
-    def edit(self, image: Any, instruction: str, *, seed: int = 0, **options: Any) -> Any:
+    def edit(self, image: ImageSource, instruction: str, *, seed: int = 0, **options: Any) -> Image | list[Image]:
         """The picture changed as the instruction says, of the size that the model draws."""
         self._check_option_names("edit", options)
         if not check_text("the instruction", instruction).strip():
             raise ValueError("the instruction is empty: say what to change")
-        return self.generate([_as_image(image), as_text(instruction)], "image", seed=seed, **options)
+        prompt: Prompt = [_as_image(image), as_text(instruction)]
+        return self.generate(prompt, "image", seed=seed, **options)
 
-    def pair(self, text: str | None = None, image: Any = None, **options: Any) -> Any:
+    def pair(
+        self, text: str | None = None, image: ImageSource | None = None, **options: Any
+    ) -> tuple[str, Image] | list[tuple[str, Image]]:
         """A text and a picture (str, PIL) that belong together, written at once by a generator that writes both; with
         n > 1 a list of such pairs. What is given stays, as the model reads it: a text in lower case and of limited
         length, a picture as its codes. Where nothing is given, both are new. Raises ValueError where the model has no
@@ -202,14 +210,14 @@ class Engine(BaseEngine):
 
     def inpaint(
         self,
-        image: Any,
+        image: ImageSource,
         prompt: str,
-        mask: Any = None,
+        mask: ImageSource | None = None,
         *,
         variation: float | None = None,
         seed: int = 0,
         **options: Any,
-    ) -> Any:
+    ) -> Image | list[Image]:
         """The picture, in its own size, with what the mask marks painted anew as the prompt says; all else stays as it
         is. What is painted has no more detail than the pictures that the model draws, and lies inside a square of the
         picture's shorter side around the middle of the marks.
@@ -226,8 +234,8 @@ class Engine(BaseEngine):
         return MediaList(map(composite, images)) if isinstance(images, list) else composite(images)
 
     def _prepare_inpainting(
-        self, image: Any, mask: Any, variation: float | None, options: dict[str, Any]
-    ) -> tuple[dict[str, Any], Callable[[Any], Any]]:
+        self, image: ImageSource, mask: ImageSource | None, variation: float | None, options: dict[str, Any]
+    ) -> tuple[dict[str, Any], Callable[[Image], Image]]:
         """The options that keep what is not marked, and what puts the generated image into the given one."""
         if (mask is None) == (variation is None):
             raise ValueError("give a mask of what to paint anew, or a variation: the share of it drawn by lot")
@@ -237,7 +245,7 @@ class Engine(BaseEngine):
         rest = {name: value for name, value in options.items() if name != "generator"}
         return prepare_inpainting(self.model, image, mask, generator, rest)
 
-    def inpaint_window(self, mask: Any) -> tuple[int, int, int, int] | None:
+    def inpaint_window(self, mask: ImageSource) -> tuple[int, int, int, int] | None:
         """See `InferenceEngine.inpaint_window`: a square."""
         return limiting_window(mask)
 
@@ -285,16 +293,16 @@ class Engine(BaseEngine):
         """See `InferenceEngine.score`."""
         return [score_document(self.model, Document.of(document), per_token) for document in documents]
 
-    def hidden_states(self, prompt: Any) -> torch.Tensor:
+    def hidden_states(self, prompt: Prompt) -> torch.Tensor:
         """What the model reads of a document before it would answer in text, as states (S, D) after its last norm."""
         return self.new_scheduler().hidden_states(self.request(prompt, "text"))
 
-    def request(self, prompt: Any, output: Output, **options: Any) -> Request:
+    def request(self, prompt: Prompt, output: Output, **options: Any) -> Request:
         """A checked request (`unigen.inference.request`, which lists the options)."""
         reject_unknown_options("a request", options, REQUEST_OPTIONS)
         return build_request(self.model, prompt, output, **options)
 
-    def check(self, prompt: Any, output: Output, *, seed: int = 0, **options: Any) -> None:
+    def check(self, prompt: Prompt, output: Output, *, seed: int = 0, **options: Any) -> None:
         """See `InferenceEngine.check`."""
         self.request(prompt, output, seed=seed, **options)
 
@@ -309,24 +317,24 @@ class Engine(BaseEngine):
 
     def prepare(
         self,
-        prompt: Any,
+        prompt: Prompt,
         output: Output,
         *,
         seed: int = 0,
         candidates: int = 1,
-        image: Any = None,
-        mask: Any = None,
+        image: ImageSource | None = None,
+        mask: ImageSource | None = None,
         variation: float | None = None,
         record: Record = RECORD_NOTHING,
         **options: Any,
     ) -> PreparedRequest:
         """See `BatchedEngine.prepare`."""
-        composite: Callable[[Any], Any] = identity
+        composite: Callable[[Image], Image] = identity
         if image is not None:
             options, composite = self._prepare_inpainting(image, mask, variation, options | {"seed": seed})
             del options["seed"]
 
-        def build(document: Document, changes: dict[str, float], index: int) -> Request:
+        def build(document: Prompt, changes: dict[str, float], index: int) -> Request:
             request = self.request(document, output, seed=seed, **options | changes)
             request.record, request.candidate_index = record, index
             return request
@@ -349,7 +357,7 @@ class Engine(BaseEngine):
 
     def run(
         self, requests: Sequence[Request], watch: Callable[[float], object] | None = None
-    ) -> Iterator[tuple[int, Any]]:
+    ) -> Iterator[tuple[int, Part]]:
         """Answer all requests together.
 
         Args:
@@ -373,7 +381,7 @@ class Engine(BaseEngine):
     @staticmethod
     def _run_to_completion(
         scheduler: Scheduler, sequences: Sequence[SequenceState], watch: Callable[[float], object] | None
-    ) -> Iterator[tuple[int, Any]]:
+    ) -> Iterator[tuple[int, Part]]:
         try:
             with torch.inference_mode():
                 for sequence in sequences:
@@ -392,7 +400,7 @@ class Engine(BaseEngine):
         return Scheduler(self.model)
 
 
-def _as_image(image: Any) -> Any:
+def _as_image(image: ImageSource) -> Image | torch.Tensor:
     """A picture that is no words, whatever its type."""
     return image if is_codes(image) else read_image(image)
 
