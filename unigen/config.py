@@ -20,11 +20,16 @@ import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 from unigen.utils.numbers import parse_float, parse_int, strip_digit_groups
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 T = TypeVar("T")
+TypeHint: TypeAlias = Any
+"""The annotation of a field, as `typing.get_type_hints` gives it."""
 
 
 # ---------------------------------------------------------------- what every run can be told
@@ -137,13 +142,13 @@ def _check(condition: bool, message: str) -> None:
 # ---------------------------------------------------------------- dataclass <-> dict, overrides
 
 
-def to_dict(cfg: Any) -> dict[str, Any]:
+def to_dict(cfg: DataclassInstance) -> dict[str, Any]:
     """A dataclass as nested plain dicts; tuples become lists, paths text, as JSON has it."""
     assert dataclasses.is_dataclass(cfg) and not isinstance(cfg, type)
     return {f.name: _to_json_value(getattr(cfg, f.name)) for f in dataclasses.fields(cfg)}
 
 
-def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
+def from_dict(cls: type[T], values: Mapping[str, object]) -> T:
     """The dataclass `cls` from nested dicts. Missing keys take the default, keys that have changed name are read;
     ValueError for an unknown key or a wrong type."""
     return _build_dataclass(cls, values, "")
@@ -163,10 +168,9 @@ def apply_overrides(cfg: T, overrides: Iterable[str]) -> T:
     return _replace_nested(cfg, changes)
 
 
-def _collect_override(changes: dict[str, Any], cfg: Any, path: list[str], text: str, full_key: str) -> None:
+def _collect_override(changes: dict[str, Any], cfg: object, path: list[str], text: str, full_key: str) -> None:
     """Note one override of `cfg` in `changes`, field -> value, nested where the field is a dataclass."""
-    hints = typing.get_type_hints(type(cfg))
-    names = [f.name for f in dataclasses.fields(cfg)]
+    hints, names = typing.get_type_hints(type(cfg)), _field_names(cfg)
     head, tail = path[0], path[1:]
     if head not in names:
         if head in (renamed := renamed_keys(type(cfg))):
@@ -189,13 +193,13 @@ def _collect_override(changes: dict[str, Any], cfg: Any, path: list[str], text: 
         changes[head] = _parse(hints[head], text, full_key)
 
 
-def _replace_nested(cfg: Any, changes: dict[str, Any]) -> Any:
+def _replace_nested(cfg: T, changes: dict[str, Any]) -> T:
     """A copy with all changes made at once, so that only the whole has to be valid."""
     values = {
         name: _replace_nested(getattr(cfg, name), value) if dataclasses.is_dataclass(getattr(cfg, name)) else value
         for name, value in changes.items()
     }
-    return dataclasses.replace(cfg, **values)
+    return dataclasses.replace(cfg, **values)  # type: ignore[type-var]  # a dataclass, which T does not say
 
 
 def renamed_keys(cls: type) -> dict[str, str]:
@@ -222,7 +226,8 @@ def rename_stored_keys(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _field_names(cfg: Any) -> list[str]:
+def _field_names(cfg: object) -> list[str]:
+    assert dataclasses.is_dataclass(cfg)
     return [f.name for f in dataclasses.fields(cfg)]
 
 
@@ -237,7 +242,7 @@ def _unknown_key_message(full_key: str, prefix: str, name: str, names: list[str]
     return f"unknown key {full_key!r}; {hint}"
 
 
-def _type_name(hint: Any) -> str:
+def _type_name(hint: TypeHint) -> str:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_type_name(a) for a in args)
@@ -248,7 +253,7 @@ def _type_name(hint: Any) -> str:
     return getattr(hint, "__name__", str(hint)) if not args else str(hint)
 
 
-def _parse(hint: Any, text: str, key: str) -> Any:
+def _parse(hint: TypeHint, text: str, key: str) -> object:
     """`text` as a value of the type `hint`; ValueError naming `key` and the type."""
     if not text:
         none = type(None) in typing.get_args(hint)
@@ -275,7 +280,8 @@ def _parse(hint: Any, text: str, key: str) -> Any:
         hints = _item_hints(origin or hint, args, len(parts))
         if hints is None:
             raise type_error
-        return (origin or hint)(_parse(h, p, key) for h, p in zip(hints, parts, strict=True))
+        values = [_parse(h, p, key) for h, p in zip(hints, parts, strict=True)]
+        return values if list in (origin, hint) else tuple(values)
     if hint is bool:
         if text.lower() not in ("true", "false"):
             raise type_error
@@ -295,7 +301,7 @@ def _parse(hint: Any, text: str, key: str) -> Any:
     raise ValueError(f"{key} cannot be set by text (its type is {_type_name(hint)})")
 
 
-def _item_hints(origin: Any, args: tuple[Any, ...], count: int) -> list[Any] | None:
+def _item_hints(origin: TypeHint, args: tuple[TypeHint, ...], count: int) -> list[TypeHint] | None:
     """The type of each of `count` items of tuple[...] or list[...]; None where the number does not fit."""
     if not args:
         return [str] * count
@@ -304,8 +310,9 @@ def _item_hints(origin: Any, args: tuple[Any, ...], count: int) -> list[Any] | N
     return list(args) if len(args) == count else None
 
 
-def _build_dataclass(cls: Any, values: Any, prefix: str) -> Any:
-    _check(isinstance(values, Mapping), f"{prefix.rstrip('.') or 'the configuration'} must be a table of keys")
+def _build_dataclass(cls: TypeHint, values: object, prefix: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{prefix.rstrip('.') or 'the configuration'} must be a table of keys")
     renamed = renamed_keys(cls)
     values = {renamed.get(name, name): value for name, value in values.items()}
     hints = typing.get_type_hints(cls)
@@ -325,7 +332,7 @@ def _build_dataclass(cls: Any, values: Any, prefix: str) -> Any:
     return cls(**values_by_name)
 
 
-def _coerce(hint: Any, value: Any, key: str) -> Any:
+def _coerce(hint: TypeHint, value: object, key: str) -> object:
     """`value` as JSON has it, as a value of the type `hint`."""
     type_error = ValueError(f"{key} expects {_type_name(hint)}, not {value!r}")
     origin, args = typing.get_origin(hint), typing.get_args(hint)
@@ -345,10 +352,12 @@ def _coerce(hint: Any, value: Any, key: str) -> Any:
             raise type_error
         return value
     if origin in (tuple, list) or hint in (tuple, list):
-        hints = _item_hints(origin or hint, args, len(value)) if isinstance(value, (list, tuple)) else None
+        items = value if isinstance(value, (list, tuple)) else ()
+        hints = _item_hints(origin or hint, args, len(items)) if items is value else None
         if hints is None:
             raise type_error
-        return (origin or hint)(_coerce(h if args else Any, v, key) for h, v in zip(hints, value, strict=True))
+        values = [_coerce(h if args else Any, v, key) for h, v in zip(hints, items, strict=True)]
+        return values if list in (origin, hint) else tuple(values)
     if origin is dict or hint is dict:
         if not isinstance(value, Mapping):
             raise type_error
@@ -365,7 +374,7 @@ def _coerce(hint: Any, value: Any, key: str) -> Any:
 # ---------------------------------------------------------------- JSON on disk
 
 
-def _to_json_value(value: Any) -> Any:
+def _to_json_value(value: object) -> object:
     """`value` in JSON's own types: NaN and infinities become null, arrays and scalars of numpy or torch plain
     numbers."""
     if value is None or isinstance(value, (bool, int, str)):
@@ -385,7 +394,7 @@ def _to_json_value(value: Any) -> Any:
     raise ValueError(f"cannot write a {type(value).__name__} as JSON")
 
 
-def save_json(path: str | os.PathLike[str], obj: Any) -> None:
+def save_json(path: str | os.PathLike[str], obj: object) -> None:
     """Write `obj` as strict JSON (NaN -> null), complete or not at all; makes the folder. "-" is the process's stdout,
     whatever `sys.stdout` is. ValueError where it cannot be written."""
     path = Path(path)
@@ -447,9 +456,9 @@ def write_report(
     model: str,
     overall: float | None = None,
     tasks: Mapping[str, float] | None = None,
-    rows: Iterable[Mapping[str, Any]] = (),
+    rows: Iterable[Mapping[str, object]] = (),
     seconds: float | None = None,
-    **extra: Any,
+    **extra: object,
 ) -> dict[str, Any]:
     """Write what one eval, bench or probe command found as ONE JSON object, and return it.
 

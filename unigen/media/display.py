@@ -43,7 +43,7 @@ def part_html(part: Any) -> str:
     return f'<div style="max-width:{MAX_IMAGE_WIDTH}px">{html.escape(str(part))}</div>'
 
 
-def table_html(title: str, facts: Mapping[str, Any]) -> str:
+def table_html(title: str, facts: Mapping[str, object]) -> str:
     """A table of names and values, as HTML."""
     rows = "".join(
         f'<tr><th style="text-align:left;vertical-align:top">{html.escape(str(name))}</th>'
@@ -53,7 +53,7 @@ def table_html(title: str, facts: Mapping[str, Any]) -> str:
     return f"<b>{html.escape(title)}</b><table>{rows}</table>"
 
 
-def format_value(value: Any) -> str:
+def format_value(value: object) -> str:
     """A fact as people read it: 'text 1024, image 1024', 'next-token (guidance 2.5, top_p 0.5)'."""
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
@@ -77,7 +77,7 @@ class MediaList(list[Any]):
         return part_html(list(self)[:MAX_PARTS]) + remainder_html
 
 
-def turns_html(turns: Iterable[tuple[str, Any]]) -> str:
+def turns_html(turns: Iterable[tuple[str, object]]) -> str:
     """A conversation, (role, part) by (role, part), as HTML."""
     rows, previous_role = [], None
     for role, part in turns:

@@ -147,7 +147,7 @@ def is_image_path(text: str) -> bool:
     return suffix.lower() in IMAGE_SUFFIXES and len(text.splitlines()) == 1 and not stem[-1:].isspace()
 
 
-def missing_file_message(source: Any, name: str | None = None) -> str:
+def missing_file_message(source: object, name: str | None = None) -> str:
     """The message for a picture file that does not exist."""
     name, text = name or image_name(source), source if isinstance(source, str) else ""
     if text.lower().startswith("file://"):
@@ -296,12 +296,12 @@ def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     return image.convert("RGB")
 
 
-def _is_tensor(value: Any) -> bool:
+def _is_tensor(value: object) -> TypeGuard[Tensor]:
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
 
 
-def _to_array(tensor: Any, name: str) -> np.ndarray:
+def _to_array(tensor: Tensor, name: str) -> np.ndarray:
     """A tensor's values, colours last."""
     try:
         tensor = tensor.detach().cpu()
@@ -348,7 +348,7 @@ def _from_array(values: np.ndarray, name: str) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(values_uint8))
 
 
-def image_name(source: Any, what: str = "image") -> str:
+def image_name(source: object, what: str = "image") -> str:
     """What messages call a picture: by its file, where it has one."""
     for file in (source, getattr(source, "filename", None), getattr(source, "name", None)):
         if isinstance(file, (str, os.PathLike)) and str(file):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from unigen.media.images import read_image
+from unigen.media.images import ImageSource, read_image
 from unigen.utils.numbers import NonFiniteError
 
 MAX_ASPECT_RATIO = 50
@@ -29,7 +28,7 @@ def center_crop_resize(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(image)
 
 
-def to_pixels(images: Sequence[Any], size: int, frame: ImagePreprocess = center_crop_resize) -> Tensor:
+def to_pixels(images: Sequence[ImageSource], size: int, frame: ImagePreprocess = center_crop_resize) -> Tensor:
     """Pictures as float32 (N, 3, size, size) in [-1, 1].
 
     Args:
@@ -63,10 +62,11 @@ def to_images(pixels_BCHW: Tensor) -> list[Image.Image]:
     return [Image.fromarray(a) for a in array]
 
 
-def stack_images(images: Sequence[Any], size: int, frame: ImagePreprocess = center_crop_resize) -> Tensor:
+def stack_images(images: Sequence[ImageSource], size: int, frame: ImagePreprocess = center_crop_resize) -> Tensor:
     """What is given as tensors, codes or latents, stacked (N, ...); else pixels (N, 3, size, size) in [-1, 1]."""
-    if all(isinstance(image, Tensor) for image in images):
-        return torch.stack(list(images))
-    if any(isinstance(image, Tensor) for image in images):
+    tensors = [image for image in images if isinstance(image, Tensor)]
+    if len(tensors) == len(images):
+        return torch.stack(tensors)
+    if tensors:
         raise ValueError("a batch mixes images given as codes with images given as pixels: encode all or none")
     return to_pixels(images, size, frame)

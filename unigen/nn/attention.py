@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ class PackedDocuments(Protocol):
 
 
 def attention_forward(
-    module: Any,
+    module: torch.nn.Module,
     query_BHLE: Tensor,
     key_BKLE: Tensor,
     value_BKLE: Tensor,
@@ -73,7 +73,7 @@ def attention_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     packing: PackedDocuments | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> tuple[Tensor, None]:
     """A `transformers` attention function.
 

@@ -185,7 +185,9 @@ class SlotCache:
 
     is_compileable = False
 
-    def update(self, key_BHLE: Tensor, value_BHLE: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_BHLE: Tensor, value_BHLE: Tensor, layer_idx: int, *_: object, **__: object
+    ) -> tuple[Tensor, Tensor]:
         """Write the step's keys and values of a layer; all that the step's rows may see of them."""
         return self.layers[layer_idx].update(key_BHLE, value_BHLE)
 

@@ -64,7 +64,7 @@ def _replace_linears(module: nn.Module, kind: str, device: str | torch.device) -
     from transformers.integrations import replace_with_bnb_linear
     from transformers.pytorch_utils import Conv1D
 
-    bnb_options: dict[str, Any] = {"load_in_8bit": True}
+    bnb_options: dict[str, object] = {"load_in_8bit": True}
     if kind == "4bit":
         dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())
         bnb_options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}

@@ -34,9 +34,9 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 class StoredTokenizer(Protocol):
     """What writing a tokenizer needs of it."""
 
-    def config(self) -> dict[str, Any]: ...  # {"kind": ..., ...}: all that builds it again beside the weights
+    def config(self) -> dict[str, object]: ...  # {"kind": ..., ...}: all that builds it again beside the weights
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Tensor]: ...
 
 
 class ImageTokenizer(StoredTokenizer, Protocol):
@@ -56,11 +56,11 @@ class ImageTokenizer(StoredTokenizer, Protocol):
     def decode(self, codes_Bhw: Tensor) -> Tensor: ...  # -> float in [-1, 1]
 
     # and of torch.nn.Module
-    def parameters(self) -> Iterator[Any]: ...
+    def parameters(self) -> Iterator[Tensor]: ...
 
-    def requires_grad_(self, requires_grad: bool = True) -> Any: ...
+    def requires_grad_(self, requires_grad: bool = True) -> object: ...
 
-    def eval(self) -> Any: ...
+    def eval(self) -> object: ...
 
 
 class SquareGridMixin:

@@ -13,8 +13,8 @@ Shapes: B batch, C=3 channels, H W pixels, Z latent channels, h w grid of latent
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +86,7 @@ class KLTokenizer(SquareGridMixin, nn.Module):
         """The weight nearest to the pixels, at which an adaptive loss weighs gradients."""
         return self.vae.decoder.conv_out.weight
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> dict[str, object]:
         return {"kind": "kl", **to_dict(self.settings)}
 
     def forward(self, x_BCHW: Tensor, rng: torch.Generator | None = None) -> VQOutput:
@@ -125,6 +125,6 @@ class KLTokenizer(SquareGridMixin, nn.Module):
         return pixel_shuffle(pixels, self.settings.fold).float().clamp(-1, 1)
 
 
-def from_config(config: dict[str, Any]) -> KLTokenizer:
+def from_config(config: Mapping[str, object]) -> KLTokenizer:
     """The tokenizer described by `KLTokenizer.config()` (kind left out), untrained. ValueError for unknown keys."""
     return KLTokenizer(from_dict(KLConfig, config))

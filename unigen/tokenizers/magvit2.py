@@ -71,7 +71,7 @@ class MAGVIT2(SquareGridMixin, nn.Module):
     def codebook_size(self) -> int:
         return self.quantizer.size
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> dict[str, object]:
         return {"kind": "magvit2", **to_dict(self.settings)}
 
     @torch.no_grad()
@@ -103,7 +103,7 @@ def add_resnet_blocks(levels: nn.ModuleList, depths: tuple[int, ...]) -> None:
         )  # without an embedding of time, as diffusers' own blocks are made
 
 
-def from_config(config: dict[str, Any]) -> MAGVIT2:
+def from_config(config: Mapping[str, object]) -> MAGVIT2:
     """The tokenizer described by `MAGVIT2.config()` (kind left out), untrained. ValueError for unknown keys."""
     return MAGVIT2(from_dict(MAGVIT2Config, config))
 

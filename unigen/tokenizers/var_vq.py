@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +64,7 @@ class VARVQ(nn.Module):
     def codebook_size(self) -> int:
         return self.settings.codes
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> dict[str, object]:
         return {"kind": "var_vq", **to_dict(self.settings)}
 
     @torch.no_grad()
@@ -86,7 +85,7 @@ class VARVQ(nn.Module):
         return self.net.decode(f_hat_BDhw, force_not_quantize=True).sample.float().clamp(-1, 1)  # type: ignore[no-any-return]
 
 
-def from_config(config: dict[str, Any]) -> VARVQ:
+def from_config(config: Mapping[str, object]) -> VARVQ:
     """The tokenizer described by `VARVQ.config()` (kind left out), untrained. ValueError for unknown keys."""
     return VARVQ(from_dict(VARVQConfig, config))
 

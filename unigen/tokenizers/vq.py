@@ -10,8 +10,9 @@ Shapes: B batch, C=3 channels, H W pixels, D code dimension, h w grid of codes.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -119,7 +120,7 @@ class VQTokenizer(nn.Module):
         """The weight nearest to the pixels, at which an adaptive loss weighs gradients."""
         return self.decoder.last.weight
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> dict[str, object]:
         return {"kind": "vq", **to_dict(self.settings)}
 
     def forward(self, x_BCHW: Tensor, rng: torch.Generator | None = None, codes_Bhw: Tensor | None = None) -> VQOutput:
@@ -162,6 +163,6 @@ class VQTokenizer(nn.Module):
         return self.decoder(q_BDhw.to(self.decoder.last.weight.dtype)).float().clamp(-1, 1)
 
 
-def from_config(config: dict[str, Any]) -> VQTokenizer:
+def from_config(config: Mapping[str, object]) -> VQTokenizer:
     """The tokenizer described by `VQTokenizer.config()` (kind left out), untrained. ValueError for unknown keys."""
     return VQTokenizer(from_dict(VQConfig, config))

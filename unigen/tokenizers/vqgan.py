@@ -17,7 +17,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +81,7 @@ class VQGAN(SquareGridMixin, nn.Module):
     def codebook_size(self) -> int:
         return self.settings.codes
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> dict[str, object]:
         return {"kind": "vqgan", **to_dict(self.settings)}
 
     @torch.no_grad()
@@ -107,7 +106,7 @@ class VQGAN(SquareGridMixin, nn.Module):
         return self.net.decode(e_BDhw, force_not_quantize=True).sample.float().clamp(-1, 1)
 
 
-def from_config(config: dict[str, Any]) -> VQGAN:
+def from_config(config: Mapping[str, object]) -> VQGAN:
     """The tokenizer described by `VQGAN.config()` (kind left out), untrained. ValueError for unknown keys."""
     return VQGAN(from_dict(VQGANConfig, config))
 
@@ -195,7 +194,7 @@ def from_public(state: Mapping[str, Tensor], image_size: int, layout: str = "tam
     return tokenizer.eval()
 
 
-def load_chameleon(folder: Path, image_size: int) -> Any:
+def load_chameleon(folder: Path, image_size: int) -> VQGAN:
     """Chameleon's tokenizer for the model in `folder`: in our layout there, in its file there, or else of the hub.
     image_size: of its pictures, where nothing says so."""
     from unigen.tokenizers import load_image_tokenizer

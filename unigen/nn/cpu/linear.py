@@ -189,14 +189,15 @@ FUSED_LAYERS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers that read the same, by their names in transformers' decoders."""
 
 
-def _store_fused(layers: list[Any]) -> None:
+def _store_fused(parts: list[nn.Module | None]) -> None:
     """Have the weights of plain layers in float32 on a CPU be parts of one tensor, one below another."""
-    if any(type(layer) is not PackedLinear or layer.bias is not None for layer in layers):
+    layers = [part for part in parts if isinstance(part, PackedLinear) and type(part) is PackedLinear]
+    if len(layers) < len(parts) or any(layer.bias is not None for layer in layers):
         return
     weights = [layer.weight for layer in layers]
     if any(weight.dtype != torch.float32 or not weight.is_cpu or weight.is_inference() for weight in weights):
         return
     if _fused_view(weights) is None:
-        parts = torch.cat([weight.detach() for weight in weights]).split([len(weight) for weight in weights])
-        for weight, part in zip(weights, parts, strict=True):
+        fused = torch.cat([weight.detach() for weight in weights])
+        for weight, part in zip(weights, fused.split([len(weight) for weight in weights]), strict=True):
             weight.data = part
