@@ -142,7 +142,7 @@ def _check(condition: bool, message: str) -> None:
 # ---------------------------------------------------------------- dataclass <-> dict, overrides
 
 
-def to_dict(cfg: DataclassInstance) -> dict[str, Any]:
+def to_dict(cfg: "DataclassInstance") -> dict[str, Any]:
     """A dataclass as nested plain dicts; tuples become lists, paths text, as JSON has it."""
     assert dataclasses.is_dataclass(cfg) and not isinstance(cfg, type)
     return {f.name: _to_json_value(getattr(cfg, f.name)) for f in dataclasses.fields(cfg)}
@@ -314,13 +314,13 @@ def _build_dataclass(cls: TypeHint, values: object, prefix: str) -> Any:
     if not isinstance(values, Mapping):
         raise ValueError(f"{prefix.rstrip('.') or 'the configuration'} must be a table of keys")
     renamed = renamed_keys(cls)
-    values = {renamed.get(name, name): value for name, value in values.items()}
+    named: dict[str, object] = {renamed.get(str(name), str(name)): value for name, value in values.items()}
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
-    for name in values:
+    for name in named:
         if name not in names:
             raise ValueError(_unknown_key_message(prefix + name, prefix, name, names))
-    values_by_name = {name: _coerce(hints[name], value, prefix + name) for name, value in values.items()}
+    values_by_name = {name: _coerce(hints[name], value, prefix + name) for name, value in named.items()}
     missing_keys = [
         f.name
         for f in dataclasses.fields(cls)
