@@ -350,7 +350,7 @@ def test_requests_join_and_leave(engine: Engine) -> None:
             dropped.add(number[int(left)])
         for n, part in running.step():
             parts[number[n]].append(part)
-    assert dropped and running.cache.slots < 2 * len(asked) and not running.cache.lengths.any()
+    assert dropped and running.cache.num_slots < 2 * len(asked) and not running.cache.lengths.any()
     for k in set(parts) - dropped:
         texts = ["".join(p for p in said if isinstance(p, str)) for said in (parts[k], alone[k])]
         pictures = [[p for p in said if not isinstance(p, str)] for said in (parts[k], alone[k])]

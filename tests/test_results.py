@@ -32,7 +32,7 @@ def text_logits(engine: Engine, result: Any) -> Tensor:
     ids_1L = torch.tensor([[*prompt, *result.token_ids]])
     with torch.inference_mode():
         positions_1L = torch.arange(ids_1L.shape[1])[None]
-        hidden_1LD = model.backbone.packed(model.embed(ids_1L), positions_1L, torch.ones_like(ids_1L))
+        hidden_1LD = model.backbone.forward_packed(model.embed(ids_1L), positions_1L, torch.ones_like(ids_1L))
         logits_TV = model.logits(hidden_1LD[0, len(prompt) - 1 : -1], 0, model.vocabulary.text_size).float()
     logits_TV = logits_TV.clone()
     forbidden = [id for id in model.generators["text"].forbidden_ids if id not in model.template.stop_token_ids]

@@ -278,7 +278,7 @@ def argmax_agreement(model: UnifiedModel, net: Any) -> float:
         engine_runner(model, Segment(label=LABEL), temperature=0.0, guidance=5.0)()
     finally:
         head._write = write
-    maps = head.tokenizer.quantizer.inputs(codes_1P)
+    maps = head.tokenizer.quantizer.scale_inputs(codes_1P)
     theirs_PV = net(torch.tensor([LABEL]), maps.float())[0]
     return float((torch.cat(engine_logits).argmax(-1) == theirs_PV.argmax(-1)).float().mean())
 

@@ -59,7 +59,7 @@ def test_inside_the_picture_all_see_all(engine: Engine) -> None:
     inputs = model.batch_inputs(batch)
     mask = packed_mask(batch.segments_BL, inputs.attend_until_BL)
     real = batch.segments_BL > 0
-    full_BLD = model.backbone.hidden(inputs.embeds_BLD, batch.positions_BL, mask)
+    full_BLD = model.backbone.forward_cached(inputs.embeds_BLD, batch.positions_BL, mask)
     torch.testing.assert_close(hidden_BLD[real], full_BLD[real], atol=1e-5, rtol=1e-4)
     for writer, sees in (("masked", True), ("next-token", False)):
         [row], at = (x[0] for x in batch.span_positions(batch.images_of(writer)))

@@ -98,7 +98,7 @@ def test_a_scale_sees_itself_and_those_before(engine: Engine) -> None:
     spans, _ = model.heads["next-scale"].prepare(model, batch, rng)
     hidden_BLD, inputs = model.hidden_states(batch, spans), model.batch_inputs(batch, spans)
     mask = packed_mask(batch.segments_BL, inputs.attend_until_BL)
-    full_BLD = model.backbone.hidden(inputs.embeds_BLD, batch.positions_BL, mask)
+    full_BLD = model.backbone.forward_cached(inputs.embeds_BLD, batch.positions_BL, mask)
     real = batch.segments_BL > 0
     torch.testing.assert_close(hidden_BLD[real], full_BLD[real], atol=1e-5, rtol=1e-4)
     [row], at = (x[0] for x in batch.span_positions(batch.images_of("next-scale")))

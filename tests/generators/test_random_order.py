@@ -36,7 +36,7 @@ def test_the_loss_is_that_of_its_order(tiny_folder: Path) -> None:
         for i in range(4):
             whole = torch.cat((begin, torch.stack(read)))[None]
             ones = torch.ones(whole.shape[:2], dtype=torch.int64)
-            states = model.backbone.packed(whole, torch.arange(whole.shape[1])[None], ones)
+            states = model.backbone.forward_packed(whole, torch.arange(whole.shape[1])[None], ones)
             scores = model.logits(states[0, -1], model.vocabulary.text_size, model.vocabulary.size)
             expected -= float(scores.float().log_softmax(-1)[ids[i] - model.vocabulary.text_size])
             if i < 3:

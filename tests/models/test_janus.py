@@ -183,7 +183,7 @@ def test_training_reads_pictures_as_inference_does(folder: Path) -> None:
     expected_SD = engine.states(QUESTION)
     with torch.no_grad():
         found_LD = model.hidden_states(model.insert_image_ids(batch))[0]
-        ids_only_LD = model.backbone.packed(model.embed(batch.ids_BL), batch.positions_BL, batch.segments_BL)[0]
+        ids_only_LD = model.backbone.forward_packed(model.embed(batch.ids_BL), batch.positions_BL, batch.segments_BL)[0]
     torch.testing.assert_close(found_LD[: len(expected_SD)], expected_SD, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(ids_only_LD[: len(expected_SD)], expected_SD, atol=1e-3)
     model.hidden_states(batch).square().sum().backward()

@@ -106,7 +106,7 @@ def test_the_folder_is_a_plain_causal_language_model(tiny_folder: Path) -> None:
     ids = torch.arange(1, 20)[None]
     with torch.no_grad():
         ours = model.logits(
-            model.backbone.packed(model.backbone.embed(ids), torch.arange(19)[None], torch.ones_like(ids))
+            model.backbone.forward_packed(model.backbone.embed(ids), torch.arange(19)[None], torch.ones_like(ids))
         )
         torch.testing.assert_close(lm(ids).logits, ours, atol=1e-5, rtol=1e-4)
 

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, GemmaConfig, GPT2Config, LlamaConfig, PhiConfig, Qwen3Config
 
 from unigen.nn.attention import packed_mask
-from unigen.nn.backbone import Backbone, SlotCache
+from unigen.nn.backbone import Backbone
+from unigen.nn.cache import SlotCache
 from unigen.nn.packed_attention import DocumentGroups
 
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
@@ -33,7 +34,7 @@ def backbone(name: str) -> Backbone:
 def causal(backbone: Backbone, ids_BL: torch.Tensor) -> torch.Tensor:
     positions_BL = torch.arange(ids_BL.shape[1]).expand_as(ids_BL)
     mask = packed_mask(torch.ones_like(ids_BL))
-    return backbone.hidden(backbone.embed(ids_BL), positions_BL, mask)
+    return backbone.forward_cached(backbone.embed(ids_BL), positions_BL, mask)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -55,12 +56,12 @@ def test_mixed_lengths_in_the_cache_equal_the_full_forward(name: str) -> None:
         step = torch.zeros(len(rows), longest, dtype=torch.int64)
         for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
             step[i, :count] = ids_BL[row, at[row] : at[row] + count]
-        positions, mask = cache.begin(rows, longest)
-        hidden = model.hidden(model.embed(step), positions, mask, cache)
+        positions, mask = cache.begin_step(rows, longest)
+        hidden = model.forward_cached(model.embed(step), positions, mask, cache)
         for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
             torch.testing.assert_close(hidden[i, :count], full[row, at[row] : at[row] + count], atol=2e-5, rtol=1e-4)
             at[row] += kept or count
-        cache.keep(rows, [kept or count for count in counts])
+        cache.commit(rows, [kept or count for count in counts])
 
 
 def segments() -> torch.Tensor:
@@ -81,9 +82,9 @@ def test_packed_attention_equals_the_mask(name: str) -> None:
         model.zero_grad()
         embeds = model.embed(ids_BL)
         if kind == "packed":
-            hidden = model.packed(embeds, positions_BL, marks)
+            hidden = model.forward_packed(embeds, positions_BL, marks)
         else:
-            hidden = model.hidden(embeds, positions_BL, packed_mask(marks))
+            hidden = model.forward_cached(embeds, positions_BL, packed_mask(marks))
         hidden[real].square().sum().backward()
         weight = next(p for n, p in model.named_parameters() if n.endswith(("q_proj.weight", "c_attn.weight")))
         return hidden[real], weight.grad.clone()
@@ -105,7 +106,7 @@ def test_compiled_training_is_the_same_training() -> None:
         positions_BL = torch.arange(16).expand(2, 16)
         for shift in (3, 0):  # documents of other lengths meet the same graphs
             model.zero_grad()
-            hidden = model.packed(model.embed(positions_BL), positions_BL, marks.roll(shift, 1))
+            hidden = model.forward_packed(model.embed(positions_BL), positions_BL, marks.roll(shift, 1))
             hidden[marks.roll(shift, 1) > 0].square().sum().backward()
         return [hidden.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
@@ -140,7 +141,7 @@ def test_models_with_learnt_absolute_positions_take_ours() -> None:
 def test_the_mask_is_made_once_in_the_precision_of_the_keys(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = backbone(name).to(torch.bfloat16)
     cache, ids_BL = model.new_cache(1, torch.device("cpu")), torch.arange(1, 6)[None]
-    positions_BL, mask = cache.begin([0], 5)
+    positions_BL, mask = cache.begin_step([0], 5)
     cast: list[torch.dtype] = []
     into = torch.Tensor.to
 
@@ -150,5 +151,5 @@ def test_the_mask_is_made_once_in_the_precision_of_the_keys(name: str, monkeypat
         return made
 
     monkeypatch.setattr(torch.Tensor, "to", watched)
-    model.hidden(model.embed(ids_BL), positions_BL, mask, cache)
+    model.forward_cached(model.embed(ids_BL), positions_BL, mask, cache)
     assert cache.layers[0].keys.dtype == torch.float32 and cast == []

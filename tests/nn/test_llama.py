@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from unigen.hub.resolve import read_json
 from unigen.hub.weights import load_strict
-from unigen.nn.backbone import Backbone, SlotCache
+from unigen.nn.backbone import Backbone
+from unigen.nn.cache import SlotCache
 from unigen.nn.cpu import llama
 
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
@@ -38,9 +39,9 @@ def test_equals_transformers(kind: str, monkeypatch: pytest.MonkeyPatch) -> None
     def steps() -> list[torch.Tensor]:
         cache, outputs = SlotCache(2, 2, torch.device("cpu")), []
         for start, stop in ((0, 5), (5, 6), (6, 9)):
-            positions_BL, mask = cache.begin([0, 1], stop - start)
-            outputs.append(backbone.hidden(backbone.embed(ids_BL[:, start:stop]), positions_BL, mask, cache))
-            cache.keep([0, 1], [stop - start] * 2)
+            positions_BL, mask = cache.begin_step([0, 1], stop - start)
+            outputs.append(backbone.forward_cached(backbone.embed(ids_BL[:, start:stop]), positions_BL, mask, cache))
+            cache.commit([0, 1], [stop - start] * 2)
         return outputs
 
     ours = torch.cat(steps(), 1)
@@ -69,7 +70,7 @@ def test_our_modules_are_transformers(kind: str, tied: bool, tmp_path: Path) -> 
     found = []
     for lm in (ours, theirs):
         backbone = Backbone(lm).eval()
-        hidden = backbone.packed(backbone.embed(ids_BL), positions_BL, segments_BL)
+        hidden = backbone.forward_packed(backbone.embed(ids_BL), positions_BL, segments_BL)
         found.append(backbone.logits(hidden)[segments_BL > 0])
     torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
     ours.save_pretrained(tmp_path / "ours")

@@ -172,9 +172,9 @@ def test_stream_closed_within_an_image_leaves_nothing_behind(engine: Any) -> Non
     while running._submitted_segments[number].names:
         running.step()
     running.step()
-    assert number in running and running.cache.used == 2 and running.num_cached_tokens > 0
+    assert number in running and running.cache.num_used == 2 and running.num_cached_tokens > 0
     running.abort_all()
-    assert running.cache.used == 0 and running.num_cached_tokens == 0 and assert_unchanged(engine)
+    assert running.cache.num_used == 0 and running.num_cached_tokens == 0 and assert_unchanged(engine)
 
 
 def test_images_need_no_space_in_vllm(folder: Path, local: Any) -> None:

@@ -35,11 +35,11 @@ def quantizer(golden: dict[str, Tensor]) -> MultiscaleQuantizer:
 
 
 def test_equals_vars(quantizer: MultiscaleQuantizer, golden: dict[str, Tensor]) -> None:
-    codes_BP = quantizer.codes(golden["features"])
+    codes_BP = quantizer.to_codes(golden["features"])
     assert torch.equal(codes_BP, golden["codes"]) and codes_BP.unique().numel() >= 32
     torch.testing.assert_close(quantizer.to_vectors(codes_BP), golden["picture"], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(quantizer.to_vectors(codes_BP[:, : 1 + 4 + 9]), golden["third"], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(quantizer.inputs(codes_BP), golden["inputs"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(quantizer.scale_inputs(codes_BP), golden["inputs"], atol=1e-5, rtol=1e-5)
 
 
 def test_losses_and_gradients_equal_vars(quantizer: MultiscaleQuantizer, golden: dict[str, Tensor]) -> None:
@@ -67,9 +67,11 @@ def test_the_traps_are_noticed(
     elif trap == "no phi":
         monkeypatch.setattr(quantizer, "phi", lambda k: torch.nn.Identity())
     else:
-        grow = quantizer.grow
-        monkeypatch.setattr(quantizer, "grow", lambda seen, codes, k: grow(torch.zeros_like(seen), codes, k))
-    assert (quantizer.inputs(golden["codes"]) - golden["inputs"]).abs().max() > 1e-2
+        add_scale = quantizer.add_scale
+        monkeypatch.setattr(
+            quantizer, "add_scale", lambda f_hat, codes, k: add_scale(torch.zeros_like(f_hat), codes, k)
+        )
+    assert (quantizer.scale_inputs(golden["codes"]) - golden["inputs"]).abs().max() > 1e-2
 
 
 def test_scales_that_cannot_be() -> None:
@@ -125,7 +127,7 @@ def test_later_scales_mend_mistakes(quantizer: MultiscaleQuantizer, golden: dict
     picture comes nearer to the true one than by the codes of a picture without mistakes."""
     f_BDhw = golden["features"].repeat(40, 1, 1, 1)
     rng = torch.Generator().manual_seed(0)
-    plain_BP = quantizer.codes(f_BDhw)
+    plain_BP = quantizer.to_codes(f_BDhw)
     for codes_BP in quantizer.encode_with_corruption(f_BDhw, 0.0, rng):
         assert torch.equal(codes_BP, plain_BP)
     wanted_BP, read_BP = quantizer.encode_with_corruption(f_BDhw, 0.6, rng)
@@ -147,16 +149,14 @@ def test_later_scales_mend_mistakes(quantizer: MultiscaleQuantizer, golden: dict
     assert all(map(torch.equal, again, quantizer.encode_with_corruption(f_BDhw, 0.6, torch.Generator().manual_seed(1))))
 
 
-def test_coarse_pictures_are_of_the_first_scales_alone(
-    quantizer: MultiscaleQuantizer, golden: dict[str, Tensor]
-) -> None:
+def test_dropped_scales_leave_the_first_scales_alone(quantizer: MultiscaleQuantizer, golden: dict[str, Tensor]) -> None:
     f_BDhw = golden["features"].repeat(20, 1, 1, 1).requires_grad_()
-    codes_BP = quantizer.codes(f_BDhw)
+    codes_BP = quantizer.to_codes(f_BDhw)
     ends = torch.tensor(quantizer.lengths).cumsum(0).tolist()
     cut = torch.stack([quantizer.to_vectors(codes_BP[:, :end]) for end in ends])  # (K, B, D, h, w)
 
-    def scales_of(coarse: float) -> list[int]:
-        quantizer.coarse = coarse
+    def scales_of(scale_dropout: float) -> list[int]:
+        quantizer.scale_dropout = scale_dropout
         got = quantizer(f_BDhw, torch.Generator().manual_seed(0)).vectors_BDhw
         (got * torch.arange(64.0).view(8, 8)).sum().backward()
         near = (cut - got).abs().flatten(2).amax(-1)

@@ -60,7 +60,7 @@ def test_every_code_is_its_own_vectors_code(quantizer: Quantizer) -> None:
     codes = torch.arange(quantizer.size).reshape(1, 1, -1)
     vectors = quantizer.to_vectors(codes)
     assert vectors.shape == (1, quantizer.dim, 1, quantizer.size)
-    assert torch.equal(quantizer.codes(vectors), codes)
+    assert torch.equal(quantizer.to_codes(vectors), codes)
     assert len(channels_last(vectors).reshape(-1, quantizer.dim).unique(dim=0)) == quantizer.size
 
 
@@ -72,7 +72,7 @@ def test_straight_through(quantizer: Quantizer) -> None:
     out = quantizer(z)
     torch.testing.assert_close(out.vectors_BDhw, quantizer.to_vectors(out.codes_Bhw))
     got = torch.autograd.grad((out.vectors_BDhw * weight).sum(), z)[0]
-    wanted = torch.autograd.grad((quantizer.prepare(z) * weight).sum(), z)[0]
+    wanted = torch.autograd.grad((quantizer.normalize(z) * weight).sum(), z)[0]
     torch.testing.assert_close(got, wanted)
     assert got.abs().sum() > 0
 

@@ -72,7 +72,7 @@ def test_an_inference_copy_computes_with_what_was_learnt(tiny_folder: Path) -> N
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * 0.1)
     ids_BL = torch.tensor([[1, 5, 9]])
     positions_BL, segments_BL = torch.arange(3)[None], torch.ones_like(ids_BL)
-    states = [m.backbone.packed(m.embed(ids_BL), positions_BL, segments_BL) for m in (model, twin)]
+    states = [m.backbone.forward_packed(m.embed(ids_BL), positions_BL, segments_BL) for m in (model, twin)]
     torch.testing.assert_close(*states, atol=1e-5, rtol=1e-5)
 
 

@@ -124,7 +124,7 @@ class NextScale(GeneratorHead):
                 codes_MP, input_codes_MP = quantizer.encode_with_corruption(f_MChw, self.mistakes, rng)
             else:
                 codes_MP = input_codes_MP = self.encoded(batch, batch.ids_BL.device)
-            maps_MPC = quantizer.inputs(input_codes_MP)
+            maps_MPC = quantizer.scale_inputs(input_codes_MP)
         input_MPD = self.embed(maps_MPC, self.lengths[0])
         return [InputSpan(rows_M1, positions_MP, input_MPD)], (rows_M1, positions_MP, codes_MP)
 
@@ -160,7 +160,7 @@ class NextScale(GeneratorHead):
     # ---------------------------------------------------------------- sampling
 
     def start(self, span: SegmentSpec) -> GenerationState:
-        return ScaleState(span, [], f_hat_1Chw=self.tokenizer.quantizer.empty(1))
+        return ScaleState(span, [], f_hat_1Chw=self.tokenizer.quantizer.initial_f_hat(1))
 
     def ask(self, state: GenerationState) -> StepInput:
         assert isinstance(state, ScaleState)
@@ -195,7 +195,7 @@ class NextScale(GeneratorHead):
             state.finite = min_code >= 0
         codes_MN = codes_MN.clamp(min=0)
         f_hat_MChw = torch.cat([state.f_hat_1Chw for state in states]).to(codes_MN.device)
-        f_hat_MChw = quantizer.grow(f_hat_MChw, codes_MN, k)
+        f_hat_MChw = quantizer.add_scale(f_hat_MChw, codes_MN, k)
         last_position = k + 1 == len(self.lengths)
         if not last_position:
             maps_MNC = quantizer.downsample(f_hat_MChw, k + 1).flatten(2).transpose(1, 2)

@@ -146,11 +146,11 @@ class Scheduler:
         while len(sequence.slots) > num_slots:
             slot = sequence.slots.pop()
             sequence.hidden_states.pop(len(sequence.slots), None)
-            moved_slot = self.cache.leave(slot)
+            moved_slot = self.cache.free(slot)
             for other in self._sequences.values():
                 other.slots = [slot if one == moved_slot else one for one in other.slots]
         while len(sequence.slots) < num_slots:
-            sequence.slots.append(self.cache.take())
+            sequence.slots.append(self.cache.allocate())
 
     def _step_all(self, sequences: list[SequenceState]) -> None:
         """One step of each sequence's generator."""
@@ -189,7 +189,7 @@ class Scheduler:
         embeds_BLD, attend_until_BL = inputs.embeds_BLD, inputs.attend_until_BL
         if order != list(range(len(order))):
             embeds_BLD, attend_until_BL = embeds_BLD[order], None if attend_until_BL is None else attend_until_BL[order]
-        positions_BL, mask = self.cache.begin([slots[i] for i in order], max(lengths), attend_until_BL)
+        positions_BL, mask = self.cache.begin_step([slots[i] for i in order], max(lengths), attend_until_BL)
         hidden_BLD = self.model.cached_hidden_states(embeds_BLD, positions_BL, mask, self.cache)
         return {slots[i]: hidden_BLD[index, : lengths[i]] for index, i in enumerate(order)}
 
@@ -234,7 +234,7 @@ class Scheduler:
             for i, count in zip(members, counts, strict=True):
                 num_kept[i] = count
         for sequence, step_input, count in zip(sequences, step_inputs, num_kept, strict=True):
-            self.cache.keep(sequence.slots, [len(ids) + count for ids in sequence.pending_ids])
+            self.cache.commit(sequence.slots, [len(ids) + count for ids in sequence.pending_ids])
             for branch, states_SD in sequence.hidden_states.items():
                 sequence.hidden_states[branch] = states_SD[: len(states_SD) - len(step_input.ids) + count]
             sequence.pending_ids = [[] for _ in sequence.pending_ids]

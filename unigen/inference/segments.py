@@ -16,7 +16,7 @@ from unigen.inference.sequence import SequenceState, record_segment
 from unigen.media.pixels import to_images
 from unigen.model.template import IMAGE_OUTPUTS
 from unigen.model.unified import UnifiedModel
-from unigen.nn.backbone import SlotCache
+from unigen.nn.cache import SlotCache
 from unigen.samplers.guidance import Guidance
 from unigen.samplers.seeds import make_rng
 
@@ -200,7 +200,7 @@ def _read_back_image(model: UnifiedModel, sequence: SequenceState, cache: SlotCa
     if sequence.generator.cache_reusable:
         sequence.pending_ids = [list(state.pending_ids)]
     else:
-        cache.keep(sequence.slots[:1], [-sequence.num_cached])
+        cache.commit(sequence.slots[:1], [-sequence.num_cached])
         if 0 in sequence.hidden_states:
             num_read = len(sequence.hidden_states[0]) - sequence.num_cached
             sequence.hidden_states[0] = sequence.hidden_states[0][:num_read]

@@ -28,7 +28,8 @@ from unigen.model.readers import CodeReader, ImageReader, VisionEncoder
 from unigen.model.saving import ModelParts, save_parts
 from unigen.model.template import Template
 from unigen.nn import quantized
-from unigen.nn.backbone import Backbone, SlotCache
+from unigen.nn.backbone import Backbone
+from unigen.nn.cache import SlotCache
 from unigen.nn.cpu.linear import packed_copy
 from unigen.samplers.guidance import Guidance
 from unigen.samplers.logits import SamplingOptions
@@ -193,7 +194,7 @@ class UnifiedModel(nn.Module):
             Hidden states (B, L, D) after the last norm.
         """
         inputs = self.batch_inputs(batch, spans)
-        return self.backbone.packed(inputs.embeds_BLD, batch.positions_BL, batch.segments_BL, inputs.attend_until_BL)
+        return self.backbone.forward_packed(inputs.embeds_BLD, batch.positions_BL, batch.segments_BL, inputs.attend_until_BL)
 
     def batch_inputs(self, batch: Batch, spans: Sequence[InputSpan] = ()) -> ModelInputs:
         """What the backbone reads of packed rows: their ids, features of their pictures, and what generators read."""
@@ -202,7 +203,7 @@ class UnifiedModel(nn.Module):
     def causal_hidden_states(self, batch: Batch) -> Tensor:
         """The same where each position sees what is before it and reads its id, whoever wrote the pictures."""
         inputs = build_inputs(self, batch.ids_BL, self._reader_spans(batch))
-        return self.backbone.packed(inputs.embeds_BLD, batch.positions_BL, batch.segments_BL)
+        return self.backbone.forward_packed(inputs.embeds_BLD, batch.positions_BL, batch.segments_BL)
 
     def _reader_spans(self, batch: Batch) -> list[InputSpan]:
         """What is read of the batch's pictures that are laid out for a reader. Gradients flow into trainable ones."""
@@ -223,7 +224,7 @@ class UnifiedModel(nn.Module):
 
     def cached_hidden_states(self, embeds_BLD: Tensor, positions_BL: Tensor, mask: Tensor, cache: SlotCache) -> Tensor:
         """Hidden states (B, L, D) of what each cached row reads now."""
-        return self.backbone.hidden(embeds_BLD, positions_BL, mask, cache)
+        return self.backbone.forward_cached(embeds_BLD, positions_BL, mask, cache)
 
     def logits(self, hidden: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         return self.backbone.logits(hidden, start, stop)

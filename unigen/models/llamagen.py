@@ -39,7 +39,8 @@ from unigen.hub.resolve import CONFIG, MANIFEST, fetch_snapshot, find_component,
 from unigen.hub.weights import load_strict, read_tensors, read_weights, rename_key, select_checkpoint, write_tensors
 from unigen.model.template import ClassTemplate, ImageOnlyTemplate, Output, UnsupportedError
 from unigen.model.unified import UnifiedModel
-from unigen.nn.backbone import Backbone, SlotCache
+from unigen.nn.backbone import Backbone
+from unigen.nn.cache import SlotCache
 from unigen.tokenizers import load_image_tokenizer, text, vqgan
 
 ROPE_THETA = 10_000.0
@@ -171,24 +172,28 @@ class TextBackbone(LlamaGenBackbone):
                 if id == self.eos_id or id >= self.text_vocab_size:
                     start = index + 1
 
-    def hidden(self, embeds_BLD: Tensor, positions_BL: Tensor, mask: Tensor, cache: SlotCache | None = None) -> Tensor:
+    def forward_cached(
+        self, embeds_BLD: Tensor, positions_BL: Tensor, mask: Tensor, cache: SlotCache | None = None
+    ) -> Tensor:
         """Codes are counted from the end of the prompt. That is what a slot held when it was first read again."""
         assert cache is not None
-        for row, length in zip(cache.step.rows, cache.step.lengths, strict=True):
+        for row, length in zip(cache.step.slots, cache.step.lengths, strict=True):
             if length:
-                cache.notes.setdefault(row, torch.tensor(length))
+                cache.slot_state.setdefault(row, torch.tensor(length))
         step_end = torch.tensor(positions_BL.shape[1])  # a prompt that is being read ends with the step
-        prompts_B = torch.stack([cache.notes.get(row, step_end) for row in cache.step.rows]).to(positions_BL.device)
+        prompts_B = torch.stack([cache.slot_state.get(row, step_end) for row in cache.step.slots]).to(
+            positions_BL.device
+        )
         places_BL = (positions_BL - prompts_B[:, None] + 1).clamp(min=0)
-        return super().hidden(embeds_BLD, places_BL, mask, cache)
+        return super().forward_cached(embeds_BLD, places_BL, mask, cache)
 
-    def packed(
+    def forward_packed(
         self, embeds_BLD: Tensor, positions_BL: Tensor, segments_BL: Tensor, attend_until_BL: Tensor | None = None
     ) -> Tensor:
         """The same of documents that end in a whole picture."""
         lengths_BL = (segments_BL[:, :, None] == segments_BL[:, None]).sum(-1)
         places_BL = (positions_BL - lengths_BL + self.num_codes + 1).clamp(min=0)
-        return super().packed(embeds_BLD, places_BL, segments_BL, attend_until_BL)
+        return super().forward_packed(embeds_BLD, places_BL, segments_BL, attend_until_BL)
 
 
 _DOMAIN_SUFFIX = r"(?:[\w-]+\.)*(?:com|co|ru|net|org|edu|gov|it|png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4)"

@@ -31,7 +31,8 @@ from unigen.hub.resolve import CONFIG, MANIFEST, read_json
 from unigen.hub.weights import load_strict, read_tensors, read_weights, rename_key, select_checkpoint, write_tensors
 from unigen.model.template import ClassTemplate
 from unigen.model.unified import UnifiedModel
-from unigen.nn.backbone import Backbone, SlotCache
+from unigen.nn.backbone import Backbone
+from unigen.nn.cache import SlotCache
 from unigen.tokenizers import load_image_tokenizer, var_vq
 
 SCALES_BY_LENGTH = {680: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 2240: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)}
@@ -134,14 +135,16 @@ class VARBackbone(Backbone):
         """In the precision of the weights: queries come many at once."""
         return SlotCache(len(self.lm.blocks), slots, device)
 
-    def hidden(self, embeds_BLD: Tensor, positions_BL: Tensor, mask: Tensor, cache: SlotCache | None = None) -> Tensor:
+    def forward_cached(
+        self, embeds_BLD: Tensor, positions_BL: Tensor, mask: Tensor, cache: SlotCache | None = None
+    ) -> Tensor:
         assert cache is not None, "VAR's transformer is for inference"
-        lm, rows = self.lm, cache.step.rows
+        lm, rows = self.lm, cache.step.slots
         is_start_B = positions_BL[:, 0] == 0
         for row, is_start, vector_D in zip(rows, is_start_B.tolist(), embeds_BLD[:, 0], strict=True):
             if is_start:
-                cache.notes[row] = vector_D
-        given_BD = torch.stack([cache.notes[row] for row in rows])
+                cache.slot_state[row] = vector_D
+        given_BD = torch.stack([cache.slot_state[row] for row in rows])
         x_BLD = embeds_BLD.float().clone()
         x_BLD[is_start_B, 0] = x_BLD[is_start_B, 0] + lm.start + lm.first
         additive_mask = None if bool(mask.all()) else x_BLD.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)

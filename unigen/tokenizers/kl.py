@@ -5,7 +5,7 @@
 4x4 pixels are folded into channels first, since full-resolution convolutions are what makes a tokenizer slow on a CPU;
 the autoencoder then halves the map once for each block of channels but the first. shift and scale are the running mean
 and standard deviation of each latent channel in training, so that latents are near N(0, 1) whatever the data.
-Knows no losses but its own, no data and no files. Trained by recipes/tiny_vq.py (tokenizer_kind=kl).
+Trained by recipes/tiny_vq.py (tokenizer_kind=kl). Does not depend on: losses but its own, data, files.
 
 Shapes: B batch, C=3 channels, H W pixels, Z latent channels, h w grid of latents.
 """
@@ -27,14 +27,20 @@ from unigen.tokenizers.vq import VQOutput
 
 @dataclass(frozen=True)
 class KLConfig:
-    """Everything that defines the network. ValueError for values that cannot work."""
+    """Everything that defines the network. Raises ValueError for values that cannot work."""
 
-    image_size: int = 64  # pixels along a side
-    fold: int = 4  # pixels along a side that become channels
+    image_size: int = 64
+    """Pixels along a side."""
+    fold: int = 4
+    """Pixels along a side that become channels."""
     channels: tuple[int, ...] = (64, 128)
-    blocks: int = 1  # residual blocks a resolution
+    """One number a resolution; each but the first halves the map."""
+    blocks: int = 1
+    """Residual blocks a resolution."""
     latent_channels: int = 8
-    beta: float = 1e-4  # weight of the KL term
+    """Z, channels of a latent."""
+    beta: float = 1e-4
+    """Weight of the KL term."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "channels", tuple(self.channels))  # JSON gives lists
@@ -82,7 +88,7 @@ class KLTokenizer(SquareGridMixin, nn.Module):
         return self.settings.latent_channels
 
     @property
-    def last(self) -> Tensor:
+    def last_layer(self) -> Tensor:
         """The weight nearest to the pixels, at which an adaptive loss weighs gradients."""
         return self.vae.decoder.conv_out.weight
 
@@ -90,7 +96,7 @@ class KLTokenizer(SquareGridMixin, nn.Module):
         return {"kind": "kl", **to_dict(self.settings)}
 
     def forward(self, x_BCHW: Tensor, rng: torch.Generator | None = None) -> VQOutput:
-        """Reconstruction from a sample of the posterior, drawn from `rng` (on the CPU)."""
+        """Reconstruct pictures from a sample of the posterior, drawn from `rng` (on the CPU)."""
         posterior = self.vae.encode(pixel_unshuffle(x_BCHW, self.settings.fold)).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=rng).to(posterior.mean)
         if self.training:
@@ -106,7 +112,7 @@ class KLTokenizer(SquareGridMixin, nn.Module):
 
     @torch.no_grad()
     def encode(self, x_BCHW: Tensor) -> Tensor:
-        """Pixels in [-1, 1] (B, 3, H, W) -> latents (B, Z, h, w), fp32, the posterior's mean, near N(0, 1)."""
+        """Latents (B, Z, h, w), fp32, of pixels in [-1, 1] (B, 3, H, W): the posterior's mean, near N(0, 1)."""
         stride = self.settings.stride
         if x_BCHW.ndim != 4 or x_BCHW.shape[1] != 3 or x_BCHW.shape[2] % stride or x_BCHW.shape[3] % stride:
             raise ValueError(
@@ -119,7 +125,7 @@ class KLTokenizer(SquareGridMixin, nn.Module):
 
     @torch.no_grad()
     def decode(self, latents_BZhw: Tensor) -> Tensor:
-        """Latents (B, Z, h, w) -> pixels in [-1, 1] (B, 3, H, W), fp32."""
+        """Pixels in [-1, 1] (B, 3, H, W), fp32, of latents (B, Z, h, w)."""
         z_BZhw = latents_BZhw * self.scale_Z[:, None, None] + self.shift_Z[:, None, None]
         pixels = self.vae.decode(z_BZhw.to(self.vae.dtype)).sample
         return pixel_shuffle(pixels, self.settings.fold).float().clamp(-1, 1)

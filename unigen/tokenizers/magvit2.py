@@ -79,7 +79,7 @@ class MAGVIT2(SquareGridMixin, nn.Module):
         """Pixels in [-1, 1] (B, 3, H, W) -> codes (B, h, w), the same under autocast."""
         with torch.autocast(x_BCHW.device.type, enabled=False):
             z_BDhw = check_finite(self.quant_conv(self.encoder(x_BCHW.to(self.quant_conv.weight.dtype))))
-            return self.quantizer.codes(z_BDhw.float().flip(1))
+            return self.quantizer.to_codes(z_BDhw.float().flip(1))
 
     @torch.no_grad()
     def decode(self, codes_Bhw: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ def evaluate_scales(tokenizer: Any, x_BCHW: Tensor, batch: int = 100) -> list[di
     count_KV = torch.zeros(len(quantizer.scales), quantizer.size)
     error_K = torch.zeros(len(quantizer.scales), dtype=torch.float64)
     for x in x_BCHW.split(batch):
-        parts = quantizer.split(tokenizer.encode(x))
+        parts = quantizer.split_scales(tokenizer.encode(x))
         for k, codes in enumerate(parts):
             count_KV[k] += torch.bincount(codes.reshape(-1), minlength=quantizer.size).cpu()
             y = tokenizer.decode(torch.cat(parts[: k + 1], 1))

@@ -8,12 +8,12 @@ Tian et al. 2024 (VAR, arXiv 2404.02905), algorithms 1 and 2, with one codebook 
 shared by neighbouring scales; dead codes are revived as in `VectorQuantizer`, which VAR leaves out. What scale k+1
 reads is the whole picture so far, area_down(f_hat_k, n_(k+1)), never the last map alone.
 
-In training a share `coarse` of the pictures is decoded from their first k < K scales, as SoundStream drops quantizers
-(Zeghidour et al. 2021, arXiv 2107.03312, section III-C): else the last scale holds nearly all that there is to see, and
-its codes, drawn all at once, do not agree with each other. `encode_with_corruption` is for models that learn from the
-codes: later scales then correct mistakes made in earlier ones (Infinity, Han et al. 2024, arXiv 2412.04431, section
-3.4).
-It knows nothing of pictures, networks, optimizers or files; it stands in `VQTokenizer` like the other quantizers.
+In training a share `scale_dropout` of the pictures is decoded from their first k < K scales, as SoundStream drops
+quantizers (Zeghidour et al. 2021, arXiv 2107.03312, section III-C): else the last scale holds nearly all that there is
+to see, and its codes, drawn all at once, do not agree with each other. `encode_with_corruption` is for models that learn
+from the codes: later scales then correct mistakes made in earlier ones (Infinity, Han et al. 2024, arXiv 2412.04431,
+section 3.4).
+It stands in `VQTokenizer` like the other quantizers. Does not depend on: pictures, networks, optimizers, files.
 
 Shapes: B batch, D code dimension, h w grid, K scales, n_k side of scale k, P = sum of n_k^2 positions, V codes.
 """
@@ -33,22 +33,34 @@ NUM_NEAREST = 16
 
 
 class Phi(nn.Conv2d):
-    """(1 - share) x + share conv3x3(x): what bicubic enlarging cannot say (VAR, section 3.2)."""
+    """(1 - r) x + r conv3x3(x), r = `residual_ratio`: what bicubic enlarging cannot say (VAR, section 3.2)."""
 
-    def __init__(self, dim: int, share: float = 0.5) -> None:
+    def __init__(self, dim: int, residual_ratio: float = 0.5) -> None:
         super().__init__(dim, dim, 3, padding=1)
-        self.share = share
+        self.residual_ratio = residual_ratio
 
     def forward(self, input: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(input.dtype)  # maps are fp32 whatever the model is
-        return input * (1 - self.share) + self._conv_forward(input, self.weight.to(input.dtype), bias) * self.share
+        convolved = self._conv_forward(input, self.weight.to(input.dtype), bias)
+        return input * (1 - self.residual_ratio) + convolved * self.residual_ratio
 
 
 class MultiscaleQuantizer(VectorQuantizer):
-    """codes (B, P), the scales one after the other. scales: growing sides, the last the side of the grid.
+    """A quantizer whose codes (B, P) are those of the scales, one after the other.
 
-    ValueError for scales that do not grow. phis: how many different phi the scales share. coarse: the share of
-    pictures of which training decodes the first scales only.
+    Args:
+        size: V, how many codes there are.
+        dim: D, channels of the features.
+        scales: growing sides, the last the side of the grid.
+        beta: weight of the commitment loss.
+        revive_every: as of `VectorQuantizer`.
+        dead_below: as of `VectorQuantizer`.
+        momentum: as of `VectorQuantizer`.
+        phis: how many different phi the scales share.
+        scale_dropout: the share of pictures of which training decodes the first scales only.
+
+    Raises:
+        ValueError: for scales that do not grow.
     """
 
     def __init__(
@@ -61,14 +73,14 @@ class MultiscaleQuantizer(VectorQuantizer):
         dead_below: float = 0.05,
         momentum: float = 0.99,
         phis: int = 4,
-        coarse: float = 0.0,
+        scale_dropout: float = 0.0,
     ) -> None:
         if not scales or min(scales) < 1 or any(a >= b for a, b in zip(scales, scales[1:], strict=False)):
             raise ValueError(f"scales must be growing sides of at least 1, got {tuple(scales)}")
         super().__init__(size, dim, beta, 0.0, revive_every, dead_below, momentum)
         self.scales = tuple(scales)
         self.lengths = [side * side for side in self.scales]
-        self.coarse = coarse
+        self.scale_dropout = scale_dropout
         self.phis = nn.ModuleList(Phi(dim) for _ in range(phis))
 
     # ---------------------------------------------------------------- one scale
@@ -83,71 +95,87 @@ class MultiscaleQuantizer(VectorQuantizer):
         ticks = torch.linspace(margin, 1 - margin, count, dtype=torch.float64)
         return self.phis[int((ticks - k / max(len(self.scales) - 1, 1)).abs().argmin())]
 
-    def grow(self, seen_BDhw: Tensor, codes_Bn: Tensor, k: int) -> Tensor:
-        """f_hat after scale k: what was seen before and the scale's codes (B, n_k^2)."""
+    def add_scale(self, f_hat_BDhw: Tensor, codes_Bn: Tensor, k: int) -> Tensor:
+        """f_hat after scale k, of f_hat before it and the scale's codes (B, n_k^2)."""
         side = self.scales[k]
-        map_BDnn = F.embedding(codes_Bn, self.table()).transpose(1, 2).unflatten(2, (side, side))
-        if side != seen_BDhw.shape[-1]:
-            map_BDnn = F.interpolate(map_BDnn, size=seen_BDhw.shape[-2:], mode="bicubic")
-        return seen_BDhw + self.phi(k)(map_BDnn)
+        map_BDnn = F.embedding(codes_Bn, self.codebook_vectors()).transpose(1, 2).unflatten(2, (side, side))
+        if side != f_hat_BDhw.shape[-1]:
+            map_BDnn = F.interpolate(map_BDnn, size=f_hat_BDhw.shape[-2:], mode="bicubic")
+        return f_hat_BDhw + self.phi(k)(map_BDnn)
 
     def downsample(self, f_BDhw: Tensor, k: int) -> Tensor:
         """A map at the side of scale k."""
         side = self.scales[k]
         return f_BDhw if side == f_BDhw.shape[-1] else F.interpolate(f_BDhw, size=(side, side), mode="area")
 
-    def empty(self, batch: int) -> Tensor:
+    def initial_f_hat(self, batch: int) -> Tensor:
         """f_hat before the first scale."""
         side = self.scales[-1]
         return self.codebook.new_zeros(batch, self.dim, side, side, dtype=torch.float32)
 
     # ---------------------------------------------------------------- the interface
 
-    def prepare(self, z_BDhw: Tensor) -> Tensor:
+    def normalize(self, z_BDhw: Tensor) -> Tensor:
         return z_BDhw.float()
 
-    def table(self) -> Tensor:
+    def codebook_vectors(self) -> Tensor:
         """The codebook (V, D): vectors of any length, since residuals shrink."""
         return self.codebook.float()
 
     def nearest(self, z_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """(squared distance to the nearest code, its number) of each vector."""
-        table_VD = self.table().detach()
+        """The squared distance (N,) to the nearest code of each vector, and that code (N,)."""
+        table_VD = self.codebook_vectors().detach()
         minimum = (table_VD.square().sum(-1) - 2 * z_ND @ table_VD.T).min(-1)
         return z_ND.square().sum(-1) + minimum.values, minimum.indices
 
-    def errors(self, z_ND: Tensor) -> Tensor:
+    def squared_distances(self, z_ND: Tensor) -> Tensor:
         return self.nearest(z_ND)[0]
 
-    def walk(
-        self, f_BDhw: Tensor, taken: Callable[[Tensor, Tensor], Tensor] | None = None
+    def encode_scales(
+        self, f_BDhw: Tensor, substitute: Callable[[Tensor, Tensor], Tensor] | None = None
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Scale by scale: the codes (B, n_k^2), what they stand for (B n_k^2, D), and f_hat after them; taken: of the
-        last two, the codes that f_hat grows by, where it is not by themselves."""
+        """Encode features scale by scale.
+
+        Args:
+            f_BDhw: the features.
+            substitute: of what the codes of a scale stand for and the codes, gives the codes that f_hat grows by; None
+                is the codes themselves.
+
+        Returns:
+            Of each scale the codes (B, n_k^2), what they stand for (B n_k^2, D), and f_hat after them.
+        """
         f_hat_BDhw = torch.zeros_like(f_BDhw)
         codes, scale_features, f_hats = [], [], []
         for k in range(len(self.scales)):
             z_ND = channels_last(self.downsample(f_BDhw - f_hat_BDhw.detach(), k)).reshape(-1, self.dim)
             codes_Bn = self.nearest(z_ND)[1].unflatten(0, (len(f_BDhw), -1))
-            f_hat_BDhw = self.grow(f_hat_BDhw, taken(z_ND, codes_Bn) if taken else codes_Bn, k)
+            f_hat_BDhw = self.add_scale(f_hat_BDhw, substitute(z_ND, codes_Bn) if substitute else codes_Bn, k)
             codes.append(codes_Bn)
             scale_features.append(z_ND)
             f_hats.append(f_hat_BDhw)
         return codes, scale_features, f_hats
 
-    def codes(self, z_BDhw: Tensor) -> Tensor:
+    def to_codes(self, z_BDhw: Tensor) -> Tensor:
         """Features (B, D, h, w) -> codes (B, P), int64."""
-        return torch.cat(self.walk(z_BDhw)[0], 1)
+        return torch.cat(self.encode_scales(z_BDhw)[0], 1)
 
-    def encode_with_corruption(self, f_BDhw: Tensor, share: float, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Codes (B, P) of features to be predicted, and those that are read: of each picture a share of at most
-        `share`, drawn anew, are one of the `NUM_NEAREST` next nearest codes, and later scales are of what is then
-        missing."""
-        corruption_rate_B1 = torch.rand(len(f_BDhw), 1, generator=rng) * share
-        table_VD = self.table().detach()
+    def encode_with_corruption(self, f_BDhw: Tensor, max_ratio: float, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Encode features with mistakes, which later scales correct.
+
+        Args:
+            f_BDhw: the features.
+            max_ratio: of each picture a share of its codes up to this, drawn anew, is one of the `NUM_NEAREST` next
+                nearest codes.
+            rng: draws the shares, the positions and the mistakes.
+
+        Returns:
+            The codes (B, P) to be predicted, and those that are read.
+        """
+        corruption_rate_B1 = torch.rand(len(f_BDhw), 1, generator=rng) * max_ratio
+        table_VD = self.codebook_vectors().detach()
         corrupted_codes: list[Tensor] = []
 
-        def mistaken(z_ND: Tensor, codes_Bn: Tensor) -> Tensor:
+        def corrupt(z_ND: Tensor, codes_Bn: Tensor) -> Tensor:
             nearest = (table_VD.square().sum(-1) - 2 * z_ND @ table_VD.T).topk(
                 min(NUM_NEAREST + 1, self.size), largest=False
             )
@@ -158,18 +186,18 @@ class MultiscaleQuantizer(VectorQuantizer):
             )
             return corrupted_codes[-1]
 
-        return torch.cat(self.walk(f_BDhw, mistaken)[0], 1), torch.cat(corrupted_codes, 1)
+        return torch.cat(self.encode_scales(f_BDhw, corrupt)[0], 1), torch.cat(corrupted_codes, 1)
 
     def to_vectors(self, codes_BP: Tensor) -> Tensor:
         """Codes of all scales, or of the first few, (B, P) -> f_hat (B, D, h, w), fp32."""
-        self.check(codes_BP)
-        f_hat_BDhw = self.empty(len(codes_BP))
-        for k, codes_Bn in enumerate(self.split(codes_BP)):
-            f_hat_BDhw = self.grow(f_hat_BDhw, codes_Bn, k)
+        self.check_codes(codes_BP)
+        f_hat_BDhw = self.initial_f_hat(len(codes_BP))
+        for k, codes_Bn in enumerate(self.split_scales(codes_BP)):
+            f_hat_BDhw = self.add_scale(f_hat_BDhw, codes_Bn, k)
         return f_hat_BDhw
 
-    def split(self, codes_BP: Tensor) -> list[Tensor]:
-        """The codes of each scale there is; ValueError where a scale is cut."""
+    def split_scales(self, codes_BP: Tensor) -> list[Tensor]:
+        """The codes of each scale there is. Raises ValueError where a scale is cut."""
         total, lengths = 0, []
         for length in self.lengths:
             if total == codes_BP.shape[1]:
@@ -180,19 +208,19 @@ class MultiscaleQuantizer(VectorQuantizer):
             raise ValueError(f"{codes_BP.shape[1]} codes do not make whole scales of {self.lengths}")
         return list(codes_BP.split(lengths, 1))
 
-    def inputs(self, codes_BP: Tensor) -> Tensor:
+    def scale_inputs(self, codes_BP: Tensor) -> Tensor:
         """What scales 2..K read in training, (B, P - n_1^2, D): the picture so far at the side of each scale."""
-        f_hat_BDhw = self.empty(len(codes_BP))
+        f_hat_BDhw = self.initial_f_hat(len(codes_BP))
         maps = []
-        for k, codes_Bn in enumerate(self.split(codes_BP)[:-1]):
-            f_hat_BDhw = self.grow(f_hat_BDhw, codes_Bn, k)
+        for k, codes_Bn in enumerate(self.split_scales(codes_BP)[:-1]):
+            f_hat_BDhw = self.add_scale(f_hat_BDhw, codes_Bn, k)
             maps.append(self.downsample(f_hat_BDhw, k + 1).flatten(2).transpose(1, 2))
         return torch.cat(maps, 1) if maps else f_hat_BDhw.new_zeros(len(codes_BP), 0, self.dim)
 
     def forward(self, z_BDhw: Tensor, rng: torch.Generator | None = None) -> QuantizerOutput:
         with torch.autocast(z_BDhw.device.type, enabled=False):
-            f_BDhw = self.prepare(z_BDhw)
-            codes, scale_features, f_hats = self.walk(f_BDhw.detach())
+            f_BDhw = self.normalize(z_BDhw)
+            codes, scale_features, f_hats = self.encode_scales(f_BDhw.detach())
             is_training = self.training and torch.is_grad_enabled()
             n = f_BDhw.numel() // self.dim
             share = 1 / len(self.scales)
@@ -201,22 +229,30 @@ class MultiscaleQuantizer(VectorQuantizer):
             codes_BP = torch.cat(codes, 1)
             if is_training:
                 self.on_training_step(torch.cat(scale_features)[:, :, None, None], rng)
-                self.count(codes_BP)
+                self.update_usage(codes_BP)
             losses = {"codebook": (codebook, n), "commit": (self.beta * commit, n)}
-            if is_training and self.coarse and rng is not None:
-                return QuantizerOutput(self.cut(f_BDhw, f_hats, rng), codes_BP, losses)
+            if is_training and self.scale_dropout and rng is not None:
+                return QuantizerOutput(self.drop_scales(f_BDhw, f_hats, rng), codes_BP, losses)
             return QuantizerOutput(straight_through(f_BDhw, f_hats[-1]), codes_BP, losses)
 
-    def cut(self, f_BDhw: Tensor, seen: list[Tensor], rng: torch.Generator) -> Tensor:
-        """f_hat of all scales, and for a share `coarse` of the pictures that of the first k alone, any k < K alike. The
-        gradient passes straight through to as much of f as scale k can show."""
-        last_scale, count = len(seen) - 1, len(f_BDhw)
-        is_dropped_B = torch.rand(count, generator=rng) < self.coarse
+    def drop_scales(self, f_BDhw: Tensor, f_hats: list[Tensor], rng: torch.Generator) -> Tensor:
+        """Leave out the last scales of a share `scale_dropout` of the pictures.
+
+        Args:
+            f_BDhw: the features.
+            f_hats: f_hat after each scale.
+            rng: draws the pictures, and of each how many scales stay, any k < K alike.
+
+        Returns:
+            f_hat of the scales that stay. The gradient passes straight through to as much of f as scale k can show.
+        """
+        last_scale, count = len(f_hats) - 1, len(f_BDhw)
+        is_dropped_B = torch.rand(count, generator=rng) < self.scale_dropout
         k_B = torch.where(is_dropped_B, torch.randint(max(last_scale, 1), (count,), generator=rng), last_scale)
-        truncated_BDhw = straight_through(f_BDhw, seen[-1])
+        truncated_BDhw = straight_through(f_BDhw, f_hats[-1])
         for k in range(last_scale):
             indices = (k_B == k).nonzero()[:, 0].to(f_BDhw.device)
             if len(indices):
                 low = F.interpolate(self.downsample(f_BDhw[indices], k), size=f_BDhw.shape[-2:], mode="bicubic")
-                truncated_BDhw = truncated_BDhw.index_copy(0, indices, straight_through(low, seen[k][indices]))
+                truncated_BDhw = truncated_BDhw.index_copy(0, indices, straight_through(low, f_hats[k][indices]))
         return truncated_BDhw

@@ -1,8 +1,8 @@
 """From a feature map to codes and back: VQ with an l2-normalised codebook, FSQ and LFQ, behind one interface.
 
-A quantizer takes features of `dim` channels and picks one of `size` codes a position. It knows nothing of pictures,
-networks, optimizers or files. `forward` gives the straight-through vectors, the codes, and its own losses as
-`{name: (sum, count)}`.
+A quantizer takes features of `dim` channels and picks one of `size` codes a position. `forward` gives the
+straight-through vectors, the codes, and its own losses as `{name: (sum, count)}`. Does not depend on: pictures,
+networks, optimizers, files.
 
   VectorQuantizer   nearest unit vector in a learned table (van den Oord et al. 2017; l2-normalised as in ViT-VQGAN,
                     Yu et al. 2022, and LlamaGen, Sun et al. 2024), with dead codes revived from the batch
@@ -26,59 +26,75 @@ from unigen.utils.numbers import NonFiniteError
 
 
 class QuantizerOutput(NamedTuple):
-    vectors_BDhw: Tensor  # value: the code's vector; gradient: passed to the features unchanged
-    codes_Bhw: Tensor  # int64 in [0, size)
-    losses: dict[str, tuple[Tensor, int]]  # name -> (sum over positions, number of positions)
+    """What a quantizer makes of features."""
+
+    vectors_BDhw: Tensor
+    """The codes' vectors; their gradient passes to the features unchanged."""
+    codes_Bhw: Tensor
+    """int64 in [0, size)."""
+    losses: dict[str, tuple[Tensor, int]]
+    """By name the sum over positions, and the number of positions."""
 
 
 class Quantizer(nn.Module):
-    """What the tokenizer needs: `size`, `dim`, `generate_codes(features)`, `vectors(codes)`, and the training
-    forward."""
+    """Base of quantizers."""
 
     size: int
+    """K, how many codes there are."""
     dim: int
+    """D, channels of the features."""
 
-    def codes(self, z_BDhw: Tensor) -> Tensor:
-        """Features (B, D, h, w) as `prepare` gives them -> codes (B, h, w), int64."""
-        raise TypeError("a quantizer defines codes()")
+    def to_codes(self, z_BDhw: Tensor) -> Tensor:
+        """Codes (B, h, w), int64, of features (B, D, h, w) as `normalize` gives them."""
+        raise TypeError("a quantizer defines to_codes()")
 
     def to_vectors(self, codes_Bhw: Tensor) -> Tensor:
-        """Codes (B, h, w) -> vectors (B, D, h, w), fp32. Out of range: ValueError."""
-        raise TypeError("a quantizer defines vectors()")
+        """Vectors (B, D, h, w), fp32, of codes (B, h, w). Raises ValueError for codes out of range."""
+        raise TypeError("a quantizer defines to_vectors()")
 
     def losses(self, z_BDhw: Tensor, q_BDhw: Tensor) -> dict[str, tuple[Tensor, int]]:
+        """Losses of features and the vectors that took their place."""
         return {}
 
-    def prepare(self, z_BDhw: Tensor) -> Tensor:
+    def normalize(self, z_BDhw: Tensor) -> Tensor:
         """Features as they are compared with codes (fp32)."""
         return z_BDhw.float()
 
     def on_training_step(self, z_BDhw: Tensor, rng: torch.Generator | None) -> None:
-        """Called once a training step with what the codes stand for."""
+        """Called once a training step with the features that are quantised; rng: as of `forward`."""
 
-    def count(self, codes_Bhw: Tensor) -> None:
+    def update_usage(self, codes_Bhw: Tensor) -> None:
         """Called once a training step with the codes picked."""
 
     def forward(self, z_BDhw: Tensor, rng: torch.Generator | None = None) -> QuantizerOutput:
-        """`rng` picks replacements for dead codes; without it (or in eval mode) nothing is revived."""
+        """Quantise features.
+
+        Args:
+            z_BDhw: the features.
+            rng: picks replacements for dead codes; without it, or in eval mode, nothing is revived.
+
+        Returns:
+            The vectors, the codes and the losses.
+        """
         with torch.autocast(z_BDhw.device.type, enabled=False):
-            z_BDhw = self.prepare(z_BDhw)
+            z_BDhw = self.normalize(z_BDhw)
             learning = self.training and torch.is_grad_enabled()
             if learning:
                 self.on_training_step(z_BDhw.detach(), rng)
-            codes_Bhw = self.codes(z_BDhw.detach())
+            codes_Bhw = self.to_codes(z_BDhw.detach())
             q_BDhw = self.to_vectors(codes_Bhw)
             losses = self.losses(z_BDhw, q_BDhw)
             if learning:
-                self.count(codes_Bhw)
+                self.update_usage(codes_Bhw)
             return QuantizerOutput(straight_through(z_BDhw, q_BDhw), codes_Bhw, losses)
 
-    def check(self, codes_Bhw: Tensor) -> None:
+    def check_codes(self, codes_Bhw: Tensor) -> None:
+        """Raises ValueError for codes out of range."""
         check_codes(codes_Bhw, self.size)
 
 
 def check_codes(codes_Bhw: Tensor, size: int) -> None:
-    """ValueError for codes that are not in 0..size - 1."""
+    """Raises ValueError for codes that are not in 0..size - 1."""
     if codes_Bhw.numel() and (int(codes_Bhw.min()) < 0 or int(codes_Bhw.max()) >= size):
         code_range = f"{int(codes_Bhw.min())}..{int(codes_Bhw.max())}"
         raise ValueError(
@@ -100,7 +116,8 @@ def straight_through(z: Tensor, q: Tensor) -> Tensor:
 
 
 def entropy_terms(logits_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean entropy of each row's softmax, entropy of the mean softmax) in nats; LFQ's eq. 5 takes the difference."""
+    """The mean entropy of each row's softmax and the entropy of the mean softmax, in nats; LFQ's eq. 5 takes the
+    difference."""
     log_p_NK = logits_NK.log_softmax(-1)
     p_NK = log_p_NK.exp()
     mean_K = p_NK.mean(0)
@@ -144,20 +161,20 @@ class VectorQuantizer(Quantizer):
         self.usage_K: Tensor
         self.steps: Tensor
 
-    def prepare(self, z_BDhw: Tensor) -> Tensor:
+    def normalize(self, z_BDhw: Tensor) -> Tensor:
         return F.normalize(z_BDhw.float(), dim=1)
 
-    def table(self) -> Tensor:
+    def codebook_vectors(self) -> Tensor:
         """The codebook (K, D) with unit rows, fp32."""
         return F.normalize(self.codebook.float(), dim=-1)
 
-    def codes(self, z_BDhw: Tensor) -> Tensor:
+    def to_codes(self, z_BDhw: Tensor) -> Tensor:
         # all unit vectors: the largest dot product is the smallest distance
-        return (channels_last(z_BDhw) @ self.table().detach().T).argmax(-1)
+        return (channels_last(z_BDhw) @ self.codebook_vectors().detach().T).argmax(-1)
 
     def to_vectors(self, codes_Bhw: Tensor) -> Tensor:
-        self.check(codes_Bhw)
-        return channels_first(F.embedding(codes_Bhw, self.table()))
+        self.check_codes(codes_Bhw)
+        return channels_first(F.embedding(codes_Bhw, self.codebook_vectors()))
 
     def losses(self, z_BDhw: Tensor, q_BDhw: Tensor) -> dict[str, tuple[Tensor, int]]:
         n = z_BDhw.numel() // self.dim
@@ -166,7 +183,7 @@ class VectorQuantizer(Quantizer):
         losses = {"codebook": (codebook, n), "commit": (self.beta * commit, n)}
         if self.entropy:
             row_entropy, mean_entropy = entropy_terms(
-                channels_last(z_BDhw).reshape(n, self.dim) @ self.table().T / 0.05
+                channels_last(z_BDhw).reshape(n, self.dim) @ self.codebook_vectors().T / 0.05
             )
             losses["entropy"] = (self.entropy * (row_entropy - mean_entropy) * n, n)
         return losses
@@ -177,18 +194,18 @@ class VectorQuantizer(Quantizer):
         if self.revive_every and rng is not None and int(self.steps) % self.revive_every == 0:
             self.revive_dead_codes(channels_last(z_BDhw).reshape(-1, self.dim), rng)
 
-    def errors(self, z_ND: Tensor) -> Tensor:
+    def squared_distances(self, z_ND: Tensor) -> Tensor:
         """Squared distance of features (N, D) from the codebook."""
-        return 2 - 2 * (z_ND @ self.table().T).amax(-1)
+        return 2 - 2 * (z_ND @ self.codebook_vectors().T).amax(-1)
 
     @torch.no_grad()
     def revive_dead_codes(self, z_ND: Tensor, rng: torch.Generator) -> int:
-        """Give the dead codes new places among the features (N, D); returns how many were dead."""
+        """Give the dead codes new places among the features (N, D), and return how many were dead."""
         dead_K = self.usage_K < self.dead_below / self.size
         count = min(int(dead_K.sum()), len(z_ND))
         if count == 0:
             return 0
-        error_N = self.errors(z_ND).clamp_min(0) + 1e-6
+        error_N = self.squared_distances(z_ND).clamp_min(0) + 1e-6
         feature_indices = torch.multinomial(error_N.cpu(), count, generator=rng).to(z_ND.device)
         rows_nD = z_ND[feature_indices].to(self.codebook.dtype)
         if dist.is_available() and dist.is_initialized():
@@ -199,7 +216,7 @@ class VectorQuantizer(Quantizer):
         return count
 
     @torch.no_grad()
-    def count(self, codes_Bhw: Tensor) -> None:
+    def update_usage(self, codes_Bhw: Tensor) -> None:
         share_K = torch.bincount(codes_Bhw.reshape(-1), minlength=self.size).to(self.usage_K)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(share_K)
@@ -222,7 +239,7 @@ class FSQ(Quantizer):
         self.levels_D: Tensor
         self.basis_D: Tensor
 
-    def prepare(self, z_BDhw: Tensor) -> Tensor:
+    def normalize(self, z_BDhw: Tensor) -> Tensor:
         """tanh(z + shift) * half - offset: rounds to exactly L values, odd or even (Mentzer et al. 2023)."""
         half_range = (self.levels_D - 1) * (1 + 1e-3) / 2
         offset = torch.where(self.levels_D % 2 == 0, 0.5, 0.0)
@@ -230,13 +247,13 @@ class FSQ(Quantizer):
         bounded = torch.tanh(channels_last(z_BDhw.float()) + shift) * half_range - offset
         return channels_first(bounded / (self.levels_D // 2))
 
-    def codes(self, z_BDhw: Tensor) -> Tensor:
+    def to_codes(self, z_BDhw: Tensor) -> Tensor:
         width = self.levels_D // 2
         digits = (channels_last(z_BDhw) * width).round().long() + width
         return (digits * self.basis_D).sum(-1)
 
     def to_vectors(self, codes_Bhw: Tensor) -> Tensor:
-        self.check(codes_Bhw)
+        self.check_codes(codes_Bhw)
         width = self.levels_D // 2
         digits = codes_Bhw[..., None] // self.basis_D % self.levels_D
         return channels_first((digits - width) / width)
@@ -251,11 +268,11 @@ class LFQ(Quantizer):
         self.register_buffer("basis_D", 2 ** torch.arange(bits), persistent=False)
         self.basis_D: Tensor
 
-    def codes(self, z_BDhw: Tensor) -> Tensor:
+    def to_codes(self, z_BDhw: Tensor) -> Tensor:
         return ((channels_last(z_BDhw) > 0).long() * self.basis_D).sum(-1)
 
     def to_vectors(self, codes_Bhw: Tensor) -> Tensor:
-        self.check(codes_Bhw)
+        self.check_codes(codes_Bhw)
         return channels_first((codes_Bhw[..., None] // self.basis_D % 2).float() * 2 - 1)
 
     def losses(self, z_BDhw: Tensor, q_BDhw: Tensor) -> dict[str, tuple[Tensor, int]]:

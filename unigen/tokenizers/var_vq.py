@@ -76,7 +76,7 @@ class VARVQ(nn.Module):
     @torch.no_grad()
     def encode(self, x_BCHW: Tensor) -> Tensor:
         """Pixels in [-1, 1] (B, 3, H, W) -> codes (B, P)."""
-        return self.quantizer.codes(self.features(x_BCHW))
+        return self.quantizer.to_codes(self.features(x_BCHW))
 
     @torch.no_grad()
     def decode(self, codes_BP: Tensor) -> Tensor:

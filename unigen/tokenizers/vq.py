@@ -1,8 +1,8 @@
 """The VQ image tokenizer: a small convolutional autoencoder around a quantizer (VQ, FSQ, LFQ or multi-scale VQ).
 
 Pictures (B, 3, H, W) in [-1, 1] <-> codes (B, H/8, W/8), or (B, P), all scales in a row. Fully convolutional: sides
-need only divide by 8 (multi-scale: be those it was trained on); `image_size` says what it was trained on. Knows no
-losses but the quantizer's, no data and no files (`unigen.tokenizers.save_tokenizer`). Trained by recipes/tiny_vq.py.
+need only divide by 8 (multi-scale: be those it was trained on); `image_size` says what it was trained on. Trained by
+recipes/tiny_vq.py. Does not depend on: losses but the quantizer's, data, files (`unigen.tokenizers.save_tokenizer`).
 
 Shapes: B batch, C=3 channels, H W pixels, D code dimension, h w grid of codes.
 """
@@ -25,25 +25,42 @@ from unigen.tokenizers.quantize import FSQ, LFQ, Quantizer, VectorQuantizer, che
 
 @dataclass(frozen=True)
 class VQConfig:
-    """Everything that defines the network. ValueError for values that cannot work."""
+    """Everything that defines the network. Raises ValueError for values that cannot work."""
 
-    image_size: int = 64  # pixels along a side
-    quantizer: str = "vq"  # "vq" | "fsq" | "lfq" | "multiscale"
-    codes: int = 1024  # size of the codebook (vq, lfq: a power of two)
-    code_dim: int = 8  # channels of a code (vq)
-    levels: tuple[int, ...] = (8, 5, 5, 5)  # fsq: the number of codes is the product
-    scales: tuple[int, ...] = (1, 2, 4, 8)  # multiscale: sides of the token maps, the last that of the grid
-    coarse: float = 0.0  # multiscale: share of pictures of which training decodes the first scales only
-    beta: float = 0.25  # commitment
-    entropy: float = 0.0  # weight of the entropy term (vq, lfq)
-    revive_every: int = 10  # training steps between revivals of dead codes (vq); 0 = never
-    dead_below: float = 0.05  # a code is dead below this share of the uniform usage
-    channels: int = 64  # encoder width at 1/4 resolution
+    image_size: int = 64
+    """Pixels along a side."""
+    quantizer: str = "vq"
+    """One of "vq", "fsq", "lfq", "multiscale"."""
+    codes: int = 1024
+    """Size of the codebook (vq, lfq: a power of two)."""
+    code_dim: int = 8
+    """Channels of a code (vq)."""
+    levels: tuple[int, ...] = (8, 5, 5, 5)
+    """Of fsq: the number of codes is their product."""
+    scales: tuple[int, ...] = (1, 2, 4, 8)
+    """Of multiscale: sides of the token maps, the last that of the grid."""
+    coarse: float = 0.0
+    """Of multiscale: the share of pictures of which training decodes the first scales only."""
+    beta: float = 0.25
+    """Weight of the commitment loss."""
+    entropy: float = 0.0
+    """Weight of the entropy term (vq, lfq)."""
+    revive_every: int = 10
+    """Training steps between revivals of dead codes (vq); 0 = never."""
+    dead_below: float = 0.05
+    """A code is dead below this share of the uniform usage."""
+    channels: int = 64
+    """Encoder width at 1/4 resolution."""
     decoder_channels: int = 128
-    wide: int = 128  # width at 1/8 resolution
-    encoder_blocks: tuple[int, int] = (2, 2)  # residual blocks at 1/4 and 1/8
+    """Decoder width at 1/4 resolution."""
+    wide: int = 128
+    """Width at 1/8 resolution."""
+    encoder_blocks: tuple[int, int] = (2, 2)
+    """Residual blocks at 1/4 and 1/8."""
     decoder_blocks: tuple[int, int] = (3, 3)
-    attention: bool = True  # one attention over the 1/8 map on each side
+    """The same of the decoder."""
+    attention: bool = True
+    """One attention over the 1/8 map on each side."""
 
     def __post_init__(self) -> None:
         for name in ("levels", "scales", "encoder_blocks", "decoder_blocks"):
@@ -75,20 +92,26 @@ class VQConfig:
                 raise ValueError(f"{name} must be a finite number that is not negative, got {getattr(self, name)}")
 
     def build_quantizer(self) -> Quantizer:
+        """An untrained quantizer."""
         if self.quantizer == "fsq":
             return FSQ(self.levels)
         if self.quantizer == "lfq":
             return LFQ(self.codes.bit_length() - 1, self.beta, self.entropy)
         if self.quantizer == "multiscale":
             options = (self.beta, self.revive_every, self.dead_below)
-            return MultiscaleQuantizer(self.codes, self.code_dim, self.scales, *options, coarse=self.coarse)
+            return MultiscaleQuantizer(self.codes, self.code_dim, self.scales, *options, scale_dropout=self.coarse)
         return VectorQuantizer(self.codes, self.code_dim, self.beta, self.entropy, self.revive_every, self.dead_below)
 
 
 class VQOutput(NamedTuple):
-    pixels_BCHW: Tensor  # reconstruction, fp32, not clamped
-    codes_Bhw: Tensor | None  # None where there are no codes (KL)
-    losses: dict[str, tuple[Tensor, int]]  # of the quantizer: name -> (sum, count)
+    """What the forward pass of a tokenizer gives."""
+
+    pixels_BCHW: Tensor
+    """Reconstruction, fp32, not clamped."""
+    codes_Bhw: Tensor | None
+    """None where there are no codes (KL)."""
+    losses: dict[str, tuple[Tensor, int]]
+    """Of the quantizer: by name the sum and the count."""
 
 
 class VQTokenizer(nn.Module):
@@ -116,7 +139,7 @@ class VQTokenizer(nn.Module):
         return self.quantizer.size
 
     @property
-    def last(self) -> Tensor:
+    def last_layer(self) -> Tensor:
         """The weight nearest to the pixels, at which an adaptive loss weighs gradients."""
         return self.decoder.last.weight
 
@@ -124,8 +147,16 @@ class VQTokenizer(nn.Module):
         return {"kind": "vq", **to_dict(self.settings)}
 
     def forward(self, x_BCHW: Tensor, rng: torch.Generator | None = None, codes_Bhw: Tensor | None = None) -> VQOutput:
-        """Reconstruction with a straight-through gradient; `rng` lets dead codes be revived in training mode.
-        codes_Bhw: decoded in the place of the pictures' own, as frozen codes are: the decoder alone learns."""
+        """Reconstruct pictures, with a straight-through gradient.
+
+        Args:
+            x_BCHW: pixels in [-1, 1].
+            rng: lets dead codes be revived in training mode.
+            codes_Bhw: decoded in the place of the pictures' own, as frozen codes are: the decoder alone learns.
+
+        Returns:
+            The reconstruction, the codes and the quantizer's losses.
+        """
         if self.codes_frozen or codes_Bhw is not None:
             codes_Bhw = self.encode(x_BCHW) if codes_Bhw is None else codes_Bhw
             return VQOutput(self.decoder(self.quantizer.to_vectors(codes_Bhw)).float(), codes_Bhw, {})
@@ -141,10 +172,10 @@ class VQTokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, x_BCHW: Tensor) -> Tensor:
-        """Pixels in [-1, 1] (B, 3, H, W) -> codes (B, H/8, W/8), the same under autocast. ValueError for sides that do
-        not divide by 8."""
+        """Codes (B, H/8, W/8) of pixels in [-1, 1] (B, 3, H, W), the same under autocast. Raises ValueError for sides
+        that do not divide by 8."""
         with torch.autocast(x_BCHW.device.type, enabled=False):
-            return self.quantizer.codes(self.features(x_BCHW))
+            return self.quantizer.to_codes(self.features(x_BCHW))
 
     @torch.no_grad()
     def features(self, x_BCHW: Tensor) -> Tensor:
@@ -154,11 +185,11 @@ class VQTokenizer(nn.Module):
                 f"pictures must be (B, 3, H, W) with H and W multiples of {STRIDE}, got {tuple(x_BCHW.shape)}"
             )
         with torch.autocast(x_BCHW.device.type, enabled=False):
-            return self.quantizer.prepare(check_finite(self.encoder(x_BCHW.to(self.encoder.head.weight.dtype))))
+            return self.quantizer.normalize(check_finite(self.encoder(x_BCHW.to(self.encoder.head.weight.dtype))))
 
     @torch.no_grad()
     def decode(self, codes_Bhw: Tensor) -> Tensor:
-        """Codes (B, h, w) -> pixels in [-1, 1] (B, 3, 8h, 8w), fp32. ValueError for codes out of range."""
+        """Pixels in [-1, 1] (B, 3, 8h, 8w), fp32, of codes (B, h, w). Raises ValueError for codes out of range."""
         q_BDhw = self.quantizer.to_vectors(codes_Bhw)
         return self.decoder(q_BDhw.to(self.decoder.last.weight.dtype)).float().clamp(-1, 1)
 

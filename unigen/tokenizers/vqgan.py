@@ -36,15 +36,20 @@ CHAMELEON, CHAMELEON_FILE = "GAIR/Anole-7b-v0.1", "vqgan.ckpt"
 class VQGANConfig:
     """Everything that defines the network."""
 
-    image_size: int = 512  # pixels along a side
-    channels: tuple[int, ...] = (128, 128, 256, 256, 512)  # one number a resolution; each but the first halves the map
-    blocks: int = 2  # residual blocks a resolution
+    image_size: int = 512
+    """Pixels along a side."""
+    channels: tuple[int, ...] = (128, 128, 256, 256, 512)
+    """One number a resolution; each but the first halves the map."""
+    blocks: int = 2
+    """Residual blocks a resolution."""
     latent_channels: int = 256
     code_dim: int = 256
     codes: int = 8192
     norm_groups: int = 32
-    attention: bool = False  # after each residual block of the lowest resolution
-    unit: bool = False  # features and codes are compared, and codes decoded, at unit length
+    attention: bool = False
+    """After each residual block of the lowest resolution."""
+    unit: bool = False
+    """Features and codes are compared, and codes decoded, at unit length."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "channels", tuple(self.channels))  # JSON gives lists

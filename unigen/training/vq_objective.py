@@ -113,7 +113,7 @@ class VQObjective:
         if self.step >= self.config.gan_start and torch.is_grad_enabled():
             frozen = {name: tensor.detach() for name, tensor in discriminator.named_parameters()}
             generator = -functional_call(discriminator, frozen, (y_BCHW,)).float().mean()
-            weight = adaptive_weight(reconstruction, generator, model.tokenizer.last)
+            weight = adaptive_weight(reconstruction, generator, model.tokenizer.last_layer)
             losses["gan"] = (self.config.gan * weight * generator * n, n)
             losses["metric/gan_weight"] = (weight, 1)
         real, fake = discriminator(x_BCHW).float(), discriminator(y_BCHW.detach()).float()
