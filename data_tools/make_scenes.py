@@ -84,15 +84,15 @@ def png_cell(pixels: np.ndarray) -> dict[str, Any]:
     return {"bytes": buffer.getvalue(), "path": None}
 
 
-def make_row(world: SceneRenderer, seed: int, index: int, size: int, heldout: bool) -> dict[str, Any]:
-    """Row `index` of the world: a pure function of (seed, index, size, heldout)."""
+def make_row(world: SceneRenderer, seed: int, index: int, size: int, held_out: bool) -> dict[str, Any]:
+    """Row `index` of the world: a pure function of (seed, index, size, held_out)."""
     rng = np.random.default_rng((seed, index))
-    scene = sample_scene(rng, size, heldout)
+    scene = sample_scene(rng, size, held_out)
     picture = world.render(scene)
-    edit = sample_edit(scene, rng, heldout=heldout)
+    edit = sample_edit(scene, rng, held_out=held_out)
     judgement = sample_judgement(scene, rng)
     short, long = expansion(scene, rng)
-    tale = story(rng, references=int(rng.integers(3)), heldout=heldout, size=size)
+    tale = story(rng, references=int(rng.integers(3)), held_out=held_out, size=size)
 
     def draw(one: Scene) -> dict[str, Any]:
         return png_cell(world.render(one).image)
@@ -103,7 +103,7 @@ def make_row(world: SceneRenderer, seed: int, index: int, size: int, heldout: bo
         "depth": png_cell(np.rint(picture.depth * 65535).astype(np.uint16)),
         "masks": [png_cell(mask.astype(np.uint8) * 255) for mask in picture.masks],
         "boxes": picture.boxes.tolist(),
-        "items": [vars(item) for item in scene.items],
+        "items": [vars(item) for item in scene.objects],
         "background": scene.background,
         "ground": scene.ground,
         "heldout": is_held_out(scene),
@@ -113,17 +113,17 @@ def make_row(world: SceneRenderer, seed: int, index: int, size: int, heldout: bo
         "noisy": noisy_caption(scene, rng),
         "expansion": {"short": short, "long": long},
         "questions": [vars(qa) for qa in questions(scene, rng)],
-        "edit": {"instruction": edit.instruction, "kind": edit.kind, "image": draw(edit.after)},
-        "verdict": vars(judgement),
+        "edit": {"instruction": edit.instruction, "kind": edit.kind, "image": draw(edit.edited_scene)},
+        "verdict": {"prompt": judgement.prompt, "ok": judgement.is_satisfied, "reason": judgement.reason},
         "story": {
             "request": tale.request,
             "references": [draw(one) for one in tale.references],
-            "frames": [{"text": text, "image": draw(one)} for text, one in tale.frames],
+            "frames": [{"text": text, "image": draw(one)} for text, one in tale.pages],
         },
     }
 
 
-def write_shard(path: Path, world: SceneRenderer, seed: int, indices: range, size: int, heldout: bool) -> None:
+def write_shard(path: Path, world: SceneRenderer, seed: int, indices: range, size: int, held_out: bool) -> None:
     """One parquet file, complete or not there. OSError when it cannot be written."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -133,14 +133,14 @@ def write_shard(path: Path, world: SceneRenderer, seed: int, indices: range, siz
     try:
         with pq.ParquetWriter(temporary, schema) as writer:
             for start in range(0, len(indices), ROW_GROUP):
-                rows = [make_row(world, seed, i, size, heldout) for i in indices[start : start + ROW_GROUP]]
+                rows = [make_row(world, seed, i, size, held_out) for i in indices[start : start + ROW_GROUP]]
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def make_shards(folder: Path, count: int, shards: int, seed: int, size: int, heldout: bool, start: int) -> list[Path]:
+def make_shards(folder: Path, count: int, shards: int, seed: int, size: int, held_out: bool, start: int) -> list[Path]:
     """Write all shards.
 
     Args:
@@ -149,7 +149,7 @@ def make_shards(folder: Path, count: int, shards: int, seed: int, size: int, hel
         shards: files, at least 1.
         seed: of the world, at least 0.
         size: side of the pictures in pixels, in `SIZES`.
-        heldout: whether the scenes are of combinations that are never in training.
+        held_out: whether the scenes are of combinations that are never in training.
         start: index of the first row.
 
     Returns:
@@ -171,7 +171,7 @@ def make_shards(folder: Path, count: int, shards: int, seed: int, size: int, hel
         raise ValueError(f"{folder} holds other shards ({strangers[0].name}): choose an empty folder")
     bounds = [start + count * k // shards for k in range(shards + 1)]
     for k, path in enumerate(paths):
-        write_shard(path, world, seed, range(bounds[k], bounds[k + 1]), size, heldout)
+        write_shard(path, world, seed, range(bounds[k], bounds[k + 1]), size, held_out)
         print(f"{path}: {bounds[k + 1] - bounds[k]} rows", flush=True)
     return paths
 

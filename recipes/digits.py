@@ -101,7 +101,7 @@ class DigitDocumentSampler:
     def __init__(self, template: Template, size: int, cfg: DigitsRunConfig) -> None:
         self.template, self.size, self.uncond_prob = template, size, cfg.uncond_prob
         self.generators, self.generator_probs = zip(*normalize_generator_weights(cfg.generators).items(), strict=True)
-        self.images, self.labels = digits.load(held_out=False)
+        self.images, self.labels = digits.load_split(held_out=False)
 
     def __call__(self, rng: np.random.Generator) -> Tokens:
         i = int(rng.integers(len(self.labels)))

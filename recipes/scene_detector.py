@@ -98,13 +98,13 @@ class SceneDataset:
             self.world = scenes.SceneRenderer(self.size)
         rng = np.random.default_rng((self.seed, index))
         scene = (
-            crowded_scene(rng, self.size) if rng.random() < 0.2 else scenes.sample_scene(rng, self.size, heldout=None)
+            crowded_scene(rng, self.size) if rng.random() < 0.2 else scenes.sample_scene(rng, self.size, held_out=None)
         )
         picture = self.world.render(scene)
-        area = (picture.boxes[:, 2:] - picture.boxes[:, :2]).prod(1) if len(scene.items) else np.zeros(0)
+        area = (picture.boxes[:, 2:] - picture.boxes[:, :2]).prod(1) if len(scene.objects) else np.zeros(0)
         classes, colors = np.full(MAX_OBJECTS, -1), np.zeros(MAX_OBJECTS, int)
         boxes = np.zeros((MAX_OBJECTS, 4), np.float32)
-        for i, thing in enumerate(scene.items):
+        for i, thing in enumerate(scene.objects):
             if area[i] and picture.masks[i].sum() > 0.2 * area[i]:
                 classes[i], colors[i] = OBJECTS.index(thing.name), COLORS.index(thing.color or "natural")
                 boxes[i] = picture.boxes[i]

@@ -144,7 +144,7 @@ class DigitImages:
 
     def __init__(self, seed: int, size: int = 32, held_out: bool = False) -> None:
         self.seed, self.size = seed, size
-        self.images = digits.load(held_out)[0]
+        self.images = digits.load_split(held_out)[0]
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         digit = self.images[np.random.default_rng([self.seed, i]).integers(len(self.images))]

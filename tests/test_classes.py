@@ -112,8 +112,8 @@ def test_command(class_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_digits_and_back() -> None:
-    images, labels = digits.load(held_out=False)
-    held, _ = digits.load(held_out=True)
+    images, labels = digits.load_split(held_out=False)
+    held, _ = digits.load_split(held_out=True)
     assert images.shape == (1437, 8, 8) and len(held) == 360 and labels.max() == 9
     for size in (16, 32):
         again = digits.to_digit(Image.fromarray(digits.to_rgb_image(images[3], size)))
@@ -163,5 +163,5 @@ def test_the_recipe_and_its_score(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_copies_are_seen() -> None:
     task = DigitsTask()
     assert task.relative_nearest_distance(task.known[:50]) == 0
-    held = digits.load(held_out=True)[0].reshape(digits.NUM_HELD_OUT, -1).astype(np.float32)
+    held = digits.load_split(held_out=True)[0].reshape(digits.NUM_HELD_OUT, -1).astype(np.float32)
     assert 0.7 < task.relative_nearest_distance(held[:100]) < 1.3

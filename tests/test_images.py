@@ -485,12 +485,12 @@ def test_white_and_opaque_marks(kind: str) -> None:
         assert np.array_equal(marked(file_of(mask, "PNG")), MARKED)
         assert np.array_equal(marked(read_mask(mask)), MARKED)
         if "transparent" not in kind and "alpha" not in kind:  # the same where nothing is transparent
-            assert np.array_equal(marked(file_of(mask, "PNG"), transparent_marks=True), MARKED)
+            assert np.array_equal(marked(file_of(mask, "PNG"), transparent_is_edit=True), MARKED)
 
 
 @pytest.mark.parametrize("ground", [(0, 0, 0, 255), (255, 255, 255, 255), (0, 0, 0, 1), (200, 30, 30, 255)])
 def test_transparency_marks_where_openais_convention_is_asked_for(ground: tuple[int, ...]) -> None:
-    assert np.array_equal(marked(file_of(layer(ground, (0, 0, 0, 0)), "PNG"), transparent_marks=True), MARKED)
+    assert np.array_equal(marked(file_of(layer(ground, (0, 0, 0, 0)), "PNG"), transparent_is_edit=True), MARKED)
 
 
 def test_a_picture_with_a_hole_is_no_mask_of_white() -> None:
@@ -499,7 +499,7 @@ def test_a_picture_with_a_hole_is_no_mask_of_white() -> None:
     cut_out.putalpha(Image.fromarray(255 - WHITE))
     with pytest.raises(ImageError, match="a picture with a hole, and not a mask"):
         read_mask(cut_out)
-    assert np.array_equal(marked(file_of(cut_out, "PNG"), transparent_marks=True), MARKED)
+    assert np.array_equal(marked(file_of(cut_out, "PNG"), transparent_is_edit=True), MARKED)
 
 
 def test_masks_are_turned_too() -> None:

@@ -53,15 +53,15 @@ def test_same_seed_same_scene():
 @pytest.mark.parametrize("size", [64, 96])
 def test_objects_lie_inside_with_sizes_in_range(size):
     for scene in scenes(1500, size=size):
-        assert 1 <= len(scene.items) <= MAX_COUNT
-        for item in scene.items:
+        assert 1 <= len(scene.objects) <= MAX_COUNT
+        for item in scene.objects:
             x0, y0, x1, y1 = item.box()
             assert min(x0, y0) >= -1e-6 and max(x1, y1) <= size + 1e-6
             assert 18 <= item.size * 64 / size <= 48 + 1e-6 and abs(item.angle) <= 10
 
 
 def test_positions_ignore_the_token_grid():
-    x = np.array([item.x for scene in scenes(2000) for item in scene.items])
+    x = np.array([item.x for scene in scenes(2000) for item in scene.objects])
     assert abs(np.mean(np.exp(2j * np.pi * x / 8))) < 0.05  # uniform modulo 8 pixels
     grid = np.round(x / 8) * 8
     assert abs(np.mean(np.exp(2j * np.pi * grid / 8))) > 0.9  # the check can fail
@@ -70,17 +70,19 @@ def test_positions_ignore_the_token_grid():
 def test_shares_of_kinds():
     drawn = scenes(3000)
     assert 0.25 < np.mean([scene.ground for scene in drawn]) < 0.33
-    counts = np.bincount([len(scene.items) for scene in drawn], minlength=5)[1:] / len(drawn)
+    counts = np.bincount([len(scene.objects) for scene in drawn], minlength=5)[1:] / len(drawn)
     assert counts.min() > 0.08
-    colors = [item.color for scene in drawn for item in scene.items]
+    colors = [item.color for scene in drawn for item in scene.objects]
     assert 0.4 < np.mean([color is None for color in colors]) < 0.6 and set(colors) == {None, *COLORS}
-    assert all(item.color is None or item.color in allowed_colors(item.name) for scene in drawn for item in scene.items)
+    assert all(
+        item.color is None or item.color in allowed_colors(item.name) for scene in drawn for item in scene.objects
+    )
 
 
 def test_heldout_split():
-    training, held = scenes(3000), scenes(500, heldout=True)
+    training, held = scenes(3000), scenes(500, held_out=True)
     assert not any(map(is_held_out, training)) and all(map(is_held_out, held))
-    share = np.mean([is_held_out(scene) for scene in scenes(3000, heldout=None)])
+    share = np.mean([is_held_out(scene) for scene in scenes(3000, held_out=None)])
     assert 0.08 < share < 0.25
     names = list(OBJECT_EMOJI)
     pairs = [held_out_combinations([(a, None, 1), (b, None, 1)]) for i, a in enumerate(names) for b in names[:i]]
@@ -107,9 +109,9 @@ def geneval(a: SceneObject, b: SceneObject) -> set[str]:
 
 def test_relation_is_genevals_rule():
     found = set()
-    for scene in scenes(1500, heldout=None):
-        if len(scene.items) == 2:
-            a, b = scene.items
+    for scene in scenes(1500, held_out=None):
+        if len(scene.objects) == 2:
+            a, b = scene.objects
             assert set(spatial_relations(a, b)) == geneval(a, b)
             assert {OPPOSITE[name] for name in spatial_relations(a, b)} == set(spatial_relations(b, a))
             clear = clear_relation(a, b)
@@ -129,7 +131,7 @@ def test_place_honours_the_relation(wanted, ground):
     for _ in range(60):
         a, b = (str(name) for name in rng.choice(list(OBJECT_EMOJI), 2, replace=False))
         scene = place_objects(rng, ((a, None, 1), (b, "red", 1)), "white", wanted, ground)
-        items = {item.name: item for item in scene.items}
+        items = {item.name: item for item in scene.objects}
         assert clear_relation(items[a], items[b]) == wanted
         grounded += scene.ground
     assert grounded >= 50 * ground
@@ -138,8 +140,8 @@ def test_place_honours_the_relation(wanted, ground):
 def test_size_falls_with_distance_on_the_ground():
     nearer = larger = 0
     for scene in scenes(2000):
-        if scene.ground and len(groups_of(scene)) == 1 and len(scene.items) > 1:
-            far, near = scene.items[0], scene.items[-1]
+        if scene.ground and len(groups_of(scene)) == 1 and len(scene.objects) > 1:
+            far, near = scene.objects[0], scene.objects[-1]
             assert near.box()[3] >= far.box()[3]  # z-order follows the base
             if near.box()[3] - far.box()[3] > 8:
                 nearer, larger = nearer + 1, larger + (near.size > far.size)

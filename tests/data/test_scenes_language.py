@@ -42,10 +42,10 @@ from unigen.toyworld.scenes import (
 from unigen.toyworld.stories import page_facts, story, text_corpus
 
 
-def pairs(n: int, seed: int = 0, heldout: bool | None = None):
+def pairs(n: int, seed: int = 0, held_out: bool | None = None):
     rng = np.random.default_rng(seed)
     for _ in range(n):
-        yield sample_scene(rng, heldout=heldout), rng
+        yield sample_scene(rng, held_out=held_out), rng
 
 
 def test_canonical_captions():
@@ -62,7 +62,7 @@ def test_captions_parse_back():
     for scene, rng in pairs(2500):
         true = extract_facts(scene)
         for text in (caption(true), caption(reorder_facts(true, rng)), descriptive_caption(scene, rng)):
-            assert parse_caption(text).normal() == true.normal(), text
+            assert parse_caption(text).canonical() == true.canonical(), text
 
 
 def test_short_captions_are_true_and_varied():
@@ -72,7 +72,7 @@ def test_short_captions_are_true_and_varied():
         assert set(said.groups) == set(true.groups)
         assert said.background in (None, true.background)
         if said.relation is not None:
-            assert said.normal().relation == true.normal().relation
+            assert said.canonical().relation == true.canonical().relation
         with_background += said.background is not None
         with_relation += said.relation is not None
     assert 800 < with_background < 1150 and 200 < with_relation < 400
@@ -119,7 +119,7 @@ def test_oracle_scenes_satisfy_their_prompt():
         made = extract_facts(scene_from_facts(true, rng))
         assert set(made.groups) == set(true.groups) and made.background == true.background
         if true.relation is not None:
-            assert made.normal() == Facts(true.groups, true.background, true.relation, made.ground).normal()
+            assert made.canonical() == Facts(true.groups, true.background, true.relation, made.ground).canonical()
     with pytest.raises(ValueError):
         scene_from_facts(parse_caption("nothing"), np.random.default_rng(0))
 
@@ -129,11 +129,11 @@ def answer(question: str, scene: Scene) -> str | None:
     words = question.rstrip("?").split()
     if question.startswith("how many"):
         if words[2] == "objects":
-            return NUMBER_WORDS[len(scene.items)]
-        return NUMBER_WORDS[sum(words[2] in (item.name + "s", item.name) for item in scene.items)]
+            return NUMBER_WORDS[len(scene.objects)]
+        return NUMBER_WORDS[sum(words[2] in (item.name + "s", item.name) for item in scene.objects)]
     if question.startswith(("is there", "do you see", "does the picture show")):
         color, name = (words[-2], words[-1]) if words[-2] not in ("a", "an") else (None, words[-1])
-        return "yes" if any(item.name == name and color in (None, item.color) for item in scene.items) else "no"
+        return "yes" if any(item.name == name and color in (None, item.color) for item in scene.objects) else "no"
     return None
 
 
@@ -151,7 +151,7 @@ def test_answers_are_true_and_balanced():
                 assert qa.answer == scene.background
             if qa.question.startswith("where is the"):
                 a, b = sorted(
-                    scene.items,
+                    scene.objects,
                     key=lambda item: qa.question.index(f" {'firework' if item.name == 'fireworks' else item.name}"),
                 )
                 assert clear_relation(a, b) == qa.answer
@@ -168,7 +168,7 @@ def test_totals_count_whatever_there_is():
     said = {qa.question.split(" are")[0].split(" do")[0].rstrip("?"): qa.answer for qa in asked}
     assert said == {"how many objects": "four", "how many blue objects": "two"}
     for scene, rng in pairs(200):
-        found, colors = count_questions(scene, rng), {item.color for item in scene.items} - {None}
+        found, colors = count_questions(scene, rng), {item.color for item in scene.objects} - {None}
         assert {qa.kind for qa in found} == {"count"} and 1 <= len(found) <= 1 + len(colors)
 
 
@@ -176,7 +176,7 @@ def test_places_are_those_of_single_objects():
     said = Counter()
     for scene, rng in pairs(300):
         found = position_questions(scene, rng)
-        single = [item for item in scene.items if sum(item.name == other.name for other in scene.items) == 1]
+        single = [item for item in scene.objects if sum(item.name == other.name for other in scene.objects) == 1]
         assert len(found) == len(single)
         for item in single:
             (qa,) = [qa for qa in found if qa.question.rstrip("?").endswith(f" the {noun_form(item.name)}")]
@@ -190,15 +190,15 @@ def test_places_are_those_of_single_objects():
 
 def test_edits_change_only_what_they_say():
     kinds: Counter = Counter()
-    for scene, rng in pairs(1500, heldout=False):
+    for scene, rng in pairs(1500, held_out=False):
         edit = sample_edit(scene, rng)
         kinds[edit.kind] += 1
-        after, before = edit.after, scene
+        after, before = edit.edited_scene, scene
         assert not is_held_out(after) and after != before
-        kept = set(before.items) & set(after.items)
-        gone, new = set(before.items) - kept, set(after.items) - kept
+        kept = set(before.objects) & set(after.objects)
+        gone, new = set(before.objects) - kept, set(after.objects) - kept
         if edit.kind == "background":
-            assert after.items == before.items and edit.instruction.endswith(after.background)
+            assert after.objects == before.objects and edit.instruction.endswith(after.background)
             continue
         assert after.background == before.background
         if edit.kind == "add":
@@ -211,7 +211,7 @@ def test_edits_change_only_what_they_say():
         if edit.kind == "recolour":
             assert {(i.name, i.x, i.y, i.size) for i in gone} == {(i.name, i.x, i.y, i.size) for i in new}
             assert {item.color for item in new} <= set(edit.instruction.split())
-        for item in after.items:
+        for item in after.objects:
             x0, y0, x1, y1 = item.box()
             assert min(x0, y0) >= -1e-6 and max(x1, y1) <= after.size + 1e-6
     assert set(kinds) == set(EDITS) and min(kinds.values()) > 80
@@ -224,7 +224,7 @@ def test_verdicts_are_right():
     ok = 0
     for scene, rng in pairs(2000):
         prompt, good, reason = sample_judgement(scene, rng)
-        said, true = parse_caption(prompt).normal(), extract_facts(scene).normal()
+        said, true = parse_caption(prompt).canonical(), extract_facts(scene).canonical()
         holds = set(said.groups) == set(true.groups) and said.background in (None, true.background)
         holds &= said.relation in (None, true.relation)
         assert holds == good, (prompt, reason, scene)
@@ -247,31 +247,31 @@ def test_expansions_and_noise():
 
 def test_stories_say_what_they_show():
     for seed in range(400):
-        tale = story(np.random.default_rng(seed), references=seed % 3, heldout=False)
-        assert 3 <= len(tale.frames) <= 5 and len(tale.references) == seed % 3
+        tale = story(np.random.default_rng(seed), references=seed % 3, held_out=False)
+        assert 3 <= len(tale.pages) <= 5 and len(tale.references) == seed % 3
         seen: Counter = Counter()
-        for text, scene in tale.frames:
+        for text, scene in tale.pages:
             said = page_facts(text)
             assert set(said.groups) == set(groups_of(scene)), text
             assert (said.background, said.ground) == (scene.background, scene.ground), text
             if said.relation is not None:
-                items = {item.name: item for item in scene.items}
+                items = {item.name: item for item in scene.objects}
                 related = clear_relation(items[said.groups[0][0]], items[said.groups[1][0]])
                 assert related == said.relation, text
             assert not is_held_out(scene)
-            seen.update((item.name, item.color) for item in scene.items)
+            seen.update((item.name, item.color) for item in scene.objects)
         assert all(seen[character] >= 2 for character in tale.characters)
         for (name, color), reference in zip(tale.characters, tale.references, strict=False):
             assert groups_of(reference) == ((name, color, 1),)
 
 
 def test_another_seed_another_story():
-    tales = {tuple(text for text, _ in story(np.random.default_rng(seed)).frames) for seed in range(60)}
+    tales = {tuple(text for text, _ in story(np.random.default_rng(seed)).pages) for seed in range(60)}
     assert len(tales) == 60
     assert story(np.random.default_rng(7)) == story(np.random.default_rng(7))
     for seed in range(20):
-        tale = story(np.random.default_rng(seed), heldout=True)
-        assert any(is_held_out(scene) for _, scene in tale.frames)
+        tale = story(np.random.default_rng(seed), held_out=True)
+        assert any(is_held_out(scene) for _, scene in tale.pages)
     with pytest.raises(ValueError, match="0, 1 or 2"):
         story(np.random.default_rng(0), references=3)
 
@@ -290,4 +290,4 @@ def test_opposites_parse():
     said = extract_facts(Scene((b, a), "white"))
     assert said.groups[0][0] == "cat" and said.relation == "left of"
     turned = Facts((said.groups[1], said.groups[0]), "white", OPPOSITE["left of"])
-    assert turned.normal() == said.normal()
+    assert turned.canonical() == said.canonical()

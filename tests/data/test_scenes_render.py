@@ -82,7 +82,7 @@ def test_picture_layout(world):
     assert picture.image.shape == (64, 64, 3) and picture.image.dtype == np.uint8
     assert picture.masks.shape == (2, 64, 64) and picture.boxes.shape == (2, 4) and picture.depth.shape == (64, 64)
     assert not (picture.masks[0] & picture.masks[1]).any()
-    for item, box in zip(scene.items, picture.boxes, strict=True):
+    for item, box in zip(scene.objects, picture.boxes, strict=True):
         expected = np.array(item.box())
         assert np.abs(box - expected).max() < 5
     empty = world.render(Scene((), "green"))
@@ -109,9 +109,9 @@ def test_occlusion_and_edges_of_sampled_scenes(world):
     rng = np.random.default_rng(2)
     hidden = []
     for _ in range(500):
-        scene = sample_scene(rng, heldout=None)
+        scene = sample_scene(rng, held_out=None)
         picture = world.render(scene)
-        for i, item in enumerate(scene.items):
+        for i, item in enumerate(scene.objects):
             alone = world.render(Scene((item,), scene.background)).masks[0]
             hidden.append(1 - picture.masks[i].sum() / alone.sum())
             x0, y0, x1, y1 = picture.boxes[i]
@@ -130,7 +130,7 @@ def test_depth(world):
     seen = 0
     while seen < 20:
         scene = sample_scene(rng)
-        if scene.ground and len(scene.items) > 1:
+        if scene.ground and len(scene.objects) > 1:
             picture = world.render(scene)
             depths = [float(picture.depth[mask].mean()) for mask in picture.masks]
             assert depths == sorted(depths, reverse=True)

@@ -38,7 +38,7 @@ def true_reading(item: Example) -> SceneDetections:
     """What a perfect detector reads in a true picture of the prompt."""
     said = Facts(item.metadata["groups"], item.metadata["background"], item.metadata["relation"])
     scene = scene_from_facts(said, np.random.default_rng(0))
-    things = [Detection(thing.name, thing.color or "natural", 0.9, thing.box()) for thing in scene.items]
+    things = [Detection(thing.name, thing.color or "natural", 0.9, thing.box()) for thing in scene.objects]
     return SceneDetections(things, scene.background, 1.0)
 
 
@@ -125,7 +125,7 @@ def test_nearest_training_pictures_hold_no_held_out_combination(
     items = [Example("three sunflowers on a blue background", "a"), Example("a horse to the left of a dog", "a")]
     baselines.nearest_training_images(items, 3, 0, world, pool=3000)
     assert len(shown) == 6 and not any(is_held_out(scene) for scene in shown)
-    assert {thing.name for thing in shown[0].items} == {"sunflower"}
+    assert {thing.name for thing in shown[0].objects} == {"sunflower"}
 
 
 class TrueEngine:

@@ -80,8 +80,8 @@ def test_items_are_the_same_for_a_seed_and_half_held_out(world: SceneRenderer) -
     captions = [i for i in items if i.tag == "caption"]
     assert len(captions) == 20 and sum(i.metadata["heldout"] for i in captions) == 10
     assert {"presence", "count", "colour"} <= {i.tag for i in items}
-    for heldout in (True, False):
-        assert all(i.metadata["heldout"] == heldout for i in UnderstandingTask(world, 6, held_out=heldout).examples())
+    for held_out in (True, False):
+        assert all(i.metadata["heldout"] == held_out for i in UnderstandingTask(world, 6, held_out=held_out).examples())
 
 
 def test_scores_of_engines_that_know_and_guess(world: SceneRenderer) -> None:

@@ -70,8 +70,8 @@ def test_names_that_the_tokenizer_does_not_flag_are_text_too(liquid_folder: Path
     model = unigen.load(str(liquid_folder), "cpu").model
     model.text_tokenizer.add_tokens([AddedToken("<aside>", special=False)])
     id = model.text_tokenizer.convert_tokens_to_ids("<aside>")
-    assert text.PromptBuilder(model.text_tokenizer).add_template_text("a<aside>b").tokens().ids.count(id) == 1
-    assert id not in text.PromptBuilder(model.text_tokenizer).add_user_text("a<aside>b").tokens().ids
+    assert text.PromptBuilder(model.text_tokenizer).add_template_text("a<aside>b").build().ids.count(id) == 1
+    assert id not in text.PromptBuilder(model.text_tokenizer).add_user_text("a<aside>b").build().ids
 
 
 def test_liquid_on_a_model_without_a_first_token(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         output="interleaved",
         **generation_options(args),
     )
-    saved_paths = write_story(path, args.prompt, parts, made=args.line)
+    saved_paths = write_story(path, args.prompt, parts, provenance=args.line)
     return print_elapsed(args, saved_paths, start)
 
 

@@ -1,6 +1,6 @@
 """Handwritten digits that need no download: scikit-learn's `load_digits`, 1,797 pictures of 8x8 grey levels.
 
-    images, labels = digits.load(held_out=False)            # uint8 (N, 8, 8) of 0..16, int64 (N,)
+    images, labels = digits.load_split(held_out=False)            # uint8 (N, 8, 8) of 0..16, int64 (N,)
     picture = digits.picture(images[0], 32)                 # uint8 (32, 32, 3)
 
 A real-data anchor for models that draw classes (Alpaydin and Kaynak 1998, Optical Recognition of Handwritten Digits).
@@ -31,7 +31,7 @@ def _load_all() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     return dataset.images[order].astype(np.uint8), dataset.target[order].astype(np.int64)
 
 
-def load(held_out: bool) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+def load_split(held_out: bool) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """The training part, or the 360 digits that it never shows: pictures (N, 8, 8) and what they are (N,)."""
     images, labels = _load_all()
     part = slice(None, NUM_HELD_OUT) if held_out else slice(NUM_HELD_OUT, None)

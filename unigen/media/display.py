@@ -43,12 +43,12 @@ def part_html(part: Any) -> str:
     return f'<div style="max-width:{MAX_IMAGE_WIDTH}px">{html.escape(str(part))}</div>'
 
 
-def table_html(title: str, facts: Mapping[str, object]) -> str:
+def table_html(title: str, values: Mapping[str, object]) -> str:
     """A table of names and values, as HTML."""
     rows = "".join(
         f'<tr><th style="text-align:left;vertical-align:top">{html.escape(str(name))}</th>'
         f'<td style="text-align:left">{html.escape(format_value(value))}</td></tr>'
-        for name, value in facts.items()
+        for name, value in values.items()
     )
     return f"<b>{html.escape(title)}</b><table>{rows}</table>"
 

@@ -2,7 +2,7 @@
 
     read_image("photo.jpg")                      # RGB, 8 bits, upright, transparency laid on white
     read_mask("strokes.png")                     # L, 255 where to paint: what is white and opaque
-    read_mask(data, transparent_marks=True)      # as OpenAI's API has it: what is transparent, where anything is
+    read_mask(data, transparent_is_edit=True)      # as OpenAI's API has it: what is transparent, where anything is
 
 A picture is read as a viewer shows it: turned as its EXIF says, more than 8 bits scaled down, in sRGB, its first frame.
 What cannot be read is a ValueError in one line that names the file. Does not depend on torch, models or HTTP.
@@ -89,7 +89,7 @@ def read_image(
 def read_mask(
     source: ImageSource,
     *,
-    transparent_marks: bool = False,
+    transparent_is_edit: bool = False,
     name: str | None = None,
     max_pixels: int = MAX_PIXELS,
     formats: tuple[str, ...] | None = None,
@@ -101,7 +101,8 @@ def read_mask(
 
     Args:
         source: as of `read_image`.
-        transparent_marks: OpenAI's convention, for masks that hold fully transparent pixels: these mark, and no others.
+        transparent_is_edit: OpenAI's convention, for masks that hold fully transparent pixels: these mark, and no
+            others.
         name: as of `read_image`.
         max_pixels: as of `read_image`.
         formats: as of `read_image`.
@@ -118,7 +119,7 @@ def read_mask(
     if isinstance(source, np.ndarray) and source.dtype.kind in "iu" and source.size and 0 <= source.min():
         source = source.astype(bool) if source.max() <= 1 else source
     rgb, alpha = _decode_source(source, name, max_pixels, formats, srgb=False)
-    if transparent_marks and alpha is not None and alpha.getextrema()[0] == 0:
+    if transparent_is_edit and alpha is not None and alpha.getextrema()[0] == 0:
         return alpha.point(lambda value: 255 * (value == 0))
     coverage = rgb.convert("L")
     if alpha is not None:
@@ -348,16 +349,16 @@ def _from_array(values: np.ndarray, name: str) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(values_uint8))
 
 
-def image_name(source: object, what: str = "image") -> str:
+def image_name(source: object, kind: str = "image") -> str:
     """What messages call a picture: by its file, where it has one."""
     for file in (source, getattr(source, "filename", None), getattr(source, "name", None)):
         if isinstance(file, (str, os.PathLike)) and str(file):
             break
     else:
-        return f"the {what}"
+        return f"the {kind}"
     text = str(file)
     text = text if len(text) <= MAX_NAME_LENGTH else f"{text[: MAX_NAME_LENGTH // 2]}...{text[-MAX_NAME_LENGTH // 2 :]}"
-    return f"{what} {text if text.isprintable() and text == text.strip() else repr(text)}"
+    return f"{kind} {text if text.isprintable() and text == text.strip() else repr(text)}"
 
 
 def _reason(error: Exception) -> str:

@@ -223,14 +223,14 @@ def story_body(parts: Sequence[str | Image]) -> str:
     return '<div class="row story">\n' + "\n".join(rows) + f"\n</div>{end}"
 
 
-def write_story(path: Path, title: str, parts: Sequence[str | Image], made: str) -> list[Path]:
+def write_story(path: Path, title: str, parts: Sequence[str | Image], provenance: str) -> list[Path]:
     """One self-contained HTML page, or a Markdown file with its pictures beside it; returns what was written.
 
-    made: one line of text on how the story was made (command, model, seed).
+    provenance: one line of text on how the story was made (command, model, seed).
     """
     if PAGE_FORMATS[path.suffix.lower()] == "HTML":
         head = f"<h1>{html.escape(title)}</h1>"
-        foot = f"<footer>Made by <code>{html.escape(made)}</code></footer>"
+        foot = f"<footer>Made by <code>{html.escape(provenance)}</code></footer>"
         write_text(path, html_page(title, "\n".join([head, story_body(parts), foot])))
         return [path]
     lines: list[str] = [f"# {' '.join(title.split())}"]
@@ -242,7 +242,7 @@ def write_story(path: Path, title: str, parts: Sequence[str | Image], made: str)
         picture = _story_image_path(path, len(pictures))
         pictures[picture] = _image_writer(picture, part)
         lines.append(f"![]({quote(os.fsencode(picture.name))})")
-    lines.append(f"Made by {markdown_code(made)}")
+    lines.append(f"Made by {markdown_code(provenance)}")
     write_all_atomically({**pictures, path: _text_writer("\n\n".join(lines) + "\n")})
     return [path, *pictures]
 

@@ -194,7 +194,9 @@ class UnifiedModel(nn.Module):
             Hidden states (B, L, D) after the last norm.
         """
         inputs = self.batch_inputs(batch, spans)
-        return self.backbone.forward_packed(inputs.embeds_BLD, batch.positions_BL, batch.segments_BL, inputs.attend_until_BL)
+        return self.backbone.forward_packed(
+            inputs.embeds_BLD, batch.positions_BL, batch.segments_BL, inputs.attend_until_BL
+        )
 
     def batch_inputs(self, batch: Batch, spans: Sequence[InputSpan] = ()) -> ModelInputs:
         """What the backbone reads of packed rows: their ids, features of their pictures, and what generators read."""

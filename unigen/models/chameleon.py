@@ -83,10 +83,10 @@ class ChameleonTemplate(PretrainedTemplate):
         """blind: 1 sees pictures alone, 2 nothing."""
         if branch:
             image_segments = [s for s in document.segments if s.image is not None and branch == 1]
-            return self._build_prompt(image_segments, add_turn_ends=False).tokens()
+            return self._build_prompt(image_segments, add_turn_ends=False).build()
         prompt = self._build_prompt(document.segments, add_turn_ends=True)
         closes_turn = document.segments[-1].role == "user" and output not in self.open_turn_outputs
-        return (prompt.add_template_text(EOT) if closes_turn else prompt).tokens()
+        return (prompt.add_template_text(EOT) if closes_turn else prompt).build()
 
     def encode(self, document: Document, *, uncond: bool = False, generator: str = "next-token") -> Tokens:
         """A whole document to learn from: what the assistant says and draws."""
@@ -94,12 +94,12 @@ class ChameleonTemplate(PretrainedTemplate):
         prompt = self._build_prompt(segments, add_turn_ends=not uncond)
         return (
             prompt.add_template_text(EOT, loss=True) if document.segments[-1].role == "assistant" else prompt
-        ).tokens()
+        ).build()
 
     def _build_prompt(
         self, segments: Sequence[Segment], add_turn_ends: bool, add_bos: bool = True
     ) -> text.PromptBuilder:
-        prompt = text.PromptBuilder(self.tokenizer, self.special_ids).ids(
+        prompt = text.PromptBuilder(self.tokenizer, self.special_ids).add_ids(
             [self.tokenizer.bos_token_id] if add_bos else []
         )
         before = None
@@ -124,7 +124,9 @@ class ChameleonTemplate(PretrainedTemplate):
 
     def _add_image(self, prompt: text.PromptBuilder, image: Any, loss: bool) -> text.PromptBuilder:
         return (
-            prompt.add_template_text(BOI, loss=loss).image(image, self.image_length, loss=loss).add_template_text(EOI)
+            prompt.add_template_text(BOI, loss=loss)
+            .add_image(image, self.image_length, loss=loss)
+            .add_template_text(EOI)
         )
 
 

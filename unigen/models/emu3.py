@@ -79,23 +79,23 @@ class Emu3Template(PretrainedTemplate):
 
     def prompt(self, document: Document, *, output: Output, branch: int = 0) -> Tokens:
         if output == "image":
-            return self._image_prompt(document.segments, bool(branch)).tokens()
+            return self._image_prompt(document.segments, bool(branch)).build()
         prompt = self._chat_prompt(document.segments)
-        return (prompt.add_template_text(" ASSISTANT:") if document.segments[-1].role == "user" else prompt).tokens()
+        return (prompt.add_template_text(" ASSISTANT:") if document.segments[-1].role == "user" else prompt).build()
 
     def encode(self, document: Document, *, uncond: bool = False, generator: str = "next-token") -> Tokens:
         """A whole document to learn from: one that ends in a picture of the assistant's, with the words that it is
         drawn from; else a chat, of which the assistant's answers are learnt."""
         last = document.segments[-1]
         if last.image is None or last.role != "assistant":
-            return self._chat_prompt(document.segments).ids([self.tokenizer.eos_token_id], loss=True).tokens()
+            return self._chat_prompt(document.segments).add_ids([self.tokenizer.eos_token_id], loss=True).build()
         prompt = self._image_prompt(document.segments[:-1], uncond)
-        return self._add_image(prompt, last, loss=True).ids([self.tokenizer.eos_token_id]).tokens()
+        return self._add_image(prompt, last, loss=True).add_ids([self.tokenizer.eos_token_id]).build()
 
     def _image_prompt(self, segments: Sequence[Segment], uncond: bool) -> text.PromptBuilder:
         if any(segment.text is None for segment in segments):
             raise UnsupportedError("emu3 draws from words alone: leave pictures and classes out, or ask for text")
-        prompt = text.PromptBuilder(self.tokenizer, self.special_tokens).ids([self.tokenizer.bos_token_id])
+        prompt = text.PromptBuilder(self.tokenizer, self.special_tokens).add_ids([self.tokenizer.bos_token_id])
         words = " ".join((segment.text or "").strip() for segment in segments)
         return (
             prompt.add_template_text(NEGATIVE_PROMPT)
@@ -105,7 +105,7 @@ class Emu3Template(PretrainedTemplate):
 
     def _chat_prompt(self, segments: Sequence[Segment]) -> text.PromptBuilder:
         told, segments = split_system_messages(segments)
-        prompt = text.PromptBuilder(self.tokenizer, self.special_tokens).ids([self.tokenizer.bos_token_id])
+        prompt = text.PromptBuilder(self.tokenizer, self.special_tokens).add_ids([self.tokenizer.bos_token_id])
         prompt = prompt.add_user_text(f"{told} ") if told else prompt.add_template_text(SYSTEM_PROMPT)
         role, segments = None, images_first(segments)  # as its authors lay out a question
         for number, segment in enumerate(segments):
@@ -132,8 +132,8 @@ class Emu3Template(PretrainedTemplate):
             )
         height, width = segment.image.shape
         layout = self.layout((height, width))
-        prompt.ids([self.special_ids[BOI], *layout.prefix]).image(segment.image, layout.num_ids, loss=loss)
-        return prompt.ids(list(layout.suffix), loss=loss)
+        prompt.add_ids([self.special_ids[BOI], *layout.prefix]).add_image(segment.image, layout.num_ids, loss=loss)
+        return prompt.add_ids(list(layout.suffix), loss=loss)
 
 
 def matches(folder: Path, config: dict[str, Any]) -> bool:

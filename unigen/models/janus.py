@@ -95,7 +95,7 @@ class JanusTemplate(PretrainedTemplate):
         prompt = self._dialogue(document.segments, system="" if is_image else SYSTEM, allow_images=not is_image)
         if document.segments[-1].role == "user":
             prompt.add_template_text(f"{self.roles[1]}:")
-        tokens = prompt.tokens()
+        tokens = prompt.build()
         return Tokens([tokens.ids[0]] + [self.special_ids[PAD]] * (len(tokens) - 1)) if branch else tokens
 
     def encode(self, document: Document, *, uncond: bool = False, generator: str = "next-token") -> Tokens:
@@ -110,7 +110,7 @@ class JanusTemplate(PretrainedTemplate):
         return tokens
 
     def _dialogue(self, segments: Sequence[Segment], system: str, allow_images: bool) -> text.PromptBuilder:
-        prompt = text.PromptBuilder(self.tokenizer, self.special_tokens).ids([self.tokenizer.bos_token_id])
+        prompt = text.PromptBuilder(self.tokenizer, self.special_tokens).add_ids([self.tokenizer.bos_token_id])
         told, segments = split_system_messages(segments)
         if system and told:
             prompt.add_user_text(told).add_template_text("\n\n")
@@ -126,7 +126,9 @@ class JanusTemplate(PretrainedTemplate):
                         "janus draws from words alone: leave the picture out, or ask for text about it"
                     )
                 prompt.add_template_text(BOI)
-                prompt.image(segment.image, self.num_features, handler=JanusVisionEncoder.name).add_template_text(EOI)
+                prompt.add_image(segment.image, self.num_features, handler=JanusVisionEncoder.name).add_template_text(
+                    EOI
+                )
             elif segment.label is not None:
                 raise ValueError("janus reads words, not classes: say it in words")
             else:
@@ -134,7 +136,7 @@ class JanusTemplate(PretrainedTemplate):
             if ends and user:
                 prompt.add_template_text("\n\n")
             elif ends and number + 1 < len(segments):
-                prompt.ids([self.tokenizer.eos_token_id])
+                prompt.add_ids([self.tokenizer.eos_token_id])
         return prompt
 
 

@@ -79,21 +79,21 @@ class LiquidTemplate(PretrainedTemplate):
 
     def prompt(self, document: Document, *, output: Output, branch: int = 0) -> Tokens:
         if output == "image":
-            return self._image_prompt(document.segments, bool(branch)).tokens()
-        return self._chat_prompt(document.segments).tokens()
+            return self._image_prompt(document.segments, bool(branch)).build()
+        return self._chat_prompt(document.segments).build()
 
     def encode(self, document: Document, *, uncond: bool = False, generator: str = "next-token") -> Tokens:
         """A whole document to learn from: one that ends in a picture of the assistant's, with the words that it is
         drawn from; else a chat, of which the assistant's answers are learnt."""
         last = document.segments[-1]
         if last.image is None or last.role != "assistant":
-            return self._chat_prompt(document.segments).tokens()
+            return self._chat_prompt(document.segments).build()
         prompt = (
             self._image_prompt(document.segments[:-1], uncond)
             .add_template_text(BOI)
-            .image(last.image, self.image_length, loss=True)
+            .add_image(last.image, self.image_length, loss=True)
         )
-        return prompt.ids([self.image_end_id, self.tokenizer.eos_token_id], loss=True).tokens()
+        return prompt.add_ids([self.image_end_id, self.tokenizer.eos_token_id], loss=True).build()
 
     def _image_prompt(self, segments: Sequence[Segment], uncond: bool) -> text.PromptBuilder:
         if any(segment.image is not None for segment in segments):
@@ -101,7 +101,7 @@ class LiquidTemplate(PretrainedTemplate):
         if any(segment.label is not None for segment in segments):
             raise ValueError("liquid draws words, not classes: say what to draw in words")
         bos = self.tokenizer.bos_token_id
-        prompt = text.PromptBuilder(self.tokenizer).ids([] if bos is None else [bos])  # Qwen's has none
+        prompt = text.PromptBuilder(self.tokenizer).add_ids([] if bos is None else [bos])  # Qwen's has none
         if uncond:
             return prompt.add_template_text(UNCOND)
         return prompt.add_user_text(" ".join((segment.text or "").strip() for segment in segments)).add_template_text(
@@ -139,7 +139,7 @@ class LiquidTemplate(PretrainedTemplate):
             segment = segments[int(piece)]
             learnt = segment.role == "assistant"
             if segment.image is not None:
-                prompt.add_template_text(BOI).image(segment.image, self.image_length).add_template_text(EOI)
+                prompt.add_template_text(BOI).add_image(segment.image, self.image_length).add_template_text(EOI)
             elif segment.label is not None:
                 raise ValueError("liquid draws words, not classes: say it in words")
             else:

@@ -256,7 +256,7 @@ class TextTemplate(ImageOnlyTemplate):
         if any(segment.label is not None for segment in document.segments):
             raise ValueError("this model draws words, not classes: say what to draw in words")
         text_folder = clean_caption(" ".join((segment.text or "").strip() for segment in document.segments))
-        tokens = text.PromptBuilder(self.tokenizer).add_user_text(text_folder).ids([self.eos_id]).tokens()
+        tokens = text.PromptBuilder(self.tokenizer).add_user_text(text_folder).add_ids([self.eos_id]).build()
         if len(tokens) > self.max_prompt_length:
             raise ValueError(
                 f"the prompt has {len(tokens)} pieces, the model reads {self.max_prompt_length}: shorten it"

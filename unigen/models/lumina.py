@@ -101,7 +101,7 @@ class LuminaTemplate(ChameleonTemplate):
         if branch:
             return Tokens()
         if output == "image" and is_user_text(segments):
-            return self._image_prompt(segments, document.size or (self.size, self.size)).tokens()
+            return self._image_prompt(segments, document.size or (self.size, self.size)).build()
         return super().prompt(document, output=output)
 
     def encode(self, document: Document, *, uncond: bool = False, generator: str = "next-token") -> Tokens:
@@ -116,11 +116,11 @@ class LuminaTemplate(ChameleonTemplate):
             prompt = self._add_image(prompt, last.image, loss=True)
         else:
             prompt = self._build_prompt(document.segments, add_turn_ends=True)
-        return (prompt.add_template_text(EOT, loss=True) if last.role == "assistant" else prompt).tokens()
+        return (prompt.add_template_text(EOT, loss=True) if last.role == "assistant" else prompt).build()
 
     def _image_prompt(self, segments: Sequence[Segment], size: tuple[int, int]) -> text.PromptBuilder:
         words = " ".join((segment.text or "").strip() for segment in segments)
-        prompt = text.PromptBuilder(self.tokenizer, self.special_ids).ids([self.tokenizer.bos_token_id])
+        prompt = text.PromptBuilder(self.tokenizer, self.special_ids).add_ids([self.tokenizer.bos_token_id])
         return prompt.add_template_text(PROMPT_TEMPLATE.format(*size)).add_user_text(words).add_template_text(EOT)
 
     def _build_prompt(
@@ -141,8 +141,10 @@ class LuminaTemplate(ChameleonTemplate):
                 "pictures stand in this model's prompts by their own size: give them as codes (model.encode_document)"
             )
         layout = self.layout((image.shape[0], image.shape[1]))
-        prompt.add_template_text(BOI, loss=loss).ids(list(layout.prefix)).image(image, layout.num_ids, loss=loss)
-        return prompt.ids(list(layout.suffix))
+        prompt.add_template_text(BOI, loss=loss).add_ids(list(layout.prefix)).add_image(
+            image, layout.num_ids, loss=loss
+        )
+        return prompt.add_ids(list(layout.suffix))
 
 
 def is_user_text(segments: Sequence[Segment]) -> bool:

@@ -138,23 +138,23 @@ class ShowoTemplate(PretrainedTemplate):
         if any(segment.text is None for segment in segments):
             raise UnsupportedError("showo draws from words alone: leave pictures and classes out, or ask for text")
         words = "" if uncond else " ".join((segment.text or "").strip() for segment in segments)
-        prompt = text.PromptBuilder(self.tokenizer, self.special_ids).ids(
+        prompt = text.PromptBuilder(self.tokenizer, self.special_ids).add_ids(
             [self.special_ids[T2I], self.tokenizer.bos_token_id]
         )
         tokens = Tokens()
-        tokens.add([*prompt.add_user_text(words).tokens().ids[: MAX_PROMPT_LEN - 1], self.tokenizer.eos_token_id])
+        tokens.add([*prompt.add_user_text(words).build().ids[: MAX_PROMPT_LEN - 1], self.tokenizer.eos_token_id])
         return tokens
 
     def _question_prompt(self, segments: Sequence[Segment]) -> Tokens:
         pictures = [segment.image for segment in segments if segment.image is not None]
         if len(pictures) != 1 or any(segment.label is not None or segment.role != "user" for segment in segments):
             raise UnsupportedError("showo answers one question about one picture: give a picture and words")
-        prompt = text.PromptBuilder(self.tokenizer, self.special_ids).ids(
+        prompt = text.PromptBuilder(self.tokenizer, self.special_ids).add_ids(
             [self.special_ids[MMU], self.special_ids[SOI]]
         )
-        prompt.image(pictures[0], self.num_codes).ids([self.special_ids[EOI], self.tokenizer.bos_token_id])
+        prompt.add_image(pictures[0], self.num_codes).add_ids([self.special_ids[EOI], self.tokenizer.bos_token_id])
         words = " ".join((segment.text or "").strip() for segment in segments if segment.image is None)
-        return prompt.add_template_text("USER: \n").add_user_text(words).add_template_text(" ASSISTANT:").tokens()
+        return prompt.add_template_text("USER: \n").add_user_text(words).add_template_text(" ASSISTANT:").build()
 
 
 def matches(folder: Path, config: dict[str, Any]) -> bool:

@@ -102,7 +102,7 @@ def decode_mask(data: bytes | Image.Image) -> Image.Image:
         ValueError: as `decode_image`.
     """
     opened = open_image(data, "the mask") if isinstance(data, bytes) else data
-    return read_mask(opened, transparent_marks=True, name="the mask")
+    return read_mask(opened, transparent_is_edit=True, name="the mask")
 
 
 def _reduce_image(image: Image.Image, max_pixels: int) -> Image.Image:

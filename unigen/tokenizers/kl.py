@@ -132,5 +132,5 @@ class KLTokenizer(SquareGridMixin, nn.Module):
 
 
 def from_config(config: Mapping[str, object]) -> KLTokenizer:
-    """The tokenizer described by `KLTokenizer.config()` (kind left out), untrained. ValueError for unknown keys."""
+    """The untrained tokenizer of `KLTokenizer.config()`, kind left out. Raises ValueError for unknown keys."""
     return KLTokenizer(from_dict(KLConfig, config))

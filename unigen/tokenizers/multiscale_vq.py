@@ -10,9 +10,9 @@ reads is the whole picture so far, area_down(f_hat_k, n_(k+1)), never the last m
 
 In training a share `scale_dropout` of the pictures is decoded from their first k < K scales, as SoundStream drops
 quantizers (Zeghidour et al. 2021, arXiv 2107.03312, section III-C): else the last scale holds nearly all that there is
-to see, and its codes, drawn all at once, do not agree with each other. `encode_with_corruption` is for models that learn
-from the codes: later scales then correct mistakes made in earlier ones (Infinity, Han et al. 2024, arXiv 2412.04431,
-section 3.4).
+to see, and its codes, drawn all at once, do not agree with each other. `encode_with_corruption` is for models that
+learn from the codes: later scales then correct mistakes made in earlier ones (Infinity, Han et al. 2024, arXiv
+2412.04431, section 3.4).
 It stands in `VQTokenizer` like the other quantizers. Does not depend on: pictures, networks, optimizers, files.
 
 Shapes: B batch, D code dimension, h w grid, K scales, n_k side of scale k, P = sum of n_k^2 positions, V codes.

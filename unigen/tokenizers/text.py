@@ -215,9 +215,13 @@ def load_from_model(folder: Path, newlines: bool = True) -> Any:
 
 
 class PromptBuilder:
-    """Ids of a prompt in the making. In a template's own text the names of special tokens are these tokens; in what a
-    user says they are text. Text between two special tokens is cut into pieces as a whole, whoever says it. names: the
-    special tokens that the template names; None is all that the tokenizer has."""
+    """Builds the ids of a prompt. In a template's own text the names of special tokens are these tokens; in a user's
+    text they are text. Text between two special tokens is cut into pieces as a whole, whoever says it.
+
+    Args:
+        tokenizer: of the model.
+        names: the special tokens that the template names; None is all that the tokenizer has.
+    """
 
     def __init__(self, tokenizer: Any, names: Iterable[str] | None = None) -> None:
         self.tokenizer = tokenizer
@@ -229,34 +233,46 @@ class PromptBuilder:
         self._special = re.compile(f"({'|'.join(map(re.escape, names))})" if names else "(?!)")
 
     def add_template_text(self, text: str, loss: bool = False) -> PromptBuilder:
-        """The template's words."""
+        """Add the template's words; loss: are they learnt?"""
         for number, piece in enumerate(self._special.split(text)):
             if number % 2:
-                self.ids([self.tokenizer.convert_tokens_to_ids(piece)], loss)
+                self.add_ids([self.tokenizer.convert_tokens_to_ids(piece)], loss)
             else:
                 self.add_user_text(piece, loss)
         return self
 
     def add_user_text(self, text: str, loss: bool = False) -> PromptBuilder:
-        """A user's words."""
+        """Add a user's words; loss: are they learnt?"""
         if text:
             if self._text and self._loss != loss:
                 self._flush()
             self._text, self._loss = self._text + text, loss
         return self
 
-    def ids(self, ids: list[int], loss: bool = False) -> PromptBuilder:
+    def add_ids(self, ids: list[int], loss: bool = False) -> PromptBuilder:
+        """Add ids as they are; loss: are they learnt?"""
         self._flush()
         self._tokens.add(ids, loss)
         return self
 
-    def image(self, image: Any, length: int, loss: bool = False, handler: str = "next-token") -> PromptBuilder:
-        """A picture's place of so many ids."""
+    def add_image(self, image: Any, length: int, loss: bool = False, handler: str = "next-token") -> PromptBuilder:
+        """Add an image's place.
+
+        Args:
+            image: pixels or codes.
+            length: ids that stand for it.
+            loss: is it learnt?
+            handler: the generator that writes it, or the reader that reads it.
+
+        Returns:
+            The builder.
+        """
         self._flush()
         self._tokens.add_image(image, length, loss, handler)
         return self
 
-    def tokens(self) -> Tokens:
+    def build(self) -> Tokens:
+        """All that was added."""
         self._flush()
         return self._tokens
 

@@ -195,5 +195,5 @@ class VQTokenizer(nn.Module):
 
 
 def from_config(config: Mapping[str, object]) -> VQTokenizer:
-    """The tokenizer described by `VQTokenizer.config()` (kind left out), untrained. ValueError for unknown keys."""
+    """The untrained tokenizer of `VQTokenizer.config()`, kind left out. Raises ValueError for unknown keys."""
     return VQTokenizer(from_dict(VQConfig, config))

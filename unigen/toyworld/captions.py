@@ -5,8 +5,8 @@ Does not depend on: fonts, pixels, models. `parse_caption` is the inverse of `ca
 tolerant of the rest, so that a caption written by a model is scored by comparing facts, and a prompt becomes an oracle
 scene:
 
-    said = parse_caption("a photo of two pink cats and a car on a green background")
-    scene = scene_from_facts(said, np.random.default_rng(0))
+    facts = parse_caption("a photo of two pink cats and a car on a green background")
+    scene = scene_from_facts(facts, np.random.default_rng(0))
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Facts:
     relation: str | None = None
     ground: bool = False
 
-    def normal(self) -> Facts:
+    def canonical(self) -> Facts:
         """The same facts in alphabetical order, for comparison; two related groups stay in front, their relation
         turned with them.
         """
@@ -72,11 +72,11 @@ def extract_facts(scene: Scene) -> Facts:
     groups = groups_of(scene)
 
     def left(group: Group) -> float:
-        return float(np.mean([item.x for item in scene.items if (item.name, item.color) == group[:2]]))
+        return float(np.mean([item.x for item in scene.objects if (item.name, item.color) == group[:2]]))
 
     groups = tuple(sorted(groups, key=left))
     related = None
-    if len(scene.items) == 2 and len(groups) == 2:
+    if len(scene.objects) == 2 and len(groups) == 2:
         a, b = (_first_object(scene, group) for group in groups)
         related = clear_relation(a, b)
         if related == "below":
@@ -85,14 +85,20 @@ def extract_facts(scene: Scene) -> Facts:
 
 
 def _first_object(scene: Scene, group: Group) -> SceneObject:
-    return next(item for item in scene.items if (item.name, item.color) == group[:2])
+    return next(item for item in scene.objects if (item.name, item.color) == group[:2])
 
 
-def compare_facts(said: Facts, true: Facts) -> dict[str, bool]:
-    """Which attributes of `said` are right: objects, counts, colors, background, relation. What is unsaid but true
-    counts as wrong, and so does what is said but not among the true facts.
+def compare_facts(predicted: Facts, target: Facts) -> dict[str, bool]:
+    """Compare what a caption says with what holds.
+
+    Args:
+        predicted: facts of the caption.
+        target: the true facts; what is missing of them is wrong, and so is what is not among them.
+
+    Returns:
+        Whether objects, counts, colors, background and relation are right.
     """
-    a, b = said.normal(), true.normal()
+    a, b = predicted.canonical(), target.canonical()
     return {
         "objects": sorted(name for name, _, _ in a.groups) == sorted(name for name, _, _ in b.groups),
         "counts": sorted((name, n) for name, _, n in a.groups) == sorted((name, n) for name, _, n in b.groups),
@@ -142,16 +148,16 @@ _RELATION_VARIANTS = {
 }
 
 
-def caption(said: Facts) -> str:
+def caption(facts: Facts) -> str:
     """The canonical caption: "a blue horse to the left of a red dog on a green background" ("on a green ground" with
     a ground plane).
     """
-    parts = [noun_phrase(group) for group in said.groups]
-    if said.relation is not None:
-        parts[:2] = [f"{parts[0]} {_RELATION_PHRASES[said.relation]} {parts[1]}"]
+    parts = [noun_phrase(group) for group in facts.groups]
+    if facts.relation is not None:
+        parts[:2] = [f"{parts[0]} {_RELATION_PHRASES[facts.relation]} {parts[1]}"]
     text = join_phrases(parts)
-    if said.background is not None:
-        text += f" on a {said.background} {'ground' if said.ground else 'background'}"
+    if facts.background is not None:
+        text += f" on a {facts.background} {'ground' if facts.ground else 'background'}"
     return text
 
 
@@ -160,15 +166,15 @@ def choose(rng: np.random.Generator, choices: tuple[str, ...]) -> str:
     return choices[int(rng.integers(len(choices)))]
 
 
-def reorder_facts(said: Facts, rng: np.random.Generator) -> Facts:
+def reorder_facts(facts: Facts, rng: np.random.Generator) -> Facts:
     """The same facts, told in another order."""
-    if said.relation is not None:
+    if facts.relation is not None:
         if rng.random() < 0.5:
-            return said
-        swapped = (said.groups[1], said.groups[0], *said.groups[2:])
-        return Facts(swapped, said.background, OPPOSITE[said.relation], said.ground)
-    groups = tuple(said.groups[k] for k in rng.permutation(len(said.groups)))
-    return Facts(groups, said.background, None, said.ground)
+            return facts
+        swapped = (facts.groups[1], facts.groups[0], *facts.groups[2:])
+        return Facts(swapped, facts.background, OPPOSITE[facts.relation], facts.ground)
+    groups = tuple(facts.groups[k] for k in rng.permutation(len(facts.groups)))
+    return Facts(groups, facts.background, None, facts.ground)
 
 
 def short_caption(scene: Scene, rng: np.random.Generator) -> str:
@@ -326,10 +332,10 @@ def parse_caption(text: str) -> Facts:
     return Facts(tuple(groups), background, relation, ground)
 
 
-def scene_from_facts(said: Facts, rng: np.random.Generator, size: int = 64) -> Scene:
+def scene_from_facts(facts: Facts, rng: np.random.Generator, size: int = 64) -> Scene:
     """A scene that satisfies the facts: the oracle of the evaluation. Unsaid: background by lot, natural colours.
 
     ValueError for no object or more than four. A relation is honoured between single objects only."""
-    related = said.relation is not None and len(said.groups) >= 2 and said.groups[0][2] == said.groups[1][2] == 1
-    background = said.background or choose(rng, tuple(BACKGROUNDS))
-    return place_objects(rng, said.groups, background, said.relation if related else None, said.ground, size)
+    related = facts.relation is not None and len(facts.groups) >= 2 and facts.groups[0][2] == facts.groups[1][2] == 1
+    background = facts.background or choose(rng, tuple(BACKGROUNDS))
+    return place_objects(rng, facts.groups, background, facts.relation if related else None, facts.ground, size)

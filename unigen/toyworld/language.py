@@ -92,23 +92,29 @@ class QAPair:
 
 @dataclass(frozen=True)
 class Edit:
-    """An instruction and the scene after it; kind is one of EDITS."""
+    """An instruction and what it makes of a scene."""
 
     instruction: str
-    after: Scene
+    """In words."""
+    edited_scene: Scene
+    """The scene after it."""
     kind: str
+    """One of `EDITS`."""
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """Does the picture satisfy the prompt, and one clause that says why (not)."""
+    """Whether a picture shows what a prompt says."""
 
     prompt: str
-    ok: bool
+    """In the words of captions."""
+    is_satisfied: bool
+    """Whether it does."""
     reason: str
+    """One clause that says why, or why not."""
 
     def __iter__(self):  # (prompt, ok, reason) unpacks
-        return iter((self.prompt, self.ok, self.reason))
+        return iter((self.prompt, self.is_satisfied, self.reason))
 
 
 def _pick(rng: np.random.Generator, choices: tuple[str, ...]) -> str:
@@ -116,7 +122,7 @@ def _pick(rng: np.random.Generator, choices: tuple[str, ...]) -> str:
 
 
 def _absent_object(scene: Scene, rng: np.random.Generator) -> str:
-    present_names = {item.name for item in scene.items}
+    present_names = {item.name for item in scene.objects}
     return _pick(rng, tuple(name for name in OBJECT_EMOJI if name not in present_names))
 
 
@@ -137,8 +143,8 @@ def questions(scene: Scene, rng: np.random.Generator) -> list[QAPair]:
     return [found[k] for k in rng.permutation(len(found))]
 
 
-def _presence_questions(scene: Scene, said: Facts, rng: np.random.Generator) -> list[QAPair]:
-    present_names, alternative = said.groups[int(rng.integers(len(said.groups)))], _absent_object(scene, rng)
+def _presence_questions(scene: Scene, facts: Facts, rng: np.random.Generator) -> list[QAPair]:
+    present_names, alternative = facts.groups[int(rng.integers(len(facts.groups)))], _absent_object(scene, rng)
     colored = present_names[1] is not None and rng.random() < 0.5
     yes = (
         with_article(noun_form(present_names[0]))
@@ -155,9 +161,9 @@ def _presence_questions(scene: Scene, said: Facts, rng: np.random.Generator) -> 
     return [QAPair(form.format(yes), "yes", "presence"), QAPair(form.format(no), "no", "presence")]
 
 
-def _count_questions(scene: Scene, said: Facts, rng: np.random.Generator) -> list[QAPair]:
+def _count_questions(scene: Scene, facts: Facts, rng: np.random.Generator) -> list[QAPair]:
     totals: dict[str, int] = {}
-    for name, _, count in said.groups:
+    for name, _, count in facts.groups:
         totals[name] = totals.get(name, 0) + count
     form = _pick(rng, ("how many {} are there?", "how many {}?", "how many {} do you see?"))
     found = [
@@ -168,27 +174,27 @@ def _count_questions(scene: Scene, said: Facts, rng: np.random.Generator) -> lis
     if rng.random() < 0.12:
         found.append(QAPair(form.format(plural(_absent_object(scene, rng))), "zero", "count"))
     if rng.random() < 0.2:
-        found.append(QAPair("how many objects are there?", NUMBER_WORDS[len(scene.items)], "count"))
+        found.append(QAPair("how many objects are there?", NUMBER_WORDS[len(scene.objects)], "count"))
     return found
 
 
-def _color_questions(said: Facts, rng: np.random.Generator) -> list[QAPair]:
+def _color_questions(facts: Facts, rng: np.random.Generator) -> list[QAPair]:
     found = []
-    names = [name for name, _, _ in said.groups]
-    for name, color, count in said.groups:
+    names = [name for name, _, _ in facts.groups]
+    for name, color, count in facts.groups:
         if names.count(name) == 1 and (color is not None or rng.random() < 0.15):
             verb = "is" if count == 1 else "are"
             found.append(QAPair(f"what color {verb} the {noun_form(name, count)}?", color or "natural", "colour"))
-    if rng.random() < 0.5 and said.background is not None:
+    if rng.random() < 0.5 and facts.background is not None:
         form = _pick(rng, ("what color is the background?", "what is the color of the background?"))
-        found.append(QAPair(form, said.background, "background"))
+        found.append(QAPair(form, facts.background, "background"))
     return found
 
 
-def _relation_questions(said: Facts, rng: np.random.Generator) -> list[QAPair]:
-    if said.relation is None:
+def _relation_questions(facts: Facts, rng: np.random.Generator) -> list[QAPair]:
+    if facts.relation is None:
         return []
-    facts = reorder_facts(said, rng)
+    facts = reorder_facts(facts, rng)
     a, b, side = noun_form(facts.groups[0][0]), noun_form(facts.groups[1][0]), facts.relation
     assert side is not None
     to = {"left of": "to the left of", "right of": "to the right of"}
@@ -207,21 +213,21 @@ def count_questions(scene: Scene, rng: np.random.Generator) -> list[QAPair]:
     form = _pick(rng, ("how many {} are there?", "how many {}?", "how many {} do you see?"))
     natural = [
         color
-        for item in scene.items
+        for item in scene.objects
         if item.color is None
         for color in COLORS
         if color not in allowed_colors(item.name)
     ]
-    colors = [item.color for item in scene.items if item.color is not None and item.color not in natural]
-    counts = {"objects": len(scene.items)} | {f"{color} objects": colors.count(color) for color in colors}
+    colors = [item.color for item in scene.objects if item.color is not None and item.color not in natural]
+    counts = {"objects": len(scene.objects)} | {f"{color} objects": colors.count(color) for color in colors}
     found = [QAPair(form.format(subject), NUMBER_WORDS[count], "count") for subject, count in counts.items()]
     return [found[k] for k in rng.permutation(len(found))]
 
 
 def position_questions(scene: Scene, rng: np.random.Generator) -> list[QAPair]:
     """Where each object is that is the only one of its name, in random order; kind "place"."""
-    names = [item.name for item in scene.items]
-    single = [item for item in scene.items if names.count(item.name) == 1]
+    names = [item.name for item in scene.objects]
+    single = [item for item in scene.objects if names.count(item.name) == 1]
     form = _pick(rng, ("where is the {}?", "where do you see the {}?"))
     found = [QAPair(form.format(noun_form(item.name)), position_phrase(item, scene.size), "place") for item in single]
     return [found[k] for k in rng.permutation(len(found))]
@@ -230,13 +236,13 @@ def position_questions(scene: Scene, rng: np.random.Generator) -> list[QAPair]:
 # --- edits ----------------------------------------------------------------------------------------
 
 
-def sample_edit(scene: Scene, rng: np.random.Generator, kind: str | None = None, heldout: bool | None = False) -> Edit:
+def sample_edit(scene: Scene, rng: np.random.Generator, kind: str | None = None, held_out: bool | None = False) -> Edit:
     """One edit of the scene; all other objects stay where they are. `kind` is by lot when None, and replaced by
-    another where the scene does not allow it. With heldout=False an edit of a training scene yields a training scene.
+    another where the scene does not allow it. With held_out=False an edit of a training scene yields a training scene.
     """
     if kind is not None and kind not in EDITS:
         raise ValueError(f"unknown kind of edit {kind!r}: choose from {', '.join(EDITS)}")
-    keep = heldout is not None and not held_out_combinations(groups_of(scene))
+    keep = held_out is not None and not held_out_combinations(groups_of(scene))
     order = [EDITS[k] for k in rng.permutation(len(EDITS))]
     if kind is not None:
         order = [kind] + [alternative for alternative in order if alternative != kind]
@@ -245,13 +251,13 @@ def sample_edit(scene: Scene, rng: np.random.Generator, kind: str | None = None,
             edit = _EDITORS[name](scene, rng)
             if edit is None:
                 break
-            if not keep or not held_out_combinations(groups_of(edit.after)):
+            if not keep or not held_out_combinations(groups_of(edit.edited_scene)):
                 return edit
     raise AssertionError("a background can always be changed")
 
 
 def _members(scene: Scene, group: Group) -> list[int]:
-    return [k for k, item in enumerate(scene.items) if (item.name, item.color) == group[:2]]
+    return [k for k, item in enumerate(scene.objects) if (item.name, item.color) == group[:2]]
 
 
 def _pick_group(scene: Scene, rng: np.random.Generator) -> tuple[Group, str]:
@@ -281,7 +287,7 @@ def _replace(scene: Scene, rng: np.random.Generator) -> Edit | None:
 
 
 def _add(scene: Scene, rng: np.random.Generator) -> Edit | None:
-    if len(scene.items) >= MAX_COUNT:
+    if len(scene.objects) >= MAX_COUNT:
         return None
     name = _absent_object(scene, rng)
     color = _color(rng, name)
@@ -296,20 +302,20 @@ def _remove(scene: Scene, rng: np.random.Generator) -> Edit | None:
         return None
     group, called = _pick_group(scene, rng)
     removed_indices = set(_members(scene, group))
-    items = tuple(item for k, item in enumerate(scene.items) if k not in removed_indices)
+    objects = tuple(item for k, item in enumerate(scene.objects) if k not in removed_indices)
     return Edit(
-        _pick(rng, ("remove {}", "take {} away", "delete {}")).format(called), replace(scene, items=items), "remove"
+        _pick(rng, ("remove {}", "take {} away", "delete {}")).format(called), replace(scene, objects=objects), "remove"
     )
 
 
 def _recolor(scene: Scene, rng: np.random.Generator) -> Edit | None:
     group, called = _pick_group(scene, rng)
-    used_colors = {item.color for item in scene.items if item.name == group[0]}
+    used_colors = {item.color for item in scene.objects if item.name == group[0]}
     color = _pick(rng, tuple(color for color in allowed_colors(group[0]) if color not in used_colors))
     members = set(_members(scene, group))
-    items = tuple(replace(item, color=color) if k in members else item for k, item in enumerate(scene.items))
+    objects = tuple(replace(item, color=color) if k in members else item for k, item in enumerate(scene.objects))
     form = _pick(rng, ("make {} {}", "paint {} {}", "change the color of {} to {}"))
-    return Edit(form.format(called, color), replace(scene, items=items), "recolour")
+    return Edit(form.format(called, color), replace(scene, objects=objects), "recolour")
 
 
 def _background(scene: Scene, rng: np.random.Generator) -> Edit | None:
@@ -326,53 +332,55 @@ _EDITORS = {"replace": _replace, "add": _add, "remove": _remove, "recolour": _re
 
 def sample_judgement(scene: Scene, rng: np.random.Generator) -> Judgement:
     """A prompt that the scene satisfies (half of the time) or misses in one attribute, and why in one clause."""
-    true = reorder_facts(extract_facts(scene), rng)
+    facts = reorder_facts(extract_facts(scene), rng)
     if rng.random() < 0.3:
-        true = replace(true, background=None, ground=False)
+        facts = replace(facts, background=None, ground=False)
     if rng.random() < 0.5:
         return Judgement(
-            caption(true), True, "the picture shows " + join_phrases([noun_phrase(group) for group in true.groups])
+            caption(facts), True, "the picture shows " + join_phrases([noun_phrase(group) for group in facts.groups])
         )
-    keep = not held_out_combinations(true.groups)
+    keep = not held_out_combinations(facts.groups)
     while True:
-        corrupted_facts, reason = _corrupt_facts(true, rng)
+        corrupted_facts, reason = _corrupt_facts(facts, rng)
         if not keep or not held_out_combinations(corrupted_facts.groups):
             return Judgement(caption(corrupted_facts), False, reason)
 
 
-def _corrupt_facts(true: Facts, rng: np.random.Generator) -> tuple[Facts, str]:
+def _corrupt_facts(facts: Facts, rng: np.random.Generator) -> tuple[Facts, str]:
     """Facts that differ from the true ones in one attribute, and the difference in words."""
-    k = int(rng.integers(len(true.groups)))
-    name, color, count = true.groups[k]
+    k = int(rng.integers(len(facts.groups)))
+    name, color, count = facts.groups[k]
     is_are, present_names = ("is", "there is") if count == 1 else ("are", "there are")
     kinds = ["object", "count"] + ["color"] * (color is not None)
-    kinds += ["background"] * (true.background is not None) + ["relation"] * (2 * (true.relation is not None))
+    kinds += ["background"] * (facts.background is not None) + ["relation"] * (2 * (facts.relation is not None))
     kind = kinds[int(rng.integers(len(kinds)))]
     if kind == "background":
-        alternative = _pick(rng, tuple(shade for shade in BACKGROUNDS if shade != true.background))
-        return replace(true, background=alternative), f"the background is {true.background}, not {alternative}"
+        alternative = _pick(rng, tuple(shade for shade in BACKGROUNDS if shade != facts.background))
+        return replace(facts, background=alternative), f"the background is {facts.background}, not {alternative}"
     if kind == "relation":
-        assert true.relation is not None
-        a, b = (noun_form(group[0]) for group in true.groups[:2])
-        stated_relation = OPPOSITE[true.relation]
-        return replace(true, relation=stated_relation), f"the {a} is {true.relation} the {b}, not {stated_relation} it"
+        assert facts.relation is not None
+        a, b = (noun_form(group[0]) for group in facts.groups[:2])
+        stated_relation = OPPOSITE[facts.relation]
+        return replace(
+            facts, relation=stated_relation
+        ), f"the {a} is {facts.relation} the {b}, not {stated_relation} it"
     if kind == "color":
         alternative = _pick(rng, tuple(tint for tint in allowed_colors(name) if tint != color))
         new: Group = (name, alternative, count)
         reason = f"the {noun_form(name, count)} {is_are} {color}, not {alternative}"
     elif kind == "count":
-        room = MAX_COUNT - sum(group[2] for group in true.groups) + count
+        room = MAX_COUNT - sum(group[2] for group in facts.groups) + count
         number = int(rng.choice([n for n in range(1, max(room, 2) + 1) if n != count]))
         new = (name, color, number)
         reason = f"{present_names} {NUMBER_WORDS[count]} {noun_form(name, count)}, not {NUMBER_WORDS[number]}"
     else:
-        names = [group[0] for group in true.groups]
+        names = [group[0] for group in facts.groups]
         alternative = _pick(rng, tuple(choice for choice in OBJECT_EMOJI if choice not in names))
         new = (alternative, color if color in allowed_colors(alternative) else None, count)
         reason = f"there is no {noun_form(alternative)}"
-    groups = tuple(new if j == k else group for j, group in enumerate(true.groups))
-    relation = true.relation if all(group[2] == 1 for group in groups) else None
-    return replace(true, groups=groups, relation=relation), reason
+    groups = tuple(new if j == k else group for j, group in enumerate(facts.groups))
+    relation = facts.relation if all(group[2] == 1 for group in groups) else None
+    return replace(facts, groups=groups, relation=relation), reason
 
 
 def expansion(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:

@@ -150,11 +150,13 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """Items from back to front on a named background; a square picture of `size` pixels a side; `ground` adds a
-    ground plane.
-    """
+    """Objects on a background: what a square picture shows."""
 
-    items: tuple[SceneObject, ...]
+    objects: tuple[SceneObject, ...]
+    """From back to front."""
     background: str
+    """Its name."""
     size: int = 64
+    """Pixels a side."""
     ground: bool = False
+    """Whether there is a ground plane."""

@@ -139,7 +139,7 @@ def held_out_combinations(groups: tuple[Group, ...] | list[Group]) -> tuple[str,
 def groups_of(scene: Scene) -> tuple[Group, ...]:
     """The scene's objects counted by (name, colour), in the order in which they first occur from back to front."""
     counts: dict[tuple[str, str | None], int] = {}
-    for item in scene.items:
+    for item in scene.objects:
         counts[item.name, item.color] = counts.get((item.name, item.color), 0) + 1
     return tuple((name, color, count) for (name, color), count in counts.items())
 
@@ -154,7 +154,7 @@ def is_held_out(scene: Scene) -> bool:
 # --- sampling -------------------------------------------------------------------------------------
 
 
-def sample_groups(rng: np.random.Generator, heldout: bool | None = False) -> tuple[tuple[Group, ...], bool]:
+def sample_groups(rng: np.random.Generator, held_out: bool | None = False) -> tuple[tuple[Group, ...], bool]:
     """What a scene holds, at most four objects, and whether two objects are to stand in a clear relation."""
     while True:
         u = rng.random()
@@ -169,7 +169,7 @@ def sample_groups(rng: np.random.Generator, heldout: bool | None = False) -> tup
         chosen = rng.choice(len(_NAMES), size=len(counts), replace=False)
         groups = tuple((_NAMES[k], _color(rng, _NAMES[k]), n) for k, n in zip(chosen, counts, strict=True))
         related = counts == (1, 1) and rng.random() < 0.65
-        if heldout is None or bool(held_out_combinations(groups)) == heldout:
+        if held_out is None or bool(held_out_combinations(groups)) == held_out:
             return groups, related
 
 
@@ -178,9 +178,9 @@ def _color(rng: np.random.Generator, name: str) -> str | None:
     return choices[int(rng.integers(len(choices)))] if rng.random() < 0.5 else None
 
 
-def sample_scene(rng: np.random.Generator, size: int = 64, heldout: bool | None = False) -> Scene:
-    """A scene of 1-4 objects. heldout: False never yields a held-out combination, True always, None as they come."""
-    groups, related = sample_groups(rng, heldout)
+def sample_scene(rng: np.random.Generator, size: int = 64, held_out: bool | None = False) -> Scene:
+    """A scene of 1-4 objects. held_out: False never yields a held-out combination, True always, None as they come."""
+    groups, related = sample_groups(rng, held_out)
     target_relation = RELATIONS[int(rng.integers(4))] if related else None
     background = tuple(BACKGROUNDS)[int(rng.integers(len(BACKGROUNDS)))]
     return place_objects(rng, groups, background, target_relation, ground=bool(rng.random() < 0.3), size=size)
@@ -190,11 +190,11 @@ def place_objects(
     rng: np.random.Generator,
     groups: tuple[Group, ...],
     background: str,
-    wanted: str | None = None,
+    target_relation: str | None = None,
     ground: bool = False,
     size: int = 64,
 ) -> Scene:
-    """A scene with these groups at random places; `wanted`: the relation of the first group's object to the second's.
+    """A scene with these groups at random places; `target_relation` is that of the first object to the second.
 
     Objects lie wholly inside the picture and cover each other by 20% at most. ValueError for more than four objects.
     """
@@ -205,23 +205,26 @@ def place_objects(
     for attempt in range(400):
         shrink = max(0.0, 1 - attempt / 200)  # the sizes move to the small end when they do not fit
         draw = _sample_grounded if ground else _sample_floating
-        items = [draw(rng, name, color, len(names), shrink, wanted, k, size) for k, (name, color) in enumerate(names)]
-        if wanted is not None and clear_relation(items[0], items[1]) != wanted:
+        items = [
+            draw(rng, name, color, len(names), shrink, target_relation, k, size)
+            for k, (name, color) in enumerate(names)
+        ]
+        if target_relation is not None and clear_relation(items[0], items[1]) != target_relation:
             continue
         stack = sorted(items, key=lambda item: item.box()[3]) if ground else [items[k] for k in order]
         if all(_covered_share(stack, k) <= _OVERLAP for k in range(len(stack))):
             return Scene(tuple(stack), background, size, ground)
     if ground:
-        return place_objects(rng, groups, background, wanted, ground=False, size=size)
-    raise AssertionError(f"no place found for {groups} {wanted}")
+        return place_objects(rng, groups, background, target_relation, ground=False, size=size)
+    raise AssertionError(f"no place found for {groups} {target_relation}")
 
 
-def replace_objects(scene: Scene, chosen: set[int], name: str, color: str | None) -> Scene | None:
+def replace_objects(scene: Scene, indices: set[int], name: str, color: str | None) -> Scene | None:
     """The scene with other objects in the place of the chosen ones: same centre and size (on the ground: same base),
     moved only as far as the picture's edge asks; None where they would hide too much.
     """
-    items = list(scene.items)
-    for k in chosen:
+    items = list(scene.objects)
+    for k in indices:
         old = items[k]
         new = replace(old, name=name, color=color)
         w, h = new.extent()
@@ -230,7 +233,7 @@ def replace_objects(scene: Scene, chosen: set[int], name: str, color: str | None
             return None
         items[k] = replace(new, x=min(max(old.x, w / 2), scene.size - w / 2), y=min(max(y, h / 2), scene.size - h / 2))
     return (
-        replace(scene, items=tuple(items))
+        replace(scene, objects=tuple(items))
         if all(_covered_share(items, k) <= _OVERLAP for k in range(len(items)))
         else None
     )
@@ -240,15 +243,15 @@ def insert_object(scene: Scene, rng: np.random.Generator, name: str, color: str 
     """The scene with one more object that hides none and is hidden by none beyond the bound, all others unmoved; None
     without room.
     """
-    n = len(scene.items) + 1
+    n = len(scene.objects) + 1
     draw = _sample_grounded if scene.ground else _sample_floating
     for attempt in range(60):
         item = draw(rng, name, color, n, 1 - attempt / 60, None, 0, scene.size)
-        stack = [*scene.items, item]
+        stack = [*scene.objects, item]
         if scene.ground:
             stack.sort(key=lambda one: one.box()[3])
         if all(_covered_share(stack, k) <= _OVERLAP for k in range(n)):
-            return replace(scene, items=tuple(stack))
+            return replace(scene, objects=tuple(stack))
     return None
 
 
@@ -275,11 +278,11 @@ def _sample_center(rng: np.random.Generator, extent: float, size: int, part: int
     return float(rng.uniform(low, high))
 
 
-def _placement_halves(wanted: str | None, index: int) -> tuple[int, int]:
+def _placement_halves(target_relation: str | None, index: int) -> tuple[int, int]:
     """The half of the picture in x and in y to which a relation confines object 0 (and its opposite object 1)."""
     side = 1 if index == 0 else -1
-    x = {"left of": -side, "right of": side}.get(wanted or "", 0)
-    y = {"above": -side, "below": side}.get(wanted or "", 0)
+    x = {"left of": -side, "right of": side}.get(target_relation or "", 0)
+    y = {"above": -side, "below": side}.get(target_relation or "", 0)
     return x, y
 
 
@@ -289,7 +292,7 @@ def _sample_floating(
     color: str | None,
     n: int,
     shrink: float,
-    wanted: str | None,
+    target_relation: str | None,
     index: int,
     size: int,
 ) -> SceneObject:
@@ -297,7 +300,7 @@ def _sample_floating(
     side = (low + (high - low) * shrink * rng.random()) * size / 64
     at_origin = SceneObject(name, color, 0.0, 0.0, float(side), float(rng.uniform(-10, 10)))
     w, h = at_origin.extent()
-    x_half, y_half = _placement_halves(wanted, index)
+    x_half, y_half = _placement_halves(target_relation, index)
     x, y = _sample_center(rng, w, size, x_half), _sample_center(rng, h, size, y_half)
     return SceneObject(name, color, x, y, at_origin.size, at_origin.angle)
 
@@ -308,14 +311,14 @@ def _sample_grounded(
     color: str | None,
     n: int,
     shrink: float,
-    wanted: str | None,
+    target_relation: str | None,
     index: int,
     size: int,
 ) -> SceneObject:
     """The base stands on the ground plane: it gives the depth, and the size falls with it (linear perspective, +-6%
     of natural spread).
     """
-    x_half, y_half = _placement_halves(wanted, index)
+    x_half, y_half = _placement_halves(target_relation, index)
     horizon = HORIZON_HEIGHT * size
     base = _sample_center(rng, 0.0, size, 0) * (1 - HORIZON_HEIGHT) + horizon
     if y_half:

@@ -1,10 +1,10 @@
-"""Illustrated stories of 3-5 frames with recurring characters, and the text corpus of the whole world.
+"""Illustrated stories of 3-5 pages with recurring characters, and the text corpus of the whole world.
 
 Each frame's text names just what its picture shows: the characters with their colours, a prop, and a place that tells
 the background; `page_facts` reads it back. Does not depend on: fonts, pixels, models.
 
     tale = story(np.random.default_rng(0), references=2)
-    tale.request, tale.references, tale.frames
+    tale.request, tale.references, tale.pages
 """
 
 from __future__ import annotations
@@ -68,14 +68,16 @@ assert set(PLACES) == set(BACKGROUNDS)
 
 @dataclass(frozen=True)
 class StoryBeat:
-    """What happens in one frame: texts, who is seen (indices of characters), from which props one is drawn, and where
-    the first character is as seen from the prop.
-    """
+    """What happens on one page."""
 
     texts: tuple[str, ...]
-    cast: tuple[int, ...]
+    """Of which one is drawn."""
+    character_indices: tuple[int, ...]
+    """Who is seen."""
     props: tuple[str, ...] = ()
+    """Of which one is drawn."""
     relation: str | None = None
+    """Where the first character is as seen from the prop."""
 
 
 _FIRST, _SECOND, _BOTH = (0,), (1,), (0, 1)
@@ -156,22 +158,24 @@ _PLOTS = {
 
 @dataclass(frozen=True)
 class Story:
-    """A request, its one or two characters, pictures of them where the request refers to such, and frames of (text,
-    scene).
-    """
+    """An illustrated story."""
 
     request: str
+    """What was asked for."""
     characters: tuple[Character, ...]
+    """One or two."""
     references: tuple[Scene, ...]
-    frames: tuple[tuple[str, Scene], ...]
+    """Pictures of them, where the request refers to such."""
+    pages: tuple[tuple[str, Scene], ...]
+    """The text and the picture of each."""
 
 
 def _pick(rng: np.random.Generator, choices: tuple) -> str:
     return choices[int(rng.integers(len(choices)))]
 
 
-def story(rng: np.random.Generator, references: int = 0, heldout: bool | None = False, size: int = 64) -> Story:
-    """A story with one or two characters (as many as references, 0-2, where there are any). heldout: False holds no
+def story(rng: np.random.Generator, references: int = 0, held_out: bool | None = False, size: int = 64) -> Story:
+    """A story with one or two characters (as many as references, 0-2, where there are any). held_out: False holds no
     held-out combination in any picture, True has characters that are one, None as they come. ValueError for other
     numbers of references.
     """
@@ -182,41 +186,41 @@ def story(rng: np.random.Generator, references: int = 0, heldout: bool | None = 
         names = [CHARACTERS[k] for k in rng.choice(len(CHARACTERS), size=number, replace=False)]
         cast = tuple((name, _pick(rng, allowed_colors(name)) if rng.random() < 0.5 else None) for name in names)
         is_held_out = bool(held_out_combinations([(name, color, 1) for name, color in cast]))
-        if heldout is None or is_held_out == heldout:
+        if held_out is None or is_held_out == held_out:
             break
     plot = _PLOTS[number][int(rng.integers(len(_PLOTS[number])))]
-    frames, introduced_ids = [], set[int]()
+    pages, introduced_ids = [], set[int]()
     for beat in plot:
-        frames.append(_make_page(_BEATS[beat], introduced_ids, cast, rng, heldout, size))
-        introduced_ids.update(_BEATS[beat].cast)
+        pages.append(_make_page(_BEATS[beat], introduced_ids, cast, rng, held_out, size))
+        introduced_ids.update(_BEATS[beat].character_indices)
     pictures = tuple(
         place_objects(rng, ((name, color, 1),), _pick(rng, tuple(BACKGROUNDS)), size=size)
         for name, color in cast[:references]
     )
-    return Story(_request(cast, references, len(plot), rng), cast, pictures, tuple(frames))
+    return Story(_request(cast, references, len(plot), rng), cast, pictures, tuple(pages))
 
 
 def _make_page(
     beat: StoryBeat,
-    told: set[int],
+    introduced_ids: set[int],
     cast: tuple[Character, ...],
     rng: np.random.Generator,
-    heldout: bool | None,
+    held_out: bool | None,
     size: int,
 ) -> tuple[str, Scene]:
-    groups: list[Group] = [(*cast[k], 1) for k in beat.cast]
+    groups: list[Group] = [(*cast[k], 1) for k in beat.character_indices]
     background = _pick(rng, tuple(PLACES))
     place_phrase, ground = PLACES[background][int(rng.integers(2))]
     words = {
-        "a": _name(cast[0], 0 in told),
+        "a": _name(cast[0], 0 in introduced_ids),
         "place": place_phrase,
         "flew": "flew" if cast[0][0] in _FLYING_CHARACTERS else "jumped",
     }
     if len(cast) > 1:
-        words["b"] = _name(cast[1], 1 in told)
+        words["b"] = _name(cast[1], 1 in introduced_ids)
     while beat.props:
         prop: Group = (_pick(rng, beat.props), None, 1)
-        if heldout is not False or not held_out_combinations([*groups, prop]):
+        if held_out is not False or not held_out_combinations([*groups, prop]):
             groups.append(prop)
             words["prop"] = noun_phrase(prop)
             break
@@ -226,12 +230,12 @@ def _make_page(
     return _pick(rng, beat.texts).format(**words), scene
 
 
-def _name(character: Character, known: bool) -> str:
-    """As in "a blue witch", "the blue witch" once known: always with the colour, so that each frame can be drawn from
-    its own text.
+def _name(character: Character, is_introduced: bool) -> str:
+    """As in "a blue witch", "the blue witch" once introduced: always with the colour, so that each page can be drawn
+    from its own text.
     """
     indefinite = noun_phrase((*character, 1))
-    return "the " + indefinite.split(" ", 1)[1] if known else indefinite
+    return "the " + indefinite.split(" ", 1)[1] if is_introduced else indefinite
 
 
 def _request(cast: tuple[Character, ...], references: int, length: int, rng: np.random.Generator) -> str:
@@ -304,7 +308,7 @@ def _judgement_line(rng: np.random.Generator) -> str:
 
 def _story_line(rng: np.random.Generator) -> str:
     tale = story(rng, references=int(rng.integers(3)))
-    return " ".join([tale.request + ".", *(text for text, _ in tale.frames)])
+    return " ".join([tale.request + ".", *(text for text, _ in tale.pages)])
 
 
 _LINE_SAMPLERS = (

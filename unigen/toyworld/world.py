@@ -110,12 +110,12 @@ class SceneRenderer:
 
     def render(self, scene: Scene) -> RenderedScene:
         """Picture of the scene: antialiased, deterministic."""
-        size, n = scene.size, len(scene.items)
+        size, n = scene.size, len(scene.objects)
         backdrop, far = _backdrop(scene.background, size, scene.ground)
         canvas, depth = backdrop.copy(), far.copy()
         masks = np.zeros((n, size, size), dtype=bool)
         boxes = np.zeros((n, 4), dtype=np.float32)
-        for i, item in enumerate(scene.items):
+        for i, item in enumerate(scene.objects):
             x0, y0, x1, y1 = item.box()
             left, top = max(0, math.floor(x0) - 1), max(0, math.floor(y0) - 1)
             right, bottom = min(size, math.ceil(x1) + 1), min(size, math.ceil(y1) + 1)
@@ -152,8 +152,8 @@ def ground_depth(y: float, size: int) -> float:
 
 def _depth(scene: Scene, i: int) -> float:
     if scene.ground:
-        return ground_depth(scene.items[i].box()[3], scene.size)
-    return 0.75 - 0.5 * (i + 1) / (len(scene.items) + 1)
+        return ground_depth(scene.objects[i].box()[3], scene.size)
+    return 0.75 - 0.5 * (i + 1) / (len(scene.objects) + 1)
 
 
 @lru_cache(maxsize=64)

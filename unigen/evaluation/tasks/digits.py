@@ -39,7 +39,7 @@ class DigitsTask(GenerationTask[Image.Image]):
         require_extra("eval", "sklearn")
         from sklearn.neighbors import KNeighborsClassifier
 
-        images, labels = digits.load(held_out=False)
+        images, labels = digits.load_split(held_out=False)
         training_vectors = images.reshape(len(images), -1).astype(np.float32)
         self.classifier = KNeighborsClassifier(NUM_NEIGHBORS).fit(training_vectors, labels)
 
@@ -66,7 +66,7 @@ class DigitsTask(GenerationTask[Image.Image]):
 
     def relative_nearest_distance(self, vectors: np.ndarray) -> float:
         """The mean distance to the nearest training digit, over that of the held-out digits; 0 for copies."""
-        held_out_images, _ = digits.load(held_out=True)
+        held_out_images, _ = digits.load_split(held_out=True)
         held_out_vectors = held_out_images.reshape(len(held_out_images), -1).astype(np.float32)
         true = self.classifier.kneighbors(held_out_vectors, 1)[0]
         return float(self.classifier.kneighbors(vectors, 1)[0].mean() / true.mean())
@@ -85,7 +85,7 @@ class DigitsTask(GenerationTask[Image.Image]):
         under_next = [
             self.score_batch([examples[(i + 1) % len(examples)]] * len(row), row) for i, row in enumerate(outputs)
         ]
-        true, labels = digits.load(held_out=True)
+        true, labels = digits.load_split(held_out=True)
         figures = {
             "drawn": float(np.mean(list(by_class.values()))),
             "true, held out": float(self.classifier.score(true.reshape(len(true), -1), labels)),

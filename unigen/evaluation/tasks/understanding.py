@@ -35,7 +35,9 @@ _STREAM = 7_700_000  # keeps these scenes apart from those of any training seed
 
 def relation_table(scene: Scene) -> dict[str, list[str]]:
     """ "a|b" -> where a lies as seen from b by GenEval's rule, for objects that occur once under their name."""
-    single = [item for item in scene.items if sum(other_object.name == item.name for other_object in scene.items) == 1]
+    single = [
+        item for item in scene.objects if sum(other_object.name == item.name for other_object in scene.objects) == 1
+    ]
     return {f"{a.name}|{b.name}": list(spatial_relations(a, b)) for a in single for b in single if a is not b}
 
 
@@ -110,7 +112,7 @@ class UnderstandingTask(GenerationTask[str]):
         for i in range(self.count):
             rng = np.random.default_rng((self.seed, _STREAM, i))
             held_out = i % 2 == 1 if self.held_out is None else self.held_out
-            scene = sample_scene(rng, self.renderer.size, heldout=held_out)
+            scene = sample_scene(rng, self.renderer.size, held_out=held_out)
             image = Image.fromarray(self.renderer.render(scene).image)
             facts = extract_facts(scene)
             metadata: dict[str, Any] = {
