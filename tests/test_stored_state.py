@@ -48,6 +48,11 @@ OVERRIDES = """
 """.split()
 
 
+DIGESTS = {"AVX2 AuthenticAMD torch 2.13.0+cpu": "cdb9e5698b7832c8"}
+"""Of step 4 since inputs are embedded in one place: gradients of the embedding table are added in another order than in
+version 0.1, which moves weights by 4e-9 (one unit in the last place)."""
+
+
 @pytest.fixture
 def stored_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The run, in the working directory, beside image tokenizers of its sizes, whose weights the checkpoint has."""
@@ -102,7 +107,7 @@ def test_a_stored_run_goes_on_as_it_would_have(
     assert after[:2] == before[:2] and len(after) == 4
     for line, expected in zip(after[2:], before[2:], strict=True):
         assert line == pytest.approx(expected, rel=1e-4)
-    digests = json.loads((stored_run / "digests.json").read_text())
+    digests = json.loads((stored_run / "digests.json").read_text()) | DIGESTS
     assert digests.get(processor(), state_digest(stored_run)) == state_digest(stored_run)
 
 
