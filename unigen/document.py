@@ -106,7 +106,7 @@ class Segment:
         return {"role": self.role, "image": _image_to_json(self.image)}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Segment:
+    def from_json(cls, data: Mapping[str, object]) -> Segment:
         """The segment that `to_json` wrote.
 
         Raises:
@@ -114,9 +114,10 @@ class Segment:
         """
         if not isinstance(data, dict):
             raise ValueError(f"a segment in JSON is an object with a text, an image or a label, not {shorten(data)}")
-        image = data.get("image")
+        fields: dict[str, Any] = dict(data)
+        image, role = fields.get("image"), fields.get("role", "user")
         if image is None:
-            return cls(text=data.get("text"), role=data.get("role", "user"), label=data.get("label"))
+            return cls(text=fields.get("text"), role=role, label=fields.get("label"))
         return cls(image=_image_from_json(image), role=data.get("role", "user"))
 
 
@@ -253,13 +254,14 @@ class Document:
         return turns_html((segment.role, _display_value(segment)) for segment in self.segments)
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Document:
+    def from_json(cls, data: Mapping[str, object]) -> Document:
         """The document that `to_json` wrote.
 
         Raises:
             ValueError: the data has another form, or an image in it cannot be read.
         """
-        if not isinstance(data, dict) or not isinstance(data.get("segments"), list):
+        segments = data.get("segments") if isinstance(data, dict) else None
+        if not isinstance(segments, list):
             raise ValueError(f"a document in JSON is an object with a list of segments, not {shorten(data)}")
         size = data.get("size")
         if size is not None and not (isinstance(size, (list, tuple)) and len(size) == 2):
@@ -268,7 +270,7 @@ class Document:
         if not isinstance(conditions, dict):
             raise ValueError(f"conditions of a document in JSON are an object by name, not {shorten(conditions)}")
         return cls(
-            [Segment.from_json(segment) for segment in data["segments"]],
+            [Segment.from_json(segment) for segment in segments],
             None if size is None else (size[0], size[1]),
             {name: Condition.from_json(condition) for name, condition in conditions.items()},
         )
