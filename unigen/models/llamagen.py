@@ -23,8 +23,9 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote_plus
 
 import torch
@@ -41,7 +42,10 @@ from unigen.model.template import ClassTemplate, ImageOnlyTemplate, Output, Unsu
 from unigen.model.unified import UnifiedModel
 from unigen.nn.backbone import Backbone
 from unigen.nn.cache import SlotCache
-from unigen.tokenizers import load_image_tokenizer, text, vqgan
+from unigen.tokenizers import ImageTokenizer, load_image_tokenizer, text, vqgan
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
 
 ROPE_THETA = 10_000.0
 HEAD_DIMS = {768: 64, 1024: 64, 1280: 64, 1536: 64, 2048: 64, 2560: 64, 3200: 100, 4096: 128}
@@ -358,90 +362,142 @@ def matches(folder: Path, config: dict[str, Any]) -> bool:
     return has_weight_file and config.get("model_type") in (None, "llamagen")
 
 
+@dataclass
+class _Checkpoint:
+    """What a folder of either layout holds."""
+
+    kind: str
+    """ "c2i" draws classes, "t2i" words."""
+    config: LlamaConfig
+    state: dict[str, Tensor]
+    """Tensors of the backbone by their names here."""
+    image_tokenizer: ImageTokenizer
+    text_folder: Path
+    """Has the text tokenizer, of models that draw words."""
+
+
 def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) -> UnifiedModel:
-    """The model in `folder`, in the public layout or in ours, strictly. dtype: None is as it is stored. variant: the
-    name of the file, where there are several."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """The model in a folder, in the public layout or in ours. No tensor may be missing or left over.
+
+    Args:
+        folder: of the model.
+        dtype: of the weights; None: as they are stored.
+        variant: the name of the file, where there are several.
+
+    Raises:
+        ValueError: the folder holds no such model, or is damaged.
+    """
+    from transformers import LlamaForCausalLM
     from transformers.initialization import no_init_weights
 
-    text_folder, tokenizer = folder, None
-    if (folder / MANIFEST).is_file():
-        image_tokenizer = load_image_tokenizer(folder / "image_tokenizer")
-        config = LlamaConfig(**read_json(folder / CONFIG))
-        if "hidden_size" not in read_json(folder / CONFIG):  # a class's defaults are a model of billions
-            raise ValueError(f"{folder / CONFIG} has no hidden_size: it is damaged")
-        state = {f"lm.{name}": tensor for name, tensor in read_weights(folder).items()}
-        state |= read_tensors(folder / "backbone" / "model.safetensors")
-        kind = "c2i" if "classes.weight" in state else "t2i"
-    else:
-        if not list(folder.glob(WEIGHT_PATTERNS[0])):
-            raise ValueError(f"{folder} has no model beside its image tokenizer: a file named like c2i_B_256.pt")
-        path = select_checkpoint(folder, WEIGHT_PATTERNS[0], variant)
-        kind = path.stem[:3]
-        state = read_tensors(path)
-        try:
-            width = state["tok_embeddings.weight"].shape[1]
-            wide = state["layers.0.feed_forward.w1.weight"].shape[0]
-            table = "embedding_table.weight" if kind == "c2i" else "uncond_embedding"
-            before = 1 if kind == "c2i" else len(state[f"cls_embedding.{table}"])
-            qkv_rows = len(state["layers.0.attention.wqkv.weight"])
-        except KeyError as error:
-            raise ValueError(f"checkpoint {path} has no {error.args[0]}: it is no LlamaGen ({kind})") from error
-        size = re.search(r"_(\d+)$", path.stem)
-        if not size or int(size[1]) % STRIDE:
-            raise ValueError(f"{path.name}: the size of its pictures has to end the name, as in c2i_B_256.pt")
-        image_tokenizer = vqgan.from_public(read_tensors(folder / TOKENIZERS[kind]), int(size[1]), "llamagen")
-        said = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
-        head_dim = infer_head_dim(state, said, path)
-        if width % head_dim or (qkv_rows - width) % (2 * head_dim) or not width < qkv_rows <= 3 * width:
-            raise ValueError(f"{path}: queries, keys and values of {qkv_rows} rows are of no heads {head_dim} wide")
-        layers = len({name.split(".")[1] for name in state if name.startswith("layers.")})
-        config = LlamaConfig(
-            vocab_size=state["tok_embeddings.weight"].shape[0],
-            hidden_size=width,
-            intermediate_size=wide,
-            num_hidden_layers=layers,
-            num_attention_heads=width // head_dim,
-            num_key_value_heads=(qkv_rows - width) // (2 * head_dim),
-            head_dim=head_dim,
-            rms_norm_eps=1e-5,
-            max_position_embeddings=before + image_tokenizer.grid[0] ** 2,
-            tie_word_embeddings=False,
-        )
-        state = from_public(state, head_dim)
-        if kind == "t2i":
-            text_folder = find_component(
-                folder, f"{TEXT_FOLDER}/", "the text encoder", lambda: fetch_snapshot(TEXT_ENCODER)
-            )
-            config.t5 = read_json(text_folder / CONFIG)
-            if "d_model" not in config.t5:
-                raise ValueError(f"{text_folder / CONFIG} has no d_model: it is no T5's, or damaged")
-            state |= load_text_encoder_state(text_folder)
-    side = image_tokenizer.grid[0]
-    stored_dtype = state["lm.lm_head.weight"].dtype
+    checkpoint = _read_saved(folder) if (folder / MANIFEST).is_file() else _read_public(folder, variant)
+    state, image_tokenizer = checkpoint.state, checkpoint.image_tokenizer
+    side, tokenizer = image_tokenizer.grid[0], None
+    weight_dtype = dtype or state["lm.lm_head.weight"].dtype
+    backbone: LlamaGenBackbone
     template: ClassTemplate | TextTemplate
     with no_init_weights():
-        lm = LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
-        if kind == "c2i":
-            backbone: LlamaGenBackbone = ClassBackbone(lm, len(state["classes.weight"]), side)
+        lm = LlamaForCausalLM._from_config(checkpoint.config, attn_implementation="sdpa")
+        if checkpoint.kind == "c2i":
+            backbone = ClassBackbone(lm, len(state["classes.weight"]), side)
             template = ClassTemplate(backbone.num_condition_ids - 1, side * side)
         else:
-            read_json(text_folder / "tokenizer.json")  # without it a tokenizer of no words would be made
-            tokenizer = text.load(text_folder, newlines=False)
+            read_json(checkpoint.text_folder / "tokenizer.json")  # without it a tokenizer of no words would be made
+            tokenizer = text.load(checkpoint.text_folder, newlines=False)
             max_prompt_length = len(state["wordless.weight"])
-            backbone = TextBackbone(lm, config.t5, max_prompt_length, side)
+            backbone = TextBackbone(lm, checkpoint.config.t5, max_prompt_length, side)
             template = TextTemplate(
                 tokenizer, backbone.eos_id, backbone.text_vocab_size, max_prompt_length, side * side
             )
-    backbone.to(dtype or stored_dtype)
-    if kind == "t2i" and (dtype or stored_dtype) == torch.float16:
+    backbone.to(weight_dtype)
+    if isinstance(backbone, TextBackbone) and weight_dtype == torch.float16:
         backbone.encoder.float()  # whose sums are too large for float16
     load_strict(backbone, state, folder)
-    writers: dict[str, Generator] = {"next-token": NextToken(image_tokenizer.grid)}
+    generators: dict[str, Generator] = {"next-token": NextToken(image_tokenizer.grid)}
     vocabulary = Vocabulary(backbone.num_condition_ids, image_tokenizer.codebook_size, separate_head=True)
-    model = UnifiedModel("llamagen", backbone, vocabulary, tokenizer, image_tokenizer, template, writers)
-    model.set_default_sampling("next-token", **DEFAULT_SAMPLING[kind])
+    model = UnifiedModel("llamagen", backbone, vocabulary, tokenizer, image_tokenizer, template, generators)
+    model.set_default_sampling("next-token", **DEFAULT_SAMPLING[checkpoint.kind])
     return model
+
+
+def _read_saved(folder: Path) -> _Checkpoint:
+    """A folder in our layout."""
+    from transformers import LlamaConfig
+
+    image_tokenizer = load_image_tokenizer(folder / "image_tokenizer")
+    config = LlamaConfig(**read_json(folder / CONFIG))
+    if "hidden_size" not in read_json(folder / CONFIG):  # a class's defaults are a model of billions
+        raise ValueError(f"{folder / CONFIG} has no hidden_size: it is damaged")
+    state = {f"lm.{name}": tensor for name, tensor in read_weights(folder).items()}
+    state |= read_tensors(folder / "backbone" / "model.safetensors")
+    kind = "c2i" if "classes.weight" in state else "t2i"
+    return _Checkpoint(kind, config, state, image_tokenizer, folder)
+
+
+def _read_public(folder: Path, variant: str | None) -> _Checkpoint:
+    """A folder in the public layout: a file of the model, one of its image tokenizer, T5 beside them."""
+    if not list(folder.glob(WEIGHT_PATTERNS[0])):
+        raise ValueError(f"{folder} has no model beside its image tokenizer: a file named like c2i_B_256.pt")
+    path = select_checkpoint(folder, WEIGHT_PATTERNS[0], variant)
+    kind, text_folder = path.stem[:3], folder
+    public_state = read_tensors(path)
+    size = re.search(r"_(\d+)$", path.stem)
+    said = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    if not size or int(size[1]) % STRIDE:
+        raise ValueError(f"{path.name}: the size of its pictures has to end the name, as in c2i_B_256.pt")
+    num_codes = (int(size[1]) // STRIDE) ** 2
+    config = _infer_config(public_state, kind, num_codes, said, path)
+    image_tokenizer = vqgan.from_public(read_tensors(folder / TOKENIZERS[kind]), int(size[1]), "llamagen")
+    assert config.head_dim is not None
+    state = from_public(public_state, config.head_dim)
+    if kind == "t2i":
+        text_folder = find_component(
+            folder, f"{TEXT_FOLDER}/", "the text encoder", lambda: fetch_snapshot(TEXT_ENCODER)
+        )
+        config.t5 = read_json(text_folder / CONFIG)
+        if "d_model" not in config.t5:
+            raise ValueError(f"{text_folder / CONFIG} has no d_model: it is no T5's, or damaged")
+        state |= load_text_encoder_state(text_folder)
+    return _Checkpoint(kind, config, state, image_tokenizer, text_folder)
+
+
+def _infer_config(
+    public_state: Mapping[str, Tensor], kind: str, num_codes: int, said: Mapping[str, Any], path: Path
+) -> LlamaConfig:
+    """The config of the language model, read off its tensors.
+
+    Args:
+        public_state: tensors by their public names.
+        kind: "c2i" or "t2i".
+        num_codes: of a picture.
+        said: the folder's config.json.
+        path: of the file, for errors.
+    """
+    from transformers import LlamaConfig
+
+    try:
+        vocab_size, width = public_state["tok_embeddings.weight"].shape
+        intermediate_size = public_state["layers.0.feed_forward.w1.weight"].shape[0]
+        table = "embedding_table.weight" if kind == "c2i" else "uncond_embedding"
+        num_condition_ids = 1 if kind == "c2i" else len(public_state[f"cls_embedding.{table}"])
+        qkv_rows = len(public_state["layers.0.attention.wqkv.weight"])
+    except KeyError as error:
+        raise ValueError(f"checkpoint {path} has no {error.args[0]}: it is no LlamaGen ({kind})") from error
+    head_dim = infer_head_dim(public_state, said, path)
+    if width % head_dim or (qkv_rows - width) % (2 * head_dim) or not width < qkv_rows <= 3 * width:
+        raise ValueError(f"{path}: queries, keys and values of {qkv_rows} rows are of no heads {head_dim} wide")
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=len({name.split(".")[1] for name in public_state if name.startswith("layers.")}),
+        num_attention_heads=width // head_dim,
+        num_key_value_heads=(qkv_rows - width) // (2 * head_dim),
+        head_dim=head_dim,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=num_condition_ids + num_codes,
+        tie_word_embeddings=False,
+    )
 
 
 def load_text_encoder_state(folder: Path) -> dict[str, Tensor]:
