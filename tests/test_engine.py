@@ -117,7 +117,7 @@ def test_previews_come_before_the_picture_and_change_nothing(engine: Engine) -> 
     for together in (False, True):
         for writer, (*seen, made), (plain,) in zip(writers, drawn(2, together), drawn(0, together), strict=True):
             assert same(made, plain), writer
-            assert [(one.picture, one.number) for one in seen] == [(0, n) for n in range(SHOWN.get(writer, 0))], writer
+            assert [(one.image_index, one.preview_index) for one in seen] == [(0, n) for n in range(SHOWN.get(writer, 0))], writer
             assert all(one.image.size == made.size for one in seen) and not (seen and same(seen[0].image, made)), writer
 
 
@@ -129,7 +129,7 @@ def test_previews_of_a_story_are_of_its_pictures_in_turn(engine: Engine) -> None
     rest = [part for part in told if not isinstance(part, Preview)]
     plain = list(engine.stream("a story", **options))
     pictures = sum(isinstance(part, Image.Image) for part in plain)
-    assert pictures >= 2 and [(p.picture, p.number) for p in seen] == [
+    assert pictures >= 2 and [(p.image_index, p.preview_index) for p in seen] == [
         (i, n) for i in range(pictures) for n in range(3)
     ]
     assert [type(part) for part in rest] == [type(part) for part in plain]

@@ -55,9 +55,9 @@ class Preview:
     """An image of an answer before it is finished, as it looks now."""
 
     image: Image.Image
-    picture: int
+    image_index: int
     """Index of the image in the answer, from 0."""
-    number: int
+    preview_index: int
     """Index of the preview among those of the image, from 0."""
 
     def _repr_png_(self) -> bytes:

@@ -105,7 +105,7 @@ async def chat_chunks(events: Events, head: JSONObject, usage: bool) -> Chunks:
                     place: JSONObject = {"index": len(answer.images) - 1, "offset": num_characters[i]}
                     yield chunk(i, {"images": [await image_part(event.content) | place]})
             elif isinstance(event, Preview):
-                part = await image_part(event.image) | {"index": event.picture, "partial": True}
+                part = await image_part(event.image) | {"index": event.image_index, "partial": True}
                 yield chunk(i, {"images": [part]})
             elif isinstance(event, Finished):
                 yield chunk(i, {}, event.finish_reason)
@@ -146,7 +146,7 @@ async def image_chunks(
             answer = answers[i]
             answer.add_event(event)
             if isinstance(event, Preview):
-                yield await image_event(i, "partial_image", event.image, partial_image_index=event.number)
+                yield await image_event(i, "partial_image", event.image, partial_image_index=event.preview_index)
             elif isinstance(event, Finished):
                 usage = images_usage([answer])
                 yield await image_event(

@@ -293,7 +293,7 @@ class _ResponseBuilder:
             f"{IMAGE_CALL}.partial_image",
             size="{}x{}".format(*preview.image.size),
             output_format=self.tool.output_format,
-            partial_image_index=preview.number,
+            partial_image_index=preview.preview_index,
             partial_image_b64=await self._encode_base64(preview.image),
         )
 
