@@ -117,7 +117,8 @@ def test_previews_come_before_the_picture_and_change_nothing(engine: Engine) -> 
     for together in (False, True):
         for writer, (*seen, made), (plain,) in zip(writers, drawn(2, together), drawn(0, together), strict=True):
             assert same(made, plain), writer
-            assert [(one.image_index, one.preview_index) for one in seen] == [(0, n) for n in range(SHOWN.get(writer, 0))], writer
+            expected = [(0, n) for n in range(SHOWN.get(writer, 0))]
+            assert [(one.image_index, one.preview_index) for one in seen] == expected, writer
             assert all(one.image.size == made.size for one in seen) and not (seen and same(seen[0].image, made)), writer
 
 

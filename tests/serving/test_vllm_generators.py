@@ -128,7 +128,8 @@ def test_story_of_a_flow(engine: Any, local: Any) -> None:
     assert texts[0] == texts[1]
     assert len(pictures[0]) == len(pictures[1]) > 0 and all(map(assert_same, *pictures))
     seen = [part for part in engine.stream(**options, previews=2) if isinstance(part, unigen.Preview)]
-    assert [(one.image_index, one.preview_index) for one in seen] == [(i, n) for i in range(len(pictures[0])) for n in range(2)]
+    expected = [(i, n) for i in range(len(pictures[0])) for n in range(2)]
+    assert [(one.image_index, one.preview_index) for one in seen] == expected
     assert assert_unchanged(engine)
 
 
