@@ -445,9 +445,8 @@ def _read_public(folder: Path, variant: str | None) -> _Checkpoint:
     said = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     if not size or int(size[1]) % STRIDE:
         raise ValueError(f"{path.name}: the size of its pictures has to end the name, as in c2i_B_256.pt")
-    num_codes = (int(size[1]) // STRIDE) ** 2
-    config = _infer_config(public_state, kind, num_codes, said, path)
     image_tokenizer = vqgan.from_public(read_tensors(folder / TOKENIZERS[kind]), int(size[1]), "llamagen")
+    config = _infer_config(public_state, kind, image_tokenizer.grid[0] ** 2, said, path)
     assert config.head_dim is not None
     state = from_public(public_state, config.head_dim)
     if kind == "t2i":
