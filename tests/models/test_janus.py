@@ -180,7 +180,7 @@ def test_training_reads_pictures_as_inference_does(folder: Path) -> None:
     model = (engine := unigen.load(str(folder), "cpu")).model
     batch = question_batch(model)
     batch.images = model.preprocess_images(QUESTION[:1])
-    expected_SD = engine.states(QUESTION)
+    expected_SD = engine.hidden_states(QUESTION)
     with torch.no_grad():
         found_LD = model.hidden_states(model.insert_image_ids(batch))[0]
         ids_only_LD = model.backbone.forward_packed(model.embed(batch.ids_BL), batch.positions_BL, batch.segments_BL)[0]
@@ -194,7 +194,7 @@ def test_training_reads_pictures_as_inference_does(folder: Path) -> None:
 def test_features_of_a_picture_are_no_ids(folder: Path) -> None:
     """Their positions hold id 0, which a penalty on repetition does not count. The control: it is among the ids."""
     engine = unigen.load(str(folder), "cpu")
-    sequence = engine.running().new_sequence(engine.request(QUESTION, "text", repetition_penalty=1.5))
+    sequence = engine.new_scheduler().new_sequence(engine.request(QUESTION, "text", repetition_penalty=1.5))
     ids, [span] = sequence.pending_ids[0], sequence.prompt_spans[0]
     assert set(ids[span.start : span.stop]) == {0} and len(span.features_PD) == span.stop - span.start
     assert max(ids) < engine.model.vocabulary.size
