@@ -101,7 +101,7 @@ def test_it_is_served(case: Any, public: Path) -> None:
         for number, event in worker.step():
             assert isinstance(event, (Started, Part, Finished)), event
             if isinstance(event, Part):
-                drawn[number] = event.part
+                drawn[number] = event.content
     for seed in (0, 1):
         assert drawn[seed].tobytes() == engine.generate(case.PROMPT, seed=seed, size=case.SIZE).tobytes()
 
