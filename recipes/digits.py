@@ -134,7 +134,7 @@ def build(cfg: DigitsRunConfig) -> TrainSpec:
     shares = normalize_generator_weights(cfg.generators)
     model = load(cfg.init_from) if cfg.init_from else new_model(cfg)
     torch.manual_seed(cfg.seed)
-    tokenizer_kinds = {generators.find_generator(name).own for name in shares if name not in model.heads}
+    tokenizer_kinds = {generators.find_generator(name).tokenizer_kind for name in shares if name not in model.heads}
     folders = {"multiscale": cfg.scale_tokenizer, "kl": cfg.kl_tokenizer}
     folders = {kind: folder for kind, folder in folders.items() if kind in tokenizer_kinds}
     model = assembly.add_generators(model, tuple(shares), new_generators(model, shares, folders, {"flow": cfg.flow}))

@@ -392,8 +392,8 @@ def generate_images(
     ]
     branches = [list(pair) for pair in zip(*states_by_branch, strict=True)]
     while not states[0].done:
-        flow.advance(None, states, branches)  # type: ignore[arg-type]
-    return to_images(flow.pictures(None, states))  # type: ignore[arg-type]
+        flow.step(None, states, branches)  # type: ignore[arg-type]
+    return to_images(flow.decode(None, states))  # type: ignore[arg-type]
 
 
 @torch.inference_mode()

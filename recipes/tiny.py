@@ -328,7 +328,7 @@ def build(cfg: TinyRunConfig) -> TrainSpec:
         assert reference is not None
         tokenizer: Any = model.image_tokenizer
         files = cfg.preferences.answers.split(",")
-        native_codes = {head.name: head.own_shape for head in model.heads.values() if hasattr(head, "own_shape")}
+        native_codes = {head.name: head.code_shape for head in model.heads.values() if hasattr(head, "code_shape")}
         pairs = read_pairs(files, cfg.seed, tokenizer.grid, tokenizer.codebook_size, native_codes)
         comparable_generators = (
             model.template.begin_ids.keys() - model.template.text_lengths.keys()

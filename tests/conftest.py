@@ -100,7 +100,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             name, BuildContext((2, 2), 0, config.hidden_size, tokenizers_by_kind[kind], settings.get(name, {}))
         )
         for name in generators.generator_names()
-        if (kind := generators.find_generator(name).own)
+        if (kind := generators.find_generator(name).tokenizer_kind)
     ]
     writers = ("next-token", *generators.generator_names())
     model = assembly.build_from_config(config, text.load(folder / "text"), image_tokenizer, writers, heads)

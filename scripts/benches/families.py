@@ -190,7 +190,7 @@ def var_d16(dtype: str) -> UnifiedModel:
     lm.first.data = head.scale_embedding.weight[0] + head.position_embedding.weight[0]
     for part in (lm, head.project, head.scale_embedding, head.position_embedding):
         part.to(getattr(torch, dtype))
-    template = ClassTemplate(CLASSES - 1, head.positions())
+    template = ClassTemplate(CLASSES - 1, head.num_positions())
     writers: dict[str, Any] = {"next-scale": head}
     vocabulary = Vocabulary(CLASSES, tokenizer.codebook_size)
     model = UnifiedModel("var", var.VARBackbone(lm), vocabulary, None, tokenizer, template, writers)  # type: ignore[arg-type]
@@ -264,7 +264,7 @@ def argmax_agreement(model: UnifiedModel, net: Any) -> float:
     head: Any = model.generators["next-scale"]
     codes_1P = torch.randint(4096, (1, sum(head.lengths)), generator=torch.Generator().manual_seed(0))
     engine_logits: list[Tensor] = []
-    write = head._write
+    write = head._sample_scale
 
     def told(states: Any, logits: Any, k: int) -> None:
         """Note what is likeliest, and write what was given."""
@@ -273,11 +273,11 @@ def argmax_agreement(model: UnifiedModel, net: Any) -> float:
         sure_NV = torch.nn.functional.one_hot(given_N, logits[0].shape[-1]).float()
         write(states, [torch.stack([sure_NV] * len(logits[0]))], k)
 
-    head._write = told
+    head._sample_scale = told
     try:
         engine_runner(model, Segment(label=LABEL), temperature=0.0, guidance=5.0)()
     finally:
-        head._write = write
+        head._sample_scale = write
     maps = head.tokenizer.quantizer.scale_inputs(codes_1P)
     theirs_PV = net(torch.tensor([LABEL]), maps.float())[0]
     return float((torch.cat(engine_logits).argmax(-1) == theirs_PV.argmax(-1)).float().mean())

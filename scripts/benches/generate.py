@@ -49,7 +49,7 @@ def make_model(side: int, writers: list[str], dtype: torch.dtype) -> Any:
         "kl": KLTokenizer(KLConfig(image_size=pixels)),
     }
     frame = assembly.build_context(base.backbone.lm, base.text_tokenizer, image_tokenizer)
-    kinds = {name: generators.find_generator(name).own for name in writers}
+    kinds = {name: generators.find_generator(name).tokenizer_kind for name in writers}
     heads = [
         build.build_generator(name, replace(frame, tokenizer=tokenizers[kind])) for name, kind in kinds.items() if kind
     ]

@@ -50,7 +50,7 @@ def generate(engine: Engine, prompts: list[Any], seeds: list[int], **options: An
 def codes_in_order(engine: Engine, writer: str) -> list[Any]:
     """The codes of `IMAGE_WEIGHT` as they are read back after this generator has written them."""
     generator, pixels = engine.model.generators[writer], to_pixels(list(PICTURES), 16)
-    if generator.codes:
+    if generator.trains_on_codes:
         return engine.model.encode_images(pixels).tolist()
     pixels = generator.tokenizer.decode(generator.tokenizer.encode(pixels))
     return [to_lists(picture) for picture in to_images(pixels)]
@@ -63,7 +63,7 @@ def test_a_picture_does_not_depend_on_its_batch(engine: Engine, writer: str, gui
     together = generate(engine, PROMPTS, [7, 8, 9, 7], **options)
     alone = [generate(engine, [p], [s], **options)[0] for p, s in zip(PROMPTS, [7, 8, 9, 7], strict=True)]
     tolerance = (
-        0 if engine.model.generators[writer].codes else 1
+        0 if engine.model.generators[writer].trains_on_codes else 1
     )  # of 255: another batch rounds differently in decoding
     assert run_separately(together, alone) <= tolerance
     assert max(run_separately(generate(engine, PROMPTS[:1], [seed], **options), alone[:1]) for seed in (8, 9, 10)) > 2
@@ -131,7 +131,7 @@ def test_loss_and_sampler_mirror_each_other(tiny_folder: Path, writer: str) -> N
     request = engine.request("story", "interleaved", **options)
     list(engine.run([request]))
     said = [s.text or to_lists(s.image) for s in request.document.segments[1:]]
-    if not engine.model.generators[writer].codes:  # in a story each picture is read again, as codes
+    if not engine.model.generators[writer].trains_on_codes:  # in a story each picture is read again, as codes
         pixels = to_pixels([np.array(picture, dtype=np.uint8) for picture in (first_codes, third_codes)], 16)
         first_codes, third_codes = engine.model.encode_images(pixels).tolist()
     assert said == ["a witch", third_codes, "and raven", first_codes]

@@ -36,7 +36,7 @@ def chat(words: str, picture: Any) -> Document:
 
 
 @pytest.mark.parametrize(
-    "writer", [name for name in generators.generator_names() if generators.find_generator(name).own == "kl"]
+    "writer", [name for name in generators.generator_names() if generators.find_generator(name).tokenizer_kind == "kl"]
 )
 def test_what_is_learnt_is_drawn(tiny_folder: Path, writer: str) -> None:
     """Overfit two pictures; each prompt's samples, from any seed, are nearest to its own picture's latents."""
@@ -103,9 +103,9 @@ def test_a_step_in_the_backbone_is_that_of_training(tiny_folder: Path, monkeypat
     engine = unigen.load(str(tiny_folder), device="cpu")
     model, head = engine.model, engine.model.heads["transfusion"]
     said: list[Tensor] = []
-    velocity, embed, read = head.velocity, head.embed, []
+    velocity, embed, read = head.velocity, head.embed_patches, []
     monkeypatch.setattr(head, "velocity", lambda states: said.append(velocity(states)) or said[-1])
-    monkeypatch.setattr(head, "embed", lambda x, t: read.append((x, t)) or embed(x, t))
+    monkeypatch.setattr(head, "embed_patches", lambda x, t: read.append((x, t)) or embed(x, t))
     before = [Segment(image=PICTURES[0]), Segment(text="a red dog")]
     engine.generate(Document(before), generator="transfusion", guidance=1.0, steps=3)
     whole = Document([*before, Segment(image=PICTURES[1], role="assistant")])
@@ -144,7 +144,7 @@ def test_a_token_is_drawn_from_the_state_of_training(tiny_folder: Path, monkeypa
     batch = model.insert_image_ids(
         pack([[model.template.encode(whole), model.template.encode(whole, generator="token-flow")]], 256, 16)
     )
-    monkeypatch.setattr(head, "encoded", lambda *args: latents[0])
+    monkeypatch.setattr(head, "encode_targets", lambda *args: latents[0])
     spans, targets = head.prepare(model, batch, torch.Generator())
     head.loss(model, batch, model.hidden_states(batch, spans), targets)
     packed = seen[-1].unflatten(0, (4, -1))[:, 0]
@@ -175,8 +175,8 @@ def test_every_network_learns_and_draws(tiny_folder: Path, network: Any) -> None
 def test_transfusion_of_larger_patches(tiny_folder: Path) -> None:
     head = Transfusion(load(tiny_folder).heads["transfusion"].tokenizer, 32, TransfusionConfig(patch=2))
     x, t = torch.randn(3, 4, 2, 2), torch.rand(3)
-    assert head.positions() == 1 and head.embed(x, t).shape == (3, 1, 32)
-    assert head.velocity(head.embed(x, t)).shape == x.shape
+    assert head.num_positions() == 1 and head.embed_patches(x, t).shape == (3, 1, 32)
+    assert head.velocity(head.embed_patches(x, t)).shape == x.shape
 
 
 @pytest.mark.parametrize(

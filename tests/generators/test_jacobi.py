@@ -58,9 +58,9 @@ def draw(toy: ToyModel, span: SegmentSpec, kind: str | None) -> tuple[int, ...]:
     span.accelerate = kind
     state = generator.start(span)
     while not state.done:
-        read = generator.ask(state)
+        read = generator.prepare_step(state)
         hidden = [toy.states(state.ids, read.ids, branch) for branch in range(2)]
-        generator.advance(toy, [state], [hidden])  # type: ignore[arg-type]
+        generator.step(toy, [state], [hidden])  # type: ignore[arg-type]
     return tuple(id - 1 for id in state.ids)
 
 

@@ -63,12 +63,12 @@ def generate_pair(engine: Engine, **given: Any) -> tuple[str, list[list[int]]]:
     """The text of a pair and the codes of its picture."""
     kept: list[Any] = []
     generator = engine.model.generators["joint"]
-    pictures = generator.pictures
-    generator.pictures = lambda model, states: kept.append(pictures(model, states)) or kept[-1]  # type: ignore[method-assign]
+    pictures = generator.decode
+    generator.decode = lambda model, states: kept.append(pictures(model, states)) or kept[-1]  # type: ignore[method-assign]
     try:
         said, _ = engine.pair(**given)
     finally:
-        del generator.pictures  # type: ignore[attr-defined]
+        del generator.decode  # type: ignore[attr-defined]
     return said, kept[-1][0].tolist()
 
 
@@ -100,12 +100,12 @@ def test_what_is_given_stays_whatever_the_model_says(engine: Engine) -> None:
     generator: Any = engine.model.generators["joint"]
     request = engine.request(Document([Segment(text="")]), "pair", generator="joint", temperature=1.5)
     kept: list[Any] = []
-    generator.pictures = lambda model, states: kept.extend(states) or type(generator).pictures(generator, model, states)
+    generator.decode = lambda model, states: kept.extend(states) or type(generator).decode(generator, model, states)
     try:
         list(engine.run([request]))
     finally:
-        del generator.pictures
-    assert len(kept[0].text) == 32 and not set(kept[0].text) & set(generator.special_ids)
+        del generator.decode
+    assert len(kept[0].text_ids) == 32 and not set(kept[0].text_ids) & set(generator.special_ids)
     pairs = engine.pair(TEXTS[1], n=3)
     assert [type(part) for part in pairs[2]] == [str, Image.Image] and pairs[0][0] == TEXTS[1] and len(pairs) == 3
     with pytest.raises(ValueError, match="the text is empty"):
@@ -119,11 +119,11 @@ def test_the_blind_branch_reads_no_words(engine: Engine) -> None:
     request = engine.request(TEXTS[0], "image", generator="joint")
     row = engine.new_scheduler().new_sequence(request)
     assert row.state is not None and isinstance(row.state, MaskedState)
-    read = generator.ask(row.state)
+    read = generator.prepare_step(row.state)
     words = generator.text_length  # type: ignore[attr-defined]
-    assert read.blind is not None and len(read.blind) == len(read.ids) == 1 + words + 4
+    assert read.uncond_ids is not None and len(read.uncond_ids) == len(read.ids) == 1 + words + 4
     assert read.ids[1 : 1 + words] == model.template.prefix_text_ids(request.document, "joint")
-    assert set(read.blind[1 : 1 + words]) == {generator.mask}  # type: ignore[attr-defined]
+    assert set(read.uncond_ids[1 : 1 + words]) == {generator.mask_id}  # type: ignore[attr-defined]
     pictures = [engine.generate(text, generator="joint", guidance=0.0, seed=5, temperature=1.5) for text in TEXTS]
     assert np.array_equal(*map(np.asarray, pictures))
 

@@ -59,7 +59,7 @@ def test_the_cache_of_scales_equals_teacher_forcing(engine: Engine, monkeypatch:
         written.extend(torch.cat(state.codes) for state in states)
         return torch.zeros(len(states), 3, 32, 32)
 
-    monkeypatch.setattr(head, "pictures", pictures)
+    monkeypatch.setattr(head, "decode", pictures)
     list(engine.run([engine.request("a blue horse", "image", generator="next-scale", temperature=0.0, guidance=1.0)]))
     assert len(written[0]) == 1 + 4 + 16 and written[0].unique().numel() > 4
     monkeypatch.setattr(head.tokenizer, "encode", lambda pixels: written[0][None])

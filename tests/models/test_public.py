@@ -337,13 +337,13 @@ def test_the_loss_is_of_what_is_drawn(case: Any, public: Path) -> None:
         return
     drawn: list[list[int]] = []
     generator = model.generators["next-token"]
-    paint = generator.pictures
+    paint = generator.decode
 
     def watched(model: Any, states: Any) -> torch.Tensor:
         drawn.extend(state.ids for state in states)
         return paint(model, states)
 
-    generator.pictures = watched  # type: ignore[method-assign]
+    generator.decode = watched  # type: ignore[method-assign]
     with record_logits(next_token) as steps:
         engine.generate(case.PROMPT, seed=3, **options)
     ids_T, logits_TV = torch.tensor(drawn[0]), torch.cat(steps)

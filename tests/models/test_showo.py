@@ -64,15 +64,15 @@ def test_what_is_learnt_sees_what_is_drawn(engine: Any) -> None:
 
     def watched(state: Any, number: int, logits_NV: Tensor, first: int) -> None:
         seen.append(logits_NV.clone())
-        type(generator)._write(generator, state, number, logits_NV, first)
+        type(generator)._unmask(generator, state, number, logits_NV, first)
 
-    with patch.object(generator, "_write", watched):
+    with patch.object(generator, "_unmask", watched):
         engine.generate(case.PROMPT, guidance=1.0, steps=1)
     codes = torch.zeros(case.GRID, case.GRID, dtype=torch.int64)
     tokens = model.template.encode(Document([Segment(text=case.PROMPT), Segment(image=codes, role="assistant")]))
     batch = model.insert_image_ids(pack([[tokens, tokens]], 2 * len(tokens), case.SIDE))
     rows_M1, at_MP = batch.span_positions(batch.images_of("masked"))
-    batch.ids_BL[rows_M1, at_MP] = generator.mask
+    batch.ids_BL[rows_M1, at_MP] = generator.mask_id
     with torch.no_grad():
         states_MPD = model.hidden_states(batch)[rows_M1, at_MP]
         logits_MPV = model.logits(states_MPD, model.vocabulary.image_start, model.vocabulary.image_stop)

@@ -307,7 +307,7 @@ def rows(folder: Path) -> Iterator[ParityRow]:
     first, blind, causal = (
         drawn(engine, options),
         drawn(engine, options | {"guidance": SCALE}),
-        drawn(engine, options, ask=lambda state: Masked.ask(generator, state)),
+        drawn(engine, options, prepare_step=lambda state: Masked.prepare_step(generator, state)),
     )
     trap, other_output = "guidance of g for 1 + g", "no token after the codes"
     yield ParityRow(
@@ -328,7 +328,9 @@ def rows(folder: Path) -> Iterator[ParityRow]:
     )
 
     options |= {"temperature": 1.0}
-    reference = drawn(engine, options, heat=lambda step, steps: Masked.heat(generator, step, steps))
+    reference = drawn(
+        engine, options, choice_temperature_at=lambda step, steps: Masked.choice_temperature_at(generator, step, steps)
+    )
     expected_ids = golden["sampled.0"].tolist() + golden["sampled.1"].tolist()
     assert len(set(expected_ids)) >= 32, f"too few different codes: {len(set(expected_ids))}"
     trap = "noise that cools once"
@@ -343,7 +345,7 @@ def rows(folder: Path) -> Iterator[ParityRow]:
 
     options |= {"guidance": 2.75, "fixed": keep_file(official[0])}
     expected_ids = golden["inpainted.0"].tolist() + golden["inpainted.1"].tolist()
-    num_steps = drawn(engine, options, left=lambda *rest: Masked.left(generator, *rest))
+    num_steps = drawn(engine, options, num_masked=lambda *rest: Masked.num_masked(generator, *rest))
     trap, ids = "a share of the unknown codes", drawn(engine, options)[0]
     yield ParityRow(
         "showo inpainted ids",
@@ -394,7 +396,7 @@ def drawn(engine: Any, options: dict[str, Any], **mistakes: Any) -> tuple[list[i
     """Codes of all prompts, and of the first the logits in the first two steps and the last; mistakes: methods that
     take the place of the generator's own."""
     generator = engine.model.generators["masked"]
-    codes, steps, write = [], [], generator._write
+    codes, steps, write = [], [], generator._unmask
 
     def watched(state: Any, number: int, logits_NV: Tensor, first: int) -> None:
         steps.append(logits_NV[list(PLACES)].clone())

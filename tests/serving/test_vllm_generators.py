@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     heads = [
         build.build_generator(name, BuildContext((8, 8), 0, config.hidden_size, own[kind], settings.get(name, {})))
         for name in WRITERS
-        if (kind := generators.find_generator(name).own)
+        if (kind := generators.find_generator(name).tokenizer_kind)
     ]
     model = assembly.build_from_config(config, pieces(scratch / "text"), VQTokenizer(VQConfig(**SMALL)), WRITERS, heads)
     for parameter in model.parameters():

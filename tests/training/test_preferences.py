@@ -334,7 +334,7 @@ def test_next_scale_is_as_likely_as_it_is_drawn(
 
 def test_codes_of_next_scale_are_checked_and_compared(engine: Engine, tmp_path: Path) -> None:
     head: Any = engine.model.heads["next-scale"]
-    length, size = head.own_shape
+    length, size = head.code_shape
     own = {"next-scale": (length, size)}
     for codes, message in (
         ([0] * (length - 1), f"not {length} codes"),

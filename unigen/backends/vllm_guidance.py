@@ -84,7 +84,7 @@ class Branch:
             raise ValueError(f"branch {self.branch} of {self.branches}, scales {guidance.scales}")
         text_size, first, image_size = (int(n) for n in said["vocabulary"])
         self.vocabulary = Vocabulary(text_size, image_size, first)
-        self.forbidden = [int(id) for id in said["forbidden"]]
+        self.forbidden_ids = [int(id) for id in said["forbidden"]]
         grid = said["grid"]
         self.span = SegmentSpec(
             begin=0,
@@ -173,12 +173,12 @@ class GuidedSampler(LogitsProcessor):
             if (id := first.forced_id()) is not None:
                 force_id(logits_RV, rows, id)
                 continue
-            kind = (first.vocabulary, first.span.grid is None, tuple(first.forbidden))
+            kind = (first.vocabulary, first.span.grid is None, tuple(first.forbidden_ids))
             alike.setdefault(kind, []).append(rows)
         for (vocabulary, is_text, forbidden), together in alike.items():
             generator = Text(list(forbidden)) if is_text else NextToken((0, 0))
             states = [self.rows[rows[0]].state() for rows in together]
-            generator.advance(
+            generator.step(
                 LogitsModel(vocabulary), states, [[logits_RV[row, None] for row in rows] for rows in together]
             )
             for rows, state in zip(together, states, strict=True):

@@ -1,7 +1,7 @@
 """Ways of writing a segment, one file each, found by name: next-scale is next_scale.py. There is no registry.
 
-A file of a way of writing pictures says `GENERATOR = itsClass`, whose `of(frame)` makes an untrained one and raises
-ValueError where its tokenizer or settings do not fit. Knows nothing of what the generators do.
+A file of a way of writing pictures says `GENERATOR = itsClass`, whose `from_context(context)` makes an untrained one
+and raises ValueError where its tokenizer or settings do not fit. Does not depend on what the generators do.
 """
 
 from __future__ import annotations

@@ -65,18 +65,23 @@ class SegmentSpec:
 
 @dataclass
 class GenerationState:
-    """A span on its way. ids: what has been written; text: of it, what a finished span opens with; pending: what every
-    branch reads in the next step. finite: False where the model's numbers are not, and the span has to be given up; the
-    rest of the state then means nothing. way: steps of an image that are taken, and of how many, where a generator can
-    show what there is of it: `Generator.pictures` then takes the state before it is done."""
+    """A segment on its way."""
 
     span: SegmentSpec
+    """What is to be written."""
     pending_ids: list[int]
+    """What every branch reads in the next step."""
     ids: list[int] = field(default_factory=list)
-    text: list[int] = field(default_factory=list)
+    """Ids that have been written."""
+    text_ids: list[int] = field(default_factory=list)
+    """Of a finished segment, the text that it opens with."""
     done: bool = False
+    """Is it finished?"""
     finite: bool = True
+    """False where the model's numbers are not finite: the segment has to be given up, and the rest means nothing."""
     progress: tuple[int, int] = (0, 1)
+    """Steps of an image that are taken, and of how many, where a generator can show what there is of it:
+    `Generator.decode` then takes the state before it is done."""
     logprobs: list[float] = field(default_factory=list)
     """Log-probabilities, nats, of `drawn_ids` of a finished segment, where the segment records them."""
 
@@ -107,36 +112,40 @@ class GenerationState:
         if self.native_codes is not None:
             return [int(code) for code in self.native_codes.tolist()]
         if self.span.grid is not None:
-            return [*self.text, *self.ids]
+            return [*self.text_ids, *self.ids]
         return [*self.ids, *(id for id in self.pending_ids if id in self.span.stops)]
 
 
 @dataclass
 class StepInput:
-    """What every branch of a span reads in one step: ids, the last of them as embeddings (L, D) where given.
-
-    attend_until: the last of these positions that each of them sees; None is causal. blind: as many ids, which all
-    branches but the first read instead. No ids: a step without the backbone.
-    """
+    """What every branch of a segment reads in one step. No ids: a step without the backbone."""
 
     ids: list[int]
+    """Ids (L,)."""
     embeds: Tensor | None = None
+    """Embeddings that stand for the last of the ids."""
     attend_until: list[int] | None = None
-    blind: list[int] | None = None
+    """The last of these positions that each of them sees; None is causal."""
+    uncond_ids: list[int] | None = None
+    """As many ids, which all branches but the first read instead."""
 
 
 @dataclass(frozen=True)
 class BuildContext:
-    """What a generator is made for. grid: rows and columns of the codes by which a model reads pictures; mask: the id
-    that stands for a code to be written; specials: ids that no text holds; width: of the backbone. tokenizer: the
-    generator's own image tokenizer, where it has one; settings: its own, as its `config` gave them."""
+    """What a generator is made for."""
 
     grid: tuple[int, int]
-    mask: int
+    """Rows and columns of the codes by which a model reads pictures."""
+    mask_id: int
+    """The id that stands for a code to be written."""
     width: int
+    """Width of the backbone."""
     tokenizer: Any = None
+    """The generator's own image tokenizer, where it has one."""
     settings: Mapping[str, Any] = field(default_factory=dict)
+    """Its own settings, as its `config` gave them."""
     special_ids: tuple[int, ...] = ()
+    """Ids that no text holds."""
 
 
 class GeneratorModel(Protocol):
@@ -158,11 +167,13 @@ GuidedLoss = Callable[[Sequence[tuple[Tensor, Any]], Guidance, float], Tensor]
 
 
 class Generator(Protocol):
-    """`name` as users write it, and its file. own: the kind of the image tokenizer that is part of it ("multiscale",
-    "kl"), None where it writes the codes by which the model reads."""
+    """A way of writing a segment."""
 
     name: str
-    own: str | None
+    """As users write it, and its file."""
+    tokenizer_kind: str | None
+    """The kind of the image tokenizer that is part of it ("multiscale", "kl"); None where it writes the codes by which
+    the model reads."""
     cache_reusable: bool
     """Does the cache hold a finished picture as later segments read it? Else the engine reads it again."""
     takes: tuple[str, ...]
@@ -170,7 +181,7 @@ class Generator(Protocol):
     guidance_kind, fixed."""
     conditions: frozenset[str]
     """The kinds of conditions of a document (`unigen.document.Condition`) that it takes."""
-    codes: bool
+    trains_on_codes: bool
     """Are the ids of a picture in training codes of the model's image tokenizer? Else it is laid out from pixels."""
     is_text: bool
     """Whether it writes text, and not pictures."""
@@ -181,14 +192,14 @@ class Generator(Protocol):
     text_length: int
     """How many positions of text a picture's span opens with."""
     needs_context: bool
-    """Does `advance` want the states of all that was read before, not only of what was asked?"""
+    """Does `step` want the states of all that was read before, not only of what was asked?"""
 
     @property
     def guided_loss(self) -> GuidedLoss | None:
         """`loss` of what is drawn with guidance at a temperature; None where the generator has none."""
         ...
 
-    def positions(self) -> int:
+    def num_positions(self) -> int:
         """How many positions a picture takes after its begin token."""
         ...
 
@@ -215,7 +226,7 @@ class Generator(Protocol):
         squared errors."""
         ...
 
-    def count(self, batch: Batch) -> Tensor | int:
+    def num_targets(self, batch: Batch) -> Tensor | int:
         """How many targets `loss` will have, known before the pictures are encoded."""
         ...
 
@@ -223,17 +234,17 @@ class Generator(Protocol):
         """The state of a segment of which nothing is written yet."""
         ...
 
-    def ask(self, state: GenerationState) -> StepInput:
+    def prepare_step(self, state: GenerationState) -> StepInput:
         """What every branch reads in the next step."""
         ...
 
-    def advance(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
+    def step(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
         """`hidden[i][b]`: (L, D), what branch b of state i has for what it asked to read (for the prompt's last id
         where it asked for nothing), or with `needs_context` for all that it has read. Returns how many of the positions
         asked for stay in the cache, for each state."""
         ...
 
-    def pictures(self, model: GeneratorModel, states: list[GenerationState]) -> Tensor:
+    def decode(self, model: GeneratorModel, states: list[GenerationState]) -> Tensor:
         """Of finished images: codes int64 (N, h, w) of the model's image tokenizer, or pixels float (N, 3, H, W). Of
         those that are not, where the state's `progress` tells how far it is: what they would be as it looks now."""
         ...
@@ -244,11 +255,11 @@ class GeneratorHead(nn.Module):
     mode, and learning from pixels."""
 
     name: str
-    own: str | None
-    cache_reusable, codes, is_text, is_causal = False, False, False, False
+    tokenizer_kind: str | None
+    cache_reusable, trains_on_codes, is_text, is_causal = False, False, False, False
     guided_loss: GuidedLoss | None = None
     uses_positions = True
-    """Do pictures take positions of the sequence? Where they do not, `positions` is 0 whatever the settings."""
+    """Do pictures take positions of the sequence? Where they do not, `num_positions` is 0 whatever the settings."""
     forbidden_ids: Sequence[int] = ()
     text_length = 0
     conditions: frozenset[str] = frozenset()
@@ -271,12 +282,12 @@ class GeneratorHead(nn.Module):
         """The `BuildContext.settings` that build it again."""
         return {}
 
-    def nothing(self, hidden_BLD: Tensor) -> Tensor:
+    def zero_loss(self, hidden_BLD: Tensor) -> Tensor:
         """The costs (0,) of no picture, of which all weights have gradients of zero: a batch may hold none."""
         trainable_params = [p.flatten()[:0] for p in self.parameters() if p.requires_grad]
         return torch.cat([hidden_BLD[:0].flatten().float(), *trainable_params])
 
-    def pixels(self, batch: Batch, device: torch.device) -> Tensor:
+    def target_pixels(self, batch: Batch, device: torch.device) -> Tensor:
         """The batch's pictures that this generator writes. ValueError where they are codes of another tokenizer."""
         pixels = batch.images[batch.images_of(self.name)] if batch.images is not None else None
         if pixels is None or not pixels.is_floating_point():
@@ -285,8 +296,8 @@ class GeneratorHead(nn.Module):
             )
         return pixels.to(device)
 
-    def encoded(self, batch: Batch, device: torch.device) -> Tensor:
+    def encode_targets(self, batch: Batch, device: torch.device) -> Tensor:
         """The same, by the generator's own tokenizer; or the codes (M, P) in which it drew them."""
         if batch.images is not None and batch.images.ndim == 2:
             return batch.images[batch.images_of(self.name)].to(device)
-        return self.tokenizer.encode(self.pixels(batch, device))
+        return self.tokenizer.encode(self.target_pixels(batch, device))

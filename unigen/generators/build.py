@@ -24,20 +24,22 @@ def build_generator(name: str, context: BuildContext) -> Generator:
         ValueError: the name is unknown, or the generator needs an image tokenizer of its own and `context` has none.
     """
     generator_class = generators.find_generator(name)
-    kind = generator_class.own
+    kind = generator_class.tokenizer_kind
     if kind is not None and context.tokenizer is None:
         option = "tokenizer_kind=kl" if kind == "kl" else f"model.quantizer={kind}"
         raise ValueError(
             f"{name} needs an image tokenizer of its own: unigen train recipes/tiny_vq.py {option} makes one"
         )
-    generator: Generator = generator_class.of(context)
+    generator: Generator = generator_class.from_context(context)
     return generator
 
 
 def load_generator(folder: Path, context: BuildContext) -> Any:
     """A generator with weights, as `UnifiedModel.save` wrote it. The name of the folder is the generator's."""
     settings = read_json(folder / "config.json")
-    tokenizer = load_image_tokenizer(folder / "tokenizer") if generators.find_generator(folder.name).own else None
+    tokenizer = (
+        load_image_tokenizer(folder / "tokenizer") if generators.find_generator(folder.name).tokenizer_kind else None
+    )
     head: Any = build_generator(folder.name, replace(context, tokenizer=tokenizer, settings=settings))
     frozen = {} if tokenizer is None else {f"tokenizer.{name}": value for name, value in tokenizer.state_dict().items()}
     load_strict(head, frozen | read_tensors(folder / "model.safetensors"), folder / "model.safetensors")

@@ -91,8 +91,8 @@ class Flow(LatentFlowHead):
         self.norm = nn.LayerNorm(width)
 
     @classmethod
-    def of(cls, frame: BuildContext) -> Flow:
-        return cls(frame.tokenizer, frame.width, from_dict(FlowConfig, frame.settings))
+    def from_context(cls, context: BuildContext) -> Flow:
+        return cls(context.tokenizer, context.width, from_dict(FlowConfig, context.settings))
 
     @property
     def io_layers(self) -> tuple[nn.Module, ...]:  # type: ignore[override]
@@ -101,7 +101,7 @@ class Flow(LatentFlowHead):
     def config(self) -> dict[str, Any]:
         return to_dict(self.settings)
 
-    def positions(self) -> int:
+    def num_positions(self) -> int:
         return 0
 
     def attend_until(self) -> list[int] | None:
@@ -133,8 +133,8 @@ class Flow(LatentFlowHead):
     def loss(self, model: GeneratorModel, batch: Batch, hidden_BLD: Tensor, targets: PathSample) -> Tensor:
         """The mean squared error of each image's velocity, (M,)."""
         x_t_MZhw, t_M, velocity_MZhw = targets
-        if not self.count(batch):
-            return self.nothing(hidden_BLD)
+        if not self.num_targets(batch):
+            return self.zero_loss(hidden_BLD)
         context = self.context_states(batch, hidden_BLD).repeat_interleave(NOISE_SAMPLES_PER_IMAGE)
         with math_attention(hidden_BLD.device):
             error = self.velocity(x_t_MZhw, t_M, context).float() - velocity_MZhw
@@ -155,11 +155,11 @@ class Flow(LatentFlowHead):
     def start(self, span: SegmentSpec) -> GenerationState:
         return FlowState(span, [], trajectory=self.new_trajectory(span))
 
-    def ask(self, state: GenerationState) -> StepInput:
+    def prepare_step(self, state: GenerationState) -> StepInput:
         assert isinstance(state, FlowState)
         return StepInput([state.span.begin] if state.context is None else [])
 
-    def advance(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
+    def step(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
         """One evaluation of the velocity, the first one after the begin token."""
         flow_states = [state for state in states if isinstance(state, FlowState)]
         num_kept = [int(state.context is None) for state in flow_states]

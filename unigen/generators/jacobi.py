@@ -34,15 +34,18 @@ WINDOW_SIZE = 8
 
 @dataclass
 class SpeculativeState(GenerationState):
-    """A picture on its way. drafts: codes for the next places; proposals: of each the distribution (K,) it was drawn
-    from, None for a point; races: exponential variables (K,) of the next places, where these are kept; offset: the id
-    of code 0."""
+    """A picture on its way."""
 
-    kind: str = "sjd"
+    method: str = "sjd"
+    """One of `SPECULATIVE_METHODS`."""
     offset: int = 0
+    """The id of code 0."""
     drafts: list[int] = field(default_factory=list)
+    """Codes for the next positions."""
     proposals: list[Tensor | None] = field(default_factory=list)
+    """Of each draft the distribution (K,) it was drawn from; None for a point."""
     exponentials: list[Tensor] = field(default_factory=list)
+    """Exponential variables (K,) of the next positions, where these are kept."""
 
 
 def prepare_step(state: SpeculativeState) -> StepInput:
@@ -69,7 +72,7 @@ def step(model: GeneratorModel, state: SpeculativeState, hidden: list[Tensor]) -
     if target_probs_WK[:, 0].isnan().any():  # then all of the row's are
         state.finite = False
         return prefix_lengths[0]
-    if state.kind == "jacobi":
+    if state.method == "jacobi":
         num_accepted, code, drafts = _verify_by_race(state, target_probs_WK)
         proposals: list[Tensor | None] = [None] * len(drafts)
     else:
@@ -84,31 +87,31 @@ def step(model: GeneratorModel, state: SpeculativeState, hidden: list[Tensor]) -
     return prefix_lengths[num_accepted]
 
 
-def _verify_drafts(state: SpeculativeState, told_WK: Tensor) -> tuple[int, int, list[int]]:
+def _verify_drafts(state: SpeculativeState, target_probs_WK: Tensor) -> tuple[int, int, list[int]]:
     """How many drafts are accepted, the code after them, and new drafts for the places after that one."""
     rng = state.span.rng
     for j, (code, proposal_K) in enumerate(zip(state.drafts, state.proposals, strict=True)):
         if proposal_K is None:
-            proposal_K = torch.zeros_like(told_WK[j])
+            proposal_K = torch.zeros_like(target_probs_WK[j])
             proposal_K[code] = 1.0
-        if torch.rand((), generator=rng) * proposal_K[code] < told_WK[j, code]:
+        if torch.rand((), generator=rng) * proposal_K[code] < target_probs_WK[j, code]:
             continue
-        residual_K = (told_WK[j] - proposal_K).clamp(min=0)
+        residual_K = (target_probs_WK[j] - proposal_K).clamp(min=0)
         if not residual_K.any():  # equal but for rounding
-            residual_K = told_WK[j]
+            residual_K = target_probs_WK[j]
         return (
             j,
             _sample_weights(residual_K, rng),
-            [_sample_weights(target_probs_K, rng) for target_probs_K in told_WK[j + 1 :]],
+            [_sample_weights(target_probs_K, rng) for target_probs_K in target_probs_WK[j + 1 :]],
         )
-    return len(state.drafts), _sample_weights(told_WK[-1], rng), []
+    return len(state.drafts), _sample_weights(target_probs_WK[-1], rng), []
 
 
-def _verify_by_race(state: SpeculativeState, told_WK: Tensor) -> tuple[int, int, list[int]]:
+def _verify_by_race(state: SpeculativeState, target_probs_WK: Tensor) -> tuple[int, int, list[int]]:
     """The same by races that stay with their places."""
-    for target_probs_K in told_WK[len(state.exponentials) :]:
+    for target_probs_K in target_probs_WK[len(state.exponentials) :]:
         state.exponentials.append(torch.empty(len(target_probs_K)).exponential_(generator=state.span.rng))
-    codes = exponential_race_sample(told_WK, torch.stack(state.exponentials[: len(told_WK)])).tolist()
+    codes = exponential_race_sample(target_probs_WK, torch.stack(state.exponentials[: len(target_probs_WK)])).tolist()
     num_accepted = next((j for j, code in enumerate(state.drafts) if codes[j] != code), len(state.drafts))
     del state.exponentials[: num_accepted + 1]
     return num_accepted, codes[num_accepted], codes[num_accepted + 1 :]

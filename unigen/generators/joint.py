@@ -34,20 +34,20 @@ class Joint(Masked):
     name = "joint"
     text_length = TEXT_LENGTH
 
-    def __init__(self, grid: tuple[int, int], mask: int, specials: tuple[int, ...] = ()) -> None:
-        """specials: the ids that no text holds; the end of a turn, which fills it up, is none of them."""
-        super().__init__(grid, mask)
-        self.special_ids = specials
+    def __init__(self, grid: tuple[int, int], mask_id: int, special_ids: tuple[int, ...] = ()) -> None:
+        """special_ids: the ids that no text holds; the end of a turn, which fills it up, is none of them."""
+        super().__init__(grid, mask_id)
+        self.special_ids = special_ids
 
     @classmethod
-    def of(cls, frame: BuildContext) -> Joint:
-        return cls(frame.grid, frame.mask, frame.special_ids)
+    def from_context(cls, context: BuildContext) -> Joint:
+        return cls(context.grid, context.mask_id, context.special_ids)
 
-    def parts(self) -> list[slice]:
-        return [slice(0, self.text_length), slice(self.text_length, self.positions())]
+    def part_slices(self) -> list[slice]:
+        return [slice(0, self.text_length), slice(self.text_length, self.num_positions())]
 
-    def table(self, part: int, vocabulary: Vocabulary) -> slice:
-        return super().table(part, vocabulary) if part else slice(0, vocabulary.text_size)
+    def vocab_slice(self, part: int, vocabulary: Vocabulary) -> slice:
+        return super().vocab_slice(part, vocabulary) if part else slice(0, vocabulary.text_size)
 
     def mask_forbidden(self, logits_NV: Tensor) -> Tensor:
         logits_NV = logits_NV.clone()

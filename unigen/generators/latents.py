@@ -62,9 +62,9 @@ class DenoisingState(GenerationState):
 
 
 class LatentFlowHead(GeneratorHead):
-    """The latents of one image. `pictures` takes them from a state's `latents_Zhw`."""
+    """The latents of one image. `decode` takes them from a state's `latents_Zhw`."""
 
-    own: str | None = "kl"
+    tokenizer_kind: str | None = "kl"
     takes: tuple[str, ...] = ("steps", "sampler", "guidance_kind")
     steps, sampler = 20, "euler"
     """Where a request does not say."""
@@ -92,19 +92,19 @@ class LatentFlowHead(GeneratorHead):
         count, empty = len(batch.images_of(self.name)), torch.zeros(0, device=device)
         if not count:
             return PathSample(empty, empty, empty)
-        x_MZhw = self.encoded(batch, device).repeat_interleave(copies, 0)
+        x_MZhw = self.encode_targets(batch, device).repeat_interleave(copies, 0)
         t_M = self.path.sample_times((count * copies,), rng).to(x_MZhw)
         noise_MZhw = torch.randn(x_MZhw.shape, generator=rng).to(x_MZhw)
         return PathSample(self.path.add_noise(x_MZhw, noise_MZhw, t_M), t_M, self.path.target(x_MZhw, noise_MZhw, t_M))
 
-    def encoded(self, batch: Batch, device: torch.device) -> Tensor:
+    def encode_targets(self, batch: Batch, device: torch.device) -> Tensor:
         """Latents (M, Z, h, w), those of pictures or what is given as latents already."""
         shape = (self.tokenizer.latent_channels, *self.tokenizer.grid)
         if batch.images is not None and batch.images.shape[1:] == shape:
             return batch.images[batch.images_of(self.name)].to(device)
-        return super().encoded(batch, device)
+        return super().encode_targets(batch, device)
 
-    def count(self, batch: Batch) -> int:
+    def num_targets(self, batch: Batch) -> int:
         return len(batch.images_of(self.name))
 
     def new_trajectory(self, spec: SegmentSpec) -> Trajectory:
@@ -114,5 +114,5 @@ class LatentFlowHead(GeneratorHead):
         solver = build_solver(spec.sampler or self.sampler, spec.steps or self.steps, self.path.shift)
         return Trajectory(noise, solver, spec.guidance, path=self.path, rng=spec.rng)
 
-    def pictures(self, model: GeneratorModel, states: list[GenerationState]) -> Tensor:
+    def decode(self, model: GeneratorModel, states: list[GenerationState]) -> Tensor:
         return self.tokenizer.decode(torch.stack([state.latents_Zhw for state in states]))  # type: ignore[attr-defined]

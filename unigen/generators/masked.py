@@ -42,33 +42,38 @@ Targets = tuple[Tensor, Tensor, Tensor, Tensor]
 
 @dataclass
 class MaskedState(GenerationState):
-    """ids_P: -1 where an id is still to be written; drawn_P: with what was last drawn there. unknown: how many those
-    were at the start, part by part."""
+    """A picture on its way."""
 
     ids_P: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    """Ids, -1 where one is still to be written."""
     predicted_P: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    unknown: list[int] = field(default_factory=list)
-    step: int = 0
+    """The same, with what was last drawn at positions that are still masked."""
+    num_masked_at_start: list[int] = field(default_factory=list)
+    """Masked ids at the start, part by part."""
+    step_index: int = 0
+    """Steps taken."""
     logprobs_P: Tensor = field(default_factory=lambda: torch.empty(0))
     """Log-probabilities (P,) of the ids when they were last drawn; 0 of those that were given."""
 
 
-def mask_schedule(unknown: int, left: int, step: int, steps: int) -> int:
+def mask_schedule(num_masked_at_start: int, num_masked: int, step: int, steps: int) -> int:
     """How many codes stay masked after `step` (from 0) of `steps`: the cosine's share, at least one code being written.
 
-    unknown: masked at the start; left: masked before this step.
+    num_masked_at_start: masked at the start; num_masked: masked before this step.
     """
     if step + 1 >= steps:
         return 0
-    return max(0, min(left - 1, max(1, math.floor(unknown * math.cos(math.pi / 2 * (step + 1) / steps)))))
+    return max(
+        0, min(num_masked - 1, max(1, math.floor(num_masked_at_start * math.cos(math.pi / 2 * (step + 1) / steps))))
+    )
 
 
 class Masked:
     """The codes of one image by masked prediction."""
 
     name = "masked"
-    own: str | None = None
-    cache_reusable, codes, needs_context = False, True, False
+    tokenizer_kind: str | None = None
+    cache_reusable, trains_on_codes, needs_context = False, True, False
     guided_loss = None
     is_text, is_causal = False, False
     forbidden_ids: Sequence[int] = ()
@@ -77,27 +82,27 @@ class Masked:
     takes: tuple[str, ...] = (*SAMPLING_OPTION_NAMES, "steps", "fixed")
 
     def __init__(
-        self, grid: tuple[int, int], mask: int, steps: int = STEPS, choice_temperature: float = CHOICE_TEMPERATURE
+        self, grid: tuple[int, int], mask_id: int, steps: int = STEPS, choice_temperature: float = CHOICE_TEMPERATURE
     ) -> None:
-        """mask: the id that stands for a masked code."""
-        self.grid, self.mask, self.steps = grid, mask, steps
+        """mask_id: the id that stands for a masked code."""
+        self.grid, self.mask_id, self.steps = grid, mask_id, steps
         self.choice_temperature = choice_temperature
 
     @classmethod
-    def of(cls, frame: BuildContext) -> Masked:
-        return cls(frame.grid, frame.mask)
+    def from_context(cls, context: BuildContext) -> Masked:
+        return cls(context.grid, context.mask_id)
 
-    def positions(self) -> int:
+    def num_positions(self) -> int:
         return self.text_length + self.grid[0] * self.grid[1]
 
     def attend_until(self) -> list[int] | None:
-        return [self.positions() - 1] * self.positions()
+        return [self.num_positions() - 1] * self.num_positions()
 
-    def parts(self) -> list[slice]:
+    def part_slices(self) -> list[slice]:
         """Positions of the span that are masked and written by a share of their own."""
-        return [slice(0, self.positions())]
+        return [slice(0, self.num_positions())]
 
-    def table(self, part: int, vocabulary: Vocabulary) -> slice:
+    def vocab_slice(self, part: int, vocabulary: Vocabulary) -> slice:
         """The rows of the table that this part's ids are of: the codes are its last part."""
         return slice(vocabulary.image_start, vocabulary.image_stop)
 
@@ -112,12 +117,12 @@ class Masked:
         ids_MP = batch.ids_BL[rows_M1, positions_MP]
         masked_MP = torch.zeros(ids_MP.shape, dtype=torch.bool)
         ratios_MK = self.mask_ratios(len(ids_MP), rng)
-        for part, ratio_M1 in zip(self.parts() if len(ids_MP) else (), ratios_MK.split(1, -1), strict=False):
+        for part, ratio_M1 in zip(self.part_slices() if len(ids_MP) else (), ratios_MK.split(1, -1), strict=False):
             length = part.stop - part.start
             order_MN = torch.rand(len(ids_MP), length, generator=rng).argsort(-1).argsort(-1)
             masked_MP[:, part] = order_MN < (length * ratio_M1).ceil()
         masked_MP = masked_MP.to(ids_MP.device)
-        input_MPD = model.embed(ids_MP.masked_fill(masked_MP, self.mask))
+        input_MPD = model.embed(ids_MP.masked_fill(masked_MP, self.mask_id))
         return [InputSpan(rows_M1, positions_MP, input_MPD)], (rows_M1, positions_MP, ids_MP, masked_MP)
 
     def loss(self, model: GeneratorModel, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> Tensor:
@@ -126,8 +131,8 @@ class Masked:
         if not len(ids_MP):
             return hidden_BLD[:0].flatten()
         total_M = hidden_BLD.new_zeros(len(ids_MP), dtype=torch.float32)
-        for number, part in enumerate(self.parts()):
-            masked_MN, table = masked_MP[:, part], self.table(number, model.vocabulary)
+        for number, part in enumerate(self.part_slices()):
+            masked_MN, table = masked_MP[:, part], self.vocab_slice(number, model.vocabulary)
             states_TD = hidden_BLD[rows_M1, positions_MP[:, part]][masked_MN]
             logits_TV = model.logits(states_TD, table.start, table.stop).float()
             target_T = ids_MP[:, part][masked_MN] - table.start
@@ -136,7 +141,7 @@ class Masked:
             total_M = total_M.index_add(0, masked_MN.nonzero()[:, 0], nats_T * mask_share_MN[masked_MN])
         return total_M
 
-    def count(self, batch: Batch) -> int:
+    def num_targets(self, batch: Batch) -> int:
         return len(batch.images_of(self.name))
 
     # ---------------------------------------------------------------- sampling
@@ -150,35 +155,40 @@ class Masked:
         )
         codes_P = torch.full((codes,), -1) if span.fixed is None else span.fixed.flatten().cpu()
         ids_P = torch.cat([text_T, codes_P])
-        unknown = [int((ids_P[part] < 0).sum()) for part in self.parts()]
+        num_masked_at_start = [int((ids_P[part] < 0).sum()) for part in self.part_slices()]
         return MaskedState(
-            span, [], ids_P=ids_P, predicted_P=ids_P.clone(), unknown=unknown, logprobs_P=torch.zeros(len(ids_P))
+            span,
+            [],
+            ids_P=ids_P,
+            predicted_P=ids_P.clone(),
+            num_masked_at_start=num_masked_at_start,
+            logprobs_P=torch.zeros(len(ids_P)),
         )
 
-    def ask(self, state: GenerationState) -> StepInput:
+    def prepare_step(self, state: GenerationState) -> StepInput:
         assert isinstance(state, MaskedState)
-        length = self.positions()
-        input_P = torch.where(state.ids_P < 0, self.mask, state.ids_P)
+        length = self.num_positions()
+        input_P = torch.where(state.ids_P < 0, self.mask_id, state.ids_P)
         uncond_P = input_P.clone()
-        uncond_P[: self.text_length] = self.mask
-        ids, blind = ([state.span.begin, *branch_ids.tolist()] for branch_ids in (input_P, uncond_P))
-        return StepInput(ids, attend_until=[0] + [length] * length, blind=blind if self.text_length else None)
+        uncond_P[: self.text_length] = self.mask_id
+        ids, uncond_ids = ([state.span.begin, *branch_ids.tolist()] for branch_ids in (input_P, uncond_P))
+        return StepInput(ids, attend_until=[0] + [length] * length, uncond_ids=uncond_ids if self.text_length else None)
 
-    def left(self, state: MaskedState, number: int, steps: int) -> int:
+    def num_masked(self, state: MaskedState, number: int, steps: int) -> int:
         """How many ids of a part stay masked after this step."""
-        masked = int((state.ids_P[self.parts()[number]] < 0).sum())
-        return mask_schedule(state.unknown[number], masked, state.step, steps)
+        masked = int((state.ids_P[self.part_slices()[number]] < 0).sum())
+        return mask_schedule(state.num_masked_at_start[number], masked, state.step_index, steps)
 
-    def heat(self, step: int, steps: int) -> float:
+    def choice_temperature_at(self, step: int, steps: int) -> float:
         """Of the noise on the confidences in this step."""
         return self.choice_temperature * (1 - (step + 1) / steps)
 
-    def gumbel(self, count: int, rng: torch.Generator) -> Tensor:
+    def sample_gumbel(self, count: int, rng: torch.Generator) -> Tensor:
         return -torch.empty(count).exponential_(generator=rng).log()
 
-    def advance(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
-        for number, part in enumerate(self.parts()):
-            codes, table = number == len(self.parts()) - 1, self.table(number, model.vocabulary)
+    def step(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
+        for number, part in enumerate(self.part_slices()):
+            codes, table = number == len(self.part_slices()) - 1, self.vocab_slice(number, model.vocabulary)
             unfinished = [i for i, state in enumerate(states) if bool((state.ids_P[part] < 0).any())]  # type: ignore[attr-defined]
             if not unfinished:
                 continue
@@ -187,13 +197,13 @@ class Masked:
             logits = model.logits(flat.flatten(0, 1), table.start, table.stop).unflatten(0, flat.shape[:2])
             for i, split in zip(unfinished, logits.split([len(branches) for branches in branch_hidden]), strict=True):
                 guided_NV = states[i].span.guidance.combine(list(split)) if codes else self.mask_forbidden(split[0])
-                self._write(states[i], number, guided_NV, table.start)  # type: ignore[arg-type]
+                self._unmask(states[i], number, guided_NV, table.start)  # type: ignore[arg-type]
         for state in states:
             assert isinstance(state, MaskedState)
-            state.step += 1
+            state.step_index += 1
             state.done = not bool((state.ids_P < 0).any())
-            state.progress = state.step, min(state.span.steps or self.steps, max(*state.unknown, 1))
-            state.text = state.predicted_P[: self.text_length].tolist()
+            state.progress = state.step_index, min(state.span.steps or self.steps, max(*state.num_masked_at_start, 1))
+            state.text_ids = state.predicted_P[: self.text_length].tolist()
             state.ids = state.predicted_P[self.text_length :].tolist()
             if state.span.record_logprobs:
                 state.logprobs = state.logprobs_P.tolist()
@@ -203,9 +213,9 @@ class Masked:
         """The scores of text, without what no text holds."""
         return logits_NV
 
-    def _write(self, state: MaskedState, number: int, logits_NV: Tensor, first: int) -> None:
+    def _unmask(self, state: MaskedState, number: int, logits_NV: Tensor, first: int) -> None:
         """Draw all masked ids of a part; keep the surest of them."""
-        span, steps, part = state.span, state.span.steps or self.steps, self.parts()[number]
+        span, steps, part = state.span, state.span.steps or self.steps, self.part_slices()[number]
         ids_N = state.ids_P[part]
         if span.sampling.temperature == 0:
             weights_NV, noise = logits_NV.float().softmax(-1), 0.0
@@ -215,17 +225,17 @@ class Masked:
             sampled_N = exponential_race_sample(
                 weights_NV, torch.empty(logits_NV.shape).exponential_(generator=span.rng)
             ).cpu()
-            codes = number == len(self.parts()) - 1  # what comes first in a text is what is surest, as in LLaDA
-            noise = self.heat(state.step, steps) if codes else 0.0
+            codes = number == len(self.part_slices()) - 1  # what comes first in a text is what is surest, as in LLaDA
+            noise = self.choice_temperature_at(state.step_index, steps) if codes else 0.0
         if bool((sampled_N < 0).any()):
             state.finite = False
             return
         # confidence = log p(drawn) + noise * Gumbel
-        gumbel_N = self.gumbel(len(sampled_N), span.rng)
+        gumbel_N = self.sample_gumbel(len(sampled_N), span.rng)
         logprobs_N = weights_NV.cpu().gather(-1, sampled_N[:, None])[:, 0].log()
         confidence_N = logprobs_N + noise * gumbel_N
         masked_N = ids_N < 0
-        remasked = confidence_N.masked_fill(~masked_N, math.inf).argsort()[: self.left(state, number, steps)]
+        remasked = confidence_N.masked_fill(~masked_N, math.inf).argsort()[: self.num_masked(state, number, steps)]
         ids_N = torch.where(masked_N, sampled_N + first, ids_N)
         state.predicted_P[part] = ids_N
         ids_N[remasked] = -1
@@ -233,7 +243,7 @@ class Masked:
         if span.record_logprobs:
             state.logprobs_P[part] = torch.where(masked_N, logprobs_N, state.logprobs_P[part])
 
-    def pictures(self, model: GeneratorModel, states: list[GenerationState]) -> Tensor:
+    def decode(self, model: GeneratorModel, states: list[GenerationState]) -> Tensor:
         return decode_ids(model, states)
 
 

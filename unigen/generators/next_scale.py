@@ -41,11 +41,14 @@ Targets = tuple[Tensor, Tensor, Tensor]
 
 @dataclass
 class ScaleState(GenerationState):
-    """seen_1Chw: the picture so far, f_hat; codes: those written (n_k,), scale by scale; read: what comes next."""
+    """A picture on its way."""
 
     f_hat_1Chw: Tensor = field(default_factory=lambda: torch.empty(0))
+    """The picture so far, as features of the tokenizer."""
     codes: list[Tensor] = field(default_factory=list)
+    """Codes (n_k,) that are written, scale by scale."""
     input_LD: Tensor | None = None
+    """What the next step reads; None before the first scale."""
 
     @property
     def native_codes(self) -> Tensor:
@@ -56,7 +59,7 @@ class NextScale(GeneratorHead):
     """The codes of one image, scale by scale."""
 
     name = "next-scale"
-    own: str | None = "multiscale"
+    tokenizer_kind: str | None = "multiscale"
     needs_context = False
     takes: tuple[str, ...] = SAMPLING_OPTION_NAMES
 
@@ -75,24 +78,24 @@ class NextScale(GeneratorHead):
         self.head = nn.Linear(width, quantizer.size)
         for embedding in (self.scale_embedding, self.position_embedding):
             nn.init.normal_(embedding.weight, std=0.02)
-        numbers = torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))
-        self.register_buffer("numbers", numbers, persistent=False)
-        self.numbers: Tensor
+        scale_ids = torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))
+        self.register_buffer("scale_ids", scale_ids, persistent=False)
+        self.scale_ids: Tensor
 
     @classmethod
-    def of(cls, frame: BuildContext) -> NextScale:
-        return cls(frame.tokenizer, frame.width)
+    def from_context(cls, context: BuildContext) -> NextScale:
+        return cls(context.tokenizer, context.width)
 
     @property
     def io_layers(self) -> tuple[nn.Module, ...]:  # type: ignore[override]
         return self.project, self.head
 
     @property
-    def own_shape(self) -> tuple[int, int]:
+    def code_shape(self) -> tuple[int, int]:
         """How many codes a picture is written in, and how many there are."""
         return sum(self.lengths), self.tokenizer.quantizer.size
 
-    def positions(self) -> int:
+    def num_positions(self) -> int:
         return sum(self.lengths[1:])
 
     def attend_until(self) -> list[int] | None:
@@ -102,12 +105,12 @@ class NextScale(GeneratorHead):
             attend_until += [last_position] * length
         return attend_until
 
-    def embed(self, maps_MPC: Tensor, first: int) -> Tensor:
+    def embed_maps(self, maps_MPC: Tensor, first: int) -> Tensor:
         """What the backbone reads for maps of positions first.. of all scales: their vectors, scale and place."""
         positions = slice(first, first + maps_MPC.shape[1])
         return (
             self.project(maps_MPC.to(self.project.weight.dtype))
-            + self.scale_embedding(self.numbers[positions])
+            + self.scale_embedding(self.scale_ids[positions])
             + self.position_embedding.weight[positions]
         )
 
@@ -120,17 +123,17 @@ class NextScale(GeneratorHead):
         quantizer = self.tokenizer.quantizer
         with torch.no_grad(), torch.autocast(batch.ids_BL.device.type, enabled=False):
             if self.mistakes and batch.images is not None and batch.images.is_floating_point():
-                f_MChw = self.tokenizer.features(self.pixels(batch, batch.ids_BL.device))
+                f_MChw = self.tokenizer.features(self.target_pixels(batch, batch.ids_BL.device))
                 codes_MP, input_codes_MP = quantizer.encode_with_corruption(f_MChw, self.mistakes, rng)
             else:
-                codes_MP = input_codes_MP = self.encoded(batch, batch.ids_BL.device)
+                codes_MP = input_codes_MP = self.encode_targets(batch, batch.ids_BL.device)
             maps_MPC = quantizer.scale_inputs(input_codes_MP)
-        input_MPD = self.embed(maps_MPC, self.lengths[0])
+        input_MPD = self.embed_maps(maps_MPC, self.lengths[0])
         return [InputSpan(rows_M1, positions_MP, input_MPD)], (rows_M1, positions_MP, codes_MP)
 
     def loss(self, model: GeneratorModel, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> Tensor:
         if not len(targets[1]):
-            return self.nothing(hidden_BLD)
+            return self.zero_loss(hidden_BLD)
         logits = self.logits(hidden_BLD, targets).flatten(0, 1)
         return nn.functional.cross_entropy(logits, targets[2].flatten(), reduction="none")
 
@@ -148,13 +151,16 @@ class NextScale(GeneratorHead):
     def guided_logits(self, branches: Sequence[tuple[Tensor, Targets]], guidance: Guidance) -> list[Tensor]:
         """What each scale is drawn from (M, n_k, V), where the scales before it are the targets' own."""
         splits = [self.logits(*branch).split(self.lengths, 1) for branch in branches]
-        return [guidance.combine(list(logits), self.share(k)) for k, logits in enumerate(zip(*splits, strict=True))]
+        return [
+            guidance.combine(list(logits), self.guidance_weight(k))
+            for k, logits in enumerate(zip(*splits, strict=True))
+        ]
 
-    def share(self, k: int) -> float:
+    def guidance_weight(self, k: int) -> float:
         """Of the guidance at scale k: VAR has logits = (1 + t) c - t u with t = (s - 1) k / (K - 1)."""
         return k / max(len(self.lengths) - 1, 1)
 
-    def count(self, batch: Batch) -> int:
+    def num_targets(self, batch: Batch) -> int:
         return len(batch.images_of(self.name)) * sum(self.lengths)
 
     # ---------------------------------------------------------------- sampling
@@ -162,14 +168,14 @@ class NextScale(GeneratorHead):
     def start(self, span: SegmentSpec) -> GenerationState:
         return ScaleState(span, [], f_hat_1Chw=self.tokenizer.quantizer.initial_f_hat(1))
 
-    def ask(self, state: GenerationState) -> StepInput:
+    def prepare_step(self, state: GenerationState) -> StepInput:
         assert isinstance(state, ScaleState)
         if state.input_LD is None:
             return StepInput(state.span.head)
         length = len(state.input_LD)
         return StepInput([0] * length, embeds=state.input_LD, attend_until=[length - 1] * length)
 
-    def advance(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
+    def step(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
         """All that was read stays in the cache: a scale sees the scales before it."""
         groups: dict[int, list[int]] = {}
         for i, state in enumerate(states):
@@ -179,13 +185,13 @@ class NextScale(GeneratorHead):
         for k, members in groups.items():
             flat = torch.stack([branch for i in members for branch in hidden[i]])
             split = self.head(flat.to(self.head.weight.dtype)).float().split([len(hidden[i]) for i in members])
-            self._write([states[i] for i in members], split, k)  # type: ignore[misc]
+            self._sample_scale([states[i] for i in members], split, k)  # type: ignore[misc]
         return num_read
 
-    def _write(self, states: list[ScaleState], logits: Sequence[Tensor], k: int) -> None:
+    def _sample_scale(self, states: list[ScaleState], logits: Sequence[Tensor], k: int) -> None:
         """Scale k of each, from the logits of its branches; and what the next scale reads."""
         for state, split in zip(states, logits, strict=True):
-            guided_NV = state.span.guidance.combine(list(split), self.share(k))
+            guided_NV = state.span.guidance.combine(list(split), self.guidance_weight(k))
             codes_N = sample_shared_rng(guided_NV, state.span.sampling, state.span.rng)
             state.codes.append(codes_N)
             if state.span.record_logprobs:
@@ -199,7 +205,7 @@ class NextScale(GeneratorHead):
         last_position = k + 1 == len(self.lengths)
         if not last_position:
             maps_MNC = quantizer.downsample(f_hat_MChw, k + 1).flatten(2).transpose(1, 2)
-            next_input_MND = self.embed(maps_MNC, sum(self.lengths[: k + 1]))
+            next_input_MND = self.embed_maps(maps_MNC, sum(self.lengths[: k + 1]))
         for i, state in enumerate(states):
             state.f_hat_1Chw, state.done, state.progress = (
                 f_hat_MChw[i : i + 1],
@@ -208,7 +214,7 @@ class NextScale(GeneratorHead):
             )
             state.input_LD = None if last_position else next_input_MND[i]
 
-    def pictures(self, model: GeneratorModel, states: list[GenerationState]) -> Tensor:
+    def decode(self, model: GeneratorModel, states: list[GenerationState]) -> Tensor:
         codes_MP = torch.stack([torch.cat(state.codes) for state in states if isinstance(state, ScaleState)])
         return self.tokenizer.decode(codes_MP)
 

@@ -42,45 +42,45 @@ def decode_ids(model: GeneratorModel, states: list[GenerationState]) -> Tensor:
 class CausalGenerator(ABC):
     """What text and codes in raster order share: ids are read as they are, and each is predicted by the one before."""
 
-    cache_reusable, codes, needs_context = True, True, False
+    cache_reusable, trains_on_codes, needs_context = True, True, False
     guided_loss = None
     is_text, is_causal = False, True
     forbidden_ids: Sequence[int] = ()
     text_length = 0
     conditions: frozenset[str] = frozenset()
-    own: str | None = None
+    tokenizer_kind: str | None = None
     takes: tuple[str, ...] = SAMPLING_OPTION_NAMES
 
     def attend_until(self) -> list[int] | None:
         return None
 
     def prepare(self, model: GeneratorModel, batch: Batch, rng: torch.Generator) -> tuple[list[InputSpan], Tensor]:
-        return [], self.targets(batch)
+        return [], self.target_mask(batch)
 
     @abstractmethod
-    def targets(self, batch: Batch) -> Tensor:
+    def target_mask(self, batch: Batch) -> Tensor:
         """The ids (B, L) to be predicted."""
 
-    def table(self, vocabulary: Vocabulary) -> slice:
+    def vocab_slice(self, vocabulary: Vocabulary) -> slice:
         """The ids among which a target is learnt: all that the head scores beside it."""
         return slice(0, None)
 
     def loss(self, model: GeneratorModel, batch: Batch, hidden_BLD: Tensor, targets: Tensor) -> Tensor:
         """-log p of each id to be predicted, from the state before it."""
         rows, positions = targets.nonzero(as_tuple=True)
-        table = self.table(model.vocabulary)
+        table = self.vocab_slice(model.vocabulary)
         logits_TV = model.logits(hidden_BLD[rows, positions - 1], table.start, table.stop).float()
         return torch.nn.functional.cross_entropy(
             logits_TV, batch.ids_BL[rows, positions] - table.start, reduction="none"
         )
 
-    def count(self, batch: Batch) -> Tensor:
-        return self.targets(batch).sum()
+    def num_targets(self, batch: Batch) -> Tensor:
+        return self.target_mask(batch).sum()
 
-    def ask(self, state: GenerationState) -> StepInput:
+    def prepare_step(self, state: GenerationState) -> StepInput:
         return StepInput(state.pending_ids)
 
-    def pictures(self, model: GeneratorModel, states: list[GenerationState]) -> Tensor:
+    def decode(self, model: GeneratorModel, states: list[GenerationState]) -> Tensor:
         return decode_ids(model, states)
 
 
@@ -100,16 +100,16 @@ class Text(CausalGenerator):
         self.forbidden_ids = forbidden
         """Specials of the text table that are never written, except a span's stops."""
 
-    def positions(self) -> int:
+    def num_positions(self) -> int:
         return 0
 
-    def targets(self, batch: Batch) -> Tensor:
+    def target_mask(self, batch: Batch) -> Tensor:
         return batch.loss_BL & ~batch.image_mask()
 
     def start(self, span: SegmentSpec) -> GenerationState:
         return GenerationState(span, pending_ids=[span.begin])
 
-    def advance(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
+    def step(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
         last_hidden_BD = torch.stack([branches[0][-1] for branches in hidden])
         vocabulary = model.vocabulary
         logits_BV = model.logits(last_hidden_BD, 0, vocabulary.text_size)
@@ -142,36 +142,36 @@ class NextToken(CausalGenerator):
         """row_end: how many ids stand after each row."""
 
     @classmethod
-    def of(cls, frame: BuildContext) -> NextToken:
-        return cls(frame.grid)
+    def from_context(cls, context: BuildContext) -> NextToken:
+        return cls(context.grid)
 
-    def positions(self) -> int:
+    def num_positions(self) -> int:
         return self.grid[0] * (self.grid[1] + self.row_end)
 
-    def targets(self, batch: Batch) -> Tensor:
+    def target_mask(self, batch: Batch) -> Tensor:
         return batch.loss_BL & batch.image_mask(self.name)
 
-    def table(self, vocabulary: Vocabulary) -> slice:
+    def vocab_slice(self, vocabulary: Vocabulary) -> slice:
         return (
             slice(vocabulary.image_start, vocabulary.image_stop)
             if vocabulary.separate_head
-            else super().table(vocabulary)
+            else super().vocab_slice(vocabulary)
         )
 
     def start(self, span: SegmentSpec) -> GenerationState:
         assert span.grid is not None
         return (
-            jacobi.SpeculativeState(span, span.head, kind=span.accelerate)
+            jacobi.SpeculativeState(span, span.head, method=span.accelerate)
             if span.accelerate
             else GenerationState(span, span.head)
         )
 
-    def ask(self, state: GenerationState) -> StepInput:
+    def prepare_step(self, state: GenerationState) -> StepInput:
         if isinstance(state, jacobi.SpeculativeState):
             return jacobi.prepare_step(state)
         return StepInput(state.pending_ids)
 
-    def advance(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
+    def step(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
         ordinary_rows = [row for row, state in enumerate(states) if not isinstance(state, jacobi.SpeculativeState)]
         num_read = [len(state.pending_ids) for state in states]
         for row, state in enumerate(states):

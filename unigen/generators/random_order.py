@@ -34,12 +34,14 @@ Targets = tuple[Tensor, Tensor, Tensor]
 
 @dataclass
 class OrderState(GenerationState):
-    """order_P: places in the order of writing; written: ids in that order, the given ones first; read_LD: what comes
-    next."""
+    """A picture on its way."""
 
     order_P: Tensor = field(kw_only=True)
+    """Positions in the order of writing, the given ones first."""
     written: list[int] = field(kw_only=True)
+    """Ids in that order."""
     input_LD: Tensor | None = None
+    """What the next step reads; None before the first id."""
 
     @property
     def num_written(self) -> int:
@@ -50,29 +52,29 @@ class RandomOrder(GeneratorHead):
     """The codes of one image in a random order."""
 
     name = "random-order"
-    own = None
-    codes, needs_context = True, False
+    tokenizer_kind = None
+    trains_on_codes, needs_context = True, False
     takes: tuple[str, ...] = (*SAMPLING_OPTION_NAMES, "fixed")
 
     def __init__(self, grid: tuple[int, int], width: int) -> None:
         super().__init__()
         self.grid = grid
-        self.place = nn.Embedding(self.positions(), width)
-        self.next = nn.Embedding(self.positions(), width)
+        self.place = nn.Embedding(self.num_positions(), width)
+        self.next = nn.Embedding(self.num_positions(), width)
         for embedding in (self.place, self.next):
             nn.init.normal_(embedding.weight, std=0.02)
 
     @classmethod
-    def of(cls, frame: BuildContext) -> RandomOrder:
-        return cls(frame.grid, frame.width)
+    def from_context(cls, context: BuildContext) -> RandomOrder:
+        return cls(context.grid, context.width)
 
-    def positions(self) -> int:
+    def num_positions(self) -> int:
         return self.grid[0] * self.grid[1]
 
     def attend_until(self) -> list[int] | None:
         return None
 
-    def embed(self, model: GeneratorModel, ids_MP: Tensor, order_MP: Tensor) -> Tensor:
+    def embed_ordered(self, model: GeneratorModel, ids_MP: Tensor, order_MP: Tensor) -> Tensor:
         """What the backbone reads at every step but the last of ids in their order, (M, P, D): P - 1 ids, P places."""
         input_MPD = self.next(order_MP)
         previous_MPD = model.embed(ids_MP) + self.place(order_MP[:, :-1])
@@ -86,44 +88,44 @@ class RandomOrder(GeneratorHead):
         ids_MP = batch.ids_BL[rows_M1, positions_MP].gather(-1, order_MP)
         if not len(ids_MP):
             return [], (rows_M1, positions_MP, ids_MP)
-        input_MPD = self.embed(model, ids_MP[:, :-1], order_MP)
+        input_MPD = self.embed_ordered(model, ids_MP[:, :-1], order_MP)
         return [InputSpan(rows_M1, positions_MP, input_MPD)], (rows_M1, positions_MP, ids_MP)
 
     def loss(self, model: GeneratorModel, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> Tensor:
         rows_M1, positions_MP, ids_MP = targets
         if not len(ids_MP):
-            return self.nothing(hidden_BLD)
+            return self.zero_loss(hidden_BLD)
         id_offset, stop = model.vocabulary.image_start, model.vocabulary.image_stop
         logits = model.logits(hidden_BLD[rows_M1, positions_MP].flatten(0, 1), id_offset, stop).float()
         return nn.functional.cross_entropy(logits, ids_MP.flatten() - id_offset, reduction="none")
 
-    def count(self, batch: Batch) -> int:
-        return len(batch.images_of(self.name)) * self.positions()
+    def num_targets(self, batch: Batch) -> int:
+        return len(batch.images_of(self.name)) * self.num_positions()
 
     # ---------------------------------------------------------------- sampling
 
     def start(self, span: SegmentSpec) -> GenerationState:
-        fixed_P = torch.full((self.positions(),), -1) if span.fixed is None else span.fixed.flatten().cpu()
-        chance_P = torch.rand(self.positions(), generator=span.rng)
+        fixed_P = torch.full((self.num_positions(),), -1) if span.fixed is None else span.fixed.flatten().cpu()
+        chance_P = torch.rand(self.num_positions(), generator=span.rng)
         order_P = (chance_P + (fixed_P < 0)).argsort()  # what is given comes first
         written = [int(id) for id in fixed_P[order_P] if id >= 0]
         return OrderState(span, [], order_P=order_P, written=written)
 
-    def ask(self, state: GenerationState) -> StepInput:
+    def prepare_step(self, state: GenerationState) -> StepInput:
         assert isinstance(state, OrderState)
         if state.input_LD is None:
             return StepInput([state.span.begin])
         return StepInput([0] * len(state.input_LD), embeds=state.input_LD)
 
-    def advance(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
+    def step(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
         """One code of each picture that has read more than its begin token; all that was read stays in the cache."""
         orders = [state for state in states if isinstance(state, OrderState)]
         last_hidden = {id(state): [branch[-1] for branch in h] for state, h in zip(orders, hidden, strict=True)}
         if active := [state for state in orders if state.input_LD is not None]:
-            self._draw(model, active, [last_hidden[id(state)] for state in active])
+            self._sample_codes(model, active, [last_hidden[id(state)] for state in active])
         for state in orders:
             count, num_cached = len(state.written), 0 if state.input_LD is None else len(state.written)
-            state.done = count == self.positions()
+            state.done = count == self.num_positions()
             if state.done:
                 raster_P = state.order_P.argsort()
                 state.ids = torch.tensor(state.written)[raster_P].tolist()
@@ -133,10 +135,12 @@ class RandomOrder(GeneratorHead):
             else:
                 device = self.place.weight.device
                 ids_1P = torch.tensor([state.written], dtype=torch.int64, device=device)
-                state.input_LD = self.embed(model, ids_1P, state.order_P[None, : count + 1].to(device))[0, num_cached:]
+                state.input_LD = self.embed_ordered(model, ids_1P, state.order_P[None, : count + 1].to(device))[
+                    0, num_cached:
+                ]
         return [len(branches[0]) for branches in hidden]
 
-    def _draw(self, model: GeneratorModel, states: list[OrderState], last: list[list[Tensor]]) -> None:
+    def _sample_codes(self, model: GeneratorModel, states: list[OrderState], last: list[list[Tensor]]) -> None:
         id_offset = model.vocabulary.image_start
         logits = model.logits(
             torch.stack([s for branches in last for s in branches]), id_offset, model.vocabulary.image_stop
@@ -146,7 +150,7 @@ class RandomOrder(GeneratorHead):
             for row, code in zip(rows, codes, strict=True):
                 states[row].written.append(id_offset + code)
 
-    def pictures(self, model: GeneratorModel, states: list[GenerationState]) -> Tensor:
+    def decode(self, model: GeneratorModel, states: list[GenerationState]) -> Tensor:
         return decode_ids(model, states)
 
 

@@ -33,11 +33,14 @@ Targets = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class TokenFlowConfig:
-    """The MLP: its width and residual blocks. repeats: noisings of a token in training."""
+    """Settings of the MLP."""
 
     width: int = 256
+    """Width of its hidden layers."""
     blocks: int = 3
+    """Residual blocks."""
     repeats: int = 4
+    """Noised copies of each token in training."""
 
     def __post_init__(self) -> None:
         if min(self.width, self.repeats) < 1 or self.blocks < 0:
@@ -46,11 +49,14 @@ class TokenFlowConfig:
 
 @dataclass
 class TokenFlowState(GenerationState):
-    """written: tokens (Z,) so far."""
+    """A picture on its way."""
 
     written: list[Tensor] = field(default_factory=list)
+    """Tokens (Z,) so far."""
     latents_Zhw: Tensor = field(default_factory=lambda: torch.empty(0))
+    """Latents of the finished picture."""
     input_1D: Tensor | None = None
+    """What the next step reads; None before the first token."""
 
     @property
     def num_written(self) -> int:
@@ -97,8 +103,8 @@ class TokenFlow(LatentFlowHead):
         self.leave = nn.Linear(c.width, channels)
 
     @classmethod
-    def of(cls, frame: BuildContext) -> TokenFlow:
-        return cls(frame.tokenizer, frame.width, from_dict(TokenFlowConfig, frame.settings))
+    def from_context(cls, context: BuildContext) -> TokenFlow:
+        return cls(context.tokenizer, context.width, from_dict(TokenFlowConfig, context.settings))
 
     @property
     def io_layers(self) -> tuple[nn.Module, ...]:  # type: ignore[override]
@@ -107,7 +113,7 @@ class TokenFlow(LatentFlowHead):
     def config(self) -> dict[str, Any]:
         return to_dict(self.settings)
 
-    def positions(self) -> int:
+    def num_positions(self) -> int:
         return self.grid[0] * self.grid[1]
 
     def attend_until(self) -> list[int] | None:
@@ -126,10 +132,10 @@ class TokenFlow(LatentFlowHead):
 
     def prepare(self, model: GeneratorModel, batch: Batch, rng: torch.Generator) -> tuple[list[InputSpan], Targets]:
         """The clean tokens are read; they, repeated, are what is noised in the loss."""
-        if not self.count(batch):
+        if not self.num_targets(batch):
             empty = torch.zeros(0, device=batch.ids_BL.device)
             return [], (empty, empty)
-        tokens_MPZ = self.encoded(batch, batch.ids_BL.device).flatten(2).transpose(1, 2)
+        tokens_MPZ = self.encode_targets(batch, batch.ids_BL.device).flatten(2).transpose(1, 2)
         input_MPD = self.read(tokens_MPZ.to(self.read.weight.dtype))
         x_TRZ = tokens_MPZ.flatten(0, 1)[:, None].expand(-1, self.settings.repeats, -1)
         noise_TRZ = torch.randn(x_TRZ.shape, generator=rng).to(x_TRZ)
@@ -139,8 +145,8 @@ class TokenFlow(LatentFlowHead):
 
     def loss(self, model: GeneratorModel, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> Tensor:
         """The mean squared error of each token's velocity, (T,)."""
-        if not self.count(batch):
-            return self.nothing(hidden_BLD)
+        if not self.num_targets(batch):
+            return self.zero_loss(hidden_BLD)
         (x_TRZ, noise_TRZ), t_TR = targets
         rows_M1, positions_MP = batch.span_positions(batch.images_of(self.name))
         states_TD = hidden_BLD[rows_M1, positions_MP - 1].flatten(0, 1)
@@ -150,26 +156,26 @@ class TokenFlow(LatentFlowHead):
         error = velocity - self.path.target(x_TRZ, noise_TRZ, t_TR).flatten(0, 1)
         return error.square().mean(-1).unflatten(0, (-1, self.settings.repeats)).mean(1)
 
-    def count(self, batch: Batch) -> int:
-        return len(batch.images_of(self.name)) * self.positions()
+    def num_targets(self, batch: Batch) -> int:
+        return len(batch.images_of(self.name)) * self.num_positions()
 
     # ---------------------------------------------------------------- sampling
 
     def start(self, span: SegmentSpec) -> GenerationState:
         return TokenFlowState(span, [])
 
-    def ask(self, state: GenerationState) -> StepInput:
+    def prepare_step(self, state: GenerationState) -> StepInput:
         assert isinstance(state, TokenFlowState)
         return StepInput([state.span.begin]) if state.input_1D is None else StepInput([0], embeds=state.input_1D)
 
-    def advance(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
+    def step(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
         """The next token of each picture: a whole flow of the MLP."""
         tokens = self._sample_tokens(states, [[branch[-1] for branch in branches] for branches in hidden])
         for state, token_Z in zip(states, tokens, strict=True):
             assert isinstance(state, TokenFlowState)
             state.written.append(token_Z)
             state.input_1D = self.read(token_Z[None].to(self.read.weight.dtype))
-            state.done = len(state.written) == self.positions()
+            state.done = len(state.written) == self.num_positions()
             if state.done:
                 state.latents_Zhw = torch.stack(state.written, 1).unflatten(1, self.grid)
         return [len(branches[0]) for branches in hidden]

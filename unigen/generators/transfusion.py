@@ -28,10 +28,12 @@ from unigen.nn.denoisers import TimestepEmbedder, from_patches, to_patches
 
 @dataclass(frozen=True)
 class TransfusionConfig:
-    """patch: side in latents. shift: of the times towards noise, in training and sampling alike; 1 is none."""
+    """Settings of the flow."""
 
     patch: int = 1
+    """Side of a patch in latents."""
     shift: float = 1.0
+    """Shift of the times towards noise, in training and sampling alike (SD3, eq. 23); 1 is none."""
 
     def __post_init__(self) -> None:
         if self.patch < 1 or not self.shift > 0:
@@ -40,9 +42,10 @@ class TransfusionConfig:
 
 @dataclass
 class TransfusionState(DenoisingState):
-    """begun: the cache holds the begin token."""
+    """A picture on its way."""
 
-    begun: bool = False
+    begin_cached: bool = False
+    """Does the cache hold the begin token?"""
 
 
 class Transfusion(LatentFlowHead):
@@ -58,17 +61,17 @@ class Transfusion(LatentFlowHead):
         height, columns = tokenizer.grid
         if height % c.patch or columns % c.patch:
             raise ValueError(f"patch must divide the grid of latents {height} x {columns}, got {c.patch}")
-        self.sides = height // c.patch, columns // c.patch
+        self.patch_grid = height // c.patch, columns // c.patch
         values = tokenizer.latent_channels * c.patch**2
         self.read = nn.Linear(values, width)
         self.time = TimestepEmbedder(width)
-        self.place = nn.Embedding(self.sides[0] * self.sides[1], width)
+        self.place = nn.Embedding(self.patch_grid[0] * self.patch_grid[1], width)
         self.say = nn.Linear(width, values)
         nn.init.normal_(self.place.weight, std=0.02)
 
     @classmethod
-    def of(cls, frame: BuildContext) -> Transfusion:
-        return cls(frame.tokenizer, frame.width, from_dict(TransfusionConfig, frame.settings))
+    def from_context(cls, context: BuildContext) -> Transfusion:
+        return cls(context.tokenizer, context.width, from_dict(TransfusionConfig, context.settings))
 
     @property
     def io_layers(self) -> tuple[nn.Module, ...]:  # type: ignore[override]
@@ -77,13 +80,13 @@ class Transfusion(LatentFlowHead):
     def config(self) -> dict[str, Any]:
         return to_dict(self.settings)
 
-    def positions(self) -> int:
-        return self.sides[0] * self.sides[1]
+    def num_positions(self) -> int:
+        return self.patch_grid[0] * self.patch_grid[1]
 
     def attend_until(self) -> list[int] | None:
-        return [self.positions() - 1] * self.positions()
+        return [self.num_positions() - 1] * self.num_positions()
 
-    def embed(self, x_MZhw: Tensor, t_M: Tensor) -> Tensor:
+    def embed_patches(self, x_MZhw: Tensor, t_M: Tensor) -> Tensor:
         """What the backbone reads, (M, P, D)."""
         patches_MPF = to_patches(x_MZhw, self.settings.patch).to(self.read.weight.dtype)
         return self.read(patches_MPF) + self.place.weight + self.time(t_M)[:, None]
@@ -100,12 +103,12 @@ class Transfusion(LatentFlowHead):
         if not len(t_M):
             return [], t_M
         rows_M1, positions_MP = batch.span_positions(batch.images_of(self.name))
-        return [InputSpan(rows_M1, positions_MP, self.embed(x_t_MZhw, t_M))], velocity_MZhw
+        return [InputSpan(rows_M1, positions_MP, self.embed_patches(x_t_MZhw, t_M))], velocity_MZhw
 
     def loss(self, model: GeneratorModel, batch: Batch, hidden_BLD: Tensor, velocity_MZhw: Tensor) -> Tensor:
         """The mean squared error of each image's velocity, (M,)."""
-        if not self.count(batch):
-            return self.nothing(hidden_BLD)
+        if not self.num_targets(batch):
+            return self.zero_loss(hidden_BLD)
         error = self.velocity(hidden_BLD[batch.span_positions(batch.images_of(self.name))]) - velocity_MZhw
         return error.square().mean((1, 2, 3))
 
@@ -114,23 +117,23 @@ class Transfusion(LatentFlowHead):
     def start(self, span: SegmentSpec) -> GenerationState:
         return TransfusionState(span, [], trajectory=self.new_trajectory(span))
 
-    def ask(self, state: GenerationState) -> StepInput:
+    def prepare_step(self, state: GenerationState) -> StepInput:
         assert isinstance(state, TransfusionState) and state.trajectory.t is not None
-        count, x_t_1Zhw = self.positions(), state.trajectory.x_t
-        input_PD = self.embed(x_t_1Zhw, torch.tensor([state.trajectory.t], device=x_t_1Zhw.device))[0]
-        if state.begun:
+        count, x_t_1Zhw = self.num_positions(), state.trajectory.x_t
+        input_PD = self.embed_patches(x_t_1Zhw, torch.tensor([state.trajectory.t], device=x_t_1Zhw.device))[0]
+        if state.begin_cached:
             return StepInput([0] * count, embeds=input_PD, attend_until=[count - 1] * count)
         return StepInput([state.span.begin] + [0] * count, embeds=input_PD, attend_until=[0] + [count] * count)
 
-    def advance(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
+    def step(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
         """One evaluation of the velocity; only the begin token stays in the cache."""
-        patches = torch.stack([branch[-self.positions() :] for branches in hidden for branch in branches])
+        patches = torch.stack([branch[-self.num_positions() :] for branches in hidden for branch in branches])
         velocities, num_kept = iter(self.velocity(patches).split(1)), []
         for state, branches in zip(states, hidden, strict=True):
             assert isinstance(state, TransfusionState)
             state.step([next(velocities) for _ in branches])
-            num_kept.append(0 if state.begun else 1)
-            state.begun = True
+            num_kept.append(0 if state.begin_cached else 1)
+            state.begin_cached = True
         return num_kept
 
 

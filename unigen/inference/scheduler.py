@@ -133,7 +133,7 @@ class Scheduler:
         sequence = self.new_sequence(request)
         assert sequence.generator is not None and sequence.state is not None and not self._sequences
         self._resize_slots(sequence, sequence.num_branches)
-        hidden_of = self._run_backbone([sequence], [sequence.generator.ask(sequence.state)])
+        hidden_of = self._run_backbone([sequence], [sequence.generator.prepare_step(sequence.state)])
         self._resize_slots(sequence, 0)
         if not bool(hidden_of[0].isfinite().all()):
             raise self._non_finite_error("states")
@@ -157,7 +157,9 @@ class Scheduler:
         for sequence in sequences:
             self._resize_slots(sequence, sequence.num_branches)
         step_inputs = [
-            sequence.generator.ask(sequence.state) for sequence in sequences if sequence.generator and sequence.state
+            sequence.generator.prepare_step(sequence.state)
+            for sequence in sequences
+            if sequence.generator and sequence.state
         ]
         lengths = [
             max(map(len, sequence.pending_ids)) + len(step_input.ids)
@@ -201,7 +203,7 @@ class Scheduler:
         for sequence, step_input in zip(sequences, step_inputs, strict=True):
             for branch, pending_ids in enumerate(sequence.pending_ids):
                 row = len(padded_ids)
-                step_ids = step_input.blind if branch and step_input.blind else step_input.ids
+                step_ids = step_input.uncond_ids if branch and step_input.uncond_ids else step_input.ids
                 padded_ids.append(pending_ids + step_ids + [0] * (length - len(pending_ids) - len(step_ids)))
                 if sequence.prompt_spans[branch]:
                     start = int(self.cache.lengths[sequence.slots[branch]])
@@ -230,7 +232,7 @@ class Scheduler:
             generator = sequences[members[0]].generator
             assert generator is not None
             states = [state for i in members if (state := sequences[i].state) is not None]
-            counts = generator.advance(self.model, states, [hidden[i] for i in members])
+            counts = generator.step(self.model, states, [hidden[i] for i in members])
             for i, count in zip(members, counts, strict=True):
                 num_kept[i] = count
         for sequence, step_input, count in zip(sequences, step_inputs, num_kept, strict=True):

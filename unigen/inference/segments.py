@@ -89,7 +89,7 @@ def text_delta(model: UnifiedModel, sequence: SequenceState) -> str:
 def joint_text(model: UnifiedModel, sequence: SequenceState) -> str:
     """The text of a finished segment that holds a text and a picture, up to its end."""
     assert sequence.state is not None
-    ids = sequence.state.text
+    ids = sequence.state.text_ids
     ends = [n for n, id in enumerate(ids) if id in model.template.stop_token_ids]
     return model.template.decode(ids[: ends[0]] if ends else ids)
 
@@ -104,7 +104,7 @@ def decode_image(
         NonFiniteError: pixels are not finite.
     """
     with model.decode_autocast():
-        decoded = generator.pictures(model, [state])
+        decoded = generator.decode(model, [state])
         if decoded.is_floating_point():
             return to_images(decoded.float())[0], None
         return model.decode_images(decoded)[0], decoded[0]
@@ -144,7 +144,7 @@ def _image_length(model: UnifiedModel, request: Request) -> int:
     """Positions that a picture needs, written and read back."""
     layout, generator = model.template.layout(request.grid), model.generators[request.generator]
     has_begin_token = request.generator in model.template.begin_ids
-    written = 0 if generator.cache_reusable else generator.positions() + 2 * has_begin_token
+    written = 0 if generator.cache_reusable else generator.num_positions() + 2 * has_begin_token
     return max(len(layout) - (not has_begin_token), written)
 
 

@@ -64,7 +64,7 @@ def build_model(
         for name in names
         if name not in factories
     }
-    image_lengths = {name: built[name].positions() if name in built else 0 for name in names}
+    image_lengths = {name: built[name].num_positions() if name in built else 0 for name in names}
     text_lengths = {name: generator.text_length for name, generator in built.items() if generator.text_length}
     template = ChatTemplate(tokenizer, image_lengths, begin_tokens, classes, text_lengths)
     text: Generator = Text(sorted({*tokenizer.all_special_ids, *template.special_ids.values()}))

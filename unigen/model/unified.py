@@ -238,7 +238,9 @@ class UnifiedModel(nn.Module):
 
     def insert_image_ids(self, batch: Batch) -> Batch:
         """The batch with the codes of its images in their places, for those that are laid out as codes."""
-        as_codes = {name for name in batch.handlers if name in self.generators and self.generators[name].codes}
+        as_codes = {
+            name for name in batch.handlers if name in self.generators and self.generators[name].trains_on_codes
+        }
         images_M = torch.tensor([number for number, name in enumerate(batch.handlers) if name in as_codes])
         if batch.images is None or not len(images_M):
             return batch

@@ -64,23 +64,23 @@ class ShowoMasked(Masked):
         self.end_id = end_id
 
     def attend_until(self) -> list[int] | None:
-        return [self.positions()] * (self.positions() + 2)
+        return [self.num_positions()] * (self.num_positions() + 2)
 
-    def ask(self, state: GenerationState) -> StepInput:
-        ids = [*super().ask(state).ids, self.end_id]
+    def prepare_step(self, state: GenerationState) -> StepInput:
+        ids = [*super().prepare_step(state).ids, self.end_id]
         return StepInput(ids, attend_until=[len(ids) - 1] * len(ids))
 
-    def left(self, state: MaskedState, number: int, steps: int) -> int:
+    def num_masked(self, state: MaskedState, number: int, steps: int) -> int:
         """At least one, which is drawn anew, until the last step writes all."""
-        if state.step + 1 >= steps:
+        if state.step_index + 1 >= steps:
             return 0
-        ratio = torch.cos(torch.tensor((state.step + 1) / steps) * math.pi * 0.5)  # in fp32, as rounding counts
-        return max(1, min(int((state.ids_P < 0).sum()) - 1, int(self.positions() * ratio)))
+        ratio = torch.cos(torch.tensor((state.step_index + 1) / steps) * math.pi * 0.5)  # in fp32, as rounding counts
+        return max(1, min(int((state.ids_P < 0).sum()) - 1, int(self.num_positions() * ratio)))
 
-    def heat(self, step: int, steps: int) -> float:
+    def choice_temperature_at(self, step: int, steps: int) -> float:
         return self.choice_temperature * math.prod(1 - (s + 1) / steps for s in range(step + 1))
 
-    def gumbel(self, count: int, rng: torch.Generator) -> Tensor:
+    def sample_gumbel(self, count: int, rng: torch.Generator) -> Tensor:
         uniform = torch.empty(count).uniform_(generator=rng).clamp(min=1e-20)
         return -(-uniform.log()).clamp(min=1e-20).log()
 

@@ -257,7 +257,7 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
     lm.to(stored)
     for layer in (head.project, head.scale_embedding, head.position_embedding):  # scores: float32
         layer.to(stored)
-    template = ClassTemplate(settings["classes"] - 1, head.positions())
+    template = ClassTemplate(settings["classes"] - 1, head.num_positions())
     writers: dict[str, Generator] = {"next-scale": head}
     vocabulary = Vocabulary(settings["classes"], tokenizer.codebook_size)
     backbone = VARBackbone(lm)

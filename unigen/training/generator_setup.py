@@ -69,11 +69,11 @@ def new_generators(
             if config is not None and config not in (type(config)(), model.heads[name].settings):
                 raise ValueError(f"the {name} of this model has another shape: leave its settings out")
         elif issubclass(generator, nn.Module):
-            folder = tokenizer_folders.get(generator.own)
+            folder = tokenizer_folders.get(generator.tokenizer_kind)
             tokenizer = load_image_tokenizer(folder) if folder else None
             own_context = replace(context, tokenizer=tokenizer, settings={} if config is None else to_dict(config))
             heads.append(build.build_generator(name, own_context))
-    used_kinds = {head.own for head in heads}
+    used_kinds = {head.tokenizer_kind for head in heads}
     if unused_kinds := [kind for kind, folder in tokenizer_folders.items() if folder and kind not in used_kinds]:
         raise ValueError(
             f"no new generator takes a tokenizer of kind {', '.join(unused_kinds)}: set its folder to none"

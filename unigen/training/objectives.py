@@ -61,8 +61,8 @@ class MultiGeneratorLoss(nn.Module):
             teacher_hidden_BLD = None if self.teacher is None else self.teacher.causal_hidden_states(batch)
         for name, generator in self.generators.items():
             if teacher_hidden_BLD is not None and self.teacher is not None and is_causal(generator):
-                target_BL = generator.targets(batch)
-                table = generator.table(model.vocabulary)
+                target_BL = generator.target_mask(batch)
+                table = generator.vocab_slice(model.vocabulary)
                 kl_sum = kl_from_teacher(self.teacher, teacher_hidden_BLD, model, hidden_BLD, target_BL, table)
                 losses[name] = kl_sum, target_BL.sum()
             else:
@@ -73,7 +73,7 @@ class MultiGeneratorLoss(nn.Module):
 
     def counts(self, batch: Batch, rng: torch.Generator) -> dict[str, Tensor | int]:
         """How many targets each loss has: known from the packed batch, before its images are encoded."""
-        return {"metric/tokens": 1} | {name: g.count(batch) for name, g in self.generators.items()}
+        return {"metric/tokens": 1} | {name: g.num_targets(batch) for name, g in self.generators.items()}
 
 
 def kl_from_teacher(
