@@ -25,7 +25,6 @@ from torch import Tensor
 
 from unigen.batch import Tokens, pack
 from unigen.document import Document, Segment
-from unigen.limits import number_argument
 from unigen.loading import load_local
 from unigen.media.output import check_output, one_line_errors, write_atomically
 from unigen.media.pixels import to_pixels
@@ -37,6 +36,7 @@ from unigen.toyworld.world import SceneRenderer, find_font
 from unigen.utils import precision
 from unigen.utils.argparser import OneLineParser
 from unigen.utils.numbers import parse_int
+from unigen.utils.option_types import number_argument
 
 GENERATOR = "next-scale"
 minutes_argument = number_argument(0, 100_000, whole=False, above=True)

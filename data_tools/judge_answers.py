@@ -31,15 +31,16 @@ from unigen.evaluation.detector import load_detector
 from unigen.evaluation.task import Example
 from unigen.evaluation.tasks.scenes import ScenesTask, make_prompts
 from unigen.evaluation.tasks.understanding import UnderstandingTask
-from unigen.limits import limit_argument as limited
-from unigen.limits import number_argument
 from unigen.loading import load_local
 from unigen.media.output import check_output, one_line_errors, write_atomically
+from unigen.samplers.guidance import GUIDANCE_SCALE
+from unigen.samplers.options import TEMPERATURE, CodeSampling
 from unigen.toyworld.captions import Facts, caption
 from unigen.toyworld.world import SceneRenderer, find_font
 from unigen.utils import precision
 from unigen.utils.argparser import OneLineParser
 from unigen.utils.disk import check_input
+from unigen.utils.option_types import number_argument
 
 DETECTOR_COMMANDS = (
     "unigen train recipes/scene_detector.py seed=2 run_dir=runs/judge && "
@@ -126,8 +127,8 @@ def main() -> int:
     parser.add_argument("--prompts", type=number_argument(1, 1_000_000), default=5000)
     parser.add_argument("--answers", type=number_argument(2, 1_000), default=4, help="to each prompt (default: 4)")
     parser.add_argument("--generator", help="that draws the pictures (default: next-token)")
-    parser.add_argument("--guidance", type=limited("guidance"), help="of pictures (default: 3)")
-    parser.add_argument("--temperature", type=limited("temperature"), help="of pictures that are codes (default: 0.8)")
+    parser.add_argument("--guidance", type=GUIDANCE_SCALE.parse, help="of pictures (default: 3)")
+    parser.add_argument("--temperature", type=TEMPERATURE.parse, help="of pictures that are codes (default: 0.8)")
     parser.add_argument(
         "--seed", type=number_argument(1, 2**40), default=1, help="0 is that of the evaluations (default: 1)"
     )
@@ -157,7 +158,7 @@ def main() -> int:
     if options["generator"] not in engine.model.template.begin_ids:
         supported_names = ", ".join(engine.model.template.begin_ids)
         raise ValueError(f"{args.model} does not draw by {options['generator']}: give one of {supported_names}")
-    if "temperature" in engine.model.generators[options["generator"]].takes:
+    if CodeSampling in engine.model.generators.options(options["generator"]):
         options = {"temperature": 0.8, "top_k": 0, "top_p": 1.0} | options
     end, each = time.monotonic() + 60 * args.minutes, args.batch // args.answers
     lines: list[Any] = []

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from unigen.limits import limit_argument, number_argument
 from unigen.toyworld.language import (
     caption,
     descriptive_caption,
@@ -38,6 +37,7 @@ from unigen.toyworld.stories import story
 from unigen.utils.argparser import OneLineParser
 from unigen.utils.disk import check_folder
 from unigen.utils.extras import require_extra
+from unigen.utils.option_types import SEED, number_argument
 
 ROW_GROUP = 200  # rows held in memory at a time
 SIZES = (32, 512)  # sides of a picture in pixels
@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("-n", "--count", type=number_argument(1, 100_000_000), default=1000, help="rows in all")
     parser.add_argument("--shards", type=number_argument(1, 100_000), default=1, help="files")
-    parser.add_argument("--seed", type=limit_argument("seed"), default=0)
+    parser.add_argument("--seed", type=SEED.parse, default=0)
     parser.add_argument("--size", type=number_argument(*SIZES), default=64, help="side of the pictures in pixels")
     parser.add_argument(
         "--kind", choices=("train", "heldout"), default="train", help="heldout: combinations never in training"

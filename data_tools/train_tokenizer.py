@@ -12,13 +12,12 @@ from collections.abc import Iterator
 from typing import TextIO
 
 from unigen.hub.folders import replacing_folder
-from unigen.limits import limit_argument as limited
-from unigen.limits import number_argument
 from unigen.media.output import one_line_errors
 from unigen.model.chat_template import SPECIAL_TOKENS, normalize_text
 from unigen.tokenizers import text
 from unigen.utils.argparser import OneLineParser
 from unigen.utils.disk import check_folder
+from unigen.utils.option_types import SEED, number_argument
 
 
 def read_sentences(path: str | None, count: int, seed: int) -> Iterator[str]:
@@ -53,7 +52,7 @@ def main() -> int:
     parser.add_argument("folder")
     parser.add_argument("--vocab-size", type=number_argument(1, 1_000_000), default=1024)
     parser.add_argument("--sentences", type=number_argument(1, 10_000_000), default=20_000)
-    parser.add_argument("--seed", type=limited("seed"), default=0)
+    parser.add_argument("--seed", type=SEED.parse, default=0)
     parser.add_argument("--text", metavar="FILE", help="one sentence a line, instead of the rendered world's")
     args = parser.parse_args()
     folder = check_folder(args.folder)

@@ -37,8 +37,6 @@ from torch import Tensor
 
 from unigen.config import OptimConfig, RunConfig, apply_overrides, write_report
 from unigen.data import digits
-from unigen.limits import limit_argument as limited
-from unigen.limits import number_argument
 from unigen.media.output import check_output
 from unigen.nn.conv import to_channels_last, to_uint8
 from unigen.nn.perceptual import LPIPS
@@ -53,6 +51,7 @@ from unigen.training.trainer import Trainer
 from unigen.training.vq_objective import VQLossConfig, VQObjective, VQTraining
 from unigen.utils.argparser import OneLineParser
 from unigen.utils.disk import check_input
+from unigen.utils.option_types import number_argument
 
 INPUTS = {
     "feature_network": "unigen train recipes/scene_detector.py run_dir=runs/judge seed=2 && "
@@ -367,7 +366,7 @@ def main() -> int:
         metavar="STEPS",
         help="train every variant that long and compare",
     )
-    parser.add_argument("--count", type=limited("count"), default=1000, help="pictures (1000)")
+    parser.add_argument("--count", type=number_argument(1, 100_000), default=1000, help="pictures (1000)")
     parser.add_argument("--image-source", choices=["scenes", "digits"], default="scenes", help="with --evaluate")
     parser.add_argument(
         "--grid", metavar="PNG", help="with --evaluate: also write pictures above their reconstructions"

@@ -21,9 +21,9 @@ from typing import Any, TypeVar
 import unigen
 from unigen.commands.story import story_prompt
 from unigen.config import hardware_summary
-from unigen.limits import limit_argument as limited
 from unigen.media.output import check_output, html_figure, html_page, save_image, story_body, write_text
 from unigen.utils.argparser import OneLineParser
+from unigen.utils.option_types import SEED
 
 T = TypeVar("T")
 
@@ -154,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="unigen-tiny")
     parser.add_argument("--folder", type=Path, default=Path("quickstart"))
-    parser.add_argument("--seed", type=limited("seed"), default=1)
+    parser.add_argument("--seed", type=SEED.parse, default=1)
     args = parser.parse_args(argv)
 
     start = time.perf_counter()

@@ -27,10 +27,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from unigen.config import write_report  # noqa: E402
-from unigen.limits import limit_argument as limited  # noqa: E402
-from unigen.limits import number_argument  # noqa: E402
 from unigen.media.output import one_line_errors  # noqa: E402
 from unigen.utils.argparser import OneLineParser  # noqa: E402
+from unigen.utils.option_types import SEED, number_argument  # noqa: E402
 
 PROMPTS = ("two apples on a blue background", "a red car", "three penguins", "a rose left of a house")
 DISCONNECT_SHARE, MALFORMED_SHARE = 0.1, 0.05
@@ -186,7 +185,7 @@ def main() -> int:
     parser.add_argument("--requests", type=number_argument(1, 1_000_000), default=2000)
     parser.add_argument("--clients", type=number_argument(1, 10_000), default=32)
     parser.add_argument("--minutes", type=number_argument(0, 100_000, whole=False, above=True), default=30)
-    parser.add_argument("--seed", type=limited("seed"), default=0)
+    parser.add_argument("--seed", type=SEED.parse, default=0)
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
     report = asyncio.run(run_stress_test(options))

@@ -16,9 +16,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from unigen.limits import number_argument  # noqa: E402
 from unigen.media.output import one_line_errors, write_atomically  # noqa: E402
 from unigen.utils.argparser import OneLineParser  # noqa: E402
+from unigen.utils.option_types import number_argument  # noqa: E402
 
 
 @one_line_errors

@@ -51,20 +51,27 @@ VALUES: dict[str, Any] = {
 RIGHT = {
     "none": {  # left to the model
         *("generate.temperature", "generate.top_k", "generate.top_p", "generate.repetition_penalty", "generate.steps"),
-        *("generate.generator", "generate.guidance", "generate.sampler", "generate.guidance_kind", "generate.size"),
-        *("generate.accelerate", "generate.fixed", "generate.negative", "generate_batch.seeds", "describe.question"),
+        *("generate.generator", "generate.guidance", "generate.solver", "generate.guider", "generate.size"),
+        *(
+            "generate.accelerate",
+            "generate.fixed_codes",
+            "generate.negative_prompt",
+            "generate_batch.seeds",
+            "describe.question",
+        ),
         *(
             "flow.steps",
-            "flow.sampler",
-            "flow.guidance_kind",
+            "flow.solver",
+            "flow.guider",
             "masked.steps",
-            "masked.fixed",
+            "masked.fixed_codes",
             "inpaint.generator",
             "pair.text",
         ),
-        *("pair.image", "Document.size", "load.name"),
+        *("pair.image", "Document.size", "load.name", "generate.max_tokens", "generate.max_images"),
+        *("stream.max_images", "stream.previews"),
     },
-    "empty": {"generate.negative", "Segment.text", "Segment.image", "Segment.label"},
+    "empty": {"generate.negative_prompt", "Segment.text", "Segment.image", "Segment.label"},
     "blank": {"Segment.text", "Segment.image", "Segment.label"},
     "text": {
         *("generate.prompt", "stream.prompt", "describe.question", "edit.instruction", "inpaint.prompt", "pair.text"),
@@ -100,8 +107,8 @@ def calls(engine: Engine) -> dict[str, Callable[[Any], Any]]:
             found[f"{name}.{one}"] = lambda value, one=one: method(**given | {one: value})
 
     add("generate", engine.generate, ("prompt", "output", *GENERATE_OPTIONS), prompt="a dog")
-    add("masked", engine.generate, "steps fixed", prompt="a dog", generator="masked")
-    add("flow", engine.generate, "steps sampler guidance_kind", prompt="a dog", generator="flow")
+    add("masked", engine.generate, "steps fixed_codes", prompt="a dog", generator="masked")
+    add("flow", engine.generate, "steps solver guider", prompt="a dog", generator="flow")
     add("generate_batch", engine.generate_batch, "prompts seeds output candidates", prompts=["a dog"])
     add("stream", engine.stream, "prompt output max_images previews", prompt="a dog")
     add("describe", engine.describe, "image question candidates", image=picture, max_tokens=2)

@@ -113,9 +113,12 @@ def test_a_pipeline_draws_what_diffusers_does(stable_diffusion_folder: Path) -> 
     assert drawn.tobytes() == true.tobytes()
     together = engine.generate_batch(["a hill", "a red dog"], [1, 7], guidance=4.0, **SMALL)
     assert together[1].tobytes() == drawn.tobytes() != together[0].tobytes()
-    assert engine.generate("a red dog", seed=7, guidance=4.0, sampler="dpm++", **SMALL).tobytes() != drawn.tobytes()
+    assert engine.generate("a red dog", seed=7, guidance=4.0, solver="dpm++", **SMALL).tobytes() != drawn.tobytes()
     assert engine.generate("a red dog", seed=7, guidance=4.0, **SMALL).tobytes() == drawn.tobytes()  # back as it was
-    assert engine.generate("a red dog", seed=7, guidance=4.0, negative="a hill", **SMALL).tobytes() != drawn.tobytes()
+    assert (
+        engine.generate("a red dog", seed=7, guidance=4.0, negative_prompt="a hill", **SMALL).tobytes()
+        != drawn.tobytes()
+    )
 
 
 @pytest.mark.parametrize("size", [(32, 32), (45, 30), (100, 37)])
@@ -155,7 +158,7 @@ def test_classes(dit_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         (lambda e: e.generate("a", "text"), "cannot answer with text"),
         (lambda e: e.generate("a", temperature=0.5), "does not take temperature"),
         (lambda e: e.generate("a", steps=0), "steps must be a whole number from 1 to 1,000"),
-        (lambda e: e.generate("a", sampler="magic"), "unknown sampler"),
+        (lambda e: e.generate("a", solver="magic"), "unknown solver"),
         (lambda e: e.generate("a", size=(33, 32), steps=2), "divisible by"),
         (lambda e: e.generate("a", size=512), "a size is two whole numbers"),
         (lambda e: e.generate(["a", Image.new("RGB", (8, 8))]), "give a picture to `edit`"),
@@ -181,9 +184,12 @@ def test_classes(dit_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         (lambda e: e.generate("a", guidance=1e300), "guidance must be a number from 0 to 100"),
         (lambda e: e.generate("a", guidance="7"), "guidance must be a number"),
         (lambda e: e.generate("a", guidance=-1), "guidance must be a number"),
-        (lambda e: e.generate("a", negative=3), "negative must be words"),
-        (lambda e: e.generate("a", negative="b\udce9"), "negative is not valid Unicode"),
-        (lambda e: e.generate("a", negative="b", guidance=1.0), "hears negative only with guidance above 1"),
+        (lambda e: e.generate("a", negative_prompt=3), "negative_prompt must be a text"),
+        (lambda e: e.generate("a", negative_prompt="b\udce9"), "negative_prompt is not valid Unicode"),
+        (
+            lambda e: e.generate("a", negative_prompt="b", guidance=1.0),
+            "hears negative_prompt only with guidance above 1",
+        ),
         (lambda e: e.generate("a", generator="masked"), "does not take generator"),
         (lambda e: e.generate("a", output_type="latent"), "does not take output_type"),
         (lambda e: e.generate("a", strength=0.5), "does not take strength"),
@@ -237,11 +243,11 @@ def test_glm_image_edits(size: tuple[int, int], drawn: tuple[int, int], glm_fold
 @pytest.mark.parametrize(
     ("call", "reason"),
     [
-        (lambda e: e.generate("a", negative="b"), "does not take negative"),
+        (lambda e: e.generate("a", negative_prompt="b"), "does not take negative_prompt"),
         (lambda e: e.generate("a", size=(65, 64), steps=1), "divisible by 32"),
         (lambda e: e.edit(Image.new("RGB", (64, 64)), "a", strength=0.5), "does not take strength"),
         (lambda e: e.edit(Image.new("RGB", (64, 600)), "a", steps=1), "up to four times as long as wide"),
-        (lambda e: e.generate("a", size=(64, 64), steps=2, sampler="heun"), "unknown sampler 'heun' .* one of euler$"),
+        (lambda e: e.generate("a", size=(64, 64), steps=2, solver="heun"), "unknown solver 'heun' .* one of euler$"),
         (
             lambda e: e.inpaint(Image.new("RGB", (8, 8)), "a", Image.new("L", (8, 8), 255)),
             "no form that takes a picture and",
@@ -376,7 +382,7 @@ def test_pipelines_and_pairs_are_served(janus_folder: Path, stable_diffusion_fol
         worker.ask(1, Job(Document.of("a red dog"), "image", {"seed": 4, **SMALL}))
         worker.ask(2, Job(Document.of("a red dog"), "image", {"seed": 3, "banana": 1}))
         worker.ask(3, Job(Document.of("a red dog"), "image", {"seed": 3}, previews=3, candidates=2))
-        worker.ask(4, Job(Document.of("a red dog"), "image", around=Image.new("RGB", (32, 32)), vary=0.5))
+        worker.ask(4, Job(Document.of("a red dog"), "image", around=Image.new("RGB", (32, 32)), variation=0.5))
         worker.drop(1)
         events = []
         while worker.busy:
@@ -598,7 +604,7 @@ def test_a_system_message_is_read_before_all_else(causal_lm_folder: Path) -> Non
 BAD_STREAMS: dict[str, Any] = {
     "steps": lambda e: e.stream("a", "image", steps=0),
     "guidance": lambda e: e.stream("a", "image", guidance=float("nan")),
-    "sampler": lambda e: e.stream("a", "image", sampler="magic"),
+    "solver": lambda e: e.stream("a", "image", solver="magic"),
     "nonsense": lambda e: e.stream("a", "image", nonsense=3),
     "seed": lambda e: e.stream("a", "image", seed=-1),
     "size": lambda e: e.stream("a", "image", size=(-8, 8)),
@@ -613,7 +619,7 @@ BAD_STORIES: dict[str, Any] = {
     "max_tokens": lambda e: e.stream("a", max_tokens=0),
     "steps": lambda e: e.stream("a", "text", steps=2),
     "seed": lambda e: e.stream("a", seed=2**64),
-    "sampler": lambda e: e.stream("a", sampler="magic"),
+    "solver": lambda e: e.stream("a", solver="magic"),
     "cannot see": lambda e: e.stream([Image.new("RGB", (8, 8)), "a"]),
     "not classes": lambda e: e.stream(3),
 }

@@ -191,7 +191,7 @@ def distance(one: Image.Image, other: Image.Image) -> float:
 def test_an_adapter_draws_what_the_text_encoder_does(engines: Any) -> None:
     """Of words and of pictures; an untrained one does not."""
     own, other = DiffusersEngine(engines.image_engine.pipe), untrained(engines)
-    for more in ({}, {"negative": "a blue dog"}):  # guidance's other branch is the pipeline's own
+    for more in ({}, {"negative_prompt": "a blue dog"}):  # guidance's other branch is the pipeline's own
         for asked, words in ASKED:
             true = own.generate(words, seed=3, **SMALL, **more)
             assert distance(engines.generate(asked, seed=3, **SMALL, **more), true) < 0.1

@@ -18,6 +18,7 @@ from unigen.document import Document, Preview, Segment
 from unigen.inference.engine import Engine
 from unigen.models import load
 from unigen.samplers.guidance import Guidance
+from unigen.samplers.options import CodeSampling
 from unigen.training.objectives import MultiGeneratorLoss
 from unigen.utils.numbers import NonFiniteError
 
@@ -231,10 +232,16 @@ def test_pictures_given_and_made_stand_in_one_chat(engine: Engine) -> None:
         (lambda e: e.generate("a", steps=4), "next-token does not take steps"),
         (lambda e: e.generate("a", generator="flow", temperature=0.5), "flow does not take temperature"),
         (lambda e: e.generate("a", guidance=Guidance((3.0,), "apg")), "next-token does not take a kind"),
-        (lambda e: e.generate("a", generator="masked", fixed=torch.zeros(3, 3).long()), "fixed must be codes"),
-        (lambda e: e.generate("a", generator="masked", fixed=torch.full((2, 2), 32)), "fixed must be codes"),
-        (lambda e: e.generate("a", generator="flow", guidance_kind="cfg-zero", steps=1), "at least 2 steps"),
-        (lambda e: e.generate("a", generator="flow", guidance_kind="none"), "unknown kind of guidance"),
+        (
+            lambda e: e.generate("a", generator="masked", fixed_codes=torch.zeros(3, 3).long()),
+            "fixed_codes must be codes",
+        ),
+        (
+            lambda e: e.generate("a", generator="masked", fixed_codes=torch.full((2, 2), 32)),
+            "fixed_codes must be codes",
+        ),
+        (lambda e: e.generate("a", generator="flow", guider="cfg-zero", steps=1), "at least 2 steps"),
+        (lambda e: e.generate("a", generator="flow", guider="none"), "unknown guider"),
         (lambda e: e.generate("a dog " * 400), "shorten"),
         (lambda e: e.edit(Image.new("RGB", (4, 4)), " "), "instruction is empty"),
         (lambda _: unigen.load("no-such-model"), "unknown model"),
@@ -404,7 +411,7 @@ def test_numbers_that_are_not_finite_end_their_row_alone(
         request["accelerate"] = writer
     elif writer != "text":
         request["generator"] = writer
-    if "temperature" in engine.model.generators[request.get("generator", "next-token")].takes:
+    if CodeSampling in engine.model.generators.options(request.get("generator", "next-token")):
         request |= {"temperature": 0.0 if greedy else 1.0}
     elif greedy:
         pytest.skip("it draws no codes")

@@ -92,11 +92,9 @@ def test_what_random_weights_answer(engine: Any) -> None:
                 )
         found[f"{name} batch"] = digest(engine.generate_batch(["a dog", "two apples"], [5, 6], generator=name))
     for kind in GUIDERS:
-        for sampler in SOLVERS:
+        for solver in SOLVERS:
             options = {"generator": "flow", "steps": 4, "guidance": 3.0}
-            found[f"flow {sampler} {kind}"] = digest(
-                engine.generate("a dog", **options, sampler=sampler, guidance_kind=kind)
-            )
+            found[f"flow {solver} {kind}"] = digest(engine.generate("a dog", **options, solver=solver, guider=kind))
     for way in ("jacobi", "sjd"):
         found[f"next-token {way}"] = digest(engine.generate("a dog", generator="next-token", accelerate=way, top_k=8))
     found["top_k top_p"] = digest(engine.generate("a dog", generator="next-token", temperature=1.5, top_k=9, top_p=0.7))

@@ -20,7 +20,7 @@ from unigen.utils.module_renames import MODULE_RENAMES
 # From bottom to top. What stands on one line does not import each other.
 LAYERS = [
     {"utils"},
-    {"limits", "config"},
+    {"options", "config"},
     {"media", "hub"},
     {"document"},
     {"batch"},
@@ -32,7 +32,7 @@ LAYERS = [
     {"model"},
     {"models", "inference", "data", "toyworld"},
     {"backends"},
-    {"loading"},
+    {"loading", "option_groups"},
     {"training", "evaluation"},
     {"serving"},
     {"commands"},

@@ -23,7 +23,7 @@ def test_a_share_however_small_marks_a_cell(engine: Any, share: float) -> None:
         assert (cells == (drawn < share)).all() if (drawn < share).any() else cells.sum() == 1
         counts.append(int(cells.sum()))
         options, _ = prepare_inpainting(engine.model, around, mask, None, {})
-        assert int((options["fixed"] < 0).sum()) == cells.sum()
+        assert int((options["fixed_codes"] < 0).sum()) == cells.sum()
     if share == 1:
         assert counts == [height * width] * 5, "the control"
     if share < 0.1:

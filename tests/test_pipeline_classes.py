@@ -21,7 +21,7 @@ FEW = {"DiTPipeline", "FluxPipeline", "StableDiffusionInpaintPipeline"}
 """Rows of the default suite."""
 NAMES = [pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for name in PIPELINES]
 SIZE = (64, 96)
-OTHER = {"steps": 8, "guidance": 2.5, "negative": "a hill", "strength": 0.5}
+OTHER = {"steps": 8, "guidance": 2.5, "negative_prompt": "a hill", "strength": 0.5}
 HEAD = "| class | draws | edits | inpaints | options |\n| --- | --- | --- | --- | --- |"
 
 
@@ -29,9 +29,9 @@ def row(engine: DiffusersEngine) -> str:
     """A class's row of the table."""
     facts = engine.info()
     draws = "no" if facts["draws"].startswith("no") else facts["draws"]
-    samplers = f" ({', '.join(facts['samplers'])})" if facts["samplers"] else ""
+    solvers = f" ({', '.join(facts['solvers'])})" if facts["solvers"] else ""
     edits, inpaints = ("no" if facts[name] == "no" else "yes" for name in ("edits", "inpaints"))
-    return f"| {facts['pipeline']} | {draws} | {edits} | {inpaints} | {', '.join(facts['takes'])}{samplers} |"
+    return f"| {facts['pipeline']} | {draws} | {edits} | {inpaints} | {', '.join(facts['takes'])}{solvers} |"
 
 
 def words_of(engine: DiffusersEngine) -> Any:
@@ -69,15 +69,15 @@ def test_a_class_does_what_its_row_says(name: str, root: Path) -> None:
             value = (96, 64) if option == "size" else OTHER[option]
             if option == "strength" and engine.default_values(form)[option] != 1:
                 value = 1.0  # of all steps: a share that is nearer to the usual one may be as many
-            more = {"guidance": 5.0} if option == "negative" else {}
+            more = {"guidance": 5.0} if option == "negative_prompt" else {}
             changed, usual = ask(**given | more | {option: value}), ask(**given | more) if more else drawn
             assert changed.tobytes() != usual.tobytes(), f"{option} of {task} changes nothing"
-        for sampler in compatible_schedulers(form, engine.default_scheduler):
+        for solver in compatible_schedulers(form, engine.default_scheduler):
             same = (
                 type(engine.default_scheduler).__name__
-                == compatible_schedulers(form, engine.default_scheduler)[sampler].__name__
+                == compatible_schedulers(form, engine.default_scheduler)[solver].__name__
             )
-            assert same or ask(**given | {"sampler": sampler}).tobytes() != drawn.tobytes(), sampler
+            assert same or ask(**given | {"solver": solver}).tobytes() != drawn.tobytes(), solver
 
 
 def base(engine: DiffusersEngine, task: str) -> dict[str, Any]:
@@ -119,16 +119,16 @@ def test_an_option_that_does_nothing_is_refused() -> None:
         for pipe in (flux_schnell(), make_pipeline("FluxPipeline"), make_pipeline("QwenImagePipeline"))
     )
     few: dict[str, Any] = {"steps": 1, "size": (32, 32)}
-    with pytest.raises(ValueError, match="FluxPipeline does not take negative"):
-        dev.generate("a", negative="b", **few)
-    with pytest.raises(ValueError, match="hears negative only with guidance above 1, and it is 1"):
-        schnell.generate("a", negative="b", **few)
+    with pytest.raises(ValueError, match="FluxPipeline does not take negative_prompt"):
+        dev.generate("a", negative_prompt="b", **few)
+    with pytest.raises(ValueError, match="hears negative_prompt only with guidance above 1, and it is 1"):
+        schnell.generate("a", negative_prompt="b", **few)
     assert schnell.generate("a", guidance=4.0, **few).tobytes() != schnell.generate("a", **few).tobytes()
     assert qwen.sampling["guidance"] == 4.0
     usual, off = qwen.generate("a", **few), qwen.generate("a", guidance=1.0, **few)
     assert usual.tobytes() != off.tobytes() and usual.tobytes() == qwen.generate("a", guidance=4.0, **few).tobytes()
-    with pytest.raises(ValueError, match="unknown sampler 'heun' for this pipeline: one of euler"):
-        dev.generate("a", sampler="heun", **few)
+    with pytest.raises(ValueError, match="unknown solver 'heun' for this pipeline: one of euler"):
+        dev.generate("a", solver="heun", **few)
 
 
 if __name__ == "__main__":

@@ -28,26 +28,13 @@ from torch import Tensor
 
 from unigen.media.display import png_bytes, turns_html
 from unigen.media.images import ImageSource, is_image, is_image_path, missing_file_message, read_image
-from unigen.utils.text import shorten
+from unigen.utils.text import check_text, shorten
 
 SegmentImage = Image.Image | np.ndarray | str | Path | Tensor
 """An image as a segment holds it: pixels, the path of a file, or codes."""
 Role = Literal["user", "assistant", "system"]
 ROLES: tuple[Role, ...] = ("user", "assistant", "system")
 """system: text that says how to answer, for models that follow it (`Template.system`)."""
-
-
-def check_text(name: str, text: Any) -> str:
-    """The text. Raises ValueError for what is none, and for one that UTF-8 cannot hold: half of a character, as a cut
-    in JSON's \\u notation leaves it, or bytes of another encoding on a command line."""
-    if not isinstance(text, str):
-        raise ValueError(f"{name} must be a text (str), not {type(text).__name__}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = f"U+{ord(text[error.start]):04X} at position {error.start}"
-        raise ValueError(f"{name} is not valid Unicode ({half} is half a character): write it as UTF-8") from error
-    return text
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,10 +14,10 @@ import torch
 
 import unigen
 from unigen.config import write_report
-from unigen.limits import number_argument
 from unigen.loading import load_local
 from unigen.toyworld.scenes import BACKGROUNDS, COLORS, OBJECT_EMOJI
 from unigen.utils.argparser import OneLineParser
+from unigen.utils.option_types import number_argument
 
 
 def make_prompts(count: int) -> list[str]:

@@ -37,13 +37,13 @@ from unigen.document import Document, Segment
 from unigen.generators.next_scale import NextScale
 from unigen.generators.next_token import NextToken
 from unigen.inference.engine import Engine
-from unigen.limits import number_argument
 from unigen.model.template import ClassTemplate, ImageOnlyTemplate
 from unigen.model.unified import UnifiedModel
 from unigen.models import janus, llamagen, var
 from unigen.nn.cpu.linear import pack_linears, packed_linear
 from unigen.tokenizers import var_vq
 from unigen.utils.argparser import OneLineParser
+from unigen.utils.option_types import number_argument
 
 DrawFunction = Callable[[], Any]
 CLASSES, LABEL = 1001, 207

@@ -23,13 +23,13 @@ from unigen.config import write_report
 from unigen.evaluation.call_counter import CallCounter
 from unigen.generators import build
 from unigen.inference.engine import Engine
-from unigen.limits import number_argument
 from unigen.model import assembly
 from unigen.models import load
 from unigen.nn.cpu.linear import pack_linears
 from unigen.tokenizers.kl import KLConfig, KLTokenizer
 from unigen.tokenizers.vq import VQConfig, VQTokenizer
 from unigen.utils.argparser import OneLineParser
+from unigen.utils.option_types import number_argument
 
 GENERATORS = ("next-token", "masked", "next-scale", "flow", "transfusion", "token-flow")
 SCALES = {8: (1, 2, 4, 6, 8), 16: (1, 2, 4, 6, 8, 12, 16), 32: (1, 2, 4, 6, 8, 12, 16, 24, 32)}

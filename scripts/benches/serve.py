@@ -31,8 +31,8 @@ import torch
 
 from scripts.benches.decode import PROMPT, load_model, transformers_generate
 from unigen.config import write_report
-from unigen.limits import number_argument
 from unigen.utils.argparser import OneLineParser
+from unigen.utils.option_types import number_argument
 
 MAX_TOKENS = 64
 VLLM_PYTHON = Path(__file__).resolve().parents[2] / ".venv-serve" / "bin" / "python"

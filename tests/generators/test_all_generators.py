@@ -18,10 +18,11 @@ from unigen.document import Document, Segment
 from unigen.inference.engine import Engine
 from unigen.media.pixels import to_images, to_pixels
 from unigen.models import load
+from unigen.samplers.options import CodeSampling
 from unigen.training.objectives import MultiGeneratorLoss
 
 GENERATORS = generators.generator_names()
-CODES = [name for name in GENERATORS if "temperature" in generators.find_generator(name).takes]
+CODES = [name for name in GENERATORS if CodeSampling in generators.find_generator(name).options]
 PROMPTS = ["a blue horse", "a", "two apples on a blue background and a red dog", "the dog"]
 PICTURES = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
 

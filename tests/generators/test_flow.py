@@ -215,10 +215,10 @@ def test_steps_and_samplers_are_heard(tiny_folder: Path, writer: str, sampler: s
         return velocity(*args)
 
     flow.velocity = counted  # type: ignore[method-assign]
-    picture = engine.generate("a dog", generator=writer, steps=5, sampler=sampler)
+    picture = engine.generate("a dog", generator=writer, steps=5, solver=sampler)
     assert isinstance(picture, Image.Image) and calls == (9 if sampler == "heun" else 5)
-    with pytest.raises(ValueError, match="unknown sampler 'rk9'"):
-        engine.generate("a dog", generator=writer, sampler="rk9")
+    with pytest.raises(ValueError, match="unknown solver 'rk9'"):
+        engine.generate("a dog", generator=writer, solver="rk9")
 
 
 def test_a_new_solver_and_a_new_guider_are_heard(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,9 +229,9 @@ def test_a_new_solver_and_a_new_guider_are_heard(tiny_folder: Path, monkeypatch:
     monkeypatch.setitem(GUIDERS, "middle", middle)
     options: dict[str, Any] = {"generator": "flow", "seed": 3}
     assert np.array_equal(
-        engine.generate("a dog", steps=2, sampler="twice", **options), engine.generate("a dog", steps=4, **options)
+        engine.generate("a dog", steps=2, solver="twice", **options), engine.generate("a dog", steps=4, **options)
     )
     assert np.array_equal(
-        engine.generate("a dog", guidance=3.0, guidance_kind="middle", **options),
+        engine.generate("a dog", guidance=3.0, guider="middle", **options),
         engine.generate("a dog", guidance=0.5, **options),
     )

@@ -22,7 +22,9 @@ from unigen.document import Document
 from unigen.generators import jacobi
 from unigen.generators.base import SegmentSpec
 from unigen.generators.next_token import NextToken
+from unigen.generators.options.acceleration import SPECULATIVE_METHODS, Acceleration
 from unigen.inference.scheduler import Scheduler
+from unigen.options import OptionSet
 from unigen.samplers.guidance import Guidance
 from unigen.samplers.logits import SamplingOptions, probabilities
 
@@ -55,7 +57,7 @@ class ToyModel:
 
 def draw(toy: ToyModel, span: SegmentSpec, kind: str | None) -> tuple[int, ...]:
     generator = NextToken(GRID)
-    span.accelerate = kind
+    span.options = OptionSet([Acceleration(accelerate=kind)])
     state = generator.start(span)
     while not state.done:
         read = generator.prepare_step(state)
@@ -95,7 +97,7 @@ def p_value(counts: Counter[tuple[int, ...]], wanted: dict[tuple[int, ...], floa
     return float(chisquare(seen, np.array(expected) * sum(seen) / sum(expected)).pvalue)
 
 
-@pytest.mark.parametrize("kind", jacobi.SPECULATIVE_METHODS)
+@pytest.mark.parametrize("kind", SPECULATIVE_METHODS)
 @pytest.mark.parametrize("sampling", [SamplingOptions(1.0), SamplingOptions(0.8, top_p=0.9)], ids=["all", "top-p"])
 def test_the_distribution_of_a_toy(kind: str, sampling: SamplingOptions) -> None:
     toy = ToyModel()
@@ -138,7 +140,7 @@ def codes_of(engine: Any, requests: list[Any]) -> list[list[int]]:
     return [request.document.segments[-1].image.flatten().tolist() for request in requests]
 
 
-@pytest.mark.parametrize("kind", jacobi.SPECULATIVE_METHODS)
+@pytest.mark.parametrize("kind", SPECULATIVE_METHODS)
 def test_greedy_is_the_same(tiny_folder: Path, kind: str) -> None:
     engine = unigen.load(str(tiny_folder), "cpu")
     ask = lambda how: engine.request("a red dog", "image", temperature=0.0, guidance=3.0, accelerate=how)  # noqa: E731
@@ -159,7 +161,7 @@ def test_alone_and_in_a_batch_and_with_ends_of_rows(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(Scheduler, "step", counted)
     sizes = [(40, 32), (16, 24), (24, 16)]
-    for kind in jacobi.SPECULATIVE_METHODS:
+    for kind in SPECULATIVE_METHODS:
         ask = lambda n, how: engine.request(  # noqa: E731
             "a red apple", "image", seed=n, temperature=0.3, top_k=4, size=sizes[n], accelerate=how
         )

@@ -77,7 +77,7 @@ def test_sampling_sees_what_training_sees(engine: Engine) -> None:
     options: dict[str, Any] = {"generator": "masked", "steps": 1, "temperature": 0.0, "guidance": 1.0}
     for given in ((9, 3), (4, 4), (20, 0), (1, 30)):
         fixed = torch.tensor([[-1, -1], given])
-        request = engine.request("a blue horse", "image", fixed=fixed, **options)
+        request = engine.request("a blue horse", "image", fixed_codes=fixed, **options)
         list(engine.run([request]))
         batch = model.insert_image_ids(pack([[model.template.encode(request.document, generator="masked")]], 40, 16))
         [row], at = (x[0] for x in batch.span_positions(batch.images_of("masked")))
@@ -91,11 +91,11 @@ def test_sampling_sees_what_training_sees(engine: Engine) -> None:
 def test_given_codes_stay(engine: Engine) -> None:
     fixed = torch.tensor([[9, -1], [-1, 3]])
     for seed in range(4):
-        request = engine.request("a dog", "image", generator="masked", fixed=fixed, seed=seed, temperature=2.0)
+        request = engine.request("a dog", "image", generator="masked", fixed_codes=fixed, seed=seed, temperature=2.0)
         list(engine.run([request]))
         codes = request.document.segments[-1].image
         assert codes[0, 0] == 9 and codes[1, 1] == 3 and codes.min() >= 0
-    request = engine.request("a dog", "image", generator="masked", fixed=codes)
+    request = engine.request("a dog", "image", generator="masked", fixed_codes=codes)
     list(engine.run([request]))
     assert torch.equal(request.document.segments[-1].image, codes)
 
@@ -142,7 +142,7 @@ def test_inpainting_keeps_the_size_of_a_photograph(engine: Engine, height: int, 
     fixed = engine.model.encode_images(engine.model.preprocess_images([seen]))[0].cpu()
     for column in (left + 150, left + 151):  # in the middle of the window they are of two codes
         fixed[(70 - y) * 2 // 160, (column - x) * 2 // 160] = -1
-    drawn = engine.generate("a dog", generator="masked", fixed=fixed, **request).resize(
+    drawn = engine.generate("a dog", generator="masked", fixed_codes=fixed, **request).resize(
         (160, 160), Image.Resampling.LANCZOS
     )
     inside = np.asarray(painted)[y:bottom, x:right], mask[y:bottom, x:right]

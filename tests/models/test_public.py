@@ -234,8 +234,8 @@ def test_a_folder_of_no_family(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_a_negative_prompt_is_for_pipelines(case: Any, public: Path) -> None:
     engine = unigen.load(str(public), "cpu")
-    with pytest.raises(ValueError, match="takes no negative prompt") as caught:
-        engine.generate(case.PROMPT, negative="blurry", size=case.SIZE)
+    with pytest.raises(ValueError, match="does not take negative_prompt: leave that out") as caught:
+        engine.generate(case.PROMPT, negative_prompt="blurry", size=case.SIZE)
     assert "\n" not in str(caught.value)
 
 

@@ -118,7 +118,11 @@ def test_what_is_kept_is_read_as_all_pictures_are(engine: Any, monkeypatch: pyte
     mask[:10, :10] = True  # of the upper left code, which shows 12 x 12 pixels
     seen: list[torch.Tensor] = []
     generate = engine.generate
-    monkeypatch.setattr(engine, "generate", lambda *a, fixed, **o: seen.append(fixed) or generate(*a, fixed=fixed, **o))
+    monkeypatch.setattr(
+        engine,
+        "generate",
+        lambda *a, fixed_codes, **o: seen.append(fixed_codes) or generate(*a, fixed_codes=fixed_codes, **o),
+    )
     painted = np.asarray(engine.inpaint(given, case.PROMPT, mask, steps=4))
     square = given.crop((0, 0, 3 * case.SIDE, 3 * case.SIDE))
     read = engine.model.encode_images(engine.model.preprocess_images([square]))[0]

@@ -343,7 +343,7 @@ def rows(folder: Path) -> Iterator[ParityRow]:
         against,
     )
 
-    options |= {"guidance": 2.75, "fixed": keep_file(official[0])}
+    options |= {"guidance": 2.75, "fixed_codes": keep_file(official[0])}
     expected_ids = golden["inpainted.0"].tolist() + golden["inpainted.1"].tolist()
     num_steps = drawn(engine, options, num_masked=lambda *rest: Masked.num_masked(generator, *rest))
     trap, ids = "a share of the unknown codes", drawn(engine, options)[0]

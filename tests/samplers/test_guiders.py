@@ -58,7 +58,7 @@ def test_cfg_zero() -> None:
 
 
 def test_bad_guidance_is_refused() -> None:
-    with pytest.raises(ValueError, match="unknown kind of guidance 'cgf': one of cfg, rescale, apg, cfg-zero"):
+    with pytest.raises(ValueError, match="unknown guider 'cgf': one of cfg, rescale, apg, cfg-zero"):
         Guidance((3.0,), "cgf")
     with pytest.raises(ValueError, match="guidance of kind apg has two branches: give one scale"):
         Guidance((3.0, 2.0), "apg")

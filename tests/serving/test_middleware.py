@@ -20,7 +20,7 @@ from unigen.serving.app import create_app, uvicorn_config
 from unigen.serving.config import RequestLimits, ServerConfig
 from unigen.serving.errors import error_body
 from unigen.serving.middleware import GuardMiddleware
-from unigen.serving.protocol import MAX_STOP_LENGTH, parse_form_fields
+from unigen.serving.protocol import MAX_STOP_LENGTH, EditRequest, parse_form_fields
 
 
 def app(**settings: Any) -> tuple[FakeImageEngine, Any]:
@@ -349,7 +349,13 @@ def test_form_numbers_follow_json_syntax(text: str) -> None:
 
 def test_form_fields_are_parsed_as_numbers() -> None:
     given = {"n": "2", "guidance": "2.5", "temperature": "1e-1", "seed": "-1", "prompt": "1"}
-    assert parse_form_fields(given) == {"n": 2, "guidance": 2.5, "temperature": 0.1, "seed": -1, "prompt": "1"}
+    assert parse_form_fields(EditRequest, given) == {
+        "n": 2,
+        "guidance": 2.5,
+        "temperature": 0.1,
+        "seed": -1,
+        "prompt": "1",
+    }
 
 
 # ---------------------------------------------------------------- routes

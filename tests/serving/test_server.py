@@ -82,7 +82,7 @@ def test_images_equal_the_engines_alone_and_under_load(tiny_server: Any, engine:
     used = {"seed": 3, "generator": "next-token", "guidance": 3.0, "temperature": 0.8, "top_k": 0, "top_p": 0.5}
     assert alone.data[0].settings == used
     flown = client.images.generate(model=MODEL, prompt=APPLES, extra_body={"seed": 3, "generator": "flow", "steps": 2})
-    used = {"seed": 3, "generator": "flow", "guidance": 5.0, "steps": 2, "sampler": "euler", "guidance_kind": "cfg"}
+    used = {"seed": 3, "generator": "flow", "guidance": 5.0, "steps": 2, "solver": "euler", "guider": "cfg"}
     assert flown.data[0].settings == used
     with ThreadPoolExecutor(12) as pool:
         loaded = list(pool.map(draw, range(12)))
@@ -363,7 +363,7 @@ def test_edits_inpainting_and_variations(tiny_server: Any, engine: Any, apples: 
         image=image, mask=("mask.png", file.getvalue()), prompt="an apple", model=MODEL, extra_body={"seed": "2"}
     )
     assert pixels(open_image(painted.data[0].b64_json)) == pixels(engine.inpaint(apples, "an apple", white, seed=2))
-    varied = client.images.create_variation(image=image, n=2, model=MODEL, extra_body={"seed": "4", "vary": "0.3"})
+    varied = client.images.create_variation(image=image, n=2, model=MODEL, extra_body={"seed": "4", "variation": "0.3"})
     assert len(varied.data) == 2 and varied.data[0].b64_json != varied.data[1].b64_json
     assert varied.data[0].settings["generator"] == "masked"
 

@@ -333,7 +333,7 @@ def test_studio_draws_edits_varies_and_shows_settings(tiny_server: Any, open_pag
     assert seen.one("#studio .run .settings").text.startswith("seed 1 · next-token · guidance 3")
     assert seen.pictures("#studio .run img")[0] != given[0]
     seen.use("#studio .run .menu", "Vary")
-    seen.fill("#studio [name=vary]", "0.2")
+    seen.fill("#studio [name=variation]", "0.2")
     seen.one("#studio .submit").click()
     seen.ended("studio")
     assert len(seen.all("#studio .run")) == 3 and "masked" in seen.one("#studio .run .settings").text

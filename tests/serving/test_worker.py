@@ -107,13 +107,13 @@ def test_failure_before_an_answer_affects_its_job_only(
             raise error
         return add(request)
 
-    monkeypatch.setattr(worker.running, "add", fail)
+    monkeypatch.setattr(worker.running, "add_request", fail)
     worker.ask(1, Job(Document.of("a horse"), "image", candidates=2))
     events = [event for number, event in worker.step() if number == 1]
     assert [type(event) for event in events] == [Error] and "RuntimeError" in events[0].message
     assert "CUDA out of memory" in capfd.readouterr().err
     assert set(worker.answers) <= rows and len(worker.running) == len(worker.answers)
-    monkeypatch.setattr(worker.running, "add", add)
+    monkeypatch.setattr(worker.running, "add_request", add)
     worker.ask(2, Job(Document.of("a horse"), "text", {"max_tokens": 4}))
     while worker.busy:
         events += [event for number, event in worker.step() if number == 2]

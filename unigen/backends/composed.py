@@ -28,12 +28,12 @@ from unigen.inference.base import BaseEngine, check_record
 from unigen.inference.protocol import EngineInfo, InferenceEngine, OptionValue
 from unigen.inference.request import zip_with_seeds
 from unigen.inference.results import RECORD_NOTHING, GenerationResult, Record, Score
-from unigen.limits import check_limit
 from unigen.media.display import MediaList
 from unigen.media.images import ImageSource, read_image
 from unigen.model.template import Output, UnsupportedError, split_system_messages
 from unigen.samplers.seeds import derive_seed
 from unigen.utils import progress
+from unigen.utils.option_types import MAX_IMAGES as IMAGE_COUNT
 
 IMAGE_PROMPT_INSTRUCTION = (
     "Say in one sentence what the picture that is asked for shows, as a prompt for a painter. Only the sentence."
@@ -120,7 +120,7 @@ class ComposedEngine(BaseEngine):
                 f"the model that reads does not take {', '.join(image_options)}: leave that out ({accepted})"
             )
         if output == "interleaved":
-            check_limit("max_images", image_options.pop("max_images", MAX_IMAGES))
+            IMAGE_COUNT.check("max_images", image_options.pop("max_images", MAX_IMAGES))
         if output == "image":
             document.segments = split_system_messages(document.segments)[1]
             if self._draws_directly(document):

@@ -12,7 +12,8 @@ number of states while a pipeline wants its own number: as many queries as that 
 that number is the prompt's own (pipelines that take a mask), each query also says whether it counts, and the first of
 those that do not ends the prompt.
 Guidance's other branch is the pipeline's own, of its own text encoder: an adapter writes in that encoder's space, so
-that what was tuned to stand beside it still does, and `negative` takes words as ever. recipes/connector.py trains one.
+that what was tuned to stand beside it still does, and `negative_prompt` takes words as ever.
+recipes/connector.py trains one.
 
 Shapes: B documents, S states of width D, L embeddings of width W, P width of the pooled one.
 """

@@ -1,7 +1,7 @@
 """Diffusers pipelines that draw, behind the interface of `Engine`: words or classes in, pictures out.
 
     engine = unigen.load("stable-diffusion-v1-5/stable-diffusion-v1-5")
-    image = engine.generate("a shiba inu", seed=0, steps=20, guidance=7.5, sampler="dpm++")
+    image = engine.generate("a shiba inu", seed=0, steps=20, guidance=7.5, solver="dpm++")
     edited = engine.edit(image, "a shiba inu in the snow", strength=0.6)
     painted = engine.inpaint(image, "a red ball", mask)
 
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from unigen.backends.diffusers_options import STEPS, EditOptions, PipelineOptions
 from unigen.backends.diffusers_support import (
     INPAINT_CHANNELS,
     call_parameters,
@@ -33,18 +34,21 @@ from unigen.backends.diffusers_support import (
     supported_options,
     unsupported_reason,
 )
-from unigen.document import Document, Preview, Prompt, Segment, as_text, check_text
+from unigen.document import Document, Preview, Prompt, Segment, as_text
 from unigen.inference.base import BaseEngine, check_record
+from unigen.inference.options import PromptOptions
 from unigen.inference.protocol import EngineInfo, OptionValue
-from unigen.inference.request import check_size, zip_with_seeds
+from unigen.inference.request import zip_with_seeds
 from unigen.inference.results import RECORD_NOTHING, GenerationResult, Record
-from unigen.limits import LIMITS, check_limit
 from unigen.media.display import MediaList, table_html
 from unigen.media.images import ImageSource, read_image, read_mask
 from unigen.model.template import Output, UnsupportedError
+from unigen.options import reject_renamed, resolve
+from unigen.samplers.guidance import GUIDANCE_SCALE
 from unigen.samplers.seeds import make_rng
 from unigen.utils import progress
 from unigen.utils.numbers import NonFiniteError
+from unigen.utils.option_types import SEED, Size
 from unigen.utils.text import first_line
 
 MAX_OUTPUT_PIXELS = 4096 * 4096
@@ -99,8 +103,9 @@ class DiffusersEngine(BaseEngine):
             seeds: one for each prompt; None is 0, 1, ...
             output: "image".
             record: nothing.
-            options: as far as the pipeline takes them: steps (1 to 1000), guidance (0 to 100), sampler, size (width,
-                height in pixels), negative (words for what it shall not be), and what its own `__call__` takes besides.
+            options: as far as the pipeline takes them: steps (1 to 1000), guidance (0 to 100), solver, size (width,
+                height in pixels), negative_prompt (words for what it shall not show), and what its own `__call__` takes
+                besides.
         """
         if output not in self.outputs:
             raise ValueError(f"this model cannot answer with {output}: it can with image")
@@ -138,8 +143,8 @@ class DiffusersEngine(BaseEngine):
         if not self.accepts_images:
             self._prompt_arguments(document)
         variant = self._as_variant("text")
-        _, sampler = self._call_arguments(variant, options, False)
-        self._scheduler(variant, sampler)
+        _, solver = self._call_arguments(variant, options, False)
+        self._scheduler(variant, solver)
 
     def default_options(self, output: Output, given: Mapping[str, OptionValue] | None = None) -> dict[str, OptionValue]:
         """See `InferenceEngine.default_options`."""
@@ -214,7 +219,7 @@ class DiffusersEngine(BaseEngine):
             "edits": type(variants["edit"]).__name__ if variants["edit"] else "no",
             "inpaints": type(variants["inpaint"]).__name__ if variants["inpaint"] else "no",
             "takes": self.options(main),
-            "samplers": list(compatible_schedulers(main, self.default_scheduler)),
+            "solvers": list(compatible_schedulers(main, self.default_scheduler)),
             "sampling": self.sampling,
             "outputs": list(self.outputs),
             "device": str(self.pipe.device),
@@ -230,7 +235,7 @@ class DiffusersEngine(BaseEngine):
 
     def options(self, pipe: Any) -> list[str]:
         """The names of the options that change what the pipeline draws."""
-        return [*supported_options(pipe), *(["sampler"] if compatible_schedulers(pipe, self.default_scheduler) else [])]
+        return [*supported_options(pipe), *(["solver"] if compatible_schedulers(pipe, self.default_scheduler) else [])]
 
     def default_values(self, pipe: Any) -> dict[str, Any]:
         """The values of a pipeline's options where nothing is asked for."""
@@ -317,7 +322,7 @@ class DiffusersEngine(BaseEngine):
         own, at most twice as wide and high as the form's usual ones; for a form that begins with noise alone about as
         large as those."""
         if size is not None:
-            check_size(size)
+            Size().check("size", size)
             return (size[0], size[1]), (size[0], size[1])
         area, native, stride = picture.width * picture.height, native_area(form), size_multiple(form)
         target = min(area, max(4 * native, 1024**2)) if "strength" in call_parameters(form) else native
@@ -337,10 +342,10 @@ class DiffusersEngine(BaseEngine):
         auto_size: bool = False,
     ) -> list[Image.Image]:
         """auto_size: the engine chose the size, so that a form without this option is not told it."""
-        call_arguments, sampler = self._call_arguments(pipe, options, auto_size)
+        call_arguments, solver = self._call_arguments(pipe, options, auto_size)
         seeds = [check_seed(seed) for seed in seeds]
         if self.default_scheduler is not None:
-            pipe.scheduler = self._scheduler(pipe, sampler)
+            pipe.scheduler = self._scheduler(pipe, solver)
         takes, kind = call_parameters(pipe), type(pipe).__name__
         unchecked = call_arguments.keys() - ENGINE_ARGUMENTS - {*supported_options(pipe).values()}
         faults: tuple[type[Exception], ...] = (
@@ -365,27 +370,28 @@ class DiffusersEngine(BaseEngine):
         return MediaList(images)
 
     def _call_arguments(self, pipe: Any, options: dict[str, Any], auto_size: bool) -> tuple[dict[str, Any], str | None]:
-        """The pipeline's own arguments, and the sampler, of what is asked for. Raises ValueError in one line for
+        """The pipeline's own arguments, and the solver, of what is asked for. Raises ValueError in one line for
         options that it does not take, that are out of their range, or that would change nothing."""
         own, takes, kind = supported_options(pipe), call_parameters(pipe), type(pipe).__name__
         option_by_argument = {pipeline_arguments: name for name, pipeline_arguments in own.items() if name != "size"}
         asked = {option_by_argument.get(name, name): value for name, value in options.items() if value is not None}
-        sampler, size = asked.pop("sampler", None), asked.pop("size", None)
+        solver, size = asked.pop("solver", None), asked.pop("size", None)
         if auto_size and "size" not in own:
             size = None
         pipeline_arguments = takes.keys() - ENGINE_ARGUMENTS
+        reject_renamed(asked.keys() - pipeline_arguments)
         unsupported = [name for name in asked if name not in own and name not in pipeline_arguments]
         if size is not None and "size" not in own:
             unsupported.append("size")
-        if sampler is not None and not compatible_schedulers(pipe, self.default_scheduler):
-            unsupported.append("sampler")
+        if solver is not None and not compatible_schedulers(pipe, self.default_scheduler):
+            unsupported.append("solver")
         if unsupported:
             supported = ", ".join(self.options(pipe)) or "no options"
             raise ValueError(f"{kind} does not take {', '.join(unsupported)}: leave that out (it takes {supported})")
         check_option_ranges(asked)
         call_arguments = {own.get(name, name): value for name, value in asked.items()}
         if size is not None:
-            check_size(size)
+            Size().check("size", size)
             if size[0] * size[1] > MAX_OUTPUT_PIXELS:
                 raise ValueError(
                     f"a picture of {size[0]}x{size[1]} pixels is too large: at most {MAX_OUTPUT_PIXELS:,} pixels"
@@ -397,41 +403,38 @@ class DiffusersEngine(BaseEngine):
         )
         if steps and strength and int(steps * strength) < 1:
             min_steps = math.ceil(1 / strength)
-            exceeds_limit = min_steps > LIMITS["steps"].high
+            exceeds_limit = min_steps > STEPS.high
             advice = "give a greater strength" if exceeds_limit else f"take at least {min_steps} steps"
             raise ValueError(f"{steps} steps at strength {strength:g} leave none to draw: {advice}")
-        return call_arguments, sampler
+        return call_arguments, solver
 
     @staticmethod
     def _check_guidance(kind: str, own: dict[str, str], takes: dict[str, Any], named: dict[str, Any]) -> None:
         """Give the words of the other branch where guidance needs them; ValueError for words that nothing hears."""
         scale = own.get("guidance")
         value = named.get(scale, takes[scale].default) if scale else None
-        if "negative" not in own or not isinstance(value, (int, float)):
+        if "negative_prompt" not in own or not isinstance(value, (int, float)):
             return
         if "negative_prompt" in named and value <= 1:
-            raise ValueError(f"{kind} hears negative only with guidance above 1, and it is {value:g}: give both")
+            raise ValueError(f"{kind} hears negative_prompt only with guidance above 1, and it is {value:g}: give both")
         if scale == "true_cfg_scale" and value > 1:
             named.setdefault("negative_prompt", " ")
 
-    def _scheduler(self, pipe: Any, sampler: str | None) -> Any:
-        if sampler is None:
+    def _scheduler(self, pipe: Any, solver: str | None) -> Any:
+        if solver is None:
             return self.default_scheduler
         kinds = compatible_schedulers(pipe, self.default_scheduler)
-        if sampler not in kinds:
-            raise ValueError(f"unknown sampler {sampler!r} for this pipeline: one of {', '.join(kinds)}")
-        return kinds[sampler].from_config(self.default_scheduler.config)
+        if solver not in kinds:
+            raise ValueError(f"unknown solver {solver!r} for this pipeline: one of {', '.join(kinds)}")
+        return kinds[solver].from_config(self.default_scheduler.config)
 
 
 def check_option_ranges(asked: dict[str, Any]) -> None:
     """Raises ValueError in one line for a value out of its range."""
-    for name in ("steps", "guidance", "strength"):
-        if name in asked:
-            check_limit(name, asked[name])
-    if "negative" in asked and not isinstance(asked["negative"], str):
-        raise ValueError(f"negative must be words for what the picture shall not show, not {asked['negative']!r}")
-    if "negative" in asked:
-        check_text("negative", asked["negative"])
+    if "guidance" in asked:  # one scale
+        GUIDANCE_SCALE.check("guidance", asked["guidance"])
+    for group in (PipelineOptions, EditOptions, PromptOptions):
+        resolve(group, asked)
 
 
 def check_prompt_text(name: str, words: Any, wanted: str) -> None:
@@ -444,7 +447,7 @@ def check_prompt_text(name: str, words: Any, wanted: str) -> None:
 
 def check_seed(seed: Any) -> int:
     """The seed as an int of 64 bits. Raises ValueError for what is none."""
-    return int(check_limit("seed", seed))
+    return SEED.check("seed", seed)
 
 
 def output_image(result: Any, kind: str, dtype: torch.dtype) -> Image.Image:

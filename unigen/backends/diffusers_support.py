@@ -110,7 +110,7 @@ def needs_image(kind: Any) -> bool:
 
 def supported_options(pipe: Any) -> dict[str, str]:
     """The options that change what this pipeline draws: their names here, and what the pipeline calls them. A size is
-    its height and width; `negative` is heard only where guidance is above 1."""
+    its height and width; `negative_prompt` is heard only where guidance is above 1."""
     call_params, options = call_parameters(pipe), {}
     guidance, negative = _guidance_argument(pipe, call_params)
     if "num_inference_steps" in call_params:
@@ -118,7 +118,7 @@ def supported_options(pipe: Any) -> dict[str, str]:
     if guidance is not None:
         options["guidance"] = guidance
     if negative:
-        options["negative"] = "negative_prompt"
+        options["negative_prompt"] = "negative_prompt"
     if {"height", "width"} <= call_params.keys():
         options["size"] = "height"
     if "strength" in call_params:
@@ -159,7 +159,7 @@ def network_config(pipe: Any) -> Mapping[str, Any]:
 
 
 def compatible_schedulers(pipe: Any, scheduler: Any) -> dict[str, Any]:
-    """The classes of schedulers, by the names of samplers, that this pipeline draws with in place of `scheduler`, its
+    """The classes of schedulers, by the names of solvers, that this pipeline draws with in place of `scheduler`, its
     own: those that diffusers calls compatible, and that take all that the pipeline's call tells its scheduler."""
     import diffusers
 

@@ -18,18 +18,20 @@ from unigen.document import Document, Prompt, Segment, as_text
 from unigen.hub.resolve import CONFIG, read_json
 from unigen.hub.weights import load_pretrained, silence_transformers
 from unigen.inference.base import BaseEngine, check_record
+from unigen.inference.options import MAX_TOKENS
 from unigen.inference.protocol import EngineInfo, OptionValue
-from unigen.inference.request import reject_unknown_options, zip_with_seeds
+from unigen.inference.request import zip_with_seeds
 from unigen.inference.results import RECORD_NOTHING, GenerationResult, Record, Usage
-from unigen.limits import check_limit
 from unigen.media.images import ImageSource, read_image
 from unigen.model.template import Output, split_system_messages
 from unigen.models import to_float32
 from unigen.nn.quantized import count_parameters, describe_precision, quantize
+from unigen.options import reject_unknown
 from unigen.samplers.logits import SamplingOptions
 from unigen.samplers.seeds import make_rng
 from unigen.tokenizers import text
 from unigen.utils.numbers import NonFiniteError
+from unigen.utils.option_types import SEED
 from unigen.utils.text import first_line
 
 TEXT_OPTIONS = ("max_tokens", "temperature", "top_p", "top_k", "repetition_penalty")
@@ -144,10 +146,10 @@ class TransformersEngine(BaseEngine):
         """
         if output != "text":
             raise ValueError(f"this model cannot answer with {output}: it can with text")
-        reject_unknown_options("this model", options, TEXT_OPTIONS)
-        check_limit("seed", seed)
+        reject_unknown("this model", options, TEXT_OPTIONS)
+        SEED.check("seed", seed)
         SamplingOptions(options.get("temperature", 0.0), 0, options.get("top_p", 1.0))
-        check_limit("max_tokens", options.get("max_tokens", 1))
+        MAX_TOKENS.check("max_tokens", options.get("max_tokens", 1))
         self._check_segments(Document.of(prompt))
 
     def describe(

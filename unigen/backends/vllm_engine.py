@@ -27,6 +27,7 @@ import torch
 
 from unigen.batch import Vocabulary
 from unigen.document import Document
+from unigen.generators.options.acceleration import Acceleration
 from unigen.hub.resolve import CONFIG, read_json
 from unigen.inference.base import check_record
 from unigen.inference.candidates import PreparedRequest
@@ -176,7 +177,7 @@ class VllmEngine(Engine):
     def request(self, prompt: Any, output: Output, **options: Any) -> Request:
         """A checked request that vLLM can answer."""
         request = super().request(prompt, output, **options)
-        if request.accelerate:
+        if request.options[Acceleration].accelerate:
             raise ValueError("vLLM writes one code a step: leave accelerate out, or use --engine local")
         return request
 

@@ -7,15 +7,16 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from unigen import limits, loading
-from unigen.limits import limit_argument
+from unigen import loading, options
+from unigen.option_groups import collect
 from unigen.utils import precision, progress
 from unigen.utils.argparser import non_empty
 from unigen.utils.numbers import parse_float, parse_int
+from unigen.utils.text import shorten
 
 DEFAULT_MODEL = "unigen-tiny"
 
@@ -47,7 +48,7 @@ def int_range(low: int, high: float = math.inf) -> Callable[[str], int]:
             value = low - 1
         if not low <= value <= high:
             bounds = f"of at least {low}" if high == math.inf else f"from {low} to {high:,}"
-            raise argparse.ArgumentTypeError(f"{limits.shorten(text)} is not a whole number {bounds}")
+            raise argparse.ArgumentTypeError(f"{shorten(text)} is not a whole number {bounds}")
         return value
 
     return parse
@@ -62,18 +63,6 @@ def parse_box(value: str) -> tuple[int, int, int, int]:
     if not (0 <= left < right and 0 <= top < bottom):
         raise argparse.ArgumentTypeError(f"{value!r} is not a box like 0,0,32,32: left, top, right, bottom in pixels")
     return left, top, right, bottom
-
-
-def parse_size(value: str) -> tuple[int, int]:
-    """Width and height: two whole numbers with an x between them."""
-    width, _, height = value.partition("x")
-    try:
-        return limits.parse_limit("width", width), limits.parse_limit("height", height)
-    except ValueError:
-        upper = limits.LIMITS["width"].high
-        raise argparse.ArgumentTypeError(
-            f"{limits.shorten(value)} is not a size like 512x768: width and height in pixels, {upper:,} at most"
-        ) from None
 
 
 def parse_setting(value: str) -> tuple[str, Any]:
@@ -120,45 +109,22 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
     precision.add_arguments(group)
 
 
-def sampling_arguments(parser: argparse.ArgumentParser, generator: str = "next-token") -> None:
-    """What is not given is left to the engine's defaults. generator: the default one, as the help names it."""
-    group = parser.add_argument_group("sampling")
-    group.add_argument(
-        "--seed", type=limit_argument("seed"), default=0, help="same seed, same result (default: %(default)s)"
-    )
-    group.add_argument(
-        "--guidance", type=limit_argument("guidance"), help="how strongly pictures follow the words; 1 is off"
-    )
-    group.add_argument(
-        "--temperature", type=limit_argument("temperature"), help="1 samples as trained, 0 takes the likeliest"
-    )
-    group.add_argument("--top-k", type=limit_argument("top_k"), help="sample among the k likeliest tokens; 0 is all")
-    group.add_argument(
-        "--top-p", type=limit_argument("top_p"), help="nucleus sampling: the smallest set of this probability"
-    )
-    group.add_argument(
-        "--size", type=parse_size, metavar="WxH", help="of pictures in pixels, where the model draws any"
-    )
-    group.add_argument(
-        "--generator", type=non_empty, help=f"how pictures are written (default: {generator}; see unigen info)"
-    )
-    group.add_argument(
-        "--steps", type=limit_argument("steps"), help="in how many steps, where the generator can choose"
-    )
-    group.add_argument("--sampler", type=non_empty, help="of a flow: euler, heun, dpm++, unipc or deis")
-    group.add_argument(
-        "--accelerate", type=non_empty, help="of next-token, several codes a step: jacobi (same picture) or sjd"
-    )
-    group.add_argument("--guidance-kind", type=non_empty, help="of a flow: cfg, rescale, apg or cfg-zero")
-    group.add_argument("--negative", metavar="WORDS", help="of a diffusers pipeline: what pictures are not to show")
+def sampling_arguments(
+    parser: argparse.ArgumentParser,
+    *outputs: str,
+    generator: str = "next-token",
+    skip: Sequence[str] = ("n", "candidates"),
+) -> None:
+    """Add the options that count where one of the outputs is asked for. What is not given is left to the engine.
 
-
-def strength_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--strength",
-        type=float_range(0, 1, open_low=True),
-        help="of a diffusers pipeline: how much is changed; 1 is all",
-    )
+    Args:
+        parser: of the command.
+        outputs: as `OptionGroup.outputs` has them.
+        generator: the usual one, as help names it.
+        skip: names of options that the command does not take.
+    """
+    defaults = {"n": 1, "seed": 0, "generator": f"{generator}; see unigen info"}
+    options.add_arguments(parser, options.groups_for(collect(), *outputs), skip=skip, defaults=defaults)
 
 
 def load_arguments(args: argparse.Namespace) -> dict[str, Any]:
@@ -178,22 +144,8 @@ def load(args: argparse.Namespace) -> Any:
 
 
 def generation_options(args: argparse.Namespace) -> dict[str, Any]:
-    names = (
-        "seed",
-        "size",
-        "accelerate",
-        "guidance",
-        "temperature",
-        "top_k",
-        "top_p",
-        "generator",
-        "steps",
-        "sampler",
-        "guidance_kind",
-        "negative",
-        "strength",
-    )
-    return {name: value for name in names if (value := getattr(args, name, None)) is not None}
+    """The options of the generation that were given, and the seed."""
+    return {"seed": 0} | options.given_arguments(args, collect())
 
 
 def report_size_change(given: tuple[int, int], made: Any) -> None:

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--folder", type=non_empty, default="chat", help="where pictures are saved (default: %(default)s)"
     )
-    sampling_arguments(parser)
+    sampling_arguments(parser, "image", "text", "interleaved")
     model_arguments(parser)
 
 

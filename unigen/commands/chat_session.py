@@ -24,7 +24,6 @@ from urllib.parse import unquote
 
 from PIL.Image import Image, Resampling
 
-from unigen import limits
 from unigen.config import load_json
 from unigen.document import Document, Segment
 from unigen.media.display import png_bytes
@@ -32,6 +31,8 @@ from unigen.media.images import read_image
 from unigen.media.output import check_output, save_image, write_text
 from unigen.model.template import Output, default_output
 from unigen.samplers.seeds import offset_seed
+from unigen.utils.numbers import parse_int
+from unigen.utils.option_types import SEED
 from unigen.utils.text import did_you_mean
 
 COMMANDS = {
@@ -96,6 +97,15 @@ def pasted_paths(text: str) -> list[str]:
         paths.append(os.path.expanduser(part))
     whole = len(paths) > 1 and not all(os.path.isfile(path) for path in paths)
     return [plain] if whole else paths
+
+
+def parse_seed(text: str) -> int:
+    """The seed that a text spells. Raises ValueError in one line."""
+    try:
+        value: object = parse_int(text.strip())
+    except ValueError:
+        value = text
+    return SEED.check("seed", value)
 
 
 class Chat:
@@ -175,7 +185,7 @@ class Chat:
             self.pending_images += [read_image(path) for path in paths]
             print(f"attached {', '.join(paths)}", file=out)
         elif name == "/seed":
-            self.seed, self.turn = limits.parse_limit("seed", arguments), 0
+            self.seed, self.turn = parse_seed(arguments), 0
         elif name == "/save":
             path = check_output(os.path.expanduser(arguments), {".json": "JSON"})
             write_text(path, json.dumps(self.to_json(), indent=1) + "\n")

@@ -11,7 +11,7 @@ from unigen.commands.arguments import (
     parse_text,
     print_elapsed,
 )
-from unigen.limits import limit_argument
+from unigen.inference.options import CANDIDATES
 
 HELP = "say what a picture shows, or answer a question about it"
 
@@ -19,9 +19,7 @@ HELP = "say what a picture shows, or answer a question about it"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", help="a picture")
     parser.add_argument("-q", "--question", type=parse_text, help="answer this instead of describing the picture")
-    parser.add_argument(
-        "--candidates", type=limit_argument("candidates"), help="captions of which to give the best; 1 is fastest"
-    )
+    parser.add_argument("--candidates", type=CANDIDATES.parse, help="captions of which to give the best; 1 is fastest")
     model_arguments(parser)
 
 

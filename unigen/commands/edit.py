@@ -13,7 +13,6 @@ from unigen.commands.arguments import (
     print_elapsed,
     report_size_change,
     sampling_arguments,
-    strength_argument,
 )
 
 HELP = "change a picture as told"
@@ -26,8 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", default="out.png", help="the new picture, - is a PNG on stdout (default: %(default)s)"
     )
-    strength_argument(parser)
-    sampling_arguments(parser)
+    sampling_arguments(parser, "image", "edit")
     model_arguments(parser)
 
 

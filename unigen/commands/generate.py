@@ -17,7 +17,6 @@ from unigen.commands.arguments import (
     print_paths,
     sampling_arguments,
 )
-from unigen.limits import limit_argument
 from unigen.utils import progress
 
 BATCH_SIZE = 16
@@ -34,16 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", default="out.png", help="the picture, - is a PNG on stdout (default: %(default)s)"
     )
-    parser.add_argument(
-        "-n", type=limit_argument("n"), default=1, help="how many: out-0.png, out-1.png, ... (default: 1)"
-    )
     parser.add_argument("--grid", action="store_true", help="all of them in one picture")
-    parser.add_argument(
-        "--candidates",
-        type=limit_argument("candidates"),
-        help="draw so many for each, and keep the one that reads best",
-    )
-    sampling_arguments(parser)
+    sampling_arguments(parser, "image", skip=())
     model_arguments(parser)
 
 
@@ -56,22 +47,23 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("say what to draw: in words, or by --class for a model that draws classes")
     if args.prompt is not None and args.label is not None:
         raise ValueError("both words and --class are given: a model draws one or the other, so leave one out")
-    if args.piped and args.n > 1 and not args.grid:
+    count = args.n or 1
+    if args.piped and count > 1 and not args.grid:
         raise ValueError("only one picture can be written to stdout: add --grid, or give -o a file name")
     asked = args.prompt if args.label is None else Segment(label=args.label)
     path = check_output(args.output, IMAGE_FORMATS)
-    paths = [path] if args.grid else [check_output(one, IMAGE_FORMATS) for one in numbered_paths(path, args.n)]
+    paths = [path] if args.grid else [check_output(one, IMAGE_FORMATS) for one in numbered_paths(path, count)]
     engine = load(args)
     start = time.perf_counter()
-    options = generation_options(args) | ({} if args.candidates is None else {"candidates": args.candidates})
+    options = {name: value for name, value in generation_options(args).items() if name != "n"}
     seed = options.pop("seed")
     batch = BATCH_SIZE if engine.batched else 1
     images: list[Any] = []
     saved_paths: list[Path] = []
     try:
-        with progress.bar(args.n, "image", silent=args.n <= batch) as bar:
-            for start_index in range(0, args.n, batch):
-                n = min(batch, args.n - start_index)
+        with progress.bar(count, "image", silent=count <= batch) as bar:
+            for start_index in range(0, count, batch):
+                n = min(batch, count - start_index)
                 made = engine.generate(asked, output="image", n=n, seed=offset_seed(seed, start_index), **options)
                 images += made if n > 1 else [made]
                 bar.clear()

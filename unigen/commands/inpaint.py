@@ -16,9 +16,9 @@ from unigen.commands.arguments import (
     print_elapsed,
     report_size_change,
     sampling_arguments,
-    strength_argument,
 )
-from unigen.limits import limit_argument
+from unigen.inference.options import VariationOptions
+from unigen.options import add_argument
 from unigen.utils.argparser import non_empty
 
 HELP = "paint a part of a picture anew, or all around it"
@@ -34,12 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--box", type=parse_box, metavar="L,T,R,B", help="paint inside this box, in pixels of the picture"
     )
     where.add_argument("--around", type=parse_box, metavar="L,T,R,B", help="paint outside this box (outpainting)")
-    where.add_argument("--vary", type=limit_argument("vary"), help="paint this share of it, drawn by lot")
+    add_argument(where, "variation", VariationOptions.options()["variation"])
     parser.add_argument(
         "-o", "--output", default="out.png", help="the new picture, - is a PNG on stdout (default: %(default)s)"
     )
-    strength_argument(parser)
-    sampling_arguments(parser, "masked, else another that can keep codes")
+    usual = "masked, else another that can keep codes"
+    sampling_arguments(parser, "image", "inpaint", generator=usual, skip=("n", "candidates", "variation"))
     model_arguments(parser)
 
 
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     image: Any = read_image(args.image)
     if args.mask:
         mask: Any = read_mask(args.mask)
-    elif args.vary:
+    elif args.variation:
         mask = None
     else:
         left, top, right, bottom = args.box or args.around
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         mask = box_mask if args.box else ~box_mask
     engine = load(args)
     start = time.perf_counter()
-    result = engine.inpaint(image, args.prompt, mask, variation=args.vary, **generation_options(args))
+    result = engine.inpaint(image, args.prompt, mask, **generation_options(args))
     save_image(path, result)
     report_size_change(image.size, result)
     if mask is not None and (window := engine.inpaint_window(mask)):

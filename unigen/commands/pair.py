@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("text", nargs="?", type=parse_text, help="what the picture shows; left out, it is written too")
     parser.add_argument("--image", type=non_empty, metavar="FILE", help="a picture to which the text is written")
     parser.add_argument("-o", "--output", type=non_empty, help="the picture, - is a PNG on stdout (default: out.png)")
-    sampling_arguments(parser, "joint")
+    sampling_arguments(parser, "joint", generator="joint")
     model_arguments(parser)
 
 

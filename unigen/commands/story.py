@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reference", action="append", default=[], help="a picture of a character; may be repeated")
     help_of_output = "one .html page, - is the page on stdout, or .md and its pictures (default: %(default)s)"
     parser.add_argument("-o", "--output", default="story.html", help=help_of_output)
-    sampling_arguments(parser)
+    sampling_arguments(parser, "interleaved")
     model_arguments(parser)
 
 

@@ -24,16 +24,20 @@ from unigen.config import write_report
 from unigen.evaluation.report import Report, make_folder, write_outputs
 from unigen.evaluation.task import Example, OutputT, Scores, Task
 from unigen.inference.protocol import InferenceEngine
-from unigen.limits import limit_argument
 from unigen.model.unified import UnifiedModel
+from unigen.option_groups import collect
+from unigen.options import add_arguments as add_option_arguments
+from unigen.options import given_arguments, groups_for
 from unigen.samplers.seeds import derive_seed
 from unigen.utils import progress
 from unigen.utils.argparser import non_empty
+from unigen.utils.option_types import COUNT, SEED
 from unigen.utils.text import did_you_mean, docstring_summary
 
 RENAMED = {"writers": "generators"}
 """Tasks that had another name."""
-SAMPLING_OPTIONS = ("generator", "guidance", "temperature", "top_k", "top_p", "steps", "sampler", "guidance_kind")
+TASK_OPTIONS = ("seed", "n", "candidates")
+"""Options of the engine that tasks set themselves."""
 
 
 class BatchGenerator(Protocol):
@@ -81,7 +85,7 @@ class EvaluationRun:
     @property
     def options(self) -> dict[str, Any]:
         """The options of the generation that were given."""
-        return {name: value for name in SAMPLING_OPTIONS if (value := getattr(self.args, name, None)) is not None}
+        return given_arguments(self.args, collect(), TASK_OPTIONS)
 
     def generate(
         self, task: Task[OutputT], examples: Sequence[Example], n: int = 1, **options: Any
@@ -297,8 +301,8 @@ def add_arguments(parser: argparse.ArgumentParser, task: type[EvaluationTask]) -
         parser: of the command.
         task: the class of the task.
     """
-    parser.add_argument("--seed", type=limit_argument("seed"), default=0, help="of prompts and pictures (default: 0)")
-    parser.add_argument("--batch", type=limit_argument("n"), default=32, help="how many at a time (default: 32)")
+    parser.add_argument("--seed", type=SEED.parse, default=0, help="of prompts and pictures (default: 0)")
+    parser.add_argument("--batch", type=COUNT.parse, default=32, help="how many at a time (default: 32)")
     parser.add_argument(
         "--json", type=non_empty, metavar="FILE", help="write the figures as one JSON object; - is stdout"
     )
@@ -306,21 +310,9 @@ def add_arguments(parser: argparse.ArgumentParser, task: type[EvaluationTask]) -
         parser.add_argument(
             "--out", type=non_empty, metavar="FOLDER", help="write a contact sheet a group and outputs.jsonl"
         )
-        _add_sampling_arguments(parser)
+        output = task.output if issubclass(task, GenerationTask) else "image"
+        add_option_arguments(parser, groups_for(collect(), output), skip=TASK_OPTIONS)
     task.add_arguments(parser)
-
-
-def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--generator", type=non_empty, help="how pictures are written (default: the engine's)")
-    parser.add_argument(
-        "--guidance", type=limit_argument("guidance"), help="scale of guidance, 1 is off (default: the engine's)"
-    )
-    parser.add_argument("--temperature", type=limit_argument("temperature"), help="default: the engine's")
-    parser.add_argument("--top-k", type=limit_argument("top_k"), help="default: the engine's")
-    parser.add_argument("--top-p", type=limit_argument("top_p"), help="default: the engine's")
-    parser.add_argument("--steps", type=limit_argument("steps"), help="of a generator that can choose how many")
-    parser.add_argument("--sampler", type=non_empty, help="of a flow")
-    parser.add_argument("--guidance-kind", type=non_empty, help="of a flow")
 
 
 def check_arguments(args: argparse.Namespace) -> None:

@@ -11,17 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from unigen.batch import Batch, InputSpan, Vocabulary
+from unigen.options import GroupType, OptionSet
 from unigen.samplers.guidance import Guidance
 from unigen.samplers.logits import SamplingOptions
-
-SAMPLING_OPTION_NAMES = ("temperature", "top_k", "top_p")
-"""The options of generators that draw codes."""
 
 
 @dataclass
@@ -30,9 +29,9 @@ class SegmentSpec:
 
     begin: the id that opens it, read first by every branch; opening: all ids that are, where they are not this one
     alone. grid: rows and columns of an image; row_end: ids that stand after each row, whatever is drawn. stops: ids
-    that end a text (an end of turn, or the begin of an image). rng: the span's own randomness. steps: how many the
-    generator may take, None for its default; accelerate: how several codes are written a step, None is one. fixed: ids
-    (h, w) of codes that are given and stay, -1 where the generator writes. text_ids: what stands in the span's own
+    that end a text (an end of turn, or the begin of an image). rng: the span's own randomness. options: the
+    groups of options that the generator takes. fixed: ids (h, w) of codes that are given and stay, -1 where the
+    generator writes. text_ids: what stands in the span's own
     positions of text, where it has some; None where the generator writes those too. before: ids that stand before a
     text, which a penalty on repetition counts with its own.
     """
@@ -46,10 +45,8 @@ class SegmentSpec:
     row_end: tuple[int, ...] = ()
     stops: tuple[int, ...] = ()
     max_tokens: int = 256
-    steps: int | None = None
+    options: OptionSet = field(default_factory=OptionSet)
     fixed: Tensor | None = None
-    sampler: str | None = None
-    accelerate: str | None = None
     text_ids: list[int] | None = None
     before: frozenset[int] = frozenset()
     record_logprobs: bool = False
@@ -176,9 +173,10 @@ class Generator(Protocol):
     the model reads."""
     cache_reusable: bool
     """Does the cache hold a finished picture as later segments read it? Else the engine reads it again."""
-    takes: tuple[str, ...]
-    """The options of a request that it heeds, beside guidance: of `SAMPLING_OPTION_NAMES`, steps, sampler,
-    guidance_kind, fixed."""
+    options: tuple[GroupType, ...]
+    """The groups of options of a request that it takes."""
+    defaults: Mapping[str, object]
+    """Its own defaults of them, where those are not the declared ones."""
     conditions: frozenset[str]
     """The kinds of conditions of a document (`unigen.document.Condition`) that it takes."""
     trains_on_codes: bool
@@ -262,6 +260,7 @@ class GeneratorHead(nn.Module):
     """Do pictures take positions of the sequence? Where they do not, `num_positions` is 0 whatever the settings."""
     forbidden_ids: Sequence[int] = ()
     text_length = 0
+    defaults: Mapping[str, object] = MappingProxyType({})
     conditions: frozenset[str] = frozenset()
     io_layers: tuple[nn.Module, ...] = ()
     """Layers that are no hidden matrices, for optimizers that tell."""

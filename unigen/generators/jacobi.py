@@ -28,7 +28,6 @@ from torch import Tensor
 from unigen.generators.base import GenerationState, GeneratorModel, StepInput
 from unigen.samplers.logits import exponential_race_sample, log_probabilities, probabilities
 
-SPECULATIVE_METHODS = ("sjd", "jacobi")
 WINDOW_SIZE = 8
 
 

@@ -18,10 +18,13 @@ import torch
 from torch import Tensor
 
 from unigen.batch import Batch
+from unigen.diffusion.options import FlowOptions
 from unigen.diffusion.path import LinearPath, PathSample
 from unigen.diffusion.sampling import Trajectory
 from unigen.diffusion.solvers import build_solver
 from unigen.generators.base import GenerationState, GeneratorHead, GeneratorModel, SegmentSpec
+from unigen.options import GroupType
+from unigen.samplers.options import GuidanceOptions
 
 
 @dataclass
@@ -65,9 +68,7 @@ class LatentFlowHead(GeneratorHead):
     """The latents of one image. `decode` takes them from a state's `latents_Zhw`."""
 
     tokenizer_kind: str | None = "kl"
-    takes: tuple[str, ...] = ("steps", "sampler", "guidance_kind")
-    steps, sampler = 20, "euler"
-    """Where a request does not say."""
+    options: tuple[GroupType, ...] = (GuidanceOptions, FlowOptions)
     path = LinearPath()
     """Between data and noise, in training and sampling alike."""
 
@@ -111,7 +112,8 @@ class LatentFlowHead(GeneratorHead):
         """The trajectory of a segment's latents (1, Z, h, w) from noise of its own."""
         noise = torch.randn((1, self.tokenizer.latent_channels, *self.tokenizer.grid), generator=spec.rng)
         noise = noise.to(next(self.parameters()).device)
-        solver = build_solver(spec.sampler or self.sampler, spec.steps or self.steps, self.path.shift)
+        options = spec.options[FlowOptions]
+        solver = build_solver(options.solver, options.steps, self.path.shift)
         return Trajectory(noise, solver, spec.guidance, path=self.path, rng=spec.rng)
 
     def decode(self, model: GeneratorModel, states: list[GenerationState]) -> Tensor:

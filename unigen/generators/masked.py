@@ -15,7 +15,7 @@ positions, D width, V rows of the table.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,7 +23,6 @@ from torch import Tensor
 
 from unigen.batch import Batch, InputSpan, Vocabulary
 from unigen.generators.base import (
-    SAMPLING_OPTION_NAMES,
     BuildContext,
     GenerationState,
     GeneratorModel,
@@ -31,7 +30,11 @@ from unigen.generators.base import (
     StepInput,
 )
 from unigen.generators.next_token import decode_ids
+from unigen.generators.options.inpainting import Inpainting
+from unigen.generators.options.masked import MaskedOptions
+from unigen.options import GroupType
 from unigen.samplers.logits import argmax_ids, exponential_race_sample, warp
+from unigen.samplers.options import CodeSampling, GuidanceOptions
 
 STEPS = 12
 CHOICE_TEMPERATURE = 0.5
@@ -79,13 +82,14 @@ class Masked:
     forbidden_ids: Sequence[int] = ()
     text_length = 0
     conditions: frozenset[str] = frozenset()
-    takes: tuple[str, ...] = (*SAMPLING_OPTION_NAMES, "steps", "fixed")
+    options: tuple[GroupType, ...] = (GuidanceOptions, CodeSampling, MaskedOptions, Inpainting)
+    defaults: Mapping[str, object]
 
     def __init__(
         self, grid: tuple[int, int], mask_id: int, steps: int = STEPS, choice_temperature: float = CHOICE_TEMPERATURE
     ) -> None:
         """mask_id: the id that stands for a masked code."""
-        self.grid, self.mask_id, self.steps = grid, mask_id, steps
+        self.grid, self.mask_id, self.defaults = grid, mask_id, {"steps": steps}
         self.choice_temperature = choice_temperature
 
     @classmethod
@@ -202,7 +206,8 @@ class Masked:
             assert isinstance(state, MaskedState)
             state.step_index += 1
             state.done = not bool((state.ids_P < 0).any())
-            state.progress = state.step_index, min(state.span.steps or self.steps, max(*state.num_masked_at_start, 1))
+            steps = state.span.options[MaskedOptions].steps
+            state.progress = state.step_index, min(steps, max(*state.num_masked_at_start, 1))
             state.text_ids = state.predicted_P[: self.text_length].tolist()
             state.ids = state.predicted_P[self.text_length :].tolist()
             if state.span.record_logprobs:
@@ -215,7 +220,7 @@ class Masked:
 
     def _unmask(self, state: MaskedState, number: int, logits_NV: Tensor, first: int) -> None:
         """Draw all masked ids of a part; keep the surest of them."""
-        span, steps, part = state.span, state.span.steps or self.steps, self.part_slices()[number]
+        span, steps, part = state.span, state.span.options[MaskedOptions].steps, self.part_slices()[number]
         ids_N = state.ids_P[part]
         if span.sampling.temperature == 0:
             weights_NV, noise = logits_NV.float().softmax(-1), 0.0

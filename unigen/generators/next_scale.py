@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from unigen.batch import Batch, InputSpan
 from unigen.generators.base import (
-    SAMPLING_OPTION_NAMES,
     BuildContext,
     GenerationState,
     GeneratorHead,
@@ -33,8 +32,10 @@ from unigen.generators.base import (
     SegmentSpec,
     StepInput,
 )
+from unigen.options import GroupType
 from unigen.samplers.guidance import Guidance
 from unigen.samplers.logits import log_probabilities, sample_shared_rng
+from unigen.samplers.options import CodeSampling, GuidanceOptions
 
 Targets = tuple[Tensor, Tensor, Tensor]
 
@@ -61,7 +62,7 @@ class NextScale(GeneratorHead):
     name = "next-scale"
     tokenizer_kind: str | None = "multiscale"
     needs_context = False
-    takes: tuple[str, ...] = SAMPLING_OPTION_NAMES
+    options: tuple[GroupType, ...] = (GuidanceOptions, CodeSampling)
 
     def __init__(self, tokenizer: Any, width: int) -> None:
         """tokenizer: a `VQTokenizer` with the multi-scale quantizer, whose first scale is one code."""

@@ -11,7 +11,8 @@ Shapes: B rows, L positions, D width, T targets, V ids.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, TypeGuard
 
 import torch
@@ -20,7 +21,6 @@ from torch import Tensor
 from unigen.batch import Batch, InputSpan, Vocabulary
 from unigen.generators import jacobi
 from unigen.generators.base import (
-    SAMPLING_OPTION_NAMES,
     BuildContext,
     GenerationState,
     Generator,
@@ -28,8 +28,11 @@ from unigen.generators.base import (
     SegmentSpec,
     StepInput,
 )
+from unigen.generators.options.acceleration import Acceleration
+from unigen.options import GroupType
 from unigen.samplers.guidance import Guidance
 from unigen.samplers.logits import apply_repetition_penalty, log_probabilities, sample
+from unigen.samplers.options import CodeSampling, GuidanceOptions, TextSampling
 
 
 def decode_ids(model: GeneratorModel, states: list[GenerationState]) -> Tensor:
@@ -49,7 +52,8 @@ class CausalGenerator(ABC):
     text_length = 0
     conditions: frozenset[str] = frozenset()
     tokenizer_kind: str | None = None
-    takes: tuple[str, ...] = SAMPLING_OPTION_NAMES
+    options: tuple[GroupType, ...] = (GuidanceOptions, CodeSampling)
+    defaults: Mapping[str, object] = MappingProxyType({})
 
     def attend_until(self) -> list[int] | None:
         return None
@@ -94,7 +98,7 @@ class Text(CausalGenerator):
 
     name = "text"
     is_text = True
-    takes: tuple[str, ...] = ("temperature", "top_k", "top_p", "repetition_penalty")
+    options: tuple[GroupType, ...] = (TextSampling,)
 
     def __init__(self, forbidden: Sequence[int]) -> None:
         self.forbidden_ids = forbidden
@@ -135,7 +139,7 @@ class NextToken(CausalGenerator):
     """The codes of one image, in raster order; guidance mixes the logits of its branches."""
 
     name = "next-token"
-    takes: tuple[str, ...] = (*SAMPLING_OPTION_NAMES, "accelerate")
+    options: tuple[GroupType, ...] = (GuidanceOptions, CodeSampling, Acceleration)
 
     def __init__(self, grid: tuple[int, int], row_end: int = 0) -> None:
         self.grid, self.row_end = grid, row_end
@@ -160,10 +164,11 @@ class NextToken(CausalGenerator):
 
     def start(self, span: SegmentSpec) -> GenerationState:
         assert span.grid is not None
+        method = span.options[Acceleration].accelerate
         return (
-            jacobi.SpeculativeState(span, span.head, method=span.accelerate)
-            if span.accelerate
-            else GenerationState(span, span.head)
+            GenerationState(span, span.head)
+            if method is None
+            else jacobi.SpeculativeState(span, span.head, method=method)
         )
 
     def prepare_step(self, state: GenerationState) -> StepInput:

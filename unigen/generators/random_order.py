@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from unigen.batch import Batch, InputSpan
 from unigen.generators.base import (
-    SAMPLING_OPTION_NAMES,
     BuildContext,
     GenerationState,
     GeneratorHead,
@@ -28,6 +27,9 @@ from unigen.generators.base import (
     StepInput,
 )
 from unigen.generators.next_token import combine_grouped, decode_ids, sample_grouped
+from unigen.generators.options.inpainting import Inpainting
+from unigen.options import GroupType
+from unigen.samplers.options import CodeSampling, GuidanceOptions
 
 Targets = tuple[Tensor, Tensor, Tensor]
 
@@ -54,7 +56,7 @@ class RandomOrder(GeneratorHead):
     name = "random-order"
     tokenizer_kind = None
     trains_on_codes, needs_context = True, False
-    takes: tuple[str, ...] = (*SAMPLING_OPTION_NAMES, "fixed")
+    options: tuple[GroupType, ...] = (GuidanceOptions, CodeSampling, Inpainting)
 
     def __init__(self, grid: tuple[int, int], width: int) -> None:
         super().__init__()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from unigen.batch import Batch, InputSpan
 from unigen.config import from_dict, to_dict
+from unigen.diffusion.options import FlowOptions
 from unigen.diffusion.sampling import sample
 from unigen.diffusion.solvers import build_solver
 from unigen.generators.base import BuildContext, GenerationState, GeneratorModel, SegmentSpec, StepInput
@@ -181,26 +182,25 @@ class TokenFlow(LatentFlowHead):
         return [len(branches[0]) for branches in hidden]
 
     def _sample_tokens(self, states: list[GenerationState], conditions: list[list[Tensor]]) -> list[Tensor]:
-        """A token (Z,) of each state, from noise of its own segment. States alike in steps, solver and guidance go
+        """A token (Z,) of each state, from noise of its own segment. States alike in options and guidance go
         together.
 
         Args:
             states: N of them.
             conditions: `conditions[i][b]` (D,) is the last hidden state of branch b of state i.
         """
-        groups: dict[tuple[int, str, Guidance], list[int]] = {}
+        groups: dict[tuple[FlowOptions, Guidance], list[int]] = {}
         for i, state in enumerate(states):
-            spec = state.span
-            groups.setdefault((spec.steps or self.steps, spec.sampler or self.sampler, spec.guidance), []).append(i)
+            groups.setdefault((state.span.options[FlowOptions], state.span.guidance), []).append(i)
         tokens: dict[int, Tensor] = {}
-        for (steps, solver, guidance), members in groups.items():
+        for (options, guidance), members in groups.items():
             condition_ND = torch.stack([conditions[i][b] for b in range(guidance.branches) for i in members])
             noise_MZ = torch.stack(
                 [torch.randn(self.tokenizer.latent_channels, generator=states[i].span.rng) for i in members]
             )
             predict = partial(self._branch_velocities, condition_ND, guidance.branches)
-            solver_of_group = build_solver(solver, steps, self.path.shift)
-            data_MZ = sample(predict, noise_MZ.to(condition_ND.device), solver_of_group, guidance)
+            solver = build_solver(options.solver, options.steps, self.path.shift)
+            data_MZ = sample(predict, noise_MZ.to(condition_ND.device), solver, guidance)
             tokens |= zip(members, data_MZ, strict=True)
         return [tokens[i] for i in range(len(states))]
 

@@ -15,11 +15,11 @@ from PIL.Image import Image
 from unigen.document import Document, Preview, Prompt
 from unigen.inference.protocol import EngineInfo, OptionValue
 from unigen.inference.results import RECORD_NOTHING, Answer, GenerationResult, Record, Score
-from unigen.limits import check_limit
 from unigen.media.display import MediaList, table_html
 from unigen.media.images import ImageSource
 from unigen.model.template import Output, UnsupportedError
 from unigen.samplers.seeds import offset_seed
+from unigen.utils.option_types import COUNT, SEED
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,7 +97,7 @@ class BaseEngine(ABC):
     ) -> Answer | list[Answer]:
         """See `InferenceEngine.generate`."""
         self._check_option_names("generate", options)
-        n, seed = check_limit("n", n), check_limit("seed", seed)
+        n, seed = COUNT.check("n", n), SEED.check("seed", seed)
         answers: list[Answer] = self.generate_batch(
             [prompt] * n, [offset_seed(seed, i) for i in range(n)], output, **options
         )

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from PIL.Image import Image
 
 from unigen.document import Document
+from unigen.inference.options import CANDIDATES
 from unigen.inference.request import Request
 from unigen.inference.results import Answer
 from unigen.inference.scoring import rerank_captions, rerank_images
-from unigen.limits import check_limit
 from unigen.model.unified import UnifiedModel
 
 
@@ -60,7 +60,7 @@ def expand_candidates(
     Raises:
         ValueError: where the model cannot compare what they answer.
     """
-    check_limit("candidates", count)
+    CANDIDATES.check("candidates", count)
     document = model.encode_document(document)
     if not can_rerank(model):
         raise ValueError("candidates are for models that read and draw pictures code by code: leave them out")

@@ -11,38 +11,40 @@ Does not depend on: files, HTTP, templates, caches, how any generator works.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
 from PIL.Image import Image
 
-from unigen.document import Document, Prompt, Segment, as_text, check_text, is_codes
+from unigen.document import Document, Prompt, Segment, as_text, is_codes
 from unigen.inference.base import BaseEngine
 from unigen.inference.candidates import PreparedRequest, can_rerank, expand_candidates, identity, select_best
 from unigen.inference.inpainting import limiting_window, prepare_inpainting, random_mask
+from unigen.inference.options import CANDIDATES, PREVIEWS, VARIATION, AnswerCount
 from unigen.inference.protocol import EngineInfo, OptionValue
 from unigen.inference.request import (
+    REQUEST_GROUPS,
     REQUEST_OPTIONS,
     Request,
     build_request,
-    check_name,
     default_generator,
     default_options,
-    reject_unknown_options,
-    report_settings,
     zip_with_seeds,
 )
 from unigen.inference.results import RECORD_NOTHING, Answer, GenerationResult, Record, Score
 from unigen.inference.scheduler import Part, Scheduler
 from unigen.inference.scoring import CAPTION_PROMPT, score_document
 from unigen.inference.sequence import SequenceState
-from unigen.limits import LIMITS, check_limit
 from unigen.media.display import MediaList
 from unigen.media.images import ImageSource, read_image
 from unigen.model.template import Output
 from unigen.model.unified import UnifiedModel
 from unigen.nn.quantized import count_parameters, describe_precision
+from unigen.options import name_keywords, option_names, reject_unknown
 from unigen.utils import progress
+from unigen.utils.option_types import COUNT, Name
+from unigen.utils.text import check_text
 
 GENERATE_OPTIONS = ("n", "candidates", *REQUEST_OPTIONS)
 """The options of methods that ask `generate`."""
@@ -55,9 +57,10 @@ METHOD_OPTIONS = {
     "describe": GENERATE_OPTIONS,
     "edit": GENERATE_OPTIONS,
     "pair": GENERATE_OPTIONS,
-    "inpaint": tuple(name for name in GENERATE_OPTIONS if name != "fixed"),
+    "inpaint": tuple(name for name in GENERATE_OPTIONS if name != "fixed_codes"),
 }
 """The options of each method."""
+with_keywords, with_request_keywords = name_keywords([AnswerCount, *REQUEST_GROUPS]), name_keywords(REQUEST_GROUPS)
 
 
 class Engine(BaseEngine):
@@ -100,9 +103,9 @@ class Engine(BaseEngine):
         self._check_option_names("generate_results", options)
         candidates = options.pop("candidates", 1)
         prompts_and_seeds = zip_with_seeds(prompts, seeds)
-        check_limit("candidates", candidates)
+        CANDIDATES.check("candidates", candidates)
         check_batch_size(len(prompts_and_seeds) * candidates)
-        if check_limit("previews", options.get("previews", 0)):
+        if PREVIEWS.check("previews", options.get("previews", 0)):
             raise ValueError("previews come while a picture is made: ask stream for them")
         prepared = [
             self.prepare(prompt, output, seed=seed, candidates=candidates, record=record, **options)
@@ -149,12 +152,13 @@ class Engine(BaseEngine):
             trajectories=record.trajectories,
             usage=record.usage,
             finish_reason="length" if record.usage is not None and record.usage.truncated else "stop",
-            settings=report_settings(self.model, request),
+            settings=request.settings(),
         )
 
     def _check_option_names(self, method: str, options: Mapping[str, OptionValue]) -> None:
-        reject_unknown_options(method, options, METHOD_OPTIONS[method])
+        reject_unknown(method, options, METHOD_OPTIONS[method])
 
+    @with_request_keywords
     def stream(
         self, prompt: Prompt, output: Output = "interleaved", *, seed: int = 0, **options: Any
     ) -> Iterator[Part]:
@@ -164,6 +168,7 @@ class Engine(BaseEngine):
         parts = self.run([self.request(prompt, output, seed=seed, **options)])
         return (part for _, part in parts)
 
+    @with_keywords
     def describe(
         self, image: ImageSource, question: str | None = None, *, seed: int = 0, **options: Any
     ) -> str | list[str]:
@@ -180,6 +185,7 @@ class Engine(BaseEngine):
         prompt: Prompt = [_as_image(image), as_text(question or CAPTION_PROMPT)]
         return self.generate(prompt, "text", seed=seed, **asked)
 
+    @with_keywords
     def edit(self, image: ImageSource, instruction: str, *, seed: int = 0, **options: Any) -> Image | list[Image]:
         """The picture changed as the instruction says, of the size that the model draws."""
         self._check_option_names("edit", options)
@@ -188,6 +194,7 @@ class Engine(BaseEngine):
         prompt: Prompt = [_as_image(image), as_text(instruction)]
         return self.generate(prompt, "image", seed=seed, **options)
 
+    @with_keywords
     def pair(
         self, text: str | None = None, image: ImageSource | None = None, **options: Any
     ) -> tuple[str, Image] | list[tuple[str, Image]]:
@@ -200,14 +207,15 @@ class Engine(BaseEngine):
             raise ValueError("the text is empty: say what the picture shows, or leave it out")
         document = Document([Segment(text=text or "")])
         if image is not None:
-            if "fixed" in options:
+            if "fixed_codes" in options:
                 raise ValueError("give the picture or its codes, not both")
             pixels = self.model.preprocess_images([read_image(image)])
             defaults = {"temperature": 0.0, "guidance": 1.0} | options  # no code is left to be guided
-            options = defaults | {"fixed": self.model.encode_images(pixels)[0].cpu()}
+            options = defaults | {"fixed_codes": self.model.encode_images(pixels)[0].cpu()}
         results: Any = self.generate(document, "pair", **{"generator": "joint"} | options)
         return tuple(results) if options.get("n", 1) == 1 else MediaList(tuple(pair) for pair in results)
 
+    @with_keywords
     def inpaint(
         self,
         image: ImageSource,
@@ -228,7 +236,8 @@ class Engine(BaseEngine):
         """
         self._check_option_names("inpaint", options)
         document = Document.of(as_text(prompt))
-        check_name("generator", options.get("generator"))
+        if (generator := options.get("generator")) is not None:
+            Name().check("generator", generator)
         options, composite = self._prepare_inpainting(image, mask, variation, options | {"seed": seed})
         images = self.generate(document, "image", **options)
         return MediaList(map(composite, images)) if isinstance(images, list) else composite(images)
@@ -240,7 +249,8 @@ class Engine(BaseEngine):
         if (mask is None) == (variation is None):
             raise ValueError("give a mask of what to paint anew, or a variation: the share of it drawn by lot")
         if variation is not None:
-            image, mask = random_mask(self.model, image, check_limit("vary", variation), options.get("seed", 0))
+            variation = VARIATION.check("variation", variation)
+            image, mask = random_mask(self.model, image, variation, options.get("seed", 0))
         generator = options.get("generator")
         rest = {name: value for name, value in options.items() if name != "generator"}
         return prepare_inpainting(self.model, image, mask, generator, rest)
@@ -272,7 +282,7 @@ class Engine(BaseEngine):
             "tokens_per_image": model.image_tokenizer.grid[0] * model.image_tokenizer.grid[1],
             "vocabulary": {"text": model.vocabulary.text_size, "image": model.vocabulary.image_size},
             "generators": [name for name in model.generators if name != "text"],
-            "takes": {name: list(model.generators.takes(name)) for name in model.generators if name != "text"},
+            "takes": {n: list(option_names(model.generators.options(n))) for n in model.generators if n != "text"},
             "sampling": {name: default_options(model, name) for name in model.generators if name != "text"}
             | {name: options for name, options in model.default_sampling.items() if name == "text"},
             "outputs": list(self.outputs),
@@ -299,7 +309,6 @@ class Engine(BaseEngine):
 
     def request(self, prompt: Prompt, output: Output, **options: Any) -> Request:
         """A checked request (`unigen.inference.request`, which lists the options)."""
-        reject_unknown_options("a request", options, REQUEST_OPTIONS)
         return build_request(self.model, prompt, output, **options)
 
     def check(self, prompt: Prompt, output: Output, *, seed: int = 0, **options: Any) -> None:
@@ -341,9 +350,9 @@ class Engine(BaseEngine):
 
         if candidates == 1:
             request = build(prompt, {}, 0)
-            return PreparedRequest([request], request.document, report_settings(self.model, request), composite)
+            return PreparedRequest([request], request.document, request.settings(), composite)
         prepared = expand_candidates(self.model, Document.of(prompt), candidates, build)
-        settings = report_settings(self.model, prepared.requests[0])
+        settings = prepared.requests[0].settings()
         return PreparedRequest(prepared.requests, prepared.document, settings, composite)
 
     @property
@@ -405,7 +414,22 @@ def _as_image(image: ImageSource) -> Image | torch.Tensor:
     return image if is_codes(image) else read_image(image)
 
 
+def _list_keywords(name: str, decorate: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Give the local engine an inherited method whose signature lists the options."""
+    inherited: Callable[..., Any] = getattr(BaseEngine, name)
+
+    @wraps(inherited)
+    def method(self: Engine, *args: Any, **options: Any) -> Any:
+        return inherited(self, *args, **options)
+
+    setattr(Engine, name, decorate(method))
+
+
+_list_keywords("generate", with_keywords)
+_list_keywords("generate_batch", with_request_keywords)
+
+
 def check_batch_size(count: int) -> None:
     """Raises ValueError for more answers than are made at a time."""
-    if count > LIMITS["n"].high:
-        raise ValueError(f"at most {LIMITS['n'].high:,} answers are made at a time, not {count:,}: ask in several goes")
+    if count > COUNT.high:
+        raise ValueError(f"at most {COUNT.high:,} answers are made at a time, not {count:,}: ask in several goes")

@@ -5,7 +5,7 @@
 
 A code is painted anew where the mask touches what it shows, or where the family's own rule says so. What is painted is
 scaled to the picture's size; pixels that are not marked stay as they were, not as the tokenizer would say them again.
-Does not depend on: how a generator keeps codes (`takes` says whether it can), prompts.
+Does not depend on: how a generator keeps codes (`Generator.options` says whether it can), prompts.
 Shapes: h x w codes of a picture of H x W pixels.
 """
 
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from unigen.generators.options.inpainting import Inpainting
 from unigen.media.images import read_image, read_mask
 from unigen.media.pixels import center_crop_resize
 from unigen.model.unified import UnifiedModel
@@ -31,7 +32,7 @@ def prepare_inpainting(
     mask: of the image's shape, white where to paint (`unigen.media.images.read_mask`). generator: None takes `masked`,
     or else the first that can. Raises ValueError where the mask marks nothing, and for a generator that cannot keep
     codes."""
-    capable_generators = [name for name in model.generators if "fixed" in model.generators.takes(name)]
+    capable_generators = [name for name in model.generators if Inpainting in model.generators.options(name)]
     if not capable_generators:
         raise ValueError("this model cannot keep a part of a picture: train it with generators.masked=1")
     generator = generator or ("masked" if "masked" in capable_generators else capable_generators[0])
@@ -49,7 +50,7 @@ def prepare_inpainting(
     if not cells_hw.any():
         raise ValueError("the mask marks nothing: paint white what is to be made anew")
     codes_hw = model.encode_images(model.preprocess_images([crop]))[0].cpu()
-    fixed = torch.where(torch.from_numpy(cells_hw), -1, codes_hw)
+    fixed_codes = torch.where(torch.from_numpy(cells_hw), -1, codes_hw)
     pixel = np.arange(len(mask_HW))
     cell_rows, cell_columns = (np.searchsorted(start, pixel, "right") - 1 for start in (rows, columns))
     paste_mask = Image.fromarray(mask_HW & cells_hw[cell_rows][:, cell_columns])
@@ -59,7 +60,7 @@ def prepare_inpainting(
         result.paste(made.resize(crop.size, Image.Resampling.LANCZOS), crop_box, paste_mask)
         return result
 
-    return options | {"generator": generator, "fixed": fixed}, composite
+    return options | {"generator": generator, "fixed_codes": fixed_codes}, composite
 
 
 def square_crop_box(mask: Image.Image) -> tuple[int, int, int, int]:

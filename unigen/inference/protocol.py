@@ -52,7 +52,7 @@ class EngineInfo(TypedDict, total=False):
     generators: list[str]
     takes: dict[str, list[str]] | list[str]
     """The options of each generator, or of the pipeline."""
-    samplers: list[str]
+    solvers: list[str]
     sampling: dict[str, dict[str, OptionValue]] | dict[str, OptionValue]
     """The values of options where a request does not say, of each generator, or of the pipeline."""
     text_sampling: dict[str, OptionValue]

@@ -11,6 +11,7 @@ from PIL import Image
 
 from unigen.document import Document, Preview, Segment
 from unigen.generators.base import GenerationState, Generator, SegmentSpec
+from unigen.generators.options.inpainting import Inpainting
 from unigen.inference.request import Request
 from unigen.inference.sequence import SequenceState, record_segment
 from unigen.media.pixels import to_images
@@ -172,12 +173,12 @@ def _start_image(model: UnifiedModel, sequence: SequenceState) -> None:
     sequence.generator = model.generators[request.generator]
     begin = model.template.begin_ids.get(request.generator)  # None where the prompt opens the picture
     layout = model.template.layout(request.grid)
-    fixed = request.fixed
+    fixed = request.options[Inpainting].fixed_codes
     if fixed is not None:
         fixed = torch.where(fixed < 0, fixed, model.vocabulary.image_ids(fixed))
     spec = SegmentSpec(begin or 0, request.image, request.guidance, _next_rng(sequence), request.grid, fixed=fixed)
     spec.opening, spec.row_end = () if begin is None else (begin, *layout.prefix), layout.row_end_ids
-    spec.steps, spec.sampler, spec.accelerate = request.steps, request.sampler, request.accelerate
+    spec.options = request.options
     spec.text_ids = _prefix_text_ids(model, sequence)
     spec.record_logprobs, spec.record_trajectory = request.record.logprobs, request.record.trajectory
     sequence.state, sequence.num_cached = sequence.generator.start(spec), 0

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 from urllib.parse import quote
 
-from unigen.limits import LIMITS
 from unigen.media.display import data_uri
+from unigen.utils.option_types import MAX_IMAGES
 from unigen.utils.text import shorten
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def check_story(path: str | Path) -> Path:
     """The same of a story's page; beside one in Markdown its pictures have to have room, too."""
     path = check_output(path, PAGE_FORMATS)
     if PAGE_FORMATS[path.suffix.lower()] == "Markdown":
-        check_output(_story_image_path(path, LIMITS["max_images"].high - 1), IMAGE_FORMATS)
+        check_output(_story_image_path(path, MAX_IMAGES.high - 1), IMAGE_FORMATS)
     return path
 
 

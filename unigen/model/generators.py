@@ -7,6 +7,7 @@ from typing import Any
 
 from unigen.generators import find_generator
 from unigen.generators.base import Generator
+from unigen.options import GroupType
 
 
 class GeneratorDict(dict[str, Any]):
@@ -36,10 +37,10 @@ class GeneratorDict(dict[str, Any]):
             self.on_build(name, generator)
         return super().__getitem__(name)
 
-    def takes(self, name: str) -> tuple[str, ...]:
-        """The options that a generator takes, without building it."""
-        options: tuple[str, ...] = (find_generator(name) if name in self.factories else self[name]).takes
-        return options
+    def options(self, name: str) -> tuple[GroupType, ...]:
+        """The groups of options that a generator takes, without building it."""
+        groups: tuple[GroupType, ...] = (find_generator(name) if name in self.factories else self[name]).options
+        return groups
 
     def conditions(self, name: str) -> frozenset[str]:
         """The kinds of conditions that a generator takes, without building it."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from unigen.batch import Batch, InputSpan, Tokens, Vocabulary
 from unigen.document import Document, Segment
-from unigen.generators.base import SAMPLING_OPTION_NAMES, Generator
+from unigen.generators.base import Generator
 from unigen.media.pixels import to_images, to_pixels
 from unigen.model.generators import GeneratorDict
 from unigen.model.inputs import ModelInputs, PromptIds, attention_span, build_inputs, place_image_ids, prompt_ids
@@ -31,8 +31,8 @@ from unigen.nn import quantized
 from unigen.nn.backbone import Backbone
 from unigen.nn.cache import SlotCache
 from unigen.nn.cpu.linear import packed_copy
+from unigen.options import resolve
 from unigen.samplers.guidance import Guidance
-from unigen.samplers.logits import SamplingOptions
 from unigen.tokenizers import ImageTokenizer
 from unigen.tokenizers.quantize import check_finite
 
@@ -148,21 +148,21 @@ class UnifiedModel(nn.Module):
         )
 
     def set_default_sampling(self, generator: str, **options: Any) -> None:
-        """Say how this generator's pictures are drawn where nothing else is asked for: guidance, temperature, top_k,
-        top_p; or how text is: these but guidance, and repetition_penalty. `save` writes it to unigen.json, where it may
-        be changed. Raises ValueError for what it does not take."""
+        """Set options of a generator's pictures, or of text, that hold where nothing else is asked for. `save` writes
+        them to unigen.json, where they may be changed. Raises ValueError for those that the generator does not take."""
         if generator not in self.generators:
             raise ValueError(f"the model has no generator {generator!r}")
-        takes = ("guidance", *(name for name in SAMPLING_OPTION_NAMES if name in self.generators.takes(generator)))
-        takes = self.generators.takes(generator) if generator == "text" else takes
-        if unknown_options := [name for name in options if name not in takes]:
-            raise ValueError(f"{generator} does not take {', '.join(unknown_options)}: it takes {', '.join(takes)}")
+        groups = self.generators.options(generator)
+        known = [name for group in groups for name, declared in group.options().items() if declared.reported]
+        if unknown_options := [name for name in options if name not in known]:
+            raise ValueError(f"{generator} does not take {', '.join(unknown_options)}: it takes {', '.join(known)}")
         scales = Guidance.of(options.get("guidance", [1.0] * self.template.num_guidance_scales)).scales
         if len(scales) != self.template.num_guidance_scales:
             raise ValueError(
                 f"{generator} takes {self.template.num_guidance_scales} scales of guidance, not {len(scales)}"
             )
-        SamplingOptions(**{name: value for name, value in options.items() if name != "guidance"})  # type: ignore[arg-type]
+        for group in groups:
+            resolve(group, options)
         self.default_sampling[generator] = dict(options)
 
     def quantize(self, kind: str, device: str | torch.device) -> None:

@@ -11,12 +11,14 @@ from dataclasses import InitVar, dataclass
 from numbers import Real
 from typing import TYPE_CHECKING
 
-from unigen.limits import check_limit
 from unigen.samplers.guiders import GUIDERS, combine_chain
+from unigen.utils.option_types import FloatRange
 from unigen.utils.text import shorten
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+GUIDANCE_SCALE = FloatRange(0, 100, "1 is off")
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,12 @@ class Guidance:
         if kind is not None:
             raise ValueError("the kind of Guidance is now called guider: write Guidance(scales, guider=...)")
         if not isinstance(self.guider, str) or self.guider not in GUIDERS:
-            raise ValueError(f"unknown kind of guidance {shorten(self.guider)}: one of {', '.join(GUIDERS)}")
+            raise ValueError(f"unknown guider {shorten(self.guider)}: one of {', '.join(GUIDERS)}")
         if not isinstance(self.scales, (tuple, list)) or not self.scales:
             raise ValueError(f"scales of guidance must be a tuple of numbers, not {shorten(self.scales)}")
         if len(self.scales) != 1 and not GUIDERS[self.guider].combines_chains:
             raise ValueError(f"guidance of kind {self.guider} has two branches: give one scale")
-        object.__setattr__(self, "scales", tuple(check_limit("guidance", scale) for scale in self.scales))
+        object.__setattr__(self, "scales", tuple(GUIDANCE_SCALE.check("guidance", scale) for scale in self.scales))
         interval = self.interval
         if not (
             isinstance(interval, (tuple, list))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unigen.limits import check_limit
+from unigen.samplers.options import TextSampling
 
 MIN_TEMPERATURE = 1e-5
 """Temperatures below this one draw the likeliest id: logits divided by them are beyond float32."""
@@ -21,7 +21,7 @@ MIN_TEMPERATURE = 1e-5
 @dataclass(frozen=True)
 class SamplingOptions:
     """temperature 0 is greedy; top_k 0, top_p 1 and repetition_penalty 1 are off; the last is of text alone. Raises
-    ValueError outside the ranges of `unigen.limits`."""
+    ValueError outside the ranges of `unigen.samplers.options`."""
 
     temperature: float = 1.0
     top_k: int = 0
@@ -29,8 +29,8 @@ class SamplingOptions:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_k", "top_p", "repetition_penalty"):
-            object.__setattr__(self, name, check_limit(name, getattr(self, name)))
+        for name, declared in TextSampling.options().items():
+            object.__setattr__(self, name, declared.type.check(name, getattr(self, name)))
         if self.temperature < MIN_TEMPERATURE:
             object.__setattr__(self, "temperature", 0.0)
 

@@ -13,14 +13,14 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
-from unigen.limits import LIMITS
+from unigen.utils.option_types import SEED
 
 if TYPE_CHECKING:
     import torch
 
 SEED_FACTOR = 1_000_003
 LOW_BITS = 32
-NUM_SEEDS = LIMITS["seed"].high + 1
+NUM_SEEDS = SEED.high + 1
 
 
 def derive_seed(seed: int, *numbers: int, factor: int = SEED_FACTOR) -> int:

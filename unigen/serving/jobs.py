@@ -34,7 +34,7 @@ class Job:
     """The image that is inpainted."""
     mask: Image.Image | None = None
     """Where it is inpainted: white."""
-    vary: float | None = None
+    variation: float | None = None
     """Instead of a mask: the share of the image that is drawn anew, at random positions; (0, 1]."""
     previews: int = 0
     """Previews of each image, where the model has some."""

@@ -9,17 +9,19 @@ OpenAI's reference: https://platform.openai.com/docs/api-reference (chat, images
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 
-from unigen.limits import SERVER_LIMITS, pydantic_bounds
+from unigen.inference.options import AnswerCount, AnswerLimits, Previews, RequestOptions, VariationOptions
+from unigen.option_groups import collect
+from unigen.options import DRAWING, RENAMED, GroupType, Option, groups_for, merge_declared
 from unigen.utils.numbers import parse_float, parse_int
+from unigen.utils.option_types import MAX_TEXT_LENGTH
 
-MAX_CHOICES = SERVER_LIMITS["n"].high
-MAX_TEXT_LENGTH = 100_000
-"""Characters of one text."""
+MAX_CHOICES = 16
+"""Pictures or answers of one request, candidates counted."""
 
 MAX_STOP_LENGTH = 256
 """Characters of a text before which an answer ends."""
@@ -50,9 +52,14 @@ def accept_only(*values: Any, says: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-def bounded_field(name: str, default: Any = None) -> Any:
-    """A field of the range of numbers that `unigen.limits` states for one request."""
-    return Field(default, **pydantic_bounds(name))
+def option_field(group: GroupType, name: str, default: Any = None) -> Any:
+    """A field for an option of a group, in the range that one request may use."""
+    return _field(group.options()[name], default)
+
+
+def _field(declared: Option, default: Any = None) -> Any:
+    constraints: dict[str, Any] = (declared.served or declared.type).json_type()[1]
+    return Field(default, description=declared.describe(), **constraints)
 
 
 class StrictModel(BaseModel):
@@ -68,26 +75,58 @@ class StrictModel(BaseModel):
         return {name: value for name, value in data.items() if value is not None or name not in cls.model_fields}
 
 
-class GenerationFields(StrictModel):
-    """How pictures are made; None is left to the model. As of `unigen.inference.request.build_request`. candidates:
-    among so many each answer is the best. stream: in events, as they are made; partial_images: of each picture at most,
-    before it is finished."""
+def derive_fields(name: str, groups: Iterable[GroupType]) -> Any:
+    """A model with a field for each served option of the groups, which is left to the model where it is None.
 
-    seed: int | None = bounded_field("seed")
-    guidance: float | list[float] | None = None
-    generator: str | None = Field(None, max_length=64)
-    steps: int | None = bounded_field("steps")
-    top_k: int | None = bounded_field("top_k")
-    top_p: float | None = bounded_field("top_p")
-    temperature: float | None = bounded_field("temperature")
-    sampler: str | None = Field(None, max_length=64)
-    guidance_kind: str | None = Field(None, max_length=64)
-    accelerate: str | None = Field(None, max_length=64)
-    size: str | None = Field(None, pattern=r"^([1-9][0-9]{0,4}x[1-9][0-9]{0,4}|auto)$")
-    n: int = bounded_field("n", 1)
-    candidates: int = bounded_field("candidates", 1)
+    Args:
+        name: of the class.
+        groups: of options; of those with one name the widest range counts.
+    """
+    fields: dict[str, Any] = {}
+    for option_name, (_, declared) in merge_declared(groups).items():
+        if field_name := declared.field_name(option_name):
+            annotation: Any = (declared.served or declared.type).json_type()[0]
+            fields[field_name] = annotation | None, _field(declared)
+    return create_model(name, __base__=StrictModel, **fields)
+
+
+if TYPE_CHECKING:
+
+    class DrawingFields(StrictModel):
+        """The fields that servers read by their names."""
+
+        size: str | None
+        temperature: float | None
+        top_p: float | None
+
+    class EditFields(StrictModel): ...
+
+else:
+    DrawingFields = derive_fields("DrawingFields", groups_for(collect(), *DRAWING))
+    EditFields = derive_fields("EditFields", groups_for(collect(), "edit"))
+
+
+class GenerationFields(DrawingFields):
+    """How pictures are made: the options that one of our engines takes. None is left to the model."""
+
+    seed: int | None = option_field(RequestOptions, "seed")
+    n: int = option_field(AnswerCount, "n", 1)
+    candidates: int = option_field(AnswerCount, "candidates", 1)
     stream: bool = False
-    partial_images: int = bounded_field("previews", 0)
+    partial_images: int = option_field(Previews, "previews", 0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_old_names(cls, data: Any) -> Any:
+        """Options by the names that they had in version 0.1."""
+        if not isinstance(data, dict):
+            return data
+        for old, new in RENAMED.items():
+            if data.get(old) is not None and new in cls.model_fields:
+                if data.get(new) is not None:
+                    raise ValueError(f"{old} is called {new} now: give one")
+                data = {name: value for name, value in data.items() if name != old} | {new: data[old]}
+        return data
 
     @model_validator(mode="after")
     def _check_counts(self) -> Self:
@@ -99,14 +138,16 @@ class GenerationFields(StrictModel):
 
     def options(self) -> dict[str, Any]:
         """What was given, as the engine takes it; the seed and the form of the answer apart."""
-        form = {"n", "candidates", "stream", "partial_images"}
-        names = set(GenerationFields.model_fields) - form - {"seed", "size"}
-        options = {name: value for name in sorted(names) if (value := getattr(self, name)) is not None}
-        if self.size not in (None, "auto"):
-            width, _, height = str(self.size).partition("x")
-            options["size"] = (int(width), int(height))
-        return options
+        given = {}
+        for name, (_, declared) in merge_declared(groups_for(collect(), *DRAWING, "edit")).items():
+            value = getattr(self, declared.field_name(name), None)
+            if name not in FORM_OPTIONS and value is not None:
+                given[name] = declared.type.from_json(value)
+        return {name: value for name, value in given.items() if value is not None}
 
+
+FORM_OPTIONS = ("seed", "n", "candidates", "previews", "max_tokens", "max_images")
+"""Options that servers give to each answer themselves, or that have fields of several names."""
 
 # ---------------------------------------------------------------- /v1/chat/completions
 
@@ -253,9 +294,9 @@ class ChatRequest(GenerationFields, ClientLabels):
     content_format: Literal["string", "parts"] = "string"
     stream_options: StreamOptions | None = None
     stop: list[StopText] | None = Field(None, max_length=4)
-    max_tokens: int | None = bounded_field("max_tokens")
-    max_completion_tokens: int | None = bounded_field("max_tokens")
-    max_images: int | None = bounded_field("max_images")
+    max_tokens: int | None = option_field(AnswerLimits, "max_tokens")
+    max_completion_tokens: int | None = option_field(AnswerLimits, "max_tokens")
+    max_images: int | None = option_field(AnswerLimits, "max_images")
     # what clients send though they ask for nothing by it
     audio: Annotated[Any, accept_only(says="this server speaks no sound: leave it out")] = None
     frequency_penalty: Annotated[Any, accept_only(0, says="penalties are not known here: leave it out")] = None
@@ -401,7 +442,7 @@ class GenerationRequest(ImagesRequest):
         return self
 
 
-class EditRequest(ImagesRequest):
+class EditRequest(EditFields, ImagesRequest):
     """The fields beside the files `image` and `mask`: with a mask the prompt says what the whole picture shall show,
     without one what to change."""
 
@@ -412,9 +453,9 @@ class EditRequest(ImagesRequest):
 
 
 class VariationRequest(ImagesRequest):
-    """vary: the share of the picture that is drawn anew."""
+    """The fields beside the file `image`."""
 
-    vary: float = bounded_field("vary", 0.5)
+    variation: float = option_field(VariationOptions, "variation", 0.5)
 
 
 class ErrorBody(BaseModel):
@@ -438,28 +479,31 @@ def form_schema(kind: type[BaseModel], *files: str) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 
-NUMERIC_FIELDS = {
-    "n",
-    "seed",
-    "steps",
-    "top_k",
-    "guidance",
-    "top_p",
-    "temperature",
-    "vary",
-    "partial_images",
-    "candidates",
-}
-NUMERIC_FIELDS |= {"output_compression", "frame_count", "frame_duration_ms"}
-BOOLEAN_FIELDS = {"stream"}
+UNTYPED_NUMBERS = {"frame_count", "frame_duration_ms"}
+"""Numbers that are accepted at one value alone."""
 
 
-def parse_form_fields(fields: dict[str, str]) -> dict[str, Any]:
-    """A form's fields, all texts, as JSON would have them."""
+def _leaf_types(annotation: Any) -> set[Any]:
+    """The types of which an annotation is made."""
+    parts = get_args(annotation)
+    return {annotation} if not parts else {leaf for part in parts for leaf in _leaf_types(part)}
+
+
+def parse_form_fields(kind: type[BaseModel], fields: dict[str, str]) -> dict[str, Any]:
+    """A form's fields, all texts, as JSON would have them.
+
+    Args:
+        kind: the model that they are for, whose annotations say which are numbers.
+        fields: by name; old names of options too.
+    """
+    types = {name: _leaf_types(field.annotation) for name, field in kind.model_fields.items()}
+    types |= {old: types[new] for old, new in RENAMED.items() if new in types}
 
     def parse_value(name: str, value: str) -> Any:
-        if name in BOOLEAN_FIELDS:
+        if bool in types.get(name, ()):
             return {"true": True, "false": False}.get(value, value)
+        if not types.get(name, set()) & {int, float} and name not in UNTYPED_NUMBERS:
+            return value
         for kind in (parse_int, parse_float):
             try:
                 return kind(value)
@@ -467,7 +511,4 @@ def parse_form_fields(fields: dict[str, str]) -> dict[str, Any]:
                 pass
         return value
 
-    return {
-        name: parse_value(name, value) if name in NUMERIC_FIELDS | BOOLEAN_FIELDS else value
-        for name, value in fields.items()
-    }
+    return {name: parse_value(name, value) for name, value in fields.items()}

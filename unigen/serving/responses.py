@@ -23,6 +23,7 @@ from PIL import Image
 from pydantic import Field, field_validator, model_validator
 
 from unigen.document import Preview
+from unigen.inference.options import AnswerLimits, Previews
 from unigen.serving import pictures
 from unigen.serving.answers import AnswerBuilder, Chunks, Events, JSONObject, chat_usage
 from unigen.serving.jobs import Event, Finished, Part, Started
@@ -38,7 +39,7 @@ from unigen.serving.protocol import (
     PromptText,
     StrictModel,
     accept_only,
-    bounded_field,
+    option_field,
 )
 
 IMAGE_TOOL = "image_generation"
@@ -54,7 +55,7 @@ class ImageTool(StrictModel):
     type: Literal["image_generation"]
     model: LabelText | None = None
     size: str | None = None
-    partial_images: int | None = bounded_field("previews")
+    partial_images: int | None = option_field(Previews, "previews")
     output_format: Literal["png", "jpeg", "webp"] = "png"
     output_compression: int | None = Field(None, ge=0, le=100)
     action: Annotated[object, accept_only("auto", says="the model decides: leave it out")] = None
@@ -85,8 +86,8 @@ class ResponsesRequest(GenerationFields, ClientLabels):
     tools: list[ImageTool] | None = Field(None, max_length=1)
     tool_choice: Literal["auto", "none", "required"] | dict[LabelText, LabelText] | None = None
     n: Literal[1] = 1
-    max_output_tokens: int | None = bounded_field("max_tokens")
-    max_tool_calls: int | None = bounded_field("max_images")
+    max_output_tokens: int | None = option_field(AnswerLimits, "max_tokens")
+    max_tool_calls: int | None = option_field(AnswerLimits, "max_images")
     text: TextFormat | None = None
     stream_options: ResponseStreamOptions | None = None
     include: list[Literal["reasoning.encrypted_content", "message.input_image.image_url"]] | None = None

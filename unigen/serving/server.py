@@ -220,7 +220,7 @@ class Server:
         question = Job(Document.of([image, "describe this picture"]), "text")
         (answer,) = await cancel_on_disconnect(request, self._collect([question]))
         caption = str(answer.parts[0]) if answer.parts else "a picture"
-        job = Job(Document.of(Segment(text=caption)), "image", around=image, vary=body.vary)
+        job = Job(Document.of(Segment(text=caption)), "image", around=image, variation=body.variation)
         return await self._generate_images(request, body, "image_variation", job)
 
     async def _generate_images(

@@ -124,7 +124,7 @@ class ImageLoader:
         """
         fields, files = await _split_form(await _read_form(request))
         try:
-            body = body_type.model_validate(protocol.parse_form_fields(fields))
+            body = body_type.model_validate(protocol.parse_form_fields(body_type, fields))
         except ValidationError as error:
             errors = [{**entry, "loc": ("body", *entry["loc"])} for entry in error.errors()]
             raise RequestValidationError(errors) from None

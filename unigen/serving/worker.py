@@ -249,7 +249,7 @@ class BatchedWorker(_BaseWorker):
             candidates=job.candidates,
             image=job.around,
             mask=job.mask,
-            variation=job.vary,
+            variation=job.variation,
             **options,
         )
         return _ActiveJob(job, StopStringFilter(job.stop), prepared)
@@ -281,7 +281,7 @@ class SequentialWorker(_BaseWorker):
             if job.candidates != 1:
                 yield number, Rejected("this model cannot compare candidates: leave them out")
                 return
-            if job.vary is not None:
+            if job.variation is not None:
                 yield number, Rejected("this model does not vary pictures: say what to draw")
                 return
             self.now = number, self._parts(job), _ActiveJob(job, StopStringFilter(job.stop))

@@ -27,6 +27,7 @@ MODULE_RENAMES = {
     "extras": "utils.extras",
     "images": "media.images",
     "likelihood": "inference.scoring",
+    "limits": "options (each option with its range; unigen.utils.option_types has the ranges)",
     "nn.few_rows": "nn.cpu.linear",
     "nn.llama": "nn.cpu.llama",
     "nn.painters": "nn.denoisers",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 
@@ -21,6 +21,24 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
     """The end of an error message that names the known word most like this one: '; did you mean ...?', or ''."""
     near = difflib.get_close_matches(word, list(words), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def join_names(names: Sequence[str]) -> str:
+    """Names as a sentence has them: "a, b or c"."""
+    return " or ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)
+
+
+def check_text(name: str, text: object) -> str:
+    """The text. Raises ValueError for what is none, and for one that UTF-8 cannot hold: half of a character, as a cut
+    in JSON's \\u notation leaves it, or bytes of another encoding on a command line."""
+    if not isinstance(text, str):
+        raise ValueError(f"{name} must be a text (str), not {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"U+{ord(text[error.start]):04X} at position {error.start}"
+        raise ValueError(f"{name} is not valid Unicode ({half} is half a character): write it as UTF-8") from error
+    return text
 
 
 def docstring_summary(file: Path) -> str:

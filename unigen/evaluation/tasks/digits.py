@@ -21,8 +21,8 @@ from unigen.data import digits
 from unigen.evaluation.report import Report
 from unigen.evaluation.runner import EvaluationRun, GenerationTask, report_rows
 from unigen.evaluation.task import Example, Scores
-from unigen.limits import limit_argument
 from unigen.utils.extras import require_extra
+from unigen.utils.option_types import COUNT
 
 NUM_NEIGHBORS = 3
 
@@ -46,7 +46,7 @@ class DigitsTask(GenerationTask[Image.Image]):
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
-            "--images", type=limit_argument("n"), default=40, metavar="N", help="pictures a class (default: 40)"
+            "--images", type=COUNT.parse, default=40, metavar="N", help="pictures a class (default: 40)"
         )
 
     @classmethod

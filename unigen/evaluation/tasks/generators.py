@@ -31,6 +31,7 @@ from unigen.evaluation.tasks.scenes import ScenesTask, add_size_arguments, summa
 from unigen.inference.engine import Engine
 from unigen.media.output import image_grid, save_image
 from unigen.media.pixels import to_pixels
+from unigen.options import option_names
 from unigen.toyworld.scenes import SceneRenderer
 from unigen.utils.extras import require_extra
 
@@ -200,7 +201,7 @@ class GeneratorsTask(EvaluationTask):
         names = run.engine.info()["generators"]
         if len(names) == 1:
             return [(names[0], options)]
-        takes = {name: {"guidance", *run.engine.model.generators[name].takes} for name in names}
+        takes = {name: {"size", *option_names(run.engine.model.generators.options(name))} for name in names}
         return [(name, {key: value for key, value in options.items() if key in takes[name]}) for name in names]
 
     def _report(

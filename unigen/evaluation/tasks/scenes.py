@@ -27,7 +27,7 @@ from unigen.evaluation.detector import SceneDetections, SceneDetector, load_dete
 from unigen.evaluation.report import Report
 from unigen.evaluation.runner import EvaluationRun, GenerationTask, report_rows, score_all
 from unigen.evaluation.task import Example, Scores, ScoreSummary, bootstrap_mean
-from unigen.limits import limit_argument
+from unigen.inference.options import CANDIDATES
 from unigen.media.pixels import to_pixels
 from unigen.toyworld.captions import Facts, caption
 from unigen.toyworld.scenes import (
@@ -40,6 +40,7 @@ from unigen.toyworld.scenes import (
     allowed_colors,
     held_out_combinations,
 )
+from unigen.utils.option_types import COUNT
 
 # ---------------------------------------------------------------- prompts
 
@@ -143,7 +144,7 @@ class ScenesTask(GenerationTask[Image.Image]):
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         add_size_arguments(parser)
         parser.add_argument(
-            "--candidates", type=limit_argument("candidates"), help="draw so many for each, keep the best as it reads"
+            "--candidates", type=CANDIDATES.parse, help="draw so many for each, keep the best as it reads"
         )
         group = parser.add_argument_group("the ladder (without any of these flags: the model and the whole ladder)")
         group.add_argument("--oracle", action="store_true", help="only true pictures of the prompts; needs no model")
@@ -220,9 +221,7 @@ PROMPTS_PER_TAG = {True: 20, False: 100}
 def add_size_arguments(parser: argparse.ArgumentParser) -> None:
     """Add how many prompts and images there are."""
     parser.add_argument("--quick", action="store_true", help="20 prompts a task instead of 100")
-    parser.add_argument(
-        "--images", type=limit_argument("n"), default=4, metavar="N", help="pictures a prompt (default: 4)"
-    )
+    parser.add_argument("--images", type=COUNT.parse, default=4, metavar="N", help="pictures a prompt (default: 4)")
 
 
 @dataclass(frozen=True)

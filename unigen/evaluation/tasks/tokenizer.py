@@ -15,9 +15,9 @@ import torch
 
 from unigen.evaluation.report import Report
 from unigen.evaluation.runner import EvaluationRun, EvaluationTask, report_rows
-from unigen.limits import limit_argument
 from unigen.tokenizers.measure import evaluate_tokenizer
 from unigen.toyworld.scenes import SceneRenderer, sample_scene
+from unigen.utils.option_types import number_argument
 
 UNITS = {"psnr": "dB", "psnr_objects": "dB", "usage": "share", "perplexity": "codes", "dead": "codes"}
 _SEED_OFFSET = 7_800_000  # keeps these scenes apart from those of any training seed
@@ -60,7 +60,7 @@ class TokenizerTask(EvaluationTask):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--count", type=limit_argument("count"), default=1000, help="pictures (default: 1000)")
+        parser.add_argument("--count", type=number_argument(1, 100_000), default=1000, help="pictures (default: 1000)")
 
     @classmethod
     def create(cls, run: EvaluationRun) -> Self:

@@ -20,11 +20,12 @@ from PIL import Image
 from unigen.evaluation.report import Report
 from unigen.evaluation.runner import EvaluationRun, GenerationTask, report_rows
 from unigen.evaluation.task import Example, Scores, bootstrap_mean
+from unigen.inference.options import CANDIDATES
 from unigen.inference.scoring import CAPTION_PROMPT
-from unigen.limits import limit_argument
 from unigen.toyworld.captions import Facts, compare_facts, extract_facts, parse_caption
 from unigen.toyworld.language import questions
 from unigen.toyworld.scenes import Scene, SceneRenderer, sample_scene, spatial_relations
+from unigen.utils.option_types import number_argument
 
 DEFAULT_IMAGE_SIZE = 64
 """Pixels along a side of scenes for an engine that reads images of any size."""
@@ -93,10 +94,10 @@ class UnderstandingTask(GenerationTask[str]):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--count", type=limit_argument("count"), default=500, help="scenes (default: 500)")
+        parser.add_argument("--count", type=number_argument(1, 100_000), default=500, help="scenes (default: 500)")
         parser.add_argument(
             "--candidates",
-            type=limit_argument("candidates"),
+            type=CANDIDATES.parse,
             help="captions to choose from (default: as `unigen describe`)",
         )
         parser.add_argument("--heldout", action="store_true", help="only scenes with a held-out combination")

@@ -25,7 +25,7 @@ function capabilitiesOf(info) {
   const isPipeline = Array.isArray(imageInfo.takes); // a diffusers pipeline has no generators
   const sizeOption = imageInfo.sizes === "any" ? ["size"] : [];
   const generators = imageInfo.generators ?? [];
-  const inpaintGenerators = generators.filter((name) => imageInfo.takes[name].includes("fixed"));
+  const inpaintGenerators = generators.filter((name) => imageInfo.takes[name].includes("fixed_codes"));
   const readsImages = outputs.includes("text") && info.reads?.sees !== false;
   const modes = {
     draw: true,
@@ -42,7 +42,7 @@ function capabilitiesOf(info) {
     drawsClasses: Boolean(imageInfo.classes) || imageInfo.draws === "classes",
     classes: imageInfo.classes ?? [],
     modes: Object.keys(modes).filter((name) => modes[name]),
-    optionsOf: (name) => (isPipeline ? imageInfo.takes : ["guidance", ...imageInfo.takes[name], ...sizeOption]),
+    optionsOf: (name) => (isPipeline ? imageInfo.takes : [...imageInfo.takes[name], ...sizeOption]),
     defaultsOf: (name) => imageInfo.sampling?.[name] ?? {},
     views: {
       chat: outputs.includes("text") || outputs.includes("interleaved"),

@@ -38,7 +38,7 @@ export function start({ model, capabilities, track, activate }) {
   const { stop } = bindForm(form, async (signal, notify) => {
     const { path, verb } = MODES[currentMode()];
     const fields = requestFields();
-    const body = currentMode() === "draw" ? fields : await toFormData({ ...fields, ...formValues(form, ["vary"]) });
+    const body = currentMode() === "draw" ? fields : await toFormData({ ...fields, ...formValues(form, ["variation"]) });
     const image = tray.images[0];
     const title = String(fields.prompt || (fields.label ?? image?.title ?? verb));
     const count = Math.min(MAX_IMAGES, Math.max(1, Number(fields.n) || 1));
@@ -50,7 +50,7 @@ export function start({ model, capabilities, track, activate }) {
     const images = [];
     const retryRequest = {
       mode: currentMode(),
-      fields: { ...fields, ...formValues(form, ["vary"]) },
+      fields: { ...fields, ...formValues(form, ["variation"]) },
       given: image && { ...image },
     };
     // `pictures`, `asked` and `given` are names in stored histories
@@ -115,7 +115,7 @@ export function start({ model, capabilities, track, activate }) {
     inputImage.hidden = mode === "draw";
     prompt.parentElement.hidden = !promptLabel || takesClass;
     label.parentElement.hidden = !takesClass;
-    form.elements.vary.parentElement.hidden = mode !== "vary";
+    form.elements.variation.parentElement.hidden = mode !== "vary";
     form.elements.candidates.parentElement.hidden = mode === "edit" || !capabilities.canRerank;
     form.querySelector(".prompt-label").textContent = promptLabel ?? "";
     form.querySelector(".submit").textContent = verb;

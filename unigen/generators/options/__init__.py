@@ -1,0 +1,1 @@
+"""Options that only some generators take: a module for each, found by its name. They do not import torch."""
