@@ -19,8 +19,9 @@ from unigen.serving import body, connection
 from unigen.serving.app import create_app, uvicorn_config
 from unigen.serving.config import RequestLimits, ServerConfig
 from unigen.serving.errors import error_body
+from unigen.serving.form import parse_form_fields
 from unigen.serving.middleware import GuardMiddleware
-from unigen.serving.protocol import MAX_STOP_LENGTH, EditRequest, parse_form_fields
+from unigen.serving.protocol import MAX_STOP_LENGTH, EditRequest
 
 
 def app(**settings: Any) -> tuple[FakeImageEngine, Any]:

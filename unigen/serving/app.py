@@ -25,7 +25,8 @@ from unigen.serving import protocol
 from unigen.serving.body import BoundedRoute
 from unigen.serving.config import ServerConfig
 from unigen.serving.connection import TimedConnection
-from unigen.serving.errors import add_error_handlers
+from unigen.serving.errors import ErrorResponse, add_error_handlers
+from unigen.serving.form import form_schema
 from unigen.serving.jobs import JobEngine
 from unigen.serving.middleware import GuardMiddleware
 from unigen.serving.page import add_page
@@ -76,8 +77,8 @@ def create_app(engine: JobEngine, config: ServerConfig) -> FastAPI:
 
 def _add_routes(app: FastAPI, server: Server) -> None:
     """Add the API. The name of a route is part of its operationId in the OpenAPI document, which clients keep."""
-    edit_schema = protocol.form_schema(protocol.EditRequest, "image", "mask")
-    variation_schema = protocol.form_schema(protocol.VariationRequest, "image")
+    edit_schema = form_schema(protocol.EditRequest, "image", "mask")
+    variation_schema = form_schema(protocol.VariationRequest, "image")
     routes: list[tuple[str, str, str, Callable[..., object], dict[str, object] | None]] = [
         ("GET", "/health", "health", server.health, None),
         ("GET", "/ready", "ready", server.ready, None),
@@ -99,9 +100,7 @@ def _add_routes(app: FastAPI, server: Server) -> None:
             name=name,
             response_model=None,
             openapi_extra=schema,
-            responses={
-                status: {"model": protocol.ErrorResponse, "description": "What is wrong"} for status in ("4XX", "5XX")
-            },
+            responses={status: {"model": ErrorResponse, "description": "What is wrong"} for status in ("4XX", "5XX")},
         )
     endpoints = [f"{method} {path}" for method, path, *_ in routes if path.startswith("/v1/") and "{" not in path]
     add_error_handlers(app, endpoints)

@@ -11,6 +11,7 @@ from typing import Any, TypedDict
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 
 ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -33,6 +34,24 @@ class ErrorObject(TypedDict):
     """Body of an error response."""
 
     error: ErrorFields
+
+
+class ErrorBody(BaseModel):
+    """OpenAI's error object."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    message: str
+    type: str
+    param: str | None
+    """Path of the field that is wrong."""
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """Schema of an error response in the OpenAPI document."""
+
+    error: ErrorBody
 
 
 def error_body(

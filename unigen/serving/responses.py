@@ -58,21 +58,27 @@ class ImageTool(StrictModel):
     partial_images: int | None = option_field(Previews, "previews")
     output_format: Literal["png", "jpeg", "webp"] = "png"
     output_compression: int | None = Field(None, ge=0, le=100)
-    action: Annotated[object, accept_only("auto", says="the model decides: leave it out")] = None
-    background: Annotated[object, accept_only("auto", "opaque", says="pictures are opaque here: leave it out")] = None
-    input_fidelity: Annotated[object, accept_only("low", says="there is one fidelity: leave it out")] = None
-    input_image_mask: Annotated[object, accept_only(says="see /v1/images/edits: leave it out")] = None
-    moderation: Annotated[object, accept_only("auto", "low", says="nothing is moderated here: leave it out")] = None
-    quality: Annotated[object, accept_only("auto", says="there is one quality: leave it out")] = None
+    action: Annotated[object, accept_only("auto", message="the model decides: leave it out")] = None
+    background: Annotated[object, accept_only("auto", "opaque", message="pictures are opaque here: leave it out")] = (
+        None
+    )
+    input_fidelity: Annotated[object, accept_only("low", message="there is one fidelity: leave it out")] = None
+    input_image_mask: Annotated[object, accept_only(message="see /v1/images/edits: leave it out")] = None
+    moderation: Annotated[object, accept_only("auto", "low", message="nothing is moderated here: leave it out")] = None
+    quality: Annotated[object, accept_only("auto", message="there is one quality: leave it out")] = None
 
 
 class TextFormat(StrictModel):
-    format: Annotated[object, accept_only({"type": "text"}, says='text alone is written here: {"type": "text"}')] = None
-    verbosity: Annotated[object, accept_only("medium", says="the model chooses its length: leave it out")] = None
+    format: Annotated[object, accept_only({"type": "text"}, message='text alone is written here: {"type": "text"}')] = (
+        None
+    )
+    verbosity: Annotated[object, accept_only("medium", message="the model chooses its length: leave it out")] = None
 
 
 class ResponseStreamOptions(StrictModel):
-    include_obfuscation: Annotated[object, accept_only(False, says="streams are not padded here: leave it out")] = None
+    include_obfuscation: Annotated[object, accept_only(False, message="streams are not padded here: leave it out")] = (
+        None
+    )
 
 
 class ResponsesRequest(GenerationFields, ClientLabels):
@@ -92,19 +98,21 @@ class ResponsesRequest(GenerationFields, ClientLabels):
     stream_options: ResponseStreamOptions | None = None
     include: list[Literal["reasoning.encrypted_content", "message.input_image.image_url"]] | None = None
     # fields of clients that are accepted at the values at which they change nothing
-    access_programs: Annotated[object, accept_only({}, says="there are none here: leave it out")] = None
-    background: Annotated[object, accept_only(False, says=STATELESS)] = None
-    context_management: Annotated[object, accept_only([], says="messages are read as they are: leave it out")] = None
-    conversation: Annotated[object, accept_only(says=STATELESS)] = None
-    image: Annotated[object, accept_only({}, says="messages are read as they are: leave it out")] = None
-    moderation: Annotated[object, accept_only(says="nothing is moderated here: leave it out")] = None
-    previous_response_id: Annotated[object, accept_only(says=STATELESS)] = None
-    prompt: Annotated[object, accept_only(says=STATELESS)] = None
-    reasoning: Annotated[object, accept_only({}, {"effort": "none"}, {"effort": "minimal"}, says=NO_REASONING)] = None
-    service_tier: Annotated[object, accept_only("auto", "default", says="there is one tier: leave it out")] = None
-    store: Annotated[object, accept_only(False, says=NOT_STORED)] = None
-    top_logprobs: Annotated[object, accept_only(0, says="no probabilities are given here: leave it out")] = None
-    truncation: Annotated[object, accept_only("disabled", says="messages are read as they are: leave it out")] = None
+    access_programs: Annotated[object, accept_only({}, message="there are none here: leave it out")] = None
+    background: Annotated[object, accept_only(False, message=STATELESS)] = None
+    context_management: Annotated[object, accept_only([], message="messages are read as they are: leave it out")] = None
+    conversation: Annotated[object, accept_only(message=STATELESS)] = None
+    image: Annotated[object, accept_only({}, message="messages are read as they are: leave it out")] = None
+    moderation: Annotated[object, accept_only(message="nothing is moderated here: leave it out")] = None
+    previous_response_id: Annotated[object, accept_only(message=STATELESS)] = None
+    prompt: Annotated[object, accept_only(message=STATELESS)] = None
+    reasoning: Annotated[object, accept_only({}, {"effort": "none"}, {"effort": "minimal"}, message=NO_REASONING)] = (
+        None
+    )
+    service_tier: Annotated[object, accept_only("auto", "default", message="there is one tier: leave it out")] = None
+    store: Annotated[object, accept_only(False, message=NOT_STORED)] = None
+    top_logprobs: Annotated[object, accept_only(0, message="no probabilities are given here: leave it out")] = None
+    truncation: Annotated[object, accept_only("disabled", message="messages are read as they are: leave it out")] = None
 
     @model_validator(mode="before")
     @classmethod

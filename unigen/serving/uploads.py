@@ -28,6 +28,7 @@ from unigen.serving import pictures, protocol
 from unigen.serving.config import ServerConfig
 from unigen.serving.decoder import MAX_IMAGES, DecoderBusy, EncodedImage, ImageDecoder, ImageError
 from unigen.serving.errors import HTTPError
+from unigen.serving.form import parse_form_fields
 from unigen.serving.streaming import cancel_on_disconnect
 
 log = logging.getLogger("unigen.serving")
@@ -124,7 +125,7 @@ class ImageLoader:
         """
         fields, files = await _split_form(await _read_form(request))
         try:
-            body = body_type.model_validate(protocol.parse_form_fields(body_type, fields))
+            body = body_type.model_validate(parse_form_fields(body_type, fields))
         except ValidationError as error:
             errors = [{**entry, "loc": ("body", *entry["loc"])} for entry in error.errors()]
             raise RequestValidationError(errors) from None
