@@ -61,7 +61,18 @@ class PackedDocuments(Protocol):
     def attend(
         self, query_BHLE: Tensor, key_BKLE: Tensor, value_BKLE: Tensor, scaling: float | None, dropout: float
     ) -> Tensor:
-        """Attention output (B, L, H, E) inside each document. scaling: None is E^-0.5."""
+        """Attend inside each document.
+
+        Args:
+            query_BHLE: queries.
+            key_BKLE: keys.
+            value_BKLE: values.
+            scaling: factor of the scores; None is E^-0.5.
+            dropout: probability in [0, 1) with which an attention weight is dropped.
+
+        Returns:
+            The attention output (B, L, H, E).
+        """
 
 
 def attention_forward(
@@ -83,9 +94,10 @@ def attention_forward(
         key_BKLE: keys. Those of a cache may be in another precision, in which queries then meet them.
         value_BKLE: values, in the precision of the keys.
         attention_mask: additive or bool (B, 1, L, keys); None is causal.
-        scaling: of the scores; None is E^-0.5.
-        dropout: the share of attention weights that are dropped.
+        scaling: factor of the scores; None is E^-0.5.
+        dropout: probability in [0, 1) with which an attention weight is dropped.
         packing: the documents of packed rows, read without a cache; then the mask is not read.
+        **kwargs: other arguments that transformers passes; not used.
 
     Returns:
         The output (B, L, H, E) and None, where transformers may give attention weights.
@@ -115,10 +127,15 @@ def masked_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """torch's own attention.
+    """Attention by torch's `scaled_dot_product_attention`.
 
     Args:
+        query_BHLE: queries.
+        key_BKLE: keys, in groups where there are fewer key heads than query heads.
+        value_BKLE: values.
         mask: additive or bool, True where a key may be seen; None is causal.
+        scaling: factor of the scores; None is E^-0.5.
+        dropout: probability in [0, 1) with which an attention weight is dropped.
 
     Returns:
         The output (B, L, H, E).
@@ -141,9 +158,14 @@ def masked_attention(
 
 @contextmanager
 def math_attention(device: torch.device) -> Iterator[None]:
-    """Inside, torch's own attention on a CPU is products and a softmax (`unigen.nn.cpu.attention.explicit_attention`),
-    for networks that are not ours: the fused kernel's backward pass is slow for as few positions. On a GPU nothing
-    changes."""
+    """Use torch's math backend of attention on a CPU: plain products and a softmax.
+
+    It is for networks of other libraries; our own call `unigen.nn.cpu.attention.explicit_attention`. The fused kernel's
+    backward pass is slow for few positions. On a GPU nothing changes.
+
+    Args:
+        device: the device on which the network runs.
+    """
     if device.type != "cpu":
         yield
         return
@@ -157,11 +179,11 @@ def math_attention(device: torch.device) -> Iterator[None]:
 
 
 def register_attention(compiled: bool = False) -> str:
-    """Make `attention_forward` known to transformers.
+    """Register `attention_forward` with transformers.
 
     Args:
-        compiled: leave it out of graphs of torch.compile: its shapes change from batch to batch on a CPU, and on a GPU
-            FlexAttention is a graph of its own.
+        compiled: whether the decoder is compiled. Attention is then left out of the graphs of torch.compile: its shapes
+            change from batch to batch on a CPU, and on a GPU FlexAttention is a graph of its own.
 
     Returns:
         The name to give as `attn_implementation`.

@@ -22,7 +22,11 @@ from unigen.nn.packed_attention import pack_documents
 
 
 class Backbone(nn.Module):
-    """`lm` is a `...ForCausalLM`; its embeddings and its head are reached by the names all models share."""
+    """A causal language model of transformers, or `InferenceLlama`, without its own masks and cache.
+
+    Args:
+        lm: a `...ForCausalLM`. Its embeddings, decoder and head are reached by the names that all models share.
+    """
 
     def __init__(self, lm: Any) -> None:
         super().__init__()
@@ -32,21 +36,43 @@ class Backbone(nn.Module):
 
     @property
     def width(self) -> int:
+        """Width D of the hidden states."""
         return int(self.lm.config.get_text_config().hidden_size)
 
     def embed(self, ids_BL: Tensor) -> Tensor:
+        """Token embeddings (B, L, D) of ids (B, L)."""
         return self.lm.get_input_embeddings()(ids_BL)
 
     def new_cache(self, slots: int, device: torch.device) -> SlotCache:
-        """An empty cache for so many slots. On a CPU it is in float32, whatever the weights are in: products of one
-        query with the keys of half precision are several times slower there."""
+        """An empty cache of keys and values.
+
+        On a CPU it is in float32, whatever the dtype of the weights: there, products of one query with keys in half
+        precision are several times slower.
+
+        Args:
+            slots: number of slots.
+            device: device of the keys and values.
+
+        Returns:
+            The cache, with all slots in use and of length 0.
+        """
         layers = self.lm.config.get_text_config().num_hidden_layers
         return SlotCache(layers, slots, device, torch.float32 if device.type == "cpu" else None)
 
     def forward_cached(
         self, embeds_BLD: Tensor, positions_BL: Tensor, mask: Tensor, cache: SlotCache | None = None
     ) -> Tensor:
-        """Hidden states (B, L, D) after the last norm. mask: bool (B, 1, L, K), True where a key may be seen."""
+        """One step of the decoder with a cache.
+
+        Args:
+            embeds_BLD: embeddings of the positions of the step.
+            positions_BL: position ids, from 0.
+            mask: bool (B, 1, L, K), True where a key may be seen.
+            cache: keys and values of earlier positions; the step's own are written to it. None reads without a cache.
+
+        Returns:
+            Hidden states (B, L, D) after the last norm.
+        """
         dtype = embeds_BLD.dtype if cache is None or cache.dtype is None else cache.dtype  # of the keys
         decoder = self.lm.get_decoder()
         additive_mask: Tensor | None = None  # where all keys may be seen: once, not in every layer
@@ -69,7 +95,7 @@ class Backbone(nn.Module):
         """The forward pass of packed rows.
 
         Args:
-            embeds_BLD: what is read.
+            embeds_BLD: embeddings of the rows.
             positions_BL: each position in its document, from 0.
             segments_BL: the document of each position, from 1; 0 is padding.
             attend_until_BL: the last position of its row that each position sees; None is causal.
@@ -80,15 +106,20 @@ class Backbone(nn.Module):
         output = self.lm.get_decoder()(
             inputs_embeds=embeds_BLD,
             position_ids=positions_BL,
-            attention_mask=packed_mask(segments_BL[:, :1]),  # not read: `packing` says it all
+            attention_mask=packed_mask(segments_BL[:, :1]),  # not read: attention uses `packing`
             use_cache=False,
             packing=pack_documents(segments_BL, attend_until_BL),
         )
         return output.last_hidden_state
 
     def compile_packed(self) -> None:
-        """Have torch.compile fuse what stands between the products of packed rows, for training with rows of one shape.
-        Raises ValueError on a CPU without a C++ compiler, and for a decoder whose cached steps it would compile too."""
+        """Compile the decoder with torch.compile, for training on packed rows of one shape.
+
+        torch.compile fuses the operations between the matrix products.
+
+        Raises:
+            ValueError: on a CPU without a C++ compiler, and for a decoder whose cached steps would be compiled too.
+        """
         if not torch.cuda.is_available() and not (shutil.which("c++") or shutil.which("g++")):
             raise ValueError("compile=true needs a C++ compiler on a CPU: install g++, or leave it out")
         if not llama.is_plain_llama(self.lm.get_decoder()):
@@ -97,6 +128,15 @@ class Backbone(nn.Module):
         self.lm.get_decoder().compile(dynamic=False)
 
     def logits(self, hidden: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """Scores of the head's rows start..stop only: a span of image codes never pays for the text's rows."""
+        """Logits of a part of the vocabulary: an image segment computes no logits of text.
+
+        Args:
+            hidden: hidden states (..., D).
+            start: first id.
+            stop: the id after the last; None is the end of the vocabulary.
+
+        Returns:
+            Logits (..., stop - start).
+        """
         head = self.lm.get_output_embeddings()
         return packed_linear(hidden, head.weight, head.bias, start, stop)

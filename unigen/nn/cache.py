@@ -57,13 +57,13 @@ class _SlotLayer:
 
 
 class _StepPlan:
-    """Where one forward pass writes and reads; worked out once and used by every layer.
+    """Where one forward pass writes and reads; computed once and used by every layer.
 
     Args:
-        slots: of the rows.
-        lengths: cached positions of each.
-        queries: positions of the step.
-        device: of the cache.
+        slots: the slot of each row.
+        lengths: cached positions (B,) of each row.
+        queries: positions L of the step.
+        device: device of the cache.
     """
 
     def __init__(self, slots: list[int], lengths: Tensor, queries: int, device: torch.device) -> None:
@@ -84,7 +84,7 @@ class _StepPlan:
         self._write_index: dict[tuple[int, int], Tensor] = {}
 
     def write_index(self, heads: int, capacity: int) -> Tensor:
-        """Where the keys (B, heads, L) are written among all of a layer's, (slots, heads, capacity)."""
+        """Flat indices (B heads L,) of the step's keys among all of a layer's, (slots, heads, capacity)."""
         if (heads, capacity) not in self._write_index:
             head_BH = self.slots_B[:, None] * heads + torch.arange(heads, device=self.slots_B.device)
             index_BHL = head_BH[:, :, None] * capacity + self.positions_BL[:, None]
@@ -95,14 +95,14 @@ class _StepPlan:
 class SlotCache:
     """A cache of numbered slots, each with a length of its own: rows join, leave and roll back without each other.
 
-    A step writes its keys after each slot's length. What of them stays is said afterwards by `commit`: one position for
+    A step writes its keys after each slot's length. `commit` then says how many of them stay: one position for
     next-token prediction, none for masked prediction, the accepted ones for speculative decoding.
 
     Args:
-        layers: of the decoder.
-        slots: in use from the start.
-        device: of the keys and values.
-        dtype: in which they are kept; None is as they come.
+        layers: number of layers of the decoder.
+        slots: number of slots in use from the start.
+        device: device of the keys and values.
+        dtype: dtype in which they are stored; None is the dtype in which the first step computes them.
     """
 
     def __init__(self, layers: int, slots: int, device: torch.device, dtype: torch.dtype | None = None) -> None:
@@ -121,33 +121,56 @@ class SlotCache:
     def update(
         self, key_BHLE: Tensor, value_BHLE: Tensor, layer_idx: int, *_: object, **__: object
     ) -> tuple[Tensor, Tensor]:
-        """Write the step's keys and values of a layer; all that the step's rows may see of them."""
+        """Write the step's keys and values of a layer.
+
+        Args:
+            key_BHLE: keys of the step.
+            value_BHLE: values of the step.
+            layer_idx: index of the layer.
+            *_: other arguments of transformers' decoders; not used.
+            **__: the same.
+
+        Returns:
+            All keys and values (B, H, keys, E) that the step's rows may see.
+        """
         return self.layers[layer_idx].update(key_BHLE, value_BHLE)
 
     @property
     def is_sliding(self) -> list[bool]:
+        """Whether each layer has a sliding window: none has."""
         return [False] * len(self.layers)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions of the longest slot."""
         return int(self.lengths.max())
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Position of the step's first query in the longest slot."""
         return self.get_seq_length()
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Number of keys that the step reads, and the index of the first."""
         return self.step.num_keys, 0
 
     # ---------------------------------------------------------------- slots
 
     def clear(self, slots: Sequence[int]) -> None:
-        """Zero what is kept of these slots. Masked keys have weight 0, but 0 times nan is nan."""
+        """Set the keys and values of slots to zero. Masked keys have weight 0, but 0 times nan is nan.
+
+        Args:
+            slots: numbers of slots.
+        """
         for layer in self.layers:
             if layer.keys.numel():
                 for slot in slots:
                     layer.keys[slot], layer.values[slot] = 0, 0
 
     def allocate(self) -> int:
-        """Take one slot more, an empty one: its number, after all that are in use."""
+        """Take an empty slot.
+
+        Returns:
+            Its number, which follows those of all slots in use.
+        """
         self.num_used += 1
         if self.num_used > self.num_slots:
             num_new = max(self.num_used, self.num_slots + self.num_slots // 2) - self.num_slots
@@ -156,13 +179,13 @@ class SlotCache:
         return self.num_used - 1
 
     def free(self, slot: int) -> int:
-        """Give a slot back; the last one moves to its place, so that those in use stay in a row.
+        """Give a slot back. The last slot moves to its place, so that the slots in use stay contiguous.
 
         Args:
-            slot: its number.
+            slot: number of the slot.
 
         Returns:
-            The number that the last one had.
+            The number that the last slot had before it moved.
         """
         self.num_used -= 1
         last_slot, length = self.num_used, int(self.lengths[self.num_used])
@@ -184,8 +207,8 @@ class SlotCache:
         """Prepare a step.
 
         Args:
-            slots: of its rows.
-            queries: positions of each row.
+            slots: the slot of each row.
+            queries: positions L of each row.
             attend_until_BQ: the last of the step's positions that each of them sees; None is causal.
 
         Returns:
@@ -200,6 +223,11 @@ class SlotCache:
         return self.step.positions_BL, mask.to(self.device)
 
     def commit(self, slots: list[int], counts: list[int]) -> None:
-        """Keep the first `counts` positions of the step for each slot; a negative count rolls back."""
+        """Keep the first positions of the step.
+
+        Args:
+            slots: numbers of slots.
+            counts: positions that each of them keeps; a negative count removes cached positions.
+        """
         for slot, count in zip(slots, counts, strict=True):
             self.lengths[slot] += count

@@ -1,8 +1,8 @@
 """Convolutional parts of the image tokenizers: residual block, attention over a map, encoder, decoder, discriminator.
 
-Knows nothing of codes, losses, files or data. All is fully convolutional: any picture whose sides divide by 8 works.
-Full-resolution convolutions are what makes a tokenizer slow on a CPU, so the stem folds 4x4 pixels into channels
-(space-to-depth) and the head unfolds them again (Shi et al. 2016, "sub-pixel convolution").
+All parts are fully convolutional: an image works where its sides divide by 8. Convolutions at full resolution are
+slow on a CPU, so the stem folds 4x4 pixels into channels (space-to-depth) and the head unfolds them again (Shi et al.
+2016, "sub-pixel convolution"). Does not depend on: codes, losses, files, data.
 
 Shapes: B batch, C channels, H W pixels, h w the map at the resolution of the codes (H/8, W/8), D code dimension.
 """
@@ -21,12 +21,23 @@ STRIDE = 8  # pixels per code along each side: 4 by the stem, 2 by one strided c
 
 
 def to_channels_last(module: ModuleT) -> ModuleT:
-    """The module itself, with the weights of its convolutions in the memory format that is fast on a CPU."""
+    """Convert the weights of a module's convolutions to channels_last, the memory format that is fast on a CPU.
+
+    Args:
+        module: changed in place.
+
+    Returns:
+        The module itself.
+    """
     return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]  # torch's stub
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with 16 channels a group (channels must divide by 16)."""
+    """GroupNorm with 16 channels a group.
+
+    Args:
+        channels: number of channels, a multiple of 16.
+    """
     assert channels % 16 == 0, channels
     return nn.GroupNorm(channels // 16, channels, eps=1e-6)
 
@@ -42,12 +53,14 @@ class ResBlock(nn.Module):
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Features (B, C, H, W) of the input's shape."""
         hidden = self.conv1(F.silu(self.norm1(x_BCHW)))
         return x_BCHW + self.conv2(F.silu(self.norm2(hidden)))
 
 
 class MapAttention(nn.Module):
-    """Residual self-attention among the positions of a map; no position code, as the convolutions carry position."""
+    """Residual self-attention among the positions of a map. It has no position embedding: the convolutions carry
+    position."""
 
     def __init__(self, channels: int, heads: int = 4) -> None:
         super().__init__()
@@ -59,6 +72,7 @@ class MapAttention(nn.Module):
         nn.init.zeros_(self.out.weight)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Features (B, C, H, W) of the input's shape."""
         b, c, h, w = x_BCHW.shape
         qkv = self.qkv(self.norm(x_BCHW)).reshape(b, 3, self.heads, c // self.heads, h * w).transpose(-1, -2)
         attended = F.scaled_dot_product_attention(qkv[:, 0], qkv[:, 1], qkv[:, 2])
@@ -81,6 +95,7 @@ class Encoder(nn.Module):
         self.head = nn.Conv2d(wide, code_dim, 1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Features (B, D, H/8, W/8) of pixels (B, 3, H, W)."""
         hidden = self.mix(self.coarse(self.down(self.fine(self.stem(x_BCHW)))))
         return self.head(F.silu(self.norm(hidden)))
 
@@ -102,6 +117,7 @@ class Decoder(nn.Module):
         self.unfold = nn.PixelShuffle(4)
 
     def forward(self, q_BDhw: Tensor) -> Tensor:
+        """Pixels (B, 3, 8h, 8w) of quantised features (B, D, h, w)."""
         hidden = self.fine(self.up(self.coarse(self.mix(self.stem(q_BDhw)))))
         return self.unfold(self.last(F.silu(self.norm(hidden))))
 
@@ -125,6 +141,7 @@ class PatchDiscriminator(nn.Module):
         )
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Logits (B, 1, H/8, W/8) of pixels (B, 3, H, W), high where a patch looks real."""
         return self.layers(x_BCHW)
 
 

@@ -1,17 +1,17 @@
-"""Networks that predict the velocity of a flow from noised latents, a time and the hidden states of a chat: denoisers
-(`unigen.diffusion.denoiser`).
+"""Denoisers (`unigen.diffusion.denoiser`): networks that predict the velocity of a flow from noised latents, a time and
+the hidden states of a prompt.
 
     network = build_denoiser("dit-adaln", channels=8, sample_size=8, context_dim=320, layers=4, heads=4, head_dim=48)
-    velocity_MZhw = network(x_MZhw, t_M, PromptEmbeds(states_MND, mask_MN))    # t in [0, 1]; the last state sums it up
+    velocity_MZhw = network(x_MZhw, t_M, PromptEmbeds(states_MND, mask_MN))    # t in [0, 1]; the last state is pooled
 
     mm-dit       joint attention of patches and context (SD3, Esser et al. 2024, section 4): diffusers'
     dit-adaln    DiT blocks, modulated by time + the last context state, gates from zero: adaLN-Zero
-    dit-cross    DiT blocks that look at time and context by cross-attention
+    dit-cross    DiT blocks with cross-attention to time and context
     dit-context  DiT blocks over patches, time and context in one sequence
     unet         a U-Net with cross-attention to the context (LDM, Rombach et al. 2022, section 3.3): diffusers'
 
-The three DiT are those of Peebles and Xie 2023 (arXiv 2212.09748), section 3.2 and figure 3. All but mm-dit do not
-look at states that the mask calls padding. Does not depend on: losses, solvers, tokenizers.
+The three DiT are those of Peebles and Xie 2023 (arXiv 2212.09748), section 3.2 and figure 3. All but mm-dit ignore
+context states that the mask marks as padding. Does not depend on: losses, solvers, tokenizers.
 
 Shapes: M images, Z latent channels, h w grid of latents, P patches, N context states, D their width, E width inside.
 """
@@ -45,14 +45,19 @@ def build_denoiser(
 
     Args:
         kind: one of `DENOISERS`.
-        channels, sample_size: Z and h = w of the latents.
-        context_dim: D of the context states.
-        layers, heads, head_dim: of the transformers; a U-Net has heads * head_dim channels on its first of two levels
-            and `layers` residual blocks in all on the way down.
+        channels: channels Z of the latents.
+        sample_size: sides h = w of the latents.
+        context_dim: width D of the context states.
+        layers: blocks of a transformer; a U-Net has `layers` residual blocks in all on the way down.
+        heads: attention heads.
+        head_dim: width of a head; a U-Net has heads * head_dim channels on the first of its two levels.
         patch_size: side of a patch in latents; a U-Net has none.
 
+    Returns:
+        The network, with random weights.
+
     Raises:
-        ValueError: where the patch size does not divide the sample size.
+        ValueError: the patch size does not divide the sample size.
     """
     if sample_size % patch_size:
         raise ValueError(f"patch must divide the grid of latents {sample_size}, got {patch_size}")
@@ -68,7 +73,7 @@ class DenoiserNetwork(nn.Module):
 
     prediction_type: PredictionType = "velocity"
     io_layers: tuple[nn.Module, ...]
-    """Layers that are no hidden matrices, for optimizers that tell."""
+    """Input and output layers, which optimizers for hidden matrices (Muon) leave to another."""
 
     def forward(
         self,
@@ -83,18 +88,28 @@ class DenoiserNetwork(nn.Module):
         Args:
             x_MZhw: noised latents.
             t_M: times in [0, 1].
-            condition: context states; the last of each sample sums it up.
-            mask, guidance: None, since these networks read neither.
+            condition: context states; the last of each sample is its pooled condition.
+            mask: None: these networks read no mask of a region.
+            guidance: None: these networks read no guidance scale.
 
         Raises:
-            ValueError: for a mask or a scale of guidance.
+            ValueError: for a mask or a guidance scale.
         """
         if mask is not None or guidance is not None:
             raise ValueError(f"{type(self).__name__} reads no {'guidance' if mask is None else 'mask of a region'}")
         return self.predict(x_MZhw, t_M, condition)
 
     def predict(self, x_MZhw: Tensor, t_M: Tensor, condition: PromptEmbeds) -> Tensor:
-        """The velocity (M, Z, h, w)."""
+        """The velocity.
+
+        Args:
+            x_MZhw: noised latents.
+            t_M: times in [0, 1].
+            condition: context states.
+
+        Returns:
+            The velocity (M, Z, h, w).
+        """
         raise NotImplementedError
 
 
@@ -132,12 +147,13 @@ class MMDiT(DenoiserNetwork):
         self.io_layers = (m.context_embedder, m.time_text_embed, m.norm_out, m.proj_out)
 
     def predict(self, x_MZhw: Tensor, t_M: Tensor, condition: PromptEmbeds) -> Tensor:
+        """See `DenoiserNetwork.predict`."""
         context_MND = condition.embeds_MND
         return self.model(x_MZhw, context_MND, context_MND[:, -1], timestep=t_M * 1000, return_dict=False)[0]
 
 
 class UNet(DenoiserNetwork):
-    """diffusers' `UNet2DConditionModel` of two levels, the first of which looks at the context."""
+    """diffusers' `UNet2DConditionModel` of two levels, with cross-attention to the context in the first."""
 
     def __init__(
         self, channels: int, sample_size: int, context_dim: int, layers: int, heads: int, head_dim: int
@@ -161,6 +177,7 @@ class UNet(DenoiserNetwork):
         self.io_layers = (self.model.time_embedding,)
 
     def predict(self, x_MZhw: Tensor, t_M: Tensor, condition: PromptEmbeds) -> Tensor:
+        """See `DenoiserNetwork.predict`."""
         mask_MN = condition.mask_MN
         return self.model(x_MZhw, t_M * 1000, condition.embeds_MND, encoder_attention_mask=mask_MN, return_dict=False)[
             0
@@ -168,12 +185,29 @@ class UNet(DenoiserNetwork):
 
 
 def to_patches(x_MZhw: Tensor, patch_size: int) -> Tensor:
-    """Latents as patches, row by row: (M, P, Z patch_size^2)."""
+    """Split latents into patches.
+
+    Args:
+        x_MZhw: latents; `patch_size` divides h and w.
+        patch_size: side of a patch in latents.
+
+    Returns:
+        Patches (M, P, Z patch_size^2), row by row.
+    """
     return nn.functional.unfold(x_MZhw, patch_size, stride=patch_size).transpose(1, 2)
 
 
 def from_patches(patches_MPF: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
-    """Latents (M, Z, h, w) of patches, the inverse of `to_patches`."""
+    """Latents of patches: the inverse of `to_patches`.
+
+    Args:
+        patches_MPF: patches, row by row.
+        grid: rows h and columns w of the latents.
+        patch_size: side of a patch in latents.
+
+    Returns:
+        Latents (M, Z, h, w).
+    """
     return nn.functional.fold(patches_MPF.transpose(1, 2), grid, patch_size, stride=patch_size)
 
 
@@ -188,6 +222,7 @@ class TimestepEmbedder(nn.Module):
         self.mlp = TimestepEmbedding(256, width)
 
     def forward(self, t_M: Tensor) -> Tensor:
+        """Vectors (M, width) of times (M,)."""
         return self.mlp(self.frequencies(t_M * 1000).to(self.mlp.linear_1.weight.dtype))
 
 
@@ -224,7 +259,7 @@ class DiTBlock(nn.Module):
         Args:
             x_MPE: patches; with dit-context the whole sequence.
             summary_ME: time and last context state in one vector, which modulates with dit-adaln.
-            context_MNE: time and context, looked at with dit-cross.
+            context_MNE: time and context, read with dit-cross.
             mask_M1N: True where a position counts: of the context with dit-cross, of the whole sequence with
                 dit-context; None where all count.
 
@@ -246,7 +281,7 @@ class DiTBlock(nn.Module):
 
 
 class DiT(DenoiserNetwork):
-    """Patches of latents through blocks of one of three ways of conditioning."""
+    """A transformer over patches of latents, with one of three kinds of conditioning."""
 
     def __init__(
         self,
@@ -280,13 +315,14 @@ class DiT(DenoiserNetwork):
         self.io_layers = (self.enter, self.time, self.context, self.leave)
 
     def predict(self, x_MZhw: Tensor, t_M: Tensor, condition: PromptEmbeds) -> Tensor:
+        """See `DenoiserNetwork.predict`."""
         h_MPE = self.enter(to_patches(x_MZhw, self.patch_size))
         h_MPE, time_ME = h_MPE + self.pos_embed_PE.to(h_MPE.dtype), self.time(t_M)
         context_MNE = torch.cat((time_ME[:, None], self.context(condition.embeds_MND)), 1)
         summary_ME, count = time_ME + context_MNE[:, -1], h_MPE.shape[1]
         mask_MN = condition.mask_MN
         if mask_MN is not None:
-            mask_MN = nn.functional.pad(mask_MN, (1, 0), value=True)  # the time counts
+            mask_MN = nn.functional.pad(mask_MN, (1, 0), value=True)  # the time is not masked
         if self.kind == "dit-context":
             h_MPE = torch.cat((h_MPE, context_MNE), 1)
             if mask_MN is not None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 MIN_FLEX_WIDTH = 16
-"""Heads that are narrower are filled up with zeros: FlexAttention's kernels take no less."""
+"""Narrower heads are padded with zeros: FlexAttention's kernels take no less."""
 
 
 def pack_documents(segments_BL: Tensor, attend_until_BL: Tensor | None = None) -> PackedDocuments:
@@ -36,7 +36,7 @@ def pack_documents(segments_BL: Tensor, attend_until_BL: Tensor | None = None) -
         attend_until_BL: the last position of its row that each position sees; None is causal.
 
     Returns:
-        What all layers attend with.
+        The prepared documents, used by all layers.
     """
     if not segments_BL.is_cuda:
         return DocumentGroups(segments_BL, attend_until_BL)
@@ -48,22 +48,23 @@ def pack_documents(segments_BL: Tensor, attend_until_BL: Tensor | None = None) -
 class DocumentGroups:
     """The documents of packed rows in groups of like length, so that attention costs the sum of their squares.
 
-    A mask over whole rows computes B L^2 scores and throws most away: with documents of 90 positions in rows of 640
-    that is seven times the work. A group's shorter documents are filled up at their end with their last position,
-    beyond what any real query sees. Padding attends to nothing and gives zeros.
+    A mask over whole rows computes B L^2 scores and discards most of them: with documents of 90 positions in rows of
+    640 that is seven times the work. A group's shorter documents are padded at their end with copies of their last
+    position, which no real query sees. Padding attends to nothing and gives zeros.
 
     Args:
         segments_BL: the document of each position, from 1; 0 is padding.
         attend_until_BL: the last position of its row that each position sees; None is causal.
-        max_padding: the share of a group's longest document by which others may be shorter.
+        max_padding: the fraction of a group's longest document by which others may be shorter.
     """
 
     groups: list[tuple[int, int, Tensor | None]]
-    """Of each group the number N of documents, their length L, and what is hidden (N, 1, L, L); None is causal."""
+    """Of each group the number N of documents, their length L, and a mask (N, 1, L, L), True where a query may not see
+    a key; None is causal."""
     gather_index: Tensor
-    """(P,): where in the flattened rows each position of the groups is, group after group."""
+    """Indices (P,) into the flattened rows of the positions of the groups, group after group."""
     scatter_index: Tensor
-    """(B L,): where each position of the rows is among those; P, one beyond them, for padding."""
+    """Indices (B L,) into those P of the positions of the rows; P, one beyond the last, for padding."""
 
     def __init__(self, segments_BL: Tensor, attend_until_BL: Tensor | None = None, max_padding: float = 0.15) -> None:
         rows, length = segments_BL.shape
@@ -120,12 +121,12 @@ class DocumentGroups:
                     q, k, v, dropout_p=dropout, scale=scaling, enable_gqa=grouped, **mask_arguments
                 )
             output.append(output_NHLE.transpose(1, 2).flatten(0, 1))
-        output.append(query_BHLE.new_zeros(1, heads, width))  # what padding reads
+        output.append(query_BHLE.new_zeros(1, heads, width))  # the output at padding
         return torch.cat(output).index_select(0, self.scatter_index).unflatten(0, (batch, length))
 
 
 class MaskedDocuments:
-    """Packed rows by one mask over whole rows. Padding attends to itself alone.
+    """Packed rows with one mask over whole rows. Padding attends only to itself.
 
     Args:
         segments_BL: the document of each position, from 1; 0 is padding.
@@ -143,8 +144,8 @@ class MaskedDocuments:
 
 
 class FlexDocuments:
-    """Packed rows by FlexAttention, which computes only blocks in which a query sees a key. Padding attends to itself
-    alone. Dropout of attention weights, which FlexAttention has not, falls back to `MaskedDocuments`.
+    """Packed rows with FlexAttention, which computes only blocks in which a query sees a key. Padding attends only to
+    itself. FlexAttention has no dropout of attention weights: with dropout `MaskedDocuments` is used.
 
     Args:
         segments_BL: the document of each position, from 1; 0 is padding.
@@ -180,7 +181,15 @@ class FlexDocuments:
 def document_mask(
     segments_BL: Tensor, attend_until_BL: Tensor | None = None
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """The mask of `packed_mask` as a function (row, head, query, key) -> bool, as FlexAttention takes it."""
+    """The mask of `packed_mask` as a function, as FlexAttention takes it.
+
+    Args:
+        segments_BL: the document of each position, from 1; 0 is padding.
+        attend_until_BL: the last position of its row that each position sees; None is causal.
+
+    Returns:
+        A function (row, head, query, key) -> bool, True where the query sees the key.
+    """
     if attend_until_BL is None:
         attend_until_BL = torch.arange(segments_BL.shape[1], device=segments_BL.device).expand_as(segments_BL)
 
@@ -193,7 +202,7 @@ def document_mask(
 
 
 def _flex_attention(compiled: bool) -> Callable[..., Tensor]:
-    """FlexAttention, as a kernel of its own where no graph around it is being compiled."""
+    """FlexAttention, compiled by itself unless a graph around it is being compiled."""
     from torch.nn.attention.flex_attention import flex_attention
 
     if compiled and not torch.compiler.is_compiling():

@@ -43,7 +43,17 @@ class LPIPS(nn.Module):
 
     @classmethod
     def from_file(cls, path: str | Path) -> LPIPS:
-        """ValueError when the file is missing, unreadable, or lacks a weight."""
+        """Load the weights.
+
+        Args:
+            path: a file of the layout in this module's docstring.
+
+        Returns:
+            The metric, frozen and in evaluation mode.
+
+        Raises:
+            ValueError: the file is missing, unreadable, or lacks a weight.
+        """
         path = Path(path)
         try:
             if path.suffix == ".safetensors":
@@ -52,7 +62,7 @@ class LPIPS(nn.Module):
                 tensors = load_file(path)
             else:
                 tensors = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # every reader has its own errors; all mean the same to the user
+        except Exception as error:  # every loader raises its own errors
             raise ValueError(f"LPIPS weights cannot be read from {path}: {error}") from error
         renamed_tensors = {}
         for name, tensor in tensors.items():
@@ -70,7 +80,14 @@ class LPIPS(nn.Module):
         return lpips
 
     def stages(self, x_BCHW: Tensor) -> list[Tensor]:
-        """The five feature maps of pixels in [-1, 1]."""
+        """The five feature maps of an image.
+
+        Args:
+            x_BCHW: pixels in [-1, 1].
+
+        Returns:
+            Features (B, C, H / 2^k, W / 2^k) of stages k = 0 .. 4, before normalisation.
+        """
         hidden, maps = (x_BCHW - self.shift) / self.scale, []
         for stage, indices in enumerate(_STAGES):
             if stage:
@@ -81,7 +98,15 @@ class LPIPS(nn.Module):
         return maps
 
     def forward(self, x_BCHW: Tensor, y_BCHW: Tensor) -> Tensor:
-        """Distance of each pair (B,)."""
+        """The distance of each pair of images.
+
+        Args:
+            x_BCHW: pixels in [-1, 1].
+            y_BCHW: pixels in [-1, 1].
+
+        Returns:
+            Distances (B,), at least 0.
+        """
         total = torch.zeros(len(x_BCHW), device=x_BCHW.device)
         for lin, a, b in zip(self.lins, self.stages(x_BCHW), self.stages(y_BCHW), strict=True):
             squared_difference = (unit_normalize(a) - unit_normalize(b)).square()
@@ -90,6 +115,13 @@ class LPIPS(nn.Module):
 
 
 def unit_normalize(map_BCHW: Tensor) -> Tensor:
-    """Each position's feature vector scaled to length 1."""
+    """Scale each position's feature vector to length 1.
+
+    Args:
+        map_BCHW: features.
+
+    Returns:
+        Features of the same shape, in float32.
+    """
     map_BCHW = map_BCHW.float()
     return map_BCHW / (map_BCHW.square().sum(1, keepdim=True).sqrt() + 1e-10)

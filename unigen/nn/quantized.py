@@ -1,11 +1,11 @@
-"""Linear maps whose weights are kept in 8 or 4 bits, by bitsandbytes, as transformers' `quantization_config` has it.
+"""Linear layers with weights in 8 or 4 bits, by bitsandbytes, as transformers' `quantization_config` has it.
 
     quantize(decoder, "4bit", "cuda")
 
-8bit is LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339): rows of weights and of inputs in int8, but columns in which
-any input is beyond 6 in half precision, so that what stands in the batch beside a row may move it a little. 4bit is NF4
-(Dettmers et al. 2023, arXiv 2305.14314): blocks of 64 weights with a scale each, inputs as they are. For inference;
-nothing is calibrated. Does not depend on: what the maps are part of, files.
+8bit is LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339): rows of weights and of inputs are in int8, but columns with
+an input beyond 6 are in half precision, so that the other rows of a batch may change a row a little. 4bit is NF4
+(Dettmers et al. 2023, arXiv 2305.14314): blocks of 64 weights with a scale each, inputs as they are. It is for
+inference; nothing is calibrated. Does not depend on: the model around the layers, files.
 
 Shapes: O outputs, I inputs.
 """
@@ -22,19 +22,27 @@ from unigen.utils.extras import require_extra
 from unigen.utils.precision import QUANTIZATIONS
 
 SIZE_MULTIPLES = {"8bit": (1, 1), "4bit": (32, 64)}
-"""Outputs and inputs of maps that are quantised are whole multiples of these. Others stay as they are: in 4 bits
-bitsandbytes' product on a CPU stops at them, or gives blocks that go on in the next row another block's scale."""
+"""Outputs and inputs of quantised layers are multiples of these. Other layers stay as they are: in 4 bits bitsandbytes'
+product on a CPU fails on them, or uses a wrong scale for blocks that continue in the next row."""
 
 QUANTIZABLE = (nn.Linear, PackedLinear)
-"""Maps that are quantised; others may be more than their weights."""
+"""Classes of layers that are quantised; others may compute more than a product with their weights."""
 
 
 def check_quantization(kind: str, device: str | torch.device) -> None:
-    """Try it on one small map. Raises ValueError in one line where weights cannot be kept so here."""
+    """Try a quantization on one small layer.
+
+    Args:
+        kind: one of `QUANTIZATIONS`.
+        device: device of the weights.
+
+    Raises:
+        ValueError: the kind is unknown, or bitsandbytes does not support it on this device.
+    """
     if kind not in QUANTIZATIONS:
         raise ValueError(f"unknown quantization {kind[:60]!r}: one of {', '.join(QUANTIZATIONS)}")
     require_extra("quantization")
-    linear = nn.Linear(64, 32, device="meta").to_empty(device="cpu")  # without a draw of the global generator
+    linear = nn.Linear(64, 32, device="meta").to_empty(device="cpu")  # leaves torch's global generator alone
     small = nn.Sequential(linear)
     nn.init.ones_(linear.weight)
     try:
@@ -45,9 +53,17 @@ def check_quantization(kind: str, device: str | torch.device) -> None:
 
 
 def quantize(module: nn.Module, kind: str, device: str | torch.device) -> None:
-    """Replace every `nn.Linear` inside of a size in `WEIGHT_FILES` by one that keeps its weights so, on the device. All
-    else stays as it is. Raises ValueError where that cannot be, where it is done already, and where no map is of such a
-    size."""
+    """Replace every `nn.Linear` of a module whose size suits `SIZE_MULTIPLES` by a quantised one, in place. Everything
+    else stays as it is.
+
+    Args:
+        module: such as a decoder.
+        kind: one of `QUANTIZATIONS`.
+        device: device of the quantised weights.
+
+    Raises:
+        ValueError: the device does not support it, the module is quantised already, or no layer is of such a size.
+    """
     check_quantization(kind, device)
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
@@ -59,7 +75,7 @@ def quantize(module: nn.Module, kind: str, device: str | torch.device) -> None:
 
 
 def _replace_linears(module: nn.Module, kind: str, device: str | torch.device) -> int:
-    """How many were replaced."""
+    """Replace the linear layers of a module; returns how many."""
     from transformers import BitsAndBytesConfig
     from transformers.integrations import replace_with_bnb_linear
     from transformers.pytorch_utils import Conv1D
@@ -93,13 +109,28 @@ def _is_quantizable(part: nn.Module, kind: str) -> bool:
 
 
 def describe_precision(lm: Any, kind: str | None) -> str:
-    """The precision of a language model's weights, as people read it."""
+    """The precision of a language model's weights, for people to read.
+
+    Args:
+        lm: a model of transformers, or `InferenceLlama`.
+        kind: its quantization; None is none.
+
+    Returns:
+        Such as "float32", or "4bit, tables and head bfloat16".
+    """
     dtype = str(lm.get_input_embeddings().weight.dtype).removeprefix("torch.")
     return dtype if kind is None else f"{kind}, tables and head {dtype}"
 
 
 def count_parameters(module: nn.Module) -> tuple[int, int]:
-    """How many weights a module has, and bytes that they take, with the scales of those that are quantised."""
+    """Count a module's parameters.
+
+    Args:
+        module: quantised or not.
+
+    Returns:
+        The number of parameters, and the bytes that they take, with the scales of quantised ones.
+    """
     count = size = 0
     for p in module.parameters():
         quant_state = getattr(p, "quant_state", None)

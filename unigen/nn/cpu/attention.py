@@ -12,11 +12,17 @@ from torch import Tensor
 def single_query_attention(
     q_BH1E: Tensor, k_BHLE: Tensor, v_BHLE: Tensor, mask_B11L: Tensor | None, scale: float
 ) -> Tensor:
-    """softmax(q k^T scale + mask) v of one query a row. On a CPU such a step is bound by the number of operations, and
-    torch's own attention takes a dozen small ones, among them a product over all keys.
+    """softmax(q k^T scale + mask) v of one query a row.
+
+    On a CPU such a step is bound by the number of operations: torch's own attention takes a dozen small ones, among
+    them a product over all keys.
 
     Args:
-        mask_B11L: additive; it may be None where every key may be seen.
+        q_BH1E: queries.
+        k_BHLE: keys.
+        v_BHLE: values.
+        mask_B11L: additive mask; None where every key may be seen.
+        scale: factor of the scores.
 
     Returns:
         The output (B, 1, H, E).
@@ -32,12 +38,17 @@ def single_query_attention(
 def explicit_attention(
     q_NHLE: Tensor, k_NHLE: Tensor, v_NHLE: Tensor, hidden: Tensor | None, scale: float, dropout: float
 ) -> Tensor:
-    """softmax(q k^T scale) v. For documents of 90 to 350 positions it is faster on a CPU, forward and backward in bf16,
-    than the fused kernel.
+    """softmax(q k^T scale) v, as two products and a softmax.
+
+    On a CPU, forward and backward in bf16, it is faster than the fused kernel for documents of 90 to 350 positions.
 
     Args:
+        q_NHLE: queries.
+        k_NHLE: keys.
+        v_NHLE: values.
         hidden: bool (N, 1, L, L), True where a query may not see a key; None is causal.
-        dropout: the share of attention weights that are dropped.
+        scale: factor of the scores.
+        dropout: probability in [0, 1) with which an attention weight is dropped.
 
     Returns:
         The output (N, H, L, E).

@@ -1,12 +1,12 @@
-"""Matrix products of a decoding step, in which a few rows meet every weight once. CPU.
+"""Matrix products of a decoding step on a CPU: a few rows are multiplied with every weight once.
 
-Such a step is bound by reading the weights, and how they lie and which way round the product is asked for decides how
-fast they are read (`python scripts/bench.py decode` and `families` print it).
+Such a step is bound by reading the weights. Their layout in memory and the order of the product decide how fast they
+are read (`python scripts/bench.py decode` and `families` print it).
 
-oneDNN's own layout of the weights is read faster than theirs. It is a second copy of them, so only the first
+oneDNN's layout of the weights is read faster than their own. It is a second copy of them, so only the first
 `MAX_PACKED_BYTES` of a process have it. In bfloat16 the result is `nn.Linear`'s bit for bit, in float32 it differs by
-rounding. A few rows of float32 (`MAX_PASSAGE_TOKENS`) are read yet faster by `W x^T`, for which no second copy is made:
-weights of layers that read the same are moved to lie one below another.
+rounding. A few rows of float32 (`MAX_TRANSPOSED_ROWS`) are faster still by `W x^T`, for which no second copy is made:
+the weights of layers with the same input are moved next to each other in memory.
 """
 
 from __future__ import annotations
@@ -15,29 +15,44 @@ import copy
 import itertools
 import weakref
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+if TYPE_CHECKING:
+    _PackedKey: TypeAlias = tuple[int, int, int | None]
+    _PackedRows: TypeAlias = tuple[Sequence[weakref.ref[Tensor]], list[tuple[int, int]] | None, Tensor | None]
+
 MAX_TRANSPOSED_ROWS = 3 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 16
-"""Rows up to which `W x^T` is the faster way round in float32, and faster than oneDNN's layout."""
+"""Rows up to which `W x^T` is faster in float32 than `x W^T` and than oneDNN's layout."""
 MAX_PACKED_BYTES = 4 << 30
-"""Of weights that are kept in oneDNN's layout beside their own."""
+"""Bytes of weights that are stored in oneDNN's layout as well."""
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 _packed_weights = WeakIdKeyDictionary()
-"""By weight, then by (weights joined to one, start, stop): what was packed (the tensors, and of each its version and
-its place in memory), and the packed rows (None: beyond `MAX_PACKED_BYTES`). Each weight has its own part as an
-attribute, too, which is found faster."""
+"""Packed weights, by weight and then by (number of weights joined, start, stop). A value holds the tensors that were
+packed, of each its version and its address, and the packed rows (None beyond `MAX_PACKED_BYTES`). Each weight has its
+own part as an attribute too, which is found faster."""
 
 
 def packed_linear(
     x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, start: int = 0, stop: int | None = None
 ) -> Tensor:
-    """`linear(x, weight[start:stop], bias[start:stop])`; x is (..., I) with any number of rows."""
+    """`linear(x, weight[start:stop], bias[start:stop])`, by the fastest product for this input.
+
+    Args:
+        x: input (..., I), any number of rows.
+        weight_OI: weight.
+        bias_O: bias; None is none.
+        start: first output.
+        stop: the output after the last; None is O.
+
+    Returns:
+        The output (..., stop - start).
+    """
     rows = x.numel() // x.shape[-1]
     if start or stop is not None:
         part_OI, part_O = weight_OI[start:stop], None if bias_O is None else bias_O[start:stop]
@@ -63,15 +78,23 @@ def _transposed_linear(x: Tensor, weight_OI: Tensor, rows: int) -> Tensor:
 
 
 def fused_linears(x: Tensor, *groups: Sequence[nn.Linear]) -> list[Tensor]:
-    """What the layers of each group make of x, joined along the last dimension.
+    """Outputs of several linear layers with the same input.
 
-    Where the layers allow it, it is one product, which is faster than several small ones and gives the same up to
-    rounding in float32: for few rows where `pack_linears` has laid their weights one below another, for more in
-    oneDNN's layout."""
+    Where the layers allow it, they are one product, which is faster than several small ones and gives the same up to
+    rounding in float32: for few rows where `pack_linears` has stored their weights as one tensor, for more rows in
+    oneDNN's layout.
+
+    Args:
+        x: input (..., I) of all layers.
+        *groups: groups of layers.
+
+    Returns:
+        Of each group the outputs of its layers, joined along the last dimension.
+    """
     layers = [layer for group in groups for layer in group]
     plain = [layer._parameters for layer in layers if type(layer) is PackedLinear]
-    if x.is_cpu and len(plain) == len(layers) and not any([own["bias"] is not None for own in plain]):
-        weights, rows = [own["weight"] for own in plain], x.numel() // x.shape[-1]
+    if x.is_cpu and len(plain) == len(layers) and not any([params["bias"] is not None for params in plain]):
+        weights, rows = [params["weight"] for params in plain], x.numel() // x.shape[-1]
         fused = None
         if rows <= MAX_TRANSPOSED_ROWS and x.dtype == torch.float32 and not torch.is_grad_enabled():
             if (weight_OI := _fused_view(weights)) is not None:  # type: ignore[arg-type]
@@ -87,10 +110,10 @@ def fused_linears(x: Tensor, *groups: Sequence[nn.Linear]) -> list[Tensor]:
 
 
 def _fused_view(weights: Sequence[Tensor]) -> Tensor | None:
-    """The weights as one, where each begins in memory where the one before it ends. The check is kept for as long as
-    they stay where they are."""
+    """The weights as one tensor, where each begins in memory where the one before it ends; else None. The result of the
+    check is cached until a weight moves."""
     first_weight, begins = weights[0], [weight.data_ptr() for weight in weights]
-    known: Any = getattr(first_weight, "_fused", None)
+    known: tuple[list[int], tuple[int, int]] | None = getattr(first_weight, "_fused", None)
     if known is None or known[0] != begins:
         rows, width = 0, first_weight.shape[1]
         for begin, weight in zip(begins, weights, strict=True):
@@ -101,22 +124,22 @@ def _fused_view(weights: Sequence[Tensor]) -> Tensor | None:
         known = first_weight._fused = begins, (rows, width)  # type: ignore[attr-defined]
     rows, width = known[1]
     if (first_weight.storage_offset() + rows * width) * first_weight.itemsize > first_weight.untyped_storage().nbytes():
-        return None  # neighbours by chance
+        return None  # adjacent by chance: another storage
     return first_weight.as_strided((rows, width), (width, 1))
 
 
 def _should_pack(x: Tensor, rows: int) -> bool:
-    """Is this what a product in oneDNN's layout is faster for?"""
+    """Whether a product in oneDNN's layout is faster for this input."""
     many_rows = x.dtype == torch.float32 and rows > MAX_TRANSPOSED_ROWS
     return x.is_cpu and (many_rows or x.dtype == torch.bfloat16) and torch.is_inference_mode_enabled()
 
 
 def _pack_weights(weights: tuple[Tensor, ...], start: int = 0, stop: int | None = None) -> Tensor | None:
-    """Rows of the weights, one below another, in oneDNN's layout, made anew when one has changed; None where there is
-    none. The first weight keeps it."""
+    """The rows of the weights, joined, in oneDNN's layout; None where that is not possible. They are packed again when
+    a weight has changed. The first weight stores them."""
     if any(weight.is_inference() for weight in weights):  # they have no version
         return None
-    cache: Any = getattr(weights[0], "_packed", None)
+    cache: dict[_PackedKey, _PackedRows] | None = getattr(weights[0], "_packed", None)
     if cache is None:
         is_bfloat16 = weights[0].dtype == torch.bfloat16
         is_supported = (
@@ -135,7 +158,7 @@ def _pack_weights(weights: tuple[Tensor, ...], start: int = 0, stop: int | None 
     ):
         rows_OI = (torch.cat(weights) if len(weights) > 1 else weights[0]).detach()[start:stop].contiguous()
         packed_numel = sum(
-            held.numel() for parts in _packed_weights.values() for *_, held in parts.values() if held is not None
+            packed.numel() for parts in _packed_weights.values() for *_, packed in parts.values() if packed is not None
         )
         fits = (packed_numel + rows_OI.numel()) * rows_OI.itemsize <= MAX_PACKED_BYTES
         packed_weight = torch.ops.mkldnn._reorder_linear_weight(rows_OI, 2) if fits else None
@@ -144,18 +167,19 @@ def _pack_weights(weights: tuple[Tensor, ...], start: int = 0, stop: int | None 
 
 
 class PackedLinear(nn.Linear):
-    """`nn.Linear` with the faster product; made of one in place by `pack_linears`."""
+    """`nn.Linear` with the product of `packed_linear`. `pack_linears` and `packed_copy` make it of an `nn.Linear`."""
 
     def forward(self, input: Tensor) -> Tensor:
+        """The output (..., O) of an input (..., I)."""
         return packed_linear(input, self.weight, self.bias)
 
 
 def pack_linears(module: nn.Module) -> None:
-    """Give every `nn.Linear` inside the faster product, in place, and store the weights of `FUSED_LAYERS` one below
-    another. For a module that is loaded for inference; of one in training take `packed_copy`.
+    """Make every `nn.Linear` of a module a `PackedLinear`, in place, and store the weights of `FUSED_LAYERS` as one
+    tensor. It is for a module that is loaded for inference; for one in training use `packed_copy`.
 
     Args:
-        module: such as a backbone. Call this when it is on its device and quantised.
+        module: such as a backbone, already on its device and quantised.
     """
     _use_packed_linears(module)
     for part in module.modules():
@@ -164,8 +188,8 @@ def pack_linears(module: nn.Module) -> None:
 
 
 def packed_copy(module: ModuleT) -> ModuleT:
-    """A copy of a module for inference: it has modules of its own, with the faster product, and the tensors of the
-    original. The original keeps its classes and where its tensors lie.
+    """A copy of a module for inference: its layers are new `PackedLinear` modules with the tensors of the original. The
+    original keeps its classes, and its tensors their addresses.
 
     Args:
         module: such as the backbone of a model in training.
@@ -186,11 +210,11 @@ def _use_packed_linears(module: nn.Module) -> None:
 
 
 FUSED_LAYERS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Layers that read the same, by their names in transformers' decoders."""
+"""Layers with the same input, by their names in transformers' decoders."""
 
 
 def _store_fused(parts: list[nn.Module | None]) -> None:
-    """Have the weights of plain layers in float32 on a CPU be parts of one tensor, one below another."""
+    """Store the weights of plain float32 layers on a CPU as parts of one tensor."""
     layers = [part for part in parts if isinstance(part, PackedLinear) and type(part) is PackedLinear]
     if len(layers) < len(parts) or any(layer.bias is not None for layer in layers):
         return

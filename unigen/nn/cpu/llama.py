@@ -1,9 +1,9 @@
-"""Llama without `transformers`: its blocks as one function, and its modules for models that are only read.
+"""Llama without `transformers`: its blocks as one function, and its modules for inference.
 
 A decoding step of a small model is bound by the number of its operations and calls, not by its weights. `llama_hidden`
-turns queries and keys together and calls only a layer's linear maps as modules, so that whatever stands in their place
-(adapters, quantised weights, faster products) still does. `InferenceLlama` has the parameters of transformers'
-`LlamaForCausalLM` under the same names; importing transformers' takes longer than drawing a picture.
+rotates queries and keys together and calls only a layer's linear maps as modules, so that their replacements (adapters,
+quantised weights, faster products) still work. `InferenceLlama` has the parameters of transformers' `LlamaForCausalLM`
+under the same names; importing transformers' takes longer than drawing an image.
 Does not depend on: masks, how a cache stores.
 
 Shapes: B rows, L positions, D width, H query heads, K key heads, E head width.
@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,18 @@ from torch.nn.functional import rms_norm, silu
 from unigen.nn.attention import PackedDocuments, attention_forward
 from unigen.nn.cpu.linear import fused_linears
 
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+    from unigen.nn.cache import SlotCache
+
 
 def is_plain_llama(decoder: Any) -> bool:
-    """Is this a plain Llama, as `llama_hidden` computes it?"""
+    """Whether a decoder is a plain Llama, as `llama_hidden` computes it.
+
+    Args:
+        decoder: of transformers, or a `LlamaDecoder`.
+    """
     names = ("LlamaModel", "Emu3TextModel", "LlamaDecoder")
     return type(decoder).__name__ in names and decoder.config.hidden_act == "silu"
 
@@ -35,14 +44,24 @@ def llama_hidden(
     embeds_BLD: Tensor,
     positions_BL: Tensor,
     mask: Tensor | None,
-    cache: Any = None,
+    cache: SlotCache | None = None,
     packing: PackedDocuments | None = None,
 ) -> Tensor:
-    """Hidden states (B, L, D) after the last norm. mask: additive (B, 1, L, keys); or packing: the documents of packed
-    rows, which are read without a cache.
+    """The forward pass of a Llama decoder.
 
     Llama (Touvron et al. 2023, arXiv 2302.13971, section 2.2): h = x + attention(norm(x)), y = h + mlp(norm(h)) with
     rms norms, rotary positions and mlp(x) = down(silu(gate(x)) * up(x)).
+
+    Args:
+        decoder: one for which `is_plain_llama` holds.
+        embeds_BLD: input embeddings.
+        positions_BL: position ids, from 0.
+        mask: additive (B, 1, L, keys); None where every key may be seen.
+        cache: keys and values of earlier positions; None reads without a cache.
+        packing: the documents of packed rows, which are read without a cache; then the mask is not read.
+
+    Returns:
+        Hidden states (B, L, D) after the last norm.
     """
     eps = torch.tensor(decoder.config.rms_norm_eps)
     cos_BLE, sin_BLE = decoder.rotary_emb(embeds_BLD, positions_BL)
@@ -74,7 +93,7 @@ def llama_hidden(
 
 def _rms_norm(x: Tensor, weight_D: Tensor, eps: Tensor) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019, arXiv 1910.07467, eq. 4). torch has no kernel of it
-    for a CPU, and takes it apart into more steps than this."""
+    for a CPU and runs more operations than this."""
     if not x.is_cpu or x.dtype != torch.float32 or torch.is_grad_enabled():
         return rms_norm(x, x.shape[-1:], weight_D, float(eps))
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
@@ -99,10 +118,11 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, width: int, base: float) -> None:
         super().__init__()
-        # no buffer: that would be rounded with the weights, and an angle is position times frequency
+        # not a buffer, which would be rounded with the weights: an angle is position times frequency
         self.frequencies = 1.0 / base ** (torch.arange(0, width, 2, dtype=torch.int64).float() / width)
 
     def forward(self, x: Tensor, positions_BL: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (B, L, E), in x's dtype, of positions (B, L)."""
         self.frequencies = self.frequencies.to(x.device)
         angles_BLE = positions_BL[:, :, None].float() * self.frequencies
         angles_BLE = torch.cat((angles_BLE, angles_BLE), -1)
@@ -110,7 +130,9 @@ class RotaryEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: Any) -> None:
+    """Projections of self-attention, and the settings that `llama_hidden` reads of them."""
+
+    def __init__(self, config: SimpleNamespace) -> None:
         super().__init__()
         heads, keys, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.scaling = self.head_dim**-0.5
@@ -123,7 +145,9 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: Any) -> None:
+    """Projections of the gated MLP."""
+
+    def __init__(self, config: SimpleNamespace) -> None:
         super().__init__()
         width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.gate_proj = empty_linear(width, inner, bias)
@@ -132,16 +156,18 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: Any) -> None:
+    """One block: attention, MLP and their norms."""
+
+    def __init__(self, config: SimpleNamespace) -> None:
         super().__init__()
         self.self_attn, self.mlp = Attention(config), MLP(config)
         self.input_layernorm, self.post_attention_layernorm = RMSNorm(config.hidden_size), RMSNorm(config.hidden_size)
 
 
 class LlamaDecoder(nn.Module):
-    """Embeddings and blocks: transformers' `LlamaModel`, by `llama_hidden`."""
+    """Embeddings and blocks: transformers' `LlamaModel`, computed by `llama_hidden`."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: SimpleNamespace) -> None:
         super().__init__()
         self.config = config
         self.embed_tokens = empty_embedding(config.vocab_size, config.hidden_size)
@@ -154,21 +180,33 @@ class LlamaDecoder(nn.Module):
         inputs_embeds: Tensor,
         position_ids: Tensor,
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
+        past_key_values: SlotCache | None = None,
         use_cache: bool = False,
         packing: PackedDocuments | None = None,
-    ) -> Any:
-        """`last_hidden_state` (B, L, D), by the arguments of transformers' decoders."""
+    ) -> SimpleNamespace:
+        """The forward pass, with the arguments of transformers' decoders.
+
+        Args:
+            inputs_embeds: input embeddings (B, L, D).
+            position_ids: position ids (B, L), from 0.
+            attention_mask: additive (B, 1, L, keys); None where every key may be seen.
+            past_key_values: keys and values of earlier positions.
+            use_cache: whether to read and write `past_key_values`.
+            packing: the documents of packed rows, which are read without a cache.
+
+        Returns:
+            An object with `last_hidden_state` (B, L, D).
+        """
         cache = past_key_values if use_cache else None
         states_BLD = llama_hidden(self, inputs_embeds, position_ids, attention_mask, cache, packing)
         return SimpleNamespace(last_hidden_state=states_BLD)
 
 
 class InferenceLlama(nn.Module):
-    """A Llama language model that is read, not trained: transformers' `LlamaForCausalLM` with the same parameters.
+    """A Llama language model for inference: transformers' `LlamaForCausalLM` with the same parameters.
 
     Args:
-        config: what its config.json holds; `readable` says which of them are read here.
+        config: the content of its config.json; `readable` says whether this class can run it.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -186,7 +224,14 @@ class InferenceLlama(nn.Module):
 
     @staticmethod
     def readable(config: Mapping[str, Any]) -> bool:
-        """Is this the config.json of a Llama whose blocks and positions are those of this file?"""
+        """Whether this class can run a model.
+
+        Args:
+            config: the content of its config.json.
+
+        Returns:
+            True for a Llama with the blocks and rotary positions of this file.
+        """
         rope = config.get("rope_parameters") or {}
         return (
             config.get("model_type") == "llama"
@@ -197,19 +242,22 @@ class InferenceLlama(nn.Module):
         )
 
     def get_input_embeddings(self) -> nn.Embedding:
+        """The table of token embeddings."""
         return self.model.embed_tokens
 
     def get_output_embeddings(self) -> nn.Linear:
+        """The head."""
         return self.lm_head
 
     def get_decoder(self) -> LlamaDecoder:
+        """The model without its head."""
         return self.model
 
     def set_attn_implementation(self, name: str) -> None:
-        """There is one."""
+        """Do nothing: there is one implementation of attention."""
 
-    def to_transformers(self) -> Any:
-        """The same as a `LlamaForCausalLM`, to be trained or written."""
+    def to_transformers(self) -> LlamaForCausalLM:
+        """The same model as a `LlamaForCausalLM` of transformers, to be trained or saved."""
         from transformers import LlamaConfig, LlamaForCausalLM
 
         dtype = self.lm_head.weight.dtype
@@ -219,6 +267,11 @@ class InferenceLlama(nn.Module):
         return lm
 
     def save_pretrained(self, folder: str | Path) -> None:
+        """Save the model as transformers does.
+
+        Args:
+            folder: where config.json and the weights are written.
+        """
         self.to_transformers().save_pretrained(folder)
 
 
@@ -233,7 +286,7 @@ CONFIG_DEFAULTS: dict[str, Any] = {
     "tie_word_embeddings": False,
     "max_position_embeddings": 2048,
 }
-"""What a config.json may leave out."""
+"""Defaults of the keys that a config.json may leave out."""
 
 
 class _EmptyLinear(nn.Linear):
@@ -247,13 +300,25 @@ class _EmptyEmbedding(nn.Embedding):
 
 
 def empty_linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:
-    """A linear map without values. `nn.utils.skip_init` makes the same, but imports torch's compiler."""
+    """A linear layer whose weights are not initialised. `nn.utils.skip_init` does it too, but imports torch's compiler.
+
+    Args:
+        inputs: width of the input.
+        outputs: width of the output.
+        bias: whether it has a bias.
+    """
     layer: nn.Linear = _EmptyLinear(inputs, outputs, bias=bias)
     layer.__class__ = nn.Linear
     return layer
 
 
 def empty_embedding(rows: int, width: int) -> nn.Embedding:
+    """A table of embeddings whose weights are not initialised.
+
+    Args:
+        rows: number of ids.
+        width: width of an embedding.
+    """
     table: nn.Embedding = _EmptyEmbedding(rows, width)
     table.__class__ = nn.Embedding
     return table
