@@ -53,6 +53,7 @@ def load(
 
     Returns:
         An engine: `unigen.Engine` for one model of ours or a public family, or another that keeps the same contract.
+
     Raises:
         ValueError: in one line, for an unknown model, a damaged folder, or a device or package that is not there.
     """
@@ -86,10 +87,13 @@ def load_local(
 
     Args:
         name: a shipped model, a folder, or `owner/name[@revision]` on the hub.
-        device, dtype, quantization: see `load`.
+        device: as of `load`.
+        dtype: as of `load`.
+        quantization: as of `load`.
 
     Returns:
         The engine, whose `model` is the loaded one.
+
     Raises:
         ValueError: in one line, for an unknown model or a pipeline, a damaged folder, or a device that is not there.
     """
@@ -112,10 +116,15 @@ def load_composed(
     """Load two models composed into one engine, for what works on its parts.
 
     Args:
-        lmm, generator, adapter, device, dtype: see `load`.
+        lmm: as of `load`.
+        generator: as of `load`.
+        adapter: as of `load`.
+        device: as of `load`.
+        dtype: as of `load`.
 
     Returns:
         The engine, with its `text_engine` and its `image_engine`.
+
     Raises:
         ValueError: as `load`.
     """
@@ -126,16 +135,21 @@ def load_composed(
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the weights of a model lie, and as what."""
+    """The device, dtype and quantization of a model's weights."""
 
     device: str
+    """"cpu", "cuda", ..."""
     dtype: torch.dtype | None
     """None is the model's default."""
     quantization: str | None = None
     """"8bit" or "4bit", of the language model's weights."""
 
     def check_quantization(self) -> None:
-        """Raises ValueError in one line for an unknown quantization, or one that cannot be used on the device."""
+        """Check the quantization against the device.
+
+        Raises:
+            ValueError: in one line, where it is unknown or the device cannot use it.
+        """
         from unigen.nn.quantized import check_quantization
 
         if self.quantization is not None:
@@ -143,7 +157,14 @@ class Placement:
 
 
 def check_dtype(dtype: str | torch.dtype | None) -> None:
-    """Raises ValueError in one line for what is no dtype of a model."""
+    """Check that a model can be loaded as a dtype.
+
+    Args:
+        dtype: its name, or the dtype of torch; None is the model's default.
+
+    Raises:
+        ValueError: in one line, for anything else.
+    """
     from unigen.utils.precision import DTYPES
 
     name = str(dtype).removeprefix("torch.")
@@ -152,14 +173,33 @@ def check_dtype(dtype: str | torch.dtype | None) -> None:
 
 
 def check_names(**names: str | None) -> None:
-    """Raises ValueError in one line for what is given as a model or a folder and is no name."""
+    """Check names of models and folders.
+
+    Args:
+        names: by the parameter's name; None is not given.
+
+    Raises:
+        ValueError: in one line, for what is no name.
+    """
     for parameter_name, value in names.items():
         if value is not None and (not isinstance(value, (str, Path)) or not str(value).strip()):
             raise ValueError(f"{parameter_name} must name a model or a folder, not {shorten(value)}")
 
 
 def resolve_placement(device: str | None, dtype: str | torch.dtype | None, quantization: str | None) -> Placement:
-    """Where a model is to be placed. Raises ValueError in one line for a device that is not available."""
+    """Decide where the weights of a model lie.
+
+    Args:
+        device: None is a GPU where there is one.
+        dtype: None is the model's default.
+        quantization: "8bit", "4bit" or None.
+
+    Returns:
+        The placement.
+
+    Raises:
+        ValueError: in one line, for a device that is not available.
+    """
     import torch
 
     for parameter_name, value in (("device", device), ("quantization", quantization)):
@@ -187,6 +227,7 @@ def load_one(name: str, placement: Placement, *, reads: bool = False, composed: 
 
     Returns:
         An engine.
+
     Raises:
         ValueError: in one line, for a model that is unknown, damaged or cannot be quantised.
     """

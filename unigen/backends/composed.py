@@ -69,6 +69,7 @@ class ComposedEngine(BaseEngine):
             text_engine: answers a document with text.
             image_engine: generates images of words, and edits images where it can.
             connector: conditions the image engine, a pipeline, on the hidden states of the text engine.
+
         Raises:
             ValueError: where either cannot do its part.
         """
@@ -296,12 +297,27 @@ def _image_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def trim_to_sentence(passage: str) -> str:
-    """The passage without a last sentence that was cut off by the limit of tokens. It is as it was where no sentence
-    ends beyond its first third: the full stop of an abbreviation early in a passage is no end."""
+    """Drop a last sentence that the limit of tokens cut off.
+
+    Args:
+        passage: a text.
+
+    Returns:
+        The text up to the end of its last whole sentence. It is as it was where no sentence ends beyond its first
+        third, since the full stop of an abbreviation early in a passage is no end.
+    """
     ends = [match.end() for match in re.finditer(r"[.!?…。！？][\"'”’»)*_]*(?=\s|$)", passage)]
     return passage[: ends[-1]] if ends and ends[-1] >= len(passage) / 3 else passage
 
 
 def is_repeated(passage: str, passages: Sequence[str]) -> bool:
-    """Is it one of the passages, or nearly so?"""
+    """Whether a passage is nearly equal to another.
+
+    Args:
+        passage: a text.
+        passages: others.
+
+    Returns:
+        True where difflib's ratio with any of them is at least `DUPLICATE_RATIO`.
+    """
     return any(SequenceMatcher(None, passage, other, autojunk=False).ratio() >= DUPLICATE_RATIO for other in passages)

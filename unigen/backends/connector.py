@@ -1,21 +1,22 @@
-"""A model that reads joined to a diffusers pipeline by hidden states: a small network takes what the one has read to
-what the other is told by, its prompt embeddings.
+"""A language model joined to a diffusers pipeline by hidden states: a small network maps the states of the one to the
+prompt embeddings of the other.
 
     engine = unigen.load(lmm="Qwen/Qwen3-VL-2B-Instruct", generator="stable-diffusion-v1-5/stable-diffusion-v1-5",
                          adapter="runs/adapter/model")
     engine.generate([picture, "the same dog in the snow"])      # the picture is read, and never put into words
 
-Learned queries attend to the last hidden states of the whole document, pictures included, and their outputs stand in
-for the pipeline's embeddings of a prompt: the mapper of GILL (Koh et al. 2023, arXiv 2305.17216), between such models
-as Emu2 (arXiv 2312.13286) and Dream Engine join. Queries, and not a layer on each state, because a document has any
-number of states while a pipeline wants its own number: as many queries as that give it (Stable Diffusion: 77). Where
-that number is the prompt's own (pipelines that take a mask), each query also says whether it counts, and the first of
-those that do not ends the prompt.
-Guidance's other branch is the pipeline's own, of its own text encoder: an adapter writes in that encoder's space, so
-that what was tuned to stand beside it still does, and `negative_prompt` takes words as ever.
+Learned queries attend to the last hidden states of the whole document, images included, and their outputs replace the
+pipeline's embeddings of a prompt: the mapper of GILL (Koh et al. 2023, arXiv 2305.17216), between such models as Emu2
+(arXiv 2312.13286) and Dream Engine join. It has queries instead of a layer on each state, because a document has any
+number of states while a pipeline takes its own number of embeddings: there are as many queries (Stable Diffusion: 77).
+Where the pipeline takes prompts of any length (with a mask), each query also has a logit of whether it counts, and the
+first that does not ends the prompt.
+The unconditional branch of guidance is the pipeline's own, of its own text encoder: a connector maps into that
+encoder's space, so that networks tuned beside the encoder still work, and `negative_prompt` takes words as ever.
 recipes/connector.py trains one.
 
-Shapes: B documents, S states of width D, L embeddings of width W, P width of the pooled one.
+Shapes: B documents, S states of width D, L embeddings of width W, P width of the pooled one, E width of the connector,
+Q queries.
 """
 
 from __future__ import annotations
@@ -49,17 +50,24 @@ it."""
 
 @dataclass
 class ConnectorConfig:
-    """states: width of what is read; embeds, length: width and number of a prompt's embeddings, at most so many where
-    `free`; pooled: width of the one for the whole prompt, 0 where the pipeline has none."""
+    """Widths and lengths of a connector."""
 
     states: int
+    """Width D of the hidden states."""
     embeds: int
+    """Width W of a prompt embedding."""
     length: int
+    """Embeddings of a prompt; the most of them where `free`."""
     pooled: int = 0
+    """Width P of the pooled embedding; 0 where the pipeline has none."""
     free: bool = False
+    """Whether a prompt may have fewer embeddings."""
     width: int = 512
+    """Width E inside."""
     layers: int = 4
+    """Decoder layers."""
     heads: int = 8
+    """Attention heads of a layer."""
 
     def __post_init__(self) -> None:
         if min(self.states, self.embeds, self.length, self.width, self.layers, self.heads, self.pooled + 1) < 1:
@@ -69,7 +77,11 @@ class ConnectorConfig:
 
 
 class Connector(nn.Module):
-    """States of a document to prompt embeddings."""
+    """Maps the hidden states of a document to prompt embeddings.
+
+    Args:
+        config: its widths and lengths.
+    """
 
     def __init__(self, config: ConnectorConfig) -> None:
         super().__init__()
@@ -86,8 +98,16 @@ class Connector(nn.Module):
         self.counts = nn.Linear(width, 1) if config.free else None
 
     def forward(self, states_BSD: Tensor, seen_BS: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Embeddings (B, L, W), the pooled ones (B, P), logits of whether each counts (B, L). seen: bool, False where
-        states are padding."""
+        """Map hidden states to prompt embeddings.
+
+        Args:
+            states_BSD: hidden states.
+            seen_BS: bool, False where states are padding.
+
+        Returns:
+            Embeddings (B, L, W); the pooled ones (B, P) or None; logits (B, L) of whether each embedding counts, or
+            None.
+        """
         states_BSE = self.enter(states_BSD)
         x_BQE = self.queries.expand(len(states_BSE), -1, -1)
         for layer in self.layers:
@@ -100,7 +120,14 @@ class Connector(nn.Module):
 
     @torch.no_grad()
     def prompt_embeds(self, states_SD: Tensor) -> PromptEmbeds:
-        """What one document tells the pipeline: one sample without padding."""
+        """The prompt embeddings of one document.
+
+        Args:
+            states_SD: hidden states of the document.
+
+        Returns:
+            One sample without padding.
+        """
         states_1SD = states_SD[None].to(self.queries)
         embeds_1LW, pooled_1P, counts_1L = self(states_1SD, states_1SD.new_ones(states_1SD.shape[:2], dtype=torch.bool))
         length = self.config.length
@@ -109,14 +136,28 @@ class Connector(nn.Module):
         return PromptEmbeds(embeds_1LW[:, :length], pooled_MP=pooled_1P)
 
     def save(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors."""
+        """Write config.json and model.safetensors.
+
+        Args:
+            folder: where to; it is replaced only when both are written.
+        """
         with replacing_folder(folder) as scratch:
             save_json(scratch / CONFIG, asdict(self.config))
             write_tensors(scratch / "model.safetensors", self.state_dict())
 
 
 def load_connector(folder: str | Path) -> Connector:
-    """The adapter in a folder, strictly. Raises ValueError in one line."""
+    """Load a connector, strictly.
+
+    Args:
+        folder: written by `Connector.save`.
+
+    Returns:
+        The connector, in eval mode.
+
+    Raises:
+        ValueError: in one line, for a folder that is not there, damaged, or not a connector's.
+    """
     folder = Path(folder)
     settings = read_json(folder / CONFIG)
     try:
@@ -129,7 +170,8 @@ def load_connector(folder: str | Path) -> Connector:
 
 
 class ConnectedDiffusersEngine(DiffusersEngine):
-    """Draws documents, pictures among them, as an LMM reads them and an adapter tells the pipeline."""
+    """A pipeline that draws documents, images among them: a language model reads them, and a connector maps its hidden
+    states to prompt embeddings."""
 
     accepts_images = True
 
@@ -140,6 +182,7 @@ class ConnectedDiffusersEngine(DiffusersEngine):
             pipe: a pipeline that takes prompt embeddings.
             text_engine: reads the prompts and gives its hidden states.
             connector: maps these states to prompt embeddings.
+
         Raises:
             ValueError: where the connector's widths are not those of the two models.
         """
@@ -180,8 +223,18 @@ class ConnectedDiffusersEngine(DiffusersEngine):
 
 @torch.no_grad()
 def encode_prompt(pipe: Any, words: str) -> PromptEmbeds:
-    """Words as a pipeline's own text encoder gives them: one sample without padding. Raises ValueError for a pipeline
-    that is told otherwise."""
+    """Encode words by a pipeline's own text encoder.
+
+    Args:
+        pipe: a pipeline of diffusers.
+        words: the prompt.
+
+    Returns:
+        One sample without padding.
+
+    Raises:
+        ValueError: for a pipeline that is not conditioned on prompt embeddings alone.
+    """
     defaults = {name: parameter.default for name, parameter in inspect.signature(pipe.__call__).parameters.items()}
     kind = type(pipe).__name__
     extra_arguments = [
@@ -206,8 +259,19 @@ def encode_prompt(pipe: Any, words: str) -> PromptEmbeds:
 
 
 def connector_config(text_engine: InferenceEngine, pipe: Any, length: int) -> ConnectorConfig:
-    """An adapter's figures that the two models set. length: of a prompt at most, where the pipeline takes any. Raises
-    ValueError for models that none can join."""
+    """The widths and lengths that the two models require of a connector.
+
+    Args:
+        text_engine: gives the hidden states.
+        pipe: takes the prompt embeddings.
+        length: embeddings of a prompt, at most, where the pipeline takes any number.
+
+    Returns:
+        The config.
+
+    Raises:
+        ValueError: for models that no connector can join.
+    """
     reference = encode_prompt(pipe, "a")
     try:
         states = text_engine.hidden_states("a").shape[1]
@@ -224,7 +288,17 @@ def connector_config(text_engine: InferenceEngine, pipe: Any, length: int) -> Co
 
 
 def require_pipeline(engine: InferenceEngine) -> Any:
-    """The pipeline that a connector conditions. Raises ValueError for an engine without one."""
+    """The pipeline that a connector conditions.
+
+    Args:
+        engine: an engine of a pipeline.
+
+    Returns:
+        Its pipeline.
+
+    Raises:
+        ValueError: for an engine without one.
+    """
     if engine.pipeline is None:
         raise ValueError("an adapter tells a diffusers pipeline what to draw: give one as generator, or no adapter")
     return engine.pipeline

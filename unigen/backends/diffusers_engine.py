@@ -71,7 +71,7 @@ arguments, which nothing here checks, AttributeError and KeyError too."""
 
 
 class DiffusersEngine(BaseEngine):
-    """Generates images with one pipeline. Not safe to share between threads."""
+    """Generates images with one pipeline of diffusers. Not safe to share between threads."""
 
     outputs: tuple[Output, ...] = ("image",)
 
@@ -151,8 +151,10 @@ class DiffusersEngine(BaseEngine):
         return dict(self.sampling) if output == "image" else {}
 
     def edit(self, image: ImageSource, instruction: str, *, seed: int = 0, **options: Any) -> Image.Image:
-        """See `InferenceEngine.edit`. The image keeps its size where no other is given. strength: the share of noise
-        from which it is generated anew, from 0 to 1, where the pipeline edits so."""
+        """See `InferenceEngine.edit`. The image keeps its size where the options have no size (width, height in
+        pixels).
+        strength: the share of the noise from which the image is generated anew, from 0 to 1, where the pipeline edits
+            so."""
         check_prompt_text("the instruction", instruction, "say what to change")
         picture, variant = read_image(image), self._as_variant("edit")
         words = as_text(instruction)
@@ -234,11 +236,12 @@ class DiffusersEngine(BaseEngine):
     # ---------------------------------------------------------------- what pipelines take
 
     def options(self, pipe: Any) -> list[str]:
-        """The names of the options that change what the pipeline draws."""
+        """The names of the options that change what a pipeline (in the form of a task) generates."""
         return [*supported_options(pipe), *(["solver"] if compatible_schedulers(pipe, self.default_scheduler) else [])]
 
     def default_values(self, pipe: Any) -> dict[str, Any]:
-        """The values of a pipeline's options where nothing is asked for."""
+        """The numbers that the signature of a pipeline (in the form of a task) has for its options, by the options'
+        names."""
         takes = call_parameters(pipe)
         values = {name: takes[own].default for name, own in supported_options(pipe).items() if name != "size"}
         return {name: value for name, value in values.items() if isinstance(value, (int, float))}
@@ -276,8 +279,8 @@ class DiffusersEngine(BaseEngine):
             return None
 
     def _as_variant(self, task: str) -> Any:
-        """The pipeline's parts in the form that does a task: "text", "edit" or "inpaint". Raises Unable where it has
-        none."""
+        """The pipeline's components in the class that does a task: "text", "edit" or "inpaint". Raises
+        UnsupportedError where diffusers has none."""
         if task not in self.variants:
             self.variants[task] = self._build_variant(task)
             self.variants[task].set_progress_bar_config(disable=True)
@@ -318,9 +321,9 @@ class DiffusersEngine(BaseEngine):
         raise UnsupportedError(f"{kind.__name__} has no form that takes a picture{mask}")
 
     def _render_sizes(self, form: Any, picture: Image.Image, size: Any) -> tuple[tuple[int, int], tuple[int, int]]:
-        """The sizes at which a picture is read and drawn inside. size: what is asked for, or None: about the picture's
-        own, at most twice as wide and high as the form's usual ones; for a form that begins with noise alone about as
-        large as those."""
+        """The sizes (width, height) in pixels of the pipeline's input and output. size: as requested; None is about
+        the image's own, at most twice as wide and high as the form's usual one; for a form that begins with noise
+        alone about as large as the usual one."""
         if size is not None:
             Size().check("size", size)
             return (size[0], size[1]), (size[0], size[1])
@@ -341,7 +344,10 @@ class DiffusersEngine(BaseEngine):
         options: dict[str, Any],
         auto_size: bool = False,
     ) -> list[Image.Image]:
-        """auto_size: the engine chose the size, so that a form without this option is not told it."""
+        """Generate one image for each seed. given: the pipeline's own arguments of each image: its prompt, and the
+        input image if there is one. auto_size: whether the engine chose the size: a form without this option then
+        ignores it. Raises ValueError in one line for options that the pipeline does not take, and for what it raises
+        itself."""
         call_arguments, solver = self._call_arguments(pipe, options, auto_size)
         seeds = [check_seed(seed) for seed in seeds]
         if self.default_scheduler is not None:
@@ -370,8 +376,8 @@ class DiffusersEngine(BaseEngine):
         return MediaList(images)
 
     def _call_arguments(self, pipe: Any, options: dict[str, Any], auto_size: bool) -> tuple[dict[str, Any], str | None]:
-        """The pipeline's own arguments, and the solver, of what is asked for. Raises ValueError in one line for
-        options that it does not take, that are out of their range, or that would change nothing."""
+        """The pipeline's own arguments, and the solver's name, of the options of a request. Raises ValueError in one
+        line for options that it does not take, that are out of their range, or that would change nothing."""
         own, takes, kind = supported_options(pipe), call_parameters(pipe), type(pipe).__name__
         option_by_argument = {pipeline_arguments: name for name, pipeline_arguments in own.items() if name != "size"}
         asked = {option_by_argument.get(name, name): value for name, value in options.items() if value is not None}
@@ -410,7 +416,8 @@ class DiffusersEngine(BaseEngine):
 
     @staticmethod
     def _check_guidance(kind: str, own: dict[str, str], takes: dict[str, Any], named: dict[str, Any]) -> None:
-        """Give the words of the other branch where guidance needs them; ValueError for words that nothing hears."""
+        """Set the prompt of the unconditional branch where guidance needs one. Raises ValueError for a negative prompt
+        that would have no effect."""
         scale = own.get("guidance")
         value = named.get(scale, takes[scale].default) if scale else None
         if "negative_prompt" not in own or not isinstance(value, (int, float)):
@@ -430,7 +437,7 @@ class DiffusersEngine(BaseEngine):
 
 
 def check_option_ranges(asked: dict[str, Any]) -> None:
-    """Raises ValueError in one line for a value out of its range."""
+    """Raises ValueError in one line for a value out of its range. asked: values by the options' names."""
     if "guidance" in asked:  # one scale
         GUIDANCE_SCALE.check("guidance", asked["guidance"])
     for group in (PipelineOptions, EditOptions, PromptOptions):
@@ -438,7 +445,8 @@ def check_option_ranges(asked: dict[str, Any]) -> None:
 
 
 def check_prompt_text(name: str, words: Any, wanted: str) -> None:
-    """Raises ValueError for what is no text, or empty."""
+    """Raises ValueError in one line for what is no text, or empty. name and wanted: what it is and what to give, for
+    the message."""
     if not isinstance(words, str):
         raise ValueError(f"{name} must be text, not {type(words).__name__}: {wanted}")
     if not words.strip():
@@ -446,13 +454,25 @@ def check_prompt_text(name: str, words: Any, wanted: str) -> None:
 
 
 def check_seed(seed: Any) -> int:
-    """The seed as an int of 64 bits. Raises ValueError for what is none."""
+    """The seed as an int of 64 bits. Raises ValueError in one line for anything else."""
     return SEED.check("seed", seed)
 
 
 def output_image(result: Any, kind: str, dtype: torch.dtype) -> Image.Image:
-    """The picture of what a pipeline, held in `dtype`, returns. Raises ValueError where it is withheld, and
-    NonFiniteError where it holds numbers that are not finite."""
+    """The image in a pipeline's output.
+
+    Args:
+        result: what the pipeline returns.
+        kind: name of its class.
+        dtype: of its weights.
+
+    Returns:
+        The image, in RGB.
+
+    Raises:
+        ValueError: where a safety checker withholds it.
+        NonFiniteError: where it has values that are not finite.
+    """
     if any(getattr(result, "nsfw_content_detected", None) or []):
         raise ValueError(f"{kind}'s safety checker withholds the picture: ask in other words or with another seed")
     images = result.images if hasattr(result, "images") else result.image
@@ -467,5 +487,5 @@ def output_image(result: Any, kind: str, dtype: torch.dtype) -> Image.Image:
 
 
 def resize_to(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The picture at a size; itself where it has it."""
+    """The image at a size (width, height) in pixels; the image itself where it has this size."""
     return picture if picture.size == tuple(size) else picture.resize(size, Image.Resampling.LANCZOS)

@@ -27,13 +27,22 @@ MODEL_INDEX = "model_index.json"
 
 
 def is_pipeline(folder: Path) -> bool:
-    """Does the folder hold a diffusers pipeline?"""
+    """Whether the folder holds a diffusers pipeline."""
     return (folder / MODEL_INDEX).is_file()
 
 
 def check_pipeline_class(folder: Path) -> Any:
-    """The class of the pipeline in `folder`, read from its index alone, without its weights. Raises ValueError where
-    diffusers has no such class, or pipelines of this class cannot draw here."""
+    """The class of the pipeline in a folder, read from its index alone, without its weights.
+
+    Args:
+        folder: of the pipeline.
+
+    Returns:
+        A class of diffusers.
+
+    Raises:
+        ValueError: where diffusers has no such class, or pipelines of this class cannot draw here.
+    """
     kind = pipeline_class(read_json(folder / MODEL_INDEX))
     if reason := unsupported_reason(kind):
         raise ValueError(f"{kind.__name__} cannot be used here: {reason}")
@@ -41,8 +50,15 @@ def check_pipeline_class(folder: Path) -> Any:
 
 
 def check_components(folder: Path, kind: Any) -> None:
-    """Raises ValueError for a part that the index names and that has no folder, since some of them diffusers would make
-    up, and for one without weights in safetensors."""
+    """Check that each component of the index has a folder (diffusers would make some of them up) with safetensors.
+
+    Args:
+        folder: of the pipeline.
+        kind: the pipeline's class.
+
+    Raises:
+        ValueError: in one line, for a component without a folder or without weights in safetensors.
+    """
     for name, part in read_json(folder / MODEL_INDEX).items():
         if name.startswith("_") or not isinstance(part, list) or len(part) != 2 or not isinstance(part[1], str):
             continue
@@ -55,12 +71,20 @@ def check_components(folder: Path, kind: Any) -> None:
 
 
 def disabled_components(folder: Path) -> dict[str, None]:
-    """The parts for which the index says [null, null], such as the T5 of Stable Diffusion 3."""
+    """The components for which the index says [null, null], such as the T5 of Stable Diffusion 3, as keywords of
+    `from_pretrained`."""
     return {name: None for name, part in read_json(folder / MODEL_INDEX).items() if part == [None, None]}
 
 
 def check_all_loaded(pipe: Any) -> None:
-    """Raises ValueError for weights that diffusers has left out, since they are not in the folder."""
+    """Check that all weights were in the folder: diffusers leaves others on the meta device.
+
+    Args:
+        pipe: the loaded pipeline.
+
+    Raises:
+        ValueError: in one line, with the first of the missing weights.
+    """
     for name, part in pipe.components.items():
         weights = part.named_parameters() if isinstance(part, torch.nn.Module) else ()
         if missing_weights := [weight for weight, value in weights if value.is_meta]:
@@ -70,7 +94,19 @@ def check_all_loaded(pipe: Any) -> None:
 
 
 def load(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> DiffusersEngine:
-    """The pipeline in `folder`, from safetensors alone; no code of the folder is run. Raises ValueError in one line."""
+    """Load a pipeline, from safetensors alone. No code of the folder is run.
+
+    Args:
+        folder: of the pipeline.
+        device: where its weights lie.
+        dtype: of its weights; None is float32.
+
+    Returns:
+        An engine.
+
+    Raises:
+        ValueError: in one line, for a pipeline that is damaged or cannot draw here.
+    """
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging
 

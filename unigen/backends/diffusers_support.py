@@ -53,7 +53,17 @@ UNSUPPORTED_TASKS = {
 
 
 def pipeline_class(index: Mapping[str, Any]) -> Any:
-    """The class that a model_index.json names. Raises ValueError where the installed diffusers has no such class."""
+    """The class that a model_index.json names.
+
+    Args:
+        index: the parsed file.
+
+    Returns:
+        A class of diffusers.
+
+    Raises:
+        ValueError: where the installed diffusers has no such class.
+    """
     import diffusers
 
     name = index.get("_class_name")
@@ -66,7 +76,14 @@ def pipeline_class(index: Mapping[str, Any]) -> Any:
 
 
 def unsupported_reason(kind: Any) -> str | None:
-    """Why pipelines of this class can neither draw a picture of words or a class here, nor change one; else None."""
+    """Why pipelines of a class can neither generate an image of words or a class here, nor edit one.
+
+    Args:
+        kind: a pipeline's class.
+
+    Returns:
+        The reason; None where they can.
+    """
     import diffusers
 
     call_params, output_fields = call_parameters(kind), _output_fields(kind)
@@ -95,22 +112,43 @@ def unsupported_reason(kind: Any) -> str | None:
 
 
 def call_parameters(pipe: Any) -> dict[str, inspect.Parameter]:
-    """The named parameters of a pipeline's, or a class's, `__call__`."""
+    """The named parameters of a pipeline's `__call__`.
+
+    Args:
+        pipe: a pipeline or a pipeline's class.
+
+    Returns:
+        The parameters by name, without self, *args and **kwargs.
+    """
     signature_params = inspect.signature(pipe.__call__).parameters
     named_kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return {name: one for name, one in signature_params.items() if name != "self" and one.kind in named_kinds}
 
 
 def needs_image(kind: Any) -> bool:
-    """Does the class draw only from a picture, be it with words?"""
+    """Whether pipelines of a class generate only from an image, with or without words.
+
+    Args:
+        kind: a pipeline's class.
+
+    Returns:
+        True where they take an image, and neither diffusers nor `IMAGE_OPTIONAL` lists them as text-to-image.
+    """
     from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING as FROM_WORDS
 
     return "image" in call_parameters(kind) and kind not in FROM_WORDS.values() and kind.__name__ not in IMAGE_OPTIONAL
 
 
 def supported_options(pipe: Any) -> dict[str, str]:
-    """The options that change what this pipeline draws: their names here, and what the pipeline calls them. A size is
-    its height and width; `negative_prompt` is heard only where guidance is above 1."""
+    """The options that change what a pipeline generates.
+
+    Args:
+        pipe: a pipeline.
+
+    Returns:
+        The pipeline's argument by the option's name. A size is its height and width; `negative_prompt` has an effect
+        only where guidance is above 1.
+    """
     call_params, options = call_parameters(pipe), {}
     guidance, negative = _guidance_argument(pipe, call_params)
     if "num_inference_steps" in call_params:
@@ -152,15 +190,30 @@ def _guidance_argument(pipe: Any, takes: Mapping[str, Any]) -> tuple[str | None,
 
 
 def network_config(pipe: Any) -> Mapping[str, Any]:
-    """The config of what a pipeline denoises with."""
+    """The config of the network that denoises; empty where none is found.
+
+    Args:
+        pipe: a pipeline.
+
+    Returns:
+        The config, by key.
+    """
     parts = pipe.components
     network = next((parts[name] for name in ("transformer", "unet", "decoder") if parts.get(name) is not None), None)
     return getattr(network, "config", {})
 
 
 def compatible_schedulers(pipe: Any, scheduler: Any) -> dict[str, Any]:
-    """The classes of schedulers, by the names of solvers, that this pipeline draws with in place of `scheduler`, its
-    own: those that diffusers calls compatible, and that take all that the pipeline's call tells its scheduler."""
+    """The schedulers that can replace a pipeline's own: those that diffusers calls compatible, and that take all
+    arguments with which the pipeline's `__call__` calls its scheduler.
+
+    Args:
+        pipe: a pipeline.
+        scheduler: its own scheduler; None of a pipeline without one.
+
+    Returns:
+        Their classes, by the names of solvers.
+    """
     import diffusers
 
     call = inspect.getsource(type(pipe).__call__)
@@ -243,7 +296,14 @@ def _output_fields(kind: Any) -> set[str]:
 
 
 def size_multiple(pipe: Any) -> int:
-    """Pixels of which the height and the width of a picture have to be multiples."""
+    """Pixels of which the height and the width of an image have to be multiples.
+
+    Args:
+        pipe: a pipeline.
+
+    Returns:
+        A multiple of 8.
+    """
     processor = getattr(getattr(pipe, "image_processor", None), "config", {})
     factor, patch = getattr(pipe, "vae_scale_factor", 8), network_config(pipe).get("patch_size", 1)
     factors = [n for n in (processor.get("vae_scale_factor", 1), factor * patch if isinstance(patch, int) else factor)]
@@ -251,7 +311,14 @@ def size_multiple(pipe: Any) -> int:
 
 
 def native_area(pipe: Any) -> int:
-    """About how many pixels the pictures have that this pipeline draws where no size is asked for."""
+    """About how many pixels the images have that a pipeline generates where no size is given.
+
+    Args:
+        pipe: a pipeline.
+
+    Returns:
+        Height times width.
+    """
     sides = [one.default for name, one in call_parameters(pipe).items() if name in ("height", "width")]
     if len(sides) == 2 and all(isinstance(side, int) for side in sides):
         return int(math.prod(sides))

@@ -20,8 +20,8 @@ GLM_STRIDE = 32
 
 
 class GlmImageEngine(DiffusersEngine):
-    """GLM-Image: a language model writes a picture's tokens, a DiT draws them. Its pipeline has to be told every size,
-    and a picture to edit has to be as large as its processor would make it."""
+    """GLM-Image: a language model writes an image's tokens, a DiT generates the image from them. Its pipeline has to
+    be given every size, and an image to edit has to be as large as its processor would make it."""
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)

@@ -141,6 +141,7 @@ class TransformersEngine(BaseEngine):
             seed: of the answer's randomness.
             options: max_tokens; temperature, 0 is greedy; top_p; top_k and repetition_penalty, None is as transformers
                 and the model have it.
+
         Raises:
             ValueError: in one line, for bad values, options that it does not take, and images that it cannot read.
         """
@@ -173,16 +174,25 @@ class TransformersEngine(BaseEngine):
                 raise ValueError("this model cannot see pictures: pair with one that can, or leave the picture out")
 
     def _check_finite(self, ids_BL: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
-        """The scores of the next id. Raises NonFiniteError where that would be an accident, or its scores are no
-        numbers."""
+        """A logits processor: the scores as they are. Raises NonFiniteError where any row has no finite maximum."""
         if not bool(scores_BV.amax(-1).isfinite().all()):
             raise NonFiniteError("scores", self.model.dtype)
         return scores_BV
 
     @torch.no_grad()
     def hidden_states(self, prompt: Prompt) -> torch.Tensor:
-        """What the model reads of a document before it would answer, as states (S, D) after its last norm. Raises
-        NonFiniteError where they are no numbers."""
+        """See `InferenceEngine.hidden_states`.
+
+        Args:
+            prompt: what is read.
+
+        Returns:
+            States (S, D) after the last norm, of the prompt before an answer would begin.
+
+        Raises:
+            ValueError: in one line, for a prompt that the model cannot read.
+            NonFiniteError: where states are not finite.
+        """
         inputs = self._build_inputs(Document.of(prompt)).to(self.model.device)
         states_SD: torch.Tensor = self.model.base_model(**inputs, use_cache=False).last_hidden_state[0]
         if not bool(states_SD.isfinite().all()):
@@ -238,7 +248,20 @@ def _token_logprobs(scores: Sequence[torch.Tensor], ids_T: torch.Tensor) -> torc
 def load_transformers(
     folder: Path, device: str = "cpu", dtype: torch.dtype | None = None, quantization: str | None = None
 ) -> TransformersEngine:
-    """The model of transformers in `folder`, strictly; no code of the folder is run. Raises ValueError in one line."""
+    """Load a language model of transformers, strictly. No code of the folder is run.
+
+    Args:
+        folder: of the model and its tokenizer or processor.
+        device: where its weights lie.
+        dtype: of its weights; None is as stored.
+        quantization: "8bit" or "4bit", of the decoder's weights; None is neither.
+
+    Returns:
+        An engine.
+
+    Raises:
+        ValueError: in one line, for a folder that is damaged or has no chat template.
+    """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as SEEING
 
@@ -260,9 +283,18 @@ def load_transformers(
 
 
 def text_sampling_from(folder: Path, fallback: dict[str, Any] | None = None) -> dict[str, Any]:
-    """How a model draws text where nothing is asked for: by the generation_config.json of its folder where that says
-    whether to sample, else by `fallback` (`FALLBACK_SAMPLING` where it is None), with the penalty that it names. Raises
-    ValueError for numbers of the file that are out of their ranges."""
+    """How a model samples text where a request does not say.
+
+    Args:
+        folder: of the model. Its generation_config.json counts where that says whether to sample.
+        fallback: what counts otherwise, with the file's repetition penalty; None is `FALLBACK_SAMPLING`.
+
+    Returns:
+        Values of temperature, top_p, top_k and repetition_penalty, as far as they are set.
+
+    Raises:
+        ValueError: in one line, for numbers of the file that are out of their ranges.
+    """
     path = folder / "generation_config.json"
     said = read_json(path) if path.is_file() else {}
     own = {name: said[name] for name in ("top_p", "top_k", "repetition_penalty") if said.get(name) is not None}
@@ -283,8 +315,18 @@ def text_sampling_from(folder: Path, fallback: dict[str, Any] | None = None) -> 
 
 
 def load_processor(folder: Path) -> Any:
-    """The processor of a model of transformers that sees: its image processor, tokenizer and chat template. Videos are
-    not read here, so its video processor, which needs torchvision, is left out."""
+    """Load the processor of a model of transformers that reads images: its image processor, tokenizer and chat
+    template. Its video processor, which needs torchvision, is left out.
+
+    Args:
+        folder: of the model.
+
+    Returns:
+        A processor of transformers.
+
+    Raises:
+        ValueError: where transformers has no processor for it.
+    """
     import transformers
     from transformers import AutoConfig
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
@@ -305,7 +347,14 @@ def load_processor(folder: Path) -> Any:
 
 
 def without_video_processor(kind: Any) -> Any:
-    """The processor class, its tokenizer loaded by `text.load` and its video processor None."""
+    """A subclass of a processor whose tokenizer is loaded by `text.load`, and whose video processor is None.
+
+    Args:
+        kind: a processor's class.
+
+    Returns:
+        The subclass, of the same name.
+    """
     from transformers.processing_utils import MODALITY_TO_AUTOPROCESSOR_MAPPING as LOADERS
 
     def load_parts(cls: Any, folder: Path, *_: Any, **__: Any) -> list[Any]:

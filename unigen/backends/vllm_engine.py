@@ -53,8 +53,20 @@ VLLM_GENERATORS = ("text", "next-token")
 
 
 def load(name: str, device: str, dtype: torch.dtype | None = None, options: dict[str, Any] | None = None) -> VllmEngine:
-    """The engine on vLLM for a model's name or folder. device: of the image tokenizer; vLLM chooses its own. options:
-    of vLLM's EngineArgs. Raises ValueError in one line where vLLM is missing, or cannot serve the model."""
+    """Load the engine on vLLM.
+
+    Args:
+        name: a model's name or folder, laid out for vLLM.
+        device: of the image tokenizer; vLLM chooses its own.
+        dtype: of the weights; None is as stored.
+        options: of vLLM's EngineArgs.
+
+    Returns:
+        The engine.
+
+    Raises:
+        ValueError: in one line, where vLLM is missing or cannot serve the model.
+    """
     if importlib.util.find_spec("vllm") is None:
         raise ValueError("vLLM is not installed here: run scripts/install_serve.sh, which makes .venv-serve with it")
     from unigen.backends.diffusers_loading import is_pipeline
@@ -73,8 +85,11 @@ def load(name: str, device: str, dtype: torch.dtype | None = None, options: dict
 
 
 def set_environment(processes: int = 1) -> None:
-    """Set what vLLM reads from the environment, where it is not set: to run in this process, and on a CPU. processes:
-    among how many it shares out the model, each with its share of the cores."""
+    """Set the environment variables that vLLM reads, where they are not set: to run in this process, and on a CPU.
+
+    Args:
+        processes: among how many vLLM splits the model; each gets its share of the cores.
+    """
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     shares = [",".join(map(str, cores[first::processes] or cores)) for first in range(processes)]
     for variable, value in {
@@ -92,7 +107,21 @@ def set_environment(processes: int = 1) -> None:
 def create_llm_engine(
     folder: Path, dtype: torch.dtype, context: int, options: dict[str, Any], features: bool = False
 ) -> Any:
-    """vLLM's engine for a folder. features: does the model read pictures as such? Raises ValueError in one line."""
+    """Create vLLM's engine for a folder.
+
+    Args:
+        folder: of the model, laid out as a plain causal language model.
+        dtype: of the weights.
+        context: positions of a sequence, at most, where the options do not say.
+        options: of vLLM's EngineArgs.
+        features: whether the model reads images as vectors instead of ids.
+
+    Returns:
+        vLLM's `LLMEngine`.
+
+    Raises:
+        ValueError: in one line, for options that vLLM refuses.
+    """
     parallel = [options.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline")]
     set_environment(
         math.prod(n if isinstance(n, int) and n > 0 else 1 for n in parallel)
@@ -126,17 +155,24 @@ def create_llm_engine(
 
 @dataclass
 class _SubmittedSegment:
-    """A row's span at vLLM. names: of its requests, one a branch, none where it is written here; prompts: what the
-    branches read; ids: what came of it."""
+    """A span of a sequence, as requests of vLLM's."""
 
     names: list[str]
+    """Ids of the requests, one for each branch of guidance; none where the span is written by the model here."""
     prompts: list[list[int]]
+    """Ids that each branch reads."""
     ids: list[int] = field(default_factory=list)
+    """Ids that have been generated."""
 
 
 class VllmEngine(Engine):
-    """Not safe to share between threads. folder: the model's, laid out as a plain causal language model; options: of
-    vLLM's EngineArgs."""
+    """An engine whose language model runs in vLLM. Not safe to share between threads.
+
+    Args:
+        model: its image tokenizer, template and generators.
+        folder: of the model, laid out as a plain causal language model.
+        options: of vLLM's EngineArgs.
+    """
 
     def __init__(self, model: UnifiedModel, folder: Path, options: dict[str, Any]) -> None:
         super().__init__(model)
@@ -159,23 +195,26 @@ class VllmEngine(Engine):
         self._heard: dict[str, list[Any]] = {}
 
     def close(self) -> None:
-        """Give vLLM's memory back."""
+        """Free vLLM's memory."""
         self.llm.engine_core.shutdown()
 
     def info(self) -> EngineInfo:
+        """See `InferenceEngine.info`."""
         from vllm import __version__
 
         return {**self._info, "context": self.model.max_length, "engine": f"vllm {__version__}"}
 
     @property
     def can_rerank(self) -> bool:
+        """Whether candidates can be compared: by the model beside vLLM, where there is one."""
         return self.local and super().can_rerank
 
     def new_scheduler(self) -> VllmScheduler:
+        """See `BatchedEngine.new_scheduler`."""
         return VllmScheduler(self)
 
     def request(self, prompt: Any, output: Output, **options: Any) -> Request:
-        """A checked request that vLLM can answer."""
+        """See `Engine.request`. Raises ValueError, too, for what vLLM cannot do."""
         request = super().request(prompt, output, **options)
         if request.options[Acceleration].accelerate:
             raise ValueError("vLLM writes one code a step: leave accelerate out, or use --engine local")
@@ -195,13 +234,25 @@ class VllmEngine(Engine):
         return super().score(documents, per_token=per_token)
 
     def hidden_states(self, prompt: Any) -> torch.Tensor:
+        """See `InferenceEngine.hidden_states`: by the model beside vLLM, where there is one."""
         if not self.local:
             raise UnsupportedError("vLLM does not tell its hidden states: use --engine local")
         return super().hidden_states(prompt)
 
     def send(self, row: SequenceState, before: list[int]) -> _SubmittedSegment:
-        """The row's span as requests of vLLM's; one that is written here has all of `before` to read again, and leaves
-        it so. before: what the main branch has read."""
+        """Submit a sequence's current span to vLLM.
+
+        Args:
+            row: the sequence. Where its span is written by the model here, its main branch is set to read all of
+                `before` again.
+            before: ids that the main branch has read.
+
+        Returns:
+            The submitted requests; none where the span is written here.
+
+        Raises:
+            ValueError: in one line, where vLLM refuses a request.
+        """
         if not is_vllm_segment(row):
             assert row.generator is not None and not row.generator.cache_reusable
             row.pending_ids[0] = before + row.pending_ids[0]
@@ -252,13 +303,24 @@ class VllmEngine(Engine):
         return embeds_input(embeds_LD, prompt_token_ids=prompt, is_token_ids=is_token_id)
 
     def stop(self, sent: _SubmittedSegment) -> None:
-        """Leave a span unfinished."""
+        """Abort the requests of a span.
+
+        Args:
+            sent: the span.
+        """
         self.llm.abort_request(sent.names)
         for name in sent.names:
             self._heard.pop(name, None)
 
     def listen(self, names: list[str]) -> Iterator[tuple[str, Any]]:
-        """What vLLM has for these requests, after one step of it where it has nothing yet."""
+        """The outputs of requests, after one step of vLLM where there are none yet.
+
+        Args:
+            names: ids of requests.
+
+        Returns:
+            Pairs of a request's id and an output of vLLM's, in the order of `names`.
+        """
         if not any(self._heard[name] for name in names):
             for output in self.llm.step():
                 if output.request_id in self._heard:
@@ -269,8 +331,12 @@ class VllmEngine(Engine):
 
 
 class VllmScheduler(Scheduler):
-    """Requests on their way with vLLM, which joins and batches their spans itself. `cache` holds what is written here,
-    and nothing between two spans."""
+    """Runs requests whose spans vLLM batches itself. `cache` holds the spans that are written by the model here, and
+    nothing between two spans.
+
+    Args:
+        engine: the engine on vLLM.
+    """
 
     def __init__(self, engine: VllmEngine) -> None:
         super().__init__(engine.model)
@@ -279,14 +345,15 @@ class VllmScheduler(Scheduler):
 
     @property
     def num_cached_tokens(self) -> int:
-        """How many the spans on their way hold, those that they share counted for each."""
+        """Positions in the cache here and of all running spans in vLLM; a prefix that branches share counts for
+        each."""
         there = (segment for segment in self._submitted_segments.values() if segment.names)
         return super().num_cached_tokens + sum(
             len(prompt) + len(segment.ids) for segment in there for prompt in segment.prompts
         )
 
     def new_sequence(self, request: Request) -> SequenceState:
-        """Refuses, too, what vLLM's batch or cache cannot hold."""
+        """See `Scheduler.new_sequence`. Raises ValueError, too, for what vLLM's batch or cache cannot hold."""
         row, engine = super().new_sequence(request), self.engine
         if not is_vllm_segment(row):
             return row
@@ -305,18 +372,24 @@ class VllmScheduler(Scheduler):
         return row
 
     def add_sequence(self, row: SequenceState) -> int:
+        """See `Scheduler.add_sequence`."""
         segment = self.engine.send(row, [])
         number = super().add_sequence(row)
         self._submitted_segments[number] = segment
         return number
 
     def abort(self, number: int) -> None:
+        """See `Scheduler.abort`."""
         super().abort(number)
         self.engine.stop(self._submitted_segments.pop(number))
 
     @torch.inference_mode()
     def step(self) -> list[tuple[int, Any]]:
-        """One step of vLLM for all that it writes, and one here for the others: (number, piece of text or picture)."""
+        """One step of vLLM for all spans that it writes, and one here for the others.
+
+        Returns:
+            Pairs of a sequence's number and a piece of text or an image.
+        """
         updated_sequences = {
             number: self._sequences[number] for number, segment in self._submitted_segments.items() if not segment.names
         }
@@ -346,20 +419,28 @@ class VllmScheduler(Scheduler):
 
 
 def is_vllm_segment(row: SequenceState) -> bool:
-    """Is the row's span one that vLLM writes?"""
+    """Whether vLLM writes the sequence's current span."""
     assert row.generator is not None
     return row.generator.name in VLLM_GENERATORS
 
 
 def branch_prompts(row: SequenceState, before: list[int]) -> list[list[int]]:
-    """What each branch of the row's span reads before it writes. before: what the main one has read already."""
+    """The ids that each branch of a sequence's span reads before it writes.
+
+    Args:
+        row: the sequence.
+        before: ids that the main branch has read already.
+
+    Returns:
+        One list a branch, the main one first.
+    """
     assert row.state is not None
     main, *others = [unread + row.state.pending_ids for unread in row.pending_ids]
     return [before + main, *others]
 
 
 def max_segment_tokens(row: SequenceState) -> int:
-    """How many ids the row's span may write: all of a picture's, but for the end of its last row."""
+    """How many ids a sequence's span may have: all ids of an image but for the end of its last row."""
     assert row.state is not None
     span = row.state.span
     if span.grid is None:
@@ -368,8 +449,17 @@ def max_segment_tokens(row: SequenceState) -> int:
 
 
 def apply_output(row: SequenceState, ids: list[int], vocabulary: Vocabulary) -> None:
-    """Put what vLLM has written of a span into its state. A picture comes whole. An id that cannot be there says that
-    the scores were not finite (`vllm_guidance.non_finite_id`)."""
+    """Store the ids that vLLM has generated in the state of a sequence's span. An image comes as a whole. An id that
+    cannot be there means that the scores were not finite (`vllm_guidance.non_finite_id`).
+
+    Args:
+        row: the sequence.
+        ids: of the span so far.
+        vocabulary: of the model.
+
+    Raises:
+        RuntimeError: where an image is not whole.
+    """
     state = row.state
     assert state is not None
     span = state.span

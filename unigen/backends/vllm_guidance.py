@@ -41,8 +41,18 @@ EXTRA_ARGS_KEY = "unigen"
 def serialize_segment(
     span: SegmentSpec, vocabulary: Vocabulary, forbidden: list[int], group: str, branch: int
 ) -> dict[str, Any]:
-    """What `GuidedSampler` has to know of one branch of a span, as plain values. forbidden: ids that no text holds;
-    group: a name that the branches of one span share."""
+    """The arguments of `GuidedSampler` for one branch of a span.
+
+    Args:
+        span: the span.
+        vocabulary: of the model.
+        forbidden: ids that no text holds.
+        group: a name that the branches of one span share.
+        branch: the branch's number.
+
+    Returns:
+        Plain values, which JSON can hold.
+    """
     return {
         "group": group,
         "branch": branch,
@@ -59,21 +69,43 @@ def serialize_segment(
 
 
 class LogitsModel:
-    """A model whose hidden states are its scores already: what generators ask of one where they draw."""
+    """A model whose hidden states are logits already: what generators need of a model in order to sample.
+
+    Args:
+        vocabulary: of the model that vLLM runs.
+    """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
 
     def embed(self, ids: Tensor) -> Tensor:
+        """Not there: vLLM embeds ids itself. Raises TypeError."""
         raise TypeError("vLLM embeds ids itself")
 
     def logits(self, hidden: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """Logits of the ids from start to stop.
+
+        Args:
+            hidden: logits (..., V).
+            start: first id.
+            stop: end of the ids; None is V.
+
+        Returns:
+            The slice (..., stop - start).
+        """
         return hidden[..., start:stop]
 
 
 class Branch:
-    """One row of the batch: a branch of a span. said: what `serialize_segment` gave. ids: of the span so far, which
-    vLLM goes on writing. Raises ValueError, LookupError, TypeError or AttributeError for what is no such thing."""
+    """One row of the batch: a branch of a span.
+
+    Args:
+        said: what `serialize_segment` returned.
+        ids: of the span so far; vLLM appends to this list.
+
+    Raises:
+        ValueError: for bad arguments; LookupError, TypeError and AttributeError are raised, too.
+    """
 
     def __init__(self, said: dict[str, Any], ids: list[int]) -> None:
         self.ids = ids
@@ -101,7 +133,7 @@ class Branch:
         self._drawn = 0
 
     def forced_id(self) -> int | None:
-        """The next id where it is not drawn: what stands between the rows of a picture."""
+        """The next id where it is not sampled: what stands between the rows of an image. None where it is sampled."""
         if self.span.grid is None:
             return None
         width = self.span.grid[1]
@@ -109,7 +141,7 @@ class Branch:
         return None if column < width else self.span.row_end[column - width]
 
     def state(self) -> GenerationState:
-        """The span with its randomness where the next id is drawn, however often that was tried before."""
+        """The span with its randomness at the next id, however often that was sampled before."""
         draws = len(self.ids)
         if self.span.grid is not None:
             width = self.span.grid[1]
@@ -126,14 +158,22 @@ class Branch:
 
 
 class GuidedSampler(LogitsProcessor):
-    """Draws the ids of our spans, and leaves one of each row to be chosen."""
+    """A logits processor that samples the ids of spans, and leaves one finite logit in each row. vLLM calls it with
+    its own arguments."""
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         self.rows: dict[int, Branch] = {}
 
     @classmethod
     def validate_params(cls, params: Any) -> None:
-        """Raises ValueError for a request that cannot be drawn."""
+        """Check a request.
+
+        Args:
+            params: vLLM's `SamplingParams`.
+
+        Raises:
+            ValueError: in one line, for a span that cannot be sampled.
+        """
         payload = (params.extra_args or {}).get(EXTRA_ARGS_KEY)
         if payload is None:
             return
@@ -148,9 +188,15 @@ class GuidedSampler(LogitsProcessor):
             raise ValueError("a span is drawn by its own sampling: leave vLLM's at temperature 0, without penalties")
 
     def is_argmax_invariant(self) -> bool:
+        """False: the processor changes which id has the largest logit."""
         return False
 
     def update_state(self, batch_update: Any) -> None:
+        """Follow the rows of vLLM's batch.
+
+        Args:
+            batch_update: vLLM's `BatchUpdate`; None where nothing has changed.
+        """
         process_dict_updates(
             self.rows,
             batch_update,
@@ -160,7 +206,15 @@ class GuidedSampler(LogitsProcessor):
         )
 
     def apply(self, logits_RV: Tensor) -> Tensor:
-        """Rows whose branches are not all here, or not equally far, stay as they are: what they choose is dropped."""
+        """Sample the ids of all spans whose branches are all in the batch and have equally many ids. Other rows stay
+        as they are: `GuidedScheduler` drops what they choose.
+
+        Args:
+            logits_RV: logits of vLLM's batch, changed in place.
+
+        Returns:
+            The same tensor.
+        """
         groups: dict[str, dict[int, int]] = {}
         for row, one in self.rows.items():
             groups.setdefault(one.group, {})[one.branch] = row
@@ -187,19 +241,34 @@ class GuidedSampler(LogitsProcessor):
 
 
 def non_finite_id(vocabulary: Vocabulary, is_text: bool) -> int:
-    """The id that stands for scores that are not finite: a code in a text, an id that is no code in a picture."""
+    """The id that stands for scores that are not finite.
+
+    Args:
+        vocabulary: of the model.
+        is_text: whether the span is a text.
+
+    Returns:
+        A code in a text; in an image an id that is no code.
+    """
     return vocabulary.image_start if is_text else 0 if vocabulary.image_start > 0 else vocabulary.image_stop
 
 
 def force_id(logits_RV: Tensor, rows: list[int], id: int) -> None:
-    """Leave these rows nothing but this id."""
+    """Leave one id finite in some rows.
+
+    Args:
+        logits_RV: logits, changed in place.
+        rows: indices of the rows.
+        id: the id.
+    """
     logits_RV[rows] = -torch.inf
     logits_RV[rows, id] = 0.0
 
 
 class GuidedScheduler(Scheduler):
-    """vLLM's scheduler, with the branches of a span in step: they are let in, preempted and ended together, and an id
-    that some made without the others, or that is not the same for all, is dropped and made again."""
+    """vLLM's scheduler, with the branches of a span in step: they are let in, preempted and ended together. An id that
+    some branches made without the others, or that is not the same for all, is dropped and made again. vLLM passes its
+    own arguments."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -213,6 +282,11 @@ class GuidedScheduler(Scheduler):
         self.num_dropped_ids = self.num_sibling_preemptions = 0
 
     def add_request(self, request: Any) -> None:
+        """Queue a request, and note its span where that has several branches.
+
+        Args:
+            request: a request of vLLM's.
+        """
         payload = ((request.sampling_params.extra_args or {}) if request.sampling_params else {}).get(EXTRA_ARGS_KEY)
         if payload is not None and request.request_id not in self.requests and len(payload["scales"]) > 0:
             branches = Guidance(tuple(payload["scales"])).branches
@@ -228,6 +302,15 @@ class GuidedScheduler(Scheduler):
         return [sibling_id for sibling_id in group.values() if sibling_id != request_id]
 
     def schedule(self, *args: Any, **options: Any) -> Any:
+        """Schedule a step: vLLM's own, with only those requests waiting whose branches can all begin.
+
+        Args:
+            args: of vLLM's method.
+            options: of vLLM's method.
+
+        Returns:
+            vLLM's `SchedulerOutput`.
+        """
         if not self.groups:
             return super().schedule(*args, **options)
         preempted_ids = self._preempt_siblings()
@@ -289,6 +372,15 @@ class GuidedScheduler(Scheduler):
         return list(let_in.values())
 
     def update_from_output(self, scheduler_output: Any, output: Any) -> Any:
+        """Drop the ids that the branches of a span do not share, then update the requests as vLLM does.
+
+        Args:
+            scheduler_output: vLLM's `SchedulerOutput`.
+            output: vLLM's `ModelRunnerOutput`.
+
+        Returns:
+            vLLM's outputs, by client.
+        """
         sampled_ids, row = output.sampled_token_ids, output.req_id_to_index
         for group in self.groups.values() if sampled_ids else ():
             scheduled = [
@@ -309,7 +401,16 @@ class GuidedScheduler(Scheduler):
         return result
 
     def finish_requests(self, request_ids: Any, *args: Any, **options: Any) -> Any:
-        """Who ends one branch ends them all."""
+        """End requests, and with each the other branches of its span.
+
+        Args:
+            request_ids: one id, several, or None for all.
+            args: of vLLM's method.
+            options: of vLLM's method.
+
+        Returns:
+            What vLLM's method returns.
+        """
         if request_ids is not None:
             requested_ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
             request_ids = {

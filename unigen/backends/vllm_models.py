@@ -1,12 +1,11 @@
-"""Language models that vLLM has no class for: classes of ours, made of its layers, which it finds by their names.
+"""Language models that vLLM has no class for: classes made of vLLM's layers, which vLLM finds by their names.
 
     vllm.general_plugins: unigen = unigen.backends.vllm_models:register      # an entry point of the package
     {"architectures": ["UnigenChameleonForCausalLM"]}                       # config.json of unigen convert --to vllm
 
 So vLLM runs such a folder in processes of its own too, where the package is installed. Our engine registers the classes
-itself. All are plain causal language models over all ids, of text and of codes, whose tensors keep the names that they
-have in transformers; pictures are not their affair.
-Does not depend on: guidance, sampling, prompts.
+itself. All are plain causal language models over all ids, of text and of image codes, whose tensors keep the names that
+they have in transformers. Does not depend on: images, guidance, sampling, prompts.
 
 Shapes: L positions, D width, H heads of width W, T pieces of text, K codes of width C.
 """
@@ -35,13 +34,18 @@ BACKBONE_PREFIX = "backbone."
 
 
 def register() -> None:
-    """Tell vLLM of the classes; again does no harm."""
+    """Register the classes with vLLM. To do so again has no effect."""
     for kind in (UnigenChameleonForCausalLM, UnigenJanusForCausalLM):
         ModelRegistry.register_model(kind.__name__, kind)
 
 
 class HeadNorm(nn.Module):
-    """The LayerNorm of each head by itself, with weights of its own."""
+    """A LayerNorm of each head by itself, with its own weights.
+
+    Args:
+        heads: H.
+        width: W.
+    """
 
     def __init__(self, heads: int, width: int) -> None:
         super().__init__()
@@ -50,13 +54,14 @@ class HeadNorm(nn.Module):
             set_weight_attrs(parameter, {"weight_loader": sharded_weight_loader(0)})
 
     def forward(self, x_LD: Tensor) -> Tensor:
+        """Normalize the heads of (L, H * W); the shape stays."""
         x_LHW = x_LD.unflatten(-1, self.weight.shape)
         normed_LHW = layer_norm(x_LHW, x_LHW.shape[-1:], eps=1e-5)
         return (normed_LHW * self.weight + self.bias).flatten(-2)
 
 
 class ChameleonAttention(LlamaAttention):
-    """Llama's, with norms of queries and keys."""
+    """Llama's attention, with norms of queries and keys."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -68,6 +73,15 @@ class ChameleonAttention(LlamaAttention):
         self.k_norm = HeadNorm(self.num_kv_heads, self.head_dim)
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
+        """Attend.
+
+        Args:
+            positions: (L,) int64.
+            hidden_states: (L, D).
+
+        Returns:
+            The output (L, D).
+        """
         qkv, _ = self.qkv_proj(hidden_states)
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         q, k = self.rotary_emb(positions, self.q_norm(q), self.k_norm(k))
@@ -76,35 +90,52 @@ class ChameleonAttention(LlamaAttention):
 
 
 class ChameleonLayer(LlamaDecoderLayer):
+    """Llama's layer with Chameleon's attention."""
+
     def __init__(self, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config, prefix, attn_layer_type=ChameleonAttention)
 
 
 class SwinLayer(ChameleonLayer):
-    """Chameleon 34B's: what is added is normed, not what is read."""
+    """Layer of Chameleon 34B: the outputs of attention and MLP are normed, and not their inputs."""
 
     def forward(self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The stream is the sum of both, before and after."""
+        """Apply the layer.
+
+        Args:
+            positions: (L,) int64.
+            hidden_states: (L, D).
+            residual: (L, D), or None in the first layer; the residual stream is the sum of both.
+
+        Returns:
+            The MLP's normed output and the stream before it, both (L, D).
+        """
         stream = hidden_states if residual is None else hidden_states + residual
         stream = stream + self.input_layernorm(self.self_attn(positions=positions, hidden_states=stream))
         return self.post_attention_layernorm(self.mlp(stream)), stream
 
 
 class UnigenChameleonForCausalLM(LlamaForCausalLM):
-    """Chameleon and Lumina-mGPT, with the scores of image codes. Its encoder of pictures is left where it is."""
+    """Chameleon and Lumina-mGPT, with the logits of image codes. The weights of their image tokenizer are not
+    loaded."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         swin = vllm_config.model_config.hf_config.swin_norm
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=SwinLayer if swin else ChameleonLayer)
 
     def load_weights(self, weights: Weights) -> set[str]:
+        """Load the language model's tensors. Raises ValueError where one is missing. Returns the names of the
+        parameters."""
         language = ((name, tensor) for name, tensor in weights if not name.startswith("model.vqmodel."))
         return load_weights_strict(self, AutoWeightsLoader(self).load_weights, language)
 
 
 class UnigenJanusForCausalLM(LlamaForCausalLM):
-    """Janus: a Llama whose image codes are further rows of its table, and have a head of their own. config.text_size:
-    pieces of text, which are `lm_head`'s; head_width: inside the head of codes."""
+    """Janus: a Llama whose image codes are further rows of its embedding table, with a head of their own.
+
+    Its config has two more keys. text_size: pieces of text, which are `lm_head`'s. head_width: width inside the head of
+    codes.
+    """
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -124,10 +155,13 @@ class UnigenJanusForCausalLM(LlamaForCausalLM):
         self.secondary_weights = (backbone_source,)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        """Logits (L, T + K) of hidden states (L, D); None on the ranks of which vLLM does not gather any."""
         scores = super().compute_logits(hidden_states)
         return None if scores is None else torch.cat((scores, self.head(hidden_states)), -1)
 
     def load_weights(self, weights: Weights) -> set[str]:
+        """Load the tensors of both folders. Raises ValueError where one is missing. Returns the names of the
+        parameters."""
         return load_weights_strict(self, AutoWeightsLoader(self).load_weights, self._joined(weights))
 
     def _joined(self, weights: Weights) -> Iterator[tuple[str, Tensor]]:
@@ -151,8 +185,20 @@ class UnigenJanusForCausalLM(LlamaForCausalLM):
 
 
 def load_weights_strict(model: Any, load: Callable[[Weights], set[str]], weights: Weights) -> set[str]:
-    """Load tensors, and raise ValueError where one is missing. vLLM does for one that is left over, and for a
-    parameter of which nothing came, but not for a part of one."""
+    """Load tensors, and check that none is missing. vLLM raises for a tensor that is left over, and for a parameter
+    that gets none, but not for a missing part of a fused parameter.
+
+    Args:
+        model: a model of vLLM's.
+        load: loads the tensors.
+        weights: names and tensors.
+
+    Returns:
+        The names of the loaded parameters.
+
+    Raises:
+        ValueError: in one line, with the first of the missing tensors.
+    """
     weight_names: set[str] = set()
 
     def told() -> Iterator[tuple[str, Tensor]]:

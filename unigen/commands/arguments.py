@@ -22,7 +22,16 @@ DEFAULT_MODEL = "unigen-tiny"
 
 
 def float_range(low: float, high: float = math.inf, *, open_low: bool = False) -> Callable[[str], float]:
-    """A finite float in [low, high], or in (low, high]."""
+    """The parser of a finite number.
+
+    Args:
+        low: smallest value.
+        high: largest value.
+        open_low: whether `low` itself is refused.
+
+    Returns:
+        A function for argparse's `type`: a text to a float in [low, high], or in (low, high].
+    """
 
     def parse(text: str) -> float:
         try:
@@ -39,7 +48,15 @@ def float_range(low: float, high: float = math.inf, *, open_low: bool = False) -
 
 
 def int_range(low: int, high: float = math.inf) -> Callable[[str], int]:
-    """A whole number in [low, high]."""
+    """The parser of a whole number.
+
+    Args:
+        low: smallest value.
+        high: largest value.
+
+    Returns:
+        A function for argparse's `type`: a text to an int in [low, high].
+    """
 
     def parse(text: str) -> int:
         try:
@@ -55,7 +72,17 @@ def int_range(low: int, high: float = math.inf) -> Callable[[str], int]:
 
 
 def parse_box(value: str) -> tuple[int, int, int, int]:
-    """Four whole numbers: left, top, right, bottom, the right beyond the left and the bottom below the top."""
+    """Parse a box like "0,0,32,32".
+
+    Args:
+        value: four whole numbers with commas between them.
+
+    Returns:
+        (left, top, right, bottom) in pixels, right above left and bottom above top.
+
+    Raises:
+        argparse.ArgumentTypeError: for anything else.
+    """
     try:
         left, top, right, bottom = (parse_int(part) for part in value.split(","))
     except ValueError:
@@ -66,7 +93,17 @@ def parse_box(value: str) -> tuple[int, int, int, int]:
 
 
 def parse_setting(value: str) -> tuple[str, Any]:
-    """A name and what it is to be, a number, true, false or text, with = between them."""
+    """Parse a setting like "max_model_len=4096".
+
+    Args:
+        value: a name and a value with = between them.
+
+    Returns:
+        The name, and the value as JSON has it (a number, true, false, ...) or else as text.
+
+    Raises:
+        argparse.ArgumentTypeError: where the name or the value is missing.
+    """
     name, _, given = value.partition("=")
     if not name.isidentifier() or not given:
         raise argparse.ArgumentTypeError(f"{value!r} is not a setting like max_model_len=4096")
@@ -77,7 +114,17 @@ def parse_setting(value: str) -> tuple[str, Any]:
 
 
 def parse_text(value: str) -> str:
-    """Anything but nothing, in UTF-8."""
+    """Parse words of a user.
+
+    Args:
+        value: text in UTF-8.
+
+    Returns:
+        The text without white space around it.
+
+    Raises:
+        argparse.ArgumentTypeError: where it is empty or not in UTF-8.
+    """
     if not value.strip():
         raise argparse.ArgumentTypeError("it is empty; say in words what you want")
     if any("\ud800" <= letter <= "\udfff" for letter in value):  # as Python has bytes of another encoding
@@ -86,6 +133,11 @@ def parse_text(value: str) -> str:
 
 
 def model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that choose a model, its device and its engine.
+
+    Args:
+        parser: of the command.
+    """
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -115,12 +167,12 @@ def sampling_arguments(
     generator: str = "next-token",
     skip: Sequence[str] = ("n", "candidates"),
 ) -> None:
-    """Add the options that count where one of the outputs is asked for. What is not given is left to the engine.
+    """Add the options that count where one of the outputs is asked for. The engine sets those that a user leaves out.
 
     Args:
         parser: of the command.
-        outputs: as `OptionGroup.outputs` has them.
-        generator: the usual one, as help names it.
+        outputs: kinds of output, as of `OptionGroup.outputs`.
+        generator: name of the usual generator, for the help text.
         skip: names of options that the command does not take.
     """
     defaults = {"n": 1, "seed": 0, "generator": f"{generator}; see unigen info"}
@@ -128,7 +180,17 @@ def sampling_arguments(
 
 
 def load_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """What `unigen.load` is given."""
+    """The arguments of `unigen.load`.
+
+    Args:
+        args: arguments of the command, with those of `model_arguments`.
+
+    Returns:
+        Keywords for `unigen.load`.
+
+    Raises:
+        ValueError: where --adapter stands without --lmm.
+    """
     if args.adapter and not args.lmm:
         raise ValueError("an adapter joins two models: give the one that reads too, by --lmm")
     pair = {"lmm": args.lmm, "generator": args.model, "adapter": args.adapter}
@@ -139,17 +201,33 @@ def load_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def load(args: argparse.Namespace) -> Any:
+    """Load the model that the arguments name, with a status line on stderr.
+
+    Args:
+        args: arguments of the command, with those of `model_arguments`.
+
+    Returns:
+        The engine.
+
+    Raises:
+        ValueError: as `unigen.load`.
+    """
     with progress.status(f"loading {' and '.join(filter(None, [args.lmm, args.model]))}"):
         return loading.load(**load_arguments(args))
 
 
 def generation_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of the generation that were given, and the seed."""
+    """The options of the generation that are set on the command line, and the seed (0 by default)."""
     return {"seed": 0} | options.given_arguments(args, collect())
 
 
 def report_size_change(given: tuple[int, int], made: Any) -> None:
-    """Says on stderr where a picture comes back in another size than it was given."""
+    """Print a note on stderr where the image that comes back has another size than the one that went in.
+
+    Args:
+        given: width and height in pixels of the input image.
+        made: the image that comes back.
+    """
     if made.size != given:
         input_size, output_size = ("x".join(map(str, size)) for size in (given, made.size))
         print(
@@ -159,12 +237,22 @@ def report_size_change(given: tuple[int, int], made: Any) -> None:
 
 
 def print_paths(args: argparse.Namespace, paths: list[Path]) -> None:
-    """Print the paths of files that are written, a line each; nothing where they go to stdout themselves."""
+    """Print the paths of written files, a line each; nothing where the file goes to stdout itself."""
     for path in [] if args.piped else paths:
         print(path, flush=True)
 
 
 def print_elapsed(args: argparse.Namespace, paths: list[Path], start: float) -> int:
+    """Print the paths of written files, and on stderr the seconds since `start`.
+
+    Args:
+        args: arguments of the command.
+        paths: the files.
+        start: `time.perf_counter()` at the beginning.
+
+    Returns:
+        The exit code 0.
+    """
     print_paths(args, paths)
     print(f"{time.perf_counter() - start:.1f} s", file=sys.stderr)
     return 0

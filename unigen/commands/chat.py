@@ -18,6 +18,7 @@ HELP = "talk in text and pictures, in the terminal"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `unigen chat`."""
     parser.add_argument(
         "--folder", type=non_empty, default="chat", help="where pictures are saved (default: %(default)s)"
     )
@@ -26,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Run the conversation until /quit or the end of the input. Returns the exit code."""
     from unigen.commands.chat_session import Chat
 
     engine = load(args)

@@ -1,8 +1,8 @@
-"""A conversation in text and pictures in the terminal: `unigen chat`.
+"""A conversation in text and images in the terminal: `unigen chat`.
 
-Reads lines, asks the engine's stream for the next turn, prints its words as they come, saves its pictures and shows
-their path, and the picture itself where the terminal can (kitty's or iTerm2's protocol). Knows nothing of models: the
-engine is anything with `stream(document, output=..., **options)` that yields strings and PIL images.
+Reads lines, asks the engine's stream for the next turn, prints its words as they come, saves its images and shows
+their paths, and the images themselves where the terminal can (kitty's or iTerm2's protocol). The engine is anything
+with `stream(document, output=..., **options)` that yields strings and PIL images. Does not depend on: models.
 
     /image PATH   attach a picture to what you say next        /seed N       draw differently from here on
     /save FILE    write the conversation as JSON               /load FILE    go on with one that was saved
@@ -50,7 +50,14 @@ HELP = (
 
 
 def inline_protocol(environment: Mapping[str, str]) -> str | None:
-    """'kitty', 'iterm2' or None: what the terminal says of itself."""
+    """The protocol by which the terminal shows images inside the text.
+
+    Args:
+        environment: environment variables of the process.
+
+    Returns:
+        "kitty" or "iterm2"; None where the variables name neither, and inside tmux and screen.
+    """
     program, term = environment.get("TERM_PROGRAM", ""), environment.get("TERM", "")
     if environment.get("TMUX") or term.startswith(("screen", "tmux")):
         return None
@@ -62,9 +69,17 @@ def inline_protocol(environment: Mapping[str, str]) -> str | None:
 
 
 def inline(image: Image, protocol: str, width: int = 256) -> str:
-    """The escape sequence that shows the picture, `width` pixels wide.
+    """The escape sequence that shows an image.
 
     kitty: https://sw.kovidgoyal.net/kitty/graphics-protocol (chunks of 4096); iTerm2: https://iterm2.com/documentation-images.html
+
+    Args:
+        image: the image.
+        protocol: "kitty" or "iterm2".
+        width: pixels on the screen; the height follows.
+
+    Returns:
+        The text to print.
     """
     image = image.resize((width, max(1, width * image.height // image.width)), Resampling.BICUBIC)
     data = base64.b64encode(png_bytes(image)).decode()
@@ -80,7 +95,17 @@ def inline(image: Image, protocol: str, width: int = 256) -> str:
 
 def pasted_paths(text: str) -> list[str]:
     """The paths of the files that a line names as terminals paste them: plain, quoted, with escaped blanks, or as
-    file:// addresses. A line that is the name of a file is that file. Raises ValueError where it names none."""
+    file:// addresses.
+
+    Args:
+        text: the line. One that is the name of a file as a whole is that file.
+
+    Returns:
+        The paths.
+
+    Raises:
+        ValueError: where it names none.
+    """
     plain = os.path.expanduser(text)
     if os.path.isfile(plain):
         return [plain]
@@ -100,7 +125,17 @@ def pasted_paths(text: str) -> list[str]:
 
 
 def parse_seed(text: str) -> int:
-    """The seed that a text spells. Raises ValueError in one line."""
+    """Parse a seed.
+
+    Args:
+        text: a whole number in digits.
+
+    Returns:
+        The seed.
+
+    Raises:
+        ValueError: in one line, for anything else.
+    """
     try:
         value: object = parse_int(text.strip())
     except ValueError:
@@ -109,9 +144,14 @@ def parse_seed(text: str) -> int:
 
 
 class Chat:
-    """The state of one conversation. output: what is asked for in each turn, None is as of
-    `unigen.model.template.default_output`; options go to engine.stream; turn i is
-    seeded by seed + i."""
+    """The state of one conversation. Turn i has the seed `seed + i`.
+
+    Args:
+        folder: where images are saved; it is made when it is needed.
+        seed: of the first turn.
+        output: kind of output of each turn; None is as of `unigen.model.template.default_output`.
+        options: options of `engine.stream`.
+    """
 
     def __init__(self, folder: str | Path, seed: int = 0, output: Output | None = "interleaved", **options: Any):
         self.output = output
@@ -121,12 +161,22 @@ class Chat:
         self.begin()
 
     def begin(self) -> None:
+        """Begin a new conversation: an empty document, no attached images, turn 0."""
         self.document = Document([])
         self.pending_images: list[Image] = []
         self.turn = 0
 
     def run(self, engine: Any, lines: TextIO, out: TextIO) -> None:
-        """Until /quit or the end of the input. Bad input is answered in one line and the conversation goes on."""
+        """Answer lines until /quit or the end of the input. Bad input gets one line and the conversation goes on.
+
+        Args:
+            engine: answers the turns.
+            lines: the user's input.
+            out: where answers and messages are printed.
+
+        Raises:
+            KeyboardInterrupt: for Ctrl-C where input or output is not a terminal.
+        """
         asks = lines.isatty() and out.isatty()
         protocol = inline_protocol(os.environ) if out.isatty() else None
         if asks:
@@ -148,6 +198,16 @@ class Chat:
 
     @staticmethod
     def read_lines(lines: TextIO, out: TextIO, asks: bool) -> Iterator[str]:
+        """Read the input line by line.
+
+        Args:
+            lines: the user's input.
+            out: where messages are printed.
+            asks: whether both are terminals: then with a prompt, and Ctrl-C at it prints how to quit.
+
+        Returns:
+            The lines, without white space around them.
+        """
         if asks:
             try:
                 import readline  # noqa: F401  (arrow keys and history in input())
@@ -168,7 +228,18 @@ class Chat:
             yield line.strip()
 
     def command(self, line: str, out: TextIO) -> bool:
-        """Obeys a slash command; False to end."""
+        """Obey a slash command.
+
+        Args:
+            line: the command and its argument.
+            out: where its message is printed.
+
+        Returns:
+            False where the conversation ends, else True.
+
+        Raises:
+            ValueError: in one line, for an unknown command or a bad argument.
+        """
         name, _, arguments = line.partition(" ")
         arguments = arguments.strip()
         if name not in COMMANDS:
@@ -200,11 +271,11 @@ class Chat:
         return True
 
     def to_json(self) -> dict[str, Any]:
-        """The conversation, and how its next turn is seeded: what `load` reads."""
+        """The conversation, and the seed of its next turn: what `load` reads."""
         return self.document.to_json() | {"seed": self.seed, "turn": self.turn}
 
     def load(self, path: str) -> int:
-        """Go on with a conversation that was saved: the next answer is the one that would have come then.
+        """Go on with a saved conversation: the next answer is the one that would have come then.
 
         Args:
             path: a file that /save wrote, or the JSON of any `Document`.
@@ -230,7 +301,17 @@ class Chat:
         return turns
 
     def say(self, engine: Any, line: str, out: TextIO, protocol: str | None) -> None:
-        """One turn: the user's pictures and words, then the engine's; kept only if the engine finishes its turn."""
+        """Take one turn: the user's images and words, then the answer. The turn is kept only if the answer is finished.
+
+        Args:
+            engine: answers.
+            line: the user's words.
+            out: where the answer is printed.
+            protocol: how images are shown, as of `inline_protocol`.
+
+        Raises:
+            ValueError: in one line, for what the engine refuses.
+        """
         asked = [*(Segment(image=image) for image in self.pending_images), Segment(text=line)]
         request = Document([*self.document.segments, *asked])
         answer: list[Segment] = []
@@ -258,7 +339,17 @@ class Chat:
         self.turn += 1
 
     def save(self, image: Image) -> Path:
-        """The picture under the first free number in the folder, which is made when it is needed."""
+        """Save an image under the first free number in the folder, which is made when it is needed.
+
+        Args:
+            image: the image.
+
+        Returns:
+            The file's path.
+
+        Raises:
+            ValueError: where the folder cannot be made or written.
+        """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

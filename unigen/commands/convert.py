@@ -8,6 +8,7 @@ HELP = "a public checkpoint in our layout, back, or for vLLM"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `unigen convert`."""
     parser.add_argument("source", metavar="MODEL", help="a name, a folder, or owner/name on the hub")
     parser.add_argument("-o", "--output", required=True, metavar="FOLDER", help="what it holds is replaced")
     layouts = ["unigen", "public", "vllm"]
@@ -15,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Write the model in another layout, and print the folder. Returns the exit code."""
     from unigen.models import convert as convert_model
 
     convert_model(args.source, args.output, args.to)

@@ -17,6 +17,7 @@ HELP = "say what a picture shows, or answer a question about it"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `unigen describe`."""
     parser.add_argument("image", help="a picture")
     parser.add_argument("-q", "--question", type=parse_text, help="answer this instead of describing the picture")
     parser.add_argument("--candidates", type=CANDIDATES.parse, help="captions of which to give the best; 1 is fastest")
@@ -24,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Print a caption of the image, or the answer to a question. Returns the exit code."""
     from unigen.media.images import read_image
 
     image = read_image(args.image)

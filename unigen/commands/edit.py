@@ -20,6 +20,7 @@ STDOUT = {"output": ".png"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `unigen edit`."""
     parser.add_argument("image", help="the picture to change")
     parser.add_argument("instruction", type=parse_text, help='such as "replace the sunflower with a rose"')
     parser.add_argument(
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Edit the image and write the result. Returns the exit code."""
     from unigen.media.images import read_image
     from unigen.media.output import IMAGE_FORMATS, check_output, save_image
 

@@ -16,6 +16,17 @@ HELP = "score a model"
 
 
 def run(arguments: list[str]) -> int:
+    """Run an evaluation task.
+
+    Args:
+        arguments: the line after `unigen eval`: the task, then its arguments.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        ValueError: for an unknown task or bad input.
+    """
     from unigen.evaluation import runner
 
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -31,7 +42,15 @@ def run(arguments: list[str]) -> int:
 
 
 def build_parser(name: str, task: type[EvaluationTask]) -> OneLineParser:
-    """The parser of one task."""
+    """The parser of one task.
+
+    Args:
+        name: of the task.
+        task: its class.
+
+    Returns:
+        The parser, with the task's own arguments, options of the generation and those of the model.
+    """
     from unigen.evaluation import runner
 
     parser = OneLineParser(prog=f"unigen eval {name}", description=task.description)

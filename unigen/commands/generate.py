@@ -26,6 +26,7 @@ STDOUT = {"output": ".png"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `unigen generate`."""
     parser.add_argument("prompt", nargs="?", type=parse_text, help="what to draw, in words")
     parser.add_argument(
         "--class", dest="label", type=parse_text, help="of a model that draws classes: a number or a name"
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Generate the images, batch by batch, and write each batch as it is finished. Returns the exit code."""
     from unigen.document import Segment
     from unigen.media.output import IMAGE_FORMATS, check_output, image_grid, numbered_paths, save_image
     from unigen.samplers.seeds import offset_seed

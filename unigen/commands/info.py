@@ -16,11 +16,13 @@ STDOUT = {"json": ".json"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `unigen info`."""
     parser.add_argument("--json", type=non_empty, metavar="FILE", help="write it as one JSON object too; - is stdout")
     model_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    """Print the facts of the engine, and write them as JSON where --json says. Returns the exit code."""
     from unigen.media.display import format_value
     from unigen.media.output import check_output, write_text
 

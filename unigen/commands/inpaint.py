@@ -26,6 +26,7 @@ STDOUT = {"output": ".png"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `unigen inpaint`."""
     parser.add_argument("image", help="the picture to paint in")
     parser.add_argument("prompt", type=parse_text, help="what the whole picture is to show")
     where = parser.add_mutually_exclusive_group(required=True)
@@ -44,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Inpaint the image inside a mask or a box, or outside a box, and write the result. Returns the exit code."""
     import numpy as np
 
     from unigen.media.images import read_image, read_mask

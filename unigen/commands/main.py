@@ -48,7 +48,7 @@ ORDER = (
 
 
 def find_commands() -> dict[str, Any]:
-    """The modules of all commands, by name."""
+    """Import the modules of all commands. Returns them by name, in the order of the help text."""
     names = {found.name for found in pkgutil.iter_modules(unigen.commands.__path__)} - set(HELPERS)
     listed = [*(name for name in ORDER if name in names), *sorted(names - set(ORDER))]
     return {name: importlib.import_module(f"unigen.commands.{name}") for name in listed}
@@ -58,6 +58,7 @@ COMMANDS = find_commands()
 
 
 def usage() -> str:
+    """The help text of `unigen` itself: each command with its `HELP`."""
     rows = [f"  {name:<10} {command.HELP}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
@@ -74,7 +75,14 @@ def usage() -> str:
 
 
 def build_parser(name: str) -> OneLineParser:
-    """The parser of one command of the table that has arguments of its own here."""
+    """The parser of one command.
+
+    Args:
+        name: of a command in `COMMANDS` that has `add_arguments`.
+
+    Returns:
+        The parser.
+    """
     command = COMMANDS[name]
     parser = OneLineParser(prog=f"unigen {name}", description=f"{command.HELP[0].upper()}{command.HELP[1:]}.")
     command.add_arguments(parser)
@@ -82,6 +90,17 @@ def build_parser(name: str) -> OneLineParser:
 
 
 def dispatch(argv: list[str]) -> int:
+    """Run the command that a command line names.
+
+    Args:
+        argv: the line, without the program's name.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        ValueError: for an unknown command or bad input.
+    """
     if argv[:1] == ["help"]:  # unigen help generate
         argv = [*argv[1:], "--help"]
     if not argv or argv[0] in ("-h", "--help"):
@@ -113,7 +132,14 @@ def dispatch(argv: list[str]) -> int:
 
 
 def run_and_flush(run: Callable[[], int]) -> int:
-    """What a command returns, when all that it has printed is written: what goes wrong there can then still be said."""
+    """Run a command and flush stdout, so that errors of writing are raised here and can still be reported.
+
+    Args:
+        run: runs the command.
+
+    Returns:
+        What `run` returns.
+    """
     try:
         return run()
     finally:
@@ -122,7 +148,7 @@ def run_and_flush(run: Callable[[], int]) -> int:
 
 
 def discard_stdout() -> None:
-    """What is still to be printed is lost, and Python shall not try again when it ends."""
+    """Point stdout to the null device. Its buffer is lost, and Python does not try to write it at exit."""
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError, AttributeError):  # it is no file
@@ -130,7 +156,14 @@ def discard_stdout() -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command line and returns its exit code."""
+    """Run a command line, and report errors on stderr in one line.
+
+    Args:
+        argv: the line, without the program's name; None is that of the process.
+
+    Returns:
+        The exit code: 0; 2 for bad input; 130 after Ctrl-C.
+    """
     for stream in (sys.stdout, sys.stderr):  # a letter that it cannot show must not undo what was done
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

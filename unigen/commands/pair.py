@@ -20,6 +20,7 @@ STDOUT = {"output": ".png"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `unigen pair`."""
     parser.add_argument("text", nargs="?", type=parse_text, help="what the picture shows; left out, it is written too")
     parser.add_argument("--image", type=non_empty, metavar="FILE", help="a picture to which the text is written")
     parser.add_argument("-o", "--output", type=non_empty, help="the picture, - is a PNG on stdout (default: out.png)")
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Write a text and its image together, or the text of a given image. Returns the exit code."""
     from unigen.media.images import read_image
     from unigen.media.output import IMAGE_FORMATS, check_output, save_image
 

@@ -19,6 +19,7 @@ HELP = "text and pictures behind the OpenAI API"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `unigen serve`."""
     parser.add_argument(
         "--host", type=non_empty, default="127.0.0.1", help="0.0.0.0 is everyone (default: %(default)s)"
     )
@@ -79,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Serve the model until the process is stopped. Returns the exit code."""
     require_extra("serve")
     from unigen.serving import app
     from unigen.serving.config import RequestLimits, ServerConfig

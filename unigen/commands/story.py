@@ -19,6 +19,7 @@ STDOUT = {"output": ".html"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `unigen story`."""
     parser.add_argument("prompt", type=parse_text, help='such as "a witch and her raven"')
     parser.add_argument("--reference", action="append", default=[], help="a picture of a character; may be repeated")
     help_of_output = "one .html page, - is the page on stdout, or .md and its pictures (default: %(default)s)"
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Write an illustrated story and its images. Returns the exit code."""
     from unigen.document import as_text
     from unigen.media.images import read_image
     from unigen.media.output import check_story, write_story
@@ -46,7 +48,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def story_prompt(prompt: str, references: int) -> str:
-    """The words that ask for a story, as the recipes ask for one."""
+    """The prompt of a story, in the words of the training recipes.
+
+    Args:
+        prompt: words of the user.
+        references: how many reference images stand before it.
+
+    Returns:
+        The prompt.
+    """
     asked = prompt if "story" in prompt.lower().split() else f"a story about {prompt}"
     if not references:
         return asked

@@ -11,6 +11,7 @@ HELP = "run a recipe"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `unigen train`, with the shipped recipes in the help text."""
     from unigen.training.recipe_files import shipped_recipes
 
     parser.add_argument("recipe", help="name of a shipped recipe, or path of a recipe file")
@@ -21,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Run the recipe with the user's overrides. Returns the exit code."""
     from unigen.training import run_recipe
     from unigen.training.recipe_files import find_recipe
 

@@ -53,7 +53,16 @@ def oracle_images(examples: Sequence[Example], n: int, seed: int, renderer: Scen
 
 @torch.no_grad()
 def reconstruct_images(tokenizer: ImageTokenizer, images: ImageGroups, batch: int = 64) -> ImageGroups:
-    """Images through an image tokenizer: encoded and decoded again, `batch` at a time."""
+    """Encode and decode images by an image tokenizer.
+
+    Args:
+        tokenizer: the tokenizer.
+        images: grouped by prompt.
+        batch: how many at a time.
+
+    Returns:
+        The reconstructions, grouped as the images are.
+    """
     flat = [image for row in images for image in row]
     device = next((p.device for p in tokenizer.parameters()), torch.device("cpu"))
     reconstructions: list[Image.Image] = []
@@ -101,7 +110,19 @@ def nearest_training_images(
 
 
 def shuffle_images(examples: Sequence[Example], images: ImageGroups, seed: int) -> ImageGroups:
-    """Each prompt gets the images of another prompt. Raises ValueError for fewer than two prompts."""
+    """Give each prompt the images of another prompt.
+
+    Args:
+        examples: the prompts.
+        images: of each prompt.
+        seed: of the order.
+
+    Returns:
+        The images in the new order.
+
+    Raises:
+        ValueError: for fewer than two prompts.
+    """
     if len(examples) < 2:
         raise ValueError("pictures cannot be shuffled among fewer than two prompts")
     order = np.random.default_rng((seed, 3)).permutation(len(examples))
@@ -112,7 +133,16 @@ def shuffle_images(examples: Sequence[Example], images: ImageGroups, seed: int) 
 
 
 def noise_images(count: int, size: int, rng: np.random.Generator) -> list[Image.Image]:
-    """Uniform noise of four coarsenesses, from one pixel to an eighth of the side."""
+    """Images of uniform noise of four coarsenesses, from one pixel to an eighth of the side.
+
+    Args:
+        count: how many.
+        size: pixels along a side.
+        rng: draws the noise.
+
+    Returns:
+        The images.
+    """
     images = []
     for i in range(count):
         side = max(size >> (i % 4), 8)

@@ -34,35 +34,48 @@ DEFAULT_FOLDER = Path(__file__).resolve().parent.parent / "assets" / "scene-dete
 
 @dataclass(frozen=True)
 class Detection:
-    """One object found: class name, colour name, confidence in [0, 1], box (x0, y0, x1, y1) in pixels, y
-    downwards."""
+    """One detected object."""
 
     name: str
+    """Class name."""
     color: str
+    """Colour name."""
     score: float
+    """Confidence in [0, 1]."""
     box: tuple[float, float, float, float]
+    """(x0, y0, x1, y1) in pixels, y downwards."""
 
 
 @dataclass(frozen=True)
 class SceneDetections:
-    """What the detector reads in one picture; `objects` sorted by falling score."""
+    """All that the detector finds in one image."""
 
     objects: list[Detection] = field(default_factory=list)
+    """By falling score."""
     background: str = ""
+    """Name of the most likely background."""
     background_score: float = 0.0
+    """Its probability."""
 
 
 @dataclass
 class DetectorConfig:
-    """Names of what can be read (their order is the order of the heads), widths, and the calibrated thresholds."""
+    """What the detector can name, its widths, and the calibrated thresholds."""
 
     objects: tuple[str, ...]
+    """Names of the object classes, in the order of the heat maps."""
     colors: tuple[str, ...]
+    """Names of the colours, in the order of the colour head."""
     backgrounds: tuple[str, ...]
+    """Names of the backgrounds, in the order of the background head."""
     image_size: int = 64
+    """Pixels along a side of the images."""
     widths: tuple[int, int, int] = (48, 80, 128)
+    """Channels at strides 4, 8 and 16."""
     threshold: float = 0.3
+    """Score in [0, 1] above which an object counts."""
     count_threshold: float = 0.5
+    """The same for the task `counting`, which is stricter."""
 
     def __post_init__(self) -> None:
         for name in ("objects", "colors", "backgrounds", "widths"):
@@ -79,13 +92,18 @@ class ResidualBlock(nn.Module):
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
 
     def forward(self, x_BChw: Tensor) -> Tensor:
+        """Apply the block to a map (B, C, h, w); the shape stays."""
         y_BChw = self.conv1(F.silu(self.norm1(x_BChw)))
         return x_BChw + self.conv2(F.silu(self.norm2(y_BChw)))
 
 
 class SceneDetector(nn.Module):
-    """Three stages (strides 4, 8, 16), one way up again to stride 4, four heads on the cells and one on the
-    picture."""
+    """The detector's network: stages at strides 4, 8, 16, one way up again to stride 4, four heads on the cells and
+    one on the image.
+
+    Args:
+        config: names, widths and thresholds.
+    """
 
     def __init__(self, config: DetectorConfig) -> None:
         super().__init__()
@@ -112,16 +130,29 @@ class SceneDetector(nn.Module):
         to_channels_last(self)
 
     def features(self, x_BCHW: Tensor) -> list[Tensor]:
-        """Maps at strides 4, 8, 16 before the way up: a frozen feature network for a perceptual loss or an FID."""
+        """Maps before the way up: a frozen feature network for a perceptual loss or an FID.
+
+        Args:
+            x_BCHW: images in [-1, 1].
+
+        Returns:
+            Three maps (B, widths[i], H / s, W / s), s = 4, 8, 16.
+        """
         x4 = self.stage4(self.stem(x_BCHW.contiguous(memory_format=torch.channels_last)))
         x8 = self.stage8(x4)
         return [x4, x8, self.stage16(x8)]
 
     def forward(self, x_BCHW: Tensor) -> dict[str, Tensor]:
-        """-> logits {heat (B, K, h, w), shape (B, 4, h, w), color (B, 7, h, w), background (B, backgrounds)}.
+        """Logits of all heads.
 
-        shape is (log width, log height, dx, dy): sides in units of 16 px, the centre's offset in cells from the
-        cell's middle."""
+        Args:
+            x_BCHW: images in [-1, 1].
+
+        Returns:
+            "heat" (B, K, h, w); "shape" (B, 4, h, w), which is (log width, log height, dx, dy): sides in units of 16
+            px, the centre's offset in cells from the cell's middle; "color" (B, colors, h, w); "background" (B,
+            backgrounds).
+        """
         x4, x8, x16 = self.features(x_BCHW)
         up8 = self.merge8(x8 + F.interpolate(self.up16(x16), size=x8.shape[-2:], mode="nearest"))
         up4 = self.merge4(x4 + F.interpolate(self.up8(up8), size=x4.shape[-2:], mode="nearest"))
@@ -136,7 +167,15 @@ class SceneDetector(nn.Module):
 
     @torch.no_grad()
     def detect(self, x_BCHW: Tensor, threshold: float | None = None) -> list[SceneDetections]:
-        """Read each picture; objects below `threshold` (default: the calibrated one) are dropped."""
+        """Detect the objects and the background of each image.
+
+        Args:
+            x_BCHW: images in [-1, 1].
+            threshold: score in [0, 1] above which objects are kept; None is the calibrated one.
+
+        Returns:
+            One reading an image.
+        """
         threshold = self.config.threshold if threshold is None else threshold
         out = {name: value.float() for name, value in self(x_BCHW).items()}
         return decode_detections(out, self.config, threshold)
@@ -145,9 +184,18 @@ class SceneDetector(nn.Module):
 def decode_detections(
     out: dict[str, Tensor], config: DetectorConfig, threshold: float, limit: int = 16
 ) -> list[SceneDetections]:
-    """Peaks of the heat maps -> readings. Of two peaks whose centres are nearer than a fifth of the smaller box's
-    side only the stronger one stays, whatever their classes: one thing is one object. At most `limit` objects a
-    picture."""
+    """Decode the peaks of the heat maps. Of two peaks whose centres are nearer than a fifth of the smaller box's side
+    only the stronger one stays, whatever their classes: one thing is one object.
+
+    Args:
+        out: logits, as of `SceneDetector.forward`.
+        config: names of the classes.
+        threshold: score in [0, 1] above which a peak counts.
+        limit: objects an image, at most.
+
+    Returns:
+        One reading an image.
+    """
     heat = out["heat"].sigmoid()
     # an object's score: the chance that it is in at least one cell of the best 2x2 window at the peak (a centre near a
     # cell's edge splits its confidence between the cells)
@@ -184,20 +232,28 @@ def _is_same_object(x: float, y: float, side: float, box: tuple[float, float, fl
 
 @dataclass
 class DetectorTargets:
-    """What the rendered world says of B pictures: up to N objects each (class -1 pads), boxes in pixels.
-
-    classes (B, N) int64, colors (B, N) int64, boxes (B, N, 4) float, background (B,) int64 with -1 for 'not asked'.
-    """
+    """Ground truth of B rendered images, each with up to N objects."""
 
     classes: Tensor
+    """(B, N) int64; -1 pads."""
     colors: Tensor
+    """(B, N) int64."""
     boxes: Tensor
+    """(B, N, 4) float: x0, y0, x1, y1 in pixels."""
     background: Tensor
+    """(B,) int64; -1 is not scored."""
 
 
 def detector_losses(out: dict[str, Tensor], target: DetectorTargets) -> dict[str, tuple[Tensor, Tensor]]:
-    """-> {heat, shape, color, background}: (sum, count). CenterNet eq. 1-3 with alpha 2, beta 4, and
-    cross-entropies."""
+    """The losses of the heads: CenterNet eq. 1-3 with alpha 2, beta 4, and cross-entropies.
+
+    Args:
+        out: logits, as of `SceneDetector.forward`.
+        target: the ground truth.
+
+    Returns:
+        (sum, count) of "heat", "shape", "color" and "background".
+    """
     heat = out["heat"].float()
     b, k, h, w = heat.shape
     valid = target.classes >= 0
@@ -233,7 +289,12 @@ def detector_losses(out: dict[str, Tensor], target: DetectorTargets) -> dict[str
 
 
 def save_detector(model: SceneDetector, folder: str | Path) -> None:
-    """bf16 safetensors + config.json; the folder is replaced only when both are written."""
+    """Write config.json and safetensors in bf16. The folder is replaced only when both are written.
+
+    Args:
+        model: the detector.
+        folder: where to.
+    """
     with replacing_folder(folder) as scratch:
         write_tensors(scratch / "model.safetensors", model.state_dict(), torch.bfloat16)
         save_json(scratch / "config.json", asdict(model.config))
@@ -241,9 +302,16 @@ def save_detector(model: SceneDetector, folder: str | Path) -> None:
 
 @lru_cache(maxsize=4)
 def load_detector(folder: str | Path = DEFAULT_FOLDER) -> SceneDetector:
-    """The shipped detector, or one from a folder written by `save_detector`; frozen, in eval mode, fp32, on the CPU.
+    """Load a detector: frozen, in eval mode, fp32, on the CPU.
 
-    Raises ValueError in one line for a folder that is not there, damaged, or does not fit its own config.json.
+    Args:
+        folder: written by `save_detector`; by default the shipped one.
+
+    Returns:
+        The detector.
+
+    Raises:
+        ValueError: in one line, for a folder that is not there, damaged, or does not fit its own config.json.
     """
     config = read_json(Path(folder) / "config.json")
     try:

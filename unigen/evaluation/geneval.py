@@ -25,19 +25,37 @@ class DetectedObject(Protocol):
     """One detected object."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Class name."""
+        ...
+
     @property
-    def color(self) -> str: ...
+    def color(self) -> str:
+        """Colour name."""
+        ...
+
     @property
-    def score(self) -> float: ...
+    def score(self) -> float:
+        """Confidence in [0, 1]."""
+        ...
+
     @property
-    def box(self) -> Box: ...
+    def box(self) -> Box:
+        """(x0, y0, x1, y1) in pixels, y downwards."""
+        ...
 
 
 def relations(box_a: Box, box_b: Box) -> set[str]:
     """Where A lies relative to B: offset of centres, each axis shortened by a tenth of both boxes' sides, divided by
-    the length of the full offset; beyond 0.5 on an axis the relation holds. A diagonal offset can yield two
-    relations, a small one none."""
+    the length of the full offset; beyond 0.5 on an axis the relation holds.
+
+    Args:
+        box_a: box of A, in pixels.
+        box_b: box of B, in pixels.
+
+    Returns:
+        Names of `RELATIONS`: two for a diagonal offset, none for a small one.
+    """
     offset = [(box_a[i] + box_a[i + 2] - box_b[i] - box_b[i + 2]) / 2 for i in (0, 1)]
     sides = [box_a[i + 2] - box_a[i] + box_b[i + 2] - box_b[i] for i in (0, 1)]
     revised = [
@@ -52,7 +70,15 @@ def relations(box_a: Box, box_b: Box) -> set[str]:
 
 
 def group_by_class(objects: Iterable[DetectedObject], threshold: float) -> dict[str, list[DetectedObject]]:
-    """Objects above the threshold per class, by falling confidence, at most 16 of a class."""
+    """Group detections by class.
+
+    Args:
+        objects: detections.
+        threshold: score in [0, 1] above which one counts.
+
+    Returns:
+        Detections by class name, by falling score, at most `MAX_PER_CLASS` of a class.
+    """
     objects_by_class: dict[str, list[DetectedObject]] = {}
     for thing in sorted(objects, key=lambda o: -o.score):
         if thing.score > threshold and len(objects_by_class.setdefault(thing.name, [])) < MAX_PER_CLASS:
@@ -117,7 +143,15 @@ def evaluate(spec: Mapping[str, Any], objects_by_class: Mapping[str, list[Detect
 
 
 def count_surplus_objects(spec: Mapping[str, Any], objects_by_class: Mapping[str, list[DetectedObject]]) -> int:
-    """Objects beyond what the include clauses ask for, of any class: the strict score fails a picture with any."""
+    """Count objects beyond what the include clauses ask for, of any class. The strict score fails an image with any.
+
+    Args:
+        spec: the specification.
+        objects_by_class: as of `evaluate`.
+
+    Returns:
+        The number of objects.
+    """
     requested_counts: dict[str, int] = {}
     for clause in spec["include"]:
         requested_counts[clause["class"]] = requested_counts.get(clause["class"], 0) + clause["count"]

@@ -40,6 +40,7 @@ def make_folder(folder: str | Path) -> Path:
 
     Returns:
         The path.
+
     Raises:
         ValueError: where that cannot be.
     """

@@ -175,6 +175,7 @@ class GenerationTask(EvaluationTask, Generic[OutputT]):
         return {}
 
     def run(self, run: EvaluationRun) -> Report:
+        """Generate, score, write the outputs where --out says, and summarize."""
         examples = self.examples()
         outputs = self.generate_all(run, examples)
         scores = score_all(self, examples, outputs)
@@ -229,6 +230,7 @@ def generate_outputs(
 
     Returns:
         The outputs of each example.
+
     Raises:
         ValueError: for an n or a batch below 1, and what the engine raises.
     """
@@ -269,6 +271,7 @@ def find_task(name: str) -> type[EvaluationTask]:
 
     Returns:
         The class of `EvaluationTask` that the module defines.
+
     Raises:
         ValueError: for an unknown name.
     """
@@ -336,6 +339,7 @@ def run_task(task: type[EvaluationTask], args: argparse.Namespace, load: Callabl
 
     Returns:
         The figures.
+
     Raises:
         ValueError: in one line, for bad input.
     """

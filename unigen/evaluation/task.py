@@ -65,11 +65,15 @@ class ScoreSummary:
     """A mean with its bootstrap interval."""
 
     overall: float
+    """Unweighted mean over the tags."""
     low: float
+    """Lower end of the 95% interval."""
     high: float
+    """Upper end of the 95% interval."""
     tags: dict[str, float]
     """The mean of each tag."""
     num_prompts: int
+    """How many prompts were averaged."""
 
 
 def bootstrap_mean(
@@ -88,6 +92,7 @@ def bootstrap_mean(
 
     Returns:
         The mean, its interval and the means of the tags.
+
     Raises:
         ValueError: where there is nothing to average.
     """

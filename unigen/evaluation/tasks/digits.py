@@ -45,27 +45,39 @@ class DigitsTask(GenerationTask[Image.Image]):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """See `EvaluationTask.add_arguments`: how many images of each class."""
         parser.add_argument(
             "--images", type=COUNT.parse, default=40, metavar="N", help="pictures a class (default: 40)"
         )
 
     @classmethod
     def create(cls, run: EvaluationRun) -> Self:
+        """See `EvaluationTask.create`."""
         return cls()
 
     def num_outputs(self, run: EvaluationRun) -> int:
+        """See `GenerationTask.num_outputs`: as --images says."""
         return int(run.args.images)
 
     def examples(self) -> list[Example]:
+        """See `GenerationTask.examples`: one for each class."""
         return [Example(i, name, {"label": i}) for i, name in enumerate(digits.NAMES)]
 
     def score_batch(self, examples: Sequence[Example], outputs: Sequence[Image.Image]) -> list[Scores]:
+        """See `GenerationTask.score_batch`: "correct" is 1 where the classifier reads the class that was asked for."""
         predictions = self.classifier.predict(np.stack([digits.to_digit(image).ravel() for image in outputs]))
         pairs = zip(examples, predictions, strict=True)
         return [{"correct": float(label == example.metadata["label"])} for example, label in pairs]
 
     def relative_nearest_distance(self, vectors: np.ndarray) -> float:
-        """The mean distance to the nearest training digit, over that of the held-out digits; 0 for copies."""
+        """Mean distance to the nearest training digit, relative to that of held-out digits.
+
+        Args:
+            vectors: (N, 64) float32: 8x8 grey levels of generated digits.
+
+        Returns:
+            The ratio: 0 for copies, near 1 as it should be.
+        """
         held_out_images, _ = digits.load_split(held_out=True)
         held_out_vectors = held_out_images.reshape(len(held_out_images), -1).astype(np.float32)
         true = self.classifier.kneighbors(held_out_vectors, 1)[0]
@@ -78,6 +90,7 @@ class DigitsTask(GenerationTask[Image.Image]):
         outputs: list[list[Image.Image]],
         scores: list[list[Scores]],
     ) -> Report:
+        """See `GenerationTask.summarize`."""
         by_class = {
             example.tag: float(np.mean([s["correct"] for s in row]))
             for example, row in zip(examples, scores, strict=True)

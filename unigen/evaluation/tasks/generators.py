@@ -52,7 +52,11 @@ UNITS = {
 
 
 class DetectorFeatures(nn.Module):
-    """uint8 pictures (B, 3, H, W) -> (B, F): the means of the detector's coarsest maps, as torchmetrics wants them."""
+    """Image features for torchmetrics: the channel means of the detector's coarsest maps.
+
+    Args:
+        detector: gives the maps.
+    """
 
     def __init__(self, detector: SceneDetector) -> None:
         super().__init__()
@@ -61,6 +65,7 @@ class DetectorFeatures(nn.Module):
 
     @torch.no_grad()
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Features (B, F) float64 of uint8 images (B, 3, H, W)."""
         return self.detector.features(x_BCHW.float() / 127.5 - 1)[-1].mean((2, 3)).double()
 
 
@@ -160,14 +165,17 @@ class GeneratorsTask(EvaluationTask):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """See `EvaluationTask.add_arguments`: how many prompts and images."""
         add_size_arguments(parser)
 
     @classmethod
     def create(cls, run: EvaluationRun) -> Self:
+        """See `EvaluationTask.create`."""
         scenes = ScenesTask.create(run)
         return cls(scenes, SceneRenderer(scenes.detector.config.image_size), run.args.images, run.args.seed)
 
     def run(self, run: EvaluationRun) -> Report:
+        """See `EvaluationTask.run`."""
         engine, examples = run.engine, self.examples
         true = baselines.oracle_images(examples, self.n, self.seed, self.renderer)
         distances = FeatureDistances(self.scenes.detector, [image for row in true for image in row])

@@ -46,7 +46,15 @@ from unigen.utils.option_types import COUNT
 
 
 def geneval_spec(tag: str, facts: Facts) -> dict[str, Any]:
-    """GenEval's clauses for these facts. In `position` the reference (the second group) is clause 0."""
+    """GenEval's specification of an image.
+
+    Args:
+        tag: one of `geneval.TAGS`.
+        facts: groups of objects, and their relation.
+
+    Returns:
+        The clauses, as `geneval.evaluate` reads them. In "position" the reference (the second group) is clause 0.
+    """
     include: list[dict[str, Any]] = [{"class": name, "count": count} for name, _, count in facts.groups]
     for clause, (_, color, _) in zip(include, facts.groups, strict=True):
         if color is not None:
@@ -89,6 +97,7 @@ def make_prompts(tag: str, count: int, seed: int) -> list[Example]:
 
     Returns:
         The examples, with GenEval's clauses in their metadata.
+
     Raises:
         ValueError: when there are not that many.
     """
@@ -142,6 +151,7 @@ class ScenesTask(GenerationTask[Image.Image]):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """See `EvaluationTask.add_arguments`: sizes, candidates, and which baselines are wanted."""
         add_size_arguments(parser)
         parser.add_argument(
             "--candidates", type=CANDIDATES.parse, help="draw so many for each, keep the best as it reads"
@@ -154,15 +164,19 @@ class ScenesTask(GenerationTask[Image.Image]):
 
     @classmethod
     def create(cls, run: EvaluationRun) -> Self:
+        """See `EvaluationTask.create`."""
         return cls(PROMPTS_PER_TAG[run.args.quick], run.args.seed)
 
     def num_outputs(self, run: EvaluationRun) -> int:
+        """See `GenerationTask.num_outputs`: as --images says."""
         return int(run.args.images)
 
     def generation_options(self, run: EvaluationRun, example: Example) -> dict[str, Any]:
+        """See `GenerationTask.generation_options`: candidates where --candidates says."""
         return {"candidates": run.args.candidates} if run.args.candidates else {}
 
     def examples(self) -> list[Example]:
+        """See `GenerationTask.examples`: the same number of prompts for each tag."""
         return [example for tag in geneval.TAGS for example in make_prompts(tag, self.prompts_per_tag, self.seed)]
 
     def detect(self, images: Sequence[Image.Image], batch: int = 128) -> list[SceneDetections]:
@@ -195,6 +209,7 @@ class ScenesTask(GenerationTask[Image.Image]):
         return scores
 
     def score_batch(self, examples: Sequence[Example], outputs: Sequence[Image.Image]) -> list[Scores]:
+        """See `GenerationTask.score_batch`, and `score_detections` for the names of the scores."""
         pairs = zip(examples, self.detect(outputs), strict=True)
         return [self.score_detections(example, detections) for example, detections in pairs]
 
@@ -211,6 +226,7 @@ class ScenesTask(GenerationTask[Image.Image]):
         return float(np.mean(found))
 
     def run(self, run: EvaluationRun) -> Report:
+        """See `EvaluationTask.run`: the model's score, and the baselines beside it."""
         return _Comparison(self, run).run_all()
 
 
@@ -229,7 +245,9 @@ class ScenesResult:
     """Scores of one set of images."""
 
     overall: ScoreSummary
+    """Of "correct"."""
     strict: ScoreSummary
+    """Of "strict": no surplus object either."""
     in_distribution: ScoreSummary | None
     """Of prompts whose combinations training could show."""
     held_out: ScoreSummary | None
@@ -277,12 +295,30 @@ def summarize_scores(examples: Sequence[Example], scores: Sequence[Sequence[Scor
 
 
 def format_row(name: str, result: ScenesResult) -> str:
+    """A row of the printed table.
+
+    Args:
+        name: of the row.
+        result: scores of one set of images.
+
+    Returns:
+        The overall score with its interval, then the score of each tag.
+    """
     tags = " ".join(f"{result.overall.tags[tag]:.3f}".rjust(len(tag)) for tag in geneval.TAGS)
     return f"{name:<16} {result.overall.overall:.3f} [{result.overall.low:.3f}, {result.overall.high:.3f}]  {tags}"
 
 
 def result_rows(name: str, result: ScenesResult, batch: int | None = None) -> list[dict[str, object]]:
-    """The report's rows for one set of images; batch: how many were generated at a time."""
+    """The report's rows for one set of images.
+
+    Args:
+        name: of the set.
+        result: its scores.
+        batch: how many images were generated at a time.
+
+    Returns:
+        One row a figure.
+    """
     values = {
         "": result.overall.overall,
         "low": result.overall.low,

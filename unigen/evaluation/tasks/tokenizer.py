@@ -60,13 +60,16 @@ class TokenizerTask(EvaluationTask):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """See `EvaluationTask.add_arguments`: how many images."""
         parser.add_argument("--count", type=number_argument(1, 100_000), default=1000, help="pictures (default: 1000)")
 
     @classmethod
     def create(cls, run: EvaluationRun) -> Self:
+        """See `EvaluationTask.create`."""
         return cls(SceneRenderer(run.engine.model.image_tokenizer.image_size), run.args.count)
 
     def run(self, run: EvaluationRun) -> Report:
+        """See `EvaluationTask.run`."""
         model = run.engine.model
         x_BCHW, masks_B1HW = render_images(self.renderer, self.count, run.args.seed)
         figures = evaluate_tokenizer(

@@ -35,7 +35,14 @@ _STREAM = 7_700_000  # keeps these scenes apart from those of any training seed
 
 
 def relation_table(scene: Scene) -> dict[str, list[str]]:
-    """ "a|b" -> where a lies as seen from b by GenEval's rule, for objects that occur once under their name."""
+    """How objects that occur once under their name lie to each other.
+
+    Args:
+        scene: the scene.
+
+    Returns:
+        "a|b" -> names of the relations of a to b by GenEval's rule.
+    """
     single = [
         item for item in scene.objects if sum(other_object.name == item.name for other_object in scene.objects) == 1
     ]
@@ -94,6 +101,7 @@ class UnderstandingTask(GenerationTask[str]):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """See `EvaluationTask.add_arguments`: how many scenes, which of them, and candidates."""
         parser.add_argument("--count", type=number_argument(1, 100_000), default=500, help="scenes (default: 500)")
         parser.add_argument(
             "--candidates",
@@ -104,11 +112,13 @@ class UnderstandingTask(GenerationTask[str]):
 
     @classmethod
     def create(cls, run: EvaluationRun) -> Self:
+        """See `EvaluationTask.create`."""
         model, args = run.local_model, run.args
         size = DEFAULT_IMAGE_SIZE if model is None else model.image_tokenizer.image_size
         return cls(SceneRenderer(size), args.count, args.seed, args.heldout or None, candidates=args.candidates)
 
     def examples(self) -> list[Example]:
+        """See `GenerationTask.examples`: a caption and up to `questions_per_scene` questions of each scene."""
         examples: list[Example] = []
         for i in range(self.count):
             rng = np.random.default_rng((self.seed, _STREAM, i))
@@ -129,6 +139,7 @@ class UnderstandingTask(GenerationTask[str]):
         return examples
 
     def generation_options(self, run: EvaluationRun, example: Example) -> dict[str, Any]:
+        """See `GenerationTask.generation_options`: several candidates for captions, one for answers."""
         candidates = 1
         if example.tag == "caption":
             model = run.local_model
@@ -136,6 +147,7 @@ class UnderstandingTask(GenerationTask[str]):
         return {"max_tokens": MAX_TOKENS, **({"candidates": candidates} if candidates > 1 else {})}
 
     def score_batch(self, examples: Sequence[Example], outputs: Sequence[str]) -> list[Scores]:
+        """See `GenerationTask.score_batch`: "correct", and for captions each attribute."""
         return [self._score(example, output) for example, output in zip(examples, outputs, strict=True)]
 
     def _score(self, example: Example, output: str) -> Scores:
@@ -146,7 +158,7 @@ class UnderstandingTask(GenerationTask[str]):
         return score_caption(output, target, metadata["relations"])
 
     def reward(self, example: Example, output: str) -> float:
-        """In [0, 1]: the share of attributes that are right, or whether the answer is."""
+        """See `GenerationTask.reward`: the share of attributes that are right, or whether the answer is."""
         scores = self.score(example, output)
         values = [value for name, value in scores.items() if name != "correct" or example.tag != "caption"]
         return float(np.mean(values))
@@ -154,6 +166,7 @@ class UnderstandingTask(GenerationTask[str]):
     def summarize(
         self, run: EvaluationRun, examples: Sequence[Example], outputs: list[list[str]], scores: list[list[Scores]]
     ) -> Report:
+        """See `GenerationTask.summarize`."""
         figures = summarize_scores(examples, [row[0] for row in scores], self.seed)
         for name, (mean, low, high) in figures.items():
             print(f"{name:<24} {mean:.3f} [{low:.3f}, {high:.3f}]")
