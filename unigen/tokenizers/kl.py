@@ -27,16 +27,20 @@ from unigen.tokenizers.vq import VQOutput
 
 @dataclass(frozen=True)
 class KLConfig:
-    """Everything that defines the network. Raises ValueError for values that cannot work."""
+    """Configuration of the network.
+
+    Raises:
+        ValueError: a value cannot work.
+    """
 
     image_size: int = 64
-    """Pixels along a side."""
+    """Pixels along a side of the pictures."""
     fold: int = 4
-    """Pixels along a side that become channels."""
+    """Pixels along a side that are folded into channels."""
     channels: tuple[int, ...] = (64, 128)
-    """One number a resolution; each but the first halves the map."""
+    """Channels of each resolution, the highest first; each but the first halves the map."""
     blocks: int = 1
-    """Residual blocks a resolution."""
+    """Residual blocks of each resolution."""
     latent_channels: int = 8
     """Z, channels of a latent."""
     beta: float = 1e-4
@@ -55,14 +59,18 @@ class KLConfig:
 
     @property
     def stride(self) -> int:
-        """Pixels a latent along each side."""
+        """Pixels of a latent along each side."""
         return self.fold * 2 ** (len(self.channels) - 1)
 
 
 class KLTokenizer(SquareGridMixin, nn.Module):
-    """encode / decode without gradient for use; forward with gradient for training."""
+    """The KL tokenizer. `encode` and `decode` take no gradient, for use; `forward` takes it, for training."""
 
     def __init__(self, config: KLConfig | None = None) -> None:
+        """
+        Args:
+            config: of the network; None: the defaults.
+        """
         super().__init__()
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
@@ -85,18 +93,28 @@ class KLTokenizer(SquareGridMixin, nn.Module):
 
     @property
     def latent_channels(self) -> int:
+        """Z, channels of a latent."""
         return self.settings.latent_channels
 
     @property
     def last_layer(self) -> Tensor:
-        """The weight nearest to the pixels, at which an adaptive loss weighs gradients."""
+        """The weight of the layer next to the pixels, for gradients of which an adaptive loss is weighted."""
         return self.vae.decoder.conv_out.weight
 
     def config(self) -> dict[str, object]:
+        """Return the kind and the configuration of the network."""
         return {"kind": "kl", **to_dict(self.settings)}
 
     def forward(self, x_BCHW: Tensor, rng: torch.Generator | None = None) -> VQOutput:
-        """Reconstruct pictures from a sample of the posterior, drawn from `rng` (on the CPU)."""
+        """Reconstruct pictures from a sample of the posterior.
+
+        Args:
+            x_BCHW: pixels in [-1, 1], (B, 3, H, W).
+            rng: draws the sample, on the CPU; None: the global generator.
+
+        Returns:
+            The reconstruction, no codes, and the KL term.
+        """
         posterior = self.vae.encode(pixel_unshuffle(x_BCHW, self.settings.fold)).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=rng).to(posterior.mean)
         if self.training:
@@ -112,7 +130,17 @@ class KLTokenizer(SquareGridMixin, nn.Module):
 
     @torch.no_grad()
     def encode(self, x_BCHW: Tensor) -> Tensor:
-        """Latents (B, Z, h, w), fp32, of pixels in [-1, 1] (B, 3, H, W): the posterior's mean, near N(0, 1)."""
+        """Encode pictures as the mean of the posterior, in fp32 also under autocast.
+
+        Args:
+            x_BCHW: pixels in [-1, 1], (B, 3, H, W).
+
+        Returns:
+            Latents (B, Z, h, w), fp32, near N(0, 1).
+
+        Raises:
+            ValueError: the pictures have another shape, or sides that do not divide by the stride.
+        """
         stride = self.settings.stride
         if x_BCHW.ndim != 4 or x_BCHW.shape[1] != 3 or x_BCHW.shape[2] % stride or x_BCHW.shape[3] % stride:
             raise ValueError(
@@ -125,12 +153,29 @@ class KLTokenizer(SquareGridMixin, nn.Module):
 
     @torch.no_grad()
     def decode(self, latents_BZhw: Tensor) -> Tensor:
-        """Pixels in [-1, 1] (B, 3, H, W), fp32, of latents (B, Z, h, w)."""
+        """Decode pictures.
+
+        Args:
+            latents_BZhw: latents (B, Z, h, w).
+
+        Returns:
+            Pixels in [-1, 1], (B, 3, H, W), fp32.
+        """
         z_BZhw = latents_BZhw * self.scale_Z[:, None, None] + self.shift_Z[:, None, None]
         pixels = self.vae.decode(z_BZhw.to(self.vae.dtype)).sample
         return pixel_shuffle(pixels, self.settings.fold).float().clamp(-1, 1)
 
 
 def from_config(config: Mapping[str, object]) -> KLTokenizer:
-    """The untrained tokenizer of `KLTokenizer.config()`, kind left out. Raises ValueError for unknown keys."""
+    """Build an untrained tokenizer.
+
+    Args:
+        config: of `KLTokenizer.config`, kind left out.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ValueError: a key is unknown, or a value cannot work.
+    """
     return KLTokenizer(from_dict(KLConfig, config))

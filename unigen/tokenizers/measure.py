@@ -1,6 +1,6 @@
-"""How well an image tokenizer keeps pictures: PSNR over all pixels and inside object masks, use of the codebook.
+"""Metrics of image tokenizers: PSNR over all pixels and inside object masks, use of the codebook.
 
-It does not depend on where pictures come from and how the tokenizer was trained. `unigen eval tokenizer` prints these.
+`unigen eval tokenizer` prints these. Does not depend on: where pictures come from, how the tokenizer was trained.
 
 Shapes: B batch, C=3 channels, H W pixels in [-1, 1], masks (B, 1, H, W) with 1 inside objects, K codes.
 """
@@ -8,28 +8,53 @@ Shapes: B batch, C=3 channels, H W pixels in [-1, 1], masks (B, 1, H, W) with 1 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from unigen.tokenizers import ImageTokenizer
+    from unigen.tokenizers.kl import KLTokenizer
+
 
 def perplexity(share_K: Tensor) -> Tensor:
-    """exp(entropy) of the shares of the codes: the number of codes that would be used if all were used alike."""
+    """Return exp(entropy): the number of codes in use if all of these were used equally.
+
+    Args:
+        share_K: the share of each code, (K,), in all 1.
+
+    Returns:
+        The perplexity, a scalar in [1, K].
+    """
     return torch.special.entr(share_K).sum().exp()
 
 
 def psnr(mse: float) -> float:
-    """Decibels for a mean squared error of pixels in [0, 1]."""
+    """Return the PSNR in decibels.
+
+    Args:
+        mse: mean squared error of pixels in [0, 1].
+    """
     return -10 * math.log10(max(mse, 1e-12))
 
 
 @torch.no_grad()
-def evaluate_tokenizer(tokenizer: Any, x_BCHW: Tensor, masks_B1HW: Tensor, batch: int = 100) -> dict[str, float]:
-    """Encode, decode and compare pictures in [-1, 1], `batch` at a time.
+def evaluate_tokenizer(
+    tokenizer: ImageTokenizer | KLTokenizer, x_BCHW: Tensor, masks_B1HW: Tensor, batch: int = 100
+) -> dict[str, float]:
+    """Encode, decode and compare pictures. Reconstructions are rounded to 8 bits.
 
-    psnr over all pixels and psnr_objects inside the masks (errors pooled over pictures, reconstruction in 8 bits);
-    where there are codes, usage = share of them that occur, dead = codes that do not, and their perplexity.
+    Args:
+        tokenizer: an image tokenizer, with codes or with latents.
+        x_BCHW: pixels in [-1, 1], (B, 3, H, W).
+        masks_B1HW: 1 inside objects, (B, 1, H, W).
+        batch: pictures that are encoded at a time.
+
+    Returns:
+        "psnr" over all pixels and "psnr_objects" inside the masks, in decibels, with errors pooled over pictures;
+        "pictures", their number; where there are codes, "usage" (the share of them that occur), "dead" (the number
+        that do not) and "perplexity".
     """
     total = masked_error = 0.0
     count_K = torch.zeros(getattr(tokenizer, "codebook_size", 0))
@@ -58,8 +83,17 @@ def evaluate_tokenizer(tokenizer: Any, x_BCHW: Tensor, masks_B1HW: Tensor, batch
 
 @torch.no_grad()
 def evaluate_scales(tokenizer: Any, x_BCHW: Tensor, batch: int = 100) -> list[dict[str, float]]:
-    """The health of a multi-scale tokenizer, scale by scale: side of the token map, usage, dead codes and perplexity of
-    the codes of this scale, and psnr of pictures decoded from the scales up to it. VAR's issues ask for these."""
+    """Evaluate a multi-scale tokenizer scale by scale.
+
+    Args:
+        tokenizer: a tokenizer with a `MultiscaleQuantizer`.
+        x_BCHW: pixels in [-1, 1], (B, 3, H, W).
+        batch: pictures that are encoded at a time.
+
+    Returns:
+        For each scale "side" of the token map; "usage", "dead" and "perplexity" of its codes; and "psnr" in decibels
+        of pictures decoded from the scales up to it.
+    """
     quantizer = tokenizer.quantizer
     count_KV = torch.zeros(len(quantizer.scales), quantizer.size)
     error_K = torch.zeros(len(quantizer.scales), dtype=torch.float64)

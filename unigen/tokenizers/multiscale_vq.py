@@ -29,38 +29,39 @@ from torch import Tensor, nn
 from unigen.tokenizers.quantize import QuantizerOutput, VectorQuantizer, channels_last, straight_through
 
 NUM_NEAREST = 16
-"""Of how many codes beside the nearest one a mistake is."""
+"""Number of codes next nearest to a vector of which a mistake is drawn."""
 
 
 class Phi(nn.Conv2d):
-    """(1 - r) x + r conv3x3(x), r = `residual_ratio`: what bicubic enlarging cannot say (VAR, section 3.2)."""
+    """(1 - r) x + r conv3x3(x), r = `residual_ratio`: restores detail lost in bicubic upsampling (VAR, section 3.2)."""
 
     def __init__(self, dim: int, residual_ratio: float = 0.5) -> None:
         super().__init__(dim, dim, 3, padding=1)
         self.residual_ratio = residual_ratio
 
     def forward(self, input: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(input.dtype)  # maps are fp32 whatever the model is
+        """Apply phi to a map (B, D, h, w); the result has its shape and its dtype."""
+        bias = None if self.bias is None else self.bias.to(input.dtype)  # maps are always fp32
         convolved = self._conv_forward(input, self.weight.to(input.dtype), bias)
         return input * (1 - self.residual_ratio) + convolved * self.residual_ratio
 
 
 class MultiscaleQuantizer(VectorQuantizer):
-    """A quantizer whose codes (B, P) are those of the scales, one after the other.
+    """The multi-scale residual quantizer. Its codes (B, P) are those of all scales, one after the other.
 
     Args:
-        size: V, how many codes there are.
+        size: V, number of codes.
         dim: D, channels of the features.
-        scales: growing sides, the last the side of the grid.
+        scales: sides of the token maps, growing; the last is the side of the grid.
         beta: weight of the commitment loss.
-        revive_every: as of `VectorQuantizer`.
-        dead_below: as of `VectorQuantizer`.
-        momentum: as of `VectorQuantizer`.
-        phis: how many different phi the scales share.
-        scale_dropout: the share of pictures of which training decodes the first scales only.
+        revive_every: as in `VectorQuantizer`.
+        dead_below: as in `VectorQuantizer`.
+        momentum: as in `VectorQuantizer`.
+        phis: number of different phi, which the scales share.
+        scale_dropout: share of the pictures of which training decodes the first scales only, in [0, 1].
 
     Raises:
-        ValueError: for scales that do not grow.
+        ValueError: the scales do not grow.
     """
 
     def __init__(
@@ -86,9 +87,12 @@ class MultiscaleQuantizer(VectorQuantizer):
     # ---------------------------------------------------------------- one scale
 
     def phi(self, k: int) -> nn.Module:
-        """The phi whose tick is nearest to the scale's share of the way, the first of two equally near.
+        """Return the phi of a scale: the one whose tick is nearest to k / (K - 1), the first of two equally near.
 
-        VAR's ticks for n phi: linspace(a, 1 - a, n) with a = 1/(3n) for its own n of 4, else 1/(2n).
+        VAR's ticks for n phi are linspace(a, 1 - a, n) with a = 1/(3n) for n = 4, which VAR has, else 1/(2n).
+
+        Args:
+            k: index of the scale, from 0 on.
         """
         count = len(self.phis)
         margin = 1 / (3 * count) if count == 4 else 1 / (2 * count)
@@ -96,7 +100,16 @@ class MultiscaleQuantizer(VectorQuantizer):
         return self.phis[int((ticks - k / max(len(self.scales) - 1, 1)).abs().argmin())]
 
     def add_scale(self, f_hat_BDhw: Tensor, codes_Bn: Tensor, k: int) -> Tensor:
-        """f_hat after scale k, of f_hat before it and the scale's codes (B, n_k^2)."""
+        """Add a scale to f_hat.
+
+        Args:
+            f_hat_BDhw: f_hat before the scale, (B, D, h, w).
+            codes_Bn: codes of the scale, (B, n_k^2).
+            k: index of the scale, from 0 on.
+
+        Returns:
+            f_hat after the scale, (B, D, h, w).
+        """
         side = self.scales[k]
         map_BDnn = F.embedding(codes_Bn, self.codebook_vectors()).transpose(1, 2).unflatten(2, (side, side))
         if side != f_hat_BDhw.shape[-1]:
@@ -104,31 +117,40 @@ class MultiscaleQuantizer(VectorQuantizer):
         return f_hat_BDhw + self.phi(k)(map_BDnn)
 
     def downsample(self, f_BDhw: Tensor, k: int) -> Tensor:
-        """A map at the side of scale k."""
+        """Resize a map (B, D, h, w) to (B, D, n_k, n_k), the side of scale k."""
         side = self.scales[k]
         return f_BDhw if side == f_BDhw.shape[-1] else F.interpolate(f_BDhw, size=(side, side), mode="area")
 
     def initial_f_hat(self, batch: int) -> Tensor:
-        """f_hat before the first scale."""
+        """Return f_hat before the first scale: zeros (B, D, h, w), fp32."""
         side = self.scales[-1]
         return self.codebook.new_zeros(batch, self.dim, side, side, dtype=torch.float32)
 
     # ---------------------------------------------------------------- the interface
 
     def normalize(self, z_BDhw: Tensor) -> Tensor:
+        """Convert features to fp32; their length is kept."""
         return z_BDhw.float()
 
     def codebook_vectors(self) -> Tensor:
-        """The codebook (V, D): vectors of any length, since residuals shrink."""
+        """Return the codebook (V, D), fp32. Its vectors have any length, since residuals shrink."""
         return self.codebook.float()
 
     def nearest(self, z_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """The squared distance (N,) to the nearest code of each vector, and that code (N,)."""
+        """Find the nearest codes.
+
+        Args:
+            z_ND: vectors (N, D).
+
+        Returns:
+            The squared distance of each vector to its nearest code (N,), and that code (N,), int64.
+        """
         table_VD = self.codebook_vectors().detach()
         minimum = (table_VD.square().sum(-1) - 2 * z_ND @ table_VD.T).min(-1)
         return z_ND.square().sum(-1) + minimum.values, minimum.indices
 
     def squared_distances(self, z_ND: Tensor) -> Tensor:
+        """Return the squared distance (N,) of features (N, D) to the nearest code."""
         return self.nearest(z_ND)[0]
 
     def encode_scales(
@@ -137,12 +159,12 @@ class MultiscaleQuantizer(VectorQuantizer):
         """Encode features scale by scale.
 
         Args:
-            f_BDhw: the features.
-            substitute: of what the codes of a scale stand for and the codes, gives the codes that f_hat grows by; None
-                is the codes themselves.
+            f_BDhw: the features, (B, D, h, w).
+            substitute: maps the residuals of a scale (B n_k^2, D) and their codes (B, n_k^2) to the codes that are
+                added to f_hat; None: the codes themselves.
 
         Returns:
-            Of each scale the codes (B, n_k^2), what they stand for (B n_k^2, D), and f_hat after them.
+            For each scale the codes (B, n_k^2), the residuals that they quantize (B n_k^2, D), and f_hat after it.
         """
         f_hat_BDhw = torch.zeros_like(f_BDhw)
         codes, scale_features, f_hats = [], [], []
@@ -156,20 +178,20 @@ class MultiscaleQuantizer(VectorQuantizer):
         return codes, scale_features, f_hats
 
     def to_codes(self, z_BDhw: Tensor) -> Tensor:
-        """Features (B, D, h, w) -> codes (B, P), int64."""
+        """Encode features (B, D, h, w) as codes of all scales (B, P), int64."""
         return torch.cat(self.encode_scales(z_BDhw)[0], 1)
 
     def encode_with_corruption(self, f_BDhw: Tensor, max_ratio: float, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """Encode features with mistakes, which later scales correct.
 
         Args:
-            f_BDhw: the features.
-            max_ratio: of each picture a share of its codes up to this, drawn anew, is one of the `NUM_NEAREST` next
-                nearest codes.
-            rng: draws the shares, the positions and the mistakes.
+            f_BDhw: the features, (B, D, h, w).
+            max_ratio: upper end of the share of a picture's codes that are replaced, each by one of the
+                `NUM_NEAREST` next nearest codes; the share of each picture is uniform in [0, max_ratio).
+            rng: draws the shares, the positions and the mistakes, on the CPU.
 
         Returns:
-            The codes (B, P) to be predicted, and those that are read.
+            The codes that a model is to predict (B, P), and those that it reads (B, P).
         """
         corruption_rate_B1 = torch.rand(len(f_BDhw), 1, generator=rng) * max_ratio
         table_VD = self.codebook_vectors().detach()
@@ -189,7 +211,17 @@ class MultiscaleQuantizer(VectorQuantizer):
         return torch.cat(self.encode_scales(f_BDhw, corrupt)[0], 1), torch.cat(corrupted_codes, 1)
 
     def to_vectors(self, codes_BP: Tensor) -> Tensor:
-        """Codes of all scales, or of the first few, (B, P) -> f_hat (B, D, h, w), fp32."""
+        """Decode codes to features.
+
+        Args:
+            codes_BP: codes of all scales, or of the first few, (B, P).
+
+        Returns:
+            f_hat after these scales, (B, D, h, w), fp32.
+
+        Raises:
+            ValueError: a code is out of range, or a scale is not complete.
+        """
         self.check_codes(codes_BP)
         f_hat_BDhw = self.initial_f_hat(len(codes_BP))
         for k, codes_Bn in enumerate(self.split_scales(codes_BP)):
@@ -197,7 +229,17 @@ class MultiscaleQuantizer(VectorQuantizer):
         return f_hat_BDhw
 
     def split_scales(self, codes_BP: Tensor) -> list[Tensor]:
-        """The codes of each scale there is. Raises ValueError where a scale is cut."""
+        """Split codes by scale.
+
+        Args:
+            codes_BP: codes of all scales, or of the first few, (B, P).
+
+        Returns:
+            The codes of each of these scales, (B, n_k^2).
+
+        Raises:
+            ValueError: a scale is not complete.
+        """
         total, lengths = 0, []
         for length in self.lengths:
             if total == codes_BP.shape[1]:
@@ -209,7 +251,14 @@ class MultiscaleQuantizer(VectorQuantizer):
         return list(codes_BP.split(lengths, 1))
 
     def scale_inputs(self, codes_BP: Tensor) -> Tensor:
-        """What scales 2..K read in training, (B, P - n_1^2, D): the picture so far at the side of each scale."""
+        """Return the inputs of scales 2..K in teacher forcing: f_hat before each scale, at its side.
+
+        Args:
+            codes_BP: codes of all scales, (B, P).
+
+        Returns:
+            Features (B, P - n_1^2, D), fp32.
+        """
         f_hat_BDhw = self.initial_f_hat(len(codes_BP))
         maps = []
         for k, codes_Bn in enumerate(self.split_scales(codes_BP)[:-1]):
@@ -218,6 +267,16 @@ class MultiscaleQuantizer(VectorQuantizer):
         return torch.cat(maps, 1) if maps else f_hat_BDhw.new_zeros(len(codes_BP), 0, self.dim)
 
     def forward(self, z_BDhw: Tensor, rng: torch.Generator | None = None) -> QuantizerOutput:
+        """Quantize features, with a straight-through gradient.
+
+        Args:
+            z_BDhw: the features, (B, D, h, w).
+            rng: draws replacements for dead codes and the pictures whose last scales are left out. None, and eval
+                mode: neither is done.
+
+        Returns:
+            f_hat (B, D, h, w), the codes (B, P) and the losses.
+        """
         with torch.autocast(z_BDhw.device.type, enabled=False):
             f_BDhw = self.normalize(z_BDhw)
             codes, scale_features, f_hats = self.encode_scales(f_BDhw.detach())
@@ -239,12 +298,13 @@ class MultiscaleQuantizer(VectorQuantizer):
         """Leave out the last scales of a share `scale_dropout` of the pictures.
 
         Args:
-            f_BDhw: the features.
-            f_hats: f_hat after each scale.
-            rng: draws the pictures, and of each how many scales stay, any k < K alike.
+            f_BDhw: the features, (B, D, h, w).
+            f_hats: f_hat after each scale, each (B, D, h, w).
+            rng: draws the pictures, and for each the number of scales that stay, uniform over k < K; on the CPU.
 
         Returns:
-            f_hat of the scales that stay. The gradient passes straight through to as much of f as scale k can show.
+            f_hat of the scales that stay (B, D, h, w). The gradient passes straight through to f, resampled at the
+            side of the last of them.
         """
         last_scale, count = len(f_hats) - 1, len(f_BDhw)
         is_dropped_B = torch.rand(count, generator=rng) < self.scale_dropout

@@ -1,11 +1,10 @@
-"""Text tokenizers: SentencePiece trained on the recipe's own text, used everywhere as a Hugging Face tokenizer; and
-prompts of public ones, in which a template speaks and a user does.
+"""Text tokenizers: training with SentencePiece, loading and saving as Hugging Face tokenizers, and building prompts.
 
     python data_tools/train_tokenizer.py folder --vocab-size 1024
 
-Ids are exactly SentencePiece's and decoding gives the text back, because the model is trained without normalisation and
-without a dummy prefix, and bytes stand for what the pieces lack (sentencepiece, Kudo and Richardson 2018).
-Does not depend on: what a template says, models.
+A trained tokenizer has exactly SentencePiece's ids, and decoding returns the text: the model is trained without
+normalization and without a dummy prefix, and bytes encode what the pieces lack (sentencepiece, Kudo and Richardson
+2018). Prompts keep a template's text apart from a user's. Does not depend on: what a template says, models.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from unigen.batch import Tokens
 from unigen.config import save_json
@@ -24,15 +23,25 @@ from unigen.hub.resolve import CONFIG, read_json
 from unigen.hub.weights import silence_transformers
 from unigen.utils.text import first_line
 
+if TYPE_CHECKING:
+    from unigen.document import SegmentImage
+
 TOKENIZER_FILE, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 
 
 def train_tokenizer(lines: Iterable[str], folder: str | Path, vocab_size: int, specials: tuple[str, ...]) -> None:
-    """Train a unigram model of at most `vocab_size` pieces and write it as a Hugging Face tokenizer into `folder`.
+    """Train a unigram model, and write it as a Hugging Face tokenizer.
 
-    specials: symbols that are never split and never made from text pieces. Text with few words gives fewer pieces.
-    Raises ValueError where SentencePiece refuses, and what iterating `lines` raises.
+    Args:
+        lines: the text.
+        folder: where the files go.
+        vocab_size: the most pieces; text with few words gives fewer.
+        specials: symbols that are never split and never made of text pieces.
+
+    Raises:
+        ValueError: SentencePiece cannot train on this text; in one line.
+        Exception: what iterating over `lines` raises.
     """
     import sentencepiece
     from transformers import LlamaTokenizer
@@ -68,7 +77,7 @@ def train_tokenizer(lines: Iterable[str], folder: str | Path, vocab_size: int, s
             num_threads=1,
         )
     except RuntimeError as error:
-        if errors:  # of the lines, as which SentencePiece does not tell it
+        if errors:  # raised by `lines`; SentencePiece reports them as its own
             raise errors[0] from None
         reason = str(error).strip().splitlines()[-1]
         raise ValueError(f"cannot train a text tokenizer of {vocab_size} pieces: {reason}") from error
@@ -82,24 +91,27 @@ def train_tokenizer(lines: Iterable[str], folder: str | Path, vocab_size: int, s
 
 
 def load(folder: str | Path, newlines: bool = True) -> Any:
-    """The Hugging Face tokenizer in `folder`.
+    """Load a Hugging Face tokenizer.
 
     tokenizer.json is taken as it stands. The class that tokenizer_config.json names is not built: transformers gives
     that class its own pre-tokenizer and decoder, and public repositories name classes that are not their file's.
 
     Args:
-        folder: tokenizer.json and tokenizer_config.json, or the files of a tokenizer without the former.
-        newlines: does the tokenizer keep newlines and runs of spaces? T5's does not.
+        folder: has tokenizer.json and tokenizer_config.json, or the files of a tokenizer without the former.
+        newlines: whether the tokenizer keeps newlines and runs of spaces; T5's does not.
+
+    Returns:
+        The tokenizer, a `PreTrainedTokenizerBase`.
 
     Raises:
-        ValueError: in one line, where the files are damaged or a sentence does not come back as it was.
+        ValueError: the files are damaged, or decoding does not return a sentence as it was; in one line.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     folder = Path(folder)
     kind = PreTrainedTokenizerFast if (folder / TOKENIZER_FILE).is_file() else AutoTokenizer
     try:
-        with silence_transformers():  # it warns of config.json's types that it does not know
+        with silence_transformers():  # it warns of model types in config.json that it does not know
             tokenizer = kind.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers package raises plain Exception
         raise ValueError(f"the text tokenizer in {folder} cannot be loaded: {first_line(error)}") from error
@@ -108,13 +120,19 @@ def load(folder: str | Path, newlines: bool = True) -> Any:
 
 
 class InferenceTokenizer:
-    """What reading and answering take of a `PreTrainedTokenizerFast`, over the same two files. Importing transformers'
-    takes longer than drawing a picture.
+    """The methods of `PreTrainedTokenizerFast` that inference calls, on the same two files.
 
-    Raises ValueError in one line where the files are damaged or a sentence does not come back as it was.
+    It imports the tokenizers package alone: importing transformers takes longer than generating a picture.
     """
 
     def __init__(self, folder: Path) -> None:
+        """
+        Args:
+            folder: has tokenizer.json and tokenizer_config.json.
+
+        Raises:
+            ValueError: the files are damaged, or decoding does not return a sentence as it was; in one line.
+        """
         import tokenizers
 
         self.folder = folder
@@ -144,59 +162,95 @@ class InferenceTokenizer:
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
     def get_vocab(self) -> dict[str, int]:
+        """Return the id of each token, special tokens included."""
         return dict(self._tokenizer.get_vocab(with_added_tokens=True))
 
     def convert_tokens_to_ids(self, tokens: Any) -> Any:
+        """Return the id of a token, or the ids of a list of tokens; an unknown token has `unk_token_id`."""
         if isinstance(tokens, str):
             id = self._tokenizer.token_to_id(tokens)
             return self.unk_token_id if id is None else id
         return [self.convert_tokens_to_ids(token) for token in tokens]
 
     def convert_ids_to_tokens(self, id: int) -> str | None:
+        """Return the token of an id, None where there is none."""
         token: str | None = self._tokenizer.id_to_token(id)
         return token
 
     def __call__(
         self, text: str, add_special_tokens: bool = True, split_special_tokens: bool = False
     ) -> dict[str, list[int]]:
+        """Encode a text.
+
+        Args:
+            text: to be tokenized.
+            add_special_tokens: add those of the start and the end, where the tokenizer has such a rule.
+            split_special_tokens: take names of special tokens in the text as plain text.
+
+        Returns:
+            {"input_ids": the ids}.
+        """
         self._tokenizer.encode_special_tokens = split_special_tokens
         return {"input_ids": self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids}
 
     def decode(
         self, ids: Iterable[int], skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool = False
     ) -> str:
+        """Return the text of ids.
+
+        Args:
+            ids: of tokens.
+            skip_special_tokens: leave special tokens out.
+            clean_up_tokenization_spaces: ignored; spaces are never changed.
+        """
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     def save_pretrained(self, folder: str | Path) -> None:
+        """Write the tokenizer with its chat template, as transformers does."""
         tokenizer = load(self.folder)
         tokenizer.chat_template = self.chat_template
         tokenizer.save_pretrained(folder)
 
 
 ROUND_TRIP_SENTENCE = "Say 12 or 345:\n\n  a red apple, two dogs."
-"""What every tokenizer has to give back."""
+"""A text that encoding and decoding have to return."""
 
 
 def check_round_trip(tokenizer: Any, source: str | Path, newlines: bool = True) -> None:
-    """Raise ValueError where a sentence with spaces, newlines and digits does not survive encoding and decoding.
-    Letters, digits and marks that a small vocabulary does not have are left out of it."""
+    """Check that encoding and decoding return a sentence with spaces, newlines and digits.
 
-    def known(letter: str) -> bool:
+    Letters, digits and marks that a small vocabulary does not have are left out of the sentence.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer, or an `InferenceTokenizer`.
+        source: where it is from, for the message.
+        newlines: whether the tokenizer keeps newlines and runs of spaces.
+
+    Raises:
+        ValueError: the sentence is not returned as it was; in one line.
+    """
+
+    def is_known(letter: str) -> bool:
         ids = tokenizer(letter, add_special_tokens=False)["input_ids"]
         return letter.isspace() or tokenizer.unk_token_id is None or tokenizer.unk_token_id not in ids
 
-    said = "".join(letter for letter in ROUND_TRIP_SENTENCE if known(letter))
-    said = (said if newlines else " ".join(said.split())).strip()
-    ids = tokenizer(said, add_special_tokens=False)["input_ids"]
+    sentence = "".join(letter for letter in ROUND_TRIP_SENTENCE if is_known(letter))
+    sentence = (sentence if newlines else " ".join(sentence.split())).strip()
+    ids = tokenizer(sentence, add_special_tokens=False)["input_ids"]
     decoded = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    if not said or decoded.strip() != said:
+    if not sentence or decoded.strip() != sentence:
         raise ValueError(
-            f"{source}: the text tokenizer gives {said!r} back as {decoded!r}, so prompts would be misread"
+            f"{source}: the text tokenizer gives {sentence!r} back as {decoded!r}, so prompts would be misread"
         )
 
 
 def save(tokenizer: Any, folder: str | Path) -> None:
-    """Write the tokenizer so that transformers 4 and 5 read tokenizer.json as it stands."""
+    """Write a tokenizer so that transformers 4 and 5 read tokenizer.json as it stands.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer, or an `InferenceTokenizer`.
+        folder: where the files go.
+    """
     tokenizer.save_pretrained(folder)
     path = Path(folder) / TOKENIZER_CONFIG
     settings = read_json(path)
@@ -207,20 +261,34 @@ def save(tokenizer: Any, folder: str | Path) -> None:
 
 
 def load_from_model(folder: Path, newlines: bool = True) -> Any:
-    """The same of a model's folder, whose settings have to be there: transformers would answer damaged ones with a
-    traceback, or make a tokenizer of no words. Raises ValueError in one line."""
+    """Load the tokenizer of a model's folder, as `load` does, after a check of its JSON files.
+
+    With damaged files transformers would raise errors of its own, or make a tokenizer without words.
+
+    Args:
+        folder: has config.json, tokenizer.json and tokenizer_config.json.
+        newlines: as in `load`.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ValueError: a file is missing or damaged; in one line.
+    """
     for name in (CONFIG, TOKENIZER_FILE, TOKENIZER_CONFIG):
         read_json(folder / name)
     return load(folder, newlines)
 
 
 class PromptBuilder:
-    """Builds the ids of a prompt. In a template's own text the names of special tokens are these tokens; in a user's
-    text they are text. Text between two special tokens is cut into pieces as a whole, whoever says it.
+    """Builds the ids of a prompt.
+
+    In a template's text the names of special tokens are these tokens; in a user's text they are plain text. Text
+    between two special tokens is tokenized as a whole, also where a template's and a user's text meet.
 
     Args:
         tokenizer: of the model.
-        names: the special tokens that the template names; None is all that the tokenizer has.
+        names: the special tokens that the template uses; None: all that the tokenizer has.
     """
 
     def __init__(self, tokenizer: Any, names: Iterable[str] | None = None) -> None:
@@ -233,7 +301,15 @@ class PromptBuilder:
         self._special = re.compile(f"({'|'.join(map(re.escape, names))})" if names else "(?!)")
 
     def add_template_text(self, text: str, loss: bool = False) -> PromptBuilder:
-        """Add the template's words; loss: are they learnt?"""
+        """Add text of the template.
+
+        Args:
+            text: in which names of special tokens are these tokens.
+            loss: whether the model learns to predict it.
+
+        Returns:
+            The builder.
+        """
         for number, piece in enumerate(self._special.split(text)):
             if number % 2:
                 self.add_ids([self.tokenizer.convert_tokens_to_ids(piece)], loss)
@@ -242,7 +318,15 @@ class PromptBuilder:
         return self
 
     def add_user_text(self, text: str, loss: bool = False) -> PromptBuilder:
-        """Add a user's words; loss: are they learnt?"""
+        """Add text of a user.
+
+        Args:
+            text: in which names of special tokens are plain text.
+            loss: whether the model learns to predict it.
+
+        Returns:
+            The builder.
+        """
         if text:
             if self._text and self._loss != loss:
                 self._flush()
@@ -250,18 +334,28 @@ class PromptBuilder:
         return self
 
     def add_ids(self, ids: list[int], loss: bool = False) -> PromptBuilder:
-        """Add ids as they are; loss: are they learnt?"""
+        """Add ids as they are.
+
+        Args:
+            ids: of tokens.
+            loss: whether the model learns to predict them.
+
+        Returns:
+            The builder.
+        """
         self._flush()
         self._tokens.add(ids, loss)
         return self
 
-    def add_image(self, image: Any, length: int, loss: bool = False, handler: str = "next-token") -> PromptBuilder:
-        """Add an image's place.
+    def add_image(
+        self, image: SegmentImage, length: int, loss: bool = False, handler: str = "next-token"
+    ) -> PromptBuilder:
+        """Add the positions of an image.
 
         Args:
             image: pixels or codes.
-            length: ids that stand for it.
-            loss: is it learnt?
+            length: positions that it takes.
+            loss: whether the model learns to predict it.
             handler: the generator that writes it, or the reader that reads it.
 
         Returns:
@@ -272,13 +366,13 @@ class PromptBuilder:
         return self
 
     def build(self) -> Tokens:
-        """All that was added."""
+        """Return all that was added."""
         self._flush()
         return self._tokens
 
     def _flush(self) -> None:
-        # a special token's name that is left in the text is a user's: broken after its first letter it is text, even
-        # where the tokenizer would not split it
+        # The name of a special token that is left in the text is a user's. Split after its first letter it is plain
+        # text, also with a tokenizer that would not split it.
         for piece in self._special.sub(lambda match: f"{match[0][0]}\0{match[0][1:]}", self._text).split("\0"):
             if piece:
                 piece_ids = self.tokenizer(piece, add_special_tokens=False, split_special_tokens=True)["input_ids"]
@@ -287,25 +381,28 @@ class PromptBuilder:
 
 
 def merge_system_message(messages: list[dict[str, Any]], render: Callable[[Any], str]) -> list[dict[str, Any]]:
-    """Messages as a chat template takes them: a system message that it has no place for opens the user's first one.
+    """Put a system message that a chat template has no place for at the beginning of the user's first message.
 
     Args:
         messages: of which the first may be of the role system; their contents are texts, or lists of parts.
-        render: what the chat template makes of messages.
+        render: applies the chat template to messages.
+
+    Returns:
+        Messages that the chat template takes.
     """
     first, *other_messages = messages
     if first["role"] != "system" or not other_messages:
         return messages
     content = first["content"]
-    said = content if isinstance(content, str) else content[0]["text"]
-    if said in (rendered := _render_or_empty(render, messages)) and rendered != _render_or_empty(
+    system_text = content if isinstance(content, str) else content[0]["text"]
+    if system_text in (rendered := _render_or_empty(render, messages)) and rendered != _render_or_empty(
         render, [first | {"role": "user"}, *other_messages]
     ):
         return messages
     if other_messages[0]["role"] != "user":
         return [first | {"role": "user"}, *other_messages]
     merged_content = (
-        f"{said}\n\n{other_messages[0]['content']}"
+        f"{system_text}\n\n{other_messages[0]['content']}"
         if isinstance(content, str)
         else [*content, *other_messages[0]["content"]]
     )
@@ -313,7 +410,7 @@ def merge_system_message(messages: list[dict[str, Any]], render: Callable[[Any],
 
 
 def _render_or_empty(render: Callable[[Any], str], messages: list[dict[str, Any]]) -> str:
-    """What the template makes of messages, "" where it refuses their roles."""
+    """Render messages; "" where the template refuses their roles."""
     from jinja2 import TemplateError
 
     try:

@@ -24,13 +24,18 @@ UNUSED_KEYS = ("quantize.ema_vocab_hit_SV",)
 
 @dataclass(frozen=True)
 class VARVQConfig:
-    """Everything that defines the network."""
+    """Configuration of the network."""
 
     scales: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+    """Sides of the token maps, growing; the last is the side of the grid."""
     channels: tuple[int, ...] = (160, 160, 320, 320, 640)
+    """Channels of each resolution, the highest first; each but the first halves the map."""
     blocks: int = 2
+    """Residual blocks of each resolution."""
     code_dim: int = 32
+    """D, channels of a code."""
     codes: int = 4096
+    """Size of the codebook."""
 
     def __post_init__(self) -> None:
         for name in ("scales", "channels"):
@@ -38,9 +43,13 @@ class VARVQConfig:
 
 
 class VARVQ(nn.Module):
-    """encode / decode without gradient: it is used as it was published."""
+    """VAR's tokenizer as it was published. `encode` and `decode` take no gradient."""
 
     def __init__(self, config: VARVQConfig | None = None) -> None:
+        """
+        Args:
+            config: of the network; None: the defaults.
+        """
         super().__init__()
         self.settings = c = config or VARVQConfig()
         stride = 2 ** (len(c.channels) - 1)
@@ -54,45 +63,99 @@ class VARVQ(nn.Module):
 
     @property
     def image_size(self) -> int:
+        """Pixels along a side of the pictures that the tokenizer was trained on."""
         return self._image_size
 
     @property
     def grid(self) -> tuple[int, int]:
+        """Rows and columns (h, w) of the token map of the last scale."""
         return self.settings.scales[-1], self.settings.scales[-1]
 
     @property
     def codebook_size(self) -> int:
+        """Number of codes; codes are in [0, codebook_size)."""
         return self.settings.codes
 
     def config(self) -> dict[str, object]:
+        """Return the kind and the configuration of the network."""
         return {"kind": "var_vq", **to_dict(self.settings)}
 
     @torch.no_grad()
     def features(self, x_BCHW: Tensor) -> Tensor:
-        """What `encode` quantizes, (B, D, h, w), fp32."""
+        """Return the features that `encode` quantizes.
+
+        Args:
+            x_BCHW: pixels in [-1, 1], (B, 3, H, W).
+
+        Returns:
+            Features (B, D, h, w), fp32.
+
+        Raises:
+            NonFiniteError: a feature is infinite or nan.
+        """
         with torch.autocast(x_BCHW.device.type, enabled=False):
             return check_finite(self.net.encode(x_BCHW.to(self.net.quant_conv.weight.dtype)).latents).float()
 
     @torch.no_grad()
     def encode(self, x_BCHW: Tensor) -> Tensor:
-        """Pixels in [-1, 1] (B, 3, H, W) -> codes (B, P)."""
+        """Encode pictures.
+
+        Args:
+            x_BCHW: pixels in [-1, 1], (B, 3, H, W).
+
+        Returns:
+            Codes of all scales (B, P), int64.
+
+        Raises:
+            NonFiniteError: a feature is infinite or nan.
+        """
         return self.quantizer.to_codes(self.features(x_BCHW))
 
     @torch.no_grad()
     def decode(self, codes_BP: Tensor) -> Tensor:
-        """Codes (B, P), of all scales or of the first few -> pixels in [-1, 1] (B, 3, H, W), fp32."""
+        """Decode pictures.
+
+        Args:
+            codes_BP: codes of all scales, or of the first few, (B, P).
+
+        Returns:
+            Pixels in [-1, 1], (B, 3, H, W), fp32.
+
+        Raises:
+            ValueError: a code is out of range, or a scale is not complete.
+        """
         f_hat_BDhw = self.quantizer.to_vectors(codes_BP).to(self.net.post_quant_conv.weight.dtype)
         return self.net.decode(f_hat_BDhw, force_not_quantize=True).sample.float().clamp(-1, 1)  # type: ignore[no-any-return]
 
 
 def from_config(config: Mapping[str, object]) -> VARVQ:
-    """The tokenizer described by `VARVQ.config()` (kind left out), untrained. ValueError for unknown keys."""
+    """Build an untrained tokenizer.
+
+    Args:
+        config: of `VARVQ.config`, kind left out.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ValueError: a key is unknown.
+    """
     return VARVQ(from_dict(VARVQConfig, config))
 
 
 def from_public(state: Mapping[str, Tensor], scales: tuple[int, ...]) -> VARVQ:
-    """The tokenizer of a public file, in eval mode: sizes are read off the tensors, the scales are of the model that
-    goes with it. Raises ValueError listing the difference where they are not those of such a network."""
+    """Build the tokenizer of a public file.
+
+    Args:
+        state: the tensors of the file, by name. The sizes of the network are read off them.
+        scales: sides of the token maps, of the model that goes with the file.
+
+    Returns:
+        The tokenizer in eval mode.
+
+    Raises:
+        ValueError: the tensors are not those of such a network; the message lists the difference.
+    """
     try:
         levels = len({name.split(".")[2] for name in state if name.startswith("encoder.down.")})
         config = VARVQConfig(
@@ -127,7 +190,14 @@ def from_public(state: Mapping[str, Tensor], scales: tuple[int, ...]) -> VARVQ:
 
 
 def to_public(tokenizer: VARVQ) -> dict[str, Tensor]:
-    """The tensors of the public file, without what counts usage in its training."""
+    """Convert the tensors of a tokenizer to those of a public file, without the usage counts of its training.
+
+    Args:
+        tokenizer: the tokenizer.
+
+    Returns:
+        The tensors by their public names, as `from_public` takes them.
+    """
     levels, state = len(tokenizer.settings.channels), tokenizer.state_dict()
     public_state = {"quantize.embedding.weight": state["quantizer.codebook"]}
     for name, tensor in state.items():

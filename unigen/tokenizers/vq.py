@@ -1,8 +1,9 @@
 """The VQ image tokenizer: a small convolutional autoencoder around a quantizer (VQ, FSQ, LFQ or multi-scale VQ).
 
-Pictures (B, 3, H, W) in [-1, 1] <-> codes (B, H/8, W/8), or (B, P), all scales in a row. Fully convolutional: sides
-need only divide by 8 (multi-scale: be those it was trained on); `image_size` says what it was trained on. Trained by
-recipes/tiny_vq.py. Does not depend on: losses but the quantizer's, data, files (`unigen.tokenizers.save_tokenizer`).
+Pictures (B, 3, H, W) in [-1, 1] <-> codes (B, H/8, W/8), or (B, P), all scales in a row. The network is fully
+convolutional: it takes sides that divide by 8 (with multi-scale VQ, those that it was trained on); `image_size` is the
+side that it was trained on. Trained by recipes/tiny_vq.py. Does not depend on: losses but the quantizer's, data, files
+(`unigen.tokenizers.save_tokenizer`).
 
 Shapes: B batch, C=3 channels, H W pixels, D code dimension, h w grid of codes.
 """
@@ -25,10 +26,14 @@ from unigen.tokenizers.quantize import FSQ, LFQ, Quantizer, VectorQuantizer, che
 
 @dataclass(frozen=True)
 class VQConfig:
-    """Everything that defines the network. Raises ValueError for values that cannot work."""
+    """Configuration of the network.
+
+    Raises:
+        ValueError: a value cannot work.
+    """
 
     image_size: int = 64
-    """Pixels along a side."""
+    """Pixels along a side of the pictures."""
     quantizer: str = "vq"
     """One of "vq", "fsq", "lfq", "multiscale"."""
     codes: int = 1024
@@ -104,20 +109,24 @@ class VQConfig:
 
 
 class VQOutput(NamedTuple):
-    """What the forward pass of a tokenizer gives."""
+    """The result of the forward pass of a tokenizer."""
 
     pixels_BCHW: Tensor
-    """Reconstruction, fp32, not clamped."""
+    """Reconstruction (B, 3, H, W), fp32, not clamped."""
     codes_Bhw: Tensor | None
-    """None where there are no codes (KL)."""
+    """Codes (B, h, w); None where there are none (KL)."""
     losses: dict[str, tuple[Tensor, int]]
-    """Of the quantizer: by name the sum and the count."""
+    """Losses of the quantizer by name: the sum and the count."""
 
 
 class VQTokenizer(nn.Module):
-    """encode / decode without gradient for use; forward with gradient for training."""
+    """The VQ tokenizer. `encode` and `decode` take no gradient, for use; `forward` takes it, for training."""
 
     def __init__(self, config: VQConfig | None = None) -> None:
+        """
+        Args:
+            config: of the network; None: the defaults.
+        """
         super().__init__()
         self.settings = c = config or VQConfig()
         self.quantizer = c.build_quantizer()
@@ -127,32 +136,37 @@ class VQTokenizer(nn.Module):
 
     @property
     def image_size(self) -> int:
+        """Pixels along a side of the pictures that the tokenizer was trained on."""
         return self.settings.image_size
 
     @property
     def grid(self) -> tuple[int, int]:
+        """Rows and columns (h, w) of codes of a picture of that size."""
         side = self.settings.image_size // STRIDE
         return side, side
 
     @property
     def codebook_size(self) -> int:
+        """Number of codes; codes are in [0, codebook_size)."""
         return self.quantizer.size
 
     @property
     def last_layer(self) -> Tensor:
-        """The weight nearest to the pixels, at which an adaptive loss weighs gradients."""
+        """The weight of the layer next to the pixels, for gradients of which an adaptive loss is weighted."""
         return self.decoder.last.weight
 
     def config(self) -> dict[str, object]:
+        """Return the kind and the configuration of the network."""
         return {"kind": "vq", **to_dict(self.settings)}
 
     def forward(self, x_BCHW: Tensor, rng: torch.Generator | None = None, codes_Bhw: Tensor | None = None) -> VQOutput:
         """Reconstruct pictures, with a straight-through gradient.
 
         Args:
-            x_BCHW: pixels in [-1, 1].
-            rng: lets dead codes be revived in training mode.
-            codes_Bhw: decoded in the place of the pictures' own, as frozen codes are: the decoder alone learns.
+            x_BCHW: pixels in [-1, 1], (B, 3, H, W).
+            rng: draws replacements for dead codes in training mode; None: no code is revived.
+            codes_Bhw: codes that are decoded instead of those of the pictures; then, as with frozen codes, the decoder
+                alone learns.
 
         Returns:
             The reconstruction, the codes and the quantizer's losses.
@@ -165,21 +179,42 @@ class VQTokenizer(nn.Module):
         return VQOutput(pixels_BCHW.float(), quantized.codes_Bhw, quantized.losses)
 
     def freeze_codes(self) -> None:
-        """From now on only the decoder learns: pictures keep their codes, and models trained on them stay valid."""
+        """Freeze the encoder and the quantizer: pictures keep their codes, and models trained on them stay valid."""
         self.codes_frozen = True
         self.encoder.requires_grad_(False)
         self.quantizer.requires_grad_(False)
 
     @torch.no_grad()
     def encode(self, x_BCHW: Tensor) -> Tensor:
-        """Codes (B, H/8, W/8) of pixels in [-1, 1] (B, 3, H, W), the same under autocast. Raises ValueError for sides
-        that do not divide by 8."""
+        """Encode pictures, with the same result under autocast.
+
+        Args:
+            x_BCHW: pixels in [-1, 1], (B, 3, H, W).
+
+        Returns:
+            Codes (B, H/8, W/8), or with multi-scale VQ (B, P); int64.
+
+        Raises:
+            ValueError: the pictures have another shape, or sides that do not divide by 8.
+            NonFiniteError: a feature is infinite or nan.
+        """
         with torch.autocast(x_BCHW.device.type, enabled=False):
             return self.quantizer.to_codes(self.features(x_BCHW))
 
     @torch.no_grad()
     def features(self, x_BCHW: Tensor) -> Tensor:
-        """What `encode` quantizes, (B, D, H/8, W/8), fp32."""
+        """Return the features that `encode` quantizes.
+
+        Args:
+            x_BCHW: pixels in [-1, 1], (B, 3, H, W).
+
+        Returns:
+            Features (B, D, H/8, W/8), fp32.
+
+        Raises:
+            ValueError: the pictures have another shape, or sides that do not divide by 8.
+            NonFiniteError: a feature is infinite or nan.
+        """
         if x_BCHW.ndim != 4 or x_BCHW.shape[1] != 3 or x_BCHW.shape[2] % STRIDE or x_BCHW.shape[3] % STRIDE:
             raise ValueError(
                 f"pictures must be (B, 3, H, W) with H and W multiples of {STRIDE}, got {tuple(x_BCHW.shape)}"
@@ -189,11 +224,31 @@ class VQTokenizer(nn.Module):
 
     @torch.no_grad()
     def decode(self, codes_Bhw: Tensor) -> Tensor:
-        """Pixels in [-1, 1] (B, 3, 8h, 8w), fp32, of codes (B, h, w). Raises ValueError for codes out of range."""
+        """Decode pictures.
+
+        Args:
+            codes_Bhw: codes (B, h, w), or with multi-scale VQ (B, P).
+
+        Returns:
+            Pixels in [-1, 1], (B, 3, 8h, 8w), fp32.
+
+        Raises:
+            ValueError: a code is out of range.
+        """
         q_BDhw = self.quantizer.to_vectors(codes_Bhw)
         return self.decoder(q_BDhw.to(self.decoder.last.weight.dtype)).float().clamp(-1, 1)
 
 
 def from_config(config: Mapping[str, object]) -> VQTokenizer:
-    """The untrained tokenizer of `VQTokenizer.config()`, kind left out. Raises ValueError for unknown keys."""
+    """Build an untrained tokenizer.
+
+    Args:
+        config: of `VQTokenizer.config`, kind left out.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ValueError: a key is unknown, or a value cannot work.
+    """
     return VQTokenizer(from_dict(VQConfig, config))

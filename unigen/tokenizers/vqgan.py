@@ -29,27 +29,35 @@ from unigen.tokenizers import SquareGridMixin
 from unigen.tokenizers.quantize import check_codes, check_finite
 
 CHAMELEON, CHAMELEON_FILE = "GAIR/Anole-7b-v0.1", "vqgan.ckpt"
-"""Where the hub has Chameleon's tokenizer, which models that write by it do not bring along."""
+"""Repository and file of Chameleon's tokenizer on the hub; models that use it do not ship it."""
 
 
 @dataclass(frozen=True)
 class VQGANConfig:
-    """Everything that defines the network."""
+    """Configuration of the network.
+
+    Raises:
+        ValueError: `image_size` is not a positive multiple of the stride.
+    """
 
     image_size: int = 512
-    """Pixels along a side."""
+    """Pixels along a side of the pictures."""
     channels: tuple[int, ...] = (128, 128, 256, 256, 512)
-    """One number a resolution; each but the first halves the map."""
+    """Channels of each resolution, the highest first; each but the first halves the map."""
     blocks: int = 2
-    """Residual blocks a resolution."""
+    """Residual blocks of each resolution."""
     latent_channels: int = 256
+    """Channels between the encoder and `quant_conv`."""
     code_dim: int = 256
+    """D, channels of a code."""
     codes: int = 8192
+    """Size of the codebook."""
     norm_groups: int = 32
+    """Groups of each group normalization."""
     attention: bool = False
-    """After each residual block of the lowest resolution."""
+    """Whether an attention follows each residual block of the lowest resolution."""
     unit: bool = False
-    """Features and codes are compared, and codes decoded, at unit length."""
+    """Whether features and codes are compared, and codes decoded, at unit length."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "channels", tuple(self.channels))  # JSON gives lists
@@ -58,14 +66,18 @@ class VQGANConfig:
 
     @property
     def stride(self) -> int:
-        """Pixels a code along each side."""
+        """Pixels of a code along each side."""
         return int(2 ** (len(self.channels) - 1))
 
 
 class VQGAN(SquareGridMixin, nn.Module):
-    """encode / decode without gradient: it is used as it was published."""
+    """A VQGAN as it was published. `encode` and `decode` take no gradient."""
 
     def __init__(self, config: VQGANConfig | None = None) -> None:
+        """
+        Args:
+            config: of the network; None: the defaults.
+        """
         super().__init__()
         from diffusers.models.autoencoders.vq_model import VQModel
 
@@ -84,14 +96,26 @@ class VQGAN(SquareGridMixin, nn.Module):
 
     @property
     def codebook_size(self) -> int:
+        """Number of codes; codes are in [0, codebook_size)."""
         return self.settings.codes
 
     def config(self) -> dict[str, object]:
+        """Return the kind and the configuration of the network."""
         return {"kind": "vqgan", **to_dict(self.settings)}
 
     @torch.no_grad()
     def encode(self, x_BCHW: Tensor) -> Tensor:
-        """Pixels in [-1, 1] (B, 3, H, W) -> codes (B, h, w), the same under autocast."""
+        """Encode pictures, with the same result under autocast.
+
+        Args:
+            x_BCHW: pixels in [-1, 1], (B, 3, H, W).
+
+        Returns:
+            Codes (B, h, w), int64.
+
+        Raises:
+            NonFiniteError: a feature is infinite or nan.
+        """
         with torch.autocast(x_BCHW.device.type, enabled=False):
             latents_BDhw = self.net.encode(x_BCHW.to(self.net.quant_conv.weight.dtype)).latents
             z_BDhw = check_finite(latents_BDhw).float()
@@ -104,7 +128,17 @@ class VQGAN(SquareGridMixin, nn.Module):
 
     @torch.no_grad()
     def decode(self, codes_Bhw: Tensor) -> Tensor:
-        """Codes (B, h, w) -> pixels in [-1, 1] (B, 3, H, W), fp32. ValueError for codes out of range."""
+        """Decode pictures.
+
+        Args:
+            codes_Bhw: codes (B, h, w), int64.
+
+        Returns:
+            Pixels in [-1, 1], (B, 3, H, W), fp32.
+
+        Raises:
+            ValueError: a code is out of range.
+        """
         check_codes(codes_Bhw, self.codebook_size)
         e_BhwD = self.net.quantize.embedding(codes_Bhw)
         e_BDhw = (normalize(e_BhwD, dim=-1) if self.settings.unit else e_BhwD).permute(0, 3, 1, 2)
@@ -112,7 +146,17 @@ class VQGAN(SquareGridMixin, nn.Module):
 
 
 def from_config(config: Mapping[str, object]) -> VQGAN:
-    """The tokenizer described by `VQGAN.config()` (kind left out), untrained. ValueError for unknown keys."""
+    """Build an untrained tokenizer.
+
+    Args:
+        config: of `VQGAN.config`, kind left out.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ValueError: a key is unknown, or a value cannot work.
+    """
     return VQGAN(from_dict(VQGANConfig, config))
 
 
@@ -124,8 +168,8 @@ _KEY_RENAMES = {
         ("decoder.up.{i}.block.{j}.", "decoder.up_blocks.{i}.resnets.{j}."),
         ("decoder.up.{i}.upsample.", "decoder.up_blocks.{i}.upsamplers.0."),
         *(
-            (f"{here}.{{i}}.attn.{{j}}.{k}.", f"{there}.{{i}}.attentions.{{j}}.{v}.")
-            for here, there in (("encoder.down", "encoder.down_blocks"), ("decoder.up", "decoder.up_blocks"))
+            (f"{public}.{{i}}.attn.{{j}}.{k}.", f"{diffusers}.{{i}}.attentions.{{j}}.{v}.")
+            for public, diffusers in (("encoder.down", "encoder.down_blocks"), ("decoder.up", "decoder.up_blocks"))
             for k, v in _ATTENTION_KEYS.items()
         ),
         (".mid.block_1.", ".mid_block.resnets.0."),
@@ -151,12 +195,21 @@ _KEY_RENAMES = {
         (".norm_out.", ".conv_norm_out."),
     ),
 }
-"""Of each layout: what a tensor is called there, and by diffusers."""
+"""For each layout pairs of key parts: the public name, and that of diffusers."""
 
 
 def rename_key(name: str, layout: str, resolutions: int, public: bool = False) -> str:
-    """What diffusers calls a tensor of a public layout; with public=True what that calls one of diffusers'.
-    resolutions: how many the network has; taming counts the decoder's from the other end."""
+    """Map the name of a tensor in a public layout to its name in diffusers.
+
+    Args:
+        name: of the tensor.
+        layout: "taming" or "llamagen".
+        resolutions: number of resolutions of the network; taming numbers those of the decoder from the other end.
+        public: map the other way, from diffusers to the public layout.
+
+    Returns:
+        The name in the other layout.
+    """
     for public_key, diffusers in _KEY_RENAMES[layout]:
         source_key, target_key = (diffusers, public_key) if public else (public_key, diffusers)
         pattern = re.escape(source_key).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{j\}", r"(?P<j>\d+)")
@@ -169,8 +222,20 @@ def rename_key(name: str, layout: str, resolutions: int, public: bool = False) -
 
 
 def from_public(state: Mapping[str, Tensor], image_size: int, layout: str = "taming") -> VQGAN:
-    """The tokenizer whose tensors are in a public layout, in eval mode. Its size is read off them; what belongs to its
-    training is left. Raises ValueError listing the difference where they are not those of such a network."""
+    """Build the tokenizer of a public file.
+
+    Args:
+        state: the tensors of the file, by name. The sizes of the network are read off them; those of the training
+            alone are ignored.
+        image_size: pixels along a side of the pictures.
+        layout: "taming" or "llamagen".
+
+    Returns:
+        The tokenizer in eval mode.
+
+    Raises:
+        ValueError: the tensors are not those of such a network; the message lists the difference.
+    """
     dropped_keys = ("loss.", "quantize.codebook_used")
     state = {name: tensor for name, tensor in state.items() if not name.startswith(dropped_keys)}
     first_block_key = {"taming": "encoder.down.{i}.block.", "llamagen": "encoder.conv_blocks.{i}.res."}[layout]
@@ -191,7 +256,7 @@ def from_public(state: Mapping[str, Tensor], image_size: int, layout: str = "tam
     tokenizer = VQGAN(config)
     shapes = {name: tensor.shape for name, tensor in tokenizer.net.state_dict().items()}
     renamed = {rename_key(name, layout, levels): tensor for name, tensor in state.items()}
-    # attention is a linear map here and a convolution of 1x1 there
+    # an attention projection is a linear layer in diffusers and a 1x1 convolution in the public file
     flattened_state = {
         k: v.flatten(1) if k in shapes and v.ndim == 4 and len(shapes[k]) == 2 else v for k, v in renamed.items()
     }
@@ -200,8 +265,18 @@ def from_public(state: Mapping[str, Tensor], image_size: int, layout: str = "tam
 
 
 def load_chameleon(folder: Path, image_size: int) -> VQGAN:
-    """Chameleon's tokenizer for the model in `folder`: in our layout there, in its file there, or else of the hub.
-    image_size: of its pictures, where nothing says so."""
+    """Load Chameleon's tokenizer for a model: its folder in our layout, else its public file, else that of the hub.
+
+    Args:
+        folder: of the model.
+        image_size: pixels along a side of the pictures, where no settings say so.
+
+    Returns:
+        The tokenizer in eval mode.
+
+    Raises:
+        ValueError: the tokenizer is not there, or damaged; in one line.
+    """
     from unigen.tokenizers import load_image_tokenizer
 
     if (folder / "image_tokenizer").is_dir():
@@ -214,15 +289,30 @@ def load_chameleon(folder: Path, image_size: int) -> VQGAN:
 
 
 def load_public(path: Path, image_size: int) -> VQGAN:
-    """The tokenizer in a file of taming's layout. image_size: of its pictures, where no settings (.yaml) beside the
-    file say so."""
+    """Load a tokenizer from a file of taming's layout.
+
+    Args:
+        path: of the file.
+        image_size: pixels along a side of the pictures, where no settings (.yaml) beside the file say so.
+
+    Returns:
+        The tokenizer in eval mode.
+
+    Raises:
+        ValueError: the tensors are not those of such a network; the message lists the difference.
+    """
     settings = path.with_suffix(".yaml")
     size = re.search(r"^\s*resolution:\s*(\d+)", settings.read_text(), re.M) if settings.is_file() else None
     return from_public(read_tensors(path), int(size[1]) if size else image_size)
 
 
 def save_public(tokenizer: VQGAN, folder: Path) -> None:
-    """Write vqgan.ckpt and vqgan.yaml, as Chameleon has them."""
+    """Write vqgan.ckpt and vqgan.yaml, the files of Chameleon's tokenizer.
+
+    Args:
+        tokenizer: the tokenizer.
+        folder: where the files go; it is made where it is missing.
+    """
     c = tokenizer.settings
     folder.mkdir(parents=True, exist_ok=True)
     torch.save({"state_dict": to_public(tokenizer)}, folder / "vqgan.ckpt")
@@ -247,7 +337,15 @@ def save_public(tokenizer: VQGAN, folder: Path) -> None:
 
 
 def to_public(tokenizer: VQGAN, layout: str = "taming") -> dict[str, Tensor]:
-    """The tensors in a public layout, as `from_public` takes them."""
+    """Convert the tensors of a tokenizer to a public layout.
+
+    Args:
+        tokenizer: the tokenizer.
+        layout: "taming" or "llamagen".
+
+    Returns:
+        The tensors by their public names, as `from_public` takes them.
+    """
     levels, state = len(tokenizer.settings.channels), tokenizer.net.state_dict()
     return {
         rename_key(k, layout, levels, public=True): v[:, :, None, None] if ".attentions." in k and v.ndim == 2 else v
