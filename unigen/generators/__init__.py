@@ -1,7 +1,8 @@
-"""Ways of writing a segment, one file each, found by name: next-scale is next_scale.py. There is no registry.
+"""Generators, one file each, found by name: next-scale is next_scale.py. There is no registry.
 
-A file of a way of writing pictures says `GENERATOR = itsClass`, whose `from_context(context)` makes an untrained one
-and raises ValueError where its tokenizer or settings do not fit. Does not depend on what the generators do.
+The file of an image generator ends with `GENERATOR = ItsClass`. The class method `from_context(context)` builds an
+untrained generator and raises ValueError where its tokenizer or settings do not fit. Does not depend on: how the
+generators work.
 """
 
 from __future__ import annotations
@@ -9,17 +10,28 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
+from types import ModuleType
 from typing import Any
 
 
 def generator_names() -> list[str]:
-    """All ways of writing a picture, as users write them."""
+    """The names of all image generators, sorted, such as "next-token"."""
     modules = (module.name for module in pkgutil.iter_modules(__path__))
     return sorted(name.replace("_", "-") for name in modules if hasattr(_module(name), "GENERATOR"))
 
 
 def find_generator(name: str) -> Any:
-    """The class of the generator of this name. Raises ValueError naming those there are."""
+    """The class of a generator.
+
+    Args:
+        name: of the generator, such as "next-token".
+
+    Returns:
+        Its class, a `unigen.generators.base.Generator` with the class method `from_context`.
+
+    Raises:
+        ValueError: there is no such generator; the error lists those there are.
+    """
     file = name.replace("-", "_")
     exists = file.isidentifier() and importlib.util.find_spec(f"{__name__}.{file}") is not None
     generator = getattr(_module(file), "GENERATOR", None) if exists else None
@@ -28,5 +40,5 @@ def find_generator(name: str) -> Any:
     return generator
 
 
-def _module(file: str) -> Any:
+def _module(file: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{file}")

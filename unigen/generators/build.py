@@ -1,4 +1,4 @@
-"""Generators built or loaded by their names, for a model of given parts."""
+"""Build or load generators by name."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from unigen.tokenizers import load_image_tokenizer
 
 
 def build_generator(name: str, context: BuildContext) -> Generator:
-    """An untrained generator.
+    """Build an untrained generator.
 
     Args:
-        name: as users write it, "next-token".
-        context: the sizes and ids of the model that it is for.
+        name: of the generator, such as "next-token".
+        context: sizes and ids of the model, the generator's own tokenizer and settings.
+
+    Returns:
+        The generator, with random weights.
 
     Raises:
         ValueError: the name is unknown, or the generator needs an image tokenizer of its own and `context` has none.
@@ -35,7 +38,18 @@ def build_generator(name: str, context: BuildContext) -> Generator:
 
 
 def load_generator(folder: Path, context: BuildContext) -> Any:
-    """A generator with weights, as `UnifiedModel.save` wrote it. The name of the folder is the generator's."""
+    """Load a generator with weights.
+
+    Args:
+        folder: as `UnifiedModel.save` wrote it; its name is the generator's.
+        context: sizes and ids of the model. Tokenizer and settings come from the folder.
+
+    Returns:
+        The generator, a `unigen.generators.base.GeneratorHead`.
+
+    Raises:
+        ValueError: a file is missing, or the weights do not fit.
+    """
     settings = read_json(folder / "config.json")
     tokenizer = (
         load_image_tokenizer(folder / "tokenizer") if generators.find_generator(folder.name).tokenizer_kind else None
@@ -47,6 +61,17 @@ def load_generator(folder: Path, context: BuildContext) -> Any:
 
 
 def load_generator_lazily(folder: Path, context: BuildContext) -> Any:
-    """`load_generator` for a factory that runs after the model is loaded: errors name the folder."""
+    """`load_generator` for a factory that runs after the model is loaded: errors name the folder.
+
+    Args:
+        folder: as for `load_generator`.
+        context: as for `load_generator`.
+
+    Returns:
+        The generator.
+
+    Raises:
+        ValueError: a file is missing, or the weights do not fit.
+    """
     with wrap_load_errors(folder):
         return load_generator(folder, context)

@@ -1,12 +1,11 @@
-"""Rectified flow: a diffusion head draws a picture's latents, conditioned on the backbone's hidden states.
+"""Rectified flow: a diffusion head samples an image's latents, conditioned on the backbone's hidden states.
 
     loss = E |v(x_t, t, hidden) - (noise - x)|^2,    x_t = (1 - t) x + t noise
 
-Esser et al. 2024 (SD3, arXiv 2403.03206), section 2 and eq. 19. The velocity's network is one of
-`unigen.nn.denoisers`. The backbone reads the chat up to the begin token once; the head takes its last hidden states as
-context, a fixed number filled up with zeros as in SD3, so that a picture does not depend on its batch; the state of the
-begin token comes last.
-The KL tokenizer is part of the generator.
+Esser et al. 2024 (SD3, arXiv 2403.03206), section 2 and eq. 19. The network of the velocity is one of
+`unigen.nn.denoisers`. The backbone reads the prompt up to the begin token once. The head takes its last hidden states
+as context: a fixed number, padded with zeros as in SD3, so that an image does not depend on its batch. The state of
+the begin token comes last. The KL tokenizer is part of the generator.
 Does not depend on: templates, caches, how a tokenizer is trained.
 
 Shapes: M images, S branches of guidance, Z latent channels, h w grid of latents, N context states, D width, B rows, L
@@ -16,7 +15,7 @@ positions.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +29,12 @@ from unigen.generators.latents import DenoisingState, LatentFlowHead
 from unigen.nn.attention import math_attention
 from unigen.nn.denoisers import DenoiserKind, build_denoiser
 
+if TYPE_CHECKING:
+    from unigen.tokenizers.kl import KLTokenizer
+
 NOISE_SAMPLES_PER_IMAGE = 4
-"""Noised copies of a picture that are learnt from at once, since the chat is read but once for all of them (as in MAR,
-Li et al. 2024, arXiv 2406.11838)."""
+"""Noised copies of an image in one training step. The prompt is read once for all of them (as in MAR, Li et al. 2024,
+arXiv 2406.11838)."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class FlowConfig:
     patch: int = 1
     """Side of a patch in latents; a U-Net takes no patch."""
     context_length: int = 64
-    """Hidden states of the backbone that the network sees."""
+    """Number N of hidden states of the backbone that the network reads."""
     shift: float = 1.0
     """Shift of the times towards noise, in training and sampling alike (SD3, eq. 23); 1 is none."""
 
@@ -61,20 +63,26 @@ class FlowConfig:
 
 @dataclass
 class FlowState(DenoisingState):
-    """A picture on its way, with what the head sees of the chat."""
+    """The state of an image that is being sampled, with its context."""
 
     context: PromptEmbeds | None = None
-    """Of each of S branches of guidance, (S, N, D), once the chat is read."""
+    """Context states (S, N, D) of the S branches of guidance; None until the prompt is read."""
 
 
 class Flow(LatentFlowHead):
-    """The latents of one image, by a flow from noise."""
+    """The latents of one image, sampled from noise by a flow.
+
+    Args:
+        tokenizer: a `KLTokenizer`.
+        width: width D of the backbone.
+        config: settings of the head; None is the defaults.
+    """
 
     name = "flow"
     needs_context = True
     uses_positions = False
 
-    def __init__(self, tokenizer: Any, width: int, config: FlowConfig | None = None) -> None:
+    def __init__(self, tokenizer: KLTokenizer, width: int, config: FlowConfig | None = None) -> None:
         super().__init__(tokenizer)
         self.settings = c = config or FlowConfig()
         self.path = LinearPath(c.shift)
@@ -92,23 +100,35 @@ class Flow(LatentFlowHead):
 
     @classmethod
     def from_context(cls, context: BuildContext) -> Flow:
+        """An untrained generator for a model.
+
+        Args:
+            context: sizes and ids of the model, the generator's own tokenizer and settings.
+
+        Raises:
+            ValueError: the tokenizer or the settings do not fit.
+        """
         return cls(context.tokenizer, context.width, from_dict(FlowConfig, context.settings))
 
     @property
     def io_layers(self) -> tuple[nn.Module, ...]:  # type: ignore[override]
+        """See `GeneratorHead.io_layers`."""
         return self.head.io_layers
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> dict[str, object]:
+        """See `GeneratorHead.config`."""
         return to_dict(self.settings)
 
     def num_positions(self) -> int:
+        """See `Generator.num_positions`."""
         return 0
 
     def attend_until(self) -> list[int] | None:
+        """See `Generator.attend_until`."""
         return None
 
     def velocity(self, x_MZhw: Tensor, t_M: Tensor, context: PromptEmbeds) -> Tensor:
-        """noise - data as the head sees it.
+        """The predicted velocity, noise - data.
 
         Args:
             x_MZhw: noised latents.
@@ -116,7 +136,7 @@ class Flow(LatentFlowHead):
             context: hidden states of the backbone, the last of each sample the begin token's.
 
         Returns:
-            (M, Z, h, w), in x's dtype: fp32 whatever the model is.
+            The velocity (M, Z, h, w) in x's dtype: fp32, whatever the dtype of the model.
         """
         normed_MND = self.norm(context.embeds_MND)
         if context.mask_MN is not None:
@@ -127,11 +147,11 @@ class Flow(LatentFlowHead):
     # ---------------------------------------------------------------- training
 
     def prepare(self, model: GeneratorModel, batch: Batch, rng: torch.Generator) -> tuple[list[InputSpan], PathSample]:
-        """x_t, t and the velocity to be learnt."""
+        """See `Generator.prepare`: the targets are x_t, t and the velocity. No position is read."""
         return [], self.add_noise(batch, batch.ids_BL.device, rng, NOISE_SAMPLES_PER_IMAGE)
 
     def loss(self, model: GeneratorModel, batch: Batch, hidden_BLD: Tensor, targets: PathSample) -> Tensor:
-        """The mean squared error of each image's velocity, (M,)."""
+        """See `Generator.loss`: the mean squared error (M,) of each image's velocity."""
         x_t_MZhw, t_M, velocity_MZhw = targets
         if not self.num_targets(batch):
             return self.zero_loss(hidden_BLD)
@@ -141,8 +161,15 @@ class Flow(LatentFlowHead):
         return error.square().mean((1, 2, 3)).unflatten(0, (-1, NOISE_SAMPLES_PER_IMAGE)).mean(1)
 
     def context_states(self, batch: Batch, hidden_BLD: Tensor) -> PromptEmbeds:
-        """The last states up to each image's begin token, (M, N, D); before the document's first they are zeros and
-        masked."""
+        """The context of each image: the hidden states up to its begin token.
+
+        Args:
+            batch: packed rows with M images of this generator.
+            hidden_BLD: hidden states of the backbone.
+
+        Returns:
+            States (M, N, D) and mask (M, N). Places before the document's first position are zeros and masked.
+        """
         spans_M3 = batch.spans_N3[batch.images_of(self.name).to(batch.spans_N3.device)]
         rows_M1, begin_M1 = spans_M3[:, :1], spans_M3[:, 1:2] - 1
         back_N = torch.arange(self.settings.context_length - 1, -1, -1, device=begin_M1.device)
@@ -153,14 +180,16 @@ class Flow(LatentFlowHead):
     # ---------------------------------------------------------------- sampling
 
     def start(self, span: SegmentSpec) -> GenerationState:
+        """See `Generator.start`."""
         return FlowState(span, [], trajectory=self.new_trajectory(span))
 
     def prepare_step(self, state: GenerationState) -> StepInput:
+        """See `Generator.prepare_step`."""
         assert isinstance(state, FlowState)
         return StepInput([state.span.begin] if state.context is None else [])
 
     def step(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
-        """One evaluation of the velocity, the first one after the begin token."""
+        """See `Generator.step`: one evaluation of the velocity, the first one after the begin token."""
         flow_states = [state for state in states if isinstance(state, FlowState)]
         num_kept = [int(state.context is None) for state in flow_states]
         for state, branches in zip(flow_states, hidden, strict=True):
@@ -168,8 +197,8 @@ class Flow(LatentFlowHead):
                 state.context = PromptEmbeds.cat([self._pad_context(branch) for branch in branches])
         counts = [len(branches) for branches in hidden]
         trajectories = [state.trajectory for state in flow_states]
-        x_t = torch.cat([one.x_t.expand(n, -1, -1, -1) for one, n in zip(trajectories, counts, strict=True)])
-        times = [one.t for one, n in zip(trajectories, counts, strict=True) for _ in range(n)]
+        x_t = torch.cat([path.x_t.expand(n, -1, -1, -1) for path, n in zip(trajectories, counts, strict=True)])
+        times = [path.t for path, n in zip(trajectories, counts, strict=True) for _ in range(n)]
         context = PromptEmbeds.cat([state.context for state in flow_states if state.context is not None])
         velocities = self.velocity(x_t, torch.tensor(times, dtype=x_t.dtype, device=x_t.device), context)
         for state, parts in zip(flow_states, velocities.split(counts), strict=True):
@@ -177,7 +206,7 @@ class Flow(LatentFlowHead):
         return num_kept
 
     def _pad_context(self, states_LD: Tensor) -> PromptEmbeds:
-        """The last of the states as one sample (1, N, D), filled up with zeros in front, which are masked."""
+        """The last states as one sample (1, N, D), padded in front with zeros, which are masked."""
         length = self.settings.context_length
         last_states = states_LD[-length:]
         padding = length - len(last_states)

@@ -1,21 +1,22 @@
-"""Next-token decoding several codes a step, exactly: speculative Jacobi decoding, for `NextToken`.
+"""Speculative Jacobi decoding for `NextToken`: exact next-token sampling of several codes a step.
 
     x_j accepted with probability min(1, p(x_j) / q_j(x_j)), else drawn from max(0, p - q_j) normalised
                                                           (Teng et al. 2024, arXiv 2410.01699; Leviathan et al. 2023)
 
-A window of drafts is read along with the last code, so that one pass tells the distribution p after each of them.
-Drafts are accepted from the left until the first that is not; those after it are drawn anew from what this pass said of
-their places, which is the q_j that they are tested against next time. A draft nobody has an opinion of repeats the code
-above it, and its q_j is a point. p and q_j are what is really drawn from: after guidance, temperature, top-k and top-p.
+The backbone reads a window of drafts along with the last code, so that one pass gives the distribution p after each of
+them. Drafts are accepted from the left up to the first rejection. Those after it are sampled again from this pass's
+distributions at their places; these are the q_j of their next test. A draft without a distribution repeats the code
+above it, and its q_j is a point mass. p and q_j are the distributions that are sampled from: after guidance,
+temperature, top-k and top-p.
 
-"sjd"      as above: the distribution of a picture is that of ordinary decoding
+"sjd"      as above: the distribution of an image is that of ordinary decoding
 "jacobi"   one race of exponential variables for each place (`samplers.logits.exponential_race_sample`), drawn in the
-           order in which ordinary decoding draws them; a draft is accepted where the race gives the same code: so is
-           the picture, up to rounding (a window's sums are of another order: in float32 it is, in half precision often
-           another one)
+           order in which ordinary decoding draws them; a draft is accepted where the race gives the same code. The
+           image is then that of ordinary decoding, up to rounding: a window's sums have another order, so that it is
+           the same in float32, and often another one in half precision
 
-Each row goes on at its own pace, and what stands between rows of a picture is read in its place. Does not depend on:
-caches, templates. Shapes: L positions asked for, W drafts, K codes.
+Each row advances at its own pace, and ids between the rows of an image are read in their places. Does not depend on:
+caches, templates. Shapes: L positions of a step, W drafts, K codes.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ from unigen.generators.base import GenerationState, GeneratorModel, StepInput
 from unigen.samplers.logits import exponential_race_sample, log_probabilities, probabilities
 
 WINDOW_SIZE = 8
+"""Number of drafts, at most."""
 
 
 @dataclass
 class SpeculativeState(GenerationState):
-    """A picture on its way."""
+    """The state of an image that is being sampled."""
 
     method: str = "sjd"
     """One of `SPECULATIVE_METHODS`."""
@@ -42,18 +44,31 @@ class SpeculativeState(GenerationState):
     drafts: list[int] = field(default_factory=list)
     """Codes for the next positions."""
     proposals: list[Tensor | None] = field(default_factory=list)
-    """Of each draft the distribution (K,) it was drawn from; None for a point."""
+    """Of each draft the distribution (K,) that it was sampled from; None for a point mass."""
     exponentials: list[Tensor] = field(default_factory=list)
-    """Exponential variables (K,) of the next positions, where these are kept."""
+    """Exponential variables (K,) of the next positions, for "jacobi"."""
 
 
 def prepare_step(state: SpeculativeState) -> StepInput:
-    """What is pending, then the drafts, with what stands between rows."""
+    """The input of the next step: pending ids, then the drafts, with the ids between rows.
+
+    Args:
+        state: of an image that is not done.
+    """
     return StepInput([*state.pending_ids, *(id for ids in _draft_ids(state) for id in ids)])
 
 
 def step(model: GeneratorModel, state: SpeculativeState, hidden: list[Tensor]) -> int:
-    """Accept, draw, draft anew. Returns how many of the positions asked for stay in the cache."""
+    """Accept drafts, sample the code after them, and draft again.
+
+    Args:
+        model: the model.
+        state: changed in place.
+        hidden: of each branch the hidden states (L, D) of the step.
+
+    Returns:
+        The number of positions of the step that stay in the cache.
+    """
     span, vocabulary = state.span, model.vocabulary
     state.offset = vocabulary.image_start
     draft_ids = _draft_ids(state)
@@ -87,7 +102,7 @@ def step(model: GeneratorModel, state: SpeculativeState, hidden: list[Tensor]) -
 
 
 def _verify_drafts(state: SpeculativeState, target_probs_WK: Tensor) -> tuple[int, int, list[int]]:
-    """How many drafts are accepted, the code after them, and new drafts for the places after that one."""
+    """The number of accepted drafts, the code after them, and new drafts for the places after that code."""
     rng = state.span.rng
     for j, (code, proposal_K) in enumerate(zip(state.drafts, state.proposals, strict=True)):
         if proposal_K is None:
@@ -107,7 +122,7 @@ def _verify_drafts(state: SpeculativeState, target_probs_WK: Tensor) -> tuple[in
 
 
 def _verify_by_race(state: SpeculativeState, target_probs_WK: Tensor) -> tuple[int, int, list[int]]:
-    """The same by races that stay with their places."""
+    """The same, by races whose exponential variables stay with their places."""
     for target_probs_K in target_probs_WK[len(state.exponentials) :]:
         state.exponentials.append(torch.empty(len(target_probs_K)).exponential_(generator=state.span.rng))
     codes = exponential_race_sample(target_probs_WK, torch.stack(state.exponentials[: len(target_probs_WK)])).tolist()
@@ -121,7 +136,7 @@ def _sample_weights(weights_K: Tensor, rng: torch.Generator) -> int:
 
 
 def _append_codes(state: SpeculativeState, codes: list[int]) -> None:
-    """The codes are final."""
+    """Append final codes to the image."""
     assert state.span.grid is not None
     height, width = state.span.grid
     state.ids += [state.offset + code for code in codes]
@@ -131,7 +146,7 @@ def _append_codes(state: SpeculativeState, codes: list[int]) -> None:
 
 
 def _extend_drafts(state: SpeculativeState) -> None:
-    """Draft up to the window, or to the last place but one, by the codes above (in the first row, those before)."""
+    """Fill the window, at most up to the last place but one, with the codes above (in the first row, those before)."""
     assert state.span.grid is not None
     height, width = state.span.grid
     num_drafts = min(WINDOW_SIZE, height * width - len(state.ids) - 1)
@@ -143,7 +158,7 @@ def _extend_drafts(state: SpeculativeState) -> None:
 
 
 def _draft_ids(state: SpeculativeState) -> list[list[int]]:
-    """The ids of each draft, with those that stand after it at the end of a row."""
+    """The ids of each draft, with those after it at the end of a row."""
     assert state.span.grid is not None
     width = state.span.grid[1]
     return [

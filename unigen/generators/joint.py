@@ -1,15 +1,15 @@
 """Joint masked prediction: a text and an image at once (UniD3, MMaDA), by the sampler of masked.py.
 
-    begin, 32 positions of text, then the codes, all of these seeing each other; ends of turn fill up the text
+    begin, 32 positions of text, then the codes, all of which see each other; the text is padded with ends of turn
     loss = - E mean over the masked text of log p  -  E mean over the masked codes of log p
 
 Hu et al. 2023 (UniD3, arXiv 2211.14842) and Yang et al. 2025 (MMaDA, arXiv 2505.15809) mask both kinds of ids at one
-rate; here each has a rate of its own, and one or the other is often given or wholly masked, as UniDiffuser has it of
-noise (Bao et al. 2023, arXiv 2303.06555): so one model writes an image to a text, a text to an image, and both from
-nothing. The blind branch of guidance reads the text masked; it counts for the codes alone.
+rate. Here each has its own rate, and one of them is often given or fully masked, as in UniDiffuser for noise (Bao et
+al. 2023, arXiv 2303.06555): one model writes an image for a text, a text for an image, or both from nothing. The
+unconditional branch of guidance reads a masked text; guidance applies to the codes only.
 Does not depend on: templates, tokenizers, caches.
 
-Shapes: M images, N positions of a part, V rows of the table.
+Shapes: M images, N positions of a part, V ids of a part's vocabulary.
 """
 
 from __future__ import annotations
@@ -25,37 +25,52 @@ from unigen.generators.masked import Masked
 
 TEXT_LENGTH = 32
 FULL_MASK_PROB = 0.25
-"""In training, how often a part is given, and how often it is masked as a whole."""
+"""Probability in training that a part is given, and that it is fully masked."""
 
 
 class Joint(Masked):
-    """The text of a picture and its codes."""
+    """A text and the codes of its image."""
 
     name = "joint"
     text_length = TEXT_LENGTH
 
     def __init__(self, grid: tuple[int, int], mask_id: int, special_ids: tuple[int, ...] = ()) -> None:
-        """special_ids: the ids that no text holds; the end of a turn, which fills it up, is none of them."""
+        """A generator for one size of images.
+
+        Args:
+            grid: rows and columns of codes.
+            mask_id: the id of a masked position.
+            special_ids: ids that do not occur in text. The end of a turn, with which text is padded, is not one of
+                them.
+        """
         super().__init__(grid, mask_id)
         self.special_ids = special_ids
 
     @classmethod
     def from_context(cls, context: BuildContext) -> Joint:
+        """An untrained generator for a model.
+
+        Args:
+            context: sizes and ids of the model, the generator's own tokenizer and settings.
+        """
         return cls(context.grid, context.mask_id, context.special_ids)
 
     def part_slices(self) -> list[slice]:
+        """See `Masked.part_slices`: the text, then the codes."""
         return [slice(0, self.text_length), slice(self.text_length, self.num_positions())]
 
     def vocab_slice(self, part: int, vocabulary: Vocabulary) -> slice:
+        """See `Masked.vocab_slice`: ids of text, then ids of codes."""
         return super().vocab_slice(part, vocabulary) if part else slice(0, vocabulary.text_size)
 
     def mask_forbidden(self, logits_NV: Tensor) -> Tensor:
+        """See `Masked.mask_forbidden`: special ids are left out."""
         logits_NV = logits_NV.clone()
         logits_NV[:, list(self.special_ids)] = -math.inf
         return logits_NV
 
     def mask_ratios(self, count: int, rng: torch.Generator) -> Tensor:
-        """(M, 2), of text and codes; where both would be given, the codes are masked."""
+        """See `Masked.mask_ratios`: ratios (M, 2) of text and codes. Where both would be given, codes are masked."""
         sampled_M2 = torch.cos(math.pi / 2 * torch.rand(count, 2, generator=rng))
         kind_M2 = torch.rand(count, 2, generator=rng)
         ratios_M2 = torch.where(

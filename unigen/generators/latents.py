@@ -1,4 +1,4 @@
-"""What generators of continuous latents share: the KL tokenizer as a part of them, noise in training, options.
+"""Base class of generators of continuous latents: their KL tokenizer, noise in training, options.
 
     x_t = (1 - t) x + t noise,    v = noise - x,    t = sigmoid(normal), then shifted towards noise
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,34 +26,39 @@ from unigen.generators.base import GenerationState, GeneratorHead, GeneratorMode
 from unigen.options import GroupType
 from unigen.samplers.options import GuidanceOptions
 
+if TYPE_CHECKING:
+    from unigen.tokenizers.kl import KLTokenizer
+
 
 @dataclass
 class DenoisingState(GenerationState):
-    """An image on its way from noise, one evaluation of the velocity a step."""
+    """The state of an image that is being sampled from noise, with one evaluation of the velocity a step."""
 
     trajectory: Trajectory = field(kw_only=True)
-    """Of its latents (1, Z, h, w)."""
+    """The trajectory of its latents (1, Z, h, w)."""
     x_t_history: list[tuple[Tensor, float]] = field(default_factory=list)
-    """x_t (1, Z, h, w) and t of each evaluation, where they are recorded."""
+    """x_t (1, Z, h, w) and t of each evaluation, where the segment records them."""
 
     @property
     def latents_Zhw(self) -> Tensor:
-        """The latents that the last velocity points at; of a finished image its own."""
+        """Denoised latents (Z, h, w) by the last velocity; those of the image when it is finished."""
         return self.trajectory.denoised[0]
 
     @property
     def latents(self) -> Tensor:
+        """See `GenerationState.latents`."""
         return self.latents_Zhw
 
     @property
     def recorded_trajectory(self) -> tuple[Tensor, Tensor] | None:
+        """See `GenerationState.recorded_trajectory`."""
         if not self.x_t_history:
             return None
         x_t, times = zip(*self.x_t_history, (self.trajectory.x_t, 0.0), strict=True)
         return torch.cat(x_t).cpu(), torch.tensor(times)
 
     def step(self, velocities: Sequence[Tensor]) -> None:
-        """One step on.
+        """Advance the trajectory by one evaluation of the velocity.
 
         Args:
             velocities: (1, Z, h, w) of each branch of guidance, strongest condition first.
@@ -65,14 +70,18 @@ class DenoisingState(GenerationState):
 
 
 class LatentFlowHead(GeneratorHead):
-    """The latents of one image. `decode` takes them from a state's `latents_Zhw`."""
+    """A generator of the latents of one image. `decode` takes them from a state's `latents_Zhw`.
+
+    Args:
+        tokenizer: a `KLTokenizer`.
+    """
 
     tokenizer_kind: str | None = "kl"
     options: tuple[GroupType, ...] = (GuidanceOptions, FlowOptions)
     path = LinearPath()
-    """Between data and noise, in training and sampling alike."""
+    """The path between data and noise, in training and sampling."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: KLTokenizer) -> None:
         if not hasattr(tokenizer, "latent_channels"):
             raise ValueError(f"{self.name} needs a tokenizer of continuous latents (tokenizer_kind=kl)")
         super().__init__(tokenizer)
@@ -81,14 +90,14 @@ class LatentFlowHead(GeneratorHead):
         """Noised latents for training.
 
         Args:
-            batch: its pictures that this generator writes are noised.
-            device: of the result.
-            rng: randomness; all times are drawn before the noise.
-            copies: noised copies of each picture, each with noise and time of its own; they follow each other.
+            batch: packed rows; the images that this generator writes are noised.
+            device: device of the result.
+            rng: random generator; all times are drawn before the noise.
+            copies: noised copies of each image, each with its own noise and time; they follow each other.
 
         Returns:
-            x_t (M, Z, h, w), t (M,) and the velocity to be learnt (M, Z, h, w), where M is the number of pictures times
-            `copies`; three empty tensors (0,) where there is no picture.
+            x_t (M, Z, h, w), t (M,) and the target velocity (M, Z, h, w), where M is the number of images times
+            `copies`; three empty tensors (0,) where there is no image.
         """
         count, empty = len(batch.images_of(self.name)), torch.zeros(0, device=device)
         if not count:
@@ -99,17 +108,27 @@ class LatentFlowHead(GeneratorHead):
         return PathSample(self.path.add_noise(x_MZhw, noise_MZhw, t_M), t_M, self.path.target(x_MZhw, noise_MZhw, t_M))
 
     def encode_targets(self, batch: Batch, device: torch.device) -> Tensor:
-        """Latents (M, Z, h, w), those of pictures or what is given as latents already."""
+        """Latents (M, Z, h, w) of the batch's images that this generator writes.
+
+        Args:
+            batch: packed rows. Its images are pixels, or latents already.
+            device: device of the result.
+        """
         shape = (self.tokenizer.latent_channels, *self.tokenizer.grid)
         if batch.images is not None and batch.images.shape[1:] == shape:
             return batch.images[batch.images_of(self.name)].to(device)
         return super().encode_targets(batch, device)
 
     def num_targets(self, batch: Batch) -> int:
+        """See `Generator.num_targets`."""
         return len(batch.images_of(self.name))
 
     def new_trajectory(self, spec: SegmentSpec) -> Trajectory:
-        """The trajectory of a segment's latents (1, Z, h, w) from noise of its own."""
+        """A trajectory of latents (1, Z, h, w) from noise.
+
+        Args:
+            spec: the segment, with its random generator, its guidance and its `FlowOptions`.
+        """
         noise = torch.randn((1, self.tokenizer.latent_channels, *self.tokenizer.grid), generator=spec.rng)
         noise = noise.to(next(self.parameters()).device)
         options = spec.options[FlowOptions]
@@ -117,4 +136,5 @@ class LatentFlowHead(GeneratorHead):
         return Trajectory(noise, solver, spec.guidance, path=self.path, rng=spec.rng)
 
     def decode(self, model: GeneratorModel, states: list[GenerationState]) -> Tensor:
+        """See `Generator.decode`."""
         return self.tokenizer.decode(torch.stack([state.latents_Zhw for state in states]))  # type: ignore[attr-defined]

@@ -1,15 +1,15 @@
-"""Masked prediction: all codes of an image at once, the surest first (MaskGIT, Show-o).
+"""Masked prediction: all codes of an image in parallel, the most confident first (MaskGIT, Show-o).
 
     loss = - E_r mean over the masked i of log p(x_i | what is not masked, context),   ceil(P cos(pi r / 2)) of P masked
 
 Chang et al. 2022 (arXiv 2202.04200), section 3. Inside the image every position sees every other, and the state at a
-masked position predicts that position's own code (no shift). A picture is written in few steps: all masked codes are
-drawn, those of highest confidence stay, and the share still masked falls along the cosine. Codes that are given from
-the start stay as they are, so any part of a picture can be painted anew.
+masked position predicts that position's own code (no shift). An image is written in few steps: all masked codes are
+sampled, those of highest confidence stay, and the fraction that is still masked falls along the cosine. Codes that are
+given from the start stay as they are, so any part of an image can be inpainted.
 Does not depend on: templates, tokenizers, caches.
 
 Shapes: M images, P positions of an image, K parts of it, N positions of a part, T masked ones in all images, B rows, L
-positions, D width, V rows of the table.
+positions, D width, V ids of a part's vocabulary.
 """
 
 from __future__ import annotations
@@ -38,31 +38,38 @@ from unigen.samplers.options import CodeSampling, GuidanceOptions
 
 STEPS = 12
 CHOICE_TEMPERATURE = 0.5
-"""Choice temperature: of the Gumbel noise on the confidences, times 1 - (step + 1) / steps, 0 in the last step."""
+"""Choice temperature: scale of the Gumbel noise on confidences, times 1 - (step + 1) / steps, 0 in the last step."""
 
 Targets = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass
 class MaskedState(GenerationState):
-    """A picture on its way."""
+    """The state of an image that is being written."""
 
     ids_P: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    """Ids, -1 where one is still to be written."""
+    """Ids (P,), -1 where one is masked."""
     predicted_P: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    """The same, with what was last drawn at positions that are still masked."""
+    """The same, with the last sampled ids at masked positions."""
     num_masked_at_start: list[int] = field(default_factory=list)
-    """Masked ids at the start, part by part."""
+    """Number of masked ids at the start, of each part."""
     step_index: int = 0
     """Steps taken."""
     logprobs_P: Tensor = field(default_factory=lambda: torch.empty(0))
-    """Log-probabilities (P,) of the ids when they were last drawn; 0 of those that were given."""
+    """Log-probabilities (P,) of the ids when they were last sampled; 0 for given ones."""
 
 
 def mask_schedule(num_masked_at_start: int, num_masked: int, step: int, steps: int) -> int:
-    """How many codes stay masked after `step` (from 0) of `steps`: the cosine's share, at least one code being written.
+    """The number of codes that stay masked after a step: the cosine's fraction, with at least one code written.
 
-    num_masked_at_start: masked at the start; num_masked: masked before this step.
+    Args:
+        num_masked_at_start: number of masked codes before the first step.
+        num_masked: number of masked codes before this step.
+        step: index of the step, from 0.
+        steps: number of steps.
+
+    Returns:
+        A number in [0, num_masked); 0 after the last step.
     """
     if step + 1 >= steps:
         return 0
@@ -88,35 +95,60 @@ class Masked:
     def __init__(
         self, grid: tuple[int, int], mask_id: int, steps: int = STEPS, choice_temperature: float = CHOICE_TEMPERATURE
     ) -> None:
-        """mask_id: the id that stands for a masked code."""
+        """A generator for one size of images.
+
+        Args:
+            grid: rows and columns of codes.
+            mask_id: the id of a masked code.
+            steps: steps of an image, where a request does not say.
+            choice_temperature: scale of the noise on the confidences; 0 is none.
+        """
         self.grid, self.mask_id, self.defaults = grid, mask_id, {"steps": steps}
         self.choice_temperature = choice_temperature
 
     @classmethod
     def from_context(cls, context: BuildContext) -> Masked:
+        """An untrained generator for a model.
+
+        Args:
+            context: sizes and ids of the model, the generator's own tokenizer and settings.
+        """
         return cls(context.grid, context.mask_id)
 
     def num_positions(self) -> int:
+        """See `Generator.num_positions`."""
         return self.text_length + self.grid[0] * self.grid[1]
 
     def attend_until(self) -> list[int] | None:
+        """See `Generator.attend_until`."""
         return [self.num_positions() - 1] * self.num_positions()
 
     def part_slices(self) -> list[slice]:
-        """Positions of the span that are masked and written by a share of their own."""
+        """The K parts of the segment, each with its own mask ratio and its own schedule."""
         return [slice(0, self.num_positions())]
 
     def vocab_slice(self, part: int, vocabulary: Vocabulary) -> slice:
-        """The rows of the table that this part's ids are of: the codes are its last part."""
+        """The ids of a part's vocabulary.
+
+        Args:
+            part: index of the part; the codes are the last one.
+            vocabulary: the model's.
+        """
         return slice(vocabulary.image_start, vocabulary.image_stop)
 
     # ---------------------------------------------------------------- training
 
     def mask_ratios(self, count: int, rng: torch.Generator) -> Tensor:
-        """The share of each of K parts (M, K) that is masked in training."""
+        """Mask ratios (M, K) in [0, 1] of the parts in training.
+
+        Args:
+            count: number M of images.
+            rng: random generator.
+        """
         return torch.cos(math.pi / 2 * torch.rand(count, 1, generator=rng))
 
     def prepare(self, model: GeneratorModel, batch: Batch, rng: torch.Generator) -> tuple[list[InputSpan], Targets]:
+        """See `Generator.prepare`."""
         rows_M1, positions_MP = batch.span_positions(batch.images_of(self.name))
         ids_MP = batch.ids_BL[rows_M1, positions_MP]
         masked_MP = torch.zeros(ids_MP.shape, dtype=torch.bool)
@@ -130,7 +162,7 @@ class Masked:
         return [InputSpan(rows_M1, positions_MP, input_MPD)], (rows_M1, positions_MP, ids_MP, masked_MP)
 
     def loss(self, model: GeneratorModel, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> Tensor:
-        """The mean over each image's masked codes, (M,), summed over its parts."""
+        """See `Generator.loss`: the mean (M,) over each image's masked codes, summed over its parts."""
         rows_M1, positions_MP, ids_MP, masked_MP = targets
         if not len(ids_MP):
             return hidden_BLD[:0].flatten()
@@ -146,11 +178,13 @@ class Masked:
         return total_M
 
     def num_targets(self, batch: Batch) -> int:
+        """See `Generator.num_targets`."""
         return len(batch.images_of(self.name))
 
     # ---------------------------------------------------------------- sampling
 
     def start(self, span: SegmentSpec) -> GenerationState:
+        """See `Generator.start`."""
         codes = self.grid[0] * self.grid[1]
         text_T = (
             torch.full((self.text_length,), -1)
@@ -170,6 +204,7 @@ class Masked:
         )
 
     def prepare_step(self, state: GenerationState) -> StepInput:
+        """See `Generator.prepare_step`."""
         assert isinstance(state, MaskedState)
         length = self.num_positions()
         input_P = torch.where(state.ids_P < 0, self.mask_id, state.ids_P)
@@ -179,24 +214,37 @@ class Masked:
         return StepInput(ids, attend_until=[0] + [length] * length, uncond_ids=uncond_ids if self.text_length else None)
 
     def num_masked(self, state: MaskedState, number: int, steps: int) -> int:
-        """How many ids of a part stay masked after this step."""
+        """The number of ids of a part that stay masked after this step.
+
+        Args:
+            state: before the step.
+            number: index of the part.
+            steps: number of steps of the image.
+        """
         masked = int((state.ids_P[self.part_slices()[number]] < 0).sum())
         return mask_schedule(state.num_masked_at_start[number], masked, state.step_index, steps)
 
     def choice_temperature_at(self, step: int, steps: int) -> float:
-        """Of the noise on the confidences in this step."""
+        """Scale of the Gumbel noise on the confidences in a step.
+
+        Args:
+            step: index of the step, from 0.
+            steps: number of steps of the image.
+        """
         return self.choice_temperature * (1 - (step + 1) / steps)
 
     def sample_gumbel(self, count: int, rng: torch.Generator) -> Tensor:
+        """Gumbel noise (count,)."""
         return -torch.empty(count).exponential_(generator=rng).log()
 
     def step(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
+        """See `Generator.step`."""
         for number, part in enumerate(self.part_slices()):
             codes, table = number == len(self.part_slices()) - 1, self.vocab_slice(number, model.vocabulary)
             unfinished = [i for i, state in enumerate(states) if bool((state.ids_P[part] < 0).any())]  # type: ignore[attr-defined]
             if not unfinished:
                 continue
-            branch_hidden = [hidden[i] if codes else hidden[i][:1] for i in unfinished]  # guidance is of the codes
+            branch_hidden = [hidden[i] if codes else hidden[i][:1] for i in unfinished]  # only codes have guidance
             flat = torch.stack([branch[1:][part] for branches in branch_hidden for branch in branches])
             logits = model.logits(flat.flatten(0, 1), table.start, table.stop).unflatten(0, flat.shape[:2])
             for i, split in zip(unfinished, logits.split([len(branches) for branches in branch_hidden]), strict=True):
@@ -215,11 +263,11 @@ class Masked:
         return [0] * len(states)
 
     def mask_forbidden(self, logits_NV: Tensor) -> Tensor:
-        """The scores of text, without what no text holds."""
+        """Logits (N, V) of text, -inf for ids that do not occur in text."""
         return logits_NV
 
     def _unmask(self, state: MaskedState, number: int, logits_NV: Tensor, first: int) -> None:
-        """Draw all masked ids of a part; keep the surest of them."""
+        """Sample all masked ids of a part; keep the most confident ones."""
         span, steps, part = state.span, state.span.options[MaskedOptions].steps, self.part_slices()[number]
         ids_N = state.ids_P[part]
         if span.sampling.temperature == 0:
@@ -230,12 +278,12 @@ class Masked:
             sampled_N = exponential_race_sample(
                 weights_NV, torch.empty(logits_NV.shape).exponential_(generator=span.rng)
             ).cpu()
-            codes = number == len(self.part_slices()) - 1  # what comes first in a text is what is surest, as in LLaDA
+            codes = number == len(self.part_slices()) - 1  # text has no noise, as in LLaDA
             noise = self.choice_temperature_at(state.step_index, steps) if codes else 0.0
         if bool((sampled_N < 0).any()):
             state.finite = False
             return
-        # confidence = log p(drawn) + noise * Gumbel
+        # confidence = log p(sampled id) + noise * Gumbel
         gumbel_N = self.sample_gumbel(len(sampled_N), span.rng)
         logprobs_N = weights_NV.cpu().gather(-1, sampled_N[:, None])[:, 0].log()
         confidence_N = logprobs_N + noise * gumbel_N
@@ -249,6 +297,7 @@ class Masked:
             state.logprobs_P[part] = torch.where(masked_N, logprobs_N, state.logprobs_P[part])
 
     def decode(self, model: GeneratorModel, states: list[GenerationState]) -> Tensor:
+        """See `Generator.decode`."""
         return decode_ids(model, states)
 
 

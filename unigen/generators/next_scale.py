@@ -3,11 +3,11 @@
     p(r_1 .. r_K) = prod_k p(r_k | r_<k, context),   loss = - mean over all codes of log p
 
 Tian et al. 2024 (arXiv 2404.02905), section 3.2, inside a language model: the begin token predicts the one code of the
-first scale; the positions of scale k read the picture that scales 1..k-1 make, at the side of scale k, and predict its
-codes (no shift), each seeing its whole scale and all before it. Guidance grows with the scales, from none to its full
-strength. With `mistakes` above 0 a share of the codes that training reads is wrong, and the later scales learn to mend
-it, as they have to where a scale was drawn badly (Infinity, Han et al. 2024, arXiv 2412.04431, section 3.4).
-The multi-scale tokenizer is part of the generator, as are the maps into and out of the backbone.
+first scale. The positions of scale k read the image of scales 1..k-1, resized to scale k, and predict its codes (no
+shift); each sees its whole scale and everything before it. Guidance grows with the scales, from none to its full
+strength. With `mistakes` above 0 a fraction of the codes that training reads is wrong, and later scales learn to
+correct it, as they must where a scale was sampled badly (Infinity, Han et al. 2024, arXiv 2412.04431, section 3.4).
+The multi-scale tokenizer is part of the generator, as are the projections into and out of the backbone.
 Does not depend on: templates, caches, how a tokenizer is trained.
 
 Shapes: M images, K scales, n_k codes of scale k, P = n_2 + .. + n_K positions, B rows, L positions of a row, C code
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -37,22 +37,27 @@ from unigen.samplers.guidance import Guidance
 from unigen.samplers.logits import log_probabilities, sample_shared_rng
 from unigen.samplers.options import CodeSampling, GuidanceOptions
 
+if TYPE_CHECKING:
+    from unigen.tokenizers.var_vq import VARVQ
+    from unigen.tokenizers.vq import VQTokenizer
+
 Targets = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass
 class ScaleState(GenerationState):
-    """A picture on its way."""
+    """The state of an image that is being written."""
 
     f_hat_1Chw: Tensor = field(default_factory=lambda: torch.empty(0))
-    """The picture so far, as features of the tokenizer."""
+    """Features of the image so far, in the tokenizer's space."""
     codes: list[Tensor] = field(default_factory=list)
-    """Codes (n_k,) that are written, scale by scale."""
+    """Codes (n_k,) of each scale written so far."""
     input_LD: Tensor | None = None
-    """What the next step reads; None before the first scale."""
+    """Input embeddings of the next step; None before the first scale."""
 
     @property
     def native_codes(self) -> Tensor:
+        """See `GenerationState.native_codes`."""
         return torch.cat(self.codes).cpu()
 
 
@@ -64,8 +69,16 @@ class NextScale(GeneratorHead):
     needs_context = False
     options: tuple[GroupType, ...] = (GuidanceOptions, CodeSampling)
 
-    def __init__(self, tokenizer: Any, width: int) -> None:
-        """tokenizer: a `VQTokenizer` with the multi-scale quantizer, whose first scale is one code."""
+    def __init__(self, tokenizer: VQTokenizer | VARVQ, width: int) -> None:
+        """A generator for one tokenizer and one backbone.
+
+        Args:
+            tokenizer: a `VARVQ`, or a `VQTokenizer` with the multi-scale quantizer; the first scale is one code.
+            width: width D of the backbone.
+
+        Raises:
+            ValueError: the tokenizer has no such quantizer.
+        """
         super().__init__(tokenizer)
         self.mistakes = 0.0
         quantizer: Any = getattr(tokenizer, "quantizer", None)
@@ -85,21 +98,32 @@ class NextScale(GeneratorHead):
 
     @classmethod
     def from_context(cls, context: BuildContext) -> NextScale:
+        """An untrained generator for a model.
+
+        Args:
+            context: sizes and ids of the model, the generator's own tokenizer and settings.
+
+        Raises:
+            ValueError: the tokenizer or the settings do not fit.
+        """
         return cls(context.tokenizer, context.width)
 
     @property
     def io_layers(self) -> tuple[nn.Module, ...]:  # type: ignore[override]
+        """See `GeneratorHead.io_layers`."""
         return self.project, self.head
 
     @property
     def code_shape(self) -> tuple[int, int]:
-        """How many codes a picture is written in, and how many there are."""
+        """Number of codes of an image, and size of the codebook."""
         return sum(self.lengths), self.tokenizer.quantizer.size
 
     def num_positions(self) -> int:
+        """See `Generator.num_positions`."""
         return sum(self.lengths[1:])
 
     def attend_until(self) -> list[int] | None:
+        """See `Generator.attend_until`."""
         last_position, attend_until = -1, []
         for length in self.lengths[1:]:
             last_position += length
@@ -107,7 +131,12 @@ class NextScale(GeneratorHead):
         return attend_until
 
     def embed_maps(self, maps_MPC: Tensor, first: int) -> Tensor:
-        """What the backbone reads for maps of positions first.. of all scales: their vectors, scale and place."""
+        """Input embeddings (M, P, D): projected maps, plus embeddings of their scales and positions.
+
+        Args:
+            maps_MPC: features at consecutive positions.
+            first: the first of these positions, counted over all scales.
+        """
         positions = slice(first, first + maps_MPC.shape[1])
         return (
             self.project(maps_MPC.to(self.project.weight.dtype))
@@ -118,6 +147,7 @@ class NextScale(GeneratorHead):
     # ---------------------------------------------------------------- training
 
     def prepare(self, model: GeneratorModel, batch: Batch, rng: torch.Generator) -> tuple[list[InputSpan], Targets]:
+        """See `Generator.prepare`."""
         rows_M1, positions_MP = batch.span_positions(batch.images_of(self.name))
         if not len(positions_MP):
             return [], (rows_M1, positions_MP, positions_MP)
@@ -133,24 +163,44 @@ class NextScale(GeneratorHead):
         return [InputSpan(rows_M1, positions_MP, input_MPD)], (rows_M1, positions_MP, codes_MP)
 
     def loss(self, model: GeneratorModel, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> Tensor:
+        """See `Generator.loss`."""
         if not len(targets[1]):
             return self.zero_loss(hidden_BLD)
         logits = self.logits(hidden_BLD, targets).flatten(0, 1)
         return nn.functional.cross_entropy(logits, targets[2].flatten(), reduction="none")
 
     def logits(self, hidden_BLD: Tensor, targets: Targets) -> Tensor:
-        """Of the codes of all scales (M, n_1 + P, V)."""
+        """Logits (M, n_1 + P, V) of the codes of all scales.
+
+        Args:
+            hidden_BLD: hidden states of the backbone.
+            targets: those of `prepare`.
+        """
         rows_M1, positions_MP, _ = targets
         positions_MP = torch.cat([positions_MP[:, :1] - 1, positions_MP], 1)
         return self.head(hidden_BLD[rows_M1, positions_MP]).float()
 
     def guided_loss(self, branches: Sequence[tuple[Tensor, Targets]], guidance: Guidance, temperature: float) -> Tensor:
-        """`loss` of what is drawn with guidance at a temperature. branches: states and targets of each."""
+        """`loss` under guidance and a temperature.
+
+        Args:
+            branches: hidden states and targets of each branch of guidance.
+            guidance: how the branches' logits are combined.
+            temperature: divisor of the combined logits.
+
+        Returns:
+            Losses (T,), in nats.
+        """
         logits, codes_MP = torch.cat(self.guided_logits(branches, guidance), 1) / temperature, branches[0][1][2]
         return nn.functional.cross_entropy(logits.flatten(0, 1), codes_MP.flatten(), reduction="none")
 
     def guided_logits(self, branches: Sequence[tuple[Tensor, Targets]], guidance: Guidance) -> list[Tensor]:
-        """What each scale is drawn from (M, n_k, V), where the scales before it are the targets' own."""
+        """Guided logits (M, n_k, V) of each scale, given the targets' codes of the scales before it.
+
+        Args:
+            branches: hidden states and targets of each branch of guidance.
+            guidance: how the branches' logits are combined.
+        """
         splits = [self.logits(*branch).split(self.lengths, 1) for branch in branches]
         return [
             guidance.combine(list(logits), self.guidance_weight(k))
@@ -158,18 +208,21 @@ class NextScale(GeneratorHead):
         ]
 
     def guidance_weight(self, k: int) -> float:
-        """Of the guidance at scale k: VAR has logits = (1 + t) c - t u with t = (s - 1) k / (K - 1)."""
+        """Weight in [0, 1] of guidance at scale k: VAR has logits = (1 + t) c - t u with t = (s - 1) k / (K - 1)."""
         return k / max(len(self.lengths) - 1, 1)
 
     def num_targets(self, batch: Batch) -> int:
+        """See `Generator.num_targets`."""
         return len(batch.images_of(self.name)) * sum(self.lengths)
 
     # ---------------------------------------------------------------- sampling
 
     def start(self, span: SegmentSpec) -> GenerationState:
+        """See `Generator.start`."""
         return ScaleState(span, [], f_hat_1Chw=self.tokenizer.quantizer.initial_f_hat(1))
 
     def prepare_step(self, state: GenerationState) -> StepInput:
+        """See `Generator.prepare_step`."""
         assert isinstance(state, ScaleState)
         if state.input_LD is None:
             return StepInput(state.span.head)
@@ -177,7 +230,7 @@ class NextScale(GeneratorHead):
         return StepInput([0] * length, embeds=state.input_LD, attend_until=[length - 1] * length)
 
     def step(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
-        """All that was read stays in the cache: a scale sees the scales before it."""
+        """See `Generator.step`: one scale of each image. All positions stay in the cache: later scales see them."""
         groups: dict[int, list[int]] = {}
         for i, state in enumerate(states):
             assert isinstance(state, ScaleState)
@@ -190,7 +243,7 @@ class NextScale(GeneratorHead):
         return num_read
 
     def _sample_scale(self, states: list[ScaleState], logits: Sequence[Tensor], k: int) -> None:
-        """Scale k of each, from the logits of its branches; and what the next scale reads."""
+        """Sample scale k of each image from the logits of its branches, and prepare the input of the next scale."""
         for state, split in zip(states, logits, strict=True):
             guided_NV = state.span.guidance.combine(list(split), self.guidance_weight(k))
             codes_N = sample_shared_rng(guided_NV, state.span.sampling, state.span.rng)
@@ -216,6 +269,7 @@ class NextScale(GeneratorHead):
             state.input_LD = None if last_position else next_input_MND[i]
 
     def decode(self, model: GeneratorModel, states: list[GenerationState]) -> Tensor:
+        """See `Generator.decode`."""
         codes_MP = torch.stack([torch.cat(state.codes) for state in states if isinstance(state, ScaleState)])
         return self.tokenizer.decode(codes_MP)
 

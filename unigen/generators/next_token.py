@@ -2,9 +2,9 @@
 
     p(x) = prod_i p(x_i | x_<i, context),   loss = - sum_i log p(x_i | x_<i, context)   over the joint vocabulary
 
-`Text` writes text and ends at one of the span's stops; `NextToken` writes exactly h x w codes, and what stands between
-the rows is read along with them and never drawn. That is the grammar of an image: complete or not there, and no image
-id in a text. Does not depend on: templates, tokenizers, caches.
+`Text` writes text and ends at one of the segment's stops. `NextToken` writes exactly h x w codes; ids between the rows
+are read along with them and never sampled. An image is therefore complete or absent, and text has no image id.
+Does not depend on: templates, tokenizers, caches.
 Shapes: B rows, L positions, D width, T targets, V ids.
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -31,19 +31,27 @@ from unigen.generators.base import (
 from unigen.generators.options.acceleration import Acceleration
 from unigen.options import GroupType
 from unigen.samplers.guidance import Guidance
-from unigen.samplers.logits import apply_repetition_penalty, log_probabilities, sample
+from unigen.samplers.logits import SamplingOptions, apply_repetition_penalty, log_probabilities, sample
 from unigen.samplers.options import CodeSampling, GuidanceOptions, TextSampling
 
 
 def decode_ids(model: GeneratorModel, states: list[GenerationState]) -> Tensor:
-    """Codes (N, h, w) of spans whose ids are codes of the model's image tokenizer in raster order."""
+    """Codes of segments whose ids are codes of the model's image tokenizer in raster order.
+
+    Args:
+        model: the model.
+        states: N segments of one grid.
+
+    Returns:
+        Codes (N, h, w).
+    """
     grid = states[0].span.grid
     assert grid is not None
     return model.vocabulary.image_codes(torch.tensor([state.ids for state in states])).unflatten(1, grid)
 
 
 class CausalGenerator(ABC):
-    """What text and codes in raster order share: ids are read as they are, and each is predicted by the one before."""
+    """Base class of text and of codes in raster order: each id is read as it is and predicted from the one before."""
 
     cache_reusable, trains_on_codes, needs_context = True, True, False
     guided_loss = None
@@ -56,21 +64,31 @@ class CausalGenerator(ABC):
     defaults: Mapping[str, object] = MappingProxyType({})
 
     def attend_until(self) -> list[int] | None:
+        """See `Generator.attend_until`."""
         return None
 
     def prepare(self, model: GeneratorModel, batch: Batch, rng: torch.Generator) -> tuple[list[InputSpan], Tensor]:
+        """See `Generator.prepare`."""
         return [], self.target_mask(batch)
 
     @abstractmethod
     def target_mask(self, batch: Batch) -> Tensor:
-        """The ids (B, L) to be predicted."""
+        """Mask (B, L), True at the ids to be predicted.
+
+        Args:
+            batch: packed rows with all ids.
+        """
 
     def vocab_slice(self, vocabulary: Vocabulary) -> slice:
-        """The ids among which a target is learnt: all that the head scores beside it."""
+        """The ids over which a target's softmax is taken: all of the head's.
+
+        Args:
+            vocabulary: the model's.
+        """
         return slice(0, None)
 
     def loss(self, model: GeneratorModel, batch: Batch, hidden_BLD: Tensor, targets: Tensor) -> Tensor:
-        """-log p of each id to be predicted, from the state before it."""
+        """See `Generator.loss`: -log p (T,) of each id to be predicted, from the state before it."""
         rows, positions = targets.nonzero(as_tuple=True)
         table = self.vocab_slice(model.vocabulary)
         logits_TV = model.logits(hidden_BLD[rows, positions - 1], table.start, table.stop).float()
@@ -79,22 +97,33 @@ class CausalGenerator(ABC):
         )
 
     def num_targets(self, batch: Batch) -> Tensor:
+        """See `Generator.num_targets`."""
         return self.target_mask(batch).sum()
 
     def prepare_step(self, state: GenerationState) -> StepInput:
+        """See `Generator.prepare_step`."""
         return StepInput(state.pending_ids)
 
     def decode(self, model: GeneratorModel, states: list[GenerationState]) -> Tensor:
+        """See `Generator.decode`."""
         return decode_ids(model, states)
 
 
 def is_causal(generator: Generator) -> TypeGuard[CausalGenerator]:
-    """Whether a generator's ids are read as they are and predicted by those before."""
+    """Whether a generator is causal: each id is read as it is and predicted from the one before.
+
+    Args:
+        generator: any.
+    """
     return generator.is_causal
 
 
 class Text(CausalGenerator):
-    """Text pieces until one of the span's stops."""
+    """Text until one of the segment's stops.
+
+    Args:
+        forbidden: special ids that are never written.
+    """
 
     name = "text"
     is_text = True
@@ -102,22 +131,26 @@ class Text(CausalGenerator):
 
     def __init__(self, forbidden: Sequence[int]) -> None:
         self.forbidden_ids = forbidden
-        """Specials of the text table that are never written, except a span's stops."""
+        """Special ids of the text table that are never written, except a segment's stops."""
 
     def num_positions(self) -> int:
+        """See `Generator.num_positions`."""
         return 0
 
     def target_mask(self, batch: Batch) -> Tensor:
+        """See `CausalGenerator.target_mask`."""
         return batch.loss_BL & ~batch.image_mask()
 
     def start(self, span: SegmentSpec) -> GenerationState:
+        """See `Generator.start`."""
         return GenerationState(span, pending_ids=[span.begin])
 
     def step(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
+        """See `Generator.step`."""
         last_hidden_BD = torch.stack([branches[0][-1] for branches in hidden])
         vocabulary = model.vocabulary
         logits_BV = model.logits(last_hidden_BD, 0, vocabulary.text_size)
-        logits_BV[:, vocabulary.image_start : vocabulary.image_stop] = -torch.inf  # where codes stand among the text
+        logits_BV[:, vocabulary.image_start : vocabulary.image_stop] = -torch.inf  # codes among the ids of text
         for row, state in enumerate(states):
             forbidden = [i for i in self.forbidden_ids if i not in state.span.stops]
             logits_BV[row, forbidden] = -torch.inf
@@ -136,26 +169,38 @@ class Text(CausalGenerator):
 
 
 class NextToken(CausalGenerator):
-    """The codes of one image, in raster order; guidance mixes the logits of its branches."""
+    """The codes of one image in raster order; guidance combines the logits of its branches.
+
+    Args:
+        grid: rows and columns of codes.
+        row_end: number of ids that stand after each row.
+    """
 
     name = "next-token"
     options: tuple[GroupType, ...] = (GuidanceOptions, CodeSampling, Acceleration)
 
     def __init__(self, grid: tuple[int, int], row_end: int = 0) -> None:
         self.grid, self.row_end = grid, row_end
-        """row_end: how many ids stand after each row."""
 
     @classmethod
     def from_context(cls, context: BuildContext) -> NextToken:
+        """An untrained generator for a model.
+
+        Args:
+            context: sizes and ids of the model, the generator's own tokenizer and settings.
+        """
         return cls(context.grid)
 
     def num_positions(self) -> int:
+        """See `Generator.num_positions`."""
         return self.grid[0] * (self.grid[1] + self.row_end)
 
     def target_mask(self, batch: Batch) -> Tensor:
+        """See `CausalGenerator.target_mask`."""
         return batch.loss_BL & batch.image_mask(self.name)
 
     def vocab_slice(self, vocabulary: Vocabulary) -> slice:
+        """See `CausalGenerator.vocab_slice`."""
         return (
             slice(vocabulary.image_start, vocabulary.image_stop)
             if vocabulary.separate_head
@@ -163,6 +208,7 @@ class NextToken(CausalGenerator):
         )
 
     def start(self, span: SegmentSpec) -> GenerationState:
+        """See `Generator.start`."""
         assert span.grid is not None
         method = span.options[Acceleration].accelerate
         return (
@@ -172,11 +218,13 @@ class NextToken(CausalGenerator):
         )
 
     def prepare_step(self, state: GenerationState) -> StepInput:
+        """See `Generator.prepare_step`."""
         if isinstance(state, jacobi.SpeculativeState):
             return jacobi.prepare_step(state)
         return StepInput(state.pending_ids)
 
     def step(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
+        """See `Generator.step`."""
         ordinary_rows = [row for row, state in enumerate(states) if not isinstance(state, jacobi.SpeculativeState)]
         num_read = [len(state.pending_ids) for state in states]
         for row, state in enumerate(states):
@@ -206,17 +254,26 @@ def combine_grouped(logits_NV: Tensor, guidances: list[Guidance]) -> Tensor:
 
     Args:
         logits_NV: logits (N, V) of the branches of all rows, row after row, the strongest condition of each first.
-        guidances: of each row."""
+        guidances: the guidance of each row.
+    """
     if len(set(guidances)) == 1:
         return guidances[0].combine(logits_NV.unflatten(0, (len(guidances), -1)).unbind(1))
     split = logits_NV.split([guidance.branches for guidance in guidances])
     return torch.stack([guidance.combine(part) for guidance, part in zip(guidances, split, strict=True)])
 
 
-def sample_grouped(logits_BV: Tensor, states: list[GenerationState]) -> list[tuple[list[int], list[Any]]]:
-    """Draw an id for each row; rows with the same sampling options are drawn together. A state whose logits are not
-    finite says so, and has id 0."""
-    groups: dict[Any, list[int]] = {}
+def sample_grouped(logits_BV: Tensor, states: list[GenerationState]) -> list[tuple[list[int], list[int]]]:
+    """Sample an id for each row; rows with the same sampling options are sampled together.
+
+    Args:
+        logits_BV: logits of the rows.
+        states: of the rows. Log-probabilities are added where a segment records them, and `finite` becomes False where
+            logits are not finite.
+
+    Returns:
+        Of each group its row numbers and their ids; an id is 0 where logits are not finite.
+    """
+    groups: dict[SamplingOptions, list[int]] = {}
     for row, state in enumerate(states):
         groups.setdefault(state.span.sampling, []).append(row)
     result = []

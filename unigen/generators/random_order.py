@@ -1,10 +1,10 @@
-"""Next-token prediction in a random order: each picture's codes are learnt, and drawn, in an order of their own.
+"""Next-token prediction in a random order: each image's codes are learnt, and sampled, in an order of their own.
 
     p(x) = prod_i p(x_o(i) | x_o(<i), o(1..i), context),   loss = - sum_i log p(..)      o drawn anew for every picture
 
-Pannatier et al. 2024 (sigma-GPT, arXiv 2404.09562), section 3: what is read at step i is the code of the last step with
-its place, and the place that comes next; its state predicts the code there (no shift). Codes that are given come first
-in the order, so that any part of a picture can be painted anew.
+Pannatier et al. 2024 (sigma-GPT, arXiv 2404.09562), section 3: step i reads the code of the last step with its
+position, and the position that comes next; its state predicts the code there (no shift). Given codes come first in the
+order, so that any part of an image can be inpainted.
 Does not depend on: templates, tokenizers, caches.
 
 Shapes: M images, P codes of an image, B rows, L positions, D width.
@@ -36,22 +36,28 @@ Targets = tuple[Tensor, Tensor, Tensor]
 
 @dataclass
 class OrderState(GenerationState):
-    """A picture on its way."""
+    """The state of an image that is being written."""
 
     order_P: Tensor = field(kw_only=True)
-    """Positions in the order of writing, the given ones first."""
+    """Positions in the order of writing, those of given codes first."""
     written: list[int] = field(kw_only=True)
-    """Ids in that order."""
+    """Ids so far, in that order."""
     input_LD: Tensor | None = None
-    """What the next step reads; None before the first id."""
+    """Input embeddings of the next step; None before the first id."""
 
     @property
     def num_written(self) -> int:
+        """See `GenerationState.num_written`."""
         return len(self.written)
 
 
 class RandomOrder(GeneratorHead):
-    """The codes of one image in a random order."""
+    """The codes of one image in a random order.
+
+    Args:
+        grid: rows and columns of codes.
+        width: width D of the backbone.
+    """
 
     name = "random-order"
     tokenizer_kind = None
@@ -68,16 +74,29 @@ class RandomOrder(GeneratorHead):
 
     @classmethod
     def from_context(cls, context: BuildContext) -> RandomOrder:
+        """An untrained generator for a model.
+
+        Args:
+            context: sizes and ids of the model, the generator's own tokenizer and settings.
+        """
         return cls(context.grid, context.width)
 
     def num_positions(self) -> int:
+        """See `Generator.num_positions`."""
         return self.grid[0] * self.grid[1]
 
     def attend_until(self) -> list[int] | None:
+        """See `Generator.attend_until`."""
         return None
 
     def embed_ordered(self, model: GeneratorModel, ids_MP: Tensor, order_MP: Tensor) -> Tensor:
-        """What the backbone reads at every step but the last of ids in their order, (M, P, D): P - 1 ids, P places."""
+        """Input embeddings (M, P, D) of all steps of P ordered codes.
+
+        Args:
+            model: embeds ids.
+            ids_MP: the first P - 1 ids, in their order.
+            order_MP: all P positions, in their order.
+        """
         input_MPD = self.next(order_MP)
         previous_MPD = model.embed(ids_MP) + self.place(order_MP[:, :-1])
         return torch.cat((input_MPD[:, :1], input_MPD[:, 1:] + previous_MPD), 1)
@@ -85,6 +104,7 @@ class RandomOrder(GeneratorHead):
     # ---------------------------------------------------------------- training
 
     def prepare(self, model: GeneratorModel, batch: Batch, rng: torch.Generator) -> tuple[list[InputSpan], Targets]:
+        """See `Generator.prepare`."""
         rows_M1, positions_MP = batch.span_positions(batch.images_of(self.name))
         order_MP = torch.rand(positions_MP.shape, generator=rng).argsort(-1).to(positions_MP.device)
         ids_MP = batch.ids_BL[rows_M1, positions_MP].gather(-1, order_MP)
@@ -94,6 +114,7 @@ class RandomOrder(GeneratorHead):
         return [InputSpan(rows_M1, positions_MP, input_MPD)], (rows_M1, positions_MP, ids_MP)
 
     def loss(self, model: GeneratorModel, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> Tensor:
+        """See `Generator.loss`."""
         rows_M1, positions_MP, ids_MP = targets
         if not len(ids_MP):
             return self.zero_loss(hidden_BLD)
@@ -102,25 +123,28 @@ class RandomOrder(GeneratorHead):
         return nn.functional.cross_entropy(logits, ids_MP.flatten() - id_offset, reduction="none")
 
     def num_targets(self, batch: Batch) -> int:
+        """See `Generator.num_targets`."""
         return len(batch.images_of(self.name)) * self.num_positions()
 
     # ---------------------------------------------------------------- sampling
 
     def start(self, span: SegmentSpec) -> GenerationState:
+        """See `Generator.start`."""
         fixed_P = torch.full((self.num_positions(),), -1) if span.fixed is None else span.fixed.flatten().cpu()
         chance_P = torch.rand(self.num_positions(), generator=span.rng)
-        order_P = (chance_P + (fixed_P < 0)).argsort()  # what is given comes first
+        order_P = (chance_P + (fixed_P < 0)).argsort()  # given codes come first
         written = [int(id) for id in fixed_P[order_P] if id >= 0]
         return OrderState(span, [], order_P=order_P, written=written)
 
     def prepare_step(self, state: GenerationState) -> StepInput:
+        """See `Generator.prepare_step`."""
         assert isinstance(state, OrderState)
         if state.input_LD is None:
             return StepInput([state.span.begin])
         return StepInput([0] * len(state.input_LD), embeds=state.input_LD)
 
     def step(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
-        """One code of each picture that has read more than its begin token; all that was read stays in the cache."""
+        """See `Generator.step`: one code of each image whose begin token is read. All positions stay in the cache."""
         orders = [state for state in states if isinstance(state, OrderState)]
         last_hidden = {id(state): [branch[-1] for branch in h] for state, h in zip(orders, hidden, strict=True)}
         if active := [state for state in orders if state.input_LD is not None]:
@@ -132,8 +156,8 @@ class RandomOrder(GeneratorHead):
                 raster_P = state.order_P.argsort()
                 state.ids = torch.tensor(state.written)[raster_P].tolist()
                 if state.span.record_logprobs:
-                    given = [0.0] * (count - len(state.logprobs))  # these come first
-                    state.logprobs = torch.tensor([*given, *state.logprobs])[raster_P].tolist()
+                    fixed_logprobs = [0.0] * (count - len(state.logprobs))  # given codes come first
+                    state.logprobs = torch.tensor([*fixed_logprobs, *state.logprobs])[raster_P].tolist()
             else:
                 device = self.place.weight.device
                 ids_1P = torch.tensor([state.written], dtype=torch.int64, device=device)
@@ -153,6 +177,7 @@ class RandomOrder(GeneratorHead):
                 states[row].written.append(id_offset + code)
 
     def decode(self, model: GeneratorModel, states: list[GenerationState]) -> Tensor:
+        """See `Generator.decode`."""
         return decode_ids(model, states)
 
 

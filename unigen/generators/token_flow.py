@@ -1,10 +1,10 @@
-"""A flow for each token: continuous latents in raster order, each drawn by a small MLP from the state before it.
+"""A flow for each token: continuous latents in raster order, each sampled by a small MLP from the state before it.
 
     loss = mean over i, t of |v(x_t, t, z_i) - (noise - x_i)|^2,    x_t = (1 - t) x_i + t noise,    z_i = state before i
 
 Li et al. 2024 (MAR, arXiv 2406.11838), eq. 3 and its MLP with adaLN, on causal states as in Orthus (Kou et al. 2024,
 arXiv 2412.00127), with flow instead of DDPM. Each token is noised several times, since the MLP costs little. Guidance
-mixes the velocities of the branches' MLPs, not the states.
+combines the velocities of the branches, not their hidden states.
 Does not depend on: templates, caches, how a tokenizer is trained.
 
 Shapes: M images, P tokens of Z latent channels, T tokens, R noisings of each, D width, B rows, L positions.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ from unigen.generators.base import BuildContext, GenerationState, GeneratorModel
 from unigen.generators.latents import LatentFlowHead
 from unigen.nn.denoisers import TimestepEmbedder
 from unigen.samplers.guidance import Guidance
+
+if TYPE_CHECKING:
+    from unigen.tokenizers.kl import KLTokenizer
 
 Targets = tuple[Tensor, Tensor]
 
@@ -50,26 +53,33 @@ class TokenFlowConfig:
 
 @dataclass
 class TokenFlowState(GenerationState):
-    """A picture on its way."""
+    """The state of an image that is being written."""
 
     written: list[Tensor] = field(default_factory=list)
     """Tokens (Z,) so far."""
     latents_Zhw: Tensor = field(default_factory=lambda: torch.empty(0))
-    """Latents of the finished picture."""
+    """Latents of the finished image."""
     input_1D: Tensor | None = None
-    """What the next step reads; None before the first token."""
+    """Input embedding of the next step; None before the first token."""
 
     @property
     def num_written(self) -> int:
+        """See `GenerationState.num_written`."""
         return len(self.written)
 
     @property
     def latents(self) -> Tensor:
+        """See `GenerationState.latents`."""
         return self.latents_Zhw
 
 
 class AdaLNBlock(nn.Module):
-    """h + gate * mlp(scale * norm(h) + shift), all three of the condition; the gate begins at zero (adaLN-Zero)."""
+    """h + gate * mlp((1 + scale) * norm(h) + shift), with scale, shift and gate from the condition (adaLN-Zero: they
+    start at zero).
+
+    Args:
+        width: width of h and of the condition.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -80,17 +90,24 @@ class AdaLNBlock(nn.Module):
         nn.init.zeros_(self.modulation.bias)
 
     def forward(self, h: Tensor, condition: Tensor) -> Tensor:
+        """The block's output, of h's shape (..., width), for a condition of the same shape."""
         shift, scale, gate = self.modulation(nn.functional.silu(condition)).chunk(3, -1)
         return h + gate * self.mlp(self.norm(h) * (1 + scale) + shift)
 
 
 class TokenFlow(LatentFlowHead):
-    """The latents of one image, one token after the other."""
+    """The latents of one image, one token after the other.
+
+    Args:
+        tokenizer: a `KLTokenizer`.
+        width: width D of the backbone.
+        config: settings of the MLP; None is the defaults.
+    """
 
     name = "token-flow"
     needs_context = False
 
-    def __init__(self, tokenizer: Any, width: int, config: TokenFlowConfig | None = None) -> None:
+    def __init__(self, tokenizer: KLTokenizer, width: int, config: TokenFlowConfig | None = None) -> None:
         super().__init__(tokenizer)
         self.settings = c = config or TokenFlowConfig()
         channels = tokenizer.latent_channels
@@ -105,23 +122,44 @@ class TokenFlow(LatentFlowHead):
 
     @classmethod
     def from_context(cls, context: BuildContext) -> TokenFlow:
+        """An untrained generator for a model.
+
+        Args:
+            context: sizes and ids of the model, the generator's own tokenizer and settings.
+
+        Raises:
+            ValueError: the tokenizer or the settings do not fit.
+        """
         return cls(context.tokenizer, context.width, from_dict(TokenFlowConfig, context.settings))
 
     @property
     def io_layers(self) -> tuple[nn.Module, ...]:  # type: ignore[override]
+        """See `GeneratorHead.io_layers`."""
         return self.read, self.time, self.enter, self.leave
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> dict[str, object]:
+        """See `GeneratorHead.config`."""
         return to_dict(self.settings)
 
     def num_positions(self) -> int:
+        """See `Generator.num_positions`."""
         return self.grid[0] * self.grid[1]
 
     def attend_until(self) -> list[int] | None:
+        """See `Generator.attend_until`."""
         return None
 
     def velocity(self, x_TZ: Tensor, t_T: Tensor, states_TD: Tensor) -> Tensor:
-        """noise - data of tokens at their times, fp32."""
+        """The predicted velocity, noise - data.
+
+        Args:
+            x_TZ: noised tokens.
+            t_T: times in [0, 1].
+            states_TD: hidden states before the tokens.
+
+        Returns:
+            The velocity (T, Z) in fp32.
+        """
         dtype = self.enter.weight.dtype
         condition = self.condition(states_TD.to(dtype)) + self.time(t_T)
         h = self.enter(x_TZ.to(dtype))
@@ -132,7 +170,8 @@ class TokenFlow(LatentFlowHead):
     # ---------------------------------------------------------------- training
 
     def prepare(self, model: GeneratorModel, batch: Batch, rng: torch.Generator) -> tuple[list[InputSpan], Targets]:
-        """The clean tokens are read; they, repeated, are what is noised in the loss."""
+        """See `Generator.prepare`: the backbone reads clean tokens. The targets are these tokens, repeated, with noise
+        and times."""
         if not self.num_targets(batch):
             empty = torch.zeros(0, device=batch.ids_BL.device)
             return [], (empty, empty)
@@ -145,7 +184,7 @@ class TokenFlow(LatentFlowHead):
         return [InputSpan(rows_M1, positions_MP, input_MPD)], (torch.stack((x_TRZ, noise_TRZ)), t_TR)
 
     def loss(self, model: GeneratorModel, batch: Batch, hidden_BLD: Tensor, targets: Targets) -> Tensor:
-        """The mean squared error of each token's velocity, (T,)."""
+        """See `Generator.loss`: the mean squared error (T,) of each token's velocity."""
         if not self.num_targets(batch):
             return self.zero_loss(hidden_BLD)
         (x_TRZ, noise_TRZ), t_TR = targets
@@ -158,19 +197,22 @@ class TokenFlow(LatentFlowHead):
         return error.square().mean(-1).unflatten(0, (-1, self.settings.repeats)).mean(1)
 
     def num_targets(self, batch: Batch) -> int:
+        """See `Generator.num_targets`."""
         return len(batch.images_of(self.name)) * self.num_positions()
 
     # ---------------------------------------------------------------- sampling
 
     def start(self, span: SegmentSpec) -> GenerationState:
+        """See `Generator.start`."""
         return TokenFlowState(span, [])
 
     def prepare_step(self, state: GenerationState) -> StepInput:
+        """See `Generator.prepare_step`."""
         assert isinstance(state, TokenFlowState)
         return StepInput([state.span.begin]) if state.input_1D is None else StepInput([0], embeds=state.input_1D)
 
     def step(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
-        """The next token of each picture: a whole flow of the MLP."""
+        """See `Generator.step`: the next token of each image, by a whole flow of the MLP."""
         tokens = self._sample_tokens(states, [[branch[-1] for branch in branches] for branches in hidden])
         for state, token_Z in zip(states, tokens, strict=True):
             assert isinstance(state, TokenFlowState)
@@ -182,7 +224,7 @@ class TokenFlow(LatentFlowHead):
         return [len(branches[0]) for branches in hidden]
 
     def _sample_tokens(self, states: list[GenerationState], conditions: list[list[Tensor]]) -> list[Tensor]:
-        """A token (Z,) of each state, from noise of its own segment. States alike in options and guidance go
+        """A token (Z,) of each state, from noise of its own segment. States with equal options and guidance are sampled
         together.
 
         Args:

@@ -1,10 +1,11 @@
-"""Transfusion: rectified flow inside the backbone, which reads noised patches and says their velocity.
+"""Transfusion: rectified flow inside the backbone, which reads noised patches and predicts their velocity.
 
     loss = E |v(x_t, t, context) - (noise - x)|^2,    x_t = (1 - t) x + t noise
 
-Zhou et al. 2024 (arXiv 2408.11039), section 3, with flow instead of DDPM: a patch is read as a linear map of its
-latents with its place and the image's time added; inside the image every position sees every other; a linear map of the
-last states gives the velocity. Later segments never see noise: the finished picture is read again as codes.
+Zhou et al. 2024 (arXiv 2408.11039), section 3, with flow instead of DDPM: the embedding of a patch is a linear map of
+its latents, plus embeddings of its position and of the image's time. Inside the image every position sees every other.
+A linear map of the last states gives the velocity. Later segments never see noise: the finished image is read again as
+codes.
 Does not depend on: templates, caches, how a tokenizer is trained.
 
 Shapes: M images, P patches of F values, Z latent channels, h w grid of latents, D width, B rows, L positions.
@@ -13,7 +14,7 @@ Shapes: M images, P patches of F values, Z latent channels, h w grid of latents,
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,9 @@ from unigen.generators.base import BuildContext, GenerationState, GeneratorModel
 from unigen.generators.latents import DenoisingState, LatentFlowHead
 from unigen.nn.denoisers import TimestepEmbedder, from_patches, to_patches
 
+if TYPE_CHECKING:
+    from unigen.tokenizers.kl import KLTokenizer
+
 
 @dataclass(frozen=True)
 class TransfusionConfig:
@@ -33,7 +37,7 @@ class TransfusionConfig:
     patch: int = 1
     """Side of a patch in latents."""
     shift: float = 1.0
-    """Shift of the times towards noise, in training and sampling alike (SD3, eq. 23); 1 is none."""
+    """Shift of the times towards noise, in training and sampling (SD3, eq. 23); 1 is none."""
 
     def __post_init__(self) -> None:
         if self.patch < 1 or not self.shift > 0:
@@ -42,19 +46,25 @@ class TransfusionConfig:
 
 @dataclass
 class TransfusionState(DenoisingState):
-    """A picture on its way."""
+    """The state of an image that is being sampled."""
 
     begin_cached: bool = False
-    """Does the cache hold the begin token?"""
+    """Whether the cache holds the begin token."""
 
 
 class Transfusion(LatentFlowHead):
-    """The latents of one image, by a flow in the backbone."""
+    """The latents of one image, by a flow in the backbone.
+
+    Args:
+        tokenizer: a `KLTokenizer`.
+        width: width D of the backbone.
+        config: settings of the flow; None is the defaults.
+    """
 
     name = "transfusion"
     needs_context = False
 
-    def __init__(self, tokenizer: Any, width: int, config: TransfusionConfig | None = None) -> None:
+    def __init__(self, tokenizer: KLTokenizer, width: int, config: TransfusionConfig | None = None) -> None:
         super().__init__(tokenizer)
         self.settings = c = config or TransfusionConfig()
         self.path = LinearPath(c.shift)
@@ -71,34 +81,55 @@ class Transfusion(LatentFlowHead):
 
     @classmethod
     def from_context(cls, context: BuildContext) -> Transfusion:
+        """An untrained generator for a model.
+
+        Args:
+            context: sizes and ids of the model, the generator's own tokenizer and settings.
+
+        Raises:
+            ValueError: the tokenizer or the settings do not fit.
+        """
         return cls(context.tokenizer, context.width, from_dict(TransfusionConfig, context.settings))
 
     @property
     def io_layers(self) -> tuple[nn.Module, ...]:  # type: ignore[override]
+        """See `GeneratorHead.io_layers`."""
         return self.read, self.time, self.say
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> dict[str, object]:
+        """See `GeneratorHead.config`."""
         return to_dict(self.settings)
 
     def num_positions(self) -> int:
+        """See `Generator.num_positions`."""
         return self.patch_grid[0] * self.patch_grid[1]
 
     def attend_until(self) -> list[int] | None:
+        """See `Generator.attend_until`."""
         return [self.num_positions() - 1] * self.num_positions()
 
     def embed_patches(self, x_MZhw: Tensor, t_M: Tensor) -> Tensor:
-        """What the backbone reads, (M, P, D)."""
+        """Input embeddings (M, P, D) of noised latents.
+
+        Args:
+            x_MZhw: noised latents.
+            t_M: times in [0, 1].
+        """
         patches_MPF = to_patches(x_MZhw, self.settings.patch).to(self.read.weight.dtype)
         return self.read(patches_MPF) + self.place.weight + self.time(t_M)[:, None]
 
     def velocity(self, states_MPD: Tensor) -> Tensor:
-        """noise - data (M, Z, h, w), fp32, of the last states at the patches."""
+        """The predicted velocity, noise - data (M, Z, h, w), in fp32.
+
+        Args:
+            states_MPD: last hidden states at the patches.
+        """
         return from_patches(self.say(states_MPD).float(), self.tokenizer.grid, self.settings.patch)
 
     # ---------------------------------------------------------------- training
 
     def prepare(self, model: GeneratorModel, batch: Batch, rng: torch.Generator) -> tuple[list[InputSpan], Tensor]:
-        """The velocities to be learnt, and x_t where the backbone reads."""
+        """See `Generator.prepare`: the backbone reads x_t; the targets are the velocities (M, Z, h, w)."""
         x_t_MZhw, t_M, velocity_MZhw = self.add_noise(batch, batch.ids_BL.device, rng)
         if not len(t_M):
             return [], t_M
@@ -106,7 +137,7 @@ class Transfusion(LatentFlowHead):
         return [InputSpan(rows_M1, positions_MP, self.embed_patches(x_t_MZhw, t_M))], velocity_MZhw
 
     def loss(self, model: GeneratorModel, batch: Batch, hidden_BLD: Tensor, velocity_MZhw: Tensor) -> Tensor:
-        """The mean squared error of each image's velocity, (M,)."""
+        """See `Generator.loss`: the mean squared error (M,) of each image's velocity."""
         if not self.num_targets(batch):
             return self.zero_loss(hidden_BLD)
         error = self.velocity(hidden_BLD[batch.span_positions(batch.images_of(self.name))]) - velocity_MZhw
@@ -115,9 +146,11 @@ class Transfusion(LatentFlowHead):
     # ---------------------------------------------------------------- sampling
 
     def start(self, span: SegmentSpec) -> GenerationState:
+        """See `Generator.start`."""
         return TransfusionState(span, [], trajectory=self.new_trajectory(span))
 
     def prepare_step(self, state: GenerationState) -> StepInput:
+        """See `Generator.prepare_step`."""
         assert isinstance(state, TransfusionState) and state.trajectory.t is not None
         count, x_t_1Zhw = self.num_positions(), state.trajectory.x_t
         input_PD = self.embed_patches(x_t_1Zhw, torch.tensor([state.trajectory.t], device=x_t_1Zhw.device))[0]
@@ -126,7 +159,7 @@ class Transfusion(LatentFlowHead):
         return StepInput([state.span.begin] + [0] * count, embeds=input_PD, attend_until=[0] + [count] * count)
 
     def step(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
-        """One evaluation of the velocity; only the begin token stays in the cache."""
+        """See `Generator.step`: one evaluation of the velocity; only the begin token stays in the cache."""
         patches = torch.stack([branch[-self.num_positions() :] for branches in hidden for branch in branches])
         velocities, num_kept = iter(self.velocity(patches).split(1)), []
         for state, branches in zip(states, hidden, strict=True):
