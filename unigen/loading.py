@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from unigen.utils.text import shorten
 
@@ -31,7 +31,7 @@ def load(
     generator: str | None = None,
     adapter: str | None = None,
     engine: str = "local",
-    vllm: dict[str, Any] | None = None,
+    vllm: dict[str, object] | None = None,
 ) -> InferenceEngine:
     """Load a model, and return an engine that generates with it.
 

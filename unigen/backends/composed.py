@@ -19,6 +19,7 @@ from difflib import SequenceMatcher
 from typing import Any
 
 from PIL.Image import Image
+from torch import Tensor
 
 from unigen.backends.connector import ConnectedDiffusersEngine, Connector, require_pipeline
 from unigen.backends.diffusers_engine import check_prompt_text, check_seed
@@ -93,13 +94,13 @@ class ComposedEngine(BaseEngine):
         output: Output = "image",
         *,
         record: Record = RECORD_NOTHING,
-        **options: Any,
+        **options: OptionValue,
     ) -> list[GenerationResult]:
         """See `InferenceEngine.generate_results`. Ids are recorded of texts, and of images as the image engine does."""
         return [self._generate_one(p, output, s, record, options) for p, s in zip_with_seeds(prompts, seeds)]
 
     def stream(
-        self, prompt: Prompt, output: Output = "interleaved", *, seed: int = 0, **options: Any
+        self, prompt: Prompt, output: Output = "interleaved", *, seed: int = 0, **options: OptionValue
     ) -> Iterator[str | Image | Preview]:
         """See `InferenceEngine.stream`."""
         self.check(prompt, output, seed=seed, **options)
@@ -132,7 +133,7 @@ class ComposedEngine(BaseEngine):
             self.image_engine.check("a", "image", **image_options)
 
     def describe(
-        self, image: ImageSource, question: str | None = None, *, seed: int = 0, **options: Any
+        self, image: ImageSource, question: str | None = None, *, seed: int = 0, **options: OptionValue
     ) -> str | list[str]:
         """See `InferenceEngine.describe`."""
         document = Document.of([read_image(image), as_text(question or "Describe this picture.")])
@@ -175,7 +176,7 @@ class ComposedEngine(BaseEngine):
         """See `InferenceEngine.score`: of the text engine."""
         return self.text_engine.score(documents, per_token=per_token)
 
-    def hidden_states(self, prompt: Prompt) -> Any:
+    def hidden_states(self, prompt: Prompt) -> Tensor:
         """See `InferenceEngine.hidden_states`: of the text engine."""
         return self.text_engine.hidden_states(prompt)
 
@@ -206,7 +207,7 @@ class ComposedEngine(BaseEngine):
         """Whether the image engine takes the prompt as it is, and the text engine writes nothing."""
         return self.uses_hidden_states or not document.images()
 
-    def _text_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
+    def _text_options(self, options: Mapping[str, OptionValue]) -> dict[str, Any]:
         """The options of the text engine: those that are given, and defaults."""
         given = {name: value for name, value in options.items() if name in TEXT_OPTIONS and value is not None}
         return self.default_options("text", given) | given
@@ -291,7 +292,7 @@ class ComposedEngine(BaseEngine):
         return result
 
 
-def _image_options(options: Mapping[str, Any]) -> dict[str, Any]:
+def _image_options(options: Mapping[str, OptionValue]) -> dict[str, Any]:
     """The options of the image engine."""
     return {name: value for name, value in options.items() if name not in TEXT_OPTIONS}
 

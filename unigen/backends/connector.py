@@ -24,7 +24,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,9 @@ from unigen.hub.resolve import CONFIG, read_json
 from unigen.hub.weights import load_strict, read_tensors, write_tensors
 from unigen.inference.protocol import EngineInfo, InferenceEngine
 from unigen.model.template import UnsupportedError
+
+if TYPE_CHECKING:
+    from unigen.backends.diffusers_support import Pipeline
 
 MASK_ARGUMENTS = ("prompt_attention_mask", "prompt_embeds_mask")
 """What pipelines call the mask of prompts of any length."""
@@ -175,7 +178,7 @@ class ConnectedDiffusersEngine(DiffusersEngine):
 
     accepts_images = True
 
-    def __init__(self, pipe: Any, text_engine: InferenceEngine, connector: Connector) -> None:
+    def __init__(self, pipe: Pipeline, text_engine: InferenceEngine, connector: Connector) -> None:
         """An engine of a pipeline that a connector conditions.
 
         Args:
@@ -205,9 +208,9 @@ class ConnectedDiffusersEngine(DiffusersEngine):
             raise ValueError(f"the adapter does not fit these models: {'; '.join(mismatches)}")
 
     @torch.inference_mode()
-    def _prompt_arguments(self, document: Document) -> dict[str, Any]:
+    def _prompt_arguments(self, document: Document) -> dict[str, object]:
         prompt = self.connector.prompt_embeds(self.text_engine.hidden_states(document))
-        arguments: dict[str, Any] = {"prompt_embeds": prompt.embeds_MND.to(self.pipe.dtype)}
+        arguments: dict[str, object] = {"prompt_embeds": prompt.embeds_MND.to(self.pipe.dtype)}
         if prompt.pooled_MP is not None:
             arguments[POOLED_ARGUMENT] = prompt.pooled_MP.to(self.pipe.dtype)
         ones_1L = torch.ones(prompt.embeds_MND.shape[:2], dtype=torch.int64, device=prompt.embeds_MND.device)
@@ -222,7 +225,7 @@ class ConnectedDiffusersEngine(DiffusersEngine):
 
 
 @torch.no_grad()
-def encode_prompt(pipe: Any, words: str) -> PromptEmbeds:
+def encode_prompt(pipe: Pipeline, words: str) -> PromptEmbeds:
     """Encode words by a pipeline's own text encoder.
 
     Args:
@@ -258,7 +261,7 @@ def encode_prompt(pipe: Any, words: str) -> PromptEmbeds:
     return PromptEmbeds(embeds[:, masks[0]] if masks else embeds, pooled_MP=pooled[0] if pooled else None)
 
 
-def connector_config(text_engine: InferenceEngine, pipe: Any, length: int) -> ConnectorConfig:
+def connector_config(text_engine: InferenceEngine, pipe: Pipeline, length: int) -> ConnectorConfig:
     """The widths and lengths that the two models require of a connector.
 
     Args:
@@ -287,7 +290,7 @@ def connector_config(text_engine: InferenceEngine, pipe: Any, length: int) -> Co
     )
 
 
-def require_pipeline(engine: InferenceEngine) -> Any:
+def require_pipeline(engine: InferenceEngine) -> Pipeline:
     """The pipeline that a connector conditions.
 
     Args:
@@ -301,4 +304,4 @@ def require_pipeline(engine: InferenceEngine) -> Any:
     """
     if engine.pipeline is None:
         raise ValueError("an adapter tells a diffusers pipeline what to draw: give one as generator, or no adapter")
-    return engine.pipeline
+    return engine.pipeline  # type: ignore[return-value]

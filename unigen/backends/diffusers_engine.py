@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -51,6 +51,11 @@ from unigen.utils.numbers import NonFiniteError
 from unigen.utils.option_types import SEED, Size
 from unigen.utils.text import first_line
 
+if TYPE_CHECKING:
+    from inspect import Parameter
+
+    from unigen.backends.diffusers_support import Pipeline
+
 MAX_OUTPUT_PIXELS = 4096 * 4096
 """Of a picture that is asked for."""
 ENGINE_ARGUMENTS = {
@@ -75,12 +80,12 @@ class DiffusersEngine(BaseEngine):
 
     outputs: tuple[Output, ...] = ("image",)
 
-    def __init__(self, pipe: Any) -> None:
+    def __init__(self, pipe: Pipeline) -> None:
         """An engine of a loaded pipeline of diffusers."""
         self.pipe = self.pipeline = pipe
         self.default_scheduler: Any = getattr(pipe, "scheduler", None)
         self.call_parameters = call_parameters(pipe)
-        self.variants: dict[str, Any] = {}
+        self.variants: dict[str, Pipeline] = {}
         self.sampling = self.default_values(self._variant_or_none("text") or pipe)
         """The values of options where a request does not say."""
         pipe.set_progress_bar_config(disable=True)
@@ -94,7 +99,7 @@ class DiffusersEngine(BaseEngine):
         output: Output = "image",
         *,
         record: Record = RECORD_NOTHING,
-        **options: Any,
+        **options: OptionValue,
     ) -> list[GenerationResult]:
         """See `InferenceEngine.generate_results`: an image of words, or of a class by its number.
 
@@ -128,12 +133,12 @@ class DiffusersEngine(BaseEngine):
         ]
 
     def stream(
-        self, prompt: Prompt, output: Output = "image", *, seed: int = 0, **options: Any
+        self, prompt: Prompt, output: Output = "image", *, seed: int = 0, **options: OptionValue
     ) -> Iterator[str | Image.Image | Preview]:
         """See `InferenceEngine.stream`: the image, when it is finished."""
         return super().stream(prompt, output, seed=seed, **options)
 
-    def check(self, prompt: Prompt, output: Output = "image", *, seed: int = 0, **options: Any) -> None:
+    def check(self, prompt: Prompt, output: Output = "image", *, seed: int = 0, **options: OptionValue) -> None:
         """See `InferenceEngine.check`."""
         if output not in self.outputs:
             raise ValueError(f"this model cannot answer with {output}: it can with image")
@@ -235,18 +240,18 @@ class DiffusersEngine(BaseEngine):
 
     # ---------------------------------------------------------------- what pipelines take
 
-    def options(self, pipe: Any) -> list[str]:
+    def options(self, pipe: Pipeline) -> list[str]:
         """The names of the options that change what a pipeline (in the form of a task) generates."""
         return [*supported_options(pipe), *(["solver"] if compatible_schedulers(pipe, self.default_scheduler) else [])]
 
-    def default_values(self, pipe: Any) -> dict[str, Any]:
+    def default_values(self, pipe: Pipeline) -> dict[str, OptionValue]:
         """The numbers that the signature of a pipeline (in the form of a task) has for its options, by the options'
         names."""
         takes = call_parameters(pipe)
         values = {name: takes[own].default for name, own in supported_options(pipe).items() if name != "size"}
         return {name: value for name, value in values.items() if isinstance(value, (int, float))}
 
-    def _prompt_arguments(self, document: Document) -> dict[str, Any]:
+    def _prompt_arguments(self, document: Document) -> dict[str, object]:
         """The pipeline's own arguments for words or a class."""
         document.check_conditions("a pipeline")
         if document.images():
@@ -261,7 +266,7 @@ class DiffusersEngine(BaseEngine):
             raise ValueError("this pipeline draws words, not classes: say what to draw in words")
         return {"prompt": words}
 
-    def _class_index(self, label: Any) -> int:
+    def _class_index(self, label: str | int) -> int:
         names = getattr(self.pipe, "labels", {}) or {}
         if label in names:
             return int(names[label])
@@ -272,13 +277,13 @@ class DiffusersEngine(BaseEngine):
             raise ValueError(f"unknown class {label!r}: give a number from 0 to {count - 1}, or its name")
         return int(label)
 
-    def _variant_or_none(self, task: str) -> Any:
+    def _variant_or_none(self, task: str) -> Pipeline | None:
         try:
             return self._as_variant(task)
         except UnsupportedError:
             return None
 
-    def _as_variant(self, task: str) -> Any:
+    def _as_variant(self, task: str) -> Pipeline:
         """The pipeline's components in the class that does a task: "text", "edit" or "inpaint". Raises
         UnsupportedError where diffusers has none."""
         if task not in self.variants:
@@ -286,7 +291,7 @@ class DiffusersEngine(BaseEngine):
             self.variants[task].set_progress_bar_config(disable=True)
         return self.variants[task]
 
-    def _build_variant(self, task: str) -> Any:
+    def _build_variant(self, task: str) -> Pipeline:
         import diffusers
 
         is_inpainting, kind = "mask_image" in self.call_parameters, type(self.pipe)
@@ -308,7 +313,7 @@ class DiffusersEngine(BaseEngine):
             except ValueError:
                 variant = None
         channels = INPAINT_CHANNELS.get(type(variant).__name__)
-        if channels is not None and network_config(variant).get("in_channels") != channels:
+        if channels is not None and network_config(variant).get("in_channels") != channels:  # type: ignore[arg-type]
             variant = None
         if variant is not None and unsupported_reason(type(variant)) is None:
             return variant
@@ -320,7 +325,9 @@ class DiffusersEngine(BaseEngine):
         mask = " and a mask" if task == "inpaint" else ""
         raise UnsupportedError(f"{kind.__name__} has no form that takes a picture{mask}")
 
-    def _render_sizes(self, form: Any, picture: Image.Image, size: Any) -> tuple[tuple[int, int], tuple[int, int]]:
+    def _render_sizes(
+        self, form: Pipeline, picture: Image.Image, size: tuple[int, int] | None
+    ) -> tuple[tuple[int, int], tuple[int, int]]:
         """The sizes (width, height) in pixels of the pipeline's input and output. size: as requested; None is about
         the image's own, at most twice as wide and high as the form's usual one; for a form that begins with noise
         alone about as large as the usual one."""
@@ -338,8 +345,8 @@ class DiffusersEngine(BaseEngine):
     @torch.inference_mode()
     def _run_pipeline(
         self,
-        pipe: Any,
-        given: Sequence[dict[str, Any]],
+        pipe: Pipeline,
+        given: Sequence[dict[str, object]],
         seeds: Sequence[int],
         options: dict[str, Any],
         auto_size: bool = False,
@@ -375,7 +382,9 @@ class DiffusersEngine(BaseEngine):
             images.append(picture)
         return MediaList(images)
 
-    def _call_arguments(self, pipe: Any, options: dict[str, Any], auto_size: bool) -> tuple[dict[str, Any], str | None]:
+    def _call_arguments(
+        self, pipe: Pipeline, options: dict[str, Any], auto_size: bool
+    ) -> tuple[dict[str, Any], str | None]:
         """The pipeline's own arguments, and the solver's name, of the options of a request. Raises ValueError in one
         line for options that it does not take, that are out of their range, or that would change nothing."""
         own, takes, kind = supported_options(pipe), call_parameters(pipe), type(pipe).__name__
@@ -415,7 +424,9 @@ class DiffusersEngine(BaseEngine):
         return call_arguments, solver
 
     @staticmethod
-    def _check_guidance(kind: str, own: dict[str, str], takes: dict[str, Any], named: dict[str, Any]) -> None:
+    def _check_guidance(
+        kind: str, own: dict[str, str], takes: Mapping[str, Parameter], named: dict[str, object]
+    ) -> None:
         """Set the prompt of the unconditional branch where guidance needs one. Raises ValueError for a negative prompt
         that would have no effect."""
         scale = own.get("guidance")
@@ -427,7 +438,7 @@ class DiffusersEngine(BaseEngine):
         if scale == "true_cfg_scale" and value > 1:
             named.setdefault("negative_prompt", " ")
 
-    def _scheduler(self, pipe: Any, solver: str | None) -> Any:
+    def _scheduler(self, pipe: Pipeline, solver: str | None) -> Any:
         if solver is None:
             return self.default_scheduler
         kinds = compatible_schedulers(pipe, self.default_scheduler)
@@ -436,7 +447,7 @@ class DiffusersEngine(BaseEngine):
         return kinds[solver].from_config(self.default_scheduler.config)
 
 
-def check_option_ranges(asked: dict[str, Any]) -> None:
+def check_option_ranges(asked: dict[str, OptionValue]) -> None:
     """Raises ValueError in one line for a value out of its range. asked: values by the options' names."""
     if "guidance" in asked:  # one scale
         GUIDANCE_SCALE.check("guidance", asked["guidance"])
@@ -444,7 +455,7 @@ def check_option_ranges(asked: dict[str, Any]) -> None:
         resolve(group, asked)
 
 
-def check_prompt_text(name: str, words: Any, wanted: str) -> None:
+def check_prompt_text(name: str, words: object, wanted: str) -> None:
     """Raises ValueError in one line for what is no text, or empty. name and wanted: what it is and what to give, for
     the message."""
     if not isinstance(words, str):
@@ -453,7 +464,7 @@ def check_prompt_text(name: str, words: Any, wanted: str) -> None:
         raise ValueError(f"{name} is empty: {wanted}")
 
 
-def check_seed(seed: Any) -> int:
+def check_seed(seed: object) -> int:
     """The seed as an int of 64 bits. Raises ValueError in one line for anything else."""
     return SEED.check("seed", seed)
 

@@ -9,7 +9,7 @@ Does not depend on: how a pipeline generates.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,6 +23,9 @@ from unigen.hub.resolve import CONFIG, SAFETENSORS_PATTERNS, read_json, weights_
 from unigen.hub.weights import silence_transformers, strict_from_pretrained
 from unigen.utils.text import first_line
 
+if TYPE_CHECKING:
+    from unigen.backends.diffusers_support import Pipeline
+
 MODEL_INDEX = "model_index.json"
 
 
@@ -31,7 +34,7 @@ def is_pipeline(folder: Path) -> bool:
     return (folder / MODEL_INDEX).is_file()
 
 
-def check_pipeline_class(folder: Path) -> Any:
+def check_pipeline_class(folder: Path) -> type[Pipeline]:
     """The class of the pipeline in a folder, read from its index alone, without its weights.
 
     Args:
@@ -49,7 +52,7 @@ def check_pipeline_class(folder: Path) -> Any:
     return kind
 
 
-def check_components(folder: Path, kind: Any) -> None:
+def check_components(folder: Path, kind: type[Pipeline]) -> None:
     """Check that each component of the index has a folder (diffusers would make some of them up) with safetensors.
 
     Args:
@@ -76,7 +79,7 @@ def disabled_components(folder: Path) -> dict[str, None]:
     return {name: None for name, part in read_json(folder / MODEL_INDEX).items() if part == [None, None]}
 
 
-def check_all_loaded(pipe: Any) -> None:
+def check_all_loaded(pipe: Pipeline) -> None:
     """Check that all weights were in the folder: diffusers leaves others on the meta device.
 
     Args:

@@ -15,8 +15,25 @@ import inspect
 import math
 import sys
 import textwrap
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffusers.configuration_utils import ConfigMixin
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
+    from diffusers.utils.outputs import BaseOutput
+
+    class Pipeline(DiffusionPipeline):
+        """Any pipeline of diffusers: each class has parameters of its own."""
+
+        def __call__(self, **arguments: object) -> BaseOutput:
+            """Generate images."""
+            ...
+
+    class Scheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
+        """Any scheduler of diffusers: each class has parameters of its own."""
+
 
 SCHEDULERS = {
     "euler": "EulerDiscreteScheduler",
@@ -52,7 +69,7 @@ UNSUPPORTED_TASKS = {
 """By a part of the class's name: what a pipeline does whose signature looks like that of one that draws."""
 
 
-def pipeline_class(index: Mapping[str, Any]) -> Any:
+def pipeline_class(index: Mapping[str, object]) -> type[Pipeline]:
     """The class that a model_index.json names.
 
     Args:
@@ -72,10 +89,10 @@ def pipeline_class(index: Mapping[str, Any]) -> Any:
         raise ValueError(
             f"diffusers {diffusers.__version__} has no pipeline {name!r}: update it, or give another model"
         )
-    return kind
+    return kind  # type: ignore[return-value]
 
 
-def unsupported_reason(kind: Any) -> str | None:
+def unsupported_reason(kind: type[Pipeline]) -> str | None:
     """Why pipelines of a class can neither generate an image of words or a class here, nor edit one.
 
     Args:
@@ -111,7 +128,7 @@ def unsupported_reason(kind: Any) -> str | None:
     return None
 
 
-def call_parameters(pipe: Any) -> dict[str, inspect.Parameter]:
+def call_parameters(pipe: Pipeline | type[Pipeline]) -> dict[str, inspect.Parameter]:
     """The named parameters of a pipeline's `__call__`.
 
     Args:
@@ -125,7 +142,7 @@ def call_parameters(pipe: Any) -> dict[str, inspect.Parameter]:
     return {name: one for name, one in signature_params.items() if name != "self" and one.kind in named_kinds}
 
 
-def needs_image(kind: Any) -> bool:
+def needs_image(kind: type[Pipeline]) -> bool:
     """Whether pipelines of a class generate only from an image, with or without words.
 
     Args:
@@ -139,7 +156,7 @@ def needs_image(kind: Any) -> bool:
     return "image" in call_parameters(kind) and kind not in FROM_WORDS.values() and kind.__name__ not in IMAGE_OPTIONAL
 
 
-def supported_options(pipe: Any) -> dict[str, str]:
+def supported_options(pipe: Pipeline) -> dict[str, str]:
     """The options that change what a pipeline generates.
 
     Args:
@@ -164,7 +181,7 @@ def supported_options(pipe: Any) -> dict[str, str]:
     return options
 
 
-def _guidance_argument(pipe: Any, takes: Mapping[str, Any]) -> tuple[str | None, bool]:
+def _guidance_argument(pipe: Pipeline, takes: Mapping[str, inspect.Parameter]) -> tuple[str | None, bool]:
     """What the pipeline calls the scale of its guidance, None where it hears none; and does it hear a negative prompt?
 
     Guidance is classifier-free, of two branches, or a number that a distilled network reads. A class may take both
@@ -189,7 +206,7 @@ def _guidance_argument(pipe: Any, takes: Mapping[str, Any]) -> tuple[str | None,
     return None, negative
 
 
-def network_config(pipe: Any) -> Mapping[str, Any]:
+def network_config(pipe: Pipeline) -> Mapping[str, Any]:
     """The config of the network that denoises; empty where none is found.
 
     Args:
@@ -203,7 +220,7 @@ def network_config(pipe: Any) -> Mapping[str, Any]:
     return getattr(network, "config", {})
 
 
-def compatible_schedulers(pipe: Any, scheduler: Any) -> dict[str, Any]:
+def compatible_schedulers(pipe: Pipeline, scheduler: Scheduler | None) -> dict[str, type[Scheduler]]:
     """The schedulers that can replace a pipeline's own: those that diffusers calls compatible, and that take all
     arguments with which the pipeline's `__call__` calls its scheduler.
 
@@ -250,7 +267,7 @@ def compatible_schedulers(pipe: Any, scheduler: Any) -> dict[str, Any]:
     return found
 
 
-def _accepts(function: Any, name: str) -> bool:
+def _accepts(function: Callable[..., object], name: str) -> bool:
     return name in inspect.signature(function).parameters
 
 
@@ -281,7 +298,7 @@ def _scheduler_arguments(call: str) -> set[str] | None:
     return scheduler_arguments - ({"sigmas"} - assigned) if found else None
 
 
-def _output_fields(kind: Any) -> set[str]:
+def _output_fields(kind: type[Pipeline]) -> set[str]:
     """The fields of what a pipeline's call returns, empty where its code does not say."""
     module = sys.modules[kind.__module__]
     try:
@@ -295,7 +312,7 @@ def _output_fields(kind: Any) -> set[str]:
     return {field for name in names for field in getattr(getattr(module, name, None), "__dataclass_fields__", {})}
 
 
-def size_multiple(pipe: Any) -> int:
+def size_multiple(pipe: Pipeline) -> int:
     """Pixels of which the height and the width of an image have to be multiples.
 
     Args:
@@ -310,7 +327,7 @@ def size_multiple(pipe: Any) -> int:
     return math.lcm(8, *factors)
 
 
-def native_area(pipe: Any) -> int:
+def native_area(pipe: Pipeline) -> int:
     """About how many pixels the images have that a pipeline generates where no size is given.
 
     Args:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 
 from unigen.backends.diffusers_engine import DiffusersEngine
 from unigen.hub.weights import silence_transformers
+
+if TYPE_CHECKING:
+    from unigen.backends.diffusers_support import Pipeline
+    from unigen.inference.protocol import OptionValue
 
 GLM_SIZE = (1024, 1024)
 """Width and height in pixels of GLM-Image's images where no size is given."""
@@ -23,12 +27,14 @@ class GlmImageEngine(DiffusersEngine):
     """GLM-Image: a language model writes an image's tokens, a DiT generates the image from them. Its pipeline has to
     be given every size, and an image to edit has to be as large as its processor would make it."""
 
-    def __init__(self, pipe: Any) -> None:
+    def __init__(self, pipe: Pipeline) -> None:
         super().__init__(pipe)
         vision_language_model = pipe.vision_language_encoder
         original_get_tokens = type(vision_language_model).get_image_tokens
 
-        def get_image_tokens(features: Any, grids: Any = None) -> Any:
+        def get_image_tokens(
+            features: torch.Tensor | list[torch.Tensor], grids: torch.Tensor | None = None
+        ) -> torch.Tensor:
             """transformers wants a list of pictures (C, h, w), of which diffusers gives the one without its list."""
             is_single_image = isinstance(features, torch.Tensor) and features.ndim == 3
             return original_get_tokens(vision_language_model, [features] if is_single_image else features, grids)
@@ -37,10 +43,10 @@ class GlmImageEngine(DiffusersEngine):
 
     def _run_pipeline(
         self,
-        pipe: Any,
-        given: Sequence[dict[str, Any]],
+        pipe: Pipeline,
+        given: Sequence[dict[str, object]],
         seeds: Sequence[int],
-        options: dict[str, Any],
+        options: dict[str, OptionValue],
         auto_size: bool = False,
     ) -> list[Image.Image]:
         devices = [pipe.device] if pipe.device.type == "cuda" else []
@@ -52,7 +58,9 @@ class GlmImageEngine(DiffusersEngine):
                 pipe, given, seeds, options | {"size": options.get("size") or GLM_SIZE}, auto_size
             )
 
-    def _render_sizes(self, form: Any, picture: Image.Image, size: Any) -> tuple[tuple[int, int], tuple[int, int]]:
+    def _render_sizes(
+        self, form: Pipeline, picture: Image.Image, size: tuple[int, int] | None
+    ) -> tuple[tuple[int, int], tuple[int, int]]:
         if max(picture.size) > 4 * min(picture.size):
             raise ValueError(f"GLM-Image reads pictures up to four times as long as wide, not {picture.size}: crop it")
         bounds = self.pipe.processor.image_processor.size

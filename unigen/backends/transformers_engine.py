@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -34,6 +34,9 @@ from unigen.utils.numbers import NonFiniteError
 from unigen.utils.option_types import SEED
 from unigen.utils.text import first_line
 
+if TYPE_CHECKING:
+    from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
 TEXT_OPTIONS = ("max_tokens", "temperature", "top_p", "top_k", "repetition_penalty")
 """The options of a generation."""
 FALLBACK_SAMPLING = {"temperature": 0.7, "top_p": 1.0, "repetition_penalty": 1.1}
@@ -47,11 +50,11 @@ class TransformersEngine(BaseEngine):
 
     def __init__(
         self,
-        model: Any,
-        processor: Any,
+        model: PreTrainedModel,
+        processor: ProcessorMixin | PreTrainedTokenizerBase,
         accepts_images: bool,
         quantization: str | None = None,
-        text_sampling: dict[str, Any] | None = None,
+        text_sampling: dict[str, OptionValue] | None = None,
     ) -> None:
         """An engine of a loaded model.
 
@@ -95,7 +98,7 @@ class TransformersEngine(BaseEngine):
         repetition_penalty: float | None = None,
     ) -> GenerationResult:
         inputs = self._build_inputs(document).to(self.model.device)
-        sampling_kwargs: dict[str, Any] = {"do_sample": False}
+        sampling_kwargs: dict[str, object] = {"do_sample": False}
         if temperature > 0:
             sampling_kwargs = {"do_sample": True, "temperature": temperature, "top_p": top_p}
             sampling_kwargs |= {} if top_k is None else {"top_k": top_k}
@@ -199,7 +202,7 @@ class TransformersEngine(BaseEngine):
             raise NonFiniteError("states", self.model.dtype)
         return states_SD
 
-    def _build_inputs(self, document: Document) -> Any:
+    def _build_inputs(self, document: Document) -> BatchEncoding:
         self._check_segments(document)
         messages: list[dict[str, Any]] = []
         told, segments = split_system_messages(document.segments)
@@ -217,7 +220,7 @@ class TransformersEngine(BaseEngine):
         def render(messages: Any) -> str:
             return str(self.processor.apply_chat_template(messages, tokenize=False))
 
-        return self.processor.apply_chat_template(
+        return self.processor.apply_chat_template(  # type: ignore[return-value]
             text.merge_system_message(messages, render),
             add_generation_prompt=True,
             tokenize=True,
@@ -314,7 +317,7 @@ def text_sampling_from(folder: Path, fallback: dict[str, Any] | None = None) -> 
     return own
 
 
-def load_processor(folder: Path) -> Any:
+def load_processor(folder: Path) -> ProcessorMixin:
     """Load the processor of a model of transformers that reads images: its image processor, tokenizer and chat
     template. Its video processor, which needs torchvision, is left out.
 
@@ -340,13 +343,15 @@ def load_processor(folder: Path) -> Any:
     )
     if model_class is None:
         raise ValueError(f"transformers has no processor {name or 'of its type of model'}")
-    processor = without_video_processor(model_class).from_pretrained(folder, local_files_only=True)
+    processor = without_video_processor(model_class).from_pretrained(  # type: ignore[arg-type]
+        folder, local_files_only=True
+    )
     if processor.chat_template is None:
         processor.chat_template = processor.tokenizer.chat_template
     return processor
 
 
-def without_video_processor(kind: Any) -> Any:
+def without_video_processor(kind: type[ProcessorMixin]) -> type[ProcessorMixin]:
     """A subclass of a processor whose tokenizer is loaded by `text.load`, and whose video processor is None.
 
     Args:
@@ -357,8 +362,8 @@ def without_video_processor(kind: Any) -> Any:
     """
     from transformers.processing_utils import MODALITY_TO_AUTOPROCESSOR_MAPPING as LOADERS
 
-    def load_parts(cls: Any, folder: Path, *_: Any, **__: Any) -> list[Any]:
-        parts: list[Any] = []
+    def load_parts(cls: type[ProcessorMixin], folder: Path, *_: object, **__: object) -> list[object]:
+        parts: list[object] = []
         for name in cls.get_attributes():
             if "tokenizer" in name:
                 parts.append(text.load(folder))
@@ -368,7 +373,7 @@ def without_video_processor(kind: Any) -> Any:
                 parts.append(LOADERS[name].from_pretrained(folder, local_files_only=True))
         return parts
 
-    def check(self: Any, name: str, part: Any) -> Any:
+    def check(self: ProcessorMixin, name: str, part: object) -> object:
         return None if part is None else kind.check_argument_for_proper_class(self, name, part)
 
     methods = {"_get_arguments_from_pretrained": classmethod(load_parts), "check_argument_for_proper_class": check}

@@ -21,18 +21,18 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from unigen.batch import Vocabulary
-from unigen.document import Document
+from unigen.document import Document, Prompt
 from unigen.generators.options.acceleration import Acceleration
 from unigen.hub.resolve import CONFIG, read_json
 from unigen.inference.base import check_record
 from unigen.inference.candidates import PreparedRequest
 from unigen.inference.engine import Engine
-from unigen.inference.protocol import EngineInfo
+from unigen.inference.protocol import EngineInfo, OptionValue
 from unigen.inference.request import Request
 from unigen.inference.results import Record, Score
 from unigen.inference.scheduler import Scheduler
@@ -41,7 +41,11 @@ from unigen.model.inputs import PromptSpan
 from unigen.model.template import Output, UnsupportedError
 from unigen.model.unified import UnifiedModel
 
-ENGINE_ARGS: dict[str, Any] = {
+if TYPE_CHECKING:
+    from vllm import RequestOutput
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+ENGINE_ARGS: dict[str, object] = {
     "logits_processors": ["unigen.backends.vllm_guidance:GuidedSampler"],
     "scheduler_cls": "unigen.backends.vllm_guidance.GuidedScheduler",
     "skip_tokenizer_init": True,
@@ -52,7 +56,9 @@ VLLM_GENERATORS = ("text", "next-token")
 """The generators whose spans vLLM writes."""
 
 
-def load(name: str, device: str, dtype: torch.dtype | None = None, options: dict[str, Any] | None = None) -> VllmEngine:
+def load(
+    name: str, device: str, dtype: torch.dtype | None = None, options: dict[str, object] | None = None
+) -> VllmEngine:
     """Load the engine on vLLM.
 
     Args:
@@ -105,8 +111,8 @@ def set_environment(processes: int = 1) -> None:
 
 
 def create_llm_engine(
-    folder: Path, dtype: torch.dtype, context: int, options: dict[str, Any], features: bool = False
-) -> Any:
+    folder: Path, dtype: torch.dtype, context: int, options: dict[str, object], features: bool = False
+) -> LLMEngine:
     """Create vLLM's engine for a folder.
 
     Args:
@@ -137,7 +143,11 @@ def create_llm_engine(
     register()
     fixed_args = ENGINE_ARGS | {"model": str(folder), "dtype": str(dtype).removeprefix("torch.")}
     fixed_args |= {"enable_prompt_embeds": True} if features else {}
-    default_args: dict[str, Any] = {"max_model_len": context, "enable_prefix_caching": True, "use_tqdm_on_load": False}
+    default_args: dict[str, object] = {
+        "max_model_len": context,
+        "enable_prefix_caching": True,
+        "use_tqdm_on_load": False,
+    }
     if current_platform.is_cpu():
         default_args["block_size"] = 32  # of 128 otherwise, and only whole blocks are found again
     if unknown := sorted(set(options) - {field.name for field in fields(EngineArgs)}):
@@ -174,7 +184,7 @@ class VllmEngine(Engine):
         options: of vLLM's EngineArgs.
     """
 
-    def __init__(self, model: UnifiedModel, folder: Path, options: dict[str, Any]) -> None:
+    def __init__(self, model: UnifiedModel, folder: Path, options: dict[str, object]) -> None:
         super().__init__(model)
         self.local = any(name not in VLLM_GENERATORS for name in model.generators)
         """Does the language model stay here too?"""
@@ -192,7 +202,7 @@ class VllmEngine(Engine):
         self.blocks: int = vllm.cache_config.num_gpu_blocks - 1  # one is vLLM's own
         self.most: int = vllm.scheduler_config.max_num_seqs
         self._names = itertools.count()
-        self._heard: dict[str, list[Any]] = {}
+        self._heard: dict[str, list[RequestOutput]] = {}
 
     def close(self) -> None:
         """Free vLLM's memory."""
@@ -213,14 +223,14 @@ class VllmEngine(Engine):
         """See `BatchedEngine.new_scheduler`."""
         return VllmScheduler(self)
 
-    def request(self, prompt: Any, output: Output, **options: Any) -> Request:
+    def request(self, prompt: Prompt, output: Output, **options: OptionValue) -> Request:
         """See `Engine.request`. Raises ValueError, too, for what vLLM cannot do."""
         request = super().request(prompt, output, **options)
         if request.options[Acceleration].accelerate:
             raise ValueError("vLLM writes one code a step: leave accelerate out, or use --engine local")
         return request
 
-    def prepare(self, prompt: Any, output: Output, *, candidates: int = 1, **options: Any) -> PreparedRequest:
+    def prepare(self, prompt: Prompt, output: Output, *, candidates: int = 1, **options: Any) -> PreparedRequest:
         """See `BatchedEngine.prepare`. Candidates are compared by the model beside vLLM, where there is one."""
         if candidates != 1 and not self.local:
             raise UnsupportedError("candidates are compared by the local engine: leave them out, or use --engine local")
@@ -233,7 +243,7 @@ class VllmEngine(Engine):
             raise UnsupportedError("documents are scored by the local engine: use --engine local")
         return super().score(documents, per_token=per_token)
 
-    def hidden_states(self, prompt: Any) -> torch.Tensor:
+    def hidden_states(self, prompt: Prompt) -> torch.Tensor:
         """See `InferenceEngine.hidden_states`: by the model beside vLLM, where there is one."""
         if not self.local:
             raise UnsupportedError("vLLM does not tell its hidden states: use --engine local")
@@ -288,7 +298,7 @@ class VllmEngine(Engine):
             segment.names.append(name)
         return segment
 
-    def _read(self, prompt: list[int], spans: Sequence[PromptSpan]) -> Any:
+    def _read(self, prompt: list[int], spans: Sequence[PromptSpan]) -> object:
         """A branch's prompt as vLLM reads it: ids, and vectors where spans say so."""
         from vllm.inputs.engine import embeds_input, tokens_input
 
@@ -312,7 +322,7 @@ class VllmEngine(Engine):
         for name in sent.names:
             self._heard.pop(name, None)
 
-    def listen(self, names: list[str]) -> Iterator[tuple[str, Any]]:
+    def listen(self, names: list[str]) -> Iterator[tuple[str, RequestOutput]]:
         """The outputs of requests, after one step of vLLM where there are none yet.
 
         Args:

@@ -18,8 +18,9 @@ Shapes: R rows of vLLM's batch, V ids.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,16 @@ from unigen.generators.base import GenerationState, SegmentSpec
 from unigen.generators.next_token import NextToken, Text
 from unigen.samplers.guidance import Guidance
 from unigen.samplers.logits import SamplingOptions, sample
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+    from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.core.sched.request_queue import RequestQueue
+    from vllm.v1.engine import EngineCoreOutputs
+    from vllm.v1.outputs import ModelRunnerOutput
+    from vllm.v1.request import Request
+    from vllm.v1.sample.logits_processor import BatchUpdate
 
 EXTRA_ARGS_KEY = "unigen"
 
@@ -161,11 +172,11 @@ class GuidedSampler(LogitsProcessor):
     """A logits processor that samples the ids of spans, and leaves one finite logit in each row. vLLM calls it with
     its own arguments."""
 
-    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         self.rows: dict[int, Branch] = {}
 
     @classmethod
-    def validate_params(cls, params: Any) -> None:
+    def validate_params(cls, params: SamplingParams) -> None:
         """Check a request.
 
         Args:
@@ -191,7 +202,7 @@ class GuidedSampler(LogitsProcessor):
         """False: the processor changes which id has the largest logit."""
         return False
 
-    def update_state(self, batch_update: Any) -> None:
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
         """Follow the rows of vLLM's batch.
 
         Args:
@@ -218,7 +229,7 @@ class GuidedSampler(LogitsProcessor):
         groups: dict[str, dict[int, int]] = {}
         for row, one in self.rows.items():
             groups.setdefault(one.group, {})[one.branch] = row
-        alike: dict[Any, list[list[int]]] = {}
+        alike: dict[tuple[Vocabulary, bool, tuple[int, ...]], list[list[int]]] = {}
         for branches in groups.values():
             rows = [branches[number] for number in sorted(branches)]
             first = self.rows[rows[0]]
@@ -270,9 +281,9 @@ class GuidedScheduler(Scheduler):
     some branches made without the others, or that is not the same for all, is dropped and made again. vLLM passes its
     own arguments."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    def __init__(self, *args: object, **options: object) -> None:
         super().__init__(*args, **options)
-        self.waiting: Any
+        self.waiting: RequestQueue
         if self.scheduler_config.async_scheduling or self.vllm_config.speculative_config or self.connector is not None:
             raise ValueError("guided spans need vLLM without async scheduling, speculation and KV connectors")
         self.groups: dict[str, dict[int, str]] = {}
@@ -281,7 +292,7 @@ class GuidedScheduler(Scheduler):
         self.group_size: dict[str, int] = {}
         self.num_dropped_ids = self.num_sibling_preemptions = 0
 
-    def add_request(self, request: Any) -> None:
+    def add_request(self, request: Request) -> None:
         """Queue a request, and note its span where that has several branches.
 
         Args:
@@ -301,7 +312,7 @@ class GuidedScheduler(Scheduler):
         group = self.groups.get(self.group_by_request.get(request_id, ""), {})
         return [sibling_id for sibling_id in group.values() if sibling_id != request_id]
 
-    def schedule(self, *args: Any, **options: Any) -> Any:
+    def schedule(self, *args: object, **options: object) -> SchedulerOutput:
         """Schedule a step: vLLM's own, with only those requests waiting whose branches can all begin.
 
         Args:
@@ -342,11 +353,11 @@ class GuidedScheduler(Scheduler):
                     preempted_ids.update(group.values())
         return preempted_ids
 
-    def _admissible_requests(self, waiting: list[Any], held: set[str]) -> list[Any]:
+    def _admissible_requests(self, waiting: list[Request], held: set[str]) -> list[Request]:
         """Who may begin now: first come, first served, and all branches of a span or none."""
         by_id = {request.request_id: request for request in waiting}
         room = self.max_num_running_reqs - len(self.running)
-        let_in: dict[str, Any] = {}
+        let_in: dict[str, Request] = {}
         for request in waiting:
             name = request.request_id
             if name in let_in:
@@ -371,7 +382,9 @@ class GuidedScheduler(Scheduler):
             room -= len(comers)
         return list(let_in.values())
 
-    def update_from_output(self, scheduler_output: Any, output: Any) -> Any:
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
         """Drop the ids that the branches of a span do not share, then update the requests as vLLM does.
 
         Args:
@@ -400,7 +413,7 @@ class GuidedScheduler(Scheduler):
         self._remove_broken_groups()
         return result
 
-    def finish_requests(self, request_ids: Any, *args: Any, **options: Any) -> Any:
+    def finish_requests(self, request_ids: str | Iterable[str] | None, *args: object, **options: object) -> object:
         """End requests, and with each the other branches of its span.
 
         Args:

@@ -13,7 +13,7 @@ Shapes: L positions, D width, H heads of width W, T pieces of text, K codes of w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
 from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 from vllm.model_executor.utils import set_weight_attrs
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 Weights = Iterable[tuple[str, Tensor]]
 BACKBONE_PREFIX = "backbone."
@@ -63,7 +66,7 @@ class HeadNorm(nn.Module):
 class ChameleonAttention(LlamaAttention):
     """Llama's attention, with norms of queries and keys."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    def __init__(self, *args: object, **options: object) -> None:
         super().__init__(*args, **options)
         if self.num_kv_heads * (self.total_num_heads // self.num_heads) != self.total_num_kv_heads:
             raise ValueError(
@@ -92,7 +95,7 @@ class ChameleonAttention(LlamaAttention):
 class ChameleonLayer(LlamaDecoderLayer):
     """Llama's layer with Chameleon's attention."""
 
-    def __init__(self, vllm_config: Any, prefix: str = "") -> None:
+    def __init__(self, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config, prefix, attn_layer_type=ChameleonAttention)
 
 
@@ -119,7 +122,7 @@ class UnigenChameleonForCausalLM(LlamaForCausalLM):
     """Chameleon and Lumina-mGPT, with the logits of image codes. The weights of their image tokenizer are not
     loaded."""
 
-    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         swin = vllm_config.model_config.hf_config.swin_norm
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=SwinLayer if swin else ChameleonLayer)
 
@@ -137,7 +140,7 @@ class UnigenJanusForCausalLM(LlamaForCausalLM):
     codes.
     """
 
-    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         told, config = vllm_config.model_config, vllm_config.model_config.hf_config
         if get_pp_group().is_last_rank:
@@ -184,7 +187,7 @@ class UnigenJanusForCausalLM(LlamaForCausalLM):
         yield from code_weights.items()
 
 
-def load_weights_strict(model: Any, load: Callable[[Weights], set[str]], weights: Weights) -> set[str]:
+def load_weights_strict(model: LlamaForCausalLM, load: Callable[[Weights], set[str]], weights: Weights) -> set[str]:
     """Load tensors, and check that none is missing. vLLM raises for a tensor that is left over, and for a parameter
     that gets none, but not for a missing part of a fused parameter.
 

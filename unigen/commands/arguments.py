@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from unigen import loading, options
 from unigen.option_groups import collect
@@ -17,6 +17,9 @@ from unigen.utils import precision, progress
 from unigen.utils.argparser import non_empty
 from unigen.utils.numbers import parse_float, parse_int
 from unigen.utils.text import shorten
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 DEFAULT_MODEL = "unigen-tiny"
 
@@ -92,7 +95,7 @@ def parse_box(value: str) -> tuple[int, int, int, int]:
     return left, top, right, bottom
 
 
-def parse_setting(value: str) -> tuple[str, Any]:
+def parse_setting(value: str) -> tuple[str, object]:
     """Parse a setting like "max_model_len=4096".
 
     Args:
@@ -221,7 +224,7 @@ def generation_options(args: argparse.Namespace) -> dict[str, Any]:
     return {"seed": 0} | options.given_arguments(args, collect())
 
 
-def report_size_change(given: tuple[int, int], made: Any) -> None:
+def report_size_change(given: tuple[int, int], made: Image) -> None:
     """Print a note on stderr where the image that comes back has another size than the one that went in.
 
     Args:

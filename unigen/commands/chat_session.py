@@ -19,7 +19,7 @@ import os
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 from urllib.parse import unquote
 
 from PIL.Image import Image, Resampling
@@ -34,6 +34,9 @@ from unigen.samplers.seeds import offset_seed
 from unigen.utils.numbers import parse_int
 from unigen.utils.option_types import SEED
 from unigen.utils.text import did_you_mean
+
+if TYPE_CHECKING:
+    from unigen.inference.protocol import InferenceEngine, OptionValue
 
 COMMANDS = {
     "/image": "PATH",
@@ -153,7 +156,9 @@ class Chat:
         options: options of `engine.stream`.
     """
 
-    def __init__(self, folder: str | Path, seed: int = 0, output: Output | None = "interleaved", **options: Any):
+    def __init__(
+        self, folder: str | Path, seed: int = 0, output: Output | None = "interleaved", **options: OptionValue
+    ) -> None:
         self.output = output
         self.folder = Path(folder)
         self.seed = seed
@@ -166,7 +171,7 @@ class Chat:
         self.pending_images: list[Image] = []
         self.turn = 0
 
-    def run(self, engine: Any, lines: TextIO, out: TextIO) -> None:
+    def run(self, engine: InferenceEngine, lines: TextIO, out: TextIO) -> None:
         """Answer lines until /quit or the end of the input. Bad input gets one line and the conversation goes on.
 
         Args:
@@ -270,7 +275,7 @@ class Chat:
             print(HELP, file=out)
         return True
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """The conversation, and the seed of its next turn: what `load` reads."""
         return self.document.to_json() | {"seed": self.seed, "turn": self.turn}
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from unigen.commands.arguments import (
     generation_options,
@@ -18,6 +18,9 @@ from unigen.commands.arguments import (
     sampling_arguments,
 )
 from unigen.utils import progress
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 BATCH_SIZE = 16
 """Pictures made at a time."""
@@ -60,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     options = {name: value for name, value in generation_options(args).items() if name != "n"}
     seed = options.pop("seed")
     batch = BATCH_SIZE if engine.batched else 1
-    images: list[Any] = []
+    images: list[Image] = []
     saved_paths: list[Path] = []
     try:
         with progress.bar(count, "image", silent=count <= batch) as bar:

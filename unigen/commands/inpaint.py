@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING
 
 from unigen.commands.arguments import (
     generation_options,
@@ -20,6 +20,9 @@ from unigen.commands.arguments import (
 from unigen.inference.options import VariationOptions
 from unigen.options import add_argument
 from unigen.utils.argparser import non_empty
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 HELP = "paint a part of a picture anew, or all around it"
 STDOUT = {"output": ".png"}
@@ -52,9 +55,9 @@ def run(args: argparse.Namespace) -> int:
     from unigen.media.output import IMAGE_FORMATS, check_output, save_image
 
     path = check_output(args.output, IMAGE_FORMATS)
-    image: Any = read_image(args.image)
+    image = read_image(args.image)
     if args.mask:
-        mask: Any = read_mask(args.mask)
+        mask: Image | np.ndarray | None = read_mask(args.mask)
     elif args.variation:
         mask = None
     else:

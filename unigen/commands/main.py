@@ -20,7 +20,8 @@ import shlex
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any, NoReturn
+from types import ModuleType
+from typing import NoReturn
 
 import unigen.commands
 from unigen.utils.argparser import OneLineParser
@@ -47,7 +48,7 @@ ORDER = (
 """In which commands are listed; others follow by name."""
 
 
-def find_commands() -> dict[str, Any]:
+def find_commands() -> dict[str, ModuleType]:
     """Import the modules of all commands. Returns them by name, in the order of the help text."""
     names = {found.name for found in pkgutil.iter_modules(unigen.commands.__path__)} - set(HELPERS)
     listed = [*(name for name in ORDER if name in names), *sorted(names - set(ORDER))]

@@ -18,12 +18,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, Self
 
 from unigen.config import write_report
 from unigen.evaluation.report import Report, make_folder, write_outputs
 from unigen.evaluation.task import Example, OutputT, Scores, Task
-from unigen.inference.protocol import InferenceEngine
+from unigen.inference.protocol import InferenceEngine, OptionValue
 from unigen.model.unified import UnifiedModel
 from unigen.option_groups import collect
 from unigen.options import add_arguments as add_option_arguments
@@ -33,6 +33,9 @@ from unigen.utils import progress
 from unigen.utils.argparser import non_empty
 from unigen.utils.option_types import COUNT, SEED
 from unigen.utils.text import did_you_mean, docstring_summary
+
+if TYPE_CHECKING:
+    from unigen.document import Prompt
 
 RENAMED = {"writers": "generators"}
 """Tasks that had another name."""
@@ -44,7 +47,7 @@ class BatchGenerator(Protocol):
     """What the runner asks of an engine."""
 
     def generate_batch(
-        self, prompts: Sequence[Any], seeds: Sequence[int], output: Literal["image", "text"], **options: Any
+        self, prompts: Sequence[Prompt], seeds: Sequence[int], output: Literal["image", "text"], **options: OptionValue
     ) -> Sequence[Any]:
         """One output a prompt."""
         ...
@@ -59,7 +62,9 @@ class EvaluationRun:
         load: loads the engine.
     """
 
-    def __init__(self, task: type[EvaluationTask], args: argparse.Namespace, load: Callable[[], Any]) -> None:
+    def __init__(
+        self, task: type[EvaluationTask], args: argparse.Namespace, load: Callable[[], InferenceEngine]
+    ) -> None:
         self.task, self.args, self._load = task, args, load
 
     @cached_property
@@ -88,7 +93,7 @@ class EvaluationRun:
         return given_arguments(self.args, collect(), TASK_OPTIONS)
 
     def generate(
-        self, task: Task[OutputT], examples: Sequence[Example], n: int = 1, **options: Any
+        self, task: Task[OutputT], examples: Sequence[Example], n: int = 1, **options: OptionValue
     ) -> list[list[OutputT]]:
         """Ask the engine for n outputs of each example, with the options that were given over `options`.
 
@@ -170,7 +175,7 @@ class GenerationTask(EvaluationTask, Generic[OutputT]):
         """Outputs of each example."""
         return 1
 
-    def generation_options(self, run: EvaluationRun, example: Example) -> dict[str, Any]:
+    def generation_options(self, run: EvaluationRun, example: Example) -> dict[str, OptionValue]:
         """Options of the generation for an example, where no others are given."""
         return {}
 
@@ -184,7 +189,7 @@ class GenerationTask(EvaluationTask, Generic[OutputT]):
 
     def generate_all(self, run: EvaluationRun, examples: Sequence[Example]) -> list[list[OutputT]]:
         """The outputs of all examples; those with the same options are generated together."""
-        groups: list[tuple[dict[str, Any], list[int]]] = []
+        groups: list[tuple[dict[str, OptionValue], list[int]]] = []
         for index, example in enumerate(examples):
             options = self.generation_options(run, example)
             group = next((indices for known, indices in groups if known == options), None)
@@ -215,7 +220,7 @@ def generate_outputs(
     n: int,
     batch: int,
     seed: int,
-    **options: Any,
+    **options: OptionValue,
 ) -> list[list[OutputT]]:
     """Ask an engine for n outputs of each example.
 
@@ -328,7 +333,9 @@ def check_arguments(args: argparse.Namespace) -> None:
         make_folder(args.out)
 
 
-def run_task(task: type[EvaluationTask], args: argparse.Namespace, load: Callable[[], Any], command: str) -> Report:
+def run_task(
+    task: type[EvaluationTask], args: argparse.Namespace, load: Callable[[], InferenceEngine], command: str
+) -> Report:
     """Run a task, and write its report where --json says.
 
     Args:

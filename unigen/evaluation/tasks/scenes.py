@@ -28,6 +28,7 @@ from unigen.evaluation.report import Report
 from unigen.evaluation.runner import EvaluationRun, GenerationTask, report_rows, score_all
 from unigen.evaluation.task import Example, Scores, ScoreSummary, bootstrap_mean
 from unigen.inference.options import CANDIDATES
+from unigen.inference.protocol import OptionValue
 from unigen.media.pixels import to_pixels
 from unigen.toyworld.captions import Facts, caption
 from unigen.toyworld.scenes import (
@@ -171,7 +172,7 @@ class ScenesTask(GenerationTask[Image.Image]):
         """See `GenerationTask.num_outputs`: as --images says."""
         return int(run.args.images)
 
-    def generation_options(self, run: EvaluationRun, example: Example) -> dict[str, Any]:
+    def generation_options(self, run: EvaluationRun, example: Example) -> dict[str, OptionValue]:
         """See `GenerationTask.generation_options`: candidates where --candidates says."""
         return {"candidates": run.args.candidates} if run.args.candidates else {}
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 from PIL import Image
@@ -126,7 +126,7 @@ class UnderstandingTask(GenerationTask[str]):
             scene = sample_scene(rng, self.renderer.size, held_out=held_out)
             image = Image.fromarray(self.renderer.render(scene).image)
             facts = extract_facts(scene)
-            metadata: dict[str, Any] = {
+            metadata: dict[str, object] = {
                 "groups": facts.groups,
                 "background": facts.background,
                 "relation": facts.relation,
@@ -138,7 +138,7 @@ class UnderstandingTask(GenerationTask[str]):
                 examples.append(Example([image, qa.question], qa.kind, {"answer": qa.answer, "heldout": held_out}))
         return examples
 
-    def generation_options(self, run: EvaluationRun, example: Example) -> dict[str, Any]:
+    def generation_options(self, run: EvaluationRun, example: Example) -> dict[str, object]:
         """See `GenerationTask.generation_options`: several candidates for captions, one for answers."""
         candidates = 1
         if example.tag == "caption":
