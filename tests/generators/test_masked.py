@@ -81,7 +81,7 @@ def test_sampling_sees_what_training_sees(engine: Engine) -> None:
         list(engine.run([request]))
         batch = model.insert_image_ids(pack([[model.template.encode(request.document, generator="masked")]], 40, 16))
         [row], at = (x[0] for x in batch.span_positions(batch.images_of("masked")))
-        batch.ids_BL[row, at[:2]] = model.generators["masked"].mask
+        batch.ids_BL[row, at[:2]] = model.generators["masked"].mask_id
         logits = model.logits(
             model.hidden_states(batch)[row, at[:2]], model.vocabulary.text_size, model.vocabulary.size
         )

@@ -109,22 +109,21 @@ def test_a_scale_sees_itself_and_those_before(engine: Engine) -> None:
         assert difference[same].max() < 1e-6 and difference[other].min() > 1e-6
 
 
-def test_guidance_grows_with_the_scales(engine: Engine) -> None:
+def test_guidance_grows_with_the_scales(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """VAR: logits = (1 + t) c - t u with t = cfg k / (K - 1), cfg being our scale less 1."""
     c, u = torch.randn(2, 5).unbind()
     for k, t in ((0, 0.0), (1, 1.5), (2, 3.0)):
         torch.testing.assert_close(Guidance((4.0,)).combine([c, u], k / 2), (1 + t) * c - t * u)
-    seen: list[float] = []
+    weights: list[float] = []
+    combine = Guidance.combine
 
-    class Watching(Guidance):
-        def combine(self, predictions: Any, weight: float = 1.0) -> Tensor:
-            seen.append(weight)
-            return super().combine(predictions, weight)
+    def record(self: Guidance, predictions: Any, weight: float = 1.0) -> Tensor:
+        weights.append(weight)
+        return combine(self, predictions, weight)
 
-    request = engine.request("a dog", "image", generator="next-scale")
-    request.guidance = Watching((3.0,))
-    list(engine.run([request]))
-    assert seen == [0.0, 0.5, 1.0]
+    monkeypatch.setattr(Guidance, "combine", record)
+    list(engine.run([engine.request("a dog", "image", generator="next-scale", guidance=3.0)]))
+    assert weights == [0.0, 0.5, 1.0]
 
 
 def test_it_needs_pixels_and_a_first_scale_of_one(engine: Engine) -> None:
