@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from unigen.commands.main import main
-from unigen.evaluation import baselines, geneval, runner
+from unigen.evaluation import baselines, geneval
 from unigen.evaluation.detector import Detection, SceneDetections
 from unigen.evaluation.runner import score_all
 from unigen.evaluation.task import Example
@@ -168,9 +168,8 @@ def test_command(
         encode = decode = staticmethod(lambda x: x)
 
     engine = TrueEngine(world, colors=False)
-    engine.model = type("Model", (), {"image_tokenizer": Tokenizer()})()  # type: ignore[attr-defined]
+    engine.local_model = type("Model", (), {"image_tokenizer": Tokenizer()})()  # type: ignore[attr-defined]
     monkeypatch.setattr("unigen.commands.eval.load", lambda args: engine)
-    monkeypatch.setattr(runner, "_local_model", lambda engine: engine.model)
     monkeypatch.setattr(scenes, "PROMPTS_PER_TAG", {True: 5, False: 5})
     report, out = tmp_path / "r.json", tmp_path / "out"
     assert main(["eval", "scenes", "--images", "1", "--quick", "--json", str(report), "--out", str(out)]) == 0

@@ -65,6 +65,8 @@ def test_nothing_to_average() -> None:
 class EchoEngine:
     """Answers "prompt seed"; remembers the batches."""
 
+    local_model = None
+
     def __init__(self) -> None:
         self.sizes: list[int] = []
 

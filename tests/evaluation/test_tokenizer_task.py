@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from unigen.commands.main import main
-from unigen.evaluation import runner
 from unigen.toyworld.scenes import SceneRenderer
 
 
@@ -31,9 +30,8 @@ def test_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest
         SceneRenderer(64)
     except ValueError as error:
         pytest.skip(str(error))
-    engine = SimpleNamespace(model=SimpleNamespace(image_tokenizer=ConstantTokenizer(), device="cpu"))
+    engine = SimpleNamespace(local_model=SimpleNamespace(image_tokenizer=ConstantTokenizer(), device="cpu"))
     monkeypatch.setattr("unigen.commands.eval.load", lambda args: engine)
-    monkeypatch.setattr(runner, "_local_model", lambda engine: engine.model)
     report = tmp_path / "r.json"
     assert main(["eval", "tokenizer", "--count", "60", "--json", str(report)]) == 0
     found = json.loads(report.read_text())

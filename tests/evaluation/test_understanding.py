@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from unigen.commands.main import main
-from unigen.evaluation import runner
 from unigen.evaluation.tasks.understanding import UnderstandingTask, relation_table, score_caption, summarize_scores
 from unigen.toyworld.captions import Facts, caption
 from unigen.toyworld.scenes import Scene, SceneRenderer
@@ -105,15 +104,14 @@ def test_command(
 ) -> None:
     engine = OracleEngine(UnderstandingTask(world, 6))
     parts = {"image_tokenizer": SimpleNamespace(image_size=64), "template": SimpleNamespace(num_candidates=8)}
-    engine.model = SimpleNamespace(**parts)  # type: ignore[attr-defined]
+    engine.local_model = SimpleNamespace(**parts)  # type: ignore[attr-defined]
     monkeypatch.setattr("unigen.commands.eval.load", lambda args: engine)
-    monkeypatch.setattr(runner, "_local_model", lambda engine: engine.model)
     report = tmp_path / "r.json"
     line = ["eval", "understanding", "--count", "6"]
     assert main([*line, "--json", str(report), "--out", str(tmp_path / "o")]) == 0
     found = json.loads(report.read_text())
     assert found["overall"] == 1 and found["tasks"]["captions heldout"] == 1
     assert (tmp_path / "o" / "outputs.jsonl").exists()
-    monkeypatch.setattr(runner, "_local_model", lambda engine: None)  # an engine that reads images of any size
+    engine.local_model = None  # type: ignore[attr-defined]  # an engine that reads images of any size
     assert main(line) == 0
     assert main(["eval", "understanding", "--count", "0"]) == 2 and "--count" in capsys.readouterr().err

@@ -93,7 +93,7 @@ def test_a_second_picture_is_guided_by_its_own_beginning(folder: Path, monkeypat
         return [len(branches[0]) for branches in hidden]
 
     monkeypatch.setattr(model, "cached_hidden_states", watched)
-    monkeypatch.setattr(model.generators["text"], "advance", announces)
+    monkeypatch.setattr(model.generators["text"], "step", announces)
     parts = engine.generate("a", "interleaved", max_images=2, size=(16, 8))
     assert [type(part) for part in parts] == [Image.Image] * 2 and starts.count(0) == 2
 

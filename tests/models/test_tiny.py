@@ -144,7 +144,7 @@ def test_a_model_says_how_it_is_drawn_from(tiny_folder: Path, tmp_path: Path) ->
     ("sampling", "message"),
     [
         ({"brush": {}}, "no generator 'brush'"),
-        ({"flow": {"top_p": 0.5}}, "flow does not take top_p: it takes guidance$"),
+        ({"flow": {"top_p": 0.5}}, "flow does not take top_p: it takes guidance, steps, solver, guider$"),
         ({"next-token": {"steps": 4}}, "next-token does not take steps"),
         ({"next-token": {"top_p": 0}}, "top_p must be a number above 0 and at most 1"),
         ({"next-token": {"guidance": -1}}, "guidance must be"),

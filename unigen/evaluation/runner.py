@@ -68,10 +68,10 @@ class EvaluationRun:
         self.task, self.args, self._load = task, args, load
 
     @cached_property
-    def engine(self) -> Any:
+    def engine(self) -> InferenceEngine:
         """The engine, loaded when it is first asked for. Raises ValueError where the task needs another."""
         engine = self._load()
-        if self.task.needs_local_model and _local_model(engine) is None:
+        if self.task.needs_local_model and engine.local_model is None:
             raise ValueError(
                 f"this task measures the parts of a model of ours, and {self.model_name} is none: give another model"
             )
@@ -80,7 +80,14 @@ class EvaluationRun:
     @property
     def local_model(self) -> UnifiedModel | None:
         """The model whose parts are here; None of a pipeline and of composed models."""
-        return _local_model(self.engine)
+        return self.engine.local_model
+
+    @property
+    def required_model(self) -> UnifiedModel:
+        """The model of a task that has `needs_local_model`."""
+        model = self.local_model
+        assert model is not None
+        return model
 
     @property
     def model_name(self) -> str:
@@ -252,10 +259,6 @@ def generate_outputs(
                 outputs[i].append(output)
             bar.update(len(part))
     return outputs
-
-
-def _local_model(engine: InferenceEngine) -> UnifiedModel | None:
-    return engine.local_model
 
 
 # ---------------------------------------------------------------- the command

@@ -28,7 +28,7 @@ from unigen.evaluation.detector import SceneDetector
 from unigen.evaluation.report import Report, make_folder
 from unigen.evaluation.runner import EvaluationRun, EvaluationTask, generate_outputs, score_all
 from unigen.evaluation.tasks.scenes import ScenesTask, add_size_arguments, summarize_scores
-from unigen.inference.engine import Engine
+from unigen.inference.protocol import InferenceEngine
 from unigen.media.output import image_grid, save_image
 from unigen.media.pixels import to_pixels
 from unigen.options import option_names
@@ -112,11 +112,11 @@ class FeatureDistances:
             self.kid.update(x_BCHW, real=real)
 
 
-def measure_cost(engine: Engine, generator: str, prompts: list[str], **options: Any) -> dict[str, float]:
+def measure_cost(engine: InferenceEngine, generator: str, prompts: list[str], **options: Any) -> dict[str, float]:
     """What one image costs.
 
     Args:
-        engine: of the model.
+        engine: of a local model.
         generator: by its name.
         prompts: to be drawn in turn.
         options: of the generation.
@@ -125,9 +125,11 @@ def measure_cost(engine: Engine, generator: str, prompts: list[str], **options: 
         Seconds an image alone and in a batch, the best of several runs, and evaluations of the backbone and of a flow's
         velocity for one image.
     """
-    head = engine.model.heads[generator] if generator in engine.model.heads else None
+    model = engine.local_model
+    assert model is not None
+    head = model.heads[generator] if generator in model.heads else None
     figures: dict[str, float] = {}
-    with CallCounter(engine.model, "cached_hidden_states") as step, ExitStack() as stack:
+    with CallCounter(model, "cached_hidden_states") as step, ExitStack() as stack:
         velocity = stack.enter_context(CallCounter(head, "velocity")) if hasattr(head, "velocity") else None
         engine.generate_batch(prompts[:1], [0], generator=generator, **options)
         figures |= {"backbone": step.calls, "head": velocity.calls if velocity else 0}
@@ -182,7 +184,7 @@ class GeneratorsTask(EvaluationTask):
         print(f"{'':<24}" + "".join(f"{column:>16}" for column in UNITS), flush=True)
         references = baselines.oracle_images(examples, self.n, self.seed + 1, self.renderer)
         self._report("true pictures", references, distances)
-        reconstructions = baselines.reconstruct_images(engine.model.image_tokenizer, references)
+        reconstructions = baselines.reconstruct_images(run.required_model.image_tokenizer, references)
         self._report("through the codes", reconstructions, distances)
         overall, sheet_rows = {}, []
         for name, options in self._generators(run):
@@ -209,7 +211,7 @@ class GeneratorsTask(EvaluationTask):
         names = run.engine.info()["generators"]
         if len(names) == 1:
             return [(names[0], options)]
-        takes = {name: {"size", *option_names(run.engine.model.generators.options(name))} for name in names}
+        takes = {name: {"size", *option_names(run.required_model.generators.options(name))} for name in names}
         return [(name, {key: value for key, value in options.items() if key in takes[name]}) for name in names]
 
     def _report(

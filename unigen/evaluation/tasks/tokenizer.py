@@ -66,11 +66,11 @@ class TokenizerTask(EvaluationTask):
     @classmethod
     def create(cls, run: EvaluationRun) -> Self:
         """See `EvaluationTask.create`."""
-        return cls(SceneRenderer(run.engine.model.image_tokenizer.image_size), run.args.count)
+        return cls(SceneRenderer(run.required_model.image_tokenizer.image_size), run.args.count)
 
     def run(self, run: EvaluationRun) -> Report:
         """See `EvaluationTask.run`."""
-        model = run.engine.model
+        model = run.required_model
         x_BCHW, masks_B1HW = render_images(self.renderer, self.count, run.args.seed)
         figures = evaluate_tokenizer(
             model.image_tokenizer, x_BCHW.to(model.device), masks_B1HW.to(model.device), run.args.batch
